@@ -1,0 +1,250 @@
+"""Batch inference: a registered model over a dataset, complete, exact, and published in one commit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+from uuid import uuid4
+
+from mlflow import MlflowException
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.context import FlowRunContext
+from prefect.futures import wait
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from serving.errors import OvernightError, SourceFault
+from serving.model import Model, load_model
+from serving.registry import Resolved
+from tasks.batch.artifacts import Logger, Watch, publish_artifacts
+from tasks.batch.lineage import record_lineage
+from tasks.batch.options import BatchOptions
+from tasks.batch.parts import list_parts
+from tasks.batch.plan import Plan, load_plan, load_start, memory_bytes, must_fit, save_start
+from tasks.batch.publish import Audit, audit_parts, count_rejects, find_manifest, publish
+from tasks.batch.report import BatchReport, plot, report_complete, save_page
+from tasks.batch.run import block_rows_of, free_memory, open_planned, pin_call, plan_call
+from tasks.batch.score import Scored, Scorer, check_rejects
+from tasks.storage import Storage, open_storage
+
+_DEFAULTS = BatchOptions()
+_PASSES_MAX = 3
+_LOOK_SECONDS = 0.5
+
+# Shard tasks carry the attempt's name only: the scorer holds the model, which can't travel.
+_scorers: dict[str, Scorer] = {}
+
+
+@flow(name="batch-inference", persist_result=False)
+def batch_inference(model: str, source: str, destination: str, options: BatchOptions = _DEFAULTS) -> BatchReport:
+    """Score every row of a dataset with a registered model, and publish the predictions in one commit.
+
+    Args:
+        model: models:/NAME@ALIAS or models:/NAME/VERSION, resolved once.
+        source: A file, folder, glob or s3:// prefix of Parquet, Arrow IPC, CSV or JSON lines.
+        destination: A folder or s3:// prefix outside the source.
+        options: Keys, casts, sizes and limits; each has a default.
+
+    The same call made again over the same model and files is the same run: it resumes, or finds
+    itself complete. Every input row is in the output, with predictions or with the reason why not.
+    Raises OvernightError's kinds (serving.errors), each named for what to do next.
+    """
+    logger = get_run_logger()
+    seconds: dict[str, float] = {}
+    storage = open_storage(destination)
+    plan, resolved = _find_plan(model, source, storage, options, seconds)
+    manifest = find_manifest(storage, plan.run)
+    if manifest is not None:
+        logger.info("Run %s is complete: %s rows. Nothing to score.", plan.run, f"{plan.rows:,}")
+        return report_complete(manifest, plan, storage, seconds)
+    with _timed(seconds, "load"):
+        loaded = load_model(resolved or open_planned(plan), plan.contract, allow_pickle=options.allow_pickle)
+    slots = options.slots or loaded.slots
+    memory = _must_fit(plan, slots, options, logger)
+    watch = Watch(plan.rows, _rows_done(plan, storage), logger)
+    with _timed(seconds, "score"):
+        scored, audit = _score(plan, storage, loaded, slots, options, watch)
+    draft = _draft(plan, storage, scored, audit, slots=slots, memory=memory, seconds=seconds)
+    with _timed(seconds, "report"):
+        png = plot(draft, watch.samples)
+        _record(plan, storage, draft, png, options, logger)
+    with _timed(seconds, "publish"):
+        publish(storage, plan, audit)
+    report = draft.model_copy(update={"seconds": seconds})
+    watch.finish()
+    publish_artifacts(report, png, logger)
+    logger.info("Run %s is complete: %s rows, %s rejects.", plan.run, f"{report.rows:,}", f"{report.rows_rejected:,}")
+    return report
+
+
+def _find_plan(
+    model: str, source: str, storage: Storage, options: BatchOptions, seconds: dict[str, float]
+) -> tuple[Plan, Resolved | None]:
+    """Return the plan of this flow run: its earlier attempt's, the same call's, or a new one."""
+    flow_run_id = _flow_run_id()
+    with _timed(seconds, "resolve"):
+        run = load_start(storage, flow_run_id)
+        call = None if run else pin_call(model, source, storage.url, options)
+    with _timed(seconds, "plan"):
+        if call is not None:
+            plan = plan_call(call, storage)
+            run = save_start(storage, flow_run_id, plan.run)
+            if run == plan.run:
+                return plan, call.resolved
+        standing = load_plan(storage, str(run))
+    if standing is None:
+        message = f"The plan of run {run} must be there, since this flow run began it, but is gone from {storage.url}."
+        raise OvernightError(message)
+    return standing, None
+
+
+def _flow_run_id() -> str:
+    context = FlowRunContext.get()
+    return str(context.flow_run.id) if context is not None and context.flow_run is not None else str(uuid4())
+
+
+def _must_fit(plan: Plan, slots: int, options: BatchOptions, logger: Logger) -> int:
+    needed = memory_bytes(plan, slots, block_rows_of(plan))
+    allowed = options.memory_mb << 20 if options.memory_mb else free_memory()
+    logger.info(
+        "Run %s: %s rows in %s chunks and %s shards, %s slots, batches of %s; its data takes %s MiB at most.",
+        *(plan.run, f"{plan.rows:,}", len(plan.chunks), len(plan.shards), slots, plan.batch_size, needed >> 20),
+    )
+    if allowed is not None:
+        must_fit(needed, allowed, plan, slots)
+    return needed >> 20
+
+
+def _rows_done(plan: Plan, storage: Storage) -> int:
+    chunks = plan.chunks
+    return sum(chunks[chunk].rows for chunk in list_parts(storage, plan.run) if chunk in chunks)
+
+
+def _score(
+    plan: Plan, storage: Storage, model: Model, slots: int, options: BatchOptions, watch: Watch
+) -> tuple[Scored, Audit]:
+    """Score what is missing until every part holds; a part that can't be read is scored again."""
+    scorer = Scorer(plan=plan, destination=storage, model=model, max_reject_fraction=options.max_reject_fraction)
+    scored = Scored()
+    for _ in range(_PASSES_MAX):
+        with watch.shown(), _caller_threads_kept():
+            _score_pass(scorer, slots, scored, lambda: watch.update(_rows_done(plan, storage)))
+        if scored.faults:
+            raise _faults(scored)
+        audit = audit_parts(storage, plan)
+        scored.rows_recomputed += audit.rows_set_aside
+        if not audit.missing:
+            break
+    check_rejects(sum(count.rows for count in count_rejects(audit)), plan.rows, options.max_reject_fraction)
+    return scored, audit
+
+
+def _score_pass(scorer: Scorer, slots: int, scored: Scored, look: Callable[[], None]) -> None:
+    attempt = str(uuid4())
+    _scorers[attempt] = scorer
+    shards = scorer.begin()
+    try:
+        runner: ThreadPoolTaskRunner[Scored] = ThreadPoolTaskRunner(max_workers=slots)
+        with runner, _stopped_on_the_way_out(scorer):
+            futures: list[Any] = [runner.submit(score_shard, {"attempt": attempt, "shard": at}) for at in shards]
+            while wait(futures, timeout=_LOOK_SECONDS).not_done:
+                look()
+            look()
+            for future in futures:
+                scored.add(future.result())
+    finally:
+        del _scorers[attempt]
+
+
+@task(name="score-shard", task_run_name="score-shard-{shard}", cache_policy=NO_CACHE, persist_result=False)
+def score_shard(attempt: str, shard: int) -> Scored:
+    """Score one shard in this thread, then help with what is left."""
+    return _scorers[attempt].score_shard(shard)
+
+
+@contextmanager
+def _stopped_on_the_way_out(scorer: Scorer) -> Generator[None]:
+    """Stop every slot when the flow is interrupted, or the pool would wait for all of its shards."""
+    try:
+        yield
+    except BaseException:
+        scorer.stop.set()
+        raise
+
+
+@contextmanager
+def _caller_threads_kept() -> Generator[None]:
+    """Put torch's thread count back: slots set it to one, and that reaches threads started later."""
+    import torch  # noqa: PLC0415 - loaded with the model, if at all
+
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _faults(scored: Scored) -> SourceFault:
+    faults = list(dict.fromkeys(str(fault) for fault in scored.faults.values()))
+    first = next(iter(scored.faults.values()))
+    listed = "\n".join(f"  - {fault}" for fault in faults[:10])
+    return type(first)(
+        f"Every source file must be readable and unchanged; {len(scored.faults)} chunks could not be scored:\n"
+        f"{listed}\nThe parts of all other chunks are there, and nothing is published."
+    )
+
+
+def _draft(
+    plan: Plan,
+    storage: Storage,
+    scored: Scored,
+    audit: Audit,
+    *,
+    slots: int,
+    memory: int,
+    seconds: dict[str, float],
+) -> BatchReport:
+    return BatchReport(
+        status="scored",
+        run=plan.run,
+        model=plan.model.uri,
+        model_digest=plan.model.digest,
+        source=plan.source.root,
+        destination=storage.url,
+        output=plan.options.output,
+        rows=plan.rows,
+        rejects=count_rejects(audit),
+        rows_scored=scored.rows,
+        rows_recomputed=scored.rows_recomputed,
+        parts=len(audit.footers),
+        slots=slots,
+        batch_size=plan.batch_size,
+        memory_mb=memory,
+        seconds=dict(seconds),
+        slot_seconds=scored.seconds,
+        report=storage.address(f"{plan.folder}/report.html"),
+    )
+
+
+def _record(
+    plan: Plan, storage: Storage, report: BatchReport, png: bytes, options: BatchOptions, logger: Logger
+) -> None:
+    """Write the page and the lineage before the manifest: a run that is complete has both."""
+    save_page(storage, plan, report, png)
+    if options.experiment is None:
+        return
+    try:
+        record_lineage(plan, report, options.experiment, int(time.time() * 1000))
+    except MlflowException as error:
+        logger.warning("MLflow must take the run's lineage, got: %s. The predictions are published without.", error)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Generator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

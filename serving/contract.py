@@ -1,0 +1,184 @@
+"""The contract between a table and a model: which column feeds which input, cast how, null or not.
+
+Shapes: N rows, F features; an input is [N, *shape], an output is [N, *shape].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
+
+from serving.errors import SchemaMismatch
+
+TEXT_DTYPES = ("str", "binary")
+_NAMES_SHOWN = 40
+OPAQUE_DTYPES = (*TEXT_DTYPES, "datetime64[ns]")
+
+
+class Frozen(BaseModel):
+    """The base of every value that crosses a boundary: frozen, and no unknown key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ColumnPolicy(Frozen):
+    """How one column is cast to what the model takes, and what becomes of its nulls."""
+
+    cast: Literal["safe", "exact", "round"] = Field(
+        default="safe",
+        description="safe: only types that always fit (text is parsed). exact: any number, a row whose value "
+        "does not survive the cast is rejected. round: to the nearest value.",
+    )
+    null: float | str = Field(
+        default="reject",
+        description="reject: the row gets no prediction. keep: NaN for floats, None for text. "
+        "Anything else: the value that takes the null's place.",
+    )
+
+
+class Column(Frozen):
+    """One source column as the model takes it: `shape` is () for a scalar."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...] = ()
+    required: bool = True
+    policy: ColumnPolicy = ColumnPolicy()
+
+
+class Input(Frozen):
+    """One input of the model, [N, *shape]: several scalar columns side by side, or one column."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...] = ()
+    columns: tuple[Column, ...]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether scalar columns are stacked into [N, F]."""
+        return len(self.shape) == 1 and all(column.shape == () for column in self.columns)
+
+
+class Output(Frozen):
+    """One output of the model, [N, *shape], and the column that it becomes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """How many values a row has."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def arrow_type(self) -> pa.DataType:
+        """The type of the column: a scalar, or a list of `width` values."""
+        scalar = pa.string() if self.dtype == "str" else pa.from_numpy_dtype(np.dtype(self.dtype))
+        return scalar if self.width == 1 else pa.list_(scalar, self.width)
+
+
+class Contract(Frozen):
+    """What the model takes and gives, column by column."""
+
+    inputs: tuple[Input, ...]
+    outputs: tuple[Output, ...]
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """Every source column that the model reads, each once."""
+        seen = {column.name: column for value in self.inputs for column in value.columns}
+        return tuple(seen.values())
+
+    def row_bytes(self) -> int:
+        """Return the bytes of one encoded row, inputs and outputs together."""
+        widths = [(value.dtype, int(np.prod(value.shape, dtype=np.int64))) for value in self.inputs]
+        widths += [(value.dtype, value.width) for value in self.outputs]
+        return sum(width * (64 if dtype in TEXT_DTYPES else np.dtype(dtype).itemsize) for dtype, width in widths)
+
+    def check(self, schema: pa.Schema, where: str) -> None:
+        """Hold the schema of a dataset against the contract.
+
+        Raises SchemaMismatch with every missing column and every wrong type in one message.
+        """
+        problems = [problem for column in self.columns if (problem := _problem(column, schema))]
+        if problems:
+            listed = "\n".join(f"  - {problem}" for problem in problems)
+            message = f"{where} does not fit the model's signature:\n{listed}\nColumns found: {_listed(schema)}."
+            raise SchemaMismatch(message)
+
+
+def _listed(schema: pa.Schema) -> str:
+    names = [f"{field.name} ({field.type})" for field in schema]
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    return shown + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
+
+
+def _problem(column: Column, schema: pa.Schema) -> str | None:
+    found = schema.get_all_field_indices(column.name)
+    if len(found) > 1:
+        return f"column {column.name!r} stands {len(found)} times in the schema; rename all but one"
+    if not found:
+        return f"column {column.name!r} ({column.dtype}) is missing" if column.required else None
+    source = schema.field(found[0]).type
+    if column.shape:
+        return _tensor_problem(column, source)
+    return _scalar_problem(column, source)
+
+
+def _tensor_problem(column: Column, source: pa.DataType) -> str | None:
+    width = int(np.prod(column.shape))
+    storage = source.storage_type if isinstance(source, pa.BaseExtensionType) else source
+    must = f"column {column.name!r} must hold {width} {column.dtype} values a row"
+    if pa.types.is_fixed_size_list(storage):
+        if storage.list_size != width:
+            return f"{must}, got {source}"
+    elif not (pa.types.is_list(storage) or pa.types.is_large_list(storage)):
+        return f"{must}, got {source}"
+    value = Column(name=column.name, dtype=column.dtype, policy=column.policy)
+    return _scalar_problem(value, storage.value_type)
+
+
+def is_text(source: pa.DataType) -> bool:
+    """Whether a type holds text, in any of Arrow's layouts."""
+    return bool(pa.types.is_string(source) or pa.types.is_large_string(source) or pa.types.is_string_view(source))
+
+
+_OPAQUE_TYPES: dict[str, tuple[Callable[[pa.DataType], bool], ...]] = {
+    "str": (is_text,),
+    "binary": (pa.types.is_binary, pa.types.is_large_binary),
+    "datetime64[ns]": (pa.types.is_timestamp, pa.types.is_date),
+}
+
+
+def _scalar_problem(column: Column, source: pa.DataType) -> str | None:
+    must = f"column {column.name!r} must be {column.dtype}, got {source}"
+    if pa.types.is_dictionary(source):
+        source = source.value_type
+    if column.dtype in OPAQUE_DTYPES:
+        return None if any(fit(source) for fit in _OPAQUE_TYPES[column.dtype]) else must
+    if pa.types.is_null(source) or is_text(source):
+        return None
+    number = pa.types.is_boolean(source) or pa.types.is_integer(source) or pa.types.is_floating(source)
+    if not number:
+        return f"{must}; cast it in the table first"
+    if column.policy.cast != "safe" or fits(source, column.dtype):
+        return None
+    return f'{must}, which may lose digits; allow it with policies={{"{column.name}": {{"cast": "round"}}}}'
+
+
+def fits(source: pa.DataType, dtype: str) -> bool:
+    """Whether every value of a number type survives the cast to `dtype` unchanged.
+
+    Stricter than numpy's own table in one point: 64-bit integers do not fit float64 above 2**53.
+    """
+    given = np.dtype(source.to_pandas_dtype())
+    wanted = np.dtype(dtype)
+    if wanted.kind == "f" and given.kind in "iu" and given.itemsize >= wanted.itemsize:
+        return False
+    return bool(np.can_cast(given, wanted, "safe"))

@@ -1,0 +1,108 @@
+"""Every error that Overnight raises on purpose, named for the reader's next move.
+
+OvernightError
++-- BadInput(ValueError)     change the call or the data, then call again; nothing was written
+|   +-- SourceNotFound       no file at that path, glob or prefix
+|   +-- SourceEmpty          there are files, but no rows or no format that is known
+|   +-- SchemaMismatch       columns missing, of the wrong type, or different between files
+|   +-- ModelNotFound        no such registered model, version or alias
+|   +-- ModelUnfit           the model can't be run as it was logged (no signature, pickled, ...)
+|   +-- PlanTooLarge         the plan does not fit in the memory allowed
+|   +-- RunNameTaken         the explicit run name already holds a run of another plan
+|   +-- DestinationUnusable  the destination can't hold this run
+|   +-- NoCompleteRun        there is nothing to open yet
++-- SourceFault              a source file can't be trusted; every other chunk's part stays
+|   +-- SourceChanged        it is not the file that the plan was made for
+|   +-- SourceCorrupt        it can't be decoded
++-- StorageFault             storage refuses or fails; call again once it is put right, it resumes
+|   +-- StorageDenied        the credentials do not allow it
+|   +-- StorageFull          no space left
++-- ModelFailed              the model fails on rows as such: mend the model, not the rows
++-- TooManyRejects           more rows were rejected than max_reject_fraction allows
++-- PublishRefused           the parts do not add up to the dataset; nothing was published
++-- DeviceLost               the accelerator is gone: this process must end, another may resume
+"""
+
+
+class OvernightError(Exception):
+    """The root of every error that Overnight raises on purpose."""
+
+
+class BadInput(OvernightError, ValueError):
+    """The call or its data must change; nothing was written."""
+
+
+class SourceNotFound(BadInput):
+    """No file at that path, glob or prefix."""
+
+
+class SourceEmpty(BadInput):
+    """There are files, but none that holds rows in a known format."""
+
+
+class SchemaMismatch(BadInput):
+    """Columns are missing, of the wrong type, or different between files."""
+
+
+class ModelNotFound(BadInput):
+    """No such registered model, version or alias."""
+
+
+class ModelUnfit(BadInput):
+    """The model can't be run as it was logged."""
+
+
+class PlanTooLarge(BadInput):
+    """The plan does not fit in the memory allowed."""
+
+
+class RunNameTaken(BadInput):
+    """The explicit run name already holds a run of another plan."""
+
+
+class DestinationUnusable(BadInput):
+    """The destination can't hold this run."""
+
+
+class NoCompleteRun(BadInput):
+    """The destination holds no complete run."""
+
+
+class SourceFault(OvernightError):
+    """A source file can't be trusted; the parts of every other chunk stay."""
+
+
+class SourceChanged(SourceFault):
+    """The file is not the one that the plan was made for."""
+
+
+class SourceCorrupt(SourceFault):
+    """The file can't be decoded."""
+
+
+class StorageFault(OvernightError):
+    """Storage refuses or fails; the run resumes once it is put right."""
+
+
+class StorageDenied(StorageFault):
+    """The credentials do not allow the operation."""
+
+
+class StorageFull(StorageFault):
+    """No space is left."""
+
+
+class ModelFailed(OvernightError):
+    """The model fails on rows as such."""
+
+
+class TooManyRejects(OvernightError):
+    """More rows were rejected than max_reject_fraction allows."""
+
+
+class PublishRefused(OvernightError):
+    """The parts do not add up to the dataset."""
+
+
+class DeviceLost(OvernightError):
+    """The accelerator is gone; this process can't go on."""

@@ -1,0 +1,212 @@
+"""Score N encoded rows in batches: bad rows keep their place, and neighbours keep their bits.
+
+A row that can't be scored is filled with a copy of a good row of its batch, so that every batch has
+the shape and the other values that it would have had: the bits of its neighbours do not change.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from serving.contract import Contract
+from serving.encode import Encoded, Flags
+from serving.errors import DeviceLost, ModelFailed
+from serving.model import Arrays, Model
+
+Predictions = dict[str, npt.NDArray[Any]]
+
+_REASON_LENGTH_MAX = 200
+_DEVICE_WORDS = ("cuda error", "hip error", "device-side assert", "cublas_status", "cudnn_status")
+
+
+@dataclass(slots=True)
+class Forward:
+    """One stream of forward passes over a model, and what it has learnt.
+
+    batch_size_safe is the largest batch that fits in memory, None until a batch did not.
+    """
+
+    model: Model
+    contract: Contract
+    batch_size: int
+    batch_size_safe: int | None = None
+    proven: bool = field(default=False)
+
+    def score(self, encoded: Encoded) -> Predictions:
+        """Predict N rows in batches of `batch_size`, counted from the first row.
+
+        Flags the rows that the model fails on, and those whose predictions are not finite. Raises
+        ModelFailed if every row of the first batch fails, DeviceLost if the device is gone.
+        """
+        out = {o.name: np.zeros((encoded.rows, *o.shape), dtype=_dtype(o.dtype)) for o in self.contract.outputs}
+        for start in range(0, encoded.rows, self.batch_size):
+            stop = min(start + self.batch_size, encoded.rows)
+            batch = {name: value[start:stop] for name, value in encoded.inputs.items()}
+            self._score_batch(batch, encoded.flags, start, {name: value[start:stop] for name, value in out.items()})
+        return out
+
+    def _score_batch(self, batch: Arrays, flags: Flags, start: int, out: Predictions) -> None:
+        rows = len(next(iter(batch.values())))
+        code_n = flags.code_N[start : start + rows]
+        good = np.flatnonzero(code_n == 0)
+        if not len(good):
+            return
+        if len(good) < rows:
+            batch = _filled(batch, np.flatnonzero(code_n != 0), int(good[0]))
+        try:
+            predictions = self._pass(batch)
+        except ModelFailed:
+            raise
+        except Exception as error:  # noqa: BLE001 - the model is somebody else's code
+            predictions = self._without_bad_rows(batch, flags, start, error)
+        for name, value in predictions.items():
+            out[name][:] = value
+        _flag_unfit(predictions, flags, start, code_n)
+        if not self.proven and not (flags.code_N[start : start + rows] == 0).any():
+            raise _all_failed(flags, start, len(good))
+        self.proven = True
+
+    def _without_bad_rows(self, batch: Arrays, flags: Flags, start: int, error: Exception) -> Predictions:
+        """Halve the batch until each bad row stands alone, then pass it whole with those replaced."""
+        bad: dict[int, str] = {}
+        rows = len(next(iter(batch.values())))
+        self._halve(batch, 0, rows, error, bad)
+        for row, reason in bad.items():
+            flags.mark_row(start + row, "", reason)
+        standing = [row for row in range(rows) if row not in bad]
+        if not standing:
+            if not self.proven:
+                raise _all_failed(flags, start, rows)
+            return {o.name: np.zeros((rows, *o.shape), dtype=_dtype(o.dtype)) for o in self.contract.outputs}
+        good = next((row for row in standing if flags.code_N[start + row] == 0), standing[0])
+        try:
+            return self._pass(_filled(batch, np.array(sorted(bad), dtype=np.intp), good))
+        except ModelFailed:
+            raise
+        except Exception as again:
+            message = (
+                "A batch must pass once its failing rows are replaced, got "
+                f"{_reason(again)} with {len(bad)} of {rows} rows replaced. The model fails on batches, not on rows."
+            )
+            raise ModelFailed(message) from again
+
+    def _halve(self, batch: Arrays, low: int, high: int, error: Exception, bad: dict[int, str]) -> None:
+        """Find each failing row of [low, high), which is known to fail as a whole with `error`."""
+        if high - low == 1:
+            bad[low] = _reason(error)
+            return
+        middle = (low + high) // 2
+        for start, stop in ((low, middle), (middle, high)):
+            try:
+                self._pass({name: value[start:stop] for name, value in batch.items()})
+            except ModelFailed:
+                raise
+            except Exception as inner:  # noqa: BLE001 - the model's own exception, on fewer rows
+                self._halve(batch, start, stop, inner, bad)
+
+    def _pass(self, batch: Arrays) -> Predictions:
+        """Make one forward pass; out of memory halves the batch, and the safe size is remembered."""
+        rows = len(next(iter(batch.values())))
+        if self.batch_size_safe is not None and rows > self.batch_size_safe:
+            return self._in_pieces(batch, self.batch_size_safe)
+        try:
+            return self.model.predict(batch)
+        except Exception as error:
+            if _device_lost(error):
+                message = f"The device must answer, got {_reason(error)}. This process ends; call again to resume."
+                raise DeviceLost(message) from error
+            if not _out_of_memory(error) or rows == 1:
+                raise
+        self.batch_size_safe = max(1, rows // 2)
+        return self._in_pieces(batch, self.batch_size_safe)
+
+    def _in_pieces(self, batch: Arrays, size: int) -> Predictions:
+        rows = len(next(iter(batch.values())))
+        pieces = [
+            self._pass({name: value[start : start + size] for name, value in batch.items()})
+            for start in range(0, rows, size)
+        ]
+        return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _dtype(dtype: str) -> np.dtype[Any]:
+    return np.dtype(object if dtype == "str" else dtype)
+
+
+def _filled(batch: Arrays, bad: npt.NDArray[np.intp], good: int) -> dict[str, npt.NDArray[Any]]:
+    """Return the batch with its bad rows replaced by a copy of a good one; memory order is kept."""
+    copies = {name: value.copy(order="K") for name, value in batch.items()}
+    for value in copies.values():
+        value[bad] = value[good]
+    return copies
+
+
+def _flag_unfit(predictions: Predictions, flags: Flags, start: int, code_n: npt.NDArray[np.int32]) -> None:
+    for name, value in predictions.items():
+        unfit = _unfit_rows(value.reshape(len(value), -1))
+        if unfit is not None:
+            whole_N = np.zeros(len(flags.code_N), dtype=np.bool_)
+            whole_N[start : start + len(code_n)] = unfit
+            flags.mark(whole_N, name, "prediction is not finite" if value.dtype.kind in "fc" else "prediction is null")
+
+
+def _unfit_rows(value_nW: npt.NDArray[Any]) -> npt.NDArray[np.bool_] | None:
+    if value_nW.dtype.kind in "fc":
+        finite = np.isfinite(value_nW)
+        return None if finite.all() else np.asarray(~finite.all(axis=1))
+    if value_nW.dtype.kind == "O":
+        null: npt.NDArray[np.bool_] = np.array([[item is None or item != item for item in row] for row in value_nW])  # noqa: PLR0124 - NaN
+        return np.asarray(null.any(axis=1)) if null.any() else None
+    return None
+
+
+def _all_failed(flags: Flags, start: int, rows: int) -> ModelFailed:
+    column, reason = flags.reasons[flags.code_N[start] - 1]
+    where = f" (output {column!r})" if column else ""
+    return ModelFailed(
+        f"At least one row of the first batch must get a prediction, got none of {rows}: {reason}{where}. "
+        "That is the model, not the rows: call it on a few of them by hand, and log a version that works."
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """Describe an exception in words that are the same in every attempt: no addresses in them."""
+    text = re.sub(r"0x[0-9a-fA-F]+", "0x...", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {text}"[:_REASON_LENGTH_MAX]
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def _device_lost(error: Exception) -> bool:
+    """Whether a torch error means that the device, not the rows, failed."""
+    if _out_of_memory(error) or not isinstance(error, RuntimeError):
+        return False
+    return type(error).__name__ == "AcceleratorError" or any(word in str(error).lower() for word in _DEVICE_WORDS)
+
+
+_SLOW_SECONDS = 0.2
+
+
+def measure_rate(forward: Forward, encoded: Encoded, clock: Callable[[], float]) -> float:
+    """Return the rows a second of one slot on a sample of real rows.
+
+    The first batch warms up; where it alone takes 0.2 s it is the measurement.
+    """
+    size = min(forward.batch_size, encoded.rows)
+    first = {name: value[:size] for name, value in encoded.inputs.items()}
+    start = clock()
+    forward.score(Encoded(inputs=first, flags=Flags(encoded.flags.code_N[:size], encoded.flags.reasons), rows=size))
+    taken = clock() - start
+    if taken > _SLOW_SECONDS:
+        return size / taken
+    start = clock()
+    forward.score(encoded)
+    return encoded.rows / max(clock() - start, 1e-9)

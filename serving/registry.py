@@ -1,0 +1,159 @@
+"""Resolve a registered model once: name, version and digest are pinned before anything is scored."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from mlflow import MlflowClient, MlflowException
+from mlflow.artifacts import download_artifacts
+from mlflow.models import Model as MLmodel
+
+from serving.contract import Contract, Frozen
+from serving.errors import ModelNotFound, ModelUnfit
+from serving.signature import Names, Policies, read_contract
+
+_URI = re.compile(r"(?:models:/)?(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+|latest))")
+_BLOCK = 1 << 20
+
+
+class ModelPin(Frozen):
+    """One version of a registered model: what a run is tied to."""
+
+    name: str
+    version: str
+    model_id: str | None
+    source: str
+    digest: str
+
+    @property
+    def uri(self) -> str:
+        """The pinned address, which no promotion changes."""
+        return f"models:/{self.name}/{self.version}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """A pinned model, the folder that holds its files (read only), and what they say of it."""
+
+    pin: ModelPin
+    folder: Path
+    mlmodel: MLmodel
+
+    @property
+    def is_torch(self) -> bool:
+        """Whether it runs as a torch module rather than through pyfunc."""
+        return "pytorch" in self.mlmodel.flavors
+
+    def contract(self, columns: Names, policies: Policies) -> Contract:
+        """Return the contract of the model; raises ModelUnfit where it was logged without enough."""
+        return read_contract(self.mlmodel, stack=self.is_torch, columns=columns, policies=policies)
+
+
+def resolve_model(uri: str) -> Resolved:
+    """Resolve models:/NAME@ALIAS, models:/NAME/VERSION or models:/NAME/latest, once.
+
+    Returns the pinned version with a SHA-256 over its files. The registry is the one of
+    MLFLOW_TRACKING_URI or MLFLOW_REGISTRY_URI. Raises ModelNotFound and says what there is.
+    """
+    match = _URI.fullmatch(uri)
+    if match is None:
+        message = f"A model must be models:/NAME@ALIAS, models:/NAME/VERSION or models:/NAME/latest, got {uri!r}."
+        raise ModelNotFound(message)
+    client = MlflowClient()
+    name, version = match["name"], _version(client, uri, match)
+    try:
+        found = client.get_model_version(name, version)
+    except MlflowException as error:
+        raise _not_found(client, uri, name, error) from None
+    return open_model(name=name, version=str(found.version), source=str(found.source))
+
+
+def open_model(*, name: str, version: str, source: str) -> Resolved:
+    """Open the files of one version, wherever its source is, and pin them by digest."""
+    model_id = source.removeprefix("models:/") if source.startswith("models:/") else None
+    folder = _folder(source, model_id)
+    mlmodel_file = folder / "MLmodel"
+    if not mlmodel_file.is_file():
+        message = f"The files of {name} version {version} must hold an MLmodel, got none in {folder}. Log it again."
+        raise ModelUnfit(message)
+    pin = ModelPin(name=name, version=version, model_id=model_id, source=source, digest=digest_folder(folder))
+    return Resolved(pin=pin, folder=folder, mlmodel=MLmodel.load(str(mlmodel_file)))
+
+
+def _version(client: MlflowClient, uri: str, match: re.Match[str]) -> str:
+    name = match["name"]
+    try:
+        if match["alias"]:
+            return str(client.get_model_version_by_alias(name, match["alias"]).version)
+        if match["version"] != "latest":
+            return match["version"]
+        versions = [int(found.version) for found in client.search_model_versions(f"name = '{name}'")]
+    except MlflowException as error:
+        raise _not_found(client, uri, name, error) from None
+    if not versions:
+        raise _not_found(client, uri, name, None)
+    return str(max(versions))
+
+
+def _not_found(client: MlflowClient, uri: str, name: str, error: MlflowException | None) -> ModelNotFound:
+    try:
+        versions = client.search_model_versions(f"name = '{name}'") if re.fullmatch(r"[^']+", name) else []
+        known = sorted(model.name for model in client.search_registered_models(max_results=20))
+        aliases = dict(client.get_registered_model(name).aliases) if versions else {}
+    except MlflowException:
+        return ModelNotFound(f"The registry must answer for {uri}, got: {error}. Check MLFLOW_TRACKING_URI.")
+    if versions:
+        have = f"versions {sorted(int(found.version) for found in versions)} and aliases {aliases or 'none'}"
+        return ModelNotFound(f"{uri} must name a version or an alias of {name!r}, which has {have}.")
+    where = os.environ.get("MLFLOW_REGISTRY_URI") or os.environ.get("MLFLOW_TRACKING_URI") or "the default registry"
+    return ModelNotFound(
+        f"{uri} must be registered, but {where} has no model {name!r}. Registered are: {known or 'none'}. "
+        "Register it, or set MLFLOW_TRACKING_URI to the registry that has it."
+    )
+
+
+def _folder(source: str, model_id: str | None) -> Path:
+    """Return the folder of the files: in place where they are local, else downloaded once by id."""
+    location = source
+    if model_id is not None:
+        location = str(MlflowClient().get_logged_model(model_id).artifact_location)
+    parts = urlsplit(location)
+    if parts.scheme in ("", "file"):
+        return Path(unquote(parts.path))
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "overnight" / "models"
+    folder = cache / (model_id or hashlib.sha256(location.encode()).hexdigest()[:32])
+    if not folder.is_dir():
+        _download(location, folder)
+    return folder
+
+
+def _download(location: str, folder: Path) -> None:
+    """Download next to the place, then rename: a folder that exists is whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as part:
+        try:
+            got = Path(download_artifacts(artifact_uri=location, dst_path=part))
+        except MlflowException as error:
+            message = f"The files of the model must be readable at {location}, got: {error}. Check the artifact store."
+            raise ModelUnfit(message) from None
+        if not folder.is_dir():
+            shutil.move(str(got), str(folder))
+
+
+def digest_folder(folder: Path) -> str:
+    """Return the SHA-256 over the relative names and bytes of every file below a folder."""
+    whole = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        inner = hashlib.sha256()
+        with file.open("rb") as stream:
+            while block := stream.read(_BLOCK):
+                inner.update(block)
+        whole.update(f"{file.relative_to(folder).as_posix()}\0{inner.hexdigest()}\n".encode())
+    return whole.hexdigest()

@@ -1,0 +1,170 @@
+"""From an MLflow signature to the contract: whose columns feed which input.
+
+A tensor input of shape (-1, F) takes its columns, in this order of precedence, from the call's
+`input_columns`, from the model's own metadata {"overnight": {"columns": {input: [names]}}}, or from one
+list column of the input's name. A signature of columns names them itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlflow.models import Model as MLmodel
+from mlflow.types import ColSpec, Schema, TensorSpec
+from mlflow.types.schema import DataType
+
+from serving.contract import OPAQUE_DTYPES, Column, ColumnPolicy, Contract, Input, Output
+from serving.errors import ModelUnfit
+
+_HOW_TO_LOG = (
+    "Log it with one, for example:\n"
+    "  signature = mlflow.models.infer_signature(inputs, predictions)\n"
+    "  mlflow.<flavor>.log_model(model, name=..., signature=signature, input_example=inputs)"
+)
+_EVERY = "*"
+_SCALARS = {
+    DataType.boolean: "bool",
+    DataType.integer: "int32",
+    DataType.long: "int64",
+    DataType.float: "float32",
+    DataType.double: "float64",
+    DataType.string: "str",
+    DataType.binary: "binary",
+    DataType.datetime: "datetime64[ns]",
+}
+
+Names = Mapping[str, tuple[str, ...]]
+Policies = Mapping[str, ColumnPolicy]
+
+
+def read_contract(mlmodel: MLmodel, *, stack: bool, columns: Names, policies: Policies) -> Contract:
+    """Build the contract of a logged model.
+
+    `stack` says that a signature of columns becomes one [N, F] float32 tensor, as MLflow's pytorch
+    flavour does. Raises ModelUnfit where the signature is missing, or does not say enough.
+    """
+    signature = mlmodel.signature
+    if signature is None or signature.inputs is None or signature.outputs is None:
+        found = "no signature" if signature is None else "a signature without " + _absent(signature)
+        message = f"A model must be logged with a signature of inputs and outputs, got {found}. {_HOW_TO_LOG}"
+        raise ModelUnfit(message)
+    named = {**_from_metadata(mlmodel), **columns}
+    inputs = _tensor_inputs(signature.inputs, named, policies) if signature.inputs.is_tensor_spec() else None
+    if inputs is None:
+        inputs = _column_inputs(signature.inputs, policies, stack=stack)
+    _known("input_columns", set(columns), {value.name for value in inputs})
+    _known("policies", set(policies) - {_EVERY}, {column.name for value in inputs for column in value.columns})
+    return Contract(inputs=inputs, outputs=_outputs(signature.outputs))
+
+
+def _absent(signature: Any) -> str:
+    return "inputs" if signature.inputs is None else "outputs"
+
+
+def _known(option: str, given: set[str], known: set[str]) -> None:
+    if strange := sorted(given - known):
+        message = f"Each key of {option} must be one of {sorted(known)}, got {strange}. Correct the options."
+        raise ModelUnfit(message)
+
+
+def _from_metadata(mlmodel: MLmodel) -> dict[str, tuple[str, ...]]:
+    stated = (mlmodel.metadata or {}).get("overnight", {}).get("columns", {})
+    return {name: tuple(names) for name, names in stated.items()}
+
+
+def _policy(policies: Policies, column: str) -> ColumnPolicy:
+    return policies.get(column, policies.get(_EVERY, ColumnPolicy()))
+
+
+def _tensor_inputs(schema: Schema, named: Names, policies: Policies) -> tuple[Input, ...]:
+    specs = [spec for spec in schema.inputs if isinstance(spec, TensorSpec)]
+    if len(specs) == 1 and specs[0].name is None and len(named) == 1:
+        (only,) = named
+        return (_tensor_input(specs[0], only, named, policies),)
+    return tuple(_tensor_input(spec, spec.name or f"input_{at}", named, policies) for at, spec in enumerate(specs))
+
+
+def _tensor_input(spec: TensorSpec, name: str, named: Names, policies: Policies) -> Input:
+    shape = tuple(int(size) for size in spec.shape[1:])
+    if not spec.shape or spec.shape[0] != -1 or -1 in shape:
+        message = (
+            f"Input {name!r} must have a free first dimension and fixed others, got shape {tuple(spec.shape)}. "
+            "Log the model with a TensorSpec such as (-1, 32) and an input example of more than one row."
+        )
+        raise ModelUnfit(message)
+    dtype = "str" if spec.type.kind in "OUS" else spec.type.name
+    sources = named.get(name, (name,))
+    if len(shape) == 1 and (len(sources) > 1 or (name in named and shape == (1,))):
+        if len(sources) != shape[0]:
+            message = (
+                f"Input {name!r} must be fed by {shape[0]} columns, got {len(sources)}: {list(sources)}. "
+                "Correct input_columns in the options, or the model's metadata."
+            )
+            raise ModelUnfit(message)
+        each = tuple(Column(name=source, dtype=dtype, policy=_policy(policies, source)) for source in sources)
+        return Input(name=name, dtype=dtype, shape=shape, columns=each)
+    if len(sources) != 1:
+        message = (
+            f"Input {name!r} of shape {shape} must be fed by one column, got {list(sources)}. Correct input_columns."
+        )
+        raise ModelUnfit(message)
+    column = Column(name=sources[0], dtype=dtype, shape=shape, policy=_policy(policies, sources[0]))
+    return Input(name=name, dtype=dtype, shape=shape, columns=(column,))
+
+
+def _column_inputs(schema: Schema, policies: Policies, *, stack: bool) -> tuple[Input, ...]:
+    specs = [spec for spec in schema.inputs if isinstance(spec, ColSpec)]
+    if any(spec.name is None for spec in specs):
+        message = "Each column of the signature must have a name, got one without. Log the model with a DataFrame."
+        raise ModelUnfit(message)
+    columns = [_column(spec, policies) for spec in specs]
+    if not stack:
+        return tuple(_alone(column) for column in columns)
+    if unfit := [column.name for column in columns if column.dtype in OPAQUE_DTYPES or column.shape]:
+        message = f"A pytorch model takes columns of numbers, got {unfit}. Log it with a signature of tensors."
+        raise ModelUnfit(message)
+    floats = tuple(column.model_copy(update={"dtype": "float32"}) for column in columns)
+    return (Input(name="input", dtype="float32", shape=(len(floats),), columns=floats),)
+
+
+def _alone(column: Column) -> Input:
+    return Input(name=column.name, dtype=column.dtype, shape=column.shape, columns=(column,))
+
+
+def _column(spec: ColSpec, policies: Policies) -> Column:
+    name = str(spec.name)
+    if not isinstance(spec.type, DataType):
+        message = (
+            f"Column {name!r} must be a scalar of {sorted(_SCALARS.values())}, got {spec.type}. "
+            "Log the model with a TensorSpec for columns of lists."
+        )
+        raise ModelUnfit(message)
+    policy = _policy(policies, name)
+    if not spec.required and policy.null == "reject":
+        policy = policy.model_copy(update={"null": "keep"})
+    return Column(name=name, dtype=_SCALARS[spec.type], required=spec.required, policy=policy)
+
+
+def _outputs(schema: Schema) -> tuple[Output, ...]:
+    specs = list(schema.inputs)
+    outputs = tuple(_output(spec, at, len(specs)) for at, spec in enumerate(specs))
+    if len({output.name for output in outputs}) < len(outputs):
+        message = f"The outputs of the signature must have different names, got {[o.name for o in outputs]}."
+        raise ModelUnfit(message)
+    return outputs
+
+
+def _output(spec: ColSpec | TensorSpec, at: int, total: int) -> Output:
+    name = spec.name if isinstance(spec.name, str) else "prediction" if total == 1 else f"prediction_{at}"
+    if isinstance(spec, ColSpec):
+        if not isinstance(spec.type, DataType) or _SCALARS[spec.type] in ("binary", "datetime64[ns]"):
+            message = f"Output {name!r} must be numbers or text, got {spec.type}. Log the model with another signature."
+            raise ModelUnfit(message)
+        return Output(name=name, dtype=_SCALARS[spec.type])
+    shape = tuple(int(size) for size in spec.shape[1:])
+    if -1 in shape:
+        message = f"Output {name!r} must have a fixed width, got shape {tuple(spec.shape)}. State it in the signature."
+        raise ModelUnfit(message)
+    dtype = "str" if spec.type.kind in "OUS" else spec.type.name
+    return Output(name=name, dtype=dtype, shape=() if shape == (1,) else shape)

@@ -1,0 +1,1 @@
+"""Batch: options, dataset, staging, plan, batches, score, parts, publish, report, in that order."""

@@ -1,0 +1,179 @@
+"""Rows of a chunk, read in blocks: a block is a whole number of batches, and memory is bounded by it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Snapshot, SourceFile, corrupt_as_named, hive_values
+from tasks.batch.plan import Chunk, Piece, Plan
+from tasks.storage import LocalStorage, Storage, open_storage
+
+BLOCK_BYTES = 2 << 20
+
+T = TypeVar("T")
+
+
+def block_rows(batch_size: int, row_bytes: float) -> int:
+    """Return the rows of a block: batches that together stay near 2 MiB, which a core's cache holds."""
+    return batch_size * max(1, int(BLOCK_BYTES / max(row_bytes, 1) / batch_size))
+
+
+class Reader:
+    """Reads chunks of a dataset, one at a time, for one thread.
+
+    A chunk that goes on where the last one stopped, inside a row group, goes on reading there: a
+    large row group cut into many chunks is decoded once.
+    """
+
+    def __init__(self, snapshot: Snapshot, columns: Sequence[str], partitions: Mapping[str, str], rows: int) -> None:
+        self._storage: Storage = open_storage(snapshot.root)
+        self._snapshot = snapshot
+        self._columns = columns
+        self._partitions = {name: kind for name, kind in partitions.items() if name in columns}
+        self._rows = rows
+        self._open: tuple[int, pq.ParquetFile] | None = None
+        self._cursor: _Cursor | None = None
+
+    def blocks(self, chunk: Chunk) -> Generator[pa.Table]:
+        """Yield the rows of a chunk in order, as tables of `rows` rows, the last one shorter.
+
+        Each has the columns asked for, and source_file and source_row. Raises SourceChanged and
+        SourceCorrupt by file name.
+        """
+        held: list[pa.Table] = []
+        count = 0
+        for table in self._tables(chunk):
+            held.append(table)
+            count += table.num_rows
+            while count >= self._rows:
+                whole = pa.concat_tables(held)
+                yield whole.slice(0, self._rows)
+                held, count = [whole.slice(self._rows)], count - self._rows
+        if count:
+            yield pa.concat_tables(held)
+
+    def _tables(self, chunk: Chunk) -> Generator[pa.Table]:
+        for piece in chunk.pieces:
+            yield from self.read(piece)
+
+    def read(self, piece: Piece) -> Generator[pa.Table]:
+        """Yield the rows of one piece as they are decoded, at most a block at a time."""
+        file = self._snapshot.files[piece.file]
+        at = sum(file.row_groups[: piece.row_group]) + piece.row_start
+        with corrupt_as_named(self._storage.address(file.path)):
+            for batch in self._read(piece, file):
+                yield self._with_places(pa.Table.from_batches([batch]), file, at)
+                at += batch.num_rows
+        self._storage.hold(file.entry)
+
+    def _read(self, piece: Piece, file: SourceFile) -> Generator[pa.RecordBatch]:
+        cursor = self._cursor
+        if cursor is None or not cursor.stands_at(piece):
+            cursor = self._cursor = _Cursor(self._parquet(piece.file, file), piece, self._physical(), self._rows)
+        yield from cursor.take(piece.rows)
+
+    def _parquet(self, at: int, file: SourceFile) -> pq.ParquetFile:
+        if self._open is None or self._open[0] != at:
+            local = isinstance(self._storage, LocalStorage)
+            stream = self._storage.open_pinned(file.entry)
+            # Without pre-buffering a remote column is read page by page; with it a local one is copied twice.
+            self._open = (at, pq.ParquetFile(stream, pre_buffer=not local, page_checksum_verification=True))
+        return self._open[1]
+
+    def _physical(self) -> list[str]:
+        return [name for name in self._columns if name not in self._partitions]
+
+    def _with_places(self, table: pa.Table, file: SourceFile, at: int) -> pa.Table:
+        rows = table.num_rows
+        origin = file.origin or file.path
+        for name, value in hive_values(origin).items():
+            if kind := self._partitions.get(name):
+                table = table.append_column(name, pa.repeat(pa.scalar(value).cast(kind), rows))
+        first = file.origin_row + at
+        table = table.append_column(SOURCE_FILE, pa.repeat(pa.scalar(origin), rows))
+        return table.append_column(SOURCE_ROW, pa.array(np.arange(first, first + rows)))
+
+
+class _Cursor:
+    """A place inside one row group that only moves forward."""
+
+    def __init__(self, parquet: pq.ParquetFile, piece: Piece, columns: list[str], rows: int) -> None:
+        self._group = (piece.file, piece.row_group)
+        self._batches: Iterator[pa.RecordBatch] = parquet.iter_batches(
+            batch_size=rows, row_groups=[piece.row_group], columns=columns, use_threads=False
+        )
+        self._left: pa.RecordBatch | None = None
+        self._at = 0
+        for _ in self.take(piece.row_start):
+            pass
+
+    def stands_at(self, piece: Piece) -> bool:
+        return self._group == (piece.file, piece.row_group) and self._at == piece.row_start
+
+    def take(self, rows: int) -> Generator[pa.RecordBatch]:
+        """Yield the next `rows` rows; raises ValueError where the row group ends before."""
+        while rows:
+            batch = self._left if self._left is not None else next(self._batches, None)
+            self._left = None
+            if batch is None:
+                message = f"row group {self._group[1]} must hold {rows} more rows"
+                raise ValueError(message)
+            if batch.num_rows > rows:
+                self._left = batch.slice(rows)
+                batch = batch.slice(0, rows)
+            self._at += batch.num_rows
+            rows -= batch.num_rows
+            if batch.num_rows:
+                yield batch
+
+
+def open_reader(plan: Plan) -> Reader:
+    """Return a reader over the dataset of a plan, for one thread."""
+    rows = block_rows(plan.batch_size, plan.row_bytes)
+    return Reader(plan.snapshot, plan.columns, plan.partitions, rows)
+
+
+_END = object()
+
+
+def ahead(items: Iterable[T], depth: int) -> Generator[T]:
+    """Yield items that a thread of its own makes up to `depth` ahead; its errors come through here."""
+    ready: queue.Queue[object] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def fill() -> None:
+        try:
+            for item in items:
+                if not _offer(ready, item, stop):
+                    return
+            _offer(ready, _END, stop)
+        except BaseException as error:  # noqa: BLE001 - carried over to the thread that consumes
+            _offer(ready, error, stop)
+
+    thread = threading.Thread(target=fill, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not _END:
+            if isinstance(item, BaseException):
+                raise item
+            yield item  # type: ignore[misc]  # the queue holds what `items` gave
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _offer(ready: queue.Queue[object], item: object, stop: threading.Event) -> bool:
+    while not stop.is_set():
+        try:
+            ready.put(item, timeout=0.1)
+        except queue.Full:
+            continue
+        return True
+    return False

@@ -1,0 +1,59 @@
+"""What a person may say about a batch run; what changes its output is part of the run key."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from serving.contract import ColumnPolicy, Frozen
+
+# These decide how a run is carried out, never what it puts out: a later call may change them and still resume.
+_NOT_IN_KEY = {"name", "slots", "memory_mb", "max_reject_fraction", "allow_pickle", "experiment"}
+
+
+class BatchOptions(Frozen):
+    """Everything about a batch run that has a default."""
+
+    key_columns: tuple[str, ...] = Field(
+        default=(),
+        description="Columns of the dataset that name a row in the output. Without any: source_file and source_row.",
+    )
+    input_columns: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict,
+        description="Which columns feed a tensor input of the model, by input name, where the model does not say it.",
+    )
+    policies: dict[str, ColumnPolicy] = Field(
+        default_factory=dict,
+        description="How columns are cast and what becomes of nulls, by column name; '*' stands for every other.",
+    )
+    output: Literal["parquet", "delta"] = Field(
+        default="parquet", description="parquet: parts and a manifest. delta: the same parts added to a Delta table."
+    )
+    delta_mode: Literal["append", "replace"] = Field(
+        default="append", description="Whether the run's rows are added to the Delta table, or replace what it holds."
+    )
+    name: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$",
+        description="An explicit name for the run's folder instead of its key.",
+    )
+    batch_size: int | None = Field(default=None, ge=1, le=1 << 24, description="Rows of one forward pass.")
+    rows_per_chunk: int | None = Field(default=None, ge=1, le=1 << 32, description="Rows that one checkpoint covers.")
+    slots: int | None = Field(default=None, ge=1, le=1024, description="Streams of forward passes side by side.")
+    memory_mb: int | None = Field(
+        default=None, ge=1, description="Memory that the run may take, in MiB. Without: what this machine has free."
+    )
+    max_reject_fraction: float = Field(
+        default=0.1, ge=0, le=1, description="The run stops, unpublished, when more of its rows than this are rejects."
+    )
+    allow_pickle: bool = Field(
+        default=False, description="Load a pickled model. Unpickling runs any code in it: only for models you trust."
+    )
+    experiment: str | None = Field(
+        default="overnight", description="The MLflow experiment that gets the run's lineage; null for none."
+    )
+
+    def in_key(self) -> dict[str, object]:
+        """Return what the run key is made of: the options that change the output."""
+        return self.model_dump(mode="json", exclude=_NOT_IN_KEY)

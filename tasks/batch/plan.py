@@ -1,0 +1,279 @@
+"""The plan: the dataset cut into chunks and shards, written once and never recomputed."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import pyarrow as pa
+
+from serving.contract import Contract, Frozen
+from serving.errors import OvernightError, PlanTooLarge, RunNameTaken
+from serving.registry import ModelPin
+from tasks.batch.dataset import Dataset, Snapshot, SourceFile
+from tasks.batch.options import BatchOptions
+from tasks.storage import Storage
+
+ROOT = "_overnight"
+
+CHUNK_SECONDS_MAX = 10.0
+CHUNK_BYTES_MAX = 64 << 20
+CHUNKS_PER_SLOT_MIN = 8
+SHARD_SECONDS = 60.0
+SHARDS_PER_SLOT_MIN = 2
+SHARDS_MAX = 1000
+
+
+class Piece(Frozen):
+    """Rows [row_start, row_stop) of one row group of one file; files are numbered as in the snapshot."""
+
+    file: int
+    row_group: int
+    row_start: int
+    row_stop: int
+
+    @property
+    def rows(self) -> int:
+        """How many rows it holds."""
+        return self.row_stop - self.row_start
+
+
+class Chunk(Frozen):
+    """What one checkpoint covers: pieces in the order of the dataset."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def rows(self) -> int:
+        """How many rows it holds."""
+        return sum(piece.rows for piece in self.pieces)
+
+
+class Plan(Frozen):
+    """Everything a run is tied to. Whoever holds it can score any of its chunks and get the same bytes."""
+
+    key: str
+    run: str
+    planned_at: datetime
+    model: ModelPin
+    contract: Contract
+    options: BatchOptions
+    source: Snapshot
+    snapshot: Snapshot
+    columns: tuple[str, ...]
+    partitions: dict[str, str]
+    batch_size: int
+    row_bytes: float
+    rows: int
+    shards: tuple[tuple[Chunk, ...], ...]
+
+    @property
+    def chunks(self) -> dict[tuple[int, int], Chunk]:
+        """Every chunk by its shard and its place in it."""
+        return {(s, c): chunk for s, shard in enumerate(self.shards) for c, chunk in enumerate(shard)}
+
+    @property
+    def folder(self) -> str:
+        """Where the run's bookkeeping lies below the destination."""
+        return f"{ROOT}/{self.run}"
+
+
+def run_key(model: ModelPin, snapshot: Snapshot, contract: Contract, options: BatchOptions) -> str:
+    """Return the digest of all that decides the output: 32 hexadecimal digits.
+
+    The same call made again over the same model and files has the same key: it is the same run.
+    """
+    made_of = {
+        "model": model.digest,
+        "snapshot": snapshot.model_dump(mode="json"),
+        "contract": contract.model_dump(mode="json"),
+        "options": options.in_key(),
+    }
+    text = json.dumps(made_of, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What shapes a plan: rows of a batch, slots, bytes of a decoded row, rows a second of one slot.
+
+    The rate is None where rows_per_chunk is given, since nothing needs to be measured then.
+    """
+
+    batch_size: int
+    slots: int
+    row_bytes: float
+    rows_per_second: float | None
+
+
+def make_plan(
+    *,
+    key: str,
+    model: ModelPin,
+    contract: Contract,
+    options: BatchOptions,
+    source: Snapshot,
+    dataset: Dataset,
+    sizes: Sizes,
+) -> Plan:
+    """Cut a dataset into chunks and shards.
+
+    Measured sizes only shape the plan: once it is written, every attempt reads it.
+    """
+    chunks = cut_chunks(
+        dataset.snapshot.files, options.rows_per_chunk or chunk_rows(dataset.rows, sizes), sizes.batch_size
+    )
+    return Plan(
+        key=key,
+        run=options.name or key,
+        planned_at=datetime.now(UTC),
+        model=model,
+        contract=contract,
+        options=options,
+        source=source,
+        snapshot=dataset.snapshot,
+        columns=tuple(used_columns(contract, options, dataset.schema)),
+        partitions={name: str(dataset.schema.field(name).type) for name in dataset.hive},
+        batch_size=sizes.batch_size,
+        row_bytes=sizes.row_bytes,
+        rows=dataset.rows,
+        shards=cut_shards(chunks, dataset.rows, sizes),
+    )
+
+
+def chunk_rows(rows: int, sizes: Sizes) -> int:
+    """Return the rows of a chunk: min(10 s of work, 64 MiB decoded, 1/8 of a slot's rows).
+
+    Rounded down to a batch times a power of two, so that only the last batch of a piece is short.
+    """
+    most = min(
+        CHUNK_SECONDS_MAX * sizes.rows_per_second if sizes.rows_per_second else math.inf,
+        CHUNK_BYTES_MAX / max(sizes.row_bytes, 1),
+        rows / (sizes.slots * CHUNKS_PER_SLOT_MIN),
+    )
+    batches = max(most, sizes.batch_size) / sizes.batch_size
+    return int(sizes.batch_size * 2 ** math.floor(math.log2(batches)))
+
+
+def cut_chunks(files: Sequence[SourceFile], rows_per_chunk: int, batch_size: int) -> list[Chunk]:
+    """Cut files into chunks of whole row groups, or of even slices of one that is larger than a chunk.
+
+    Every row of every file is in exactly one chunk, in the order of the dataset.
+    """
+    chunks: list[Chunk] = []
+    held: list[Piece] = []
+    held_rows = 0
+    for at, file in enumerate(files):
+        for group, rows in enumerate(file.row_groups):
+            if held and held_rows + rows > rows_per_chunk:
+                chunks.append(Chunk(pieces=tuple(held)))
+                held, held_rows = [], 0
+            if rows > rows_per_chunk:
+                chunks += [Chunk(pieces=(piece,)) for piece in _slices(at, group, rows, rows_per_chunk, batch_size)]
+            elif rows:
+                held.append(Piece(file=at, row_group=group, row_start=0, row_stop=rows))
+                held_rows += rows
+    if held:
+        chunks.append(Chunk(pieces=tuple(held)))
+    return chunks
+
+
+def _slices(file: int, group: int, rows: int, rows_per_chunk: int, batch_size: int) -> list[Piece]:
+    even = math.ceil(rows / math.ceil(rows / rows_per_chunk))
+    step = min(rows_per_chunk, math.ceil(even / batch_size) * batch_size)
+    return [
+        Piece(file=file, row_group=group, row_start=start, row_stop=min(start + step, rows))
+        for start in range(0, rows, step)
+    ]
+
+
+def cut_shards(chunks: Sequence[Chunk], rows: int, sizes: Sizes) -> tuple[tuple[Chunk, ...], ...]:
+    """Cut chunks into runs of about 60 s of work: at least two a slot, at most 1,000 a run."""
+    seconds = rows / sizes.rows_per_second if sizes.rows_per_second else len(chunks) * CHUNK_SECONDS_MAX / 2
+    least = SHARDS_PER_SLOT_MIN * sizes.slots if sizes.slots > 1 else 1
+    count = min(max(least, math.ceil(seconds / SHARD_SECONDS)), len(chunks), SHARDS_MAX)
+    edges = [len(chunks) * at // count for at in range(count + 1)]
+    return tuple(tuple(chunks[start:stop]) for start, stop in itertools.pairwise(edges))
+
+
+def memory_bytes(plan: Plan, slots: int, block_rows: int) -> int:
+    """Return what the run's data takes at its peak, over what the process takes idle.
+
+    Each slot holds four blocks of input (read, encoded, waiting, being scored), and the outputs of
+    two chunks (being scored, being written) three times over (arrays, Arrow, Parquet bytes).
+    """
+    largest = max(chunk.rows for chunk in plan.chunks.values())
+    block = 4 * min(block_rows, largest) * (plan.row_bytes + plan.contract.row_bytes())
+    out = 6 * largest * (sum(o.width * 8 for o in plan.contract.outputs) + 32 * max(1, len(plan.options.key_columns)))
+    return int(slots * (block + out))
+
+
+def must_fit(needed: int, allowed: int, plan: Plan, slots: int) -> None:
+    """Refuse a plan that needs more bytes than are allowed; raises PlanTooLarge."""
+    if needed > allowed:
+        largest = max(chunk.rows for chunk in plan.chunks.values())
+        message = (
+            f"The run must fit in {allowed >> 20} MiB, but {slots} slots over chunks of {largest:,} rows need "
+            f"{needed >> 20} MiB. Lower rows_per_chunk or slots, or raise memory_mb."
+        )
+        raise PlanTooLarge(message)
+
+
+def save_plan(storage: Storage, plan: Plan) -> Plan:
+    """Write the plan, or return the one that was written first.
+
+    Raises RunNameTaken where the explicit name holds a run of another plan.
+    """
+    storage.put_new(f"{plan.folder}/plan.json", plan.model_dump_json().encode())
+    standing = load_plan(storage, plan.run)
+    if standing is None:
+        message = f"The plan of run {plan.run} must be readable once written, but is gone from {storage.url}."
+        raise OvernightError(message)
+    return held_to_key(standing, plan.key)
+
+
+def load_plan(storage: Storage, run: str) -> Plan | None:
+    """Read the plan of a run, None where there is none."""
+    data = storage.read(f"{ROOT}/{run}/plan.json")
+    return None if data is None else Plan.model_validate_json(data)
+
+
+def held_to_key(plan: Plan, key: str) -> Plan:
+    """Return the plan if it has this key; raises RunNameTaken otherwise."""
+    if plan.key != key:
+        message = (
+            f"The run name {plan.run!r} already holds a run of another plan (key {plan.key}, model {plan.model.uri}, "
+            f"planned {plan.planned_at:%Y-%m-%d %H:%M} UTC); this call's key is {key}. Choose another name, or none."
+        )
+        raise RunNameTaken(message)
+    return plan
+
+
+class Start(Frozen):
+    """What ties the attempts of one flow run to one run."""
+
+    run: str
+
+
+def save_start(storage: Storage, flow_run_id: str, run: str) -> str:
+    """Tie a flow run to a run, create-only; return the run that it is tied to."""
+    path = f"{ROOT}/starts/{flow_run_id}.json"
+    storage.put_new(path, Start(run=run).model_dump_json().encode())
+    return load_start(storage, flow_run_id) or run
+
+
+def load_start(storage: Storage, flow_run_id: str) -> str | None:
+    """Return the run that an earlier attempt of this flow run was tied to, None for a first attempt."""
+    data = storage.read(f"{ROOT}/starts/{flow_run_id}.json")
+    return None if data is None else Start.model_validate_json(data).run
+
+
+def used_columns(contract: Contract, options: BatchOptions, schema: pa.Schema) -> list[str]:
+    """Return the columns to read, in the file's order of use: the model's, then the keys, each once."""
+    wanted = [column.name for column in contract.columns] + list(options.key_columns)
+    return [name for name in dict.fromkeys(wanted) if name in schema.names]

@@ -1,0 +1,134 @@
+"""The manifest: the commit of a run, written last, create-only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from datetime import datetime
+
+from serving.contract import Frozen
+from serving.errors import PublishRefused
+from serving.registry import ModelPin
+from tasks.batch.dataset import in_parallel
+from tasks.batch.delta import commit_delta
+from tasks.batch.parts import ChunkId, PartFooter, Reasons, list_parts, read_footer
+from tasks.batch.plan import ROOT, Plan
+from tasks.storage import Storage
+
+
+class ManifestPart(Frozen):
+    """One part of a published run."""
+
+    path: str
+    rows: int
+    bytes: int
+
+
+class RejectCount(Frozen):
+    """How many rows were rejected for one column and reason."""
+
+    column: str
+    reason: str
+    rows: int
+
+
+class Manifest(Frozen):
+    """What a published run consists of."""
+
+    key: str
+    run: str
+    planned_at: datetime
+    model: ModelPin
+    source: str
+    output: str
+    rows: int
+    rejects: tuple[RejectCount, ...]
+    parts: tuple[ManifestPart, ...]
+
+    @property
+    def rows_rejected(self) -> int:
+        """How many rows have no prediction."""
+        return sum(count.rows for count in self.rejects)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Audit:
+    """What the parts of a run came to: the footers that hold, and chunks that must be scored again."""
+
+    footers: tuple[PartFooter, ...]
+    missing: tuple[ChunkId, ...]
+    set_aside: tuple[str, ...]
+    rows_set_aside: int
+
+
+def audit_parts(storage: Storage, plan: Plan) -> Audit:
+    """Read the footer of every part; one that can't be read, or lacks rows, is set aside."""
+    chunks = plan.chunks
+    parts = list_parts(storage, plan.run)
+    ids = [chunk for chunk in chunks if chunk in parts]
+    footers = in_parallel(lambda chunk: read_footer(storage, plan, chunks[chunk], parts[chunk]), ids) if ids else []
+    torn = [chunk for chunk, footer in zip(ids, footers, strict=True) if footer is None]
+    aside = tuple(storage.set_aside(parts[chunk].path) for chunk in torn)
+    return Audit(
+        footers=tuple(footer for footer in footers if footer is not None),
+        missing=tuple(chunk for chunk in chunks if chunk not in parts) + tuple(torn),
+        set_aside=aside,
+        rows_set_aside=sum(chunks[chunk].rows for chunk in torn),
+    )
+
+
+def publish(storage: Storage, plan: Plan, audit: Audit) -> Manifest:
+    """Commit a run: one Delta commit where asked for, then the manifest, create-only.
+
+    Raises PublishRefused where the parts do not add up to the rows of the dataset; nothing is
+    published then. Called again, or by two workers at once, it publishes once.
+    """
+    _must_add_up(plan, audit)
+    manifest = Manifest(
+        key=plan.key,
+        run=plan.run,
+        planned_at=plan.planned_at,
+        model=plan.model,
+        source=plan.source.root,
+        output=plan.options.output,
+        rows=plan.rows,
+        rejects=count_rejects(audit),
+        parts=tuple(ManifestPart(path=f.path, rows=f.rows, bytes=f.bytes) for f in audit.footers),
+    )
+    if plan.options.output == "delta":
+        commit_delta(storage, plan, audit.footers)
+    storage.put_new(_path(plan.run), manifest.model_dump_json().encode())
+    storage.sweep(f"run={plan.run}")
+    storage.delete([entry.path for entry in storage.entries(f"{plan.folder}/staged")])
+    storage.sweep(f"{plan.folder}/staged")
+    return find_manifest(storage, plan.run) or manifest
+
+
+def count_rejects(audit: Audit) -> tuple[RejectCount, ...]:
+    """Return the rejects of a run by column and reason."""
+    rejects: Reasons = sum((footer.rejects for footer in audit.footers), Counter())
+    return tuple(
+        RejectCount(column=column, reason=reason, rows=rows) for (column, reason), rows in sorted(rejects.items())
+    )
+
+
+def _must_add_up(plan: Plan, audit: Audit) -> None:
+    dataset = sum(sum(file.row_groups) for file in plan.snapshot.files)
+    rows = sum(footer.rows for footer in audit.footers)
+    if audit.missing or not dataset == plan.rows == rows:
+        message = (
+            f"The parts must hold the {dataset:,} rows of the dataset, got {rows:,} in {len(audit.footers)} parts, "
+            f"{len(audit.missing)} parts missing. Nothing was published; call again to score what is missing, and if "
+            f"this stays, delete {plan.folder} below the destination and start anew."
+        )
+        raise PublishRefused(message)
+
+
+def _path(run: str) -> str:
+    return f"{ROOT}/{run}/manifest.json"
+
+
+def find_manifest(storage: Storage, run: str) -> Manifest | None:
+    """Return the manifest of a run, None where it is not complete."""
+    data = storage.read(_path(run))
+    return None if data is None else Manifest.model_validate_json(data)

@@ -1,0 +1,160 @@
+"""The report: what a call came to, in numbers, a plot, and a page that a person opens."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from serving.contract import Frozen
+from tasks.batch.plan import Plan
+from tasks.batch.publish import Manifest, RejectCount
+from tasks.storage import Storage
+
+REPORT = "report.html"
+_INK, _BAR = "#1f2933", "#2f6f9f"
+
+
+class BatchReport(Frozen):
+    """What one call of batch_inference came to."""
+
+    status: Literal["scored", "already complete"] = Field(description="Whether this call scored anything.")
+    run: str = Field(description="The run's key, or its explicit name.")
+    model: str = Field(description="The pinned model version.")
+    model_digest: str = Field(description="SHA-256 over the model's files.")
+    source: str
+    destination: str
+    output: str
+    rows: int = Field(description="Rows of the dataset, all of them in the output.")
+    rejects: tuple[RejectCount, ...] = Field(description="Rows without a prediction, by column and reason.")
+    rows_scored: int = Field(description="Rows that this call scored.")
+    rows_recomputed: int = Field(description="Rows scored again, since another worker was first or a part was torn.")
+    parts: int
+    slots: int
+    batch_size: int
+    memory_mb: int = Field(description="What the run's data was stated to take at its peak, in MiB.")
+    seconds: dict[str, float] = Field(description="Wall-clock seconds by stage.")
+    slot_seconds: dict[str, float] = Field(description="Seconds of scoring by stage, summed over slots.")
+    report: str = Field(description="Where the page with the plot is.")
+
+    @property
+    def rows_rejected(self) -> int:
+        """How many rows have no prediction."""
+        return sum(count.rows for count in self.rejects)
+
+    @property
+    def rows_per_second(self) -> float:
+        """Rows that this call scored, by the wall-clock seconds of scoring."""
+        return self.rows_scored / max(self.seconds.get("score", 0.0), 1e-9) if self.rows_scored else 0.0
+
+    @property
+    def read_with(self) -> str:
+        """The line of Python that opens the predictions."""
+        return f"tasks.batch.predictions.open_predictions({self.destination!r}, {self.run!r}).collect()"
+
+    def table(self) -> list[dict[str, str]]:
+        """Return the report as rows of two columns, in reading order."""
+        rows = {
+            "status": self.status,
+            "model": self.model,
+            "rows": f"{self.rows:,}",
+            "rejects": f"{self.rows_rejected:,}",
+            **{f"  {count.column or 'model'}: {count.reason}": f"{count.rows:,}" for count in self.rejects},
+            "rows scored by this call": f"{self.rows_scored:,}",
+            "rows scored twice": f"{self.rows_recomputed:,}",
+            "rows a second": f"{self.rows_per_second:,.0f}" if self.rows_scored else "-",
+            "slots x batch size": f"{self.slots} x {self.batch_size:,}",
+            "memory stated": f"{self.memory_mb:,} MiB",
+            **{f"seconds: {stage}": f"{seconds:.2f}" for stage, seconds in self.seconds.items()},
+            **{f"slot seconds: {stage}": f"{seconds:.2f}" for stage, seconds in self.slot_seconds.items()},
+            "predictions": f"{self.destination} ({self.parts} parts)",
+        }
+        return [{"": name, "value": value} for name, value in rows.items()]
+
+    def markdown(self) -> str:
+        """Return the report as Markdown."""
+        rows = "\n".join(f"| {row['']} | {row['value']} |" for row in self.table())
+        return f"# Run {self.run}\n\n| | |\n| --- | --- |\n{rows}\n\nRead it with\n\n```python\n{self.read_with}\n```\n"
+
+
+def report_complete(manifest: Manifest, plan: Plan, storage: Storage, seconds: dict[str, float]) -> BatchReport:
+    """Return the report of a call that found its run complete."""
+    return BatchReport(
+        status="already complete",
+        run=manifest.run,
+        model=manifest.model.uri,
+        model_digest=manifest.model.digest,
+        source=manifest.source,
+        destination=storage.url,
+        output=manifest.output,
+        rows=manifest.rows,
+        rejects=manifest.rejects,
+        rows_scored=0,
+        rows_recomputed=0,
+        parts=len(manifest.parts),
+        slots=0,
+        batch_size=plan.batch_size,
+        memory_mb=0,
+        seconds=seconds,
+        slot_seconds={},
+        report=storage.address(f"{plan.folder}/{REPORT}"),
+    )
+
+
+Sample = tuple[float, int]
+
+
+def plot(report: BatchReport, samples: Sequence[Sample]) -> bytes:
+    """Draw rows done over time, and where the slots' seconds went; return a PNG.
+
+    `samples` are pairs of seconds since scoring began and rows that had their part by then.
+    """
+    from matplotlib.figure import Figure  # noqa: PLC0415 - half a second that a finished run does not need
+
+    figure = Figure(figsize=(9, 3.4), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    left.plot([at for at, _ in samples], [rows for _, rows in samples], color=_BAR, drawstyle="steps-post")
+    left.axhline(report.rows, color=_INK, linewidth=0.8, linestyle=":")
+    left.set(xlabel="seconds", ylabel="rows with a part", ylim=(0, report.rows * 1.05))
+    left.set_title(f"{report.rows_scored:,} rows at {report.rows_per_second:,.0f} a second", loc="left", fontsize=10)
+    left.yaxis.set_major_formatter("{x:,.0f}")
+    names = list(reversed(report.slot_seconds))
+    bars = right.barh(names, [report.slot_seconds[name] for name in names], color=_BAR)
+    right.bar_label(bars, fmt="%.1f", padding=3)
+    right.margins(x=0.15)
+    right.set_xlabel("seconds, all slots together")
+    right.set_title("where they went", loc="left", fontsize=10)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png")
+    return sink.getvalue()
+
+
+def data_uri(png: bytes) -> str:
+    """Return a PNG as a data URI."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def page(report: BatchReport, png: bytes) -> bytes:
+    """Return the report as one HTML page that needs nothing else."""
+    rows = "".join(
+        f"<tr><td>{html.escape(row['']).replace('  ', '&emsp;', 1)}</td><td>{html.escape(row['value'])}</td></tr>"
+        for row in report.table()
+    )
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Run {html.escape(report.run)}</title>
+<style>body{{font:15px/1.5 system-ui,sans-serif;color:{_INK};max-width:62rem;margin:2rem auto;padding:0 1rem}}
+td{{padding:.15rem 1.5rem .15rem 0;border-bottom:1px solid #e4e7eb}}img{{max-width:100%}}
+pre{{background:#f5f7fa;padding:.8rem;overflow:auto}}</style>
+<h1>Run {html.escape(report.run)}</h1><img alt="rows done over time" src="{data_uri(png)}">
+<table>{rows}</table><p>Read the predictions with</p><pre>{html.escape(report.read_with)}</pre></html>
+""".encode()
+
+
+def save_page(storage: Storage, plan: Plan, report: BatchReport, png: bytes) -> None:
+    """Write the page beside the plan; the first one stands."""
+    storage.put_new(f"{plan.folder}/{REPORT}", page(report, png))

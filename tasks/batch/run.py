@@ -1,0 +1,171 @@
+"""A run: what a call amounts to, found without scoring anything, and planned once."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from serving.contract import Contract
+from serving.encode import encode
+from serving.errors import ModelUnfit, SourceEmpty
+from serving.forward import Forward, measure_rate
+from serving.model import Model, load_model
+from serving.registry import Resolved, open_model, resolve_model
+from tasks.batch.batches import Reader, block_rows
+from tasks.batch.dataset import Dataset, Snapshot, open_dataset, take_snapshot
+from tasks.batch.delta import check_delta
+from tasks.batch.options import BatchOptions
+from tasks.batch.parts import check_names, part_schema
+from tasks.batch.plan import Piece, Plan, Sizes, held_to_key, load_plan, make_plan, run_key, save_plan, used_columns
+from tasks.batch.publish import Manifest, find_manifest
+from tasks.batch.staging import stage
+from tasks.storage import Storage
+
+# Measured best for small networks on two cores; see tests/benchmarks.
+BATCH_SIZE = 1024
+_SAMPLE_BATCHES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A call, pinned: the model version, the files, the contract between them, and the key of all that."""
+
+    resolved: Resolved
+    snapshot: Snapshot
+    contract: Contract
+    options: BatchOptions
+    key: str
+
+    @property
+    def run(self) -> str:
+        """The name of the run's folders."""
+        return self.options.name or self.key
+
+
+def pin_call(model: str, source: str, destination: str, options: BatchOptions) -> Call:
+    """Resolve the model and list the source, once. Raises BadInput's kinds; nothing is written."""
+    resolved = resolve_model(model)
+    contract = resolved.contract(options.input_columns, options.policies)
+    snapshot = take_snapshot(source, destination)
+    key = run_key(resolved.pin, snapshot, contract, options)
+    return Call(resolved=resolved, snapshot=snapshot, contract=contract, options=options, key=key)
+
+
+def find_complete(storage: Storage, call: Call) -> Manifest | None:
+    """Return the manifest if this very call has been answered already; a few reads, nothing opened."""
+    manifest = find_manifest(storage, call.run)
+    return manifest if manifest is not None and manifest.key == call.key else None
+
+
+def plan_call(call: Call, storage: Storage) -> Plan:
+    """Return the plan of a call: the one that is written already, or a new one, written first.
+
+    Everything that can be refused is refused here, before anything is scored.
+    """
+    standing = load_plan(storage, call.run)
+    if standing is not None:
+        return held_to_key(standing, call.key)
+    dataset = _open(call, storage)
+    call.contract.check(dataset.schema, f"The dataset at {call.snapshot.root}")
+    check_names(dataset, call.contract, call.options)
+    if call.options.output == "delta":
+        check_delta(storage, part_schema(call.contract, call.options, dataset))
+    model = load_model(call.resolved, call.contract, allow_pickle=call.options.allow_pickle)
+    batch_size = call.options.batch_size or BATCH_SIZE
+    sample = _sample(call, dataset, batch_size)
+    plan = make_plan(
+        key=call.key,
+        model=call.resolved.pin,
+        contract=call.contract,
+        options=call.options,
+        source=call.snapshot,
+        dataset=dataset,
+        sizes=Sizes(
+            batch_size=batch_size,
+            slots=call.options.slots or model.slots,
+            row_bytes=sample.nbytes / sample.num_rows,
+            rows_per_second=None if call.options.rows_per_chunk else _rate(call, model, sample, batch_size),
+        ),
+    )
+    return save_plan(storage, plan)
+
+
+def _open(call: Call, storage: Storage) -> Dataset:
+    names = [column.name for column in call.contract.columns]
+    snapshot = call.snapshot
+    if snapshot.format != "parquet":
+        folder = f"_overnight/{call.run}"
+        snapshot = stage(snapshot, storage, folder, call.contract, call.options.key_columns)
+    return open_dataset(snapshot, names, call.options.key_columns)
+
+
+def _sample(call: Call, dataset: Dataset, batch_size: int) -> pa.Table:
+    """Return the first rows of the dataset, at most four batches of them."""
+    columns = used_columns(call.contract, call.options, dataset.schema)
+    partitions = {name: str(dataset.schema.field(name).type) for name in dataset.hive}
+    reader = Reader(dataset.snapshot, columns, partitions, _SAMPLE_BATCHES * batch_size)
+    for at, file in enumerate(dataset.snapshot.files):
+        for group, rows in enumerate(file.row_groups):
+            if rows:
+                stop = min(rows, _SAMPLE_BATCHES * batch_size)
+                piece = Piece(file=at, row_group=group, row_start=0, row_stop=stop)
+                return next(reader.read(piece))
+    message = f"The source must hold at least one row, got none below {dataset.snapshot.root}."
+    raise SourceEmpty(message)
+
+
+def _rate(call: Call, model: Model, sample: pa.Table, batch_size: int) -> float | None:
+    """Return the rows a second of one slot, None where none of the sample's rows can be scored."""
+    encoded = encode(call.contract, sample)
+    if (encoded.flags.code_N != 0).all():
+        return None
+    with model.slot():
+        return measure_rate(Forward(model, call.contract, batch_size), encoded, time.perf_counter)
+
+
+def open_planned(plan: Plan) -> Resolved:
+    """Open the very model version that a plan was made for; raises ModelUnfit where its files are others."""
+    pin = plan.model
+    resolved = open_model(name=pin.name, version=pin.version, source=pin.source)
+    if resolved.pin.digest != pin.digest:
+        message = (
+            f"The files of {pin.uri} must be those that run {plan.run} was planned for (digest {pin.digest[:12]}), "
+            f"got digest {resolved.pin.digest[:12]}. Put them back, or start a new run."
+        )
+        raise ModelUnfit(message)
+    return resolved
+
+
+def block_rows_of(plan: Plan) -> int:
+    """Return the rows of a block of this plan."""
+    return block_rows(plan.batch_size, plan.row_bytes)
+
+
+def free_memory(read: Callable[[Path], str] = Path.read_text) -> int | None:
+    """Return the bytes that this process may still take: what is available, within its cgroup.
+
+    None where the system does not say (macOS).
+    """
+    try:
+        lines = dict(line.split(":", 1) for line in read(Path("/proc/meminfo")).splitlines())
+    except OSError:
+        return None
+    available = int(lines["MemAvailable"].split()[0]) << 10
+    try:
+        limit, used = (read(Path("/sys/fs/cgroup") / name).strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return available
+    return available if limit == "max" else min(available, int(limit) - int(used))
+
+
+def own_memory() -> int:
+    """Return the resident bytes of this process at their peak so far."""
+    import resource  # noqa: PLC0415 - absent on Windows, where nothing else works either
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if os.uname().sysname == "Darwin" else peak << 10

@@ -1,0 +1,77 @@
+"""What storage promises, wherever the bytes lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import IO, Protocol
+
+import pyarrow as pa
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One file or object: its path below the root, its size in bytes, and what tells it from another.
+
+    The tag is the ETag on S3, and the modification time in nanoseconds on a local disk.
+    """
+
+    path: str
+    size: int
+    tag: str
+
+
+class Storage(Protocol):
+    """A root below which objects are listed, read, and created once."""
+
+    url: str
+
+    def put_new(self, path: str, data: bytes | memoryview) -> bool:
+        """Create an object durably; False where one of that name stands already, which is kept."""
+        ...
+
+    def read(self, path: str) -> bytes | None:
+        """Return the bytes of an object, None where there is none."""
+        ...
+
+    def exists(self, path: str) -> bool:
+        """Whether an object stands under that name."""
+        ...
+
+    def entries(self, prefix: str = "") -> list[Entry]:
+        """Return every object below a prefix, sorted by path."""
+        ...
+
+    def open_pinned(self, entry: Entry) -> pa.NativeFile:
+        """Open an object for reading at random; raises SourceChanged where it is another by now."""
+        ...
+
+    def hold(self, entry: Entry) -> None:
+        """Raise SourceChanged where the object is not the entry's any more."""
+        ...
+
+    def set_aside(self, path: str) -> str:
+        """Move an object to a name that no reader looks at; return that name."""
+        ...
+
+    def delete(self, paths: list[str]) -> None:
+        """Delete objects; one that is gone already is no error."""
+        ...
+
+    def sweep(self, prefix: str) -> None:
+        """Delete what torn writes left below a prefix."""
+        ...
+
+    def address(self, path: str) -> str:
+        """Return the full address of an object, as polars and Delta take it."""
+        ...
+
+
+def copy_pinned(
+    storage: Storage, entry: Entry, sink: IO[bytes], report: Callable[[int], None] = lambda _: None
+) -> None:
+    """Copy an object to a local stream in blocks of 8 MiB, held against its pin throughout."""
+    with storage.open_pinned(entry) as source:
+        while block := source.read(8 << 20):
+            sink.write(block)
+            report(len(block))

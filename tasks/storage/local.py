@@ -1,0 +1,170 @@
+"""A local folder as storage."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import uuid
+from collections.abc import Generator
+from pathlib import Path
+
+import pyarrow as pa
+
+from serving.errors import DestinationUnusable, SourceChanged, StorageDenied, StorageFault, StorageFull
+from tasks.storage.base import Entry
+
+
+class LocalStorage:
+    """A folder. Writes are fsynced, linked into place without replacing, and the folder is fsynced."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.url = str(root)
+
+    def put_new(self, path: str, data: bytes | memoryview) -> bool:
+        """Create a file durably: fsync, link without replace, fsync the folder."""
+        target = self.root / path
+        with _local_errors(target):
+            _make_folders(target.parent)
+            if target.exists():
+                return False
+            temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
+            try:
+                _write_synced(temporary, data)
+                os.link(temporary, target)
+            except FileExistsError:
+                return False
+            except FileNotFoundError:
+                # Another worker has published the run and swept this unfinished write: it came too late.
+                if target.exists():
+                    return False
+                raise
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    temporary.unlink()
+            _sync_folder(target.parent)
+        return True
+
+    def read(self, path: str) -> bytes | None:
+        """Return the bytes of a file, None where there is none."""
+        with _local_errors(self.root / path):
+            try:
+                return (self.root / path).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def exists(self, path: str) -> bool:
+        """Whether a file stands under that name."""
+        return (self.root / path).is_file()
+
+    def entries(self, prefix: str = "") -> list[Entry]:
+        """Return every file below a prefix, sorted by path; unfinished writes are left out."""
+        base = self.root / prefix if prefix else self.root
+        if base.is_file():
+            return [self._entry(base)]
+        with _local_errors(base):
+            found = [Path(folder) / name for folder, _, names in os.walk(base) for name in names]
+            return sorted(
+                (self._entry(path) for path in found if not path.name.endswith(".tmp")), key=lambda entry: entry.path
+            )
+
+    def _entry(self, path: Path) -> Entry:
+        status = path.stat()
+        return Entry(path=path.relative_to(self.root).as_posix(), size=status.st_size, tag=str(status.st_mtime_ns))
+
+    def open_pinned(self, entry: Entry) -> pa.NativeFile:
+        """Open a file whose size and modification time are the entry's.
+
+        Read by read(2), not by memory map: a file cut short while it is mapped ends the process.
+        """
+        self.hold(entry)
+        with _local_errors(self.root / entry.path):
+            return pa.OSFile(str(self.root / entry.path), "rb")
+
+    def hold(self, entry: Entry) -> None:
+        """Raise SourceChanged where the file's size or modification time is not the entry's."""
+        path = self.root / entry.path
+        with _local_errors(path):
+            try:
+                now = self._entry(path)
+            except FileNotFoundError:
+                message = f"{path} must be there for the whole run, but is gone. Put it back, or start a new run."
+                raise SourceChanged(message) from None
+        if (entry.size, entry.tag) != (now.size, now.tag):
+            message = (
+                f"{path} must be the file that the plan was made for ({entry.size} bytes, modified at {entry.tag} ns), "
+                f"got {now.size} bytes, modified at {now.tag} ns. Put the old file back and call again, "
+                "or start a new run over the new data."
+            )
+            raise SourceChanged(message)
+
+    def set_aside(self, path: str) -> str:
+        """Rename a file to a name that starts with a dot."""
+        source = self.root / path
+        aside = source.parent / f".{source.name}.{uuid.uuid4().hex[:8]}.aside"
+        with _local_errors(source):
+            source.rename(aside)
+            _sync_folder(source.parent)
+        return aside.relative_to(self.root).as_posix()
+
+    def delete(self, paths: list[str]) -> None:
+        """Delete files; one that is gone already is no error."""
+        for path in paths:
+            with _local_errors(self.root / path):
+                (self.root / path).unlink(missing_ok=True)
+
+    def sweep(self, prefix: str) -> None:
+        """Delete unfinished writes below a prefix, and the empty folders that deleting has left."""
+        with _local_errors(self.root / prefix):
+            for folder, _, names in os.walk(self.root / prefix, topdown=False):
+                for name in names:
+                    if name.endswith(".tmp"):
+                        (Path(folder) / name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    Path(folder).rmdir()
+
+    def address(self, path: str) -> str:
+        """Return the absolute path."""
+        return str(self.root / path)
+
+
+def _write_synced(path: Path, data: bytes | memoryview) -> None:
+    with path.open("xb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _make_folders(folder: Path) -> None:
+    """Create missing folders and fsync each one's parent, so that a new path survives a power cut."""
+    missing = [folder, *folder.parents]
+    for path in reversed(missing[: next((at for at, path in enumerate(missing) if path.is_dir()), len(missing))]):
+        path.mkdir(exist_ok=True)
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _local_errors(path: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"{path} needs space, but its disk is full. Free some, then call again: the run resumes."
+            raise StorageFull(message) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            message = f"{path} must be accessible, got: {error.strerror}. Allow it for this user, then call again."
+            raise StorageDenied(message) from error
+        if error.errno in (errno.ENOTDIR, errno.EISDIR):
+            message = f"{path} must be a place for files below folders, got: {error.strerror}. Choose another path."
+            raise DestinationUnusable(message) from error
+        message = f"{path} must be usable, got: {error}. Call again once it is: the run resumes."
+        raise StorageFault(message) from error

@@ -1,0 +1,206 @@
+"""An S3 prefix as storage."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import uuid
+from collections.abc import Generator
+from typing import Any
+from urllib.parse import urlsplit
+
+import obstore
+import pyarrow as pa
+from boto3 import Session
+from obstore.auth.boto3 import Boto3CredentialProvider
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
+from obstore.store import S3Store
+
+from serving.errors import BadInput, SourceChanged, StorageDenied, StorageFault
+from tasks.storage.base import Entry
+
+
+class S3Storage:
+    """An S3 prefix, written with If-None-Match and read with If-Match."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._parts = urlsplit(self.url)
+        with _s3_errors(self.url):
+            self._store = _s3_store(self.url)
+
+    def put_new(self, path: str, data: bytes | memoryview) -> bool:
+        """Create an object with If-None-Match: *; False where one stands already."""
+        with _s3_errors(self.address(path)):
+            try:
+                obstore.put(self._store, path, bytes(data), mode="create", use_multipart=False)
+            except AlreadyExistsError:
+                return False
+        return True
+
+    def read(self, path: str) -> bytes | None:
+        """Return the bytes of an object, None where there is none."""
+        with _s3_errors(self.address(path)):
+            try:
+                return bytes(obstore.get(self._store, path).bytes())
+            except FileNotFoundError:
+                return None
+
+    def exists(self, path: str) -> bool:
+        """Whether an object stands under that name."""
+        with _s3_errors(self.address(path)):
+            try:
+                obstore.head(self._store, path)
+            except FileNotFoundError:
+                return False
+        return True
+
+    def entries(self, prefix: str = "") -> list[Entry]:
+        """Return every object below a prefix, sorted by path."""
+        with _s3_errors(self.address(prefix)):
+            pages = obstore.list(self._store, prefix.rstrip("/") or None)
+            found = [_s3_entry(meta) for page in pages for meta in page]
+        return sorted(found, key=lambda entry: entry.path)
+
+    def open_pinned(self, entry: Entry) -> pa.NativeFile:
+        """Open an object; every read sends If-Match with the entry's ETag."""
+        return pa.PythonFile(_PinnedObject(self._store, entry, self.address(entry.path)), mode="r")
+
+    def hold(self, entry: Entry) -> None:
+        """Nothing to do: every read was held against the ETag as it was made."""
+
+    def set_aside(self, path: str) -> str:
+        """Copy an object to a name that starts with a dot, then delete it."""
+        folder, _, name = path.rpartition("/")
+        aside = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.aside"
+        with _s3_errors(self.address(path)):
+            obstore.copy(self._store, path, aside)
+            obstore.delete(self._store, path)
+        return aside
+
+    def delete(self, paths: list[str]) -> None:
+        """Delete objects; one that is gone already is no error."""
+        with _s3_errors(self.url):
+            for path in paths:
+                with contextlib.suppress(FileNotFoundError):
+                    obstore.delete(self._store, path)
+
+    def sweep(self, prefix: str) -> None:
+        """Nothing to do: an S3 object that was not put whole is not there."""
+
+    def address(self, path: str) -> str:
+        """Return the s3:// address."""
+        return f"{self.url}/{path}" if path else self.url
+
+
+def _s3_store(url: str) -> Any:
+    parts = urlsplit(url)
+    if not parts.netloc:
+        message = f"An S3 address must be s3://bucket/prefix, got {url!r}."
+        raise BadInput(message)
+    session = Session()
+    if session.get_credentials() is None:
+        message = (
+            f"{url} needs AWS credentials, and the boto3 chain finds none. Set AWS_ACCESS_KEY_ID, a profile or a role."
+        )
+        raise StorageDenied(message)
+    endpoint = s3_endpoint()
+    options: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
+    return S3Store(
+        parts.netloc,
+        prefix=parts.path.strip("/") or None,
+        region=session.region_name or "us-east-1",
+        credential_provider=Boto3CredentialProvider(session),
+        client_options={"allow_http": bool(endpoint and endpoint.startswith("http://"))},
+        **options,
+    )
+
+
+def s3_endpoint() -> str | None:
+    """Return the S3 endpoint that the environment names, None for AWS itself."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+
+
+def s3_options() -> dict[str, str]:
+    """Return where S3 is, as polars and Delta take it; no credentials, which they ask boto3 for."""
+    options = {"aws_region": Session().region_name or "us-east-1"}
+    if endpoint := s3_endpoint():
+        options |= {"aws_endpoint_url": endpoint, "aws_allow_http": str(endpoint.startswith("http://")).lower()}
+    return options
+
+
+def _s3_entry(meta: Any) -> Entry:
+    return Entry(path=meta["path"], size=meta["size"], tag=str(meta["e_tag"]))
+
+
+class _PinnedObject(io.RawIOBase):
+    """An S3 object as a file: every range is asked for with If-Match."""
+
+    def __init__(self, store: Any, entry: Entry, address: str) -> None:
+        super().__init__()
+        self._store, self._pinned, self._address = store, entry, address
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._pinned.size}[whence]
+        self._at = base + offset
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = self._pinned.size - self._at
+        wanted = left if size is None or size < 0 else min(size, left)
+        if wanted <= 0:
+            return b""
+        options: Any = {"if_match": self._pinned.tag, "range": (self._at, self._at + wanted)}
+        with _s3_errors(self._address):
+            data = bytes(obstore.get(self._store, self._pinned.path, options=options).bytes())
+        self._at += len(data)
+        return data
+
+
+@contextlib.contextmanager
+def _s3_errors(address: str) -> Generator[None]:
+    try:
+        yield
+    except (FileNotFoundError, AlreadyExistsError):
+        raise
+    except PreconditionError:
+        message = (
+            f"{address} must be the object that the plan was made for, but its ETag is another by now. "
+            "Put the old object back and call again, or start a new run over the new data."
+        )
+        raise SourceChanged(message) from None
+    except (PermissionDeniedError, UnauthenticatedError) as error:
+        message = (
+            f"{address} must be allowed to these credentials, got: {_first_line(error)}. Allow it, then call again."
+        )
+        raise StorageDenied(message) from None
+    except BaseError as error:
+        raise _s3_fault(address, error) from error
+
+
+def _s3_fault(address: str, error: Exception) -> StorageFault:
+    text = str(error)
+    if "AccessDenied" in text or "InvalidAccessKeyId" in text or "SignatureDoesNotMatch" in text:
+        return StorageDenied(f"{address} must be allowed to these credentials, got: {_first_line(error)}")
+    return StorageFault(f"{address} must answer, got: {_first_line(error)}. Call again once it does: the run resumes.")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

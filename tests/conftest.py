@@ -1,0 +1,47 @@
+"""What every test stands on: no telemetry, a registry of its own, real servers started once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+# MLflow decides on telemetry, and Prefect on its home and server, when they are first imported.
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["DO_NOT_TRACK"] = "true"
+os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+
+if TYPE_CHECKING:
+    from infra.local.s3 import S3Server
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Generator[Path]:
+    """An MLflow registry on sqlite with local artifacts, for the whole session."""
+    import mlflow
+
+    folder = tmp_path_factory.mktemp("registry")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        mlflow.set_tracking_uri(uri)
+        client = mlflow.MlflowClient()
+        experiment = client.create_experiment("tests", artifact_location=str(folder / "artifacts"))
+        client.create_experiment("overnight", artifact_location=str(folder / "artifacts"))
+        mlflow.set_experiment(experiment_id=experiment)
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Generator[S3Server]:
+    """The real S3 server, with a bucket named lake, and the environment that points at it."""
+    from infra.local.s3 import s3_server
+
+    with s3_server(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        server.create_bucket("lake")
+        yield server
