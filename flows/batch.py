@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
@@ -31,7 +31,6 @@ from tasks.storage import Storage, open_storage
 
 _DEFAULTS = BatchOptions()
 _PASSES_MAX = 3
-_LOOK_SECONDS = 0.5
 
 # Shard tasks carry the attempt's name only: the scorer holds the model, which can't travel.
 _scorers: dict[str, Scorer] = {}
@@ -63,7 +62,7 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
         loaded = load_model(resolved or open_planned(plan), plan.contract, allow_pickle=options.allow_pickle)
     slots = options.slots or loaded.slots
     memory = _must_fit(plan, slots, options, logger)
-    watch = Watch(plan.rows, _rows_done(plan, storage), logger)
+    watch = Watch(plan.rows, lambda: _rows_done(plan, storage), logger)
     with _timed(seconds, "score"):
         scored, audit = _score(plan, storage, loaded, slots, options, watch)
     draft = _draft(plan, storage, scored, audit, slots=slots, memory=memory, seconds=seconds)
@@ -73,7 +72,7 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
     with _timed(seconds, "publish"):
         publish(storage, plan, audit)
     report = draft.model_copy(update={"seconds": seconds})
-    watch.finish()
+    watch.show()
     publish_artifacts(report, png, logger)
     logger.info("Run %s is complete: %s rows, %s rejects.", plan.run, f"{report.rows:,}", f"{report.rows_rejected:,}")
     return report
@@ -129,8 +128,8 @@ def _score(
     scorer = Scorer(plan=plan, destination=storage, model=model, max_reject_fraction=options.max_reject_fraction)
     scored = Scored()
     for _ in range(_PASSES_MAX):
-        with watch.shown(), _caller_threads_kept():
-            _score_pass(scorer, slots, scored, lambda: watch.update(_rows_done(plan, storage)))
+        with watch.watching(), _caller_threads_kept():
+            _score_pass(scorer, slots, scored)
         if scored.faults:
             raise _faults(scored)
         audit = audit_parts(storage, plan)
@@ -141,7 +140,7 @@ def _score(
     return scored, audit
 
 
-def _score_pass(scorer: Scorer, slots: int, scored: Scored, look: Callable[[], None]) -> None:
+def _score_pass(scorer: Scorer, slots: int, scored: Scored) -> None:
     attempt = str(uuid4())
     _scorers[attempt] = scorer
     shards = scorer.begin()
@@ -149,9 +148,7 @@ def _score_pass(scorer: Scorer, slots: int, scored: Scored, look: Callable[[], N
         runner: ThreadPoolTaskRunner[Scored] = ThreadPoolTaskRunner(max_workers=slots)
         with runner, _stopped_on_the_way_out(scorer):
             futures: list[Any] = [runner.submit(score_shard, {"attempt": attempt, "shard": at}) for at in shards]
-            while wait(futures, timeout=_LOOK_SECONDS).not_done:
-                look()
-            look()
+            wait(futures)
             for future in futures:
                 scored.add(future.result())
     finally:
@@ -223,7 +220,7 @@ def _draft(
         batch_size=plan.batch_size,
         memory_mb=memory,
         seconds=dict(seconds),
-        slot_seconds=scored.seconds,
+        thread_seconds=scored.seconds,
         report=storage.address(f"{plan.folder}/report.html"),
     )
 

@@ -28,7 +28,7 @@ _PAD = 16
 class Flags:
     """Which rows are rejects, and why: code_N is 0 for a good row, else 1 + an index into reasons."""
 
-    code_N: npt.NDArray[np.int32]  # noqa: N815 - its shape
+    code_N: npt.NDArray[np.int32]
     reasons: list[tuple[str, str]] = field(default_factory=list)
 
     @classmethod

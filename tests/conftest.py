@@ -45,3 +45,19 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Generator[S3Server]:
             patch.setenv(name, value)
         server.create_bucket("lake")
         yield server
+
+
+@pytest.fixture(scope="session")
+def linear(registry: Path) -> str:
+    """A registered torch network over the columns a, b and c, which gives one score a row."""
+    from tests.support import register_network
+
+    return register_network("linear", seed=0)
+
+
+@pytest.fixture(scope="session")
+def sleepy(registry: Path) -> str:
+    """A registered model that doubles the column a, and takes 50 ms for each batch."""
+    from tests.support import register_sleepy
+
+    return register_sleepy("sleepy", seconds=0.05)

@@ -57,7 +57,7 @@ def train_and_register(folder: Path, name: str = "flight-delay", alias: str = "c
         raise ValueError(message)
     metrics = {f"test_{key}": value for key, value in scores.items()}
     metrics |= {f"baseline_{key}": value for key, value in baseline.items()}
-    with _quiet_migrations():
+    with quiet_migrations():
         version = _log(model, name, metrics)
         mlflow.MlflowClient().set_registered_model_alias(name, alias, version)
     return f"models:/{name}@{alias}"
@@ -187,7 +187,7 @@ def _log(model: nn.Module, name: str, metrics: dict[str, float]) -> str:
 
 
 @contextmanager
-def _quiet_migrations() -> Iterator[None]:
+def quiet_migrations() -> Iterator[None]:
     """Keep the creation of a fresh database out of the log; warnings and errors still pass."""
     loggers = [logging.getLogger(logger) for logger in QUIETED_LOGGERS]
     levels = [logger.level for logger in loggers]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import sys
+import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from uuid import UUID
 
@@ -21,32 +23,61 @@ from prefect.exceptions import PrefectHTTPStatusError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from serving.errors import StorageFault
 from tasks.batch.report import BatchReport, Sample, data_uri
 
 _ARTIFACT_SECONDS = 5.0
 _LOG_SECONDS = 30.0
+_LOOK_SECONDS_MIN, _LOOK_SECONDS_MAX = 0.05, 2.0
 
 Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
 
 class Watch:
-    """Rows done so far, shown in the terminal or the log, and in the run's progress artifact."""
+    """Shows the rows done so far, by the parts that exist: in the terminal or the log, and in an artifact.
 
-    def __init__(self, rows: int, rows_before: int, logger: Logger) -> None:
-        self._rows, self._before, self._logger = rows, rows_before, logger
-        self._start = time.perf_counter()
-        self._shown = self._logged = self._start
-        self.samples: list[Sample] = [(0.0, rows_before)]
+    `look` counts the rows that have their part; whichever worker wrote it.
+    """
+
+    def __init__(self, rows: int, look: Callable[[], int], logger: Logger) -> None:
+        self._rows, self._look, self._logger = rows, look, logger
+        self._before = look()
+        self._start = self._shown = self._logged = time.perf_counter()
+        self.samples: list[Sample] = [(0.0, self._before)]
         self._bar: Progress | None = None
         self._artifact: UUID | None = None
         with server_may_fail(logger):
-            made = create_progress_artifact(progress=self._percent(rows_before), key="batch-progress")
+            made = create_progress_artifact(progress=self._percent(), key="batch-progress")
             self._artifact = made if isinstance(made, UUID) else None
 
     @contextmanager
-    def shown(self) -> Generator[None]:
-        """Show a bar while the block runs, where there is a terminal."""
-        console = Console(stderr=True)
+    def watching(self) -> Generator[None]:
+        """Watch from a thread of its own while the block runs; a bar is shown where there is a terminal."""
+        done = threading.Event()
+        # Artifacts find their flow run in the context, which threads do not inherit.
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(self._watch, done), name="watch")
+        with self._shown_bar():
+            thread.start()
+            try:
+                yield
+            finally:
+                done.set()
+                thread.join()
+                self._update()
+
+    def _watch(self, done: threading.Event) -> None:
+        while not done.wait(self._pause()):
+            try:
+                self._update()
+            except StorageFault as error:
+                self._logger.warning("Progress is not known for now: %s", error)
+
+    def _pause(self) -> float:
+        elapsed = time.perf_counter() - self._start
+        return min(max(elapsed / 50, _LOOK_SECONDS_MIN), _LOOK_SECONDS_MAX)
+
+    @contextmanager
+    def _shown_bar(self) -> Generator[None]:
         if not sys.stderr.isatty():
             yield
             return
@@ -54,40 +85,37 @@ class Watch:
             TextColumn("[bold]scoring"),
             BarColumn(),
             TaskProgressColumn(),
-            TextColumn("{task.completed:,} of {task.total:,} rows"),
-            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.completed:,} of {task.total:,} rows, {task.fields[rate]}"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=console) as self._bar:
+        with Progress(*columns, console=Console(stderr=True)) as self._bar:
             self._bar.add_task("scoring", total=self._rows, completed=self._before, rate="")
             yield
-            self.update(self._rows)
+        self._bar = None
 
-    def update(self, rows_done: int) -> None:
-        """Take note of the rows that have their part by now."""
+    def _update(self) -> None:
+        rows_done = self._look()
         now = time.perf_counter()
-        elapsed = now - self._start
         if rows_done != self.samples[-1][1]:
-            self.samples.append((elapsed, rows_done))
-        rate = f"{(rows_done - self._before) / max(elapsed, 1e-9):,.0f} rows/s"
+            self.samples.append((now - self._start, rows_done))
+        rate = f"{(rows_done - self._before) / max(now - self._start, 1e-9):,.0f} rows/s"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=rows_done, rate=rate)
         elif now - self._logged > _LOG_SECONDS:
             self._logged = now
             self._logger.info("%s of %s rows done, %s", f"{rows_done:,}", f"{self._rows:,}", rate)
-        if self._artifact is not None and now - self._shown > _ARTIFACT_SECONDS:
+        if now - self._shown > _ARTIFACT_SECONDS:
             self._shown = now
-            with server_may_fail(self._logger):
-                update_progress_artifact(self._artifact, progress=self._percent(rows_done))
+            self.show()
 
-    def finish(self) -> None:
-        """Set the artifact to what is done."""
+    def show(self) -> None:
+        """Set the progress artifact to the rows last seen."""
         if self._artifact is not None:
             with server_may_fail(self._logger):
-                update_progress_artifact(self._artifact, progress=self._percent(self.samples[-1][1]))
+                update_progress_artifact(self._artifact, progress=self._percent())
 
-    def _percent(self, rows_done: int) -> float:
-        return min(100.0, 100.0 * rows_done / self._rows)
+    def _percent(self) -> float:
+        return min(100.0, 100.0 * self.samples[-1][1] / self._rows)
 
 
 def publish_artifacts(report: BatchReport, png: bytes, logger: Logger) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import glob
+import errno
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +15,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from serving.contract import Frozen
-from serving.errors import BadInput, OvernightError, SchemaMismatch, SourceCorrupt, SourceEmpty, SourceNotFound
-from tasks.storage import Entry, LocalStorage, Storage, open_storage
+from serving.errors import (
+    BadInput,
+    OvernightError,
+    SchemaMismatch,
+    SourceCorrupt,
+    SourceEmpty,
+    SourceNotFound,
+    StorageFault,
+)
+from tasks.storage import Entry, Storage, open_storage, select
 
 SOURCE_FILE, SOURCE_ROW = "source_file", "source_row"
 
@@ -31,7 +39,7 @@ _FORMATS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
 }
-_GLOB = re.compile(r"[*?\[]")
+_NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _READERS = 16
 _PROBLEMS_SHOWN = 20
 
@@ -85,67 +93,24 @@ def take_snapshot(source: str, destination: str) -> Snapshot:
 
     A source is one file, a folder or prefix (everything below it, hive partitions too), or a glob.
     Names that begin with `_` or `.` are passed over. Raises SourceNotFound, SourceEmpty, and
-    BadInput where the destination lies inside the source.
+    BadInput where the destination's parts would be taken for the source's files.
     """
-    root, pattern = _split(source)
-    storage = open_storage(root)
-    entries = storage.entries()
-    if (isinstance(storage, LocalStorage) and storage.root.is_file()) or _is_object(storage, entries):
-        root, _, name = storage.url.rpartition("/")
-        root = root or "/"
-        entries = [Entry(path=name, size=entries[0].size, tag=entries[0].tag)]
-        storage = open_storage(root)
-    elif pattern is not None:
-        entries = [entry for entry in entries if pattern.fullmatch(entry.path)]
-    _not_inside(storage.url, destination, whole=pattern is None and len(entries) != 1)
-    entries = [entry for entry in entries if not _hidden(entry.path)]
-    if not entries:
-        message = f"The source must name at least one file, got none at {source}. Check the path and the bucket."
-        raise SourceNotFound(message)
-    files = tuple(SourceFile(path=entry.path, size=entry.size, tag=entry.tag) for entry in entries)
-    return Snapshot(root=storage.url, format=_format(entries, source), files=files)
-
-
-def _split(source: str) -> tuple[str, re.Pattern[str] | None]:
-    """Cut a glob into the folder above it and a pattern for the paths below that."""
-    if not _GLOB.search(source):
-        return source, None
-    parts = source.split("/")
-    at = next(index for index, part in enumerate(parts) if _GLOB.search(part))
-    root = "/".join(parts[:at]) or ("/" if source.startswith("/") else ".")
-    return root, re.compile(_translate("/".join(parts[at:])))
-
-
-def _translate(pattern: str) -> str:
-    """Translate a glob as shells read it: * within a folder, ** across folders."""
-    translated = getattr(glob, "translate", None)
-    if translated is not None:
-        return str(translated(pattern, recursive=True, include_hidden=True, seps="/"))
-    out = []
-    for token in re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern):
-        known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-        is_set = token.startswith("[") and token.endswith("]") and len(token) > 2  # noqa: PLR2004 - the brackets
-        out.append(known.get(token) or (token.replace("[!", "[^") if is_set else re.escape(token)))
-    return "".join(out)
-
-
-def _is_object(storage: Storage, entries: list[Entry]) -> bool:
-    """Whether the S3 address is one object: listed below itself, it comes back with its whole name."""
-    return not isinstance(storage, LocalStorage) and not entries and storage.exists("")
-
-
-def _hidden(path: str) -> bool:
-    return any(part.startswith(("_", ".")) for part in path.split("/"))
-
-
-def _not_inside(root: str, destination: str, *, whole: bool) -> None:
-    target = open_storage(destination).url
-    if whole and (target == root or target.startswith(root.rstrip("/") + "/")):
+    selected = select(source, open_storage)
+    if not selected.entries:
         message = (
-            f"The destination must lie outside the source, or the next run would read this one's parts; got {target} "
-            f"inside {root}. Choose another destination, or name the source's files by a glob."
+            f"The source must name at least one file, got none at {source}. Check the path; names that begin with "
+            "_ or . are passed over, and * stays within a folder where ** does not."
+        )
+        raise SourceNotFound(message)
+    target = open_storage(destination)
+    if selected.takes_from(target, "run=0/part-00000-0000.parquet"):
+        message = (
+            f"The destination must lie outside the source, or the next run would read this one's parts; got "
+            f"{target.url} inside {source}. Choose another destination, or name the source's files by a glob."
         )
         raise BadInput(message)
+    files = tuple(SourceFile(path=entry.path, size=entry.size, tag=entry.tag) for entry in selected.entries)
+    return Snapshot(root=selected.storage.url, format=_format(selected.entries, source), files=files)
 
 
 def _format(entries: list[Entry], source: str) -> str:
@@ -168,58 +133,68 @@ def open_dataset(snapshot: Snapshot, columns: Sequence[str], keys: Sequence[str]
     files, SourceEmpty where there are no rows.
     """
     storage = open_storage(snapshot.root)
-    partitions = _partitions(snapshot)
-    footers = in_parallel(lambda file: _read_footer(storage, file), snapshot.files)
+    first = _read_footer(storage, snapshot.files[0])
+    footers = [first, *in_parallel(lambda file: _read_footer(storage, file, like=first[1]), snapshot.files[1:])]
     with_rows = [(file, schema) for file, schema in footers if sum(file.row_groups)]
     if not with_rows:
         message = f"The source must hold at least one row, got none in {len(footers)} files below {snapshot.root}."
         raise SourceEmpty(message)
-    schema = _one_schema(with_rows, [*columns, *keys])
-    hive = [name for name in partitions if name not in schema.names]
-    for name in hive:
-        schema = schema.append(partitions[name])
+    used = tuple(dict.fromkeys([*columns, *keys]))
+    schema = _one_schema(with_rows, used)
+    hive = [field for field in _partitions([file for file, _ in with_rows], used) if field.name not in schema.names]
     pinned = snapshot.model_copy(update={"files": tuple(file for file, _ in footers)})
-    return Dataset(snapshot=pinned, schema=schema, hive=tuple(hive))
+    return Dataset(snapshot=pinned, schema=pa.schema([*schema, *hive]), hive=tuple(field.name for field in hive))
 
 
 def in_parallel(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """Map over items in order, up to 16 at once: footers are small reads that mostly wait."""
-    if len(items) == 1:
-        return [work(items[0])]
+    if len(items) <= 1:
+        return [work(item) for item in items]
     with ThreadPoolExecutor(min(_READERS, len(items)), thread_name_prefix="footers") as pool:
         return list(pool.map(work, items))
 
 
-def _read_footer(storage: Storage, file: SourceFile) -> tuple[SourceFile, pa.Schema]:
-    with storage.open_pinned(file.entry) as stream, corrupt_as_named(storage.address(file.path)):
+def _read_footer(storage: Storage, file: SourceFile, like: pa.Schema | None = None) -> tuple[SourceFile, pa.Schema]:
+    """Return a file with its row groups, and its schema: `like` itself where it equals that, to keep it once."""
+    with storage.open_pinned(file.entry) as stream, corrupt_as_named(storage, file.entry):
         metadata = pq.read_metadata(stream)
         groups = tuple(metadata.row_group(at).num_rows for at in range(metadata.num_row_groups))
-        return file.model_copy(update={"row_groups": groups}), metadata.schema.to_arrow_schema()
+        schema = metadata.schema.to_arrow_schema()
+    same = like is not None and schema.equals(like)
+    return file.model_copy(update={"row_groups": groups}), like if same else schema
 
 
 class corrupt_as_named:  # noqa: N801 - a context manager reads as a verb
-    """Turn Arrow's errors about a file's bytes into SourceCorrupt with the file's name."""
+    """Turn Arrow's errors about a file's bytes into SourceCorrupt with the file's name.
 
-    def __init__(self, where: str) -> None:
-        self._where = where
+    Bytes that make no sense since the file was changed under the reader are SourceChanged.
+    """
+
+    def __init__(self, storage: Storage, entry: Entry) -> None:
+        self._storage, self._entry = storage, entry
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, pa.ArrowException | OSError | ValueError) and not isinstance(error, OvernightError):
-            message = (
-                f"{self._where} must be readable, got: {(str(error).splitlines() or [repr(error)])[0][:300]}. "
-                "Mend or remove the file, then call again; finished parts stay."
-            )
-            raise SourceCorrupt(message) from error
+        # Arrow's errors are ValueErrors and OSErrors, the latter without an errno where the bytes are to blame.
+        if not isinstance(error, OSError | ValueError | pa.ArrowException) or isinstance(error, OvernightError):
+            return
+        self._storage.hold(self._entry)
+        where = self._storage.address(self._entry.path)
+        got = (str(error).splitlines() or [repr(error)])[0][:300]
+        if isinstance(error, OSError) and error.errno not in (None, errno.EIO):
+            message = f"{where} must be readable, got: {got}. Call again once it is: the run resumes."
+            raise StorageFault(message) from error
+        message = f"{where} must be readable, got: {got}. Mend or remove the file, then call again."
+        raise SourceCorrupt(message) from error
 
 
 def _one_schema(footers: list[tuple[SourceFile, pa.Schema]], used: Sequence[str]) -> pa.Schema:
     first_file, first = footers[0]
     differing = []
     for file, schema in footers[1:]:
-        for name in [] if schema.equals(first) else dict.fromkeys(used):
+        for name in () if schema is first else used:
             ours, theirs = _type_of(first, name), _type_of(schema, name)
             if ours != theirs:
                 here, there = theirs or "missing", ours or "missing"
@@ -240,19 +215,35 @@ def _type_of(schema: pa.Schema, name: str) -> pa.DataType | None:
     return schema.field(at).type if at >= 0 else None
 
 
-def _partitions(snapshot: Snapshot) -> dict[str, pa.Field]:
-    """Return the hive partition columns: int64 where every value is a whole number, else text."""
-    values: dict[str, set[str]] = {}
-    for file in snapshot.files:
-        for name, value in hive_values(file.path).items():
+def _partitions(files: Sequence[SourceFile], used: Sequence[str]) -> list[pa.Field]:
+    """Return the hive partition columns: int64 where every value is a whole number, else text.
+
+    Raises SchemaMismatch where a column that is used is in the path of some files only.
+    """
+    values: dict[str, set[str | None]] = {}
+    lacking: dict[str, str] = {}
+    for at, file in enumerate(files):
+        found = hive_values(file.origin or file.path)
+        for name, value in found.items():
+            if at and name not in values:
+                lacking[name] = files[0].path
             values.setdefault(name, set()).add(value)
-    return {
-        name: pa.field(name, pa.int64() if all(re.fullmatch(r"-?\d{1,18}", value) for value in found) else pa.string())
-        for name, found in values.items()
-    }
+        lacking |= {name: file.path for name in values if name not in found}
+    if partial := sorted(name for name in lacking if name in used):
+        listed = ", ".join(f"{name!r} is missing in {lacking[name]}" for name in partial)
+        message = f"Every file must lie in a folder of each partition that is used, got: {listed}. Move it, or glob."
+        raise SchemaMismatch(message)
+    return [pa.field(name, _partition_type(found)) for name, found in values.items() if name not in lacking]
 
 
-def hive_values(path: str) -> dict[str, str]:
-    """Return name and value of each `name=value` folder of a path."""
+def _partition_type(values: set[str | None]) -> pa.DataType:
+    known = [value for value in values if value is not None]
+    whole = known and all(re.fullmatch(r"-?\d{1,18}", value) for value in known)
+    return pa.int64() if whole else pa.string()
+
+
+def hive_values(path: str) -> dict[str, str | None]:
+    """Return name and value of each `name=value` folder of a path; None for hive's name of a null."""
     folders = path.split("/")[:-1]
-    return {name: unquote(value) for name, sep, value in (part.partition("=") for part in folders) if sep and name}
+    pairs = [(name, unquote(value)) for name, sep, value in (part.partition("=") for part in folders) if sep and name]
+    return {name: None if value == _NULL_PARTITION else value for name, value in pairs}

@@ -38,7 +38,7 @@ class BatchReport(Frozen):
     batch_size: int
     memory_mb: int = Field(description="What the run's data was stated to take at its peak, in MiB.")
     seconds: dict[str, float] = Field(description="Wall-clock seconds by stage.")
-    slot_seconds: dict[str, float] = Field(description="Seconds of scoring by stage, summed over slots.")
+    thread_seconds: dict[str, float] = Field(description="Seconds of scoring by stage, over all threads.")
     report: str = Field(description="Where the page with the plot is.")
 
     @property
@@ -53,8 +53,8 @@ class BatchReport(Frozen):
 
     @property
     def read_with(self) -> str:
-        """The line of Python that opens the predictions."""
-        return f"tasks.batch.predictions.open_predictions({self.destination!r}, {self.run!r}).collect()"
+        """The line of polars that reads the predictions."""
+        return f'pl.read_parquet("{self.destination}/run={self.run}/part-*.parquet")'
 
     def table(self) -> list[dict[str, str]]:
         """Return the report as rows of two columns, in reading order."""
@@ -64,16 +64,21 @@ class BatchReport(Frozen):
             "rows": f"{self.rows:,}",
             "rejects": f"{self.rows_rejected:,}",
             **{f"  {count.column or 'model'}: {count.reason}": f"{count.rows:,}" for count in self.rejects},
-            "rows scored by this call": f"{self.rows_scored:,}",
-            "rows scored twice": f"{self.rows_recomputed:,}",
-            "rows a second": f"{self.rows_per_second:,.0f}" if self.rows_scored else "-",
-            "slots x batch size": f"{self.slots} x {self.batch_size:,}",
-            "memory stated": f"{self.memory_mb:,} MiB",
+            **(self._of_scoring() if self.status == "scored" else {}),
             **{f"seconds: {stage}": f"{seconds:.2f}" for stage, seconds in self.seconds.items()},
-            **{f"slot seconds: {stage}": f"{seconds:.2f}" for stage, seconds in self.slot_seconds.items()},
+            **{f"thread seconds: {stage}": f"{seconds:.2f}" for stage, seconds in self.thread_seconds.items()},
             "predictions": f"{self.destination} ({self.parts} parts)",
         }
         return [{"": name, "value": value} for name, value in rows.items()]
+
+    def _of_scoring(self) -> dict[str, str]:
+        return {
+            "rows scored by this call": f"{self.rows_scored:,}",
+            "rows scored twice": f"{self.rows_recomputed:,}",
+            "rows a second": f"{self.rows_per_second:,.0f}",
+            "slots x batch size": f"{self.slots} x {self.batch_size:,}",
+            "memory stated": f"{self.memory_mb:,} MiB",
+        }
 
     def markdown(self) -> str:
         """Return the report as Markdown."""
@@ -100,7 +105,7 @@ def report_complete(manifest: Manifest, plan: Plan, storage: Storage, seconds: d
         batch_size=plan.batch_size,
         memory_mb=0,
         seconds=seconds,
-        slot_seconds={},
+        thread_seconds={},
         report=storage.address(f"{plan.folder}/{REPORT}"),
     )
 
@@ -117,17 +122,17 @@ def plot(report: BatchReport, samples: Sequence[Sample]) -> bytes:
 
     figure = Figure(figsize=(9, 3.4), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    left.plot([at for at, _ in samples], [rows for _, rows in samples], color=_BAR, drawstyle="steps-post")
+    left.plot([at for at, _ in samples], [rows for _, rows in samples], color=_BAR, marker=".", markersize=3)
     left.axhline(report.rows, color=_INK, linewidth=0.8, linestyle=":")
     left.set(xlabel="seconds", ylabel="rows with a part", ylim=(0, report.rows * 1.05))
     left.set_title(f"{report.rows_scored:,} rows at {report.rows_per_second:,.0f} a second", loc="left", fontsize=10)
     left.yaxis.set_major_formatter("{x:,.0f}")
-    names = list(reversed(report.slot_seconds))
-    bars = right.barh(names, [report.slot_seconds[name] for name in names], color=_BAR)
+    names = list(reversed(report.thread_seconds))
+    bars = right.barh(names, [report.thread_seconds[name] for name in names], color=_BAR)
     right.bar_label(bars, fmt="%.1f", padding=3)
     right.margins(x=0.15)
-    right.set_xlabel("seconds, all slots together")
-    right.set_title("where they went", loc="left", fontsize=10)
+    right.set_xlabel("seconds, over all threads")
+    right.set_title("where the threads were", loc="left", fontsize=10)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     sink = io.BytesIO()

@@ -5,15 +5,30 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from serving.errors import BadInput
 from tasks.storage.base import Entry, Storage, copy_pinned
-from tasks.storage.local import LocalStorage
+from tasks.storage.local import LocalStorage, local_errors
 from tasks.storage.s3 import S3Storage, s3_options
+from tasks.storage.select import Selection, select
 
-__all__ = ["Entry", "LocalStorage", "S3Storage", "Storage", "copy_pinned", "open_storage", "s3_options"]
+__all__ = [
+    "Entry",
+    "LocalStorage",
+    "S3Storage",
+    "Selection",
+    "Storage",
+    "copy_pinned",
+    "local_errors",
+    "open_storage",
+    "s3_options",
+    "select",
+]
+
+_FILE_URL = re.compile(r"file:(?://(?:localhost)?)?(/.*)", re.DOTALL)
 
 
 def open_storage(url: str) -> Storage:
@@ -22,10 +37,11 @@ def open_storage(url: str) -> Storage:
     On S3 the endpoint comes from the environment (AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL) and the
     credentials from the boto3 chain. Raises BadInput for any other scheme.
     """
-    parts = urlsplit(url)
-    if parts.scheme == "s3":
+    if url.startswith("s3://"):
         return S3Storage(url)
-    if parts.scheme in ("", "file"):
-        return LocalStorage(Path(unquote(parts.path) if parts.scheme else url).expanduser().absolute())
-    message = f"An address must be a path, file:// or s3://bucket/prefix, got {url!r}."
+    if file := _FILE_URL.fullmatch(url):
+        return LocalStorage(Path(unquote(file[1])))
+    if url and not url.startswith("file:") and "://" not in url:
+        return LocalStorage(Path(url).expanduser().absolute())
+    message = f"An address must be a path, file:///path or s3://bucket/prefix, got {url!r}."
     raise BadInput(message)

@@ -38,8 +38,15 @@ class Storage(Protocol):
         """Whether an object stands under that name."""
         ...
 
-    def entries(self, prefix: str = "") -> list[Entry]:
-        """Return every object below a prefix, sorted by path."""
+    def find(self, path: str) -> Entry | None:
+        """Return the object of that name, None where there is none."""
+        ...
+
+    def entries(self, prefix: str = "", depth: int | None = None) -> list[Entry]:
+        """Return every object below a prefix, sorted by path; at most `depth` levels down, 1 being the prefix itself.
+
+        One that goes away meanwhile may be missing; a folder that can't be listed is an error.
+        """
         ...
 
     def open_pinned(self, entry: Entry) -> pa.NativeFile:
@@ -50,8 +57,8 @@ class Storage(Protocol):
         """Raise SourceChanged where the object is not the entry's any more."""
         ...
 
-    def set_aside(self, path: str) -> str:
-        """Move an object to a name that no reader looks at; return that name."""
+    def set_aside(self, entry: Entry) -> str | None:
+        """Move an object to a name that no reader looks at; return that name, None where it is another by now."""
         ...
 
     def delete(self, paths: list[str]) -> None:

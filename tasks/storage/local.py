@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import uuid
 from collections.abc import Generator
 from pathlib import Path
@@ -25,14 +26,14 @@ class LocalStorage:
     def put_new(self, path: str, data: bytes | memoryview) -> bool:
         """Create a file durably: fsync, link without replace, fsync the folder."""
         target = self.root / path
-        with _local_errors(target):
+        with local_errors(target):
             _make_folders(target.parent)
             if target.exists():
                 return False
             temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
             try:
                 _write_synced(temporary, data)
-                os.link(temporary, target)
+                _link(temporary, target)
             except FileExistsError:
                 return False
             except FileNotFoundError:
@@ -48,7 +49,7 @@ class LocalStorage:
 
     def read(self, path: str) -> bytes | None:
         """Return the bytes of a file, None where there is none."""
-        with _local_errors(self.root / path):
+        with local_errors(self.root / path):
             try:
                 return (self.root / path).read_bytes()
             except (FileNotFoundError, NotADirectoryError):
@@ -56,22 +57,32 @@ class LocalStorage:
 
     def exists(self, path: str) -> bool:
         """Whether a file stands under that name."""
-        return (self.root / path).is_file()
+        return self.find(path) is not None
 
-    def entries(self, prefix: str = "") -> list[Entry]:
-        """Return every file below a prefix, sorted by path; unfinished writes are left out."""
-        base = self.root / prefix if prefix else self.root
-        if base.is_file():
-            return [self._entry(base)]
-        with _local_errors(base):
-            found = [Path(folder) / name for folder, _, names in os.walk(base) for name in names]
-            return sorted(
-                (self._entry(path) for path in found if not path.name.endswith(".tmp")), key=lambda entry: entry.path
-            )
+    def find(self, path: str) -> Entry | None:
+        """Return the file of that name, None where there is none."""
+        with local_errors(self.root / path):
+            try:
+                status = (self.root / path).stat()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        return Entry(path=path, size=status.st_size, tag=str(status.st_mtime_ns))
 
-    def _entry(self, path: Path) -> Entry:
-        status = path.stat()
-        return Entry(path=path.relative_to(self.root).as_posix(), size=status.st_size, tag=str(status.st_mtime_ns))
+    def entries(self, prefix: str = "", depth: int | None = None) -> list[Entry]:
+        """Return every file below a prefix, sorted by path; unfinished writes are left out, links are followed."""
+        root = str(self.root).rstrip("/") + "/"
+        found = []
+        with local_errors(self.root / prefix):
+            for path in _files_below(f"{root}{prefix}".rstrip("/") or "/", depth):
+                entry = self.find(path.removeprefix(root))
+                if entry is not None:
+                    found.append(entry)
+                elif os.path.lexists(path):
+                    message = f"{path} must be a file, got a link that leads nowhere, or a device. Mend or remove it."
+                    raise StorageFault(message)
+        return sorted(found, key=lambda entry: entry.path)
 
     def open_pinned(self, entry: Entry) -> pa.NativeFile:
         """Open a file whose size and modification time are the entry's.
@@ -79,47 +90,51 @@ class LocalStorage:
         Read by read(2), not by memory map: a file cut short while it is mapped ends the process.
         """
         self.hold(entry)
-        with _local_errors(self.root / entry.path):
+        with local_errors(self.root / entry.path):
             return pa.OSFile(str(self.root / entry.path), "rb")
 
     def hold(self, entry: Entry) -> None:
         """Raise SourceChanged where the file's size or modification time is not the entry's."""
+        now = self.find(entry.path)
+        if now == entry:
+            return
         path = self.root / entry.path
-        with _local_errors(path):
-            try:
-                now = self._entry(path)
-            except FileNotFoundError:
-                message = f"{path} must be there for the whole run, but is gone. Put it back, or start a new run."
-                raise SourceChanged(message) from None
-        if (entry.size, entry.tag) != (now.size, now.tag):
-            message = (
-                f"{path} must be the file that the plan was made for ({entry.size} bytes, modified at {entry.tag} ns), "
-                f"got {now.size} bytes, modified at {now.tag} ns. Put the old file back and call again, "
-                "or start a new run over the new data."
-            )
+        if now is None:
+            message = f"{path} must be there for the whole run, but is gone. Put it back, or start a new run."
             raise SourceChanged(message)
+        message = (
+            f"{path} must be the file that the plan was made for ({entry.size} bytes, modified at {entry.tag} ns), "
+            f"got {now.size} bytes, modified at {now.tag} ns. Put the old file back and call again, "
+            "or start a new run over the new data."
+        )
+        raise SourceChanged(message)
 
-    def set_aside(self, path: str) -> str:
-        """Rename a file to a name that starts with a dot."""
-        source = self.root / path
+    def set_aside(self, entry: Entry) -> str | None:
+        """Rename a file to a name that starts with a dot; None where it is another by now."""
+        source = self.root / entry.path
         aside = source.parent / f".{source.name}.{uuid.uuid4().hex[:8]}.aside"
-        with _local_errors(source):
-            source.rename(aside)
+        if self.find(entry.path) != entry:
+            return None
+        with local_errors(source):
+            try:
+                source.rename(aside)
+            except FileNotFoundError:
+                return None
             _sync_folder(source.parent)
         return aside.relative_to(self.root).as_posix()
 
     def delete(self, paths: list[str]) -> None:
         """Delete files; one that is gone already is no error."""
         for path in paths:
-            with _local_errors(self.root / path):
+            with local_errors(self.root / path):
                 (self.root / path).unlink(missing_ok=True)
 
     def sweep(self, prefix: str) -> None:
         """Delete unfinished writes below a prefix, and the empty folders that deleting has left."""
-        with _local_errors(self.root / prefix):
+        with local_errors(self.root / prefix):
             for folder, _, names in os.walk(self.root / prefix, topdown=False):
                 for name in names:
-                    if name.endswith(".tmp"):
+                    if _is_unfinished(name):
                         (Path(folder) / name).unlink(missing_ok=True)
                 with contextlib.suppress(OSError):
                     Path(folder).rmdir()
@@ -134,6 +149,38 @@ def _write_synced(path: Path, data: bytes | memoryview) -> None:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _link(temporary: Path, target: Path) -> None:
+    try:
+        os.link(temporary, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        message = (
+            f"{target.parent} must be on a file system that has hard links, since a file is linked into place to "
+            f"create it once; got: {error.strerror}. Choose another destination."
+        )
+        raise DestinationUnusable(message) from error
+
+
+def _is_unfinished(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def _files_below(folder: str, depth: int | None) -> Generator[str]:
+    """Yield the path of every file below a folder; none where there is no such folder."""
+
+    def raise_unless_gone(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise error
+
+    # Without an error handler a folder that can't be listed would be passed over, and its rows with it.
+    for at, folders, names in os.walk(folder, onerror=raise_unless_gone, followlinks=True):
+        below = at.removeprefix(folder).strip("/")
+        if depth is not None and (below.count("/") + 2 if below else 1) >= depth:
+            folders.clear()
+        yield from (os.path.join(at, name) for name in names if not _is_unfinished(name))  # noqa: PTH118 - ten thousand Path objects are slow
 
 
 def _make_folders(folder: Path) -> None:
@@ -153,7 +200,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _local_errors(path: Path) -> Generator[None]:
+def local_errors(path: Path) -> Generator[None]:
+    """Turn an OSError about a path into the error that says what to do next."""
     try:
         yield
     except OSError as error:
@@ -163,7 +211,7 @@ def _local_errors(path: Path) -> Generator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             message = f"{path} must be accessible, got: {error.strerror}. Allow it for this user, then call again."
             raise StorageDenied(message) from error
-        if error.errno in (errno.ENOTDIR, errno.EISDIR):
+        if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
             message = f"{path} must be a place for files below folders, got: {error.strerror}. Choose another path."
             raise DestinationUnusable(message) from error
         message = f"{path} must be usable, got: {error}. Call again once it is: the run resumes."

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import uuid
 from collections.abc import Generator
 from typing import Any
-from urllib.parse import urlsplit
 
 import obstore
 import pyarrow as pa
 from boto3 import Session
+from botocore.exceptions import BotoCoreError
 from obstore.auth.boto3 import Boto3CredentialProvider
 from obstore.exceptions import (
     AlreadyExistsError,
@@ -23,16 +24,17 @@ from obstore.exceptions import (
 )
 from obstore.store import S3Store
 
-from serving.errors import BadInput, SourceChanged, StorageDenied, StorageFault
+from serving.errors import BadInput, OvernightError, SourceChanged, StorageDenied, StorageFault
 from tasks.storage.base import Entry
+
+_DENIED = re.compile("AccessDenied|InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken|Access Denied")
 
 
 class S3Storage:
     """An S3 prefix, written with If-None-Match and read with If-Match."""
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
-        self._parts = urlsplit(self.url)
+        self.url = "s3://" + url.removeprefix("s3://").rstrip("/")
         with _s3_errors(self.url):
             self._store = _s3_store(self.url)
 
@@ -55,19 +57,26 @@ class S3Storage:
 
     def exists(self, path: str) -> bool:
         """Whether an object stands under that name."""
+        return self.find(path) is not None
+
+    def find(self, path: str) -> Entry | None:
+        """Return the object of that name, None where there is none."""
         with _s3_errors(self.address(path)):
             try:
-                obstore.head(self._store, path)
+                return _s3_entry(obstore.head(self._store, path))
             except FileNotFoundError:
-                return False
-        return True
+                return None
 
-    def entries(self, prefix: str = "") -> list[Entry]:
-        """Return every object below a prefix, sorted by path."""
+    def entries(self, prefix: str = "", depth: int | None = None) -> list[Entry]:
+        """Return every object below a prefix, sorted by path; the marks that consoles make of folders are left out."""
+        base = prefix.rstrip("/")
         with _s3_errors(self.address(prefix)):
-            pages = obstore.list(self._store, prefix.rstrip("/") or None)
+            pages = obstore.list(self._store, base or None, chunk_size=1000)
             found = [_s3_entry(meta) for page in pages for meta in page]
-        return sorted(found, key=lambda entry: entry.path)
+        levels = len(base.split("/")) if base else 0
+        near = (entry for entry in found if depth is None or entry.path.count("/") < levels + depth)
+        # An empty object "sales/" is listed as "sales", and there is none of that name.
+        return sorted((entry for entry in near if entry.size or self.exists(entry.path)), key=lambda entry: entry.path)
 
     def open_pinned(self, entry: Entry) -> pa.NativeFile:
         """Open an object; every read sends If-Match with the entry's ETag."""
@@ -76,13 +85,18 @@ class S3Storage:
     def hold(self, entry: Entry) -> None:
         """Nothing to do: every read was held against the ETag as it was made."""
 
-    def set_aside(self, path: str) -> str:
-        """Copy an object to a name that starts with a dot, then delete it."""
-        folder, _, name = path.rpartition("/")
-        aside = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.aside"
-        with _s3_errors(self.address(path)):
-            obstore.copy(self._store, path, aside)
-            obstore.delete(self._store, path)
+    def set_aside(self, entry: Entry) -> str | None:
+        """Copy an object to a name that starts with a dot, then delete it; None where it is another by now."""
+        folder, _, name = entry.path.rpartition("/")
+        aside = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.aside".lstrip("/")
+        if self.find(entry.path) != entry:
+            return None
+        with _s3_errors(self.address(entry.path)):
+            try:
+                obstore.copy(self._store, entry.path, aside)
+            except FileNotFoundError:
+                return None
+            obstore.delete(self._store, entry.path)
         return aside
 
     def delete(self, paths: list[str]) -> None:
@@ -101,21 +115,16 @@ class S3Storage:
 
 
 def _s3_store(url: str) -> Any:
-    parts = urlsplit(url)
-    if not parts.netloc:
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    if not bucket:
         message = f"An S3 address must be s3://bucket/prefix, got {url!r}."
         raise BadInput(message)
-    session = Session()
-    if session.get_credentials() is None:
-        message = (
-            f"{url} needs AWS credentials, and the boto3 chain finds none. Set AWS_ACCESS_KEY_ID, a profile or a role."
-        )
-        raise StorageDenied(message)
+    session = _session(url)
     endpoint = s3_endpoint()
     options: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
     return S3Store(
-        parts.netloc,
-        prefix=parts.path.strip("/") or None,
+        bucket,
+        prefix=prefix.strip("/") or None,
         region=session.region_name or "us-east-1",
         credential_provider=Boto3CredentialProvider(session),
         client_options={"allow_http": bool(endpoint and endpoint.startswith("http://"))},
@@ -123,9 +132,28 @@ def _s3_store(url: str) -> Any:
     )
 
 
+def _session(url: str) -> Session:
+    try:
+        session = Session()
+        found = session.get_credentials()
+    except BotoCoreError as error:
+        message = f"{url} needs AWS credentials, and the boto3 chain fails: {error}. Mend the profile or the role."
+        raise StorageDenied(message) from error
+    if found is None:
+        message = (
+            f"{url} needs AWS credentials, and the boto3 chain finds none. Set AWS_ACCESS_KEY_ID, a profile or a role."
+        )
+        raise StorageDenied(message)
+    return session
+
+
 def s3_endpoint() -> str | None:
     """Return the S3 endpoint that the environment names, None for AWS itself."""
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+    if endpoint and not endpoint.startswith(("http://", "https://")):
+        message = f"The S3 endpoint in AWS_ENDPOINT_URL must start with http:// or https://, got {endpoint!r}."
+        raise BadInput(message)
+    return endpoint
 
 
 def s3_options() -> dict[str, str]:
@@ -169,7 +197,13 @@ class _PinnedObject(io.RawIOBase):
             return b""
         options: Any = {"if_match": self._pinned.tag, "range": (self._at, self._at + wanted)}
         with _s3_errors(self._address):
-            data = bytes(obstore.get(self._store, self._pinned.path, options=options).bytes())
+            try:
+                data = bytes(obstore.get(self._store, self._pinned.path, options=options).bytes())
+            except FileNotFoundError:
+                message = (
+                    f"{self._address} must be there for the whole run, but is gone. Put it back, or start a new run."
+                )
+                raise SourceChanged(message) from None
         self._at += len(data)
         return data
 
@@ -178,29 +212,27 @@ class _PinnedObject(io.RawIOBase):
 def _s3_errors(address: str) -> Generator[None]:
     try:
         yield
-    except (FileNotFoundError, AlreadyExistsError):
-        raise
     except PreconditionError:
         message = (
             f"{address} must be the object that the plan was made for, but its ETag is another by now. "
             "Put the old object back and call again, or start a new run over the new data."
         )
         raise SourceChanged(message) from None
-    except (PermissionDeniedError, UnauthenticatedError) as error:
-        message = (
-            f"{address} must be allowed to these credentials, got: {_first_line(error)}. Allow it, then call again."
-        )
-        raise StorageDenied(message) from None
-    except BaseError as error:
-        raise _s3_fault(address, error) from error
+    except (BaseError, FileNotFoundError) as error:
+        raise _named(address, error) from error
 
 
-def _s3_fault(address: str, error: Exception) -> StorageFault:
-    text = str(error)
-    if "AccessDenied" in text or "InvalidAccessKeyId" in text or "SignatureDoesNotMatch" in text:
-        return StorageDenied(f"{address} must be allowed to these credentials, got: {_first_line(error)}")
-    return StorageFault(f"{address} must answer, got: {_first_line(error)}. Call again once it does: the run resumes.")
+def _named(address: str, error: Exception) -> OvernightError:
+    got = _told(error)
+    if "NoSuchBucket" in got:
+        return BadInput(f"The bucket of {address} must exist, got: {got} Create it, or correct the address.")
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError) or _DENIED.search(got):
+        return StorageDenied(f"{address} must be allowed to these credentials, got: {got} Allow it, then call again.")
+    return StorageFault(f"{address} must answer, got: {got} Call again once it does: the run resumes.")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+def _told(error: Exception) -> str:
+    """Return what S3 says in its XML, or the first line of an error that has none."""
+    if found := re.search(r"<Code>(.*?)</Code>(?:\s*<Message>(.*?)</Message>)?", str(error), re.DOTALL):
+        return f"{found[1]}: {(found[2] or '').rstrip('.')}."
+    return (str(error).splitlines() or [type(error).__name__])[0][:300].rstrip(". ") + "."

@@ -1,0 +1,42 @@
+# Two commands: `make demo` and `make test`. Each sets up what it needs, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DELETE_ON_ERROR:
+.PHONY: demo test lint types check format bench-batch clean
+
+$(STAMP): pyproject.toml constraints.txt infra/local/wheels.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got %d.%d; set PYTHON=" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r infra/local/wheels.txt
+	@touch $@
+
+# The main job on real flights; KILL=1 kills a run twice and compares its bytes with an undisturbed one.
+demo: $(STAMP)
+	@$(BIN)/python -m deployments.demo $(if $(filter 1,$(KILL)),--kill)
+
+test: lint types $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+check: test
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Figures: a table, then one JSON object as the last line. ROWS=1000000 for a quick look.
+bench-batch: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.batch
+
+clean:
+	rm -rf $(VENV) .demo .bench

@@ -1,0 +1,165 @@
+"""The demo: score every flight that left New York in 2013 with a model that was trained on them.
+
+`python -m deployments.demo` trains and registers the model, scores all flights, and shows the report;
+called again it says that the run is complete. `--kill` kills a run twice with SIGKILL, resumes it, and
+holds its bytes against those of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from deployments.demo.flights import KEY, write_flights
+
+if TYPE_CHECKING:
+    from tasks.batch.report import BatchReport
+
+MODEL = "models:/flight-delay@champion"
+FLIGHTS = 336_776
+ROWS_PER_CHUNK_KILL = 1_024
+
+console = Console()
+
+
+def main() -> None:
+    """Run the demo in the folder that the command line names."""
+    parser = argparse.ArgumentParser(prog="python -m deployments.demo", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path(".demo"), help="where everything is kept")
+    parser.add_argument("--kill", action="store_true", help="kill a run twice and compare it with an undisturbed one")
+    parser.add_argument("--score-into", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder.absolute()
+    _point_at(folder)
+    if arguments.score_into:
+        _score(folder, arguments.score_into, rows_per_chunk=ROWS_PER_CHUNK_KILL)
+        return
+    _prepare(folder)
+    if arguments.kill:
+        _kill(folder)
+    elif not _told_complete(folder):
+        _run(folder)
+
+
+def _point_at(folder: Path) -> None:
+    """Point MLflow at the demo's own registry, before anything imports it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def _prepare(folder: Path) -> None:
+    """Write the flights and train the model, each unless it is there."""
+    flights = folder / "flights"
+    if not (folder / "flights.done").exists():
+        console.print(f"Writing {FLIGHTS:,} flights to {flights}")
+        write_flights(flights)
+        (folder / "flights.done").touch()
+    if not (folder / "model.done").exists():
+        console.print("Training the delay model, and registering it with MLflow as [bold]flight-delay@champion[/]")
+        _train(folder, flights)
+        (folder / "model.done").touch()
+
+
+def _train(folder: Path, flights: Path) -> None:
+    import mlflow  # noqa: PLC0415 - a second call needs neither MLflow's flavours nor torch
+
+    from deployments.demo.delay_model import quiet_migrations, train_and_register  # noqa: PLC0415
+
+    with quiet_migrations():
+        client = mlflow.MlflowClient()
+        for name in ("flight-delay", "overnight"):
+            if client.get_experiment_by_name(name) is None:
+                client.create_experiment(name, artifact_location=(folder / "mlruns" / name).as_uri())
+        mlflow.set_experiment("flight-delay")
+        train_and_register(flights)
+
+
+def _told_complete(folder: Path) -> bool:
+    """Say that the run is complete, if it is: found from the manifest, before Prefect is imported."""
+    from tasks.batch.options import BatchOptions  # noqa: PLC0415 - imports MLflow
+    from tasks.batch.plan import load_plan  # noqa: PLC0415
+    from tasks.batch.report import report_complete  # noqa: PLC0415
+    from tasks.batch.run import find_complete, pin_call  # noqa: PLC0415
+    from tasks.storage import open_storage  # noqa: PLC0415
+
+    start = time.perf_counter()
+    destination = str(folder / "predictions")
+    storage = open_storage(destination)
+    call = pin_call(MODEL, str(folder / "flights"), destination, BatchOptions(key_columns=(KEY,)))
+    manifest = find_complete(storage, call)
+    plan = load_plan(storage, call.run) if manifest is not None else None
+    if manifest is None or plan is None:
+        return False
+    console.print(f"[bold green]This run is complete:[/] {manifest.rows:,} rows, nothing to score.")
+    _show(report_complete(manifest, plan, storage, {"look": time.perf_counter() - start}))
+    return True
+
+
+def _run(folder: Path) -> None:
+    from infra.local.prefect_server import prefect_server  # noqa: PLC0415
+
+    console.print("Starting a Prefect server on loopback")
+    with prefect_server(folder / "prefect") as server:
+        os.environ.update(server.environment)
+        console.print(f"Scoring; watch it at {server.ui_url} while it lasts")
+        report = _score(folder, str(folder / "predictions"))
+    _show(report)
+
+
+def _score(folder: Path, destination: str, rows_per_chunk: int | None = None) -> BatchReport:
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    from flows.batch import batch_inference  # noqa: PLC0415 - the server's address must be set before
+    from tasks.batch.options import BatchOptions  # noqa: PLC0415
+
+    options = BatchOptions(key_columns=(KEY,), rows_per_chunk=rows_per_chunk)
+    return batch_inference(MODEL, str(folder / "flights"), destination, options)
+
+
+def _kill(folder: Path) -> None:
+    """Kill a run twice, resume it, and show that its parts are those of an undisturbed run."""
+    from deployments.demo.kill import compare, killed_run  # noqa: PLC0415
+    from infra.local.prefect_server import prefect_server  # noqa: PLC0415
+
+    undisturbed, killed = folder / "undisturbed", folder / "killed"
+    for destination in (undisturbed, killed):
+        shutil.rmtree(destination, ignore_errors=True)
+    console.print("Starting a Prefect server on loopback")
+    with prefect_server(folder / "prefect") as server:
+        os.environ.update(server.environment)
+        console.print("Scoring, undisturbed")
+        report = _score(folder, str(undisturbed), rows_per_chunk=ROWS_PER_CHUNK_KILL)
+        command = [sys.executable, "-m", "deployments.demo", "--folder", str(folder), "--score-into", str(killed)]
+        kills = killed_run(command, killed, report.run, report.parts, console.print)
+    same = compare(undisturbed, killed, report.run)
+    table = Table(title="Killed twice with SIGKILL, resumed, and compared byte for byte", title_justify="left")
+    for name in ("", "parts there", "of"):
+        table.add_column(name)
+    for at, parts in enumerate(kills, start=1):
+        table.add_row(f"after kill {at}", str(parts), str(report.parts))
+    table.add_row("after the resume, equal to the undisturbed run's", str(same), str(report.parts))
+    console.print(table)
+    if same != report.parts:
+        console.print("[bold red]The killed run differs from the undisturbed one.[/]")
+        sys.exit(1)
+    console.print(f"[bold green]Equal byte for byte:[/] {report.rows:,} rows in {report.parts} parts.")
+
+
+def _show(report: BatchReport) -> None:
+    table = Table(show_header=False, title=f"Run {report.run}", title_justify="left")
+    for row in report.table():
+        table.add_row(row[""], row["value"])
+    console.print(table)
+    console.print(f"Read the predictions:  [bold]{report.read_with}[/]", soft_wrap=True)
+    console.print(f"The report with its plot:  [bold]{report.report}[/]", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Everything around the product: the local stack, images and cluster files."""

@@ -1,0 +1,1 @@
+"""Real servers from wheels, on free loopback ports, stopped by the handle that started them."""

@@ -1,0 +1,207 @@
+"""One server as a child process: started, watched until ready, stopped, never left behind.
+
+A server runs under a guard (guard.py) that ends it when the starter closes a pipe, exits or is killed, so
+`stop` and "the starter died" are one path. Errors: ServerFailed is the only one; its message says what
+happened, where the log is and what to do next.
+"""
+
+import os
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from signal import SIGKILL
+from types import TracebackType
+from typing import Self
+
+_GUARD = Path(__file__).with_name("guard.py")
+_GUARD_MARGIN_S = 5.0
+_READY_POLL_S = 0.05
+_LOG_LINES_SHOWN = 20
+_INHERITED = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "PYTHONPATH")
+
+
+class ServerFailed(RuntimeError):
+    """A server ended before it was ready, or was not ready in time and has been stopped."""
+
+    def __init__(self, message: str, *, exit_code: int | None, log: str, log_path: Path) -> None:
+        """Keep what a caller may branch on: the exit code (None if it was stopped), the log of this start."""
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.log = log
+        self.log_path = log_path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerCommand:
+    """How to run one server: its command line and surroundings, and how to tell that it is ready.
+
+    `ready` is called every 50 ms and must return False, not raise, while the server is still starting. It
+    should recognise this very server: on a shared machine another one may have won the port. `leftovers`
+    finds in the log the files that the server leaves behind; they are deleted after the stop.
+    """
+
+    argv: tuple[str, ...]
+    environment: Mapping[str, str]
+    folder: Path
+    log_path: Path
+    ready: Callable[[], bool]
+    ready_s_max: float = 60.0
+    grace_s: float = 10.0
+    leftovers: Callable[[str], Iterable[Path]] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what could never start. Raises ValueError."""
+        if not self.argv:
+            message = "argv must name a program, got an empty tuple; pass (program, argument, ...)."
+            raise ValueError(message)
+        if self.ready_s_max <= 0 or self.grace_s < 0:
+            message = (
+                "ready_s_max must be above 0 and grace_s at least 0 seconds, "
+                f"got {self.ready_s_max} and {self.grace_s}; pass seconds to wait."
+            )
+            raise ValueError(message)
+
+
+class ServerProcess:
+    """A running server. Constructing it starts the server and returns once it is ready.
+
+    Raises ServerFailed. Promises: one process group of its own, default signals, nothing outlives this
+    object's process even after SIGKILL; `stop` is idempotent and returns when the server is gone. A forked
+    child of the starter holds an inert copy: its `stop` does nothing.
+    """
+
+    def __init__(self, command: ServerCommand) -> None:
+        """Start `command` and wait until it is ready; stop it again on any error or interrupt."""
+        self.pid = 0
+        self._command = command
+        self._log_start = command.log_path.stat().st_size if command.log_path.exists() else 0
+        self._owned = True
+        self._guard = _start_guard(command)
+        _started.add(self)
+        try:
+            report = self._guard.stdout.readline() if self._guard.stdout else b""
+            self.pid = int(report or 0)
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def running(self) -> bool:
+        """Whether the server is still there."""
+        return self._owned and self._guard.poll() is None
+
+    @property
+    def exit_code(self) -> int | None:
+        """The server's exit code, 128 + N after signal N; None while it runs."""
+        return self._guard.poll()
+
+    def log_text(self) -> str:
+        """Return what the server wrote since this start."""
+        if not self._command.log_path.exists():
+            return ""
+        with self._command.log_path.open("rb") as log:
+            log.seek(self._log_start)
+            return log.read().decode(errors="replace")
+
+    def stop(self) -> None:
+        """SIGTERM to the server's group, SIGKILL after the grace; return when it is reaped. Idempotent."""
+        if not self._owned:
+            return
+        self._close_pipes()
+        try:
+            self._guard.wait(self._command.grace_s + _GUARD_MARGIN_S)
+        except subprocess.TimeoutExpired:
+            self._guard.kill()
+            self._guard.wait()
+        self._owned = False
+        if self._guard.returncode < 0 and self.pid:
+            # Somebody killed the guard itself, so nobody else is left to end its server.
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, SIGKILL)
+        if self._command.leftovers:
+            for path in self._command.leftovers(self.log_text()):
+                path.unlink(missing_ok=True)
+
+    def disown(self) -> None:
+        """Let go of the server without stopping it: for the copy in a forked child."""
+        self._owned = False
+        self._close_pipes()
+
+    def __enter__(self) -> Self:
+        """Return the running server."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop the server."""
+        self.stop()
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + self._command.ready_s_max
+        while time.monotonic() < deadline:
+            if self._guard.poll() is not None:
+                what_happened = f"ended with exit code {self.exit_code}"
+                raise self._failure(what_happened, next_move="Fix what its log names")
+            if self._command.ready():
+                return
+            time.sleep(_READY_POLL_S)
+        what_happened = "was still not ready, and is stopped"
+        raise self._failure(what_happened, next_move="Read its log, or raise ready_s_max")
+
+    def _failure(self, what_happened: str, *, next_move: str) -> ServerFailed:
+        log, log_path = self.log_text(), self._command.log_path
+        tail = "\n".join(log.splitlines()[-_LOG_LINES_SHOWN:]) or "(empty)"
+        message = (
+            f"{Path(self._command.argv[0]).name} must be ready within {self._command.ready_s_max:g} s, but "
+            f"{what_happened}. {next_move}, then start it again. The end of {log_path}:\n{tail}"
+        )
+        return ServerFailed(message, exit_code=self.exit_code, log=log, log_path=log_path)
+
+    def _close_pipes(self) -> None:
+        for pipe in (self._guard.stdin, self._guard.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+def base_environment() -> dict[str, str]:
+    """Return the few variables a server may inherit; a user's PREFECT_* or AWS_* settings are not."""
+    return {name: os.environ[name] for name in _INHERITED if name in os.environ}
+
+
+def _start_guard(command: ServerCommand) -> subprocess.Popen[bytes]:
+    """Start the guard in a session of its own, out of reach of the terminal's Ctrl-C.
+
+    The isolated mode keeps variables such as PYTHONWARNINGS, meant for the server, away from the guard.
+    """
+    command.log_path.parent.mkdir(parents=True, exist_ok=True)
+    with command.log_path.open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", str(_GUARD), str(command.grace_s), *command.argv],
+            env=dict(command.environment),
+            cwd=command.folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            bufsize=0,
+            start_new_session=True,
+        )
+
+
+_started: weakref.WeakSet[ServerProcess] = weakref.WeakSet()
+
+
+def _disown_in_forked_child() -> None:
+    # Close-on-exec does not help a child that only forks (multiprocessing): its copy of the lifeline would
+    # keep the servers alive after the starter is gone.
+    for server in list(_started):
+        server.disown()
+
+
+os.register_at_fork(after_in_child=_disown_in_forked_child)

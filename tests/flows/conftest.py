@@ -1,0 +1,29 @@
+"""A real Prefect server for the flows, and small datasets for them."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+from infra.local.prefect_server import PrefectServer, prefect_server
+from tests.support import write_customers
+
+
+@pytest.fixture(scope="session")
+def prefect(tmp_path_factory: pytest.TempPathFactory) -> Generator[PrefectServer]:
+    """A real Prefect server that this process and its children talk to."""
+    from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, temporary_settings
+
+    with prefect_server(tmp_path_factory.mktemp("prefect")) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        with temporary_settings({PREFECT_API_URL: server.api_url, PREFECT_LOGGING_LEVEL: "CRITICAL"}):
+            yield server
+
+
+@pytest.fixture
+def customers(tmp_path: Path) -> Path:
+    """A dataset of 10,000 customers in four Parquet files of several row groups each."""
+    return write_customers(tmp_path / "customers", rows=10_000, files=4, rows_per_group=700)

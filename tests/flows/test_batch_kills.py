@@ -1,0 +1,122 @@
+"""A run that is killed at any step is completed by the next call, to the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from infra.local.prefect_server import PrefectServer
+from tasks.batch.options import BatchOptions
+from tasks.batch.predictions import open_predictions
+from tests.support import write_customers
+
+ROOT = Path(__file__).parents[2]
+CHILD = Path(__file__).with_name("kill_child.py")
+OPTIONS = BatchOptions(key_columns=("customer",), batch_size=64, rows_per_chunk=512, experiment=None)
+
+KILLS = [
+    ("before the plan", 1),
+    ("after the plan", 1),
+    ("after the start", 1),
+    ("reading", 5),
+    ("forward", 3),
+    ("encoding a part", 2),
+    ("a part half written", 3),
+    ("before the link", 4),
+    ("after the link", 4),
+    ("after a part", 7),
+    ("before the audit", 1),
+    ("before the page", 1),
+    ("before the manifest", 1),
+    ("after the manifest", 1),
+]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_customers(tmp_path_factory.mktemp("kills") / "customers", rows=9_000, files=3, rows_per_group=1_100)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(linear: str, source: Path, prefect: PrefectServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    destination = tmp_path_factory.mktemp("undisturbed")
+    run_child("never", 1, linear, source, destination)
+    return destination
+
+
+def run_child(
+    point: str, times: int, model: str, source: Path, destination: Path, options: BatchOptions = OPTIONS
+) -> subprocess.CompletedProcess[str]:
+    arguments = (point, str(times), model, str(source), str(destination), options.model_dump_json())
+    return subprocess.run(
+        [sys.executable, str(CHILD), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_LOGGING_LEVEL": "CRITICAL"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def digests(destination: Path) -> dict[str, str]:
+    """Every file of every run, dot files too, by its digest: nothing but the parts may be there."""
+    runs = sorted(destination.glob("run=*/*"))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in runs}
+
+
+def test_a_run_killed_at_any_step_is_completed_to_the_same_bytes(
+    linear: str, source: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    from flows.batch import batch_inference
+
+    def killed(point: str, times: int) -> int:
+        return run_child(point, times, linear, source, tmp_path / point).returncode
+
+    def completed(point: str) -> dict[str, str]:
+        batch_inference(linear, str(source), str(tmp_path / point), OPTIONS)
+        return digests(tmp_path / point)
+
+    with ThreadPoolExecutor(2) as pool:
+        codes = list(pool.map(lambda kill: killed(*kill), KILLS))
+    expected = digests(undisturbed)
+
+    assert len(expected) == 24
+    assert [-9] * len(KILLS) == codes
+    assert {point: expected for point, _ in KILLS} == {point: completed(point) for point, _ in KILLS}
+
+
+def test_a_run_killed_again_and_again_is_completed_to_the_same_bytes(
+    linear: str, source: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    codes = [run_child("after a part", 6, linear, source, tmp_path).returncode for _ in range(3)]
+    report = json.loads(run_child("never", 1, linear, source, tmp_path).stdout.splitlines()[-1])
+
+    assert [-9, -9, -9] == codes
+    assert digests(undisturbed) == digests(tmp_path)
+    assert report["rows_scored"] < 9_000
+
+
+def test_two_processes_on_one_run_end_in_one_exact_output_and_share_the_work(
+    sleepy: str, prefect: PrefectServer, tmp_path: Path
+) -> None:
+    source = write_customers(tmp_path / "customers", rows=6_000, files=2, rows_per_group=3_000)
+    destination = tmp_path / "scores"
+    options = BatchOptions(key_columns=("customer",), batch_size=50, rows_per_chunk=50, slots=2, experiment=None)
+
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(run_child, "never", 1, sleepy, source, destination, options) for _ in range(2)]
+        children = [run.result() for run in runs]
+
+    assert [0, 0] == [child.returncode for child in children], [child.stderr[-2000:] for child in children]
+    reports = [json.loads(child.stdout.splitlines()[-1]) for child in children]
+    table = open_predictions(str(destination)).collect().sort("customer")
+    assert list(range(6_000)) == table["customer"].to_list()
+    assert all(report["rows_scored"] >= 1_000 for report in reports), reports
+    assert sum(report["rows_scored"] for report in reports) - 6_000 <= 0.05 * 6_000
