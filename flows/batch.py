@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
 
+import matplotlib.figure  # noqa: F401 - half a second that would else fall into the first call, for its plot
 from mlflow import MlflowException
-from prefect import flow, get_run_logger, task
+from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext
 from prefect.futures import wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.adhoc import adhoc_flow
 from serving.errors import OvernightError, SourceFault
 from serving.model import Model, load_model
 from serving.registry import Resolved
@@ -25,7 +28,7 @@ from tasks.batch.parts import list_parts
 from tasks.batch.plan import Plan, load_plan, load_start, memory_bytes, must_fit, save_start
 from tasks.batch.publish import Audit, audit_parts, count_rejects, find_manifest, publish
 from tasks.batch.report import BatchReport, plot, report_complete, save_page
-from tasks.batch.run import block_rows_of, free_memory, open_planned, pin_call, plan_call
+from tasks.batch.run import block_rows_of, find_complete, free_memory, open_planned, pin_call, plan_call
 from tasks.batch.score import Scored, Scorer, check_rejects
 from tasks.storage import Storage, open_storage
 
@@ -36,7 +39,7 @@ _PASSES_MAX = 3
 _scorers: dict[str, Scorer] = {}
 
 
-@flow(name="batch-inference", persist_result=False)
+@adhoc_flow("batch-inference")
 def batch_inference(model: str, source: str, destination: str, options: BatchOptions = _DEFAULTS) -> BatchReport:
     """Score every row of a dataset with a registered model, and publish the predictions in one commit.
 
@@ -54,8 +57,7 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
     seconds: dict[str, float] = {}
     storage = open_storage(destination)
     plan, resolved = _find_plan(model, source, storage, options, seconds)
-    manifest = find_manifest(storage, plan.run)
-    if manifest is not None:
+    if (manifest := find_manifest(storage, plan.run)) is not None:
         logger.info("Run %s is complete: %s rows. Nothing to score.", plan.run, f"{plan.rows:,}")
         return report_complete(manifest, plan, storage, seconds)
     with _timed(seconds, "load"):
@@ -89,7 +91,8 @@ def _find_plan(
     with _timed(seconds, "plan"):
         if call is not None:
             plan = plan_call(call, storage)
-            run = save_start(storage, flow_run_id, plan.run)
+            # A call that is answered already leaves no trace.
+            run = plan.run if find_complete(storage, call) else save_start(storage, flow_run_id, plan.run)
             if run == plan.run:
                 return plan, call.resolved
         standing = load_plan(storage, str(run))
@@ -143,7 +146,7 @@ def _score(
 def _score_pass(scorer: Scorer, slots: int, scored: Scored) -> None:
     attempt = str(uuid4())
     _scorers[attempt] = scorer
-    shards = scorer.begin()
+    shards = scorer.share.begin()
     try:
         runner: ThreadPoolTaskRunner[Scored] = ThreadPoolTaskRunner(max_workers=slots)
         with runner, _stopped_on_the_way_out(scorer):
@@ -167,20 +170,20 @@ def _stopped_on_the_way_out(scorer: Scorer) -> Generator[None]:
     try:
         yield
     except BaseException:
-        scorer.stop.set()
+        scorer.share.stop.set()
         raise
 
 
 @contextmanager
 def _caller_threads_kept() -> Generator[None]:
     """Put torch's thread count back: slots set it to one, and that reaches threads started later."""
-    import torch  # noqa: PLC0415 - loaded with the model, if at all
-
-    before = torch.get_num_threads()
+    torch = sys.modules.get("torch")  # loaded with the model, if at all
+    before = torch.get_num_threads() if torch else None
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        if torch:
+            torch.set_num_threads(before)
 
 
 def _faults(scored: Scored) -> SourceFault:

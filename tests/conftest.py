@@ -61,3 +61,11 @@ def sleepy(registry: Path) -> str:
     from tests.support import register_sleepy
 
     return register_sleepy("sleepy", seconds=0.05)
+
+
+@pytest.fixture(scope="session")
+def failing(registry: Path) -> str:
+    """A registered model that raises on every row."""
+    from tests.support import register_script
+
+    return register_script("failing", "raise ValueError('no row is good enough')")

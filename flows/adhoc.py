@@ -1,0 +1,30 @@
+"""A flow that returns at once when it is called from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from prefect import Flow
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def adhoc_flow(name: str) -> Callable[[Callable[P, R]], Flow[P, R]]:
+    """Make a function a Prefect flow that has no heartbeat where it is called as a function.
+
+    Prefect ends a flow run by joining its heartbeat thread, which sleeps whole seconds: every call
+    would take up to a second more. A heartbeat lets automations resume the runs of a deployment; those
+    are not started by a call, and keep it.
+    """
+    return lambda function: _AdHocFlow(function, name=name, persist_result=False)
+
+
+class _AdHocFlow(Flow[P, R]):
+    if not TYPE_CHECKING:
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+                return super().__call__(*args, **kwargs)

@@ -1,0 +1,169 @@
+"""Which chunk comes next, for one process among many that score the same plan without a coordinator.
+
+Workers do not talk to each other. Each takes shards in an order of its own, leaves a shard that
+another is at, and at the end helps with what is left. An existing part ends all doubt.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+
+from tasks.batch.parts import ChunkId, list_parts, part_path
+from tasks.batch.plan import Plan
+from tasks.storage import Storage
+
+_PATIENCE_MIN, _PATIENCE_MAX = 0.2, 30.0
+_POLL_SECONDS = 0.1
+# A worker scores one chunk and has read one or two more.
+_IN_HAND = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """A chunk to score: of the slot's own shard, or one of what is left where the slot helps."""
+
+    chunk: ChunkId
+    helping: bool
+
+
+class Share:
+    """What this process has taken of a plan; its methods may be called from many threads at once."""
+
+    def __init__(self, plan: Plan, destination: Storage) -> None:
+        self._plan, self._destination = plan, destination
+        self._chunks = set(plan.chunks)
+        self._random = random.Random()  # noqa: S311 - spreads workers over shards; nothing depends on its values
+        self._lock = threading.Lock()
+        self._known: set[ChunkId] = set()
+        self._claimed: set[ChunkId] = set()
+        self._faulted: set[ChunkId] = set()
+        self._lost: set[int] = set()
+        self._waiting: set[int] = set()
+        self._chunk_seconds: list[float] = []
+        self.stop = threading.Event()
+
+    def begin(self) -> list[int]:
+        """Begin a pass over what is missing: return its shards, in an order of this worker's own."""
+        parts = self._parts()
+        with self._lock:
+            self._known, self._claimed, self._lost = parts, set(), set()
+            self._waiting = {shard for shard, _ in self._chunks - parts - self._faulted}
+            shards = sorted(self._waiting)
+        self._random.shuffle(shards)
+        return shards
+
+    def turns(self, shard: int, idle: threading.Semaphore) -> Generator[Turn]:
+        """Yield the chunks for one slot: its own shard's, unless another worker is at it; then what is left.
+
+        What is left is taken one at a time, each when the slot has acquired `idle`: chunks read ahead
+        then would be taken from workers that could score them now.
+        """
+        with self._lock:
+            self._waiting.discard(shard)
+        if shard not in self._foreign():
+            for chunk in self._round(shard):
+                if self.stop.is_set() or shard in self._lost:
+                    break
+                if self._claim(chunk):
+                    yield Turn(chunk=chunk, helping=False)
+                elif chunk not in self._known:
+                    break
+        while not self.stop.is_set() and not self._waiting:
+            if not idle.acquire(timeout=_POLL_SECONDS):
+                continue
+            chunk = self._left_over()
+            if chunk is None:
+                return
+            if self._claim(chunk):
+                yield Turn(chunk=chunk, helping=True)
+            else:
+                idle.release()
+
+    def _round(self, shard: int) -> list[ChunkId]:
+        """Return the chunks of a shard in order, from a random one round to the one before it.
+
+        Workers that begin together on one shard then seldom begin on one chunk.
+        """
+        chunks = len(self._plan.shards[shard])
+        first = self._random.randrange(chunks)
+        return [(shard, at % chunks) for at in range(first, first + chunks)]
+
+    def still_wanted(self, turn: Turn) -> bool:
+        """Look again just before scoring: another worker may have been faster since the chunk was read ahead."""
+        if self._exists(turn.chunk):
+            return False
+        if turn.helping or turn.chunk[0] not in self._lost:
+            return True
+        with self._lock:
+            self._claimed.discard(turn.chunk)
+        return False
+
+    def scored(self, chunk: ChunkId, seconds: float, *, won: bool) -> None:
+        """Take note of a chunk whose part this process wrote, or found written when it came to it."""
+        with self._lock:
+            self._chunk_seconds.append(seconds)
+            if not won:
+                self._lost.add(chunk[0])
+
+    def faulted(self, chunk: ChunkId) -> None:
+        """Take note of a chunk that can't be read; nobody tries it again in this call."""
+        with self._lock:
+            self._faulted.add(chunk)
+
+    def _parts(self) -> set[ChunkId]:
+        return set(list_parts(self._destination, self._plan.run))
+
+    def _exists(self, chunk: ChunkId) -> bool:
+        return self._destination.exists(part_path(self._plan.run, chunk))
+
+    def _claim(self, chunk: ChunkId) -> bool:
+        """Claim a chunk among this process's slots; False where it is claimed or has its part."""
+        with self._lock:
+            if chunk in self._claimed or chunk in self._known:
+                return False
+            self._claimed.add(chunk)
+        return not self._exists(chunk)
+
+    def _foreign(self) -> set[int]:
+        """Return the shards that other workers have written to since this one began."""
+        return {shard for shard, _ in self._parts() - self._known - self._claimed} | self._lost
+
+    def _left_over(self) -> ChunkId | None:
+        """Return a missing chunk that no slot of this process has in hand, at random; None where there is none.
+
+        In a shard that another worker is at, chunks that follow a finished one are probably in its hands:
+        they are taken last, and not before they got the time that a chunk takes.
+        """
+        waited: set[ChunkId] = set()
+        while not self.stop.is_set():
+            left = self._chunks - self._parts() - self._faulted - self._claimed
+            if not left:
+                return None
+            foreign = self._foreign()
+            in_hand = {chunk for chunk in left if chunk[0] in foreign and not self._before(chunk) <= left}
+            if ready := sorted(left - in_hand) or sorted(left & waited):
+                return self._random.choice(ready)
+            chunk = self._random.choice(sorted(left))
+            waited.add(chunk)
+            self._wait_for(chunk)
+        return None
+
+    def _before(self, chunk: ChunkId) -> set[ChunkId]:
+        chunks = len(self._plan.shards[chunk[0]])
+        return {(chunk[0], (chunk[1] - back) % chunks) for back in range(1, _IN_HAND + 1)}
+
+    def _wait_for(self, chunk: ChunkId) -> None:
+        """Wait until the part is there, for one and a half to four times what a chunk takes.
+
+        Drawn at random: of workers that wait for one chunk, one then comes first.
+        """
+        taken = sorted(self._chunk_seconds)
+        chunk_seconds = taken[len(taken) // 2] if taken else 1.0
+        patience = min(max(self._random.uniform(1.5, 4.0) * chunk_seconds, _PATIENCE_MIN), _PATIENCE_MAX)
+        until = time.monotonic() + patience
+        while time.monotonic() < until and not self.stop.is_set() and not self._exists(chunk):
+            self.stop.wait(min(patience / 10, 1.0))

@@ -1,0 +1,478 @@
+"""The batch flow as its users call it: complete, exact, published once, and clear about what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlflow
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from deltalake import DeltaTable
+
+from serving.errors import (
+    BadInput,
+    DestinationUnusable,
+    ModelFailed,
+    ModelNotFound,
+    PlanTooLarge,
+    RunNameTaken,
+    SchemaMismatch,
+    SourceCorrupt,
+    SourceNotFound,
+    StorageDenied,
+    StorageFull,
+    TooManyRejects,
+)
+from tasks.batch.options import BatchOptions
+from tasks.batch.predictions import open_predictions, open_rejects
+from tasks.batch.report import BatchReport
+from tests.support import register_network, write_customers
+
+if TYPE_CHECKING:
+    from infra.local.prefect_server import PrefectServer
+    from infra.local.s3 import S3Server
+
+pytestmark = pytest.mark.usefixtures("prefect")
+
+OPTIONS = BatchOptions(key_columns=("customer",), batch_size=128, rows_per_chunk=1024, experiment=None)
+
+
+def infer(model: str, source: Path | str, destination: Path | str, options: BatchOptions = OPTIONS) -> BatchReport:
+    from flows.batch import batch_inference
+
+    return batch_inference(model, str(source), str(destination), options)
+
+
+def run_parts(destination: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in destination.glob("run=*/*")}
+
+
+def files_of(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} if folder.exists() else set()
+
+
+class TestARun:
+    def test_scores_every_row_as_the_model_itself_does(self, linear: str, customers: Path, tmp_path: Path) -> None:
+        report = infer(linear, customers, tmp_path / "scores")
+
+        table = open_predictions(str(tmp_path / "scores")).collect().sort("customer")
+        rows = pl.read_parquet(customers / "*.parquet").sort("customer")
+        direct = mlflow.pytorch.load_model(linear)(rows.select("a", "b", "c").to_torch(dtype=pl.Float32))
+        assert rows["customer"].to_list() == table["customer"].to_list()
+        torch.testing.assert_close(direct[:, 0], table["score"].to_torch(), rtol=1e-6, atol=1e-6)
+        assert ("scored", 10_000, 10_000, 0, 0) == (
+            report.status,
+            report.rows,
+            report.rows_scored,
+            report.rows_recomputed,
+            report.rows_rejected,
+        )
+
+    def test_called_again_finds_itself_complete_and_scores_nothing(
+        self, linear: str, customers: Path, tmp_path: Path
+    ) -> None:
+        infer(linear, customers, tmp_path / "scores")
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").rglob("*")}
+        again = infer(linear, customers, tmp_path / "scores")
+
+        assert ("already complete", 0, 10_000) == (again.status, again.rows_scored, again.rows)
+        assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").rglob("*")}
+
+    def test_a_new_file_in_the_source_is_another_run_and_the_newest_is_opened(
+        self, linear: str, customers: Path, tmp_path: Path
+    ) -> None:
+        first = infer(linear, customers, tmp_path / "scores")
+        write_customers(customers / "more", rows=500, files=1, rows_per_group=500)
+        second = infer(linear, customers, tmp_path / "scores")
+
+        assert first.run != second.run
+        assert 10_500 == open_predictions(str(tmp_path / "scores")).collect().height
+        assert 10_000 == open_predictions(str(tmp_path / "scores"), first.run).collect().height
+
+    def test_without_keys_a_row_is_named_by_file_and_number(self, linear: str, customers: Path, tmp_path: Path) -> None:
+        infer(linear, customers, tmp_path / "scores", OPTIONS.model_copy(update={"key_columns": ()}))
+
+        table = open_predictions(str(tmp_path / "scores")).collect()
+        expected = {(f"customers-{file:02d}.parquet", row) for file in range(4) for row in range(2_500)}
+        assert expected == set(table.select("source_file", "source_row").iter_rows())
+
+    def test_chooses_sizes_by_itself(self, linear: str, customers: Path, tmp_path: Path) -> None:
+        report = infer(linear, customers, tmp_path / "scores", BatchOptions(experiment=None))
+
+        assert 10_000 == open_predictions(str(tmp_path / "scores")).collect().height
+        assert report.slots == len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else report.slots
+        assert report.parts >= 8
+
+    def test_puts_torch_threads_back(self, linear: str, customers: Path, tmp_path: Path) -> None:
+        before = torch.get_num_threads()
+        infer(linear, customers, tmp_path / "scores")
+
+        assert before == torch.get_num_threads()
+
+    def test_reads_csv_json_lines_and_arrow_as_it_reads_parquet(
+        self, linear: str, customers: Path, tmp_path: Path
+    ) -> None:
+        table = pl.read_parquet(customers / "*.parquet")
+        for kind, write in (("csv", table.write_csv), ("jsonl", table.write_ndjson), ("arrow", table.write_ipc)):
+            (tmp_path / kind).mkdir()
+            write(tmp_path / kind / f"customers.{kind}")
+        infer(linear, customers, tmp_path / "scores")
+        expected = open_predictions(str(tmp_path / "scores")).collect().sort("customer")["score"]
+
+        for kind in ("csv", "jsonl", "arrow"):
+            infer(linear, tmp_path / kind, tmp_path / f"scores-{kind}")
+            got = open_predictions(str(tmp_path / f"scores-{kind}")).collect()
+            got = got.with_columns(pl.col("customer").cast(pl.Int64)).sort("customer")
+            np.testing.assert_allclose(expected.to_numpy(), got["score"].to_numpy(), rtol=0, atol=1e-6)
+            assert not list((tmp_path / f"scores-{kind}").rglob("staged/**/*.parquet")), "copies go when all is published"
+
+    def test_reads_hive_partitions_and_can_key_by_them(self, linear: str, tmp_path: Path) -> None:
+        for country in ("at", "be"):
+            write_customers(tmp_path / "lake" / f"country={country}", rows=300, files=1, rows_per_group=100)
+        infer(linear, tmp_path / "lake", tmp_path / "scores", OPTIONS.model_copy(update={"key_columns": ("country", "customer")}))
+
+        table = open_predictions(str(tmp_path / "scores")).collect()
+        assert {"at": 300, "be": 300} == dict(table.group_by("country").len().iter_rows())
+
+    def test_runs_from_s3_to_s3(self, linear: str, customers: Path, s3: S3Server, tmp_path: Path) -> None:
+        import boto3
+
+        prefix = uuid.uuid4().hex
+        client = boto3.client("s3")
+        for path in customers.iterdir():
+            client.upload_file(str(path), "lake", f"{prefix}/customers/{path.name}")
+        report = infer(linear, f"s3://lake/{prefix}/customers/", f"s3://lake/{prefix}/scores/")
+        again = infer(linear, f"s3://lake/{prefix}/customers/", f"s3://lake/{prefix}/scores/")
+        infer(linear, customers, tmp_path / "scores")
+
+        remote = open_predictions(f"s3://lake/{prefix}/scores/").collect().sort("customer")
+        assert ("scored", "already complete") == (report.status, again.status)
+        assert open_predictions(str(tmp_path / "scores")).collect().sort("customer").equals(remote)
+
+    @pytest.mark.parametrize("mode", ["append", "replace"])
+    def test_delta_gets_the_same_parts_in_one_commit(
+        self, mode: str, linear: str, customers: Path, tmp_path: Path
+    ) -> None:
+        options = OPTIONS.model_copy(update={"output": "delta", "delta_mode": mode})
+        destination = tmp_path / "table"
+        infer(linear, customers, destination, options)
+        infer(linear, customers, destination, options)
+        assert (0, 10_000) == (DeltaTable(destination).version(), pl.read_delta(str(destination)).height)
+
+        write_customers(customers / "more", rows=500, files=1, rows_per_group=500)
+        infer(linear, customers, destination, options)
+        assert (1, {"append": 20_500, "replace": 10_500}[mode]) == (
+            DeltaTable(destination).version(),
+            pl.read_delta(str(destination)).height,
+        )
+
+
+class TestTheSameRun:
+    def test_a_retry_stays_with_the_version_it_began_with(self, customers: Path, registry: Path, tmp_path: Path) -> None:
+        from flows.batch import batch_inference
+
+        name = f"retried-{uuid.uuid4().hex[:8]}"
+        first = register_network(name, seed=1)
+        client = mlflow.MlflowClient()
+        client.set_registered_model_alias(name, "champion", "1")
+        source, seen = str(customers), []
+
+        def promote_and_add_a_file(*_: object) -> None:
+            if not seen:
+                seen.append(1)
+                register_network(name, seed=2)
+                client.set_registered_model_alias(name, "champion", "2")
+                write_customers(customers / "late", rows=100, files=1, rows_per_group=100)
+                message = "the machine went away"
+                raise ConnectionError(message)
+
+        with pytest.MonkeyPatch.context() as patch:
+            import flows.batch
+
+            inner = flows.batch.audit_parts
+            patch.setattr(flows.batch, "audit_parts", lambda *args: (promote_and_add_a_file(), inner(*args))[1])
+            retried = batch_inference.with_options(retries=1)
+            report = retried(f"models:/{name}@champion", source, str(tmp_path / "scores"), OPTIONS)
+
+        assert (first, 10_000) == (report.model, report.rows)
+
+    def test_options_that_do_not_change_the_output_resume_the_same_run(
+        self, linear: str, customers: Path, tmp_path: Path
+    ) -> None:
+        first = infer(linear, customers, tmp_path / "scores", OPTIONS.model_copy(update={"slots": 1}))
+        second = infer(linear, customers, tmp_path / "scores", OPTIONS.model_copy(update={"slots": 2}))
+
+        assert ("already complete", first.run) == (second.status, second.run)
+
+    def test_the_bytes_do_not_depend_on_the_slots(self, linear: str, customers: Path, tmp_path: Path) -> None:
+        report = infer(linear, customers, tmp_path / "one", OPTIONS.model_copy(update={"slots": 1}))
+        plan = Path("_overnight") / report.run / "plan.json"
+        (tmp_path / "three" / plan).parent.mkdir(parents=True)
+        shutil.copy(tmp_path / "one" / plan, tmp_path / "three" / plan)
+        infer(linear, customers, tmp_path / "three", OPTIONS.model_copy(update={"slots": 3}))
+
+        assert run_parts(tmp_path / "one") == run_parts(tmp_path / "three")
+
+    def test_an_explicit_name_holds_one_plan_only(self, linear: str, customers: Path, tmp_path: Path) -> None:
+        named = OPTIONS.model_copy(update={"name": "tonight"})
+        infer(linear, customers, tmp_path / "scores", named)
+        before = files_of(tmp_path / "scores")
+
+        assert any(path.startswith("run=tonight/") for path in before)
+        with pytest.raises(RunNameTaken, match="'tonight' already holds a run of another plan"):
+            infer(linear, customers, tmp_path / "scores", named.model_copy(update={"batch_size": 64}))
+        assert before == files_of(tmp_path / "scores")
+
+    def test_a_part_that_is_cut_short_is_set_aside_and_scored_again(
+        self, linear: str, customers: Path, tmp_path: Path
+    ) -> None:
+        report = infer(linear, customers, tmp_path / "scores")
+        whole = run_parts(tmp_path / "scores")
+        (tmp_path / "scores" / "_overnight" / report.run / "manifest.json").unlink()
+        torn = next((tmp_path / "scores").glob("run=*/part-*"))
+        torn.write_bytes(torn.read_bytes()[:-100])
+        again = infer(linear, customers, tmp_path / "scores")
+
+        parts = run_parts(tmp_path / "scores")
+        assert whole == {name: data for name, data in parts.items() if name.startswith("part-")}
+        assert 1 == sum(name.endswith(".aside") for name in parts)
+        assert again.rows_scored == again.rows_recomputed > 0
+
+    def test_a_source_file_that_can_not_be_decoded_fails_by_name_and_the_other_parts_stay(
+        self, linear: str, customers: Path, tmp_path: Path
+    ) -> None:
+        report = infer(linear, customers, tmp_path / "scores")
+        (tmp_path / "scores" / "_overnight" / report.run / "manifest.json").unlink()
+        start = next((tmp_path / "scores" / "_overnight" / "starts").iterdir())
+        assert json.loads(start.read_text()) == {"run": report.run}
+        for part in (tmp_path / "scores").glob("run=*/part-00000-*"):
+            part.unlink()
+        kept = run_parts(tmp_path / "scores")
+        source = customers / "customers-00.parquet"
+        data = bytearray(source.read_bytes())
+        data[4:120] = b"\0" * 116
+        stat = source.stat()
+        source.write_bytes(data)
+        os.utime(source, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+        with pytest.raises(SourceCorrupt, match=r"customers-00\.parquet"):
+            infer(linear, customers, tmp_path / "scores")
+        assert kept.items() <= run_parts(tmp_path / "scores").items()
+
+
+class TestBadRows:
+    def test_each_is_in_the_output_with_its_reason_and_can_be_opened(self, linear: str, tmp_path: Path) -> None:
+        def edit(table: pl.DataFrame) -> pl.DataFrame:
+            return table.with_columns(
+                a=pl.when(pl.col("customer") % 50 == 0).then(None).otherwise("a"),
+                b=pl.when(pl.col("customer") % 50 == 1).then(float("nan")).otherwise(pl.col("b")).cast(pl.Float32),
+            )
+
+        source = write_customers(tmp_path / "customers", rows=3_000, files=2, rows_per_group=500)
+        bad = write_customers(tmp_path / "bad", rows=3_000, files=2, rows_per_group=500, edit=edit)
+        infer(linear, source, tmp_path / "good-scores")
+        report = infer(linear, bad, tmp_path / "scores")
+
+        rejects = open_rejects(str(tmp_path / "scores")).collect().sort("customer")
+        table = open_predictions(str(tmp_path / "scores")).collect().sort("customer")
+        good = open_predictions(str(tmp_path / "good-scores")).collect().sort("customer")
+        assert 3_000 == table.height
+        nulls = rejects.filter(pl.col("customer") % 50 == 0)
+        assert {("a", "null")} == set(nulls.select("reject_column", "reject_reason").iter_rows())
+        not_finite = rejects.filter(pl.col("customer") % 50 == 1)
+        assert {("score", "prediction is not finite")} == set(not_finite.select("reject_column", "reject_reason").iter_rows())
+        assert 120 == report.rows_rejected == rejects.height == nulls.height + not_finite.height
+        kept = pl.col("customer") % 50 > 1
+        assert good.filter(kept).equals(table.filter(kept)), "their neighbours have the very same bits"
+
+    def test_too_many_of_them_end_the_run_unpublished_and_a_higher_limit_resumes_it(
+        self, linear: str, tmp_path: Path
+    ) -> None:
+        source = write_customers(
+            *(tmp_path / "customers",),
+            **{"rows": 4_000, "files": 2, "rows_per_group": 500},
+            edit=lambda table: table.with_columns(a=pl.when(pl.col("customer") % 2 == 0).then("a")),
+        )
+
+        with pytest.raises(TooManyRejects, match="raise max_reject_fraction"):
+            infer(linear, source, tmp_path / "scores")
+        assert not list((tmp_path / "scores").rglob("manifest.json"))
+        run = next((tmp_path / "scores").glob("run=*")).name.removeprefix("run=")
+        assert open_rejects(str(tmp_path / "scores"), run).collect().height > 0
+
+        report = infer(linear, source, tmp_path / "scores", OPTIONS.model_copy(update={"max_reject_fraction": 0.5}))
+        assert 2_000 == report.rows_rejected
+
+    def test_a_model_that_fails_on_every_row_ends_the_run_at_once(self, failing: str, tmp_path: Path) -> None:
+        source = write_customers(tmp_path / "customers", rows=500, files=1, rows_per_group=500)
+
+        with pytest.raises(ModelFailed, match="got none of 128: ValueError: no row is good enough"):
+            infer(failing, source, tmp_path / "scores")
+        assert not list((tmp_path / "scores").glob("run=*/*"))
+
+
+class TestBadInput:
+    """A clear error before any scoring: nothing is written and nothing is lost."""
+
+    @pytest.mark.parametrize(
+        ("model", "error", "words"),
+        [
+            ("models:/nobody@champion", ModelNotFound, "has no model 'nobody'"),
+            ("models:/linear@nobody", ModelNotFound, "must name a version or an alias of 'linear'"),
+            ("models:/linear/99", ModelNotFound, "must name a version or an alias of 'linear'"),
+            ("linear", ModelNotFound, "must be models:/NAME@ALIAS"),
+        ],
+    )
+    def test_a_model_that_does_not_exist(
+        self, model: str, error: type[BadInput], words: str, linear: str, customers: Path, tmp_path: Path
+    ) -> None:
+        with pytest.raises(error, match=words):
+            infer(model, customers, tmp_path / "scores")
+        assert set() == files_of(tmp_path / "scores")
+
+    def test_a_path_that_does_not_exist(self, linear: str, tmp_path: Path) -> None:
+        with pytest.raises(SourceNotFound, match="must name at least one file"):
+            infer(linear, tmp_path / "nowhere", tmp_path / "scores")
+        assert set() == files_of(tmp_path / "scores")
+
+    def test_columns_missing_and_of_the_wrong_type_are_all_named_at_once(self, linear: str, tmp_path: Path) -> None:
+        (tmp_path / "customers").mkdir()
+        table = pl.DataFrame({"customer": [1], "a": [1.0], "b": [[1]]})
+        table.write_parquet(tmp_path / "customers" / "0.parquet")
+
+        with pytest.raises(SchemaMismatch) as raised:
+            infer(linear, tmp_path / "customers", tmp_path / "scores")
+        assert all(words in str(raised.value) for words in ("'a' must be float32, got double", "'b' must", "'c' (float32) is missing"))
+        assert set() == files_of(tmp_path / "scores")
+
+    def test_a_corrupt_file_is_named(self, linear: str, customers: Path, tmp_path: Path) -> None:
+        (customers / "customers-02.parquet").write_bytes(b"this is no Parquet")
+
+        with pytest.raises(SourceCorrupt, match=r"customers-02\.parquet must be readable"):
+            infer(linear, customers, tmp_path / "scores")
+        assert set() == files_of(tmp_path / "scores")
+
+    def test_unknown_options_are_refused_by_name(self) -> None:
+        with pytest.raises(ValueError, match="rows_per_chunks"):
+            BatchOptions.model_validate({"rows_per_chunks": 5})
+
+    def test_unknown_options_are_refused_by_name_when_they_come_as_json(self, linear: str, customers: Path, tmp_path: Path) -> None:
+        from flows.batch import batch_inference
+        from prefect.exceptions import ParameterTypeError
+
+        with pytest.raises(ParameterTypeError, match="rows_per_chunks"):
+            batch_inference(linear, str(customers), str(tmp_path / "scores"), {"rows_per_chunks": 5})  # type: ignore[arg-type]
+
+    def test_a_destination_that_can_not_hold_files(self, linear: str, customers: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("in the way")
+
+        with pytest.raises(DestinationUnusable, match="Choose another path"):
+            infer(linear, customers, tmp_path / "file" / "scores")
+
+    def test_a_destination_inside_the_source(self, linear: str, customers: Path) -> None:
+        with pytest.raises(BadInput, match="must lie outside the source"):
+            infer(linear, customers, customers / "scores")
+
+    def test_s3_access_denied(self, linear: str, customers: Path, s3: S3Server) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in s3.read_only_environment.items():
+                patch.setenv(name, value)
+            with pytest.raises(StorageDenied, match="s3://lake/denied"):
+                infer(linear, customers, "s3://lake/denied/scores")
+
+    def test_a_plan_that_does_not_fit_in_memory(self, linear: str, customers: Path, tmp_path: Path) -> None:
+        with pytest.raises(PlanTooLarge, match="Lower rows_per_chunk or slots, or raise memory_mb"):
+            infer(linear, customers, tmp_path / "scores", OPTIONS.model_copy(update={"memory_mb": 1, "slots": 64}))
+        assert not list((tmp_path / "scores").glob("run=*"))
+
+    def test_a_full_disk_ends_the_run_and_space_resumes_it(self, linear: str, customers: Path, tmp_path: Path) -> None:
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=140k", "tmpfs", str(disk)], check=False)
+        if mounted.returncode:
+            pytest.skip("a small disk needs the right to mount: run as root")
+        try:
+            with pytest.raises(StorageFull, match="Free some, then call again"):
+                infer(linear, customers, disk / "scores")
+            kept = run_parts(disk / "scores")
+            subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+            infer(linear, customers, disk / "scores")
+            infer(linear, customers, tmp_path / "scores")
+
+            assert kept.items() <= run_parts(disk / "scores").items()
+            assert run_parts(tmp_path / "scores") == run_parts(disk / "scores")
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+
+
+class TestReports:
+    def test_the_flow_run_has_progress_table_markdown_and_plot(
+        self, linear: str, customers: Path, tmp_path: Path, prefect: PrefectServer
+    ) -> None:
+        import httpx
+        from flows.batch import batch_inference
+
+        state = batch_inference(linear, str(customers), str(tmp_path / "scores"), OPTIONS, return_state=True)
+
+        flow_run = {"flow_run": {"id": {"any_": [str(state.state_details.flow_run_id)]}}}
+        tasks = httpx.post(f"{prefect.api_url}/task_runs/filter", json={"flow_runs": {"id": {"any_": [str(state.state_details.flow_run_id)]}}}).json()
+        found = httpx.post(f"{prefect.api_url}/artifacts/filter", json={"flow_runs": {"id": {"any_": [str(state.state_details.flow_run_id)]}}}).json()
+        by_type = {artifact["type"]: artifact["data"] for artifact in found}
+        assert {"progress", "table", "markdown", "image"} == set(by_type), flow_run
+        assert 100.0 == by_type["progress"]
+        assert "rows a second" in by_type["markdown"]
+        assert str(by_type["image"]).startswith("data:image/png;base64,")
+        assert all(task["name"].startswith("score-shard-") for task in tasks)
+
+    def test_mlflow_has_one_run_with_the_lineage(self, linear: str, customers: Path, tmp_path: Path) -> None:
+        options = OPTIONS.model_copy(update={"experiment": "overnight"})
+        report = infer(linear, customers, tmp_path / "scores", options)
+        (tmp_path / "scores" / "_overnight" / report.run / "manifest.json").unlink()
+        infer(linear, customers, tmp_path / "scores", options)
+
+        client = mlflow.MlflowClient()
+        experiment = client.get_experiment_by_name("overnight")
+        assert experiment is not None
+        runs = client.search_runs([experiment.experiment_id], f"tags.`overnight.run_key` = '{report.run}'")
+        assert 1 == len(runs)
+        run = client.get_run(runs[0].info.run_id)
+        assert (linear, 10_000.0) == (run.data.tags["overnight.model"], run.data.metrics["rows"])
+        assert str(customers) == run.inputs.dataset_inputs[0].dataset.source
+        assert 1 == len(run.inputs.model_inputs)
+
+    def test_the_page_and_the_line_of_polars_work(self, linear: str, customers: Path, tmp_path: Path) -> None:
+        report = infer(linear, customers, tmp_path / "scores")
+
+        page = Path(report.report).read_text()
+        assert report.run in page
+        assert "data:image/png;base64," in page
+        assert 10_000 == eval(report.read_with, {"pl": pl}).height  # noqa: S307 - the line that the report tells people to run
+
+
+def test_runs_ad_hoc_with_no_server_at_hand(linear: str, customers: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from flows.batch import batch_inference; from tasks.batch.options import BatchOptions\n"
+        "print(batch_inference(*sys.argv[1:4], BatchOptions(experiment=None)).model_dump_json())"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, linear, str(customers), str(tmp_path / "scores")],
+        cwd=Path(__file__).parents[2],
+        env={**environment, "PREFECT_HOME": str(tmp_path / "home"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+
+    assert 0 == done.returncode, done.stderr[-3000:]
+    assert 10_000 == json.loads(done.stdout.splitlines()[-1])["rows_scored"]

@@ -1,0 +1,190 @@
+"""Every row is scored once, whatever the partition, the slots, and the workers beside."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import time
+from collections.abc import Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serving.errors import SourceCorrupt, TooManyRejects
+from tasks.batch.options import BatchOptions
+from tasks.batch.parts import list_parts, part_path
+from tasks.batch.plan import Plan
+from tasks.batch.score import Scored, Scorer, check_rejects
+from tasks.storage import Storage, open_storage
+from tests.tasks.batch.small import a_plan, numbers, parquet, put, put_parts
+
+
+class Adder:
+    """A model that adds a and b, may take its time, and may have enough of it."""
+
+    slots = 2
+
+    def __init__(self, seconds: float = 0.0, fails_at: float | None = None) -> None:
+        self.seconds, self.fails_at = seconds, fails_at
+        self.rows = 0
+
+    @contextmanager
+    def slot(self) -> Generator[None]:
+        yield
+
+    def predict(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        time.sleep(self.seconds)
+        x_NF = inputs["x"]
+        if self.fails_at is not None and (x_NF[:, 0] == self.fails_at).any():
+            message = "out of ink"
+            raise SystemExit(message)
+        self.rows += len(x_NF)
+        return {"score": x_NF.sum(axis=1)}
+
+
+def score(plan: Plan, destination: Storage, model: Adder, slots: int = 2, fraction: float = 1.0) -> Scored:
+    scorer = Scorer(plan=plan, destination=destination, model=model, max_reject_fraction=fraction)
+    done = Scored()
+    with ThreadPoolExecutor(slots) as pool:
+        for scored in pool.map(scorer.score_shard, scorer.share.begin()):
+            done.add(scored)
+    return done
+
+
+def scored_rows(plan: Plan, destination: Storage) -> pl.DataFrame:
+    parts = sorted(entry.path for entry in list_parts(destination, plan.run).values())
+    return pl.concat([pl.read_parquet(destination.address(path)) for path in parts])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    groups=st.lists(st.lists(st.integers(0, 23), min_size=1, max_size=4), min_size=1, max_size=4).filter(
+        lambda files: any(map(sum, files))
+    ),
+    rows_per_chunk=st.integers(1, 30),
+    batch_size=st.integers(1, 9),
+    slots=st.integers(1, 4),
+)
+def test_any_partition_into_files_and_row_groups_scores_every_row_once(
+    groups: list[list[int]], rows_per_chunk: int, batch_size: int, slots: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        rows = sum(map(sum, groups))
+        start = 0
+        files: dict[str, bytes] = {}
+        for at, file in enumerate(groups):
+            files[f"{at}.parquet"] = grouped(start, file)
+            start += sum(file)
+        source = put(f"{folder}/source", files)
+        options = BatchOptions(key_columns=("id",), rows_per_chunk=rows_per_chunk)
+        plan = a_plan(source, f"{folder}/scores", options, batch_size=batch_size, slots=slots)
+        model = Adder()
+        done = score(plan, open_storage(f"{folder}/scores"), model, slots)
+
+        table = scored_rows(plan, open_storage(f"{folder}/scores")).sort("id")
+        assert list(range(rows)) == table["id"].to_list()
+        assert [2.0 * row for row in range(rows)] == table["score"].to_list()
+        assert (rows, 0, rows) == (done.rows, done.rows_recomputed, model.rows)
+
+
+def grouped(start: int, groups: list[int]) -> bytes:
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, numbers(0, 0).schema) as writer:
+        for rows in groups:
+            writer.write_table(numbers(start, start + rows))
+            start += rows
+    return sink.getvalue()
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    source = put(str(tmp_path / "source"), {f"{at}.parquet": numbers(at * 100, at * 100 + 100) for at in range(4)})
+    options = BatchOptions(key_columns=("id",), rows_per_chunk=10)
+    return a_plan(source, str(tmp_path / "scores"), options, batch_size=5, slots=2)
+
+
+@pytest.fixture
+def destination(tmp_path: Path) -> Storage:
+    return open_storage(str(tmp_path / "scores"))
+
+
+def test_only_missing_chunks_are_scored(plan: Plan, destination: Storage) -> None:
+    score(plan, destination, Adder())
+    destination.delete([part_path(plan.run, (0, 3)), part_path(plan.run, (2, 1))])
+    model = Adder()
+    done = score(plan, destination, model)
+
+    assert (20, 20, 2) == (done.rows, model.rows, done.chunks)
+    assert 400 == scored_rows(plan, destination).height
+
+
+def test_workers_on_one_plan_share_it_and_double_little(plan: Plan, destination: Storage) -> None:
+    models = [Adder(seconds=0.02) for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        done = list(pool.map(lambda model: score(plan, destination, model, slots=1), models))
+
+    assert list(range(400)) == scored_rows(plan, destination).sort("id")["id"].to_list()
+    assert all(one.rows >= 60 for one in done), [one.rows for one in done]
+    assert sum(one.rows for one in done) - 400 <= 100
+    assert sum(one.rows for one in done) - 400 == sum(one.rows_recomputed for one in done)
+
+
+def test_a_chunk_whose_worker_died_is_scored_after_all(plan: Plan, destination: Storage) -> None:
+    """Another worker wrote parts after this one began, and is never heard of again."""
+    scorer = Scorer(plan=plan, destination=destination, model=Adder(), max_reject_fraction=1.0)
+    shards = scorer.share.begin()
+    put_parts(plan, destination, [(0, 0), (0, 1), (1, 0)])
+    for shard in shards:
+        scorer.score_shard(shard)
+
+    assert 400 == scored_rows(plan, destination).height
+
+
+def test_a_file_that_can_not_be_decoded_costs_its_own_chunks_only(tmp_path: Path, destination: Storage) -> None:
+    # Incompressible values in plain encoding: a cut page can't pass for a whole one.
+    random = np.random.default_rng(0)
+    table = pa.table({"id": np.arange(100), "a": random.random(100, "f"), "b": random.random(100, "f")})
+    good, bad = parquet(table), bytearray(parquet(table, write_page_checksum=True))
+    bad[60:90] = b"\xff" * 30
+    source = put(str(tmp_path / "source"), {"0.parquet": good, "1.parquet": bytes(bad), "2.parquet": good})
+    plan = a_plan(source, destination.url, BatchOptions(key_columns=("id",), rows_per_chunk=25), batch_size=5, slots=2)
+    done = score(plan, destination, Adder())
+
+    assert 200 == scored_rows(plan, destination).height
+    assert {SourceCorrupt} == {type(fault) for fault in done.faults.values()}
+    assert all("1.parquet" in str(fault) for fault in done.faults.values())
+    assert 4 == len(done.faults)
+
+
+def test_what_one_slot_raises_stops_the_others(plan: Plan, destination: Storage) -> None:
+    with pytest.raises(SystemExit, match="out of ink"):
+        score(plan, destination, Adder(seconds=0.01, fails_at=5.0))
+
+    assert len(list_parts(destination, plan.run)) < len(plan.chunks)
+
+
+def test_too_many_rejects_stop_the_run_as_it_goes(tmp_path: Path, destination: Storage) -> None:
+    nulls = pa.table({"id": list(range(400)), "a": pa.nulls(400, pa.float32()), "b": np.zeros(400, "f")})
+    source = put(str(tmp_path / "source"), {"0.parquet": nulls})
+    plan = a_plan(source, destination.url, BatchOptions(rows_per_chunk=10), batch_size=5, slots=1)
+
+    with pytest.raises(TooManyRejects, match="may be rejects"):
+        score(plan, destination, Adder(), slots=1, fraction=0.1)
+    assert len(list_parts(destination, plan.run)) <= 7
+
+
+@pytest.mark.parametrize(("rejects", "refused"), [(0, False), (10, False), (11, True)])
+def test_a_fraction_of_rejects_is_of_all_rows(rejects: int, refused: bool) -> None:  # noqa: FBT001
+    if refused:
+        with pytest.raises(TooManyRejects, match="At most 0.1 of 100 rows"):
+            check_rejects(rejects, 100, 0.1)
+    else:
+        check_rejects(rejects, 100, 0.1)
