@@ -5,8 +5,9 @@ Shapes: N rows, F features; an input is [N, *shape], an output is [N, *shape].
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -35,8 +36,9 @@ class ColumnPolicy(Frozen):
     )
     null: float | str = Field(
         default="reject",
-        description="reject: the row gets no prediction. keep: NaN for floats, None for text. "
-        "Anything else: the value that takes the null's place.",
+        description="reject: the row gets no prediction. keep: NaN for floats, a missing value for text, bytes and "
+        "times; integers and booleans can't keep one, and are rejected. Anything else: the value that takes the "
+        "null's place, a number for numbers, text for text and times.",
     )
 
 
@@ -106,9 +108,10 @@ class Contract(Frozen):
 
         Raises SchemaMismatch with every missing column and every wrong type in one message.
         """
-        problems = [problem for column in self.columns if (problem := _problem(column, schema))]
+        columns = [column for value in self.inputs for column in value.columns]
+        problems = [problem for column in columns if (problem := _problem(column, schema))]
         if problems:
-            listed = "\n".join(f"  - {problem}" for problem in problems)
+            listed = "\n".join(f"  - {problem}" for problem in dict.fromkeys(problems))
             message = f"{where} does not fit the model's signature:\n{listed}\nColumns found: {_listed(schema)}."
             raise SchemaMismatch(message)
 
@@ -135,6 +138,8 @@ def _tensor_problem(column: Column, source: pa.DataType) -> str | None:
     width = int(np.prod(column.shape))
     storage = source.storage_type if isinstance(source, pa.BaseExtensionType) else source
     must = f"column {column.name!r} must hold {width} {column.dtype} values a row"
+    if isinstance(source, pa.FixedShapeTensorType) and _logical_shape(source) != column.shape:
+        return f"{must} in the shape {column.shape}, got {source}"
     if pa.types.is_fixed_size_list(storage):
         if storage.list_size != width:
             return f"{must}, got {source}"
@@ -144,6 +149,12 @@ def _tensor_problem(column: Column, source: pa.DataType) -> str | None:
     return _scalar_problem(value, storage.value_type)
 
 
+def _logical_shape(tensor: pa.FixedShapeTensorType) -> tuple[int, ...] | None:
+    """Return the shape of a tensor type, None where its values do not lie in that order."""
+    order = tensor.permutation
+    return None if order is not None and list(order) != sorted(order) else tuple(tensor.shape)
+
+
 def is_text(source: pa.DataType) -> bool:
     """Whether a type holds text, in any of Arrow's layouts."""
     return bool(pa.types.is_string(source) or pa.types.is_large_string(source) or pa.types.is_string_view(source))
@@ -151,7 +162,12 @@ def is_text(source: pa.DataType) -> bool:
 
 _OPAQUE_TYPES: dict[str, tuple[Callable[[pa.DataType], bool], ...]] = {
     "str": (is_text,),
-    "binary": (pa.types.is_binary, pa.types.is_large_binary),
+    "binary": (
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+        pa.types.is_binary_view,
+        pa.types.is_fixed_size_binary,
+    ),
     "datetime64[ns]": (pa.types.is_timestamp, pa.types.is_date),
 }
 
@@ -160,9 +176,11 @@ def _scalar_problem(column: Column, source: pa.DataType) -> str | None:
     must = f"column {column.name!r} must be {column.dtype}, got {source}"
     if pa.types.is_dictionary(source):
         source = source.value_type
+    if pa.types.is_null(source):
+        return None
     if column.dtype in OPAQUE_DTYPES:
         return None if any(fit(source) for fit in _OPAQUE_TYPES[column.dtype]) else must
-    if pa.types.is_null(source) or is_text(source):
+    if is_text(source):
         return None
     number = pa.types.is_boolean(source) or pa.types.is_integer(source) or pa.types.is_floating(source)
     if not number:
@@ -172,6 +190,7 @@ def _scalar_problem(column: Column, source: pa.DataType) -> str | None:
     return f'{must}, which may lose digits; allow it with policies={{"{column.name}": {{"cast": "round"}}}}'
 
 
+@functools.lru_cache(maxsize=256)
 def fits(source: pa.DataType, dtype: str) -> bool:
     """Whether every value of a number type survives the cast to `dtype` unchanged.
 
@@ -182,3 +201,36 @@ def fits(source: pa.DataType, dtype: str) -> bool:
     if wanted.kind == "f" and given.kind in "iu" and given.itemsize >= wanted.itemsize:
         return False
     return bool(np.can_cast(given, wanted, "safe"))
+
+
+def fill_problem(column: Column) -> str | None:
+    """Say why the value that takes the place of a column's nulls is none of its dtype, None where it is one."""
+    if column.policy.null in ("reject", "keep"):
+        return None
+    try:
+        fill_value(column)
+    except (ValueError, OverflowError):
+        return f"{column.policy.null!r} for column {column.name!r} ({column.dtype})"
+    return None
+
+
+def fill_value(column: Column) -> Any:
+    """Return the value that takes the place of a column's nulls, as numpy holds it.
+
+    Raises ValueError or OverflowError where that is none of the column's dtype.
+    """
+    null, dtype = column.policy.null, column.dtype
+    if dtype == "str" and isinstance(null, str):
+        return null
+    if dtype == "datetime64[ns]" and isinstance(null, str):
+        return np.datetime64(pa.scalar(null).cast(pa.timestamp("ns")).value, "ns")
+    if dtype in OPAQUE_DTYPES or isinstance(null, str):
+        message = f"A null of a column of {dtype} can't become {null!r}."
+        raise ValueError(message)
+    with np.errstate(over="ignore"):
+        value = np.dtype(dtype).type(null)
+    changed = np.isfinite(null) != np.isfinite(value) if value.dtype.kind == "f" else value != null
+    if changed:
+        message = f"{null!r} must be a value of {dtype}."
+        raise ValueError(message)
+    return value

@@ -6,22 +6,23 @@ as the transposed view [N, F]: a matrix product takes either, and no value is mo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from serving.contract import OPAQUE_DTYPES, Column, Contract, Input, fits, is_text
+from serving.cast import Array, Mask, cast_numbers, parse_numbers
+from serving.contract import OPAQUE_DTYPES, Column, Contract, Input, fill_value, fits, is_text
 
-Array = npt.NDArray[Any]
-Mask = npt.NDArray[np.bool_]
+Columns = dict[str, pa.ChunkedArray]
 
 # A row stride of a power of two maps every feature to the same cache set; this keeps them apart.
 _PAD = 16
+# Seconds since 1970 that still fit 64 bits as nanoseconds.
+_SECONDS_MAX = 2**63 // 10**9
 
 
 @dataclass(slots=True)
@@ -30,17 +31,23 @@ class Flags:
 
     code_N: npt.NDArray[np.int32]
     reasons: list[tuple[str, str]] = field(default_factory=list)
+    _codes: dict[tuple[str, str], int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._codes = {pair: code for code, pair in enumerate(self.reasons, start=1)}
 
     @classmethod
     def none(cls, rows: int) -> Flags:
         """Return flags for `rows` good rows."""
         return cls(np.zeros(rows, dtype=np.int32))
 
-    def mark(self, mask_N: Mask, column: str, reason: str) -> None:
-        """Flag the rows of the mask; the first reason of a row stands."""
-        fresh_N = mask_N & (self.code_N == 0)
-        if fresh_N.any():
-            self.code_N[fresh_N] = self._code(column, reason)
+    def mark(self, mask_n: Mask, column: str, reason: str, start: int = 0) -> None:
+        """Flag the rows of a mask that begins at row `start`; the first reason of a row stands."""
+        if mask_n.any():
+            code_n = self.code_N[start : start + len(mask_n)]
+            fresh_n = mask_n & (code_n == 0)
+            if fresh_n.any():
+                code_n[fresh_n] = self._code(column, reason)
 
     def mark_row(self, row: int, column: str, reason: str) -> None:
         """Flag one row; the first reason of a row stands."""
@@ -62,9 +69,10 @@ class Flags:
 
     def _code(self, column: str, reason: str) -> int:
         pair = (column, reason)
-        if pair not in self.reasons:
+        if pair not in self._codes:
             self.reasons.append(pair)
-        return self.reasons.index(pair) + 1
+            self._codes[pair] = len(self.reasons)
+        return self._codes[pair]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,37 +87,44 @@ class Encoded:
 def encode(contract: Contract, table: pa.Table) -> Encoded:
     """Turn N rows of a table into the model's inputs.
 
-    Rows that break the contract are flagged and keep their place, with a zero or an empty value in
-    it: the caller fills such a row with a good one before it passes it on.
+    Rows that break the contract are flagged and keep their place, with some value in it: the caller
+    fills such a row with a good one before it passes it on. A column that is missing, which the
+    contract allows where it is optional, is a column of nulls.
     """
     flags = Flags.none(table.num_rows)
-    inputs = {value.name: _encode_input(value, table, flags) for value in contract.inputs}
+    columns = dict(zip(table.column_names, table.columns, strict=True))
+    inputs = {value.name: _encode_input(value, columns, flags) for value in contract.inputs}
     return Encoded(inputs=inputs, flags=flags, rows=table.num_rows)
 
 
-def _encode_input(value: Input, table: pa.Table, flags: Flags) -> Array:
-    rows = table.num_rows
+def _encode_input(value: Input, columns: Columns, flags: Flags) -> Array:
+    rows = len(flags.code_N)
+    if value.dtype in OPAQUE_DTYPES:
+        arrays = [_opaque(column, _chunks(column, columns, rows), flags) for column in value.columns]
+        return np.stack(arrays, axis=1) if value.stacked else arrays[0]
     if value.stacked:
         buffer_FN = np.empty((len(value.columns), rows + _PAD), dtype=value.dtype)[:, :rows]
-        for index, column in enumerate(value.columns):
-            _fill(buffer_FN[index], column, table, flags)
+        for out_N, column in zip(buffer_FN, value.columns, strict=True):
+            _fill(out_N, column, _chunks(column, columns, rows), flags)
         return buffer_FN.T
     (column,) = value.columns
-    if column.dtype in OPAQUE_DTYPES:
-        return _opaque(column, table, flags)
+    out = np.empty((rows, *column.shape), dtype=value.dtype)
+    chunks = _chunks(column, columns, rows)
     if column.shape:
-        return _tensor(column, table, flags)
-    out_N = np.empty(rows, dtype=value.dtype)
-    _fill(out_N, column, table, flags)
-    return out_N
+        _fill_lists(out.reshape(rows, math.prod(column.shape)), column, chunks, flags)
+    else:
+        _fill(out, column, chunks, flags)
+    return out
 
 
-def _fill(out_N: Array, column: Column, table: pa.Table, flags: Flags) -> None:
-    if column.name not in table.column_names:
-        out_N[:] = np.nan if out_N.dtype.kind == "f" else 0
-        return
+def _chunks(column: Column, columns: Columns, rows: int) -> list[pa.Array]:
+    found = columns.get(column.name)
+    return [pa.nulls(rows)] if found is None else found.chunks
+
+
+def _fill(out_N: Array, column: Column, chunks: list[pa.Array], flags: Flags) -> None:
     start = 0
-    for chunk in table.column(column.name).chunks:
+    for chunk in chunks:
         stop = start + len(chunk)
         _fill_chunk(out_N[start:stop], column, chunk, flags, start)
         start = stop
@@ -119,53 +134,35 @@ def _fill_chunk(out_n: Array, column: Column, chunk: pa.Array, flags: Flags, sta
     """Cast one Arrow chunk of n rows into its place."""
     if pa.types.is_dictionary(chunk.type):
         chunk = chunk.dictionary_decode()
-    nulls = _null_mask(chunk)
     if pa.types.is_null(chunk.type):
         out_n[:] = 0
     elif is_text(chunk.type):
-        _parse(out_n, column, chunk, flags, start)
+        broken_n = parse_numbers(out_n, chunk)
+        flags.mark(broken_n, column.name, f"text that does not parse as {column.dtype}", start)
     else:
         _cast(out_n, column, chunk, flags, start)
-    if nulls is not None:
-        _settle_nulls(out_n, nulls, column, flags, start)
+    if chunk.null_count:
+        _settle_nulls(out_n, _null_mask(chunk), column, flags, start)
 
 
-def _null_mask(chunk: pa.Array) -> Mask | None:
-    if not chunk.null_count:
-        return None
-    return np.asarray(chunk.is_null().to_numpy(zero_copy_only=False), dtype=np.bool_)
+def _null_mask(chunk: pa.Array) -> Mask:
+    if pa.types.is_null(chunk.type):
+        return np.ones(len(chunk), dtype=np.bool_)
+    # Arrow's own is_null takes ten times as long on its way to numpy.
+    bits = np.frombuffer(chunk.buffers()[0], dtype=np.uint8)
+    valid = np.unpackbits(bits, count=chunk.offset + len(chunk), bitorder="little")
+    return np.asarray(valid[chunk.offset :] == 0)
 
 
-def _settle_nulls(out_n: Array, nulls: Mask, column: Column, flags: Flags, start: int) -> None:
+def _settle_nulls(out_n: Array, null_n: Mask, column: Column, flags: Flags, start: int) -> None:
+    """Give nulls what the policy says; `out_n` may hold lists, whose every value is then given it."""
     null = column.policy.null
-    if null == "reject" or (null == "keep" and out_n.dtype.kind != "f"):
-        _mark(flags, start, nulls, column.name, "null")
-    else:
-        out_n[nulls] = np.nan if null == "keep" else out_n.dtype.type(null)
-
-
-def _mark(flags: Flags, start: int, mask: Mask, column: str, reason: str) -> None:
-    if mask.any():
-        whole_N = np.zeros(len(flags.code_N), dtype=np.bool_)
-        whole_N[start : start + len(mask)] = mask
-        flags.mark(whole_N, column, reason)
-
-
-def _parse(out_n: Array, column: Column, chunk: pa.Array, flags: Flags, start: int) -> None:
-    text = pl.Series(chunk, dtype=pl.String).str.strip_chars()
-    if out_n.dtype.kind == "b":
-        numbers = text.str.to_lowercase().replace_strict(
-            {"true": True, "false": False, "1": True, "0": False}, default=None
-        )
-    else:
-        numbers = text.cast(_polars_type(out_n.dtype), strict=False)
-    broken = (numbers.is_null() & text.is_not_null()).to_numpy()
-    out_n[:] = numbers.fill_null(False if out_n.dtype.kind == "b" else 0).to_numpy()
-    _mark(flags, start, broken, column.name, f"text that does not parse as {column.dtype}")
-
-
-def _polars_type(dtype: np.dtype[Any]) -> pl.DataType:
-    return pl.Series(np.empty(0, dtype=dtype)).dtype
+    if null == "reject" or (null == "keep" and out_n.dtype.kind in "iub"):
+        flags.mark(null_n, column.name, "null", start)
+    elif null != "keep":
+        out_n[null_n] = fill_value(column)
+    elif out_n.dtype.kind == "f":
+        out_n[null_n] = np.nan
 
 
 def _cast(out_n: Array, column: Column, chunk: pa.Array, flags: Flags, start: int) -> None:
@@ -174,84 +171,69 @@ def _cast(out_n: Array, column: Column, chunk: pa.Array, flags: Flags, start: in
     if fits(chunk.type, column.dtype):
         out_n[:] = given_n
         return
-    lost_n = _cast_lossy(out_n, given_n, exact=column.policy.cast == "exact")
-    _mark(flags, start, lost_n, column.name, f"a {chunk.type} that does not fit {column.dtype}")
+    lost_n = cast_numbers(out_n, given_n, exact=column.policy.cast == "exact")
+    flags.mark(lost_n, column.name, f"a {chunk.type} that does not fit {column.dtype}", start)
 
 
-def _cast_lossy(out_n: Array, given_n: Array, *, exact: bool) -> Mask:
-    """Cast to the nearest value and return which rows it loses."""
-    if out_n.dtype.kind in "iub" and given_n.dtype.kind == "f":
-        given_n = given_n if exact else np.rint(given_n)
-    with np.errstate(over="ignore", invalid="ignore"):
-        out_n[:] = given_n
-        if out_n.dtype.kind == "f" and not exact:
-            return np.asarray(np.isinf(out_n) & ~np.isinf(given_n.astype(np.float64)))
-        same_n = out_n.astype(given_n.dtype) == given_n
-    if out_n.dtype.kind == "f" and given_n.dtype.kind == "f":
-        same_n |= np.isnan(given_n)
-    if out_n.dtype.kind == "u" and given_n.dtype.kind == "i":
-        same_n &= given_n >= 0
-    if out_n.dtype.kind == "i" and given_n.dtype.kind == "u":
-        same_n &= out_n >= 0
-    if given_n.dtype.kind in "iu" and out_n.dtype.kind == "f":
-        # 2**63 - 1 becomes 2**63 as a float and wraps on its way back, so the edge counts as lost.
-        same_n &= np.abs(out_n.astype(np.float64)) < 2.0**63
-    return np.asarray(~same_n)
-
-
-def _opaque(column: Column, table: pa.Table, flags: Flags) -> Array:
+def _opaque(column: Column, chunks: list[pa.Array], flags: Flags) -> Array:
     """Return text, bytes or times as numpy holds them: objects, or datetime64."""
-    wanted = "datetime64[ns]" if column.dtype == "datetime64[ns]" else object
-    if column.name not in table.column_names:
-        return np.full(table.num_rows, None if wanted is object else np.datetime64("NaT"), dtype=wanted)
-    values = table.column(column.name)
-    if pa.types.is_dictionary(values.type):
-        values = values.cast(values.type.value_type)
-    if wanted is not object:
-        values = pc.cast(values, pa.timestamp("ns"))
-    out_N = np.array(values.to_numpy(), dtype=wanted)
-    if values.null_count:
-        nulls = np.asarray(values.is_null().to_numpy(), dtype=np.bool_)
-        if column.policy.null == "reject":
-            _mark(flags, 0, nulls, column.name, "null")
-        elif column.policy.null != "keep":
-            out_N[nulls] = column.policy.null
+    out_N = np.empty(len(flags.code_N), dtype=column.dtype if column.dtype == "datetime64[ns]" else object)
+    start = 0
+    for chunk in chunks:
+        stop = start + len(chunk)
+        _opaque_chunk(out_N[start:stop], column, chunk, flags, start)
+        start = stop
     return out_N
 
 
-def _tensor(column: Column, table: pa.Table, flags: Flags) -> Array:
-    """Return a column of lists as [N, *shape]: one block copy an Arrow chunk, none a row."""
-    width = int(np.prod(column.shape))
-    out_NW = np.empty((table.num_rows, width), dtype=column.dtype)
+def _opaque_chunk(out_n: Array, column: Column, chunk: pa.Array, flags: Flags, start: int) -> None:
+    if pa.types.is_dictionary(chunk.type):
+        chunk = chunk.dictionary_decode()
+    values = chunk
+    if out_n.dtype.kind == "M":
+        values, lost_n = _nanoseconds(chunk)
+        flags.mark(lost_n, column.name, f"a {chunk.type} that does not fit {column.dtype}", start)
+    out_n[:] = values.to_numpy(zero_copy_only=False)
+    if chunk.null_count:
+        _settle_nulls(out_n, _null_mask(chunk), column, flags, start)
+
+
+def _nanoseconds(chunk: pa.Array) -> tuple[pa.Array, Mask]:
+    """Return times as nanoseconds, in UTC where they have a zone, and which are too far away for that."""
+    try:
+        return pc.cast(chunk, pa.timestamp("ns")), np.zeros(len(chunk), dtype=np.bool_)
+    except pa.ArrowInvalid:
+        seconds = pc.cast(pc.cast(chunk, pa.timestamp("s"), safe=False), pa.int64())
+        lost = pc.greater_equal(pc.abs(seconds), _SECONDS_MAX).fill_null(False)  # noqa: FBT003 - Arrow's signature
+        kept = pc.if_else(lost, pa.scalar(None, chunk.type), chunk)
+        return pc.cast(kept, pa.timestamp("ns")), np.asarray(lost.to_numpy(zero_copy_only=False))
+
+
+def _fill_lists(out_NW: Array, column: Column, chunks: list[pa.Array], flags: Flags) -> None:
+    """Fill [N, W] from a column of lists: one block copy an Arrow chunk, none a row."""
     start = 0
-    for chunk in table.column(column.name).chunks:
+    for chunk in chunks:
         storage = chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk
         stop = start + len(storage)
-        _tensor_chunk(out_NW[start:stop], column, storage, flags, start)
+        _fill_lists_chunk(out_NW[start:stop], column, storage, flags, start)
         start = stop
-    return out_NW.reshape(table.num_rows, *column.shape)
 
 
-def _tensor_chunk(out_nW: Array, column: Column, chunk: pa.Array, flags: Flags, start: int) -> None:
+def _fill_lists_chunk(out_nW: Array, column: Column, chunk: pa.Array, flags: Flags, start: int) -> None:
     rows, width = out_nW.shape
-    nulls = _null_mask(chunk)
-    if nulls is not None:
-        _mark(flags, start, nulls, column.name, "null")
     lengths = pc.list_value_length(chunk).fill_null(-1).to_numpy(zero_copy_only=False)
-    whole = lengths == width
-    ragged = ~whole if nulls is None else ~whole & ~nulls
-    _mark(flags, start, ragged, column.name, f"a list that has not {width} values")
-    if not whole.all():
-        out_nW[~whole] = 0
-        chunk = chunk.filter(pa.array(whole))
-    values = chunk.flatten()
+    whole_n = lengths == width
+    all_whole = bool(whole_n.all())
+    values = (chunk if all_whole else chunk.filter(pa.array(whole_n))).flatten()
+    flat = out_nW.reshape(rows * width) if all_whole else np.empty(len(values), dtype=out_nW.dtype)
     inner = Flags.none(len(values))
-    flat = np.empty(len(values), dtype=out_nW.dtype) if not whole.all() else out_nW.reshape(rows * width)
-    value = Column(name=column.name, dtype=column.dtype, policy=column.policy)
-    _fill_chunk(flat, value, values, inner, 0)
-    if not whole.all():
-        out_nW[whole] = flat.reshape(-1, width)
+    _fill_chunk(flat, column, values, inner, 0)
+    if not all_whole:
+        out_nW[whole_n] = flat.reshape(-1, width)
+        out_nW[~whole_n] = 0
+        flags.mark((lengths != width) & (lengths >= 0), column.name, f"a list that has not {width} values", start)
+        _settle_nulls(out_nW, lengths < 0, column, flags, start)
     for code, (_, reason) in enumerate(inner.reasons, start=1):
-        broken = np.zeros(rows, dtype=np.bool_)
-        broken[whole] = (inner.code_N.reshape(-1, width) == code).any(axis=1)
-        _mark(flags, start, broken, column.name, f"in its list, {reason}")
+        broken_n = np.zeros(rows, dtype=np.bool_)
+        broken_n[whole_n] = (inner.code_N.reshape(-1, width) == code).any(axis=1)
+        flags.mark(broken_n, column.name, f"in its list, {reason}", start)

@@ -16,12 +16,14 @@ import numpy.typing as npt
 
 from serving.contract import Contract
 from serving.encode import Encoded, Flags
-from serving.errors import DeviceLost, ModelFailed
+from serving.errors import DeviceLost, ModelFailed, OvernightError
 from serving.model import Arrays, Model
 
 Predictions = dict[str, npt.NDArray[Any]]
 
 _REASON_LENGTH_MAX = 200
+# Where torch has no OutOfMemoryError: its CPU allocator, allocations outside its CUDA cache, and cuBLAS's own.
+_MEMORY_WORDS = ("can't allocate memory", "out of memory", "cublas_status_alloc_failed")
 _DEVICE_WORDS = ("cuda error", "hip error", "device-side assert", "cublas_status", "cudnn_status")
 
 
@@ -41,10 +43,11 @@ class Forward:
     def score(self, encoded: Encoded) -> Predictions:
         """Predict N rows in batches of `batch_size`, counted from the first row.
 
-        Flags the rows that the model fails on, and those whose predictions are not finite. Raises
-        ModelFailed if every row of the first batch fails, DeviceLost if the device is gone.
+        Flags the rows that the model fails on, and those whose predictions are not finite; the inputs
+        of every flagged row are overwritten. Raises ModelFailed if every row of the first batch fails,
+        DeviceLost if the device is gone.
         """
-        out = {o.name: np.zeros((encoded.rows, *o.shape), dtype=_dtype(o.dtype)) for o in self.contract.outputs}
+        out = self._nothing(encoded.rows)
         for start in range(0, encoded.rows, self.batch_size):
             stop = min(start + self.batch_size, encoded.rows)
             batch = {name: value[start:stop] for name, value in encoded.inputs.items()}
@@ -58,18 +61,18 @@ class Forward:
         if not len(good):
             return
         if len(good) < rows:
-            batch = _filled(batch, np.flatnonzero(code_n != 0), int(good[0]))
+            _fill(batch, code_n != 0, int(good[0]))
         try:
             predictions = self._pass(batch)
-        except ModelFailed:
+        except OvernightError:
             raise
         except Exception as error:  # noqa: BLE001 - the model is somebody else's code
             predictions = self._without_bad_rows(batch, flags, start, error)
         for name, value in predictions.items():
             out[name][:] = value
-        _flag_unfit(predictions, flags, start, code_n)
-        if not self.proven and not (flags.code_N[start : start + rows] == 0).any():
-            raise _all_failed(flags, start, len(good))
+        _flag_unfit(predictions, flags, start)
+        if not self.proven and code_n.all():
+            raise _all_failed(flags, start + int(good[0]), len(good))
         self.proven = True
 
     def _without_bad_rows(self, batch: Arrays, flags: Flags, start: int, error: Exception) -> Predictions:
@@ -77,17 +80,18 @@ class Forward:
         bad: dict[int, str] = {}
         rows = len(next(iter(batch.values())))
         self._halve(batch, 0, rows, error, bad)
+        code_n = flags.code_N[start : start + rows]
+        good = np.flatnonzero(code_n == 0)
         for row, reason in bad.items():
             flags.mark_row(start + row, "", reason)
-        standing = [row for row in range(rows) if row not in bad]
-        if not standing:
+        if code_n.all():
             if not self.proven:
-                raise _all_failed(flags, start, rows)
-            return {o.name: np.zeros((rows, *o.shape), dtype=_dtype(o.dtype)) for o in self.contract.outputs}
-        good = next((row for row in standing if flags.code_N[start + row] == 0), standing[0])
+                raise _all_failed(flags, start + int(good[0]), len(good))
+            return self._nothing(rows)
+        _fill(batch, code_n != 0, int(np.argmin(code_n != 0)))
         try:
-            return self._pass(_filled(batch, np.array(sorted(bad), dtype=np.intp), good))
-        except ModelFailed:
+            return self._pass(batch)
+        except OvernightError:
             raise
         except Exception as again:
             message = (
@@ -105,18 +109,21 @@ class Forward:
         for start, stop in ((low, middle), (middle, high)):
             try:
                 self._pass({name: value[start:stop] for name, value in batch.items()})
-            except ModelFailed:
+            except OvernightError:
                 raise
             except Exception as inner:  # noqa: BLE001 - the model's own exception, on fewer rows
                 self._halve(batch, start, stop, inner, bad)
 
     def _pass(self, batch: Arrays) -> Predictions:
-        """Make one forward pass; out of memory halves the batch, and the safe size is remembered."""
+        """Make one forward pass; out of memory halves the batch, and the safe size is remembered.
+
+        The model gets a copy: one that works in place would leave nothing to pass again.
+        """
         rows = len(next(iter(batch.values())))
         if self.batch_size_safe is not None and rows > self.batch_size_safe:
             return self._in_pieces(batch, self.batch_size_safe)
         try:
-            return self.model.predict(batch)
+            return self.model.predict({name: value.copy(order="K") for name, value in batch.items()})
         except Exception as error:
             if _device_lost(error):
                 message = f"The device must answer, got {_reason(error)}. This process ends; call again to resume."
@@ -134,40 +141,38 @@ class Forward:
         ]
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
+    def _nothing(self, rows: int) -> Predictions:
+        """Return the predictions of rows that have none: zeros, or None for text."""
+        return {
+            output.name: np.full((rows, *output.shape), None if output.dtype == "str" else 0, _dtype(output.dtype))
+            for output in self.contract.outputs
+        }
+
 
 def _dtype(dtype: str) -> np.dtype[Any]:
     return np.dtype(object if dtype == "str" else dtype)
 
 
-def _filled(batch: Arrays, bad: npt.NDArray[np.intp], good: int) -> dict[str, npt.NDArray[Any]]:
-    """Return the batch with its bad rows replaced by a copy of a good one; memory order is kept."""
-    copies = {name: value.copy(order="K") for name, value in batch.items()}
-    for value in copies.values():
-        value[bad] = value[good]
-    return copies
+def _fill(batch: Arrays, bad_n: npt.NDArray[np.bool_], good: int) -> None:
+    """Replace bad rows by a copy of a good one, in place: no other bit of the batch moves."""
+    for value in batch.values():
+        value[bad_n] = value[good]
 
 
-def _flag_unfit(predictions: Predictions, flags: Flags, start: int, code_n: npt.NDArray[np.int32]) -> None:
+def _flag_unfit(predictions: Predictions, flags: Flags, start: int) -> None:
     for name, value in predictions.items():
-        unfit = _unfit_rows(value.reshape(len(value), -1))
-        if unfit is not None:
-            whole_N = np.zeros(len(flags.code_N), dtype=np.bool_)
-            whole_N[start : start + len(code_n)] = unfit
-            flags.mark(whole_N, name, "prediction is not finite" if value.dtype.kind in "fc" else "prediction is null")
+        if value.dtype.kind in "fc":
+            finite_nW = np.isfinite(value).reshape(len(value), -1)
+            if not finite_nW.all():
+                flags.mark(np.asarray(~finite_nW.all(axis=1)), name, "prediction is not finite", start)
+        elif value.dtype.kind == "O":
+            null = np.fromiter((item is None for item in value.flat), dtype=np.bool_, count=value.size)
+            flags.mark(np.asarray(null.reshape(len(value), -1).any(axis=1)), name, "prediction is null", start)
 
 
-def _unfit_rows(value_nW: npt.NDArray[Any]) -> npt.NDArray[np.bool_] | None:
-    if value_nW.dtype.kind in "fc":
-        finite = np.isfinite(value_nW)
-        return None if finite.all() else np.asarray(~finite.all(axis=1))
-    if value_nW.dtype.kind == "O":
-        null: npt.NDArray[np.bool_] = np.array([[item is None or item != item for item in row] for row in value_nW])  # noqa: PLR0124 - NaN
-        return np.asarray(null.any(axis=1)) if null.any() else None
-    return None
-
-
-def _all_failed(flags: Flags, start: int, rows: int) -> ModelFailed:
-    column, reason = flags.reasons[flags.code_N[start] - 1]
+def _all_failed(flags: Flags, row: int, rows: int) -> ModelFailed:
+    """Say that all of the rows that the model was given failed, `row` being one of them."""
+    column, reason = flags.reasons[flags.code_N[row] - 1]
     where = f" (output {column!r})" if column else ""
     return ModelFailed(
         f"At least one row of the first batch must get a prediction, got none of {rows}: {reason}{where}. "
@@ -177,12 +182,14 @@ def _all_failed(flags: Flags, start: int, rows: int) -> ModelFailed:
 
 def _reason(error: BaseException) -> str:
     """Describe an exception in words that are the same in every attempt: no addresses in them."""
-    text = re.sub(r"0x[0-9a-fA-F]+", "0x...", " ".join(str(error).split()))
+    text = re.sub(r"0[xX][0-9a-fA-F]+", "0x...", " ".join(str(error).split()))
     return f"{type(error).__name__}: {text}"[:_REASON_LENGTH_MAX]
 
 
 def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _MEMORY_WORDS)
 
 
 def _device_lost(error: Exception) -> bool:
@@ -201,9 +208,10 @@ def measure_rate(forward: Forward, encoded: Encoded, clock: Callable[[], float])
     The first batch warms up; where it alone takes 0.2 s it is the measurement.
     """
     size = min(forward.batch_size, encoded.rows)
-    first = {name: value[:size] for name, value in encoded.inputs.items()}
+    first = {name: value[:size].copy(order="K") for name, value in encoded.inputs.items()}
+    flags = Flags(encoded.flags.code_N[:size].copy(), list(encoded.flags.reasons))
     start = clock()
-    forward.score(Encoded(inputs=first, flags=Flags(encoded.flags.code_N[:size], encoded.flags.reasons), rows=size))
+    forward.score(Encoded(inputs=first, flags=flags, rows=size))
     taken = clock() - start
     if taken > _SLOW_SECONDS:
         return size / taken

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import threading
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -16,8 +17,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from serving.contract import Contract, Output
-from serving.errors import ModelFailed, ModelUnfit
+from serving.answer import named_outputs
+from serving.contract import Contract
+from serving.errors import ModelUnfit
 from serving.registry import Resolved
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -27,7 +29,10 @@ class Model(Protocol):
     """What batch, stream and endpoint share: rows in, predictions out."""
 
     def predict(self, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
-        """Return every output of the contract for N rows; whatever the model raises comes through."""
+        """Return every output of the contract for N rows, text as objects with None for a null.
+
+        Whatever the model raises comes through.
+        """
         ...
 
     def slot(self) -> AbstractContextManager[None]:
@@ -46,7 +51,8 @@ def load_model(resolved: Resolved, contract: Contract, *, allow_pickle: bool = F
     Raises ModelUnfit where the model is pickled and `allow_pickle` is not set, since unpickling
     runs whatever code the file holds.
     """
-    loaded = _load(resolved.folder, resolved.pin.digest, resolved.is_torch, allow_pickle)
+    with _loading:
+        loaded = _load(resolved.folder, resolved.pin.digest, resolved.is_torch, allow_pickle)
     return TorchModel(loaded, contract) if resolved.is_torch else PyfuncModel(loaded, contract)
 
 
@@ -60,24 +66,60 @@ _loading = threading.Lock()
 def _load(folder: Path, digest: str, is_torch: bool, allow_pickle: bool) -> Any:  # noqa: ARG001, FBT001 - the digest is a key of the cache
     import mlflow.pyfunc  # noqa: PLC0415 - seconds of imports that a finished run does not need
 
-    with _loading:
-        before = os.environ.get(_ALLOW_PICKLE)
-        os.environ[_ALLOW_PICKLE] = str(allow_pickle).lower()
+    with _pickle_allowed(allow_pickle), _no_bytecode():
         try:
             return _load_torch(folder, allow_pickle=allow_pickle) if is_torch else mlflow.pyfunc.load_model(str(folder))
+        except ModelUnfit:
+            raise
         except Exception as error:  # a flavour's loader may raise anything; it all means the same here
             raise _unfit(folder, error, allow_pickle=allow_pickle) from error
-        finally:
-            del os.environ[_ALLOW_PICKLE]
-            if before is not None:
-                os.environ[_ALLOW_PICKLE] = before
+
+
+@contextmanager
+def _pickle_allowed(allowed: bool) -> Generator[None]:  # noqa: FBT001 - it says what it is
+    before = os.environ.get(_ALLOW_PICKLE)
+    os.environ[_ALLOW_PICKLE] = str(allowed).lower()
+    try:
+        yield
+    finally:
+        del os.environ[_ALLOW_PICKLE]
+        if before is not None:
+            os.environ[_ALLOW_PICKLE] = before
+
+
+@contextmanager
+def _no_bytecode() -> Generator[None]:
+    """Keep Python from writing its caches beside a model's code: those files are the registry's."""
+    before = sys.dont_write_bytecode
+    sys.dont_write_bytecode = True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
 
 
 def _load_torch(folder: Path, *, allow_pickle: bool) -> Any:
     import mlflow.pytorch  # noqa: PLC0415
+    import torch  # noqa: PLC0415
 
     options = {"weights_only": False} if allow_pickle else {}
-    return mlflow.pytorch.load_model(str(folder), **options)
+    module = mlflow.pytorch.load_model(str(folder), **options)
+    if isinstance(module, torch.fx.GraphModule) and (training := [str(n) for n in module.graph.nodes if _trains(n)]):
+        message = (
+            f"A model must be exported for inference, got training mode in its graph at {training}: it would answer "
+            "differently each time. Call model.eval() before you log it."
+        )
+        raise ModelUnfit(message)
+    return module
+
+
+def _trains(node: Any) -> bool:
+    """Whether a node of an exported graph is a dropout or a normalisation that still learns."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return False
+    given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
+    return bool((given.get("train") or given.get("training")) and given.get("p") != 0)
 
 
 def _unfit(folder: Path, error: Exception, *, allow_pickle: bool) -> ModelUnfit:
@@ -102,7 +144,7 @@ class TorchModel:
 
         tensors = [torch.from_numpy(inputs[value.name]) for value in self._contract.inputs]
         rows = tensors[0].shape[0]
-        return _named(self._module(*tensors), self._contract.outputs, rows, lambda tensor: tensor.numpy())
+        return named_outputs(self._module(*tensors), self._contract.outputs, rows, lambda tensor: tensor.numpy())
 
     @contextmanager
     def slot(self) -> Generator[None]:
@@ -131,18 +173,23 @@ class PyfuncModel:
     def __init__(self, model: Any, contract: Contract) -> None:
         self._model = model
         self._contract = contract
-        self._tensors = model.metadata.signature.inputs.is_tensor_spec()
-        self._unnamed = self._tensors and model.metadata.signature.inputs.inputs[0].name is None
+        schema = model.metadata.signature.inputs
+        self._tensors = schema.is_tensor_spec()
+        self._unnamed = self._tensors and schema.inputs[0].name is None
+        specs = zip(contract.inputs, schema.inputs, strict=True) if self._tensors else ()
+        self._texts = {value.name: spec.type.kind for value, spec in specs if spec.type.kind in "US"}
 
     def predict(self, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
         """Run the model on N rows."""
         import pandas as pd  # noqa: PLC0415
 
         rows = len(next(iter(inputs.values())))
-        given: Any = dict(inputs) if self._tensors else pd.DataFrame(dict(inputs), copy=False)
-        if self._unnamed:
-            (given,) = inputs.values()
-        return _named(self._model.predict(given), self._contract.outputs, rows, np.asarray)
+        given: Any = dict(inputs) | {name: _fixed(inputs[name], kind) for name, kind in self._texts.items()}
+        if not self._tensors:
+            given = pd.DataFrame(given, copy=False)
+        elif self._unnamed:
+            (given,) = given.values()
+        return named_outputs(self._model.predict(given), self._contract.outputs, rows, np.asarray)
 
     @contextmanager
     def slot(self) -> Generator[None]:
@@ -155,42 +202,9 @@ class PyfuncModel:
         return 1
 
 
-def _named(raw: Any, outputs: tuple[Output, ...], rows: int, to_numpy: Any) -> dict[str, npt.NDArray[Any]]:
-    """Give every output its name and shape, whatever shape the model answers in."""
-    values = _by_name(raw, outputs)
-    return {output.name: _shaped(to_numpy(values[output.name]), output, rows) for output in outputs}
-
-
-def _by_name(raw: Any, outputs: tuple[Output, ...]) -> dict[str, Any]:
-    names = [output.name for output in outputs]
-    if hasattr(raw, "columns") and hasattr(raw, "iloc"):
-        if len(outputs) == 1 and outputs[0].width == raw.shape[1]:
-            return {names[0]: raw.to_numpy()}
-        return {name: _column_of(raw, name, at) for at, name in enumerate(names)}
-    if isinstance(raw, Mapping):
-        if missing := [name for name in names if name not in raw]:
-            message = f"The model must answer with {names}, got {sorted(map(str, raw))}: {missing} missing."
-            raise ModelFailed(message)
-        return {name: raw[name] for name in names}
-    if len(outputs) == 1:
-        return {names[0]: raw[0] if isinstance(raw, tuple) and len(raw) == 1 else raw}
-    if not isinstance(raw, list | tuple) or len(raw) != len(outputs):
-        message = f"The model must answer with {len(outputs)} outputs {names}, got a {type(raw).__name__}."
-        raise ModelFailed(message)
-    return dict(zip(names, raw, strict=True))
-
-
-def _column_of(frame: Any, name: str, at: int) -> Any:
-    return frame[name].to_numpy() if name in frame.columns else frame.iloc[:, at].to_numpy()
-
-
-def _shaped(value: npt.NDArray[Any], output: Output, rows: int) -> npt.NDArray[Any]:
-    if value.size != rows * output.width:
-        message = (
-            f"Output {output.name!r} must hold {output.width} values for each of {rows} rows, got shape {value.shape}. "
-            "Log the model again with the signature of what it returns."
-        )
-        raise ModelFailed(message)
-    if output.dtype == "str":
-        return value.astype(object).reshape(rows, *output.shape)
-    return value.reshape(rows, *output.shape).astype(output.dtype, copy=False)
+def _fixed(text_N: npt.NDArray[Any], kind: str) -> npt.NDArray[Any]:
+    """Return text as numpy's own fixed-width kind, which MLflow holds a signature of such tensors to."""
+    if any(item is None for item in text_N.flat):
+        message = f"a tensor of {np.dtype(kind).name} can't hold a null"
+        raise ValueError(message)
+    return text_N.astype(kind)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import mlflow
+from botocore.exceptions import BotoCoreError, ClientError
 from mlflow import MlflowClient, MlflowException
 from mlflow.artifacts import download_artifacts
 from mlflow.models import Model as MLmodel
@@ -21,6 +22,7 @@ from serving.signature import Names, Policies, read_contract
 
 _URI = re.compile(r"(?:models:/)?(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+|latest))")
 _BLOCK = 1 << 20
+_MODELS_SHOWN = 20
 
 
 class ModelPin(Frozen):
@@ -78,7 +80,14 @@ def resolve_model(uri: str) -> Resolved:
 def open_model(*, name: str, version: str, source: str) -> Resolved:
     """Open the files of one version, wherever its source is, and pin them by digest."""
     model_id = source.removeprefix("models:/") if source.startswith("models:/") else None
-    folder = _folder(source, model_id)
+    try:
+        folder = _folder(source, model_id)
+    except (MlflowException, BotoCoreError, ClientError, OSError) as error:
+        message = (
+            f"The files of {name} version {version} must be readable at {source}, got: {error}. "
+            "Check the artifact store."
+        )
+        raise ModelUnfit(message) from None
     mlmodel_file = folder / "MLmodel"
     if not mlmodel_file.is_file():
         message = f"The files of {name} version {version} must hold an MLmodel, got none in {folder}. Log it again."
@@ -105,18 +114,25 @@ def _version(client: MlflowClient, uri: str, match: re.Match[str]) -> str:
 def _not_found(client: MlflowClient, uri: str, name: str, error: MlflowException | None) -> ModelNotFound:
     try:
         versions = client.search_model_versions(f"name = '{name}'") if re.fullmatch(r"[^']+", name) else []
-        known = sorted(model.name for model in client.search_registered_models(max_results=20))
+        models = client.search_registered_models(max_results=_MODELS_SHOWN)
         aliases = dict(client.get_registered_model(name).aliases) if versions else {}
     except MlflowException:
-        return ModelNotFound(f"The registry must answer for {uri}, got: {error}. Check MLFLOW_TRACKING_URI.")
+        got = _without_password(str(error))
+        return ModelNotFound(f"The registry must answer for {uri}, got: {got}. Check MLFLOW_TRACKING_URI.")
     if versions:
         have = f"versions {sorted(int(found.version) for found in versions)} and aliases {aliases or 'none'}"
         return ModelNotFound(f"{uri} must name a version or an alias of {name!r}, which has {have}.")
-    where = os.environ.get("MLFLOW_REGISTRY_URI") or os.environ.get("MLFLOW_TRACKING_URI") or "the default registry"
+    known = ", ".join(repr(model.name) for model in models) or "none"
+    more = " and more" if models.token else ""
+    where = _without_password(mlflow.get_registry_uri())
     return ModelNotFound(
-        f"{uri} must be registered, but {where} has no model {name!r}. Registered are: {known or 'none'}. "
+        f"{uri} must be registered, but {where} has no model {name!r}. Registered are: {known}{more}. "
         "Register it, or set MLFLOW_TRACKING_URI to the registry that has it."
     )
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"//[^/@\s]*@", "//", text)
 
 
 def _folder(source: str, model_id: str | None) -> Path:
@@ -125,7 +141,9 @@ def _folder(source: str, model_id: str | None) -> Path:
     if model_id is not None:
         location = str(MlflowClient().get_logged_model(model_id).artifact_location)
     parts = urlsplit(location)
-    if parts.scheme in ("", "file"):
+    if not parts.scheme:
+        return Path(location)
+    if parts.scheme == "file":
         return Path(unquote(parts.path))
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "overnight" / "models"
     folder = cache / (model_id or hashlib.sha256(location.encode()).hexdigest()[:32])
@@ -138,19 +156,23 @@ def _download(location: str, folder: Path) -> None:
     """Download next to the place, then rename: a folder that exists is whole."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as part:
+        got = Path(download_artifacts(artifact_uri=location, dst_path=part))
         try:
-            got = Path(download_artifacts(artifact_uri=location, dst_path=part))
-        except MlflowException as error:
-            message = f"The files of the model must be readable at {location}, got: {error}. Check the artifact store."
-            raise ModelUnfit(message) from None
-        if not folder.is_dir():
-            shutil.move(str(got), str(folder))
+            got.rename(folder)
+        except OSError:
+            # Another process was faster.
+            if not folder.is_dir():
+                raise
 
 
 def digest_folder(folder: Path) -> str:
-    """Return the SHA-256 over the relative names and bytes of every file below a folder."""
+    """Return the SHA-256 over the relative names and bytes of every file below a folder.
+
+    Python's bytecode caches do not count: they come to lie beside a model's code when it is imported.
+    """
     whole = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+    files = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    for file in sorted(files):
         inner = hashlib.sha256()
         with file.open("rb") as stream:
             while block := stream.read(_BLOCK):

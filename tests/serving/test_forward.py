@@ -1,0 +1,437 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serving.answer import named_outputs
+from serving.contract import Contract, Output
+from serving.encode import Encoded, Flags, encode
+from serving.errors import DeviceLost, ModelFailed
+from serving.forward import Forward, Predictions, measure_rate
+from serving.model import Arrays, TorchModel
+from tests.serving.toys import Picky, alone, column, matrix, network
+
+REASON = "ValueError: no row may begin with 1 <<object object at 0x...>>"
+X = np.random.default_rng(2).standard_normal((100, 4), dtype=np.float32)
+
+
+@dataclass
+class Plain:
+    """A model that is a Python function of arrays, and counts the rows of each call."""
+
+    answer: Callable[[Arrays], Any]
+    outputs: tuple[Output, ...] = (Output(name="score", dtype="float32"),)
+    rows_seen: list[int] = field(default_factory=list)
+    slots: int = 1
+
+    def predict(self, inputs: Arrays) -> dict[str, Any]:
+        rows = len(next(iter(inputs.values())))
+        self.rows_seen.append(rows)
+        return named_outputs(self.answer(inputs), self.outputs, rows, np.asarray)
+
+    def slot(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def encoded(x_NF: np.ndarray, bad: dict[int, str] | None = None) -> Encoded:
+    """Rows as `encode` hands them on: a row of memory a column, and the bad ones flagged."""
+    flags = Flags.none(len(x_NF))
+    for row, reason in (bad or {}).items():
+        flags.mark_row(row, "c0", reason)
+    return Encoded(inputs={"x": np.ascontiguousarray(x_NF.T).T}, flags=flags, rows=len(x_NF))
+
+
+def score(module: torch.nn.Module, rows: Encoded, batch_size: int) -> np.ndarray:
+    model = TorchModel(module, matrix(4))
+    with model.slot():
+        return Forward(model, matrix(4), batch_size).score(rows)["score"]
+
+
+def rejects(rows: Encoded) -> dict[int, tuple[str, str]]:
+    return {row: rows.flags.reasons[code - 1] for row, code in enumerate(rows.flags.code_N) if code}
+
+
+def beginning_with(first: float, rows: Any) -> np.ndarray:
+    x = X.copy()
+    x[rows, 0] = first
+    return x
+
+
+sets_of_rows = st.sets(st.integers(0, 99), max_size=30)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.sets(st.integers(1, 99), max_size=30), sets_of_rows, sets_of_rows, st.integers(1, 120))
+def test_exactly_the_bad_rows_are_rejected_and_no_bit_of_the_others_moves(
+    raising: set[int], undefined: set[int], broken: set[int], batch_size: int
+) -> None:
+    # The first row is good, so that a first batch of one does not fail the model.
+    undefined, broken = undefined - raising - {0}, broken - raising - undefined - {0}
+    x = beginning_with(1, sorted(raising))
+    x[sorted(undefined), 0] = 2
+    rows = encoded(x, dict.fromkeys(broken, "null"))
+    first = set(range(batch_size))
+    if first <= raising | undefined | broken:
+        return
+    found, undisturbed = score(Picky(), rows, batch_size), score(network(), encoded(X), batch_size)
+    expected = dict.fromkeys(raising, ("", REASON))
+    expected |= dict.fromkeys(undefined, ("score", "prediction is not finite")) | dict.fromkeys(broken, ("c0", "null"))
+    good = np.flatnonzero(rows.flags.code_N == 0)
+
+    assert expected == rejects(rows)
+    assert undisturbed[good].tobytes() == found[good].tobytes()
+
+
+def test_what_an_undisturbed_batch_costs_is_one_pass_and_a_bad_row_a_few_more() -> None:
+    undisturbed, disturbed = Picky(), Picky()
+    score(undisturbed, encoded(X), 64)
+    score(disturbed, encoded(beginning_with(1, [70])), 64)
+
+    assert [64, 36] == undisturbed.rows_seen
+    assert [64, 36] == disturbed.rows_seen[:2]
+    assert 36 == disturbed.rows_seen[-1]
+    assert 2 + 2 * 6 + 1 >= len(disturbed.rows_seen)
+
+
+def test_a_batch_of_nothing_but_rejects_never_reaches_the_model() -> None:
+    module = Picky()
+    rows = encoded(X, dict.fromkeys(range(64, 100), "null"))
+    found = score(module, rows, 32)
+
+    assert [32, 32] == module.rows_seen
+    assert [0.0] * 36 == found[64:].tolist()
+
+
+def test_a_table_of_nothing_but_rejects_never_reaches_the_model() -> None:
+    module = Picky()
+    score(module, encoded(X, dict.fromkeys(range(100), "null")), 32)
+
+    assert [] == module.rows_seen
+
+
+def test_bad_rows_are_filled_with_a_good_one_before_the_model_sees_them() -> None:
+    seen: list[np.ndarray] = []
+    model = Plain(lambda inputs: seen.append(inputs["x"]) or inputs["x"][:, 0])
+    x = X.copy()
+    x[[0, 5]] = np.nan
+    Forward(model, matrix(4), 10).score(encoded(x[:10], {0: "null", 5: "null"}))
+
+    assert np.array_equal(X[1], seen[0][0])
+    assert np.array_equal(X[1], seen[0][5])
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_first_batch_without_one_prediction_fails_the_model_at_once(first: float) -> None:
+    reason = REASON if first == 1 else "prediction is not finite (output 'score')"
+    with pytest.raises(ModelFailed) as caught:
+        score(Picky(), encoded(beginning_with(first, slice(0, 8)), {0: "null", 3: "null"}), 8)
+
+    assert f"got none of 6: {reason}. That is the model, not the rows" in str(caught.value)
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_later_batch_without_one_prediction_is_a_batch_of_rejects(first: float) -> None:
+    rows = encoded(beginning_with(first, slice(8, 16)))
+    score(Picky(), rows, 8)
+
+    assert set(range(8, 16)) == set(rejects(rows))
+
+
+def test_a_first_batch_of_rejects_proves_nothing_about_the_model() -> None:
+    with pytest.raises(ModelFailed, match="got none of 8"):
+        score(Picky(), encoded(beginning_with(1, slice(8, 16)), dict.fromkeys(range(8), "null")), 8)
+
+
+def test_a_model_that_fails_on_batches_and_not_on_rows_fails() -> None:
+    def answer(inputs: Arrays) -> Any:
+        if len(inputs["x"]) > 3:
+            message = "too many rows"
+            raise ValueError(message)
+        return inputs["x"][:, 0]
+
+    with pytest.raises(
+        ModelFailed, match=r"ValueError: too many rows with 0 of 8 rows replaced. The model fails on batches"
+    ):
+        Forward(Plain(answer), matrix(4), 8).score(encoded(X))
+
+
+def test_an_answer_of_the_wrong_shape_is_no_affair_of_the_rows() -> None:
+    model = Plain(lambda inputs: inputs["x"])
+    with pytest.raises(ModelFailed, match="Output 'score' must hold 1 values"):
+        Forward(model, matrix(4), 50).score(encoded(X))
+
+    assert [50] == model.rows_seen
+
+
+def test_a_null_label_is_a_reject_and_wide_labels_are_whole_or_rejects() -> None:
+    outputs = (Output(name="label", dtype="str"), Output(name="pair", dtype="str", shape=(2,)))
+
+    def answer(inputs: Arrays) -> Any:
+        label = np.array(["a", "b", "c", "d"], dtype=object)
+        label[inputs["x"][:, 0] == 7] = None
+        pair = np.stack([np.array(["p"] * 4, dtype=object)] * 2, axis=1)
+        pair[inputs["x"][:, 0] == 8, 1] = np.nan
+        return {"label": label, "pair": pair}
+
+    x = X[:4].copy()
+    x[1, 0], x[2, 0] = 7, 8
+    rows = encoded(x, {3: "null"})
+    found = Forward(Plain(answer, outputs), matrix(4, *outputs), 4).score(rows)
+
+    assert {1: ("label", "prediction is null"), 2: ("pair", "prediction is null"), 3: ("c0", "null")} == rejects(rows)
+    assert ["a", None, "c"] == found["label"][:3].tolist()
+    assert [["p", "p"], ["p", None]] == found["pair"][1:3].tolist()
+
+
+def test_labels_of_batches_that_never_reach_the_model_are_none() -> None:
+    output = Output(name="label", dtype="str")
+    rows = encoded(X[:2], {0: "null", 1: "null"})
+    found = Forward(Plain(lambda _: ["a"], (output,)), matrix(4, output), 2).score(rows)
+
+    assert [None, None] == found["label"].tolist()
+
+
+def test_a_number_that_is_no_integer_rejects_its_row_alone() -> None:
+    output = Output(name="count", dtype="int64")
+    x = X.copy()
+    x[:, 0] = np.arange(100)
+    x[[3, 60], 0] = np.nan
+    rows = encoded(x)
+    found = Forward(Plain(lambda inputs: inputs["x"][:, 0], (output,)), matrix(4, output), 50).score(rows)
+
+    assert dict.fromkeys((3, 60), ("", "ValueError: output 'count' must be finite to be int64")) == rejects(rows)
+    assert [0, 1, 2, 4] == found["count"][[0, 1, 2, 4]].tolist()
+
+
+class Hungry(torch.nn.Module):
+    """A network that runs out of memory above some number of rows."""
+
+    def __init__(self, rows_max: int, error: Callable[[], Exception], *, inplace: bool = False) -> None:
+        super().__init__()
+        self.inner = network()
+        self.rows_max, self.error, self.inplace = rows_max, error, inplace
+        self.rows_seen: list[int] = []
+
+    def forward(self, x_NF: torch.Tensor) -> torch.Tensor:
+        self.rows_seen.append(len(x_NF))
+        if self.inplace:
+            x_NF.mul_(2)
+        if len(x_NF) > self.rows_max:
+            raise self.error()
+        return self.inner(x_NF if self.inplace else x_NF * 2)
+
+
+OUT_OF_MEMORY = [
+    lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    MemoryError,
+    lambda: pa.ArrowMemoryError("malloc of size 1 failed"),
+    lambda: RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"),
+    lambda: RuntimeError("CUDA error: out of memory"),
+    lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_out_of_memory_halves_the_batch_and_the_size_that_fits_is_remembered(error: Callable[[], Exception]) -> None:
+    module, rows = Hungry(20, error), encoded(X)
+    model = TorchModel(module, matrix(4))
+    forward = Forward(model, matrix(4), 64)
+    with model.slot():
+        found = forward.score(rows)["score"]
+
+    assert [64, 32, 16, 16, 16, 16, 16, 16, 4] == module.rows_seen
+    assert 16 == forward.batch_size_safe
+    assert {} == rejects(rows)
+    assert np.allclose(score(Hungry(1000, MemoryError), encoded(X), 64), found, rtol=1e-5)
+
+
+def test_the_error_of_torchs_own_allocator_is_out_of_memory() -> None:
+    def answer(inputs: Arrays) -> Any:
+        torch.empty(1 << 50 if len(inputs["x"]) > 32 else 1)
+        return inputs["x"][:, 0]
+
+    forward = Forward(Plain(answer), matrix(4), 100)
+    found = forward.score(encoded(X))["score"]
+
+    assert 25 == forward.batch_size_safe
+    assert np.array_equal(X[:, 0], found)
+
+
+def test_a_row_that_alone_takes_too_much_memory_is_a_reject() -> None:
+    def answer(inputs: Arrays) -> Any:
+        if (inputs["x"][:, 0] == 1).any():
+            raise MemoryError
+        return inputs["x"][:, 0]
+
+    rows = encoded(beginning_with(1, [40]))
+    Forward(Plain(answer), matrix(4), 32).score(rows)
+
+    assert {40: ("", "MemoryError: ")} == rejects(rows)
+
+
+def test_a_network_that_works_in_place_is_given_each_row_as_it_was_after_out_of_memory() -> None:
+    undisturbed = score(Hungry(1000, MemoryError), encoded(X), 64)
+    found = score(Hungry(20, MemoryError, inplace=True), encoded(X), 64)
+
+    assert np.allclose(undisturbed, found, rtol=1e-5)
+
+
+def test_a_model_that_works_in_place_is_given_each_row_as_it_was_after_an_error() -> None:
+    def answer(inputs: Arrays) -> Any:
+        inputs["x"][:, 1] *= 2
+        if (inputs["x"][:, 0] == 1).any():
+            message = "a row"
+            raise ValueError(message)
+        return inputs["x"][:, 1]
+
+    rows = encoded(beginning_with(1, [7, 70]))
+    found = Forward(Plain(answer), matrix(4), 64).score(rows)["score"]
+    good = np.flatnonzero(rows.flags.code_N == 0)
+
+    assert {7, 70} == set(rejects(rows))
+    assert np.array_equal(X[good, 1] * 2, found[good])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be asynchronous"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+        RuntimeError("HIP error: unspecified launch failure"),
+        torch.AcceleratorError("CUDA error: unspecified launch failure"),
+    ],
+)
+def test_a_device_error_ends_it_at_once_and_rejects_no_row(error: Exception) -> None:
+    def answer(inputs: Arrays) -> Any:
+        if len(model.rows_seen) > 1:
+            raise error
+        return inputs["x"][:, 0]
+
+    model, rows = Plain(answer), encoded(X)
+    with pytest.raises(DeviceLost, match=r"The device must answer, got .* This process ends; call again to resume"):
+        Forward(model, matrix(4), 50).score(rows)
+
+    assert [50, 50] == model.rows_seen
+    assert {} == rejects(rows)
+
+
+def test_a_device_error_while_bad_rows_are_looked_for_ends_it_too() -> None:
+    errors: Iterator[Exception] = iter([ValueError("a row"), RuntimeError("CUDA error: device-side assert triggered")])
+
+    def answer(_: Arrays) -> Any:
+        raise next(errors)
+
+    with pytest.raises(DeviceLost):
+        Forward(Plain(answer), matrix(4), 50).score(encoded(X))
+
+
+def test_the_words_of_a_device_in_another_error_are_a_rows_affair() -> None:
+    def answer(inputs: Arrays) -> Any:
+        if (inputs["x"][:, 0] == 1).any():
+            message = "CUDA error: said the row"
+            raise ValueError(message)
+        return inputs["x"][:, 0]
+
+    rows = encoded(beginning_with(1, [3]))
+    Forward(Plain(answer), matrix(4), 50).score(rows)
+
+    assert {3: ("", "ValueError: CUDA error: said the row")} == rejects(rows)
+
+
+def test_a_reason_is_one_short_line_without_addresses() -> None:
+    def answer(inputs: Arrays) -> Any:
+        if (inputs["x"][:, 0] == 1).any():
+            message = f"at {id(inputs):#x}\n  and 0XFF\tand " + "more " * 100
+            raise ValueError(message)
+        return inputs["x"][:, 0]
+
+    rows = encoded(beginning_with(1, [3]))
+    Forward(Plain(answer), matrix(4), 50).score(rows)
+    ((_, reason),) = rejects(rows).values()
+
+    assert reason.startswith("ValueError: at 0x... and 0x... and more more")
+    assert 200 == len(reason)
+
+
+def test_the_reasons_are_the_same_with_any_batch_size() -> None:
+    def answer(inputs: Arrays) -> Any:
+        worst = np.flatnonzero(inputs["x"][:, 0] == 1)
+        if len(worst):
+            message = f"row {worst[0]} of {len(inputs['x'])}"
+            raise ValueError(message)
+        return inputs["x"][:, 0]
+
+    seen = []
+    for batch_size in (1, 7, 100):
+        rows = encoded(beginning_with(1, [3, 4, 90]))
+        Forward(Plain(answer), matrix(4), batch_size).score(rows)
+        seen.append(rejects(rows))
+
+    assert dict.fromkeys([3, 4, 90], ("", "ValueError: row 0 of 1")) == seen[0] == seen[1] == seen[2]
+
+
+def test_inputs_of_every_kind_are_cut_filled_and_scored_together() -> None:
+    contract = alone(
+        column("str", "s"), column("float32", "v", shape=(2,)), column("datetime64[ns]", "t"), column("int8", "n")
+    )
+    table = pa.table(
+        {
+            "s": ["a", None, "c", "d"],
+            "v": [[1.0, 2.0], [3.0, 4.0], [5.0], [7.0, 8.0]],
+            "t": pa.array([0, 1, 2, 3], pa.timestamp("s")),
+            "n": pa.array([1, 2, 3, 4], pa.int8()),
+        },
+        schema=pa.schema(
+            [("s", pa.string()), ("v", pa.list_(pa.float32())), ("t", pa.timestamp("s")), ("n", pa.int8())]
+        ),
+    )
+    seen: list[Any] = []
+
+    def answer(inputs: Arrays) -> Any:
+        seen.extend(zip(inputs["s"], inputs["v"].tolist(), inputs["t"].tolist(), inputs["n"].tolist(), strict=True))
+        return inputs["v"].sum(axis=1)
+
+    rows = encode(contract, table)
+    found = Forward(Plain(answer), contract, 4).score(rows)["score"]
+
+    assert {1: ("s", "null"), 2: ("v", "a list that has not 2 values")} == rejects(rows)
+    assert [seen[0]] * 2 == seen[1:3]
+    assert ("d", [7.0, 8.0], 3 * 10**9, 4) == seen[3]
+    assert [3.0, 15.0] == found[[0, 3]].tolist()
+
+
+def test_no_rows_are_no_predictions() -> None:
+    found: Predictions = Forward(Plain(lambda _: None), matrix(4), 8).score(encoded(X[:0]))
+
+    assert (0,) == found["score"].shape
+
+
+@pytest.mark.parametrize(("step", "calls", "rate"), [(0.1, 3, 1000.0), (1.0, 1, 32.0)])
+def test_the_rate_is_measured_after_a_warm_up_unless_that_takes_long(step: float, calls: int, rate: float) -> None:
+    ticks = count(0, step)
+    model = Plain(lambda inputs: inputs["x"][:, 0])
+    contract: Contract = matrix(4)
+
+    assert rate == pytest.approx(measure_rate(Forward(model, contract, 32), encoded(X), lambda: next(ticks)))
+    assert calls + (calls > 1) * 2 == len(model.rows_seen)
+
+
+def test_measuring_the_rate_finds_bad_rows_again_and_again() -> None:
+    rows = encoded(beginning_with(1, [3, 50]), {4: "null"})
+    model = TorchModel(Picky(), matrix(4))
+    ticks = count(0, 0.1)
+    with model.slot():
+        measure_rate(Forward(model, matrix(4), 32), rows, lambda: next(ticks))
+
+    assert {3: ("", REASON), 4: ("c0", "null"), 50: ("", REASON)} == rejects(rows)
