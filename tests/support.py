@@ -90,7 +90,12 @@ def register_script(name: str, line: str) -> str:
 
 
 def write_customers(
-    folder: Path, *, rows: int, files: int, rows_per_group: int, edit: Callable[[pl.DataFrame], pl.DataFrame] | None = None
+    folder: Path,
+    *,
+    rows: int,
+    files: int,
+    rows_per_group: int,
+    edit: Callable[[pl.DataFrame], pl.DataFrame] | None = None,
 ) -> Path:
     """Write a seeded table of customers with the features a, b and c."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,20 @@ TOP_LEVEL = {
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "Makefile", "constraints.txt"),
 }
 BATCH_ORDER = (
-    *("options", "formats", "dataset", "plan", "batches", "parts", "staging", "delta", "share", "score", "publish", "predictions"),
+    *(
+        "options",
+        "formats",
+        "dataset",
+        "plan",
+        "batches",
+        "parts",
+        "staging",
+        "delta",
+        "share",
+        "score",
+        "publish",
+        "predictions",
+    ),
     *("report", "run", "lineage", "artifacts"),
 )
 
@@ -52,7 +65,9 @@ def test_a_room_imports_only_the_rooms_downstream_of_it(room: str) -> None:
 
 
 def test_serving_never_imports_prefect() -> None:
-    assert set() == {path for path in (ROOT / "serving").rglob("*.py") if "prefect" in {n.split(".")[0] for n in imported(path)}}
+    assert set() == {
+        path for path in (ROOT / "serving").rglob("*.py") if "prefect" in {n.split(".")[0] for n in imported(path)}
+    }
 
 
 def test_a_station_of_batch_imports_only_stations_before_it() -> None:
@@ -60,7 +75,9 @@ def test_a_station_of_batch_imports_only_stations_before_it() -> None:
     backward = {
         (name, module)
         for name, path in stations.items()
-        for module in (found.removeprefix("tasks.batch.") for found in imported(path) if found.startswith("tasks.batch."))
+        for module in (
+            found.removeprefix("tasks.batch.") for found in imported(path) if found.startswith("tasks.batch.")
+        )
         if BATCH_ORDER.index(module) >= BATCH_ORDER.index(name)
     }
 
@@ -69,7 +86,9 @@ def test_a_station_of_batch_imports_only_stations_before_it() -> None:
 
 
 def test_finding_a_run_complete_imports_neither_prefect_nor_torch() -> None:
-    code = "import sys, tasks.batch.run, tasks.batch.report; print({'prefect', 'torch', 'matplotlib'} & set(sys.modules))"
+    code = (
+        "import sys, tasks.batch.run, tasks.batch.report; print({'prefect', 'torch', 'matplotlib'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
 
     assert "set()" == done.stdout.strip()

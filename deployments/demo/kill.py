@@ -1,5 +1,6 @@
 """Kill a scoring process in the middle of its run, and hold what is left against an undisturbed run."""
 
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -41,7 +42,7 @@ def _kill_at(command: Sequence[str], folder: Path, parts: int) -> None:
                 time.sleep(_LOOK_SECONDS)
         finally:
             process.kill()
-    if process.returncode != -9:
+    if process.returncode != -signal.SIGKILL:
         message = f"The run must end by SIGKILL, but it ended with {process.returncode} before."
         raise RuntimeError(message)
 

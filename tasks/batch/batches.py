@@ -52,7 +52,8 @@ class Reader:
         for table in self._tables(chunk):
             held.append(table)
             count += table.num_rows
-            while count >= self._rows:
+            # The last block waits until its file has been held against the snapshot after its last row was read.
+            while count > self._rows:
                 whole = pa.concat_tables(held)
                 yield whole.slice(0, self._rows)
                 held, count = [whole.slice(self._rows)], count - self._rows
@@ -67,9 +68,9 @@ class Reader:
         """Yield the rows of one piece as they are decoded, at most a block at a time."""
         file = self._snapshot.files[piece.file]
         at = sum(file.row_groups[: piece.row_group]) + piece.row_start
-        with corrupt_as_named(self._storage.address(file.path)):
+        with corrupt_as_named(self._storage, file.entry):
             for batch in self._read(piece, file):
-                yield self._with_places(pa.Table.from_batches([batch]), file, at)
+                yield self._with_places(batch, file, at)
                 at += batch.num_rows
         self._storage.hold(file.entry)
 
@@ -90,15 +91,20 @@ class Reader:
     def _physical(self) -> list[str]:
         return [name for name in self._columns if name not in self._partitions]
 
-    def _with_places(self, table: pa.Table, file: SourceFile, at: int) -> pa.Table:
-        rows = table.num_rows
+    def _with_places(self, batch: pa.RecordBatch, file: SourceFile, at: int) -> pa.Table:
+        """Return rows as a table that has the same columns, in the same order, whatever file they are from."""
+        rows = batch.num_rows
         origin = file.origin or file.path
-        for name, value in hive_values(origin).items():
-            if kind := self._partitions.get(name):
-                table = table.append_column(name, pa.repeat(pa.scalar(value).cast(kind), rows))
         first = file.origin_row + at
-        table = table.append_column(SOURCE_FILE, pa.repeat(pa.scalar(origin), rows))
-        return table.append_column(SOURCE_ROW, pa.array(np.arange(first, first + rows)))
+        columns = {
+            SOURCE_FILE: pa.repeat(pa.scalar(origin), rows),
+            SOURCE_ROW: pa.array(np.arange(first, first + rows)),
+        }
+        values = hive_values(origin)
+        for name, kind in self._partitions.items():
+            columns[name] = pa.repeat(pa.scalar(values[name], pa.string()).cast(kind), rows)
+        columns |= {name: batch.column(name) for name in self._physical()}
+        return pa.table(columns)
 
 
 class _Cursor:

@@ -40,6 +40,7 @@ _FORMATS = {
     ".ndjson": "jsonl",
 }
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+_UNDECODED = re.compile("[\ud800-\udfff]")
 _READERS = 16
 _PROBLEMS_SHOWN = 20
 
@@ -102,6 +103,9 @@ def take_snapshot(source: str, destination: str) -> Snapshot:
             "_ or . are passed over, and * stays within a folder where ** does not."
         )
         raise SourceNotFound(message)
+    if undecoded := [entry.path for entry in selected.entries if _UNDECODED.search(entry.path)]:
+        message = f"The name of every file must be UTF-8, got {undecoded[0]!r} below {source}. Rename it."
+        raise BadInput(message)
     target = open_storage(destination)
     if selected.takes_from(target, "run=0/part-00000-0000.parquet"):
         message = (
@@ -139,9 +143,10 @@ def open_dataset(snapshot: Snapshot, columns: Sequence[str], keys: Sequence[str]
     if not with_rows:
         message = f"The source must hold at least one row, got none in {len(footers)} files below {snapshot.root}."
         raise SourceEmpty(message)
-    used = tuple(dict.fromkeys([*columns, *keys]))
-    schema = _one_schema(with_rows, used)
-    hive = [field for field in _partitions([file for file, _ in with_rows], used) if field.name not in schema.names]
+    used = dict.fromkeys([*columns, *keys])
+    schema = _one_schema(with_rows, list(used))
+    beside = [name for name in used if name not in schema.names]
+    hive = [field for field in _partitions([file for file, _ in with_rows], beside) if field.name not in schema.names]
     pinned = snapshot.model_copy(update={"files": tuple(file for file, _ in footers)})
     return Dataset(snapshot=pinned, schema=pa.schema([*schema, *hive]), hive=tuple(field.name for field in hive))
 
@@ -198,7 +203,7 @@ def _one_schema(footers: list[tuple[SourceFile, pa.Schema]], used: Sequence[str]
             ours, theirs = _type_of(first, name), _type_of(schema, name)
             if ours != theirs:
                 here, there = theirs or "missing", ours or "missing"
-                differing.append(f"  - {file.path}: column {name!r} is {here}, in {first_file.path} {there}")
+                differing.append(f"  - {_told(file)}: column {name!r} is {here}, in {_told(first_file)} {there}")
     if differing:
         more = len(differing) - _PROBLEMS_SHOWN
         listed = "\n".join(differing[:_PROBLEMS_SHOWN]) + (f"\n  and {more} more" if more > 0 else "")
@@ -208,6 +213,11 @@ def _one_schema(footers: list[tuple[SourceFile, pa.Schema]], used: Sequence[str]
         )
         raise SchemaMismatch(message)
     return first.remove_metadata()
+
+
+def _told(file: SourceFile) -> str:
+    """Return the path that the user knows a file by."""
+    return file.origin or file.path
 
 
 def _type_of(schema: pa.Schema, name: str) -> pa.DataType | None:
@@ -223,12 +233,12 @@ def _partitions(files: Sequence[SourceFile], used: Sequence[str]) -> list[pa.Fie
     values: dict[str, set[str | None]] = {}
     lacking: dict[str, str] = {}
     for at, file in enumerate(files):
-        found = hive_values(file.origin or file.path)
+        found = hive_values(_told(file))
         for name, value in found.items():
             if at and name not in values:
-                lacking[name] = files[0].path
+                lacking[name] = _told(files[0])
             values.setdefault(name, set()).add(value)
-        lacking |= {name: file.path for name in values if name not in found}
+        lacking |= {name: _told(file) for name in values if name not in found}
     if partial := sorted(name for name in lacking if name in used):
         listed = ", ".join(f"{name!r} is missing in {lacking[name]}" for name in partial)
         message = f"Every file must lie in a folder of each partition that is used, got: {listed}. Move it, or glob."
@@ -238,7 +248,7 @@ def _partitions(files: Sequence[SourceFile], used: Sequence[str]) -> list[pa.Fie
 
 def _partition_type(values: set[str | None]) -> pa.DataType:
     known = [value for value in values if value is not None]
-    whole = known and all(re.fullmatch(r"-?\d{1,18}", value) for value in known)
+    whole = known and all(re.fullmatch(r"-?[0-9]{1,18}", value) for value in known)
     return pa.int64() if whole else pa.string()
 
 

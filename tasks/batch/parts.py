@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from serving.contract import Contract, Output
+from serving.contract import Contract, Output, is_text
 from serving.encode import Flags
-from serving.errors import BadInput, SchemaMismatch
+from serving.errors import BadInput, SchemaMismatch, SourceChanged
 from serving.forward import Predictions
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Dataset
 from tasks.batch.options import BatchOptions
@@ -36,9 +36,11 @@ def part_path(run: str, chunk: ChunkId) -> str:
 def list_parts(storage: Storage, run: str) -> dict[ChunkId, Entry]:
     """Return the parts that exist by their chunks; opens none of them."""
     parts = {}
-    for entry in storage.entries(f"run={run}"):
+    for entry in storage.entries(f"run={run}", depth=1):
         if match := _NAME.fullmatch(entry.path.rpartition("/")[2]):
-            parts[int(match[1]), int(match[2])] = entry
+            chunk = int(match[1]), int(match[2])
+            if entry.path == part_path(run, chunk):
+                parts[chunk] = entry
     return parts
 
 
@@ -55,6 +57,11 @@ def check_names(dataset: Dataset, contract: Contract, options: BatchOptions) -> 
     if missing := [key for key in options.key_columns if key not in dataset.schema.names]:
         message = f"Each key must be a column of the dataset, got {missing}. Columns found: {dataset.schema.names}."
         raise SchemaMismatch(message)
+    if not options.key_columns and (taken := {SOURCE_FILE, SOURCE_ROW} & {column.name for column in contract.columns}):
+        message = (
+            f"Without key columns {sorted(taken)} name a row, got columns of the model called so. Choose key_columns."
+        )
+        raise BadInput(message)
     names = [*key_names(options), *(o.name for o in contract.outputs), REJECT_COLUMN, REJECT_REASON]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         message = (
@@ -65,10 +72,29 @@ def check_names(dataset: Dataset, contract: Contract, options: BatchOptions) -> 
 
 def part_schema(contract: Contract, options: BatchOptions, dataset: Dataset) -> pa.Schema:
     """Return the schema that the parts of a run will have."""
-    places = {SOURCE_FILE: pa.field(SOURCE_FILE, pa.string()), SOURCE_ROW: pa.field(SOURCE_ROW, pa.int64())}
-    keys = [places[key] if key in places else dataset.schema.field(key) for key in key_names(options)]
-    outputs = [pa.field(output.name, output.arrow_type) for output in contract.outputs]
-    return pa.schema([*keys, *outputs, pa.field(REJECT_COLUMN, pa.string()), pa.field(REJECT_REASON, pa.string())])
+    types = {key: dataset.schema.field(key).type for key in options.key_columns}
+    types = types or {SOURCE_FILE: pa.string(), SOURCE_ROW: pa.int64()}
+    types |= {output.name: output.arrow_type for output in contract.outputs}
+    types |= {REJECT_COLUMN: pa.string(), REJECT_REASON: pa.string()}
+    return pa.schema([(name, stored_type(given, options.output)) for name, given in types.items()])
+
+
+_SIGNED = {pa.uint8(): pa.int16(), pa.uint16(): pa.int32(), pa.uint32(): pa.int64(), pa.float16(): pa.float32()}
+
+
+def stored_type(given: pa.DataType, output: str) -> pa.DataType:
+    """Return the type in which a part holds a column, so that pyarrow, polars and, where asked for, Delta read it.
+
+    pyarrow can't read back a fixed-size list that is null, polars takes a dictionary for a category,
+    and Delta has neither unsigned integers nor half floats.
+    """
+    if isinstance(given, pa.BaseExtensionType):
+        return stored_type(given.storage_type, output)
+    if pa.types.is_dictionary(given):
+        return stored_type(given.value_type, output)
+    if pa.types.is_fixed_size_list(given):
+        return pa.list_(stored_type(given.value_type, output))
+    return _SIGNED.get(given, given) if output == "delta" else given
 
 
 def encode_part(plan: Plan, keys: pa.Table, predictions: Predictions, flags: Flags, batch_size: int) -> memoryview:
@@ -77,16 +103,13 @@ def encode_part(plan: Plan, keys: pa.Table, predictions: Predictions, flags: Fla
     `batch_size` is the plan's, or what was left of it where memory ran out.
     """
     bad_N = flags.code_N != 0
-    columns = [_prediction(output, predictions, bad_N) for output in plan.contract.outputs]
-    schema = pa.schema([pa.field(output.name, output.arrow_type) for output in plan.contract.outputs])
-    table = keys.combine_chunks()
-    for field, values in zip(schema, columns, strict=True):
-        table = table.append_column(field, values)
-    for at, name in enumerate((REJECT_COLUMN, REJECT_REASON)):
-        table = table.append_column(name, _reject(flags, at))
-    table = table.replace_schema_metadata(_metadata(plan, flags, batch_size))
+    columns = {name: keys.column(name) for name in keys.column_names}
+    columns |= {output.name: _prediction(output, predictions, bad_N) for output in plan.contract.outputs}
+    columns = {name: values.cast(stored_type(values.type, plan.options.output)) for name, values in columns.items()}
+    columns |= {REJECT_COLUMN: _reject(flags, 0), REJECT_REASON: _reject(flags, 1)}
+    table = pa.table(columns, metadata=_metadata(plan, flags, batch_size)).combine_chunks()
     sink = pa.BufferOutputStream()
-    texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
+    texts = [field.name for field in table.schema if is_text(field.type)]
     pq.write_table(table, sink, compression="zstd", use_dictionary=texts, write_page_checksum=True)
     return memoryview(sink.getvalue())
 
@@ -136,11 +159,11 @@ class PartFooter:
 
 
 def read_footer(storage: Storage, plan: Plan, chunk: Chunk, entry: Entry) -> PartFooter | None:
-    """Read the footer of a part; None where it can't be read or does not hold the rows of its chunk."""
+    """Read the footer of a part; None where it can't be read, does not hold the rows of its chunk, or is another."""
     try:
         with storage.open_pinned(entry) as stream:
             metadata = pq.read_metadata(stream)
-    except (pa.ArrowException, OSError, ValueError):
+    except (pa.ArrowException, OSError, ValueError, SourceChanged):
         return None
     told = metadata.metadata or {}
     if metadata.num_rows != chunk.rows or told.get(b"overnight.run_key") != plan.key.encode():

@@ -9,11 +9,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TypeVar
 
 import pyarrow as pa
+from pydantic import ValidationError
 
 from serving.contract import Contract, Frozen
-from serving.errors import OvernightError, PlanTooLarge, RunNameTaken
+from serving.errors import DestinationUnusable, OvernightError, PlanTooLarge, RunNameTaken
 from serving.registry import ModelPin
 from tasks.batch.dataset import Dataset, Snapshot, SourceFile
 from tasks.batch.options import BatchOptions
@@ -186,6 +188,8 @@ def cut_chunks(files: Sequence[SourceFile], rows_per_chunk: int, batch_size: int
 def _slices(file: int, group: int, rows: int, rows_per_chunk: int, batch_size: int) -> list[Piece]:
     even = math.ceil(rows / math.ceil(rows / rows_per_chunk))
     step = min(rows_per_chunk, math.ceil(even / batch_size) * batch_size)
+    # A slice that starts on a multiple of the batch has the batches that the row group as a whole would have.
+    step -= step % batch_size if step > batch_size else 0
     return [
         Piece(file=file, row_group=group, row_start=start, row_stop=min(start + step, rows))
         for start in range(0, rows, step)
@@ -239,8 +243,24 @@ def save_plan(storage: Storage, plan: Plan) -> Plan:
 
 def load_plan(storage: Storage, run: str) -> Plan | None:
     """Read the plan of a run, None where there is none."""
-    data = storage.read(f"{ROOT}/{run}/plan.json")
-    return None if data is None else Plan.model_validate_json(data)
+    return read_record(storage, f"{ROOT}/{run}/plan.json", Plan)
+
+
+R = TypeVar("R", bound=Frozen)
+
+
+def read_record(storage: Storage, path: str, kind: type[R]) -> R | None:
+    """Read a plan, start or manifest, None where there is none; raises DestinationUnusable where it is of no use."""
+    data = storage.read(path)
+    try:
+        return None if data is None else kind.model_validate_json(data)
+    except ValidationError as error:
+        message = (
+            f"{storage.address(path)} must be a {kind.__name__.lower()} that this version of Overnight reads, got: "
+            f"{error.errors()[0]['msg']} at {error.errors()[0]['loc']}. Use the version that wrote it, or another name "
+            "or destination."
+        )
+        raise DestinationUnusable(message) from error
 
 
 def held_to_key(plan: Plan, key: str) -> Plan:
@@ -269,8 +289,8 @@ def save_start(storage: Storage, flow_run_id: str, run: str) -> str:
 
 def load_start(storage: Storage, flow_run_id: str) -> str | None:
     """Return the run that an earlier attempt of this flow run was tied to, None for a first attempt."""
-    data = storage.read(f"{ROOT}/starts/{flow_run_id}.json")
-    return None if data is None else Start.model_validate_json(data).run
+    start = read_record(storage, f"{ROOT}/starts/{flow_run_id}.json", Start)
+    return None if start is None else start.run
 
 
 def used_columns(contract: Contract, options: BatchOptions, schema: pa.Schema) -> list[str]:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import polars as pl
 
 from serving.errors import NoCompleteRun
+from tasks.batch.dataset import in_parallel
 from tasks.batch.parts import REJECT_REASON, list_parts
-from tasks.batch.plan import ROOT
+from tasks.batch.plan import ROOT, read_record
 from tasks.batch.publish import Manifest, find_manifest
 from tasks.storage import LocalStorage, Storage, open_storage, s3_options
 
@@ -45,11 +46,14 @@ def open_rejects(destination: str, run: str | None = None) -> pl.LazyFrame:
 
 
 def _newest(storage: Storage) -> Manifest | None:
-    paths = [entry.path for entry in storage.entries(ROOT) if entry.path.endswith("/manifest.json")]
-    manifests = [Manifest.model_validate_json(data) for path in paths if (data := storage.read(path)) is not None]
+    paths = [entry.path for entry in storage.entries(ROOT, depth=2) if entry.path.endswith("/manifest.json")]
+    found = in_parallel(lambda path: read_record(storage, path, Manifest), paths)
+    manifests = [manifest for manifest in found if manifest is not None]
     return max(manifests, key=lambda manifest: manifest.planned_at, default=None)
 
 
 def _scan(storage: Storage, paths: Sequence[str]) -> pl.LazyFrame:
     options = None if isinstance(storage, LocalStorage) else s3_options()
-    return pl.scan_parquet([storage.address(path) for path in paths], storage_options=options, hive_partitioning=False)
+    # Addresses are meant as they stand, brackets and stars too.
+    addresses = [storage.address(path) for path in paths]
+    return pl.scan_parquet(addresses, storage_options=options, hive_partitioning=False, glob=False)

@@ -12,7 +12,7 @@ from serving.registry import ModelPin
 from tasks.batch.dataset import in_parallel
 from tasks.batch.delta import commit_delta
 from tasks.batch.parts import ChunkId, PartFooter, Reasons, list_parts, read_footer
-from tasks.batch.plan import ROOT, Plan
+from tasks.batch.plan import ROOT, Plan, read_record
 from tasks.storage import Storage
 
 
@@ -62,13 +62,16 @@ class Audit:
 
 
 def audit_parts(storage: Storage, plan: Plan) -> Audit:
-    """Read the footer of every part; one that can't be read, or lacks rows, is set aside."""
+    """Read the footer of every part; one that can't be read, or lacks rows, is set aside.
+
+    One that another worker has set aside or scored again meanwhile is left as it is, and counts as missing.
+    """
     chunks = plan.chunks
     parts = list_parts(storage, plan.run)
     ids = [chunk for chunk in chunks if chunk in parts]
-    footers = in_parallel(lambda chunk: read_footer(storage, plan, chunks[chunk], parts[chunk]), ids) if ids else []
+    footers = in_parallel(lambda chunk: read_footer(storage, plan, chunks[chunk], parts[chunk]), ids)
     torn = [chunk for chunk, footer in zip(ids, footers, strict=True) if footer is None]
-    aside = tuple(storage.set_aside(parts[chunk].path) for chunk in torn)
+    aside = tuple(name for chunk in torn if (name := storage.set_aside(parts[chunk])) is not None)
     return Audit(
         footers=tuple(footer for footer in footers if footer is not None),
         missing=tuple(chunk for chunk in chunks if chunk not in parts) + tuple(torn),
@@ -100,7 +103,7 @@ def publish(storage: Storage, plan: Plan, audit: Audit) -> Manifest:
     storage.put_new(_path(plan.run), manifest.model_dump_json().encode())
     storage.sweep(f"run={plan.run}")
     storage.delete([entry.path for entry in storage.entries(f"{plan.folder}/staged")])
-    storage.sweep(f"{plan.folder}/staged")
+    storage.sweep(plan.folder)
     return find_manifest(storage, plan.run) or manifest
 
 
@@ -130,5 +133,4 @@ def _path(run: str) -> str:
 
 def find_manifest(storage: Storage, run: str) -> Manifest | None:
     """Return the manifest of a run, None where it is not complete."""
-    data = storage.read(_path(run))
-    return None if data is None else Manifest.model_validate_json(data)
+    return read_record(storage, _path(run), Manifest)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -161,11 +160,3 @@ def free_memory(read: Callable[[Path], str] = Path.read_text) -> int | None:
     except OSError:
         return available
     return available if limit == "max" else min(available, int(limit) - int(used))
-
-
-def own_memory() -> int:
-    """Return the resident bytes of this process at their peak so far."""
-    import resource  # noqa: PLC0415 - absent on Windows, where nothing else works either
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if os.uname().sysname == "Darwin" else peak << 10

@@ -75,11 +75,11 @@ class Share:
         while not self.stop.is_set() and not self._waiting:
             if not idle.acquire(timeout=_POLL_SECONDS):
                 continue
-            chunk = self._left_over()
-            if chunk is None:
+            left = self._left_over()
+            if left is None:
                 return
-            if self._claim(chunk):
-                yield Turn(chunk=chunk, helping=True)
+            if self._claim(left):
+                yield Turn(chunk=left, helping=True)
             else:
                 idle.release()
 

@@ -7,26 +7,23 @@ formats stay text: the contract parses them, and a value that does not parse rej
 
 from __future__ import annotations
 
-import io
+import contextlib
+import hashlib
 import tempfile
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
-from typing import IO
 
-import polars as pl
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.ipc
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
-from serving.contract import Column, Contract, Frozen
-from serving.errors import SourceCorrupt
+from serving.contract import Contract, Frozen
+from serving.errors import SourceEmpty, StorageFault
 from tasks.batch.dataset import Snapshot, SourceFile, corrupt_as_named
-from tasks.storage import Storage, copy_pinned, open_storage
+from tasks.batch.formats import Wanted, line_blocks, named_in, read_tables
+from tasks.storage import LocalStorage, Storage, copy_pinned, local_errors, open_storage
 
 _ROWS_PER_GROUP = 1 << 16
-_BLOCK = 16 << 20
 _COPY_BYTES = 64 << 20
 
 
@@ -40,27 +37,27 @@ def stage(
     """Return a snapshot of Parquet copies of every file, each made unless it is there already.
 
     A file becomes copies of about 64 MiB and then a list of them, the commit of its staging, so
-    memory is bounded whatever the size of the file. Raises SourceCorrupt by file name.
+    memory is bounded whatever the size of the file. Raises SourceCorrupt by file name, SourceEmpty
+    where there are no rows.
     """
     source = open_storage(snapshot.root)
-    copies: list[_Copy] = []
-    for file in snapshot.files:
-        listing = f"{folder}/staged/{file.path}.json"
-        if not destination.exists(listing):
-            made = list(_convert(source, file, snapshot.format, contract.columns, keys, destination, folder))
+    listed = {entry.path for entry in destination.entries(f"{folder}/staged")}
+    listings = {f"{folder}/staged/{file.path}.json": file for file in snapshot.files}
+    if new := [listing for listing in listings if listing not in listed]:
+        wanted = _wanted(source, snapshot, contract, keys)
+        for listing in new:
+            made = list(_convert(source, listings[listing], snapshot.format, wanted, destination, folder))
             destination.put_new(listing, _Copies.dump_json(made))
-        copies += _Copies.validate_json(destination.read(listing) or b"")
-    found = {entry.path: entry for entry in destination.entries(f"{folder}/staged")}
-    files = tuple(
-        SourceFile(
-            path=copy.path,
-            size=found[copy.path].size,
-            tag=found[copy.path].tag,
-            origin=copy.origin,
-            origin_row=copy.origin_row,
-        )
-        for copy in copies
-    )
+    copies: list[_Copy] = []
+    for listing in listings:
+        data = destination.read(listing)
+        if data is None:
+            raise _gone(destination, folder, listing)
+        copies += _Copies.validate_json(data)
+    if not copies:
+        message = f"The source must hold at least one row, got none in {len(snapshot.files)} files below {source.url}."
+        raise SourceEmpty(message)
+    files = _pinned(copies, destination, folder)
     return Snapshot(root=destination.url, format="parquet", files=files)
 
 
@@ -73,34 +70,80 @@ class _Copy(Frozen):
 _Copies = TypeAdapter(list[_Copy])
 
 
+def _pinned(copies: Sequence[_Copy], destination: Storage, folder: str) -> tuple[SourceFile, ...]:
+    found = {entry.path: entry for entry in destination.entries(f"{folder}/staged")}
+    files = []
+    for copy in copies:
+        entry = found.get(copy.path)
+        if entry is None:
+            raise _gone(destination, folder, copy.path)
+        files.append(
+            SourceFile(path=copy.path, size=entry.size, tag=entry.tag, origin=copy.origin, origin_row=copy.origin_row)
+        )
+    return tuple(files)
+
+
+def _gone(destination: Storage, folder: str, path: str) -> StorageFault:
+    return StorageFault(
+        f"{destination.address(path)} must stay until its run is published, but is gone: another worker may have "
+        f"published the run. Call again; if this stays, delete {destination.address(f'{folder}/staged')}."
+    )
+
+
+def _wanted(source: Storage, snapshot: Snapshot, contract: Contract, keys: tuple[str, ...]) -> Wanted:
+    """Return the columns that the run reads; of JSON lines, those that any of the files has.
+
+    A field that a whole file lacks is null there, as one that a line lacks.
+    """
+    names = tuple(dict.fromkeys([*(column.name for column in contract.columns), *keys]))
+    if snapshot.format == "jsonl":
+        names = named_in((block for file in snapshot.files for block in _blocks(source, file)), names)
+    return Wanted(names=names, lists=frozenset(column.name for column in contract.columns if column.shape))
+
+
+def _blocks(source: Storage, file: SourceFile) -> Generator[bytes]:
+    with source.open_pinned(file.entry) as stream:
+        yield from line_blocks(stream)
+
+
 def _convert(
-    source: Storage,
-    file: SourceFile,
-    kind: str,
-    columns: tuple[Column, ...],
-    keys: tuple[str, ...],
-    destination: Storage,
-    folder: str,
+    source: Storage, file: SourceFile, kind: str, wanted: Wanted, destination: Storage, folder: str
 ) -> Generator[_Copy]:
-    where = source.address(file.path)
+    row = 0
+    with _local_copy(source, file) as raw, corrupt_as_named(source, file.entry):
+        for rows, data in _written(read_tables(raw, kind, wanted, source.address(file.path))):
+            # Named by its content: copies that an attempt before this one cut elsewhere are never mixed with these.
+            digest = hashlib.blake2b(data, digest_size=8).hexdigest()
+            path = f"{folder}/staged/{file.path}/{row:012d}-{digest}.parquet"
+            destination.put_new(path, data)
+            yield _Copy(path=path, origin=file.path, origin_row=row)
+            row += rows
+
+
+@contextlib.contextmanager
+def _local_copy(source: Storage, file: SourceFile) -> Generator[Path]:
+    """Give a local file as it stands, held against its pin before and after, and a remote one as a copy."""
+    if isinstance(source, LocalStorage):
+        source.hold(file.entry)
+        try:
+            yield source.root / file.path
+        except Exception:
+            # What does not parse since it was changed is SourceChanged.
+            source.hold(file.entry)
+            raise
+        source.hold(file.entry)
+        return
     with tempfile.TemporaryDirectory(prefix="overnight-") as scratch:
         raw = Path(scratch) / "raw"
-        with raw.open("wb") as sink:
+        with local_errors(raw), raw.open("wb") as sink:
             copy_pinned(source, file.entry, sink)
-        row = 0
-        with corrupt_as_named(where):
-            for at, (rows, data) in enumerate(_written(_read(raw, kind, columns, keys, where))):
-                path = f"{folder}/staged/{file.path}/{at:05d}.parquet"
-                destination.put_new(path, data)
-                yield _Copy(path=path, origin=file.path, origin_row=row)
-                row += rows
+        yield raw
 
 
 def _written(tables: Iterable[pa.Table]) -> Generator[tuple[int, memoryview]]:
-    """Yield Parquet files of at most about 64 MiB, and the rows of each."""
-    held: list[pa.Table] = []
+    """Yield Parquet files of at most about 64 MiB, and the rows of each; none where there are no rows."""
     sink, writer, rows = pa.BufferOutputStream(), None, 0
-    for table in _in_groups(tables, held):
+    for table in _in_groups(tables):
         writer = writer or pq.ParquetWriter(sink, table.schema, compression="zstd")
         writer.write_table(table, row_group_size=_ROWS_PER_GROUP)
         rows += table.num_rows
@@ -113,96 +156,15 @@ def _written(tables: Iterable[pa.Table]) -> Generator[tuple[int, memoryview]]:
         yield rows, memoryview(sink.getvalue())
 
 
-def _in_groups(tables: Iterable[pa.Table], held: list[pa.Table]) -> Generator[pa.Table]:
+def _in_groups(tables: Iterable[pa.Table]) -> Generator[pa.Table]:
+    """Join tables until they are a row group, by rows or by bytes."""
+    held: list[pa.Table] = []
+    rows = size = 0
     for table in tables:
         held.append(table)
-        if sum(part.num_rows for part in held) >= _ROWS_PER_GROUP:
+        rows, size = rows + table.num_rows, size + table.nbytes
+        if rows >= _ROWS_PER_GROUP or size >= _COPY_BYTES:
             yield pa.concat_tables(held)
-            held.clear()
-    if held:
+            held, rows, size = [], 0, 0
+    if rows:
         yield pa.concat_tables(held)
-
-
-def _read(raw: Path, kind: str, columns: tuple[Column, ...], keys: tuple[str, ...], where: str) -> Iterable[pa.Table]:
-    if not raw.stat().st_size:
-        return []
-    if kind == "arrow":
-        return _read_arrow(raw)
-    if kind == "csv":
-        return _read_csv(raw)
-    return _read_jsonl(raw, columns, keys, where)
-
-
-def _read_arrow(raw: Path) -> Generator[pa.Table]:
-    with pa.OSFile(str(raw), "rb") as stream:
-        is_file = stream.read(6) == b"ARROW1"
-        stream.seek(0)
-        if is_file:
-            reader = pa.ipc.open_file(stream)
-            yield reader.schema.empty_table()
-            for at in range(reader.num_record_batches):
-                yield pa.Table.from_batches([reader.get_batch(at)])
-        else:
-            stream_reader = pa.ipc.open_stream(stream)
-            yield stream_reader.schema.empty_table()
-            for batch in stream_reader:
-                yield pa.Table.from_batches([batch])
-
-
-def _read_csv(raw: Path) -> Generator[pa.Table]:
-    parse = pa.csv.ParseOptions(newlines_in_values=True)
-    with raw.open("rb") as stream:
-        names = pa.csv.open_csv(stream, parse_options=parse).schema.names
-    text = pa.csv.ConvertOptions(
-        column_types=dict.fromkeys(names, pa.string()),
-        null_values=[""],
-        strings_can_be_null=True,
-        quoted_strings_can_be_null=False,
-    )
-    read = pa.csv.ReadOptions(block_size=_BLOCK)
-    with pa.csv.open_csv(str(raw), read_options=read, parse_options=parse, convert_options=text) as reader:
-        yield reader.schema.empty_table()
-        for batch in reader:
-            yield pa.Table.from_batches([batch])
-
-
-def _read_jsonl(raw: Path, columns: tuple[Column, ...], keys: tuple[str, ...], where: str) -> Generator[pa.Table]:
-    with raw.open("rb") as stream:
-        head = stream.read(_BLOCK)
-        stream.seek(0)
-        present = set(_parse_json(head[: head.rfind(b"\n") + 1] or head, None, where).columns)
-        wanted = {column.name: _json_type(column) for column in columns if column.name in present}
-        wanted |= {key: pl.String() for key in keys if key in present}
-        if not wanted:
-            yield pa.table({name: pa.nulls(0, pa.string()) for name in sorted(present)})
-            return
-        for block in _line_blocks(stream):
-            yield _parse_json(block, wanted, where).to_arrow(compat_level=pl.CompatLevel.oldest())
-
-
-def _json_type(column: Column) -> pl.DataType:
-    return pl.List(pl.Float64) if column.shape else pl.String()
-
-
-def _line_blocks(stream: IO[bytes]) -> Generator[bytes]:
-    """Yield blocks of whole lines, about 16 MiB each."""
-    rest = b""
-    while block := stream.read(_BLOCK):
-        cut = block.rfind(b"\n") + 1
-        if cut:
-            yield rest + block[:cut]
-            rest = block[cut:]
-        else:
-            rest += block
-    if rest.strip():
-        yield rest
-
-
-def _parse_json(block: bytes, wanted: dict[str, pl.DataType] | None, where: str) -> pl.DataFrame:
-    try:
-        return pl.read_ndjson(io.BytesIO(block), schema=wanted, infer_schema_length=None if wanted else 1000)
-    except pl.exceptions.PolarsError as error:
-        message = (
-            f"{where} must be JSON lines, one object a line, got: {str(error).splitlines()[0][:300]}. Mend the file."
-        )
-        raise SourceCorrupt(message) from error

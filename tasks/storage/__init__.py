@@ -28,7 +28,7 @@ __all__ = [
     "select",
 ]
 
-_FILE_URL = re.compile(r"file:(?://(?:localhost)?)?(/.*)", re.DOTALL)
+_FILE_URL = re.compile(r"file:(?://(?:localhost)?)?(/(?!/).*)", re.DOTALL)
 
 
 def open_storage(url: str) -> Storage:

@@ -42,7 +42,7 @@ def select(address: str, open_at: Callable[[str], Storage]) -> Selection:
     root, globs = _split(address)
     storage = open_at(root)
     entries = storage.entries(depth=None if "**" in globs else len(globs))
-    if not entries:
+    if not entries and globs == ("**",):
         return _one_file(storage, open_at)
     fitting = [entry for entry in entries if _fits(entry.path.split("/"), globs)]
     return Selection(storage=storage, globs=globs, entries=fitting)

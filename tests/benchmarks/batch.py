@@ -76,7 +76,9 @@ def make_customers(rows: int) -> Path:
     if (folder / "_done").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    for at, start in track(list(enumerate(range(0, rows, ROWS_PER_FILE))), f"writing {rows:,} customers", console=console):
+    for at, start in track(
+        list(enumerate(range(0, rows, ROWS_PER_FILE))), f"writing {rows:,} customers", console=console
+    ):
         count = min(ROWS_PER_FILE, rows - start)
         random = np.random.default_rng(at)
         columns = {"customer": np.arange(start, start + count)}
@@ -150,7 +152,9 @@ def overhead(models: dict[str, str]) -> dict[str, float]:
         from tests.support import write_customers
 
         write_customers(source, rows=10_000, files=1, rows_per_group=10_000)
-    runs = {"call": lambda: child("overnight", models["sleepy"], source, batch_size=1_000, rows_per_chunk=1_000, slots=1)}
+    runs = {
+        "call": lambda: child("overnight", models["sleepy"], source, batch_size=1_000, rows_per_chunk=1_000, slots=1)
+    }
     return {"overhead": round(in_turn(runs, "overhead", lambda result: result["seconds"])["call"] / 10, 3)}
 
 
@@ -176,8 +180,15 @@ def child(kind: str, model: str, source: Path, **options: int) -> dict[str, floa
 
 def show(figures: dict[str, float]) -> None:
     """Print the figures beside what they must reach."""
-    limits = {"vs_loop": "at least 1.0", "peak_rss_ratio": "0.9 to 1.1", "overhead": "at most 1.10", "checkpoint_cost": "at most 1.03"}
-    table = Table(title=f"{ROWS:,} rows x {len(FEATURES)} float32, medians of {ROUNDS}; {machine()}", title_justify="left")
+    limits = {
+        "vs_loop": "at least 1.0",
+        "peak_rss_ratio": "0.9 to 1.1",
+        "overhead": "at most 1.10",
+        "checkpoint_cost": "at most 1.03",
+    }
+    table = Table(
+        title=f"{ROWS:,} rows x {len(FEATURES)} float32, medians of {ROUNDS}; {machine()}", title_justify="left"
+    )
     for name in ("figure", "measured", "wanted"):
         table.add_column(name)
     for name, value in figures.items():

@@ -26,6 +26,7 @@ from serving.errors import (
     PlanTooLarge,
     RunNameTaken,
     SchemaMismatch,
+    SourceChanged,
     SourceCorrupt,
     SourceNotFound,
     StorageDenied,
@@ -133,12 +134,19 @@ class TestARun:
             got = open_predictions(str(tmp_path / f"scores-{kind}")).collect()
             got = got.with_columns(pl.col("customer").cast(pl.Int64)).sort("customer")
             np.testing.assert_allclose(expected.to_numpy(), got["score"].to_numpy(), rtol=0, atol=1e-6)
-            assert not list((tmp_path / f"scores-{kind}").rglob("staged/**/*.parquet")), "copies go when all is published"
+            assert not list((tmp_path / f"scores-{kind}").rglob("staged/**/*.parquet")), (
+                "copies go when all is published"
+            )
 
     def test_reads_hive_partitions_and_can_key_by_them(self, linear: str, tmp_path: Path) -> None:
         for country in ("at", "be"):
             write_customers(tmp_path / "lake" / f"country={country}", rows=300, files=1, rows_per_group=100)
-        infer(linear, tmp_path / "lake", tmp_path / "scores", OPTIONS.model_copy(update={"key_columns": ("country", "customer")}))
+        infer(
+            linear,
+            tmp_path / "lake",
+            tmp_path / "scores",
+            OPTIONS.model_copy(update={"key_columns": ("country", "customer")}),
+        )
 
         table = open_predictions(str(tmp_path / "scores")).collect()
         assert {"at": 300, "be": 300} == dict(table.group_by("country").len().iter_rows())
@@ -177,7 +185,9 @@ class TestARun:
 
 
 class TestTheSameRun:
-    def test_a_retry_stays_with_the_version_it_began_with(self, customers: Path, registry: Path, tmp_path: Path) -> None:
+    def test_a_retry_stays_with_the_version_it_began_with(
+        self, customers: Path, registry: Path, tmp_path: Path
+    ) -> None:
         from flows.batch import batch_inference
 
         name = f"retried-{uuid.uuid4().hex[:8]}"
@@ -247,6 +257,26 @@ class TestTheSameRun:
         assert 1 == sum(name.endswith(".aside") for name in parts)
         assert again.rows_scored == again.rows_recomputed > 0
 
+    def test_a_source_file_that_changes_while_the_run_goes_on_fails_by_name(
+        self, linear: str, customers: Path, tmp_path: Path
+    ) -> None:
+        import flows.batch
+
+        inner = flows.batch.save_start
+
+        def changed_after_the_plan(*args: object) -> str:
+            (customers / "customers-01.parquet").touch()
+            return inner(*args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(flows.batch, "save_start", changed_after_the_plan)
+            with pytest.raises(
+                SourceChanged, match=r"customers-01\.parquet must be the file that the plan was made for"
+            ):
+                infer(linear, customers, tmp_path / "scores")
+        assert not list((tmp_path / "scores").rglob("manifest.json"))
+        assert 12 == len(run_parts(tmp_path / "scores")), "the parts of the three other files are there"
+
     def test_a_source_file_that_can_not_be_decoded_fails_by_name_and_the_other_parts_stay(
         self, linear: str, customers: Path, tmp_path: Path
     ) -> None:
@@ -289,7 +319,9 @@ class TestBadRows:
         nulls = rejects.filter(pl.col("customer") % 50 == 0)
         assert {("a", "null")} == set(nulls.select("reject_column", "reject_reason").iter_rows())
         not_finite = rejects.filter(pl.col("customer") % 50 == 1)
-        assert {("score", "prediction is not finite")} == set(not_finite.select("reject_column", "reject_reason").iter_rows())
+        assert {("score", "prediction is not finite")} == set(
+            not_finite.select("reject_column", "reject_reason").iter_rows()
+        )
         assert 120 == report.rows_rejected == rejects.height == nulls.height + not_finite.height
         kept = pl.col("customer") % 50 > 1
         assert good.filter(kept).equals(table.filter(kept)), "their neighbours have the very same bits"
@@ -299,7 +331,9 @@ class TestBadRows:
     ) -> None:
         source = write_customers(
             *(tmp_path / "customers",),
-            **{"rows": 4_000, "files": 2, "rows_per_group": 500},
+            rows=4_000,
+            files=2,
+            rows_per_group=500,
             edit=lambda table: table.with_columns(a=pl.when(pl.col("customer") % 2 == 0).then("a")),
         )
 
@@ -351,7 +385,10 @@ class TestBadInput:
 
         with pytest.raises(SchemaMismatch) as raised:
             infer(linear, tmp_path / "customers", tmp_path / "scores")
-        assert all(words in str(raised.value) for words in ("'a' must be float32, got double", "'b' must", "'c' (float32) is missing"))
+        assert all(
+            words in str(raised.value)
+            for words in ("'a' must be float32, got double", "'b' must", "'c' (float32) is missing")
+        )
         assert set() == files_of(tmp_path / "scores")
 
     def test_a_corrupt_file_is_named(self, linear: str, customers: Path, tmp_path: Path) -> None:
@@ -365,9 +402,12 @@ class TestBadInput:
         with pytest.raises(ValueError, match="rows_per_chunks"):
             BatchOptions.model_validate({"rows_per_chunks": 5})
 
-    def test_unknown_options_are_refused_by_name_when_they_come_as_json(self, linear: str, customers: Path, tmp_path: Path) -> None:
-        from flows.batch import batch_inference
+    def test_unknown_options_are_refused_by_name_when_they_come_as_json(
+        self, linear: str, customers: Path, tmp_path: Path
+    ) -> None:
         from prefect.exceptions import ParameterTypeError
+
+        from flows.batch import batch_inference
 
         with pytest.raises(ParameterTypeError, match="rows_per_chunks"):
             batch_inference(linear, str(customers), str(tmp_path / "scores"), {"rows_per_chunks": 5})  # type: ignore[arg-type]
@@ -419,13 +459,20 @@ class TestReports:
         self, linear: str, customers: Path, tmp_path: Path, prefect: PrefectServer
     ) -> None:
         import httpx
+
         from flows.batch import batch_inference
 
         state = batch_inference(linear, str(customers), str(tmp_path / "scores"), OPTIONS, return_state=True)
 
         flow_run = {"flow_run": {"id": {"any_": [str(state.state_details.flow_run_id)]}}}
-        tasks = httpx.post(f"{prefect.api_url}/task_runs/filter", json={"flow_runs": {"id": {"any_": [str(state.state_details.flow_run_id)]}}}).json()
-        found = httpx.post(f"{prefect.api_url}/artifacts/filter", json={"flow_runs": {"id": {"any_": [str(state.state_details.flow_run_id)]}}}).json()
+        tasks = httpx.post(
+            f"{prefect.api_url}/task_runs/filter",
+            json={"flow_runs": {"id": {"any_": [str(state.state_details.flow_run_id)]}}},
+        ).json()
+        found = httpx.post(
+            f"{prefect.api_url}/artifacts/filter",
+            json={"flow_runs": {"id": {"any_": [str(state.state_details.flow_run_id)]}}},
+        ).json()
         by_type = {artifact["type"]: artifact["data"] for artifact in found}
         assert {"progress", "table", "markdown", "image"} == set(by_type), flow_run
         assert 100.0 == by_type["progress"]

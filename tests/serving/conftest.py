@@ -47,13 +47,13 @@ def register(name: str, log_model: Callable[..., Any], *model: Any, **options: A
 
 
 @pytest.fixture(scope="session")
-def log(registry: Path) -> Log:  # noqa: ARG001 - it must be there
+def log(registry: Path) -> Log:
     """Registers a model by one of MLflow's log_model functions."""
     return register
 
 
 @pytest.fixture(scope="session")
-def log_network(registry: Path) -> Log:  # noqa: ARG001 - it must be there
+def log_network(registry: Path) -> Log:
     """Registers a torch module over the input x of four columns, as pt2 unless told."""
 
     def log_network(name: str, module: torch.nn.Module, outputs: Schema = SCORE, form: str = "pt2") -> str:
@@ -66,7 +66,7 @@ def log_network(registry: Path) -> Log:  # noqa: ARG001 - it must be there
 
 
 @pytest.fixture(scope="session")
-def log_code(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Log:  # noqa: ARG001 - it must be there
+def log_code(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Log:
     """Registers a Python model as code: `answer` is an expression over x, its input."""
 
     def log_code(name: str, answer: str, inputs: Schema, outputs: Schema) -> str:

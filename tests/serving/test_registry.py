@@ -209,7 +209,7 @@ def test_files_are_found_in_folders_of_any_name(
 
 
 @pytest.fixture(scope="module")
-def remote(s3: S3Server, registry: Path) -> str:  # noqa: ARG001 - they must be there
+def remote(s3: S3Server, registry: Path) -> str:
     """A network whose files are on S3."""
     experiment = mlflow.MlflowClient().create_experiment("remote", artifact_location="s3://lake/mlflow")
     signature = ModelSignature(Schema([tensor("float32", 4, name="x")]), SCORE)

@@ -184,7 +184,7 @@ def test_too_many_rejects_stop_the_run_as_it_goes(tmp_path: Path, destination: S
 @pytest.mark.parametrize(("rejects", "refused"), [(0, False), (10, False), (11, True)])
 def test_a_fraction_of_rejects_is_of_all_rows(rejects: int, refused: bool) -> None:  # noqa: FBT001
     if refused:
-        with pytest.raises(TooManyRejects, match="At most 0.1 of 100 rows"):
+        with pytest.raises(TooManyRejects, match=r"At most 0\.1 of 100 rows"):
             check_rejects(rejects, 100, 0.1)
     else:
         check_rejects(rejects, 100, 0.1)

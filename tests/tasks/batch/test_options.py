@@ -1,0 +1,57 @@
+"""Options: what a person may say, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from tasks.batch.options import BatchOptions
+
+
+def test_every_option_has_a_default_and_a_description() -> None:
+    assert BatchOptions() == BatchOptions.model_validate_json("{}")
+    assert [] == [name for name, field in BatchOptions.model_fields.items() if not field.description]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"unknown": 1},
+        {"output": "csv"},
+        {"delta_mode": "merge"},
+        {"batch_size": 0},
+        {"rows_per_chunk": 0},
+        {"slots": 0},
+        {"memory_mb": 0},
+        {"max_reject_fraction": 1.1},
+        {"max_reject_fraction": -0.1},
+        {"policies": {"a": {"cast": "wild"}}},
+        {"name": "a/b"},
+        {"name": ".."},
+        {"name": "_hidden"},
+        {"name": "a b"},
+        {"name": "per%cent"},
+        {"name": ""},
+        {"name": "x" * 65},
+        {"name": "x\n"},
+    ],
+)
+def test_what_makes_no_sense_is_refused(given: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        BatchOptions.model_validate(given)
+
+
+@pytest.mark.parametrize("name", ["nightly", "2024-01-31", "v1.2_rc", "0", "x" * 64])
+def test_a_name_is_letters_digits_dots_dashes_and_underscores(name: str) -> None:
+    assert name == BatchOptions(name=name).name
+
+
+def test_options_are_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        BatchOptions().slots = 2  # type: ignore[misc]
+
+
+def test_the_options_in_the_key_are_those_that_change_the_output() -> None:
+    assert {
+        *("key_columns", "input_columns", "policies", "output", "delta_mode", "batch_size", "rows_per_chunk"),
+    } == set(BatchOptions().in_key())

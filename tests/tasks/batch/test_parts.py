@@ -1,0 +1,399 @@
+"""Parts: the same bytes in every attempt, nulls exactly at rejects, and footers that tell torn from whole."""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from serving.contract import Contract, Output
+from serving.encode import Flags
+from serving.errors import BadInput, SchemaMismatch
+from tasks.batch.dataset import Dataset, Snapshot, open_dataset, take_snapshot
+from tasks.batch.options import BatchOptions
+from tasks.batch.parts import (
+    check_names,
+    count_reasons,
+    encode_part,
+    key_names,
+    list_parts,
+    part_path,
+    part_schema,
+    read_footer,
+    stored_type,
+)
+from tasks.batch.plan import Plan
+from tasks.storage import Entry, Storage
+from tests.tasks.batch.small import a_contract, a_part, a_plan, numbers, parquet, put
+
+OUTPUTS = (
+    Output(name="score", dtype="float32"),
+    Output(name="class", dtype="int64"),
+    Output(name="label", dtype="str"),
+    Output(name="wide", dtype="float64", shape=(3,)),
+    Output(name="grid", dtype="float32", shape=(2, 2)),
+    Output(name="words", dtype="str", shape=(2,)),
+    Output(name="sure", dtype="bool"),
+)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    put(f"{tmp_path}/in", {"a.parquet": numbers(0, 25)})
+    return a_plan(f"{tmp_path}/in", f"{tmp_path}/out", contract=a_contract("a", "b", outputs=OUTPUTS))
+
+
+@pytest.fixture
+def keys() -> pa.Table:
+    return pa.table({"source_file": ["a.parquet"] * 4, "source_row": [0, 1, 2, 3]})
+
+
+PREDICTIONS = {
+    "score": np.array([0.5, 1, np.nan, 2], dtype=np.float32).reshape(4, 1),
+    "class": np.array([1, 2, 3, 4]),
+    "label": np.array(["x", "y", None, "ü"], dtype=object),
+    "wide": np.arange(12, dtype=np.float64).reshape(4, 3),
+    "grid": np.arange(16, dtype=np.float32).reshape(4, 2, 2),
+    "words": np.array([["a", "b"], ["c", "d"], [None, None], ["e", ""]], dtype=object),
+    "sure": np.array([True, False, True, False]),
+}
+
+
+def flagged(rows: Sequence[tuple[int, str, str]], count: int = 4) -> Flags:
+    flags = Flags.none(count)
+    for row, column, reason in rows:
+        flags.mark_row(row, column, reason)
+    return flags
+
+
+def read(data: memoryview) -> pa.Table:
+    return pq.read_table(pa.BufferReader(data))
+
+
+def test_predictions_are_null_exactly_at_rejects_which_say_why(plan: Plan, keys: pa.Table) -> None:
+    flags = flagged([(2, "a", "null"), (3, "", "ValueError: x")])
+    table = read(encode_part(plan, keys, PREDICTIONS, flags, 4))
+
+    second = {"score": 1.0, "class": 2, "label": "y", "wide": [3.0, 4.0, 5.0], "grid": [4.0, 5.0, 6.0, 7.0]}
+    second |= {"words": ["c", "d"], "sure": False}
+    expected = [
+        (1, second, None, None),
+        (2, dict.fromkeys(PREDICTIONS), "a", "null"),
+        (3, dict.fromkeys(PREDICTIONS), None, "ValueError: x"),
+    ]
+
+    assert [
+        {"source_file": "a.parquet", "source_row": row, **predictions, "reject_column": column, "reject_reason": reason}
+        for row, predictions, column, reason in expected
+    ] == table.slice(1).to_pylist()
+
+
+def test_a_part_without_rejects_has_no_nulls(plan: Plan, keys: pa.Table) -> None:
+    good = PREDICTIONS | {"label": np.array(list("abcd"), dtype=object), "words": np.full((4, 2), "w", dtype=object)}
+    table = read(encode_part(plan, keys, good, flagged([]), 4))
+
+    assert dict.fromkeys(PREDICTIONS, 0) == {name: table[name].null_count for name in PREDICTIONS}
+    assert table["reject_reason"].null_count == table["reject_column"].null_count == 4
+
+
+def test_a_part_of_rejects_alone_has_predictions_nowhere(plan: Plan, keys: pa.Table) -> None:
+    table = read(encode_part(plan, keys, PREDICTIONS, flagged([(row, "a", "null") for row in range(4)]), 4))
+
+    assert dict.fromkeys(PREDICTIONS, 4) == {name: table[name].null_count for name in PREDICTIONS}
+    assert table["reject_reason"].to_pylist() == ["null"] * 4
+
+
+def test_polars_pandas_and_arrow_read_the_same_rows(plan: Plan, keys: pa.Table) -> None:
+    data = encode_part(plan, keys, PREDICTIONS, flagged([(2, "a", "null")]), 4)
+    names = [name for name in PREDICTIONS if name != "words"]
+    frame = read(data).to_pandas()
+
+    assert read(data).select(names).to_pylist() == pl.read_parquet(bytes(data)).select(names).to_dicts()
+    assert [4.0, 5.0, 6.0, 7.0] == list(frame["grid"][1])
+    assert frame["grid"][2] is None
+
+
+def test_the_metadata_name_model_and_run_and_nothing_of_the_attempt(plan: Plan, keys: pa.Table) -> None:
+    flags = flagged([(3, "b", "null"), (0, "a", "null"), (1, "b", "null")])
+    metadata = read(encode_part(plan, keys, PREDICTIONS, flags, 2)).schema.metadata
+
+    assert {
+        b"overnight.run_key": plan.key.encode(),
+        b"overnight.model": b"churn",
+        b"overnight.model_version": b"3",
+        b"overnight.model_digest": b"d" * 64,
+        b"overnight.batch_size": b"2",
+        b"overnight.rejects": json.dumps([["a", "null", 1], ["b", "null", 2]]).encode(),
+    } == metadata
+
+
+def test_a_part_has_the_same_bytes_twice_and_however_its_keys_are_cut(plan: Plan, keys: pa.Table) -> None:
+    flags = flagged([(2, "a", "null")])
+    first = encode_part(plan, keys, PREDICTIONS, flags, 4)
+    cut = pa.concat_tables([keys.slice(0, 1), keys.slice(1, 2), keys.slice(3)])
+
+    assert first == encode_part(plan, keys, PREDICTIONS, flags, 4)
+    assert first == encode_part(plan, cut, PREDICTIONS, flags, 4)
+
+
+def test_what_the_model_left_in_a_rejects_place_does_not_show(plan: Plan, keys: pa.Table) -> None:
+    flags = flagged([(2, "a", "null")])
+    other = {name: value.copy() for name, value in PREDICTIONS.items()}
+    for name, value in other.items():
+        value[2] = PREDICTIONS[name][0]
+
+    assert encode_part(plan, keys, PREDICTIONS, flags, 4) == encode_part(plan, keys, other, flags, 4)
+
+
+CHILD = """
+import hashlib, sys
+from tasks.batch.plan import load_plan
+from tasks.storage import open_storage
+from tests.tasks.batch.small import a_part
+plan = load_plan(open_storage(sys.argv[1]), sys.argv[2])
+for chunk in plan.chunks:
+    print(hashlib.sha256(a_part(plan, chunk, rejects=[1])).hexdigest())
+"""
+
+
+def test_a_part_has_the_same_bytes_in_another_process(tmp_path: Path) -> None:
+    table = numbers(0, 30).append_column("kind", pa.array(["x", None, "y"] * 10).dictionary_encode())
+    put(f"{tmp_path}/in", {"a.parquet": parquet(table, row_group_size=17)})
+    plan = a_plan(
+        f"{tmp_path}/in", f"{tmp_path}/out", BatchOptions(rows_per_chunk=10, key_columns=("kind", "id")), batch_size=3
+    )
+    put(f"{tmp_path}/out", {f"{plan.folder}/plan.json": plan.model_dump_json().encode()})
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, f"{tmp_path}/out", plan.run], capture_output=True, text=True, check=True
+    )
+    # Chunks are read here in another order than there, so with other cursors.
+    here = {chunk: hashlib.sha256(a_part(plan, chunk, rejects=[1])).hexdigest() for chunk in reversed(plan.chunks)}
+
+    assert [here[chunk] for chunk in plan.chunks] == done.stdout.split()
+
+
+KEYS = {
+    "int8": pa.array([1, None, -3], pa.int8()),
+    "uint64": pa.array([1, None, 2**64 - 1], pa.uint64()),
+    "text": pa.array(["x", None, ""]),
+    "large text": pa.array(["x", None, ""], pa.large_string()),
+    "text view": pa.array(["x", None, ""], pa.string_view()),
+    "dictionary": pa.array(["x", None, "x"]).dictionary_encode(),
+    "dictionary of numbers": pa.array([7, None, 7]).dictionary_encode(),
+    "nulls alone": pa.nulls(3),
+    "binary": pa.array([b"\xff", None, b""]),
+    "fixed binary": pa.array([b"ab", None, b"cd"], pa.binary(2)),
+    "timestamp": pa.array([1, None, 3], pa.timestamp("us", "Europe/Berlin")),
+    "nanoseconds": pa.array([1, None, 3], pa.timestamp("ns")),
+    "date": pa.array([dt.date(2024, 2, 29), None, dt.date(1, 1, 1)]),
+    "decimal": pa.array([Decimal("1.23"), None, Decimal("-0.01")]),
+    "double": pa.array([0.1, None, -0.0]),
+    "half": pa.array([np.float16(0.5), None, np.float16(2)], pa.float16()),
+    "boolean": pa.array([True, None, False]),
+    "list": pa.array([[1], None, []], pa.list_(pa.int8())),
+    "struct": pa.array([{"x": 1}, None, {"x": None}]),
+    "fixed list": pa.array([[1, 2], [3, 4], [5, None]], pa.list_(pa.int8(), 2)),
+    "tensor": pa.FixedShapeTensorArray.from_numpy_ndarray(np.arange(6, dtype=np.int8).reshape(3, 2)),
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_keys_of_any_type_come_through(place: str, name: str) -> None:
+    table = pa.table({"key": KEYS[name], "a": np.arange(3, dtype=np.float32)})
+    put(f"{place}/in", {"a.parquet": table, "b.parquet": table})
+    contract = a_contract("a")
+    options = BatchOptions(rows_per_chunk=10, key_columns=("key",))
+    plan = a_plan(f"{place}/in", f"{place}/out", options, contract=contract)
+    part = read(a_part(plan, (0, 0)))
+    dataset = open_dataset(take_snapshot(f"{place}/in", f"{place}/out"), ["a"], ["key"])
+
+    assert KEYS[name].to_pylist() * 2 == part["key"].to_pylist()
+    assert part.schema.remove_metadata().equals(part_schema(contract, options, dataset))
+    # Python's times have no nanoseconds, so they are no help in comparing them.
+    if name != "nanoseconds":
+        assert part["key"].to_pylist() == pl.read_parquet(bytes(a_part(plan, (0, 0))))["key"].to_list()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (pa.dictionary(pa.int8(), pa.large_string()), pa.large_string()),
+        (pa.list_(pa.float32(), 3), pa.list_(pa.float32())),
+        (pa.fixed_shape_tensor(pa.float32(), [2, 3]), pa.list_(pa.float32())),
+        (pa.uint32(), pa.uint32()),
+        (pa.string(), pa.string()),
+    ],
+)
+def test_a_type_that_readers_stumble_over_is_stored_as_one_they_read(given: pa.DataType, expected: pa.DataType) -> None:
+    assert expected == stored_type(given, "parquet")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (pa.uint8(), pa.int16()),
+        (pa.uint16(), pa.int32()),
+        (pa.uint32(), pa.int64()),
+        (pa.uint64(), pa.uint64()),
+        (pa.float16(), pa.float32()),
+        (pa.list_(pa.uint8(), 3), pa.list_(pa.int16())),
+        (pa.dictionary(pa.int8(), pa.uint16()), pa.int32()),
+        (pa.int32(), pa.int32()),
+    ],
+)
+def test_a_type_that_delta_lacks_is_stored_as_one_that_holds_it(given: pa.DataType, expected: pa.DataType) -> None:
+    assert expected == stored_type(given, "delta")
+
+
+def test_a_part_for_delta_has_types_that_delta_has(tmp_path: Path) -> None:
+    table = pa.table({"key": pa.array([1, 255], pa.uint8()), "a": np.arange(2, dtype=np.float32)})
+    put(f"{tmp_path}/in", {"a.parquet": table})
+    contract = a_contract(
+        "a", outputs=(Output(name="y", dtype="uint16"), Output(name="wide", dtype="uint8", shape=(2,)))
+    )
+    options = BatchOptions(rows_per_chunk=10, key_columns=("key",), output="delta")
+    plan = a_plan(f"{tmp_path}/in", f"{tmp_path}/out", options, contract=contract)
+    part = read(a_part(plan, (0, 0), rejects=[0]))
+    dataset = open_dataset(take_snapshot(f"{tmp_path}/in", f"{tmp_path}/out"), ["a"], ["key"])
+
+    assert [pa.int16(), pa.int32(), pa.list_(pa.int16())] == part.schema.types[:3]
+    assert [(1, None, None), (255, 1, [1, 1])] == [(row["key"], row["y"], row["wide"]) for row in part.to_pylist()]
+    assert part.schema.remove_metadata().equals(part_schema(contract, options, dataset))
+
+
+def test_without_key_columns_file_and_row_are_the_key(plan: Plan) -> None:
+    table = read(a_part(plan, (0, 1)))
+
+    assert ["source_file", "source_row"] == key_names(BatchOptions()) == table.column_names[:2]
+    assert list(range(8, 16)) == table["source_row"].to_pylist()
+    assert {"a.parquet"} == set(table["source_file"].to_pylist())
+
+
+def a_dataset(*names: str) -> Dataset:
+    schema = pa.schema([(name, pa.int64()) for name in names])
+    return Dataset(snapshot=Snapshot(root="/in", format="parquet", files=()), schema=schema, hive=())
+
+
+def test_keys_that_the_dataset_lacks_are_told() -> None:
+    with pytest.raises(
+        SchemaMismatch, match=r"must be a column of the dataset, got \['x', 'source_file'\]\. .*\['id'\]"
+    ):
+        check_names(a_dataset("id"), a_contract("a"), BatchOptions(key_columns=("id", "x", "source_file")))
+
+
+def clashing(*outputs: str) -> Contract:
+    return a_contract("a", outputs=tuple(Output(name=name, dtype="float32") for name in outputs))
+
+
+@pytest.mark.parametrize(
+    ("contract", "keys"),
+    [
+        (clashing("id"), ("id",)),
+        (clashing("reject_reason"), ("id",)),
+        (clashing("source_row"), ()),
+        (clashing("y", "y"), ()),
+        (clashing("y"), ("id", "id")),
+    ],
+)
+def test_columns_of_a_part_that_clash_are_told(contract: Contract, keys: tuple[str, ...]) -> None:
+    with pytest.raises(BadInput, match="columns must have different names, got "):
+        check_names(a_dataset("id"), contract, BatchOptions(key_columns=keys))
+
+
+def test_a_feature_named_like_the_key_is_told() -> None:
+    contract = a_contract("source_row")
+    with pytest.raises(BadInput, match=r"\['source_row'\] name a row, got columns of the model called so"):
+        check_names(a_dataset("source_row", "id"), contract, BatchOptions())
+    check_names(a_dataset("source_row", "id"), contract, BatchOptions(key_columns=("id",)))
+
+
+def test_columns_named_like_the_key_may_be_keys(tmp_path: Path) -> None:
+    put(f"{tmp_path}/in", {"a.parquet": {"source_file": ["x", "y"], "source_row": [7, 8], "a": [0.0, 1.0]}})
+    options = BatchOptions(rows_per_chunk=10, key_columns=("source_file", "source_row"))
+    plan = a_plan(f"{tmp_path}/in", f"{tmp_path}/out", options, contract=a_contract("a"))
+
+    assert [("x", 7), ("y", 8)] == [
+        (row["source_file"], row["source_row"]) for row in read(a_part(plan, (0, 0))).to_pylist()
+    ]
+
+
+def test_reasons_are_counted() -> None:
+    flags = flagged([(0, "a", "null"), (3, "a", "null"), (1, "b", "null")])
+
+    assert Counter({("a", "null"): 2, ("b", "null"): 1}) == count_reasons(flags)
+    assert Counter() == count_reasons(Flags.none(3))
+
+
+def test_parts_are_listed_and_strangers_ignored(storage: Storage) -> None:
+    for path in (
+        *("run=a/part-00000-0000.parquet", "run=a/part-00012-0003.parquet", "run=a/part-100000-10000.parquet"),
+        *("run=a/.part-00001-0000.parquet.ab.aside", "run=a/part-1-1.parquet", "run=a/part-00001-0000.parquet.bak"),
+        *("run=a/sub/part-00002-0000.parquet", "run=a/part-000003-0000.parquet", "run=a/notes.txt"),
+        *("run=ab/part-00004-0000.parquet", "part-00005-0000.parquet", "run=a/part-00006-0000.PARQUET"),
+    ):
+        storage.put_new(path, b"x")
+    parts = list_parts(storage, "a")
+
+    assert {(0, 0), (12, 3), (100000, 10000)} == set(parts)
+    assert {part_path("a", chunk) for chunk in parts} == {entry.path for entry in parts.values()}
+    assert list_parts(storage, "none") == {}
+
+
+def entry_of(storage: Storage, path: str) -> Entry:
+    found = storage.find(path)
+    assert found is not None
+    return found
+
+
+def test_a_footer_says_rows_and_rejects(storage: Storage, plan: Plan) -> None:
+    storage.put_new("part", a_part(plan, (0, 0), rejects=[1, 4]))
+    entry = entry_of(storage, "part")
+    footer = read_footer(storage, plan, plan.chunks[0, 0], entry)
+
+    assert footer is not None
+    assert ("part", 8, entry.size) == (footer.path, footer.rows, footer.bytes)
+    assert Counter({("a", "null"): 2}) == footer.rejects
+
+
+def test_a_part_that_is_torn_or_a_strangers_has_no_footer(storage: Storage, plan: Plan) -> None:
+    chunk, good = plan.chunks[0, 0], bytes(a_part(plan, (0, 0)))
+    stranger = plan.model_copy(update={"key": "0" * 32})
+    flipped = bytearray(good)
+    footer = len(good) - 8 - int.from_bytes(good[-8:-4], "little")
+    flipped[footer : footer + 20] = bytes(0xFF ^ byte for byte in good[footer : footer + 20])
+    torn = {
+        "empty": b"",
+        "cut": good[:-1],
+        "half": good[: len(good) // 2],
+        "garbage": b"PAR1" + bytes(1000) + b"PAR1",
+        "flipped": bytes(flipped),
+        "another run's": bytes(a_part(stranger, (0, 0))),
+        "other rows": bytes(a_part(plan, (0, 3))),
+        "no metadata": parquet(numbers(0, 8)),
+    }
+    for name, data in torn.items():
+        storage.put_new(name, data)
+
+    assert dict.fromkeys(torn) == {name: read_footer(storage, plan, chunk, entry_of(storage, name)) for name in torn}
+
+
+def test_a_part_that_was_set_aside_meanwhile_has_no_footer(storage: Storage, plan: Plan) -> None:
+    storage.put_new("part", b"torn")
+    entry = entry_of(storage, "part")
+    storage.set_aside(entry)
+
+    assert read_footer(storage, plan, plan.chunks[0, 0], entry) is None
+    storage.put_new("part", a_part(plan, (0, 0)))
+    assert read_footer(storage, plan, plan.chunks[0, 0], entry) is None

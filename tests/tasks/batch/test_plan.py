@@ -1,0 +1,384 @@
+"""The plan: every row once, whatever the files; one plan a key, whoever writes it first."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.contract import ColumnPolicy, Output
+from serving.errors import DestinationUnusable, OvernightError, PlanTooLarge, RunNameTaken
+from tasks.batch.dataset import Dataset, Snapshot, SourceFile
+from tasks.batch.options import BatchOptions
+from tasks.batch.plan import (
+    Chunk,
+    Piece,
+    Plan,
+    Sizes,
+    chunk_rows,
+    cut_chunks,
+    cut_shards,
+    held_to_key,
+    load_plan,
+    load_start,
+    make_plan,
+    memory_bytes,
+    must_fit,
+    run_key,
+    save_plan,
+    save_start,
+    used_columns,
+)
+from tasks.storage import Storage
+from tests.tasks.batch.small import PIN, a_contract, a_plan, numbers, parquet, put
+
+FILES = st.lists(
+    st.lists(st.integers(0, 70), max_size=4).map(
+        lambda groups: SourceFile(path="x", size=1, tag="1", row_groups=tuple(groups))
+    ),
+    max_size=6,
+)
+SIZES = st.builds(
+    Sizes,
+    batch_size=st.integers(1, 40),
+    slots=st.integers(1, 8),
+    row_bytes=st.floats(0, 1e8),
+    rows_per_second=st.none() | st.floats(1e-3, 1e6),
+)
+
+
+def row_ids(files: list[SourceFile], chunks: list[Chunk]) -> list[tuple[int, int, int]]:
+    assert all(chunk.rows == sum(piece.rows for piece in chunk.pieces) for chunk in chunks)
+    assert files or not chunks
+    return [
+        (piece.file, piece.row_group, row)
+        for chunk in chunks
+        for piece in chunk.pieces
+        for row in range(piece.row_start, piece.row_stop)
+    ]
+
+
+@given(files=FILES, rows_per_chunk=st.integers(1, 100), batch_size=st.integers(1, 40))
+def test_every_row_is_in_exactly_one_chunk_in_the_order_of_the_dataset(
+    files: list[SourceFile], rows_per_chunk: int, batch_size: int
+) -> None:
+    chunks = cut_chunks(files, rows_per_chunk, batch_size)
+    expected = [
+        (at, group, row)
+        for at, file in enumerate(files)
+        for group, rows in enumerate(file.row_groups)
+        for row in range(rows)
+    ]
+
+    assert expected == row_ids(files, chunks)
+    assert chunks == cut_chunks(files, rows_per_chunk, batch_size)
+
+
+@given(files=FILES, rows_per_chunk=st.integers(1, 100), batch_size=st.integers(1, 40))
+def test_no_chunk_is_empty_or_larger_than_allowed(
+    files: list[SourceFile], rows_per_chunk: int, batch_size: int
+) -> None:
+    chunks = cut_chunks(files, rows_per_chunk, batch_size)
+
+    assert all(0 < chunk.rows <= rows_per_chunk for chunk in chunks)
+    assert all(piece.rows > 0 for chunk in chunks for piece in chunk.pieces)
+
+
+@given(files=FILES, rows_per_chunk=st.integers(1, 100), batch_size=st.integers(1, 40))
+def test_a_row_group_is_whole_or_cut_on_multiples_of_the_batch(
+    files: list[SourceFile], rows_per_chunk: int, batch_size: int
+) -> None:
+    # A chunk smaller than a batch is cut where it must be.
+    step = min(batch_size, rows_per_chunk)
+    for chunk in cut_chunks(files, rows_per_chunk, batch_size):
+        for piece in chunk.pieces:
+            rows = files[piece.file].row_groups[piece.row_group]
+            sliced = rows > rows_per_chunk
+
+            assert not sliced or len(chunk.pieces) == 1
+            assert sliced or (0, rows) == (piece.row_start, piece.row_stop)
+            assert piece.row_start % step == 0
+
+
+def test_small_files_share_a_chunk_and_a_large_row_group_is_cut_evenly() -> None:
+    files = [SourceFile(path=str(at), size=1, tag="1", row_groups=(rows,)) for at, rows in enumerate((3, 4, 2, 21))]
+    chunks = cut_chunks(files, 10, 2)
+
+    assert [9, 8, 8, 5] == [chunk.rows for chunk in chunks]
+    assert Piece(file=3, row_group=0, row_start=8, row_stop=16) == chunks[2].pieces[0]
+
+
+@given(count=st.integers(1, 300), sizes=SIZES)
+def test_shards_are_consecutive_and_cover_all_chunks(count: int, sizes: Sizes) -> None:
+    chunks = [Chunk(pieces=(Piece(file=0, row_group=at, row_start=0, row_stop=5),)) for at in range(count)]
+    shards = cut_shards(chunks, 5 * count, sizes)
+
+    assert chunks == [chunk for shard in shards for chunk in shard]
+    assert all(shards)
+    assert len(shards) <= 1000
+    assert len(shards) >= min(count, 2 * sizes.slots if sizes.slots > 1 else 1)
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+    assert shards == cut_shards(chunks, 5 * count, sizes)
+
+
+def test_a_run_has_at_most_a_thousand_shards_of_a_minute() -> None:
+    chunks = [Chunk(pieces=(Piece(file=0, row_group=at, row_start=0, row_stop=5),)) for at in range(3000)]
+    day = Sizes(batch_size=1, slots=2, row_bytes=8, rows_per_second=15_000 / 86_400)
+    hour = Sizes(batch_size=1, slots=2, row_bytes=8, rows_per_second=15_000 / 3600)
+
+    assert len(cut_shards(chunks, 15_000, day)) == 1000
+    assert len(cut_shards(chunks, 15_000, hour)) == 60
+
+
+@given(rows=st.integers(1, 10**10), sizes=SIZES)
+def test_a_chunk_is_a_batch_times_a_power_of_two_within_its_limits(rows: int, sizes: Sizes) -> None:
+    most = chunk_rows(rows, sizes)
+    batches, rest = divmod(most, sizes.batch_size)
+
+    assert rest == 0
+    assert batches & (batches - 1) == 0
+    if batches > 1:
+        assert most * sizes.row_bytes <= 64 << 20
+        assert most * sizes.slots * 8 <= rows
+        assert sizes.rows_per_second is None or most <= 10 * sizes.rows_per_second
+
+
+def test_a_plan_holds_what_it_was_made_of(place: str) -> None:
+    put(f"{place}/in", {"p=1/a.parquet": parquet(numbers(0, 25), row_group_size=20), "p=2/b.parquet": numbers(25, 30)})
+    plan = a_plan(f"{place}/in", f"{place}/out", BatchOptions(rows_per_chunk=10, key_columns=("p", "id")), slots=2)
+
+    assert plan.rows == 30
+    assert ("a", "b", "p", "id") == plan.columns
+    assert plan.partitions == {"p": "int64"}
+    assert [8, 8, 4, 10] == [chunk.rows for chunk in plan.chunks.values()]
+    assert plan.source.files[0].row_groups == ()
+    assert plan.snapshot.files[0].row_groups == (20, 5)
+    assert plan.folder == f"_overnight/{plan.run}" == f"_overnight/{plan.key}"
+
+
+@pytest.fixture
+def made(tmp_path: object) -> Plan:
+    put(f"{tmp_path}/in", {"a.parquet": numbers(0, 25)})
+    return a_plan(f"{tmp_path}/in", f"{tmp_path}/out")
+
+
+def test_a_plan_comes_back_from_json_as_it_was(tmp_path: object) -> None:
+    put(f"{tmp_path}/in", {"ü=x%20y/a b.parquet": numbers(0, 25)})
+    options = BatchOptions(
+        key_columns=("id",),
+        input_columns={"x": ("a", "b")},
+        policies={
+            "*": ColumnPolicy(cast="round", null="keep"),
+            "a": ColumnPolicy(null=0.1),
+            "b": ColumnPolicy(null="-1"),
+        },
+        rows_per_chunk=7,
+        name="nightly",
+    )
+    contract = a_contract(
+        "a", "b", outputs=(Output(name="y", dtype="float32", shape=(3,)), Output(name="t", dtype="str"))
+    )
+    plan = a_plan(f"{tmp_path}/in", f"{tmp_path}/out", options, contract=contract)
+
+    assert plan == Plan.model_validate_json(plan.model_dump_json())
+
+
+@pytest.mark.parametrize("null", ["reject", "keep", "", "5", "nan", 0.0, -1.5, 1e300])
+def test_a_null_policy_comes_back_from_json_as_it_was(null: float | str) -> None:
+    options = BatchOptions(policies={"a": ColumnPolicy(null=null)})
+    back = BatchOptions.model_validate_json(options.model_dump_json())
+
+    assert options == back
+    assert type(options.policies["a"].null) is type(back.policies["a"].null)
+
+
+SNAPSHOT = Snapshot(root="/in", format="parquet", files=(SourceFile(path="a", size=1, tag="1"),))
+
+
+def key(
+    *,
+    digest: str = "d" * 64,
+    snapshot: Snapshot = SNAPSHOT,
+    score: str = "score",
+    **options: object,
+) -> str:
+    contract = a_contract("a", outputs=(Output(name=score, dtype="float32"),))
+    return run_key(PIN.model_copy(update={"digest": digest}), snapshot, contract, BatchOptions(**options))  # type: ignore[arg-type]
+
+
+def moved(**change: object) -> Snapshot:
+    return SNAPSHOT.model_copy(update={"files": (SNAPSHOT.files[0].model_copy(update=change),)})
+
+
+def test_the_same_call_has_the_same_key() -> None:
+    assert key() == key()
+    assert len(key()) == 32
+    assert key(policies={"a": ColumnPolicy(), "b": ColumnPolicy(null=0.0)}) == key(
+        policies={"b": ColumnPolicy(null=0.0), "a": ColumnPolicy()}
+    )
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: key(digest="e" * 64),
+        lambda: key(snapshot=moved(path="b")),
+        lambda: key(snapshot=moved(size=2)),
+        lambda: key(snapshot=moved(tag="2")),
+        lambda: key(snapshot=SNAPSHOT.model_copy(update={"root": "/other"})),
+        lambda: key(snapshot=SNAPSHOT.model_copy(update={"files": (*SNAPSHOT.files, *SNAPSHOT.files)})),
+        lambda: key(score="other"),
+        lambda: key(key_columns=("id",)),
+        lambda: key(policies={"a": ColumnPolicy(null="keep")}),
+        lambda: key(output="delta"),
+        lambda: key(delta_mode="replace"),
+        lambda: key(batch_size=512),
+        lambda: key(rows_per_chunk=512),
+    ],
+)
+def test_whatever_changes_the_output_changes_the_key(other: Callable[[], str]) -> None:
+    assert key() != other()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"slots": 7},
+        {"memory_mb": 7},
+        {"max_reject_fraction": 0.7},
+        {"name": "seven"},
+        {"experiment": "seven"},
+        {"experiment": None},
+        {"allow_pickle": True},
+    ],
+)
+def test_what_only_carries_a_run_out_does_not_change_the_key(option: dict[str, object]) -> None:
+    assert key() == key(**option)
+
+
+def test_a_model_promoted_under_another_name_is_the_same_run() -> None:
+    renamed = PIN.model_copy(update={"name": "other", "version": "9", "source": "elsewhere"})
+
+    assert run_key(PIN, SNAPSHOT, a_contract("a"), BatchOptions()) == run_key(
+        renamed, SNAPSHOT, a_contract("a"), BatchOptions()
+    )
+
+
+def test_a_plan_is_saved_once_and_read_back(storage: Storage, made: Plan) -> None:
+    assert load_plan(storage, made.run) is None
+    assert made == save_plan(storage, made)
+    assert made == load_plan(storage, made.run)
+
+
+def test_of_racing_plans_every_loser_reads_the_winners(storage: Storage, made: Plan) -> None:
+    plans = [
+        made.model_copy(update={"planned_at": made.planned_at + timedelta(seconds=at), "batch_size": at + 1})
+        for at in range(8)
+    ]
+    barrier = threading.Barrier(len(plans))
+
+    def race(plan: Plan) -> Plan:
+        barrier.wait()
+        return save_plan(storage, plan)
+
+    with ThreadPoolExecutor(len(plans)) as pool:
+        saved = list(pool.map(race, plans))
+
+    assert saved[0] in plans
+    assert [saved[0]] * len(plans) == saved
+    assert saved[0] == load_plan(storage, made.run)
+
+
+def test_a_name_that_holds_another_plan_is_taken(storage: Storage, made: Plan) -> None:
+    named = made.model_copy(update={"run": "nightly"})
+    other = named.model_copy(update={"key": "0" * 32})
+    save_plan(storage, named)
+
+    assert named == save_plan(storage, named)
+    with pytest.raises(
+        RunNameTaken, match=rf"'nightly' already holds .*key {made.key}.*models:/churn/3.*key is {'0' * 32}"
+    ):
+        save_plan(storage, other)
+    with pytest.raises(RunNameTaken):
+        held_to_key(named, other.key)
+
+
+def test_a_plan_that_vanishes_is_told(local: Storage, made: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "read", lambda _: None, raising=True)
+    with pytest.raises(OvernightError, match="must be readable once written, but is gone"):
+        save_plan(local, made)
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b'{"key": 1}', b"\xff", b'{"later": "field"}'])
+def test_a_plan_of_another_version_is_told_by_its_address(storage: Storage, data: bytes) -> None:
+    storage.put_new("_overnight/x/plan.json", data)
+    with pytest.raises(DestinationUnusable, match=r"_overnight/x/plan\.json must be a plan that this version"):
+        load_plan(storage, "x")
+
+
+def test_the_attempts_of_a_flow_run_are_tied_to_the_first_ones_run(storage: Storage) -> None:
+    assert load_start(storage, "flow") is None
+    assert save_start(storage, "flow", "first") == "first"
+    assert save_start(storage, "flow", "second") == "first"
+    assert load_start(storage, "flow") == "first"
+    assert load_start(storage, "other") is None
+
+
+def test_a_plan_that_does_not_fit_says_what_would(made: Plan) -> None:
+    needed = memory_bytes(made, 2, 8)
+    must_fit(needed, needed, made, 2)
+    with pytest.raises(
+        PlanTooLarge,
+        match=r"must fit in 100 MiB, but 2 slots over chunks of 8 rows need 300 MiB\. Lower rows_per_chunk or slots",
+    ):
+        must_fit(300 << 20, 100 << 20, made, 2)
+
+
+def test_memory_grows_with_slots_blocks_and_chunks(tmp_path: object) -> None:
+    put(f"{tmp_path}/in", {"a.parquet": numbers(0, 1000)})
+    small, large = (
+        a_plan(f"{tmp_path}/in", f"{tmp_path}/out", BatchOptions(rows_per_chunk=rows)) for rows in (10, 1000)
+    )
+
+    assert 2 * memory_bytes(small, 1, 4) == memory_bytes(small, 2, 4)
+    assert memory_bytes(small, 1, 4) < memory_bytes(small, 1, 8)
+    assert memory_bytes(small, 1, 4) < memory_bytes(large, 1, 4)
+    # A block is never larger than a chunk.
+    assert memory_bytes(small, 1, 10) == memory_bytes(small, 1, 1 << 20)
+
+
+def test_used_columns_are_the_models_then_the_keys_each_once() -> None:
+    schema = pa.schema([(name, pa.int64()) for name in ("id", "b", "a", "unused")])
+
+    assert ["a", "b", "id"] == used_columns(
+        a_contract("a", "b", "absent"), BatchOptions(key_columns=("b", "id")), schema
+    )
+
+
+@given(files=FILES.filter(lambda files: any(sum(file.row_groups) for file in files)), sizes=SIZES)
+def test_a_plan_depends_on_nothing_but_its_arguments(files: list[SourceFile], sizes: Sizes) -> None:
+    snapshot = Snapshot(root="/in", format="parquet", files=tuple(files))
+    dataset = Dataset(snapshot=snapshot, schema=pa.schema([("a", pa.float32())]), hive=())
+
+    def make() -> Plan:
+        return make_plan(
+            key="k",
+            model=PIN,
+            contract=a_contract("a"),
+            options=BatchOptions(),
+            source=snapshot,
+            dataset=dataset,
+            sizes=sizes,
+        )
+
+    first, second = make(), make()
+
+    assert first.shards == second.shards
+    assert dataset.rows == first.rows == sum(chunk.rows for chunk in first.chunks.values())
+    assert first == Plan.model_validate_json(first.model_dump_json())

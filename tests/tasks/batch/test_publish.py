@@ -1,0 +1,231 @@
+"""Publishing: everything or nothing, once, whoever comes first."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+
+from serving.errors import DestinationUnusable, PublishRefused
+from tasks.batch.dataset import Snapshot, take_snapshot
+from tasks.batch.parts import part_path
+from tasks.batch.plan import Plan, load_plan, save_plan
+from tasks.batch.publish import audit_parts, count_rejects, find_manifest, publish
+from tasks.batch.staging import stage
+from tasks.storage import LocalStorage, Storage, open_storage
+from tests.tasks.batch.small import a_contract, a_part, a_plan, numbers, put, put_parts
+
+
+@pytest.fixture
+def plan(place: str) -> Plan:
+    """A run of 34 rows in five chunks over four shards."""
+    put(f"{place}/in", {"a.parquet": numbers(0, 25), "b.parquet": numbers(25, 34)})
+    return a_plan(f"{place}/in", f"{place}/out", slots=2)
+
+
+@pytest.fixture
+def destination(place: str) -> Storage:
+    return open_storage(f"{place}/out")
+
+
+def replace(storage: Storage, path: str, data: bytes | memoryview) -> None:
+    storage.delete([path])
+    assert storage.put_new(path, data)
+
+
+def test_a_run_whose_parts_are_all_there_is_published(destination: Storage, plan: Plan) -> None:
+    put_parts(plan, destination)
+    audit = audit_parts(destination, plan)
+    manifest = publish(destination, plan, audit)
+
+    assert (audit.missing, audit.set_aside, audit.rows_set_aside) == ((), (), 0)
+    assert manifest == find_manifest(destination, plan.run)
+    assert (plan.key, plan.run, plan.planned_at, plan.model, plan.rows) == (
+        *(manifest.key, manifest.run, manifest.planned_at, manifest.model, manifest.rows),
+    )
+    assert [part_path(plan.run, chunk) for chunk in plan.chunks] == [part.path for part in manifest.parts]
+    assert [chunk.rows for chunk in plan.chunks.values()] == [part.rows for part in manifest.parts]
+    assert [entry.size for entry in destination.entries(f"run={plan.run}")] == [part.bytes for part in manifest.parts]
+    assert [("a", "null", len(plan.chunks))] == [(count.column, count.reason, count.rows) for count in manifest.rejects]
+    assert manifest.rows_rejected == len(plan.chunks)
+
+
+@pytest.mark.parametrize("left_out", [0, 1, -1])
+def test_a_run_that_lacks_a_part_is_refused_and_nothing_is_written(
+    destination: Storage, plan: Plan, left_out: int
+) -> None:
+    chunks = list(plan.chunks)
+    lacking = chunks.pop(left_out)
+    put_parts(plan, destination, chunks)
+    audit = audit_parts(destination, plan)
+
+    assert audit.missing == (lacking,)
+    with pytest.raises(
+        PublishRefused, match=rf"must hold the 34 rows of the dataset, got \d+ in {len(chunks)} parts, 1 parts missing"
+    ):
+        publish(destination, plan, audit)
+    assert find_manifest(destination, plan.run) is None
+    assert destination.entries("_overnight") == []
+
+
+def test_a_run_without_any_part_is_refused(destination: Storage, plan: Plan) -> None:
+    with pytest.raises(PublishRefused, match="got 0 in 0 parts, 5 parts missing"):
+        publish(destination, plan, audit_parts(destination, plan))
+
+
+def test_a_plan_that_disagrees_with_its_own_snapshot_is_refused(destination: Storage, plan: Plan) -> None:
+    put_parts(plan, destination)
+    audit = audit_parts(destination, plan)
+    files = plan.snapshot.files
+    longer = plan.snapshot.model_copy(update={"files": (files[0].model_copy(update={"row_groups": (26,)}), *files[1:])})
+    for wrong in (plan.model_copy(update={"snapshot": longer}), plan.model_copy(update={"rows": 35})):
+        with pytest.raises(PublishRefused, match="Nothing was published"):
+            publish(destination, wrong, audit)
+
+    assert find_manifest(destination, plan.run) is None
+
+
+@pytest.mark.parametrize(
+    "tear",
+    [
+        lambda _: b"",
+        lambda plan: bytes(a_part(plan, (1, 0)))[:-1],
+        lambda _: b"PAR1 nonsense PAR1",
+        lambda plan: a_part(plan, (0, 0))[:200],
+        lambda plan: a_part(plan.model_copy(update={"key": "0" * 32}), (1, 0)),
+    ],
+    ids=["no bytes", "a byte short", "nonsense", "cut", "another run's"],
+)
+def test_a_torn_part_is_set_aside_where_no_reader_looks_and_is_missing(
+    destination: Storage, plan: Plan, tear: Callable[[Plan], bytes]
+) -> None:
+    put_parts(plan, destination)
+    path = part_path(plan.run, (1, 0))
+    replace(destination, path, tear(plan))
+    audit = audit_parts(destination, plan)
+    (aside,) = audit.set_aside
+
+    assert audit.missing == ((1, 0),)
+    assert audit.rows_set_aside == plan.chunks[1, 0].rows
+    assert len(audit.footers) == len(plan.chunks) - 1
+    assert aside.startswith(f"run={plan.run}/.part-00001-0000.parquet.")
+    assert not destination.exists(path)
+    put_parts(plan, destination, [(1, 0)])
+    assert publish(destination, plan, audit_parts(destination, plan)).rows == 34
+
+
+def test_two_audits_of_one_torn_part_set_it_aside_once(destination: Storage, plan: Plan) -> None:
+    put_parts(plan, destination)
+    replace(destination, part_path(plan.run, (1, 0)), b"torn")
+    barrier = threading.Barrier(4)
+
+    def race(_: int) -> tuple[str, ...]:
+        barrier.wait()
+        audit = audit_parts(destination, plan)
+        assert audit.missing == ((1, 0),)
+        return audit.set_aside
+
+    with ThreadPoolExecutor(4) as pool:
+        aside = [name for names in pool.map(race, range(4)) for name in names]
+
+    assert len(aside) >= 1
+    assert not destination.exists(part_path(plan.run, (1, 0)))
+
+
+def test_a_part_that_was_scored_again_during_an_audit_stays(
+    destination: Storage, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_parts(plan, destination)
+    path = part_path(plan.run, (1, 0))
+    replace(destination, path, b"torn")
+    real = type(destination).set_aside
+
+    def late(self: Storage, entry: object) -> str | None:
+        # Another worker has set the torn part aside and scored its chunk in the meantime.
+        replace(destination, path, a_part(plan, (1, 0), rejects=[0]))
+        return real(self, entry)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(destination), "set_aside", late)
+    audit = audit_parts(destination, plan)
+
+    assert audit.missing == ((1, 0),)
+    assert audit.set_aside == ()
+    assert audit_parts(destination, plan).missing == ()
+
+
+def test_a_second_call_finds_the_manifest_of_the_first(destination: Storage, plan: Plan) -> None:
+    put_parts(plan, destination)
+    audit = audit_parts(destination, plan)
+    first = publish(destination, plan, audit)
+    later = plan.model_copy(update={"planned_at": plan.planned_at + timedelta(hours=1)})
+
+    assert first == publish(destination, later, audit)
+
+
+def test_of_racing_publishers_all_have_the_one_manifest(destination: Storage, plan: Plan) -> None:
+    put_parts(plan, destination)
+    barrier = threading.Barrier(6)
+
+    def race(at: int) -> object:
+        mine = plan.model_copy(update={"planned_at": plan.planned_at + timedelta(seconds=at)})
+        audit = audit_parts(destination, mine)
+        barrier.wait()
+        return publish(destination, mine, audit)
+
+    with ThreadPoolExecutor(6) as pool:
+        manifests = list(pool.map(race, range(6)))
+
+    assert [find_manifest(destination, plan.run)] * 6 == manifests
+
+
+def test_the_copies_that_were_staged_are_deleted_and_the_plan_stays(destination: Storage, place: str) -> None:
+    put(f"{place}/raw", {"a.csv": b"id,a,b\n" + b"1,2,3\n" * 20})
+    snapshot = a_snapshot(f"{place}/raw", destination)
+
+    assert len(destination.entries("_overnight/key/staged")) == 2
+    put(f"{place}/in2", {"a.parquet": numbers(0, 5)})
+    plan = a_plan(f"{place}/in2", destination.url).model_copy(update={"run": "key", "source": snapshot})
+    save_plan(destination, plan)
+    put_parts(plan, destination)
+    publish(destination, plan, audit_parts(destination, plan))
+
+    assert ["_overnight/key/manifest.json", "_overnight/key/plan.json"] == [
+        entry.path for entry in destination.entries("_overnight")
+    ]
+    assert plan == load_plan(destination, "key")
+
+
+def a_snapshot(source: str, destination: Storage) -> Snapshot:
+    return stage(take_snapshot(source, destination.url), destination, "_overnight/key", a_contract("a", "b"), ("id",))
+
+
+def test_what_killed_writers_left_is_swept(tmp_path: object) -> None:
+    put(f"{tmp_path}/in", {"a.parquet": numbers(0, 25)})
+    destination = open_storage(f"{tmp_path}/out")
+    assert isinstance(destination, LocalStorage)
+    plan = a_plan(f"{tmp_path}/in", destination.url)
+    put_parts(plan, destination)
+    save_plan(destination, plan)
+    left = [f"run={plan.run}/.part-00000-0000.parquet.ab.tmp", f"_overnight/{plan.run}/.plan.json.cd.tmp"]
+    for path in left:
+        (destination.root / path).write_bytes(b"torn")
+    publish(destination, plan, audit_parts(destination, plan))
+
+    assert not list(destination.root.rglob("*.tmp"))
+
+
+def test_rejects_are_counted_over_all_parts_by_column_and_reason(destination: Storage, plan: Plan) -> None:
+    for chunk in plan.chunks:
+        destination.put_new(part_path(plan.run, chunk), a_part(plan, chunk, rejects=range(plan.chunks[chunk].rows)))
+    counts = count_rejects(audit_parts(destination, plan))
+
+    assert [("a", "null", 34)] == [(count.column, count.reason, count.rows) for count in counts]
+
+
+def test_a_manifest_of_another_version_is_told_by_its_address(destination: Storage) -> None:
+    destination.put_new("_overnight/x/manifest.json", b'{"parts": "many"}')
+    with pytest.raises(DestinationUnusable, match=r"_overnight/x/manifest\.json must be a manifest that this version"):
+        find_manifest(destination, "x")

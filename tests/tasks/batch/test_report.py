@@ -1,0 +1,54 @@
+"""The report says in numbers, words and a picture what a call came to."""
+
+from __future__ import annotations
+
+from tasks.batch.publish import RejectCount
+from tasks.batch.report import BatchReport, page, plot
+
+REPORT = BatchReport(
+    status="scored",
+    run="abc",
+    model="models:/churn/3",
+    model_digest="d",
+    source="lake",
+    destination="scores",
+    output="parquet",
+    rows=1_000,
+    rejects=(RejectCount(column="age", reason="null", rows=7), RejectCount(column="", reason="<b>no</b>", rows=1)),
+    rows_scored=800,
+    rows_recomputed=0,
+    parts=4,
+    slots=2,
+    batch_size=64,
+    memory_mb=10,
+    seconds={"score": 2.0},
+    thread_seconds={"read": 0.1, "forward": 1.5},
+    report="scores/report.html",
+)
+
+
+def test_rates_and_sums_come_from_the_counts() -> None:
+    assert (8, 400.0) == (REPORT.rows_rejected, REPORT.rows_per_second)
+
+
+def test_the_table_lists_rejects_by_column_and_reason() -> None:
+    rows = {row[""].strip(): row["value"] for row in REPORT.table()}
+
+    assert ("7", "1", "400") == (rows["age: null"], rows["model: <b>no</b>"], rows["rows a second"])
+
+
+def test_a_call_that_scored_nothing_claims_no_speed() -> None:
+    complete = REPORT.model_copy(update={"status": "already complete", "rows_scored": 0})
+
+    assert 0 == complete.rows_per_second
+    assert "rows a second" not in complete.markdown()
+
+
+def test_the_page_holds_its_plot_and_escapes_what_models_say() -> None:
+    png = plot(REPORT, [(0.0, 200), (1.0, 600), (2.0, 1_000)])
+    text = page(REPORT, png).decode()
+
+    assert png.startswith(b"\x89PNG")
+    assert "data:image/png;base64," in text
+    assert "&lt;b&gt;no&lt;/b&gt;" in text
+    assert "<b>no</b>" not in text

@@ -1,0 +1,79 @@
+"""A call is pinned, found complete or planned, before anything is scored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from serving.errors import ModelUnfit
+from tasks.batch.options import BatchOptions
+from tasks.batch.plan import memory_bytes
+from tasks.batch.run import block_rows_of, find_complete, free_memory, open_planned, pin_call, plan_call
+from tasks.storage import open_storage
+from tests.support import write_customers
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    return str(write_customers(tmp_path / "customers", rows=5_000, files=2, rows_per_group=1_000))
+
+
+def test_pinning_a_call_writes_nothing(linear: str, source: str, tmp_path: Path) -> None:
+    destination = str(tmp_path / "scores")
+    call = pin_call(linear, source, destination, BatchOptions())
+
+    assert find_complete(open_storage(destination), call) is None
+    assert not (tmp_path / "scores").exists()
+
+
+def test_a_plan_is_made_once_and_read_ever_after(linear: str, source: str, tmp_path: Path) -> None:
+    destination = open_storage(str(tmp_path / "scores"))
+    call = pin_call(linear, source, destination.url, BatchOptions())
+    first = plan_call(call, destination)
+    second = plan_call(pin_call(linear, source, destination.url, BatchOptions()), destination)
+
+    assert first == second
+
+
+def test_sizes_that_are_given_are_kept(linear: str, source: str, tmp_path: Path) -> None:
+    destination = open_storage(str(tmp_path / "scores"))
+    call = pin_call(linear, source, destination.url, BatchOptions(batch_size=50, rows_per_chunk=500))
+    plan = plan_call(call, destination)
+
+    assert 50 == plan.batch_size
+    assert {500} == {chunk.rows for chunk in plan.chunks.values()}
+
+
+def test_a_plan_is_scored_with_the_very_files_it_was_made_for(linear: str, source: str, tmp_path: Path) -> None:
+    destination = open_storage(str(tmp_path / "scores"))
+    plan = plan_call(pin_call(linear, source, destination.url, BatchOptions()), destination)
+    other = plan.model_copy(update={"model": plan.model.model_copy(update={"digest": "0" * 64})})
+
+    assert plan.model == open_planned(plan).pin
+    with pytest.raises(ModelUnfit, match="must be those that run"):
+        open_planned(other)
+
+
+def test_stated_memory_grows_with_slots_and_chunks_not_with_rows(linear: str, tmp_path: Path) -> None:
+    destination = open_storage(str(tmp_path / "scores"))
+    options = BatchOptions(batch_size=100, rows_per_chunk=1_000)
+    stated = []
+    for rows in (5_000, 20_000):
+        source = write_customers(tmp_path / str(rows), rows=rows, files=1, rows_per_group=1_000)
+        plan = plan_call(pin_call(linear, str(source), destination.url, options), destination)
+        stated.append([memory_bytes(plan, slots, block_rows_of(plan)) for slots in (1, 2)])
+
+    assert stated[0] == stated[1]
+    assert 2 * stated[0][0] == stated[0][1]
+
+
+def test_free_memory_is_what_is_available_within_the_cgroup() -> None:
+    files = {
+        Path("/proc/meminfo"): "MemTotal: 100 kB\nMemAvailable:   64 kB\n",
+        Path("/sys/fs/cgroup/memory.max"): "50000\n",
+        Path("/sys/fs/cgroup/memory.current"): "10000\n",
+    }
+
+    assert 40_000 == free_memory(files.__getitem__)
+    assert 65_536 == free_memory({**files, Path("/sys/fs/cgroup/memory.max"): "max\n"}.__getitem__)

@@ -1,0 +1,294 @@
+"""What a local folder adds: durability, and errors that say what to do next."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import subprocess
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from serving.errors import DestinationUnusable, StorageDenied, StorageFault, StorageFull
+from tasks.storage import LocalStorage
+
+Enter = Callable[[], AbstractContextManager[None]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> LocalStorage:
+    return LocalStorage(tmp_path / "place")
+
+
+@contextlib.contextmanager
+def mounted(at: Path, *options: str) -> Generator[None]:
+    """Mount a tiny file system of memory, where this user may."""
+    at.mkdir(exist_ok=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(at)], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("mounting is root's")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(at)], check=True)
+
+
+@pytest.fixture
+def order(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The fsyncs and links that are made, by the inode of the file or folder."""
+    seen: list[tuple[str, int]] = []
+    fsync, link = os.fsync, os.link
+
+    def seen_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        seen.append(("fsync", os.fstat(descriptor).st_ino))
+
+    def seen_link(source: Path, target: Path) -> None:
+        link(source, target)
+        seen.append(("link", target.stat().st_ino))
+
+    monkeypatch.setattr(os, "fsync", seen_fsync)
+    monkeypatch.setattr(os, "link", seen_link)
+    return seen
+
+
+def inode(path: Path) -> int:
+    return path.stat().st_ino
+
+
+def test_a_file_is_synced_before_it_is_linked_and_its_folder_after(
+    folder: LocalStorage, order: list[tuple[str, int]]
+) -> None:
+    folder.root.mkdir()
+    folder.put_new("a.bin", b"data")
+    file = inode(folder.root / "a.bin")
+
+    assert [("fsync", file), ("link", file), ("fsync", inode(folder.root))] == order
+
+
+def test_the_parent_of_each_new_folder_is_synced(folder: LocalStorage, order: list[tuple[str, int]]) -> None:
+    folder.put_new("b/c/a.bin", b"data")
+    root = folder.root
+
+    assert [root.parent, root, root / "b", root / "b/c/a.bin", root / "b/c/a.bin", root / "b/c"] == [
+        next(path for path in (root.parent, *root.parent.rglob("*")) if inode(path) == at) for _, at in order
+    ]
+    assert ["fsync", "fsync", "fsync", "fsync", "link", "fsync"] == [what for what, _ in order]
+
+
+def test_nothing_but_the_file_is_left_behind(folder: LocalStorage) -> None:
+    folder.put_new("a.bin", b"data")
+    folder.put_new("a.bin", b"again")
+
+    assert ["a.bin"] == [path.name for path in folder.root.iterdir()]
+
+
+def test_a_full_disk_is_storage_full_and_leaves_nothing(tmp_path: Path) -> None:
+    folder = LocalStorage(tmp_path / "disk")
+    with mounted(folder.root, "-o", "size=64k"):
+        with pytest.raises(StorageFull, match=r"a\.bin needs space, but its disk is full"):
+            folder.put_new("a.bin", bytes(1 << 20))
+
+        assert list(folder.root.iterdir()) == []
+        assert folder.put_new("a.bin", b"small")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_is_full_at_the_fsync_is_storage_full(
+    folder: LocalStorage, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    folder.put_new("first", b"")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageFull, match="the run resumes"):
+        folder.put_new("a.bin", b"data")
+
+    assert ["first"] == [path.name for path in folder.root.iterdir()]
+
+
+def test_a_read_only_disk_is_storage_denied(tmp_path: Path) -> None:
+    folder = LocalStorage(tmp_path / "disk")
+    with mounted(folder.root, "-o", "ro"), pytest.raises(StorageDenied, match="Read-only file system"):
+        folder.put_new("a.bin", b"data")
+
+
+def test_a_folder_of_another_user_is_storage_denied(public_folder: Path, unprivileged: Enter) -> None:
+    storage = LocalStorage(public_folder)
+    storage.put_new("secret/a.bin", b"data")
+    entry = storage.entries()[0]
+    (public_folder / "secret/a.bin").chmod(0o000)
+    (public_folder / "secret").chmod(0o555)
+    public_folder.chmod(0o555)
+    with unprivileged():
+        for refused in (
+            lambda: storage.put_new("b.bin", b"data"),
+            lambda: storage.put_new("new/b.bin", b"data"),
+            lambda: storage.put_new("secret/b.bin", b"data"),
+            lambda: storage.read("secret/a.bin"),
+            lambda: storage.open_pinned(entry),
+            lambda: storage.delete(["secret/a.bin"]),
+            lambda: storage.set_aside(entry),
+        ):
+            with pytest.raises(StorageDenied, match=r"must be accessible, got: .*Permission denied"):
+                refused()
+    public_folder.chmod(0o755)
+    (public_folder / "secret").chmod(0o755)
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_and_not_passed_over(
+    public_folder: Path, unprivileged: Enter
+) -> None:
+    storage = LocalStorage(public_folder)
+    storage.put_new("open/a.bin", b"data")
+    storage.put_new("shut/a.bin", b"data")
+    (public_folder / "shut").chmod(0o000)
+    with unprivileged():
+        for refused in (storage.entries, lambda: storage.find("shut/a.bin"), lambda: storage.exists("shut/a.bin")):
+            with pytest.raises(StorageDenied):
+                refused()
+    (public_folder / "shut").chmod(0o755)
+
+
+@pytest.mark.parametrize("path", ["file/a.bin", "file/deeper/a.bin"])
+def test_a_file_where_a_folder_must_be_is_destination_unusable(folder: LocalStorage, path: str) -> None:
+    folder.put_new("file", b"data")
+    with pytest.raises(DestinationUnusable, match="must be a place for files below folders"):
+        folder.put_new(path, b"data")
+    with pytest.raises(DestinationUnusable):
+        LocalStorage(folder.root / "file").put_new("a", b"")
+
+
+def test_a_folder_where_a_file_must_be_is_destination_unusable(folder: LocalStorage) -> None:
+    folder.put_new("a/b", b"data")
+    with pytest.raises(DestinationUnusable, match="Is a directory"):
+        folder.read("a")
+
+
+def test_a_file_system_without_hard_links_is_destination_unusable(
+    folder: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(DestinationUnusable, match="must be on a file system that has hard links"):
+        folder.put_new("a.bin", b"data")
+
+    assert list(folder.root.iterdir()) == []
+
+
+def test_any_other_failure_of_the_disk_is_a_storage_fault(
+    folder: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    folder.root.mkdir()
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(StorageFault, match=r"a\.bin must be usable, got: .*Input/output error"):
+        folder.put_new("a.bin", b"data")
+
+
+def sweep_before_linking(
+    folder: LocalStorage, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], object]
+) -> None:
+    link = os.link
+
+    def swept(source: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "link", link)
+        meanwhile()
+        folder.sweep("run=a")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", swept)
+
+
+def test_a_write_that_a_publisher_swept_away_finds_the_part_that_stands(
+    folder: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep_before_linking(folder, monkeypatch, lambda: folder.put_new("run=a/part", b"first"))
+
+    assert not folder.put_new("run=a/part", b"second")
+    assert folder.read("run=a/part") == b"first"
+
+
+def test_a_write_that_was_swept_away_for_nothing_is_a_storage_fault(
+    folder: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep_before_linking(folder, monkeypatch, lambda: None)
+    with pytest.raises(StorageFault, match="Call again"):
+        folder.put_new("run=a/part", b"data")
+
+
+def test_a_sweep_takes_unfinished_writes_and_empty_folders_alone(folder: LocalStorage) -> None:
+    for path in ("run=a/part", "run=a/notes.tmp", "run=ab/.part.0.tmp"):
+        folder.put_new(path, b"x")
+    (folder.root / "run=a/.part.0123.tmp").write_bytes(b"torn")
+    (folder.root / "run=a/empty/empty").mkdir(parents=True)
+    folder.sweep("run=a")
+
+    assert ["run=a", "run=a/notes.tmp", "run=a/part", "run=ab", "run=ab/.part.0.tmp"] == sorted(
+        str(path.relative_to(folder.root)) for path in folder.root.rglob("*")
+    )
+
+
+def test_unfinished_writes_are_not_listed(folder: LocalStorage) -> None:
+    folder.put_new("notes.tmp", b"x")
+    (folder.root / ".part.0123.tmp").write_bytes(b"torn")
+
+    assert ["notes.tmp"] == [entry.path for entry in folder.entries()]
+
+
+def test_links_are_followed(folder: LocalStorage, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/a").write_bytes(b"12")
+    folder.root.mkdir()
+    (folder.root / "folder").symlink_to(tmp_path / "elsewhere")
+    (folder.root / "file").symlink_to(tmp_path / "elsewhere/a")
+
+    assert [("file", 2), ("folder/a", 2)] == [(entry.path, entry.size) for entry in folder.entries()]
+
+
+def test_a_link_that_leads_nowhere_is_an_error_by_name(folder: LocalStorage) -> None:
+    folder.put_new("a", b"x")
+    (folder.root / "gone.parquet").symlink_to("nowhere")
+    with pytest.raises(StorageFault, match=r"gone\.parquet must be a file, got a link that leads nowhere"):
+        folder.entries()
+
+
+def test_a_circle_of_links_is_an_error(folder: LocalStorage) -> None:
+    folder.put_new("a/x", b"x")
+    (folder.root / "a/again").symlink_to(folder.root)
+    with pytest.raises(StorageFault, match="Too many levels of symbolic links"):
+        folder.entries()
+
+
+def test_a_file_that_is_moved_while_it_is_listed_is_passed_over(
+    folder: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.put_new("a/1", b"x")
+    folder.put_new("a/2", b"x")
+    walk = os.walk
+
+    def late(*given: object, **named: object) -> Generator[object]:
+        for found in walk(*given, **named):  # type: ignore[call-overload]
+            (folder.root / "a/2").unlink(missing_ok=True)
+            yield found
+
+    monkeypatch.setattr(os, "walk", late)
+
+    assert ["a/1"] == [entry.path for entry in folder.entries("a")]
+
+
+def test_a_file_is_opened_by_read_and_not_mapped(folder: LocalStorage) -> None:
+    folder.put_new("a", b"0123456789")
+    with folder.open_pinned(folder.entries()[0]) as stream:
+        (folder.root / "a").write_bytes(b"01")
+
+        # A mapped file that is cut short would end the process here.
+        assert stream.read() == b"01"
