@@ -133,7 +133,8 @@ def _score(
     for _ in range(_PASSES_MAX):
         with watch.watching(), _caller_threads_kept():
             _score_pass(scorer, slots, scored)
-        if scored.faults:
+        # Another worker may have published the run meanwhile, and deleted the staged copies that this one read.
+        if scored.faults and find_manifest(storage, plan.run) is None:
             raise _faults(scored)
         audit = audit_parts(storage, plan)
         scored.rows_recomputed += audit.rows_set_aside
