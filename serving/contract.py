@@ -23,7 +23,8 @@ OPAQUE_DTYPES = (*TEXT_DTYPES, "datetime64[ns]")
 class Frozen(BaseModel):
     """The base of every value that crosses a boundary: frozen, and no unknown key."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Without the last, NaN and infinity would become null in JSON, and could not be read back.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class ColumnPolicy(Frozen):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from serving.contract import ColumnPolicy
 from serving.errors import ModelUnfit
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import memory_bytes
@@ -43,6 +44,16 @@ def test_sizes_that_are_given_are_kept(linear: str, source: str, tmp_path: Path)
 
     assert 50 == plan.batch_size
     assert {500} == {chunk.rows for chunk in plan.chunks.values()}
+
+
+@pytest.mark.parametrize("null", [float("inf"), -1.5, "keep"])
+def test_a_plan_is_read_back_with_the_policies_it_was_made_with(
+    null: float | str, linear: str, source: str, tmp_path: Path
+) -> None:
+    destination = open_storage(str(tmp_path / "scores"))
+    call = pin_call(linear, source, destination.url, BatchOptions(policies={"a": ColumnPolicy(null=null)}))
+
+    assert plan_call(call, destination) == plan_call(call, destination)
 
 
 def test_a_plan_is_scored_with_the_very_files_it_was_made_for(linear: str, source: str, tmp_path: Path) -> None:
