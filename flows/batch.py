@@ -25,10 +25,10 @@ from tasks.batch.artifacts import Logger, Watch, publish_artifacts
 from tasks.batch.lineage import record_lineage
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import list_parts
-from tasks.batch.plan import Plan, load_plan, load_start, memory_bytes, must_fit, save_start
+from tasks.batch.plan import Plan, load_plan, load_start, save_start
 from tasks.batch.publish import Audit, audit_parts, count_rejects, find_manifest, publish
 from tasks.batch.report import BatchReport, plot, report_complete, save_page
-from tasks.batch.run import block_rows_of, find_complete, free_memory, open_planned, pin_call, plan_call
+from tasks.batch.run import find_complete, open_planned, pin_call, plan_call, plan_slots, state_memory
 from tasks.batch.score import Scored, Scorer, check_rejects
 from tasks.storage import Storage, open_storage
 
@@ -62,12 +62,13 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
         return report_complete(manifest, plan, storage, seconds)
     with _timed(seconds, "load"):
         loaded = load_model(resolved or open_planned(plan), plan.contract, allow_pickle=options.allow_pickle)
-    slots = options.slots or loaded.slots
-    memory = _must_fit(plan, slots, options, logger)
+    slots = plan_slots(options, loaded)
+    memory = state_memory(plan, slots, options)
+    _say(plan, slots, memory, logger)
     watch = Watch(plan.rows, lambda: _rows_done(plan, storage), logger)
     with _timed(seconds, "score"):
         scored, audit = _score(plan, storage, loaded, slots, options, watch)
-    draft = _draft(plan, storage, scored, audit, slots=slots, memory=memory, seconds=seconds)
+    draft = _draft(plan, storage, scored, audit, slots=slots, memory=memory >> 20, seconds=seconds)
     with _timed(seconds, "report"):
         png = plot(draft, watch.samples)
         _record(plan, storage, draft, png, options, logger)
@@ -107,16 +108,11 @@ def _flow_run_id() -> str:
     return str(context.flow_run.id) if context is not None and context.flow_run is not None else str(uuid4())
 
 
-def _must_fit(plan: Plan, slots: int, options: BatchOptions, logger: Logger) -> int:
-    needed = memory_bytes(plan, slots, block_rows_of(plan))
-    allowed = options.memory_mb << 20 if options.memory_mb else free_memory()
+def _say(plan: Plan, slots: int, memory: int, logger: Logger) -> None:
     logger.info(
         "Run %s: %s rows in %s chunks and %s shards, %s slots, batches of %s; its data takes %s MiB at most.",
-        *(plan.run, f"{plan.rows:,}", len(plan.chunks), len(plan.shards), slots, plan.batch_size, needed >> 20),
+        *(plan.run, f"{plan.rows:,}", len(plan.chunks), len(plan.shards), slots, plan.batch_size, memory >> 20),
     )
-    if allowed is not None:
-        must_fit(needed, allowed, plan, slots)
-    return needed >> 20
 
 
 def _rows_done(plan: Plan, storage: Storage) -> int:

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "infra": {"infra"},
 }
 TOP_LEVEL = {
-    *("flows", "tasks", "serving", "deployments", "infra", "tests", "docs", "pyproject.toml"),
+    *("flows", "tasks", "serving", "deployments", "infra", "tests", "pyproject.toml"),
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "Makefile", "constraints.txt"),
 }
 BATCH_ORDER = (

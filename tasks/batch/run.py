@@ -20,7 +20,19 @@ from tasks.batch.dataset import Dataset, Snapshot, open_dataset, take_snapshot
 from tasks.batch.delta import check_delta
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import check_names, part_schema
-from tasks.batch.plan import Piece, Plan, Sizes, held_to_key, load_plan, make_plan, run_key, save_plan, used_columns
+from tasks.batch.plan import (
+    Piece,
+    Plan,
+    Sizes,
+    held_to_key,
+    load_plan,
+    make_plan,
+    memory_bytes,
+    must_fit,
+    run_key,
+    save_plan,
+    used_columns,
+)
 from tasks.batch.publish import Manifest, find_manifest
 from tasks.batch.staging import stage
 from tasks.storage import Storage
@@ -86,12 +98,27 @@ def plan_call(call: Call, storage: Storage) -> Plan:
         dataset=dataset,
         sizes=Sizes(
             batch_size=batch_size,
-            slots=call.options.slots or model.slots,
+            slots=plan_slots(call.options, model),
             row_bytes=sample.nbytes / sample.num_rows,
             rows_per_second=None if call.options.rows_per_chunk else _rate(call, model, sample, batch_size),
         ),
     )
+    state_memory(plan, plan_slots(call.options, model), call.options)
     return save_plan(storage, plan)
+
+
+def plan_slots(options: BatchOptions, model: Model) -> int:
+    """Return how many slots a run has: what the options say, or what suits the model on this machine."""
+    return options.slots or model.slots
+
+
+def state_memory(plan: Plan, slots: int, options: BatchOptions) -> int:
+    """Return the bytes that the run's data takes at its peak; raises PlanTooLarge where they are not to be had."""
+    needed = memory_bytes(plan, slots, block_rows(plan.batch_size, plan.row_bytes))
+    allowed = options.memory_mb << 20 if options.memory_mb else free_memory()
+    if allowed is not None:
+        must_fit(needed, allowed, plan, slots)
+    return needed
 
 
 def _open(call: Call, storage: Storage) -> Dataset:
@@ -138,11 +165,6 @@ def open_planned(plan: Plan) -> Resolved:
         )
         raise ModelUnfit(message)
     return resolved
-
-
-def block_rows_of(plan: Plan) -> int:
-    """Return the rows of a block of this plan."""
-    return block_rows(plan.batch_size, plan.row_bytes)
 
 
 def free_memory(read: Callable[[Path], str] = Path.read_text) -> int | None:

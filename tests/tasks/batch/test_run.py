@@ -9,8 +9,7 @@ import pytest
 from serving.contract import ColumnPolicy
 from serving.errors import ModelUnfit
 from tasks.batch.options import BatchOptions
-from tasks.batch.plan import memory_bytes
-from tasks.batch.run import block_rows_of, find_complete, free_memory, open_planned, pin_call, plan_call
+from tasks.batch.run import find_complete, free_memory, open_planned, pin_call, plan_call, state_memory
 from tasks.storage import open_storage
 from tests.support import write_customers
 
@@ -69,11 +68,11 @@ def test_a_plan_is_scored_with_the_very_files_it_was_made_for(linear: str, sourc
 def test_stated_memory_grows_with_slots_and_chunks_not_with_rows(linear: str, tmp_path: Path) -> None:
     destination = open_storage(str(tmp_path / "scores"))
     options = BatchOptions(batch_size=100, rows_per_chunk=1_000)
-    stated = []
+    stated: list[list[int]] = []
     for rows in (5_000, 20_000):
         source = write_customers(tmp_path / str(rows), rows=rows, files=1, rows_per_group=1_000)
         plan = plan_call(pin_call(linear, str(source), destination.url, options), destination)
-        stated.append([memory_bytes(plan, slots, block_rows_of(plan)) for slots in (1, 2)])
+        stated.append([state_memory(plan, slots, options) for slots in (1, 2)])
 
     assert stated[0] == stated[1]
     assert 2 * stated[0][0] == stated[0][1]
