@@ -47,7 +47,7 @@ class Watch:
         self._bar: Progress | None = None
         self._artifact: UUID | None = None
         with server_may_fail(logger):
-            made = create_progress_artifact(progress=self._percent(), key="batch-progress")
+            made = create_progress_artifact(self._percent(), key="batch-progress", description="Rows with a part")
             self._artifact = made if isinstance(made, UUID) else None
 
     @contextmanager
