@@ -77,11 +77,15 @@ class Flags:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoded:
-    """The model's inputs for N rows, each [N, *shape], and the flags of rows that are rejects."""
+    """The model's inputs for N rows, each [N, *shape], and the flags of rows that are rejects.
+
+    length_N is how much of a forward pass each row takes (its tokens), None where all rows take the same.
+    """
 
     inputs: dict[str, Array]
     flags: Flags
     rows: int
+    length_N: npt.NDArray[np.int64] | None = None
 
 
 def encode(contract: Contract, table: pa.Table) -> Encoded:

@@ -6,8 +6,9 @@ the shape and the other values that it would have had: the bits of its neighbour
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,15 +44,30 @@ class Forward:
     def score(self, encoded: Encoded) -> Predictions:
         """Predict N rows in batches of `batch_size`, counted from the first row.
 
-        Flags the rows that the model fails on, and those whose predictions are not finite; the inputs
-        of every flagged row are overwritten. Raises ModelFailed if every row of the first batch fails,
-        DeviceLost if the device is gone.
+        Rows that have lengths go in order of length, in batches of at most `batch_size` tokens, padding
+        counted; predictions and flags come back in the order of the rows. Flags the rows that the model
+        fails on, and those whose predictions are not finite; the inputs of every flagged row are
+        overwritten. Raises ModelFailed if every row of the first batch fails, DeviceLost if the device is gone.
         """
-        out = self._nothing(encoded.rows)
-        for start in range(0, encoded.rows, self.batch_size):
-            stop = min(start + self.batch_size, encoded.rows)
-            batch = {name: value[start:stop] for name, value in encoded.inputs.items()}
-            self._score_batch(batch, encoded.flags, start, {name: value[start:stop] for name, value in out.items()})
+        if encoded.length_N is None:
+            edges = [*range(0, encoded.rows, self.batch_size), encoded.rows]
+            return self._score_batches(encoded.inputs, encoded.flags, edges)
+        order_N = np.argsort(encoded.length_N, kind="stable")
+        flags = Flags(encoded.flags.code_N[order_N], encoded.flags.reasons)
+        inputs = {name: value[order_N] for name, value in encoded.inputs.items()}
+        edges = token_edges(encoded.length_N[order_N], self.batch_size)
+        in_order = self._score_batches(inputs, flags, edges)
+        encoded.flags.code_N[order_N] = flags.code_N
+        out = {name: np.empty_like(value) for name, value in in_order.items()}
+        for name, value in in_order.items():
+            out[name][order_N] = value
+        return out
+
+    def _score_batches(self, inputs: Arrays, flags: Flags, edges: Sequence[int]) -> Predictions:
+        out = self._nothing(len(flags.code_N))
+        for start, stop in itertools.pairwise(edges):
+            batch = {name: value[start:stop] for name, value in inputs.items()}
+            self._score_batch(batch, flags, start, {name: value[start:stop] for name, value in out.items()})
         return out
 
     def _score_batch(self, batch: Arrays, flags: Flags, start: int, out: Predictions) -> None:
@@ -149,6 +165,15 @@ class Forward:
         }
 
 
+def token_edges(length_N: npt.NDArray[np.int64], tokens: int) -> list[int]:
+    """Return the edges of batches over rows in order of length: at most `tokens` each, padding counted, or one row."""
+    edges = [0]
+    for row, length in enumerate(length_N.tolist()):
+        if row > edges[-1] and (row - edges[-1] + 1) * length > tokens:
+            edges.append(row)
+    return [*edges, len(length_N)] if len(length_N) else edges
+
+
 def _dtype(dtype: str) -> np.dtype[Any]:
     return np.dtype(object if dtype == "str" else dtype)
 
@@ -156,7 +181,7 @@ def _dtype(dtype: str) -> np.dtype[Any]:
 def _fill(batch: Arrays, bad_n: npt.NDArray[np.bool_], good: int) -> None:
     """Replace bad rows by a copy of a good one, in place: no other bit of the batch moves."""
     for value in batch.values():
-        value[bad_n] = value[good]
+        value[bad_n] = value[good : good + 1]
 
 
 def _flag_unfit(predictions: Predictions, flags: Flags, start: int) -> None:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from serving.answer import named_outputs
 from serving.contract import Contract
+from serving.encode import Encoded
 from serving.errors import ModelUnfit
 from serving.registry import Resolved
 
@@ -27,6 +28,10 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 
 class Model(Protocol):
     """What batch, stream and endpoint share: rows in, predictions out."""
+
+    def prepare(self, encoded: Encoded) -> Encoded:
+        """Do what needs no forward pass, such as tokenising, ahead of it and in another thread than the slot's."""
+        ...
 
     def predict(self, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
         """Return every output of the contract for N rows, text as objects with None for a null.
@@ -138,6 +143,10 @@ class TorchModel:
         self._module = module
         self._contract = contract
 
+    def prepare(self, encoded: Encoded) -> Encoded:
+        """Return the inputs as they are."""
+        return encoded
+
     def predict(self, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
         """Run one forward pass; must be called inside `slot()`."""
         import torch  # noqa: PLC0415 - a finished run is told so before torch is imported
@@ -178,6 +187,10 @@ class PyfuncModel:
         self._unnamed = self._tensors and schema.inputs[0].name is None
         specs = zip(contract.inputs, schema.inputs, strict=True) if self._tensors else ()
         self._texts = {value.name: spec.type.kind for value, spec in specs if spec.type.kind in "US"}
+
+    def prepare(self, encoded: Encoded) -> Encoded:
+        """Return the inputs as they are."""
+        return encoded
 
     def predict(self, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
         """Run the model on N rows."""

@@ -155,7 +155,8 @@ class _Slot:
                     if table is None:
                         break
                     with self._done.timed("encode"):
-                        block = _Block(encoded=encode(self._plan.contract, table), keys=table.select(keys))
+                        encoded = self._scorer.model.prepare(encode(self._plan.contract, table))
+                        block = _Block(encoded=encoded, keys=table.select(keys))
                     yield block
             except SourceFault as fault:
                 reader = open_reader(self._plan)

@@ -34,6 +34,9 @@ class Plain:
     rows_seen: list[int] = field(default_factory=list)
     slots: int = 1
 
+    def prepare(self, encoded: Encoded) -> Encoded:
+        return encoded
+
     def predict(self, inputs: Arrays) -> dict[str, Any]:
         rows = len(next(iter(inputs.values())))
         self.rows_seen.append(rows)
@@ -435,3 +438,37 @@ def test_measuring_the_rate_finds_bad_rows_again_and_again() -> None:
         measure_rate(Forward(model, matrix(4), 32), rows, lambda: next(ticks))
 
     assert {3: ("", REASON), 4: ("c0", "null"), 50: ("", REASON)} == rejects(rows)
+
+
+class Padded(Plain):
+    """Takes ragged rows of tokens, and answers with their sums."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda inputs: np.array([row.sum() for row in inputs["x"]], dtype=np.float32))
+        self.tokens_seen: list[int] = []
+
+    def predict(self, inputs: Arrays) -> dict[str, Any]:
+        self.tokens_seen.append(len(inputs["x"]) * max(len(row) for row in inputs["x"]))
+        return super().predict(inputs)
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60), bad=sets_of_rows, tokens=st.integers(1, 120))
+def test_rows_with_lengths_pass_in_batches_of_few_tokens_and_come_back_in_order(
+    lengths: list[int], bad: set[int], tokens: int
+) -> None:
+    rows_N = np.empty(len(lengths), dtype=object)
+    rows_N[:] = [np.full(length, at) for at, length in enumerate(lengths)]
+    flags = Flags.none(len(lengths))
+    for row in bad & set(range(1, len(lengths))):
+        flags.mark_row(row, "c0", "null")
+    before = flags.code_N.copy()
+    model = Padded()
+    contract = alone(column("int64"))
+    given_rows = Encoded(inputs={"x": rows_N}, flags=flags, rows=len(lengths), length_N=np.array(lengths))
+    scores = Forward(model, contract, tokens).score(given_rows)["score"]
+
+    good = before == 0
+    assert [at * length for at, length in enumerate(lengths) if good[at]] == scores[good].tolist()
+    assert before.tolist() == flags.code_N.tolist()
+    assert max(model.tokens_seen) <= max(tokens, *lengths)
+    assert len(model.tokens_seen) <= len(lengths)

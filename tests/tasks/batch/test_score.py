@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serving.encode import Encoded
 from serving.errors import SourceCorrupt, TooManyRejects
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import list_parts, part_path
@@ -35,6 +36,9 @@ class Adder:
     def __init__(self, seconds: float = 0.0, fails_at: float | None = None) -> None:
         self.seconds, self.fails_at = seconds, fails_at
         self.rows = 0
+
+    def prepare(self, encoded: Encoded) -> Encoded:
+        return encoded
 
     @contextmanager
     def slot(self) -> Generator[None]:
