@@ -19,7 +19,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.adhoc import adhoc_flow
 from serving.errors import OvernightError, SourceFault
-from serving.model import Model, load_model
+from serving.model import Model
 from serving.registry import Resolved
 from tasks.batch.artifacts import Logger, Watch, publish_artifacts
 from tasks.batch.lineage import record_lineage
@@ -28,7 +28,7 @@ from tasks.batch.parts import list_parts
 from tasks.batch.plan import Plan, load_plan, load_start, save_start
 from tasks.batch.publish import Audit, audit_parts, count_rejects, find_manifest, publish
 from tasks.batch.report import BatchReport, plot, report_complete, save_page
-from tasks.batch.run import find_complete, open_planned, pin_call, plan_call, plan_slots, state_memory
+from tasks.batch.run import find_complete, load_planned, pin_call, plan_call, plan_slots, state_memory
 from tasks.batch.score import Scored, Scorer, check_rejects
 from tasks.storage import Storage, open_storage
 
@@ -61,7 +61,7 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
         logger.info("Run %s is complete: %s rows. Nothing to score.", plan.run, f"{plan.rows:,}")
         return report_complete(manifest, plan, storage, seconds)
     with _timed(seconds, "load"):
-        loaded = load_model(resolved or open_planned(plan), plan.contract, allow_pickle=options.allow_pickle)
+        loaded = load_planned(plan, resolved, options)
     slots = plan_slots(options, loaded)
     memory = state_memory(plan, slots, options)
     _say(plan, slots, memory, logger)
@@ -89,7 +89,7 @@ def _find_plan(
     with _timed(seconds, "resolve"):
         run = load_start(storage, flow_run_id)
         call = None if run else pin_call(model, source, storage.url, options)
-    with _timed(seconds, "plan"):
+    with _timed(seconds, "plan"), _caller_threads_kept():
         if call is not None:
             plan = plan_call(call, storage)
             # A call that is answered already leaves no trace.
@@ -110,8 +110,9 @@ def _flow_run_id() -> str:
 
 def _say(plan: Plan, slots: int, memory: int, logger: Logger) -> None:
     logger.info(
-        "Run %s: %s rows in %s chunks and %s shards, %s slots, batches of %s; its data takes %s MiB at most.",
-        *(plan.run, f"{plan.rows:,}", len(plan.chunks), len(plan.shards), slots, plan.batch_size, memory >> 20),
+        "Run %s: %s rows in %s chunks and %s shards, %s slots, batches of %s, %s; its data takes %s MiB at most.",
+        *(plan.run, f"{plan.rows:,}", len(plan.chunks), len(plan.shards), slots),
+        *(plan.batch_size, plan.engine, memory >> 20),
     )
 
 
@@ -218,6 +219,8 @@ def _draft(
         parts=len(audit.footers),
         slots=slots,
         batch_size=plan.batch_size,
+        engine=str(plan.engine),
+        tuning=plan.tuning,
         memory_mb=memory,
         seconds=dict(seconds),
         thread_seconds=scored.seconds,

@@ -87,6 +87,25 @@ class Encoded:
     rows: int
     length_N: npt.NDArray[np.int64] | None = None
 
+    def rows_at(self, start: int, stop: int) -> Encoded:
+        """Return rows [start, stop) as views: what is written to them is written here."""
+        flags = Flags(self.flags.code_N[start:stop], self.flags.reasons)
+        return Encoded(
+            inputs={name: value[start:stop] for name, value in self.inputs.items()},
+            flags=flags,
+            rows=len(flags.code_N),
+            length_N=None if self.length_N is None else self.length_N[start:stop],
+        )
+
+    def repeated(self, times: int) -> Encoded:
+        """Return a copy of the rows, several times over, laid out as they are."""
+        return Encoded(
+            inputs={name: _repeated(value, times) for name, value in self.inputs.items()},
+            flags=Flags(np.tile(self.flags.code_N, times), list(self.flags.reasons)),
+            rows=self.rows * times,
+            length_N=None if self.length_N is None else np.tile(self.length_N, times),
+        )
+
 
 def encode(contract: Contract, table: pa.Table) -> Encoded:
     """Turn N rows of a table into the model's inputs.
@@ -119,6 +138,15 @@ def _encode_input(value: Input, columns: Columns, flags: Flags) -> Array:
     else:
         _fill(out, column, chunks, flags)
     return out
+
+
+def _repeated(value: Array, times: int) -> Array:
+    if value.ndim > 1 and not value.flags.c_contiguous:
+        rows = len(value) * times
+        buffer = np.empty((*value.shape[:0:-1], rows + _PAD), dtype=value.dtype)[..., :rows]
+        buffer[:] = np.tile(value.T, times)
+        return buffer.T
+    return np.concatenate([value] * times)
 
 
 def _chunks(column: Column, columns: Columns, rows: int) -> list[pa.Array]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -222,24 +222,3 @@ def _device_lost(error: Exception) -> bool:
     if _out_of_memory(error) or not isinstance(error, RuntimeError):
         return False
     return type(error).__name__ == "AcceleratorError" or any(word in str(error).lower() for word in _DEVICE_WORDS)
-
-
-_SLOW_SECONDS = 0.2
-
-
-def measure_rate(forward: Forward, encoded: Encoded, clock: Callable[[], float]) -> float:
-    """Return the rows a second of one slot on a sample of real rows.
-
-    The first batch warms up; where it alone takes 0.2 s it is the measurement.
-    """
-    size = min(forward.batch_size, encoded.rows)
-    first = {name: value[:size].copy(order="K") for name, value in encoded.inputs.items()}
-    flags = Flags(encoded.flags.code_N[:size].copy(), list(encoded.flags.reasons))
-    start = clock()
-    forward.score(Encoded(inputs=first, flags=flags, rows=size))
-    taken = clock() - start
-    if taken > _SLOW_SECONDS:
-        return size / taken
-    start = clock()
-    forward.score(encoded)
-    return encoded.rows / max(clock() - start, 1e-9)

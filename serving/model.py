@@ -9,10 +9,10 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +20,13 @@ import numpy.typing as npt
 from serving.answer import named_outputs
 from serving.contract import Contract
 from serving.encode import Encoded
+from serving.engine import Engine, Wish
 from serving.errors import ModelUnfit
 from serving.registry import Resolved
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+
+_PLAIN = Engine()
 
 
 class Model(Protocol):
@@ -50,7 +53,29 @@ class Model(Protocol):
         ...
 
 
-def load_model(resolved: Resolved, contract: Contract, *, allow_pickle: bool = False) -> Model:
+class Tunable(Model, Protocol):
+    """A model whose passes can be made in several ways."""
+
+    @property
+    def batch_size(self) -> int:
+        """The batch size where nothing was measured."""
+        ...
+
+    @property
+    def batch_sizes(self) -> Sequence[int]:
+        """The batch sizes worth trying, from the smallest."""
+        ...
+
+    def engines(self, wish: Wish) -> Sequence[Engine]:
+        """Return the engines worth trying here, the plainest first."""
+        ...
+
+    def using(self, engine: Engine) -> Self:
+        """Return the same model on another engine."""
+        ...
+
+
+def load_model(resolved: Resolved, contract: Contract, *, allow_pickle: bool = False) -> Tunable:
     """Load a resolved model, once in each process.
 
     Raises ModelUnfit where the model is pickled and `allow_pickle` is not set, since unpickling
@@ -58,7 +83,11 @@ def load_model(resolved: Resolved, contract: Contract, *, allow_pickle: bool = F
     """
     with _loading:
         loaded = _load(resolved.folder, resolved.pin.digest, resolved.is_torch, allow_pickle)
-    return TorchModel(loaded, contract) if resolved.is_torch else PyfuncModel(loaded, contract)
+    if not resolved.is_torch:
+        return PyfuncModel(loaded, contract)
+    from serving.torch_model import TorchModel  # noqa: PLC0415 - a finished run is told so before torch is imported
+
+    return TorchModel(loaded, contract)
 
 
 # MLflow reads it at every load, and takes an absent one as yes.
@@ -136,48 +165,11 @@ def _unfit(folder: Path, error: Exception, *, allow_pickle: bool) -> ModelUnfit:
     return ModelUnfit(f"The model in {folder} must load here, got {type(error).__name__}: {error}.")
 
 
-class TorchModel:
-    """A torch module, called with its inputs in the signature's order."""
-
-    def __init__(self, module: Any, contract: Contract) -> None:
-        self._module = module
-        self._contract = contract
-
-    def prepare(self, encoded: Encoded) -> Encoded:
-        """Return the inputs as they are."""
-        return encoded
-
-    def predict(self, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
-        """Run one forward pass; must be called inside `slot()`."""
-        import torch  # noqa: PLC0415 - a finished run is told so before torch is imported
-
-        tensors = [torch.from_numpy(inputs[value.name]) for value in self._contract.inputs]
-        rows = tensors[0].shape[0]
-        return named_outputs(self._module(*tensors), self._contract.outputs, rows, lambda tensor: tensor.numpy())
-
-    @contextmanager
-    def slot(self) -> Generator[None]:
-        """Enter inference mode with one intra-op thread: neither reaches other threads by itself."""
-        import torch  # noqa: PLC0415
-
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            with torch.inference_mode():
-                yield
-        finally:
-            torch.set_num_threads(before)
-
-    @property
-    def slots(self) -> int:
-        """One a core: measured faster than one stream over all cores."""
-        if hasattr(os, "sched_getaffinity"):
-            return len(os.sched_getaffinity(0))
-        return os.cpu_count() or 1
-
-
 class PyfuncModel:
     """Any other flavour, through mlflow.pyfunc: a DataFrame or arrays in, anything out."""
+
+    # The checks of each call take longer than many a model: larger batches than torch's pay.
+    batch_size, batch_sizes = 1024, (64, 1024, 4096, 16384, 65536)
 
     def __init__(self, model: Any, contract: Contract) -> None:
         self._model = model
@@ -213,6 +205,14 @@ class PyfuncModel:
     def slots(self) -> int:
         """One: these libraries use all cores themselves, and few promise to be thread-safe."""
         return 1
+
+    def engines(self, wish: Wish) -> list[Engine]:  # noqa: ARG002 - the library behind has none to choose
+        """Return the only one."""
+        return [_PLAIN]
+
+    def using(self, engine: Engine) -> Self:  # noqa: ARG002
+        """Return the model itself."""
+        return self
 
 
 def _fixed(text_N: npt.NDArray[Any], kind: str) -> npt.NDArray[Any]:

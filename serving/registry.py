@@ -6,7 +6,8 @@ import hashlib
 import os
 import re
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -47,6 +48,7 @@ class Resolved:
     pin: ModelPin
     folder: Path
     mlmodel: MLmodel
+    tags: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_torch(self) -> bool:
@@ -74,7 +76,17 @@ def resolve_model(uri: str) -> Resolved:
         found = client.get_model_version(name, version)
     except MlflowException as error:
         raise _not_found(client, uri, name, error) from None
-    return open_model(name=name, version=str(found.version), source=str(found.source))
+    resolved = open_model(name=name, version=str(found.version), source=str(found.source))
+    return replace(resolved, tags=dict(found.tags))
+
+
+def save_tag(pin: ModelPin, key: str, value: str) -> bool:
+    """Keep a value with a model version; False where the registry does not take it."""
+    try:
+        MlflowClient().set_model_version_tag(pin.name, pin.version, key, value)
+    except MlflowException:
+        return False
+    return True
 
 
 def open_model(*, name: str, version: str, source: str) -> Resolved:

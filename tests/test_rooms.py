@@ -36,7 +36,7 @@ BATCH_ORDER = (
         "publish",
         "predictions",
     ),
-    *("report", "run", "lineage", "artifacts"),
+    *("report", "tuning", "run", "lineage", "artifacts"),
 )
 
 

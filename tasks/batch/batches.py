@@ -32,19 +32,28 @@ class Reader:
     large row group cut into many chunks is decoded once.
     """
 
-    def __init__(self, snapshot: Snapshot, columns: Sequence[str], partitions: Mapping[str, str], rows: int) -> None:
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        columns: Sequence[str],
+        partitions: Mapping[str, str],
+        rows: int,
+        *,
+        places: bool = True,
+    ) -> None:
         self._storage: Storage = open_storage(snapshot.root)
         self._snapshot = snapshot
         self._columns = columns
         self._partitions = {name: kind for name, kind in partitions.items() if name in columns}
         self._rows = rows
+        self._places = places
         self._open: tuple[int, pq.ParquetFile] | None = None
         self._cursor: _Cursor | None = None
 
     def blocks(self, chunk: Chunk) -> Generator[pa.Table]:
         """Yield the rows of a chunk in order, as tables of `rows` rows, the last one shorter.
 
-        Each has the columns asked for, and source_file and source_row. Raises SourceChanged and
+        Each has the columns asked for and, where `places` is set, source_file and source_row. Raises SourceChanged and
         SourceCorrupt by file name.
         """
         held: list[pa.Table] = []
@@ -70,7 +79,7 @@ class Reader:
         at = sum(file.row_groups[: piece.row_group]) + piece.row_start
         with corrupt_as_named(self._storage, file.entry):
             for batch in self._read(piece, file):
-                yield self._with_places(batch, file, at)
+                yield self._table(batch, file, at)
                 at += batch.num_rows
         self._storage.hold(file.entry)
 
@@ -91,18 +100,19 @@ class Reader:
     def _physical(self) -> list[str]:
         return [name for name in self._columns if name not in self._partitions]
 
-    def _with_places(self, batch: pa.RecordBatch, file: SourceFile, at: int) -> pa.Table:
+    def _table(self, batch: pa.RecordBatch, file: SourceFile, at: int) -> pa.Table:
         """Return rows as a table that has the same columns, in the same order, whatever file they are from."""
         rows = batch.num_rows
         origin = file.origin or file.path
-        first = file.origin_row + at
-        columns = {
-            SOURCE_FILE: pa.repeat(pa.scalar(origin), rows),
-            SOURCE_ROW: pa.array(np.arange(first, first + rows)),
-        }
-        values = hive_values(origin)
-        for name, kind in self._partitions.items():
-            columns[name] = pa.repeat(pa.scalar(values[name], pa.string()).cast(kind), rows)
+        columns = {}
+        if self._places:
+            first = file.origin_row + at
+            columns[SOURCE_FILE] = pa.repeat(pa.scalar(origin), rows)
+            columns[SOURCE_ROW] = pa.array(np.arange(first, first + rows))
+        if self._partitions:
+            values = hive_values(origin)
+            for name, kind in self._partitions.items():
+                columns[name] = pa.repeat(pa.scalar(values[name], pa.string()).cast(kind), rows)
         columns |= {name: batch.column(name) for name in self._physical()}
         return pa.table(columns)
 
@@ -143,7 +153,8 @@ class _Cursor:
 def open_reader(plan: Plan) -> Reader:
     """Return a reader over the dataset of a plan, for one thread."""
     rows = block_rows(plan.batch_size, plan.row_bytes)
-    return Reader(plan.snapshot, plan.columns, plan.partitions, rows)
+    # A key of the caller's own needs no places.
+    return Reader(plan.snapshot, plan.columns, plan.partitions, rows, places=not plan.options.key_columns)
 
 
 _END = object()

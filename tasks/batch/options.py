@@ -41,6 +41,15 @@ class BatchOptions(Frozen):
     batch_size: int | None = Field(default=None, ge=1, le=1 << 24, description="Rows of one forward pass.")
     rows_per_chunk: int | None = Field(default=None, ge=1, le=1 << 32, description="Rows that one checkpoint covers.")
     slots: int | None = Field(default=None, ge=1, le=1024, description="Streams of forward passes side by side.")
+    bfloat16_tolerance: float | None = Field(
+        default=None,
+        gt=0,
+        description="Let passes run in bfloat16 where that is faster and no prediction of a sample differs from "
+        "float32's by more than this.",
+    )
+    torch_compile: bool = Field(
+        default=False, description="Let passes run through torch.compile where that is faster; needs a C++ compiler."
+    )
     memory_mb: int | None = Field(
         default=None, ge=1, description="Memory that the run may take, in MiB. Without: what this machine has free."
     )

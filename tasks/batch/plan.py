@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TypeVar
 
@@ -15,8 +15,10 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from serving.contract import Contract, Frozen
+from serving.engine import Engine
 from serving.errors import DestinationUnusable, OvernightError, PlanTooLarge, RunNameTaken
 from serving.registry import ModelPin
+from serving.tuner import Tuning
 from tasks.batch.dataset import Dataset, Snapshot, SourceFile
 from tasks.batch.options import BatchOptions
 from tasks.storage import Storage
@@ -70,6 +72,8 @@ class Plan(Frozen):
     columns: tuple[str, ...]
     partitions: dict[str, str]
     batch_size: int
+    engine: Engine
+    tuning: Tuning | None
     row_bytes: float
     rows: int
     shards: tuple[tuple[Chunk, ...], ...]
@@ -102,15 +106,17 @@ def run_key(model: ModelPin, snapshot: Snapshot, contract: Contract, options: Ba
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """What shapes a plan: rows of a batch, slots, bytes of a decoded row, rows a second of one slot.
+    """What shapes a plan: rows of a batch, slots, bytes of a decoded row, rows a second of one slot, the engine.
 
-    The rate is None where rows_per_chunk is given, since nothing needs to be measured then.
+    The rate is None where nothing needed to be measured, the tuning where none was made.
     """
 
     batch_size: int
     slots: int
     row_bytes: float
     rows_per_second: float | None
+    engine: Engine = field(default_factory=Engine)
+    tuning: Tuning | None = None
 
 
 def make_plan(
@@ -142,6 +148,8 @@ def make_plan(
         columns=tuple(used_columns(contract, options, dataset.schema)),
         partitions={name: str(dataset.schema.field(name).type) for name in dataset.hive},
         batch_size=sizes.batch_size,
+        engine=sizes.engine,
+        tuning=sizes.tuning,
         row_bytes=sizes.row_bytes,
         rows=dataset.rows,
         shards=cut_shards(chunks, dataset.rows, sizes),

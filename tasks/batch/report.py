@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from serving.contract import Frozen
+from serving.tuner import Tuning
 from tasks.batch.plan import Plan
 from tasks.batch.publish import Manifest, RejectCount
 from tasks.storage import Storage
@@ -36,6 +37,8 @@ class BatchReport(Frozen):
     parts: int
     slots: int
     batch_size: int
+    engine: str = Field(description="How the passes were made.")
+    tuning: Tuning | None = Field(description="What was measured to choose slots, batch size and engine, if it was.")
     memory_mb: int = Field(description="What the run's data was stated to take at its peak, in MiB.")
     seconds: dict[str, float] = Field(description="Wall-clock seconds by stage.")
     thread_seconds: dict[str, float] = Field(description="Seconds of scoring by stage, over all threads.")
@@ -77,6 +80,8 @@ class BatchReport(Frozen):
             "rows scored twice": f"{self.rows_recomputed:,}",
             "rows a second": f"{self.rows_per_second:,.0f}",
             "slots x batch size": f"{self.slots} x {self.batch_size:,}",
+            "engine": self.engine,
+            **(_of_tuning(self.tuning) if self.tuning else {}),
             "memory stated": f"{self.memory_mb:,} MiB",
         }
 
@@ -84,6 +89,16 @@ class BatchReport(Frozen):
         """Return the report as Markdown."""
         rows = "\n".join(f"| {row['']} | {row['value']} |" for row in self.table())
         return f"# Run {self.run}\n\n| | |\n| --- | --- |\n{rows}\n\nRead it with\n\n```python\n{self.read_with}\n```\n"
+
+
+def _of_tuning(tuning: Tuning) -> dict[str, str]:
+    """Return the fastest trial of each engine, in rows a second of all slots."""
+    best: dict[str, str] = {}
+    for trial in tuning.trials:
+        words = f"{trial.rows_per_second:,.0f} rows/s in batches of {trial.batch_size:,}"
+        off = f", at most {trial.difference:.2g} off" if trial.difference else ""
+        best.setdefault(f"  tuned: {trial.engine}", words + off)
+    return best
 
 
 def report_complete(manifest: Manifest, plan: Plan, storage: Storage, seconds: dict[str, float]) -> BatchReport:
@@ -103,6 +118,8 @@ def report_complete(manifest: Manifest, plan: Plan, storage: Storage, seconds: d
         parts=len(manifest.parts),
         slots=0,
         batch_size=plan.batch_size,
+        engine=str(plan.engine),
+        tuning=plan.tuning,
         memory_mb=0,
         seconds=seconds,
         thread_seconds={},

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-
 from serving.contract import Contract
-from serving.encode import encode
-from serving.errors import ModelUnfit, SourceEmpty
-from serving.forward import Forward, measure_rate
+from serving.errors import ModelUnfit
 from serving.model import Model, load_model
 from serving.registry import Resolved, open_model, resolve_model
-from tasks.batch.batches import Reader, block_rows
+from tasks.batch.batches import block_rows
 from tasks.batch.dataset import Dataset, Snapshot, open_dataset, take_snapshot
 from tasks.batch.delta import check_delta
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import check_names, part_schema
 from tasks.batch.plan import (
-    Piece,
     Plan,
-    Sizes,
     held_to_key,
     load_plan,
     make_plan,
@@ -31,15 +24,11 @@ from tasks.batch.plan import (
     must_fit,
     run_key,
     save_plan,
-    used_columns,
 )
 from tasks.batch.publish import Manifest, find_manifest
 from tasks.batch.staging import stage
+from tasks.batch.tuning import settle_sizes
 from tasks.storage import Storage
-
-# Measured best for small networks on two cores; see tests/benchmarks.
-BATCH_SIZE = 1024
-_SAMPLE_BATCHES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +76,6 @@ def plan_call(call: Call, storage: Storage) -> Plan:
     if call.options.output == "delta":
         check_delta(storage, part_schema(call.contract, call.options, dataset))
     model = load_model(call.resolved, call.contract, allow_pickle=call.options.allow_pickle)
-    batch_size = call.options.batch_size or BATCH_SIZE
-    sample = _sample(call, dataset, batch_size)
     plan = make_plan(
         key=call.key,
         model=call.resolved.pin,
@@ -96,14 +83,9 @@ def plan_call(call: Call, storage: Storage) -> Plan:
         options=call.options,
         source=call.snapshot,
         dataset=dataset,
-        sizes=Sizes(
-            batch_size=batch_size,
-            slots=plan_slots(call.options, model),
-            row_bytes=sample.nbytes / sample.num_rows,
-            rows_per_second=None if call.options.rows_per_chunk else _rate(call, model, sample, batch_size),
-        ),
+        sizes=settle_sizes(call.resolved, model, call.contract, call.options, dataset),
     )
-    state_memory(plan, plan_slots(call.options, model), call.options)
+    state_memory(plan, plan_slots(call.options, model.using(plan.engine)), call.options)
     return save_plan(storage, plan)
 
 
@@ -130,28 +112,10 @@ def _open(call: Call, storage: Storage) -> Dataset:
     return open_dataset(snapshot, names, call.options.key_columns)
 
 
-def _sample(call: Call, dataset: Dataset, batch_size: int) -> pa.Table:
-    """Return the first rows of the dataset, at most four batches of them."""
-    columns = used_columns(call.contract, call.options, dataset.schema)
-    partitions = {name: str(dataset.schema.field(name).type) for name in dataset.hive}
-    reader = Reader(dataset.snapshot, columns, partitions, _SAMPLE_BATCHES * batch_size)
-    for at, file in enumerate(dataset.snapshot.files):
-        for group, rows in enumerate(file.row_groups):
-            if rows:
-                stop = min(rows, _SAMPLE_BATCHES * batch_size)
-                piece = Piece(file=at, row_group=group, row_start=0, row_stop=stop)
-                return next(reader.read(piece))
-    message = f"The source must hold at least one row, got none below {dataset.snapshot.root}."
-    raise SourceEmpty(message)
-
-
-def _rate(call: Call, model: Model, sample: pa.Table, batch_size: int) -> float | None:
-    """Return the rows a second of one slot, None where none of the sample's rows can be scored."""
-    encoded = encode(call.contract, sample)
-    if (encoded.flags.code_N != 0).all():
-        return None
-    with model.slot():
-        return measure_rate(Forward(model, call.contract, batch_size), encoded, time.perf_counter)
+def load_planned(plan: Plan, resolved: Resolved | None, options: BatchOptions) -> Model:
+    """Load the model of a plan on the engine that the plan is tied to, from its files if they are open already."""
+    model = load_model(resolved or open_planned(plan), plan.contract, allow_pickle=options.allow_pickle)
+    return model.using(plan.engine)
 
 
 def open_planned(plan: Plan) -> Resolved:

@@ -3,7 +3,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.answer import named_outputs
-from serving.contract import Contract, Output
+from serving.contract import Output
 from serving.encode import Encoded, Flags, encode
 from serving.errors import DeviceLost, ModelFailed
-from serving.forward import Forward, Predictions, measure_rate
-from serving.model import Arrays, TorchModel
+from serving.forward import Forward, Predictions
+from serving.model import Arrays
+from serving.torch_model import TorchModel
 from tests.serving.toys import Picky, alone, column, matrix, network
 
 REASON = "ValueError: no row may begin with 1 <<object object at 0x...>>"
@@ -418,26 +418,6 @@ def test_no_rows_are_no_predictions() -> None:
     found: Predictions = Forward(Plain(lambda _: None), matrix(4), 8).score(encoded(X[:0]))
 
     assert (0,) == found["score"].shape
-
-
-@pytest.mark.parametrize(("step", "calls", "rate"), [(0.1, 3, 1000.0), (1.0, 1, 32.0)])
-def test_the_rate_is_measured_after_a_warm_up_unless_that_takes_long(step: float, calls: int, rate: float) -> None:
-    ticks = count(0, step)
-    model = Plain(lambda inputs: inputs["x"][:, 0])
-    contract: Contract = matrix(4)
-
-    assert rate == pytest.approx(measure_rate(Forward(model, contract, 32), encoded(X), lambda: next(ticks)))
-    assert calls + (calls > 1) * 2 == len(model.rows_seen)
-
-
-def test_measuring_the_rate_finds_bad_rows_again_and_again() -> None:
-    rows = encoded(beginning_with(1, [3, 50]), {4: "null"})
-    model = TorchModel(Picky(), matrix(4))
-    ticks = count(0, 0.1)
-    with model.slot():
-        measure_rate(Forward(model, matrix(4), 32), rows, lambda: next(ticks))
-
-    assert {3: ("", REASON), 4: ("c0", "null"), 50: ("", REASON)} == rejects(rows)
 
 
 class Padded(Plain):

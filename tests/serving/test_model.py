@@ -24,8 +24,9 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from serving.contract import Contract
 from serving.encode import encode
 from serving.errors import ModelFailed, ModelUnfit
-from serving.model import Model, PyfuncModel, TorchModel, load_model
+from serving.model import Model, PyfuncModel, load_model
 from serving.registry import resolve_model
+from serving.torch_model import TorchModel
 from tests.serving.toys import Careless, Several, matrix, network, tensor
 
 Log = Callable[..., str]

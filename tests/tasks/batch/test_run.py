@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from serving.contract import ColumnPolicy
+from serving.engine import Engine
 from serving.errors import ModelUnfit
+from tasks.batch import tuning
 from tasks.batch.options import BatchOptions
-from tasks.batch.run import find_complete, free_memory, open_planned, pin_call, plan_call, state_memory
+from tasks.batch.run import find_complete, free_memory, load_planned, open_planned, pin_call, plan_call, state_memory
 from tasks.storage import open_storage
 from tests.support import write_customers
 
@@ -87,3 +90,19 @@ def test_free_memory_is_what_is_available_within_the_cgroup() -> None:
 
     assert 40_000 == free_memory(files.__getitem__)
     assert 65_536 == free_memory({**files, Path("/sys/fs/cgroup/memory.max"): "max\n"}.__getitem__)
+
+
+def test_a_plan_that_was_tuned_is_scored_on_its_engine(
+    linear: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "_WORK_SECONDS_MIN", 0.0)
+    destination = open_storage(str(tmp_path / "scores"))
+    call = pin_call(linear, source, destination.url, BatchOptions(slots=1))
+    plan = plan_call(call, destination)
+    other = plan.model_copy(update={"engine": Engine(threads=3)})
+    with load_planned(other, call.resolved, call.options).slot():
+        threads = torch.get_num_threads()
+
+    assert plan.tuning is not None
+    assert plan.tuning.engine == plan.engine
+    assert 3 == threads

@@ -1,0 +1,38 @@
+"""What kind of machine this is, as far as speed and the last bits of a prediction go."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+from pathlib import Path
+
+
+def cores() -> int:
+    """Return the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def machine_kind() -> str:
+    """Name the kind of this machine: processor, cores, and the torch that computes on it."""
+    import torch  # noqa: PLC0415 - a finished run is told so before torch is imported
+
+    return f"{_processor()}, {cores()} cores, torch {torch.__version__}"
+
+
+@functools.cache
+def _processor(path: Path = Path("/proc/cpuinfo")) -> str:
+    """Name the processor; family and model tell apart what clouds call by one name."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    # The first processor's lines: later ones do not replace them.
+    told: dict[str, str] = {}
+    for name, value in (line.split(":", 1) for line in lines if ":" in line):
+        told.setdefault(name.strip(), value.strip())
+    if "model name" not in told:
+        return platform.processor() or platform.machine()
+    return f"{told['model name']} {told.get('cpu family', '')}.{told.get('model', '')}"

@@ -1,0 +1,94 @@
+"""How a model is run over a dataset: as remembered, as measured, or as it comes where measuring does not pay."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pyarrow as pa
+
+from serving.contract import Contract
+from serving.encode import Encoded, encode
+from serving.engine import Wish
+from serving.errors import SourceEmpty
+from serving.machine import machine_kind
+from serving.model import Tunable
+from serving.registry import Resolved, save_tag
+from serving.tuner import Tuning, measure, remembered, tag_of, tune
+from tasks.batch.batches import Reader
+from tasks.batch.dataset import Dataset
+from tasks.batch.options import BatchOptions
+from tasks.batch.plan import Piece, Sizes, used_columns
+
+# The tuner takes about four seconds, and seldom gains more than half of the work.
+_WORK_SECONDS_MIN = 8.0
+_SAMPLE_ROWS = 4096
+_SAMPLE_BYTES_MAX = 32 << 20
+
+
+def settle_sizes(
+    resolved: Resolved, model: Tunable, contract: Contract, options: BatchOptions, dataset: Dataset
+) -> Sizes:
+    """Return the batch size, the engine and what else shapes a plan. May keep a tuning with the model version."""
+    table = _sample(contract, options, dataset)
+    row_bytes = table.nbytes / table.num_rows
+    wish = _wish(options)
+    tuning = remembered(resolved.tags, machine_kind(), wish)
+    if tuning is not None:
+        return _tuned(tuning, row_bytes)
+    batch_size = options.batch_size or model.batch_size
+    slots = options.slots or model.slots
+    if options.batch_size and options.rows_per_chunk:
+        return Sizes(batch_size=batch_size, slots=slots, row_bytes=row_bytes, rows_per_second=None)
+    sample = model.prepare(encode(contract, table))
+    if (sample.flags.code_N != 0).all():
+        return Sizes(batch_size=batch_size, slots=slots, row_bytes=row_bytes, rows_per_second=None)
+    rate = measure(model, contract, sample, batch_size, 1, time.perf_counter)
+    if dataset.rows / (rate * slots) > _WORK_SECONDS_MIN:
+        tuning = tune(model, contract, _larger(model, sample), wish, machine=machine_kind(), clock=time.perf_counter)
+    if tuning is None:
+        return Sizes(batch_size=batch_size, slots=slots, row_bytes=row_bytes, rows_per_second=rate)
+    save_tag(resolved.pin, tag_of(tuning.machine, wish), tuning.model_dump_json())
+    return _tuned(tuning, row_bytes)
+
+
+def _wish(options: BatchOptions) -> Wish:
+    return Wish(
+        batch_size=options.batch_size,
+        slots=options.slots,
+        bfloat16_tolerance=options.bfloat16_tolerance,
+        compiled=options.torch_compile,
+    )
+
+
+def _tuned(tuning: Tuning, row_bytes: float) -> Sizes:
+    return Sizes(
+        batch_size=tuning.batch_size,
+        slots=tuning.slots,
+        row_bytes=row_bytes,
+        rows_per_second=tuning.rows_per_second / tuning.slots,
+        engine=tuning.engine,
+        tuning=tuning,
+    )
+
+
+def _sample(contract: Contract, options: BatchOptions, dataset: Dataset) -> pa.Table:
+    """Return rows of the dataset's first row group that has any."""
+    columns = used_columns(contract, options, dataset.schema)
+    partitions = {name: str(dataset.schema.field(name).type) for name in dataset.hive}
+    reader = Reader(dataset.snapshot, columns, partitions, _SAMPLE_ROWS)
+    for at, file in enumerate(dataset.snapshot.files):
+        for group, rows in enumerate(file.row_groups):
+            if rows:
+                piece = Piece(file=at, row_group=group, row_start=0, row_stop=min(rows, _SAMPLE_ROWS))
+                return next(reader.read(piece))
+    message = f"The source must hold at least one row, got none below {dataset.snapshot.root}."
+    raise SourceEmpty(message)
+
+
+def _larger(model: Tunable, sample: Encoded) -> Encoded:
+    """Return the sample, repeated to hold the largest batch that is tried, within 32 MiB."""
+    row_bytes = sum(value.nbytes for value in sample.inputs.values()) / sample.rows
+    wanted = min(model.batch_sizes[-1], int(_SAMPLE_BYTES_MAX / max(row_bytes, 1)))
+    times = math.ceil(wanted / sample.rows)
+    return sample if sample.length_N is not None or times < 2 else sample.repeated(times)  # noqa: PLR2004 - once is as it is

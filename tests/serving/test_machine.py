@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from serving.machine import _processor, cores, machine_kind
+
+
+def test_a_machine_is_named_by_processor_cores_and_torch() -> None:
+    assert f"{cores()} cores, torch {torch.__version__}" in machine_kind()
+
+
+def test_the_first_processor_names_them_all(tmp_path: Path) -> None:
+    told = tmp_path / "cpuinfo"
+    told.write_text("cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: A Chip\n\ncpu family\t: 6\nmodel name\t: Other\n")
+
+    assert "A Chip 26.2" == _processor(told)
+
+
+def test_a_system_that_does_not_say_still_has_a_name(tmp_path: Path) -> None:
+    assert _processor(tmp_path / "absent")

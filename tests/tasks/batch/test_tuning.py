@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from serving.engine import Engine
+from serving.model import Tunable, load_model
+from serving.registry import Resolved, resolve_model
+from tasks.batch import tuning
+from tasks.batch.dataset import Dataset, open_dataset, take_snapshot
+from tasks.batch.options import BatchOptions
+from tasks.batch.plan import Sizes
+from tests.support import register_network, write_customers
+
+OPTIONS = BatchOptions(key_columns=("customer",))
+
+
+@pytest.fixture(scope="module")
+def model_uri(registry: Path) -> str:
+    return register_network("to-be-tuned", 3)
+
+
+@pytest.fixture
+def resolved(model_uri: str) -> Resolved:
+    return resolve_model(model_uri)
+
+
+def dataset_of(folder: Path, **options: object) -> Dataset:
+    source = write_customers(folder / "in", rows=5000, files=2, rows_per_group=1000, **options)  # type: ignore[arg-type]
+    return open_dataset(take_snapshot(str(source), str(folder / "out")), ["a", "b", "c"], ("customer",))
+
+
+def settle(resolved: Resolved, dataset: Dataset, options: BatchOptions = OPTIONS) -> Sizes:
+    contract = resolved.contract({}, options.policies)
+    model: Tunable = load_model(resolved, contract)
+    return tuning.settle_sizes(resolved, model, contract, options, dataset)
+
+
+def test_little_work_is_not_tuned_for(resolved: Resolved, tmp_path: Path) -> None:
+    sizes = settle(resolved, dataset_of(tmp_path))
+
+    assert sizes.tuning is None
+    assert (1024, Engine()) == (sizes.batch_size, sizes.engine)
+    assert sizes.rows_per_second is not None
+    assert sizes.rows_per_second > 0
+
+
+def test_nothing_is_measured_where_the_caller_has_said_all(resolved: Resolved, tmp_path: Path) -> None:
+    options = OPTIONS.model_copy(update={"batch_size": 100, "rows_per_chunk": 500})
+    sizes = settle(resolved, dataset_of(tmp_path), options)
+
+    assert (100, None, None) == (sizes.batch_size, sizes.rows_per_second, sizes.tuning)
+
+
+def test_nothing_is_measured_on_rows_that_are_all_rejects(resolved: Resolved, tmp_path: Path) -> None:
+    nulls = lambda table: table.with_columns(a=pl.lit(None, pl.Float32))
+    sizes = settle(resolved, dataset_of(tmp_path, edit=nulls))
+
+    assert sizes.rows_per_second is None
+
+
+def test_much_work_is_tuned_for_once_and_kept_with_the_model_version(
+    model_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = dataset_of(tmp_path)
+    monkeypatch.setattr(tuning, "_WORK_SECONDS_MIN", 0.0)
+    first = settle(resolve_model(model_uri), dataset)
+    monkeypatch.setattr(tuning, "tune", lambda *_, **__: pytest.fail("it must not be measured again"))
+    second = settle(resolve_model(model_uri), dataset)
+
+    assert first.tuning is not None
+    assert first == second
+    assert first.tuning.batch_size == first.batch_size
+    assert np.isclose(first.tuning.rows_per_second, first.rows_per_second * first.slots)
