@@ -8,45 +8,35 @@ its own; what is compared runs in turn, A B A B, and the median is printed. ROWS
 from __future__ import annotations
 
 import json
-import os
-import platform
-import shutil
-import statistics
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-ROWS = int(os.environ.get("ROWS", "10000000"))
-ROUNDS = int(os.environ.get("ROUNDS", "3"))
-FOLDER = Path(os.environ.get("BENCH_FOLDER", ".bench")).absolute()
-FEATURES = tuple(f"f{at:02d}" for at in range(32))
-ROWS_PER_FILE = 500_000
-ROWS_PER_GROUP = 125_000
-LOOP_BATCHES = (512, 2048, 8192)
+from tests.benchmarks.shared import (
+    FEATURES,
+    FOLDER,
+    ROUNDS,
+    ROWS,
+    child,
+    in_turn,
+    machine,
+    make_customers,
+    make_models,
+    open_registry,
+    prefect,
+)
 
-console = Console(stderr=True)
+LOOP_BATCHES = (512, 2048, 8192)
 
 
 def main() -> None:
     """Run every comparison and print the table, then the figures as JSON."""
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{FOLDER / 'mlflow.db'}"
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    open_registry()
     few = min(ROWS, 1_000_000)
     many, less = make_customers(ROWS), make_customers(few)
     models = make_models()
-    from infra.local.prefect_server import prefect_server
-
-    shutil.rmtree(FOLDER / "prefect", ignore_errors=True)
-    with prefect_server(FOLDER / "prefect") as server:
-        os.environ.update(server.environment)
-        os.environ["PREFECT_LOGGING_LEVEL"] = "WARNING"
+    with prefect():
         loop_batch = best_loop_batch(less, models)
         figures = {"loop_batch": loop_batch}
         figures |= against_the_loop(many, models, loop_batch)
@@ -55,52 +45,6 @@ def main() -> None:
         figures |= overhead(models)
     show(figures)
     print(json.dumps({"rows": ROWS, "machine": machine(), **figures}))
-
-
-def machine() -> str:
-    """Name the machine that the figures are of."""
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}"
-
-
-def make_customers(rows: int) -> Path:
-    """Write the table once: 500,000 rows a file in row groups of 125,000, seeded by file."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    folder = FOLDER / f"customers-{rows}"
-    if (folder / "_done").exists():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    for at, start in track(
-        list(enumerate(range(0, rows, ROWS_PER_FILE))), f"writing {rows:,} customers", console=console
-    ):
-        count = min(ROWS_PER_FILE, rows - start)
-        random = np.random.default_rng(at)
-        columns = {"customer": np.arange(start, start + count)}
-        columns |= {name: random.standard_normal(count, dtype=np.float32) for name in FEATURES}
-        pq.write_table(pa.table(columns), folder / f"customers-{at:03d}.parquet", row_group_size=ROWS_PER_GROUP)
-    (folder / "_done").touch()
-    return folder
-
-
-def make_models() -> dict[str, str]:
-    """Register the network, and the model that sleeps 1 s a batch, once."""
-    done = FOLDER / "models.json"
-    if not done.exists():
-        import mlflow
-
-        from tests.support import register_mlp, register_sleepy
-
-        mlflow.MlflowClient().create_experiment("bench", artifact_location=(FOLDER / "mlruns").as_uri())
-        mlflow.MlflowClient().create_experiment("overnight", artifact_location=(FOLDER / "mlruns").as_uri())
-        mlflow.set_experiment("bench")
-        done.write_text(json.dumps({"mlp": register_mlp("mlp", FEATURES), "sleepy": register_sleepy("sleepy", 1.0)}))
-    return dict(json.loads(done.read_text()))
 
 
 def best_loop_batch(source: Path, models: dict[str, str]) -> int:
@@ -156,26 +100,6 @@ def overhead(models: dict[str, str]) -> dict[str, float]:
         "call": lambda: child("overnight", models["sleepy"], source, batch_size=1_000, rows_per_chunk=1_000, slots=1)
     }
     return {"overhead": round(in_turn(runs, "overhead", lambda result: result["seconds"])["call"] / 10, 3)}
-
-
-def in_turn(runs: dict[Any, Callable[[], Any]], title: str, figure: Callable[[Any], float]) -> dict[Any, float]:
-    """Run each in turn, as many rounds as asked for, and return the median of each."""
-    found: dict[Any, list[float]] = {name: [] for name in runs}
-    for _ in track(range(ROUNDS), title, console=console):
-        for name, run in runs.items():
-            found[name].append(figure(run()))
-    return {name: statistics.median(values) for name, values in found.items()}
-
-
-def child(kind: str, model: str, source: Path, **options: int) -> dict[str, float]:
-    """Run one measurement in a process of its own."""
-    destination = FOLDER / "out"
-    shutil.rmtree(destination, ignore_errors=True)
-    command = [sys.executable, "-m", "tests.benchmarks.batch_child", kind, model, str(source), str(destination)]
-    done = subprocess.run([*command, json.dumps(options)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-4000:])
-    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def show(figures: dict[str, float]) -> None:

@@ -1,0 +1,122 @@
+"""What the benchmarks share: the table, the models, and processes that run in turn.
+
+ROWS, ROUNDS and BENCH_FOLDER are taken from the environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+ROWS = int(os.environ.get("ROWS", "10000000"))
+ROUNDS = int(os.environ.get("ROUNDS", "3"))
+FOLDER = Path(os.environ.get("BENCH_FOLDER", ".bench")).absolute()
+FEATURES = tuple(f"f{at:02d}" for at in range(32))
+ROWS_PER_FILE = 500_000
+ROWS_PER_GROUP = 125_000
+
+console = Console(stderr=True)
+
+
+def machine() -> str:
+    """Name the machine that the figures are of."""
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
+def open_registry() -> None:
+    """Point MLflow at the registry of the benchmarks."""
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{FOLDER / 'mlflow.db'}"
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    FOLDER.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def prefect() -> Generator[None]:
+    """Run a fresh Prefect server, and point flows at it."""
+    from infra.local.prefect_server import prefect_server
+
+    shutil.rmtree(FOLDER / "prefect", ignore_errors=True)
+    with prefect_server(FOLDER / "prefect") as server:
+        os.environ.update(server.environment)
+        os.environ["PREFECT_LOGGING_LEVEL"] = "WARNING"
+        yield
+
+
+def make_customers(rows: int) -> Path:
+    """Write the table once: 500,000 rows a file in row groups of 125,000, seeded by file."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = FOLDER / f"customers-{rows}"
+    if (folder / "_done").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for at, start in track(
+        list(enumerate(range(0, rows, ROWS_PER_FILE))), f"writing {rows:,} customers", console=console
+    ):
+        count = min(ROWS_PER_FILE, rows - start)
+        random = np.random.default_rng(at)
+        columns = {"customer": np.arange(start, start + count)}
+        columns |= {name: random.standard_normal(count, dtype=np.float32) for name in FEATURES}
+        pq.write_table(pa.table(columns), folder / f"customers-{at:03d}.parquet", row_group_size=ROWS_PER_GROUP)
+    (folder / "_done").touch()
+    return folder
+
+
+def make_models() -> dict[str, str]:
+    """Register the network, and the model that sleeps 1 s a batch, once."""
+    done = FOLDER / "models.json"
+    if not done.exists():
+        import mlflow
+
+        from tests.support import register_mlp, register_sleepy
+
+        mlflow.MlflowClient().create_experiment("bench", artifact_location=(FOLDER / "mlruns").as_uri())
+        mlflow.MlflowClient().create_experiment("overnight", artifact_location=(FOLDER / "mlruns").as_uri())
+        mlflow.set_experiment("bench")
+        done.write_text(json.dumps({"mlp": register_mlp("mlp", FEATURES), "sleepy": register_sleepy("sleepy", 1.0)}))
+    return dict(json.loads(done.read_text()))
+
+
+def in_turn(runs: dict[Any, Callable[[], Any]], title: str, figure: Callable[[Any], float]) -> dict[Any, float]:
+    """Run each in turn, as many rounds as asked for, and return the median of each."""
+    found: dict[Any, list[float]] = {name: [] for name in runs}
+    for _ in track(range(ROUNDS), title, console=console):
+        for name, run in runs.items():
+            found[name].append(figure(run()))
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def child(kind: str, model: str, source: Path, **options: int) -> dict[str, float]:
+    """Run one measurement of batch_child in a process of its own."""
+    destination = FOLDER / "out"
+    shutil.rmtree(destination, ignore_errors=True)
+    command = [sys.executable, "-m", "tests.benchmarks.batch_child", kind, model, str(source), str(destination)]
+    return measure([*command, json.dumps(options)])
+
+
+def measure(command: list[str], environment: dict[str, str] | None = None) -> dict[str, Any]:
+    """Run a process and return the JSON object that it prints last."""
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **(environment or {})}
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-4000:])
+    return dict(json.loads(done.stdout.splitlines()[-1]))
