@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,8 @@ from serving.errors import (
     SourceNotFound,
     StorageFault,
 )
-from tasks.storage import Entry, Storage, open_storage, select
+from serving.machine import cores
+from tasks.storage import Entry, LocalStorage, Storage, open_storage, select
 
 SOURCE_FILE, SOURCE_ROW = "source_file", "source_row"
 
@@ -41,7 +43,7 @@ _FORMATS = {
 }
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _UNDECODED = re.compile("[\ud800-\udfff]")
-_READERS = 16
+_READERS_REMOTE = 16
 _PROBLEMS_SHOWN = 20
 
 T = TypeVar("T")
@@ -138,7 +140,8 @@ def open_dataset(snapshot: Snapshot, columns: Sequence[str], keys: Sequence[str]
     """
     storage = open_storage(snapshot.root)
     first = _read_footer(storage, snapshot.files[0])
-    footers = [first, *in_parallel(lambda file: _read_footer(storage, file, like=first[1]), snapshot.files[1:])]
+    others = in_parallel(storage, lambda file: _read_footer(storage, file, like=first[1]), snapshot.files[1:])
+    footers = [first, *others]
     with_rows = [(file, schema) for file, schema in footers if sum(file.row_groups)]
     if not with_rows:
         message = f"The source must hold at least one row, got none in {len(footers)} files below {snapshot.root}."
@@ -151,12 +154,18 @@ def open_dataset(snapshot: Snapshot, columns: Sequence[str], keys: Sequence[str]
     return Dataset(snapshot=pinned, schema=pa.schema([*schema, *hive]), hive=tuple(field.name for field in hive))
 
 
-def in_parallel(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """Map over items in order, up to 16 at once: footers are small reads that mostly wait."""
-    if len(items) <= 1:
+def in_parallel(storage: Storage, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """Map over items in order, several at once: remote footers mostly wait, local ones keep a core busy each.
+
+    Each worker takes a run of items: handing over one by one costs as much as a footer.
+    """
+    readers = min(cores() if isinstance(storage, LocalStorage) else _READERS_REMOTE, len(items))
+    if readers <= 1:
         return [work(item) for item in items]
-    with ThreadPoolExecutor(min(_READERS, len(items)), thread_name_prefix="footers") as pool:
-        return list(pool.map(work, items))
+    edges = [len(items) * at // (readers * 4) for at in range(readers * 4 + 1)]
+    runs = [items[start:stop] for start, stop in itertools.pairwise(edges)]
+    with ThreadPoolExecutor(readers, thread_name_prefix="footers") as pool:
+        return [found for run in pool.map(lambda run: [work(item) for item in run], runs) for found in run]
 
 
 def _read_footer(storage: Storage, file: SourceFile, like: pa.Schema | None = None) -> tuple[SourceFile, pa.Schema]:

@@ -94,13 +94,8 @@ def run_key(model: ModelPin, snapshot: Snapshot, contract: Contract, options: Ba
 
     The same call made again over the same model and files has the same key: it is the same run.
     """
-    made_of = {
-        "model": model.digest,
-        "snapshot": snapshot.model_dump(mode="json"),
-        "contract": contract.model_dump(mode="json"),
-        "options": options.in_key(),
-    }
-    text = json.dumps(made_of, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    chosen = json.dumps(options.in_key(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = "\n".join((model.digest, snapshot.model_dump_json(), contract.model_dump_json(), chosen))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -47,7 +47,7 @@ def open_rejects(destination: str, run: str | None = None) -> pl.LazyFrame:
 
 def _newest(storage: Storage) -> Manifest | None:
     paths = [entry.path for entry in storage.entries(ROOT, depth=2) if entry.path.endswith("/manifest.json")]
-    found = in_parallel(lambda path: read_record(storage, path, Manifest), paths)
+    found = in_parallel(storage, lambda path: read_record(storage, path, Manifest), paths)
     manifests = [manifest for manifest in found if manifest is not None]
     return max(manifests, key=lambda manifest: manifest.planned_at, default=None)
 

@@ -69,7 +69,7 @@ def audit_parts(storage: Storage, plan: Plan) -> Audit:
     chunks = plan.chunks
     parts = list_parts(storage, plan.run)
     ids = [chunk for chunk in chunks if chunk in parts]
-    footers = in_parallel(lambda chunk: read_footer(storage, plan, chunks[chunk], parts[chunk]), ids)
+    footers = in_parallel(storage, lambda chunk: read_footer(storage, plan, chunks[chunk], parts[chunk]), ids)
     torn = [chunk for chunk, footer in zip(ids, footers, strict=True) if footer is None]
     aside = tuple(name for chunk in torn if (name := storage.set_aside(parts[chunk])) is not None)
     return Audit(
