@@ -95,7 +95,7 @@ def run_key(model: ModelPin, snapshot: Snapshot, contract: Contract, options: Ba
     The same call made again over the same model and files has the same key: it is the same run.
     """
     chosen = json.dumps(options.in_key(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    text = "\n".join((model.digest, snapshot.model_dump_json(), contract.model_dump_json(), chosen))
+    text = f"{model.digest}\n{snapshot.model_dump_json()}\n{contract.model_dump_json()}\n{chosen}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

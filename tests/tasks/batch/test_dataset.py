@@ -308,11 +308,14 @@ def test_a_thousand_files_keep_their_order(tmp_path: Path) -> None:
     ]
 
 
-def test_in_parallel_keeps_the_order_and_raises_what_is_raised() -> None:
-    assert list(range(100)) == in_parallel(lambda at: at, range(100))
-    assert in_parallel(str, []) == []
+@pytest.mark.parametrize("items", [0, 1, 2, 7, 100])
+@pytest.mark.parametrize("address", ["/a-folder", "s3://a-bucket/"])
+def test_in_parallel_keeps_the_order_and_raises_what_is_raised(address: str, items: int) -> None:
+    storage = open_storage(address)
+
+    assert list(range(items)) == in_parallel(storage, lambda at: at, range(items))
     with pytest.raises(ZeroDivisionError):
-        in_parallel(lambda at: 1 // at, [1, 0])
+        in_parallel(storage, lambda at: 1 // at, [1, 0])
 
 
 def test_a_name_that_is_not_utf8_is_told(tmp_path: Path) -> None:
