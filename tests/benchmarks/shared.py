@@ -80,6 +80,23 @@ def make_customers(rows: int) -> Path:
     return folder
 
 
+def make_files(files: int) -> Path:
+    """Write a million customers once, into as many files as asked for."""
+    import polars as pl
+    import pyarrow.parquet as pq
+
+    folder = FOLDER / f"files-{files}"
+    if (folder / "_done").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    table = pl.read_parquet(make_customers(1_000_000) / "*.parquet").to_arrow()
+    for at in track(range(files), f"writing {files:,} files", console=console):
+        start, stop = table.num_rows * at // files, table.num_rows * (at + 1) // files
+        pq.write_table(table.slice(start, stop - start), folder / f"customers-{at:05d}.parquet")
+    (folder / "_done").touch()
+    return folder
+
+
 def make_models() -> dict[str, str]:
     """Register the network, and the model that sleeps 1 s a batch, once."""
     done = FOLDER / "models.json"
