@@ -15,6 +15,7 @@ class Engine(Frozen):
     The default is torch as it comes, on one intra-op thread a slot.
     """
 
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="What computes.")
     threads: int = Field(default=1, ge=1, description="Intra-op threads of one slot.")
     linear: Literal["torch", "onednn"] = Field(default="torch", description="What multiplies in float32 linear layers.")
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="bfloat16: under autocast.")
@@ -23,6 +24,7 @@ class Engine(Frozen):
     def __str__(self) -> str:
         """Say what differs from the default, for people."""
         told = {
+            "CUDA": self.device == "cuda",
             f"{self.threads} threads a slot": self.threads > 1,
             "oneDNN": self.linear == "onednn",
             self.precision: self.precision != "float32",

@@ -16,10 +16,12 @@ def cores() -> int:
 
 
 def machine_kind() -> str:
-    """Name the kind of this machine: processor, cores, and the torch that computes on it."""
+    """Name the kind of this machine: GPUs, processor, cores, and the torch that computes on it."""
     import torch  # noqa: PLC0415 - a finished run is told so before torch is imported
 
-    return f"{_processor()}, {cores()} cores, torch {torch.__version__}"
+    cards = torch.cuda.device_count()
+    card = f"{cards} x {torch.cuda.get_device_name(0)}, " if cards else ""
+    return f"{card}{_processor()}, {cores()} cores, torch {torch.__version__}"
 
 
 @functools.cache

@@ -57,6 +57,11 @@ class Tunable(Model, Protocol):
     """A model whose passes can be made in several ways."""
 
     @property
+    def engine(self) -> Engine:
+        """The engine where nothing was measured: the plainest."""
+        ...
+
+    @property
     def batch_size(self) -> int:
         """The batch size where nothing was measured."""
         ...
@@ -85,9 +90,12 @@ def load_model(resolved: Resolved, contract: Contract, *, allow_pickle: bool = F
         loaded = _load(resolved.folder, resolved.pin.digest, resolved.is_torch, allow_pickle)
     if not resolved.is_torch:
         return PyfuncModel(loaded, contract)
-    from serving.torch_model import TorchModel  # noqa: PLC0415 - a finished run is told so before torch is imported
+    import torch  # noqa: PLC0415 - a finished run is told so before torch is imported
 
-    return TorchModel(loaded, contract)
+    from serving.cuda import CudaModel  # noqa: PLC0415
+    from serving.torch_model import TorchModel  # noqa: PLC0415
+
+    return CudaModel(loaded, contract) if torch.cuda.is_available() else TorchModel(loaded, contract)
 
 
 # MLflow reads it at every load, and takes an absent one as yes.
@@ -170,6 +178,7 @@ class PyfuncModel:
 
     # The checks of each call take longer than many a model: larger batches than torch's pay.
     batch_size, batch_sizes = 1024, (64, 1024, 4096, 16384, 65536)
+    engine = _PLAIN
 
     def __init__(self, model: Any, contract: Contract) -> None:
         self._model = model

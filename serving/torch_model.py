@@ -27,6 +27,7 @@ class TorchModel:
 
     # Measured best for small networks on two cores, where nothing else is known.
     batch_size, batch_sizes = 1024, (64, 256, 512, 1024, 2048, 4096, 8192)
+    engine = _PLAIN
 
     def __init__(self, module: Any, contract: Contract, engine: Engine = _PLAIN) -> None:
         self._module, self._contract, self._engine = module, contract, engine

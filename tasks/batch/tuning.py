@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 import pyarrow as pa
 
@@ -38,16 +39,19 @@ def settle_sizes(
         return _tuned(tuning, row_bytes)
     batch_size = options.batch_size or model.batch_size
     slots = options.slots or model.slots
+    as_it_comes = Sizes(
+        batch_size=batch_size, slots=slots, row_bytes=row_bytes, rows_per_second=None, engine=model.engine
+    )
     if options.batch_size and options.rows_per_chunk:
-        return Sizes(batch_size=batch_size, slots=slots, row_bytes=row_bytes, rows_per_second=None)
+        return as_it_comes
     sample = model.prepare(encode(contract, table))
     if (sample.flags.code_N != 0).all():
-        return Sizes(batch_size=batch_size, slots=slots, row_bytes=row_bytes, rows_per_second=None)
+        return as_it_comes
     rate = measure(model, contract, sample, batch_size, 1, time.perf_counter)
     if dataset.rows / (rate * slots) > _WORK_SECONDS_MIN:
         tuning = tune(model, contract, _larger(model, sample), wish, machine=machine_kind(), clock=time.perf_counter)
     if tuning is None:
-        return Sizes(batch_size=batch_size, slots=slots, row_bytes=row_bytes, rows_per_second=rate)
+        return replace(as_it_comes, rows_per_second=rate)
     save_tag(resolved.pin, tag_of(tuning.machine, wish), tuning.model_dump_json())
     return _tuned(tuning, row_bytes)
 
