@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
+from collections.abc import Callable
 
 import pyarrow as pa
 
@@ -32,24 +34,25 @@ def settle_sizes(
     """Return the batch size, the engine and what else shapes a plan. May keep a tuning with the model version."""
     table = _sample(contract, options, dataset)
     row_bytes = table.nbytes / table.num_rows
+    sized = functools.partial(Sizes, row_bytes=row_bytes, batch_unit=model.batch_unit)
     wish = _wish(options)
     tuning = remembered(resolved.tags, machine_kind(), wish)
     if tuning is not None:
-        return _tuned(tuning, row_bytes)
+        return _tuned(tuning, sized)
     batch_size = options.batch_size or model.batch_size
     slots = options.slots or model.slots
     if options.batch_size and options.rows_per_chunk:
-        return Sizes(batch_size=batch_size, slots=slots, row_bytes=row_bytes, rows_per_second=None)
+        return sized(batch_size=batch_size, slots=slots, rows_per_second=None)
     sample = model.prepare(encode(contract, table))
     if (sample.flags.code_N != 0).all():
-        return Sizes(batch_size=batch_size, slots=slots, row_bytes=row_bytes, rows_per_second=None)
+        return sized(batch_size=batch_size, slots=slots, rows_per_second=None)
     rate = measure(model, contract, sample, batch_size, 1, time.perf_counter)
     if dataset.rows / (rate * slots) > _WORK_SECONDS_MIN:
         tuning = tune(model, contract, _larger(model, sample), wish, machine=machine_kind(), clock=time.perf_counter)
     if tuning is None:
-        return Sizes(batch_size=batch_size, slots=slots, row_bytes=row_bytes, rows_per_second=rate)
+        return sized(batch_size=batch_size, slots=slots, rows_per_second=rate)
     save_tag(resolved.pin, tag_of(tuning.machine, wish), tuning.model_dump_json())
-    return _tuned(tuning, row_bytes)
+    return _tuned(tuning, sized)
 
 
 def _wish(options: BatchOptions) -> Wish:
@@ -61,11 +64,10 @@ def _wish(options: BatchOptions) -> Wish:
     )
 
 
-def _tuned(tuning: Tuning, row_bytes: float) -> Sizes:
-    return Sizes(
+def _tuned(tuning: Tuning, sized: Callable[..., Sizes]) -> Sizes:
+    return sized(
         batch_size=tuning.batch_size,
         slots=tuning.slots,
-        row_bytes=row_bytes,
         rows_per_second=tuning.rows_per_second / tuning.slots,
         engine=tuning.engine,
         tuning=tuning,
