@@ -110,9 +110,9 @@ def _flow_run_id() -> str:
 
 def _say(plan: Plan, slots: int, memory: int, logger: Logger) -> None:
     logger.info(
-        "Run %s: %s rows in %s chunks and %s shards, %s slots, batches of %s, %s; its data takes %s MiB at most.",
+        "Run %s: %s rows in %s chunks and %s shards, %s slots, batches of %s %s, %s; its data takes %s MiB at most.",
         *(plan.run, f"{plan.rows:,}", len(plan.chunks), len(plan.shards), slots),
-        *(plan.batch_size, plan.engine, memory >> 20),
+        *(plan.batch_size, plan.batch_unit, plan.engine, memory >> 20),
     )
 
 

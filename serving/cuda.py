@@ -19,7 +19,7 @@ import torch
 
 from serving.answer import named_outputs
 from serving.contract import Contract
-from serving.encode import Encoded
+from serving.encode import BatchUnit, Encoded
 from serving.engine import Engine, Wish
 from serving.model import Arrays
 
@@ -39,6 +39,7 @@ class CudaModel:
     """A torch module, one stream of passes a device; `begin` and `finish` let passes and copies overlap."""
 
     batch_size, batch_sizes = 65536, (1024, 4096, 16384, 65536, 262144)
+    batch_unit: BatchUnit = "rows"
     engine = _CUDA
     passes_ahead = 1
 

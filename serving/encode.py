@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,8 @@ from serving.cast import Array, Mask, cast_numbers, parse_numbers
 from serving.contract import OPAQUE_DTYPES, Column, Contract, Input, fill_value, fits, is_text
 
 Columns = dict[str, pa.ChunkedArray]
+# What a batch size counts: tokens, padding included, where rows have lengths.
+BatchUnit = Literal["rows", "tokens"]
 
 # A row stride of a power of two maps every feature to the same cache set; this keeps them apart.
 _PAD = 16

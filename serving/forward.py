@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +31,8 @@ _DEVICE_WORDS = ("cuda error", "hip error", "device-side assert", "cublas_status
 class Forward:
     """One stream of forward passes over a model, and what it has learnt.
 
-    batch_size_safe is the largest batch that fits in memory, None until a batch did not.
+    batch_size_safe is the largest batch that fits in memory, None until a batch did not; like batch_size it
+    counts tokens, padding included, where rows have lengths.
     """
 
     model: Model
@@ -50,34 +50,31 @@ class Forward:
         overwritten. Raises ModelFailed if every row of the first batch fails, DeviceLost if the device is gone.
         """
         if encoded.length_N is None:
-            edges = [*range(0, encoded.rows, self.batch_size), encoded.rows]
-            return self._score_batches(encoded.inputs, encoded.flags, edges)
+            return self._score_batches(_Batch(encoded.inputs), encoded.flags)
         order_N = np.argsort(encoded.length_N, kind="stable")
         flags = Flags(encoded.flags.code_N[order_N], encoded.flags.reasons)
         inputs = {name: value[order_N] for name, value in encoded.inputs.items()}
-        edges = token_edges(encoded.length_N[order_N], self.batch_size)
-        in_order = self._score_batches(inputs, flags, edges)
+        in_order = self._score_batches(_Batch(inputs, encoded.length_N[order_N]), flags)
         encoded.flags.code_N[order_N] = flags.code_N
         out = {name: np.empty_like(value) for name, value in in_order.items()}
         for name, value in in_order.items():
             out[name][order_N] = value
         return out
 
-    def _score_batches(self, inputs: Arrays, flags: Flags, edges: Sequence[int]) -> Predictions:
-        out = self._nothing(len(flags.code_N))
-        for start, stop in itertools.pairwise(edges):
-            batch = {name: value[start:stop] for name, value in inputs.items()}
-            self._score_batch(batch, flags, start, {name: value[start:stop] for name, value in out.items()})
+    def _score_batches(self, rows: _Batch, flags: Flags) -> Predictions:
+        out = self._nothing(rows.rows)
+        for start, stop in itertools.pairwise(rows.edges(self.batch_size)):
+            cut = {name: value[start:stop] for name, value in out.items()}
+            self._score_batch(rows.cut(start, stop), flags, start, cut)
         return out
 
-    def _score_batch(self, batch: Arrays, flags: Flags, start: int, out: Predictions) -> None:
-        rows = len(next(iter(batch.values())))
-        code_n = flags.code_N[start : start + rows]
+    def _score_batch(self, batch: _Batch, flags: Flags, start: int, out: Predictions) -> None:
+        code_n = flags.code_N[start : start + batch.rows]
         good = np.flatnonzero(code_n == 0)
         if not len(good):
             return
-        if len(good) < rows:
-            _fill(batch, code_n != 0, int(good[0]))
+        if len(good) < batch.rows:
+            batch.fill(code_n != 0, int(good[0]))
         try:
             predictions = self._pass(batch)
         except OvernightError:
@@ -91,10 +88,10 @@ class Forward:
             raise _all_failed(flags, start + int(good[0]), len(good))
         self.proven = True
 
-    def _without_bad_rows(self, batch: Arrays, flags: Flags, start: int, error: Exception) -> Predictions:
+    def _without_bad_rows(self, batch: _Batch, flags: Flags, start: int, error: Exception) -> Predictions:
         """Halve the batch until each bad row stands alone, then pass it whole with those replaced."""
         bad: dict[int, str] = {}
-        rows = len(next(iter(batch.values())))
+        rows = batch.rows
         self._halve(batch, 0, rows, error, bad)
         code_n = flags.code_N[start : start + rows]
         good = np.flatnonzero(code_n == 0)
@@ -104,7 +101,7 @@ class Forward:
             if not self.proven:
                 raise _all_failed(flags, start + int(good[0]), len(good))
             return self._nothing(rows)
-        _fill(batch, code_n != 0, int(np.argmin(code_n != 0)))
+        batch.fill(code_n != 0, int(np.argmin(code_n != 0)))
         try:
             return self._pass(batch)
         except OvernightError:
@@ -116,7 +113,7 @@ class Forward:
             )
             raise ModelFailed(message) from again
 
-    def _halve(self, batch: Arrays, low: int, high: int, error: Exception, bad: dict[int, str]) -> None:
+    def _halve(self, batch: _Batch, low: int, high: int, error: Exception, bad: dict[int, str]) -> None:
         """Find each failing row of [low, high), which is known to fail as a whole with `error`."""
         if high - low == 1:
             bad[low] = _reason(error)
@@ -124,37 +121,32 @@ class Forward:
         middle = (low + high) // 2
         for start, stop in ((low, middle), (middle, high)):
             try:
-                self._pass({name: value[start:stop] for name, value in batch.items()})
+                self._pass(batch.cut(start, stop))
             except OvernightError:
                 raise
             except Exception as inner:  # noqa: BLE001 - the model's own exception, on fewer rows
                 self._halve(batch, start, stop, inner, bad)
 
-    def _pass(self, batch: Arrays) -> Predictions:
+    def _pass(self, batch: _Batch) -> Predictions:
         """Make one forward pass; out of memory halves the batch, and the safe size is remembered.
 
         The model gets a copy: one that works in place would leave nothing to pass again.
         """
-        rows = len(next(iter(batch.values())))
-        if self.batch_size_safe is not None and rows > self.batch_size_safe:
+        if self.batch_size_safe is not None and batch.size > self.batch_size_safe and batch.rows > 1:
             return self._in_pieces(batch, self.batch_size_safe)
         try:
-            return self.model.predict({name: value.copy(order="K") for name, value in batch.items()})
+            return self.model.predict({name: value.copy(order="K") for name, value in batch.inputs.items()})
         except Exception as error:
             if _device_lost(error):
                 message = f"The device must answer, got {_reason(error)}. This process ends; call again to resume."
                 raise DeviceLost(message) from error
-            if not _out_of_memory(error) or rows == 1:
+            if not _out_of_memory(error) or batch.rows == 1:
                 raise
-        self.batch_size_safe = max(1, rows // 2)
+        self.batch_size_safe = max(1, batch.size // 2)
         return self._in_pieces(batch, self.batch_size_safe)
 
-    def _in_pieces(self, batch: Arrays, size: int) -> Predictions:
-        rows = len(next(iter(batch.values())))
-        pieces = [
-            self._pass({name: value[start : start + size] for name, value in batch.items()})
-            for start in range(0, rows, size)
-        ]
+    def _in_pieces(self, batch: _Batch, size: int) -> Predictions:
+        pieces = [self._pass(batch.cut(start, stop)) for start, stop in itertools.pairwise(batch.edges(size))]
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
     def _nothing(self, rows: int) -> Predictions:
@@ -163,6 +155,38 @@ class Forward:
             output.name: np.full((rows, *output.shape), None if output.dtype == "str" else 0, _dtype(output.dtype))
             for output in self.contract.outputs
         }
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """The inputs of n rows, and their lengths in ascending order where they have any."""
+
+    inputs: Arrays
+    length_n: npt.NDArray[np.int64] | None = None
+
+    @property
+    def rows(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+    @property
+    def size(self) -> int:
+        """How much of a batch size it takes: rows, or tokens with padding."""
+        return self.rows if self.length_n is None else self.rows * int(self.length_n[-1])
+
+    def edges(self, size: int) -> list[int]:
+        """Return the edges of batches of at most that size."""
+        if self.length_n is None:
+            return [*range(0, self.rows, size), self.rows]
+        return token_edges(self.length_n, size)
+
+    def cut(self, start: int, stop: int) -> _Batch:
+        length_n = None if self.length_n is None else self.length_n[start:stop]
+        return _Batch({name: value[start:stop] for name, value in self.inputs.items()}, length_n)
+
+    def fill(self, bad_n: npt.NDArray[np.bool_], good: int) -> None:
+        """Replace bad rows by a copy of a good one, in place: no other bit of the batch moves."""
+        for value in self.inputs.values():
+            value[bad_n] = value[good : good + 1]
 
 
 def token_edges(length_N: npt.NDArray[np.int64], tokens: int) -> list[int]:
@@ -176,12 +200,6 @@ def token_edges(length_N: npt.NDArray[np.int64], tokens: int) -> list[int]:
 
 def _dtype(dtype: str) -> np.dtype[Any]:
     return np.dtype(object if dtype == "str" else dtype)
-
-
-def _fill(batch: Arrays, bad_n: npt.NDArray[np.bool_], good: int) -> None:
-    """Replace bad rows by a copy of a good one, in place: no other bit of the batch moves."""
-    for value in batch.values():
-        value[bad_n] = value[good : good + 1]
 
 
 def _flag_unfit(predictions: Predictions, flags: Flags, start: int) -> None:

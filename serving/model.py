@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from serving.answer import named_outputs
 from serving.contract import Contract
-from serving.encode import Encoded
+from serving.encode import BatchUnit, Encoded
 from serving.engine import Engine, Wish
 from serving.errors import ModelUnfit
 from serving.registry import Resolved
@@ -67,6 +67,11 @@ class Tunable(Model, Protocol):
         ...
 
     @property
+    def batch_unit(self) -> BatchUnit:
+        """What batch sizes count: rows, or tokens with padding where `prepare` gives rows their lengths."""
+        ...
+
+    @property
     def batch_sizes(self) -> Sequence[int]:
         """The batch sizes worth trying, from the smallest."""
         ...
@@ -88,14 +93,18 @@ def load_model(resolved: Resolved, contract: Contract, *, allow_pickle: bool = F
     """
     with _loading:
         loaded = _load(resolved.folder, resolved.pin.digest, resolved.is_torch, allow_pickle)
-    if not resolved.is_torch:
-        return PyfuncModel(loaded, contract)
-    import torch  # noqa: PLC0415 - a finished run is told so before torch is imported
+    if resolved.is_torch:
+        import torch  # noqa: PLC0415 - a finished run is told so before torch is imported
 
-    from serving.cuda import CudaModel  # noqa: PLC0415
-    from serving.torch_model import TorchModel  # noqa: PLC0415
+        from serving.cuda import CudaModel  # noqa: PLC0415 - the same
+        from serving.torch_model import TorchModel  # noqa: PLC0415 - the same
 
-    return CudaModel(loaded, contract) if torch.cuda.is_available() else TorchModel(loaded, contract)
+        return CudaModel(loaded, contract) if torch.cuda.is_available() else TorchModel(loaded, contract)
+    if resolved.is_text:
+        from serving.text import text_model  # noqa: PLC0415 - the same
+
+        return text_model(loaded, contract) or PyfuncModel(loaded, contract)
+    return PyfuncModel(loaded, contract)
 
 
 # MLflow reads it at every load, and takes an absent one as yes.
@@ -179,13 +188,14 @@ class PyfuncModel:
     # The checks of each call take longer than many a model: larger batches than torch's pay.
     batch_size, batch_sizes = 1024, (64, 1024, 4096, 16384, 65536)
     engine = _PLAIN
+    batch_unit: BatchUnit = "rows"
 
     def __init__(self, model: Any, contract: Contract) -> None:
         self._model = model
         self._contract = contract
         schema = model.metadata.signature.inputs
         self._tensors = schema.is_tensor_spec()
-        self._unnamed = self._tensors and schema.inputs[0].name is None
+        self._unnamed = schema.inputs[0].name is None
         specs = zip(contract.inputs, schema.inputs, strict=True) if self._tensors else ()
         self._texts = {value.name: spec.type.kind for value, spec in specs if spec.type.kind in "US"}
 
@@ -199,10 +209,10 @@ class PyfuncModel:
 
         rows = len(next(iter(inputs.values())))
         given: Any = dict(inputs) | {name: _fixed(inputs[name], kind) for name, kind in self._texts.items()}
-        if not self._tensors:
-            given = pd.DataFrame(given, copy=False)
-        elif self._unnamed:
+        if self._unnamed:
             (given,) = given.values()
+        if not self._tensors:
+            given = pd.DataFrame({0: given} if self._unnamed else given, copy=False)
         return named_outputs(self._model.predict(given), self._contract.outputs, rows, np.asarray)
 
     @contextmanager

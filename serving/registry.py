@@ -55,6 +55,11 @@ class Resolved:
         """Whether it runs as a torch module rather than through pyfunc."""
         return "pytorch" in self.mlmodel.flavors
 
+    @property
+    def is_text(self) -> bool:
+        """Whether it may run as a text model rather than through pyfunc."""
+        return not {"sentence_transformers", "transformers"}.isdisjoint(self.mlmodel.flavors)
+
     def contract(self, columns: Names, policies: Policies) -> Contract:
         """Return the contract of the model; raises ModelUnfit where it was logged without enough."""
         return read_contract(self.mlmodel, stack=self.is_torch, columns=columns, policies=policies)

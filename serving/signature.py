@@ -2,7 +2,8 @@
 
 A tensor input of shape (-1, F) takes its columns, in this order of precedence, from the call's
 `input_columns`, from the model's own metadata {"overnight": {"columns": {input: [names]}}}, or from one
-list column of the input's name. A signature of columns names them itself.
+list column of the input's name. A signature of columns names them itself, save for a lone one without a name,
+which text models have, and which is named in the same two ways.
 """
 
 from __future__ import annotations
@@ -76,6 +77,8 @@ def _known(what: str, given: set[str], known: set[str]) -> None:
 def _inputs(mlmodel: MLmodel, schema: Schema, *, stack: bool, columns: Names, policies: Policies) -> tuple[Input, ...]:
     if schema.is_tensor_spec():
         inputs = _tensor_inputs(schema, _from_metadata(mlmodel), columns, policies)
+    elif [spec.name for spec in schema.inputs] == [None]:
+        inputs = (_unnamed_input(schema.inputs[0], columns or _from_metadata(mlmodel), policies),)
     elif columns:
         message = (
             f"A model whose signature names its columns takes no input_columns, got {sorted(columns)}. "
@@ -167,7 +170,21 @@ def _column_inputs(schema: Schema, policies: Policies) -> tuple[Input, ...]:
     if any(spec.name is None for spec in specs):
         message = "Each column of the signature must have a name, got one without. Log the model with a DataFrame."
         raise ModelUnfit(message)
-    return tuple(_alone(_column(spec, policies)) for spec in specs)
+    return tuple(_alone(_column(spec, str(spec.name), policies)) for spec in specs)
+
+
+def _unnamed_input(spec: Any, named: Names, policies: Policies) -> Input:
+    """Return the lone input of a signature that does not name it, fed by the one column that it is told."""
+    if [len(sources) for sources in named.values()] != [1]:
+        message = (
+            "A model whose signature has one input without a name must be told the one column that feeds it, got "
+            f'{dict(named)}. Pass input_columns={{"input": ("description",)}}, with the name of the column, or log the '
+            'model with metadata={"overnight": {"columns": {"input": ["description"]}}}.'
+        )
+        raise ModelUnfit(message)
+    ((name, (source,)),) = named.items()
+    column = _column(spec, source, policies)
+    return _alone(column).model_copy(update={"name": name})
 
 
 def _stacked(inputs: tuple[Input, ...]) -> tuple[Input, ...]:
@@ -180,8 +197,7 @@ def _alone(column: Column) -> Input:
     return Input(name=column.name, dtype=column.dtype, shape=column.shape, columns=(column,))
 
 
-def _column(spec: ColSpec, policies: Policies) -> Column:
-    name = str(spec.name)
+def _column(spec: ColSpec, name: str, policies: Policies) -> Column:
     if not isinstance(spec.type, DataType):
         message = (
             f"Column {name!r} must be a scalar of {sorted(_SCALARS.values())}, got {spec.type}. "

@@ -14,7 +14,7 @@ import torch
 from serving import onednn
 from serving.answer import named_outputs
 from serving.contract import Contract
-from serving.encode import Encoded
+from serving.encode import BatchUnit, Encoded
 from serving.engine import Engine, Wish
 from serving.machine import cores
 from serving.model import Arrays
@@ -28,6 +28,7 @@ class TorchModel:
     # Measured best for small networks on two cores, where nothing else is known.
     batch_size, batch_sizes = 1024, (64, 256, 512, 1024, 2048, 4096, 8192)
     engine = _PLAIN
+    batch_unit: BatchUnit = "rows"
 
     def __init__(self, module: Any, contract: Contract, engine: Engine = _PLAIN) -> None:
         self._module, self._contract, self._engine = module, contract, engine

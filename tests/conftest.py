@@ -13,6 +13,8 @@ import pytest
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["DO_NOT_TRACK"] = "true"
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+# No test looks for a model anywhere but in its own registry.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 if TYPE_CHECKING:
     from infra.local.s3 import S3Server
@@ -53,6 +55,22 @@ def linear(registry: Path) -> str:
     from tests.support import register_network
 
     return register_network("linear", seed=0)
+
+
+@pytest.fixture(scope="session")
+def glosses() -> list[str]:
+    """What WordNet says of 400 nouns, in no order."""
+    from tests.support import read_glosses
+
+    return read_glosses(400)
+
+
+@pytest.fixture(scope="session")
+def minilm(registry: Path) -> str:
+    """A registered SentenceTransformer over the column gloss, which gives an embedding of 384 values a row."""
+    from tests.support import register_minilm
+
+    return register_minilm("minilm")
 
 
 @pytest.fixture(scope="session")

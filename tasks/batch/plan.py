@@ -15,6 +15,7 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from serving.contract import Contract, Frozen
+from serving.encode import BatchUnit
 from serving.engine import Engine
 from serving.errors import DestinationUnusable, OvernightError, PlanTooLarge, RunNameTaken
 from serving.registry import ModelPin
@@ -72,6 +73,7 @@ class Plan(Frozen):
     columns: tuple[str, ...]
     partitions: dict[str, str]
     batch_size: int
+    batch_unit: BatchUnit
     engine: Engine
     tuning: Tuning | None
     row_bytes: float
@@ -82,6 +84,11 @@ class Plan(Frozen):
     def chunks(self) -> dict[tuple[int, int], Chunk]:
         """Every chunk by its shard and its place in it."""
         return {(s, c): chunk for s, shard in enumerate(self.shards) for c, chunk in enumerate(shard)}
+
+    @property
+    def step(self) -> int:
+        """How many rows the edges of blocks are multiples of."""
+        return batch_step(self.batch_size, self.batch_unit)
 
     @property
     def folder(self) -> str:
@@ -101,7 +108,7 @@ def run_key(model: ModelPin, snapshot: Snapshot, contract: Contract, options: Ba
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """What shapes a plan: rows of a batch, slots, bytes of a decoded row, rows a second of one slot, the engine.
+    """What shapes a plan: size of a batch, slots, bytes of a decoded row, rows a second of one slot, the engine.
 
     The rate is None where nothing needed to be measured, the tuning where none was made.
     """
@@ -112,6 +119,17 @@ class Sizes:
     rows_per_second: float | None
     engine: Engine = field(default_factory=Engine)
     tuning: Tuning | None = None
+    batch_unit: BatchUnit = "rows"
+
+    @property
+    def step(self) -> int:
+        """How many rows the edges of chunks are multiples of, where they can be."""
+        return batch_step(self.batch_size, self.batch_unit)
+
+
+def batch_step(batch_size: int, batch_unit: BatchUnit) -> int:
+    """Return the rows of a batch; one where it counts tokens, since its rows are then any of the block."""
+    return batch_size if batch_unit == "rows" else 1
 
 
 def make_plan(
@@ -128,9 +146,7 @@ def make_plan(
 
     Measured sizes only shape the plan: once it is written, every attempt reads it.
     """
-    chunks = cut_chunks(
-        dataset.snapshot.files, options.rows_per_chunk or chunk_rows(dataset.rows, sizes), sizes.batch_size
-    )
+    chunks = cut_chunks(dataset.snapshot.files, options.rows_per_chunk or chunk_rows(dataset.rows, sizes), sizes.step)
     return Plan(
         key=key,
         run=options.name or key,
@@ -143,6 +159,7 @@ def make_plan(
         columns=tuple(used_columns(contract, options, dataset.schema)),
         partitions={name: str(dataset.schema.field(name).type) for name in dataset.hive},
         batch_size=sizes.batch_size,
+        batch_unit=sizes.batch_unit,
         engine=sizes.engine,
         tuning=sizes.tuning,
         row_bytes=sizes.row_bytes,
@@ -161,8 +178,8 @@ def chunk_rows(rows: int, sizes: Sizes) -> int:
         CHUNK_BYTES_MAX / max(sizes.row_bytes, 1),
         rows / (sizes.slots * CHUNKS_PER_SLOT_MIN),
     )
-    batches = max(most, sizes.batch_size) / sizes.batch_size
-    return int(sizes.batch_size * 2 ** math.floor(math.log2(batches)))
+    batches = max(most, sizes.step) / sizes.step
+    return int(sizes.step * 2 ** math.floor(math.log2(batches)))
 
 
 def cut_chunks(files: Sequence[SourceFile], rows_per_chunk: int, batch_size: int) -> list[Chunk]:

@@ -96,7 +96,7 @@ def plan_slots(options: BatchOptions, model: Model) -> int:
 
 def state_memory(plan: Plan, slots: int, options: BatchOptions) -> int:
     """Return the bytes that the run's data takes at its peak; raises PlanTooLarge where they are not to be had."""
-    needed = memory_bytes(plan, slots, block_rows(plan.batch_size, plan.row_bytes))
+    needed = memory_bytes(plan, slots, block_rows(plan.step, plan.row_bytes))
     allowed = options.memory_mb << 20 if options.memory_mb else free_memory()
     if allowed is not None:
         must_fit(needed, allowed, plan, slots)

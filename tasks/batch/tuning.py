@@ -32,28 +32,30 @@ def settle_sizes(
 ) -> Sizes:
     """Return the batch size, the engine and what else shapes a plan. May keep a tuning with the model version."""
     table = _sample(contract, options, dataset)
-    row_bytes = table.nbytes / table.num_rows
+    as_it_comes = Sizes(
+        batch_size=options.batch_size or model.batch_size,
+        slots=options.slots or model.slots,
+        row_bytes=table.nbytes / table.num_rows,
+        rows_per_second=None,
+        engine=model.engine,
+        batch_unit=model.batch_unit,
+    )
     wish = _wish(options)
     tuning = remembered(resolved.tags, machine_kind(), wish)
     if tuning is not None:
-        return _tuned(tuning, row_bytes)
-    batch_size = options.batch_size or model.batch_size
-    slots = options.slots or model.slots
-    as_it_comes = Sizes(
-        batch_size=batch_size, slots=slots, row_bytes=row_bytes, rows_per_second=None, engine=model.engine
-    )
+        return _tuned(tuning, as_it_comes)
     if options.batch_size and options.rows_per_chunk:
         return as_it_comes
     sample = model.prepare(encode(contract, table))
     if (sample.flags.code_N != 0).all():
         return as_it_comes
-    rate = measure(model, contract, sample, batch_size, 1, time.perf_counter)
-    if dataset.rows / (rate * slots) > _WORK_SECONDS_MIN:
+    rate = measure(model, contract, sample, as_it_comes.batch_size, 1, time.perf_counter)
+    if dataset.rows / (rate * as_it_comes.slots) > _WORK_SECONDS_MIN:
         tuning = tune(model, contract, _larger(model, sample), wish, machine=machine_kind(), clock=time.perf_counter)
     if tuning is None:
         return replace(as_it_comes, rows_per_second=rate)
     save_tag(resolved.pin, tag_of(tuning.machine, wish), tuning.model_dump_json())
-    return _tuned(tuning, row_bytes)
+    return _tuned(tuning, as_it_comes)
 
 
 def _wish(options: BatchOptions) -> Wish:
@@ -65,11 +67,11 @@ def _wish(options: BatchOptions) -> Wish:
     )
 
 
-def _tuned(tuning: Tuning, row_bytes: float) -> Sizes:
-    return Sizes(
+def _tuned(tuning: Tuning, as_it_comes: Sizes) -> Sizes:
+    return replace(
+        as_it_comes,
         batch_size=tuning.batch_size,
         slots=tuning.slots,
-        row_bytes=row_bytes,
         rows_per_second=tuning.rows_per_second / tuning.slots,
         engine=tuning.engine,
         tuning=tuning,

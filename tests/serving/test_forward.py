@@ -452,3 +452,41 @@ def test_rows_with_lengths_pass_in_batches_of_few_tokens_and_come_back_in_order(
     assert before.tolist() == flags.code_N.tolist()
     assert max(model.tokens_seen) <= max(tokens, *lengths)
     assert len(model.tokens_seen) <= len(lengths)
+
+
+def ragged(lengths: list[int]) -> Encoded:
+    rows_N = np.empty(len(lengths), dtype=object)
+    rows_N[:] = [np.full(length, at) for at, length in enumerate(lengths)]
+    return Encoded(inputs={"x": rows_N}, flags=Flags.none(len(lengths)), rows=len(lengths), length_N=np.array(lengths))
+
+
+class Narrow(Padded):
+    """Has no memory for more than 40 tokens."""
+
+    def predict(self, inputs: Arrays) -> dict[str, Any]:
+        found = super().predict(inputs)
+        if self.tokens_seen[-1] > 40:
+            raise MemoryError
+        return found
+
+
+def test_out_of_memory_halves_tokens_so_that_a_long_batch_does_not_shrink_short_ones() -> None:
+    model = Narrow()
+    forward = Forward(model, alone(column("int64")), 120)
+    longest = forward.score(ragged([30, 30, 30, 30]))["score"]
+    halved = len(model.tokens_seen)
+    short = forward.score(ragged([2] * 60))["score"]
+
+    assert [0, 30, 60, 90] == longest.tolist()
+    assert [2.0 * row for row in range(60)] == short.tolist()
+    assert [120, 60, 30, 30, 30, 30] == model.tokens_seen[:halved]
+    assert 30 == forward.batch_size_safe
+    assert [30] * 4 == model.tokens_seen[halved:]
+
+
+def test_a_row_of_more_tokens_than_fit_in_memory_is_a_reject() -> None:
+    rows = ragged([3, 3, 50, 4])
+    found = Forward(Narrow(), alone(column("int64")), 120).score(rows)["score"]
+
+    assert {2: ("", "MemoryError: ")} == rejects(rows)
+    assert [0, 3, 12] == found[[0, 1, 3]].tolist()

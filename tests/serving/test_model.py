@@ -260,6 +260,7 @@ def test_a_booster_of_many_classes_has_one_wide_output(log: Log, frame: pd.DataF
     assert np.array_equal(booster.predict(frame), predict_frame(uri, frame, allow_pickle=False)["prediction"])
 
 
+UNNAMED = Schema([ColSpec("string")])
 FRAME = Schema([ColSpec("double", "a"), ColSpec("string", "s")])
 
 
@@ -323,6 +324,15 @@ def test_tensors_reach_a_model_by_name_and_a_lone_one_without_a_name_as_it_is(lo
 
     assert [1.5, 3.5] == predict(two, x=x, y=np.array([0.5, 0.5]))["prediction"].tolist()
     assert [2.0, 4.0] == predict(lone, input_0=x)["prediction"].tolist()
+
+
+def test_a_lone_column_without_a_name_reaches_a_model_as_mlflow_hands_on_a_list(log_code: Log) -> None:
+    uri = log_code("unnamed", "[f'{x.columns[0]} {text}' for text in x.iloc[:, 0]]", UNNAMED, UNNAMED)
+    model, contract = load(uri, columns={"text": ("gloss",)})
+    encoded = encode(contract, pa.table({"gloss": ["a", "b"]}))
+    loaded = mlflow.pyfunc.load_model(uri)
+
+    assert loaded.predict(["a", "b"]) == model.predict(encoded.inputs)["prediction"].tolist() == ["0 a", "0 b"]
 
 
 @pytest.mark.parametrize("dtype", ["str", "object"])

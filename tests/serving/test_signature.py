@@ -78,6 +78,37 @@ def test_columns_without_names_are_refused() -> None:
     assert "must have a name" in refusal(logged(Schema([ColSpec("double"), ColSpec("double")])))
 
 
+UNNAMED = Schema([ColSpec("string")])
+
+
+@pytest.mark.parametrize(
+    ("stated", "columns", "fed"),
+    [
+        ({}, {"text": ("gloss",)}, {"text": ["gloss"]}),
+        ({"text": ["gloss"]}, {}, {"text": ["gloss"]}),
+        ({"text": ["gloss"]}, {"text": ("title",)}, {"text": ["title"]}),
+    ],
+)
+def test_a_lone_column_without_a_name_is_named_by_the_call_else_by_the_model(
+    stated: dict[str, list[str]], columns: dict[str, tuple[str, ...]], fed: dict[str, list[str]]
+) -> None:
+    contract = contract_of(logged(UNNAMED, metadata=stating(**stated)), columns=columns)
+
+    assert fed == feeds(contract)
+    assert ("str", ()) == (contract.inputs[0].dtype, contract.inputs[0].shape)
+    assert "reject" == contract.columns[0].policy.null
+
+
+@pytest.mark.parametrize("columns", [{}, {"text": ("a", "b")}, {"text": ()}, {"text": ("a",), "more": ("b",)}])
+def test_a_lone_column_without_a_name_that_is_not_told_one_column_says_how(
+    columns: dict[str, tuple[str, ...]],
+) -> None:
+    message = refusal(logged(UNNAMED), columns=columns)
+
+    assert f"must be told the one column that feeds it, got {columns}" in message
+    assert 'Pass input_columns={"input": ("description",)}' in message
+
+
 def test_an_optional_column_keeps_its_nulls_unless_a_value_takes_their_place() -> None:
     schema = Schema(
         [ColSpec("double", "a", required=False), ColSpec("double", "b"), ColSpec("double", "c", required=False)]

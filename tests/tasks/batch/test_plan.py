@@ -50,6 +50,7 @@ SIZES = st.builds(
     slots=st.integers(1, 8),
     row_bytes=st.floats(0, 1e8),
     rows_per_second=st.none() | st.floats(1e-3, 1e6),
+    batch_unit=st.sampled_from(["rows", "tokens"]),
 )
 
 
@@ -139,7 +140,7 @@ def test_a_run_has_at_most_a_thousand_shards_of_a_minute() -> None:
 @given(rows=st.integers(1, 10**10), sizes=SIZES)
 def test_a_chunk_is_a_batch_times_a_power_of_two_within_its_limits(rows: int, sizes: Sizes) -> None:
     most = chunk_rows(rows, sizes)
-    batches, rest = divmod(most, sizes.batch_size)
+    batches, rest = divmod(most, sizes.step)
 
     assert rest == 0
     assert batches & (batches - 1) == 0
@@ -147,6 +148,15 @@ def test_a_chunk_is_a_batch_times_a_power_of_two_within_its_limits(rows: int, si
         assert most * sizes.row_bytes <= 64 << 20
         assert most * sizes.slots * 8 <= rows
         assert sizes.rows_per_second is None or most <= 10 * sizes.rows_per_second
+
+
+@pytest.mark.parametrize(("rows_per_second", "expected"), [(400.0, 2048), (5.0, 32), (0.01, 1), (None, 65_536)])
+def test_a_chunk_of_texts_is_ten_seconds_of_work_whatever_the_tokens_of_a_batch(
+    rows_per_second: float | None, expected: int
+) -> None:
+    sizes = Sizes(batch_size=1024, slots=2, row_bytes=100, rows_per_second=rows_per_second, batch_unit="tokens")
+
+    assert expected == chunk_rows(1_500_000, sizes)
 
 
 def test_a_plan_holds_what_it_was_made_of(place: str) -> None:
