@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +19,7 @@ import numpy.typing as npt
 from serving.contract import Contract
 from serving.encode import Encoded, Flags
 from serving.errors import DeviceLost, ModelFailed, OvernightError
-from serving.model import Arrays, Model
+from serving.model import Arrays, Model, Overlapping
 
 Predictions = dict[str, npt.NDArray[Any]]
 
@@ -63,30 +65,57 @@ class Forward:
 
     def _score_batches(self, rows: _Batch, flags: Flags) -> Predictions:
         out = self._nothing(rows.rows)
+        begun: deque[_Begun] = deque()
+        ahead = self._overlapping.passes_ahead if self._overlapping else 0
         for start, stop in itertools.pairwise(rows.edges(self.batch_size)):
-            cut = {name: value[start:stop] for name, value in out.items()}
-            self._score_batch(rows.cut(start, stop), flags, start, cut)
+            begun.append(self._begin(rows.cut(start, stop), flags, start))
+            if len(begun) > ahead:
+                self._settle(begun.popleft(), flags, out)
+        for each in begun:
+            self._settle(each, flags, out)
         return out
 
-    def _score_batch(self, batch: _Batch, flags: Flags, start: int, out: Predictions) -> None:
+    @property
+    def _overlapping(self) -> Overlapping | None:
+        """The model, where its passes may be begun ahead; none is once memory ran out."""
+        return self.model if isinstance(self.model, Overlapping) and self.batch_size_safe is None else None
+
+    def _begin(self, batch: _Batch, flags: Flags, start: int) -> _Begun:
+        """Fill bad rows and, where the model takes passes ahead, begin this one."""
+        bad_n = flags.code_N[start : start + batch.rows] != 0
+        if bad_n.any() and not bad_n.all():
+            batch.fill(bad_n, int(np.argmin(bad_n)))
+        on_its_way = None
+        if (model := self._overlapping) and not bad_n.all():
+            # What goes wrong here goes wrong again in the pass that is then made alone.
+            with suppress(Exception):
+                on_its_way = model.begin(batch.inputs)
+        return _Begun(batch, start, on_its_way)
+
+    def _settle(self, begun: _Begun, flags: Flags, out: Predictions) -> None:
+        batch, start = begun.batch, begun.start
         code_n = flags.code_N[start : start + batch.rows]
         good = np.flatnonzero(code_n == 0)
         if not len(good):
             return
-        if len(good) < batch.rows:
-            batch.fill(code_n != 0, int(good[0]))
         try:
-            predictions = self._pass(batch)
+            predictions = self._finish(begun)
         except OvernightError:
             raise
         except Exception as error:  # noqa: BLE001 - the model is somebody else's code
             predictions = self._without_bad_rows(batch, flags, start, error)
         for name, value in predictions.items():
-            out[name][:] = value
+            out[name][start : start + batch.rows] = value
         _flag_unfit(predictions, flags, start)
         if not self.proven and code_n.all():
             raise _all_failed(flags, start + int(good[0]), len(good))
         self.proven = True
+
+    def _finish(self, begun: _Begun) -> Predictions:
+        if begun.on_its_way is not None and isinstance(self.model, Overlapping):
+            with suppress(Exception):
+                return self.model.finish(begun.on_its_way)
+        return self._pass(begun.batch)
 
     def _without_bad_rows(self, batch: _Batch, flags: Flags, start: int, error: Exception) -> Predictions:
         """Halve the batch until each bad row stands alone, then pass it whole with those replaced."""
@@ -187,6 +216,15 @@ class _Batch:
         """Replace bad rows by a copy of a good one, in place: no other bit of the batch moves."""
         for value in self.inputs.values():
             value[bad_n] = value[good : good + 1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A batch that starts at a row, and its pass where the model has begun that already."""
+
+    batch: _Batch
+    start: int
+    on_its_way: Any
 
 
 def token_edges(length_N: npt.NDArray[np.int64], tokens: int) -> list[int]:

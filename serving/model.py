@@ -12,7 +12,7 @@ import threading
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,21 @@ class Model(Protocol):
     @property
     def slots(self) -> int:
         """How many streams of forward passes this machine should run, unless told."""
+        ...
+
+
+@runtime_checkable
+class Overlapping(Protocol):
+    """A model whose passes are begun before the ones ahead of them are waited for, as a GPU makes them."""
+
+    passes_ahead: int
+
+    def begin(self, inputs: Arrays) -> Any:
+        """Begin a pass; the inputs are not written to."""
+        ...
+
+    def finish(self, begun: Any) -> dict[str, npt.NDArray[Any]]:
+        """Wait for a pass and return its outputs, as `predict` would."""
         ...
 
 

@@ -490,3 +490,65 @@ def test_a_row_of_more_tokens_than_fit_in_memory_is_a_reject() -> None:
 
     assert {2: ("", "MemoryError: ")} == rejects(rows)
     assert [0, 3, 12] == found[[0, 1, 3]].tolist()
+
+
+class Ahead(Plain):
+    """A model whose passes are begun ahead, as a GPU's; it tells when each was begun and finished."""
+
+    passes_ahead = 1
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__(lambda inputs: module(torch.from_numpy(inputs["x"])).detach())
+        self.told: list[tuple[str, float]] = []
+
+    def begin(self, inputs: Arrays) -> Arrays:
+        self.told.append(("begin", inputs["x"][0, 0]))
+        return inputs
+
+    def finish(self, begun: Arrays) -> dict[str, Any]:
+        self.told.append(("finish", begun["x"][0, 0]))
+        return self.predict(begun)
+
+
+def numbered(rows: int = 100) -> np.ndarray:
+    return np.arange(10, 10 + 4 * rows, dtype=np.float32).reshape(rows, 4)
+
+
+def test_a_pass_is_begun_before_the_one_ahead_of_it_is_waited_for() -> None:
+    model, x = Ahead(network()), numbered()
+    found = Forward(model, matrix(4), 40).score(encoded(x))["score"]
+
+    assert ["begin", "begin", "finish", "begin", "finish", "finish"] == [step for step, _ in model.told]
+    assert np.array_equal(score(network(), encoded(x), 40), found)
+
+
+@given(failing=sets_of_rows, flagged=sets_of_rows, size=st.integers(1, 60))
+def test_passes_begun_ahead_find_the_rows_that_passes_alone_find(
+    failing: set[int], flagged: set[int], size: int
+) -> None:
+    x = beginning_with(1, sorted(failing - {0}))
+    bad = dict.fromkeys(flagged - {0}, "null")
+    alone_rows, ahead_rows = encoded(x, bad), encoded(x, bad)
+    alone_scores = score(Picky(), alone_rows, size)
+    ahead_scores = Forward(Ahead(Picky()), matrix(4), size).score(ahead_rows)["score"]
+
+    assert rejects(alone_rows) == rejects(ahead_rows)
+    good = alone_rows.flags.code_N == 0
+    assert np.array_equal(alone_scores[good], ahead_scores[good])
+
+
+def test_passes_are_begun_ahead_no_more_once_memory_ran_out() -> None:
+    class Small(Ahead):
+        def predict(self, inputs: Arrays) -> dict[str, Any]:
+            if len(inputs["x"]) > 16:
+                raise torch.OutOfMemoryError
+            return super().predict(inputs)
+
+    model = Small(network())
+    forward = Forward(model, matrix(4), 25)
+    found = forward.score(encoded(X))["score"]
+    forward.score(encoded(X))
+
+    assert 12 == forward.batch_size_safe
+    assert 5 > len([step for step, _ in model.told if step == "begin"])
+    assert 1e-6 > np.abs(score(network(), encoded(X), 12) - found).max()
