@@ -432,6 +432,7 @@ class Padded(Plain):
         return super().predict(inputs)
 
 
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60), bad=sets_of_rows, tokens=st.integers(1, 120))
 def test_rows_with_lengths_pass_in_batches_of_few_tokens_and_come_back_in_order(
     lengths: list[int], bad: set[int], tokens: int
@@ -522,6 +523,7 @@ def test_a_pass_is_begun_before_the_one_ahead_of_it_is_waited_for() -> None:
     assert np.array_equal(score(network(), encoded(x), 40), found)
 
 
+@settings(deadline=None)
 @given(failing=sets_of_rows, flagged=sets_of_rows, size=st.integers(1, 60))
 def test_passes_begun_ahead_find_the_rows_that_passes_alone_find(
     failing: set[int], flagged: set[int], size: int
