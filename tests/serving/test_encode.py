@@ -53,7 +53,7 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
     if pa.types.is_null(kind):
         return st.none()
     if is_text(kind) or name == "dictionary":
-        return st.sampled_from(["1", "-1", " 7 ", "0.5", "true", "no", "", "300", "1e300", "nan", "inf"])
+        return st.sampled_from(["1", "-1", " 7 ", "20.0", "2e1", "0.5", "true", "no", "", "300", "1e300", "nan", "inf"])
     if pa.types.is_boolean(kind):
         return st.booleans()
     if pa.types.is_floating(kind):
@@ -101,7 +101,7 @@ def expected_value(case: Case, value: Any) -> Any:
     source = TYPES[case.kind]
     source = source.value_type if pa.types.is_dictionary(source) else source
     if is_text(source):
-        found = parse_one(value, case.dtype)
+        found = parse_one(value, case.dtype, case.policy.cast)
         return f"text that does not parse as {case.dtype}" if found is LOST else found
     found = cast_one(value, case.dtype, case.policy.cast)
     return f"a {source} that does not fit {case.dtype}" if found is LOST else found
