@@ -137,7 +137,7 @@ def _score(
         scored.rows_recomputed += audit.rows_set_aside
         if not audit.missing:
             break
-    check_rejects(sum(count.rows for count in count_rejects(audit)), plan.rows, options.max_reject_fraction)
+    check_rejects(sum(count.rows for count in count_rejects(audit)), plan, options.max_reject_fraction)
     return scored, audit
 
 
