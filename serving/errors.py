@@ -3,7 +3,8 @@
 OvernightError
 +-- BadInput(ValueError)     change the call or the data, then call again; nothing was written
 |   +-- SourceNotFound       no file at that path, glob or prefix
-|   +-- SourceEmpty          there are files, but no rows or no format that is known
+|   +-- SourceFormat         there are files, but of no format that is known, or of several
+|   +-- SourceEmpty          there are files, but no rows
 |   +-- SchemaMismatch       columns missing, of the wrong type, or different between files
 |   +-- ModelNotFound        no such registered model, version or alias
 |   +-- ModelUnfit           the model can't be run as it was logged (no signature, pickled, ...)
@@ -36,8 +37,12 @@ class SourceNotFound(BadInput):
     """No file at that path, glob or prefix."""
 
 
+class SourceFormat(BadInput):
+    """There are files, but of no format that is known, or of several."""
+
+
 class SourceEmpty(BadInput):
-    """There are files, but none that holds rows in a known format."""
+    """There are files, but no rows."""
 
 
 class SchemaMismatch(BadInput):
