@@ -214,6 +214,7 @@ def _draft(
         output=plan.options.output,
         rows=plan.rows,
         rejects=count_rejects(audit),
+        rows_key_null=audit.rows_key_null,
         rows_scored=scored.rows,
         rows_recomputed=scored.rows_recomputed,
         parts=len(audit.footers),

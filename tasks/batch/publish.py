@@ -43,6 +43,7 @@ class Manifest(Frozen):
     output: str
     rows: int
     rejects: tuple[RejectCount, ...]
+    rows_key_null: int = 0
     parts: tuple[ManifestPart, ...]
 
     @property
@@ -59,6 +60,11 @@ class Audit:
     missing: tuple[ChunkId, ...]
     set_aside: tuple[str, ...]
     rows_set_aside: int
+
+    @property
+    def rows_key_null(self) -> int:
+        """How many rows have a key that holds a null."""
+        return sum(footer.rows_key_null for footer in self.footers)
 
 
 def audit_parts(storage: Storage, plan: Plan) -> Audit:
@@ -96,6 +102,7 @@ def publish(storage: Storage, plan: Plan, audit: Audit) -> Manifest:
         output=plan.options.output,
         rows=plan.rows,
         rejects=count_rejects(audit),
+        rows_key_null=audit.rows_key_null,
         parts=tuple(ManifestPart(path=f.path, rows=f.rows, bytes=f.bytes) for f in audit.footers),
     )
     if plan.options.output == "delta":

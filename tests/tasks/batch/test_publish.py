@@ -7,10 +7,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
+import pyarrow as pa
 import pytest
 
 from serving.errors import DestinationUnusable, PublishRefused
 from tasks.batch.dataset import Snapshot, take_snapshot
+from tasks.batch.options import BatchOptions
 from tasks.batch.parts import part_path
 from tasks.batch.plan import Plan, load_plan, save_plan
 from tasks.batch.publish import audit_parts, count_rejects, find_manifest, publish
@@ -223,6 +225,15 @@ def test_rejects_are_counted_over_all_parts_by_column_and_reason(destination: St
     counts = count_rejects(audit_parts(destination, plan))
 
     assert [("a", "null", 34)] == [(count.column, count.reason, count.rows) for count in counts]
+
+
+def test_rows_whose_key_holds_a_null_are_counted_over_all_parts(place: str, destination: Storage) -> None:
+    table = numbers(0, 25).set_column(0, "id", pa.array([None if at % 5 == 0 else at for at in range(25)]))
+    put(f"{place}/in", {"a.parquet": table})
+    plan = a_plan(f"{place}/in", destination.url, BatchOptions(key_columns=("id",), rows_per_chunk=10))
+    put_parts(plan, destination)
+
+    assert 5 == publish(destination, plan, audit_parts(destination, plan)).rows_key_null
 
 
 def test_a_manifest_of_another_version_is_told_by_its_address(destination: Storage) -> None:

@@ -37,6 +37,13 @@ def test_the_table_lists_rejects_by_column_and_reason() -> None:
     assert ("7", "1", "400") == (rows["age: null"], rows["model: <b>no</b>"], rows["rows a second"])
 
 
+def test_the_table_counts_keys_that_are_null_where_there_are_any() -> None:
+    with_nulls = REPORT.model_copy(update={"rows_key_null": 12})
+
+    assert {"": "rows with a null key", "value": "12"} in with_nulls.table()
+    assert "null key" not in REPORT.markdown()
+
+
 def test_a_call_that_scored_nothing_claims_no_speed() -> None:
     complete = REPORT.model_copy(update={"status": "already complete", "rows_scored": 0})
 
