@@ -21,6 +21,7 @@ OvernightError
 +-- ModelFailed              the model fails on rows as such: mend the model, not the rows
 +-- TooManyRejects           more rows were rejected than max_reject_fraction allows
 +-- PublishRefused           the parts do not add up to the dataset; nothing was published
++-- RunDamaged               parts of a published run are lost or others, and do not come out the same again
 +-- DeviceLost               the accelerator is gone: this process must end, another may resume
 """
 
@@ -107,6 +108,10 @@ class TooManyRejects(OvernightError):
 
 class PublishRefused(OvernightError):
     """The parts do not add up to the dataset."""
+
+
+class RunDamaged(OvernightError):
+    """Parts of a published run are lost or others, and do not come out the same again."""
 
 
 class DeviceLost(OvernightError):
