@@ -12,6 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import serving.encode
 from serving.contract import Column, ColumnPolicy, Contract, Input, fits, is_text
 from serving.encode import Encoded, Flags, encode
 from tests.serving.reference import LOST, cast_one, parse_one
@@ -189,6 +190,31 @@ def test_an_arrow_tensor_is_taken_in_its_shape_wherever_it_is_cut() -> None:
 
     assert np.array_equal(x[[1, 2, 4]], encoded.inputs["v"])
     assert np.float64 == encoded.inputs["v"].dtype
+
+
+@pytest.mark.parametrize("as_tensors", [True, False], ids=["tensors", "lists of a fixed size"])
+def test_images_are_copied_once_an_arrow_chunk_and_never_once_a_row(
+    as_tensors: bool,  # noqa: FBT001
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    image_NHW = np.random.default_rng(0).integers(0, 256, (600, 28, 28), dtype=np.uint8)
+    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(image_NHW)
+    whole = tensors if as_tensors else tensors.storage
+    copied: list[int] = []
+    inner = serving.encode._cast
+
+    def counted(out_n: Any, column: Column, chunk: pa.Array, *rest: Any) -> None:
+        copied.append(len(chunk))
+        assert chunk.buffers()[1].address == tensors.storage.values.buffers()[1].address, "Arrow itself copies nothing"
+        inner(out_n, column, chunk, *rest)
+
+    monkeypatch.setattr(serving.encode, "_cast", counted)
+    table = pa.table({"v": pa.chunked_array([whole.slice(0, 100), whole.slice(100, 300), whole.slice(500)])})
+    encoded = encode(alone(column("uint8", "v", shape=(28, 28))), table)
+
+    assert [100 * 784, 300 * 784, 100 * 784] == copied
+    assert np.array_equal(image_NHW[[*range(400), *range(500, 600)]], encoded.inputs["v"])
+    assert encoded.inputs["v"].flags.writeable, "the place of a reject is overwritten"
 
 
 def test_text_in_lists_is_parsed() -> None:
