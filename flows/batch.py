@@ -20,15 +20,20 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.adhoc import adhoc_flow
 from serving.errors import OvernightError, SourceFault
 from serving.model import Model
-from serving.registry import Resolved
 from tasks.batch.artifacts import Logger, Watch, publish_artifacts
 from tasks.batch.lineage import record_lineage
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import list_parts
 from tasks.batch.plan import Plan, load_plan, load_start, save_start
-from tasks.batch.publish import Audit, audit_parts, count_rejects, find_manifest, publish
+from tasks.batch.publish import (
+    Audit,
+    audit_parts,
+    count_rejects,
+    find_whole,
+    publish,
+)
 from tasks.batch.report import BatchReport, plot, report_complete, save_page
-from tasks.batch.run import find_complete, load_planned, pin_call, plan_call, plan_slots, state_memory
+from tasks.batch.run import Found, find_published, load_planned, pin_call, plan_call, plan_slots, restage, state_memory
 from tasks.batch.score import Scored, Scorer, check_rejects
 from tasks.storage import Storage, open_storage
 
@@ -56,12 +61,19 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
     logger = get_run_logger()
     seconds: dict[str, float] = {}
     storage = open_storage(destination)
-    plan, resolved = _find_plan(model, source, storage, options, seconds)
-    if (manifest := find_manifest(storage, plan.run)) is not None:
+    found = _find_plan(model, source, storage, options, seconds)
+    plan = found.plan
+    if found.complete:
         logger.info("Run %s is complete: %s rows. Nothing to score.", plan.run, f"{plan.rows:,}")
-        return report_complete(manifest, plan, storage, seconds)
+        return report_complete(found.complete, plan, storage, seconds)
+    if found.damaged:
+        logger.warning(
+            "Run %s was published, but %s of its parts are gone or cut short, the first %s; they are scored again.",
+            *(plan.run, len(found.damaged), found.damaged[0]),
+        )
+        plan = restage(plan, storage)
     with _timed(seconds, "load"):
-        loaded = load_planned(plan, resolved, options)
+        loaded = load_planned(plan, found.resolved, options)
     slots = plan_slots(options, loaded)
     memory = state_memory(plan, slots, options)
     _say(plan, slots, memory, logger)
@@ -81,9 +93,7 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
     return report
 
 
-def _find_plan(
-    model: str, source: str, storage: Storage, options: BatchOptions, seconds: dict[str, float]
-) -> tuple[Plan, Resolved | None]:
+def _find_plan(model: str, source: str, storage: Storage, options: BatchOptions, seconds: dict[str, float]) -> Found:
     """Return the plan of this flow run: its earlier attempt's, the same call's, or a new one."""
     flow_run_id = _flow_run_id()
     with _timed(seconds, "resolve"):
@@ -91,16 +101,16 @@ def _find_plan(
         call = None if run else pin_call(model, source, storage.url, options)
     with _timed(seconds, "plan"), _caller_threads_kept():
         if call is not None:
-            plan = plan_call(call, storage)
+            found = find_published(storage, plan_call(call, storage), call.resolved)
             # A call that is answered already leaves no trace.
-            run = plan.run if find_complete(storage, call) else save_start(storage, flow_run_id, plan.run)
-            if run == plan.run:
-                return plan, call.resolved
+            run = found.plan.run if found.complete else save_start(storage, flow_run_id, found.plan.run)
+            if run == found.plan.run:
+                return found
         standing = load_plan(storage, str(run))
     if standing is None:
         message = f"The plan of run {run} must be there, since this flow run began it, but is gone from {storage.url}."
         raise OvernightError(message)
-    return standing, None
+    return find_published(storage, standing, None)
 
 
 def _flow_run_id() -> str:
@@ -131,13 +141,13 @@ def _score(
         with watch.watching(), _caller_threads_kept():
             _score_pass(scorer, slots, scored)
         # Another worker may have published the run meanwhile, and deleted the staged copies that this one read.
-        if scored.faults and find_manifest(storage, plan.run) is None:
+        if scored.faults and find_whole(storage, plan.run) is None:
             raise _faults(scored)
         audit = audit_parts(storage, plan)
         scored.rows_recomputed += audit.rows_set_aside
         if not audit.missing:
             break
-    check_rejects(sum(count.rows for count in count_rejects(audit)), plan.rows, options.max_reject_fraction)
+    check_rejects(sum(count.rows for count in count_rejects(audit)), plan, options.max_reject_fraction)
     return scored, audit
 
 
@@ -214,6 +224,7 @@ def _draft(
         output=plan.options.output,
         rows=plan.rows,
         rejects=count_rejects(audit),
+        rows_key_null=audit.rows_key_null,
         rows_scored=scored.rows,
         rows_recomputed=scored.rows_recomputed,
         parts=len(audit.footers),

@@ -16,6 +16,10 @@ import pyarrow as pa
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
 
+_DECIMAL = r"^(?P<sign>[+-]?)(?P<whole>[0-9]*)\.?(?P<part>[0-9]*)(?:[eE](?P<exponent>[+-]?[0-9]+))?$"
+# One digit more than the largest integer has: what is longer does not fit either.
+_DIGITS_MAX = 21
+_SIZE_MAX = np.uint64(2**64 - 1)
 _BOOLEANS = {"true": True, "false": False, "1": True, "0": False}
 
 
@@ -61,17 +65,25 @@ def _limits(dtype: np.dtype[Any]) -> tuple[int, int]:
     return int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
 
 
-def parse_numbers(out_n: Array, chunk: pa.Array) -> Mask:
-    """Parse n texts into their place and return which are no such number; a null is zero."""
+def parse_numbers(out_n: Array, chunk: pa.Array, *, nearest: bool) -> Mask:
+    """Parse n texts into their place and return which are no such number; a null is zero.
+
+    Integers may be written as floats, "20.0" or "2e1", and lose no digit. nearest: one that is not
+    whole, "20.5", becomes the nearest integer.
+    """
     text = pl.Series(chunk, dtype=pl.String)
     numbers = _parsed(text, out_n.dtype)
     if numbers.null_count() > text.null_count():
         # Stripping takes longer than parsing, and numbers seldom stand between blanks.
-        numbers = _parsed(text.str.strip_chars(), out_n.dtype)
+        text = text.str.strip_chars()
+        # So pandas writes integers beside a null; a text that is none stays none without it.
+        numbers = _parsed(text.str.strip_suffix(".0") if out_n.dtype.kind in "iu" else text, out_n.dtype)
     out_n[:] = numbers.fill_null(False if out_n.dtype.kind == "b" else 0).to_numpy()
     broken_n = np.zeros(len(out_n), dtype=np.bool_)
     if numbers.null_count() > text.null_count():
         broken_n |= (numbers.is_null() & text.is_not_null()).to_numpy()
+        if out_n.dtype.kind in "iu":
+            out_n[broken_n], broken_n[broken_n] = _parse_decimals(text.filter(broken_n), out_n.dtype, nearest=nearest)
     if out_n.dtype.kind == "f" and (infinite_n := np.isinf(out_n)).any():
         # The parser makes an infinity of a number that is too large.
         broken_n |= infinite_n & ~text.str.contains("(?i)inf").fill_null(value=False).to_numpy()
@@ -82,3 +94,42 @@ def _parsed(text: pl.Series, dtype: np.dtype[Any]) -> pl.Series:
     if dtype.kind == "b":
         return text.str.to_lowercase().replace_strict(_BOOLEANS, default=None)
     return text.cast(pl.Series(np.empty(0, dtype=dtype)).dtype, strict=False)
+
+
+def _parse_decimals(text: pl.Series, dtype: np.dtype[Any], *, nearest: bool) -> tuple[Array, Mask]:
+    """Return n decimal numbers as integers, and which are none; digit by digit, since a float keeps 15 of them."""
+    parts = text.str.extract_groups(_DECIMAL).struct.unnest()
+    negative_n = (parts["sign"] == "-").fill_null(value=False).to_numpy()
+    whole, rest = _cut_at_point(parts)
+    sizes = whole.cast(pl.UInt64, strict=False)
+    broken_n, size_n = sizes.is_null().to_numpy(), sizes.fill_null(0).to_numpy()
+    if nearest:
+        # Digits after the point are in one order as text and as numbers, and "5" is the half of them.
+        up_n = (rest > "5").to_numpy() | ((rest == "5").to_numpy() & (size_n % 2 == 1))
+        broken_n = broken_n | (up_n & (size_n == _SIZE_MAX))
+        size_n = size_n + up_n
+    else:
+        broken_n = broken_n | (rest != "").to_numpy()
+    low, high = _limits(dtype)
+    broken_n = broken_n | (size_n > np.where(negative_n, np.uint64(-low), np.uint64(high)))
+    return np.where(negative_n, np.negative(size_n), size_n).astype(dtype), broken_n
+
+
+def _cut_at_point(parts: pl.DataFrame) -> tuple[pl.Series, pl.Series]:
+    """Return the digits before and after the point once the exponent has moved it; null where the text is no number.
+
+    The former ends at 21 digits; trailing zeros are gone from the latter.
+    """
+    digits = pl.col("whole") + pl.col("part")
+    # From its first digit other than zero on, so that 21 of them are always too many.
+    led = digits.str.strip_chars_start("0")
+    exponent = pl.col("exponent").cast(pl.Float64).clip(-1e9, 1e9).fill_null(0).cast(pl.Int64)
+    zeros = digits.str.len_bytes().cast(pl.Int64) - led.str.len_bytes().cast(pl.Int64)
+    found = parts.select(
+        led=pl.when(digits != "").then(led), point=pl.col("whole").str.len_bytes().cast(pl.Int64) + exponent - zeros
+    ).select(
+        whole=pl.lit("0") + (pl.col("led") + "0" * _DIGITS_MAX).str.slice(0, pl.col("point").clip(0, _DIGITS_MAX)),
+        rest=pl.when(pl.col("point") < 0).then(pl.lit("0")).otherwise(pl.lit(""))
+        + pl.col("led").str.slice(pl.col("point").clip(0)),
+    )
+    return found["whole"], found["rest"].str.strip_chars_end("0").fill_null("")

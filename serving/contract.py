@@ -109,8 +109,8 @@ class Contract(Frozen):
 
         Raises SchemaMismatch with every missing column and every wrong type in one message.
         """
-        columns = [column for value in self.inputs for column in value.columns]
-        problems = [problem for column in columns if (problem := _problem(column, schema))]
+        pairs = [(value, column) for value in self.inputs for column in value.columns]
+        problems = [problem for value, column in pairs if (problem := _problem(value, column, schema))]
         if problems:
             listed = "\n".join(f"  - {problem}" for problem in dict.fromkeys(problems))
             message = f"{where} does not fit the model's signature:\n{listed}\nColumns found: {_listed(schema)}."
@@ -123,16 +123,30 @@ def _listed(schema: pa.Schema) -> str:
     return shown + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
 
 
-def _problem(column: Column, schema: pa.Schema) -> str | None:
+def _problem(value: Input, column: Column, schema: pa.Schema) -> str | None:
     found = schema.get_all_field_indices(column.name)
     if len(found) > 1:
         return f"column {column.name!r} stands {len(found)} times in the schema; rename all but one"
     if not found:
-        return f"column {column.name!r} ({column.dtype}) is missing" if column.required else None
+        return _missing(value, column) if column.required else None
     source = schema.field(found[0]).type
     if column.shape:
         return _tensor_problem(column, source)
     return _scalar_problem(column, source)
+
+
+def _missing(value: Input, column: Column) -> str:
+    if not column.shape:
+        return f"column {column.name!r} ({column.dtype}) is missing"
+    missing = f"column {column.name!r} ({column.dtype} {column.shape}) is missing"
+    if column.name != value.name:
+        return missing
+    flat = len(column.shape) == 1
+    names = f"the {column.shape[0]} columns that fill it, or one of lists" if flat else "the column of lists or tensors"
+    return (
+        f"{missing}; name {names} in the option input_columns={{{value.name!r}: [...]}}, or when the model is logged, "
+        f"metadata={{'overnight': {{'columns': {{{value.name!r}: [...]}}}}}}"
+    )
 
 
 def _tensor_problem(column: Column, source: pa.DataType) -> str | None:

@@ -172,7 +172,7 @@ def _fill_chunk(out_n: Array, column: Column, chunk: pa.Array, flags: Flags, sta
     if pa.types.is_null(chunk.type):
         out_n[:] = 0
     elif is_text(chunk.type):
-        broken_n = parse_numbers(out_n, chunk)
+        broken_n = parse_numbers(out_n, chunk, nearest=column.policy.cast == "round")
         flags.mark(broken_n, column.name, f"text that does not parse as {column.dtype}", start)
     else:
         _cast(out_n, column, chunk, flags, start)

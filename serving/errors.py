@@ -3,7 +3,8 @@
 OvernightError
 +-- BadInput(ValueError)     change the call or the data, then call again; nothing was written
 |   +-- SourceNotFound       no file at that path, glob or prefix
-|   +-- SourceEmpty          there are files, but no rows or no format that is known
+|   +-- SourceFormat         there are files, but of no format that is known, or of several
+|   +-- SourceEmpty          there are files, but no rows
 |   +-- SchemaMismatch       columns missing, of the wrong type, or different between files
 |   +-- ModelNotFound        no such registered model, version or alias
 |   +-- ModelUnfit           the model can't be run as it was logged (no signature, pickled, ...)
@@ -20,6 +21,7 @@ OvernightError
 +-- ModelFailed              the model fails on rows as such: mend the model, not the rows
 +-- TooManyRejects           more rows were rejected than max_reject_fraction allows
 +-- PublishRefused           the parts do not add up to the dataset; nothing was published
++-- RunDamaged               parts of a published run are lost or others, and do not come out the same again
 +-- DeviceLost               the accelerator is gone: this process must end, another may resume
 """
 
@@ -36,8 +38,12 @@ class SourceNotFound(BadInput):
     """No file at that path, glob or prefix."""
 
 
+class SourceFormat(BadInput):
+    """There are files, but of no format that is known, or of several."""
+
+
 class SourceEmpty(BadInput):
-    """There are files, but none that holds rows in a known format."""
+    """There are files, but no rows."""
 
 
 class SchemaMismatch(BadInput):
@@ -102,6 +108,10 @@ class TooManyRejects(OvernightError):
 
 class PublishRefused(OvernightError):
     """The parts do not add up to the dataset."""
+
+
+class RunDamaged(OvernightError):
+    """Parts of a published run are lost or others, and do not come out the same again."""
 
 
 class DeviceLost(OvernightError):

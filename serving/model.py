@@ -16,6 +16,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+from mlflow.models import Model as MLmodel
 
 from serving.answer import named_outputs
 from serving.contract import Contract
@@ -188,11 +189,21 @@ def _trains(node: Any) -> bool:
     return bool((given.get("train") or given.get("training")) and given.get("p") != 0)
 
 
+_WITHOUT_PICKLE = {
+    "mlflow.pytorch": 'Log it with serialization_format="pt2", or pass',
+    "mlflow.lightgbm": "Log its Booster (model.booster_), or pass",
+    "mlflow.pyfunc.model": 'Log it as code (python_model="model.py"), or pass',
+    # Skops too: MLflow takes its list of trusted types, which the model itself brings, for no safety.
+    "mlflow.sklearn": "MLflow has no format for scikit-learn that does without: pass",
+}
+
+
 def _unfit(folder: Path, error: Exception, *, allow_pickle: bool) -> ModelUnfit:
     if not allow_pickle and "pickle" in str(error).lower():
+        loader = MLmodel.load(str(folder / "MLmodel")).flavors["python_function"]["loader_module"]
         return ModelUnfit(
             f"A model must not need unpickling, which runs any code in its files, unless asked for; got: {error} "
-            "Log it in a safe format (mlflow.pytorch: pt2), or pass allow_pickle=True if you trust whoever logged it."
+            f"{_WITHOUT_PICKLE.get(loader, 'Pass')} allow_pickle=True if you trust whoever logged it."
         )
     return ModelUnfit(f"The model in {folder} must load here, got {type(error).__name__}: {error}.")
 

@@ -30,11 +30,6 @@ def start_on_free_ports(
                 raise
 
 
-def free_port() -> int:
-    """Return a TCP port that was free on 127.0.0.1 a moment ago; whoever binds it first has it."""
-    return free_ports(1)[0]
-
-
 def free_ports(count: int) -> tuple[int, ...]:
     """Return `count` different TCP ports that were free on 127.0.0.1 a moment ago."""
     with ExitStack() as held:

@@ -12,20 +12,18 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from infra.local import prefect_template
 from infra.local.loopback import HOST, ask
 from infra.local.ports import start_on_free_ports
-from infra.local.process import ServerCommand, ServerProcess, base_environment
+from infra.local.process import Running, ServerCommand, ServerProcess, base_environment
 
 _NOBODY_LISTENS = "http://127.0.0.1:9"
 _READY_S_MAX = 120.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PrefectServer:
+class PrefectServer(Running):
     """A running Prefect server; a context manager that stops it.
 
     `environment` is what a client process needs: merge it over `os.environ` before Prefect is imported.
@@ -40,16 +38,6 @@ class PrefectServer:
     def stop(self) -> None:
         """Stop the server and return when it is gone. Idempotent."""
         self.process.stop()
-
-    def __enter__(self) -> Self:
-        """Return the running server."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop the server."""
-        self.stop()
 
 
 def prefect_server(home: Path, *, services: bool = True, template_folder: Path | None = None) -> PrefectServer:

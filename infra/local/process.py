@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -67,7 +68,27 @@ class ServerCommand:
             raise ValueError(message)
 
 
-class ServerProcess:
+class Running(ABC):
+    """A server that runs; a context manager that stops it."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Stop the server and return when it is gone. Idempotent."""
+
+    def __enter__(self) -> Self:
+        """Return the running server."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop the server."""
+        self.stop()
+
+
+class ServerProcess(Running):
     """A running server. Constructing it starts the server and returns once it is ready.
 
     Raises ServerFailed. Promises: one process group of its own, default signals, nothing outlives this
@@ -132,16 +153,6 @@ class ServerProcess:
         """Let go of the server without stopping it: for the copy in a forked child."""
         self._owned = False
         self._close_pipes()
-
-    def __enter__(self) -> Self:
-        """Return the running server."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop the server."""
-        self.stop()
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self._command.ready_s_max

@@ -12,8 +12,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 from urllib.parse import quote
 
 from botocore.auth import S3SigV4Auth
@@ -22,7 +20,7 @@ from botocore.credentials import Credentials
 
 from infra.local.loopback import HOST, Answer, ask
 from infra.local.ports import start_on_free_ports
-from infra.local.process import ServerCommand, ServerProcess, base_environment
+from infra.local.process import Running, ServerCommand, ServerProcess, base_environment
 
 _REGION = "us-east-1"
 _PORT_FLAGS = (
@@ -33,7 +31,7 @@ _SOCKET_IN_LOG = re.compile(r"gRPC also listening on Unix socket (/\S+\.sock)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class S3Server:
+class S3Server(Running):
     """A running S3 server; a context manager that stops it.
 
     `environment` is what boto3 and obstore need to act as the administrator, `read_only_environment` as an
@@ -59,16 +57,6 @@ class S3Server:
     def stop(self) -> None:
         """Stop the server and return when it is gone. Idempotent."""
         self.process.stop()
-
-    def __enter__(self) -> Self:
-        """Return the running server."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop the server."""
-        self.stop()
 
 
 def s3_server(folder: Path) -> S3Server:

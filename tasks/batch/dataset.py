@@ -22,6 +22,7 @@ from serving.errors import (
     SchemaMismatch,
     SourceCorrupt,
     SourceEmpty,
+    SourceFormat,
     SourceNotFound,
     StorageFault,
 )
@@ -95,7 +96,7 @@ def take_snapshot(source: str, destination: str) -> Snapshot:
     """List the files of a source and pin each by size and ETag or modification time.
 
     A source is one file, a folder or prefix (everything below it, hive partitions too), or a glob.
-    Names that begin with `_` or `.` are passed over. Raises SourceNotFound, SourceEmpty, and
+    Names that begin with `_` or `.` are passed over. Raises SourceNotFound, SourceFormat, and
     BadInput where the destination's parts would be taken for the source's files.
     """
     selected = select(source, open_storage)
@@ -129,7 +130,7 @@ def _format(entries: list[Entry], source: str) -> str:
     message = (
         f"All files of {source} must be of one format out of {sorted(_FORMATS)}, got {found}. Narrow it by a glob."
     )
-    raise SourceEmpty(message)
+    raise SourceFormat(message)
 
 
 def open_dataset(snapshot: Snapshot, columns: Sequence[str], keys: Sequence[str]) -> Dataset:

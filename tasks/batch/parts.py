@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections import Counter
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from serving.contract import Contract, Output, is_text
@@ -107,7 +109,7 @@ def encode_part(plan: Plan, keys: pa.Table, predictions: Predictions, flags: Fla
     columns |= {output.name: _prediction(output, predictions, bad_N) for output in plan.contract.outputs}
     columns = {name: values.cast(stored_type(values.type, plan.options.output)) for name, values in columns.items()}
     columns |= {REJECT_COLUMN: _reject(flags, 0), REJECT_REASON: _reject(flags, 1)}
-    table = pa.table(columns, metadata=_metadata(plan, flags, batch_size)).combine_chunks()
+    table = pa.table(columns, metadata=_metadata(plan, keys, flags, batch_size)).combine_chunks()
     sink = pa.BufferOutputStream()
     texts = [field.name for field in table.schema if is_text(field.type)]
     pq.write_table(table, sink, compression="zstd", use_dictionary=texts, write_page_checksum=True)
@@ -130,7 +132,7 @@ def _reject(flags: Flags, at: int) -> pa.Array:
     return words.take(pa.array(flags.code_N - 1, mask=flags.code_N == 0))
 
 
-def _metadata(plan: Plan, flags: Flags, batch_size: int) -> dict[str, str]:
+def _metadata(plan: Plan, keys: pa.Table, flags: Flags, batch_size: int) -> dict[str, str]:
     counts = count_reasons(flags)
     return {
         "overnight.run_key": plan.key,
@@ -139,7 +141,13 @@ def _metadata(plan: Plan, flags: Flags, batch_size: int) -> dict[str, str]:
         "overnight.model_digest": plan.model.digest,
         "overnight.batch_size": str(batch_size),
         "overnight.rejects": json.dumps(sorted([*pair, count] for pair, count in counts.items())),
+        "overnight.rows_key_null": str(_count_null_keys(keys)),
     }
+
+
+def _count_null_keys(keys: pa.Table) -> int:
+    nulls = [column.is_null() for column in keys.columns if column.null_count]
+    return int(pc.sum(functools.reduce(pc.or_, nulls)).as_py()) if nulls else 0
 
 
 def count_reasons(flags: Flags) -> Reasons:
@@ -150,12 +158,13 @@ def count_reasons(flags: Flags) -> Reasons:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartFooter:
-    """What the footer of a part says: its rows, its bytes, and its rejects by column and reason."""
+    """What the footer of a part says: its rows, its bytes, its rejects, and its rows whose key holds a null."""
 
     path: str
     rows: int
     bytes: int
     rejects: Reasons
+    rows_key_null: int
 
 
 def read_footer(storage: Storage, plan: Plan, chunk: Chunk, entry: Entry) -> PartFooter | None:
@@ -169,4 +178,10 @@ def read_footer(storage: Storage, plan: Plan, chunk: Chunk, entry: Entry) -> Par
     if metadata.num_rows != chunk.rows or told.get(b"overnight.run_key") != plan.key.encode():
         return None
     rejects = Counter({(column, reason): count for column, reason, count in json.loads(told[b"overnight.rejects"])})
-    return PartFooter(path=entry.path, rows=metadata.num_rows, bytes=entry.size, rejects=rejects)
+    return PartFooter(
+        path=entry.path,
+        rows=metadata.num_rows,
+        bytes=entry.size,
+        rejects=rejects,
+        rows_key_null=int(told.get(b"overnight.rows_key_null", 0)),
+    )

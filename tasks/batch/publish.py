@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from serving.contract import Frozen
-from serving.errors import PublishRefused
+from serving.errors import PublishRefused, RunDamaged
 from serving.registry import ModelPin
 from tasks.batch.dataset import in_parallel
 from tasks.batch.delta import commit_delta
 from tasks.batch.parts import ChunkId, PartFooter, Reasons, list_parts, read_footer
 from tasks.batch.plan import ROOT, Plan, read_record
 from tasks.storage import Storage
+
+_SHOWN = 10
 
 
 class ManifestPart(Frozen):
@@ -43,6 +45,7 @@ class Manifest(Frozen):
     output: str
     rows: int
     rejects: tuple[RejectCount, ...]
+    rows_key_null: int = 0
     parts: tuple[ManifestPart, ...]
 
     @property
@@ -59,6 +62,11 @@ class Audit:
     missing: tuple[ChunkId, ...]
     set_aside: tuple[str, ...]
     rows_set_aside: int
+
+    @property
+    def rows_key_null(self) -> int:
+        """How many rows have a key that holds a null."""
+        return sum(footer.rows_key_null for footer in self.footers)
 
 
 def audit_parts(storage: Storage, plan: Plan) -> Audit:
@@ -84,7 +92,8 @@ def publish(storage: Storage, plan: Plan, audit: Audit) -> Manifest:
     """Commit a run: one Delta commit where asked for, then the manifest, create-only.
 
     Raises PublishRefused where the parts do not add up to the rows of the dataset; nothing is
-    published then. Called again, or by two workers at once, it publishes once.
+    published then. Called again, or by two workers at once, it publishes once. Raises RunDamaged where
+    what is published already has parts of other sizes.
     """
     _must_add_up(plan, audit)
     manifest = Manifest(
@@ -96,6 +105,7 @@ def publish(storage: Storage, plan: Plan, audit: Audit) -> Manifest:
         output=plan.options.output,
         rows=plan.rows,
         rejects=count_rejects(audit),
+        rows_key_null=audit.rows_key_null,
         parts=tuple(ManifestPart(path=f.path, rows=f.rows, bytes=f.bytes) for f in audit.footers),
     )
     if plan.options.output == "delta":
@@ -104,7 +114,9 @@ def publish(storage: Storage, plan: Plan, audit: Audit) -> Manifest:
     storage.sweep(f"run={plan.run}")
     storage.delete([entry.path for entry in storage.entries(f"{plan.folder}/staged")])
     storage.sweep(plan.folder)
-    return find_manifest(storage, plan.run) or manifest
+    standing = find_manifest(storage, plan.run) or manifest
+    _must_be_those_published(standing, manifest)
+    return standing
 
 
 def count_rejects(audit: Audit) -> tuple[RejectCount, ...]:
@@ -127,6 +139,21 @@ def _must_add_up(plan: Plan, audit: Audit) -> None:
         raise PublishRefused(message)
 
 
+def _must_be_those_published(standing: Manifest, manifest: Manifest) -> None:
+    published = {part.path: part.bytes for part in standing.parts}
+    others = [part for part in manifest.parts if part.bytes != published.get(part.path)]
+    if others:
+        listed = ", ".join(
+            f"{p.path} ({p.bytes} bytes, published with {published.get(p.path)})" for p in others[:_SHOWN]
+        )
+        message = (
+            f"The parts of run {manifest.run} must be those that it was published with, got {len(others)} others: "
+            f"{listed}. Delete them and call again on the kind of machine and with the versions that made the run, or "
+            f"delete run={manifest.run} and {ROOT}/{manifest.run} below the destination, and call again for all of it."
+        )
+        raise RunDamaged(message)
+
+
 def _path(run: str) -> str:
     return f"{ROOT}/{run}/manifest.json"
 
@@ -134,3 +161,20 @@ def _path(run: str) -> str:
 def find_manifest(storage: Storage, run: str) -> Manifest | None:
     """Return the manifest of a run, None where it is not complete."""
     return read_record(storage, _path(run), Manifest)
+
+
+def find_damage(storage: Storage, manifest: Manifest) -> tuple[str, ...]:
+    """Return the parts of a published run that are gone, or of another size, by now; one listing, nothing opened.
+
+    None of a Delta table: it may have rewritten and vacuumed them, and its own log says what it holds.
+    """
+    if manifest.output == "delta":
+        return ()
+    sizes = {entry.path: entry.size for entry in list_parts(storage, manifest.run).values()}
+    return tuple(part.path for part in manifest.parts if sizes.get(part.path) != part.bytes)
+
+
+def find_whole(storage: Storage, run: str) -> Manifest | None:
+    """Return the manifest of a run, None where it is not complete, or has lost parts since."""
+    manifest = find_manifest(storage, run)
+    return None if manifest is None or find_damage(storage, manifest) else manifest

@@ -32,6 +32,7 @@ class BatchReport(Frozen):
     output: str
     rows: int = Field(description="Rows of the dataset, all of them in the output.")
     rejects: tuple[RejectCount, ...] = Field(description="Rows without a prediction, by column and reason.")
+    rows_key_null: int = Field(default=0, description="Rows whose key columns hold a null, in the output as they are.")
     rows_scored: int = Field(description="Rows that this call scored.")
     rows_recomputed: int = Field(description="Rows scored again, since another worker was first or a part was torn.")
     parts: int
@@ -67,6 +68,7 @@ class BatchReport(Frozen):
             "rows": f"{self.rows:,}",
             "rejects": f"{self.rows_rejected:,}",
             **{f"  {count.column or 'model'}: {count.reason}": f"{count.rows:,}" for count in self.rejects},
+            **({"rows with a null key": f"{self.rows_key_null:,}"} if self.rows_key_null else {}),
             **(self._of_scoring() if self.status == "scored" else {}),
             **{f"seconds: {stage}": f"{seconds:.2f}" for stage, seconds in self.seconds.items()},
             **{f"thread seconds: {stage}": f"{seconds:.2f}" for stage, seconds in self.thread_seconds.items()},
@@ -113,6 +115,7 @@ def report_complete(manifest: Manifest, plan: Plan, storage: Storage, seconds: d
         output=manifest.output,
         rows=manifest.rows,
         rejects=manifest.rejects,
+        rows_key_null=manifest.rows_key_null,
         rows_scored=0,
         rows_recomputed=0,
         parts=len(manifest.parts),

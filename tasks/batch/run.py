@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving.contract import Contract
-from serving.errors import ModelUnfit
+from serving.errors import ModelUnfit, RunDamaged
 from serving.model import Model, load_model
 from serving.registry import Resolved, open_model, resolve_model
 from tasks.batch.batches import block_rows
@@ -25,7 +25,7 @@ from tasks.batch.plan import (
     run_key,
     save_plan,
 )
-from tasks.batch.publish import Manifest, find_manifest
+from tasks.batch.publish import Manifest, find_damage, find_manifest, find_whole
 from tasks.batch.staging import stage
 from tasks.batch.tuning import settle_sizes
 from tasks.storage import Storage
@@ -57,8 +57,11 @@ def pin_call(model: str, source: str, destination: str, options: BatchOptions) -
 
 
 def find_complete(storage: Storage, call: Call) -> Manifest | None:
-    """Return the manifest if this very call has been answered already; a few reads, nothing opened."""
-    manifest = find_manifest(storage, call.run)
+    """Return the manifest if this very call has been answered already, and its parts are there.
+
+    A few reads and a listing; nothing is opened.
+    """
+    manifest = find_whole(storage, call.run)
     return manifest if manifest is not None and manifest.key == call.key else None
 
 
@@ -129,6 +132,49 @@ def open_planned(plan: Plan) -> Resolved:
         )
         raise ModelUnfit(message)
     return resolved
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """The plan of a call, and what is published of it: the manifest, and the parts that are gone or cut short since."""
+
+    plan: Plan
+    resolved: Resolved | None
+    manifest: Manifest | None
+    damaged: tuple[str, ...]
+
+    @property
+    def complete(self) -> Manifest | None:
+        """The manifest, where every part that it lists is there."""
+        return None if self.damaged else self.manifest
+
+
+def find_published(storage: Storage, plan: Plan, resolved: Resolved | None) -> Found:
+    """Return what is published of a plan: one read and a listing; nothing is opened."""
+    manifest = find_manifest(storage, plan.run)
+    damaged = () if manifest is None else find_damage(storage, manifest)
+    return Found(plan=plan, resolved=resolved, manifest=manifest, damaged=damaged)
+
+
+def restage(plan: Plan, storage: Storage) -> Plan:
+    """Return a plan whose staged copies are there: a published run that has lost parts needs them once more.
+
+    Raises RunDamaged where they do not come out the same.
+    """
+    if plan.source.format == "parquet":
+        return plan
+    copies = stage(plan.source, storage, plan.folder, plan.contract, plan.options.key_columns)
+    tags = {file.path: file.tag for file in copies.files}
+    if lost := [file.path for file in plan.snapshot.files if file.path not in tags]:
+        message = (
+            f"The copies of the source that run {plan.run} was scored from must come out the same again, got others in "
+            f"place of {', '.join(lost[:3])}. Call again with the versions that made the run, or delete run={plan.run} "
+            f"and {plan.folder} below the destination, and call again for all of it."
+        )
+        raise RunDamaged(message)
+    # A copy is named by its content: one of the same name holds the same bytes, whenever it was made.
+    files = tuple(file.model_copy(update={"tag": tags[file.path]}) for file in plan.snapshot.files)
+    return plan.model_copy(update={"snapshot": plan.snapshot.model_copy(update={"files": files})})
 
 
 def free_memory(read: Callable[[Path], str] = Path.read_text) -> int | None:

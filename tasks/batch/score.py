@@ -85,7 +85,7 @@ class Scorer:
         """Add rejects to those of all slots; raises TooManyRejects."""
         with self._lock:
             self._rejects += rejects
-        check_rejects(self._rejects, self.plan.rows, self._max_reject_fraction)
+        check_rejects(self._rejects, self.plan, self._max_reject_fraction)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,12 +200,12 @@ class _Slot:
             self._done.rows_recomputed += len(flags.code_N)
 
 
-def check_rejects(rejects: int, rows: int, fraction_max: float) -> None:
+def check_rejects(rejects: int, plan: Plan, fraction_max: float) -> None:
     """Raise TooManyRejects where the rejects so far are more than the fraction of all rows allows."""
-    if rejects > fraction_max * rows:
+    if rejects > fraction_max * plan.rows:
         message = (
-            f"At most {fraction_max:.4g} of {rows:,} rows may be rejects, got {rejects:,} so far; nothing is "
-            "published. See why with open_rejects(destination, run=...), mend the data, or raise max_reject_fraction "
-            "and call again."
+            f"At most {fraction_max:.4g} of {plan.rows:,} rows may be rejects, got {rejects:,} so far; nothing is "
+            f"published. See why with open_rejects(destination, run={plan.run!r}), mend the data, or raise "
+            "max_reject_fraction and call again."
         )
         raise TooManyRejects(message)

@@ -36,6 +36,7 @@ from serving.errors import (
 from tasks.batch.options import BatchOptions
 from tasks.batch.predictions import open_predictions, open_rejects
 from tasks.batch.report import BatchReport
+from tasks.storage import LocalStorage
 from tests.support import register_network, write_customers
 
 if TYPE_CHECKING:
@@ -83,8 +84,13 @@ class TestARun:
     ) -> None:
         infer(linear, customers, tmp_path / "scores")
         before = {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").rglob("*")}
-        again = infer(linear, customers, tmp_path / "scores")
+        read: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            inner = LocalStorage.read
+            patch.setattr(LocalStorage, "read", lambda self, path: (read.append(path), inner(self, path))[1])
+            again = infer(linear, customers, tmp_path / "scores")
 
+        assert ["manifest.json", "plan.json"] == sorted(Path(path).name for path in read if again.run in path)
         assert ("already complete", 0, 10_000) == (again.status, again.rows_scored, again.rows)
         assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").rglob("*")}
 
@@ -256,6 +262,49 @@ class TestTheSameRun:
         assert whole == {name: data for name, data in parts.items() if name.startswith("part-")}
         assert 1 == sum(name.endswith(".aside") for name in parts)
         assert again.rows_scored == again.rows_recomputed > 0
+
+    @pytest.mark.parametrize("output", ["parquet", "csv"])
+    def test_published_parts_that_are_gone_or_cut_short_are_scored_again_to_the_same_bytes(
+        self, output: str, linear: str, customers: Path, tmp_path: Path
+    ) -> None:
+        if output == "csv":
+            table = pl.read_parquet(customers / "*.parquet")
+            shutil.rmtree(customers)
+            customers.mkdir()
+            table.write_csv(customers / "customers.csv")
+        report = infer(linear, customers, tmp_path / "scores")
+        manifest = tmp_path / "scores" / "_overnight" / report.run / "manifest.json"
+        whole, said = run_parts(tmp_path / "scores"), manifest.read_bytes()
+        gone, cut = sorted((tmp_path / "scores").glob("run=*/part-*"))[1:3]
+        gone.unlink()
+        cut.write_bytes(cut.read_bytes()[:-100])
+        mended = infer(linear, customers, tmp_path / "scores")
+        again = infer(linear, customers, tmp_path / "scores")
+
+        parts = run_parts(tmp_path / "scores")
+        assert whole == {name: data for name, data in parts.items() if name.startswith("part-")}
+        assert ("scored", "already complete") == (mended.status, again.status)
+        assert 0 < mended.rows_scored < 10_000
+        assert said == manifest.read_bytes()
+        assert not list((tmp_path / "scores").rglob("staged"))
+
+    def test_published_parts_that_can_not_be_scored_again_say_why(
+        self, linear: str, customers: Path, tmp_path: Path
+    ) -> None:
+        import flows.batch
+
+        infer(linear, customers, tmp_path / "scores")
+        next((tmp_path / "scores").glob("run=*/part-*")).unlink()
+
+        def changed(*_: object) -> int:
+            for path in customers.iterdir():
+                path.touch()
+            return 1
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(flows.batch, "plan_slots", changed)
+            with pytest.raises(SourceChanged, match="must be the file that the plan was made for"):
+                infer(linear, customers, tmp_path / "scores")
 
     def test_a_source_file_that_changes_while_the_run_goes_on_fails_by_name(
         self, linear: str, customers: Path, tmp_path: Path

@@ -75,19 +75,38 @@ texts = st.one_of(
     st.sampled_from(
         ["true", "False", "TRUE", "inf", "-inf", "nan", "1e400", "-1e60", "", "abc", "1,5", "0x10", "1 2", "+7", ".5"]
     ),
+    st.sampled_from(
+        ["20.0", "2e1", "-2.0E+1", "20.", "20.5", "-21.5", "-0.0", "-0.4", ".", "e1", "1e", "1.2.3", "--1"]
+    ),
+    st.tuples(st.integers(-(2**65), 2**65), st.sampled_from(["", "0", "00", "5", "50", "500001", "49"])).map(
+        lambda pair: f"{pair[0]}.{pair[1]}"
+    ),
+    st.tuples(st.integers(-(10**25), 10**25), st.integers(0, 30)).map(lambda pair: f"{pair[0]}e-{pair[1]}"),
+    st.tuples(st.integers(-300, 300), st.integers(-3, 25), st.sampled_from("eE")).map(
+        lambda three: f"{three[0]}.25{three[2]}{three[1]}"
+    ),
 ).flatmap(lambda text: st.sampled_from([text, f" {text}", f"{text}\t"]))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=400)
 @given(
     st.sampled_from(("bool", *WHOLE, "float32", "float64")),
     st.lists(st.none() | texts, max_size=8),
     st.sampled_from([pa.string(), pa.large_string(), pa.string_view()]),
+    st.sampled_from(["safe", "exact", "round"]),
 )
-def test_text_is_parsed_as_plain_python_does(dtype: str, values: list[str | None], kind: pa.DataType) -> None:
+@example("int64", ["9223372036854775807.0", "-9223372036854775808.0", "9223372036854775808.0"], pa.string(), "safe")
+@example("int64", ["9223372036854775807.5", "-9223372036854775808.5", "9.223372036854775807e18"], pa.string(), "round")
+@example("uint64", ["18446744073709551615.0", "18446744073709551615.5", "-0.5", "-0.6"], pa.string(), "round")
+@example("int64", ["9007199254740993.0", "9007199254740993e0", "9007199254740993.00000000001"], pa.string(), "exact")
+@example("int8", ["0e99999999", "1e-99999999", "1e99999999", "0.0e-5"], pa.string(), "round")
+@example("int8", ["0" * 40 + "7.0", "0." + "0" * 40 + "7e41", "-.5", "1.5", "2.5"], pa.string(), "round")
+def test_text_is_parsed_as_plain_python_does(
+    dtype: str, values: list[str | None], kind: pa.DataType, cast: str
+) -> None:
     out_n = np.empty(len(values), dtype=dtype)
-    broken_n = parse_numbers(out_n, pa.array(values, kind))
-    expected = [0 if text is None else parse_one(text, dtype) for text in values]
+    broken_n = parse_numbers(out_n, pa.array(values, kind), nearest=cast == "round")
+    expected = [0 if text is None else parse_one(text, dtype, cast) for text in values]
 
     assert [one is LOST for one in expected] == broken_n.tolist()
     assert all(one is LOST or same(one, got) for one, got in zip(expected, out_n.tolist(), strict=True))
@@ -97,12 +116,23 @@ def test_text_is_parsed_as_plain_python_does(dtype: str, values: list[str | None
 def test_a_number_too_large_for_a_float_does_not_become_infinity(text: str) -> None:
     out_n = np.empty(2, dtype=np.float32)
 
-    assert [True, False] == parse_numbers(out_n, pa.array([text, "-Infinity"])).tolist()
+    assert [True, False] == parse_numbers(out_n, pa.array([text, "-Infinity"]), nearest=False).tolist()
     assert -math.inf == out_n[1]
+
+
+@pytest.mark.parametrize("dtype", WHOLE)
+def test_whole_numbers_with_a_point_as_pandas_writes_them_beside_nulls_are_parsed(dtype: str) -> None:
+    texts = ["20.0", None, " 7.0", "3", "2e1", "20.5", "inf", "nan"]
+    kept_n, rounded_n = np.empty(8, dtype=dtype), np.empty(8, dtype=dtype)
+
+    assert [*[False] * 5, True, True, True] == parse_numbers(kept_n, pa.array(texts), nearest=False).tolist()
+    assert [*[False] * 6, True, True] == parse_numbers(rounded_n, pa.array(texts), nearest=True).tolist()
+    assert [20, 0, 7, 3, 20] == kept_n[:5].tolist()
+    assert [20, 0, 7, 3, 20, 20] == rounded_n[:6].tolist()
 
 
 def test_half_precision_is_parsed_too() -> None:
     out_n = np.empty(3, dtype=np.float16)
 
-    assert [False, False, True] == parse_numbers(out_n, pa.array(["0.5", None, "70000"])).tolist()
+    assert [False, False, True] == parse_numbers(out_n, pa.array(["0.5", None, "70000"]), nearest=False).tolist()
     assert [0.5, 0.0] == out_n[:2].tolist()

@@ -51,6 +51,26 @@ def test_every_problem_of_a_table_is_in_one_message_that_lists_what_there_is() -
     assert "Columns found: age (double), city (int32), ok (bool)." in message
 
 
+@pytest.mark.parametrize(
+    ("shape", "names"),
+    [((3,), "the 3 columns that fill it, or one of lists"), ((2, 3), "the column of lists or tensors")],
+)
+def test_a_tensor_that_nobody_mapped_to_columns_says_how_to_map_it(shape: tuple[int, ...], names: str) -> None:
+    message = problems(alone(column("float32", "x", shape=shape)), pa.schema([("age", pa.float32())]))
+
+    assert (
+        f"column 'x' (float32 {shape}) is missing; name {names} in the option input_columns={{'x': [...]}}" in message
+    )
+    assert "or when the model is logged, metadata={'overnight': {'columns': {'x': [...]}}}" in message
+
+
+def test_a_tensor_that_is_mapped_to_a_column_misses_that_column() -> None:
+    value = Input(name="x", dtype="float32", shape=(3,), columns=(column("float32", "features", shape=(3,)),))
+    message = problems(Contract(inputs=(value,), outputs=()), pa.schema([("age", pa.float32())]))
+
+    assert "column 'features' (float32 (3,)) is missing\n" in message
+
+
 def test_a_refused_cast_names_the_policy_that_allows_it() -> None:
     message = problems(alone(column("float32")), pa.schema([("a", pa.float64())]))
 

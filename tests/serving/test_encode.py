@@ -12,6 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import serving.encode
 from serving.contract import Column, ColumnPolicy, Contract, Input, fits, is_text
 from serving.encode import Encoded, Flags, encode
 from tests.serving.reference import LOST, cast_one, parse_one
@@ -53,7 +54,7 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
     if pa.types.is_null(kind):
         return st.none()
     if is_text(kind) or name == "dictionary":
-        return st.sampled_from(["1", "-1", " 7 ", "0.5", "true", "no", "", "300", "1e300", "nan", "inf"])
+        return st.sampled_from(["1", "-1", " 7 ", "20.0", "2e1", "0.5", "true", "no", "", "300", "1e300", "nan", "inf"])
     if pa.types.is_boolean(kind):
         return st.booleans()
     if pa.types.is_floating(kind):
@@ -101,7 +102,7 @@ def expected_value(case: Case, value: Any) -> Any:
     source = TYPES[case.kind]
     source = source.value_type if pa.types.is_dictionary(source) else source
     if is_text(source):
-        found = parse_one(value, case.dtype)
+        found = parse_one(value, case.dtype, case.policy.cast)
         return f"text that does not parse as {case.dtype}" if found is LOST else found
     found = cast_one(value, case.dtype, case.policy.cast)
     return f"a {source} that does not fit {case.dtype}" if found is LOST else found
@@ -189,6 +190,31 @@ def test_an_arrow_tensor_is_taken_in_its_shape_wherever_it_is_cut() -> None:
 
     assert np.array_equal(x[[1, 2, 4]], encoded.inputs["v"])
     assert np.float64 == encoded.inputs["v"].dtype
+
+
+@pytest.mark.parametrize("as_tensors", [True, False], ids=["tensors", "lists of a fixed size"])
+def test_images_are_copied_once_an_arrow_chunk_and_never_once_a_row(
+    as_tensors: bool,  # noqa: FBT001
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    image_NHW = np.random.default_rng(0).integers(0, 256, (600, 28, 28), dtype=np.uint8)
+    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(image_NHW)
+    whole = tensors if as_tensors else tensors.storage
+    copied: list[int] = []
+    inner = serving.encode._cast
+
+    def counted(out_n: Any, column: Column, chunk: pa.Array, *rest: Any) -> None:
+        copied.append(len(chunk))
+        assert chunk.buffers()[1].address == tensors.storage.values.buffers()[1].address, "Arrow itself copies nothing"
+        inner(out_n, column, chunk, *rest)
+
+    monkeypatch.setattr(serving.encode, "_cast", counted)
+    table = pa.table({"v": pa.chunked_array([whole.slice(0, 100), whole.slice(100, 300), whole.slice(500)])})
+    encoded = encode(alone(column("uint8", "v", shape=(28, 28))), table)
+
+    assert [100 * 784, 300 * 784, 100 * 784] == copied
+    assert np.array_equal(image_NHW[[*range(400), *range(500, 600)]], encoded.inputs["v"])
+    assert encoded.inputs["v"].flags.writeable, "the place of a reject is overwritten"
 
 
 def test_text_in_lists_is_parsed() -> None:

@@ -90,8 +90,9 @@ def test_a_pickled_network_is_refused_and_the_message_says_how_to_go_on(pickled:
     message = refusal(pickled)
 
     assert "must not need unpickling, which runs any code in its files" in message
-    assert "Log it in a safe format (mlflow.pytorch: pt2)" in message
-    assert "or pass allow_pickle=True if you trust whoever logged it" in message
+    assert message.endswith(
+        'Log it with serialization_format="pt2", or pass allow_pickle=True if you trust whoever logged it.'
+    )
 
 
 def test_a_pickled_network_works_once_it_is_asked_for_and_only_then(pickled: str) -> None:
@@ -219,7 +220,7 @@ def test_scikit_learn_needs_allow_pickle_in_either_format_and_answers_as_itself(
     signature = signature_of(frame, model.predict(frame))
     uri = log(f"sklearn-{form}", mlflow.sklearn.log_model, model, signature=signature, serialization_format=form)
 
-    assert "or pass allow_pickle=True" in refusal(uri)
+    assert "MLflow has no format for scikit-learn that does without: pass allow_pickle=True" in refusal(uri)
     assert np.array_equal(model.predict(frame), predict_frame(uri, frame, allow_pickle=True)["prediction"])
 
 
@@ -247,8 +248,16 @@ def test_a_lightgbm_classifier_needs_allow_pickle_and_answers_as_itself(log: Log
     model = lightgbm.LGBMClassifier(n_estimators=5, verbose=-1, n_jobs=1).fit(frame, frame.n % 3)
     uri = log("classifier", mlflow.lightgbm.log_model, model, signature=signature_of(frame, model.predict(frame)))
 
-    assert "or pass allow_pickle=True" in refusal(uri)
+    booster = log(
+        "its-booster",
+        mlflow.lightgbm.log_model,
+        model.booster_,
+        signature=signature_of(frame, model.predict_proba(frame)),
+    )
+
+    assert "Log its Booster (model.booster_), or pass allow_pickle=True" in refusal(uri)
     assert np.array_equal(model.predict(frame), predict_frame(uri, frame, allow_pickle=True)["prediction"])
+    assert (200, 3) == predict_frame(booster, frame, allow_pickle=False)["prediction"].shape
 
 
 def test_a_booster_of_many_classes_has_one_wide_output(log: Log, frame: pd.DataFrame) -> None:
@@ -262,6 +271,20 @@ def test_a_booster_of_many_classes_has_one_wide_output(log: Log, frame: pd.DataF
 
 UNNAMED = Schema([ColSpec("string")])
 FRAME = Schema([ColSpec("double", "a"), ColSpec("string", "s")])
+
+
+def test_a_python_model_is_refused_as_an_object_and_told_to_be_logged_as_code(log: Log) -> None:
+    class Doubled(mlflow.pyfunc.PythonModel):
+        def predict(self, context: object, model_input: pd.DataFrame, params: object = None) -> Any:
+            return model_input["a"].to_numpy() * 2
+
+    frame = pd.DataFrame({"a": [1.0, 2.0]})
+    uri = log(
+        "object", mlflow.pyfunc.log_model, python_model=Doubled(), signature=signature_of(frame, frame.a.to_numpy())
+    )
+
+    assert 'Log it as code (python_model="model.py"), or pass allow_pickle=True' in refusal(uri)
+    assert [2.0, 4.0] == predict_frame(uri, frame, allow_pickle=True)["prediction"].tolist()
 
 
 def test_a_model_logged_as_code_needs_no_pickle_and_may_answer_with_a_frame(log_code: Log) -> None:

@@ -5,7 +5,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from infra.local.loopback import Answer, ask
-from infra.local.ports import free_port
+from infra.local.ports import free_ports
 
 
 class Echo(BaseHTTPRequestHandler):
@@ -51,7 +51,7 @@ def test_a_users_proxy_is_not_asked(echo_port: int, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_server_that_is_not_there_yet_is_an_answer_too() -> None:
-    answer = ask("GET", free_port(), "/")
+    answer = ask("GET", free_ports(1)[0], "/")
 
     assert answer.status == 0
     assert "ConnectionRefusedError" in answer.text

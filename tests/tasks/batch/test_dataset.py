@@ -16,6 +16,7 @@ from serving.errors import (
     SourceChanged,
     SourceCorrupt,
     SourceEmpty,
+    SourceFormat,
     SourceNotFound,
     StorageDenied,
 )
@@ -122,7 +123,7 @@ def test_an_empty_folder_is_source_not_found(tmp_path: Path) -> None:
 )
 def test_files_of_two_formats_or_none_are_told_apart(place: str, name: str, told: str) -> None:
     put(place, {"a.parquet": numbers(0, 1), name: b"a\n1\n"})
-    with pytest.raises(SourceEmpty, match=rf"must be of one format out of .*{told}"):
+    with pytest.raises(SourceFormat, match=rf"must be of one format out of .*{told}"):
         take_snapshot(place, ELSEWHERE)
 
 

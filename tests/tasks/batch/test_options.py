@@ -54,4 +54,5 @@ def test_options_are_frozen() -> None:
 def test_the_options_in_the_key_are_those_that_change_the_output() -> None:
     assert {
         *("key_columns", "input_columns", "policies", "output", "delta_mode", "batch_size", "rows_per_chunk"),
+        *("bfloat16_tolerance", "torch_compile"),
     } == set(BatchOptions().in_key())

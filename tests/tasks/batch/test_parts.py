@@ -34,7 +34,7 @@ from tasks.batch.parts import (
     read_footer,
     stored_type,
 )
-from tasks.batch.plan import Plan
+from tasks.batch.plan import Chunk, Piece, Plan
 from tasks.storage import Entry, Storage
 from tests.tasks.batch.small import a_contract, a_part, a_plan, numbers, parquet, put
 
@@ -136,6 +136,7 @@ def test_the_metadata_name_model_and_run_and_nothing_of_the_attempt(plan: Plan, 
         b"overnight.model_digest": b"d" * 64,
         b"overnight.batch_size": b"2",
         b"overnight.rejects": json.dumps([["a", "null", 1], ["b", "null", 2]]).encode(),
+        b"overnight.rows_key_null": b"0",
     } == metadata
 
 
@@ -365,6 +366,27 @@ def test_a_footer_says_rows_and_rejects(storage: Storage, plan: Plan) -> None:
     assert footer is not None
     assert ("part", 8, entry.size) == (footer.path, footer.rows, footer.bytes)
     assert Counter({("a", "null"): 2}) == footer.rejects
+
+
+@pytest.mark.parametrize(
+    ("keys", "rows"),
+    [
+        ({"k": ["x", None, "y", None]}, 2),
+        ({"k": [1, None, 3, None], "l": [None, None, "b", "c"]}, 3),
+        ({"k": "abcd"}, 0),
+    ],
+)
+def test_a_footer_counts_the_rows_whose_key_holds_a_null(
+    storage: Storage, plan: Plan, keys: dict[str, Sequence[object]], rows: int
+) -> None:
+    whole = pa.table({name: list(values) for name, values in keys.items()})
+    table = pa.concat_tables([whole.slice(0, 1), whole.slice(1)])
+    storage.put_new("part", encode_part(plan, table, PREDICTIONS, Flags.none(4), 4))
+    chunk = Chunk(pieces=(Piece(file=0, row_group=0, row_start=0, row_stop=4),))
+    footer = read_footer(storage, plan, chunk, entry_of(storage, "part"))
+
+    assert footer is not None
+    assert rows == footer.rows_key_null
 
 
 def test_a_part_that_is_torn_or_a_strangers_has_no_footer(storage: Storage, plan: Plan) -> None:

@@ -7,13 +7,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
+import pyarrow as pa
 import pytest
 
-from serving.errors import DestinationUnusable, PublishRefused
+from serving.errors import DestinationUnusable, PublishRefused, RunDamaged
 from tasks.batch.dataset import Snapshot, take_snapshot
+from tasks.batch.options import BatchOptions
 from tasks.batch.parts import part_path
 from tasks.batch.plan import Plan, load_plan, save_plan
-from tasks.batch.publish import audit_parts, count_rejects, find_manifest, publish
+from tasks.batch.publish import audit_parts, count_rejects, find_damage, find_manifest, find_whole, publish
 from tasks.batch.staging import stage
 from tasks.storage import LocalStorage, Storage, open_storage
 from tests.tasks.batch.small import a_contract, a_part, a_plan, numbers, put, put_parts
@@ -223,6 +225,47 @@ def test_rejects_are_counted_over_all_parts_by_column_and_reason(destination: St
     counts = count_rejects(audit_parts(destination, plan))
 
     assert [("a", "null", 34)] == [(count.column, count.reason, count.rows) for count in counts]
+
+
+def test_rows_whose_key_holds_a_null_are_counted_over_all_parts(place: str, destination: Storage) -> None:
+    table = numbers(0, 25).set_column(0, "id", pa.array([None if at % 5 == 0 else at for at in range(25)]))
+    put(f"{place}/in", {"a.parquet": table})
+    plan = a_plan(f"{place}/in", destination.url, BatchOptions(key_columns=("id",), rows_per_chunk=10))
+    put_parts(plan, destination)
+
+    assert 5 == publish(destination, plan, audit_parts(destination, plan)).rows_key_null
+
+
+def test_parts_that_are_gone_or_of_another_size_are_told_from_a_listing(destination: Storage, plan: Plan) -> None:
+    put_parts(plan, destination)
+    manifest = publish(destination, plan, audit_parts(destination, plan))
+    assert ((), manifest) == (find_damage(destination, manifest), find_whole(destination, plan.run))
+
+    gone, cut = part_path(plan.run, (1, 0)), part_path(plan.run, (2, 0))
+    destination.delete([gone])
+    replace(destination, cut, bytes(a_part(plan, (2, 0)))[:-1])
+    assert ((gone, cut), None) == (find_damage(destination, manifest), find_whole(destination, plan.run))
+
+
+def test_the_parts_of_a_delta_table_are_the_tables_own_to_rewrite(destination: Storage, plan: Plan) -> None:
+    plan = plan.model_copy(update={"options": plan.options.model_copy(update={"output": "delta"})})
+    put_parts(plan, destination)
+    manifest = publish(destination, plan, audit_parts(destination, plan))
+    destination.delete([part_path(plan.run, (1, 0))])
+
+    assert () == find_damage(destination, manifest)
+
+
+def test_a_part_that_is_not_the_one_published_is_told_with_both_sizes(destination: Storage, plan: Plan) -> None:
+    put_parts(plan, destination)
+    manifest = publish(destination, plan, audit_parts(destination, plan))
+    path, other = part_path(plan.run, (1, 0)), a_part(plan, (1, 0), rejects=[])
+    replace(destination, path, other)
+    (published,) = (part.bytes for part in manifest.parts if part.path == path)
+
+    with pytest.raises(RunDamaged, match=rf"{path} \({len(other)} bytes, published with {published}\)"):
+        publish(destination, plan, audit_parts(destination, plan))
+    assert manifest == find_manifest(destination, plan.run)
 
 
 def test_a_manifest_of_another_version_is_told_by_its_address(destination: Storage) -> None:

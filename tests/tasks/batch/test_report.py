@@ -20,6 +20,8 @@ REPORT = BatchReport(
     parts=4,
     slots=2,
     batch_size=64,
+    engine="torch as it comes",
+    tuning=None,
     memory_mb=10,
     seconds={"score": 2.0},
     thread_seconds={"read": 0.1, "forward": 1.5},
@@ -35,6 +37,13 @@ def test_the_table_lists_rejects_by_column_and_reason() -> None:
     rows = {row[""].strip(): row["value"] for row in REPORT.table()}
 
     assert ("7", "1", "400") == (rows["age: null"], rows["model: <b>no</b>"], rows["rows a second"])
+
+
+def test_the_table_counts_keys_that_are_null_where_there_are_any() -> None:
+    with_nulls = REPORT.model_copy(update={"rows_key_null": 12})
+
+    assert {"": "rows with a null key", "value": "12"} in with_nulls.table()
+    assert "null key" not in REPORT.markdown()
 
 
 def test_a_call_that_scored_nothing_claims_no_speed() -> None:

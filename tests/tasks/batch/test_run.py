@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
 
 from serving.contract import ColumnPolicy
 from serving.engine import Engine
-from serving.errors import ModelUnfit
+from serving.errors import ModelUnfit, RunDamaged
 from tasks.batch import tuning
 from tasks.batch.options import BatchOptions
-from tasks.batch.run import find_complete, free_memory, load_planned, open_planned, pin_call, plan_call, state_memory
+from tasks.batch.run import (
+    find_complete,
+    free_memory,
+    load_planned,
+    open_planned,
+    pin_call,
+    plan_call,
+    restage,
+    state_memory,
+)
 from tasks.storage import open_storage
 from tests.support import write_customers
 
@@ -28,6 +38,43 @@ def test_pinning_a_call_writes_nothing(linear: str, source: str, tmp_path: Path)
 
     assert find_complete(open_storage(destination), call) is None
     assert not (tmp_path / "scores").exists()
+
+
+def test_copies_that_were_deleted_with_publishing_are_staged_again(linear: str, source: str, tmp_path: Path) -> None:
+    table = pl.read_parquet(f"{source}/*.parquet")
+    (tmp_path / "csv").mkdir()
+    table.write_csv(tmp_path / "csv" / "customers.csv")
+    destination = open_storage(str(tmp_path / "scores"))
+    plan = plan_call(pin_call(linear, str(tmp_path / "csv"), destination.url, BatchOptions()), destination)
+    before = [destination.read(file.path) for file in plan.snapshot.files]
+    destination.delete([entry.path for entry in destination.entries(f"{plan.folder}/staged")])
+    again = restage(plan, destination)
+
+    assert before == [destination.read(file.path) for file in again.snapshot.files]
+    assert [destination.find(file.path) for file in again.snapshot.files] == [
+        file.entry for file in again.snapshot.files
+    ]
+    assert plan.snapshot.files[0].row_groups == again.snapshot.files[0].row_groups
+
+
+def test_copies_that_come_out_otherwise_are_refused(linear: str, source: str, tmp_path: Path) -> None:
+    (tmp_path / "csv").mkdir()
+    pl.read_parquet(f"{source}/*.parquet").write_csv(tmp_path / "csv" / "customers.csv")
+    destination = open_storage(str(tmp_path / "scores"))
+    plan = plan_call(pin_call(linear, str(tmp_path / "csv"), destination.url, BatchOptions()), destination)
+    file = plan.snapshot.files[0].model_copy(update={"path": "_overnight/x/staged/another.parquet"})
+    other = plan.model_copy(update={"snapshot": plan.snapshot.model_copy(update={"files": (file,)})})
+
+    with pytest.raises(RunDamaged, match=r"staged/another\.parquet"):
+        restage(other, destination)
+
+
+def test_a_run_over_parquet_has_no_copies(linear: str, source: str, tmp_path: Path) -> None:
+    destination = open_storage(str(tmp_path / "scores"))
+    plan = plan_call(pin_call(linear, source, destination.url, BatchOptions()), destination)
+
+    assert plan == restage(plan, destination)
+    assert [] == destination.entries(f"{plan.folder}/staged")
 
 
 def test_a_plan_is_made_once_and_read_ever_after(linear: str, source: str, tmp_path: Path) -> None:

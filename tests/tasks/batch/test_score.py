@@ -186,9 +186,15 @@ def test_too_many_rejects_stop_the_run_as_it_goes(tmp_path: Path, destination: S
 
 
 @pytest.mark.parametrize(("rejects", "refused"), [(0, False), (10, False), (11, True)])
-def test_a_fraction_of_rejects_is_of_all_rows(rejects: int, refused: bool) -> None:  # noqa: FBT001
+def test_a_fraction_of_rejects_is_of_all_rows(plan: Plan, rejects: int, refused: bool) -> None:  # noqa: FBT001
+    plan = plan.model_copy(update={"rows": 100})
     if refused:
         with pytest.raises(TooManyRejects, match=r"At most 0\.1 of 100 rows"):
-            check_rejects(rejects, 100, 0.1)
+            check_rejects(rejects, plan, 0.1)
     else:
-        check_rejects(rejects, 100, 0.1)
+        check_rejects(rejects, plan, 0.1)
+
+
+def test_too_many_rejects_name_the_run_that_shows_them(plan: Plan) -> None:
+    with pytest.raises(TooManyRejects, match=rf"See why with open_rejects\(destination, run='{plan.run}'\)"):
+        check_rejects(plan.rows, plan, 0.1)
