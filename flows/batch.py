@@ -14,7 +14,7 @@ from prefect import get_run_logger
 from prefect.context import FlowRunContext
 
 from flows.adhoc import adhoc_flow
-from flows.shards import score_shards
+from flows.runners import check_runner, score_shards
 from serving.errors import OvernightError, SourceFault
 from serving.model import Model
 from serving.registry import Resolved
@@ -48,6 +48,7 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
     Raises OvernightError's kinds (serving.errors), each named for what to do next.
     """
     logger = get_run_logger()
+    check_runner(options)
     seconds: dict[str, float] = {}
     storage = open_storage(destination)
     plan, resolved = _find_plan(model, source, storage, options, seconds)
@@ -124,7 +125,7 @@ def _score(
     for _ in range(_PASSES_MAX):
         try:
             with watch.watching(), _caller_threads_kept():
-                scored.add(score_shards(scorer, slots))
+                scored.add(score_shards(scorer, slots, options))
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_interrupted(plan, watch.rows_done)) from None
         # Another worker may have published the run meanwhile, and deleted the staged copies that this one read.

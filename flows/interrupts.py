@@ -16,23 +16,25 @@ _HUSH_SECONDS = 10.0
 _POLL_SECONDS = 0.2
 
 
-def hush() -> None:
-    """Let Ctrl-C pass unheard for some seconds: the first is being obeyed, a second would break into that.
+def hush(error: BaseException) -> None:
+    """Let Ctrl-C pass unheard for some seconds where one is being obeyed: a second would break into that.
 
-    Does nothing outside the main thread, where signals are not heard, or where the program ignores them.
+    Does nothing for other errors, outside the main thread, where signals are not heard, and where the
+    program ignores them.
     """
     before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
+    obeyed = isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
+    if not obeyed or not callable(before):
         return
     until = time.monotonic() + _HUSH_SECONDS
 
-    def heard(number: int, frame: FrameType | None) -> None:
+    def passed(number: int, frame: FrameType | None) -> None:
         # It outlives the call on purpose: what Prefect has left to say is said as the interpreter ends.
         if time.monotonic() > until:
             signal.signal(signal.SIGINT, before)
             before(number, frame)
 
-    signal.signal(signal.SIGINT, heard)
+    signal.signal(signal.SIGINT, passed)
 
 
 def start_server_out_of_reach() -> None:

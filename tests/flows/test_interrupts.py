@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import httpx
 import pytest
 
 from infra.local.prefect_server import PrefectServer
-from tasks.batch.options import BatchOptions
+from tasks.batch.options import BatchOptions, Ray
 from tasks.batch.parts import list_parts
 from tasks.batch.plan import load_plan
 from tasks.storage import open_storage
@@ -64,10 +64,16 @@ class Ended:
 
 
 def interrupted(
-    model: str, source: Path, destination: Path, environment: Mapping[str, str], *, times: int = 1
+    model: str,
+    source: Path,
+    destination: Path,
+    environment: Mapping[str, str],
+    *,
+    times: int = 1,
+    options: BatchOptions = OPTIONS,
 ) -> Ended:
     """Run a child in a process group of its own, as a shell does, and press Ctrl-C once it is scoring."""
-    arguments = ("never", "1", model, str(source), str(destination), OPTIONS.model_dump_json())
+    arguments = ("never", "1", model, str(source), str(destination), options.model_dump_json())
     with subprocess.Popen(
         [sys.executable, str(CHILD), *arguments],
         env={**environment, "PYTHONPATH": str(ROOT)},
@@ -124,6 +130,36 @@ def test_ctrl_c_ends_a_run_with_a_sentence_and_the_same_call_completes_it_to_the
     assert undisturbed == digests(tmp_path)
 
 
+def test_ctrl_c_ends_a_run_on_ray_the_same_way_and_leaves_no_process_behind(
+    sleepy: str, source: Path, undisturbed: dict[str, str], prefect: PrefectServer, tmp_path: Path
+) -> None:
+    pytest.importorskip("prefect_ray", reason="Ray is an extra: pip install 'overnight[ray]'")
+    from flows.batch import batch_inference
+
+    options = OPTIONS.model_copy(update={"runner": Ray()})
+    ended = interrupted(sleepy, source, tmp_path, os.environ, times=2, options=options)
+    left = digests(tmp_path)
+    batch_inference(sleepy, str(source), str(tmp_path), OPTIONS)
+
+    assert -signal.SIGINT == ended.code
+    assert 1 == ended.stderr.count("Traceback"), ended.stderr
+    assert "are done and stay; the same call resumes." in ended.stderr.splitlines()[-1]
+    assert 5 <= len(left) < CHUNKS
+    assert set() == of_session(ended.group)
+    assert undisturbed == digests(tmp_path)
+
+
+def of_session(session: int) -> set[int]:
+    """Every process of a session that is left; Ray gives its processes groups of their own."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, of = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(of) == session and state != "Z":
+                found.add(int(stat.parent.name))
+    return found
+
+
 def test_only_a_shard_with_all_its_parts_shows_as_completed(
     sleepy: str, source: Path, prefect: PrefectServer, tmp_path: Path
 ) -> None:
@@ -161,7 +197,9 @@ def test_an_impatient_second_ctrl_c_passes_unheard_and_a_later_one_does_not(monk
 
     monkeypatch.setattr(interrupts, "_HUSH_SECONDS", 0.2)
     before = signal.getsignal(signal.SIGINT)
-    interrupts.hush()
+    interrupts.hush(ValueError())
+    assert before is signal.getsignal(signal.SIGINT)
+    interrupts.hush(KeyboardInterrupt())
     signal.raise_signal(signal.SIGINT)
     time.sleep(0.3)
 
