@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from prefect import Flow
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
+from flows.interrupts import start_server_out_of_reach
+
+_SAY = "Interrupted. The same call begins again, or resumes where it had begun to score."
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -17,7 +21,7 @@ def adhoc_flow(name: str) -> Callable[[Callable[P, R]], Flow[P, R]]:
 
     Prefect ends a flow run by joining its heartbeat thread, which sleeps whole seconds: every call
     would take up to a second more. A heartbeat lets automations resume the runs of a deployment; those
-    are not started by a call, and keep it.
+    are not started by a call, and keep it. Ctrl-C comes out as a KeyboardInterrupt that says what to do next.
     """
     return lambda function: _AdHocFlow(function, name=name, persist_result=False)
 
@@ -27,4 +31,9 @@ class _AdHocFlow(Flow[P, R]):
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-                return super().__call__(*args, **kwargs)
+                try:
+                    start_server_out_of_reach()
+                    return super().__call__(*args, **kwargs)
+                except KeyboardInterrupt as interrupt:
+                    # Without its cause: the frames of Prefect's engine say nothing to a person who pressed Ctrl-C.
+                    raise KeyboardInterrupt(*interrupt.args or [_SAY]) from None

@@ -6,18 +6,15 @@ import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
 from uuid import uuid4
 
 import matplotlib.figure  # noqa: F401 - half a second that would else fall into the first call, for its plot
 from mlflow import MlflowException
-from prefect import get_run_logger, task
-from prefect.cache_policies import NO_CACHE
+from prefect import get_run_logger
 from prefect.context import FlowRunContext
-from prefect.futures import wait
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.adhoc import adhoc_flow
+from flows.runners import check_runner, score_shards
 from serving.errors import OvernightError, SourceFault
 from serving.model import Model
 from tasks.batch.artifacts import Logger, Watch, publish_artifacts
@@ -40,9 +37,6 @@ from tasks.storage import Storage, open_storage
 _DEFAULTS = BatchOptions()
 _PASSES_MAX = 3
 
-# Shard tasks carry the attempt's name only: the scorer holds the model, which can't travel.
-_scorers: dict[str, Scorer] = {}
-
 
 @adhoc_flow("batch-inference")
 def batch_inference(model: str, source: str, destination: str, options: BatchOptions = _DEFAULTS) -> BatchReport:
@@ -59,6 +53,7 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
     Raises OvernightError's kinds (serving.errors), each named for what to do next.
     """
     logger = get_run_logger()
+    check_runner(options)
     seconds: dict[str, float] = {}
     storage = open_storage(destination)
     found = _find_plan(model, source, storage, options, seconds)
@@ -138,8 +133,11 @@ def _score(
     scorer = Scorer(plan=plan, destination=storage, model=model, max_reject_fraction=options.max_reject_fraction)
     scored = Scored()
     for _ in range(_PASSES_MAX):
-        with watch.watching(), _caller_threads_kept():
-            _score_pass(scorer, slots, scored)
+        try:
+            with watch.watching(), _caller_threads_kept():
+                scored.add(score_shards(scorer, slots, options))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_interrupted(plan, watch.rows_done)) from None
         # Another worker may have published the run meanwhile, and deleted the staged copies that this one read.
         if scored.faults and find_whole(storage, plan.run) is None:
             raise _faults(scored)
@@ -149,37 +147,6 @@ def _score(
             break
     check_rejects(sum(count.rows for count in count_rejects(audit)), plan, options.max_reject_fraction)
     return scored, audit
-
-
-def _score_pass(scorer: Scorer, slots: int, scored: Scored) -> None:
-    attempt = str(uuid4())
-    _scorers[attempt] = scorer
-    shards = scorer.share.begin()
-    try:
-        runner: ThreadPoolTaskRunner[Scored] = ThreadPoolTaskRunner(max_workers=slots)
-        with runner, _stopped_on_the_way_out(scorer):
-            futures: list[Any] = [runner.submit(score_shard, {"attempt": attempt, "shard": at}) for at in shards]
-            wait(futures)
-            for future in futures:
-                scored.add(future.result())
-    finally:
-        del _scorers[attempt]
-
-
-@task(name="score-shard", task_run_name="score-shard-{shard}", cache_policy=NO_CACHE, persist_result=False)
-def score_shard(attempt: str, shard: int) -> Scored:
-    """Score one shard in this thread, then help with what is left."""
-    return _scorers[attempt].score_shard(shard)
-
-
-@contextmanager
-def _stopped_on_the_way_out(scorer: Scorer) -> Generator[None]:
-    """Stop every slot when the flow is interrupted, or the pool would wait for all of its shards."""
-    try:
-        yield
-    except BaseException:
-        scorer.share.stop.set()
-        raise
 
 
 @contextmanager
@@ -192,6 +159,12 @@ def _caller_threads_kept() -> Generator[None]:
     finally:
         if torch:
             torch.set_num_threads(before)
+
+
+def _interrupted(plan: Plan, rows_done: int) -> str:
+    return (
+        f"Interrupted: {rows_done:,} of {plan.rows:,} rows of run {plan.run} are done and stay; the same call resumes."
+    )
 
 
 def _faults(scored: Scored) -> SourceFault:

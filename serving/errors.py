@@ -18,6 +18,7 @@ OvernightError
 +-- StorageFault             storage refuses or fails; call again once it is put right, it resumes
 |   +-- StorageDenied        the credentials do not allow it
 |   +-- StorageFull          no space left
++-- RunnerUnusable           the workers asked for can't be had or don't live; put it right and call again, it resumes
 +-- ModelFailed              the model fails on rows as such: mend the model, not the rows
 +-- TooManyRejects           more rows were rejected than max_reject_fraction allows
 +-- PublishRefused           the parts do not add up to the dataset; nothing was published
@@ -96,6 +97,10 @@ class StorageDenied(StorageFault):
 
 class StorageFull(StorageFault):
     """No space is left."""
+
+
+class RunnerUnusable(OvernightError):
+    """The workers that the call asks for can't be had, or don't live; the run resumes once that is put right."""
 
 
 class ModelFailed(OvernightError):

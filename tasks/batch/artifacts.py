@@ -28,6 +28,7 @@ from tasks.batch.report import BatchReport, Sample, data_uri
 
 _ARTIFACT_SECONDS = 5.0
 _LOG_SECONDS = 30.0
+_JOIN_SECONDS = 1.0
 _LOOK_SECONDS_MIN, _LOOK_SECONDS_MAX = 0.05, 2.0
 
 Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
@@ -55,22 +56,24 @@ class Watch:
         """Watch from a thread of its own while the block runs; a bar is shown where there is a terminal."""
         done = threading.Event()
         # Artifacts find their flow run in the context, which threads do not inherit.
-        thread = threading.Thread(target=contextvars.copy_context().run, args=(self._watch, done), name="watch")
+        run = contextvars.copy_context().run
+        thread = threading.Thread(target=run, args=(self._watch, done), name="watch", daemon=True)
         with self._shown_bar():
             thread.start()
             try:
                 yield
             finally:
                 done.set()
-                thread.join()
+                # A server that does not answer may hold the thread for a minute; nothing waits for its artifact.
+                thread.join(_JOIN_SECONDS)
                 self._update()
 
     def _watch(self, done: threading.Event) -> None:
         while not done.wait(self._pause()):
-            try:
-                self._update()
-            except StorageFault as error:
-                self._logger.warning("Progress is not known for now: %s", error)
+            self._update()
+            if time.perf_counter() - self._shown > _ARTIFACT_SECONDS:
+                self._shown = time.perf_counter()
+                self.show()
 
     def _pause(self) -> float:
         elapsed = time.perf_counter() - self._start
@@ -94,9 +97,13 @@ class Watch:
         self._bar = None
 
     def _update(self) -> None:
-        rows_done = self._look()
+        try:
+            rows_done = self._look()
+        except StorageFault as error:
+            self._logger.warning("Progress is not known for now: %s", error)
+            return
         now = time.perf_counter()
-        if rows_done != self.samples[-1][1]:
+        if rows_done != self.rows_done:
             self.samples.append((now - self._start, rows_done))
         rate = f"{(rows_done - self._before) / max(now - self._start, 1e-9):,.0f} rows/s"
         if self._bar is not None:
@@ -104,9 +111,11 @@ class Watch:
         elif now - self._logged > _LOG_SECONDS:
             self._logged = now
             self._logger.info("%s of %s rows done, %s", f"{rows_done:,}", f"{self._rows:,}", rate)
-        if now - self._shown > _ARTIFACT_SECONDS:
-            self._shown = now
-            self.show()
+
+    @property
+    def rows_done(self) -> int:
+        """The rows that had their part when it last looked."""
+        return self.samples[-1][1]
 
     def show(self) -> None:
         """Set the progress artifact to the rows last seen."""
@@ -115,7 +124,7 @@ class Watch:
                 update_progress_artifact(self._artifact, progress=self._percent())
 
     def _percent(self) -> float:
-        return min(100.0, 100.0 * self.samples[-1][1] / self._rows)
+        return min(100.0, 100.0 * self.rows_done / self._rows)
 
 
 def publish_artifacts(report: BatchReport, png: bytes, logger: Logger) -> None:

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from serving.contract import ColumnPolicy, Frozen
 
 # These decide how a run is carried out, never what it puts out: a later call may change them and still resume.
-_NOT_IN_KEY = {"name", "slots", "memory_mb", "max_reject_fraction", "allow_pickle", "experiment"}
+_NOT_IN_KEY = {"name", "slots", "memory_mb", "max_reject_fraction", "allow_pickle", "experiment", "runner"}
+
+
+class Threads(Frozen):
+    """Score in threads of the process that runs the flow."""
+
+    kind: Literal["threads"] = Field(default="threads", description="Tells this runner from others.")
+
+
+class Ray(Frozen):
+    """Score on a Ray cluster: each slot is a process of its own, on any node that has room for it."""
+
+    kind: Literal["ray"] = Field(default="ray", description="Tells this runner from others.")
+    address: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Address of a running cluster, as ray.init takes it. Without: one on this machine, for the run.",
+    )
+    cpus_per_slot: int | None = Field(
+        default=None,
+        ge=1,
+        description="CPUs of each slot, and threads of its libraries. Without: one; on this machine, its share.",
+    )
 
 
 class BatchOptions(Frozen):
@@ -58,6 +80,9 @@ class BatchOptions(Frozen):
     memory_mb: int | None = Field(
         default=None, ge=1, description="Memory that the run may take, in MiB. Without: what this machine has free."
     )
+    runner: Threads | Ray = Field(
+        default=Threads(), discriminator="kind", description="Where shards are scored: in threads, or on a Ray cluster."
+    )
     max_reject_fraction: float = Field(
         default=0.1, ge=0, le=1, description="The run stops, unpublished, when more of its rows than this are rejects."
     )
@@ -67,6 +92,13 @@ class BatchOptions(Frozen):
     experiment: str | None = Field(
         default="overnight", description="The MLflow experiment that gets the run's lineage; null for none."
     )
+
+    @model_validator(mode="after")
+    def _cluster_has_slots(self) -> Self:
+        if isinstance(self.runner, Ray) and self.runner.address is not None and self.slots is None:
+            message = "slots must say how many forward passes the Ray cluster runs side by side, got none."
+            raise ValueError(message)
+        return self
 
     def in_key(self) -> dict[str, object]:
         """Return what the run key is made of: the options that change the output."""

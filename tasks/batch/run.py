@@ -13,7 +13,7 @@ from serving.registry import Resolved, open_model, resolve_model
 from tasks.batch.batches import block_rows
 from tasks.batch.dataset import Dataset, Snapshot, open_dataset, take_snapshot
 from tasks.batch.delta import check_delta
-from tasks.batch.options import BatchOptions
+from tasks.batch.options import BatchOptions, Ray
 from tasks.batch.parts import check_names, part_schema
 from tasks.batch.plan import (
     Plan,
@@ -100,7 +100,8 @@ def plan_slots(options: BatchOptions, model: Model) -> int:
 def state_memory(plan: Plan, slots: int, options: BatchOptions) -> int:
     """Return the bytes that the run's data takes at its peak; raises PlanTooLarge where they are not to be had."""
     needed = memory_bytes(plan, slots, block_rows(plan.step, plan.row_bytes))
-    allowed = options.memory_mb << 20 if options.memory_mb else free_memory()
+    elsewhere = isinstance(options.runner, Ray) and options.runner.address is not None
+    allowed = options.memory_mb << 20 if options.memory_mb else None if elsewhere else free_memory()
     if allowed is not None:
         must_fit(needed, allowed, plan, slots)
     return needed

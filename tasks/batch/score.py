@@ -64,7 +64,7 @@ class Scorer:
     def __init__(self, *, plan: Plan, destination: Storage, model: Model, max_reject_fraction: float) -> None:
         self.plan, self.destination, self.model = plan, destination, model
         self.share = Share(plan, destination)
-        self._max_reject_fraction = max_reject_fraction
+        self.max_reject_fraction = max_reject_fraction
         self._lock = threading.Lock()
         self._rejects = 0
 
@@ -85,7 +85,7 @@ class Scorer:
         """Add rejects to those of all slots; raises TooManyRejects."""
         with self._lock:
             self._rejects += rejects
-        check_rejects(self._rejects, self.plan, self._max_reject_fraction)
+        check_rejects(self._rejects, self.plan, self.max_reject_fraction)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

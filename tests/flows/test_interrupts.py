@@ -1,0 +1,208 @@
+"""Ctrl-C ends a run at once, with one sentence, and loses nothing but what was in hand."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from infra.local.prefect_server import PrefectServer
+from tasks.batch.options import BatchOptions, Ray
+from tasks.batch.parts import list_parts
+from tasks.batch.plan import load_plan
+from tasks.storage import open_storage
+from tests.support import write_customers
+
+ROOT = Path(__file__).parents[2]
+CHILD = Path(__file__).with_name("kill_child.py")
+CHUNKS = 120
+OPTIONS = BatchOptions(key_columns=("customer",), batch_size=50, rows_per_chunk=50, slots=2, experiment=None)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("interrupts") / "customers"
+    return write_customers(folder, rows=50 * CHUNKS, files=2, rows_per_group=50 * CHUNKS // 2)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    sleepy: str, source: Path, prefect: PrefectServer, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    from flows.batch import batch_inference
+
+    destination = tmp_path_factory.mktemp("undisturbed")
+    batch_inference(sleepy, str(source), str(destination), OPTIONS)
+    return digests(destination)
+
+
+def digests(destination: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in destination.glob("run=*/*")}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """How an interrupted child ended: exit code, what it said, and its process group."""
+
+    code: int
+    stderr: str
+    group: int
+
+
+def interrupted(
+    model: str,
+    source: Path,
+    destination: Path,
+    environment: Mapping[str, str],
+    *,
+    times: int = 1,
+    options: BatchOptions = OPTIONS,
+) -> Ended:
+    """Run a child in a process group of its own, as a shell does, and press Ctrl-C once it is scoring."""
+    arguments = ("never", "1", model, str(source), str(destination), options.model_dump_json())
+    with subprocess.Popen(
+        [sys.executable, str(CHILD), *arguments],
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as child:
+        while len(digests(destination)) < 5 and child.poll() is None:
+            time.sleep(0.02)
+        for _ in range(times):
+            os.killpg(child.pid, signal.SIGINT)
+            time.sleep(0.3)
+        stderr = child.communicate(timeout=120)[1]
+    return Ended(code=child.returncode, stderr=stderr, group=child.pid)
+
+
+def shard_states(server: PrefectServer, destination: Path) -> dict[int, str]:
+    """What the server says of each shard of the run into a destination, once it has taken note of all."""
+
+    def ask(kind: str, body: dict[str, Any]) -> Any:
+        return httpx.post(f"{server.api_url}/{kind}/filter", json=body).json()
+
+    (run,) = [run for run in ask("flow_runs", {}) if run["parameters"]["destination"] == str(destination)]
+    assert "CRASHED" == run["state_type"]
+    states = {"": "RUNNING"}
+    while "RUNNING" in states.values():
+        found = ask("task_runs", {"flow_runs": {"id": {"any_": [run["id"]]}}})
+        states = {task["name"].removeprefix("score-shard-"): task["state_type"] for task in found}
+    return {int(shard): state for shard, state in states.items()}
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_ends_a_run_with_a_sentence_and_the_same_call_completes_it_to_the_same_bytes(
+    sleepy: str, source: Path, undisturbed: dict[str, str], prefect: PrefectServer, tmp_path: Path, times: int
+) -> None:
+    from flows.batch import batch_inference
+
+    ended = interrupted(sleepy, source, tmp_path, os.environ, times=times)
+    left = digests(tmp_path)
+    report = batch_inference(sleepy, str(source), str(tmp_path), OPTIONS)
+
+    assert -signal.SIGINT == ended.code
+    assert 1 == ended.stderr.count("Traceback"), ended.stderr
+    told = re.fullmatch(
+        r"KeyboardInterrupt: Interrupted: ([\d,]+) of 6,000 rows of run \w+ are done and stay; the same call resumes\.",
+        ended.stderr.strip().splitlines()[-1],
+    )
+    assert told, ended.stderr
+    assert 50 * len(left) == int(told[1].replace(",", ""))
+    assert 5 <= len(left) < CHUNKS
+    assert left.items() <= undisturbed.items()
+    assert 6_000 - 50 * len(left) == report.rows_scored
+    assert undisturbed == digests(tmp_path)
+
+
+def test_ctrl_c_ends_a_run_on_ray_the_same_way_and_leaves_no_process_behind(
+    sleepy: str, source: Path, undisturbed: dict[str, str], prefect: PrefectServer, tmp_path: Path
+) -> None:
+    pytest.importorskip("prefect_ray", reason="Ray is an extra: pip install 'overnight[ray]'")
+    from flows.batch import batch_inference
+
+    options = OPTIONS.model_copy(update={"runner": Ray()})
+    ended = interrupted(sleepy, source, tmp_path, os.environ, times=2, options=options)
+    left = digests(tmp_path)
+    batch_inference(sleepy, str(source), str(tmp_path), OPTIONS)
+
+    assert -signal.SIGINT == ended.code
+    assert 1 == ended.stderr.count("Traceback"), ended.stderr
+    assert "are done and stay; the same call resumes." in ended.stderr.splitlines()[-1]
+    assert 5 <= len(left) < CHUNKS
+    assert set() == of_session(ended.group)
+    assert undisturbed == digests(tmp_path)
+
+
+def of_session(session: int) -> set[int]:
+    """Every process of a session that is left; Ray gives its processes groups of their own."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, of = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(of) == session and state != "Z":
+                found.add(int(stat.parent.name))
+    return found
+
+
+def test_only_a_shard_with_all_its_parts_shows_as_completed(
+    sleepy: str, source: Path, prefect: PrefectServer, tmp_path: Path
+) -> None:
+    interrupted(sleepy, source, tmp_path, os.environ)
+
+    (run,) = tmp_path.glob("run=*")
+    plan = load_plan(open_storage(str(tmp_path)), run.name.removeprefix("run="))
+    assert plan is not None
+    parts = Counter(shard for shard, _ in list_parts(open_storage(str(tmp_path)), plan.run))
+    states = shard_states(prefect, tmp_path)
+    assert "CANCELLED" in states.values()
+    assert states == {
+        shard: "COMPLETED" if parts[shard] == len(plan.shards[shard]) else "CANCELLED" for shard in states
+    }
+
+
+def test_ctrl_c_does_not_reach_the_temporary_server_and_leaves_no_process_behind(
+    sleepy: str, source: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    environment = {**own, "PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    ended = interrupted(sleepy, source, tmp_path / "scores", environment)
+
+    assert -signal.SIGINT == ended.code
+    assert 1 == ended.stderr.count("Traceback"), ended.stderr
+    with closing(sqlite3.connect(home / "prefect.db")) as database:
+        assert [("CRASHED",)] == database.execute("select state_type from flow_run").fetchall()
+    with pytest.raises(ProcessLookupError):
+        os.killpg(ended.group, 0)
+
+
+def test_an_impatient_second_ctrl_c_passes_unheard_and_a_later_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import interrupts
+
+    monkeypatch.setattr(interrupts, "_HUSH_SECONDS", 0.2)
+    before = signal.getsignal(signal.SIGINT)
+    interrupts.hush(ValueError())
+    assert before is signal.getsignal(signal.SIGINT)
+    interrupts.hush(KeyboardInterrupt())
+    signal.raise_signal(signal.SIGINT)
+    time.sleep(0.3)
+
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert before is signal.getsignal(signal.SIGINT)
