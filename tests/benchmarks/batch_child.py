@@ -31,7 +31,7 @@ def overnight(model: str, source: str, destination: str, options: dict[str, int]
 
     resolved = resolve_model(model)
     load_model(resolved, resolved.contract({}, {}))
-    chosen = BatchOptions(key_columns=("customer",), **options)  # type: ignore[arg-type]
+    chosen = BatchOptions(**{"key_columns": ("customer",), **options})  # type: ignore[arg-type]
     return lambda: batch_inference(model, source, destination, chosen).rows_scored
 
 
