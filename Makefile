@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint types check format bench-batch clean
+.PHONY: demo test lint types check format bench-batch bench-peers clean
 
 $(STAMP): pyproject.toml constraints.txt infra/local/wheels.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got %d.%d; set PYTHON=" % sys.version_info[:2])'
@@ -37,6 +37,10 @@ format: $(STAMP)
 # Figures: a table, then one JSON object as the last line. ROWS=1000000 for a quick look.
 bench-batch: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.batch
+
+# The same beside Ray Data, Daft, Spark, sentence-transformers and a loop by hand, each in an environment of its own.
+bench-peers: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.peers
 
 clean:
 	rm -rf $(VENV) .demo .bench

@@ -37,7 +37,7 @@ def overnight(model: str, source: str, destination: str, options: dict[str, int]
 
     resolved = resolve_model(model)
     load_model(resolved, resolved.contract({}, {}))
-    chosen = BatchOptions(key_columns=("customer",), **options)  # type: ignore[arg-type]
+    chosen = BatchOptions(**{"key_columns": ("customer",), **options})  # type: ignore[arg-type]
 
     def run() -> dict[str, float]:
         report = batch_inference(model, source, destination, chosen)
