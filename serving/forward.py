@@ -42,6 +42,10 @@ class Forward:
     batch_size: int
     batch_size_safe: int | None = None
     proven: bool = field(default=False)
+    _overlapping: Overlapping | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._overlapping = self.model if isinstance(self.model, Overlapping) else None
 
     def score(self, encoded: Encoded) -> Predictions:
         """Predict N rows in batches of `batch_size`, counted from the first row.
@@ -66,7 +70,8 @@ class Forward:
     def _score_batches(self, rows: _Batch, flags: Flags) -> Predictions:
         out = self._nothing(rows.rows)
         begun: deque[_Begun] = deque()
-        ahead = self._overlapping.passes_ahead if self._overlapping else 0
+        # None is begun ahead once memory ran out.
+        ahead = self._overlapping.passes_ahead if self._overlapping and self.batch_size_safe is None else 0
         for start, stop in itertools.pairwise(rows.edges(self.batch_size)):
             begun.append(self._begin(rows.cut(start, stop), flags, start))
             if len(begun) > ahead:
@@ -75,21 +80,16 @@ class Forward:
             self._settle(each, flags, out)
         return out
 
-    @property
-    def _overlapping(self) -> Overlapping | None:
-        """The model, where its passes may be begun ahead; none is once memory ran out."""
-        return self.model if isinstance(self.model, Overlapping) and self.batch_size_safe is None else None
-
     def _begin(self, batch: _Batch, flags: Flags, start: int) -> _Begun:
         """Fill bad rows and, where the model takes passes ahead, begin this one."""
         bad_n = flags.code_N[start : start + batch.rows] != 0
         if bad_n.any() and not bad_n.all():
             batch.fill(bad_n, int(np.argmin(bad_n)))
         on_its_way = None
-        if (model := self._overlapping) and not bad_n.all():
+        if self._overlapping and self.batch_size_safe is None and not bad_n.all():
             # What goes wrong here goes wrong again in the pass that is then made alone.
             with suppress(Exception):
-                on_its_way = model.begin(batch.inputs)
+                on_its_way = self._overlapping.begin(batch.inputs)
         return _Begun(batch, start, on_its_way)
 
     def _settle(self, begun: _Begun, flags: Flags, out: Predictions) -> None:
@@ -112,9 +112,9 @@ class Forward:
         self.proven = True
 
     def _finish(self, begun: _Begun) -> Predictions:
-        if begun.on_its_way is not None and isinstance(self.model, Overlapping):
+        if begun.on_its_way is not None and self._overlapping:
             with suppress(Exception):
-                return self.model.finish(begun.on_its_way)
+                return self._overlapping.finish(begun.on_its_way)
         return self._pass(begun.batch)
 
     def _without_bad_rows(self, batch: _Batch, flags: Flags, start: int, error: Exception) -> Predictions:

@@ -40,10 +40,20 @@ def _in_graph(module: fx.GraphModule) -> bool:
     linear = [node for node in module.graph.nodes if node.target is torch.ops.aten.linear.default and _is_float(node)]
     for node in linear:
         x, weight, bias = (*node.args, None)[:3]
+        rectified = _only_rectified(node)
         node.target = torch.ops.mkldnn._linear_pointwise.default  # noqa: SLF001 - what torch.compile's own code calls
-        node.args = (x, weight, bias, "none", [], "")
+        node.args = (x, weight, bias, "relu" if rectified else "none", [], "")
+        if rectified:
+            rectified.replace_all_uses_with(node)
+            module.graph.erase_node(rectified)
     module.recompile()
     return bool(linear)
+
+
+def _only_rectified(node: fx.Node) -> fx.Node | None:
+    """Return the ReLU that alone takes what a layer gives: oneDNN applies it while the values are at hand."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].target is torch.ops.aten.relu.default else None
 
 
 def _is_float(node: fx.Node) -> bool:

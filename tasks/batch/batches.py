@@ -15,13 +15,14 @@ from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Snapshot, SourceFile, c
 from tasks.batch.plan import Chunk, Piece, Plan
 from tasks.storage import LocalStorage, Storage, open_storage
 
-BLOCK_BYTES = 2 << 20
+# Measured: below, threads spend their time handing blocks over; above, only memory grows.
+BLOCK_BYTES = 8 << 20
 
 T = TypeVar("T")
 
 
 def block_rows(step: int, row_bytes: float) -> int:
-    """Return the rows of a block: batches of `step` rows that together stay near 2 MiB, which a core's cache holds."""
+    """Return the rows of a block: batches of `step` rows that together stay near 8 MiB."""
     return step * max(1, int(BLOCK_BYTES / max(row_bytes, 1) / step))
 
 
