@@ -328,9 +328,9 @@ def test_an_object_that_is_replaced_between_two_chunks_is_source_changed(place: 
 
 @pytest.mark.parametrize(
     ("batch_size", "row_bytes", "expected"),
-    [(1024, 8, 256 * 1024), (1024, 2048, 1024), (1024, 1 << 30, 1024), (1, 0, 2 << 20), (1000, 100, 20_000)],
+    [(1024, 8, 1024 * 1024), (1024, 8192, 1024), (1024, 1 << 30, 1024), (1, 0, 8 << 20), (1000, 100, 83_000)],
 )
-def test_a_block_is_whole_batches_near_two_mebibytes(batch_size: int, row_bytes: float, expected: int) -> None:
+def test_a_block_is_whole_batches_near_eight_mebibytes(batch_size: int, row_bytes: float, expected: int) -> None:
     assert expected == block_rows(batch_size, row_bytes)
 
 
@@ -422,4 +422,3 @@ def test_the_items_are_made_in_another_thread_while_one_is_worked_on() -> None:
     list(ahead(items(), 1))
 
     assert made_by == {"read-ahead"}
-    assert batches.BLOCK_BYTES == 2 << 20
