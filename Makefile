@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint types check format bench-batch bench-peers clean
+.PHONY: demo test lint types check format bench-batch bench-peers bench-gpu clean
 
 $(STAMP): pyproject.toml constraints.txt infra/local/wheels.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got %d.%d; set PYTHON=" % sys.version_info[:2])'
@@ -41,6 +41,10 @@ bench-batch: $(STAMP)
 # The same beside Ray Data, Daft, Spark, sentence-transformers and a loop by hand, each in an environment of its own.
 bench-peers: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.peers
+
+# Whole runs over passes alone on the card; says so where there is none.
+bench-gpu: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.gpu
 
 clean:
 	rm -rf $(VENV) .demo .bench

@@ -121,7 +121,7 @@ def in_turn(runs: dict[Any, Callable[[], Any]], title: str, figure: Callable[[An
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def child(kind: str, model: str, source: Path, **options: int) -> dict[str, float]:
+def child(kind: str, model: str, source: Path, **options: Any) -> dict[str, float]:
     """Run one measurement of batch_child in a process of its own."""
     destination = FOLDER / "out"
     shutil.rmtree(destination, ignore_errors=True)

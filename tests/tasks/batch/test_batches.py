@@ -20,7 +20,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.errors import SourceChanged, SourceCorrupt
-from tasks.batch import batches
 from tasks.batch.batches import Reader, ahead, block_rows, open_reader
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, open_dataset, take_snapshot
 from tasks.batch.options import BatchOptions
