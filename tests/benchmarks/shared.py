@@ -12,6 +12,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -132,7 +133,11 @@ def child(kind: str, model: str, source: Path, **options: Any) -> dict[str, floa
 def measure(command: list[str], environment: dict[str, str] | None = None) -> dict[str, Any]:
     """Run a process and return the JSON object that it prints last."""
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, **(environment or {})}
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "BEGUN": str(time.time()), **(environment or {})},
     )
     if done.returncode:
         raise RuntimeError(done.stderr[-4000:])
