@@ -124,7 +124,7 @@ class _Course:
     def _agreeing(self) -> dict[Engine, float]:
         """Return the engines whose predictions on the sample are near enough, with their differences."""
         size = self.wish.batch_size or self.model.batch_sizes[0]
-        few = self.sample.rows_at(0, size)
+        few = self.sample.rows_at(0, _piece(self.sample, size))
         plain, *others = self.models
         expected = self._predict(plain, few, size)
         kept = {plain: 0.0}
