@@ -177,6 +177,16 @@ def test_a_tuning_fits_a_tag_of_mlflow() -> None:
     assert 4000 > len(tuning.model_dump_json())
 
 
+def test_texts_are_compared_and_measured_on_a_few_passes_of_their_tokens() -> None:
+    model = Timed(Clock(), {PLAIN: lambda _: 1.0, ONEDNN: lambda _: 1.0})
+    # A batch counts tokens: the smallest, of 64, is two rows.
+    tuning = tuned(model, sample=replace(rows(), length_N=np.full(len(X), 32)))
+
+    assert tuning is not None
+    assert 8 / 4 == tuning.rows_per_second
+    assert 20 > model.clock.now
+
+
 class Sleeps(Timed):
     def predict(self, inputs: Arrays) -> dict[str, Any]:
         time.sleep(0.02)
