@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import statistics
 from collections.abc import Callable, Sequence
@@ -65,10 +66,12 @@ class Course:
 def race(course: Course, contenders: Sequence[Contender]) -> None:
     """Find each one's batch size, then run them in turn; the first one's answer is what the others' must equal.
 
-    A contender that fails or answers otherwise keeps the reason as its fault, and is out.
+    A contender that fails or answers otherwise keeps the reason as its fault, and is out, as is one that came with one.
     """
     expected: pl.DataFrame | None = None
     for contender in track(contenders, f"{course.title}: best batch sizes", console=console):
+        if contender.fault:
+            continue
         tried = {batch: _attempt(contender, course, course.few, batch) for batch in contender.batches}
         finished = {batch: answer for batch, answer in tried.items() if answer is not None}
         if finished:
@@ -94,10 +97,17 @@ def _attempt(contender: Contender, course: Course, source: Path, batch: int) -> 
         columns = [course.key, next(name for name in answer.collect_schema() if name != course.key)]
         table = answer.select(columns).sort(course.key).collect()
     except Exception as error:  # noqa: BLE001 - whatever a contender fails with is what is said of it
-        contender.fault = next(line for line in reversed([repr(error), *str(error).splitlines()]) if line.strip())
+        contender.fault = reason(error)
         return None
     contender.version = found.get("version", "")
     return found["seconds"], table
+
+
+def reason(error: Exception) -> str:
+    """Return the line that says why: the last one of a process that names an error, or its last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if re.search(r"error|exception", line, re.IGNORECASE)]
+    return [repr(error), *lines, *named][-1]
 
 
 def _agree(contender: Contender, expected: pl.DataFrame | None, answer: pl.DataFrame) -> pl.DataFrame:

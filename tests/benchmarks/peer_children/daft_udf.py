@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import daft
 import numpy as np
 from daft import DataType, Series, col
@@ -24,6 +27,9 @@ def main() -> None:
         scored.write_parquet(destination)
 
     measure(run, job, daft.__version__)
+    # Daft's threads at times outlive the interpreter and abort it as it ends, when all is written.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
