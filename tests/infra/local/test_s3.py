@@ -1,6 +1,7 @@
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -212,8 +213,11 @@ def test_a_bucket_name_that_is_taken_or_wrong_is_refused(s3: S3Server, name: str
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="Linux lists its sockets there")
 def test_all_its_ports_are_on_loopback(s3: S3Server) -> None:
-    files = Path(f"/proc/{s3.process.pid}/fd").iterdir()
-    sockets = {str(file.readlink()).removeprefix("socket:[").removesuffix("]") for file in files}
+    sockets = set()
+    for file in Path(f"/proc/{s3.process.pid}/fd").iterdir():
+        # One may be closed while they are listed.
+        with suppress(FileNotFoundError):
+            sockets.add(str(file.readlink()).removeprefix("socket:[").removesuffix("]"))
     rows = [
         line.split()
         for table in ("tcp", "tcp6")
