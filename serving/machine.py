@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 
@@ -16,12 +18,14 @@ def cores() -> int:
 
 
 def machine_kind() -> str:
-    """Name the kind of this machine: GPUs, processor, cores, and the torch that computes on it."""
-    import torch  # noqa: PLC0415 - a finished run is told so before torch is imported
+    """Name the kind of this machine: GPUs, processor, cores, and the torch that computes on it.
 
-    cards = torch.cuda.device_count()
-    card = f"{cards} x {torch.cuda.get_device_name(0)}, " if cards else ""
-    return f"{card}{_processor()}, {cores()} cores, torch {torch.__version__}"
+    Does not import torch: GPUs are named where a model has done so already.
+    """
+    torch = sys.modules.get("torch")
+    cards = torch.cuda.device_count() if torch else 0
+    card = f"{cards} x {torch.cuda.get_device_name(0)}, " if torch and cards else ""
+    return f"{card}{_processor()}, {cores()} cores, torch {version('torch')}"
 
 
 @functools.cache

@@ -1,14 +1,22 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
-
-import torch
 
 from serving.machine import _processor, cores, machine_kind
 
 
 def test_a_machine_is_named_by_processor_cores_and_torch() -> None:
-    assert f"{cores()} cores, torch {torch.__version__}" in machine_kind()
+    assert f"{cores()} cores, torch {version('torch')}" in machine_kind()
+
+
+def test_naming_the_machine_does_not_import_torch() -> None:
+    code = "import sys, serving.machine as m; m.machine_kind(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert "False" == done.stdout.strip()
 
 
 def test_the_first_processor_names_them_all(tmp_path: Path) -> None:
