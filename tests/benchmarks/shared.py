@@ -141,4 +141,5 @@ def measure(command: list[str], environment: dict[str, str] | None = None) -> di
     )
     if done.returncode:
         raise RuntimeError(done.stderr[-4000:])
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    # Some libraries have a last word of their own.
+    return dict(json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1]))
