@@ -90,8 +90,12 @@ class LocalStorage:
         Read by read(2), not by memory map: a file cut short while it is mapped ends the process.
         """
         self.hold(entry)
-        with local_errors(self.root / entry.path):
-            return pa.OSFile(str(self.root / entry.path), "rb")
+        path = self.root / entry.path
+        with local_errors(path):
+            try:
+                return pa.OSFile(str(path), "rb")
+            except FileNotFoundError as error:
+                raise _gone(path) from error
 
     def hold(self, entry: Entry) -> None:
         """Raise SourceChanged where the file's size or modification time is not the entry's."""
@@ -100,8 +104,7 @@ class LocalStorage:
             return
         path = self.root / entry.path
         if now is None:
-            message = f"{path} must be there for the whole run, but is gone. Put it back, or start a new run."
-            raise SourceChanged(message)
+            raise _gone(path)
         message = (
             f"{path} must be the file that the plan was made for ({entry.size} bytes, modified at {entry.tag} ns), "
             f"got {now.size} bytes, modified at {now.tag} ns. Put the old file back and call again, "
@@ -142,6 +145,10 @@ class LocalStorage:
     def address(self, path: str) -> str:
         """Return the absolute path."""
         return str(self.root / path)
+
+
+def _gone(path: Path) -> SourceChanged:
+    return SourceChanged(f"{path} must be there for the whole run, but is gone. Put it back, or start a new run.")
 
 
 def _write_synced(path: Path, data: bytes | memoryview) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from serving.errors import DestinationUnusable, StorageDenied, StorageFault, StorageFull
-from tasks.storage import LocalStorage
+from serving.errors import DestinationUnusable, SourceChanged, StorageDenied, StorageFault, StorageFull
+from tasks.storage import Entry, LocalStorage
 
 Enter = Callable[[], AbstractContextManager[None]]
 
@@ -292,3 +292,20 @@ def test_a_file_is_opened_by_read_and_not_mapped(folder: LocalStorage) -> None:
 
         # A mapped file that is cut short would end the process here.
         assert stream.read() == b"01"
+
+
+def test_a_file_that_goes_as_it_is_opened_is_gone_by_name(
+    folder: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.put_new("a", b"0123456789")
+    hold = LocalStorage.hold
+
+    def late(self: LocalStorage, entry: Entry) -> None:
+        # Another worker sets the file aside between the look and the opening.
+        hold(self, entry)
+        self.set_aside(entry)
+
+    monkeypatch.setattr(LocalStorage, "hold", late)
+
+    with pytest.raises(SourceChanged, match="a must be there for the whole run, but is gone"):
+        folder.open_pinned(folder.entries()[0])
