@@ -6,7 +6,6 @@ Ray runs a task again whose process or node died. That is safe, since a part is 
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import socket
 import threading
@@ -20,7 +19,9 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.interrupts import hush
 from flows.shards import Errand, score_shard
+from serving.environment import variable
 from serving.errors import RunnerUnusable
+from serving.machine import cores
 from tasks.batch.options import Ray
 from tasks.batch.score import Scored
 
@@ -131,14 +132,15 @@ def _connected(where: Ray, slots: int) -> Generator[RayTaskRunner[Any]]:
     from prefect_ray.context import remote_options  # noqa: PLC0415
     from prefect_ray.task_runners import RayTaskRunner  # noqa: PLC0415
 
-    cores = os.cpu_count() or 1
-    cpus = where.cpus_per_slot or (1 if where.address else max(1, cores // slots))
-    runner: RayTaskRunner[Any] = RayTaskRunner(init_kwargs=_init(where, max(cores, cpus * slots)))
+    here = cores()
+    cpus = where.cpus_per_slot or (1 if where.address else max(1, here // slots))
+    runner: RayTaskRunner[Any] = RayTaskRunner(init_kwargs=_init(where, max(here, cpus * slots)))
     # A temporary Prefect server has no address in the settings; each process of Ray would start one of its own.
     server = {PREFECT_API_URL: str(get_client(sync_client=True).api_url)}
     with ExitStack() as stack:
         try:
-            with _no_usage_stats(), _sigterm_kept():
+            # A cluster that starts here reports nothing to Ray's makers.
+            with variable("RAY_USAGE_STATS_ENABLED", "0"), _sigterm_kept():
                 stack.enter_context(runner)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             must = f"answer at {where.address}" if where.address else "start on this machine"
@@ -181,17 +183,3 @@ def _sigterm_kept() -> Generator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _no_usage_stats() -> Generator[None]:
-    """Keep a cluster that starts here from reporting to Ray's makers."""
-    name = "RAY_USAGE_STATS_ENABLED"
-    before = os.environ.get(name)
-    os.environ[name] = "0"
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before

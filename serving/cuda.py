@@ -22,6 +22,7 @@ from serving.contract import Contract
 from serving.encode import BatchUnit, Encoded
 from serving.engine import Engine, Wish
 from serving.model import Arrays
+from serving.torch_model import to_numpy
 
 _CUDA = Engine(device="cuda")
 
@@ -74,7 +75,7 @@ class CudaModel:
     def finish(self, begun: Pass) -> dict[str, npt.NDArray[Any]]:
         """Wait for a pass and return its outputs."""
         begun.done.synchronize()
-        return named_outputs(begun.raw, self._contract.outputs, begun.rows, _to_numpy)
+        return named_outputs(begun.raw, self._contract.outputs, begun.rows, _copied)
 
     @contextmanager
     def slot(self) -> Generator[None]:
@@ -152,5 +153,6 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
     return host.copy_(tensor, non_blocking=True)
 
 
-def _to_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    return np.array((tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy())
+def _copied(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    # The pinned buffer that the values lie in is used again.
+    return np.array(to_numpy(tensor))

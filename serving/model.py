@@ -6,7 +6,6 @@ Shapes: every input is [N, *shape] and every output [N, *shape] of the contract.
 from __future__ import annotations
 
 import functools
-import os
 import sys
 import threading
 from collections.abc import Generator, Mapping, Sequence
@@ -22,6 +21,7 @@ from serving.answer import named_outputs
 from serving.contract import Contract
 from serving.encode import BatchUnit, Encoded
 from serving.engine import Engine, Wish
+from serving.environment import variable
 from serving.errors import ModelUnfit
 from serving.registry import Resolved
 
@@ -133,25 +133,13 @@ _loading = threading.Lock()
 def _load(folder: Path, digest: str, is_torch: bool, allow_pickle: bool) -> Any:  # noqa: ARG001, FBT001 - the digest is a key of the cache
     import mlflow.pyfunc  # noqa: PLC0415 - seconds of imports that a finished run does not need
 
-    with _pickle_allowed(allow_pickle), _no_bytecode():
+    with variable(_ALLOW_PICKLE, str(allow_pickle).lower()), _no_bytecode():
         try:
             return _load_torch(folder, allow_pickle=allow_pickle) if is_torch else mlflow.pyfunc.load_model(str(folder))
         except ModelUnfit:
             raise
         except Exception as error:  # a flavour's loader may raise anything; it all means the same here
             raise _unfit(folder, error, allow_pickle=allow_pickle) from error
-
-
-@contextmanager
-def _pickle_allowed(allowed: bool) -> Generator[None]:  # noqa: FBT001 - it says what it is
-    before = os.environ.get(_ALLOW_PICKLE)
-    os.environ[_ALLOW_PICKLE] = str(allowed).lower()
-    try:
-        yield
-    finally:
-        del os.environ[_ALLOW_PICKLE]
-        if before is not None:
-            os.environ[_ALLOW_PICKLE] = before
 
 
 @contextmanager

@@ -42,7 +42,7 @@ class TorchModel:
         """Run one forward pass; must be called inside `slot()`."""
         tensors = [torch.from_numpy(inputs[value.name]) for value in self._contract.inputs]
         rows = tensors[0].shape[0]
-        return named_outputs(self._passes(*tensors), self._contract.outputs, rows, _to_numpy)
+        return named_outputs(self._passes(*tensors), self._contract.outputs, rows, to_numpy)
 
     def slot(self) -> AbstractContextManager[None]:
         """Enter inference mode, intra-op threads and precision: none of them reaches other threads by itself."""
@@ -62,8 +62,8 @@ class TorchModel:
         return type(self)(self._module, self._contract, engine)
 
 
-def _to_numpy(tensor: Any) -> npt.NDArray[Any]:
-    # numpy has no bfloat16.
+def to_numpy(tensor: Any) -> npt.NDArray[Any]:
+    """Return a tensor's values, without a copy where numpy has their type: bfloat16 becomes float32."""
     return np.asarray((tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy())
 
 
