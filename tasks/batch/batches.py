@@ -29,8 +29,8 @@ def block_rows(step: int, row_bytes: float) -> int:
 class Reader:
     """Reads chunks of a dataset, one at a time, for one thread.
 
-    A chunk that goes on where the last one stopped, inside a row group, goes on reading there: a
-    large row group cut into many chunks is decoded once.
+    A chunk that lies where the last one stopped, or further on in the same row group, goes on reading
+    there: a large row group cut into many chunks is read and decoded once, also where a resume leaves some out.
     """
 
     def __init__(
@@ -86,8 +86,9 @@ class Reader:
 
     def _read(self, piece: Piece, file: SourceFile) -> Generator[pa.RecordBatch]:
         cursor = self._cursor
-        if cursor is None or not cursor.stands_at(piece):
+        if cursor is None or not cursor.stands_before(piece):
             cursor = self._cursor = _Cursor(self._parquet(piece.file, file), piece, self._physical(), self._rows)
+        cursor.pass_to(piece.row_start)
         yield from cursor.take(piece.rows)
 
     def _parquet(self, at: int, file: SourceFile) -> pq.ParquetFile:
@@ -128,11 +129,14 @@ class _Cursor:
         )
         self._left: pa.RecordBatch | None = None
         self._at = 0
-        for _ in self.take(piece.row_start):
-            pass
 
-    def stands_at(self, piece: Piece) -> bool:
-        return self._group == (piece.file, piece.row_group) and self._at == piece.row_start
+    def stands_before(self, piece: Piece) -> bool:
+        return self._group == (piece.file, piece.row_group) and self._at <= piece.row_start
+
+    def pass_to(self, row: int) -> None:
+        """Pass over the rows before this one."""
+        for _ in self.take(row - self._at):
+            pass
 
     def take(self, rows: int) -> Generator[pa.RecordBatch]:
         """Yield the next `rows` rows; raises ValueError where the row group ends before."""

@@ -59,13 +59,59 @@ def prefect() -> Generator[None]:
         yield
 
 
-def make_customers(rows: int) -> Path:
+@contextmanager
+def on_s3() -> Generator[str]:
+    """Run the real S3 server, which keeps what it had, and point storage at it; yield its address."""
+    from infra.local.s3 import s3_server
+
+    with s3_server(FOLDER / "s3") as server:
+        os.environ.update(server.environment)
+        if not (FOLDER / "s3" / "lake.done").exists():
+            server.create_bucket("lake")
+            (FOLDER / "s3" / "lake.done").touch()
+        yield server.endpoint_url
+
+
+def upload(folder: Path) -> str:
+    """Put the files of a dataset on S3, each unless it is there, and return their address."""
+    from tasks.storage import open_storage
+
+    address = f"s3://lake/{folder.name}"
+    storage = open_storage(address)
+    for path in track(sorted(folder.glob("*.parquet")), f"to {address}", console=console):
+        if not storage.exists(path.name):
+            storage.put_new(path.name, path.read_bytes())
+    return address
+
+
+def clear(destination: str) -> None:
+    """Delete whatever lies at a destination."""
+    from tasks.storage import open_storage
+
+    if destination.startswith("s3://"):
+        storage = open_storage(destination)
+        storage.delete([entry.path for entry in storage.entries()])
+    else:
+        shutil.rmtree(destination, ignore_errors=True)
+
+
+def use_experiment(name: str) -> None:
+    """Log models to an experiment whose files lie in the benchmarks' folder."""
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    if client.get_experiment_by_name(name) is None:
+        client.create_experiment(name, artifact_location=(FOLDER / "mlruns").as_uri())
+    mlflow.set_experiment(name)
+
+
+def make_customers(rows: int, rows_per_group: int = ROWS_PER_GROUP) -> Path:
     """Write the table once: 500,000 rows a file in row groups of 125,000, seeded by file."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    folder = FOLDER / f"customers-{rows}"
+    folder = FOLDER / (f"customers-{rows}" + (f"-{rows_per_group}" if rows_per_group != ROWS_PER_GROUP else ""))
     if (folder / "_done").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +122,7 @@ def make_customers(rows: int) -> Path:
         random = np.random.default_rng(at)
         columns = {"customer": np.arange(start, start + count)}
         columns |= {name: random.standard_normal(count, dtype=np.float32) for name in FEATURES}
-        pq.write_table(pa.table(columns), folder / f"customers-{at:03d}.parquet", row_group_size=ROWS_PER_GROUP)
+        pq.write_table(pa.table(columns), folder / f"customers-{at:03d}.parquet", row_group_size=rows_per_group)
     (folder / "_done").touch()
     return folder
 

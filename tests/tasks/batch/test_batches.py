@@ -163,6 +163,16 @@ def test_a_row_group_of_many_chunks_is_decoded_once(tmp_path: Path, monkeypatch:
     assert decoded.rows == 100
 
 
+def test_a_jump_forwards_in_a_row_group_goes_on_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(str(tmp_path), {"a.parquet": numbers(0, 100)})
+    decoded = Counting(monkeypatch)
+    reader, chunks = a_reader(tmp_path, 3, ("id",))
+    found = [pa.concat_tables(reader.blocks(chunks[at]))["id"].to_pylist() for at in (2, 5, 9)]
+
+    assert [list(range(at, at + 10)) for at in (20, 50, 90)] == found
+    assert decoded.rows == 100
+
+
 def test_a_jump_backwards_starts_the_row_group_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(str(tmp_path), {"a.parquet": numbers(0, 100)})
     reader, chunks = a_reader(tmp_path, 5, ("id",))
