@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -9,6 +11,7 @@ from prefect import Flow
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
 from flows.interrupts import start_server_out_of_reach
+from flows.notices import Left
 
 _SAY = "Interrupted. The same call begins again, or resumes where it had begun to score."
 
@@ -21,7 +24,8 @@ def adhoc_flow(name: str) -> Callable[[Callable[P, R]], Flow[P, R]]:
 
     Prefect ends a flow run by joining its heartbeat thread, which sleeps whole seconds: every call
     would take up to a second more. A heartbeat lets automations resume the runs of a deployment; those
-    are not started by a call, and keep it. Ctrl-C comes out as a KeyboardInterrupt that says what to do next.
+    are not started by a call, and keep it. Ctrl-C comes out as a KeyboardInterrupt that says what to do next, a notice
+    as Interrupted.
     """
     return lambda function: _AdHocFlow(function, name=name, persist_result=False)
 
@@ -37,3 +41,13 @@ class _AdHocFlow(Flow[P, R]):
                 except KeyboardInterrupt as interrupt:
                     # Without its cause: the frames of Prefect's engine say nothing to a person who pressed Ctrl-C.
                     raise KeyboardInterrupt(*interrupt.args or [_SAY]) from None
+                except Left as left:
+                    if left.notice.of_process:
+                        _pass_on_sigterm()
+                    raise left.interrupted from None
+
+
+def _pass_on_sigterm() -> None:
+    """Let the caller's own handler of SIGTERM, in its place again, hear the signal that was meant for it too."""
+    if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGTERM)):
+        signal.raise_signal(signal.SIGTERM)

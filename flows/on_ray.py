@@ -9,21 +9,23 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from prefect.client.orchestration import get_client
+from prefect.exceptions import TerminationSignal
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.interrupts import hush
+from flows.notices import hear_sigterm
 from flows.shards import Errand, score_shard
 from serving.environment import variable
 from serving.errors import RunnerUnusable
 from serving.machine import cores
 from tasks.batch.options import Ray
-from tasks.batch.score import Scored
+from tasks.batch.score import Scored, Scorer
 
 if TYPE_CHECKING:
     from prefect_ray.task_runners import PrefectRayFuture, RayTaskRunner
@@ -52,11 +54,12 @@ def check_usable(where: Ray) -> None:
 
 
 def score_shards(
-    where: Ray, slots: int, sent: Errand, shards: list[int], count_rejects: Callable[[int], None]
+    where: Ray, slots: int, sent: Errand, shards: list[int], scorer: Scorer, notice_seconds: float
 ) -> Scored:
     """Score shards, at most `slots` of them at once; return what that came to.
 
-    Raises what the first failing shard raised, and RunnerUnusable where the cluster does not carry the run.
+    A notice to this process stops them all: slots are elsewhere, and what they have in hand is dropped. Raises what
+    the first failing shard raised, and RunnerUnusable where the cluster does not carry the run.
     """
     scored = Scored()
     pending: dict[Any, PrefectRayFuture[Any]] = {}
@@ -64,28 +67,35 @@ def score_shards(
         try:
             for shard in shards:
                 if len(pending) == slots:
-                    _add_next(pending, scored, count_rejects)
+                    _add_next(pending, scored, scorer)
+                if scorer.share.rests():
+                    break
                 future = runner.submit(score_shard, {"errand": sent, "shard": shard})
                 pending[future.wrapped_future] = future
-            while pending:
-                _add_next(pending, scored, count_rejects)
+            while pending and not scorer.share.rests():
+                _add_next(pending, scored, scorer)
+        except TerminationSignal:
+            hear_sigterm(scorer.drain, notice_seconds)
         except BaseException as error:
             hush(error)
-            _stop(list(pending))
+            _stop(list(pending), _REST_SECONDS)
             raise
+        scored.chunks_dropped += len(pending)
+        _stop(list(pending), min(_REST_SECONDS, scorer.drain.seconds_left / 4))
     return scored
 
 
-def _add_next(pending: dict[Any, PrefectRayFuture[Any]], scored: Scored, count_rejects: Callable[[int], None]) -> None:
-    """Wait for one shard and add what it came to."""
+def _add_next(pending: dict[Any, PrefectRayFuture[Any]], scored: Scored, scorer: Scorer) -> None:
+    """Wait for one shard and add what it came to, or for a notice."""
     import ray  # noqa: PLC0415 - an extra that most installations do without
 
     done: list[Any] = []
-    while not done:
+    while not done and not scorer.share.rests():
         done, _ = ray.wait(list(pending), timeout=_POLL_SECONDS)
-    result = _result(pending.pop(done[0]))
-    scored.add(result)
-    count_rejects(result.rejects.total())
+    if done:
+        result = _result(pending.pop(done[0]))
+        scored.add(result)
+        scorer.count_rejects(result.rejects.total())
 
 
 def _result(future: PrefectRayFuture[Any]) -> Any:
@@ -115,13 +125,13 @@ def _unusable(error: Exception) -> RunnerUnusable:
     )
 
 
-def _stop(refs: list[Any]) -> None:
+def _stop(refs: list[Any], rest_seconds: float) -> None:
     """Cancel tasks: softly, so that they tell Prefect, then by ending their processes."""
     import ray  # noqa: PLC0415
 
     for ref in refs:
         ray.cancel(ref)
-    _, left = ray.wait(refs, num_returns=len(refs), timeout=_REST_SECONDS) if refs else ([], [])
+    _, left = ray.wait(refs, num_returns=len(refs), timeout=rest_seconds) if refs else ([], [])
     for ref in left:
         ray.cancel(ref, force=True)
 

@@ -1,15 +1,17 @@
-"""One pass over a plan: a task for each shard that lacks parts, side by side in slots, in threads or on Ray."""
+"""Passes over a plan: a task for each shard that lacks parts, side by side in slots, in threads or on Ray."""
 
 from __future__ import annotations
 
 from concurrent.futures import wait
+from contextlib import ExitStack
 from typing import Any
 
-from prefect.exceptions import CancelledRun
+from prefect.exceptions import CancelledRun, TerminationSignal
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import on_ray
 from flows.interrupts import hush
+from flows.notices import hear_sigterm
 from flows.shards import Errand, errand, score_shard
 from tasks.batch.options import BatchOptions, Ray
 from tasks.batch.score import Scored, Scorer
@@ -25,43 +27,71 @@ def check_runner(options: BatchOptions) -> None:
 
 
 def score_shards(scorer: Scorer, slots: int, options: BatchOptions) -> Scored:
-    """Score what the plan lacks, and return what that came to.
+    """Score what the plan lacks, and return what that came to: less than all of it where a notice stands then.
 
-    Raises what the first failing shard raised, once every slot has come to rest. An interrupt stops each
-    slot after the forward pass that it is in; the parts that were written stay.
+    Raises what the first failing shard raised, once every slot has come to rest. Ctrl-C stops each slot after the
+    batch that it is in; the parts that were written stay. So does SIGTERM, when the notice that it is runs out or it
+    comes a second time, as Prefect's TerminationSignal.
     """
-    shards = scorer.share.begin()
-    with errand(scorer, allow_pickle=options.allow_pickle) as sent:
-        if isinstance(options.runner, Ray):
-            return on_ray.score_shards(options.runner, slots, sent, shards, scorer.count_rejects)
-        return _score_in_threads(scorer, slots, sent, shards)
+    scored = Scored()
+    while True:
+        shards = scorer.share.begin()
+        with errand(scorer, allow_pickle=options.allow_pickle) as sent:
+            if isinstance(options.runner, Ray):
+                scored.add(on_ray.score_shards(options.runner, slots, sent, shards, scorer, options.notice_seconds))
+            else:
+                scored.add(_score_in_threads(scorer, slots, sent, shards, options.notice_seconds))
+        # A notice that was withdrawn has left slots at rest that have work again.
+        if scorer.drain.notice is not None or not scorer.share.cut_short:
+            return scored
 
 
-def _score_in_threads(scorer: Scorer, slots: int, sent: Errand, shards: list[int]) -> Scored:
-    runner: ThreadPoolTaskRunner[Scored] = ThreadPoolTaskRunner(max_workers=slots)
-    with runner:
-        futures: list[Any] = [runner.submit(score_shard, {"errand": sent, "shard": at}) for at in shards]
-        _wait(scorer, futures)
-        return _added(futures)
+def _score_in_threads(scorer: Scorer, slots: int, sent: Errand, shards: list[int], notice_seconds: float) -> Scored:
+    futures: list[Any] = []
+    with ExitStack() as stack:
+        runner: ThreadPoolTaskRunner[Scored] = stack.enter_context(ThreadPoolTaskRunner(max_workers=slots))
+        try:
+            try:
+                futures += (runner.submit(score_shard, {"errand": sent, "shard": at}) for at in shards)
+                rested = _rest(scorer, futures)
+            except TerminationSignal:
+                hear_sigterm(scorer.drain, notice_seconds)
+                rested = _rest(scorer, futures)
+                if not rested:
+                    raise
+        except TerminationSignal:
+            scorer.share.stop.set()
+            stack.pop_all()
+            raise
+        except BaseException as error:
+            hush(error)
+            scorer.share.stop.set()
+            waiting = {future.wrapped_future for future in futures}
+            for future in waiting:
+                future.cancel()
+            wait(waiting)
+            raise
+        if not rested:
+            # Leaving the runner waits for its threads, and there is no time for that.
+            scorer.share.stop.set()
+            stack.pop_all()
+    return _added(futures)
 
 
-def _wait(scorer: Scorer, futures: list[Any]) -> None:
-    """Wait for every shard; when interrupted, until every slot has come to rest."""
+def _rest(scorer: Scorer, futures: list[Any]) -> bool:
+    """Wait until every slot has come to rest, at the end of the pass or after a notice; False where one is late."""
     waiting = {future.wrapped_future for future in futures}
-    try:
-        while waiting:
-            waiting = wait(waiting, timeout=_POLL_SECONDS).not_done
-    except BaseException as error:
-        hush(error)
-        scorer.share.stop.set()
-        for future in waiting:
-            future.cancel()
-        wait(waiting)
-        raise
+    while waiting and not scorer.drain.over:
+        if scorer.share.rests():
+            for future in waiting:
+                future.cancel()
+        waiting = wait(waiting, timeout=_POLL_SECONDS).not_done
+    return not waiting
 
 
 def _added(futures: list[Any]) -> Scored:
-    results: list[Any] = [future.result(raise_on_failure=False) for future in futures]
+    done = [future for future in futures if future.wrapped_future.done() and not future.wrapped_future.cancelled()]
+    results: list[Any] = [future.result(raise_on_failure=False) for future in done]
     if errors := [result for result in results if isinstance(result, BaseException)]:
         # The shards that one error stopped are cancelled: the error is the one to tell.
         raise min(errors, key=lambda error: isinstance(error, CancelledRun))

@@ -68,11 +68,12 @@ def _score(errand: Errand, shard: int) -> Any:
     except KeyboardInterrupt:
         # Ray's way to cancel a task; what it had written counts by its parts.
         scored = Scored()
-    if scorer.share.stop.is_set():
+    if scorer.share.rests():
         chunks = len(scorer.plan.shards[shard])
         done = sum(at == shard for at, _ in list_parts(scorer.destination, scorer.plan.run))
         if done < chunks:
-            return Cancelled(message=f"Stopped after {done} of {chunks} chunks; their parts stay.")
+            # With what it came to: after a notice that is withdrawn, the run goes on and counts it.
+            return Cancelled(message=f"Stopped after {done} of {chunks} chunks; their parts stay.", data=scored)
     return scored
 
 

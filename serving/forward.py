@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,12 +30,17 @@ _MEMORY_WORDS = ("can't allocate memory", "out of memory", "cublas_status_alloc_
 _DEVICE_WORDS = ("cuda error", "hip error", "device-side assert", "cublas_status", "cudnn_status")
 
 
+class Halted(Exception):
+    """The rows were not gone on with, as `goes_on` said."""
+
+
 @dataclass(slots=True)
 class Forward:
     """One stream of forward passes over a model, and what it has learnt.
 
-    batch_size_safe is the largest batch that fits in memory, None until a batch did not; like batch_size it
-    counts tokens, padding included, where rows have lengths.
+    `goes_on` is asked before each batch, and ends the rows with Halted. batch_size_safe is the largest batch that
+    fits in memory, None until a batch did not; like batch_size it counts tokens, padding included, where rows have
+    lengths.
     """
 
     model: Model
@@ -42,6 +48,7 @@ class Forward:
     batch_size: int
     batch_size_safe: int | None = None
     proven: bool = field(default=False)
+    goes_on: Callable[[], bool] = field(default=lambda: True, repr=False)
     _overlapping: Overlapping | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -53,7 +60,8 @@ class Forward:
         Rows that have lengths go in order of length, in batches of at most `batch_size` tokens, padding
         counted; predictions and flags come back in the order of the rows. Flags the rows that the model
         fails on, and those whose predictions are not finite; the inputs of every flagged row are
-        overwritten. Raises ModelFailed if every row of the first batch fails, DeviceLost if the device is gone.
+        overwritten. Raises ModelFailed if every row of the first batch fails, DeviceLost if the device is gone,
+        Halted where it is not to go on.
         """
         if encoded.length_N is None:
             return self._score_batches(_Batch(encoded.inputs), encoded.flags)
@@ -73,6 +81,8 @@ class Forward:
         # None is begun ahead once memory ran out.
         ahead = self._overlapping.passes_ahead if self._overlapping and self.batch_size_safe is None else 0
         for start, stop in itertools.pairwise(rows.edges(self.batch_size)):
+            if not self.goes_on():
+                raise Halted
             begun.append(self._begin(rows.cut(start, stop), flags, start))
             if len(begun) > ahead:
                 self._settle(begun.popleft(), flags, out)

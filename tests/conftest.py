@@ -15,6 +15,8 @@ os.environ["DO_NOT_TRACK"] = "true"
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 # No test looks for a model anywhere but in its own registry.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# No test asks the machine's own metadata service for notices; those about them name one on loopback.
+os.environ["OVERNIGHT_METADATA_URL"] = "off"
 
 if TYPE_CHECKING:
     from infra.local.s3 import S3Server

@@ -135,10 +135,17 @@ def publish_artifacts(report: BatchReport, png: bytes, logger: Logger) -> None:
         create_image_artifact(data_uri(png), key="batch-plot", description="Rows done over time")
 
 
+def publish_interrupted(run: str, rows_done: int, rows: int, words: str, logger: Logger) -> None:
+    """Say among the flow run's artifacts what ended it early, and what is left; the report takes its place later."""
+    table = f"| | |\n| --- | --- |\n| rows done | {rows_done:,} |\n| rows left | {rows - rows_done:,} |"
+    with server_may_fail(logger):
+        create_markdown_artifact(f"# Run {run}\n\n{words}\n\n{table}\n", key="batch-report", description=f"Run {run}")
+
+
 @contextmanager
-def server_may_fail(logger: Logger) -> Generator[None]:
-    """Let a Prefect server that does not answer cost an artifact, never the run."""
+def server_may_fail(logger: Logger, what: str = "artifacts") -> Generator[None]:
+    """Let a Prefect server that does not answer cost what it was to be told, never the run."""
     try:
         yield
     except (PrefectHTTPStatusError, httpx.HTTPError) as error:
-        logger.warning("The Prefect server must take the run's artifacts, got: %s. The run goes on without.", error)
+        logger.warning("The Prefect server must take the run's %s, got: %s. The run goes on without.", what, error)

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,12 +15,13 @@ import pyarrow as pa
 
 from serving.encode import Encoded, Flags, encode
 from serving.errors import SourceFault, TooManyRejects
-from serving.forward import Forward, Predictions
+from serving.forward import Forward, Halted, Predictions
 from serving.model import Model
 from tasks.batch.batches import ahead, open_reader
 from tasks.batch.parts import ChunkId, Reasons, count_reasons, encode_part, key_names, part_path
 from tasks.batch.plan import Plan
 from tasks.batch.share import Share, Turn
+from tasks.spot.drain import Drain
 from tasks.storage import Storage
 
 STAGES = ("read", "encode", "forward", "write")
@@ -35,6 +36,7 @@ class Scored:
     rows: int = 0
     rows_recomputed: int = 0
     chunks: int = 0
+    chunks_dropped: int = 0
     rejects: Reasons = field(default_factory=Counter)
     faults: dict[ChunkId, SourceFault] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
@@ -44,6 +46,7 @@ class Scored:
         self.rows += other.rows
         self.rows_recomputed += other.rows_recomputed
         self.chunks += other.chunks
+        self.chunks_dropped += other.chunks_dropped
         self.rejects += other.rejects
         self.faults |= other.faults
         self.seconds = {stage: self.seconds[stage] + other.seconds[stage] for stage in STAGES}
@@ -59,11 +62,15 @@ class Scored:
 
 
 class Scorer:
-    """Scores shards of one plan for one process; its methods may be called from many threads at once."""
+    """Scores shards of one plan for one process; its methods may be called from many threads at once.
+
+    It obeys its drain, which others tell of notices: a slot then finishes what it has in hand where that fits.
+    """
 
     def __init__(self, *, plan: Plan, destination: Storage, model: Model, max_reject_fraction: float) -> None:
         self.plan, self.destination, self.model = plan, destination, model
-        self.share = Share(plan, destination)
+        self.drain = Drain()
+        self.share = Share(plan, destination, self.drain)
         self.max_reject_fraction = max_reject_fraction
         self._lock = threading.Lock()
         self._rejects = 0
@@ -120,27 +127,39 @@ class _Slot:
     def __init__(self, scorer: Scorer, writer: ThreadPoolExecutor) -> None:
         self._scorer, self._plan, self._share, self._writer = scorer, scorer.plan, scorer.share, writer
         self._chunks = scorer.plan.chunks
-        self._forward = Forward(scorer.model, scorer.plan.contract, scorer.plan.batch_size)
+        self._forward = Forward(scorer.model, scorer.plan.contract, scorer.plan.batch_size, goes_on=self._goes_on)
+        self._held: _Open | None = None
         self._writing: Future[None] | None = None
         self._idle = threading.Semaphore(1)
         self._done = Scored()
 
     def score(self, shard: int) -> Scored:
-        held: _Open | None = None
-        for item in ahead(self._read(shard), _BLOCKS_AHEAD):
-            if self._share.stop.is_set():
-                break
-            if isinstance(item, Turn):
-                held = self._open(item)
-            elif held is not None:
-                with self._done.timed("forward"):
-                    predictions = self._forward.score(item.encoded)
-                if held.add(item, predictions):
-                    self._hand_over(held)
-                    held = None
+        with closing(ahead(self._read(shard), _BLOCKS_AHEAD)) as items:
+            try:
+                for item in items:
+                    if (self._held is None or isinstance(item, Turn)) and self._share.rests():
+                        break
+                    self._take(item)
+            except Halted:
+                self._done.chunks_dropped += 1
         if self._writing is not None:
             self._writing.result()
         return self._done
+
+    def _take(self, item: Turn | _Block) -> None:
+        if isinstance(item, Turn):
+            self._held = self._open(item)
+        elif self._held is not None:
+            with self._done.timed("forward"):
+                predictions = self._forward.score(item.encoded)
+            if self._held.add(item, predictions):
+                self._hand_over(self._held)
+                self._held = None
+
+    def _goes_on(self) -> bool:
+        """Return whether the chunk in hand is gone on with; asked before each batch."""
+        held = self._held
+        return held is None or self._share.goes_on(held.turn, time.perf_counter() - held.started)
 
     def _read(self, shard: int) -> Generator[Turn | _Block]:
         """Yield each turn, then its blocks; runs in the read-ahead thread."""

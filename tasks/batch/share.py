@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from tasks.batch.parts import ChunkId, list_parts, part_path
 from tasks.batch.plan import Plan
+from tasks.spot.drain import Drain
 from tasks.storage import Storage
 
 _PATIENCE_MIN, _PATIENCE_MAX = 0.2, 30.0
@@ -33,9 +34,10 @@ class Turn:
 class Share:
     """What this process has taken of a plan; its methods may be called from many threads at once."""
 
-    def __init__(self, plan: Plan, destination: Storage) -> None:
-        self._plan, self._destination = plan, destination
-        self._chunks = set(plan.chunks)
+    def __init__(self, plan: Plan, destination: Storage, drain: Drain) -> None:
+        self._plan, self._destination, self._drain = plan, destination, drain
+        self._rows = {chunk: each.rows for chunk, each in plan.chunks.items()}
+        self._chunks = set(self._rows)
         self._random = random.Random()  # noqa: S311 - spreads workers over shards; nothing depends on its values
         self._lock = threading.Lock()
         self._known: set[ChunkId] = set()
@@ -43,14 +45,16 @@ class Share:
         self._faulted: set[ChunkId] = set()
         self._lost: set[int] = set()
         self._waiting: set[int] = set()
-        self._chunk_seconds: list[float] = []
+        self._row_seconds: list[float] = []
         self.stop = threading.Event()
+        self.cut_short = False
 
     def begin(self) -> list[int]:
         """Begin a pass over what is missing: return its shards, in an order of this worker's own."""
         parts = self._parts()
         with self._lock:
             self._known, self._claimed, self._lost = parts, set(), set()
+            self.cut_short = False
             self._waiting = {shard for shard, _ in self._chunks - parts - self._faulted}
             shards = sorted(self._waiting)
         self._random.shuffle(shards)
@@ -66,13 +70,13 @@ class Share:
             self._waiting.discard(shard)
         if shard not in self._foreign():
             for chunk in self._round(shard):
-                if self.stop.is_set() or shard in self._lost:
+                if self.rests() or shard in self._lost:
                     break
                 if self._claim(chunk):
                     yield Turn(chunk=chunk, helping=False)
                 elif chunk not in self._known:
                     break
-        while not self.stop.is_set() and not self._waiting:
+        while not self.rests() and not self._waiting:
             if not idle.acquire(timeout=_POLL_SECONDS):
                 continue
             left = self._left_over()
@@ -82,6 +86,26 @@ class Share:
                 yield Turn(chunk=left, helping=True)
             else:
                 idle.release()
+
+    def rests(self) -> bool:
+        """Return whether nothing new is begun in this pass: this process stops, or was given notice.
+
+        All slots then come to rest, even where the notice is withdrawn meanwhile: the next pass has work for each.
+        """
+        if self._drain.notice is not None:
+            self.cut_short = True
+        return self.stop.is_set() or self.cut_short
+
+    def goes_on(self, turn: Turn, taken: float) -> bool:
+        """Return whether a chunk that has taken so many seconds is gone on with, or dropped."""
+        if self._drain.notice is None:
+            return not self.stop.is_set()
+        return not self.stop.is_set() and self._drain.may_finish(self.chunk_seconds(turn.chunk), taken)
+
+    def chunk_seconds(self, chunk: ChunkId) -> float | None:
+        """Return what a chunk takes, by its rows and the median of those done; None before any is."""
+        taken = sorted(self._row_seconds)
+        return taken[len(taken) // 2] * self._rows[chunk] if taken else None
 
     def _round(self, shard: int) -> list[ChunkId]:
         """Return the chunks of a shard in order, from a random one round to the one before it.
@@ -105,7 +129,7 @@ class Share:
     def scored(self, chunk: ChunkId, seconds: float, *, won: bool) -> None:
         """Take note of a chunk whose part this process wrote, or found written when it came to it."""
         with self._lock:
-            self._chunk_seconds.append(seconds)
+            self._row_seconds.append(seconds / self._rows[chunk])
             if not won:
                 self._lost.add(chunk[0])
 
@@ -139,7 +163,7 @@ class Share:
         they are taken last, and not before they got the time that a chunk takes.
         """
         waited: set[ChunkId] = set()
-        while not self.stop.is_set():
+        while not self.rests():
             left = self._chunks - self._parts() - self._faulted - self._claimed
             if not left:
                 return None
@@ -161,9 +185,8 @@ class Share:
 
         Drawn at random: of workers that wait for one chunk, one then comes first.
         """
-        taken = sorted(self._chunk_seconds)
-        chunk_seconds = taken[len(taken) // 2] if taken else 1.0
+        chunk_seconds = self.chunk_seconds(chunk) or 1.0
         patience = min(max(self._random.uniform(1.5, 4.0) * chunk_seconds, _PATIENCE_MIN), _PATIENCE_MAX)
         until = time.monotonic() + patience
-        while time.monotonic() < until and not self.stop.is_set() and not self._exists(chunk):
+        while time.monotonic() < until and not self.rests() and not self._exists(chunk):
             self.stop.wait(min(patience / 10, 1.0))

@@ -13,11 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 import flows.batch
+import serving.forward
 import tasks.batch.batches
 import tasks.batch.publish
 import tasks.batch.score
 import tasks.storage.local
 from tasks.batch.options import BatchOptions
+from tasks.batch.parts import list_parts
 
 _left = 0
 
@@ -82,12 +84,16 @@ POINTS: dict[str, Callable[[], None]] = {
     "after the plan": lambda: _after(_local, "put_new", _is("plan.json")),
     "after the start": lambda: _after(flows.batch, "save_start"),
     "reading": lambda: _before(tasks.batch.batches.Reader, "read"),
+    "before a batch": lambda: _before(serving.forward.Forward, "_begin"),
     "forward": lambda: _after(tasks.batch.score.Forward, "score"),
     "encoding a part": lambda: _after(tasks.batch.score, "encode_part"),
     "a part half written": lambda: setattr(tasks.storage.local, "_write_synced", _half_written),
     "before the link": lambda: _before(os, "link", _part_link),
     "after the link": lambda: _after(os, "link", _part_link),
     "after a part": lambda: _after(_local, "put_new", lambda _self, path, *_: "part-" in path),
+    "rows are done": lambda: _after(
+        flows.batch, "_rows_done", lambda plan, storage: bool(list_parts(storage, plan.run))
+    ),
     "before the audit": lambda: _before(flows.batch, "audit_parts"),
     "before the page": lambda: _before(flows.batch, "save_page"),
     "before the manifest": lambda: _before(_local, "put_new", _is("manifest.json")),

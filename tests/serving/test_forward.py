@@ -16,7 +16,7 @@ from serving.answer import named_outputs
 from serving.contract import Output
 from serving.encode import Encoded, Flags, encode
 from serving.errors import DeviceLost, ModelFailed
-from serving.forward import Forward, Predictions
+from serving.forward import Forward, Halted, Predictions
 from serving.model import Arrays
 from serving.torch_model import TorchModel
 from tests.serving.toys import Picky, alone, column, matrix, network
@@ -68,6 +68,15 @@ def beginning_with(first: float, rows: Any) -> np.ndarray:
     x = X.copy()
     x[rows, 0] = first
     return x
+
+
+def test_rows_that_are_not_to_be_gone_on_with_end_before_the_next_batch() -> None:
+    model = Plain(lambda inputs: inputs["x"][:, 0])
+    forward = Forward(model, matrix(4), 30, goes_on=lambda: len(model.rows_seen) < 2)
+
+    with pytest.raises(Halted):
+        forward.score(encoded(X))
+    assert [30, 30] == model.rows_seen
 
 
 sets_of_rows = st.sets(st.integers(0, 99), max_size=30)

@@ -27,6 +27,8 @@ def test_every_option_has_a_default_and_a_description() -> None:
         {"runner": {"kind": "ray", "cpus_per_slot": 0}},
         {"runner": {"kind": "ray", "address": "127.0.0.1:6379"}},
         {"memory_mb": 0},
+        {"notices": "all"},
+        {"notice_seconds": 0},
         {"max_reject_fraction": 1.1},
         {"max_reject_fraction": -0.1},
         {"policies": {"a": {"cast": "wild"}}},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tempfile
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +24,7 @@ from tasks.batch.options import BatchOptions
 from tasks.batch.parts import list_parts, part_path
 from tasks.batch.plan import Plan
 from tasks.batch.score import Scored, Scorer, check_rejects
+from tasks.spot.notice import Notice, sigterm
 from tasks.storage import Storage, open_storage
 from tests.tasks.batch.small import a_plan, numbers, parquet, put, put_parts
 
@@ -173,6 +174,92 @@ def test_what_one_slot_raises_stops_the_others(plan: Plan, destination: Storage)
         score(plan, destination, Adder(seconds=0.01, fails_at=5.0))
 
     assert len(list_parts(destination, plan.run)) < len(plan.chunks)
+
+
+class Told(Adder):
+    """An adder that calls a function before the batch that holds the row given."""
+
+    def __init__(self, row: float, call: Callable[[], None]) -> None:
+        super().__init__()
+        self.row, self.call = row, call
+
+    def predict(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if (inputs["x"][:, 0] == self.row).any():
+            self.call()
+        return super().predict(inputs)
+
+
+@pytest.fixture
+def told(plan: Plan, destination: Storage) -> Callable[[Callable[[Scorer], None]], Scorer]:
+    """Return a maker of scorers in which a function is called in the first of the two batches of a chunk."""
+
+    def make(call: Callable[[Scorer], None]) -> Scorer:
+        model = Told(202.0, lambda: call(scorer))
+        scorer = Scorer(plan=plan, destination=destination, model=model, max_reject_fraction=1.0)
+        scorer.share.begin()
+        return scorer
+
+    return make
+
+
+def test_after_a_notice_the_chunk_in_hand_is_finished_and_no_other_begun(
+    told: Callable[..., Scorer], destination: Storage
+) -> None:
+    scorer = told(lambda scorer: scorer.drain.hear(sigterm(30)))
+    before = 0
+    for shard in range(len(scorer.plan.shards)):
+        done = scorer.score_shard(shard)
+        if scorer.drain.notice is None:
+            before += done.chunks
+            continue
+        break
+    parts = list_parts(destination, scorer.plan.run)
+
+    assert 0 == done.chunks_dropped
+    assert 202 in scored_rows(scorer.plan, destination)["id"].to_list()
+    assert before + done.chunks == len(parts) < len(scorer.plan.chunks)
+    assert 0 == sum(scorer.score_shard(shard).chunks for shard in range(len(scorer.plan.shards)))
+
+
+def test_after_a_notice_that_leaves_no_time_the_chunk_in_hand_is_dropped_between_two_batches(
+    told: Callable[..., Scorer], destination: Storage
+) -> None:
+    hibernation = Notice(source="AWS", action="hibernate", seconds_left=0)
+    scorer = told(lambda scorer: scorer.drain.hear(hibernation))
+    dropped = sum(scorer.score_shard(shard).chunks_dropped for shard in range(len(scorer.plan.shards)))
+    ids = scored_rows(scorer.plan, destination)["id"].to_list() if list_parts(destination, scorer.plan.run) else []
+
+    assert 1 == dropped
+    assert 202 not in ids
+    assert scorer.model.rows == len(ids) + 5
+
+
+def test_after_a_notice_that_is_withdrawn_the_next_pass_scores_what_the_last_left(
+    told: Callable[..., Scorer], destination: Storage
+) -> None:
+    def call(scorer: Scorer) -> None:
+        scorer.drain.hear(sigterm(30))
+        assert scorer.share.rests()
+        scorer.drain.withdraw("SIGTERM")
+
+    scorer = told(call)
+    first = sum(scorer.score_shard(shard).rows for shard in range(len(scorer.plan.shards)))
+    assert scorer.share.cut_short
+    scorer.model.call = lambda: None
+    second = sum(scorer.score_shard(shard).rows for shard in scorer.share.begin())
+
+    assert not scorer.share.cut_short
+    assert first < 400
+    assert 400 == first + second == scored_rows(scorer.plan, destination).height
+
+
+def test_what_a_chunk_takes_is_told_by_its_rows_and_the_median_of_those_done(plan: Plan, destination: Storage) -> None:
+    share = Scorer(plan=plan, destination=destination, model=Adder(), max_reject_fraction=1.0).share
+    assert share.chunk_seconds((0, 0)) is None
+    for seconds in (1.0, 2.0, 60.0):
+        share.scored((0, 0), seconds, won=True)
+
+    assert 2.0 == pytest.approx(share.chunk_seconds((1, 1)))
 
 
 def test_too_many_rejects_stop_the_run_as_it_goes(tmp_path: Path, destination: Storage) -> None:
