@@ -1,0 +1,175 @@
+"""A batch run under a deadline: on machines that may vanish while there is time, on machines that stay where not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID, uuid4
+
+from prefect import get_run_logger
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.context import FlowRunContext
+
+from flows.adhoc import adhoc_flow
+from serving.errors import OvernightError
+from serving.machine import cores
+from tasks.batch.artifacts import Logger, server_may_fail
+from tasks.batch.dataset import open_dataset
+from tasks.batch.options import BatchOptions
+from tasks.batch.parts import list_parts
+from tasks.batch.plan import Plan, load_plan
+from tasks.batch.run import Call, find_complete, pin_call
+from tasks.spot import dispatch
+from tasks.spot.capacity import PoolCapacity
+from tasks.spot.deadline import must_be_possible
+from tasks.spot.dispatch import Seen
+from tasks.spot.night import WORDS, Night
+from tasks.spot.night_report import NightProgress, publish_night, report_night
+from tasks.spot.policy import decide
+from tasks.spot.purchase import Buying, Kind, NightlyReport, deadline_at
+from tasks.spot.situation import Place
+from tasks.spot.spans import in_words
+from tasks.storage import Storage, open_storage
+
+_DEFAULTS = BatchOptions()
+
+
+@adhoc_flow("nightly-inference")
+def nightly_inference(
+    model: str, source: str, destination: str, deadline: str, buying: Buying, options: BatchOptions = _DEFAULTS
+) -> NightlyReport:
+    """Have every row of a dataset scored by a deadline, for as little as the machines allow.
+
+    Args:
+        model: models:/NAME@ALIAS or models:/NAME/VERSION, resolved once.
+        source: What batch_inference takes.
+        destination: What batch_inference takes.
+        deadline: A time of day in UTC (06:00), or a date and time with its zone.
+        buying: The two deployments that the run may go to, their prices, and what is known of their speed.
+        options: Those of batch_inference.
+
+    This flow scores nothing: it sends runs of the two deployments, one at a time, and moves the work between them
+    (tasks.spot.policy). Whatever happens to it or to them, the same call resumes. Raises DeadlineImpossible where even
+    on-demand machines would be late, DeploymentMissing by name, NightFailed where the batch run itself fails.
+    """
+    logger = get_run_logger()
+    began = datetime.now(UTC)
+    due = deadline_at(deadline, began)
+    storage = open_storage(destination)
+    call = pin_call(model, source, storage.url, options)
+    rows = open_dataset(call.snapshot, (), options.key_columns).rows
+    if (manifest := find_complete(storage, call)) is not None:
+        rows = manifest.rows
+    if buying.rows_per_second and manifest is None:
+        must_be_possible(rows / buying.rows_per_second, (due - began).total_seconds(), buying.changeover_seconds)
+    with get_client(sync_client=True) as client:
+        dispatch.find_pool(client, buying.on_demand)
+        capacity = PoolCapacity(pool=dispatch.find_pool(client, buying.spot))
+        pools = _Pools(client=client, buying=buying, call=call, source=source, storage=storage, night=_flow_run_id())
+        night = Night(rows=rows, buying=buying, capacity=capacity, dispatcher=pools, rows_done=pools.rows_done)
+        night.finished = manifest is not None
+        seconds = _go_through(night, due, logger)
+        report = report_night(night, call.run, due, seconds, pools.rows_in_hand)
+    publish_night(report, night, logger)
+    logger.info("%s", report.summary)
+    return report
+
+
+def _go_through(night: Night, due: datetime, logger: Logger) -> float:
+    """Look and decide again and again until the run is published; return the seconds that it took."""
+    start = time.monotonic()
+    # The deadline is a time of day, and the night goes by a clock that never jumps: they meet here, once.
+    limit = (due - datetime.now(UTC)).total_seconds()
+    progress = NightProgress(night.rows, logger)
+    try:
+        while not night.finished:
+            now = time.monotonic() - start
+            with server_may_fail(logger):
+                night.look(now)
+                if not night.finished:
+                    _move(night, now, limit - now, logger)
+            progress.show(night.done)
+            if not night.finished:
+                time.sleep(night.buying.interval_seconds)
+    except (OvernightError, KeyboardInterrupt):
+        night.abandon("The night was given up.")
+        raise
+    return time.monotonic() - start
+
+
+def _move(night: Night, now: float, left: float, logger: Logger) -> None:
+    """Send the run where the policy says; while nothing is known of its speed, where a machine is to be had."""
+    situation = night.situation(left)
+    if situation is not None:
+        decision = decide(situation, night.terms)
+        place, why = decision.place, decision.reason
+    else:
+        place = night.place or (Place.SPOT if night.spot_up else Place.ON_DEMAND)
+        why = "Nothing is known of its speed yet."
+    if place != night.place:
+        logger.info("After %s to %s: %s", in_words(now), WORDS[place], why)
+    night.go(place, now, why)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Pools:
+    """The two deployments of a night, and the parts that their runs put out."""
+
+    client: SyncPrefectClient
+    buying: Buying
+    call: Call
+    source: str
+    storage: Storage
+    night: str
+    _sent: list[UUID] = field(default_factory=list)
+    _plan: Plan | None = None
+
+    def send(self, kind: Kind) -> UUID:
+        """Start a run of the kind's deployment; one that this very flow run has sent before it was resumed counts."""
+        name = self.buying.spot if kind == "spot" else self.buying.on_demand
+        sent = dispatch.send(self.client, name, self._parameters(), f"{self.night}-{len(self._sent)}-{kind}").id
+        self._sent.append(sent)
+        return sent
+
+    def look_at(self, flow_run_id: UUID) -> Seen:
+        """Return what Prefect says of a run."""
+        return dispatch.look_at(self.client, flow_run_id)
+
+    def drain(self, flow_run_id: UUID, why: str, *, lost: bool) -> None:
+        """End a run for good."""
+        dispatch.drain(self.client, flow_run_id, why, lost=lost)
+
+    def rows_done(self) -> int:
+        """Return the rows that have their part."""
+        self._plan = self._plan or load_plan(self.storage, self.call.run)
+        if self._plan is None:
+            return 0
+        chunks = self._plan.chunks
+        return sum(chunks[chunk].rows for chunk in list_parts(self.storage, self._plan.run) if chunk in chunks)
+
+    @property
+    def rows_in_hand(self) -> int:
+        """What a machine that is taken was scoring, at most: a chunk for each of its slots."""
+        if self._plan is None:
+            return 0
+        slots = self.call.options.slots or (self._plan.tuning.slots if self._plan.tuning else cores())
+        return slots * max(chunk.rows for chunk in self._plan.chunks.values())
+
+    def _parameters(self) -> Mapping[str, Any]:
+        # A later run joins the first one's, whatever the alias or the source are by then.
+        joins = self._sent[0] if self._plan and self._sent else None
+        options = self.call.options.model_copy(update={"joins": joins})
+        return {
+            "model": self.call.resolved.pin.uri,
+            "source": self.source,
+            "destination": self.storage.url,
+            "options": options.model_dump(mode="json"),
+        }
+
+
+def _flow_run_id() -> str:
+    context = FlowRunContext.get()
+    return str(context.flow_run.id) if context is not None and context.flow_run is not None else str(uuid4())

@@ -1,0 +1,53 @@
+"""Capacity: whether a machine is to be had, as far as its worker's heartbeats tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Protocol
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import Worker
+from prefect.exceptions import ObjectNotFound
+
+from serving.errors import DeploymentMissing
+
+# Prefect takes a worker for gone after as many heartbeats that did not come.
+_HEARTBEATS_LOST = 3
+_HEARTBEAT_SECONDS = 30.0
+
+
+class Capacity(Protocol):
+    """A kind of machine that may be had, or not."""
+
+    def up(self) -> bool:
+        """Return whether work that is sent now is begun."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolCapacity:
+    """Machines whose workers take flow runs from one Prefect work pool."""
+
+    pool: str
+
+    def up(self) -> bool:
+        """Return whether a worker of the pool lives; raises DeploymentMissing where there is no such pool."""
+        try:
+            with get_client(sync_client=True) as client:
+                workers = client.read_workers_for_work_pool(self.pool)
+        except ObjectNotFound as error:
+            message = f"The work pool {self.pool} must exist, got none of that name. Create it: make deploy."
+            raise DeploymentMissing(message) from error
+        return any_lives(workers, datetime.now(UTC))
+
+
+def any_lives(workers: Sequence[Worker], now: datetime) -> bool:
+    """Return whether a worker's last heartbeat is recent enough: three in a row may not be missed."""
+    return any(
+        worker.last_heartbeat_time is not None
+        and now - worker.last_heartbeat_time
+        < timedelta(seconds=_HEARTBEATS_LOST * (worker.heartbeat_interval_seconds or _HEARTBEAT_SECONDS))
+        for worker in workers
+    )

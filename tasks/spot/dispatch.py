@@ -1,0 +1,84 @@
+"""Flow runs of deployments: sent to a pool, looked at, and told to drain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+from uuid import UUID
+
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelled, Cancelling
+
+from serving.errors import DeploymentMissing
+
+Stage = Literal["waiting", "running", "done", "failed", "lost"]
+
+_STAGES: dict[StateType, Stage] = {
+    StateType.COMPLETED: "done",
+    StateType.FAILED: "failed",
+    StateType.CRASHED: "lost",
+    StateType.CANCELLED: "lost",
+    StateType.CANCELLING: "lost",
+    StateType.RUNNING: "running",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What Prefect says of a flow run: how far it is, and its last word."""
+
+    stage: Stage
+    message: str
+
+
+def find_pool(client: SyncPrefectClient, deployment: str) -> str:
+    """Return the work pool of a deployment named FLOW/NAME; raises DeploymentMissing where one of them is."""
+    try:
+        found = client.read_deployment_by_name(deployment)
+    except ObjectNotFound as error:
+        message = f"The deployment {deployment} must exist, got none of that name. Create it: make deploy."
+        raise DeploymentMissing(message) from error
+    if found.work_pool_name is None:
+        message = f"The deployment {deployment} must have a work pool, got none. Give it one: make deploy."
+        raise DeploymentMissing(message)
+    try:
+        client.read_work_pool(found.work_pool_name)
+    except ObjectNotFound as error:
+        message = f"The work pool {found.work_pool_name} of {deployment} must exist, got none. Create it: make deploy."
+        raise DeploymentMissing(message) from error
+    return found.work_pool_name
+
+
+def send(client: SyncPrefectClient, deployment: str, parameters: Mapping[str, Any], key: str) -> FlowRun:
+    """Start a flow run of a deployment; one that was started with the same key before is returned instead."""
+    find_pool(client, deployment)
+    found = client.read_deployment_by_name(deployment)
+    return client.create_flow_run_from_deployment(found.id, parameters=dict(parameters), idempotency_key=key)
+
+
+def look_at(client: SyncPrefectClient, flow_run_id: UUID) -> Seen:
+    """Return what Prefect says of a flow run; one that it does not know is lost."""
+    try:
+        state = client.read_flow_run(flow_run_id).state
+    except ObjectNotFound:
+        return Seen(stage="lost", message="Prefect does not know it any more.")
+    if state is None:
+        return Seen(stage="waiting", message="")
+    return Seen(stage=_STAGES.get(state.type, "waiting"), message=state.message or state.name or "")
+
+
+def drain(client: SyncPrefectClient, flow_run_id: UUID, why: str, *, lost: bool) -> None:
+    """Tell a flow run to end: one that runs gets SIGTERM from its worker and drains, others never begin.
+
+    Nothing resumes it afterwards. One that is at its end already is left as it is. Where its machine is `lost`, no
+    worker is left that could tell it.
+    """
+    stage = look_at(client, flow_run_id).stage
+    if stage in ("done", "failed"):
+        return
+    told = stage == "running" and not lost
+    state: State[Any] = Cancelling(message=why) if told else Cancelled(message=why)
+    client.set_flow_run_state(flow_run_id, state, force=not told)

@@ -1,0 +1,101 @@
+"""What a person sees of a night: progress while it goes on, then the moves, their price, and a plot."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from uuid import UUID
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from prefect.artifacts import (
+    create_image_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+
+from tasks.batch.artifacts import Logger, server_may_fail
+from tasks.batch.report import data_uri
+from tasks.spot.night import Night
+from tasks.spot.purchase import NightlyReport, Stay, cost, seconds_on
+
+_INK, _SPOT, _ON_DEMAND = "#1f2933", "#cfe8d5", "#f4d9c6"
+
+
+class NightProgress:
+    """The share of rows that have their part, as an artifact of the flow run."""
+
+    def __init__(self, rows: int, logger: Logger) -> None:
+        self._rows, self._logger, self._shown = rows, logger, -1
+        self._artifact: UUID | None = None
+        with server_may_fail(logger):
+            made = create_progress_artifact(0.0, key="night-progress", description="Rows with a part")
+            self._artifact = made if isinstance(made, UUID) else None
+
+    def show(self, rows_done: int) -> None:
+        """Set the artifact where rows were done since."""
+        if self._artifact is not None and rows_done != self._shown:
+            self._shown = rows_done
+            with server_may_fail(self._logger):
+                update_progress_artifact(self._artifact, progress=min(100.0, 100.0 * rows_done / self._rows))
+
+
+def report_night(night: Night, run: str, due: datetime, seconds: float, rows_in_hand: int) -> NightlyReport:
+    """Return what a night came to; `rows_in_hand` is what a machine that is taken has in hand at most."""
+    spent = cost(night.stays, night.buying)
+    rate = night.rate
+    on_demand_seconds = (night.rows / rate if rate else seconds) + night.changeover_seconds
+    return NightlyReport(
+        run=run,
+        rows=night.rows,
+        deadline=due,
+        seconds=seconds,
+        slack_seconds=(due - datetime.now(UTC)).total_seconds(),
+        rows_per_second=rate,
+        changeover_seconds=night.changeover_seconds,
+        spot_seconds=seconds_on(night.stays, "spot"),
+        on_demand_seconds=seconds_on(night.stays, "on-demand"),
+        cost=spent,
+        cost_on_demand=on_demand_seconds * night.buying.on_demand_price / 3600,
+        rows_recomputed_max=sum(stay.lost for stay in night.stays) * rows_in_hand,
+        moves=tuple(night.moves),
+    )
+
+
+def publish_night(report: NightlyReport, night: Night, logger: Logger) -> None:
+    """Put the night among the flow run's artifacts: moves, figures and plot."""
+    with server_may_fail(logger):
+        create_table_artifact(report.table(), key="night-moves", description=f"Run {report.run}")
+        create_markdown_artifact(report.markdown(), key="night-report", description=f"Run {report.run}")
+        png = plot_night(night.samples, night.stays, night.rows, report.seconds + report.slack_seconds)
+        create_image_artifact(data_uri(png), key="night-plot", description="Rows done, and on which machines")
+
+
+def plot_night(samples: Sequence[tuple[float, int]], stays: Sequence[Stay], rows: int, deadline: float) -> bytes:
+    """Draw rows done over seconds, over the machines that the run was on; returns a PNG."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for stay in stays:
+        axes.axvspan(stay.start, stay.stop, color=_SPOT if stay.kind == "spot" else _ON_DEMAND, linewidth=0)
+        if stay.lost:
+            axes.plot([stay.stop], [0], marker="x", color="#b3261e", clip_on=False, zorder=3)
+    axes.plot([at for at, _ in samples], [done for _, done in samples], color=_INK, drawstyle="steps-post")
+    axes.axvline(deadline, color="#b3261e", linestyle="--", linewidth=1)
+    axes.annotate(
+        "deadline", (deadline, rows), color="#b3261e", ha="right", va="top", xytext=(-4, 0), textcoords="offset points"
+    )
+    axes.set_xlim(0, max(deadline, samples[-1][0] if samples else 0) * 1.02)
+    axes.set_ylim(0, rows * 1.05)
+    axes.set_xlabel("seconds since the night began")
+    axes.set_ylabel("rows done")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    shades = [Patch(color=_SPOT, label="spot"), Patch(color=_ON_DEMAND, label="on-demand")]
+    axes.legend(handles=shades, loc="lower right", frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png", dpi=130)
+    return sink.getvalue()

@@ -1,0 +1,182 @@
+"""What a night bought: stays on machines, what they cost, and what the same night would have cost on-demand."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Literal
+
+from pydantic import Field
+
+from serving.contract import Frozen
+from serving.errors import BadInput
+
+Kind = Literal["spot", "on-demand"]
+Whereabouts = Literal["spot", "on-demand", "nowhere"]
+
+_TIME_OF_DAY = re.compile(r"(\d{1,2}):(\d{2})")
+
+
+class Buying(Frozen):
+    """What machines are called, what they cost, and how often a night is looked at."""
+
+    spot: str = Field(
+        default="batch-inference/spot", description="The deployment whose runs go to machines that may vanish."
+    )
+    on_demand: str = Field(
+        default="batch-inference/on-demand", description="The deployment whose runs go to machines that stay."
+    )
+    spot_price: float = Field(gt=0, description="Price of a spot machine for an hour, in any currency.")
+    on_demand_price: float = Field(gt=0, description="Price of an on-demand machine for an hour, in the same currency.")
+    rows_per_second: float | None = Field(
+        default=None,
+        gt=0,
+        description="Rows a second of one machine, from an earlier report. Without, the first chunks of the run tell.",
+    )
+    changeover_seconds: float = Field(
+        default=120.0,
+        ge=0,
+        description="From the decision to move until work goes on: notice, boot, load, and the chunk that is lost. "
+        "Measured as the night goes on.",
+    )
+    interval_seconds: float = Field(default=30.0, gt=0, le=3600, description="Seconds from one decision to the next.")
+
+    @property
+    def price_ratio(self) -> float:
+        """What an on-demand machine costs, in spot machines."""
+        return self.on_demand_price / self.spot_price
+
+    def price(self, kind: Kind) -> float:
+        """Return the price of a machine for an hour."""
+        return self.spot_price if kind == "spot" else self.on_demand_price
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stay:
+    """The time that a run was on one kind of machine, in seconds since the night began; `lost` where it was taken."""
+
+    kind: Kind
+    start: float
+    stop: float
+    lost: bool
+
+
+class Move(Frozen):
+    """One decision that sent the run elsewhere."""
+
+    seconds: float = Field(description="Seconds since the night began.")
+    to: Whereabouts
+    rows_done: int
+    why: str
+
+
+class NightlyReport(Frozen):
+    """What a batch run under a deadline came to."""
+
+    run: str
+    rows: int
+    deadline: datetime
+    seconds: float = Field(description="Seconds from the call to the published predictions.")
+    slack_seconds: float = Field(description="Seconds that were left until the deadline; negative where it was missed.")
+    rows_per_second: float | None = Field(
+        description="Rows a second of one machine, as measured; null where too short."
+    )
+    changeover_seconds: float = Field(description="Seconds from sending the run to its first new part, as measured.")
+    spot_seconds: float
+    on_demand_seconds: float
+    cost: float = Field(description="Price of the machines for the seconds that the run had them.")
+    cost_on_demand: float = Field(description="Price of the same work without a move, on an on-demand machine.")
+    rows_recomputed_max: int = Field(description="Rows that were in hand when machines were taken, at most.")
+    moves: tuple[Move, ...]
+
+    @property
+    def cost_fraction(self) -> float:
+        """The cost over that of an on-demand machine from the begin."""
+        return self.cost / self.cost_on_demand if self.cost_on_demand else 0.0
+
+    @property
+    def summary(self) -> str:
+        """The night in a sentence."""
+        late = "before" if self.slack_seconds >= 0 else "after"
+        return (
+            f"Run {self.run} is complete: {self.rows:,} rows, {abs(self.slack_seconds):,.0f} s {late} the deadline, "
+            f"for {self.cost_fraction:.1%} of what on-demand alone costs, in {len(self.moves)} moves."
+        )
+
+    def markdown(self) -> str:
+        """Return the night in a few lines."""
+        rate = f"{self.rows_per_second:,.0f} rows/s" if self.rows_per_second else "too short to tell"
+        return "\n".join(
+            [
+                self.summary,
+                "",
+                f"- cost {self.cost:.4g}, on-demand alone {self.cost_on_demand:.4g} ({self.cost_fraction:.1%})",
+                f"- {self.spot_seconds:,.0f} s on spot machines, {self.on_demand_seconds:,.0f} s on-demand",
+                f"- one machine: {rate}; a changeover takes {self.changeover_seconds:,.1f} s",
+                f"- scored again after a machine was taken: at most {self.rows_recomputed_max:,} rows",
+                f"- {len(self.moves)} moves",
+            ]
+        )
+
+    def table(self) -> list[dict[str, str]]:
+        """Return the moves in order, and what they came to."""
+        moves = [
+            {"after": f"{move.seconds:,.0f} s", "to": move.to, "rows done": f"{move.rows_done:,}", "why": move.why}
+            for move in self.moves
+        ]
+        end = f"slack {self.slack_seconds:,.0f} s, cost {self.cost:.4g} ({self.cost_fraction:.1%} of on-demand)"
+        return [*moves, {"after": f"{self.seconds:,.0f} s", "to": "done", "rows done": f"{self.rows:,}", "why": end}]
+
+
+def cost(stays: Sequence[Stay], buying: Buying) -> float:
+    """Return what stays cost: each second at its machine's price."""
+    return sum((stay.stop - stay.start) * buying.price(stay.kind) / 3600 for stay in stays)
+
+
+def seconds_on(stays: Sequence[Stay], kind: Kind) -> float:
+    """Return the seconds of all stays on one kind of machine."""
+    return sum(stay.stop - stay.start for stay in stays if stay.kind == kind)
+
+
+def working_rate(samples: Sequence[tuple[float, int]]) -> float | None:
+    """Return the median rows a second over samples of (seconds at work, rows done); None before rows were done.
+
+    The median, since one late look or one slow start must not decide where the run goes.
+    """
+    rates = sorted(
+        (rows - rows_before) / (at - before)
+        for (before, rows_before), (at, rows) in itertools.pairwise(samples)
+        if at > before and rows > rows_before
+    )
+    return rates[len(rates) // 2] if rates else None
+
+
+def deadline_at(deadline: str, now: datetime) -> datetime:
+    """Return when a deadline is: the next such time of day, in UTC, or a date and time with its zone.
+
+    Raises BadInput for other words, and for a time that is past.
+    """
+    if match := _TIME_OF_DAY.fullmatch(deadline.strip()):
+        hour, minute = int(match[1]), int(match[2])
+        if hour < 24 and minute < 60:  # noqa: PLR2004 - hours of a day, minutes of an hour
+            at = now.astimezone(UTC).replace(hour=hour, minute=minute, second=0, microsecond=0)
+            return at if at > now else at + timedelta(days=1)
+    try:
+        moment = datetime.fromisoformat(deadline.strip())
+    except ValueError:
+        moment = datetime.min  # noqa: DTZ901 - it has no zone, as is said below
+    if moment.tzinfo is None:
+        message = (
+            "The deadline must be a time of day in UTC, such as 06:00, or a date and time with its zone, such as "
+            f"2030-01-31T06:00+00:00, got {deadline!r}."
+        )
+        raise BadInput(message)
+    if moment <= now:
+        message = (
+            f"The deadline must be ahead, got {moment.isoformat()}, and it is {now.isoformat(timespec='seconds')}."
+        )
+        raise BadInput(message)
+    return moment

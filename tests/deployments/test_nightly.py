@@ -1,0 +1,105 @@
+"""A night on two real pools: spot machines come and go as a trace says, and the run is done by its deadline."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from infra.local.prefect_server import PrefectServer
+from infra.local.prefect_worker import PrefectWorker
+from serving.errors import DeadlineImpossible, DeploymentMissing
+from tasks.batch.options import BatchOptions
+from tasks.spot.purchase import Buying
+from tests.deployments.conftest import StartWorkers
+
+pytestmark = pytest.mark.machines
+
+# 10,000 customers at 50 ms for 50 of them, two at a time, are 5 s of work; with 20 customers a batch 12.5 s.
+OPTIONS = BatchOptions(
+    key_columns=("customer",), batch_size=10, rows_per_chunk=50, slots=2, max_reject_fraction=1, experiment=None
+)
+BUYING = Buying(spot_price=1, on_demand_price=3, changeover_seconds=10, interval_seconds=1)
+
+
+def digests(destination: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in destination.glob("run=*/*")}
+
+
+def soon(seconds: float) -> str:
+    return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat()
+
+
+@contextmanager
+def taken_when(happened: Callable[[], bool], machine: PrefectWorker) -> Generator[None]:
+    """Have a machine vanish, with all that runs on it, once something has happened."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.1):
+            if happened():
+                machine.kill()
+                return
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_a_run_whose_spot_machine_is_taken_is_moved_and_done_in_time_to_the_same_bytes(
+    deployed: PrefectServer, start_workers: StartWorkers, sleepy: str, customers: Path, tmp_path: Path
+) -> None:
+    from flows.batch import batch_inference
+    from flows.nightly import nightly_inference
+
+    (spot,) = start_workers("overnight-spot", "taken")
+    start_workers("overnight-on-demand", "stays")
+    destination = tmp_path / "scores"
+
+    with taken_when(lambda: len(list(destination.glob("run=*/part-*"))) > 20, spot):
+        # Too little slack to wait for spot to come back.
+        report = nightly_inference(sleepy, str(customers), str(destination), soon(110), BUYING, OPTIONS)
+
+    assert ["spot", "on-demand"] == [move.to for move in report.moves if move.to != "nowhere"]
+    assert report.slack_seconds > 0
+    assert report.rows == 10_000
+    assert 0 < report.rows_recomputed_max <= 100
+    assert 0 < report.cost == pytest.approx((report.spot_seconds + 3 * report.on_demand_seconds) / 3600)
+    batch_inference(sleepy, str(customers), str(tmp_path / "undisturbed"), OPTIONS)
+    assert digests(tmp_path / "undisturbed") == digests(destination)
+
+    again = nightly_inference(sleepy, str(customers), str(destination), soon(60), BUYING, OPTIONS)
+
+    assert again.moves == ()
+    assert again.cost == 0
+
+
+def test_a_deadline_that_can_t_be_met_is_refused_with_the_arithmetic(
+    deployed: PrefectServer, sleepy: str, customers: Path, tmp_path: Path
+) -> None:
+    from flows.nightly import nightly_inference
+
+    slow = BUYING.model_copy(update={"rows_per_second": 10})
+    with pytest.raises(DeadlineImpossible, match="16 min 40 s of work"):
+        nightly_inference(sleepy, str(customers), str(tmp_path), soon(60), slow, OPTIONS)
+
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_deployment_that_is_missing_is_named(
+    deployed: PrefectServer, sleepy: str, customers: Path, tmp_path: Path
+) -> None:
+    from flows.nightly import nightly_inference
+
+    elsewhere = BUYING.model_copy(update={"spot": "batch-inference/nowhere"})
+    with pytest.raises(DeploymentMissing, match=r"batch-inference/nowhere must exist.*make deploy"):
+        nightly_inference(sleepy, str(customers), str(tmp_path), soon(60), elsewhere, OPTIONS)
