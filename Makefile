@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint types check format bench-batch bench-peers bench-gpu clean
+.PHONY: demo deploy test test-machines lint types check format chaos bench-batch bench-peers bench-resume bench-gpu clean
 
 $(STAMP): pyproject.toml constraints.txt infra/local/wheels.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got %d.%d; set PYTHON=" % sys.version_info[:2])'
@@ -18,8 +18,16 @@ $(STAMP): pyproject.toml constraints.txt infra/local/wheels.txt
 demo: $(STAMP)
 	@$(BIN)/python -m deployments.demo $(if $(filter 1,$(KILL)),--kill)
 
+# Work pools, deployments and automations on the Prefect server of PREFECT_API_URL; again, it changes nothing.
+deploy: $(STAMP)
+	@$(BIN)/python -m deployments.apply
+
 test: lint types $(STAMP)
 	$(BIN)/python -m pytest
+
+# Real Prefect workers that are killed and drained, whole nights, the form in a browser: some ten minutes.
+test-machines: $(STAMP)
+	$(BIN)/python -m pytest -m machines
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -34,6 +42,11 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Two workers under SIGKILL at random times, on the disk and on S3, held against an undisturbed run. SEED=1 for other
+# kills, ROWS=10000000 for the synthetic table instead of the flights.
+chaos: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.chaos
+
 # Figures: a table, then one JSON object as the last line. ROWS=1000000 for a quick look.
 bench-batch: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.batch
@@ -42,9 +55,17 @@ bench-batch: $(STAMP)
 bench-peers: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.peers
 
+# What a resume reads after a kill at 99 %, on the disk (needs strace) and on S3. ROWS=1000000 for a quick look.
+bench-resume: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.resume
+
 # Whole runs over passes alone on the card; says so where there is none.
 bench-gpu: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.gpu
+
+# What a deadline costs on spot: greedy, Uniform Progress, ours and the optimum on ../shared/traces, else generated ones.
+bench-spot: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.spot
 
 clean:
 	rm -rf $(VENV) .demo .bench

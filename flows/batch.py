@@ -12,16 +12,19 @@ import matplotlib.figure  # noqa: F401 - half a second that would else fall into
 from mlflow import MlflowException
 from prefect import get_run_logger
 from prefect.context import FlowRunContext
+from prefect.exceptions import TerminationSignal
 
 from flows.adhoc import adhoc_flow
+from flows.notices import heeding, leave
 from flows.runners import check_runner, score_shards
+from flows.workers import check_workers, find_start, start_workers
 from serving.errors import OvernightError, SourceFault
 from serving.model import Model
 from tasks.batch.artifacts import Logger, Watch, publish_artifacts
 from tasks.batch.lineage import record_lineage
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import list_parts
-from tasks.batch.plan import Plan, load_plan, load_start, save_start
+from tasks.batch.plan import Plan, load_plan, save_start
 from tasks.batch.publish import (
     Audit,
     audit_parts,
@@ -54,6 +57,7 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
     """
     logger = get_run_logger()
     check_runner(options)
+    check_workers(source, destination, options)
     seconds: dict[str, float] = {}
     storage = open_storage(destination)
     found = _find_plan(model, source, storage, options, seconds)
@@ -67,6 +71,7 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
             *(plan.run, len(found.damaged), found.damaged[0]),
         )
         plan = restage(plan, storage)
+    start_workers(options, logger)
     with _timed(seconds, "load"):
         loaded = load_planned(plan, found.resolved, options)
     slots = plan_slots(options, loaded)
@@ -74,7 +79,7 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
     _say(plan, slots, memory, logger)
     watch = Watch(plan.rows, lambda: _rows_done(plan, storage), logger)
     with _timed(seconds, "score"):
-        scored, audit = _score(plan, storage, loaded, slots, options, watch)
+        scored, audit = _score(plan, storage, loaded, slots, options, watch, logger)
     draft = _draft(plan, storage, scored, audit, slots=slots, memory=memory >> 20, seconds=seconds)
     with _timed(seconds, "report"):
         png = plot(draft, watch.samples)
@@ -89,10 +94,10 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
 
 
 def _find_plan(model: str, source: str, storage: Storage, options: BatchOptions, seconds: dict[str, float]) -> Found:
-    """Return the plan of this flow run: its earlier attempt's, the same call's, or a new one."""
+    """Return the plan of this flow run: its earlier attempt's, that of one it joins, the same call's, or a new one."""
     flow_run_id = _flow_run_id()
     with _timed(seconds, "resolve"):
-        run = load_start(storage, flow_run_id)
+        run = find_start(storage, flow_run_id, options.joins)
         call = None if run else pin_call(model, source, storage.url, options)
     with _timed(seconds, "plan"), _caller_threads_kept():
         if call is not None:
@@ -127,17 +132,23 @@ def _rows_done(plan: Plan, storage: Storage) -> int:
 
 
 def _score(
-    plan: Plan, storage: Storage, model: Model, slots: int, options: BatchOptions, watch: Watch
+    plan: Plan, storage: Storage, model: Model, slots: int, options: BatchOptions, watch: Watch, logger: Logger
 ) -> tuple[Scored, Audit]:
-    """Score what is missing until every part holds; a part that can't be read is scored again."""
+    """Score what is missing until every part holds, or a notice ends it; a part that can't be read is scored again."""
     scorer = Scorer(plan=plan, destination=storage, model=model, max_reject_fraction=options.max_reject_fraction)
     scored = Scored()
     for _ in range(_PASSES_MAX):
         try:
-            with watch.watching(), _caller_threads_kept():
+            with watch.watching(), heeding(scorer.drain, options, logger), _caller_threads_kept():
                 scored.add(score_shards(scorer, slots, options))
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_interrupted(plan, watch.rows_done)) from None
+        except TerminationSignal:
+            logger.warning(_interrupted(plan, watch.rows_done))
+            raise
+        if scorer.drain.notice is not None and watch.rows_done < plan.rows:
+            watch.show()
+            leave(plan, watch.rows_done, scored, scorer.drain, logger)
         # Another worker may have published the run meanwhile, and deleted the staged copies that this one read.
         if scored.faults and find_whole(storage, plan.run) is None:
             raise _faults(scored)

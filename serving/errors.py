@@ -12,17 +12,21 @@ OvernightError
 |   +-- RunNameTaken         the explicit run name already holds a run of another plan
 |   +-- DestinationUnusable  the destination can't hold this run
 |   +-- NoCompleteRun        there is nothing to open yet
+|   +-- DeadlineImpossible   not even on-demand machines alone are done by the deadline
 +-- SourceFault              a source file can't be trusted; every other chunk's part stays
 |   +-- SourceChanged        it is not the file that the plan was made for
 |   +-- SourceCorrupt        it can't be decoded
 +-- StorageFault             storage refuses or fails; call again once it is put right, it resumes
 |   +-- StorageDenied        the credentials do not allow it
 |   +-- StorageFull          no space left
++-- DeploymentMissing        a Prefect deployment or work pool that is named does not exist: make deploy
 +-- RunnerUnusable           the workers asked for can't be had or don't live; put it right and call again, it resumes
++-- NightFailed              the batch run of a night failed: mend what it says, then call again, it resumes
 +-- ModelFailed              the model fails on rows as such: mend the model, not the rows
 +-- TooManyRejects           more rows were rejected than max_reject_fraction allows
 +-- PublishRefused           the parts do not add up to the dataset; nothing was published
 +-- RunDamaged               parts of a published run are lost or others, and do not come out the same again
++-- Interrupted              this process or its machine was told to go; what is done stays, and the same call resumes
 +-- DeviceLost               the accelerator is gone: this process must end, another may resume
 """
 
@@ -75,6 +79,10 @@ class NoCompleteRun(BadInput):
     """The destination holds no complete run."""
 
 
+class DeadlineImpossible(BadInput):
+    """Not even on-demand machines alone are done by the deadline."""
+
+
 class SourceFault(OvernightError):
     """A source file can't be trusted; the parts of every other chunk stay."""
 
@@ -99,8 +107,16 @@ class StorageFull(StorageFault):
     """No space is left."""
 
 
+class DeploymentMissing(OvernightError):
+    """A Prefect deployment or work pool that is named does not exist."""
+
+
 class RunnerUnusable(OvernightError):
     """The workers that the call asks for can't be had, or don't live; the run resumes once that is put right."""
+
+
+class NightFailed(OvernightError):
+    """The batch run of a night failed."""
 
 
 class ModelFailed(OvernightError):
@@ -117,6 +133,10 @@ class PublishRefused(OvernightError):
 
 class RunDamaged(OvernightError):
     """Parts of a published run are lost or others, and do not come out the same again."""
+
+
+class Interrupted(OvernightError):
+    """This process or its machine was told to go; what is done stays, and the same call resumes."""
 
 
 class DeviceLost(OvernightError):

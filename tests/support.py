@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +114,39 @@ def register_sleepy(name: str, seconds: float) -> str:
 
 def register_script(name: str, line: str) -> str:
     """Register a pyfunc model that runs one line, then doubles the column a; return its address."""
-    inputs = pd.DataFrame({"a": np.zeros(2, dtype=np.float32)})
+    return _register_code(name, _SCRIPT.format(line=line), ("a",))
+
+
+_SLOW = """
+import time
+
+import mlflow
+import numpy as np
+
+
+class Slow(mlflow.pyfunc.PythonModel):
+    def predict(self, context, model_input, params=None):
+        time.sleep({seconds})
+        columns = [model_input[name].to_numpy() for name in {features}]
+        return sum(np.tanh(column / 100 * np.float32(at + 1)) for at, column in enumerate(columns))
+
+
+mlflow.models.set_model(Slow())
+"""
+
+
+def register_slow(name: str, features: Sequence[str], seconds: float) -> str:
+    """Register a model that gives a score out of all of its features, and sleeps for each batch; return its address."""
+    return _register_code(name, _SLOW.format(seconds=seconds, features=list(features)), features)
+
+
+def _register_code(name: str, code: str, features: Sequence[str]) -> str:
+    inputs = pd.DataFrame({feature: np.zeros(2, dtype=np.float32) for feature in features})
     with tempfile.TemporaryDirectory() as folder, mlflow.start_run(), warnings.catch_warnings():
         # MLflow advises on type hints and examples, which this model has no use for.
         warnings.simplefilter("ignore", UserWarning)
         script = Path(folder) / "scripted.py"
-        script.write_text(_SCRIPT.format(line=line))
+        script.write_text(code)
         logged = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(script),

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from typing import Literal, Self
+from uuid import UUID
 
 from pydantic import Field, model_validator
 
 from serving.contract import ColumnPolicy, Frozen
 
 # These decide how a run is carried out, never what it puts out: a later call may change them and still resume.
-_NOT_IN_KEY = {"name", "slots", "memory_mb", "max_reject_fraction", "allow_pickle", "experiment", "runner"}
+_NOT_IN_KEY = {
+    *("name", "slots", "memory_mb", "max_reject_fraction", "allow_pickle", "experiment"),
+    *("runner", "workers", "joins", "notices", "notice_seconds"),
+}
 
 
 class Threads(Frozen):
@@ -83,6 +87,17 @@ class BatchOptions(Frozen):
     runner: Threads | Ray = Field(
         default=Threads(), discriminator="kind", description="Where shards are scored: in threads, or on a Ray cluster."
     )
+    workers: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="Flow runs that score this run together, where it is one of a deployment: it starts the others.",
+    )
+    joins: UUID | None = Field(
+        default=None,
+        description="The id of a flow run whose run this one is to join, as one more worker. It takes the model and "
+        "the files that the other resolved, whatever they are by now.",
+    )
     max_reject_fraction: float = Field(
         default=0.1, ge=0, le=1, description="The run stops, unpublished, when more of its rows than this are rejects."
     )
@@ -93,10 +108,30 @@ class BatchOptions(Frozen):
         default="overnight", description="The MLflow experiment that gets the run's lineage; null for none."
     )
 
+    notices: Literal["none", "interruption", "rebalance"] = Field(
+        default="interruption",
+        description="Which notices of the machine's cloud (AWS, GCP, Azure) end the run early, to be resumed: "
+        "interruptions, none, or AWS's rebalance recommendation too, where workers leave such a machine as well.",
+    )
+    notice_seconds: float = Field(
+        default=30.0,
+        ge=1,
+        le=86_400,
+        description="Seconds from SIGTERM until the process is killed, by the rule of who sends it: "
+        "terminationGracePeriodSeconds on Kubernetes, TimeoutStopSec under systemd, 30 for Prefect's workers.",
+    )
+
     @model_validator(mode="after")
     def _cluster_has_slots(self) -> Self:
         if isinstance(self.runner, Ray) and self.runner.address is not None and self.slots is None:
             message = "slots must say how many forward passes the Ray cluster runs side by side, got none."
+            raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_spread(self) -> Self:
+        if isinstance(self.runner, Ray) and self.workers > 1:
+            message = f"workers must be 1 where Ray spreads the work, got {self.workers}; raise slots instead."
             raise ValueError(message)
         return self
 

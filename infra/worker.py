@@ -1,0 +1,108 @@
+"""A Prefect process worker whose runs are given time when their machine is to end.
+
+`python -m infra.worker --pool overnight-spot` runs `prefect worker start`, one flow run at a time. Told to
+end (SIGTERM or SIGINT), Prefect's own worker kills the runs that it has started, at once, and their state
+stays Running. This one asks for no more work, passes the signal on to the runs alone, waits until each has
+drained and told the server that it is to be run again, and ends then. It has to be the one that gets the
+signal: `KillMode=mixed` under systemd, the first process of a container.
+
+The pool's `command` must be `prefect flow-run execute`, which is what obeys the signal, as in deployments/pools.py.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from infra.processes import children, kill_family, signal_all
+
+_POLL_S = 0.2
+# What Prefect itself allows a run between SIGTERM and SIGKILL, and as much again to tell the server.
+GRACE_S = 60.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the worker until it ends or this process is told to; return the exit code."""
+    options = parse(arguments)
+    told = _told_to_end()
+    if missing := _missing(options.pool):
+        sys.stderr.write(missing)
+        return 1
+    worker = subprocess.Popen(
+        _command(options.pool, options.name, options.limit),
+        env=_environment(),
+        # Ctrl-C in a terminal goes to every process of its group; the worker is not to get it.
+        start_new_session=True,
+    )
+    while worker.poll() is None:
+        if told.wait(_POLL_S):
+            drain(worker, options.grace)
+            return 0
+    return worker.returncode
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m infra.worker", description=__doc__)
+    parser.add_argument("--pool", required=True, help="the work pool to take flow runs from")
+    parser.add_argument("--name", help="the worker's name in the UI")
+    parser.add_argument("--limit", type=int, default=1, help="flow runs side by side (1: a run takes every core)")
+    parser.add_argument("--grace", type=float, default=GRACE_S, help="seconds that runs get to drain")
+    return parser.parse_args(arguments)
+
+
+def _told_to_end() -> threading.Event:
+    """Return an event that SIGTERM and SIGINT set; a shell's `&` may have masked them."""
+    told = threading.Event()
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: told.set())
+    return told
+
+
+def _missing(pool: str) -> str:
+    """Return what to say where there is no such pool: Prefect's worker would ask for its work for ever."""
+    asked = [sys.executable, "-m", "prefect", "work-pool", "inspect", pool]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False)
+    if not found.returncode:
+        return ""
+    return (
+        f"The work pool {pool!r} must be on the Prefect server, but that says: {found.stdout}{found.stderr}"
+        f"`make deploy` creates those of Overnight, `prefect work-pool create {pool} --type process` any other.\n"
+    )
+
+
+def _command(pool: str, name: str | None, limit: int) -> list[str]:
+    named = ["--name", name] if name else []
+    return [
+        *(sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"),
+        *("--limit", str(limit), "--no-create-pool-if-not-found", *named),
+    ]
+
+
+def _environment() -> dict[str, str]:
+    """Return this environment with this interpreter's programs first, since the pool's command names `prefect`."""
+    return {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
+
+
+def drain(worker: subprocess.Popen[bytes], grace_s: float) -> None:
+    """Let the runs end, then the worker, which is stopped meanwhile and takes up none of them again."""
+    until = time.monotonic() + grace_s
+    signal_all([worker.pid], signal.SIGSTOP)
+    runs = children(worker.pid)
+    sys.stdout.write(f"Told to end: {len(runs)} flow runs have {grace_s:g} s to drain.\n")
+    sys.stdout.flush()
+    signal_all(runs, signal.SIGTERM)
+    while set(children(worker.pid)) & set(runs) and time.monotonic() < until:
+        time.sleep(_POLL_S)
+    kill_family(worker.pid)
+    worker.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

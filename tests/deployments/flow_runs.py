@@ -1,0 +1,85 @@
+"""Flow runs of deployments, as a person starts and watches them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.objects import FlowRun
+from prefect.deployments import run_deployment
+
+from infra.local.prefect_server import PrefectServer
+from tasks.batch.options import BatchOptions
+
+SECONDS_MAX = 240.0
+
+
+def start(deployment: str, model: str, source: Path | str, destination: Path | str, options: BatchOptions) -> FlowRun:
+    """Start a run of a deployment."""
+    return start_with(
+        deployment,
+        model=model,
+        source=str(source),
+        destination=str(destination),
+        options=options.model_dump(mode="json"),
+    )
+
+
+def start_with(deployment: str, **parameters: Any) -> FlowRun:
+    run = run_deployment(f"batch-inference/{deployment}", parameters=parameters, timeout=0)
+    assert isinstance(run, FlowRun)
+    return run
+
+
+def read(flow_run: UUID) -> FlowRun:
+    with get_client(sync_client=True) as client:
+        return client.read_flow_run(flow_run)
+
+
+def wait_until(happened: Callable[[], bool], what: str) -> float:
+    """Wait, and return the seconds that it took."""
+    began = time.monotonic()
+    while not happened():
+        assert time.monotonic() < began + SECONDS_MAX, f"{what} within {SECONDS_MAX:g} s"
+        time.sleep(0.2)
+    return time.monotonic() - began
+
+
+def wait_for(flow_run: UUID, *names: str) -> FlowRun:
+    """Wait until a flow run is in a state of one of these names."""
+    wait_until(lambda: state_of(read(flow_run)) in names, f"{flow_run} is {names}")
+    return read(flow_run)
+
+
+def state_of(flow_run: FlowRun) -> str:
+    return flow_run.state.name if flow_run.state else ""
+
+
+def states(server: PrefectServer, flow_run: UUID) -> list[tuple[str, str]]:
+    """The names of all states that a flow run has been in, with their times."""
+    found = httpx.get(f"{server.api_url}/flow_run_states/", params={"flow_run_id": str(flow_run)}).json()
+    return [(state["name"], state["timestamp"]) for state in sorted(found, key=lambda state: state["timestamp"])]
+
+
+def workers_of(flow_run: UUID) -> list[FlowRun]:
+    """The flow runs that a flow run has started."""
+    with get_client(sync_client=True) as client:
+        wanted = FlowRunFilter.model_validate({"parent_flow_run_id": {"any_": [str(flow_run)]}})
+        return client.read_flow_runs(flow_run_filter=wanted)
+
+
+def table(server: PrefectServer, flow_run: UUID) -> dict[str, str]:
+    """The report of a flow run, as its artifact shows it."""
+    wanted = {"artifacts": {"flow_run_id": {"any_": [str(flow_run)]}, "key": {"any_": ["batch-table"]}}}
+    (artifact,) = httpx.post(f"{server.api_url}/artifacts/filter", json=wanted).json()
+    import json
+
+    data = artifact["data"]
+    rows = json.loads(data) if isinstance(data, str) else data
+    return {row[""].strip(): row["value"] for row in rows}

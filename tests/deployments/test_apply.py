@@ -1,0 +1,85 @@
+"""What a server has is made what the files say, once: on a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import DeploymentUpdate
+from prefect.client.schemas.objects import DeploymentSchedule
+
+from deployments.apply import FILE, Change, DeployFailed, apply, differences, read_deployments
+from infra.local.prefect_server import PrefectServer
+from tests.deployments.conftest import WANTED
+
+pytestmark = pytest.mark.machines
+
+NIGHTLY = "batch-inference/nightly"
+
+
+def changed(changes: list[Change]) -> dict[str, str]:
+    return {change.name: change.what for change in changes if change.what != "unchanged"}
+
+
+def test_applied_again_it_changes_nothing(deployed: PrefectServer) -> None:
+    changes = asyncio.run(apply(wanted=WANTED))
+
+    assert {} == changed(changes)
+    assert {"work pool": 3, "deployment": 4, "automation": 3} == {
+        kind: sum(change.kind == kind for change in changes) for kind in ("work pool", "deployment", "automation")
+    }
+
+
+def test_what_was_changed_in_the_ui_is_named_and_set_back(deployed: PrefectServer) -> None:
+    with get_client(sync_client=True) as client:
+        standing = client.read_deployment_by_name(NIGHTLY)
+        client.update_deployment(standing.id, DeploymentUpdate(tags=["mine"], parameters={"model": "models:/mine/1"}))
+        (automation,) = client.read_automations_by_name(WANTED[1].name)
+        client.pause_automation(automation.id)
+    first, again = asyncio.run(apply(wanted=WANTED)), asyncio.run(apply(wanted=WANTED))
+
+    assert {NIGHTLY: "changed: tags, parameters", WANTED[1].name: "changed: enabled"} == changed(first)
+    assert {} == changed(again)
+
+
+def test_a_schedule_differs_by_what_the_file_says_of_it_alone(deployed: PrefectServer) -> None:
+    fields = read_deployments()[NIGHTLY]
+    with get_client(sync_client=True) as client:
+        standing = client.read_deployment_by_name(NIGHTLY)
+    (schedule,) = standing.schedules
+    active = standing.model_copy(update={"schedules": [schedule.model_copy(update={"active": True})]})
+
+    assert isinstance(schedule, DeploymentSchedule)
+    assert [] == differences(fields, standing)
+    assert ["schedules"] == differences(fields, active)
+    assert ["schedules"] == differences(fields, standing.model_copy(update={"schedules": []}))
+    assert ["schedules"] == differences(fields, standing.model_copy(update={"schedules": [schedule, schedule]}))
+
+
+def test_a_missing_work_pool_is_named(deployed: PrefectServer, tmp_path: Path) -> None:
+    file = tmp_path / "prefect.yaml"
+    file.write_text(FILE.read_text().replace("name: overnight-spot", "name: elsewhere"))
+
+    with pytest.raises(DeployFailed, match="work pool 'elsewhere' of deployment batch-inference/spot must be there"):
+        asyncio.run(apply(file, WANTED))
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [(None, "PREFECT_API_URL must name the Prefect server"), ("http://127.0.0.1:9/api", "127.0.0.1:9/api must answer")],
+)
+def test_no_server_is_an_error_that_says_what_to_do(address: str | None, said: str, tmp_path: Path) -> None:
+    without = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    environment = without | {"PREFECT_HOME": str(tmp_path)} | ({"PREFECT_API_URL": address} if address else {})
+    done = subprocess.run(
+        [sys.executable, "-m", "deployments.apply"], env=environment, capture_output=True, text=True, check=False
+    )
+
+    assert 1 == done.returncode
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,94 @@
+"""A person with a browser starts a batch run from the form of a deployment, and sees what came of it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+
+from infra.local.prefect_server import PrefectServer
+from infra.local.prefect_worker import PrefectWorker
+from tasks.batch.options import BatchOptions
+from tasks.batch.predictions import open_predictions
+
+pytestmark = pytest.mark.machines
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+CHROMIUM = Path("/usr/bin/chromium")
+SECONDS_MAX = 120.0
+
+
+@pytest.fixture
+def page() -> Generator[Page]:
+    """A page of Debian's Chromium."""
+    if not CHROMIUM.exists():
+        pytest.skip(f"{CHROMIUM} is missing: apt-get install chromium")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install -e '.[dev]' brings playwright")
+    with sync_api.sync_playwright() as playwright:
+        # Chromium's sandbox does not start as root, and the pages are those of our own server.
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1300, "height": 1600})
+        page.set_default_timeout(SECONDS_MAX * 1000)
+        yield page
+        browser.close()
+
+
+def show(page: Page, name: str) -> None:
+    """Keep a picture of the page where the environment asks for it."""
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/{name}.png", full_page=True)
+
+
+def submit(page: Page) -> None:
+    """Press the button until the page takes it: it does not while it still checks what was typed."""
+    form, until = page.url, time.monotonic() + SECONDS_MAX
+    while page.url == form:
+        assert time.monotonic() < until, page.inner_text("body")
+        page.get_by_role("button", name="Submit").click()
+        page.wait_for_timeout(3000)
+
+
+def test_a_run_is_started_from_the_form_which_describes_every_field_and_shows_its_artifacts(
+    page: Page,
+    deployed: PrefectServer,
+    two_workers: list[PrefectWorker],
+    linear: str,
+    customers: Path,
+    tmp_path: Path,
+) -> None:
+    deployment = httpx.get(f"{deployed.api_url}/deployments/name/batch-inference/adhoc").json()["id"]
+    page.goto(f"{deployed.ui_url}/v2/deployments/deployment/{deployment}/run")
+    page.get_by_text("Max Reject Fraction").wait_for()
+    form = " ".join(page.inner_text("body").split())
+    undescribed = [
+        name
+        for name, field in BatchOptions.model_fields.items()
+        if " ".join(str(field.description).split()) not in form
+    ]
+
+    assert [] == undescribed
+
+    page.locator("input[name=name]").fill("from-the-form")
+    page.get_by_label("model", exact=True).fill(linear)
+    page.get_by_label("source", exact=True).fill(str(customers))
+    page.get_by_label("destination", exact=True).fill(str(tmp_path / "scores"))
+    page.get_by_role("button", name="Add item").click()
+    page.locator("xpath=//button[contains(., 'Add item')]/preceding::textarea[1]").fill("customer")
+    show(page, "form")
+    submit(page)
+    page.get_by_role("link", name="from-the-form").first.click()
+    page.get_by_text("Completed", exact=True).first.wait_for()
+    show(page, "run")
+    page.get_by_role("tab", name="Artifacts").click()
+    for key in ("batch-progress", "batch-table", "batch-report", "batch-plot"):
+        page.get_by_text(key).first.wait_for()
+    show(page, "artifacts")
+
+    assert list(range(10_000)) == sorted(open_predictions(str(tmp_path / "scores")).collect()["customer"])

@@ -1,0 +1,128 @@
+"""The work pools that the deployments name, and the template of those on Kubernetes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jsonschema
+import prefect
+import pytest
+import yaml
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.workers.base import BaseJobConfiguration
+
+from deployments.apply import FILE
+from deployments.pools import pools
+from infra.local.prefect_server import PrefectServer
+
+TEMPLATE = Path(__file__).parents[2] / "infra/kubernetes/work-pool.json"
+SHIPPED = Path(prefect.__file__).parent / "server/api/collections_data/views/aggregate-worker-metadata.json"
+
+# The fields of a Job (batch/v1) that the template fills in.
+JOB: dict[str, Any] = {
+    "type": "object",
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "properties": {
+        "apiVersion": {"const": "batch/v1"},
+        "kind": {"const": "Job"},
+        "spec": {
+            "type": "object",
+            "required": ["backoffLimit", "template"],
+            "additionalProperties": False,
+            "properties": {
+                "backoffLimit": {"const": 0},
+                "parallelism": {"const": 1},
+                "completions": {"const": 1},
+                "ttlSecondsAfterFinished": {"type": "integer"},
+                "template": {
+                    "type": "object",
+                    "required": ["spec"],
+                    "properties": {
+                        "spec": {
+                            "type": "object",
+                            "required": ["containers", "restartPolicy", "terminationGracePeriodSeconds"],
+                            "properties": {
+                                "restartPolicy": {"const": "Never"},
+                                "terminationGracePeriodSeconds": {"type": "integer", "minimum": 30},
+                                "serviceAccountName": {"type": "string"},
+                                "containers": {"type": "array", "minItems": 1, "maxItems": 1},
+                            },
+                            "additionalProperties": False,
+                        }
+                    },
+                },
+            },
+        },
+    },
+}
+
+
+def survives() -> dict[str, Any]:
+    """The job variables of every deployment."""
+    (same,) = {
+        json.dumps(each["work_pool"]["job_variables"]) for each in yaml.safe_load(FILE.read_text())["deployments"]
+    }
+    return dict(json.loads(same))
+
+
+def test_the_deployments_name_these_pools_and_no_others() -> None:
+    named = {each["work_pool"]["name"] for each in yaml.safe_load(FILE.read_text())["deployments"]}
+
+    assert named == {pool.name for pool in pools()}
+
+
+def test_a_pool_says_how_a_machine_takes_work_from_it() -> None:
+    assert all(f"python -m infra.worker --pool {pool.name}" in str(pool.description) for pool in pools())
+
+
+def test_the_template_for_kubernetes_is_prefects_own_with_time_to_drain_and_no_second_pod() -> None:
+    ours = json.loads(TEMPLATE.read_text())
+    theirs = json.loads(SHIPPED.read_text())["prefect-kubernetes"]["kubernetes"]["default_base_job_configuration"]
+
+    assert {"termination_grace_period_seconds"} == set(ours["variables"]["properties"]) - set(
+        theirs["variables"]["properties"]
+    )
+    assert set(theirs["variables"]["properties"]) <= set(ours["variables"]["properties"])
+    assert theirs["job_configuration"].keys() == ours["job_configuration"].keys()
+    assert ours["variables"]["properties"]["env"]["default"] == survives()["env"]
+
+
+def test_the_template_for_kubernetes_makes_a_job_that_is_never_run_twice() -> None:
+    template = json.loads(TEMPLATE.read_text())
+    # The manifest is what the worker of prefect-kubernetes adds to the base configuration.
+    manifest = template["job_configuration"]["job_manifest"]
+
+    class Configuration(BaseJobConfiguration):
+        job_manifest: dict[str, Any]
+
+    filled = asyncio.run(
+        Configuration.from_template_and_values(
+            {**template, "job_configuration": {"job_manifest": manifest, "env": "{{ env }}"}},
+            {**survives(), "image": "registry/overnight:1", "finished_job_ttl": 600},
+        )
+    )
+
+    jsonschema.validate(filled.job_manifest, JOB)
+    (container,) = filled.job_manifest["spec"]["template"]["spec"]["containers"]
+    assert ("prefect flow-run execute", "registry/overnight:1") == (container["args"], container["image"])
+    assert "{{" not in json.dumps(filled.job_manifest)
+
+
+def test_the_server_takes_the_template_and_the_deployments_job_variables_fit_it(deployed: PrefectServer) -> None:
+    name = f"kubernetes-{uuid.uuid4()}"
+    with get_client(sync_client=True) as client:
+        client.create_work_pool(
+            WorkPoolCreate(name=name, type="kubernetes", base_job_template=json.loads(TEMPLATE.read_text()))
+        )
+        flow = client.create_flow_from_name("any")
+        fits = client.create_deployment(flow, "fits", work_pool_name=name, job_variables=survives())
+        with pytest.raises(httpx.HTTPStatusError, match="422"):
+            client.create_deployment(flow, "not", work_pool_name=name, job_variables={"env": "text"})
+
+    assert fits

@@ -1,0 +1,306 @@
+"""A notice of the machine's cloud ends a run early, and Prefect takes it up again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import httpx
+import pytest
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Cancelling, Scheduled
+
+from infra.local.prefect_server import PrefectServer
+from serving.errors import Interrupted
+from tasks.batch.options import BatchOptions
+from tasks.spot.clouds import Aws
+from tasks.spot.metadata import METADATA_URL
+from tests.metadata import Imds, serving
+from tests.support import write_customers
+
+ROOT = Path(__file__).parents[2]
+ROWS, CHUNK = 6_000, 200
+# Ten batches of a twentieth of a second: a chunk takes half a second at least.
+OPTIONS = BatchOptions(key_columns=("customer",), batch_size=20, rows_per_chunk=CHUNK, slots=2, experiment=None)
+ACTION = "/latest/meta-data/spot/instance-action"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_customers(tmp_path_factory.mktemp("notices") / "customers", rows=ROWS, files=2, rows_per_group=CHUNK)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    sleepy: str, source: Path, prefect: PrefectServer, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
+    from flows.batch import batch_inference
+
+    destination = tmp_path_factory.mktemp("undisturbed")
+    batch_inference(sleepy, str(source), str(destination), OPTIONS)
+    return run_parts(destination)
+
+
+@pytest.fixture
+def imds(monkeypatch: pytest.MonkeyPatch) -> Generator[Imds]:
+    """AWS's metadata service, which this process and its children ask often."""
+    service = Imds()
+    monkeypatch.setattr(Aws, "every_seconds", 0.05)
+    with serving(service):
+        monkeypatch.setenv(METADATA_URL, service.url)
+        yield service
+
+
+def run_parts(destination: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in destination.glob("run=*/*")}
+
+
+def parts_left(destination: Path) -> int:
+    return len(list(destination.glob("run=*/part-*")))
+
+
+@contextmanager
+def meanwhile(act: Callable[[], None], destination: Path) -> Generator[None]:
+    """Act from a thread once two parts are there."""
+
+    def wait() -> None:
+        while parts_left(destination) < 2:
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    yield
+    thread.join()
+
+
+def ask(server: PrefectServer, kind: str, destination: Path) -> list[dict[str, Any]]:
+    """What the server has of the only flow run into a destination."""
+    runs = httpx.post(f"{server.api_url}/flow_runs/filter", json={}).json()
+    found = [run for run in runs if run["parameters"]["destination"] == str(destination)]
+    if kind == "flow_runs":
+        return found
+    body = {"flow_runs": {"id": {"any_": [run["id"] for run in found]}}}
+    return list(httpx.post(f"{server.api_url}/{kind}/filter", json=body).json())
+
+
+def test_an_interruption_by_aws_drains_a_run_and_the_same_call_completes_it_to_the_same_bytes(
+    sleepy: str, source: Path, undisturbed: dict[str, bytes], prefect: PrefectServer, imds: Imds, tmp_path: Path
+) -> None:
+    from flows.batch import batch_inference
+
+    with (
+        meanwhile(lambda: imds.interrupt("terminate", 120), tmp_path),
+        pytest.raises(Interrupted, match=r"^Interrupted by AWS \(terminate\): .* the same call resumes\.$") as caught,
+    ):
+        batch_inference(sleepy, str(source), str(tmp_path), OPTIONS)
+    left = run_parts(tmp_path)
+    (run,) = ask(prefect, "flow_runs", tmp_path)
+    artifacts = {artifact["key"]: artifact["data"] for artifact in ask(prefect, "artifacts", tmp_path)}
+    imds.action = None
+    report = batch_inference(sleepy, str(source), str(tmp_path), OPTIONS)
+
+    assert "dropped" not in str(caught.value)
+    assert 2 <= len(left) < len(undisturbed)
+    assert left.items() <= undisturbed.items()
+    assert f"{CHUNK * len(left):,} of 6,000 rows" in str(caught.value)
+    assert ("CRASHED", str(caught.value)) == (run["state_type"], run["state"]["message"])
+    assert str(caught.value) in artifacts["batch-report"]
+    assert f"| rows left | {ROWS - CHUNK * len(left):,} |" in artifacts["batch-report"]
+    assert 100 * CHUNK * len(left) / ROWS == pytest.approx(float(artifacts["batch-progress"]))
+    assert ROWS - CHUNK * len(left) == report.rows_scored
+    assert undisturbed == run_parts(tmp_path)
+
+
+def test_an_interruption_that_is_withdrawn_lets_the_run_go_on_to_its_end(
+    sleepy: str, source: Path, undisturbed: dict[str, bytes], imds: Imds, tmp_path: Path
+) -> None:
+    from flows.batch import batch_inference
+
+    def announce_and_withdraw() -> None:
+        imds.interrupt("terminate", 120)
+        while not imds.answers(ACTION):
+            time.sleep(0.01)
+        time.sleep(0.1)
+        imds.action = None
+
+    with meanwhile(announce_and_withdraw, tmp_path):
+        report = batch_inference(sleepy, str(source), str(tmp_path), OPTIONS)
+
+    assert imds.answers(ACTION) >= 1
+    assert ("scored", ROWS, ROWS) == (report.status, report.rows, report.rows_scored)
+    assert undisturbed == run_parts(tmp_path)
+
+
+def test_a_notice_in_the_last_chunk_does_not_keep_the_run_from_its_end(
+    sleepy: str, source: Path, undisturbed: dict[str, bytes], imds: Imds, tmp_path: Path
+) -> None:
+    from flows.batch import batch_inference
+
+    def announce_at_the_end() -> None:
+        while parts_left(tmp_path) < ROWS // CHUNK - 1:
+            time.sleep(0.005)
+        imds.interrupt("terminate", 120)
+
+    with meanwhile(announce_at_the_end, tmp_path):
+        report = batch_inference(sleepy, str(source), str(tmp_path), OPTIONS)
+
+    assert "scored" == report.status
+    assert undisturbed == run_parts(tmp_path)
+
+
+def test_a_run_that_wants_no_notices_asks_for_none(
+    sleepy: str, source: Path, prefect: PrefectServer, imds: Imds, tmp_path: Path
+) -> None:
+    from flows.batch import batch_inference
+
+    imds.interrupt("terminate", 0)
+    small = OPTIONS.model_copy(update={"notices": "none", "batch_size": CHUNK})
+    report = batch_inference(sleepy, str(source), str(tmp_path), small)
+
+    assert "scored" == report.status
+    assert [] == imds.asked
+
+
+class Deployed:
+    """A flow run of a deployment, and processes that execute it as Prefect's workers start them."""
+
+    def __init__(self, client: SyncPrefectClient, parameters: dict[str, Any], log: Path) -> None:
+        from flows.batch import batch_inference
+
+        self._client, self._log = client, log
+        folder = {"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}
+        deployment = client.create_deployment(
+            flow_id=client.create_flow(batch_inference),
+            name=str(log.parent),
+            entrypoint="flows.batch.batch_inference",
+            pull_steps=[folder],
+        )
+        self.id: UUID = client.create_flow_run_from_deployment(deployment, parameters=parameters).id
+
+    def engine(self) -> subprocess.Popen[bytes]:
+        """Execute the run in the engine's process, as a process worker does."""
+        return self._start("-m", "prefect.engine", str(self.id), PREFECT__FLOW_ENTRYPOINT="flows.batch.batch_inference")
+
+    def supervised(self) -> subprocess.Popen[bytes]:
+        """Execute the run below `prefect flow-run execute`, as a container of Kubernetes does."""
+        return self._start(
+            *("-m", "prefect", "flow-run", "execute", str(self.id)),
+            PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR="reschedule",
+        )
+
+    def _start(self, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+        with self._log.open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, *arguments],
+                env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def run(self) -> FlowRun:
+        return self._client.read_flow_run(self.id)
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+
+@pytest.fixture
+def deployed(sleepy: str, source: Path, prefect: PrefectServer, tmp_path: Path) -> Generator[Deployed]:
+    parameters = {
+        "model": sleepy,
+        "source": str(source),
+        "destination": str(tmp_path / "scores"),
+        "options": OPTIONS.model_dump(mode="json"),
+    }
+    with get_client(sync_client=True) as client:
+        yield Deployed(client, parameters, tmp_path / "log")
+
+
+def ended(child: subprocess.Popen[bytes], destination: Path, act: Callable[[], None]) -> int:
+    """Act once two parts are there, and return how the child ended."""
+    with meanwhile(act, destination):
+        return child.wait(200)
+
+
+@pytest.mark.timeout(600)
+def test_a_deployed_run_is_scheduled_anew_for_when_its_machine_is_gone_and_then_completed(
+    deployed: Deployed, undisturbed: dict[str, bytes], imds: Imds, tmp_path: Path
+) -> None:
+    scores = tmp_path / "scores"
+    code = ended(deployed.engine(), scores, lambda: imds.interrupt("terminate", 120))
+    state, now = deployed.run.state, datetime.now(UTC)
+
+    assert 0 == code, deployed.log
+    assert state is not None
+    assert "AwaitingRetry" == state.name
+    assert state.message is not None
+    assert state.message.startswith("Interrupted by AWS (terminate): ")
+    assert "it resumes by itself after" in state.message
+    when = state.state_details.scheduled_time
+    assert when is not None
+    # Its machine goes 120 s after the announcement, and workers take a run up 10 s before its time.
+    assert now < when <= now + timedelta(seconds=136)
+    assert run_parts(scores).items() < undisturbed.items()
+
+    imds.action = None
+    deployed._client.set_flow_run_state(deployed.id, Scheduled(), force=True)
+    assert 0 == deployed.engine().wait(200), deployed.log
+    assert "COMPLETED" == deployed.run.state_type
+    assert 2 == deployed.run.run_count
+    assert undisturbed == run_parts(scores)
+
+
+@pytest.mark.timeout(600)
+def test_a_deployed_run_that_gets_sigterm_is_scheduled_anew_at_once(deployed: Deployed, tmp_path: Path) -> None:
+    child = deployed.engine()
+    code = ended(child, tmp_path / "scores", lambda: child.send_signal(signal.SIGTERM))
+    state = deployed.run.state
+
+    assert 0 == code, deployed.log
+    assert state is not None
+    assert "AwaitingRetry" == state.name
+    assert str(state.message).startswith("Interrupted by SIGTERM: ")
+    when = state.state_details.scheduled_time
+    assert when is not None
+    assert when <= datetime.now(UTC)
+
+
+@pytest.mark.timeout(600)
+def test_a_supervisor_that_reschedules_a_run_lets_it_finish_its_chunks_and_settles_its_state(
+    deployed: Deployed, tmp_path: Path
+) -> None:
+    child = deployed.supervised()
+    code = ended(child, tmp_path / "scores", lambda: child.send_signal(signal.SIGTERM))
+    state = deployed.run.state
+
+    assert 0 == code, deployed.log
+    assert state is not None
+    assert ("AwaitingRetry", None) == (state.name, state.message)
+    assert "Flow run successfully rescheduled." in deployed.log
+    assert "are left; who sent the signal says what becomes of the run." in deployed.log
+
+
+@pytest.mark.timeout(600)
+def test_a_run_that_is_cancelled_stays_cancelled(deployed: Deployed, tmp_path: Path) -> None:
+    def cancel() -> None:
+        deployed._client.set_flow_run_state(deployed.id, Cancelling(), force=True)
+
+    code = ended(deployed.supervised(), tmp_path / "scores", cancel)
+
+    assert 0 == code, deployed.log
+    assert "CANCELLED" == deployed.run.state_type
+    assert "are left; who sent the signal says what becomes of the run." in deployed.log

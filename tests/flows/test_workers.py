@@ -1,0 +1,150 @@
+"""Flow runs that join another's run, and that start more of themselves: on a real server."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.context import FlowRunContext
+
+from flows import workers
+from infra.local.prefect_server import PrefectServer
+from serving.errors import BadInput, RunnerUnusable
+from tasks.batch.options import BatchOptions
+from tasks.batch.report import BatchReport
+from tests.support import write_customers
+
+pytestmark = pytest.mark.usefixtures("prefect")
+
+OPTIONS = BatchOptions(key_columns=("customer",), batch_size=128, rows_per_chunk=1024, experiment=None)
+
+
+class Log:
+    """A logger that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def info(self, line: str, *values: object) -> None:
+        self.lines.append(line % values)
+
+
+def infer(model: str, source: Path, destination: Path, options: BatchOptions = OPTIONS) -> BatchReport:
+    from flows.batch import batch_inference
+
+    return batch_inference(model, str(source), str(destination), options)
+
+
+@contextmanager
+def running(flow_run: FlowRun) -> Generator[None]:
+    """Be inside a flow run."""
+    from flows.batch import batch_inference
+
+    with FlowRunContext.model_construct(flow=batch_inference, flow_run=flow_run, parameters=flow_run.parameters):
+        yield
+
+
+def start(pool: str | None, **parameters: Any) -> FlowRun:
+    """A flow run of a deployment that has this work pool."""
+    with get_client(sync_client=True) as client:
+        flow = client.create_flow_from_name(f"flow-{uuid.uuid4()}")
+        deployment = client.create_deployment(flow, "adhoc", work_pool_name=pool, tags=["resumes"])
+        return client.create_flow_run_from_deployment(deployment, parameters=parameters, name="night")
+
+
+@pytest.fixture(scope="module")
+def pool(prefect: PrefectServer) -> str:
+    from deployments.pools import process_pool
+
+    with get_client(sync_client=True) as client:
+        return client.create_work_pool(process_pool()).name
+
+
+class TestJoining:
+    def test_a_run_is_joined_whatever_the_files_are_by_now(self, linear: str, customers: Path, tmp_path: Path) -> None:
+        first = infer(linear, customers, tmp_path / "scores")
+        (started,) = (tmp_path / "scores/_overnight/starts").iterdir()
+        write_customers(customers / "more", rows=500, files=1, rows_per_group=500)
+        joined = infer(linear, customers, tmp_path / "scores", OPTIONS.model_copy(update={"joins": UUID(started.stem)}))
+        anew = infer(linear, customers, tmp_path / "scores")
+
+        assert ("already complete", first.run) == (joined.status, joined.run)
+        assert ("scored", 10_500) == (anew.status, anew.rows)
+
+    def test_one_who_joined_may_be_joined_and_stays_with_the_run(
+        self, linear: str, customers: Path, tmp_path: Path
+    ) -> None:
+        from tasks.storage import open_storage
+
+        first = infer(linear, customers, tmp_path / "scores")
+        (started,) = (tmp_path / "scores/_overnight/starts").iterdir()
+        storage = open_storage(str(tmp_path / "scores"))
+
+        assert first.run == workers.find_start(storage, "second", UUID(started.stem))
+        assert first.run == workers.find_start(storage, "second", uuid.uuid4())
+        assert workers.find_start(storage, "third", None) is None
+
+    def test_a_flow_run_that_began_nothing_there_is_named(
+        self, linear: str, customers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(workers, "_START_SECONDS_MAX", 0.5)
+        stranger = uuid.uuid4()
+
+        with pytest.raises(BadInput, match=f"Flow run {stranger} must have begun a run at"):
+            infer(linear, customers, tmp_path / "scores", OPTIONS.model_copy(update={"joins": stranger}))
+        assert not (tmp_path / "scores").exists()
+
+
+class TestStarting:
+    def test_a_call_of_no_deployment_can_not_start_workers_and_says_how_to(
+        self, linear: str, customers: Path, tmp_path: Path
+    ) -> None:
+        with pytest.raises(RunnerUnusable, match=r"but this call, for 3 workers, is of none\. Run a deployment"):
+            infer(linear, customers, tmp_path / "scores", OPTIONS.model_copy(update={"workers": 3}))
+        assert not (tmp_path / "scores").exists()
+
+    def test_each_is_a_run_of_the_same_deployment_that_joins_and_a_retry_starts_none_again(self, pool: str) -> None:
+        options = OPTIONS.model_copy(update={"workers": 3})
+        first = start(pool, model="models:/m/1", options=options.model_dump(mode="json"))
+        log = Log()
+        with running(first):
+            started = workers.start_workers(options, log)  # type: ignore[arg-type]
+            again = workers.start_workers(options, log)  # type: ignore[arg-type]
+
+        assert ["night-worker-2", "night-worker-3"] == [each.name for each in started]
+        assert [each.id for each in started] == [each.id for each in again]
+        assert {first.deployment_id} == {each.deployment_id for each in started}
+        assert ["More workers score this run: night-worker-2, night-worker-3."] * 2 == log.lines
+        asked = BatchOptions.model_validate(started[0].parameters["options"])
+        assert OPTIONS.model_copy(update={"joins": first.id}) == asked
+        assert "models:/m/1" == started[0].parameters["model"]
+
+    def test_workers_of_one_that_joined_join_the_same(self, pool: str) -> None:
+        joins = uuid.uuid4()
+        options = OPTIONS.model_copy(update={"workers": 2, "joins": joins})
+        with running(start(pool, options=options.model_dump(mode="json"))):
+            (other,) = workers.start_workers(options, Log())  # type: ignore[arg-type]
+
+        assert str(joins) == other.parameters["options"]["joins"]
+
+    def test_one_worker_starts_none(self, pool: str) -> None:
+        with running(start(pool)):
+            assert [] == workers.start_workers(OPTIONS, Log())  # type: ignore[arg-type]
+
+    def test_a_deployment_without_its_work_pool_is_named(self) -> None:
+        options = OPTIONS.model_copy(update={"workers": 2})
+        with running(start(None)), pytest.raises(RunnerUnusable, match="Deployment 'adhoc' must have a work pool"):
+            workers.start_workers(options, Log())  # type: ignore[arg-type]
+
+    def test_a_relative_path_in_a_run_of_a_deployment_is_refused(self, pool: str) -> None:
+        with running(start(pool)):
+            workers.check_workers("s3://lake/customers", "/data/scores", OPTIONS)
+            with pytest.raises(BadInput, match="destination of a deployment's run must be an absolute path"):
+                workers.check_workers("s3://lake/customers", "scores", OPTIONS)
