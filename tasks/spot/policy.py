@@ -25,9 +25,10 @@ The promise: done by the deadline whatever spot does, as long as no changeover t
 longer than stated, and on-demand is to be had. A reserve of the longest time for which on-demand is refused and a
 changeover keeps it where it is refused once.
 
-Rules 2, 4 and 6 began as those of "Can't Be Late" (Wu et al., NSDI 2024). The constants were read off a stochastic
-dynamic program over the spells of 240 real traces, then searched for by chance on five zones at a time and judged on
-the sixth, and rounded; none hangs on its last digit.
+Rules 2, 4 and 6 began as those of "Can't Be Late" (Wu et al., NSDI 2024). The others and their constants were read off
+a stochastic dynamic program over the spells of its 240 traces of six zones, then searched for by chance, and rounded.
+Chosen on five zones and judged on the sixth, in turn, the search came to 0.936 of greedy's cost; on all six, to 0.934;
+the rounded constants come to 0.934. A quarter more or less of any one costs at most 0.004 more.
 """
 
 from __future__ import annotations
