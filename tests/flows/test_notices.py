@@ -24,16 +24,18 @@ from prefect.states import Cancelling, Scheduled
 from infra.local.prefect_server import PrefectServer
 from serving.errors import Interrupted
 from tasks.batch.options import BatchOptions
+from tasks.batch.share import Share
 from tasks.spot.clouds import Aws
 from tasks.spot.metadata import METADATA_URL
 from tests.metadata import Imds, serving
 from tests.support import write_customers
 
+pytestmark = pytest.mark.machines
+
 ROOT = Path(__file__).parents[2]
 ROWS, CHUNK = 6_000, 200
 # Ten batches of a twentieth of a second: a chunk takes half a second at least.
 OPTIONS = BatchOptions(key_columns=("customer",), batch_size=20, rows_per_chunk=CHUNK, slots=2, experiment=None)
-ACTION = "/latest/meta-data/spot/instance-action"
 
 
 @pytest.fixture(scope="module")
@@ -124,21 +126,32 @@ def test_an_interruption_by_aws_drains_a_run_and_the_same_call_completes_it_to_t
 
 
 def test_an_interruption_that_is_withdrawn_lets_the_run_go_on_to_its_end(
-    sleepy: str, source: Path, undisturbed: dict[str, bytes], imds: Imds, tmp_path: Path
+    sleepy: str,
+    source: Path,
+    undisturbed: dict[str, bytes],
+    imds: Imds,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from flows.batch import batch_inference
 
-    def announce_and_withdraw() -> None:
-        imds.interrupt("terminate", 120)
-        while not imds.answers(ACTION):
-            time.sleep(0.01)
-        time.sleep(0.1)
-        imds.action = None
+    rests, rested = Share.rests, []
 
-    with meanwhile(announce_and_withdraw, tmp_path):
+    def rests_and_withdraws(share: Share) -> bool:
+        found = rests(share)
+        if found and not rested:
+            # A slot comes to rest, and only then is the notice withdrawn.
+            rested.append(share)
+            imds.action = None
+            while share._drain.notice is not None:
+                time.sleep(0.01)
+        return found
+
+    monkeypatch.setattr(Share, "rests", rests_and_withdraws)
+    with meanwhile(lambda: imds.interrupt("terminate", 120), tmp_path):
         report = batch_inference(sleepy, str(source), str(tmp_path), OPTIONS)
 
-    assert imds.answers(ACTION) >= 1
+    assert 1 == len(rested)
     assert ("scored", ROWS, ROWS) == (report.status, report.rows, report.rows_scored)
     assert undisturbed == run_parts(tmp_path)
 
@@ -183,7 +196,7 @@ class Deployed:
         folder = {"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}
         deployment = client.create_deployment(
             flow_id=client.create_flow(batch_inference),
-            name=str(log.parent),
+            name=log.parent.name,
             entrypoint="flows.batch.batch_inference",
             pull_steps=[folder],
         )

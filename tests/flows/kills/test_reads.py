@@ -83,8 +83,6 @@ def test_the_kernels_log_tells_every_opening_and_reading(tmp_path: Path) -> None
     traces.mkdir()
     code = f"""
 import mmap, pathlib, threading, pyarrow as pa, pyarrow.parquet as pq
-
-pytestmark = pytest.mark.machines
 path = {str(path)!r}
 reading = threading.Thread(target=lambda: pq.ParquetFile(pa.OSFile(path, "rb")).read_row_group(1, columns=["a"]))
 reading.start()
