@@ -178,8 +178,8 @@ async def _apply_automation(client: PrefectClient, wanted: AutomationCore) -> Ch
         await client.create_automation(wanted)
         return Change(kind="automation", name=wanted.name, what="created")
     # Every field is given, defaults too: the client sends those alone.
-    has, wants = (AutomationCore(**each.model_dump()) for each in (standing[0], wanted))
-    differ = [name for name, value in wants if getattr(has, name) != value and name != "owner_resource"]
+    has, wants = (AutomationCore(**each.model_dump(exclude={"owner_resource"})) for each in (standing[0], wanted))
+    differ = [name for name, value in wants if getattr(has, name) != value]
     if not differ:
         return Change(kind="automation", name=wanted.name)
     await client.update_automation(standing[0].id, wants)
