@@ -37,17 +37,22 @@ def counting_proxy(server: str) -> Generator[Proxy]:
     """Pass requests on to a server, and count them, while the block runs."""
     proxy = Proxy(url="")
     lock = threading.Lock()
-    local = threading.local()
     upstream = str(urlsplit(server).netloc)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        def setup(self) -> None:
+            super().setup()
+            self.upstream = HTTPConnection(upstream)
+
+        def finish(self) -> None:
+            self.upstream.close()
+            super().finish()
+
         def pass_on(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            if not hasattr(local, "connection"):
-                local.connection = HTTPConnection(upstream)
-            connection: HTTPConnection = local.connection
+            connection = self.upstream
             connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
                 connection.putheader(name, value)
