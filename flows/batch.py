@@ -6,15 +6,14 @@ import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from uuid import uuid4
 
 import matplotlib.figure  # noqa: F401 - half a second that would else fall into the first call, for its plot
 from mlflow import MlflowException
 from prefect import get_run_logger
-from prefect.context import FlowRunContext
 from prefect.exceptions import TerminationSignal
 
 from flows.adhoc import adhoc_flow
+from flows.context import flow_run_id
 from flows.notices import heeding, leave
 from flows.runners import check_runner, score_shards
 from flows.workers import check_workers, find_start, start_workers
@@ -23,7 +22,7 @@ from serving.model import Model
 from tasks.batch.artifacts import Logger, Watch, publish_artifacts
 from tasks.batch.lineage import record_lineage
 from tasks.batch.options import BatchOptions
-from tasks.batch.parts import list_parts
+from tasks.batch.parts import count_rows_done
 from tasks.batch.plan import Plan, load_plan, save_start
 from tasks.batch.publish import (
     Audit,
@@ -77,7 +76,7 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
     slots = plan_slots(options, loaded)
     memory = state_memory(plan, slots, options)
     _say(plan, slots, memory, logger)
-    watch = Watch(plan.rows, lambda: _rows_done(plan, storage), logger)
+    watch = Watch(plan.rows, lambda: count_rows_done(storage, plan), logger)
     with _timed(seconds, "score"):
         scored, audit = _score(plan, storage, loaded, slots, options, watch, logger)
     draft = _draft(plan, storage, scored, audit, slots=slots, memory=memory >> 20, seconds=seconds)
@@ -95,15 +94,15 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
 
 def _find_plan(model: str, source: str, storage: Storage, options: BatchOptions, seconds: dict[str, float]) -> Found:
     """Return the plan of this flow run: its earlier attempt's, that of one it joins, the same call's, or a new one."""
-    flow_run_id = _flow_run_id()
+    this = flow_run_id()
     with _timed(seconds, "resolve"):
-        run = find_start(storage, flow_run_id, options.joins)
+        run = find_start(storage, this, options.joins)
         call = None if run else pin_call(model, source, storage.url, options)
     with _timed(seconds, "plan"), _caller_threads_kept():
         if call is not None:
             found = find_published(storage, plan_call(call, storage), call.resolved)
             # A call that is answered already leaves no trace.
-            run = found.plan.run if found.complete else save_start(storage, flow_run_id, found.plan.run)
+            run = found.plan.run if found.complete else save_start(storage, this, found.plan.run)
             if run == found.plan.run:
                 return found
         standing = load_plan(storage, str(run))
@@ -113,22 +112,12 @@ def _find_plan(model: str, source: str, storage: Storage, options: BatchOptions,
     return find_published(storage, standing, None)
 
 
-def _flow_run_id() -> str:
-    context = FlowRunContext.get()
-    return str(context.flow_run.id) if context is not None and context.flow_run is not None else str(uuid4())
-
-
 def _say(plan: Plan, slots: int, memory: int, logger: Logger) -> None:
     logger.info(
         "Run %s: %s rows in %s chunks and %s shards, %s slots, batches of %s %s, %s; its data takes %s MiB at most.",
         *(plan.run, f"{plan.rows:,}", len(plan.chunks), len(plan.shards), slots),
         *(plan.batch_size, plan.batch_unit, plan.engine, memory >> 20),
     )
-
-
-def _rows_done(plan: Plan, storage: Storage) -> int:
-    chunks = plan.chunks
-    return sum(chunks[chunk].rows for chunk in list_parts(storage, plan.run) if chunk in chunks)
 
 
 def _score(

@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from prefect import get_run_logger
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.context import FlowRunContext
 
 from flows.adhoc import adhoc_flow
-from serving.errors import OvernightError
+from flows.context import flow_run_id
+from serving.errors import OvernightError, SourceFormat
 from serving.machine import cores
 from tasks.batch.artifacts import Logger, server_may_fail
 from tasks.batch.dataset import open_dataset
 from tasks.batch.options import BatchOptions
-from tasks.batch.parts import list_parts
+from tasks.batch.parts import count_rows_done
 from tasks.batch.plan import Plan, load_plan
 from tasks.batch.run import Call, find_complete, pin_call
 from tasks.spot import dispatch
@@ -45,7 +45,7 @@ def nightly_inference(
 
     Args:
         model: models:/NAME@ALIAS or models:/NAME/VERSION, resolved once.
-        source: What batch_inference takes.
+        source: Parquet, as batch_inference takes it.
         destination: What batch_inference takes.
         deadline: A time of day in UTC (06:00), or a date and time with its zone.
         buying: The two deployments that the run may go to, their prices, and what is known of their speed.
@@ -60,15 +60,14 @@ def nightly_inference(
     due = deadline_at(deadline, began)
     storage = open_storage(destination)
     call = pin_call(model, source, storage.url, options)
-    rows = open_dataset(call.snapshot, (), options.key_columns).rows
-    if (manifest := find_complete(storage, call)) is not None:
-        rows = manifest.rows
+    manifest = find_complete(storage, call)
+    rows = manifest.rows if manifest else _count_rows(call)
     if buying.rows_per_second and manifest is None:
         must_be_possible(rows / buying.rows_per_second, (due - began).total_seconds(), buying.changeover_seconds)
     with get_client(sync_client=True) as client:
         dispatch.find_pool(client, buying.on_demand)
         capacity = PoolCapacity(pool=dispatch.find_pool(client, buying.spot))
-        pools = _Pools(client=client, buying=buying, call=call, source=source, storage=storage, night=_flow_run_id())
+        pools = _Pools(client=client, buying=buying, call=call, source=source, storage=storage, night=flow_run_id())
         night = Night(rows=rows, buying=buying, capacity=capacity, dispatcher=pools, rows_done=pools.rows_done)
         night.finished = manifest is not None
         seconds = _go_through(night, due, logger)
@@ -76,6 +75,17 @@ def nightly_inference(
     publish_night(report, night, logger)
     logger.info("%s", report.summary)
     return report
+
+
+def _count_rows(call: Call) -> int:
+    """Return the rows of a source by its footers; raises SourceFormat where it has none that tell them."""
+    if call.snapshot.format != "parquet":
+        message = (
+            "A night must know the rows of its source at its start, which Parquet tells, got "
+            f"{call.snapshot.format} at {call.snapshot.root}. Write it as Parquet, or call batch_inference."
+        )
+        raise SourceFormat(message)
+    return open_dataset(call.snapshot, (), call.options.key_columns).rows
 
 
 def _go_through(night: Night, due: datetime, logger: Logger) -> float:
@@ -87,7 +97,7 @@ def _go_through(night: Night, due: datetime, logger: Logger) -> float:
     try:
         while not night.finished:
             now = time.monotonic() - start
-            with server_may_fail(logger):
+            with server_may_fail(logger, "next move"):
                 night.look(now)
                 if not night.finished:
                     _move(night, now, limit - now, logger)
@@ -145,10 +155,7 @@ class _Pools:
     def rows_done(self) -> int:
         """Return the rows that have their part."""
         self._plan = self._plan or load_plan(self.storage, self.call.run)
-        if self._plan is None:
-            return 0
-        chunks = self._plan.chunks
-        return sum(chunks[chunk].rows for chunk in list_parts(self.storage, self._plan.run) if chunk in chunks)
+        return count_rows_done(self.storage, self._plan) if self._plan else 0
 
     @property
     def rows_in_hand(self) -> int:
@@ -168,8 +175,3 @@ class _Pools:
             "destination": self.storage.url,
             "options": options.model_dump(mode="json"),
         }
-
-
-def _flow_run_id() -> str:
-    context = FlowRunContext.get()
-    return str(context.flow_run.id) if context is not None and context.flow_run is not None else str(uuid4())

@@ -14,10 +14,10 @@ import httpx
 from prefect import get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State
-from prefect.context import FlowRunContext
 from prefect.exceptions import Pause, PrefectHTTPStatusError, TerminationSignal
 from prefect.states import AwaitingRetry, Crashed
 
+from flows.context import flow_run
 from serving.errors import Interrupted
 from tasks.batch.artifacts import Logger, publish_interrupted, server_may_fail
 from tasks.batch.options import BatchOptions
@@ -96,8 +96,7 @@ class _End:
 
 
 def _end(notice: Notice, seconds_left: float) -> _End:
-    context = FlowRunContext.get()
-    run = context.flow_run if context is not None else None
+    run = flow_run()
     if run is None or run.deployment_id is None:
         return _End(run=run, state=Crashed(), then="the same call resumes")
     if notice.of_process and _settled_by_sender(run):

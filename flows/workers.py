@@ -12,9 +12,9 @@ from uuid import UUID
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
-from prefect.context import FlowRunContext
 from prefect.deployments import run_deployment
 
+from flows.context import flow_run
 from serving.errors import BadInput, RunnerUnusable
 from tasks.batch.artifacts import Logger
 from tasks.batch.options import BatchOptions
@@ -30,8 +30,8 @@ def check_workers(source: str, destination: str, options: BatchOptions) -> None:
 
     Raises BadInput where a run of a deployment is given a path that means another folder on every machine.
     """
-    flow_run = _flow_run()
-    if flow_run is not None and flow_run.deployment_id is not None:
+    this = flow_run()
+    if this is not None and this.deployment_id is not None:
         for name, path in (("source", source), ("destination", destination)):
             if not path.startswith("/") and "://" not in path:
                 message = (
@@ -75,23 +75,23 @@ def start_workers(options: BatchOptions, logger: Logger) -> list[FlowRun]:
     A retry finds those that its earlier attempt has started, and starts none again. Raises RunnerUnusable where the
     deployment has no work pool that could run them.
     """
-    flow_run = _flow_run()
-    if options.workers == 1 or flow_run is None or flow_run.deployment_id is None:
+    this = flow_run()
+    if options.workers == 1 or this is None or this.deployment_id is None:
         return []
-    _check_pool(flow_run.deployment_id)
-    joins = str(options.joins or flow_run.id)
-    asked = dict(flow_run.parameters.get("options") or {})
-    parameters = {**flow_run.parameters, "options": {**asked, "workers": 1, "joins": joins}}
+    _check_pool(this.deployment_id)
+    joins = str(options.joins or this.id)
+    asked = dict(this.parameters.get("options") or {})
+    parameters = {**this.parameters, "options": {**asked, "workers": 1, "joins": joins}}
     started = [
         cast(
             "FlowRun",
             run_deployment(
-                flow_run.deployment_id,
+                this.deployment_id,
                 parameters=parameters,
-                flow_run_name=f"{flow_run.name}-worker-{at}",
+                flow_run_name=f"{this.name}-worker-{at}",
                 # Nobody waits for it here: it may outlive this one, or come when all is done.
                 timeout=0,
-                idempotency_key=f"{flow_run.id}/worker-{at}",
+                idempotency_key=f"{this.id}/worker-{at}",
             ),
         )
         for at in range(2, options.workers + 1)
@@ -109,8 +109,3 @@ def _check_pool(deployment_id: UUID) -> None:
             "deleted since, or never given. Create it, deploy again, and call again: the run resumes."
         )
         raise RunnerUnusable(message)
-
-
-def _flow_run() -> FlowRun | None:
-    context = FlowRunContext.get()
-    return None if context is None else context.flow_run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
 import tempfile
 import warnings
@@ -17,6 +18,11 @@ import pytest
 import torch
 from mlflow.models import ModelSignature, infer_signature
 from mlflow.types import Schema, TensorSpec
+
+
+def digests(destination: Path) -> dict[str, str]:
+    """Return every file of every run, dot files too, by its digest: nothing but the parts may be there."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in destination.glob("run=*/*")}
 
 
 def register_network(name: str, seed: int) -> str:

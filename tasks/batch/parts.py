@@ -46,6 +46,12 @@ def list_parts(storage: Storage, run: str) -> dict[ChunkId, Entry]:
     return parts
 
 
+def count_rows_done(storage: Storage, plan: Plan) -> int:
+    """Return how many rows of a plan have their part, whichever worker wrote it."""
+    chunks = plan.chunks
+    return sum(chunks[chunk].rows for chunk in list_parts(storage, plan.run) if chunk in chunks)
+
+
 def key_names(options: BatchOptions) -> list[str]:
     """Return the columns that name a row: the user's, or source file and row number."""
     return list(options.key_columns) or [SOURCE_FILE, SOURCE_ROW]

@@ -36,6 +36,11 @@ class Seen:
 
 def find_pool(client: SyncPrefectClient, deployment: str) -> str:
     """Return the work pool of a deployment named FLOW/NAME; raises DeploymentMissing where one of them is."""
+    return _find(client, deployment)[1]
+
+
+def _find(client: SyncPrefectClient, deployment: str) -> tuple[UUID, str]:
+    """Return the id of a deployment and the name of its work pool."""
     try:
         found = client.read_deployment_by_name(deployment)
     except ObjectNotFound as error:
@@ -49,14 +54,13 @@ def find_pool(client: SyncPrefectClient, deployment: str) -> str:
     except ObjectNotFound as error:
         message = f"The work pool {found.work_pool_name} of {deployment} must exist, got none. Create it: make deploy."
         raise DeploymentMissing(message) from error
-    return found.work_pool_name
+    return found.id, found.work_pool_name
 
 
 def send(client: SyncPrefectClient, deployment: str, parameters: Mapping[str, Any], key: str) -> FlowRun:
     """Start a flow run of a deployment; one that was started with the same key before is returned instead."""
-    find_pool(client, deployment)
-    found = client.read_deployment_by_name(deployment)
-    return client.create_flow_run_from_deployment(found.id, parameters=dict(parameters), idempotency_key=key)
+    found, _ = _find(client, deployment)
+    return client.create_flow_run_from_deployment(found, parameters=dict(parameters), idempotency_key=key)
 
 
 def look_at(client: SyncPrefectClient, flow_run_id: UUID) -> Seen:

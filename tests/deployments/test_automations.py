@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from infra.processes import family
 from tasks.batch.options import BatchOptions
 from tests.deployments.conftest import ATTEMPTS_MAX, SETTLED_SECONDS, StartWorkers
 from tests.deployments.flow_runs import read, start, start_with, state_of, states, wait_for, wait_until
+from tests.support import digests
 
 pytestmark = pytest.mark.machines
 
@@ -23,10 +23,6 @@ OPTIONS = BatchOptions(
 )
 # A worker alone is two processes; with a flow run in hand there are two more.
 PROCESSES_IDLE = 2
-
-
-def digests(destination: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in destination.glob("run=*/*")}
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from serving.errors import DeadlineImpossible, DeploymentMissing
 from tasks.batch.options import BatchOptions
 from tasks.spot.purchase import Buying
 from tests.deployments.conftest import StartWorkers
+from tests.support import digests
 
 pytestmark = pytest.mark.machines
 
@@ -25,10 +25,6 @@ OPTIONS = BatchOptions(
     key_columns=("customer",), batch_size=10, rows_per_chunk=50, slots=2, max_reject_fraction=1, experiment=None
 )
 BUYING = Buying(spot_price=1, on_demand_price=3, changeover_seconds=10, interval_seconds=1)
-
-
-def digests(destination: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in destination.glob("run=*/*")}
 
 
 def soon(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 from infra.local.prefect_server import PrefectServer
 from tasks.batch.options import BatchOptions
 from tasks.batch.predictions import open_predictions
-from tests.support import write_customers
+from tests.support import digests, write_customers
 
 ROOT = Path(__file__).parents[2]
 CHILD = Path(__file__).with_name("kill_child.py")
@@ -63,12 +62,6 @@ def run_child(
         timeout=120,
         check=False,
     )
-
-
-def digests(destination: Path) -> dict[str, str]:
-    """Every file of every run, dot files too, by its digest: nothing but the parts may be there."""
-    runs = sorted(destination.glob("run=*/*"))
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in runs}
 
 
 def test_a_run_killed_at_any_step_is_completed_to_the_same_bytes(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import signal
@@ -16,7 +15,7 @@ import pytest
 
 from infra.local.prefect_server import PrefectServer
 from tasks.batch.options import BatchOptions, Ray
-from tests.support import register_sleepy, write_customers
+from tests.support import digests, register_sleepy, write_customers
 
 pytestmark = pytest.mark.machines
 
@@ -48,10 +47,6 @@ def undisturbed(
     destination = tmp_path_factory.mktemp("undisturbed")
     batch_inference(sleepy, str(source), str(destination), OPTIONS)
     return digests(destination)
-
-
-def digests(destination: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in destination.glob("run=*/*")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

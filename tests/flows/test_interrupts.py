@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import signal
@@ -25,7 +24,7 @@ from tasks.batch.options import BatchOptions, Ray
 from tasks.batch.parts import list_parts
 from tasks.batch.plan import load_plan
 from tasks.storage import open_storage
-from tests.support import write_customers
+from tests.support import digests, write_customers
 
 ROOT = Path(__file__).parents[2]
 CHILD = Path(__file__).with_name("kill_child.py")
@@ -48,10 +47,6 @@ def undisturbed(
     destination = tmp_path_factory.mktemp("undisturbed")
     batch_inference(sleepy, str(source), str(destination), OPTIONS)
     return digests(destination)
-
-
-def digests(destination: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in destination.glob("run=*/*")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
