@@ -19,6 +19,9 @@ from tasks.spot.situation import Place, Situation, Terms
 KINDS: dict[Place, Kind] = {Place.SPOT: "spot", Place.ON_DEMAND: "on-demand"}
 WORDS: dict[Place, Whereabouts] = {Place.IDLE: "nowhere", Place.SPOT: "spot", Place.ON_DEMAND: "on-demand"}
 
+# To read the footers of the parts and to write the manifest; a second or two for ten thousand of them.
+_PUBLISH_SECONDS = 2.0
+
 
 class Dispatcher(Protocol):
     """Sends a batch run to machines of a kind, and takes it back."""
@@ -84,8 +87,11 @@ class Night:
 
     @property
     def work_seconds(self) -> float | None:
-        """Seconds of work that are left, None while no rate is known."""
-        return (self.rows - self.done) / self.rate if self.rate else None
+        """Seconds of work that are left, None while no rate is known; never none, until the run has ended.
+
+        With its last part a run has yet to publish: taken off its machine then, it would never be complete.
+        """
+        return max((self.rows - self.done) / self.rate, _PUBLISH_SECONDS) if self.rate else None
 
     @property
     def changeover_seconds(self) -> float:

@@ -59,6 +59,9 @@ def test_a_run_that_is_killed_with_its_worker_is_completed_by_another_to_the_sam
     standing = len(list((tmp_path / "killed").glob("run=*/*.parquet")))
     done = wait_for(run.id, "Completed", "Failed")
 
+    # No other test is to find a machine of this one.
+    for worker in workers:
+        worker.stop()
     seen = states(deployed, run.id)
     names = [name for name, _ in seen if name not in {"Scheduled", "Pending", "Submitting"}]
     assert ["Running", "Crashed", "AwaitingRetry", "Running", "Completed"] == names

@@ -58,10 +58,10 @@ def test_a_run_whose_spot_machine_is_taken_is_moved_and_done_in_time_to_the_same
     from flows.nightly import nightly_inference
 
     (spot,) = start_workers("overnight-spot", "taken")
-    start_workers("overnight-on-demand", "stays")
+    (on_demand,) = start_workers("overnight-on-demand", "kept")
     destination = tmp_path / "scores"
 
-    with taken_when(lambda: len(list(destination.glob("run=*/part-*"))) > 20, spot):
+    with on_demand, taken_when(lambda: len(list(destination.glob("run=*/part-*"))) > 20, spot):
         # Too little slack to wait for spot to come back.
         report = nightly_inference(sleepy, str(customers), str(destination), soon(110), BUYING, OPTIONS)
 

@@ -10,6 +10,7 @@ import pytest
 from serving.errors import NightFailed
 from tasks.spot.dispatch import Seen, Stage
 from tasks.spot.night import Night
+from tasks.spot.policy import decide
 from tasks.spot.purchase import Buying, Kind, Stay
 from tasks.spot.situation import Place
 
@@ -120,3 +121,31 @@ def test_a_run_that_is_done_finishes_the_night(night: Night, market: Market) -> 
 
     assert night.finished
     assert [Stay(kind="spot", start=0, stop=100, lost=False)] == night.stays
+
+
+@pytest.mark.parametrize("place", [Place.SPOT, Place.ON_DEMAND])
+def test_a_run_whose_rows_are_all_done_is_left_where_it_is_until_it_has_published(
+    night: Night, market: Market, place: Place
+) -> None:
+    night.look(0)
+    night.go(place, 0, "begin")
+    for now, market.rows in ((20, 100), (30, 200), (110, 1000)):
+        night.look(now)
+    situation = night.situation(1000)
+
+    assert situation is not None
+    assert place == decide(situation, night.terms).place
+
+
+def test_a_run_that_is_lost_before_it_has_published_is_sent_again(night: Night, market: Market) -> None:
+    night.look(0)
+    night.go(Place.SPOT, 0, "cheap")
+    for now, market.rows in ((20, 100), (30, 200), (110, 1000)):
+        night.look(now)
+    market.stage = "lost"
+    night.look(111)
+    situation = night.situation(1000)
+
+    assert night.place == Place.IDLE
+    assert situation is not None
+    assert decide(situation, night.terms).place == Place.SPOT
