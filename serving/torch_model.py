@@ -16,6 +16,7 @@ from serving.answer import named_outputs
 from serving.contract import Contract
 from serving.encode import BatchUnit, Encoded
 from serving.engine import Engine, Wish
+from serving.exported import checked_once
 from serving.machine import cores
 from serving.model import Arrays
 
@@ -89,7 +90,7 @@ def engine_module(module: Any, engine: Engine) -> Any:
     """
     if engine.linear == "onednn" and onednn.available():
         module = onednn.through_onednn(module) or module
-    return torch.compile(module, dynamic=True) if engine.compiled else module
+    return torch.compile(module, dynamic=True) if engine.compiled else checked_once(module)
 
 
 @contextmanager

@@ -119,11 +119,13 @@ class TestARun:
         assert report.slots == len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else report.slots
         assert report.parts >= 8
 
-    def test_puts_torch_threads_back(self, linear: str, customers: Path, tmp_path: Path) -> None:
-        before = torch.get_num_threads()
+    def test_puts_torch_threads_and_the_switch_interval_back(
+        self, linear: str, customers: Path, tmp_path: Path
+    ) -> None:
+        before = torch.get_num_threads(), sys.getswitchinterval()
         infer(linear, customers, tmp_path / "scores")
 
-        assert before == torch.get_num_threads()
+        assert before == (torch.get_num_threads(), sys.getswitchinterval())
 
     def test_reads_csv_json_lines_and_arrow_as_it_reads_parquet(
         self, linear: str, customers: Path, tmp_path: Path
