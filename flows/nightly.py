@@ -20,12 +20,13 @@ from tasks.batch.artifacts import Logger, server_may_fail
 from tasks.batch.dataset import open_dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_rows_done
-from tasks.batch.plan import Plan, load_plan
+from tasks.batch.plan import Plan, load_plan, load_start
 from tasks.batch.run import Call, find_complete, pin_call
 from tasks.spot import dispatch
 from tasks.spot.capacity import PoolCapacity
-from tasks.spot.deadline import must_be_possible
+from tasks.spot.deadline import workers_needed
 from tasks.spot.dispatch import Seen
+from tasks.spot.machine import Machine
 from tasks.spot.night import WORDS, Night
 from tasks.spot.night_report import NightProgress, publish_night, report_night
 from tasks.spot.policy import decide
@@ -49,11 +50,13 @@ def nightly_inference(
         destination: What batch_inference takes.
         deadline: A time of day in UTC (06:00), or a date and time with its zone.
         buying: The two deployments that the run may go to, their prices, and what is known of their speed.
-        options: Those of batch_inference.
+        options: Those of batch_inference; `workers` are the most machines that the run may be on at a time.
 
-    This flow scores nothing: it sends runs of the two deployments, one at a time, and moves the work between them
-    (tasks.spot.policy). Whatever happens to it or to them, the same call resumes. Raises DeadlineImpossible where even
-    on-demand machines would be late, DeploymentMissing by name, NightFailed where the batch run itself fails.
+    This flow scores nothing: it sends runs of the two deployments, one for each machine, and moves the work between
+    them (tasks.spot.policy). It takes as few machines as leave a fifth of the time to wait for spot in, all that it may
+    where nothing is known of their speed. Whatever happens to it or to them, the same call resumes. Raises
+    DeadlineImpossible where even on-demand machines would be late, DeploymentMissing by name, NightFailed where the
+    batch run itself fails.
     """
     logger = get_run_logger()
     began = datetime.now(UTC)
@@ -62,13 +65,17 @@ def nightly_inference(
     call = pin_call(model, source, storage.url, options)
     manifest = find_complete(storage, call)
     rows = manifest.rows if manifest else _count_rows(call)
+    workers = options.workers
     if buying.rows_per_second and manifest is None:
-        must_be_possible(rows / buying.rows_per_second, (due - began).total_seconds(), buying.changeover_seconds)
+        work, left = rows / buying.rows_per_second, (due - began).total_seconds()
+        workers = workers_needed(work, left, buying.changeover_seconds, workers_max=options.workers)
     with get_client(sync_client=True) as client:
         dispatch.find_pool(client, buying.on_demand)
         capacity = PoolCapacity(pool=dispatch.find_pool(client, buying.spot))
         pools = _Pools(client=client, buying=buying, call=call, source=source, storage=storage, night=flow_run_id())
-        night = Night(rows=rows, buying=buying, capacity=capacity, dispatcher=pools, rows_done=pools.rows_done)
+        night = Night(
+            rows=rows, buying=buying, capacity=capacity, dispatcher=pools, rows_done=pools.rows_done, workers=workers
+        )
         night.finished = manifest is not None
         seconds = _go_through(night, due, logger)
         report = report_night(night, call.run, due, seconds, pools.rows_in_hand)
@@ -99,8 +106,8 @@ def _go_through(night: Night, due: datetime, logger: Logger) -> float:
             now = time.monotonic() - start
             with server_may_fail(logger, "next move"):
                 night.look(now)
-                if not night.finished:
-                    _move(night, now, limit - now, logger)
+                for machine in () if night.finished else night.machines:
+                    _move(night, machine, now, limit - now, logger)
             progress.show(night.done)
             if not night.finished:
                 time.sleep(night.buying.interval_seconds)
@@ -110,18 +117,18 @@ def _go_through(night: Night, due: datetime, logger: Logger) -> float:
     return time.monotonic() - start
 
 
-def _move(night: Night, now: float, left: float, logger: Logger) -> None:
-    """Send the run where the policy says; while nothing is known of its speed, where a machine is to be had."""
-    situation = night.situation(left)
+def _move(night: Night, machine: Machine, now: float, left: float, logger: Logger) -> None:
+    """Send a machine's part of the run where the policy says; before its speed is known, where a machine is."""
+    situation = night.situation(machine, left)
     if situation is not None:
         decision = decide(situation, night.terms)
         place, why = decision.place, decision.reason
     else:
-        place = night.place or (Place.SPOT if night.spot_up else Place.ON_DEMAND)
+        place = machine.place or (Place.SPOT if night.spot_up(machine) else Place.ON_DEMAND)
         why = "Nothing is known of its speed yet."
-    if place != night.place:
-        logger.info("After %s to %s: %s", in_words(now), WORDS[place], why)
-    night.go(place, now, why)
+    if place != machine.place:
+        logger.info("After %s machine %s to %s: %s", in_words(now), machine.number, WORDS[place], why)
+    night.go(machine, place, now, why)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -166,9 +173,9 @@ class _Pools:
         return slots * max(chunk.rows for chunk in self._plan.chunks.values())
 
     def _parameters(self) -> Mapping[str, Any]:
-        # A later run joins the first one's, whatever the alias or the source are by then.
-        joins = self._sent[0] if self._plan and self._sent else None
-        options = self.call.options.model_copy(update={"joins": joins})
+        # A later run joins one that has begun, whatever the source is by then; one that was lost before has nothing.
+        begun = (sent for sent in self._sent if load_start(self.storage, str(sent)) == self.call.run)
+        options = self.call.options.model_copy(update={"joins": next(begun, None), "workers": 1})
         return {
             "model": self.call.resolved.pin.uri,
             "source": self.source,
