@@ -57,6 +57,11 @@ def wait_for(flow_run: UUID, *names: str) -> FlowRun:
     return read(flow_run)
 
 
+def machine_of(flow_run: UUID) -> str:
+    """The name of the worker that took a flow run up last."""
+    return str(read(flow_run).labels["prefect.worker.name"])
+
+
 def state_of(flow_run: FlowRun) -> str:
     return flow_run.state.name if flow_run.state else ""
 
