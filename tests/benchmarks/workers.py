@@ -3,8 +3,8 @@
 Flow runs of a deployment on real process workers of a real Prefect server: two, of which one has started the other
 (`workers=2`), in as many trials as TRIALS says, in chunks of one batch and in those that the plan chooses itself; the
 same with one killed in the middle, which the other completes; and one that a second joins in the middle (`joins`).
-Counts the rows that were scored twice (what was in hand when one was killed, a chunk for each slot at most, is not among
-them), and holds every run against an undisturbed one byte by byte; a difference ends this with 1.
+Counts the rows that were scored twice, without those that were in hand when one was killed: a chunk for each slot, at
+most. Holds every run against an undisturbed one byte by byte; a difference ends this with 1.
 """
 
 from __future__ import annotations

@@ -17,8 +17,6 @@ from deployments.apply import FILE, Change, DeployFailed, apply, differences, re
 from infra.local.prefect_server import PrefectServer
 from tests.deployments.conftest import WANTED
 
-pytestmark = pytest.mark.machines
-
 NIGHTLY = "batch-inference/nightly"
 
 

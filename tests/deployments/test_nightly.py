@@ -12,7 +12,6 @@ import pytest
 
 from infra.local.prefect_server import PrefectServer
 from infra.local.prefect_worker import PrefectWorker
-from serving.errors import DeadlineImpossible, DeploymentMissing
 from tasks.batch.options import BatchOptions
 from tasks.spot.purchase import Buying
 from tests.deployments.conftest import StartWorkers
@@ -77,25 +76,3 @@ def test_a_run_whose_spot_machine_is_taken_is_moved_and_done_in_time_to_the_same
 
     assert again.moves == ()
     assert again.cost == 0
-
-
-def test_a_deadline_that_can_t_be_met_is_refused_with_the_arithmetic(
-    deployed: PrefectServer, sleepy: str, customers: Path, tmp_path: Path
-) -> None:
-    from flows.nightly import nightly_inference
-
-    slow = BUYING.model_copy(update={"rows_per_second": 10})
-    with pytest.raises(DeadlineImpossible, match="16 min 40 s of work"):
-        nightly_inference(sleepy, str(customers), str(tmp_path), soon(60), slow, OPTIONS)
-
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_deployment_that_is_missing_is_named(
-    deployed: PrefectServer, sleepy: str, customers: Path, tmp_path: Path
-) -> None:
-    from flows.nightly import nightly_inference
-
-    elsewhere = BUYING.model_copy(update={"spot": "batch-inference/nowhere"})
-    with pytest.raises(DeploymentMissing, match=r"batch-inference/nowhere must exist.*make deploy"):
-        nightly_inference(sleepy, str(customers), str(tmp_path), soon(60), elsewhere, OPTIONS)

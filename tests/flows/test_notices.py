@@ -27,13 +27,11 @@ from tasks.batch.options import BatchOptions
 from tasks.batch.share import Share
 from tasks.spot.clouds import Aws
 from tasks.spot.metadata import METADATA_URL
+from tests.flows.children import ROOT, score
 from tests.metadata import Imds, serving
-from tests.support import write_customers
+from tests.support import digests, write_customers
 
-pytestmark = pytest.mark.machines
-
-ROOT = Path(__file__).parents[2]
-ROWS, CHUNK = 6_000, 200
+ROWS, CHUNK = 3_000, 200
 # Ten batches of a twentieth of a second: a chunk takes half a second at least.
 OPTIONS = BatchOptions(key_columns=("customer",), batch_size=20, rows_per_chunk=CHUNK, slots=2, experiment=None)
 
@@ -46,12 +44,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(
     sleepy: str, source: Path, prefect: PrefectServer, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, bytes]:
-    from flows.batch import batch_inference
-
-    destination = tmp_path_factory.mktemp("undisturbed")
-    batch_inference(sleepy, str(source), str(destination), OPTIONS)
-    return run_parts(destination)
+) -> dict[str, str]:
+    return score(sleepy, source, tmp_path_factory.mktemp("undisturbed"), OPTIONS)
 
 
 @pytest.fixture
@@ -62,10 +56,6 @@ def imds(monkeypatch: pytest.MonkeyPatch) -> Generator[Imds]:
     with serving(service):
         monkeypatch.setenv(METADATA_URL, service.url)
         yield service
-
-
-def run_parts(destination: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in destination.glob("run=*/*")}
 
 
 def parts_left(destination: Path) -> int:
@@ -98,7 +88,7 @@ def ask(server: PrefectServer, kind: str, destination: Path) -> list[dict[str, A
 
 
 def test_an_interruption_by_aws_drains_a_run_and_the_same_call_completes_it_to_the_same_bytes(
-    sleepy: str, source: Path, undisturbed: dict[str, bytes], prefect: PrefectServer, imds: Imds, tmp_path: Path
+    sleepy: str, source: Path, undisturbed: dict[str, str], prefect: PrefectServer, imds: Imds, tmp_path: Path
 ) -> None:
     from flows.batch import batch_inference
 
@@ -107,7 +97,7 @@ def test_an_interruption_by_aws_drains_a_run_and_the_same_call_completes_it_to_t
         pytest.raises(Interrupted, match=r"^Interrupted by AWS \(terminate\): .* the same call resumes\.$") as caught,
     ):
         batch_inference(sleepy, str(source), str(tmp_path), OPTIONS)
-    left = run_parts(tmp_path)
+    left = digests(tmp_path)
     (run,) = ask(prefect, "flow_runs", tmp_path)
     artifacts = {artifact["key"]: artifact["data"] for artifact in ask(prefect, "artifacts", tmp_path)}
     imds.action = None
@@ -116,19 +106,19 @@ def test_an_interruption_by_aws_drains_a_run_and_the_same_call_completes_it_to_t
     assert "dropped" not in str(caught.value)
     assert 2 <= len(left) < len(undisturbed)
     assert left.items() <= undisturbed.items()
-    assert f"{CHUNK * len(left):,} of 6,000 rows" in str(caught.value)
+    assert f"{CHUNK * len(left):,} of 3,000 rows" in str(caught.value)
     assert ("CRASHED", str(caught.value)) == (run["state_type"], run["state"]["message"])
     assert str(caught.value) in artifacts["batch-report"]
     assert f"| rows left | {ROWS - CHUNK * len(left):,} |" in artifacts["batch-report"]
     assert 100 * CHUNK * len(left) / ROWS == pytest.approx(float(artifacts["batch-progress"]))
     assert ROWS - CHUNK * len(left) == report.rows_scored
-    assert undisturbed == run_parts(tmp_path)
+    assert undisturbed == digests(tmp_path)
 
 
 def test_an_interruption_that_is_withdrawn_lets_the_run_go_on_to_its_end(
     sleepy: str,
     source: Path,
-    undisturbed: dict[str, bytes],
+    undisturbed: dict[str, str],
     imds: Imds,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -153,11 +143,11 @@ def test_an_interruption_that_is_withdrawn_lets_the_run_go_on_to_its_end(
 
     assert 1 == len(rested)
     assert ("scored", ROWS, ROWS) == (report.status, report.rows, report.rows_scored)
-    assert undisturbed == run_parts(tmp_path)
+    assert undisturbed == digests(tmp_path)
 
 
 def test_a_notice_in_the_last_chunk_does_not_keep_the_run_from_its_end(
-    sleepy: str, source: Path, undisturbed: dict[str, bytes], imds: Imds, tmp_path: Path
+    sleepy: str, source: Path, undisturbed: dict[str, str], imds: Imds, tmp_path: Path
 ) -> None:
     from flows.batch import batch_inference
 
@@ -170,7 +160,7 @@ def test_a_notice_in_the_last_chunk_does_not_keep_the_run_from_its_end(
         report = batch_inference(sleepy, str(source), str(tmp_path), OPTIONS)
 
     assert "scored" == report.status
-    assert undisturbed == run_parts(tmp_path)
+    assert undisturbed == digests(tmp_path)
 
 
 def test_a_run_that_wants_no_notices_asks_for_none(
@@ -249,9 +239,10 @@ def ended(child: subprocess.Popen[bytes], destination: Path, act: Callable[[], N
         return child.wait(200)
 
 
+@pytest.mark.machines
 @pytest.mark.timeout(600)
 def test_a_deployed_run_is_scheduled_anew_for_when_its_machine_is_gone_and_then_completed(
-    deployed: Deployed, undisturbed: dict[str, bytes], imds: Imds, tmp_path: Path
+    deployed: Deployed, undisturbed: dict[str, str], imds: Imds, tmp_path: Path
 ) -> None:
     scores = tmp_path / "scores"
     code = ended(deployed.engine(), scores, lambda: imds.interrupt("terminate", 120))
@@ -267,16 +258,17 @@ def test_a_deployed_run_is_scheduled_anew_for_when_its_machine_is_gone_and_then_
     assert when is not None
     # Its machine goes 120 s after the announcement, and workers take a run up 10 s before its time.
     assert now < when <= now + timedelta(seconds=136)
-    assert run_parts(scores).items() < undisturbed.items()
+    assert digests(scores).items() < undisturbed.items()
 
     imds.action = None
     deployed._client.set_flow_run_state(deployed.id, Scheduled(), force=True)
     assert 0 == deployed.engine().wait(200), deployed.log
     assert "COMPLETED" == deployed.run.state_type
     assert 2 == deployed.run.run_count
-    assert undisturbed == run_parts(scores)
+    assert undisturbed == digests(scores)
 
 
+@pytest.mark.machines
 @pytest.mark.timeout(600)
 def test_a_deployed_run_that_gets_sigterm_is_scheduled_anew_at_once(deployed: Deployed, tmp_path: Path) -> None:
     child = deployed.engine()
@@ -292,6 +284,7 @@ def test_a_deployed_run_that_gets_sigterm_is_scheduled_anew_at_once(deployed: De
     assert when <= datetime.now(UTC)
 
 
+@pytest.mark.machines
 @pytest.mark.timeout(600)
 def test_a_supervisor_that_reschedules_a_run_lets_it_finish_its_chunks_and_settles_its_state(
     deployed: Deployed, tmp_path: Path
@@ -307,6 +300,7 @@ def test_a_supervisor_that_reschedules_a_run_lets_it_finish_its_chunks_and_settl
     assert "are left; who sent the signal says what becomes of the run." in deployed.log
 
 
+@pytest.mark.machines
 @pytest.mark.timeout(600)
 def test_a_run_that_is_cancelled_stays_cancelled(deployed: Deployed, tmp_path: Path) -> None:
     def cancel() -> None:
