@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -11,9 +11,11 @@ from uuid import UUID
 
 from prefect import get_run_logger
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.exceptions import TerminationSignal
 
 from flows.adhoc import adhoc_flow
-from flows.context import flow_run_id
+from flows.context import flow_run, flow_run_id
 from serving.errors import OvernightError, SourceFormat
 from serving.machine import cores
 from tasks.batch.artifacts import Logger, server_may_fail
@@ -27,7 +29,7 @@ from tasks.spot.capacity import PoolCapacity
 from tasks.spot.deadline import workers_needed
 from tasks.spot.dispatch import Seen
 from tasks.spot.machine import Machine
-from tasks.spot.night import WORDS, Night
+from tasks.spot.night import KINDS, WORDS, Night
 from tasks.spot.night_report import NightProgress, publish_night, report_night
 from tasks.spot.policy import decide
 from tasks.spot.purchase import Buying, Kind, NightlyReport, deadline_at
@@ -54,22 +56,20 @@ def nightly_inference(
 
     This flow scores nothing: it sends runs of the two deployments, one for each machine, and moves the work between
     them (tasks.spot.policy). It takes as few machines as leave a fifth of the time to wait for spot in, all that it may
-    where nothing is known of their speed. Whatever happens to it or to them, the same call resumes. Raises
-    DeadlineImpossible where even on-demand machines would be late, DeploymentMissing by name, NightFailed where the
-    batch run itself fails.
+    where nothing is known of their speed. Whatever happens to it or to them, the same call resumes; a retry of the same
+    flow run keeps deadline and model, and takes over what it had sent. Raises DeadlineImpossible where even on-demand
+    machines would be late, DeploymentMissing by name, NightFailed where the batch run itself fails.
     """
     logger = get_run_logger()
-    began = datetime.now(UTC)
-    due = deadline_at(deadline, began)
+    due = deadline_at(deadline, _first_began())
     storage = open_storage(destination)
-    call = pin_call(model, source, storage.url, options)
-    manifest = find_complete(storage, call)
-    rows = manifest.rows if manifest else _count_rows(call)
-    workers = options.workers
-    if buying.rows_per_second and manifest is None:
-        work, left = rows / buying.rows_per_second, (due - began).total_seconds()
-        workers = workers_needed(work, left, buying.changeover_seconds, workers_max=options.workers)
     with get_client(sync_client=True) as client:
+        earlier = _find_sent(client, flow_run_id())
+        pinned = earlier[0][1].parameters["model"] if earlier else model
+        call = pin_call(pinned, source, storage.url, options)
+        manifest = find_complete(storage, call)
+        rows = manifest.rows if manifest else _count_rows(call)
+        workers = options.workers if earlier or manifest else _workers(rows, due, buying, options)
         dispatch.find_pool(client, buying.on_demand)
         capacity = PoolCapacity(pool=dispatch.find_pool(client, buying.spot))
         pools = _Pools(client=client, buying=buying, call=call, source=source, storage=storage, night=flow_run_id())
@@ -77,11 +77,41 @@ def nightly_inference(
             rows=rows, buying=buying, capacity=capacity, dispatcher=pools, rows_done=pools.rows_done, workers=workers
         )
         night.finished = manifest is not None
-        seconds = _go_through(night, due, logger)
+        pools.take_over(earlier, night)
+        seconds = _go_through(night, due, logger, lambda: pools.look_at(UUID(pools.night)).stage == "lost")
         report = report_night(night, call.run, due, seconds, pools.rows_in_hand)
     publish_night(report, night, logger)
     logger.info("%s", report.summary)
     return report
+
+
+def _first_began() -> datetime:
+    """Return when the first attempt of this flow run began: a retry is due when that was."""
+    run = flow_run()
+    return (run.start_time if run else None) or datetime.now(UTC)
+
+
+def _find_sent(client: SyncPrefectClient, night: str) -> list[tuple[Kind, FlowRun]]:
+    """Return what an earlier attempt of a night has sent, in order."""
+    found: list[tuple[Kind, FlowRun]] = []
+    while True:
+        keys = {_key(night, len(found), kind): kind for kind in KINDS.values()}
+        run = dispatch.find(client, list(keys))
+        if run is None:
+            return found
+        found.append((keys[str(run.idempotency_key)], run))
+
+
+def _key(night: str, at: int, kind: Kind) -> str:
+    return f"{night}-{at}-{kind}"
+
+
+def _workers(rows: int, due: datetime, buying: Buying, options: BatchOptions) -> int:
+    """Return how many machines the run is on at a time. Raises DeadlineImpossible."""
+    if buying.rows_per_second is None:
+        return options.workers
+    work, left = rows / buying.rows_per_second, (due - datetime.now(UTC)).total_seconds()
+    return workers_needed(work, left, buying.changeover_seconds, workers_max=options.workers)
 
 
 def _count_rows(call: Call) -> int:
@@ -95,8 +125,12 @@ def _count_rows(call: Call) -> int:
     return open_dataset(call.snapshot, (), call.options.key_columns).rows
 
 
-def _go_through(night: Night, due: datetime, logger: Logger) -> float:
-    """Look and decide again and again until the run is published; return the seconds that it took."""
+def _go_through(night: Night, due: datetime, logger: Logger, cancelled: Callable[[], bool]) -> float:
+    """Look and decide again and again until the run is published; return the seconds that it took.
+
+    What it has sent is taken back where the night fails or is `cancelled`; on a machine that goes, it goes on elsewhere
+    with that.
+    """
     start = time.monotonic()
     # The deadline is a time of day, and the night goes by a clock that never jumps: they meet here, once.
     limit = (due - datetime.now(UTC)).total_seconds()
@@ -113,6 +147,10 @@ def _go_through(night: Night, due: datetime, logger: Logger) -> float:
                 time.sleep(night.buying.interval_seconds)
     except (OvernightError, KeyboardInterrupt):
         night.abandon("The night was given up.")
+        raise
+    except TerminationSignal:
+        if cancelled():
+            night.abandon("The night was cancelled.")
         raise
     return time.monotonic() - start
 
@@ -144,10 +182,17 @@ class _Pools:
     _sent: list[UUID] = field(default_factory=list)
     _plan: Plan | None = None
 
+    def take_over(self, earlier: Sequence[tuple[Kind, FlowRun]], night: Night) -> None:
+        """Let a night go on with the runs that its earlier attempt has sent, as far as they still are to go on."""
+        self._sent += (run.id for _, run in earlier)
+        going = [(kind, run.id) for kind, run in earlier if self.look_at(run.id).stage in ("waiting", "running")]
+        for machine, (kind, sent) in zip(night.machines, going, strict=False):
+            machine.begin(next(place for place, of in KINDS.items() if of == kind), sent, 0.0)
+
     def send(self, kind: Kind) -> UUID:
-        """Start a run of the kind's deployment; one that this very flow run has sent before it was resumed counts."""
+        """Start a run of the kind's deployment."""
         name = self.buying.spot if kind == "spot" else self.buying.on_demand
-        sent = dispatch.send(self.client, name, self._parameters(), f"{self.night}-{len(self._sent)}-{kind}").id
+        sent = dispatch.send(self.client, name, self._parameters(), _key(self.night, len(self._sent), kind)).id
         self._sent.append(sent)
         return sent
 

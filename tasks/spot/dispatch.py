@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterIdempotencyKey
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Cancelling
@@ -65,6 +66,12 @@ def send(client: SyncPrefectClient, deployment: str, parameters: Mapping[str, An
     """Start a flow run of a deployment; one that was started with the same key before is returned instead."""
     found, _ = _find(client, deployment)
     return client.create_flow_run_from_deployment(found, parameters=dict(parameters), idempotency_key=key)
+
+
+def find(client: SyncPrefectClient, keys: Sequence[str]) -> FlowRun | None:
+    """Return the flow run that was started with one of these keys, None where none was."""
+    wanted = FlowRunFilter(idempotency_key=FlowRunFilterIdempotencyKey(any_=list(keys)))
+    return next(iter(client.read_flow_runs(flow_run_filter=wanted)), None)
 
 
 def look_at(client: SyncPrefectClient, flow_run_id: UUID) -> Seen:

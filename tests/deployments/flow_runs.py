@@ -21,9 +21,9 @@ SECONDS_MAX = 240.0
 
 
 def start(deployment: str, model: str, source: Path | str, destination: Path | str, options: BatchOptions) -> FlowRun:
-    """Start a run of a deployment."""
+    """Start a batch run of a deployment."""
     return start_with(
-        deployment,
+        f"batch-inference/{deployment}",
         model=model,
         source=str(source),
         destination=str(destination),
@@ -32,7 +32,8 @@ def start(deployment: str, model: str, source: Path | str, destination: Path | s
 
 
 def start_with(deployment: str, **parameters: Any) -> FlowRun:
-    run = run_deployment(f"batch-inference/{deployment}", parameters=parameters, timeout=0)
+    """Start a run of a deployment, FLOW/NAME, with just these parameters."""
+    run = run_deployment(deployment, parameters=parameters, timeout=0)
     assert isinstance(run, FlowRun)
     return run
 

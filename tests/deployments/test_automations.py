@@ -71,7 +71,13 @@ def befallen(
         lost=lost,
         drained=drained,
         poisoned=start("on-demand", poison, customers, folder / "poison", OPTIONS),
-        bad=start_with("on-demand", model=poison, source=str(customers), destination=str(folder / "bad"), options=ray),
+        bad=start_with(
+            "batch-inference/on-demand",
+            model=poison,
+            source=str(customers),
+            destination=str(folder / "bad"),
+            options=ray,
+        ),
     )
 
 

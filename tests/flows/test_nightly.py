@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, tzinfo
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.exceptions import TerminationSignal
 from prefect.states import AwaitingRetry, Completed, Pending, Running
 
 from infra.local.prefect_server import PrefectServer
@@ -121,6 +124,20 @@ class TestDispatch:
 
         assert first.id == again.id != other.id
 
+    def test_what_a_night_has_sent_is_found_in_order_by_its_later_attempt(self, client: SyncPrefectClient) -> None:
+        from flows.nightly import _find_sent, _key
+
+        name, night = deploy(client, make_pool(client)), str(uuid.uuid4())
+        sent = [
+            dispatch.send(client, name, {}, _key(night, at, kind)).id
+            for at, kind in enumerate(("spot", "on-demand", "spot"))
+        ]
+
+        assert list(zip(("spot", "on-demand", "spot"), sent, strict=True)) == [
+            (kind, run.id) for kind, run in _find_sent(client, night)
+        ]
+        assert [] == _find_sent(client, str(uuid.uuid4()))
+
     def test_a_machine_is_told_only_while_it_has_the_run(self, client: SyncPrefectClient) -> None:
         run = dispatch.send(client, deploy(client, make_pool(client)), {}, "a").id
         client.update_flow_run_labels(run, {"prefect.worker.name": "one"})
@@ -189,10 +206,33 @@ def test_a_clock_that_jumps_after_the_begin_does_not_move_the_deadline(
     monkeypatch.setattr(nightly, "_move", move)
     monkeypatch.setattr(nightly, "datetime", Jumping)
     began = time.monotonic()
-    seconds = nightly._go_through(night, datetime.now(UTC) + timedelta(seconds=600), logging.getLogger())
+    due = datetime.now(UTC) + timedelta(seconds=600)
+    seconds = nightly._go_through(night, due, logging.getLogger(), lambda: False)
 
     assert 5 == len(left)
     assert all(0 < before - after < 60 for before, after in pairwise(left))
     assert 500 < left[-1] < 600
     assert 0 < seconds <= time.monotonic() - began
     assert ["spot"] == market.sent
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_a_night_that_is_told_to_end_takes_its_runs_back_only_where_it_is_cancelled(
+    prefect: PrefectServer, monkeypatch: pytest.MonkeyPatch, *, cancelled: bool
+) -> None:
+    from flows import nightly
+
+    market = Market(stage="waiting")
+    buying = Buying(spot_price=1, on_demand_price=3, rows_per_second=10, changeover_seconds=5, interval_seconds=0.05)
+    night = Night(rows=100, buying=buying, capacity=market, dispatcher=market, rows_done=lambda: market.rows)
+
+    def told(seconds: float) -> None:
+        raise TerminationSignal(signal.SIGTERM)
+
+    monkeypatch.setattr(nightly, "time", SimpleNamespace(monotonic=time.monotonic, sleep=told))
+    due = datetime.now(UTC) + timedelta(seconds=600)
+    with pytest.raises(TerminationSignal):
+        nightly._go_through(night, due, logging.getLogger(), lambda: cancelled)
+
+    assert ["spot"] == market.sent
+    assert [("The night was cancelled.", False)] * cancelled == market.drained
