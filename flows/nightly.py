@@ -31,9 +31,7 @@ from tasks.spot.dispatch import Seen
 from tasks.spot.machine import Machine
 from tasks.spot.night import KINDS, WORDS, Night
 from tasks.spot.night_report import NightProgress, publish_night, report_night
-from tasks.spot.policy import decide
 from tasks.spot.purchase import Buying, Kind, NightlyReport, deadline_at
-from tasks.spot.situation import Place
 from tasks.spot.spans import in_words
 from tasks.storage import Storage, open_storage
 
@@ -156,14 +154,7 @@ def _go_through(night: Night, due: datetime, logger: Logger, cancelled: Callable
 
 
 def _move(night: Night, machine: Machine, now: float, left: float, logger: Logger) -> None:
-    """Send a machine's part of the run where the policy says; before its speed is known, where a machine is."""
-    situation = night.situation(machine, left)
-    if situation is not None:
-        decision = decide(situation, night.terms)
-        place, why = decision.place, decision.reason
-    else:
-        place = machine.place or (Place.SPOT if night.spot_up(machine) else Place.ON_DEMAND)
-        why = "Nothing is known of its speed yet."
+    place, why = night.decide(machine, left)
     if place != machine.place:
         logger.info("After %s machine %s to %s: %s", in_words(now), machine.number, WORDS[place], why)
     night.go(machine, place, now, why)

@@ -12,6 +12,7 @@ from typing import Protocol
 from uuid import UUID
 
 from serving.errors import NightFailed
+from tasks.spot import policy
 from tasks.spot.capacity import Capacity
 from tasks.spot.dispatch import Seen
 from tasks.spot.machine import Machine
@@ -76,7 +77,7 @@ class Night:
     def work_seconds(self) -> float | None:
         """Seconds of work that are left for each machine, None while no rate is known; never none until the run ended.
 
-        With its last part a run has yet to publish: taken off its machine then, it would never be complete.
+        With its last part a run has yet to publish.
         """
         return max((self.rows - self.done) / self.rate / self.workers, _PUBLISH_SECONDS) if self.rate else None
 
@@ -93,6 +94,21 @@ class Night:
             price_ratio=self.buying.price_ratio,
             interval_seconds=self.buying.interval_seconds,
         )
+
+    def decide(self, machine: Machine, left: float) -> tuple[Place, str]:
+        """Return where a machine's part of the run goes, `left` seconds before the deadline, and why.
+
+        By the policy; before the run's speed is known, where a machine is to be had. Once all rows are done it stays
+        where it is: taken off its machine as it publishes, it would never be complete.
+        """
+        if self.done >= self.rows and machine.place:
+            return machine.place, "All rows are done, and the run publishes."
+        situation = self.situation(machine, left)
+        if situation is None:
+            found = Place.SPOT if self.spot_up(machine) else Place.ON_DEMAND
+            return machine.place or found, "Nothing is known of its speed yet."
+        decision = policy.decide(situation, self.terms)
+        return decision.place, decision.reason
 
     def situation(self, machine: Machine, left: float) -> Situation | None:
         """Return what a machine's next decision is made of, `left` seconds before the deadline.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -65,7 +66,14 @@ def befallen(
         return Disturbed(run=run, destination=folder / act, parts=parts(folder / act))
 
     with ThreadPoolExecutor() as threads:
-        lost, drained = threads.map(disturbed, ("spot", "on-demand"), ("kill", "stop"))
+        # In threads that know this one's server.
+        lost, drained = (
+            future.result()
+            for future in [
+                threads.submit(copy_context().run, disturbed, deployment, act)
+                for deployment, act in (("spot", "kill"), ("on-demand", "stop"))
+            ]
+        )
     ray = {"key_columns": ["customer"], "runner": {"kind": "ray", "address": "10.0.0.1:6379"}}
     return Befallen(
         lost=lost,

@@ -6,7 +6,6 @@ import pytest
 
 from serving.errors import NightFailed
 from tasks.spot.night import Night
-from tasks.spot.policy import decide
 from tasks.spot.purchase import Buying, Stay
 from tasks.spot.situation import Place
 from tests.tasks.spot.market import Market
@@ -104,10 +103,8 @@ def test_a_run_whose_rows_are_all_done_is_left_where_it_is_until_it_has_publishe
     night.go(night.machines[0], place, 0, "begin")
     for now, market.rows in ((20, 100), (30, 200), (110, 1000)):
         night.look(now)
-    situation = night.situation(night.machines[0], 1000)
 
-    assert situation is not None
-    assert place == decide(situation, night.terms).place
+    assert place == night.decide(night.machines[0], 1000)[0]
 
 
 def test_a_run_that_is_lost_before_it_has_published_is_sent_again(night: Night, market: Market) -> None:
@@ -117,11 +114,23 @@ def test_a_run_that_is_lost_before_it_has_published_is_sent_again(night: Night, 
         night.look(now)
     market.stage = "lost"
     night.look(111)
-    situation = night.situation(night.machines[0], 1000)
 
     assert night.machines[0].place == Place.IDLE
-    assert situation is not None
-    assert decide(situation, night.terms).place == Place.SPOT
+    assert night.decide(night.machines[0], 1000)[0] == Place.SPOT
+
+
+@pytest.mark.parametrize(("living", "place"), [(frozenset("a"), Place.SPOT), (frozenset(), Place.ON_DEMAND)])
+def test_before_its_speed_is_known_a_run_goes_where_a_machine_is_and_stays_there(
+    night: Night, market: Market, living: frozenset[str], place: Place
+) -> None:
+    market.living_names = living
+    night.look(0)
+    first, why = night.decide(night.machines[0], 1000)
+    night.go(night.machines[0], first, 0, why)
+    night.look(1)
+
+    assert (place, "Nothing is known of its speed yet.") == (first, why)
+    assert place == night.decide(night.machines[0], 999)[0]
 
 
 class TestSeveralMachines:
