@@ -211,7 +211,8 @@ class Night:
         assert machine.flow_run_id is not None, machine  # noqa: S101 - a machine that is somewhere has a flow run
         self.dispatcher.drain(machine.flow_run_id, "Its machine is gone; the night goes on elsewhere.", lost=True)
         self._leave(machine, now, lost=True)
-        machine.spell_seconds = 0.0
+        # For this machine spot was gone for a moment, even where another is up.
+        machine.see_spot(up=False, passed=0.0)
 
     def _leave(self, machine: Machine, now: float, *, lost: bool) -> None:
         kind, number = KINDS[machine.place], machine.number

@@ -15,7 +15,7 @@ from tasks.batch.predictions import open_predictions
 from tests.deployments.flow_runs import read, start, table, wait_for, workers_of
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = BatchOptions(key_columns=("customer",), batch_size=7, rows_per_chunk=7, slots=1, experiment=None)
+OPTIONS = BatchOptions(key_columns=("customer",), batch_size=20, rows_per_chunk=20, slots=1, experiment=None)
 
 
 @pytest.mark.machines
