@@ -86,7 +86,7 @@ def nightly_inference(
 def _first_began() -> datetime:
     """Return when the first attempt of this flow run began: a retry is due when that was."""
     run = flow_run()
-    return (run.start_time if run else None) or datetime.now(UTC)
+    return datetime.fromtimestamp(run.start_time.timestamp(), UTC) if run and run.start_time else datetime.now(UTC)
 
 
 def _find_sent(client: SyncPrefectClient, night: str) -> list[tuple[Kind, FlowRun]]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
 from typing import Protocol
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import Worker
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import PrefectHTTPStatusError
 
 from serving.errors import DeploymentMissing
 
@@ -37,7 +38,9 @@ class PoolCapacity:
         try:
             with get_client(sync_client=True) as client:
                 workers = client.read_workers_for_work_pool(self.pool)
-        except ObjectNotFound as error:
+        except PrefectHTTPStatusError as error:
+            if error.response.status_code != HTTPStatus.NOT_FOUND:
+                raise
             message = f"The work pool {self.pool} must exist, got none of that name. Create it: make deploy."
             raise DeploymentMissing(message) from error
         return names_living(workers, datetime.now(UTC))

@@ -23,7 +23,7 @@ class Machine:
     name: str | None = None
     working: bool = False
     spell_seconds: float = 0.0
-    _spot_up: bool = False
+    _spot_up: bool | None = None
     _rows_at_start: int | None = None
 
     def begin(self, place: Place, flow_run_id: UUID, now: float) -> None:
@@ -34,6 +34,10 @@ class Machine:
         """Be nowhere."""
         self.place, self.flow_run_id, self.name = Place.IDLE, None, None
         self.working, self._rows_at_start = False, None
+
+    def forget_spot(self) -> None:
+        """Begin a new spell with the next look, whatever that sees."""
+        self._spot_up = None
 
     def see_spot(self, *, up: bool, passed: float) -> None:
         """Take note of whether spot is up for this machine, `passed` seconds after the last time."""

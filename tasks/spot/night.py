@@ -211,8 +211,8 @@ class Night:
         assert machine.flow_run_id is not None, machine  # noqa: S101 - a machine that is somewhere has a flow run
         self.dispatcher.drain(machine.flow_run_id, "Its machine is gone; the night goes on elsewhere.", lost=True)
         self._leave(machine, now, lost=True)
-        # For this machine spot was gone for a moment, even where another is up.
-        machine.see_spot(up=False, passed=0.0)
+        # Another one may be up, of which nothing has been seen yet.
+        machine.forget_spot()
 
     def _leave(self, machine: Machine, now: float, *, lost: bool) -> None:
         kind, number = KINDS[machine.place], machine.number

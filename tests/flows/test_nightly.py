@@ -175,6 +175,16 @@ class TestDispatch:
         assert "done" == dispatch.look_at(client, run).stage
 
 
+class Unseen:
+    """A progress that nobody looks at: there is no flow run here to show it."""
+
+    def __init__(self, rows: int, logger: Any) -> None:
+        self.shown: list[int] = []
+
+    def show(self, rows_done: int) -> None:
+        self.shown.append(rows_done)
+
+
 class Jumping(datetime):
     """A clock that is an hour off, now ahead and now behind, once the night has begun."""
 
@@ -205,6 +215,7 @@ def test_a_clock_that_jumps_after_the_begin_does_not_move_the_deadline(
     decide = nightly._move
     monkeypatch.setattr(nightly, "_move", move)
     monkeypatch.setattr(nightly, "datetime", Jumping)
+    monkeypatch.setattr(nightly, "NightProgress", Unseen)
     began = time.monotonic()
     due = datetime.now(UTC) + timedelta(seconds=600)
     seconds = nightly._go_through(night, due, logging.getLogger(), lambda: False)
@@ -229,6 +240,7 @@ def test_a_night_that_is_told_to_end_takes_its_runs_back_only_where_it_is_cancel
     def told(seconds: float) -> None:
         raise TerminationSignal(signal.SIGTERM)
 
+    monkeypatch.setattr(nightly, "NightProgress", Unseen)
     monkeypatch.setattr(nightly, "time", SimpleNamespace(monotonic=time.monotonic, sleep=told))
     due = datetime.now(UTC) + timedelta(seconds=600)
     with pytest.raises(TerminationSignal):
