@@ -26,7 +26,7 @@ deploy: $(STAMP)
 test: lint types $(STAMP)
 	$(BIN)/python -m pytest
 
-# Real Prefect workers that are killed and drained, whole nights, the form in a browser: some ten minutes.
+# What takes minutes of real workers: whole nights, every point of a drain, runs of supervisors, Ray.
 test-machines: $(STAMP)
 	$(BIN)/python -m pytest -m machines
 
@@ -69,7 +69,7 @@ bench-gpu: $(STAMP)
 bench-nightly: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.nightly
 
-# Several flow runs on one run: the rows that are scored twice, with one killed and one added: some eight minutes.
+# Several flow runs on one run: the rows that are scored twice, with one killed and one added: some ten minutes.
 bench-workers: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.workers
 

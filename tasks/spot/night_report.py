@@ -90,7 +90,14 @@ def plot_night(samples: Sequence[tuple[float, int]], stays: Sequence[Stay], rows
     axes.plot([at for at, _ in samples], [done for _, done in samples], color=_INK, drawstyle="steps-post")
     axes.axvline(deadline, color="#b3261e", linestyle="--", linewidth=1)
     axes.annotate(
-        "deadline", (deadline, rows), color="#b3261e", ha="right", va="top", xytext=(-4, 0), textcoords="offset points"
+        "deadline",
+        (deadline, rows / 2),
+        color="#b3261e",
+        ha="right",
+        va="center",
+        rotation=90,
+        xytext=(-3, 0),
+        textcoords="offset points",
     )
     axes.set_xlim(0, max(deadline, samples[-1][0] if samples else 0) * 1.02)
     axes.set_ylim(0, rows * 1.05)
@@ -98,7 +105,7 @@ def plot_night(samples: Sequence[tuple[float, int]], stays: Sequence[Stay], rows
     axes.set_ylabel("rows done")
     axes.yaxis.set_major_formatter("{x:,.0f}")
     shades = [Patch(color=_SPOT, label="spot"), Patch(color=_ON_DEMAND, label="on-demand")]
-    axes.legend(handles=shades, loc="lower right", frameon=False)
+    axes.legend(handles=shades, loc="upper left", framealpha=1, edgecolor="white")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     sink = io.BytesIO()

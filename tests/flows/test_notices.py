@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ from tasks.batch.options import BatchOptions
 from tasks.batch.share import Share
 from tasks.spot.clouds import Aws
 from tasks.spot.metadata import METADATA_URL
+from tasks.spot.watch import watching
 from tests.flows.children import ROOT, score
 from tests.metadata import Imds, serving
 from tests.support import digests, write_customers
@@ -174,6 +176,22 @@ def test_a_run_that_wants_no_notices_asks_for_none(
 
     assert "scored" == report.status
     assert [] == imds.asked
+
+
+def test_a_metadata_service_that_never_answers_does_not_hold_up_a_run(
+    sleepy: str, source: Path, prefect: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.batch import batch_inference
+
+    warned: list[str] = []
+    monkeypatch.setattr("flows.notices.watching", lambda drain, wanted, _: watching(drain, wanted, warned.append))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv(METADATA_URL, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        small = OPTIONS.model_copy(update={"batch_size": CHUNK})
+        report = batch_inference(sleepy, str(source), str(tmp_path), small)
+
+    assert ("scored", ROWS) == (report.status, report.rows_scored)
+    assert [] == warned
 
 
 class Deployed:
