@@ -112,7 +112,7 @@ class Bench:
         )
 
     def _kill(self, runs: Sequence[UUID], destination: str, options: BatchOptions) -> Sequence[UUID]:
-        """Kill the machine of the one that started the other: what it had in hand is lost, what it had put out stays."""
+        """Kill the machine of the one that started the other: what it had in hand is lost, what is put out stays."""
         from tests.deployments.flow_runs import machine_of, wait_for
 
         lost, *others = runs
