@@ -117,7 +117,7 @@ def test_it_ends_at_once_where_no_chunk_is_in_hand(
 
     assert [-signal.SIGTERM] * len(OUTSIDE) == [end.code for end in ended], [end.stderr for end in ended]
     for point, _ in OUTSIDE:
-        assert undisturbed == score(sleepy, source, tmp_path / point, COMPLETE)
+        assert undisturbed == score(sleepy, source, tmp_path / point, OPTIONS)
 
 
 def test_it_drops_chunks_that_do_not_fit_in_the_time_left(

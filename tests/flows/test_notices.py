@@ -37,6 +37,9 @@ ROWS, CHUNK = 3_200, 200
 # Ten batches of a twentieth of a second: a chunk takes half a second at least.
 OPTIONS = BatchOptions(key_columns=("customer",), batch_size=20, rows_per_chunk=CHUNK, slots=2, experiment=None)
 
+# Long enough for a process of its own to ask at the provider's rate, every five seconds.
+LONG = OPTIONS.model_copy(update={"batch_size": 10})
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -245,7 +248,7 @@ def deployed(sleepy: str, source: Path, prefect: PrefectServer, tmp_path: Path) 
         "model": sleepy,
         "source": str(source),
         "destination": str(tmp_path / "scores"),
-        "options": OPTIONS.model_dump(mode="json"),
+        "options": LONG.model_dump(mode="json"),
     }
     with get_client(sync_client=True) as client:
         yield Deployed(client, parameters, tmp_path / "log")
@@ -260,9 +263,10 @@ def ended(child: subprocess.Popen[bytes], destination: Path, act: Callable[[], N
 @pytest.mark.machines
 @pytest.mark.timeout(600)
 def test_a_deployed_run_is_scheduled_anew_for_when_its_machine_is_gone_and_then_completed(
-    deployed: Deployed, undisturbed: dict[str, str], imds: Imds, tmp_path: Path
+    deployed: Deployed, sleepy: str, source: Path, imds: Imds, tmp_path: Path
 ) -> None:
     scores = tmp_path / "scores"
+    undisturbed = score(sleepy, source, tmp_path / "undisturbed", LONG)
     code = ended(deployed.engine(), scores, lambda: imds.interrupt("terminate", 120))
     state, now = deployed.run.state, datetime.now(UTC)
 
