@@ -63,21 +63,24 @@ def nightly_inference(
     storage = open_storage(destination)
     with get_client(sync_client=True) as client:
         earlier = _find_sent(client, flow_run_id())
-        pinned = earlier[0][1].parameters["model"] if earlier else model
-        call = pin_call(pinned, source, storage.url, options)
-        manifest = find_complete(storage, call)
-        rows = manifest.rows if manifest else _count_rows(call)
-        workers = options.workers if earlier or manifest else _workers(rows, due, buying, options)
-        dispatch.find_pool(client, buying.on_demand)
-        capacity = PoolCapacity(pool=dispatch.find_pool(client, buying.spot))
-        pools = _Pools(client=client, buying=buying, call=call, source=source, storage=storage, night=flow_run_id())
-        night = Night(
-            rows=rows, buying=buying, capacity=capacity, dispatcher=pools, rows_done=pools.rows_done, workers=workers
-        )
-        night.finished = manifest is not None
-        pools.take_over(earlier, night)
-        seconds = _go_through(night, due, logger, lambda: pools.look_at(UUID(pools.night)).stage == "lost")
-        report = report_night(night, call.run, due, seconds, pools.rows_in_hand)
+    pinned = earlier[0][1].parameters["model"] if earlier else model
+    call = pin_call(pinned, source, storage.url, options)
+    manifest = find_complete(storage, call)
+    rows = manifest.rows if manifest else _count_rows(call)
+    workers = options.workers if earlier or manifest else _workers(rows, due, buying, options)
+    pools = _Pools(buying=buying, call=call, source=source, storage=storage, night=flow_run_id())
+    night = Night(
+        rows=rows,
+        buying=buying,
+        capacity=_find_pools(buying),
+        dispatcher=pools,
+        rows_done=pools.rows_done,
+        workers=workers,
+    )
+    night.finished = manifest is not None
+    pools.take_over(earlier, night)
+    seconds = _go_through(night, due, logger, lambda: pools.look_at(UUID(pools.night)).stage == "lost")
+    report = report_night(night, call.run, due, seconds, pools.rows_in_hand)
     publish_night(report, night, logger)
     logger.info("%s", report.summary)
     return report
@@ -98,6 +101,13 @@ def _find_sent(client: SyncPrefectClient, night: str) -> list[tuple[Kind, FlowRu
         if run is None:
             return found
         found.append((keys[str(run.idempotency_key)], run))
+
+
+def _find_pools(buying: Buying) -> PoolCapacity:
+    """Return the pool of spot machines. Raises DeploymentMissing where that or the other one is."""
+    with get_client(sync_client=True) as client:
+        dispatch.find_pool(client, buying.on_demand)
+        return PoolCapacity(pool=dispatch.find_pool(client, buying.spot))
 
 
 def _key(night: str, at: int, kind: Kind) -> str:
@@ -144,11 +154,13 @@ def _go_through(night: Night, due: datetime, logger: Logger, cancelled: Callable
             if not night.finished:
                 time.sleep(night.buying.interval_seconds)
     except (OvernightError, KeyboardInterrupt):
-        night.abandon("The night was given up.")
+        with server_may_fail(logger, "end"):
+            night.abandon("The night was given up.")
         raise
     except TerminationSignal:
-        if cancelled():
-            night.abandon("The night was cancelled.")
+        with server_may_fail(logger, "end"):
+            if cancelled():
+                night.abandon("The night was cancelled.")
         raise
     return time.monotonic() - start
 
@@ -162,9 +174,11 @@ def _move(night: Night, machine: Machine, now: float, left: float, logger: Logge
 
 @dataclass(slots=True, kw_only=True)
 class _Pools:
-    """The two deployments of a night, and the parts that their runs put out."""
+    """The two deployments of a night, and the parts that their runs put out.
 
-    client: SyncPrefectClient
+    Each question has a client of its own: a signal that comes in the middle of one leaves that client unusable.
+    """
+
     buying: Buying
     call: Call
     source: str
@@ -183,17 +197,20 @@ class _Pools:
     def send(self, kind: Kind) -> UUID:
         """Start a run of the kind's deployment."""
         name = self.buying.spot if kind == "spot" else self.buying.on_demand
-        sent = dispatch.send(self.client, name, self._parameters(), _key(self.night, len(self._sent), kind)).id
-        self._sent.append(sent)
-        return sent
+        with get_client(sync_client=True) as client:
+            run = dispatch.send(client, name, self._parameters(), _key(self.night, len(self._sent), kind))
+        self._sent.append(run.id)
+        return run.id
 
     def look_at(self, flow_run_id: UUID) -> Seen:
         """Return what Prefect says of a run."""
-        return dispatch.look_at(self.client, flow_run_id)
+        with get_client(sync_client=True) as client:
+            return dispatch.look_at(client, flow_run_id)
 
     def drain(self, flow_run_id: UUID, why: str, *, lost: bool) -> None:
         """End a run for good."""
-        dispatch.drain(self.client, flow_run_id, why, lost=lost)
+        with get_client(sync_client=True) as client:
+            dispatch.drain(client, flow_run_id, why, lost=lost)
 
     def rows_done(self) -> int:
         """Return the rows that have their part."""
