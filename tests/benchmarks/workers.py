@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -60,7 +61,7 @@ class Bench:
         self._server, self._model, self._source = server, model, source
         self._workers: dict[str, PrefectWorker] = {}
         self._started = 0
-        self._undisturbed: dict[int | None, dict[str, str]] = {}
+        self._undisturbed: dict[tuple[int | None, int], dict[str, str]] = {}
 
     def together(self, chunk: int | None) -> Trial:
         """Two flow runs, the second started by the first."""
@@ -86,6 +87,8 @@ class Bench:
         workers: int,
         meanwhile: Callable[[Sequence[UUID], str, BatchOptions], Sequence[UUID]] | None = None,
     ) -> Trial:
+        from tasks.batch.plan import load_plan
+        from tasks.storage import open_storage
         from tests.deployments.flow_runs import start, table, wait_for, workers_of
         from tests.support import digests
 
@@ -95,7 +98,11 @@ class Bench:
         options = self._options(chunk)
         began = time.monotonic()
         first = start("adhoc", self._model, self._source, destination, options.model_copy(update={"workers": workers}))
-        while len(list(destination.glob("run=*/part-*"))) < len(self.undisturbed(chunk)) / 3:
+        while not (plans := list(destination.glob("_overnight/*/plan.json"))):
+            time.sleep(0.02)
+        plan = load_plan(open_storage(str(destination)), plans[0].parent.name)
+        assert plan is not None
+        while len(list(destination.glob("run=*/part-*"))) < len(plan.chunks) / 3:
             time.sleep(0.02)
         runs: Sequence[UUID] = [first.id, *(run.id for run in workers_of(first.id))]
         runs = meanwhile(runs, str(destination), options) if meanwhile else runs
@@ -105,10 +112,10 @@ class Bench:
         reports = [table(self._server, run) for run in runs]
         return Trial(
             seconds=seconds,
-            chunks=len(self.undisturbed(chunk)),
+            chunks=len(plan.chunks),
             rows_of_each=tuple(_number(report, "rows scored by this call") for report in reports),
             rows_twice=sum(_number(report, "rows scored twice") for report in reports),
-            bytes_equal=digests(destination) == self.undisturbed(chunk),
+            bytes_equal=digests(destination) == self._calm(chunk, workers, plans[0]),
         )
 
     def _kill(self, runs: Sequence[UUID], destination: str, options: BatchOptions) -> Sequence[UUID]:
@@ -133,17 +140,20 @@ class Bench:
             name = f"worker-{self._started}"
             self._workers[name] = start_machine(self._server, POOL, name)
 
-    def undisturbed(self, chunk: int | None) -> dict[str, str]:
-        """Return the parts of the same run by one call, by digest."""
+    def _calm(self, chunk: int | None, workers: int, plan: Path) -> dict[str, str]:
+        """Return the parts by digest that one call makes of the same plan; a plan has chunks enough for its workers."""
         from flows.batch import batch_inference
         from tests.support import digests
 
-        if chunk not in self._undisturbed:
+        if (chunk, workers) not in self._undisturbed:
             destination = FOLDER / "workers" / "undisturbed"
             clear(str(destination))
+            copy = destination / plan.relative_to(plan.parents[2])
+            copy.parent.mkdir(parents=True)
+            shutil.copy(plan, copy)
             batch_inference(self._model, str(self._source), str(destination), self._options(chunk))
-            self._undisturbed[chunk] = digests(destination)
-        return self._undisturbed[chunk]
+            self._undisturbed[chunk, workers] = digests(destination)
+        return self._undisturbed[chunk, workers]
 
     def _options(self, chunk: int | None) -> BatchOptions:
         from tasks.batch.options import BatchOptions
@@ -171,7 +181,6 @@ def main() -> None:
         bench = Bench(server, model, source)
         try:
             for words, chunk in CHUNKS.items():
-                bench.undisturbed(chunk)
                 for kind, run in (("two", bench.together), ("killed", bench.one_killed), ("added", bench.one_added)):
                     trials = found.setdefault(f"{kind}, chunks {words}", [])
                     for _ in range(TRIALS if kind == "two" else 1):
