@@ -216,7 +216,7 @@ def figures_of(trials: Sequence[Trial]) -> dict[str, Any]:
 
 
 def _number(report: dict[str, str], name: str) -> int:
-    return int(report[name].replace(",", ""))
+    return int(report.get(name, "0").replace(",", ""))
 
 
 if __name__ == "__main__":
