@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo deploy test test-machines lint types check format chaos bench-batch bench-peers bench-resume bench-gpu clean
+.PHONY: demo deploy test test-machines lint types check format clean
+.PHONY: chaos bench-batch bench-peers bench-resume bench-gpu bench-spot bench-nightly bench-workers
 
 $(STAMP): pyproject.toml constraints.txt infra/local/wheels.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got %d.%d; set PYTHON=" % sys.version_info[:2])'
@@ -25,7 +26,7 @@ deploy: $(STAMP)
 test: lint types $(STAMP)
 	$(BIN)/python -m pytest
 
-# Real Prefect workers that are killed and drained, whole nights, the form in a browser: some ten minutes.
+# What takes minutes of real workers: whole nights, every point of a drain, runs of supervisors, Ray.
 test-machines: $(STAMP)
 	$(BIN)/python -m pytest -m machines
 
@@ -62,6 +63,15 @@ bench-resume: $(STAMP)
 # Whole runs over passes alone on the card; says so where there is none.
 bench-gpu: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.gpu
+
+# Whole nights on two pools, whose spot machines come and go as a trace says: some nine minutes. Leaves the changeover
+# that it measures for bench-spot.
+bench-nightly: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.nightly
+
+# Several flow runs on one run: the rows that are scored twice, with one killed and one added: some ten minutes.
+bench-workers: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.workers
 
 # What a deadline costs on spot: greedy, Uniform Progress, ours and the optimum on ../shared/traces, else generated ones.
 bench-spot: $(STAMP)

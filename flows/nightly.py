@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -11,26 +11,27 @@ from uuid import UUID
 
 from prefect import get_run_logger
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.exceptions import TerminationSignal
 
 from flows.adhoc import adhoc_flow
-from flows.context import flow_run_id
+from flows.context import flow_run, flow_run_id
 from serving.errors import OvernightError, SourceFormat
 from serving.machine import cores
 from tasks.batch.artifacts import Logger, server_may_fail
 from tasks.batch.dataset import open_dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_rows_done
-from tasks.batch.plan import Plan, load_plan
+from tasks.batch.plan import Plan, load_plan, load_start
 from tasks.batch.run import Call, find_complete, pin_call
 from tasks.spot import dispatch
 from tasks.spot.capacity import PoolCapacity
-from tasks.spot.deadline import must_be_possible
+from tasks.spot.deadline import workers_needed
 from tasks.spot.dispatch import Seen
-from tasks.spot.night import WORDS, Night
+from tasks.spot.machine import Machine
+from tasks.spot.night import KINDS, WORDS, Night
 from tasks.spot.night_report import NightProgress, publish_night, report_night
-from tasks.spot.policy import decide
 from tasks.spot.purchase import Buying, Kind, NightlyReport, deadline_at
-from tasks.spot.situation import Place
 from tasks.spot.spans import in_words
 from tasks.storage import Storage, open_storage
 
@@ -49,32 +50,76 @@ def nightly_inference(
         destination: What batch_inference takes.
         deadline: A time of day in UTC (06:00), or a date and time with its zone.
         buying: The two deployments that the run may go to, their prices, and what is known of their speed.
-        options: Those of batch_inference.
+        options: Those of batch_inference; `workers` are the most machines that the run may be on at a time.
 
-    This flow scores nothing: it sends runs of the two deployments, one at a time, and moves the work between them
-    (tasks.spot.policy). Whatever happens to it or to them, the same call resumes. Raises DeadlineImpossible where even
-    on-demand machines would be late, DeploymentMissing by name, NightFailed where the batch run itself fails.
+    This flow scores nothing: it sends runs of the two deployments, one for each machine, and moves the work between
+    them (tasks.spot.policy). It takes as few machines as leave a fifth of the time to wait for spot in, all that it may
+    where nothing is known of their speed. Whatever happens to it or to them, the same call resumes; a retry of the same
+    flow run keeps deadline and model, and takes over what it had sent. Raises DeadlineImpossible where even on-demand
+    machines would be late, DeploymentMissing by name, NightFailed where the batch run itself fails.
     """
     logger = get_run_logger()
-    began = datetime.now(UTC)
-    due = deadline_at(deadline, began)
+    due = deadline_at(deadline, _first_began())
     storage = open_storage(destination)
-    call = pin_call(model, source, storage.url, options)
+    with get_client(sync_client=True) as client:
+        earlier = _find_sent(client, flow_run_id())
+    pinned = earlier[0][1].parameters["model"] if earlier else model
+    call = pin_call(pinned, source, storage.url, options)
     manifest = find_complete(storage, call)
     rows = manifest.rows if manifest else _count_rows(call)
-    if buying.rows_per_second and manifest is None:
-        must_be_possible(rows / buying.rows_per_second, (due - began).total_seconds(), buying.changeover_seconds)
-    with get_client(sync_client=True) as client:
-        dispatch.find_pool(client, buying.on_demand)
-        capacity = PoolCapacity(pool=dispatch.find_pool(client, buying.spot))
-        pools = _Pools(client=client, buying=buying, call=call, source=source, storage=storage, night=flow_run_id())
-        night = Night(rows=rows, buying=buying, capacity=capacity, dispatcher=pools, rows_done=pools.rows_done)
-        night.finished = manifest is not None
-        seconds = _go_through(night, due, logger)
-        report = report_night(night, call.run, due, seconds, pools.rows_in_hand)
+    workers = options.workers if earlier or manifest else _workers(rows, due, buying, options)
+    pools = _Pools(buying=buying, call=call, source=source, storage=storage, night=flow_run_id())
+    night = Night(
+        rows=rows,
+        buying=buying,
+        capacity=_find_pools(buying),
+        dispatcher=pools,
+        rows_done=pools.rows_done,
+        workers=workers,
+    )
+    night.finished = manifest is not None
+    pools.take_over(earlier, night)
+    seconds = _go_through(night, due, logger, lambda: pools.look_at(UUID(pools.night)).stage == "lost")
+    report = report_night(night, call.run, due, seconds, pools.rows_in_hand)
     publish_night(report, night, logger)
     logger.info("%s", report.summary)
     return report
+
+
+def _first_began() -> datetime:
+    """Return when the first attempt of this flow run began: a retry is due when that was."""
+    run = flow_run()
+    return datetime.fromtimestamp(run.start_time.timestamp(), UTC) if run and run.start_time else datetime.now(UTC)
+
+
+def _find_sent(client: SyncPrefectClient, night: str) -> list[tuple[Kind, FlowRun]]:
+    """Return what an earlier attempt of a night has sent, in order."""
+    found: list[tuple[Kind, FlowRun]] = []
+    while True:
+        keys = {_key(night, len(found), kind): kind for kind in KINDS.values()}
+        run = dispatch.find(client, list(keys))
+        if run is None:
+            return found
+        found.append((keys[str(run.idempotency_key)], run))
+
+
+def _find_pools(buying: Buying) -> PoolCapacity:
+    """Return the pool of spot machines. Raises DeploymentMissing where that or the other one is."""
+    with get_client(sync_client=True) as client:
+        dispatch.find_pool(client, buying.on_demand)
+        return PoolCapacity(pool=dispatch.find_pool(client, buying.spot))
+
+
+def _key(night: str, at: int, kind: Kind) -> str:
+    return f"{night}-{at}-{kind}"
+
+
+def _workers(rows: int, due: datetime, buying: Buying, options: BatchOptions) -> int:
+    """Return how many machines the run is on at a time. Raises DeadlineImpossible."""
+    if buying.rows_per_second is None:
+        return options.workers
+    work, left = rows / buying.rows_per_second, (due - datetime.now(UTC)).total_seconds()
+    return workers_needed(work, left, buying.changeover_seconds, workers_max=options.workers)
 
 
 def _count_rows(call: Call) -> int:
@@ -88,8 +133,12 @@ def _count_rows(call: Call) -> int:
     return open_dataset(call.snapshot, (), call.options.key_columns).rows
 
 
-def _go_through(night: Night, due: datetime, logger: Logger) -> float:
-    """Look and decide again and again until the run is published; return the seconds that it took."""
+def _go_through(night: Night, due: datetime, logger: Logger, cancelled: Callable[[], bool]) -> float:
+    """Look and decide again and again until the run is published; return the seconds that it took.
+
+    What it has sent is taken back where the night fails or is `cancelled`; on a machine that goes, it goes on elsewhere
+    with that.
+    """
     start = time.monotonic()
     # The deadline is a time of day, and the night goes by a clock that never jumps: they meet here, once.
     limit = (due - datetime.now(UTC)).total_seconds()
@@ -99,36 +148,37 @@ def _go_through(night: Night, due: datetime, logger: Logger) -> float:
             now = time.monotonic() - start
             with server_may_fail(logger, "next move"):
                 night.look(now)
-                if not night.finished:
-                    _move(night, now, limit - now, logger)
+                for machine in () if night.finished else night.machines:
+                    _move(night, machine, now, limit - now, logger)
             progress.show(night.done)
             if not night.finished:
                 time.sleep(night.buying.interval_seconds)
     except (OvernightError, KeyboardInterrupt):
-        night.abandon("The night was given up.")
+        with server_may_fail(logger, "end"):
+            night.abandon("The night was given up.")
+        raise
+    except TerminationSignal:
+        with server_may_fail(logger, "end"):
+            if cancelled():
+                night.abandon("The night was cancelled.")
         raise
     return time.monotonic() - start
 
 
-def _move(night: Night, now: float, left: float, logger: Logger) -> None:
-    """Send the run where the policy says; while nothing is known of its speed, where a machine is to be had."""
-    situation = night.situation(left)
-    if situation is not None:
-        decision = decide(situation, night.terms)
-        place, why = decision.place, decision.reason
-    else:
-        place = night.place or (Place.SPOT if night.spot_up else Place.ON_DEMAND)
-        why = "Nothing is known of its speed yet."
-    if place != night.place:
-        logger.info("After %s to %s: %s", in_words(now), WORDS[place], why)
-    night.go(place, now, why)
+def _move(night: Night, machine: Machine, now: float, left: float, logger: Logger) -> None:
+    place, why = night.decide(machine, left)
+    if place != machine.place:
+        logger.info("After %s machine %s to %s: %s", in_words(now), machine.number, WORDS[place], why)
+    night.go(machine, place, now, why)
 
 
 @dataclass(slots=True, kw_only=True)
 class _Pools:
-    """The two deployments of a night, and the parts that their runs put out."""
+    """The two deployments of a night, and the parts that their runs put out.
 
-    client: SyncPrefectClient
+    Each question has a client of its own: a signal that comes in the middle of one leaves that client unusable.
+    """
+
     buying: Buying
     call: Call
     source: str
@@ -137,20 +187,30 @@ class _Pools:
     _sent: list[UUID] = field(default_factory=list)
     _plan: Plan | None = None
 
+    def take_over(self, earlier: Sequence[tuple[Kind, FlowRun]], night: Night) -> None:
+        """Let a night go on with the runs that its earlier attempt has sent, as far as they still are to go on."""
+        self._sent += (run.id for _, run in earlier)
+        going = [(kind, run.id) for kind, run in earlier if self.look_at(run.id).stage in ("waiting", "running")]
+        for machine, (kind, sent) in zip(night.machines, going, strict=False):
+            machine.begin(next(place for place, of in KINDS.items() if of == kind), sent, 0.0)
+
     def send(self, kind: Kind) -> UUID:
-        """Start a run of the kind's deployment; one that this very flow run has sent before it was resumed counts."""
+        """Start a run of the kind's deployment."""
         name = self.buying.spot if kind == "spot" else self.buying.on_demand
-        sent = dispatch.send(self.client, name, self._parameters(), f"{self.night}-{len(self._sent)}-{kind}").id
-        self._sent.append(sent)
-        return sent
+        with get_client(sync_client=True) as client:
+            run = dispatch.send(client, name, self._parameters(), _key(self.night, len(self._sent), kind))
+        self._sent.append(run.id)
+        return run.id
 
     def look_at(self, flow_run_id: UUID) -> Seen:
         """Return what Prefect says of a run."""
-        return dispatch.look_at(self.client, flow_run_id)
+        with get_client(sync_client=True) as client:
+            return dispatch.look_at(client, flow_run_id)
 
     def drain(self, flow_run_id: UUID, why: str, *, lost: bool) -> None:
         """End a run for good."""
-        dispatch.drain(self.client, flow_run_id, why, lost=lost)
+        with get_client(sync_client=True) as client:
+            dispatch.drain(client, flow_run_id, why, lost=lost)
 
     def rows_done(self) -> int:
         """Return the rows that have their part."""
@@ -166,9 +226,9 @@ class _Pools:
         return slots * max(chunk.rows for chunk in self._plan.chunks.values())
 
     def _parameters(self) -> Mapping[str, Any]:
-        # A later run joins the first one's, whatever the alias or the source are by then.
-        joins = self._sent[0] if self._plan and self._sent else None
-        options = self.call.options.model_copy(update={"joins": joins})
+        # A later run joins one that has begun, whatever the source is by then; one that was lost before has nothing.
+        begun = (sent for sent in self._sent if load_start(self.storage, str(sent)) == self.call.run)
+        options = self.call.options.model_copy(update={"joins": next(begun, None), "workers": 1})
         return {
             "model": self.call.resolved.pin.uri,
             "source": self.source,

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TypeVar
 
@@ -144,8 +144,10 @@ def make_plan(
 ) -> Plan:
     """Cut a dataset into chunks and shards.
 
-    Measured sizes only shape the plan: once it is written, every attempt reads it.
+    Measured sizes only shape the plan: once it is written, every attempt reads it. Flow runs that score it together
+    have slots of their own: what they score twice at the end is a chunk of each, and there are to be many of those.
     """
+    sizes = replace(sizes, slots=sizes.slots * options.workers)
     chunks = cut_chunks(dataset.snapshot.files, options.rows_per_chunk or chunk_rows(dataset.rows, sizes), sizes.step)
     return Plan(
         key=key,

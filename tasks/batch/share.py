@@ -50,7 +50,10 @@ class Share:
         self.cut_short = False
 
     def begin(self) -> list[int]:
-        """Begin a pass over what is missing: return its shards, in an order of this worker's own."""
+        """Begin a pass over what is missing: return its shards, in an order of this worker's own.
+
+        Those that have no part yet come first: another worker is probably at the rest.
+        """
         parts = self._parts()
         with self._lock:
             self._known, self._claimed, self._lost = parts, set(), set()
@@ -58,7 +61,8 @@ class Share:
             self._waiting = {shard for shard, _ in self._chunks - parts - self._faulted}
             shards = sorted(self._waiting)
         self._random.shuffle(shards)
-        return shards
+        begun = {shard for shard, _ in parts}
+        return sorted(shards, key=begun.__contains__)
 
     def turns(self, shard: int, idle: threading.Semaphore) -> Generator[Turn]:
         """Yield the chunks for one slot: its own shard's, unless another worker is at it; then what is left.

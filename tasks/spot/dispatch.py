@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterIdempotencyKey
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Cancelling
 
 from serving.errors import DeploymentMissing
+
+# Every worker of Prefect labels the runs that it takes up.
+_WORKER_LABEL = "prefect.worker.name"
 
 Stage = Literal["waiting", "running", "done", "failed", "lost"]
 
@@ -28,10 +32,11 @@ _STAGES: dict[StateType, Stage] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """What Prefect says of a flow run: how far it is, and its last word."""
+    """What Prefect says of a flow run: how far it is, its last word, and the machine whose worker has taken it up."""
 
     stage: Stage
     message: str
+    machine: str | None = None
 
 
 def find_pool(client: SyncPrefectClient, deployment: str) -> str:
@@ -63,15 +68,28 @@ def send(client: SyncPrefectClient, deployment: str, parameters: Mapping[str, An
     return client.create_flow_run_from_deployment(found, parameters=dict(parameters), idempotency_key=key)
 
 
+def find(client: SyncPrefectClient, keys: Sequence[str]) -> FlowRun | None:
+    """Return the flow run that was started with one of these keys, None where none was."""
+    wanted = FlowRunFilter(idempotency_key=FlowRunFilterIdempotencyKey(any_=list(keys)))
+    return next(iter(client.read_flow_runs(flow_run_filter=wanted)), None)
+
+
 def look_at(client: SyncPrefectClient, flow_run_id: UUID) -> Seen:
     """Return what Prefect says of a flow run; one that it does not know is lost."""
     try:
-        state = client.read_flow_run(flow_run_id).state
+        run = client.read_flow_run(flow_run_id)
     except ObjectNotFound:
         return Seen(stage="lost", message="Prefect does not know it any more.")
-    if state is None:
+    if run.state is None:
         return Seen(stage="waiting", message="")
-    return Seen(stage=_STAGES.get(state.type, "waiting"), message=state.message or state.name or "")
+    # One that waits to be run again still names the machine that it was on.
+    taken_up = run.state.type in (StateType.PENDING, StateType.RUNNING)
+    machine = run.labels.get(_WORKER_LABEL) if taken_up else None
+    return Seen(
+        stage=_STAGES.get(run.state.type, "waiting"),
+        message=run.state.message or run.state.name or "",
+        machine=str(machine) if machine else None,
+    )
 
 
 def drain(client: SyncPrefectClient, flow_run_id: UUID, why: str, *, lost: bool) -> None:

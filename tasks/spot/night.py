@@ -1,6 +1,7 @@
 """A night: one batch run that is sent from pool to pool, and what has been seen of it so far.
 
-All times are seconds since the night began, by a clock that never jumps.
+It may be on several machines at once. Each of them is decided on by itself, with its share of the work that is left, so
+that all make up for what one of them loses. All times are seconds since the night began, by a clock that never jumps.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from typing import Protocol
 from uuid import UUID
 
 from serving.errors import NightFailed
+from tasks.spot import policy
 from tasks.spot.capacity import Capacity
 from tasks.spot.dispatch import Seen
+from tasks.spot.machine import Machine
 from tasks.spot.purchase import Buying, Kind, Move, Stay, Whereabouts, working_rate
 from tasks.spot.situation import Place, Situation, Terms
 
@@ -39,18 +42,6 @@ class Dispatcher(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Attempt:
-    place: Place
-    flow_run_id: UUID
-    start: float
-    rows_before: int
-
-    @property
-    def kind(self) -> Kind:
-        return KINDS[self.place]
-
-
 @dataclass(slots=True, kw_only=True)
 class Night:
     """The run's whereabouts, its progress and its price; `look` and `go` are called in turn."""
@@ -60,25 +51,22 @@ class Night:
     capacity: Capacity
     dispatcher: Dispatcher
     rows_done: Callable[[], int]
+    workers: int = 1
     stays: list[Stay] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
     samples: list[tuple[float, int]] = field(default_factory=list)
-    spot_up: bool = False
-    # How long spot has been seen to be as it is.
-    spell_seconds: float = 0.0
+    # Seconds from sending the run until it went on, each time that it was measured.
+    changeovers: list[float] = field(default_factory=list)
     finished: bool = False
     done: int = 0
-    _attempt: _Attempt | None = None
-    _working: bool = False
+    machines: tuple[Machine, ...] = field(init=False)
+    _living: frozenset[str] = frozenset()
     _looked: float | None = None
-    _changeovers: list[float] = field(default_factory=list)
-    # Seconds at work, not by the clock: (seconds, rows done).
+    # Seconds at work, of all machines together and not by the clock: (seconds, rows done).
     _work: list[tuple[float, int]] = field(default_factory=list)
 
-    @property
-    def place(self) -> Place:
-        """Where the run is."""
-        return self._attempt.place if self._attempt else Place.IDLE
+    def __post_init__(self) -> None:
+        self.machines = tuple(Machine(number=at + 1) for at in range(self.workers))
 
     @property
     def rate(self) -> float | None:
@@ -87,29 +75,16 @@ class Night:
 
     @property
     def work_seconds(self) -> float | None:
-        """Seconds of work that are left, None while no rate is known; never none, until the run has ended.
+        """Seconds of work that are left for each machine, None while no rate is known; never none until the run ended.
 
-        With its last part a run has yet to publish: taken off its machine then, it would never be complete.
+        With its last part a run has yet to publish.
         """
-        return max((self.rows - self.done) / self.rate, _PUBLISH_SECONDS) if self.rate else None
+        return max((self.rows - self.done) / self.rate / self.workers, _PUBLISH_SECONDS) if self.rate else None
 
     @property
     def changeover_seconds(self) -> float:
         """Seconds from sending the run until it goes on: the longest of this night, before any as stated."""
-        return max(self._changeovers, default=self.buying.changeover_seconds)
-
-    def situation(self, left: float) -> Situation | None:
-        """Return what the next decision is made of, `left` seconds before the deadline; None while no rate is known."""
-        if self.work_seconds is None:
-            return None
-        return Situation(
-            work_seconds=self.work_seconds,
-            left_seconds=left,
-            place=self.place,
-            booting_seconds=self._booting_seconds(),
-            spot_up=self.spot_up,
-            spell_seconds=self.spell_seconds,
-        )
+        return max(self.changeovers, default=self.buying.changeover_seconds)
 
     @property
     def terms(self) -> Terms:
@@ -120,70 +95,126 @@ class Night:
             interval_seconds=self.buying.interval_seconds,
         )
 
+    def decide(self, machine: Machine, left: float) -> tuple[Place, str]:
+        """Return where a machine's part of the run goes, `left` seconds before the deadline, and why.
+
+        By the policy; before the run's speed is known, where a machine is to be had. Once all rows are done it stays
+        where it is: taken off its machine as it publishes, it would never be complete.
+        """
+        if self.done >= self.rows and machine.place:
+            return machine.place, "All rows are done, and the run publishes."
+        situation = self.situation(machine, left)
+        if situation is None:
+            found = Place.SPOT if self.spot_up(machine) else Place.ON_DEMAND
+            return machine.place or found, "Nothing is known of its speed yet."
+        decision = policy.decide(situation, self.terms)
+        return decision.place, decision.reason
+
+    def situation(self, machine: Machine, left: float) -> Situation | None:
+        """Return what a machine's next decision is made of, `left` seconds before the deadline.
+
+        None while no rate is known.
+        """
+        if self.work_seconds is None:
+            return None
+        return Situation(
+            work_seconds=self.work_seconds,
+            left_seconds=left,
+            place=machine.place,
+            booting_seconds=machine.booting_seconds(self._looked, self.changeover_seconds),
+            spot_up=self.spot_up(machine),
+            spell_seconds=machine.spell_seconds,
+        )
+
+    def spot_up(self, machine: Machine) -> bool:
+        """Return whether a spot machine is to be had: its own, or one that the run is not on."""
+        return machine.place == Place.SPOT or len(self._living) > len(self._on(Place.SPOT))
+
     def look(self, now: float) -> None:
         """See how far the run is, and whether spot machines are to be had. Raises NightFailed where the run failed."""
         passed = now - self._looked if self._looked is not None else 0.0
         self._looked = now
-        self._look_at_rows(now, passed)
-        self._look_at_spot(passed)
-        if self._attempt is None:
-            return
-        seen = self.dispatcher.look_at(self._attempt.flow_run_id)
-        if seen.stage == "done":
-            self.finished = True
-            self._leave(now, lost=False)
-        elif seen.stage == "failed":
-            self._leave(now, lost=False)
-            message = f"The batch run must end well, but failed: {seen.message} Mend what it says, and call again."
-            raise NightFailed(message)
-        elif seen.stage == "lost" or (self._attempt.place == Place.SPOT and not self.spot_up):
-            self.dispatcher.drain(
-                self._attempt.flow_run_id, "Its machine is gone; the night goes on elsewhere.", lost=True
-            )
-            self._leave(now, lost=True)
+        rows_before, self.done = self.done, self.rows_done()
+        self.samples.append((now, self.done))
+        if at_work := sum(machine.working for machine in self.machines):
+            self._work.append((self._work[-1][0] + passed * at_work, self.done))
+        self._living = self.capacity.living()
+        for machine in [*self._on(Place.SPOT), *self._on(Place.ON_DEMAND)]:
+            self._look_at(machine, now, rows_before)
+        self._leave_what_none_will_begin(now)
+        for machine in self.machines:
+            machine.see_spot(up=self.spot_up(machine), passed=passed)
+        if self.finished:
+            self._end(now)
 
-    def go(self, place: Place, now: float, why: str) -> None:
-        """Send the run elsewhere, or take it off every machine: it drains first, and its parts stay."""
-        if place == self.place:
+    def go(self, machine: Machine, place: Place, now: float, why: str) -> None:
+        """Send a machine's part of the run elsewhere, or nowhere: it drains first, and its parts stay."""
+        if place == machine.place:
             return
-        if self._attempt is not None:
-            self.dispatcher.drain(self._attempt.flow_run_id, why, lost=False)
-            self._leave(now, lost=False)
-        self.moves.append(Move(seconds=now, to=WORDS[place], rows_done=self.done, why=why))
+        if machine.flow_run_id is not None:
+            self.dispatcher.drain(machine.flow_run_id, why, lost=False)
+            self._leave(machine, now, lost=False)
+        self.moves.append(
+            Move(machine=machine.number, seconds=now, to=WORDS[place], rows_done=self.done, why=why),
+        )
         if place != Place.IDLE:
-            sent = self.dispatcher.send(KINDS[place])
-            self._attempt = _Attempt(place=place, flow_run_id=sent, start=now, rows_before=self.done)
+            machine.begin(place, self.dispatcher.send(KINDS[place]), now)
 
     def abandon(self, why: str) -> None:
-        """Take the run off its machine for good."""
-        if self._attempt is not None:
-            self.dispatcher.drain(self._attempt.flow_run_id, why, lost=False)
+        """Take the run off its machines for good."""
+        for machine in self.machines:
+            if machine.flow_run_id is not None:
+                self.dispatcher.drain(machine.flow_run_id, why, lost=False)
 
-    def _look_at_rows(self, now: float, passed: float) -> None:
-        done = self.rows_done()
-        if self._attempt is not None:
-            if self._working:
-                self._work.append((self._work[-1][0] + passed, done))
-            elif done > self._attempt.rows_before:
-                self._working = True
-                self._changeovers.append(now - self._attempt.start)
-                self._work.append((self._work[-1][0] if self._work else 0.0, done))
-        self.done = done
-        self.samples.append((now, done))
+    def _look_at(self, machine: Machine, now: float, rows_before: int) -> None:
+        assert machine.flow_run_id is not None, machine  # noqa: S101 - a machine that is somewhere has a flow run
+        seen = self.dispatcher.look_at(machine.flow_run_id)
+        machine.name = seen.machine
+        taken = machine.place == Place.SPOT and seen.machine is not None and seen.machine not in self._living
+        if seen.stage == "done":
+            self.finished = True
+            self._leave(machine, now, lost=False)
+        elif seen.stage == "failed":
+            self._leave(machine, now, lost=False)
+            message = f"The batch run must end well, but failed: {seen.message} Mend what it says, and call again."
+            raise NightFailed(message)
+        elif seen.stage == "lost" or taken:
+            self._lose(machine, now)
+        elif seen.stage == "running":
+            self._look_at_work(machine, now, rows_before)
 
-    def _look_at_spot(self, passed: float) -> None:
-        before, self.spot_up = self.spot_up, self.capacity.up()
-        self.spell_seconds = self.spell_seconds + passed if self.spot_up == before else 0.0
+    def _look_at_work(self, machine: Machine, now: float, rows_before: int) -> None:
+        """Note when a machine begins to put out rows; beside others it is not told whose rows are whose."""
+        alone = not any(each.working for each in self.machines)
+        if machine.sees_work(self.done, rows_before if alone else self.done) and alone:
+            self.changeovers.append(now - machine.start)
+            self._work.append((self._work[-1][0] if self._work else 0.0, self.done))
 
-    def _booting_seconds(self) -> float:
-        """Return what is left of the changeover to the machine that the run was sent to."""
-        if self._attempt is None or self._working or self._looked is None:
-            return 0.0
-        left = self.changeover_seconds - (self._looked - self._attempt.start)
-        # One that takes longer than it should may take as long again.
-        return left if left > 0 else self.changeover_seconds
+    def _leave_what_none_will_begin(self, now: float) -> None:
+        """Take back flow runs that wait for a spot machine where fewer are left than the run is on."""
+        too_many = max(len(self._on(Place.SPOT)) - len(self._living), 0)
+        waiting = [machine for machine in self._on(Place.SPOT) if machine.name is None]
+        for machine in waiting[::-1][:too_many]:
+            self._lose(machine, now)
 
-    def _leave(self, now: float, *, lost: bool) -> None:
-        if self._attempt is not None:
-            self.stays.append(Stay(kind=self._attempt.kind, start=self._attempt.start, stop=now, lost=lost))
-        self._attempt, self._working = None, False
+    def _on(self, place: Place) -> list[Machine]:
+        return [machine for machine in self.machines if machine.place == place]
+
+    def _end(self, now: float) -> None:
+        """Take back the other machines once one of them has published the run."""
+        for machine in self.machines:
+            if machine.flow_run_id is not None:
+                self.dispatcher.drain(machine.flow_run_id, "The run is complete.", lost=False)
+                self._leave(machine, now, lost=False)
+
+    def _lose(self, machine: Machine, now: float) -> None:
+        assert machine.flow_run_id is not None, machine  # noqa: S101 - a machine that is somewhere has a flow run
+        self.dispatcher.drain(machine.flow_run_id, "Its machine is gone; the night goes on elsewhere.", lost=True)
+        self._leave(machine, now, lost=True)
+        # Another one may be up, of which nothing has been seen yet.
+        machine.forget_spot()
+
+    def _leave(self, machine: Machine, now: float, *, lost: bool) -> None:
+        kind, number = KINDS[machine.place], machine.number
+        self.stays.append(Stay(kind=kind, start=machine.start, stop=now, lost=lost, machine=number))
+        machine.end()

@@ -47,15 +47,17 @@ def report_night(night: Night, run: str, due: datetime, seconds: float, rows_in_
     """Return what a night came to; `rows_in_hand` is what a machine that is taken has in hand at most."""
     spent = cost(night.stays, night.buying)
     rate = night.rate
-    on_demand_seconds = (night.rows / rate if rate else seconds) + night.changeover_seconds
+    on_demand_seconds = (night.rows / rate if rate else seconds) + night.workers * night.changeover_seconds
     return NightlyReport(
         run=run,
         rows=night.rows,
+        workers=night.workers,
         deadline=due,
         seconds=seconds,
         slack_seconds=(due - datetime.now(UTC)).total_seconds(),
         rows_per_second=rate,
         changeover_seconds=night.changeover_seconds,
+        changeovers=tuple(night.changeovers),
         spot_seconds=seconds_on(night.stays, "spot"),
         on_demand_seconds=seconds_on(night.stays, "on-demand"),
         cost=spent,
@@ -75,17 +77,27 @@ def publish_night(report: NightlyReport, night: Night, logger: Logger) -> None:
 
 
 def plot_night(samples: Sequence[tuple[float, int]], stays: Sequence[Stay], rows: int, deadline: float) -> bytes:
-    """Draw rows done over seconds, over the machines that the run was on; returns a PNG."""
+    """Draw rows done over seconds, over a lane for each machine that the run was on at a time; returns a PNG."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots()
+    lanes = max((stay.machine for stay in stays), default=1)
     for stay in stays:
-        axes.axvspan(stay.start, stay.stop, color=_SPOT if stay.kind == "spot" else _ON_DEMAND, linewidth=0)
+        low, high = (stay.machine - 1) / lanes, stay.machine / lanes
+        colour = _SPOT if stay.kind == "spot" else _ON_DEMAND
+        axes.axvspan(stay.start, stay.stop, ymin=low, ymax=high, color=colour, linewidth=0)
         if stay.lost:
-            axes.plot([stay.stop], [0], marker="x", color="#b3261e", clip_on=False, zorder=3)
+            axes.plot([stay.stop], [low * 1.05 * rows], marker="x", color="#b3261e", clip_on=False, zorder=3)
     axes.plot([at for at, _ in samples], [done for _, done in samples], color=_INK, drawstyle="steps-post")
     axes.axvline(deadline, color="#b3261e", linestyle="--", linewidth=1)
     axes.annotate(
-        "deadline", (deadline, rows), color="#b3261e", ha="right", va="top", xytext=(-4, 0), textcoords="offset points"
+        "deadline",
+        (deadline, rows / 2),
+        color="#b3261e",
+        ha="right",
+        va="center",
+        rotation=90,
+        xytext=(-3, 0),
+        textcoords="offset points",
     )
     axes.set_xlim(0, max(deadline, samples[-1][0] if samples else 0) * 1.02)
     axes.set_ylim(0, rows * 1.05)
@@ -93,7 +105,7 @@ def plot_night(samples: Sequence[tuple[float, int]], stays: Sequence[Stay], rows
     axes.set_ylabel("rows done")
     axes.yaxis.set_major_formatter("{x:,.0f}")
     shades = [Patch(color=_SPOT, label="spot"), Patch(color=_ON_DEMAND, label="on-demand")]
-    axes.legend(handles=shades, loc="lower right", frameon=False)
+    axes.legend(handles=shades, loc="upper left", framealpha=1, edgecolor="white")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     sink = io.BytesIO()

@@ -56,17 +56,22 @@ class Buying(Frozen):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stay:
-    """The time that a run was on one kind of machine, in seconds since the night began; `lost` where it was taken."""
+    """The time that a run was on one kind of machine, in seconds since the night began; `lost` where it was taken.
+
+    `machine` is its number among those that the run is on at a time, from 1.
+    """
 
     kind: Kind
     start: float
     stop: float
     lost: bool
+    machine: int = 1
 
 
 class Move(Frozen):
-    """One decision that sent the run elsewhere."""
+    """One decision that sent the run, or what one of its machines does of it, elsewhere."""
 
+    machine: int = Field(default=1, description="Its number among the machines that the run is on at a time, from 1.")
     seconds: float = Field(description="Seconds since the night began.")
     to: Whereabouts
     rows_done: int
@@ -78,13 +83,17 @@ class NightlyReport(Frozen):
 
     run: str
     rows: int
+    workers: int = Field(default=1, description="Machines that the run was on at a time, at most.")
     deadline: datetime
     seconds: float = Field(description="Seconds from the call to the published predictions.")
     slack_seconds: float = Field(description="Seconds that were left until the deadline; negative where it was missed.")
     rows_per_second: float | None = Field(
         description="Rows a second of one machine, as measured; null where too short."
     )
-    changeover_seconds: float = Field(description="Seconds from sending the run to its first new part, as measured.")
+    changeover_seconds: float = Field(
+        description="Seconds from sending the run to its first new part: the longest measured, else as stated."
+    )
+    changeovers: tuple[float, ...] = Field(default=(), description="Every one of these that was measured, in order.")
     spot_seconds: float
     on_demand_seconds: float
     cost: float = Field(description="Price of the machines for the seconds that the run had them.")
@@ -117,18 +126,25 @@ class NightlyReport(Frozen):
                 f"- {self.spot_seconds:,.0f} s on spot machines, {self.on_demand_seconds:,.0f} s on-demand",
                 f"- one machine: {rate}; a changeover takes {self.changeover_seconds:,.1f} s",
                 f"- scored again after a machine was taken: at most {self.rows_recomputed_max:,} rows",
-                f"- {len(self.moves)} moves",
+                f"- {len(self.moves)} moves, {self.workers} machines at a time",
             ]
         )
 
     def table(self) -> list[dict[str, str]]:
         """Return the moves in order, and what they came to."""
         moves = [
-            {"after": f"{move.seconds:,.0f} s", "to": move.to, "rows done": f"{move.rows_done:,}", "why": move.why}
+            {
+                "after": f"{move.seconds:,.0f} s",
+                "machine": str(move.machine),
+                "to": move.to,
+                "rows done": f"{move.rows_done:,}",
+                "why": move.why,
+            }
             for move in self.moves
         ]
         end = f"slack {self.slack_seconds:,.0f} s, cost {self.cost:.4g} ({self.cost_fraction:.1%} of on-demand)"
-        return [*moves, {"after": f"{self.seconds:,.0f} s", "to": "done", "rows done": f"{self.rows:,}", "why": end}]
+        done = {"machine": "", "to": "done", "rows done": f"{self.rows:,}", "why": end}
+        return [*moves, {"after": f"{self.seconds:,.0f} s", **done}]
 
 
 def cost(stays: Sequence[Stay], buying: Buying) -> float:

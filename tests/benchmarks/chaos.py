@@ -19,10 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from tests.benchmarks.figures import show
 from tests.benchmarks.kills.board import PHASES
+from tests.benchmarks.kills.command import report_in, worker_command
 from tests.benchmarks.kills.crew import Attempt, run_workers
 from tests.benchmarks.kills.killer import Killer, Usual
 from tests.benchmarks.kills.schedule import Pace, chunk_rows, chunk_seconds, make_schedule, slow_pace
@@ -48,6 +47,14 @@ BATCH_SECONDS = 0.1
 TIMED, AIMED, STARTUPS, PUBLISHES = 20, 5, 4, 2
 KILLS_MIN = 20
 SECONDS_MAX = 1800.0
+WANTED = {
+    "rows_missing": "0",
+    "rows_doubled": "0",
+    "bytes_equal": "True",
+    "kills": f"at least {KILLS_MIN}",
+    "work_over_undisturbed": "at most 1.15",
+    "run_over_mean_time_between_kills": "about 10",
+}
 _BATCHES_PER_CHUNK_GUESSED = 5
 
 
@@ -108,7 +115,8 @@ def main() -> None:
         ]
         found = {place.name: chaos(work, place) for place in places}
     figures = summed_up(found)
-    show(work, found)
+    title = f"{work.rows:,} rows, {WORKERS} workers of {SLOTS} slots, seed {SEED}; {machine()}"
+    show(title, found, WANTED)
     print(json.dumps({"rows": work.rows, "seed": SEED, "machine": machine(), **figures, **found}))
     if figures["rows_missing"] or figures["rows_doubled"] or not figures["bytes_equal"]:
         sys.exit("What was killed must come out as what was not, but it did not: see the table.")
@@ -197,7 +205,7 @@ def checkpoint_seconds(work: Work, place: Place) -> float:
     run_workers(
         command(work, f"{place.source}/{work.names[0]}", destination, options), log, workers=1, seconds_max=SECONDS_MAX
     )
-    report = report_of(log / "000.log")
+    report = report_in((log / "000.log").read_text())
     return float(report["thread_seconds"]["write"] / report["parts"])
 
 
@@ -217,7 +225,7 @@ def score(work: Work, place: Place, name: str, rows_per_chunk: int, killer: Kill
     )
     (log / "attempts.json").write_text(json.dumps([asdict(attempt) for attempt in attempts], indent=1))
     ended = next(number for number, attempt in enumerate(sorted(attempts, key=_started)) if not attempt.killed)
-    run = str(report_of(log / f"{ended:03d}.log")["run"])
+    run = str(report_in((log / f"{ended:03d}.log").read_text())["run"])
     return Run(name=run, destination=destination, attempts=tuple(attempts), torn_writes=len(torn))
 
 
@@ -234,15 +242,7 @@ def command(work: Work, source: str, destination: str, options: dict[str, int]) 
         "experiment": None,
         **options,
     }
-    return [
-        *(sys.executable, "-m", "tests.benchmarks.kills.worker"),
-        *(work.model, source, destination, json.dumps(chosen)),
-    ]
-
-
-def report_of(log: Path) -> dict[str, Any]:
-    """Return the report that a worker has printed."""
-    return dict(json.loads([line for line in log.read_text().splitlines() if line.startswith("{")][-1]))
+    return worker_command(work.model, source, destination, chosen)
 
 
 def kills_of(attempts: Sequence[Attempt]) -> dict[str, Any]:
@@ -269,32 +269,6 @@ def summed_up(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "recomputed_over_rows": max(place["recomputed_over_rows"] for place in places),
         "work_over_undisturbed": max(place["work_over_undisturbed"] for place in places),
     }
-
-
-def show(work: Work, found: dict[str, dict[str, Any]]) -> None:
-    """Print the figures of each place beside what they must reach."""
-    wanted = {
-        "rows_missing": "0",
-        "rows_doubled": "0",
-        "bytes_equal": "True",
-        "kills": f"at least {KILLS_MIN}",
-        "work_over_undisturbed": "at most 1.15",
-        "run_over_mean_time_between_kills": "about 10",
-    }
-    title = f"{work.rows:,} rows, {WORKERS} workers of {SLOTS} slots, seed {SEED}; {machine()}"
-    table = Table(title=title, title_justify="left")
-    for column in ("figure", *found, "wanted"):
-        table.add_column(column)
-    for name in next(iter(found.values())):
-        table.add_row(name, *(told(place[name]) for place in found.values()), wanted.get(name, ""))
-    Console().print(table)
-
-
-def told(value: Any) -> str:
-    """Return a figure as a person reads it."""
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {count}" for name, count in value.items())
-    return str(value) if isinstance(value, bool) else f"{value:,}"
 
 
 if __name__ == "__main__":

@@ -21,10 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from tests.benchmarks.figures import show
 from tests.benchmarks.kills.board import Board
+from tests.benchmarks.kills.command import with_board, worker_command
 from tests.benchmarks.kills.proxy import counting_proxy
 from tests.benchmarks.kills.reads import TRACED, Read, Tally, lay_out, tally, traced_reads
 from tests.benchmarks.shared import (
@@ -49,6 +48,12 @@ ROWS_PER_GROUP = ROWS // CHUNKS
 # A quarter of a row group is whole batches too.
 BATCH_SIZE = max(1, ROWS_PER_GROUP // 40)
 SECONDS_MAX = 1800.0
+WANTED = {
+    "read_over_remaining": "at most 1.1",
+    "finished_parts_opened": "0",
+    "finished_files_opened": "0",
+    "bytes_read_of_finished_rows": "0",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +98,7 @@ def main() -> None:
         **{name: sum(one[name] for one in whole) for name in ("finished_parts_opened", "finished_files_opened")},
         "bytes_read_of_finished_rows": sum(one["bytes_read_of_finished_rows"] for one in whole),
     }
-    show(found)
+    show(f"{ROWS:,} rows, killed at {DONE:.0%}, resumed; {machine()}", found, WANTED)
     print(json.dumps({"rows": ROWS, "machine": machine(), **figures, "cases": found}))
     if figures["finished_parts_opened"] or figures["finished_files_opened"] or figures["bytes_read_of_finished_rows"]:
         sys.exit("Nothing that is finished may be opened by a resume, but something was: see the table.")
@@ -149,10 +154,7 @@ def worker(case: Case, model: str, flow_run: Sequence[str]) -> list[str]:
         "slots": SLOTS,
         "experiment": None,
     }
-    return [
-        *(sys.executable, "-m", "tests.benchmarks.kills.worker"),
-        *(model, case.source, case.destination, json.dumps(options), *flow_run),
-    ]
+    return worker_command(model, case.source, case.destination, options, flow_run)
 
 
 def killed(command: Sequence[str], log: Path, case: Case) -> Any:
@@ -162,7 +164,7 @@ def killed(command: Sequence[str], log: Path, case: Case) -> Any:
 
     Board(log)
     environment = {**os.environ, "DIE_AFTER": str(math.ceil(DONE * CHUNKS * case.slices))}
-    done = run(command, log, environment)
+    done = run(with_board(command, log), environment)
     if done.returncode != -9:
         message = f"The run must end by SIGKILL, got {done.returncode}: {done.stderr[-4000:]}"
         raise RuntimeError(message)
@@ -185,7 +187,7 @@ def resumed(
             proxy = stack.enter_context(counting_proxy(server))
             environment["AWS_ENDPOINT_URL"] = proxy.url
             tracer = []
-        done = run([*tracer, *command], log, environment)
+        done = run([*tracer, *with_board(command, log)], environment)
     if done.returncode:
         message = f"The resume must end with 0, got {done.returncode}: {done.stderr[-4000:]}"
         raise RuntimeError(message)
@@ -195,11 +197,10 @@ def resumed(
     return traced_reads(traces), publishing, {}
 
 
-def run(command: Sequence[str], board: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run a worker with its board."""
-    at = command.index("tests.benchmarks.kills.worker") + 1
+def run(command: Sequence[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a worker, and return what it said."""
     return subprocess.run(
-        [*command[:at], str(board), *command[at:]],
+        command,
         env=environment,
         capture_output=True,
         text=True,
@@ -225,29 +226,6 @@ def rerun(flow_run_id: str) -> None:
 
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(flow_run_id, AwaitingRetry(), force=True)  # type: ignore[arg-type]
-
-
-def show(found: dict[str, dict[str, Any]]) -> None:
-    """Print the figures of each case beside what they must reach."""
-    wanted = {
-        "read_over_remaining": "at most 1.1",
-        "finished_parts_opened": "0",
-        "finished_files_opened": "0",
-        "bytes_read_of_finished_rows": "0",
-    }
-    table = Table(title=f"{ROWS:,} rows, killed at {DONE:.0%}, resumed; {machine()}", title_justify="left")
-    for column in ("figure", *found, "wanted"):
-        table.add_column(column)
-    for name in dict.fromkeys(name for figures in found.values() for name in figures):
-        table.add_row(name, *(told(figures.get(name)) for figures in found.values()), wanted.get(name, ""))
-    Console().print(table)
-
-
-def told(value: Any) -> str:
-    """Return a figure as a person reads it."""
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {count}" for name, count in value.items())
-    return "" if value is None else f"{value:,}"
 
 
 if __name__ == "__main__":

@@ -16,10 +16,13 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import track
+
+if TYPE_CHECKING:
+    from infra.local.prefect_server import PrefectServer
 
 ROWS = int(os.environ.get("ROWS", "10000000"))
 ROUNDS = int(os.environ.get("ROUNDS", "3"))
@@ -48,7 +51,7 @@ def open_registry() -> None:
 
 
 @contextmanager
-def prefect() -> Generator[None]:
+def prefect() -> Generator[PrefectServer]:
     """Run a fresh Prefect server, and point flows at it."""
     from infra.local.prefect_server import prefect_server
 
@@ -56,7 +59,7 @@ def prefect() -> Generator[None]:
     with prefect_server(FOLDER / "prefect") as server:
         os.environ.update(server.environment)
         os.environ["PREFECT_LOGGING_LEVEL"] = "WARNING"
-        yield
+        yield server
 
 
 @contextmanager

@@ -5,8 +5,8 @@ at the beginning of every trace. Prints tables, then one JSON object as the last
 
 Taken from the environment: TRACES, a file of traces as JSON lines, or "generated" (without: ../shared/traces beside the
 repository, else generated ones); PRICE_RATIO, on-demand over spot (3, as p3.2xlarge in "Can't Be Late"); D_SECONDS, the
-changeover that a live run measured (without: the seconds in which this machine starts a process that imports the batch
-flow, which is the least that a changeover can take here).
+changeover that a live run measured (without: the longest that `make bench-nightly` has measured here; before that, the
+seconds in which this machine starts a process that imports the batch flow, the least that a changeover can take here).
 
 The policy's constants were chosen on these jobs and traces, at a ratio of 3. What they were never chosen on is told
 apart: other jobs, and generated traces. How a search fared that chose on five zones and was judged on the sixth is told
@@ -36,13 +36,11 @@ from tasks.spot.baselines import UniformProgress, greedy
 from tasks.spot.optimum import optimum
 from tasks.spot.policy import places
 from tasks.spot.replay import Job, replay
-from tasks.spot.traces import synthetic_traces
 from tests.benchmarks.shared import FOLDER, console, machine
 from tests.benchmarks.spot_plot import draw
+from tests.benchmarks.traces import ROOT, TICK_SECONDS, Traces, generated_traces, read_traces
 
-ROOT = Path(__file__).parents[2]
 HOUR = 3600.0
-TICK_SECONDS = 600
 FINER = 10
 PRICE_RATIO = float(os.environ.get("PRICE_RATIO", "3"))
 DUE = ((48, 52), (48, 60), (48, 92), (6, 7), (6, 8), (6, 12))
@@ -52,15 +50,8 @@ OTHERS += ((12, 24, 0.3), (3, 4, 0.1), (3, 6, 0.2), (60, 66, 0.2), (60, 90, 0.3)
 NAMES = ("greedy", "uniform_progress", "ours")
 # The cheapest course is exact in whole units of this many seconds, and a measured changeover is rounded up to them.
 UNIT_SECONDS = 5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Traces:
-    """Traces of spot, where they come from, and the zone that each was taken in."""
-
-    source: str
-    zones: tuple[str, ...]
-    spot_NT: NDArray[np.bool_]
+# What `make bench-nightly` leaves.
+CHANGEOVER_FILE = FOLDER / "changeover.json"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -143,28 +134,6 @@ def a_job(work: float, due: float, changeover: float) -> Job:
     )
 
 
-def read_traces() -> Traces:
-    """Return the traces that are asked for."""
-    asked = os.environ.get("TRACES", "")
-    path = Path(asked) if asked else ROOT.parent / "shared/traces/spot_availability.jsonl"
-    if asked == "generated" or not (asked or path.exists()):
-        return generated_traces()
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    other = {row["gap_seconds"] for row in rows} - {TICK_SECONDS}
-    if other:
-        sys.exit(f"The traces must be of ticks of {TICK_SECONDS} s, got {other}.")
-    return Traces(
-        source=f"{len(rows)} traces of {path.name}",
-        zones=tuple(row["zone"] for row in rows),
-        spot_NT=np.array([[tick == "1" for tick in row["available"]] for row in rows]),
-    )
-
-
-def generated_traces() -> Traces:
-    """Return as many generated traces as there are real ones, and as long."""
-    return Traces(source="240 generated traces", zones=("generated",) * 240, spot_NT=synthetic_traces(240, 554, seed=0))
-
-
 def measure(jobs: Sequence[Job], spot_NT: NDArray[np.bool_], title: str) -> Figures:
     """Replay every job on every trace under each policy."""
     figures = Figures(jobs=jobs)
@@ -189,7 +158,10 @@ def cheapest(jobs: Sequence[Job], spot_NT: NDArray[np.bool_]) -> NDArray[np.floa
 def live_changeover() -> tuple[float, str]:
     """Return the seconds of a changeover here, in whole units, and where they come from."""
     if given := os.environ.get("D_SECONDS"):
-        return math.ceil(float(given) / UNIT_SECONDS) * UNIT_SECONDS, f"D_SECONDS={given} rounded up"
+        return in_units(float(given)), f"D_SECONDS={given} rounded up"
+    if CHANGEOVER_FILE.exists():
+        longest = float(json.loads(CHANGEOVER_FILE.read_text())["seconds"])
+        return in_units(longest), f"the longest of {longest:.1f} s that bench-nightly has measured, rounded up"
     took = []
     for _ in range(3):
         start = time.perf_counter()
@@ -197,7 +169,12 @@ def live_changeover() -> tuple[float, str]:
         took.append(time.perf_counter() - start)
     measured = statistics.median(took)
     origin = f"the {measured:.1f} s in which a process that imports the batch flow starts here, rounded up"
-    return math.ceil(measured / UNIT_SECONDS) * UNIT_SECONDS, origin
+    return in_units(measured), origin
+
+
+def in_units(seconds: float) -> float:
+    """Return seconds rounded up to whole units."""
+    return math.ceil(seconds / UNIT_SECONDS) * UNIT_SECONDS
 
 
 def by_zone(figures: Figures, traces: Traces) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,9 @@ SECONDS_MAX = 240.0
 
 
 def start(deployment: str, model: str, source: Path | str, destination: Path | str, options: BatchOptions) -> FlowRun:
-    """Start a run of a deployment."""
+    """Start a batch run of a deployment."""
     return start_with(
-        deployment,
+        f"batch-inference/{deployment}",
         model=model,
         source=str(source),
         destination=str(destination),
@@ -32,7 +33,8 @@ def start(deployment: str, model: str, source: Path | str, destination: Path | s
 
 
 def start_with(deployment: str, **parameters: Any) -> FlowRun:
-    run = run_deployment(f"batch-inference/{deployment}", parameters=parameters, timeout=0)
+    """Start a run of a deployment, FLOW/NAME, with just these parameters."""
+    run = run_deployment(deployment, parameters=parameters, timeout=0)
     assert isinstance(run, FlowRun)
     return run
 
@@ -57,6 +59,11 @@ def wait_for(flow_run: UUID, *names: str) -> FlowRun:
     return read(flow_run)
 
 
+def machine_of(flow_run: UUID) -> str:
+    """The name of the worker that took a flow run up last."""
+    return str(read(flow_run).labels["prefect.worker.name"])
+
+
 def state_of(flow_run: FlowRun) -> str:
     return flow_run.state.name if flow_run.state else ""
 
@@ -75,11 +82,11 @@ def workers_of(flow_run: UUID) -> list[FlowRun]:
 
 
 def table(server: PrefectServer, flow_run: UUID) -> dict[str, str]:
-    """The report of a flow run, as its artifact shows it."""
+    """The report of a flow run, as its artifact shows it; nothing for one that found all done."""
     wanted = {"artifacts": {"flow_run_id": {"any_": [str(flow_run)]}, "key": {"any_": ["batch-table"]}}}
-    (artifact,) = httpx.post(f"{server.api_url}/artifacts/filter", json=wanted).json()
-    import json
-
-    data = artifact["data"]
+    found = httpx.post(f"{server.api_url}/artifacts/filter", json=wanted).json()
+    if not found:
+        return {}
+    (data,) = (artifact["data"] for artifact in found)
     rows = json.loads(data) if isinstance(data, str) else data
     return {row[""].strip(): row["value"] for row in rows}

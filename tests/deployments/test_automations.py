@@ -3,92 +3,151 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from prefect.client.schemas.objects import FlowRun
 
 from infra.local.prefect_server import PrefectServer
-from infra.local.prefect_worker import PrefectWorker
-from infra.processes import family
 from tasks.batch.options import BatchOptions
 from tests.deployments.conftest import ATTEMPTS_MAX, SETTLED_SECONDS, StartWorkers
-from tests.deployments.flow_runs import read, start, start_with, state_of, states, wait_for, wait_until
+from tests.deployments.flow_runs import machine_of, read, start, start_with, state_of, states, wait_for, wait_until
 from tests.support import digests
 
-pytestmark = pytest.mark.machines
-
+# 200 chunks of a batch of 50 ms, two at a time: five seconds.
 OPTIONS = BatchOptions(
     key_columns=("customer",), batch_size=50, rows_per_chunk=50, slots=2, max_reject_fraction=1, experiment=None
 )
-# A worker alone is two processes; with a flow run in hand there are two more.
-PROCESSES_IDLE = 2
+PARTS = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disturbed:
+    """A run that something has happened to, and how many of its parts stood then."""
+
+    run: FlowRun
+    destination: Path
+    parts: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Befallen:
+    """Runs that something happens to, all at once, since most of it is waiting."""
+
+    lost: Disturbed
+    drained: Disturbed
+    poisoned: FlowRun
+    bad: FlowRun
 
 
 @pytest.fixture(scope="module")
-def fallen(
-    two_workers: list[PrefectWorker],
-    poison: str,
-    customers: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[FlowRun, FlowRun]:
-    """A run whose model kills its process, and one with parameters that only the flow itself refuses."""
-    destination = tmp_path_factory.mktemp("fallen")
-    bad = {"key_columns": ["customer"], "runner": {"kind": "ray", "address": "10.0.0.1:6379"}}
-    return (
-        start("adhoc", poison, customers, destination / "poison", OPTIONS),
-        start_with("adhoc", model=poison, source=str(customers), destination=str(destination / "bad"), options=bad),
+def befallen(
+    start_workers: StartWorkers, sleepy: str, poison: str, customers: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Befallen:
+    """Start the runs, kill the machine of one, tell that of another to go, and let the others end by themselves."""
+    folder = tmp_path_factory.mktemp("befallen")
+    names = {pool: (f"{pool}-1", f"{pool}-2") for pool in ("overnight-spot", "overnight-on-demand")}
+    with ThreadPoolExecutor() as threads:
+        started = list(threads.map(lambda pool: start_workers(pool, *names[pool]), names))
+    workers = {
+        name: worker
+        for pool, found in zip(names, started, strict=True)
+        for name, worker in zip(names[pool], found, strict=True)
+    }
+
+    def disturbed(deployment: str, act: str) -> Disturbed:
+        run = start(deployment, sleepy, customers, folder / act, OPTIONS)
+        wait_until(lambda: parts(folder / act) > PARTS // 10, f"{PARTS // 10} parts are written")
+        getattr(workers[machine_of(run.id)], act)()
+        return Disturbed(run=run, destination=folder / act, parts=parts(folder / act))
+
+    with ThreadPoolExecutor() as threads:
+        # In threads that know this one's server.
+        lost, drained = (
+            future.result()
+            for future in [
+                threads.submit(copy_context().run, disturbed, deployment, act)
+                for deployment, act in (("spot", "kill"), ("on-demand", "stop"))
+            ]
+        )
+    ray = {"key_columns": ["customer"], "runner": {"kind": "ray", "address": "10.0.0.1:6379"}}
+    return Befallen(
+        lost=lost,
+        drained=drained,
+        poisoned=start("on-demand", poison, customers, folder / "poison", OPTIONS),
+        bad=start_with(
+            "batch-inference/on-demand",
+            model=poison,
+            source=str(customers),
+            destination=str(folder / "bad"),
+            options=ray,
+        ),
     )
 
 
-def test_a_run_that_is_killed_with_its_worker_is_completed_by_another_to_the_same_bytes(
-    deployed: PrefectServer,
-    start_workers: StartWorkers,
-    fallen: tuple[FlowRun, FlowRun],
-    sleepy: str,
-    customers: Path,
-    tmp_path: Path,
-) -> None:
+@pytest.fixture(scope="module")
+def undisturbed(befallen: Befallen, sleepy: str, customers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from flows.batch import batch_inference
 
-    workers = start_workers("overnight-spot", "first", "second")
-    run = start("spot", sleepy, customers, tmp_path / "killed", OPTIONS)
-    wait_until(lambda: len(list((tmp_path / "killed").glob("run=*/*.parquet"))) > 20, "20 parts are written")
-    (busy,) = [worker for worker in workers if len(family(worker.process.pid)) > PROCESSES_IDLE]
-    busy.kill()
-    standing = len(list((tmp_path / "killed").glob("run=*/*.parquet")))
-    done = wait_for(run.id, "Completed", "Failed")
+    destination = tmp_path_factory.mktemp("undisturbed")
+    batch_inference(sleepy, str(customers), str(destination), OPTIONS)
+    return destination
 
-    # No other test is to find a machine of this one.
-    for worker in workers:
-        worker.stop()
-    seen = states(deployed, run.id)
-    names = [name for name, _ in seen if name not in {"Scheduled", "Pending", "Submitting"}]
-    assert ["Running", "Crashed", "AwaitingRetry", "Running", "Completed"] == names
+
+def parts(destination: Path) -> int:
+    return len(list(destination.glob("run=*/*.parquet")))
+
+
+def course(server: PrefectServer, run: FlowRun) -> list[str]:
+    """The states of a flow run in order, without those on the way to Running."""
+    on_the_way = {"Scheduled", "Late", "Pending", "Submitting"}
+    return [name for name, _ in states(server, run.id) if name not in on_the_way]
+
+
+def test_a_worker_that_is_told_to_end_has_its_run_run_again_by_another_to_the_same_bytes(
+    deployed: PrefectServer, befallen: Befallen, undisturbed: Path
+) -> None:
+    drained = befallen.drained
+    wait_for(drained.run.id, "Completed", "Failed")
+
+    assert ["Running", "AwaitingRetry", "Running", "Completed"] == course(deployed, drained.run)
+    assert drained.parts < PARTS
+    assert digests(undisturbed) == digests(drained.destination)
+
+
+def test_a_run_that_is_killed_with_its_worker_is_completed_by_another_to_the_same_bytes(
+    deployed: PrefectServer, befallen: Befallen, undisturbed: Path
+) -> None:
+    lost = befallen.lost
+    done = wait_for(lost.run.id, "Completed", "Failed")
+
+    assert ["Running", "Crashed", "AwaitingRetry", "Running", "Completed"] == course(deployed, lost.run)
     assert 2 == done.run_count
-    assert standing < 200
-    batch_inference(sleepy, str(customers), str(tmp_path / "undisturbed"), OPTIONS)
-    assert digests(tmp_path / "undisturbed") == digests(tmp_path / "killed")
+    assert lost.parts < PARTS
+    assert digests(undisturbed) == digests(lost.destination)
 
 
-def test_a_run_that_always_kills_its_process_is_given_up(
-    deployed: PrefectServer, fallen: tuple[FlowRun, FlowRun]
-) -> None:
-    poisoned, _ = fallen
-    wait_until(lambda: read(poisoned.id).run_count == ATTEMPTS_MAX, "the last attempt began")
-    wait_for(poisoned.id, "Crashed")
-    time.sleep(2 * SETTLED_SECONDS)
+def test_a_run_that_always_kills_its_process_is_given_up(deployed: PrefectServer, befallen: Befallen) -> None:
+    run = befallen.poisoned.id
+    wait_until(lambda: read(run).run_count == ATTEMPTS_MAX, "the last attempt began")
+    crashed = wait_for(run, "Crashed").state
+    assert crashed is not None
+    # Long enough for another attempt, if there were to be one.
+    settled = 2 * SETTLED_SECONDS - (datetime.now(UTC) - crashed.timestamp).total_seconds()
+    time.sleep(max(settled, 0.0))
 
-    assert ("Crashed", ATTEMPTS_MAX) == (state_of(read(poisoned.id)), read(poisoned.id).run_count)
-    assert ATTEMPTS_MAX == [name for name, _ in states(deployed, poisoned.id)].count("Running")
+    assert ("Crashed", ATTEMPTS_MAX) == (state_of(read(run)), read(run).run_count)
+    assert ATTEMPTS_MAX == [name for name, _ in states(deployed, run)].count("Running")
 
 
-def test_a_run_that_can_not_take_its_parameters_is_not_run_again(
-    deployed: PrefectServer, fallen: tuple[FlowRun, FlowRun]
-) -> None:
-    _, bad = fallen
-    ended = wait_for(bad.id, "Crashed", "Failed")
+def test_a_run_that_can_not_take_its_parameters_is_not_run_again(deployed: PrefectServer, befallen: Befallen) -> None:
+    # By now all others have been run again that are to be.
+    ended = wait_for(befallen.bad.id, "Crashed", "Failed")
 
     assert ended.state is not None
     assert "slots must say how many forward passes the Ray cluster runs" in str(ended.state.message)
-    assert (0, 1) == (read(bad.id).run_count, [name for name, _ in states(deployed, bad.id)].count("Pending"))
+    assert (0, 1) == (ended.run_count, [name for name, _ in states(deployed, ended.id)].count("Pending"))

@@ -16,8 +16,6 @@ from infra.local.prefect_worker import PrefectWorker
 from tasks.batch.options import BatchOptions
 from tasks.batch.predictions import open_predictions
 
-pytestmark = pytest.mark.machines
-
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 

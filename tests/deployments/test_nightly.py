@@ -9,13 +9,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from prefect.client.orchestration import get_client
 
 from infra.local.prefect_server import PrefectServer
 from infra.local.prefect_worker import PrefectWorker
-from serving.errors import DeadlineImpossible, DeploymentMissing
 from tasks.batch.options import BatchOptions
+from tasks.batch.predictions import open_predictions
 from tasks.spot.purchase import Buying
 from tests.deployments.conftest import StartWorkers
+from tests.deployments.flow_runs import machine_of, start_with, state_of, wait_for, wait_until
 from tests.support import digests
 
 pytestmark = pytest.mark.machines
@@ -79,23 +81,32 @@ def test_a_run_whose_spot_machine_is_taken_is_moved_and_done_in_time_to_the_same
     assert again.cost == 0
 
 
-def test_a_deadline_that_can_t_be_met_is_refused_with_the_arithmetic(
-    deployed: PrefectServer, sleepy: str, customers: Path, tmp_path: Path
+def test_a_night_on_two_machines_whose_own_worker_is_told_to_end_goes_on_with_the_runs_that_it_had_sent(
+    deployed: PrefectServer, start_workers: StartWorkers, sleepy: str, customers: Path, tmp_path: Path
 ) -> None:
-    from flows.nightly import nightly_inference
+    from flows.nightly import _find_sent
 
-    slow = BUYING.model_copy(update={"rows_per_second": 10})
-    with pytest.raises(DeadlineImpossible, match="16 min 40 s of work"):
-        nightly_inference(sleepy, str(customers), str(tmp_path), soon(60), slow, OPTIONS)
+    watchers = dict(zip(("watch-1", "watch-2"), start_workers("overnight", "watch-1", "watch-2"), strict=True))
+    spot = start_workers("overnight-spot", "both-1", "both-2")
+    destination = tmp_path / "scores"
+    night = start_with(
+        "nightly-inference/by-deadline",
+        model=sleepy,
+        source=str(customers),
+        destination=str(destination),
+        deadline=soon(200),
+        buying=BUYING.model_dump(mode="json"),
+        options=OPTIONS.model_copy(update={"workers": 2}).model_dump(mode="json"),
+    )
+    wait_until(lambda: len(list(destination.glob("run=*/part-*"))) > 20, "20 parts are written")
+    watchers[machine_of(night.id)].stop()
+    ended = wait_for(night.id, "Completed", "Failed")
+    for worker in (*watchers.values(), *spot):
+        worker.stop()
+    with get_client(sync_client=True) as client:
+        sent = _find_sent(client, str(night.id))
 
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_deployment_that_is_missing_is_named(
-    deployed: PrefectServer, sleepy: str, customers: Path, tmp_path: Path
-) -> None:
-    from flows.nightly import nightly_inference
-
-    elsewhere = BUYING.model_copy(update={"spot": "batch-inference/nowhere"})
-    with pytest.raises(DeploymentMissing, match=r"batch-inference/nowhere must exist.*make deploy"):
-        nightly_inference(sleepy, str(customers), str(tmp_path), soon(60), elsewhere, OPTIONS)
+    assert ("Completed", 2) == (state_of(ended), ended.run_count)
+    assert ["spot", "spot"] == [kind for kind, _ in sent]
+    assert {"both-1", "both-2"} == {machine_of(run.id) for _, run in sent}
+    assert list(range(10_000)) == sorted(open_predictions(str(destination)).collect()["customer"])

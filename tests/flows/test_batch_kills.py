@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,10 +13,9 @@ import pytest
 from infra.local.prefect_server import PrefectServer
 from tasks.batch.options import BatchOptions
 from tasks.batch.predictions import open_predictions
+from tests.flows.children import call, score, start_child
 from tests.support import digests, write_customers
 
-ROOT = Path(__file__).parents[2]
-CHILD = Path(__file__).with_name("kill_child.py")
 OPTIONS = BatchOptions(key_columns=("customer",), batch_size=64, rows_per_chunk=512, experiment=None)
 
 KILLS = [
@@ -53,28 +51,23 @@ def undisturbed(linear: str, source: Path, prefect: PrefectServer, tmp_path_fact
 def run_child(
     point: str, times: int, model: str, source: Path, destination: Path, options: BatchOptions = OPTIONS
 ) -> subprocess.CompletedProcess[str]:
-    arguments = (point, str(times), model, str(source), str(destination), options.model_dump_json())
-    return subprocess.run(
-        [sys.executable, str(CHILD), *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_LOGGING_LEVEL": "CRITICAL"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    with start_child(
+        *("kill_child.py", point, str(times), *call(model, source, destination, options)),
+        environment={**os.environ, "PREFECT_LOGGING_LEVEL": "CRITICAL"},
+        stdout=subprocess.PIPE,
+    ) as child:
+        stdout, stderr = child.communicate(timeout=120)
+    return subprocess.CompletedProcess(child.args, child.returncode, stdout, stderr)
 
 
 def test_a_run_killed_at_any_step_is_completed_to_the_same_bytes(
     linear: str, source: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    from flows.batch import batch_inference
-
     def killed(point: str, times: int) -> int:
         return run_child(point, times, linear, source, tmp_path / point).returncode
 
     def completed(point: str) -> dict[str, str]:
-        batch_inference(linear, str(source), str(tmp_path / point), OPTIONS)
-        return digests(tmp_path / point)
+        return score(linear, source, tmp_path / point, OPTIONS)
 
     with ThreadPoolExecutor(2) as pool:
         codes = list(pool.map(lambda kill: killed(*kill), KILLS))

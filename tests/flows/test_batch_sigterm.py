@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +13,14 @@ import pytest
 
 from infra.local.prefect_server import PrefectServer
 from tasks.batch.options import BatchOptions, Ray
+from tests.flows.children import call, score, start_child
 from tests.support import digests, register_sleepy, write_customers
 
-pytestmark = pytest.mark.machines
-
-ROOT = Path(__file__).parents[2]
-CHILD = Path(__file__).with_name("notice_child.py")
 ROWS, CHUNK = 4_000, 400
 # Twenty batches of a twentieth of a second: a chunk takes a second at least.
 OPTIONS = BatchOptions(key_columns=("customer",), batch_size=20, rows_per_chunk=CHUNK, slots=2, experiment=None)
+# The plan stands: what completes a run may have any number of slots.
+COMPLETE = OPTIONS.model_copy(update={"slots": 8})
 SENTENCE = re.compile(
     r"serving\.errors\.Interrupted: Interrupted by SIGTERM: ([\d,]+) of 4,000 rows of run \w+ are done and stay, "
     r"([\d,]+) are left(?:; chunks in hand that were dropped: (\d))?; the same call resumes\."
@@ -42,11 +39,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(
     sleepy: str, source: Path, prefect: PrefectServer, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str]:
-    from flows.batch import batch_inference
-
-    destination = tmp_path_factory.mktemp("undisturbed")
-    batch_inference(sleepy, str(source), str(destination), OPTIONS)
-    return digests(destination)
+    return score(sleepy, source, tmp_path_factory.mktemp("undisturbed"), OPTIONS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,21 +62,14 @@ class Ended:
 def told_to_end(
     signals: str,
     point: tuple[str, int],
-    call: tuple[str, Path, Path],
+    where: tuple[str, Path, Path],
     options: BatchOptions = OPTIONS,
     *,
     killed_after: float | None = None,
 ) -> Ended:
     """Run a child that gets SIGTERM at a point, and kill it at the end of its notice, as who sent it would."""
-    model, source, destination = call
-    arguments = (signals, point[0], str(point[1]), model, str(source), str(destination), options.model_dump_json())
-    with subprocess.Popen(
-        [sys.executable, str(CHILD), *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as child:
+    arguments = (signals, point[0], str(point[1]), *call(*where, options))
+    with start_child("notice_child.py", *arguments, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         told = child.stdout.readline()
         try:
@@ -92,52 +78,46 @@ def told_to_end(
             child.kill()
             stdout, stderr = child.communicate()
     assert "told\n" == told, stderr
-    return Ended(code=child.returncode, stdout=stdout, stderr=stderr, left=digests(destination))
+    return Ended(code=child.returncode, stdout=stdout, stderr=stderr, left=digests(where[2]))
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("seconds", [30, pytest.param(120, marks=pytest.mark.machines)])
 def test_it_finishes_the_chunks_in_hand_at_every_point_of_one_and_leaves_within_the_notice(
-    sleepy: str, source: Path, undisturbed: dict[str, str], tmp_path: Path
+    sleepy: str, source: Path, undisturbed: dict[str, str], tmp_path: Path, seconds: int
 ) -> None:
     from flows.batch import batch_inference
 
-    cases = [(point, seconds) for point in POINTS for seconds in (30, 120)]
-
-    def run(case: tuple[tuple[str, int], int]) -> Ended:
-        point, seconds = case
-        options = OPTIONS.model_copy(update={"notice_seconds": seconds})
-        return told_to_end("1", point, (sleepy, source, tmp_path / f"{point[0]} {seconds}"), options)
-
+    options = OPTIONS.model_copy(update={"notice_seconds": seconds})
     with ThreadPoolExecutor(2) as pool:
-        ended = list(pool.map(run, cases))
+        ended = list(
+            pool.map(lambda point: told_to_end("1", point, (sleepy, source, tmp_path / point[0]), options), POINTS)
+        )
 
     assert len(undisturbed) == ROWS // CHUNK
-    for (point, seconds), end in zip(cases, ended, strict=True):
+    for point, end in zip(POINTS, ended, strict=True):
         rows_done, rows_left, dropped = end.said.groups()
         parts = {name for name in end.left if name.startswith("part-")}
         assert (1, None) == (end.code, dropped), (point, end.stderr)
         assert CHUNK * len(parts) == int(rows_done.replace(",", "")) == ROWS - int(rows_left.replace(",", ""))
         assert 1 <= len(parts) < len(undisturbed), point
         assert end.left.items() <= undisturbed.items(), point
-        destination = tmp_path / f"{point[0]} {seconds}"
-        report = batch_inference(sleepy, str(source), str(destination), OPTIONS)
+        report = batch_inference(sleepy, str(source), str(tmp_path / point[0]), COMPLETE)
         assert ROWS - CHUNK * len(parts) == report.rows_scored
-        assert undisturbed == digests(destination)
+        assert undisturbed == digests(tmp_path / point[0])
 
 
+@pytest.mark.machines
 @pytest.mark.timeout(600)
 def test_it_ends_at_once_where_no_chunk_is_in_hand(
     sleepy: str, source: Path, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
-    from flows.batch import batch_inference
-
     with ThreadPoolExecutor(2) as pool:
         ended = list(pool.map(lambda at: told_to_end("1", at, (sleepy, source, tmp_path / at[0])), OUTSIDE))
 
     assert [-signal.SIGTERM] * len(OUTSIDE) == [end.code for end in ended], [end.stderr for end in ended]
     for point, _ in OUTSIDE:
-        batch_inference(sleepy, str(source), str(tmp_path / point), OPTIONS)
-        assert undisturbed == digests(tmp_path / point)
+        assert undisturbed == score(sleepy, source, tmp_path / point, OPTIONS)
 
 
 def test_it_drops_chunks_that_do_not_fit_in_the_time_left(
@@ -165,6 +145,7 @@ def test_a_pass_that_outlasts_the_notice_is_left_as_it_is(
     assert {} == end.left
 
 
+@pytest.mark.machines
 def test_a_second_sigterm_ends_it_at_once(registry: Path, source: Path, prefect: PrefectServer, tmp_path: Path) -> None:
     endless = register_sleepy("endless", seconds=600)
     options = OPTIONS.model_copy(update={"notice_seconds": 600.0})
@@ -174,6 +155,7 @@ def test_a_second_sigterm_ends_it_at_once(registry: Path, source: Path, prefect:
     assert "SIGTERM: this process is to end within 600 s: chunks in hand are finished where they fit" in end.stderr
 
 
+@pytest.mark.machines
 def test_the_programs_own_handler_hears_the_signal_once_the_chunks_in_hand_are_done(
     sleepy: str, source: Path, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
@@ -184,19 +166,18 @@ def test_the_programs_own_handler_hears_the_signal_once_the_chunks_in_hand_are_d
     assert end.said[3] is None
 
 
+@pytest.mark.machines
 @pytest.mark.timeout(600)
 def test_on_ray_it_stops_every_slot_and_the_next_call_completes_the_run(
     sleepy: str, source: Path, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
     pytest.importorskip("prefect_ray", reason="Ray is an extra: pip install 'overnight[ray]'")
-    from flows.batch import batch_inference
-
     options = OPTIONS.model_copy(update={"runner": Ray(), "rows_per_chunk": CHUNK})
     # The driver lists the parts to show how far it is: slots are at work by then.
     end = told_to_end("1", ("rows are done", 1), (sleepy, source, tmp_path), options)
-    batch_inference(sleepy, str(source), str(tmp_path), OPTIONS)
+    completed = score(sleepy, source, tmp_path, COMPLETE)
 
     assert 1 == end.code, end.stderr
     assert end.left.items() <= undisturbed.items()
     assert len(end.left) < len(undisturbed)
-    assert undisturbed == digests(tmp_path)
+    assert undisturbed == completed

@@ -7,7 +7,6 @@ import re
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -24,10 +23,9 @@ from tasks.batch.options import BatchOptions, Ray
 from tasks.batch.parts import list_parts
 from tasks.batch.plan import load_plan
 from tasks.storage import open_storage
+from tests.flows.children import call, score, start_child
 from tests.support import digests, write_customers
 
-ROOT = Path(__file__).parents[2]
-CHILD = Path(__file__).with_name("kill_child.py")
 CHUNKS = 120
 OPTIONS = BatchOptions(key_columns=("customer",), batch_size=50, rows_per_chunk=50, slots=2, experiment=None)
 
@@ -42,11 +40,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(
     sleepy: str, source: Path, prefect: PrefectServer, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str]:
-    from flows.batch import batch_inference
-
-    destination = tmp_path_factory.mktemp("undisturbed")
-    batch_inference(sleepy, str(source), str(destination), OPTIONS)
-    return digests(destination)
+    return score(sleepy, source, tmp_path_factory.mktemp("undisturbed"), OPTIONS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,13 +62,10 @@ def interrupted(
     options: BatchOptions = OPTIONS,
 ) -> Ended:
     """Run a child in a process group of its own, as a shell does, and press Ctrl-C once it is scoring."""
-    arguments = ("never", "1", model, str(source), str(destination), options.model_dump_json())
-    with subprocess.Popen(
-        [sys.executable, str(CHILD), *arguments],
-        env={**environment, "PYTHONPATH": str(ROOT)},
+    with start_child(
+        *("kill_child.py", "never", "1", *call(model, source, destination, options)),
+        environment=environment,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
         start_new_session=True,
     ) as child:
         while len(list(destination.glob("run=*/part-*"))) < 5 and child.poll() is None:
@@ -92,7 +83,7 @@ def shard_states(server: PrefectServer, destination: Path) -> dict[int, str]:
     def ask(kind: str, body: dict[str, Any]) -> Any:
         return httpx.post(f"{server.api_url}/{kind}/filter", json=body).json()
 
-    (run,) = [run for run in ask("flow_runs", {}) if run["parameters"]["destination"] == str(destination)]
+    (run,) = [run for run in ask("flow_runs", {}) if run["parameters"].get("destination") == str(destination)]
     assert "CRASHED" == run["state_type"]
     states = {"": "RUNNING"}
     while "RUNNING" in states.values():
@@ -129,19 +120,17 @@ def test_ctrl_c_ends_a_run_on_ray_the_same_way_and_leaves_no_process_behind(
     sleepy: str, source: Path, undisturbed: dict[str, str], prefect: PrefectServer, tmp_path: Path
 ) -> None:
     pytest.importorskip("prefect_ray", reason="Ray is an extra: pip install 'overnight[ray]'")
-    from flows.batch import batch_inference
-
     options = OPTIONS.model_copy(update={"runner": Ray()})
     ended = interrupted(sleepy, source, tmp_path, os.environ, times=2, options=options)
     left = digests(tmp_path)
-    batch_inference(sleepy, str(source), str(tmp_path), OPTIONS)
+    completed = score(sleepy, source, tmp_path, OPTIONS)
 
     assert -signal.SIGINT == ended.code
     assert 1 == ended.stderr.count("Traceback"), ended.stderr
     assert "are done and stay; the same call resumes." in ended.stderr.splitlines()[-1]
     assert 5 <= len(left) < CHUNKS
     assert set() == of_session(ended.group)
-    assert undisturbed == digests(tmp_path)
+    assert undisturbed == completed
 
 
 def of_session(session: int) -> set[int]:

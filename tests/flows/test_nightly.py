@@ -1,14 +1,55 @@
-"""What a night refuses before it sends anything anywhere."""
+"""What a night refuses before it sends anything anywhere, and by which clock it goes."""
 
 from __future__ import annotations
 
+import logging
+import signal
+import time
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta, tzinfo
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.exceptions import TerminationSignal
+from prefect.states import AwaitingRetry, Completed, Pending, Running
 
 from infra.local.prefect_server import PrefectServer
-from serving.errors import SourceFormat
+from serving.errors import DeadlineImpossible, DeploymentMissing, SourceFormat
+from tasks.batch.options import BatchOptions
+from tasks.spot import dispatch
+from tasks.spot.capacity import PoolCapacity
+from tasks.spot.night import Night
 from tasks.spot.purchase import Buying
+from tests.tasks.spot.market import Market
+
+BUYING = Buying(spot_price=1, on_demand_price=3)
+
+
+@pytest.fixture
+def client(prefect: PrefectServer) -> Iterator[SyncPrefectClient]:
+    with get_client(sync_client=True) as client:
+        yield client
+
+
+def soon(seconds: float) -> str:
+    return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat()
+
+
+def deploy(client: SyncPrefectClient, pool: str | None) -> str:
+    """A deployment that has this work pool, by its name."""
+    flow = f"flow-{uuid.uuid4()}"
+    client.create_deployment(client.create_flow_from_name(flow), "any", work_pool_name=pool)
+    return f"{flow}/any"
+
+
+def make_pool(client: SyncPrefectClient) -> str:
+    return client.create_work_pool(WorkPoolCreate(name=f"pool-{uuid.uuid4()}", type="process")).name
 
 
 def test_a_source_that_does_not_tell_its_rows_is_refused_by_its_format(
@@ -18,9 +59,192 @@ def test_a_source_that_does_not_tell_its_rows_is_refused_by_its_format(
 
     source = tmp_path / "customers.csv"
     source.write_text("customer,a,b,c\n1,1.0,2.0,3.0\n")
-    buying = Buying(spot_price=1, on_demand_price=3)
 
     with pytest.raises(SourceFormat, match=r"which Parquet tells, got csv at .*Write it as Parquet"):
-        nightly_inference(linear, str(source), str(tmp_path / "scores"), "06:00", buying)
+        nightly_inference(linear, str(source), str(tmp_path / "scores"), "06:00", BUYING)
 
     assert not (tmp_path / "scores").exists()
+
+
+@pytest.mark.parametrize(
+    ("workers", "words"),
+    [
+        (1, "16 min 40 s of work over 1 worker(s) take 16 min 40 s, with 2 min of changeover 18 min 40 s, got "),
+        (2, "16 min 40 s of work over 2 worker(s) take 8 min 20 s, with 2 min of changeover 10 min 20 s, got "),
+    ],
+)
+def test_a_deadline_that_can_not_be_met_is_refused_with_the_arithmetic(
+    linear: str, prefect: PrefectServer, customers: Path, tmp_path: Path, workers: int, words: str
+) -> None:
+    from flows.nightly import nightly_inference
+
+    slow = BUYING.model_copy(update={"rows_per_second": 10})
+    options = BatchOptions(workers=workers)
+
+    with pytest.raises(DeadlineImpossible) as refused:
+        nightly_inference(linear, str(customers), str(tmp_path / "scores"), soon(300), slow, options)
+
+    assert words in str(refused.value)
+    assert "Move the deadline by at least" in str(refused.value)
+    assert not (tmp_path / "scores").exists()
+
+
+class TestMissing:
+    def test_a_deployment_is_named(self, linear: str, prefect: PrefectServer, customers: Path, tmp_path: Path) -> None:
+        from flows.nightly import nightly_inference
+
+        elsewhere = BUYING.model_copy(update={"on_demand": "batch-inference/nowhere"})
+
+        with pytest.raises(DeploymentMissing, match=r"batch-inference/nowhere must exist, got none.*make deploy"):
+            nightly_inference(linear, str(customers), str(tmp_path / "scores"), soon(3600), elsewhere)
+
+    def test_the_work_pool_of_a_deployment_is_named(self, client: SyncPrefectClient) -> None:
+        name = deploy(client, None)
+
+        with pytest.raises(DeploymentMissing, match=f"{name} must have a work pool, got none.*make deploy"):
+            dispatch.find_pool(client, name)
+
+    def test_a_work_pool_that_was_deleted_since_is_named(self, client: SyncPrefectClient) -> None:
+        pool = make_pool(client)
+        name = deploy(client, pool)
+
+        assert pool == dispatch.find_pool(client, name)
+
+        client.delete_work_pool(pool)
+        with pytest.raises(DeploymentMissing, match=f"{name} must have a work pool, got none"):
+            dispatch.find_pool(client, name)
+        with pytest.raises(DeploymentMissing, match=f"The work pool {pool} must exist, got none of that name"):
+            PoolCapacity(pool=pool).living()
+
+
+class TestDispatch:
+    def test_a_run_is_sent_once_for_a_key(self, client: SyncPrefectClient) -> None:
+        name = deploy(client, make_pool(client))
+        first, again, other = (dispatch.send(client, name, {"at": 1}, key) for key in ("a", "a", "b"))
+
+        assert first.id == again.id != other.id
+
+    def test_what_a_night_has_sent_is_found_in_order_by_its_later_attempt(self, client: SyncPrefectClient) -> None:
+        from flows.nightly import _find_sent, _key
+
+        name, night = deploy(client, make_pool(client)), str(uuid.uuid4())
+        sent = [
+            dispatch.send(client, name, {}, _key(night, at, kind)).id
+            for at, kind in enumerate(("spot", "on-demand", "spot"))
+        ]
+
+        assert list(zip(("spot", "on-demand", "spot"), sent, strict=True)) == [
+            (kind, run.id) for kind, run in _find_sent(client, night)
+        ]
+        assert [] == _find_sent(client, str(uuid.uuid4()))
+
+    def test_a_machine_is_told_only_while_it_has_the_run(self, client: SyncPrefectClient) -> None:
+        run = dispatch.send(client, deploy(client, make_pool(client)), {}, "a").id
+        client.update_flow_run_labels(run, {"prefect.worker.name": "one"})
+        told = []
+        for state in (Pending(), Running(), AwaitingRetry()):
+            client.set_flow_run_state(run, state, force=True)
+            seen = dispatch.look_at(client, run)
+            told.append((seen.stage, seen.machine))
+
+        assert [("waiting", "one"), ("running", "one"), ("waiting", None)] == told
+
+    def test_a_run_that_prefect_does_not_know_is_lost(self, client: SyncPrefectClient) -> None:
+        assert "lost" == dispatch.look_at(client, uuid.uuid4()).stage
+
+    def test_one_that_runs_is_told_to_drain_and_one_that_is_lost_or_waits_is_ended(
+        self, client: SyncPrefectClient
+    ) -> None:
+        name = deploy(client, make_pool(client))
+        states = []
+        for key, lost in (("runs", False), ("lost", True), ("waits", False)):
+            run = dispatch.send(client, name, {}, key).id
+            if key != "waits":
+                client.set_flow_run_state(run, Running(), force=True)
+            dispatch.drain(client, run, "why", lost=lost)
+            states.append(client.read_flow_run(run).state)
+
+        assert ["Cancelling", "Cancelled", "Cancelled"] == [state.name for state in states if state]
+        assert {"why"} == {state.message for state in states if state}
+
+    def test_one_that_has_ended_by_itself_is_left_as_it_is(self, client: SyncPrefectClient) -> None:
+        run = dispatch.send(client, deploy(client, make_pool(client)), {}, "a").id
+        client.set_flow_run_state(run, Completed(), force=True)
+        dispatch.drain(client, run, "why", lost=True)
+
+        assert "done" == dispatch.look_at(client, run).stage
+
+
+class Unseen:
+    """A progress that nobody looks at: there is no flow run here to show it."""
+
+    def __init__(self, rows: int, logger: Any) -> None:
+        self.shown: list[int] = []
+
+    def show(self, rows_done: int) -> None:
+        self.shown.append(rows_done)
+
+
+class Jumping(datetime):
+    """A clock that is an hour off, now ahead and now behind, once the night has begun."""
+
+    asked = 0
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> Any:
+        cls.asked += 1
+        off = 0 if cls.asked == 1 else 3600 * (-1) ** cls.asked
+        return datetime.now(tz) + timedelta(seconds=off)
+
+
+def test_a_clock_that_jumps_after_the_begin_does_not_move_the_deadline(
+    prefect: PrefectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import nightly
+
+    market = Market(stage="waiting")
+    buying = Buying(spot_price=1, on_demand_price=3, rows_per_second=10, changeover_seconds=5, interval_seconds=0.05)
+    night = Night(rows=100, buying=buying, capacity=market, dispatcher=market, rows_done=lambda: market.rows)
+    left: list[float] = []
+
+    def move(night: Night, machine: Any, now: float, until: float, logger: Any) -> None:
+        left.append(until)
+        decide(night, machine, now, until, logger)
+        market.stage = "done" if len(left) == 5 else "running"
+
+    decide = nightly._move
+    monkeypatch.setattr(nightly, "_move", move)
+    monkeypatch.setattr(nightly, "datetime", Jumping)
+    monkeypatch.setattr(nightly, "NightProgress", Unseen)
+    began = time.monotonic()
+    due = datetime.now(UTC) + timedelta(seconds=600)
+    seconds = nightly._go_through(night, due, logging.getLogger(), lambda: False)
+
+    assert 5 == len(left)
+    assert all(0 < before - after < 60 for before, after in pairwise(left))
+    assert 500 < left[-1] < 600
+    assert 0 < seconds <= time.monotonic() - began
+    assert ["spot"] == market.sent
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_a_night_that_is_told_to_end_takes_its_runs_back_only_where_it_is_cancelled(
+    prefect: PrefectServer, monkeypatch: pytest.MonkeyPatch, *, cancelled: bool
+) -> None:
+    from flows import nightly
+
+    market = Market(stage="waiting")
+    buying = Buying(spot_price=1, on_demand_price=3, rows_per_second=10, changeover_seconds=5, interval_seconds=0.05)
+    night = Night(rows=100, buying=buying, capacity=market, dispatcher=market, rows_done=lambda: market.rows)
+
+    def told(seconds: float) -> None:
+        raise TerminationSignal(signal.SIGTERM)
+
+    monkeypatch.setattr(nightly, "NightProgress", Unseen)
+    monkeypatch.setattr(nightly, "time", SimpleNamespace(monotonic=time.monotonic, sleep=told))
+    due = datetime.now(UTC) + timedelta(seconds=600)
+    with pytest.raises(TerminationSignal):
+        nightly._go_through(night, due, logging.getLogger(), lambda: cancelled)
+
+    assert ["spot"] == market.sent
+    assert [("The night was cancelled.", False)] * cancelled == market.drained

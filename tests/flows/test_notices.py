@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,15 +28,17 @@ from tasks.batch.options import BatchOptions
 from tasks.batch.share import Share
 from tasks.spot.clouds import Aws
 from tasks.spot.metadata import METADATA_URL
+from tasks.spot.watch import watching
+from tests.flows.children import ROOT, score
 from tests.metadata import Imds, serving
-from tests.support import write_customers
+from tests.support import digests, write_customers
 
-pytestmark = pytest.mark.machines
-
-ROOT = Path(__file__).parents[2]
-ROWS, CHUNK = 6_000, 200
+ROWS, CHUNK = 3_200, 200
 # Ten batches of a twentieth of a second: a chunk takes half a second at least.
 OPTIONS = BatchOptions(key_columns=("customer",), batch_size=20, rows_per_chunk=CHUNK, slots=2, experiment=None)
+
+# Long enough for a process of its own to ask at the provider's rate, every five seconds.
+LONG = OPTIONS.model_copy(update={"batch_size": 10})
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +49,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(
     sleepy: str, source: Path, prefect: PrefectServer, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, bytes]:
-    from flows.batch import batch_inference
-
-    destination = tmp_path_factory.mktemp("undisturbed")
-    batch_inference(sleepy, str(source), str(destination), OPTIONS)
-    return run_parts(destination)
+) -> dict[str, str]:
+    return score(sleepy, source, tmp_path_factory.mktemp("undisturbed"), OPTIONS)
 
 
 @pytest.fixture
@@ -62,10 +61,6 @@ def imds(monkeypatch: pytest.MonkeyPatch) -> Generator[Imds]:
     with serving(service):
         monkeypatch.setenv(METADATA_URL, service.url)
         yield service
-
-
-def run_parts(destination: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in destination.glob("run=*/*")}
 
 
 def parts_left(destination: Path) -> int:
@@ -90,7 +85,7 @@ def meanwhile(act: Callable[[], None], destination: Path) -> Generator[None]:
 def ask(server: PrefectServer, kind: str, destination: Path) -> list[dict[str, Any]]:
     """What the server has of the only flow run into a destination."""
     runs = httpx.post(f"{server.api_url}/flow_runs/filter", json={}).json()
-    found = [run for run in runs if run["parameters"]["destination"] == str(destination)]
+    found = [run for run in runs if run["parameters"].get("destination") == str(destination)]
     if kind == "flow_runs":
         return found
     body = {"flow_runs": {"id": {"any_": [run["id"] for run in found]}}}
@@ -98,7 +93,7 @@ def ask(server: PrefectServer, kind: str, destination: Path) -> list[dict[str, A
 
 
 def test_an_interruption_by_aws_drains_a_run_and_the_same_call_completes_it_to_the_same_bytes(
-    sleepy: str, source: Path, undisturbed: dict[str, bytes], prefect: PrefectServer, imds: Imds, tmp_path: Path
+    sleepy: str, source: Path, undisturbed: dict[str, str], prefect: PrefectServer, imds: Imds, tmp_path: Path
 ) -> None:
     from flows.batch import batch_inference
 
@@ -107,7 +102,7 @@ def test_an_interruption_by_aws_drains_a_run_and_the_same_call_completes_it_to_t
         pytest.raises(Interrupted, match=r"^Interrupted by AWS \(terminate\): .* the same call resumes\.$") as caught,
     ):
         batch_inference(sleepy, str(source), str(tmp_path), OPTIONS)
-    left = run_parts(tmp_path)
+    left = digests(tmp_path)
     (run,) = ask(prefect, "flow_runs", tmp_path)
     artifacts = {artifact["key"]: artifact["data"] for artifact in ask(prefect, "artifacts", tmp_path)}
     imds.action = None
@@ -116,19 +111,19 @@ def test_an_interruption_by_aws_drains_a_run_and_the_same_call_completes_it_to_t
     assert "dropped" not in str(caught.value)
     assert 2 <= len(left) < len(undisturbed)
     assert left.items() <= undisturbed.items()
-    assert f"{CHUNK * len(left):,} of 6,000 rows" in str(caught.value)
+    assert f"{CHUNK * len(left):,} of 3,200 rows" in str(caught.value)
     assert ("CRASHED", str(caught.value)) == (run["state_type"], run["state"]["message"])
     assert str(caught.value) in artifacts["batch-report"]
     assert f"| rows left | {ROWS - CHUNK * len(left):,} |" in artifacts["batch-report"]
     assert 100 * CHUNK * len(left) / ROWS == pytest.approx(float(artifacts["batch-progress"]))
     assert ROWS - CHUNK * len(left) == report.rows_scored
-    assert undisturbed == run_parts(tmp_path)
+    assert undisturbed == digests(tmp_path)
 
 
 def test_an_interruption_that_is_withdrawn_lets_the_run_go_on_to_its_end(
     sleepy: str,
     source: Path,
-    undisturbed: dict[str, bytes],
+    undisturbed: dict[str, str],
     imds: Imds,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -153,11 +148,11 @@ def test_an_interruption_that_is_withdrawn_lets_the_run_go_on_to_its_end(
 
     assert 1 == len(rested)
     assert ("scored", ROWS, ROWS) == (report.status, report.rows, report.rows_scored)
-    assert undisturbed == run_parts(tmp_path)
+    assert undisturbed == digests(tmp_path)
 
 
 def test_a_notice_in_the_last_chunk_does_not_keep_the_run_from_its_end(
-    sleepy: str, source: Path, undisturbed: dict[str, bytes], imds: Imds, tmp_path: Path
+    sleepy: str, source: Path, undisturbed: dict[str, str], imds: Imds, tmp_path: Path
 ) -> None:
     from flows.batch import batch_inference
 
@@ -170,7 +165,7 @@ def test_a_notice_in_the_last_chunk_does_not_keep_the_run_from_its_end(
         report = batch_inference(sleepy, str(source), str(tmp_path), OPTIONS)
 
     assert "scored" == report.status
-    assert undisturbed == run_parts(tmp_path)
+    assert undisturbed == digests(tmp_path)
 
 
 def test_a_run_that_wants_no_notices_asks_for_none(
@@ -184,6 +179,22 @@ def test_a_run_that_wants_no_notices_asks_for_none(
 
     assert "scored" == report.status
     assert [] == imds.asked
+
+
+def test_a_metadata_service_that_never_answers_does_not_hold_up_a_run(
+    sleepy: str, source: Path, prefect: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.batch import batch_inference
+
+    warned: list[str] = []
+    monkeypatch.setattr("flows.notices.watching", lambda drain, wanted, _: watching(drain, wanted, warned.append))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv(METADATA_URL, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        small = OPTIONS.model_copy(update={"batch_size": CHUNK})
+        report = batch_inference(sleepy, str(source), str(tmp_path), small)
+
+    assert ("scored", ROWS) == (report.status, report.rows_scored)
+    assert [] == warned
 
 
 class Deployed:
@@ -237,7 +248,7 @@ def deployed(sleepy: str, source: Path, prefect: PrefectServer, tmp_path: Path) 
         "model": sleepy,
         "source": str(source),
         "destination": str(tmp_path / "scores"),
-        "options": OPTIONS.model_dump(mode="json"),
+        "options": LONG.model_dump(mode="json"),
     }
     with get_client(sync_client=True) as client:
         yield Deployed(client, parameters, tmp_path / "log")
@@ -249,11 +260,13 @@ def ended(child: subprocess.Popen[bytes], destination: Path, act: Callable[[], N
         return child.wait(200)
 
 
+@pytest.mark.machines
 @pytest.mark.timeout(600)
 def test_a_deployed_run_is_scheduled_anew_for_when_its_machine_is_gone_and_then_completed(
-    deployed: Deployed, undisturbed: dict[str, bytes], imds: Imds, tmp_path: Path
+    deployed: Deployed, sleepy: str, source: Path, imds: Imds, tmp_path: Path
 ) -> None:
     scores = tmp_path / "scores"
+    undisturbed = score(sleepy, source, tmp_path / "undisturbed", LONG)
     code = ended(deployed.engine(), scores, lambda: imds.interrupt("terminate", 120))
     state, now = deployed.run.state, datetime.now(UTC)
 
@@ -267,16 +280,17 @@ def test_a_deployed_run_is_scheduled_anew_for_when_its_machine_is_gone_and_then_
     assert when is not None
     # Its machine goes 120 s after the announcement, and workers take a run up 10 s before its time.
     assert now < when <= now + timedelta(seconds=136)
-    assert run_parts(scores).items() < undisturbed.items()
+    assert digests(scores).items() < undisturbed.items()
 
     imds.action = None
     deployed._client.set_flow_run_state(deployed.id, Scheduled(), force=True)
     assert 0 == deployed.engine().wait(200), deployed.log
     assert "COMPLETED" == deployed.run.state_type
     assert 2 == deployed.run.run_count
-    assert undisturbed == run_parts(scores)
+    assert undisturbed == digests(scores)
 
 
+@pytest.mark.machines
 @pytest.mark.timeout(600)
 def test_a_deployed_run_that_gets_sigterm_is_scheduled_anew_at_once(deployed: Deployed, tmp_path: Path) -> None:
     child = deployed.engine()
@@ -292,6 +306,7 @@ def test_a_deployed_run_that_gets_sigterm_is_scheduled_anew_at_once(deployed: De
     assert when <= datetime.now(UTC)
 
 
+@pytest.mark.machines
 @pytest.mark.timeout(600)
 def test_a_supervisor_that_reschedules_a_run_lets_it_finish_its_chunks_and_settles_its_state(
     deployed: Deployed, tmp_path: Path
@@ -307,6 +322,7 @@ def test_a_supervisor_that_reschedules_a_run_lets_it_finish_its_chunks_and_settl
     assert "are left; who sent the signal says what becomes of the run." in deployed.log
 
 
+@pytest.mark.machines
 @pytest.mark.timeout(600)
 def test_a_run_that_is_cancelled_stays_cancelled(deployed: Deployed, tmp_path: Path) -> None:
     def cancel() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.benchmarks.kills.board import Board
+from tests.benchmarks.kills.command import with_board
 from tests.benchmarks.kills.killer import Killer, Seen
 
 _LOOK_SECONDS = 0.001
@@ -67,7 +68,7 @@ class _Process:
         self._log = folder / f"{number:03d}.log"
         with self._log.open("wb") as log:
             self.started = time.monotonic()
-            self.process = subprocess.Popen([*command[:3], str(board), *command[3:]], stdout=log, stderr=log)
+            self.process = subprocess.Popen(with_board(command, board), stdout=log, stderr=log)
 
     def seen(self, now: float) -> Seen:
         return Seen(

@@ -11,6 +11,7 @@ import pytest
 from infra.local.prefect_server import PrefectServer
 from tasks.batch.options import BatchOptions
 from tasks.storage import open_storage
+from tests.benchmarks.kills.command import worker_command
 from tests.benchmarks.kills.compare import compare, read_keys, read_output
 from tests.benchmarks.kills.crew import run_workers
 from tests.benchmarks.kills.killer import Killer, Usual
@@ -33,10 +34,8 @@ def test_a_run_of_two_workers_that_are_killed_three_times_is_complete_and_the_sa
         make_schedule(0, workers=2, seconds=4.0, timed=3, aimed=1, startups=0, publishes=0),
         Usual(startup=5.0, write=0.01, publish=1.0),
     )
-    command = (sys.executable, "-m", "tests.benchmarks.kills.worker", model, str(source), str(tmp_path / "wild"))
-    attempts = run_workers(
-        [*command, options.model_dump_json()], tmp_path / "logs", workers=2, killer=killer, seconds_max=SECONDS_MAX
-    )
+    command = worker_command(model, str(source), str(tmp_path / "wild"), options.model_dump(mode="json"))
+    attempts = run_workers(command, tmp_path / "logs", workers=2, killer=killer, seconds_max=SECONDS_MAX)
 
     outputs = [read_output(open_storage(str(tmp_path / folder)), run, "customer") for folder in ("calm", "wild")]
     keys = read_keys(open_storage(str(source)), ["customers-00.parquet", "customers-01.parquet"], "customer")

@@ -392,3 +392,21 @@ def test_a_plan_depends_on_nothing_but_its_arguments(files: list[SourceFile], si
     assert first.shards == second.shards
     assert dataset.rows == first.rows == sum(chunk.rows for chunk in first.chunks.values())
     assert first == Plan.model_validate_json(first.model_dump_json())
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_every_slot_of_every_flow_run_has_chunks_enough(workers: int) -> None:
+    file = SourceFile(path="a.parquet", size=1, tag="t", row_groups=(16_000,))
+    snapshot = Snapshot(root="/in", format="parquet", files=(file,))
+    plan = make_plan(
+        key="k",
+        model=PIN,
+        contract=a_contract("a"),
+        options=BatchOptions(workers=workers),
+        source=snapshot,
+        dataset=Dataset(snapshot=snapshot, schema=pa.schema([("a", pa.float32())]), hive=()),
+        sizes=Sizes(batch_size=10, slots=2, row_bytes=4, rows_per_second=None),
+    )
+
+    assert len(plan.chunks) >= 8 * 2 * workers
+    assert len(plan.shards) >= 2 * 2 * workers
