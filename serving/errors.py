@@ -83,6 +83,10 @@ class DeadlineImpossible(BadInput):
     """Not even on-demand machines alone are done by the deadline."""
 
 
+class LatencyImpossible(BadInput):
+    """No batch size keeps the latency budget at the expected rate."""
+
+
 class SourceFault(OvernightError):
     """A source file can't be trusted; the parts of every other chunk stay."""
 
