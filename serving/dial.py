@@ -79,11 +79,12 @@ def _too_much(time: PassTime, budget_ms: float, rate: float, replicas: int, rows
     rows = _largest(time, budget_ms, rate / replicas, rows_max)
     more = (each for each in range(replicas + 1, _REPLICAS_MAX + 1) if _keeps(time, budget_ms, rate / each, rows_max))
     enough = next(more, None)
-    need = f"{enough} replicas keep it" if enough else f"not even {_REPLICAS_MAX} replicas keep it"
+    need = f"{enough} replicas keep it" if enough else f"Not even {_REPLICAS_MAX} replicas keep it"
+    have = f"{replicas} {'replica' if replicas == 1 else 'replicas'}"
     return LatencyImpossible(
-        f"{replicas} {'replica' if replicas == 1 else 'replicas'} must take {rate:g} rows a second within {budget_ms:g} ms, but in batches of {rows}, the "
-        f"largest that the budget allows, they take {replicas * time.rate(rows):.4g}. Of such replicas {need}: raise "
-        "replicas_max or the budget, or expect less."
+        f"{have} must take {rate:g} rows a second within {budget_ms:g} ms, but in batches of {rows}, the largest that "
+        f"the budget allows, they take {replicas * time.rate(rows):.4g}. {need}: raise replicas_max or "
+        "the budget, or expect less."
     )
 
 

@@ -68,7 +68,7 @@ def test_a_rate_that_a_replica_can_t_take_is_refused_with_the_replicas_that_can(
 
 
 def test_replicas_beyond_number_are_not_promised() -> None:
-    with pytest.raises(LatencyImpossible, match="not even 1024 replicas keep it"):
+    with pytest.raises(LatencyImpossible, match="Not even 1024 replicas keep it"):
         choose_dial(PassTime(pass_ms=10, row_ms=10), 1000, 1e6)
 
 
