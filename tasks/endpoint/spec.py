@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from serving.contract import ColumnPolicy, Frozen
+from serving.gateway.route import KeyName, Limits
 from serving.release import Dial, Scaling
 
 URL = r"^https?://[^\s@]+$"
@@ -107,7 +108,7 @@ class Canary(Frozen):
         default=100, ge=1, le=1_000_000, description="Answers of it that must be seen before it gets the rest."
     )
     error_rate_max: float = Field(
-        default=0.01, ge=0, le=1, description="Share of its answers that may be errors; more roll it back."
+        default=0.01, ge=0, lt=1, description="Share of its answers that may be errors; more roll it back."
     )
     p99_ms_max: float | None = Field(
         default=None, gt=0, description="Milliseconds within which 99 of 100 of its answers must come; null: any."
@@ -121,16 +122,21 @@ class Shadow(Frozen):
     """The new version gets copies of requests, and answers nobody; a later call gives it traffic."""
 
     kind: Literal["shadow"] = Field(default="shadow", description="Tells this rollout from others.")
-    percent: float = Field(default=100.0, gt=0, le=100, description="Share of the requests that it gets copies of.")
+    tolerance: float = Field(
+        default=1e-5, gt=0, le=1, description="Difference from the answers of what serves, at most, to count as equal."
+    )
+    in_flight_max: int = Field(
+        default=4, ge=1, le=256, description="Copies that it is asked at a time; while it is busy it gets none."
+    )
 
 
 class Access(Frozen):
     """Who may ask: names of API keys, never the keys. Without any name everybody who reaches the gateway may."""
 
-    environment: tuple[str, ...] = Field(
+    environment: tuple[KeyName, ...] = Field(
         default=(), max_length=64, description="Environment variables of the machine this runs on that hold a key."
     )
-    secrets: tuple[str, ...] = Field(default=(), max_length=64, description="Prefect Secret blocks that hold a key.")
+    secrets: tuple[KeyName, ...] = Field(default=(), max_length=64, description="Prefect Secret blocks that hold a key.")
 
 
 class EndpointSpec(Frozen):
@@ -140,6 +146,11 @@ class EndpointSpec(Frozen):
     model: str = Field(description="models:/NAME@ALIAS or models:/NAME/VERSION, resolved once.")
     gateway: str = Field(
         default="http://127.0.0.1:8080", pattern=URL, description="The door that callers come through."
+    )
+    admin_secret: str | None = Field(
+        default=None,
+        description="A Prefect Secret block that holds the gateway's administrator key. Without: the environment "
+        "variable OVERNIGHT_ADMIN_KEY of the machine this runs on.",
     )
     target: Annotated[AnyTarget, Field(discriminator="kind")] = Field(
         default_factory=default_target,
@@ -159,6 +170,7 @@ class EndpointSpec(Frozen):
         default=AllAtOnce(), description="How a new version gets its traffic."
     )
     access: Access = Field(default=Access(), description="Who may ask.")
+    limits: Limits = Field(default=Limits(), description="What one request may be, and how many at once.")
     input_columns: dict[str, tuple[str, ...]] = Field(
         default_factory=dict, description="Which columns feed a tensor input, where the model does not say it."
     )

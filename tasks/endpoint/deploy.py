@@ -1,0 +1,58 @@
+"""Put a release on its target, beside what serves there, and take one down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import assert_never
+
+from serving.release import Release
+from serving.targets import Host
+from tasks.endpoint import spec as specs
+from tasks.endpoint.spec import AnyTarget
+
+
+def host_of(target: AnyTarget, keep_warm_seconds: float | None = None) -> Host:
+    """Return what takes releases for a target. Only the target that is asked for is imported.
+
+    `keep_warm_seconds` is for a target that scales to zero by itself.
+    """
+    match target:
+        case specs.Triton():
+            return _triton(target)
+        case specs.RayServe():
+            return _ray_serve(target, keep_warm_seconds)
+        case specs.BentoML() | specs.KServe() | specs.Seldon():
+            return _folder(target)
+        case _:
+            assert_never(target)
+
+
+def _triton(target: specs.Triton) -> Host:
+    from serving.targets.triton import TritonHost  # noqa: PLC0415 - an endpoint needs one target of five
+
+    return TritonHost(repository=Path(target.repository), url=target.url)
+
+
+def _ray_serve(target: specs.RayServe, keep_warm_seconds: float | None) -> Host:
+    from serving.targets.ray_host import RayServeHost  # noqa: PLC0415 - the same
+    from serving.targets.ray_serve import RayServe  # noqa: PLC0415 - the same
+
+    warm = {} if keep_warm_seconds is None else {"keep_warm_seconds": keep_warm_seconds}
+    return RayServeHost(
+        dashboard_url=target.dashboard,
+        serve_url=target.url,
+        folder=Path(target.folder),
+        target=RayServe(folder=target.folder, **warm),
+    )
+
+
+def _folder(target: specs.BentoML | specs.KServe | specs.Seldon) -> Host:
+    from serving.targets.bentoml import BentoML  # noqa: PLC0415 - the same
+    from serving.targets.folder import FolderHost  # noqa: PLC0415 - the same
+    from serving.targets.kserve import KServe  # noqa: PLC0415 - the same
+    from serving.targets.seldon import Seldon  # noqa: PLC0415 - the same
+
+    rendering = {"bentoml": BentoML, "kserve": KServe, "seldon": Seldon}[target.kind]()
+    return FolderHost(folder=Path(target.folder), target=rendering)
+
+
