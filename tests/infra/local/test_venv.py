@@ -54,9 +54,7 @@ def test_what_pip_can_not_install_is_told_and_is_no_environment(tmp_path: Path) 
     requirements.write_text(f"{tmp_path}/said-9.0-py3-none-any.whl\n")
 
     for _ in range(2):
-        with pytest.raises(
-            VenvFailed, match=r"said\.txt pins must install for(?s:.*)said-9\.0.*No such file"
-        ):
+        with pytest.raises(VenvFailed, match=r"said\.txt pins must install for(?s:.*)said-9\.0.*No such file"):
             make_venv(requirements, folder)
 
 
