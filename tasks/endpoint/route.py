@@ -95,3 +95,13 @@ def idle(route: Route) -> tuple[str, ...]:
     """Return the versions that get no requests at all, not even copies."""
     used = {route.shadow.version} if route.shadow else set()
     return tuple(each.version for each in route.versions if not each.weight and each.version not in used)
+
+
+def in_words(route: Route, version: str) -> str:
+    """Say what a version gets of the traffic."""
+    served = route.served(version)
+    whole = sum(each.weight for each in route.versions)
+    if route.shadow is not None and route.shadow.version == version:
+        return f"version {version} gets copies of requests, and answers nobody"
+    share = served.weight / whole if served else 0.0
+    return f"version {version} has all traffic" if share == 1 else f"version {version} has {share:.0%} of the traffic"
