@@ -68,4 +68,4 @@ bench-spot: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.spot
 
 clean:
-	rm -rf $(VENV) .demo .bench
+	rm -rf $(VENV) .venv-* .demo .bench

@@ -1,0 +1,93 @@
+"""Virtual environments for model servers that can't share one: made once from a requirements file, then kept.
+
+Each is the only one of its name; a requirements file with other contents makes it anew. Needs what pip needs:
+a registry, or files on disk that pip is configured to find.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+_PROJECT = Path(__file__).parents[2]
+_STAMP = ".complete"
+_LINES_SHOWN = 12
+
+
+class VenvFailed(RuntimeError):
+    """An environment could not be made; what there is of it is not used, and the next call begins anew."""
+
+
+def make_venv(requirements: Path, folder: Path | None = None) -> Path:
+    """Return a virtual environment that holds what a requirements file pins, in `folder`, else in `venv_folder`.
+
+    Its interpreter is bin/python in it, of the version that runs this. Atomic: an environment counts once its stamp,
+    the digest of the requirements, is written last; of several callers one makes it and the others wait. A server
+    that runs out of an environment whose requirements change loses its files. Raises VenvFailed with what pip says.
+    """
+    wanted = _read(requirements)
+    venv = (folder or venv_folder(requirements.stem)).absolute()
+    digest = hashlib.sha256(f"{sys.version_info[:2]} ".encode() + wanted).hexdigest()
+    if _stamp(venv) == digest:
+        return venv
+    venv.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(venv.parent):
+        if _stamp(venv) != digest:
+            shutil.rmtree(venv, ignore_errors=True)
+            _run(requirements, sys.executable, "-I", "-m", "venv", str(venv))
+            pip = (str(venv / "bin/python"), "-I", "-m", "pip", "--disable-pip-version-check", "--no-input")
+            _run(requirements, *pip, "install", "--quiet", "-r", str(requirements.absolute()))
+            _run(requirements, *pip, "check")
+            (venv / _STAMP).write_text(digest)
+    return venv
+
+
+def venv_folder(name: str) -> Path:
+    """Return where an environment lies by default: `.venv-NAME` in a checkout, else in the user's cache."""
+    if (_PROJECT / "pyproject.toml").is_file():
+        return _PROJECT / f".venv-{name}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "overnight" / "venvs" / name
+
+
+def _read(requirements: Path) -> bytes:
+    try:
+        return requirements.read_bytes()
+    except OSError as error:
+        message = f"An environment is made from a requirements file, got {requirements}: {error.strerror}. Name one."
+        raise VenvFailed(message) from None
+
+
+def _stamp(venv: Path) -> str | None:
+    try:
+        return (venv / _STAMP).read_text()
+    except OSError:
+        return None
+
+
+@contextmanager
+def _alone(folder: Path) -> Generator[None]:
+    """Hold a lock on a folder, which the system lets go of when its holder dies and which leaves no file."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
+def _run(requirements: Path, *command: str) -> None:
+    # Isolated from PYTHONPATH, which would have pip take packages from there for installed ones.
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        told = "\n".join((done.stdout + done.stderr).strip().splitlines()[-_LINES_SHOWN:]) or "nothing"
+        message = (
+            f"What {requirements} pins must install for Python {sys.version_info[0]}.{sys.version_info[1]}, but "
+            f"`{' '.join(command)}` ended with exit code {done.returncode}. Mend what it says, then call again:\n{told}"
+        )
+        raise VenvFailed(message)
