@@ -13,7 +13,7 @@ import httpx
 from serving.errors import EndpointFailed
 from serving.release import Release
 from serving.targets import Address
-from serving.targets.folder import remove_folder, write_folder
+from serving.targets.written import remove_folder, write_folder
 from serving.targets.ray_rest import Application, Applications, ServeApi
 from serving.targets.ray_serve import RayServe, application_name, folder_name
 

@@ -16,7 +16,7 @@ from serving.predictor import Outputs, Predictor, open_predictor, predict_each, 
 from serving.registry import ModelPin
 from serving.release import Dial, Release, Runtime
 from serving.targets import Rendered
-from serving.targets.folder import write_folder
+from serving.targets.written import write_folder
 from serving.torch_model import TorchModel
 from tests.releases import release_of, rows
 from tests.serving.toys import Picky, matrix, network
