@@ -1,0 +1,48 @@
+"""A release on Ray Serve: the Open Inference Protocol over batches of requests.
+
+Rendered beside release.json and the model's files, and run by Ray alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+
+from serving.model import Arrays
+from serving.oip import ServerMetadata
+from serving.predictor import Outputs, Prediction, open_predictor, settled
+from serving.release import Dial
+from serving.v2_app import v2_app
+
+
+@serve.deployment
+@serve.ingress()
+class Endpoint:
+    """One replica: the model, loaded once, and the routes before it."""
+
+    def __init__(self, folder: str, dial: Dial) -> None:
+        """Load the release that the folder holds."""
+        self._predictor = open_predictor(Path(folder))
+        self._predict_each.set_max_batch_size(dial.batch_size_max)
+        self._predict_each.set_batch_wait_timeout_s(dial.wait_ms_max / 1000)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        server = ServerMetadata(name="ray_serve", version=ray.__version__)
+        return v2_app(self._predictor.release, self._predict, server)
+
+    async def _predict(self, inputs: Arrays) -> Outputs:
+        return settled(await self._predict_each(inputs))
+
+    @serve.batch
+    async def _predict_each(self, requests: Sequence[Arrays]) -> list[Prediction]:
+        return await self._predictor.predict_each(requests)
+
+
+def application(dial: Dial) -> Application:
+    """Return the application that a Serve config names; `args` there are the dial."""
+    return Endpoint.bind(str(Path(__file__).parent), dial)
