@@ -3,38 +3,162 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from pydantic import Field
-
-from flows.adhoc import adhoc_flow
-from serving.contract import Contract
-from serving.errors import EndpointFailed
 from serving.gateway.client import GatewayClient
 from serving.gateway.keys import digest
-from serving.gateway.route import Route
-from serving.model import Tunable, load_model
-from serving.registry import Resolved, resolve_model
-from serving.release import Dial, Release
-from serving.targets import Address, Host
-from tasks.batch.artifacts import Logger
-from tasks.endpoint import spec as specs
+
+from flows.adhoc import adhoc_flow
+from serving.targets import Address
 from tasks.endpoint.access import read_admin_key, read_keys
-from tasks.endpoint.client import InferClient
+from tasks.endpoint.change import Change, make_change, retire, serving_address
+from tasks.endpoint.client import InferClient, infer_path
 from tasks.endpoint.deploy import host_of
 from tasks.endpoint.load import Latency, measure_latency
-from tasks.endpoint.render import bare_release, make_release, remember, remembered
 from tasks.endpoint.report import Endpoint, publish_endpoint
-from tasks.endpoint.route import check_change, idle, rolled_out, serving, without
-from tasks.endpoint.samples import Sample
-from tasks.endpoint.spec import AnyTarget, EndpointSpec
-from tasks.endpoint.traffic import check_door, keep_warm_seconds, shift, wait_drained
-from tasks.endpoint.tuning import Chosen, settle_dial
-from tasks.endpoint.verify import Verification, samples, verify
+from tasks.endpoint.resolve import Subject, resolve
+from tasks.endpoint.route import check_change
+from tasks.endpoint.spec import GATEWAY, AnyTarget, EndpointSpec, Shadow
+from tasks.endpoint.traffic import check_door, shift
+from tasks.endpoint.tuning import Chosen, remember, settle_dial
+from tasks.endpoint.verify import Verification, verify
 
-_GATEWAY = "http://127.0.0.1:8080"
+
+@adhoc_flow("online-endpoint")
+def online_endpoint(spec: EndpointSpec) -> Endpoint:
+    """Serve a registered model online: put up beside what serves, held against the model, then given its traffic.
+
+    Args:
+        spec: The endpoint in full: model, target, dial, scaling, rollout and access.
+
+    The same call again changes nothing where nothing has changed. On any failure the new release is taken down and
+    the earlier version keeps serving; the error says why: LatencyImpossible before anything is put up, EndpointFailed
+    by the server, VerifyFailed by the answers, RolledBack by the traffic.
+    """
+    logger = get_run_logger()
+    seconds: dict[str, float] = {}
+    keys = read_keys(spec.access)
+    with GatewayClient(spec.gateway, read_admin_key(spec.admin_secret)) as gateway:
+        status = gateway.status(spec.name)
+        standing = status.route if status else None
+        with _timed(seconds, "resolve"):
+            subject = _resolve(spec)
+        check_change(spec, standing, subject.contract, subject.version)
+        with _timed(seconds, "tune"):
+            chosen = _tune(spec, subject)
+        change = make_change(spec, subject, chosen, gateway, standing, logger)
+        before = _measure(spec, subject, serving_address(standing))
+        with change.undone_on_failure():
+            with _timed(seconds, "deploy"):
+                if before is None and chosen.time is not None and change.stands is None:
+                    before = _measure(spec, subject, _deploy(change.without_dial()))
+                address = _deploy(change)
+            with _timed(seconds, "verify"):
+                verification = _verify(spec, subject, chosen, address)
+            after = _measure(spec, subject, address) if change.touched else None
+            with _timed(seconds, "traffic"):
+                rollout = _shift(change, spec, subject, address, keys)
+        remember(spec, subject.resolved.pin, chosen)
+        removed = change.settle(address)
+    endpoint = Endpoint(
+        name=spec.name,
+        url=f"{spec.gateway.rstrip('/')}/v2/models/{spec.name}/infer",
+        model=subject.resolved.pin.uri,
+        model_digest=subject.resolved.pin.digest,
+        version=subject.version,
+        target=spec.target.kind,
+        server=f"{address.url}{infer_path(address)}",
+        rollout=rollout,
+        removed=removed,
+        chosen=chosen,
+        budget=spec.budget,
+        keep_warm_seconds=change.keep_warm,
+        verification=verification,
+        before=before,
+        after=after,
+        seconds=seconds,
+    )
+    publish_endpoint(endpoint, logger)
+    logger.info("%s", endpoint.summary)
+    return endpoint
+
+
+@adhoc_flow("retire-endpoint")
+def retire_endpoint(
+    name: str,
+    target: Annotated[AnyTarget, Field(discriminator="kind")],
+    gateway: str = GATEWAY,
+    admin_secret: str | None = None,
+) -> tuple[str, ...]:
+    """Take an endpoint out of service, then all its versions off their target; returns which versions.
+
+    Args:
+        name: The endpoint's name.
+        target: The model server that its versions are on.
+        gateway: The door that callers come through.
+        admin_secret: A Prefect Secret block with the gateway's administrator key, as in the spec.
+
+    Requests on their way are answered, later ones find no such endpoint. An endpoint that is gone already is no error.
+    """
+    logger = get_run_logger()
+    with GatewayClient(gateway, read_admin_key(admin_secret)) as client:
+        versions = retire(client, host_of(target), name)
+    logger.info(
+        "%s is retired: %s.", name, f"versions {', '.join(versions)} are taken down" if versions else "it was gone"
+    )
+    return versions
+
+
+@task(name="resolve", cache_policy=NO_CACHE, persist_result=False)
+def _resolve(spec: EndpointSpec) -> Subject:
+    return resolve(spec)
+
+
+@task(name="tune", cache_policy=NO_CACHE, persist_result=False)
+def _tune(spec: EndpointSpec, subject: Subject) -> Chosen:
+    return settle_dial(spec, subject)
+
+
+@task(name="deploy", cache_policy=NO_CACHE, persist_result=False)
+def _deploy(change: Change) -> Address:
+    return change.put_up()
+
+
+@task(name="verify", cache_policy=NO_CACHE, persist_result=False)
+def _verify(spec: EndpointSpec, subject: Subject, chosen: Chosen, address: Address) -> Verification:
+    with InferClient(address, subject.contract) as ask:
+        return verify(
+            ask, subject, size=min(spec.limits.rows_max, chosen.dial.batch_size_max), tolerance=spec.tolerance
+        )
+
+
+@task(name="measure", cache_policy=NO_CACHE, persist_result=False)
+def _measure(spec: EndpointSpec, subject: Subject, address: Address | None) -> Latency | None:
+    if spec.budget is None or not spec.measure_seconds or address is None:
+        return None
+    rate, seconds = spec.budget.rate, spec.measure_seconds
+    return measure_latency(address, subject.contract, subject.sample, rate=rate, seconds=seconds)
+
+
+@task(name="shift-traffic", cache_policy=NO_CACHE, persist_result=False)
+def _shift(change: Change, spec: EndpointSpec, subject: Subject, address: Address, keys: Mapping[str, str]) -> str:
+    for name, key in keys.items():
+        change.gateway.put_key(name, digest(key))
+    words = shift(change.gateway, spec, change.route(address), subject.version)
+    if not isinstance(spec.rollout, Shadow):
+        check_door(spec.gateway, spec, subject.contract, subject.sample, next(iter(keys.values()), None))
+    return words
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Generator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = time.perf_counter() - start

@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable
 
 from prefect.blocks.system import Secret
+from serving.gateway.keys import ADMIN_KEY, KEY_LENGTH_MIN
 
 from serving.errors import BadInput
-from serving.gateway.keys import ADMIN_KEY, KEY_LENGTH_MIN
 from tasks.endpoint.spec import Access
 
 
@@ -20,8 +20,10 @@ def read_keys(access: Access) -> dict[str, str]:
 
 def read_admin_key(secret: str | None) -> str:
     """Return the gateway's administrator key; raises BadInput where it is not to be had."""
-    return _checked(secret, "Prefect Secret block", read_secret) if secret else _checked(
-        ADMIN_KEY, "environment variable", read_variable
+    return (
+        _checked(secret, "Prefect Secret block", read_secret)
+        if secret
+        else _checked(ADMIN_KEY, "environment variable", read_variable)
     )
 
 
@@ -30,7 +32,7 @@ def _checked(name: str, what: str, read: Callable[[str], str | None]) -> str:
     if key is None or len(key) < KEY_LENGTH_MIN:
         found = "nothing" if not key else f"{len(key)} characters"
         message = (
-            f"The {what} {name!r} must hold a key of at least {KEY_LENGTH_MIN} characters on the machine that runs this, "
+            f"The {what} {name!r} must hold a key of at least {KEY_LENGTH_MIN} characters on this machine, "
             f"got {found}. Make one with: openssl rand -hex 32"
         )
         raise BadInput(message)

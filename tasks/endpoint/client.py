@@ -27,6 +27,15 @@ def infer_path(address: Address) -> str:
     return f"/v2/models/{quote(address.model, safe='')}{version}/infer"
 
 
+def is_ready(address: Address) -> bool:
+    """Whether a model says that it would answer now."""
+    url = address.url.rstrip("/") + infer_path(address).removesuffix("/infer") + "/ready"
+    try:
+        return httpx.get(url, timeout=_TIMEOUT_SECONDS, trust_env=False).status_code == HTTPStatus.OK
+    except httpx.HTTPError:
+        return False
+
+
 @dataclass(slots=True)
 class InferClient:
     """Asks one model for predictions; a context manager that closes its connections."""

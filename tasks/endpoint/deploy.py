@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import assert_never
 
-from serving.release import Release
 from serving.targets import Host
 from tasks.endpoint import spec as specs
+from tasks.endpoint.access import read_secret, read_variable
 from tasks.endpoint.spec import AnyTarget
+
+_RAY_TOKEN = "RAY_AUTH_TOKEN"  # noqa: S105 - the name of a variable
 
 
 def host_of(target: AnyTarget, keep_warm_seconds: float | None = None) -> Host:
@@ -37,22 +39,23 @@ def _ray_serve(target: specs.RayServe, keep_warm_seconds: float | None) -> Host:
     from serving.targets.ray_host import RayServeHost  # noqa: PLC0415 - the same
     from serving.targets.ray_serve import RayServe  # noqa: PLC0415 - the same
 
+    token = read_secret(target.token_secret) if target.token_secret else read_variable(_RAY_TOKEN)
     warm = {} if keep_warm_seconds is None else {"keep_warm_seconds": keep_warm_seconds}
     return RayServeHost(
         dashboard_url=target.dashboard,
         serve_url=target.url,
         folder=Path(target.folder),
         target=RayServe(folder=target.folder, **warm),
+        token=token,
     )
 
 
 def _folder(target: specs.BentoML | specs.KServe | specs.Seldon) -> Host:
     from serving.targets.bentoml import BentoML  # noqa: PLC0415 - the same
-    from serving.targets.folder import FolderHost  # noqa: PLC0415 - the same
     from serving.targets.kserve import KServe  # noqa: PLC0415 - the same
     from serving.targets.seldon import Seldon  # noqa: PLC0415 - the same
 
+    from serving.targets.folder import FolderHost  # noqa: PLC0415 - the same
+
     rendering = {"bentoml": BentoML, "kserve": KServe, "seldon": Seldon}[target.kind]()
     return FolderHost(folder=Path(target.folder), target=rendering)
-
-

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from serving.gateway.route import Rollout, Route, Served, Shadow, Sleep
+
 from serving.contract import Contract
 from serving.errors import BadInput
-from serving.gateway.route import Rollout, Route, Served, Shadow, Sleep
 from serving.targets import Address
 from tasks.endpoint import spec as specs
 from tasks.endpoint.spec import EndpointSpec
@@ -23,7 +24,9 @@ def check_change(spec: EndpointSpec, standing: Route | None, contract: Contract,
     """Refuse what can't be rolled out beside what stands. Raises BadInput with what to do instead."""
     if standing is None:
         if isinstance(spec.rollout, specs.Shadow):
-            message = f"A shadow must have a version beside it that serves, but {spec.name} has none. Roll it out first."
+            message = (
+                f"A shadow must have a version beside it that serves, but {spec.name} has none. Roll it out first."
+            )
             raise BadInput(message)
         return
     if standing.rollout is not None:
@@ -51,7 +54,12 @@ def _tensors(contract: Contract) -> Mapping[str, object]:
 
 
 def rolled_out(
-    spec: EndpointSpec, standing: Route | None, contract: Contract, address: Address, version: str, keep_warm: float | None
+    spec: EndpointSpec,
+    standing: Route | None,
+    contract: Contract,
+    address: Address,
+    version: str,
+    keep_warm: float | None,
 ) -> Route:
     """Return the route by which a version that is up and verified gets its traffic, beside what serves."""
     others = [] if standing is None else [each for each in standing.versions if each.version != version]

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
+from serving.gateway.route import KeyName, Limits
 
 from serving.contract import ColumnPolicy, Frozen
-from serving.gateway.route import KeyName, Limits
 from serving.release import Dial, Scaling
 
 URL = r"^https?://[^\s@]+$"
+GATEWAY = "http://127.0.0.1:8080"
 _NAME = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 
 
@@ -40,7 +41,12 @@ class RayServe(Frozen):
     folder: str = Field(
         default_factory=lambda: str(_data_folder() / "ray-serve"),
         min_length=1,
-        description="A folder for the releases, which every node of the cluster reaches.",
+        description="A folder for the releases, which every node of the cluster reaches by this very path.",
+    )
+    token_secret: str | None = Field(
+        default=None,
+        description="A Prefect Secret block that holds the cluster's token. Without: the environment variable "
+        "RAY_AUTH_TOKEN of the machine this runs on, if it is set.",
     )
 
 
@@ -136,7 +142,9 @@ class Access(Frozen):
     environment: tuple[KeyName, ...] = Field(
         default=(), max_length=64, description="Environment variables of the machine this runs on that hold a key."
     )
-    secrets: tuple[KeyName, ...] = Field(default=(), max_length=64, description="Prefect Secret blocks that hold a key.")
+    secrets: tuple[KeyName, ...] = Field(
+        default=(), max_length=64, description="Prefect Secret blocks that hold a key."
+    )
 
 
 class EndpointSpec(Frozen):
@@ -207,5 +215,8 @@ class EndpointSpec(Frozen):
             raise ValueError(message)
         if self.keep_warm == "auto" and self.budget is None:
             message = "keep_warm can be auto only beside a budget, which says how late an answer may be, got none."
+            raise ValueError(message)
+        if self.keep_warm is not None and not isinstance(self.target, Triton | RayServe):
+            message = f"keep_warm must be left out on {self.target.kind}: only triton and ray-serve unload and wake."
             raise ValueError(message)
         return self

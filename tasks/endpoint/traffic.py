@@ -6,10 +6,11 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
+from serving.gateway.gateway import EndpointState
+from serving.gateway.route import Route, rolled_back
+
 from serving.contract import Contract
 from serving.errors import EndpointFailed, RolledBack
-from serving.gateway.route import Route, rolled_back
-from serving.gateway.status import Status
 from serving.targets import Address
 from tasks.endpoint import spec as specs
 from tasks.endpoint.client import InferClient
@@ -26,11 +27,11 @@ _ROUNDS = 3
 class Gateway(Protocol):
     """The gateway, as its administrator's client has it."""
 
-    def status(self, endpoint: str) -> Status | None:
+    def status(self, endpoint: str) -> EndpointState | None:
         """Return the route of an endpoint and what goes on there, None where there is no such endpoint."""
         ...
 
-    def put(self, endpoint: str, route: Route) -> Status:
+    def put(self, endpoint: str, route: Route) -> EndpointState:
         """Put a route in force."""
         ...
 
@@ -49,7 +50,9 @@ def shift(gateway: Gateway, spec: EndpointSpec, route: Route, version: str) -> s
     while time.monotonic() < deadline:
         status = gateway.status(spec.name)
         if status is None or status.route.served(version) is None:
-            message = f"Version {version} of {spec.name} must stay at the gateway during its trial, but is gone from it."
+            message = (
+                f"Version {version} of {spec.name} must stay at the gateway during its trial, but is gone from it."
+            )
             raise EndpointFailed(message)
         verdict = status.verdict
         if status.route.rollout is None and verdict is not None and verdict.version == version:
@@ -71,8 +74,8 @@ def _too_few(gateway: Gateway, spec: EndpointSpec, version: str) -> RolledBack:
     rollout = spec.rollout
     assert isinstance(rollout, specs.Canary), "only a canary has a trial"  # noqa: S101 - our own mistake
     return RolledBack(
-        f"Version {version} of {spec.name} must answer {rollout.requests_min} requests within {rollout.seconds_max:g} s "
-        f"to get all traffic, but got {seen}. Give it a larger share or more time, or wait for more traffic."
+        f"Version {version} of {spec.name} must answer {rollout.requests_min} requests in {rollout.seconds_max:g} s to "
+        f"get all traffic, but got {seen}. Give it a larger share or more time, or wait for more traffic."
     )
 
 

@@ -9,12 +9,9 @@ import numpy.typing as npt
 from pydantic import Field
 
 from serving.contract import Contract, Frozen, Output
-from serving.errors import ModelFailed, VerifyFailed
-from serving.model import Model
-from serving.registry import Resolved
-from tasks.endpoint.samples import Arrays, Sample, answered, example_rows, random_rows
-
-_RANDOM_ROWS = 32
+from serving.errors import VerifyFailed
+from tasks.endpoint.resolve import Subject
+from tasks.endpoint.samples import Arrays, Sample
 
 Ask = Callable[[Arrays], Arrays]
 
@@ -28,38 +25,19 @@ class Verification(Frozen):
     tolerance: float = Field(description="What it may be at most.")
 
 
-def samples(resolved: Resolved, contract: Contract, model: Model) -> tuple[Sample | None, Sample | None]:
-    """Return the example's rows and random ones, with the model's own answers.
-
-    Raises ModelFailed where the model answers none of them.
-    """
-    with model.slot():
-        example = answered(model, example_rows(resolved, contract))
-        random = answered(model, random_rows(contract, _RANDOM_ROWS))
-    if example is None and random is None:
-        message = (
-            f"{resolved.pin.uri} must answer its own input example, or random rows, in finite numbers, to be held "
-            "against its endpoint; it answers none. Log it with an input_example that it answers."
-        )
-        raise ModelFailed(message)
-    return example, random
-
-
-def verify(
-    ask: Ask, contract: Contract, example: Sample | None, random: Sample | None, *, size: int, tolerance: float
-) -> Verification:
-    """Ask for every row, alone and in requests of `size` rows, and compare.
+def verify(ask: Ask, subject: Subject, *, size: int, tolerance: float) -> Verification:
+    """Ask for every row of the model's example and of random ones, alone and in requests of `size` rows, and compare.
 
     Raises VerifyFailed with the first row that differs by more than the tolerance, and what comes through from `ask`.
     """
     worst = 0.0
-    for sample in filter(None, (example, random)):
+    for sample in filter(None, (subject.example, subject.random)):
         for rows in dict.fromkeys((1, size)):
             for piece in sample.pieces(rows):
-                worst = max(worst, compare(contract, piece, ask(piece.inputs), tolerance))
+                worst = max(worst, compare(subject.contract, piece, ask(piece.inputs), tolerance))
     return Verification(
-        rows_example=example.rows if example else 0,
-        rows_random=random.rows if random else 0,
+        rows_example=subject.example.rows if subject.example else 0,
+        rows_random=subject.random.rows if subject.random else 0,
         difference_max=worst,
         tolerance=tolerance,
     )
