@@ -11,7 +11,6 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from pydantic import Field
 from serving.gateway.client import GatewayClient
-from serving.gateway.keys import digest
 
 from flows.adhoc import adhoc_flow
 from serving.targets import Address
@@ -44,7 +43,7 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
     seconds: dict[str, float] = {}
     keys = read_keys(spec.access)
     with GatewayClient(spec.gateway, read_admin_key(spec.admin_secret)) as gateway:
-        status = gateway.status(spec.name)
+        status = gateway.get(spec.name)
         standing = status.route if status else None
         with _timed(seconds, "resolve"):
             subject = _resolve(spec)
@@ -148,7 +147,7 @@ def _measure(spec: EndpointSpec, subject: Subject, address: Address | None) -> L
 @task(name="shift-traffic", cache_policy=NO_CACHE, persist_result=False)
 def _shift(change: Change, spec: EndpointSpec, subject: Subject, address: Address, keys: Mapping[str, str]) -> str:
     for name, key in keys.items():
-        change.gateway.put_key(name, digest(key))
+        change.gateway.put_key(name, key)
     words = shift(change.gateway, spec, change.route(address), subject.version)
     if not isinstance(spec.rollout, Shadow):
         check_door(spec.gateway, spec, subject.contract, subject.sample, next(iter(keys.values()), None))

@@ -23,7 +23,7 @@ from tasks.endpoint.render import bare_release, make_release
 from tasks.endpoint.resolve import Subject
 from tasks.endpoint.route import idle, rolled_out, serving, without
 from tasks.endpoint.spec import EndpointSpec, RayServe, Triton
-from tasks.endpoint.traffic import keep_warm_seconds, wait_drained
+from tasks.endpoint.traffic import keep_warm_seconds, wait_idle
 from tasks.endpoint.tuning import Chosen, remembered
 
 
@@ -109,7 +109,7 @@ class Change:
         try:
             self._put_back()
             if self.release.version not in serving(self.standing):
-                wait_drained(self.gateway, self.spec.name, (self.release.version,))
+                wait_idle(self.gateway, self.spec.name, (self.release.version,))
                 host_of(self.spec.target).remove(self.release)
             elif self.touched and self.earlier is not None:
                 host_of(self.spec.target, self.keep_warm).deploy(self.earlier, self.model)
@@ -117,7 +117,7 @@ class Change:
             self.logger.warning("The change must be undone, got: %s. Look at version %s.", error, self.release.version)
 
     def _put_back(self) -> None:
-        now = self.gateway.status(self.spec.name)
+        now = self.gateway.get(self.spec.name)
         if self.standing is None:
             if now is not None:
                 self.gateway.delete(self.spec.name)
@@ -126,12 +126,12 @@ class Change:
 
     def settle(self, address: Address) -> tuple[str, ...]:
         """Take down the versions that have no traffic any more; return which. What can't be taken down is logged."""
-        status = self.gateway.status(self.spec.name)
+        status = self.gateway.get(self.spec.name)
         gone = idle(status.route) if status else ()
         if status is None or not gone:
             return ()
         self.gateway.put(self.spec.name, without(status.route, gone))
-        wait_drained(self.gateway, self.spec.name, gone)
+        wait_idle(self.gateway, self.spec.name, gone)
         return tuple(version for version in gone if self._take_down(status.route, version, address))
 
     def _take_down(self, route: Route, version: str, address: Address) -> bool:
@@ -194,7 +194,7 @@ def serving_address(route: Route | None) -> Address | None:
 
 def retire(gateway: GatewayClient, host: Host, endpoint: str) -> tuple[str, ...]:
     """Take an endpoint out of the gateway, then every version of it off its host; return which. Idempotent."""
-    status = gateway.status(endpoint)
+    status = gateway.get(endpoint)
     if status is None:
         return ()
     gateway.delete(endpoint)

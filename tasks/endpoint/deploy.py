@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import assert_never
 
-from serving.targets import Host
+from serving.targets import Host, Target
 from tasks.endpoint import spec as specs
 from tasks.endpoint.access import read_secret, read_variable
 from tasks.endpoint.spec import AnyTarget
@@ -51,11 +51,24 @@ def _ray_serve(target: specs.RayServe, keep_warm_seconds: float | None) -> Host:
 
 
 def _folder(target: specs.BentoML | specs.KServe | specs.Seldon) -> Host:
-    from serving.targets.bentoml import BentoML  # noqa: PLC0415 - the same
-    from serving.targets.kserve import KServe  # noqa: PLC0415 - the same
-    from serving.targets.seldon import Seldon  # noqa: PLC0415 - the same
-
     from serving.targets.folder import FolderHost  # noqa: PLC0415 - the same
 
-    rendering = {"bentoml": BentoML, "kserve": KServe, "seldon": Seldon}[target.kind]()
-    return FolderHost(folder=Path(target.folder), target=rendering)
+    return FolderHost(folder=Path(target.folder), target=_rendering(target))
+
+
+def _rendering(target: specs.BentoML | specs.KServe | specs.Seldon) -> Target:
+    match target:
+        case specs.BentoML():
+            from serving.targets.bentoml import BentoML  # noqa: PLC0415 - the same
+
+            return BentoML()
+        case specs.KServe():
+            from serving.targets.kserve import KServe  # noqa: PLC0415 - the same
+
+            return KServe(python=Path(target.python))
+        case specs.Seldon():
+            from serving.targets.seldon import Seldon  # noqa: PLC0415 - the same
+
+            return Seldon(python=Path(target.python))
+        case _:
+            assert_never(target)

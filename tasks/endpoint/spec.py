@@ -66,12 +66,20 @@ class KServe(Folder):
     """KServe, by InferenceService manifests in a folder that a controller (or a GitOps operator) watches."""
 
     kind: Literal["kserve"] = Field(default="kserve", description="Tells this target from others.")
+    python: str = Field(
+        min_length=1,
+        description="The interpreter of an environment that has kserve, as infra/local/kserve.txt lists it.",
+    )
 
 
 class Seldon(Folder):
     """Seldon's MLServer, by Seldon Core manifests and settings in a folder that a controller watches."""
 
     kind: Literal["seldon"] = Field(default="seldon", description="Tells this target from others.")
+    python: str = Field(
+        min_length=1,
+        description="The interpreter of an environment that has mlserver, as infra/local/mlserver.txt lists it.",
+    )
 
 
 AnyTarget = Triton | RayServe | BentoML | KServe | Seldon

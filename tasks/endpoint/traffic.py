@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Iterable, Mapping
 
-from serving.gateway.gateway import EndpointState
+from serving.gateway.client import GatewayClient
 from serving.gateway.route import Route, rolled_back
 
 from serving.contract import Contract
@@ -20,23 +19,11 @@ from tasks.endpoint.spec import EndpointSpec
 from tasks.endpoint.verify import compare
 
 _POLL_SECONDS = 0.2
-_DRAIN_SECONDS_MAX = 60.0
+_IDLE_SECONDS_MAX = 60.0
 _ROUNDS = 3
 
 
-class Gateway(Protocol):
-    """The gateway, as its administrator's client has it."""
-
-    def status(self, endpoint: str) -> EndpointState | None:
-        """Return the route of an endpoint and what goes on there, None where there is no such endpoint."""
-        ...
-
-    def put(self, endpoint: str, route: Route) -> EndpointState:
-        """Put a route in force."""
-        ...
-
-
-def shift(gateway: Gateway, spec: EndpointSpec, route: Route, version: str) -> str:
+def shift(gateway: GatewayClient, spec: EndpointSpec, route: Route, version: str) -> str:
     """Put a route in force, wait for the end of its trial if it has one, and say what became of it.
 
     Raises RolledBack with the figures where the version failed its trial, or was not asked enough in time: the other
@@ -48,7 +35,7 @@ def shift(gateway: Gateway, spec: EndpointSpec, route: Route, version: str) -> s
     assert isinstance(spec.rollout, specs.Canary), "only a canary has a trial"  # noqa: S101 - our own mistake
     deadline = time.monotonic() + spec.rollout.seconds_max
     while time.monotonic() < deadline:
-        status = gateway.status(spec.name)
+        status = gateway.get(spec.name)
         if status is None or status.route.served(version) is None:
             message = (
                 f"Version {version} of {spec.name} must stay at the gateway during its trial, but is gone from it."
@@ -64,9 +51,9 @@ def shift(gateway: Gateway, spec: EndpointSpec, route: Route, version: str) -> s
     raise _too_few(gateway, spec, version)
 
 
-def _too_few(gateway: Gateway, spec: EndpointSpec, version: str) -> RolledBack:
+def _too_few(gateway: GatewayClient, spec: EndpointSpec, version: str) -> RolledBack:
     """Take the trial back, and return the error that says so."""
-    status = gateway.status(spec.name)
+    status = gateway.get(spec.name)
     seen = 0
     if status is not None and status.route.rollout is not None and status.route.rollout.version == version:
         seen = status.trial.tally.requests if status.trial else 0
@@ -89,14 +76,11 @@ def check_door(gateway_url: str, spec: EndpointSpec, contract: Contract, sample:
             compare(contract, piece, ask(piece.inputs), spec.tolerance)
 
 
-def wait_drained(gateway: Gateway, endpoint: str, versions: tuple[str, ...]) -> None:
-    """Return once no request is with these versions, or after a minute."""
-    deadline = time.monotonic() + _DRAIN_SECONDS_MAX
-    while time.monotonic() < deadline:
-        status = gateway.status(endpoint)
-        if status is None or not any(status.in_flight.get(version) for version in versions):
-            return
-        time.sleep(_POLL_SECONDS)
+def wait_idle(gateway: GatewayClient, endpoint: str, versions: Iterable[str]) -> None:
+    """Return once no request is with these versions; raises EndpointFailed where that takes over a minute."""
+    if gateway.get(endpoint) is not None:
+        for version in versions:
+            gateway.wait_until_idle(endpoint, version, timeout_s=_IDLE_SECONDS_MAX)
 
 
 def keep_warm_seconds(spec: EndpointSpec, cold_start_seconds: float) -> float | None:

@@ -1,0 +1,34 @@
+"""Versions of the delay model that no endpoint should keep, as MLflow loads a model out of a file of code.
+
+The fault is in the model's configuration. moody: it answers differently each time. delicate: it fails on flights that
+leave over an hour late. slow: it takes a third of a second for those.
+"""
+
+import time
+from typing import Any
+
+import mlflow
+import numpy as np
+
+LATE_MINUTES = 60.0
+
+
+class Faulty(mlflow.pyfunc.PythonModel):  # type: ignore[misc] # MLflow has no types for it
+    """Predicts that a flight arrives as late as it left, but for its fault."""
+
+    def predict(self, context: Any, model_input: Any, params: Any = None) -> Any:  # noqa: ARG002 - MLflow's signature
+        """Return the delay on arrival in minutes for N rows of features [N, F], the delay at departure first."""
+        dep_delay_N = np.asarray(model_input["features"])[:, 0]
+        fault = context.model_config["fault"]
+        if fault == "moody":
+            return dep_delay_N + np.random.default_rng().standard_normal(len(dep_delay_N), dtype=np.float32)
+        late = bool((dep_delay_N > LATE_MINUTES).any())
+        if fault == "delicate" and late:
+            message = "a flight can't leave that late"
+            raise ValueError(message)
+        if fault == "slow" and late:
+            time.sleep(0.33)
+        return dep_delay_N
+
+
+mlflow.models.set_model(Faulty())
