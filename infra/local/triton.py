@@ -144,9 +144,8 @@ def _environment(package: Path) -> Mapping[str, str]:
         **environment,
         # The stub is linked against a libpython by name only, and would take the system's before this interpreter's.
         "LD_LIBRARY_PATH": ":".join([*libraries, *([inherited] if inherited else [])]),
-        # It knows nothing of virtual environments either.
-        "PYTHONPATH": ":".join(str(Path(entry).resolve()) for entry in sys.path if Path(entry).is_dir()),
-        "PYTHONDONTWRITEBYTECODE": "1",
+        # It ignores PYTHONPATH, and is at home where the first python3 of PATH is, be that a virtual environment.
+        "PATH": f"{Path(sys.executable).parent}:{environment.get('PATH', '')}",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
         "HF_HUB_OFFLINE": "1",
