@@ -147,7 +147,9 @@ class Predictor(Model):
             raise InvalidInput(str(error)) from None
         (prediction,) = await self.predictor.predict_each([request.inputs])
         answer = write_answer(request, settled(prediction), self.release)
-        return {**answer, "id": payload.id or str(uuid.uuid4())}
+        # KServe requires an id, and writes null, which the protocol has not, for parameters that are not there.
+        outputs = [{**each, "parameters": {}} for each in answer["outputs"]]
+        return {**answer, "id": payload.id or str(uuid.uuid4()), "parameters": {}, "outputs": outputs}
 
 
 class Server(ModelServer):
