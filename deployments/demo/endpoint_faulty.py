@@ -18,7 +18,7 @@ class Faulty(mlflow.pyfunc.PythonModel):  # type: ignore[misc] # MLflow has no t
 
     def predict(self, context: Any, model_input: Any, params: Any = None) -> Any:  # noqa: ARG002 - MLflow's signature
         """Return the delay on arrival in minutes for N rows of features [N, F], the delay at departure first."""
-        dep_delay_N = np.asarray(model_input["features"])[:, 0]
+        dep_delay_N = np.asarray(next(iter(model_input.values())))[:, 0]
         fault = context.model_config["fault"]
         if fault == "moody":
             return dep_delay_N + np.random.default_rng().standard_normal(len(dep_delay_N), dtype=np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def register_versions(folder: Path) -> Versions:
             train_and_register(folder / "flights", NAME, "second", epochs=_EPOCHS_LONGER)
         for fault in FAULTS:
             if fault not in aliases:
-                client.set_registered_model_alias(NAME, fault, _register_faulty(fault))
+                version = register_faulty(fault, NAME, "features", FEATURES, "arr_delay_predicted")
+                client.set_registered_model_alias(NAME, fault, version)
     aliases = _aliases(client)
     return Versions(**{alias: f"models:/{NAME}/{version}" for alias, version in aliases.items()})
 
@@ -55,12 +57,13 @@ def _aliases(client: mlflow.MlflowClient) -> dict[str, str]:
     return {alias: str(version) for model in found for alias, version in dict(model.aliases).items()}
 
 
-def _register_faulty(fault: str) -> str:
+def register_faulty(fault: str, name: str, given: str, columns: Sequence[str], output: str) -> str:
+    """Register a version with a fault, of a model that takes the columns as `given`; return its number."""
     signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(FEATURES)), "features")]),
-        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1,), "arr_delay_predicted")]),
+        inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(columns)), given)]),
+        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1,), output)]),
     )
-    with mlflow.start_run(run_name=f"{NAME}-{fault}"), warnings.catch_warnings():
+    with mlflow.start_run(run_name=f"{name}-{fault}"), warnings.catch_warnings():
         # MLflow advises on type hints and examples, which this model has no use for.
         warnings.simplefilter("ignore", UserWarning)
         logged = mlflow.pyfunc.log_model(
@@ -68,8 +71,8 @@ def _register_faulty(fault: str) -> str:
             python_model=str(_SCRIPT),
             model_config={"fault": fault},
             signature=signature,
-            metadata={"overnight": {"columns": {"features": list(FEATURES)}}},
+            metadata={"overnight": {"columns": {given: list(columns)}}},
             pip_requirements=["mlflow"],
-            registered_model_name=NAME,
+            registered_model_name=name,
         )
     return str(logged.registered_model_version)

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import Route
 
-from serving.errors import EndpointFailed
+from serving.errors import BadInput, EndpointFailed
 from serving.release import Dial, Release
 from serving.targets import Address, Host
 from tasks.batch.artifacts import Logger
@@ -156,12 +156,22 @@ def make_change(
     standing: Route | None,
     logger: Logger,
 ) -> Change:
-    """Return the change that a spec asks for, with nothing done yet."""
+    """Return the change that a spec asks for, with nothing done yet.
+
+    Raises BadInput where the version that serves under this number is not known to be of this model.
+    """
     release = make_release(spec, subject, chosen.dial)
     keep_warm = None if spec.keep_warm == "auto" else spec.keep_warm
     if isinstance(spec.target, RayServe) and keep_warm is not None:
         release = scaled_to_zero(release)
     before = remembered(spec.name, subject.resolved.tags)
+    if before is None and subject.version in serving(standing):
+        message = (
+            f"The versions of an endpoint must be those of one registered model, but version {subject.version} of "
+            f"{spec.name} serves already, and {subject.resolved.pin.uri} does not know of it. Give the endpoint another "
+            "name, or retire it first."
+        )
+        raise BadInput(message)
     return Change(
         spec=spec,
         gateway=gateway,
