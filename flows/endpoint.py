@@ -21,7 +21,7 @@ from tasks.endpoint.deploy import host_of
 from tasks.endpoint.load import Latency, measure_latency
 from tasks.endpoint.report import Endpoint, publish_endpoint
 from tasks.endpoint.resolve import Subject, resolve
-from tasks.endpoint.route import check_change
+from tasks.endpoint.route import before_change, check_change
 from tasks.endpoint.spec import GATEWAY, AnyTarget, EndpointSpec, Shadow
 from tasks.endpoint.traffic import check_door, shift
 from tasks.endpoint.tuning import Chosen, remember, settle_dial
@@ -43,10 +43,10 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
     seconds: dict[str, float] = {}
     keys = read_keys(spec.access)
     with GatewayClient(spec.gateway, read_admin_key(spec.admin_secret)) as gateway:
-        status = gateway.get(spec.name)
-        standing = status.route if status else None
         with _timed(seconds, "resolve"):
             subject = _resolve(spec)
+        status = gateway.get(spec.name)
+        standing = before_change(status.route if status else None, subject.version)
         check_change(spec, standing, subject.contract, subject.version)
         with _timed(seconds, "tune"):
             chosen = _tune(spec, subject)
@@ -60,9 +60,10 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
             with _timed(seconds, "verify"):
                 verification = _verify(spec, subject, chosen, address)
             after = _measure(spec, subject, address) if change.touched else None
+            if not remember(spec, subject.resolved.pin, chosen):
+                logger.warning("The registry must take a tag of %s, and did not.", subject.resolved.pin.uri)
             with _timed(seconds, "traffic"):
                 rollout = _shift(change, spec, subject, address, keys)
-        remember(spec, subject.resolved.pin, chosen)
         removed = change.settle(address)
     endpoint = Endpoint(
         name=spec.name,

@@ -168,8 +168,8 @@ def make_change(
     if before is None and subject.version in serving(standing):
         message = (
             f"The versions of an endpoint must be those of one registered model, but version {subject.version} of "
-            f"{spec.name} serves already, and {subject.resolved.pin.uri} does not know of it. Give the endpoint another "
-            "name, or retire it first."
+            f"{spec.name} serves already, and {subject.resolved.pin.uri} does not know of it. Give the endpoint "
+            "another name, or retire it first."
         )
         raise BadInput(message)
     return Change(

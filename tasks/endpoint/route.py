@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from serving.gateway.route import Rollout, Route, Served, Shadow, Sleep
+from serving.gateway.route import Rollout, Route, Served, Shadow, Sleep, rolled_back
 
 from serving.contract import Contract
 from serving.errors import BadInput
@@ -18,6 +18,13 @@ _WHOLE = 100.0
 def serving(route: Route | None) -> tuple[str, ...]:
     """Return the versions that get requests which name none."""
     return () if route is None else tuple(each.version for each in route.versions if each.weight)
+
+
+def before_change(route: Route | None, version: str) -> Route | None:
+    """Return what to go back to: the route as it is, but without a trial of this very version that a dead run left."""
+    if route is None or route.rollout is None or route.rollout.version != version:
+        return route
+    return without(rolled_back(route), (version,))
 
 
 def check_change(spec: EndpointSpec, standing: Route | None, contract: Contract, version: str) -> None:

@@ -1,4 +1,4 @@
-"""Requests that are lost while a version is switched, one is rolled back and one is woken; and how long a wake takes."""
+"""Requests that are lost while a version is switched, one is rolled back, one is woken, and how long a wake takes."""
 
 from __future__ import annotations
 
@@ -180,10 +180,8 @@ def _wait_no_replica(dashboard: str, token: str) -> None:
     headers = {"Authorization": f"Bearer {token}"}
     while time.monotonic() < until:
         told = httpx.get(f"{dashboard}/api/serve/applications/", headers=headers, trust_env=False).json()
-        deployments = [
-            each for application in told["applications"].values() for each in application["deployments"].values()
-        ]
-        if not any(each["replicas"] for each in deployments):
+        applications = told["applications"].values()
+        if not any(each["replicas"] for found in applications for each in found["deployments"].values()):
             return
         time.sleep(0.5)
     message = f"Ray Serve must have no replica within {_ASLEEP_SECONDS_MAX:g} s without requests, and still has one."
