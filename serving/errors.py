@@ -24,6 +24,7 @@ OvernightError
 +-- RunnerUnusable           the workers asked for can't be had or don't live; put it right and call again, it resumes
 +-- NightFailed              the batch run of a night failed: mend what it says, then call again, it resumes
 +-- EndpointFailed           a release can't be put up or taken down; what served before serves on
++-- Unanswered               an endpoint can't answer a request now: send it again later; `status` is HTTP's for it
 +-- ModelFailed              the model fails on rows as such: mend the model, not the rows
 +-- TooManyRejects           more rows were rejected than max_reject_fraction allows
 +-- PublishRefused           the parts do not add up to the dataset; nothing was published
@@ -131,6 +132,15 @@ class NightFailed(OvernightError):
 
 class EndpointFailed(OvernightError):
     """A release can't be put up or taken down; what served before serves on."""
+
+
+class Unanswered(OvernightError):
+    """An endpoint can't answer a request now; `status` is what HTTP says of it, `retry_after_s` when to come again."""
+
+    def __init__(self, message: str, *, status: int = 503, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after_s = retry_after_s
 
 
 class ModelFailed(OvernightError):
