@@ -27,6 +27,7 @@ OvernightError
 +-- EndpointFailed           a release can't be put up or taken down; what served before serves on
 |   +-- VerifyFailed         it answers otherwise than the model, or not at all; it was taken down
 |   +-- RolledBack           it failed its rule under traffic; the earlier version has all of it again
++-- Unanswered               an endpoint can't answer a request now: send it again later; `status` is HTTP's for it
 +-- ModelFailed              the model fails on rows as such: mend the model, not the rows
 +-- TooManyRejects           more rows were rejected than max_reject_fraction allows
 +-- PublishRefused           the parts do not add up to the dataset; nothing was published
@@ -146,6 +147,15 @@ class VerifyFailed(EndpointFailed):
 
 class RolledBack(EndpointFailed):
     """A release failed its rule under traffic, and was taken down; the earlier version has all of it again."""
+
+
+class Unanswered(OvernightError):
+    """An endpoint can't answer a request now; `status` is what HTTP says of it, `retry_after_s` when to come again."""
+
+    def __init__(self, message: str, *, status: int = 503, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after_s = retry_after_s
 
 
 class ModelFailed(OvernightError):
