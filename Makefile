@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo deploy test test-machines lint types check format chaos bench-batch bench-peers bench-resume bench-gpu clean
+.PHONY: demo demo-endpoint deploy test test-machines lint types check format chaos bench-batch bench-peers bench-resume bench-gpu bench-endpoint clean
 
 $(STAMP): pyproject.toml constraints.txt infra/local/wheels.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got %d.%d; set PYTHON=" % sys.version_info[:2])'
@@ -17,6 +17,10 @@ $(STAMP): pyproject.toml constraints.txt infra/local/wheels.txt
 # The main job on real flights; KILL=1 kills a run twice and compares its bytes with an undisturbed one.
 demo: $(STAMP)
 	@$(BIN)/python -m deployments.demo $(if $(filter 1,$(KILL)),--kill)
+
+# The same model online, behind Triton and the gateway: asked, a canary promoted, bad versions turned away, asleep, woken.
+demo-endpoint: $(STAMP)
+	@$(BIN)/python -m deployments.demo.endpoint
 
 # Work pools, deployments and automations on the Prefect server of PREFECT_API_URL; again, it changes nothing.
 deploy: $(STAMP)
@@ -66,6 +70,11 @@ bench-gpu: $(STAMP)
 # What a deadline costs on spot: greedy, Uniform Progress, ours and the optimum on ../shared/traces, else generated ones.
 bench-spot: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.spot
+
+# Every model server behind the same client (needs wrk), the gateway's cost, wakes, lost requests. SECONDS=2 ROUNDS=1 for
+# a quick look.
+bench-endpoint: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.endpoint
 
 clean:
 	rm -rf $(VENV) .venv-* .demo .bench

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 from prefect.blocks.system import Secret
-from serving.gateway.keys import ADMIN_KEY, KEY_LENGTH_MIN
 
 from serving.errors import BadInput
+from serving.gateway.keys import ADMIN_KEY, KEY_LENGTH_MIN
 from tasks.endpoint.spec import Access
 
 
 def read_keys(access: Access) -> dict[str, str]:
     """Return the API keys of an endpoint by their names; raises BadInput for one that is missing or too short."""
-    found = {name: _checked(name, "environment variable", read_variable) for name in access.environment}
-    return found | {name: _checked(name, "Prefect Secret block", read_secret) for name in access.secrets}
+    found = {name: _checked(name, "environment variable", read_variable(name)) for name in access.environment}
+    return found | {name: _checked(name, "Prefect Secret block", read_secret(name)) for name in access.secrets}
 
 
 def read_admin_key(secret: str | None) -> str:
     """Return the gateway's administrator key; raises BadInput where it is not to be had."""
-    return (
-        _checked(secret, "Prefect Secret block", read_secret)
-        if secret
-        else _checked(ADMIN_KEY, "environment variable", read_variable)
-    )
+    if secret is None:
+        return _checked(ADMIN_KEY, "environment variable", read_variable(ADMIN_KEY))
+    return _checked(secret, "Prefect Secret block", read_secret(secret))
 
 
-def _checked(name: str, what: str, read: Callable[[str], str | None]) -> str:
-    key = read(name)
+def _checked(name: str, what: str, key: str | None) -> str:
     if key is None or len(key) < KEY_LENGTH_MIN:
         found = "nothing" if not key else f"{len(key)} characters"
         message = (
