@@ -9,11 +9,12 @@ from typing import Any
 
 import mlflow
 import numpy as np
+from mlflow.pyfunc import PythonModel
 
 LATE_MINUTES = 60.0
 
 
-class Faulty(mlflow.pyfunc.PythonModel):  # type: ignore[misc] # MLflow has no types for it
+class Faulty(PythonModel):
     """Predicts that a flight arrives as late as it left, but for its fault."""
 
     def predict(self, context: Any, model_input: Any, params: Any = None) -> Any:  # noqa: ARG002 - MLflow's signature

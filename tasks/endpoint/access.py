@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from prefect.blocks.system import Secret
 
@@ -43,7 +44,7 @@ def read_variable(name: str) -> str | None:
 def read_secret(name: str) -> str | None:
     """Return what a Prefect Secret block holds, None where there is none of that name."""
     try:
-        block = Secret.load(name, _sync=True)
+        block: Any = Secret.load(name)
     except ValueError:
         return None
     return str(block.get())

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import NoReturn, Self
 from urllib.parse import urlsplit
 
+from serving.errors import BadInput, EndpointFailed
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import Route
-
-from serving.errors import BadInput, EndpointFailed
 from serving.release import Dial, Release
 from serving.targets import Address, Host
 from tasks.batch.artifacts import Logger
@@ -172,13 +171,16 @@ def make_change(
             "another name, or retire it first."
         )
         raise BadInput(message)
+    earlier = None
+    if before is not None:
+        earlier = release.model_copy(update={"dial": before.chosen.dial, "scaling": before.scaling})
     return Change(
         spec=spec,
         gateway=gateway,
         release=release,
         model=subject.resolved.folder,
         standing=standing,
-        earlier=before and release.model_copy(update={"dial": before.chosen.dial, "scaling": before.scaling}),
+        earlier=earlier,
         logger=logger,
         keep_warm=keep_warm,
     )
@@ -192,7 +194,9 @@ def scaled_to_zero(release: Release) -> Release:
 def address_of(route: Route | None, version: str) -> Address | None:
     """Return where a version of a route answers."""
     served = route.served(version) if route else None
-    return served and Address(url=served.url, model=served.upstream_model, version=served.upstream_version)
+    if served is None:
+        return None
+    return Address(url=served.url, model=served.upstream_model, version=served.upstream_version)
 
 
 def serving_address(route: Route | None) -> Address | None:

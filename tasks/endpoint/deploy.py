@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import assert_never
 
@@ -40,12 +41,14 @@ def _ray_serve(target: specs.RayServe, keep_warm_seconds: float | None) -> Host:
     from serving.targets.ray_serve import RayServe  # noqa: PLC0415 - the same
 
     token = read_secret(target.token_secret) if target.token_secret else read_variable(_RAY_TOKEN)
-    warm = {} if keep_warm_seconds is None else {"keep_warm_seconds": keep_warm_seconds}
+    rendering = RayServe(folder=target.folder)
+    if keep_warm_seconds is not None:
+        rendering = replace(rendering, keep_warm_seconds=keep_warm_seconds)
     return RayServeHost(
         dashboard_url=target.dashboard,
         serve_url=target.url,
         folder=Path(target.folder),
-        target=RayServe(folder=target.folder, **warm),
+        target=rendering,
         token=token,
     )
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from serving.gateway.route import Rollout, Route, Served, Shadow, Sleep, rolled_back
-
 from serving.contract import Contract
 from serving.errors import BadInput
+from serving.gateway.route import Rollout, Route, Served, Shadow, Sleep, rolled_back
 from serving.targets import Address
+from serving.tensors import tensors
 from tasks.endpoint import spec as specs
 from tasks.endpoint.spec import EndpointSpec
 
@@ -56,8 +56,8 @@ def check_change(spec: EndpointSpec, standing: Route | None, contract: Contract,
 
 
 def _tensors(contract: Contract) -> Mapping[str, object]:
-    each = (*contract.inputs, *contract.outputs)
-    return {value.name: (value.dtype, *value.shape) for value in each}
+    inputs, outputs = tensors(contract)
+    return {each.name: (each.datatype, each.shape) for each in (*inputs, *outputs)}
 
 
 def rolled_out(

@@ -117,7 +117,7 @@ def _random(value: Input, rows: int, random: np.random.Generator) -> npt.NDArray
     if value.dtype == "str":
         return _objects(shape, lambda: " ".join(random.choice(_WORDS, size=random.integers(1, 12))))
     if value.dtype == "binary":
-        return _objects(shape, lambda: random.bytes(random.integers(1, 32)))
+        return _objects(shape, lambda: random.bytes(int(random.integers(1, 32))))
     if value.dtype == "datetime64[ns]":
         seconds = _YEAR_2020 + random.integers(0, 3650 * _DAYS, shape)
         return (seconds * _SECONDS).view("datetime64[ns]")

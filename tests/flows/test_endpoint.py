@@ -59,7 +59,7 @@ def client(gateway: GatewayServer) -> Generator[GatewayClient]:
 
 @pytest.fixture(scope="module")
 def versions(registry: Path) -> dict[str, str]:
-    """Two networks, a model that answers differently each time, and one that fails on some rows: one model's versions."""
+    """Versions of one model: two networks, one that answers differently each time, and one that fails on some rows."""
     import torch
 
     from deployments.demo.endpoint_versions import register_faulty
