@@ -101,8 +101,11 @@ def _from_table(table: pa.Table, contract: Contract) -> Arrays | None:
 
 
 def _array(value: Input, given: Any) -> npt.NDArray[Any]:
-    """Return one input's part of an example, [N, *shape]; raises ValueError where it has another shape."""
+    """Return one input's part of an example, [N, *shape], or one row of that shape; raises ValueError for another."""
     array = np.asarray(given, dtype=object if value.dtype in ("str", "binary") else value.dtype)
+    if array.shape not in (value.shape, (len(array), *value.shape), (len(array), *(value.shape or (1,)))):
+        message = f"An example of {value.name!r} must have the shape {value.shape} a row, got {array.shape} in all."
+        raise ValueError(message)
     return array.reshape(-1, *value.shape)[:_EXAMPLE_ROWS_MAX]
 
 

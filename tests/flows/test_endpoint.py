@@ -69,7 +69,9 @@ def versions(registry: Path) -> dict[str, str]:
     for name, seed in (("first", 1), ("second", 2)):
         torch.manual_seed(seed)
         layers = (torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
-        found[name] = register_torch("endpoint-churn", torch.nn.Sequential(*layers), FEATURES)
+        found[name] = register_torch(
+            "endpoint-churn", torch.nn.Sequential(*layers), FEATURES, np.zeros((2, 3), np.float32)
+        )
     for fault in ("moody", "delicate"):
         version = register_faulty(fault, "endpoint-churn", "x", FEATURES, "score")
         found[fault] = f"models:/endpoint-churn/{version}"

@@ -2,19 +2,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.contract import Contract, Input, Output
 from serving.encode import Encoded
-from serving.registry import Resolved, resolve_model
-from tasks.endpoint.samples import Sample, answered, example_rows, random_rows
+from serving.registry import resolve_model
+from tasks.endpoint.samples import answered, example_rows, random_rows
 from tests.serving.toys import alone, column, matrix
+from tests.support import register_torch
 from tests.tasks.endpoint.values import sample
 
 DTYPES = ("float32", "float64", "int8", "int64", "uint8", "bool", "str", "binary", "datetime64[ns]")
@@ -93,6 +96,9 @@ def test_pieces_are_the_rows_in_order() -> None:
     assert np.array_equal(sample().inputs["x"], np.concatenate([piece.inputs["x"] for piece in pieces]))
 
 
+X_KEPT = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+
 class Logged:
     """What MLflow keeps of a model, as far as its example goes."""
 
@@ -137,10 +143,13 @@ def test_an_example_of_columns_becomes_one_input_each() -> None:
     assert found is None or {"a": [1.5], "b": [2]} == {name: value.tolist() for name, value in found.items()}
 
 
-def test_a_registered_model_has_its_example(linear: str) -> None:
-    resolved: Resolved = resolve_model(linear)
+def test_an_example_that_mlflow_keeps_is_found_and_one_that_it_does_not_keep_is_none(
+    linear: str, registry: Path
+) -> None:
+    kept = register_torch("exemplary", torch.nn.Linear(3, 1), ("a", "b", "c"), X_KEPT)
+    resolved, without = resolve_model(kept), resolve_model(linear)
     found = example_rows(resolved, resolved.contract({}, {}))
 
     assert found is not None
-    assert (2, 3) == found["x"].shape
-    assert isinstance(answered(Function(lambda x_NF: x_NF[:, 0]), found), Sample)
+    assert X_KEPT.tolist() == found["x"].tolist()
+    assert example_rows(without, without.contract({}, {})) is None

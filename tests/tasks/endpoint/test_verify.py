@@ -63,5 +63,5 @@ def test_words_must_be_the_same() -> None:
     expected = Sample(inputs={"x": X[:2]}, outputs={"label": np.array(["a", "b"], dtype=object)}, rows=2)
 
     assert 0 == compare(contract, expected, {"label": np.array(["a", "b"], dtype=object)}, 1e-5)
-    with pytest.raises(VerifyFailed, match=r"as the model itself does, b, got c"):
+    with pytest.raises(VerifyFailed, match=r"as the model itself does, 'b', got 'c'"):
         compare(contract, expected, {"label": np.array(["a", "c"], dtype=object)}, 1e-5)
