@@ -28,7 +28,7 @@ def read_request(
     try:
         body = orjson.dumps(document, default=_text)
     except TypeError as error:
-        message = f"The body must be an inference request, got what JSON has not: {error}."
+        message = f"The body must be an inference request, got what JSON has not: {error.__cause__ or error}."
         raise BadRequest(message) from None
     return decode_request(body, release.contract, header_length=None, rows_max=rows_max)
 
