@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -63,6 +64,21 @@ def post(address: Address, content: bytes, model: str | None = None) -> httpx.Re
     url = f"{address.url}/v2/models/{model or address.model}/infer"
     headers = {"Content-Type": "application/json"}
     return httpx.post(url, content=content, headers=headers, timeout=60, trust_env=False)
+
+
+def listening(pid: int | None) -> list[str]:
+    """The addresses on which a process listens."""
+    if not Path("/proc/net/tcp").exists():
+        pytest.skip("what a process listens on is looked up in Linux's /proc")
+    ours = {str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
+    lines = [
+        line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    hosts = [line[1].split(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in ours]
+    # The kernel writes 32 bits at a time, as the processor has them.
+    words = [[bytes.fromhex(host[at : at + 8])[::-1] for at in range(0, len(host), 8)] for host in hosts]
+    found = [ipaddress.ip_address(b"".join(each)) for each in words]
+    return [str(getattr(each, "ipv4_mapped", None) or each) for each in found]
 
 
 def rows(count: int, seed: int = 0) -> dict[str, np.ndarray]:
