@@ -14,12 +14,8 @@ from serving.predictor import Outputs
 from serving.release import Release
 from serving.tensors import tensors
 
-ROWS_MAX = 8192
 
-
-def read_request(
-    inputs: Sequence[Mapping[str, Any]], outputs: Sequence[str] | None, release: Release, *, rows_max: int = ROWS_MAX
-) -> InferRequest:
+def read_request(inputs: Sequence[Mapping[str, Any]], outputs: Sequence[str] | None, release: Release) -> InferRequest:
     """Return what a request asks, from its inputs (name, shape, datatype, data) and the names of the outputs it wants.
 
     Raises BadRequest as `decode_request` does, which it goes through, so that every server refuses the same requests.
@@ -28,9 +24,9 @@ def read_request(
     try:
         body = orjson.dumps(document, default=_text)
     except TypeError as error:
-        message = f"The body must be an inference request, got what JSON has not: {error}."
+        message = f"The body must be an inference request, got what JSON has not: {error.__cause__ or error}."
         raise BadRequest(message) from None
-    return decode_request(body, release.contract, header_length=None, rows_max=rows_max)
+    return decode_request(body, release.contract, header_length=None, rows_max=release.rows_max)
 
 
 def write_answer(request: InferRequest, outputs: Outputs, release: Release) -> dict[str, Any]:

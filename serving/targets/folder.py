@@ -83,9 +83,9 @@ class FolderHost:
     def deploy(self, release: Release, model: Path) -> Address:
         """Put a release up and wait until it answers.
 
-        Promises: a release that is up, or on its way, with the same files stays as it is; one with others is taken down first; one that
-        does not come up is taken away again. Raises EndpointFailed with what its server said last, or where no
-        controller watches the folder.
+        Promises: a release that is up, or on its way, with the same files stays as it is; one with others is taken
+        down first; one that does not come up is taken away again. Raises EndpointFailed with what its server said
+        last, or where no controller watches the folder.
         """
         self._check_watched()
         place, wanted = self._place(release), self.target.render(release, model)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from infra.local.venv import VenvFailed, make_venv
+from serving.encode import Encoded, Flags
 from serving.model import load_model
 from serving.oip import decode_response, encode_request
 from serving.registry import resolve_model
-from serving.release import Dial, Release, Runtime
+from serving.release import Dial, Release
 from serving.targets import Address
 from serving.targets.folder import FolderHost
 
@@ -47,8 +48,10 @@ def expected_of(served: Served, inputs: Arrays) -> dict[str, Any]:
     """What Model.predict gives in this process."""
     release, _ = served
     model = load_model(resolve_model(release.pin.uri), release.contract).using(release.engine)
-    with Runtime(release=release, model=model, _entered=ExitStack()) as runtime:
-        return runtime.predict(inputs)
+    count = len(next(iter(inputs.values())))
+    encoded = model.prepare(Encoded(inputs=dict(inputs), flags=Flags.none(count), rows=count))
+    with model.slot():
+        return model.predict(encoded.inputs)
 
 
 def ask(address: Address, release: Release, inputs: Arrays) -> dict[str, Any]:
@@ -63,6 +66,21 @@ def post(address: Address, content: bytes, model: str | None = None) -> httpx.Re
     url = f"{address.url}/v2/models/{model or address.model}/infer"
     headers = {"Content-Type": "application/json"}
     return httpx.post(url, content=content, headers=headers, timeout=60, trust_env=False)
+
+
+def listening(pid: int | None) -> list[str]:
+    """The addresses on which a process listens."""
+    if not Path("/proc/net/tcp").exists():
+        pytest.skip("what a process listens on is looked up in Linux's /proc")
+    ours = {str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
+    lines = [
+        line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    hosts = [line[1].split(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in ours]
+    # The kernel writes 32 bits at a time, as the processor has them.
+    words = [[bytes.fromhex(host[at : at + 8])[::-1] for at in range(0, len(host), 8)] for host in hosts]
+    found = [ipaddress.ip_address(b"".join(each)) for each in words]
+    return [str(getattr(each, "ipv4_mapped", None) or each) for each in found]
 
 
 def rows(count: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -89,7 +107,7 @@ BAD_REQUESTS: dict[str, tuple[Any, str]] = {
     "null": (document(data=[1.0, None, 3.0]), "null"),
     "NaN": (b'{"inputs": [{"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [NaN, 1, 2]}]}', ""),
     "a number too large": (document(data=[1e300, 0.0, 0.0]), "FP32"),
-    "too many rows": (document(shape=[9000, 3], data=[0.0] * 27_000), "at most 8192 rows"),
+    "too many rows": (document(shape=[9000, 3], data=[0.0] * 27_000), "at most 4096 rows"),
     "an output that is none": ({**document(), "outputs": [{"name": "rank"}]}, "'rank'"),
 }
 

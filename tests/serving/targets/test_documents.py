@@ -57,7 +57,7 @@ def test_what_is_no_text_is_refused(data: list[Any], words: str) -> None:
 
 def test_more_rows_than_a_request_may_have_are_refused() -> None:
     with pytest.raises(BadRequest, match="at most 1 rows, got 2") as refused:
-        read_request([tensor()], None, NUMBERS, rows_max=1)
+        read_request([tensor()], None, NUMBERS.model_copy(update={"rows_max": 1}))
 
     assert 413 == refused.value.status
 
