@@ -51,10 +51,11 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
         with _timed(seconds, "tune"):
             chosen = _tune(spec, subject)
         change = make_change(spec, subject, chosen, gateway, standing, logger)
-        before = _measure(spec, subject, serving_address(standing))
+        before = None if change.stands else _measure(spec, subject, serving_address(standing))
         with change.undone_on_failure():
             with _timed(seconds, "deploy"):
-                if before is None and chosen.time is not None and change.stands is None:
+                if standing is None and chosen.time is not None and spec.measure_seconds:
+                    # With nothing to compare with, the release itself shows what the dial is worth.
                     before = _measure(spec, subject, _deploy(change.without_dial()))
                 address = _deploy(change)
             with _timed(seconds, "verify"):
