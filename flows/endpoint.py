@@ -10,9 +10,9 @@ from typing import Annotated
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from pydantic import Field
-from serving.gateway.client import GatewayClient
 
 from flows.adhoc import adhoc_flow
+from serving.gateway.client import GatewayClient
 from serving.targets import Address
 from tasks.endpoint.access import read_admin_key, read_keys
 from tasks.endpoint.change import Change, make_change, retire, serving_address
