@@ -47,7 +47,9 @@ class TritonPythonModel:
 
     def _response(self, answer: dict[str, Any] | OvernightError) -> Any:
         if isinstance(answer, OvernightError):
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(answer)))
+            # The former is answered with 400, the latter with 500.
+            code = pb_utils.TritonError.INVALID_ARG if isinstance(answer, BadRequest) else pb_utils.TritonError.INTERNAL
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(answer), code))
         return pb_utils.InferenceResponse([_to_tensor(answer[value.name], value) for value in self.contract.outputs])
 
 
