@@ -17,7 +17,6 @@ from infra.local.ports import free_ports, start_on_free_ports
 from infra.local.process import Running, ServerCommand, ServerProcess, base_environment
 
 _PACKAGE = "pytriton"
-_BACKEND_FILES = ("libtriton_python.so", "triton_python_backend_utils.py")
 _STUB = "triton_python_backend_stub"
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the server and its models share memory, by names of this start
 
@@ -129,8 +128,15 @@ def _backends(package: Path, folder: Path) -> Path:
         raise FileNotFoundError(message)
     backends = folder / "backends"
     (backends / "python").mkdir(parents=True, exist_ok=True)
-    for source in (*(package / "backends/python" / name for name in _BACKEND_FILES), stub):
-        link = backends / "python" / source.name
+    wheel, utils = package / "backends/python", "triton_python_backend_utils"
+    sources = {
+        _STUB: stub,
+        "libtriton_python.so": wheel / "libtriton_python.so",
+        f"{utils}_of_the_wheel.py": wheel / f"{utils}.py",
+        f"{utils}.py": Path(__file__).with_name("triton_numpy.py"),
+    }
+    for name, source in sources.items():
+        link = backends / "python" / name
         link.unlink(missing_ok=True)
         link.symlink_to(source)
     return backends
