@@ -67,9 +67,7 @@ def predict_each(runtime: Runtime, requests: Sequence[Arrays]) -> list[Predictio
             return [error]
         return [prediction for request in requests for prediction in predict_each(runtime, [request])]
     edges = [0, *itertools.accumulate(_rows(request) for request in requests)]
-    return [
-        {name: values[start:stop] for name, values in outputs.items()} for start, stop in itertools.pairwise(edges)
-    ]
+    return [{name: values[start:stop] for name, values in outputs.items()} for start, stop in itertools.pairwise(edges)]
 
 
 def settled(prediction: Prediction) -> Outputs:

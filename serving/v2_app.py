@@ -143,7 +143,7 @@ class _Routes:
             )
         except Overloaded as error:
             return _error(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the model is somebody else's code
             _log.exception("The model failed on a request of %d rows.", asked.rows)
             message = f"The model must predict every row, got {type(error).__name__}: {error}"
             return _error(HTTPStatus.INTERNAL_SERVER_ERROR, message)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ray
 from fastapi import FastAPI
@@ -20,7 +21,8 @@ from serving.release import Dial
 from serving.v2_app import v2_app
 
 
-@serve.deployment
+# A model that did not load twice will not load at all.
+@serve.deployment(max_constructor_retry_count=2)
 @serve.ingress()
 class Endpoint:
     """One replica: the model, loaded once, and the routes before it."""
@@ -43,6 +45,6 @@ class Endpoint:
         return await self._predictor.predict_each(requests)
 
 
-def application(dial: Dial) -> Application:
+def application(args: dict[str, Any]) -> Application:
     """Return the application that a Serve config names; `args` there are the dial."""
-    return Endpoint.bind(str(Path(__file__).parent), dial)
+    return Endpoint.bind(str(Path(__file__).parent), Dial.model_validate(args))

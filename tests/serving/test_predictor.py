@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,7 +33,7 @@ def runtime_of(module: Any, batch_size_max: int) -> Runtime:
 
 def requests_of(x_NF: np.ndarray, sizes: list[int]) -> list[Arrays]:
     edges = np.cumsum([0, *sizes])
-    return [{"x": x_NF[start:stop]} for start, stop in zip(edges, edges[1:], strict=False)]
+    return [{"x": x_NF[start:stop]} for start, stop in itertools.pairwise(edges)]
 
 
 @settings(max_examples=30, deadline=None)
