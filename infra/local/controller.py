@@ -20,7 +20,7 @@ from infra.local.process import Running, ServerCommand, ServerProcess, base_envi
 
 _LOCK_FILE = ".controller.lock"
 _POLL_S = 0.1
-_LOCK_S_MAX = 15.0
+_LOCK_S_MAX = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

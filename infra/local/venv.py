@@ -1,7 +1,7 @@
 """Virtual environments for model servers that can't share one: made once from a requirements file, then kept.
 
-Each is the only one of its name; a requirements file with other contents makes it anew. Needs what pip needs:
-a registry, or files on disk that pip is configured to find.
+Each is the only one of its name; a requirements file with other contents makes it anew. Needs pip, and
+what pip needs: a registry, or files on disk that it is configured to find.
 """
 
 import fcntl
@@ -39,8 +39,9 @@ def make_venv(requirements: Path, folder: Path | None = None) -> Path:
     with _alone(venv.parent):
         if _stamp(venv) != digest:
             shutil.rmtree(venv, ignore_errors=True)
-            _run(requirements, sys.executable, "-I", "-m", "venv", str(venv))
-            pip = (str(venv / "bin/python"), "-I", "-m", "pip", "--disable-pip-version-check", "--no-input")
+            # The pip of this interpreter installs there; one in each environment would take seconds more.
+            _run(requirements, "-m", "venv", "--without-pip", str(venv))
+            pip = ("-m", "pip", "--python", str(venv / "bin/python"), "--disable-pip-version-check", "--no-input")
             _run(requirements, *pip, "install", "--quiet", "-r", str(requirements.absolute()))
             _run(requirements, *pip, "check")
             (venv / _STAMP).write_text(digest)
@@ -81,9 +82,11 @@ def _alone(folder: Path) -> Generator[None]:
         os.close(held)
 
 
-def _run(requirements: Path, *command: str) -> None:
-    # Isolated from PYTHONPATH, which would have pip take packages from there for installed ones.
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _run(requirements: Path, *arguments: str) -> None:
+    # With PYTHONPATH pip would take the packages there for installed ones.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    command = (sys.executable, *arguments)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         told = "\n".join((done.stdout + done.stderr).strip().splitlines()[-_LINES_SHOWN:]) or "nothing"
         message = (

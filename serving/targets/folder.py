@@ -83,13 +83,14 @@ class FolderHost:
     def deploy(self, release: Release, model: Path) -> Address:
         """Put a release up and wait until it answers.
 
-        Promises: a release that is up with the same files stays as it is; one with others is taken down first; one that
-        does not come up is taken away again. Raises EndpointFailed with what its server said last, or where no
-        controller watches the folder.
+        Promises: a release that is up, or on its way, with the same files stays as it is; one with others is taken
+        down first; one that does not come up is taken away again. Raises EndpointFailed with what its server said
+        last, or where no controller watches the folder.
         """
         self._check_watched()
         place, wanted = self._place(release), self.target.render(release, model)
-        if not _holds(place, wanted):
+        status = _read_status(place)
+        if not _holds(place, wanted) or (status is not None and status.state in ("failed", "ended")):
             self.remove(release)
             self._put(place, wanted)
         try:
@@ -138,7 +139,7 @@ class FolderHost:
             status = _read_status(place)
             if status is not None and status.url is not None:
                 return status.url
-            if status is not None and status.error is not None:
+            if status is not None and status.state == "failed":
                 message = f"{who} must come up, and is taken away again, got: {status.error}"
                 raise EndpointFailed(message)
             self._check_watched()

@@ -25,7 +25,7 @@ def says(venv: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_an_environment_is_made_once_and_anew_when_its_requirements_change_or_it_is_not_whole(tmp_path: Path) -> None:
+def test_an_environment_is_made_once_and_anew_when_its_requirements_change(tmp_path: Path) -> None:
     requirements, folder = tmp_path / "said.txt", tmp_path / "environments/said"
     requirements.write_text(f"{write_wheel(tmp_path, '1.0')}\n")
 
@@ -37,11 +37,6 @@ def test_an_environment_is_made_once_and_anew_when_its_requirements_change_or_it
     assert (made, "1.0") == ((venv / "pyvenv.cfg").stat().st_ino, says(venv))
 
     requirements.write_text(f"{write_wheel(tmp_path, '2.0')}\n")
-    make_venv(requirements, folder)
-
-    assert "2.0" == says(venv)
-
-    (venv / ".complete").unlink()
     (venv / "left-over").touch()
     make_venv(requirements, folder)
 
@@ -54,7 +49,9 @@ def test_what_pip_can_not_install_is_told_and_is_no_environment(tmp_path: Path) 
     requirements.write_text(f"{tmp_path}/said-9.0-py3-none-any.whl\n")
 
     for _ in range(2):
-        with pytest.raises(VenvFailed, match=r"said\.txt pins must install for(?s:.*)said-9\.0.*No such file"):
+        with pytest.raises(
+            VenvFailed, match=r"(?s)said\.txt pins must install for .*No such file or directory.*said-9"
+        ):
             make_venv(requirements, folder)
 
 
