@@ -14,10 +14,9 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
-from serving.model import Arrays
 from serving.oip import ServerMetadata
-from serving.predictor import Outputs, Prediction, open_predictor, settled
-from serving.release import Dial
+from serving.predictor import Prediction, open_predictor, settled
+from serving.release import Arrays, Dial, Predictions
 from serving.v2_app import v2_app
 
 
@@ -37,7 +36,11 @@ class Endpoint:
         server = ServerMetadata(name="ray_serve", version=ray.__version__)
         return v2_app(self._predictor.release, self._predict, server)
 
-    async def _predict(self, inputs: Arrays) -> Outputs:
+    def check_health(self) -> None:
+        """Have Ray start another replica where this one's device is gone."""
+        self._predictor.check()
+
+    async def _predict(self, inputs: Arrays) -> Predictions:
         return settled(await self._predict_each(inputs))
 
     @serve.batch
