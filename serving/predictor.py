@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+from serving.errors import DeviceLost, ModelFailed
+from serving.release import Arrays, Predictions, Release, Runtime, open_release
 
-from serving.model import Arrays
-from serving.release import Release, Runtime, open_release
-
-Outputs = dict[str, npt.NDArray[Any]]
-Prediction = Outputs | Exception
+Outputs = Predictions
+Prediction = Outputs | ModelFailed
 
 
 class Predictor:
@@ -25,6 +20,7 @@ class Predictor:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="predict", initializer=runtime.__enter__)
+        self._lost: DeviceLost | None = None
 
     @property
     def release(self) -> Release:
@@ -32,12 +28,17 @@ class Predictor:
         return self._runtime.release
 
     async def predict_each(self, requests: Sequence[Arrays]) -> list[Prediction]:
-        """Return the outputs of each request, or what the model raised on it.
+        """Return the answer to each of several requests, passed together: one that fails leaves the others theirs."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._runtime.predict_each, requests)
+        except DeviceLost as error:
+            self._lost = error
+            raise
 
-        The rows of all of them go through the model together, in passes of at most the dial's batch size.
-        """
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, predict_each, self._runtime, requests)
+    def check(self) -> None:
+        """Raise DeviceLost where the device is gone: this process must end, and its server starts another one."""
+        if self._lost is not None:
+            raise self._lost
 
     def close(self) -> None:
         """Leave the slot and end the thread. Idempotent."""
@@ -53,47 +54,8 @@ def open_predictor(folder: Path) -> Predictor:
     return Predictor(open_release(folder))
 
 
-def predict_each(runtime: Runtime, requests: Sequence[Arrays]) -> list[Prediction]:
-    """Return the outputs of each request, or what the model raised on it; called inside the slot.
-
-    Where the model raises on the rows of several requests together, each goes through it alone: no request is failed
-    by the rows of another.
-    """
-    joined = requests[0] if len(requests) == 1 else _joined(requests)
-    try:
-        outputs = _predict(runtime, joined)
-    except Exception as error:  # noqa: BLE001 - the model is somebody else's code
-        if len(requests) == 1:
-            return [error]
-        return [prediction for request in requests for prediction in predict_each(runtime, [request])]
-    edges = [0, *itertools.accumulate(_rows(request) for request in requests)]
-    return [
-        {name: values[start:stop] for name, values in outputs.items()} for start, stop in itertools.pairwise(edges)
-    ]
-
-
 def settled(prediction: Prediction) -> Outputs:
-    """Return the outputs of a request, or raise what the model raised on it."""
-    if isinstance(prediction, Exception):
+    """Return the outputs of a request, or raise the reason why one of its rows has none."""
+    if isinstance(prediction, ModelFailed):
         raise prediction
     return prediction
-
-
-def _predict(runtime: Runtime, inputs: Arrays) -> Outputs:
-    """Pass the rows through the model, no more of them at once than the dial allows."""
-    rows, size = _rows(inputs), runtime.release.dial.batch_size_max
-    if rows <= size:
-        return runtime.predict(inputs)
-    passes = [
-        runtime.predict({name: values[start : start + size] for name, values in inputs.items()})
-        for start in range(0, rows, size)
-    ]
-    return {name: np.concatenate([each[name] for each in passes]) for name in passes[0]}
-
-
-def _joined(requests: Sequence[Arrays]) -> Outputs:
-    return {name: np.concatenate([request[name] for request in requests]) for name in requests[0]}
-
-
-def _rows(inputs: Arrays) -> int:
-    return len(next(iter(inputs.values())))

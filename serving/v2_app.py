@@ -11,8 +11,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from serving.errors import BadRequest
-from serving.model import Arrays
+from serving.errors import BadRequest, ModelFailed
 from serving.oip import (
     HEADER_LENGTH,
     ModelMetadata,
@@ -22,24 +21,16 @@ from serving.oip import (
     encode_response,
     model_metadata,
 )
-from serving.predictor import Outputs
-from serving.release import Release
+from serving.release import Arrays, Predictions, Release
 
-Predict = Callable[[Arrays], Awaitable[Outputs]]
+Predict = Callable[[Arrays], Awaitable[Predictions]]
 Ready = Callable[[], Awaitable[bool]]
 
 _MODEL = "/models/{model}"
 _VERSION = "/models/{model}/versions/{version}"
+_BODY_BYTES_MAX = 16 << 20
 _ERROR_LENGTH_MAX = 500
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What one request may bring."""
-
-    body_bytes_max: int = 16 << 20
-    rows_max: int = 8192
 
 
 class Overloaded(Exception):
@@ -51,14 +42,19 @@ async def _always() -> bool:
 
 
 def v2_app(
-    release: Release, predict: Predict, server: ServerMetadata, *, ready: Ready = _always, limits: Limits | None = None
+    release: Release,
+    predict: Predict,
+    server: ServerMetadata,
+    *,
+    ready: Ready = _always,
+    body_bytes_max: int = _BODY_BYTES_MAX,
 ) -> FastAPI:
     """Return an app with the routes below /v2 for one release; `predict` gets the rows of one request at a time.
 
     Every answer but 2xx is {"error": "..."}: what is wrong with a request as 4xx, Overloaded from `predict` as 503,
     whatever else it raises as 500.
     """
-    routes = _Routes(release, predict, server, ready, limits or Limits())
+    routes = _Routes(release, predict, server, ready, body_bytes_max)
     app = FastAPI(title=f"{release.endpoint} version {release.version}", version=release.version)
     app.include_router(routes.router())
     app.add_exception_handler(BadRequest, _refused)
@@ -72,7 +68,7 @@ class _Routes:
     predict: Predict
     server: ServerMetadata
     is_ready: Ready
-    limits: Limits
+    body_bytes_max: int
     metadata: ModelMetadata = field(init=False)
 
     def __post_init__(self) -> None:
@@ -128,11 +124,11 @@ class _Routes:
     async def infer(self, request: Request, model: str, version: str | None = None) -> Response:
         """Return the predictions of a request, in JSON or as binary data."""
         self.check_known(model, version)
-        body = await _read(request, self.limits.body_bytes_max)
+        body = await _read(request, self.body_bytes_max)
         asked = decode_request(
             *(body, self.release.contract),
             header_length=_header_length(request),
-            rows_max=self.limits.rows_max,
+            rows_max=self.release.rows_max,
         )
         try:
             outputs = await self.predict(asked.inputs)
@@ -143,7 +139,9 @@ class _Routes:
             )
         except Overloaded as error:
             return _error(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
-        except Exception as error:
+        except ModelFailed as error:
+            return _error(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))
+        except Exception as error:  # noqa: BLE001 - the model is somebody else's code
             _log.exception("The model failed on a request of %d rows.", asked.rows)
             message = f"The model must predict every row, got {type(error).__name__}: {error}"
             return _error(HTTPStatus.INTERNAL_SERVER_ERROR, message)

@@ -19,6 +19,7 @@ _PORT_FLAGS = (
 # Serve sends nothing through it; the default is a third of the memory.
 _OBJECT_STORE_BYTES = 128 << 20
 _READY_S_MAX = 120.0
+_GRACE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,15 +83,18 @@ def _command(
             # Any free port, where the default is a range that others use too.
             *("--min-worker-port=0", "--max-worker-port=0"),
             *(f"--num-cpus={cpus}", "--num-gpus=0", f"--object-store-memory={_OBJECT_STORE_BYTES}"),
-            *(f"--temp-dir={session}", "--disable-usage-stats", "--include-log-monitor=false"),
+            *(f"--temp-dir={session}", "--disable-usage-stats", "--include-log-monitor=false", "--no-monitor"),
         ),
-        environment={**base_environment(), **environment},
+        # A node that ends would first wait half a minute for others to take its work over.
+        environment={**base_environment(), **environment, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"},
         # Ray puts the folder it is started in first on its workers' path: keep it ours.
         folder=folder,
         log_path=folder / "ray.log",
         # Only this very cluster knows the new token.
         ready=lambda: ask("GET", ports[1], "/api/serve/applications/", {"Authorization": f"Bearer {token}"}).ok,
         ready_s_max=_READY_S_MAX,
+        # Ray's processes are not of one group: the first of them ends the others, and needs the time for it.
+        grace_s=_GRACE_S,
     )
 
 
@@ -100,4 +104,6 @@ def _environment(token: str) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Whatever it is called: a node by itself, which listens on loopback alone.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
-from serving.model import Arrays
 from serving.oip import ServerMetadata
-from serving.predictor import Outputs, Prediction, open_predictor, settled
-from serving.release import Dial
+from serving.predictor import Prediction, open_predictor, settled
+from serving.release import Arrays, Dial, Predictions
 from serving.v2_app import v2_app
 
 
-@serve.deployment
+# A model that did not load twice will not load at all.
+@serve.deployment(max_constructor_retry_count=2)
 @serve.ingress()
 class Endpoint:
     """One replica: the model, loaded once, and the routes before it."""
@@ -35,7 +36,11 @@ class Endpoint:
         server = ServerMetadata(name="ray_serve", version=ray.__version__)
         return v2_app(self._predictor.release, self._predict, server)
 
-    async def _predict(self, inputs: Arrays) -> Outputs:
+    def check_health(self) -> None:
+        """Have Ray start another replica where this one's device is gone."""
+        self._predictor.check()
+
+    async def _predict(self, inputs: Arrays) -> Predictions:
         return settled(await self._predict_each(inputs))
 
     @serve.batch
@@ -43,6 +48,6 @@ class Endpoint:
         return await self._predictor.predict_each(requests)
 
 
-def application(dial: Dial) -> Application:
+def application(args: dict[str, Any]) -> Application:
     """Return the application that a Serve config names; `args` there are the dial."""
-    return Endpoint.bind(str(Path(__file__).parent), dial)
+    return Endpoint.bind(str(Path(__file__).parent), Dial.model_validate(args))

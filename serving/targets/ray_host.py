@@ -13,12 +13,13 @@ import httpx
 from serving.errors import EndpointFailed
 from serving.release import Release
 from serving.targets import Address
-from serving.targets.written import remove_folder, write_folder
 from serving.targets.ray_rest import Application, Applications, ServeApi
 from serving.targets.ray_serve import RayServe, application_name, folder_name
+from serving.targets.written import remove_folder, write_folder
 
 _POLL_SECONDS = 0.2
 _ANSWER_SECONDS_MAX = 60.0
+_TOLD_LENGTH_MAX = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +48,8 @@ class RayServeHost:
         address = Address(url=f"{self.serve_url}/{name}", model=release.endpoint, version=release.version)
         with self._serve() as serve:
             before = serve.status().get(name, {}).get("deployed_app_config")
-            write_folder(self.target.render(release, model), folder)
+            if not folder.exists():
+                write_folder(self.target.render(release, model), folder)
             try:
                 self._bring_up(serve, application, address)
             except EndpointFailed:
@@ -78,8 +80,8 @@ class RayServeHost:
         name, told = application["name"], "nothing"
         serve.change(lambda running: _with(running, application))
         for status in self._polls(serve):
-            ours = status.get(name, {"status": "gone", "message": ""})
-            told = f"{ours['status']}: {ours['message']}"
+            ours = status.get(name, {"status": "gone"})
+            told = _told(ours)
             if ours["status"] == "DEPLOY_FAILED":
                 message = f"{name} must start on Ray, got {told} Mend what it says, then call again."
                 raise EndpointFailed(message)
@@ -112,6 +114,13 @@ class RayServeHost:
         headers = {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
         with httpx.Client(base_url=self.dashboard_url, headers=headers, timeout=_ANSWER_SECONDS_MAX) as client:
             yield ServeApi(client=client, serve_url=self.serve_url)
+
+
+def _told(application: Application) -> str:
+    """Return what Ray says of an application and its deployments, the end of it where it is long."""
+    about = [application, *application.get("deployments", {}).values()]
+    messages = [each["message"].strip() for each in about if each.get("message")]
+    return f"{application['status']}: {' '.join(messages)[-_TOLD_LENGTH_MAX:]}"
 
 
 def _answers(address: Address) -> bool:

@@ -1,7 +1,8 @@
 """Ray Serve: one application a release, side by side on one cluster, each behind a route of its own.
 
 A release lies in a folder that every node of the cluster sees at the same path (the cluster's image, a shared volume,
-or this machine), and Ray runs it in place. Every node has this project's wheel installed, with ray[serve].
+or this machine), and Ray runs it in place. The folder brings this package along, so that a release answers with the
+code that it was verified with; what the package needs, and ray[serve], is installed on every node.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from typing import Any
 
 import yaml
 
+import serving
+from serving.registry import digest_folder
 from serving.release import MODEL_FOLDER, RELEASE_FILE, Release
 from serving.targets import Rendered
 
 MODULE = "application"
 DEPLOYMENT = "Endpoint"
 _DIGEST_LENGTH = 12
+_PACKAGE = Path(serving.__file__).parent
 _SOURCE = Path(__file__).with_name("ray_application.py")
 _GPUS = {"cpu": 0, "cuda": 1}
 
@@ -52,7 +56,7 @@ class RayServe:
             "serve.yaml": _yaml(serve_config),
             "rayservice.yaml": _yaml(self._ray_service(release, application)),
         }
-        return Rendered(files=files, trees={MODEL_FOLDER: model})
+        return Rendered(files=files, trees={MODEL_FOLDER: model, _PACKAGE.name: _PACKAGE})
 
     def application(self, release: Release) -> dict[str, Any]:
         """Return the application as an entry of a Serve config."""
@@ -94,7 +98,7 @@ class RayServe:
             "initial_replicas": max(1, least),
             "max_replicas": most,
             "target_ongoing_requests": max(2, release.dial.batch_size_max),
-            "look_back_period_s": 10,
+            "look_back_period_s": 15,
             "upscale_delay_s": 5,
             "downscale_delay_s": 60,
             "downscale_to_zero_delay_s": self.keep_warm_seconds,
@@ -157,7 +161,7 @@ def folder_name(release: Release) -> str:
 
     Replicas of one application read one folder for as long as it runs, so that no folder's contents may change.
     """
-    content = release.model_dump_json().encode() + _SOURCE.read_bytes()
+    content = f"{release.model_dump_json()}\0{digest_folder(_PACKAGE)}".encode()
     return f"{application_name(release)}.{hashlib.sha256(content).hexdigest()[:_DIGEST_LENGTH]}"
 
 

@@ -11,23 +11,22 @@ import httpx
 import numpy as np
 import pytest
 
-from serving.model import Arrays
+from serving.errors import ModelFailed
 from serving.oip import ServerMetadata, decode_response, encode_request
-from serving.predictor import Outputs
 from serving.registry import ModelPin
-from serving.release import Release
-from serving.v2_app import Limits, Overloaded, v2_app
+from serving.release import Arrays, Predictions, Release
+from serving.v2_app import Overloaded, v2_app
 from tests.releases import document
 from tests.serving.toys import matrix
 
 PIN = ModelPin(name="toy", version="3", model_id=None, source="", digest="0" * 64)
-RELEASE = Release(endpoint="toy", pin=PIN, contract=matrix(2))
+RELEASE = Release(endpoint="toy", pin=PIN, contract=matrix(2), rows_max=3)
 SERVER = ServerMetadata(name="test", version="1.0")
 INFER = "/v2/models/toy/versions/3/infer"
 Ask = Callable[..., httpx.Response]
 
 
-async def total(inputs: Arrays) -> Outputs:
+async def total(inputs: Arrays) -> Predictions:
     return {"score": inputs["x"].sum(axis=1)}
 
 
@@ -132,7 +131,7 @@ def test_what_is_not_there_is_named(ask: Ask, path: str, status: int, told: str)
 
 
 def test_bodies_and_rows_have_a_limit() -> None:
-    ask = asker(limits=Limits(body_bytes_max=2_000, rows_max=3))
+    ask = asker(body_bytes_max=2_000)
 
     async def stream() -> AsyncGenerator[bytes]:
         for _ in range(1_000):
@@ -147,10 +146,15 @@ def test_bodies_and_rows_have_a_limit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(ValueError("no such row"), 500), (Overloaded("No room; try again in a second."), 503)]
+    ("error", "status"),
+    [
+        (ModelFailed("The model must give a row a prediction, got none."), 500),
+        (ValueError("no such row"), 500),
+        (Overloaded("No room; try again in a second."), 503),
+    ],
 )
 def test_what_the_model_raises_is_told(error: Exception, status: int, caplog: pytest.LogCaptureFixture) -> None:
-    async def fail(_inputs: Arrays) -> Outputs:
+    async def fail(_inputs: Arrays) -> Predictions:
         raise error
 
     answer = asker(predict=fail)("POST", INFER, json=document(1, 2))
@@ -160,7 +164,7 @@ def test_what_the_model_raises_is_told(error: Exception, status: int, caplog: py
 
 
 def test_a_prediction_that_json_has_not_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    async def broken(inputs: Arrays) -> Outputs:
+    async def broken(inputs: Arrays) -> Predictions:
         return {"score": np.full(len(inputs["x"]), np.nan, dtype=np.float32)}
 
     answer = asker(predict=broken)("POST", INFER, json=document(1, 2))

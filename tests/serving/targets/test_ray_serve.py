@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import warnings
 from typing import Any
 
 import pytest
@@ -92,8 +93,11 @@ def check_serve_config(config: dict[str, Any]) -> Any:
 
     Ray passes over fields that it does not know, so that a typo would do nothing: here each must be known.
     """
-    from ray.serve.config import AutoscalingConfig
-    from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
+    with warnings.catch_warnings():
+        # Ray's, about its own code, when it is imported.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from ray.serve.config import AutoscalingConfig
+        from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
 
     schema = ServeDeploySchema.model_validate(config)
     levels: list[tuple[Any, dict[str, Any]]] = [(ServeDeploySchema, config)]
@@ -215,7 +219,8 @@ def test_another_dial_lies_in_another_folder_and_the_same_release_in_the_same(pu
 def test_the_folder_holds_the_application_the_release_and_the_models_files(put: Put) -> None:
     files = TARGET.render(put.release, put.model)
 
-    assert {"model": put.model} == files.trees
+    assert put.model == files.trees["model"]
+    assert (files.trees["serving"] / "v2_app.py").is_file()
     assert put.release == Release.model_validate_json(files.files["release.json"])
     assert "application" in {
         node.name for node in ast.walk(ast.parse(files.files["application.py"])) if isinstance(node, ast.FunctionDef)
