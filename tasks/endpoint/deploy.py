@@ -64,7 +64,7 @@ def _rendering(target: specs.BentoML | specs.KServe | specs.Seldon) -> Target:
         case specs.BentoML():
             from serving.targets.bentoml import BentoML  # noqa: PLC0415 - the same
 
-            return BentoML()
+            return BentoML(python=Path(target.python))
         case specs.KServe():
             from serving.targets.kserve import KServe  # noqa: PLC0415 - the same
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
-from serving.gateway.route import KeyName, Limits
 
 from serving.contract import ColumnPolicy, Frozen
+from serving.gateway.route import KeyName, Limits
 from serving.release import Dial, Scaling
 
 URL = r"^https?://[^\s@]+$"
@@ -60,6 +60,10 @@ class BentoML(Folder):
     """BentoML, one service for each release, started by a controller that watches a folder."""
 
     kind: Literal["bentoml"] = Field(default="bentoml", description="Tells this target from others.")
+    python: str = Field(
+        min_length=1,
+        description="The interpreter of an environment that has bentoml, as infra/local/bentoml.txt lists it.",
+    )
 
 
 class KServe(Folder):

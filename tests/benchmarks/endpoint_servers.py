@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
 import os
 import sys
@@ -20,7 +22,7 @@ from infra.local.process import ServerCommand, ServerProcess, base_environment
 from infra.processes import family
 from serving.oip import encode_request
 from serving.release import Dial, Release
-from serving.targets import Address, Host
+from serving.targets import Address, Host, Target
 from tasks.endpoint.client import infer_path
 
 BODIES = 64
@@ -169,7 +171,7 @@ def ray_serve(served: Served, folder: Path) -> Generator[Up]:
         yield _deployed(host, served.tuned, served, began, cluster.process)
 
 
-def by_folder(make_target: Callable[[], Any]) -> Start:
+def by_folder(make_target: Callable[[], Target]) -> Start:
     """Return how a target is started whose servers a controller runs."""
 
     @contextmanager
@@ -195,34 +197,30 @@ def _deployed(host: Host, release: Release, served: Served, began: float, proces
 
 def contenders() -> list[Contender]:
     """Return everybody, in the order of the table; those that can't run here say why."""
-    from infra.local.venv import VenvFailed, make_venv
-
-    def environment(name: str) -> tuple[str, str | None]:
-        try:
-            return str(make_venv(Path(f"infra/local/{name}.txt")) / "bin/python"), None
-        except VenvFailed as error:
-            return "", str(error).splitlines()[-1]
-
     found = [
         Contender(name="FastAPI", start=fastapi),
         Contender(name="Triton, default", start=triton_default, missing=_no_triton()),
         Contender(name="Triton, tuned", start=triton_tuned, missing=_no_triton()),
-        Contender(
-            name="Ray Serve", start=ray_serve, missing=_not_importable("ray.serve", "pip install 'overnight[ray]'")
-        ),
+        Contender(name="Ray Serve", start=ray_serve, missing=_no_ray()),
     ]
-    python, missing = environment("mlserver")
-    found.append(Contender(name="Seldon (MLServer)", start=by_folder(lambda: _seldon(python)), missing=missing))
-    python_kserve, missing_kserve = environment("kserve")
-    found.append(Contender(name="KServe", start=by_folder(lambda: _kserve(python_kserve)), missing=missing_kserve))
-    found.append(
-        Contender(
-            name="BentoML",
-            start=by_folder(_bentoml),
-            missing=_not_importable("bentoml", "pip install bentoml"),
-        )
-    )
+    for name, environment, make in (
+        ("Seldon (MLServer)", "mlserver", _seldon),
+        ("KServe", "kserve", _kserve),
+        ("BentoML", "bentoml", _bentoml),
+    ):
+        python, missing = _environment(environment)
+        found.append(Contender(name=name, start=by_folder(functools.partial(make, python)), missing=missing))
     return found
+
+
+def _environment(name: str) -> tuple[Path, str | None]:
+    """Return the interpreter of an environment, made where it is not there, or why it can't be had."""
+    from infra.local.venv import VenvFailed, make_venv
+
+    try:
+        return make_venv(Path(f"infra/local/{name}.txt")) / "bin/python", None
+    except VenvFailed as error:
+        return Path(), str(error).splitlines()[-1]
 
 
 def _no_triton() -> str | None:
@@ -235,31 +233,26 @@ def _no_triton() -> str | None:
     return None
 
 
-def _not_importable(module: str, how: str) -> str | None:
-    import importlib.util
-
-    try:
-        return None if importlib.util.find_spec(module) else how
-    except ModuleNotFoundError:
-        return how
+def _no_ray() -> str | None:
+    return None if importlib.util.find_spec("ray") else "pip install 'overnight[ray]'"
 
 
-def _seldon(python: str) -> Any:
+def _seldon(python: Path) -> Target:
     from serving.targets.seldon import Seldon
 
-    return Seldon(python=Path(python))
+    return Seldon(python=python)
 
 
-def _kserve(python: str) -> Any:
+def _kserve(python: Path) -> Target:
     from serving.targets.kserve import KServe
 
-    return KServe(python=Path(python))
+    return KServe(python=python)
 
 
-def _bentoml() -> Any:
+def _bentoml(python: Path) -> Target:
     from serving.targets.bentoml import BentoML
 
-    return BentoML()
+    return BentoML(python=python)
 
 
 def _pss_kb(pid: int) -> int:

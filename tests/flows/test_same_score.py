@@ -68,15 +68,12 @@ def running(kind: str, folder: Path) -> Generator[AnyTarget]:
 
 
 def _by_folder(kind: str, folder: str) -> AnyTarget:
-    if kind == "bentoml":
-        pytest.importorskip("serving.targets.bentoml", reason="the target BentoML is not there")
-        return BentoML(folder=folder)
-    name = {"kserve": "kserve", "seldon": "mlserver"}[kind]
+    name, make = {"bentoml": ("bentoml", BentoML), "kserve": ("kserve", KServe), "seldon": ("mlserver", Seldon)}[kind]
     try:
         python = str(make_venv(ROOT / f"infra/local/{name}.txt") / "bin/python")
     except VenvFailed as error:
         pytest.skip(f"pip install -r infra/local/{name}.txt must work in an environment of its own: {error}")
-    return KServe(folder=folder, python=python) if kind == "kserve" else Seldon(folder=folder, python=python)
+    return make(folder=folder, python=python)
 
 
 @pytest.mark.parametrize("kind", TARGETS)

@@ -34,7 +34,9 @@ def test_the_default_target_is_triton_where_its_binaries_run(monkeypatch: pytest
     assert isinstance(default_target(), RayServe)
 
 
-@pytest.mark.parametrize("target", [Triton(), RayServe(), BentoML(folder="f"), KServe(folder="f", python="p")])
+@pytest.mark.parametrize(
+    "target", [Triton(), RayServe(), BentoML(folder="f", python="p"), KServe(folder="f", python="p")]
+)
 def test_a_target_comes_back_from_json_by_its_kind(target: BaseModel) -> None:
     found = EndpointSpec.model_validate_json(spec(target=target).model_dump_json())
 
@@ -48,7 +50,10 @@ def test_a_target_comes_back_from_json_by_its_kind(target: BaseModel) -> None:
         ({"budget": {"latency_ms": 50, "rate": 9}, "dial": {"batch_size_max": 4}}, "a budget or a dial, got both"),
         ({"keep_warm": "auto"}, "only beside a budget"),
         ({"keep_warm": 0.1}, "from 1 second to a week, got 0.1"),
-        ({"keep_warm": 60, "target": {"kind": "bentoml", "folder": "f"}}, "only triton and ray-serve unload and wake"),
+        (
+            {"keep_warm": 60, "target": {"kind": "bentoml", "folder": "f", "python": "p"}},
+            "only triton and ray-serve unload and wake",
+        ),
         ({"keep_warm": "sometimes"}, "keep_warm"),
         ({"target": {"kind": "torchserve"}}, "torchserve"),
         ({"target": {"kind": "triton", "url": "http://user:word@host"}}, "url"),
