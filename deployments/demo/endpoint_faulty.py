@@ -5,7 +5,6 @@ leave over an hour late. slow: it takes a third of a second for those.
 """
 
 import time
-from typing import Any
 
 import mlflow
 import numpy as np
@@ -17,7 +16,8 @@ LATE_MINUTES = 60.0
 class Faulty(PythonModel):
     """Predicts that a flight arrives as late as it left, but for its fault."""
 
-    def predict(self, context: Any, model_input: Any, params: Any = None) -> Any:  # noqa: ARG002 - MLflow's signature
+    # MLflow takes hints of types for a schema of its own.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN201, ARG002
         """Return the delay on arrival in minutes for N rows of features [N, F], the delay at departure first."""
         dep_delay_N = np.asarray(next(iter(model_input.values())))[:, 0]
         fault = context.model_config["fault"]

@@ -22,6 +22,8 @@ from tasks.endpoint.spec import (
 )
 from tests.tasks.endpoint.values import spec
 
+OWN = (BentoML, KServe, Seldon)
+
 
 def test_the_default_target_is_triton_where_its_binaries_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "system", lambda: "Linux")
