@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, TypeVar
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -27,6 +27,8 @@ from tasks.endpoint.traffic import check_door, shift
 from tasks.endpoint.tuning import Chosen, remember, settle_dial
 from tasks.endpoint.verify import Verification, verify
 
+T = TypeVar("T")
+
 
 @adhoc_flow("online-endpoint")
 def online_endpoint(spec: EndpointSpec) -> Endpoint:
@@ -40,31 +42,26 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
     by the server, VerifyFailed by the answers, RolledBack by the traffic.
     """
     logger = get_run_logger()
-    seconds: dict[str, float] = {}
+    stages = _Stages()
     keys = read_keys(spec.access)
     with GatewayClient(spec.gateway, read_admin_key(spec.admin_secret)) as gateway:
-        with _timed(seconds, "resolve"):
-            subject = _resolve(spec)
+        subject = stages.run("resolve", lambda: resolve(spec))
         status = gateway.get(spec.name)
         standing = before_change(status.route if status else None, subject.version)
         check_change(spec, standing, subject.contract, subject.version)
-        with _timed(seconds, "tune"):
-            chosen = _tune(spec, subject)
+        chosen = stages.run("tune", lambda: settle_dial(spec, subject))
         change = make_change(spec, subject, chosen, gateway, standing, logger)
-        before = None if change.stands else _measure(spec, subject, serving_address(standing))
+        before = None if change.stands else _measure(stages, spec, subject, serving_address(standing))
         with change.undone_on_failure():
-            with _timed(seconds, "deploy"):
-                if standing is None and chosen.time is not None and spec.measure_seconds:
-                    # With nothing to compare with, the release itself shows what the dial is worth.
-                    before = _measure(spec, subject, _deploy(change.without_dial()))
-                address = _deploy(change)
-            with _timed(seconds, "verify"):
-                verification = _verify(spec, subject, chosen, address)
-            after = _measure(spec, subject, address) if change.touched else None
+            if standing is None and chosen.time is not None and spec.measure_seconds:
+                # With nothing to compare with, the release itself shows what the dial is worth.
+                before = _measure(stages, spec, subject, stages.run("deploy", change.without_dial().put_up))
+            address = stages.run("deploy", change.put_up)
+            verification = stages.run("verify", lambda: _verify(spec, subject, chosen, address))
+            after = _measure(stages, spec, subject, address) if change.touched else None
             if not remember(spec, subject.resolved.pin, chosen):
                 logger.warning("The registry must take a tag of %s, and did not.", subject.resolved.pin.uri)
-            with _timed(seconds, "traffic"):
-                rollout = _shift(change, spec, subject, address, keys)
+            rollout = stages.run("traffic", lambda: _shift(change, spec, subject, address, keys))
         removed = change.settle(address)
     endpoint = Endpoint(
         name=spec.name,
@@ -82,7 +79,7 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
         verification=verification,
         before=before,
         after=after,
-        seconds=seconds,
+        seconds=stages.seconds,
     )
     publish_endpoint(endpoint, logger)
     logger.info("%s", endpoint.summary)
@@ -115,38 +112,20 @@ def retire_endpoint(
     return versions
 
 
-@task(name="resolve", cache_policy=NO_CACHE, persist_result=False)
-def _resolve(spec: EndpointSpec) -> Subject:
-    return resolve(spec)
-
-
-@task(name="tune", cache_policy=NO_CACHE, persist_result=False)
-def _tune(spec: EndpointSpec, subject: Subject) -> Chosen:
-    return settle_dial(spec, subject)
-
-
-@task(name="deploy", cache_policy=NO_CACHE, persist_result=False)
-def _deploy(change: Change) -> Address:
-    return change.put_up()
-
-
-@task(name="verify", cache_policy=NO_CACHE, persist_result=False)
 def _verify(spec: EndpointSpec, subject: Subject, chosen: Chosen, address: Address) -> Verification:
+    size = min(spec.limits.rows_max, chosen.dial.batch_size_max)
     with InferClient(address, subject.contract) as ask:
-        return verify(
-            ask, subject, size=min(spec.limits.rows_max, chosen.dial.batch_size_max), tolerance=spec.tolerance
-        )
+        return verify(ask, subject, size=size, tolerance=spec.tolerance)
 
 
-@task(name="measure", cache_policy=NO_CACHE, persist_result=False)
-def _measure(spec: EndpointSpec, subject: Subject, address: Address | None) -> Latency | None:
-    if spec.budget is None or not spec.measure_seconds or address is None:
+def _measure(stages: _Stages, spec: EndpointSpec, subject: Subject, address: Address | None) -> Latency | None:
+    budget, seconds = spec.budget, spec.measure_seconds
+    if budget is None or not seconds or address is None:
         return None
-    rate, seconds = spec.budget.rate, spec.measure_seconds
-    return measure_latency(address, subject.contract, subject.sample, rate=rate, seconds=seconds)
+    contract, sample = subject.contract, subject.sample
+    return stages.run("measure", lambda: measure_latency(address, contract, sample, rate=budget.rate, seconds=seconds))
 
 
-@task(name="shift-traffic", cache_policy=NO_CACHE, persist_result=False)
 def _shift(change: Change, spec: EndpointSpec, subject: Subject, address: Address, keys: Mapping[str, str]) -> str:
     for name, key in keys.items():
         change.gateway.put_key(name, key)
@@ -156,10 +135,16 @@ def _shift(change: Change, spec: EndpointSpec, subject: Subject, address: Addres
     return words
 
 
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Generator[None]:
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[stage] = time.perf_counter() - start
+@dataclass(slots=True)
+class _Stages:
+    """The stations that a run has passed, each a task run of its own, and the seconds that they took."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self, name: str, work: Callable[[], T]) -> T:
+        """Do the work of a station. It takes no arguments, since Prefect looks into those of a task."""
+        start = time.perf_counter()
+        try:
+            return task(name=name, cache_policy=NO_CACHE, persist_result=False)(work)()
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

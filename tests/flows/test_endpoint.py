@@ -112,7 +112,7 @@ def body(model: str, x_NF: np.ndarray) -> bytes:
 
 def score(gateway: GatewayServer, name: str, x_NF: np.ndarray, model: str, key: str = KEY) -> dict[str, Any]:
     url = f"{gateway.url}/v2/models/{name}/infer"
-    answer = httpx.post(url, content=body(model, x_NF), headers={"Authorization": f"Bearer {key}"})
+    answer = httpx.post(url, content=body(model, x_NF), headers={"Authorization": f"Bearer {key}"}, timeout=60)
     return {"status": answer.status_code, **answer.json()}
 
 
