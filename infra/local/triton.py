@@ -17,6 +17,7 @@ from infra.local.ports import free_ports, start_on_free_ports
 from infra.local.process import Running, ServerCommand, ServerProcess, base_environment
 
 _PACKAGE = "pytriton"
+_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 _STUB = "triton_python_backend_stub"
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the server and its models share memory, by names of this start
 
@@ -120,11 +121,10 @@ def _command(package: Path, repository: Path, folder: Path, ports: Sequence[int]
 
 def _backends(package: Path, folder: Path) -> Path:
     """Return a folder of backends with the one for Python, and in it the stub of this very version of Python."""
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    stub = package / "python_backend_stubs" / version / _STUB
+    stub = package / "python_backend_stubs" / _PYTHON / _STUB
     if not stub.exists():
         found = sorted(path.name for path in stub.parents[1].iterdir())
-        message = f"Triton must have a stub for Python {version}, found those for {found}; use one of these."
+        message = f"Triton must have a stub for Python {_PYTHON}, found those for {found}; use one of these."
         raise FileNotFoundError(message)
     backends = folder / "backends"
     (backends / "python").mkdir(parents=True, exist_ok=True)
