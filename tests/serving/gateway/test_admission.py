@@ -13,7 +13,7 @@ from serving.gateway.route import Limits
 
 
 @settings(max_examples=50)
-@given(st.integers(1, 4), st.integers(0, 4), st.lists(st.integers(0, 5), max_size=20), st.integers(1, 4))
+@given(st.integers(1, 4), st.integers(0, 4), st.lists(st.integers(1, 5), max_size=20), st.integers(1, 4))
 def test_never_more_than_the_limits_and_everybody_has_a_turn_or_is_sent_away(
     in_flight_max: int, queue_max: int, turns: list[int], resized: int
 ) -> None:

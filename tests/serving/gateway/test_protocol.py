@@ -147,19 +147,21 @@ def test_a_body_without_a_length_is_refused_once_it_is_too_long(door: Door) -> N
 
 
 def test_an_unknown_model_or_version_is_named(door: Door, gateway: GatewayServer) -> None:
-    strange = Door("strange", gateway.url)
+    strange = f"{gateway.url}/v2/models/strange"
 
     assert (404, f"The version of {door.name!r} must be one of ['1', '2'], got '9'.") == error(door.infer(version="9"))
     assert 404 == error(door.get("/versions/9"))[0]
     assert 404 == error(door.get("/versions/9/ready"))[0]
-    assert (404, "The model must be an endpoint that is served here, got 'strange'.") == error(strange.infer())
-    assert 404 == error(strange.get())[0]
+    assert (404, "The model must be an endpoint that is served here, got 'strange'.") == error(
+        httpx.post(f"{strange}/infer", json=ROW)
+    )
+    assert (404, "The model must be an endpoint that is served here, got 'strange'.") == error(httpx.get(strange))
 
 
 def test_a_path_or_a_method_that_is_none_is_an_error_as_all_others(door: Door, gateway: GatewayServer) -> None:
     assert 405 == error(door.get("/infer"))[0]
     assert 404 == error(httpx.get(f"{gateway.url}/v1/models"))[0]
-    assert 404 == error(httpx.post(f"{gateway.url}/v2/models/a/versions/infer"))[0]
+    assert 404 == error(httpx.post(f"{gateway.url}/v2/models/{door.name}/versions/1/2/infer"))[0]
 
 
 _json = st.recursive(
