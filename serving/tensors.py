@@ -164,7 +164,7 @@ def _takes(name: str) -> tuple[frozenset[type], str]:
 
 
 _TAKES = {name: _takes(name) for name in _DATATYPES.values()}
-_NUMPY = {
+_NUMPY: dict[str, np.dtype[Any]] = {
     name: np.dtype(dtype).newbyteorder("<")
     for dtype, name in _DATATYPES.items()
     if name != "BYTES" and not dtype.startswith("datetime")
