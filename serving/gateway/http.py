@@ -69,6 +69,8 @@ def _session(connector: aiohttp.TCPConnector, *traces: aiohttp.TraceConfig) -> a
         connector=connector,
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
+        # An answer goes back as it comes, and the client asked this server for nothing.
+        headers={"Accept-Encoding": "identity"},
         # The caller's deadline is the time-out; what is bounded here is how long a dead host can hold a connection.
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S_MAX),
         trace_configs=list(traces),
