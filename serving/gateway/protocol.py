@@ -6,7 +6,9 @@ import re
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import PlainTextResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -118,10 +120,10 @@ async def infer_version(name: str, version: str, request: Request) -> Response:
     return await infer(opened(request), request, name, version)
 
 
-@router.get("/metrics", tags=["Operations"])
+@router.get("/metrics", tags=["Operations"], response_class=PlainTextResponse)
 async def metrics(gateway: Open) -> Response:
     """Return the metrics in Prometheus's text format."""
-    return Response(gateway.metrics_page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(gateway.metrics_page(), media_type=CONTENT_TYPE_LATEST)
 
 
 _INFER = re.compile(r"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
