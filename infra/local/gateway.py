@@ -3,7 +3,7 @@
 import secrets
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from infra.local.loopback import HOST, ask
@@ -21,7 +21,7 @@ class GatewayServer(Running):
     process: ServerProcess
     folder: Path
     url: str
-    admin_key: str
+    admin_key: str = field(repr=False)
 
     def stop(self) -> None:
         """Have it answer what it has, and return when it is gone. Idempotent."""
@@ -38,9 +38,7 @@ def gateway_server(folder: Path, environment: Mapping[str, str] | None = None) -
     given = dict(environment or {})
     given.setdefault(_ADMIN_KEY, secrets.token_urlsafe(32))
     process, (port,) = start_on_free_ports(1, lambda ports: _command(folder, ports[0], given))
-    return GatewayServer(
-        process=process, folder=folder, url=f"http://{HOST}:{port}", admin_key=given[_ADMIN_KEY]
-    )
+    return GatewayServer(process=process, folder=folder, url=f"http://{HOST}:{port}", admin_key=given[_ADMIN_KEY])
 
 
 def _command(folder: Path, port: int, given: Mapping[str, str]) -> ServerCommand:

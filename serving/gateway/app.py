@@ -32,7 +32,11 @@ def application(gateway: Gateway) -> FastAPI:
             yield
 
     app: FastAPI = FastAPIOffline(
-        title="Overnight gateway", version=protocol.SERVER_VERSION, lifespan=lifespan, responses=openapi.ERRORS
+        title="Overnight gateway",
+        version=protocol.SERVER_VERSION,
+        lifespan=lifespan,
+        responses=openapi.ERRORS,
+        redirect_slashes=False,
     )
     app.include_router(protocol.router)
     app.include_router(admin.router)
@@ -41,6 +45,7 @@ def application(gateway: Gateway) -> FastAPI:
     app.add_exception_handler(BadRequest, _refused)
     app.add_exception_handler(Unanswered, _refused)
     app.add_exception_handler(Exception, _failed)
+    app.add_middleware(protocol.InferFirst)
     openapi.document(app)
     return app
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import PlainTextResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.contract import Frozen
 from serving.gateway import openapi
@@ -116,10 +120,33 @@ async def infer_version(name: str, version: str, request: Request) -> Response:
     return await infer(opened(request), request, name, version)
 
 
-@router.get("/metrics", tags=["Operations"])
+@router.get("/metrics", tags=["Operations"], response_class=PlainTextResponse)
 async def metrics(gateway: Open) -> Response:
     """Return the metrics in Prometheus's text format."""
-    return Response(gateway.metrics_page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(gateway.metrics_page(), media_type=CONTENT_TYPE_LATEST)
+
+
+_INFER = re.compile(r"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
+
+
+class InferFirst:
+    """Finds the way of inference requests before the router does, which tries its routes one by one.
+
+    That and its handling of parameters would take as long as all the rest that the gateway does for a request.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer an inference request; pass on everything else."""
+        match = _INFER.fullmatch(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if match is None:
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        response = await infer(opened(request), request, match["name"], match["version"])
+        await response(scope, receive, send)
 
 
 def _ready(name: str, response: Response, *, ready: bool) -> ModelReady:
