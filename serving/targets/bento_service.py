@@ -76,4 +76,6 @@ async def ready() -> bool:
     return bool(await bentoml.get_current_service().model.is_ready())
 
 
-Endpoint.mount_asgi_app(v2_app(RELEASE, predict, ServerMetadata(name="bentoml", version=bentoml.__version__), ready=ready))
+Endpoint.mount_asgi_app(
+    v2_app(RELEASE, predict, ServerMetadata(name="bentoml", version=bentoml.__version__), ready=ready)
+)

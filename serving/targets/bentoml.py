@@ -34,17 +34,16 @@ class BentoML:
 
     def render(self, release: Release, model: Path) -> Rendered:
         """Return service.py and bentofile.yaml, and how a controller serves them."""
-        arguments = ("-m", "bentoml", "serve", SERVICE, "--host", _HOST, "--port", "{port}", "--working-dir", "{folder}")
-        threads = str(release.engine.threads)
+        where = ("--host", _HOST, "--port", "{port}", "--working-dir", "{folder}")
         serve = Serve(
-            argv=(str(self.python), *arguments),
+            argv=(str(self.python), "-m", "bentoml", "serve", SERVICE, *where),
             environment={
                 **python_environment(),
                 "BENTOML_DO_NOT_TRACK": "True",
                 # Its store, its settings and its metrics: never the user's.
                 "BENTOML_HOME": "{folder}/.bentoml",
                 "PROMETHEUS_MULTIPROC_DIR": "{folder}/.bentoml/metrics",
-                "OMP_NUM_THREADS": threads,
+                "OMP_NUM_THREADS": str(release.engine.threads),
             },
             ready_path=f"/v2/models/{release.endpoint}/ready",
         )
