@@ -4,19 +4,31 @@ Each is the only one of its name; a requirements file with other contents makes 
 what pip needs: a registry, or files on disk that it is configured to find.
 """
 
+import argparse
 import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 _PROJECT = Path(__file__).parents[2]
 _STAMP = ".complete"
 _LINES_SHOWN = 12
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make the environment of a requirements file, and print its interpreter."""
+    parser = argparse.ArgumentParser(prog="python -m infra.local.venv", description=__doc__)
+    parser.add_argument("requirements", type=Path, help="what to install, such as infra/local/kserve.txt")
+    try:
+        venv = make_venv(parser.parse_args(arguments).requirements)
+    except VenvFailed as failure:
+        sys.exit(str(failure))
+    sys.stdout.write(f"{venv / 'bin/python'}\n")
 
 
 class VenvFailed(RuntimeError):
@@ -94,3 +106,7 @@ def _run(requirements: Path, *arguments: str) -> None:
             f"`{' '.join(command)}` ended with exit code {done.returncode}. Mend what it says, then call again:\n{told}"
         )
         raise VenvFailed(message)
+
+
+if __name__ == "__main__":
+    main()

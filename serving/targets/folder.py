@@ -73,6 +73,22 @@ def python_environment() -> dict[str, str]:
     }
 
 
+def interpreter(python: Path, requirements: str) -> str:
+    """Return an interpreter as a server runs it out of its own folder; a bare name is looked up on the PATH there.
+
+    Raises EndpointFailed where it is missing, with the command that makes its environment.
+    """
+    if len(python.parts) == 1:
+        return str(python)
+    if not python.exists():
+        message = (
+            f"The interpreter of the model server must be there, got no {python}. Make its environment: "
+            f"python -m infra.local.venv {requirements}"
+        )
+        raise EndpointFailed(message)
+    return str(python.absolute())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FolderHost:
     """A Host over a folder that a controller watches."""

@@ -14,9 +14,10 @@ import yaml
 
 from serving.release import Release
 from serving.targets import Rendered
-from serving.targets.folder import Serve, python_environment, rendered
+from serving.targets.folder import Serve, interpreter, python_environment, rendered
 
 _HOST = "127.0.0.1"
+_REQUIREMENTS = "infra/local/kserve.txt"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +65,14 @@ class KServe:
     canary_as: Literal["list", "percent"] = "list"
 
     def render(self, release: Release, model: Path) -> Rendered:
-        """Return predictor.py for KServe's Python server, and inferenceservice.yaml for a cluster."""
+        """Return predictor.py for KServe's Python server, and inferenceservice.yaml for a cluster.
+
+        Raises EndpointFailed where the interpreter is missing, with the command that makes its environment.
+        """
         arguments = ("--http_port", "{port}", "--enable_grpc", "false", "--configure_logging", "false")
         serve = Serve(
-            argv=(str(self.python), "predictor.py", *arguments),
-            environment={**python_environment(), "HOST": _HOST},
+            argv=(interpreter(self.python, _REQUIREMENTS), "predictor.py", *arguments),
+            environment={**python_environment(), "LISTEN_HOST": _HOST},
             ready_path=f"/v2/models/{release.endpoint}/ready",
         )
         files = {
@@ -110,6 +114,7 @@ class KServe:
 
 _PREDICTOR = '''"""The model of this folder under KServe's server: `python predictor.py --http_port 8080` serves it."""
 
+import logging
 import os
 import uuid
 from pathlib import Path
@@ -152,14 +157,20 @@ class Predictor(Model):
         return {**answer, "id": payload.id or str(uuid.uuid4()), "parameters": {}, "outputs": outputs}
 
 
+def told_to_its_sender(record):
+    return bool(record.exc_info) and isinstance(record.exc_info[1], InvalidInput)
+
+
 class Server(ModelServer):
     async def _serve(self):
         # KServe listens on every address, as a pod must.
-        if host := os.environ.get("HOST"):
+        if host := os.environ.get("LISTEN_HOST"):
             self._rest_server.config.host = host
         await super()._serve()
 
 
 if __name__ == "__main__":
+    # A bad request would otherwise leave a traceback in the log, each of them.
+    logging.getLogger("kserve").addFilter(lambda record: not told_to_its_sender(record))
     Server().start([Predictor(Path(__file__).parent)])
 '''

@@ -13,9 +13,10 @@ import yaml
 from serving.release import Dial, Release
 from serving.targets import Rendered
 from serving.targets.documents import describe
-from serving.targets.folder import Serve, python_environment, rendered
+from serving.targets.folder import Serve, interpreter, python_environment, rendered
 
 _HOST = "127.0.0.1"
+_REQUIREMENTS = "infra/local/mlserver.txt"
 # MLServer takes no wait for no batches at all; this one collects what has arrived already.
 _WAIT_S_MIN = 0.0001
 
@@ -36,10 +37,13 @@ class Seldon:
     server: str | None = None
 
     def render(self, release: Release, model: Path) -> Rendered:
-        """Return MLServer's settings and runtime, and model.yaml for a cluster."""
+        """Return MLServer's settings and runtime, and model.yaml for a cluster.
+
+        Raises EndpointFailed where the interpreter is missing, with the command that makes its environment.
+        """
         ports = {"HTTP": "{port}", "GRPC": "{port2}", "METRICS": "{port3}"}
         serve = Serve(
-            argv=(str(self.python), "-c", _START, "start", "."),
+            argv=(interpreter(self.python, _REQUIREMENTS), "-c", _START, "start", "."),
             environment={
                 **python_environment(),
                 "MLSERVER_HOST": _HOST,

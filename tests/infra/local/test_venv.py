@@ -1,4 +1,5 @@
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -78,3 +79,11 @@ def test_an_environment_lies_in_the_checkout_or_in_the_cache_of_an_installed_pac
     monkeypatch.setattr(module, "_PROJECT", tmp_path)
 
     assert tmp_path / "cache/overnight/venvs/kserve" == venv_folder("kserve")
+
+
+def test_what_an_environment_made_by_hand_lacks_is_told_on_stderr(tmp_path: Path) -> None:
+    command = (sys.executable, "-m", "infra.local.venv", str(tmp_path / "no.txt"))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert (1, "") == (done.returncode, done.stdout)
+    assert "made from a requirements file" in done.stderr

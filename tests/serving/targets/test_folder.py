@@ -13,7 +13,7 @@ from serving.errors import EndpointFailed
 from serving.registry import ModelPin
 from serving.release import Dial, Release, Scaling
 from serving.targets import Rendered
-from serving.targets.folder import FolderHost, Serve, rendered
+from serving.targets.folder import FolderHost, Serve, interpreter, rendered
 from tests.serving.toys import matrix
 
 CONTRACT: Contract = matrix(3)
@@ -138,3 +138,16 @@ def test_what_no_controller_wrote_is_told(folder: Path, model: Path) -> None:
 
     with pytest.raises(EndpointFailed, match="must be a controller's word"):
         host.status(release("1", "odd"))
+
+
+def test_an_interpreter_is_found_from_another_folder_or_told_how_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").symlink_to(sys.executable)
+
+    assert str(tmp_path / "bin/python") == interpreter(Path("bin/python"), "kserve.txt")
+    assert "python3" == interpreter(Path("python3"), "kserve.txt")
+    with pytest.raises(EndpointFailed, match=r"got no no/python\. Make its environment: .*venv kserve\.txt"):
+        interpreter(Path("no/python"), "kserve.txt")

@@ -93,6 +93,8 @@ def test_a_bad_request_is_refused_with_what_is_wrong(serving: Serving, what: str
 
     assert answer.status_code in range(400, 500), answer.text
     assert words in answer.text
+    log = serving.host.folder / serving.served[0][0].endpoint / serving.served[0][0].version / "server.log"
+    assert "InvalidInput" not in log.read_text()
 
 
 def test_a_model_that_is_not_there_is_not_found(serving: Serving) -> None:
