@@ -14,11 +14,12 @@ import yaml
 
 from serving.release import MODEL_FOLDER, RELEASE_FILE, Release
 from serving.targets import Rendered
-from serving.targets.folder import SERVE_FILE, Serve, python_environment, rendered
+from serving.targets.folder import SERVE_FILE, Serve, interpreter, python_environment, rendered
 
 SERVICE = "service:Endpoint"
 _SOURCE = Path(__file__).with_name("bento_service.py")
 _HOST = "127.0.0.1"
+_REQUIREMENTS = "infra/local/bentoml.txt"
 # What this package needs where a release is loaded; what the model needs, MLflow wrote beside it.
 _PACKAGES = (
     *("fastapi>=0.115", "httpx>=0.28", "mlflow>=3.10,<4", "numpy>=2", "orjson>=3.10", "pyarrow>=20"),
@@ -36,7 +37,7 @@ class BentoML:
         """Return service.py and bentofile.yaml, and how a controller serves them."""
         where = ("--host", _HOST, "--port", "{port}", "--working-dir", "{folder}")
         serve = Serve(
-            argv=(str(self.python), "-m", "bentoml", "serve", SERVICE, *where),
+            argv=(interpreter(self.python, _REQUIREMENTS), "-m", "bentoml", "serve", SERVICE, *where),
             environment={
                 **python_environment(),
                 "BENTOML_DO_NOT_TRACK": "True",
