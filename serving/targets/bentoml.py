@@ -72,4 +72,4 @@ _ENVIRONMENT = {"BENTOML_DO_NOT_TRACK": "True", "MLFLOW_DISABLE_TELEMETRY": "tru
 
 
 def _yaml(value: dict[str, Any]) -> bytes:
-    return yaml.safe_dump(value, sort_keys=False, width=120).encode()
+    return str(yaml.safe_dump(value, sort_keys=False, width=120)).encode()
