@@ -27,7 +27,7 @@ class RayCluster(Running):
     """A running cluster; a context manager that stops it.
 
     `serve_url` is where Serve is to answer once its first application is there. `token` is what the dashboard asks
-    for, and `environment` what a driver needs.
+    for, and `environment` what a driver needs. What Ray keeps goes with a stop, and stays where the starter is killed.
     """
 
     process: ServerProcess
@@ -50,8 +50,8 @@ def ray_cluster(folder: Path, *, cpus: int = 8, environment: Mapping[str, str] |
     """
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    # The path of a Unix socket ends at 107 characters, of which Ray takes 60 below its folder.
-    session = Path(tempfile.mkdtemp(prefix="ray-"))
+    # The path of a Unix socket ends at 107 characters, of which Ray takes 60 below its folder: TMPDIR may be too long.
+    session = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     token = secrets.token_hex(32)
     given = {**_environment(token), **(environment or {})}
     try:

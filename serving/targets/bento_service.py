@@ -39,7 +39,7 @@ class Model:
 
     # How long it waits for others BentoML learns by itself. Its max_latency_ms is a promise: requests that it will not
     # keep it for are answered 503, so it is as long as a request may take. It has no batches of one.
-    @bentoml.api(
+    @bentoml.api(  # type: ignore[untyped-decorator]  # BentoML is not there where types are checked
         batchable=RELEASE.dial.batch_size_max > 1,
         max_batch_size=max(2, RELEASE.dial.batch_size_max),
         max_latency_ms=60_000,
@@ -54,7 +54,7 @@ class Model:
 
 @bentoml.service(name=RELEASE.endpoint, traffic={"timeout": 60, "max_concurrency": 1024}, logging=QUIET)
 class Endpoint:
-    """The routes, and the model behind them."""
+    """The model, and the routes before it, which are mounted below."""
 
     model = bentoml.depends(Model)
 
@@ -76,4 +76,7 @@ async def ready() -> bool:
     return bool(await bentoml.get_current_service().model.is_ready())
 
 
-Endpoint.mount_asgi_app(v2_app(RELEASE, predict, ServerMetadata(name="bentoml", version=bentoml.__version__), ready=ready))
+SERVICE: Any = Endpoint
+SERVICE.mount_asgi_app(
+    v2_app(RELEASE, predict, ServerMetadata(name="bentoml", version=bentoml.__version__), ready=ready)
+)

@@ -14,11 +14,12 @@ import yaml
 
 from serving.release import MODEL_FOLDER, RELEASE_FILE, Release
 from serving.targets import Rendered
-from serving.targets.folder import SERVE_FILE, Serve, python_environment, rendered
+from serving.targets.folder import SERVE_FILE, Serve, interpreter, python_environment, rendered
 
 SERVICE = "service:Endpoint"
 _SOURCE = Path(__file__).with_name("bento_service.py")
 _HOST = "127.0.0.1"
+_REQUIREMENTS = "infra/local/bentoml.txt"
 # What this package needs where a release is loaded; what the model needs, MLflow wrote beside it.
 _PACKAGES = (
     *("fastapi>=0.115", "httpx>=0.28", "mlflow>=3.10,<4", "numpy>=2", "orjson>=3.10", "pyarrow>=20"),
@@ -34,17 +35,16 @@ class BentoML:
 
     def render(self, release: Release, model: Path) -> Rendered:
         """Return service.py and bentofile.yaml, and how a controller serves them."""
-        arguments = ("-m", "bentoml", "serve", SERVICE, "--host", _HOST, "--port", "{port}", "--working-dir", "{folder}")
-        threads = str(release.engine.threads)
+        where = ("--host", _HOST, "--port", "{port}", "--working-dir", "{folder}")
         serve = Serve(
-            argv=(str(self.python), *arguments),
+            argv=(interpreter(self.python, _REQUIREMENTS), "-m", "bentoml", "serve", SERVICE, *where),
             environment={
                 **python_environment(),
                 "BENTOML_DO_NOT_TRACK": "True",
                 # Its store, its settings and its metrics: never the user's.
                 "BENTOML_HOME": "{folder}/.bentoml",
                 "PROMETHEUS_MULTIPROC_DIR": "{folder}/.bentoml/metrics",
-                "OMP_NUM_THREADS": threads,
+                "OMP_NUM_THREADS": str(release.engine.threads),
             },
             ready_path=f"/v2/models/{release.endpoint}/ready",
         )
@@ -72,4 +72,4 @@ _ENVIRONMENT = {"BENTOML_DO_NOT_TRACK": "True", "MLFLOW_DISABLE_TELEMETRY": "tru
 
 
 def _yaml(value: dict[str, Any]) -> bytes:
-    return yaml.safe_dump(value, sort_keys=False, width=120).encode()
+    return str(yaml.safe_dump(value, sort_keys=False, width=120)).encode()

@@ -29,8 +29,9 @@ class Endpoint:
     def __init__(self, folder: str, dial: Dial) -> None:
         """Load the release that the folder holds."""
         self._predictor = open_predictor(Path(folder))
-        self._predict_each.set_max_batch_size(dial.batch_size_max)
-        self._predict_each.set_batch_wait_timeout_s(dial.wait_ms_max / 1000)
+        batches: Any = self._predict_each
+        batches.set_max_batch_size(dial.batch_size_max)
+        batches.set_batch_wait_timeout_s(dial.wait_ms_max / 1000)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         server = ServerMetadata(name="ray_serve", version=ray.__version__)
@@ -50,4 +51,6 @@ class Endpoint:
 
 def application(args: dict[str, Any]) -> Application:
     """Return the application that a Serve config names; `args` there are the dial."""
-    return Endpoint.bind(str(Path(__file__).parent), Dial.model_validate(args))
+    deployment: Any = Endpoint
+    bound: Application = deployment.bind(str(Path(__file__).parent), Dial.model_validate(args))
+    return bound

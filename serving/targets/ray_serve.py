@@ -166,4 +166,4 @@ def folder_name(release: Release) -> str:
 
 
 def _yaml(value: dict[str, Any]) -> bytes:
-    return yaml.safe_dump(value, sort_keys=False, width=120).encode()
+    return str(yaml.safe_dump(value, sort_keys=False, width=120)).encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -76,7 +77,7 @@ from pathlib import Path
 from infra.local.ray_cluster import ray_cluster
 
 cluster = ray_cluster(Path(sys.argv[1]))
-print(cluster.process.pid, flush=True)
+print(cluster.process.pid, cluster._session, flush=True)
 time.sleep(600)
 """
 
@@ -84,15 +85,17 @@ time.sleep(600)
 @pytest.mark.skipif(not Path("/proc").exists(), reason="Linux lists its processes there")
 def test_a_cluster_whose_starter_is_killed_ends(tmp_path: Path) -> None:
     root = str(Path(__file__).parents[3])
-    environment = {**os.environ, "PYTHONPATH": root, "TMPDIR": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": root}
     command = [sys.executable, "-c", _STARTER, str(tmp_path / "cluster")]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as starter:
         assert starter.stdout is not None
-        pids = set(family(int(starter.stdout.readline())))
+        pid, session = starter.stdout.readline().split()
+        pids = set(family(int(pid)))
         starter.kill()
     deadline = time.monotonic() + 60
     while alive(pids):
         assert time.monotonic() < deadline, "the cluster must end with its starter"
         time.sleep(0.1)
+    shutil.rmtree(session)
 
     assert len(pids) > 5

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from serving.errors import EndpointFailed
 from serving.release import Dial, Scaling
 from serving.targets import Address
 from serving.targets.ray_host import RayServeHost
-from serving.targets.ray_serve import RayServe
+from serving.targets.ray_serve import RayServe, application_name
 from tests.releases import TOLERANCE, Put, document, infer, model_url, release_of, rows
 from tests.support import register_mlp, register_network, register_script
 
@@ -55,9 +58,28 @@ def mlp(registry: Path) -> Put:
 
 
 @pytest.fixture(scope="module")
-def address(host: RayServeHost, mlp: Put) -> Address:
-    """Where the MLP answers, for the whole module."""
-    return host.deploy(mlp.release, mlp.model)
+def sleeper(mlp: Put) -> Put:
+    scaling = Scaling(replicas_min=0, replicas_max=1)
+    return replace(mlp, release=mlp.release.model_copy(update={"endpoint": "sleeper", "scaling": scaling}))
+
+
+@pytest.fixture(scope="module")
+def versions(registry: Path) -> list[Put]:
+    return [release_of(register_network("ray-versions", seed=seed), "versions") for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def addresses(host: RayServeHost, mlp: Put, sleeper: Put, versions: list[Put]) -> dict[str, Address]:
+    """Where the releases answer, by their applications: all were put up at once."""
+    puts = [mlp, sleeper, *versions]
+    with ThreadPoolExecutor(len(puts)) as pool:
+        addresses = list(pool.map(lambda put: host.deploy(put.release, put.model), puts))
+    return {application_name(put.release): address for put, address in zip(puts, addresses, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def address(addresses: dict[str, Address]) -> Address:
+    return addresses["mlp-1"]
 
 
 @pytest.mark.parametrize("binary", [False, True], ids=["json", "binary"])
@@ -71,8 +93,6 @@ def test_answers_are_those_of_the_model(mlp: Put, address: Address, count: int, 
 
 
 def test_requests_at_once_each_get_their_own_scores(mlp: Put, address: Address) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     x_NF = rows(64, FEATURES)
     with ThreadPoolExecutor(16) as pool:
         scores = list(pool.map(lambda at: infer(address, mlp, x_NF[at : at + 1]), range(64)))
@@ -101,31 +121,24 @@ def test_a_bad_request_is_refused_with_a_reason(address: Address, path: str, bod
 
 
 def test_two_versions_stand_side_by_side_and_one_that_goes_leaves_the_other(
-    host: RayServeHost, mlp: Put, address: Address
+    host: RayServeHost, versions: list[Put], addresses: dict[str, Address]
 ) -> None:
-    first, second = (release_of(register_network("ray-versions", seed=seed), "versions") for seed in (0, 1))
-    addresses = [host.deploy(put.release, put.model) for put in (first, second)]
-    x_NF = rows(4, 3)
-    both = [infer(at, put, x_NF) for at, put in zip(addresses, (first, second), strict=True)]
-    host.remove(first.release)
-    host.remove(first.release)
-    gone = httpx.get(f"{model_url(addresses[0])}/ready")
-    left = infer(addresses[1], second, x_NF)
-    others = infer(address, mlp, rows(2, FEATURES))
-    host.remove(second.release)
+    x_NF, first, second = rows(4, 3), addresses["versions-1"], addresses["versions-2"]
+    both = [infer(at, put, x_NF) for at, put in zip((first, second), versions, strict=True)]
+    host.remove(versions[0].release)
+    host.remove(versions[0].release)
+    gone = httpx.get(f"{model_url(first)}/ready")
+    left = infer(second, versions[1], x_NF)
 
-    for put, scores in zip((first, second), both, strict=True):
+    for put, scores in zip(versions, both, strict=True):
         np.testing.assert_allclose(scores, put.predict(x_NF), rtol=0, atol=TOLERANCE)
     assert not np.allclose(*both)
     assert 404 == gone.status_code
     np.testing.assert_array_equal(left, both[1])
-    assert 2 == len(others)
-    assert [] == list(host.folder.glob("versions-*"))
+    assert [] == list(host.folder.glob("versions-1.*"))
 
 
 def test_a_release_is_replaced_while_it_serves(host: RayServeHost, mlp: Put, address: Address) -> None:
-    import threading
-
     stop, failed, served = threading.Event(), [], [0]
 
     def ask() -> None:
@@ -180,21 +193,17 @@ def test_a_replica_that_is_killed_is_started_again(
 
 
 def test_a_release_goes_to_zero_and_the_next_request_wakes_it(
-    cluster: RayCluster, host: RayServeHost, mlp: Put
+    cluster: RayCluster, sleeper: Put, addresses: dict[str, Address]
 ) -> None:
-    sleeper = mlp.release.model_copy(update={"endpoint": "sleeper", "scaling": Scaling(replicas_min=0, replicas_max=1)})
-    address = host.deploy(sleeper, mlp.model)
-    wait_for(lambda: replica_pid(cluster, "sleeper") == 0, 60)
+    wait_for(lambda: replica_pid(cluster, "sleeper") == 0, 120)
     x_NF = rows(2, FEATURES)
-    scores = infer(address, mlp, x_NF)
-    host.remove(sleeper)
+    scores = infer(addresses["sleeper-1"], sleeper, x_NF)
 
-    np.testing.assert_allclose(scores, mlp.predict(x_NF), rtol=0, atol=TOLERANCE)
+    assert replica_pid(cluster, "sleeper") > 0
+    np.testing.assert_allclose(scores, sleeper.predict(x_NF), rtol=0, atol=TOLERANCE)
 
 
 def test_a_cluster_that_does_not_answer_or_is_not_ours_is_named(host: RayServeHost, mlp: Put, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     (port,) = free_ports(1)
     nobody = replace(host, dashboard_url=f"http://127.0.0.1:{port}", folder=tmp_path)
     stranger = replace(host, token="0" * 64, folder=tmp_path)

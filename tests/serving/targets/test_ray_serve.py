@@ -140,9 +140,9 @@ def test_a_wrong_value_in_the_serve_config_is_caught(put: Put) -> None:
     from pydantic import ValidationError as Invalid
 
     config = yaml.safe_load(rendered(put)["serve.yaml"])
-    config["applications"][0]["route_prefix"] = "churn-1"
+    config["applications"][0]["deployments"][0]["max_ongoing_requests"] = 0
 
-    with pytest.raises(Invalid, match="route_prefix"):
+    with pytest.raises(Invalid, match="max_ongoing_requests"):
         check_serve_config(config)
 
 
