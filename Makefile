@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo deploy test test-machines lint types check format clean
-.PHONY: chaos bench-batch bench-peers bench-resume bench-gpu bench-spot bench-nightly bench-workers
+.PHONY: demo demo-endpoint deploy test test-machines lint types check format clean
+.PHONY: chaos bench-batch bench-peers bench-resume bench-gpu bench-spot bench-nightly bench-workers bench-endpoint
 
 $(STAMP): pyproject.toml constraints.txt infra/local/wheels.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got %d.%d; set PYTHON=" % sys.version_info[:2])'
@@ -18,6 +18,10 @@ $(STAMP): pyproject.toml constraints.txt infra/local/wheels.txt
 # The main job on real flights; KILL=1 kills a run twice and compares its bytes with an undisturbed one.
 demo: $(STAMP)
 	@$(BIN)/python -m deployments.demo $(if $(filter 1,$(KILL)),--kill)
+
+# The same model online, behind Triton and the gateway: asked, a canary promoted, bad versions turned away, asleep, woken.
+demo-endpoint: $(STAMP)
+	@$(BIN)/python -m deployments.demo.endpoint
 
 # Work pools, deployments and automations on the Prefect server of PREFECT_API_URL; again, it changes nothing.
 deploy: $(STAMP)
@@ -77,5 +81,10 @@ bench-workers: $(STAMP)
 bench-spot: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.spot
 
+# Every model server behind the same client (needs wrk), the gateway's cost, wakes, lost requests. SECONDS=2 ROUNDS=1 for
+# a quick look.
+bench-endpoint: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.endpoint
+
 clean:
-	rm -rf $(VENV) .demo .bench
+	rm -rf $(VENV) .venv-* .demo .bench

@@ -13,6 +13,8 @@ OvernightError
 |   +-- DestinationUnusable  the destination can't hold this run
 |   +-- NoCompleteRun        there is nothing to open yet
 |   +-- DeadlineImpossible   not even on-demand machines alone are done by the deadline
+|   +-- LatencyImpossible    no batch size keeps the latency budget at the expected rate
+|   +-- BadRequest           a request to an endpoint is none that its model takes; `status` is HTTP's for it
 +-- SourceFault              a source file can't be trusted; every other chunk's part stays
 |   +-- SourceChanged        it is not the file that the plan was made for
 |   +-- SourceCorrupt        it can't be decoded
@@ -22,6 +24,10 @@ OvernightError
 +-- DeploymentMissing        a Prefect deployment or work pool that is named does not exist: make deploy
 +-- RunnerUnusable           the workers asked for can't be had or don't live; put it right and call again, it resumes
 +-- NightFailed              the batch run of a night failed: mend what it says, then call again, it resumes
++-- EndpointFailed           a release can't be put up or taken down; what served before serves on
+|   +-- VerifyFailed         it answers otherwise than the model, or not at all; it was taken down
+|   +-- RolledBack           it failed its rule under traffic; the earlier version has all of it again
++-- Unanswered               an endpoint can't answer a request now: send it again later; `status` is HTTP's for it
 +-- ModelFailed              the model fails on rows as such: mend the model, not the rows
 +-- TooManyRejects           more rows were rejected than max_reject_fraction allows
 +-- PublishRefused           the parts do not add up to the dataset; nothing was published
@@ -83,6 +89,18 @@ class DeadlineImpossible(BadInput):
     """Not even on-demand machines alone are done by the deadline."""
 
 
+class LatencyImpossible(BadInput):
+    """No batch size keeps the latency budget at the expected rate."""
+
+
+class BadRequest(BadInput):
+    """A request to an endpoint is none that its model takes; `status` is what HTTP says of it."""
+
+    def __init__(self, message: str, *, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class SourceFault(OvernightError):
     """A source file can't be trusted; the parts of every other chunk stay."""
 
@@ -117,6 +135,27 @@ class RunnerUnusable(OvernightError):
 
 class NightFailed(OvernightError):
     """The batch run of a night failed."""
+
+
+class EndpointFailed(OvernightError):
+    """A release can't be put up or taken down; what served before serves on."""
+
+
+class VerifyFailed(EndpointFailed):
+    """A release answers otherwise than its model, or not at all, and was taken down; what served before serves on."""
+
+
+class RolledBack(EndpointFailed):
+    """A release failed its rule under traffic, and was taken down; the earlier version has all of it again."""
+
+
+class Unanswered(OvernightError):
+    """An endpoint can't answer a request now; `status` is what HTTP says of it, `retry_after_s` when to come again."""
+
+    def __init__(self, message: str, *, status: int = 503, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after_s = retry_after_s
 
 
 class ModelFailed(OvernightError):

@@ -40,8 +40,11 @@ def register_mlp(name: str, features: tuple[str, ...]) -> str:
     return register_torch(name, torch.nn.Sequential(*hidden, torch.nn.Linear(256, 1)), features)
 
 
-def register_torch(name: str, network: torch.nn.Module, features: tuple[str, ...]) -> str:
-    """Register a network that gives one score a row as pt2, and return the address of the new version."""
+def register_torch(name: str, network: torch.nn.Module, features: tuple[str, ...], example: Any = None) -> str:
+    """Register a network that gives one score a row as pt2, and return the address of the new version.
+
+    MLflow keeps an example that is an array with the model, and a tensor, as here without one, not.
+    """
     signature = ModelSignature(
         Schema([TensorSpec(np.dtype("float32"), (-1, len(features)), "x")]),
         Schema([TensorSpec(np.dtype("float32"), (-1, 1), "score")]),
@@ -51,7 +54,7 @@ def register_torch(name: str, network: torch.nn.Module, features: tuple[str, ...
             network.eval(),
             name="model",
             signature=signature,
-            input_example=torch.zeros(2, len(features)),
+            input_example=torch.zeros(2, len(features)) if example is None else example,
             metadata={"overnight": {"columns": {"x": list(features)}}},
             pip_requirements=["torch"],
             registered_model_name=name,

@@ -39,6 +39,11 @@ BATCH_ORDER = (
     *("report", "tuning", "run", "lineage", "artifacts"),
 )
 
+ENDPOINT_ORDER = (
+    *("spec", "access", "samples", "resolve", "tuning", "render", "deploy", "client", "verify", "load"),
+    *("route", "traffic", "change", "report"),
+)
+
 
 def imported(path: Path) -> set[str]:
     """Every module that a file imports, wherever in it."""
@@ -70,18 +75,18 @@ def test_serving_never_imports_prefect() -> None:
     }
 
 
-def test_a_station_of_batch_imports_only_stations_before_it() -> None:
-    stations = {path.stem: path for path in (ROOT / "tasks/batch").glob("*.py") if path.stem != "__init__"}
+@pytest.mark.parametrize(("room", "order"), [("batch", BATCH_ORDER), ("endpoint", ENDPOINT_ORDER)])
+def test_a_station_imports_only_stations_before_it(room: str, order: tuple[str, ...]) -> None:
+    stations = {path.stem: path for path in (ROOT / "tasks" / room).glob("*.py") if path.stem != "__init__"}
+    prefix = f"tasks.{room}."
     backward = {
         (name, module)
         for name, path in stations.items()
-        for module in (
-            found.removeprefix("tasks.batch.") for found in imported(path) if found.startswith("tasks.batch.")
-        )
-        if BATCH_ORDER.index(module) >= BATCH_ORDER.index(name)
+        for module in (found.removeprefix(prefix) for found in imported(path) if found.startswith(prefix))
+        if order.index(module) >= order.index(name)
     }
 
-    assert set(stations) == set(BATCH_ORDER)
+    assert set(stations) == set(order)
     assert set() == backward
 
 

@@ -35,7 +35,7 @@ SHIFT_MINUTES = 10.0
 QUIETED_LOGGERS = ("mlflow.store.db.utils", "alembic.runtime.migration")
 
 
-def train_and_register(folder: Path, name: str = "flight-delay", alias: str = "champion") -> str:
+def train_and_register(folder: Path, name: str = "flight-delay", alias: str = "champion", epochs: int = EPOCHS) -> str:
     """Train on the flights in `folder`, register the model under `name` and return "models:/NAME@ALIAS".
 
     Tracking and registry are those that MLflow finds in its environment. Every call adds a version and moves
@@ -46,7 +46,7 @@ def train_and_register(folder: Path, name: str = "flight-delay", alias: str = "c
 
     """
     training, test = read_flights(folder, training_split()), read_flights(folder, ~training_split())
-    model = train(training)
+    model = train(training, epochs)
     scores = _score(model(test.features_NF), test.delay_N)
     baseline = _score(test.features_NF[:, DEP_DELAY], test.delay_N)
     if scores["mae_minutes"] >= baseline["mae_minutes"]:
@@ -58,7 +58,7 @@ def train_and_register(folder: Path, name: str = "flight-delay", alias: str = "c
     metrics = {f"test_{key}": value for key, value in scores.items()}
     metrics |= {f"baseline_{key}": value for key, value in baseline.items()}
     with quiet_migrations():
-        version = _log(model, name, metrics)
+        version = _log(model, name, metrics, epochs)
         mlflow.MlflowClient().set_registered_model_alias(name, alias, version)
     return f"models:/{name}@{alias}"
 
@@ -162,14 +162,14 @@ def _score(predicted_N: Tensor, delay_N: Tensor) -> dict[str, float]:
     }
 
 
-def _log(model: nn.Module, name: str, metrics: dict[str, float]) -> str:
+def _log(model: nn.Module, name: str, metrics: dict[str, float], epochs: int) -> str:
     """Log the model as a pt2 archive that carries the names of its columns, and return its new version."""
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(FEATURES)), "features")]),
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1,), "arr_delay_predicted")]),
     )
     with mlflow.start_run(run_name=name):
-        mlflow.log_params({"seed": SEED, "epochs": EPOCHS, "rows_per_batch": ROWS_PER_BATCH})
+        mlflow.log_params({"seed": SEED, "epochs": epochs, "rows_per_batch": ROWS_PER_BATCH})
         mlflow.log_metrics(metrics)
         logged = mlflow.pytorch.log_model(
             model,

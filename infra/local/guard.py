@@ -4,15 +4,19 @@ Started as `python -I -S guard.py GRACE_S ARGV...` by process.py, standard libra
 milliseconds. Standard input is a pipe whose write end only the starter holds: end of file means "stop",
 whether the starter closed it or was killed. Standard output takes one line, the server's process id.
 Standard error is the server's log. The exit code is the server's, 128 + N after signal N, 127 if it could
-not be started.
+not be started. On Linux the processes that a server starts in groups of their own end with it too, even where it
+was killed and could not end them: they would go on answering on its port.
 """
 
+import ctypes
 import os
 import select
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 _LIFELINE = 0
 _REPORT = 1
@@ -20,6 +24,7 @@ _LOG = 2
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _ORPHAN_CHECK_S = 1.0
 _REAP_POLL_S = 0.02
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 def main(argv: Sequence[str]) -> int:
@@ -27,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
     grace_s, server_argv = float(argv[0]), list(argv[1:])
     starter = os.getppid()
     wakeups = _wake_on_signals()
+    _adopt_orphans()
     try:
         server = _spawn(server_argv)
     except OSError as error:
@@ -41,7 +47,10 @@ def main(argv: Sequence[str]) -> int:
         exit_code = _wait_for_end(server, grace_s)
     # Whatever the server left running in its group had its chance; on a stuck server this is the end itself.
     _signal_group(server, signal.SIGKILL)
-    return exit_code if exit_code is not None else _exit_code(os.waitpid(server, 0)[1])
+    if exit_code is None:
+        exit_code = _exit_code(os.waitpid(server, 0)[1])
+    _end_orphans()
+    return exit_code
 
 
 def _wake_on_signals() -> int:
@@ -97,8 +106,41 @@ def _wait_for_end(server: int, grace_s: float) -> int | None:
 
 
 def _reap(server: int) -> int | None:
-    pid, status = os.waitpid(server, os.WNOHANG)
-    return _exit_code(status) if pid else None
+    """Return the server's exit code once it has ended; orphans of its that have ended are let go."""
+    while True:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid in (0, server):
+            return _exit_code(status) if pid else None
+
+
+def _adopt_orphans() -> None:
+    """Have what the server leaves behind become children of this process, where the system can do that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _end_orphans() -> None:
+    """End every process that the server has left, and what those leave in their turn."""
+    # Without an orphan, as where none is adopted, there is no child to wait for.
+    with suppress(ChildProcessError):
+        while True:
+            for pid in _children():
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(_REAP_POLL_S)
+
+
+def _children() -> list[int]:
+    children = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        # One may end between the listing and the look.
+        with suppress(OSError):
+            # The name comes second, in parentheses, and may itself hold spaces and parentheses.
+            parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+            if parent == str(os.getpid()):
+                children.append(int(entry.name))
+    return children
 
 
 def _exit_code(status: int) -> int:

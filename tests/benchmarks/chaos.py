@@ -130,9 +130,9 @@ def make_work() -> Work:
         rows = int(os.environ["ROWS"])
         folder, key, features = make_customers(rows), "customer", FEATURES
     else:
-        from deployments.demo.__main__ import FLIGHTS
         from deployments.demo.flights import FEATURES as OF_FLIGHTS
         from deployments.demo.flights import KEY, write_flights
+        from deployments.demo.prepare import FLIGHTS
 
         rows, folder, key, features = FLIGHTS, FOLDER / "flights", KEY, OF_FLIGHTS
         write_flights(folder)

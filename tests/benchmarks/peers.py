@@ -21,14 +21,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from infra.local.venv import VenvFailed, make_venv
 from tests.benchmarks.glosses import find_minilm, make_glosses, register_minilm
-from tests.benchmarks.peer_venv import make_venv, peer_environment
+from tests.benchmarks.peer_environment import CHILDREN, peer_environment
 from tests.benchmarks.race import Contender, Course, race, reason
 from tests.benchmarks.shared import (
     FEATURES,
     FOLDER,
     ROUNDS,
     ROWS,
+    console,
     machine,
     make_customers,
     make_models,
@@ -106,8 +108,9 @@ def make_venvs(chosen: set[str]) -> tuple[dict[str, Path], dict[str, str]]:
             faults[name] = "Java must be there, got none: apt-get install -y default-jre-headless"
             continue
         try:
-            venvs[name] = make_venv(name, module)
-        except RuntimeError as error:
+            with console.status(f"installing {name}"):
+                venvs[name] = make_venv(CHILDREN / f"{module}.txt", FOLDER / "peers" / name)
+        except VenvFailed as error:
             faults[name] = f"its environment must install, got: {reason(error)}"
     return venvs, faults
 

@@ -153,3 +153,35 @@ def test_a_guard_that_is_told_to_end_ends_its_server(python_server: PythonServer
         os.kill(int(ps("ppid", server.pid)), signal.SIGTERM)
 
         assert wait_until_gone(server.pid)
+
+
+LEAVER = """
+import subprocess, sys, time
+left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+print(left.pid, flush=True)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives orphans to the one who asked for them")
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
+def test_what_a_server_started_in_a_group_of_its_own_ends_with_it(
+    python_server: PythonServer, ending: signal.Signals
+) -> None:
+    with ServerProcess(python_server(LEAVER)) as server:
+        left = int(server.log_text().split()[0])
+        started = alive(left)
+        os.kill(server.pid, ending)
+
+        assert started
+        assert wait_until_gone(left)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives orphans to the one who asked for them")
+def test_a_stop_ends_what_a_server_started_in_a_group_of_its_own(python_server: PythonServer) -> None:
+    server = ServerProcess(python_server(LEAVER))
+    left = int(server.log_text().split()[0])
+    server.stop()
+
+    assert not alive(left)

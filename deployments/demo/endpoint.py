@@ -1,0 +1,259 @@
+"""The demo of an endpoint: the delay model of the flights behind a real Triton and the gateway.
+
+`python -m deployments.demo.endpoint` puts the model online, asks it, promotes a second version by a canary while
+callers keep asking, has three bad ones turned away, lets the endpoint fall asleep and wakes it, and stops everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+import polars as pl
+
+from deployments.demo.endpoint_callers import Callers
+from deployments.demo.flights import FEATURES
+from deployments.demo.prepare import console, point_at, prepare
+
+if TYPE_CHECKING:
+    from serving.gateway.client import GatewayClient
+
+    from deployments.demo.endpoint_versions import Versions
+    from tasks.endpoint.report import Endpoint
+    from tasks.endpoint.spec import EndpointSpec
+
+NAME = "flight-delay"
+KEY = "FLIGHT_DELAY_KEY"
+CALLS_PER_SECOND = 60.0
+LATENCY_MS = 50.0
+KEEP_WARM_SECONDS = 3.0
+_ROWS = 600
+_BODY_SHOWN = 110
+_ASLEEP_SECONDS_MAX = 30.0
+_OK = 200
+
+
+def main() -> None:
+    """Run the demo in the folder that the command line names; exits with 1 where anything is not as it must be."""
+    parser = argparse.ArgumentParser(prog="python -m deployments.demo.endpoint", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path(".demo"), help="where everything is kept")
+    folder: Path = parser.parse_args().folder.absolute()
+    point_at(folder)
+    prepare(folder)
+    from deployments.demo.endpoint_versions import register_versions  # noqa: PLC0415 - the registry is set by now
+
+    console.print("Registering two good versions and three bad ones, each unless it is there")
+    versions = register_versions(folder)
+    with ExitStack() as stack:
+        stage = start(stack, folder)
+        show(stage, versions)
+    console.print("[bold green]Everything is stopped.[/]")
+    if stage.wrong:
+        console.print(f"[bold red]Not as it must be:[/] {'; '.join(stage.wrong)}")
+        sys.exit(1)
+
+
+@dataclass(slots=True, kw_only=True)
+class Stage:
+    """The servers of the demo, and what went wrong on them."""
+
+    gateway: str
+    triton: str
+    repository: Path
+    key: str = field(repr=False)
+    bodies: Sequence[bytes]
+    admin_key: str = field(repr=False)
+    wrong: list[str] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        """Where the endpoint is asked."""
+        return f"{self.gateway}/v2/models/{NAME}/infer"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a caller sends beside its request."""
+        return {"Authorization": f"Bearer {self.key}"}
+
+    def must(self, what: str, *, holds: bool) -> None:
+        """Take note of what must hold and does not."""
+        if not holds:
+            self.wrong.append(what)
+
+
+def start(stack: ExitStack, folder: Path) -> Stage:
+    """Start Prefect, Triton and the gateway on loopback; the stack stops them."""
+    from infra.local.gateway import gateway_server  # noqa: PLC0415 - the versions are registered before
+
+    from infra.local.prefect_server import prefect_server  # noqa: PLC0415
+    from infra.local.triton import triton_server  # noqa: PLC0415
+
+    console.print("Starting Prefect, Triton and the gateway on loopback")
+    prefect = stack.enter_context(prefect_server(folder / "prefect"))
+    triton = stack.enter_context(triton_server(folder / "endpoint" / "repository", folder / "endpoint" / "triton"))
+    gateway = stack.enter_context(gateway_server(folder / "endpoint" / "gateway"))
+    key = secrets.token_hex(32)
+    os.environ.update(prefect.environment)
+    os.environ.update({KEY: key, "OVERNIGHT_ADMIN_KEY": gateway.admin_key, "PREFECT_LOGGING_LEVEL": "CRITICAL"})
+    console.print(f"Prefect at {prefect.ui_url}, Triton at {triton.url}, the gateway at {gateway.url}/docs")
+    return Stage(
+        gateway=gateway.url,
+        triton=triton.url,
+        repository=triton.repository,
+        key=key,
+        bodies=bodies(folder),
+        admin_key=gateway.admin_key,
+    )
+
+
+def bodies(folder: Path) -> list[bytes]:
+    """Return requests for single flights, one in ten of which left over an hour late."""
+    table = pl.scan_parquet(folder / "flights" / "flights-*.parquet").select(FEATURES).head(50_000).collect()
+    late = table.filter(pl.col("dep_delay") > 60).head(_ROWS // 10)  # noqa: PLR2004 - an hour in minutes
+    usual = table.filter(pl.col("dep_delay").is_between(-60, 59)).head(_ROWS - len(late))
+    rows = pl.concat([usual, late]).sample(fraction=1, shuffle=True, seed=1).rows()
+    return [_body(row) for row in rows]
+
+
+def _body(row: Sequence[float]) -> bytes:
+    tensor = {"name": "features", "datatype": "FP32", "shape": [1, len(row)], "data": list(row)}
+    return json.dumps({"inputs": [tensor]}).encode()
+
+
+def show(stage: Stage, versions: Versions) -> None:
+    """Go through the life of an endpoint."""
+    from flows.endpoint import retire_endpoint  # noqa: PLC0415 - the servers' addresses must be set before
+    from tasks.endpoint.spec import AllAtOnce, Canary, Triton  # noqa: PLC0415
+
+    _title("1. The first version goes online, with a dial for 50 ms")
+    console.print(put(stage, versions.first, AllAtOnce()).markdown())
+    ask(stage, stage.bodies[:3])
+    canary = Canary(percent=20, requests_min=50, error_rate_max=0.01, p99_ms_max=200, seconds_max=60)
+    _title("2. A second version, by a canary of 20 %, while callers keep asking")
+    called(stage, "the second version is promoted", lambda: put(stage, versions.second, canary))
+    _title("3. A version that answers differently each time: it fails its verification")
+    called(stage, "the moody version fails to verify", lambda: refused(stage, versions.moody, canary, "VerifyFailed"))
+    _title("4. A version that fails on late flights, which its verification can't know: it is rolled back")
+    called(stage, "the delicate version is rolled back", lambda: refused(stage, versions.delicate, canary))
+    _title("5. A version that is slow on late flights: it is rolled back")
+    called(stage, "the slow version is rolled back", lambda: refused(stage, versions.slow, canary))
+    _title(f"6. Nobody asks for {KEEP_WARM_SECONDS:g} s: the model is unloaded, and the next request wakes it")
+    put(stage, versions.second, AllAtOnce(), keep_warm=KEEP_WARM_SECONDS)
+    sleep_and_wake(stage)
+    _title("7. The endpoint is retired")
+    gone = retire_endpoint(NAME, Triton(repository=str(stage.repository), url=stage.triton), stage.gateway)
+    console.print(f"Versions {', '.join(gone)} are taken down")
+    status = httpx.post(stage.url, content=stage.bodies[0], headers=stage.headers).status_code
+    console.print(f"A request is answered with {status} now")
+    stage.must("a retired endpoint is not found", holds=status == 404)  # noqa: PLR2004 - HTTP's Not Found
+
+
+def spec(stage: Stage, model: str, rollout: object, keep_warm: float | None = None) -> EndpointSpec:
+    """Return the endpoint of the demo with one of its versions."""
+    from tasks.endpoint.spec import Access, Budget, EndpointSpec, Triton  # noqa: PLC0415 - the same
+
+    return EndpointSpec.model_validate(
+        {
+            "name": NAME,
+            "model": model,
+            "gateway": stage.gateway,
+            "target": Triton(repository=str(stage.repository), url=stage.triton),
+            "budget": Budget(latency_ms=LATENCY_MS, rate=CALLS_PER_SECOND, callers=32),
+            "rollout": rollout,
+            "access": Access(environment=(KEY,)),
+            "keep_warm": keep_warm,
+        }
+    )
+
+
+def put(stage: Stage, model: str, rollout: object, keep_warm: float | None = None) -> Endpoint:
+    """Run the flow, and say what came of it."""
+    from flows.endpoint import online_endpoint  # noqa: PLC0415 - the same
+
+    endpoint = online_endpoint(spec(stage, model, rollout, keep_warm))
+    console.print(f"[green]{endpoint.summary}[/]")
+    return endpoint
+
+
+def refused(stage: Stage, model: str, rollout: object, kind: str = "RolledBack") -> None:
+    """Run the flow for a version that must not get through, and say why it did not."""
+    from serving.errors import EndpointFailed  # noqa: PLC0415 - the same
+
+    try:
+        put(stage, model, rollout)
+    except EndpointFailed as error:
+        console.print(f"[yellow]{type(error).__name__}:[/] {error}", markup=True, highlight=False)
+        stage.must(f"{model} ends as {kind}, got {type(error).__name__}", holds=type(error).__name__ == kind)
+    else:
+        stage.must(f"{model} is turned away", holds=False)
+
+
+def called(stage: Stage, what: str, change: Callable[[], object]) -> None:
+    """Change something while callers keep asking, and count what they got."""
+    callers = Callers(url=stage.url, bodies=stage.bodies, rate=CALLS_PER_SECOND, headers=stage.headers)
+    with callers:
+        time.sleep(1)
+        change()
+        time.sleep(1)
+    counts = ", ".join(f"{count:,} by version {version}" for version, count in sorted(callers.versions.items()))
+    console.print(f"Meanwhile {len(callers.answers):,} calls, {callers.lost} of them lost: {counts}")
+    for reason in callers.reasons:
+        console.print(f"  [red]{reason}[/]", highlight=False)
+    stage.must(f"no call is lost while {what}", holds=callers.lost == 0)
+
+
+def ask(stage: Stage, several: Sequence[bytes]) -> None:
+    """Ask as curl does, and print both sides."""
+    for body in several:
+        console.print(f"$ curl -H 'Authorization: Bearer ...' {stage.url} -d '{_cut(body.decode())}'", highlight=False)
+        start = time.perf_counter()
+        answer = httpx.post(stage.url, content=body, headers={**stage.headers, "Content-Type": "application/json"})
+        console.print(f"{answer.text}   [dim]{1000 * (time.perf_counter() - start):.1f} ms[/]", highlight=False)
+        stage.must(f"a request is answered, got {answer.status_code}", holds=answer.status_code == _OK)
+
+
+def sleep_and_wake(stage: Stage) -> None:
+    """Wait until the model is unloaded, then ask once."""
+    from serving.gateway.client import GatewayClient  # noqa: PLC0415 - the same
+
+    with GatewayClient(stage.gateway, stage.admin_key) as client:
+        deadline = time.monotonic() + _ASLEEP_SECONDS_MAX
+        while (state := _models(client)) != "asleep" and time.monotonic() < deadline:
+            time.sleep(0.2)
+        console.print(f"The model is {state}; Triton says: {_triton(stage)}")
+        stage.must(f"the model is asleep, got {state}", holds=state == "asleep")
+        ask(stage, stage.bodies[:1])
+        console.print(f"The model is {_models(client)}; Triton says: {_triton(stage)}")
+        ask(stage, stage.bodies[1:2])
+
+
+def _models(client: GatewayClient) -> str:
+    status = client.get(NAME)
+    return status.models if status else "gone"
+
+
+def _triton(stage: Stage) -> str:
+    listed = httpx.post(f"{stage.triton}/v2/repository/index", json={}).json()
+    return ", ".join(f"{each['name']} {each.get('version', '')} {each.get('state', 'not loaded')}" for each in listed)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _BODY_SHOWN else f"{text[:_BODY_SHOWN]}..."
+
+
+def _title(words: str) -> None:
+    console.print(f"\n[bold]{words}[/]")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""A real Ray cluster of one node, with its dashboard and Serve, on free loopback ports."""
+
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from infra.local.loopback import HOST, ask
+from infra.local.ports import free_ports, start_on_free_ports
+from infra.local.process import Running, ServerCommand, ServerProcess, base_environment
+
+_PORT_FLAGS = (
+    *("port", "dashboard-port", "node-manager-port", "object-manager-port", "ray-client-server-port"),
+    *("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port"),
+)
+# Serve sends nothing through it; the default is a third of the memory.
+_OBJECT_STORE_BYTES = 128 << 20
+_READY_S_MAX = 120.0
+_GRACE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayCluster(Running):
+    """A running cluster; a context manager that stops it.
+
+    `serve_url` is where Serve is to answer once its first application is there. `token` is what the dashboard asks
+    for, and `environment` what a driver needs. What Ray keeps goes with a stop, and stays where the starter is killed.
+    """
+
+    process: ServerProcess
+    dashboard_url: str
+    serve_url: str
+    token: str = field(repr=False)
+    environment: Mapping[str, str] = field(repr=False)
+    _session: Path
+
+    def stop(self) -> None:
+        """Stop every process of the cluster and return when they are gone. Idempotent."""
+        self.process.stop()
+        shutil.rmtree(self._session, ignore_errors=True)
+
+
+def ray_cluster(folder: Path, *, cpus: int = 8, environment: Mapping[str, str] | None = None) -> RayCluster:
+    """Start a cluster that counts `cpus` CPUs, whatever the machine has, and return once its dashboard answers.
+
+    Its log is in `folder`; `environment` is what its workers find beside. Raises ServerFailed.
+    """
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    # The path of a Unix socket ends at 107 characters, of which Ray takes 60 below its folder: TMPDIR may be too long.
+    session = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    token = secrets.token_hex(32)
+    given = {**_environment(token), **(environment or {})}
+    try:
+        process, ports = start_on_free_ports(
+            len(_PORT_FLAGS), lambda ports: _command(folder, session, ports, cpus, token, given)
+        )
+    except BaseException:
+        shutil.rmtree(session, ignore_errors=True)
+        raise
+    (serve_port,) = free_ports(1)
+    return RayCluster(
+        process=process,
+        dashboard_url=f"http://{HOST}:{ports[1]}",
+        serve_url=f"http://{HOST}:{serve_port}",
+        token=token,
+        environment={**_environment(token), "RAY_ADDRESS": f"{HOST}:{ports[0]}"},
+        _session=session,
+    )
+
+
+def _command(
+    folder: Path, session: Path, ports: Sequence[int], cpus: int, token: str, environment: Mapping[str, str]
+) -> ServerCommand:
+    flags = [f"--{flag}={port}" for flag, port in zip(_PORT_FLAGS, ports, strict=True)]
+    return ServerCommand(
+        argv=(
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *flags),
+            *(f"--node-ip-address={HOST}", f"--dashboard-host={HOST}", "--include-dashboard=true"),
+            # Any free port, where the default is a range that others use too.
+            *("--min-worker-port=0", "--max-worker-port=0"),
+            *(f"--num-cpus={cpus}", "--num-gpus=0", f"--object-store-memory={_OBJECT_STORE_BYTES}"),
+            *(f"--temp-dir={session}", "--disable-usage-stats", "--include-log-monitor=false", "--no-monitor"),
+        ),
+        # A node that ends would first wait half a minute for others to take its work over.
+        environment={**base_environment(), **environment, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"},
+        # Ray puts the folder it is started in first on its workers' path: keep it ours.
+        folder=folder,
+        log_path=folder / "ray.log",
+        # Only this very cluster knows the new token.
+        ready=lambda: ask("GET", ports[1], "/api/serve/applications/", {"Authorization": f"Bearer {token}"}).ok,
+        ready_s_max=_READY_S_MAX,
+        # Ray's processes are not of one group: the first of them ends the others, and needs the time for it.
+        grace_s=_GRACE_S,
+    )
+
+
+def _environment(token: str) -> dict[str, str]:
+    return {
+        # Whoever reaches a cluster without a token may run code in it.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Whatever it is called: a node by itself, which listens on loopback alone.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }

@@ -1,0 +1,50 @@
+"""Wakers: who loads the models of a server, and unloads them. One Protocol, an adapter for each way to do it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+from urllib.parse import quote
+
+import orjson
+
+from serving.errors import Unanswered
+from serving.gateway.http import Http
+from serving.gateway.route import Served
+
+_OK_BELOW = 300
+_ERROR_CHARACTERS = 2000
+
+
+class Waker(Protocol):
+    """What loads a model into a server, and unloads it. Both are idempotent and raise Unanswered with the reason."""
+
+    async def load(self, served: Served) -> None:
+        """Load the model; returns once it answers."""
+        ...
+
+    async def unload(self, served: Served) -> None:
+        """Unload every version of the model."""
+        ...
+
+
+class RepositoryWaker:
+    """The model repository extension of V2, as Triton and MLServer have it."""
+
+    def __init__(self, http: Http) -> None:
+        self._http = http
+
+    async def load(self, served: Served) -> None:
+        """POST /v2/repository/models/MODEL/load, which a server answers once the model is loaded."""
+        await self._post(served, "load")
+
+    async def unload(self, served: Served) -> None:
+        """POST /v2/repository/models/MODEL/unload."""
+        await self._post(served, "unload")
+
+    async def _post(self, served: Served, what: str) -> None:
+        url = f"{served.url.rstrip('/')}/v2/repository/models/{quote(served.upstream_model, safe='')}/{what}"
+        answered = await self._http.send("POST", url, orjson.dumps({}), {"Content-Type": "application/json"})
+        if answered.status >= _OK_BELOW:
+            told = answered.content.decode(errors="replace")[:_ERROR_CHARACTERS]
+            message = f"The model server must {what} the model at {url}, got {answered.status}: {told}."
+            raise Unanswered(message)

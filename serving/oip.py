@@ -1,0 +1,224 @@
+"""The Open Inference Protocol, version 2, as functions of values: metadata, requests and answers.
+
+Arrays are [N, *shape] of the contract, tensors [N, *shape], and [N, 1] where that is one scalar a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from serving.contract import Contract, Frozen
+from serving.errors import BadRequest, ModelFailed
+from serving.oip_body import (
+    HEADER_LENGTH,
+    Body,
+    Parameters,
+    RequestTensor,
+    Strict,
+    check_names,
+    pack,
+    problems,
+    read_document,
+    read_tensors,
+)
+from serving.tensors import Array, TensorMetadata, tensors
+
+__all__ = (
+    "EXTENSIONS",
+    "HEADER_LENGTH",
+    "Body",
+    "InferRequest",
+    "ModelMetadata",
+    "Parameters",
+    "RequestDocument",
+    "RequestOutput",
+    "RequestTensor",
+    "ServerMetadata",
+    "Wanted",
+    "decode_request",
+    "decode_response",
+    "encode_request",
+    "encode_response",
+    "error_body",
+    "model_metadata",
+)
+
+EXTENSIONS = ("binary_tensor_data",)
+_BAD_GATEWAY = 502
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """An output that a request asks for, in JSON or as binary data."""
+
+    name: str
+    binary: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferRequest:
+    """What a request asks: every input of the contract for N rows, each [N, *shape] of the contract."""
+
+    id: str | None
+    inputs: dict[str, Array]
+    outputs: tuple[Wanted, ...]
+    parameters: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """How many rows are to be predicted."""
+        return len(next(iter(self.inputs.values())))
+
+
+class ServerMetadata(Frozen):
+    """What GET /v2 answers."""
+
+    name: str = Field(description="The server's name.")
+    version: str = Field(description="The server's version.")
+    extensions: tuple[str, ...] = Field(default=EXTENSIONS, description="The extensions that it speaks.")
+
+
+class ModelMetadata(Frozen):
+    """What GET /v2/models/MODEL answers."""
+
+    name: str = Field(description="The model's name.")
+    versions: tuple[str, ...] = Field(description="The versions that can be asked.")
+    platform: str = Field(description="What runs it.")
+    inputs: tuple[TensorMetadata, ...] = Field(description="What it takes.")
+    outputs: tuple[TensorMetadata, ...] = Field(description="What it gives.")
+
+
+def model_metadata(name: str, contract: Contract, *, versions: Sequence[str], platform: str) -> ModelMetadata:
+    """Return the metadata of a model with this contract."""
+    inputs, outputs = tensors(contract)
+    return ModelMetadata(name=name, versions=tuple(versions), platform=platform, inputs=inputs, outputs=outputs)
+
+
+def error_body(message: str) -> bytes:
+    """Return the body of every answer that is none."""
+    return orjson.dumps({"error": message})
+
+
+class RequestOutput(Strict):
+    """An output that a request asks for."""
+
+    name: str = Field(description="The output's name.")
+    parameters: Parameters = Field(default={}, description="binary_data: whether its values come behind the JSON.")
+
+
+class RequestDocument(Strict):
+    """The JSON of a request."""
+
+    id: str | None = Field(default=None, max_length=256, description="Comes back with the answer.")
+    parameters: Parameters = Field(default={}, description="binary_data_output: all outputs as binary data.")
+    inputs: list[RequestTensor] = Field(description="Every input of the model, once.")
+    outputs: list[RequestOutput] = Field(default=[], description="The outputs wanted; all, where there are none.")
+
+
+_REQUEST = TypeAdapter(RequestDocument)
+
+
+def decode_request(body: bytes, contract: Contract, *, header_length: int | None, rows_max: int) -> InferRequest:
+    """Return what a request asks of a model with this contract.
+
+    Promises: the arrays are the caller's own, of the contract's dtypes, text and bytes as objects. Raises BadRequest
+    where the body is no JSON, or no request that the contract takes: the message names the tensor and what it must be.
+    """
+    document, binary = read_document(body, header_length)
+    try:
+        request = _REQUEST.validate_python(document)
+    except ValidationError as error:
+        message = f"The body must be an inference request, got {problems(error)}."
+        raise BadRequest(message) from None
+    known = {value.name: value for value in contract.inputs}
+    inputs = read_tensors("inputs", request.inputs, known, binary, rows_max=rows_max)
+    if missing := [name for name in known if name not in inputs]:
+        message = f"The inputs must be {list(known)}, got none of the name {missing[0]!r}."
+        raise BadRequest(message)
+    outputs = _wanted(request, contract)
+    return InferRequest(id=request.id, inputs=inputs, outputs=outputs, parameters=request.parameters)
+
+
+def encode_response(
+    request: InferRequest, outputs: Mapping[str, Array], contract: Contract, *, model: str, version: str | None
+) -> Body:
+    """Return the answer to a request: the outputs it wants, in the form it wants them.
+
+    Raises ModelFailed where JSON can't hold an output: a number that is not finite, bytes that are no text.
+    """
+    known = {value.name: value for value in contract.outputs}
+    wanted = [(known[each.name], outputs[each.name], each.binary) for each in request.outputs]
+    head: dict[str, Any] = {"model_name": model}
+    if version is not None:
+        head["model_version"] = version
+    if request.id is not None:
+        head["id"] = request.id
+    try:
+        return pack(head, "outputs", wanted)
+    except ValueError as error:
+        message = f"Output {error}"
+        raise ModelFailed(message) from None
+
+
+def encode_request(
+    contract: Contract,
+    inputs: Mapping[str, Array],
+    *,
+    identity: str | None = None,
+    binary: bool = False,
+    outputs: Sequence[Wanted] = (),
+) -> Body:
+    """Return a request for the predictions of N rows, as a client writes it.
+
+    Raises ValueError where JSON can't hold a value, which binary data can.
+    """
+    head: dict[str, Any] = {} if identity is None else {"id": identity}
+    if outputs:
+        head["outputs"] = [{"name": each.name, "parameters": {"binary_data": each.binary}} for each in outputs]
+    elif binary:
+        head["parameters"] = {"binary_data_output": True}
+    return pack(head, "inputs", [(value, inputs[value.name], binary) for value in contract.inputs])
+
+
+def decode_response(body: bytes, contract: Contract, *, header_length: int | None) -> dict[str, Array]:
+    """Return the outputs of an answer, each [N, *shape] of the contract.
+
+    Raises BadRequest, with status 502, where it is no answer of a model with this contract.
+    """
+    try:
+        document, binary = read_document(body, header_length)
+        answer = _ANSWER.validate_python(document)
+        return read_tensors("outputs", answer.outputs, {value.name: value for value in contract.outputs}, binary)
+    except (ValidationError, BadRequest) as error:
+        told = f"got {problems(error)}." if isinstance(error, ValidationError) else str(error)
+        message = f"A server must answer as the protocol says: {told}"
+        raise BadRequest(message, status=_BAD_GATEWAY) from None
+
+
+class _Answer(BaseModel):
+    # Servers add keys of their own.
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    outputs: list[RequestTensor]
+
+
+_ANSWER = TypeAdapter(_Answer)
+
+
+def _wanted(request: RequestDocument, contract: Contract) -> tuple[Wanted, ...]:
+    known = {value.name: value for value in contract.outputs}
+    binary = request.parameters.get("binary_data_output") is True
+    if not request.outputs:
+        return tuple(Wanted(name=name, binary=binary) for name in known)
+    check_names("outputs", [given.name for given in request.outputs], known)
+    if classified := [given.name for given in request.outputs if "classification" in given.parameters]:
+        message = f"An output can't be asked for as a classification here, got that for {classified[0]!r}."
+        raise BadRequest(message)
+    return tuple(
+        Wanted(name=given.name, binary=given.parameters.get("binary_data", binary) is True) for given in request.outputs
+    )

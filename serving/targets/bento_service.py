@@ -1,0 +1,82 @@
+"""A release on BentoML: the Open Inference Protocol before the model, which BentoML batches in a process of its own.
+
+Rendered as service.py beside release.json and the model's files, and run by BentoML alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import bentoml
+import numpy as np
+from bentoml.exceptions import ServiceUnavailable
+
+from serving.errors import ModelFailed
+from serving.oip import ServerMetadata
+from serving.predictor import open_predictor
+from serving.release import RELEASE_FILE, Arrays, Predictions, Release
+from serving.v2_app import Overloaded, v2_app
+
+FOLDER = Path(__file__).parent
+RELEASE = Release.model_validate_json((FOLDER / RELEASE_FILE).read_text())
+QUIET = {"access": {"enabled": False}}
+
+
+@bentoml.service(
+    name="model",
+    workers=RELEASE.scaling.replicas_max,
+    traffic={"timeout": 60},
+    resources={"cpu": RELEASE.engine.threads},
+    logging=QUIET,
+)
+class Model:
+    """The model, once in each worker."""
+
+    def __init__(self) -> None:
+        """Load the release that lies beside this file."""
+        self._predictor = open_predictor(FOLDER)
+
+    # How long it waits for others BentoML learns by itself. Its max_latency_ms is a promise: requests that it will not
+    # keep it for are answered 503, so it is as long as a request may take. It has no batches of one.
+    @bentoml.api(  # type: ignore[untyped-decorator]  # BentoML is not there where types are checked
+        batchable=RELEASE.dial.batch_size_max > 1,
+        max_batch_size=max(2, RELEASE.dial.batch_size_max),
+        max_latency_ms=60_000,
+    )
+    async def predict_each(self, requests: list[Any]) -> list[Any]:
+        """Return the outputs of each request, or the reason why it has none."""
+        # What comes from another process lies in memory that can't be written to.
+        owned = [{name: np.require(values, requirements="W") for name, values in each.items()} for each in requests]
+        predictions = await self._predictor.predict_each(owned)
+        return [str(each) if isinstance(each, ModelFailed) else each for each in predictions]
+
+
+@bentoml.service(name=RELEASE.endpoint, traffic={"timeout": 60, "max_concurrency": 1024}, logging=QUIET)
+class Endpoint:
+    """The model, and the routes before it, which are mounted below."""
+
+    model = bentoml.depends(Model)
+
+
+async def predict(inputs: Arrays) -> Predictions:
+    """Have the model predict the rows of one request."""
+    try:
+        (prediction,) = await bentoml.get_current_service().model.to_async.predict_each([dict(inputs)])
+    except ServiceUnavailable as error:
+        message = f"The model must have room for another request, got {error}. Try again in a second."
+        raise Overloaded(message) from error
+    if isinstance(prediction, str):
+        raise ModelFailed(prediction)
+    return dict(prediction)
+
+
+async def ready() -> bool:
+    """Whether the model's process answers."""
+    return bool(await bentoml.get_current_service().model.is_ready())
+
+
+SERVICE: Any = Endpoint
+SERVICE.mount_asgi_app(
+    v2_app(RELEASE, predict, ServerMetadata(name="bentoml", version=bentoml.__version__), ready=ready)
+)

@@ -1,0 +1,75 @@
+"""BentoML: a service with the routes of the protocol before a model that it batches, to be served or built.
+
+`bentoml serve` runs out of the folder as it is. `bentoml build` there makes a Bento of it, with the model and this
+package inside, for `bentoml containerize` and whatever runs containers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from serving.release import MODEL_FOLDER, RELEASE_FILE, Release
+from serving.targets import Rendered
+from serving.targets.folder import SERVE_FILE, Serve, interpreter, python_environment, rendered
+
+SERVICE = "service:Endpoint"
+_SOURCE = Path(__file__).with_name("bento_service.py")
+_HOST = "127.0.0.1"
+_REQUIREMENTS = "infra/local/bentoml.txt"
+# What this package needs where a release is loaded; what the model needs, MLflow wrote beside it.
+_PACKAGES = (
+    *("fastapi>=0.115", "httpx>=0.28", "mlflow>=3.10,<4", "numpy>=2", "orjson>=3.10", "pyarrow>=20"),
+    *("boto3>=1.40", "pydantic>=2.11", "pyyaml>=6"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BentoML:
+    """The target BentoML; `python` is the interpreter of an environment made from infra/local/bentoml.txt."""
+
+    python: Path
+
+    def render(self, release: Release, model: Path) -> Rendered:
+        """Return service.py and bentofile.yaml, and how a controller serves them."""
+        where = ("--host", _HOST, "--port", "{port}", "--working-dir", "{folder}")
+        serve = Serve(
+            argv=(interpreter(self.python, _REQUIREMENTS), "-m", "bentoml", "serve", SERVICE, *where),
+            environment={
+                **python_environment(),
+                "BENTOML_DO_NOT_TRACK": "True",
+                # Its store, its settings and its metrics: never the user's.
+                "BENTOML_HOME": "{folder}/.bentoml",
+                "PROMETHEUS_MULTIPROC_DIR": "{folder}/.bentoml/metrics",
+                "OMP_NUM_THREADS": str(release.engine.threads),
+            },
+            ready_path=f"/v2/models/{release.endpoint}/ready",
+        )
+        files = {"service.py": _SOURCE.read_bytes(), "bentofile.yaml": _yaml(self.bentofile(release, model))}
+        return rendered(release, model, serve, files)
+
+    def bentofile(self, release: Release, model: Path) -> dict[str, Any]:
+        """Return what `bentoml build` makes of the folder."""
+        requirements = f"{MODEL_FOLDER}/requirements.txt"
+        python: dict[str, Any] = {"packages": list(_PACKAGES), "lock_packages": False}
+        if (model / "requirements.txt").is_file():
+            python["requirements_txt"] = requirements
+        return {
+            "service": SERVICE,
+            "name": release.endpoint,
+            "labels": {"model": release.pin.name, "version": release.version, "digest": release.pin.digest[:12]},
+            "include": ["service.py", RELEASE_FILE, f"{MODEL_FOLDER}/**", "serving/**/*.py"],
+            "exclude": [SERVE_FILE, ".bentoml/**", "**/__pycache__/**"],
+            "python": python,
+            "envs": [{"name": name, "value": value} for name, value in _ENVIRONMENT.items()],
+        }
+
+
+_ENVIRONMENT = {"BENTOML_DO_NOT_TRACK": "True", "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+
+def _yaml(value: dict[str, Any]) -> bytes:
+    return str(yaml.safe_dump(value, sort_keys=False, width=120)).encode()

@@ -1,0 +1,176 @@
+"""KServe: an InferenceService for a cluster, and the same model under KServe's own Python server on this machine.
+
+On a cluster Triton serves the model, whose repository has the dial in it. KServe's own batcher is never asked for: it
+speaks version 1 of the protocol alone. KServe's Python server has no versions in its routes and no batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from serving.release import Release
+from serving.targets import Rendered
+from serving.targets.folder import Serve, interpreter, python_environment, rendered
+
+_HOST = "127.0.0.1"
+_REQUIREMENTS = "infra/local/kserve.txt"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What one replica may use, as Kubernetes counts it."""
+
+    cpu: str = "1"
+    memory: str = "2Gi"
+    gpus: int = 0
+
+    def manifest(self) -> dict[str, Any]:
+        """Return the resources of a container: what it asks for is what it gets."""
+        amounts = {"cpu": self.cpu, "memory": self.memory}
+        limits = {**amounts, **({"nvidia.com/gpu": str(self.gpus)} if self.gpus else {})}
+        return {"requests": amounts, "limits": limits}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Canary:
+    """A release that gets some percent of the traffic; 0 deploys it without any."""
+
+    release: Release
+    percent: int
+
+    def __post_init__(self) -> None:
+        """Refuse what is no share. Raises ValueError."""
+        if not 0 <= self.percent <= 100:  # noqa: PLR2004 - a whole
+            message = f"A canary must get 0 to 100 percent of the traffic, got {self.percent}."
+            raise ValueError(message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KServe:
+    """The target KServe.
+
+    `python` is the interpreter of an environment made from infra/local/kserve.txt. Below `storage_uri` the cluster
+    finds <endpoint>/<version>/, Triton's repository of a release. `canary_as` is how KServe takes a canary: "list"
+    from 0.20 on, "percent" before, where the canary is the next revision of the same InferenceService.
+    """
+
+    python: Path
+    storage_uri: str = "pvc://endpoints"
+    namespace: str = "default"
+    resources: Resources = field(default_factory=Resources)
+    canary_as: Literal["list", "percent"] = "list"
+
+    def render(self, release: Release, model: Path) -> Rendered:
+        """Return predictor.py for KServe's Python server, and inferenceservice.yaml for a cluster.
+
+        Raises EndpointFailed where the interpreter is missing, with the command that makes its environment.
+        """
+        arguments = ("--http_port", "{port}", "--enable_grpc", "false", "--configure_logging", "false")
+        serve = Serve(
+            argv=(interpreter(self.python, _REQUIREMENTS), "predictor.py", *arguments),
+            environment={**python_environment(), "LISTEN_HOST": _HOST},
+            ready_path=f"/v2/models/{release.endpoint}/ready",
+        )
+        files = {
+            "predictor.py": _PREDICTOR.encode(),
+            "inferenceservice.yaml": yaml.safe_dump(self.inference_service(release), sort_keys=False).encode(),
+        }
+        return rendered(release, model, serve, files)
+
+    def inference_service(self, release: Release, canary: Canary | None = None) -> dict[str, Any]:
+        """Return the InferenceService of an endpoint at a release, with a canary of another one where there is one."""
+        spec: dict[str, Any] = {"predictor": self._predictor(release)}
+        if canary is not None and self.canary_as == "list":
+            named = {"name": f"v{canary.release.version}", **self._predictor(canary.release)}
+            spec["canary"] = [{"trafficPercent": canary.percent, "predictor": named}]
+        elif canary is not None:
+            spec["predictor"] = {"canaryTrafficPercent": canary.percent, **self._predictor(canary.release)}
+        return {
+            "apiVersion": "serving.kserve.io/v1beta1",
+            "kind": "InferenceService",
+            "metadata": {"name": release.endpoint, "namespace": self.namespace},
+            "spec": spec,
+        }
+
+    def _predictor(self, release: Release) -> dict[str, Any]:
+        return {
+            "minReplicas": release.scaling.replicas_min,
+            "maxReplicas": release.scaling.replicas_max,
+            "model": {
+                # The container's; the list of canaries has it required.
+                "name": "kserve-container",
+                "modelFormat": {"name": "triton", "version": "2"},
+                "runtime": "kserve-tritonserver",
+                "protocolVersion": "v2",
+                "storageUri": f"{self.storage_uri}/{release.endpoint}/{release.version}",
+                "resources": self.resources.manifest(),
+            },
+        }
+
+
+_PREDICTOR = '''"""The model of this folder under KServe's server: `python predictor.py --http_port 8080` serves it."""
+
+import logging
+import os
+import uuid
+from pathlib import Path
+
+from kserve import Model, ModelServer
+from kserve.errors import InvalidInput
+
+from serving.errors import BadRequest
+from serving.predictor import open_predictor, settled
+from serving.targets.documents import describe, read_request, write_answer
+
+
+class Predictor(Model):
+    def __init__(self, folder):
+        self.predictor = open_predictor(folder)
+        self.release = self.predictor.release
+        super().__init__(self.release.endpoint)
+        self.ready = True
+
+    def get_input_types(self):
+        return describe(self.release.contract)[0]
+
+    def get_output_types(self):
+        return describe(self.release.contract)[1]
+
+    async def predict(self, payload, headers=None):
+        inputs = [
+            {"name": each.name, "shape": each.shape, "datatype": each.datatype, "data": each.data}
+            for each in payload.inputs
+        ]
+        outputs = [each.name for each in payload.request_outputs or ()]
+        try:
+            request = read_request(inputs, outputs, self.release)
+        except BadRequest as error:
+            raise InvalidInput(str(error)) from None
+        (prediction,) = await self.predictor.predict_each([request.inputs])
+        answer = write_answer(request, settled(prediction), self.release)
+        # KServe requires an id, and writes null, which the protocol has not, for parameters that are not there.
+        outputs = [{**each, "parameters": {}} for each in answer["outputs"]]
+        return {**answer, "id": payload.id or str(uuid.uuid4()), "parameters": {}, "outputs": outputs}
+
+
+def told_to_its_sender(record):
+    return bool(record.exc_info) and isinstance(record.exc_info[1], InvalidInput)
+
+
+class Server(ModelServer):
+    async def _serve(self):
+        # KServe listens on every address, as a pod must.
+        if host := os.environ.get("LISTEN_HOST"):
+            self._rest_server.config.host = host
+        await super()._serve()
+
+
+if __name__ == "__main__":
+    # A bad request would otherwise leave a traceback in the log, each of them.
+    logging.getLogger("kserve").addFilter(lambda record: not told_to_its_sender(record))
+    Server().start([Predictor(Path(__file__).parent)])
+'''

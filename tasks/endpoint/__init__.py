@@ -1,0 +1,1 @@
+"""The stations of an endpoint, in the order in which a release passes them."""

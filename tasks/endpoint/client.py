@@ -1,0 +1,87 @@
+"""A client of the Open Inference Protocol: one model of one server, or of the gateway."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from types import TracebackType
+from typing import Self
+from urllib.parse import quote
+
+import httpx
+
+from serving.contract import Contract
+from serving.errors import BadRequest, EndpointFailed
+from serving.oip import HEADER_LENGTH, decode_response, encode_request
+from serving.targets import Address
+from tasks.endpoint.samples import Arrays
+
+_TIMEOUT_SECONDS = 60.0
+_SHOWN = 400
+
+
+def infer_path(address: Address) -> str:
+    """Return the path that predictions of an address are asked at."""
+    version = f"/versions/{quote(address.version, safe='')}" if address.version else ""
+    return f"/v2/models/{quote(address.model, safe='')}{version}/infer"
+
+
+def is_ready(address: Address) -> bool:
+    """Whether a model says that it would answer now."""
+    url = address.url.rstrip("/") + infer_path(address).removesuffix("/infer") + "/ready"
+    try:
+        return httpx.get(url, timeout=_TIMEOUT_SECONDS, trust_env=False).status_code == HTTPStatus.OK
+    except httpx.HTTPError:
+        return False
+
+
+@dataclass(slots=True)
+class InferClient:
+    """Asks one model for predictions; a context manager that closes its connections."""
+
+    address: Address
+    contract: Contract
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    _http: httpx.Client = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Whatever proxy the environment names is for the way out, not for servers of our own.
+        self._http = httpx.Client(timeout=_TIMEOUT_SECONDS, headers=dict(self.headers), trust_env=False)
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        """Return the outputs for N rows. Raises EndpointFailed with what the server said, where that is no answer."""
+        body = encode_request(self.contract, inputs, binary=_needs_binary(inputs))
+        url = self.address.url.rstrip("/") + infer_path(self.address)
+        try:
+            response = self._http.post(url, content=body.content, headers=body.headers)
+        except httpx.HTTPError as error:
+            message = f"The model server must answer at {url}, got: {error!r}. Look whether it runs, and at its log."
+            raise EndpointFailed(message) from error
+        if response.status_code != HTTPStatus.OK:
+            message = (
+                f"The model server must answer {url} with {HTTPStatus.OK}, got {response.status_code}: "
+                f"{response.text[:_SHOWN]}"
+            )
+            raise EndpointFailed(message)
+        length = response.headers.get(HEADER_LENGTH)
+        try:
+            return decode_response(response.content, self.contract, header_length=int(length) if length else None)
+        except BadRequest as error:
+            message = f"What {url} answers must be what the model's contract says. {error}"
+            raise EndpointFailed(message) from error
+
+    def __enter__(self) -> Self:
+        """Return the client."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close its connections."""
+        self._http.close()
+
+
+def _needs_binary(inputs: Arrays) -> bool:
+    """Whether JSON can't hold a value: bytes that are no text."""
+    return any(isinstance(item, bytes) for value in inputs.values() for item in value.flat[:1])

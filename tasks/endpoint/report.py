@@ -1,0 +1,169 @@
+"""What a person sees of an endpoint: the report, and a plot of what requests waited before and after the dial."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
+from pydantic import Field
+
+from serving.contract import Frozen
+from serving.dial import PassTime
+from serving.release import Dial
+from tasks.batch.artifacts import Logger, server_may_fail
+from tasks.batch.report import data_uri
+from tasks.endpoint.load import Latency
+from tasks.endpoint.spec import Budget
+from tasks.endpoint.tuning import Chosen
+from tasks.endpoint.verify import Verification
+
+_INK, _BEFORE, _AFTER, _LIMIT = "#1f2933", "#c9a227", "#2f6f9f", "#b3261e"
+
+
+class Endpoint(Frozen):
+    """A running endpoint, and how it came to run."""
+
+    name: str = Field(description="The endpoint's name, by which callers ask for its model.")
+    url: str = Field(description="Where predictions are asked: POST a request of the Open Inference Protocol (V2).")
+    model: str = Field(description="The pinned model version.")
+    model_digest: str = Field(description="SHA-256 over the model's files.")
+    version: str = Field(description="The model version that this call put up.")
+    target: str = Field(description="The model server.")
+    server: str = Field(description="Where the model server itself answers.")
+    rollout: str = Field(description="What became of its traffic, in words.")
+    removed: tuple[str, ...] = Field(default=(), description="Earlier versions that were taken down.")
+    chosen: Chosen = Field(description="The dial, and what it was chosen by.")
+    budget: Budget | None = Field(default=None, description="The budget that it was chosen for.")
+    keep_warm_seconds: float | None = Field(default=None, description="Seconds until it is unloaded; null: never.")
+    verification: Verification = Field(description="What its answers were held against.")
+    before: Latency | None = Field(default=None, description="What requests waited without a dial.")
+    after: Latency | None = Field(default=None, description="What they waited with it.")
+    seconds: dict[str, float] = Field(description="Wall-clock seconds by stage.")
+
+    @property
+    def dial(self) -> Dial:
+        """The dial that it serves with."""
+        return self.chosen.dial
+
+    @property
+    def summary(self) -> str:
+        """The endpoint in a sentence."""
+        return f"{self.name} serves {self.model} on {self.target} at {self.url}: {self.rollout}."
+
+    def table(self) -> list[dict[str, str]]:
+        """Return the report as rows of two columns, in reading order."""
+        held = self.verification
+        rows = {
+            "model": self.model,
+            "target": f"{self.target} at {self.server}",
+            "asked at": self.url,
+            "traffic": self.rollout,
+            **({"taken down": ", ".join(f"version {each}" for each in self.removed)} if self.removed else {}),
+            "dial": in_words(self.dial),
+            **(_of_passes(self.chosen.time) if self.chosen.time else {}),
+            **(_of_budget(self.budget, self.after) if self.budget else {}),
+            **{f"waited {when}": _of_latency(each) for when, each in self.latencies().items()},
+            "unloaded": f"after {self.keep_warm_seconds:g} s without a request" if self.keep_warm_seconds else "never",
+            "verified": f"{held.rows_example} rows of the model's example, {held.rows_random} random rows",
+            "furthest answer": f"{held.difference_max:.2g} off, of {held.tolerance:g} allowed",
+            **{f"seconds: {stage}": f"{seconds:.2f}" for stage, seconds in self.seconds.items()},
+        }
+        return [{"": name, "value": value} for name, value in rows.items()]
+
+    def latencies(self) -> dict[str, Latency]:
+        """Return what was measured, by when."""
+        both = {"before the dial": self.before, "with the dial": self.after}
+        return {when: each for when, each in both.items() if each is not None}
+
+    def markdown(self) -> str:
+        """Return the report as Markdown."""
+        rows = "\n".join(f"| {row['']} | {row['value']} |" for row in self.table())
+        return f"# Endpoint {self.name}\n\n{self.summary}\n\n| | |\n| --- | --- |\n{rows}\n"
+
+
+def in_words(dial: Dial) -> str:
+    """Say where a dial stands."""
+    if dial.batch_size_max == 1:
+        return "each request alone"
+    return f"up to {dial.batch_size_max:,} rows a pass, waiting {dial.wait_ms_max:.3g} ms at most"
+
+
+def _of_passes(time: PassTime) -> dict[str, str]:
+    return {"a pass of b rows": f"{time.pass_ms:.3g} ms + b x {time.row_ms:.3g} ms, as measured"}
+
+
+def _of_budget(budget: Budget, after: Latency | None) -> dict[str, str]:
+    kept = "" if after is None else ", kept" if after.p99_ms <= budget.latency_ms else ", NOT kept by p99"
+    return {"budget": f"{budget.latency_ms:g} ms at {budget.rate:g} rows a second{kept}"}
+
+
+def _of_latency(latency: Latency) -> str:
+    errors = f", {latency.errors} errors" if latency.errors else ""
+    return f"p50 {latency.p50_ms:.3g} ms, p99 {latency.p99_ms:.3g} ms at {latency.rate:,.0f} requests/s{errors}"
+
+
+def publish_endpoint(endpoint: Endpoint, logger: Logger) -> None:
+    """Put the endpoint among the flow run's artifacts: table, markdown, and the plot where anything was measured."""
+    with server_may_fail(logger):
+        create_table_artifact(endpoint.table(), key="endpoint-table", description=endpoint.summary)
+        create_markdown_artifact(endpoint.markdown(), key="endpoint-report", description=endpoint.summary)
+        if endpoint.latencies():
+            create_image_artifact(data_uri(plot(endpoint)), key="endpoint-plot", description="What requests waited")
+
+
+def plot(endpoint: Endpoint) -> bytes:
+    """Draw what requests waited before and after the dial, and the passes it was chosen by; return a PNG."""
+    figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    _draw_latencies(left, endpoint)
+    _draw_passes(right, endpoint.chosen)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png")
+    return sink.getvalue()
+
+
+def _draw_latencies(axes: Axes, endpoint: Endpoint) -> None:
+    measured = endpoint.latencies()
+    for (when, latency), colour in zip(measured.items(), (_BEFORE, _AFTER)[-len(measured) :], strict=True):
+        share = np.arange(1, len(latency.samples_ms) + 1) / len(latency.samples_ms)
+        label = f"{when}: p50 {latency.p50_ms:.3g} ms, p99 {latency.p99_ms:.3g} ms"
+        axes.plot(latency.samples_ms, 100 * share, color=colour, label=label)
+        axes.plot([latency.p50_ms, latency.p99_ms], [50, 99], "o", color=colour, markersize=4)
+    if endpoint.budget is not None:
+        axes.axvline(endpoint.budget.latency_ms, color=_LIMIT, linestyle="--", linewidth=1, label="the budget")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="milliseconds until the answer", ylabel="% of requests answered", ylim=(0, 102))
+    rate = next(iter(measured.values())).rate
+    axes.set_title(f"single rows, {rate:,.0f} requests a second", loc="left", fontsize=10)
+    axes.legend(loc="lower right", frameon=False, fontsize=8)
+
+
+def _draw_passes(axes: Axes, chosen: Chosen) -> None:
+    if chosen.time is None:
+        axes.set_axis_off()
+        return
+    rows, ms = zip(*chosen.passes, strict=True)
+    axes.plot(rows, ms, "o", color=_INK, markersize=4, label="measured")
+    line = _line(rows)
+    axes.plot(line, [chosen.time.ms(each) for each in line], color=_AFTER, label="a + c b")
+    size = chosen.dial.batch_size_max
+    axes.axvline(size, color=_LIMIT, linestyle=":", linewidth=1, label=f"the dial: {size:,} rows")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="rows in a pass", ylabel="milliseconds")
+    axes.set_title("passes of the model itself", loc="left", fontsize=10)
+    axes.legend(loc="upper left", frameon=False, fontsize=8)
+
+
+def _line(rows: Sequence[int]) -> list[int]:
+    return sorted({math.ceil(each) for each in np.geomspace(1, max(rows), 64)})

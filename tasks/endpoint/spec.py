@@ -1,0 +1,234 @@
+"""What a person says about an endpoint: model, target, dial, scaling, rollout and who may ask."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from serving.contract import ColumnPolicy, Frozen
+from serving.gateway.route import KeyName, Limits
+from serving.release import Dial, Scaling
+
+URL = r"^https?://[^\s@]+$"
+GATEWAY = "http://127.0.0.1:8080"
+_NAME = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
+
+
+class Triton(Frozen):
+    """NVIDIA Triton, which loads and unloads models from a repository when told (--model-control-mode=explicit)."""
+
+    kind: Literal["triton"] = Field(default="triton", description="Tells this target from others.")
+    repository: str = Field(
+        default_factory=lambda: str(_data_folder() / "triton"),
+        min_length=1,
+        description="The server's model repository, as a folder of this machine or one that both have mounted.",
+    )
+    url: str = Field(default="http://127.0.0.1:8000", pattern=URL, description="Where its HTTP door is.")
+
+
+class RayServe(Frozen):
+    """Ray Serve on a running Ray cluster."""
+
+    kind: Literal["ray-serve"] = Field(default="ray-serve", description="Tells this target from others.")
+    dashboard: str = Field(
+        default="http://127.0.0.1:8265", pattern=URL, description="The cluster's dashboard, which takes applications."
+    )
+    url: str = Field(default="http://127.0.0.1:8000", pattern=URL, description="Where the cluster's HTTP door is.")
+    folder: str = Field(
+        default_factory=lambda: str(_data_folder() / "ray-serve"),
+        min_length=1,
+        description="A folder for the releases, which every node of the cluster reaches by this very path.",
+    )
+    token_secret: str | None = Field(
+        default=None,
+        description="A Prefect Secret block that holds the cluster's token. Without: the environment variable "
+        "RAY_AUTH_TOKEN of the machine this runs on, if it is set.",
+    )
+
+
+class Folder(Frozen):
+    """A folder that a controller watches: it starts and stops a server for each release that lies in it."""
+
+    folder: str = Field(min_length=1, description="The folder, of this machine or one that both have mounted.")
+
+
+class BentoML(Folder):
+    """BentoML, one service for each release, started by a controller that watches a folder."""
+
+    kind: Literal["bentoml"] = Field(default="bentoml", description="Tells this target from others.")
+    python: str = Field(
+        min_length=1,
+        description="The interpreter of an environment that has bentoml, as infra/local/bentoml.txt lists it.",
+    )
+
+
+class KServe(Folder):
+    """KServe, by InferenceService manifests in a folder that a controller (or a GitOps operator) watches."""
+
+    kind: Literal["kserve"] = Field(default="kserve", description="Tells this target from others.")
+    python: str = Field(
+        min_length=1,
+        description="The interpreter of an environment that has kserve, as infra/local/kserve.txt lists it.",
+    )
+
+
+class Seldon(Folder):
+    """Seldon's MLServer, by Seldon Core manifests and settings in a folder that a controller watches."""
+
+    kind: Literal["seldon"] = Field(default="seldon", description="Tells this target from others.")
+    python: str = Field(
+        min_length=1,
+        description="The interpreter of an environment that has mlserver, as infra/local/mlserver.txt lists it.",
+    )
+
+
+AnyTarget = Triton | RayServe | BentoML | KServe | Seldon
+
+
+def default_target() -> AnyTarget:
+    """Return Triton where its binaries run, which is Linux on x86-64, else Ray Serve."""
+    return Triton() if (platform.system(), platform.machine()) == ("Linux", "x86_64") else RayServe()
+
+
+def _data_folder() -> Path:
+    return Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local" / "share")) / "overnight"
+
+
+class Budget(Frozen):
+    """How fast answers must be, and how many are expected: the dial is chosen from it, on the measured model."""
+
+    latency_ms: float = Field(gt=0, le=60_000, description="Milliseconds within which a request is to be answered.")
+    rate: float = Field(gt=0, le=1e6, description="Rows a second that are expected, of all callers together.")
+    callers: int = Field(
+        default=1024,
+        ge=1,
+        le=1024,
+        description="Rows that wait for their answer at a time, at most; no batch is larger.",
+    )
+
+
+class AllAtOnce(Frozen):
+    """The new version gets all traffic as soon as its answers are verified."""
+
+    kind: Literal["all-at-once"] = Field(default="all-at-once", description="Tells this rollout from others.")
+
+
+class Canary(Frozen):
+    """The new version gets a share of the traffic first, and all of it where it keeps its rule."""
+
+    kind: Literal["canary"] = Field(default="canary", description="Tells this rollout from others.")
+    percent: float = Field(default=10.0, gt=0, le=50, description="Its share of the traffic, in percent.")
+    requests_min: int = Field(
+        default=100, ge=1, le=1_000_000, description="Answers of it that must be seen before it gets the rest."
+    )
+    error_rate_max: float = Field(
+        default=0.01, ge=0, lt=1, description="Share of its answers that may be errors; more roll it back."
+    )
+    p99_ms_max: float | None = Field(
+        default=None, gt=0, description="Milliseconds within which 99 of 100 of its answers must come; null: any."
+    )
+    seconds_max: float = Field(
+        default=600.0, gt=0, le=86_400, description="It is rolled back where it has not got its answers by then."
+    )
+
+
+class Shadow(Frozen):
+    """The new version gets copies of requests, and answers nobody; a later call gives it traffic."""
+
+    kind: Literal["shadow"] = Field(default="shadow", description="Tells this rollout from others.")
+    tolerance: float = Field(
+        default=1e-5, gt=0, le=1, description="Difference from the answers of what serves, at most, to count as equal."
+    )
+    in_flight_max: int = Field(
+        default=4, ge=1, le=256, description="Copies that it is asked at a time; while it is busy it gets none."
+    )
+
+
+class Access(Frozen):
+    """Who may ask: names of API keys, never the keys. Without any name everybody who reaches the gateway may."""
+
+    environment: tuple[KeyName, ...] = Field(
+        default=(), max_length=64, description="Environment variables of the machine this runs on that hold a key."
+    )
+    secrets: tuple[KeyName, ...] = Field(
+        default=(), max_length=64, description="Prefect Secret blocks that hold a key."
+    )
+
+
+class EndpointSpec(Frozen):
+    """An online endpoint, in full."""
+
+    name: str = Field(pattern=_NAME, description="The endpoint's name, by which callers ask for its model.")
+    model: str = Field(description="models:/NAME@ALIAS or models:/NAME/VERSION, resolved once.")
+    gateway: str = Field(
+        default="http://127.0.0.1:8080", pattern=URL, description="The door that callers come through."
+    )
+    admin_secret: str | None = Field(
+        default=None,
+        description="A Prefect Secret block that holds the gateway's administrator key. Without: the environment "
+        "variable OVERNIGHT_ADMIN_KEY of the machine this runs on.",
+    )
+    target: Annotated[AnyTarget, Field(discriminator="kind")] = Field(
+        default_factory=default_target,
+        description="The model server. Without: Triton on Linux x86-64, Ray Serve elsewhere.",
+    )
+    budget: Budget | None = Field(
+        default=None, description="Latency and rate to choose the dial by. Without, and without a dial: no batching."
+    )
+    dial: Dial | None = Field(default=None, description="An explicit dial, in place of a budget.")
+    scaling: Scaling = Field(default=Scaling(), description="How many replicas the model server has.")
+    keep_warm: float | Literal["auto"] | None = Field(
+        default=None,
+        description="Seconds after the last request until the model is unloaded, to be woken by the next. auto: as "
+        "long as a cold start is worth, and for ever where that breaks the budget. Without: it is never unloaded.",
+    )
+    rollout: Annotated[AllAtOnce | Canary | Shadow, Field(discriminator="kind")] = Field(
+        default=AllAtOnce(), description="How a new version gets its traffic."
+    )
+    access: Access = Field(default=Access(), description="Who may ask.")
+    limits: Limits = Field(default=Limits(), description="What one request may be, and how many at once.")
+    input_columns: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict, description="Which columns feed a tensor input, where the model does not say it."
+    )
+    policies: dict[str, ColumnPolicy] = Field(
+        default_factory=dict, description="How columns are cast and what becomes of nulls, as in a batch run."
+    )
+    allow_pickle: bool = Field(
+        default=False, description="Load a pickled model. Unpickling runs any code in it: only for models you trust."
+    )
+    tolerance: float = Field(
+        default=1e-5,
+        gt=0,
+        lt=1,
+        description="How far an answer may be from the model's own, relative to the largest of them or to 1.",
+    )
+    measure_seconds: float = Field(
+        default=2.0,
+        ge=0,
+        le=60,
+        description="Seconds of requests at the budget's rate, before and after the dial is set; 0 measures nothing.",
+    )
+
+    @model_validator(mode="after")
+    def _one_dial(self) -> Self:
+        if self.budget is not None and self.dial is not None:
+            message = "An endpoint must have a budget or a dial, got both; leave one out."
+            raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _sleeps_for_some_time(self) -> Self:
+        if isinstance(self.keep_warm, float) and not 1 <= self.keep_warm <= 7 * 86_400:
+            message = f"keep_warm must be from 1 second to a week, got {self.keep_warm:g}."
+            raise ValueError(message)
+        if self.keep_warm == "auto" and self.budget is None:
+            message = "keep_warm can be auto only beside a budget, which says how late an answer may be, got none."
+            raise ValueError(message)
+        if self.keep_warm is not None and not isinstance(self.target, Triton | RayServe):
+            message = f"keep_warm must be left out on {self.target.kind}: only triton and ray-serve unload and wake."
+            raise ValueError(message)
+        return self

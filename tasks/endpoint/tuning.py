@@ -1,0 +1,93 @@
+"""The dial of a release: as given, or chosen by passes that are measured on the real model."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+
+from pydantic import Field, ValidationError
+
+from serving.contract import Frozen
+from serving.dial import PassTime, choose_dial, fit, measure_passes
+from serving.encode import Encoded, Flags
+from serving.machine import cores, machine_kind
+from serving.model import Model
+from serving.registry import ModelPin, save_tag
+from serving.release import Dial, Scaling
+from tasks.endpoint.resolve import Subject
+from tasks.endpoint.samples import Sample
+from tasks.endpoint.spec import Budget, EndpointSpec
+
+_SAMPLE_ROWS = 1024
+
+
+class Chosen(Frozen):
+    """A dial, and what it was chosen by."""
+
+    dial: Dial = Field(description="Rows of a pass and milliseconds of waiting, at most.")
+    passes: tuple[tuple[int, float], ...] = Field(default=(), description="Rows and milliseconds of measured passes.")
+    time: PassTime | None = Field(default=None, description="The line through them.")
+
+
+def settle_dial(spec: EndpointSpec, subject: Subject) -> Chosen:
+    """Return the dial of a spec; with a budget, the model is measured here first, for about a second.
+
+    Where this version was tuned before, for the same budget and replicas on a machine of this kind, that stands.
+    Raises LatencyImpossible where no dial keeps the budget.
+    """
+    if spec.budget is None:
+        return Chosen(dial=spec.dial or Dial())
+    setting = remembered(spec.name, subject.resolved.tags)
+    if setting is not None and (setting.budget, setting.scaling, setting.machine) == _terms(spec):
+        return setting.chosen
+    replicas = max(1, spec.scaling.replicas_max)
+    passes = measure_passes(
+        subject.model,
+        subject.contract,
+        _repeated(subject.model, subject.sample),
+        spec.budget.latency_ms,
+        slots=min(replicas, cores()),
+        clock=time.perf_counter,
+    )
+    line = fit(passes)
+    dial = choose_dial(line, spec.budget.latency_ms, spec.budget.rate, replicas=replicas, rows_max=spec.budget.callers)
+    return Chosen(dial=dial, passes=tuple(passes), time=line)
+
+
+def _repeated(model: Model, sample: Sample) -> Encoded:
+    encoded = model.prepare(Encoded(inputs=sample.inputs, flags=Flags.none(sample.rows), rows=sample.rows))
+    return encoded.repeated(math.ceil(_SAMPLE_ROWS / sample.rows)).rows_at(0, _SAMPLE_ROWS)
+
+
+class Setting(Frozen):
+    """How an endpoint last served a version, kept as a tag of it: to go back to, and not to be measured again."""
+
+    chosen: Chosen = Field(description="The dial that was verified.")
+    scaling: Scaling = Field(description="The replicas.")
+    budget: Budget | None = Field(description="What the dial was chosen for.")
+    machine: str = Field(description="The kind of machine that it was measured on.")
+
+
+def _terms(spec: EndpointSpec) -> tuple[Budget | None, Scaling, str]:
+    return spec.budget, spec.scaling, machine_kind()
+
+
+def remember(spec: EndpointSpec, pin: ModelPin, chosen: Chosen) -> bool:
+    """Keep with the model version how it is served; False where the registry does not take it."""
+    budget, scaling, machine = _terms(spec)
+    setting = Setting(chosen=chosen, scaling=scaling, budget=budget, machine=machine)
+    return save_tag(pin, tag_of(spec.name), setting.model_dump_json())
+
+
+def remembered(endpoint: str, tags: Mapping[str, str]) -> Setting | None:
+    """Return how an endpoint last served a version, by the version's tags; None where that is not known."""
+    try:
+        return Setting.model_validate_json(tags.get(tag_of(endpoint), ""))
+    except ValidationError:
+        return None
+
+
+def tag_of(endpoint: str) -> str:
+    """Return the name of the tag by which a model version keeps how an endpoint serves it."""
+    return f"overnight.endpoint.{endpoint}"

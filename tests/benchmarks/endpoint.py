@@ -1,0 +1,193 @@
+"""Figures of endpoints: plain FastAPI and every target under the same client in turn, what the gateway costs, how long
+a wake from zero takes, and the requests that are lost while versions come and go.
+
+ROUNDS, SECONDS (of each measurement) and BENCH_FOLDER are taken from the environment. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from rich.table import Table
+
+from tests.benchmarks.endpoint_servers import Contender, Served, Up, contenders
+from tests.benchmarks.endpoint_wrk import CONNECTIONS, Load, median, missing, wrk
+from tests.benchmarks.shared import FEATURES, FOLDER, ROUNDS, console, machine, open_registry, use_experiment
+
+SECONDS = float(os.environ.get("SECONDS", "8"))
+WARM_SECONDS = 1.5
+BUDGET_MS = 50.0
+# The rate that the dial is chosen for: what a good part of the answers measured here comes to.
+RATES = {"small": 2000.0, "wide": 500.0}
+WIDTHS = {"small": 256, "wide": 2048}
+FASTAPI_OVER_MIN, DEFAULT_OVER_MIN, ADDED_MS_MAX = 3.0, 1.2, 2.0
+
+
+@dataclass(slots=True)
+class Figures:
+    """What was measured of one server under one model."""
+
+    loads: list[Load] = field(default_factory=list)
+    start_seconds: list[float] = field(default_factory=list)
+    memory_mb: list[float] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, float]:
+        load = median(self.loads)
+        return {
+            "requests_per_second": round(load.per_second, 1),
+            "p50_ms": round(load.p50_ms, 2),
+            "p99_ms": round(load.p99_ms, 2),
+            "errors": load.errors,
+            "start_seconds": round(statistics.median(self.start_seconds), 2),
+            "memory_mb": round(statistics.median(self.memory_mb)),
+        }
+
+
+def main() -> None:
+    if how := missing():
+        sys.exit(how)
+    open_registry()
+    folder = FOLDER / "endpoint"
+    shutil.rmtree(folder, ignore_errors=True)
+    models = [make_served(name, width) for name, width in WIDTHS.items()]
+    everybody = contenders()
+    for each in everybody:
+        if each.missing:
+            console.print(f"{each.name} is missing here: {each.missing}")
+    found = race(models, [each for each in everybody if each.missing is None], folder)
+    from tests.benchmarks.endpoint_gateway import gateway_figures
+    from tests.benchmarks.endpoint_lost import lost_figures
+
+    gateway = gateway_figures(models, folder, seconds=SECONDS, rounds=ROUNDS)
+    lost = lost_figures(models[0], folder)
+    result = as_json(found, everybody, models) | gateway | lost
+    show(found, result)
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+def make_served(name: str, width: int) -> Served:
+    """Register a network 32-W-W-1 once, and choose the dial for it as the flow does."""
+    import mlflow
+
+    from serving.registry import resolve_model
+    from serving.release import Dial, Release
+    from tasks.endpoint.resolve import resolve
+    from tasks.endpoint.spec import Budget, EndpointSpec
+    from tasks.endpoint.tuning import settle_dial
+    from tests.support import register_torch
+
+    use_experiment("bench-endpoint")
+    registered = f"endpoint-{name}"
+    if not mlflow.MlflowClient().search_registered_models(f"name = '{registered}'"):
+        torch.manual_seed(0)
+        inner = (torch.nn.Linear(32, width), torch.nn.ReLU(), torch.nn.Linear(width, width), torch.nn.ReLU())
+        register_torch(registered, torch.nn.Sequential(*inner, torch.nn.Linear(width, 1)), FEATURES)
+    uri = f"models:/{registered}/latest"
+    spec = EndpointSpec(
+        name=f"bench-{name}",
+        model=uri,
+        budget=Budget(latency_ms=BUDGET_MS, rate=RATES[name], callers=CONNECTIONS),
+    )
+    resolved = resolve_model(uri)
+    subject = resolve(spec)
+    chosen = settle_dial(spec, subject)
+    console.print(f"{name}: {chosen.dial}, {chosen.time}")
+    release = Release(endpoint=spec.name, pin=resolved.pin, contract=subject.contract, dial=Dial())
+    return Served(name=name, release=release, model=resolved.folder, dial=chosen.dial)
+
+
+def race(models: list[Served], everybody: list[Contender], folder: Path) -> dict[tuple[str, str], Figures]:
+    """Measure everybody in turn, each started anew; who fails is out, and its reason takes its place."""
+    found: dict[tuple[str, str], Figures] = {}
+    turns = [(at, model, each) for at in range(ROUNDS) for model in models for each in everybody]
+    for at, model, each in track(turns, "in turn", console=console):
+        if each.missing:
+            continue
+        place = folder / f"{at}-{model.name}-{each.name.split()[0].strip(',').lower()}-{len(found)}"
+        try:
+            with each.start(model, place) as up:
+                measure(up, found.setdefault((model.name, each.name), Figures()))
+        except Exception as error:  # noqa: BLE001 - whatever a server fails with is what is said of it
+            each.missing = f"{type(error).__name__}: {error}"
+            console.print(f"{each.name} failed: {each.missing}")
+        shutil.rmtree(place, ignore_errors=True)
+    return found
+
+
+def measure(up: Up, figures: Figures) -> None:
+    wrk(up.url, up.bodies, WARM_SECONDS)
+    figures.loads.append(wrk(up.url, up.bodies, SECONDS))
+    figures.start_seconds.append(up.start_seconds)
+    figures.memory_mb.append(up.memory_mb())
+
+
+def as_json(found: dict[tuple[str, str], Figures], everybody: list[Contender], models: list[Served]) -> dict[str, Any]:
+    servers = {
+        model.name: {
+            each.name: found[model.name, each.name].as_json() if (model.name, each.name) in found else "missing"
+            for each in everybody
+        }
+        for model in models
+    }
+    small, wide = servers["small"], servers["wide"]
+    return {
+        "machine": machine(),
+        "connections": CONNECTIONS,
+        "servers": servers,
+        "missing": {each.name: each.missing for each in everybody if each.missing},
+        "dials": {model.name: model.dial.model_dump() for model in models},
+        "triton_tuned_vs_fastapi": _over(small, "Triton, tuned", "FastAPI"),
+        "triton_tuned_p99_ms": _of(small, "Triton, tuned", "p99_ms"),
+        "triton_tuned_vs_fastapi_wide": _over(wide, "Triton, tuned", "FastAPI"),
+        "triton_tuned_p99_ms_wide": _of(wide, "Triton, tuned", "p99_ms"),
+        "triton_tuned_vs_triton_default": _over(wide, "Triton, tuned", "Triton, default"),
+        "triton_tuned_vs_triton_default_small": _over(small, "Triton, tuned", "Triton, default"),
+    }
+
+
+def _of(servers: dict[str, Any], name: str, figure: str) -> float | None:
+    return servers[name][figure] if isinstance(servers.get(name), dict) else None
+
+
+def _over(servers: dict[str, Any], one: str, other: str) -> float | None:
+    a, b = (_of(servers, name, "requests_per_second") for name in (one, other))
+    return round(a / b, 2) if a and b else None
+
+
+def show(found: dict[tuple[str, str], Figures], result: dict[str, Any]) -> None:
+    table = Table(title=f"{CONNECTIONS} connections, single rows as JSON; {machine()}", title_justify="left")
+    for name in ("model", "server", "requests/s", "p50 ms", "p99 ms", "errors", "first answer s", "memory MB"):
+        table.add_column(name, justify="left" if name in ("model", "server") else "right")
+    for (model, name), figures in sorted(found.items(), key=lambda item: item[0][0]):
+        row = figures.as_json()
+        table.add_row(model, name, *(f"{value:,}" for value in row.values()))
+    console.print(table)
+    wanted = {
+        "triton_tuned_vs_fastapi": f"at least {FASTAPI_OVER_MIN:g}, p99 at most {BUDGET_MS:g} ms",
+        "triton_tuned_vs_triton_default": f"at least {DEFAULT_OVER_MIN:g}",
+        "gateway_added_p50_ms_at_100_per_second": f"at most {ADDED_MS_MAX:g}",
+        "requests_lost": "0",
+    }
+    table = Table(title="figures", title_justify="left")
+    for name in ("figure", "measured", "wanted"):
+        table.add_column(name)
+    for name, value in result.items():
+        if name not in ("servers", "machine"):
+            table.add_row(name, str(value), wanted.get(name, ""))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    began = time.perf_counter()
+    main()
+    console.print(f"{time.perf_counter() - began:,.0f} s")

@@ -1,0 +1,336 @@
+"""An endpoint's life on real servers: Prefect, Triton and the gateway."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import numpy as np
+import pytest
+
+from deployments.demo.endpoint_callers import Callers
+from deployments.demo.endpoint_faulty import LATE_MINUTES
+from infra.local.gateway import GatewayServer, gateway_server
+from infra.local.prefect_server import PrefectServer
+from infra.local.triton import TritonServer, triton_server
+from serving.errors import BadInput, EndpointFailed, LatencyImpossible, RolledBack, VerifyFailed
+from serving.gateway.client import GatewayClient
+from serving.oip import encode_request
+from serving.registry import resolve_model
+from tasks.endpoint.spec import Canary, EndpointSpec, Shadow, Triton
+
+if TYPE_CHECKING:
+    from tasks.endpoint.report import Endpoint
+
+KEY, VARIABLE = "a-key-of-the-tests-0123456789abcdef", "CHURN_API_KEY"
+FEATURES = ("late", "b", "c")
+CANARY = Canary(percent=50, requests_min=20, error_rate_max=0.01, seconds_max=60)
+Put = Callable[..., "Endpoint"]
+
+
+@pytest.fixture(scope="module")
+def triton(tmp_path_factory: pytest.TempPathFactory) -> Generator[TritonServer]:
+    folder = tmp_path_factory.mktemp("triton")
+    try:
+        server = triton_server(folder / "repository", folder / "server")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    with server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Generator[GatewayServer]:
+    with gateway_server(tmp_path_factory.mktemp("gateway")) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OVERNIGHT_ADMIN_KEY", server.admin_key)
+        patch.setenv(VARIABLE, KEY)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(gateway: GatewayServer) -> Generator[GatewayClient]:
+    with GatewayClient(gateway.url, gateway.admin_key) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def versions(registry: Path) -> dict[str, str]:
+    """Versions of one model: two networks, one that answers differently each time, and one that fails on some rows."""
+    import torch
+
+    from deployments.demo.endpoint_versions import register_faulty
+    from tests.support import register_torch
+
+    found = {}
+    for name, seed in (("first", 1), ("second", 2)):
+        torch.manual_seed(seed)
+        layers = (torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        found[name] = register_torch(
+            "endpoint-churn", torch.nn.Sequential(*layers), FEATURES, np.zeros((2, 3), np.float32)
+        )
+    for fault in ("moody", "delicate"):
+        version = register_faulty(fault, "endpoint-churn", "x", FEATURES, "score")
+        found[fault] = f"models:/endpoint-churn/{version}"
+    return found
+
+
+@pytest.fixture(scope="module")
+def put(prefect: PrefectServer, triton: TritonServer, gateway: GatewayServer) -> Put:
+    """Run the flow for an endpoint on these servers."""
+    from flows.endpoint import online_endpoint
+
+    def run(name: str, model: str, **changes: Any) -> Endpoint:
+        given = {
+            "name": name,
+            "model": model,
+            "gateway": gateway.url,
+            "target": target(triton),
+            "access": {"environment": [VARIABLE]},
+        }
+        return online_endpoint(EndpointSpec.model_validate({**given, **changes}))
+
+    return run
+
+
+def target(triton: TritonServer) -> Triton:
+    return Triton(repository=str(triton.repository), url=triton.url)
+
+
+def loaded(triton: TritonServer, name: str) -> list[str]:
+    """The versions of a model that Triton has loaded."""
+    listed = httpx.post(f"{triton.url}/v2/repository/index", json={"ready": True}).json()
+    return sorted(each["version"] for each in listed if each["name"] == name)
+
+
+def body(model: str, x_NF: np.ndarray) -> bytes:
+    return encode_request(resolve_model(model).contract({}, {}), {"x": x_NF.astype(np.float32)}).content
+
+
+def score(gateway: GatewayServer, name: str, x_NF: np.ndarray, model: str, key: str = KEY) -> dict[str, Any]:
+    url = f"{gateway.url}/v2/models/{name}/infer"
+    answer = httpx.post(url, content=body(model, x_NF), headers={"Authorization": f"Bearer {key}"}, timeout=60)
+    return {"status": answer.status_code, **answer.json()}
+
+
+def calling(gateway: GatewayServer, name: str, model: str) -> Callers:
+    """Callers of an endpoint, one in five of which ask for a row that the delicate version fails on."""
+    rows = np.random.default_rng(4).standard_normal((50, 3))
+    rows[::5, 0] = 2 * LATE_MINUTES
+    url = f"{gateway.url}/v2/models/{name}/infer"
+    bodies = [body(model, row[None]) for row in rows]
+    return Callers(url=url, bodies=bodies, rate=50, headers={"Authorization": f"Bearer {KEY}"})
+
+
+def artifacts(prefect: PrefectServer, key: str) -> list[dict[str, Any]]:
+    wanted = {"artifacts": {"key": {"any_": [key]}}, "sort": "CREATED_DESC"}
+    found: list[dict[str, Any]] = httpx.post(f"{prefect.api_url}/artifacts/filter", json=wanted).json()
+    return found
+
+
+def test_a_model_goes_online_with_a_dial_verified_measured_and_reported(
+    prefect: PrefectServer, triton: TritonServer, gateway: GatewayServer, versions: dict[str, str], put: Put
+) -> None:
+    budget = {"latency_ms": 200, "rate": 50, "callers": 8}
+    endpoint = put("online", versions["first"], budget=budget, measure_seconds=0.5)
+    answer = score(gateway, "online", np.ones((2, 3)), versions["first"])
+
+    assert (200, "1") == (answer["status"], answer["model_version"])
+    assert 1 < endpoint.dial.batch_size_max <= 8
+    assert endpoint.verification.rows_example == 2
+    assert endpoint.verification.rows_random == 32
+    assert endpoint.before is not None
+    assert endpoint.after is not None
+    assert 0 == endpoint.before.errors + endpoint.after.errors
+    assert endpoint.summary in artifacts(prefect, "endpoint-report")[0]["data"]
+    assert artifacts(prefect, "endpoint-plot")[0]["data"].startswith("data:image/png")
+    assert KEY not in endpoint.model_dump_json()
+
+    again = put("online", versions["first"], budget=budget, measure_seconds=0.5)
+
+    assert again.after is None  # nothing was put up: it stands
+    assert endpoint.dial == again.dial
+
+
+def test_without_its_key_nobody_is_answered(gateway: GatewayServer, versions: dict[str, str], put: Put) -> None:
+    put("keyed", versions["first"])
+
+    assert 200 == score(gateway, "keyed", np.ones((1, 3)), versions["first"])["status"]
+    assert (
+        401 == score(gateway, "keyed", np.ones((1, 3)), versions["first"], key="another-key-of-some-length")["status"]
+    )
+
+
+def test_a_version_is_switched_and_the_earlier_one_taken_down_without_a_lost_request(
+    triton: TritonServer, gateway: GatewayServer, versions: dict[str, str], put: Put
+) -> None:
+    put("switched", versions["first"])
+    with calling(gateway, "switched", versions["first"]) as callers:
+        endpoint = put("switched", versions["second"])
+
+    assert (0, []) == (callers.lost, callers.reasons)
+    assert ("1",) == endpoint.removed
+    assert ["2"] == loaded(triton, "switched")
+    assert {"1", "2"} == set(callers.versions)
+
+
+def test_a_canary_that_keeps_its_rule_is_promoted(
+    triton: TritonServer, gateway: GatewayServer, versions: dict[str, str], put: Put
+) -> None:
+    put("canary", versions["first"])
+    with calling(gateway, "canary", versions["first"]) as callers:
+        endpoint = put("canary", versions["second"], rollout=CANARY)
+
+    assert 0 == callers.lost
+    assert "version 2 has all traffic, after a trial: 0 of 20 requests failed" in endpoint.rollout
+    assert ["2"] == loaded(triton, "canary")
+
+
+def test_a_canary_that_fails_under_traffic_is_rolled_back_and_taken_down_without_a_lost_request(
+    triton: TritonServer, gateway: GatewayServer, client: GatewayClient, versions: dict[str, str], put: Put
+) -> None:
+    put("delicate", versions["first"])
+    before = client.get("delicate")
+    with (
+        calling(gateway, "delicate", versions["first"]) as callers,
+        pytest.raises(RolledBack, match=r"requests failed.* version 1 serves on"),
+    ):
+        put("delicate", versions["delicate"], rollout=CANARY)
+
+    after = client.get("delicate")
+    assert (0, []) == (callers.lost, callers.reasons)
+    assert before is not None
+    assert after is not None
+    assert before.route == after.route
+    assert ["1"] == loaded(triton, "delicate")
+
+
+def test_a_canary_that_nobody_asks_is_rolled_back_and_says_so(
+    triton: TritonServer, gateway: GatewayServer, versions: dict[str, str], put: Put
+) -> None:
+    put("quiet", versions["first"])
+    with pytest.raises(RolledBack, match=r"must answer 20 requests in 0.5 s .*got 0"):
+        put("quiet", versions["second"], rollout=CANARY.model_copy(update={"seconds_max": 0.5}))
+
+    assert ["1"] == loaded(triton, "quiet")
+    assert "1" == score(gateway, "quiet", np.ones((1, 3)), versions["first"])["model_version"]
+
+
+def test_a_shadow_answers_nobody_and_is_given_its_traffic_by_a_later_call(
+    triton: TritonServer, gateway: GatewayServer, versions: dict[str, str], put: Put
+) -> None:
+    put("shadowed", versions["first"])
+    put("shadowed", versions["second"], rollout=Shadow())
+    answers = {score(gateway, "shadowed", np.ones((1, 3)), versions["first"])["model_version"] for _ in range(5)}
+
+    assert {"1"} == answers
+    assert ["1", "2"] == loaded(triton, "shadowed")
+
+    endpoint = put("shadowed", versions["second"])
+
+    assert ("1",) == endpoint.removed
+    assert "2" == score(gateway, "shadowed", np.ones((1, 3)), versions["first"])["model_version"]
+
+
+def test_a_version_that_answers_otherwise_than_its_model_never_gets_traffic(
+    triton: TritonServer, gateway: GatewayServer, versions: dict[str, str], put: Put
+) -> None:
+    put("moody", versions["first"])
+    with pytest.raises(VerifyFailed, match=r"as the model itself does .* version 1 serves on"):
+        put("moody", versions["moody"])
+
+    assert ["1"] == loaded(triton, "moody")
+    assert "1" == score(gateway, "moody", np.ones((1, 3)), versions["first"])["model_version"]
+
+
+def test_a_first_version_that_fails_leaves_nothing(
+    triton: TritonServer, client: GatewayClient, versions: dict[str, str], put: Put
+) -> None:
+    with pytest.raises(VerifyFailed, match="nothing served before it"):
+        put("unborn", versions["moody"])
+
+    assert client.get("unborn") is None
+    assert [] == loaded(triton, "unborn")
+
+
+def test_a_budget_that_can_t_be_kept_is_refused_before_anything_is_put_up(
+    triton: TritonServer, client: GatewayClient, sleepy: str, put: Put
+) -> None:
+    with pytest.raises(LatencyImpossible, match="must be at least"):
+        put("hasty", sleepy, budget={"latency_ms": 20, "rate": 5})
+
+    assert client.get("hasty") is None
+    assert [] == loaded(triton, "hasty")
+
+
+def test_a_target_that_does_not_answer_is_an_error_that_says_so(
+    client: GatewayClient, versions: dict[str, str], put: Put, tmp_path: Path
+) -> None:
+    nowhere = Triton(repository=str(tmp_path), url="http://127.0.0.1:9")
+    with pytest.raises(EndpointFailed, match=r"http://127.0.0.1:9.*nothing served before it"):
+        put("nowhere", versions["first"], target=nowhere)
+
+    assert client.get("nowhere") is None
+
+
+def test_a_gateway_that_does_not_answer_is_named(versions: dict[str, str], put: Put) -> None:
+    with pytest.raises(EndpointFailed, match=r"http://127.0.0.1:9"):
+        put("nowhere", versions["first"], gateway="http://127.0.0.1:9")
+
+
+def test_a_key_that_is_not_there_is_named_before_anything_is_put_up(
+    client: GatewayClient, versions: dict[str, str], put: Put
+) -> None:
+    with pytest.raises(BadInput, match="'NO_SUCH_KEY' must hold a key"):
+        put("keyless", versions["first"], access={"environment": ["NO_SUCH_KEY"]})
+
+    assert client.get("keyless") is None
+
+
+def test_versions_of_another_model_do_not_pass_for_those_that_serve(
+    gateway: GatewayServer, versions: dict[str, str], linear: str, put: Put
+) -> None:
+    put("mixed", versions["first"])
+    with pytest.raises(BadInput, match=r"those of one registered model, but version 1 of mixed serves already"):
+        put("mixed", linear)
+
+    assert 200 == score(gateway, "mixed", np.ones((1, 3)), versions["first"])["status"]
+
+
+def test_an_idle_endpoint_is_unloaded_and_woken_by_the_next_request(
+    triton: TritonServer, gateway: GatewayServer, client: GatewayClient, versions: dict[str, str], put: Put
+) -> None:
+    put("sleeps", versions["first"], keep_warm=1)
+    client.wait("sleeps", lambda state: state.models == "asleep", timeout_s=30)
+
+    assert [] == loaded(triton, "sleeps")
+    assert 200 == score(gateway, "sleeps", np.ones((1, 3)), versions["first"])["status"]
+    assert ["1"] == loaded(triton, "sleeps")
+
+
+def test_a_retired_endpoint_is_gone_and_retiring_it_again_is_no_error(
+    triton: TritonServer, gateway: GatewayServer, versions: dict[str, str], put: Put
+) -> None:
+    from flows.endpoint import retire_endpoint
+
+    put("retired", versions["first"])
+
+    assert ("1",) == retire_endpoint("retired", target(triton), gateway.url)
+    assert [] == loaded(triton, "retired")
+    assert 404 == score(gateway, "retired", np.ones((1, 3)), versions["first"])["status"]
+    assert () == retire_endpoint("retired", target(triton), gateway.url)
+
+
+def test_nothing_that_was_rendered_or_kept_holds_a_key(
+    triton: TritonServer, gateway: GatewayServer, versions: dict[str, str], put: Put
+) -> None:
+    put("secret", versions["first"])
+    files = [path for folder in (triton.repository, triton.folder, gateway.folder) for path in folder.rglob("*")]
+    holding = [path for path in files if path.is_file() and not path.is_symlink() and KEY.encode() in path.read_bytes()]
+
+    assert [] == holding
+    assert os.environ[VARIABLE] == KEY
+    assert any(re.search("config.pbtxt", str(path)) for path in files)

@@ -1,0 +1,195 @@
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.local.controller import Controller, local_controller
+from infra.local.loopback import ask
+from infra.local.process import ServerFailed
+
+SERVER = """
+import http.server, sys
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path in ("/ready", "/name") else 404)
+        self.end_headers()
+        self.wfile.write(sys.argv[2].encode())
+
+
+print("serving", flush=True)
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+Put = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def controller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Controller]:
+    with local_controller(tmp_path_factory.mktemp("releases")) as controller:
+        yield controller
+
+
+def put(controller: Controller, name: str, code: str = SERVER, **changes: Any) -> Path:
+    """Put a release there in one step, as a host does."""
+    serve = {"argv": [sys.executable, "-c", code, "{port}", name], "ready_path": "/ready"} | changes
+    staged, place = controller.folder / f".{name.replace('/', '-')}", controller.folder / name
+    staged.mkdir()
+    (staged / "serve.json").write_text(json.dumps(serve))
+    place.parent.mkdir(exist_ok=True)
+    staged.rename(place)
+    return place
+
+
+def wait_for(place: Path, wanted: Callable[[dict[str, Any]], object], seconds: float = 30) -> dict[str, Any]:
+    deadline = time.monotonic() + seconds
+    told: Any = None
+    while time.monotonic() < deadline:
+        if (place / "status.json").exists() and wanted(told := json.loads((place / "status.json").read_text())):
+            return told
+        time.sleep(0.02)
+    message = f"{place} never came to what is wanted: {told}"
+    raise AssertionError(message)
+
+
+def ready(place: Path) -> dict[str, Any]:
+    return wait_for(place, lambda told: told["url"])
+
+
+def name_at(url: str) -> str:
+    return ask("GET", int(url.rsplit(":", 1)[1]), "/name").text
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_each_release_has_a_server_and_one_that_is_removed_leaves_the_others(controller: Controller) -> None:
+    first, second = (put(controller, name) for name in ("scores/1", "scores/2"))
+    one, two = ready(first), ready(second)
+
+    assert ["scores/1", "scores/2"] == [name_at(one["url"]), name_at(two["url"])]
+
+    (first / "serve.json").unlink()
+    told = wait_for(first, lambda told: told["state"] == "ended")
+
+    assert (None, False) == (told["url"], alive(one["pid"]))
+    assert "scores/2" == name_at(two["url"])
+
+
+def test_a_server_that_is_killed_is_started_again_where_it_was(controller: Controller) -> None:
+    place = put(controller, "killed/1")
+    before = ready(place)
+    os.kill(before["pid"], signal.SIGKILL)
+    after = wait_for(place, lambda told: told["pid"] not in (None, before["pid"]))
+
+    assert (before["url"], 2) == (after["url"], after["starts"])
+    assert "killed/1" == name_at(after["url"])
+
+
+def test_a_port_that_is_taken_meanwhile_is_given_up(controller: Controller) -> None:
+    # It dies with the port that it had in the hands of a child, which lives on in a session of its own.
+    child = "import socket, time; s = socket.socket(fileno=0); time.sleep(20)"
+    steal = f"""
+import os, socket, subprocess, sys
+if not os.path.exists("stolen"):
+    open("stolen", "w").close()
+    s = socket.socket(); s.bind(("127.0.0.1", int(sys.argv[1])))
+    subprocess.Popen([sys.executable, "-c", {child!r}], stdin=s, start_new_session=True)
+    sys.exit(3)
+"""
+    place = put(controller, "taken/1", steal + SERVER)
+    told = ready(place)
+
+    assert "taken/1" == name_at(told["url"])
+    assert 2 == told["starts"]
+
+
+def test_a_server_that_keeps_dying_is_told_with_the_end_of_its_log(controller: Controller) -> None:
+    place = put(controller, "broken/1", "import sys; print('the model is no model'); sys.exit(3)")
+    told = wait_for(place, lambda told: told["starts"] >= 3)
+
+    assert "ended with exit code 3" in told["error"]
+    assert "the model is no model" in told["error"]
+    assert told["url"] is None
+
+
+def test_a_server_that_is_not_ready_in_time_is_told(controller: Controller) -> None:
+    place = put(controller, "slow/1", "import time; time.sleep(60)", ready_s_max=0.3)
+
+    assert "still not ready" in wait_for(place, lambda told: told["state"] == "failed")["error"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"argv": []}, "argv: Tuple should have at least 1 item"),
+        ({"ready_path": "ready"}, "ready_path: String should match pattern"),
+        ({"ready_path": 7}, "ready_path: Input should be a valid string"),
+        ({"command": "x"}, "command: Extra inputs are not permitted"),
+        ({"environment": {"A": "x" * 70_000}}, "must have at most 65536 bytes"),
+        ({"argv": ["no-such-program"]}, "no-such-program must be an executable file"),
+    ],
+)
+def test_a_release_that_does_not_say_how_it_is_run_is_told_why(
+    controller: Controller, changes: dict[str, Any], words: str
+) -> None:
+    place = put(controller, f"bad/{time.monotonic_ns()}", **changes)
+
+    assert words in wait_for(place, lambda told: told["state"] == "failed")["error"]
+
+
+def test_a_release_that_is_mended_is_started(controller: Controller) -> None:
+    place = put(controller, "mended/1", ready_path="ready")
+    wait_for(place, lambda told: told["state"] == "failed")
+    serve = json.loads((place / "serve.json").read_text()) | {"ready_path": "/ready"}
+    (place / "serve.part").write_text(json.dumps(serve))
+    (place / "serve.part").rename(place / "serve.json")
+
+    assert "mended/1" == name_at(ready(place)["url"])
+
+
+def test_a_server_gets_its_own_folder_ports_and_environment_and_none_of_the_controllers(controller: Controller) -> None:
+    code = "import json, os, sys; json.dump([sys.argv[1:], dict(os.environ)], open('told', 'w'));" + SERVER
+    argv = [sys.executable, "-c", code, "{port}", "x", "{port2}", "{folder}", "{other}"]
+    place = put(controller, "told/1", argv=argv, environment={"AT": "{folder}:{port}"})
+    url = ready(place)["url"]
+    (port, _, second, folder, other), environment = json.loads((place / "told").read_text())
+
+    assert url == f"http://127.0.0.1:{port}"
+    assert port != second
+    assert (str(place), "{other}") == (folder, other)
+    assert f"{place}:{port}" == environment["AT"]
+    assert "PYTHONPATH" not in environment
+
+
+def test_every_server_ends_with_a_controller_that_is_killed(tmp_path: Path) -> None:
+    with local_controller(tmp_path) as controller:
+        told = ready(put(controller, "scores/1"))
+        os.kill(controller.process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while alive(told["pid"]):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    with local_controller(tmp_path) as controller:
+        again = wait_for(controller.folder / "scores/1", lambda now: now["url"] and now["pid"] != told["pid"])
+        controller.stop()
+
+        assert not alive(again["pid"])
+        assert "ended" == json.loads((tmp_path / "scores/1/status.json").read_text())["state"]
+
+
+def test_one_controller_watches_a_folder(controller: Controller) -> None:
+    with pytest.raises(ServerFailed, match="another one does; stop it first"):
+        local_controller(controller.folder)

@@ -1,0 +1,93 @@
+"""What the tests of the gateway start, and what they ask it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from infra.local.loopback import ask
+from infra.local.ports import start_on_free_ports
+from infra.local.process import ServerCommand, ServerProcess, base_environment
+from serving.gateway.route import Route, Served
+from tests.serving.gateway.v2_child import CONTRACT
+
+CHILD = Path(__file__).with_name("v2_child.py")
+ROW = {
+    "inputs": [
+        {"name": "x", "datatype": "FP32", "shape": [1, 3], "data": [1.0, 2.0, 3.0]},
+        {"name": "n", "datatype": "INT64", "shape": [1, 1], "data": [4]},
+    ]
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class V2Server:
+    process: ServerProcess
+    url: str
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rsplit(":", 1)[1])
+
+    def seen(self, what: str) -> int:
+        """How often a version, or a verb such as "sleepy load", was asked of it."""
+        return int(httpx.get(f"{self.url}/seen").json().get(what, 0))
+
+
+def v2_server(folder: Path, port: int | None = None) -> V2Server:
+    def command(ports: Sequence[int]) -> ServerCommand:
+        at = port or ports[0]
+        return ServerCommand(
+            argv=(sys.executable, str(CHILD), str(at)),
+            environment=base_environment(),
+            folder=folder,
+            log_path=folder / "v2.log",
+            ready=lambda: ask("GET", at, "/v2/health/ready").ok,
+        )
+
+    process, (free,) = start_on_free_ports(1, command)
+    return V2Server(process=process, url=f"http://127.0.0.1:{port or free}")
+
+
+def served(url: str, version: str = "1", weight: float = 100, model: str = "toy") -> Served:
+    return Served(version=version, url=url, upstream_model=model, upstream_version=version, weight=weight)
+
+
+def route(url: str, *versions: tuple[str, float], model: str = "toy", **options: Any) -> Route:
+    """A route to versions of the V2 server of the tests: version 1 alone, unless others are given."""
+    each = tuple(served(url, version, weight, model) for version, weight in versions or (("1", 100.0),))
+    return Route(versions=each, contract=CONTRACT, **options)
+
+
+class Door:
+    """An endpoint as its clients see it."""
+
+    def __init__(self, name: str, url: str) -> None:
+        self.name = name
+        self.url = f"{url}/v2/models/{name}"
+        self.http = httpx.Client(timeout=30)
+
+    def get(self, path: str = "", **options: Any) -> httpx.Response:
+        return self.http.get(f"{self.url}{path}", **options)
+
+    def infer(self, body: Any = ROW, *, version: str | None = None, **options: Any) -> httpx.Response:
+        path = "/infer" if version is None else f"/versions/{version}/infer"
+        how = {"content": body} if isinstance(body, bytes) else {"json": body}
+        return self.http.post(f"{self.url}{path}", **how, **options)
+
+    def score(self, **options: Any) -> float:
+        response = self.infer(**options)
+        assert response.status_code == 200, response.text
+        return float(response.json()["outputs"][0]["data"][0])
+
+
+def error(response: httpx.Response) -> tuple[int, str]:
+    """The status of a refusal, and what it says: that and nothing else."""
+    (told,) = response.json().values()
+    assert ["error"] == list(response.json())
+    return response.status_code, told

@@ -1,0 +1,177 @@
+"""A server that does not speak V2, MLflow's own, behind a door that does."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow.models import ModelSignature, infer_signature
+from mlflow.pyfunc.scoring_server import _SERVER_MODEL_PATH
+from mlflow.types import Schema, TensorSpec
+
+from infra.local.loopback import ask
+from infra.local.ports import start_on_free_ports
+from infra.local.process import ServerCommand, ServerProcess, base_environment
+from serving.gateway.route import Route, Served
+from serving.oip import Wanted, decode_response, encode_request
+from serving.registry import Resolved, resolve_model
+from tests.serving.gateway.conftest import Put
+from tests.serving.gateway.support import Door, error
+
+_SCRIPT = """
+import mlflow
+import numpy as np
+
+
+class Scripted(mlflow.pyfunc.PythonModel):
+    def predict(self, context, model_input, params=None):
+        {line}
+
+
+mlflow.models.set_model(Scripted())
+"""
+# A table of numbers and text to one score, and two tensors to two outputs.
+COLUMNS = 'return np.array([len(text) for text in model_input["name"]], "float64") * model_input["a"].to_numpy()'
+TENSORS = 'x = model_input["x"]; return {"sum": x.sum(axis=1) + model_input["n"], "twice": 2 * x}'
+
+
+def register(name: str, line: str, **options: Any) -> Resolved:
+    with tempfile.TemporaryDirectory() as folder, mlflow.start_run(), warnings.catch_warnings():
+        # MLflow advises on type hints and examples, which this model has no use for.
+        warnings.simplefilter("ignore", UserWarning)
+        script = Path(folder) / "script.py"
+        script.write_text(_SCRIPT.format(line=line))
+        logged = mlflow.pyfunc.log_model(
+            name="model", python_model=str(script), registered_model_name=name, pip_requirements=["mlflow"], **options
+        )
+    return resolve_model(f"models:/{name}/{logged.registered_model_version}")
+
+
+def scoring_server(model: Resolved, folder: Path) -> tuple[ServerProcess, str]:
+    folder.mkdir()
+
+    def command(ports: Sequence[int]) -> ServerCommand:
+        return ServerCommand(
+            argv=(
+                # What `mlflow models serve` starts in the end.
+                *(sys.executable, "-m", "uvicorn", "mlflow.pyfunc.scoring_server.app:app"),
+                *("--host", "127.0.0.1", "--port", str(ports[0])),
+            ),
+            environment={
+                **base_environment(),
+                "MLFLOW_DISABLE_TELEMETRY": "true",
+                _SERVER_MODEL_PATH: str(model.folder),
+            },
+            folder=folder,
+            log_path=folder / "scoring.log",
+            ready=lambda: ask("GET", ports[0], "/health").ok,
+            ready_s_max=120,
+        )
+
+    process, (port,) = start_on_free_ports(1, command)
+    return process, f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="module")
+def columns(registry: Path) -> Resolved:
+    example = pd.DataFrame({"a": [1.5], "name": ["x"]})
+    return register("scored-columns", COLUMNS, signature=infer_signature(example, np.zeros(1)))
+
+
+@pytest.fixture(scope="module")
+def tensors(registry: Path) -> Resolved:
+    inputs = [TensorSpec(np.dtype("float32"), (-1, 2), "x"), TensorSpec(np.dtype("int64"), (-1,), "n")]
+    outputs = [TensorSpec(np.dtype("float32"), (-1,), "sum"), TensorSpec(np.dtype("float32"), (-1, 2), "twice")]
+    return register("scored-tensors", TENSORS, signature=ModelSignature(Schema(inputs), Schema(outputs)))
+
+
+Serve = Callable[[Resolved], str]
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Generator[Serve]:
+    with ExitStack() as stack:
+        urls: dict[str, str] = {}
+
+        def serve(model: Resolved) -> str:
+            if model.pin.name not in urls:
+                process, url = scoring_server(model, tmp_path_factory.mktemp("scoring") / model.pin.name)
+                stack.callback(process.stop)
+                urls[model.pin.name] = url
+            return urls[model.pin.name]
+
+        yield serve
+
+
+def door(put: Put, url: str, model: Resolved, speaks: Any) -> Door:
+    version = Served(version="1", url=url, upstream_model=model.pin.name, speaks=speaks, weight=1)
+    return put(Route(versions=(version,), contract=model.contract({}, {})))
+
+
+def predict(door: Door, model: Resolved, inputs: dict[str, Any], *, binary: bool) -> dict[str, Any]:
+    contract = model.contract({}, {})
+    wanted = tuple(Wanted(name=value.name, binary=binary) for value in contract.outputs)
+    body = encode_request(contract, inputs, identity="r1", binary=binary, outputs=wanted)
+    answer = door.infer(body.content, headers=body.headers)
+    assert answer.status_code == 200, answer.text
+    length = answer.headers.get("Inference-Header-Content-Length")
+    return decode_response(answer.content, contract, header_length=None if length is None else int(length))
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_a_table_in_a_score_out(put: Put, serve: Serve, columns: Resolved, *, binary: bool) -> None:
+    asked = door(put, serve(columns), columns, "mlflow-columns")
+    inputs = {"a": np.array([1.5, 2.0]), "name": np.array(["ab", "c"], dtype=object)}
+
+    assert {"prediction": [3.0, 2.0]} == {
+        name: values.tolist() for name, values in predict(asked, columns, inputs, binary=binary).items()
+    }
+    assert {"name": asked.name, "ready": True} == asked.get("/ready").json()
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_tensors_in_tensors_out(put: Put, serve: Serve, tensors: Resolved, *, binary: bool) -> None:
+    asked = door(put, serve(tensors), tensors, "mlflow-tensors")
+    inputs = {"x": np.array([[1, 2], [3, 4]], np.float32), "n": np.array([10, 20])}
+
+    assert {"sum": [13, 27], "twice": [[2, 4], [6, 8]]} == {
+        name: values.tolist() for name, values in predict(asked, tensors, inputs, binary=binary).items()
+    }
+
+
+def test_the_id_and_the_version_come_back(put: Put, serve: Serve, columns: Resolved) -> None:
+    asked = door(put, serve(columns), columns, "mlflow-columns")
+    inputs = {"a": np.array([1.0]), "name": np.array(["ab"], dtype=object)}
+    body = encode_request(columns.contract({}, {}), inputs, identity="r1")
+    answer = asked.infer(body.content, headers=body.headers).json()
+
+    assert ("r1", "1") == (answer["id"], answer["model_version"])
+
+
+def test_what_json_can_not_say_is_refused(put: Put, serve: Serve, columns: Resolved) -> None:
+    asked = door(put, serve(columns), columns, "mlflow-columns")
+    inputs = {"a": np.array([np.nan]), "name": np.array(["ab"], dtype=object)}
+    body = encode_request(columns.contract({}, {}), inputs, binary=True)
+    status, told = error(asked.infer(body.content, headers=body.headers))
+
+    assert 400 == status
+    assert "'a' holds NaN" in told
+
+
+def test_a_server_of_another_model_is_an_error_of_the_servers(
+    put: Put, serve: Serve, columns: Resolved, tensors: Resolved
+) -> None:
+    asked = door(put, serve(columns), tensors, "mlflow-tensors")
+    inputs = {"x": np.zeros((1, 2), np.float32), "n": np.array([1])}
+    body = encode_request(tensors.contract({}, {}), inputs)
+
+    assert error(asked.infer(body.content, headers=body.headers))[0] in (400, 500, 502)

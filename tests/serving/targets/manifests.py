@@ -1,0 +1,18 @@
+"""Pieces of strict JSON schemas for the few fields of Kubernetes manifests that are rendered here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+KUBERNETES_NAME = {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"}
+QUANTITY = {"type": "string", "pattern": r"^\d+(\.\d+)?(m|Ki|Mi|Gi|Ti|k|M|G|T)?$"}
+
+
+def closed(properties: dict[str, Any], *required: str) -> dict[str, Any]:
+    """An object that may have these properties and no other."""
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
+def quantities() -> dict[str, Any]:
+    """What a container may use."""
+    return closed(dict.fromkeys(("cpu", "memory", "nvidia.com/gpu"), QUANTITY), "cpu", "memory")

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from serving.dial import PassTime
+from serving.release import Dial
+from tasks.endpoint.load import Latency
+from tasks.endpoint.report import Endpoint, plot
+from tasks.endpoint.spec import Budget
+from tasks.endpoint.tuning import Chosen
+from tasks.endpoint.verify import Verification
+
+TIME = PassTime(pass_ms=0.2, row_ms=0.05)
+CHOSEN = Chosen(
+    dial=Dial(batch_size_max=12, wait_ms_max=5.5), passes=tuple((n, TIME.ms(n)) for n in (1, 2, 4, 8)), time=TIME
+)
+
+
+def latency(scale: float) -> Latency:
+    samples = tuple(scale * (1 + at / 50) for at in range(100))
+    return Latency(rate=200, requests=100, errors=0, p50_ms=2 * scale, p99_ms=3 * scale, samples_ms=samples)
+
+
+def endpoint(**changes: Any) -> Endpoint:
+    given = {
+        "name": "churn",
+        "url": "http://127.0.0.1:8080/v2/models/churn/infer",
+        "model": "models:/churn/2",
+        "model_digest": "0" * 64,
+        "version": "2",
+        "target": "triton",
+        "server": "http://127.0.0.1:8000",
+        "rollout": "version 2 has all traffic",
+        "chosen": CHOSEN,
+        "budget": Budget(latency_ms=20, rate=200),
+        "verification": Verification(rows_example=2, rows_random=32, difference_max=1e-7, tolerance=1e-5),
+        "before": latency(1.0),
+        "after": latency(3.0),
+        "seconds": {"deploy": 3.25},
+    }
+    return Endpoint(**{**given, **changes})
+
+
+def test_the_report_says_what_was_chosen_held_and_measured() -> None:
+    words = endpoint(removed=("1",), keep_warm_seconds=60).markdown()
+
+    for said in (
+        "churn serves models:/churn/2 on triton at http://127.0.0.1:8080/v2/models/churn/infer",
+        "up to 12 rows a pass, waiting 5.5 ms at most",
+        "0.2 ms + b x 0.05 ms",
+        "20 ms at 200 rows a second, kept",
+        "p50 2 ms, p99 3 ms at 200 requests/s",
+        "p50 6 ms, p99 9 ms",
+        "version 1",
+        "after 60 s without a request",
+        "2 rows of the model's example, 32 random rows",
+        "1e-07 off, of 1e-05 allowed",
+    ):
+        assert said in words
+
+
+def test_a_budget_that_is_not_kept_is_told_so() -> None:
+    assert "NOT kept by p99" in endpoint(after=latency(9.0)).markdown()
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"before": None}, {"after": None}, {"budget": None, "chosen": Chosen(dial=Dial())}]
+)
+def test_whatever_was_measured_is_drawn(changes: dict[str, Any]) -> None:
+    assert plot(endpoint(**changes)).startswith(b"\x89PNG")
+
+
+def test_the_report_comes_back_from_json() -> None:
+    assert endpoint() == Endpoint.model_validate_json(endpoint().model_dump_json())

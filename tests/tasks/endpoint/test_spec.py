@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from serving.release import Dial
+from tasks.endpoint.spec import (
+    Access,
+    BentoML,
+    Budget,
+    Canary,
+    EndpointSpec,
+    KServe,
+    RayServe,
+    Seldon,
+    Shadow,
+    Triton,
+    default_target,
+)
+from tests.tasks.endpoint.values import spec
+
+OWN = (BentoML, KServe, Seldon)
+
+
+def test_the_default_target_is_triton_where_its_binaries_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    assert isinstance(spec().target, Triton)
+
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+
+    assert isinstance(spec().target, RayServe)
+    assert isinstance(default_target(), RayServe)
+
+
+@pytest.mark.parametrize(
+    "target", [Triton(), RayServe(), BentoML(folder="f", python="p"), KServe(folder="f", python="p")]
+)
+def test_a_target_comes_back_from_json_by_its_kind(target: BaseModel) -> None:
+    found = EndpointSpec.model_validate_json(spec(target=target).model_dump_json())
+
+    assert target == found.target
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"name": "No Spaces"}, "name"),
+        ({"budget": {"latency_ms": 50, "rate": 9}, "dial": {"batch_size_max": 4}}, "a budget or a dial, got both"),
+        ({"keep_warm": "auto"}, "only beside a budget"),
+        ({"keep_warm": 0.1}, "from 1 second to a week, got 0.1"),
+        (
+            {"keep_warm": 60, "target": {"kind": "bentoml", "folder": "f", "python": "p"}},
+            "only triton and ray-serve unload and wake",
+        ),
+        ({"keep_warm": "sometimes"}, "keep_warm"),
+        ({"target": {"kind": "torchserve"}}, "torchserve"),
+        ({"target": {"kind": "triton", "url": "http://user:word@host"}}, "url"),
+        ({"gateway": "ftp://host"}, "gateway"),
+        ({"rollout": {"kind": "canary", "percent": 90}}, "percent"),
+        ({"rollout": {"kind": "canary", "percents": 9}}, "percents"),
+        ({"scaling": {"replicas_max": 0}}, "replicas_max"),
+        ({"access": {"keys": ["a-secret"]}}, "keys"),
+        ({"budget": {"latency_ms": 0, "rate": 9}}, "latency_ms"),
+        ({"tolerance": 0}, "tolerance"),
+    ],
+)
+def test_what_is_no_endpoint_is_refused_by_name(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        spec(**changes)
+
+
+@pytest.mark.parametrize(
+    "model", [EndpointSpec, Triton, RayServe, BentoML, KServe, Seldon, Budget, Canary, Shadow, Access, Dial]
+)
+def test_every_field_of_the_form_is_described(model: type[BaseModel]) -> None:
+    assert [] == [name for name, field in model.model_fields.items() if not field.description]
