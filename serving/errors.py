@@ -13,12 +13,15 @@ OvernightError
 |   +-- DestinationUnusable  the destination can't hold this run
 |   +-- NoCompleteRun        there is nothing to open yet
 |   +-- DeadlineImpossible   not even on-demand machines alone are done by the deadline
+|   +-- StreamUnfit          a stream, topic, subject or consumer is missing, or has other settings than the call needs
 +-- SourceFault              a source file can't be trusted; every other chunk's part stays
 |   +-- SourceChanged        it is not the file that the plan was made for
 |   +-- SourceCorrupt        it can't be decoded
 +-- StorageFault             storage refuses or fails; call again once it is put right, it resumes
 |   +-- StorageDenied        the credentials do not allow it
 |   +-- StorageFull          no space left
++-- BrokerFault              a message broker refuses for good; what is not acknowledged comes again
+|   +-- BrokerDenied         the credentials do not allow it
 +-- DeploymentMissing        a Prefect deployment or work pool that is named does not exist: make deploy
 +-- RunnerUnusable           the workers asked for can't be had or don't live; put it right and call again, it resumes
 +-- NightFailed              the batch run of a night failed: mend what it says, then call again, it resumes
@@ -83,6 +86,10 @@ class DeadlineImpossible(BadInput):
     """Not even on-demand machines alone are done by the deadline."""
 
 
+class StreamUnfit(BadInput):
+    """A stream, topic, subject or consumer is missing, or has other settings than the call needs."""
+
+
 class SourceFault(OvernightError):
     """A source file can't be trusted; the parts of every other chunk stay."""
 
@@ -105,6 +112,14 @@ class StorageDenied(StorageFault):
 
 class StorageFull(StorageFault):
     """No space is left."""
+
+
+class BrokerFault(OvernightError):
+    """A message broker refuses for good; what is not acknowledged comes again."""
+
+
+class BrokerDenied(BrokerFault):
+    """The credentials do not allow the operation."""
 
 
 class DeploymentMissing(OvernightError):
