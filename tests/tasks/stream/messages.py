@@ -18,7 +18,14 @@ from tasks.stream.message import Message, Place
 from tasks.stream.score import MicroScorer, Scored, write_arrow
 
 CONTRACT = Contract(
-    inputs=(Input(name="x", dtype="float32", shape=(2,), columns=(Column(name="a", dtype="float32"), Column(name="b", dtype="float32"))),),
+    inputs=(
+        Input(
+            name="x",
+            dtype="float32",
+            shape=(2,),
+            columns=(Column(name="a", dtype="float32"), Column(name="b", dtype="float32")),
+        ),
+    ),
     outputs=(Output(name="score", dtype="float32"),),
 )
 KEYS = ("id",)
@@ -49,7 +56,8 @@ def json_row(number: int, a: object = 1.5, b: object = 2, **fields: Any) -> Mess
 
 def arrow_rows(number: int, a: Sequence[object], **columns: Any) -> Message:
     table = pa.table(
-        {"id": pa.array(range(len(a))), "a": pa.array(a, pa.float32()), "b": pa.array([1.0] * len(a), pa.float32())} | columns
+        {"id": pa.array(range(len(a))), "a": pa.array(a, pa.float32()), "b": pa.array([1.0] * len(a), pa.float32())}
+        | columns
     )
     return message(write_arrow(table), number)
 

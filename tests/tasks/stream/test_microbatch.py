@@ -24,7 +24,9 @@ def test_service_is_fitted_to_what_was_measured() -> None:
     assert pytest.approx(SERVICE.per_row) == fit_service(points).per_row
 
 
-@pytest.mark.parametrize("points", [[(10, 0.5)], [(10, 0.5), (10, 0.5)], [(10, 0.5), (20, 0.4)], [(10, 0.1), (20, 0.4)]])
+@pytest.mark.parametrize(
+    "points", [[(10, 0.5)], [(10, 0.5), (10, 0.5)], [(10, 0.5), (20, 0.4)], [(10, 0.1), (20, 0.4)]]
+)
 def test_a_fit_that_would_be_negative_is_proportional(points: list[tuple[int, float]]) -> None:
     service = fit_service(points)
 
