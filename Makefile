@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo deploy test test-machines lint types check format chaos bench-batch bench-peers bench-resume bench-gpu clean
+.PHONY: demo demo-stream deploy test test-machines lint types check format chaos bench-batch bench-peers bench-resume bench-gpu bench-stream clean
 
 $(STAMP): pyproject.toml constraints.txt infra/local/wheels.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got %d.%d; set PYTHON=" % sys.version_info[:2])'
@@ -17,6 +17,10 @@ $(STAMP): pyproject.toml constraints.txt infra/local/wheels.txt
 # The main job on real flights; KILL=1 kills a run twice and compares its bytes with an undisturbed one.
 demo: $(STAMP)
 	@$(BIN)/python -m deployments.demo $(if $(filter 1,$(KILL)),--kill)
+
+# The flights as events into a real NATS server, scored through kills of the scorer and of the server.
+demo-stream: $(STAMP)
+	@$(BIN)/python -m deployments.demo.stream
 
 # Work pools, deployments and automations on the Prefect server of PREFECT_API_URL; again, it changes nothing.
 deploy: $(STAMP)
@@ -66,6 +70,11 @@ bench-gpu: $(STAMP)
 # What a deadline costs on spot: greedy, Uniform Progress, ours and the optimum on ../shared/traces, else generated ones.
 bench-spot: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.spot
+
+# Streams over NATS and Kafka: rows and messages a second, latency, and what kills miss or double. ROWS=400000 and
+# MESSAGES=5000 for a quick look.
+bench-stream: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.stream
 
 clean:
 	rm -rf $(VENV) .demo .bench

@@ -15,19 +15,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
-from deployments.demo.flights import KEY, write_flights
+from deployments.demo.flights import KEY
+from deployments.demo.prepare import console, point_at, prepare
 
 if TYPE_CHECKING:
     from tasks.batch.report import BatchReport
 
 MODEL = "models:/flight-delay@champion"
-FLIGHTS = 336_776
 ROWS_PER_CHUNK_KILL = 1_024
-
-console = Console()
 
 
 def main() -> None:
@@ -38,48 +35,15 @@ def main() -> None:
     parser.add_argument("--score-into", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     folder: Path = arguments.folder.absolute()
-    _point_at(folder)
+    point_at(folder)
     if arguments.score_into:
         _score(folder, arguments.score_into, rows_per_chunk=ROWS_PER_CHUNK_KILL)
         return
-    _prepare(folder)
+    prepare(folder)
     if arguments.kill:
         _kill(folder)
     elif not _told_complete(folder):
         _run(folder)
-
-
-def _point_at(folder: Path) -> None:
-    """Point MLflow at the demo's own registry, before anything imports it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
-
-
-def _prepare(folder: Path) -> None:
-    """Write the flights and train the model, each unless it is there."""
-    flights = folder / "flights"
-    if not (folder / "flights.done").exists():
-        console.print(f"Writing {FLIGHTS:,} flights to {flights}")
-        write_flights(flights)
-        (folder / "flights.done").touch()
-    if not (folder / "model.done").exists():
-        console.print("Training the delay model, and registering it with MLflow as [bold]flight-delay@champion[/]")
-        _train(folder, flights)
-        (folder / "model.done").touch()
-
-
-def _train(folder: Path, flights: Path) -> None:
-    import mlflow  # noqa: PLC0415 - a second call needs neither MLflow's flavours nor torch
-
-    from deployments.demo.delay_model import quiet_migrations, train_and_register  # noqa: PLC0415
-
-    with quiet_migrations():
-        client = mlflow.MlflowClient()
-        for name in ("flight-delay", "overnight"):
-            if client.get_experiment_by_name(name) is None:
-                client.create_experiment(name, artifact_location=(folder / "mlruns" / name).as_uri())
-        mlflow.set_experiment("flight-delay")
-        train_and_register(flights)
 
 
 def _told_complete(folder: Path) -> bool:
