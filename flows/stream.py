@@ -90,6 +90,7 @@ def _report(run: StreamRun, model: str, source: AnySource, sink: AnySink) -> Str
         lag=run.lag,
         rows_per_batch=dial.rows,
         wait_seconds=dial.wait_seconds,
+        batch_seconds=run.dial.service().seconds(dial.rows),
         batch_size=run.setting.batch_size,
         slots=run.setting.slots,
         engine=str(run.setting.tuning.engine if run.setting.tuning else run.setting.model.engine),

@@ -14,6 +14,7 @@ from prefect.exceptions import TerminationSignal
 
 from flows.interrupts import hush
 from flows.notices import hear_sigterm
+from serving.forward import Halted
 from serving.model import Tunable
 from serving.registry import Resolved
 from tasks.batch.artifacts import Logger
@@ -110,7 +111,7 @@ class StreamRun:
             pipeline.start()
             self._rest(pipeline)
             taken = pipeline.taken
-            if pipeline.error is not None and not isinstance(pipeline.error, Abandoned):
+            if pipeline.error is not None and not isinstance(pipeline.error, Abandoned | Halted):
                 raise pipeline.error
             if self.give_up.is_set() or self.drain.notice is not None or self.interrupted:
                 self.left = not self.interrupted

@@ -233,7 +233,7 @@ def count_rows(payload: bytes) -> int:
         return 1
     try:
         with pa.ipc.open_stream(payload) as reader:
-            return max(1, sum(batch.num_rows for batch in reader))
+            return max(1, sum(int(batch.num_rows) for batch in reader))
     except (pa.ArrowException, OSError, ValueError):
         return 1
 

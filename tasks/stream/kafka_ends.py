@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -230,12 +232,10 @@ class KafkaSource:
 
 def _event_time(each: KafkaMessage) -> float:
     """Return when the event was, by its header, or by Kafka's own timestamp."""
-    for name, value in each.headers() or ():
-        if name == HEADER_EVENT_TIME and value is not None:
-            try:
-                return float(value)
-            except ValueError:
-                break
+    told = dict(each.headers() or []).get(HEADER_EVENT_TIME)
+    if told is not None:
+        with contextlib.suppress(ValueError):
+            return float(told)
     return float(each.timestamp()[1]) / 1000
 
 
@@ -263,25 +263,23 @@ class KafkaWriter:
         refused: list[int] = []
         left = len(letters)
 
-        def delivered(error: KafkaError | None, at: int) -> None:
+        def delivered(at: int, error: KafkaError | None, _: object = None) -> None:
             nonlocal left
             left -= 1
             if error is not None:
                 self._refuse(error, at, refused)
 
         for at, (payload, headers) in enumerate(letters):
-            pairs = [(name, value.encode()) for name, value in headers.items()]
+            pairs: list[tuple[str, str | bytes | None]] = [(name, value.encode()) for name, value in headers.items()]
             while True:
                 try:
-                    self._producer.produce(
-                        topic, payload, headers=pairs, on_delivery=lambda error, _, at=at: delivered(error, at)
-                    )
+                    self._producer.produce(topic, payload, headers=pairs, on_delivery=partial(delivered, at))
                     break
                 except BufferError:
                     self._producer.poll(_LOOK_SECONDS)
                     self._voice.look()
                 except KafkaException as error:
-                    delivered(error.args[0], at)
+                    delivered(at, error.args[0])
                     break
         while left:
             self._producer.poll(_LOOK_SECONDS)

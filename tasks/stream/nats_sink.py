@@ -23,19 +23,31 @@ _WINDOW_SECONDS_MIN = 120.0
 class NatsSink:
     """Publishes one score message for each message; `origin` names the log that message ids count in.
 
-    Raises StreamUnfit where no stream takes the subject, or one forgets message ids before the source stops
-    delivering again.
+    `recalled` are the ids that the stream holds already, though it may not know them any more.
     """
 
     def __init__(
-        self, link: NatsLink, address: ToNats, origin: str, *, contract: Contract, keys: tuple[str, ...], model: str
+        self,
+        link: NatsLink,
+        address: ToNats,
+        origin: str,
+        *,
+        contract: Contract,
+        keys: tuple[str, ...],
+        model: str,
+        recalled: set[str],
     ) -> None:
-        self._link, self._address, self._origin = link, address, origin
+        self._link, self._address, self._origin, self._recalled = link, address, origin, recalled
         self._contract, self._keys, self._headers = contract, keys, {HEADER_MODEL: model}
 
     def emit(self, scored: Sequence[Scored]) -> list[Poison]:
         """Publish the scores and wait until the stream has taken each; return those that are too large for it."""
-        found = [answer for each in scored for answer in answers(each, self._contract, self._keys)]
+        found = [
+            answer
+            for each in scored
+            for answer in answers(each, self._contract, self._keys)
+            if not self._recalled or message_id(self._origin, answer.message) not in self._recalled
+        ]
         outgoing = [
             Outgoing(
                 subject=self._address.subject,
@@ -103,8 +115,8 @@ def one_line(text: str) -> str:
     return " ".join(text.split())[:_REASON_MAX]
 
 
-async def open_sink(link: NatsLink, address: ToNats, source: FromNats | FromKafka) -> None:
-    """See to it that a stream takes the subject and remembers ids for long enough; raises StreamUnfit."""
+async def open_sink(link: NatsLink, address: ToNats, source: FromNats | FromKafka) -> StreamInfo:
+    """Return the stream that takes the subject and remembers ids for long enough; raises StreamUnfit."""
     window = source.worst_redelivery_seconds if isinstance(source, FromNats) else _WINDOW_SECONDS_MIN
     info = await _stream_of(link, address.stream, address.subject, window, "sink")
     _must_remember(info, window, address.subject)
@@ -114,6 +126,7 @@ async def open_sink(link: NatsLink, address: ToNats, source: FromNats | FromKafk
             f"{source.stream!r}, which is read whole. Name the subject to read, or another one to write to."
         )
         raise StreamUnfit(message)
+    return info
 
 
 def _is_read(pattern: str | None, subject: str) -> bool:

@@ -26,6 +26,7 @@ _TICK_SECONDS = 0.2
 _GONE = "Consumer Deleted"
 _SECONDS = 1e9
 _TOKENS_OLD = 9
+_HEAD_BYTES = 1 << 16
 
 
 class NatsSource:
@@ -37,6 +38,9 @@ class NatsSource:
     def __init__(self, link: NatsLink, address: FromNats, *, in_flight: int, bytes_max: int, start: int | None) -> None:
         self._link, self._address = link, address
         self._messages_max, self._bytes_max = in_flight, bytes_max
+        self._half = max(1, in_flight // 2)
+        # The largest message that there can be must fit, or it would never come.
+        self._bytes_asked = max(bytes_max // 2, link.client.max_payload + _HEAD_BYTES)
         self._buffer: deque[Message] = deque()
         self._bytes = 0
         self._enough = 1
@@ -178,13 +182,13 @@ class NatsSource:
         if self._asked and now - self._asked_at > _EXPIRES_SECONDS + 1:
             # All of them have run out by now; what the server said of it was lost with the connection.
             self._asked.clear()
-        half = max(1, self._messages_max // 2)
+        half = self._half
         room = self._messages_max - len(self._buffer) - sum(self._asked.values())
         if len(self._asked) > 1 or room < half or self._bytes > self._bytes_max // 2:
             return
         number = next(self._numbers)
         self._asked[number], self._asked_at = half, now
-        request = {"batch": half, "expires": int(_EXPIRES_SECONDS * _SECONDS), "max_bytes": self._bytes_max // 2}
+        request = {"batch": half, "expires": int(_EXPIRES_SECONDS * _SECONDS), "max_bytes": self._bytes_asked}
         subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._address.stream}.{self._consumer}"
         await self._link.client.publish(subject, json.dumps(request).encode(), reply=f"{self._inbox}.{number}")
 
@@ -238,10 +242,12 @@ class NatsSource:
         words = f"{told.get('Status', '')} {told.get('Description', '')}"
         if told.get("Status") == "100":
             return
-        self._asked.pop(number, None)
+        fruitless = self._asked.pop(number, 0) == self._half
         if _GONE in words or told.get("Status") == "503":
             await self._lost(words)
-        await self._ask_for_more()
+        if not fruitless:
+            # One that the server refuses at once is asked again at the next tick.
+            await self._ask_for_more()
 
     async def _lost(self, words: str) -> None:
         if self._in_order:

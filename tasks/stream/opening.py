@@ -17,6 +17,7 @@ from tasks.stream.decode import Decoder
 from tasks.stream.ends import Cadence, DeadLetters, Ends, Sink
 from tasks.stream.kafka_ends import KafkaDeadLetters, KafkaSink, KafkaSource, KafkaVoice, KafkaWriter
 from tasks.stream.nats_link import NatsLink
+from tasks.stream.nats_recall import recall
 from tasks.stream.nats_sink import NatsDeadLetters, NatsSink, open_dead_letters, open_sink
 from tasks.stream.nats_source import NatsSource, find_identity
 from tasks.stream.options import StreamOptions
@@ -79,19 +80,29 @@ class Opener:
     def _ends(
         self, reader: NatsSource | KafkaSource, to: Sink, dead: DeadLetters, sink: ToNats | ToKafka | ToParts
     ) -> Ends:
-        parts = isinstance(sink, ToParts)
-        cadence = Cadence(rows=sink.rows_per_part, seconds=sink.seconds_per_part) if parts else Cadence()
+        cadence = Cadence()
+        if isinstance(sink, ToParts):
+            cadence = Cadence(rows=sink.rows_per_part, seconds=sink.seconds_per_part)
         return Ends(source=reader, receipts=reader, sink=to, dead_letters=dead, lag=reader.lag, cadence=cadence)
 
     def _sink(
-        self, sink: ToNats | ToKafka, source: FromNats | FromKafka, origin: str, stack: ExitStack, link: NatsLink | None
+        self,
+        sink: ToNats | ToKafka,
+        source: FromNats | FromKafka,
+        origin: str,
+        stack: ExitStack,
+        from_link: NatsLink | None,
     ) -> Sink:
         keys, model = self.options.key_columns, f"{self.model.name}/{self.model.version}"
         if isinstance(sink, ToNats):
+            link = from_link
             if link is None or sink.url not in (None, link.url):
                 link = self._link(sink.url or ToNats.model_fields["url"].default, stack)
-            link.run(open_sink(link, sink, source))
-            return NatsSink(link, sink, origin, contract=self.contract, keys=keys, model=model)
+            found = link.run(open_sink(link, sink, source))
+            recalled = set()
+            if from_link is not None and isinstance(source, FromNats):
+                recalled = from_link.run(recall(from_link, source, link, found, origin))
+            return NatsSink(link, sink, origin, contract=self.contract, keys=keys, model=model, recalled=recalled)
         servers = sink.servers or (
             source.servers if isinstance(source, FromKafka) else FromKafka.model_fields["servers"].default
         )

@@ -93,14 +93,14 @@ class PartsSink:
         for at, part in zip(new, in_parallel(self._storage, lambda at: self._read(listed[at]), new), strict=True):
             self._parts[at] = part
         for partition in {partition for partition, _ in self._parts}:
-            at = self.positions.get(partition, 0)
-            while (part := self._parts.get((partition, at))) is not None:
-                at = part.next
-            self.positions[partition] = at
-            if stray := sorted(start for p, start in self._parts if p == partition and start >= at):
+            end = self.positions.get(partition, 0)
+            while (standing := self._parts.get((partition, end))) is not None:
+                end = standing.next
+            self.positions[partition] = end
+            if stray := sorted(start for p, start in self._parts if p == partition and start >= end):
                 message = (
                     f"The parts of table {self._plan.run} must follow one another without a gap, got none that begins "
-                    f"at {at} of partition {partition}, but one at {stray[0]}. Put back what was deleted, or begin "
+                    f"at {end} of partition {partition}, but one at {stray[0]}. Put back what was deleted, or begin "
                     "another table."
                 )
                 raise RunDamaged(message)

@@ -41,6 +41,7 @@ class StreamReport(Frozen):
     lag: int | None = Field(description="Messages that wait in the source, as last known.")
     rows_per_batch: int = Field(description="Rows of a micro-batch at most, as last tuned.")
     wait_seconds: float = Field(description="How long a micro-batch waits to be full.")
+    batch_seconds: float = Field(description="What a micro-batch of so many rows takes, as last fitted.")
     batch_size: int = Field(description="Rows of a forward pass.")
     slots: int
     engine: str = Field(description="How the passes were made.")

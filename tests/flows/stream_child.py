@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 
 
@@ -11,7 +12,8 @@ def main() -> None:
     from flows.stream import stream_inference
 
     report = stream_inference(**json.loads(sys.argv[1]))
-    print(report.model_dump_json(), flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"peak_rss_mb": peak, **report.model_dump(mode="json")}), flush=True)
 
 
 if __name__ == "__main__":

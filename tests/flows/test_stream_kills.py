@@ -78,6 +78,31 @@ def scores(client: NatsClient, name: str) -> int:
         return 0
 
 
+def test_a_scorer_that_comes_back_after_the_window_of_its_output_doubles_nothing(
+    linear: str, nats: NatsServer, nats_client: NatsClient, fresh: str, tmp_path: Path
+) -> None:
+    filled(nats_client, fresh, as_json(customers(2_000)))
+    source, sink = ends(nats, fresh, ack_wait_seconds=1.0, max_deliver=3)
+    nats_client.make(f"{fresh}-scores", f"{fresh}.scores", duplicate_window=3)
+    scorer = start(linear, source, sink, SLOW, tmp_path / "log")
+    wait_until(lambda: scores(nats_client, fresh) > 200, "some scores")
+    kill(scorer)
+    # Scores that went out, and of which no acknowledgement came back.
+    state = nats_client.call(nats_client.js.consumer_info(fresh, "overnight"))
+    done = scores(nats_client, fresh)
+    lost = state.ack_floor.stream_seq + 1
+    if done < lost:
+        payload = as_json(customers(lost))[-1]
+        origin = nats_client.read(f"{fresh}-scores")[0].headers["Nats-Msg-Id"].rpartition(".")[0]
+        nats_client.publish(f"{fresh}.scores", [payload], [{"Nats-Msg-Id": f"{origin}.{lost}"}])
+    time.sleep(4)
+    last = start(linear, source, sink, SLOW, tmp_path / "log")
+    assert last.wait(60) == 0, (tmp_path / "log").read_text()[-3000:]
+
+    assert state.num_ack_pending
+    assert Counter(range(2_000)) == ids([each.payload for each in nats_client.read(f"{fresh}-scores")])
+
+
 def test_a_table_is_exact_over_kills_of_its_scorers(
     linear: str, nats: NatsServer, nats_client: NatsClient, fresh: str, tmp_path: Path
 ) -> None:

@@ -54,9 +54,13 @@ def json_row(number: int, a: object = 1.5, b: object = 2, **fields: Any) -> Mess
     return message(orjson.dumps({"id": number, "a": a, "b": b, **fields}), number)
 
 
-def arrow_rows(number: int, a: Sequence[object], **columns: Any) -> Message:
+def arrow_rows(number: int, values: Sequence[object], /, **columns: Any) -> Message:
     table = pa.table(
-        {"id": pa.array(range(len(a))), "a": pa.array(a, pa.float32()), "b": pa.array([1.0] * len(a), pa.float32())}
+        {
+            "id": pa.array(range(len(values))),
+            "a": pa.array(values, pa.float32()),
+            "b": pa.array([1.0] * len(values), pa.float32()),
+        }
         | columns
     )
     return message(write_arrow(table), number)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import orjson
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tasks.batch.formats import Wanted, read_tables
 from tasks.stream.decode import ROWS_MAX, Reason, Unreadable, count_rows, is_arrow, read_arrow
 from tasks.stream.score import write_arrow
 from tests.tasks.stream.messages import arrow_rows, decoder, json_row, message
@@ -40,12 +43,16 @@ def test_what_is_no_row_is_poison_with_its_reason_and_the_others_are_read(payloa
     assert [[1, 3]] == [[each.place.number for each in group.messages] for group in groups]
 
 
-def test_rows_of_json_are_read_as_the_batch_path_reads_json_lines() -> None:
-    values = [1.5, 2, "3", True, None, 1e300, -0.0]
-    ((group,), poison) = decoder().decode([json_row(at, a=value) for at, value in enumerate(values)])
+def test_rows_of_json_are_read_as_the_batch_path_reads_json_lines(tmp_path: Path) -> None:
+    values = [1.5, 2, "3", True, None, 1e300, -0.0, 0.1, 2**63, -1e-7, " 4 ", {"deep": 1}, [1, 2]]
+    sent = [json_row(at, a=value) for at, value in enumerate(values)]
+    ((group,), poison) = decoder().decode(sent)
+    lines = tmp_path / "rows.jsonl"
+    lines.write_bytes(b"".join(each.payload + b"\n" for each in sent))
+    (table,) = read_tables(lines, "jsonl", Wanted(names=("a", "b", "id"), lists=frozenset()), "rows")
 
     assert [] == poison
-    assert ["1.5", "2", "3", "true", None, "1e300", "-0.0"] == group.table["a"].to_pylist()
+    assert table.to_pydict() == group.table.to_pydict()
     assert list(range(len(values))) == [row["id"] for row in group.rows or ()]
 
 

@@ -70,7 +70,7 @@ def test_what_is_emitted_twice_or_cut_otherwise_is_there_once(place: str) -> Non
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.data())
+@given(data=st.data())
 def test_whatever_two_scorers_emit_from_where_they_stand_each_message_is_there_once(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -117,7 +117,8 @@ def test_numbers_may_have_gaps_and_partitions_are_apart(place: str) -> None:
 
 
 def test_rows_of_one_message_are_told_apart_and_keys_keep_the_type_of_the_table(place: str) -> None:
-    emit(opened(place), [arrow_rows(1, [1.0, 2.0]), arrow_rows(2, [3.0])])
+    decode = decoder()
+    emit(opened(place, decode), [arrow_rows(1, [1.0, 2.0]), arrow_rows(2, [3.0])], decode)
     decode = decoder()
     sink = opened(place, decode)
     emit(sink, [json_row(3), json_row(4)], decode)
