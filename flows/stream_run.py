@@ -20,9 +20,8 @@ from serving.registry import Resolved
 from tasks.batch.artifacts import Logger
 from tasks.spot.drain import Drain
 from tasks.stream.decode import Decoder
-from tasks.stream.ends import Ends
+from tasks.stream.ends import Abandoned, Ends
 from tasks.stream.meter import Meter, exposed
-from tasks.stream.nats_link import Abandoned
 from tasks.stream.options import StreamOptions
 from tasks.stream.peek import Peeked
 from tasks.stream.pipeline import Pipeline, Terms

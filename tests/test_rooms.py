@@ -38,6 +38,11 @@ BATCH_ORDER = (
     ),
     *("report", "tuning", "run", "lineage", "artifacts"),
 )
+STREAM_ORDER = (
+    *("addresses", "options", "message", "microbatch", "decode", "score", "ends", "meter", "rows", "parts_sink"),
+    *("nats_link", "nats_source", "nats_sink", "nats_recall", "kafka_ends", "opening", "peek", "pipeline", "tuning"),
+    "report",
+)
 
 
 def imported(path: Path) -> set[str]:
@@ -70,18 +75,19 @@ def test_serving_never_imports_prefect() -> None:
     }
 
 
-def test_a_station_of_batch_imports_only_stations_before_it() -> None:
-    stations = {path.stem: path for path in (ROOT / "tasks/batch").glob("*.py") if path.stem != "__init__"}
+@pytest.mark.parametrize(("line", "order"), [("batch", BATCH_ORDER), ("stream", STREAM_ORDER)])
+def test_a_station_imports_only_stations_before_it(line: str, order: tuple[str, ...]) -> None:
+    stations = {path.stem: path for path in (ROOT / "tasks" / line).glob("*.py") if path.stem != "__init__"}
     backward = {
         (name, module)
         for name, path in stations.items()
         for module in (
-            found.removeprefix("tasks.batch.") for found in imported(path) if found.startswith("tasks.batch.")
+            found.removeprefix(f"tasks.{line}.") for found in imported(path) if found.startswith(f"tasks.{line}.")
         )
-        if BATCH_ORDER.index(module) >= BATCH_ORDER.index(name)
+        if order.index(module) >= order.index(name)
     }
 
-    assert set(stations) == set(BATCH_ORDER)
+    assert set(stations) == set(order)
     assert set() == backward
 
 

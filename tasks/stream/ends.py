@@ -10,6 +10,10 @@ from tasks.stream.message import Message, Poison
 from tasks.stream.score import Scored
 
 
+class Abandoned(Exception):
+    """The wait for a broker was given up, since this process must end."""
+
+
 class Source(Protocol):
     """Where messages come from."""
 

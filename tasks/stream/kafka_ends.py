@@ -18,6 +18,7 @@ from confluent_kafka import Message as KafkaMessage
 from serving.contract import Contract
 from serving.errors import BadInput, BrokerDenied, BrokerFault, StreamUnfit
 from tasks.stream.addresses import FromKafka, ToKafka
+from tasks.stream.ends import Abandoned
 from tasks.stream.message import (
     HEADER_COLUMN,
     HEADER_EVENT_TIME,
@@ -28,7 +29,6 @@ from tasks.stream.message import (
     Place,
     Poison,
 )
-from tasks.stream.nats_link import Abandoned
 from tasks.stream.score import Scored, answers
 
 CONFIG = "OVERNIGHT_KAFKA_CONFIG"

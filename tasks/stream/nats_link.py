@@ -19,6 +19,7 @@ from nats.js import JetStreamContext
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 
 from serving.errors import BrokerDenied, BrokerFault, StreamUnfit
+from tasks.stream.ends import Abandoned
 
 T = TypeVar("T")
 
@@ -32,10 +33,6 @@ _DENIED = ("authorization violation", "permissions violation", "authentication")
 _PUBLISHES_MAX = 1 << 16
 _OUTBOUND_BYTES = 64 << 20
 _TOO_LARGE = 10054
-
-
-class Abandoned(Exception):
-    """The wait for a broker was given up, since this process must end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
