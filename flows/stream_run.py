@@ -78,18 +78,20 @@ class StreamRun:
         Raises what any of its threads raised.
         """
         start = time.monotonic()
+        peeked = Peeked(ends.source)
         self.meter.lag, self.meter.started = ends.lag, start
         try:
             with exposed(self.meter, self.options.metrics_port) as port, _caller_threads_kept():
                 if port is not None:
                     logger.info("Metrics at http://127.0.0.1:%s/metrics", port)
-                peeked = Peeked(ends.source)
                 sample = peeked.peek(self.decoder, self._rests, self.options.idle_seconds)
                 self._set(settle(self.resolved, self.model, self.decoder.contract, self.options, sample))
                 self._say(logger)
                 with StreamWatch(self.meter, self.dial, logger).watching():
                     self._stretches(ends, peeked)
         finally:
+            if not self.give_up.is_set():
+                ends.give_back(peeked.left())
             self.seconds, self.lag = time.monotonic() - start, ends.lag()
 
     def _say(self, logger: Logger) -> None:

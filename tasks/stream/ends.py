@@ -59,6 +59,7 @@ class Ends:
     """What one stream is read from and written to.
 
     `lag` tells the messages that wait in the source, where known; `max_deliver` how often one comes at most.
+    `give_back` tells the source that messages were taken and are left to others.
     """
 
     source: Source
@@ -68,6 +69,7 @@ class Ends:
     lag: Callable[[], int | None]
     cadence: Cadence = Cadence()
     max_deliver: int | None = None
+    give_back: Callable[[Sequence[Message]], None] = lambda _: None
 
     def reading(self, source: Source) -> Ends:
         """Return the same ends, read through another source."""

@@ -6,17 +6,21 @@ The library is asyncio, scoring is threads: `run` hands a coroutine over and wai
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import os
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import nats.errors
+import orjson
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 from nats.js import JetStreamContext
-from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
+from nats.js.errors import NotFoundError
 
 from serving.errors import BrokerDenied, BrokerFault, StreamUnfit
 from tasks.stream.ends import Abandoned
@@ -29,8 +33,6 @@ _ANSWER_SECONDS = 5.0
 _LOOK_SECONDS = 0.5
 _SAY_SECONDS = 30.0
 _DENIED = ("authorization violation", "permissions violation", "authentication")
-# Messages that are published and not yet answered for, at most; the library waits beyond.
-_PUBLISHES_MAX = 1 << 16
 _OUTBOUND_BYTES = 64 << 20
 _TOO_LARGE = 10054
 
@@ -65,9 +67,10 @@ class NatsLink:
         except BaseException:
             self._stop()
             raise
-        self.js: JetStreamContext = self.client.jetstream(
-            timeout=_ANSWER_SECONDS, publish_async_max_pending=_PUBLISHES_MAX
-        )
+        self.js: JetStreamContext = self.client.jetstream(timeout=_ANSWER_SECONDS)
+        self._inbox, self._numbers = self.client.new_inbox(), itertools.count()
+        self._sent: dict[int, tuple[_Flight, Outgoing]] = {}
+        self.run(self._listen())
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the loop's thread and return what it returns."""
@@ -102,6 +105,9 @@ class NatsLink:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _listen(self) -> None:
+        await self.client.subscribe(f"{self._inbox}.*", cb=self._answer, pending_msgs_limit=-1, pending_bytes_limit=-1)
 
     async def _connect(self) -> Client:
         pause = _BACKOFF_SECONDS_MIN
@@ -220,47 +226,69 @@ class NatsLink:
 
     async def _publish_once(self, outgoing: Sequence[Outgoing], refused: list[Outgoing]) -> list[Outgoing]:
         """Publish each once; return those that are to be published again."""
-        sent: list[tuple[Outgoing, asyncio.Future[Any]]] = []
-        again: list[Outgoing] = []
+        flight = _Flight(refused=refused)
+        numbers = []
         await self.connected()
         for each in outgoing:
-            headers = {"Nats-Msg-Id": each.id, **each.headers}
+            number = next(self._numbers)
+            self._sent[number] = flight, each
+            numbers.append(number)
             try:
-                sent.append((each, await self.js.publish_async(each.subject, each.payload, headers=headers)))
+                headers = {"Nats-Msg-Id": each.id, **each.headers}
+                reply = f"{self._inbox}.{number}"
+                await self.client.publish(each.subject, each.payload, reply=reply, headers=headers)
             except nats.errors.MaxPayloadError:
-                refused.append(each)
+                flight.settle(self._sent.pop(number)[1], refused)
             except (nats.errors.OutboundBufferLimitError, nats.errors.ConnectionClosedError):
-                again.append(each)
-        await self._answered([future for _, future in sent])
-        for each, future in sent:
-            if not future.done():
-                future.cancel()
-                again.append(each)
-            elif (error := future.exception()) is not None:
-                if isinstance(error, APIError) and error.err_code == _TOO_LARGE:
-                    refused.append(each)
-                else:
-                    self.say("refused", _refusal(each, error))
-                    again.append(each)
-        return again
+                flight.settle(self._sent.pop(number)[1], flight.again)
+        await self._answered(flight, len(outgoing))
+        return flight.again + [self._sent.pop(number)[1] for number in numbers if number in self._sent]
 
-    async def _answered(self, futures: Sequence[asyncio.Future[Any]]) -> None:
+    async def _answered(self, flight: _Flight, messages: int) -> None:
         until = time.monotonic() + _ANSWER_SECONDS
-        waiting: set[asyncio.Future[Any]] = set(futures)
-        while waiting and time.monotonic() < until:
-            _, waiting = await asyncio.wait(waiting, timeout=_LOOK_SECONDS)
-            if waiting:
+        while flight.settled < messages and time.monotonic() < until:
+            flight.more.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(flight.more.wait(), _LOOK_SECONDS)
+            if flight.settled < messages:
                 self._raise_if_denied()
                 if self._give_up.is_set():
                     raise Abandoned
 
+    async def _answer(self, msg: Msg) -> None:
+        """Take the answer to a publish. The library's own publish_async never tells of one that is an error."""
+        number = int(msg.subject.rpartition(".")[2])
+        # One that comes after its message was published again is no news.
+        flight, each = self._sent.pop(number, (None, None))
+        if flight is None or each is None:
+            return
+        if not msg.headers and b'"error"' not in msg.data:
+            flight.settle(each)
+            return
+        error = orjson.loads(msg.data or b"{}").get("error") or {"description": "no stream takes it"}
+        if error.get("err_code") == _TOO_LARGE:
+            flight.settle(each, flight.refused)
+            return
+        words = f"A stream must take the subject {each.subject!r}, got: {error.get('description')}."
+        self.say("refused", f"{words} Publishing again until it does.")
+        flight.settle(each, flight.again)
 
-def _refusal(each: Outgoing, error: BaseException) -> str:
-    if isinstance(error, NoStreamResponseError):
-        return (
-            f"A stream must take the subject {each.subject!r}, but none does for now; publishing again until it does."
-        )
-    return f"The stream of {each.subject!r} must take messages, got: {error}. Publishing again until it does."
+
+@dataclass(slots=True)
+class _Flight:
+    """Messages that were published together and wait for their answers."""
+
+    refused: list[Outgoing]
+    again: list[Outgoing] = field(default_factory=list)
+    settled: int = 0
+    more: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def settle(self, each: Outgoing, among: list[Outgoing] | None = None) -> None:
+        """Take note of an answer."""
+        self.settled += 1
+        if among is not None:
+            among.append(each)
+        self.more.set()
 
 
 def headers_size(headers: Mapping[str, str]) -> int:

@@ -12,6 +12,7 @@ from serving.errors import StreamUnfit
 from tasks.stream.addresses import FromKafka, FromNats, ToNats
 from tasks.stream.message import HEADER_COLUMN, HEADER_MODEL, HEADER_REASON, HEADER_SOURCE, Message, Poison
 from tasks.stream.nats_link import NatsLink, Outgoing, headers_size
+from tasks.stream.nats_source import overlap
 from tasks.stream.score import Scored, answers
 
 DEAD_STREAM = "OVERNIGHT_DEAD"
@@ -120,23 +121,17 @@ async def open_sink(link: NatsLink, address: ToNats, source: FromNats | FromKafk
     window = source.worst_redelivery_seconds if isinstance(source, FromNats) else _WINDOW_SECONDS_MIN
     info = await _stream_of(link, address.stream, address.subject, window, "sink")
     _must_remember(info, window, address.subject)
-    if isinstance(source, FromNats) and info.config.name == source.stream and _is_read(source.subject, address.subject):
+    if (
+        isinstance(source, FromNats)
+        and info.config.name == source.stream
+        and overlap(source.subject or ">", address.subject)
+    ):
         message = (
             f"The scores must not go into what the stream is read from, got {address.subject!r}, a subject of "
             f"{source.stream!r}, which is read whole. Name the subject to read, or another one to write to."
         )
         raise StreamUnfit(message)
     return info
-
-
-def _is_read(pattern: str | None, subject: str) -> bool:
-    """Whether a subject fits what is read: all of the stream, or a pattern where * is one token and > the rest."""
-    if pattern is None:
-        return True
-    wanted, given = pattern.split("."), subject.split(".")
-    if wanted[-1] == ">":
-        wanted, given = wanted[:-1], given[: len(wanted) - 1]
-    return len(wanted) == len(given) and all(w in ("*", g) for w, g in zip(wanted, given, strict=True))
 
 
 async def open_dead_letters(link: NatsLink, address: FromNats) -> None:

@@ -60,6 +60,7 @@ class NatsSource:
 
     async def _open(self) -> None:
         info = await find_stream(self._link, self._address.stream)
+        _must_have(info.config.subjects or [], self._address)
         if self._in_order and info.config.retention == RetentionPolicy.WORK_QUEUE:
             message = (
                 f"The stream {self._address.stream!r} must keep its messages for a table of parts, which resumes from "
@@ -144,13 +145,22 @@ class NatsSource:
         """Ask for no more, and give back what was taken and not fetched: others need not wait for it."""
         self._link.run(self._close())
 
+    def give_back(self, messages: Sequence[Message]) -> None:
+        """Give messages back to the stream: they come again at once, to whoever asks."""
+        if not self._in_order:
+            self._link.run(self._give_back(messages))
+
     async def _close(self) -> None:
         self._ticker.cancel()
         self._closed = True
         with self._there:
             left, self._buffer = list(self._buffer), deque()
-        if self._link.client.is_connected and not self._in_order:
-            for message in left:
+        if not self._in_order:
+            await self._give_back(left)
+
+    async def _give_back(self, messages: Sequence[Message]) -> None:
+        if self._link.client.is_connected:
+            for message in messages:
                 await self._link.client.publish(message.receipt, b"-NAK")
 
     def lag(self) -> int | None:
@@ -264,6 +274,28 @@ class NatsSource:
                 self._there.notify()
         except nats.errors.Error:
             return
+
+
+def _must_have(subjects: Sequence[str], address: FromNats) -> None:
+    """Raise StreamUnfit where no message of the stream can have the subject: the server would wait in silence."""
+    if address.subject is not None and subjects and not any(overlap(address.subject, each) for each in subjects):
+        message = (
+            f"The subject {address.subject!r} must be one of stream {address.stream!r}, which takes "
+            f"{', '.join(map(repr, subjects))}. Name one of them, or none."
+        )
+        raise StreamUnfit(message)
+
+
+def overlap(one: str, other: str) -> bool:
+    """Whether a subject can fit both patterns, in which * is one token and > all that are left."""
+    for left, right in itertools.zip_longest(one.split("."), other.split(".")):
+        if left is None or right is None:
+            return False
+        if ">" in (left, right):
+            return True
+        if left != right and "*" not in (left, right):
+            return False
+    return True
 
 
 async def find_identity(link: NatsLink, address: FromNats) -> str:

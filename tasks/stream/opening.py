@@ -65,7 +65,8 @@ class Opener:
         stack.callback(reader.close)
         # A table's source counts no deliveries.
         most = None if table else source.max_deliver
-        return replace(self._ends(reader, to, NatsDeadLetters(link, source, origin), sink), max_deliver=most)
+        ends = self._ends(reader, to, NatsDeadLetters(link, source, origin), sink)
+        return replace(ends, max_deliver=most, give_back=reader.give_back)
 
     def _from_kafka(self, source: FromKafka, sink: ToNats | ToKafka | ToParts, stack: ExitStack) -> Ends:
         voice = KafkaVoice(source.servers, self.say, self.give_up)

@@ -66,6 +66,8 @@ class PartsSink:
 
     def emit(self, scored: Sequence[Scored]) -> list[Poison]:
         """Write the rows of micro-batches as one part a partition, then commit; every message has a row."""
+        if not any(each.messages for each in scored):
+            return []
         rows = self._rows(scored)
         for partition in np.unique(rows.places_N["partition"]).tolist():
             self._write(partition, rows.where(rows.places_N["partition"] == partition))

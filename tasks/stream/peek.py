@@ -38,6 +38,11 @@ class Peeked:
                 return None
         return None
 
+    def left(self) -> list[Message]:
+        """Return the messages that were looked at and never fetched; they are forgotten here."""
+        left, self._held = self._held, []
+        return left
+
     def fetch(self, most: int, enough: int, seconds: float) -> list[Message]:
         """Return the messages that were looked at first, then those of the source."""
         if self._held:

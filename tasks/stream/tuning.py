@@ -12,6 +12,8 @@ import pyarrow as pa
 from serving.contract import Contract
 from serving.encode import Encoded, encode
 from serving.engine import Wish
+from serving.errors import ModelFailed
+from serving.forward import Forward
 from serving.machine import machine_kind
 from serving.model import Tunable
 from serving.registry import Resolved, save_tag
@@ -49,7 +51,7 @@ def settle(
     wish = Wish(batch_size=options.batch_size, slots=options.slots, bfloat16_tolerance=options.bfloat16_tolerance)
     tuning = remembered(resolved.tags, machine_kind(), wish)
     encoded = None if sample is None else model.prepare(encode(contract, sample))
-    if encoded is not None and (encoded.flags.code_N != 0).all():
+    if encoded is not None and not _scores(model, contract, encoded, options.batch_size or model.batch_size):
         encoded = None
     if tuning is None and encoded is not None:
         larger = _larger(encoded, model.batch_sizes[-1])
@@ -62,6 +64,18 @@ def settle(
     slots = tuning.slots if tuning else options.slots or model.slots
     points = () if encoded is None else _points(model, contract, encoded, batch_size, slots)
     return Setting(model=model, batch_size=batch_size, slots=slots, points=points, tuning=tuning)
+
+
+def _scores(model: Tunable, contract: Contract, sample: Encoded, batch_size: int) -> bool:
+    """Return whether a row of the sample gets a prediction: a stream may well begin with poison."""
+    if (sample.flags.code_N != 0).all():
+        return False
+    try:
+        with model.slot():
+            Forward(model, contract, batch_size).score(sample)
+    except ModelFailed:
+        return False
+    return True
 
 
 def _points(
