@@ -40,7 +40,8 @@ def stream_inference(model: str, source: AnySource, sink: AnySink, options: Stre
     contract = resolved.contract(options.input_columns, options.policies)
     check_names(contract, options.key_columns, parts=sink.kind == "parts")
     loaded = load_model(resolved, contract, allow_pickle=options.allow_pickle)
-    run = StreamRun(resolved=resolved, model=loaded, decoder=Decoder(contract, options.key_columns), options=options)
+    decoder = Decoder(contract, options.key_columns, one_type=sink.kind == "parts")
+    run = StreamRun(resolved=resolved, model=loaded, decoder=decoder, options=options)
     opener = Opener(decoder=run.decoder, model=resolved.pin, options=options, say=logger.warning, give_up=run.give_up)
     with (
         watching(run.drain, options.notices, logger.warning),

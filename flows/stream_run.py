@@ -186,7 +186,7 @@ def hearing(run: StreamRun, logger: Logger) -> Generator[None]:
         run.left = True
     except Abandoned:
         logger.warning("The wait for the broker was given up.")
-        run.left = True
+        run.left = not run.interrupted
 
 
 @contextmanager

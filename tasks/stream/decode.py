@@ -67,11 +67,12 @@ class Unreadable(ValueError):
 class Decoder:
     """Decodes messages for one model; may be called from several threads at once.
 
-    Key columns keep the type that they had in the first message (`key_types`), since they end up in one column.
+    With `one_type` key columns keep the type that they had in the first message (`key_types`), as a table needs it.
     """
 
     contract: Contract
     key_columns: tuple[str, ...]
+    one_type: bool = False
     key_types: dict[str, pa.DataType] = field(default_factory=dict)
     _fitting: set[pa.Schema] = field(default_factory=set)
 
@@ -187,7 +188,7 @@ class Decoder:
     def _with_fitting_keys(self, group: Group, poison: list[Poison]) -> list[Group]:
         """Return the group with its keys in the types that they have had from the first message on, or none of it."""
         table = group.table
-        for key in self.key_columns:
+        for key in self.key_columns if self.one_type else ():
             at = table.schema.get_field_index(key)
             column = table.column(at)
             wanted = self.key_types.setdefault(key, column.type)

@@ -158,6 +158,8 @@ class KafkaSource:
                 "auto.offset.reset": "earliest",
                 "allow.auto.create.topics": False,
                 "partition.assignment.strategy": "cooperative-sticky",
+                # One that is killed is missed by its heartbeats; one whose sink is slow has not left.
+                "max.poll.interval.ms": 86_400_000,
                 "queued.max.messages.kbytes": in_flight_mb << 10,
             }
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import threading
@@ -27,6 +28,7 @@ _GONE = "Consumer Deleted"
 _SECONDS = 1e9
 _TOKENS_OLD = 9
 _HEAD_BYTES = 1 << 16
+_FLUSH_SECONDS = 5
 
 
 class NatsSource:
@@ -68,7 +70,7 @@ class NatsSource:
                 "sink of messages."
             )
             raise StreamUnfit(message)
-        await self._link.client.subscribe(
+        self._subscription = await self._link.client.subscribe(
             f"{self._inbox}.*", cb=self._take, pending_msgs_limit=-1, pending_bytes_limit=-1
         )
         await self._find_consumer()
@@ -146,22 +148,23 @@ class NatsSource:
         self._link.run(self._close())
 
     def give_back(self, messages: Sequence[Message]) -> None:
-        """Give messages back to the stream: they come again at once, to whoever asks."""
-        if not self._in_order:
-            self._link.run(self._give_back(messages))
+        """Take messages back that were fetched and are left to others."""
+        with self._there:
+            self._buffer.extendleft(reversed(messages))
 
     async def _close(self) -> None:
         self._ticker.cancel()
         self._closed = True
+        if self._in_order or not self._link.client.is_connected:
+            return
+        # Before anything is given back nothing may be left that asks for it here.
+        await self._subscription.unsubscribe()
+        with contextlib.suppress(nats.errors.Error, TimeoutError):
+            await self._link.client.flush(_FLUSH_SECONDS)
         with self._there:
             left, self._buffer = list(self._buffer), deque()
-        if not self._in_order:
-            await self._give_back(left)
-
-    async def _give_back(self, messages: Sequence[Message]) -> None:
-        if self._link.client.is_connected:
-            for message in messages:
-                await self._link.client.publish(message.receipt, b"-NAK")
+        for message in left:
+            await self._link.client.publish(message.receipt, b"-NAK")
 
     def lag(self) -> int | None:
         """Return how many messages wait in the stream for this consumer, as it last said."""

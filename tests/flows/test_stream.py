@@ -73,7 +73,6 @@ def test_one_row_gives_one_score_in_batch_and_stream(
     assert (1007, ROWS, 0, "idle") == (report.messages, report.rows, report.rejects, report.ended)
     assert 1007 == len(stored) == len({each.headers["Nats-Msg-Id"] for each in stored})
     assert {"linear/1"} == {each.headers[HEADER_MODEL] for each in stored}
-    print(sorted(set(found) ^ set(batch_scores))[:10], len(found), len(batch_scores))
     # Passes of other rows differ in the last bits.
     assert batch_scores == pytest.approx(found, rel=1e-5, abs=1e-6)
 

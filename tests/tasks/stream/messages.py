@@ -67,7 +67,7 @@ def arrow_rows(number: int, values: Sequence[object], /, **columns: Any) -> Mess
 
 
 def decoder(keys: tuple[str, ...] = KEYS) -> Decoder:
-    return Decoder(CONTRACT, keys)
+    return Decoder(CONTRACT, keys, one_type=True)
 
 
 def score(messages: Sequence[Message], decode: Decoder | None = None) -> Scored:

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.batch.formats import Wanted, read_tables
-from tasks.stream.decode import ROWS_MAX, Reason, Unreadable, count_rows, is_arrow, read_arrow
+from tasks.stream.decode import ROWS_MAX, Decoder, Reason, Unreadable, count_rows, is_arrow, read_arrow
 from tasks.stream.score import write_arrow
-from tests.tasks.stream.messages import arrow_rows, decoder, json_row, message
+from tests.tasks.stream.messages import CONTRACT, KEYS, arrow_rows, decoder, json_row, message
 
 UNREADABLE = [
     (b"", Reason.NOT_JSON),
@@ -96,6 +96,7 @@ def test_a_key_keeps_the_type_of_the_first_message_where_it_can() -> None:
     text = arrow_rows(3, [1.0], id=pa.array(["seven"]))
     groups, poison = decode.decode([narrow, text])
 
+    assert 2 == len(Decoder(CONTRACT, KEYS).decode([narrow, text])[0])
     assert pa.int64() == groups[0].table.schema.field("id").type
     assert [(3, "id", Reason.KEY_CHANGES)] == [(p.message.place.number, p.column, p.reason) for p in poison]
 

@@ -69,7 +69,7 @@ def test_what_is_emitted_twice_or_cut_otherwise_is_there_once(place: str) -> Non
     assert {0: 6} == opened(place).positions
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whatever_two_scorers_emit_from_where_they_stand_each_message_is_there_once(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
