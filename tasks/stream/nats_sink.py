@@ -139,6 +139,10 @@ async def open_dead_letters(link: NatsLink, address: FromNats) -> None:
     made = DEAD_STREAM if address.dead_letters is None else None
     window = address.worst_redelivery_seconds
     info = await _stream_of(link, made, address.dead_subject, window, "dead letters", taking="overnight.dead.>")
+    if made == info.config.name and (info.config.duplicate_window or 0.0) < window:
+        # It is shared: whoever made it first may have needed less.
+        wider = info.config.evolve(duplicate_window=window)
+        info = await link.ask(f"stream {made}", lambda: link.js.update_stream(wider))
     _must_remember(info, window, address.dead_subject)
 
 

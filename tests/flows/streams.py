@@ -86,11 +86,14 @@ def start(model: str, source: Frozen, sink: Frozen, options: StreamOptions, log:
         )
 
 
-def wait_until(holds: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
-    """Wait until something holds, or fail by name."""
+def wait_until(
+    holds: Callable[[], bool], what: str, scorer: subprocess.Popen[bytes] | None = None, seconds: float = 60.0
+) -> None:
+    """Wait until something holds, or fail by name, at once where the scorer has ended."""
     until = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < until, f"{what} must happen within {seconds:g} s"
+        assert scorer is None or scorer.poll() is None, f"{what} must happen while the scorer lives"
         time.sleep(0.02)
 
 

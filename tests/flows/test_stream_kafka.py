@@ -107,7 +107,7 @@ def test_a_killed_scorer_doubles_at_most_the_batch_that_was_in_its_hands(
     kills = 2
     for at in range(kills):
         scorer = start(linear, source, sink, options, tmp_path / "log")
-        wait_until(lambda at=at: committed(brokers, fresh) > (at + 1) * 200, "commits")
+        wait_until(lambda at=at: committed(brokers, fresh) > (at + 1) * 200, "commits", scorer)
         kill(scorer)
     last = start(linear, source, sink, options, tmp_path / "log")
     assert last.wait(120) == 0, (tmp_path / "log").read_text()[-3000:]
@@ -126,7 +126,7 @@ def test_a_table_is_exact_over_kills_and_resumes_from_its_own_parts(
     table = ToParts(destination=str(tmp_path / "table"), rows_per_part=150, seconds_per_part=0.3)
     options = OPTIONS.model_copy(update={"idle_seconds": 3.0, "rows_per_batch": 40})
     scorer = start(linear, source, table, options, tmp_path / "log")
-    wait_until(lambda: len(list(tmp_path.glob("table/run=*/*.parquet"))) >= 6, "six parts")
+    wait_until(lambda: len(list(tmp_path.glob("table/run=*/*.parquet"))) >= 6, "six parts", scorer)
     kill(scorer)
     report = stream(linear, source, table)
     found = open_predictions(str(tmp_path / "table")).collect()
@@ -151,7 +151,7 @@ def test_sigterm_drains_a_consumer_of_kafka(sleepy: str, brokers: str, fresh: st
     filled(brokers, fresh, as_json(customers(ROWS)))
     source, sink = FromKafka(servers=brokers, topic=fresh), ToKafka(topic=f"{fresh}.scores")
     scorer = start(sleepy, source, sink, OPTIONS.model_copy(update={"rows_per_batch": 40}), tmp_path / "log")
-    wait_until(lambda: committed(brokers, fresh) > 100, "commits")
+    wait_until(lambda: committed(brokers, fresh) > 100, "commits", scorer)
     os.kill(scorer.pid, signal.SIGTERM)
     scorer.wait(60)
     done = committed(brokers, fresh)

@@ -49,12 +49,14 @@ def test_scorers_and_the_server_are_killed_and_each_message_is_scored_once(
         done = 0
         for at in range(3):
             scorer = start(linear, source, sink, SLOW, tmp_path / "log")
-            wait_until(lambda before=done: scores(client, fresh) > before, "some more scores")
+            wait_until(lambda before=done: scores(client, fresh) > before, "some more scores", scorer)
             if at == 1:
                 kill_server(server)
                 time.sleep(random.uniform(0, 0.3))
                 server = nats_server(tmp_path / "nats", port=server.port)
-                wait_until(lambda before=done: scores(client, fresh) > before + 200, "scores after the server is back")
+                wait_until(
+                    lambda before=done: scores(client, fresh) > before + 200, "scores after the server is back", scorer
+                )
             kill(scorer)
             done = scores(client, fresh)
         assert done < ROWS
@@ -85,7 +87,7 @@ def test_a_scorer_that_comes_back_after_the_window_of_its_output_doubles_nothing
     source, sink = ends(nats, fresh, ack_wait_seconds=1.0, max_deliver=3)
     nats_client.make(f"{fresh}-scores", f"{fresh}.scores", duplicate_window=3)
     scorer = start(linear, source, sink, SLOW, tmp_path / "log")
-    wait_until(lambda: scores(nats_client, fresh) > 200, "some scores")
+    wait_until(lambda: scores(nats_client, fresh) > 200, "some scores", scorer)
     kill(scorer)
     # Scores that went out, and of which no acknowledgement came back.
     state = nats_client.call(nats_client.js.consumer_info(fresh, "overnight"))
@@ -111,7 +113,9 @@ def test_a_table_is_exact_over_kills_of_its_scorers(
     table = ToParts(destination=str(tmp_path / "table"), rows_per_part=97, seconds_per_part=0.2)
     for parts in (5, 20):
         scorer = start(linear, source, table, SLOW, tmp_path / "log")
-        wait_until(lambda parts=parts: len(list(tmp_path.glob("table/run=*/*.parquet"))) >= parts, f"{parts} parts")
+        wait_until(
+            lambda parts=parts: len(list(tmp_path.glob("table/run=*/*.parquet"))) >= parts, f"{parts} parts", scorer
+        )
         kill(scorer)
     before = open_predictions(str(tmp_path / "table")).collect().height
     both = [start(linear, source, table, SLOW, tmp_path / "log") for _ in range(2)]
@@ -130,7 +134,7 @@ def test_sigterm_drains_what_is_in_hand_and_the_same_call_goes_on(
     filled(nats_client, fresh, as_json(customers(3_000)))
     source, sink = ends(nats, fresh)
     scorer = start(sleepy, source, sink, OPTIONS.model_copy(update={"rows_per_batch": 50}), tmp_path / "log")
-    wait_until(lambda: scores(nats_client, fresh) > 100, "some scores")
+    wait_until(lambda: scores(nats_client, fresh) > 100, "some scores", scorer)
     scorer.send_signal(signal.SIGTERM)
     code = scorer.wait(60)
     left = scores(nats_client, fresh)
@@ -151,7 +155,7 @@ def test_ctrl_c_drains_too_and_says_what_is_done(
     filled(nats_client, fresh, as_json(customers(3_000)))
     source, sink = ends(nats, fresh)
     scorer = start(sleepy, source, sink, OPTIONS.model_copy(update={"rows_per_batch": 50}), tmp_path / "log")
-    wait_until(lambda: scores(nats_client, fresh) > 100, "some scores")
+    wait_until(lambda: scores(nats_client, fresh) > 100, "some scores", scorer)
     os.kill(scorer.pid, signal.SIGINT)
     scorer.wait(60)
     left = scores(nats_client, fresh)
