@@ -104,7 +104,7 @@ def test_a_killed_scorer_doubles_at_most_the_batch_that_was_in_its_hands(
     filled(brokers, fresh, as_json(customers(ROWS)))
     source, sink = FromKafka(servers=brokers, topic=fresh), ToKafka(topic=f"{fresh}.scores")
     options = OPTIONS.model_copy(update={"idle_seconds": 4.0, "rows_per_batch": 40})
-    kills = 2
+    kills = 1
     for at in range(kills):
         scorer = start(linear, source, sink, options, tmp_path / "log")
         wait_until(lambda at=at: committed(brokers, fresh) > (at + 1) * 200, "commits", scorer)
@@ -118,6 +118,7 @@ def test_a_killed_scorer_doubles_at_most_the_batch_that_was_in_its_hands(
     assert ROWS == committed(brokers, fresh)
 
 
+@pytest.mark.machines
 def test_a_table_is_exact_over_kills_and_resumes_from_its_own_parts(
     linear: str, brokers: str, fresh: str, tmp_path: Path
 ) -> None:
@@ -147,6 +148,7 @@ def test_a_topic_of_kafka_into_a_subject_of_nats(
     assert Counter(range(90)) == ids([each.payload for each in nats_client.read(f"{fresh}-scores")])
 
 
+@pytest.mark.machines
 def test_sigterm_drains_a_consumer_of_kafka(sleepy: str, brokers: str, fresh: str, tmp_path: Path) -> None:
     filled(brokers, fresh, as_json(customers(ROWS)))
     source, sink = FromKafka(servers=brokers, topic=fresh), ToKafka(topic=f"{fresh}.scores")

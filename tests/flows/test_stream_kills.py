@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("prefect")
 
 
 def test_scorers_and_the_server_are_killed_and_each_message_is_scored_once(
-    linear: str, fresh: str, tmp_path: Path
+    sleepy: str, fresh: str, tmp_path: Path
 ) -> None:
     random.seed(5)
     server = nats_server(tmp_path / "nats")
@@ -47,8 +47,8 @@ def test_scorers_and_the_server_are_killed_and_each_message_is_scored_once(
         filled(client, fresh, events)
         source, sink = ends(server, fresh, **AGAIN)
         done = 0
-        for at in range(3):
-            scorer = start(linear, source, sink, SLOW, tmp_path / "log")
+        for at in range(2):
+            scorer = start(sleepy, source, sink, SLOW, tmp_path / "log")
             wait_until(lambda before=done: scores(client, fresh) > before, "some more scores", scorer)
             if at == 1:
                 kill_server(server)
@@ -60,7 +60,7 @@ def test_scorers_and_the_server_are_killed_and_each_message_is_scored_once(
             kill(scorer)
             done = scores(client, fresh)
         assert done < ROWS
-        last = start(linear, source, sink, SLOW, tmp_path / "log")
+        last = start(sleepy, source, sink, SLOW, tmp_path / "log")
         assert last.wait(120) == 0, (tmp_path / "log").read_text()[-3000:]
 
         assert Counter(set(range(ROWS)) - set(range(0, ROWS, 500))) == ids(
@@ -80,13 +80,14 @@ def scores(client: NatsClient, name: str) -> int:
         return 0
 
 
+@pytest.mark.machines
 def test_a_scorer_that_comes_back_after_the_window_of_its_output_doubles_nothing(
-    linear: str, nats: NatsServer, nats_client: NatsClient, fresh: str, tmp_path: Path
+    sleepy: str, nats: NatsServer, nats_client: NatsClient, fresh: str, tmp_path: Path
 ) -> None:
     filled(nats_client, fresh, as_json(customers(2_000)))
     source, sink = ends(nats, fresh, ack_wait_seconds=1.0, max_deliver=3)
     nats_client.make(f"{fresh}-scores", f"{fresh}.scores", duplicate_window=3)
-    scorer = start(linear, source, sink, SLOW, tmp_path / "log")
+    scorer = start(sleepy, source, sink, SLOW, tmp_path / "log")
     wait_until(lambda: scores(nats_client, fresh) > 200, "some scores", scorer)
     kill(scorer)
     # Scores that went out, and of which no acknowledgement came back.
@@ -98,13 +99,14 @@ def test_a_scorer_that_comes_back_after_the_window_of_its_output_doubles_nothing
         origin = nats_client.read(f"{fresh}-scores")[0].headers["Nats-Msg-Id"].rpartition(".")[0]
         nats_client.publish(f"{fresh}.scores", [payload], [{"Nats-Msg-Id": f"{origin}.{lost}"}])
     time.sleep(4)
-    last = start(linear, source, sink, SLOW, tmp_path / "log")
+    last = start(sleepy, source, sink, SLOW, tmp_path / "log")
     assert last.wait(60) == 0, (tmp_path / "log").read_text()[-3000:]
 
     assert state.num_ack_pending
     assert Counter(range(2_000)) == ids([each.payload for each in nats_client.read(f"{fresh}-scores")])
 
 
+@pytest.mark.machines
 def test_a_table_is_exact_over_kills_of_its_scorers(
     linear: str, nats: NatsServer, nats_client: NatsClient, fresh: str, tmp_path: Path
 ) -> None:
@@ -149,6 +151,7 @@ def test_sigterm_drains_what_is_in_hand_and_the_same_call_goes_on(
     assert ids([each.payload for each in nats_client.read(f"{fresh}-scores")]) == Counter(range(left))
 
 
+@pytest.mark.machines
 def test_ctrl_c_drains_too_and_says_what_is_done(
     sleepy: str, nats: NatsServer, nats_client: NatsClient, fresh: str, tmp_path: Path
 ) -> None:
@@ -164,6 +167,7 @@ def test_ctrl_c_drains_too_and_says_what_is_done(
     assert left == nats_client.call(nats_client.js.consumer_info(fresh, "overnight")).ack_floor.stream_seq
 
 
+@pytest.mark.machines
 def test_a_message_that_ends_the_scorer_is_among_the_dead_letters_in_the_end_and_its_neighbours_are_scored(
     deadly: str, nats: NatsServer, nats_client: NatsClient, fresh: str, tmp_path: Path
 ) -> None:
@@ -179,7 +183,10 @@ def test_a_message_that_ends_the_scorer_is_among_the_dead_letters_in_the_end_and
         )
     dead = [each for each in nats_client.read("OVERNIGHT_DEAD") if each.subject == source.dead_subject]
 
-    assert events[7] in [each.payload for each in dead]
-    assert "a message that was never finished: it came 6 times" in dead[0].headers["Overnight-Reason"]
     scored = ids([each.payload for each in nats_client.read(f"{fresh}-scores")])
-    assert Counter(range(30)) == scored + Counter(7 if each.payload == events[7] else -1 for each in dead)
+    buried = ids([each.payload for each in dead])
+
+    assert 1 == buried[7]
+    assert "a message that was never finished: it came 6 times" in dead[0].headers["Overnight-Reason"]
+    assert Counter(range(30)) == scored + buried
+    assert scored.total() > 20

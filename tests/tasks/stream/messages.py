@@ -50,8 +50,8 @@ def message(payload: bytes, number: int = 1, **fields: Any) -> Message:
     return Message(payload=payload, **known)
 
 
-def json_row(number: int, a: object = 1.5, b: object = 2, **fields: Any) -> Message:
-    return message(orjson.dumps({"id": number, "a": a, "b": b, **fields}), number)
+def json_row(number: int, a: object = 1.5, b: object = 2, *, deliveries: int = 1, **fields: Any) -> Message:
+    return message(orjson.dumps({"id": number, "a": a, "b": b, **fields}), number, deliveries=deliveries)
 
 
 def arrow_rows(number: int, values: Sequence[object], /, **columns: Any) -> Message:

@@ -32,6 +32,13 @@ def test_rows_are_looked_at_and_then_fetched_in_their_order() -> None:
     assert [4] == [each.place.number for each in peeked.fetch(9, 1, 0.1)]
 
 
+def test_messages_that_come_again_are_no_sample() -> None:
+    peeked = Peeked(Source([json_row(1), json_row(2, deliveries=2)]))
+
+    assert peeked.peek(decoder(), lambda: False, None) is None
+    assert [1, 2] == [each.place.number for each in peeked.fetch(9, 1, 0.1)]
+
+
 def test_it_waits_no_longer_than_the_stream_does() -> None:
     asked: list[int] = []
 
