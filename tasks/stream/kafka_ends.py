@@ -164,6 +164,7 @@ class KafkaSource:
             }
         )
         self._closed = False
+        self._early: list[KafkaMessage] = []
         found = find_topic(self._consumer, address.topic, voice)
         self._partitions = sorted(found.topics[address.topic].partitions)
         self.identity = f"kafka {found.cluster_id or address.servers} {address.topic}"
@@ -171,16 +172,26 @@ class KafkaSource:
     def begin(self, start: Mapping[int, int] | None = None) -> None:
         """Join the group, or read every partition from where `start` says."""
         if start is None:
-            self._consumer.subscribe([self._address.topic])
+            self._join()
             return
         self._consumer.assign(
             [TopicPartition(self._address.topic, each, start.get(each, 0)) for each in self._partitions]
         )
 
+    def _join(self) -> None:
+        """Join the group and wait to be given partitions: until then nothing that is there can come."""
+        joined = threading.Event()
+        self._consumer.subscribe([self._address.topic], on_assign=lambda *_: joined.set())
+        while not joined.is_set():
+            self._voice.look()
+            self._early += self._consumer.consume(1, _LOOK_SECONDS)
+
     def fetch(self, most: int, enough: int, seconds: float) -> list[Message]:
         """Return up to `most` messages as soon as `enough` are there, or what there is after `seconds`."""
         self._voice.look()
-        got = self._consumer.consume(min(enough, most), seconds)
+        got, self._early = self._early[:most], self._early[most:]
+        if len(got) < enough:
+            got += self._consumer.consume(min(enough, most) - len(got), seconds)
         if got and len(got) < most:
             got += self._consumer.consume(most - len(got), 0.0)
         now = time.monotonic()

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient, NewTopic
 
 from infra.local.nats import NatsServer
 from infra.local.nats_client import NatsClient
@@ -22,6 +21,8 @@ from tasks.stream.report import StreamReport
 from tests.flows.streams import OPTIONS, as_json, customers, ids, kill, start, wait_until
 
 ROWS = 3_000
+# As the mocked brokers have it.
+PARTITIONS = 4
 
 pytestmark = pytest.mark.usefixtures("prefect")
 
@@ -35,20 +36,19 @@ def brokers() -> Generator[str]:
     cluster.flush()
 
 
-def filled(brokers: str, topic: str, payloads: Sequence[bytes], partitions: int = 3) -> None:
+def filled(brokers: str, topic: str, payloads: Sequence[bytes], partitions: int = PARTITIONS) -> None:
     """Make topics for input, scores and dead letters, and produce to the first."""
-    admin = AdminClient({"bootstrap.servers": brokers, "log_level": 0})
-    names = (topic, f"{topic}.scores", f"{topic}.dead")
-    for future in admin.create_topics([NewTopic(name, partitions, 1) for name in names]).values():
-        future.result()
     producer = Producer({"bootstrap.servers": brokers, "log_level": 0})
+    for name in (topic, f"{topic}.scores", f"{topic}.dead"):
+        # The mocked brokers make a topic when it is asked for, and know no other way.
+        producer.list_topics(name, timeout=10)
     for at, payload in enumerate(payloads):
         producer.produce(topic, payload, partition=at % partitions)
         producer.poll(0)
     assert producer.flush(30) == 0
 
 
-def read(brokers: str, topic: str, partitions: int = 3) -> list[Any]:
+def read(brokers: str, topic: str, partitions: int = PARTITIONS) -> list[Any]:
     """Return every message of a topic."""
     consumer = Consumer({"bootstrap.servers": brokers, "group.id": "reader", "log_level": 0})
     parts = [TopicPartition(topic, at, 0) for at in range(partitions)]
@@ -61,7 +61,7 @@ def read(brokers: str, topic: str, partitions: int = 3) -> list[Any]:
     return found
 
 
-def committed(brokers: str, topic: str, group: str = "overnight", partitions: int = 3) -> int:
+def committed(brokers: str, topic: str, group: str = "overnight", partitions: int = PARTITIONS) -> int:
     """Return how many messages of a topic are committed."""
     consumer = Consumer({"bootstrap.servers": brokers, "group.id": group, "log_level": 0})
     parts = consumer.committed([TopicPartition(topic, at) for at in range(partitions)], timeout=10)
@@ -72,7 +72,7 @@ def committed(brokers: str, topic: str, group: str = "overnight", partitions: in
 def stream(model: str, source: FromKafka, sink: Any, **options: Any) -> StreamReport:
     from flows.stream import stream_inference
 
-    return stream_inference(model, source, sink, OPTIONS.model_copy(update={"idle_seconds": 3.0, **options}))
+    return stream_inference(model, source, sink, OPTIONS.model_copy(update={"idle_seconds": 1.5, **options}))
 
 
 def test_each_message_is_scored_poison_is_apart_and_offsets_are_committed_behind_it(
@@ -94,7 +94,7 @@ def test_each_message_is_scored_poison_is_apart_and_offsets_are_committed_behind
     assert 299 == len({dict(each.headers())["Overnight-Source"] for each in scores})
     assert b"not json" == dead.value()
     assert headers["Overnight-Reason"].startswith(b"JSON that does not parse")
-    assert f"{fresh}/2/5".encode() == headers["Overnight-Source"]
+    assert f"{fresh}/1/4".encode() == headers["Overnight-Source"]
     assert 300 == committed(brokers, fresh)
 
 
@@ -103,7 +103,7 @@ def test_a_killed_scorer_doubles_at_most_the_batch_that_was_in_its_hands(
 ) -> None:
     filled(brokers, fresh, as_json(customers(ROWS)))
     source, sink = FromKafka(servers=brokers, topic=fresh), ToKafka(topic=f"{fresh}.scores")
-    options = OPTIONS.model_copy(update={"idle_seconds": 4.0, "rows_per_batch": 40})
+    options = OPTIONS.model_copy(update={"idle_seconds": 1.5, "rows_per_batch": 40})
     kills = 1
     for at in range(kills):
         scorer = start(linear, source, sink, options, tmp_path / "log")
