@@ -87,6 +87,12 @@ class NatsLink:
             future.cancel()
             raise
 
+    def check(self) -> None:
+        """Raise BrokerDenied where the server has refused something to this user, or what a callback raised."""
+        self._raise_if_denied()
+        if self.broken is not None:
+            raise self.broken
+
     def close(self) -> None:
         """Send what is written, and close the connection. Idempotent."""
         if self._thread.is_alive():

@@ -25,6 +25,7 @@ from tasks.stream.nats_link import NatsLink, find_stream
 _EXPIRES_SECONDS = 2.0
 _TICK_SECONDS = 0.2
 _GONE = "Consumer Deleted"
+_RAN_OUT = ("404", "408")
 _SECONDS = 1e9
 _TOKENS_OLD = 9
 _HEAD_BYTES = 1 << 16
@@ -132,8 +133,9 @@ class NatsSource:
         with self._there:
             self._enough = enough
             self._there.wait_for(lambda: len(self._buffer) >= enough or self._failed is not None, timeout=seconds)
-            if (failed := self._failed or self._link.broken) is not None:
-                raise failed
+            self._link.check()
+            if self._failed is not None:
+                raise self._failed
             taken = [self._buffer.popleft() for _ in range(min(most, len(self._buffer)))]
             self._bytes -= sum(len(message.payload) for message in taken)
         return taken
@@ -185,8 +187,10 @@ class NatsSource:
     async def _tick(self) -> None:
         """Ask for more, time and again: as long as there is room, the server never waits to be asked."""
         while True:
-            await self._ask_for_more()
-            await self._link.sleep(_TICK_SECONDS)
+            # A connection that is going says so to whoever waits for it; here it is tried again.
+            with contextlib.suppress(nats.errors.Error):
+                await self._ask_for_more()
+            await asyncio.sleep(_TICK_SECONDS)
 
     async def _ask_for_more(self) -> None:
         if self._closed or not self._link.client.is_connected:
@@ -258,8 +262,8 @@ class NatsSource:
         fruitless = self._asked.pop(number, 0) == self._half
         if _GONE in words or told.get("Status") == "503":
             await self._lost(words)
-        if not fruitless:
-            # One that the server refuses at once is asked again at the next tick.
+        if not fruitless or told.get("Status") in _RAN_OUT:
+            # One that the server refuses is asked again at the next tick.
             await self._ask_for_more()
 
     async def _lost(self, words: str) -> None:
