@@ -87,7 +87,7 @@ def start(model: str, source: Frozen, sink: Frozen, options: StreamOptions, log:
 
 
 def wait_until(
-    holds: Callable[[], bool], what: str, scorer: subprocess.Popen[bytes] | None = None, seconds: float = 60.0
+    holds: Callable[[], bool], what: str, scorer: subprocess.Popen[bytes] | None = None, seconds: float = 200.0
 ) -> None:
     """Wait until something holds, or fail by name, at once where the scorer has ended."""
     until = time.monotonic() + seconds

@@ -110,7 +110,7 @@ def test_a_killed_scorer_doubles_at_most_the_batch_that_was_in_its_hands(
         wait_until(lambda at=at: committed(brokers, fresh) > (at + 1) * 200, "commits", scorer)
         kill(scorer)
     last = start(linear, source, sink, options, tmp_path / "log")
-    assert last.wait(120) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert last.wait(200) == 0, (tmp_path / "log").read_text()[-3000:]
     scored = ids([each.value() for each in read(brokers, f"{fresh}.scores")])
 
     assert set(range(ROWS)) == set(scored)
@@ -155,7 +155,7 @@ def test_sigterm_drains_a_consumer_of_kafka(sleepy: str, brokers: str, fresh: st
     scorer = start(sleepy, source, sink, OPTIONS.model_copy(update={"rows_per_batch": 40}), tmp_path / "log")
     wait_until(lambda: committed(brokers, fresh) > 100, "commits", scorer)
     os.kill(scorer.pid, signal.SIGTERM)
-    scorer.wait(60)
+    scorer.wait(200)
     done = committed(brokers, fresh)
 
     assert 100 < done < ROWS

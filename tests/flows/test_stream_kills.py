@@ -61,7 +61,7 @@ def test_scorers_and_the_server_are_killed_and_each_message_is_scored_once(
             done = scores(client, fresh)
         assert done < ROWS
         last = start(sleepy, source, sink, SLOW, tmp_path / "log")
-        assert last.wait(120) == 0, (tmp_path / "log").read_text()[-3000:]
+        assert last.wait(200) == 0, (tmp_path / "log").read_text()[-3000:]
 
         assert Counter(set(range(ROWS)) - set(range(0, ROWS, 500))) == ids(
             [each.payload for each in client.read(f"{fresh}-scores")]
@@ -100,7 +100,7 @@ def test_a_scorer_that_comes_back_after_the_window_of_its_output_doubles_nothing
         nats_client.publish(f"{fresh}.scores", [payload], [{"Nats-Msg-Id": f"{origin}.{lost}"}])
     time.sleep(4)
     last = start(sleepy, source, sink, SLOW, tmp_path / "log")
-    assert last.wait(60) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert last.wait(200) == 0, (tmp_path / "log").read_text()[-3000:]
 
     assert state.num_ack_pending
     assert Counter(range(2_000)) == ids([each.payload for each in nats_client.read(f"{fresh}-scores")])
@@ -121,7 +121,7 @@ def test_a_table_is_exact_over_kills_of_its_scorers(
         kill(scorer)
     before = open_predictions(str(tmp_path / "table")).collect().height
     both = [start(linear, source, table, SLOW, tmp_path / "log") for _ in range(2)]
-    codes = [scorer.wait(120) for scorer in both]
+    codes = [scorer.wait(200) for scorer in both]
     found = open_predictions(str(tmp_path / "table")).collect()
 
     assert [0, 0] == codes, (tmp_path / "log").read_text()[-3000:]
@@ -138,7 +138,7 @@ def test_sigterm_drains_what_is_in_hand_and_the_same_call_goes_on(
     scorer = start(sleepy, source, sink, OPTIONS.model_copy(update={"rows_per_batch": 50}), tmp_path / "log")
     wait_until(lambda: scores(nats_client, fresh) > 100, "some scores", scorer)
     scorer.send_signal(signal.SIGTERM)
-    code = scorer.wait(60)
+    code = scorer.wait(200)
     left = scores(nats_client, fresh)
     state = nats_client.call(nats_client.js.consumer_info(fresh, "overnight"))
     log = (tmp_path / "log").read_text()
@@ -160,7 +160,7 @@ def test_ctrl_c_drains_too_and_says_what_is_done(
     scorer = start(sleepy, source, sink, OPTIONS.model_copy(update={"rows_per_batch": 50}), tmp_path / "log")
     wait_until(lambda: scores(nats_client, fresh) > 100, "some scores", scorer)
     os.kill(scorer.pid, signal.SIGINT)
-    scorer.wait(60)
+    scorer.wait(200)
     left = scores(nats_client, fresh)
 
     assert f"KeyboardInterrupt: Interrupted: {left:,} messages" in (tmp_path / "log").read_text()
@@ -179,7 +179,7 @@ def test_a_message_that_ends_the_scorer_is_among_the_dead_letters_in_the_end_and
     while not codes or codes[-1] != 0:
         assert len(codes) < 15
         codes.append(
-            start(deadly, source, sink, OPTIONS.model_copy(update={"idle_seconds": 3}), tmp_path / "log").wait(60)
+            start(deadly, source, sink, OPTIONS.model_copy(update={"idle_seconds": 3}), tmp_path / "log").wait(200)
         )
     dead = [each for each in nats_client.read("OVERNIGHT_DEAD") if each.subject == source.dead_subject]
 
