@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo demo-endpoint deploy test test-machines lint types check format clean
-.PHONY: chaos bench-batch bench-peers bench-resume bench-gpu bench-spot bench-nightly bench-workers bench-endpoint
+.PHONY: demo demo-endpoint demo-stream deploy test test-machines lint types check format clean
+.PHONY: chaos bench-batch bench-peers bench-resume bench-gpu bench-spot bench-nightly bench-workers bench-endpoint bench-stream
 
 $(STAMP): pyproject.toml constraints.txt infra/local/wheels.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got %d.%d; set PYTHON=" % sys.version_info[:2])'
@@ -22,6 +22,10 @@ demo: $(STAMP)
 # The same model online, behind Triton and the gateway: asked, a canary promoted, bad versions turned away, asleep, woken.
 demo-endpoint: $(STAMP)
 	@$(BIN)/python -m deployments.demo.endpoint
+
+# The flights as events into a real NATS server, scored through kills of the scorer and of the server.
+demo-stream: $(STAMP)
+	@$(BIN)/python -m deployments.demo.stream
 
 # Work pools, deployments and automations on the Prefect server of PREFECT_API_URL; again, it changes nothing.
 deploy: $(STAMP)
@@ -85,6 +89,11 @@ bench-spot: $(STAMP)
 # a quick look.
 bench-endpoint: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.endpoint
+
+# Streams over NATS and Kafka: rows and messages a second, latency, and what kills miss or double. ROWS=400000 and
+# MESSAGES=5000 for a quick look.
+bench-stream: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.stream
 
 clean:
 	rm -rf $(VENV) .venv-* .demo .bench

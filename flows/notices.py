@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -67,16 +67,24 @@ def leave(plan: Plan, rows_done: int, scored: Scored, drain: Drain, logger: Logg
     SIGTERM has settled the run's state, as Prefect does for a run that is cancelled, that stands.
     Raises Left, or TerminationSignal for the sender's sake.
     """
+    dropped = f"; chunks in hand that were dropped: {scored.chunks_dropped}" if scored.chunks_dropped else ""
+    leave_with(
+        drain,
+        f"{rows_done:,} of {plan.rows:,} rows of run {plan.run} are done and stay, {plan.rows - rows_done:,} are left"
+        f"{dropped}",
+        lambda words: publish_interrupted(plan.run, rows_done, plan.rows, words, logger),
+        logger,
+    )
+
+
+def leave_with(drain: Drain, done: str, publish: Callable[[str], None], logger: Logger) -> NoReturn:
+    """End the flow run as interrupted, as `leave` does; `done` says what stays, `publish` shows all of it."""
     notice = drain.notice
     assert notice is not None, "a run leaves only after a notice"  # noqa: S101 - its caller has looked
     end = _end(notice, drain.seconds_left)
-    dropped = f"; chunks in hand that were dropped: {scored.chunks_dropped}" if scored.chunks_dropped else ""
-    interrupted = Interrupted(
-        f"Interrupted by {notice.cause}: {rows_done:,} of {plan.rows:,} rows of run {plan.run} are done and stay, "
-        f"{plan.rows - rows_done:,} are left{dropped}; {end.then}."
-    )
+    interrupted = Interrupted(f"Interrupted by {notice.cause}: {done}; {end.then}.")
     logger.warning("%s", interrupted)
-    publish_interrupted(plan.run, rows_done, plan.rows, str(interrupted), logger)
+    publish(str(interrupted))
     if end.state is None:
         raise TerminationSignal(signal.SIGTERM)
     state = end.state.model_copy(update={"message": str(interrupted)})

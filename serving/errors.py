@@ -15,12 +15,15 @@ OvernightError
 |   +-- DeadlineImpossible   not even on-demand machines alone are done by the deadline
 |   +-- LatencyImpossible    no batch size keeps the latency budget at the expected rate
 |   +-- BadRequest           a request to an endpoint is none that its model takes; `status` is HTTP's for it
+|   +-- StreamUnfit          a stream, topic, subject or consumer is missing, or has other settings than the call needs
 +-- SourceFault              a source file can't be trusted; every other chunk's part stays
 |   +-- SourceChanged        it is not the file that the plan was made for
 |   +-- SourceCorrupt        it can't be decoded
 +-- StorageFault             storage refuses or fails; call again once it is put right, it resumes
 |   +-- StorageDenied        the credentials do not allow it
 |   +-- StorageFull          no space left
++-- BrokerFault              a message broker refuses for good; what is not acknowledged comes again
+|   +-- BrokerDenied         the credentials do not allow it
 +-- DeploymentMissing        a Prefect deployment or work pool that is named does not exist: make deploy
 +-- RunnerUnusable           the workers asked for can't be had or don't live; put it right and call again, it resumes
 +-- NightFailed              the batch run of a night failed: mend what it says, then call again, it resumes
@@ -101,6 +104,10 @@ class BadRequest(BadInput):
         self.status = status
 
 
+class StreamUnfit(BadInput):
+    """A stream, topic, subject or consumer is missing, or has other settings than the call needs."""
+
+
 class SourceFault(OvernightError):
     """A source file can't be trusted; the parts of every other chunk stay."""
 
@@ -123,6 +130,14 @@ class StorageDenied(StorageFault):
 
 class StorageFull(StorageFault):
     """No space is left."""
+
+
+class BrokerFault(OvernightError):
+    """A message broker refuses for good; what is not acknowledged comes again."""
+
+
+class BrokerDenied(BrokerFault):
+    """The credentials do not allow the operation."""
 
 
 class DeploymentMissing(OvernightError):

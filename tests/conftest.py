@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OVERNIGHT_METADATA_URL"] = "off"
 
 if TYPE_CHECKING:
+    from infra.local.nats import NatsServer
+    from infra.local.nats_client import NatsClient
     from infra.local.s3 import S3Server
 
 
@@ -49,6 +52,30 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Generator[S3Server]:
             patch.setenv(name, value)
         server.create_bucket("lake")
         yield server
+
+
+@pytest.fixture(scope="session")
+def nats(tmp_path_factory: pytest.TempPathFactory) -> Generator[NatsServer]:
+    """A real NATS server that nobody kills."""
+    from infra.local.nats import nats_server
+
+    with nats_server(tmp_path_factory.mktemp("nats")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def nats_client(nats: NatsServer) -> Generator[NatsClient]:
+    """A client of that server."""
+    from infra.local.nats_client import NatsClient
+
+    with NatsClient(nats.url) as client:
+        yield client
+
+
+@pytest.fixture
+def fresh() -> str:
+    """A name for streams and topics that no other test has."""
+    return f"T{uuid.uuid4().hex[:8]}"
 
 
 @pytest.fixture(scope="session")
@@ -89,3 +116,13 @@ def failing(registry: Path) -> str:
     from tests.support import register_script
 
     return register_script("failing", "raise ValueError('no row is good enough')")
+
+
+@pytest.fixture(scope="session")
+def deadly(registry: Path) -> str:
+    """A registered model that ends its process where an a is 666."""
+    from tests.support import register_script
+
+    return register_script(
+        "deadly", "(model_input['a'] == 666).any() and __import__('os').kill(__import__('os').getpid(), 9)"
+    )

@@ -38,7 +38,11 @@ BATCH_ORDER = (
     ),
     *("report", "tuning", "run", "lineage", "artifacts"),
 )
-
+STREAM_ORDER = (
+    *("addresses", "options", "message", "microbatch", "decode", "score", "ends", "meter", "rows", "parts_sink"),
+    *("nats_link", "nats_source", "nats_sink", "nats_recall", "kafka_ends", "opening", "peek", "pipeline", "tuning"),
+    "report",
+)
 ENDPOINT_ORDER = (
     *("spec", "access", "samples", "resolve", "tuning", "render", "deploy", "client", "verify", "load"),
     *("route", "traffic", "change", "report"),
@@ -75,7 +79,7 @@ def test_serving_never_imports_prefect() -> None:
     }
 
 
-@pytest.mark.parametrize(("room", "order"), [("batch", BATCH_ORDER), ("endpoint", ENDPOINT_ORDER)])
+@pytest.mark.parametrize(("room", "order"), [("batch", BATCH_ORDER), ("endpoint", ENDPOINT_ORDER), ("stream", STREAM_ORDER)])
 def test_a_station_imports_only_stations_before_it(room: str, order: tuple[str, ...]) -> None:
     stations = {path.stem: path for path in (ROOT / "tasks" / room).glob("*.py") if path.stem != "__init__"}
     prefix = f"tasks.{room}."

@@ -110,16 +110,21 @@ def encode_part(plan: Plan, keys: pa.Table, predictions: Predictions, flags: Fla
 
     `batch_size` is the plan's, or what was left of it where memory ran out.
     """
-    bad_N = flags.code_N != 0
     columns = {name: keys.column(name) for name in keys.column_names}
-    columns |= {output.name: _prediction(output, predictions, bad_N) for output in plan.contract.outputs}
+    columns |= answer_columns(plan.contract, predictions, flags)
     columns = {name: values.cast(stored_type(values.type, plan.options.output)) for name, values in columns.items()}
-    columns |= {REJECT_COLUMN: _reject(flags, 0), REJECT_REASON: _reject(flags, 1)}
     table = pa.table(columns, metadata=_metadata(plan, keys, flags, batch_size)).combine_chunks()
     sink = pa.BufferOutputStream()
     texts = [field.name for field in table.schema if is_text(field.type)]
     pq.write_table(table, sink, compression="zstd", use_dictionary=texts, write_page_checksum=True)
     return memoryview(sink.getvalue())
+
+
+def answer_columns(contract: Contract, predictions: Predictions, flags: Flags) -> dict[str, pa.Array]:
+    """Return what stands beside the keys: predictions, or nulls, and column and reason of each reject."""
+    bad_N = flags.code_N != 0
+    columns = {output.name: _prediction(output, predictions, bad_N) for output in contract.outputs}
+    return columns | {REJECT_COLUMN: _reject(flags, 0), REJECT_REASON: _reject(flags, 1)}
 
 
 def _prediction(output: Output, predictions: Predictions, bad_N: np.ndarray) -> pa.Array:
@@ -183,6 +188,12 @@ def read_footer(storage: Storage, plan: Plan, chunk: Chunk, entry: Entry) -> Par
     told = metadata.metadata or {}
     if metadata.num_rows != chunk.rows or told.get(b"overnight.run_key") != plan.key.encode():
         return None
+    return footer_of(entry, metadata)
+
+
+def footer_of(entry: Entry, metadata: pq.FileMetaData) -> PartFooter:
+    """Return what the metadata of a part's Parquet file says of it."""
+    told = metadata.metadata
     rejects = Counter({(column, reason): count for column, reason, count in json.loads(told[b"overnight.rejects"])})
     return PartFooter(
         path=entry.path,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from deployments.apply import read_deployments
 from infra.local.prefect_server import PrefectServer
 from infra.local.prefect_worker import PrefectWorker
 from tasks.batch.options import BatchOptions
@@ -28,7 +29,7 @@ def test_prefects_own_command_deploys_all_from_the_root(deployed: PrefectServer)
         check=False,
     )
 
-    assert (0, 8) == (done.returncode, done.stdout.count("successfully created with id")), done.stderr
+    assert (0, 10) == (done.returncode, done.stdout.count("successfully created with id")), done.stderr
 
 
 def test_two_workers_share_a_run_that_one_of_them_started(

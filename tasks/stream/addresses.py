@@ -1,0 +1,139 @@
+"""Where a stream is read from, and where its scores go: what a person names, without a secret in it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, Field
+
+from serving.contract import Frozen
+
+# NATS forbids these in the names of streams and consumers, and takes a subject apart at its dots.
+_NAME = r"^[^\s.*>/\\]{1,200}$"
+_SUBJECT = r"^[^\s]{1,500}$"
+_TOPIC = r"^[A-Za-z0-9._-]{1,249}$"
+
+
+def _without_secrets(url: str) -> str:
+    if urlsplit(url).username is not None:
+        message = (
+            "must not hold a user or a password, since parameters are shown to everyone who sees the flow run. Set "
+            "NATS_USER and NATS_PASSWORD, NATS_TOKEN or NATS_CREDS in the environment instead"
+        )
+        raise ValueError(message)
+    return url
+
+
+NatsUrl = Annotated[str, Field(pattern=r"^(nats|tls)://[^\s]+$"), AfterValidator(_without_secrets)]
+
+
+class FromNats(Frozen):
+    """A stream of NATS JetStream, read by a durable consumer that several scorers may share."""
+
+    kind: Literal["nats"] = Field(default="nats", description="Tells this source from others.")
+    url: NatsUrl = Field(
+        default="nats://127.0.0.1:4222",
+        description="Address of the server. User, password, token or credentials come from NATS_USER, NATS_PASSWORD, "
+        "NATS_TOKEN or NATS_CREDS.",
+    )
+    stream: str = Field(pattern=_NAME, description="Name of the stream, which must exist.")
+    subject: str | None = Field(
+        default=None, pattern=_SUBJECT, description="Only messages of this subject. Without: all of the stream."
+    )
+    consumer: str = Field(
+        default="overnight",
+        pattern=_NAME,
+        description="Name of the durable consumer, made where it is missing. It is where the stream is resumed, and "
+        "part of every score's message id.",
+    )
+    ack_wait_seconds: float = Field(
+        default=30.0, ge=1, le=3600, description="Seconds until a message that is not acknowledged comes again."
+    )
+    max_deliver: int = Field(
+        default=20,
+        ge=3,
+        le=1000,
+        description="How often a message comes at most. The last time it goes to the dead letters unscored: "
+        "it may be what ends the scorer.",
+    )
+    dead_letters: str | None = Field(
+        default=None,
+        pattern=_SUBJECT,
+        description="Subject for messages that can't be scored. Without: overnight.dead.STREAM.CONSUMER, in the "
+        "stream OVERNIGHT_DEAD, which is made where it is missing.",
+    )
+
+    @property
+    def worst_redelivery_seconds(self) -> float:
+        """How long after its first delivery a message may still come again."""
+        return self.ack_wait_seconds * self.max_deliver
+
+    @property
+    def dead_subject(self) -> str:
+        """The subject of the dead letters."""
+        return self.dead_letters or f"overnight.dead.{self.stream}.{self.consumer}"
+
+
+class FromKafka(Frozen):
+    """A topic of Kafka, read by a consumer group."""
+
+    kind: Literal["kafka"] = Field(default="kafka", description="Tells this source from others.")
+    servers: str = Field(
+        default="127.0.0.1:9092",
+        min_length=1,
+        description="bootstrap.servers. Whatever else the client needs, passwords included, stands in the file that "
+        "OVERNIGHT_KAFKA_CONFIG names, one NAME=VALUE a line.",
+    )
+    topic: str = Field(pattern=_TOPIC, description="Name of the topic, which must exist.")
+    group: str = Field(default="overnight", min_length=1, description="Consumer group, where the stream is resumed.")
+    dead_letters: str | None = Field(
+        default=None, pattern=_TOPIC, description="Topic for messages that can't be scored. Without: TOPIC.dead."
+    )
+
+    @property
+    def dead_topic(self) -> str:
+        """The topic of the dead letters."""
+        return self.dead_letters or f"{self.topic}.dead"
+
+
+class ToNats(Frozen):
+    """A subject of NATS JetStream: one score message for each input message, each once."""
+
+    kind: Literal["nats"] = Field(default="nats", description="Tells this sink from others.")
+    url: NatsUrl | None = Field(default=None, description="Address of the server. Without: the source's.")
+    subject: str = Field(pattern=r"^[^\s*>]{1,500}$", description="Subject that every score is published to.")
+    stream: str | None = Field(
+        default=None,
+        pattern=_NAME,
+        description="Stream that keeps the scores; made for the subject where it is missing. Without: whichever "
+        "stream takes the subject.",
+    )
+
+
+class ToKafka(Frozen):
+    """A topic of Kafka: one score message for each input message, at least once."""
+
+    kind: Literal["kafka"] = Field(default="kafka", description="Tells this sink from others.")
+    servers: str | None = Field(default=None, min_length=1, description="bootstrap.servers. Without: the source's.")
+    topic: str = Field(pattern=_TOPIC, description="Topic that every score is produced to.")
+
+
+class ToParts(Frozen):
+    """A folder of Parquet parts, as batch runs leave them, which open_predictions reads; exact for every source."""
+
+    kind: Literal["parts"] = Field(default="parts", description="Tells this sink from others.")
+    destination: str = Field(min_length=1, description="A folder, or an s3:// prefix.")
+    name: str = Field(
+        default="stream",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,47}$",
+        description="Name of the table below the destination. It belongs to one stream.",
+    )
+    rows_per_part: int = Field(default=1_000_000, ge=1, le=1 << 28, description="A part is closed at so many rows,")
+    seconds_per_part: float = Field(
+        default=60.0, gt=0, le=86_400, description="or when its first row is so many seconds old."
+    )
+
+
+AnySource = Annotated[FromNats | FromKafka, Field(discriminator="kind")]
+AnySink = Annotated[ToNats | ToKafka | ToParts, Field(discriminator="kind")]

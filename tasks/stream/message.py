@@ -1,0 +1,55 @@
+"""A message: what came, where it stands in its log, and when. Nothing of a broker's library is in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+# Answers and dead letters carry these, whatever the broker.
+HEADER_MODEL = "Overnight-Model"
+HEADER_SOURCE = "Overnight-Source"
+HEADER_REASON = "Overnight-Reason"
+HEADER_COLUMN = "Overnight-Column"
+# A producer may say when the event was, in seconds since 1970; else it is when the log took it.
+HEADER_EVENT_TIME = "Overnight-Event-Time"
+
+
+class Place(NamedTuple):
+    """Where an input stands: the partition of its log (0 where there is one alone), and its number there."""
+
+    partition: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One input, which holds one row as JSON or many as Arrow IPC.
+
+    `event_time` is in seconds since 1970 by the clock of whoever made the event, `arrived` by this process's
+    monotonic clock. `receipt` is what the source acknowledges it by.
+    """
+
+    place: Place
+    payload: bytes
+    event_time: float
+    arrived: float
+    deliveries: int = 1
+    receipt: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Poison:
+    """A message that can't be scored, and why; `column` is empty where no column is at fault.
+
+    Reasons are few, since tables count them; what is said of this message alone is its detail.
+    """
+
+    message: Message
+    column: str
+    reason: str
+    detail: str = ""
+
+    @property
+    def words(self) -> str:
+        """The reason with its detail."""
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason

@@ -1,0 +1,87 @@
+"""The dial of a micro-batch, rows against wait, and when one is full: functions of values, without a clock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Of what the freshness leaves beside the waiting, a batch may queue behind one and be passed itself.
+_BATCHES_BEHIND = 2
+_WAIT_SHARE = 0.25
+# A larger batch that is no faster than this only makes its rows wait.
+_GAIN_MIN = 1.03
+# From here on a message is no longer beyond suspicion of being what ended the scorers before.
+_DELIVERIES_SUSPECT = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dial:
+    """A micro-batch has at most so many rows, and waits at most so long for them."""
+
+    rows: int
+    wait_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """What a micro-batch of b rows takes: S(b) = fixed + per_row * b seconds."""
+
+    fixed: float
+    per_row: float
+
+    def seconds(self, rows: int) -> float:
+        """Return S(rows)."""
+        return self.fixed + self.per_row * rows
+
+
+def fit_service(points: Sequence[tuple[int, float]]) -> Service:
+    """Fit S(b) to measured pairs of rows and seconds by least squares, neither term below zero.
+
+    Needs at least one pair of more than no rows and no seconds.
+    """
+    mean_rows = sum(rows for rows, _ in points) / len(points)
+    mean_seconds = sum(seconds for _, seconds in points) / len(points)
+    spread = sum((rows - mean_rows) ** 2 for rows, _ in points)
+    slope = sum((rows - mean_rows) * (seconds - mean_seconds) for rows, seconds in points) / spread if spread else 0.0
+    fixed = mean_seconds - slope * mean_rows
+    if slope <= 0:
+        return Service(fixed=0.0, per_row=mean_seconds / mean_rows)
+    if fixed < 0:
+        # Through the origin: what is left when no time is spent on nothing.
+        through = sum(rows * seconds for rows, seconds in points) / sum(rows * rows for rows, _ in points)
+        return Service(fixed=0.0, per_row=through)
+    return Service(fixed=fixed, per_row=slope)
+
+
+def choose_dial(
+    service: Service, freshness_seconds: float, rows_max: int, *, rows: int | None, wait_seconds: float | None
+) -> Dial:
+    """Return the largest batch with w + 2 * S(b) <= L that is worth it, and its wait; what is given is kept.
+
+    A message may come just behind a full batch: it waits for that one and for its own. A quarter of the freshness is
+    for waiting, unless a wait is given. Where not even one row fits, one row it is: the freshness is then out of reach.
+    """
+    wait = freshness_seconds * _WAIT_SHARE if wait_seconds is None else wait_seconds
+    if rows is not None:
+        return Dial(rows=rows, wait_seconds=wait)
+    most = ((freshness_seconds - wait) / _BATCHES_BEHIND - service.fixed) / max(service.per_row, 1e-12)
+    return Dial(rows=_worth_it(service, max(1, min(int(most), rows_max))), wait_seconds=wait)
+
+
+def _worth_it(service: Service, most: int) -> int:
+    """Return the smallest of `most`, its half, its quarter ... that is as fast a row as `most`, within 3 %."""
+    best = most / service.seconds(most)
+    rows = most
+    while rows > 1 and (rows // 2) / service.seconds(rows // 2) * _GAIN_MIN >= best:
+        rows //= 2
+    return rows
+
+
+def seconds_to_wait(dial: Dial, rows: int, waited: float) -> float:
+    """Return how long a batch of so many rows, the first of which has waited so long, is still to wait; 0 is over."""
+    return 0.0 if rows >= dial.rows else max(0.0, dial.wait_seconds - waited)
+
+
+def under_suspicion(deliveries: int) -> bool:
+    """Whether a message has come so often that it may be what ends the scorer: it is then scored alone."""
+    return deliveries > _DELIVERIES_SUSPECT

@@ -1,0 +1,132 @@
+"""Opening the ends of a stream: what a person named becomes connections, checked before anything is scored."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+from serving.contract import Contract
+from serving.errors import BadInput
+from serving.registry import ModelPin
+from tasks.batch.parts import REJECT_COLUMN, REJECT_REASON
+from tasks.storage import open_storage
+from tasks.stream.addresses import FromKafka, FromNats, ToKafka, ToNats, ToParts
+from tasks.stream.decode import Decoder
+from tasks.stream.ends import Cadence, DeadLetters, Ends, Sink
+from tasks.stream.kafka_ends import KafkaDeadLetters, KafkaSink, KafkaSource, KafkaVoice, KafkaWriter
+from tasks.stream.nats_link import NatsLink
+from tasks.stream.nats_recall import recall
+from tasks.stream.nats_sink import NatsDeadLetters, NatsSink, open_dead_letters, open_sink
+from tasks.stream.nats_source import NatsSource, find_identity
+from tasks.stream.options import StreamOptions
+from tasks.stream.parts_sink import PartsSink, table_plan
+from tasks.stream.rows import NUMBER, PARTITION, ROW
+
+
+@dataclass(slots=True, kw_only=True)
+class Opener:
+    """Opens the ends of one stream for one model version."""
+
+    decoder: Decoder
+    model: ModelPin
+    options: StreamOptions
+    say: Callable[[str], None]
+    give_up: threading.Event
+
+    @property
+    def contract(self) -> Contract:
+        """What the model takes and gives."""
+        return self.decoder.contract
+
+    @contextmanager
+    def opened(self, source: FromNats | FromKafka, sink: ToNats | ToKafka | ToParts) -> Generator[Ends]:
+        """Open both ends, and close them behind the block. Raises BadInput's kinds before anything is read."""
+        check_names(self.contract, self.options.key_columns, parts=isinstance(sink, ToParts))
+        with ExitStack() as stack:
+            opened = self._from_nats if isinstance(source, FromNats) else self._from_kafka
+            yield opened(source, sink, stack)  # type: ignore[arg-type]  # told apart in the line above
+
+    def _from_nats(self, source: FromNats, sink: ToNats | ToKafka | ToParts, stack: ExitStack) -> Ends:
+        link = self._link(source.url, stack)
+        identity = link.run(find_identity(link, source))
+        origin = f"{source.consumer}.{identity}"
+        link.run(open_dead_letters(link, source))
+        table = self._table(sink, f"nats {identity} {source.subject or ''}") if isinstance(sink, ToParts) else None
+        to = table or self._sink(sink, source, origin, stack, link)  # type: ignore[arg-type]
+        reader = NatsSource(
+            link,
+            source,
+            in_flight=self.options.in_flight,
+            bytes_max=self.options.in_flight_mb << 20,
+            start=table.positions.get(0, 0) if table else None,
+        )
+        stack.callback(reader.close)
+        # A table's source counts no deliveries.
+        most = None if table else source.max_deliver
+        ends = self._ends(reader, to, NatsDeadLetters(link, source, origin), sink)
+        return replace(ends, max_deliver=most, give_back=reader.give_back)
+
+    def _from_kafka(self, source: FromKafka, sink: ToNats | ToKafka | ToParts, stack: ExitStack) -> Ends:
+        voice = KafkaVoice(source.servers, self.say, self.give_up)
+        reader = KafkaSource(source, voice, in_flight_mb=self.options.in_flight_mb)
+        stack.callback(reader.close)
+        dead = KafkaDeadLetters(KafkaWriter(source.servers, voice), source)
+        table = self._table(sink, reader.identity) if isinstance(sink, ToParts) else None
+        to = table or self._sink(sink, source, source.topic, stack, None)  # type: ignore[arg-type]
+        reader.begin(table.positions if table else None)
+        return self._ends(reader, to, dead, sink)
+
+    def _ends(
+        self, reader: NatsSource | KafkaSource, to: Sink, dead: DeadLetters, sink: ToNats | ToKafka | ToParts
+    ) -> Ends:
+        cadence = Cadence()
+        if isinstance(sink, ToParts):
+            cadence = Cadence(rows=sink.rows_per_part, seconds=sink.seconds_per_part)
+        return Ends(source=reader, receipts=reader, sink=to, dead_letters=dead, lag=reader.lag, cadence=cadence)
+
+    def _sink(
+        self,
+        sink: ToNats | ToKafka,
+        source: FromNats | FromKafka,
+        origin: str,
+        stack: ExitStack,
+        from_link: NatsLink | None,
+    ) -> Sink:
+        keys, model = self.options.key_columns, f"{self.model.name}/{self.model.version}"
+        if isinstance(sink, ToNats):
+            link = from_link
+            if link is None or sink.url not in (None, link.url):
+                link = self._link(sink.url or ToNats.model_fields["url"].default, stack)
+            found = link.run(open_sink(link, sink, source))
+            recalled = set()
+            if from_link is not None and isinstance(source, FromNats):
+                recalled = from_link.run(recall(from_link, source, link, found, origin))
+            return NatsSink(link, sink, origin, contract=self.contract, keys=keys, model=model, recalled=recalled)
+        servers = sink.servers or (
+            source.servers if isinstance(source, FromKafka) else FromKafka.model_fields["servers"].default
+        )
+        voice = KafkaVoice(servers, self.say, self.give_up)
+        return KafkaSink(KafkaWriter(servers, voice), sink, origin, contract=self.contract, keys=keys, model=model)
+
+    def _table(self, sink: ToParts, identity: str) -> PartsSink:
+        plan = table_plan(sink, identity, model=self.model, contract=self.contract, keys=self.options.key_columns)
+        return PartsSink(open_storage(sink.destination), plan, self.model, self.decoder.key_types)
+
+    def _link(self, url: str, stack: ExitStack) -> NatsLink:
+        link = NatsLink(url, self.say, self.give_up)
+        stack.callback(link.close)
+        return link
+
+
+def check_names(contract: Contract, key_columns: tuple[str, ...], *, parts: bool) -> None:
+    """Raise BadInput where two columns of the output would have one name."""
+    places = (PARTITION, NUMBER, ROW) if parts else ()
+    names = [*places, *key_columns, *(output.name for output in contract.outputs), REJECT_COLUMN, REJECT_REASON]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        message = (
+            f"The columns of the output must have different names, got {twice} twice. Choose other keys, or rename the "
+            "output."
+        )
+        raise BadInput(message)

@@ -1,0 +1,205 @@
+"""A table of Parquet parts as a sink: the parts are the checkpoint, each a range of the log, one behind the other.
+
+A part is named by the partition and the number that it begins at, and is created once: of two scorers that begin at
+one number, one has its part there, and the other goes on behind it. The next part begins behind the highest number in
+the last, which its footer tells. So nothing of a broker's acknowledgements decides what is in the table.
+
+Each commit is a manifest of its own that lists every part so far, and readers go by the newest: open_predictions
+sees the table as of some commit. Shapes: N rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from serving.contract import Contract
+from serving.engine import Engine
+from serving.errors import RunDamaged, SourceChanged
+from serving.registry import ModelPin
+from tasks.batch.dataset import Snapshot, in_parallel
+from tasks.batch.options import BatchOptions
+from tasks.batch.parts import ChunkId, PartFooter, Reasons, encode_part, footer_of, list_parts, part_path
+from tasks.batch.plan import ROOT, Plan, read_record, save_plan
+from tasks.batch.publish import Manifest, ManifestPart, RejectCount
+from tasks.storage import Entry, Storage
+from tasks.stream.addresses import ToParts
+from tasks.stream.message import Poison
+from tasks.stream.rows import NUMBER, PlacedRows, group_rows, join_rows, unread_rows
+from tasks.stream.score import Scored
+
+# The newest may be read while the next is written; whoever has listed the one before still finds it.
+_MANIFESTS_KEPT = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """A part that stands: what its footer says, and the number that the next one of its partition begins at."""
+
+    footer: PartFooter
+    next: int
+    keys: pa.Schema
+
+
+class PartsSink:
+    """One table below a destination. `positions` holds the number that each partition is to be read from."""
+
+    def __init__(self, storage: Storage, plan: Plan, model: ModelPin, key_types: dict[str, pa.DataType]) -> None:
+        self._storage = storage
+        self._plan = save_plan(storage, plan).model_copy(update={"model": model, "contract": plan.contract})
+        self._key_types = key_types
+        self._parts: dict[ChunkId, _Part] = {}
+        self.positions: dict[int, int] = {}
+        self._read_chain()
+        if last := max(self._parts, default=None, key=lambda at: at[1]):
+            schema = self._parts[last].keys
+            key_types |= {name: schema.field(name).type for name in plan.options.key_columns}
+        self._commit()
+
+    def emit(self, scored: Sequence[Scored]) -> list[Poison]:
+        """Write the rows of micro-batches as one part a partition, then commit; every message has a row."""
+        if not any(each.messages for each in scored):
+            return []
+        rows = self._rows(scored)
+        for partition in np.unique(rows.places_N["partition"]).tolist():
+            self._write(partition, rows.where(rows.places_N["partition"] == partition))
+        self._commit()
+        return []
+
+    def _write(self, partition: int, rows: PlacedRows) -> None:
+        """Write rows behind the last part of their partition; what another scorer has written meanwhile is left out."""
+        while True:
+            start = self.positions.get(partition, 0)
+            rows = rows.where(rows.places_N["number"] >= start)
+            if not rows.rows:
+                return
+            path = part_path(self._plan.run, (partition, start))
+            data = encode_part(self._plan, rows.keys, rows.predictions, rows.flags, self._plan.batch_size)
+            won = self._storage.put_new(path, data)
+            self._read_chain()
+            if won:
+                return
+
+    def _read_chain(self) -> None:
+        """Read the footers of parts that are not known yet, and follow each partition to its end."""
+        listed = list_parts(self._storage, self._plan.run)
+        new = [at for at in listed if at not in self._parts]
+        for at, part in zip(new, in_parallel(self._storage, lambda at: self._read(listed[at]), new), strict=True):
+            self._parts[at] = part
+        for partition in {partition for partition, _ in self._parts}:
+            end = self.positions.get(partition, 0)
+            while (standing := self._parts.get((partition, end))) is not None:
+                end = standing.next
+            self.positions[partition] = end
+            if stray := sorted(start for p, start in self._parts if p == partition and start >= end):
+                message = (
+                    f"The parts of table {self._plan.run} must follow one another without a gap, got none that begins "
+                    f"at {end} of partition {partition}, but one at {stray[0]}. Put back what was deleted, or begin "
+                    "another table."
+                )
+                raise RunDamaged(message)
+
+    def _read(self, entry: Entry) -> _Part:
+        try:
+            with self._storage.open_pinned(entry) as stream:
+                file = pq.ParquetFile(stream)
+                metadata, schema = file.metadata, file.schema_arrow
+            column = schema.names.index(NUMBER)
+            groups = [metadata.row_group(at).column(column) for at in range(metadata.num_row_groups)]
+            highest = max(group.statistics.max for group in groups)
+            return _Part(footer=footer_of(entry, metadata), next=int(highest) + 1, keys=schema)
+        except (pa.ArrowException, OSError, ValueError, KeyError, SourceChanged) as error:
+            message = (
+                f"{self._storage.address(entry.path)} must be a part of table {self._plan.run} that can be read, got: "
+                f"{error}. Put it back as it was; without it the stream can't tell where to go on."
+            )
+            raise RunDamaged(message) from error
+
+    def _rows(self, scored: Sequence[Scored]) -> PlacedRows:
+        pieces = [group_rows(group, self._plan.options.key_columns) for each in scored for group in each.groups]
+        unread = [poison for each in scored for poison in each.unread]
+        types = {name: self._key_types.setdefault(name, pa.string()) for name in self._plan.options.key_columns}
+        if unread:
+            pieces.append(unread_rows(unread, types, self._plan.contract))
+        return join_rows([piece.cast(types) for piece in pieces]).in_order()
+
+    def _commit(self) -> None:
+        """Write a manifest of all parts, unless the newest says the same; older ones are deleted in the end."""
+        while True:
+            numbers = self._manifests()
+            newest = read_record(self._storage, self._manifest(numbers[-1]), Manifest) if numbers else None
+            parts = [self._parts[at].footer for at in sorted(self._parts)]
+            listed = tuple(ManifestPart(path=f.path, rows=f.rows, bytes=f.bytes) for f in parts)
+            if not parts or (newest is not None and newest.parts == listed):
+                return
+            number = numbers[-1] + 1 if numbers else 1
+            manifest = self._manifest_of(parts, listed, number, newest)
+            if self._storage.put_new(self._manifest(number), manifest.model_dump_json().encode()):
+                self._storage.delete([self._manifest(old) for old in numbers[: 1 - _MANIFESTS_KEPT]])
+                return
+            self._read_chain()
+
+    def _manifest_of(
+        self, footers: Sequence[PartFooter], listed: tuple[ManifestPart, ...], number: int, newest: Manifest | None
+    ) -> Manifest:
+        rejects: Reasons = sum((footer.rejects for footer in footers), Counter())
+        now = datetime.now(UTC)
+        # Readers take the latest: that is this one, whatever the clock of the machine before said.
+        at = max(now, newest.planned_at + timedelta(microseconds=1)) if newest else now
+        return Manifest(
+            key=self._plan.key,
+            run=f"{self._plan.run}-{number:08d}",
+            planned_at=at,
+            model=self._plan.model,
+            source=self._plan.source.root,
+            output="parquet",
+            rows=sum(footer.rows for footer in footers),
+            rejects=tuple(
+                RejectCount(column=column, reason=reason, rows=rows)
+                for (column, reason), rows in sorted(rejects.items())
+            ),
+            rows_key_null=sum(footer.rows_key_null for footer in footers),
+            parts=listed,
+        )
+
+    def _manifests(self) -> list[int]:
+        pattern = re.compile(rf"{ROOT}/{re.escape(self._plan.run)}-(\d{{8}})/manifest\.json")
+        found = (pattern.fullmatch(entry.path) for entry in self._storage.entries(ROOT, depth=2))
+        return sorted(int(match[1]) for match in found if match)
+
+    def _manifest(self, number: int) -> str:
+        return f"{ROOT}/{self._plan.run}-{number:08d}/manifest.json"
+
+
+def table_plan(address: ToParts, identity: str, *, model: ModelPin, contract: Contract, keys: tuple[str, ...]) -> Plan:
+    """Return what ties a table to one stream: its identity, the keys and the outputs, whichever version scores it."""
+    outputs = "\n".join(output.model_dump_json() for output in contract.outputs)
+    key = hashlib.sha256(f"{identity}\n{keys}\n{outputs}".encode()).hexdigest()[:32]
+    log = Snapshot(root=identity, format="stream", files=())
+    return Plan(
+        key=key,
+        run=address.name,
+        planned_at=datetime.now(UTC),
+        model=model,
+        contract=contract,
+        options=BatchOptions(key_columns=keys, name=address.name),
+        source=log,
+        snapshot=log,
+        columns=keys,
+        partitions={},
+        batch_size=0,
+        batch_unit="rows",
+        engine=Engine(),
+        tuning=None,
+        row_bytes=0.0,
+        rows=0,
+        shards=(),
+    )

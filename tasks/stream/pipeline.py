@@ -1,0 +1,305 @@
+"""The stream in motion: one thread reads micro-batches, slots score them, one thread emits them in the same order.
+
+Everything between them is bounded: a slow sink holds the slots, full slots hold the reader, and a reader that is held
+stops asking the source.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from serving.errors import TooManyRejects
+from serving.model import Model
+from tasks.stream.decode import count_rows
+from tasks.stream.ends import Ends
+from tasks.stream.message import Message, Poison
+from tasks.stream.meter import Meter
+from tasks.stream.microbatch import Dial, seconds_to_wait, under_suspicion
+from tasks.stream.score import MicroScorer, Scored
+
+_POLL_SECONDS = 0.2
+_ROWS_GUESSED = 1.0
+
+Batch = tuple[Message, ...]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """When a stream ends by itself, and what it takes at once."""
+
+    in_flight: int
+    slots: int
+    max_deliver: int | None = None
+    idle_seconds: float | None = None
+    limit: int | None = None
+    poison_in_a_row: int = 1000
+
+    @property
+    def messages_per_batch(self) -> int:
+        """The messages of one micro-batch at most: those of every slot, and those between, are in flight."""
+        return max(1, self.in_flight // (self.slots + 2))
+
+
+class _Over(Exception):
+    """Another thread has ended the stream."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Pipeline:
+    """One stretch of a stream, from `start` until `over`.
+
+    It ends when `rests` says so, which is asked before each micro-batch, at its limit, when it is idle, or with the
+    first `error` of any of its threads. What was taken by then is scored, emitted and acknowledged, unless `give_up`
+    is set: what is not acknowledged comes again.
+    """
+
+    ends: Ends
+    model: Model
+    scorer: Callable[[], MicroScorer]
+    dial: Callable[[], Dial]
+    terms: Terms
+    meter: Meter
+    rests: Callable[[], bool]
+    give_up: threading.Event
+    taken: int = 0
+    ended: str = ""
+    error: BaseException | None = None
+    _threads: list[threading.Thread] = field(default_factory=list)
+    _work: queue.Queue[tuple[Future[Scored], Batch] | None] = field(init=False)
+    _order: queue.Queue[Future[Scored] | None] = field(init=False)
+    _over: threading.Event = field(default_factory=threading.Event)
+    _random: random.Random = field(default_factory=random.Random)
+    _poison_in_a_row: int = 0
+
+    def start(self) -> None:
+        """Start the threads."""
+        self._work, self._order = queue.Queue(1), queue.Queue(self.terms.slots + 2)
+        self._start("read", self._read)
+        for at in range(self.terms.slots):
+            self._start(f"slot-{at}", self._score)
+        self._start("emit", self._emit)
+
+    def _start(self, name: str, run: Callable[[], None]) -> None:
+        def guarded() -> None:
+            try:
+                run()
+            except _Over:
+                return
+            except BaseException as error:  # noqa: BLE001 - carried over to the thread that waits
+                self._fail(error)
+
+        thread = threading.Thread(target=guarded, name=f"stream-{name}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _fail(self, error: BaseException) -> None:
+        if self.error is None:
+            self.error = error
+        self._over.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until every thread has come to its end, for so many seconds; return whether they have."""
+        until = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _put(self, to: queue.Queue[T], item: T) -> None:
+        while True:
+            self._look()
+            try:
+                to.put(item, timeout=_POLL_SECONDS)
+            except queue.Full:
+                continue
+            return
+
+    def _look(self) -> None:
+        if self._over.is_set() or self.give_up.is_set():
+            raise _Over
+
+    def _read(self) -> None:
+        last = time.monotonic()
+        guess = _ROWS_GUESSED
+        while not self._ends(last):
+            messages, rows = self._take(guess)
+            if messages:
+                guess = rows / len(messages)
+                self.taken += len(messages)
+                for batch in self._apart(messages):
+                    self._hand_over(batch)
+                last = time.monotonic()
+        for _ in range(self.terms.slots):
+            self._put(self._work, None)
+        self._put(self._order, None)
+
+    def _ends(self, last: float) -> bool:
+        self._look()
+        if self.terms.limit is not None and self.taken >= self.terms.limit:
+            self.ended = "limit"
+        elif self.terms.idle_seconds is not None and time.monotonic() - last > self.terms.idle_seconds:
+            self.ended = "idle"
+        elif self.rests():
+            self.ended = "stopped"
+        return bool(self.ended)
+
+    def _take(self, rows_per_message: float) -> tuple[list[Message], int]:
+        """Take a micro-batch: until it is full, or its first message has waited for long enough."""
+        most = self.terms.messages_per_batch
+        if self.terms.limit is not None:
+            most = min(most, self.terms.limit - self.taken)
+        dial = self.dial()
+        messages = self._fetch(min(most, _messages(dial.rows, rows_per_message)), 1, _POLL_SECONDS)
+        rows = sum(count_rows(message.payload) for message in messages)
+        while messages and len(messages) < most:
+            pause = seconds_to_wait(dial, rows, time.monotonic() - messages[0].arrived)
+            if not pause or self.rests():
+                break
+            room = min(most - len(messages), _messages(dial.rows - rows, rows / len(messages)))
+            more = self._fetch(room, room, min(pause, _POLL_SECONDS))
+            rows += sum(count_rows(message.payload) for message in more)
+            messages += more
+        return messages, rows
+
+    def _fetch(self, most: int, enough: int, seconds: float) -> list[Message]:
+        self._look()
+        return self.ends.source.fetch(most, enough, seconds)
+
+    def _apart(self, messages: Sequence[Message]) -> list[Batch]:
+        """Cut off the messages that come again and again, each alone and in no order: one of them may end the process.
+
+        In whatever order they come, those that are innocent then get their turn before it sooner or later.
+        """
+        suspects = [(message,) for message in messages if under_suspicion(message.deliveries)]
+        if not suspects:
+            return [tuple(messages)]
+        self._random.shuffle(suspects)
+        others = tuple(message for message in messages if not under_suspicion(message.deliveries))
+        return [others, *suspects] if others else [*suspects]
+
+    def _hand_over(self, batch: Batch) -> None:
+        future: Future[Scored] = Future()
+        self._put(self._order, future)
+        if self.terms.max_deliver is not None and batch[0].deliveries >= self.terms.max_deliver:
+            future.set_result(_never_finished(batch))
+        else:
+            self._put(self._work, (future, batch))
+
+    def _score(self) -> None:
+        with self.model.slot():
+            scorer = self.scorer()
+            while (work := self._next(self._work)) is not None:
+                future, batch = work
+                try:
+                    future.set_result(scorer.score(batch))
+                except BaseException as error:
+                    future.set_exception(error)
+                    raise
+
+    def _next(self, source: queue.Queue[T]) -> T:
+        while True:
+            self._look()
+            try:
+                return source.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                continue
+
+    def _emit(self) -> None:
+        held: list[Scored] = []
+        since = 0.0
+        while True:
+            future, late = self._next_scored(held, since)
+            if late:
+                held = self._flush(held)
+                continue
+            if future is None:
+                self._flush(held)
+                return
+            scored = self._result(future)
+            if scored.poison:
+                self.ends.dead_letters.bury(scored.poison)
+            since = since if held else time.monotonic()
+            held.append(scored)
+            if sum(each.rows for each in held) >= self.ends.cadence.rows or self._is_late(since):
+                held = self._flush(held)
+            self._count_poison(scored)
+
+    def _next_scored(self, held: Sequence[Scored], since: float) -> tuple[Future[Scored] | None, bool]:
+        """Return the next micro-batch, or that those in hand can't wait for it."""
+        while True:
+            self._look()
+            try:
+                return self._order.get(timeout=_POLL_SECONDS), False
+            except queue.Empty:
+                if held and self._is_late(since):
+                    return None, True
+
+    def _is_late(self, since: float) -> bool:
+        return time.monotonic() - since >= self.ends.cadence.seconds
+
+    def _result(self, future: Future[Scored]) -> Scored:
+        while True:
+            self._look()
+            try:
+                return future.result(timeout=_POLL_SECONDS)
+            except TimeoutError:
+                if future.done():
+                    raise
+
+    def _flush(self, held: list[Scored]) -> list[Scored]:
+        """Emit what is in hand, then acknowledge it; return the empty hand."""
+        if not held:
+            return held
+        start = time.monotonic()
+        refused = self.ends.sink.emit(held)
+        if refused:
+            self.ends.dead_letters.bury(refused)
+        now = time.time()
+        poison = {each.message.place for scored in held for each in scored.poison} | {
+            each.message.place for each in refused
+        }
+        messages = [message for scored in held for message in scored.messages]
+        buried = [message for message in messages if message.place in poison]
+        done = [message for message in messages if message.place not in poison] if poison else messages
+        self.ends.receipts.acknowledge(done, buried)
+        self.meter.emitted(held, len(buried), time.monotonic() - start, now)
+        return []
+
+    def _count_poison(self, scored: Scored) -> None:
+        """Raise TooManyRejects where nothing has been scored for many messages."""
+        if len(scored.poison) < len(scored.messages):
+            self._poison_in_a_row = 0
+            return
+        self._poison_in_a_row += len(scored.messages)
+        if self._poison_in_a_row >= self.terms.poison_in_a_row:
+            last = scored.poison[-1]
+            message = (
+                f"At least one of {self.terms.poison_in_a_row:,} messages in a row must get a score, got none; of the "
+                f"last: {last.words}. They are among the dead letters. "
+                "Check the model, the topic and poison_in_a_row, then call again."
+            )
+            raise TooManyRejects(message)
+
+
+def _messages(rows: int, rows_per_message: float) -> int:
+    return max(1, round(rows / max(rows_per_message, 1.0)))
+
+
+def _never_finished(batch: Batch) -> Scored:
+    poison = tuple(
+        Poison(
+            message=message,
+            column="",
+            reason="a message that was never finished",
+            detail=f"it came {message.deliveries} times: scoring it may end the process",
+        )
+        for message in batch
+    )
+    return Scored(messages=batch, unread=poison, poison=poison)

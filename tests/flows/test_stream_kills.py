@@ -1,0 +1,192 @@
+"""Scorers and servers that are killed in the middle: each message is in the output once; ends that drain."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from infra.local.nats import NatsServer, nats_server
+from infra.local.nats_client import NatsClient
+from tasks.batch.predictions import open_predictions
+from tasks.stream.addresses import FromNats, ToParts
+from tests.flows.streams import (
+    OPTIONS,
+    as_json,
+    customers,
+    ends,
+    filled,
+    ids,
+    kill,
+    kill_server,
+    start,
+    wait_until,
+)
+
+ROWS = 6_000
+# A message that a kill leaves behind comes again after a second.
+AGAIN = {"ack_wait_seconds": 1.0, "max_deliver": 60}
+SLOW = OPTIONS.model_copy(update={"rows_per_batch": 40, "in_flight": 400, "idle_seconds": 2.5})
+
+pytestmark = pytest.mark.usefixtures("prefect")
+
+
+def test_scorers_and_the_server_are_killed_and_each_message_is_scored_once(
+    sleepy: str, fresh: str, tmp_path: Path
+) -> None:
+    random.seed(5)
+    server = nats_server(tmp_path / "nats")
+    with NatsClient(server.url) as client:
+        events = as_json(customers(ROWS))
+        events[::500] = [b"not json"] * len(events[::500])
+        filled(client, fresh, events)
+        source, sink = ends(server, fresh, **AGAIN)
+        done = 0
+        for at in range(2):
+            scorer = start(sleepy, source, sink, SLOW, tmp_path / "log")
+            wait_until(lambda before=done: scores(client, fresh) > before, "some more scores", scorer)
+            if at == 1:
+                kill_server(server)
+                time.sleep(random.uniform(0, 0.3))
+                server = nats_server(tmp_path / "nats", port=server.port)
+                wait_until(
+                    lambda before=done: scores(client, fresh) > before + 200, "scores after the server is back", scorer
+                )
+            kill(scorer)
+            done = scores(client, fresh)
+        assert done < ROWS
+        last = start(sleepy, source, sink, SLOW, tmp_path / "log")
+        assert last.wait(200) == 0, (tmp_path / "log").read_text()[-3000:]
+
+        assert Counter(set(range(ROWS)) - set(range(0, ROWS, 500))) == ids(
+            [each.payload for each in client.read(f"{fresh}-scores")]
+        )
+        assert ROWS // 500 == client.info("OVERNIGHT_DEAD").state.messages
+    server.stop()
+
+
+def scores(client: NatsClient, name: str) -> int:
+    """How many scores there are; none where the stream of them is not made yet."""
+    from nats.js.errors import Error
+
+    try:
+        return client.info(f"{name}-scores").state.messages
+    except Error:
+        return 0
+
+
+@pytest.mark.machines
+def test_a_scorer_that_comes_back_after_the_window_of_its_output_doubles_nothing(
+    sleepy: str, nats: NatsServer, nats_client: NatsClient, fresh: str, tmp_path: Path
+) -> None:
+    filled(nats_client, fresh, as_json(customers(2_000)))
+    source, sink = ends(nats, fresh, ack_wait_seconds=1.0, max_deliver=3)
+    nats_client.make(f"{fresh}-scores", f"{fresh}.scores", duplicate_window=3)
+    scorer = start(sleepy, source, sink, SLOW, tmp_path / "log")
+    wait_until(lambda: scores(nats_client, fresh) > 200, "some scores", scorer)
+    kill(scorer)
+    # Scores that went out, and of which no acknowledgement came back.
+    state = nats_client.call(nats_client.js.consumer_info(fresh, "overnight"))
+    done = scores(nats_client, fresh)
+    lost = state.ack_floor.stream_seq + 1
+    if done < lost:
+        payload = as_json(customers(lost))[-1]
+        origin = nats_client.read(f"{fresh}-scores")[0].headers["Nats-Msg-Id"].rpartition(".")[0]
+        nats_client.publish(f"{fresh}.scores", [payload], [{"Nats-Msg-Id": f"{origin}.{lost}"}])
+    time.sleep(4)
+    last = start(sleepy, source, sink, SLOW, tmp_path / "log")
+    assert last.wait(200) == 0, (tmp_path / "log").read_text()[-3000:]
+
+    assert state.num_ack_pending
+    assert Counter(range(2_000)) == ids([each.payload for each in nats_client.read(f"{fresh}-scores")])
+
+
+@pytest.mark.machines
+def test_a_table_is_exact_over_kills_of_its_scorers(
+    linear: str, nats: NatsServer, nats_client: NatsClient, fresh: str, tmp_path: Path
+) -> None:
+    filled(nats_client, fresh, as_json(customers(ROWS)))
+    source = FromNats(url=nats.url, stream=fresh)
+    table = ToParts(destination=str(tmp_path / "table"), rows_per_part=97, seconds_per_part=0.2)
+    for parts in (5, 20):
+        scorer = start(linear, source, table, SLOW, tmp_path / "log")
+        wait_until(
+            lambda parts=parts: len(list(tmp_path.glob("table/run=*/*.parquet"))) >= parts, f"{parts} parts", scorer
+        )
+        kill(scorer)
+    before = open_predictions(str(tmp_path / "table")).collect().height
+    both = [start(linear, source, table, SLOW, tmp_path / "log") for _ in range(2)]
+    codes = [scorer.wait(200) for scorer in both]
+    found = open_predictions(str(tmp_path / "table")).collect()
+
+    assert [0, 0] == codes, (tmp_path / "log").read_text()[-3000:]
+    assert 97 * 4 <= before < ROWS
+    assert list(range(1, ROWS + 1)) == found["source_number"].to_list()
+    assert [str(at) for at in range(ROWS)] == found["customer"].to_list()
+
+
+def test_sigterm_drains_what_is_in_hand_and_the_same_call_goes_on(
+    sleepy: str, nats: NatsServer, nats_client: NatsClient, fresh: str, tmp_path: Path
+) -> None:
+    filled(nats_client, fresh, as_json(customers(3_000)))
+    source, sink = ends(nats, fresh)
+    scorer = start(sleepy, source, sink, OPTIONS.model_copy(update={"rows_per_batch": 50}), tmp_path / "log")
+    wait_until(lambda: scores(nats_client, fresh) > 100, "some scores", scorer)
+    scorer.send_signal(signal.SIGTERM)
+    code = scorer.wait(200)
+    left = scores(nats_client, fresh)
+    state = nats_client.call(nats_client.js.consumer_info(fresh, "overnight"))
+    log = (tmp_path / "log").read_text()
+
+    assert code != 0
+    assert 100 < left < 3_000
+    assert f"Interrupted by SIGTERM: {left:,} messages ({left:,} rows) are done and acknowledged" in log
+    # Whatever was taken and not scored was given back: nobody waits for it.
+    assert left == state.ack_floor.stream_seq
+    assert ids([each.payload for each in nats_client.read(f"{fresh}-scores")]) == Counter(range(left))
+
+
+@pytest.mark.machines
+def test_ctrl_c_drains_too_and_says_what_is_done(
+    sleepy: str, nats: NatsServer, nats_client: NatsClient, fresh: str, tmp_path: Path
+) -> None:
+    filled(nats_client, fresh, as_json(customers(3_000)))
+    source, sink = ends(nats, fresh)
+    scorer = start(sleepy, source, sink, OPTIONS.model_copy(update={"rows_per_batch": 50}), tmp_path / "log")
+    wait_until(lambda: scores(nats_client, fresh) > 100, "some scores", scorer)
+    os.kill(scorer.pid, signal.SIGINT)
+    scorer.wait(200)
+    left = scores(nats_client, fresh)
+
+    assert f"KeyboardInterrupt: Interrupted: {left:,} messages" in (tmp_path / "log").read_text()
+    assert left == nats_client.call(nats_client.js.consumer_info(fresh, "overnight")).ack_floor.stream_seq
+
+
+@pytest.mark.machines
+def test_a_message_that_ends_the_scorer_is_among_the_dead_letters_in_the_end_and_its_neighbours_are_scored(
+    deadly: str, nats: NatsServer, nats_client: NatsClient, fresh: str, tmp_path: Path
+) -> None:
+    events = as_json(customers(30))
+    events[7] = b'{"customer": 7, "a": 666}'
+    filled(nats_client, fresh, events)
+    source, sink = ends(nats, fresh, ack_wait_seconds=1.0, max_deliver=8)
+    codes = []
+    while not codes or codes[-1] != 0:
+        assert len(codes) < 15
+        codes.append(
+            start(deadly, source, sink, OPTIONS.model_copy(update={"idle_seconds": 3}), tmp_path / "log").wait(200)
+        )
+    dead = [each for each in nats_client.read("OVERNIGHT_DEAD") if each.subject == source.dead_subject]
+
+    scored = ids([each.payload for each in nats_client.read(f"{fresh}-scores")])
+    buried = ids([each.payload for each in dead])
+
+    assert 1 == buried[7]
+    assert "a message that was never finished: it came 8 times" in dead[0].headers["Overnight-Reason"]
+    assert Counter(range(30)) == scored + buried
+    assert scored.total() > 15

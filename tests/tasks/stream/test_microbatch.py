@@ -1,0 +1,84 @@
+"""The dial and the micro-batch, as functions of values."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.stream.microbatch import Dial, Service, choose_dial, fit_service, seconds_to_wait, under_suspicion
+
+SERVICE = Service(fixed=0.01, per_row=0.001)
+
+positive = st.floats(1e-6, 1.0)
+
+
+def dial(service: Service, freshness: float, most: int = 100_000, **given: float | None) -> Dial:
+    return choose_dial(service, freshness, most, **{"rows": None, "wait_seconds": None} | given)  # type: ignore[arg-type]
+
+
+def test_service_is_fitted_to_what_was_measured() -> None:
+    points = [(rows, 0.01 + 0.001 * rows) for rows in (1, 8, 64)]
+
+    assert pytest.approx(SERVICE.fixed) == fit_service(points).fixed
+    assert pytest.approx(SERVICE.per_row) == fit_service(points).per_row
+
+
+@pytest.mark.parametrize(
+    "points", [[(10, 0.5)], [(10, 0.5), (10, 0.5)], [(10, 0.5), (20, 0.4)], [(10, 0.1), (20, 0.4)]]
+)
+def test_a_fit_that_would_be_negative_is_proportional(points: list[tuple[int, float]]) -> None:
+    service = fit_service(points)
+
+    assert 0.0 == service.fixed
+    assert 0.0 < service.per_row < 0.06
+
+
+@given(positive, st.floats(1e-7, 1e-2), st.floats(0.001, 100.0), st.integers(1, 1 << 16))
+def test_a_message_behind_a_full_batch_is_in_time_where_one_row_can_be(
+    fixed: float, per_row: float, freshness: float, most: int
+) -> None:
+    service = Service(fixed=fixed, per_row=per_row)
+    chosen = dial(service, freshness, most)
+
+    assert 1 <= chosen.rows <= most
+    if chosen.rows > 1:
+        assert chosen.wait_seconds + 2 * service.seconds(chosen.rows) <= freshness * (1 + 1e-9)
+
+
+@given(positive, st.floats(1e-7, 1e-2), st.floats(0.01, 10.0), st.floats(1.0, 10.0))
+def test_more_time_never_makes_a_batch_slower_a_row(
+    fixed: float, per_row: float, freshness: float, times: float
+) -> None:
+    service = Service(fixed=fixed, per_row=per_row)
+    less, more = (dial(service, each).rows for each in (freshness, freshness * times))
+
+    assert service.seconds(more) / more <= service.seconds(less) / less * 1.04
+
+
+def test_a_larger_batch_that_is_no_faster_is_not_chosen() -> None:
+    flat = Service(fixed=0.0, per_row=0.001)
+
+    assert 1 == dial(flat, 10.0).rows
+
+
+def test_what_is_given_is_kept() -> None:
+    assert Dial(rows=7, wait_seconds=3.0) == dial(SERVICE, 1.0, rows=7, wait_seconds=3.0)
+    assert 7 == dial(SERVICE, 1.0, rows=7).rows
+    assert 0.0 == dial(SERVICE, 1.0, wait_seconds=0.0).wait_seconds
+
+
+def test_a_freshness_that_is_out_of_reach_still_scores_row_by_row() -> None:
+    assert 1 == dial(SERVICE, 0.001).rows
+
+
+@given(st.integers(1, 1000), st.integers(0, 2000), st.floats(0, 10))
+def test_a_batch_waits_until_it_is_full_or_its_time_is_up(full: int, rows: int, waited: float) -> None:
+    pause = seconds_to_wait(Dial(rows=full, wait_seconds=2.0), rows, waited)
+
+    assert (pause == 0.0) == (rows >= full or waited >= 2.0)
+    assert pause <= 2.0
+
+
+def test_a_message_that_came_four_times_is_under_suspicion() -> None:
+    assert [False, False, True] == [under_suspicion(deliveries) for deliveries in (1, 3, 4)]

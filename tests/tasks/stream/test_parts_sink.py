@@ -1,0 +1,194 @@
+"""A table of parts: exact by itself, whatever is emitted twice, cut otherwise, or by two at once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from serving.errors import RunDamaged, RunNameTaken
+from serving.registry import ModelPin
+from tasks.batch.parts import REJECT_REASON
+from tasks.batch.predictions import open_predictions, open_rejects
+from tasks.storage import LocalStorage, Storage, open_storage
+from tasks.stream.addresses import ToParts
+from tasks.stream.decode import Decoder, Reason
+from tasks.stream.message import Message, Place
+from tasks.stream.parts_sink import PartsSink, table_plan
+from tasks.stream.rows import NUMBER, PARTITION, ROW
+from tests.tasks.stream.messages import CONTRACT, KEYS, arrow_rows, decoder, json_row, message, score
+
+PIN = ModelPin(name="sum", version="1", model_id=None, source="", digest="0" * 64)
+
+
+def opened(
+    place: str | Storage, decode: Decoder | None = None, identity: str = "a stream", name: str = "t"
+) -> PartsSink:
+    storage = open_storage(place) if isinstance(place, str) else place
+    plan = table_plan(ToParts(destination=storage.url, name=name), identity, model=PIN, contract=CONTRACT, keys=KEYS)
+    return PartsSink(storage, plan, PIN, (decode or decoder()).key_types)
+
+
+def emit(sink: PartsSink, messages: Sequence[Message], decode: Decoder | None = None) -> None:
+    sink.emit([score(messages, decode)])
+
+
+def numbers(place: str) -> list[int]:
+    table = open_predictions(place).collect()
+    return [int(number) for number in table[NUMBER]]
+
+
+def test_a_table_has_a_row_for_every_message_as_batch_runs_have_it(place: str) -> None:
+    sink = opened(place)
+    emit(sink, [json_row(1), json_row(2, a=None), message(b"no", 3)])
+    emit(sink, [json_row(4, a=1)])
+    table = open_predictions(place).collect()
+
+    assert [1, 2, 3, 4] == numbers(place)
+    assert [PARTITION, NUMBER, ROW, "id", "score", "reject_column", REJECT_REASON] == table.columns
+    assert [5.5, None, None, 5.0] == table["score"].to_list()
+    assert ["1", "2", None, "4"] == table["id"].to_list()
+    assert [None, "null", Reason.NOT_JSON, None] == table[REJECT_REASON].to_list()
+    assert 2 == open_rejects(place).collect().height
+    assert {0: 5} == sink.positions
+
+
+def test_what_is_emitted_twice_or_cut_otherwise_is_there_once(place: str) -> None:
+    emit(opened(place), [json_row(number) for number in (1, 2, 3)])
+    again = opened(place)
+    emit(again, [json_row(number) for number in (2, 3)])
+    emit(again, [json_row(number) for number in (3, 4, 5)])
+
+    assert [1, 2, 3, 4, 5] == numbers(place)
+    assert {0: 6} == opened(place).positions
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_two_scorers_emit_from_where_they_stand_each_message_is_there_once(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    place = str(tmp_path_factory.mktemp("race"))
+    rows = [json_row(number) for number in range(1, 30)]
+    at = {0: 0, 1: 0}
+    sinks = {who: opened(place) for who in at}
+    while min(at.values()) < len(rows):
+        who = data.draw(st.sampled_from([each for each in at if at[each] < len(rows)]))
+        if data.draw(st.integers(0, 4)) == 0:
+            # It was killed: the next one begins where the table ends.
+            sinks[who] = opened(place)
+            at[who] = max(0, sinks[who].positions.get(0, 1) - 1)
+        stop = min(len(rows), at[who] + data.draw(st.integers(1, 9)))
+        emit(sinks[who], rows[at[who] : stop])
+        at[who] = stop
+
+    assert list(range(1, 30)) == numbers(place)
+
+
+def test_two_at_once_leave_one_exact_table(tmp_path: Path) -> None:
+    sinks = [opened(str(tmp_path)) for _ in range(2)]
+
+    def write(sink: PartsSink, step: int) -> None:
+        for start in range(1, 200, step):
+            emit(sink, [json_row(number) for number in range(start, min(start + step, 200))])
+
+    threads = [threading.Thread(target=write, args=each) for each in zip(sinks, (7, 11), strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert list(range(1, 200)) == numbers(str(tmp_path))
+
+
+def test_numbers_may_have_gaps_and_partitions_are_apart(place: str) -> None:
+    sink = opened(place)
+    emit(sink, [message(json_row(1).payload, place=Place(1, 7))])
+    emit(sink, [json_row(10), message(json_row(2).payload, place=Place(1, 9)), json_row(20)])
+
+    assert {0: 21, 1: 10} == sink.positions == opened(place).positions
+    assert [10, 20, 7, 9] == numbers(place)
+
+
+def test_rows_of_one_message_are_told_apart_and_keys_keep_the_type_of_the_table(place: str) -> None:
+    decode = decoder()
+    emit(opened(place, decode), [arrow_rows(1, [1.0, 2.0]), arrow_rows(2, [3.0])], decode)
+    decode = decoder()
+    sink = opened(place, decode)
+    emit(sink, [json_row(3), json_row(4)], decode)
+    table = open_predictions(place).collect()
+
+    assert [(1, 0), (1, 1), (2, 0), (3, 0), (4, 0)] == list(zip(table[NUMBER], table[ROW], strict=True))
+    assert pl.Int64 == table.schema["id"]
+    assert [0, 1, 0, 3, 4] == table["id"].to_list()
+
+
+def test_a_reader_sees_the_last_commit_and_older_ones_are_deleted_in_the_end(tmp_path: Path) -> None:
+    sink = opened(str(tmp_path))
+    for number in range(1, 8):
+        emit(sink, [json_row(number)])
+
+    assert [1, 2, 3, 4, 5, 6, 7] == numbers(str(tmp_path))
+    assert ["t-00000005", "t-00000006", "t-00000007"] == sorted(p.parent.name for p in tmp_path.rglob("manifest.json"))
+
+
+def test_a_part_without_its_commit_is_committed_when_the_table_is_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = opened(str(tmp_path))
+    emit(sink, [json_row(1)])
+    monkeypatch.setattr(PartsSink, "_commit", lambda _: None)
+    emit(sink, [json_row(2)])
+    before = numbers(str(tmp_path))
+    monkeypatch.undo()
+    opened(str(tmp_path))
+
+    assert [1] == before
+    assert [1, 2] == numbers(str(tmp_path))
+
+
+def test_a_later_commit_is_the_newest_whatever_the_clock_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    emit(opened(str(tmp_path)), [json_row(1)])
+    (manifest,) = tmp_path.rglob("manifest.json")
+    manifest.write_text(manifest.read_text().replace('"planned_at":"20', '"planned_at":"21'))
+    emit(opened(str(tmp_path)), [json_row(2)])
+
+    assert [1, 2] == numbers(str(tmp_path))
+
+
+def test_a_table_belongs_to_one_stream_and_says_so(place: str) -> None:
+    opened(place)
+
+    with pytest.raises(RunNameTaken, match="'t' already holds a run of another plan"):
+        opened(place, identity="another stream")
+    opened(place, identity="another stream", name="other")
+
+
+def test_a_part_that_was_deleted_or_spoilt_is_told_by_name(tmp_path: Path) -> None:
+    sink = opened(str(tmp_path))
+    for number in (1, 2, 3):
+        emit(sink, [json_row(number)])
+    second = tmp_path / "run=t" / "part-00000-0002.parquet"
+    data = second.read_bytes()
+
+    second.unlink()
+    with pytest.raises(RunDamaged, match=r"got none that begins at 2 of partition 0, but one at 3"):
+        opened(str(tmp_path))
+    second.write_bytes(data[:100])
+    with pytest.raises(RunDamaged, match=r"part-00000-0002\.parquet must be a part of table t that can be read"):
+        opened(str(tmp_path))
+
+
+def test_scores_are_those_that_the_model_gave(tmp_path: Path) -> None:
+    values = np.linspace(-5, 5, 101, dtype=np.float32)
+    emit(
+        opened(LocalStorage(tmp_path)), [json_row(at, a=float(value), b=0) for at, value in enumerate(values, start=1)]
+    )
+
+    assert values.tolist() == open_predictions(str(tmp_path)).collect()["score"].to_list()

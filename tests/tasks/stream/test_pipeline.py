@@ -1,0 +1,192 @@
+"""The stream in motion: order, bounds, ends, and what one failing thread does to the others."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import orjson
+import pytest
+
+from serving.errors import StorageFull, TooManyRejects
+from tasks.stream.ends import Cadence, Ends
+from tasks.stream.message import Message, Poison
+from tasks.stream.meter import Meter
+from tasks.stream.microbatch import Dial
+from tasks.stream.pipeline import Pipeline, Terms
+from tasks.stream.score import MicroScorer, Scored, answers
+from tests.tasks.stream.messages import CONTRACT, KEYS, Clock, decoder, json_row, message, model
+
+
+@dataclass
+class Memory:
+    """A source, a sink and dead letters in memory, which keep what they are told."""
+
+    waiting: list[Message]
+    emitted: list[Any] = field(default_factory=list)
+    batches: list[list[int]] = field(default_factory=list)
+    done: list[int] = field(default_factory=list)
+    buried: list[tuple[int, str]] = field(default_factory=list)
+    fetched: int = 0
+    slow: Callable[[], Any] = lambda: None
+
+    def fetch(self, most: int, enough: int, seconds: float) -> list[Message]:
+        until = time.monotonic() + seconds
+        while len(self.waiting) < enough and time.monotonic() < until:
+            time.sleep(0.005)
+        got, self.waiting = self.waiting[:most], self.waiting[most:]
+        self.fetched += len(got)
+        return [replace(each, arrived=time.monotonic()) for each in got]
+
+    def acknowledge(self, done: Sequence[Message], buried: Sequence[Message]) -> None:
+        self.done += [each.place.number for each in (*done, *buried)]
+
+    def emit(self, scored: Sequence[Scored]) -> list[Poison]:
+        self.slow()
+        self.batches.append([each.place.number for batch in scored for each in batch.messages])
+        self.emitted += [orjson.loads(a.payload)["id"] for batch in scored for a in answers(batch, CONTRACT, KEYS)]
+        return []
+
+    def bury(self, poison: Sequence[Poison]) -> None:
+        self.buried += [(each.message.place.number, each.reason) for each in poison]
+
+
+def rows(numbers: Iterable[int]) -> list[Message]:
+    return [json_row(number) for number in numbers]
+
+
+def pipeline(memory: Memory, *, dial: Dial | None = None, cadence: Cadence | None = None, **terms: Any) -> Pipeline:
+    ends = Ends(
+        source=memory,
+        receipts=memory,
+        sink=memory,
+        dead_letters=memory,
+        lag=lambda: len(memory.waiting),
+        cadence=cadence or Cadence(),
+    )
+    summing = model()
+    return Pipeline(
+        ends=ends,
+        model=summing,
+        scorer=lambda: MicroScorer(summing, CONTRACT, decoder(), 64, Clock()),
+        dial=lambda: dial or Dial(rows=10, wait_seconds=0.02),
+        terms=Terms(**{"in_flight": 1000, "slots": 2, "idle_seconds": 0.3} | terms),
+        meter=Meter(lag=lambda: None),
+        rests=lambda: False,
+        give_up=threading.Event(),
+    )
+
+
+def run(made: Pipeline) -> Pipeline:
+    made.start()
+    assert made.wait(30)
+    if made.error is not None:
+        raise made.error
+    return made
+
+
+def test_every_message_is_emitted_once_in_order_and_acknowledged_after_it() -> None:
+    memory = Memory(rows(range(200)))
+    ended = run(pipeline(memory)).ended
+
+    assert "idle" == ended
+    assert list(range(200)) == memory.emitted == memory.done
+    assert max(len(batch) for batch in memory.batches) <= 10
+
+
+def test_it_ends_at_its_limit_to_the_message_and_leaves_the_rest() -> None:
+    memory = Memory(rows(range(200)))
+    ended = run(pipeline(memory, limit=55)).ended
+
+    assert "limit" == ended
+    assert list(range(55)) == memory.emitted == memory.done
+    assert 55 == memory.fetched
+
+
+def test_a_batch_is_not_waited_for_beyond_its_time() -> None:
+    memory = Memory(rows(range(3)))
+    run(pipeline(memory, dial=Dial(rows=1000, wait_seconds=0.05)))
+
+    assert [[0, 1, 2]] == memory.batches
+
+
+def test_poison_is_buried_before_its_batch_is_acknowledged_and_the_rest_is_emitted() -> None:
+    memory = Memory([json_row(1), message(b"no", 2), json_row(3, a=666), json_row(4)])
+    memory.slow = lambda: memory.batches.append([len(memory.buried), len(memory.done)])
+    made = run(pipeline(memory))
+
+    assert [1, 4] == memory.emitted
+    assert [2, 3] == [number for number, _ in memory.buried]
+    assert [2, 0] == memory.batches[0]
+    assert {1, 2, 3, 4} == set(memory.done)
+    assert (4, 2) == (made.meter.totals.messages, made.meter.totals.buried)
+
+
+def test_a_slow_sink_holds_the_source_within_what_may_be_in_flight() -> None:
+    memory = Memory(rows(range(10_000)))
+    let_go = threading.Event()
+    memory.slow = lambda: let_go.wait(20)
+    made = pipeline(memory, in_flight=40)
+    made.start()
+    time.sleep(0.5)
+    held = memory.fetched
+    time.sleep(0.3)
+
+    assert held == memory.fetched <= 100
+    let_go.set()
+    assert made.wait(60)
+    assert list(range(10_000)) == memory.emitted
+
+
+def test_a_table_has_its_rows_by_so_many_or_when_the_first_is_old() -> None:
+    memory = Memory(rows(range(35)))
+    run(pipeline(memory, cadence=Cadence(rows=20, seconds=0.2), idle_seconds=0.6))
+
+    assert [20, 15] == [len(batch) for batch in memory.batches]
+
+
+def test_a_sink_that_fails_ends_the_stream_with_its_error_and_nothing_is_acknowledged() -> None:
+    memory = Memory(rows(range(50)))
+
+    def full() -> None:
+        message = "no space"
+        raise StorageFull(message)
+
+    memory.slow = full
+    with pytest.raises(StorageFull):
+        run(pipeline(memory))
+
+    assert [] == memory.done
+
+
+def test_a_stream_of_nothing_but_poison_ends_and_says_what_it_was() -> None:
+    memory = Memory([message(b"no", number) for number in range(1000)])
+
+    with pytest.raises(TooManyRejects, match=r"At least one of 40 messages in a row.*JSON that does not parse"):
+        run(pipeline(memory, poison_in_a_row=40))
+
+    assert 40 <= len(memory.buried) == len(memory.done) < 100
+
+
+def test_a_message_that_came_too_often_is_buried_unscored_and_one_under_suspicion_goes_alone() -> None:
+    memory = Memory([json_row(1), json_row(2), json_row(3), json_row(4)])
+    memory.waiting[1] = message(memory.waiting[1].payload, 2, deliveries=4)
+    memory.waiting[3] = message(b'{"id": 4, "a": 666, "b": 1}', 4, deliveries=5)
+    run(pipeline(memory, max_deliver=5))
+
+    assert [1, 2, 3] == sorted(memory.emitted)
+    assert [(4, "a message that was never finished")] == memory.buried
+    assert [[1, 3], [2], [4]] == [memory.batches[0], *sorted(memory.batches[1:])]
+
+
+def test_giving_up_ends_every_thread_and_acknowledges_nothing_more() -> None:
+    memory = Memory(rows(range(1000)))
+    made = pipeline(memory)
+    memory.slow = made.give_up.set
+    made.start()
+
+    assert made.wait(10)
+    assert len(memory.done) <= 10
