@@ -79,7 +79,9 @@ def test_serving_never_imports_prefect() -> None:
     }
 
 
-@pytest.mark.parametrize(("room", "order"), [("batch", BATCH_ORDER), ("endpoint", ENDPOINT_ORDER), ("stream", STREAM_ORDER)])
+@pytest.mark.parametrize(
+    ("room", "order"), [("batch", BATCH_ORDER), ("endpoint", ENDPOINT_ORDER), ("stream", STREAM_ORDER)]
+)
 def test_a_station_imports_only_stations_before_it(room: str, order: tuple[str, ...]) -> None:
     stations = {path.stem: path for path in (ROOT / "tasks" / room).glob("*.py") if path.stem != "__init__"}
     prefix = f"tasks.{room}."

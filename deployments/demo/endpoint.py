@@ -26,9 +26,8 @@ from deployments.demo.flights import FEATURES
 from deployments.demo.prepare import console, point_at, prepare
 
 if TYPE_CHECKING:
-    from serving.gateway.client import GatewayClient
-
     from deployments.demo.endpoint_versions import Versions
+    from serving.gateway.client import GatewayClient
     from tasks.endpoint.report import Endpoint
     from tasks.endpoint.spec import EndpointSpec
 
@@ -94,7 +93,6 @@ class Stage:
 def start(stack: ExitStack, folder: Path) -> Stage:
     """Start Prefect, Triton and the gateway on loopback; the stack stops them."""
     from infra.local.gateway import gateway_server  # noqa: PLC0415 - the versions are registered before
-
     from infra.local.prefect_server import prefect_server  # noqa: PLC0415
     from infra.local.triton import triton_server  # noqa: PLC0415
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from deployments.apply import read_deployments
 from infra.local.prefect_server import PrefectServer
 from infra.local.prefect_worker import PrefectWorker
 from tasks.batch.options import BatchOptions
