@@ -53,10 +53,10 @@ class Ended:
 
     @property
     def said(self) -> re.Match[str]:
-        """What its last line says of rows done, rows left, and chunks dropped."""
-        found = SENTENCE.fullmatch(self.stderr.strip().splitlines()[-1])
-        assert found, self.stderr
-        return found
+        """What it says of rows done, rows left, and chunks dropped, once; Prefect may have a last word of its own."""
+        found = [match for line in self.stderr.splitlines() if (match := SENTENCE.fullmatch(line))]
+        assert 1 == len(found), self.stderr
+        return found[0]
 
 
 def told_to_end(
