@@ -3,7 +3,7 @@
 import secrets
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from infra.local.loopback import HOST, ask
@@ -21,7 +21,7 @@ class GatewayServer(Running):
     process: ServerProcess
     folder: Path
     url: str
-    admin_key: str
+    admin_key: str = field(repr=False)
 
     def stop(self) -> None:
         """Have it answer what it has, and return when it is gone. Idempotent."""
