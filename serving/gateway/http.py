@@ -19,6 +19,7 @@ _CONNECT_S_MAX = 5.0
 _BLOCK = 1 << 16
 _NEVER_THERE = (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError)
 _GONE = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, *_NEVER_THERE)
+_CUT_OFF = (*_GONE, aiohttp.ClientPayloadError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +48,9 @@ class Http:
     async def send(self, method: str, url: str, content: bytes | None, headers: Mapping[str, str]) -> Answered:
         """Send a request and return what comes back. Raises Unanswered, with the reason.
 
-        A server may close a connection at the moment that it is used again, and then has not seen the request: only
-        in that case it is sent once more, on a connection of its own.
+        A server may close an idle connection at the moment that it is used again, and then has not seen the request.
+        Where a connection that was used before breaks before a byte of the answer, the request is sent once more, on
+        one of its own; inference changes nothing, should the server have seen it after all.
         """
         used = SimpleNamespace(reused=False)
         try:
@@ -57,11 +59,11 @@ class Http:
             if not used.reused or isinstance(error, _NEVER_THERE):
                 raise no_answer(url, error) from None
         except aiohttp.ClientError as error:
-            raise no_answer(url, error, status=502) from None
+            raise _unanswered(url, error) from None
         try:
             return await _exchange(self._fresh, method, url, content, headers, None)
         except aiohttp.ClientError as error:
-            raise no_answer(url, error, status=503 if isinstance(error, _GONE) else 502) from None
+            raise _unanswered(url, error) from None
 
 
 def _session(connector: aiohttp.TCPConnector, *traces: aiohttp.TraceConfig) -> aiohttp.ClientSession:
@@ -103,6 +105,10 @@ async def _read(response: aiohttp.ClientResponse, url: str) -> bytes:
         if len(parts) > ANSWER_BYTES_MAX:
             raise _too_long(url)
     return bytes(parts)
+
+
+def _unanswered(url: str, error: aiohttp.ClientError) -> Unanswered:
+    return no_answer(url, error, status=503 if isinstance(error, _CUT_OFF) else 502)
 
 
 def _too_long(url: str) -> Unanswered:

@@ -10,13 +10,18 @@ import orjson
 from serving.errors import Unanswered
 from serving.gateway.http import Http
 from serving.gateway.route import Served
+from serving.gateway.v2 import V2Upstream
 
 _OK_BELOW = 300
 _ERROR_CHARACTERS = 2000
 
 
 class Waker(Protocol):
-    """What loads a model into a server, and unloads it. Both are idempotent and raise Unanswered with the reason."""
+    """What loads a model into a server, and unloads it. Both raise Unanswered with the reason where they fail."""
+
+    async def loaded(self, served: Served) -> bool:
+        """Say whether a version is loaded, and False where its server does not answer."""
+        ...
 
     async def load(self, served: Served) -> None:
         """Load the model; returns once it answers."""
@@ -32,6 +37,10 @@ class RepositoryWaker:
 
     def __init__(self, http: Http) -> None:
         self._http = http
+
+    async def loaded(self, served: Served) -> bool:
+        """GET /v2/models/MODEL/versions/VERSION/ready."""
+        return await V2Upstream(self._http, served).ready()
 
     async def load(self, served: Served) -> None:
         """POST /v2/repository/models/MODEL/load, which a server answers once the model is loaded."""

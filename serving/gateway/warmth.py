@@ -17,9 +17,9 @@ _log = logging.getLogger(__name__)
 class Warmth:
     """The sleep of one endpoint. To be used in one event loop.
 
-    A gateway that starts does not know whether the models are loaded: the first request loads them, which changes
-    nothing where they are. Promises: while models unload or load no request is with them, and one load serves all
-    who wait.
+    A gateway that starts does not know whether the models are loaded: the first request asks. A model that is loaded
+    already is never loaded again, since its server would. Promises: while models unload or load no request is with
+    them, and one load serves all who wait.
     """
 
     def __init__(self, waker: Waker, woken: Callable[[float], None]) -> None:
@@ -62,13 +62,15 @@ class Warmth:
         began = asyncio.get_running_loop().time()
         async with self._changing:
             try:
-                for each in _models(versions):
+                sleeping = [each for each in versions if not await self._waker.loaded(each)]
+                for each in _models(sleeping):
                     await self._waker.load(each)
             except Unanswered:
                 self.state = "asleep"
                 raise
             self.state = "awake"
-        self._woken(asyncio.get_running_loop().time() - began)
+        if sleeping:
+            self._woken(asyncio.get_running_loop().time() - began)
 
     async def _each(self, verb: Callable[[Served], Awaitable[None]], versions: Sequence[Served]) -> bool:
         done = True

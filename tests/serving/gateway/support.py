@@ -70,7 +70,7 @@ class Door:
     def __init__(self, name: str, url: str) -> None:
         self.name = name
         self.url = f"{url}/v2/models/{name}"
-        self.http = httpx.Client(timeout=30)
+        self.http = httpx.Client(timeout=120)
 
     def get(self, path: str = "", **options: Any) -> httpx.Response:
         return self.http.get(f"{self.url}{path}", **options)

@@ -42,6 +42,11 @@ def test_models_are_unloaded_when_idle_and_a_request_wakes_them(
     assert f'overnight_wake_seconds_count{{endpoint="{door.name}"}} 2.0' in httpx.get(f"{gateway.url}/metrics").text
 
 
+def test_a_model_that_is_loaded_already_is_not_loaded_again(put: Put, v2: V2Server) -> None:
+    assert 10 == put(route(v2.url, model="steady", sleep=Sleep(keep_warm_s=60))).score()
+    assert 0 == v2.seen("steady load")
+
+
 def test_no_request_is_lost_while_models_come_and_go(
     put: Put, v2: V2Server, falls_asleep: Callable[[Door], None]
 ) -> None:

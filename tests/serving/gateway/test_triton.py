@@ -109,9 +109,9 @@ def ready(deployed: Deployed) -> bool:
 def test_triton_unloads_the_model_when_idle_and_a_request_wakes_it(
     put: Put, deployed: Deployed, admin: GatewayClient
 ) -> None:
-    door = put(deployed.route.model_copy(update={"sleep": Sleep(keep_warm_s=0.3)}))
+    door = put(deployed.route.model_copy(update={"sleep": Sleep(keep_warm_s=0.3, hold_s_max=120)}))
     np.testing.assert_allclose(scores(door), deployed.scores.ravel(), atol=1e-6)
-    admin.wait(door.name, lambda state: state.models == "asleep", timeout_s=30)
+    admin.wait(door.name, lambda state: state.models == "asleep", timeout_s=60)
 
     assert not ready(deployed)
     np.testing.assert_allclose(scores(door), deployed.scores.ravel(), atol=1e-6)
@@ -122,7 +122,7 @@ def test_triton_unloads_the_model_when_idle_and_a_request_wakes_it(
 def test_a_triton_that_is_killed_and_started_anew_gets_its_model_back_from_the_gateway(
     put: Put, deployed: Deployed
 ) -> None:
-    door = put(deployed.route.model_copy(update={"sleep": Sleep(keep_warm_s=600)}))
+    door = put(deployed.route.model_copy(update={"sleep": Sleep(keep_warm_s=600, hold_s_max=120)}))
     np.testing.assert_allclose(scores(door), deployed.scores.ravel(), atol=1e-6)
     os.kill(deployed.server.process.pid, signal.SIGKILL)
     refused = door.infer(ROWS)
