@@ -24,14 +24,16 @@ def replaced(folder: Path, version: str, rendered: Rendered) -> Generator[None]:
     _tidy(folder)
     staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
     place, before, new = folder / version, staging / f"{_BEFORE}{version}", staging / "new"
+    placed = False
     try:
         _copy(rendered, f"{folder.name}/{version}/", new)
         if place.exists():
             place.rename(before)
         new.rename(place)
+        placed = True
         yield
     except BaseException:
-        if place.exists() and not new.exists():
+        if placed:
             shutil.rmtree(place)
         if before.exists():
             before.rename(place)
