@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -15,6 +17,7 @@ import pytest
 import torch
 
 from infra.local.triton import TritonServer, triton_server
+from infra.processes import family
 from serving import oip, oip_body
 from serving.errors import EndpointFailed
 from serving.registry import resolve_model
@@ -266,14 +269,14 @@ def test_an_endpoint_is_unloaded_and_wakes_while_others_serve(
 
 
 def test_a_release_that_is_deployed_again_takes_its_new_dial(host: TritonHost, fraud: Served, at: Address) -> None:
-    other = fraud.release.model_copy(update={"dial": Dial(batch_size_max=3, wait_ms_max=0)})
+    other = fraud.release.model_copy(update={"dial": Dial(batch_size_max=3, wait_ms_max=0.5)})
     with SteadyLoad(fraud, at) as load:
         address = host.deploy(other, fraud.model)
+    batching = httpx.get(f"{at.url}/v2/models/{at.model}/versions/1/config").json()["dynamic_batching"]
 
     assert at == address
     assert [] == load.lost
-    assert "preferred_batch_size: [3]" in (host.repository / "fraud/config.pbtxt").read_text()
-    assert (1,) == fraud.ask(at, random_rows(1))["score"].shape
+    assert ([3], 500) == (batching["preferred_batch_size"], batching["max_queue_delay_microseconds"])
 
 
 def test_a_pickled_version_is_refused_with_the_reason_and_the_others_of_its_endpoint_serve_on(
@@ -358,6 +361,35 @@ def _looked(scaler: InstanceScaler, until: Callable[[int], bool]) -> int:
             break
         time.sleep(1)
     return instances
+
+
+def test_an_instance_that_is_killed_is_loaded_anew_while_others_serve(
+    host: TritonHost, triton: TritonServer, fraud: Served, at: Address, words: Served, words_at: Address
+) -> None:
+    scaler = InstanceScaler(
+        host=host, metrics_url=triton.metrics_url, endpoint="words", scaling=Scaling(), dial=words.release.dial
+    )
+    scaler.look()
+    with SteadyLoad(fraud, at) as load:
+        os.kill(_instance(triton, "words"), signal.SIGKILL)
+        dead = words.post(words_at, word_rows("a"))
+        scaler.look()
+        alive = words.ask(words_at, word_rows("a"))
+
+    assert (500, True) == (dead.status_code, "is not healthy" in dead.text)
+    assert ["A"] == alive["upper"].tolist()
+    assert [] == load.lost
+    assert not host.mend("words")
+
+
+def _instance(triton: TritonServer, model: str) -> int:
+    """Return the process of the one instance of a model."""
+    (found,) = (
+        pid
+        for pid in family(triton.process.pid)
+        if f"{triton.repository}/{model}/1/model.py" in Path(f"/proc/{pid}/cmdline").read_text()
+    )
+    return found
 
 
 def test_an_endpoint_that_is_not_there_is_named(host: TritonHost) -> None:

@@ -1,0 +1,103 @@
+"""A release that was opened: what several requests get that are passed together."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Generator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from serving.errors import ModelFailed, ModelUnfit
+from serving.registry import resolve_model
+from serving.release import MODEL_FOLDER, RELEASE_FILE, Release, Runtime, open_release
+from tests.support import register_script
+
+
+def folder_of(uri: str, folder: Path, *, rows_max: int = 4096) -> Path:
+    """Write a release of a registered model as it travels."""
+    resolved = resolve_model(uri)
+    release = Release(endpoint="e", pin=resolved.pin, contract=resolved.contract({}, {}), rows_max=rows_max)
+    shutil.copytree(resolved.folder, folder / MODEL_FOLDER)
+    (folder / RELEASE_FILE).write_text(release.model_dump_json())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runtime(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[Runtime]:
+    """A model that doubles a, fails on 13 and has nothing to say of 7."""
+    lines = (
+        "if (model_input['a'] == 13).any(): raise ValueError('unlucky')",
+        "model_input = model_input.replace(7, float('nan'))",
+    )
+    with open_release(
+        folder_of(register_script("unlucky", "\n        ".join(lines)), tmp_path_factory.mktemp("release"))
+    ) as runtime:
+        yield runtime
+
+
+def a(*values: float) -> dict[str, np.ndarray]:
+    return {"a": np.array(values, np.float32)}
+
+
+def test_each_request_gets_its_own_rows(runtime: Runtime) -> None:
+    answers = runtime.predict_each([a(1, 2), a(3), a(4, 5, 6)])
+
+    assert [[2, 4], [6], [8, 10, 12]] == [
+        answer["prediction"].tolist() for answer in answers if not isinstance(answer, ModelFailed)
+    ]
+    assert [] == runtime.predict_each([])
+
+
+def test_a_row_that_fails_or_has_no_finite_prediction_takes_only_its_own_request_along(runtime: Runtime) -> None:
+    first, unlucky, infinite, last = runtime.predict_each([a(1), a(2, 13), a(7), a(3)])
+
+    assert "got none for row 1: ValueError: unlucky." in str(unlucky)
+    assert "got none for row 0 (prediction): prediction is not finite." in str(infinite)
+    assert isinstance(first, dict)
+    assert isinstance(last, dict)
+    assert ([2], [6]) == (first["prediction"].tolist(), last["prediction"].tolist())
+
+
+def test_requests_that_all_fail_are_told_each_and_the_next_is_answered(runtime: Runtime) -> None:
+    assert all(isinstance(answer, ModelFailed) for answer in runtime.predict_each([a(13), a(13, 13)]))
+    assert [2] == runtime.predict(a(1))["prediction"].tolist()
+
+
+def test_one_request_raises_what_it_fails_on(runtime: Runtime) -> None:
+    with pytest.raises(ModelFailed, match="unlucky"):
+        runtime.predict(a(13))
+
+
+def test_the_callers_arrays_stay_as_they_are(runtime: Runtime) -> None:
+    rows = a(1, 13)
+    runtime.predict_each([rows])
+
+    assert [1, 13] == rows["a"].tolist()
+
+
+def test_more_rows_than_one_pass_takes_are_all_answered(runtime: Runtime) -> None:
+    values = np.arange(20, 5020, dtype=np.float32)
+
+    np.testing.assert_array_equal(values * 2, runtime.predict({"a": values})["prediction"])
+
+
+def test_texts_are_tokenised_and_answered_in_their_order(minilm: str, glosses: list[str], tmp_path: Path) -> None:
+    texts = np.array(glosses[:20], dtype=object)
+    with open_release(folder_of(minilm, tmp_path / "release")) as runtime:
+        (name,) = (value.name for value in runtime.release.contract.inputs)
+        together = runtime.predict_each([{name: texts[:3]}, {name: texts[3:]}])
+        whole = runtime.predict({name: texts})
+
+    ((output, expected),) = whole.items()
+    found = np.concatenate([answer[output] for answer in together if isinstance(answer, dict)])
+    np.testing.assert_allclose(expected, found, rtol=0, atol=1e-6)
+
+
+def test_a_folder_whose_model_does_not_load_is_refused(sleepy: str, tmp_path: Path) -> None:
+    folder = folder_of(sleepy, tmp_path / "release")
+    (folder / MODEL_FOLDER / "scripted.py").write_text("no code")
+
+    with pytest.raises(ModelUnfit, match="must load here"):
+        open_release(folder)
