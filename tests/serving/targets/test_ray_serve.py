@@ -36,6 +36,7 @@ CONTAINER = closed(
     {
         "name": NAME,
         "image": {"type": "string", "minLength": 1},
+        "env": {"type": "array", "items": closed({"name": {"type": "string"}, "value": {"type": "string"}})},
         "resources": closed({"requests": QUANTITIES, "limits": QUANTITIES}),
         "volumeMounts": {"type": "array", "items": MOUNT},
     }
