@@ -25,11 +25,6 @@ _DIGEST_LENGTH = 12
 _PACKAGE = Path(serving.__file__).parent
 _SOURCE = Path(__file__).with_name("ray_application.py")
 _GPUS = {"cpu": 0, "cuda": 1}
-# How soon a request to an application without replicas is known of: by default within 10 s, and measured in 8.
-_POD_ENVIRONMENT = {
-    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
-    "RAY_SERVE_AUTOSCALING_METRIC_RECORD_INTERVAL_FACTOR": "0.03",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +144,6 @@ class RayServe:
         container = {
             "name": name,
             "image": self.image,
-            "env": [{"name": name, "value": value} for name, value in _POD_ENVIRONMENT.items()],
             "resources": {"requests": resources, "limits": resources},
             "volumeMounts": [{"name": "releases", "mountPath": self.folder, "readOnly": True}],
         }

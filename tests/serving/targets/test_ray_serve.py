@@ -36,7 +36,6 @@ CONTAINER = closed(
     {
         "name": NAME,
         "image": {"type": "string", "minLength": 1},
-        "env": {"type": "array", "items": closed({"name": {"type": "string"}, "value": {"type": "string"}})},
         "resources": closed({"requests": QUANTITIES, "limits": QUANTITIES}),
         "volumeMounts": {"type": "array", "items": MOUNT},
     }
