@@ -94,6 +94,8 @@ class Runtime:
         """Return the answer to each of several requests, passed together: one that fails leaves the others theirs."""
         from serving.encode import Encoded, Flags  # noqa: PLC0415 - keeps this module's import light
 
+        if not requests:
+            return []
         edges = [0, *itertools.accumulate(len(next(iter(request.values()))) for request in requests)]
         # In memory of its own, since a row that fails is overwritten by one that does not.
         together = {
@@ -140,4 +142,4 @@ def _answer(predictions: Predictions, flags: Flags, start: int, stop: int) -> Pr
     row = int(bad_n.argmax())
     column, reason = flags.reasons[flags.code_N[start + row] - 1]
     where = f" ({column})" if column else ""
-    return ModelFailed(f"Every row must get a prediction, got none for row {row}{where}: {reason}.")
+    return ModelFailed(f"Every row must get a prediction, got none for row {row}{where}: {reason.rstrip('.')}.")

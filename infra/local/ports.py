@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from infra.local.process import ServerCommand, ServerFailed, ServerProcess
 
 _ATTEMPTS_MAX = 4
-_TAKEN = ("address already in use", "is not available on 127.0.0.1")
+_TAKEN = ("already in use", "is not available on 127.0.0.1")
 
 
 def start_on_free_ports(

@@ -6,6 +6,7 @@ own, which the server starts and watches.
 
 import importlib.util
 import secrets
+import socket
 import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
@@ -14,11 +15,12 @@ from pathlib import Path
 
 from infra.local.loopback import HOST, ask
 from infra.local.ports import free_ports, start_on_free_ports
-from infra.local.process import Running, ServerCommand, ServerProcess, base_environment
+from infra.local.process import Running, ServerCommand, ServerFailed, ServerProcess, base_environment
 
 _PACKAGE = "pytriton"
-_BACKEND_FILES = ("libtriton_python.so", "triton_python_backend_utils.py")
+_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 _STUB = "triton_python_backend_stub"
+_LOG = "server.log"
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the server and its models share memory, by names of this start
 
 
@@ -46,8 +48,8 @@ class TritonServer(Running):
         Raises ServerFailed, also where another program has taken a port meanwhile.
         """
         self.stop()
-        ports = tuple(int(url.rpartition(":")[2].split("/")[0]) for url in (self.url, self.metrics_url))
-        return replace(self, process=ServerProcess(_command(_find_package(), self.repository, self.folder, ports)))
+        http, metrics = (int(url.rpartition(":")[2].split("/")[0]) for url in (self.url, self.metrics_url))
+        return replace(self, process=_started(self.repository, self.folder, http, metrics))
 
     def stop(self) -> None:
         """Stop the server and its models, and return when they are gone. Idempotent."""
@@ -68,7 +70,7 @@ def triton_server(repository: Path, folder: Path, *, port: int | None = None) ->
         process, ports = start_on_free_ports(2, lambda ports: _command(package, repository, folder, ports))
     else:
         ports = (port, *free_ports(1))
-        process = ServerProcess(_command(package, repository, folder, ports))
+        process = _started(repository, folder, *ports)
     return TritonServer(
         process=process,
         repository=repository,
@@ -76,6 +78,22 @@ def triton_server(repository: Path, folder: Path, *, port: int | None = None) ->
         url=f"http://{HOST}:{ports[0]}",
         metrics_url=f"http://{HOST}:{ports[1]}/metrics",
     )
+
+
+def _started(repository: Path, folder: Path, http: int, metrics: int) -> ServerProcess:
+    """Start Triton on ports that it has to have."""
+    for port in (http, metrics):
+        with socket.socket() as probe:
+            # As the server itself does it, which would take ten seconds to say so: connections of before may linger.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError as error:
+                message = (
+                    f"Port {port} of {HOST} must be free for Triton, got: {error}. Stop what has it, or take another."
+                )
+                raise ServerFailed(message, exit_code=None, log="", log_path=folder / _LOG) from None
+    return ServerProcess(_command(_find_package(), repository, folder, (http, metrics)))
 
 
 def _find_package() -> Path:
@@ -111,7 +129,7 @@ def _command(package: Path, repository: Path, folder: Path, ports: Sequence[int]
         ),
         environment=_environment(package),
         folder=folder,
-        log_path=folder / "server.log",
+        log_path=folder / _LOG,
         # Only this very server knows its name: another one that won the port does not.
         ready=lambda: identity in ask("GET", http, "/v2").text and ask("GET", http, "/v2/health/ready").ok,
         # What models and server share outlives a SIGKILL.
@@ -121,16 +139,22 @@ def _command(package: Path, repository: Path, folder: Path, ports: Sequence[int]
 
 def _backends(package: Path, folder: Path) -> Path:
     """Return a folder of backends with the one for Python, and in it the stub of this very version of Python."""
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    stub = package / "python_backend_stubs" / version / _STUB
+    stub = package / "python_backend_stubs" / _PYTHON / _STUB
     if not stub.exists():
         found = sorted(path.name for path in stub.parents[1].iterdir())
-        message = f"Triton must have a stub for Python {version}, found those for {found}; use one of these."
+        message = f"Triton must have a stub for Python {_PYTHON}, found those for {found}; use one of these."
         raise FileNotFoundError(message)
     backends = folder / "backends"
     (backends / "python").mkdir(parents=True, exist_ok=True)
-    for source in (*(package / "backends/python" / name for name in _BACKEND_FILES), stub):
-        link = backends / "python" / source.name
+    wheel, utils = package / "backends/python", "triton_python_backend_utils"
+    sources = {
+        _STUB: stub,
+        "libtriton_python.so": wheel / "libtriton_python.so",
+        f"{utils}_of_the_wheel.py": wheel / f"{utils}.py",
+        f"{utils}.py": Path(__file__).with_name("triton_numpy.py"),
+    }
+    for name, source in sources.items():
+        link = backends / "python" / name
         link.unlink(missing_ok=True)
         link.symlink_to(source)
     return backends

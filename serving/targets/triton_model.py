@@ -9,11 +9,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import numpy as np
+import torch
 import triton_python_backend_utils as pb_utils
 from torch.utils.dlpack import from_dlpack
 
-from serving.contract import Input, Output
-from serving.errors import OvernightError
+from serving.contract import TEXT_DTYPES, Input, Output
+from serving.errors import BadRequest, OvernightError
 from serving.release import open_release
 
 
@@ -26,35 +27,45 @@ class TritonPythonModel:
         self.contract = self.runtime.release.contract
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer each request, in their order."""
-        answers = self.runtime.predict_each([self._inputs(request) for request in requests])
-        return [self._response(answer) for answer in answers]
+        """Answer each request, in their order; one that can't be answered says why, and leaves the others theirs."""
+        given = [self._inputs(request) for request in requests]
+        answers = iter(self.runtime.predict_each([inputs for inputs in given if not isinstance(inputs, BadRequest)]))
+        return [self._response(each if isinstance(each, BadRequest) else next(answers)) for each in given]
 
     def finalize(self) -> None:
         """Leave the slot."""
         self.runtime.__exit__()
 
-    def _inputs(self, request: Any) -> dict[str, Any]:
-        return {
-            value.name: _to_numpy(pb_utils.get_input_tensor_by_name(request, value.name), value)
-            for value in self.contract.inputs
-        }
+    def _inputs(self, request: Any) -> dict[str, Any] | BadRequest:
+        try:
+            return {
+                value.name: _to_numpy(pb_utils.get_input_tensor_by_name(request, value.name), value)
+                for value in self.contract.inputs
+            }
+        except UnicodeDecodeError as error:
+            return BadRequest(f"Text must be UTF-8, got: {error}.")
 
     def _response(self, answer: dict[str, Any] | OvernightError) -> Any:
         if isinstance(answer, OvernightError):
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(answer)))
+            # The former is answered with 400, the latter with 500.
+            code = pb_utils.TritonError.INVALID_ARG if isinstance(answer, BadRequest) else pb_utils.TritonError.INTERNAL
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(answer), code))
         return pb_utils.InferenceResponse([_to_tensor(answer[value.name], value) for value in self.contract.outputs])
 
 
 def _to_numpy(tensor: Any, value: Input) -> Any:
-    if value.dtype in ("str", "binary"):
-        return tensor.as_numpy().reshape(-1, *value.shape)
-    # With numpy 2 as_numpy fails in Triton before 24.11; DLPack serves all.
-    return from_dlpack(tensor.to_dlpack()).numpy().view(value.dtype).reshape(-1, *value.shape)
+    if value.dtype not in TEXT_DTYPES:
+        # With numpy 2 as_numpy fails in Triton before 24.11; DLPack serves all.
+        return from_dlpack(tensor.to_dlpack()).numpy().view(value.dtype).reshape(-1, *value.shape)
+    items = tensor.as_numpy().reshape(-1)
+    texts = np.empty(len(items), dtype=object)
+    texts[:] = [item.decode() for item in items] if value.dtype == "str" else list(items)
+    return texts.reshape(-1, *value.shape)
 
 
 def _to_tensor(array: Any, value: Output) -> Any:
     shaped = np.ascontiguousarray(array).reshape(len(array), *(value.shape or (1,)))
     if value.dtype == "str":
         return pb_utils.Tensor(value.name, shaped)
-    return pb_utils.Tensor.from_dlpack(value.name, shaped)
+    # Triton marks a capsule as used in a way that numpy's own complains of, and torch's does not.
+    return pb_utils.Tensor.from_dlpack(value.name, torch.from_numpy(shaped))

@@ -1,0 +1,383 @@
+"""Releases on the real Triton: answers, and versions that come and go while others serve."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+
+from infra.local.triton import TritonServer, triton_server
+from serving import oip, oip_body
+from serving.errors import EndpointFailed
+from serving.registry import resolve_model
+from serving.release import Dial, Release, Scaling
+from serving.targets import Address
+from serving.targets.triton import TritonHost, TritonTarget
+from serving.targets.triton_scale import InstanceScaler
+from tests.serving.targets.triton_models import (
+    Served,
+    SteadyLoad,
+    infer_url,
+    random_rows,
+    register_mirror,
+    register_words,
+    served,
+)
+from tests.support import register_network, register_torch
+
+DTYPES = (
+    "bool",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "float16",
+    "float32",
+    "float64",
+)
+
+
+@pytest.fixture(scope="module")
+def triton(tmp_path_factory: pytest.TempPathFactory) -> Generator[TritonServer]:
+    if importlib.util.find_spec("pytriton") is None:
+        pytest.skip("pip install --no-deps --require-hashes -r infra/local/wheels.txt brings the server")
+    folder = tmp_path_factory.mktemp("triton")
+    with triton_server(folder / "repository", folder / "server") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def host(triton: TritonServer) -> TritonHost:
+    return TritonHost(repository=triton.repository, url=triton.url)
+
+
+@pytest.fixture(scope="module")
+def fraud(registry: Path) -> Served:
+    return served(register_network("fraud", seed=0), "fraud")
+
+
+@pytest.fixture(scope="module")
+def at(host: TritonHost, fraud: Served) -> Address:
+    return host.deploy(fraud.release, fraud.model)
+
+
+@pytest.fixture(scope="module")
+def words(registry: Path) -> Served:
+    return served(register_words("words"), "words")
+
+
+@pytest.fixture(scope="module")
+def words_at(host: TritonHost, words: Served) -> Address:
+    return host.deploy(words.release, words.model)
+
+
+def word_rows(*texts: str) -> dict[str, Any]:
+    given = np.empty(len(texts), dtype=object)
+    given[:] = texts
+    return {"text": given, "number": np.arange(len(texts), dtype=np.int32)}
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_answers_equal_the_models_own(fraud: Served, at: Address, binary: bool) -> None:  # noqa: FBT001 - a case
+    rows = random_rows(200)
+    answer = fraud.ask(at, rows, binary=binary)["score"]
+
+    assert (200,) == answer.shape
+    np.testing.assert_allclose(fraud.predict(rows)["score"], answer, rtol=0, atol=1e-6)
+
+
+def test_requests_that_are_passed_together_get_their_own_answers(fraud: Served, at: Address) -> None:
+    rows = random_rows(64)
+    answers: dict[int, Any] = {}
+
+    def ask(row: int) -> None:
+        answers[row] = fraud.ask(at, {"x": rows["x"][row : row + 1]})["score"][0]
+
+    threads = [threading.Thread(target=ask, args=(row,)) for row in range(64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    np.testing.assert_allclose(fraud.predict(rows)["score"], [answers[row] for row in range(64)], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_text_and_several_inputs_and_outputs_pass(words: Served, words_at: Address, binary: bool) -> None:  # noqa: FBT001
+    rows = word_rows("héé", "b\0\0", "", "longer", "日本語")
+    answer = words.ask(words_at, rows, binary=binary)
+
+    assert [3, 3, 0, 6, 3] == answer["length"].tolist()
+    assert ["HÉÉ", "B\0\0", "", "LONGER", "日本語"] == answer["upper"].tolist()
+    assert [False, False, False, True, False] == answer["long"].tolist()
+    assert [0, 0.5, 1, 1.5, 2] == answer["half"].tolist()
+
+
+def test_a_row_that_the_model_fails_on_has_a_reason_and_the_requests_beside_it_their_answers(
+    words: Served, words_at: Address
+) -> None:
+    failed = words.post(words_at, word_rows("good", "bad"))
+
+    assert 500 == failed.status_code
+    assert "none for row 1: ValueError: no such word" in failed.json()["error"]
+    assert ["GOOD"] == words.ask(words_at, word_rows("good"))["upper"].tolist()
+
+
+def test_bytes_that_are_no_text_are_the_callers_fault(words: Served, words_at: Address) -> None:
+    body = oip.encode_request(words.release.contract, word_rows("ab"), binary=True)
+    answer = httpx.post(infer_url(words_at), content=body.content.replace(b"ab", b"\xff\xfe"), headers=body.headers)
+
+    assert (400, True) == (answer.status_code, "must be UTF-8" in answer.json()["error"])
+
+
+def test_numbers_of_every_type_pass_both_ways(host: TritonHost, registry: Path) -> None:
+    mirror = served(register_mirror("mirror", DTYPES), "mirror")
+    address = host.deploy(mirror.release, mirror.model)
+    ends = {dtype: _ends(np.dtype(dtype)) for dtype in DTYPES}
+    contract = mirror.release.contract
+    # Triton takes no FP16 in JSON, and gives none.
+    mixed = oip_body.pack(
+        {"outputs": [{"name": f"{dtype}_back", "parameters": {"binary_data": dtype == "float16"}} for dtype in DTYPES]},
+        "inputs",
+        [(value, ends[value.name], value.name == "float16") for value in contract.inputs],
+    )
+    for body in (mixed, oip.encode_request(contract, ends, binary=True)):
+        answer = httpx.post(infer_url(address), content=body.content, headers=body.headers)
+        length = int(answer.headers[oip.HEADER_LENGTH])
+        outputs = oip.decode_response(answer.content, contract, header_length=length)
+        for dtype in DTYPES:
+            np.testing.assert_array_equal(ends[dtype], outputs[f"{dtype}_back"])
+    host.remove(mirror.release)
+
+    assert 200 != mirror.post(address, ends).status_code
+
+
+def _ends(dtype: np.dtype[Any]) -> Any:
+    if dtype.kind == "b":
+        return np.array([[False, True]])
+    limits = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
+    return np.array([[limits.min, limits.max], [0, 1]], dtype=dtype)
+
+
+def test_tritonclient_understands_the_server(fraud: Served, at: Address) -> None:
+    http = pytest.importorskip("tritonclient.http", reason="pip install -e '.[dev]' brings tritonclient[http]")
+    rows = random_rows(5)
+    client = http.InferenceServerClient(at.url.removeprefix("http://"))
+    given = http.InferInput("x", [5, 3], "FP32")
+    given.set_data_from_numpy(rows["x"])
+    try:
+        answer = client.infer(at.model, [given], model_version=str(at.version), request_id="7")
+        metadata = client.get_model_metadata(at.model)
+    finally:
+        client.close()
+
+    np.testing.assert_allclose(fraud.predict(rows)["score"][:, None], answer.as_numpy("score"), rtol=0, atol=1e-6)
+    assert "7" == answer.get_response()["id"]
+    inputs, outputs = (metadata[key] for key in ("inputs", "outputs"))
+    told = oip.model_metadata(at.model, fraud.release.contract, versions=["1"], platform="python")
+    assert [each.model_dump(mode="json") for each in (*told.inputs, *told.outputs)] == [*inputs, *outputs]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [1, 4], "data": [0] * 4},
+        {"datatype": "FP64"},
+        {"name": "z"},
+        {"data": [0]},
+        {"data": [None, 0, 0]},
+        {"data": ["a", 0, 0]},
+        {"shape": [5000, 3], "data": [0] * 15000},
+    ],
+)
+def test_bad_input_is_refused_and_the_model_serves_on(fraud: Served, at: Address, change: dict[str, Any]) -> None:
+    good = {"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [0, 0, 0]}
+    answer = httpx.post(infer_url(at), json={"inputs": [{**good, **change}]})
+
+    # With 500 where JSON's data are wrong: the gateway tells that more kindly.
+    assert answer.status_code in range(400, 600)
+    assert answer.json()["error"]
+    assert (1,) == fraud.ask(at, random_rows(1))["score"].shape
+
+
+def test_a_version_is_added_and_removed_while_the_others_lose_no_request(
+    host: TritonHost, fraud: Served, at: Address, words: Served, words_at: Address
+) -> None:
+    second = served(register_network("fraud", seed=1), "fraud")
+    rows = random_rows(10)
+    with SteadyLoad(fraud, at) as load:
+        second_at = host.deploy(second.release, second.model)
+        both = fraud.ask(at, rows)["score"], second.ask(second_at, rows)["score"]
+        host.remove(second.release)
+        host.remove(second.release)
+
+    assert (at.model, "2") == (second_at.model, second_at.version)
+    np.testing.assert_allclose(fraud.predict(rows)["score"], both[0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(second.predict(rows)["score"], both[1], rtol=0, atol=1e-6)
+    assert [] == load.lost
+    assert load.answered > 0
+    assert 200 != second.post(second_at, rows).status_code
+    assert ["LONG"] == words.ask(words_at, word_rows("long"))["upper"].tolist()
+
+
+def test_a_version_that_takes_other_tensors_stands_beside_as_a_model_of_its_own(
+    host: TritonHost, fraud: Served, at: Address
+) -> None:
+    wide = served(register_torch("fraud", torch.nn.Linear(4, 1), ("a", "b", "c", "d")), "fraud")
+    wide_at = host.deploy(wide.release, wide.model)
+    x = np.ones((2, 4), np.float32)
+
+    assert f"fraud.v{wide.release.version}" == wide_at.model
+    assert (at, wide_at) == host.endpoints()["fraud"]
+    np.testing.assert_allclose(wide.predict({"x": x})["score"], wide.ask(wide_at, {"x": x})["score"], atol=1e-6)
+    assert (2,) == fraud.ask(at, random_rows(2))["score"].shape
+
+    host.remove(wide.release)
+
+    assert (at,) == host.endpoints()["fraud"]
+    assert not (host.repository / wide_at.model).exists()
+
+
+def test_an_endpoint_is_unloaded_and_wakes_while_others_serve(
+    host: TritonHost, fraud: Served, at: Address, words: Served, words_at: Address
+) -> None:
+    with SteadyLoad(fraud, at) as load:
+        host.unload("words")
+        asleep = words.post(words_at, word_rows("a"))
+        host.load("words")
+        awake = words.ask(words_at, word_rows("a"))
+
+    assert asleep.status_code in range(400, 600)
+    assert ["A"] == awake["upper"].tolist()
+    assert [] == load.lost
+    assert load.answered > 0
+
+
+def test_a_release_that_is_deployed_again_takes_its_new_dial(host: TritonHost, fraud: Served, at: Address) -> None:
+    other = fraud.release.model_copy(update={"dial": Dial(batch_size_max=3, wait_ms_max=0)})
+    with SteadyLoad(fraud, at) as load:
+        address = host.deploy(other, fraud.model)
+
+    assert at == address
+    assert [] == load.lost
+    assert "preferred_batch_size: [3]" in (host.repository / "fraud/config.pbtxt").read_text()
+    assert (1,) == fraud.ask(at, random_rows(1))["score"].shape
+
+
+def test_a_pickled_version_is_refused_with_the_reason_and_the_others_of_its_endpoint_serve_on(
+    host: TritonHost, fraud: Served, at: Address
+) -> None:
+    pickled = _pickled(fraud)
+    files = _files(host.repository)
+    with SteadyLoad(fraud, at) as load, pytest.raises(EndpointFailed, match=r"version 7 is at UNAVAILABLE") as refused:
+        host.deploy(pickled.release, pickled.model)
+
+    assert "must not need unpickling" in str(refused.value)
+    assert "allow_pickle=True" in str(refused.value)
+    assert "At:" not in str(refused.value)
+    assert files == _files(host.repository)
+    assert [] == load.lost
+    assert (1,) == fraud.ask(at, random_rows(1))["score"].shape
+
+
+def _pickled(like: Served) -> Served:
+    """Return a torch network that was logged as a pickle, as version 7 of the same endpoint."""
+    import mlflow
+    from mlflow.models import ModelSignature
+
+    signature: ModelSignature = resolve_model(like.release.pin.uri).mlmodel.signature
+    with mlflow.start_run():
+        logged = mlflow.pytorch.log_model(
+            torch.nn.Linear(3, 1),
+            name="model",
+            signature=signature,
+            serialization_format="pickle",
+            metadata={"overnight": {"columns": {"x": ["a", "b", "c"]}}},
+            pip_requirements=["torch"],
+            registered_model_name="pickled",
+        )
+    found = served(f"models:/pickled/{logged.registered_model_version}", like.release.endpoint)
+    pin = found.release.pin.model_copy(update={"version": "7"})
+    return Served(release=found.release.model_copy(update={"pin": pin}), model=found.model)
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_queue_that_grows_gets_an_instance_and_gives_it_back_when_it_is_calm(
+    host: TritonHost, triton: TritonServer, sleepy: str
+) -> None:
+    scaling = Scaling(replicas_min=1, replicas_max=2)
+    slow = served(sleepy, "slow", dial=Dial(), scaling=scaling)
+    address = host.deploy(slow.release, slow.model)
+    scaler = InstanceScaler(
+        host=host, metrics_url=triton.metrics_url, endpoint="slow", scaling=scaling, dial=slow.release.dial
+    )
+    stop, calm, lost = threading.Event(), threading.Event(), []
+
+    def ask(*, all_along: bool) -> None:
+        while not (stop.is_set() or (calm.is_set() and not all_along)):
+            answer = slow.post(address, {"a": np.ones(1, np.float32)})
+            lost.extend([answer.text] if answer.status_code != 200 else [])
+            time.sleep(0.3 if calm.is_set() else 0)
+
+    threads = [threading.Thread(target=ask, kwargs={"all_along": at == 0}) for at in range(6)]
+    for thread in threads:
+        thread.start()
+    grown = _looked(scaler, until=lambda instances: instances == 2)
+    calm.set()
+    shrunk = _looked(scaler, until=lambda instances: instances == 1)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    host.remove(slow.release)
+
+    assert (2, 1) == (grown, shrunk)
+    assert [] == lost
+
+
+def _looked(scaler: InstanceScaler, until: Callable[[int], bool]) -> int:
+    """Look once a second until the number of instances is as it should be, twenty times at most."""
+    instances = 0
+    for _ in range(20):
+        instances = scaler.look()
+        if until(instances):
+            break
+        time.sleep(1)
+    return instances
+
+
+def test_an_endpoint_that_is_not_there_is_named(host: TritonHost) -> None:
+    with pytest.raises(EndpointFailed, match="got 'nobody'; deploy it first"):
+        host.unload("nobody")
+
+
+def test_a_server_that_does_not_answer_is_named(tmp_path: Path, fraud: Served) -> None:
+    host = TritonHost(repository=tmp_path, url="http://127.0.0.1:9")
+
+    with pytest.raises(EndpointFailed, match=r"Triton must answer at http://127.0.0.1:9"):
+        host.deploy(fraud.release, fraud.model)
+
+    assert [".lock"] == [path.name for path in tmp_path.iterdir()]
+
+
+def test_what_is_rendered_is_what_the_host_writes(host: TritonHost, at: Address, fraud: Served, tmp_path: Path) -> None:
+    rendered = TritonTarget().render(fraud.release, fraud.model)
+
+    assert {"fraud/config.pbtxt", "fraud/1/model.py", "fraud/1/release.json"} == set(rendered.files)
+    assert {"fraud/1/model": fraud.model} == rendered.trees
+    assert fraud.release == Release.model_validate_json(rendered.files["fraud/1/release.json"])
+    assert rendered.files["fraud/1/model.py"] == (host.repository / "fraud/1/model.py").read_bytes()
