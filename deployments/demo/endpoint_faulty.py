@@ -8,7 +8,7 @@ import time
 
 import mlflow
 import numpy as np
-from mlflow.pyfunc import PythonModel
+from mlflow.pyfunc.model import PythonModel
 
 LATE_MINUTES = 60.0
 

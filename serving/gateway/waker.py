@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 from urllib.parse import quote
 
@@ -9,7 +10,8 @@ import orjson
 
 from serving.errors import Unanswered
 from serving.gateway.http import Http
-from serving.gateway.route import Served
+from serving.gateway.route import Served, Sleep
+from serving.triton_control import ControlRefused, Verb, control_async
 
 _OK_BELOW = 300
 _ERROR_CHARACTERS = 2000
@@ -48,3 +50,45 @@ class RepositoryWaker:
             told = answered.content.decode(errors="replace")[:_ERROR_CHARACTERS]
             message = f"The model server must {what} the model at {url}, got {answered.status}: {told}."
             raise Unanswered(message)
+
+
+class TritonWaker:
+    """Triton's own gRPC door, which keeps none of its HTTP connections waiting while a model loads."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    async def load(self, served: Served) -> None:
+        """Load the model; Triton answers once it is loaded."""
+        await self._tell(served, "load")
+
+    async def unload(self, served: Served) -> None:
+        """Unload every version of the model."""
+        await self._tell(served, "unload")
+
+    async def _tell(self, served: Served, what: Verb) -> None:
+        try:
+            await control_async(self._address, what, served.upstream_model)
+        except ControlRefused as refused:
+            told = str(refused)[:_ERROR_CHARACTERS]
+            message = f"The model server must {what} the model at {self._address}, got: {told}."
+            raise Unanswered(message) from None
+
+
+class RouteWaker:
+    """The waker that a route names, as it is when it is needed."""
+
+    def __init__(self, http: Http, sleep: Callable[[], Sleep | None]) -> None:
+        self._repository, self._sleep = RepositoryWaker(http), sleep
+
+    async def load(self, served: Served) -> None:
+        """Load the model."""
+        await self._waker().load(served)
+
+    async def unload(self, served: Served) -> None:
+        """Unload every version of the model."""
+        await self._waker().unload(served)
+
+    def _waker(self) -> Waker:
+        sleep = self._sleep()
+        return TritonWaker(sleep.grpc) if sleep is not None and sleep.grpc is not None else self._repository

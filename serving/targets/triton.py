@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import shutil
 import tempfile
 import time
@@ -22,6 +21,7 @@ from serving.release import MODEL_FOLDER, RELEASE_FILE, Release
 from serving.targets import Address, Rendered
 from serving.targets.triton_config import instances_of, with_instances, write_config
 from serving.tensors import tensors
+from serving.triton_control import ControlRefused, Verb, control
 
 CONFIG_FILE = "config.pbtxt"
 _MODEL_PY = Path(__file__).with_name("triton_model.py")
@@ -59,12 +59,14 @@ class TritonHost:
 
     Versions of one endpoint that take the same tensors are versions of one model there; one that takes others stands
     beside it as a model of its own, and its Address says so. A version is written whole before Triton is told of it.
-    Triton loads all versions of a model again before it lets go of those that serve: no request is lost. Changes to one
-    repository wait for each other, from any process. Raises EndpointFailed with Triton's own reason.
+    Triton loads all versions of a model again before it lets go of those that serve: no request is lost, nor any kept
+    waiting, since it is told through its gRPC door, at HOST:PORT. Changes to one repository wait for each other, from any
+    process. Raises EndpointFailed with Triton's own reason.
     """
 
     repository: Path
     url: str
+    grpc: str
     load_s_max: float = 300.0
 
     def deploy(self, release: Release, model: Path) -> Address:
@@ -175,11 +177,14 @@ class TritonHost:
             (folder / CONFIG_FILE).unlink()
             shutil.rmtree(folder)
 
-    def _control(self, model: str, verb: str) -> None:
-        response = self._ask("POST", f"/v2/repository/models/{quote(model)}/{verb}", {})
-        if response.status_code != HTTPStatus.OK:
-            message = f"Triton must {verb} {model!r}, got: {_reason(response)}"
-            raise EndpointFailed(message)
+    def _control(self, model: str, verb: Verb) -> None:
+        try:
+            control(self.grpc, verb, model, timeout_s=self.load_s_max)
+        except ControlRefused as refused:
+            if not refused.reached:
+                raise _no_answer(self.grpc, refused) from None
+            message = f"Triton must {verb} {model!r}, got: {_reason(refused)}"
+            raise EndpointFailed(message) from None
 
     def _wait_until_ready(self, model: str, version: str) -> None:
         path = f"/v2/models/{quote(model)}/versions/{version}/ready"
@@ -206,11 +211,7 @@ class TritonHost:
             with httpx.Client(base_url=self.url, timeout=self.load_s_max, trust_env=False) as client:
                 return client.request(method, path, json=body)
         except httpx.HTTPError as error:
-            message = (
-                f"Triton must answer at {self.url}, got {type(error).__name__}: {error}. Start it, or read in its log "
-                "why it ended."
-            )
-            raise EndpointFailed(message) from None
+            raise _no_answer(self.url, error) from None
 
     @contextmanager
     def _alone(self) -> Generator[None]:
@@ -275,10 +276,14 @@ def _write(path: Path, text: str) -> None:
     Path(file.name).replace(path)
 
 
-def _reason(response: httpx.Response) -> str:
-    try:
-        reason = str(json.loads(response.text)["error"])
-    except (ValueError, KeyError, TypeError):
-        reason = f"HTTP {response.status_code}: {response.text}"
+def _no_answer(where: str, error: Exception) -> EndpointFailed:
+    message = (
+        f"Triton must answer at {where}, got {type(error).__name__}: {error}. Start it, or read in its log why it "
+        "ended."
+    )
+    return EndpointFailed(message)
+
+
+def _reason(refused: ControlRefused) -> str:
     # A traceback follows the reason of a Python model.
-    return reason.split("\n\nAt:\n")[0].strip()[:_REASON_LENGTH_MAX]
+    return str(refused).split("\n\nAt:\n")[0].strip()[:_REASON_LENGTH_MAX]
