@@ -6,6 +6,7 @@ own, which the server starts and watches.
 
 import importlib.util
 import secrets
+import socket
 import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
@@ -14,11 +15,12 @@ from pathlib import Path
 
 from infra.local.loopback import HOST, ask
 from infra.local.ports import free_ports, start_on_free_ports
-from infra.local.process import Running, ServerCommand, ServerProcess, base_environment
+from infra.local.process import Running, ServerCommand, ServerFailed, ServerProcess, base_environment
 
 _PACKAGE = "pytriton"
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 _STUB = "triton_python_backend_stub"
+_LOG = "server.log"
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the server and its models share memory, by names of this start
 
 
@@ -49,7 +51,7 @@ class TritonServer(Running):
         self.stop()
         addresses = (self.url, self.grpc, self.metrics_url)
         ports = tuple(int(address.rpartition(":")[2].split("/")[0]) for address in addresses)
-        return replace(self, process=ServerProcess(_command(_find_package(), self.repository, self.folder, ports)))
+        return replace(self, process=_started(self.repository, self.folder, ports))
 
     def stop(self) -> None:
         """Stop the server and its models, and return when they are gone. Idempotent."""
@@ -70,7 +72,7 @@ def triton_server(repository: Path, folder: Path, *, port: int | None = None) ->
         process, ports = start_on_free_ports(3, lambda ports: _command(package, repository, folder, ports))
     else:
         ports = (port, *free_ports(2))
-        process = ServerProcess(_command(package, repository, folder, ports))
+        process = _started(repository, folder, ports)
     return TritonServer(
         process=process,
         repository=repository,
@@ -79,6 +81,22 @@ def triton_server(repository: Path, folder: Path, *, port: int | None = None) ->
         grpc=f"{HOST}:{ports[1]}",
         metrics_url=f"http://{HOST}:{ports[2]}/metrics",
     )
+
+
+def _started(repository: Path, folder: Path, ports: Sequence[int]) -> ServerProcess:
+    """Start Triton on ports that it has to have."""
+    for port in ports:
+        with socket.socket() as probe:
+            # As the server itself does it, which would take ten seconds to say so: connections of before may linger.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError as error:
+                message = (
+                    f"Port {port} of {HOST} must be free for Triton, got: {error}. Stop what has it, or take another."
+                )
+                raise ServerFailed(message, exit_code=None, log="", log_path=folder / _LOG) from None
+    return ServerProcess(_command(_find_package(), repository, folder, ports))
 
 
 def _find_package() -> Path:
@@ -115,7 +133,7 @@ def _command(package: Path, repository: Path, folder: Path, ports: Sequence[int]
         ),
         environment=_environment(package),
         folder=folder,
-        log_path=folder / "server.log",
+        log_path=folder / _LOG,
         # Only this very server knows its name: another one that won the port does not.
         ready=lambda: identity in ask("GET", http, "/v2").text and ask("GET", http, "/v2/health/ready").ok,
         # What models and server share outlives a SIGKILL.

@@ -44,7 +44,7 @@ def _mend() -> Any:
     get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     table = (ctypes.c_void_p * (_NEW_FROM_DESCR + 1)).from_address(get_pointer(_ARRAY_API, None))
     numpys = table[_NEW_FROM_DESCR]
-    original = _NewFromDescr(numpys)
+    original = _NewFromDescr(numpys or 0)
     without_strides = _NewFromDescr(
         lambda kind, dtype, ndim, shape, _strides, data, flags, like: original(
             kind, dtype, ndim, shape, None, data, flags, like

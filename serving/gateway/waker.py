@@ -11,7 +11,7 @@ import orjson
 from serving.errors import Unanswered
 from serving.gateway.http import Http
 from serving.gateway.route import Served, Sleep
-from serving.triton_control import ControlRefused, Verb, control_async
+from serving.triton_grpc import ControlRefused, Verb, control_async
 
 _OK_BELOW = 300
 _ERROR_CHARACTERS = 2000

@@ -11,6 +11,7 @@ from serving.tensors import TensorMetadata, tensors
 
 # Requests that wait for a pass, at most: Triton answers more of them with 503 at once.
 _QUEUE_MAX = 8192
+_VERSIONS = re.compile(r"(?m)^version_policy.*\bversions: \[([\d, ]*)\]")
 _INSTANCES = re.compile(r"(?m)^(instance_group.*\bcount: )(\d+)")
 
 
@@ -33,6 +34,12 @@ def write_config(model: str, release: Release, versions: Collection[str], *, ins
         *_batching(release.dial),
     )
     return "\n".join(lines) + "\n"
+
+
+def versions_of(config: str) -> tuple[str, ...]:
+    """Return the versions that a config which was written here serves, in order."""
+    found = _VERSIONS.search(config)
+    return tuple(found[1].split(", ")) if found else ()
 
 
 def instances_of(config: str) -> int:

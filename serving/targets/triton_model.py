@@ -11,7 +11,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
-from torch.utils.dlpack import from_dlpack, to_dlpack
+from torch.utils.dlpack import from_dlpack
 
 from serving.contract import TEXT_DTYPES, Input, Output
 from serving.errors import BadRequest, OvernightError
@@ -68,4 +68,4 @@ def _to_tensor(array: Any, value: Output) -> Any:
     if value.dtype == "str":
         return pb_utils.Tensor(value.name, shaped)
     # Triton marks a capsule as used in a way that numpy's own complains of, and torch's does not.
-    return pb_utils.Tensor.from_dlpack(value.name, to_dlpack(torch.from_numpy(shaped)))
+    return pb_utils.Tensor.from_dlpack(value.name, torch.from_numpy(shaped))

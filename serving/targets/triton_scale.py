@@ -37,6 +37,7 @@ class Counters:
     queued_us: float = 0.0
     computed_us: float = 0.0
     pending: float = 0.0
+    failed: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +62,7 @@ def read_counters(metrics: str, models: Collection[str]) -> Counters:
         queued_us=sums.get("nv_inference_queue_duration_us", 0.0),
         computed_us=sums.get("nv_inference_compute_infer_duration_us", 0.0),
         pending=sums.get("nv_inference_pending_request_count", 0.0),
+        failed=sums.get("nv_inference_request_failure", 0.0),
     )
 
 
@@ -104,7 +106,7 @@ def instances_wanted(
 
 @dataclass(slots=True, kw_only=True)
 class InstanceScaler:
-    """Keeps the instances of one endpoint between its bounds by what Triton measures, a look every few seconds."""
+    """Keeps the instances of one endpoint between its bounds by what Triton measures, and alive, look by look."""
 
     host: TritonHost
     metrics_url: str
@@ -118,13 +120,18 @@ class InstanceScaler:
     def look(self) -> int:
         """Measure, change the number of instances where it should be another, and return it.
 
-        The first look only measures. Raises EndpointFailed where Triton does not answer or does not follow.
+        The first look only measures. Where requests have failed since the last one, instances that have died are
+        started anew. Raises EndpointFailed where Triton does not answer or does not follow.
         """
         models = {address.model for address in self.host.endpoints().get(self.endpoint, ())}
         now, at = read_counters(self._metrics(), models), time.monotonic()
         before, self._before, since, self._at = self._before, now, self._at, at
         instances = self.host.instances(self.endpoint)
         if before is None:
+            return instances
+        if now.failed > before.failed and self.host.mend(self.endpoint):
+            _log.warning("%s: an instance had died, and was started anew", self.endpoint)
+            self._before = None
             return instances
         queue = queue_between(before, now, at - since)
         self._calm = 0 if queue.pending or queue.busy > _IDLE_MAX * (instances - 1) else self._calm + 1
