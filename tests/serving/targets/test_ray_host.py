@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from serving.targets import Address
 from serving.targets.ray_host import RayServeHost
 from serving.targets.ray_serve import RayServe, application_name
 from tests.releases import TOLERANCE, Put, document, infer, model_url, release_of, rows
-from tests.support import register_mlp, register_network, register_script
+from tests.support import register_mlp, register_network, register_slow
 
 pytest.importorskip("ray", reason="Ray is an extra: pip install 'overnight[ray]'")
 
@@ -69,11 +70,18 @@ def versions(registry: Path) -> list[Put]:
 
 
 @pytest.fixture(scope="module")
-def addresses(host: RayServeHost, mlp: Put, sleeper: Put, versions: list[Put]) -> dict[str, Address]:
+def busy(registry: Path) -> Put:
+    """A model that takes its time, and whose queue is short."""
+    return release_of(register_slow("ray-busy", ["a"], seconds=0.1), "busy")
+
+
+@pytest.fixture(scope="module")
+def addresses(host: RayServeHost, mlp: Put, sleeper: Put, versions: list[Put], busy: Put) -> dict[str, Address]:
     """Where the releases answer, by their applications: all were put up at once."""
-    puts = [mlp, sleeper, *versions]
+    puts = [mlp, sleeper, *versions, busy]
+    hosts = [*[host] * (len(puts) - 1), replace(host, target=replace(host.target, queue_max=2))]
     with ThreadPoolExecutor(len(puts)) as pool:
-        addresses = list(pool.map(lambda put: host.deploy(put.release, put.model), puts))
+        addresses = list(pool.map(lambda host, put: host.deploy(put.release, put.model), hosts, puts))
     return {application_name(put.release): address for put, address in zip(puts, addresses, strict=True)}
 
 
@@ -138,45 +146,79 @@ def test_two_versions_stand_side_by_side_and_one_that_goes_leaves_the_other(
     assert [] == list(host.folder.glob("versions-1.*"))
 
 
-def test_a_release_is_replaced_while_it_serves(host: RayServeHost, mlp: Put, address: Address) -> None:
-    stop, failed, served = threading.Event(), [], [0]
+@contextmanager
+def asking(address: Address) -> Generator[list[str]]:
+    """Ask an endpoint all the while; gives what was answered but 200."""
+    stop, failed, served = threading.Event(), [], []
 
     def ask() -> None:
         with httpx.Client(timeout=60) as client:
             while not stop.is_set():
                 answer = client.post(f"{model_url(address)}/infer", json=document(1, FEATURES))
-                served[0] += 1
-                if answer.status_code != 200:
-                    failed.append(answer.text)
+                (served if answer.status_code == 200 else failed).append(answer.text)
 
-    asking = threading.Thread(target=ask)
-    asking.start()
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield failed
+    finally:
+        stop.set()
+        thread.join()
+    assert served
+
+
+def test_a_release_is_replaced_while_it_serves(host: RayServeHost, mlp: Put, address: Address) -> None:
     other = mlp.release.model_copy(update={"dial": Dial(batch_size_max=32, wait_ms_max=1)})
-    again = host.deploy(other, mlp.model)
+    with asking(address) as failed:
+        again = host.deploy(other, mlp.model)
     (folder,) = host.folder.glob("mlp-*")
-    stop.set()
-    asking.join()
 
     assert address == again
     assert '"batch_size_max": 32' in (folder / "release.json").read_text()
-    assert served[0] > 0
     assert [] == failed
 
 
-def test_a_model_that_does_not_load_is_refused_with_the_reason_and_the_others_serve_on(
-    host: RayServeHost, mlp: Put, address: Address, registry: Path
-) -> None:
-    broken = release_of(register_script("ray-broken", "pass"), "broken")
-    folder = registry / "broken"
-    folder.mkdir()
-    (folder / "MLmodel").write_text("flavors: {}\n")
+def test_requests_beyond_the_queue_are_answered_429(busy: Put, addresses: dict[str, Address]) -> None:
+    x = {"name": "a", "shape": [1, 1], "datatype": "FP32", "data": [1.0]}
+    url = f"{model_url(addresses['busy-1'])}/infer"
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(lambda _: httpx.post(url, json={"inputs": [x]}, timeout=60), range(32)))
+    refused = [answer for answer in answers if answer.status_code != 200]
 
-    with pytest.raises(EndpointFailed, match="broken-1 must start on Ray, got DEPLOY_FAILED"):
-        host.deploy(broken.release, folder)
+    assert {429} == {answer.status_code for answer in refused}
+    assert {"1"} == {answer.headers["Retry-After"] for answer in refused}
+    assert len(refused) < 32
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """The files of a model that no server can load."""
+    (tmp_path / "MLmodel").write_text("flavors: {}\n")
+    return tmp_path
+
+
+def test_a_model_that_does_not_load_is_refused_with_the_reason_and_the_others_serve_on(
+    host: RayServeHost, mlp: Put, address: Address, broken: Path
+) -> None:
+    release = mlp.release.model_copy(update={"endpoint": "broken"})
+
+    with pytest.raises(EndpointFailed, match=r"broken-1 must start on Ray, got DEPLOY_FAILED: (?s:.*)python_function"):
+        host.deploy(release, broken)
     assert [] == list(host.folder.glob("broken-*"))
-    np.testing.assert_allclose(
-        infer(address, mlp, rows(3, FEATURES)), mlp.predict(rows(3, FEATURES)), rtol=0, atol=TOLERANCE
-    )
+    check_scores(mlp, address)
+
+
+def test_a_release_whose_replacement_does_not_load_serves_on(
+    host: RayServeHost, mlp: Put, address: Address, broken: Path
+) -> None:
+    before = set(host.folder.glob("mlp-*"))
+    release = mlp.release.model_copy(update={"dial": Dial(batch_size_max=4)})
+    with asking(address) as failed, pytest.raises(EndpointFailed, match="mlp-1 must start on Ray"):
+        host.deploy(release, broken)
+
+    assert [] == failed
+    assert before == set(host.folder.glob("mlp-*"))
+    check_scores(mlp, address)
 
 
 def test_a_replica_that_is_killed_is_started_again(
@@ -186,10 +228,7 @@ def test_a_replica_that_is_killed_is_started_again(
     os.kill(replica, signal.SIGKILL)
     wait_for(lambda: replica_pid(cluster, "mlp") not in (0, replica), 60)
     wait_for(lambda: httpx.get(f"{model_url(address)}/ready").is_success, 60)
-
-    np.testing.assert_allclose(
-        infer(address, mlp, rows(3, FEATURES)), mlp.predict(rows(3, FEATURES)), rtol=0, atol=TOLERANCE
-    )
+    check_scores(mlp, address)
 
 
 def test_a_release_goes_to_zero_and_the_next_request_wakes_it(
@@ -214,6 +253,11 @@ def test_a_cluster_that_does_not_answer_or_is_not_ours_is_named(host: RayServeHo
         stranger.deploy(mlp.release, mlp.model)
     assert host.token not in repr(host)
     assert [] == list(tmp_path.iterdir())
+
+
+def check_scores(put: Put, address: Address) -> None:
+    x_NF = rows(3, FEATURES)
+    np.testing.assert_allclose(infer(address, put, x_NF), put.predict(x_NF), rtol=0, atol=TOLERANCE)
 
 
 def replica_pid(cluster: RayCluster, endpoint: str) -> int:
