@@ -57,9 +57,9 @@ class TritonHost:
 
     Versions of one endpoint that take the same tensors are versions of one model there; one that takes others stands
     beside it as a model of its own, and its Address says so. A version is written whole before Triton is told of it.
-    Triton loads all versions of a model again before it lets go of those that serve: no request is lost, and none is kept
-    waiting, since it is told through its gRPC door, at HOST:PORT. Changes to one repository wait for each other, from
-    any process. Raises EndpointFailed with Triton's own reason.
+    Triton loads all versions of a model again before it lets go of those that serve: no request is lost, and none
+    waits for that, since it is told through its gRPC door, at HOST:PORT. Changes to one repository wait for each other,
+    from any process. Raises EndpointFailed with Triton's own reason.
     """
 
     repository: Path
