@@ -27,9 +27,10 @@ from deployments.demo.prepare import console, point_at, prepare
 
 if TYPE_CHECKING:
     from deployments.demo.endpoint_versions import Versions
+    from infra.local.triton import TritonServer
     from serving.gateway.client import GatewayClient
     from tasks.endpoint.report import Endpoint
-    from tasks.endpoint.spec import EndpointSpec
+    from tasks.endpoint.spec import EndpointSpec, Triton
 
 NAME = "flight-delay"
 KEY = "FLIGHT_DELAY_KEY"
@@ -67,8 +68,7 @@ class Stage:
     """The servers of the demo, and what went wrong on them."""
 
     gateway: str
-    triton: str
-    repository: Path
+    triton: TritonServer
     key: str = field(repr=False)
     bodies: Sequence[bytes]
     admin_key: str = field(repr=False)
@@ -106,8 +106,7 @@ def start(stack: ExitStack, folder: Path) -> Stage:
     console.print(f"Prefect at {prefect.ui_url}, Triton at {triton.url}, the gateway at {gateway.url}/docs")
     return Stage(
         gateway=gateway.url,
-        triton=triton.url,
-        repository=triton.repository,
+        triton=triton,
         key=key,
         bodies=bodies(folder),
         admin_key=gateway.admin_key,
@@ -131,7 +130,7 @@ def _body(row: Sequence[float]) -> bytes:
 def show(stage: Stage, versions: Versions) -> None:
     """Go through the life of an endpoint."""
     from flows.endpoint import retire_endpoint  # noqa: PLC0415 - the servers' addresses must be set before
-    from tasks.endpoint.spec import AllAtOnce, Canary, Triton  # noqa: PLC0415
+    from tasks.endpoint.spec import AllAtOnce, Canary  # noqa: PLC0415
 
     _title("1. The first version goes online, with a dial for 50 ms")
     console.print(put(stage, versions.first, AllAtOnce()).markdown())
@@ -149,7 +148,7 @@ def show(stage: Stage, versions: Versions) -> None:
     put(stage, versions.second, AllAtOnce(), keep_warm=KEEP_WARM_SECONDS)
     sleep_and_wake(stage)
     _title("7. The endpoint is retired")
-    gone = retire_endpoint(NAME, Triton(repository=str(stage.repository), url=stage.triton), stage.gateway)
+    gone = retire_endpoint(NAME, target(stage), stage.gateway)
     console.print(f"Versions {', '.join(gone)} are taken down")
     status = httpx.post(stage.url, content=stage.bodies[0], headers=stage.headers).status_code
     console.print(f"A request is answered with {status} now")
@@ -158,20 +157,28 @@ def show(stage: Stage, versions: Versions) -> None:
 
 def spec(stage: Stage, model: str, rollout: object, keep_warm: float | None = None) -> EndpointSpec:
     """Return the endpoint of the demo with one of its versions."""
-    from tasks.endpoint.spec import Access, Budget, EndpointSpec, Triton  # noqa: PLC0415 - the same
+    from tasks.endpoint.spec import Access, Budget, EndpointSpec  # noqa: PLC0415 - the same
 
     return EndpointSpec.model_validate(
         {
             "name": NAME,
             "model": model,
             "gateway": stage.gateway,
-            "target": Triton(repository=str(stage.repository), url=stage.triton),
+            "target": target(stage),
             "budget": Budget(latency_ms=LATENCY_MS, rate=CALLS_PER_SECOND, callers=32),
             "rollout": rollout,
             "access": Access(environment=(KEY,)),
             "keep_warm": keep_warm,
         }
     )
+
+
+def target(stage: Stage) -> Triton:
+    """Return the Triton of the demo as a target."""
+    from tasks.endpoint.spec import Triton  # noqa: PLC0415 - the same
+
+    triton = stage.triton
+    return Triton(repository=str(triton.repository), url=triton.url, grpc=triton.grpc)
 
 
 def put(stage: Stage, model: str, rollout: object, keep_warm: float | None = None) -> Endpoint:
@@ -241,7 +248,7 @@ def _models(client: GatewayClient) -> str:
 
 
 def _triton(stage: Stage) -> str:
-    listed = httpx.post(f"{stage.triton}/v2/repository/index", json={}).json()
+    listed = httpx.post(f"{stage.triton.url}/v2/repository/index", json={}).json()
     return ", ".join(f"{each['name']} {each.get('version', '')} {each.get('state', 'not loaded')}" for each in listed)
 
 

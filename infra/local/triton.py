@@ -28,13 +28,14 @@ _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the server and its model
 class TritonServer(Running):
     """A running Triton with explicit model control; a context manager that stops it.
 
-    `url` is what clients ask, `metrics_url` what Prometheus reads.
+    `url` is what clients ask, `grpc`, as HOST:PORT, what has it load models, and `metrics_url` what Prometheus reads.
     """
 
     process: ServerProcess
     repository: Path
     folder: Path
     url: str
+    grpc: str
     metrics_url: str
 
     @property
@@ -48,8 +49,9 @@ class TritonServer(Running):
         Raises ServerFailed, also where another program has taken a port meanwhile.
         """
         self.stop()
-        http, metrics = (int(url.rpartition(":")[2].split("/")[0]) for url in (self.url, self.metrics_url))
-        return replace(self, process=_started(self.repository, self.folder, http, metrics))
+        addresses = (self.url, self.grpc, self.metrics_url)
+        ports = tuple(int(address.rpartition(":")[2].split("/")[0]) for address in addresses)
+        return replace(self, process=_started(self.repository, self.folder, ports))
 
     def stop(self) -> None:
         """Stop the server and its models, and return when they are gone. Idempotent."""
@@ -67,22 +69,23 @@ def triton_server(repository: Path, folder: Path, *, port: int | None = None) ->
     for each in (repository, folder):
         each.mkdir(parents=True, exist_ok=True)
     if port is None:
-        process, ports = start_on_free_ports(2, lambda ports: _command(package, repository, folder, ports))
+        process, ports = start_on_free_ports(3, lambda ports: _command(package, repository, folder, ports))
     else:
-        ports = (port, *free_ports(1))
-        process = _started(repository, folder, *ports)
+        ports = (port, *free_ports(2))
+        process = _started(repository, folder, ports)
     return TritonServer(
         process=process,
         repository=repository,
         folder=folder,
         url=f"http://{HOST}:{ports[0]}",
-        metrics_url=f"http://{HOST}:{ports[1]}/metrics",
+        grpc=f"{HOST}:{ports[1]}",
+        metrics_url=f"http://{HOST}:{ports[2]}/metrics",
     )
 
 
-def _started(repository: Path, folder: Path, http: int, metrics: int) -> ServerProcess:
+def _started(repository: Path, folder: Path, ports: Sequence[int]) -> ServerProcess:
     """Start Triton on ports that it has to have."""
-    for port in (http, metrics):
+    for port in ports:
         with socket.socket() as probe:
             # As the server itself does it, which would take ten seconds to say so: connections of before may linger.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -93,7 +96,7 @@ def _started(repository: Path, folder: Path, http: int, metrics: int) -> ServerP
                     f"Port {port} of {HOST} must be free for Triton, got: {error}. Stop what has it, or take another."
                 )
                 raise ServerFailed(message, exit_code=None, log="", log_path=folder / _LOG) from None
-    return ServerProcess(_command(_find_package(), repository, folder, (http, metrics)))
+    return ServerProcess(_command(_find_package(), repository, folder, ports))
 
 
 def _find_package() -> Path:
@@ -113,13 +116,14 @@ def _find_package() -> Path:
 
 def _command(package: Path, repository: Path, folder: Path, ports: Sequence[int]) -> ServerCommand:
     identity = f"overnight-{secrets.token_hex(6)}"
-    http, metrics = ports
+    http, grpc, metrics = ports
     return ServerCommand(
         argv=(
             str(package / "bin/tritonserver"),
             *(f"--model-repository={repository}", "--model-control-mode=explicit", f"--id={identity}"),
             *(f"--backend-directory={_backends(package, folder)}", "--disable-auto-complete-config"),
-            *(f"--http-address={HOST}", f"--http-port={http}", "--allow-grpc=false"),
+            *(f"--http-address={HOST}", f"--http-port={http}"),
+            *(f"--grpc-address={HOST}", f"--grpc-port={grpc}"),
             *(f"--metrics-address={HOST}", f"--metrics-port={metrics}"),
             *("--allow-gpu-metrics=false", "--allow-cpu-metrics=false"),
             # One model that is not ready says nothing of the others.

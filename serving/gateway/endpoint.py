@@ -23,7 +23,7 @@ from serving.gateway.split import choose
 from serving.gateway.state import Kept
 from serving.gateway.trial import Trial, Verdict, judge
 from serving.gateway.upstream import Call, Reply
-from serving.gateway.waker import RepositoryWaker
+from serving.gateway.waker import RouteWaker
 from serving.gateway.warmth import Warmth
 
 _OK, _NOT_FOUND, _TOO_MANY, _TIMEOUT = 200, 404, 429, 504
@@ -40,7 +40,7 @@ class Endpoint:
         self._last_s = time.monotonic()
         self._bucket = Bucket(tokens=float(kept.route.limits.burst), at_s=self._last_s)
         self.admission = Admission(kept.route.limits)
-        self.warmth = Warmth(RepositoryWaker(http), metrics.wakes.labels(name).observe)
+        self.warmth = Warmth(RouteWaker(http, lambda: self.route.sleep), metrics.wakes.labels(name).observe)
         self.shadowing = Shadowing(lambda compared: metrics.shadows.labels(name, compared).inc())
         self._take(kept)
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     # serving.targets imports MLflow, which takes seconds; the gateway starts without it.
     from serving.targets import Address
 
+HOST_PORT = r"^[A-Za-z0-9._-]{1,253}:[0-9]{1,5}$"
 ENDPOINT_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 KEY_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 KeyName = Annotated[str, Field(pattern=KEY_PATTERN)]
@@ -69,8 +70,10 @@ class Sleep(Frozen):
 
     keep_warm_s: float = Field(gt=0, le=30 * 86_400, description="Seconds after the last request until they unload.")
     hold_s_max: float = Field(default=60.0, gt=0, le=3600, description="Seconds that a request waits for a load.")
-    waker: Literal["v2-repository"] = Field(
-        default="v2-repository", description="v2-repository: the model repository extension of the V2 protocol."
+    grpc: Annotated[str, Field(pattern=HOST_PORT)] | None = Field(
+        default=None,
+        description="Triton's gRPC door, HOST:PORT, which loads a model while other models are asked. None: the model "
+        "repository extension of V2 over HTTP, which may keep the server's other callers waiting.",
     )
 
 

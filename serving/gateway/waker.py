@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 from urllib.parse import quote
 
@@ -9,8 +10,9 @@ import orjson
 
 from serving.errors import Unanswered
 from serving.gateway.http import Http
-from serving.gateway.route import Served
+from serving.gateway.route import Served, Sleep
 from serving.gateway.v2 import V2Upstream
+from serving.triton_grpc import ControlRefused, Verb, control_async
 
 _OK_BELOW = 300
 _ERROR_CHARACTERS = 2000
@@ -57,3 +59,55 @@ class RepositoryWaker:
             told = answered.content.decode(errors="replace")[:_ERROR_CHARACTERS]
             message = f"The model server must {what} the model at {url}, got {answered.status}: {told}."
             raise Unanswered(message)
+
+
+class TritonWaker:
+    """Triton's own gRPC door, which keeps none of its HTTP connections waiting while a model loads."""
+
+    def __init__(self, http: Http, address: str) -> None:
+        self._http, self._address = http, address
+
+    async def loaded(self, served: Served) -> bool:
+        """GET /v2/models/MODEL/versions/VERSION/ready, over HTTP."""
+        return await V2Upstream(self._http, served).ready()
+
+    async def load(self, served: Served) -> None:
+        """Load the model; Triton answers once it is loaded."""
+        await self._tell(served, "load")
+
+    async def unload(self, served: Served) -> None:
+        """Unload every version of the model."""
+        await self._tell(served, "unload")
+
+    async def _tell(self, served: Served, what: Verb) -> None:
+        try:
+            await control_async(self._address, what, served.upstream_model)
+        except ControlRefused as refused:
+            told = str(refused)[:_ERROR_CHARACTERS]
+            message = f"The model server must {what} the model at {self._address}, got: {told}."
+            raise Unanswered(message) from None
+
+
+class RouteWaker:
+    """The waker that a route names, as it is when it is needed."""
+
+    def __init__(self, http: Http, sleep: Callable[[], Sleep | None]) -> None:
+        self._http, self._sleep = http, sleep
+
+    async def loaded(self, served: Served) -> bool:
+        """Say whether a version is loaded, and False where its server does not answer."""
+        return await self._waker().loaded(served)
+
+    async def load(self, served: Served) -> None:
+        """Load the model."""
+        await self._waker().load(served)
+
+    async def unload(self, served: Served) -> None:
+        """Unload every version of the model."""
+        await self._waker().unload(served)
+
+    def _waker(self) -> Waker:
+        sleep = self._sleep()
+        if sleep is not None and sleep.grpc is not None:
+            return TritonWaker(self._http, sleep.grpc)
+        return RepositoryWaker(self._http)

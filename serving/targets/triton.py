@@ -57,12 +57,14 @@ class TritonHost:
 
     Versions of one endpoint that take the same tensors are versions of one model there; one that takes others stands
     beside it as a model of its own, and its Address says so. A version is written whole before Triton is told of it.
-    Triton loads all versions of a model again before it lets go of those that serve: no request is lost. Changes to one
-    repository wait for each other, from any process. Raises EndpointFailed with Triton's own reason.
+    Triton loads all versions of a model again before it lets go of those that serve: no request is lost, and none
+    waits for that, since it is told through its gRPC door, at HOST:PORT. Changes to one repository wait for each other,
+    from any process. Raises EndpointFailed with Triton's own reason.
     """
 
     repository: Path
     url: str
+    grpc: str
     load_s_max: float = 300.0
 
     def deploy(self, release: Release, model: Path) -> Address:
@@ -132,7 +134,7 @@ class TritonHost:
 
     @property
     def _control(self) -> TritonControl:
-        return TritonControl(url=self.url, wait_s_max=self.load_s_max)
+        return TritonControl(url=self.url, grpc=self.grpc, wait_s_max=self.load_s_max)
 
     def _model_for(self, release: Release) -> str:
         """Return the model that a release is a version of: the first whose versions take the same tensors."""

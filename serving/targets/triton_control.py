@@ -1,17 +1,16 @@
-"""What Triton is told over HTTP, and waited for: to load a model, to unload it, to answer."""
+"""What Triton is told, and waited for: to load a model, to unload it, to answer."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from http import HTTPStatus
 from urllib.parse import quote
 
 import httpx
 
 from serving.errors import EndpointFailed
+from serving.triton_grpc import ControlRefused, Verb, control
 
 _POLL_S = 0.02
 _REASON_LENGTH_MAX = 1500
@@ -22,6 +21,7 @@ class TritonControl:
     """A running Triton with explicit model control. Raises EndpointFailed with its own reason."""
 
     url: str
+    grpc: str
     wait_s_max: float
 
     def load(self, model: str, versions: Iterable[str] = ()) -> None:
@@ -43,11 +43,14 @@ class TritonControl:
         """Ask a version, and return the answer as it comes."""
         return self._ask("POST", f"/v2/models/{quote(model)}/versions/{version}/infer", content)
 
-    def _repository(self, model: str, verb: str) -> None:
-        response = self._ask("POST", f"/v2/repository/models/{quote(model)}/{verb}", b"{}")
-        if response.status_code != HTTPStatus.OK:
-            message = f"Triton must {verb} {model!r}, got: {_reason(response)}"
-            raise EndpointFailed(message)
+    def _repository(self, model: str, verb: Verb) -> None:
+        try:
+            control(self.grpc, verb, model, timeout_s=self.wait_s_max)
+        except ControlRefused as refused:
+            if not refused.reached:
+                raise _no_answer(self.grpc, str(refused)) from None
+            message = f"Triton must {verb} {model!r}, got: {_reason(refused)}"
+            raise EndpointFailed(message) from None
 
     def _states(self, model: str) -> set[str]:
         listed = self._ask("POST", "/v2/repository/index", b"{}").json()
@@ -67,17 +70,13 @@ class TritonControl:
             with httpx.Client(base_url=self.url, timeout=self.wait_s_max, trust_env=False) as client:
                 return client.request(method, path, content=content)
         except httpx.HTTPError as error:
-            message = (
-                f"Triton must answer at {self.url}, got {type(error).__name__}: {error}. Start it, or read in its log "
-                "why it ended."
-            )
-            raise EndpointFailed(message) from None
+            raise _no_answer(self.url, f"{type(error).__name__}: {error}") from None
 
 
-def _reason(response: httpx.Response) -> str:
-    try:
-        reason = str(json.loads(response.text)["error"])
-    except (ValueError, KeyError, TypeError):
-        reason = f"HTTP {response.status_code}: {response.text}"
+def _no_answer(where: str, got: str) -> EndpointFailed:
+    return EndpointFailed(f"Triton must answer at {where}, got {got}. Start it, or read in its log why it ended.")
+
+
+def _reason(refused: ControlRefused) -> str:
     # A traceback follows the reason of a Python model.
-    return reason.split("\n\nAt:\n")[0].strip()[:_REASON_LENGTH_MAX]
+    return str(refused).split("\n\nAt:\n")[0].strip()[:_REASON_LENGTH_MAX]

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from serving.errors import BadInput, EndpointFailed
 from serving.gateway.client import GatewayClient
-from serving.gateway.route import Route
+from serving.gateway.route import Route, Sleep
 from serving.release import Dial, Release
 from serving.targets import Address, Host
 from tasks.batch.artifacts import Logger
@@ -77,8 +77,10 @@ class Change:
     def route(self, address: Address) -> Route:
         """Return the route by which the release gets its traffic."""
         # Ray scales to zero by itself; Triton is told to by the gateway.
-        sleeps = self.keep_warm if isinstance(self.spec.target, Triton) else None
-        return rolled_out(self.spec, self.standing, self.release.contract, address, self.release.version, sleeps)
+        sleep, target = None, self.spec.target
+        if isinstance(target, Triton) and self.keep_warm is not None:
+            sleep = Sleep(keep_warm_s=self.keep_warm, grpc=target.grpc)
+        return rolled_out(self.spec, self.standing, self.release.contract, address, self.release.version, sleep)
 
     @contextmanager
     def undone_on_failure(self) -> Generator[None]:

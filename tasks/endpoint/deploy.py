@@ -33,7 +33,7 @@ def host_of(target: AnyTarget, keep_warm_seconds: float | None = None) -> Host:
 def _triton(target: specs.Triton) -> Host:
     from serving.targets.triton import TritonHost  # noqa: PLC0415 - an endpoint needs one target of five
 
-    return TritonHost(repository=Path(target.repository), url=target.url)
+    return TritonHost(repository=Path(target.repository), url=target.url, grpc=target.grpc)
 
 
 def _ray_serve(target: specs.RayServe, keep_warm_seconds: float | None) -> Host:

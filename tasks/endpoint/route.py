@@ -66,7 +66,7 @@ def rolled_out(
     contract: Contract,
     address: Address,
     version: str,
-    keep_warm: float | None,
+    sleep: Sleep | None,
 ) -> Route:
     """Return the route by which a version that is up and verified gets its traffic, beside what serves."""
     others = [] if standing is None else [each for each in standing.versions if each.version != version]
@@ -89,7 +89,7 @@ def rolled_out(
         keys=(*spec.access.environment, *spec.access.secrets),
         rollout=rollout,
         shadow=shadow,
-        sleep=None if keep_warm is None else Sleep(keep_warm_s=keep_warm),
+        sleep=sleep,
     )
 
 

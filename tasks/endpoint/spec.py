@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from serving.contract import ColumnPolicy, Frozen
-from serving.gateway.route import KeyName, Limits
+from serving.gateway.route import HOST_PORT, KeyName, Limits
 from serving.release import Dial, Scaling
 
 URL = r"^https?://[^\s@]+$"
@@ -28,6 +28,11 @@ class Triton(Frozen):
         description="The server's model repository, as a folder of this machine or one that both have mounted.",
     )
     url: str = Field(default="http://127.0.0.1:8000", pattern=URL, description="Where its HTTP door is.")
+    grpc: str = Field(
+        default="127.0.0.1:8001",
+        pattern=HOST_PORT,
+        description="Where its gRPC door is, HOST:PORT: it is told there to load models, which keeps nobody waiting.",
+    )
 
 
 class RayServe(Frozen):

@@ -15,6 +15,7 @@ import httpx
 
 from deployments.demo.endpoint_callers import Callers
 from deployments.demo.endpoint_faulty import LATE_MINUTES
+from infra.local.triton import TritonServer, triton_server
 from serving.errors import RolledBack
 from serving.oip import encode_request
 from tests.benchmarks.endpoint_servers import Served
@@ -38,7 +39,7 @@ def lost_figures(served: Served, folder: Path) -> dict[str, Any]:
         triton = stack.enter_context(triton_server(folder / "lost" / "repository", folder / "lost" / "triton"))
         gateway = stack.enter_context(gateway_server(folder / "lost" / "gateway"))
         os.environ["OVERNIGHT_ADMIN_KEY"] = gateway.admin_key
-        life = _Life(served, gateway.url, gateway.admin_key, str(triton.repository), triton.url)
+        life = _Life(served, gateway.url, gateway.admin_key, triton)
         lost = life.lost()
         wake = {"triton": life.wake_seconds()}
         wake["ray_serve"] = _ray_wake_seconds(served, folder / "lost-ray")
@@ -48,9 +49,8 @@ def lost_figures(served: Served, folder: Path) -> dict[str, Any]:
 class _Life:
     """One endpoint on Triton, through the flow and the gateway."""
 
-    def __init__(self, served: Served, gateway: str, admin_key: str, repository: str, triton: str) -> None:
-        self.served, self.gateway, self.admin_key = served, gateway, admin_key
-        self.repository, self.triton = repository, triton
+    def __init__(self, served: Served, gateway: str, admin_key: str, triton: TritonServer) -> None:
+        self.served, self.gateway, self.admin_key, self.triton = served, gateway, admin_key, triton
         self.url = f"{gateway}/v2/models/{NAME}/infer"
         *self.versions, self.failing = _versions()
 
@@ -75,7 +75,7 @@ class _Life:
         from flows.endpoint import online_endpoint
         from tasks.endpoint.spec import EndpointSpec, Triton
 
-        target = Triton(repository=self.repository, url=self.triton)
+        target = Triton(repository=str(self.triton.repository), url=self.triton.url, grpc=self.triton.grpc)
         spec = {"name": NAME, "model": model, "gateway": self.gateway, "target": target, "dial": self.served.dial}
         online_endpoint(EndpointSpec.model_validate({**spec, **changes}))
 

@@ -145,7 +145,7 @@ def _triton(release: Release, served: Served, folder: Path) -> Generator[Up]:
 
     began = time.perf_counter()
     with triton_server(folder / "repository", folder / "triton") as server:
-        host = TritonHost(repository=server.repository, url=server.url)
+        host = TritonHost(repository=server.repository, url=server.url, grpc=server.grpc)
         yield _deployed(host, release, served, began, server.process)
         host.remove(release)
 

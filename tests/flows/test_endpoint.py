@@ -97,7 +97,7 @@ def put(prefect: PrefectServer, triton: TritonServer, gateway: GatewayServer) ->
 
 
 def target(triton: TritonServer) -> Triton:
-    return Triton(repository=str(triton.repository), url=triton.url)
+    return Triton(repository=str(triton.repository), url=triton.url, grpc=triton.grpc)
 
 
 def loaded(triton: TritonServer, name: str) -> list[str]:
@@ -269,8 +269,8 @@ def test_a_budget_that_can_t_be_kept_is_refused_before_anything_is_put_up(
 def test_a_target_that_does_not_answer_is_an_error_that_says_so(
     client: GatewayClient, versions: dict[str, str], put: Put, tmp_path: Path
 ) -> None:
-    nowhere = Triton(repository=str(tmp_path), url="http://127.0.0.1:9")
-    with pytest.raises(EndpointFailed, match=r"http://127.0.0.1:9.*nothing served before it"):
+    nowhere = Triton(repository=str(tmp_path), url="http://127.0.0.1:9", grpc="127.0.0.1:9")
+    with pytest.raises(EndpointFailed, match=r"127.0.0.1:9.*nothing served before it"):
         put("nowhere", versions["first"], target=nowhere)
 
     assert client.get("nowhere") is None

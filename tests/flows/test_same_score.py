@@ -54,7 +54,7 @@ def running(kind: str, folder: Path) -> Generator[AnyTarget]:
         except FileNotFoundError as error:
             pytest.skip(str(error))
         with server:
-            yield Triton(repository=str(server.repository), url=server.url)
+            yield Triton(repository=str(server.repository), url=server.url, grpc=server.grpc)
     elif kind == "ray-serve":
         pytest.importorskip("ray.serve", reason="pip install 'overnight[ray]' brings it")
         with ray_cluster(folder / "ray") as cluster, pytest.MonkeyPatch.context() as patch:

@@ -50,7 +50,8 @@ def deployed(linear: str, tmp_path_factory: pytest.TempPathFactory) -> Generator
         scores = model.predict({"x": X})["score"]
     held = Deployed(server=server, route=None, scores=scores)  # type: ignore[arg-type]
     try:
-        address = TritonHost(repository=server.repository, url=server.url).deploy(release, resolved.folder)
+        host = TritonHost(repository=server.repository, url=server.url, grpc=server.grpc)
+        address = host.deploy(release, resolved.folder)
         served = Served.at(address, version=release.version, weight=100)
         held.route = Route(versions=(served,), contract=release.contract)
         yield held
@@ -109,7 +110,11 @@ def ready(deployed: Deployed) -> bool:
 def test_triton_unloads_the_model_when_idle_and_a_request_wakes_it(
     put: Put, deployed: Deployed, admin: GatewayClient
 ) -> None:
-    door = put(deployed.route.model_copy(update={"sleep": Sleep(keep_warm_s=0.3, hold_s_max=120)}))
+    door = put(
+        deployed.route.model_copy(
+            update={"sleep": Sleep(keep_warm_s=0.3, hold_s_max=120, grpc=deployed.server.grpc)}
+        )
+    )
     np.testing.assert_allclose(scores(door), deployed.scores.ravel(), atol=1e-6)
     admin.wait(door.name, lambda state: state.models == "asleep", timeout_s=60)
 

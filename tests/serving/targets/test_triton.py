@@ -63,7 +63,7 @@ def triton(tmp_path_factory: pytest.TempPathFactory) -> Generator[TritonServer]:
 
 @pytest.fixture(scope="module")
 def host(triton: TritonServer) -> TritonHost:
-    return TritonHost(repository=triton.repository, url=triton.url)
+    return TritonHost(repository=triton.repository, url=triton.url, grpc=triton.grpc)
 
 
 @pytest.fixture(scope="module")
@@ -398,9 +398,9 @@ def test_an_endpoint_that_is_not_there_is_named(host: TritonHost) -> None:
 
 
 def test_a_server_that_does_not_answer_is_named(tmp_path: Path, fraud: Served) -> None:
-    host = TritonHost(repository=tmp_path, url="http://127.0.0.1:9")
+    host = TritonHost(repository=tmp_path, url="http://127.0.0.1:9", grpc="127.0.0.1:9")
 
-    with pytest.raises(EndpointFailed, match=r"Triton must answer at http://127.0.0.1:9"):
+    with pytest.raises(EndpointFailed, match=r"Triton must answer at 127.0.0.1:9"):
         host.deploy(fraud.release, fraud.model)
 
     assert [".lock"] == [path.name for path in tmp_path.iterdir()]

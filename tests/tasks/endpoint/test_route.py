@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.errors import BadInput
-from serving.gateway.route import Rollout, Route, Shadow
+from serving.gateway.route import Rollout, Route, Shadow, Sleep
 from serving.targets import Address
 from tasks.endpoint.route import before_change, check_change, idle, in_words, rolled_out, serving, without
 from tasks.endpoint.spec import EndpointSpec
@@ -19,8 +19,8 @@ CANARY = {"kind": "canary", "percent": 20, "requests_min": 7}
 SHADOW = {"kind": "shadow"}
 
 
-def out(given: EndpointSpec, standing: Route | None, keep_warm: float | None = None) -> Route:
-    return rolled_out(given, standing, matrix(4), ADDRESS, "2", keep_warm)
+def out(given: EndpointSpec, standing: Route | None, sleep: Sleep | None = None) -> Route:
+    return rolled_out(given, standing, matrix(4), ADDRESS, "2", sleep)
 
 
 def weights(found: Route) -> dict[str, float]:
@@ -69,7 +69,7 @@ def test_a_shadow_that_gets_traffic_is_one_no_more() -> None:
 
 
 def test_keys_go_by_name_and_the_sleep_by_seconds() -> None:
-    found = out(spec(access={"environment": ["A_KEY"], "secrets": ["b-key"]}), None, keep_warm=60)
+    found = out(spec(access={"environment": ["A_KEY"], "secrets": ["b-key"]}), None, Sleep(keep_warm_s=60))
 
     assert ("A_KEY", "b-key") == found.keys
     assert found.sleep is not None
