@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from tasks.stream.message import Message, Poison
+from tasks.stream.message import Message, Place, Poison
 from tasks.stream.score import Scored
 
 
@@ -59,7 +59,8 @@ class Ends:
     """What one stream is read from and written to.
 
     `lag` tells the messages that wait in the source, where known; `max_deliver` how often one comes at most.
-    `give_back` tells the source that messages were taken and are left to others.
+    `give_back` tells the source that messages were taken and are left to others; `already` tells which of messages on
+    their last delivery the sink holds.
     """
 
     source: Source
@@ -70,6 +71,7 @@ class Ends:
     cadence: Cadence = Cadence()
     max_deliver: int | None = None
     give_back: Callable[[Sequence[Message]], None] = lambda _: None
+    already: Callable[[Sequence[Message]], set[Place]] = lambda _: set()
 
     def reading(self, source: Source) -> Ends:
         """Return the same ends, read through another source."""

@@ -17,7 +17,7 @@ from tasks.stream.decode import Decoder
 from tasks.stream.ends import Cadence, DeadLetters, Ends, Sink
 from tasks.stream.kafka_ends import KafkaDeadLetters, KafkaSink, KafkaSource, KafkaVoice, KafkaWriter
 from tasks.stream.nats_link import NatsLink
-from tasks.stream.nats_recall import recall
+from tasks.stream.nats_recall import Recall
 from tasks.stream.nats_sink import NatsDeadLetters, NatsSink, open_dead_letters, open_sink
 from tasks.stream.nats_source import NatsSource, find_identity
 from tasks.stream.options import StreamOptions
@@ -54,7 +54,13 @@ class Opener:
         origin = f"{source.consumer}.{identity}"
         link.run(open_dead_letters(link, source))
         table = self._table(sink, f"nats {identity} {source.subject or ''}") if isinstance(sink, ToParts) else None
-        to = table or self._sink(sink, source, origin, stack, link)  # type: ignore[arg-type]
+        recall = None
+        if table is not None:
+            to: Sink = table
+        elif isinstance(sink, ToNats):
+            to, recall = self._nats_sink(sink, source, origin, stack, link)
+        else:
+            to = self._kafka_sink(sink, source, origin)  # type: ignore[arg-type]  # a table is no other sink
         reader = NatsSource(
             link,
             source,
@@ -66,7 +72,8 @@ class Opener:
         # A table's source counts no deliveries.
         most = None if table else source.max_deliver
         ends = self._ends(reader, to, NatsDeadLetters(link, source, origin), sink)
-        return replace(ends, max_deliver=most, give_back=reader.give_back)
+        ends = replace(ends, max_deliver=most, give_back=reader.give_back)
+        return ends if recall is None else replace(ends, already=recall.already)
 
     def _from_kafka(self, source: FromKafka, sink: ToNats | ToKafka | ToParts, stack: ExitStack) -> Ends:
         voice = KafkaVoice(source.servers, self.say, self.give_up)
@@ -74,7 +81,12 @@ class Opener:
         stack.callback(reader.close)
         dead = KafkaDeadLetters(KafkaWriter(source.servers, voice), source)
         table = self._table(sink, reader.identity) if isinstance(sink, ToParts) else None
-        to = table or self._sink(sink, source, source.topic, stack, None)  # type: ignore[arg-type]
+        if table is not None:
+            to: Sink = table
+        elif isinstance(sink, ToNats):
+            to, _ = self._nats_sink(sink, source, source.topic, stack, None)
+        else:
+            to = self._kafka_sink(sink, source, source.topic)  # type: ignore[arg-type]  # a table is no other sink
         reader.begin(table.positions if table else None)
         return self._ends(reader, to, dead, sink)
 
@@ -86,29 +98,32 @@ class Opener:
             cadence = Cadence(rows=sink.rows_per_part, seconds=sink.seconds_per_part)
         return Ends(source=reader, receipts=reader, sink=to, dead_letters=dead, lag=reader.lag, cadence=cadence)
 
-    def _sink(
-        self,
-        sink: ToNats | ToKafka,
-        source: FromNats | FromKafka,
-        origin: str,
-        stack: ExitStack,
-        from_link: NatsLink | None,
-    ) -> Sink:
-        keys, model = self.options.key_columns, f"{self.model.name}/{self.model.version}"
-        if isinstance(sink, ToNats):
-            link = from_link
-            if link is None or sink.url not in (None, link.url):
-                link = self._link(sink.url or ToNats.model_fields["url"].default, stack)
-            found = link.run(open_sink(link, sink, source))
-            recalled = set()
-            if from_link is not None and isinstance(source, FromNats):
-                recalled = from_link.run(recall(from_link, source, link, found, origin))
-            return NatsSink(link, sink, origin, contract=self.contract, keys=keys, model=model, recalled=recalled)
+    def _nats_sink(
+        self, sink: ToNats, source: FromNats | FromKafka, origin: str, stack: ExitStack, from_link: NatsLink | None
+    ) -> tuple[NatsSink, Recall | None]:
+        link = from_link
+        if link is None or sink.url not in (None, link.url):
+            link = self._link(sink.url or FromNats.model_fields["url"].default, stack)
+        stream = link.run(open_sink(link, sink, source))
+        recall = None
+        if from_link is not None and isinstance(source, FromNats):
+            name = stream.config.name or ""
+            recall = Recall(link=from_link, source=source, sink_link=link, sink=name, origin=origin)
+        keys, forgotten = self.options.key_columns, recall.forgotten() if recall else set()
+        made = NatsSink(link, sink, origin, contract=self.contract, keys=keys, model=self._model, recalled=forgotten)
+        return made, recall
+
+    def _kafka_sink(self, sink: ToKafka, source: FromNats | FromKafka, origin: str) -> KafkaSink:
         servers = sink.servers or (
             source.servers if isinstance(source, FromKafka) else FromKafka.model_fields["servers"].default
         )
-        voice = KafkaVoice(servers, self.say, self.give_up)
-        return KafkaSink(KafkaWriter(servers, voice), sink, origin, contract=self.contract, keys=keys, model=model)
+        writer = KafkaWriter(servers, KafkaVoice(servers, self.say, self.give_up))
+        keys = self.options.key_columns
+        return KafkaSink(writer, sink, origin, contract=self.contract, keys=keys, model=self._model)
+
+    @property
+    def _model(self) -> str:
+        return f"{self.model.name}/{self.model.version}"
 
     def _table(self, sink: ToParts, identity: str) -> PartsSink:
         plan = table_plan(sink, identity, model=self.model, contract=self.contract, keys=self.options.key_columns)

@@ -19,7 +19,7 @@ from serving.errors import TooManyRejects
 from serving.model import Model
 from tasks.stream.decode import count_rows
 from tasks.stream.ends import Ends
-from tasks.stream.message import Message, Poison
+from tasks.stream.message import Message, Place, Poison
 from tasks.stream.meter import Meter
 from tasks.stream.microbatch import Dial, seconds_to_wait, under_suspicion
 from tasks.stream.score import MicroScorer, Scored
@@ -188,7 +188,7 @@ class Pipeline:
         future: Future[Scored] = Future()
         self._put(self._order, future)
         if self.terms.max_deliver is not None and batch[0].deliveries >= self.terms.max_deliver:
-            future.set_result(_never_finished(batch))
+            future.set_result(_never_finished(batch, self.ends.already(batch)))
         else:
             self._put(self._work, (future, batch))
 
@@ -292,7 +292,8 @@ def _messages(rows: int, rows_per_message: float) -> int:
     return max(1, round(rows / max(rows_per_message, 1.0)))
 
 
-def _never_finished(batch: Batch) -> Scored:
+def _never_finished(batch: Batch, out: set[Place]) -> Scored:
+    """Return messages on their last delivery as poison, without those that have gone out."""
     poison = tuple(
         Poison(
             message=message,
@@ -301,5 +302,6 @@ def _never_finished(batch: Batch) -> Scored:
             detail=f"it came {message.deliveries} times: scoring it may end the process",
         )
         for message in batch
+        if message.place not in out
     )
     return Scored(messages=batch, unread=poison, poison=poison)

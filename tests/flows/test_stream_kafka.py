@@ -36,6 +36,16 @@ def brokers() -> Generator[str]:
     cluster.flush()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
+    """The mocked brokers miss a member that has left by its heartbeats alone: they are to do so soon."""
+    file = tmp_path_factory.mktemp("kafka") / "settings"
+    file.write_text("session.timeout.ms=6000\nheartbeat.interval.ms=500\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OVERNIGHT_KAFKA_CONFIG", str(file))
+        yield
+
+
 def filled(brokers: str, topic: str, payloads: Sequence[bytes], partitions: int = PARTITIONS) -> None:
     """Make topics for input, scores and dead letters, and produce to the first."""
     producer = Producer({"bootstrap.servers": brokers, "log_level": 0})
@@ -185,6 +195,6 @@ def test_settings_of_the_client_come_from_a_file_that_the_environment_names(
     settings.write_text("# ours\nclient.id\n")
     with pytest.raises(BadInput, match="must be NAME=VALUE, got one without ="):
         stream(linear, source, sink)
-    settings.write_text("# ours\nclient.id = overnight\n")
+    settings.write_text("# ours\nsession.timeout.ms = 6000\n")
 
     assert 10 == stream(linear, source, sink).messages

@@ -182,6 +182,15 @@ def test_a_message_that_came_too_often_is_buried_unscored_and_one_under_suspicio
     assert [[1, 3], [2], [4]] == [memory.batches[0], *sorted(memory.batches[1:])]
 
 
+def test_a_message_on_its_last_delivery_that_has_gone_out_is_done_and_not_buried() -> None:
+    memory = Memory([message(b'{"id": 1, "a": 666, "b": 1}', 1, deliveries=5)])
+    made = pipeline(memory, max_deliver=5)
+    made.ends = replace(made.ends, already=lambda messages: {each.place for each in messages})
+    run(made)
+
+    assert ([], [1], []) == (memory.buried, memory.done, memory.emitted)
+
+
 def test_giving_up_ends_every_thread_and_acknowledges_nothing_more() -> None:
     memory = Memory(rows(range(1000)))
     made = pipeline(memory)
