@@ -16,7 +16,7 @@ from flows.adhoc import adhoc_flow
 from flows.context import flow_run_id
 from flows.notices import heeding, leave
 from flows.runners import check_runner, score_shards
-from flows.workers import check_workers, find_start, start_workers
+from flows.workers import check_workers, find_start, is_beside_another, start_workers
 from serving.errors import OvernightError, SourceFault
 from serving.model import Model
 from tasks.batch.artifacts import Logger, Watch, publish_artifacts
@@ -124,7 +124,13 @@ def _score(
     plan: Plan, storage: Storage, model: Model, slots: int, options: BatchOptions, watch: Watch, logger: Logger
 ) -> tuple[Scored, Audit]:
     """Score what is missing until every part holds, or a notice ends it; a part that can't be read is scored again."""
-    scorer = Scorer(plan=plan, destination=storage, model=model, max_reject_fraction=options.max_reject_fraction)
+    scorer = Scorer(
+        plan=plan,
+        destination=storage,
+        model=model,
+        max_reject_fraction=options.max_reject_fraction,
+        joined=is_beside_another(options),
+    )
     scored = Scored()
     for _ in range(_PASSES_MAX):
         try:

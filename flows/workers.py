@@ -10,9 +10,11 @@ import time
 from typing import cast
 from uuid import UUID
 
+import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 
 from flows.context import flow_run
 from serving.errors import BadInput, RunnerUnusable
@@ -98,6 +100,18 @@ def start_workers(options: BatchOptions, logger: Logger) -> list[FlowRun]:
     ]
     logger.info("More workers score this run: %s.", ", ".join(each.name for each in started))
     return started
+
+
+def is_beside_another(options: BatchOptions) -> bool:
+    """Return whether the flow run that this one joins runs now, as far as Prefect knows."""
+    if options.joins is None:
+        return False
+    try:
+        with get_client(sync_client=True) as client:
+            state = client.read_flow_run(options.joins).state
+    except (ObjectNotFound, PrefectHTTPStatusError, httpx.HTTPError):
+        return False
+    return state is not None and state.is_running()
 
 
 def _check_pool(deployment_id: UUID) -> None:

@@ -67,10 +67,12 @@ class Scorer:
     It obeys its drain, which others tell of notices: a slot then finishes what it has in hand where that fits.
     """
 
-    def __init__(self, *, plan: Plan, destination: Storage, model: Model, max_reject_fraction: float) -> None:
+    def __init__(
+        self, *, plan: Plan, destination: Storage, model: Model, max_reject_fraction: float, joined: bool = False
+    ) -> None:
         self.plan, self.destination, self.model = plan, destination, model
         self.drain = Drain()
-        self.share = Share(plan, destination, self.drain)
+        self.share = Share(plan, destination, self.drain, joined=joined)
         self.max_reject_fraction = max_reject_fraction
         self._lock = threading.Lock()
         self._rejects = 0

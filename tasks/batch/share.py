@@ -32,10 +32,14 @@ class Turn:
 
 
 class Share:
-    """What this process has taken of a plan; its methods may be called from many threads at once."""
+    """What this process has taken of a plan; its methods may be called from many threads at once.
 
-    def __init__(self, plan: Plan, destination: Storage, drain: Drain) -> None:
-        self._plan, self._destination, self._drain = plan, destination, drain
+    One that has `joined` knows that another worker is there, before it sees that one write: to begin with it leaves
+    alone what has been begun.
+    """
+
+    def __init__(self, plan: Plan, destination: Storage, drain: Drain, *, joined: bool = False) -> None:
+        self._plan, self._destination, self._drain, self._joined = plan, destination, drain, joined
         self._rows = {chunk: each.rows for chunk, each in plan.chunks.items()}
         self._chunks = set(self._rows)
         self._random = random.Random()  # noqa: S311 - spreads workers over shards; nothing depends on its values
@@ -56,12 +60,12 @@ class Share:
         """
         parts = self._parts()
         with self._lock:
-            self._known, self._claimed, self._lost = parts, set(), set()
+            begun = {shard for shard, _ in parts}
+            self._known, self._claimed, self._lost = parts, set(), begun if self._joined else set()
             self.cut_short = False
             self._waiting = {shard for shard, _ in self._chunks - parts - self._faulted}
             shards = sorted(self._waiting)
         self._random.shuffle(shards)
-        begun = {shard for shard, _ in parts}
         return sorted(shards, key=begun.__contains__)
 
     def turns(self, shard: int, idle: threading.Semaphore) -> Generator[Turn]:

@@ -13,6 +13,7 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
+from prefect.states import Crashed, Running
 
 from flows import workers
 from infra.local.prefect_server import PrefectServer
@@ -100,6 +101,18 @@ class TestJoining:
         with pytest.raises(BadInput, match=f"Flow run {stranger} must have begun a run at"):
             infer(linear, customers, tmp_path / "scores", OPTIONS.model_copy(update={"joins": stranger}))
         assert not (tmp_path / "scores").exists()
+
+    def test_it_knows_whether_the_one_that_it_joins_is_there(self, pool: str) -> None:
+        first = start(pool)
+        beside = OPTIONS.model_copy(update={"joins": first.id})
+        known = [workers.is_beside_another(OPTIONS), workers.is_beside_another(beside)]
+        with get_client(sync_client=True) as client:
+            for state in (Running(), Crashed()):
+                client.set_flow_run_state(first.id, state, force=True)
+                known.append(workers.is_beside_another(beside))
+
+        assert [False, False, True, False] == known
+        assert not workers.is_beside_another(OPTIONS.model_copy(update={"joins": uuid.uuid4()}))
 
 
 class TestStarting:

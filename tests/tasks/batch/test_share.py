@@ -1,7 +1,8 @@
-"""Of many workers each begins where no other is."""
+"""Of many workers each begins where no other is, and leaves to others what they have in hand."""
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 from tasks.batch.share import Share
@@ -22,3 +23,19 @@ def test_a_worker_begins_with_the_shards_that_nobody_has_begun(tmp_path: Path) -
     assert all(shards == sorted(order) for order in orders)
     assert all(set(shards[5:]) == set(order[: len(shards) - 5]) for order in orders)
     assert len({tuple(order) for order in orders}) > 1
+
+
+def test_one_who_has_joined_takes_nothing_of_a_begun_shard_before_it_has_waited_for_the_other(tmp_path: Path) -> None:
+    source = put(f"{tmp_path}/in", {"a.parquet": numbers(0, 80)})
+    storage = open_storage(f"{tmp_path}/out")
+    plan = a_plan(source, storage.url)
+    put_parts(plan, storage, [(shard, 0) for shard in range(len(plan.shards))])
+    found = []
+    for joined in (False, True):
+        share = Share(plan, storage, Drain(), joined=joined)
+        (shard, *_) = share.begin()
+        turns = share.turns(shard, threading.Semaphore(1))
+        found.append(next(turns).helping)
+        turns.close()
+
+    assert [False, True] == found
