@@ -32,7 +32,6 @@ _KEEP_WARM_SECONDS = 1.0
 def lost_figures(served: Served, folder: Path) -> dict[str, Any]:
     """Take an endpoint through its life under a steady load, then have each target that can sleep be woken."""
     from infra.local.gateway import gateway_server
-    from infra.local.triton import triton_server
 
     with ExitStack() as stack:
         stack.enter_context(prefect())

@@ -28,7 +28,8 @@ from tests.support import write_customers
 # Sums of the same float32 products in another order, as batches of other sizes make them; scores here are below 1.
 TOLERANCE = 1e-6
 ROWS = 300
-TARGETS = ("triton", "ray-serve", "bentoml", "kserve", "seldon")
+OTHERS = ("ray-serve", "bentoml", "kserve", "seldon")
+TARGETS = ("triton", *(pytest.param(kind, marks=pytest.mark.machines) for kind in OTHERS))
 ROOT = Path(__file__).parents[2]
 
 

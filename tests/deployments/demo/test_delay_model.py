@@ -41,8 +41,8 @@ def registered(flights_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("registry")
     models: list[torch.nn.Module] = []
 
-    def train_in_sight(flights: Flights) -> torch.nn.Module:
-        models.append(train(flights))
+    def train_in_sight(flights: Flights, epochs: int) -> torch.nn.Module:
+        models.append(train(flights, epochs))
         return models[-1]
 
     with pytest.MonkeyPatch.context() as patch:

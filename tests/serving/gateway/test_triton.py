@@ -111,9 +111,7 @@ def test_triton_unloads_the_model_when_idle_and_a_request_wakes_it(
     put: Put, deployed: Deployed, admin: GatewayClient
 ) -> None:
     door = put(
-        deployed.route.model_copy(
-            update={"sleep": Sleep(keep_warm_s=0.3, hold_s_max=120, grpc=deployed.server.grpc)}
-        )
+        deployed.route.model_copy(update={"sleep": Sleep(keep_warm_s=0.3, hold_s_max=120, grpc=deployed.server.grpc)})
     )
     np.testing.assert_allclose(scores(door), deployed.scores.ravel(), atol=1e-6)
     admin.wait(door.name, lambda state: state.models == "asleep", timeout_s=60)

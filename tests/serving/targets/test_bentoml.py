@@ -43,7 +43,7 @@ from tests.serving.targets.manifests import closed
 from tests.support import register_network
 
 # The first run makes the environment of the server, which takes minutes.
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.machines]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,7 +40,7 @@ from tests.serving.targets.manifests import KUBERNETES_NAME, closed, quantities
 from tests.support import register_network
 
 # The first run makes the environment of the server, which takes minutes.
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.machines]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

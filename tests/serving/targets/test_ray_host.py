@@ -30,6 +30,8 @@ from tests.support import register_mlp, register_network, register_slow
 
 pytest.importorskip("ray", reason="Ray is an extra: pip install 'overnight[ray]'")
 
+pytestmark = pytest.mark.machines
+
 FEATURES = 8
 DIAL = Dial(batch_size_max=16, wait_ms_max=2)
 
