@@ -135,7 +135,9 @@ def test_children_of_the_server_end_with_it(python_server: PythonServer, child: 
 
 def test_a_server_that_ends_by_itself_takes_its_children_along(python_server: PythonServer) -> None:
     with ServerProcess(python_server(parent_of(SLEEPER, then="time.sleep(0.5)"))) as server:
+        guard = int(ps("ppid", server.pid))
         assert wait_until_gone(child_in(server.log_text()))
+        assert wait_until_gone(guard)
         assert server.exit_code == 0
 
 
