@@ -82,7 +82,7 @@ def _differs(
     return VerifyFailed(
         f"The endpoint must answer {output.name!r} as the model itself does{within}, {_shown(wanted[row])}, got "
         f"{_shown(found[row])}. A model that answers differently each time does this, and so do other libraries on the "
-        "server than here: mend the model, or the server's environment."
+        "server than here: mend the model, or the server's environment. Where it is rounding alone, raise tolerance."
     )
 
 
