@@ -38,6 +38,7 @@ CALLS_PER_SECOND = 60.0
 LATENCY_MS = 50.0
 KEEP_WARM_SECONDS = 3.0
 TOLERANCE = 1e-4
+_WAKE_SECONDS_MAX = 60.0
 _ROWS = 600
 _BODY_SHOWN = 110
 _ASLEEP_SECONDS_MAX = 30.0
@@ -225,7 +226,8 @@ def ask(stage: Stage, several: Sequence[bytes]) -> None:
     for body in several:
         console.print(f"$ curl -H 'Authorization: Bearer ...' {stage.url} -d '{_cut(body.decode())}'", highlight=False)
         start = time.perf_counter()
-        answer = httpx.post(stage.url, content=body, headers={**stage.headers, "Content-Type": "application/json"})
+        headers = {**stage.headers, "Content-Type": "application/json"}
+        answer = httpx.post(stage.url, content=body, headers=headers, timeout=_WAKE_SECONDS_MAX)
         console.print(f"{answer.text}   [dim]{1000 * (time.perf_counter() - start):.1f} ms[/]", highlight=False)
         stage.must(f"a request is answered, got {answer.status_code}", holds=answer.status_code == _OK)
 
