@@ -53,6 +53,7 @@ def test_scorers_and_the_server_are_killed_and_each_message_is_scored_once(
             if at == 1:
                 kill_server(server)
                 time.sleep(random.uniform(0, 0.3))
+                server.stop()
                 server = nats_server(tmp_path / "nats", port=server.port)
                 wait_until(
                     lambda before=done: scores(client, fresh) > before + 200, "scores after the server is back", scorer
