@@ -10,6 +10,8 @@ _BATCHES_BEHIND = 2
 _WAIT_SHARE = 0.25
 # A larger batch that is no faster than this only makes its rows wait.
 _GAIN_MIN = 1.03
+# The largest of some batches over the smallest, from which on they tell how S(b) grows.
+_SPREAD_MIN = 2
 # From here on a message is no longer beyond suspicion of being what ended the scorers before.
 _DELIVERIES_SUSPECT = 3
 
@@ -51,6 +53,21 @@ def fit_service(points: Sequence[tuple[int, float]]) -> Service:
         through = sum(rows * seconds for rows, seconds in points) / sum(rows * rows for rows, _ in points)
         return Service(fixed=0.0, per_row=through)
     return Service(fixed=fixed, per_row=slope)
+
+
+def fit_seen(seen: Sequence[tuple[int, float]], measured: Sequence[tuple[int, float]]) -> Service:
+    """Fit S(b) to the micro-batches of late, with the help of measured passes where those were all of about one size.
+
+    Batches of one size do not tell what a larger one would take: a line through them and through nothing would say that
+    rows gain nothing together, and the batches would stay as small as they are. The passes tell how S(b) grows, and
+    the batches how much they take beside.
+    """
+    sizes = [rows for rows, _ in seen]
+    if not measured or (seen and max(sizes) >= _SPREAD_MIN * min(sizes)):
+        return fit_service(seen)
+    passes = fit_service(measured)
+    beside = sum(seconds - passes.seconds(rows) for rows, seconds in seen) / len(seen) if seen else 0.0
+    return Service(fixed=max(0.0, passes.fixed + beside), per_row=passes.per_row)
 
 
 def choose_dial(

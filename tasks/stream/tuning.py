@@ -19,7 +19,7 @@ from serving.model import Tunable
 from serving.registry import Resolved, save_tag
 from serving.tuner import Tuning, measure, remembered, tag_of, tune
 from tasks.stream.meter import Meter
-from tasks.stream.microbatch import Dial, Service, choose_dial, fit_service
+from tasks.stream.microbatch import Dial, Service, choose_dial, fit_seen, fit_service
 from tasks.stream.options import StreamOptions
 
 _SAMPLE_BYTES_MAX = 32 << 20
@@ -126,5 +126,7 @@ class LiveDial:
     def service(self) -> Service:
         """Return S(b): by the micro-batches of late where there are enough of them, else by the passes measured."""
         seen = list(self.meter.points)
-        points = seen if len(seen) >= _POINTS_MIN else [*self.measured, *seen]
+        if len(seen) >= _POINTS_MIN:
+            return fit_seen(seen, self.measured)
+        points = [*self.measured, *seen]
         return fit_service(points) if points else Service(fixed=0.0, per_row=1e-5)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.stream.microbatch import Dial, Service, choose_dial, fit_service, seconds_to_wait, under_suspicion
+from tasks.stream.microbatch import Dial, Service, choose_dial, fit_seen, fit_service, seconds_to_wait, under_suspicion
 
 SERVICE = Service(fixed=0.01, per_row=0.001)
 
@@ -32,6 +32,23 @@ def test_a_fit_that_would_be_negative_is_proportional(points: list[tuple[int, fl
 
     assert 0.0 == service.fixed
     assert 0.0 < service.per_row < 0.06
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_batches_of_one_size_do_not_hold_the_dial_there(rows: int) -> None:
+    passes = [(size, 0.001 + 1e-6 * size) for size in (64, 256, 1024)]
+    service = fit_seen([(rows, 0.012)] * 50, passes)
+
+    assert pytest.approx(0.012) == service.seconds(rows)
+    assert pytest.approx(1e-6) == service.per_row
+    assert 1000 < dial(service, 1.0).rows
+
+
+def test_batches_of_several_sizes_are_believed_alone() -> None:
+    seen = [(size, SERVICE.seconds(size)) for size in (10, 20, 40)]
+
+    assert pytest.approx(SERVICE.per_row) == fit_seen(seen, [(64, 9.0), (128, 9.1)]).per_row
+    assert pytest.approx(SERVICE.fixed) == fit_seen(seen, [(64, 9.0), (128, 9.1)]).fixed
 
 
 @given(positive, st.floats(1e-7, 1e-2), st.floats(0.001, 100.0), st.integers(1, 1 << 16))
