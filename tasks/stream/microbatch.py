@@ -14,6 +14,8 @@ _GAIN_MIN = 1.03
 _SPREAD_MIN = 2
 # From here on a message is no longer beyond suspicion of being what ended the scorers before.
 _DELIVERIES_SUSPECT = 3
+_COMPANY_MOST, _COMPANY_SHARE = 64, 4.0
+_LAST_DELIVERIES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +101,15 @@ def seconds_to_wait(dial: Dial, rows: int, waited: float) -> float:
     return 0.0 if rows >= dial.rows else max(0.0, dial.wait_seconds - waited)
 
 
-def under_suspicion(deliveries: int) -> bool:
-    """Whether a message has come so often that it may be what ends the scorer: it is then scored alone."""
-    return deliveries > _DELIVERIES_SUSPECT
+def company(deliveries: int, max_deliver: int | None) -> int | None:
+    """Return how many messages one that has come so often is scored with at most; None: as many as there are.
+
+    From the fourth time on it may be what ends the scorer. It is then among fewer each time, 64, 16, 4, and alone at
+    last: after a scorer and its server have been killed thousands may have come so often, and each alone they would
+    come again before their turn. Alone at once where its last deliveries are near.
+    """
+    if deliveries <= _DELIVERIES_SUSPECT:
+        return None
+    if max_deliver is not None and max_deliver - deliveries < _LAST_DELIVERIES:
+        return 1
+    return max(1, int(_COMPANY_MOST * _COMPANY_SHARE ** (_DELIVERIES_SUSPECT + 1 - deliveries)))

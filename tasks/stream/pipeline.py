@@ -21,7 +21,7 @@ from tasks.stream.decode import count_rows
 from tasks.stream.ends import Ends
 from tasks.stream.message import Message, Place, Poison
 from tasks.stream.meter import Meter
-from tasks.stream.microbatch import Dial, seconds_to_wait, under_suspicion
+from tasks.stream.microbatch import Dial, company, seconds_to_wait
 from tasks.stream.score import MicroScorer, Scored
 
 _POLL_SECONDS = 0.2
@@ -173,16 +173,20 @@ class Pipeline:
         return self.ends.source.fetch(most, enough, seconds)
 
     def _apart(self, messages: Sequence[Message]) -> list[Batch]:
-        """Cut off the messages that come again and again, each alone and in no order: one of them may end the process.
+        """Cut off the messages that come again and again, few together and in no order: one may end the process.
 
         In whatever order they come, those that are innocent then get their turn before it sooner or later.
         """
-        suspects = [(message,) for message in messages if under_suspicion(message.deliveries)]
-        if not suspects:
-            return [tuple(messages)]
-        self._random.shuffle(suspects)
-        others = tuple(message for message in messages if not under_suspicion(message.deliveries))
-        return [others, *suspects] if others else [*suspects]
+        by_company: dict[int | None, list[Message]] = {}
+        for message in messages:
+            by_company.setdefault(company(message.deliveries, self.terms.max_deliver), []).append(message)
+        others = by_company.pop(None, [])
+        batches: list[Batch] = [tuple(others)] if others else []
+        for most, suspects in by_company.items():
+            self._random.shuffle(suspects)
+            step = most or len(suspects)
+            batches += (tuple(suspects[at : at + step]) for at in range(0, len(suspects), step))
+        return batches
 
     def _hand_over(self, batch: Batch) -> None:
         future: Future[Scored] = Future()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.stream.microbatch import Dial, Service, choose_dial, fit_seen, fit_service, seconds_to_wait, under_suspicion
+from tasks.stream.microbatch import Dial, Service, choose_dial, company, fit_seen, fit_service, seconds_to_wait
 
 SERVICE = Service(fixed=0.01, per_row=0.001)
 
@@ -97,5 +97,10 @@ def test_a_batch_waits_until_it_is_full_or_its_time_is_up(full: int, rows: int, 
     assert pause <= 2.0
 
 
-def test_a_message_that_came_four_times_is_under_suspicion() -> None:
-    assert [False, False, True] == [under_suspicion(deliveries) for deliveries in (1, 3, 4)]
+def test_a_message_that_comes_again_and_again_is_scored_with_ever_fewer_others() -> None:
+    assert [None, None, 64, 16, 4, 1, 1] == [company(deliveries, 20) for deliveries in (1, 3, 4, 5, 6, 7, 15)]
+    assert [None, 64, 1] == [company(deliveries, None) for deliveries in (3, 4, 100)]
+
+
+def test_a_message_whose_last_deliveries_are_near_is_scored_alone() -> None:
+    assert [None, 1, 1] == [company(deliveries, 6) for deliveries in (3, 4, 5)]
