@@ -11,7 +11,7 @@ _WAIT_SHARE = 0.25
 # A larger batch that is no faster than this only makes its rows wait.
 _GAIN_MIN = 1.03
 # The largest of some batches over the smallest, from which on they tell how S(b) grows.
-_SPREAD_MIN = 2
+_SPREAD_MIN = 16
 # From here on a message is no longer beyond suspicion of being what ended the scorers before.
 _DELIVERIES_SUSPECT = 3
 _COMPANY_MOST, _COMPANY_SHARE = 64, 4.0
@@ -58,17 +58,20 @@ def fit_service(points: Sequence[tuple[int, float]]) -> Service:
 
 
 def fit_seen(seen: Sequence[tuple[int, float]], measured: Sequence[tuple[int, float]]) -> Service:
-    """Fit S(b) to the micro-batches of late, with the help of measured passes where those were all of about one size.
+    """Fit S(b) to the micro-batches of late, at least one, with the help of measured passes where they can't tell it.
 
-    Batches of one size do not tell what a larger one would take: a line through them and through nothing would say that
-    rows gain nothing together, and the batches would stay as small as they are. The passes tell how S(b) grows, and
-    the batches how much they take beside.
+    Batches of about one size do not tell what a much larger one would take: a line through them would be noise, and
+    batches that are small because rows seemed to gain nothing together would stay so. There the passes tell how S(b)
+    grows, and the batches how much they take beside; without passes a batch 16 times as large is taken for twice as
+    long, until one has been seen.
     """
     sizes = [rows for rows, _ in seen]
-    if not measured or (seen and max(sizes) >= _SPREAD_MIN * min(sizes)):
+    if max(sizes) >= _SPREAD_MIN * min(sizes):
         return fit_service(seen)
-    passes = fit_service(measured)
-    beside = sum(seconds - passes.seconds(rows) for rows, seconds in seen) / len(seen) if seen else 0.0
+    mean_seconds = sum(seconds for _, seconds in seen) / len(seen)
+    growing = Service(fixed=0.0, per_row=mean_seconds / (_SPREAD_MIN * max(sizes)))
+    passes = fit_service(measured) if measured else growing
+    beside = sum(seconds - passes.seconds(rows) for rows, seconds in seen) / len(seen)
     return Service(fixed=max(0.0, passes.fixed + beside), per_row=passes.per_row)
 
 

@@ -44,8 +44,16 @@ def test_batches_of_one_size_do_not_hold_the_dial_there(rows: int) -> None:
     assert 1000 < dial(service, 1.0).rows
 
 
+def test_batches_of_small_sizes_do_not_hold_the_dial_there_either() -> None:
+    # A row alone and two together, as long as noise has them take.
+    seen = [(1, 0.012), (2, 0.024)] * 25
+
+    assert 1000 < dial(fit_seen(seen, [(64, 0.001), (1024, 0.002)]), 1.0).rows
+    assert 2 < dial(fit_seen(seen, ()), 1.0).rows
+
+
 def test_batches_of_several_sizes_are_believed_alone() -> None:
-    seen = [(size, SERVICE.seconds(size)) for size in (10, 20, 40)]
+    seen = [(size, SERVICE.seconds(size)) for size in (10, 80, 640)]
 
     assert pytest.approx(SERVICE.per_row) == fit_seen(seen, [(64, 9.0), (128, 9.1)]).per_row
     assert pytest.approx(SERVICE.fixed) == fit_seen(seen, [(64, 9.0), (128, 9.1)]).fixed
