@@ -22,6 +22,7 @@ from serving.targets.triton_control import TritonControl
 from serving.targets.triton_repository import CONFIG_FILE, read_releases, replaced, write_whole
 from serving.tensors import tensors
 
+_MODEL_FILE = "model.py"
 _MODEL_PY = Path(__file__).with_name("triton_model.py")
 # What Triton answers for an instance whose process is gone, from then on.
 _DEAD = "is not healthy"
@@ -44,7 +45,7 @@ class TritonTarget:
         return Rendered(
             files={
                 f"{name}/{CONFIG_FILE}": write_config(name, release, [release.version]).encode(),
-                f"{version}/model.py": _MODEL_PY.read_bytes(),
+                f"{version}/{_MODEL_FILE}": _MODEL_PY.read_bytes(),
                 f"{version}/{RELEASE_FILE}": release.model_dump_json(indent=1).encode(),
             },
             trees={f"{version}/{MODEL_FOLDER}": model},
@@ -91,7 +92,7 @@ class TritonHost:
                     self._drop(folder, release.version)
 
     def load(self, endpoint: str) -> None:
-        """Load every version of an endpoint, as after `unload`, where Triton was started anew, or an instance died."""
+        """Load every version of an endpoint, as after `unload`, or where Triton was started anew."""
         with self._alone():
             for folder in self._known(endpoint):
                 self._control.load(folder.name, read_releases(folder))
@@ -107,9 +108,15 @@ class TritonHost:
 
         Asks each version for one row of zeros as often as reaches every instance, and returns whether one was dead.
         """
-        if found := any(self._dead(folder) for folder in self._known(endpoint)):
-            self.load(endpoint)
-        return found
+        dead = [folder for folder in self._known(endpoint) if self._dead(folder)]
+        with self._alone():
+            for folder in dead:
+                releases = read_releases(folder)
+                for version in releases:
+                    # Triton keeps the instances that it has, dead ones too, unless the model itself is newer.
+                    (folder / version / _MODEL_FILE).touch()
+                self._control.load(folder.name, releases)
+        return bool(dead)
 
     def scale(self, endpoint: str, instances: int) -> None:
         """Have each version of an endpoint run that many instances; those that stay serve on."""
