@@ -22,6 +22,7 @@ from serving.errors import ModelNotFound, ModelUnfit
 from serving.signature import Names, Policies, read_contract
 
 _URI = re.compile(r"(?:models:/)?(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+|latest))")
+_COPIED = re.compile(r"models:/(?P<name>[^/@]+)/(?P<version>\d+)")
 _BLOCK = 1 << 20
 _MODELS_SHOWN = 20
 
@@ -96,8 +97,9 @@ def save_tag(pin: ModelPin, key: str, value: str) -> bool:
 
 def open_model(*, name: str, version: str, source: str) -> Resolved:
     """Open the files of one version, wherever its source is, and pin them by digest."""
-    model_id = source.removeprefix("models:/") if source.startswith("models:/") else None
     try:
+        source = _original(source)
+        model_id = source.removeprefix("models:/") if source.startswith("models:/") else None
         folder = _folder(source, model_id)
     except (MlflowException, BotoCoreError, ClientError, OSError) as error:
         message = (
@@ -150,6 +152,13 @@ def _not_found(client: MlflowClient, uri: str, name: str, error: MlflowException
 
 def _without_password(text: str) -> str:
     return re.sub(r"//[^/@\s]*@", "//", text)
+
+
+def _original(source: str) -> str:
+    """Return where the files are: a version that was copied names the one that it is a copy of, maybe a copy itself."""
+    while copied := _COPIED.fullmatch(source):
+        source = str(MlflowClient().get_model_version(copied["name"], copied["version"]).source)
+    return source
 
 
 def _folder(source: str, model_id: str | None) -> Path:

@@ -71,6 +71,28 @@ def test_a_version_is_pinned_the_same_by_every_name(pair: list[str]) -> None:
     assert resolve_model(pair[0]).pin.digest != resolve_model(pair[1]).pin.digest
 
 
+def test_a_copied_version_has_the_files_of_the_one_that_it_is_a_copy_of(log_network: Log) -> None:
+    client = mlflow.MlflowClient()
+    original = resolve_model(log_network("in-staging", network(seed=3)))
+    client.copy_model_version("models:/in-staging/1", "in-production")
+    client.copy_model_version("models:/in-production/1", "abroad")
+
+    for name in ("in-production", "abroad"):
+        copied = resolve_model(f"models:/{name}/1")
+        assert (name, "1") == (copied.pin.name, copied.pin.version)
+        assert (original.folder, original.pin.digest) == (copied.folder, copied.pin.digest)
+        assert copied == open_model(name=name, version="1", source=copied.pin.source)
+
+
+def test_a_copy_whose_original_is_gone_says_so(log_network: Log) -> None:
+    log_network("to-go", network(seed=4))
+    mlflow.MlflowClient().copy_model_version("models:/to-go/1", "left")
+    mlflow.MlflowClient().delete_model_version("to-go", "1")
+
+    with pytest.raises(ModelUnfit, match=r"left version 1 must be readable at models:/to-go/1, got: .*not found"):
+        resolve_model("models:/left/1")
+
+
 @pytest.mark.usefixtures("pair")
 def test_a_promoted_alias_resolves_to_another_version_and_the_old_pin_stays() -> None:
     client = mlflow.MlflowClient()
