@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn import functional
 
 
 def available() -> bool:
@@ -66,8 +67,26 @@ def _in_tree(module: nn.Module) -> bool:
         (parent, name) for parent in module.modules() for name, child in parent.named_children() if _plain(child)
     ]
     for parent, name in parents:
-        setattr(parent, name, _Linear(getattr(parent, name)))
+        activation = "gelu" if _is_intermediate(parent) else "none"
+        setattr(parent, name, _Linear(getattr(parent, name), activation))
+        if activation != "none":
+            parent.intermediate_act_fn = nn.Identity()
     return bool(parents)
+
+
+def _is_intermediate(parent: nn.Module) -> bool:
+    """Whether this is the wide layer of a transformers model, which does nothing but GELU(dense(x)).
+
+    Its passes are a sixth faster where oneDNN applies the GELU: measured with MiniLM on two cores (AMD EPYC, Zen 4).
+    """
+    if not type(parent).__name__.endswith("Intermediate"):
+        return False
+    children = dict(parent.named_children())
+    activation = children.get("intermediate_act_fn")
+    exact = getattr(activation, "act", None) is functional.gelu or (
+        type(activation) is nn.GELU and activation.approximate == "none"
+    )
+    return exact and children.keys() == {"dense", "intermediate_act_fn"}
 
 
 def _plain(child: nn.Module) -> bool:
@@ -76,10 +95,23 @@ def _plain(child: nn.Module) -> bool:
 
 
 class _Linear(nn.Module):
-    def __init__(self, linear: Any) -> None:
+    def __init__(self, linear: Any, activation: str) -> None:
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight, self.bias, self.activation = linear.weight, linear.bias, activation
+        self._halves: tuple[Any, Any] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")  # noqa: SLF001
+        weight, bias = self.weight, self.bias
+        if torch.is_autocast_enabled("cpu"):
+            # Autocast does not know the operator.
+            x, (weight, bias) = x.bfloat16(), self._in_half()
+        # What is said last picks GELU's exact form, and means nothing to the others.
+        values = (x, weight, bias, self.activation, [], "none")
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(*values)  # noqa: SLF001
         return out
+
+    def _in_half(self) -> tuple[Any, Any]:
+        if self._halves is None:
+            bias = self.bias
+            self._halves = self.weight.detach().bfloat16(), None if bias is None else bias.detach().bfloat16()
+        return self._halves

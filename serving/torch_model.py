@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import fx
 
 from serving import onednn
 from serving.answer import named_outputs
@@ -76,7 +77,9 @@ def torch_engines(module: Any, wish: Wish) -> list[Engine]:
     if wish.compiled:
         found.append(Engine(compiled=True))
     if wish.bfloat16_tolerance is not None:
-        found += [engine.model_copy(update={"precision": "bfloat16"}) for engine in found if engine.linear == "torch"]
+        # The layers of an exported graph through oneDNN have their types written down.
+        halved = [engine for engine in found if engine.linear == "torch" or not isinstance(module, fx.GraphModule)]
+        found += [engine.model_copy(update={"precision": "bfloat16"}) for engine in halved]
     # Slots that the caller has counted have a thread each.
     many = [] if wish.slots or cores() == 1 else [engine.model_copy(update={"threads": cores()}) for engine in found]
     return found + many

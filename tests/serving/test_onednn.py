@@ -71,3 +71,46 @@ def test_layers_without_bias_and_inside_others_are_found() -> None:
     with torch.inference_mode():
         assert 1e-6 > (inner(X) - copied["inner"](X)).abs().max()
         assert type(copied["inner"][0]) is not torch.nn.Linear
+
+
+class ToyIntermediate(torch.nn.Module):
+    """As transformers writes the wide layer of a block."""
+
+    def __init__(self, activation: torch.nn.Module) -> None:
+        super().__init__()
+        self.dense = torch.nn.Linear(4, 8)
+        self.intermediate_act_fn = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.intermediate_act_fn(self.dense(x))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("activation", "joined"),
+    [(torch.nn.GELU(), True), (torch.nn.GELU(approximate="tanh"), False), (torch.nn.Tanh(), False)],
+    ids=["exact", "tanh", "another"],
+)
+def test_an_exact_gelu_behind_the_wide_layer_of_a_block_is_applied_with_it(
+    activation: torch.nn.Module, *, joined: bool
+) -> None:
+    module = torch.nn.Sequential(ToyIntermediate(activation))
+    copied = through_onednn(module)
+    assert copied is not None
+    with torch.inference_mode():
+        difference = (module(X) - copied(X)).abs().max()
+
+    assert 1e-6 > difference
+    assert joined == isinstance(copied[0].intermediate_act_fn, torch.nn.Identity)
+    assert module[0].intermediate_act_fn is activation
+
+
+def test_under_autocast_the_layers_of_a_module_run_in_bfloat16() -> None:
+    module = torch.nn.Sequential(ToyIntermediate(torch.nn.GELU()), torch.nn.Linear(8, 2, bias=False))
+    copied = through_onednn(module)
+    assert copied is not None
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected, got = module(X), copied(X)
+
+    assert torch.bfloat16 is got.dtype
+    assert 0.02 > (expected - got).abs().max()
