@@ -106,7 +106,7 @@ class _Linear(nn.Module):
             # Autocast does not know the operator.
             x, (weight, bias) = x.bfloat16(), self._in_half()
         # What is said last picks GELU's exact form, and means nothing to the others.
-        values = (x, weight, bias, self.activation, [], "none")
+        values: Any = (x, weight, bias, self.activation, [], "none")
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(*values)  # noqa: SLF001
         return out
 
