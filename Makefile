@@ -31,8 +31,9 @@ demo-stream: $(STAMP)
 deploy: $(STAMP)
 	@$(BIN)/python -m deployments.apply
 
+# Two at a time, since tests wait for servers more than they compute; the tests of a file share theirs.
 test: lint types $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # What takes minutes of real workers: whole nights, every point of a drain, runs of supervisors, Ray.
 test-machines: $(STAMP)
