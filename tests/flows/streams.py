@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,8 +23,9 @@ from serving.contract import Frozen
 from tasks.stream.addresses import FromNats, ToNats
 from tasks.stream.options import StreamOptions
 from tasks.stream.score import write_arrow
-from tests.flows.stream_child import PRELOADED, forked
 
+ROOT = Path(__file__).parents[2]
+CHILD = Path(__file__).with_name("stream_child.py")
 KEYS = ("customer",)
 # Tuning takes seconds, and is tested where it belongs.
 OPTIONS = StreamOptions(
@@ -69,49 +71,24 @@ def filled(client: NatsClient, name: str, payloads: Sequence[bytes]) -> None:
     client.publish(f"{name}.in.a", payloads)
 
 
-class Scorer:
-    """A scorer in a process of its own, with what subprocess.Popen has."""
-
-    def __init__(self, parameters: str, log: Path) -> None:
-        environment = {**os.environ, "PREFECT_LOGGING_LEVEL": "INFO"}
-        # Each would import for seconds what one server of forks imports once.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        self._process = context.Process(target=forked, args=(parameters, environment, str(log)), daemon=True)
-        self._process.start()
-
-    @property
-    def pid(self) -> int:
-        """The process's id."""
-        assert self._process.pid is not None
-        return self._process.pid
-
-    def poll(self) -> int | None:
-        """How it ended, if it has."""
-        return self._process.exitcode
-
-    def wait(self, seconds: float) -> int:
-        """Wait for its end, and return how it was."""
-        self._process.join(seconds)
-        code = self._process.exitcode
-        assert code is not None, f"the scorer must end within {seconds:g} s"
-        return code
-
-    def send_signal(self, signal: int) -> None:
-        """Send it a signal."""
-        os.kill(self.pid, signal)
-
-
-def start(model: str, source: Frozen, sink: Frozen, options: StreamOptions, log: Path) -> Scorer:
+def start(model: str, source: Frozen, sink: Frozen, options: StreamOptions, log: Path) -> subprocess.Popen[bytes]:
     """Start a scorer in a process of its own, which writes to a log."""
     parameters = {"model": model} | {
         name: value.model_dump(mode="json")
         for name, value in (("source", source), ("sink", sink), ("options", options))
     }
-    return Scorer(json.dumps(parameters), log)
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            [sys.executable, str(CHILD), json.dumps(parameters)],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_LOGGING_LEVEL": "INFO"},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
 
 
-def wait_until(holds: Callable[[], bool], what: str, scorer: Scorer | None = None, seconds: float = 200.0) -> None:
+def wait_until(
+    holds: Callable[[], bool], what: str, scorer: subprocess.Popen[bytes] | None = None, seconds: float = 200.0
+) -> None:
     """Wait until something holds, or fail by name, at once where the scorer has ended."""
     until = time.monotonic() + seconds
     while not holds():
@@ -120,10 +97,10 @@ def wait_until(holds: Callable[[], bool], what: str, scorer: Scorer | None = Non
         time.sleep(0.02)
 
 
-def kill(scorer: Scorer) -> None:
-    """Kill a scorer as a lost machine does."""
-    scorer.send_signal(signal.SIGKILL)
-    scorer.wait(20)
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process as a lost machine does."""
+    process.send_signal(signal.SIGKILL)
+    process.wait()
 
 
 def kill_server(server: NatsServer) -> None:
