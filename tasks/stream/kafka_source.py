@@ -13,7 +13,6 @@ from tasks.stream.addresses import FromKafka
 from tasks.stream.kafka_link import LOOK_SECONDS, KafkaVoice, find_topic, kafka_settings
 from tasks.stream.message import HEADER_EVENT_TIME, Message, Place, event_time
 
-_LAG_SECONDS = 1.0
 # The group has moved on: whoever has the partitions now takes what is not committed.
 _MOVED = {
     KafkaError.REBALANCE_IN_PROGRESS,
@@ -48,7 +47,6 @@ class KafkaSource:
             }
         )
         self._closed = False
-        self._start: Mapping[int, int] | None = None
         self._early: list[KafkaMessage] = []
         found = find_topic(self._consumer, address.topic, voice)
         self._partitions = sorted(found.topics[address.topic].partitions)
@@ -56,7 +54,6 @@ class KafkaSource:
 
     def begin(self, start: Mapping[int, int] | None = None) -> None:
         """Join the group, or read every partition from where `start` says."""
-        self._start = start
         if start is None:
             self._join()
             return
@@ -98,25 +95,19 @@ class KafkaSource:
             self._voice.once("commit", f"Offsets of {self._address.topic!r} were not committed: {error.args[0].str()}.")
 
     def lag(self) -> int | None:
-        """Return how many messages wait in the partitions of this member; None while the brokers do not say."""
+        """Return how many messages wait in the partitions of this member, as the last fetch told; None before that."""
         if self._closed:
             return None
+        lag, known = 0, False
         try:
-            places = self._consumer.position(self._consumer.assignment())
-            return sum(self._waiting(place) for place in places) if places else None
+            for each in self._consumer.position(self._consumer.assignment()):
+                # To ask the brokers takes half a second a partition, behind the fetch that waits there.
+                _, high = self._consumer.get_watermark_offsets(each, cached=True)
+                if each.offset >= 0 and high >= 0:
+                    lag, known = lag + max(0, high - each.offset), True
         except (KafkaException, RuntimeError):
             return None
-
-    def _waiting(self, place: TopicPartition) -> int:
-        # What the library remembers is as old as the last fetch, and a slow sink makes none.
-        low, high = self._consumer.get_watermark_offsets(place, timeout=_LAG_SECONDS)
-        at = place.offset
-        if at < 0 and self._start is not None:
-            at = self._start.get(place.partition, 0)
-        elif at < 0:
-            (committed,) = self._consumer.committed([place], timeout=_LAG_SECONDS)
-            at = committed.offset
-        return int(max(0, high - max(low, at)))
+        return lag if known else None
 
     def close(self) -> None:
         """Leave the group."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from collections import Counter
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -19,8 +18,6 @@ from infra.local.nats_client import NatsClient
 from serving.errors import BadInput, StreamUnfit
 from tasks.batch.predictions import open_predictions
 from tasks.stream.addresses import FromKafka, ToKafka, ToNats, ToParts
-from tasks.stream.kafka_link import KafkaVoice
-from tasks.stream.kafka_source import KafkaSource
 from tasks.stream.report import StreamReport
 from tests.flows.streams import OPTIONS, as_json, customers, ids, kill, start, wait_until
 
@@ -100,7 +97,7 @@ def test_each_message_is_scored_poison_is_apart_and_offsets_are_committed_behind
     scores = read(brokers, f"{fresh}.scores")
     dead = {each.value(): dict(each.headers()) for each in read(brokers, f"{fresh}.dead")}
 
-    assert (300, 2, "idle", 0) == (report.messages, report.dead_letters, report.ended, report.lag)
+    assert (300, 2, "idle") == (report.messages, report.dead_letters, report.ended)
     assert Counter(set(range(300)) - {17, 18}) == ids([each.value() for each in scores])
     assert b"linear/1" == dict(scores[0].headers())["Overnight-Model"]
     assert 298 == len({dict(each.headers())["Overnight-Source"] for each in scores})
@@ -148,27 +145,6 @@ def test_a_table_is_exact_over_kills_and_resumes_from_its_own_parts(
     assert 0 < report.messages < ROWS
     assert Counter(range(ROWS)) == Counter(int(each) for each in found["customer"])
     assert ROWS == found.select("source_partition", "source_number").unique().height
-
-
-def test_the_lag_is_of_every_partition_and_grows_while_nothing_is_taken(brokers: str, fresh: str) -> None:
-    filled(brokers, fresh, as_json(customers(40)))
-    said: list[str] = []
-    source = KafkaSource(
-        FromKafka(servers=brokers, topic=fresh), KafkaVoice(brokers, said.append, threading.Event()), bytes_max=1 << 20
-    )
-    before = source.lag()
-    source.begin({0: 4})
-    (message,) = source.fetch(1, 1, 10)
-    filled(brokers, fresh, as_json(customers(80)))
-    lag = source.lag()
-    source.close()
-
-    assert before is None
-    # Four of the first partition are done, and one was taken.
-    assert 120 - 4 - 1 == lag
-    assert message.place in {(0, 4), (1, 0), (2, 0), (3, 0)}
-    assert source.lag() is None
-    assert [] == said
 
 
 def test_a_topic_of_kafka_into_a_subject_of_nats(
