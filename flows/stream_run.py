@@ -21,10 +21,11 @@ from tasks.batch.artifacts import Logger
 from tasks.spot.drain import Drain
 from tasks.stream.decode import Decoder
 from tasks.stream.ends import Abandoned, Ends
+from tasks.stream.intake import Terms
 from tasks.stream.meter import Meter, exposed
 from tasks.stream.options import StreamOptions
 from tasks.stream.peek import Peeked
-from tasks.stream.pipeline import Pipeline, Terms
+from tasks.stream.pipeline import Pipeline
 from tasks.stream.report import StreamWatch
 from tasks.stream.score import MicroScorer
 from tasks.stream.tuning import LiveDial, Setting, settle
@@ -136,6 +137,7 @@ class StreamRun:
             dial=self.dial,
             terms=Terms(
                 in_flight=options.in_flight,
+                in_flight_bytes=options.in_flight_bytes // 2,
                 slots=setting.slots,
                 max_deliver=ends.max_deliver,
                 idle_seconds=options.idle_seconds,

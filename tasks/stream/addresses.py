@@ -48,7 +48,11 @@ class FromNats(Frozen):
         "part of every score's message id.",
     )
     ack_wait_seconds: float = Field(
-        default=30.0, ge=1, le=3600, description="Seconds until a message that is not acknowledged comes again."
+        default=30.0,
+        ge=1,
+        le=3600,
+        description="Seconds until the messages in hand of a scorer that is gone come again. One that lives says so of "
+        "them, however long it takes.",
     )
     max_deliver: int = Field(
         default=20,

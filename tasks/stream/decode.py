@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -35,6 +35,20 @@ class Group:
     edges: npt.NDArray[np.int64]
     table: pa.Table
     rows: tuple[dict[str, Any], ...] | None
+
+    def halves(self) -> tuple[Group, Group]:
+        """Return the first half of the messages and the others; there must be two at least."""
+        middle = len(self.messages) // 2
+        return self._part(0, middle), self._part(middle, len(self.messages))
+
+    def _part(self, start: int, stop: int) -> Group:
+        first, behind = int(self.edges[start]), int(self.edges[stop])
+        return Group(
+            messages=self.messages[start:stop],
+            edges=self.edges[start : stop + 1] - first,
+            table=self.table.slice(first, behind - first),
+            rows=self.rows[start:stop] if self.rows is not None else None,
+        )
 
 
 class Reason(StrEnum):
@@ -186,7 +200,7 @@ class Decoder:
             self._fitting.add(schema)
 
     def _with_fitting_keys(self, group: Group, poison: list[Poison]) -> list[Group]:
-        """Return the group with its keys in the types that they have had from the first message on, or none of it."""
+        """Return the messages with their keys in the types that they have had from the first on; others are poison."""
         table = group.table
         for key in self.key_columns if self.one_type else ():
             at = table.schema.get_field_index(key)
@@ -196,11 +210,12 @@ class Decoder:
                 try:
                     table = table.set_column(at, key, column.cast(wanted))
                 except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+                    if len(group.messages) > 1:
+                        return [part for half in group.halves() for part in self._with_fitting_keys(half, poison)]
                     detail = f"it has been {wanted} from the first message on, got {column.type}"
-                    unreadable = Unreadable(Reason.KEY_CHANGES, detail, key)
-                    poison += [unreadable.of(message) for message in group.messages]
+                    poison.append(Unreadable(Reason.KEY_CHANGES, detail, key).of(group.messages[0]))
                     return []
-        return [Group(messages=group.messages, edges=group.edges, table=table, rows=group.rows)]
+        return [replace(group, table=table)]
 
 
 _SCHEMAS_KEPT = 1000

@@ -58,7 +58,8 @@ class Cadence:
 class Ends:
     """What one stream is read from and written to.
 
-    `lag` tells the messages that wait in the source, where known; `max_deliver` how often one comes at most.
+    `lag` tells the messages that wait in the source, where known; `max_deliver` how often one comes at most; `keep`
+    what is kept of a micro-batch until it is emitted.
     `give_back` tells the source that messages were taken and are left to others; `already` tells which of messages on
     their last delivery the sink holds.
     """
@@ -69,6 +70,7 @@ class Ends:
     dead_letters: DeadLetters
     lag: Callable[[], int | None]
     cadence: Cadence = Cadence()
+    keep: Callable[[Scored], Scored] = lambda scored: scored
     max_deliver: int | None = None
     give_back: Callable[[Sequence[Message]], None] = lambda _: None
     already: Callable[[Sequence[Message]], set[Place]] = lambda _: set()

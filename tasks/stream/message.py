@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +14,7 @@ HEADER_REASON = "Overnight-Reason"
 HEADER_COLUMN = "Overnight-Column"
 # A producer may say when the event was, in seconds since 1970; else it is when the log took it.
 HEADER_EVENT_TIME = "Overnight-Event-Time"
+_HEADER_MAX = 1000
 
 
 class Place(NamedTuple):
@@ -53,3 +56,22 @@ class Poison:
     def words(self) -> str:
         """The reason with its detail."""
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
+def poison_headers(poison: Poison) -> dict[str, str]:
+    """Return what a dead letter says of why it is one, as headers that any broker takes."""
+    headers = {HEADER_REASON: one_line(poison.words), HEADER_COLUMN: one_line(poison.column)}
+    return {name: value for name, value in headers.items() if value}
+
+
+def one_line(text: str) -> str:
+    """Return text as the value of a header: in one line, at most 1,000 characters, each of which UTF-8 has."""
+    return " ".join(text.split())[:_HEADER_MAX].encode(errors="replace").decode()
+
+
+def event_time(told: str | bytes | None, stamp: float) -> float:
+    """Return when an event was: as its producer says, where that is a time, and else when the log took it."""
+    with contextlib.suppress(ValueError, OverflowError):
+        if told is not None and math.isfinite(said := float(told)):
+            return said
+    return stamp

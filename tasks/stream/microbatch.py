@@ -81,13 +81,14 @@ def choose_dial(
     """Return the largest batch with w + 2 * S(b) <= L that is worth it, and its wait; what is given is kept.
 
     A message may come just behind a full batch: it waits for that one and for its own. A quarter of the freshness is
-    for waiting, unless a wait is given. Where not even one row fits, one row it is: the freshness is then out of reach.
+    for waiting, unless a wait is given. Where not even one row fits, the freshness is out of reach, and the dial is the
+    fastest there is: with batches of one row the messages that wait would grow more on top of it.
     """
     wait = freshness_seconds * _WAIT_SHARE if wait_seconds is None else wait_seconds
     if rows is not None:
         return Dial(rows=rows, wait_seconds=wait)
-    most = ((freshness_seconds - wait) / _BATCHES_BEHIND - service.fixed) / max(service.per_row, 1e-12)
-    return Dial(rows=_worth_it(service, max(1, min(int(most), rows_max))), wait_seconds=wait)
+    most = int(((freshness_seconds - wait) / _BATCHES_BEHIND - service.fixed) / max(service.per_row, 1e-12))
+    return Dial(rows=_worth_it(service, min(most, rows_max) if most >= 1 else rows_max), wait_seconds=wait)
 
 
 def _worth_it(service: Service, most: int) -> int:
@@ -109,8 +110,10 @@ def company(deliveries: int, max_deliver: int | None) -> int | None:
 
     From the fourth time on it may be what ends the scorer. It is then among fewer each time, 64, 16, 4, and alone at
     last: after a scorer and its server have been killed thousands may have come so often, and each alone they would
-    come again before their turn. Alone at once where its last deliveries are near.
+    come again before their turn. Alone at once where its last deliveries are near, and on the last whatever it was.
     """
+    if max_deliver is not None and deliveries >= max_deliver:
+        return 1
     if deliveries <= _DELIVERIES_SUSPECT:
         return None
     if max_deliver is not None and max_deliver - deliveries < _LAST_DELIVERIES:

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 
 from nats.js.api import StreamConfig, StreamInfo
 from nats.js.errors import APIError, NotFoundError
 
 from serving.contract import Contract
-from serving.errors import StreamUnfit
+from serving.errors import BrokerFault, StreamUnfit
 from tasks.stream.addresses import FromKafka, FromNats, ToNats
-from tasks.stream.message import HEADER_COLUMN, HEADER_MODEL, HEADER_REASON, HEADER_SOURCE, Message, Poison
-from tasks.stream.nats_link import NatsLink, Outgoing, headers_size
-from tasks.stream.nats_source import overlap
+from tasks.stream.message import HEADER_MODEL, HEADER_SOURCE, Message, Poison, poison_headers
+from tasks.stream.nats_consumer import overlap
+from tasks.stream.nats_link import NatsLink
+from tasks.stream.nats_publish import Outgoing, Publisher
 from tasks.stream.score import Scored, answers
 
 DEAD_STREAM = "OVERNIGHT_DEAD"
 HEADER_LEFT_OUT = "Overnight-Original"
-_REASON_MAX = 1000
 _WINDOW_SECONDS_MIN = 120.0
 
 
 class NatsSink:
     """Publishes one score message for each message; `origin` names the log that message ids count in.
 
-    `recalled` are the ids that the stream holds already, though it may not know them any more.
+    `known` tells the ids that the stream holds, though it may not know them any more.
     """
 
     def __init__(
@@ -36,19 +37,15 @@ class NatsSink:
         contract: Contract,
         keys: tuple[str, ...],
         model: str,
-        recalled: set[str],
+        known: Callable[[], set[str]],
     ) -> None:
-        self._link, self._address, self._origin, self._recalled = link, address, origin, recalled
+        self._link, self._address, self._origin = link, address, origin
+        self._publisher = Publisher(link, known)
         self._contract, self._keys, self._headers = contract, keys, {HEADER_MODEL: model}
 
     def emit(self, scored: Sequence[Scored]) -> list[Poison]:
         """Publish the scores and wait until the stream has taken each; return those that are too large for it."""
-        found = [
-            answer
-            for each in scored
-            for answer in answers(each, self._contract, self._keys)
-            if not self._recalled or message_id(self._origin, answer.message) not in self._recalled
-        ]
+        found = [answer for each in scored for answer in answers(each, self._contract, self._keys)]
         outgoing = [
             Outgoing(
                 subject=self._address.subject,
@@ -58,7 +55,7 @@ class NatsSink:
             )
             for answer in found
         ]
-        refused = {each.id: each for each in self._link.run(self._link.publish(outgoing))}
+        refused = {each.id: each for each in self._publisher.publish(outgoing)}
         return [
             Poison(
                 message=answer.message,
@@ -77,28 +74,29 @@ class NatsDeadLetters:
 
     def __init__(self, link: NatsLink, address: FromNats, origin: str) -> None:
         self._link, self._address, self._origin = link, address, origin
+        self._publisher = Publisher(link)
 
     def bury(self, poison: Sequence[Poison]) -> None:
-        """Publish poison and wait until the stream has taken each; one that is too large goes without its original."""
-        refused = self._link.run(self._link.publish([self._letter(each) for each in poison]))
-        if refused:
-            self._link.run(self._link.publish([_without_original(each) for each in refused]))
+        """Publish poison and wait until the stream has taken each; one that is too large goes without its original.
+
+        Raises BrokerFault where the stream does not take that either.
+        """
+        refused = self._publisher.publish([self._letter(each) for each in poison])
+        if refused and self._publisher.publish([_without_original(each) for each in refused]):
+            message = (
+                f"The stream of {self._address.dead_subject!r} at {self._link.url} must take dead letters of some "
+                "kilobytes, but refuses them for their size. Let it take larger ones, then call again: it resumes."
+            )
+            raise BrokerFault(message)
 
     def _letter(self, poison: Poison) -> Outgoing:
-        headers = {
-            HEADER_REASON: one_line(poison.words),
-            HEADER_COLUMN: one_line(poison.column),
-            HEADER_SOURCE: f"{self._address.stream}/{poison.message.place.number}",
-        }
-        letter = Outgoing(
+        place = f"{self._address.stream}/{poison.message.place.number}"
+        return Outgoing(
             subject=self._address.dead_subject,
             payload=poison.message.payload,
             id=f"dead.{message_id(self._origin, poison.message)}",
-            headers={name: value for name, value in headers.items() if value},
+            headers={**poison_headers(poison), HEADER_SOURCE: place},
         )
-        # The library looks at the payload alone, and the server hangs up on what is too large with its headers.
-        whole = len(letter.payload) + headers_size(letter.headers) + headers_size({"Nats-Msg-Id": letter.id})
-        return letter if whole <= self._link.client.max_payload else _without_original(letter)
 
 
 def _without_original(letter: Outgoing) -> Outgoing:
@@ -109,11 +107,6 @@ def _without_original(letter: Outgoing) -> Outgoing:
 def message_id(origin: str, message: Message) -> str:
     """Return the id of what goes out for a message: of the input's place alone, since a redelivered batch regroups."""
     return f"{origin}.{message.place.partition}.{message.place.number}"
-
-
-def one_line(text: str) -> str:
-    """Return text as the value of a header, at most 1,000 characters."""
-    return " ".join(text.split())[:_REASON_MAX]
 
 
 async def open_sink(link: NatsLink, address: ToNats, source: FromNats | FromKafka) -> StreamInfo:
@@ -142,7 +135,9 @@ async def open_dead_letters(link: NatsLink, address: FromNats) -> None:
     if made == info.config.name and (info.config.duplicate_window or 0.0) < window:
         # It is shared: whoever made it first may have needed less.
         wider = info.config.evolve(duplicate_window=window)
-        info = await link.ask(f"stream {made}", lambda: link.js.update_stream(wider))
+        # Where it may not, it is told below what must hold.
+        with contextlib.suppress(APIError):
+            info = await link.ask(f"stream {made}", lambda: link.js.update_stream(wider))
     _must_remember(info, window, address.dead_subject)
 
 

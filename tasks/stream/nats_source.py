@@ -1,4 +1,4 @@
-"""NATS JetStream as a source: a durable consumer that is pulled from ahead of need, within bounds."""
+"""NATS JetStream as a source: a consumer that is pulled from ahead of need, within bounds."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import nats.errors
 from nats.aio.msg import Msg
-from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, RetentionPolicy
-from nats.js.errors import APIError, NotFoundError
+from nats.js.errors import NotFoundError
 
-from serving.errors import BrokerFault, StreamUnfit
+from serving.errors import BrokerFault
 from tasks.stream.addresses import FromNats
-from tasks.stream.message import HEADER_EVENT_TIME, Message, Place
-from tasks.stream.nats_link import NatsLink, find_stream
+from tasks.stream.in_hand import InHand
+from tasks.stream.message import HEADER_EVENT_TIME, Message, Place, event_time
+from tasks.stream.nats_consumer import check_stream, find_durable, make_in_order
+from tasks.stream.nats_link import NatsLink
 
 _EXPIRES_SECONDS = 2.0
 _TICK_SECONDS = 0.2
+_LAG_SECONDS = 2.0
 _GONE = "Consumer Deleted"
 _RAN_OUT = ("404", "408")
 _SECONDS = 1e9
@@ -32,29 +34,47 @@ _HEAD_BYTES = 1 << 16
 _FLUSH_SECONDS = 5
 
 
+@dataclass(slots=True)
+class _Request:
+    """So many messages that the server was asked for, and how many of them are still to come."""
+
+    messages: int
+    left: int
+
+
 class NatsSource:
     """Messages of one stream. `start` reads from a sequence on, exactly in order, and acknowledges nothing.
 
-    Raises StreamUnfit where stream, subject or consumer are not what the address says.
+    Takes `limit` messages at most. Raises StreamUnfit where stream, subject or consumer are not what the address says.
     """
 
-    def __init__(self, link: NatsLink, address: FromNats, *, in_flight: int, bytes_max: int, start: int | None) -> None:
+    def __init__(
+        self,
+        link: NatsLink,
+        address: FromNats,
+        *,
+        in_flight: int,
+        bytes_max: int,
+        start: int | None,
+        limit: int | None = None,
+    ) -> None:
         self._link, self._address = link, address
-        self._messages_max, self._bytes_max = in_flight, bytes_max
+        self._messages_max, self._limit = in_flight, limit
         self._half = max(1, in_flight // 2)
-        # The largest message that there can be must fit, or it would never come.
-        self._bytes_asked = max(bytes_max // 2, link.client.max_payload + _HEAD_BYTES)
+        # Two requests may be under way. The largest message that there can be must fit, or it would never come.
+        self._bytes_quarter = bytes_max // 4
+        self._bytes_asked = max(self._bytes_quarter, link.client.max_payload + _HEAD_BYTES)
         self._buffer: deque[Message] = deque()
         self._bytes = 0
         self._enough = 1
         self._there = threading.Condition()
-        self._asked: dict[int, int] = {}
+        self._asked: dict[int, _Request] = {}
         self._asked_at = 0.0
         self._numbers = itertools.count()
         self._failed: BrokerFault | None = None
         self._pending: int | None = None
-        self._position = start
-        self._in_order = start is not None
+        self._position, self._in_order = start or 0, start is not None
+        self._hand = InHand(address.ack_wait_seconds)
         self._consumer = ""
         self._closed = False
         self._next_delivery = 1
@@ -62,71 +82,20 @@ class NatsSource:
         link.run(self._open())
 
     async def _open(self) -> None:
-        info = await find_stream(self._link, self._address.stream)
-        _must_have(info.config.subjects or [], self._address)
-        if self._in_order and info.config.retention == RetentionPolicy.WORK_QUEUE:
-            message = (
-                f"The stream {self._address.stream!r} must keep its messages for a table of parts, which resumes from "
-                "its last part; it deletes what is acknowledged (retention workqueue). Use retention limits, or a "
-                "sink of messages."
-            )
-            raise StreamUnfit(message)
+        await check_stream(self._link, self._address, in_order=self._in_order)
         self._subscription = await self._link.client.subscribe(
             f"{self._inbox}.*", cb=self._take, pending_msgs_limit=-1, pending_bytes_limit=-1
         )
-        await self._find_consumer()
-        self._ticker = asyncio.create_task(self._tick())
-
-    async def _find_consumer(self) -> None:
-        wanted = self._wanted()
         if self._in_order:
-            await self._begin_in_order(wanted)
-            return
-        stream, name = self._address.stream, self._address.consumer
-        try:
-            found = await self._link.ask(f"consumer {name}", lambda: self._link.js.consumer_info(stream, name))
-            _must_be_alike(found.config, wanted, stream, name)
-        except NotFoundError:
-            await self._add(wanted)
-        self._consumer = name
+            await self._begin_in_order()
+        else:
+            self._consumer = await find_durable(self._link, self._address, self._messages_max)
+        self._tasks = [asyncio.create_task(self._keep_asking()), asyncio.create_task(self._keep_looking())]
 
-    async def _begin_in_order(self, wanted: ConsumerConfig) -> None:
-        wanted.opt_start_seq = max(1, self._position or 1)
-        self._consumer = (await self._add(wanted)).name
+    async def _begin_in_order(self) -> None:
+        self._consumer = await make_in_order(self._link, self._address, self._position)
         self._next_delivery = 1
         self._asked.clear()
-
-    async def _add(self, wanted: ConsumerConfig) -> Any:
-        try:
-            return await self._link.ask(
-                "a consumer", lambda: self._link.js.add_consumer(self._address.stream, config=wanted)
-            )
-        except APIError as error:
-            message = (
-                f"The stream {self._address.stream!r} must take a consumer of subject "
-                f"{self._address.subject or 'any'!r}, got: {error.description}. Name a subject of the stream, or none."
-            )
-            raise StreamUnfit(message) from error
-
-    def _wanted(self) -> ConsumerConfig:
-        if self._in_order:
-            return ConsumerConfig(
-                ack_policy=AckPolicy.NONE,
-                deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
-                filter_subject=self._address.subject,
-                inactive_threshold=300.0,
-                mem_storage=True,
-                num_replicas=1,
-            )
-        return ConsumerConfig(
-            durable_name=self._address.consumer,
-            ack_policy=AckPolicy.EXPLICIT,
-            deliver_policy=DeliverPolicy.ALL,
-            ack_wait=self._address.ack_wait_seconds,
-            max_deliver=self._address.max_deliver,
-            max_ack_pending=self._messages_max,
-            filter_subject=self._address.subject,
-        )
 
     def fetch(self, most: int, enough: int, seconds: float) -> list[Message]:
         """Return up to `most` messages as soon as `enough` are there, or what there is after `seconds`."""
@@ -153,9 +122,11 @@ class NatsSource:
         """Take messages back that were fetched and are left to others."""
         with self._there:
             self._buffer.extendleft(reversed(messages))
+            self._bytes += sum(len(message.payload) for message in messages)
 
     async def _close(self) -> None:
-        self._ticker.cancel()
+        for task in self._tasks:
+            task.cancel()
         self._closed = True
         if self._in_order or not self._link.client.is_connected:
             return
@@ -169,28 +140,42 @@ class NatsSource:
             await self._link.client.publish(message.receipt, b"-NAK")
 
     def lag(self) -> int | None:
-        """Return how many messages wait in the stream for this consumer, as it last said."""
-        return self._pending
+        """Return how many messages wait in the stream for this consumer, as it last said, and here to be fetched."""
+        return None if self._pending is None else self._pending + len(self._buffer)
 
     async def _acknowledge(self, done: Sequence[Message], buried: Sequence[Message]) -> None:
-        publish = self._link.client.publish
         for messages, word in ((done, b"+ACK"), (buried, b"+TERM")):
+            self._hand.drop(messages)
             for message in messages:
                 while True:
                     try:
-                        await publish(message.receipt, word)
+                        await self._link.client.publish(message.receipt, word)
                         break
                     except nats.errors.OutboundBufferLimitError:
                         # What is not acknowledged comes again, and its score is there once all the same.
                         await self._link.connected()
 
-    async def _tick(self) -> None:
+    async def _keep_asking(self) -> None:
         """Ask for more, time and again: as long as there is room, the server never waits to be asked."""
         while True:
             # A connection that is going says so to whoever waits for it; here it is tried again.
             with contextlib.suppress(nats.errors.Error):
                 await self._ask_for_more()
+                await self._say_what_is_in_hand()
             await asyncio.sleep(_TICK_SECONDS)
+
+    async def _say_what_is_in_hand(self) -> None:
+        if not self._in_order and self._link.client.is_connected:
+            for receipt in self._hand.due(time.monotonic()):
+                await self._link.client.publish(receipt, b"+WPI")
+
+    async def _keep_looking(self) -> None:
+        """Look how many messages wait: where none is taken, since the sink is slow, none tells of it."""
+        while True:
+            await asyncio.sleep(_LAG_SECONDS)
+            with contextlib.suppress(nats.errors.Error, TimeoutError):
+                info = await self._link.js.consumer_info(self._address.stream, self._consumer)
+                self._pending = info.num_pending
 
     async def _ask_for_more(self) -> None:
         if self._closed or not self._link.client.is_connected:
@@ -199,15 +184,20 @@ class NatsSource:
         if self._asked and now - self._asked_at > _EXPIRES_SECONDS + 1:
             # All of them have run out by now; what the server said of it was lost with the connection.
             self._asked.clear()
-        half = self._half
-        room = self._messages_max - len(self._buffer) - sum(self._asked.values())
-        if len(self._asked) > 1 or room < half or self._bytes > self._bytes_max // 2:
+        coming = self._coming
+        most = self._half if self._limit is None else min(self._half, self._limit - coming)
+        room = self._messages_max - len(self._buffer) - coming
+        if len(self._asked) > 1 or most < 1 or room < self._half or self._bytes > self._bytes_quarter:
             return
         number = next(self._numbers)
-        self._asked[number], self._asked_at = half, now
-        request = {"batch": half, "expires": int(_EXPIRES_SECONDS * _SECONDS), "max_bytes": self._bytes_asked}
+        self._asked[number], self._asked_at = _Request(most, most), now
+        request = {"batch": most, "expires": int(_EXPIRES_SECONDS * _SECONDS), "max_bytes": self._bytes_asked}
         subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._address.stream}.{self._consumer}"
         await self._link.client.publish(subject, json.dumps(request).encode(), reply=f"{self._inbox}.{number}")
+
+    @property
+    def _coming(self) -> int:
+        return sum(request.left for request in self._asked.values())
 
     async def _take(self, msg: Msg) -> None:
         if msg.reply.startswith("$JS.ACK."):
@@ -222,26 +212,33 @@ class NatsSource:
         delivered, sequence, delivery, stamp, pending = map(int, tokens[at + 1 : at + 6])
         first = next(iter(self._asked), None)
         if first is not None:
-            self._asked[first] -= 1
-            if not self._asked[first]:
+            self._asked[first].left -= 1
+            if not self._asked[first].left:
                 del self._asked[first]
-        if self._in_order and not (tokens[at] == self._consumer and await self._follows(sequence, delivery)):
+        now = time.monotonic()
+        if self._in_order:
+            wanted = tokens[at] == self._consumer and await self._follows(sequence, delivery)
+        else:
+            wanted = self._hand.take(sequence, msg.reply, now)
+        if not wanted:
             return
         message = Message(
             place=Place(0, sequence),
             payload=msg.data,
-            event_time=_event_time(msg, stamp),
-            arrived=time.monotonic(),
+            event_time=event_time((msg.headers or {}).get(HEADER_EVENT_TIME), stamp / _SECONDS),
+            arrived=now,
             deliveries=delivered,
             receipt=msg.reply,
         )
+        if self._limit is not None:
+            self._limit -= 1
         with self._there:
             self._buffer.append(message)
             self._bytes += len(message.payload)
             self._pending = pending
             if len(self._buffer) >= self._enough:
                 self._there.notify()
-        if sum(self._asked.values()) <= self._messages_max // 4:
+        if self._coming <= self._messages_max // 4:
             await self._ask_for_more()
 
     async def _follows(self, sequence: int, delivery: int) -> bool:
@@ -250,7 +247,7 @@ class NatsSource:
             self._next_delivery, self._position = delivery + 1, sequence + 1
             return True
         if delivery > self._next_delivery:
-            await self._begin_in_order(self._wanted())
+            await self._begin_in_order()
         return False
 
     async def _take_status(self, msg: Msg) -> None:
@@ -259,16 +256,16 @@ class NatsSource:
         words = f"{told.get('Status', '')} {told.get('Description', '')}"
         if told.get("Status") == "100":
             return
-        fruitless = self._asked.pop(number, 0) == self._half
+        request = self._asked.pop(number, None)
         if _GONE in words or told.get("Status") == "503":
             await self._lost(words)
-        if not fruitless or told.get("Status") in _RAN_OUT:
+        if request is None or request.left < request.messages or told.get("Status") in _RAN_OUT:
             # One that the server refuses is asked again at the next tick.
             await self._ask_for_more()
 
     async def _lost(self, words: str) -> None:
         if self._in_order:
-            await self._begin_in_order(self._wanted())
+            await self._begin_in_order()
             return
         try:
             await self._link.js.consumer_info(self._address.stream, self._address.consumer)
@@ -281,68 +278,3 @@ class NatsSource:
                 self._there.notify()
         except nats.errors.Error:
             return
-
-
-def _must_have(subjects: Sequence[str], address: FromNats) -> None:
-    """Raise StreamUnfit where no message of the stream can have the subject: the server would wait in silence."""
-    if address.subject is not None and subjects and not any(overlap(address.subject, each) for each in subjects):
-        message = (
-            f"The subject {address.subject!r} must be one of stream {address.stream!r}, which takes "
-            f"{', '.join(map(repr, subjects))}. Name one of them, or none."
-        )
-        raise StreamUnfit(message)
-
-
-def overlap(one: str, other: str) -> bool:
-    """Whether a subject can fit both patterns, in which * is one token and > all that are left."""
-    for left, right in itertools.zip_longest(one.split("."), other.split(".")):
-        if left is None or right is None:
-            return False
-        if ">" in (left, right):
-            return True
-        if left != right and "*" not in (left, right):
-            return False
-    return True
-
-
-async def find_identity(link: NatsLink, address: FromNats) -> str:
-    """Return what tells the stream from one of the same name that is made later: there, numbers begin anew."""
-    info = await find_stream(link, address.stream)
-    return f"{address.stream}@{info.created:%Y%m%dT%H%M%S%f}" if info.created else address.stream
-
-
-def _event_time(msg: Msg, stamp: int) -> float:
-    """Return when the event was, by its producer, or by when the stream took it."""
-    told = (msg.headers or {}).get(HEADER_EVENT_TIME)
-    if told is not None:
-        try:
-            return float(told)
-        except ValueError:
-            pass
-    return stamp / _SECONDS
-
-
-_COMPARED = (
-    *("ack_policy", "ack_wait", "max_deliver", "max_ack_pending", "filter_subject", "filter_subjects"),
-    *("deliver_policy", "deliver_subject"),
-)
-
-
-def _must_be_alike(found: ConsumerConfig, wanted: ConsumerConfig, stream: str, name: str) -> None:
-    """Raise StreamUnfit where a consumer that is there has other settings than it would be made with."""
-    differences = [
-        f"{field} is {_word(getattr(found, field))}, not {_word(getattr(wanted, field))}"
-        for field in _COMPARED
-        if (getattr(found, field) or None) != (getattr(wanted, field) or None)
-    ]
-    if differences:
-        message = (
-            f"The consumer {name!r} of stream {stream!r} must have the settings of this call, but "
-            f"{'; '.join(differences)}. Use those settings, another consumer name, or delete it: the stream is then "
-            "read from its beginning."
-        )
-        raise StreamUnfit(message)
-
-
-def _word(value: Any) -> str:
-    return str(getattr(value, "value", value))

@@ -15,11 +15,14 @@ from tasks.storage import open_storage
 from tasks.stream.addresses import FromKafka, FromNats, ToKafka, ToNats, ToParts
 from tasks.stream.decode import Decoder
 from tasks.stream.ends import Cadence, DeadLetters, Ends, Sink
-from tasks.stream.kafka_ends import KafkaDeadLetters, KafkaSink, KafkaSource, KafkaVoice, KafkaWriter
+from tasks.stream.kafka_link import KafkaVoice
+from tasks.stream.kafka_sink import KafkaDeadLetters, KafkaSink, KafkaWriter
+from tasks.stream.kafka_source import KafkaSource
+from tasks.stream.nats_consumer import find_identity
 from tasks.stream.nats_link import NatsLink
 from tasks.stream.nats_recall import Recall
 from tasks.stream.nats_sink import NatsDeadLetters, NatsSink, open_dead_letters, open_sink
-from tasks.stream.nats_source import NatsSource, find_identity
+from tasks.stream.nats_source import NatsSource
 from tasks.stream.options import StreamOptions
 from tasks.stream.parts_sink import PartsSink, table_plan
 from tasks.stream.rows import NUMBER, PARTITION, ROW
@@ -43,7 +46,6 @@ class Opener:
     @contextmanager
     def opened(self, source: FromNats | FromKafka, sink: ToNats | ToKafka | ToParts) -> Generator[Ends]:
         """Open both ends, and close them behind the block. Raises BadInput's kinds before anything is read."""
-        check_names(self.contract, self.options.key_columns, parts=isinstance(sink, ToParts))
         with ExitStack() as stack:
             opened = self._from_nats if isinstance(source, FromNats) else self._from_kafka
             yield opened(source, sink, stack)  # type: ignore[arg-type]  # told apart in the line above
@@ -65,8 +67,9 @@ class Opener:
             link,
             source,
             in_flight=self.options.in_flight,
-            bytes_max=self.options.in_flight_mb << 20,
+            bytes_max=self.options.in_flight_bytes // 2,
             start=table.positions.get(0, 0) if table else None,
+            limit=self.options.limit,
         )
         stack.callback(reader.close)
         # A table's source counts no deliveries.
@@ -77,7 +80,7 @@ class Opener:
 
     def _from_kafka(self, source: FromKafka, sink: ToNats | ToKafka | ToParts, stack: ExitStack) -> Ends:
         voice = KafkaVoice(source.servers, self.say, self.give_up)
-        reader = KafkaSource(source, voice, in_flight_mb=self.options.in_flight_mb)
+        reader = KafkaSource(source, voice, bytes_max=self.options.in_flight_bytes // 2)
         stack.callback(reader.close)
         dead = KafkaDeadLetters(KafkaWriter(source.servers, voice), source)
         table = self._table(sink, reader.identity) if isinstance(sink, ToParts) else None
@@ -93,10 +96,11 @@ class Opener:
     def _ends(
         self, reader: NatsSource | KafkaSource, to: Sink, dead: DeadLetters, sink: ToNats | ToKafka | ToParts
     ) -> Ends:
-        cadence = Cadence()
-        if isinstance(sink, ToParts):
-            cadence = Cadence(rows=sink.rows_per_part, seconds=sink.seconds_per_part)
-        return Ends(source=reader, receipts=reader, sink=to, dead_letters=dead, lag=reader.lag, cadence=cadence)
+        ends = Ends(source=reader, receipts=reader, sink=to, dead_letters=dead, lag=reader.lag)
+        if not isinstance(sink, ToParts):
+            return ends
+        cadence = Cadence(rows=sink.rows_per_part, seconds=sink.seconds_per_part)
+        return replace(ends, cadence=cadence, keep=lambda scored: scored.light(self.options.key_columns))
 
     def _nats_sink(
         self, sink: ToNats, source: FromNats | FromKafka, origin: str, stack: ExitStack, from_link: NatsLink | None
@@ -107,10 +111,18 @@ class Opener:
         stream = link.run(open_sink(link, sink, source))
         recall = None
         if from_link is not None and isinstance(source, FromNats):
-            name = stream.config.name or ""
-            recall = Recall(link=from_link, source=source, sink_link=link, sink=name, origin=origin)
-        keys, forgotten = self.options.key_columns, recall.forgotten() if recall else set()
-        made = NatsSink(link, sink, origin, contract=self.contract, keys=keys, model=self._model, recalled=forgotten)
+            recall = Recall(
+                link=from_link,
+                source=source,
+                sink_link=link,
+                sink=stream.config.name or "",
+                origin=origin,
+                window_seconds=stream.config.duplicate_window or 0.0,
+            )
+            recall.begin()
+        known: Callable[[], set[str]] = recall.known if recall else set
+        keys = self.options.key_columns
+        made = NatsSink(link, sink, origin, contract=self.contract, keys=keys, model=self._model, known=known)
         return made, recall
 
     def _kafka_sink(self, sink: ToKafka, source: FromNats | FromKafka, origin: str) -> KafkaSink:

@@ -52,7 +52,10 @@ class StreamOptions(Frozen):
         default=8192, ge=1, le=1 << 20, description="Messages that may be taken and not yet acknowledged, at most."
     )
     in_flight_mb: int = Field(
-        default=64, ge=1, le=1 << 16, description="MiB of messages that may be taken and not yet scored, at most."
+        default=64,
+        ge=1,
+        le=1 << 16,
+        description="MiB of messages in hand, at most. A table holds keys and scores of its next part beside.",
     )
     idle_seconds: float | None = Field(
         default=None, gt=0, description="End after so many seconds without a message. Without: never."
@@ -82,3 +85,8 @@ class StreamOptions(Frozen):
         le=86_400,
         description="Seconds from SIGTERM until the process is killed, by the rule of who sends it.",
     )
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """`in_flight_mb` in bytes: half of them wait to be taken into batches, the other half are in batches."""
+        return self.in_flight_mb << 20

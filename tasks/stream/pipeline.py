@@ -7,7 +7,6 @@ stops asking the source.
 from __future__ import annotations
 
 import queue
-import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,35 +16,14 @@ from typing import TypeVar
 
 from serving.errors import TooManyRejects
 from serving.model import Model
-from tasks.stream.decode import count_rows
 from tasks.stream.ends import Ends
-from tasks.stream.message import Message, Place, Poison
+from tasks.stream.intake import POLL_SECONDS, Batch, Intake, Terms
+from tasks.stream.message import Place, Poison
 from tasks.stream.meter import Meter
-from tasks.stream.microbatch import Dial, company, seconds_to_wait
+from tasks.stream.microbatch import Dial
 from tasks.stream.score import MicroScorer, Scored
 
-_POLL_SECONDS = 0.2
-_ROWS_GUESSED = 1.0
-
-Batch = tuple[Message, ...]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
-    """When a stream ends by itself, and what it takes at once."""
-
-    in_flight: int
-    slots: int
-    max_deliver: int | None = None
-    idle_seconds: float | None = None
-    limit: int | None = None
-    poison_in_a_row: int = 1000
-
-    @property
-    def messages_per_batch(self) -> int:
-        """The messages of one micro-batch at most: those of every slot, and those between, are in flight."""
-        return max(1, self.in_flight // (self.slots + 2))
 
 
 class _Over(Exception):
@@ -76,7 +54,6 @@ class Pipeline:
     _work: queue.Queue[tuple[Future[Scored], Batch] | None] = field(init=False)
     _order: queue.Queue[Future[Scored] | None] = field(init=False)
     _over: threading.Event = field(default_factory=threading.Event)
-    _random: random.Random = field(default_factory=random.Random)
     _poison_in_a_row: int = 0
 
     def start(self) -> None:
@@ -116,7 +93,7 @@ class Pipeline:
         while True:
             self._look()
             try:
-                to.put(item, timeout=_POLL_SECONDS)
+                to.put(item, timeout=POLL_SECONDS)
             except queue.Full:
                 continue
             return
@@ -127,13 +104,12 @@ class Pipeline:
 
     def _read(self) -> None:
         last = time.monotonic()
-        guess = _ROWS_GUESSED
+        intake = Intake(source=self.ends.source, terms=self.terms, dial=self.dial, rests=self.rests, look=self._look)
         while not self._ends(last):
-            messages, rows = self._take(guess)
+            messages = intake.take(None if self.terms.limit is None else self.terms.limit - self.taken)
             if messages:
-                guess = rows / len(messages)
                 self.taken += len(messages)
-                for batch in self._apart(messages):
+                for batch in intake.apart(messages):
                     self._hand_over(batch)
                 last = time.monotonic()
         for _ in range(self.terms.slots):
@@ -149,44 +125,6 @@ class Pipeline:
         elif self.rests():
             self.ended = "stopped"
         return bool(self.ended)
-
-    def _take(self, rows_per_message: float) -> tuple[list[Message], int]:
-        """Take a micro-batch: until it is full, or its first message has waited for long enough."""
-        most = self.terms.messages_per_batch
-        if self.terms.limit is not None:
-            most = min(most, self.terms.limit - self.taken)
-        dial = self.dial()
-        messages = self._fetch(min(most, _messages(dial.rows, rows_per_message)), 1, _POLL_SECONDS)
-        rows = sum(count_rows(message.payload) for message in messages)
-        while messages and len(messages) < most:
-            pause = seconds_to_wait(dial, rows, time.monotonic() - messages[0].arrived)
-            if not pause or self.rests():
-                break
-            room = min(most - len(messages), _messages(dial.rows - rows, rows / len(messages)))
-            more = self._fetch(room, room, min(pause, _POLL_SECONDS))
-            rows += sum(count_rows(message.payload) for message in more)
-            messages += more
-        return messages, rows
-
-    def _fetch(self, most: int, enough: int, seconds: float) -> list[Message]:
-        self._look()
-        return self.ends.source.fetch(most, enough, seconds)
-
-    def _apart(self, messages: Sequence[Message]) -> list[Batch]:
-        """Cut off the messages that come again and again, few together and in no order: one may end the process.
-
-        In whatever order they come, those that are innocent then get their turn before it sooner or later.
-        """
-        by_company: dict[int | None, list[Message]] = {}
-        for message in messages:
-            by_company.setdefault(company(message.deliveries, self.terms.max_deliver), []).append(message)
-        others = by_company.pop(None, [])
-        batches: list[Batch] = [tuple(others)] if others else []
-        for most, suspects in by_company.items():
-            self._random.shuffle(suspects)
-            step = most or len(suspects)
-            batches += (tuple(suspects[at : at + step]) for at in range(0, len(suspects), step))
-        return batches
 
     def _hand_over(self, batch: Batch) -> None:
         future: Future[Scored] = Future()
@@ -211,7 +149,7 @@ class Pipeline:
         while True:
             self._look()
             try:
-                return source.get(timeout=_POLL_SECONDS)
+                return source.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 continue
 
@@ -230,7 +168,7 @@ class Pipeline:
             if scored.poison:
                 self.ends.dead_letters.bury(scored.poison)
             since = since if held else time.monotonic()
-            held.append(scored)
+            held.append(self.ends.keep(scored))
             if sum(each.rows for each in held) >= self.ends.cadence.rows or self._is_late(since):
                 held = self._flush(held)
             self._count_poison(scored)
@@ -240,7 +178,7 @@ class Pipeline:
         while True:
             self._look()
             try:
-                return self._order.get(timeout=_POLL_SECONDS), False
+                return self._order.get(timeout=POLL_SECONDS), False
             except queue.Empty:
                 if held and self._is_late(since):
                     return None, True
@@ -252,7 +190,7 @@ class Pipeline:
         while True:
             self._look()
             try:
-                return future.result(timeout=_POLL_SECONDS)
+                return future.result(timeout=POLL_SECONDS)
             except TimeoutError:
                 if future.done():
                     raise
@@ -290,10 +228,6 @@ class Pipeline:
                 "Check the model, the topic and poison_in_a_row, then call again."
             )
             raise TooManyRejects(message)
-
-
-def _messages(rows: int, rows_per_message: float) -> int:
-    return max(1, round(rows / max(rows_per_message, 1.0)))
 
 
 def _never_finished(batch: Batch, out: set[Place]) -> Scored:

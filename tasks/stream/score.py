@@ -5,8 +5,8 @@ Shapes: N rows of a group of messages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,28 @@ class Scored:
     def rejects(self) -> int:
         """The rows without a prediction."""
         return sum(int((group.flags.code_N != 0).sum()) for group in self.groups)
+
+    def light(self, key_columns: Sequence[str]) -> Scored:
+        """Return what a table's rows are made of, which may be held for long: no payloads, and no columns but keys."""
+        return replace(
+            self,
+            messages=_light(self.messages),
+            groups=tuple(_light_group(group, key_columns) for group in self.groups),
+            unread=tuple(replace(each, message=_light([each.message])[0]) for each in self.unread),
+            poison=tuple(replace(each, message=_light([each.message])[0]) for each in self.poison),
+        )
+
+
+def _light(messages: Iterable[Message]) -> tuple[Message, ...]:
+    return tuple(replace(message, payload=b"") for message in messages)
+
+
+def _light_group(scored: ScoredGroup, key_columns: Sequence[str]) -> ScoredGroup:
+    group, keys = scored.group, scored.group.table.select(list(key_columns))
+    if key_columns:
+        # A column of Arrow IPC is a view of the whole message, which would stay with it.
+        keys = keys.take(pa.array(np.arange(keys.num_rows)))
+    return replace(scored, group=replace(group, messages=_light(group.messages), table=keys, rows=None))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

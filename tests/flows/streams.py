@@ -29,7 +29,7 @@ CHILD = Path(__file__).with_name("stream_child.py")
 KEYS = ("customer",)
 # Tuning takes seconds, and is tested where it belongs.
 OPTIONS = StreamOptions(
-    key_columns=KEYS, batch_size=64, slots=2, rows_per_batch=100, wait_seconds=0.02, idle_seconds=1.0, notices="none"
+    key_columns=KEYS, batch_size=64, slots=2, rows_per_batch=100, wait_seconds=0.02, idle_seconds=0.5, notices="none"
 )
 
 

@@ -101,6 +101,19 @@ def test_a_key_keeps_the_type_of_the_first_message_where_it_can() -> None:
     assert [(3, "id", Reason.KEY_CHANGES)] == [(p.message.place.number, p.column, p.reason) for p in poison]
 
 
+def test_one_key_of_another_type_takes_none_of_its_neighbours_with_it() -> None:
+    decode = decoder()
+    decode.decode([arrow_rows(1, [1.0])])
+    sent = [json_row(number) for number in range(2, 12)]
+    sent[3], sent[8] = message(b'{"id": "five", "a": 1, "b": 2}', 5), message(b'{"id": "ten", "a": 1, "b": 2}', 10)
+    groups, poison = decode.decode(sent)
+
+    assert [5, 10] == [each.message.place.number for each in poison]
+    assert [2, 3, 4, 6, 7, 8, 9, 11] == [each.place.number for group in groups for each in group.messages]
+    assert [2, 3, 4, 6, 7, 8, 9, 11] == [key for group in groups for key in group.table["id"].to_pylist()]
+    assert [2, 3, 4, 6, 7, 8, 9, 11] == [row["id"] for group in groups for row in group.rows or ()]
+
+
 @pytest.mark.parametrize("rows", [0, ROWS_MAX + 1])
 def test_an_arrow_message_has_rows_and_not_too_many(rows: int) -> None:
     with pytest.raises(Unreadable, match=f"got {rows:,} rows"):

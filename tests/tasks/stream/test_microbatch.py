@@ -67,16 +67,17 @@ def test_a_message_behind_a_full_batch_is_in_time_where_one_row_can_be(
     chosen = dial(service, freshness, most)
 
     assert 1 <= chosen.rows <= most
-    if chosen.rows > 1:
+    if chosen.wait_seconds + 2 * service.seconds(1) <= freshness * (1 - 1e-9):
         assert chosen.wait_seconds + 2 * service.seconds(chosen.rows) <= freshness * (1 + 1e-9)
 
 
 @given(positive, st.floats(1e-7, 1e-2), st.floats(0.01, 10.0), st.floats(1.0, 10.0))
-def test_more_time_never_makes_a_batch_slower_a_row(
+def test_more_time_never_makes_a_batch_slower_a_row_where_there_is_enough_for_one(
     fixed: float, per_row: float, freshness: float, times: float
 ) -> None:
     service = Service(fixed=fixed, per_row=per_row)
-    less, more = (dial(service, each).rows for each in (freshness, freshness * times))
+    enough = max(freshness, 2 * (fixed + per_row) / 0.75 * 1.001)
+    less, more = (dial(service, each).rows for each in (enough, enough * times))
 
     assert service.seconds(more) / more <= service.seconds(less) / less * 1.04
 
@@ -93,8 +94,14 @@ def test_what_is_given_is_kept() -> None:
     assert 0.0 == dial(SERVICE, 1.0, wait_seconds=0.0).wait_seconds
 
 
-def test_a_freshness_that_is_out_of_reach_still_scores_row_by_row() -> None:
-    assert 1 == dial(SERVICE, 0.001).rows
+@given(positive, st.floats(1e-7, 1e-2), st.floats(0.01, 0.99))
+def test_where_the_freshness_is_out_of_reach_rows_at_least_do_not_pile_up(
+    fixed: float, per_row: float, share: float
+) -> None:
+    service = Service(fixed=fixed, per_row=per_row)
+    chosen = dial(service, share * (fixed + per_row)).rows
+
+    assert service.seconds(chosen) / chosen <= service.seconds(100_000) / 100_000 * 1.04
 
 
 @given(st.integers(1, 1000), st.integers(0, 2000), st.floats(0, 10))
@@ -112,3 +119,7 @@ def test_a_message_that_comes_again_and_again_is_scored_with_ever_fewer_others()
 
 def test_a_message_whose_last_deliveries_are_near_is_scored_alone() -> None:
     assert [None, 1, 1] == [company(deliveries, 6) for deliveries in (3, 4, 5)]
+
+
+def test_the_last_delivery_is_never_shared_however_few_there_are() -> None:
+    assert [None, None, 1] == [company(deliveries, 3) for deliveries in (1, 2, 3)]

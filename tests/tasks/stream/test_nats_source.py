@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -14,18 +15,33 @@ from infra.local.nats_client import NatsClient
 from serving.errors import BrokerFault, StreamUnfit
 from tasks.stream.addresses import FromNats
 from tasks.stream.message import Message
+from tasks.stream.nats_consumer import overlap
 from tasks.stream.nats_link import NatsLink
-from tasks.stream.nats_source import NatsSource, overlap
+from tasks.stream.nats_source import NatsSource
 
 
 @contextmanager
 def reading(
-    server: NatsServer, stream: str, *, start: int | None = None, in_flight: int = 100, bytes_max: int = 4 << 20
+    server: NatsServer,
+    stream: str,
+    *,
+    start: int | None = None,
+    in_flight: int = 100,
+    bytes_max: int = 4 << 20,
+    limit: int | None = None,
+    **address: Any,
 ) -> Generator[NatsSource]:
     said: list[str] = []
     link = NatsLink(server.url, said.append, threading.Event())
     try:
-        source = NatsSource(link, FromNats(stream=stream), in_flight=in_flight, bytes_max=bytes_max, start=start)
+        source = NatsSource(
+            link,
+            FromNats(stream=stream, **address),
+            in_flight=in_flight,
+            bytes_max=bytes_max,
+            start=start,
+            limit=limit,
+        )
         yield source
         source.close()
     finally:
@@ -83,6 +99,57 @@ def test_no_more_is_taken_than_may_be_in_flight_and_what_was_not_fetched_comes_a
     assert lag is not None
     assert 200 <= lag <= 280
     assert list(range(21, 51)) == sorted(numbers(second))
+
+
+def test_what_is_scored_for_longer_than_the_wait_for_its_acknowledgement_does_not_come_again(
+    nats: NatsServer, nats_client: NatsClient, fresh: str
+) -> None:
+    nats_client.make(fresh, fresh)
+    nats_client.publish(fresh, [b"%d" % at for at in range(30)])
+    with reading(nats, fresh, ack_wait_seconds=1.0) as source:
+        first = take(source, 20)
+        time.sleep(2.5)
+        rest = take(source, 10)
+        state = nats_client.call(nats_client.js.consumer_info(fresh, "overnight"))
+        source.acknowledge([*first, *rest], [])
+        more = source.fetch(1, 1, 0.3)
+
+    assert list(range(1, 31)) == numbers(first) + numbers(rest)
+    assert (0, 30) == (state.num_redelivered, state.num_ack_pending)
+    assert [] == more
+
+
+def test_no_more_is_taken_than_the_limit_so_that_what_is_left_has_not_come_in_vain(
+    nats: NatsServer, nats_client: NatsClient, fresh: str
+) -> None:
+    nats_client.make(fresh, fresh)
+    nats_client.publish(fresh, [b"%d" % at for at in range(300)])
+    found = []
+    for _ in range(3):
+        with reading(nats, fresh, limit=70) as source:
+            found.append(take(source, 70))
+            source.acknowledge(found[-1], [])
+
+    state = nats_client.call(nats_client.js.consumer_info(fresh, "overnight"))
+    assert list(range(1, 211)) == [number for each in found for number in numbers(each)]
+    assert (210, 0) == (state.delivered.consumer_seq if state.delivered else 0, state.num_redelivered)
+
+
+def test_the_lag_grows_while_nothing_is_taken(
+    nats: NatsServer, nats_client: NatsClient, fresh: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.stream.nats_source._LAG_SECONDS", 0.1)
+    nats_client.make(fresh, fresh)
+    nats_client.publish(fresh, [b"1"] * 100)
+    with reading(nats, fresh, in_flight=40) as source:
+        take(source, 1)
+        nats_client.publish(fresh, [b"1"] * 500)
+        until = time.monotonic() + 10
+        while source.lag() != 599 and time.monotonic() < until:
+            time.sleep(0.05)
+        lag = source.lag()
+
+    assert 599 == lag
 
 
 def test_bytes_are_bounded_too(nats: NatsServer, nats_client: NatsClient, fresh: str) -> None:

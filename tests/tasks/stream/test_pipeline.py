@@ -13,10 +13,11 @@ import pytest
 
 from serving.errors import StorageFull, TooManyRejects
 from tasks.stream.ends import Cadence, Ends
+from tasks.stream.intake import Terms
 from tasks.stream.message import Message, Poison
 from tasks.stream.meter import Meter
 from tasks.stream.microbatch import Dial
-from tasks.stream.pipeline import Pipeline, Terms
+from tasks.stream.pipeline import Pipeline
 from tasks.stream.score import MicroScorer, Scored, answers
 from tests.tasks.stream.messages import CONTRACT, KEYS, Clock, decoder, json_row, message, model
 
@@ -73,7 +74,7 @@ def pipeline(memory: Memory, *, dial: Dial | None = None, cadence: Cadence | Non
         model=summing,
         scorer=lambda: MicroScorer(summing, CONTRACT, decoder(), 64, Clock()),
         dial=lambda: dial or Dial(rows=10, wait_seconds=0.02),
-        terms=Terms(**{"in_flight": 1000, "slots": 2, "idle_seconds": 0.3} | terms),
+        terms=Terms(**{"in_flight": 1000, "in_flight_bytes": 32 << 20, "slots": 2, "idle_seconds": 0.3} | terms),
         meter=Meter(lag=lambda: None),
         rests=lambda: False,
         give_up=threading.Event(),
@@ -180,6 +181,27 @@ def test_a_message_that_came_too_often_is_buried_unscored_and_one_under_suspicio
     assert [1, 2, 3] == sorted(memory.emitted)
     assert [(4, "a message that was never finished")] == memory.buried
     assert [[1, 3], [2], [4]] == [memory.batches[0], *sorted(memory.batches[1:])]
+
+
+def test_a_last_delivery_takes_none_with_it_that_comes_for_the_first_time() -> None:
+    memory = Memory([json_row(1, deliveries=3), json_row(2), json_row(3, deliveries=2)])
+    run(pipeline(memory, max_deliver=3))
+
+    assert [2, 3] == sorted(memory.emitted)
+    assert [1] == [number for number, _ in memory.buried]
+
+
+def test_what_is_held_for_a_table_is_without_the_messages_themselves() -> None:
+    memory = Memory(rows(range(20)))
+    held: list[Scored] = []
+    made = pipeline(memory, cadence=Cadence(rows=20, seconds=5.0))
+    made.ends = replace(made.ends, keep=lambda scored: scored.light(()), sink=memory)
+    memory.emit = lambda scored: held.extend(scored) or []  # type: ignore[method-assign]
+    run(made)
+
+    assert 20 == sum(each.rows for each in held)
+    assert {b""} == {message.payload for each in held for message in each.messages}
+    assert list(range(20)) == memory.done
 
 
 def test_a_message_on_its_last_delivery_that_has_gone_out_is_done_and_not_buried() -> None:

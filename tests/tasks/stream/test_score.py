@@ -106,3 +106,22 @@ def test_arrow_answers_have_a_schema_of_their_own_whatever_is_in_them() -> None:
 
     assert read_arrow(good.payload).schema == read_arrow(bad.payload).schema
     assert pa.float32() == read_arrow(good.payload).schema.field("score").type
+
+
+def test_a_light_copy_has_the_places_keys_and_scores_and_nothing_of_the_messages() -> None:
+    scored = score([json_row(1), arrow_rows(2, [1.0, None]), message(b"no", 3), json_row(4, a=None)])
+    light = scored.light(KEYS)
+
+    assert (scored.rows, scored.rejects) == (light.rows, light.rejects)
+    assert [each.place for each in scored.messages] == [each.place for each in light.messages]
+    assert [["id"], ["id"]] == [group.group.table.column_names for group in light.groups]
+    assert [group.group.table["id"] for group in scored.groups] == [group.group.table["id"] for group in light.groups]
+    assert {b""} == {
+        message.payload
+        for message in (
+            *light.messages,
+            *(each.message for each in (*light.poison, *light.unread)),
+            *(message for group in light.groups for message in group.group.messages),
+        )
+    }
+    assert [None, None] == [group.group.rows for group in light.groups]

@@ -1,0 +1,125 @@
+"""The consumer of NATS JetStream that a stream is read by: its settings, and whether one that is there has them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from nats.js.api import AckPolicy, ConsumerConfig, ConsumerInfo, DeliverPolicy, RetentionPolicy
+from nats.js.errors import APIError, NotFoundError
+
+from serving.errors import StreamUnfit
+from tasks.stream.addresses import FromNats
+from tasks.stream.nats_link import NatsLink, find_stream
+
+
+async def check_stream(link: NatsLink, address: FromNats, *, in_order: bool) -> None:
+    """Raise StreamUnfit where the stream is missing, has no such subject, or can't be read again for a table."""
+    info = await find_stream(link, address.stream)
+    _must_have(info.config.subjects or [], address)
+    if in_order and info.config.retention == RetentionPolicy.WORK_QUEUE:
+        message = (
+            f"The stream {address.stream!r} must keep its messages for a table of parts, which resumes from its last "
+            "part; it deletes what is acknowledged (retention workqueue). Use retention limits, or a sink of messages."
+        )
+        raise StreamUnfit(message)
+
+
+async def find_durable(link: NatsLink, address: FromNats, in_flight: int) -> str:
+    """Return the name of the durable consumer, made where it is missing; raises StreamUnfit where it is another."""
+    wanted = ConsumerConfig(
+        durable_name=address.consumer,
+        ack_policy=AckPolicy.EXPLICIT,
+        deliver_policy=DeliverPolicy.ALL,
+        ack_wait=address.ack_wait_seconds,
+        max_deliver=address.max_deliver,
+        max_ack_pending=in_flight,
+        filter_subject=address.subject,
+    )
+    stream, name = address.stream, address.consumer
+    try:
+        found = await link.ask(f"consumer {name}", lambda: link.js.consumer_info(stream, name))
+        _must_be_alike(found.config, wanted, stream, name)
+    except NotFoundError:
+        await _add(link, address, wanted)
+    return name
+
+
+async def make_in_order(link: NatsLink, address: FromNats, start: int) -> str:
+    """Make a consumer of this process alone, which begins at a number of the stream; return its name."""
+    wanted = ConsumerConfig(
+        ack_policy=AckPolicy.NONE,
+        deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
+        opt_start_seq=max(1, start),
+        filter_subject=address.subject,
+        inactive_threshold=300.0,
+        mem_storage=True,
+        num_replicas=1,
+    )
+    return (await _add(link, address, wanted)).name
+
+
+async def _add(link: NatsLink, address: FromNats, wanted: ConsumerConfig) -> ConsumerInfo:
+    try:
+        return await link.ask("a consumer", lambda: link.js.add_consumer(address.stream, config=wanted))
+    except APIError as error:
+        message = (
+            f"The stream {address.stream!r} must take a consumer of subject {address.subject or 'any'!r}, got: "
+            f"{error.description}. Name a subject of the stream, or none."
+        )
+        raise StreamUnfit(message) from error
+
+
+def _must_have(subjects: Sequence[str], address: FromNats) -> None:
+    """Raise StreamUnfit where no message of the stream can have the subject: the server would wait in silence."""
+    if address.subject is not None and subjects and not any(overlap(address.subject, each) for each in subjects):
+        message = (
+            f"The subject {address.subject!r} must be one of stream {address.stream!r}, which takes "
+            f"{', '.join(map(repr, subjects))}. Name one of them, or none."
+        )
+        raise StreamUnfit(message)
+
+
+def overlap(one: str, other: str) -> bool:
+    """Whether a subject can fit both patterns, in which * is one token and > all that are left."""
+    for left, right in itertools.zip_longest(one.split("."), other.split(".")):
+        if left is None or right is None:
+            return False
+        if ">" in (left, right):
+            return True
+        if left != right and "*" not in (left, right):
+            return False
+    return True
+
+
+async def find_identity(link: NatsLink, address: FromNats) -> str:
+    """Return what tells the stream from one of the same name that is made later: there, numbers begin anew."""
+    info = await find_stream(link, address.stream)
+    return f"{address.stream}@{info.created:%Y%m%dT%H%M%S%f}" if info.created else address.stream
+
+
+_COMPARED = (
+    *("ack_policy", "ack_wait", "max_deliver", "max_ack_pending", "filter_subject", "filter_subjects"),
+    *("deliver_policy", "deliver_subject"),
+)
+
+
+def _must_be_alike(found: ConsumerConfig, wanted: ConsumerConfig, stream: str, name: str) -> None:
+    """Raise StreamUnfit where a consumer that is there has other settings than it would be made with."""
+    differences = [
+        f"{field} is {_word(getattr(found, field))}, not {_word(getattr(wanted, field))}"
+        for field in _COMPARED
+        if (getattr(found, field) or None) != (getattr(wanted, field) or None)
+    ]
+    if differences:
+        message = (
+            f"The consumer {name!r} of stream {stream!r} must have the settings of this call, but "
+            f"{'; '.join(differences)}. Use those settings, another consumer name, or delete it: the stream is then "
+            "read from its beginning."
+        )
+        raise StreamUnfit(message)
+
+
+def _word(value: Any) -> str:
+    return str(getattr(value, "value", value))
