@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from typing import Self
 
 from serving.errors import BadRequest
@@ -59,7 +60,8 @@ class Gateway:
         await asyncio.gather(self._ticking, *self._tasks, return_exceptions=True)
         await self._save_all()
         self._flush()
-        self.meter.close()
+        with suppress(OSError):
+            self.meter.close()
         await self._http.close()
 
     @property

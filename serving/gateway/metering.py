@@ -79,7 +79,8 @@ class Meter:
                 self._close()
 
     def close(self) -> None:
-        """Close the file; what is not written by then is lost."""
+        """Write what there is, and close the file."""
+        self.flush()
         with self._flushing:
             self._close()
 
