@@ -1,8 +1,8 @@
 """Figures of endpoints: plain FastAPI and every target under the same client in turn, what the gateway costs, how long
 a wake from zero takes, and the requests that are lost while versions come and go.
 
-ROUNDS, SECONDS (of each measurement), PARTS (servers, gateway, lost) and BENCH_FOLDER are taken from the environment. The
-last line is one JSON object.
+ROUNDS, SECONDS (of each measurement), PARTS (servers, gateway, lost) and BENCH_FOLDER are taken from the environment.
+The last line is one JSON object.
 """
 
 from __future__ import annotations
