@@ -43,6 +43,8 @@ def test_a_version_whose_requests_never_end_is_told_of_and_left_to_the_next_call
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     gateway: Any = Busy()
+    logger = logging.Logger("change")  # noqa: LOG001 - MLflow silences all that there were when it migrates
+    logger.addHandler(caplog.handler)
     change = Change(
         spec=spec(),
         gateway=gateway,
@@ -50,7 +52,7 @@ def test_a_version_whose_requests_never_end_is_told_of_and_left_to_the_next_call
         model=Path("model"),
         standing=None,
         earlier=None,
-        logger=logging.getLogger("tests"),
+        logger=logger,
     )
 
     assert () == change.settle(Address(url="http://127.0.0.1:1", model="churn", version="2"))
