@@ -22,7 +22,7 @@ KEY = "benchmark-key-of-32-characters-00"
 RATE = 100.0
 
 
-def gateway_figures(models: list[Served], folder: Path, *, seconds: float, rounds: int) -> dict[str, Any]:
+def gateway_figures(models: list[Served], folder: Path, *, seconds: int, rounds: int) -> dict[str, Any]:
     """Measure Triton alone and through the gateway in turn, on one and the same server."""
     from infra.local.gateway import gateway_server
 
@@ -52,7 +52,7 @@ def gateway_figures(models: list[Served], folder: Path, *, seconds: float, round
 
 
 def _compare(
-    model: Served, url: str, alone: Address, through: Address, seconds: float, rounds: int
+    model: Served, url: str, alone: Address, through: Address, seconds: int, rounds: int
 ) -> Mapping[str, float]:
     door = f"{through.url}/v2/models/{through.model}/infer"
     rates: dict[str, list[float]] = {"alone": [], "through": []}
