@@ -20,7 +20,8 @@ from serving.targets.triton import TritonHost
 from serving.targets.triton_scale import InstanceScaler
 
 _EVERY_S = 5.0
-_log = logging.getLogger(__name__)
+# By its name also where it is run as a program, which has another.
+_log = logging.getLogger("serving.targets.triton_autoscale")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
