@@ -1,8 +1,8 @@
 """Figures of endpoints: plain FastAPI and every target under the same client in turn, what the gateway costs, how long
 a wake from zero takes, and the requests that are lost while versions come and go.
 
-ROUNDS, SECONDS (of each measurement), PARTS (servers, gateway, lost) and BENCH_FOLDER are taken from the environment.
-The last line is one JSON object.
+ROUNDS, SECONDS (of each measurement), PARTS (servers, gateway, lost), MODELS (small, wide) and BENCH_FOLDER are taken
+from the environment. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ WARM_SECONDS = 2
 BUDGET_MS = 50.0
 # The rate that the dial is chosen for: what a good part of the answers measured here comes to.
 RATES = {"small": 2000.0, "wide": 500.0}
-WIDTHS = {"small": 256, "wide": 2048}
+MODELS = os.environ.get("MODELS", "small wide").split()
+WIDTHS = {name: width for name, width in (("small", 256), ("wide", 2048)) if name in MODELS}
 FASTAPI_OVER_MIN, DEFAULT_OVER_MIN, ADDED_MS_MAX = 3.0, 1.2, 2.0
 
 
@@ -156,7 +157,7 @@ def as_json(found: Found, everybody: list[Contender]) -> dict[str, Any]:
         }
         for name in WIDTHS
     }
-    small, wide = servers["small"], servers["wide"]
+    small, wide = servers.get("small", {}), servers.get("wide", {})
     return {
         "servers": servers,
         "missing": {each.name: each.missing for each in everybody if each.missing},

@@ -43,11 +43,10 @@ def gateway_figures(models: list[Served], folder: Path, *, seconds: int, rounds:
             console.print(f"{model.name}: Triton alone and through the gateway, in turn")
             through = Address(url=gateway.url, model=model.release.endpoint, version=None)
             found[model.name] = _compare(model, up.url, up.address, through, seconds, rounds)
-    small = found["small"]
     return {
         "gateway_cost": {name: each["cost"] for name, each in found.items()},
         "gateway": found,
-        "gateway_added_p50_ms_at_100_per_second": small["added_p50_ms"],
+        "gateway_added_p50_ms_at_100_per_second": max(each["added_p50_ms"] for each in found.values()),
     }
 
 
