@@ -18,7 +18,10 @@ GATEWAY = "http://127.0.0.1:8080"
 
 
 class Triton(Frozen):
-    """NVIDIA Triton, which loads and unloads models from a repository when told (--model-control-mode=explicit)."""
+    """NVIDIA Triton, which loads and unloads models from a repository when told (--model-control-mode=explicit).
+
+    It runs the least replicas, unless `python -m serving.targets.triton_autoscale` looks after it.
+    """
 
     kind: Literal["triton"] = Field(default="triton", description="Tells this target from others.")
     repository: str = Field(
