@@ -86,8 +86,8 @@ bench-workers: $(STAMP)
 bench-spot: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.spot
 
-# Every model server behind the same client (needs wrk), the gateway's cost, wakes, lost requests. SECONDS=2 ROUNDS=1 for
-# a quick look.
+# Every model server behind the same client (needs wrk), the gateway's cost, wakes, lost requests: some twenty minutes.
+# SECONDS=2 ROUNDS=1 for a quick look, PARTS=gateway for one of servers, gateway, lost.
 bench-endpoint: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.endpoint
 

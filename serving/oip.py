@@ -24,6 +24,7 @@ from serving.oip_body import (
     pack,
     problems,
     read_document,
+    read_header_length,
     read_tensors,
 )
 from serving.tensors import Array, TensorMetadata, tensors
@@ -46,6 +47,7 @@ __all__ = (
     "encode_response",
     "error_body",
     "model_metadata",
+    "read_header_length",
 )
 
 EXTENSIONS = ("binary_tensor_data",)

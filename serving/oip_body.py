@@ -19,7 +19,7 @@ from serving.tensors import Array, datatype, from_bytes, from_json, row_shape, t
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 _TOO_LARGE = 413
-_PROBLEMS_SHOWN, _SHOWN = 5, 100
+_PROBLEMS_SHOWN, _SHOWN, _DIGITS_MAX = 5, 100, 18
 
 Parameters = dict[str, bool | int | float | str]
 
@@ -77,6 +77,19 @@ def pack(head: Mapping[str, Any], key: str, values: Sequence[tuple[Input | Outpu
     if not parts:
         return Body(content=content)
     return Body(content=b"".join([content, *parts]), header_length=len(content))
+
+
+def read_header_length(stated: str | None) -> int | None:
+    """Return how many bytes of a body are JSON, by its header: None, which is all, where there is none.
+
+    Raises BadRequest where the header is no number of bytes.
+    """
+    if stated is None:
+        return None
+    if not (stated.isascii() and stated.isdigit() and len(stated) <= _DIGITS_MAX):
+        message = f"{HEADER_LENGTH} must be a number of bytes, got {stated[:_SHOWN]!r}."
+        raise BadRequest(message)
+    return int(stated)
 
 
 def read_document(body: bytes, header_length: int | None) -> tuple[Any, memoryview]:

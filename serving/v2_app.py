@@ -20,6 +20,7 @@ from serving.oip import (
     decode_request,
     encode_response,
     model_metadata,
+    read_header_length,
 )
 from serving.release import Arrays, Predictions, Release
 
@@ -127,7 +128,7 @@ class _Routes:
         body = await _read(request, self.body_bytes_max)
         asked = decode_request(
             *(body, self.release.contract),
-            header_length=_header_length(request),
+            header_length=read_header_length(request.headers.get(HEADER_LENGTH)),
             rows_max=self.release.rows_max,
         )
         try:
@@ -166,16 +167,6 @@ async def _read(request: Request, bytes_max: int) -> bytes:
             raise BadRequest(message, status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
         parts.append(part)
     return b"".join(parts)
-
-
-def _header_length(request: Request) -> int | None:
-    given = request.headers.get(HEADER_LENGTH)
-    if given is None:
-        return None
-    if not (given.isascii() and given.isdigit() and len(given) <= len(str(1 << 63))):
-        message = f"{HEADER_LENGTH} must be a number of bytes, got {given[:40]!r}."
-        raise BadRequest(message)
-    return int(given)
 
 
 async def _refused(_request: Request, error: Exception) -> Response:

@@ -12,6 +12,7 @@ import os
 import secrets
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -50,6 +51,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m deployments.demo.endpoint", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(".demo"), help="where everything is kept")
     folder: Path = parser.parse_args().folder.absolute()
+    # MLflow's advice for whoever logs a model, at every load of one without type hints.
+    warnings.filterwarnings("ignore", ".*Add type hints", UserWarning)
     point_at(folder)
     prepare(folder)
     from deployments.demo.endpoint_versions import register_versions  # noqa: PLC0415 - the registry is set by now

@@ -58,7 +58,7 @@ def _aliases(client: mlflow.MlflowClient) -> dict[str, str]:
 
 
 def register_faulty(fault: str, name: str, given: str, columns: Sequence[str], output: str) -> str:
-    """Register a version with a fault, of a model that takes the columns as `given`; return its number."""
+    """Register a version with a fault, "" for none, of a model that takes the columns as `given`; return its number."""
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(columns)), given)]),
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1,), output)]),

@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _serve(gateway, listening)
     except EndpointFailed as error:
         sys.exit(str(error))
+    except OSError as error:
+        sys.exit(f"The gateway must have {options.folder}, got: {error}. Give it access, or pass another --folder.")
 
 
 def _listen(host: str, port: int) -> socket.socket:

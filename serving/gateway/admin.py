@@ -16,6 +16,7 @@ from serving.gateway.keys import Digest
 from serving.gateway.protocol import Open, opened
 from serving.gateway.route import ENDPOINT_PATTERN, KEY_PATTERN, Route
 from serving.gateway.state import EndpointState
+from serving.gateway.store import told_to_whoever_asks
 
 BYTES_MAX = 8 << 20
 _NO_CONTENT, _UNPROCESSABLE = 204, 422
@@ -56,7 +57,9 @@ async def names(gateway: Open) -> Names:
 @router.put("/endpoints/{name}", openapi_extra=openapi.body(Route))
 async def put(name: EndpointPath, gateway: Open, request: Request) -> EndpointState:
     """Put a route in force, and keep it. Idempotent: a trial whose rule stays the same goes on."""
-    return await gateway.put(name, await _read(request, Route))
+    route = await _read(request, Route)
+    with told_to_whoever_asks():
+        return await gateway.put(name, route)
 
 
 @router.get("/endpoints/{name}")
@@ -67,20 +70,24 @@ async def get(name: str, gateway: Open) -> EndpointState:
 
 @router.delete("/endpoints/{name}", status_code=_NO_CONTENT)
 async def delete(name: str, gateway: Open) -> None:
-    """Take an endpoint out; requests on their way are answered. Idempotent."""
-    await gateway.delete(name)
+    """Take an endpoint out, and answer once its requests are answered, or 20 s later. Idempotent."""
+    with told_to_whoever_asks():
+        await gateway.delete(name)
 
 
 @router.put("/keys/{name}", status_code=_NO_CONTENT, openapi_extra=openapi.body(KeyDigest))
 async def put_key(name: KeyPath, gateway: Open, request: Request) -> None:
     """Keep the digest of an API key under a name."""
-    gateway.keys.put(name, (await _read(request, KeyDigest)).sha256)
+    key = await _read(request, KeyDigest)
+    with told_to_whoever_asks():
+        gateway.keys.put(name, key.sha256)
 
 
 @router.delete("/keys/{name}", status_code=_NO_CONTENT)
 async def delete_key(name: str, gateway: Open) -> None:
     """Forget an API key. Idempotent."""
-    gateway.keys.delete(name)
+    with told_to_whoever_asks():
+        gateway.keys.delete(name)
 
 
 Body = TypeVar("Body", bound=BaseModel)

@@ -77,6 +77,8 @@ class Admission:
                 # It was called and gave up at the same moment: its turn goes to the next.
                 self.running -= 1
                 self._call_next()
+            elif called in self._waiting:
+                self._waiting.remove(called)
             raise
 
     def _call_next(self) -> None:

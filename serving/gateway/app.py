@@ -56,7 +56,8 @@ def application(gateway: Gateway) -> FastAPI:
 async def _http_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101 - see above
     headers = {**_JSON, **(error.headers or {})}
-    return respond(Reply(status=error.status_code, content=error_body(str(error.detail)), headers=headers))
+    message = f"{error.detail}. The page at /docs says what there is."
+    return respond(Reply(status=error.status_code, content=error_body(message), headers=headers))
 
 
 async def _refused(_request: Request, error: Exception) -> Response:

@@ -56,7 +56,7 @@ class GatewayClient:
         return EndpointState.model_validate_json(self._checked(response))
 
     def delete(self, name: str) -> None:
-        """Take an endpoint out; requests on their way are answered."""
+        """Take an endpoint out, and return once the requests that it had are answered, or 20 s later."""
         self._send("DELETE", f"/admin/endpoints/{name}")
 
     def put_key(self, name: str, key: str) -> None:

@@ -15,7 +15,7 @@ from serving.gateway.endpoint import Endpoint
 from serving.gateway.gateway import Gateway
 from serving.gateway.metering import Metered
 from serving.gateway.upstream import Call, Reply
-from serving.oip import HEADER_LENGTH, Body, decode_request, error_body
+from serving.oip import HEADER_LENGTH, Body, decode_request, error_body, read_header_length
 
 VERSION_HEADER = "Overnight-Version"
 _REQUEST_TIMEOUT, _TOO_LARGE, _UNAUTHORIZED = 408, 413, 401
@@ -64,7 +64,7 @@ async def _answered(gateway: Gateway, endpoint: Endpoint, request: Request, vers
     route = endpoint.route
     if route.keys:
         gateway.keys.check(request.headers.get("authorization"), route.keys)
-    header_length = _header_length(request)
+    header_length = read_header_length(request.headers.get(HEADER_LENGTH))
     with endpoint.admitted():
         receiving = asyncio.timeout(route.limits.timeout_s)
         try:
@@ -81,16 +81,6 @@ async def _answered(gateway: Gateway, endpoint: Endpoint, request: Request, vers
         except TimeoutError:
             message = f"The body must come in within {route.limits.timeout_s:g} s, and did not."
             raise BadRequest(message, status=_REQUEST_TIMEOUT) from None
-
-
-def _header_length(request: Request) -> int | None:
-    stated = request.headers.get(HEADER_LENGTH)
-    if stated is None:
-        return None
-    if not stated.isdecimal() or len(stated) > len(str(1 << 40)):
-        message = f"{HEADER_LENGTH} must be a number of bytes, got {stated[:100]!r}."
-        raise BadRequest(message)
-    return int(stated)
 
 
 def refused(error: BadRequest | Unanswered) -> Reply:

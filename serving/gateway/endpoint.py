@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -27,6 +27,7 @@ from serving.gateway.waker import RouteWaker
 from serving.gateway.warmth import Warmth
 
 _OK, _NOT_FOUND, _TOO_MANY, _TIMEOUT = 200, 404, 429, 504
+_POLL_S = 0.01
 
 
 class Endpoint:
@@ -112,6 +113,13 @@ class Endpoint:
     async def sleep(self) -> None:
         """Unload the models, unless a request came in the meantime."""
         await self.warmth.sleep(self.route.versions, present=self._present)
+
+    async def drained(self, seconds: float) -> None:
+        """Return once nobody is there any more, or after these seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._present():  # noqa: ASYNC110 - once in its life; an event would be set by every request
+                    await asyncio.sleep(_POLL_S)
 
     async def ready(self) -> bool:
         """Say whether a request would be answered: a version with a weight is ready, or will be when it is woken."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from typing import Self
 
 from serving.errors import BadRequest
@@ -18,6 +19,8 @@ from serving.gateway.state import EndpointState, Kept
 from serving.gateway.store import Store
 
 _TICK_S = 1.0
+# Below the time that the administrator's client waits for an answer.
+_DRAIN_S_MAX = 20.0
 _NOT_FOUND, _CONFLICT = 404, 409
 _NAMES_SHOWN = 20
 
@@ -39,6 +42,7 @@ class Gateway:
         self._writing = asyncio.Lock()
         self._written: dict[str, Kept] = dict(self._kept)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._over = False
 
     async def __aenter__(self) -> Self:
         """Open the connections and put the routes that were kept in force."""
@@ -50,10 +54,14 @@ class Gateway:
 
     async def __aexit__(self, *error: object) -> None:
         """Write down what there is; requests are through by now."""
-        self._ticking.cancel()
+        # Not cancelled: what a thread is writing down by then would be written on beside what follows.
+        self._over = True
+        self._changed.set()
         await asyncio.gather(self._ticking, *self._tasks, return_exceptions=True)
         await self._save_all()
-        self.meter.close()
+        self._flush()
+        with suppress(OSError):
+            self.meter.close()
         await self._http.close()
 
     @property
@@ -80,12 +88,20 @@ class Gateway:
         return self.state(name)
 
     async def delete(self, name: str) -> None:
-        """Take an endpoint out. Idempotent; requests on their way are answered."""
+        """Take an endpoint out, and return once the requests that it had are answered, or 20 s later. Idempotent."""
         async with self._writing:
-            if self._endpoints.pop(name, None) is not None:
-                self._written.pop(name, None)
+            endpoint = self._endpoints.pop(name, None)
+            if endpoint is None:
+                return
+            try:
                 await asyncio.to_thread(self._store.delete, name)
-                self.metrics.forget(name)
+            except OSError:
+                self._endpoints.setdefault(name, endpoint)
+                raise
+            self._written.pop(name, None)
+        await endpoint.drained(_DRAIN_S_MAX)
+        if name not in self._endpoints:
+            self.metrics.forget(name)
 
     def state(self, name: str) -> EndpointState:
         """Return what there is of an endpoint now. Raises BadRequest, with 404, where there is none."""
@@ -114,7 +130,7 @@ class Gateway:
 
     async def _tick(self) -> None:
         """Every second, and at once when a trial ends: judge, unload, write down."""
-        while True:
+        while not self._over:
             try:
                 async with asyncio.timeout(_TICK_S):
                     await self._changed.wait()
@@ -127,10 +143,13 @@ class Gateway:
                     self._tasks.add(task)
                     task.add_done_callback(self._tasks.discard)
             await self._save_all()
-            try:
-                await asyncio.to_thread(self.meter.flush)
-            except OSError as error:
-                _log.warning("The metering log must be written, got: %s. Its lines are kept for now.", error)
+            await asyncio.to_thread(self._flush)
+
+    def _flush(self) -> None:
+        try:
+            self.meter.flush()
+        except OSError as error:
+            _log.warning("The metering log must be written, got: %s. Its lines are kept for now.", error)
 
     async def _save_all(self) -> None:
         for name in [*self._endpoints]:

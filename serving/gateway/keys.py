@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -117,27 +116,17 @@ def _read(path: Path) -> dict[str, str]:
 
 def _admin_key(folder: Path, environment: Mapping[str, str]) -> str:
     """Return the administrator's key: the environment's, else the folder's, which is made once."""
+    path = folder / _ADMIN_FILE
     if stated := environment.get(ADMIN_KEY):
-        if len(stated) < KEY_LENGTH_MIN:
-            message = f"{ADMIN_KEY} must have at least {KEY_LENGTH_MIN} characters, got {len(stated)}."
-            raise EndpointFailed(message)
-        return stated
-    path = folder / _ADMIN_FILE
-    if not path.exists():
-        write_atomically(path, secrets.token_urlsafe(32).encode())
-    return path.read_text().strip()
-
-
-def admin_key(folder: Path) -> str:
-    """Return the administrator's key of the gateway that runs on this machine with this folder.
-
-    Raises EndpointFailed where neither the environment nor the folder has it.
-    """
-    path = folder / _ADMIN_FILE
-    if stated := os.environ.get(ADMIN_KEY):
-        return stated
-    try:
-        return path.read_text().strip()
-    except OSError as error:
-        message = f"{ADMIN_KEY} must be set, or {path} be readable, got: {error}."
-        raise EndpointFailed(message) from None
+        where = ADMIN_KEY
+    else:
+        if not path.exists():
+            write_atomically(path, secrets.token_urlsafe(32).encode())
+        where, stated = str(path), path.read_text().strip()
+    if len(stated) < KEY_LENGTH_MIN:
+        message = (
+            f"{where} must hold a key of at least {KEY_LENGTH_MIN} characters, got {len(stated)}. "
+            "Make one with: openssl rand -hex 32"
+        )
+        raise EndpointFailed(message)
+    return stated

@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import io
 import os
+import threading
+from collections import deque
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,12 +42,13 @@ class Metered:
 
 
 class Meter:
-    """Writes the log; lines are kept until `flush`, which whoever owns it calls every second."""
+    """Writes the log; lines are kept until `flush`, which whoever owns it calls every second, from any thread."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / _FOLDER
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._lines: list[bytes] = []
+        self._lines: deque[bytes] = deque()
+        self._flushing = threading.Lock()
         self._file: BinaryIO | None = None
         self.lost = 0
 
@@ -58,26 +61,28 @@ class Meter:
 
     def flush(self) -> None:
         """Write what there is. Raises OSError where that fails; the lines are kept for the next time."""
-        if not self._lines:
-            return
-        file = self._file or self._open()
-        lines, self._lines = self._lines, []
-        before = file.tell()
-        content = b"".join(lines)
-        try:
-            _write(file, content)
-        except OSError:
-            file.truncate(before)
-            file.seek(before)
-            self._lines = lines + self._lines
-            raise
-        if file.tell() >= FILE_BYTES_MAX:
-            self._close()
+        with self._flushing:
+            if not self._lines:
+                return
+            file = self._file or self._open()
+            # Others add to the very same queue meanwhile.
+            lines = [self._lines.popleft() for _ in range(len(self._lines))]
+            before = file.tell()
+            try:
+                _write(file, b"".join(lines))
+            except OSError:
+                file.truncate(before)
+                file.seek(before)
+                self._lines.extendleft(reversed(lines))
+                raise
+            if file.tell() >= FILE_BYTES_MAX:
+                self._close()
 
     def close(self) -> None:
         """Write what there is, and close the file."""
         self.flush()
-        self._close()
+        with self._flushing:
+            self._close()
 
     def _open(self) -> BinaryIO:
         now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")

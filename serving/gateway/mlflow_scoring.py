@@ -56,11 +56,7 @@ class MlflowUpstream:
 
     async def ready(self) -> bool:
         """Ask the server whether it is healthy."""
-        try:
-            answered = await self._http.send("GET", f"{self._served.url.rstrip('/')}/health", None, {})
-        except Unanswered:
-            return False
-        return answered.status == _OK
+        return await self._http.healthy(f"{self._served.url.rstrip('/')}/health")
 
 
 def _as_tensors(inputs: Mapping[str, Array], contract: Contract) -> dict[str, Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
 from pydantic import ValidationError
 
-from serving.errors import EndpointFailed
+from serving.errors import EndpointFailed, Unanswered
 from serving.gateway.state import Kept
 
 _LOCK = "gateway.lock"
@@ -60,6 +62,16 @@ def _read(path: Path) -> Kept:
     except ValidationError as error:
         message = f"{path} must hold a route, got: {error}. Put it right, or delete it and put the route again."
         raise EndpointFailed(message) from None
+
+
+@contextmanager
+def told_to_whoever_asks() -> Iterator[None]:
+    """Have what can't be written be told. Raises Unanswered, with 503."""
+    try:
+        yield
+    except OSError as error:
+        message = f"The gateway must be able to write, got: {error}. Make room or give it access, then send this again."
+        raise Unanswered(message) from error
 
 
 def write_atomically(path: Path, content: bytes, *, mode: int = 0o600) -> None:

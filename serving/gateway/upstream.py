@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from serving.errors import Unanswered
-from serving.oip import Body, InferRequest
+from serving.oip import HEADER_LENGTH, Body, InferRequest, read_header_length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +29,8 @@ class Reply:
 
     @property
     def header_length(self) -> int | None:
-        """How many bytes of the content are JSON, None where all are."""
-        length = self.headers.get("Inference-Header-Content-Length", "")
-        return int(length) if length.isdecimal() else None
+        """How many bytes of the content are JSON, None where all are. Raises BadRequest where that is no number."""
+        return read_header_length(self.headers.get(HEADER_LENGTH))
 
 
 class Upstream(Protocol):

@@ -11,7 +11,6 @@ from urllib.parse import quote
 
 import orjson
 
-from serving.errors import Unanswered
 from serving.gateway.http import Answered, Http
 from serving.gateway.route import Served
 from serving.gateway.upstream import UPSTREAM_ERROR_CHARACTERS, Call, Reply
@@ -40,11 +39,7 @@ class V2Upstream:
 
     async def ready(self) -> bool:
         """Ask the server whether this version of the model is ready."""
-        try:
-            answered = await self._http.send("GET", f"{self._model}/ready", None, {})
-        except Unanswered:
-            return False
-        return answered.status == _OK
+        return await self._http.healthy(f"{self._model}/ready")
 
 
 def model_url(served: Served) -> str:

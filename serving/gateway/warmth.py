@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 from serving.errors import Unanswered
 from serving.gateway.route import Served, Sleep
 from serving.gateway.state import Models
 from serving.gateway.waker import Waker
+
+# A server that never answers must not keep the models from another try.
+_LOAD_S_MAX, _UNLOAD_S_MAX = 600.0, 60.0
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +54,7 @@ class Warmth:
             if present():
                 return False
             self.state = "asleep"
-            return await self._each(self._waker.unload, versions)
+            return all([await self._unloaded(each) for each in _models(versions)])
 
     def lost(self) -> None:
         """Take note that the server has the models no more, as one that was restarted: the next request loads them."""
@@ -62,25 +65,32 @@ class Warmth:
         began = asyncio.get_running_loop().time()
         async with self._changing:
             try:
-                sleeping = [each for each in versions if not await self._waker.loaded(each)]
-                for each in _models(sleeping):
-                    await self._waker.load(each)
+                async with asyncio.timeout(_LOAD_S_MAX):
+                    sleeping = [each for each in versions if not await self._waker.loaded(each)]
+                    for each in _models(sleeping):
+                        await self._waker.load(each)
             except Unanswered:
                 self.state = "asleep"
                 raise
+            except TimeoutError:
+                self.state = "asleep"
+                message = f"The model server must load the model within {_LOAD_S_MAX:g} s, and did not. Read its log."
+                raise Unanswered(message) from None
             self.state = "awake"
         if sleeping:
             self._woken(asyncio.get_running_loop().time() - began)
 
-    async def _each(self, verb: Callable[[Served], Awaitable[None]], versions: Sequence[Served]) -> bool:
-        done = True
-        for each in _models(versions):
-            try:
-                await verb(each)
-            except Unanswered as error:
-                done = False
-                _log.warning("%s", error)
-        return done
+    async def _unloaded(self, served: Served) -> bool:
+        try:
+            async with asyncio.timeout(_UNLOAD_S_MAX):
+                await self._waker.unload(served)
+        except Unanswered as error:
+            _log.warning("%s", error)
+        except TimeoutError:
+            _log.warning("%s must unload %s within %g s.", served.url, served.upstream_model, _UNLOAD_S_MAX)
+        else:
+            return True
+        return False
 
 
 def _models(versions: Sequence[Served]) -> list[Served]:

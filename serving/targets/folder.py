@@ -8,8 +8,6 @@ it the controller writes to status.json. infra/local/controller.py is one, for t
 from __future__ import annotations
 
 import fcntl
-import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -24,6 +22,7 @@ from serving.contract import Frozen
 from serving.errors import EndpointFailed
 from serving.release import MODEL_FOLDER, RELEASE_FILE, Release
 from serving.targets import Address, Rendered, Target
+from serving.targets.written import remove_folder, write_folder
 
 SERVE_FILE, STATUS_FILE = "serve.json", "status.json"
 _LOCK_FILE = ".controller.lock"
@@ -108,7 +107,7 @@ class FolderHost:
         status = _read_status(place)
         if not _holds(place, wanted) or (status is not None and status.state in ("failed", "ended")):
             self.remove(release)
-            self._put(place, wanted)
+            write_folder(wanted, place)
         try:
             return Address(url=self._wait(place, release), model=release.endpoint, version=None)
         except EndpointFailed:
@@ -123,7 +122,7 @@ class FolderHost:
             deadline = time.monotonic() + _END_S_MAX
             while self._watched() and not _ended(place) and time.monotonic() < deadline:
                 time.sleep(_POLL_S)
-        shutil.rmtree(place, ignore_errors=True)
+        remove_folder(place)
         with suppress(OSError):  # other versions may be there
             place.parent.rmdir()
 
@@ -133,19 +132,6 @@ class FolderHost:
 
     def _place(self, release: Release) -> Path:
         return self.folder / release.endpoint / release.version
-
-    def _put(self, place: Path, wanted: Rendered) -> None:
-        """Write beside the place, then rename: a release that is there is whole."""
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=self.folder) as part:
-            staged = Path(part) / "release"
-            for name, tree in wanted.trees.items():
-                shutil.copytree(tree, staged / name, ignore=shutil.ignore_patterns("__pycache__"))
-            for name, content in wanted.files.items():
-                file = staged / name
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(content)
-            staged.rename(place)
 
     def _wait(self, place: Path, release: Release) -> str:
         serve = Serve.model_validate_json((place / SERVE_FILE).read_bytes())

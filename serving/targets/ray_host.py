@@ -18,7 +18,7 @@ from serving.targets.ray_serve import RayServe, application_name, folder_name
 from serving.targets.written import remove_folder, write_folder
 
 _POLL_SECONDS = 0.2
-_ANSWER_SECONDS_MAX = 60.0
+_ANSWER_SECONDS_MAX, _READY_SECONDS_MAX = 60.0, 10.0
 _TOLD_LENGTH_MAX = 2000
 
 
@@ -112,7 +112,10 @@ class RayServeHost:
     @contextmanager
     def _serve(self) -> Generator[ServeApi]:
         headers = {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
-        with httpx.Client(base_url=self.dashboard_url, headers=headers, timeout=_ANSWER_SECONDS_MAX) as client:
+        # The token is for the cluster alone, not for a proxy that the environment names.
+        with httpx.Client(
+            base_url=self.dashboard_url, headers=headers, timeout=_ANSWER_SECONDS_MAX, trust_env=False
+        ) as client:
             yield ServeApi(client=client, serve_url=self.serve_url)
 
 
@@ -127,7 +130,8 @@ def _answers(address: Address) -> bool:
     """Whether a release is ready to predict, which no proxy says in place of it."""
     try:
         # The token is for the dashboard alone.
-        answer = httpx.get(f"{address.url}/v2/models/{address.model}/versions/{address.version}/ready", timeout=10)
+        url = f"{address.url}/v2/models/{address.model}/versions/{address.version}/ready"
+        answer = httpx.get(url, timeout=_READY_SECONDS_MAX, trust_env=False)
     except httpx.HTTPError:
         return False
     return answer.is_success

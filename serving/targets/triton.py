@@ -122,9 +122,13 @@ class TritonHost:
         """Have each version of an endpoint run that many instances; those that stay serve on."""
         with self._alone():
             for folder in self._known(endpoint):
-                config = (folder / CONFIG_FILE).read_text()
-                if instances_of(config) != instances:
-                    self._apply(folder, with_instances(config, instances))
+                before = (folder / CONFIG_FILE).read_text()
+                config = with_instances(before, instances)
+                if config != before and self._control.loaded(folder.name):
+                    self._apply(folder, config)
+                elif config != before:
+                    # Whoever unloaded it loads it so.
+                    write_whole(folder / CONFIG_FILE, config)
 
     def instances(self, endpoint: str) -> int:
         """Return how many instances each version of an endpoint runs while it is loaded."""
@@ -138,6 +142,15 @@ class TritonHost:
                 address = Address(url=self.url, model=folder.parent.name, version=version)
                 found.setdefault(release.endpoint, []).append(address)
         return {endpoint: tuple(addresses) for endpoint, addresses in found.items()}
+
+    def newest(self) -> dict[str, Release]:
+        """Return the newest release of every endpoint in the repository."""
+        found: dict[str, Release] = {}
+        for folder in sorted(path.parent for path in self.repository.glob(f"*/{CONFIG_FILE}")):
+            for release in read_releases(folder).values():
+                known = found.setdefault(release.endpoint, release)
+                found[release.endpoint] = max(known, release, key=lambda each: int(each.version))
+        return found
 
     @property
     def _control(self) -> TritonControl:
@@ -199,10 +212,17 @@ class TritonHost:
     @contextmanager
     def _alone(self) -> Generator[None]:
         """Wait for other changes to this repository, in this process and in others."""
-        self.repository.mkdir(parents=True, exist_ok=True)
-        with (self.repository / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        try:
+            self.repository.mkdir(parents=True, exist_ok=True)
+            with (self.repository / ".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                yield
+        except OSError as error:
+            message = (
+                f"Triton's repository must be a folder to read and write, got: {error}. Make room or give access to "
+                f"{self.repository}, then call again."
+            )
+            raise EndpointFailed(message) from error
 
 
 def _instances(folder: Path) -> int | None:

@@ -9,8 +9,6 @@ from collections.abc import Collection, Iterable
 from serving.release import Dial, Release
 from serving.tensors import TensorMetadata, tensors
 
-# Requests that wait for a pass, at most: Triton answers more of them with 503 at once.
-_QUEUE_MAX = 8192
 _VERSIONS = re.compile(r"(?m)^version_policy.*\bversions: \[([\d, ]*)\]")
 _INSTANCES = re.compile(r"(?m)^(instance_group.*\bcount: )(\d+)")
 
@@ -56,13 +54,14 @@ def with_instances(config: str, instances: int) -> str:
 def _batching(dial: Dial) -> Iterable[str]:
     """Yield the dial in Triton's words: a batch goes once it has that many rows, or its oldest request has waited.
 
-    max_batch_size can't be the dial's: it also bounds the rows of one request.
+    max_batch_size can't be the dial's: it also bounds the rows of one request. The queue has no bound of its own, which
+    is the gateway's: with any default_queue_policy Triton 24.10 lets requests lie for half a second now and then
+    (measured: 32 callers, p99 506 ms with it and 13 ms without).
     """
     if dial.batch_size_max > 1:
         yield (
             f"dynamic_batching {{ preferred_batch_size: [{dial.batch_size_max}] "
-            f"max_queue_delay_microseconds: {round(dial.wait_ms_max * 1000)} "
-            f"default_queue_policy {{ max_queue_size: {_QUEUE_MAX} }} }}"
+            f"max_queue_delay_microseconds: {round(dial.wait_ms_max * 1000)} }}"
         )
 
 

@@ -39,6 +39,10 @@ class TritonControl:
         self._repository(model, "unload")
         self._wait(lambda: not self._states(model) - {"UNAVAILABLE"}, f"{model!r} be unloaded")
 
+    def loaded(self, model: str) -> bool:
+        """Say whether any version of a model answers."""
+        return "READY" in self._states(model)
+
     def infer(self, model: str, version: str, content: bytes) -> httpx.Response:
         """Ask a version, and return the answer as it comes."""
         return self._ask("POST", f"/v2/models/{quote(model)}/versions/{version}/infer", content)

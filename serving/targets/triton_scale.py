@@ -1,4 +1,4 @@
-"""How many instances a model in Triton should run, by its measured queue: a decision, and a loop that carries it out.
+"""How many instances a model in Triton should run, by its measured queue: a decision, and what carries it out.
 
 Measured are the sums over all versions of an endpoint; each version runs the same number of instances.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import re
-import threading
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -142,15 +141,6 @@ class InstanceScaler:
             # What was measured while instances came or went says little of those that are there now.
             self._before, self._calm = None, 0
         return wanted
-
-    def run(self, stop: threading.Event, every_s: float = 5.0) -> None:
-        """Look again and again until `stop` is set; a look that fails is told to the log, and the next one comes."""
-        while not stop.wait(every_s):
-            try:
-                self.look()
-            except EndpointFailed as error:
-                _log.warning("%s: its instances stay as they are: %s", self.endpoint, error)
-                self._before = None
 
     def _metrics(self) -> str:
         try:

@@ -20,7 +20,7 @@ from tasks.endpoint.client import is_ready
 from tasks.endpoint.deploy import host_of
 from tasks.endpoint.render import bare_release, make_release
 from tasks.endpoint.resolve import Subject
-from tasks.endpoint.route import idle, rolled_out, serving, without
+from tasks.endpoint.route import idle, in_use, kept_awake, rolled_out, serving, without
 from tasks.endpoint.spec import EndpointSpec, RayServe, Triton
 from tasks.endpoint.traffic import keep_warm_seconds, wait_idle
 from tasks.endpoint.tuning import Chosen, remembered
@@ -62,6 +62,8 @@ class Change:
             self.keep_warm = sleep.keep_warm_s if sleep and self.spec.keep_warm == "auto" else self.keep_warm
             return address
         self.touched = True
+        if self.standing is not None and (awake := kept_awake(self.standing)) != self.standing:
+            self.gateway.put(self.spec.name, awake)
         start = time.monotonic()
         address = self._deploy()
         if self.spec.keep_warm == "auto":
@@ -98,6 +100,10 @@ class Change:
         before = serving(self.standing)
         if self.release.version in before:
             words = f"Version {self.release.version} serves on as it did before."
+        elif self.release.version in in_use(self.standing):
+            words = (
+                f"Version {self.release.version} is the shadow that it was, and version {', '.join(before)} serves on."
+            )
         elif before:
             words = f"The release is taken down, and version {', '.join(before)} serves on."
         else:
@@ -108,22 +114,23 @@ class Change:
     def _undo(self) -> None:
         """Give what stood before all its traffic again, then take the release down; what fails of that is logged."""
         try:
-            self._put_back()
-            if self.release.version not in serving(self.standing):
+            self._put_back(self.standing and kept_awake(self.standing))
+            if self.release.version not in in_use(self.standing):
                 wait_idle(self.gateway, self.spec.name, (self.release.version,))
                 host_of(self.spec.target).remove(self.release)
             elif self.touched and self.earlier is not None:
                 host_of(self.spec.target, self.keep_warm).deploy(self.earlier, self.model)
+            self._put_back(self.standing)
         except EndpointFailed as error:
             self.logger.warning("The change must be undone, got: %s. Look at version %s.", error, self.release.version)
 
-    def _put_back(self) -> None:
+    def _put_back(self, route: Route | None) -> None:
         now = self.gateway.get(self.spec.name)
-        if self.standing is None:
+        if route is None:
             if now is not None:
                 self.gateway.delete(self.spec.name)
-        elif now is None or now.route != self.standing:
-            self.gateway.put(self.spec.name, self.standing)
+        elif now is None or now.route != route:
+            self.gateway.put(self.spec.name, route)
 
     def settle(self, address: Address) -> tuple[str, ...]:
         """Take down the versions that have no traffic any more; return which. What can't be taken down is logged."""
@@ -131,9 +138,18 @@ class Change:
         gone = idle(status.route) if status else ()
         if status is None or not gone:
             return ()
-        self.gateway.put(self.spec.name, without(status.route, gone))
-        wait_idle(self.gateway, self.spec.name, gone)
-        return tuple(version for version in gone if self._take_down(status.route, version, address))
+        left = without(status.route, gone)
+        self.gateway.put(self.spec.name, kept_awake(left))
+        try:
+            wait_idle(self.gateway, self.spec.name, gone)
+        except EndpointFailed as error:
+            # Known again, so that the next call takes them down.
+            self._put_back(status.route)
+            self.logger.warning("Version %s must have no requests any more, got: %s", ", ".join(gone), error)
+            return ()
+        removed = tuple(version for version in gone if self._take_down(status.route, version, address))
+        self._put_back(left)
+        return removed
 
     def _take_down(self, route: Route, version: str, address: Address) -> bool:
         theirs = address_of(route, version)
@@ -209,14 +225,22 @@ def serving_address(route: Route | None) -> Address | None:
 
 
 def retire(gateway: GatewayClient, host: Host, endpoint: str) -> tuple[str, ...]:
-    """Take an endpoint out of the gateway, then every version of it off its host; return which. Idempotent."""
+    """Take an endpoint out of the gateway, then every version of it off its host; return which. Idempotent.
+
+    Where a version can't be taken off, the endpoint is in the gateway again. Raises EndpointFailed.
+    """
     status = gateway.get(endpoint)
     if status is None:
         return ()
     gateway.delete(endpoint)
     versions = tuple(each.version for each in status.route.versions)
-    for version in versions:
-        host.remove(bare_release(endpoint, version, status.route.contract))
+    try:
+        for version in versions:
+            host.remove(bare_release(endpoint, version, status.route.contract))
+    except BaseException:
+        # The next call must know what is left.
+        gateway.put(endpoint, status.route)
+        raise
     return versions
 
 

@@ -13,7 +13,7 @@ import httpx
 
 from serving.contract import Contract
 from serving.errors import BadRequest, EndpointFailed
-from serving.oip import HEADER_LENGTH, decode_response, encode_request
+from serving.oip import HEADER_LENGTH, decode_response, encode_request, read_header_length
 from serving.targets import Address
 from tasks.endpoint.samples import Arrays
 
@@ -64,9 +64,9 @@ class InferClient:
                 f"{response.text[:_SHOWN]}"
             )
             raise EndpointFailed(message)
-        length = response.headers.get(HEADER_LENGTH)
         try:
-            return decode_response(response.content, self.contract, header_length=int(length) if length else None)
+            length = read_header_length(response.headers.get(HEADER_LENGTH))
+            return decode_response(response.content, self.contract, header_length=length)
         except BadRequest as error:
             message = f"What {url} answers must be what the model's contract says. {error}"
             raise EndpointFailed(message) from error

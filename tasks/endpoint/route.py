@@ -13,11 +13,26 @@ from tasks.endpoint import spec as specs
 from tasks.endpoint.spec import EndpointSpec
 
 _WHOLE = 100.0
+_CHANGE_SECONDS_MAX = 3600.0
 
 
 def serving(route: Route | None) -> tuple[str, ...]:
     """Return the versions that get requests which name none."""
     return () if route is None else tuple(each.version for each in route.versions if each.weight)
+
+
+def in_use(route: Route | None) -> tuple[str, ...]:
+    """Return the versions that get requests which name none, or copies of them."""
+    return () if route is None else tuple(each.version for each in route.versions if each.version not in idle(route))
+
+
+def kept_awake(route: Route) -> Route:
+    """Return the route with its models awake for an hour: what is loaded beside them would be unloaded with them."""
+    sleep = route.sleep
+    if sleep is None:
+        return route
+    longer = sleep.model_copy(update={"keep_warm_s": max(sleep.keep_warm_s, _CHANGE_SECONDS_MAX)})
+    return route.model_copy(update={"sleep": longer})
 
 
 def before_change(route: Route | None, version: str) -> Route | None:

@@ -10,16 +10,18 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from serving.contract import ColumnPolicy, Frozen
-from serving.gateway.route import HOST_PORT, KeyName, Limits
+from serving.gateway.route import ENDPOINT_PATTERN, HOST_PORT, KeyName, Limits
 from serving.release import Dial, Scaling
 
 URL = r"^https?://[^\s@]+$"
 GATEWAY = "http://127.0.0.1:8080"
-_NAME = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 
 
 class Triton(Frozen):
-    """NVIDIA Triton, which loads and unloads models from a repository when told (--model-control-mode=explicit)."""
+    """NVIDIA Triton, which loads and unloads models from a repository when told (--model-control-mode=explicit).
+
+    It runs the least replicas, unless `python -m serving.targets.triton_autoscale` looks after it.
+    """
 
     kind: Literal["triton"] = Field(default="triton", description="Tells this target from others.")
     repository: str = Field(
@@ -167,11 +169,9 @@ class Access(Frozen):
 class EndpointSpec(Frozen):
     """An online endpoint, in full."""
 
-    name: str = Field(pattern=_NAME, description="The endpoint's name, by which callers ask for its model.")
+    name: str = Field(pattern=ENDPOINT_PATTERN, description="The endpoint's name, by which callers ask for its model.")
     model: str = Field(description="models:/NAME@ALIAS or models:/NAME/VERSION, resolved once.")
-    gateway: str = Field(
-        default="http://127.0.0.1:8080", pattern=URL, description="The door that callers come through."
-    )
+    gateway: str = Field(default=GATEWAY, pattern=URL, description="The door that callers come through.")
     admin_secret: str | None = Field(
         default=None,
         description="A Prefect Secret block that holds the gateway's administrator key. Without: the environment "

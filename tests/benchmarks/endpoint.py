@@ -1,7 +1,8 @@
 """Figures of endpoints: plain FastAPI and every target under the same client in turn, what the gateway costs, how long
 a wake from zero takes, and the requests that are lost while versions come and go.
 
-ROUNDS, SECONDS (of each measurement) and BENCH_FOLDER are taken from the environment. The last line is one JSON object.
+ROUNDS, SECONDS (of each measurement), PARTS (servers, gateway, lost), MODELS (small, wide) and BENCH_FOLDER are taken
+from the environment. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from tests.benchmarks.endpoint_servers import Contender, Served, Up, contenders
 from tests.benchmarks.endpoint_wrk import CONNECTIONS, Load, median, missing, wrk
 from tests.benchmarks.shared import FEATURES, FOLDER, ROUNDS, console, machine, open_registry, use_experiment
 
-SECONDS = float(os.environ.get("SECONDS", "8"))
-WARM_SECONDS = 1.5
+SECONDS = int(os.environ.get("SECONDS", "8"))
+PARTS = os.environ.get("PARTS", "servers gateway lost").split()
+WARM_SECONDS = 2
 BUDGET_MS = 50.0
 # The rate that the dial is chosen for: what a good part of the answers measured here comes to.
 RATES = {"small": 2000.0, "wide": 500.0}
-WIDTHS = {"small": 256, "wide": 2048}
+MODELS = os.environ.get("MODELS", "small wide").split()
+WIDTHS = {name: width for name, width in (("small", 256), ("wide", 2048)) if name in MODELS}
 FASTAPI_OVER_MIN, DEFAULT_OVER_MIN, ADDED_MS_MAX = 3.0, 1.2, 2.0
 
 
@@ -53,6 +56,9 @@ class Figures:
         }
 
 
+Found = dict[tuple[str, str], Figures]
+
+
 def main() -> None:
     if how := missing():
         sys.exit(how)
@@ -60,17 +66,27 @@ def main() -> None:
     folder = FOLDER / "endpoint"
     shutil.rmtree(folder, ignore_errors=True)
     models = [make_served(name, width) for name, width in WIDTHS.items()]
-    everybody = contenders()
-    for each in everybody:
-        if each.missing:
-            console.print(f"{each.name} is missing here: {each.missing}")
-    found = race(models, [each for each in everybody if each.missing is None], folder)
-    from tests.benchmarks.endpoint_gateway import gateway_figures
-    from tests.benchmarks.endpoint_lost import lost_figures
+    result = {
+        "machine": machine(),
+        "connections": CONNECTIONS,
+        "dials": {model.name: model.dial.model_dump() for model in models},
+    }
+    found: Found = {}
+    if "servers" in PARTS:
+        everybody = contenders()
+        for each in everybody:
+            if each.missing:
+                console.print(f"{each.name} is missing here: {each.missing}")
+        found = race(models, [each for each in everybody if each.missing is None], folder)
+        result |= as_json(found, everybody)
+    if "gateway" in PARTS:
+        from tests.benchmarks.endpoint_gateway import gateway_figures
 
-    gateway = gateway_figures(models, folder, seconds=SECONDS, rounds=ROUNDS)
-    lost = lost_figures(models[0], folder)
-    result = as_json(found, everybody, models) | gateway | lost
+        result |= gateway_figures(models, folder, seconds=SECONDS, rounds=ROUNDS)
+    if "lost" in PARTS:
+        from tests.benchmarks.endpoint_lost import lost_figures
+
+        result |= lost_figures(models[0], folder)
     show(found, result)
     sys.stdout.write(json.dumps(result) + "\n")
 
@@ -106,9 +122,9 @@ def make_served(name: str, width: int) -> Served:
     return Served(name=name, release=release, model=resolved.folder, dial=chosen.dial)
 
 
-def race(models: list[Served], everybody: list[Contender], folder: Path) -> dict[tuple[str, str], Figures]:
+def race(models: list[Served], everybody: list[Contender], folder: Path) -> Found:
     """Measure everybody in turn, each started anew; who fails is out, and its reason takes its place."""
-    found: dict[tuple[str, str], Figures] = {}
+    found: Found = {}
     turns = [(at, model, each) for at in range(ROUNDS) for model in models for each in everybody]
     for at, model, each in track(turns, "in turn", console=console):
         if each.missing:
@@ -116,7 +132,11 @@ def race(models: list[Served], everybody: list[Contender], folder: Path) -> dict
         place = folder / f"{at}-{model.name}-{each.name.split()[0].strip(',').lower()}-{len(found)}"
         try:
             with each.start(model, place) as up:
-                measure(up, found.setdefault((model.name, each.name), Figures()))
+                load, memory_mb = measure(up)
+            figures = found.setdefault((model.name, each.name), Figures())
+            figures.loads.append(load)
+            figures.start_seconds.append(up.start_seconds)
+            figures.memory_mb.append(memory_mb)
         except Exception as error:  # noqa: BLE001 - whatever a server fails with is what is said of it
             each.missing = f"{type(error).__name__}: {error}"
             console.print(f"{each.name} failed: {each.missing}")
@@ -124,28 +144,23 @@ def race(models: list[Served], everybody: list[Contender], folder: Path) -> dict
     return found
 
 
-def measure(up: Up, figures: Figures) -> None:
+def measure(up: Up) -> tuple[Load, float]:
     wrk(up.url, up.bodies, WARM_SECONDS)
-    figures.loads.append(wrk(up.url, up.bodies, SECONDS))
-    figures.start_seconds.append(up.start_seconds)
-    figures.memory_mb.append(up.memory_mb())
+    return wrk(up.url, up.bodies, SECONDS), up.memory_mb()
 
 
-def as_json(found: dict[tuple[str, str], Figures], everybody: list[Contender], models: list[Served]) -> dict[str, Any]:
+def as_json(found: Found, everybody: list[Contender]) -> dict[str, Any]:
     servers = {
-        model.name: {
-            each.name: found[model.name, each.name].as_json() if (model.name, each.name) in found else "missing"
+        name: {
+            each.name: found[name, each.name].as_json() if (name, each.name) in found else "missing"
             for each in everybody
         }
-        for model in models
+        for name in WIDTHS
     }
-    small, wide = servers["small"], servers["wide"]
+    small, wide = servers.get("small", {}), servers.get("wide", {})
     return {
-        "machine": machine(),
-        "connections": CONNECTIONS,
         "servers": servers,
         "missing": {each.name: each.missing for each in everybody if each.missing},
-        "dials": {model.name: model.dial.model_dump() for model in models},
         "triton_tuned_vs_fastapi": _over(small, "Triton, tuned", "FastAPI"),
         "triton_tuned_p99_ms": _of(small, "Triton, tuned", "p99_ms"),
         "triton_tuned_vs_fastapi_wide": _over(wide, "Triton, tuned", "FastAPI"),
@@ -164,14 +179,15 @@ def _over(servers: dict[str, Any], one: str, other: str) -> float | None:
     return round(a / b, 2) if a and b else None
 
 
-def show(found: dict[tuple[str, str], Figures], result: dict[str, Any]) -> None:
+def show(found: Found, result: dict[str, Any]) -> None:
     table = Table(title=f"{CONNECTIONS} connections, single rows as JSON; {machine()}", title_justify="left")
     for name in ("model", "server", "requests/s", "p50 ms", "p99 ms", "errors", "first answer s", "memory MB"):
         table.add_column(name, justify="left" if name in ("model", "server") else "right")
     for (model, name), figures in sorted(found.items(), key=lambda item: item[0][0]):
         row = figures.as_json()
         table.add_row(model, name, *(f"{value:,}" for value in row.values()))
-    console.print(table)
+    if found:
+        console.print(table)
     wanted = {
         "triton_tuned_vs_fastapi": f"at least {FASTAPI_OVER_MIN:g}, p99 at most {BUDGET_MS:g} ms",
         "triton_tuned_vs_triton_default": f"at least {DEFAULT_OVER_MIN:g}",

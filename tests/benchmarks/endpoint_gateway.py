@@ -22,7 +22,7 @@ KEY = "benchmark-key-of-32-characters-00"
 RATE = 100.0
 
 
-def gateway_figures(models: list[Served], folder: Path, *, seconds: float, rounds: int) -> dict[str, Any]:
+def gateway_figures(models: list[Served], folder: Path, *, seconds: int, rounds: int) -> dict[str, Any]:
     """Measure Triton alone and through the gateway in turn, on one and the same server."""
     from infra.local.gateway import gateway_server
 
@@ -43,16 +43,15 @@ def gateway_figures(models: list[Served], folder: Path, *, seconds: float, round
             console.print(f"{model.name}: Triton alone and through the gateway, in turn")
             through = Address(url=gateway.url, model=model.release.endpoint, version=None)
             found[model.name] = _compare(model, up.url, up.address, through, seconds, rounds)
-    small = found["small"]
     return {
         "gateway_cost": {name: each["cost"] for name, each in found.items()},
         "gateway": found,
-        "gateway_added_p50_ms_at_100_per_second": small["added_p50_ms"],
+        "gateway_added_p50_ms_at_100_per_second": max(each["added_p50_ms"] for each in found.values()),
     }
 
 
 def _compare(
-    model: Served, url: str, alone: Address, through: Address, seconds: float, rounds: int
+    model: Served, url: str, alone: Address, through: Address, seconds: int, rounds: int
 ) -> Mapping[str, float]:
     door = f"{through.url}/v2/models/{through.model}/infer"
     rates: dict[str, list[float]] = {"alone": [], "through": []}

@@ -50,14 +50,14 @@ def missing() -> str | None:
     return None if shutil.which("wrk") else "wrk is missing: apt-get install wrk"
 
 
-def wrk(url: str, bodies: Sequence[bytes], seconds: float, key: str | None = None) -> Load:
-    """Send the bodies in turn over 32 connections, each as soon as it has its answer."""
+def wrk(url: str, bodies: Sequence[bytes], seconds: int, key: str | None = None) -> Load:
+    """Send the bodies in turn over 32 connections, each as soon as it has its answer. wrk knows whole seconds alone."""
     header = f', ["Authorization"] = "Bearer {key}"' if key else ""
     quoted = ", ".join(f"[==[{body.decode()}]==]" for body in bodies)
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "post.lua"
         script.write_text(_SCRIPT % (quoted, header))
-        command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds:g}s", "--timeout", "30s", "-s", str(script), url]
+        command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "--timeout", "30s", "-s", str(script), url]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.rpartition("JSON ")[2])
     good = found["requests"] - found["errors"]

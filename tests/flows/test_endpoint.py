@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from serving.errors import BadInput, EndpointFailed, LatencyImpossible, RolledBa
 from serving.gateway.client import GatewayClient
 from serving.oip import encode_request
 from serving.registry import resolve_model
-from tasks.endpoint.spec import Canary, EndpointSpec, Shadow, Triton
+from tasks.endpoint.spec import Canary, EndpointSpec, RayServe, Shadow, Triton
 
 if TYPE_CHECKING:
     from tasks.endpoint.report import Endpoint
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 KEY, VARIABLE = "a-key-of-the-tests-0123456789abcdef", "CHURN_API_KEY"
 FEATURES = ("late", "b", "c")
 CANARY = Canary(percent=50, requests_min=20, error_rate_max=0.01, seconds_max=60)
+UNASKED = CANARY.model_copy(update={"seconds_max": 0.5})
 Put = Callable[..., "Endpoint"]
 
 
@@ -58,24 +60,28 @@ def client(gateway: GatewayServer) -> Generator[GatewayClient]:
 
 
 @pytest.fixture(scope="module")
-def versions(registry: Path) -> dict[str, str]:
-    """Versions of one model: two networks, one that answers differently each time, and one that fails on some rows."""
+def network(registry: Path) -> str:
+    """A real network, with an example."""
     import torch
 
-    from deployments.demo.endpoint_versions import register_faulty
     from tests.support import register_torch
 
-    found = {}
-    for name, seed in (("first", 1), ("second", 2)):
-        torch.manual_seed(seed)
-        layers = (torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
-        found[name] = register_torch(
-            "endpoint-churn", torch.nn.Sequential(*layers), FEATURES, np.zeros((2, 3), np.float32)
-        )
-    for fault in ("moody", "delicate"):
-        version = register_faulty(fault, "endpoint-churn", "x", FEATURES, "score")
-        found[fault] = f"models:/endpoint-churn/{version}"
-    return found
+    torch.manual_seed(1)
+    layers = (torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    return register_torch("endpoint-network", torch.nn.Sequential(*layers), FEATURES, np.zeros((2, 3), np.float32))
+
+
+@pytest.fixture(scope="module")
+def versions(registry: Path) -> dict[str, str]:
+    """Versions of one model, of code, which loads faster than a network: two good ones, and two with a fault.
+
+    One of those answers differently each time, and one fails on some rows.
+    """
+    from deployments.demo.endpoint_versions import register_faulty
+
+    faults = {"first": "", "second": "", "moody": "moody", "delicate": "delicate"}
+    numbers = {name: register_faulty(fault, "endpoint-churn", "x", FEATURES, "score") for name, fault in faults.items()}
+    return {name: f"models:/endpoint-churn/{number}" for name, number in numbers.items()}
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +100,35 @@ def put(prefect: PrefectServer, triton: TritonServer, gateway: GatewayServer) ->
         return online_endpoint(EndpointSpec.model_validate({**given, **changes}))
 
     return run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """The endpoint that tests share, at the first or the second version, and leave at one of them."""
+
+    now: str
+    other: str
+    name: str = "churn"
+
+    @property
+    def version(self) -> str:
+        return self.now.rpartition("/")[2]
+
+    @property
+    def other_version(self) -> str:
+        return self.other.rpartition("/")[2]
+
+
+@pytest.fixture
+def churn(client: GatewayClient, versions: dict[str, str], put: Put) -> Standing:
+    if client.get("churn") is None:
+        put("churn", versions["first"])
+    state = client.get("churn")
+    assert state is not None
+    (served,) = state.route.versions
+    models = versions["first"], versions["second"]
+    now, other = models if models[0].endswith(f"/{served.version}") else models[::-1]
+    return Standing(now=now, other=other)
 
 
 def target(triton: TritonServer) -> Triton:
@@ -116,13 +151,13 @@ def score(gateway: GatewayServer, name: str, x_NF: np.ndarray, model: str, key: 
     return {"status": answer.status_code, **answer.json()}
 
 
-def calling(gateway: GatewayServer, name: str, model: str) -> Callers:
+def calling(gateway: GatewayServer, name: str, model: str, rate: float = 50) -> Callers:
     """Callers of an endpoint, one in five of which ask for a row that the delicate version fails on."""
     rows = np.random.default_rng(4).standard_normal((50, 3))
     rows[::5, 0] = 2 * LATE_MINUTES
     url = f"{gateway.url}/v2/models/{name}/infer"
     bodies = [body(model, row[None]) for row in rows]
-    return Callers(url=url, bodies=bodies, rate=50, headers={"Authorization": f"Bearer {KEY}"})
+    return Callers(url=url, bodies=bodies, rate=rate, headers={"Authorization": f"Bearer {KEY}"})
 
 
 def artifacts(prefect: PrefectServer, key: str) -> list[dict[str, Any]]:
@@ -132,11 +167,13 @@ def artifacts(prefect: PrefectServer, key: str) -> list[dict[str, Any]]:
 
 
 def test_a_model_goes_online_with_a_dial_verified_measured_and_reported(
-    prefect: PrefectServer, triton: TritonServer, gateway: GatewayServer, versions: dict[str, str], put: Put
+    prefect: PrefectServer, triton: TritonServer, gateway: GatewayServer, network: str, put: Put
 ) -> None:
+    from flows.endpoint import retire_endpoint
+
     budget = {"latency_ms": 200, "rate": 50, "callers": 8}
-    endpoint = put("online", versions["first"], budget=budget, measure_seconds=0.5)
-    answer = score(gateway, "online", np.ones((2, 3)), versions["first"])
+    endpoint = put("online", network, budget=budget, measure_seconds=0.5)
+    answer = score(gateway, "online", np.ones((2, 3)), network)
 
     assert (200, "1") == (answer["status"], answer["model_version"])
     assert 1 < endpoint.dial.batch_size_max <= 8
@@ -149,101 +186,107 @@ def test_a_model_goes_online_with_a_dial_verified_measured_and_reported(
     assert artifacts(prefect, "endpoint-plot")[0]["data"].startswith("data:image/png")
     assert KEY not in endpoint.model_dump_json()
 
-    again = put("online", versions["first"], budget=budget, measure_seconds=0.5)
+    again = put("online", network, budget=budget, measure_seconds=0.5)
 
     assert again.after is None  # nothing was put up: it stands
     assert endpoint.dial == again.dial
+    assert ("1",) == retire_endpoint("online", target(triton), gateway.url)
 
 
-def test_without_its_key_nobody_is_answered(gateway: GatewayServer, versions: dict[str, str], put: Put) -> None:
-    put("keyed", versions["first"])
-
-    assert 200 == score(gateway, "keyed", np.ones((1, 3)), versions["first"])["status"]
-    assert (
-        401 == score(gateway, "keyed", np.ones((1, 3)), versions["first"], key="another-key-of-some-length")["status"]
-    )
+def test_without_its_key_nobody_is_answered(gateway: GatewayServer, churn: Standing) -> None:
+    assert 200 == score(gateway, "churn", np.ones((1, 3)), churn.now)["status"]
+    assert 401 == score(gateway, "churn", np.ones((1, 3)), churn.now, key="another-key-of-some-length")["status"]
 
 
 def test_a_version_is_switched_and_the_earlier_one_taken_down_without_a_lost_request(
-    triton: TritonServer, gateway: GatewayServer, versions: dict[str, str], put: Put
+    triton: TritonServer, gateway: GatewayServer, churn: Standing, put: Put
 ) -> None:
-    put("switched", versions["first"])
-    with calling(gateway, "switched", versions["first"]) as callers:
-        endpoint = put("switched", versions["second"])
+    with calling(gateway, "churn", churn.now) as callers:
+        endpoint = put("churn", churn.other)
 
     assert (0, []) == (callers.lost, callers.reasons)
-    assert ("1",) == endpoint.removed
-    assert ["2"] == loaded(triton, "switched")
+    assert (churn.version,) == endpoint.removed
+    assert [churn.other_version] == loaded(triton, "churn")
     assert {"1", "2"} == set(callers.versions)
 
 
 def test_a_canary_that_keeps_its_rule_is_promoted(
-    triton: TritonServer, gateway: GatewayServer, versions: dict[str, str], put: Put
+    triton: TritonServer, gateway: GatewayServer, churn: Standing, put: Put
 ) -> None:
-    put("canary", versions["first"])
-    with calling(gateway, "canary", versions["first"]) as callers:
-        endpoint = put("canary", versions["second"], rollout=CANARY)
+    with calling(gateway, "churn", churn.now) as callers:
+        endpoint = put("churn", churn.other, rollout=CANARY)
 
     assert 0 == callers.lost
-    assert "version 2 has all traffic, after a trial: 0 of 20 requests failed" in endpoint.rollout
-    assert ["2"] == loaded(triton, "canary")
+    assert f"version {churn.other_version} has all traffic, after a trial: 0 of 20 requests failed" in endpoint.rollout
+    assert [churn.other_version] == loaded(triton, "churn")
 
 
 def test_a_canary_that_fails_under_traffic_is_rolled_back_and_taken_down_without_a_lost_request(
-    triton: TritonServer, gateway: GatewayServer, client: GatewayClient, versions: dict[str, str], put: Put
+    triton: TritonServer,
+    gateway: GatewayServer,
+    client: GatewayClient,
+    versions: dict[str, str],
+    churn: Standing,
+    put: Put,
 ) -> None:
-    put("delicate", versions["first"])
-    before = client.get("delicate")
+    before = client.get("churn")
     with (
-        calling(gateway, "delicate", versions["first"]) as callers,
-        pytest.raises(RolledBack, match=r"requests failed.* version 1 serves on"),
+        calling(gateway, "churn", churn.now) as callers,
+        pytest.raises(RolledBack, match=rf"requests failed.* version {churn.version} serves on"),
     ):
-        put("delicate", versions["delicate"], rollout=CANARY)
+        put("churn", versions["delicate"], rollout=CANARY)
 
-    after = client.get("delicate")
+    after = client.get("churn")
     assert (0, []) == (callers.lost, callers.reasons)
     assert before is not None
     assert after is not None
     assert before.route == after.route
-    assert ["1"] == loaded(triton, "delicate")
+    assert [churn.version] == loaded(triton, "churn")
 
 
 def test_a_canary_that_nobody_asks_is_rolled_back_and_says_so(
-    triton: TritonServer, gateway: GatewayServer, versions: dict[str, str], put: Put
+    triton: TritonServer, gateway: GatewayServer, churn: Standing, put: Put
 ) -> None:
-    put("quiet", versions["first"])
     with pytest.raises(RolledBack, match=r"must answer 20 requests in 0.5 s .*got 0"):
-        put("quiet", versions["second"], rollout=CANARY.model_copy(update={"seconds_max": 0.5}))
+        put("churn", churn.other, rollout=UNASKED)
 
-    assert ["1"] == loaded(triton, "quiet")
-    assert "1" == score(gateway, "quiet", np.ones((1, 3)), versions["first"])["model_version"]
+    assert [churn.version] == loaded(triton, "churn")
+    assert churn.version == score(gateway, "churn", np.ones((1, 3)), churn.now)["model_version"]
 
 
-def test_a_shadow_answers_nobody_and_is_given_its_traffic_by_a_later_call(
-    triton: TritonServer, gateway: GatewayServer, versions: dict[str, str], put: Put
+def test_a_shadow_answers_nobody_stays_where_a_trial_fails_and_is_given_its_traffic_by_a_later_call(
+    triton: TritonServer, gateway: GatewayServer, client: GatewayClient, churn: Standing, put: Put
 ) -> None:
-    put("shadowed", versions["first"])
-    put("shadowed", versions["second"], rollout=Shadow())
-    answers = {score(gateway, "shadowed", np.ones((1, 3)), versions["first"])["model_version"] for _ in range(5)}
+    put("churn", churn.other, rollout=Shadow())
+    before = client.get("churn")
+    answers = {score(gateway, "churn", np.ones((1, 3)), churn.now)["model_version"] for _ in range(5)}
 
-    assert {"1"} == answers
-    assert ["1", "2"] == loaded(triton, "shadowed")
+    assert {churn.version} == answers
+    assert ["1", "2"] == loaded(triton, "churn")
 
-    endpoint = put("shadowed", versions["second"])
+    with pytest.raises(RolledBack, match=rf"the shadow that it was, and version {churn.version} serves on"):
+        put("churn", churn.other, rollout=UNASKED)
+    after = client.get("churn")
 
-    assert ("1",) == endpoint.removed
-    assert "2" == score(gateway, "shadowed", np.ones((1, 3)), versions["first"])["model_version"]
+    assert before is not None
+    assert after is not None
+    assert before.route == after.route
+    assert ["1", "2"] == loaded(triton, "churn")
+
+    endpoint = put("churn", churn.other)
+
+    assert (churn.version,) == endpoint.removed
+    assert churn.other_version == score(gateway, "churn", np.ones((1, 3)), churn.now)["model_version"]
 
 
 def test_a_version_that_answers_otherwise_than_its_model_never_gets_traffic(
-    triton: TritonServer, gateway: GatewayServer, versions: dict[str, str], put: Put
+    triton: TritonServer, gateway: GatewayServer, versions: dict[str, str], churn: Standing, put: Put
 ) -> None:
-    put("moody", versions["first"])
-    with pytest.raises(VerifyFailed, match=r"as the model itself does .* version 1 serves on"):
-        put("moody", versions["moody"])
+    with pytest.raises(VerifyFailed, match=rf"as the model itself does .* version {churn.version} serves on"):
+        put("churn", versions["moody"])
 
-    assert ["1"] == loaded(triton, "moody")
-    assert "1" == score(gateway, "moody", np.ones((1, 3)), versions["first"])["model_version"]
+    assert [churn.version] == loaded(triton, "churn")
+    assert churn.version == score(gateway, "churn", np.ones((1, 3)), churn.now)["model_version"]
 
 
 def test_a_first_version_that_fails_leaves_nothing(
@@ -291,46 +334,64 @@ def test_a_key_that_is_not_there_is_named_before_anything_is_put_up(
 
 
 def test_versions_of_another_model_do_not_pass_for_those_that_serve(
-    gateway: GatewayServer, versions: dict[str, str], linear: str, put: Put
+    gateway: GatewayServer, client: GatewayClient, churn: Standing, linear: str, put: Put
 ) -> None:
-    put("mixed", versions["first"])
-    with pytest.raises(BadInput, match=r"those of one registered model, but version 1 of mixed serves already"):
+    state = client.get("churn")
+    assert state is not None
+    number = linear.rpartition("/")[2]
+    (served,) = state.route.versions
+    client.put("mixed", state.route.model_copy(update={"versions": (served.model_copy(update={"version": number}),)}))
+    with pytest.raises(BadInput, match=rf"one registered model, but version {number} of mixed serves already"):
         put("mixed", linear)
 
-    assert 200 == score(gateway, "mixed", np.ones((1, 3)), versions["first"])["status"]
+    assert 200 == score(gateway, "mixed", np.ones((1, 3)), churn.now)["status"]
+    client.delete("mixed")
 
 
-def test_an_idle_endpoint_is_unloaded_and_woken_by_the_next_request(
-    triton: TritonServer, gateway: GatewayServer, client: GatewayClient, versions: dict[str, str], put: Put
+def test_an_idle_endpoint_is_unloaded_woken_by_the_next_request_and_stays_awake_while_a_version_comes(
+    triton: TritonServer, gateway: GatewayServer, client: GatewayClient, churn: Standing, put: Put
 ) -> None:
-    put("sleeps", versions["first"], keep_warm=1)
-    client.wait("sleeps", lambda state: state.models == "asleep", timeout_s=30)
+    put("churn", churn.now, keep_warm=1)
+    client.wait("churn", lambda state: state.models == "asleep", timeout_s=30)
 
-    assert [] == loaded(triton, "sleeps")
-    assert 200 == score(gateway, "sleeps", np.ones((1, 3)), versions["first"])["status"]
-    assert ["1"] == loaded(triton, "sleeps")
+    assert [] == loaded(triton, "churn")
+    # Each of them comes when the models are about to be unloaded, or just were.
+    with calling(gateway, "churn", churn.now, rate=0.8) as callers:
+        put("churn", churn.other, keep_warm=1)
 
+    state = client.get("churn")
+    assert (0, []) == (callers.lost, callers.reasons)
+    assert [churn.other_version] == loaded(triton, "churn")
+    assert state is not None
+    assert state.route.sleep is not None
+    assert 1 == state.route.sleep.keep_warm_s
 
-def test_a_retired_endpoint_is_gone_and_retiring_it_again_is_no_error(
-    triton: TritonServer, gateway: GatewayServer, versions: dict[str, str], put: Put
-) -> None:
-    from flows.endpoint import retire_endpoint
-
-    put("retired", versions["first"])
-
-    assert ("1",) == retire_endpoint("retired", target(triton), gateway.url)
-    assert [] == loaded(triton, "retired")
-    assert 404 == score(gateway, "retired", np.ones((1, 3)), versions["first"])["status"]
-    assert () == retire_endpoint("retired", target(triton), gateway.url)
+    put("churn", churn.other)
 
 
 def test_nothing_that_was_rendered_or_kept_holds_a_key(
-    triton: TritonServer, gateway: GatewayServer, versions: dict[str, str], put: Put
+    triton: TritonServer, gateway: GatewayServer, churn: Standing
 ) -> None:
-    put("secret", versions["first"])
     files = [path for folder in (triton.repository, triton.folder, gateway.folder) for path in folder.rglob("*")]
     holding = [path for path in files if path.is_file() and not path.is_symlink() and KEY.encode() in path.read_bytes()]
 
     assert [] == holding
     assert os.environ[VARIABLE] == KEY
     assert any(re.search("config.pbtxt", str(path)) for path in files)
+
+
+# The last, since it takes down what the others share.
+def test_a_retired_endpoint_is_gone_and_retiring_it_again_is_no_error(
+    triton: TritonServer, gateway: GatewayServer, churn: Standing, tmp_path: Path
+) -> None:
+    from flows.endpoint import retire_endpoint
+
+    elsewhere = RayServe(dashboard="http://127.0.0.1:9", folder=str(tmp_path))
+    with pytest.raises(EndpointFailed, match=r"must answer at http://127.0.0.1:9"):
+        retire_endpoint("churn", elsewhere, gateway.url)
+
+    assert 200 == score(gateway, "churn", np.ones((1, 3)), churn.now)["status"]
+    assert (churn.version,) == retire_endpoint("churn", target(triton), gateway.url)
+    assert [] == loaded(triton, "churn")
+    assert 404 == score(gateway, "churn", np.ones((1, 3)), churn.now)["status"]
+    assert () == retire_endpoint("churn", target(triton), gateway.url)

@@ -17,6 +17,8 @@ from infra.processes import family
 
 pytest.importorskip("ray", reason="Ray is an extra: pip install 'overnight[ray]'")
 
+pytestmark = pytest.mark.machines
+
 API = "/api/serve/applications/"
 
 

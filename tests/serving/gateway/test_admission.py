@@ -84,6 +84,25 @@ def test_one_who_gives_up_just_as_its_turn_comes_passes_it_on() -> None:
     assert 0 == asyncio.run(all_of_them())
 
 
+def test_one_who_gives_up_waiting_is_not_counted_as_one_who_waits() -> None:
+    async def all_of_them() -> int:
+        admission = Admission(Limits(in_flight_max=1, queue_max=9))
+
+        async def ask() -> None:
+            async with admission.turn():
+                pass
+
+        async with admission.turn():
+            second = asyncio.create_task(ask())
+            await asyncio.sleep(0)
+            second.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await second
+            return admission.waiting
+
+    assert 0 == asyncio.run(all_of_them())
+
+
 def test_a_full_queue_says_when_to_come_again() -> None:
     admission = Admission(Limits(in_flight_max=1, queue_max=0))
 

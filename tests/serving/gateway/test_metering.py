@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+import threading
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -78,6 +80,27 @@ def test_a_full_disk_loses_nothing_that_fits_in_memory(tmp_path: Path, monkeypat
     meter.close()
 
     assert [2, 5, 6] == read_metering(tmp_path).collect()["rows"].to_list()
+
+
+def test_no_line_is_lost_between_threads(tmp_path: Path) -> None:
+    meter, over = Meter(tmp_path), threading.Event()
+
+    def flush() -> None:
+        while not over.is_set():
+            meter.flush()
+
+    flushing = threading.Thread(target=flush)
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    flushing.start()
+    for _ in range(5000):
+        meter.add(ONE)
+    over.set()
+    flushing.join()
+    sys.setswitchinterval(interval_s)
+    meter.close()
+
+    assert (5000, 0) == (len(read_metering(tmp_path).collect()), meter.lost)
 
 
 def _half_written(file: object, content: bytes) -> None:

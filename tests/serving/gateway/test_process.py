@@ -98,6 +98,39 @@ def test_a_folder_of_another_gateway_is_said_so(gateway: GatewayServer) -> None:
     assert refused(gateway.folder, 0).startswith("A folder must have one gateway, got a second for")
 
 
+def test_a_folder_that_can_not_be_one_is_said_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    assert "Not a directory" in refused(tmp_path / "file" / "gateway", 0)
+    assert "pass another --folder" in refused(tmp_path / "file" / "gateway", 0)
+
+
+def test_what_can_not_be_written_is_told_and_written_once_it_can_be(
+    gateway: GatewayServer, admin: GatewayClient, v2: V2Server
+) -> None:
+    routes, aside = gateway.folder / "routes", gateway.folder / "aside"
+    routes.rename(aside)
+    try:
+        with pytest.raises(EndpointFailed, match=r"503.*must be able to write, got: .*No such file.* then send this"):
+            admin.put("unwritten", route(v2.url))
+    finally:
+        aside.rename(routes)
+    deadline = time.monotonic() + 20
+    while not (routes / "unwritten.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    routes.rename(aside)
+    try:
+        with pytest.raises(EndpointFailed, match="must be able to write"):
+            admin.delete("unwritten")
+        assert admin.get("unwritten") is not None
+    finally:
+        aside.rename(routes)
+    admin.delete("unwritten")
+
+    assert not (routes / "unwritten.json").exists()
+
+
 def test_keys_that_are_none_are_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERNIGHT_API_KEYS", "app=0123456789abcdef")
 

@@ -160,7 +160,7 @@ def test_an_unknown_model_or_version_is_named(door: Door, gateway: GatewayServer
 
 def test_a_path_or_a_method_that_is_none_is_an_error_as_all_others(door: Door, gateway: GatewayServer) -> None:
     assert 405 == error(door.get("/infer"))[0]
-    assert 404 == error(httpx.get(f"{gateway.url}/v1/models"))[0]
+    assert (404, "Not Found. The page at /docs says what there is.") == error(httpx.get(f"{gateway.url}/v1/models"))
     assert 404 == error(httpx.post(f"{gateway.url}/v2/models/{door.name}/versions/1/2/infer"))[0]
 
 

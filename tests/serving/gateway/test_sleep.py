@@ -52,11 +52,11 @@ def test_no_request_is_lost_while_models_come_and_go(
 ) -> None:
     door = put(route(v2.url, ("1", 1), model="restless", sleep=Sleep(keep_warm_s=0.05)))
     statuses = []
-    for pause_s in (0.0, 1.0, 1.05, 1.1, 0.95, 0.0):
+    for pause_s in (0.0, 1.0, 1.05, 0.0):
         time.sleep(pause_s)
         statuses.append(door.infer().status_code)
 
-    assert [200] * 6 == statuses
+    assert [200] * 4 == statuses
     assert v2.seen("restless unload") >= 1
 
 

@@ -7,12 +7,14 @@ import signal
 import threading
 import time
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from serving.gateway.client import GatewayClient
+from serving.gateway.route import Limits
 from tests.serving.gateway.conftest import Put
 from tests.serving.gateway.support import Door, V2Server, error, route, v2_server
 
@@ -121,6 +123,25 @@ def test_a_switch_of_versions_loses_no_request_and_the_old_server_can_go(
         old.process.stop()
 
     assert {(200, "slow"), (200, "2")} == {*answers}
+
+
+def test_an_endpoint_that_is_taken_out_has_its_requests_answered_by_then(
+    put: Put, tmp_path: Path, admin: GatewayClient
+) -> None:
+    server = v2_server(tmp_path)
+    door = put(route(server.url, ("slow", 1), limits=Limits(in_flight_max=2)))
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(door.infer) for _ in range(4)]
+            admin.wait(door.name, lambda state: state.waiting == 2, timeout_s=20)
+            admin.delete(door.name)
+            server.process.stop()
+            statuses = [each.result().status_code for each in asked]
+    finally:
+        server.process.stop()
+
+    assert [200] * 4 == statuses
+    assert 404 == door.infer().status_code
 
 
 def test_endpoints_come_and_go_while_others_serve(put: Put, v2: V2Server, admin: GatewayClient) -> None:

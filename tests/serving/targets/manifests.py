@@ -1,9 +1,21 @@
-"""Pieces of strict JSON schemas for the few fields of Kubernetes manifests that are rendered here."""
+"""Pieces of strict JSON schemas for the few fields of manifests that are rendered here, and releases to render."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from serving.registry import ModelPin
+from serving.release import Release
+from tests.serving.toys import matrix
+
+STABLE, NEW = (
+    Release(
+        endpoint="scores",
+        pin=ModelPin(name="scores", version=version, model_id=None, source="", digest=version * 64),
+        contract=matrix(3),
+    )
+    for version in "12"
+)
 KUBERNETES_NAME = {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"}
 QUANTITY = {"type": "string", "pattern": r"^\d+(\.\d+)?(m|Ki|Mi|Gi|Ti|k|M|G|T)?$"}
 

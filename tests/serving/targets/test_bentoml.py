@@ -1,4 +1,4 @@
-"""BentoML: what it is given, its real server with two versions side by side, and a Bento that is built and served."""
+"""BentoML's real server with two versions side by side, and a Bento that is built and served."""
 
 from __future__ import annotations
 
@@ -12,17 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import jsonschema
 import numpy as np
 import pytest
-import yaml
 
 from infra.local.controller import local_controller
 from infra.local.loopback import ask as ask_port
 from infra.local.ports import free_ports
 from infra.local.process import ServerCommand, ServerProcess, base_environment
 from infra.processes import family
-from serving.release import Release
 from serving.targets import Address
 from serving.targets.bentoml import BentoML
 from serving.targets.folder import FolderHost
@@ -39,7 +36,6 @@ from tests.serving.targets.folder_servers import (
     release_of,
     rows,
 )
-from tests.serving.targets.manifests import closed
 from tests.support import register_network
 
 # The first run makes the environment of the server, which takes minutes.
@@ -184,51 +180,6 @@ def test_a_bento_is_built_from_the_folder_and_served(target: BentoML, mlp: list[
 
     assert tag.startswith("scores:")
     np.testing.assert_allclose(answered, score(mlp[0], 3), rtol=0, atol=1e-6)
-
-
-TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
-NAMED = closed({"name": {"type": "string"}, "value": {"type": "string"}}, "name", "value")
-BENTOFILE = closed(
-    {
-        "service": {"const": "service:Endpoint"},
-        "name": {"type": "string", "pattern": "^[a-z0-9]([-_.a-z0-9]*[a-z0-9])?$"},
-        "labels": {"type": "object", "additionalProperties": {"type": "string"}},
-        "include": TEXTS,
-        "exclude": TEXTS,
-        "python": closed(
-            {"packages": TEXTS, "lock_packages": {"type": "boolean"}, "requirements_txt": {"type": "string"}},
-            "packages",
-        ),
-        "envs": {"type": "array", "items": NAMED},
-    },
-    *("service", "name", "include", "python"),
-)
-ANY = BentoML(python=Path("python"))
-
-
-def test_the_bentofile_names_the_service_and_what_it_needs(mlp: list[Served]) -> None:
-    bentofile = yaml.safe_load(ANY.render(*mlp[0]).files["bentofile.yaml"])
-    jsonschema.validate(bentofile, BENTOFILE)
-
-    assert "scores" == bentofile["name"]
-    assert "model/requirements.txt" == bentofile["python"]["requirements_txt"]
-    assert {"model/**", "serving/**/*.py", "release.json", "service.py"} == set(bentofile["include"])
-
-
-@pytest.mark.parametrize("typo", ["services", "includes", "pythons"])
-def test_a_typo_in_the_bentofile_is_caught(mlp: list[Served], typo: str) -> None:
-    bentofile = ANY.bentofile(*mlp[0])
-    bentofile[typo] = bentofile.pop(typo.removesuffix("s"))
-
-    with pytest.raises(jsonschema.ValidationError, match=typo):
-        jsonschema.validate(bentofile, BENTOFILE)
-
-
-def test_the_release_lies_beside_the_service(mlp: list[Served]) -> None:
-    files = ANY.render(*mlp[0]).files
-
-    assert mlp[0][0] == Release.model_validate_json(files["release.json"])
-    assert b"max_latency_ms=60_000" in files["service.py"]
 
 
 # The last of those that ask the servers: it takes one of them down.

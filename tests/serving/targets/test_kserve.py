@@ -1,28 +1,23 @@
-"""KServe: its manifests, and its real Python server with three releases side by side."""
+"""KServe's real Python server with three releases side by side."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
-import jsonschema
 import numpy as np
 import pytest
-import yaml
 
 from infra.local.controller import local_controller
-from serving.release import Scaling
 from serving.targets import Address
 from serving.targets.folder import FolderHost
-from serving.targets.kserve import Canary, KServe, Resources
+from serving.targets.kserve import KServe
 from tests.serving.targets.folder_servers import (
     BAD_REQUESTS,
     Served,
@@ -36,7 +31,6 @@ from tests.serving.targets.folder_servers import (
     release_of,
     rows,
 )
-from tests.serving.targets.manifests import KUBERNETES_NAME, closed, quantities
 from tests.support import register_network
 
 # The first run makes the environment of the server, which takes minutes.
@@ -141,102 +135,3 @@ def test_one_that_is_removed_leaves_the_others_serving(serving: Serving) -> None
     with pytest.raises(httpx.TransportError):
         post(serving.addresses[0], b"{}")
     ask(serving.addresses[1], serving.served[1][0], rows(3))
-
-
-PREDICTOR = {
-    "name": KUBERNETES_NAME,
-    "minReplicas": {"type": "integer", "minimum": 0},
-    "maxReplicas": {"type": "integer", "minimum": 1},
-    "canaryTrafficPercent": {"type": "integer", "minimum": 0, "maximum": 100},
-    "model": closed(
-        {
-            "name": KUBERNETES_NAME,
-            "modelFormat": closed({"name": {"const": "triton"}, "version": {"type": "string"}}, "name"),
-            "runtime": KUBERNETES_NAME,
-            "protocolVersion": {"const": "v2"},
-            "storageUri": {"type": "string", "pattern": r"^(s3|gs|pvc|https?)://\S+$"},
-            "resources": closed({"requests": quantities(), "limits": quantities()}, "requests", "limits"),
-        },
-        *("modelFormat", "protocolVersion", "storageUri"),
-    ),
-}
-CANARY_PREDICTOR = closed(
-    PREDICTOR | {"model": PREDICTOR["model"] | {"required": ["name", "modelFormat"]}}, "name", "model"
-)
-INFERENCE_SERVICE = closed(
-    {
-        "apiVersion": {"const": "serving.kserve.io/v1beta1"},
-        "kind": {"const": "InferenceService"},
-        "metadata": closed({"name": KUBERNETES_NAME, "namespace": KUBERNETES_NAME}, "name"),
-        "spec": closed(
-            {
-                "predictor": closed(PREDICTOR, "model"),
-                "canary": {
-                    "type": "array",
-                    "minItems": 1,
-                    "items": closed(
-                        {"predictor": CANARY_PREDICTOR, "trafficPercent": {"type": "integer", "minimum": 0}},
-                        *("predictor", "trafficPercent"),
-                    ),
-                },
-            },
-            "predictor",
-        ),
-    },
-    *("apiVersion", "kind", "metadata", "spec"),
-)
-
-
-def check(manifest: dict[str, Any]) -> dict[str, Any]:
-    jsonschema.validate(manifest, INFERENCE_SERVICE)
-    return manifest
-
-
-def test_the_service_has_tritons_runtime_the_releases_files_its_replicas_and_no_batcher(mlp: list[Served]) -> None:
-    release = mlp[0][0].model_copy(update={"scaling": Scaling(replicas_min=0, replicas_max=4)})
-    target = KServe(python=Path("python"), storage_uri="s3://lake/endpoints", resources=Resources(cpu="2", gpus=1))
-    files = target.render(release, mlp[0][1]).files
-    predictor = check(yaml.safe_load(files["inferenceservice.yaml"]))["spec"]["predictor"]
-
-    assert (0, 4) == (predictor["minReplicas"], predictor["maxReplicas"])
-    assert f"s3://lake/endpoints/scores/{release.version}" == predictor["model"]["storageUri"]
-    assert "kserve-tritonserver" == predictor["model"]["runtime"]
-    assert {"cpu": "2", "memory": "2Gi", "nvidia.com/gpu": "1"} == predictor["model"]["resources"]["limits"]
-    assert b"batcher" not in files["inferenceservice.yaml"]
-
-
-def test_a_canary_is_named_in_the_list_of_newer_clusters(mlp: list[Served]) -> None:
-    (stable, _), (new, _) = mlp
-    target = KServe(python=Path("python"))
-    spec = check(target.inference_service(stable, Canary(release=new, percent=10)))["spec"]
-
-    assert stable.version == spec["predictor"]["model"]["storageUri"].rsplit("/", 1)[1]
-    assert [(10, f"v{new.version}")] == [(each["trafficPercent"], each["predictor"]["name"]) for each in spec["canary"]]
-    assert new.version == spec["canary"][0]["predictor"]["model"]["storageUri"].rsplit("/", 1)[1]
-
-
-def test_a_canary_is_the_next_revision_on_older_clusters(mlp: list[Served]) -> None:
-    (stable, _), (new, _) = mlp
-    target = KServe(python=Path("python"), canary_as="percent")
-    spec = check(target.inference_service(stable, Canary(release=new, percent=10)))["spec"]
-
-    assert {"predictor"} == set(spec)
-    assert 10 == spec["predictor"]["canaryTrafficPercent"]
-    assert new.version == spec["predictor"]["model"]["storageUri"].rsplit("/", 1)[1]
-
-
-def test_a_canary_gets_a_share(mlp: list[Served]) -> None:
-    with pytest.raises(ValueError, match="0 to 100 percent of the traffic, got 101"):
-        Canary(release=mlp[0][0], percent=101)
-
-
-@pytest.mark.parametrize(
-    ("right", "wrong"),
-    [("minReplicas", "minReplica"), ("storageUri", "storageURI"), ("modelFormat", "model_format"), ("cpu", "cpus")],
-)
-def test_a_typo_in_the_manifest_is_caught(mlp: list[Served], right: str, wrong: str) -> None:
-    manifest = json.dumps(KServe(python=Path("python")).inference_service(mlp[0][0]))
-    assert right in manifest
-
-    with pytest.raises(jsonschema.ValidationError, match=re.escape(wrong)):
-        check(json.loads(manifest.replace(f'"{right}"', f'"{wrong}"')))

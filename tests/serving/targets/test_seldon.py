@@ -1,10 +1,9 @@
-"""Seldon: its manifests, and the real MLServer with four releases side by side."""
+"""The real MLServer, Seldon's, with four releases side by side."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import time
 from collections.abc import Callable, Generator
@@ -14,17 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import jsonschema
 import numpy as np
 import pytest
-import yaml
 from mlflow.types import ColSpec, Schema
 
 from infra.local.controller import local_controller
-from serving.release import Dial, Scaling
 from serving.targets import Address
 from serving.targets.folder import FolderHost
-from serving.targets.seldon import Seldon, model_settings
+from serving.targets.seldon import Seldon
 from tests.serving.targets.folder_servers import (
     BAD_REQUESTS,
     BATCHING,
@@ -39,7 +35,6 @@ from tests.serving.targets.folder_servers import (
     release_of,
     rows,
 )
-from tests.serving.targets.manifests import KUBERNETES_NAME, QUANTITY, closed
 from tests.support import register_network
 
 # The first run makes the environment of the server, which takes minutes.
@@ -194,99 +189,3 @@ def test_one_that_is_removed_leaves_the_others_serving(serving: Serving) -> None
     with pytest.raises(httpx.TransportError):
         post(serving.addresses[0], b"{}")
     ask(serving.addresses[1], serving.served[1][0], rows(3))
-
-
-def manifest_of(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
-    return closed(
-        {
-            "apiVersion": {"const": "mlops.seldon.io/v1alpha1"},
-            "kind": {"const": kind},
-            "metadata": closed({"name": KUBERNETES_NAME, "namespace": KUBERNETES_NAME}, "name"),
-            "spec": spec,
-        },
-        *("apiVersion", "kind", "metadata", "spec"),
-    )
-
-
-REPLICAS = {"type": "integer", "minimum": 0}
-MODEL = manifest_of(
-    "Model",
-    closed(
-        {
-            "storageUri": {"type": "string", "pattern": r"^\w+://\S+$"},
-            "requirements": {"type": "array", "items": {"type": "string"}, "minItems": 1},
-            "memory": QUANTITY,
-            **dict.fromkeys(("replicas", "minReplicas", "maxReplicas"), REPLICAS),
-            "server": KUBERNETES_NAME,
-        },
-        "storageUri",
-    ),
-)
-EXPERIMENT = manifest_of(
-    "Experiment",
-    closed(
-        {
-            "default": KUBERNETES_NAME,
-            "candidates": {
-                "type": "array",
-                "minItems": 1,
-                "items": closed({"name": KUBERNETES_NAME, "weight": REPLICAS}, "name", "weight"),
-            },
-            "mirror": closed(
-                {"name": KUBERNETES_NAME, "percent": {"type": "integer", "maximum": 100}}, "name", "percent"
-            ),
-        },
-        "candidates",
-    ),
-)
-SELDON = Seldon(python=Path("python"), storage_uri="s3://lake/endpoints")
-
-
-def test_the_model_has_the_releases_files_and_its_replicas(mlp: list[Served]) -> None:
-    release = mlp[0][0].model_copy(update={"scaling": Scaling(replicas_min=0, replicas_max=4)})
-    manifest = yaml.safe_load(SELDON.render(release, mlp[0][1]).files["model.yaml"])
-    jsonschema.validate(manifest, MODEL)
-    spec = manifest["spec"]
-
-    assert f"scores-v{release.version}" == manifest["metadata"]["name"]
-    assert (1, 0, 4) == (spec["replicas"], spec["minReplicas"], spec["maxReplicas"])
-    assert f"s3://lake/endpoints/scores/{release.version}" == spec["storageUri"]
-
-
-def test_an_experiment_splits_by_weights_and_mirrors(mlp: list[Served]) -> None:
-    (stable, _), (new, _) = mlp
-    split = SELDON.experiment(stable, {stable: 90, new: 10}, shadow=new)
-    jsonschema.validate(split, EXPERIMENT)
-
-    names = [f"scores-v{stable.version}", f"scores-v{new.version}"]
-    assert names[0] == split["spec"]["default"]
-    assert list(zip(names, (90, 10), strict=True)) == [
-        (each["name"], each["weight"]) for each in split["spec"]["candidates"]
-    ]
-    assert {"name": names[1], "percent": 100} == split["spec"]["mirror"]
-
-
-@pytest.mark.parametrize("weights", [{}, {"new": 1}, {"stable": 0}, {"stable": -1, "new": 2}])
-def test_an_experiment_weighs_its_default(mlp: list[Served], weights: dict[str, int]) -> None:
-    releases = {"stable": mlp[0][0], "new": mlp[1][0]}
-    with pytest.raises(ValueError, match="must be among the weights, some above 0"):
-        SELDON.experiment(releases["stable"], {releases[name]: weight for name, weight in weights.items()})
-
-
-@pytest.mark.parametrize(("right", "wrong"), [("storageUri", "storageURI"), ("minReplicas", "min_replicas")])
-def test_a_typo_in_the_manifest_is_caught(mlp: list[Served], right: str, wrong: str) -> None:
-    manifest = json.dumps(SELDON.model(mlp[0][0])).replace(f'"{right}"', f'"{wrong}"')
-
-    with pytest.raises(jsonschema.ValidationError, match=re.escape(wrong)):
-        jsonschema.validate(json.loads(manifest), MODEL)
-
-
-def test_the_dial_is_mlservers_adaptive_batching(mlp: list[Served]) -> None:
-    def batching(dial: Dial) -> tuple[int, float]:
-        settings = model_settings(mlp[0][0].model_copy(update={"dial": dial}))
-        return settings["max_batch_size"], settings["max_batch_time"]
-
-    assert (0, 0.0) == batching(Dial())
-    assert (32, 0.002) == batching(Dial(batch_size_max=32, wait_ms_max=2))
-    # MLServer takes no wait for no batches.
-    assert (32, 0.0001) == batching(Dial(batch_size_max=32))

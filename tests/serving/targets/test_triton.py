@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from infra.local.process import ServerCommand, ServerProcess, base_environment
 from infra.local.triton import TritonServer, triton_server
 from infra.processes import family
 from serving import oip, oip_body
@@ -260,10 +262,15 @@ def test_an_endpoint_is_unloaded_and_wakes_while_others_serve(
 ) -> None:
     with SteadyLoad(fraud, at) as load:
         host.unload("words")
+        # To be loaded so once it wakes.
+        host.scale("words", 2)
+        wanted = host.instances("words")
+        host.scale("words", 1)
         asleep = words.post(words_at, word_rows("a"))
         host.load("words")
         awake = words.ask(words_at, word_rows("a"))
 
+    assert 2 == wanted
     assert asleep.status_code in range(400, 600)
     assert ["A"] == awake["upper"].tolist()
     assert [] == load.lost
@@ -323,14 +330,10 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_queue_that_grows_gets_an_instance_and_gives_it_back_when_it_is_calm(
-    host: TritonHost, triton: TritonServer, sleepy: str
+    host: TritonHost, triton: TritonServer, sleepy: str, tmp_path: Path
 ) -> None:
-    scaling = Scaling(replicas_min=1, replicas_max=2)
-    slow = served(sleepy, "slow", dial=Dial(), scaling=scaling)
+    slow = served(sleepy, "slow", dial=Dial(), scaling=Scaling(replicas_min=1, replicas_max=2))
     address = host.deploy(slow.release, slow.model)
-    scaler = InstanceScaler(
-        host=host, metrics_url=triton.metrics_url, endpoint="slow", scaling=scaling, dial=slow.release.dial
-    )
     stop, calm, lost = threading.Event(), threading.Event(), []
 
     def ask(*, all_along: bool) -> None:
@@ -342,27 +345,41 @@ def test_a_queue_that_grows_gets_an_instance_and_gives_it_back_when_it_is_calm(
     threads = [threading.Thread(target=ask, kwargs={"all_along": at == 0}) for at in range(6)]
     for thread in threads:
         thread.start()
-    grown = _looked(scaler, until=lambda instances: instances == 2)
-    calm.set()
-    shrunk = _looked(scaler, until=lambda instances: instances == 1)
+    with ServerProcess(_autoscaler(triton, tmp_path)) as scaler:
+        grown = _comes_to(host, "slow", 2)
+        calm.set()
+        shrunk = _comes_to(host, "slow", 1)
+        scaler.stop()
+        ended = scaler.exit_code
     stop.set()
     for thread in threads:
         thread.join()
     host.remove(slow.release)
 
-    assert (2, 1) == (grown, shrunk)
+    assert (True, True, 0) == (grown, shrunk, ended), scaler.log_text()
+    assert "slow: 2 instances instead of 1" in scaler.log_text()
     assert [] == lost
 
 
-def _looked(scaler: InstanceScaler, until: Callable[[int], bool]) -> int:
-    """Look once a second until the number of instances is as it should be, twenty times at most."""
-    instances = 0
-    for _ in range(20):
-        instances = scaler.look()
-        if until(instances):
-            break
-        time.sleep(1)
-    return instances
+def _autoscaler(triton: TritonServer, folder: Path) -> ServerCommand:
+    """The program that looks after every endpoint of a Triton."""
+    log_path = folder / "autoscale.log"
+    doors = ("--url", triton.url, "--grpc", triton.grpc, "--metrics", triton.metrics_url)
+    where = ("--repository", str(triton.repository), "--seconds", "0.5")
+    return ServerCommand(
+        argv=(sys.executable, "-m", "serving.targets.triton_autoscale", *where, *doors),
+        environment=base_environment(),
+        folder=folder,
+        log_path=log_path,
+        ready=lambda: "looking after" in log_path.read_text(),
+    )
+
+
+def _comes_to(host: TritonHost, endpoint: str, instances: int) -> bool:
+    deadline = time.monotonic() + 60
+    while host.instances(endpoint) != instances and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return host.instances(endpoint) == instances
 
 
 def test_an_instance_that_is_killed_is_loaded_anew_while_others_serve(
@@ -411,6 +428,14 @@ def test_a_server_that_does_not_answer_is_named(tmp_path: Path, fraud: Served) -
         host.deploy(fraud.release, fraud.model)
 
     assert [".lock"] == [path.name for path in tmp_path.iterdir()]
+
+
+def test_a_repository_that_is_no_folder_is_named(tmp_path: Path, fraud: Served) -> None:
+    (tmp_path / "repository").touch()
+    host = TritonHost(repository=tmp_path / "repository", url="http://127.0.0.1:9", grpc="127.0.0.1:9")
+
+    with pytest.raises(EndpointFailed, match=r"must be a folder to read and write, got: .*repository.*then call again"):
+        host.deploy(fraud.release, fraud.model)
 
 
 def test_what_is_rendered_is_what_the_host_writes(host: TritonHost, at: Address, fraud: Served, tmp_path: Path) -> None:

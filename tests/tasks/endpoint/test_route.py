@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 from serving.errors import BadInput
 from serving.gateway.route import Rollout, Route, Shadow, Sleep
 from serving.targets import Address
-from tasks.endpoint.route import before_change, check_change, idle, in_words, rolled_out, serving, without
+from tasks.endpoint.route import (
+    before_change,
+    check_change,
+    idle,
+    in_use,
+    in_words,
+    kept_awake,
+    rolled_out,
+    serving,
+    without,
+)
 from tasks.endpoint.spec import EndpointSpec
 from tests.serving.toys import matrix
 from tests.tasks.endpoint.values import route, served, spec
@@ -121,10 +131,20 @@ def test_a_trial_that_a_dead_run_left_is_taken_up_by_its_own_version_alone() -> 
     assert before_change(None, "2") is None
 
 
+@pytest.mark.parametrize(("keep_warm_s", "meanwhile"), [(1, 3600), (7200, 7200)])
+def test_models_do_not_fall_asleep_while_a_version_comes(keep_warm_s: float, meanwhile: float) -> None:
+    sleeping = route(served("1", 1), sleep=Sleep(keep_warm_s=keep_warm_s, grpc="127.0.0.1:8001"))
+
+    assert Sleep(keep_warm_s=meanwhile, grpc="127.0.0.1:8001") == kept_awake(sleeping).sleep
+    assert route(served("1", 1)) == kept_awake(route(served("1", 1)))
+
+
 def test_what_has_no_traffic_can_go() -> None:
     standing = route(served("1"), served("2", 5), served("3"), shadow=Shadow(version="3"))
 
     assert ("1",) == idle(standing)
     assert ("2",) == serving(standing)
     assert () == serving(None)
+    assert ("2", "3") == in_use(standing)
+    assert () == in_use(None)
     assert route(served("2", 5)) == without(standing, ("1", "3"))

@@ -40,7 +40,7 @@ def test_a_dial_is_chosen_on_the_real_model_and_remembered_by_its_version(linear
 
 def test_a_budget_below_the_models_own_passes_says_what_is_needed(sleepy: str) -> None:
     wanted = spec(model=sleepy, budget={"latency_ms": 60, "rate": 5})
-    with pytest.raises(LatencyImpossible, match=r"must be at least 10\d ms, twice the 5\d.* ms that one row"):
+    with pytest.raises(LatencyImpossible, match=r"must be at least \d+ ms, twice the [\d.]+ ms that one row"):
         settle_dial(wanted, resolve(wanted))
 
 

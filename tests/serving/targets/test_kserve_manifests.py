@@ -1,0 +1,112 @@
+"""What a cluster with KServe is given, held against a schema of the fields that are used."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from serving.release import Scaling
+from serving.targets.kserve import Canary, KServe, Resources
+from tests.serving.targets.manifests import KUBERNETES_NAME, NEW, STABLE, closed, quantities
+
+PREDICTOR = {
+    "name": KUBERNETES_NAME,
+    "minReplicas": {"type": "integer", "minimum": 0},
+    "maxReplicas": {"type": "integer", "minimum": 1},
+    "canaryTrafficPercent": {"type": "integer", "minimum": 0, "maximum": 100},
+    "model": closed(
+        {
+            "name": KUBERNETES_NAME,
+            "modelFormat": closed({"name": {"const": "triton"}, "version": {"type": "string"}}, "name"),
+            "runtime": KUBERNETES_NAME,
+            "protocolVersion": {"const": "v2"},
+            "storageUri": {"type": "string", "pattern": r"^(s3|gs|pvc|https?)://\S+$"},
+            "resources": closed({"requests": quantities(), "limits": quantities()}, "requests", "limits"),
+        },
+        *("modelFormat", "protocolVersion", "storageUri"),
+    ),
+}
+CANARY_PREDICTOR = closed(
+    PREDICTOR | {"model": PREDICTOR["model"] | {"required": ["name", "modelFormat"]}}, "name", "model"
+)
+INFERENCE_SERVICE = closed(
+    {
+        "apiVersion": {"const": "serving.kserve.io/v1beta1"},
+        "kind": {"const": "InferenceService"},
+        "metadata": closed({"name": KUBERNETES_NAME, "namespace": KUBERNETES_NAME}, "name"),
+        "spec": closed(
+            {
+                "predictor": closed(PREDICTOR, "model"),
+                "canary": {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": closed(
+                        {"predictor": CANARY_PREDICTOR, "trafficPercent": {"type": "integer", "minimum": 0}},
+                        *("predictor", "trafficPercent"),
+                    ),
+                },
+            },
+            "predictor",
+        ),
+    },
+    *("apiVersion", "kind", "metadata", "spec"),
+)
+
+
+def check(manifest: dict[str, Any]) -> dict[str, Any]:
+    jsonschema.validate(manifest, INFERENCE_SERVICE)
+    return manifest
+
+
+def test_the_service_has_tritons_runtime_the_releases_files_its_replicas_and_no_batcher() -> None:
+    release = STABLE.model_copy(update={"scaling": Scaling(replicas_min=0, replicas_max=4)})
+    target = KServe(python=Path("python"), storage_uri="s3://lake/endpoints", resources=Resources(cpu="2", gpus=1))
+    files = target.render(release, Path("model")).files
+    predictor = check(yaml.safe_load(files["inferenceservice.yaml"]))["spec"]["predictor"]
+
+    assert (0, 4) == (predictor["minReplicas"], predictor["maxReplicas"])
+    assert f"s3://lake/endpoints/scores/{release.version}" == predictor["model"]["storageUri"]
+    assert "kserve-tritonserver" == predictor["model"]["runtime"]
+    assert {"cpu": "2", "memory": "2Gi", "nvidia.com/gpu": "1"} == predictor["model"]["resources"]["limits"]
+    assert b"batcher" not in files["inferenceservice.yaml"]
+
+
+def test_a_canary_is_named_in_the_list_of_newer_clusters() -> None:
+    target = KServe(python=Path("python"))
+    spec = check(target.inference_service(STABLE, Canary(release=NEW, percent=10)))["spec"]
+
+    assert STABLE.version == spec["predictor"]["model"]["storageUri"].rsplit("/", 1)[1]
+    assert [(10, f"v{NEW.version}")] == [(each["trafficPercent"], each["predictor"]["name"]) for each in spec["canary"]]
+    assert NEW.version == spec["canary"][0]["predictor"]["model"]["storageUri"].rsplit("/", 1)[1]
+
+
+def test_a_canary_is_the_next_revision_on_older_clusters() -> None:
+    target = KServe(python=Path("python"), canary_as="percent")
+    spec = check(target.inference_service(STABLE, Canary(release=NEW, percent=10)))["spec"]
+
+    assert {"predictor"} == set(spec)
+    assert 10 == spec["predictor"]["canaryTrafficPercent"]
+    assert NEW.version == spec["predictor"]["model"]["storageUri"].rsplit("/", 1)[1]
+
+
+def test_a_canary_gets_a_share() -> None:
+    with pytest.raises(ValueError, match="0 to 100 percent of the traffic, got 101"):
+        Canary(release=STABLE, percent=101)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [("minReplicas", "minReplica"), ("storageUri", "storageURI"), ("modelFormat", "model_format"), ("cpu", "cpus")],
+)
+def test_a_typo_in_the_manifest_is_caught(right: str, wrong: str) -> None:
+    manifest = json.dumps(KServe(python=Path("python")).inference_service(STABLE))
+    assert right in manifest
+
+    with pytest.raises(jsonschema.ValidationError, match=re.escape(wrong)):
+        check(json.loads(manifest.replace(f'"{right}"', f'"{wrong}"')))

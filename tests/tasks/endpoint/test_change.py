@@ -1,0 +1,61 @@
+"""What a change does where the servers do not do as they are told; tests/flows/test_endpoint.py has them do so."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving.errors import EndpointFailed
+from serving.gateway.route import Route
+from serving.gateway.state import EndpointState
+from serving.targets import Address
+from tasks.endpoint.change import Change
+from tasks.endpoint.render import bare_release
+from tests.serving.toys import matrix
+from tests.tasks.endpoint.values import route, served, spec
+
+STANDING = route(served("1"), served("2", 100))
+
+
+class Busy:
+    """A gateway with requests that never end."""
+
+    def __init__(self) -> None:
+        self.route = STANDING
+        self.seen: list[tuple[str, ...]] = []
+
+    def get(self, _name: str) -> EndpointState:
+        return EndpointState(route=self.route, in_flight={"1": 1}, waiting=0, models="awake")
+
+    def put(self, _name: str, put: Route) -> None:
+        self.route = put
+        self.seen.append(tuple(each.version for each in put.versions))
+
+    def wait_until_idle(self, *_arguments: Any, **_options: Any) -> None:
+        message = "must come to be as wanted"
+        raise EndpointFailed(message)
+
+
+def test_a_version_whose_requests_never_end_is_told_of_and_left_to_the_next_call(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gateway: Any = Busy()
+    logger = logging.Logger("change")  # noqa: LOG001 - MLflow silences all that there were when it migrates
+    logger.addHandler(caplog.handler)
+    change = Change(
+        spec=spec(),
+        gateway=gateway,
+        release=bare_release("churn", "2", matrix(4)),
+        model=Path("model"),
+        standing=None,
+        earlier=None,
+        logger=logger,
+    )
+
+    assert () == change.settle(Address(url="http://127.0.0.1:1", model="churn", version="2"))
+    assert [("2",), ("1", "2")] == gateway.seen
+    assert STANDING == gateway.route
+    assert "Version 1 must have no requests any more, got: must come to be as wanted" in caplog.text
