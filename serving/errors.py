@@ -15,6 +15,7 @@ OvernightError
 |   +-- DeadlineImpossible   not even on-demand machines alone are done by the deadline
 |   +-- LatencyImpossible    no batch size keeps the latency budget at the expected rate
 |   +-- BadRequest           a request to an endpoint is none that its model takes; `status` is HTTP's for it
+|   +-- PricesMissing        no price is at hand for a machine, or its source can't be asked
 |   +-- StreamUnfit          a stream, topic, subject or consumer is missing, or has other settings than the call needs
 +-- SourceFault              a source file can't be trusted; every other chunk's part stays
 |   +-- SourceChanged        it is not the file that the plan was made for
@@ -27,6 +28,7 @@ OvernightError
 +-- DeploymentMissing        a Prefect deployment or work pool that is named does not exist: make deploy
 +-- RunnerUnusable           the workers asked for can't be had or don't live; put it right and call again, it resumes
 +-- NightFailed              the batch run of a night failed: mend what it says, then call again, it resumes
++-- ProfileFailed            a figure of a model could not be measured: mend what it says, or state the figure
 +-- EndpointFailed           a release can't be put up or taken down; what served before serves on
 |   +-- VerifyFailed         it answers otherwise than the model, or not at all; it was taken down
 |   +-- RolledBack           it failed its rule under traffic; the earlier version has all of it again
@@ -104,6 +106,10 @@ class BadRequest(BadInput):
         self.status = status
 
 
+class PricesMissing(BadInput):
+    """No price is at hand for a machine, or the source of prices can't be asked."""
+
+
 class StreamUnfit(BadInput):
     """A stream, topic, subject or consumer is missing, or has other settings than the call needs."""
 
@@ -150,6 +156,10 @@ class RunnerUnusable(OvernightError):
 
 class NightFailed(OvernightError):
     """The batch run of a night failed."""
+
+
+class ProfileFailed(OvernightError):
+    """A figure of a model could not be measured, and none is ever invented."""
 
 
 class EndpointFailed(OvernightError):
