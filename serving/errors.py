@@ -14,6 +14,8 @@ OvernightError
 |   +-- NoCompleteRun        there is nothing to open yet
 |   +-- DeadlineImpossible   not even on-demand machines alone are done by the deadline
 |   +-- LatencyImpossible    no batch size keeps the latency budget at the expected rate
+|   +-- BadWorkload          a workload's description, arrivals, prices or promise can't be decided on as they are
+|   |   +-- NothingStands    no mode keeps its promise; the message says what would be needed
 |   +-- BadRequest           a request to an endpoint is none that its model takes; `status` is HTTP's for it
 |   +-- PricesMissing        no price is at hand for a machine, or its source can't be asked
 |   +-- StreamUnfit          a stream, topic, subject or consumer is missing, or has other settings than the call needs
@@ -96,6 +98,14 @@ class DeadlineImpossible(BadInput):
 
 class LatencyImpossible(BadInput):
     """No batch size keeps the latency budget at the expected rate."""
+
+
+class BadWorkload(BadInput):
+    """A workload's description, arrivals, prices or promise can't be decided on as they are."""
+
+
+class NothingStands(BadWorkload):
+    """No mode keeps the promise of the workload; the message says what would be needed."""
 
 
 class BadRequest(BadInput):

@@ -38,7 +38,18 @@ class Profile(Frozen):
     cold_start_seconds: float = Field(ge=0, description="From nothing to the first answer of an endpoint.")
     start_seconds: float = Field(ge=0, description="From nothing to the first scored row of a batch run.")
     request_ms: float = Field(
-        ge=0, description="What a request costs beside its forward pass: door, transport, parsing."
+        ge=0, description="What a request takes beside its forward pass: door, transport, parsing; one at a time."
+    )
+    request_busy_ms: float | None = Field(
+        default=None,
+        ge=0,
+        description="What of it keeps a slot from forward passes: the server's processor time for a request less that "
+        "of its pass. Null where that was not measured; all of it is counted then.",
+    )
+    stream_rows_per_second: float | None = Field(
+        default=None,
+        gt=0,
+        description="Rows a second of a stream, broker included. Null where it was not measured; a batch run's then.",
     )
     measured_at: datetime
 
