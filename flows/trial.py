@@ -31,7 +31,7 @@ def run_trial(model: str, source: Path, destination: Path, options: BatchOptions
     server = {"PREFECT_API_URL": str(get_client(sync_client=True).api_url)}
     begun = time.time()
     try:
-        done = subprocess.run(  # noqa: S603 - this project's own program
+        done = subprocess.run(
             [sys.executable, "-m", "flows.trial"],
             input=json.dumps({**call, "options": options.model_dump(mode="json")}),
             env={**os.environ, **server, "PREFECT_LOGGING_LEVEL": "WARNING"},

@@ -16,8 +16,8 @@ OvernightError
 |   +-- LatencyImpossible    no batch size keeps the latency budget at the expected rate
 |   +-- BadWorkload          a workload's description, arrivals, prices or promise can't be decided on as they are
 |   |   +-- NothingStands    no mode keeps its promise; the message says what would be needed
+|   |   +-- PricesMissing    no price is at hand for a machine, or its source can't be asked
 |   +-- BadRequest           a request to an endpoint is none that its model takes; `status` is HTTP's for it
-|   +-- PricesMissing        no price is at hand for a machine, or its source can't be asked
 |   +-- StreamUnfit          a stream, topic, subject or consumer is missing, or has other settings than the call needs
 +-- SourceFault              a source file can't be trusted; every other chunk's part stays
 |   +-- SourceChanged        it is not the file that the plan was made for
@@ -31,6 +31,7 @@ OvernightError
 +-- RunnerUnusable           the workers asked for can't be had or don't live; put it right and call again, it resumes
 +-- NightFailed              the batch run of a night failed: mend what it says, then call again, it resumes
 +-- ProfileFailed            a figure of a model could not be measured: mend what it says, or state the figure
++-- ApplyFailed              a decision can't be put into effect; what served the workload before serves on
 +-- EndpointFailed           a release can't be put up or taken down; what served before serves on
 |   +-- VerifyFailed         it answers otherwise than the model, or not at all; it was taken down
 |   +-- RolledBack           it failed its rule under traffic; the earlier version has all of it again
@@ -108,16 +109,16 @@ class NothingStands(BadWorkload):
     """No mode keeps the promise of the workload; the message says what would be needed."""
 
 
+class PricesMissing(BadWorkload):
+    """No price is at hand for a machine, or the source of prices can't be asked."""
+
+
 class BadRequest(BadInput):
     """A request to an endpoint is none that its model takes; `status` is what HTTP says of it."""
 
     def __init__(self, message: str, *, status: int = 400) -> None:
         super().__init__(message)
         self.status = status
-
-
-class PricesMissing(BadInput):
-    """No price is at hand for a machine, or the source of prices can't be asked."""
 
 
 class StreamUnfit(BadInput):
@@ -170,6 +171,10 @@ class NightFailed(OvernightError):
 
 class ProfileFailed(OvernightError):
     """A figure of a model could not be measured, and none is ever invented."""
+
+
+class ApplyFailed(OvernightError):
+    """A decision can't be put into effect; what served the workload before serves on."""
 
 
 class EndpointFailed(OvernightError):

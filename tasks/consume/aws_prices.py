@@ -38,7 +38,9 @@ def read_prices(kinds: Sequence[str], region: str) -> tuple[dict[str, Prices], s
     session = boto3.Session()
     known = session.get_available_regions("ec2")
     if region not in known:
-        message = f"The region must be one that AWS has, {', '.join(known)}, got {region!r}. A newer one needs a newer boto3."
+        message = (
+            f"The region must be one that AWS has, {', '.join(known)}, got {region!r}. A newer one needs a newer boto3."
+        )
         raise PricesMissing(message)
     now = datetime.now(UTC)
     try:

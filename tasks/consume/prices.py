@@ -37,7 +37,9 @@ def find_prices(workload: Workload) -> Priced:
         found, source = _from_aws(workload, asked) if workload.price_source == "aws" else _from_table(workload, asked)
         given |= found
         sources.append(source)
-    return Priced(prices={machine.kind: given[machine.kind] for machine in workload.machines}, priced_at="; ".join(sources))
+    return Priced(
+        prices={machine.kind: given[machine.kind] for machine in workload.machines}, priced_at="; ".join(sources)
+    )
 
 
 def _from_table(workload: Workload, kinds: Sequence[str]) -> tuple[dict[str, Prices], str]:

@@ -200,9 +200,7 @@ def _sample(subject: Subject, table: pa.Table) -> Encoded:
     return enlarged(subject.model, sample)
 
 
-def _tuned(
-    subject: Subject, sample: Encoded, options: BatchOptions, clock: Callable[[], float]
-) -> Tuning | None:
+def _tuned(subject: Subject, sample: Encoded, options: BatchOptions, clock: Callable[[], float]) -> Tuning | None:
     """Return the batch path's tuning, from the version's tags or by the tuner, which then keeps it there."""
     wish, machine = wish_of(options), machine_kind()
     tuning = remembered(subject.resolved.tags, machine, wish)
