@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo demo-endpoint demo-stream deploy test test-machines lint types check format clean
+.PHONY: demo demo-endpoint demo-modes demo-stream deploy test test-machines lint types check format clean
 .PHONY: chaos bench-batch bench-peers bench-resume bench-gpu bench-spot bench-nightly bench-workers bench-endpoint bench-stream
 
 $(STAMP): pyproject.toml constraints.txt infra/local/wheels.txt
@@ -26,6 +26,10 @@ demo-endpoint: $(STAMP)
 # The flights as events into a real NATS server, scored through kills of the scorer and of the server.
 demo-stream: $(STAMP)
 	@$(BIN)/python -m deployments.demo.stream
+
+# Three ways to consume the model's predictions: the mode that serves each at the lowest cost, and what others waste.
+demo-modes: $(STAMP)
+	@$(BIN)/python -m deployments.demo.modes
 
 # Work pools, deployments and automations on the Prefect server of PREFECT_API_URL; again, it changes nothing.
 deploy: $(STAMP)

@@ -37,8 +37,8 @@ def open_rows(source: str, elsewhere: str, contract: Contract, options: BatchOpt
     snapshot = take_snapshot(source, elsewhere)
     if snapshot.format != "parquet":
         message = (
-            f"The rows to measure with must be Parquet, got {snapshot.format} at {snapshot.root}. Write some of them so, "
-            "or leave them out: rows are then made by what the model takes."
+            f"The rows to measure with must be Parquet, got {snapshot.format} at {snapshot.root}. Write some of them "
+            "so, or leave them out: rows are then made by what the model takes."
         )
         raise SourceFormat(message)
     dataset = open_dataset(snapshot, [column.name for column in contract.columns], options.key_columns)
