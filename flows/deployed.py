@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate
-from prefect.client.schemas.filters import (
-    ArtifactFilter,
-    ArtifactFilterFlowRunId,
-    ArtifactFilterKey,
-    DeploymentFilter,
-    DeploymentFilterId,
-    DeploymentFilterTags,
-    FlowRunFilter,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
+from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.responses import DeploymentResponse
-from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectHTTPStatusError
 
-from serving.errors import ApplyFailed, DeploymentMissing
+from flows import runs
+from serving.errors import ApplyFailed, BadInput, DeploymentMissing
 from tasks.consume.effect import Wanted, tag_of
 from tasks.spot import dispatch
-
-_POLL_SECONDS = 0.5
-_DRAIN_SECONDS_MAX = 120.0
-_UNFINISHED = [
-    StateType.SCHEDULED,
-    StateType.PENDING,
-    StateType.RUNNING,
-    StateType.PAUSED,
-    StateType.CANCELLING,
-]
-# What a stream shows once both of its ends are open and its dial is set.
-_SCORING = "stream-progress"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,18 +35,25 @@ def place(wanted: Wanted) -> Placed:
     """Create a deployment, or change the one of that name, and hold what the server has against what was wanted.
 
     It gets pool, settings and entrypoint of the one that it is made like. Raises DeploymentMissing where that one or
-    its work pool is, ApplyFailed where the server does not take it, with what stood before put back.
+    its work pool is, BadInput where a deployment of that name is none of the workload's, ApplyFailed where the server
+    does not take it, with what stood before put back.
     """
     with get_client(sync_client=True) as client:
         dispatch.find_pool(client, wanted.like)
         like = client.read_deployment_by_name(wanted.like)
         name = f"{wanted.like.split('/')[0]}/{wanted.name}"
         before = _find(client, name)
-        runs_before = tuple(run.id for run in _unfinished(client, before.id)) if before else ()
+        if before is not None and not set(wanted.tags) & set(before.tags):
+            message = (
+                f"The name of a workload must be free for its deployment, but {name} is there already, and is none of "
+                "the workload's. Give the workload another name."
+            )
+            raise BadInput(message)
+        runs_before = tuple(run.id for run in runs.unfinished(client, before.id)) if before else ()
         try:
             made = _create(client, like, wanted)
-        except PrefectHTTPStatusError as error:
-            message = f"The Prefect server must take the deployment {name}, got: {error.response.text[:600]}"
+        except (PrefectHTTPStatusError, ObjectAlreadyExists) as error:
+            message = f"The Prefect server must take the deployment {name}, got: {error}"
             raise ApplyFailed(message) from error
         placed = Placed(id=made, name=name, before=before, runs_before=runs_before)
         has = client.read_deployment(made)
@@ -110,9 +96,8 @@ def _made_like(like: DeploymentResponse) -> dict[str, Any]:
 def take_back(placed: Placed) -> None:
     """Undo a deployment: the one that stood before stands again, with its schedules; runs of the new one are ended."""
     with get_client(sync_client=True) as client:
-        for run in _unfinished(client, placed.id):
-            if run.id not in placed.runs_before:
-                dispatch.drain(client, run.id, "What it was started for was given up.", lost=False)
+        started = [run.id for run in runs.unfinished(client, placed.id) if run.id not in placed.runs_before]
+        runs.end(started, "What it was started for was given up.")
         if placed.before is None:
             client.delete_deployment(placed.id)
             return
@@ -145,71 +130,6 @@ def full_name(deployment: DeploymentResponse) -> str:
         return f"{client.read_flow(deployment.flow_id).name}/{deployment.name}"
 
 
-def start(placed: Placed, runs: int) -> list[UUID]:
-    """Start so many runs of a deployment."""
-    with get_client(sync_client=True) as client:
-        return [client.create_flow_run_from_deployment(placed.id).id for _ in range(runs)]
-
-
-def wait_until_scoring(runs: Sequence[UUID], seconds: float) -> None:
-    """Return once every run of a stream scores. Raises ApplyFailed with the first that ended, or where it is late."""
-    _wait(runs, seconds, _scores, "have opened both ends and score")
-
-
-def wait_until_complete(runs: Sequence[UUID], seconds: float) -> None:
-    """Return once every run is complete. Raises ApplyFailed with the first that ended otherwise, or is late."""
-    _wait(runs, seconds, lambda _, run: _stage(run) == "done", "be complete")
-
-
-def _scores(client: SyncPrefectClient, run: UUID) -> bool:
-    stage = _stage(run)
-    shown = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run]), key=ArtifactFilterKey(any_=[_SCORING]))
-    # One with a limit may be through already.
-    return stage == "done" or (stage == "running" and bool(client.read_artifacts(artifact_filter=shown)))
-
-
-def _stage(run: UUID) -> str:
-    with get_client(sync_client=True) as client:
-        return dispatch.look_at(client, run).stage
-
-
-def _wait(runs: Sequence[UUID], seconds: float, holds: Callable[[SyncPrefectClient, UUID], bool], what: str) -> None:
-    until, left = time.monotonic() + seconds, list(runs)
-    with get_client(sync_client=True) as client:
-        while left := [run for run in left if not holds(client, run)]:
-            seen = {run: dispatch.look_at(client, run) for run in left}
-            for run, each in seen.items():
-                if each.stage in ("failed", "lost"):
-                    message = f"Flow run {run} must {what}, but ended: {each.message}"
-                    raise ApplyFailed(message)
-            if time.monotonic() > until:
-                stages = ", ".join(f"{run} is {each.stage}" for run, each in seen.items())
-                message = (
-                    f"Each flow run must {what} within {seconds:g} s, but {stages}. Look whether its work pool has a "
-                    "worker that is free."
-                )
-                raise ApplyFailed(message)
-            time.sleep(_POLL_SECONDS)
-
-
-def end_runs(runs: Sequence[UUID], why: str) -> bool:
-    """Tell runs to end and drain, and say whether they did within two minutes."""
-    with get_client(sync_client=True) as client:
-        for run in runs:
-            dispatch.drain(client, run, why, lost=False)
-        until = time.monotonic() + _DRAIN_SECONDS_MAX
-        while any(_stands(client, run) for run in runs):
-            if time.monotonic() > until:
-                return False
-            time.sleep(_POLL_SECONDS)
-    return True
-
-
-def _stands(client: SyncPrefectClient, run: UUID) -> bool:
-    state = client.read_flow_run(run).state
-    return state is not None and not state.is_final()
-
-
 def remove(deployment: DeploymentResponse, *, end: bool) -> bool:
     """Take a deployment out of service: its schedules rest, what has begun is ended or let through, then it is deleted.
 
@@ -218,23 +138,19 @@ def remove(deployment: DeploymentResponse, *, end: bool) -> bool:
     with get_client(sync_client=True) as client:
         client.pause_deployment(deployment.id)
         begun = []
-        for run in _unfinished(client, deployment.id):
+        for run in runs.unfinished(client, deployment.id):
             # One that waits to be run again has begun too, and its work is half done.
             if end or run.run_count or (run.state and run.state.type is not StateType.SCHEDULED):
                 begun.append(run.id)
             else:
-                client.delete_flow_run(run.id)
-    if begun and not (end and end_runs(begun, "Another mode serves its workload now.")):
+                # Those of its schedule go as it rests.
+                with suppress(ObjectNotFound):
+                    client.delete_flow_run(run.id)
+    if begun and not (end and runs.end(begun, "Another mode serves its workload now.")):
         return False
     with get_client(sync_client=True) as client:
         client.delete_deployment(deployment.id)
     return True
-
-
-def _unfinished(client: SyncPrefectClient, deployment: UUID) -> list[FlowRun]:
-    unfinished = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_UNFINISHED)))
-    of = DeploymentFilter(id=DeploymentFilterId(any_=[deployment]))
-    return client.read_flow_runs(flow_run_filter=unfinished, deployment_filter=of)
 
 
 def _find(client: SyncPrefectClient, name: str) -> DeploymentResponse | None:

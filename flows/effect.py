@@ -10,7 +10,7 @@ from uuid import UUID
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import PrefectHTTPStatusError
 
-from flows import deployed
+from flows import deployed, runs
 from flows.deployed import Placed
 from flows.endpoint import online_endpoint, retire_endpoint
 from flows.stages import Stages
@@ -76,7 +76,7 @@ def _batch(decision: Decision, terms: Terms) -> tuple[UUID, str, str]:
     placed = deployed.place(wanted)
     with _taken_back_on_failure(placed):
         if batch.first_run_seconds is not None:
-            deployed.wait_until_complete(deployed.start(placed, 1), batch.first_run_seconds)
+            runs.wait_until_complete(runs.start(placed.id, 1), batch.first_run_seconds)
             verified.append("a first run is complete")
     words = f"deployment {placed.name}, {_when(wanted)}, on {decision.chosen.machines} machines at most"
     return placed.id, words, ", ".join(verified)
@@ -121,8 +121,8 @@ def _stream(decision: Decision, terms: Terms, logger: Logger) -> tuple[UUID, str
     stream: StreamTerms = terms.stream
     placed = deployed.place(wanted)
     with _taken_back_on_failure(placed):
-        deployed.wait_until_scoring(deployed.start(placed, wanted.runs), stream.begin_seconds)
-    if placed.runs_before and not deployed.end_runs(placed.runs_before, "Later runs of the same stream score now."):
+        runs.wait_until_scoring(runs.start(placed.id, wanted.runs), stream.begin_seconds)
+    if placed.runs_before and not runs.end(placed.runs_before, "Later runs of the same stream score now."):
         logger.warning("Earlier runs of %s must end, and have not yet.", placed.name)
     return placed.id, f"deployment {placed.name}, {wanted.runs} runs of it", "both ends are open, and its runs score"
 

@@ -11,7 +11,6 @@ import socket
 import sys
 import threading
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import uvicorn
@@ -32,7 +31,7 @@ def main() -> None:
         (answer,) = await predictor.predict_each([inputs])
         return settled(answer)
 
-    app = v2_app(predictor.release, predict, ServerMetadata(name="overnight", version=version("overnight")))
+    app = v2_app(predictor.release, predict, ServerMetadata(name="overnight", version=predictor.release.version))
 
     @app.get(BUSY)
     def busy() -> float:

@@ -9,10 +9,11 @@ import hashlib
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Annotated
 
 import pyarrow as pa
 from pydantic import Field, ValidationError
@@ -27,10 +28,10 @@ from serving.tuner import Tuning, measure, remembered, tag_of, tune
 from tasks.batch.options import BatchOptions
 from tasks.batch.tuning import SAMPLE_ROWS, enlarged, first_rows, wish_of
 from tasks.consume.decision import Profile
-from tasks.consume.door import Door, try_door
+from tasks.consume.door import Door, try_door, try_target
 from tasks.consume.rows import open_rows, table_of, write_rows, write_table
 from tasks.endpoint.resolve import Subject
-from tasks.endpoint.spec import EndpointSpec
+from tasks.endpoint.spec import AnyTarget, EndpointSpec
 
 # Passes above it say nothing about an endpoint that anybody waits for.
 _PASS_MS_MAX = 2_000.0
@@ -63,6 +64,11 @@ class Measuring(Frozen):
     )
     options: BatchOptions = Field(
         default=BatchOptions(), description="How a batch run of the model is made: keys, columns, policies, slots."
+    )
+    target: Annotated[AnyTarget, Field(discriminator="kind")] | None = Field(
+        default=None,
+        description="The model server, running, on which cold start and requests are measured. Without: an endpoint of "
+        "plain Python in a process of its own.",
     )
     seconds: float = Field(
         default=3.0, gt=0, le=600, description="Seconds of scoring that the trial of a batch run is made for."
@@ -107,7 +113,10 @@ def measure_profile(
         passes = measure_passes(subject.model, subject.contract, rows.sample, _PASS_MS_MAX, slots=slots, clock=clock)
         line = fit(passes)
         stated = measuring.stated
-        door = None if None not in (stated.cold_start_seconds, stated.request_ms) else try_door(spec, subject)
+        door = None
+        if None in (stated.cold_start_seconds, stated.request_ms):
+            target = measuring.target
+            door = try_target(target, spec, subject) if target else try_door(spec, subject)
         trial = None
         if None in (stated.batch_rows_per_second, stated.start_seconds):
             rate = tuning.rows_per_second if tuning else slots * _rate(subject, rows.sample, measuring.options, clock)
@@ -115,25 +124,23 @@ def measure_profile(
             trial = run_trial(subject.resolved.pin.uri, rows.folder, Path(scratch) / "scores", measuring.options)
     profile = _profile(subject, slots, line, door, trial, stated)
     if door is not None and trial is not None:
-        save_tag(subject.resolved.pin, _tag(measuring.options), profile.model_dump_json())
+        save_tag(subject.resolved.pin, _tag(measuring), profile.model_dump_json())
     return _as_stated(profile, stated)
 
 
 def recall_profile(subject: Subject, measuring: Measuring) -> Profile | None:
     """Return what the model version's tags hold for this machine and this way to run it, None where that is nothing."""
-    return _recalled(subject.resolved.tags, subject.resolved.pin.digest, measuring.options)
-
-
-def _recalled(tags: Mapping[str, str], digest: str, options: BatchOptions) -> Profile | None:
     try:
-        profile = Profile.model_validate_json(tags.get(_tag(options), ""))
+        profile = Profile.model_validate_json(subject.resolved.tags.get(_tag(measuring), ""))
     except ValidationError:
         return None
-    return profile if (profile.digest, profile.machine) == (digest, machine_kind()) else None
+    known = (subject.resolved.pin.digest, machine_kind())
+    return profile if (profile.digest, profile.machine) == known else None
 
 
-def _tag(options: BatchOptions) -> str:
-    told = f"{machine_kind()}\0{options.model_dump_json()}"
+def _tag(measuring: Measuring) -> str:
+    server = measuring.target.kind if measuring.target else "plain"
+    told = f"{machine_kind()}\0{server}\0{measuring.options.model_dump_json()}"
     return _TAG + hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
@@ -151,7 +158,7 @@ def _profile(
         start_seconds=trial.start_seconds if trial else _given(stated.start_seconds),
         cold_start_seconds=door.cold_start_seconds if door else _given(stated.cold_start_seconds),
         request_ms=max(0.0, door.request_ms - line.ms(1)) if door else _given(stated.request_ms),
-        request_busy_ms=max(0.0, door.busy_ms - line.ms(1)) if door else None,
+        request_busy_ms=max(0.0, door.busy_ms - line.ms(1)) if door and door.busy_ms is not None else None,
         measured_at=datetime.now(UTC),
     )
 

@@ -61,6 +61,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Generator[GatewayServer
         yield server
 
 
+@pytest.fixture(scope="module")
 def online(triton: TritonServer, gateway: GatewayServer) -> OnlineTerms:
     target = Triton(repository=str(triton.repository), url=triton.url, grpc=triton.grpc)
     return OnlineTerms(gateway=gateway.url, target=target)
@@ -90,9 +91,9 @@ def deployments() -> set[str]:
     return {full_name(each) for each in serving(NAME)}
 
 
-def answer(gateway: GatewayServer, model: str) -> int:
+def answer(terms: OnlineTerms, model: str) -> int:
     body = encode_request(resolve_model(model).contract({}, {}), {"x": np.ones((1, 3), dtype=np.float32)}).content
-    return httpx.post(f"{gateway.url}/v2/models/{NAME}/infer", content=body, timeout=60).status_code
+    return httpx.post(f"{terms.gateway}/v2/models/{NAME}/infer", content=body, timeout=60).status_code
 
 
 def test_a_night_on_spot_is_scheduled_with_its_deadline_and_what_machines_cost(
@@ -127,8 +128,7 @@ def test_a_night_on_spot_is_scheduled_with_its_deadline_and_what_machines_cost(
 def test_a_workload_goes_from_online_to_a_stream_to_batches_and_each_failure_leaves_what_served(
     deployed: PrefectServer,
     two_workers: list[PrefectWorker],
-    triton: TritonServer,
-    gateway: GatewayServer,
+    online: OnlineTerms,
     nats: NatsServer,
     nats_client: NatsClient,
     fresh: str,
@@ -143,9 +143,9 @@ def test_a_workload_goes_from_online_to_a_stream_to_batches_and_each_failure_lea
     stream = StreamTerms(source=source, sink=sink, options=STREAM, begin_seconds=120)
 
     # Online first.
-    endpoint = applied(asked, Terms(online=online(triton, gateway)))
+    endpoint = applied(asked, Terms(online=online))
 
-    assert 200 == answer(gateway, linear)
+    assert 200 == answer(online, linear)
     assert "answered as the model itself" in endpoint.verified
     assert {f"online-endpoint/{NAME}"} == deployments()
 
@@ -153,7 +153,7 @@ def test_a_workload_goes_from_online_to_a_stream_to_batches_and_each_failure_lea
     with pytest.raises(ApplyFailed, match="what served before serves on"):
         applied(event, Terms(stream=stream))
 
-    assert 200 == answer(gateway, linear)
+    assert 200 == answer(online, linear)
     assert {f"online-endpoint/{NAME}"} == deployments()
 
     # One that does takes its place.
@@ -162,14 +162,14 @@ def test_a_workload_goes_from_online_to_a_stream_to_batches_and_each_failure_lea
     streamed = applied(event, Terms(stream=stream))
 
     assert {f"stream-inference/{NAME}"} == deployments()
-    assert 404 == answer(gateway, linear)
+    assert 404 == answer(online, linear)
     assert f"online, deployment online-endpoint/{NAME}, with versions 1 of its endpoint" in streamed.retired[0]
     wait_until(lambda: len(nats_client.read(f"{fresh}-scores")) == 1, "the event's score")
     (running,) = unfinished()
 
     # Batches that are not complete in time leave the stream.
     table = decision(of(NIGHTLY, linear), BATCH)
-    with pytest.raises(ApplyFailed, match="must be complete within 0.01 s"):
+    with pytest.raises(ApplyFailed, match=r"must be complete within 0\.01 s"):
         applied(table, Terms(batch=batch(customers, tmp_path / "late", first_run_seconds=0.01)))
 
     assert {f"stream-inference/{NAME}"} == deployments()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -10,7 +11,7 @@ import pytest
 from infra.local.prefect_server import PrefectServer
 from serving.errors import ProfileFailed
 from tasks.batch.options import BatchOptions
-from tasks.consume.profile import Measuring, Stated, Trial, measure_profile, recall_profile
+from tasks.consume.profile import Measuring, Stated, measure_profile, recall_profile
 from tasks.endpoint.resolve import Subject, resolve
 from tasks.endpoint.spec import EndpointSpec
 
@@ -73,14 +74,7 @@ def test_an_endpoint_that_does_not_come_up_is_an_error_that_says_what_it_said(
 ) -> None:
     subject = resolve(spec)
     (tmp_path / "MLmodel").write_text("flavors: {}")
-    from dataclasses import replace
-
     broken: Subject = replace(subject, resolved=replace(subject.resolved, folder=tmp_path))
     stated = Stated(batch_rows_per_second=7.0, start_seconds=1.0)
-    with pytest.raises(ProfileFailed, match=r"must answer in a process of its own.*state cold_start_seconds"):
-        measure_profile(
-            spec,
-            broken,
-            Measuring(options=OPTIONS, stated=stated, again=True),
-            lambda *_: Trial(start_seconds=0, rows_per_second=1),
-        )
+    with pytest.raises(ProfileFailed, match=r"(?s)must answer to be measured.*a process of its own.*state cold_start"):
+        measure_profile(spec, broken, Measuring(options=OPTIONS, stated=stated, again=True), never)
