@@ -43,7 +43,7 @@ def place(wanted: Wanted) -> Placed:
         like = client.read_deployment_by_name(wanted.like)
         name = f"{wanted.like.split('/')[0]}/{wanted.name}"
         before = _find(client, name)
-        if before is not None and not set(wanted.tags) & set(before.tags):
+        if before is not None and tag_of(wanted.name) not in before.tags:
             message = (
                 f"The name of a workload must be free for its deployment, but {name} is there already, and is none of "
                 "the workload's. Give the workload another name."
