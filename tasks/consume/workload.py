@@ -1,4 +1,4 @@
-"""What a person says about a workload: who consumes the predictions, when they are asked for, and what machines cost."""
+"""What a person says about a workload: who consumes the predictions, when they are asked for, what machines cost."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class Trace(Frozen):
     path: str = Field(min_length=1, description="A CSV or Parquet file.")
     holds: Literal["timestamps", "per-second", "per-minute"] = Field(
         default="timestamps",
-        description="timestamps: one row an arrival (seconds as numbers, or date and time). per-second, per-minute: one "
-        "row a second or minute, and how many arrived in it.",
+        description="timestamps: one row an arrival (seconds as numbers, or date and time). per-second, per-minute: "
+        "one row a second or minute, and how many arrived in it.",
     )
     column: str | None = Field(default=None, description="Its column. Without: the only one that can be read so.")
     rows_per_arrival: float = Field(default=1.0, gt=0, le=1e6, description="Rows that come with each, on average.")
@@ -73,8 +73,8 @@ class Rate(Frozen):
 
     kind: Literal["rate"] = Field(default="rate", description="Tells these arrivals from others.")
     per_second: float = Field(ge=0, le=1e6, description="Arrivals a second, on average over the day.")
-    peak: float = Field(default=2.0, ge=1, le=100, description="Those of the busiest hour over the average.")
-    peak_at: str = Field(default="14:00", pattern=_TIME_OF_DAY, description="When the busiest hour is, in UTC.")
+    peak: float = Field(default=2.0, ge=1, le=100, description="Those at the busiest moment over the average.")
+    peak_at: str = Field(default="14:00", pattern=_TIME_OF_DAY, description="When the busiest moment is, in UTC.")
     rows_per_arrival: float = Field(default=1.0, gt=0, le=1e6, description="Rows that come with each, on average.")
 
 
@@ -91,7 +91,7 @@ class Machine(Frozen):
     kind: str = Field(
         default=THIS_MACHINE,
         min_length=1,
-        description="The instance type, by which its prices are found; 'this' is the one that the model is measured on.",
+        description="The instance type, by which its prices are found; 'this': the one the model is measured on.",
     )
     speed: float | None = Field(
         default=None,
