@@ -190,6 +190,12 @@ def endpoint_spec(decision: Decision, terms: Terms) -> EndpointSpec:
     workload, chosen, online = decision.workload, decision.chosen, _given(terms.online, decision, "online")
     replicas = max(1, chosen.machines) * decision.profile.slots
     asleep = chosen.keep_warm_seconds
+    if chosen.policy.startswith("keep-warm") and asleep is None:
+        message = (
+            f"An endpoint must have a fixed time to be kept warm, got {chosen.policy} for {workload.name}: no gateway "
+            "goes by that. Serve it by another alternative of the decision."
+        )
+        raise BadInput(message)
     try:
         return EndpointSpec(
             name=workload.name,
