@@ -37,7 +37,7 @@ def decide(
     nothing keeps the promise, with what would be needed, and BadWorkload where a kind lacks its speed or its price.
     """
     tell = progress or (lambda _: None)
-    kinds = [_kind(machine, prices) for machine in workload.machines]
+    kinds = kinds_of(workload, prices)
     problem = make_problem(workload, profile, arrivals, availability)
     found = []
     for kind in kinds:
@@ -63,6 +63,11 @@ def decide(
         waste_factor=wasted / spent if spent > 0 else None,
         flips=near,
     )
+
+
+def kinds_of(workload: Workload, prices: Mapping[str, Prices]) -> list[Kind]:
+    """Return the kinds of machines that a workload may be put on. Raises BadWorkload where one lacks speed or price."""
+    return [_kind(machine, prices) for machine in workload.machines]
 
 
 def _kind(machine: Machine, prices: Mapping[str, Prices]) -> Kind:
@@ -145,6 +150,8 @@ def _alternative(problem: Problem, choice: Choice, reason: str) -> Alternative:
         policy=candidate.policy,
         machine=choice.kind.name,
         machines=candidate.machines,
+        machines_min=candidate.floor,
+        target_utilisation=candidate.target,
         batch_size_max=candidate.batch_size_max,
         wait_ms_max=1000 * candidate.wait,
         keep_warm_seconds=candidate.keep_warm,

@@ -37,7 +37,7 @@ def flips(problem: Problem, kinds: Sequence[Kind], chosen: Choice) -> tuple[Flip
         return ()
     found = [
         flip
-        for name, move in _moves(sample, kinds, beside=_beside(chosen.name)).items()
+        for name, move in _moves(sample, kinds).items()
         for way in (1, -1)
         if (flip := _flip(name, move, way, chosen.name)) is not None
     ]
@@ -52,18 +52,14 @@ def _sample(problem: Problem, kinds: Sequence[Kind], name: tuple[str, str]) -> P
         if counts_T.sum() < _SAMPLE_ARRIVALS and days < _SAMPLE_DAYS[-1]:
             continue
         sample = replace(problem, counts_T=counts_T, seconds=len(counts_T))
-        if best(sample, kinds, beside=_beside(name)).name == name:
+        if best(sample, kinds, beside=False).name == name:
             return sample
     return None
 
 
-def _beside(name: tuple[str, str]) -> bool:
-    return name[1] in ("keep-warm-10-minutes", "keep-warm-histogram")
-
-
-def _moves(problem: Problem, kinds: Sequence[Kind], *, beside: bool) -> dict[str, _Move]:
+def _moves(problem: Problem, kinds: Sequence[Kind]) -> dict[str, _Move]:
     """Return for each input what is chosen when it is so many times what it is."""
-    on_demand = [(kind, simulate_on_demand(problem, kind, beside=beside)) for kind in kinds]
+    on_demand = [(kind, simulate_on_demand(problem, kind, beside=False)) for kind in kinds]
 
     def priced(change: Callable[[Kind], Kind]) -> _Name:
         found = [
@@ -74,7 +70,7 @@ def _moves(problem: Problem, kinds: Sequence[Kind], *, beside: bool) -> dict[str
         return _name(min(found, key=rated))
 
     def again(change: Problem) -> _Name:
-        return _name(best(change, kinds, beside=beside))
+        return _name(best(change, kinds, beside=False))
 
     profile = problem.profile
     moves: dict[str, _Move] = {
@@ -92,7 +88,7 @@ def _moves(problem: Problem, kinds: Sequence[Kind], *, beside: bool) -> dict[str
             )
         ),
         "speed": lambda by: _name(
-            best(problem, [replace(kind, speed=kind.speed * by) for kind in kinds], beside=beside)
+            best(problem, [replace(kind, speed=kind.speed * by) for kind in kinds], beside=False)
         ),
         "promise": lambda by: again(replace(problem, within=problem.within * by)),
     }

@@ -72,6 +72,7 @@ class Kind:
 class Candidate:
     """A way to serve a problem on a kind of machine, simulated.
 
+    floor: a scaler's fewest machines. target: the share of what machines take that it aims at.
     paid_seconds: of machines, all in all; those of spot count for as many on-demand seconds as they cost. flaw: why it
     does not keep the promise, in words; None where it does.
     """
@@ -83,6 +84,8 @@ class Candidate:
     wait: float = 0.0
     keep_warm: float | None = None
     every: float | None = None
+    floor: int | None = None
+    target: float | None = None
     paid_seconds: float = 0.0
     busy_seconds: float = 0.0
     age_p50: float = 0.0

@@ -30,6 +30,7 @@ SCALE_SECONDS = 15
 SCALE_DOWN_SECONDS = 300
 TEN_MINUTES = 600
 BATCH_MAX = 1024
+BESIDE = "a gateway sleeps after a fixed time, and this is only what that is held against"
 _TARGETS = tuple(share / 100 for share in range(96, 18, -2))
 _KEEPS = tuple(2.0 ** (power / 2) for power in range(-8, 25))
 _TRIED_MAX = 6
@@ -62,7 +63,7 @@ def online_beside(problem: Problem, fit: Fit, machines: int) -> list[Candidate]:
     found = traffic(problem, fit, machines)
     return [
         sleep(problem, fit, machines, found, TEN_MINUTES, "keep-warm-10-minutes"),
-        _sleeping(problem, fit, machines, found, histogram(found), "keep-warm-histogram"),
+        replace(_sleeping(problem, fit, machines, found, histogram(found), "keep-warm-histogram"), flaw=BESIDE),
     ]
 
 
@@ -168,7 +169,8 @@ def autoscale(problem: Problem, fit: Fit, floor: int, target: float) -> Candidat
     machines_T = np.repeat(ready_I, SCALE_SECONDS)[: len(problem.counts_T)]
     felt = _felt(problem, fit, machines_T)
     seconds = float(paid_I.sum()) * SCALE_SECONDS * problem.seconds / (len(paid_I) * SCALE_SECONDS)
-    return _candidate(problem, fit, "autoscaled", int(paid_I.max()), seconds, felt)
+    found = _candidate(problem, fit, "autoscaled", int(paid_I.max()), seconds, felt)
+    return replace(found, floor=floor, target=target)
 
 
 def scale(problem: Problem, fit: Fit, floor: int, target: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
