@@ -16,7 +16,6 @@ from tasks.consume.workload import Spot
 TICK_SECONDS = 60.0
 _BYTES_MAX = 64 << 20
 _TRACES, _DAYS = 64, 4
-_SEED = 13
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,14 +33,14 @@ class _Line(Frozen):
     available: str = Field(min_length=1, pattern="^[01]+$")
 
 
-def read_availability(spot: Spot) -> Availability:
+def read_availability(spot: Spot, *, seed: int = 13) -> Availability:
     """Return traces of spot: those of a file, or 64 of four days in which it is taken at random as often as said.
 
-    A file holds JSON lines, each with gap_seconds, the seconds of a tick, and available, a 1 or 0 for each tick. Raises
-    BadWorkload where it holds anything else.
+    A file holds JSON lines, each with gap_seconds, the seconds of a tick, and available, a 1 or 0 for each tick. `seed`
+    is that of the chance. Raises BadWorkload where the file holds anything else.
     """
     if spot.trace is None:
-        return _by_rate(spot)
+        return _by_rate(spot, seed)
     path = Path(spot.trace)
     if not path.is_file() or path.stat().st_size > _BYTES_MAX:
         message = f"Traces of spot must be a file of at most {_BYTES_MAX >> 20} MiB, got {spot.trace}."
@@ -70,14 +69,14 @@ def _parse(text: str, at: int, path: Path) -> _Line:
         raise BadWorkload(message) from error
 
 
-def _by_rate(spot: Spot) -> Availability:
+def _by_rate(spot: Spot, seed: int) -> Availability:
     """Spells end at random, `interruptions_per_day` of the time in which spot is up; gaps last as long as said."""
     ticks = round(_DAYS * 86_400 / TICK_SECONDS)
     gap = max(1, round(spot.gap_minutes * 60 / TICK_SECONDS))
     spot_NT = np.ones((_TRACES, ticks), dtype=bool)
     if spot.interruptions_per_day == 0:
         return Availability(spot_NT=spot_NT, tick_seconds=TICK_SECONDS)
-    random = np.random.default_rng(_SEED)
+    random = np.random.default_rng(seed)
     ends = random.random((_TRACES, ticks)) < min(1.0, spot.interruptions_per_day * TICK_SECONDS / 86_400)
     for trace_T, ends_T in zip(spot_NT, ends, strict=True):
         at = 0

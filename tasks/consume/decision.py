@@ -61,6 +61,10 @@ class Alternative(Frozen):
     policy: Policy
     machine: str = Field(description="The kind of machine.")
     machines: int = Field(ge=0, description="Machines at a time, at most.")
+    machines_min: int | None = Field(default=None, ge=0, description="Those of a scaler while little comes.")
+    target_utilisation: float | None = Field(
+        default=None, description="Share of what its machines take that a scaler aims at; lower is more machines."
+    )
     batch_size_max: int = Field(default=1, ge=1, description="Rows of a forward pass: the dial.")
     wait_ms_max: float = Field(default=0.0, ge=0, description="Milliseconds that a row waits for others: the dial.")
     keep_warm_seconds: float | None = Field(default=None, description="Seconds from the last request to zero.")

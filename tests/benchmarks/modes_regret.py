@@ -1,0 +1,169 @@
+"""What the choice costs over the cheapest that a search through all parameters finds, and whether promises hold.
+
+The search tries every mode, policy and kind of machine, each with every number of machines and far finer steps of every
+parameter, and gives itself no room to spare: what keeps the promise on just this traffic counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tasks.consume.choose import Choice, best, rated
+from tasks.consume.decide import kinds_of, make_problem
+from tasks.consume.problem import Candidate, Kind, Problem
+from tasks.consume.simulate_batch import Line, batch_on_spot, seldom
+from tasks.consume.simulate_online import Fit, always_on, autoscale, fits, scale, sleep, traffic
+from tasks.consume.simulate_stream import stream
+from tasks.consume.simulate_table import batch_on_spot as table_on_spot
+from tasks.consume.simulate_table import table
+from tasks.spot.policy import places
+from tasks.spot.replay import Job, replay
+from tests.benchmarks.modes_exact import late_share
+from tests.benchmarks.modes_workloads import Case
+
+_TARGETS = tuple(share / 100 for share in range(99, 9, -1))
+_KEEP_STEP, _KEEP_STEPS = 1.1, 110
+_DIALS = 4
+_SPOT_SHARES = tuple(share / 100 for share in range(5, 100, 5))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What came of a case. regret: the choice's cost over the least found; None where nothing stands in either way."""
+
+    name: str
+    chosen: str
+    least: str
+    regret: float | None
+    late: float
+    late_allowed: float
+    broken: bool
+    missed: bool
+
+
+def judge(case: Case) -> Found:
+    """Decide on a case, search for something cheaper, and follow the choice on other traffic."""
+    kinds = kinds_of(case.workload, case.prices)
+    problem = make_problem(case.workload, case.profile, case.arrivals, case.availability)
+    chosen = best(problem, kinds)
+    least = cheapest(problem, kinds, chosen)
+    told = {"name": case.workload.name, "late": 0.0, "late_allowed": 1 - problem.kept, "broken": False}
+    if chosen.candidate.flaw is not None:
+        missed = least is not None
+        return Found(**told, chosen="nothing stands", least=_told(least), regret=None, missed=missed)
+    assert least is not None
+    regret = chosen.usd / least.usd if least.usd > 0 else 1.0
+    late = again(case, problem, chosen)
+    broken = late > 1 - problem.kept + 1e-12
+    told |= {"late": late, "broken": broken}
+    return Found(**told, chosen=_told(chosen), least=_told(least), regret=regret, missed=False)
+
+
+def _told(choice: Choice | None) -> str:
+    if choice is None:
+        return "nothing"
+    each = choice.candidate
+    parts = {"n": each.machines, "b": each.batch_size_max, "T": each.keep_warm, "P": each.every, "u": each.target}
+    extra = " ".join(f"{name}={value:g}" for name, value in parts.items() if value is not None)
+    return f"{each.mode} {each.policy} {choice.kind.name} {extra} ${choice.usd:.4g}"
+
+
+def again(case: Case, problem: Problem, chosen: Choice) -> float:
+    """Return the share of rows that are late on the same traffic, or the same market, another time."""
+    if problem.consumer == "table":
+        return _table_late(case, problem, chosen)
+    other = make_problem(case.workload, case.profile, case.again, case.spot_again)
+    return late_share(other, chosen.kind, chosen.candidate, seed=5)
+
+
+def _table_late(case: Case, problem: Problem, chosen: Choice) -> float:
+    each, kind = chosen.candidate, chosen.kind
+    if each.policy != "spot":
+        return float(each.age_p99 > problem.within)
+    ratio = kind.price_ratio
+    assert ratio is not None
+    work = problem.rows_per_table / (problem.profile.batch_rows_per_second * kind.speed) / each.machines
+    tick = case.spot_again.tick_seconds
+    job = Job(
+        work_seconds=work,
+        deadline_seconds=problem.within,
+        changeover_seconds=problem.profile.start_seconds,
+        price_ratio=ratio,
+        tick_seconds=tick,
+    )
+    return float(replay(places, case.spot_again.spot_NT, job).late_N.mean())
+
+
+def cheapest(problem: Problem, kinds: Sequence[Kind], chosen: Choice) -> Choice | None:
+    """Return the cheapest that any parameters come to, on just these arrivals; None where nothing stands."""
+    sharp = replace(problem, late_share=1.0, time_margin=1.0, chance=0.0)
+    found = [chosen] if chosen.candidate.flaw is None else []
+    for kind in kinds:
+        ways = _tables(sharp, kind) if problem.consumer == "table" else _others(sharp, kind)
+        found += [Choice(kind=kind, candidate=each) for each in ways if each.flaw is None]
+    return min(found, key=rated, default=None)
+
+
+def _tables(problem: Problem, kind: Kind) -> Iterator[Candidate]:
+    yield from table(problem, kind)
+    every = range(1, problem.machines_max + 1)
+    spot = table_on_spot(problem, kind, every)
+    if spot is not None:
+        yield spot
+
+
+def _others(problem: Problem, kind: Kind) -> Iterator[Candidate]:
+    yield from stream(problem, kind)
+    sizes = {round(2 ** (power / 2)) for power in range(21)}
+    for fit in fits(problem, kind, sizes)[:_DIALS]:
+        always = always_on(problem, fit)
+        yield always
+        yield from _scalers(problem, fit, always)
+        yield from _sleepers(problem, fit, always)
+    if problem.consumer == "events":
+        line = Line.of(problem, kind)
+        for machines in range(1, min(problem.machines_max, 32) + 1):
+            candidate = seldom(line, machines)
+            yield candidate
+            if machines <= 8:
+                spot = batch_on_spot(problem, kind, candidate, _SPOT_SHARES)
+                if spot is not None:
+                    yield spot
+
+
+def _scalers(problem: Problem, fit: Fit, always: Candidate) -> Iterator[Candidate]:
+    """Yield the cheapest scaler that keeps the promise, of every floor and target below what is always on."""
+    costs = {
+        (floor, target): float(scale(problem, fit, floor, target)[0].sum())
+        for floor in sorted({*range(1, min(always.machines, 12) + 1), *range(12, always.machines, 4)})
+        for target in _TARGETS
+    }
+    limit = always.paid_seconds if always.flaw is None else math.inf
+    tried = [each for each in sorted(costs, key=costs.__getitem__) if costs[each] * 15 < limit]
+    # The dearer is late less, or nearly so: the first that stands is found by halving, and those before it are tried.
+    low, high = 0, len(tried)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if autoscale(problem, fit, *tried[middle]).flaw is None else (middle + 1, high)
+    for each in tried[max(0, low - 8) : low + 1]:
+        yield autoscale(problem, fit, *each)
+
+
+def _sleepers(problem: Problem, fit: Fit, always: Candidate) -> Iterator[Candidate]:
+    boot = problem.profile.cold_start_seconds
+    keeps = sorted({math.ceil(boot / 64 * _KEEP_STEP**power) for power in range(_KEEP_STEPS)})
+    for machines in sorted({max(1, always.machines - 1), always.machines, always.machines + 1}):
+        found = traffic(problem, fit, machines)
+        gap_G = np.sort(found.gaps)
+        sums_G = np.concatenate([[0.0], np.cumsum(gap_G)])
+        place = np.searchsorted(gap_G, keeps, side="right")
+        cost = sums_G[place] + (len(gap_G) - place) * (np.array(keeps) + boot)
+        for at in np.argsort(cost, kind="stable")[:25]:
+            candidate = sleep(problem, fit, machines, found, keeps[at], "keep-warm")
+            yield candidate
+            if candidate.flaw is None:
+                break
