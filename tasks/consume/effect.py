@@ -202,7 +202,7 @@ def endpoint_spec(decision: Decision, terms: Terms) -> EndpointSpec:
             model=workload.model,
             dial=Dial(batch_size_max=chosen.batch_size_max, wait_ms_max=chosen.wait_ms_max),
             scaling=Scaling(
-                replicas_min=1 if chosen.policy == "autoscaled" else replicas,
+                replicas_min=_floor(chosen) * decision.profile.slots,
                 replicas_max=replicas,
             ),
             keep_warm=None if asleep is None else max(_KEEP_WARM_SECONDS_MIN, asleep),
@@ -212,6 +212,13 @@ def endpoint_spec(decision: Decision, terms: Terms) -> EndpointSpec:
         told = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
         message = f"The endpoint that was chosen for {workload.name} must be one that its target can be, got: {told}"
         raise BadInput(message) from None
+
+
+def _floor(chosen: Alternative) -> int:
+    """Return the machines that an endpoint has while little comes."""
+    if chosen.policy == "autoscaled":
+        return max(1, chosen.machines_min or 1)
+    return max(1, chosen.machines)
 
 
 def online_deployment(decision: Decision, terms: Terms, spec: EndpointSpec) -> Wanted:

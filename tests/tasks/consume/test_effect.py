@@ -71,13 +71,13 @@ def test_batches_of_events_begin_as_often_as_was_decided() -> None:
 def test_an_endpoint_has_the_dial_the_replicas_and_the_keep_warm_time_that_were_decided() -> None:
     dial = {"batch_size_max": 16, "wait_ms_max": 3.0, "machines": 2}
     always_on = endpoint_spec(decision(FRAUD, way("online", "always-on", 1, **dial)), TERMS)
-    autoscaled = endpoint_spec(decision(FRAUD, way("online", "autoscaled", 1, **dial)), TERMS)
+    autoscaled = endpoint_spec(decision(FRAUD, way("online", "autoscaled", 1, machines_min=1, **dial)), TERMS)
     warm = endpoint_spec(decision(FRAUD, way("online", "keep-warm", 1, keep_warm_seconds=0.2)), TERMS)
 
     assert always_on.dial is not None
     assert (16, 3.0) == (always_on.dial.batch_size_max, always_on.dial.wait_ms_max)
     assert (4, 4) == (always_on.scaling.replicas_min, always_on.scaling.replicas_max)
-    assert (1, 4) == (autoscaled.scaling.replicas_min, autoscaled.scaling.replicas_max)
+    assert (2, 4) == (autoscaled.scaling.replicas_min, autoscaled.scaling.replicas_max)
     assert [None, None, 1.0] == [spec.keep_warm for spec in (always_on, autoscaled, warm)]
 
 
