@@ -92,7 +92,7 @@ def workloads(folder: Path, traces: Path) -> list[Workload]:
             name="fraud-check", model=MODEL, consumer=w.Requests(latency_ms=50), arrivals=check, machines=machines
         ),
         w.Workload(
-            name="event-stream", model=MODEL, consumer=w.Events(within_seconds=60), arrivals=events, machines=machines
+            name="event-stream", model=MODEL, consumer=w.Events(within_seconds=5), arrivals=events, machines=machines
         ),
     ]
 
@@ -133,26 +133,25 @@ def _show(decisions: Mapping[Path, Decision]) -> None:
 
     first = next(iter(decisions.values()))
     grid = Grid(title=f"One model, three consumers: 30 days on machines as {MACHINE}", title_justify="left")
-    for name in ("workload", "promised", "served by", "costs", "always on", "wasted", "flips at"):
+    for name in ("workload", "served by", "costs", "always on", "times", "flips where"):
         grid.add_column(name)
     for decision in decisions.values():
         chosen, nearest = decision.chosen, next(iter(decision.flips), None)
         grid.add_row(
             decision.workload.name,
-            report.promise(decision.workload),
-            report.in_words(chosen),
+            f"{chosen.mode}, {chosen.policy}",
             report.usd(chosen.usd),
             report.usd(chosen.usd + decision.waste_usd),
-            "nothing" if not decision.waste_factor else f"{decision.waste_factor:,.3g} x",
-            report.flip(nearest) if nearest else "nothing near",
+            report.factor(decision),
+            f"{nearest.input} x {nearest.factor:.3g}" if nearest else "nothing near",
         )
     console.print(grid)
     for name, value in report.measured(first.profile).items():
         console.print(f"{name}: {value}", highlight=False)
     console.print(f"Prices: {first.priced_at}", highlight=False)
     for path, decision in decisions.items():
-        console.print(f"[bold]{decision.workload.name}[/]: {report.summary(decision)}", highlight=False)
-        console.print(f"  Why: {decision.chosen.reason}\n  Drawn in {path}", highlight=False)
+        console.print(f"\n[bold]{decision.workload.name}[/]: {report.promise(decision.workload)}", highlight=False)
+        console.print(f"  {report.summary(decision)}\n  {decision.chosen.reason}\n  Drawn in {path}", highlight=False)
 
 
 if __name__ == "__main__":

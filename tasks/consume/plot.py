@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from tasks.consume.decision import Alternative, Decision, Mode
+from tasks.consume.report import span, usd
 from tasks.consume.workload import Table
 
 COLOURS: dict[Mode, str] = {"online": "#2f6f9f", "batch": "#4f8f5b", "streaming": "#c9a227"}
@@ -55,7 +56,7 @@ def _draw_bars(axes: Axes, decision: Decision) -> None:
         axes.barh(at, each.usd, color=COLOURS[each.mode], alpha=1.0 if each.stands else 0.25, height=0.7)
         mark = "  chosen" if each == decision.chosen else "" if each.stands else "  breaks the promise"
         axes.annotate(
-            f" ${each.usd:,.2f}{mark}",
+            f" {usd(each.usd)}{mark}",
             (each.usd, at),
             va="center",
             fontsize=8,
@@ -73,9 +74,9 @@ def _draw_bars(axes: Axes, decision: Decision) -> None:
     axes.legend(handles=handles, loc="upper right", bbox_to_anchor=(1, 1.12), ncols=3, frameon=False, fontsize=8)
 
 
-def _scale(axes: Axes, usd: Sequence[float]) -> None:
+def _scale(axes: Axes, costs: Sequence[float]) -> None:
     """Give the bars room for their figures; costs that are far apart go on a logarithmic axis, or some have no bar."""
-    least, most = min((each for each in usd if each > 0), default=1.0), max(usd, default=0.0) or 1.0
+    least, most = min((each for each in costs if each > 0), default=1.0), max(costs, default=0.0) or 1.0
     if most / least < _FAR_APART:
         axes.set_xlim(0, most * 1.2)
         return
@@ -104,7 +105,7 @@ def _draw_arrivals(axes: Axes, counts_T: NDArray[np.int64]) -> None:
     at_B = (np.arange(len(rate_B)) + 0.5) * width / seconds
     axes.fill_between(at_B, rate_B, color="#9fb3c8", linewidth=0, step="mid")
     axes.set(xlabel=unit, ylabel="arrivals a second", xlim=(0, len(counts_T) / seconds), ylim=(0, None))
-    axes.set_title(f"arrivals, each point an average over {width:,} s", loc="left", fontsize=10)
+    axes.set_title(f"arrivals, each point an average over {span(width)}", loc="left", fontsize=10)
 
 
 def _draw_tables(axes: Axes, table: Table, horizon_days: float) -> None:
@@ -124,16 +125,20 @@ def _draw_tables(axes: Axes, table: Table, horizon_days: float) -> None:
 def _draw_costs(axes: Axes, decision: Decision, costs: Costs) -> None:
     for mode, points in costs.items():
         if points:
-            factors, usd = zip(*points, strict=True)
-            axes.plot(factors, usd, "o-", color=COLOURS[mode], markersize=4, label=f"{mode}, its cheapest")
+            factors, spent_here = zip(*points, strict=True)
+            axes.plot(factors, spent_here, "o-", color=COLOURS[mode], markersize=4, label=f"{mode}, its cheapest")
     axes.axvline(1, color=_INK, linestyle=":", linewidth=1)
-    axes.plot([1], [max(decision.chosen.usd, 1e-9)], "o", color=_LIMIT, markersize=6, zorder=3, label="chosen")
+    axes.plot([1], [decision.chosen.usd], "o", color=_LIMIT, markersize=6, zorder=3, label="chosen")
     axes.set_xscale("log")
-    axes.set_yscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
+    spent = [each for points in costs.values() for _, each in points if each > 0] or [1.0]
+    if max(spent) / min(spent) < _FAR_APART:
+        axes.set_ylim(0, max(*spent, decision.chosen.usd) * 1.5)
+    else:
+        axes.set_yscale("log")
+        axes.margins(y=0.25)
     axes.yaxis.set_major_formatter("${x:,.4g}")
     axes.yaxis.set_minor_formatter("")
-    axes.margins(y=0.25)
     axes.set(xlabel="traffic, times what it is", ylabel="US dollars")
     axes.set_title("with more or less traffic", loc="left", fontsize=10)
     axes.legend(loc="best", frameon=False, fontsize=8)

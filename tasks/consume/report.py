@@ -39,8 +39,15 @@ def waste(decision: Decision) -> str:
     """Say what an always-on endpoint would cost more."""
     if decision.chosen.policy == "always-on":
         return "That is the always-on endpoint itself: nothing is wasted."
-    factor = "" if decision.waste_factor is None else f", {decision.waste_factor:,.3g} times as much"
-    return f"An endpoint that is always on would cost {usd(decision.waste_usd)} more{factor}."
+    times = factor(decision)
+    words = f", {times} times as much" if times else ""
+    return f"An endpoint that is always on would cost {usd(decision.waste_usd)} more{words}."
+
+
+def factor(decision: Decision) -> str:
+    """Return how many times the choice's cost an always-on endpoint costs; nothing where the choice costs nothing."""
+    times = decision.waste_factor
+    return "" if times is None else f"{times:,.0f}" if times >= 100 else f"{times:.3g}"  # noqa: PLR2004
 
 
 def promise(workload: Workload) -> str:
