@@ -14,6 +14,7 @@ from pathlib import Path
 
 from prefect.client.orchestration import get_client
 
+from serving.errors import OvernightError
 from tasks.batch.options import BatchOptions
 from tasks.consume.profile import Trial, trial_failed
 
@@ -34,7 +35,7 @@ def run_trial(model: str, source: Path, destination: Path, options: BatchOptions
         done = subprocess.run(
             [sys.executable, "-m", "flows.trial"],
             input=json.dumps({**call, "options": options.model_dump(mode="json")}),
-            env={**os.environ, **server, "PREFECT_LOGGING_LEVEL": "WARNING"},
+            env={**os.environ, **server, "PREFECT_LOGGING_LEVEL": "CRITICAL"},
             capture_output=True,
             text=True,
             timeout=_SECONDS_MAX,
@@ -56,9 +57,11 @@ def main() -> None:
     from flows.batch import batch_inference  # noqa: PLC0415 - whoever starts the process has it already
 
     call = json.load(sys.stdin)
-    report = batch_inference(
-        call["model"], call["source"], call["destination"], BatchOptions.model_validate(call["options"])
-    )
+    options = BatchOptions.model_validate(call["options"])
+    try:
+        report = batch_inference(call["model"], call["source"], call["destination"], options)
+    except OvernightError as error:
+        sys.exit(str(error))
     after = sum(report.seconds.get(stage, 0.0) for stage in ("score", "report", "publish"))
     told = {"ended": time.time(), "after_start": after, "rows": report.rows_scored, "score": report.seconds["score"]}
     sys.stdout.write(f"\n{json.dumps(told)}\n")

@@ -100,12 +100,12 @@ def measure_profile(
 
     Takes some twenty seconds: the batch path's tuner where it has not run yet, passes of 1, 2, 4, ... rows with all
     slots at work, an endpoint and a batch run (by `run_trial`: model, source, destination, options) in processes of
-    their own. Kept as a tag of the model version, apart for each kind of machine and each way to run. What is stated
-    takes the measured figure's place, and is not kept. Raises ProfileFailed where a figure can't be measured.
+    their own. Kept as a tag of the model version, apart for each kind of machine, way to run, and figures that are
+    stated in place of measured ones. Raises ProfileFailed where a figure can't be measured.
     """
     known = None if measuring.again else recall_profile(subject, measuring)
     if known is not None:
-        return _as_stated(known, measuring.stated)
+        return known
     with tempfile.TemporaryDirectory(prefix="overnight-profile-") as scratch:
         rows = _Rows.of(subject, measuring, Path(scratch))
         tuning = _tuned(subject, rows.sample, measuring.options, clock)
@@ -123,9 +123,8 @@ def measure_profile(
             rows.write(max(1, math.ceil(rate * measuring.seconds)))
             trial = run_trial(subject.resolved.pin.uri, rows.folder, Path(scratch) / "scores", measuring.options)
     profile = _profile(subject, slots, line, door, trial, stated)
-    if door is not None and trial is not None:
-        save_tag(subject.resolved.pin, _tag(measuring), profile.model_dump_json())
-    return _as_stated(profile, stated)
+    save_tag(subject.resolved.pin, _tag(measuring), profile.model_dump_json())
+    return profile
 
 
 def recall_profile(subject: Subject, measuring: Measuring) -> Profile | None:
@@ -140,7 +139,8 @@ def recall_profile(subject: Subject, measuring: Measuring) -> Profile | None:
 
 def _tag(measuring: Measuring) -> str:
     server = measuring.target.kind if measuring.target else "plain"
-    told = f"{machine_kind()}\0{server}\0{measuring.options.model_dump_json()}"
+    stated = measuring.stated.model_dump_json()
+    told = f"{machine_kind()}\0{server}\0{measuring.options.model_dump_json()}\0{stated}"
     return _TAG + hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
@@ -148,28 +148,29 @@ def _profile(
     subject: Subject, slots: int, line: PassTime, door: Door | None, trial: Trial | None, stated: Stated
 ) -> Profile:
     pin = subject.resolved.pin
-    return Profile(
-        model=pin.uri,
-        digest=pin.digest,
-        machine=machine_kind(),
-        slots=slots,
-        pass_time=line,
-        batch_rows_per_second=trial.rows_per_second if trial else _given(stated.batch_rows_per_second),
-        start_seconds=trial.start_seconds if trial else _given(stated.start_seconds),
-        cold_start_seconds=door.cold_start_seconds if door else _given(stated.cold_start_seconds),
-        request_ms=max(0.0, door.request_ms - line.ms(1)) if door else _given(stated.request_ms),
-        request_busy_ms=max(0.0, door.busy_ms - line.ms(1)) if door and door.busy_ms is not None else None,
-        measured_at=datetime.now(UTC),
+    measured: dict[str, float | None] = {}
+    if door is not None:
+        busy_ms = None if door.busy_ms is None else max(0.0, door.busy_ms - line.ms(1))
+        request_ms = max(0.0, door.request_ms - line.ms(1))
+        measured |= {
+            "cold_start_seconds": door.cold_start_seconds,
+            "request_ms": request_ms,
+            "request_busy_ms": busy_ms,
+        }
+    if trial is not None:
+        measured |= {"batch_rows_per_second": trial.rows_per_second, "start_seconds": trial.start_seconds}
+    measured |= stated.model_dump(exclude_none=True)
+    return Profile.model_validate(
+        {
+            "model": pin.uri,
+            "digest": pin.digest,
+            "machine": machine_kind(),
+            "slots": slots,
+            "pass_time": line,
+            "measured_at": datetime.now(UTC),
+            **measured,
+        }
     )
-
-
-def _given(figure: float | None) -> float:
-    assert figure is not None, "what is not measured was stated"  # noqa: S101 - our own mistake, not a caller's
-    return figure
-
-
-def _as_stated(profile: Profile, stated: Stated) -> Profile:
-    return profile.model_copy(update=stated.model_dump(exclude_none=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

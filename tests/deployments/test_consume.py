@@ -125,6 +125,33 @@ def test_a_night_on_spot_is_scheduled_with_its_deadline_and_what_machines_cost(
     assert remove(night, end=False)
 
 
+def test_an_endpoint_serves_until_what_takes_its_place_is_verified(
+    deployed: PrefectServer, online: OnlineTerms, linear: str, customers: Path, tmp_path: Path
+) -> None:
+    asked = decision(of(FRAUD, linear), way("online", "always-on", 1.0))
+    event = decision(of(EVENTS, linear), way("streaming", "micro-batches", 1.0))
+    endpoint = applied(asked, Terms(online=online))
+
+    assert 200 == answer(online, linear)
+    assert "answered as the model itself" in endpoint.verified
+    assert {f"online-endpoint/{NAME}"} == deployments()
+
+    stream = StreamTerms(source=FromNats(stream="NONE"), sink=ToNats(subject="none"), begin_seconds=0.1)
+    with pytest.raises(ApplyFailed, match="what served before serves on"):
+        applied(event, Terms(stream=stream))
+
+    assert 200 == answer(online, linear)
+    assert {f"online-endpoint/{NAME}"} == deployments()
+    assert [] == unfinished()
+
+    done = applied(decision(of(NIGHTLY, linear), BATCH), Terms(batch=batch(customers, tmp_path / "scores")))
+
+    assert 404 == answer(online, linear)
+    assert {f"batch-inference/{NAME}"} == deployments()
+    assert f"online, deployment online-endpoint/{NAME}, with versions 1 of its endpoint" in done.retired[0]
+
+
+@pytest.mark.machines
 def test_a_workload_goes_from_online_to_a_stream_to_batches_and_each_failure_leaves_what_served(
     deployed: PrefectServer,
     two_workers: list[PrefectWorker],
@@ -143,10 +170,8 @@ def test_a_workload_goes_from_online_to_a_stream_to_batches_and_each_failure_lea
     stream = StreamTerms(source=source, sink=sink, options=STREAM, begin_seconds=120)
 
     # Online first.
-    endpoint = applied(asked, Terms(online=online))
+    applied(asked, Terms(online=online))
 
-    assert 200 == answer(online, linear)
-    assert "answered as the model itself" in endpoint.verified
     assert {f"online-endpoint/{NAME}"} == deployments()
 
     # A stream that can't begin, since nobody has made it, leaves the endpoint.

@@ -53,7 +53,7 @@ def test_a_check_that_somebody_waits_for_is_online(prefect: PrefectServer, linea
     from flows.consume import choose_mode
 
     workload = nightly(
-        linear, name="check", consumer=Requests(latency_ms=100), arrivals=Rate(per_second=5), horizon_days=3
+        linear, name="check", consumer=Requests(latency_ms=100), arrivals=Rate(per_second=5), horizon_days=0.5
     )
     decision = choose_mode(workload, measuring=MEASURING, plot_file=str(tmp_path / "check.png"))
 

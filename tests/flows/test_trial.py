@@ -49,7 +49,7 @@ def test_a_model_is_measured_once_and_remembered_with_its_version(
     assert recall_profile(resolve(spec), Measuring(options=OPTIONS.model_copy(update={"slots": 1}))) is None
 
 
-def test_what_is_stated_is_not_measured_and_not_remembered(spec: EndpointSpec, customers: Path) -> None:
+def test_what_is_stated_is_not_measured_and_does_not_pass_for_measured(spec: EndpointSpec, customers: Path) -> None:
     stated = Stated(batch_rows_per_second=7.0, start_seconds=1.0, cold_start_seconds=2.0, request_ms=3.0)
     subject, measuring = resolve(spec), Measuring(options=OPTIONS.model_copy(update={"slots": 2}), stated=stated)
     profile = measure_profile(spec, subject, measuring, never)
@@ -57,7 +57,8 @@ def test_what_is_stated_is_not_measured_and_not_remembered(spec: EndpointSpec, c
     assert (7.0, 1.0, 2.0, 3.0) == (
         *(profile.batch_rows_per_second, profile.start_seconds, profile.cold_start_seconds, profile.request_ms),
     )
-    assert recall_profile(resolve(spec), measuring) is None
+    assert recall_profile(resolve(spec), measuring) == profile
+    assert recall_profile(resolve(spec), measuring.model_copy(update={"stated": Stated()})) is None
 
 
 def test_a_batch_run_that_fails_is_an_error_that_says_what_it_said(
@@ -65,7 +66,7 @@ def test_a_batch_run_that_fails_is_an_error_that_says_what_it_said(
 ) -> None:
     from flows.trial import run_trial
 
-    with pytest.raises(ProfileFailed, match=r"must go through to be measured.*nothing-here"):
+    with pytest.raises(ProfileFailed, match=r"must go through to be measured, got: The source must name.*nothing-here"):
         run_trial(spec.model, tmp_path / "nothing-here", tmp_path / "scores", OPTIONS)
 
 
