@@ -74,7 +74,7 @@ def _moves(problem: Problem, kinds: Sequence[Kind]) -> dict[str, _Move]:
 
     profile = problem.profile
     moves: dict[str, _Move] = {
-        "traffic": lambda by: again(_busier(problem, by)),
+        "traffic": lambda by: again(busier(problem, by)),
         "on-demand price": lambda by: priced(lambda kind: replace(kind, on_demand=kind.on_demand * by)),
         "cold start": lambda by: again(
             replace(
@@ -103,7 +103,8 @@ def _name(choice: Choice) -> _Name:
     return None if choice.candidate.flaw is not None else choice.name
 
 
-def _busier(problem: Problem, by: float) -> Problem:
+def busier(problem: Problem, by: float) -> Problem:
+    """Return a problem with so many times the traffic."""
     random = np.random.default_rng(_SEED)
     whole = int(by)
     counts_T = problem.counts_T * whole + random.binomial(problem.counts_T, by - whole)
