@@ -46,12 +46,12 @@ def flips(problem: Problem, kinds: Sequence[Kind], chosen: Choice) -> tuple[Flip
 
 def _sample(problem: Problem, kinds: Sequence[Kind], name: tuple[str, str]) -> Problem | None:
     if problem.consumer == "table":
-        return problem
+        return replace(problem, quick=True)
     for days in _SAMPLE_DAYS:
         counts_T = problem.counts_T[: days * DAY]
         if counts_T.sum() < _SAMPLE_ARRIVALS and days < _SAMPLE_DAYS[-1]:
             continue
-        sample = replace(problem, counts_T=counts_T, seconds=len(counts_T))
+        sample = replace(problem, counts_T=counts_T, seconds=len(counts_T), quick=True)
         if best(sample, kinds, beside=False).name == name:
             return sample
     return None

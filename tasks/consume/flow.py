@@ -60,9 +60,18 @@ def delays(counts_T: NDArray[np.int64], taken_T: NDArray[np.float64] | float) ->
 
 
 def feel(
-    counts_T: NDArray[np.int64], machines_T: NDArray[np.int64] | int, waits: Waits, beside: float, within: float
+    counts_T: NDArray[np.int64],
+    machines_T: NDArray[np.int64] | int,
+    waits: Waits,
+    beside: float,
+    within: float,
+    *,
+    ages: bool = True,
 ) -> Felt:
-    """Return what requests feel at so many machines at work; `beside` is what each takes beside its pass."""
+    """Return what requests feel at so many machines at work; `beside` is what each takes beside its pass.
+
+    Without `ages`, only how many are late.
+    """
     total = int(counts_T.sum())
     if not total:
         return Felt(late=0.0, age_p50=0.0, age_p99=0.0)
@@ -75,6 +84,8 @@ def feel(
     # Those that pile up for too long are late, all of them, not just the share that was late already.
     gone = delay + beside + waits.waits_UN[0, 0] > within
     late += float(count[gone] @ (1 - np.interp(used[gone], UTILISATIONS, late_U)))
+    if not ages:
+        return Felt(late=min(late / total, 1.0), age_p50=0.0, age_p99=0.0)
     weight_U = np.maximum(_weights(used_B, count_B) - _weights(used, count), 0.0)
     age_p50, age_p99 = _ages(waits, weight_U, delay, count)
     return Felt(late=min(late / total, 1.0), age_p50=age_p50 + beside, age_p99=age_p99 + beside)

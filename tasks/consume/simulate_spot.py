@@ -34,10 +34,16 @@ class SpotRun:
 
 
 def spot_run(
-    work: float, deadline: float, changeover: float, price_ratio: float, availability: Availability
+    work: float,
+    deadline: float,
+    changeover: float,
+    price_ratio: float,
+    availability: Availability,
+    *,
+    quick: bool = False,
 ) -> SpotRun | None:
     """Return what so much work comes to on a machine; None where not even on-demand alone is sure to be in time."""
-    tick = max(_TICK_SECONDS_MIN, deadline / _TICKS_MAX)
+    tick = max(_TICK_SECONDS_MIN, deadline / (_TICKS_MAX // 2 if quick else _TICKS_MAX))
     try:
         job = Job(
             work_seconds=work,
