@@ -103,9 +103,9 @@ def _use(
     starts = np.arange(0, len(counts_T), window)
     count_B = counts_T if window == 1 else np.add.reduceat(counts_T, starts)
     if isinstance(machines_T, int):
-        taken = max(machines_T, 1e-9) * rate * window
+        taken = max(machines_T, 1e-9) * rate
         if window > 1:
-            return count_B / taken, count_B, window
+            return count_B / (taken * np.diff(starts, append=len(counts_T))), count_B, window
         seconds_C = np.bincount(count_B) if count_B.max() < _COUNT_MAX else None
         if seconds_C is None:
             return count_B / taken, count_B, 1

@@ -45,6 +45,17 @@ class Fit:
     beside: float
     wait: float = 0.0
 
+    def flaw(self, problem: Problem) -> str | None:
+        """Say why the dial can't keep the promise, however little comes; None where it can."""
+        server = self.waits.server
+        least = self.wait + 2 * server.time(server.requests_max) + self.beside
+        if least <= problem.within:
+            return None
+        return (
+            f"a pass takes {1000 * server.time(server.requests_max):.3g} ms, and a request may come behind another: at"
+            f" least {1000 * least:.3g} ms must be allowed"
+        )
+
     def most(self, problem: Problem) -> float:
         """Return the requests a second that a machine takes within the promise."""
         late_U = self.waits.late(problem.within - self.beside)
@@ -129,7 +140,7 @@ def _candidate(
         age_p99=felt.age_p99,
         late=felt.late,
         cold_starts=cold_starts,
-        flaw=late_flaw(problem, felt.late, episodes=cold_starts),
+        flaw=fit.flaw(problem) or late_flaw(problem, felt.late, episodes=cold_starts),
     )
 
 

@@ -58,11 +58,12 @@ def spot_run(
     if deadline - work < 2 * changeover + tick:
         return None
     spot_NT = windows(availability, tick, math.ceil(deadline / tick))
-    done_N = np.full(len(spot_NT), deadline)
+    # Each is done by the end of the last tick in which it was seen at work.
+    done_N = np.zeros(len(spot_NT))
 
     def watched(seen: Situation, terms: Terms) -> NDArray[np.int64]:
         now = deadline - float(np.max(seen.left_seconds))
-        done_N[np.less_equal(seen.work_seconds, 0) & (done_N == deadline)] = now
+        done_N[np.greater(seen.work_seconds, 0)] = min(now + tick, deadline)
         return places(seen, terms)
 
     outcome = replay(watched, spot_NT, job)

@@ -97,9 +97,7 @@ def _seconds(values: pl.Series, where: str) -> NDArray[np.float64]:
     kind = values.dtype
     times = values
     if kind == pl.String:
-        times = values.str.strip_chars().str.to_datetime(time_unit="us", strict=False, ambiguous="null")
-        if times.null_count() == len(times):
-            times = values.cast(pl.Float64, strict=False)
+        times = _parsed(values.str.strip_chars())
     elif kind == pl.Date:
         times = values.cast(pl.Datetime("us"))
     if not (times.dtype.is_numeric() or isinstance(times.dtype, pl.Datetime)):
@@ -109,6 +107,14 @@ def _seconds(values: pl.Series, where: str) -> NDArray[np.float64]:
     if isinstance(times.dtype, pl.Datetime):
         return times.dt.epoch("us").to_numpy() / 1e6
     return times.cast(pl.Float64).to_numpy()
+
+
+def _parsed(texts: pl.Series) -> pl.Series:
+    try:
+        return texts.str.to_datetime(time_unit="us", strict=False, ambiguous="null")
+    except pl.exceptions.ComputeError:
+        # There is no date and time that is written so.
+        return texts.cast(pl.Float64, strict=False)
 
 
 def _none_missing(values: pl.Series, numbers: pl.Series, where: str, what: str) -> None:

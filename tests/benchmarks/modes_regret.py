@@ -15,7 +15,7 @@ import numpy as np
 from tasks.consume.choose import Choice, best, rated
 from tasks.consume.decide import kinds_of, make_problem
 from tasks.consume.problem import Candidate, Kind, Problem
-from tasks.consume.simulate_batch import Line, batch_on_spot, seldom
+from tasks.consume.simulate_batch import EVERY_MIN, Line, seldom, spot_runs
 from tasks.consume.simulate_online import Fit, always_on, autoscale, fits, scale, sleep, traffic
 from tasks.consume.simulate_stream import stream
 from tasks.consume.simulate_table import batch_on_spot as table_on_spot
@@ -27,8 +27,9 @@ from tests.benchmarks.modes_workloads import Case
 
 _TARGETS = tuple(share / 100 for share in range(99, 9, -1))
 _KEEP_STEP, _KEEP_STEPS = 1.1, 110
-_DIALS = 4
-_SPOT_SHARES = tuple(share / 100 for share in range(5, 100, 5))
+_DIALS = 3
+_SPOT_MACHINES = 3
+_SPOT_SHARES = tuple(share / 20 for share in range(3, 20, 2))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,11 +127,11 @@ def _others(problem: Problem, kind: Kind) -> Iterator[Candidate]:
         yield from _sleepers(problem, fit, always)
     if problem.consumer == "events":
         line = Line.of(problem, kind)
-        for machines in range(1, min(problem.machines_max, 32) + 1):
+        for machines in range(1, min(problem.machines_max, 24) + 1):
             candidate = seldom(line, machines)
             yield candidate
-            if machines <= 8:
-                spot = batch_on_spot(problem, kind, candidate, _SPOT_SHARES)
+            for share in _SPOT_SHARES if machines <= _SPOT_MACHINES else ():
+                spot = spot_runs(line, kind, machines, max(EVERY_MIN, int(share * (candidate.every or 0))))
                 if spot is not None:
                     yield spot
 
@@ -149,7 +150,7 @@ def _scalers(problem: Problem, fit: Fit, always: Candidate) -> Iterator[Candidat
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if autoscale(problem, fit, *tried[middle]).flaw is None else (middle + 1, high)
-    for each in tried[max(0, low - 8) : low + 1]:
+    for each in tried[max(0, low - 4) : low + 1]:
         yield autoscale(problem, fit, *each)
 
 
@@ -162,7 +163,7 @@ def _sleepers(problem: Problem, fit: Fit, always: Candidate) -> Iterator[Candida
         sums_G = np.concatenate([[0.0], np.cumsum(gap_G)])
         place = np.searchsorted(gap_G, keeps, side="right")
         cost = sums_G[place] + (len(gap_G) - place) * (np.array(keeps) + boot)
-        for at in np.argsort(cost, kind="stable")[:25]:
+        for at in np.argsort(cost, kind="stable")[:15]:
             candidate = sleep(problem, fit, machines, found, keeps[at], "keep-warm")
             yield candidate
             if candidate.flaw is None:
