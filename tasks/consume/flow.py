@@ -121,7 +121,8 @@ def _behind(
     """Return the seconds whose requests pile up for longer than the least, and how long they wait."""
     if isinstance(machines_T, int) and counts_T.max() <= machines_T * rate:
         return np.zeros(0, dtype=np.int64), np.zeros(0)
-    delay_T = delays(counts_T, float(machines_T * rate) if isinstance(machines_T, int) else machines_T * rate)
+    taken_T = machines_T * rate if isinstance(machines_T, int) else np.asarray(machines_T * rate, dtype=np.float64)
+    delay_T = delays(counts_T, taken_T)
     behind = np.flatnonzero((delay_T > least) & (counts_T > 0))
     return behind, delay_T[behind]
 

@@ -61,9 +61,8 @@ def _least(line: Line, machines: int) -> float:
     """Return what runs on so many machines cost at least: as many as there must be, and the rows."""
     problem = line.problem
     count = problem.seconds / max(problem.within - problem.profile.start_seconds, EVERY_MIN)
-    return (
-        count * problem.profile.start_seconds * machines + problem.counts_T.sum() * problem.rows_per_arrival / line.rate
-    )
+    rows = float(problem.counts_T.sum()) * problem.rows_per_arrival
+    return count * problem.profile.start_seconds * machines + rows / line.rate
 
 
 def seldom(line: Line, machines: int) -> Candidate:

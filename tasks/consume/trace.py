@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ _SEED = 11
 _MINUTE = 60
 _NAMES_SHOWN = 12
 _GAP_TOLD_SECONDS = 3600
-_READERS = {".csv": pl.scan_csv, ".parquet": pl.scan_parquet}
+_READERS: dict[str, Callable[[Path], pl.LazyFrame]] = {".csv": pl.scan_csv, ".parquet": pl.scan_parquet}
 
 
 def read_trace(trace: Trace) -> tuple[NDArray[np.int64], list[str]]:
@@ -53,7 +54,7 @@ def _scan(trace: Trace) -> pl.LazyFrame:
         message = f"A trace must be a file that is there, got {trace.path}."
         raise BadWorkload(message)
     try:
-        frame: pl.LazyFrame = reader(path)
+        frame = reader(path)
         rows = frame.select(pl.len()).collect().item()
     except pl.exceptions.NoDataError as error:
         message = f"{trace.path} must hold arrivals, got an empty file; leave the trace out and give a rate."

@@ -109,8 +109,8 @@ def test_a_flip_is_where_another_choice_is_made(hourly: Decision) -> None:
         found = decided(asked, prices={"this": Prices(on_demand=0.36, spot=0.12 * factor)})
         return f"{found.chosen.mode} {found.chosen.policy}"
 
-    assert flip.to == with_spot(flip.factor * 1.1)
-    assert flip.to != with_spot(flip.factor / 1.1)
+    assert flip.to == with_spot(flip.factor * 1.2)
+    assert flip.to != with_spot(flip.factor / 1.2)
 
 
 def test_the_cheapest_kind_of_machine_is_chosen() -> None:
