@@ -129,13 +129,10 @@ def _others(problem: Problem, kind: Kind, limit: float) -> Iterator[Candidate]:
         yield from _runs(problem, kind, limit)
     sizes = {round(2 ** (power / 2)) for power in range(21)}
     for fit in fits(problem, kind, sizes)[:_DIALS]:
-        most = problem.machines_max
-        if _machines_at_least(rate, fit) * problem.seconds < limit:
-            always = always_on(problem, fit)
-            most = always.machines
-            yield always
-        yield from _scalers(problem, fit, most, limit)
-        yield from _sleepers(problem, fit, most, limit)
+        always = always_on(problem, fit)
+        yield always
+        yield from _scalers(problem, fit, always.machines, limit)
+        yield from _sleepers(problem, fit, always.machines, limit)
 
 
 def _machines_at_least(rate: float, fit: Fit) -> int:
