@@ -80,7 +80,7 @@ def _by_rate(spot: Spot, seed: int) -> Availability:
     ends = random.random((_TRACES, ticks)) < min(1.0, spot.interruptions_per_day * TICK_SECONDS / 86_400)
     for trace_T, ends_T in zip(spot_NT, ends, strict=True):
         at = 0
-        for end in np.flatnonzero(ends_T):
+        for end in np.flatnonzero(ends_T).tolist():
             if end >= at:
                 trace_T[end : end + gap] = False
                 at = end + gap

@@ -10,7 +10,7 @@ from tasks.consume.problem import Candidate, Kind, Problem
 from tasks.consume.simulate import simulate
 
 # Of what costs the same, the simpler is chosen.
-_SIMPLER = ("always-on", "on-demand", "micro-batches", "keep-warm", "autoscaled", "spot", "keep-warm-10-minutes")
+_SIMPLER = ("micro-batches", "always-on", "on-demand", "keep-warm", "autoscaled", "spot", "keep-warm-10-minutes")
 _DIGITS = 9
 
 

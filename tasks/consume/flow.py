@@ -60,9 +60,18 @@ def delays(counts_T: NDArray[np.int64], taken_T: NDArray[np.float64] | float) ->
 
 
 def feel(
-    counts_T: NDArray[np.int64], machines_T: NDArray[np.int64] | int, waits: Waits, beside: float, within: float
+    counts_T: NDArray[np.int64],
+    machines_T: NDArray[np.int64] | int,
+    waits: Waits,
+    beside: float,
+    within: float,
+    *,
+    ages: bool = True,
 ) -> Felt:
-    """Return what requests feel at so many machines at work; `beside` is what each takes beside its pass."""
+    """Return what requests feel at so many machines at work; `beside` is what each takes beside its pass.
+
+    Without `ages`, only how many are late.
+    """
     total = int(counts_T.sum())
     if not total:
         return Felt(late=0.0, age_p50=0.0, age_p99=0.0)
@@ -75,6 +84,8 @@ def feel(
     # Those that pile up for too long are late, all of them, not just the share that was late already.
     gone = delay + beside + waits.waits_UN[0, 0] > within
     late += float(count[gone] @ (1 - np.interp(used[gone], UTILISATIONS, late_U)))
+    if not ages:
+        return Felt(late=min(late / total, 1.0), age_p50=0.0, age_p99=0.0)
     weight_U = np.maximum(_weights(used_B, count_B) - _weights(used, count), 0.0)
     age_p50, age_p99 = _ages(waits, weight_U, delay, count)
     return Felt(late=min(late / total, 1.0), age_p50=age_p50 + beside, age_p99=age_p99 + beside)
@@ -92,9 +103,9 @@ def _use(
     starts = np.arange(0, len(counts_T), window)
     count_B = counts_T if window == 1 else np.add.reduceat(counts_T, starts)
     if isinstance(machines_T, int):
-        taken = max(machines_T, 1e-9) * rate * window
+        taken = max(machines_T, 1e-9) * rate
         if window > 1:
-            return count_B / taken, count_B, window
+            return count_B / (taken * np.diff(starts, append=len(counts_T))), count_B, window
         seconds_C = np.bincount(count_B) if count_B.max() < _COUNT_MAX else None
         if seconds_C is None:
             return count_B / taken, count_B, 1
@@ -110,7 +121,8 @@ def _behind(
     """Return the seconds whose requests pile up for longer than the least, and how long they wait."""
     if isinstance(machines_T, int) and counts_T.max() <= machines_T * rate:
         return np.zeros(0, dtype=np.int64), np.zeros(0)
-    delay_T = delays(counts_T, float(machines_T * rate) if isinstance(machines_T, int) else machines_T * rate)
+    taken_T = machines_T * rate if isinstance(machines_T, int) else np.asarray(machines_T * rate, dtype=np.float64)
+    delay_T = delays(counts_T, taken_T)
     behind = np.flatnonzero((delay_T > least) & (counts_T > 0))
     return behind, delay_T[behind]
 

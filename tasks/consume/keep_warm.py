@@ -34,11 +34,12 @@ _ADVANTAGE = 2.0
 class Windows:
     """How long after the traffic before each gap an endpoint is loaded, and for how long it is kept then; in seconds.
 
-    A head of 0: it stays loaded.
+    A head of 0: it stays loaded. last: how long it stays after the last traffic.
     """
 
     head_G: NDArray[np.int64]
     keep_G: NDArray[np.int64]
+    last: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +72,7 @@ def spells(busy_T: NDArray[np.bool_]) -> Spells:
 
 def fixed(seconds: int, gaps: int) -> Windows:
     """Return the windows of an endpoint that is kept for so long after each request."""
-    return Windows(head_G=np.zeros(gaps, dtype=np.int64), keep_G=np.full(gaps, seconds, dtype=np.int64))
+    return Windows(head_G=np.zeros(gaps, dtype=np.int64), keep_G=np.full(gaps, seconds, dtype=np.int64), last=seconds)
 
 
 def learned(gap_G: NDArray[np.int64], cold_start: float) -> Windows:
@@ -139,9 +140,8 @@ def load(found: Spells, windows: Windows, boot: int, seconds: int) -> Loaded:
     at_once_G = (head_G > 0) & (idle_G > 0)
     late_G = (idle_G > head_G + keep_G) & ((head_G == 0) | again_G)
     last = found.last_R[-1] + 1 + max(int(begun_R[-1]) + boot - int(found.last_R[-1]), 0)
-    keep_last = int(keep_G[-1]) if len(keep_G) and head_G[-1] == 0 else 0
     starts = [found.first_R[:1], found.first_R[1:][cold_G], (end_G + head_G)[again_G]]
-    stops = [end_G[at_once_G], (end_G + head_G + keep_G)[late_G], np.array([last + keep_last])]
+    stops = [end_G[at_once_G], (end_G + head_G + keep_G)[late_G], np.array([last + windows.last])]
     # A stop at the second of a start comes before it.
     start_S, stop_S = np.sort(np.concatenate(starts)), np.sort(np.concatenate(stops))
     return Loaded(

@@ -28,7 +28,8 @@ class Problem:
 
     within: from a row's arrival (for a table: from its input) to its prediction. kept: the share of rows for which that
     must hold. counts_T: arrivals of each second; none for a table, whose rows_per_table come every `every` seconds.
-    seconds: what is simulated. scale: the horizon over that. late_share, time_margin, chance: the room to spare.
+    seconds: what is simulated. scale: the horizon over that. late_share, time_margin, chance: the room to spare. quick:
+    with coarser steps of every parameter, for many decisions in a row; ages are left out.
     """
 
     consumer: Literal["requests", "table", "events"]
@@ -46,6 +47,7 @@ class Problem:
     late_share: float = LATE_SHARE
     time_margin: float = TIME_MARGIN
     chance: float = CHANCE
+    quick: bool = False
 
     @property
     def late_max(self) -> float:

@@ -63,8 +63,10 @@ def measure_waits(servers: Sequence[Server]) -> list[Waits]:
 
 
 def _scaled(server: Server, by: float) -> Server:
-    names = ("pass_time", "request_time", "wait")
-    return replace(server, **{name: float(f"{getattr(server, name) * by:.{_DIGITS}g}") for name in names})
+    pass_time, request_time, wait = (
+        float(f"{each * by:.{_DIGITS}g}") for each in (server.pass_time, server.request_time, server.wait)
+    )
+    return replace(server, pass_time=pass_time, request_time=request_time, wait=wait)
 
 
 @functools.lru_cache(maxsize=16)

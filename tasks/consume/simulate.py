@@ -26,6 +26,8 @@ def simulate_on_demand(problem: Problem, kind: Kind, *, beside: bool = True) -> 
     fit = fits(problem, kind)[0]
     endpoints = online(problem, fit)
     others = online_beside(problem, fit, endpoints[0].machines) if beside else []
+    if problem.quick and problem.consumer == "requests":
+        return endpoints
     return [batch(problem, kind), *endpoints, *others, *stream(problem, kind)]
 
 
@@ -33,6 +35,8 @@ def simulate_spot(problem: Problem, kind: Kind, on_demand: list[Candidate]) -> l
     """Return those that buy spot."""
     if problem.consumer == "table":
         found = table_on_spot(problem, kind)
+    elif problem.consumer == "requests":
+        return []
     else:
         found = batch_on_spot(problem, kind, next(each for each in on_demand if each.mode == "batch"))
     return [] if found is None else [found]

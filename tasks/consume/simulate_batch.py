@@ -61,9 +61,8 @@ def _least(line: Line, machines: int) -> float:
     """Return what runs on so many machines cost at least: as many as there must be, and the rows."""
     problem = line.problem
     count = problem.seconds / max(problem.within - problem.profile.start_seconds, EVERY_MIN)
-    return (
-        count * problem.profile.start_seconds * machines + problem.counts_T.sum() * problem.rows_per_arrival / line.rate
-    )
+    rows = float(problem.counts_T.sum()) * problem.rows_per_arrival
+    return count * problem.profile.start_seconds * machines + rows / line.rate
 
 
 def seldom(line: Line, machines: int) -> Candidate:
@@ -127,16 +126,17 @@ def _ages(line: Line, end_P: NDArray[np.float64], every: int) -> tuple[float, fl
 
 
 def batch_on_spot(
-    problem: Problem, kind: Kind, on_demand: Candidate, shares: Iterable[float] = _SPOT_SHARES
+    problem: Problem, kind: Kind, on_demand: Candidate, shares: Iterable[float] | None = None
 ) -> Candidate | None:
     """Return runs on spot machines, somewhat more often than on on-demand ones: the slack is what spot needs."""
-    if problem.consumer == "requests" or not problem.counts_T.any():
+    if not problem.counts_T.any():
         return None
     line = Line.of(problem, kind)
+    more = min(2 * on_demand.machines, problem.machines_max)
     found = [
         spot_runs(line, kind, machines, max(EVERY_MIN, int(share * (on_demand.every or problem.within))))
-        for machines in sorted({on_demand.machines, min(2 * on_demand.machines, problem.machines_max)})
-        for share in shares
+        for machines in sorted({on_demand.machines, on_demand.machines if problem.quick else more})
+        for share in shares or (_SPOT_SHARES[1::2] if problem.quick else _SPOT_SHARES)
     ]
     return min((candidate for candidate in found if candidate is not None), key=rank, default=None)
 
@@ -150,8 +150,8 @@ def spot_runs(line: Line, kind: Kind, machines: int, every: int) -> Candidate | 
     some = work_P[work_P > 0]
     if ratio is None or problem.availability is None or left <= 0 or not len(some):
         return None
-    sizes = np.unique(np.quantile(some, (0, 0.5, 1)))
-    found = [spot_run(float(size), left, start, ratio, problem.availability) for size in sizes]
+    sizes = np.unique(np.quantile(some, (0.5, 1) if problem.quick else (0, 0.5, 1)))
+    found = [spot_run(float(size), left, start, ratio, problem.availability, quick=problem.quick) for size in sizes]
     if any(run is None or run.late for run in found):
         return None
     done = [run for run in found if run is not None]

@@ -34,10 +34,16 @@ class SpotRun:
 
 
 def spot_run(
-    work: float, deadline: float, changeover: float, price_ratio: float, availability: Availability
+    work: float,
+    deadline: float,
+    changeover: float,
+    price_ratio: float,
+    availability: Availability,
+    *,
+    quick: bool = False,
 ) -> SpotRun | None:
     """Return what so much work comes to on a machine; None where not even on-demand alone is sure to be in time."""
-    tick = max(_TICK_SECONDS_MIN, deadline / _TICKS_MAX)
+    tick = max(_TICK_SECONDS_MIN, deadline / (_TICKS_MAX // 2 if quick else _TICKS_MAX))
     try:
         job = Job(
             work_seconds=work,
@@ -52,11 +58,12 @@ def spot_run(
     if deadline - work < 2 * changeover + tick:
         return None
     spot_NT = windows(availability, tick, math.ceil(deadline / tick))
-    done_N = np.full(len(spot_NT), deadline)
+    # Each is done by the end of the last tick in which it was seen at work.
+    done_N = np.zeros(len(spot_NT))
 
     def watched(seen: Situation, terms: Terms) -> NDArray[np.int64]:
         now = deadline - float(np.max(seen.left_seconds))
-        done_N[np.less_equal(seen.work_seconds, 0) & (done_N == deadline)] = now
+        done_N[np.greater(seen.work_seconds, 0)] = min(now + tick, deadline)
         return places(seen, terms)
 
     outcome = replay(watched, spot_NT, job)

@@ -31,7 +31,7 @@ def stream_fit(problem: Problem, kind: Kind) -> Fit:
     profile = problem.profile
     measured = profile.stream_rows_per_second or profile.batch_rows_per_second
     row = max(profile.pass_time.row_ms / 1000, profile.slots / measured) / kind.speed
-    wait = min(_WAIT_MAX, _WAIT_SHARE * problem.within)
+    wait = 0.0 if problem.quick else min(_WAIT_MAX, _WAIT_SHARE * problem.within)
     size = _largest(problem, row, profile.pass_time.pass_ms / 1000 / kind.speed, wait)
     server = Server(
         slots=profile.slots,

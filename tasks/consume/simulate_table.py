@@ -42,7 +42,8 @@ def batch_on_spot(problem: Problem, kind: Kind, machine_counts: Iterable[int] | 
     if problem.rows_per_table <= 0:
         return None
     least = fewest(problem, problem.profile.batch_rows_per_second * kind.speed, problem.profile.start_seconds)
-    counts = machine_counts or {min(math.ceil(least * step), problem.machines_max) for step in _SPOT_STEPS}
+    steps = _SPOT_STEPS[::3] if problem.quick else _SPOT_STEPS
+    counts = machine_counts or {min(math.ceil(least * step), problem.machines_max) for step in steps}
     allowed = {*counts, least + 1} & set(range(1, problem.machines_max + 1))
     found = [_spot_runs(problem, kind, machines) for machines in sorted(allowed)]
     return min((candidate for candidate in found if candidate is not None), key=rank, default=None)
@@ -54,7 +55,9 @@ def _spot_runs(problem: Problem, kind: Kind, machines: int) -> Candidate | None:
         return None
     work = problem.rows_per_table / (problem.profile.batch_rows_per_second * kind.speed)
     start = problem.profile.start_seconds
-    run = spot_run(work / machines * problem.time_margin, problem.within, start, ratio, availability)
+    run = spot_run(
+        work / machines * problem.time_margin, problem.within, start, ratio, availability, quick=problem.quick
+    )
     if run is None:
         return None
     paid = run.paid_seconds / problem.time_margin * machines

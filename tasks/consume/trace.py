@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ _SEED = 11
 _MINUTE = 60
 _NAMES_SHOWN = 12
 _GAP_TOLD_SECONDS = 3600
-_READERS = {".csv": pl.scan_csv, ".parquet": pl.scan_parquet}
+_READERS: dict[str, Callable[[Path], pl.LazyFrame]] = {".csv": pl.scan_csv, ".parquet": pl.scan_parquet}
 
 
 def read_trace(trace: Trace) -> tuple[NDArray[np.int64], list[str]]:
@@ -53,7 +54,7 @@ def _scan(trace: Trace) -> pl.LazyFrame:
         message = f"A trace must be a file that is there, got {trace.path}."
         raise BadWorkload(message)
     try:
-        frame: pl.LazyFrame = reader(path)
+        frame = reader(path)
         rows = frame.select(pl.len()).collect().item()
     except pl.exceptions.NoDataError as error:
         message = f"{trace.path} must hold arrivals, got an empty file; leave the trace out and give a rate."
@@ -97,9 +98,7 @@ def _seconds(values: pl.Series, where: str) -> NDArray[np.float64]:
     kind = values.dtype
     times = values
     if kind == pl.String:
-        times = values.str.strip_chars().str.to_datetime(time_unit="us", strict=False, ambiguous="null")
-        if times.null_count() == len(times):
-            times = values.cast(pl.Float64, strict=False)
+        times = _parsed(values.str.strip_chars())
     elif kind == pl.Date:
         times = values.cast(pl.Datetime("us"))
     if not (times.dtype.is_numeric() or isinstance(times.dtype, pl.Datetime)):
@@ -109,6 +108,14 @@ def _seconds(values: pl.Series, where: str) -> NDArray[np.float64]:
     if isinstance(times.dtype, pl.Datetime):
         return times.dt.epoch("us").to_numpy() / 1e6
     return times.cast(pl.Float64).to_numpy()
+
+
+def _parsed(texts: pl.Series) -> pl.Series:
+    try:
+        return texts.str.to_datetime(time_unit="us", strict=False, ambiguous="null")
+    except pl.exceptions.ComputeError:
+        # There is no date and time that is written so.
+        return texts.cast(pl.Float64, strict=False)
 
 
 def _none_missing(values: pl.Series, numbers: pl.Series, where: str, what: str) -> None:

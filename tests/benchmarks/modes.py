@@ -14,6 +14,7 @@ import json
 import os
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from rich.progress import track
@@ -86,7 +87,9 @@ def _hourly() -> Events:
 def regret_figures() -> dict[str, Any]:
     cases = [*generated(CASES)] if CASES else []
     real = [*from_traces()]
-    found = [judge(case) for case in track([*cases, *real], "deciding and searching", console=console)]
+    with ProcessPoolExecutor() as pool:
+        judged = pool.map(judge, [*cases, *real])
+        found = [*track(judged, "deciding and searching", total=len(cases) + len(real), console=console)]
     counted = [each.regret for each in found if each.regret is not None]
     worst = sorted((each for each in found if each.regret is not None), key=lambda each: -(each.regret or 0))[:10]
     for each in worst:

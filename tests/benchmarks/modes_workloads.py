@@ -65,7 +65,7 @@ def from_traces() -> Iterator[Case]:
 def _case(random: np.random.Generator, at: int) -> Case:
     profile, machines, prices = _profile(random), *_machines(random)
     kind = random.choice(["requests", "table", "events"], p=[0.4, 0.25, 0.35])
-    days = float(random.choice([1, 2, 3, 7]))
+    days = float(random.choice([1, 1, 2, 4]))
     spot = Spot(interruptions_per_day=_log(random, 0.2, 20), gap_minutes=_log(random, 5, 60))
     common = {"name": f"case-{at}", "model": "models:/m/1", "machines": machines, "spot": spot, "horizon_days": days}
     if kind == "table":

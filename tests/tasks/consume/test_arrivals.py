@@ -62,7 +62,7 @@ def test_a_single_moment_is_not_repeated(tmp_path: Path) -> None:
     path = tmp_path / "one.csv"
     pl.DataFrame({"at": [17.5]}).write_csv(path)
 
-    found = read_arrivals(workload(arrivals=Trace(path=str(path))))
+    found = read_arrivals(workload(arrivals=Trace(path=str(path)), horizon_days=1))
 
     assert 1 == found.counts_T.sum()
     assert DAY == len(found.counts_T)

@@ -83,7 +83,7 @@ def test_every_alternative_has_its_cost_and_why_it_lost(which: str, request: pyt
     decision = request.getfixturevalue(which)
 
     costs = [(not each.stands, each.usd) for each in decision.alternatives]
-    assert sorted(costs) == pytest.approx(costs)
+    assert sorted(costs, key=lambda cost: (cost[0], float(f"{cost[1]:.9g}"))) == costs
     assert decision.chosen == decision.alternatives[0]
     for each in decision.alternatives[1:]:
         assert each.reason.startswith("Keeps the promise" if each.stands else "Breaks the promise of")
@@ -109,8 +109,8 @@ def test_a_flip_is_where_another_choice_is_made(hourly: Decision) -> None:
         found = decided(asked, prices={"this": Prices(on_demand=0.36, spot=0.12 * factor)})
         return f"{found.chosen.mode} {found.chosen.policy}"
 
-    assert flip.to == with_spot(flip.factor * 1.1)
-    assert flip.to != with_spot(flip.factor / 1.1)
+    assert flip.to == with_spot(flip.factor * 1.2)
+    assert flip.to != with_spot(flip.factor / 1.2)
 
 
 def test_the_cheapest_kind_of_machine_is_chosen() -> None:
@@ -133,13 +133,13 @@ def test_without_traffic_nothing_is_needed_and_nothing_paid() -> None:
     assert (0, 0) == (found.chosen.usd, found.chosen.machines)
     assert found.waste_factor is None
     assert "Nothing comes" in found.chosen.reason
-    assert 0.36 * 24 == pytest.approx(found.waste_usd)
+    assert 0.36 * 6 == pytest.approx(found.waste_usd)
 
 
 def test_a_single_request_needs_no_machine_that_waits_for_it_where_it_may_start_one() -> None:
     counts_T = np.zeros(24 * HOUR, dtype=np.int64)
     counts_T[HOUR] = 1
-    asked = workload(consumer=Requests(latency_ms=60_000), arrivals=Rate(per_second=0))
+    asked = workload(consumer=Requests(latency_ms=60_000), arrivals=Rate(per_second=0), horizon_days=1)
 
     found = decided(asked, arrivals=Arrivals(counts_T=counts_T))
 
@@ -148,7 +148,7 @@ def test_a_single_request_needs_no_machine_that_waits_for_it_where_it_may_start_
 
 
 def test_a_latency_below_the_models_own_passes_says_what_would_be_needed() -> None:
-    asked = workload(consumer=Requests(latency_ms=15), arrivals=Rate(per_second=1))
+    asked = workload(consumer=Requests(latency_ms=15), arrivals=Rate(per_second=1), horizon_days=0.1)
 
     with pytest.raises(NothingStands) as refused:
         decided(asked)
@@ -194,7 +194,7 @@ def test_what_is_simulated_is_told() -> None:
 
     decided(workload(consumer=Table(rows=10**6)), progress=told.append)
 
-    assert ["Simulating 24 h on machines of the kind this", "Looking for what would change the choice"] == told
+    assert ["Simulating 6 h on machines of the kind this", "Looking for what would change the choice"] == told
 
 
 def test_a_longer_horizon_costs_in_proportion(tmp_path: Path) -> None:

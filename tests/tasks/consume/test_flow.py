@@ -4,7 +4,7 @@ from collections import deque
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.consume.flow import backlog, delays, feel, quantiles
@@ -48,6 +48,7 @@ def test_the_last_of_a_second_waits_until_those_before_it_are_served(counts: lis
             assert done[at] - at == pytest.approx(found[at] + 1, abs=1 + 1e-6)
 
 
+@settings(deadline=None)
 @given(counts, st.integers(1, 4))
 def test_more_traffic_or_fewer_machines_are_never_felt_less(counts: list[int], machines: int) -> None:
     counts_T = np.array(counts)
@@ -62,6 +63,7 @@ def test_more_traffic_or_fewer_machines_are_never_felt_less(counts: list[int], m
     assert felt.age_p99 <= fewer.age_p99 + 1e-9
 
 
+@settings(deadline=None)
 @given(counts)
 def test_machines_that_never_change_are_felt_the_same_said_once_or_every_second(counts: list[int]) -> None:
     counts_T = np.array(counts)

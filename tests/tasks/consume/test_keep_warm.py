@@ -84,7 +84,7 @@ def second_by_second(busy: list[bool], keep: int, boot: int) -> tuple[int, int]:
     return there, starts
 
 
-@given(st.lists(st.booleans(), min_size=1, max_size=120), st.integers(0, 20), st.integers(0, 20))
+@given(st.lists(st.booleans(), min_size=1, max_size=120), st.integers(1, 20), st.integers(0, 20))
 def test_machines_are_there_and_start_as_often_as_one_counts_second_by_second(
     busy: list[bool], keep: int, boot: int
 ) -> None:
@@ -117,7 +117,7 @@ def test_what_is_loaded_ahead_of_a_regular_gap_is_there_when_it_is_over() -> Non
     loaded = load(found, Windows(head_G=np.full(5, 80), keep_G=np.full(5, 40)), 10, 501)
 
     assert 1 == loaded.cold_starts
-    assert [81, 181, 281, 381, 481] == loaded.start_S[1:].tolist()
+    assert [91, 181, 281, 381, 481] == loaded.start_S[1:].tolist()
 
 
 def test_no_traffic_loads_nothing() -> None:

@@ -73,7 +73,6 @@ def test_who_waits_for_an_answer_gets_none_from_a_batch_run() -> None:
     found = batch(problem(within=3600.0), THIS)
 
     assert "a batch run gives no answer to one who waits for it" == found.flaw
-    assert batch_on_spot(problem(within=3600.0), THIS, found) is None
 
 
 def test_runs_on_spot_are_more_often_and_cost_less() -> None:

@@ -88,7 +88,7 @@ def test_counts_of_minutes_are_spread_over_their_seconds(tmp_path: Path) -> None
 
 
 def test_counts_of_seconds_are_taken_as_they_are(tmp_path: Path) -> None:
-    counts, _ = read_trace(Trace(path=write(tmp_path, n=[3, 0, 1.0]), holds="per-second"))
+    counts, _ = read_trace(Trace(path=write(tmp_path, n=[3.0, 0.0, 1.0]), holds="per-second"))
 
     assert [3, 0, 1] == counts.tolist()
 
