@@ -49,7 +49,8 @@ ENDPOINT_ORDER = (
 )
 CONSUME_ORDER = (
     *("workload", "decision", "trace", "arrivals", "availability", "problem", "server", "flow", "keep_warm"),
-    *("simulate_online", "simulate_stream", "simulate_spot", "simulate_batch", "simulate_table", "simulate"),
+    *("fit", "simulate_sleep", "simulate_online", "simulate_stream", "simulate_spot", "simulate_batch"),
+    *("simulate_table", "simulate"),
     *("choose", "impossible", "flips", "decide"),
 )
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from serving.errors import NothingStands
 from tasks.consume.choose import Choice
+from tasks.consume.fit import fits
 from tasks.consume.problem import Kind, Problem
-from tasks.consume.simulate_online import always_on, fits
+from tasks.consume.simulate_online import always_on
 from tasks.consume.simulate_stream import stream_fit
 from tasks.consume.simulate_table import batch_on_demand
 from tasks.consume.workload import Workload
