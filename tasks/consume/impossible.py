@@ -26,7 +26,7 @@ def nothing_stands(
     best = " ".join(nearest.name)
     told = (
         f"A mode must keep the promise of {workload.name}, {_span(problem.within)} for {problem.kept:.4g} of its rows,"
-        f" got none; the nearest is {best} on {nearest.candidate.machines} {nearest.kind.name} machines:"
+        f" got none; the nearest is {best} on {nearest.candidate.machines} machine(s) of the kind {nearest.kind.name}:"
         f" {nearest.candidate.flaw}."
     )
     needs = [need for need in (_forward(problem, kinds), _machines(problem, kinds), _time(problem, kinds)) if need]
