@@ -48,10 +48,10 @@ ENDPOINT_ORDER = (
     *("route", "traffic", "change", "report"),
 )
 CONSUME_ORDER = (
-    *("workload", "decision", "trace", "arrivals", "availability", "problem", "server", "flow", "keep_warm"),
-    *("simulate_online", "simulate_stream", "simulate_spot", "simulate_batch", "simulate_table", "simulate"),
-    *("choose", "impossible", "flips", "decide", "price_table", "aws_prices", "prices", "rows", "door_child", "door"),
-    *("profile", "sweep", "report", "plot", "terms", "effect", "review", "artifacts"),
+    *("workload", "decision", "trace", "arrivals", "availability", "problem", "server", "flow", "keep_warm", "fit"),
+    *("simulate_sleep", "simulate_online", "simulate_stream", "simulate_spot", "simulate_batch", "simulate_table"),
+    *("simulate", "choose", "impossible", "flips", "decide", "price_table", "aws_prices", "prices", "rows"),
+    *("door_child", "door", "profile", "sweep", "report", "plot", "terms", "effect", "review", "artifacts"),
 )
 
 

@@ -112,7 +112,9 @@ def _use(
         seen_C = np.flatnonzero(seconds_C)
         return seen_C / taken, seen_C * seconds_C[seen_C], 0
     taken_B = machines_T if window == 1 else np.add.reduceat(machines_T, starts)
-    return count_B / np.maximum(taken_B * rate, 1e-9), count_B, window
+    # Where nothing works, what comes waits for a machine, and that is told by what piles up.
+    used_B = np.divide(count_B, taken_B * rate, out=np.zeros(len(count_B)), where=taken_B > 0)
+    return used_B, count_B, window
 
 
 def _behind(

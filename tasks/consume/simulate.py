@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from tasks.consume.fit import fits
 from tasks.consume.problem import Candidate, Kind, Problem
 from tasks.consume.simulate_batch import batch, batch_on_spot
-from tasks.consume.simulate_online import fits, online, online_beside
+from tasks.consume.simulate_online import online
+from tasks.consume.simulate_sleep import keep_warm_beside
 from tasks.consume.simulate_stream import stream
 from tasks.consume.simulate_table import batch_on_spot as table_on_spot
 from tasks.consume.simulate_table import table
@@ -25,7 +27,7 @@ def simulate_on_demand(problem: Problem, kind: Kind, *, beside: bool = True) -> 
         return table(problem, kind)
     fit = fits(problem, kind)[0]
     endpoints = online(problem, fit)
-    others = online_beside(problem, fit, endpoints[0].machines) if beside else []
+    others = keep_warm_beside(problem, fit, endpoints[0].machines) if beside else []
     if problem.quick and problem.consumer == "requests":
         return endpoints
     return [batch(problem, kind), *endpoints, *others, *stream(problem, kind)]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from tasks.consume.fit import BATCH_MAX, Fit
 from tasks.consume.problem import Candidate, Kind, Problem
 from tasks.consume.server import Server, measure_waits
-from tasks.consume.simulate_online import BATCH_MAX, Fit, always_on
+from tasks.consume.simulate_online import always_on
 
 # A batch waits for others this share of the time that its rows have, at most, and never longer than a second.
 _WAIT_SHARE, _WAIT_MAX = 0.1, 1.0

@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from tasks.consume.fit import BATCH_MAX
 from tasks.consume.problem import Candidate, Kind, Problem, rank
-from tasks.consume.simulate_online import BATCH_MAX, TEN_MINUTES
+from tasks.consume.simulate_sleep import TEN_MINUTES
 from tasks.consume.simulate_spot import spot_run
 from tasks.spot.spans import in_words
 

@@ -14,9 +14,11 @@ import numpy as np
 
 from tasks.consume.choose import Choice, best, rated
 from tasks.consume.decide import kinds_of, make_problem
+from tasks.consume.fit import Fit, fits
 from tasks.consume.problem import Candidate, Kind, Problem
 from tasks.consume.simulate_batch import EVERY_MIN, Line, seldom, spot_runs
-from tasks.consume.simulate_online import SCALE_SECONDS, Fit, always_on, autoscale, fits, scale, sleep, traffic
+from tasks.consume.simulate_online import SCALE_SECONDS, always_on, autoscale, scale
+from tasks.consume.simulate_sleep import sleep, traffic
 from tasks.consume.simulate_stream import stream, stream_fit
 from tasks.consume.simulate_table import batch_on_spot as table_on_spot
 from tasks.consume.simulate_table import table
