@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, TypeVar
+from collections.abc import Mapping
+from typing import Annotated
 
-from prefect import get_run_logger, task
-from prefect.cache_policies import NO_CACHE
+from prefect import get_run_logger
 from pydantic import Field
 
 from flows.adhoc import adhoc_flow
+from flows.stages import Stages
 from serving.gateway.client import GatewayClient
 from serving.targets import Address
 from tasks.endpoint.access import read_admin_key, read_keys
@@ -27,8 +25,6 @@ from tasks.endpoint.traffic import check_door, shift
 from tasks.endpoint.tuning import Chosen, remember, settle_dial
 from tasks.endpoint.verify import Verification, verify
 
-T = TypeVar("T")
-
 
 @adhoc_flow("online-endpoint")
 def online_endpoint(spec: EndpointSpec) -> Endpoint:
@@ -42,7 +38,7 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
     by the server, VerifyFailed by the answers, RolledBack by the traffic.
     """
     logger = get_run_logger()
-    stages = _Stages()
+    stages = Stages()
     keys = read_keys(spec.access)
     with GatewayClient(spec.gateway, read_admin_key(spec.admin_secret)) as gateway:
         subject = stages.run("resolve", lambda: resolve(spec))
@@ -118,7 +114,7 @@ def _verify(spec: EndpointSpec, subject: Subject, chosen: Chosen, address: Addre
         return verify(ask, subject, size=size, tolerance=spec.tolerance)
 
 
-def _measure(stages: _Stages, spec: EndpointSpec, subject: Subject, address: Address | None) -> Latency | None:
+def _measure(stages: Stages, spec: EndpointSpec, subject: Subject, address: Address | None) -> Latency | None:
     budget, seconds = spec.budget, spec.measure_seconds
     if budget is None or not seconds or address is None:
         return None
@@ -133,18 +129,3 @@ def _shift(change: Change, spec: EndpointSpec, subject: Subject, address: Addres
     if not isinstance(spec.rollout, Shadow):
         check_door(spec.gateway, spec, subject.contract, subject.sample, next(iter(keys.values()), None))
     return words
-
-
-@dataclass(slots=True)
-class _Stages:
-    """The stations that a run has passed, each a task run of its own, and the seconds that they took."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def run(self, name: str, work: Callable[[], T]) -> T:
-        """Do the work of a station. It takes no arguments, since Prefect looks into those of a task."""
-        start = time.perf_counter()
-        try:
-            return task(name=name, cache_policy=NO_CACHE, persist_result=False)(work)()
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

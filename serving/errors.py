@@ -14,6 +14,9 @@ OvernightError
 |   +-- NoCompleteRun        there is nothing to open yet
 |   +-- DeadlineImpossible   not even on-demand machines alone are done by the deadline
 |   +-- LatencyImpossible    no batch size keeps the latency budget at the expected rate
+|   +-- BadWorkload          a workload's description, arrivals, prices or promise can't be decided on as they are
+|   |   +-- NothingStands    no mode keeps its promise; the message says what would be needed
+|   |   +-- PricesMissing    no price is at hand for a machine, or its source can't be asked
 |   +-- BadRequest           a request to an endpoint is none that its model takes; `status` is HTTP's for it
 |   +-- StreamUnfit          a stream, topic, subject or consumer is missing, or has other settings than the call needs
 +-- SourceFault              a source file can't be trusted; every other chunk's part stays
@@ -27,6 +30,8 @@ OvernightError
 +-- DeploymentMissing        a Prefect deployment or work pool that is named does not exist: make deploy
 +-- RunnerUnusable           the workers asked for can't be had or don't live; put it right and call again, it resumes
 +-- NightFailed              the batch run of a night failed: mend what it says, then call again, it resumes
++-- ProfileFailed            a figure of a model could not be measured: mend what it says, or state the figure
++-- ApplyFailed              a decision can't be put into effect; what served the workload before serves on
 +-- EndpointFailed           a release can't be put up or taken down; what served before serves on
 |   +-- VerifyFailed         it answers otherwise than the model, or not at all; it was taken down
 |   +-- RolledBack           it failed its rule under traffic; the earlier version has all of it again
@@ -96,6 +101,18 @@ class LatencyImpossible(BadInput):
     """No batch size keeps the latency budget at the expected rate."""
 
 
+class BadWorkload(BadInput):
+    """A workload's description, arrivals, prices or promise can't be decided on as they are."""
+
+
+class NothingStands(BadWorkload):
+    """No mode keeps the promise of the workload; the message says what would be needed."""
+
+
+class PricesMissing(BadWorkload):
+    """No price is at hand for a machine, or the source of prices can't be asked."""
+
+
 class BadRequest(BadInput):
     """A request to an endpoint is none that its model takes; `status` is what HTTP says of it."""
 
@@ -150,6 +167,14 @@ class RunnerUnusable(OvernightError):
 
 class NightFailed(OvernightError):
     """The batch run of a night failed."""
+
+
+class ProfileFailed(OvernightError):
+    """A figure of a model could not be measured, and none is ever invented."""
+
+
+class ApplyFailed(OvernightError):
+    """A decision can't be put into effect; what served the workload before serves on."""
 
 
 class EndpointFailed(OvernightError):

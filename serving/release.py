@@ -124,7 +124,8 @@ def open_release(folder: Path) -> Runtime:
     from serving.forward import Forward  # noqa: PLC0415 - keeps this module's import light
 
     release = Release.model_validate_json((folder / RELEASE_FILE).read_text())
-    files = folder / MODEL_FOLDER
+    # Where it is linked, MLflow takes the files for others than those of its folder.
+    files = (folder / MODEL_FOLDER).resolve()
     resolved = Resolved(pin=release.pin, folder=files, mlmodel=MLmodel.load(str(files / "MLmodel")))
     model = load_model(resolved, release.contract, allow_pickle=release.allow_pickle).using(release.engine)
     # A request of more rows than the dial's batch goes in passes of the model's own size.

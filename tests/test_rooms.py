@@ -47,6 +47,12 @@ ENDPOINT_ORDER = (
     *("spec", "access", "samples", "resolve", "tuning", "render", "deploy", "client", "verify", "load"),
     *("route", "traffic", "change", "report"),
 )
+CONSUME_ORDER = (
+    *("workload", "decision", "trace", "arrivals", "availability", "problem", "server", "flow", "keep_warm", "fit"),
+    *("simulate_sleep", "simulate_online", "simulate_stream", "simulate_spot", "simulate_batch", "simulate_table"),
+    *("simulate", "choose", "impossible", "flips", "decide", "price_table", "aws_prices", "prices", "rows"),
+    *("door_child", "door", "profile", "sweep", "report", "plot", "terms", "effect", "review", "artifacts"),
+)
 
 
 def imported(path: Path) -> set[str]:
@@ -80,7 +86,8 @@ def test_serving_never_imports_prefect() -> None:
 
 
 @pytest.mark.parametrize(
-    ("room", "order"), [("batch", BATCH_ORDER), ("endpoint", ENDPOINT_ORDER), ("stream", STREAM_ORDER)]
+    ("room", "order"),
+    [("batch", BATCH_ORDER), ("endpoint", ENDPOINT_ORDER), ("stream", STREAM_ORDER), ("consume", CONSUME_ORDER)],
 )
 def test_a_station_imports_only_stations_before_it(room: str, order: tuple[str, ...]) -> None:
     stations = {path.stem: path for path in (ROOT / "tasks" / room).glob("*.py") if path.stem != "__init__"}

@@ -23,7 +23,7 @@ from tasks.batch.plan import Piece, Sizes, used_columns
 
 # The tuner takes about four seconds, once for a model version and a kind of machine; it may halve the work each night.
 _WORK_SECONDS_MIN = 3.0
-_SAMPLE_ROWS = 4096
+SAMPLE_ROWS = 4096
 _SAMPLE_BYTES_MAX = 32 << 20
 
 
@@ -31,7 +31,7 @@ def settle_sizes(
     resolved: Resolved, model: Tunable, contract: Contract, options: BatchOptions, dataset: Dataset
 ) -> Sizes:
     """Return the batch size, the engine and what else shapes a plan. May keep a tuning with the model version."""
-    table = _sample(contract, options, dataset)
+    table = first_rows(contract, options, dataset)
     as_it_comes = Sizes(
         batch_size=options.batch_size or model.batch_size,
         slots=options.slots or model.slots,
@@ -40,7 +40,7 @@ def settle_sizes(
         engine=model.engine,
         batch_unit=model.batch_unit,
     )
-    wish = _wish(options)
+    wish = wish_of(options)
     tuning = remembered(resolved.tags, machine_kind(), wish)
     if tuning is not None:
         return _tuned(tuning, as_it_comes)
@@ -51,14 +51,15 @@ def settle_sizes(
         return as_it_comes
     rate = measure(model, contract, sample, as_it_comes.batch_size, 1, time.perf_counter)
     if dataset.rows / (rate * as_it_comes.slots) > _WORK_SECONDS_MIN:
-        tuning = tune(model, contract, _larger(model, sample), wish, machine=machine_kind(), clock=time.perf_counter)
+        tuning = tune(model, contract, enlarged(model, sample), wish, machine=machine_kind(), clock=time.perf_counter)
     if tuning is None:
         return replace(as_it_comes, rows_per_second=rate)
     save_tag(resolved.pin, tag_of(tuning.machine, wish), tuning.model_dump_json())
     return _tuned(tuning, as_it_comes)
 
 
-def _wish(options: BatchOptions) -> Wish:
+def wish_of(options: BatchOptions) -> Wish:
+    """Return what the options let the tuner try."""
     return Wish(
         batch_size=options.batch_size,
         slots=options.slots,
@@ -78,21 +79,21 @@ def _tuned(tuning: Tuning, as_it_comes: Sizes) -> Sizes:
     )
 
 
-def _sample(contract: Contract, options: BatchOptions, dataset: Dataset) -> pa.Table:
+def first_rows(contract: Contract, options: BatchOptions, dataset: Dataset) -> pa.Table:
     """Return rows of the dataset's first row group that has any."""
     columns = used_columns(contract, options, dataset.schema)
     partitions = {name: str(dataset.schema.field(name).type) for name in dataset.hive}
-    reader = Reader(dataset.snapshot, columns, partitions, _SAMPLE_ROWS)
+    reader = Reader(dataset.snapshot, columns, partitions, SAMPLE_ROWS)
     for at, file in enumerate(dataset.snapshot.files):
         for group, rows in enumerate(file.row_groups):
             if rows:
-                piece = Piece(file=at, row_group=group, row_start=0, row_stop=min(rows, _SAMPLE_ROWS))
+                piece = Piece(file=at, row_group=group, row_start=0, row_stop=min(rows, SAMPLE_ROWS))
                 return next(reader.read(piece))
     message = f"The source must hold at least one row, got none below {dataset.snapshot.root}."
     raise SourceEmpty(message)
 
 
-def _larger(model: Tunable, sample: Encoded) -> Encoded:
+def enlarged(model: Tunable, sample: Encoded) -> Encoded:
     """Return the sample, repeated to hold the largest batch that is tried, within 32 MiB."""
     row_bytes = sum(value.nbytes for value in sample.inputs.values()) / sample.rows
     wanted = min(model.batch_sizes[-1], int(_SAMPLE_BYTES_MAX / max(row_bytes, 1)))

@@ -28,7 +28,7 @@ def test_applied_again_it_changes_nothing(deployed: PrefectServer) -> None:
     changes = asyncio.run(apply(wanted=WANTED))
 
     assert {} == changed(changes)
-    assert {"work pool": 3, "deployment": 10, "automation": 3} == {
+    assert {"work pool": 3, "deployment": 12, "automation": 3} == {
         kind: sum(change.kind == kind for change in changes) for kind in ("work pool", "deployment", "automation")
     }
 

@@ -28,7 +28,7 @@ def test_prefects_own_command_deploys_all_from_the_root(deployed: PrefectServer)
         check=False,
     )
 
-    assert (0, 10) == (done.returncode, done.stdout.count("successfully created with id")), done.stderr
+    assert (0, 12) == (done.returncode, done.stdout.count("successfully created with id")), done.stderr
 
 
 def test_two_workers_share_a_run_that_one_of_them_started(

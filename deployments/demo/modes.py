@@ -1,0 +1,158 @@
+"""The demo of the scheduler: three ways to consume the predictions of one model, and the mode that each is served by.
+
+`python -m deployments.demo.modes` measures the delay model once, decides for a nightly table, a fraud check within
+50 ms and a stream of events, shows the decisions with what an always-on endpoint would waste, and draws each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+from rich.table import Table as Grid
+
+from deployments.demo.flights import KEY
+from deployments.demo.prepare import console, point_at, prepare
+
+if TYPE_CHECKING:
+    from tasks.consume.decision import Decision
+    from tasks.consume.workload import Trace, Workload
+
+MODEL = "models:/flight-delay@champion"
+# What the machine of the demo is priced as: the smallest of its generation has two cores too.
+MACHINE = "c7i.large"
+TRACES = Path("../shared/traces")
+ROWS_A_NIGHT = 10_000_000
+_MINUTES = 1440
+
+
+def main() -> None:
+    """Run the demo in the folder that the command line names."""
+    parser = argparse.ArgumentParser(prog="python -m deployments.demo.modes", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path(".demo"), help="where everything is kept")
+    parser.add_argument("--traces", type=Path, default=TRACES, help="real traces of requests; else some are made")
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder.absolute()
+    point_at(folder)
+    prepare(folder)
+    from infra.local.prefect_server import prefect_server  # noqa: PLC0415 - a second demo needs no server to train
+
+    console.print("Starting a Prefect server on loopback")
+    with prefect_server(folder / "prefect") as server:
+        os.environ.update(server.environment)
+        os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+        decisions = _decide(folder, arguments.traces)
+    _show(decisions)
+    if not all(decision.chosen.stands for decision in decisions.values()):
+        console.print("[bold red]A mode was chosen that does not keep its promise.[/]")
+        sys.exit(1)
+
+
+def _decide(folder: Path, traces: Path) -> Mapping[Path, Decision]:
+    """Return the decision of each workload by its plot."""
+    from flows.consume import choose_mode  # noqa: PLC0415 - the server's address must be set before
+    from tasks.batch.options import BatchOptions  # noqa: PLC0415
+    from tasks.consume.profile import Measuring  # noqa: PLC0415
+
+    measuring = Measuring(source=str(folder / "flights"), options=BatchOptions(key_columns=(KEY,)))
+    decisions = {}
+    for workload in workloads(folder / "modes", traces):
+        start = time.perf_counter()
+        path = folder / "modes" / f"{workload.name}.png"
+        decisions[path] = choose_mode(workload, measuring=measuring, plot_file=str(path))
+        console.print(f"{workload.name}: decided after {time.perf_counter() - start:.1f} s", highlight=False)
+    return decisions
+
+
+def workloads(folder: Path, traces: Path) -> list[Workload]:
+    """Return a table that is needed each night, a check that somebody waits for, and events, on real traces if any."""
+    from tasks.consume import workload as w  # noqa: PLC0415 - needs MLflow's registry to be set
+
+    folder.mkdir(parents=True, exist_ok=True)
+    machines = (w.Machine(kind=MACHINE, speed=1),)
+    check, events = _check_trace(folder, traces), _event_trace(folder, traces)
+    taken = (traces / "spot_availability.jsonl").absolute()
+    spot = w.Spot(trace=str(taken) if taken.exists() else None)
+    return [
+        w.Workload(
+            name="nightly-table",
+            model=MODEL,
+            consumer=w.Table(rows=ROWS_A_NIGHT, ready="01:00", due="06:00"),
+            machines=machines,
+            spot=spot,
+        ),
+        w.Workload(
+            name="fraud-check", model=MODEL, consumer=w.Requests(latency_ms=50), arrivals=check, machines=machines
+        ),
+        w.Workload(
+            name="event-stream", model=MODEL, consumer=w.Events(within_seconds=5), arrivals=events, machines=machines
+        ),
+    ]
+
+
+def _check_trace(folder: Path, traces: Path) -> Trace:
+    """Return requests a minute over a day: those of all functions of the real trace, else of a made one."""
+    from tasks.consume.workload import Trace  # noqa: PLC0415 - the same
+
+    real, path = traces / "requests_per_minute.csv", folder / "requests-per-minute.csv"
+    if real.exists():
+        console.print(f"Requests for the fraud check: {real}, all functions together")
+        counts = pl.read_csv(real).select(pl.exclude("function")).sum().transpose().to_series()
+    else:
+        console.print("Requests for the fraud check: made, since there is no real trace here")
+        hour = np.arange(_MINUTES) / 60
+        counts = pl.Series(np.random.default_rng(1).poisson(600 + 500 * np.sin((hour - 8) / 24 * 2 * np.pi)))
+    pl.DataFrame({"requests": counts}).write_csv(path)
+    return Trace(path=str(path), holds="per-minute", column="requests")
+
+
+def _event_trace(folder: Path, traces: Path) -> Trace:
+    """Return when events come within an hour, of the real trace or of a made one."""
+    from tasks.consume.workload import Trace  # noqa: PLC0415 - the same
+
+    real, path = (traces / "requests_llm_code.csv").absolute(), folder / "events.csv"
+    if real.exists():
+        console.print(f"Events of the stream: {real}")
+        return Trace(path=str(real), holds="timestamps", column="TIMESTAMP")
+    console.print("Events of the stream: made, since there is no real trace here")
+    gaps = np.random.default_rng(2).exponential(0.4, 9_000)
+    pl.DataFrame({"seconds": np.cumsum(gaps)}).write_csv(path)
+    return Trace(path=str(path), holds="timestamps", column="seconds")
+
+
+def _show(decisions: Mapping[Path, Decision]) -> None:
+    """Print the decisions as a table, what an always-on endpoint wastes, and where the plots are."""
+    from tasks.consume import report  # noqa: PLC0415 - MLflow is imported by it
+
+    first = next(iter(decisions.values()))
+    grid = Grid(title=f"One model, three consumers: 30 days on machines as {MACHINE}", title_justify="left")
+    for name in ("workload", "served by", "costs", "always on", "times", "flips where"):
+        grid.add_column(name)
+    for decision in decisions.values():
+        chosen, nearest = decision.chosen, next(iter(decision.flips), None)
+        grid.add_row(
+            decision.workload.name,
+            f"{chosen.mode}, {chosen.policy}",
+            report.usd(chosen.usd),
+            report.usd(chosen.usd + decision.waste_usd),
+            report.factor(decision),
+            f"{nearest.input} x {nearest.factor:.3g}" if nearest else "nothing near",
+        )
+    console.print(grid)
+    for name, value in report.measured(first.profile).items():
+        console.print(f"{name}: {value}", highlight=False)
+    console.print(f"Prices: {first.priced_at}", highlight=False)
+    for path, decision in decisions.items():
+        console.print(f"\n[bold]{decision.workload.name}[/]: {report.promise(decision.workload)}", highlight=False)
+        console.print(f"  {report.summary(decision)}\n  {decision.chosen.reason}\n  Drawn in {path}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""A batch run in a process of its own, as a worker starts one, to be measured: `python -m flows.trial`.
+
+The process takes its call as JSON from stdin, and its last line on stdout says when its scoring began and ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from prefect.client.orchestration import get_client
+
+from serving.errors import OvernightError
+from tasks.batch.options import BatchOptions
+from tasks.consume.profile import Trial, trial_failed
+
+_SECONDS_MAX = 3600.0
+_TAIL = 1500
+
+
+def run_trial(model: str, source: Path, destination: Path, options: BatchOptions) -> Trial:
+    """Score a dataset in a new process, and return how long it took to begin, and how fast it went.
+
+    The run is one of this Prefect server, and leaves no lineage. Raises ProfileFailed with what the process said.
+    """
+    options = options.model_copy(update={"experiment": None, "workers": 1, "joins": None, "name": None})
+    call = {"model": model, "source": str(source), "destination": str(destination)}
+    server = {"PREFECT_API_URL": str(get_client(sync_client=True).api_url)}
+    begun = time.time()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.trial"],
+            input=json.dumps({**call, "options": options.model_dump(mode="json")}),
+            env={**os.environ, **server, "PREFECT_LOGGING_LEVEL": "CRITICAL"},
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS_MAX,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise trial_failed(model, f"nothing within {_SECONDS_MAX:g} s") from error
+    if done.returncode:
+        raise trial_failed(model, done.stderr.strip()[-_TAIL:] or f"exit status {done.returncode}")
+    told = json.loads(done.stdout.splitlines()[-1])
+    return Trial(
+        start_seconds=max(0.0, told["ended"] - told["after_start"] - begun),
+        rows_per_second=told["rows"] / told["score"],
+    )
+
+
+def main() -> None:
+    """Make the call that stdin holds."""
+    from flows.batch import batch_inference  # noqa: PLC0415 - whoever starts the process has it already
+
+    call = json.load(sys.stdin)
+    options = BatchOptions.model_validate(call["options"])
+    try:
+        report = batch_inference(call["model"], call["source"], call["destination"], options)
+    except OvernightError as error:
+        sys.exit(str(error))
+    after = sum(report.seconds.get(stage, 0.0) for stage in ("score", "report", "publish"))
+    told = {"ended": time.time(), "after_start": after, "rows": report.rows_scored, "score": report.seconds["score"]}
+    sys.stdout.write(f"\n{json.dumps(told)}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""When an endpoint goes to zero, on real functions: what a policy pays over what one pays who knows the future.
+
+Paid for are the idle minutes between requests, and a cold start's worth for each start, the first one of each function
+included in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from tasks.consume.keep_warm import Spells, Windows, fixed, histogram, learned, least, paid
+from tests.benchmarks.modes_workloads import TRACES
+
+MINUTES = (5, 15, 60)
+WANTED = (1.40, 1.32, 1.24)
+
+_Gaps = NDArray[np.int64]
+
+
+def keep_warm_figures() -> dict[str, dict[str, float]]:
+    """Return for each policy its cost over the least, by what a cold start is worth; empty without the traces."""
+    path = TRACES / "requests_per_minute.csv"
+    if not path.exists():
+        return {}
+    counts = pl.read_csv(path).drop("function").to_numpy()
+    gaps = [_idle(row) for row in counts if row.any()]
+    policies: dict[str, Callable[[_Gaps, float], Windows]] = {
+        "T*": lambda gap_G, worth: fixed(round(worth), len(gap_G)),
+        "learned": learned,
+        "10 minutes": lambda gap_G, _: fixed(600, len(gap_G)),
+        "histogram": lambda gap_G, _: histogram(_spells(gap_G)),
+    }
+    return {
+        name: {f"{minutes} min": round(_over_least(gaps, policy, 60.0 * minutes), 3) for minutes in MINUTES}
+        for name, policy in policies.items()
+    }
+
+
+def _idle(counts_M: NDArray[np.int64]) -> _Gaps:
+    """Return the idle seconds between a function's requests, where there are any."""
+    gaps = 60 * (np.diff(np.flatnonzero(counts_M)) - 1)
+    return np.asarray(gaps[gaps > 0])
+
+
+def _spells(gap_G: _Gaps) -> Spells:
+    at = np.concatenate([[0], np.cumsum(gap_G)])
+    return Spells(first_R=at, last_R=at)
+
+
+def _over_least(gaps: list[_Gaps], policy: Callable[[_Gaps, float], Windows], worth: float) -> float:
+    spent = sum(paid(gap_G, policy(gap_G, worth), worth) for gap_G in gaps)
+    return spent / sum(least(gap_G, worth) for gap_G in gaps)
