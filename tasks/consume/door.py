@@ -127,7 +127,8 @@ def _ask(
         cold = clock() - start
         for _ in range(_WARM_REQUESTS):
             ask(next(pieces).inputs)
-        before, began, waited_ms = busy(), clock(), []
+        waited_ms: list[float] = []
+        before, began = busy(), clock()
         while len(waited_ms) < _REQUESTS and (not waited_ms or clock() - began < _SECONDS):
             piece, asked = next(pieces), clock()
             ask(piece.inputs)

@@ -34,9 +34,8 @@ Costs = Mapping[Mode, Sequence[tuple[float, float]]]
 def plot(decision: Decision, counts_T: NDArray[np.int64] | None, costs: Costs) -> bytes:
     """Draw a decision, and return a PNG. `counts_T` are arrivals of each second, None for a table."""
     figure = Figure(figsize=(11, 6.4), dpi=120, layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(3, 2.4))
-    bars = upper.subplots()
-    left, right = lower.subplots(1, 2, width_ratios=(3, 2))
+    grid = figure.add_gridspec(2, 2, height_ratios=(3, 2.4), width_ratios=(3, 2))
+    bars, left, right = (figure.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))
     _draw_bars(bars, decision)
     if isinstance(decision.workload.consumer, Table):
         _draw_tables(left, decision.workload.consumer, decision.workload.horizon_days)

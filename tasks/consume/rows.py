@@ -54,7 +54,8 @@ def write_rows(dataset: Dataset, contract: Contract, options: BatchOptions, rows
     columns = used_columns(contract, options, dataset.schema)
     partitions = {name: str(dataset.schema.field(name).type) for name in dataset.hive}
     reader = Reader(dataset.snapshot, columns, partitions, _BLOCK_ROWS, places=False)
-    taken, count, group = [], 0, 0
+    taken: list[pa.Table] = []
+    count, group = 0, 0
     for piece in _pieces(dataset):
         if count >= rows or sum(table.nbytes for table in taken) >= _BYTES_MAX:
             break
