@@ -3,10 +3,6 @@
 What a cold start costs, in seconds of an idle machine, is T*. To stay warm for T* after the last request costs at most
 twice what one who knew the next request would pay (as in renting skis); it is cheaper than that on real traffic.
 
-An endpoint's own past says more: of a few times, the one that would have cost least so far is kept to, T* having the
-advantage of some cold starts, and T* alone once that has cost more than T* would have. It costs at most twice the least
-and those cold starts.
-
 The hybrid histogram of "Serverless in the Wild" (Shahrad et al., ATC 2020), beside it: idle times in bins of a minute,
 up to four hours. Where they say enough, the endpoint goes to zero at once, is loaded again before the 5th percentile,
 and is kept until the 99th, each with a tenth of margin; else it is kept for the four hours. Its forecast by ARIMA, for
@@ -26,8 +22,6 @@ _BIN, _BINS = 60, 240
 _HEAD, _TAIL, _MARGIN = 0.05, 0.99, 0.10
 _CV_MIN, _OUTSIDE_MAX = 2.0, 0.5
 _ROUNDS_MAX = 20
-_TIMES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
-_ADVANTAGE = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,19 +67,6 @@ def spells(busy_T: NDArray[np.bool_]) -> Spells:
 def fixed(seconds: int, gaps: int) -> Windows:
     """Return the windows of an endpoint that is kept for so long after each request."""
     return Windows(head_G=np.zeros(gaps, dtype=np.int64), keep_G=np.full(gaps, seconds, dtype=np.int64), last=seconds)
-
-
-def learned(gap_G: NDArray[np.int64], cold_start: float) -> Windows:
-    """Return the windows by what has cost least so far; each knows the gaps before it."""
-    times_C = np.array(_TIMES) * cold_start
-    paid_GC = np.where(gap_G[:, None] <= times_C, gap_G[:, None], times_C + cold_start)
-    before_GC = np.cumsum(paid_GC, axis=0) - paid_GC
-    best_G = np.argmin(before_GC + _ADVANTAGE * cold_start * (np.array(_TIMES) != 1), axis=1)
-    ours_G = np.cumsum(paid_GC[np.arange(len(gap_G)), best_G])
-    theirs_G = np.cumsum(paid_GC[:, _TIMES.index(1.0)])
-    failed_G = np.concatenate([[False], np.maximum.accumulate(ours_G - theirs_G > _ADVANTAGE * cold_start)[:-1]])
-    keep_G = np.where(failed_G[: len(gap_G)], cold_start, times_C[best_G])
-    return Windows(head_G=np.zeros(len(gap_G), dtype=np.int64), keep_G=keep_G.astype(np.int64))
 
 
 def histogram(found: Spells) -> Windows:

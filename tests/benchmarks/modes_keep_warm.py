@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from tasks.consume.keep_warm import Spells, Windows, fixed, histogram, learned, least, paid
+from tasks.consume.keep_warm import Spells, Windows, fixed, histogram, least, paid
 from tests.benchmarks.modes_workloads import TRACES
 
 MINUTES = (5, 15, 60)
@@ -30,7 +30,6 @@ def keep_warm_figures() -> dict[str, dict[str, float]]:
     gaps = [_idle(row) for row in counts if row.any()]
     policies: dict[str, Callable[[_Gaps, float], Windows]] = {
         "T*": lambda gap_G, worth: fixed(round(worth), len(gap_G)),
-        "learned": learned,
         "10 minutes": lambda gap_G, _: fixed(600, len(gap_G)),
         "histogram": lambda gap_G, _: histogram(_spells(gap_G)),
     }

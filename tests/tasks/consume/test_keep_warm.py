@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.consume.keep_warm import Spells, Windows, fixed, histogram, learned, least, load, paid, spells
+from tasks.consume.keep_warm import Spells, Windows, fixed, histogram, least, load, paid, spells
 
 gap_lists = st.lists(st.integers(1, 5000), max_size=60)
 cold_starts = st.integers(1, 2000)
@@ -25,29 +25,12 @@ def test_a_cold_starts_worth_of_warmth_costs_at_most_twice_the_least(gaps: list[
     assert cost <= 2 * least(gap_G, cold_start) + 1e-9
 
 
-@given(gap_lists, cold_starts)
-def test_what_is_learned_costs_at_most_twice_the_least_and_a_few_cold_starts(gaps: list[int], cold_start: int) -> None:
-    gap_G = np.array(gaps, dtype=np.int64)
-
-    cost = paid(gap_G, learned(gap_G, cold_start), cold_start)
-
-    assert cost <= 2 * least(gap_G, cold_start) + 5 * cold_start
-
-
 @given(gap_lists, gap_lists)
 def test_nobody_knows_the_gaps_to_come(gaps: list[int], others: list[int]) -> None:
-    for windows in (lambda each: learned(each, 60.0), lambda each: histogram(of_gaps(each.tolist()))):
-        one, other = (windows(np.array([*gaps, *rest], dtype=np.int64)) for rest in ([], others))
+    one, other = (histogram(of_gaps([*gaps, *rest])) for rest in ([], others))
 
-        assert one.keep_G.tolist() == other.keep_G[: len(gaps)].tolist()
-        assert one.head_G.tolist() == other.head_G[: len(gaps)].tolist()
-
-
-def test_gaps_that_are_always_long_teach_to_go_to_zero_at_once() -> None:
-    gap_G = np.full(50, 1000)
-
-    assert 0 == learned(gap_G, 100).keep_G[-1]
-    assert paid(gap_G, learned(gap_G, 100), 100) < 0.6 * paid(gap_G, fixed(100, 50), 100)
+    assert one.keep_G.tolist() == other.keep_G[: len(gaps)].tolist()
+    assert one.head_G.tolist() == other.head_G[: len(gaps)].tolist()
 
 
 def test_a_regular_gap_is_learned_by_the_histogram() -> None:
