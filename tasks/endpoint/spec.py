@@ -114,7 +114,7 @@ class Budget(Frozen):
         default=1024,
         ge=1,
         le=1024,
-        description="Rows that wait for their answer at a time, at most; no batch is larger.",
+        description="Rows that wait for their answer at a time, at most; a batch is of half of them, at most.",
     )
 
 

@@ -51,7 +51,9 @@ def settle_dial(spec: EndpointSpec, subject: Subject) -> Chosen:
         clock=time.perf_counter,
     )
     line = fit(passes)
-    dial = choose_dial(line, spec.budget.latency_ms, spec.budget.rate, replicas=replicas, rows_max=spec.budget.callers)
+    # Half of those who wait: with all of them in a pass, nobody is left to fill the next one meanwhile.
+    rows_max = max(1, spec.budget.callers // 2)
+    dial = choose_dial(line, spec.budget.latency_ms, spec.budget.rate, replicas=replicas, rows_max=rows_max)
     return Chosen(dial=dial, passes=tuple(passes), time=line)
 
 

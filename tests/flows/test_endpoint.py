@@ -176,7 +176,7 @@ def test_a_model_goes_online_with_a_dial_verified_measured_and_reported(
     answer = score(gateway, "online", np.ones((2, 3)), network)
 
     assert (200, "1") == (answer["status"], answer["model_version"])
-    assert 1 < endpoint.dial.batch_size_max <= 8
+    assert 1 < endpoint.dial.batch_size_max <= 4
     assert endpoint.verification.rows_example == 2
     assert endpoint.verification.rows_random == 32
     assert endpoint.before is not None

@@ -24,7 +24,7 @@ def test_a_dial_is_chosen_on_the_real_model_and_remembered_by_its_version(linear
     chosen = settle_dial(wanted, found)
 
     assert chosen.time is not None
-    assert 1 < chosen.dial.batch_size_max <= 16
+    assert 1 < chosen.dial.batch_size_max <= 8
     assert [1, 2, 4] == [rows for rows, _ in chosen.passes[:3]]
 
     # A figure that nothing here would measure tells what was remembered.
