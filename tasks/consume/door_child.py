@@ -40,6 +40,8 @@ def main() -> None:
 
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
+    # Whoever reads the port may ask at once, and waits in the line until the server is up.
+    listening.listen()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sys.stdout.write(f"{listening.getsockname()[1]}\n")
     sys.stdout.flush()
