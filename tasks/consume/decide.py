@@ -15,6 +15,7 @@ from tasks.consume.flips import flips
 from tasks.consume.impossible import nothing_stands
 from tasks.consume.problem import Kind, Problem
 from tasks.consume.simulate import simulate
+from tasks.consume.simulate_sleep import BESIDE
 from tasks.consume.workload import THIS_MACHINE, Machine, Prices, Table, Workload
 from tasks.spot.spans import in_words
 
@@ -183,6 +184,8 @@ def _reason(problem: Problem, choice: Choice, ordered: Sequence[Choice]) -> str:
         return _why(problem, ordered)
     cost, least = choice.usd * problem.scale, ordered[0].usd * problem.scale
     flaw = choice.candidate.flaw
+    if flaw == BESIDE:
+        return f"Can't be chosen, whatever it costs ({_money(cost)}): {flaw}."
     if flaw is not None:
         aged = f"99 of 100 rows are scored within {_precise(choice.candidate.age_p99)}"
         return f"Breaks the promise of {_precise(problem.within)}: {flaw}; {aged}, for {_money(cost)}."

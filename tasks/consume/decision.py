@@ -75,7 +75,7 @@ class Alternative(Frozen):
     late: float = Field(ge=0, le=1, description="Share of rows (of tables, for a table) that came later than promised.")
     cold_starts: int = Field(default=0, ge=0, description="Times that a row had to wait for a machine to start.")
     utilisation: float = Field(ge=0, le=1, description="Share of the paid time in which machines had work.")
-    stands: bool = Field(description="Whether it keeps the promise.")
+    stands: bool = Field(description="Whether it may be chosen, and keeps the promise.")
     reason: str = Field(description="Why it was chosen, or why it lost, with figures.")
 
 

@@ -53,7 +53,8 @@ def _draw_bars(axes: Axes, decision: Decision) -> None:
     shown = _shown(decision)
     for at, each in enumerate(shown):
         axes.barh(at, each.usd, color=COLOURS[each.mode], alpha=1.0 if each.stands else 0.25, height=0.7)
-        mark = "  chosen" if each == decision.chosen else "" if each.stands else "  breaks the promise"
+        out = "  can't be chosen" if each.policy == "keep-warm-histogram" else "  breaks the promise"
+        mark = "  chosen" if each == decision.chosen else "" if each.stands else out
         axes.annotate(
             f" {usd(each.usd)}{mark}",
             (each.usd, at),

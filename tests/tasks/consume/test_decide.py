@@ -211,3 +211,10 @@ def test_a_slow_model_is_still_a_model() -> None:
 
     assert "online" == found.chosen.mode
     assert found.chosen.age_seconds_p99 < 60
+
+
+def test_what_others_are_only_held_against_is_not_said_to_break_the_promise(fraud: Decision) -> None:
+    beside = next(each for each in fraud.alternatives if each.policy == "keep-warm-histogram")
+
+    assert not beside.stands
+    assert beside.reason.startswith("Can't be chosen, whatever it costs ($")
