@@ -36,9 +36,9 @@ demo-modes: $(STAMP)
 deploy: $(STAMP)
 	@$(BIN)/python -m deployments.apply
 
-# Two at a time, since tests wait for servers more than they compute; the tests of a file share theirs.
+# Two at a time, since tests wait for servers more than they compute; tests/conftest.py says which stay together.
 test: lint types $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # What takes minutes of real workers: whole nights, every point of a drain, runs of supervisors, Ray.
 test-machines: $(STAMP)

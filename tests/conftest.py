@@ -14,6 +14,8 @@ import pytest
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["DO_NOT_TRACK"] = "true"
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+# Tests call what runs within flows, and its log lines belong to none then.
+os.environ["PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW"] = "ignore"
 # No test looks for a model anywhere but in its own registry.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # No test asks the machine's own metadata service for notices; those about them name one on loopback.
@@ -23,6 +25,14 @@ if TYPE_CHECKING:
     from infra.local.nats import NatsServer
     from infra.local.nats_client import NatsClient
     from infra.local.s3 import S3Server
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run side by side, have one process run all that share Prefect servers, in order."""
+    for item in items:
+        room = item.path.relative_to(Path(__file__).parent).parts[0]
+        group = "prefect" if room in ("deployments", "flows") else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
