@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from infra.local.s3 import S3Server
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests run side by side, have one process run all that share Prefect servers, in order."""
     for item in items:
