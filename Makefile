@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo demo-endpoint demo-modes demo-stream deploy test test-machines lint types check format clean
+MAKEFLAGS += --no-print-directory
+.PHONY: demo demo-endpoint demo-modes demo-stream deploy test test-flows test-stations test-machines lint types check format clean
 .PHONY: chaos bench-batch bench-peers bench-resume bench-gpu bench-spot bench-nightly bench-workers bench-endpoint bench-stream
 .PHONY: bench-modes
 
@@ -36,9 +37,15 @@ demo-modes: $(STAMP)
 deploy: $(STAMP)
 	@$(BIN)/python -m deployments.apply
 
-# Two at a time, since tests wait for servers more than they compute; tests/conftest.py says which stay together.
+# In two processes, since tests wait for servers more than they compute; those that share Prefect servers are in one.
 test: lint types $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(MAKE) -j 2 test-flows test-stations
+
+test-flows: $(STAMP)
+	$(BIN)/python -m pytest tests/deployments tests/flows
+
+test-stations: $(STAMP)
+	$(BIN)/python -m pytest --ignore=tests/deployments --ignore=tests/flows
 
 # What takes minutes of real workers: whole nights, every point of a drain, runs of supervisors, Ray.
 test-machines: $(STAMP)

@@ -27,15 +27,6 @@ if TYPE_CHECKING:
     from infra.local.s3 import S3Server
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run side by side, have one process run all that share Prefect servers, in order."""
-    for item in items:
-        room = item.path.relative_to(Path(__file__).parent).parts[0]
-        group = "prefect" if room in ("deployments", "flows") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Generator[Path]:
     """An MLflow registry on sqlite with local artifacts, for the whole session."""
