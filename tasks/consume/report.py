@@ -74,7 +74,7 @@ def markdown(decision: Decision, notes: Sequence[str] = ()) -> str:
         "## What else was simulated",
         _grid(alternatives_table(decision)),
         "## What would change the choice",
-        _bullets([flip(each) for each in decision.flips] or ["Nothing that was tried, within a factor of ten."]),
+        _bullets([flip(each) for each in decision.flips] or ["Nothing that was tried, within a hundredfold."]),
         "## What it is computed from",
         _grid([{"": name, "value": value} for name, value in (measured(decision.profile) | _prices(decision)).items()]),
     ]
