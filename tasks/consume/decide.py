@@ -17,7 +17,7 @@ from tasks.consume.problem import Kind, Problem
 from tasks.consume.simulate import simulate
 from tasks.consume.simulate_sleep import BESIDE
 from tasks.consume.workload import THIS_MACHINE, Machine, Prices, Table, Workload
-from tasks.spot.spans import in_words
+from tasks.spot.spans import in_fine_words, in_words
 
 _HOUR = 3600.0
 
@@ -172,8 +172,8 @@ def _why(problem: Problem, ordered: Sequence[Choice]) -> str:
     chosen, standing = ordered[0], [each for each in ordered if each.candidate.flaw is None]
     if chosen.usd == 0:
         return "Nothing comes within the horizon: no machine is needed, and nothing is paid."
-    aged = f"99 of 100 rows are scored within {_precise(chosen.candidate.age_p99)}"
-    costs = f"{_money(chosen.usd * problem.scale)}, {aged}, where {_precise(problem.within)} are allowed"
+    aged = f"99 of 100 rows are scored within {in_fine_words(chosen.candidate.age_p99)}"
+    costs = f"{_money(chosen.usd * problem.scale)}, {aged}, where {in_fine_words(problem.within)} are allowed"
     if len(standing) == 1:
         return f"The only one that keeps the promise: {costs}."
     return f"The cheapest of the {len(standing)} that keep the promise: {costs}."
@@ -187,8 +187,8 @@ def _reason(problem: Problem, choice: Choice, ordered: Sequence[Choice]) -> str:
     if flaw == BESIDE:
         return f"Can't be chosen, whatever it costs ({_money(cost)}): {flaw}."
     if flaw is not None:
-        aged = f"99 of 100 rows are scored within {_precise(choice.candidate.age_p99)}"
-        return f"Breaks the promise of {_precise(problem.within)}: {flaw}; {aged}, for {_money(cost)}."
+        aged = f"99 of 100 rows are scored within {in_fine_words(choice.candidate.age_p99)}"
+        return f"Breaks the promise of {in_fine_words(problem.within)}: {flaw}; {aged}, for {_money(cost)}."
     if cost <= least * (1 + 1e-9):
         return f"Keeps the promise at the same cost, {_money(cost)}; the simpler one was chosen."
     if least <= 0:
@@ -198,7 +198,3 @@ def _reason(problem: Problem, choice: Choice, ordered: Sequence[Choice]) -> str:
 
 def _money(usd: float) -> str:
     return f"${usd:,.2f}" if usd >= 0.1 or usd == 0 else f"${usd:.2g}"  # noqa: PLR2004 - cents need no more digits
-
-
-def _precise(seconds: float) -> str:
-    return in_words(seconds) if seconds >= 1 else f"{1000 * seconds:.3g} ms"

@@ -13,7 +13,7 @@ from tasks.consume.simulate_online import always_on
 from tasks.consume.simulate_stream import stream_fit
 from tasks.consume.simulate_table import batch_on_demand
 from tasks.consume.workload import Workload
-from tasks.spot.spans import in_words
+from tasks.spot.spans import in_fine_words
 
 _TIMES = (1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0, 1000.0)
 
@@ -28,16 +28,12 @@ def nothing_stands(
     nearest = min(fair, key=lambda choice: (choice.candidate.late, choice.usd))
     best = " ".join(nearest.name)
     told = (
-        f"A mode must keep the promise of {workload.name}, {_span(problem.within)} for {problem.kept:.4g} of its rows,"
-        f" got none; the nearest is {best} on {nearest.candidate.machines} machine(s) of the kind {nearest.kind.name}:"
-        f" {nearest.candidate.flaw}."
+        f"A mode must keep the promise of {workload.name}, {in_fine_words(problem.within)} for {problem.kept:.4g} of"
+        f" its rows, got none; the nearest is {best} on {nearest.candidate.machines} machine(s) of the kind"
+        f" {nearest.kind.name}: {nearest.candidate.flaw}."
     )
     needs = [need for need in (_forward(problem, kinds), _machines(problem, kinds), _time(problem, kinds)) if need]
     return NothingStands(" ".join([told, *needs]))
-
-
-def _span(seconds: float) -> str:
-    return in_words(seconds) if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
 def _forward(problem: Problem, kinds: Sequence[Kind]) -> str | None:
@@ -51,9 +47,9 @@ def _forward(problem: Problem, kinds: Sequence[Kind]) -> str | None:
     if least <= problem.within:
         return None
     return (
-        f"A row takes {_span(one)} on {fastest.name}, and may come behind a pass that has just begun: with"
-        f" {profile.request_ms:.3g} ms for the request itself, at least {_span(least)} must be allowed, or a smaller"
-        " model or a faster machine be had."
+        f"A row takes {in_fine_words(one)} on {fastest.name}, and may come behind a pass that has just begun: with"
+        f" {profile.request_ms:.3g} ms for the request itself, at least {in_fine_words(least)} must be allowed, or a"
+        " smaller model or a faster machine be had."
     )
 
 
@@ -68,7 +64,7 @@ def _time(problem: Problem, kinds: Sequence[Kind]) -> str | None:
     if enough is None:
         return None
     earlier = "; give the input earlier or move the deadline" if problem.consumer == "table" else ""
-    return f"{_span(problem.within * enough)} would be kept{earlier}."
+    return f"{in_fine_words(problem.within * enough)} would be kept{earlier}."
 
 
 def _keeps(problem: Problem, kinds: Sequence[Kind]) -> bool:

@@ -20,3 +20,8 @@ def in_words(seconds: float) -> str:
         return f"{minutes} min {rest} s" if rest else f"{minutes} min"
     hours, minutes = divmod(round(seconds / _MINUTE), _MINUTE)
     return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+
+
+def in_fine_words(seconds: float) -> str:
+    """Return seconds as `in_words` does, and what is less than one in milliseconds."""
+    return in_words(seconds) if seconds >= 1 else f"{1000 * seconds:.3g} ms"

@@ -19,7 +19,7 @@ from infra.local.nats import NatsServer
 from infra.local.nats_client import NatsClient
 from infra.local.prefect_server import PrefectServer
 from infra.local.prefect_worker import PrefectWorker
-from infra.local.triton import TritonServer, triton_server
+from infra.local.triton import TritonServer
 from serving.errors import ApplyFailed, SourceNotFound
 from serving.oip import encode_request
 from serving.registry import resolve_model
@@ -32,6 +32,7 @@ from tasks.endpoint.spec import Triton
 from tasks.stream.addresses import FromNats, ToNats
 from tasks.stream.options import StreamOptions
 from tests.deployments.flow_runs import wait_until
+from tests.servers import triton_or_skip
 from tests.tasks.consume.decisions import EVENTS, FRAUD, NIGHTLY, decision, way
 
 if TYPE_CHECKING:
@@ -45,12 +46,7 @@ BATCH = way("batch", "on-demand", 1.0)
 
 @pytest.fixture(scope="module")
 def triton(tmp_path_factory: pytest.TempPathFactory) -> Generator[TritonServer]:
-    folder = tmp_path_factory.mktemp("triton")
-    try:
-        server = triton_server(folder / "repository", folder / "server")
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    with server:
+    with triton_or_skip(tmp_path_factory.mktemp("triton")) as server:
         yield server
 
 

@@ -17,12 +17,13 @@ from deployments.demo.endpoint_callers import Callers
 from deployments.demo.endpoint_faulty import LATE_MINUTES
 from infra.local.gateway import GatewayServer, gateway_server
 from infra.local.prefect_server import PrefectServer
-from infra.local.triton import TritonServer, triton_server
+from infra.local.triton import TritonServer
 from serving.errors import BadInput, EndpointFailed, LatencyImpossible, RolledBack, VerifyFailed
 from serving.gateway.client import GatewayClient
 from serving.oip import encode_request
 from serving.registry import resolve_model
 from tasks.endpoint.spec import Canary, EndpointSpec, RayServe, Shadow, Triton
+from tests.servers import triton_or_skip
 
 if TYPE_CHECKING:
     from tasks.endpoint.report import Endpoint
@@ -36,12 +37,7 @@ Put = Callable[..., "Endpoint"]
 
 @pytest.fixture(scope="module")
 def triton(tmp_path_factory: pytest.TempPathFactory) -> Generator[TritonServer]:
-    folder = tmp_path_factory.mktemp("triton")
-    try:
-        server = triton_server(folder / "repository", folder / "server")
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    with server:
+    with triton_or_skip(tmp_path_factory.mktemp("triton")) as server:
         yield server
 
 

@@ -13,7 +13,6 @@ import pytest
 from infra.local.controller import local_controller
 from infra.local.prefect_server import PrefectServer
 from infra.local.ray_cluster import ray_cluster
-from infra.local.triton import triton_server
 from infra.local.venv import VenvFailed, make_venv
 from serving.release import Dial
 from tasks.batch.options import BatchOptions
@@ -23,6 +22,7 @@ from tasks.endpoint.deploy import host_of
 from tasks.endpoint.render import make_release
 from tasks.endpoint.resolve import resolve
 from tasks.endpoint.spec import AnyTarget, BentoML, EndpointSpec, KServe, RayServe, Seldon, Triton
+from tests.servers import triton_or_skip
 from tests.support import write_customers
 
 # Sums of the same float32 products in another order, as batches of other sizes make them; scores here are below 1.
@@ -50,11 +50,7 @@ def scored(prefect: PrefectServer, linear: str, tmp_path_factory: pytest.TempPat
 def running(kind: str, folder: Path) -> Generator[AnyTarget]:
     """A real server of a kind, as a target; skips where it is missing here."""
     if kind == "triton":
-        try:
-            server = triton_server(folder / "repository", folder / "server")
-        except FileNotFoundError as error:
-            pytest.skip(str(error))
-        with server:
+        with triton_or_skip(folder) as server:
             yield Triton(repository=str(server.repository), url=server.url, grpc=server.grpc)
     elif kind == "ray-serve":
         pytest.importorskip("ray.serve", reason="pip install 'overnight[ray]' brings it")

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from infra.local.gateway import GatewayServer
-from infra.local.triton import TritonServer, triton_server
+from infra.local.triton import TritonServer
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import Route, Served, Sleep
 from serving.registry import resolve_model
 from serving.release import Dial, Release
 from serving.targets.triton import TritonHost
+from tests.servers import triton_or_skip
 from tests.serving.gateway.conftest import Put
 from tests.serving.gateway.support import Door
 
@@ -38,11 +39,7 @@ def deployed(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Genera
     """A model of code that predicts the first feature, and loads faster than a network, on a Triton."""
     from deployments.demo.endpoint_versions import register_faulty
 
-    folder = tmp_path_factory.mktemp("triton")
-    try:
-        server = triton_server(folder / "repository", folder)
-    except FileNotFoundError as missing:
-        pytest.skip(str(missing))
+    server = triton_or_skip(tmp_path_factory.mktemp("triton"))
     number = register_faulty("", "gateway-triton", "x", ("a", "b", "c"), "score")
     resolved = resolve_model(f"models:/gateway-triton/{number}")
     release = Release(
