@@ -9,10 +9,23 @@ from typing import Annotated
 
 from pydantic import Field
 
-from serving.contract import ColumnPolicy, Frozen
+from serving.contract import Frozen
 from serving.gateway.route import Limits
 from tasks.batch.options import BatchOptions
-from tasks.endpoint.spec import GATEWAY, URL, Access, AllAtOnce, AnyTarget, Canary, default_target
+from tasks.endpoint.spec import (
+    GATEWAY,
+    Access,
+    AdminSecret,
+    AllAtOnce,
+    AllowPickle,
+    Canary,
+    Gateway,
+    InputColumns,
+    Policies,
+    Target,
+    Tolerance,
+    default_target,
+)
 from tasks.stream.addresses import AnySink, AnySource
 from tasks.stream.options import StreamOptions
 
@@ -56,33 +69,18 @@ class BatchTerms(Frozen):
 class OnlineTerms(Frozen):
     """How a workload is served by an endpoint; the rest of its spec is what was decided."""
 
-    gateway: str = Field(default=GATEWAY, pattern=URL, description="The door that callers come through.")
-    admin_secret: str | None = Field(
-        default=None,
-        description="A Prefect Secret block that holds the gateway's administrator key. Without: the environment "
-        "variable OVERNIGHT_ADMIN_KEY of the machine this runs on.",
-    )
-    target: Annotated[AnyTarget, Field(discriminator="kind")] = Field(
-        default_factory=default_target,
-        description="The model server. Without: Triton on Linux x86-64, Ray Serve elsewhere.",
-    )
+    gateway: Gateway = GATEWAY
+    admin_secret: AdminSecret = None
+    target: Target = Field(default_factory=default_target)
     access: Access = Field(default=Access(), description="Who may ask.")
     limits: Limits = Field(default=Limits(), description="What one request may be, and how many at once.")
     rollout: Annotated[AllAtOnce | Canary, Field(discriminator="kind")] = Field(
         default=AllAtOnce(), description="How a new version gets its traffic."
     )
-    input_columns: dict[str, tuple[str, ...]] = Field(
-        default_factory=dict, description="Which columns feed a tensor input, where the model does not say it."
-    )
-    policies: dict[str, ColumnPolicy] = Field(
-        default_factory=dict, description="How columns are cast and what becomes of nulls, as in a batch run."
-    )
-    allow_pickle: bool = Field(
-        default=False, description="Load a pickled model. Unpickling runs any code in it: only for models you trust."
-    )
-    tolerance: float = Field(
-        default=1e-5, gt=0, lt=1, description="How far an answer may be from the model's own, relative to the largest."
-    )
+    input_columns: InputColumns = Field(default_factory=dict)
+    policies: Policies = Field(default_factory=dict)
+    allow_pickle: AllowPickle = False
+    tolerance: Tolerance = 1e-5
     like: str = Field(
         default="online-endpoint/online",
         pattern=_DEPLOYMENT,

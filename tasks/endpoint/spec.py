@@ -166,21 +166,48 @@ class Access(Frozen):
     )
 
 
+# What the spec of an endpoint and the terms of a workload that one serves ask alike.
+Gateway = Annotated[str, Field(pattern=URL, description="The door that callers come through.")]
+AdminSecret = Annotated[
+    str | None,
+    Field(
+        description="A Prefect Secret block that holds the gateway's administrator key. Without: the environment "
+        "variable OVERNIGHT_ADMIN_KEY of the machine this runs on."
+    ),
+]
+Target = Annotated[
+    AnyTarget,
+    Field(discriminator="kind", description="The model server. Without: Triton on Linux x86-64, Ray Serve elsewhere."),
+]
+InputColumns = Annotated[
+    dict[str, tuple[str, ...]],
+    Field(description="Which columns feed a tensor input, where the model does not say it."),
+]
+Policies = Annotated[
+    dict[str, ColumnPolicy],
+    Field(description="How columns are cast and what becomes of nulls, as in a batch run."),
+]
+AllowPickle = Annotated[
+    bool, Field(description="Load a pickled model. Unpickling runs any code in it: only for models you trust.")
+]
+Tolerance = Annotated[
+    float,
+    Field(
+        gt=0,
+        lt=1,
+        description="How far an answer may be from the model's own, relative to the largest of them or to 1.",
+    ),
+]
+
+
 class EndpointSpec(Frozen):
     """An online endpoint, in full."""
 
     name: str = Field(pattern=ENDPOINT_PATTERN, description="The endpoint's name, by which callers ask for its model.")
     model: str = Field(description="models:/NAME@ALIAS or models:/NAME/VERSION, resolved once.")
-    gateway: str = Field(default=GATEWAY, pattern=URL, description="The door that callers come through.")
-    admin_secret: str | None = Field(
-        default=None,
-        description="A Prefect Secret block that holds the gateway's administrator key. Without: the environment "
-        "variable OVERNIGHT_ADMIN_KEY of the machine this runs on.",
-    )
-    target: Annotated[AnyTarget, Field(discriminator="kind")] = Field(
-        default_factory=default_target,
-        description="The model server. Without: Triton on Linux x86-64, Ray Serve elsewhere.",
-    )
+    gateway: Gateway = GATEWAY
+    admin_secret: AdminSecret = None
+    target: Target = Field(default_factory=default_target)
     budget: Budget | None = Field(
         default=None, description="Latency and rate to choose the dial by. Without, and without a dial: no batching."
     )
@@ -196,21 +223,10 @@ class EndpointSpec(Frozen):
     )
     access: Access = Field(default=Access(), description="Who may ask.")
     limits: Limits = Field(default=Limits(), description="What one request may be, and how many at once.")
-    input_columns: dict[str, tuple[str, ...]] = Field(
-        default_factory=dict, description="Which columns feed a tensor input, where the model does not say it."
-    )
-    policies: dict[str, ColumnPolicy] = Field(
-        default_factory=dict, description="How columns are cast and what becomes of nulls, as in a batch run."
-    )
-    allow_pickle: bool = Field(
-        default=False, description="Load a pickled model. Unpickling runs any code in it: only for models you trust."
-    )
-    tolerance: float = Field(
-        default=1e-5,
-        gt=0,
-        lt=1,
-        description="How far an answer may be from the model's own, relative to the largest of them or to 1.",
-    )
+    input_columns: InputColumns = Field(default_factory=dict)
+    policies: Policies = Field(default_factory=dict)
+    allow_pickle: AllowPickle = False
+    tolerance: Tolerance = 1e-5
     measure_seconds: float = Field(
         default=2.0,
         ge=0,
