@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pyarrow as pa
@@ -51,11 +52,24 @@ def settle_sizes(
         return as_it_comes
     rate = measure(model, contract, sample, as_it_comes.batch_size, 1, time.perf_counter)
     if dataset.rows / (rate * as_it_comes.slots) > _WORK_SECONDS_MIN:
-        tuning = tune(model, contract, enlarged(model, sample), wish, machine=machine_kind(), clock=time.perf_counter)
-    if tuning is None:
-        return replace(as_it_comes, rows_per_second=rate)
-    save_tag(resolved.pin, tag_of(tuning.machine, wish), tuning.model_dump_json())
-    return _tuned(tuning, as_it_comes)
+        tuning = tune_and_keep(resolved, model, contract, enlarged(model, sample), wish)
+    return _tuned(tuning, as_it_comes) if tuning else replace(as_it_comes, rows_per_second=rate)
+
+
+def tune_and_keep(
+    resolved: Resolved,
+    model: Tunable,
+    contract: Contract,
+    sample: Encoded,
+    wish: Wish,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Tuning | None:
+    """Tune a model on this machine, and keep what is found with its version; None where no row can be scored."""
+    tuning = tune(model, contract, sample, wish, machine=machine_kind(), clock=clock)
+    if tuning is not None:
+        save_tag(resolved.pin, tag_of(tuning.machine, wish), tuning.model_dump_json())
+    return tuning
 
 
 def wish_of(options: BatchOptions) -> Wish:
@@ -84,13 +98,19 @@ def first_rows(contract: Contract, options: BatchOptions, dataset: Dataset) -> p
     columns = used_columns(contract, options, dataset.schema)
     partitions = {name: str(dataset.schema.field(name).type) for name in dataset.hive}
     reader = Reader(dataset.snapshot, columns, partitions, SAMPLE_ROWS)
+    first = next(row_groups(dataset), None)
+    if first is None:
+        message = f"The source must hold at least one row, got none below {dataset.snapshot.root}."
+        raise SourceEmpty(message)
+    return next(reader.read(first.model_copy(update={"row_stop": min(first.rows, SAMPLE_ROWS)})))
+
+
+def row_groups(dataset: Dataset) -> Iterator[Piece]:
+    """Yield the row groups of a dataset that have rows, in order, each as one piece."""
     for at, file in enumerate(dataset.snapshot.files):
         for group, rows in enumerate(file.row_groups):
             if rows:
-                piece = Piece(file=at, row_group=group, row_start=0, row_stop=min(rows, SAMPLE_ROWS))
-                return next(reader.read(piece))
-    message = f"The source must hold at least one row, got none below {dataset.snapshot.root}."
-    raise SourceEmpty(message)
+                yield Piece(file=at, row_group=group, row_start=0, row_stop=rows)
 
 
 def enlarged(model: Tunable, sample: Encoded) -> Encoded:

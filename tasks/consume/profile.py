@@ -24,9 +24,9 @@ from serving.encode import Encoded, encode
 from serving.errors import ModelFailed, ProfileFailed
 from serving.machine import machine_kind
 from serving.registry import save_tag
-from serving.tuner import Tuning, measure, remembered, tag_of, tune
+from serving.tuner import Tuning, measure, remembered
 from tasks.batch.options import BatchOptions
-from tasks.batch.tuning import SAMPLE_ROWS, enlarged, first_rows, wish_of
+from tasks.batch.tuning import SAMPLE_ROWS, enlarged, first_rows, tune_and_keep, wish_of
 from tasks.consume.decision import Profile
 from tasks.consume.door import Door, try_door, try_target
 from tasks.consume.rows import open_rows, table_of, write_rows, write_table
@@ -210,13 +210,9 @@ def _sample(subject: Subject, table: pa.Table) -> Encoded:
 
 def _tuned(subject: Subject, sample: Encoded, options: BatchOptions, clock: Callable[[], float]) -> Tuning | None:
     """Return the batch path's tuning, from the version's tags or by the tuner, which then keeps it there."""
-    wish, machine = wish_of(options), machine_kind()
-    tuning = remembered(subject.resolved.tags, machine, wish)
-    if tuning is None:
-        tuning = tune(subject.model, subject.contract, sample, wish, machine=machine, clock=clock)
-        if tuning is not None:
-            save_tag(subject.resolved.pin, tag_of(machine, wish), tuning.model_dump_json())
-    return tuning
+    wish = wish_of(options)
+    tuning = remembered(subject.resolved.tags, machine_kind(), wish)
+    return tuning or tune_and_keep(subject.resolved, subject.model, subject.contract, sample, wish, clock=clock)
 
 
 def _rate(subject: Subject, sample: Encoded, options: BatchOptions, clock: Callable[[], float]) -> float:

@@ -6,7 +6,6 @@ Shapes: N rows; every input is [N, *shape] of the contract.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from serving.errors import SourceFormat
 from tasks.batch.batches import Reader
 from tasks.batch.dataset import Dataset, open_dataset, take_snapshot
 from tasks.batch.options import BatchOptions
-from tasks.batch.plan import Piece, used_columns
+from tasks.batch.plan import used_columns
+from tasks.batch.tuning import row_groups
 from tasks.endpoint.samples import Arrays
 
 _BYTES_MAX = 256 << 20
@@ -56,7 +56,7 @@ def write_rows(dataset: Dataset, contract: Contract, options: BatchOptions, rows
     reader = Reader(dataset.snapshot, columns, partitions, _BLOCK_ROWS, places=False)
     taken: list[pa.Table] = []
     count, group = 0, 0
-    for piece in _pieces(dataset):
+    for piece in row_groups(dataset):
         if count >= rows or sum(table.nbytes for table in taken) >= _BYTES_MAX:
             break
         group = max(group, piece.rows)
@@ -64,13 +64,6 @@ def write_rows(dataset: Dataset, contract: Contract, options: BatchOptions, rows
             taken.append(table)
             count += table.num_rows
     return write_table(pa.concat_tables(taken), rows, folder, group=group)
-
-
-def _pieces(dataset: Dataset) -> Iterator[Piece]:
-    for at, file in enumerate(dataset.snapshot.files):
-        for group, rows in enumerate(file.row_groups):
-            if rows:
-                yield Piece(file=at, row_group=group, row_start=0, row_stop=rows)
 
 
 def write_table(table: pa.Table, rows: int, folder: Path, *, group: int = _GROUP_ROWS) -> int:
