@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 from prefect import get_run_logger
@@ -120,12 +121,22 @@ def profile_model(workload: Workload, measuring: Measuring = _MEASURING) -> Prof
 
 def _read(stages: Stages, workload: Workload, measuring: Measuring) -> Inputs:
     """Return all that a decision is computed from; what is quick and may be refused comes first."""
+    now = datetime.now(UTC)
+    if isinstance(workload.consumer, Table):
+        # Refuses a deadline that is over.
+        workload.consumer.slack_seconds(now)
     priced = stages.run("price", lambda: find_prices(workload))
-    table = isinstance(workload.consumer, Table)
-    arrivals = None if table else stages.run("arrivals", lambda: read_arrivals(workload))
+    arrivals = None if isinstance(workload.consumer, Table) else stages.run("arrivals", lambda: read_arrivals(workload))
     availability = read_availability(workload.spot)
     profile = stages.run("profile", lambda: profile_model(workload, measuring))
-    return Inputs(workload=workload, profile=profile, arrivals=arrivals, priced=priced, availability=availability)
+    return Inputs(
+        workload=workload,
+        profile=profile,
+        arrivals=arrivals,
+        priced=priced,
+        availability=availability,
+        now=now,
+    )
 
 
 def _show(stages: Stages, inputs: Inputs, decision: Decision, plot_file: str | None, logger: Logger) -> None:

@@ -75,8 +75,10 @@ def _batch(decision: Decision, terms: Terms) -> tuple[UUID, str, str]:
     verified = [_planned(wanted, batch)]
     placed = deployed.place(wanted)
     with _taken_back_on_failure(placed):
+        if wanted.runs or batch.first_run_seconds is not None:
+            begun = runs.start(placed.id, 1)
         if batch.first_run_seconds is not None:
-            runs.wait_until_complete(runs.start(placed.id, 1), batch.first_run_seconds)
+            runs.wait_until_complete(begun, batch.first_run_seconds)
             verified.append("a first run is complete")
     words = f"deployment {placed.name}, {_when(wanted)}, on {decision.chosen.machines} machines at most"
     return placed.id, words, ", ".join(verified)
@@ -99,6 +101,8 @@ def _planned(wanted: Wanted, batch: BatchTerms) -> str:
 
 
 def _when(wanted: Wanted) -> str:
+    if not wanted.schedules:
+        return "one run, begun now"
     schedule = wanted.schedules[0].schedule
     cron = getattr(schedule, "cron", None)
     return f"at {cron} (cron, UTC)" if cron else f"every {getattr(schedule, 'interval', '')}"

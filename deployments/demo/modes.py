@@ -130,6 +130,7 @@ def _event_trace(folder: Path, traces: Path) -> Trace:
 def _show(decisions: Mapping[Path, Decision]) -> None:
     """Print the decisions as a table, what an always-on endpoint wastes, and where the plots are."""
     from tasks.consume import report  # noqa: PLC0415 - MLflow is imported by it
+    from tasks.consume.money import usd  # noqa: PLC0415 - the same
 
     first = next(iter(decisions.values()))
     grid = Grid(title=f"One model, three consumers: 30 days on machines as {MACHINE}", title_justify="left")
@@ -140,8 +141,8 @@ def _show(decisions: Mapping[Path, Decision]) -> None:
         grid.add_row(
             decision.workload.name,
             f"{chosen.mode}, {chosen.policy}",
-            report.usd(chosen.usd),
-            report.usd(chosen.usd + decision.waste_usd),
+            usd(chosen.usd),
+            usd(chosen.usd + decision.waste_usd),
             report.factor(decision),
             f"{nearest.input} x {nearest.factor:.3g}" if nearest else "nothing near",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from tasks.consume.choose import Choice, rated
 from tasks.consume.decision import Alternative, Decision, Profile
 from tasks.consume.flips import flips
 from tasks.consume.impossible import nothing_stands
+from tasks.consume.money import usd
 from tasks.consume.problem import Kind, Problem
 from tasks.consume.simulate import simulate
 from tasks.consume.simulate_sleep import BESIDE
@@ -29,17 +31,20 @@ def decide(
     prices: Mapping[str, Prices],
     availability: Availability | None,
     priced_at: str,
+    now: datetime,
     progress: Callable[[str], None] | None = None,
 ) -> Decision:
     """Return the choice for a workload, every alternative, and how near the choice is to another.
 
     `arrivals`: None for a table. `prices`: by the kind of machine. `availability`: of spot; without it, and for kinds
-    without a spot price, spot is not considered. `progress` is told what is simulated next. Raises NothingStands where
-    nothing keeps the promise, with what would be needed, and BadWorkload where a kind lacks its speed or its price.
+    without a spot price, spot is not considered. `now` has its zone. `progress` is told what is simulated next.
+
+    Raises NothingStands where nothing keeps the promise, with what would be needed, and BadWorkload where a kind lacks
+    its speed or its price, or a deadline is over.
     """
     tell = progress or (lambda _: None)
     kinds = kinds_of(workload, prices)
-    problem = make_problem(workload, profile, arrivals, availability)
+    problem = make_problem(workload, profile, arrivals, availability, now)
     found = []
     for kind in kinds:
         tell(f"Simulating {in_words(problem.seconds)} on machines of the kind {kind.name}")
@@ -57,6 +62,7 @@ def decide(
         profile=profile,
         prices={kind.name: prices[kind.name] for kind in kinds},
         priced_at=priced_at,
+        decided_at=now,
         rows=_rows(problem),
         chosen=_alternative(problem, chosen, _why(problem, ordered)),
         alternatives=tuple(_alternative(problem, each, _reason(problem, each, ordered)) for each in ordered),
@@ -93,20 +99,21 @@ def _kind(machine: Machine, prices: Mapping[str, Prices]) -> Kind:
 
 
 def make_problem(
-    workload: Workload, profile: Profile, arrivals: Arrivals | None, availability: Availability | None
+    workload: Workload, profile: Profile, arrivals: Arrivals | None, availability: Availability | None, now: datetime
 ) -> Problem:
-    """Return a workload in figures. Raises BadWorkload where its arrivals are missing."""
+    """Return a workload in figures. Raises BadWorkload where its arrivals are missing, or a deadline is over."""
     consumer, horizon = workload.consumer, workload.horizon_days * DAY
     if isinstance(consumer, Table):
+        slack = consumer.slack_seconds(now)
         return Problem(
             consumer="table",
-            within=consumer.slack_seconds,
+            within=slack,
             kept=1.0,
             counts_T=np.zeros(0, dtype=np.int64),
             rows_per_arrival=1.0,
             rows_per_table=consumer.rows,
-            every=consumer.every_days * DAY,
-            seconds=horizon,
+            every=consumer.every_days * DAY if consumer.once_by is None else slack,
+            seconds=horizon if consumer.once_by is None else slack,
             scale=1.0,
             machines_max=workload.machines_max,
             profile=profile,
@@ -173,7 +180,7 @@ def _why(problem: Problem, ordered: Sequence[Choice]) -> str:
     if chosen.usd == 0:
         return "Nothing comes within the horizon: no machine is needed, and nothing is paid."
     aged = f"99 of 100 rows are scored within {in_fine_words(chosen.candidate.age_p99)}"
-    costs = f"{_money(chosen.usd * problem.scale)}, {aged}, where {in_fine_words(problem.within)} are allowed"
+    costs = f"{usd(chosen.usd * problem.scale)}, {aged}, where {in_fine_words(problem.within)} are allowed"
     if len(standing) == 1:
         return f"The only one that keeps the promise: {costs}."
     return f"The cheapest of the {len(standing)} that keep the promise: {costs}."
@@ -185,16 +192,12 @@ def _reason(problem: Problem, choice: Choice, ordered: Sequence[Choice]) -> str:
     cost, least = choice.usd * problem.scale, ordered[0].usd * problem.scale
     flaw = choice.candidate.flaw
     if flaw == BESIDE:
-        return f"Can't be chosen, whatever it costs ({_money(cost)}): {flaw}."
+        return f"Can't be chosen, whatever it costs ({usd(cost)}): {flaw}."
     if flaw is not None:
         aged = f"99 of 100 rows are scored within {in_fine_words(choice.candidate.age_p99)}"
-        return f"Breaks the promise of {in_fine_words(problem.within)}: {flaw}; {aged}, for {_money(cost)}."
+        return f"Breaks the promise of {in_fine_words(problem.within)}: {flaw}; {aged}, for {usd(cost)}."
     if cost <= least * (1 + 1e-9):
-        return f"Keeps the promise at the same cost, {_money(cost)}; the simpler one was chosen."
+        return f"Keeps the promise at the same cost, {usd(cost)}; the simpler one was chosen."
     if least <= 0:
-        return f"Keeps the promise, but costs {_money(cost)}, where nothing need be paid."
-    return f"Keeps the promise, but costs {_money(cost)}, {cost / least:.3g} times as much as the choice."
-
-
-def _money(usd: float) -> str:
-    return f"${usd:,.2f}" if usd >= 0.1 or usd == 0 else f"${usd:.2g}"  # noqa: PLR2004 - cents need no more digits
+        return f"Keeps the promise, but costs {usd(cost)}, where nothing need be paid."
+    return f"Keeps the promise, but costs {usd(cost)}, {cost / least:.3g} times as much as the choice."

@@ -46,10 +46,21 @@ class Profile(Frozen):
         description="What of it keeps a slot from forward passes: the server's processor time for a request less that "
         "of its pass. Null where that was not measured; all of it is counted then.",
     )
+    served: PassTime | None = Field(
+        default=None,
+        description="What n requests of one row take together in a slot of an endpoint, all that they cost there "
+        "included, on the model server that was measured. Null where none was: passes and request_busy_ms count then.",
+    )
+    jitter: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="How much that differs from time to time: the standard deviation of its logarithm.",
+    )
     stream_rows_per_second: float | None = Field(
         default=None,
         gt=0,
-        description="Rows a second of a stream, broker included. Null where it was not measured; a batch run's then.",
+        description="Rows a second of a stream, broker included. Null where it was not stated; a batch run's then.",
     )
     measured_at: datetime
 
@@ -94,6 +105,7 @@ class Decision(Frozen):
     profile: Profile
     prices: dict[str, Prices] = Field(description="What each kind of machine costs, as used.")
     priced_at: str = Field(description="The source of the prices, and their date.")
+    decided_at: datetime
     rows: int = Field(ge=0, description="Rows that come within the horizon.")
     chosen: Alternative
     alternatives: tuple[Alternative, ...] = Field(description="All that was simulated, the cheapest that stand first.")

@@ -97,9 +97,11 @@ def standing_of(tags: Sequence[str]) -> Standing:
 def batch_deployment(decision: Decision, terms: Terms, now: datetime) -> Wanted:
     """Return the deployment of batch runs: nights under a deadline on spot, plain runs on-demand, on its schedule.
 
-    Raises BadInput where the terms do not say where rows are read and written.
+    What is needed once has no schedule and one run. Raises BadInput where the terms do not say where rows are read and
+    written.
     """
     chosen, workload, batch = decision.chosen, decision.workload, _given(terms.batch, decision, "batch")
+    once = isinstance(workload.consumer, Table) and workload.consumer.once_by is not None
     common = {
         "model": workload.model,
         "source": batch.source,
@@ -108,7 +110,7 @@ def batch_deployment(decision: Decision, terms: Terms, now: datetime) -> Wanted:
     }
     if chosen.policy == "spot" and isinstance(workload.consumer, Table):
         like = batch.by_deadline
-        common |= {"deadline": workload.consumer.due, "buying": _buying(decision, batch).model_dump(mode="json")}
+        common |= {"deadline": _deadline(workload.consumer), "buying": _buying(decision, batch).model_dump(mode="json")}
     else:
         like = batch.spot if chosen.policy == "spot" else batch.on_demand
     return Wanted(
@@ -117,8 +119,13 @@ def batch_deployment(decision: Decision, terms: Terms, now: datetime) -> Wanted:
         description=_described(decision),
         parameters=common,
         tags=tags_of(decision),
-        schedules=(_schedule(workload, chosen, now),),
+        schedules=() if once else (_schedule(workload, chosen, now),),
+        runs=1 if once else 0,
     )
+
+
+def _deadline(table: Table) -> str:
+    return table.due if table.once_by is None else table.once_by.isoformat()
 
 
 def _buying(decision: Decision, batch: BatchTerms) -> Buying:

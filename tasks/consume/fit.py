@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.dial import PassTime
 from tasks.consume.flow import Felt, feel
 from tasks.consume.problem import Candidate, Kind, Problem, late_flaw
 from tasks.consume.server import UTILISATIONS, Server, Waits, measure_waits
 
 if TYPE_CHECKING:
-    from tasks.consume.decision import Policy
+    from tasks.consume.decision import Policy, Profile
 
 BATCH_MAX = 1024
 
@@ -55,16 +56,16 @@ class Fit:
 def fits(problem: Problem, kind: Kind, batches: Iterable[int] | None = None) -> list[Fit]:
     """Return the dials that an endpoint may have on a kind of machine, the one that takes most first."""
     profile, rows = problem.profile, problem.rows_per_arrival
-    busy = profile.request_ms if profile.request_busy_ms is None else profile.request_busy_ms
-    beside = max(profile.request_ms - busy, 0.0) / 1000
+    each, beside = serving_time(profile, rows)
     least = math.ceil(rows)
     sizes = sorted(set(batches or (least << power for power in range(11) if least << power <= max(BATCH_MAX, least))))
     servers = [
         Server(
             slots=profile.slots,
-            pass_time=profile.pass_time.pass_ms / 1000 / kind.speed,
-            request_time=(profile.pass_time.row_ms * rows + busy) / 1000 / kind.speed,
+            pass_time=each.pass_ms / 1000 / kind.speed,
+            request_time=each.row_ms / 1000 / kind.speed,
             requests_max=max(1, int(size / rows)),
+            jitter=profile.jitter,
         )
         for size in sizes
         if size >= least
@@ -76,6 +77,23 @@ def fits(problem: Problem, kind: Kind, batches: Iterable[int] | None = None) -> 
         for each in usable or waits[:1]
     ]
     return sorted(found, key=lambda fit: fit.most(problem), reverse=True)
+
+
+def serving_time(profile: Profile, rows: float) -> tuple[PassTime, float]:
+    """Return what n requests of so many rows take together in a slot, and the seconds that each waits beside that.
+
+    As measured on a model server, whose requests had one row; else passes, and what keeps a slot busy beside them.
+    """
+    passes = profile.pass_time
+    if profile.served is not None:
+        served = profile.served
+        beside_ms = profile.request_ms + passes.ms(1) - served.ms(1)
+        time = PassTime(pass_ms=served.pass_ms, row_ms=served.row_ms + passes.row_ms * (rows - 1))
+    else:
+        busy = profile.request_ms if profile.request_busy_ms is None else profile.request_busy_ms
+        beside_ms = profile.request_ms - busy
+        time = PassTime(pass_ms=passes.pass_ms, row_ms=passes.row_ms * rows + busy)
+    return time, max(beside_ms, 0.0) / 1000
 
 
 def felt_at(problem: Problem, fit: Fit, machines: NDArray[np.int64] | int) -> Felt:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from serving.errors import NothingStands
 from tasks.consume.choose import Choice
-from tasks.consume.fit import fits
+from tasks.consume.fit import fits, serving_time
 from tasks.consume.problem import Kind, Problem
 from tasks.consume.simulate_online import always_on
 from tasks.consume.simulate_stream import stream_fit
@@ -37,19 +37,20 @@ def nothing_stands(
 
 
 def _forward(problem: Problem, kinds: Sequence[Kind]) -> str | None:
-    """Say where the promise is below what a single row takes."""
+    """Say where the promise is below what a single request takes."""
     if problem.consumer == "table":
         return None
     fastest = max(kinds, key=lambda kind: kind.speed)
-    profile = problem.profile
-    one = profile.pass_time.ms(1) / 1000 / fastest.speed
-    least = 2 * one + profile.request_ms / 1000
+    each, beside = serving_time(problem.profile, problem.rows_per_arrival)
+    one = each.ms(1) / 1000 / fastest.speed
+    least = 2 * one + beside
     if least <= problem.within:
         return None
+    forward = problem.profile.pass_time.ms(1) / 1000 / fastest.speed
     return (
-        f"A row takes {in_fine_words(one)} on {fastest.name}, and may come behind a pass that has just begun: with"
-        f" {profile.request_ms:.3g} ms for the request itself, at least {in_fine_words(least)} must be allowed, or a"
-        " smaller model or a faster machine be had."
+        f"A request takes {in_fine_words(one)} on {fastest.name}, {in_fine_words(forward)} of it the model's forward"
+        f" pass, and may come behind another that has just begun: with {1000 * beside:.3g} ms of transport, at least"
+        f" {in_fine_words(least)} must be allowed, or a smaller model or a faster machine be had."
     )
 
 

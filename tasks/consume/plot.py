@@ -15,7 +15,8 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from tasks.consume.decision import Alternative, Decision, Mode
-from tasks.consume.report import span, usd
+from tasks.consume.money import usd
+from tasks.consume.report import span
 from tasks.consume.workload import Table
 
 COLOURS: dict[Mode, str] = {"online": "#2f6f9f", "batch": "#4f8f5b", "streaming": "#c9a227"}
@@ -38,7 +39,7 @@ def plot(decision: Decision, counts_T: NDArray[np.int64] | None, costs: Costs) -
     bars, left, right = (figure.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))
     _draw_bars(bars, decision)
     if isinstance(decision.workload.consumer, Table):
-        _draw_tables(left, decision.workload.consumer, decision.workload.horizon_days)
+        _draw_tables(left, decision.workload.consumer, decision)
     elif counts_T is not None and len(counts_T):
         _draw_arrivals(left, counts_T)
     _draw_costs(right, decision, costs)
@@ -67,7 +68,7 @@ def _draw_bars(axes: Axes, decision: Decision) -> None:
     axes.invert_yaxis()
     _scale(axes, [each.usd for each in shown])
     axes.xaxis.set_major_formatter("${x:,.4g}")
-    axes.set_xlabel(f"US dollars for {decision.workload.horizon_days:g} days")
+    axes.set_xlabel(f"US dollars for {decision.workload.horizon}")
     axes.set_title(f"{decision.workload.name}: what each way to serve it costs", loc="left", fontsize=11)
     modes = {each.mode: COLOURS[each.mode] for each in shown}
     handles = [Patch(color=colour, label=mode) for mode, colour in modes.items()]
@@ -108,18 +109,21 @@ def _draw_arrivals(axes: Axes, counts_T: NDArray[np.int64]) -> None:
     axes.set_title(f"arrivals, each point an average over {span(width)}", loc="left", fontsize=10)
 
 
-def _draw_tables(axes: Axes, table: Table, horizon_days: float) -> None:
-    days = min(_DAYS_SHOWN * table.every_days, max(horizon_days, 1))
-    hours, minutes = map(int, table.ready.split(":"))
-    ready = (60 * hours + minutes) / 1440
-    starts = np.arange(0, days, table.every_days) + ready
-    slack = table.slack_seconds / _DAY
+def _draw_tables(axes: Axes, table: Table, decision: Decision) -> None:
+    slack = table.slack_seconds(decision.decided_at) / _DAY
+    if table.once_by is not None:
+        days, starts, title = 0.0, np.zeros(1), "one table, shaded until it is due"
+    else:
+        days = min(_DAYS_SHOWN * table.every_days, max(decision.workload.horizon_days, 1))
+        hours, minutes = map(int, table.ready.split(":"))
+        starts = np.arange(0, days, table.every_days) + (60 * hours + minutes) / 1440
+        title = f"a table each time, shaded until it is due ({table.due} UTC)"
     for start in starts:
         axes.axvspan(start, start + slack, color="#dbe7dd", linewidth=0)
     axes.stem(starts, np.full(len(starts), table.rows), linefmt=_INK, markerfmt="o", basefmt=" ")
     axes.set(xlabel="days", ylabel="rows", xlim=(0, days + slack), ylim=(0, table.rows * 1.15 or 1))
     axes.yaxis.set_major_formatter("{x:,.0f}")
-    axes.set_title(f"a table each time, shaded until it is due ({table.due} UTC)", loc="left", fontsize=10)
+    axes.set_title(title, loc="left", fontsize=10)
 
 
 def _draw_costs(axes: Axes, decision: Decision, costs: Costs) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pyarrow as pa
 from pydantic import Field, ValidationError
@@ -47,6 +47,9 @@ class Stated(Frozen):
     start_seconds: float | None = Field(
         default=None, ge=0, description="Seconds from nothing to the first scored row of a batch run."
     )
+    stream_rows_per_second: float | None = Field(
+        default=None, gt=0, description="Rows a second of a stream, broker included. Without: a batch run's."
+    )
     cold_start_seconds: float | None = Field(
         default=None, ge=0, description="Seconds from nothing to the first answer of an endpoint."
     )
@@ -79,7 +82,7 @@ class Measuring(Frozen):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """A batch run in a process of its own: seconds from nothing until it scored, and rows a second from then on."""
+    """A batch run in a process of its own: seconds from nothing to full speed, and rows a second from then on."""
 
     start_seconds: float
     rows_per_second: float
@@ -116,7 +119,7 @@ def measure_profile(
         door = None
         if None in (stated.cold_start_seconds, stated.request_ms):
             target = measuring.target
-            door = try_target(target, spec, subject) if target else try_door(spec, subject)
+            door = try_target(target, spec, subject, slots) if target else try_door(spec, subject)
         trial = None
         if None in (stated.batch_rows_per_second, stated.start_seconds):
             rate = tuning.rows_per_second if tuning else slots * _rate(subject, rows.sample, measuring.options, clock)
@@ -148,7 +151,7 @@ def _profile(
     subject: Subject, slots: int, line: PassTime, door: Door | None, trial: Trial | None, stated: Stated
 ) -> Profile:
     pin = subject.resolved.pin
-    measured: dict[str, float | None] = {}
+    measured: dict[str, Any] = {}
     if door is not None:
         busy_ms = None if door.busy_ms is None else max(0.0, door.busy_ms - line.ms(1))
         request_ms = max(0.0, door.request_ms - line.ms(1))
@@ -156,6 +159,8 @@ def _profile(
             "cold_start_seconds": door.cold_start_seconds,
             "request_ms": request_ms,
             "request_busy_ms": busy_ms,
+            "served": door.served,
+            "jitter": door.jitter,
         }
     if trial is not None:
         measured |= {"batch_rows_per_second": trial.rows_per_second, "start_seconds": trial.start_seconds}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC
 
 from tasks.consume.decision import Alternative, Decision, Flip, Policy, Profile
+from tasks.consume.money import usd
 from tasks.consume.workload import Events, Requests, Table, Workload
 
 _POLICIES: dict[Policy, str] = {
@@ -29,8 +31,8 @@ def summary(decision: Decision) -> str:
     """Return the decision in a sentence or two."""
     chosen, workload = decision.chosen, decision.workload
     first = (
-        f"{workload.name} is best served by {in_words(chosen)}: {usd(chosen.usd)} for {workload.horizon_days:g} days "
-        f"on {_machines(chosen)}."
+        f"{workload.name} is best served by {in_words(chosen)}: {usd(chosen.usd)} for {workload.horizon} on "
+        f"{_machines(chosen)}."
     )
     return f"{first} {waste(decision)}"
 
@@ -56,6 +58,8 @@ def promise(workload: Workload) -> str:
     match consumer:
         case Requests():
             return f"{consumer.kept:.4g} of the requests are answered within {consumer.latency_ms:g} ms"
+        case Table(once_by=by) if by is not None:
+            return f"{consumer.rows:,} rows are scored once, by {by.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
         case Table():
             days = "every day" if consumer.every_days == 1 else f"every {consumer.every_days} days"
             return f"{consumer.rows:,} rows that are there at {consumer.ready} UTC are scored by {consumer.due}, {days}"
@@ -70,7 +74,7 @@ def markdown(decision: Decision, notes: Sequence[str] = ()) -> str:
         f"# Workload {workload.name}: {chosen.mode}",
         summary(decision),
         f"**Why:** {chosen.reason}",
-        f"**Promised:** {promise(workload)}. {decision.rows:,} rows in {workload.horizon_days:g} days.",
+        f"**Promised:** {promise(workload)}. {decision.rows:,} rows in {workload.horizon}.",
         "## What else was simulated",
         _grid(alternatives_table(decision)),
         "## What would change the choice",
@@ -119,7 +123,15 @@ def measured(profile: Profile) -> dict[str, str]:
         "a batch run": f"{profile.batch_rows_per_second:,.0f} rows/s, begins after {profile.start_seconds:.3g} s",
         "an endpoint": f"first answer after {profile.cold_start_seconds:.3g} s, a request costs "
         f"{profile.request_ms:.3g} ms beside its pass",
-    }
+    } | _served(profile)
+
+
+def _served(profile: Profile) -> dict[str, str]:
+    served = profile.served
+    if served is None:
+        return {}
+    told = f"{served.pass_ms:.3g} ms + n x {served.row_ms:.3g} ms in a slot, give or take {profile.jitter:.0%}"
+    return {"n requests together": told}
 
 
 def _prices(decision: Decision) -> dict[str, str]:
@@ -138,11 +150,6 @@ def flip(each: Flip) -> str:
 
 def _machines(alternative: Alternative) -> str:
     return f"{alternative.machines} x {alternative.machine}"
-
-
-def usd(amount: float) -> str:
-    """Return an amount of money as people write it."""
-    return f"${amount:,.0f}" if amount >= 1000 else f"${amount:,.2f}" if amount >= 1 else f"${amount:.3g}"  # noqa: PLR2004
 
 
 def span(seconds: float) -> str:

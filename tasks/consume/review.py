@@ -10,7 +10,8 @@ from pydantic import Field
 from serving.contract import Frozen
 from tasks.consume.decision import Alternative, Decision
 from tasks.consume.effect import Standing
-from tasks.consume.report import flip, in_words, summary, usd
+from tasks.consume.money import usd
+from tasks.consume.report import flip, in_words, summary
 
 HISTORY_MAX = 100
 
@@ -84,7 +85,7 @@ def judge(decision: Decision, standing: Standing | None, earlier: Sequence[str],
     if not worth:
         return _verdict("keep", proposed, in_a_row, saving, why)
     if in_a_row < hysteresis.times_min:
-        words = f"{why} That is said by {in_a_row} reviews in a row; {hysteresis.times_min} are needed."
+        words = f"{why} That is so at {in_a_row} of the {hysteresis.times_min} reviews in a row that are needed."
         return _verdict("wait", proposed, in_a_row, saving, words)
     return _verdict("change", proposed, in_a_row, saving, f"{why} {in_a_row} reviews in a row say so.")
 

@@ -24,13 +24,17 @@ _DIGITS = 9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
-    """The figures of a server. pass_time: a. request_time: c. requests_max: q. wait: w. All times in seconds."""
+    """The figures of a server. pass_time: a. request_time: c. requests_max: q. wait: w. All times in seconds.
+
+    jitter: the standard deviation of the logarithm of what a pass takes over its mean.
+    """
 
     slots: int
     pass_time: float
     request_time: float
     requests_max: int
     wait: float = 0.0
+    jitter: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -80,14 +84,24 @@ def _measure(servers: tuple[Server, ...]) -> NDArray[np.float64]:
     return np.asarray(np.maximum.accumulate(np.sort(waits_SUN, axis=2), axis=1))
 
 
+def lognormal(jitter: NDArray[np.float64] | float, drawn: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return factors with a mean of 1, and that standard deviation of their logarithm, for standard normal draws."""
+    return np.asarray(np.exp(jitter * drawn - np.square(jitter) / 2))
+
+
 def serve(servers: Sequence[Server], at_LN: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return how long each request waits until its pass is over. at_LN: when they come, in order, from 0 on."""
+    """Return how long each request waits until its pass is over. at_LN: when they come, in order, from 0 on.
+
+    What passes differ by is drawn once for all servers, by the first request of each.
+    """
     count, length = at_LN.shape
     lane_L = np.arange(count)
     slots = servers[0].slots
-    a_L, c_L, w_L = (
-        np.array([getattr(server, name) for server in servers]) for name in ("pass_time", "request_time", "wait")
+    a_L, c_L, w_L, jitter_L = (
+        np.array([getattr(server, name) for server in servers])
+        for name in ("pass_time", "request_time", "wait", "jitter")
     )
+    drawn_N = np.random.default_rng(_SEED).standard_normal(length + 1) if jitter_L.any() else np.zeros(length + 1)
     q_L = np.array([server.requests_max for server in servers])
     # One line of all, each server's far from the next one's, finds who has come with one search.
     shift_L = lane_L * (2 * float(at_LN[:, -1].max()) + 2 * float(w_L.max()) + 1)
@@ -104,7 +118,7 @@ def serve(servers: Sequence[Server], at_LN: NDArray[np.float64]) -> NDArray[np.f
         sought_L = np.minimum(begin_L, at_LN[:, -1]) + shift_L
         come_L = np.searchsorted(flat, sought_L, side="right") - lane_L * length - next_L
         count_L = np.where(next_L < length, np.clip(come_L, 1, q_L), 0)
-        end_L = begin_L + a_L + c_L * count_L
+        end_L = begin_L + (a_L + c_L * count_L) * lognormal(jitter_L, drawn_N[np.minimum(next_L, length)])
         free_LK[lane_L, slot_L] = np.where(count_L > 0, end_L, np.inf)
         taken.append(count_L)
         ends.append(end_L)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 from tasks.consume.arrivals import DAY, Arrivals
 from tasks.consume.availability import Availability
@@ -31,13 +32,20 @@ class Inputs:
     arrivals: Arrivals | None
     priced: Priced
     availability: Availability | None
+    now: datetime
 
 
 def decide_by(inputs: Inputs) -> Decision:
     """Return the decision for what was read, measured and priced. Raises BadWorkload."""
     priced = inputs.priced
     return decide(
-        inputs.workload, inputs.profile, inputs.arrivals, priced.prices, inputs.availability, priced.priced_at
+        inputs.workload,
+        inputs.profile,
+        inputs.arrivals,
+        priced.prices,
+        inputs.availability,
+        priced.priced_at,
+        inputs.now,
     )
 
 
@@ -65,7 +73,7 @@ def _decided(decision: Decision) -> dict[Mode, float]:
 
 def _simulated(inputs: Inputs, factor: float) -> dict[Mode, float]:
     kinds = kinds_of(inputs.workload, inputs.priced.prices)
-    problem = make_problem(inputs.workload, inputs.profile, inputs.arrivals, inputs.availability)
+    problem = make_problem(inputs.workload, inputs.profile, inputs.arrivals, inputs.availability, inputs.now)
     seconds = min(len(problem.counts_T), _SAMPLE_DAYS * DAY)
     if seconds:
         scale = problem.scale * problem.seconds / seconds

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AwareDatetime, Field, model_validator
 
 from serving.contract import Frozen
-from serving.errors import BadInput
+from serving.errors import BadInput, BadWorkload
 
 THIS_MACHINE = "this"
 _TIME_OF_DAY = r"^([01]?\d|2[0-3]):[0-5]\d$"
@@ -22,18 +23,34 @@ class Requests(Frozen):
 
 
 class Table(Frozen):
-    """A table is needed by a time of the day, over and over; its rows are known some time before."""
+    """A table is needed by a time of the day, over and over, or once; its rows are known some time before."""
 
     kind: Literal["table"] = Field(default="table", description="Tells this consumer from others.")
     rows: int = Field(ge=0, le=10**12, description="Rows to be scored each time.")
     ready: str = Field(default="00:00", pattern=_TIME_OF_DAY, description="When its input is there, in UTC.")
     due: str = Field(default="06:00", pattern=_TIME_OF_DAY, description="When its predictions are needed, in UTC.")
     every_days: int = Field(default=1, ge=1, le=366, description="Days from one time to the next.")
+    once_by: AwareDatetime | None = Field(
+        default=None,
+        description="Needed once, by this date and time with its zone, and its input is there: ready, due and "
+        "every_days do not count then.",
+    )
 
-    @property
-    def slack_seconds(self) -> float:
-        """Seconds from the input to the deadline; a whole day where both are the same."""
-        return (_minutes(self.due) - _minutes(self.ready) - 1) % 1440 * 60 + 60
+    def slack_seconds(self, now: datetime) -> float:
+        """Return the seconds from the input to the deadline; a whole day where both are at the same time of the day.
+
+        A table that is needed once has the time from now on. Raises BadWorkload where its deadline is over.
+        """
+        if self.once_by is None:
+            return (_minutes(self.due) - _minutes(self.ready) - 1) % 1440 * 60 + 60
+        left = (self.once_by - now).total_seconds()
+        if left <= 0:
+            message = (
+                f"once_by must be after now, {now.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC, got "
+                f"{self.once_by.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC. Give a later deadline."
+            )
+            raise BadWorkload(message)
+        return left
 
 
 class Events(Frozen):
@@ -136,6 +153,12 @@ class Workload(Frozen):
     )
     region: str = Field(default="us-east-1", pattern=r"^[a-z]{2}(-[a-z]+)+-\d$", description="Region of the prices.")
     spot: Spot = Field(default=Spot(), description="How often spot machines are taken.")
+
+    @property
+    def horizon(self) -> str:
+        """What the costs are of, in words."""
+        once = isinstance(self.consumer, Table) and self.consumer.once_by is not None
+        return "one run" if once else f"{self.horizon_days:g} days"
 
     @model_validator(mode="after")
     def _says_when(self) -> Self:

@@ -15,6 +15,7 @@ import os
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.progress import track
@@ -72,7 +73,7 @@ def speed_figures() -> dict[str, float]:
             arrivals=Rate(per_second=2000),
         )
         arrivals = read_arrivals(asked)
-        problem = make_problem(asked, plain_profile(), arrivals, read_availability(asked.spot))
+        problem = make_problem(asked, plain_profile(), arrivals, read_availability(asked.spot), datetime.now(UTC))
         (kind,) = kinds_of(asked, {"this": Prices(on_demand=0.4, spot=0.15)})
         start = time.process_time()
         simulate(problem, kind)

@@ -1,45 +1,36 @@
 """What is predicted from a profile, held against what then happens on this machine.
 
-The endpoint: S(b) of the model, what a request costs beside its pass, measured one request at a time, and the dial;
-predicted is what 32 connections come to that each send their next request as soon as they have an answer. The batch
-run: rows a second and start of runs of a fifth of the rows; predicted are the seconds of all of them.
+The endpoint: the profile measures the model on a running Triton with the scheduler's own client, by one, few and many
+callers and without a dial; predicted is what another client's 32 connections come to on the tuned endpoint. The batch
+run: the trial that the profile makes, on a fifth of the rows; predicted is how long a process takes for all of them.
 """
 
 from __future__ import annotations
 
-import http.client
-import os
 import shutil
 import statistics
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, NoReturn
 
 import numpy as np
 
-from infra.processes import family
-from serving.dial import PassTime
-from serving.release import Dial
-from tasks.consume.server import Server
+from tasks.batch.options import BatchOptions
+from tasks.consume.decision import Profile
+from tasks.consume.fit import serving_time
+from tasks.consume.profile import Measuring, Stated, measure_profile
+from tasks.consume.server import Server, lognormal
+from tasks.endpoint.client import infer_path
+from tasks.endpoint.resolve import resolve
+from tasks.endpoint.spec import EndpointSpec, Triton
 from tests.benchmarks.shared import FOLDER, ROUNDS, ROWS, child, console, make_customers, make_models, prefect
 
 WARM_SECONDS, SECONDS = 2, 8
-SINGLE_REQUESTS = 1500
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Single:
-    """Requests one at a time: the median milliseconds of one, and the server's processor milliseconds for each."""
-
-    ms: float
-    busy_ms: float
+_SEED = 23
 
 
 def endpoint_figures() -> dict[str, Any]:
     """Predict what the tuned Triton endpoint does, then measure it; or say why it can't be had."""
+    from infra.local.triton import triton_server
+    from serving.targets.triton import TritonHost
     from tests.benchmarks.endpoint import make_served
     from tests.benchmarks.endpoint_servers import contenders
     from tests.benchmarks.endpoint_wrk import CONNECTIONS, median, missing, wrk
@@ -50,13 +41,23 @@ def endpoint_figures() -> dict[str, Any]:
     served = make_served("small", 256)
     folder = FOLDER / "modes"
     shutil.rmtree(folder, ignore_errors=True)
-    with triton.start(served, folder) as up:
-        wrk(up.url, up.bodies, WARM_SECONDS)
-        single = measure_single(up.url, up.bodies, up.pids)
-        server = _server(served.dial, pass_time(), single)
-        console.print(f"{single}, {server}")
-        load = median([wrk(up.url, up.bodies, SECONDS) for _ in range(ROUNDS)])
-    beside = max(0.0, single.ms / 1000 - server.time(1))
+    with triton_server(folder / "repository", folder / "server") as running:
+        profile = profiled(Triton(repository=str(running.repository), url=running.url, grpc=running.grpc))
+        console.print(f"{profile.served}, jitter {profile.jitter:.3g}, {served.dial}")
+        host = TritonHost(repository=running.repository, url=running.url, grpc=running.grpc)
+        address = host.deploy(served.tuned, served.model)
+        url, bodies = address.url + infer_path(address), served.bodies()
+        wrk(url, bodies, WARM_SECONDS)
+        load = median([wrk(url, bodies, SECONDS) for _ in range(ROUNDS)])
+    each, beside = serving_time(profile, 1.0)
+    server = Server(
+        slots=profile.slots,
+        pass_time=each.pass_ms / 1000,
+        request_time=each.row_ms / 1000,
+        requests_max=served.dial.batch_size_max,
+        wait=served.dial.wait_ms_max / 1000,
+        jitter=profile.jitter,
+    )
     rate, p99 = closed_loop(server, CONNECTIONS, beside)
     return {
         "endpoint": {
@@ -66,56 +67,26 @@ def endpoint_figures() -> dict[str, Any]:
     }
 
 
-def pass_time() -> PassTime:
-    """Measure the passes of the model, as the dial is chosen by."""
-    from tasks.endpoint.resolve import resolve
-    from tasks.endpoint.spec import Budget, EndpointSpec
-    from tasks.endpoint.tuning import settle_dial
-
-    budget = Budget(latency_ms=50.0, rate=2000.0)
-    spec = EndpointSpec(name="bench-modes", model="models:/endpoint-small/latest", budget=budget)
-    found = settle_dial(spec, resolve(spec)).time
-    assert found is not None
-    return found
-
-
-def _server(dial: Dial, passes: PassTime, single: Single) -> Server:
-    """Return the server as the scheduler has it: what a request costs beside its pass keeps the slot busy."""
-    return Server(
-        slots=1,
-        pass_time=passes.pass_ms / 1000,
-        request_time=(passes.row_ms + max(0.0, single.busy_ms - passes.ms(1))) / 1000,
-        requests_max=dial.batch_size_max,
-        wait=dial.wait_ms_max / 1000,
+def profiled(target: Triton) -> Profile:
+    """Measure the model on a running server, in one instance, as the scheduler does; nothing of it is a batch run's."""
+    spec = EndpointSpec(name="bench-modes", model="models:/endpoint-small/latest")
+    measuring = Measuring(
+        target=target,
+        options=BatchOptions(slots=1),
+        stated=Stated(batch_rows_per_second=1e6, start_seconds=10.0),
+        again=True,
     )
 
+    def no_trial(*_: object) -> NoReturn:
+        message = "No batch run is needed here."
+        raise AssertionError(message)
 
-def measure_single(url: str, bodies: list[bytes], pids: tuple[int, ...]) -> Single:
-    """Ask one request at a time."""
-    parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=30)
-    processes = [each for pid in pids for each in family(pid)]
-    before, waited = _processor_seconds(processes), []
-    for at in range(SINGLE_REQUESTS):
-        start = time.perf_counter()
-        connection.request("POST", parts.path, bodies[at % len(bodies)], {"Content-Type": "application/json"})
-        connection.getresponse().read()
-        waited.append(time.perf_counter() - start)
-    busy = (_processor_seconds(processes) - before) / SINGLE_REQUESTS
-    connection.close()
-    return Single(ms=1000 * statistics.median(waited), busy_ms=1000 * busy)
-
-
-def _processor_seconds(pids: Sequence[int]) -> float:
-    ticks = 0
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+    return measure_profile(spec, resolve(spec), measuring, no_trial)
 
 
 def closed_loop(server: Server, connections: int, beside: float, requests: int = 20_000) -> tuple[float, float]:
     """Return the answers a second, and the latency of 99 of 100, of connections that each wait for their answer."""
+    drawn = iter(np.random.default_rng(_SEED).standard_normal(requests))
     coming = [0.0] * connections
     free, waits, now = [0.0] * server.slots, [], 0.0
     while len(waits) < requests:
@@ -125,7 +96,7 @@ def closed_loop(server: Server, connections: int, beside: float, requests: int =
         full = line[most - 1] if server.requests_max <= len(line) else np.inf
         begin = max(free[slot], min(line[0] + server.wait, full))
         taken = [each for each in line[:most] if each <= begin]
-        end = begin + server.time(len(taken))
+        end = begin + server.time(len(taken)) * float(lognormal(server.jitter, np.array(next(drawn))))
         free[slot] = end
         waits += [end + beside - each for each in taken]
         coming = line[len(taken) :] + [end + beside] * len(taken)
@@ -142,12 +113,17 @@ def _against(predicted: float, measured: float) -> dict[str, float]:
 
 
 def batch_figures() -> dict[str, Any]:
-    """Predict the seconds of a batch run of all rows from runs of a fifth, then measure them."""
+    """Predict how long a process that scores all rows takes by the scheduler's trial of a fifth, then measure it."""
+    from flows.trial import run_trial
+
     few = max(ROWS // 5, 100_000)
     models, less, many = make_models(), make_customers(few), make_customers(ROWS)
+    scores, options = FOLDER / "out", BatchOptions(key_columns=("customer",))
     with prefect():
-        profiled = [child("overnight", models["mlp"], less) for _ in range(ROUNDS)]
-        took = [child("overnight", models["mlp"], many)["seconds"] for _ in range(ROUNDS)]
-    rate = few / statistics.median(run["score"] for run in profiled)
-    start = statistics.median(run["seconds"] - run["score"] for run in profiled)
-    return {"batch": {"rows": ROWS, "seconds": _against(start + ROWS / rate, statistics.median(took))}}
+        predicted, took = [], []
+        for _ in range(ROUNDS):
+            shutil.rmtree(scores, ignore_errors=True)
+            trial = run_trial(models["mlp"], less, scores, options)
+            predicted.append(trial.start_seconds + ROWS / trial.rows_per_second)
+            took.append(child("whole", models["mlp"], many)["whole"])
+    return {"batch": {"rows": ROWS, "seconds": _against(statistics.median(predicted), statistics.median(took))}}

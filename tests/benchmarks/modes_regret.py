@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 
 import numpy as np
 
@@ -27,6 +28,8 @@ from tasks.spot.replay import Job, replay
 from tests.benchmarks.modes_exact import late_share
 from tests.benchmarks.modes_workloads import Case
 
+# No deadline of a case is a date.
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
 _TARGETS = tuple(share / 100 for share in range(99, 9, -1))
 _KEEP_STEP, _KEEP_STEPS = 1.1, 110
 _DIALS = 3
@@ -51,7 +54,7 @@ class Found:
 def judge(case: Case) -> Found:
     """Decide on a case, search for something cheaper, and follow the choice on other traffic."""
     kinds = kinds_of(case.workload, case.prices)
-    problem = make_problem(case.workload, case.profile, case.arrivals, case.availability)
+    problem = make_problem(case.workload, case.profile, case.arrivals, case.availability, NOW)
     chosen = best(problem, kinds)
     least = cheapest(problem, kinds, chosen)
     told = {"name": case.workload.name, "late": 0.0, "late_allowed": 1 - problem.kept, "broken": False}
@@ -79,7 +82,7 @@ def again(case: Case, problem: Problem, chosen: Choice) -> float:
     """Return the share of rows that are late on the same traffic, or the same market, another time."""
     if problem.consumer == "table":
         return _table_late(case, problem, chosen)
-    other = make_problem(case.workload, case.profile, case.again, case.spot_again)
+    other = make_problem(case.workload, case.profile, case.again, case.spot_again, NOW)
     return late_share(other, chosen.kind, chosen.candidate, seed=5)
 
 

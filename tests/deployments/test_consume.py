@@ -26,8 +26,10 @@ from serving.registry import resolve_model
 from tasks.batch.options import BatchOptions
 from tasks.batch.predictions import open_predictions
 from tasks.consume.decision import Decision
+from tasks.consume.profile import Measuring, Stated
+from tasks.consume.review import Hysteresis
 from tasks.consume.terms import BatchTerms, OnlineTerms, StreamTerms, Terms
-from tasks.consume.workload import Workload
+from tasks.consume.workload import Events, Machine, Metered, Prices, Workload
 from tasks.endpoint.spec import Triton
 from tasks.stream.addresses import FromNats, ToNats
 from tasks.stream.options import StreamOptions
@@ -42,6 +44,10 @@ NAME = "churn"
 OPTIONS = BatchOptions(key_columns=("customer",), batch_size=512, rows_per_chunk=5_000, slots=1, experiment=None)
 STREAM = StreamOptions(key_columns=("customer",), batch_size=64, slots=1, rows_per_batch=100, wait_seconds=0.02)
 BATCH = way("batch", "on-demand", 1.0)
+STATED = Measuring(
+    options=OPTIONS,
+    stated=Stated(batch_rows_per_second=100_000, start_seconds=10, cold_start_seconds=4, request_ms=2),
+)
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +151,32 @@ def test_an_endpoint_serves_until_what_takes_its_place_is_verified(
     assert 404 == answer(online, linear)
     assert {f"batch-inference/{NAME}"} == deployments()
     assert f"online, deployment online-endpoint/{NAME}, with versions 1 of its endpoint" in done.retired[0]
+
+
+def test_a_review_of_metered_traffic_changes_the_mode_once_that_was_said_often_enough(
+    deployed: PrefectServer, gateway: GatewayServer, online: OnlineTerms, linear: str, customers: Path, tmp_path: Path
+) -> None:
+    from flows.consume import review_modes
+
+    metered = Metered(folder=str(gateway.folder), endpoint=NAME)
+    asked = of(FRAUD, linear).model_copy(update={"machines": (Machine(prices=Prices(on_demand=0.1)),)})
+    stands = way("online", "always-on", 1.0).model_copy(update={"machine": "this"})
+    applied(decision(asked, stands), Terms(online=online))
+    assert [200] * 20 == [answer(online, linear) for _ in range(20)]
+
+    # Nobody waits for the answers any more: the same traffic, within an hour.
+    loose = asked.model_copy(update={"consumer": Events(within_seconds=3600), "arrivals": metered, "horizon_days": 1})
+    terms = Terms(batch=batch(customers, tmp_path / "scores"))
+    hysteresis = Hysteresis(times_min=2, apply=True)
+    first, second = (review_modes(loose, terms, hysteresis, STATED) for _ in range(2))
+
+    assert ("wait", False) == (first.verdict.outcome, first.applied)
+    assert "at 1 of the 2 reviews in a row" in first.verdict.reason
+    assert first.standing == "online, always-on on this"
+    assert ("change", True) == (second.verdict.outcome, second.applied)
+    assert {f"batch-inference/{NAME}"} == deployments()
+    assert 404 == answer(online, linear)
+    assert "keep" == review_modes(loose, terms, hysteresis, STATED).verdict.outcome
 
 
 @pytest.mark.machines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import httpx
 import pytest
 
 from infra.local.prefect_server import PrefectServer
-from serving.errors import BadInput, ModelNotFound, PricesMissing
+from serving.errors import BadInput, BadWorkload, ModelNotFound, PricesMissing
 from tasks.batch.options import BatchOptions
 from tasks.consume.profile import Measuring, Stated
 from tasks.consume.review import Hysteresis
@@ -77,6 +78,14 @@ def test_a_model_that_there_is_not_is_named(prefect: PrefectServer, linear: str)
 
     with pytest.raises(ModelNotFound, match="no-such-model"):
         choose_mode(nightly("models:/no-such-model@champion"), measuring=MEASURING)
+
+
+def test_a_deadline_that_is_over_is_refused_before_anything_is_measured(prefect: PrefectServer) -> None:
+    from flows.consume import choose_mode
+
+    late = nightly("models:/no-such-model@champion", consumer=Table(rows=1, once_by=datetime(2026, 1, 1, tzinfo=UTC)))
+    with pytest.raises(BadWorkload, match="once_by must be after now"):
+        choose_mode(late, measuring=MEASURING)
 
 
 def test_a_machine_without_a_price_is_named_before_anything_is_measured(prefect: PrefectServer, linear: str) -> None:

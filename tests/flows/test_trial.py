@@ -12,8 +12,10 @@ from infra.local.prefect_server import PrefectServer
 from serving.errors import ProfileFailed
 from tasks.batch.options import BatchOptions
 from tasks.consume.profile import Measuring, Stated, measure_profile, recall_profile
+from tasks.endpoint.deploy import host_of
 from tasks.endpoint.resolve import Subject, resolve
-from tasks.endpoint.spec import EndpointSpec
+from tasks.endpoint.spec import EndpointSpec, Triton
+from tests.servers import triton_or_skip
 
 OPTIONS = BatchOptions(key_columns=("customer",), batch_size=512)
 
@@ -59,6 +61,24 @@ def test_what_is_stated_is_not_measured_and_does_not_pass_for_measured(spec: End
     )
     assert recall_profile(resolve(spec), measuring) == profile
     assert recall_profile(resolve(spec), measuring.model_copy(update={"stated": Stated()})) is None
+
+
+def test_start_and_requests_are_measured_on_a_model_server_which_is_left_as_it_was(
+    spec: EndpointSpec, tmp_path: Path
+) -> None:
+    with triton_or_skip(tmp_path) as server:
+        target = Triton(repository=str(server.repository), url=server.url, grpc=server.grpc)
+        stated = Stated(batch_rows_per_second=7.0, start_seconds=1.0)
+        measuring = Measuring(options=OPTIONS, target=target, stated=stated)
+        profile = measure_profile(spec, resolve(spec), measuring, never)
+
+        assert recall_profile(resolve(spec), measuring) == profile
+        assert recall_profile(resolve(spec), measuring.model_copy(update={"target": None})) is None
+        assert {} == host_of(target).endpoints()
+
+    assert 0.1 < profile.cold_start_seconds < 120
+    assert 0 < profile.request_ms < 1000
+    assert (7.0, 1.0) == (profile.batch_rows_per_second, profile.start_seconds)
 
 
 def test_a_batch_run_that_fails_is_an_error_that_says_what_it_said(

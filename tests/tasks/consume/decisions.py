@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 from serving.dial import PassTime
@@ -18,6 +18,9 @@ NIGHTLY = Workload(
     model=MODEL,
     consumer=Table(rows=1000, ready="01:30", due="06:00"),
     machines=(Machine(kind=MACHINE),),
+)
+BACKFILL = NIGHTLY.model_copy(
+    update={"consumer": Table(rows=9, once_by=datetime(2026, 2, 1, 6, tzinfo=timezone(timedelta(hours=1))))}
 )
 FRAUD = Workload(
     name="fraud",
@@ -78,6 +81,7 @@ def decision(workload: Workload, *ways: Alternative, **changes: Any) -> Decision
         "profile": profile(),
         "prices": {MACHINE: Prices(on_demand=0.09, spot=0.03)},
         "priced_at": "by hand",
+        "decided_at": NOW,
         "rows": 30_000,
         "chosen": first,
         "alternatives": ways,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from tasks.consume.decision import Decision
 from tasks.consume.workload import Events, Machine, Prices, Rate, Requests, Table, Workload
 from tests.tasks.consume.values import HOUR, PRICES, availability, profile, workload
 
+NOW = datetime(2026, 1, 30, 12, tzinfo=UTC)
+
 
 def decided(asked: Workload, **changes: Any) -> Decision:
     values: dict[str, Any] = {
@@ -22,6 +25,7 @@ def decided(asked: Workload, **changes: Any) -> Decision:
         "prices": PRICES,
         "availability": availability(),
         "priced_at": "a test, today",
+        "now": NOW,
     }
     return decide(asked, **(values | changes))
 
@@ -49,6 +53,18 @@ def test_a_nightly_table_is_a_batch_run_on_spot(nightly: Decision) -> None:
     assert ("batch", "spot") == name(nightly)
     assert 30 * 180 * 9 * HOUR == nightly.rows
     assert 86_400 == nightly.chosen.every_seconds
+
+
+def test_a_table_that_is_needed_once_costs_one_run_and_what_waits_until_its_deadline() -> None:
+    rows = 180 * 9 * HOUR
+    once = decided(workload(consumer=Table(rows=rows, once_by=NOW + timedelta(hours=6))))
+    nightly = decided(workload(consumer=Table(rows=rows), horizon_days=1))
+
+    always = next(each for each in once.alternatives if each.policy == "always-on")
+    assert name(nightly) == name(once)
+    assert (rows, NOW) == (once.rows, once.decided_at)
+    assert nightly.chosen.usd == pytest.approx(once.chosen.usd)
+    assert always.usd == pytest.approx(0.36 * always.machines * 6)
 
 
 def test_the_waste_is_what_an_endpoint_that_is_always_on_costs_more(nightly: Decision) -> None:
@@ -155,8 +171,8 @@ def test_a_latency_below_the_models_own_passes_says_what_would_be_needed() -> No
     with pytest.raises(NothingStands) as refused:
         decided(asked)
 
-    assert "A row takes 11 ms on this" in str(refused.value)
-    assert "at least 23 ms must be allowed" in str(refused.value)
+    assert "A request takes 11.5 ms on this, 11 ms of it the model's forward pass" in str(refused.value)
+    assert "at least 23.5 ms must be allowed" in str(refused.value)
 
 
 def test_more_traffic_than_the_machines_take_says_how_many_would() -> None:

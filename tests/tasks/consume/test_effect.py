@@ -20,7 +20,7 @@ from tasks.consume.workload import Table
 from tasks.endpoint.spec import BentoML
 from tasks.spot.purchase import Buying
 from tasks.stream.addresses import FromNats, ToParts
-from tests.tasks.consume.decisions import EVENTS, FRAUD, MACHINE, NIGHTLY, NOW, decision, way
+from tests.tasks.consume.decisions import BACKFILL, EVENTS, FRAUD, MACHINE, NIGHTLY, NOW, decision, way
 
 TERMS = Terms(
     batch=BatchTerms(source="/lake/customers", destination="/lake/scores"),
@@ -40,6 +40,13 @@ def test_a_table_on_spot_becomes_a_night_under_its_deadline_with_what_machines_c
     assert ("30 1 * * *", True) == (schedule.schedule.cron, schedule.active)
     assert (0.03, 0.09, 1000.0) == (buying.spot_price, buying.on_demand_price, buying.rows_per_second)
     assert 3 == wanted.parameters["options"]["workers"]
+
+
+def test_a_table_that_is_needed_once_becomes_one_run_under_its_deadline() -> None:
+    wanted = batch_deployment(decision(BACKFILL, way("batch", "spot", 1)), TERMS, NOW)
+
+    assert ((), 1) == (wanted.schedules, wanted.runs)
+    assert "2026-02-01T06:00:00+01:00" == wanted.parameters["deadline"]
 
 
 def test_a_table_on_demand_becomes_plain_batch_runs() -> None:

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from tasks.consume.fit import fits
+from serving.dial import PassTime
+from tasks.consume.fit import fits, serving_time
 from tasks.consume.simulate_online import always_on
 from tests.tasks.consume.values import THIS, problem, profile
 
@@ -34,6 +35,21 @@ def test_what_a_request_takes_beside_its_pass_is_felt_but_keeps_no_slot() -> Non
 
     assert felt.age_p50 > 0.05
     assert kept.busy_seconds > 2 * felt.busy_seconds
+
+
+def test_what_was_measured_on_a_model_server_counts_instead_of_passes() -> None:
+    served = PassTime(pass_ms=4.0, row_ms=2.0)
+    known = profile(request_ms=3.0, served=served, jitter=0.2)
+    single, beside = serving_time(known, 1.0)
+    several, _ = serving_time(known, 3.0)
+    found = fits(problem(profile=known), THIS)[0]
+
+    # One alone takes 3 + 11 ms, of which 6 in the slot.
+    assert (served, 0.008) == (single, pytest.approx(beside))
+    assert (4.0, 22.0) == (several.pass_ms, several.row_ms)
+    assert (0.004, 0.002, 0.2) == (
+        *(found.waits.server.pass_time, found.waits.server.request_time, found.waits.server.jitter),
+    )
 
 
 def test_a_kind_that_is_twice_as_fast_takes_twice_as_much() -> None:

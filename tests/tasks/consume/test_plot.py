@@ -5,7 +5,7 @@ import pytest
 
 from tasks.consume.decision import Decision
 from tasks.consume.plot import plot
-from tests.tasks.consume.decisions import FRAUD, NIGHTLY, decision, way
+from tests.tasks.consume.decisions import BACKFILL, FRAUD, NIGHTLY, decision, way
 
 WAYS = [way("batch", "spot", 0.5), way("streaming", "micro-batches", 70, stands=False), way("online", "always-on", 64)]
 
@@ -14,6 +14,7 @@ WAYS = [way("batch", "spot", 0.5), way("streaming", "micro-batches", 70, stands=
     ("decided", "seconds"),
     [
         (decision(NIGHTLY, *WAYS), 0),
+        (decision(BACKFILL, *WAYS), 0),
         (decision(FRAUD, *WAYS), 1),
         (decision(FRAUD, *WAYS), 90_000),
         (decision(FRAUD, way("online", "keep-warm", 0.0)), 3600),

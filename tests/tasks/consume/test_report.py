@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from tasks.consume.report import alternatives_table, markdown, span, summary, usd
-from tests.tasks.consume.decisions import EVENTS, FRAUD, NIGHTLY, decision, way
+from serving.dial import PassTime
+from tasks.consume.money import usd
+from tasks.consume.report import alternatives_table, markdown, span, summary
+from tests.tasks.consume.decisions import BACKFILL, EVENTS, FRAUD, NIGHTLY, decision, profile, way
 
 SPOT, ALWAYS_ON = way("batch", "spot", 0.5), way("online", "always-on", 64.0)
 
@@ -18,6 +20,13 @@ def test_the_report_says_what_was_chosen_why_what_the_rest_costs_and_what_would_
     assert "- traffic times 3.2: then online, always-on" in words
     assert "$0.09 on-demand, $0.03 spot" in words
     assert "- The trace has a gap." in words
+
+
+def test_what_requests_take_together_is_told_where_that_was_measured() -> None:
+    served = profile(served=PassTime(pass_ms=0.5, row_ms=0.08), jitter=0.4)
+
+    assert "0.5 ms + n x 0.08 ms in a slot, give or take 40%" in markdown(decision(FRAUD, ALWAYS_ON, profile=served))
+    assert "n x" not in markdown(decision(FRAUD, ALWAYS_ON))
 
 
 def test_a_choice_that_costs_nothing_is_divided_by_nothing() -> None:
@@ -38,11 +47,13 @@ def test_of_each_mode_policy_and_machine_the_first_is_shown() -> None:
 
 
 def test_every_consumer_s_promise_is_said() -> None:
-    words = [markdown(decision(workload, ALWAYS_ON)) for workload in (NIGHTLY, FRAUD, EVENTS)]
+    words = [markdown(decision(workload, ALWAYS_ON)) for workload in (NIGHTLY, FRAUD, EVENTS, BACKFILL)]
 
     assert "1,000 rows that are there at 01:30 UTC are scored by 06:00, every day" in words[0]
     assert "0.99 of the requests are answered within 50 ms" in words[1]
     assert "0.99 of the events are scored within 30 s" in words[2]
+    assert "9 rows are scored once, by 2026-02-01 05:00 UTC" in words[3]
+    assert "$64.00 for one run on 1 x c7i.large" in words[3]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -66,6 +68,16 @@ def test_what_is_used_more_waits_longer_and_what_is_twice_as_slow_twice_as_long(
     assert (np.diff(found[0].waits_UN, axis=0) >= 0).all()
     assert found[1].waits_UN == pytest.approx(2 * found[0].waits_UN)
     assert (np.diff(found[0].late(0.02)) >= 0).all()
+
+
+def test_passes_that_differ_make_the_slowest_wait_longer_and_take_no_less_on_average() -> None:
+    even = Server(slots=1, pass_time=0.004, request_time=0.001, requests_max=4)
+    at_N = np.arange(4000) * 1.0
+    (waits_N,) = serve([replace(even, jitter=0.3)], at_N[None])
+
+    assert 0.005 == pytest.approx(waits_N.mean(), rel=0.02)
+    assert 0.3 == pytest.approx(np.log(waits_N).std(), rel=0.05)
+    assert measure_waits([replace(even, jitter=0.3)])[0].waits_UN[0, -1] > measure_waits([even])[0].waits_UN[0, -1]
 
 
 def test_a_server_takes_what_full_passes_come_to() -> None:

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from serving.errors import BadWorkload
 from tasks.consume.workload import Events, Machine, Prices, Rate, Requests, Table, Workload
 from tests.tasks.consume.values import workload
+
+NOW = datetime(2026, 1, 30, 12, tzinfo=UTC)
 
 
 @pytest.mark.parametrize(
@@ -15,7 +19,20 @@ from tests.tasks.consume.values import workload
     [("00:00", "06:00", 6), ("22:00", "06:30", 8.5), ("5:00", "05:00", 24), ("01:00", "00:59", 23 + 59 / 60)],
 )
 def test_a_table_has_the_time_from_its_input_to_its_deadline(ready: str, due: str, hours: float) -> None:
-    assert 3600 * hours == Table(rows=1, ready=ready, due=due).slack_seconds
+    assert 3600 * hours == Table(rows=1, ready=ready, due=due).slack_seconds(NOW)
+
+
+def test_a_table_that_is_needed_once_has_the_time_from_now_to_its_deadline() -> None:
+    once = Table(rows=1, once_by=NOW + timedelta(hours=3))
+
+    assert 3600 * 3 == once.slack_seconds(NOW)
+    with pytest.raises(BadWorkload, match=r"must be after now, 2026-01-30 15:00:00 UTC, got 2026-01-30 15:00:00 UTC"):
+        once.slack_seconds(NOW + timedelta(hours=3))
+
+
+def test_a_deadline_without_its_zone_is_refused() -> None:
+    with pytest.raises(ValidationError, match="timezone"):
+        Table.model_validate({"rows": 1, "once_by": "2026-02-01T06:00:00"})
 
 
 @pytest.mark.parametrize("consumer", [Requests(latency_ms=50), Events(within_seconds=60)])
