@@ -5,6 +5,8 @@ Rendered as service.py beside release.json and the model's files, and run by Ben
 
 from __future__ import annotations
 
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,9 @@ QUIET = {"access": {"enabled": False}}
     workers=RELEASE.scaling.replicas_max,
     traffic={"timeout": 60},
     resources={"cpu": RELEASE.engine.threads},
+    # BentoML renews its connections to the model after 100 requests or 5 minutes, and with them breaks off the requests
+    # that are under way there.
+    runner_connection={"max_requests": sys.maxsize, "max_age": math.inf},
     logging=QUIET,
 )
 class Model:

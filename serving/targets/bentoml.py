@@ -36,8 +36,10 @@ class BentoML:
     def render(self, release: Release, model: Path) -> Rendered:
         """Return service.py and bentofile.yaml, and how a controller serves them."""
         where = ("--host", _HOST, "--port", "{port}", "--working-dir", "{folder}")
+        # Longer than its own client keeps a connection: none is closed just as it is used again.
+        kept = ("--timeout-keep-alive", "60")
         serve = Serve(
-            argv=(interpreter(self.python, _REQUIREMENTS), "-m", "bentoml", "serve", SERVICE, *where),
+            argv=(interpreter(self.python, _REQUIREMENTS), "-m", "bentoml", "serve", SERVICE, *where, *kept),
             environment={
                 **python_environment(),
                 "BENTOML_DO_NOT_TRACK": "True",

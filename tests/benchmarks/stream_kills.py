@@ -83,11 +83,20 @@ def kills_over_kafka(model: str, folder: Path, messages: int, kills: int) -> dic
     reader = Consumer({**settings, "group.id": "reader"})
     places = [TopicPartition("scores", at, 0) for at in range(4)]
 
+    reader.assign(places)
+    found: Counter[int] = Counter()
+    over = threading.Event()
+
     def done() -> int:
-        return sum(int(reader.get_watermark_offsets(place, timeout=10)[1]) for place in places)
+        return found.total()
+
+    # A partition of the mocked brokers forgets what is behind its last 5 MB: events come as they are scored, and scores
+    # are read as they come.
+    def read() -> None:
+        while not over.is_set():
+            found.update(orjson.loads(each.value() or b"")["customer"] for each in reader.consume(1000, 0.1))
 
     def feed() -> None:
-        # A partition of the mocked brokers forgets what is behind its last 5 MB: events come as they are scored.
         for at, payload in enumerate(events(messages)):
             while at % 100 == 0 and at > done() + AHEAD_MAX:
                 time.sleep(0.01)
@@ -95,6 +104,8 @@ def kills_over_kafka(model: str, folder: Path, messages: int, kills: int) -> dic
             producer.poll(0)
         producer.flush()
 
+    reading = threading.Thread(target=read, daemon=True)
+    reading.start()
     threading.Thread(target=feed, daemon=True).start()
     source, sink = {"kind": "kafka", "servers": brokers, "topic": "rows"}, {"kind": "kafka", "topic": "scores"}
     random.seed(1)
@@ -104,11 +115,14 @@ def kills_over_kafka(model: str, folder: Path, messages: int, kills: int) -> dic
         scorer.kill()
         scorer.wait()
     finish(start(model, source, sink, folder))
-    reader.assign(places)
-    found: Counter[int] = Counter()
-    while found.total() < done():
-        found.update(orjson.loads(each.value() or b"")["customer"] for each in reader.consume(1000, 1.0))
+    # The one that reads waits for messages, and answers no question meanwhile.
+    teller = Consumer({**settings, "group.id": "teller"})
+    while done() < sum(int(teller.get_watermark_offsets(place, timeout=10)[1]) for place in places):
+        time.sleep(0.1)
+    over.set()
+    reading.join()
     reader.close()
+    teller.close()
     doubled = found.total() - len(found)
     return {
         "kafka_kills": kills,

@@ -23,6 +23,8 @@ from infra.processes import family
 from serving.targets import Address
 from serving.targets.bentoml import BentoML
 from serving.targets.folder import FolderHost
+from tasks.endpoint.closed_loop import closed_loop
+from tasks.endpoint.samples import Sample
 from tests.serving.targets.folder_servers import (
     BAD_REQUESTS,
     BATCHING,
@@ -70,6 +72,14 @@ def serving(mlp: list[Served], target: BentoML, tmp_path_factory: pytest.TempPat
 
 def score(served: Served, count: int, seed: int = 0) -> Any:
     return expected_of(served, rows(count, seed))["score"]
+
+
+def test_many_at_a_time_are_all_answered_for_as_long_as_they_ask(serving: Serving) -> None:
+    # More than the 100 after which BentoML would renew its connections under them.
+    release, sample = serving.served[0][0], Sample(inputs=rows(64), outputs={}, rows=64)
+    loop = closed_loop(serving.addresses[0], release.contract, sample, callers=16, seconds=4.0)
+
+    assert 300 < loop.answers
 
 
 @pytest.mark.parametrize("count", [1, 7, 300])
