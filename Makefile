@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
-.PHONY: demo demo-endpoint demo-modes demo-stream deploy test test-flows test-stations test-machines lint types check format clean
+.PHONY: demo demo-endpoint demo-modes demo-stream deploy test test-flows test-stations test-kills test-machines lint types check format clean
 .PHONY: chaos bench-batch bench-peers bench-resume bench-gpu bench-spot bench-nightly bench-workers bench-endpoint bench-stream
 .PHONY: bench-modes
 
@@ -37,15 +37,20 @@ demo-modes: $(STAMP)
 deploy: $(STAMP)
 	@$(BIN)/python -m deployments.apply
 
-# In two processes, since tests wait for servers more than they compute; those that share Prefect servers are in one.
-test: lint types $(STAMP)
-	@$(MAKE) -j 2 test-flows test-stations
+# Two processes at a time, since tests wait for servers more than they compute; those of one share its Prefect servers.
+test: lint $(STAMP)
+	@$(MAKE) -j 2 test-flows types test-stations test-kills
+
+KILLS := $(wildcard tests/flows/test_*kills.py) tests/flows/test_stream_kafka.py
 
 test-flows: $(STAMP)
-	$(BIN)/python -m pytest tests/deployments tests/flows
+	$(BIN)/python -m pytest tests/deployments tests/flows $(KILLS:%=--ignore=%)
 
 test-stations: $(STAMP)
 	$(BIN)/python -m pytest --ignore=tests/deployments --ignore=tests/flows
+
+test-kills: $(STAMP)
+	$(BIN)/python -m pytest $(KILLS)
 
 # What takes minutes of real workers: whole nights, every point of a drain, runs of supervisors, Ray.
 test-machines: $(STAMP)

@@ -101,7 +101,7 @@ def serve(servers: Sequence[Server], at_LN: NDArray[np.float64]) -> NDArray[np.f
         np.array([getattr(server, name) for server in servers])
         for name in ("pass_time", "request_time", "wait", "jitter")
     )
-    drawn_N = np.random.default_rng(_SEED).standard_normal(length + 1) if jitter_L.any() else np.zeros(length + 1)
+    drawn_N = np.random.default_rng([_SEED, 1]).standard_normal(length + 1) if jitter_L.any() else np.zeros(length + 1)
     q_L = np.array([server.requests_max for server in servers])
     # One line of all, each server's far from the next one's, finds who has come with one search.
     shift_L = lane_L * (2 * float(at_LN[:, -1].max()) + 2 * float(w_L.max()) + 1)
