@@ -96,9 +96,9 @@ def serving_time(profile: Profile, rows: float) -> tuple[PassTime, float]:
     return time, max(beside_ms, 0.0) / 1000
 
 
-def felt_at(problem: Problem, fit: Fit, machines: NDArray[np.int64] | int) -> Felt:
+def felt_at(problem: Problem, fit: Fit, machines: NDArray[np.int64] | int, *, cold: float = 0.0) -> Felt:
     """Return what requests feel at so many machines, each second or all the time."""
-    return feel(problem.counts_T, machines, fit.waits, fit.beside, problem.within, ages=not problem.quick)
+    return feel(problem.counts_T, machines, fit.waits, fit.beside, problem.within, ages=not problem.quick, cold=cold)
 
 
 def candidate_of(

@@ -67,10 +67,11 @@ def feel(
     within: float,
     *,
     ages: bool = True,
+    cold: float = 0.0,
 ) -> Felt:
     """Return what requests feel at so many machines at work; `beside` is what each takes beside its pass.
 
-    Without `ages`, only how many are late.
+    Without `ages`, only how many are late. `cold`: what those wait longer for whom no machine is at work.
     """
     total = int(counts_T.sum())
     if not total:
@@ -79,7 +80,7 @@ def feel(
     used_B, count_B, window = _use(counts_T, machines_T, rate)
     late_U = waits.late(within - beside)
     late = float(np.interp(used_B, UTILISATIONS, late_U) @ count_B)
-    behind, delay = _behind(counts_T, machines_T, rate, float(waits.waits_UN[-1, 0]))
+    behind, delay = _behind(counts_T, machines_T, rate, float(waits.waits_UN[-1, 0]), cold)
     count, used = counts_T[behind], used_B[behind // window] if window else counts_T[behind] / (machines_T * rate)
     # Those that pile up for too long are late, all of them, not just the share that was late already.
     gone = delay + beside + waits.waits_UN[0, 0] > within
@@ -118,14 +119,17 @@ def _use(
 
 
 def _behind(
-    counts_T: NDArray[np.int64], machines_T: NDArray[np.int64] | int, rate: float, least: float
+    counts_T: NDArray[np.int64], machines_T: NDArray[np.int64] | int, rate: float, least: float, cold: float
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the seconds whose requests pile up for longer than the least, and how long they wait."""
     if isinstance(machines_T, int) and counts_T.max() <= machines_T * rate:
         return np.zeros(0, dtype=np.int64), np.zeros(0)
     taken_T = machines_T * rate if isinstance(machines_T, int) else np.asarray(machines_T * rate, dtype=np.float64)
     delay_T = delays(counts_T, taken_T)
-    behind = np.flatnonzero((delay_T > least) & (counts_T > 0))
+    # What a machine that is used to the full makes wait is told by its waits; where there is none, nothing else tells.
+    none_T = taken_T == 0
+    delay_T += np.where(none_T, cold, 0.0)
+    behind = np.flatnonzero((none_T | (delay_T > least)) & (counts_T > 0))
     return behind, delay_T[behind]
 
 

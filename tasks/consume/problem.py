@@ -19,7 +19,7 @@ from tasks.consume.decision import Mode, Policy, Profile
 # take, and of how often chance makes more rows late than expected, in standard deviations.
 LATE_SHARE = 0.8
 TIME_MARGIN = 1.1
-CHANCE = 2.5
+CHANCE = 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from tasks.consume.simulate_spot import spot_run
 # Prefect is no clock for less.
 EVERY_MIN = 60
 NO_ANSWER = "a batch run gives no answer to one who waits for it"
+_STEP = 0.8
 _MACHINES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 _SPOT_SHARES = (0.3, 0.5, 0.7, 0.85)
 
@@ -66,9 +67,19 @@ def _least(line: Line, machines: int) -> float:
 
 
 def seldom(line: Line, machines: int) -> Candidate:
-    """Return runs on so many machines, as seldom as the promise allows; else as often as can be."""
-    low, high = EVERY_MIN, max(EVERY_MIN, int(line.problem.within))
-    best = runs(line, machines, low)
+    """Return runs on so many machines, as seldom as the promise allows; else those that come nearest to it.
+
+    Runs that are made too seldom come too late, and so do those that are made too often: they pile up, since each takes
+    its time to begin. What stands lies between, and is looked for in steps from above, then by halving.
+    """
+    high, best = max(EVERY_MIN, int(line.problem.within)), None
+    low = high
+    while True:
+        candidate = runs(line, machines, low)
+        best = candidate if best is None else min(best, candidate, key=rank)
+        if candidate.flaw is None or low == EVERY_MIN:
+            break
+        high, low = low - 1, max(EVERY_MIN, int(low * _STEP))
     if best.flaw is not None:
         return best
     while low < high:
@@ -87,7 +98,7 @@ def runs(line: Line, machines: int, every: int, *, ages: bool = False) -> Candid
     rows_P = line.rows(every)
     took_P = start + rows_P / (line.rate * machines)
     end_P = _ends(took_P * problem.time_margin, every)
-    late = _late(line, end_P, every)
+    late, expected = _late(line, end_P, every)
     age_p50, age_p99 = _ages(line, end_P, every) if ages else (0.0, 0.0)
     paid = float(took_P.sum()) * machines
     return Candidate(
@@ -100,7 +111,7 @@ def runs(line: Line, machines: int, every: int, *, ages: bool = False) -> Candid
         age_p50=age_p50,
         age_p99=age_p99,
         late=late,
-        flaw=late_flaw(problem, late),
+        flaw=late_flaw(problem, max(late, expected)),
     )
 
 
@@ -110,13 +121,21 @@ def _ends(took_P: NDArray[np.float64], every: int) -> NDArray[np.float64]:
     return np.asarray(sum_P + np.maximum.accumulate(due_P - (sum_P - took_P)))
 
 
-def _late(line: Line, end_P: NDArray[np.float64], every: int) -> float:
+def _late(line: Line, end_P: NDArray[np.float64], every: int) -> tuple[float, float]:
+    """Return the share of rows that are late, and of those that would be if each period's rows came evenly in it.
+
+    By the latter no seconds are lucky in which, this time, nothing came.
+    """
     last = len(line.sum_T) - 1
     from_P = np.minimum(np.arange(len(end_P)) * every, last)
     to_P = np.minimum(from_P + every, last)
     late_P = np.clip(np.ceil(end_P - line.problem.within).astype(np.int64), from_P, to_P)
     total = int(line.sum_T[-1])
-    return float((line.sum_T[late_P] - line.sum_T[from_P]).sum()) / total if total else 0.0
+    if not total:
+        return 0.0, 0.0
+    rows_P = line.sum_T[to_P] - line.sum_T[from_P]
+    even = float((rows_P * (late_P - from_P) / np.maximum(to_P - from_P, 1)).sum())
+    return float((line.sum_T[late_P] - line.sum_T[from_P]).sum()) / total, even / total
 
 
 def _ages(line: Line, end_P: NDArray[np.float64], every: int) -> tuple[float, float]:

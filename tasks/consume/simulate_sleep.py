@@ -73,12 +73,15 @@ def sleep(problem: Problem, fit: Fit, machines: int, found: Spells, keep: int, p
 def _sleeping(problem: Problem, fit: Fit, machines: int, found: Spells, windows: Windows, policy: Policy) -> Candidate:
     length = len(problem.counts_T)
     boot = math.ceil(problem.profile.cold_start_seconds)
+    # A start begins with the request that it is for, somewhere within a second, not at that second's end; and that
+    # request waits for no other one to be served.
+    cold = 1 - (boot - problem.profile.cold_start_seconds) - 1 / (fit.waits.server.rate * machines)
     loaded = load(found, windows, boot, length)
     change_T = np.zeros(length + 1, dtype=np.int64)
     ready_S = np.minimum(np.minimum(loaded.start_S + boot, loaded.stop_S), length)
     np.add.at(change_T, ready_S, machines)
     np.add.at(change_T, loaded.stop_S, -machines)
-    felt = felt_at(problem, fit, np.cumsum(change_T)[:length])
+    felt = felt_at(problem, fit, np.cumsum(change_T)[:length], cold=cold)
     seconds = float((loaded.stop_S - loaded.start_S).sum()) * machines
     used = machines if len(loaded.start_S) else 0
     return candidate_of(problem, fit, policy, used, seconds, felt, cold_starts=loaded.cold_starts)

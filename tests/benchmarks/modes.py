@@ -4,7 +4,7 @@ Regret: 200 generated workloads and the real traces, each decided on, searched t
 request after another on other traffic. Keep-warm: on real functions. Speed: 30 days of per-second arrivals in all
 modes. Reality: what is predicted for the tuned Triton endpoint and for a batch run, and what they then do here.
 
-Taken from the environment: CASES (200), ROWS and ROUNDS of the batch run and the endpoint, TRACES, a folder of traces
+Taken from the environment: CASES (200), SEED (0) for other ones, ROWS and ROUNDS of the batch run and the endpoint, TRACES, a folder of traces
 (without: ../shared/traces beside the repository); PARTS, which of regret, keep-warm, speed, endpoint and batch to run.
 """
 
@@ -32,7 +32,7 @@ from tests.benchmarks.modes_regret import Found, judge
 from tests.benchmarks.modes_workloads import from_traces, generated, plain_profile
 from tests.benchmarks.shared import console, machine, open_registry
 
-CASES = int(os.environ.get("CASES", "200"))
+CASES, SEED = int(os.environ.get("CASES", "200")), int(os.environ.get("SEED", "0"))
 PARTS = os.environ.get("PARTS", "regret keep-warm speed endpoint batch").split()
 
 
@@ -86,7 +86,7 @@ def _hourly() -> Events:
 
 
 def regret_figures() -> dict[str, Any]:
-    cases = [*generated(CASES)] if CASES else []
+    cases = [*generated(CASES, SEED)] if CASES else []
     real = [*from_traces()]
     with ProcessPoolExecutor() as pool:
         judged = pool.map(judge, [*cases, *real])

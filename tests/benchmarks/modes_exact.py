@@ -15,7 +15,7 @@ import numpy as np
 
 from tasks.consume.problem import Candidate, Kind, Problem
 
-ARRIVALS_MAX = 120_000
+ARRIVALS_MAX, WAKING_ARRIVALS_MAX = 120_000, 3_000_000
 _WINDOWS = 12
 _WARM_UP = 60.0
 _SCALE_SECONDS, _SCALE_DOWN = 15, 300
@@ -52,11 +52,17 @@ def late_share(problem: Problem, kind: Kind, candidate: Candidate, seed: int) ->
     if candidate.mode == "batch":
         return _batch_late(problem, kind, candidate)
     if candidate.policy.startswith("keep-warm") and candidate.machines:
-        at = _moments(problem, 0, len(problem.counts_T), random)[:ARRIVALS_MAX]
-        late = _asleep(at, candidate, problem, found, random)
-        return sum(late) / len(late)
+        # All of them, as far as that can be: it wakes now and then, and most often where little comes.
+        late_count = count = 0
+        for start, stop in _pieces(problem, total, WAKING_ARRIVALS_MAX):
+            warm = max(0, start - math.ceil(2 * (candidate.keep_warm or 0) + problem.profile.cold_start_seconds))
+            at = _moments(problem, warm, stop, random)
+            late = _asleep(at, candidate, problem, found, random)
+            first = bisect.bisect_left(at, float(start))
+            late_count, count = late_count + sum(late[first:]), count + len(late) - first
+        return late_count / max(count, 1)
     late_count, count = 0, 0
-    for start, stop in _pieces(problem, total):
+    for start, stop in _pieces(problem, total, ARRIVALS_MAX):
         warm = max(0, start - int(_WARM_UP if candidate.policy != "autoscaled" else 1800))
         at = _moments(problem, warm, stop, random)
         if candidate.policy == "autoscaled":
@@ -83,12 +89,12 @@ def _pass(problem: Problem, kind: Kind, candidate: Candidate) -> Pass:
     return Pass(slots=profile.slots, begin=begin, each=each, most=most, wait=candidate.wait, beside=beside)
 
 
-def _pieces(problem: Problem, total: int) -> list[tuple[int, int]]:
+def _pieces(problem: Problem, total: int, most: int) -> list[tuple[int, int]]:
     """Return windows of the horizon, evenly spaced, with about as many arrivals as can be followed."""
     seconds = len(problem.counts_T)
-    if total <= ARRIVALS_MAX:
+    if total <= most:
         return [(0, seconds)]
-    length = max(1, int(seconds * ARRIVALS_MAX / total / _WINDOWS))
+    length = max(1, int(seconds * most / total / _WINDOWS))
     return [(start, start + length) for start in np.linspace(0, seconds - length, _WINDOWS).astype(int).tolist()]
 
 

@@ -37,7 +37,10 @@ servers = st.builds(
 
 
 @settings(deadline=None)
-@given(st.lists(servers, min_size=1, max_size=4), st.lists(st.floats(0, 1), min_size=12, max_size=12))
+@given(
+    st.lists(servers, min_size=1, max_size=4),
+    st.lists(st.integers(0, 64).map(lambda gap: gap / 64), min_size=12, max_size=12),
+)
 def test_many_servers_side_by_side_serve_as_each_would_alone(found: list[Server], gaps: list[float]) -> None:
     at_LN = np.array([np.cumsum(np.roll(gaps, turn)) for turn in range(len(found))])
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tasks.consume.problem import Problem
 from tasks.consume.simulate_batch import EVERY_MIN, Line, batch, batch_on_spot, runs
-from tests.tasks.consume.values import HOUR, THIS, problem
+from tests.tasks.consume.values import HOUR, THIS, problem, profile
 
 
 def events(counts_T: np.ndarray | None = None, within: float = 2.0 * HOUR, **changes: object) -> Problem:
@@ -59,6 +59,18 @@ def test_runs_are_as_seldom_as_the_promise_allows() -> None:
     assert 1 == found.machines
     assert runs(Line.of(asked, THIS), 1, int(found.every) + 1).flaw is not None
     assert found.every / 2 < found.age_p50 < found.age_p99 <= asked.within
+
+
+def test_runs_that_begin_too_slowly_to_be_made_all_the_time_are_made_as_seldom_all_the_same() -> None:
+    # Every minute they would pile up: a run takes 70 s to begin.
+    asked = events(profile=profile(start_seconds=70.0))
+
+    found = batch(asked, THIS)
+
+    assert found.flaw is None
+    assert found.every is not None
+    assert found.every > HOUR
+    assert runs(Line.of(asked, THIS), 1, EVERY_MIN).flaw is not None
 
 
 def test_a_promise_that_is_shorter_than_a_run_is_broken() -> None:

@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from serving.dial import PassTime
 from tasks.consume.fit import fits
 from tasks.consume.problem import Problem
 from tasks.consume.simulate_sleep import keep_warm, keep_warm_beside, sleep, traffic
-from tests.tasks.consume.values import HOUR, THIS, problem
+from tests.tasks.consume.values import HOUR, THIS, problem, profile
 
 
 def sparse(every: int = 1800, seconds: int = 24 * HOUR) -> Problem:
@@ -40,6 +41,29 @@ def test_an_endpoint_that_may_start_within_the_promise_goes_to_zero_and_costs_ne
     assert found.keep_warm is not None
     assert found.keep_warm < 20
     assert found.paid_seconds < 0.03 * asked.seconds
+
+
+@pytest.mark.parametrize(("within", "late"), [(3.4, 1.0), (3.8, 0.0)])
+def test_who_wakes_an_endpoint_waits_for_the_whole_of_its_start(within: float, late: float) -> None:
+    asked = replace(sparse(), within=within, profile=profile(cold_start_seconds=3.6))
+    fit = fits(asked, THIS)[0]
+
+    found = sleep(asked, fit, 1, traffic(asked, fit, 1), 20, "keep-warm")
+
+    assert late == found.late
+    assert 3.6 < found.age_p50 < 3.7
+
+
+@pytest.mark.parametrize(("within", "late"), [(4.0, 1.0), (4.2, 0.0)])
+def test_a_server_that_is_slow_itself_makes_who_wakes_it_wait_for_both(within: float, late: float) -> None:
+    slow = profile(cold_start_seconds=3.6, pass_time=PassTime(pass_ms=100.0, row_ms=400.0), request_busy_ms=0.0)
+    asked = replace(sparse(), within=within, profile=slow)
+    fit = fits(asked, THIS)[0]
+
+    found = sleep(asked, fit, 1, traffic(asked, fit, 1), 20, "keep-warm")
+
+    assert late == found.late
+    assert 4.1 == pytest.approx(found.age_p50, abs=0.01)
 
 
 def test_what_keep_warm_is_held_against_is_simulated_too() -> None:
