@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import time
@@ -88,7 +89,7 @@ class StreamRun:
                 sample = peeked.peek(self.decoder, self._rests, self.options.idle_seconds)
                 self._set(settle(self.resolved, self.model, self.decoder.contract, self.options, sample))
                 self._say(logger)
-                with StreamWatch(self.meter, self.dial, logger).watching():
+                with StreamWatch(self.meter, self.dial, logger).watching(), _collected_apart():
                     self._stretches(ends, peeked)
         finally:
             if not self.give_up.is_set():
@@ -201,3 +202,14 @@ def _caller_threads_kept() -> Generator[None]:
     finally:
         if torch:
             torch.set_num_threads(before)
+
+
+@contextmanager
+def _collected_apart() -> Generator[None]:
+    """Keep what is there by now out of the way of Python's collector: to go through it all takes it half a second."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

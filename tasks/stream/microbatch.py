@@ -10,6 +10,7 @@ _BATCHES_BEHIND = 2
 _WAIT_SHARE = 0.25
 # A larger batch that is no faster than this only makes its rows wait.
 _GAIN_MIN = 1.03
+_SECONDS_MIN = 0.05
 # The largest of some batches over the smallest, from which on they tell how S(b) grows.
 _SPREAD_MIN = 16
 # From here on a message is no longer beyond suspicion of being what ended the scorers before.
@@ -92,12 +93,20 @@ def choose_dial(
 
 
 def _worth_it(service: Service, most: int) -> int:
-    """Return the smallest of `most`, its half, its quarter ... that is as fast a row as `most`, within 3 %."""
-    best = most / service.seconds(most)
+    """Return the smallest of `most`, its half, its quarter ... that is as fast a row as `most`, within 3 %.
+
+    None that takes less than 50 ms: nobody feels that, what a line through noise says of smaller ones is not to be
+    believed, and a batch that is too small holds up all that come behind it.
+    """
     rows = most
-    while rows > 1 and (rows // 2) / service.seconds(rows // 2) * _GAIN_MIN >= best:
+    while rows > 1 and _no_slower(service, rows // 2, most):
         rows //= 2
     return rows
+
+
+def _no_slower(service: Service, rows: int, most: int) -> bool:
+    took = service.seconds(rows)
+    return took >= _SECONDS_MIN and rows / took * _GAIN_MIN >= most / service.seconds(most)
 
 
 def seconds_to_wait(dial: Dial, rows: int, waited: float) -> float:

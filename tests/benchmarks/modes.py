@@ -4,8 +4,9 @@ Regret: 200 generated workloads and the real traces, each decided on, searched t
 request after another on other traffic. Keep-warm: on real functions. Speed: 30 days of per-second arrivals in all
 modes. Reality: what is predicted for the tuned Triton endpoint and for a batch run, and what they then do here.
 
-Taken from the environment: CASES (200), SEED (0) for other ones, ROWS and ROUNDS of the batch run and the endpoint, TRACES, a folder of traces
-(without: ../shared/traces beside the repository); PARTS, which of regret, keep-warm, speed, endpoint and batch to run.
+Taken from the environment: CASES (200) and SEED (0) of the workloads, ROWS and ROUNDS of batch run and endpoint, TRACES
+(a folder of traces; without: ../shared/traces beside the repository), and PARTS, those of regret, keep-warm, speed,
+endpoint and batch that are run.
 """
 
 from __future__ import annotations

@@ -52,6 +52,17 @@ def test_batches_of_small_sizes_do_not_hold_the_dial_there_either() -> None:
     assert 2 < dial(fit_seen(seen, ()), 1.0).rows
 
 
+def test_a_line_through_noise_does_not_make_batches_of_single_rows() -> None:
+    # Most batches have few rows and take as long as they must; some were held up, and a backlog was passed at once.
+    seen = [(300, 0.012)] * 40 + [(60, 0.4), (300, 0.4), (2048, 0.25), (2048, 0.5), (4096, 0.9)]
+    service = fit_seen(seen, ())
+    chosen = dial(service, 2.0, wait_seconds=0.05)
+
+    assert 0.05 <= 2 * service.seconds(chosen.rows)
+    assert chosen.rows > 100
+    assert 0.05 <= 2.1 * 1e-4 * dial(Service(fixed=0.0, per_row=1e-4), 2.0, wait_seconds=0.05).rows
+
+
 def test_batches_of_several_sizes_are_believed_alone() -> None:
     seen = [(size, SERVICE.seconds(size)) for size in (10, 80, 640)]
 
@@ -85,7 +96,7 @@ def test_more_time_never_makes_a_batch_slower_a_row_where_there_is_enough_for_on
 def test_a_larger_batch_that_is_no_faster_is_not_chosen() -> None:
     flat = Service(fixed=0.0, per_row=0.001)
 
-    assert 1 == dial(flat, 10.0).rows
+    assert 50 <= dial(flat, 10.0).rows <= 100
 
 
 def test_what_is_given_is_kept() -> None:
