@@ -1,7 +1,7 @@
 """Callers that each send their next request as soon as they have their answer: what a server takes at most.
 
-One thread over plain sockets, since the client shares the machine's cores with what it measures: it takes some 30
-microseconds a request, where the HTTP clients of Python take 150 to 500, as much as a fast server itself.
+One thread over plain sockets, since the client shares the machine's cores with what it measures: it takes some 20
+microseconds of processor time a request, where http.client takes 430 and httpx 1,070, more than a fast server itself.
 """
 
 from __future__ import annotations
