@@ -44,12 +44,20 @@ STREAM_ORDER = (
     *("kafka_link", "kafka_source", "kafka_sink", "opening", "peek", "intake", "pipeline", "tuning", "report"),
 )
 ENDPOINT_ORDER = (
-    *("spec", "access", "samples", "resolve", "tuning", "render", "deploy", "client", "verify", "load"),
-    *("route", "traffic", "change", "report"),
+    *("spec", "access", "samples", "resolve", "tuning", "render", "deploy", "client", "closed_loop", "verify"),
+    *("load", "route", "traffic", "change", "report"),
 )
 CONSUME_ORDER = (
-    *("workload", "decision", "trace", "arrivals", "availability", "problem", "server", "flow", "keep_warm", "fit"),
-    *("simulate_sleep", "simulate_online", "simulate_stream", "simulate_spot", "simulate_batch", "simulate_table"),
+    *("workload", "money", "decision", "trace", "arrivals", "availability", "problem", "server", "flow", "keep_warm"),
+    *(
+        "fit",
+        "simulate_sleep",
+        "simulate_online",
+        "simulate_stream",
+        "simulate_spot",
+        "simulate_batch",
+        "simulate_table",
+    ),
     *("simulate", "choose", "impossible", "flips", "decide", "price_table", "aws_prices", "prices", "rows"),
     *("door_child", "door", "profile", "sweep", "report", "plot", "terms", "effect", "review", "artifacts"),
 )
