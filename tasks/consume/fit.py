@@ -119,5 +119,5 @@ def candidate_of(
         age_p99=felt.age_p99,
         late=felt.late,
         cold_starts=cold_starts,
-        flaw=fit.flaw(problem) or late_flaw(problem, felt.late, episodes=cold_starts),
+        flaw=fit.flaw(problem) or late_flaw(problem, felt.late, episodes=cold_starts or felt.episodes),
     )

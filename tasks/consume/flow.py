@@ -22,16 +22,21 @@ from tasks.consume.server import UTILISATIONS, Waits
 _REQUESTS_SEEN = 400
 _SECONDS_SEEN_MAX = 600
 _QUANTILES = 512
+_APART_SECONDS = 60
 _COUNT_MAX = 1 << 22
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Felt:
-    """What requests felt: the share that was late, and the age of half and of 99 of 100 answers, in seconds."""
+    """What requests felt: the share that was late, and the age of half and of 99 of 100 answers, in seconds.
+
+    episodes: how often they piled up until they were late, a minute or more apart.
+    """
 
     late: float
     age_p50: float
     age_p99: float
+    episodes: int = 0
 
 
 def backlog(counts_T: NDArray[np.int64], taken_T: NDArray[np.float64] | float) -> NDArray[np.float64]:
@@ -85,11 +90,13 @@ def feel(
     # Those that pile up for too long are late, all of them, not just the share that was late already.
     gone = delay + beside + waits.waits_UN[0, 0] > within
     late += float(count[gone] @ (1 - np.interp(used[gone], UTILISATIONS, late_U)))
+    episodes = int(gone.any()) + int((np.diff(behind[gone]) > _APART_SECONDS).sum())
     if not ages:
-        return Felt(late=min(late / total, 1.0), age_p50=0.0, age_p99=0.0)
+        return Felt(late=min(late / total, 1.0), age_p50=0.0, age_p99=0.0, episodes=episodes)
     weight_U = np.maximum(_weights(used_B, count_B) - _weights(used, count), 0.0)
     age_p50, age_p99 = _ages(waits, weight_U, delay, count)
-    return Felt(late=min(late / total, 1.0), age_p50=age_p50 + beside, age_p99=age_p99 + beside)
+    late = min(late / total, 1.0)
+    return Felt(late=late, age_p50=age_p50 + beside, age_p99=age_p99 + beside, episodes=episodes)
 
 
 def _use(

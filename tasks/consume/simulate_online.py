@@ -37,7 +37,7 @@ def always_on(problem: Problem, fit: Fit) -> Candidate:
 
     def stands(machines: int) -> bool:
         tried[machines] = felt_at(problem, fit, machines)
-        return late_flaw(problem, tried[machines].late) is None
+        return late_flaw(problem, tried[machines].late, episodes=tried[machines].episodes) is None
 
     least = max(1, math.ceil(problem.counts_T.mean() / fit.waits.server.rate))
     allowed = range(min(least, problem.machines_max), problem.machines_max)

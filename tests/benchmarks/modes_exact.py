@@ -15,7 +15,7 @@ import numpy as np
 
 from tasks.consume.problem import Candidate, Kind, Problem
 
-ARRIVALS_MAX, WAKING_ARRIVALS_MAX = 120_000, 3_000_000
+ARRIVALS_MAX, WAKING_ARRIVALS_MAX = 1_000_000, 3_000_000
 _WINDOWS = 12
 _WARM_UP = 60.0
 _SCALE_SECONDS, _SCALE_DOWN = 15, 300

@@ -91,6 +91,14 @@ def test_a_burst_that_takes_a_minute_to_serve_is_late() -> None:
     assert 59 == pytest.approx(felt.age_p99, abs=1)
 
 
+def test_bursts_that_are_late_are_counted_each_once() -> None:
+    counts_T = np.zeros(1000, dtype=np.int64)
+    counts_T[[10, 12, 500]] = 300
+
+    assert 2 == feel(counts_T, 1, waits(), 0.0, 5.0).episodes
+    assert 0 == feel(np.full(1000, 2), 1, waits(), 0.0, 5.0).episodes
+
+
 def test_quantiles_weigh_their_values() -> None:
     assert (1, 2) == quantiles(np.array([2.0, 1.0]), np.array([2.0, 98.0]))
     assert (0, 0) == quantiles(np.zeros(0), np.zeros(0))
