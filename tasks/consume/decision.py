@@ -64,6 +64,11 @@ class Profile(Frozen):
     )
     measured_at: datetime
 
+    @property
+    def busy_ms(self) -> float:
+        """What of a request keeps a slot from forward passes: all of it where that was not measured."""
+        return self.request_ms if self.request_busy_ms is None else self.request_busy_ms
+
 
 class Alternative(Frozen):
     """A way to serve a workload, as simulated over the horizon."""

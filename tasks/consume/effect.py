@@ -101,7 +101,6 @@ def batch_deployment(decision: Decision, terms: Terms, now: datetime) -> Wanted:
     written.
     """
     chosen, workload, batch = decision.chosen, decision.workload, _given(terms.batch, decision, "batch")
-    once = isinstance(workload.consumer, Table) and workload.consumer.once_by is not None
     common = {
         "model": workload.model,
         "source": batch.source,
@@ -119,8 +118,8 @@ def batch_deployment(decision: Decision, terms: Terms, now: datetime) -> Wanted:
         description=_described(decision),
         parameters=common,
         tags=tags_of(decision),
-        schedules=() if once else (_schedule(workload, chosen, now),),
-        runs=1 if once else 0,
+        schedules=() if workload.once else (_schedule(workload, chosen, now),),
+        runs=1 if workload.once else 0,
     )
 
 

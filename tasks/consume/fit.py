@@ -90,9 +90,8 @@ def serving_time(profile: Profile, rows: float) -> tuple[PassTime, float]:
         beside_ms = profile.request_ms + passes.ms(1) - served.ms(1)
         time = PassTime(pass_ms=served.pass_ms, row_ms=served.row_ms + passes.row_ms * (rows - 1))
     else:
-        busy = profile.request_ms if profile.request_busy_ms is None else profile.request_busy_ms
-        beside_ms = profile.request_ms - busy
-        time = PassTime(pass_ms=passes.pass_ms, row_ms=passes.row_ms * rows + busy)
+        beside_ms = profile.request_ms - profile.busy_ms
+        time = PassTime(pass_ms=passes.pass_ms, row_ms=passes.row_ms * rows + profile.busy_ms)
     return time, max(beside_ms, 0.0) / 1000
 
 

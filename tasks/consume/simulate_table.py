@@ -138,8 +138,7 @@ def _times(problem: Problem) -> float:
 def _endpoint_rate(problem: Problem, kind: Kind) -> float:
     """Rows a second of an endpoint that is asked for full passes; somebody must read and write them all the same."""
     profile = problem.profile
-    busy = profile.request_ms if profile.request_busy_ms is None else profile.request_busy_ms
-    rate = 1000 * profile.slots * BATCH_MAX / (profile.pass_time.ms(BATCH_MAX) + busy)
+    rate = 1000 * profile.slots * BATCH_MAX / (profile.pass_time.ms(BATCH_MAX) + profile.busy_ms)
     return min(rate, profile.batch_rows_per_second) * kind.speed
 
 

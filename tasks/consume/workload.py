@@ -157,8 +157,12 @@ class Workload(Frozen):
     @property
     def horizon(self) -> str:
         """What the costs are of, in words."""
-        once = isinstance(self.consumer, Table) and self.consumer.once_by is not None
-        return "one run" if once else f"{self.horizon_days:g} days"
+        return "one run" if self.once else f"{self.horizon_days:g} days"
+
+    @property
+    def once(self) -> bool:
+        """Whether it is a table that is needed once."""
+        return isinstance(self.consumer, Table) and self.consumer.once_by is not None
 
     @model_validator(mode="after")
     def _says_when(self) -> Self:

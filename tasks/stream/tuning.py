@@ -16,8 +16,9 @@ from serving.errors import ModelFailed
 from serving.forward import Forward
 from serving.machine import machine_kind
 from serving.model import Tunable
-from serving.registry import Resolved, save_tag
-from serving.tuner import Tuning, measure, remembered, tag_of, tune
+from serving.registry import Resolved
+from serving.tuner import Tuning, measure, remembered
+from tasks.batch.tuning import tune_and_keep
 from tasks.stream.meter import Meter
 from tasks.stream.microbatch import Dial, Service, choose_dial, fit_seen, fit_service
 from tasks.stream.options import StreamOptions
@@ -55,9 +56,7 @@ def settle(
         encoded = None
     if tuning is None and encoded is not None:
         larger = _larger(encoded, model.batch_sizes[-1])
-        tuning = tune(model, contract, larger, wish, machine=machine_kind(), clock=time.perf_counter)
-        if tuning is not None:
-            save_tag(resolved.pin, tag_of(tuning.machine, wish), tuning.model_dump_json())
+        tuning = tune_and_keep(resolved, model, contract, larger, wish)
     if tuning is not None:
         model = model.using(tuning.engine)
     batch_size = tuning.batch_size if tuning else options.batch_size or model.batch_size
