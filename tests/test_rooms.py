@@ -25,6 +25,7 @@ BATCH_ORDER = (
     *(
         "options",
         "formats",
+        "commit_log",
         "dataset",
         "plan",
         "batches",
@@ -34,6 +35,7 @@ BATCH_ORDER = (
         "share",
         "score",
         "publish",
+        "source",
         "predictions",
     ),
     *("report", "tuning", "run", "lineage", "artifacts"),

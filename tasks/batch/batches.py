@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Snapshot, SourceFile, corrupt_as_named, hive_values
+from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Snapshot, SourceFile, corrupt_as_named
 from tasks.batch.plan import Chunk, Piece, Plan
 from tasks.storage import LocalStorage, Storage, open_storage
 
@@ -112,7 +112,7 @@ class Reader:
             columns[SOURCE_FILE] = pa.repeat(pa.scalar(origin), rows)
             columns[SOURCE_ROW] = pa.array(np.arange(first, first + rows))
         if self._partitions:
-            values = hive_values(origin)
+            values = file.partition_values
             for name, kind in self._partitions.items():
                 columns[name] = pa.repeat(pa.scalar(values[name], pa.string()).cast(kind), rows)
         columns |= {name: batch.column(name) for name in self._physical()}

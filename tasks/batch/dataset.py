@@ -27,7 +27,8 @@ from serving.errors import (
     StorageFault,
 )
 from serving.machine import cores
-from tasks.storage import Entry, LocalStorage, Storage, open_storage, select
+from tasks.batch.commit_log import find_commit_log, must_be_loose
+from tasks.storage import Entry, LocalStorage, Selection, Storage, open_storage, select
 
 SOURCE_FILE, SOURCE_ROW = "source_file", "source_row"
 
@@ -52,9 +53,10 @@ R = TypeVar("R")
 
 
 class SourceFile(Frozen):
-    """One pinned file: path below the root, size in bytes, ETag or mtime, and the rows of each row group.
+    """One pinned file: path below the root, size in bytes, ETag or local times, and the rows of each row group.
 
-    A file that is a staged copy says of which file (`origin`) and of which of its rows it is the first.
+    A file that is a staged copy says of which file (`origin`) and of which of its rows it is the first. One of a table
+    has the partitions that the table's log gives it, in place of those in its path.
     """
 
     path: str
@@ -63,6 +65,12 @@ class SourceFile(Frozen):
     row_groups: tuple[int, ...] = ()
     origin: str | None = None
     origin_row: int = 0
+    partitions: dict[str, str | None] | None = None
+
+    @property
+    def partition_values(self) -> dict[str, str | None]:
+        """Name and value of each partition that the file lies in."""
+        return hive_values(_told(self)) if self.partitions is None else self.partitions
 
     @property
     def entry(self) -> Entry:
@@ -71,11 +79,20 @@ class SourceFile(Frozen):
 
 
 class Snapshot(Frozen):
-    """The files that a run is tied to, in order; `root` is the address that their paths lie below."""
+    """The files that a run is tied to, in order; `root` is the address that their paths lie below.
+
+    `version` is that of a Delta table, and the run of an Overnight destination; None for loose files.
+    """
 
     root: str
     format: str
     files: tuple[SourceFile, ...]
+    version: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What messages and reports call it: its root and, of a table, the version."""
+        return self.root if self.version is None else f"{self.root} (version {self.version})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,10 +113,19 @@ def take_snapshot(source: str, destination: str) -> Snapshot:
     """List the files of a source and pin each by size and ETag or modification time.
 
     A source is one file, a folder or prefix (everything below it, hive partitions too), or a glob.
-    Names that begin with `_` or `.` are passed over. Raises SourceNotFound, SourceFormat, and
-    BadInput where the destination's parts would be taken for the source's files.
+    Names that begin with `_` or `.` are passed over. Raises SourceNotFound, SourceFormat, also for files of a
+    table, which are not to be read as loose files, and BadInput where the destination's parts would be taken for the
+    source's files.
     """
     selected = select(source, open_storage)
+    if log := find_commit_log(selected, source):
+        raise must_be_loose(source, log)
+    must_lie_outside(selected, destination, source)
+    return pin_files(selected, source)
+
+
+def pin_files(selected: Selection, source: str) -> Snapshot:
+    """Return the snapshot of the loose files that a source selects. Raises SourceNotFound, SourceFormat, BadInput."""
     if not selected.entries:
         message = (
             f"The source must name at least one file, got none at {source}. Check the path; names that begin with "
@@ -109,6 +135,20 @@ def take_snapshot(source: str, destination: str) -> Snapshot:
     if undecoded := [entry.path for entry in selected.entries if _UNDECODED.search(entry.path)]:
         message = f"The name of every file must be UTF-8, got {undecoded[0]!r} below {source}. Rename it."
         raise BadInput(message)
+    files = tuple(
+        SourceFile(path=entry.path, size=entry.size, tag=entry.tag)
+        for entry in pin_entries(selected.storage, selected.entries)
+    )
+    return Snapshot(root=selected.storage.url, format=_format(selected.entries, source), files=files)
+
+
+def pin_entries(storage: Storage, entries: Sequence[Entry]) -> list[Entry]:
+    """Return entries of a source as they are pinned: by ETag, and on a local disk by time of change and inode too."""
+    return storage.pin(entries) if isinstance(storage, LocalStorage) else list(entries)
+
+
+def must_lie_outside(selected: Selection, destination: str, source: str) -> None:
+    """Raise BadInput where the parts of a destination would be taken for the files of a source."""
     target = open_storage(destination)
     if selected.takes_from(target, "run=0/part-00000-0000.parquet"):
         message = (
@@ -116,8 +156,6 @@ def take_snapshot(source: str, destination: str) -> Snapshot:
             f"{target.url} inside {source}. Choose another destination, or name the source's files by a glob."
         )
         raise BadInput(message)
-    files = tuple(SourceFile(path=entry.path, size=entry.size, tag=entry.tag) for entry in selected.entries)
-    return Snapshot(root=selected.storage.url, format=_format(selected.entries, source), files=files)
 
 
 def _format(entries: list[Entry], source: str) -> str:
@@ -139,13 +177,16 @@ def open_dataset(snapshot: Snapshot, columns: Sequence[str], keys: Sequence[str]
     Raises SourceCorrupt by file name, SchemaMismatch where a used column's type differs between
     files, SourceEmpty where there are no rows.
     """
+    if not snapshot.files:
+        message = f"The source must hold at least one row, got a table without files at {snapshot.title}."
+        raise SourceEmpty(message)
     storage = open_storage(snapshot.root)
     first = _read_footer(storage, snapshot.files[0])
     others = in_parallel(storage, lambda file: _read_footer(storage, file, like=first[1]), snapshot.files[1:])
     footers = [first, *others]
     with_rows = [(file, schema) for file, schema in footers if sum(file.row_groups)]
     if not with_rows:
-        message = f"The source must hold at least one row, got none in {len(footers)} files below {snapshot.root}."
+        message = f"The source must hold at least one row, got none in {len(footers)} files below {snapshot.title}."
         raise SourceEmpty(message)
     used = dict.fromkeys([*columns, *keys])
     schema = _one_schema(with_rows, list(used))
@@ -243,7 +284,7 @@ def _partitions(files: Sequence[SourceFile], used: Sequence[str]) -> list[pa.Fie
     values: dict[str, set[str | None]] = {}
     lacking: dict[str, str] = {}
     for at, file in enumerate(files):
-        found = hive_values(_told(file))
+        found = file.partition_values
         for name, value in found.items():
             if at and name not in values:
                 lacking[name] = _told(files[0])

@@ -196,7 +196,7 @@ def _commit(storage: Storage, table: DeltaTable | None, plan: Plan, schema: Delt
         max_commit_retries=0 if table is None else None,
     )
     if table is None:
-        options = _delta_options(storage)
+        options = delta_options(storage)
         create_table_with_add_actions(
             storage.url, schema, adds, "error", storage_options=options, commit_properties=properties
         )
@@ -217,7 +217,7 @@ def _delta_table(storage: Storage) -> DeltaTable | None:
     from deltalake import DeltaTable  # noqa: PLC0415
     from deltalake.exceptions import DeltaError  # noqa: PLC0415
 
-    options = _delta_options(storage)
+    options = delta_options(storage)
     with _delta_errors(storage):
         if not DeltaTable.is_deltatable(storage.url, storage_options=options):
             return None
@@ -243,7 +243,8 @@ def _delta_errors(storage: Storage) -> Generator[None]:
         raise StorageFault(message) from error
 
 
-def _delta_options(storage: Storage) -> dict[str, str] | None:
+def delta_options(storage: Storage) -> dict[str, str] | None:
+    """Return what deltalake needs to read and write below a storage."""
     if isinstance(storage, LocalStorage):
         return None
     from boto3 import Session  # noqa: PLC0415 - only for S3

@@ -11,7 +11,7 @@ from serving.errors import ModelUnfit, RunDamaged
 from serving.model import Model, load_model
 from serving.registry import Resolved, open_model, resolve_model
 from tasks.batch.batches import block_rows
-from tasks.batch.dataset import Dataset, Snapshot, open_dataset, take_snapshot
+from tasks.batch.dataset import Dataset, Snapshot, open_dataset
 from tasks.batch.delta import check_delta
 from tasks.batch.options import BatchOptions, Ray
 from tasks.batch.parts import check_names, part_schema
@@ -26,6 +26,7 @@ from tasks.batch.plan import (
     save_plan,
 )
 from tasks.batch.publish import Manifest, claim_order, find_damage, find_manifest, find_whole, must_be_of
+from tasks.batch.source import pin_source
 from tasks.batch.staging import stage
 from tasks.batch.tuning import settle_sizes
 from tasks.storage import Storage, check_create_only
@@ -51,7 +52,7 @@ def pin_call(model: str, source: str, destination: str, options: BatchOptions) -
     """Resolve the model and list the source, once. Raises BadInput's kinds; nothing is written."""
     resolved = resolve_model(model)
     contract = resolved.contract(options.input_columns, options.policies)
-    snapshot = take_snapshot(source, destination)
+    snapshot = pin_source(source, destination)
     key = run_key(resolved.pin, snapshot, contract, options)
     return Call(resolved=resolved, snapshot=snapshot, contract=contract, options=options, key=key)
 
@@ -74,7 +75,7 @@ def plan_call(call: Call, storage: Storage) -> Plan:
     if standing is not None:
         return held_to_key(standing, call.key)
     dataset = _open(call, storage)
-    call.contract.check(dataset.schema, f"The dataset at {call.snapshot.root}")
+    call.contract.check(dataset.schema, f"The dataset at {call.snapshot.title}")
     check_names(dataset, call.contract, call.options)
     order_held = 0
     if call.options.output == "delta":

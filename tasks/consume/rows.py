@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 from serving.contract import Contract, Input
 from serving.errors import SourceFormat
 from tasks.batch.batches import Reader
-from tasks.batch.dataset import Dataset, open_dataset, take_snapshot
+from tasks.batch.dataset import Dataset, open_dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import used_columns
+from tasks.batch.source import pin_source
 from tasks.batch.tuning import row_groups
 from tasks.endpoint.samples import Arrays
 
@@ -34,7 +35,7 @@ def open_rows(source: str, elsewhere: str, contract: Contract, options: BatchOpt
 
     Raises SourceFormat for what is no Parquet, since rows of it would have to be staged first.
     """
-    snapshot = take_snapshot(source, elsewhere)
+    snapshot = pin_source(source, elsewhere)
     if snapshot.format != "parquet":
         message = (
             f"The rows to measure with must be Parquet, got {snapshot.format} at {snapshot.root}. Write some of them "
@@ -42,7 +43,7 @@ def open_rows(source: str, elsewhere: str, contract: Contract, options: BatchOpt
         )
         raise SourceFormat(message)
     dataset = open_dataset(snapshot, [column.name for column in contract.columns], options.key_columns)
-    contract.check(dataset.schema, f"The dataset at {snapshot.root}")
+    contract.check(dataset.schema, f"The dataset at {snapshot.title}")
     return dataset
 
 

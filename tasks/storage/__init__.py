@@ -29,6 +29,7 @@ __all__ = [
     "select",
 ]
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _FILE_URL = re.compile(r"file:(?://(?:localhost)?)?(/(?!/).*)", re.DOTALL)
 
 
@@ -36,8 +37,11 @@ def open_storage(url: str) -> Storage:
     """Open a local folder (a path or file://) or an S3 prefix (s3://bucket/prefix).
 
     On S3 the endpoint comes from the environment (AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL) and the
-    credentials from the boto3 chain. Raises BadInput for any other scheme.
+    credentials from the boto3 chain. Raises BadInput for any other scheme, and for control characters.
     """
+    if _CONTROL.search(unquote(url) if url.startswith("file:") else url):
+        message = f"An address must hold no control characters, such as tabs and newlines, got {url!r}. Rename it."
+        raise BadInput(message)
     if url.startswith("s3://"):
         return S3Storage(url)
     if file := _FILE_URL.fullmatch(url):

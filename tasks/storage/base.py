@@ -15,7 +15,8 @@ from serving.errors import DestinationUnusable
 class Entry:
     """One file or object: its path below the root, its size in bytes, and what tells it from another.
 
-    The tag is the ETag on S3, and the modification time in nanoseconds on a local disk.
+    The tag is the ETag on S3. On a local disk it is the modification time in nanoseconds and, for the file of a source,
+    the time of change and the inode: see LocalStorage.pin.
     """
 
     path: str

@@ -6,14 +6,21 @@ import contextlib
 import errno
 import os
 import stat
+import time
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 
-from serving.errors import DestinationUnusable, SourceChanged, StorageDenied, StorageFault, StorageFull
+from serving.errors import BadInput, DestinationUnusable, SourceChanged, StorageDenied, StorageFault, StorageFull
 from tasks.storage.base import Entry
+
+# The clock that file systems take their times from may tick this seldom.
+_TICK_NS = 20_000_000
+# These may number a file anew at each mount.
+_UNSTEADY_INODES = ("fuse", "9p")
 
 
 class LocalStorage:
@@ -61,14 +68,37 @@ class LocalStorage:
 
     def find(self, path: str) -> Entry | None:
         """Return the file of that name, None where there is none."""
+        status = self._status(path)
+        return None if status is None else Entry(path=path, size=status.st_size, tag=str(status.st_mtime_ns))
+
+    def _status(self, path: str) -> os.stat_result | None:
         with local_errors(self.root / path):
             try:
                 status = (self.root / path).stat()
             except (FileNotFoundError, NotADirectoryError):
                 return None
-        if not stat.S_ISREG(status.st_mode):
-            return None
-        return Entry(path=path, size=status.st_size, tag=str(status.st_mtime_ns))
+        return status if stat.S_ISREG(status.st_mode) else None
+
+    def pin(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Return the entries of files that others may rewrite, each tied to its time of change and inode too.
+
+        A modification time can be set, so a file rewritten in place may have its old one; a time of change can't.
+        Files that this storage writes itself must not be pinned so: the time of change of a file that was linked into
+        place changes once more when its temporary name goes. Raises SourceChanged where a file is gone meanwhile.
+        """
+        kinds, pinned, newest = _kinds_of_mounts(), [], 0
+        for entry in entries:
+            status = self._status(entry.path)
+            if status is None:
+                raise _gone(self.root / entry.path)
+            marks = _marks(status)
+            if kinds.get(status.st_dev, "").split(".")[0] in _UNSTEADY_INODES:
+                marks = marks[:-1]
+            pinned.append(replace(entry, size=status.st_size, tag="/".join(marks)))
+            newest = max(newest, status.st_ctime_ns)
+        # What is written from now on must have a later time of change than what is pinned.
+        time.sleep(min(max(newest + _TICK_NS - time.time_ns(), 0), _TICK_NS) / 1e9)
+        return pinned
 
     def entries(self, prefix: str = "", depth: int | None = None) -> list[Entry]:
         """Return every file below a prefix, sorted by path; unfinished writes are left out, links are followed."""
@@ -85,7 +115,7 @@ class LocalStorage:
         return sorted(found, key=lambda entry: entry.path)
 
     def open_pinned(self, entry: Entry) -> pa.NativeFile:
-        """Open a file whose size and modification time are the entry's.
+        """Open a file that is the entry's by all that its tag holds.
 
         Read by read(2), not by memory map: a file cut short while it is mapped ends the process.
         """
@@ -98,17 +128,19 @@ class LocalStorage:
                 raise _gone(path) from error
 
     def hold(self, entry: Entry) -> None:
-        """Raise SourceChanged where the file's size or modification time is not the entry's."""
-        now = self.find(entry.path)
-        if now == entry:
-            return
+        """Raise SourceChanged where the file's size, or what its tag holds, is not the entry's."""
+        status = self._status(entry.path)
         path = self.root / entry.path
-        if now is None:
+        if status is None:
             raise _gone(path)
+        held = entry.tag.split("/")
+        marks = _marks(status)[: len(held)]
+        if status.st_size == entry.size and marks == held:
+            return
         message = (
-            f"{path} must be the file that the plan was made for ({entry.size} bytes, modified at {entry.tag} ns), "
-            f"got {now.size} bytes, modified at {now.tag} ns. Put the old file back and call again, "
-            "or start a new run over the new data."
+            f"{path} must be the file that the plan was made for ({entry.size} bytes, {_told(held)}), "
+            f"got {status.st_size} bytes, {_told(marks)}. Put the old file back and call again, "
+            "or start a new run over the data as it is."
         )
         raise SourceChanged(message)
 
@@ -145,6 +177,29 @@ class LocalStorage:
     def address(self, path: str) -> str:
         """Return the absolute path."""
         return str(self.root / path)
+
+
+def _marks(status: os.stat_result) -> list[str]:
+    """Return what tells a file from another of its name and size; a tag holds the first, two, or all three."""
+    return [str(status.st_mtime_ns), str(status.st_ctime_ns), str(status.st_ino)]
+
+
+def _told(marks: Sequence[str]) -> str:
+    said = ("modified at {} ns", "changed at {} ns", "inode {}")
+    return ", ".join(words.format(mark) for words, mark in zip(said, marks, strict=False))
+
+
+def _kinds_of_mounts() -> dict[int, str]:
+    """Return the kind of file system of each mounted device; nothing where the system does not say."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    kinds = {}
+    for fields in (line.split(" ") for line in lines):
+        major, _, minor = fields[2].partition(":")
+        kinds[os.makedev(int(major), int(minor))] = fields[fields.index("-") + 1]
+    return kinds
 
 
 def _gone(path: Path) -> SourceChanged:
@@ -187,7 +242,24 @@ def _files_below(folder: str, depth: int | None) -> Generator[str]:
         below = at.removeprefix(folder).strip("/")
         if depth is not None and (below.count("/") + 2 if below else 1) >= depth:
             folders.clear()
+        for name in folders:
+            _must_not_lead_back(folder, at, name)
         yield from (os.path.join(at, name) for name in names if not _is_unfinished(name))  # noqa: PTH118 - ten thousand Path objects are slow
+
+
+def _must_not_lead_back(folder: str, at: str, name: str) -> None:
+    """Raise BadInput where a link below a folder leads to a folder that the way to it passes through."""
+    link = os.path.join(at, name)  # noqa: PTH118 - as above
+    if not os.path.islink(link):  # noqa: PTH114 - as above
+        return
+    way = [Path(at), *Path(at).parents]
+    passed = way[: way.index(Path(folder)) + 1]
+    if any(os.path.samefile(link, above) for above in passed):  # noqa: PTH121 - as above
+        message = (
+            f"A link below {folder} must not lead back to a folder that it lies in, or the folder would have no end; "
+            f"got {link}, which leads to {os.path.realpath(link)}. Remove the link, or name the files by a glob."
+        )
+        raise BadInput(message)
 
 
 def _make_folders(folder: Path) -> None:
@@ -218,6 +290,9 @@ def local_errors(path: Path) -> Generator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             message = f"{path} must be accessible, got: {error.strerror}. Allow it for this user, then call again."
             raise StorageDenied(message) from error
+        if error.errno == errno.ELOOP:
+            message = f"{path} must lead to a file or folder, got a link that leads back to itself. Remove the link."
+            raise BadInput(message) from error
         if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
             message = f"{path} must be a place for files below folders, got: {error.strerror}. Choose another path."
             raise DestinationUnusable(message) from error

@@ -7,7 +7,7 @@ import io
 import os
 import re
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
 import obstore
@@ -28,6 +28,8 @@ from serving.errors import BadInput, OvernightError, SourceChanged, StorageDenie
 from tasks.storage.base import Entry
 
 _DENIED = re.compile("AccessDenied|InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken|Access Denied")
+# As obstore's client says it of a name that it can't ask for.
+_UNFIT_NAME = re.compile(r'invalid path: .*?[Pp]ath "(.*?)"', re.DOTALL)
 
 
 class S3Storage:
@@ -71,12 +73,20 @@ class S3Storage:
         """Return every object below a prefix, sorted by path; the marks that consoles make of folders are left out."""
         base = prefix.rstrip("/")
         with _s3_errors(self.address(prefix)):
-            pages = obstore.list(self._store, base or None, chunk_size=1000)
-            found = [_s3_entry(meta) for page in pages for meta in page]
+            found = [_s3_entry(meta) for page in self._pages(base or None, depth) for meta in page]
         levels = len(base.split("/")) if base else 0
-        near = (entry for entry in found if depth is None or entry.path.count("/") < levels + depth)
+        near = [entry for entry in found if depth is None or entry.path.count("/") < levels + depth]
+        for entry in near:
+            # What XML can't hold is listed as a replacement character, and there is nothing of that name.
+            if "\ufffd" in entry.path and not self.exists(entry.path):
+                raise _unfit_name(self.address(prefix), entry.path)
         # An empty object "sales/" is listed as "sales", and there is none of that name.
         return sorted((entry for entry in near if entry.size or self.exists(entry.path)), key=lambda entry: entry.path)
+
+    def _pages(self, base: str | None, depth: int | None) -> Iterable[Sequence[Any]]:
+        if depth == 1:
+            return [obstore.list_with_delimiter(self._store, base)["objects"]]
+        return obstore.list(self._store, base, chunk_size=1000)
 
     def open_pinned(self, entry: Entry) -> pa.NativeFile:
         """Open an object; every read sends If-Match with the entry's ETag."""
@@ -223,12 +233,21 @@ def _s3_errors(address: str) -> Generator[None]:
 
 
 def _named(address: str, error: Exception) -> OvernightError:
+    if unfit := _UNFIT_NAME.search(str(error)):
+        return _unfit_name(address, unfit[1])
     got = _told(error)
     if "NoSuchBucket" in got:
         return BadInput(f"The bucket of {address} must exist, got: {got} Create it, or correct the address.")
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or _DENIED.search(got):
         return StorageDenied(f"{address} must be allowed to these credentials, got: {got} Allow it, then call again.")
     return StorageFault(f"{address} must answer, got: {got} Call again once it does: the run resumes.")
+
+
+def _unfit_name(address: str, name: str) -> BadInput:
+    return BadInput(
+        f"The name of every object below {address} must have no control characters, such as tabs and newlines, and no "
+        f"empty part between two slashes, got {name!r}. Rename it."
+    )
 
 
 def _told(error: Exception) -> str:

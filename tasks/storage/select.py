@@ -17,11 +17,15 @@ _WILD = re.compile(r"[*?\[]")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """The entries that an address selects below a root, and the globs that selected them, one a level."""
+    """The entries that an address selects below a root, and the globs that selected them, one a level.
+
+    `listed` holds the entries that were passed over too; of a local folder, down to the level of the last glob.
+    """
 
     storage: Storage
     globs: tuple[str, ...]
     entries: list[Entry]
+    listed: list[Entry]
 
     def takes_from(self, other: Storage, path: str) -> bool:
         """Whether the same address would select that path of another storage too, if there were such a file."""
@@ -41,11 +45,12 @@ def select(address: str, open_at: Callable[[str], Storage]) -> Selection:
     """
     root, globs = _split(address)
     storage = open_at(root)
-    entries = storage.entries(depth=None if "**" in globs else len(globs))
+    # S3 is listed to its end whatever the depth.
+    entries = storage.entries(depth=len(globs) if "**" not in globs and isinstance(storage, LocalStorage) else None)
     if not entries and globs == ("**",):
         return _one_file(storage, open_at)
     fitting = [entry for entry in entries if _fits(entry.path.split("/"), globs)]
-    return Selection(storage=storage, globs=globs, entries=fitting)
+    return Selection(storage=storage, globs=globs, entries=fitting, listed=entries)
 
 
 def _split(address: str) -> tuple[str, tuple[str, ...]]:
@@ -81,4 +86,5 @@ def _one_file(storage: Storage, open_at: Callable[[str], Storage]) -> Selection:
     if name and above != "s3:/":
         storage = open_at(above or "/")
         found = storage.find(name)
-    return Selection(storage=storage, globs=(), entries=[] if found is None else [found])
+    one = [] if found is None else [found]
+    return Selection(storage=storage, globs=(), entries=one, listed=one)
