@@ -23,7 +23,7 @@ from serving.encode import BatchUnit, Encoded
 from serving.engine import Engine, Wish
 from serving.environment import variable
 from serving.errors import ModelUnfit
-from serving.registry import Resolved
+from serving.registry import FileStates, ModelPin, Resolved, digest_folder, file_states, must_be_as_hashed
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -105,10 +105,13 @@ def load_model(resolved: Resolved, contract: Contract, *, allow_pickle: bool = F
     """Load a resolved model, once in each process.
 
     Raises ModelUnfit where the model is pickled and `allow_pickle` is not set, since unpickling
-    runs whatever code the file holds.
+    runs whatever code the file holds; and where a file was changed since the files were hashed, until all were loaded.
     """
     with _loading:
-        loaded = _load(resolved.folder, resolved.pin.digest, resolved.is_torch, allow_pickle)
+        files = resolved.files or _hashed(resolved)
+        loaded = _load(resolved.folder, resolved.pin, files, resolved.is_torch, allow_pickle)
+        if not resolved.is_torch:
+            _read_later[resolved.pin.digest] = (resolved.folder, files)
     if resolved.is_torch:
         import torch  # noqa: PLC0415 - a finished run is told so before torch is imported
 
@@ -123,6 +126,31 @@ def load_model(resolved: Resolved, contract: Contract, *, allow_pickle: bool = F
     return PyfuncModel(loaded, contract)
 
 
+def must_be_unchanged(pin: ModelPin) -> None:
+    """Raise ModelUnfit where a loaded model may still read its files, and one was changed since they were hashed.
+
+    An exported torch module is in memory; what runs Python may open artifacts, import code, or map weights at any time.
+    """
+    if pin.digest in _read_later:
+        must_be_as_hashed(pin, *_read_later[pin.digest])
+
+
+_read_later: dict[str, tuple[Path, FileStates]] = {}
+
+
+def _hashed(resolved: Resolved) -> FileStates:
+    """Hash the files that a release was made with, and return their state; raises ModelUnfit where they are others."""
+    files = file_states(resolved.folder)
+    digest = digest_folder(resolved.folder)
+    if digest != resolved.pin.digest:
+        message = (
+            f"The files in {resolved.folder} must be those of {resolved.pin.uri} (digest {resolved.pin.digest[:12]}), "
+            f"got digest {digest[:12]}. Deploy the version again."
+        )
+        raise ModelUnfit(message)
+    return files
+
+
 # MLflow reads it at every load, and takes an absent one as yes.
 _ALLOW_PICKLE = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"
 
@@ -130,16 +158,21 @@ _loading = threading.Lock()
 
 
 @functools.lru_cache(maxsize=2)
-def _load(folder: Path, digest: str, is_torch: bool, allow_pickle: bool) -> Any:  # noqa: ARG001, FBT001 - the digest is a key of the cache
+def _load(folder: Path, pin: ModelPin, files: FileStates, is_torch: bool, allow_pickle: bool) -> Any:  # noqa: FBT001 - keys of the cache
     import mlflow.pyfunc  # noqa: PLC0415 - seconds of imports that a finished run does not need
 
     with variable(_ALLOW_PICKLE, str(allow_pickle).lower()), _no_bytecode():
         try:
-            return _load_torch(folder, allow_pickle=allow_pickle) if is_torch else mlflow.pyfunc.load_model(str(folder))
+            if is_torch:
+                model = _load_torch(folder, allow_pickle=allow_pickle)
+            else:
+                model = mlflow.pyfunc.load_model(str(folder))
         except ModelUnfit:
             raise
         except Exception as error:  # a flavour's loader may raise anything; it all means the same here
             raise _unfit(folder, error, allow_pickle=allow_pickle) from error
+    must_be_as_hashed(pin, folder, files)
+    return model
 
 
 @contextmanager

@@ -6,7 +6,8 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -26,6 +27,11 @@ _URI = re.compile(r"(?:models:/)?(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<vers
 _COPIED = re.compile(r"models:/(?P<name>[^/@]+)/(?P<version>\d+)")
 _BLOCK = 1 << 20
 _MODELS_SHOWN = 20
+# The clock that file systems take their times from may tick this seldom.
+_TICK_NS = 20_000_000
+
+# Path, size, time of modification and time of change of each file of a folder. The last can't be set.
+FileStates = tuple[tuple[str, int, int, int], ...]
 
 
 class ModelPin(Frozen):
@@ -45,11 +51,16 @@ class ModelPin(Frozen):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """A pinned model, the folder that holds its files (read only), and what they say of it."""
+    """A pinned model, the folder that holds its files (read only), and what they say of it.
+
+    `files` is the state of the files when they were hashed; without it they are hashed, and held to the pin, at the
+    load.
+    """
 
     pin: ModelPin
     folder: Path
     mlmodel: MLmodel
+    files: FileStates | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -112,8 +123,9 @@ def open_model(*, name: str, version: str, source: str) -> Resolved:
     if not mlmodel_file.is_file():
         message = f"The files of {name} version {version} must hold an MLmodel, got none in {folder}. Log it again."
         raise ModelUnfit(message)
+    files = file_states(folder)
     pin = ModelPin(name=name, version=version, model_id=model_id, source=source, digest=digest_folder(folder))
-    return Resolved(pin=pin, folder=folder, mlmodel=MLmodel.load(str(mlmodel_file)))
+    return Resolved(pin=pin, folder=folder, mlmodel=MLmodel.load(str(mlmodel_file)), files=files)
 
 
 def _version(client: MlflowClient, uri: str, match: re.Match[str]) -> str:
@@ -199,12 +211,55 @@ def digest_folder(folder: Path) -> str:
     that MLflow writes into a local model when it is loaded by them.
     """
     whole = hashlib.sha256()
-    files = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    files = (path for path in files if path != folder / REGISTERED_MODEL_META_FILE_NAME)
-    for file in sorted(files):
+    for file in sorted(_files_below(folder)):
         inner = hashlib.sha256()
         with file.open("rb") as stream:
             while block := stream.read(_BLOCK):
                 inner.update(block)
         whole.update(f"{file.relative_to(folder).as_posix()}\0{inner.hexdigest()}\n".encode())
     return whole.hexdigest()
+
+
+def file_states(folder: Path) -> FileStates:
+    """Return the state of every file that the digest of a folder is over; whoever writes one later changes its state.
+
+    Raises ModelUnfit where a folder below is a link, since what it leads to is not in the digest.
+    """
+    states = []
+    for file in sorted(_files_below(folder)):
+        status = file.stat()
+        states.append((str(file.relative_to(folder)), status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    newest = max((changed for *_, changed in states), default=0)
+    time.sleep(min(max(newest + _TICK_NS - time.time_ns(), 0), _TICK_NS) / 1e9)
+    return tuple(states)
+
+
+def must_be_as_hashed(pin: ModelPin, folder: Path, files: FileStates) -> None:
+    """Raise ModelUnfit where a file of a model is not in the state any more that it had when it was hashed."""
+    try:
+        now = file_states(folder)
+    except FileNotFoundError as error:
+        now = ((str(error.filename), 0, 0, 0),)
+    if now == files:
+        return
+    changed = sorted({path for path, *_ in set(now) ^ set(files)})
+    message = (
+        f"The files of {pin.uri} must stay as they were when they were hashed (digest {pin.digest[:12]}), for as long "
+        f"as they are read, but {len(changed)} in {folder} were changed, the first {changed[0]}. Put them back and "
+        "call again; a new version belongs in the registry under a number of its own."
+    )
+    raise ModelUnfit(message)
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        if "__pycache__" in path.parts or path == folder / REGISTERED_MODEL_META_FILE_NAME:
+            continue
+        if path.is_file():
+            yield path
+        elif path.is_symlink() and path.is_dir():
+            message = (
+                "A model's folder must hold no link to a folder, since what that holds would not be in the digest; got "
+                f"{path}. Log the model with the files themselves."
+            )
+            raise ModelUnfit(message)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import re
 from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -23,6 +25,9 @@ from tasks.batch.plan import Chunk, Plan, digest_chunk
 from tasks.storage import Entry, Storage
 
 REJECT_COLUMN, REJECT_REASON = "reject_column", "reject_reason"
+
+# Of polars and of Delta; pyarrow's decimal256 has more.
+_DECIMAL_DIGITS_MAX = 38
 
 _NAME = re.compile(r"part-(\d{5,})-(\d{4,})(?:-([0-9a-f]{12}))?\.parquet")
 _DIGEST_SHOWN = 12
@@ -73,7 +78,8 @@ def key_names(options: BatchOptions) -> list[str]:
 def check_names(dataset: Dataset, contract: Contract, options: BatchOptions) -> None:
     """Hold the key columns against the dataset, and the names of a part's columns against each other.
 
-    Raises SchemaMismatch for keys that are missing, BadInput for names that clash.
+    Raises SchemaMismatch for keys that are missing, BadInput for names that clash, and for keys of a type that could
+    not be read back from a part.
     """
     if missing := [key for key in options.key_columns if key not in dataset.schema.names]:
         message = f"Each key must be a column of the dataset, got {missing}. Columns found: {dataset.schema.names}."
@@ -89,6 +95,39 @@ def check_names(dataset: Dataset, contract: Contract, options: BatchOptions) -> 
             f"A part's columns must have different names, got {twice} twice. Choose other keys, or rename the output."
         )
         raise BadInput(message)
+    for key in options.key_columns:
+        _must_be_readable(key, dataset.schema.field(key).type, options)
+
+
+def _must_be_readable(key: str, given: pa.DataType, options: BatchOptions) -> None:
+    """Raise BadInput where a part that holds a key could not be read back, as a trial of one row shows."""
+    try:
+        stored = stored_type(given, options.output)
+        got = _find_unread(stored)
+        if got is None:
+            trial = io.BytesIO()
+            pq.write_table(pa.table({key: pa.nulls(1, stored)}), trial)
+            pq.read_table(io.BytesIO(trial.getvalue()))
+            pl.read_parquet(io.BytesIO(trial.getvalue()))
+            return
+    except (Exception, pl.exceptions.PanicException) as error:  # noqa: BLE001 - each reader has errors of its own
+        got = " ".join(str(error).split())[:200]
+    message = (
+        f"A key must have a type that can be written to Parquet and read back by pyarrow and polars, got {key!r} of "
+        f"type {given}: {got}. Cast it in the source, or choose other key columns."
+    )
+    raise BadInput(message)
+
+
+def _find_unread(given: pa.DataType) -> str | None:
+    """Say what of a type polars can't read, or ends in a panic over; None where a trial may be made."""
+    if pa.types.is_decimal(given) and given.precision > _DECIMAL_DIGITS_MAX:
+        return f"no more than {_DECIMAL_DIGITS_MAX} digits are read"
+    if pa.types.is_list_view(given) or pa.types.is_large_list_view(given):
+        return "list views are not read"
+    inner = [given.field(at).type for at in range(given.num_fields)] if pa.types.is_nested(given) else []
+    inner += [given.value_type] if pa.types.is_dictionary(given) else []
+    return next((found for each in inner if (found := _find_unread(each))), None)
 
 
 def part_schema(contract: Contract, options: BatchOptions, dataset: Dataset) -> pa.Schema:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from serving.encode import Encoded, Flags, encode
 from serving.errors import SourceFault, TooManyRejects
 from serving.forward import Forward, Halted, Predictions
-from serving.model import Model
+from serving.model import Model, must_be_unchanged
 from tasks.batch.batches import ahead, open_reader
 from tasks.batch.parts import ChunkId, Reasons, count_reasons, encode_part, key_names, part_path
 from tasks.batch.plan import Plan
@@ -210,6 +210,7 @@ class _Slot:
             predictions = {name: np.concatenate([p[name] for p in held.predictions]) for name in held.predictions[0]}
             keys = pa.concat_tables(held.keys)
             data = encode_part(self._plan, self._chunks[chunk], keys, predictions, flags, batch_size)
+            must_be_unchanged(self._plan.model)
             won = self._scorer.destination.put_new(part_path(self._plan, chunk), data)
         self._share.scored(chunk, time.perf_counter() - held.started, won=won)
         self._done.rows += len(flags.code_N)

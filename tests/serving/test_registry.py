@@ -17,7 +17,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
 
 from serving.errors import ModelNotFound, ModelUnfit
-from serving.model import load_model
+from serving.model import load_model, must_be_unchanged
 from serving.registry import _download, digest_folder, open_model, resolve_model
 from tests.serving.toys import SCORE, network, tensor
 from tests.support import register_network
@@ -307,3 +307,85 @@ def test_files_that_are_not_where_the_registry_says_are_unfit(tmp_path: Path, mo
             open_model(name="gone", version="3", source=source)
 
     assert {} == listing(tmp_path)
+
+
+def rewrite(file: Path, old: str, new: str) -> None:
+    """Change a file's bytes in place, and give it the size and the modification time that it had."""
+    before = file.stat()
+    assert len(old) == len(new)
+    file.write_text(file.read_text().replace(old, new))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def log_doubler(log_code: Log, name: str) -> str:
+    signature = (Schema([ColSpec("double", "a")]), Schema([tensor("float64")]))
+    return log_code(name, 'x["a"].to_numpy() * 2', *signature)
+
+
+@pytest.mark.parametrize("times", ["changed", "changed and back"])
+def test_a_model_whose_files_are_swapped_between_digest_and_load_is_refused(log_code: Log, times: str) -> None:
+    resolved = resolve_model(log_doubler(log_code, f"swapped-{len(times)}"))
+    script = resolved.folder / "script.py"
+    rewrite(script, "* 2", "* 3")
+    if times == "changed and back":
+        rewrite(script, "* 3", "* 2")
+
+    with pytest.raises(ModelUnfit, match=r"must stay as they were when they were hashed .* the first script\.py"):
+        load_model(resolved, resolved.contract({}, {}))
+
+
+def test_a_model_whose_files_are_swapped_while_they_load_is_refused(log_code: Log) -> None:
+    resolved = resolve_model(log_doubler(log_code, "swapping"))
+    script = resolved.folder / "script.py"
+    # It changes itself as it is loaded, as somebody else may.
+    script.write_text(script.read_text() + "\nfrom pathlib import Path\nPath(__file__).write_bytes(b'# gone')\n")
+    resolved = resolve_model("models:/swapping/1")
+
+    with pytest.raises(ModelUnfit, match=r"but 1 in .* were changed, the first script\.py"):
+        load_model(resolved, resolved.contract({}, {}))
+
+
+def test_a_network_whose_files_are_swapped_between_digest_and_load_is_refused(log_network: Log) -> None:
+    resolved = resolve_model(log_network("swapped-network", network(seed=5)))
+    other = resolve_model(log_network("swapped-network", network(seed=6)))
+    for file in (path for path in other.folder.rglob("*.pt2")):
+        shutil.copy(file, resolved.folder / file.relative_to(other.folder))
+
+    with pytest.raises(ModelUnfit, match="must stay as they were when they were hashed"):
+        load_model(resolved, resolved.contract({}, {}))
+
+
+def test_a_loaded_model_that_may_still_read_its_files_is_held_to_them(log_code: Log) -> None:
+    resolved = resolve_model(log_doubler(log_code, "late"))
+    load_model(resolved, resolved.contract({}, {}))
+    must_be_unchanged(resolved.pin)
+    (resolved.folder / "later.py").write_text("x = 1")
+
+    with pytest.raises(ModelUnfit, match=r"the first later\.py"):
+        must_be_unchanged(resolved.pin)
+
+
+def test_a_loaded_model_whose_files_are_gone_is_held_to_them(log_code: Log) -> None:
+    resolved = resolve_model(log_doubler(log_code, "deleted-later"))
+    load_model(resolved, resolved.contract({}, {}))
+    shutil.rmtree(resolved.folder)
+
+    with pytest.raises(ModelUnfit, match="were changed, the first MLmodel"):
+        must_be_unchanged(resolved.pin)
+
+
+def test_a_network_in_memory_needs_its_files_no_more(log_network: Log) -> None:
+    resolved = resolve_model(log_network("in-memory", network(seed=7)))
+    load_model(resolved, resolved.contract({}, {}))
+    shutil.rmtree(resolved.folder)
+    must_be_unchanged(resolved.pin)
+
+
+def test_a_link_to_a_folder_among_a_models_files_is_refused(tmp_path: Path, pt2: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(resolve_model(pt2).folder, copy)
+    (tmp_path / "code").mkdir()
+    (copy / "code").symlink_to(tmp_path / "code")
+
+    with pytest.raises(ModelUnfit, match="must hold no link to a folder"):
+        open_model(name="pt2", version="1", source=str(copy))

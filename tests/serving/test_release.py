@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from serving.errors import ModelFailed, ModelUnfit
-from serving.registry import resolve_model
+from serving.registry import digest_folder, resolve_model
 from serving.release import MODEL_FOLDER, RELEASE_FILE, Release, Runtime, open_release
 from tests.support import register_script
 
@@ -98,6 +98,18 @@ def test_texts_are_tokenised_and_answered_in_their_order(minilm: str, glosses: l
 def test_a_folder_whose_model_does_not_load_is_refused(sleepy: str, tmp_path: Path) -> None:
     folder = folder_of(sleepy, tmp_path / "release")
     (folder / MODEL_FOLDER / "scripted.py").write_text("no code")
+    release = Release.model_validate_json((folder / RELEASE_FILE).read_text())
+    pin = release.pin.model_copy(update={"digest": digest_folder(folder / MODEL_FOLDER)})
+    (folder / RELEASE_FILE).write_text(release.model_copy(update={"pin": pin}).model_dump_json())
 
     with pytest.raises(ModelUnfit, match="must load here"):
+        open_release(folder)
+
+
+def test_a_folder_whose_model_is_another_than_its_release_says_is_refused(sleepy: str, tmp_path: Path) -> None:
+    folder = folder_of(sleepy, tmp_path / "release")
+    script = folder / MODEL_FOLDER / "scripted.py"
+    script.write_text(script.read_text().replace("* 2", "* 3"))
+
+    with pytest.raises(ModelUnfit, match=r"must be those of models:/sleepy/1 \(digest .*\), got digest .*Deploy"):
         open_release(folder)

@@ -7,16 +7,20 @@ import hashlib
 import json
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from serving.contract import Contract, Output
 from serving.encode import Flags
@@ -209,6 +213,12 @@ KEYS = {
     "half": pa.array([np.float16(0.5), None, np.float16(2)], pa.float16()),
     "boolean": pa.array([True, None, False]),
     "list": pa.array([[1], None, []], pa.list_(pa.int8())),
+    "decimal of few digits in 32 bytes": pa.array([Decimal("1.23"), None, Decimal("-0.01")], pa.decimal256(10, 2)),
+    "decimal of 38 digits": pa.array([Decimal(10) ** 37, None, -(Decimal(10) ** 37)], pa.decimal128(38, 0)),
+    "time": pa.array([1, None, 86399], pa.time32("s")),
+    "seconds": pa.array([1, None, 3], pa.timestamp("s")),
+    "duration": pa.array([1, None, 3], pa.duration("ms")),
+    "a zone by its minutes": pa.array([1, None, 3], pa.timestamp("us", "+02:00")),
     "struct": pa.array([{"x": 1}, None, {"x": None}]),
     "fixed list": pa.array([[1, 2], [3, 4], [5, None]], pa.list_(pa.int8(), 2)),
     "tensor": pa.FixedShapeTensorArray.from_numpy_ndarray(np.arange(6, dtype=np.int8).reshape(3, 2)),
@@ -230,6 +240,70 @@ def test_keys_of_any_type_come_through(place: str, name: str) -> None:
     # Python's times have no nanoseconds, so they are no help in comparing them.
     if name != "nanoseconds":
         assert part["key"].to_pylist() == pl.read_parquet(bytes(a_part(plan, (0, 0))))["key"].to_list()
+
+
+UNREADABLE = {
+    "decimal of 39 digits": pa.decimal256(39, 2),
+    "decimal of 76 digits": pa.decimal256(76, 0),
+    "dictionary of wide decimals": pa.dictionary(pa.int8(), pa.decimal256(40, 1)),
+    "list of wide decimals": pa.list_(pa.decimal256(40, 1)),
+    "struct of wide decimals": pa.struct([("x", pa.list_(pa.decimal256(40, 1)))]),
+    "map of wide decimals": pa.map_(pa.string(), pa.decimal256(40, 1)),
+    "interval": pa.month_day_nano_interval(),
+    "struct of nothing": pa.struct([]),
+    "binary of no bytes": pa.binary(0),
+    "list view": pa.list_view(pa.int8()),
+    "large list view": pa.large_list_view(pa.int8()),
+    "list of list views": pa.list_(pa.list_view(pa.int8())),
+    "union": pa.sparse_union([pa.field("a", pa.int8())]),
+    "runs": pa.run_end_encoded(pa.int32(), pa.string()),
+    "a decimal of hundreds": pa.decimal128(10, -2),
+}
+
+
+@pytest.mark.parametrize("output", ["parquet", "delta"])
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_key_of_a_type_that_readers_lack_is_refused_by_name(name: str, output: Literal["parquet", "delta"]) -> None:
+    schema = pa.schema([("key", UNREADABLE[name]), ("a", pa.float32())])
+    dataset = Dataset(snapshot=Snapshot(root="/in", format="parquet", files=()), schema=schema, hive=())
+    with pytest.raises(BadInput, match=r"read back by pyarrow and polars, got 'key' of type .*Cast it in the source"):
+        check_names(dataset, a_contract("a"), BatchOptions(key_columns=("key",), output=output))
+
+
+@st.composite
+def key_types(draw: st.DrawFn) -> pa.DataType:
+    """Draw any type that a Parquet file may give a column, lists and structs of others too."""
+    plain = [pa.null(), pa.bool_(), pa.int8(), pa.uint64(), pa.float16(), pa.float64(), pa.date32(), pa.date64()]
+    plain += [pa.string(), pa.large_binary(), pa.string_view(), pa.binary(7), pa.time64("ns"), pa.duration("s")]
+    plain += [pa.timestamp(unit, zone) for unit in ("s", "ns") for zone in (None, "UTC", "+05:30", "Asia/Tokyo", "X/Y")]
+    plain += [pa.decimal128(38, 5), pa.decimal256(38, 5), pa.decimal256(39, 5), pa.decimal64(9, 9), pa.decimal32(5, 0)]
+    plain += [pa.uuid(), pa.json_(), pa.bool8()]
+    if draw(st.integers(0, 2)):
+        return draw(st.sampled_from(plain))
+    inner = draw(key_types())
+    name = draw(st.sampled_from(["x", "", "a.b"]))
+    nested = [pa.list_(inner), pa.large_list(inner), pa.list_(inner, 2), pa.list_view(inner)]
+    nested += [pa.struct([(name, inner)]), pa.map_(pa.string(), inner)]
+    return draw(st.sampled_from(nested))
+
+
+@settings(max_examples=150, deadline=None)
+@given(kind=key_types())
+def test_a_key_of_any_type_is_refused_or_read_back(kind: pa.DataType) -> None:
+    dataset = Dataset(
+        snapshot=Snapshot(root="/in", format="parquet", files=()), schema=pa.schema([("key", kind)]), hive=()
+    )
+    options = BatchOptions(key_columns=("key",))
+    try:
+        check_names(dataset, a_contract("a"), options)
+    except BadInput:
+        return
+    stored = part_schema(a_contract("a"), options, dataset).field("key").type
+    with tempfile.TemporaryDirectory() as folder:
+        pq.write_table(pa.table({"key": pa.nulls(3, stored)}), f"{folder}/part.parquet")
+
+        assert 3 == pq.read_table(f"{folder}/part.parquet").num_rows
+        assert [None] * 3 == pl.scan_parquet(f"{folder}/part.parquet").collect()["key"].to_list()
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.encode import Encoded
-from serving.errors import SourceCorrupt, TooManyRejects
+from serving.errors import ModelUnfit, SourceCorrupt, TooManyRejects
+from serving.model import load_model
+from serving.registry import resolve_model
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import list_parts, part_path
 from tasks.batch.plan import Plan
 from tasks.batch.score import Scored, Scorer, check_rejects
 from tasks.spot.notice import Notice, sigterm
 from tasks.storage import Storage, open_storage
+from tests.support import register_script
 from tests.tasks.batch.small import a_plan, numbers, parquet, put, put_parts
 
 
@@ -285,3 +288,19 @@ def test_a_fraction_of_rejects_is_of_all_rows(plan: Plan, rejects: int, refused:
 def test_too_many_rejects_name_the_run_that_shows_them(plan: Plan) -> None:
     with pytest.raises(TooManyRejects, match=rf"See why with open_rejects\(destination, run='{plan.run}'\)"):
         check_rejects(plan.rows, plan, 0.1)
+
+
+def test_no_part_is_written_once_the_files_of_a_model_that_reads_them_later_were_changed(
+    registry: Path, tmp_path: Path
+) -> None:
+    uri = register_script("reads-later", "pass")
+    resolved = resolve_model(uri)
+    load_model(resolved, resolved.contract({}, {}))
+    put(f"{tmp_path}/in", {"a.parquet": numbers(0, 25)})
+    plan = a_plan(f"{tmp_path}/in", f"{tmp_path}/out", pin=resolved.pin)
+    (resolved.folder / "scripted.py").write_text("other = 1")
+    destination = open_storage(f"{tmp_path}/out")
+
+    with pytest.raises(ModelUnfit, match="must stay as they were when they were hashed"):
+        score(plan, destination, Adder())
+    assert {} == list_parts(destination, plan.run)

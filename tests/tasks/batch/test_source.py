@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-import uuid
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import polars as pl
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from serving.errors import BadInput, NoCompleteRun, SourceChanged, SourceEmpty, SourceFormat
-from serving.registry import ModelPin
 from tasks.batch.batches import Reader
 from tasks.batch.dataset import Snapshot, open_dataset, take_snapshot
 from tasks.batch.delta import delta_options
@@ -369,12 +365,12 @@ def test_a_destination_or_run_that_is_not_complete_is_refused(place: str) -> Non
     put(f"{place}/in", {"a.parquet": numbers(0, 25)})
     plan = a_plan(f"{place}/in", f"{place}/out", BatchOptions(name="begun", rows_per_chunk=10))
     save_plan(open_storage(f"{place}/out"), plan)
-    with pytest.raises(NoCompleteRun, match="A run of the Overnight destination .* must be complete"):
+    with pytest.raises(NoCompleteRun, match=r"A run of the Overnight destination .* must be complete"):
         pin_source(f"{place}/out", ELSEWHERE)
     put_parts(plan, open_storage(f"{place}/out"))
-    with pytest.raises(NoCompleteRun, match="A run of the Overnight destination .* must be complete"):
+    with pytest.raises(NoCompleteRun, match=r"A run of the Overnight destination .* must be complete"):
         pin_source(f"{place}/out", ELSEWHERE)
-    with pytest.raises(NoCompleteRun, match="Run begun of the Overnight destination .* must be complete"):
+    with pytest.raises(NoCompleteRun, match=r"Run begun of the Overnight destination .* must be complete"):
         pin_source(f"{place}/out/run=begun", ELSEWHERE)
 
 
