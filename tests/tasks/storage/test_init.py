@@ -62,3 +62,15 @@ def test_an_s3_address_names_a_bucket(address: str) -> None:
 @pytest.mark.parametrize("address", ["s3://lake/a", "s3://lake/a/", "s3://lake/a//"])
 def test_slashes_at_the_end_of_an_s3_address_make_no_difference(address: str) -> None:
     assert open_storage(address).url == "s3://lake/a"
+
+
+@pytest.mark.parametrize("mark", ["\n", "\t", "\r", "\x00", "\x1f", "\x7f"])
+@pytest.mark.parametrize("address", ["/a/b{}c", "s3://lake/b{}c", "relative{}", "file:///a/b{}"])
+def test_an_address_with_a_control_character_is_bad_input(address: str, mark: str) -> None:
+    with pytest.raises(BadInput, match="must hold no control characters, such as tabs and newlines, got "):
+        open_storage(address.format(mark))
+
+
+def test_a_file_url_with_an_escaped_control_character_is_bad_input() -> None:
+    with pytest.raises(BadInput, match="must hold no control characters"):
+        open_storage("file:///a/b%0Ac")

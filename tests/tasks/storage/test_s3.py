@@ -213,3 +213,27 @@ def test_the_endpoint_for_s3_alone_goes_first(monkeypatch: pytest.MonkeyPatch) -
         "aws_endpoint_url": "https://s3.example",
         "aws_allow_http": "false",
     }
+
+
+@pytest.mark.parametrize("mark", ["\t", "\n", "\r", "\x7f", "\x01", "\x1f"])
+def test_an_object_whose_name_has_a_control_character_is_bad_input_by_name(store: Storage, mark: str) -> None:
+    prefix = store.url.removeprefix("s3://lake/")
+    store.put_new("good", b"x")
+    boto3.client("s3").put_object(Bucket="lake", Key=f"{prefix}/sub/a{mark}b.parquet", Body=b"x")
+    with pytest.raises(BadInput, match=r"must have no control characters, .* got '.*sub/a.*b\.parquet'\. Rename it"):
+        store.entries()
+
+
+def test_a_replacement_character_of_a_names_own_is_fine(store: Storage) -> None:
+    store.put_new("a\ufffdb", b"x")
+
+    assert ["a\ufffdb"] == [entry.path for entry in store.entries()]
+
+
+def test_more_objects_than_one_page_at_one_level_are_all_listed(store: Storage) -> None:
+    names = [f"run=a/{at:04d}" for at in range(1100)]
+    for name in names:
+        store.put_new(name, b"x")
+    store.put_new("run=a/deep/x", b"x")
+
+    assert names == [entry.path for entry in store.entries("run=a", depth=1)]
