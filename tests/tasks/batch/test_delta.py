@@ -67,18 +67,18 @@ def commit(destination: Storage, plan: Plan) -> None:
 
 
 def the_table(destination: Storage) -> DeltaTable:
-    return DeltaTable(destination.url, storage_options=delta._delta_options(destination))
+    return DeltaTable(destination.url, storage_options=delta.delta_options(destination))
 
 
 def ids(destination: Storage) -> list[int]:
-    options = delta._delta_options(destination)
+    options = delta.delta_options(destination)
     return sorted(pl.scan_delta(destination.url, storage_options=options).select("id").collect()["id"].to_list())
 
 
 def test_every_reader_sees_the_same_rows(destination: Storage, place: str) -> None:
     plan = a_run(place)
     publish(destination, plan, audit_parts(destination, plan))
-    options = delta._delta_options(destination)
+    options = delta.delta_options(destination)
     expected = open_predictions(destination.url).collect().sort("id")
     polars = pl.scan_delta(destination.url, storage_options=options).collect().sort("id")
     arrow = the_table(destination).to_pyarrow_dataset().to_table().sort_by("id")
@@ -310,7 +310,7 @@ def test_a_destination_without_a_table_or_with_the_runs_own_is_fine(destination:
 
 
 def strangers(destination: Storage, table: pa.Table, **options: object) -> None:
-    write_deltalake(destination.url, table, storage_options=delta._delta_options(destination), **options)  # type: ignore[call-overload]
+    write_deltalake(destination.url, table, storage_options=delta.delta_options(destination), **options)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("mode", [APPEND, REPLACE], ids=["append", "replace"])

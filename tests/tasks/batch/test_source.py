@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tasks.batch.batches import Reader
 from tasks.batch.dataset import Snapshot, open_dataset, take_snapshot
 from tasks.batch.delta import delta_options
 from tasks.batch.options import BatchOptions
+from tasks.batch.parts import part_path
 from tasks.batch.plan import Piece, Plan, run_key, save_plan
 from tasks.batch.predictions import open_predictions
 from tasks.batch.publish import audit_parts, publish
@@ -397,8 +399,9 @@ def test_loose_files_beside_the_runs_of_a_destination_are_a_source(place: str) -
 def test_a_part_of_a_run_that_is_gone_is_told(place: str) -> None:
     put(f"{place}/in", {"a.parquet": numbers(0, 25)})
     plan = published(f"{place}/in", f"{place}/out", "a")
-    open_storage(f"{place}/out").delete([f"run={plan.run}/part-00000-0001.parquet"])
-    with pytest.raises(SourceChanged, match=r"Every part of run a at .* the first run=a/part-00000-0001\.parquet"):
+    path = part_path(plan, (0, 1))
+    open_storage(f"{place}/out").delete([path])
+    with pytest.raises(SourceChanged, match=rf"Every part of run a at .* the first {re.escape(path)}"):
         pin_source(f"{place}/out", ELSEWHERE)
 
 
