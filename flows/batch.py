@@ -215,7 +215,7 @@ def _report(
         plan_digest=published.plan_digest,
         model=plan.model.uri,
         model_digest=plan.model.digest,
-        source=plan.source.root,
+        source=plan.source.title,
         destination=storage.url,
         output=plan.options.output,
         rows=plan.rows,

@@ -86,11 +86,13 @@ def _folders_above(path: str) -> list[str]:
     return ["/".join(parts[:at]) for at in range(len(parts) + 1)]
 
 
-def _kinds_at(storage: Storage, folder: str) -> list[LogKind]:
-    """Return the kinds of the logs that a folder itself has."""
+def _kinds_at(storage: Storage, folder: str, *, but: LogKind | None = None) -> list[LogKind]:
+    """Return the kinds of the logs that a folder itself has, but one that is not looked for."""
     below = f"{folder}/" if folder else ""
     found: list[LogKind] = []
     for kind, (name, pattern) in _LOGS.items():
+        if kind == but:
+            continue
         # The runs of a destination have folders of their own below its log's.
         entries = storage.entries(f"{below}{name}", depth=2 if kind == "Overnight" else 1)
         if any(pattern.fullmatch(entry.path.removeprefix(f"{below}{name}/")) for entry in entries):
@@ -104,9 +106,11 @@ def _log_above(storage: Storage) -> CommitLog | None:
         ancestor = open_storage(address)
         # Credentials may be for the source alone: what lies above it is then none of its readers' business.
         with suppress(StorageDenied):
-            kinds = _kinds_at(ancestor, "")
             first = inside.split("/")[0]
-            if "Overnight" in kinds and (_RUN.fullmatch(first) or first == _LOGS["Overnight"][0]):
+            # What else lies in a destination is none of its runs'.
+            of_runs = _RUN.fullmatch(first) or first == _LOGS["Overnight"][0]
+            kinds = _kinds_at(ancestor, "", but=None if of_runs else "Overnight")
+            if "Overnight" in kinds:
                 run = first.removeprefix("run=") if _RUN.fullmatch(inside) and "Delta" not in kinds else None
                 return CommitLog(kind="Overnight", table=address, run=run)
             if others := sorted(set(kinds) - {"Overnight"}):

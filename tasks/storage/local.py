@@ -8,7 +8,7 @@ import os
 import stat
 import time
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from tasks.storage.base import Entry
 # The clock that file systems take their times from may tick this seldom.
 _TICK_NS = 20_000_000
 # These may number a file anew at each mount.
-_UNSTEADY_INODES = ("fuse", "9p")
+_UNSTEADY_INODES = ("fuse", "fuseblk", "9p")
 
 
 class LocalStorage:
@@ -79,14 +79,15 @@ class LocalStorage:
                 return None
         return status if stat.S_ISREG(status.st_mode) else None
 
-    def pin(self, entries: Sequence[Entry]) -> list[Entry]:
+    def pin(self, entries: Sequence[Entry], read: Callable[[Path], bytes] = Path.read_bytes) -> list[Entry]:
         """Return the entries of files that others may rewrite, each tied to its time of change and inode too.
 
         A modification time can be set, so a file rewritten in place may have its old one; a time of change can't.
         Files that this storage writes itself must not be pinned so: the time of change of a file that was linked into
-        place changes once more when its temporary name goes. Raises SourceChanged where a file is gone meanwhile.
+        place changes once more when its temporary name goes. The inode is left out on file systems that number files
+        anew at each mount. Raises SourceChanged where a file is gone meanwhile.
         """
-        kinds, pinned, newest = _kinds_of_mounts(), [], 0
+        kinds, pinned, newest = _kinds_of_mounts(read), [], 0
         for entry in entries:
             status = self._status(entry.path)
             if status is None:
@@ -189,10 +190,10 @@ def _told(marks: Sequence[str]) -> str:
     return ", ".join(words.format(mark) for words, mark in zip(said, marks, strict=False))
 
 
-def _kinds_of_mounts() -> dict[int, str]:
+def _kinds_of_mounts(read: Callable[[Path], bytes]) -> dict[int, str]:
     """Return the kind of file system of each mounted device; nothing where the system does not say."""
     try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read(Path("/proc/self/mountinfo")).decode(errors="replace").splitlines()
     except OSError:
         return {}
     kinds = {}

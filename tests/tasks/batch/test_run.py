@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from decimal import Decimal
 from pathlib import Path
+from typing import Literal
 
 import polars as pl
+import pyarrow as pa
 import pytest
 import torch
+from deltalake import write_deltalake
 
 from serving.contract import ColumnPolicy
 from serving.engine import Engine
-from serving.errors import ModelUnfit, RunDamaged
+from serving.errors import BadInput, ModelUnfit, RunDamaged, SourceChanged
 from tasks.batch import tuning
+from tasks.batch.batches import open_reader
 from tasks.batch.options import BatchOptions
 from tasks.batch.run import (
     find_complete,
@@ -25,6 +31,7 @@ from tasks.batch.run import (
 )
 from tasks.storage import open_storage
 from tests.support import write_customers
+from tests.tasks.batch.small import put
 
 
 @pytest.fixture
@@ -153,3 +160,66 @@ def test_a_plan_that_was_tuned_is_scored_on_its_engine(
     assert plan.tuning is not None
     assert plan.tuning.engine == plan.engine
     assert 3 == threads
+
+
+def test_a_delta_table_is_scored_by_its_version_and_a_newer_one_is_another_run(
+    linear: str, source: str, tmp_path: Path
+) -> None:
+    table = pl.read_parquet(f"{source}/*.parquet")
+    destination = open_storage(str(tmp_path / "scores"))
+    write_deltalake(str(tmp_path / "table"), table.to_arrow())
+    write_deltalake(str(tmp_path / "table"), table[:2_000].to_arrow(), mode="overwrite")
+    first = pin_call(linear, str(tmp_path / "table"), destination.url, BatchOptions())
+    plan = plan_call(first, destination)
+    write_deltalake(str(tmp_path / "table"), table[2_000:2_500].to_arrow(), mode="append")
+    second = pin_call(linear, str(tmp_path / "table"), destination.url, BatchOptions())
+
+    assert (2_000, "1") == (plan.rows, plan.source.version)
+    assert first.key != second.key
+    assert plan == plan_call(first, destination)
+    assert 2_500 == plan_call(second, destination).rows
+
+
+def test_a_local_source_rewritten_with_its_size_and_time_is_another_run_and_no_half_of_one(
+    linear: str, source: str, tmp_path: Path
+) -> None:
+    destination = open_storage(str(tmp_path / "scores"))
+    first = pin_call(linear, source, destination.url, BatchOptions())
+    plan = plan_call(first, destination)
+    for file in Path(source).iterdir():
+        before = file.stat()
+        file.write_bytes(file.read_bytes())
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    assert first.key != pin_call(linear, source, destination.url, BatchOptions()).key
+    with pytest.raises(SourceChanged):
+        next(open_reader(plan).blocks(plan.chunks[0, 0]))
+
+
+def test_a_key_that_no_reader_reads_back_is_refused_before_anything_is_written(linear: str, tmp_path: Path) -> None:
+    wide = pa.array([Decimal(at) for at in range(10)], pa.decimal256(40, 2))
+    features = {name: pa.array([0.5] * 10, pa.float32()) for name in "abc"}
+    put(f"{tmp_path}/in", {"x.parquet": pa.table({"key": wide, **features})})
+    destination = open_storage(str(tmp_path / "scores"))
+    call = pin_call(linear, f"{tmp_path}/in", destination.url, BatchOptions(key_columns=("key",)))
+    with pytest.raises(BadInput, match=r"got 'key' of type decimal256\(40, 2\): no more than 38 digits are read"):
+        plan_call(call, destination)
+
+    assert [] == [entry.path for entry in destination.entries() if entry.path.endswith((".parquet", "plan.json"))]
+
+
+@pytest.mark.parametrize("output", ["parquet", "delta"])
+def test_a_destination_with_a_newline_is_refused_before_anything_is_written(
+    output: Literal["parquet", "delta"], linear: str, source: str, tmp_path: Path
+) -> None:
+    with pytest.raises(BadInput, match="must hold no control characters"):
+        pin_call(linear, source, f"{tmp_path}/sco\nres", BatchOptions(output=output))
+
+    assert ["customers"] == [path.name for path in tmp_path.iterdir()]
+
+
+def test_a_loop_of_links_below_the_source_is_refused(linear: str, source: str, tmp_path: Path) -> None:
+    (Path(source) / "more").mkdir()
+    (Path(source) / "more/again").symlink_to(source)
+    with pytest.raises(BadInput, match="must not lead back to a folder that it lies in"):
+        pin_call(linear, source, str(tmp_path / "scores"), BatchOptions())

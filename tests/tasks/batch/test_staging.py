@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 from collections.abc import Generator, Iterable
 from pathlib import Path
 
@@ -334,3 +335,34 @@ def test_a_staged_copy_is_pinned_as_any_source(place: str) -> None:
     assert storage.find(file.path) == file.entry
     with storage.open_pinned(file.entry) as stream:
         assert pq.read_metadata(stream).num_rows == 5
+
+
+def test_a_worker_that_lists_copies_before_their_temporary_names_go_has_the_same_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(f"{tmp_path}/in", {"x.csv": csv(0, 5)})
+    unlink, seen = Path.unlink, []
+
+    def slow(self: Path, missing_ok: bool = False) -> None:  # noqa: FBT001, FBT002 - as Path has it
+        if self.name.endswith(".tmp") and ".x.csv.json." in self.name and not seen:
+            # The list of the copies is in place, and its temporary name still stands: another worker goes ahead.
+            seen.append(staged(f"{tmp_path}/in", f"{tmp_path}/out"))
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", slow)
+    first = staged(f"{tmp_path}/in", f"{tmp_path}/out")
+
+    assert [first] == seen
+    assert rows(seen[0], "id") == rows(first, "id")
+
+
+def test_a_local_file_rewritten_with_its_size_and_time_is_source_changed_as_it_is_staged(tmp_path: Path) -> None:
+    put(f"{tmp_path}/in", {"x.csv": csv(0, 5)})
+    snapshot = take_snapshot(f"{tmp_path}/in", f"{tmp_path}/out")
+    file = tmp_path / "in/x.csv"
+    before = file.stat()
+    file.write_bytes(csv(5, 10))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(SourceChanged, match=r"x\.csv must be the file that the plan was made for"):
+        stage(snapshot, open_storage(f"{tmp_path}/out"), FOLDER, a_contract("a"), ("id",))
+    assert [] == copies(f"{tmp_path}/out")

@@ -343,6 +343,27 @@ def test_a_pinned_file_that_is_only_read_stays_the_same(folder: LocalStorage) ->
     assert [entry] == folder.pin([entry])
 
 
+@pytest.mark.parametrize(("kind", "marks"), [("ext4", 3), ("fuse.gcsfuse", 2), ("fuseblk", 2), ("9p", 2)])
+def test_inodes_that_a_mount_gives_out_anew_are_not_pinned(folder: LocalStorage, kind: str, marks: int) -> None:
+    folder.put_new("a", b"old")
+    device = (folder.root / "a").stat().st_dev
+    mount = f"36 35 {os.major(device)}:{os.minor(device)} / {folder.root} rw,relatime master:1 - {kind} somewhere rw\n"
+    (entry,) = folder.pin(folder.entries(), lambda _: mount.encode())
+    folder.hold(entry)
+
+    assert marks == len(entry.tag.split("/"))
+
+
+def test_files_are_pinned_where_the_system_does_not_list_its_mounts(folder: LocalStorage) -> None:
+    def read(path: Path) -> bytes:
+        raise FileNotFoundError(path)
+
+    folder.put_new("a", b"old")
+    (entry,) = folder.pin(folder.entries(), read)
+
+    assert 3 == len(entry.tag.split("/"))
+
+
 def test_a_file_that_goes_as_it_is_pinned_is_source_changed(folder: LocalStorage) -> None:
     folder.put_new("a", b"old")
     entries = folder.entries()
