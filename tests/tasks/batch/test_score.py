@@ -303,4 +303,4 @@ def test_no_part_is_written_once_the_files_of_a_model_that_reads_them_later_were
 
     with pytest.raises(ModelUnfit, match="must stay as they were when they were hashed"):
         score(plan, destination, Adder())
-    assert {} == list_parts(destination, plan.run)
+    assert {} == list_parts(destination, plan)
