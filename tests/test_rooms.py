@@ -24,6 +24,7 @@ TOP_LEVEL = {
 BATCH_ORDER = (
     *(
         "options",
+        "json_lines",
         "formats",
         "dataset",
         "plan",

@@ -71,11 +71,15 @@ class SourceFile(Frozen):
 
 
 class Snapshot(Frozen):
-    """The files that a run is tied to, in order; `root` is the address that their paths lie below."""
+    """The files that a run is tied to, in order; `root` is the address that their paths lie below.
+
+    `columns_missing` are columns of staged copies that nothing in the source has: they are null throughout.
+    """
 
     root: str
     format: str
     files: tuple[SourceFile, ...]
+    columns_missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +153,7 @@ def open_dataset(snapshot: Snapshot, columns: Sequence[str], keys: Sequence[str]
         raise SourceEmpty(message)
     used = dict.fromkeys([*columns, *keys])
     schema = _one_schema(with_rows, list(used))
+    schema = pa.schema([field for field in schema if field.name not in snapshot.columns_missing])
     beside = [name for name in used if name not in schema.names]
     hive = [field for field in _partitions([file for file, _ in with_rows], beside) if field.name not in schema.names]
     pinned = snapshot.model_copy(update={"files": tuple(file for file, _ in footers)})
@@ -236,30 +241,22 @@ def _type_of(schema: pa.Schema, name: str) -> pa.DataType | None:
 
 
 def _partitions(files: Sequence[SourceFile], used: Sequence[str]) -> list[pa.Field]:
-    """Return the hive partition columns: int64 where every value is a whole number, else text.
+    """Return the hive partition columns, which are text: a key stays as it is written, and the contract parses inputs.
 
     Raises SchemaMismatch where a column that is used is in the path of some files only.
     """
-    values: dict[str, set[str | None]] = {}
+    names: dict[str, None] = {}
     lacking: dict[str, str] = {}
     for at, file in enumerate(files):
         found = hive_values(_told(file))
-        for name, value in found.items():
-            if at and name not in values:
-                lacking[name] = _told(files[0])
-            values.setdefault(name, set()).add(value)
-        lacking |= {name: _told(file) for name in values if name not in found}
+        lacking |= {name: _told(files[0]) for name in found if at and name not in names}
+        names |= dict.fromkeys(found)
+        lacking |= {name: _told(file) for name in names if name not in found}
     if partial := sorted(name for name in lacking if name in used):
         listed = ", ".join(f"{name!r} is missing in {lacking[name]}" for name in partial)
         message = f"Every file must lie in a folder of each partition that is used, got: {listed}. Move it, or glob."
         raise SchemaMismatch(message)
-    return [pa.field(name, _partition_type(found)) for name, found in values.items() if name not in lacking]
-
-
-def _partition_type(values: set[str | None]) -> pa.DataType:
-    known = [value for value in values if value is not None]
-    whole = known and all(re.fullmatch(r"-?[0-9]{1,18}", value) for value in known)
-    return pa.int64() if whole else pa.string()
+    return [pa.field(name, pa.string()) for name in names if name not in lacking]
 
 
 def hive_values(path: str) -> dict[str, str | None]:

@@ -165,7 +165,7 @@ def test_a_plan_holds_what_it_was_made_of(place: str) -> None:
 
     assert plan.rows == 30
     assert ("a", "b", "p", "id") == plan.columns
-    assert plan.partitions == {"p": "int64"}
+    assert plan.partitions == {"p": "string"}
     assert [8, 8, 4, 10] == [chunk.rows for chunk in plan.chunks.values()]
     assert plan.source.files[0].row_groups == ()
     assert plan.snapshot.files[0].row_groups == (20, 5)
