@@ -26,6 +26,7 @@ BATCH_ORDER = (
         "options",
         "json_lines",
         "formats",
+        "footer",
         "dataset",
         "plan",
         "batches",

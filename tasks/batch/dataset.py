@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -27,6 +27,7 @@ from serving.errors import (
     StorageFault,
 )
 from serving.machine import cores
+from tasks.batch.footer import FooterReader, GroupBytes
 from tasks.storage import Entry, LocalStorage, Storage, open_storage, select
 
 SOURCE_FILE, SOURCE_ROW = "source_file", "source_row"
@@ -52,7 +53,7 @@ R = TypeVar("R")
 
 
 class SourceFile(Frozen):
-    """One pinned file: path below the root, size in bytes, ETag or mtime, and the rows of each row group.
+    """One pinned file: path below the root, size in bytes, ETag or mtime, and the rows and bytes of each row group.
 
     A file that is a staged copy says of which file (`origin`) and of which of its rows it is the first.
     """
@@ -61,8 +62,14 @@ class SourceFile(Frozen):
     size: int
     tag: str
     row_groups: tuple[int, ...] = ()
+    group_bytes: tuple[GroupBytes, ...] = ()
     origin: str | None = None
     origin_row: int = 0
+
+    @property
+    def sized_groups(self) -> list[tuple[GroupBytes, int]]:
+        """The bytes and rows of each row group, where its footer was read."""
+        return list(zip(self.group_bytes, self.row_groups, strict=bool(self.group_bytes)))
 
     @property
     def entry(self) -> Entry:
@@ -144,14 +151,13 @@ def open_dataset(snapshot: Snapshot, columns: Sequence[str], keys: Sequence[str]
     files, SourceEmpty where there are no rows.
     """
     storage = open_storage(snapshot.root)
-    first = _read_footer(storage, snapshot.files[0])
-    others = in_parallel(storage, lambda file: _read_footer(storage, file, like=first[1]), snapshot.files[1:])
-    footers = [first, *others]
+    used = dict.fromkeys([*columns, *keys])
+    read = _Footers(storage, used.keys(), set(keys)).read
+    footers = [read(snapshot.files[0]), *in_parallel(storage, read, snapshot.files[1:])]
     with_rows = [(file, schema) for file, schema in footers if sum(file.row_groups)]
     if not with_rows:
         message = f"The source must hold at least one row, got none in {len(footers)} files below {snapshot.root}."
         raise SourceEmpty(message)
-    used = dict.fromkeys([*columns, *keys])
     schema = _one_schema(with_rows, list(used))
     schema = pa.schema([field for field in schema if field.name not in snapshot.columns_missing])
     beside = [name for name in used if name not in schema.names]
@@ -174,14 +180,25 @@ def in_parallel(storage: Storage, work: Callable[[T], R], items: Sequence[T]) ->
         return [found for run in pool.map(lambda run: [work(item) for item in run], runs) for found in run]
 
 
-def _read_footer(storage: Storage, file: SourceFile, like: pa.Schema | None = None) -> tuple[SourceFile, pa.Schema]:
-    """Return a file with its row groups, and its schema: `like` itself where it equals that, to keep it once."""
-    with storage.open_pinned(file.entry) as stream, corrupt_as_named(storage, file.entry):
-        metadata = pq.read_metadata(stream)
-        groups = tuple(metadata.row_group(at).num_rows for at in range(metadata.num_row_groups))
-        schema = metadata.schema.to_arrow_schema()
-    same = like is not None and schema.equals(like)
-    return file.model_copy(update={"row_groups": groups}), like if same else schema
+class _Footers:
+    """Reads footers, and keeps a schema that many files have, and what it tells of sizes, once: that of the first."""
+
+    def __init__(self, storage: Storage, used: Collection[str], keys: Collection[str]) -> None:
+        self._storage, self._used, self._keys = storage, used, keys
+        self._first: tuple[pa.Schema, FooterReader] | None = None
+
+    def read(self, file: SourceFile) -> tuple[SourceFile, pa.Schema]:
+        """Return a file with its row groups, and its schema."""
+        with self._storage.open_pinned(file.entry) as stream, corrupt_as_named(self._storage, file.entry):
+            metadata = pq.read_metadata(stream)
+            groups = tuple(metadata.row_group(at).num_rows for at in range(metadata.num_row_groups))
+            schema = metadata.schema.to_arrow_schema()
+            first = self._first
+            if first is None or not schema.equals(first[0]):
+                first = (schema, FooterReader(metadata, schema, self._used, self._keys))
+                self._first = self._first or first
+            sizes = first[1].read(metadata, lambda **options: pq.ParquetFile(stream, **options))
+        return file.model_copy(update={"row_groups": groups, "group_bytes": sizes}), first[0]
 
 
 class corrupt_as_named:  # noqa: N801 - a context manager reads as a verb
