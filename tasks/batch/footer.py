@@ -14,17 +14,24 @@ import pyarrow.parquet as pq
 _TEXT_SHORT = 64
 _MEASURED_MAX = 64 << 20
 _MEASURED_ROWS = 4096
-_STORED_MIN = 1 << 20
+# The bytes of a page, and of a dictionary, at which writers end them.
+_PAGE = 1 << 20
+# What is less is not worth asking every column for.
+_READING_MIN = 1 << 20
 _OFFSET = 4
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 8, "FLOAT": 4, "DOUBLE": 8}
 
 
 class GroupBytes(NamedTuple):
-    """Bytes of one row group: of the columns that are read, decoded and as stored, and of the keys among them."""
+    """Bytes of one row group: decoded of the columns that are read, and of the keys among them, as stored of the keys.
+
+    `reading` is what a reader holds beside what it has decoded: stored columns, and a page and a dictionary of each.
+    """
 
     decoded: int
     keys: int
-    stored: int
+    keys_stored: int
+    reading: int
 
 
 class FooterReader:
@@ -49,14 +56,16 @@ class FooterReader:
             elif field.name in used:
                 self._fixed += width or 0.0
                 self._fixed_keys += (width or 0.0) if field.name in keys else 0.0
-        self._stored = []
+        self._read, self._read_keys = [], []
         for at in range(metadata.num_columns):
             path = metadata.schema.column(at).path
-            root = path.partition(".")[0]
-            if root in loose or path in loose:
-                self._leaves.append((at, path, (path if path in loose else root) in keys))
-            if root in used or path in used:
-                self._stored.append(at)
+            name = path if path in used else path.partition(".")[0]
+            if name in loose:
+                self._leaves.append((at, path, name in keys))
+            if name in used:
+                self._read.append(at)
+            if name in keys:
+                self._read_keys.append(at)
 
     def read(self, metadata: pq.FileMetaData, open_file: Callable[..., pq.ParquetFile]) -> tuple[GroupBytes, ...]:
         """Return what each row group of a file takes; `open_file` opens it, with options of pyarrow's."""
@@ -68,9 +77,19 @@ class FooterReader:
         for leaf, path, is_key in self._leaves:
             found = _leaf_bytes(group, group.column(leaf), partial(_measured, open_file, at, path))
             decoded, keys = decoded + found, keys + (found if is_key else 0)
-        few = group.total_byte_size < _STORED_MIN
-        stored = 0 if few else sum(group.column(leaf).total_compressed_size for leaf in self._stored)
-        return GroupBytes(int(decoded), int(keys), stored)
+        if group.total_byte_size < _READING_MIN:
+            return GroupBytes(int(decoded), int(keys), int(keys), 0)
+        reading = sum(_reading_bytes(group.column(leaf)) for leaf in self._read)
+        return GroupBytes(
+            int(decoded),
+            int(keys),
+            sum(group.column(leaf).total_compressed_size for leaf in self._read_keys),
+            reading,
+        )
+
+
+def _reading_bytes(chunk: pq.ColumnChunkMetaData) -> int:
+    return int(chunk.total_compressed_size + 2 * min(chunk.total_uncompressed_size, _PAGE))
 
 
 def _fixed_bytes(kind: pa.DataType) -> float | None:

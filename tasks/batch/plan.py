@@ -35,6 +35,8 @@ CHUNKS_PER_SLOT_MIN = 8
 SHARD_SECONDS = 60.0
 SHARDS_PER_SLOT_MIN = 2
 SHARDS_MAX = 1000
+# What allocators and libraries keep of a slot's buffers between two uses, as measured.
+SLOT_BYTES = 32 << 20
 # Averages of row groups differ a little; only rows that are larger than that get blocks of their own size.
 ROW_BYTES_OFF = 1.25
 # Of a row without keys of its own: the number, and where the file's name begins.
@@ -106,12 +108,18 @@ class Plan(Frozen):
         """Return what a piece takes of its row group; of a plan that was made without, what the rows measured take."""
         file = self.snapshot.files[piece.file]
         if not file.group_bytes:
-            return GroupBytes(int(self.row_bytes * piece.rows), 32 * piece.rows * len(self.options.key_columns), 0)
+            keys = 32 * piece.rows * max(1, len(self.options.key_columns))
+            return GroupBytes(int(self.row_bytes * piece.rows), keys, keys, 0)
         sizes, share = file.group_bytes[piece.row_group], piece.rows / file.row_groups[piece.row_group]
         places = (
             0 if self.options.key_columns else piece.rows * (len((file.origin or file.path).encode()) + _PLACE_BYTES)
         )
-        return GroupBytes(int(sizes.decoded * share) + places, int(sizes.keys * share) + places, sizes.stored)
+        return GroupBytes(
+            int(sizes.decoded * share) + places,
+            int(sizes.keys * share) + places,
+            int(sizes.keys_stored * share),
+            sizes.reading,
+        )
 
     @property
     def folder(self) -> str:
@@ -272,14 +280,15 @@ def cut_shards(chunks: Sequence[Chunk], rows: int, sizes: Sizes) -> tuple[tuple[
 def memory_bytes(plan: Plan, slots: int) -> int:
     """Return what the run's data takes at its peak, over what the process takes idle.
 
-    Each slot holds four blocks of input (read, encoded, waiting, being scored), the outputs of two chunks (being
-    scored, being written) three times over (arrays, Arrow, Parquet bytes), and the row group that it reads, as stored.
+    Each slot holds four blocks of input (read, encoded, waiting, being scored); the predictions of two chunks (being
+    scored, being written) three times over (arrays, Arrow, Parquet bytes); their keys once more, and as stored; the row
+    group that it reads, as stored; and what allocators keep. The factors are measured (tests/benchmarks/memory.py).
     """
     chunks = plan.chunks.values()
     block = max(_block_bytes(plan, chunk) for chunk in chunks)
     out = max(_out_bytes(plan, chunk) for chunk in chunks)
-    stored = max(plan.piece_bytes(piece).stored for chunk in chunks for piece in chunk.pieces)
-    return int(slots * (4 * block + 6 * out + stored))
+    reading = max(plan.piece_bytes(piece).reading for chunk in chunks for piece in chunk.pieces)
+    return int(slots * (4 * block + out + reading + SLOT_BYTES))
 
 
 def _block_bytes(plan: Plan, chunk: Chunk) -> float:
@@ -289,8 +298,9 @@ def _block_bytes(plan: Plan, chunk: Chunk) -> float:
 
 
 def _out_bytes(plan: Plan, chunk: Chunk) -> float:
-    keys = sum(plan.piece_bytes(piece).keys for piece in chunk.pieces)
-    return keys + chunk.rows * sum(output.width * 8 for output in plan.contract.outputs)
+    sizes = [plan.piece_bytes(piece) for piece in chunk.pieces]
+    keys = sum(2 * size.keys + 2 * min(size.keys, size.keys_stored) for size in sizes)
+    return keys + 6 * chunk.rows * sum(output.width * 8 for output in plan.contract.outputs)
 
 
 def must_fit(needed: int, allowed: int, plan: Plan, slots: int) -> None:

@@ -370,7 +370,7 @@ def sized(*groups: tuple[int, int]) -> SourceFile:
         size=1,
         tag="t",
         row_groups=tuple(rows for rows, _ in groups),
-        group_bytes=tuple(GroupBytes(rows * size, rows * size, 0) for rows, size in groups),
+        group_bytes=tuple(GroupBytes(rows * size, rows * size, rows * size, 0) for rows, size in groups),
     )
 
 
