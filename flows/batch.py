@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextvars
 import sys
+import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Literal
 
 import matplotlib.figure  # noqa: F401 - half a second that would else fall into the first call, for its plot
 from mlflow import MlflowException
@@ -14,30 +17,33 @@ from prefect.exceptions import TerminationSignal
 
 from flows.adhoc import adhoc_flow
 from flows.context import flow_run_id
-from flows.notices import heeding, leave
+from flows.notices import Left, heeding, is_resumed_by_prefect, leave
 from flows.runners import check_runner, score_shards
 from flows.workers import check_workers, find_start, is_beside_another, start_workers
 from serving.errors import OvernightError, SourceFault
 from serving.model import Model
 from tasks.batch.artifacts import Logger, Watch, publish_artifacts
-from tasks.batch.lineage import record_lineage
+from tasks.batch.lineage import record_failure, record_lineage
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_rows_done
 from tasks.batch.plan import Plan, load_plan, save_start
 from tasks.batch.publish import (
     Audit,
+    Manifest,
     audit_parts,
     count_rejects,
     find_whole,
+    must_add_up,
     publish,
 )
-from tasks.batch.report import BatchReport, plot, report_complete, save_page
+from tasks.batch.report import BatchReport, page_path, plot, report_complete, save_page
 from tasks.batch.run import Found, find_published, load_planned, pin_call, plan_call, plan_slots, restage, state_memory
 from tasks.batch.score import Scored, Scorer, check_rejects
-from tasks.storage import Storage, open_storage
+from tasks.storage import Storage, check_create_only, open_storage
 
 _DEFAULTS = BatchOptions()
 _PASSES_MAX = 3
+_RECORD_SECONDS_MAX = 5.0
 
 
 @adhoc_flow("batch-inference")
@@ -63,7 +69,12 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
     plan = found.plan
     if found.complete:
         logger.info("Run %s is complete: %s rows. Nothing to score.", plan.run, f"{plan.rows:,}")
-        return report_complete(found.complete, plan, storage, seconds)
+        report = report_complete(found.complete, plan, storage, seconds)
+        if not storage.exists(page_path(plan)):
+            # The call that published the run was ended before it could record it.
+            _record(plan, storage, report, plot(report, [(0.0, plan.rows)]), options, logger)
+        return report
+    check_create_only(storage)
     if found.damaged:
         logger.warning(
             "Run %s was published, but %s of its parts are gone or cut short, the first %s; they are scored again.",
@@ -77,15 +88,18 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
     memory = state_memory(plan, slots, options)
     _say(plan, slots, memory, logger)
     watch = Watch(plan.rows, lambda: count_rows_done(storage, plan), logger)
-    with _timed(seconds, "score"):
-        scored, audit = _score(plan, storage, loaded, slots, options, watch, logger)
-    draft = _draft(plan, storage, scored, audit, slots=slots, memory=memory >> 20, seconds=seconds)
+    with _failure_recorded(plan, storage, options, logger):
+        with _timed(seconds, "score"):
+            scored, audit = _score(plan, storage, loaded, slots, options, watch, logger)
+        with _timed(seconds, "publish"):
+            published = publish(storage, plan, audit)
+    report = _report(
+        plan, storage, scored, audit, published=published, slots=slots, memory=memory >> 20, seconds=seconds
+    )
     with _timed(seconds, "report"):
-        png = plot(draft, watch.samples)
-        _record(plan, storage, draft, png, options, logger)
-    with _timed(seconds, "publish"):
-        publish(storage, plan, audit)
-    report = draft.model_copy(update={"seconds": seconds})
+        png = plot(report, watch.samples)
+        _record(plan, storage, report, png, options, logger)
+    report = report.model_copy(update={"seconds": seconds})
     watch.show()
     publish_artifacts(report, png, logger)
     logger.info("Run %s is complete: %s rows, %s rejects.", plan.run, f"{report.rows:,}", f"{report.rows_rejected:,}")
@@ -151,6 +165,7 @@ def _score(
         scored.rows_recomputed += audit.rows_set_aside
         if not audit.missing:
             break
+    must_add_up(plan, audit)
     check_rejects(sum(count.rows for count in count_rejects(audit)), plan, options.max_reject_fraction)
     return scored, audit
 
@@ -183,12 +198,13 @@ def _faults(scored: Scored) -> SourceFault:
     )
 
 
-def _draft(
+def _report(
     plan: Plan,
     storage: Storage,
     scored: Scored,
     audit: Audit,
     *,
+    published: Manifest,
     slots: int,
     memory: int,
     seconds: dict[str, float],
@@ -196,6 +212,7 @@ def _draft(
     return BatchReport(
         status="scored",
         run=plan.run,
+        plan_digest=published.plan_digest,
         model=plan.model.uri,
         model_digest=plan.model.digest,
         source=plan.source.root,
@@ -214,21 +231,66 @@ def _draft(
         memory_mb=memory,
         seconds=dict(seconds),
         thread_seconds=scored.seconds,
-        report=storage.address(f"{plan.folder}/report.html"),
+        report=storage.address(page_path(plan)),
     )
 
 
 def _record(
     plan: Plan, storage: Storage, report: BatchReport, png: bytes, options: BatchOptions, logger: Logger
 ) -> None:
-    """Write the page and the lineage before the manifest: a run that is complete has both."""
+    """Write the lineage of a published run, then its page: a run that has its page has been recorded."""
+    if options.experiment is not None:
+        try:
+            record_lineage(plan, report, options.experiment, int(time.time() * 1000))
+        except MlflowException as error:
+            logger.warning("MLflow must take the run's lineage, got: %s. The predictions are published.", error)
     save_page(storage, plan, report, png)
-    if options.experiment is None:
-        return
+
+
+@contextmanager
+def _failure_recorded(plan: Plan, storage: Storage, options: BatchOptions, logger: Logger) -> Generator[None]:
+    """Let the MLflow run end as the block does where that fails: FAILED, or KILLED where it was told to stop.
+
+    A run of a deployment that goes on elsewhere after a notice has not ended.
+    """
     try:
-        record_lineage(plan, report, options.experiment, int(time.time() * 1000))
-    except MlflowException as error:
-        logger.warning("MLflow must take the run's lineage, got: %s. The predictions are published without.", error)
+        yield
+    except (KeyboardInterrupt, TerminationSignal) as error:
+        _record_failure(plan, storage, options, "KILLED", str(error) or type(error).__name__, logger)
+        raise
+    except Left as left:
+        if not is_resumed_by_prefect():
+            _record_failure(plan, storage, options, "KILLED", str(left), logger)
+        raise
+    except Exception as error:
+        _record_failure(plan, storage, options, "FAILED", str(error) or type(error).__name__, logger)
+        raise
+
+
+def _record_failure(
+    plan: Plan,
+    storage: Storage,
+    options: BatchOptions,
+    status: Literal["FAILED", "KILLED"],
+    reason: str,
+    logger: Logger,
+) -> None:
+    """Record a failure in MLflow within seconds, or not at all: a server that does not answer holds nothing up."""
+    experiment = options.experiment
+    if experiment is None:
+        return
+
+    def record() -> None:
+        try:
+            record_failure(plan, storage.url, experiment, status, reason)
+        except MlflowException as error:
+            logger.warning("MLflow must take how the run ended (%s), got: %s.", status, error)
+
+    # Artifacts and log lines find their flow run in the context, which threads do not inherit.
+    run = contextvars.copy_context().run
+    thread = threading.Thread(target=run, args=(record,), name="record-failure", daemon=True)
+    thread.start()
+    thread.join(_RECORD_SECONDS_MAX)
 
 
 @contextmanager

@@ -94,6 +94,12 @@ def leave_with(drain: Drain, done: str, publish: Callable[[str], None], logger: 
     raise Left(interrupted, notice, state)
 
 
+def is_resumed_by_prefect() -> bool:
+    """Return whether Prefect resumes this flow run after a notice: whether it is one of a deployment."""
+    run = flow_run()
+    return run is not None and run.deployment_id is not None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _End:
     """How a flow run ends, in words, and in the state that is proposed; None where another settles that."""

@@ -70,7 +70,7 @@ def _score(errand: Errand, shard: int) -> Any:
         scored = Scored()
     if scorer.share.rests():
         chunks = len(scorer.plan.shards[shard])
-        done = sum(at == shard for at, _ in list_parts(scorer.destination, scorer.plan.run))
+        done = sum(at == shard for at, _ in list_parts(scorer.destination, scorer.plan))
         if done < chunks:
             # With what it came to: after a notice that is withdrawn, the run goes on and counts it.
             return Cancelled(message=f"Stopped after {done} of {chunks} chunks; their parts stay.", data=scored)

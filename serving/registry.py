@@ -16,6 +16,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from mlflow import MlflowClient, MlflowException
 from mlflow.artifacts import download_artifacts
 from mlflow.models import Model as MLmodel
+from mlflow.store.artifact.models_artifact_repo import REGISTERED_MODEL_META_FILE_NAME
 
 from serving.contract import Contract, Frozen
 from serving.errors import ModelNotFound, ModelUnfit
@@ -194,10 +195,12 @@ def _download(location: str, folder: Path) -> None:
 def digest_folder(folder: Path) -> str:
     """Return the SHA-256 over the relative names and bytes of every file below a folder.
 
-    Python's bytecode caches do not count: they come to lie beside a model's code when it is imported.
+    What comes to lie beside a model when it is used does not count: Python's bytecode caches, and the name and version
+    that MLflow writes into a local model when it is loaded by them.
     """
     whole = hashlib.sha256()
     files = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    files = (path for path in files if path != folder / REGISTERED_MODEL_META_FILE_NAME)
     for file in sorted(files):
         inner = hashlib.sha256()
         with file.open("rb") as stream:

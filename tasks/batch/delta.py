@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import time
 from collections.abc import Generator, Sequence
@@ -20,18 +21,22 @@ from tasks.storage import LocalStorage, Storage, s3_options
 if TYPE_CHECKING:
     from deltalake import DeltaTable
     from deltalake import Schema as DeltaSchema
-    from deltalake.transaction import AddAction
+    from deltalake.transaction import AddAction, Transaction
 
-_TRIES = 5
+_TRIES = 20
+_PAUSE_SECONDS = 0.05
+# The highest number, in the order of runs, that the table holds, and that of the run that last replaced its rows.
+_ORDER_APP, _REPLACED_APP = "overnight-order", "overnight-replaced"
 # Delta's readers don't have them, though its schema does.
 _UNREADABLE = ("timestamp_nanos", "timestamp_nanos_ntz", "void")
 _DENIED = re.compile("AccessDenied|lacked the necessary privileges|[Pp]ermission denied|Read-only file system")
 
 
-def check_delta(storage: Storage, contract_schema: pa.Schema) -> None:
-    """Hold a run's columns against Delta's types, and against the table that stands at the destination.
+def check_delta(storage: Storage, contract_schema: pa.Schema, run_key: str) -> int:
+    """Hold a run that is to be planned against Delta's types, and against the table that stands at the destination.
 
-    Raises DestinationUnusable before anything is scored.
+    Returns the highest number, in the order of runs, of those that the table holds; 0 where there is none.
+    Raises DestinationUnusable before anything is scored, also where the table holds this very run already.
     """
     if "%" in storage.url:
         message = (
@@ -41,8 +46,17 @@ def check_delta(storage: Storage, contract_schema: pa.Schema) -> None:
         raise DestinationUnusable(message)
     schema = _delta_schema(contract_schema)
     table = _delta_table(storage)
-    if table is not None:
-        _must_match(table, schema, storage)
+    if table is None:
+        return 0
+    _must_match(table, schema, storage)
+    if table.transaction_version(_run_app(run_key)) is not None:
+        message = (
+            f"The Delta table at {storage.url} must not hold the run that is to be planned, but holds run {run_key} "
+            "already, whose plan below _overnight is gone. Its rows are in the table, once: there is nothing to do. To "
+            "score them again all the same, choose another destination."
+        )
+        raise DestinationUnusable(message)
+    return table.transaction_version(_ORDER_APP) or 0
 
 
 def _delta_schema(schema: pa.Schema) -> DeltaSchema:
@@ -89,18 +103,20 @@ def _columns(schema: DeltaSchema) -> dict[str, str]:
 def commit_delta(storage: Storage, plan: Plan, parts: Sequence[PartFooter]) -> None:
     """Add a run's parts to the Delta table in one commit, once: a second call finds the transaction.
 
-    The transaction's version is looked up on the very table that is written on, so that of two
+    The transactions' versions are looked up on the very table that is written on, so that of two
     workers one commits, and the other's commit conflicts and finds it done. Raises DestinationUnusable
-    where the table has other columns by now, PublishRefused where it takes no commit.
+    where the table has other columns by now, PublishRefused where it takes no commit, or holds a run that was planned
+    after this one: nothing goes back to an older run.
     """
     from deltalake.exceptions import DeltaError  # noqa: PLC0415
 
     schema = _delta_schema(_part_schema(storage, parts))
     adds = _adds(parts)
-    for _ in range(_TRIES):
+    for attempt in range(_TRIES):
+        time.sleep(random.uniform(0, _PAUSE_SECONDS) * attempt)  # noqa: S311 - keeps workers from trying in step
         with _delta_errors(storage):
             table = _delta_table(storage)
-            if table is not None and table.transaction_version(_app(plan)) is not None:
+            if table is not None and _holds(table, plan, storage):
                 return
             try:
                 _commit(storage, table, plan, schema, adds)
@@ -124,17 +140,58 @@ def _adds(parts: Sequence[PartFooter]) -> list[AddAction]:
     ]
 
 
-def _app(plan: Plan) -> str:
-    return f"overnight-{plan.key}"
+def _run_app(run_key: str) -> str:
+    return f"overnight-{run_key}"
+
+
+def _plan_app(plan: Plan) -> str:
+    return f"overnight-plan-{plan.digest}"
+
+
+def _holds(table: DeltaTable, plan: Plan, storage: Storage) -> bool:
+    """Return whether a table holds the parts of a plan; raises PublishRefused where it may not take them."""
+    if table.transaction_version(_run_app(plan.key)) is not None:
+        if table.transaction_version(_plan_app(plan)) is not None:
+            return True
+        message = (
+            f"The Delta table at {storage.url} must hold run {plan.run} by the parts of this plan, but holds those of "
+            "another plan of the run, whose records below _overnight were deleted, or of another release. Its rows are "
+            "in the table, once, and nothing was added: there is nothing left to do."
+        )
+        raise PublishRefused(message)
+    replaces = plan.options.delta_mode == "replace"
+    held = table.transaction_version(_ORDER_APP if replaces else _REPLACED_APP) or 0
+    if held > plan.order:
+        message = (
+            f"A Delta table must not go back to an older run, but the one at {storage.url} holds run number {held} of "
+            f"this destination, and run {plan.run} is number {plan.order}: it was planned before. Nothing was "
+            f"published. To publish it as the newest, delete {plan.folder} below the destination and call again; its "
+            "parts stay and are not scored again where the plan comes out the same."
+        )
+        raise PublishRefused(message)
+    return False
+
+
+def _transactions(table: DeltaTable | None, plan: Plan) -> list[Transaction]:
+    """Return what a commit says of itself: the run, its plan, and the run's number in the order of runs."""
+    from deltalake import Transaction  # noqa: PLC0415
+
+    numbers = [_ORDER_APP] if plan.options.delta_mode == "append" else [_ORDER_APP, _REPLACED_APP]
+    held = {app: table.transaction_version(app) or 0 if table is not None else 0 for app in numbers}
+    return [
+        Transaction(_run_app(plan.key), 1),
+        Transaction(_plan_app(plan), 1),
+        *(Transaction(app, plan.order) for app in numbers if plan.order > held[app]),
+    ]
 
 
 def _commit(storage: Storage, table: DeltaTable | None, plan: Plan, schema: DeltaSchema, adds: list[AddAction]) -> None:
-    from deltalake import CommitProperties, Transaction  # noqa: PLC0415
+    from deltalake import CommitProperties  # noqa: PLC0415
     from deltalake.transaction import create_table_with_add_actions  # noqa: PLC0415
 
     properties = CommitProperties(
         custom_metadata={"overnight.run": plan.run, "overnight.model": plan.model.uri},
-        app_transactions=[Transaction(_app(plan), 1)],
+        app_transactions=_transactions(table, plan),
         # Tried again, delta-rs would make this creation the second version of a table that another has just created.
         max_commit_retries=0 if table is None else None,
     )

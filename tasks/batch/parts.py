@@ -19,29 +19,42 @@ from serving.errors import BadInput, SchemaMismatch, SourceChanged
 from serving.forward import Predictions
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Dataset
 from tasks.batch.options import BatchOptions
-from tasks.batch.plan import Chunk, Plan
+from tasks.batch.plan import Chunk, Plan, digest_chunk
 from tasks.storage import Entry, Storage
 
 REJECT_COLUMN, REJECT_REASON = "reject_column", "reject_reason"
 
-_NAME = re.compile(r"part-(\d{5,})-(\d{4,})\.parquet")
+_NAME = re.compile(r"part-(\d{5,})-(\d{4,})(?:-([0-9a-f]{12}))?\.parquet")
+_DIGEST_SHOWN = 12
 
 ChunkId = tuple[int, int]
 Reasons = Counter[tuple[str, str]]
 
 
-def part_path(run: str, chunk: ChunkId) -> str:
-    """Return where the part of a chunk lies below the destination."""
-    return f"run={run}/part-{chunk[0]:05d}-{chunk[1]:04d}.parquet"
+def part_path(plan: Plan, chunk: ChunkId) -> str:
+    """Return where the part of a chunk lies below the destination.
+
+    The name holds the digest of the plan: parts of two plans of one run never have the same name.
+    """
+    return f"run={plan.run}/part-{chunk[0]:05d}-{chunk[1]:04d}{_suffix(plan.digest)}"
 
 
-def list_parts(storage: Storage, run: str) -> dict[ChunkId, Entry]:
-    """Return the parts that exist by their chunks; opens none of them."""
+def part_glob(run: str, plan_digest: str) -> str:
+    """Return the glob, below the destination, that fits the parts of one plan of a run and no others."""
+    return f"run={run}/part-*{_suffix(plan_digest)}"
+
+
+def _suffix(plan_digest: str) -> str:
+    return f"-{plan_digest[:_DIGEST_SHOWN]}.parquet" if plan_digest else ".parquet"
+
+
+def list_parts(storage: Storage, plan: Plan) -> dict[ChunkId, Entry]:
+    """Return the parts of a plan that exist, by their chunks; opens none of them."""
     parts = {}
-    for entry in storage.entries(f"run={run}", depth=1):
+    for entry in storage.entries(f"run={plan.run}", depth=1):
         if match := _NAME.fullmatch(entry.path.rpartition("/")[2]):
             chunk = int(match[1]), int(match[2])
-            if entry.path == part_path(run, chunk):
+            if entry.path == part_path(plan, chunk):
                 parts[chunk] = entry
     return parts
 
@@ -49,7 +62,7 @@ def list_parts(storage: Storage, run: str) -> dict[ChunkId, Entry]:
 def count_rows_done(storage: Storage, plan: Plan) -> int:
     """Return how many rows of a plan have their part, whichever worker wrote it."""
     chunks = plan.chunks
-    return sum(chunks[chunk].rows for chunk in list_parts(storage, plan.run) if chunk in chunks)
+    return sum(chunks[chunk].rows for chunk in list_parts(storage, plan) if chunk in chunks)
 
 
 def key_names(options: BatchOptions) -> list[str]:
@@ -105,15 +118,18 @@ def stored_type(given: pa.DataType, output: str) -> pa.DataType:
     return _SIGNED.get(given, given) if output == "delta" else given
 
 
-def encode_part(plan: Plan, keys: pa.Table, predictions: Predictions, flags: Flags, batch_size: int) -> memoryview:
+def encode_part(
+    plan: Plan, chunk: Chunk | None, keys: pa.Table, predictions: Predictions, flags: Flags, batch_size: int
+) -> memoryview:
     """Return the bytes of a part: the same in every attempt, since nothing of the attempt is in them.
 
-    `batch_size` is the plan's, or what was left of it where memory ran out.
+    `chunk` is what the part holds of the plan, None for a part of a stream's table. `batch_size` is the plan's, or
+    what was left of it where memory ran out.
     """
     columns = {name: keys.column(name) for name in keys.column_names}
     columns |= answer_columns(plan.contract, predictions, flags)
     columns = {name: values.cast(stored_type(values.type, plan.options.output)) for name, values in columns.items()}
-    table = pa.table(columns, metadata=_metadata(plan, keys, flags, batch_size)).combine_chunks()
+    table = pa.table(columns, metadata=_metadata(plan, chunk, keys, flags, batch_size)).combine_chunks()
     sink = pa.BufferOutputStream()
     texts = [field.name for field in table.schema if is_text(field.type)]
     pq.write_table(table, sink, compression="zstd", use_dictionary=texts, write_page_checksum=True)
@@ -143,10 +159,10 @@ def _reject(flags: Flags, at: int) -> pa.Array:
     return words.take(pa.array(flags.code_N - 1, mask=flags.code_N == 0))
 
 
-def _metadata(plan: Plan, keys: pa.Table, flags: Flags, batch_size: int) -> dict[str, str]:
+def _metadata(plan: Plan, chunk: Chunk | None, keys: pa.Table, flags: Flags, batch_size: int) -> dict[str, str]:
     counts = count_reasons(flags)
     return {
-        "overnight.run_key": plan.key,
+        **_identity(plan, chunk),
         "overnight.model": plan.model.name,
         "overnight.model_version": plan.model.version,
         "overnight.model_digest": plan.model.digest,
@@ -154,6 +170,20 @@ def _metadata(plan: Plan, keys: pa.Table, flags: Flags, batch_size: int) -> dict
         "overnight.rejects": json.dumps(sorted([*pair, count] for pair, count in counts.items())),
         "overnight.rows_key_null": str(_count_null_keys(keys)),
     }
+
+
+def _identity(plan: Plan, chunk: Chunk | None) -> dict[str, str]:
+    """Return what a part says of the plan and the chunk that it was made for."""
+    identity = {"overnight.run_key": plan.key}
+    if chunk is not None:
+        identity |= {"overnight.plan_digest": plan.digest, "overnight.chunk_digest": digest_chunk(plan, chunk)}
+    return identity
+
+
+def belongs_to(metadata: pq.FileMetaData, plan: Plan, chunk: Chunk | None) -> bool:
+    """Return whether a part says that it was made for this plan, and for this chunk of it."""
+    told = metadata.metadata or {}
+    return all(told.get(name.encode()) == value.encode() for name, value in _identity(plan, chunk).items())
 
 
 def _count_null_keys(keys: pa.Table) -> int:
@@ -179,14 +209,13 @@ class PartFooter:
 
 
 def read_footer(storage: Storage, plan: Plan, chunk: Chunk, entry: Entry) -> PartFooter | None:
-    """Read the footer of a part; None where it can't be read, does not hold the rows of its chunk, or is another."""
+    """Read the footer of a part; None where it can't be read, lacks rows, or is of another plan or chunk."""
     try:
         with storage.open_pinned(entry) as stream:
             metadata = pq.read_metadata(stream)
     except (pa.ArrowException, OSError, ValueError, SourceChanged):
         return None
-    told = metadata.metadata or {}
-    if metadata.num_rows != chunk.rows or told.get(b"overnight.run_key") != plan.key.encode():
+    if metadata.num_rows != chunk.rows or not belongs_to(metadata, plan, chunk):
         return None
     return footer_of(entry, metadata)
 

@@ -69,10 +69,17 @@ class Chunk(Frozen):
 
 
 class Plan(Frozen):
-    """Everything a run is tied to. Whoever holds it can score any of its chunks and get the same bytes."""
+    """Everything a run is tied to. Whoever holds it can score any of its chunks and get the same bytes.
+
+    `digest` tells it from other plans of the same run, and is part of the names of its parts. `order` is the run's
+    number among those planned at the destination, whatever clocks said. A table of a stream has no digest: its parts
+    follow one another, and each says its own range.
+    """
 
     key: str
     run: str
+    digest: str = ""
+    order: int = 0
     planned_at: datetime
     model: ModelPin
     contract: Contract
@@ -125,6 +132,33 @@ class Plan(Frozen):
     def folder(self) -> str:
         """Where the run's bookkeeping lies below the destination."""
         return f"{ROOT}/{self.run}"
+
+
+def digest_plan(plan: Plan) -> str:
+    """Return the SHA-256, in hexadecimal, of all that shapes the parts of a plan.
+
+    The run key stands for model, snapshot, contract and options; files are told here by path and row groups alone,
+    so that a staged copy that is made again, with the same content under the same name, is the same.
+    """
+    shape = plan.model_dump(
+        mode="json", include={"key", "columns", "partitions", "batch_size", "batch_unit", "engine", "shards"}
+    )
+    files = [(file.path, file.origin, file.origin_row, file.row_groups) for file in plan.snapshot.files]
+    return _digest({**shape, "files": files})
+
+
+def digest_chunk(plan: Plan, chunk: Chunk) -> str:
+    """Return the SHA-256, in hexadecimal, of what a part is made of: rows of files, model, batches and engine."""
+    files = plan.snapshot.files
+    pieces = [
+        (files[p.file].path, files[p.file].origin, files[p.file].origin_row, p.row_group, p.row_start, p.row_stop)
+        for p in chunk.pieces
+    ]
+    return _digest([plan.key, pieces, plan.batch_size, plan.batch_unit, plan.engine.model_dump(mode="json")])
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def run_key(model: ModelPin, snapshot: Snapshot, contract: Contract, options: BatchOptions) -> str:
@@ -186,7 +220,7 @@ def make_plan(
     sizes = replace(sizes, slots=sizes.slots * options.workers)
     rows_per_chunk = options.rows_per_chunk or chunk_rows(dataset.rows, sizes)
     chunks = cut_chunks(dataset.snapshot.files, rows_per_chunk, sizes.step, CHUNK_BYTES_MAX)
-    return Plan(
+    plan = Plan(
         key=key,
         run=options.name or key,
         planned_at=datetime.now(UTC),
@@ -205,6 +239,7 @@ def make_plan(
         rows=dataset.rows,
         shards=cut_shards(chunks, dataset.rows, sizes),
     )
+    return plan.model_copy(update={"digest": digest_plan(plan)})
 
 
 def chunk_rows(rows: int, sizes: Sizes) -> int:
@@ -328,8 +363,23 @@ def save_plan(storage: Storage, plan: Plan) -> Plan:
 
 
 def load_plan(storage: Storage, run: str) -> Plan | None:
-    """Read the plan of a run, None where there is none."""
-    return read_record(storage, f"{ROOT}/{run}/plan.json", Plan)
+    """Read the plan of a run, None where there is none.
+
+    One of an earlier release has no digest and gets it here; its parts of then bear none, and are scored again.
+    Raises DestinationUnusable where the plan is not what its digest says.
+    """
+    plan = read_record(storage, f"{ROOT}/{run}/plan.json", Plan)
+    if plan is None or not plan.shards:
+        return plan
+    digest = digest_plan(plan)
+    if plan.digest and plan.digest != digest:
+        message = (
+            f"{storage.address(f'{plan.folder}/plan.json')} must be as it was written, with the digest "
+            f"{plan.digest[:12]}, but its content has {digest[:12]}. Put it back, or delete {plan.folder} below the "
+            "destination, and call again for all of the run."
+        )
+        raise DestinationUnusable(message)
+    return plan.model_copy(update={"digest": digest})
 
 
 R = TypeVar("R", bound=Frozen)

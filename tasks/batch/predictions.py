@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import polars as pl
 
 from serving.errors import NoCompleteRun
-from tasks.batch.dataset import in_parallel
 from tasks.batch.parts import REJECT_REASON, list_parts
-from tasks.batch.plan import ROOT, read_record
-from tasks.batch.publish import Manifest, find_manifest
+from tasks.batch.plan import load_plan
+from tasks.batch.publish import find_manifest, find_newest_run
 from tasks.storage import LocalStorage, Storage, open_storage, s3_options
 
 
@@ -18,10 +17,10 @@ def open_predictions(destination: str, run: str | None = None) -> pl.LazyFrame:
     """Open the newest complete run of a destination, or a named one, as a LazyFrame.
 
     Every row of the dataset is in it: key columns, predictions (null for rejects), reject_column and
-    reject_reason. The newest run is the one whose plan is newest. Raises NoCompleteRun.
+    reject_reason. The newest run is the one that was planned last. Raises NoCompleteRun.
     """
     storage = open_storage(destination)
-    manifest = find_manifest(storage, run) if run else _newest(storage)
+    manifest = find_manifest(storage, run) if run else find_newest_run(storage)
     if manifest is None:
         wanted = f"run {run}" if run else "a run"
         message = f"{storage.url} must hold {wanted} that is complete, got none. Call batch_inference first."
@@ -38,18 +37,12 @@ def open_rejects(destination: str, run: str | None = None) -> pl.LazyFrame:
     storage = open_storage(destination)
     if run is None or find_manifest(storage, run) is not None:
         return open_predictions(destination, run).filter(pl.col(REJECT_REASON).is_not_null())
-    parts = list_parts(storage, run)
+    plan = load_plan(storage, run)
+    parts = {} if plan is None else list_parts(storage, plan)
     if not parts:
         message = f"{storage.url} must hold parts of run {run}, got none. Check the run's name."
         raise NoCompleteRun(message)
     return _scan(storage, sorted(entry.path for entry in parts.values())).filter(pl.col(REJECT_REASON).is_not_null())
-
-
-def _newest(storage: Storage) -> Manifest | None:
-    paths = [entry.path for entry in storage.entries(ROOT, depth=2) if entry.path.endswith("/manifest.json")]
-    found = in_parallel(storage, lambda path: read_record(storage, path, Manifest), paths)
-    manifests = [manifest for manifest in found if manifest is not None]
-    return max(manifests, key=lambda manifest: manifest.planned_at, default=None)
 
 
 def _scan(storage: Storage, paths: Sequence[str]) -> pl.LazyFrame:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 
 from serving.contract import Frozen
-from serving.errors import PublishRefused, RunDamaged
+from serving.errors import PublishRefused, RunDamaged, RunNameTaken
 from serving.registry import ModelPin
 from tasks.batch.dataset import in_parallel
 from tasks.batch.delta import commit_delta
@@ -16,6 +18,7 @@ from tasks.batch.plan import ROOT, Plan, read_record
 from tasks.storage import Storage
 
 _SHOWN = 10
+_ORDER = re.compile(rf"{ROOT}/order/(\d{{8,}})\.json")
 
 
 class ManifestPart(Frozen):
@@ -35,10 +38,17 @@ class RejectCount(Frozen):
 
 
 class Manifest(Frozen):
-    """What a published run consists of."""
+    """What a published run consists of.
+
+    `order` is the run's number among those planned at the destination, `commit` that of a commit of one stream's
+    table. Manifests of earlier releases have neither, and are told apart by when they were planned.
+    """
 
     key: str
     run: str
+    plan_digest: str = ""
+    order: int = 0
+    commit: int = 0
     planned_at: datetime
     model: ModelPin
     source: str
@@ -52,6 +62,11 @@ class Manifest(Frozen):
     def rows_rejected(self) -> int:
         """How many rows have no prediction."""
         return sum(count.rows for count in self.rejects)
+
+    @property
+    def place(self) -> tuple[int, int, datetime]:
+        """Where it stands among the manifests of a destination: the highest is the newest."""
+        return self.order, self.commit, self.planned_at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +90,7 @@ def audit_parts(storage: Storage, plan: Plan) -> Audit:
     One that another worker has set aside or scored again meanwhile is left as it is, and counts as missing.
     """
     chunks = plan.chunks
-    parts = list_parts(storage, plan.run)
+    parts = list_parts(storage, plan)
     ids = [chunk for chunk in chunks if chunk in parts]
     footers = in_parallel(storage, lambda chunk: read_footer(storage, plan, chunks[chunk], parts[chunk]), ids)
     torn = [chunk for chunk, footer in zip(ids, footers, strict=True) if footer is None]
@@ -91,14 +106,19 @@ def audit_parts(storage: Storage, plan: Plan) -> Audit:
 def publish(storage: Storage, plan: Plan, audit: Audit) -> Manifest:
     """Commit a run: one Delta commit where asked for, then the manifest, create-only.
 
-    Raises PublishRefused where the parts do not add up to the rows of the dataset; nothing is
-    published then. Called again, or by two workers at once, it publishes once. Raises RunDamaged where
-    what is published already has parts of other sizes.
+    Called again, or by two workers at once, it publishes once. Where the run was published meanwhile from another
+    plan of the same call (its records below _overnight were deleted, and it was planned again), that stands.
+
+    Raises PublishRefused where the parts do not add up to the rows of the dataset, or a Delta table holds a run that
+    was planned later; nothing is published then. RunNameTaken where the name holds a run of another call by now,
+    RunDamaged where what is published already has parts of other sizes.
     """
-    _must_add_up(plan, audit)
+    must_add_up(plan, audit)
     manifest = Manifest(
         key=plan.key,
         run=plan.run,
+        plan_digest=plan.digest,
+        order=plan.order,
         planned_at=plan.planned_at,
         model=plan.model,
         source=plan.source.root,
@@ -115,7 +135,9 @@ def publish(storage: Storage, plan: Plan, audit: Audit) -> Manifest:
     storage.delete([entry.path for entry in storage.entries(f"{plan.folder}/staged")])
     storage.sweep(plan.folder)
     standing = find_manifest(storage, plan.run) or manifest
-    _must_be_those_published(standing, manifest)
+    must_be_of(standing, plan)
+    if standing.plan_digest == manifest.plan_digest or find_damage(storage, standing):
+        _must_be_those_published(standing, manifest)
     return standing
 
 
@@ -127,14 +149,15 @@ def count_rejects(audit: Audit) -> tuple[RejectCount, ...]:
     )
 
 
-def _must_add_up(plan: Plan, audit: Audit) -> None:
+def must_add_up(plan: Plan, audit: Audit) -> None:
+    """Raise PublishRefused unless the parts of a plan hold every row of the dataset."""
     dataset = sum(sum(file.row_groups) for file in plan.snapshot.files)
     rows = sum(footer.rows for footer in audit.footers)
     if audit.missing or not dataset == plan.rows == rows:
         message = (
             f"The parts must hold the {dataset:,} rows of the dataset, got {rows:,} in {len(audit.footers)} parts, "
-            f"{len(audit.missing)} parts missing. Nothing was published; call again to score what is missing, and if "
-            f"this stays, delete {plan.folder} below the destination and start anew."
+            f"{len(audit.missing)} parts missing. Nothing was published; call again to score what is missing. If this "
+            f"stays, delete {plan.folder} below the destination, and call again to plan and score all of the run."
         )
         raise PublishRefused(message)
 
@@ -163,6 +186,41 @@ def find_manifest(storage: Storage, run: str) -> Manifest | None:
     return read_record(storage, _path(run), Manifest)
 
 
+def must_be_of(manifest: Manifest, plan: Plan) -> None:
+    """Raise RunNameTaken where the manifest below a run's name is of another call than the plan there."""
+    if manifest.key != plan.key:
+        message = (
+            f"The run name {plan.run!r} must hold one run, but a run of another call was published there (key "
+            f"{manifest.key}, model {manifest.model.uri}); this call's key is {plan.key}. Choose another name, or none."
+        )
+        raise RunNameTaken(message)
+
+
+def find_newest_run(storage: Storage) -> Manifest | None:
+    """Return the manifest of the complete run of a destination that was planned last, None where there is none."""
+    paths = [entry.path for entry in storage.entries(ROOT, depth=2) if entry.path.endswith("/manifest.json")]
+    found = in_parallel(storage, lambda path: read_record(storage, path, Manifest), paths)
+    manifests = [manifest for manifest in found if manifest is not None]
+    return max(manifests, key=lambda manifest: manifest.place, default=None)
+
+
+def claim_order(storage: Storage, run: str, *, above: int = 0) -> int:
+    """Return the next number in the order of the runs planned at a destination, which is then this run's alone.
+
+    Numbers are objects that are created once, so no clock decides, and no two plans have the same; a number whose
+    plan was never written is passed over. `above` is one that is known to be taken.
+    """
+    names = (_ORDER.fullmatch(entry.path) for entry in storage.entries(f"{ROOT}/order", depth=1))
+    taken = max((int(name[1]) for name in names if name), default=0)
+    if not taken and (newest := find_newest_run(storage)) is not None:
+        # The numbers were deleted, or are none of this release's yet.
+        taken = newest.order
+    number = max(taken, above) + 1
+    while not storage.put_new(f"{ROOT}/order/{number:08d}.json", json.dumps({"run": run}).encode()):
+        number += 1
+    return number
+
+
 def find_damage(storage: Storage, manifest: Manifest) -> tuple[str, ...]:
     """Return the parts of a published run that are gone, or of another size, by now; one listing, nothing opened.
 
@@ -170,7 +228,8 @@ def find_damage(storage: Storage, manifest: Manifest) -> tuple[str, ...]:
     """
     if manifest.output == "delta":
         return ()
-    sizes = {entry.path: entry.size for entry in list_parts(storage, manifest.run).values()}
+    folders = {part.path.rpartition("/")[0] for part in manifest.parts}
+    sizes = {entry.path: entry.size for folder in folders for entry in storage.entries(folder, depth=1)}
     return tuple(part.path for part in manifest.parts if sizes.get(part.path) != part.bytes)
 
 

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from serving.contract import Frozen
 from serving.tuner import Tuning
+from tasks.batch.parts import part_glob
 from tasks.batch.plan import Plan
 from tasks.batch.publish import Manifest, RejectCount
 from tasks.storage import Storage
@@ -25,6 +26,7 @@ class BatchReport(Frozen):
 
     status: Literal["scored", "already complete"] = Field(description="Whether this call scored anything.")
     run: str = Field(description="The run's key, or its explicit name.")
+    plan_digest: str = Field(default="", description="What tells the published plan from others of the same run.")
     model: str = Field(description="The pinned model version.")
     model_digest: str = Field(description="SHA-256 over the model's files.")
     source: str
@@ -58,7 +60,7 @@ class BatchReport(Frozen):
     @property
     def read_with(self) -> str:
         """The line of polars that reads the predictions."""
-        return f'pl.read_parquet("{self.destination}/run={self.run}/part-*.parquet")'
+        return f'pl.read_parquet("{self.destination}/{part_glob(self.run, self.plan_digest)}")'
 
     def table(self) -> list[dict[str, str]]:
         """Return the report as rows of two columns, in reading order."""
@@ -108,6 +110,7 @@ def report_complete(manifest: Manifest, plan: Plan, storage: Storage, seconds: d
     return BatchReport(
         status="already complete",
         run=manifest.run,
+        plan_digest=manifest.plan_digest,
         model=manifest.model.uri,
         model_digest=manifest.model.digest,
         source=manifest.source,
@@ -126,7 +129,7 @@ def report_complete(manifest: Manifest, plan: Plan, storage: Storage, seconds: d
         memory_mb=0,
         seconds=seconds,
         thread_seconds={},
-        report=storage.address(f"{plan.folder}/{REPORT}"),
+        report=storage.address(page_path(plan)),
     )
 
 
@@ -180,6 +183,11 @@ pre{{background:#f5f7fa;padding:.8rem;overflow:auto}}</style>
 """.encode()
 
 
+def page_path(plan: Plan) -> str:
+    """Return where the page of a run lies below the destination."""
+    return f"{plan.folder}/{REPORT}"
+
+
 def save_page(storage: Storage, plan: Plan, report: BatchReport, png: bytes) -> None:
     """Write the page beside the plan; the first one stands."""
-    storage.put_new(f"{plan.folder}/{REPORT}", page(report, png))
+    storage.put_new(page_path(plan), page(report, png))

@@ -24,10 +24,10 @@ from tasks.batch.plan import (
     run_key,
     save_plan,
 )
-from tasks.batch.publish import Manifest, find_damage, find_manifest, find_whole
+from tasks.batch.publish import Manifest, claim_order, find_damage, find_manifest, find_whole, must_be_of
 from tasks.batch.staging import stage
 from tasks.batch.tuning import settle_sizes
-from tasks.storage import Storage
+from tasks.storage import Storage, check_create_only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +75,9 @@ def plan_call(call: Call, storage: Storage) -> Plan:
     dataset = _open(call, storage)
     call.contract.check(dataset.schema, f"The dataset at {call.snapshot.root}")
     check_names(dataset, call.contract, call.options)
+    order_held = 0
     if call.options.output == "delta":
-        check_delta(storage, part_schema(call.contract, call.options, dataset))
+        order_held = check_delta(storage, part_schema(call.contract, call.options, dataset), call.key)
     model = load_model(call.resolved, call.contract, allow_pickle=call.options.allow_pickle)
     plan = make_plan(
         key=call.key,
@@ -88,7 +89,9 @@ def plan_call(call: Call, storage: Storage) -> Plan:
         sizes=settle_sizes(call.resolved, model, call.contract, call.options, dataset),
     )
     state_memory(plan, plan_slots(call.options, model.using(plan.engine)), call.options)
-    return save_plan(storage, plan)
+    check_create_only(storage)
+    order = claim_order(storage, plan.run, above=order_held)
+    return save_plan(storage, plan.model_copy(update={"order": order}))
 
 
 def plan_slots(options: BatchOptions, model: Model) -> int:
@@ -110,6 +113,7 @@ def _open(call: Call, storage: Storage) -> Dataset:
     names = [column.name for column in call.contract.columns]
     snapshot = call.snapshot
     if snapshot.format != "parquet":
+        check_create_only(storage)
         folder = f"_overnight/{call.run}"
         snapshot = stage(snapshot, storage, folder, call.contract, call.options.key_columns)
     return open_dataset(snapshot, names, call.options.key_columns)
@@ -150,8 +154,13 @@ class Found:
 
 
 def find_published(storage: Storage, plan: Plan, resolved: Resolved | None) -> Found:
-    """Return what is published of a plan: one read and a listing; nothing is opened."""
+    """Return what is published of a plan: one read and a listing; nothing is opened.
+
+    Raises RunNameTaken where a run of another call was published under its name.
+    """
     manifest = find_manifest(storage, plan.run)
+    if manifest is not None:
+        must_be_of(manifest, plan)
     damaged = () if manifest is None else find_damage(storage, manifest)
     return Found(plan=plan, resolved=resolved, manifest=manifest, damaged=damaged)
 

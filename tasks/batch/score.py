@@ -209,8 +209,9 @@ class _Slot:
         with self._done.timed("write"):
             flags = Flags.joined(held.flags)
             predictions = {name: np.concatenate([p[name] for p in held.predictions]) for name in held.predictions[0]}
-            data = encode_part(self._plan, pa.concat_tables(held.keys), predictions, flags, batch_size)
-            won = self._scorer.destination.put_new(part_path(self._plan.run, chunk), data)
+            keys = pa.concat_tables(held.keys)
+            data = encode_part(self._plan, self._chunks[chunk], keys, predictions, flags, batch_size)
+            won = self._scorer.destination.put_new(part_path(self._plan, chunk), data)
         self._share.scored(chunk, time.perf_counter() - held.started, won=won)
         self._done.rows += len(flags.code_N)
         self._done.chunks += 1

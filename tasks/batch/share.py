@@ -147,10 +147,10 @@ class Share:
             self._faulted.add(chunk)
 
     def _parts(self) -> set[ChunkId]:
-        return set(list_parts(self._destination, self._plan.run))
+        return set(list_parts(self._destination, self._plan))
 
     def _exists(self, chunk: ChunkId) -> bool:
-        return self._destination.exists(part_path(self._plan.run, chunk))
+        return self._destination.exists(part_path(self._plan, chunk))
 
     def _claim(self, chunk: ChunkId) -> bool:
         """Claim a chunk among this process's slots; False where it is claimed or has its part."""

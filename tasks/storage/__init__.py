@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from serving.errors import BadInput
-from tasks.storage.base import Entry, Storage, copy_pinned
+from tasks.storage.base import Entry, Storage, check_create_only, copy_pinned
 from tasks.storage.local import LocalStorage, local_errors
 from tasks.storage.s3 import S3Storage, s3_options
 from tasks.storage.select import Selection, select
@@ -21,6 +21,7 @@ __all__ = [
     "S3Storage",
     "Selection",
     "Storage",
+    "check_create_only",
     "copy_pinned",
     "local_errors",
     "open_storage",

@@ -8,6 +8,8 @@ from typing import IO, Protocol
 
 import pyarrow as pa
 
+from serving.errors import DestinationUnusable
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
@@ -72,6 +74,25 @@ class Storage(Protocol):
     def address(self, path: str) -> str:
         """Return the full address of an object, as polars and Delta take it."""
         ...
+
+
+_PROBE = "_overnight/create-only.json"
+
+
+def check_create_only(storage: Storage) -> None:
+    """Find out, by two puts of one object, whether a store creates objects once; the first put ever stays there.
+
+    Everything that Overnight promises stands on that: a store that overwrites loses rows without a word. Raises
+    DestinationUnusable where the second put is taken too.
+    """
+    told = b'{"purpose": "shows that this store does not overwrite what is put with If-None-Match: *"}'
+    if storage.put_new(_PROBE, told) and storage.put_new(_PROBE, told + b"\n"):
+        message = (
+            f"{storage.url} must create an object only where none of its name stands, but took a second one for "
+            f"{storage.address(_PROBE)}: the store ignores `If-None-Match: *`. Nothing was scored. Use a store that "
+            "honours it (AWS S3 and SeaweedFS do), or a local disk."
+        )
+        raise DestinationUnusable(message)
 
 
 def copy_pinned(

@@ -27,10 +27,10 @@ from serving.errors import RunDamaged, SourceChanged
 from serving.registry import ModelPin
 from tasks.batch.dataset import Snapshot, in_parallel
 from tasks.batch.options import BatchOptions
-from tasks.batch.parts import ChunkId, PartFooter, Reasons, encode_part, footer_of, list_parts, part_path
-from tasks.batch.plan import ROOT, Plan, read_record, save_plan
-from tasks.batch.publish import Manifest, ManifestPart, RejectCount
-from tasks.storage import Entry, Storage
+from tasks.batch.parts import ChunkId, PartFooter, Reasons, belongs_to, encode_part, footer_of, list_parts, part_path
+from tasks.batch.plan import ROOT, Plan, load_plan, read_record, save_plan
+from tasks.batch.publish import Manifest, ManifestPart, RejectCount, claim_order
+from tasks.storage import Entry, Storage, check_create_only
 from tasks.stream.addresses import ToParts
 from tasks.stream.message import Poison
 from tasks.stream.rows import NUMBER, PlacedRows, group_rows, join_rows, unread_rows
@@ -54,6 +54,9 @@ class PartsSink:
 
     def __init__(self, storage: Storage, plan: Plan, model: ModelPin, key_types: dict[str, pa.DataType]) -> None:
         self._storage = storage
+        check_create_only(storage)
+        if load_plan(storage, plan.run) is None:
+            plan = plan.model_copy(update={"order": claim_order(storage, plan.run)})
         self._plan = save_plan(storage, plan).model_copy(update={"model": model, "contract": plan.contract})
         self._key_types = key_types
         self._parts: dict[ChunkId, _Part] = {}
@@ -81,8 +84,8 @@ class PartsSink:
             rows = rows.where(rows.places_N["number"] >= start)
             if not rows.rows:
                 return
-            path = part_path(self._plan.run, (partition, start))
-            data = encode_part(self._plan, rows.keys, rows.predictions, rows.flags, self._plan.batch_size)
+            path = part_path(self._plan, (partition, start))
+            data = encode_part(self._plan, None, rows.keys, rows.predictions, rows.flags, self._plan.batch_size)
             won = self._storage.put_new(path, data)
             self._read_chain()
             if won:
@@ -90,7 +93,7 @@ class PartsSink:
 
     def _read_chain(self) -> None:
         """Read the footers of parts that are not known yet, and follow each partition to its end."""
-        listed = list_parts(self._storage, self._plan.run)
+        listed = list_parts(self._storage, self._plan)
         new = [at for at in listed if at not in self._parts]
         for at, part in zip(new, in_parallel(self._storage, lambda at: self._read(listed[at]), new), strict=True):
             self._parts[at] = part
@@ -115,13 +118,22 @@ class PartsSink:
             column = schema.names.index(NUMBER)
             groups = [metadata.row_group(at).column(column) for at in range(metadata.num_row_groups)]
             highest = max(group.statistics.max for group in groups)
-            return _Part(footer=footer_of(entry, metadata), next=int(highest) + 1, keys=schema)
+            part = _Part(footer=footer_of(entry, metadata), next=int(highest) + 1, keys=schema)
         except (pa.ArrowException, OSError, ValueError, KeyError, SourceChanged) as error:
             message = (
                 f"{self._storage.address(entry.path)} must be a part of table {self._plan.run} that can be read, got: "
-                f"{error}. Put it back as it was; without it the stream can't tell where to go on."
+                f"{error}. Put it back as it was, for without it the stream can't tell where to go on. Or choose "
+                "another name for the table."
             )
             raise RunDamaged(message) from error
+        if not belongs_to(metadata, self._plan, None):
+            message = (
+                f"{self._storage.address(entry.path)} must be a part of table {self._plan.run} as it is planned, got "
+                "one of another table of that name, whose records below _overnight were deleted. Choose another name "
+                f"for the table, or delete run={self._plan.run} below the destination first."
+            )
+            raise RunDamaged(message)
+        return part
 
     def _rows(self, scored: Sequence[Scored]) -> PlacedRows:
         pieces = [group_rows(group, self._plan.options.key_columns) for each in scored for group in each.groups]
@@ -157,6 +169,8 @@ class PartsSink:
         return Manifest(
             key=self._plan.key,
             run=f"{self._plan.run}-{number:08d}",
+            order=self._plan.order,
+            commit=number,
             planned_at=at,
             model=self._plan.model,
             source=self._plan.source.root,

@@ -118,13 +118,13 @@ def resume(case: Case, model: str, server: str) -> dict[str, Any]:
     console.print(f"{case.name}: until {DONE:.0%}")
     plan = killed(command, logs / "killed", case)
     storage = open_storage(case.destination)
-    done = list_parts(storage, plan.run)
+    done = list_parts(storage, plan)
     if case.by_flow_run:
         rerun(flow_run[0])
     console.print(f"{case.name}: resume")
     reads, publishing, requests = resumed(command, logs / "resumed", case, server)
     layouts = lay_out(plan, open_storage(case.source), done)
-    counted = tally(reads, layouts, [storage.address(part_path(plan.run, chunk)) for chunk in done], publishing)
+    counted = tally(reads, layouts, [storage.address(part_path(plan, chunk)) for chunk in done], publishing)
     return {
         "chunks_left": len(plan.chunks) - len(done),
         "rows_left": sum(chunk.rows for chunk_id, chunk in plan.chunks.items() if chunk_id not in done),

@@ -92,7 +92,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "after the link": lambda: _after(os, "link", _part_link),
     "after a part": lambda: _after(_local, "put_new", lambda _self, path, *_: "part-" in path),
     "rows are done": lambda: _after(
-        flows.batch, "count_rows_done", lambda storage, plan: bool(list_parts(storage, plan.run))
+        flows.batch, "count_rows_done", lambda storage, plan: bool(list_parts(storage, plan))
     ),
     "before the audit": lambda: _before(flows.batch, "audit_parts"),
     "before the page": lambda: _before(flows.batch, "save_page"),

@@ -24,6 +24,7 @@ from serving.errors import (
     ModelFailed,
     ModelNotFound,
     PlanTooLarge,
+    PublishRefused,
     RunNameTaken,
     SchemaMismatch,
     SourceChanged,
@@ -34,9 +35,12 @@ from serving.errors import (
     TooManyRejects,
 )
 from tasks.batch.options import BatchOptions
+from tasks.batch.plan import Plan
 from tasks.batch.predictions import open_predictions, open_rejects
+from tasks.batch.publish import Audit
 from tasks.batch.report import BatchReport
-from tasks.storage import LocalStorage
+from tasks.storage import LocalStorage, open_storage
+from tests.overwriting_store import overwriting_store
 from tests.support import register_network, write_customers
 
 if TYPE_CHECKING:
@@ -60,6 +64,10 @@ def run_parts(destination: Path) -> dict[str, bytes]:
 
 def files_of(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} if folder.exists() else set()
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 class TestARun:
@@ -239,6 +247,42 @@ class TestTheSameRun:
         infer(linear, customers, tmp_path / "three", OPTIONS.model_copy(update={"slots": 3}))
 
         assert run_parts(tmp_path / "one") == run_parts(tmp_path / "three")
+
+    @pytest.mark.parametrize("deleted", ["_overnight", "_overnight/{run}", "_overnight/{run}/plan.json"])
+    @pytest.mark.parametrize("published", [True, False])
+    def test_parts_of_another_plan_are_never_counted_whatever_records_were_deleted(
+        self, linear: str, customers: Path, tmp_path: Path, deleted: str, *, published: bool
+    ) -> None:
+        options = BatchOptions(key_columns=("customer",), rows_per_chunk=500, batch_size=100, experiment=None)
+        first = infer(linear, customers, tmp_path / "scores", options.model_copy(update={"slots": 2}))
+        if not published:
+            (tmp_path / "scores" / "_overnight" / first.run / "manifest.json").unlink()
+        before = run_parts(tmp_path / "scores")
+        records = tmp_path / "scores" / deleted.format(run=first.run)
+        records.unlink() if records.is_file() else shutil.rmtree(records)
+        again = infer(linear, customers, tmp_path / "scores", options.model_copy(update={"slots": 3}))
+
+        table = open_predictions(str(tmp_path / "scores")).collect().sort("customer")
+        rows = pl.read_parquet(customers / "*.parquet").sort("customer")
+        direct = mlflow.pytorch.load_model(linear)(rows.select("a", "b", "c").to_torch(dtype=pl.Float32))
+        assert first.run == again.run
+        assert rows["customer"].to_list() == table["customer"].to_list()
+        torch.testing.assert_close(direct[:, 0], table["score"].to_torch(), rtol=1e-6, atol=1e-6)
+        assert before == {name: data for name, data in run_parts(tmp_path / "scores").items() if name in before}
+        assert 10_000 == eval(again.read_with, {"pl": pl}).height  # noqa: S307 - the line that the report tells people to run
+        assert "already complete" == infer(linear, customers, tmp_path / "scores", options).status
+
+    def test_a_delta_table_whose_records_were_deleted_does_not_get_its_run_twice(
+        self, linear: str, customers: Path, tmp_path: Path
+    ) -> None:
+        options = OPTIONS.model_copy(update={"output": "delta"})
+        infer(linear, customers, tmp_path / "scores", options)
+        shutil.rmtree(tmp_path / "scores" / "_overnight")
+        with pytest.raises(DestinationUnusable, match="Its rows are in the table, once: there is nothing to do"):
+            infer(linear, customers, tmp_path / "scores", options.model_copy(update={"slots": 3}))
+
+        assert 10_000 == pl.read_delta(str(tmp_path / "scores"))["customer"].n_unique()
+        assert 10_000 == pl.read_delta(str(tmp_path / "scores")).height
 
     def test_an_explicit_name_holds_one_plan_only(self, linear: str, customers: Path, tmp_path: Path) -> None:
         named = OPTIONS.model_copy(update={"name": "tonight"})
@@ -473,6 +517,18 @@ class TestBadInput:
         with pytest.raises(BadInput, match="must lie outside the source"):
             infer(linear, customers, customers / "scores")
 
+    def test_a_store_that_overwrites(
+        self, linear: str, customers: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        place = f"s3://lake/{uuid.uuid4().hex}"
+        with overwriting_store(s3) as endpoint:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+            for _ in range(2):
+                with pytest.raises(DestinationUnusable, match="the store ignores `If-None-Match: \\*`"):
+                    infer(linear, customers, place)
+
+            assert ["_overnight/create-only.json"] == [entry.path for entry in open_storage(place).entries()]
+
     def test_s3_access_denied(self, linear: str, customers: Path, s3: S3Server) -> None:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in s3.read_only_environment.items():
@@ -546,6 +602,80 @@ class TestReports:
         assert (linear, 10_000.0) == (run.data.tags["overnight.model"], run.data.metrics["rows"])
         assert str(customers) == run.inputs.dataset_inputs[0].dataset.source
         assert 1 == len(run.inputs.model_inputs)
+
+    def test_mlflows_run_ends_as_the_run_did_and_is_gone_on_with(
+        self, linear: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import flows.batch
+
+        source = write_customers(
+            *(tmp_path / "customers",),
+            rows=1_000,
+            files=1,
+            rows_per_group=500,
+            edit=lambda table: table.with_columns(a=pl.when(pl.col("customer") % 2 == 0).then("a")),
+        )
+        options = OPTIONS.model_copy(update={"experiment": "overnight", "name": f"n{uuid.uuid4().hex[:8]}"})
+        scores = tmp_path / "scores"
+
+        def ended() -> tuple[str, str]:
+            client = mlflow.MlflowClient()
+            experiment = client.get_experiment_by_name("overnight")
+            assert experiment is not None
+            by_place = f"tags.`overnight.destination` = '{scores}'"
+            (run,) = client.search_runs([experiment.experiment_id], by_place)
+            return run.info.status, run.data.tags.get("overnight.error", "")
+
+        with pytest.raises(TooManyRejects):
+            infer(linear, source, scores, options)
+        status, reason = ended()
+        assert ("FAILED", True) == (status, "may be rejects" in reason)
+        assert not list(scores.rglob("report.html"))
+
+        options = options.model_copy(update={"max_reject_fraction": 0.5})
+        with monkeypatch.context() as patch:
+            patch.setattr(flows.batch, "publish", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                infer(linear, source, scores, options)
+        assert "KILLED" == ended()[0]
+        assert not list(scores.rglob("report.html"))
+
+        infer(linear, source, scores, options)
+        assert ("FINISHED", "") == ended()
+
+    def test_a_run_that_was_published_by_a_call_that_was_ended_then_is_recorded_by_the_next(
+        self, linear: str, customers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import flows.batch
+
+        with monkeypatch.context() as patch:
+            patch.setattr(flows.batch, "plot", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                infer(linear, customers, tmp_path / "scores")
+        assert 10_000 == open_predictions(str(tmp_path / "scores")).collect().height
+        report = infer(linear, customers, tmp_path / "scores")
+
+        assert "already complete" == report.status
+        assert report.run in Path(report.report).read_text()
+
+    def test_parts_that_stay_missing_end_the_run_by_name_and_nothing_is_reported(
+        self, linear: str, customers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import flows.batch
+
+        inner = flows.batch.audit_parts
+
+        def lose_a_part(storage: LocalStorage, plan: Plan) -> Audit:
+            next((tmp_path / "scores").glob("run=*/part-*")).unlink()
+            return inner(storage, plan)
+
+        monkeypatch.setattr(flows.batch, "audit_parts", lose_a_part)
+        with pytest.raises(PublishRefused, match=r"1 parts missing\. Nothing was published; call again"):
+            infer(linear, customers, tmp_path / "scores")
+
+        assert {"plan.json"} == {
+            path.name for path in (tmp_path / "scores" / "_overnight").glob("*/*.*") if len(path.parent.name) == 32
+        }
 
     def test_the_page_and_the_line_of_polars_work(self, linear: str, customers: Path, tmp_path: Path) -> None:
         report = infer(linear, customers, tmp_path / "scores")

@@ -152,7 +152,7 @@ def test_only_a_shard_with_all_its_parts_shows_as_completed(
     (run,) = tmp_path.glob("run=*")
     plan = load_plan(open_storage(str(tmp_path)), run.name.removeprefix("run="))
     assert plan is not None
-    parts = Counter(shard for shard, _ in list_parts(open_storage(str(tmp_path)), plan.run))
+    parts = Counter(shard for shard, _ in list_parts(open_storage(str(tmp_path)), plan))
     states = shard_states(prefect, tmp_path)
     assert "CANCELLED" in states.values()
     assert states == {

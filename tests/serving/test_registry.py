@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from serving.errors import ModelNotFound, ModelUnfit
 from serving.model import load_model
 from serving.registry import _download, digest_folder, open_model, resolve_model
 from tests.serving.toys import SCORE, network, tensor
+from tests.support import register_network
 
 if TYPE_CHECKING:
     from infra.local.s3 import S3Server
@@ -183,6 +185,15 @@ def test_the_digest_does_not_depend_on_place_or_time(tmp_path: Path, pt2: str) -
         os.utime(path, (0, 0))
 
     assert resolved.pin.digest == digest_folder(copy)
+
+
+def test_the_digest_stays_where_mlflow_itself_loads_the_model_by_its_name(registry: Path) -> None:
+    uri = register_network(f"loaded_{uuid.uuid4().hex[:8]}", seed=0)
+    before = resolve_model(uri)
+    mlflow.pytorch.load_model(uri)
+
+    assert (before.folder / "registered_model_meta").is_file()
+    assert before.pin == resolve_model(uri).pin
 
 
 def test_resolving_loading_and_running_a_model_writes_nothing_into_the_registry(

@@ -104,7 +104,7 @@ def a_part(plan: Plan, chunk: ChunkId, rejects: Sequence[int] = ()) -> memoryvie
     flags = Flags.none(keys.num_rows)
     for row in rejects:
         flags.mark_row(row, "a", "null")
-    return encode_part(plan, keys, predict(plan, keys), flags, plan.batch_size)
+    return encode_part(plan, plan.chunks[chunk], keys, predict(plan, keys), flags, plan.batch_size)
 
 
 def put_parts(
@@ -112,4 +112,4 @@ def put_parts(
 ) -> None:
     """Write the parts of a plan, of every chunk unless told; the first row of each is a reject, unless told."""
     for chunk in plan.chunks if chunks is None else chunks:
-        destination.put_new(part_path(plan.run, chunk), a_part(plan, chunk, rejects))
+        destination.put_new(part_path(plan, chunk), a_part(plan, chunk, rejects))

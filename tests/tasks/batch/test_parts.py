@@ -34,7 +34,7 @@ from tasks.batch.parts import (
     read_footer,
     stored_type,
 )
-from tasks.batch.plan import Chunk, Piece, Plan
+from tasks.batch.plan import Chunk, Piece, Plan, digest_chunk
 from tasks.storage import Entry, Storage
 from tests.tasks.batch.small import a_contract, a_part, a_plan, numbers, parquet, put
 
@@ -71,6 +71,9 @@ PREDICTIONS = {
 }
 
 
+CHUNK = Chunk(pieces=(Piece(file=0, row_group=0, row_start=0, row_stop=4),))
+
+
 def flagged(rows: Sequence[tuple[int, str, str]], count: int = 4) -> Flags:
     flags = Flags.none(count)
     for row, column, reason in rows:
@@ -84,7 +87,7 @@ def read(data: memoryview) -> pa.Table:
 
 def test_predictions_are_null_exactly_at_rejects_which_say_why(plan: Plan, keys: pa.Table) -> None:
     flags = flagged([(2, "a", "null"), (3, "", "ValueError: x")])
-    table = read(encode_part(plan, keys, PREDICTIONS, flags, 4))
+    table = read(encode_part(plan, CHUNK, keys, PREDICTIONS, flags, 4))
 
     second = {"score": 1.0, "class": 2, "label": "y", "wide": [3.0, 4.0, 5.0], "grid": [4.0, 5.0, 6.0, 7.0]}
     second |= {"words": ["c", "d"], "sure": False}
@@ -102,21 +105,21 @@ def test_predictions_are_null_exactly_at_rejects_which_say_why(plan: Plan, keys:
 
 def test_a_part_without_rejects_has_no_nulls(plan: Plan, keys: pa.Table) -> None:
     good = PREDICTIONS | {"label": np.array(list("abcd"), dtype=object), "words": np.full((4, 2), "w", dtype=object)}
-    table = read(encode_part(plan, keys, good, flagged([]), 4))
+    table = read(encode_part(plan, CHUNK, keys, good, flagged([]), 4))
 
     assert dict.fromkeys(PREDICTIONS, 0) == {name: table[name].null_count for name in PREDICTIONS}
     assert table["reject_reason"].null_count == table["reject_column"].null_count == 4
 
 
 def test_a_part_of_rejects_alone_has_predictions_nowhere(plan: Plan, keys: pa.Table) -> None:
-    table = read(encode_part(plan, keys, PREDICTIONS, flagged([(row, "a", "null") for row in range(4)]), 4))
+    table = read(encode_part(plan, CHUNK, keys, PREDICTIONS, flagged([(row, "a", "null") for row in range(4)]), 4))
 
     assert dict.fromkeys(PREDICTIONS, 4) == {name: table[name].null_count for name in PREDICTIONS}
     assert table["reject_reason"].to_pylist() == ["null"] * 4
 
 
 def test_polars_pandas_and_arrow_read_the_same_rows(plan: Plan, keys: pa.Table) -> None:
-    data = encode_part(plan, keys, PREDICTIONS, flagged([(2, "a", "null")]), 4)
+    data = encode_part(plan, CHUNK, keys, PREDICTIONS, flagged([(2, "a", "null")]), 4)
     names = [name for name in PREDICTIONS if name != "words"]
     frame = read(data).to_pandas()
 
@@ -127,10 +130,12 @@ def test_polars_pandas_and_arrow_read_the_same_rows(plan: Plan, keys: pa.Table) 
 
 def test_the_metadata_name_model_and_run_and_nothing_of_the_attempt(plan: Plan, keys: pa.Table) -> None:
     flags = flagged([(3, "b", "null"), (0, "a", "null"), (1, "b", "null")])
-    metadata = read(encode_part(plan, keys, PREDICTIONS, flags, 2)).schema.metadata
+    metadata = read(encode_part(plan, CHUNK, keys, PREDICTIONS, flags, 2)).schema.metadata
 
     assert {
         b"overnight.run_key": plan.key.encode(),
+        b"overnight.plan_digest": plan.digest.encode(),
+        b"overnight.chunk_digest": digest_chunk(plan, CHUNK).encode(),
         b"overnight.model": b"churn",
         b"overnight.model_version": b"3",
         b"overnight.model_digest": b"d" * 64,
@@ -142,11 +147,11 @@ def test_the_metadata_name_model_and_run_and_nothing_of_the_attempt(plan: Plan, 
 
 def test_a_part_has_the_same_bytes_twice_and_however_its_keys_are_cut(plan: Plan, keys: pa.Table) -> None:
     flags = flagged([(2, "a", "null")])
-    first = encode_part(plan, keys, PREDICTIONS, flags, 4)
+    first = encode_part(plan, CHUNK, keys, PREDICTIONS, flags, 4)
     cut = pa.concat_tables([keys.slice(0, 1), keys.slice(1, 2), keys.slice(3)])
 
-    assert first == encode_part(plan, keys, PREDICTIONS, flags, 4)
-    assert first == encode_part(plan, cut, PREDICTIONS, flags, 4)
+    assert first == encode_part(plan, CHUNK, keys, PREDICTIONS, flags, 4)
+    assert first == encode_part(plan, CHUNK, cut, PREDICTIONS, flags, 4)
 
 
 def test_what_the_model_left_in_a_rejects_place_does_not_show(plan: Plan, keys: pa.Table) -> None:
@@ -155,7 +160,7 @@ def test_what_the_model_left_in_a_rejects_place_does_not_show(plan: Plan, keys: 
     for name, value in other.items():
         value[2] = PREDICTIONS[name][0]
 
-    assert encode_part(plan, keys, PREDICTIONS, flags, 4) == encode_part(plan, keys, other, flags, 4)
+    assert encode_part(plan, CHUNK, keys, PREDICTIONS, flags, 4) == encode_part(plan, CHUNK, keys, other, flags, 4)
 
 
 CHILD = """
@@ -337,19 +342,23 @@ def test_reasons_are_counted() -> None:
     assert Counter() == count_reasons(Flags.none(3))
 
 
-def test_parts_are_listed_and_strangers_ignored(storage: Storage) -> None:
+def test_parts_of_a_plan_are_listed_and_all_else_is_ignored(storage: Storage, plan: Plan) -> None:
+    plan = plan.model_copy(update={"run": "a", "digest": "0123456789abcdef"})
+    digest = "0123456789ab"
     for path in (
-        *("run=a/part-00000-0000.parquet", "run=a/part-00012-0003.parquet", "run=a/part-100000-10000.parquet"),
-        *("run=a/.part-00001-0000.parquet.ab.aside", "run=a/part-1-1.parquet", "run=a/part-00001-0000.parquet.bak"),
-        *("run=a/sub/part-00002-0000.parquet", "run=a/part-000003-0000.parquet", "run=a/notes.txt"),
-        *("run=ab/part-00004-0000.parquet", "part-00005-0000.parquet", "run=a/part-00006-0000.PARQUET"),
+        *(f"run=a/part-{at}-{digest}.parquet" for at in ("00000-0000", "00012-0003", "100000-10000")),
+        *("run=a/part-00007-0000.parquet", "run=a/part-00008-0000-ba9876543210.parquet"),
+        *(f"run=a/.part-00001-0000-{digest}.parquet.ab.aside", f"run=a/part-1-1-{digest}.parquet"),
+        *(f"run=a/sub/part-00002-0000-{digest}.parquet", f"run=a/part-000003-0000-{digest}.parquet", "run=a/notes.txt"),
+        *(f"run=ab/part-00004-0000-{digest}.parquet", f"part-00005-0000-{digest}.parquet"),
+        *(f"run=a/part-00006-0000-{digest}.PARQUET", f"run=a/part-00001-0000-{digest}.parquet.bak"),
     ):
         storage.put_new(path, b"x")
-    parts = list_parts(storage, "a")
+    parts = list_parts(storage, plan)
 
     assert {(0, 0), (12, 3), (100000, 10000)} == set(parts)
-    assert {part_path("a", chunk) for chunk in parts} == {entry.path for entry in parts.values()}
-    assert list_parts(storage, "none") == {}
+    assert {part_path(plan, chunk) for chunk in parts} == {entry.path for entry in parts.values()}
+    assert list_parts(storage, plan.model_copy(update={"run": "none"})) == {}
 
 
 def entry_of(storage: Storage, path: str) -> Entry:
@@ -381,9 +390,8 @@ def test_a_footer_counts_the_rows_whose_key_holds_a_null(
 ) -> None:
     whole = pa.table({name: list(values) for name, values in keys.items()})
     table = pa.concat_tables([whole.slice(0, 1), whole.slice(1)])
-    storage.put_new("part", encode_part(plan, table, PREDICTIONS, Flags.none(4), 4))
-    chunk = Chunk(pieces=(Piece(file=0, row_group=0, row_start=0, row_stop=4),))
-    footer = read_footer(storage, plan, chunk, entry_of(storage, "part"))
+    storage.put_new("part", encode_part(plan, CHUNK, table, PREDICTIONS, Flags.none(4), 4))
+    footer = read_footer(storage, plan, CHUNK, entry_of(storage, "part"))
 
     assert footer is not None
     assert rows == footer.rows_key_null
@@ -392,6 +400,7 @@ def test_a_footer_counts_the_rows_whose_key_holds_a_null(
 def test_a_part_that_is_torn_or_a_strangers_has_no_footer(storage: Storage, plan: Plan) -> None:
     chunk, good = plan.chunks[0, 0], bytes(a_part(plan, (0, 0)))
     stranger = plan.model_copy(update={"key": "0" * 32})
+    replanned = plan.model_copy(update={"digest": "0" * 64})
     flipped = bytearray(good)
     footer = len(good) - 8 - int.from_bytes(good[-8:-4], "little")
     flipped[footer : footer + 20] = bytes(0xFF ^ byte for byte in good[footer : footer + 20])
@@ -402,6 +411,8 @@ def test_a_part_that_is_torn_or_a_strangers_has_no_footer(storage: Storage, plan
         "garbage": b"PAR1" + bytes(1000) + b"PAR1",
         "flipped": bytes(flipped),
         "another run's": bytes(a_part(stranger, (0, 0))),
+        "another plan's": bytes(a_part(replanned, (0, 0))),
+        "another chunk's": bytes(a_part(plan, (0, 1))),
         "other rows": bytes(a_part(plan, (0, 3))),
         "no metadata": parquet(numbers(0, 8)),
     }

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.contract import ColumnPolicy, Output
+from serving.engine import Engine
 from serving.errors import DestinationUnusable, OvernightError, PlanTooLarge, RunNameTaken
 from tasks.batch.dataset import Dataset, Snapshot, SourceFile
 from tasks.batch.footer import GroupBytes
@@ -27,6 +28,8 @@ from tasks.batch.plan import (
     chunk_rows,
     cut_chunks,
     cut_shards,
+    digest_chunk,
+    digest_plan,
     held_to_key,
     load_plan,
     load_start,
@@ -291,9 +294,9 @@ def test_a_plan_is_saved_once_and_read_back(storage: Storage, made: Plan) -> Non
 
 def test_of_racing_plans_every_loser_reads_the_winners(storage: Storage, made: Plan) -> None:
     plans = [
-        made.model_copy(update={"planned_at": made.planned_at + timedelta(seconds=at), "batch_size": at + 1})
-        for at in range(8)
+        made.model_copy(update={"planned_at": made.planned_at + timedelta(at), "batch_size": at + 1}) for at in range(8)
     ]
+    plans = [plan.model_copy(update={"digest": digest_plan(plan)}) for plan in plans]
     barrier = threading.Barrier(len(plans))
 
     def race(plan: Plan) -> Plan:
@@ -306,6 +309,44 @@ def test_of_racing_plans_every_loser_reads_the_winners(storage: Storage, made: P
     assert saved[0] in plans
     assert [saved[0]] * len(plans) == saved
     assert saved[0] == load_plan(storage, made.run)
+
+
+def test_a_plans_digest_tells_what_shapes_its_parts_and_nothing_of_the_attempt(made: Plan) -> None:
+    chunks = made.shards[0]
+    shaped = {"batch_size": 5, "shards": (chunks[1:], chunks[:1]), "engine": Engine(linear="onednn"), "key": "0" * 32}
+    told = {"planned_at": made.planned_at + timedelta(1), "order": 7, "row_bytes": 1.0, "run": "nightly"}
+
+    assert made.digest == digest_plan(made)
+    assert {made.digest} == {digest_plan(made.model_copy(update={name: value})) for name, value in told.items()}
+    assert len(shaped) + 1 == len(
+        {made.digest} | {digest_plan(made.model_copy(update={name: value})) for name, value in shaped.items()}
+    )
+
+
+def test_a_chunks_digest_tells_file_rows_batches_and_engine(made: Plan) -> None:
+    plans = [
+        made,
+        *(
+            made.model_copy(update=update)
+            for update in ({"batch_size": 5}, {"engine": Engine(threads=2)}, {"key": "0"})
+        ),
+    ]
+    digests = {digest_chunk(plan, chunk) for plan in plans for chunk in plan.chunks.values()}
+
+    assert len(plans) * len(made.chunks) == len(digests)
+
+
+def test_a_plan_of_an_earlier_release_gets_its_digest_when_it_is_read(storage: Storage, made: Plan) -> None:
+    storage.put_new(f"{made.folder}/plan.json", made.model_dump_json(exclude={"digest", "order"}).encode())
+
+    assert made == load_plan(storage, made.run)
+
+
+def test_a_plan_that_was_edited_is_refused_by_its_address(storage: Storage, made: Plan) -> None:
+    edited = made.model_copy(update={"batch_size": made.batch_size + 1})
+    storage.put_new(f"{made.folder}/plan.json", edited.model_dump_json().encode())
+    with pytest.raises(DestinationUnusable, match=r"plan\.json must be as it was written, with the digest"):
+        load_plan(storage, made.run)
 
 
 def test_a_name_that_holds_another_plan_is_taken(storage: Storage, made: Plan) -> None:

@@ -12,9 +12,9 @@ import pytest
 from serving.contract import Output
 from serving.errors import NoCompleteRun
 from tasks.batch.options import BatchOptions
-from tasks.batch.plan import Plan
+from tasks.batch.plan import Plan, save_plan
 from tasks.batch.predictions import open_predictions, open_rejects
-from tasks.batch.publish import audit_parts, publish
+from tasks.batch.publish import audit_parts, claim_order, find_newest_run, publish
 from tasks.storage import Storage, open_storage
 from tests.tasks.batch.small import a_contract, a_part, a_plan, numbers, put, put_parts
 
@@ -38,12 +38,11 @@ def done(destination: Storage, plan: Plan, rejects: tuple[int, ...] = (0,)) -> P
     return plan
 
 
-def another(plan: Plan, run: str, seconds: int = 0) -> Plan:
-    """Return another run over the same rows, planned so many seconds later."""
+def another(plan: Plan, run: str, *, order: int = 0, seconds: int = 0) -> Plan:
+    """Return another run over the same rows, of that number, planned so many seconds later by its planner's clock."""
     key = run * 32
-    return plan.model_copy(
-        update={"run": run, "key": key[:32], "planned_at": plan.planned_at + timedelta(seconds=seconds)}
-    )
+    planned_at = plan.planned_at + timedelta(seconds=seconds)
+    return plan.model_copy(update={"run": run, "key": key[:32], "order": order, "planned_at": planned_at})
 
 
 def rows(plan: Plan) -> list[dict[str, object]]:
@@ -71,15 +70,38 @@ def test_rejects_are_the_rows_without_predictions(destination: Storage, plan: Pl
     assert len(expected) == len(plan.chunks)
 
 
-def test_the_newest_run_is_the_one_whose_plan_is_newest(destination: Storage, plan: Plan) -> None:
+@pytest.mark.parametrize("unit", ["order", "seconds"], ids=["numbered", "of earlier releases, by their clocks"])
+def test_the_newest_run_is_the_one_that_was_planned_last(destination: Storage, plan: Plan, unit: str) -> None:
     plan = a_quick(plan)
-    done(destination, another(plan, "b", 7), rejects=(0, 1, 2))
-    done(destination, another(plan, "z", 3), rejects=(0, 1))
-    done(destination, another(plan, "a", 5), rejects=(0,))
-    put_parts(another(plan, "c", 86_400), destination, rejects=())
+    done(destination, another(plan, "b", **{unit: 7}), rejects=(0, 1, 2))
+    done(destination, another(plan, "z", **{unit: 3}), rejects=(0, 1))
+    done(destination, another(plan, "a", **{unit: 5}), rejects=(0,))
+    put_parts(another(plan, "c", **{unit: 86_400}), destination, rejects=())
 
     assert [0, 1, 2] == open_rejects(destination.url).collect()["source_row"].to_list()
     assert plan.rows == open_predictions(destination.url).collect().height
+
+
+def test_a_planner_whose_clock_is_fast_hides_no_later_run(destination: Storage, plan: Plan) -> None:
+    plan = a_quick(plan)
+    for run, seconds in (("a", 300), ("b", 0), ("c", -86_400)):
+        done(destination, another(plan, run, order=claim_order(destination, run), seconds=seconds))
+
+        assert run == published_run(destination)
+
+
+def test_a_numbered_run_is_newer_than_any_of_an_earlier_release(destination: Storage, plan: Plan) -> None:
+    plan = a_quick(plan)
+    done(destination, another(plan, "a", seconds=86_400))
+    done(destination, another(plan, "b", order=claim_order(destination, "b")))
+
+    assert "b" == published_run(destination)
+
+
+def published_run(destination: Storage) -> str:
+    newest = find_newest_run(destination)
+    assert newest is not None
+    return newest.run
 
 
 def a_quick(plan: Plan) -> Plan:
@@ -91,7 +113,7 @@ def a_quick(plan: Plan) -> Plan:
 
 
 def test_a_run_is_opened_by_its_name(destination: Storage, plan: Plan) -> None:
-    done(destination, another(plan, "newer", 9), rejects=())
+    done(destination, another(plan, "newer", order=9), rejects=())
     named = done(destination, another(plan, "nightly"))
 
     assert rows(named) == open_predictions(destination.url, "nightly").collect().to_dicts()
@@ -108,6 +130,7 @@ def test_a_run_that_is_not_complete_is_not_there(destination: Storage, plan: Pla
 
 
 def test_the_rejects_of_a_run_that_is_not_complete_are_there(destination: Storage, plan: Plan) -> None:
+    save_plan(destination, plan)
     put_parts(plan, destination, [(0, 1), (0, 0)])
 
     assert [0, 8] == open_rejects(destination.url, plan.run).collect()["source_row"].to_list()

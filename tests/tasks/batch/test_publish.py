@@ -10,12 +10,12 @@ from datetime import timedelta
 import pyarrow as pa
 import pytest
 
-from serving.errors import DestinationUnusable, PublishRefused, RunDamaged
+from serving.errors import DestinationUnusable, PublishRefused, RunDamaged, RunNameTaken
 from tasks.batch.dataset import Snapshot, take_snapshot
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import part_path
 from tasks.batch.plan import Plan, load_plan, save_plan
-from tasks.batch.publish import audit_parts, count_rejects, find_damage, find_manifest, find_whole, publish
+from tasks.batch.publish import audit_parts, claim_order, count_rejects, find_damage, find_manifest, find_whole, publish
 from tasks.batch.staging import stage
 from tasks.storage import LocalStorage, Storage, open_storage
 from tests.tasks.batch.small import a_contract, a_part, a_plan, numbers, put, put_parts
@@ -48,7 +48,7 @@ def test_a_run_whose_parts_are_all_there_is_published(destination: Storage, plan
     assert (plan.key, plan.run, plan.planned_at, plan.model, plan.rows) == (
         *(manifest.key, manifest.run, manifest.planned_at, manifest.model, manifest.rows),
     )
-    assert [part_path(plan.run, chunk) for chunk in plan.chunks] == [part.path for part in manifest.parts]
+    assert [part_path(plan, chunk) for chunk in plan.chunks] == [part.path for part in manifest.parts]
     assert [chunk.rows for chunk in plan.chunks.values()] == [part.rows for part in manifest.parts]
     assert [entry.size for entry in destination.entries(f"run={plan.run}")] == [part.bytes for part in manifest.parts]
     assert [("a", "null", len(plan.chunks))] == [(count.column, count.reason, count.rows) for count in manifest.rejects]
@@ -105,7 +105,7 @@ def test_a_torn_part_is_set_aside_where_no_reader_looks_and_is_missing(
     destination: Storage, plan: Plan, tear: Callable[[Plan], bytes]
 ) -> None:
     put_parts(plan, destination)
-    path = part_path(plan.run, (1, 0))
+    path = part_path(plan, (1, 0))
     replace(destination, path, tear(plan))
     audit = audit_parts(destination, plan)
     (aside,) = audit.set_aside
@@ -113,7 +113,7 @@ def test_a_torn_part_is_set_aside_where_no_reader_looks_and_is_missing(
     assert audit.missing == ((1, 0),)
     assert audit.rows_set_aside == plan.chunks[1, 0].rows
     assert len(audit.footers) == len(plan.chunks) - 1
-    assert aside.startswith(f"run={plan.run}/.part-00001-0000.parquet.")
+    assert aside.startswith(f"run={plan.run}/.part-00001-0000-{plan.digest[:12]}.parquet.")
     assert not destination.exists(path)
     put_parts(plan, destination, [(1, 0)])
     assert publish(destination, plan, audit_parts(destination, plan)).rows == 34
@@ -121,7 +121,7 @@ def test_a_torn_part_is_set_aside_where_no_reader_looks_and_is_missing(
 
 def test_two_audits_of_one_torn_part_set_it_aside_once(destination: Storage, plan: Plan) -> None:
     put_parts(plan, destination)
-    replace(destination, part_path(plan.run, (1, 0)), b"torn")
+    replace(destination, part_path(plan, (1, 0)), b"torn")
     barrier = threading.Barrier(4)
 
     def race(_: int) -> tuple[str, ...]:
@@ -134,14 +134,14 @@ def test_two_audits_of_one_torn_part_set_it_aside_once(destination: Storage, pla
         aside = [name for names in pool.map(race, range(4)) for name in names]
 
     assert len(aside) >= 1
-    assert not destination.exists(part_path(plan.run, (1, 0)))
+    assert not destination.exists(part_path(plan, (1, 0)))
 
 
 def test_a_part_that_was_scored_again_during_an_audit_stays(
     destination: Storage, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_parts(plan, destination)
-    path = part_path(plan.run, (1, 0))
+    path = part_path(plan, (1, 0))
     replace(destination, path, b"torn")
     real = type(destination).set_aside
 
@@ -221,7 +221,7 @@ def test_what_killed_writers_left_is_swept(tmp_path: object) -> None:
 
 def test_rejects_are_counted_over_all_parts_by_column_and_reason(destination: Storage, plan: Plan) -> None:
     for chunk in plan.chunks:
-        destination.put_new(part_path(plan.run, chunk), a_part(plan, chunk, rejects=range(plan.chunks[chunk].rows)))
+        destination.put_new(part_path(plan, chunk), a_part(plan, chunk, rejects=range(plan.chunks[chunk].rows)))
     counts = count_rejects(audit_parts(destination, plan))
 
     assert [("a", "null", 34)] == [(count.column, count.reason, count.rows) for count in counts]
@@ -241,7 +241,7 @@ def test_parts_that_are_gone_or_of_another_size_are_told_from_a_listing(destinat
     manifest = publish(destination, plan, audit_parts(destination, plan))
     assert ((), manifest) == (find_damage(destination, manifest), find_whole(destination, plan.run))
 
-    gone, cut = part_path(plan.run, (1, 0)), part_path(plan.run, (2, 0))
+    gone, cut = part_path(plan, (1, 0)), part_path(plan, (2, 0))
     destination.delete([gone])
     replace(destination, cut, bytes(a_part(plan, (2, 0)))[:-1])
     assert ((gone, cut), None) == (find_damage(destination, manifest), find_whole(destination, plan.run))
@@ -251,7 +251,7 @@ def test_the_parts_of_a_delta_table_are_the_tables_own_to_rewrite(destination: S
     plan = plan.model_copy(update={"options": plan.options.model_copy(update={"output": "delta"})})
     put_parts(plan, destination)
     manifest = publish(destination, plan, audit_parts(destination, plan))
-    destination.delete([part_path(plan.run, (1, 0))])
+    destination.delete([part_path(plan, (1, 0))])
 
     assert () == find_damage(destination, manifest)
 
@@ -259,13 +259,50 @@ def test_the_parts_of_a_delta_table_are_the_tables_own_to_rewrite(destination: S
 def test_a_part_that_is_not_the_one_published_is_told_with_both_sizes(destination: Storage, plan: Plan) -> None:
     put_parts(plan, destination)
     manifest = publish(destination, plan, audit_parts(destination, plan))
-    path, other = part_path(plan.run, (1, 0)), a_part(plan, (1, 0), rejects=[])
+    path, other = part_path(plan, (1, 0)), a_part(plan, (1, 0), rejects=[])
     replace(destination, path, other)
     (published,) = (part.bytes for part in manifest.parts if part.path == path)
 
     with pytest.raises(RunDamaged, match=rf"{path} \({len(other)} bytes, published with {published}\)"):
         publish(destination, plan, audit_parts(destination, plan))
     assert manifest == find_manifest(destination, plan.run)
+
+
+def test_a_run_that_was_published_from_another_plan_of_the_same_call_stands(destination: Storage, plan: Plan) -> None:
+    put_parts(plan, destination)
+    manifest = publish(destination, plan, audit_parts(destination, plan))
+    replanned = plan.model_copy(update={"digest": "0" * 64})
+    put_parts(replanned, destination)
+
+    assert manifest == publish(destination, replanned, audit_parts(destination, replanned))
+    destination.delete([part_path(plan, (1, 0))])
+    with pytest.raises(RunDamaged, match="must be those that it was published with"):
+        publish(destination, replanned, audit_parts(destination, replanned))
+
+
+def test_a_name_under_which_another_call_was_published_meanwhile_is_taken(destination: Storage, plan: Plan) -> None:
+    mine, other = (plan.model_copy(update={"run": "n", "key": key * 32, "digest": key * 64}) for key in "ab")
+    for each in (mine, other):
+        put_parts(each, destination)
+    publish(destination, other, audit_parts(destination, other))
+    with pytest.raises(RunNameTaken, match="a run of another call was published there"):
+        publish(destination, mine, audit_parts(destination, mine))
+
+
+@pytest.mark.parametrize("racers", [1, 8])
+def test_numbers_in_the_order_of_runs_are_given_once(destination: Storage, racers: int) -> None:
+    with ThreadPoolExecutor(racers) as pool:
+        numbers = list(pool.map(lambda run: claim_order(destination, run), ["a"] * 16))
+
+    assert list(range(1, 17)) == sorted(numbers)
+
+
+def test_the_order_goes_on_where_its_numbers_were_deleted(destination: Storage, plan: Plan) -> None:
+    plan = plan.model_copy(update={"order": 5})
+    put_parts(plan, destination)
+    publish(destination, plan, audit_parts(destination, plan))
+
+    assert 6 == claim_order(destination, "next")
 
 
 def test_a_manifest_of_another_version_is_told_by_its_address(destination: Storage) -> None:

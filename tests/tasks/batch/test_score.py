@@ -65,7 +65,7 @@ def score(plan: Plan, destination: Storage, model: Adder, slots: int = 2, fracti
 
 
 def scored_rows(plan: Plan, destination: Storage) -> pl.DataFrame:
-    parts = sorted(entry.path for entry in list_parts(destination, plan.run).values())
+    parts = sorted(entry.path for entry in list_parts(destination, plan).values())
     return pl.concat([pl.read_parquet(destination.address(path)) for path in parts])
 
 
@@ -123,7 +123,7 @@ def destination(tmp_path: Path) -> Storage:
 
 def test_only_missing_chunks_are_scored(plan: Plan, destination: Storage) -> None:
     score(plan, destination, Adder())
-    destination.delete([part_path(plan.run, (0, 3)), part_path(plan.run, (2, 1))])
+    destination.delete([part_path(plan, (0, 3)), part_path(plan, (2, 1))])
     model = Adder()
     done = score(plan, destination, model)
 
@@ -173,7 +173,7 @@ def test_what_one_slot_raises_stops_the_others(plan: Plan, destination: Storage)
     with pytest.raises(SystemExit, match="out of ink"):
         score(plan, destination, Adder(seconds=0.01, fails_at=5.0))
 
-    assert len(list_parts(destination, plan.run)) < len(plan.chunks)
+    assert len(list_parts(destination, plan)) < len(plan.chunks)
 
 
 class Told(Adder):
@@ -213,7 +213,7 @@ def test_after_a_notice_the_chunk_in_hand_is_finished_and_no_other_begun(
             before += done.chunks
             continue
         break
-    parts = list_parts(destination, scorer.plan.run)
+    parts = list_parts(destination, scorer.plan)
 
     assert 0 == done.chunks_dropped
     assert 202 in scored_rows(scorer.plan, destination)["id"].to_list()
@@ -227,7 +227,7 @@ def test_after_a_notice_that_leaves_no_time_the_chunk_in_hand_is_dropped_between
     hibernation = Notice(source="AWS", action="hibernate", seconds_left=0)
     scorer = told(lambda scorer: scorer.drain.hear(hibernation))
     dropped = sum(scorer.score_shard(shard).chunks_dropped for shard in range(len(scorer.plan.shards)))
-    ids = scored_rows(scorer.plan, destination)["id"].to_list() if list_parts(destination, scorer.plan.run) else []
+    ids = scored_rows(scorer.plan, destination)["id"].to_list() if list_parts(destination, scorer.plan) else []
 
     assert 1 == dropped
     assert 202 not in ids
@@ -269,7 +269,7 @@ def test_too_many_rejects_stop_the_run_as_it_goes(tmp_path: Path, destination: S
 
     with pytest.raises(TooManyRejects, match="may be rejects"):
         score(plan, destination, Adder(), slots=1, fraction=0.1)
-    assert len(list_parts(destination, plan.run)) <= 7
+    assert len(list_parts(destination, plan)) <= 7
 
 
 @pytest.mark.parametrize(("rejects", "refused"), [(0, False), (10, False), (11, True)])

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from serving.errors import SourceChanged
-from tasks.storage import Entry, Storage, copy_pinned, open_storage
+from tasks.storage import Entry, Storage, check_create_only, copy_pinned, open_storage
 
 NAMES = [
     "plain.txt",
@@ -44,6 +44,13 @@ def test_an_object_is_created_once_and_its_first_bytes_stand(storage: Storage) -
     assert not storage.put_new("a/b.bin", b"second")
 
     assert storage.read("a/b.bin") == b"first"
+
+
+def test_a_store_that_creates_objects_once_is_found_to(storage: Storage) -> None:
+    for _ in range(3):
+        check_create_only(storage)
+
+    assert ["_overnight/create-only.json"] == [entry.path for entry in storage.entries()]
 
 
 def test_a_memoryview_is_written_as_its_bytes(storage: Storage) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import threading
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serving.errors import RunDamaged, RunNameTaken
+from infra.local.s3 import S3Server
+from serving.errors import DestinationUnusable, RunDamaged, RunNameTaken
 from serving.registry import ModelPin
 from tasks.batch.parts import REJECT_REASON
 from tasks.batch.predictions import open_predictions, open_rejects
@@ -22,6 +26,7 @@ from tasks.stream.decode import Decoder, Reason
 from tasks.stream.message import Message, Place
 from tasks.stream.parts_sink import PartsSink, table_plan
 from tasks.stream.rows import NUMBER, PARTITION, ROW
+from tests.overwriting_store import overwriting_store
 from tests.tasks.stream.messages import CONTRACT, KEYS, arrow_rows, decoder, json_row, message, score
 
 PIN = ModelPin(name="sum", version="1", model_id=None, source="", digest="0" * 64)
@@ -168,6 +173,35 @@ def test_a_table_belongs_to_one_stream_and_says_so(place: str) -> None:
     with pytest.raises(RunNameTaken, match="'t' already holds a run of another plan"):
         opened(place, identity="another stream")
     opened(place, identity="another stream", name="other")
+
+
+@pytest.mark.parametrize("deleted", ["_overnight", "_overnight/t"])
+def test_parts_of_another_table_of_that_name_are_never_taken_for_its_own(tmp_path: Path, deleted: str) -> None:
+    emit(opened(str(tmp_path)), [json_row(1), json_row(2)])
+    shutil.rmtree(tmp_path / deleted)
+    with pytest.raises(RunDamaged, match="got one of another table of that name, whose records below _overnight"):
+        opened(str(tmp_path), identity="another stream")
+
+
+def test_a_store_that_overwrites_is_refused_before_a_table_is_begun(s3: S3Server) -> None:
+    place = f"s3://lake/{uuid.uuid4().hex}"
+    with overwriting_store(s3) as endpoint, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", endpoint)
+        with pytest.raises(DestinationUnusable, match="ignores `If-None-Match"):
+            opened(place)
+
+        assert ["_overnight/create-only.json"] == [entry.path for entry in open_storage(place).entries()]
+
+
+def test_a_clock_that_goes_back_hides_no_commit(tmp_path: Path) -> None:
+    sink = opened(str(tmp_path))
+    for number in (1, 2):
+        emit(sink, [json_row(number)])
+    commits = sorted((tmp_path / "_overnight").glob("t-*/manifest.json"))
+    first = json.loads(commits[0].read_text())
+    commits[0].write_text(json.dumps({**first, "planned_at": "2100-01-01T00:00:00Z"}))
+
+    assert [1, 2] == numbers(str(tmp_path))
 
 
 def test_a_part_that_was_deleted_or_spoilt_is_told_by_name(tmp_path: Path) -> None:
