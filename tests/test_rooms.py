@@ -24,8 +24,10 @@ TOP_LEVEL = {
 BATCH_ORDER = (
     *(
         "options",
+        "json_lines",
         "formats",
         "commit_log",
+        "footer",
         "dataset",
         "plan",
         "batches",

@@ -12,18 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Snapshot, SourceFile, corrupt_as_named
-from tasks.batch.plan import Chunk, Piece, Plan
+from tasks.batch.plan import Chunk, Piece, Plan, block_rows
 from tasks.storage import LocalStorage, Storage, open_storage
 
-# Measured: below, threads spend their time handing blocks over; above, only memory grows.
-BLOCK_BYTES = 8 << 20
-
 T = TypeVar("T")
-
-
-def block_rows(step: int, row_bytes: float) -> int:
-    """Return the rows of a block: batches of `step` rows that together stay near 8 MiB."""
-    return step * max(1, int(BLOCK_BYTES / max(row_bytes, 1) / step))
 
 
 class Reader:
@@ -51,43 +43,40 @@ class Reader:
         self._open: tuple[int, pq.ParquetFile] | None = None
         self._cursor: _Cursor | None = None
 
-    def blocks(self, chunk: Chunk) -> Generator[pa.Table]:
-        """Yield the rows of a chunk in order, as tables of `rows` rows, the last one shorter.
+    def blocks(self, chunk: Chunk, rows: int | None = None) -> Generator[pa.Table]:
+        """Yield the rows of a chunk in order, as tables of `rows` rows (else the reader's own), the last one shorter.
 
         Each has the columns asked for and, where `places` is set, source_file and source_row. Raises SourceChanged and
         SourceCorrupt by file name.
         """
+        rows = rows or self._rows
         held: list[pa.Table] = []
         count = 0
-        for table in self._tables(chunk):
+        for table in (table for piece in chunk.pieces for table in self.read(piece, rows)):
             held.append(table)
             count += table.num_rows
             # The last block waits until its file has been held against the snapshot after its last row was read.
-            while count > self._rows:
+            while count > rows:
                 whole = pa.concat_tables(held)
-                yield whole.slice(0, self._rows)
-                held, count = [whole.slice(self._rows)], count - self._rows
+                yield whole.slice(0, rows)
+                held, count = [whole.slice(rows)], count - rows
         if count:
             yield pa.concat_tables(held)
 
-    def _tables(self, chunk: Chunk) -> Generator[pa.Table]:
-        for piece in chunk.pieces:
-            yield from self.read(piece)
-
-    def read(self, piece: Piece) -> Generator[pa.Table]:
+    def read(self, piece: Piece, rows: int | None = None) -> Generator[pa.Table]:
         """Yield the rows of one piece as they are decoded, at most a block at a time."""
         file = self._snapshot.files[piece.file]
         at = sum(file.row_groups[: piece.row_group]) + piece.row_start
         with corrupt_as_named(self._storage, file.entry):
-            for batch in self._read(piece, file):
+            for batch in self._read(piece, file, rows or self._rows):
                 yield self._table(batch, file, at)
                 at += batch.num_rows
         self._storage.hold(file.entry)
 
-    def _read(self, piece: Piece, file: SourceFile) -> Generator[pa.RecordBatch]:
+    def _read(self, piece: Piece, file: SourceFile, rows: int) -> Generator[pa.RecordBatch]:
         cursor = self._cursor
         if cursor is None or not cursor.stands_before(piece):
-            cursor = self._cursor = _Cursor(self._parquet(piece.file, file), piece, self._physical(), self._rows)
+            cursor = self._cursor = _Cursor(self._parquet(piece.file, file), piece, self._physical(), rows)
         cursor.pass_to(piece.row_start)
         yield from cursor.take(piece.rows)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -28,6 +28,7 @@ from serving.errors import (
 )
 from serving.machine import cores
 from tasks.batch.commit_log import find_commit_log, must_be_loose
+from tasks.batch.footer import FooterReader, GroupBytes
 from tasks.storage import Entry, LocalStorage, Selection, Storage, open_storage, select
 
 SOURCE_FILE, SOURCE_ROW = "source_file", "source_row"
@@ -53,7 +54,7 @@ R = TypeVar("R")
 
 
 class SourceFile(Frozen):
-    """One pinned file: path below the root, size in bytes, ETag or local times, and the rows of each row group.
+    """One pinned file: path below the root, size in bytes, ETag or local times, and rows and bytes of each row group.
 
     A file that is a staged copy says of which file (`origin`) and of which of its rows it is the first. One of a table
     has the partitions that the table's log gives it, in place of those in its path.
@@ -63,6 +64,7 @@ class SourceFile(Frozen):
     size: int
     tag: str
     row_groups: tuple[int, ...] = ()
+    group_bytes: tuple[GroupBytes, ...] = ()
     origin: str | None = None
     origin_row: int = 0
     partitions: dict[str, str | None] | None = None
@@ -71,6 +73,11 @@ class SourceFile(Frozen):
     def partition_values(self) -> dict[str, str | None]:
         """Name and value of each partition that the file lies in."""
         return hive_values(_told(self)) if self.partitions is None else self.partitions
+
+    @property
+    def sized_groups(self) -> list[tuple[GroupBytes, int]]:
+        """The bytes and rows of each row group, where its footer was read."""
+        return list(zip(self.group_bytes, self.row_groups, strict=bool(self.group_bytes)))
 
     @property
     def entry(self) -> Entry:
@@ -82,12 +89,14 @@ class Snapshot(Frozen):
     """The files that a run is tied to, in order; `root` is the address that their paths lie below.
 
     `version` is that of a Delta table, and the run of an Overnight destination; None for loose files.
+    `columns_missing` are columns of staged copies that nothing in the source has: they are null throughout.
     """
 
     root: str
     format: str
     files: tuple[SourceFile, ...]
     version: str | None = None
+    columns_missing: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -181,15 +190,15 @@ def open_dataset(snapshot: Snapshot, columns: Sequence[str], keys: Sequence[str]
         message = f"The source must hold at least one row, got a table without files at {snapshot.title}."
         raise SourceEmpty(message)
     storage = open_storage(snapshot.root)
-    first = _read_footer(storage, snapshot.files[0])
-    others = in_parallel(storage, lambda file: _read_footer(storage, file, like=first[1]), snapshot.files[1:])
-    footers = [first, *others]
+    used = dict.fromkeys([*columns, *keys])
+    read = _Footers(storage, used.keys(), set(keys)).read
+    footers = [read(snapshot.files[0]), *in_parallel(storage, read, snapshot.files[1:])]
     with_rows = [(file, schema) for file, schema in footers if sum(file.row_groups)]
     if not with_rows:
         message = f"The source must hold at least one row, got none in {len(footers)} files below {snapshot.title}."
         raise SourceEmpty(message)
-    used = dict.fromkeys([*columns, *keys])
     schema = _one_schema(with_rows, list(used))
+    schema = pa.schema([field for field in schema if field.name not in snapshot.columns_missing])
     beside = [name for name in used if name not in schema.names]
     hive = [field for field in _partitions([file for file, _ in with_rows], beside) if field.name not in schema.names]
     pinned = snapshot.model_copy(update={"files": tuple(file for file, _ in footers)})
@@ -210,14 +219,25 @@ def in_parallel(storage: Storage, work: Callable[[T], R], items: Sequence[T]) ->
         return [found for run in pool.map(lambda run: [work(item) for item in run], runs) for found in run]
 
 
-def _read_footer(storage: Storage, file: SourceFile, like: pa.Schema | None = None) -> tuple[SourceFile, pa.Schema]:
-    """Return a file with its row groups, and its schema: `like` itself where it equals that, to keep it once."""
-    with storage.open_pinned(file.entry) as stream, corrupt_as_named(storage, file.entry):
-        metadata = pq.read_metadata(stream)
-        groups = tuple(metadata.row_group(at).num_rows for at in range(metadata.num_row_groups))
-        schema = metadata.schema.to_arrow_schema()
-    same = like is not None and schema.equals(like)
-    return file.model_copy(update={"row_groups": groups}), like if same else schema
+class _Footers:
+    """Reads footers, and keeps a schema that many files have, and what it tells of sizes, once: that of the first."""
+
+    def __init__(self, storage: Storage, used: Collection[str], keys: Collection[str]) -> None:
+        self._storage, self._used, self._keys = storage, used, keys
+        self._first: tuple[pa.Schema, FooterReader] | None = None
+
+    def read(self, file: SourceFile) -> tuple[SourceFile, pa.Schema]:
+        """Return a file with its row groups, and its schema."""
+        with self._storage.open_pinned(file.entry) as stream, corrupt_as_named(self._storage, file.entry):
+            metadata = pq.read_metadata(stream)
+            groups = tuple(metadata.row_group(at).num_rows for at in range(metadata.num_row_groups))
+            schema = metadata.schema.to_arrow_schema()
+            first = self._first
+            if first is None or not schema.equals(first[0]):
+                first = (schema, FooterReader(metadata, schema, self._used, self._keys))
+                self._first = self._first or first
+            sizes = first[1].read(metadata, lambda **options: pq.ParquetFile(stream, **options))
+        return file.model_copy(update={"row_groups": groups, "group_bytes": sizes}), first[0]
 
 
 class corrupt_as_named:  # noqa: N801 - a context manager reads as a verb
@@ -277,30 +297,22 @@ def _type_of(schema: pa.Schema, name: str) -> pa.DataType | None:
 
 
 def _partitions(files: Sequence[SourceFile], used: Sequence[str]) -> list[pa.Field]:
-    """Return the hive partition columns: int64 where every value is a whole number, else text.
+    """Return the hive partition columns, which are text: a key stays as it is written, and the contract parses inputs.
 
     Raises SchemaMismatch where a column that is used is in the path of some files only.
     """
-    values: dict[str, set[str | None]] = {}
+    names: dict[str, None] = {}
     lacking: dict[str, str] = {}
     for at, file in enumerate(files):
         found = file.partition_values
-        for name, value in found.items():
-            if at and name not in values:
-                lacking[name] = _told(files[0])
-            values.setdefault(name, set()).add(value)
-        lacking |= {name: _told(file) for name in values if name not in found}
+        lacking |= {name: _told(files[0]) for name in found if at and name not in names}
+        names |= dict.fromkeys(found)
+        lacking |= {name: _told(file) for name in names if name not in found}
     if partial := sorted(name for name in lacking if name in used):
         listed = ", ".join(f"{name!r} is missing in {lacking[name]}" for name in partial)
         message = f"Every file must lie in a folder of each partition that is used, got: {listed}. Move it, or glob."
         raise SchemaMismatch(message)
-    return [pa.field(name, _partition_type(found)) for name, found in values.items() if name not in lacking]
-
-
-def _partition_type(values: set[str | None]) -> pa.DataType:
-    known = [value for value in values if value is not None]
-    whole = known and all(re.fullmatch(r"-?[0-9]{1,18}", value) for value in known)
-    return pa.int64() if whole else pa.string()
+    return [pa.field(name, pa.string()) for name in names if name not in lacking]
 
 
 def hive_values(path: str) -> dict[str, str | None]:

@@ -6,10 +6,8 @@ Values of text formats stay text: the contract parses them, and a value that doe
 from __future__ import annotations
 
 import codecs
-import io
-import json
-from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -19,6 +17,7 @@ import pyarrow.csv
 import pyarrow.ipc
 
 from serving.errors import SchemaMismatch, SourceCorrupt
+from tasks.batch.json_lines import NotJsonLines, find_fields, parse_lines
 
 _BLOCK = 16 << 20
 _SHOWN = 200
@@ -26,10 +25,14 @@ _SHOWN = 200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """The columns that a run reads, and those of them that are lists."""
+    """The columns that a run reads, and those of them that are lists.
+
+    `found` is filled while JSON lines are read: those of the columns that a line has had so far.
+    """
 
     names: tuple[str, ...]
     lists: frozenset[str]
+    found: set[str] = field(default_factory=set)
 
 
 def read_tables(raw: Path, kind: str, wanted: Wanted, where: str) -> Iterable[pa.Table]:
@@ -110,21 +113,20 @@ def _read_jsonl(raw: Path, wanted: Wanted, where: str) -> Generator[pa.Table]:
     with raw.open("rb") as stream:
         for block in line_blocks(stream):
             if types:
-                yield _parse_json(block, types, where, line).to_arrow(compat_level=pl.CompatLevel.oldest())
+                frame = _parse_json(block, types, where, line)
+                _note_found(frame, block, wanted)
+                yield frame.to_arrow(compat_level=pl.CompatLevel.oldest())
             elif text := block.strip():
                 message = f"{where} must hold a column that the run reads, got none; it begins {text[:_SHOWN]!r}."
                 raise SchemaMismatch(message)
             line += block.count(b"\n")
 
 
-def named_in(blocks: Iterable[bytes], names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names that stand in quotes somewhere in blocks of JSON, which are read until all are found."""
-    missing = {name: {json.dumps(name).encode(), json.dumps(name, ensure_ascii=False).encode()} for name in names}
-    for block in blocks:
-        missing = {name: forms for name, forms in missing.items() if not any(form in block for form in forms)}
-        if not missing:
-            break
-    return tuple(name for name in names if name not in missing)
+def _note_found(frame: pl.DataFrame, block: bytes, wanted: Wanted) -> None:
+    """Add the columns that lines of a block have; only one that is null throughout may be in none."""
+    missing = [name for name in wanted.names if name not in wanted.found]
+    filled = {name for name in missing if frame[name].null_count() < frame.height}
+    wanted.found.update(filled, find_fields(block, [name for name in missing if name not in filled]))
 
 
 def line_blocks(stream: IO[bytes]) -> Generator[bytes]:
@@ -143,12 +145,12 @@ def line_blocks(stream: IO[bytes]) -> Generator[bytes]:
 
 def _parse_json(block: bytes, types: dict[str, pl.DataType], where: str, line: int) -> pl.DataFrame:
     try:
-        return pl.read_ndjson(io.BytesIO(block), schema=types)
-    except pl.exceptions.PolarsError as error:
+        return parse_lines(block, types)
+    except NotJsonLines as error:
         at, text = _first_bad_line(block, types)
         message = (
             f"{where} must be JSON lines, one object a line, got in line {line + at}: {text[:_SHOWN]!r} "
-            f"({str(error).splitlines()[0][:200]}). Mend the file, then call again."
+            f"({str(error)[:200]}). Mend the file, then call again."
         )
         raise SourceCorrupt(message) from error
 
@@ -160,8 +162,8 @@ def _first_bad_line(block: bytes, types: dict[str, pl.DataType]) -> tuple[int, b
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            pl.read_ndjson(io.BytesIO(b"\n".join(lines[low:middle])), schema=types)
-        except pl.exceptions.PolarsError:
+            parse_lines(b"\n".join(lines[low:middle]), types)
+        except NotJsonLines:
             high = middle
         else:
             low = middle

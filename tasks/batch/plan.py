@@ -21,6 +21,7 @@ from serving.errors import DestinationUnusable, OvernightError, PlanTooLarge, Ru
 from serving.registry import ModelPin
 from serving.tuner import Tuning
 from tasks.batch.dataset import Dataset, Snapshot, SourceFile
+from tasks.batch.footer import GroupBytes
 from tasks.batch.options import BatchOptions
 from tasks.storage import Storage
 
@@ -28,10 +29,18 @@ ROOT = "_overnight"
 
 CHUNK_SECONDS_MAX = 10.0
 CHUNK_BYTES_MAX = 64 << 20
+# Measured: below, threads spend their time handing blocks over; above, only memory grows.
+BLOCK_BYTES = 8 << 20
 CHUNKS_PER_SLOT_MIN = 8
 SHARD_SECONDS = 60.0
 SHARDS_PER_SLOT_MIN = 2
 SHARDS_MAX = 1000
+# What allocators and libraries keep of a slot's buffers between two uses, as measured.
+SLOT_BYTES = 32 << 20
+# Averages of row groups differ a little; only rows that are larger than that get blocks of their own size.
+ROW_BYTES_OFF = 1.25
+# Of a row without keys of its own: the number, and where the file's name begins.
+_PLACE_BYTES = 12
 
 
 class Piece(Frozen):
@@ -97,6 +106,28 @@ class Plan(Frozen):
         """How many rows the edges of blocks are multiples of."""
         return batch_step(self.batch_size, self.batch_unit)
 
+    def block_rows(self, chunk: Chunk) -> int:
+        """Return the rows of a chunk's blocks: fewer than of others where its rows are larger than those measured."""
+        widest = max(self.piece_bytes(piece).decoded / piece.rows for piece in chunk.pieces)
+        return block_rows(self.step, widest if widest > ROW_BYTES_OFF * self.row_bytes else self.row_bytes)
+
+    def piece_bytes(self, piece: Piece) -> GroupBytes:
+        """Return what a piece takes of its row group; of a plan that was made without, what the rows measured take."""
+        file = self.snapshot.files[piece.file]
+        if not file.group_bytes:
+            keys = 32 * piece.rows * max(1, len(self.options.key_columns))
+            return GroupBytes(int(self.row_bytes * piece.rows), keys, keys, 0)
+        sizes, share = file.group_bytes[piece.row_group], piece.rows / file.row_groups[piece.row_group]
+        places = (
+            0 if self.options.key_columns else piece.rows * (len((file.origin or file.path).encode()) + _PLACE_BYTES)
+        )
+        return GroupBytes(
+            int(sizes.decoded * share) + places,
+            int(sizes.keys * share) + places,
+            int(sizes.keys_stored * share),
+            sizes.reading,
+        )
+
     @property
     def folder(self) -> str:
         """Where the run's bookkeeping lies below the destination."""
@@ -161,6 +192,11 @@ class Sizes:
         return batch_step(self.batch_size, self.batch_unit)
 
 
+def block_rows(step: int, row_bytes: float) -> int:
+    """Return the rows of a block: batches of `step` rows that together stay near 8 MiB."""
+    return step * max(1, int(BLOCK_BYTES / max(row_bytes, 1) / step))
+
+
 def batch_step(batch_size: int, batch_unit: BatchUnit) -> int:
     """Return the rows of a batch; one where it counts tokens, since its rows are then any of the block."""
     return batch_size if batch_unit == "rows" else 1
@@ -182,7 +218,8 @@ def make_plan(
     have slots of their own: what they score twice at the end is a chunk of each, and there are to be many of those.
     """
     sizes = replace(sizes, slots=sizes.slots * options.workers)
-    chunks = cut_chunks(dataset.snapshot.files, options.rows_per_chunk or chunk_rows(dataset.rows, sizes), sizes.step)
+    rows_per_chunk = options.rows_per_chunk or chunk_rows(dataset.rows, sizes)
+    chunks = cut_chunks(dataset.snapshot.files, rows_per_chunk, sizes.step, CHUNK_BYTES_MAX)
     plan = Plan(
         key=key,
         run=options.name or key,
@@ -219,27 +256,40 @@ def chunk_rows(rows: int, sizes: Sizes) -> int:
     return int(sizes.step * 2 ** math.floor(math.log2(batches)))
 
 
-def cut_chunks(files: Sequence[SourceFile], rows_per_chunk: int, batch_size: int) -> list[Chunk]:
+def cut_chunks(
+    files: Sequence[SourceFile], rows_per_chunk: int, batch_size: int, bytes_per_chunk: float = math.inf
+) -> list[Chunk]:
     """Cut files into chunks of whole row groups, or of even slices of one that is larger than a chunk.
 
-    Every row of every file is in exactly one chunk, in the order of the dataset.
+    Every row of every file is in exactly one chunk, in the order of the dataset. A row group of more bytes than a chunk
+    may have is cut by what its own rows take on average, if need be below a batch.
     """
     chunks: list[Chunk] = []
     held: list[Piece] = []
-    held_rows = 0
+    held_rows, held_bytes = 0, 0
     for at, file in enumerate(files):
         for group, rows in enumerate(file.row_groups):
-            if held and held_rows + rows > rows_per_chunk:
+            size = file.group_bytes[group].decoded if file.group_bytes else 0
+            most = min(rows_per_chunk, _rows_within(bytes_per_chunk, size, rows, batch_size))
+            if held and (held_rows + rows > rows_per_chunk or held_bytes + size > bytes_per_chunk):
                 chunks.append(Chunk(pieces=tuple(held)))
-                held, held_rows = [], 0
-            if rows > rows_per_chunk:
-                chunks += [Chunk(pieces=(piece,)) for piece in _slices(at, group, rows, rows_per_chunk, batch_size)]
+                held, held_rows, held_bytes = [], 0, 0
+            if rows > most:
+                chunks += [Chunk(pieces=(piece,)) for piece in _slices(at, group, rows, most, batch_size)]
             elif rows:
                 held.append(Piece(file=at, row_group=group, row_start=0, row_stop=rows))
-                held_rows += rows
+                held_rows, held_bytes = held_rows + rows, held_bytes + size
     if held:
         chunks.append(Chunk(pieces=tuple(held)))
     return chunks
+
+
+def _rows_within(most: float, size: int, rows: int, batch_size: int) -> int:
+    """Return how many rows of a row group of `size` bytes stay within `most` bytes: whole batches where one does."""
+    if size <= most:
+        return rows
+    within = max(1, int(rows * most / size))
+    return within - within % batch_size if within >= batch_size else within
 
 
 def _slices(file: int, group: int, rows: int, rows_per_chunk: int, batch_size: int) -> list[Piece]:
@@ -262,16 +312,30 @@ def cut_shards(chunks: Sequence[Chunk], rows: int, sizes: Sizes) -> tuple[tuple[
     return tuple(tuple(chunks[start:stop]) for start, stop in itertools.pairwise(edges))
 
 
-def memory_bytes(plan: Plan, slots: int, block_rows: int) -> int:
+def memory_bytes(plan: Plan, slots: int) -> int:
     """Return what the run's data takes at its peak, over what the process takes idle.
 
-    Each slot holds four blocks of input (read, encoded, waiting, being scored), and the outputs of
-    two chunks (being scored, being written) three times over (arrays, Arrow, Parquet bytes).
+    Each slot holds four blocks of input (read, encoded, waiting, being scored); the predictions of two chunks (being
+    scored, being written) three times over (arrays, Arrow, Parquet bytes); their keys once more, and as stored; the row
+    group that it reads, as stored; and what allocators keep. The factors are measured (tests/benchmarks/memory.py).
     """
-    largest = max(chunk.rows for chunk in plan.chunks.values())
-    block = 4 * min(block_rows, largest) * (plan.row_bytes + plan.contract.row_bytes())
-    out = 6 * largest * (sum(o.width * 8 for o in plan.contract.outputs) + 32 * max(1, len(plan.options.key_columns)))
-    return int(slots * (block + out))
+    chunks = plan.chunks.values()
+    block = max(_block_bytes(plan, chunk) for chunk in chunks)
+    out = max(_out_bytes(plan, chunk) for chunk in chunks)
+    reading = max(plan.piece_bytes(piece).reading for chunk in chunks for piece in chunk.pieces)
+    return int(slots * (4 * block + out + reading + SLOT_BYTES))
+
+
+def _block_bytes(plan: Plan, chunk: Chunk) -> float:
+    rows = min(plan.block_rows(chunk), chunk.rows)
+    widest = max(plan.piece_bytes(piece).decoded / piece.rows for piece in chunk.pieces)
+    return rows * (widest + plan.contract.row_bytes())
+
+
+def _out_bytes(plan: Plan, chunk: Chunk) -> float:
+    sizes = [plan.piece_bytes(piece) for piece in chunk.pieces]
+    keys = sum(2 * size.keys + 2 * min(size.keys, size.keys_stored) for size in sizes)
+    return keys + 6 * chunk.rows * sum(output.width * 8 for output in plan.contract.outputs)
 
 
 def must_fit(needed: int, allowed: int, plan: Plan, slots: int) -> None:

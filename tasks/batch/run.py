@@ -10,7 +10,6 @@ from serving.contract import Contract
 from serving.errors import ModelUnfit, RunDamaged
 from serving.model import Model, load_model
 from serving.registry import Resolved, open_model, resolve_model
-from tasks.batch.batches import block_rows
 from tasks.batch.dataset import Dataset, Snapshot, open_dataset
 from tasks.batch.delta import check_delta
 from tasks.batch.options import BatchOptions, Ray
@@ -103,7 +102,7 @@ def plan_slots(options: BatchOptions, model: Model) -> int:
 
 def state_memory(plan: Plan, slots: int, options: BatchOptions) -> int:
     """Return the bytes that the run's data takes at its peak; raises PlanTooLarge where they are not to be had."""
-    needed = memory_bytes(plan, slots, block_rows(plan.step, plan.row_bytes))
+    needed = memory_bytes(plan, slots)
     elsewhere = isinstance(options.runner, Ray) and options.runner.address is not None
     allowed = options.memory_mb << 20 if options.memory_mb else None if elsewhere else free_memory()
     if allowed is not None:

@@ -168,7 +168,8 @@ class _Slot:
         reader, keys = open_reader(self._plan), key_names(self._plan.options)
         for turn in self._share.turns(shard, self._idle):
             yield turn
-            blocks = reader.blocks(self._chunks[turn.chunk])
+            chunk = self._chunks[turn.chunk]
+            blocks = reader.blocks(chunk, self._plan.block_rows(chunk))
             try:
                 while True:
                     with self._done.timed("read"):

@@ -15,12 +15,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import TypeAdapter
 
 from serving.contract import Contract, Frozen
-from serving.errors import SourceEmpty, StorageFault
+from serving.errors import SchemaMismatch, SourceEmpty, StorageFault
 from tasks.batch.dataset import Snapshot, SourceFile, corrupt_as_named
-from tasks.batch.formats import Wanted, line_blocks, named_in, read_tables
+from tasks.batch.formats import Wanted, read_tables
 from tasks.storage import LocalStorage, Storage, copy_pinned, local_errors, open_storage
 
 _ROWS_PER_GROUP = 1 << 16
@@ -42,23 +41,21 @@ def stage(
     """
     source = open_storage(snapshot.root)
     listed = {entry.path for entry in destination.entries(f"{folder}/staged")}
-    listings = {f"{folder}/staged/{file.path}.json": file for file in snapshot.files}
-    if new := [listing for listing in listings if listing not in listed]:
-        wanted = _wanted(source, snapshot, contract, keys)
-        for listing in new:
-            made = list(_convert(source, listings[listing], snapshot.format, wanted, destination, folder))
-            destination.put_new(listing, _Copies.dump_json(made))
-    copies: list[_Copy] = []
-    for listing in listings:
-        data = destination.read(listing)
-        if data is None:
-            raise _gone(destination, folder, listing)
-        copies += _Copies.validate_json(data)
+    listings = {f"{folder}/staged/{file.path}/listing.json": file for file in snapshot.files}
+    for path, file in listings.items():
+        if path not in listed:
+            wanted = _wanted(contract, keys)
+            made = tuple(_convert(source, file, snapshot.format, wanted, destination, folder))
+            listing = _Listing(copies=made, columns=tuple(name for name in wanted.names if name in wanted.found))
+            destination.put_new(path, listing.model_dump_json().encode())
+    found = [_read_listing(destination, folder, path) for path in listings]
+    copies = [copy for each in found for copy in each.copies]
     if not copies:
         message = f"The source must hold at least one row, got none in {len(snapshot.files)} files below {source.url}."
         raise SourceEmpty(message)
+    missing = _find_missing(snapshot, found, _wanted(contract, keys)) if snapshot.format == "jsonl" else ()
     files = _pinned(copies, destination, folder)
-    return Snapshot(root=destination.url, format="parquet", files=files)
+    return Snapshot(root=destination.url, format="parquet", files=files, columns_missing=missing)
 
 
 class _Copy(Frozen):
@@ -67,7 +64,30 @@ class _Copy(Frozen):
     origin_row: int
 
 
-_Copies = TypeAdapter(list[_Copy])
+class _Listing(Frozen):
+    """The copies of a file, and which of the columns that the run reads its lines have, where it is JSON lines."""
+
+    copies: tuple[_Copy, ...]
+    columns: tuple[str, ...]
+
+
+def _read_listing(destination: Storage, folder: str, path: str) -> _Listing:
+    data = destination.read(path)
+    if data is None:
+        raise _gone(destination, folder, path)
+    return _Listing.model_validate_json(data)
+
+
+def _find_missing(snapshot: Snapshot, listings: Sequence[_Listing], wanted: Wanted) -> tuple[str, ...]:
+    """Return the columns that no line of any file has; a field that a whole file lacks is null there."""
+    found = {name for listing in listings for name in listing.columns}
+    if wanted.names and not found:
+        message = (
+            f"The JSON lines of {snapshot.root} must hold a column that the run reads, got none of "
+            f"{list(wanted.names)} in {len(snapshot.files)} files. Check their names, or the source."
+        )
+        raise SchemaMismatch(message)
+    return tuple(name for name in wanted.names if name not in found)
 
 
 def _pinned(copies: Sequence[_Copy], destination: Storage, folder: str) -> tuple[SourceFile, ...]:
@@ -90,20 +110,10 @@ def _gone(destination: Storage, folder: str, path: str) -> StorageFault:
     )
 
 
-def _wanted(source: Storage, snapshot: Snapshot, contract: Contract, keys: tuple[str, ...]) -> Wanted:
-    """Return the columns that the run reads; of JSON lines, those that any of the files has.
-
-    A field that a whole file lacks is null there, as one that a line lacks.
-    """
+def _wanted(contract: Contract, keys: tuple[str, ...]) -> Wanted:
+    """Return the columns that the run reads."""
     names = tuple(dict.fromkeys([*(column.name for column in contract.columns), *keys]))
-    if snapshot.format == "jsonl":
-        names = named_in((block for file in snapshot.files for block in _blocks(source, file)), names)
     return Wanted(names=names, lists=frozenset(column.name for column in contract.columns if column.shape))
-
-
-def _blocks(source: Storage, file: SourceFile) -> Generator[bytes]:
-    with source.open_pinned(file.entry) as stream:
-        yield from line_blocks(stream)
 
 
 def _convert(
@@ -157,10 +167,10 @@ def _written(tables: Iterable[pa.Table]) -> Generator[tuple[int, memoryview]]:
 
 
 def _in_groups(tables: Iterable[pa.Table]) -> Generator[pa.Table]:
-    """Join tables until they are a row group, by rows or by bytes."""
+    """Join tables until they are a row group, by rows or by bytes, and cut those that are larger."""
     held: list[pa.Table] = []
     rows = size = 0
-    for table in tables:
+    for table in (part for whole in tables for part in _cut(whole)):
         held.append(table)
         rows, size = rows + table.num_rows, size + table.nbytes
         if rows >= _ROWS_PER_GROUP or size >= _COPY_BYTES:
@@ -168,3 +178,13 @@ def _in_groups(tables: Iterable[pa.Table]) -> Generator[pa.Table]:
             held, rows, size = [], 0, 0
     if rows:
         yield pa.concat_tables(held)
+
+
+def _cut(table: pa.Table) -> Generator[pa.Table]:
+    """Yield the halves of a table until each is within the bytes of a copy, or one row."""
+    if table.num_rows > 1 and table.nbytes > _COPY_BYTES:
+        middle = table.num_rows // 2
+        yield from _cut(table.slice(0, middle))
+        yield from _cut(table.slice(middle))
+    else:
+        yield table

@@ -18,9 +18,9 @@ from serving.model import Tunable
 from serving.registry import Resolved, save_tag
 from serving.tuner import Tuning, measure, remembered, tag_of, tune
 from tasks.batch.batches import Reader
-from tasks.batch.dataset import Dataset
+from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Dataset
 from tasks.batch.options import BatchOptions
-from tasks.batch.plan import Piece, Sizes, used_columns
+from tasks.batch.plan import ROW_BYTES_OFF, Piece, Sizes, used_columns
 
 # The tuner takes about four seconds, once for a model version and a kind of machine; it may halve the work each night.
 _WORK_SECONDS_MIN = 3.0
@@ -36,7 +36,7 @@ def settle_sizes(
     as_it_comes = Sizes(
         batch_size=options.batch_size or model.batch_size,
         slots=options.slots or model.slots,
-        row_bytes=table.nbytes / table.num_rows,
+        row_bytes=row_bytes_of(table, dataset),
         rows_per_second=None,
         engine=model.engine,
         batch_unit=model.batch_unit,
@@ -93,6 +93,15 @@ def _tuned(tuning: Tuning, as_it_comes: Sizes) -> Sizes:
     )
 
 
+def row_bytes_of(table: pa.Table, dataset: Dataset) -> float:
+    """Return the bytes of a decoded row: of the first rows, or what all footers say where that is far from them."""
+    first = float(table.nbytes) / table.num_rows
+    groups = [(sizes.decoded, rows) for file in dataset.snapshot.files for sizes, rows in file.sized_groups]
+    places: float = sum(table.column(name).nbytes for name in (SOURCE_FILE, SOURCE_ROW)) / table.num_rows
+    mean = places + sum(size for size, _ in groups) / max(1, sum(rows for _, rows in groups))
+    return mean if groups and not first / ROW_BYTES_OFF <= mean <= first * ROW_BYTES_OFF else first
+
+
 def first_rows(contract: Contract, options: BatchOptions, dataset: Dataset) -> pa.Table:
     """Return rows of the dataset's first row group that has any."""
     columns = used_columns(contract, options, dataset.schema)
@@ -102,7 +111,10 @@ def first_rows(contract: Contract, options: BatchOptions, dataset: Dataset) -> p
     if first is None:
         message = f"The source must hold at least one row, got none below {dataset.snapshot.root}."
         raise SourceEmpty(message)
-    return next(reader.read(first.model_copy(update={"row_stop": min(first.rows, SAMPLE_ROWS)})))
+    sizes = dataset.snapshot.files[first.file].group_bytes
+    decoded = sizes[first.row_group].decoded if sizes else 0
+    rows = min(first.rows, SAMPLE_ROWS, max(1, int(_SAMPLE_BYTES_MAX * first.rows / max(decoded, 1))))
+    return next(reader.read(first.model_copy(update={"row_stop": rows}), rows))
 
 
 def row_groups(dataset: Dataset) -> Iterator[Piece]:

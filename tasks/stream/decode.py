@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -16,6 +15,7 @@ import pyarrow as pa
 
 from serving.contract import Contract
 from serving.errors import SchemaMismatch
+from tasks.batch.json_lines import NotJsonLines, Number, parse_lines, read_object, written_values
 from tasks.stream.message import Message, Poison
 
 ROWS_MAX = 1 << 20
@@ -111,14 +111,25 @@ class Decoder:
         table = self._json_table(good)
         if table is None:
             return self._json_one_by_one(good, rows, poison)
+        self._write_keys(good, rows, table)
         return self._with_fitting_keys(
             Group(messages=tuple(good), edges=np.arange(len(good) + 1), table=table, rows=tuple(rows)), poison
         )
 
+    def _write_keys(self, messages: Sequence[Message], rows: Sequence[dict[str, Any]], table: pa.Table) -> None:
+        """Put keys into rows as they are written, wherever the value would be written otherwise.
+
+        A number above 2^64 is a float to a parser, and `1.10` is 1.1; of a name that stands twice the first counts.
+        """
+        for key in self.key_columns:
+            for message, row, text in zip(messages, rows, table.column(key).to_pylist(), strict=True):
+                if not _is_as_written(row[key], text):
+                    row[key] = orjson.Fragment(written_values(message.payload, [key])[key])
+
     def _json_row(self, payload: bytes) -> dict[str, Any]:
         try:
-            row = orjson.loads(payload)
-        except orjson.JSONDecodeError as error:
+            row = read_object(payload)
+        except NotJsonLines as error:
             detail = f"{error}; it begins {payload[:_SHOWN]!r}"
             raise Unreadable(Reason.NOT_JSON, detail) from error
         if not isinstance(row, dict):
@@ -134,8 +145,8 @@ class Decoder:
         # A line break within a message can only stand between its tokens.
         lines = b"\n".join(message.payload.replace(b"\n", b" ") for message in messages)
         try:
-            frame = pl.read_ndjson(io.BytesIO(lines), schema=self._json_types)
-        except pl.exceptions.PolarsError:
+            frame = parse_lines(lines, self._json_types)
+        except NotJsonLines:
             return None
         return frame.to_arrow(compat_level=pl.CompatLevel.oldest()) if frame.height == len(messages) else None
 
@@ -155,6 +166,7 @@ class Decoder:
                 unreadable = Unreadable(Reason.NOT_A_ROW, f"{message.payload[:_SHOWN]!r}")
                 poison.append(unreadable.of(message))
             else:
+                self._write_keys([message], [row], table)
                 kept.append((message, row, table))
         if not kept:
             return []
@@ -207,18 +219,36 @@ class Decoder:
             column = table.column(at)
             wanted = self.key_types.setdefault(key, column.type)
             if column.type != wanted:
-                try:
-                    table = table.set_column(at, key, column.cast(wanted))
-                except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+                cast = _cast_unchanged(column, wanted)
+                if cast is None:
                     if len(group.messages) > 1:
                         return [part for half in group.halves() for part in self._with_fitting_keys(half, poison)]
                     detail = f"it has been {wanted} from the first message on, got {column.type}"
                     poison.append(Unreadable(Reason.KEY_CHANGES, detail, key).of(group.messages[0]))
                     return []
+                table = table.set_column(at, key, cast)
         return [replace(group, table=table)]
 
 
 _SCHEMAS_KEPT = 1000
+
+
+def _cast_unchanged(column: pa.ChunkedArray, wanted: pa.DataType) -> pa.ChunkedArray | None:
+    """Return keys in another type, None where one would not come back as it was: "007" is no integer."""
+    try:
+        cast = column.cast(wanted)
+        return cast if cast.cast(column.type).equals(column) else None
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return None
+
+
+def _is_as_written(value: object, text: object) -> bool:
+    """Return whether a key is written in the answer as in the message; `text` is how a table of text holds it."""
+    if isinstance(value, str):
+        return value == text and not isinstance(value, Number)
+    if isinstance(value, int):
+        return text == (str(value).lower() if isinstance(value, bool) else str(value))
+    return value is None and text is None
 
 
 def is_arrow(payload: bytes) -> bool:

@@ -206,25 +206,24 @@ def test_partitions_have_their_values_and_nulls(place: str) -> None:
         f"{place}/in",
         {
             "year=2024/city=New%20York/a.parquet": numbers(0, 2),
-            "year=2025/city=__HIVE_DEFAULT_PARTITION__/a.parquet": numbers(2, 3),
+            "year=02024/city=__HIVE_DEFAULT_PARTITION__/a.parquet": numbers(2, 3),
         },
     )
     plan = a_plan(f"{place}/in", f"{place}/out", BatchOptions(rows_per_chunk=10, key_columns=("year", "city", "id")))
     found = [table for chunk in plan.chunks.values() for table in open_reader(plan).blocks(chunk)]
 
-    assert [(2024, "New York", 0), (2024, "New York", 1), (2025, None, 2)] == [
+    assert [("02024", None, 2), ("2024", "New York", 0), ("2024", "New York", 1)] == [
         (row["year"], row["city"], row["id"]) for row in pa.concat_tables(found).to_pylist()
     ]
-    assert found[0].schema.field("year").type == pa.int64()
 
 
 def test_rows_need_no_column_of_the_file(tmp_path: Path) -> None:
     put(str(tmp_path), {"p=1/a.parquet": numbers(0, 5)})
     dataset = open_dataset(take_snapshot(str(tmp_path), "/out"), ["p"], ())
-    reader = Reader(dataset.snapshot, ["p"], {"p": "int64"}, 3)
+    reader = Reader(dataset.snapshot, ["p"], {"p": "string"}, 3)
     tables = list(reader.blocks(cut_chunks(dataset.snapshot.files, 10, 2)[0]))
 
-    assert [1] * 5 == pa.concat_tables(tables)["p"].to_pylist()
+    assert ["1"] * 5 == pa.concat_tables(tables)["p"].to_pylist()
     assert [0, 1, 2, 3, 4] == pa.concat_tables(tables)[SOURCE_ROW].to_pylist()
 
 

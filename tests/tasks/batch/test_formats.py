@@ -10,10 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from serving.errors import SchemaMismatch, SourceCorrupt
 from tasks.batch import formats
-from tasks.batch.formats import Wanted, line_blocks, named_in, read_tables
+from tasks.batch.formats import Wanted, read_tables
+from tasks.batch.json_lines import find_fields
 
 
 def rows(folder: Path, kind: str, data: bytes, *names: str, lists: tuple[str, ...] = ()) -> list[dict[str, object]]:
@@ -162,25 +165,61 @@ def test_json_fields_that_a_line_lacks_are_null(tmp_path: Path) -> None:
     ] == rows(tmp_path, "jsonl", data, "a", "b")
 
 
+def found_in(folder: Path, data: bytes, *names: str) -> set[str]:
+    """Return which columns the lines of a file have."""
+    raw = folder / "raw"
+    raw.write_bytes(data)
+    wanted = Wanted(names=names, lists=frozenset())
+    list(read_tables(raw, "jsonl", wanted, "the/file"))
+    return wanted.found
+
+
 @pytest.mark.usefixtures("block")
 def test_names_are_found_in_whatever_line_they_are(tmp_path: Path) -> None:
-    raw = tmp_path / "raw"
-    raw.write_bytes(b'{"a":1}\n' * 20 + b'{"late":"x"}\n')
-    with raw.open("rb") as stream:
-        assert named_in(line_blocks(stream), ("a", "late", "never")) == ("a", "late")
+    data = b'{"a":1}\n' * 20 + b'{"late":null}\n'
+
+    assert {"a", "late"} == found_in(tmp_path, data, "a", "late", "never")
 
 
-def test_names_are_looked_for_no_further_than_they_are_found() -> None:
-    blocks = iter([b'{"a":1}\n', b'{"b":1}\n', b'{"a":1}\n'])
+def escaped(name: str, how: str) -> str:
+    """Return a name as a JSON string, every character or those that must be escaped."""
+    if how == "all":
+        units = name.encode("utf-16-be").hex()
+        return '"' + "".join(f"\\u{units[at : at + 4].upper()}" for at in range(0, len(units), 4)) + '"'
+    return json.dumps(name, ensure_ascii=how == "ascii")
 
-    assert named_in(blocks, ("b", "a")) == ("b", "a")
-    assert len(list(blocks)) == 1
+
+@settings(deadline=None)
+@given(name=st.text(st.characters(exclude_categories=["Cs"]), min_size=1), how=st.sampled_from(["raw", "ascii", "all"]))
+@example(name="gr\u00f6\u00dfe", how="ascii")
+@example(name='"/\\', how="all")
+def test_a_field_that_is_null_throughout_is_found_however_its_name_is_escaped(name: str, how: str) -> None:
+    line = ("{" + escaped(name, how) + ' : null, "z": "x"}').encode()
+
+    assert {name} == find_fields(b'{"o":1}\n' + line + b"\n", [name, name + "y", "y" + name])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"o": {"a": 1}}',
+        b'{"o": "\\"a\\": 1"}',
+        b'{"\\"a": 1}',
+        b'{"o": "a"}',
+        b'{"o": ["a"]}',
+        b'{"A": 1}',
+        b'{"o": "\\\\", "b": "a"}',
+        b"{}",
+    ],
+)
+def test_a_name_elsewhere_than_in_a_field_of_the_line_is_not_found(tmp_path: Path, line: bytes) -> None:
+    assert set() == found_in(tmp_path, line + b"\n", "a")
 
 
 @pytest.mark.parametrize("text", ['{"größe \\"x\\"": 1}', json.dumps({'größe "x"': 1})])
 def test_a_json_name_may_be_escaped(tmp_path: Path, text: str) -> None:
     assert [{'größe "x"': "1"}] == rows(tmp_path, "jsonl", text.encode(), 'größe "x"')
-    assert named_in([text.encode()], ['größe "x"']) == ('größe "x"',)
+    assert {'größe "x"'} == found_in(tmp_path, text.encode(), 'größe "x"')
 
 
 def test_json_lists_are_lists_of_text(tmp_path: Path) -> None:

@@ -9,19 +9,22 @@ from datetime import timedelta
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.contract import ColumnPolicy, Output
 from serving.engine import Engine
 from serving.errors import DestinationUnusable, OvernightError, PlanTooLarge, RunNameTaken
 from tasks.batch.dataset import Dataset, Snapshot, SourceFile
+from tasks.batch.footer import GroupBytes
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import (
+    CHUNK_BYTES_MAX,
     Chunk,
     Piece,
     Plan,
     Sizes,
+    block_rows,
     chunk_rows,
     cut_chunks,
     cut_shards,
@@ -168,7 +171,7 @@ def test_a_plan_holds_what_it_was_made_of(place: str) -> None:
 
     assert plan.rows == 30
     assert ("a", "b", "p", "id") == plan.columns
-    assert plan.partitions == {"p": "int64"}
+    assert plan.partitions == {"p": "string"}
     assert [8, 8, 4, 10] == [chunk.rows for chunk in plan.chunks.values()]
     assert plan.source.files[0].row_groups == ()
     assert plan.snapshot.files[0].row_groups == (20, 5)
@@ -382,7 +385,7 @@ def test_the_attempts_of_a_flow_run_are_tied_to_the_first_ones_run(storage: Stor
 
 
 def test_a_plan_that_does_not_fit_says_what_would(made: Plan) -> None:
-    needed = memory_bytes(made, 2, 8)
+    needed = memory_bytes(made, 2)
     must_fit(needed, needed, made, 2)
     with pytest.raises(
         PlanTooLarge,
@@ -397,11 +400,82 @@ def test_memory_grows_with_slots_blocks_and_chunks(tmp_path: object) -> None:
         a_plan(f"{tmp_path}/in", f"{tmp_path}/out", BatchOptions(rows_per_chunk=rows)) for rows in (10, 1000)
     )
 
-    assert 2 * memory_bytes(small, 1, 4) == memory_bytes(small, 2, 4)
-    assert memory_bytes(small, 1, 4) < memory_bytes(small, 1, 8)
-    assert memory_bytes(small, 1, 4) < memory_bytes(large, 1, 4)
-    # A block is never larger than a chunk.
-    assert memory_bytes(small, 1, 10) == memory_bytes(small, 1, 1 << 20)
+    assert memory_bytes(small, 1) < memory_bytes(small, 2) < memory_bytes(small, 3)
+    assert memory_bytes(small, 1) < memory_bytes(large, 1)
+
+
+def sized(*groups: tuple[int, int]) -> SourceFile:
+    """Return a file of row groups of so many rows, each of so many bytes, all of them of keys."""
+    return SourceFile(
+        path="a.parquet",
+        size=1,
+        tag="t",
+        row_groups=tuple(rows for rows, _ in groups),
+        group_bytes=tuple(GroupBytes(rows * size, rows * size, rows * size, 0) for rows, size in groups),
+    )
+
+
+def planned(*files: SourceFile, row_bytes: float = 20.0, **options: object) -> Plan:
+    snapshot = Snapshot(root="/in", format="parquet", files=files)
+    return make_plan(
+        key="k",
+        model=PIN,
+        contract=a_contract("a"),
+        options=BatchOptions(key_columns=("id",), **options),  # type: ignore[arg-type]
+        source=snapshot,
+        dataset=Dataset(snapshot=snapshot, schema=pa.schema([("a", pa.float32()), ("id", pa.string())]), hive=()),
+        sizes=Sizes(batch_size=1024, slots=2, row_bytes=row_bytes, rows_per_second=None),
+    )
+
+
+def test_rows_that_get_larger_are_cut_by_their_own_bytes_and_the_others_as_before() -> None:
+    small, large = (1 << 20, 20), (10_000, 100_000)
+    plan = planned(sized(small, large), row_bytes=20.0)
+    alone = planned(sized(small), row_bytes=20.0)
+    in_group = {group: [c for c in plan.chunks.values() if c.pieces[0].row_group == group] for group in (0, 1)}
+
+    assert {chunk.rows for chunk in alone.chunks.values()} == {chunk.rows for chunk in in_group[0]}
+    assert {plan.block_rows(chunk) for chunk in in_group[0]} == {block_rows(1024, 20.0)}
+    assert all(chunk.rows * 100_000 <= CHUNK_BYTES_MAX for chunk in in_group[1])
+    assert 10_000 == sum(chunk.rows for chunk in in_group[1])
+    assert plan.rows == sum(chunk.rows for chunk in plan.chunks.values())
+
+
+def test_row_groups_of_large_rows_do_not_share_a_chunk_beyond_its_bytes() -> None:
+    plan = planned(sized(*[(100, 400_000)] * 7), row_bytes=20.0)
+
+    assert [100] * 7 == [chunk.rows for chunk in plan.chunks.values()]
+
+
+def test_a_row_larger_than_a_chunk_is_a_chunk() -> None:
+    plan = planned(sized((3, 1 << 28)))
+
+    assert [1, 1, 1] == [chunk.rows for chunk in plan.chunks.values()]
+
+
+@pytest.mark.parametrize("rows", [1, 1000, 70_000, 1 << 20, 5_000_000])
+@pytest.mark.parametrize("size", [4, 20, 128, 1000, 12_000])
+def test_a_table_of_even_rows_is_cut_as_by_rows_alone(rows: int, size: int) -> None:
+    files = (sized((rows, size), (rows, size), (7, size)), sized((rows, size)))
+    bare = [file.model_copy(update={"group_bytes": ()}) for file in files]
+
+    assert [c.rows for c in planned(*bare, row_bytes=size).chunks.values()] == [
+        c.rows for c in planned(*files, row_bytes=size).chunks.values()
+    ]
+
+
+def test_what_is_stated_grows_with_the_largest_rows_wherever_they_are() -> None:
+    even = planned(sized((10_000, 20), (10_000, 20)))
+    late = planned(sized((10_000, 20), (10_000, 100_000)))
+
+    assert memory_bytes(late, 2) > memory_bytes(even, 2) + 2 * CHUNK_BYTES_MAX
+
+
+def test_a_plan_that_was_made_without_the_bytes_of_row_groups_is_held_to_what_was_measured() -> None:
+    plan = planned(SourceFile(path="a.parquet", size=1, tag="t", row_groups=(5000,)), row_bytes=1000.0)
+
+    assert {block_rows(1024, 1000.0)} == {plan.block_rows(chunk) for chunk in plan.chunks.values()}
+    assert memory_bytes(plan, 1) > 0
 
 
 def test_used_columns_are_the_models_then_the_keys_each_once() -> None:
@@ -412,6 +486,7 @@ def test_used_columns_are_the_models_then_the_keys_each_once() -> None:
     )
 
 
+@settings(deadline=None)
 @given(files=FILES.filter(lambda files: any(sum(file.row_groups) for file in files)), sizes=SIZES)
 def test_a_plan_depends_on_nothing_but_its_arguments(files: list[SourceFile], sizes: Sizes) -> None:
     snapshot = Snapshot(root="/in", format="parquet", files=tuple(files))

@@ -86,7 +86,7 @@ def test_partitions_of_the_source_are_columns_of_its_copies(place: str) -> None:
     put(f"{place}/in", {"year=2024/city=New%20York/x.csv": csv(0, 1), "year=2025/city=Rome/x.csv": csv(1, 2)})
     found = rows(staged(f"{place}/in", f"{place}/out"), "id", "year", "city")
 
-    assert [("00000", 2024, "New York"), ("00001", 2025, "Rome")] == [
+    assert [("00000", "2024", "New York"), ("00001", "2025", "Rome")] == [
         (row["id"], row["year"], row["city"]) for row in found
     ]
 
@@ -198,10 +198,53 @@ def test_a_file_that_does_not_parse_is_source_corrupt_by_name(place: str, name: 
         staged(f"{place}/in", f"{place}/out")
 
 
-def test_json_lines_without_any_column_of_the_run_are_a_mismatch_by_file(tmp_path: Path) -> None:
+def test_json_lines_without_any_column_of_the_run_are_a_mismatch(tmp_path: Path) -> None:
     put(f"{tmp_path}/in", {"x.jsonl": b'{"other":1}\n'})
-    with pytest.raises(SchemaMismatch, match=r"in/x\.jsonl must hold a column that the run reads, got none"):
+    with pytest.raises(
+        SchemaMismatch, match=r"in must hold a column that the run reads, got none of \['a', 'id'\] in 1"
+    ):
         staged(f"{tmp_path}/in", f"{tmp_path}/out")
+
+
+def test_a_column_that_one_file_names_by_escapes_alone_is_there(place: str) -> None:
+    put(f"{place}/in", {"x.jsonl": b'{"id":1}\n', "y.jsonl": b'{"id":2,"gr\\u00F6\\u00dfe":null}\n'})
+    dataset = open_dataset(
+        staged(f"{place}/in", f"{place}/out", a_contract("gr\u00f6\u00dfe")), ["gr\u00f6\u00dfe"], ["id"]
+    )
+
+    assert {"id", "gr\u00f6\u00dfe"} == set(dataset.schema.names)
+
+
+def test_a_json_column_that_is_in_the_path_alone_is_the_partitions(place: str) -> None:
+    put(f"{place}/in", {"store=007/x.jsonl": b'{"a":1}\n', "store=7/x.jsonl": b'{"a":2}\n'})
+    found = rows(staged(f"{place}/in", f"{place}/out", keys=("store",)), "store", "a")
+
+    assert [("007", "1"), ("7", "2")] == [(row["store"], row["a"]) for row in found]
+
+
+def test_a_json_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(f"{tmp_path}/in", {"x.jsonl": jsonl(0, 50)})
+    read: list[str] = []
+    real = staging.read_tables
+
+    def counted(raw: Path, *given: object) -> Iterable[pa.Table]:
+        read.append(raw.name)
+        return real(raw, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(staging, "read_tables", counted)
+    monkeypatch.setattr(LocalStorage, "open_pinned", lambda *_: pytest.fail("it must not be opened a second time"))
+    staged(f"{tmp_path}/in", f"{tmp_path}/out", a_contract("a", "never"))
+
+    assert ["x.jsonl"] == read
+
+
+def test_an_arrow_batch_that_is_larger_than_a_copy_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "_COPY_BYTES", 100_000)
+    put(f"{tmp_path}/in", {"x.arrow": wide_arrow(40, 10_000, batch_rows=40)})
+    snapshot = open_dataset(staged(f"{tmp_path}/in", f"{tmp_path}/out"), ["a"], ["id"]).snapshot
+
+    assert max(rows for file in snapshot.files for rows in file.row_groups) <= 10
+    assert list(range(40)) == [row["id"] for row in rows(snapshot, "id")]
 
 
 def test_a_column_that_no_json_line_has_is_missing_in_the_dataset(place: str) -> None:
@@ -300,14 +343,19 @@ def test_many_tiny_batches_become_few_row_groups(tmp_path: Path) -> None:
     assert file.row_groups == (30_000,)
 
 
-def test_wide_rows_are_grouped_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "_COPY_BYTES", 100_000)
+def wide_arrow(rows: int, size: int, *, batch_rows: int) -> bytes:
+    """Return an Arrow file whose column `a` holds text of twice so many bytes that does not compress."""
     sink = io.BytesIO()
     noise = np.random.default_rng(0).bytes
-    table = pa.table({"id": np.arange(40), "a": [noise(10_000).hex() for _ in range(40)]})
+    table = pa.table({"id": np.arange(rows), "a": [noise(size).hex() for _ in range(rows)]})
     with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table, max_chunksize=1)
-    put(f"{tmp_path}/in", {"x.arrow": sink.getvalue()})
+        writer.write_table(table, max_chunksize=batch_rows)
+    return sink.getvalue()
+
+
+def test_wide_rows_are_grouped_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "_COPY_BYTES", 100_000)
+    put(f"{tmp_path}/in", {"x.arrow": wide_arrow(40, 10_000, batch_rows=1)})
     snapshot = open_dataset(staged(f"{tmp_path}/in", f"{tmp_path}/out"), ["a"], ["id"]).snapshot
 
     assert max(rows for file in snapshot.files for rows in file.row_groups) <= 6

@@ -14,6 +14,7 @@ from tasks.batch.dataset import Dataset, open_dataset, take_snapshot
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Sizes
 from tests.support import register_network, write_customers
+from tests.tasks.batch.small import a_contract
 
 OPTIONS = BatchOptions(key_columns=("customer",))
 
@@ -75,3 +76,28 @@ def test_much_work_is_tuned_for_once_and_kept_with_the_model_version(
     assert first == second
     assert first.tuning.batch_size == first.batch_size
     assert np.isclose(first.tuning.rows_per_second, first.rows_per_second * first.slots)
+
+
+def test_rows_that_get_larger_after_the_first_count_by_every_footer(tmp_path: Path) -> None:
+    table = pl.DataFrame({"a": np.zeros(5000, np.float32), "customer": ["x"] * 5000})
+    large = pl.DataFrame({"a": np.zeros(50, np.float32), "customer": [f"{at:0100000d}" for at in range(50)]})
+    (tmp_path / "in").mkdir()
+    table.write_parquet(tmp_path / "in" / "a.parquet")
+    even = open_dataset(take_snapshot(str(tmp_path / "in"), str(tmp_path / "out")), ["a"], ("customer",))
+    large.write_parquet(tmp_path / "in" / "b.parquet")
+    uneven = open_dataset(take_snapshot(str(tmp_path / "in"), str(tmp_path / "out")), ["a"], ("customer",))
+    first = tuning.first_rows(a_contract("a"), OPTIONS, even)
+
+    assert tuning.SAMPLE_ROWS == first.num_rows
+    assert first.nbytes / first.num_rows == tuning.row_bytes_of(first, even)
+    assert 50 * 100_000 / 5050 == pytest.approx(tuning.row_bytes_of(first, uneven), rel=0.2)
+
+
+def test_the_first_rows_are_few_where_they_are_large(tmp_path: Path) -> None:
+    large = pl.DataFrame({"a": np.zeros(500, np.float32), "customer": [f"{at:0200000d}" for at in range(500)]})
+    (tmp_path / "in").mkdir()
+    large.write_parquet(tmp_path / "in" / "a.parquet")
+    dataset = open_dataset(take_snapshot(str(tmp_path / "in"), str(tmp_path / "out")), ["a"], ("customer",))
+    first = tuning.first_rows(a_contract("a"), OPTIONS, dataset)
+
+    assert 0 < first.nbytes < 40 << 20

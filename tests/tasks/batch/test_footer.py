@@ -1,0 +1,106 @@
+"""What a footer says that rows take is what they take once they are decoded."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from tasks.batch.dataset import open_dataset, take_snapshot
+from tasks.batch.footer import GroupBytes
+from tests.benchmarks import memory
+from tests.tasks.batch.small import parquet, put
+
+RANDOM = np.random.default_rng(0)
+
+
+def hexes(rows: int, size: int) -> list[str]:
+    return [RANDOM.bytes(size // 2).hex() for _ in range(rows)]
+
+
+COLUMNS = {
+    "numbers": pa.array(RANDOM.random(20_000, dtype=np.float32)),
+    "few numbers": pa.array(np.arange(20_000) % 3),
+    "booleans": pa.array(np.arange(20_000) % 2 == 0),
+    "times": pa.array(np.arange(20_000), pa.timestamp("ns", "UTC")),
+    "decimals": pa.array(range(20_000), pa.decimal128(9, 2)),
+    "short texts, each another": pa.array(hexes(20_000, 16)),
+    "short texts, the same": pa.array(["Rome", "Oslo", "Bern"] * 7000),
+    "long texts, each another": pa.array(hexes(300, 20_000)),
+    "long texts, the same": pa.array(hexes(3, 20_000) * 200),
+    "texts of the length at which ends are cut": pa.array(["x" * 64, "y" * 300] * 3000),
+    "bytes, the same": pa.array([bytes(50_000)] * 500),
+    "dictionaries": pa.array(["x" * 500, "y" * 500] * 3000),
+    "lists": pa.array([[float(at)] * (at % 20) for at in range(5000)]),
+    "lists of texts, the same": pa.array([["abc" * 30] * 3] * 3000),
+    "lists of one size": pa.FixedSizeListArray.from_arrays(pa.array(RANDOM.random(80_000, dtype=np.float32)), 8),
+    "tensors": pa.FixedShapeTensorArray.from_numpy_ndarray(RANDOM.random((2000, 4, 4), dtype=np.float32)),
+    "structs": pa.array([{"id": at, "name": "x" * 90} for at in range(3000)]),
+    "nulls among numbers": pa.array([None, 1.5] * 5000),
+    "nulls among texts": pa.array([None, "x" * 100] * 5000),
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+@pytest.mark.parametrize("dictionary", [True, False], ids=["in a dictionary", "plain"])
+def test_a_column_takes_what_its_footer_says_within_a_fifth(tmp_path: Path, name: str, dictionary: bool) -> None:  # noqa: FBT001
+    table = pa.table({"a column": COLUMNS[name], "other": pa.nulls(len(COLUMNS[name]), pa.int64())})
+    data = parquet(table, use_dictionary=dictionary)
+    put(str(tmp_path), {"a.parquet": data})
+    (file,) = open_dataset(take_snapshot(str(tmp_path), "/out"), ["a column"], ["a column"]).snapshot.files
+    ((sizes, _),) = file.sized_groups
+
+    assert table["a column"].nbytes == pytest.approx(sizes.decoded, rel=0.2)
+    assert sizes.keys == sizes.decoded
+
+
+def test_texts_all_null_take_nothing_and_unused_columns_do_not_count(tmp_path: Path) -> None:
+    put(str(tmp_path), {"a.parquet": pa.table({"a": pa.nulls(10, pa.string()), "b": ["x" * 1000] * 10})})
+    (file,) = open_dataset(take_snapshot(str(tmp_path), "/out"), ["a"], []).snapshot.files
+
+    assert file.group_bytes[0].decoded < 100
+    assert file.group_bytes[0].keys == 0
+
+
+def test_every_row_group_of_every_file_has_its_own_bytes(tmp_path: Path) -> None:
+    small, large = pa.table({"k": ["x"] * 4096}), pa.table({"k": hexes(64, 10_000)})
+    put(
+        str(tmp_path),
+        {"a.parquet": parquet(pa.concat_tables([small, large]), row_group_size=4096), "b.parquet": large},
+    )
+    files = open_dataset(take_snapshot(str(tmp_path), "/out"), [], ["k"]).snapshot.files
+    found = [[round(sizes.keys / rows, -2) for sizes, rows in file.sized_groups] for file in files]
+
+    assert [[0, 10_000], [10_000]] == found
+
+
+def test_columns_in_another_order_are_found_by_name(tmp_path: Path) -> None:
+    columns = {"a": np.arange(100, dtype=np.float32), "k": ["x" * 50] * 100, "z": [[1.0, 2.0]] * 100}
+    put(
+        str(tmp_path),
+        {"a.parquet": pa.table(columns), "b.parquet": pa.table(dict(reversed(columns.items())))},
+    )
+    first, second = open_dataset(take_snapshot(str(tmp_path), "/out"), ["a", "z"], ["k"]).snapshot.files
+
+    assert first.group_bytes == second.group_bytes
+
+
+def test_bytes_of_row_groups_come_back_from_json(tmp_path: Path) -> None:
+    put(str(tmp_path), {"a.parquet": pa.table({"k": ["x"] * 5})})
+    snapshot = open_dataset(take_snapshot(str(tmp_path), "/out"), [], ["k"]).snapshot
+    back = type(snapshot).model_validate_json(snapshot.model_dump_json())
+
+    assert snapshot == back
+    assert isinstance(back.files[0].group_bytes[0], GroupBytes)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
+@pytest.mark.parametrize("shape", ["large_at_the_end", "repeated", "wide"])
+def test_a_run_takes_no_more_memory_than_it_states(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "SCALE", 0.2)
+    found = memory.measure_shape(shape)
+
+    assert found["used_mb"] <= 1.2 * found["stated_mb"]
