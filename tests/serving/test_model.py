@@ -382,3 +382,32 @@ def test_a_model_that_does_not_load_here_is_unfit_and_says_why(log_code: Log) ->
 
     assert "must load here, got" in refusal(uri)
     assert "No module named 'a_library_that_nobody_has'" in refusal(uri)
+
+
+FLOATS = Schema([ColSpec("double", "a"), ColSpec("string", "s")])
+SORTED = {
+    "series": ('x.sort_values("a")["a"] * 2', Schema([ColSpec("double")])),
+    "frame": (
+        'x.sort_values("a").assign(double=x["a"] * 2)[["s", "double"]]',
+        Schema([ColSpec("string", "s"), ColSpec("double", "double")]),
+    ),
+    "grouped": ('x.groupby("s", group_keys=False)["a"].apply(lambda a: a * 2)', Schema([ColSpec("double")])),
+    "shuffled": ('x.sample(frac=1, random_state=3)["a"] * 2', Schema([ColSpec("double")])),
+}
+
+
+@pytest.mark.parametrize("form", SORTED)
+def test_a_model_that_sorts_its_rows_gives_each_row_its_own_prediction(log_code: Log, form: str) -> None:
+    answer, outputs = SORTED[form]
+    values = np.random.default_rng(0).standard_normal(3000)
+    texts = np.array([f"group {at % 7}" for at in range(3000)], dtype=object)
+    found = predict(log_code(f"sorts-{form}", answer, FLOATS, outputs), a=values, s=texts)
+
+    assert np.array_equal(values * 2, found["double" if form == "frame" else "prediction"])
+
+
+def test_a_model_that_names_its_rows_by_a_column_is_refused(log_code: Log) -> None:
+    uri = log_code("names-rows", 'x.set_index("s")["a"]', FLOATS, Schema([ColSpec("double")]))
+
+    with pytest.raises(ModelFailed, match=r"0 to 1, each once, got \['x', 'y'\]"):
+        predict(uri, a=np.array([1.0, 2.0]), s=np.array(["x", "y"], dtype=object))
