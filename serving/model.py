@@ -23,6 +23,7 @@ from serving.encode import BatchUnit, Encoded
 from serving.engine import Engine, Wish
 from serving.environment import variable
 from serving.errors import ModelUnfit
+from serving.model_files import check_files
 from serving.registry import Resolved
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -105,7 +106,7 @@ def load_model(resolved: Resolved, contract: Contract, *, allow_pickle: bool = F
     """Load a resolved model, once in each process.
 
     Raises ModelUnfit where the model is pickled and `allow_pickle` is not set, since unpickling
-    runs whatever code the file holds.
+    runs whatever code the file holds. A model that was logged as code runs its code either way.
     """
     with _loading:
         loaded = _load(resolved.folder, resolved.pin.digest, resolved.is_torch, allow_pickle)
@@ -133,13 +134,15 @@ _loading = threading.Lock()
 def _load(folder: Path, digest: str, is_torch: bool, allow_pickle: bool) -> Any:  # noqa: ARG001, FBT001 - the digest is a key of the cache
     import mlflow.pyfunc  # noqa: PLC0415 - seconds of imports that a finished run does not need
 
-    with variable(_ALLOW_PICKLE, str(allow_pickle).lower()), _no_bytecode():
-        try:
+    try:
+        # MLflow refuses skops as it does pickles: what was looked at here may be read.
+        allowed = allow_pickle or check_files(folder, MLmodel.load(str(folder / "MLmodel")))
+        with variable(_ALLOW_PICKLE, str(allowed).lower()), _no_bytecode():
             return _load_torch(folder, allow_pickle=allow_pickle) if is_torch else mlflow.pyfunc.load_model(str(folder))
-        except ModelUnfit:
-            raise
-        except Exception as error:  # a flavour's loader may raise anything; it all means the same here
-            raise _unfit(folder, error, allow_pickle=allow_pickle) from error
+    except ModelUnfit:
+        raise
+    except Exception as error:  # a flavour's loader may raise anything; it all means the same here
+        raise _unfit(folder, error, allow_pickle=allow_pickle) from error
 
 
 @contextmanager
@@ -179,19 +182,18 @@ def _trains(node: Any) -> bool:
 
 _WITHOUT_PICKLE = {
     "mlflow.pytorch": 'Log it with serialization_format="pt2", or pass',
-    "mlflow.lightgbm": "Log its Booster (model.booster_), or pass",
+    "mlflow.lightgbm": 'Log its Booster (model.booster_), or with serialization_format="skops", or pass',
     "mlflow.pyfunc.model": 'Log it as code (python_model="model.py"), or pass',
-    # Skops too: MLflow takes its list of trusted types, which the model itself brings, for no safety.
-    "mlflow.sklearn": "MLflow has no format for scikit-learn that does without: pass",
+    "mlflow.sklearn": 'Log it with serialization_format="skops", or pass',
 }
 
 
 def _unfit(folder: Path, error: Exception, *, allow_pickle: bool) -> ModelUnfit:
     if not allow_pickle and "pickle" in str(error).lower():
-        loader = MLmodel.load(str(folder / "MLmodel")).flavors["python_function"]["loader_module"]
+        loader = MLmodel.load(str(folder / "MLmodel")).flavors.get("python_function", {}).get("loader_module")
         return ModelUnfit(
             f"A model must not need unpickling, which runs any code in its files, unless asked for; got: {error} "
-            f"{_WITHOUT_PICKLE.get(loader, 'Pass')} allow_pickle=True if you trust whoever logged it."
+            f"{_WITHOUT_PICKLE.get(str(loader), 'Pass')} allow_pickle=True if you trust whoever logged it."
         )
     return ModelUnfit(f"The model in {folder} must load here, got {type(error).__name__}: {error}.")
 
