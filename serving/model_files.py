@@ -37,6 +37,7 @@ _TRUSTED_TYPES = {
     "lightgbm.sklearn.LGBMRegressor",
 }
 _TYPES_SHOWN = 10
+_BOOSTER = "lightgbm.basic.Booster"
 
 
 def check_files(folder: Path, mlmodel: MLmodel) -> bool:
@@ -81,7 +82,9 @@ def _is_skops(folder: Path, mlmodel: MLmodel) -> bool:
     pyfunc = mlmodel.flavors.get("python_function", {})
     flavor = {"mlflow.sklearn": "sklearn", "mlflow.lightgbm": "lightgbm"}.get(str(pyfunc.get("loader_module")))
     options: dict[str, Any] = mlmodel.flavors.get(flavor, {}) if flavor else {}
-    if options.get("serialization_format") != "skops":
+    # A Booster is written in LightGBM's own text, whatever the format that stands beside it.
+    is_booster = flavor == "lightgbm" and options.get("model_class", _BOOSTER) == _BOOSTER
+    if is_booster or options.get("serialization_format") != "skops":
         return False
     name = options.get("data") if flavor == "lightgbm" else pyfunc.get("model_path")
     # Where the file lies elsewhere, MLflow may read it by the description that lies beside it there.
