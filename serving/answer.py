@@ -15,6 +15,7 @@ import numpy.typing as npt
 from serving.contract import Output
 from serving.errors import ModelFailed
 
+_LABELS_SHOWN = 3
 _LOG_AGAIN = "Log the model again with the signature of what it returns."
 
 
@@ -23,11 +24,37 @@ def named_outputs(
 ) -> dict[str, npt.NDArray[Any]]:
     """Give every output its name, shape and dtype, in whatever form the model answers.
 
-    Raises ModelFailed where the answer is none that the signature promises, ValueError where a
-    number that is not finite stands among integers.
+    A Series or DataFrame is put in the order of the input by its index, whose labels are the numbers of the input's
+    rows. What has no index, or a new one (`reset_index`, `to_numpy`), is taken to be in the order of the input: there
+    is nothing to tell it by.
+
+    Raises ModelFailed where the answer is none that the signature promises, or its index is not that of the input,
+    ValueError where a number that is not finite stands among integers.
     """
-    values = _by_name(raw, outputs)
+    values = _by_name(_in_order(raw, rows), outputs)
+    values = {name: _in_order(value, rows) for name, value in values.items()}
     return {output.name: _shaped(to_numpy(values[output.name]), output, rows) for output in outputs}
+
+
+def _in_order(value: Any, rows: int) -> Any:
+    """Return a Series or DataFrame in the order of the input, anything else as it is."""
+    if not hasattr(value, "iloc") or len(value) != rows or rows == 1:
+        return value
+    labels = np.asarray(value.index)
+    order = np.arange(rows)
+    if np.array_equal(labels, order):
+        return value
+    if labels.dtype.kind in "iuf":
+        places = np.argsort(labels, kind="stable")
+        if np.array_equal(labels[places], order):
+            return value.iloc[places]
+    shown = labels[:_LABELS_SHOWN].tolist()
+    message = (
+        f"What the model returns must be in the order of its input, or have the index of its input: 0 to {rows - 1}, "
+        f"each once, got {shown}{' and more' if rows > len(shown) else ''}. Return the rows in their order with "
+        "reset_index(drop=True), and log the model again."
+    )
+    raise ModelFailed(message)
 
 
 def _by_name(raw: Any, outputs: tuple[Output, ...]) -> dict[str, Any]:

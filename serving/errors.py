@@ -36,6 +36,7 @@ OvernightError
 |   +-- VerifyFailed         it answers otherwise than the model, or not at all; it was taken down
 |   +-- RolledBack           it failed its rule under traffic; the earlier version has all of it again
 +-- Unanswered               an endpoint can't answer a request now: send it again later; `status` is HTTP's for it
++-- DependencyFault          what the model calls or runs on fails; put it right and call again, it resumes
 +-- ModelFailed              the model fails on rows as such: mend the model, not the rows
 +-- TooManyRejects           more rows were rejected than max_reject_fraction allows
 +-- PublishRefused           the parts do not add up to the dataset; nothing was published
@@ -196,6 +197,10 @@ class Unanswered(OvernightError):
         super().__init__(message)
         self.status = status
         self.retry_after_s = retry_after_s
+
+
+class DependencyFault(OvernightError):
+    """What the model calls or runs on fails: a connection, a time-out, the operating system; no row is rejected."""
 
 
 class ModelFailed(OvernightError):

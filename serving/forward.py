@@ -7,22 +7,28 @@ the shape and the other values that it would have had: the bits of its neighbour
 from __future__ import annotations
 
 import itertools
+import logging
+import random
 import re
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from serving.contract import Contract
 from serving.encode import Encoded, Flags
-from serving.errors import DeviceLost, ModelFailed, OvernightError
+from serving.errors import DependencyFault, DeviceLost, ModelFailed, OvernightError
+from serving.faults import is_dependency_fault, is_own_exit
 from serving.model import Arrays, Model, Overlapping
 
 Predictions = dict[str, npt.NDArray[Any]]
+T = TypeVar("T")
+R = TypeVar("R")
 
 _REASON_LENGTH_MAX = 200
 # Where torch has no OutOfMemoryError: its CPU allocator, allocations outside its CUDA cache, and cuBLAS's own.
@@ -30,17 +36,45 @@ _MEMORY_WORDS = ("can't allocate memory", "out of memory", "cublas_status_alloc_
 _DEVICE_WORDS = ("cuda error", "hip error", "device-side assert", "cublas_status", "cudnn_status")
 
 
+# About 39 s: what a service takes to come up again, not the night.
+_PAUSES_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
+_LOOK_SECONDS = 0.1
+
+_log = logging.getLogger(__name__)
+
+
 class Halted(Exception):
     """The rows were not gone on with, as `goes_on` said."""
+
+
+class ModelExit(Exception):
+    """The model asked for the end of the process, which is an error like any other that it makes."""
+
+
+def retry_pauses() -> Iterator[float]:
+    """Yield the seconds to wait before each further try of a pass whose connections fail: eight, each drawn anew.
+
+    Workers that one outage has stopped do not all come back in one moment.
+    """
+    for seconds in _PAUSES_SECONDS:
+        yield seconds * random.uniform(0.75, 1.25)  # noqa: S311 - spreads the tries; nothing depends on its values
+
+
+def endless_pauses() -> Iterator[float]:
+    """Yield the same without an end, for what has nobody who would call it again."""
+    yield from retry_pauses()
+    while True:
+        yield _PAUSES_SECONDS[-1] * random.uniform(0.75, 1.25)  # noqa: S311 - the same
 
 
 @dataclass(slots=True)
 class Forward:
     """One stream of forward passes over a model, and what it has learnt.
 
-    `goes_on` is asked before each batch, and ends the rows with Halted. batch_size_safe is the largest batch that
-    fits in memory, None until a batch did not; like batch_size it counts tokens, padding included, where rows have
-    lengths.
+    `goes_on` is asked before each batch and while it waits, and ends the rows with Halted. batch_size_safe is the
+    largest batch that fits in memory, None until a batch did not; like batch_size it counts tokens, padding included,
+    where rows have lengths. `pauses` gives the seconds to wait before each further try of a pass that failed by what
+    the model calls or runs on (serving.faults).
     """
 
     model: Model
@@ -49,6 +83,8 @@ class Forward:
     batch_size_safe: int | None = None
     proven: bool = field(default=False)
     goes_on: Callable[[], bool] = field(default=lambda: True, repr=False)
+    pauses: Callable[[], Iterator[float]] = field(default=retry_pauses, repr=False)
+    sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
     _overlapping: Overlapping | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -60,8 +96,8 @@ class Forward:
         Rows that have lengths go in order of length, in batches of at most `batch_size` tokens, padding
         counted; predictions and flags come back in the order of the rows. Flags the rows that the model
         fails on, and those whose predictions are not finite; the inputs of every flagged row are
-        overwritten. Raises ModelFailed if every row of the first batch fails, DeviceLost if the device is gone,
-        Halted where it is not to go on.
+        overwritten. Raises ModelFailed if every row of the first batch fails, DependencyFault if what the model calls
+        fails for longer than the pauses, DeviceLost if the device is gone, Halted where it is not to go on.
         """
         if encoded.length_N is None:
             return self._score_batches(_Batch(encoded.inputs), encoded.flags)
@@ -99,7 +135,7 @@ class Forward:
         if self._overlapping and self.batch_size_safe is None and not bad_n.all():
             # What goes wrong here goes wrong again in the pass that is then made alone.
             with suppress(Exception):
-                on_its_way = self._overlapping.begin(batch.inputs)
+                on_its_way = _returned(self._overlapping.begin, batch.inputs)
         return _Begun(batch, start, on_its_way)
 
     def _settle(self, begun: _Begun, flags: Flags, out: Predictions) -> None:
@@ -110,7 +146,7 @@ class Forward:
             return
         try:
             predictions = self._finish(begun)
-        except OvernightError:
+        except (OvernightError, Halted):
             raise
         except Exception as error:  # noqa: BLE001 - the model is somebody else's code
             predictions = self._without_bad_rows(batch, flags, start, error)
@@ -124,7 +160,7 @@ class Forward:
     def _finish(self, begun: _Begun) -> Predictions:
         if begun.on_its_way is not None and self._overlapping:
             with suppress(Exception):
-                return self._overlapping.finish(begun.on_its_way)
+                return _returned(self._overlapping.finish, begun.on_its_way)
         return self._pass(begun.batch)
 
     def _without_bad_rows(self, batch: _Batch, flags: Flags, start: int, error: Exception) -> Predictions:
@@ -143,7 +179,7 @@ class Forward:
         batch.fill(code_n != 0, int(np.argmin(code_n != 0)))
         try:
             return self._pass(batch)
-        except OvernightError:
+        except (OvernightError, Halted):
             raise
         except Exception as again:
             message = (
@@ -161,7 +197,7 @@ class Forward:
         for start, stop in ((low, middle), (middle, high)):
             try:
                 self._pass(batch.cut(start, stop))
-            except OvernightError:
+            except (OvernightError, Halted):
                 raise
             except Exception as inner:  # noqa: BLE001 - the model's own exception, on fewer rows
                 self._halve(batch, start, stop, inner, bad)
@@ -174,7 +210,9 @@ class Forward:
         if self.batch_size_safe is not None and batch.size > self.batch_size_safe and batch.rows > 1:
             return self._in_pieces(batch, self.batch_size_safe)
         try:
-            return self.model.predict({name: value.copy(order="K") for name, value in batch.inputs.items()})
+            return self._predict(batch)
+        except (OvernightError, Halted):
+            raise
         except Exception as error:
             if _device_lost(error):
                 message = f"The device must answer, got {_reason(error)}. This process ends; call again to resume."
@@ -183,6 +221,36 @@ class Forward:
                 raise
         self.batch_size_safe = max(1, batch.size // 2)
         return self._in_pieces(batch, self.batch_size_safe)
+
+    def _predict(self, batch: _Batch) -> Predictions:
+        """Have the model predict, again after each pause where what it calls or runs on fails."""
+        pauses: Iterator[float] | None = None
+        tries = 0
+        while True:
+            tries += 1
+            try:
+                inputs = {name: value.copy(order="K") for name, value in batch.inputs.items()}
+                return _returned(self.model.predict, inputs)
+            except OvernightError:
+                raise
+            except Exception as error:
+                if _out_of_memory(error) or _device_lost(error) or not is_dependency_fault(error):
+                    raise
+                pauses = pauses or self.pauses()
+                seconds = next(pauses, None)
+                if seconds is None:
+                    raise _dependency_fault(error, tries) from error
+                _log.warning("The model got %s; it is tried again in %.1f s.", _reason(error), seconds)
+            self._wait(seconds)
+
+    def _wait(self, seconds: float) -> None:
+        """Wait, in steps short enough to stop at once where it is not to go on."""
+        while seconds > 0:
+            if not self.goes_on():
+                raise Halted
+            step = min(seconds, _LOOK_SECONDS)
+            self.sleep(step)
+            seconds -= step
 
     def _in_pieces(self, batch: _Batch, size: int) -> Predictions:
         pieces = [self._pass(batch.cut(start, stop)) for start, stop in itertools.pairwise(batch.edges(size))]
@@ -268,6 +336,25 @@ def _all_failed(flags: Flags, row: int, rows: int) -> ModelFailed:
     return ModelFailed(
         f"At least one row of the first batch must get a prediction, got none of {rows}: {reason}{where}. "
         "That is the model, not the rows: call it on a few of them by hand, and log a version that works."
+    )
+
+
+def _returned(call: Callable[[T], R], argument: T) -> R:
+    """Return what a call into the model returns; raises ModelExit where the model would end the process instead."""
+    try:
+        return call(argument)
+    except (SystemExit, KeyboardInterrupt) as error:
+        if not is_own_exit(error):
+            raise
+        message = f"it must return, got {_reason(error)}"
+        raise ModelExit(message) from None
+
+
+def _dependency_fault(error: Exception, tries: int) -> DependencyFault:
+    return DependencyFault(
+        f"What the model calls and runs on must answer, got {_reason(error)} (tries: {tries}). No row is rejected for "
+        "that. Put the connection, the service or the file right and call again, and it resumes. Where the error is "
+        "one of a row, have the model raise ValueError(...) from None."
     )
 
 

@@ -23,6 +23,7 @@ from serving.encode import BatchUnit, Encoded
 from serving.engine import Engine, Wish
 from serving.environment import variable
 from serving.errors import ModelUnfit
+from serving.model_files import check_files
 from serving.registry import FileStates, ModelPin, Resolved, digest_folder, file_states, must_be_as_hashed
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -106,6 +107,7 @@ def load_model(resolved: Resolved, contract: Contract, *, allow_pickle: bool = F
 
     Raises ModelUnfit where the model is pickled and `allow_pickle` is not set, since unpickling
     runs whatever code the file holds; and where a file was changed since the files were hashed, until all were loaded.
+    A model that was logged as code runs its code either way.
     """
     with _loading:
         files = resolved.files or _hashed(resolved)
@@ -161,16 +163,18 @@ _loading = threading.Lock()
 def _load(folder: Path, pin: ModelPin, files: FileStates, is_torch: bool, allow_pickle: bool) -> Any:  # noqa: FBT001 - keys of the cache
     import mlflow.pyfunc  # noqa: PLC0415 - seconds of imports that a finished run does not need
 
-    with variable(_ALLOW_PICKLE, str(allow_pickle).lower()), _no_bytecode():
-        try:
+    try:
+        # MLflow refuses skops as it does pickles: what was looked at here may be read.
+        allowed = allow_pickle or check_files(folder, MLmodel.load(str(folder / "MLmodel")))
+        with variable(_ALLOW_PICKLE, str(allowed).lower()), _no_bytecode():
             if is_torch:
                 model = _load_torch(folder, allow_pickle=allow_pickle)
             else:
                 model = mlflow.pyfunc.load_model(str(folder))
-        except ModelUnfit:
-            raise
-        except Exception as error:  # a flavour's loader may raise anything; it all means the same here
-            raise _unfit(folder, error, allow_pickle=allow_pickle) from error
+    except ModelUnfit:
+        raise
+    except Exception as error:  # a flavour's loader may raise anything; it all means the same here
+        raise _unfit(folder, error, allow_pickle=allow_pickle) from error
     must_be_as_hashed(pin, folder, files)
     return model
 
@@ -212,19 +216,18 @@ def _trains(node: Any) -> bool:
 
 _WITHOUT_PICKLE = {
     "mlflow.pytorch": 'Log it with serialization_format="pt2", or pass',
-    "mlflow.lightgbm": "Log its Booster (model.booster_), or pass",
+    "mlflow.lightgbm": 'Log its Booster (model.booster_), or with serialization_format="skops", or pass',
     "mlflow.pyfunc.model": 'Log it as code (python_model="model.py"), or pass',
-    # Skops too: MLflow takes its list of trusted types, which the model itself brings, for no safety.
-    "mlflow.sklearn": "MLflow has no format for scikit-learn that does without: pass",
+    "mlflow.sklearn": 'Log it with serialization_format="skops", or pass',
 }
 
 
 def _unfit(folder: Path, error: Exception, *, allow_pickle: bool) -> ModelUnfit:
     if not allow_pickle and "pickle" in str(error).lower():
-        loader = MLmodel.load(str(folder / "MLmodel")).flavors["python_function"]["loader_module"]
+        loader = MLmodel.load(str(folder / "MLmodel")).flavors.get("python_function", {}).get("loader_module")
         return ModelUnfit(
             f"A model must not need unpickling, which runs any code in its files, unless asked for; got: {error} "
-            f"{_WITHOUT_PICKLE.get(loader, 'Pass')} allow_pickle=True if you trust whoever logged it."
+            f"{_WITHOUT_PICKLE.get(str(loader), 'Pass')} allow_pickle=True if you trust whoever logged it."
         )
     return ModelUnfit(f"The model in {folder} must load here, got {type(error).__name__}: {error}.")
 

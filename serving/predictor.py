@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from serving.errors import DeviceLost, ModelFailed
-from serving.release import Arrays, Predictions, Release, Runtime, open_release
+from serving.errors import DeviceLost
+from serving.release import Arrays, Failure, Predictions, Release, Runtime, open_release
 
 Outputs = Predictions
-Prediction = Outputs | ModelFailed
+Prediction = Outputs | Failure
 
 
 class Predictor:
@@ -55,7 +55,7 @@ def open_predictor(folder: Path) -> Predictor:
 
 
 def settled(prediction: Prediction) -> Outputs:
-    """Return the outputs of a request, or raise the reason why one of its rows has none."""
-    if isinstance(prediction, ModelFailed):
+    """Return the outputs of a request, or raise the reason why it has none."""
+    if isinstance(prediction, Failure):
         raise prediction
     return prediction

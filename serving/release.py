@@ -20,7 +20,7 @@ from pydantic import Field
 
 from serving.contract import Contract, Frozen
 from serving.engine import Engine
-from serving.errors import ModelFailed
+from serving.errors import DependencyFault, ModelFailed
 from serving.model import Tunable, load_model
 from serving.registry import ModelPin, Resolved
 
@@ -68,6 +68,8 @@ class Release(Frozen):
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Predictions = dict[str, npt.NDArray[Any]]
+# Why a request has no predictions: by its rows and the model, or by what the model calls, which is worth another try.
+Failure = ModelFailed | DependencyFault
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,13 +86,16 @@ class Runtime:
     _entered: ExitStack = field(default_factory=ExitStack)
 
     def predict(self, inputs: Arrays) -> Predictions:
-        """Return every output of the contract for N rows. Raises ModelFailed with the reason where a row has none."""
+        """Return every output of the contract for N rows.
+
+        Raises ModelFailed with the reason where a row has none, DependencyFault where what the model calls fails.
+        """
         (answer,) = self.predict_each([inputs])
-        if isinstance(answer, ModelFailed):
+        if isinstance(answer, Failure):
             raise answer
         return answer
 
-    def predict_each(self, requests: Sequence[Arrays]) -> list[Predictions | ModelFailed]:
+    def predict_each(self, requests: Sequence[Arrays]) -> list[Predictions | Failure]:
         """Return the answer to each of several requests, passed together: one that fails leaves the others theirs."""
         from serving.encode import Encoded, Flags  # noqa: PLC0415 - keeps this module's import light
 
@@ -105,7 +110,7 @@ class Runtime:
         encoded = self.model.prepare(Encoded(inputs=together, flags=Flags.none(edges[-1]), rows=edges[-1]))
         try:
             predictions = self._forward.score(encoded)
-        except ModelFailed as error:
+        except (ModelFailed, DependencyFault) as error:
             return [error] * len(requests)
         return [_answer(predictions, encoded.flags, start, stop) for start, stop in itertools.pairwise(edges)]
 
@@ -131,7 +136,8 @@ def open_release(folder: Path) -> Runtime:
     # A request of more rows than the dial's batch goes in passes of the model's own size.
     size = max(model.batch_size, release.dial.batch_size_max) if model.batch_unit == "rows" else model.batch_size
     # Proven, since rows that all fail are the caller's matter here, and no reason to give the model up.
-    forward = Forward(model=model, contract=release.contract, batch_size=size, proven=True)
+    # Without pauses: a caller who waits is told at once, and asks again.
+    forward = Forward(model=model, contract=release.contract, batch_size=size, proven=True, pauses=lambda: iter(()))
     return Runtime(release=release, model=model, _forward=forward)
 
 

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from serving.contract import Contract, Frozen
 from serving.encode import Encoded
 from serving.engine import Engine, Wish
-from serving.errors import DeviceLost
+from serving.errors import DependencyFault, DeviceLost
 from serving.forward import Forward, Predictions
 from serving.model import Model, Tunable
 
@@ -131,7 +131,7 @@ class _Course:
         for engine in others:
             try:
                 got = self._predict(engine, few, size)
-            except DeviceLost:
+            except (DependencyFault, DeviceLost):
                 raise
             except Exception:  # noqa: BLE001, S112 - an engine that fails where the plain one does not is none to choose
                 continue

@@ -11,7 +11,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from serving.errors import BadRequest, ModelFailed
+from serving.errors import BadRequest, DependencyFault, ModelFailed
 from serving.oip import (
     HEADER_LENGTH,
     ModelMetadata,
@@ -52,8 +52,8 @@ def v2_app(
 ) -> FastAPI:
     """Return an app with the routes below /v2 for one release; `predict` gets the rows of one request at a time.
 
-    Every answer but 2xx is {"error": "..."}: what is wrong with a request as 4xx, Overloaded from `predict` as 503,
-    whatever else it raises as 500.
+    Every answer but 2xx is {"error": "..."}: what is wrong with a request as 4xx, Overloaded and
+    DependencyFault from `predict` as 503, whatever else it raises as 500.
     """
     routes = _Routes(release, predict, server, ready, body_bytes_max)
     app = FastAPI(title=f"{release.endpoint} version {release.version}", version=release.version)
@@ -138,7 +138,7 @@ class _Routes:
                 model=self.release.endpoint,
                 version=self.release.version,
             )
-        except Overloaded as error:
+        except (Overloaded, DependencyFault) as error:
             return _error(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
         except ModelFailed as error:
             return _error(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))

@@ -14,7 +14,7 @@ import bentoml
 import numpy as np
 from bentoml.exceptions import ServiceUnavailable
 
-from serving.errors import ModelFailed
+from serving.errors import DependencyFault, ModelFailed
 from serving.oip import ServerMetadata
 from serving.predictor import open_predictor
 from serving.release import RELEASE_FILE, Arrays, Predictions, Release
@@ -54,6 +54,8 @@ class Model:
         # What comes from another process lies in memory that can't be written to.
         owned = [{name: np.require(values, requirements="W") for name, values in each.items()} for each in requests]
         predictions = await self._predictor.predict_each(owned)
+        if fault := next((each for each in predictions if isinstance(each, DependencyFault)), None):
+            raise ServiceUnavailable(str(fault))
         return [str(each) if isinstance(each, ModelFailed) else each for each in predictions]
 
 
@@ -69,7 +71,7 @@ async def predict(inputs: Arrays) -> Predictions:
     try:
         (prediction,) = await bentoml.get_current_service().model.to_async.predict_each([dict(inputs)])
     except ServiceUnavailable as error:
-        message = f"The model must have room for another request, got {error}. Try again in a second."
+        message = f"The model must be able to take another request, got {error}. Try again in a second."
         raise Overloaded(message) from error
     if isinstance(prediction, str):
         raise ModelFailed(prediction)

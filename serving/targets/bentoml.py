@@ -22,7 +22,7 @@ _HOST = "127.0.0.1"
 _REQUIREMENTS = "infra/local/bentoml.txt"
 # What this package needs where a release is loaded; what the model needs, MLflow wrote beside it.
 _PACKAGES = (
-    *("fastapi>=0.115", "httpx>=0.28", "mlflow>=3.10,<4", "numpy>=2", "orjson>=3.10", "pyarrow>=20"),
+    *("fastapi>=0.115", "httpx>=0.28", "mlflow>=3.17.2,<4", "numpy>=2", "orjson>=3.10", "pyarrow>=20"),
     *("boto3>=1.40", "pydantic>=2.11", "pyyaml>=6"),
 )
 

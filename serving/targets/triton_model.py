@@ -14,7 +14,7 @@ import triton_python_backend_utils as pb_utils
 from torch.utils.dlpack import from_dlpack
 
 from serving.contract import TEXT_DTYPES, Input, Output
-from serving.errors import BadRequest, OvernightError
+from serving.errors import BadRequest, DependencyFault, OvernightError
 from serving.release import open_release
 
 
@@ -47,10 +47,15 @@ class TritonPythonModel:
 
     def _response(self, answer: dict[str, Any] | OvernightError) -> Any:
         if isinstance(answer, OvernightError):
-            # The former is answered with 400, the latter with 500.
-            code = pb_utils.TritonError.INVALID_ARG if isinstance(answer, BadRequest) else pb_utils.TritonError.INTERNAL
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(answer), code))
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(answer), _code(answer)))
         return pb_utils.InferenceResponse([_to_tensor(answer[value.name], value) for value in self.contract.outputs])
+
+
+def _code(error: OvernightError) -> Any:
+    """Return what is answered with 400, 503 or 500."""
+    if isinstance(error, BadRequest):
+        return pb_utils.TritonError.INVALID_ARG
+    return pb_utils.TritonError.UNAVAILABLE if isinstance(error, DependencyFault) else pb_utils.TritonError.INTERNAL
 
 
 def _to_numpy(tensor: Any, value: Input) -> Any:

@@ -59,6 +59,13 @@ class BatchOptions(Frozen):
     delta_mode: Literal["append", "replace"] = Field(
         default="append", description="Whether the run's rows are added to the Delta table, or replace what it holds."
     )
+    rescore: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$",
+        description="Asks for another scoring of the same model and files, such as 'after-the-outage': a run of its "
+        "own that scores every row again, rejects too, and leaves the earlier run as it is. The same text is the same "
+        "run.",
+    )
     name: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$",
@@ -129,6 +136,16 @@ class BatchOptions(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _rows_once(self) -> Self:
+        if self.rescore is not None and self.output == "delta" and self.delta_mode == "append":
+            message = (
+                "delta_mode must be 'replace' where rescore is given, got 'append': the rows of the earlier run would "
+                "be in the table twice."
+            )
+            raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
     def _one_way_to_spread(self) -> Self:
         if isinstance(self.runner, Ray) and self.workers > 1:
             message = f"workers must be 1 where Ray spreads the work, got {self.workers}; raise slots instead."
@@ -137,4 +154,6 @@ class BatchOptions(Frozen):
 
     def in_key(self) -> dict[str, object]:
         """Return what the run key is made of: the options that change the output."""
-        return self.model_dump(mode="json", exclude=_NOT_IN_KEY)
+        # Without it a call keeps the key that it has had before there was such an option.
+        unset = {"rescore"} if self.rescore is None else set()
+        return self.model_dump(mode="json", exclude=_NOT_IN_KEY | unset)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from serving.encode import Encoded, Flags, encode
 from serving.errors import SourceFault, TooManyRejects
-from serving.forward import Forward, Halted, Predictions
+from serving.forward import Forward, Halted, Predictions, retry_pauses
 from serving.model import Model, must_be_unchanged
 from tasks.batch.batches import ahead, open_reader
 from tasks.batch.parts import ChunkId, Reasons, count_reasons, encode_part, key_names, part_path
@@ -65,15 +65,24 @@ class Scorer:
     """Scores shards of one plan for one process; its methods may be called from many threads at once.
 
     It obeys its drain, which others tell of notices: a slot then finishes what it has in hand where that fits.
+    `pauses` gives the seconds between the tries of a pass that failed by what the model calls or runs on.
     """
 
     def __init__(
-        self, *, plan: Plan, destination: Storage, model: Model, max_reject_fraction: float, joined: bool = False
+        self,
+        *,
+        plan: Plan,
+        destination: Storage,
+        model: Model,
+        max_reject_fraction: float,
+        joined: bool = False,
+        pauses: Callable[[], Iterator[float]] = retry_pauses,
     ) -> None:
         self.plan, self.destination, self.model = plan, destination, model
         self.drain = Drain()
         self.share = Share(plan, destination, self.drain, joined=joined)
         self.max_reject_fraction = max_reject_fraction
+        self.pauses = pauses
         self._lock = threading.Lock()
         self._rejects = 0
 
@@ -129,7 +138,9 @@ class _Slot:
     def __init__(self, scorer: Scorer, writer: ThreadPoolExecutor) -> None:
         self._scorer, self._plan, self._share, self._writer = scorer, scorer.plan, scorer.share, writer
         self._chunks = scorer.plan.chunks
-        self._forward = Forward(scorer.model, scorer.plan.contract, scorer.plan.batch_size, goes_on=self._goes_on)
+        self._forward = Forward(
+            *(scorer.model, scorer.plan.contract, scorer.plan.batch_size), goes_on=self._goes_on, pauses=scorer.pauses
+        )
         self._held: _Open | None = None
         self._writing: Future[None] | None = None
         self._idle = threading.Semaphore(1)
@@ -230,6 +241,6 @@ def check_rejects(rejects: int, plan: Plan, fraction_max: float) -> None:
         message = (
             f"At most {fraction_max:.4g} of {plan.rows:,} rows may be rejects, got {rejects:,} so far; nothing is "
             f"published. See why with open_rejects(destination, run={plan.run!r}), mend the data, or raise "
-            "max_reject_fraction and call again."
+            "max_reject_fraction and call again. Where it was no fault of the rows, call again with another rescore."
         )
         raise TooManyRejects(message)

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from serving.contract import Contract
 from serving.encode import Flags, encode
-from serving.forward import Forward, Predictions
+from serving.forward import Forward, Predictions, endless_pauses
 from serving.model import Model
 from tasks.batch.parts import answer_columns
 from tasks.stream.decode import Decoder, Group
@@ -109,12 +109,14 @@ class MicroScorer:
 
     def __post_init__(self) -> None:
         # A stream may begin with rows that fail: that they all do is told by poison in a row.
-        self.forward = Forward(self.model, self.contract, self.batch_size, proven=True)
+        # What the model calls may be away for long: messages wait for it, since each delivery of one is counted.
+        self.forward = Forward(self.model, self.contract, self.batch_size, proven=True, pauses=endless_pauses)
 
     def score(self, messages: Sequence[Message]) -> Scored:
         """Score a micro-batch: a message none of whose rows gets a prediction is poison, the others are answered.
 
-        Raises DeviceLost and ModelFailed, as a batch run does.
+        Waits for as long as what the model calls or runs on fails, and the stream is not told to stop. Raises
+        DeviceLost and ModelFailed, as a batch run does.
         """
         start = self.clock()
         groups, unread = self.decoder.decode(messages)

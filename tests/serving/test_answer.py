@@ -5,7 +5,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import polars as pl
+import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from serving.answer import named_outputs
 from serving.contract import Output
@@ -36,7 +40,10 @@ def refusal(raw: Any, *outputs: Output, rows: int = 3) -> str:
         (np.array([[1.0], [2.0], [3.0]]),),
         [np.array([1.0, 2.0, 3.0])],
         {"score": [1, 2, 3], "more": "of it"},
-        pd.Series([1.0, 2.0, 3.0], index=[7, 8, 9]),
+        pd.Series([1.0, 2.0, 3.0]),
+        pl.Series([1.0, 2.0, 3.0]),
+        pl.DataFrame({"anything": [1.0, 2.0, 3.0]}),
+        pa.table({"anything": [1.0, 2.0, 3.0]}),
         pd.DataFrame({"anything": [1.0, 2.0, 3.0]}),
         pd.DataFrame({"more": ["a", "b", "c"], "score": [1.0, 2.0, 3.0]}),
     ],
@@ -150,3 +157,68 @@ def test_the_models_own_array_is_not_written_to() -> None:
     named(labels, LABEL)
 
     assert labels[1] is not None
+
+
+def relabelled(values: list[float], labels: list[int]) -> pd.Series:
+    return pd.Series(values, index=labels, dtype="float32")
+
+
+@given(st.permutations(range(20)))
+def test_an_answer_in_another_order_is_put_back_by_its_index(order: list[int]) -> None:
+    series = pd.Series(np.arange(20.0)).iloc[order]
+    frame = pd.DataFrame({"more": "x", "score": series, "label": series.astype(str)})
+    numbers, words = np.arange(20.0).tolist(), [str(at) for at in np.arange(20.0)]
+
+    assert {"score": numbers} == named(series, SCORE, rows=20)
+    assert {"score": numbers} == named([series], SCORE, rows=20)
+    assert {"score": numbers} == named({"score": series, "other": 1}, SCORE, rows=20)
+    assert {"score": numbers} == named(frame, SCORE, rows=20)
+    assert {"score": numbers, "label": words} == named(frame[["score", "label"]], SCORE, LABEL, rows=20)
+    assert {"score": numbers, "label": words} == named((series, series[::-1].astype(str)), SCORE, LABEL, rows=20)
+
+
+def test_each_column_of_a_dict_is_put_back_by_its_own_index() -> None:
+    score, label = relabelled([3, 1, 2], [2, 0, 1]), pd.Series(["a", "c", "b"], index=[0, 2, 1])
+
+    assert {"score": [1, 2, 3], "label": ["a", "b", "c"]} == named({"score": score, "label": label}, SCORE, LABEL)
+
+
+def test_a_wide_output_is_put_back_by_the_index_of_its_frame() -> None:
+    x = np.arange(18.0).reshape(3, 6)
+    frame = pd.DataFrame(x[[2, 0, 1]], index=[2, 0, 1])
+
+    assert {"wide": x.reshape(3, 2, 3).tolist()} == named(frame, WIDE) == named({"wide": frame}, WIDE)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        [7, 8, 9],
+        [0, 1, 1],
+        [1, 2, 3],
+        ["a", "b", "c"],
+        ["0", "1", "2"],
+        [0.0, 0.5, 1.0],
+        [-3, -2, -1],
+        [0, 1, None],
+        pd.MultiIndex.from_tuples([(0, 0), (0, 1), (0, 2)]),
+        pd.date_range("2024-01-01", periods=3),
+        pd.RangeIndex(0, 6, 2),
+        pd.RangeIndex(1, 4),
+    ],
+    ids=str,
+)
+def test_an_answer_whose_index_is_not_that_of_its_input_is_refused(index: Any) -> None:
+    series = pd.Series([1.0, 2.0, 3.0], index=index)
+    messages = {refusal(raw, SCORE) for raw in (series, series.to_frame("score"), {"score": series}, [series])}
+
+    assert 1 == len(messages)
+    assert "must be in the order of its input, or have the index of its input: 0 to 2, each once, got" in messages.pop()
+
+
+def test_one_row_can_be_in_no_other_order_whatever_its_label() -> None:
+    assert {"score": [1.5]} == named(pd.Series([1.5], index=["score"]), SCORE, rows=1)
+
+
+def test_an_answer_of_fewer_rows_is_refused_by_their_number() -> None:
+    assert "got (2,)" in refusal(pd.Series([1.0, 2.0], index=[0, 2]), SCORE)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -15,7 +18,7 @@ from hypothesis import strategies as st
 from serving.answer import named_outputs
 from serving.contract import Output
 from serving.encode import Encoded, Flags, encode
-from serving.errors import DeviceLost, ModelFailed
+from serving.errors import DependencyFault, DeviceLost, ModelFailed
 from serving.forward import Forward, Halted, Predictions
 from serving.model import Arrays
 from serving.torch_model import TorchModel
@@ -563,3 +566,115 @@ def test_passes_are_begun_ahead_no_more_once_memory_ran_out() -> None:
     assert 12 == forward.batch_size_safe
     assert 5 > len([step for step, _ in model.told if step == "begin"])
     assert 1e-6 > np.abs(score(network(), encoded(X), 12) - found).max()
+
+
+def failing_for(calls: range, error: Callable[[], BaseException]) -> Plain:
+    """A model whose calls of these numbers fail."""
+
+    def answer(inputs: Arrays) -> Any:
+        if len(model.rows_seen) - 1 in calls:
+            raise error()
+        return inputs["x"][:, 0]
+
+    model = Plain(answer)
+    return model
+
+
+def test_a_connection_that_fails_for_a_while_rejects_no_row_and_is_tried_again_after_longer_and_longer() -> None:
+    model, rows, slept = failing_for(range(1, 6), ConnectionResetError), encoded(X), list[float]()
+    found = Forward(model, matrix(4), 50, sleep=slept.append).score(rows)["score"]
+
+    assert {} == rejects(rows)
+    assert np.array_equal(X[:, 0], found)
+    assert [50] * 7 == model.rows_seen
+    assert 0.1 * 0.75 <= slept[0] <= 0.1 * 1.25
+    assert (0.1 + 0.2 + 0.5 + 1 + 2) * 0.75 <= sum(slept) <= (0.1 + 0.2 + 0.5 + 1 + 2) * 1.25
+
+
+def test_a_connection_that_stays_away_fails_the_chunk_and_rejects_no_row() -> None:
+    model, rows, slept = failing_for(range(1, 1000), lambda: TimeoutError("no answer")), encoded(X), list[float]()
+    with pytest.raises(DependencyFault) as caught:
+        Forward(model, matrix(4), 50, sleep=slept.append).score(rows)
+
+    assert {} == rejects(rows)
+    assert "got TimeoutError: no answer (tries: 9)" in str(caught.value)
+    assert "call again, and it resumes" in str(caught.value)
+    assert 25 <= sum(slept) <= 50
+
+
+def test_nothing_is_waited_for_where_nothing_fails_or_a_row_does() -> None:
+    slept: list[float] = []
+    rows = encoded(beginning_with(1, [3]))
+    with TorchModel(Picky(), matrix(4)).slot():
+        Forward(TorchModel(Picky(), matrix(4)), matrix(4), 50, sleep=slept.append).score(rows)
+
+    assert [3] == list(rejects(rows))
+    assert [] == slept
+
+
+def test_a_wait_ends_within_a_tenth_of_a_second_of_being_told_to_stop() -> None:
+    slept: list[float] = []
+    model = failing_for(range(1000), ConnectionResetError)
+    forward = Forward(model, matrix(4), 50, goes_on=lambda: sum(slept) < 1, sleep=slept.append)
+    with pytest.raises(Halted):
+        forward.score(encoded(X))
+
+    assert sum(slept) < 1.1 + 1e-9
+    assert max(slept) <= 0.1 + 1e-9
+
+
+def test_a_connection_that_fails_while_bad_rows_are_looked_for_rejects_the_bad_rows_alone() -> None:
+    def answer(inputs: Arrays) -> Any:
+        if len(model.rows_seen) in (2, 4, 5, 9):
+            raise ConnectionResetError
+        if (inputs["x"][:, 0] == 1).any():
+            message = "a row"
+            raise ValueError(message)
+        return inputs["x"][:, 0]
+
+    model, rows = Plain(answer), encoded(beginning_with(1, [7, 70]))
+    found = Forward(model, matrix(4), 100, sleep=lambda _: None).score(rows)["score"]
+    good = np.flatnonzero(rows.flags.code_N == 0)
+
+    assert dict.fromkeys((7, 70), ("", "ValueError: a row")) == rejects(rows)
+    assert np.array_equal(X[good, 0], found[good])
+
+
+def test_a_model_that_exits_rejects_the_row_that_it_exits_on() -> None:
+    def answer(inputs: Arrays) -> Any:
+        if (inputs["x"][:, 0] == 1).any():
+            sys.exit("enough")
+        return inputs["x"][:, 0]
+
+    rows = encoded(beginning_with(1, [7]))
+    found = Forward(Plain(answer), matrix(4), 50).score(rows)["score"]
+
+    assert {7: ("", "ModelExit: it must return, got SystemExit: enough")} == rejects(rows)
+    assert np.array_equal(np.delete(X[:, 0], 7), np.delete(found, 7))
+
+
+def test_a_model_that_exits_on_every_row_fails() -> None:
+    with pytest.raises(ModelFailed, match=r"got none of 50: ModelExit: it must return, got SystemExit: 3. That is the"):
+        Forward(failing_for(range(1000), lambda: SystemExit(3)), matrix(4), 50).score(encoded(X))
+
+
+def test_a_ctrl_c_is_never_taken_for_an_error_of_the_model() -> None:
+    rows = encoded(X)
+    with pytest.raises(KeyboardInterrupt):
+        Forward(failing_for(range(1, 2), KeyboardInterrupt), matrix(4), 50).score(rows)
+
+    assert {} == rejects(rows)
+
+
+def test_the_exit_that_a_signals_handler_asks_for_passes_through_the_model() -> None:
+    rows = encoded(X)
+    before = signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))
+    try:
+        with pytest.raises(SystemExit):
+            Forward(
+                Plain(lambda inputs: os.kill(os.getpid(), signal.SIGUSR1) or inputs["x"][:, 0]), matrix(4), 50
+            ).score(rows)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+    assert {} == rejects(rows)

@@ -212,15 +212,12 @@ def test_a_network_has_a_slot_a_core_and_anything_else_one(pt2: str) -> None:
     assert 1 == PyfuncModel.slots.fget(None)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("form", ["skops", "cloudpickle"])
-def test_scikit_learn_needs_allow_pickle_in_either_format_and_answers_as_itself(
-    log: Log, frame: pd.DataFrame, form: str
-) -> None:
+def test_a_pickled_scikit_learn_model_needs_allow_pickle_and_answers_as_itself(log: Log, frame: pd.DataFrame) -> None:
     model = make_pipeline(StandardScaler(), LinearRegression()).fit(frame, frame.a + frame.n)
     signature = signature_of(frame, model.predict(frame))
-    uri = log(f"sklearn-{form}", mlflow.sklearn.log_model, model, signature=signature, serialization_format=form)
+    uri = log("sklearn", mlflow.sklearn.log_model, model, signature=signature, serialization_format="cloudpickle")
 
-    assert "MLflow has no format for scikit-learn that does without: pass allow_pickle=True" in refusal(uri)
+    assert 'Log it with serialization_format="skops", or pass allow_pickle=True' in refusal(uri)
     assert np.array_equal(model.predict(frame), predict_frame(uri, frame, allow_pickle=True)["prediction"])
 
 
@@ -244,9 +241,10 @@ def test_a_lightgbm_booster_needs_no_pickle_and_answers_as_itself(log: Log, fram
     assert np.array_equal(booster.predict(frame), predict_frame(uri, frame, allow_pickle=False)["prediction"])
 
 
-def test_a_lightgbm_classifier_needs_allow_pickle_and_answers_as_itself(log: Log, frame: pd.DataFrame) -> None:
+def test_a_pickled_lightgbm_classifier_needs_allow_pickle_and_answers_as_itself(log: Log, frame: pd.DataFrame) -> None:
     model = lightgbm.LGBMClassifier(n_estimators=5, verbose=-1, n_jobs=1).fit(frame, frame.n % 3)
-    uri = log("classifier", mlflow.lightgbm.log_model, model, signature=signature_of(frame, model.predict(frame)))
+    signature = signature_of(frame, model.predict(frame))
+    uri = log("classifier", mlflow.lightgbm.log_model, model, signature=signature, serialization_format="cloudpickle")
 
     booster = log(
         "its-booster",
@@ -255,7 +253,7 @@ def test_a_lightgbm_classifier_needs_allow_pickle_and_answers_as_itself(log: Log
         signature=signature_of(frame, model.predict_proba(frame)),
     )
 
-    assert "Log its Booster (model.booster_), or pass allow_pickle=True" in refusal(uri)
+    assert 'Log its Booster (model.booster_), or with serialization_format="skops", or pass allow' in refusal(uri)
     assert np.array_equal(model.predict(frame), predict_frame(uri, frame, allow_pickle=True)["prediction"])
     assert (200, 3) == predict_frame(booster, frame, allow_pickle=False)["prediction"].shape
 
@@ -382,3 +380,32 @@ def test_a_model_that_does_not_load_here_is_unfit_and_says_why(log_code: Log) ->
 
     assert "must load here, got" in refusal(uri)
     assert "No module named 'a_library_that_nobody_has'" in refusal(uri)
+
+
+FLOATS = Schema([ColSpec("double", "a"), ColSpec("string", "s")])
+SORTED = {
+    "series": ('x.sort_values("a")["a"] * 2', Schema([ColSpec("double")])),
+    "frame": (
+        'x.sort_values("a").assign(double=x["a"] * 2)[["s", "double"]]',
+        Schema([ColSpec("string", "s"), ColSpec("double", "double")]),
+    ),
+    "grouped": ('x.groupby("s", group_keys=False)["a"].apply(lambda a: a * 2)', Schema([ColSpec("double")])),
+    "shuffled": ('x.sample(frac=1, random_state=3)["a"] * 2', Schema([ColSpec("double")])),
+}
+
+
+@pytest.mark.parametrize("form", SORTED)
+def test_a_model_that_sorts_its_rows_gives_each_row_its_own_prediction(log_code: Log, form: str) -> None:
+    answer, outputs = SORTED[form]
+    values = np.random.default_rng(0).standard_normal(3000)
+    texts = np.array([f"group {at % 7}" for at in range(3000)], dtype=object)
+    found = predict(log_code(f"sorts-{form}", answer, FLOATS, outputs), a=values, s=texts)
+
+    assert np.array_equal(values * 2, found["double" if form == "frame" else "prediction"])
+
+
+def test_a_model_that_names_its_rows_by_a_column_is_refused(log_code: Log) -> None:
+    uri = log_code("names-rows", 'x.set_index("s")["a"]', FLOATS, Schema([ColSpec("double")]))
+
+    with pytest.raises(ModelFailed, match=r"0 to 1, each once, got \['x', 'y'\]"):
+        predict(uri, a=np.array([1.0, 2.0]), s=np.array(["x", "y"], dtype=object))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from serving.errors import ModelFailed, ModelUnfit
+from serving.errors import DependencyFault, ModelFailed, ModelUnfit
 from serving.registry import digest_folder, resolve_model
 from serving.release import MODEL_FOLDER, RELEASE_FILE, Release, Runtime, open_release
 from tests.support import register_script
@@ -68,6 +69,22 @@ def test_requests_that_all_fail_are_told_each_and_the_next_is_answered(runtime: 
 def test_one_request_raises_what_it_fails_on(runtime: Runtime) -> None:
     with pytest.raises(ModelFailed, match="unlucky"):
         runtime.predict(a(13))
+
+
+def test_what_the_model_calls_being_away_is_told_at_once_and_is_no_fault_of_a_row(
+    registry: Path, tmp_path: Path
+) -> None:
+    line = "if (model_input['a'] == 13).any(): raise ConnectionRefusedError('nobody listens')"
+    with open_release(folder_of(register_script("cut-off", line), tmp_path / "release")) as runtime:
+        start = time.monotonic()
+        answers = runtime.predict_each([a(1), a(13)])
+        took = time.monotonic() - start
+        with pytest.raises(DependencyFault, match=r"got ConnectionRefusedError: nobody listens \(tries: 1\)"):
+            runtime.predict(a(13))
+
+        assert [DependencyFault] * 2 == [type(answer) for answer in answers]
+        assert took < 5
+        assert [2] == runtime.predict(a(1))["prediction"].tolist()
 
 
 def test_the_callers_arrays_stay_as_they_are(runtime: Runtime) -> None:

@@ -200,14 +200,18 @@ def test_all_slots_are_measured_together() -> None:
     assert rates[0] * 2 < rates[1]
 
 
+class OutOfInk(BaseException):
+    """What is no error of a model's rows."""
+
+
 class Breaks(Timed):
     def predict(self, inputs: Arrays) -> dict[str, Any]:
         if threading.current_thread().name.endswith("1"):
             message = "out of ink"
-            raise SystemExit(message)
+            raise OutOfInk(message)
         return {"score": inputs["x"][:, 0]}
 
 
 def test_what_one_slot_raises_ends_the_measuring_of_all() -> None:
-    with pytest.raises(SystemExit, match="out of ink"):
+    with pytest.raises(OutOfInk, match="out of ink"):
         measure(Breaks(Clock(), {}), matrix(4), rows(X[:100]), 10, 2, time.perf_counter)

@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
-from serving.errors import ModelFailed
+from serving.errors import DependencyFault, ModelFailed
 from serving.oip import ServerMetadata, decode_response, encode_request
 from serving.registry import ModelPin
 from serving.release import Arrays, Predictions, Release
@@ -151,6 +151,7 @@ def test_bodies_and_rows_have_a_limit() -> None:
         (ModelFailed("The model must give a row a prediction, got none."), 500),
         (ValueError("no such row"), 500),
         (Overloaded("No room; try again in a second."), 503),
+        (DependencyFault("What the model calls must answer, got ConnectionError."), 503),
     ],
 )
 def test_what_the_model_raises_is_told(error: Exception, status: int, caplog: pytest.LogCaptureFixture) -> None:

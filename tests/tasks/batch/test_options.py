@@ -40,6 +40,9 @@ def test_every_option_has_a_default_and_a_description() -> None:
         {"name": ""},
         {"name": "x" * 65},
         {"name": "x\n"},
+        {"rescore": ""},
+        {"rescore": "a b"},
+        {"rescore": "again", "output": "delta"},
     ],
 )
 def test_what_makes_no_sense_is_refused(given: dict[str, object]) -> None:
@@ -62,3 +65,10 @@ def test_the_options_in_the_key_are_those_that_change_the_output() -> None:
         *("key_columns", "input_columns", "policies", "output", "delta_mode", "batch_size", "rows_per_chunk"),
         *("bfloat16_tolerance", "torch_compile"),
     } == set(BatchOptions().in_key())
+    assert set(BatchOptions().in_key()) | {"rescore"} == set(BatchOptions(rescore="again").in_key())
+
+
+def test_rescoring_into_a_delta_table_replaces_its_rows() -> None:
+    assert "again" == BatchOptions(rescore="again", output="delta", delta_mode="replace").rescore
+    with pytest.raises(ValidationError, match="the earlier run would be in the table twice"):
+        BatchOptions(rescore="again", output="delta")

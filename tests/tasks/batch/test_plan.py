@@ -240,6 +240,10 @@ def test_the_same_call_has_the_same_key() -> None:
     )
 
 
+def test_the_same_rescoring_is_the_same_run_and_another_is_another() -> None:
+    assert key(rescore="first") == key(rescore="first") != key(rescore="second")
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -256,6 +260,7 @@ def test_the_same_call_has_the_same_key() -> None:
         lambda: key(delta_mode="replace"),
         lambda: key(batch_size=512),
         lambda: key(rows_per_chunk=512),
+        lambda: key(rescore="after-the-outage"),
     ],
 )
 def test_whatever_changes_the_output_changes_the_key(other: Callable[[], str]) -> None:

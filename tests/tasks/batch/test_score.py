@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.encode import Encoded
-from serving.errors import ModelUnfit, SourceCorrupt, TooManyRejects
+from serving.errors import DependencyFault, ModelUnfit, SourceCorrupt, TooManyRejects
 from serving.model import load_model
 from serving.registry import resolve_model
 from tasks.batch.options import BatchOptions
@@ -30,6 +30,10 @@ from tasks.spot.notice import Notice, sigterm
 from tasks.storage import Storage, open_storage
 from tests.support import register_script
 from tests.tasks.batch.small import a_plan, numbers, parquet, put, put_parts
+
+
+class OutOfInk(BaseException):
+    """What is no error of a model's rows."""
 
 
 class Adder:
@@ -53,7 +57,7 @@ class Adder:
         x_NF = inputs["x"]
         if self.fails_at is not None and (x_NF[:, 0] == self.fails_at).any():
             message = "out of ink"
-            raise SystemExit(message)
+            raise OutOfInk(message)
         self.rows += len(x_NF)
         return {"score": x_NF.sum(axis=1)}
 
@@ -173,10 +177,89 @@ def test_a_file_that_can_not_be_decoded_costs_its_own_chunks_only(tmp_path: Path
 
 
 def test_what_one_slot_raises_stops_the_others(plan: Plan, destination: Storage) -> None:
-    with pytest.raises(SystemExit, match="out of ink"):
+    with pytest.raises(OutOfInk, match="out of ink"):
         score(plan, destination, Adder(seconds=0.01, fails_at=5.0))
 
     assert len(list_parts(destination, plan)) < len(plan.chunks)
+
+
+class Cut(Adder):
+    """An adder whose calls of a service fail from one moment on, for some seconds."""
+
+    slots = 1
+
+    def __init__(self, after_rows: int, seconds: float) -> None:
+        super().__init__()
+        self.after_rows, self.away = after_rows, seconds
+        self.since: float | None = None
+
+    def predict(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self.rows >= self.after_rows:
+            self.since = self.since or time.monotonic()
+            if time.monotonic() - self.since < self.away:
+                raise ConnectionError
+        return super().predict(inputs)
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Callable[[str], Plan]:
+    source = put(str(tmp_path / "source"), {"0.parquet": numbers(0, 20_000)})
+    options = BatchOptions(key_columns=("id",), rows_per_chunk=1000)
+    return lambda destination: a_plan(source, destination, options, batch_size=100)
+
+
+def test_a_connection_that_is_away_for_a_while_leaves_no_row_without_its_prediction(
+    large: Callable[[str], Plan], destination: Storage
+) -> None:
+    plan = large(destination.url)
+    done = score(plan, destination, Cut(after_rows=9_950, seconds=0.4), slots=1)
+    rows = scored_rows(plan, destination)
+
+    assert {} == done.rejects
+    assert list(range(20_000)) == rows["id"].sort().to_list()
+    assert rows["score"].null_count() == 0
+    assert (rows["score"] == 2.0 * rows["id"]).all()
+
+
+def test_a_connection_that_stays_away_ends_the_run_without_a_reject_and_the_next_call_resumes(
+    large: Callable[[str], Plan], destination: Storage
+) -> None:
+    plan = large(destination.url)
+    cut = Cut(after_rows=9_950, seconds=3600)
+    scorer = Scorer(
+        plan=plan, destination=destination, model=cut, max_reject_fraction=1.0, pauses=lambda: iter([0.01, 0.01])
+    )
+    with pytest.raises(DependencyFault, match=r"got ConnectionError: *\(tries: 3\)"):
+        list(map(scorer.score_shard, scorer.share.begin()))
+    kept = scored_rows(plan, destination)
+
+    assert 0 < kept.height < 20_000
+    assert kept["score"].null_count() == 0
+    resumed = score(plan, destination, Adder(), slots=1)
+    assert 20_000 - kept.height == resumed.rows
+    assert (scored_rows(plan, destination)["score"] == 2.0 * scored_rows(plan, destination)["id"]).all()
+
+
+def test_a_slot_that_waits_for_a_connection_leaves_at_once_where_it_is_told_to(
+    large: Callable[[str], Plan], destination: Storage
+) -> None:
+    plan = large(destination.url)
+    cut = Cut(after_rows=9_950, seconds=3600)
+    scorer = Scorer(
+        plan=plan, destination=destination, model=cut, max_reject_fraction=1.0, pauses=lambda: iter([3600.0])
+    )
+    shards = scorer.share.begin()
+    with ThreadPoolExecutor(1) as pool:
+        scoring = pool.submit(lambda: [scorer.score_shard(shard) for shard in shards])
+        while cut.since is None:
+            time.sleep(0.01)
+        scorer.share.stop.set()
+        told = time.monotonic()
+        done = scoring.result(timeout=30)
+
+    assert time.monotonic() - told < 5
+    assert 1 == sum(each.chunks_dropped for each in done)
+    assert {} == sum((each.rejects for each in done), done[0].rejects)
 
 
 class Told(Adder):

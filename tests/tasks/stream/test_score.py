@@ -5,14 +5,27 @@ from __future__ import annotations
 import orjson
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.contract import Contract
+from serving.torch_model import TorchModel
 from tasks.batch.parts import REJECT_COLUMN, REJECT_REASON
 from tasks.stream.decode import Reason, read_arrow
-from tasks.stream.score import answers
-from tests.tasks.stream.messages import CONTRACT, KEYS, arrow_rows, decoder, json_row, message, score, scores
+from tasks.stream.score import MicroScorer, answers
+from tests.tasks.stream.messages import (
+    CONTRACT,
+    KEYS,
+    Clock,
+    Sum,
+    arrow_rows,
+    decoder,
+    json_row,
+    message,
+    score,
+    scores,
+)
 
 
 def test_each_json_row_is_answered_with_its_keys_and_its_score() -> None:
@@ -67,6 +80,28 @@ def test_a_message_of_many_rows_is_poison_where_none_of_them_is_scored() -> None
     assert [3.0, None, None] == read_arrow(first.payload)["score"].to_pylist()
     assert ["a", ""] == [word or "" for word in read_arrow(first.payload)[REJECT_COLUMN].to_pylist()[1:]]
     assert (6, 4) == (scored.rows, scored.rejects)
+
+
+def test_a_connection_that_fails_for_a_while_makes_poison_of_no_message() -> None:
+    class Cut(Sum):
+        calls = 0
+
+        def forward(self, x_NF: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            if self.calls <= 15:
+                raise ConnectionResetError
+            return super().forward(x_NF)
+
+    cut = TorchModel(Cut(), CONTRACT)
+    with cut.slot():
+        scorer = MicroScorer(cut, CONTRACT, decoder(), 64, Clock())
+        slept: list[float] = []
+        scorer.forward.sleep = slept.append
+        scored = scorer.score([json_row(1), json_row(2)])
+
+    assert () == scored.poison
+    assert [5.5, 5.5] == scores(scored.groups[0].predictions["score"])
+    assert 100 < sum(slept)
 
 
 @settings(deadline=None)

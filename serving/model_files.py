@@ -1,0 +1,146 @@
+"""Files of a model that promise to be read without running code: what they hold is looked at before they are read.
+
+MLflow looks at pt2 archives too (3.17, with torch 2.10 or newer): records that can be pickles must be such as torch's
+restricted unpickler takes. What it does not ask is whether torch reads an archive as it does itself: a record that one
+of its configurations calls raw is passed over, though torch may unpickle it under another name or load it as a
+library. So only the records that torch.export.save writes are let through, in a zip that has one reading.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from mlflow.models import Model as MLmodel
+
+from serving.errors import ModelUnfit
+
+_RECORDS = re.compile(
+    r"archive_format|archive_version|byteorder|version|\.data/(version|serialization_id)|models/model\.json"
+    r"|data/weights/(model_weights_config\.json|weight_\d+|model\.pt)"
+    r"|data/constants/(model_constants_config\.json|tensor_\d+|model\.pt)|data/sample_inputs/model\.pt"
+)
+# As torch wrote them up to 2.7, without a folder.
+_OLD_RECORDS = re.compile(r"version|serialized_(exported_program|state_dict|constants|example_inputs)\.(json|pt)")
+_END, _LOCATOR, _END_64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sLQL"), struct.Struct("<4sQ2H2L4Q")
+_FOUR_BYTES, _TWO_BYTES = 0xFFFFFFFF, 0xFFFF
+
+# What MLflow itself trusts of LightGBM, beside the types that skops trusts. A list that a model brings counts for
+# nothing: whoever wrote the model wrote the list.
+_TRUSTED_TYPES = {
+    "collections.OrderedDict",
+    "lightgbm.basic.Booster",
+    "lightgbm.sklearn.LGBMClassifier",
+    "lightgbm.sklearn.LGBMRegressor",
+}
+_TYPES_SHOWN = 10
+_BOOSTER = "lightgbm.basic.Booster"
+
+
+def check_files(folder: Path, mlmodel: MLmodel) -> bool:
+    """Look at the files of a model that is not to be unpickled, before any library reads them.
+
+    Returns whether they are those of skops and safe to read, which MLflow, as it is told to unpickle nothing, would
+    refuse. Raises ModelUnfit where they hold what might run code.
+    """
+    loader = mlmodel.flavors.get("python_function", {}).get("loader_module")
+    if "pytorch" in mlmodel.flavors or loader == "mlflow.pytorch":
+        for archive in folder.rglob("*.pt2"):
+            _check_pt2(archive)
+        return False
+    return _is_skops(folder, mlmodel)
+
+
+def _check_pt2(path: Path) -> None:
+    """Raise ModelUnfit where an exported torch model holds more than torch.export.save writes of tensors."""
+    with path.open("rb") as file:
+        if not _has_one_reading(file, path.stat().st_size):
+            raise _strange(path, "a zip that may be read in more than one way")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise _strange(path, str(error)) from None
+    if len(set(names)) < len(names):
+        raise _strange(path, "two records of one name")
+    if all(_OLD_RECORDS.fullmatch(name) for name in names):
+        return
+    folder = names[0].partition("/")[0]
+    for name in names:
+        if not name.startswith(f"{folder}/") or not _RECORDS.fullmatch(name.removeprefix(f"{folder}/")):
+            raise _strange(path, f"the record {name!r}")
+
+
+def _is_skops(folder: Path, mlmodel: MLmodel) -> bool:
+    """Return whether a model is read by skops alone, from a file whose types are all trusted; False for other formats.
+
+    Raises ModelUnfit where there are types in it that neither skops nor MLflow trusts.
+    """
+    pyfunc = mlmodel.flavors.get("python_function", {})
+    flavor = {"mlflow.sklearn": "sklearn", "mlflow.lightgbm": "lightgbm"}.get(str(pyfunc.get("loader_module")))
+    options: dict[str, Any] = mlmodel.flavors.get(flavor, {}) if flavor else {}
+    # A Booster is written in LightGBM's own text, whatever the format that stands beside it.
+    is_booster = flavor == "lightgbm" and options.get("model_class", _BOOSTER) == _BOOSTER
+    if is_booster or options.get("serialization_format") != "skops":
+        return False
+    name = options.get("data") if flavor == "lightgbm" else pyfunc.get("model_path")
+    # Where the file lies elsewhere, MLflow may read it by the description that lies beside it there.
+    in_place = isinstance(name, str) and Path(name).name == name and pyfunc.get("data") in (None, name)
+    if not in_place or (flavor == "sklearn" and pyfunc.get("data") is not None):
+        return False
+    untrusted = _untrusted_types(folder / str(name))
+    if untrusted:
+        shown = ", ".join(untrusted[:_TYPES_SHOWN]) + (" and more" if len(untrusted) > _TYPES_SHOWN else "")
+        message = (
+            "A model saved by skops must be made of types that skops and MLflow trust, unless asked for; got: "
+            f"{shown}. The model's own list of trusted types (skops_trusted_types) is no reason to trust them. Pass "
+            "allow_pickle=True if you trust whoever logged it."
+        )
+        raise ModelUnfit(message)
+    return True
+
+
+def _untrusted_types(path: Path) -> list[str]:
+    import skops.io  # noqa: PLC0415 - few models need it
+
+    return sorted(set(skops.io.get_untrusted_types(file=path)) - _TRUSTED_TYPES)
+
+
+def _has_one_reading(file: Any, size: int) -> bool:
+    """Return whether a zip ends in its directory: no comment, no gap, and the zip64 end where its locator says.
+
+    Readers of zips differ in how they look for the directory of one that does not.
+    """
+    tail_size = min(size, _END_64.size + _LOCATOR.size + _END.size)
+    file.seek(size - tail_size)
+    tail = file.read(tail_size)
+    if len(tail) < _END.size:
+        return False
+    signature, disk, first_disk, _, entries, directory, offset, comment = _END.unpack(tail[-_END.size :])
+    if signature != b"PK\5\6" or disk or first_disk or comment:
+        return False
+    located = tail[-_END.size - _LOCATOR.size : -_END.size]
+    if not located.startswith(b"PK\6\7"):
+        return bool(offset + directory == size - _END.size)
+    end_64 = size - tail_size
+    if len(tail) < _END_64.size + _LOCATOR.size + _END.size or _LOCATOR.unpack(located)[2] != end_64:
+        return False
+    signature, rest, *_, entries_64, directory_64, offset_64 = _END_64.unpack(tail[: _END_64.size])
+    agrees = (
+        directory in (directory_64, _FOUR_BYTES)
+        and offset in (offset_64, _FOUR_BYTES)
+        and entries in (entries_64, _TWO_BYTES)
+    )
+    whole = signature == b"PK\6\6" and rest == _END_64.size - 12  # which counts what follows the count itself
+    return bool(whole and agrees and offset_64 + directory_64 == end_64)
+
+
+def _strange(path: Path, got: str) -> ModelUnfit:
+    return ModelUnfit(
+        f"An exported model must hold what torch.export.save writes of tensors and nothing else, got {got} in "
+        f"{path.name}: reading it might unpickle, which runs any code in it. Log it again with "
+        'serialization_format="pt2", or pass allow_pickle=True if you trust whoever logged it.'
+    )
