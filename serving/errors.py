@@ -27,6 +27,9 @@ OvernightError
 |   +-- StorageFull          no space left
 +-- BrokerFault              a message broker refuses for good; what is not acknowledged comes again
 |   +-- BrokerDenied         the credentials do not allow it
++-- StreamFault              a stream is not what was read of it before; what is in the sink stays
+|   +-- StreamReplaced       it was deleted and made again: its numbers begin again
+|   +-- MessagesLost         messages were deleted before they were read
 +-- DeploymentMissing        a Prefect deployment or work pool that is named does not exist: make deploy
 +-- RunnerUnusable           the workers asked for can't be had or don't live; put it right and call again, it resumes
 +-- NightFailed              the batch run of a night failed: mend what it says, then call again, it resumes
@@ -155,6 +158,18 @@ class BrokerFault(OvernightError):
 
 class BrokerDenied(BrokerFault):
     """The credentials do not allow the operation."""
+
+
+class StreamFault(OvernightError):
+    """A stream is not what was read of it before; what is in the sink stays."""
+
+
+class StreamReplaced(StreamFault):
+    """The stream or topic was deleted and made again, so its numbers begin again."""
+
+
+class MessagesLost(StreamFault):
+    """Messages were deleted, by retention or by hand, before they were read."""
 
 
 class DeploymentMissing(OvernightError):

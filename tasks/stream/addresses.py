@@ -28,6 +28,13 @@ def _without_secrets(url: str) -> str:
 NatsUrl = Annotated[str, Field(pattern=r"^(nats|tls)://[^\s]+$"), AfterValidator(_without_secrets)]
 
 
+_ACCEPT_LOSS = Field(
+    default=False,
+    description="Go on where messages were deleted, by retention or by hand, before they were read. Without: that is "
+    "an error, which says how many.",
+)
+
+
 class FromNats(Frozen):
     """A stream of NATS JetStream, read by a durable consumer that several scorers may share."""
 
@@ -67,6 +74,7 @@ class FromNats(Frozen):
         description="Subject for messages that can't be scored. Without: overnight.dead.STREAM.CONSUMER, in the "
         "stream OVERNIGHT_DEAD, which is made where it is missing.",
     )
+    accept_loss: bool = _ACCEPT_LOSS
 
     @property
     def worst_redelivery_seconds(self) -> float:
@@ -94,6 +102,14 @@ class FromKafka(Frozen):
     dead_letters: str | None = Field(
         default=None, pattern=_TOPIC, description="Topic for messages that can't be scored. Without: TOPIC.dead."
     )
+    topic_id: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9_-]{1,64}$",
+        description="The topic's id, which tells it from one of the same name that is made later. Without: as the "
+        "brokers tell it. Brokers that tell none (before Kafka 2.8) need a word here, and another one whenever the "
+        "topic is made again.",
+    )
+    accept_loss: bool = _ACCEPT_LOSS
 
     @property
     def dead_topic(self) -> str:
