@@ -18,6 +18,7 @@ OvernightError
 |   |   +-- NothingStands    no mode keeps its promise; the message says what would be needed
 |   |   +-- PricesMissing    no price is at hand for a machine, or its source can't be asked
 |   +-- BadRequest           a request to an endpoint is none that its model takes; `status` is HTTP's for it
+|   +-- SecretExposed        a parameter holds a password or token, which everyone who sees the flow run would see
 |   +-- StreamUnfit          a stream, topic, subject or consumer is missing, or has other settings than the call needs
 +-- SourceFault              a source file can't be trusted; every other chunk's part stays
 |   +-- SourceChanged        it is not the file that the plan was made for
@@ -47,9 +48,14 @@ OvernightError
 +-- DeviceLost               the accelerator is gone: this process must end, another may resume
 """
 
+from serving.redaction import hide_secrets
+
 
 class OvernightError(Exception):
-    """The root of every error that Overnight raises on purpose."""
+    """The root of every error that Overnight raises on purpose; secrets in its message are hidden."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(hide_secrets(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class BadInput(OvernightError, ValueError):
@@ -122,6 +128,10 @@ class BadRequest(BadInput):
     def __init__(self, message: str, *, status: int = 400) -> None:
         super().__init__(message)
         self.status = status
+
+
+class SecretExposed(BadInput):
+    """A parameter holds a password or token, which everyone who sees the flow run would see."""
 
 
 class StreamUnfit(BadInput):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from serving.errors import BadInput
 from tasks.storage.base import Entry, Storage, check_create_only, copy_pinned
@@ -38,6 +38,12 @@ def open_storage(url: str) -> Storage:
     On S3 the endpoint comes from the environment (AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL) and the
     credentials from the boto3 chain. Raises BadInput for any other scheme.
     """
+    if url.startswith("s3://") and "@" in urlsplit(url).netloc:
+        message = (
+            f"An S3 address must hold no credentials, got {url}. Give them as boto3 takes them: a role, a profile or "
+            "the environment."
+        )
+        raise BadInput(message)
     if url.startswith("s3://"):
         return S3Storage(url)
     if file := _FILE_URL.fullmatch(url):

@@ -110,7 +110,7 @@ class TopicLog:
         parts = [TopicPartition(self._address.topic, partition) for partition in partitions]
         if not parts:
             return {}
-        specs: tuple[Any, Any] = (OffsetSpec.earliest(), OffsetSpec.latest())
+        specs: tuple[Any, Any] = (OffsetSpec.earliest(), OffsetSpec.latest())  # type: ignore[no-untyped-call]
         low, high = (self._ask(self._asking(dict.fromkeys(parts, spec))) for spec in specs)
         return {part.partition: (low[part].offset, high[part].offset) for part in parts}
 
