@@ -20,8 +20,8 @@ from tasks.stream.kafka_link import KafkaVoice
 from tasks.stream.kafka_sink import KafkaDeadLetters, KafkaSink, KafkaWriter
 from tasks.stream.kafka_source import KafkaSource
 from tasks.stream.kafka_topic import TopicLog
-from tasks.stream.nats_consumer import find_identity
-from tasks.stream.nats_link import NatsLink
+from tasks.stream.nats_consumer import check_identity, check_reach, find_identity
+from tasks.stream.nats_link import NatsLink, find_stream
 from tasks.stream.nats_recall import Recall
 from tasks.stream.nats_sink import NatsDeadLetters, NatsSink, open_dead_letters, open_sink
 from tasks.stream.nats_source import NatsSource
@@ -57,7 +57,7 @@ class Opener:
         identity = link.run(find_identity(link, source))
         origin = f"{source.consumer}.{identity}"
         link.run(open_dead_letters(link, source))
-        table = self._table(sink, f"nats {identity} {source.subject or ''}") if isinstance(sink, ToParts) else None
+        table, start = self._nats_table(sink, source, identity, link) if isinstance(sink, ToParts) else (None, None)
         recall = None
         if table is not None:
             to: Sink = table
@@ -70,8 +70,9 @@ class Opener:
             source,
             in_flight=self.options.in_flight,
             bytes_max=self.options.in_flight_bytes // 2,
-            start=table.positions.get(0, 0) if table else None,
+            start=start,
             limit=self.options.limit,
+            identity=identity if table else None,
         )
         stack.callback(reader.close)
         # A table's source counts no deliveries.
@@ -143,6 +144,23 @@ class Opener:
     def _table(self, sink: ToParts, identity: str) -> PartsSink:
         plan = table_plan(sink, identity, model=self.model, contract=self.contract, keys=self.options.key_columns)
         return PartsSink(open_storage(sink.destination), plan, self.model, self.decoder.key_types)
+
+    def _nats_table(self, sink: ToParts, source: FromNats, identity: str, link: NatsLink) -> tuple[PartsSink, int]:
+        """Return a table and the number to read its stream from; raises where the table is not of this stream."""
+        subject = source.subject or ""
+        standing = load_plan(open_storage(sink.destination), sink.name)
+        root = standing.source.root.split(" ") if standing is not None else []
+        if len(root) > 1 and root[1] != identity and root[1].partition("@")[0] == source.stream:
+            message = (
+                f"The table {sink.name!r} must go on in the stream {source.stream!r} that it is made of ({root[1]}), "
+                f"but that was deleted and made again ({identity}). Read the new one with another name of the table."
+            )
+            raise StreamReplaced(message)
+        table = self._table(sink, f"nats {identity} {subject}")
+        table.confirm = lambda: link.run(check_identity(link, source, identity))
+        start = table.begin(identity, lambda: {0: link.run(find_stream(link, source.stream)).state.first_seq})[0]
+        link.run(check_reach(link, source, f"table {sink.name!r}", start))
+        return table, start
 
     def _kafka_table(self, sink: ToParts, source: FromKafka, log: TopicLog) -> tuple[PartsSink, dict[int, int]]:
         """Return a table and where to read its topic from; raises where the table is not of this topic."""
