@@ -87,13 +87,14 @@ class NatsSource:
 
     async def _open(self) -> None:
         await check_stream(self._link, self._address, in_order=self._in_order)
-        self._subscription = await self._link.client.subscribe(
-            f"{self._inbox}.*", cb=self._take, pending_msgs_limit=-1, pending_bytes_limit=-1
-        )
         if self._in_order:
             await self._begin_in_order()
         else:
             self._consumer = await find_durable(self._link, self._address, self._messages_max)
+        # Nothing comes before it is asked for.
+        self._subscription = await self._link.client.subscribe(
+            f"{self._inbox}.*", cb=self._take, pending_msgs_limit=-1, pending_bytes_limit=-1
+        )
         self._tasks = [asyncio.create_task(self._keep_asking()), asyncio.create_task(self._keep_looking())]
 
     async def _begin_in_order(self) -> None:

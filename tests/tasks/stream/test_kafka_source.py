@@ -68,7 +68,7 @@ def opened(brokers: KafkaBrokers, topic: str, sink: AnySink, say: Callable[[str]
         yield ends
 
 
-def run(ends: Ends, count: int, seconds: float = 15.0) -> list[Message]:
+def run(ends: Ends, count: int, seconds: float = 60.0) -> list[Message]:
     """Fetch so many messages, emit them and acknowledge them."""
     found: list[Message] = []
     until = time.monotonic() + seconds
@@ -138,7 +138,7 @@ def test_a_group_does_not_go_on_in_a_topic_that_was_made_again(brokers: KafkaBro
 
 def committed(brokers: KafkaBrokers, topic: str) -> list[TopicPartition]:
     member = Consumer({"bootstrap.servers": brokers.servers, "group.id": "overnight", "log_level": 0})
-    found = member.committed([TopicPartition(topic, at) for at in range(4)], timeout=5)
+    found = member.committed([TopicPartition(topic, at) for at in range(4)], timeout=30)
     member.close()
     return found
 
@@ -172,7 +172,7 @@ def test_a_group_hears_of_a_topic_that_is_made_again_while_it_is_read(brokers: K
         brokers.create(fresh)
 
         with pytest.raises(StreamReplaced, match="made again"):
-            run(ends, 1, seconds=10)
+            run(ends, 1, seconds=60)
 
 
 def test_a_score_names_the_topic_by_its_id_so_that_no_other_of_its_name_has_the_same(
@@ -185,7 +185,7 @@ def test_a_score_names_the_topic_by_its_id_so_that_no_other_of_its_name_has_the_
             run(ends, 4)
         reader = Consumer({"bootstrap.servers": brokers.servers, "group.id": "reader", "log_level": 0})
         reader.assign([TopicPartition(f"{fresh}.scores", at, 0) for at in range(4)])
-        found = reader.consume(4 * (len(origins) + 1), 5)
+        found = reader.consume(4 * (len(origins) + 1), 30)
         reader.close()
         origins.append({dict(each.headers())["Overnight-Source"] for each in found})
         brokers.delete(fresh)
@@ -253,7 +253,7 @@ def test_retention_that_passes_a_reader_while_it_waits_is_an_error_too(
         cut(brokers, fresh)
 
         with pytest.raises(MessagesLost, match=r"messages.*partition 0 from 2 to "):
-            run(ends, 100, seconds=10)
+            run(ends, 100, seconds=60)
     said: list[str] = []
     with opened(brokers, fresh, sink, said.append, accept_loss=True) as ends:
         run(ends, 1, seconds=1)
@@ -273,7 +273,7 @@ def cut(brokers: KafkaBrokers, topic: str) -> None:
 
 def bounds(brokers: KafkaBrokers, topic: str, partition: int) -> tuple[int, int]:
     asker = Consumer({"bootstrap.servers": brokers.servers, "group.id": "asker", "log_level": 0})
-    found = asker.get_watermark_offsets(TopicPartition(topic, partition), timeout=5)
+    found = asker.get_watermark_offsets(TopicPartition(topic, partition), timeout=30)
     asker.close()
     return found
 
@@ -330,7 +330,7 @@ def test_a_table_of_an_earlier_version_goes_on_once_the_caller_has_named_the_top
     brokers: KafkaBrokers, fresh: str, tmp_path: Path
 ) -> None:
     make(brokers, fresh, 8)
-    cluster = Consumer({"bootstrap.servers": brokers.servers, "group.id": "x"}).list_topics(timeout=5).cluster_id
+    cluster = Consumer({"bootstrap.servers": brokers.servers, "group.id": "x"}).list_topics(timeout=30).cluster_id
     storage = open_storage(str(tmp_path / "table"))
     plan = table_plan(table(tmp_path), f"kafka {cluster} {fresh}", model=PIN, contract=CONTRACT, keys=KEYS)
     PartsSink(storage, plan, PIN, decoder().key_types).emit([score([json_row(0)], decoder())])

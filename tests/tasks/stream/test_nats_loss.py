@@ -46,7 +46,7 @@ def opened(
         yield ends
 
 
-def run(ends: Ends, count: int, seconds: float = 15.0) -> list[Message]:
+def run(ends: Ends, count: int, seconds: float = 60.0) -> list[Message]:
     """Fetch so many messages, emit them and acknowledge them."""
     found: list[Message] = []
     until = time.monotonic() + seconds
