@@ -91,6 +91,8 @@ class NatsSource:
             await self._begin_in_order()
         else:
             self._consumer = await find_durable(self._link, self._address, self._messages_max)
+            asked = self._link.js.consumer_info
+            self._looked = await self._link.ask("it", lambda: asked(self._address.stream, self._consumer))
         # Nothing comes before it is asked for.
         self._subscription = await self._link.client.subscribe(
             f"{self._inbox}.*", cb=self._take, pending_msgs_limit=-1, pending_bytes_limit=-1
@@ -291,6 +293,8 @@ class NatsSource:
 
     async def _is_whole(self, sequence: int) -> bool:
         """Whether what is missing before a message was deleted by itself, as anybody may, and not by retention."""
+        if self._failed is not None:
+            return False
         first = (await find_stream(self._link, self._address.stream)).state.first_seq
         return self._try_on("the table", self._position, min(first, sequence))
 

@@ -146,12 +146,17 @@ def test_retention_that_passes_a_reader_is_an_error_too(
 
 
 def test_a_first_reader_begins_with_what_there_is(
-    nats: NatsServer, nats_client: NatsClient, fresh: str, sink: AnySink
+    nats: NatsServer, nats_client: NatsClient, fresh: str, sink: AnySink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("tasks.stream.nats_source._LAG_SECONDS", 0.05)
     nats_client.make(fresh, fresh, max_msgs=30)
     publish(nats_client, fresh, range(100))
     with opened(nats, fresh, sink) as ends:
         assert 30 == len(run(ends, 30))
+        # What it has read may go, however much of it.
+        publish(nats_client, fresh, range(100, 120))
+        assert 20 == len(run(ends, 20))
+        assert [] == run(ends, 1, seconds=1)
 
 
 def test_of_messages_with_a_subject_at_most_so_many_are_gone(
