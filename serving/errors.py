@@ -18,6 +18,7 @@ OvernightError
 |   |   +-- NothingStands    no mode keeps its promise; the message says what would be needed
 |   |   +-- PricesMissing    no price is at hand for a machine, or its source can't be asked
 |   +-- BadRequest           a request to an endpoint is none that its model takes; `status` is HTTP's for it
+|   +-- SecretExposed        a parameter holds a password or token, which everyone who sees the flow run would see
 |   +-- StreamUnfit          a stream, topic, subject or consumer is missing, or has other settings than the call needs
 +-- SourceFault              a source file can't be trusted; every other chunk's part stays
 |   +-- SourceChanged        it is not the file that the plan was made for
@@ -27,6 +28,9 @@ OvernightError
 |   +-- StorageFull          no space left
 +-- BrokerFault              a message broker refuses for good; what is not acknowledged comes again
 |   +-- BrokerDenied         the credentials do not allow it
++-- StreamFault              a stream is not what was read of it before; what is in the sink stays
+|   +-- StreamReplaced       it was deleted and made again: its numbers begin again
+|   +-- MessagesLost         messages were deleted before they were read
 +-- DeploymentMissing        a Prefect deployment or work pool that is named does not exist: make deploy
 +-- RunnerUnusable           the workers asked for can't be had or don't live; put it right and call again, it resumes
 +-- NightFailed              the batch run of a night failed: mend what it says, then call again, it resumes
@@ -45,9 +49,14 @@ OvernightError
 +-- DeviceLost               the accelerator is gone: this process must end, another may resume
 """
 
+from serving.redaction import hide_secrets
+
 
 class OvernightError(Exception):
-    """The root of every error that Overnight raises on purpose."""
+    """The root of every error that Overnight raises on purpose; secrets in its message are hidden."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(hide_secrets(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class BadInput(OvernightError, ValueError):
@@ -122,6 +131,10 @@ class BadRequest(BadInput):
         self.status = status
 
 
+class SecretExposed(BadInput):
+    """A parameter holds a password or token, which everyone who sees the flow run would see."""
+
+
 class StreamUnfit(BadInput):
     """A stream, topic, subject or consumer is missing, or has other settings than the call needs."""
 
@@ -156,6 +169,18 @@ class BrokerFault(OvernightError):
 
 class BrokerDenied(BrokerFault):
     """The credentials do not allow the operation."""
+
+
+class StreamFault(OvernightError):
+    """A stream is not what was read of it before; what is in the sink stays."""
+
+
+class StreamReplaced(StreamFault):
+    """The stream or topic was deleted and made again, so its numbers begin again."""
+
+
+class MessagesLost(StreamFault):
+    """Messages were deleted, by retention or by hand, before they were read."""
 
 
 class DeploymentMissing(OvernightError):

@@ -149,22 +149,17 @@ def _not_found(client: MlflowClient, uri: str, name: str, error: MlflowException
         models = client.search_registered_models(max_results=_MODELS_SHOWN)
         aliases = dict(client.get_registered_model(name).aliases) if versions else {}
     except MlflowException:
-        got = _without_password(str(error))
-        return ModelNotFound(f"The registry must answer for {uri}, got: {got}. Check MLFLOW_TRACKING_URI.")
+        return ModelNotFound(f"The registry must answer for {uri}, got: {error}. Check MLFLOW_TRACKING_URI.")
     if versions:
         have = f"versions {sorted(int(found.version) for found in versions)} and aliases {aliases or 'none'}"
         return ModelNotFound(f"{uri} must name a version or an alias of {name!r}, which has {have}.")
     known = ", ".join(repr(model.name) for model in models) or "none"
     more = " and more" if models.token else ""
-    where = _without_password(mlflow.get_registry_uri())
+    where = mlflow.get_registry_uri()
     return ModelNotFound(
         f"{uri} must be registered, but {where} has no model {name!r}. Registered are: {known}{more}. "
         "Register it, or set MLFLOW_TRACKING_URI to the registry that has it."
     )
-
-
-def _without_password(text: str) -> str:
-    return re.sub(r"//[^/@\s]*@", "//", text)
 
 
 def _original(source: str) -> str:

@@ -45,7 +45,18 @@ BATCH_ORDER = (
 STREAM_ORDER = (
     *("addresses", "options", "message", "microbatch", "decode", "score", "ends", "meter", "rows", "parts_sink"),
     *("in_hand", "nats_link", "nats_publish", "nats_consumer", "nats_source", "nats_sink", "nats_recall"),
-    *("kafka_link", "kafka_source", "kafka_sink", "opening", "peek", "intake", "pipeline", "tuning", "report"),
+    *(
+        "kafka_link",
+        "kafka_topic",
+        "kafka_source",
+        "kafka_sink",
+        "opening",
+        "peek",
+        "intake",
+        "pipeline",
+        "tuning",
+        "report",
+    ),
 )
 ENDPOINT_ORDER = (
     *("spec", "access", "samples", "resolve", "tuning", "render", "deploy", "client", "closed_loop", "verify"),

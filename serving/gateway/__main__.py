@@ -23,6 +23,7 @@ from serving.gateway.app import application
 from serving.gateway.gateway import Gateway
 from serving.gateway.keys import Keys
 from serving.gateway.store import Store
+from serving.redaction import hide_secrets_in_logs
 
 _BYTES_MAX = 1 << 30
 _DRAIN_S_MAX = 60
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="another address opens the gateway to other machines")
     parser.add_argument("--bytes-max", type=int, default=_BYTES_MAX, help="bytes of all requests held at once")
     options = parser.parse_args(arguments)
+    hide_secrets_in_logs()
     try:
         with Store(options.folder) as store, _listen(options.host, options.port) as listening:
             keys = Keys(options.folder, os.environ)

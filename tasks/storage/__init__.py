@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from serving.errors import BadInput
 from tasks.storage.base import Entry, Storage, check_create_only, copy_pinned
@@ -41,6 +41,12 @@ def open_storage(url: str) -> Storage:
     """
     if _CONTROL.search(unquote(url) if url.startswith("file:") else url):
         message = f"An address must hold no control characters, such as tabs and newlines, got {url!r}. Rename it."
+        raise BadInput(message)
+    if url.startswith("s3://") and "@" in urlsplit(url).netloc:
+        message = (
+            f"An S3 address must hold no credentials, got {url}. Give them as boto3 takes them: a role, a profile or "
+            "the environment."
+        )
         raise BadInput(message)
     if url.startswith("s3://"):
         return S3Storage(url)

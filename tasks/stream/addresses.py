@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from serving.contract import Frozen
+from serving.redaction import holds_secret
 
 # NATS forbids these in the names of streams and consumers, and takes a subject apart at its dots.
 _NAME = r"^[^\s.*>/\\]{1,200}$"
@@ -15,22 +17,44 @@ _SUBJECT = r"^[^\s]{1,500}$"
 _TOPIC = r"^[A-Za-z0-9._-]{1,249}$"
 
 
-def _without_secrets(url: str) -> str:
-    if urlsplit(url).username is not None:
-        message = (
-            "must not hold a user or a password, since parameters are shown to everyone who sees the flow run. Set "
-            "NATS_USER and NATS_PASSWORD, NATS_TOKEN or NATS_CREDS in the environment instead"
-        )
-        raise ValueError(message)
-    return url
+def _without_secrets(instead: str) -> AfterValidator:
+    def check(address: str) -> str:
+        hosts = urlsplit(address).netloc if "://" in address else address
+        if holds_secret(address) or ("@" in hosts and "://" in address) or re.search(r"[^/\s]+:[^/\s]+@", address):
+            message = (
+                "must not hold a user or a password, since parameters are shown to everyone who sees the flow run. "
+                f"{instead} instead"
+            )
+            raise ValueError(message)
+        return address
+
+    return AfterValidator(check)
 
 
-NatsUrl = Annotated[str, Field(pattern=r"^(nats|tls)://[^\s]+$"), AfterValidator(_without_secrets)]
+NatsUrl = Annotated[
+    str,
+    Field(pattern=r"^(nats|tls)://[^\s]+$"),
+    _without_secrets("Set NATS_USER and NATS_PASSWORD, NATS_TOKEN or NATS_CREDS in the environment"),
+]
+KafkaServers = Annotated[
+    str, Field(min_length=1), _without_secrets("Write them into the file that OVERNIGHT_KAFKA_CONFIG names")
+]
+Destination = Annotated[
+    str, Field(min_length=1), _without_secrets("Give them as boto3 takes them: a role or a profile")
+]
+# What is refused may be a secret.
+_HIDING = ConfigDict(hide_input_in_errors=True)
+_ACCEPT_LOSS = Field(
+    default=False,
+    description="Go on where messages were deleted, by retention or by hand, before they were read. Without: that is "
+    "an error, which says how many.",
+)
 
 
 class FromNats(Frozen):
     """A stream of NATS JetStream, read by a durable consumer that several scorers may share."""
 
+    model_config = _HIDING
     kind: Literal["nats"] = Field(default="nats", description="Tells this source from others.")
     url: NatsUrl = Field(
         default="nats://127.0.0.1:4222",
@@ -67,6 +91,7 @@ class FromNats(Frozen):
         description="Subject for messages that can't be scored. Without: overnight.dead.STREAM.CONSUMER, in the "
         "stream OVERNIGHT_DEAD, which is made where it is missing.",
     )
+    accept_loss: bool = _ACCEPT_LOSS
 
     @property
     def worst_redelivery_seconds(self) -> float:
@@ -82,10 +107,10 @@ class FromNats(Frozen):
 class FromKafka(Frozen):
     """A topic of Kafka, read by a consumer group."""
 
+    model_config = _HIDING
     kind: Literal["kafka"] = Field(default="kafka", description="Tells this source from others.")
-    servers: str = Field(
+    servers: KafkaServers = Field(
         default="127.0.0.1:9092",
-        min_length=1,
         description="bootstrap.servers. Whatever else the client needs, passwords included, stands in the file that "
         "OVERNIGHT_KAFKA_CONFIG names, one NAME=VALUE a line.",
     )
@@ -94,6 +119,14 @@ class FromKafka(Frozen):
     dead_letters: str | None = Field(
         default=None, pattern=_TOPIC, description="Topic for messages that can't be scored. Without: TOPIC.dead."
     )
+    topic_id: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9_-]{1,64}$",
+        description="The topic's id, which tells it from one of the same name that is made later. Without: as the "
+        "brokers tell it. Brokers that tell none (before Kafka 2.8) need a word here, and another one whenever the "
+        "topic is made again.",
+    )
+    accept_loss: bool = _ACCEPT_LOSS
 
     @property
     def dead_topic(self) -> str:
@@ -104,6 +137,7 @@ class FromKafka(Frozen):
 class ToNats(Frozen):
     """A subject of NATS JetStream: one score message for each input message, each once."""
 
+    model_config = _HIDING
     kind: Literal["nats"] = Field(default="nats", description="Tells this sink from others.")
     url: NatsUrl | None = Field(default=None, description="Address of the server. Without: the source's.")
     subject: str = Field(pattern=r"^[^\s*>]{1,500}$", description="Subject that every score is published to.")
@@ -118,16 +152,18 @@ class ToNats(Frozen):
 class ToKafka(Frozen):
     """A topic of Kafka: one score message for each input message, at least once."""
 
+    model_config = _HIDING
     kind: Literal["kafka"] = Field(default="kafka", description="Tells this sink from others.")
-    servers: str | None = Field(default=None, min_length=1, description="bootstrap.servers. Without: the source's.")
+    servers: KafkaServers | None = Field(default=None, description="bootstrap.servers. Without: the source's.")
     topic: str = Field(pattern=_TOPIC, description="Topic that every score is produced to.")
 
 
 class ToParts(Frozen):
     """A folder of Parquet parts, as batch runs leave them, which open_predictions reads; exact for every source."""
 
+    model_config = _HIDING
     kind: Literal["parts"] = Field(default="parts", description="Tells this sink from others.")
-    destination: str = Field(min_length=1, description="A folder, or an s3:// prefix.")
+    destination: Destination = Field(description="A folder, or an s3:// prefix.")
     name: str = Field(
         default="stream",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,47}$",

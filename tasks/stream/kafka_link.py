@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
+from confluent_kafka.admin import AdminClient
 
 from serving.errors import BadInput, BrokerDenied, BrokerFault, StreamUnfit
 from tasks.stream.ends import Abandoned
@@ -94,7 +95,7 @@ def kafka_settings(servers: str, voice: KafkaVoice) -> dict[str, Any]:
     return {**settings, "bootstrap.servers": servers, "error_cb": voice.on_error, "log_level": 0}
 
 
-def find_topic(client: Consumer | Producer, topic: str, voice: KafkaVoice) -> Any:
+def find_topic(client: Consumer | Producer | AdminClient, topic: str, voice: KafkaVoice) -> Any:
     """Return what the broker says of a topic, waiting for the broker; raises StreamUnfit and names those there are."""
     pause = LOOK_SECONDS
     while True:

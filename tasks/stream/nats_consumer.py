@@ -9,7 +9,7 @@ from typing import Any
 from nats.js.api import AckPolicy, ConsumerConfig, ConsumerInfo, DeliverPolicy, RetentionPolicy
 from nats.js.errors import APIError, NotFoundError
 
-from serving.errors import StreamUnfit
+from serving.errors import MessagesLost, StreamReplaced, StreamUnfit
 from tasks.stream.addresses import FromNats
 from tasks.stream.nats_link import NatsLink, find_stream
 
@@ -24,6 +24,49 @@ async def check_stream(link: NatsLink, address: FromNats, *, in_order: bool) -> 
             "part; it deletes what is acknowledged (retention workqueue). Use retention limits, or a sink of messages."
         )
         raise StreamUnfit(message)
+
+
+def must_not_be_lost(link: NatsLink, address: FromNats, reader: str, wanted: int, first: int) -> None:
+    """Raise MessagesLost where a stream has lost the message that is wanted next; say so where that is accepted."""
+    if first <= max(wanted, 1):
+        return
+    # How many of them had the subject nobody knows any more.
+    most = "at most " if address.subject is not None else ""
+    words = (
+        f"Every message of stream {address.stream!r} must be there until {reader} has read it, but {most}"
+        f"{first - max(wanted, 1):,} messages are gone, by retention or by hand: from "
+        f"{max(wanted, 1):,} to {first - 1:,}."
+    )
+    if not address.accept_loss:
+        message = f"{words} Set accept_loss of the source to go on behind them, and keep messages for longer."
+        raise MessagesLost(message)
+    link.say("loss", f"{words} Going on behind them, since accept_loss is set.")
+
+
+async def check_reach(link: NatsLink, address: FromNats, reader: str, wanted: int) -> None:
+    """Raise MessagesLost where the message that is wanted next is gone, StreamReplaced where the stream ends before."""
+    state = (await find_stream(link, address.stream)).state
+    if wanted > state.last_seq + 1:
+        message = (
+            f"The stream {address.stream!r} must reach to {wanted - 1:,}, up to where {reader} has read it, but ends "
+            f"at {state.last_seq:,}: it was put back to an earlier state. Read it with another name of the table."
+        )
+        raise StreamReplaced(message)
+    must_not_be_lost(link, address, reader, wanted, state.first_seq)
+
+
+async def check_identity(link: NatsLink, address: FromNats, identity: str) -> None:
+    """Raise StreamReplaced where the stream is another one of its name."""
+    try:
+        found = await find_identity(link, address)
+    except StreamUnfit:
+        found = "not yet"
+    if found != identity:
+        message = (
+            f"The stream {address.stream!r} must stay the one that was opened ({identity}), but was deleted and made "
+            f"again ({found}). Read the new one with another name of the table."
+        )
+        raise StreamReplaced(message)
 
 
 async def find_durable(link: NatsLink, address: FromNats, in_flight: int) -> str:
@@ -41,6 +84,9 @@ async def find_durable(link: NatsLink, address: FromNats, in_flight: int) -> str
     try:
         found = await link.ask(f"consumer {name}", lambda: link.js.consumer_info(stream, name))
         _must_be_alike(found.config, wanted, stream, name)
+        if found.ack_floor is not None:
+            first = (await find_stream(link, stream)).state.first_seq
+            must_not_be_lost(link, address, f"consumer {name!r}", found.ack_floor.stream_seq + 1, first)
     except NotFoundError:
         await _add(link, address, wanted)
     return name

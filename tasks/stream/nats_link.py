@@ -99,6 +99,11 @@ class NatsLink:
             except (TimeoutError, nats.errors.Error):
                 self.say("flush", f"{self.url} must take the last acknowledgements, but did not: they come again.")
         await self.client.close()
+        # A callback that asked the server something takes the end of the connection for an error, and goes on.
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
     def _stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

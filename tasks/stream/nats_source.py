@@ -14,14 +14,15 @@ from dataclasses import dataclass
 
 import nats.errors
 from nats.aio.msg import Msg
+from nats.js.api import ConsumerInfo
 from nats.js.errors import NotFoundError
 
-from serving.errors import BrokerFault
+from serving.errors import BrokerFault, MessagesLost, OvernightError, StreamFault
 from tasks.stream.addresses import FromNats
 from tasks.stream.in_hand import InHand
 from tasks.stream.message import HEADER_EVENT_TIME, Message, Place, event_time
-from tasks.stream.nats_consumer import check_stream, find_durable, make_in_order
-from tasks.stream.nats_link import NatsLink
+from tasks.stream.nats_consumer import check_identity, check_stream, find_durable, make_in_order, must_not_be_lost
+from tasks.stream.nats_link import NatsLink, find_stream
 
 _EXPIRES_SECONDS = 2.0
 _TICK_SECONDS = 0.2
@@ -57,6 +58,7 @@ class NatsSource:
         bytes_max: int,
         start: int | None,
         limit: int | None = None,
+        identity: str | None = None,
     ) -> None:
         self._link, self._address = link, address
         self._messages_max, self._limit = in_flight, limit
@@ -71,7 +73,9 @@ class NatsSource:
         self._asked: dict[int, _Request] = {}
         self._asked_at = 0.0
         self._numbers = itertools.count()
-        self._failed: BrokerFault | None = None
+        self._failed: OvernightError | None = None
+        self._identity = identity
+        self._looked: ConsumerInfo | None = None
         self._pending: int | None = None
         self._position, self._in_order = start or 0, start is not None
         self._hand = InHand(address.ack_wait_seconds)
@@ -83,16 +87,21 @@ class NatsSource:
 
     async def _open(self) -> None:
         await check_stream(self._link, self._address, in_order=self._in_order)
-        self._subscription = await self._link.client.subscribe(
-            f"{self._inbox}.*", cb=self._take, pending_msgs_limit=-1, pending_bytes_limit=-1
-        )
         if self._in_order:
             await self._begin_in_order()
         else:
             self._consumer = await find_durable(self._link, self._address, self._messages_max)
+            asked = self._link.js.consumer_info
+            self._looked = await self._link.ask("it", lambda: asked(self._address.stream, self._consumer))
+        # Nothing comes before it is asked for.
+        self._subscription = await self._link.client.subscribe(
+            f"{self._inbox}.*", cb=self._take, pending_msgs_limit=-1, pending_bytes_limit=-1
+        )
         self._tasks = [asyncio.create_task(self._keep_asking()), asyncio.create_task(self._keep_looking())]
 
     async def _begin_in_order(self) -> None:
+        if self._identity is not None:
+            await check_identity(self._link, self._address, self._identity)
         self._consumer = await make_in_order(self._link, self._address, self._position)
         self._next_delivery = 1
         self._asked.clear()
@@ -176,6 +185,36 @@ class NatsSource:
             with contextlib.suppress(nats.errors.Error, TimeoutError):
                 info = await self._link.js.consumer_info(self._address.stream, self._consumer)
                 self._pending = info.num_pending
+                await self._look_for_loss(info)
+
+    async def _look_for_loss(self, info: ConsumerInfo) -> None:
+        """Fail where the consumer, which several scorers may share, has passed over messages that retention deleted."""
+        before, self._looked = self._looked, info
+        if self._in_order or self._address.subject is not None or before is None:
+            return
+        assert before.delivered is not None and info.delivered is not None, "the server tells both"  # noqa: S101, PT018
+        first = (await find_stream(self._link, self._address.stream)).state.first_seq
+        was, now = before.delivered, info.delivered
+        # What comes again counts as a delivery too, so there may be more; there are never fewer.
+        skipped = (now.stream_seq - was.stream_seq) - (now.consumer_seq - was.consumer_seq)
+        reader = f"consumer {self._address.consumer!r}"
+        if skipped > 0 and first > was.stream_seq + 1:
+            self._try_on(reader, first - skipped, first)
+        else:
+            self._try_on(reader, now.stream_seq + 1, first)
+
+    def _try_on(self, reader: str, wanted: int, first: int) -> bool:
+        """Return whether reading may go on; where messages are gone and that is not accepted, `fetch` raises it."""
+        try:
+            must_not_be_lost(self._link, self._address, reader, wanted, first)
+        except MessagesLost as error:
+            self._fail(error)
+        return self._failed is None
+
+    def _fail(self, error: OvernightError) -> None:
+        self._failed = error
+        with self._there:
+            self._there.notify()
 
     async def _ask_for_more(self) -> None:
         if self._closed or not self._link.client.is_connected:
@@ -244,11 +283,20 @@ class NatsSource:
     async def _follows(self, sequence: int, delivery: int) -> bool:
         """Whether a message is the one after the last; where one was lost on its way, begin again behind the last."""
         if delivery == self._next_delivery:
+            if sequence > self._position and self._address.subject is None and not await self._is_whole(sequence):
+                return False
             self._next_delivery, self._position = delivery + 1, sequence + 1
             return True
         if delivery > self._next_delivery:
             await self._begin_in_order()
         return False
+
+    async def _is_whole(self, sequence: int) -> bool:
+        """Whether what is missing before a message was deleted by itself, as anybody may, and not by retention."""
+        if self._failed is not None:
+            return False
+        first = (await find_stream(self._link, self._address.stream)).state.first_seq
+        return self._try_on("the table", self._position, min(first, sequence))
 
     async def _take_status(self, msg: Msg) -> None:
         number = int(msg.subject.rpartition(".")[2])
@@ -265,7 +313,10 @@ class NatsSource:
 
     async def _lost(self, words: str) -> None:
         if self._in_order:
-            await self._begin_in_order()
+            try:
+                await self._begin_in_order()
+            except StreamFault as error:
+                self._fail(error)
             return
         try:
             await self._link.js.consumer_info(self._address.stream, self._address.consumer)

@@ -8,23 +8,25 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 from serving.contract import Contract
-from serving.errors import BadInput
+from serving.errors import BadInput, StreamReplaced, StreamUnfit
 from serving.registry import ModelPin
 from tasks.batch.parts import REJECT_COLUMN, REJECT_REASON
-from tasks.storage import open_storage
+from tasks.batch.plan import load_plan, read_record
+from tasks.storage import Storage, open_storage
 from tasks.stream.addresses import FromKafka, FromNats, ToKafka, ToNats, ToParts
 from tasks.stream.decode import Decoder
 from tasks.stream.ends import Cadence, DeadLetters, Ends, Sink
 from tasks.stream.kafka_link import KafkaVoice
 from tasks.stream.kafka_sink import KafkaDeadLetters, KafkaSink, KafkaWriter
 from tasks.stream.kafka_source import KafkaSource
-from tasks.stream.nats_consumer import find_identity
-from tasks.stream.nats_link import NatsLink
+from tasks.stream.kafka_topic import TopicLog
+from tasks.stream.nats_consumer import check_identity, check_reach, find_identity
+from tasks.stream.nats_link import NatsLink, find_stream
 from tasks.stream.nats_recall import Recall
 from tasks.stream.nats_sink import NatsDeadLetters, NatsSink, open_dead_letters, open_sink
 from tasks.stream.nats_source import NatsSource
 from tasks.stream.options import StreamOptions
-from tasks.stream.parts_sink import PartsSink, table_plan
+from tasks.stream.parts_sink import PartsSink, TableLog, log_path, table_plan
 from tasks.stream.rows import NUMBER, PARTITION, ROW
 
 
@@ -55,7 +57,7 @@ class Opener:
         identity = link.run(find_identity(link, source))
         origin = f"{source.consumer}.{identity}"
         link.run(open_dead_letters(link, source))
-        table = self._table(sink, f"nats {identity} {source.subject or ''}") if isinstance(sink, ToParts) else None
+        table, start = self._nats_table(sink, source, identity, link) if isinstance(sink, ToParts) else (None, None)
         recall = None
         if table is not None:
             to: Sink = table
@@ -68,8 +70,9 @@ class Opener:
             source,
             in_flight=self.options.in_flight,
             bytes_max=self.options.in_flight_bytes // 2,
-            start=table.positions.get(0, 0) if table else None,
+            start=start,
             limit=self.options.limit,
+            identity=identity if table else None,
         )
         stack.callback(reader.close)
         # A table's source counts no deliveries.
@@ -83,14 +86,15 @@ class Opener:
         reader = KafkaSource(source, voice, bytes_max=self.options.in_flight_bytes // 2)
         stack.callback(reader.close)
         dead = KafkaDeadLetters(KafkaWriter(source.servers, voice), source)
-        table = self._table(sink, reader.identity) if isinstance(sink, ToParts) else None
-        if table is not None:
-            to: Sink = table
+        start = None
+        if isinstance(sink, ToParts):
+            to: Sink
+            to, start = self._kafka_table(sink, source, reader.log)
         elif isinstance(sink, ToNats):
-            to, _ = self._nats_sink(sink, source, source.topic, stack, None)
+            to, _ = self._nats_sink(sink, source, reader.origin, stack, None)
         else:
-            to = self._kafka_sink(sink, source, source.topic)  # type: ignore[arg-type]  # a table is no other sink
-        reader.begin(table.positions if table else None)
+            to = self._kafka_sink(sink, source, reader.origin)
+        reader.begin(start)
         return self._ends(reader, to, dead, sink)
 
     def _ends(
@@ -140,6 +144,66 @@ class Opener:
     def _table(self, sink: ToParts, identity: str) -> PartsSink:
         plan = table_plan(sink, identity, model=self.model, contract=self.contract, keys=self.options.key_columns)
         return PartsSink(open_storage(sink.destination), plan, self.model, self.decoder.key_types)
+
+    def _nats_table(self, sink: ToParts, source: FromNats, identity: str, link: NatsLink) -> tuple[PartsSink, int]:
+        """Return a table and the number to read its stream from; raises where the table is not of this stream."""
+        subject = source.subject or ""
+        standing = load_plan(open_storage(sink.destination), sink.name)
+        root = standing.source.root.split(" ") if standing is not None else []
+        if len(root) > 1 and root[1] != identity and root[1].partition("@")[0] == source.stream:
+            message = (
+                f"The table {sink.name!r} must go on in the stream {source.stream!r} that it is made of ({root[1]}), "
+                f"but that was deleted and made again ({identity}). Read the new one with another name of the table."
+            )
+            raise StreamReplaced(message)
+        table = self._table(sink, f"nats {identity} {subject}")
+        table.confirm = lambda: link.run(check_identity(link, source, identity))
+        start = table.begin(identity, lambda: {0: link.run(find_stream(link, source.stream)).state.first_seq})[0]
+        link.run(check_reach(link, source, f"table {sink.name!r}", start))
+        return table, start
+
+    def _kafka_table(self, sink: ToParts, source: FromKafka, log: TopicLog) -> tuple[PartsSink, dict[int, int]]:
+        """Return a table and where to read its topic from; raises where the table is not of this topic."""
+        log.reader, log.instead = f"table {sink.name!r}", "another name of the table"
+        storage = open_storage(sink.destination)
+        standing, identity = load_plan(storage, sink.name), log.identity
+        if standing is not None and standing.source.root == log.name:
+            self._adopt(storage, sink, source, log)
+            identity = log.name
+        elif (
+            standing is not None
+            and standing.source.root.startswith(f"{log.name} ")
+            and standing.source.root != identity
+        ):
+            message = (
+                f"The table {sink.name!r} must go on in the topic {source.topic!r} that it is made of (id "
+                f"{standing.source.root.rpartition(' ')[2]}), but that was deleted and made again (id {log.id}). Read "
+                "the new one with another name of the table."
+            )
+            raise StreamReplaced(message)
+        table = self._table(sink, identity)
+        table.confirm = log.confirm
+        start = table.begin(log.identity, lambda: {at: low for at, (low, _) in log.reach(log.partitions).items()})
+        return table, start
+
+    def _adopt(self, storage: Storage, sink: ToParts, source: FromKafka, log: TopicLog) -> None:
+        """See to it that a table of an earlier version, which has no id of its topic, is of this one."""
+        known = read_record(storage, log_path(sink.name), TableLog)
+        if known is not None and known.identity != log.identity:
+            message = (
+                f"The table {sink.name!r} must go on in the topic {source.topic!r} that it is made of "
+                f"({known.identity}), but that was deleted and made again ({log.identity}). Read the new one with "
+                "another name of the table."
+            )
+            raise StreamReplaced(message)
+        if known is None and source.topic_id is None:
+            message = (
+                f"The table {sink.name!r} must be made of this topic {source.topic!r}, not of an earlier one of its "
+                "name, but the version of Overnight that began it did not keep the id of the topic. Where the topic "
+                f"was never deleted, set topic_id={log.id!r} of the source once; else read it with another name of the "
+                "table."
+            )
+            raise StreamUnfit(message)
 
     def _link(self, url: str, stack: ExitStack) -> NatsLink:
         link = NatsLink(url, self.say, self.give_up)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from serving.contract import Contract
+from serving.contract import Contract, Frozen
 from serving.engine import Engine
 from serving.errors import RunDamaged, SourceChanged
 from serving.registry import ModelPin
@@ -49,10 +49,21 @@ class _Part:
     keys: pa.Schema
 
 
+class TableLog(Frozen):
+    """The log that a table is made of: its identity, and where each partition began when the table did."""
+
+    identity: str
+    first: dict[int, int]
+
+
 class PartsSink:
-    """One table below a destination. `positions` holds the number that each partition is to be read from."""
+    """One table below a destination. `positions` holds the number that each partition is to be read from.
+
+    `confirm` is called before rows are written, and raises where the log is no longer the one that they came from.
+    """
 
     def __init__(self, storage: Storage, plan: Plan, model: ModelPin, key_types: dict[str, pa.DataType]) -> None:
+        self.confirm: Callable[[], None] = lambda: None
         self._storage = storage
         check_create_only(storage)
         if load_plan(storage, plan.run) is None:
@@ -67,10 +78,24 @@ class PartsSink:
             key_types |= {name: schema.field(name).type for name in plan.options.key_columns}
         self._commit()
 
+    def begin(self, identity: str, reach: Callable[[], dict[int, int]]) -> dict[int, int]:
+        """Return where to read each partition from: behind its last part, or where it began when the table did.
+
+        `reach` tells where the partitions begin now, which is kept when the table is first opened. A partition that is
+        in neither was added since, and is read from its beginning.
+        """
+        path = log_path(self._plan.run)
+        if (log := read_record(self._storage, path, TableLog)) is None:
+            made = TableLog(identity=identity, first=reach())
+            self._storage.put_new(path, made.model_dump_json().encode())
+            log = read_record(self._storage, path, TableLog) or made
+        return log.first | {partition: start for partition, start in self.positions.items() if start}
+
     def emit(self, scored: Sequence[Scored]) -> list[Poison]:
         """Write the rows of micro-batches as one part a partition, then commit; every message has a row."""
         if not any(each.messages for each in scored):
             return []
+        self.confirm()
         rows = self._rows(scored)
         for partition in np.unique(rows.places_N["partition"]).tolist():
             self._write(partition, rows.where(rows.places_N["partition"] == partition))
@@ -191,6 +216,11 @@ class PartsSink:
 
     def _manifest(self, number: int) -> str:
         return f"{ROOT}/{self._plan.run}-{number:08d}/manifest.json"
+
+
+def log_path(run: str) -> str:
+    """Return where a table keeps what it says of its log."""
+    return f"{ROOT}/{run}/log.json"
 
 
 def table_plan(address: ToParts, identity: str, *, model: ModelPin, contract: Contract, keys: tuple[str, ...]) -> Plan:

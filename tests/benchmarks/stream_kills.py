@@ -23,6 +23,7 @@ from rich.progress import track
 from infra.local.nats import NatsServer, nats_server
 from infra.local.nats_client import NatsClient
 from tests.benchmarks.shared import FEATURES, console
+from tests.kafka_brokers import KafkaBrokers
 
 ROOT = Path(__file__).parents[2]
 CHILD = ROOT / "tests" / "flows" / "stream_child.py"
@@ -70,13 +71,12 @@ def kills_over_kafka(model: str, folder: Path, messages: int, kills: int) -> dic
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    cluster = Producer({"bootstrap.servers": "mock", "test.mock.num.brokers": 3, "log_level": 0})
-    brokers = ",".join(f"{each.host}:{each.port}" for each in cluster.list_topics(timeout=10).brokers.values())
+    cluster = KafkaBrokers()
+    brokers = cluster.servers
     settings: dict[str, Any] = {"bootstrap.servers": brokers, "log_level": 0}
     producer = Producer(settings)
     for name in ("rows", "scores", "rows.dead"):
-        # The mocked brokers make a topic of four partitions when it is asked for, and know no other way.
-        producer.list_topics(name, timeout=10)
+        cluster.create(name)
     # The mocked brokers miss a member by its heartbeats alone: they are to do so soon.
     (folder / "settings").write_text("session.timeout.ms=6000\nheartbeat.interval.ms=500\n")
     os.environ["OVERNIGHT_KAFKA_CONFIG"] = str(folder / "settings")

@@ -20,6 +20,7 @@ from tasks.batch.predictions import open_predictions
 from tasks.stream.addresses import FromKafka, ToKafka, ToNats, ToParts
 from tasks.stream.report import StreamReport
 from tests.flows.streams import OPTIONS, as_json, customers, ids, kill, start, wait_until
+from tests.kafka_brokers import KafkaBrokers
 
 ROWS = 3_000
 # As the mocked brokers have it.
@@ -31,10 +32,9 @@ pytestmark = pytest.mark.usefixtures("prefect")
 @pytest.fixture(scope="module")
 def brokers() -> Generator[str]:
     """The address of three brokers that live in this process."""
-    cluster = Producer({"bootstrap.servers": "mock", "test.mock.num.brokers": 3, "log_level": 0})
-    found = cluster.list_topics(timeout=10).brokers.values()
-    yield ",".join(f"{broker.host}:{broker.port}" for broker in found)
-    cluster.flush()
+    made = KafkaBrokers()
+    yield made.servers
+    made.close()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,0 +1,188 @@
+"""No secret comes out of a flow: none is taken in a parameter, and what fails says none."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from prefect import Flow
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from flows.batch import batch_inference
+from flows.consume import choose_mode
+from flows.endpoint import online_endpoint, retire_endpoint
+from flows.nightly import nightly_inference
+from flows.stream import stream_inference
+from infra.local.ports import free_ports
+from serving.errors import ModelNotFound, OvernightError, SecretExposed
+from serving.registry import resolve_model
+from tasks.storage import open_storage
+from tasks.stream.addresses import FromKafka, FromNats, ToKafka, ToNats, ToParts
+from tasks.stream.ends import Abandoned
+from tasks.stream.kafka_link import KafkaVoice, find_topic, kafka_settings
+from tasks.stream.nats_link import NatsLink
+
+SECRET = "s3cr3t-0f-mine"  # noqa: S105 - of nothing
+# Each by the way that a person may write one.
+ADDRESSES = (
+    f"nats://user:{SECRET}@127.0.0.1:4222",
+    f"https://{SECRET}@127.0.0.1/x",
+    f"s3://AKIA:{SECRET}@bucket/prefix",
+    f"https://127.0.0.1/x?X-Amz-Signature={SECRET}",
+    f"host=127.0.0.1 password={SECRET}",
+)
+FLOWS: tuple[Flow[..., Any], ...] = (
+    *(batch_inference, nightly_inference, stream_inference, online_endpoint, retire_endpoint, choose_mode),
+)
+
+
+def places(kind: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the path of every text that a parameter of this type may hold."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        for name, field in kind.model_fields.items():
+            if len(path) < 5:
+                yield from places(field.annotation, (*path, name))
+    elif kind is str:
+        yield path
+    else:
+        for inner in typing.get_args(kind):
+            yield from places(inner, path)
+
+
+def nested(path: tuple[str, ...], value: str) -> Any:
+    for name in reversed(path):
+        value = {name: value}  # type: ignore[assignment]  # one level further out
+    return value
+
+
+def fields() -> list[Any]:
+    found = []
+    for flow in FLOWS:
+        hints = typing.get_type_hints(flow.fn)
+        hints.pop("return", None)
+        paths = dict.fromkeys(path for name, kind in hints.items() for path in places(kind, (name,)))
+        found += [pytest.param(flow, path, id=f"{flow.name}-{'.'.join(path)}") for path in paths]
+    return found
+
+
+@pytest.mark.parametrize(("flow", "path"), fields())
+def test_no_text_of_any_parameter_of_any_flow_may_hold_a_secret(flow: Flow[..., Any], path: tuple[str, ...]) -> None:
+    for address in ADDRESSES:
+        with pytest.raises(SecretExposed, match=rf"The parameter {path[0]}.* must hold no password") as refused:
+            flow.validate_parameters({path[0]: nested(path[1:], address)})
+
+        assert SECRET not in str(refused.value)
+
+
+def test_a_call_with_a_secret_makes_no_flow_run_that_would_keep_it() -> None:
+    with pytest.raises(SecretExposed) as refused:
+        batch_inference("models:/any@champion", ADDRESSES[2], "out")
+
+    assert SECRET not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", [FromNats, FromKafka, ToNats, ToKafka, ToParts])
+def test_an_end_of_a_stream_that_is_made_with_a_secret_does_not_say_it(kind: type[BaseModel]) -> None:
+    fit = {"stream": "events", "topic": "events", "subject": "scores", "destination": "out"}
+    for name in places_of_addresses(kind):
+        for address in (*ADDRESSES, f"one:9092,user:{SECRET}@127.0.0.1"):
+            with pytest.raises(ValidationError) as refused:
+                TypeAdapter(kind).validate_python(
+                    {key: value for key, value in fit.items() if key in kind.model_fields} | {name: address}
+                )
+
+            assert SECRET not in str(refused.value)
+
+
+def places_of_addresses(kind: type[BaseModel]) -> list[str]:
+    return [name for name in kind.model_fields if name in ("url", "servers", "destination")]
+
+
+def test_what_servers_that_do_not_answer_are_said_to_be_has_no_secret(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    (port,) = free_ports(1)
+    host = f"127.0.0.1:{port}"
+    config = tmp_path / "kafka"
+    config.write_text(
+        f"security.protocol=SASL_PLAINTEXT\nsasl.mechanism=PLAIN\nsasl.username=me\nsasl.password={SECRET}\n"
+    )
+    settings = {
+        "NATS_PASSWORD": SECRET,
+        "NATS_USER": "me",
+        "OVERNIGHT_KAFKA_CONFIG": str(config),
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "AWS_ENDPOINT_URL": f"http://user:{SECRET}@{host}",
+        "AWS_ACCESS_KEY_ID": "me",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    failures: dict[str, Callable[[Callable[[str], None]], object]] = {
+        "registry": lambda _: _resolve(f"http://user:{SECRET}@{host}"),
+        "registry with a token": lambda _: _resolve(f"http://{host}/x?token={SECRET}"),
+        "storage": lambda _: open_storage("s3://bucket/prefix").read("a"),
+        "NATS": lambda say: NatsLink(f"nats://user:{SECRET}@{host}", say, threading.Event()),
+        "Kafka": lambda say: _ask_kafka(host, say),
+    }
+    said: dict[str, str] = {}
+    for name, fail in failures.items():
+        said[name] = _told_by(fail, name)
+
+    assert [] == [name for name, words in said.items() if SECRET in words or not words]
+    assert SECRET not in caplog.text
+
+
+class _Heard(Exception):
+    """What was said is enough."""
+
+
+def _told_by(fail: Callable[[Callable[[str], None]], object], name: str) -> str:
+    log = logging.getLogger("prefect.flow_runs")
+    heard: list[str] = []
+
+    def say(words: str) -> None:
+        log.warning(words)
+        heard.append(log.makeRecord(log.name, logging.WARNING, "", 0, words, (), None).getMessage())
+        raise _Heard
+
+    try:
+        fail(say)
+    except OvernightError as error:
+        heard.append(str(error))
+    except (_Heard, Abandoned):
+        pass
+    assert heard, f"{name} must fail"
+    return " ".join(heard)
+
+
+def _resolve(uri: str) -> None:
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(uri)
+    try:
+        with pytest.raises(ModelNotFound) as failed:
+            resolve_model("models:/any@champion")
+    finally:
+        mlflow.set_tracking_uri(before)
+    raise failed.value
+
+
+def _ask_kafka(host: str, say: Callable[[str], None]) -> None:
+    from confluent_kafka import Producer
+
+    give_up = threading.Event()
+
+    def say_and_stop(words: str) -> None:
+        give_up.set()
+        say(words)
+
+    voice = KafkaVoice(f"user:{SECRET}@{host}", say_and_stop, give_up)
+    find_topic(Producer(kafka_settings(host, voice)), "any", voice)
