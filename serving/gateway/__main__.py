@@ -7,6 +7,7 @@ from OVERNIGHT_API_KEYS (NAME:KEY pairs between spaces) and from the administrat
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import signal
 import socket
@@ -76,6 +77,9 @@ def _serve(gateway: Gateway, listening: socket.socket) -> None:
         date_header=False,
         ws="none",
     )
+    # What is there by now stays. Looking through it again and again would hold up requests.
+    gc.collect()
+    gc.freeze()
     # Uvicorn drains, and then raises the signal again for whoever handled it before.
     signal.signal(signal.SIGTERM, _exit)
     uvicorn.Server(config).run(sockets=[listening])

@@ -12,7 +12,7 @@ from serving.oip import HEADER_LENGTH, Body, InferRequest, read_header_length
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """A request that the contract takes: as it came, and what it says."""
+    """A request that the contract takes: what it says, and a body that says the same to every parser."""
 
     body: Body
     request: InferRequest

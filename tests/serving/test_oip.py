@@ -98,12 +98,17 @@ def test_json_and_binary_data_may_stand_in_one_request() -> None:
         ({"inputs": [{**X, "data": [1]}, TEXT]}, "must be 2 values"),
         ({"inputs": [{**X, "data": None}, TEXT]}, "must be a list"),
         ({"inputs": [{**X, "shared_memory_region": "r"}, TEXT]}, "inputs.0.shared_memory_region"),
-        ({"inputs": [{**X, "parameters": {"shared_memory_region": "r"}, "data": None}, TEXT]}, "must be a list"),
+        ({"inputs": [{**X, "parameters": {"shared_memory_region": "r"}, "data": None}, TEXT]}, "shared_memory_region"),
         ({"inputs": [X, TEXT], "outputs": [{"name": "z"}]}, "must be ['score', 'label'], got 'z'"),
         ({"inputs": [X, TEXT], "output": []}, "output: Extra inputs are not permitted"),
         ({"inputs": [X, TEXT], "id": 7}, "id: Input should be a valid string"),
         ({"inputs": [X, TEXT], "id": "7" * 300}, "id: String should have at most 256"),
         ({"inputs": [X, TEXT], "outputs": [{"name": "score", "parameters": {"classification": 2}}]}, "classification"),
+        ({"inputs": [X, TEXT], "parameters": {"sequence_id": 7}}, "of a request that is taken is 'binary_data_output'"),
+        ({"inputs": [X, TEXT], "parameters": {"binary_data_output": True, "priority": 1}}, "got 'priority'"),
+        ({"inputs": [X, TEXT], "parameters": {"binary_data_output": 1}}, "must be true or false, got 1"),
+        ({"inputs": [{**X, "parameters": {"binary_data": True}}, TEXT]}, "of 'x' that is taken is 'binary_data_size'"),
+        ({"inputs": [X, TEXT], "outputs": [{"name": "score", "parameters": {"binary_data": "yes"}}]}, "got 'yes'"),
     ],
 )
 def test_a_bad_request_is_refused_by_name(document: Any, said: str) -> None:
