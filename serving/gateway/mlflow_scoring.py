@@ -111,4 +111,5 @@ def _values(value: Output, predictions: Any, rows: int, *, alone: bool) -> Array
         raise KeyError(message)
     if value.dtype.startswith("float"):
         return from_json(value, [rows, *row_shape(value)], np.asarray(found, dtype=np.float64).reshape(-1).tolist())
-    return from_json(value, [rows, *row_shape(value)], np.asarray(found).reshape(-1).tolist())
+    dtype = object if value.dtype in ("str", "binary") else None
+    return from_json(value, [rows, *row_shape(value)], np.asarray(found, dtype=dtype).reshape(-1).tolist())
