@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import resource
 import signal
 import socket
 import sys
@@ -21,6 +22,7 @@ import uvicorn
 
 from serving.errors import EndpointFailed
 from serving.gateway.app import application
+from serving.gateway.connection import ConnectionLimits, bounded_protocol
 from serving.gateway.gateway import Gateway
 from serving.gateway.keys import Keys
 from serving.gateway.store import Store
@@ -28,6 +30,7 @@ from serving.gateway.store import Store
 _BYTES_MAX = 1 << 30
 _DRAIN_S_MAX = 60
 _IDLE_S_MAX = 75
+_CONNECTIONS_MAX = 4096
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,6 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=8080, help="0: one that is free")
     parser.add_argument("--host", default="127.0.0.1", help="another address opens the gateway to other machines")
     parser.add_argument("--bytes-max", type=int, default=_BYTES_MAX, help="bytes of all requests held at once")
+    parser.add_argument(
+        "--connections-max",
+        type=int,
+        default=_connections_max(),
+        help="connections of clients at once; more are closed as they come",
+    )
     options = parser.parse_args(arguments)
     try:
         with Store(options.folder) as store, _listen(options.host, options.port) as listening:
@@ -45,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             host, port = listening.getsockname()[:2]
             sys.stdout.write(f"The gateway answers at http://{host}:{port}/v2 and is described at /docs.\n")
             sys.stdout.flush()
-            _serve(gateway, listening)
+            _serve(gateway, listening, ConnectionLimits(connections_max=options.connections_max))
     except EndpointFailed as error:
         sys.exit(str(error))
     except OSError as error:
@@ -65,9 +74,16 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _serve(gateway: Gateway, listening: socket.socket) -> None:
+def _connections_max() -> int:
+    """Return how many connections of clients there may be, where each may need a second one to a server."""
+    files_max, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _CONNECTIONS_MAX if files_max == resource.RLIM_INFINITY else min(_CONNECTIONS_MAX, files_max // 2)
+
+
+def _serve(gateway: Gateway, listening: socket.socket, limits: ConnectionLimits) -> None:
     config = uvicorn.Config(
         application(gateway),
+        http=bounded_protocol(limits),
         access_log=False,
         log_level="warning",
         backlog=2048,
