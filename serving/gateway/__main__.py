@@ -52,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             keys = Keys(options.folder, os.environ)
             gateway = Gateway(store, keys, bytes_max=options.bytes_max)
             host, port = listening.getsockname()[:2]
-            sys.stdout.write(f"The gateway answers at http://{host}:{port}/v2 and is described at /docs.\n")
+            sys.stdout.write(
+                f"The gateway answers at http://{host}:{port}/v2; /docs describes it to the administrator.\n"
+            )
             sys.stdout.flush()
             _serve(gateway, listening, ConnectionLimits(connections_max=options.connections_max))
     except EndpointFailed as error:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import aiohttp
 
 from serving.errors import Unanswered
-from serving.gateway.upstream import no_answer
+from serving.gateway.upstream import log_upstream, no_answer
 
 ANSWER_BYTES_MAX = 256 << 20
 _CONNECT_S_MAX, _HEALTH_S_MAX = 5.0, 5.0
@@ -126,7 +126,8 @@ def _unanswered(url: str, error: aiohttp.ClientError) -> Unanswered:
 
 
 def _too_long(url: str) -> Unanswered:
-    message = f"The answer of the model server at {url} must have at most {ANSWER_BYTES_MAX} bytes, got more."
+    log_upstream(url, f"more than {ANSWER_BYTES_MAX} bytes")
+    message = f"The answer of the model server must have at most {ANSWER_BYTES_MAX} bytes, got more."
     return Unanswered(message, status=502)
 
 
