@@ -6,7 +6,7 @@ tensors that name a `binary_data_size`, in their order. Shapes are those of serv
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,7 +181,7 @@ def check_counts(document: Any, size: int, tensors: Mapping[str, int]) -> None:
                 _check_count(f"dimensions of each of the {key}", each.get("shape"), list)
 
 
-def _check_count(what: str, given: Any, kind: type, count: int = 0) -> None:
+def _check_count(what: str, given: Any, kind: type[Sized], count: int = 0) -> None:
     # Above what is right there is room for some that are wrong, so that the message can name them.
     if isinstance(given, kind) and len(given) > (most := count + _STRANGE_MAX):
         message = f"There may be at most {most} {what}, got {len(given)}."
