@@ -5,9 +5,10 @@ Arrays are [N, *shape] of the contract, tensors [N, *shape], and [N, 1] where th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -20,7 +21,10 @@ from serving.oip_body import (
     Parameters,
     RequestTensor,
     Strict,
+    check_counts,
     check_names,
+    check_parameters,
+    check_size_of_json,
     pack,
     problems,
     read_document,
@@ -42,16 +46,21 @@ __all__ = (
     "ServerMetadata",
     "Wanted",
     "decode_request",
+    "decode_request_to_forward",
     "decode_response",
     "encode_request",
     "encode_response",
     "error_body",
     "model_metadata",
     "read_header_length",
+    "run_aside",
 )
 
 EXTENSIONS = ("binary_tensor_data",)
 _BAD_GATEWAY = 502
+_SHOWN = 100
+# A thread takes some 50 us to hand a body over, a larger body takes milliseconds.
+_ASIDE_FROM_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +78,6 @@ class InferRequest:
     id: str | None
     inputs: dict[str, Array]
     outputs: tuple[Wanted, ...]
-    parameters: Mapping[str, bool | int | float | str] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -110,19 +118,24 @@ class RequestOutput(Strict):
     """An output that a request asks for."""
 
     name: str = Field(description="The output's name.")
-    parameters: Parameters = Field(default={}, description="binary_data: whether its values come behind the JSON.")
+    parameters: Parameters = Field(
+        default_factory=dict, description="binary_data: whether its values come behind the JSON."
+    )
 
 
 class RequestDocument(Strict):
     """The JSON of a request."""
 
     id: str | None = Field(default=None, max_length=256, description="Comes back with the answer.")
-    parameters: Parameters = Field(default={}, description="binary_data_output: all outputs as binary data.")
+    parameters: Parameters = Field(default_factory=dict, description="binary_data_output: all outputs as binary data.")
     inputs: list[RequestTensor] = Field(description="Every input of the model, once.")
-    outputs: list[RequestOutput] = Field(default=[], description="The outputs wanted; all, where there are none.")
+    outputs: list[RequestOutput] = Field(
+        default_factory=list, description="The outputs wanted; all, where there are none."
+    )
 
 
 _REQUEST = TypeAdapter(RequestDocument)
+Result = TypeVar("Result")
 
 
 def decode_request(body: bytes, contract: Contract, *, header_length: int | None, rows_max: int) -> InferRequest:
@@ -131,19 +144,68 @@ def decode_request(body: bytes, contract: Contract, *, header_length: int | None
     Promises: the arrays are the caller's own, of the contract's dtypes, text and bytes as objects. Raises BadRequest
     where the body is no JSON, or no request that the contract takes: the message names the tensor and what it must be.
     """
-    document, binary = read_document(body, header_length)
+    return _decode(Body(content=body, header_length=header_length), contract, rows_max)[0]
+
+
+def decode_request_to_forward(body: Body, contract: Contract, *, rows_max: int) -> tuple[InferRequest, Body]:
+    """Return what a request asks of a model with this contract, and a body that asks exactly that.
+
+    It is the body itself, unless that may have a key twice: parsers differ in which of the two they take. Raises
+    BadRequest as `decode_request` does.
+    """
+    request, document, binary = _decode(body, contract, rows_max)
+    marks = body.content.count(b":", 0, body.header_length)
+    # Each key has its colon, so that there is no second key where there are no more colons than keys.
+    if marks == _count_keys(document):
+        return request, body
+    json = orjson.dumps(document)
+    length = None if body.header_length is None else len(json)
+    return request, Body(content=json + bytes(binary), header_length=length)
+
+
+async def run_aside(decode: Callable[[], Result], size: int) -> Result:
+    """Decode a body of this many bytes: in a thread where that may take so long that others would wait for it."""
+    return decode() if size < _ASIDE_FROM_BYTES else await asyncio.to_thread(decode)
+
+
+def _decode(body: Body, contract: Contract, rows_max: int) -> tuple[InferRequest, dict[str, Any], memoryview]:
+    check_size_of_json(body.content, body.header_length)
+    document, binary = read_document(body.content, body.header_length)
+    check_counts(*(document, len(body.content)), {"inputs": len(contract.inputs), "outputs": len(contract.outputs)})
     try:
         request = _REQUEST.validate_python(document)
     except ValidationError as error:
         message = f"The body must be an inference request, got {problems(error)}."
         raise BadRequest(message) from None
+    _check_parameters(request)
     known = {value.name: value for value in contract.inputs}
     inputs = read_tensors("inputs", request.inputs, known, binary, rows_max=rows_max)
     if missing := [name for name in known if name not in inputs]:
         message = f"The inputs must be {list(known)}, got none of the name {missing[0]!r}."
         raise BadRequest(message)
     outputs = _wanted(request, contract)
-    return InferRequest(id=request.id, inputs=inputs, outputs=outputs, parameters=request.parameters)
+    return InferRequest(id=request.id, inputs=inputs, outputs=outputs), document, binary
+
+
+def _check_parameters(request: RequestDocument) -> None:
+    if request.parameters:
+        check_parameters("a request", request.parameters, "binary_data_output", bool)
+    for given in request.inputs:
+        if given.parameters:
+            check_parameters(repr(given.name[:_SHOWN]), given.parameters, "binary_data_size", int)
+    for wanted in request.outputs:
+        if wanted.parameters:
+            check_parameters(repr(wanted.name[:_SHOWN]), wanted.parameters, "binary_data", bool)
+
+
+def _count_keys(document: Mapping[str, Any]) -> int:
+    """Return how many keys a request has that was found to be one, in all of its objects."""
+    count = len(document) + len(document.get("parameters", ()))
+    for each in document["inputs"]:
+        count += len(each) + len(each.get("parameters", ()))
+    for each in document.get("outputs", ()):
+        count += len(each) + len(each.get("parameters", ()))
+    return count
 
 
 def encode_response(
@@ -218,9 +280,6 @@ def _wanted(request: RequestDocument, contract: Contract) -> tuple[Wanted, ...]:
     if not request.outputs:
         return tuple(Wanted(name=name, binary=binary) for name in known)
     check_names("outputs", [given.name for given in request.outputs], known)
-    if classified := [given.name for given in request.outputs if "classification" in given.parameters]:
-        message = f"An output can't be asked for as a classification here, got that for {classified[0]!r}."
-        raise BadRequest(message)
     return tuple(
         Wanted(name=given.name, binary=given.parameters.get("binary_data", binary) is True) for given in request.outputs
     )

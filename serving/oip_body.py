@@ -6,20 +6,29 @@ tensors that name a `binary_data_size`, in their order. Shapes are those of serv
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serving.contract import Input, Output
 from serving.errors import BadRequest
-from serving.tensors import Array, datatype, from_bytes, from_json, row_shape, to_bytes, to_json
+from serving.tensors import Array, datatype, from_bytes, from_json, row_shape, shown, to_bytes, to_json
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
+JSON_BYTES_MAX = 8 << 20
 _TOO_LARGE = 413
-_PROBLEMS_SHOWN, _SHOWN, _DIGITS_MAX = 5, 100, 18
+_PROBLEMS_SHOWN, _SHOWN, _DIGITS_MAX, _STRANGE_MAX = 5, 100, 18, 32
+# Smaller JSON takes a few milliseconds at most, whatever it holds: to parse, and to say what is wrong with it.
+_COUNTED_FROM_BYTES, _CHECKED_FROM_BYTES = 1 << 16, 1 << 10
+# What takes memory and time when JSON is parsed, by the character that each has one of. A value may take 16 bytes of
+# 8 MiB on average, as a number of full precision does.
+_COUNTS_MAX = {b",": ("values", 1 << 19), b"[": ("lists", 1 << 17), b"{": ("objects", 1 << 14), b":": ("keys", 1 << 16)}
+
+_KIND_WORDS = {bool: "true or false", int: "a whole number"}
 
 Parameters = dict[str, bool | int | float | str]
 
@@ -36,7 +45,9 @@ class RequestTensor(Strict):
     name: str = Field(description="The input's name.")
     shape: list[int] = Field(description="[N, ...], the number of rows first.")
     datatype: str = Field(description="As the model's metadata names it.")
-    parameters: Parameters = Field(default={}, description="binary_data_size: the bytes of it behind the JSON.")
+    parameters: Parameters = Field(
+        default_factory=dict, description="binary_data_size: the bytes of it behind the JSON."
+    )
     data: Any = Field(default=None, description="Its values, flat in row-major order or nested.")
 
 
@@ -107,10 +118,82 @@ def read_document(body: bytes, header_length: int | None) -> tuple[Any, memoryvi
         raise BadRequest(message) from None
 
 
+def check_size_of_json(body: bytes, header_length: int | None) -> None:
+    """Hold the JSON of a request against what may be parsed at once, before it is parsed.
+
+    Promises: takes no longer than parsing. Raises BadRequest, with status 413, where it has too many bytes or values.
+    """
+    json = body if header_length is None else body[:header_length]
+    if len(json) < _COUNTED_FROM_BYTES:
+        return
+    if len(json) > JSON_BYTES_MAX:
+        message = (
+            f"The JSON of a request must have at most {JSON_BYTES_MAX} bytes, got {len(json)}. "
+            "Send fewer rows at once, or their values as binary data."
+        )
+        raise BadRequest(message, status=_TOO_LARGE)
+    if all(json.count(mark) <= most for mark, (_, most) in _COUNTS_MAX.items()):
+        return
+    # Texts may hold such characters too, and those do not count.
+    found = _outside_texts(json)
+    for mark, (what, most) in _COUNTS_MAX.items():
+        if (count := int(np.count_nonzero(found == mark[0]))) > most:
+            message = (
+                f"The JSON of a request must have at most {most} {what}, got {count}. "
+                "Send fewer rows at once, or their values as binary data."
+            )
+            raise BadRequest(message, status=_TOO_LARGE)
+
+
+def _outside_texts(json: bytes) -> Array:
+    """Return the characters of JSON with a zero in the place of each that belongs to a text."""
+    if b"\\" in json:
+        # A quote that is escaped ends no text.
+        json = json.replace(b"\\\\", b"  ").replace(b'\\"', b"  ")
+    characters = np.frombuffer(json, np.uint8)
+    in_text = np.logical_xor.accumulate(characters == ord('"'))
+    return np.where(in_text, 0, characters)
+
+
+def check_counts(document: Any, size: int, tensors: Mapping[str, int]) -> None:
+    """Hold a parsed request against how many of everything it may have, before every one of them is looked at.
+
+    Args:
+        document: The JSON of a request, as it was parsed.
+        size: How many bytes it had.
+        tensors: How many tensors the contract has, by the key below which a request names them.
+
+    Raises:
+        BadRequest: There is too much of something.
+
+    """
+    if size < _CHECKED_FROM_BYTES or not isinstance(document, dict):
+        return
+    _check_count("keys of a request", document, dict)
+    _check_count("parameters of a request", document.get("parameters"), dict)
+    for key, count in tensors.items():
+        given = document.get(key)
+        _check_count(key, given, list, count)
+        for each in given if isinstance(given, list) else ():
+            if isinstance(each, dict):
+                _check_count(f"keys of each of the {key}", each, dict)
+                _check_count(f"parameters of each of the {key}", each.get("parameters"), dict)
+                _check_count(f"dimensions of each of the {key}", each.get("shape"), list)
+
+
+def _check_count(what: str, given: Any, kind: type[Sized], count: int = 0) -> None:
+    # Above what is right there is room for some that are wrong, so that the message can name them.
+    if isinstance(given, kind) and len(given) > (most := count + _STRANGE_MAX):
+        message = f"There may be at most {most} {what}, got {len(given)}."
+        raise BadRequest(message)
+
+
 def problems(error: ValidationError) -> str:
     """Say in one line what is wrong with a document."""
     found = error.errors(include_url=False, include_context=False, include_input=False)[:_PROBLEMS_SHOWN]
-    return "; ".join(f"{'.'.join(map(str, each['loc'])) or 'the body'}: {each['msg']}" for each in found)
+    return "; ".join(
+        f"{'.'.join(str(at)[:_SHOWN] for at in each['loc']) or 'the body'}: {each['msg']}" for each in found
+    )
 
 
 def check_names(what: str, given: Sequence[str], known: Mapping[str, Any]) -> None:
@@ -121,6 +204,26 @@ def check_names(what: str, given: Sequence[str], known: Mapping[str, Any]) -> No
     if len({*given}) < len(given):
         message = f"Each of the {what} may stand once in a request, got {list(given)}."
         raise BadRequest(message)
+
+
+def check_parameters(where: str, given: Mapping[str, Any], taken: str, kind: type) -> None:
+    """Hold parameters of a request against the only one that is taken there.
+
+    Others would reach the model server, where they may read memory of others or change the order of requests.
+
+    Raises:
+        BadRequest: There is another parameter, or that one has a value of another type.
+
+    """
+    if len(given) == 1 and type(given.get(taken)) is kind:
+        return
+    if strange := [name for name in given if name != taken]:
+        message = (
+            f"The only parameter of {where} that is taken is {taken!r}, got {strange[0][:_SHOWN]!r}; leave it out."
+        )
+        raise BadRequest(message)
+    message = f"The {taken} of {where} must be {_KIND_WORDS[kind]}, got {shown(given[taken])}."
+    raise BadRequest(message)
 
 
 def read_tensors(
@@ -187,7 +290,7 @@ def _cut(given: RequestTensor, binary: memoryview) -> tuple[memoryview | None, m
     if type(size) is not int or not 0 <= size <= len(binary):
         message = (
             f"The binary_data_size of {given.name!r} must be among the bytes behind the JSON, of which {len(binary)} "
-            f"are left, got {size!r:.40}; {HEADER_LENGTH} says how many bytes are JSON."
+            f"are left, got {shown(size)}; {HEADER_LENGTH} says how many bytes are JSON."
         )
         raise BadRequest(message)
     return binary[:size], binary[size:]

@@ -91,23 +91,28 @@ def from_json(value: Input | Output, shape: Sequence[int], data: Any) -> Array:
     Raises BadRequest where there are more or fewer than the shape says, or others than the datatype takes.
     """
     flat = _flat(value, shape, data)
-    kinds, words = _TAKES[datatype(value)]
+    name = datatype(value)
+    kinds, words = _TAKES[name]
     if strange := {*map(type, flat)} - kinds:
         at = next(at for at, item in enumerate(flat) if type(item) in strange)
-        shown = "null" if flat[at] is None else repr(flat[at])[:_SHOWN]
-        message = f"The data of {value.name!r} must be {words} ({datatype(value)}), got {shown} at place {at}."
+        message = (
+            f"The data of {value.name!r} must be {words} ({datatype(value)}), got {shown(flat[at])} at place {at}."
+        )
         raise BadRequest(message)
-    if datatype(value) == "BYTES":
+    if name == "BYTES":
         items = flat if value.dtype == "str" else [item.encode() for item in flat]
         return _in_rows(value, _objects(items))
-    try:
+    dtype = _NUMPY[name]
+    if dtype.kind == "f":
         with np.errstate(over="ignore"):
-            numbers = np.array(flat, dtype=_NUMPY[datatype(value)])
+            numbers = np.array(flat, dtype=dtype)
+        if not np.isfinite(numbers).all():
+            raise _too_large(value)
+        return _in_rows(value, numbers)
+    try:
+        return _in_rows(value, np.array(flat, dtype=dtype))
     except OverflowError:
         raise _too_large(value) from None
-    if numbers.dtype.kind == "f" and not np.isfinite(numbers).all():
-        raise _too_large(value)
-    return _in_rows(value, numbers)
 
 
 def from_bytes(value: Input | Output, shape: Sequence[int], data: memoryview) -> Array:
@@ -152,6 +157,15 @@ def to_bytes(values: Array) -> bytes:
         return np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).tobytes()
     items = [item.encode() if isinstance(item, str) else bytes(item) for item in values.reshape(-1)]
     return b"".join(part for item in items for part in (_LENGTH.pack(len(item)), item))
+
+
+def shown(item: Any) -> str:
+    """Return a value of JSON as a message shows it: short, however large it is."""
+    if item is None:
+        return "null"
+    if isinstance(item, list | dict):
+        return f"a {type(item).__name__}"
+    return repr(item[:_SHOWN] if isinstance(item, str) else item)[:_SHOWN]
 
 
 def _takes(name: str) -> tuple[frozenset[type], str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -21,6 +22,7 @@ from serving.oip import (
     encode_response,
     model_metadata,
     read_header_length,
+    run_aside,
 )
 from serving.release import Arrays, Predictions, Release
 
@@ -126,11 +128,12 @@ class _Routes:
         """Return the predictions of a request, in JSON or as binary data."""
         self.check_known(model, version)
         body = await _read(request, self.body_bytes_max)
-        asked = decode_request(
-            *(body, self.release.contract),
+        decode = partial(
+            *(decode_request, body, self.release.contract),
             header_length=read_header_length(request.headers.get(HEADER_LENGTH)),
             rows_max=self.release.rows_max,
         )
+        asked = await run_aside(decode, len(body))
         try:
             outputs = await self.predict(asked.inputs)
             answer = encode_response(

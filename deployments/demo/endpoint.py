@@ -108,7 +108,7 @@ def start(stack: ExitStack, folder: Path) -> Stage:
     key = secrets.token_hex(32)
     os.environ.update(prefect.environment)
     os.environ.update({KEY: key, "OVERNIGHT_ADMIN_KEY": gateway.admin_key, "PREFECT_LOGGING_LEVEL": "CRITICAL"})
-    console.print(f"Prefect at {prefect.ui_url}, Triton at {triton.url}, the gateway at {gateway.url}/docs")
+    console.print(f"Prefect at {prefect.ui_url}, Triton at {triton.url}, the gateway at {gateway.url}/v2")
     return Stage(
         gateway=gateway.url,
         triton=triton,

@@ -34,7 +34,7 @@ def gateway_server(folder: Path, environment: Mapping[str, str] | None = None) -
     `environment` goes to it beside the few variables that servers inherit, for OVERNIGHT_API_KEYS and the like.
     """
     folder = folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     given = dict(environment or {})
     given.setdefault(_ADMIN_KEY, secrets.token_urlsafe(32))
     process, (port,) = start_on_free_ports(1, lambda ports: _command(folder, ports[0], given))

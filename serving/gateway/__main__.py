@@ -7,7 +7,9 @@ from OVERNIGHT_API_KEYS (NAME:KEY pairs between spaces) and from the administrat
 from __future__ import annotations
 
 import argparse
+import gc
 import os
+import resource
 import signal
 import socket
 import sys
@@ -20,6 +22,7 @@ import uvicorn
 
 from serving.errors import EndpointFailed
 from serving.gateway.app import application
+from serving.gateway.connection import ConnectionLimits, bounded_protocol
 from serving.gateway.gateway import Gateway
 from serving.gateway.keys import Keys
 from serving.gateway.store import Store
@@ -28,6 +31,7 @@ from serving.redaction import hide_secrets_in_logs
 _BYTES_MAX = 1 << 30
 _DRAIN_S_MAX = 60
 _IDLE_S_MAX = 75
+_CONNECTIONS_MAX = 4096
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,6 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=8080, help="0: one that is free")
     parser.add_argument("--host", default="127.0.0.1", help="another address opens the gateway to other machines")
     parser.add_argument("--bytes-max", type=int, default=_BYTES_MAX, help="bytes of all requests held at once")
+    parser.add_argument(
+        "--connections-max",
+        type=int,
+        default=_connections_max(),
+        help="connections of clients at once; more are closed as they come",
+    )
     options = parser.parse_args(arguments)
     hide_secrets_in_logs()
     try:
@@ -44,9 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             keys = Keys(options.folder, os.environ)
             gateway = Gateway(store, keys, bytes_max=options.bytes_max)
             host, port = listening.getsockname()[:2]
-            sys.stdout.write(f"The gateway answers at http://{host}:{port}/v2 and is described at /docs.\n")
+            sys.stdout.write(
+                f"The gateway answers at http://{host}:{port}/v2; /docs describes it to the administrator.\n"
+            )
             sys.stdout.flush()
-            _serve(gateway, listening)
+            _serve(gateway, listening, ConnectionLimits(connections_max=options.connections_max))
     except EndpointFailed as error:
         sys.exit(str(error))
     except OSError as error:
@@ -66,9 +78,16 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _serve(gateway: Gateway, listening: socket.socket) -> None:
+def _connections_max() -> int:
+    """Return how many connections of clients there may be, where each may need a second one to a server."""
+    files_max, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _CONNECTIONS_MAX if files_max == resource.RLIM_INFINITY else min(_CONNECTIONS_MAX, files_max // 2)
+
+
+def _serve(gateway: Gateway, listening: socket.socket, limits: ConnectionLimits) -> None:
     config = uvicorn.Config(
         application(gateway),
+        http=bounded_protocol(limits),
         access_log=False,
         log_level="warning",
         backlog=2048,
@@ -78,6 +97,9 @@ def _serve(gateway: Gateway, listening: socket.socket) -> None:
         date_header=False,
         ws="none",
     )
+    # What is there by now stays. Looking through it again and again would hold up requests.
+    gc.collect()
+    gc.freeze()
     # Uvicorn drains, and then raises the signal again for whoever handled it before.
     signal.signal(signal.SIGTERM, _exit)
     uvicorn.Server(config).run(sockets=[listening])

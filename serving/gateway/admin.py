@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Depends, Path, Request
-from fastapi.security import HTTPBearer
 from pydantic import BaseModel, Field, ValidationError
 
 from serving.contract import Frozen
@@ -13,7 +12,7 @@ from serving.errors import BadRequest
 from serving.gateway import openapi
 from serving.gateway.body import body
 from serving.gateway.keys import Digest
-from serving.gateway.protocol import Open, opened
+from serving.gateway.protocol import Open, administrator_bearer, opened
 from serving.gateway.route import ENDPOINT_PATTERN, KEY_PATTERN, Route
 from serving.gateway.state import EndpointState
 from serving.gateway.store import told_to_whoever_asks
@@ -44,8 +43,11 @@ def _administrator(request: Request) -> None:
     opened(request).keys.check_admin(request.headers.get("authorization"))
 
 
-_bearer = HTTPBearer(auto_error=False, scheme_name="Administrator's key")
-router = APIRouter(prefix="/admin", tags=["Administration"], dependencies=[Depends(_bearer), Depends(_administrator)])
+router = APIRouter(
+    prefix="/admin",
+    tags=["Administration"],
+    dependencies=[Depends(administrator_bearer), Depends(_administrator)],
+)
 
 
 @router.get("/endpoints")

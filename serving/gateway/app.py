@@ -1,7 +1,8 @@
-"""The gateway's HTTP: V2 for clients, /admin for whoever puts routes, /metrics, and the OpenAPI page at /docs."""
+"""The gateway's HTTP: V2 for clients; for the administrator /admin, /metrics, and the OpenAPI page at /docs."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -9,6 +10,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.errors import BadRequest, Unanswered
 from serving.gateway import admin, openapi, protocol
@@ -20,6 +22,7 @@ from serving.oip import error_body
 _ERROR = 500
 _PROBLEMS_SHOWN = 5
 _JSON = {"Content-Type": "application/json"}
+_PAGES = re.compile(r"/(metrics|docs|redoc|openapi\.json|static-offline-docs)(/|$)")
 
 
 def application(gateway: Gateway) -> FastAPI:
@@ -45,9 +48,30 @@ def application(gateway: Gateway) -> FastAPI:
     app.add_exception_handler(BadRequest, _refused)
     app.add_exception_handler(Unanswered, _refused)
     app.add_exception_handler(Exception, _failed)
+    app.add_middleware(ReadByAdministrator)
     app.add_middleware(protocol.InferFirst)
     openapi.document(app)
     return app
+
+
+class ReadByAdministrator:
+    """Keeps the pages about the gateway from everybody but its administrator: metrics, and the API's description."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on a request, unless it is for such a page and carries another key."""
+        if scope["type"] == "http" and _PAGES.match(scope["path"]):
+            request = Request(scope, receive)
+            try:
+                protocol.opened(request).keys.check_reader(request.headers.get("authorization"))
+            except BadRequest as error:
+                response = respond(refused(error))
+                response.headers["WWW-Authenticate"] = 'Basic realm="Overnight gateway", Bearer'
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 # Starlette has handlers take any exception, and calls each with its own.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -15,7 +16,7 @@ from serving.gateway.endpoint import Endpoint
 from serving.gateway.gateway import Gateway
 from serving.gateway.metering import Metered
 from serving.gateway.upstream import Call, Reply
-from serving.oip import HEADER_LENGTH, Body, decode_request, error_body, read_header_length
+from serving.oip import HEADER_LENGTH, Body, decode_request_to_forward, error_body, read_header_length, run_aside
 
 VERSION_HEADER = "Overnight-Version"
 _REQUEST_TIMEOUT, _TOO_LARGE, _UNAUTHORIZED = 408, 413, 401
@@ -71,13 +72,11 @@ async def _answered(gateway: Gateway, endpoint: Endpoint, request: Request, vers
             async with receiving, body(request, gateway.memory, bytes_max=route.limits.bytes_max) as content:
                 receiving.reschedule(None)
                 seen.size = len(content)
-                asked = decode_request(
-                    content, route.contract, header_length=header_length, rows_max=route.limits.rows_max
-                )
+                given = Body(content=content, header_length=header_length)
+                decode = partial(decode_request_to_forward, given, route.contract, rows_max=route.limits.rows_max)
+                asked, checked = await run_aside(decode, seen.size)
                 seen.rows = asked.rows
-                return await endpoint.infer(
-                    Call(body=Body(content=content, header_length=header_length), request=asked), version
-                )
+                return await endpoint.infer(Call(body=checked, request=asked), version)
         except TimeoutError:
             message = f"The body must come in within {route.limits.timeout_s:g} s, and did not."
             raise BadRequest(message, status=_REQUEST_TIMEOUT) from None

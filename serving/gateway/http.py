@@ -6,6 +6,7 @@ aiohttp and not httpx: its client takes a fraction of the time for each request.
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -13,12 +14,12 @@ from types import SimpleNamespace
 import aiohttp
 
 from serving.errors import Unanswered
-from serving.gateway.upstream import no_answer
+from serving.gateway.upstream import log_upstream, no_answer
 
 ANSWER_BYTES_MAX = 256 << 20
 _CONNECT_S_MAX, _HEALTH_S_MAX = 5.0, 5.0
 _OK = 200
-_BLOCK = 1 << 16
+_BLOCK, _AT_ONCE_BYTES_MAX = 1 << 16, 1 << 20
 _NEVER_THERE = (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError)
 _GONE = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, *_NEVER_THERE)
 _CUT_OFF = (*_GONE, aiohttp.ClientPayloadError)
@@ -98,8 +99,10 @@ async def _exchange(
     headers: Mapping[str, str],
     used: SimpleNamespace | None,
 ) -> Answered:
+    # A large body is written in blocks, between which the event loop serves others.
+    data = io.BytesIO(content) if content is not None and len(content) > _AT_ONCE_BYTES_MAX else content
     async with session.request(
-        method, url, data=content, headers=headers, allow_redirects=False, trace_request_ctx=used
+        method, url, data=data, headers=headers, allow_redirects=False, trace_request_ctx=used
     ) as response:
         if (response.content_length or 0) > ANSWER_BYTES_MAX:
             raise _too_long(url)
@@ -123,7 +126,8 @@ def _unanswered(url: str, error: aiohttp.ClientError) -> Unanswered:
 
 
 def _too_long(url: str) -> Unanswered:
-    message = f"The answer of the model server at {url} must have at most {ANSWER_BYTES_MAX} bytes, got more."
+    log_upstream(url, f"more than {ANSWER_BYTES_MAX} bytes")
+    message = f"The answer of the model server must have at most {ANSWER_BYTES_MAX} bytes, got more."
     return Unanswered(message, status=502)
 
 

@@ -5,10 +5,12 @@ A key is a random secret of at least 16 characters, so that its SHA-256 tells no
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import secrets
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -76,6 +78,18 @@ class Keys:
         if not hmac.compare_digest(_bearer(authorization), self._admin):
             message = "The header Authorization must be 'Bearer KEY' with the administrator's key, got another."
             raise BadRequest(message, status=_UNAUTHORIZED)
+
+    def check_reader(self, authorization: str | None) -> None:
+        """Raise BadRequest, with 401, unless a request carries the administrator's key, also as a password.
+
+        A browser sends it so, on its own: to be asked where a request only reads.
+        """
+        scheme, _, pair = (authorization or "").partition(" ")
+        if scheme.lower() == "basic":
+            with suppress(ValueError):
+                _, _, key = base64.b64decode(pair.strip(), validate=True).decode().partition(":")
+                authorization = f"Bearer {key}"
+        self.check_admin(authorization)
 
     def _write(self, digests: dict[str, str]) -> None:
         write_atomically(self._path, _DIGESTS.dump_json(digests))

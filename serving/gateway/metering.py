@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import orjson
 
+from serving.gateway.store import make_private_folder
+
 if TYPE_CHECKING:
     # Only readers need it, and it takes a while to import.
     import polars as pl
@@ -46,7 +48,7 @@ class Meter:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / _FOLDER
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(self._folder)
         self._lines: deque[bytes] = deque()
         self._flushing = threading.Lock()
         self._file: BinaryIO | None = None
@@ -86,7 +88,8 @@ class Meter:
 
     def _open(self) -> BinaryIO:
         now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
-        self._file = (self._folder / f"{now}.jsonl").open("xb", buffering=0)
+        private = os.open(self._folder / f"{now}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        self._file = os.fdopen(private, "wb", buffering=0)
         for old in _files(self._folder)[:-FILES_MAX]:
             old.unlink(missing_ok=True)
         return self._file

@@ -18,7 +18,7 @@ from serving.gateway.http import Http
 from serving.gateway.route import Served
 from serving.gateway.upstream import Call, Reply
 from serving.gateway.v2 import refusal
-from serving.oip import encode_response
+from serving.oip import InferRequest, encode_response, run_aside
 from serving.tensors import Array, from_json, row_shape, to_json
 
 _OK, _BAD_GATEWAY = 200, 502
@@ -38,7 +38,7 @@ class MlflowUpstream:
         """Ask for the predictions of the rows, and answer as V2 has it."""
         url = f"{self._served.url.rstrip('/')}/invocations"
         try:
-            content = orjson.dumps(self._body(call.request.inputs, self._contract))
+            content = await run_aside(lambda: self._content(call.request), len(call.body.content))
         except ValueError as error:
             message = f"Input {error} The model server behind this endpoint takes JSON alone."
             raise BadRequest(message) from None
@@ -53,6 +53,9 @@ class MlflowUpstream:
         except ModelFailed as error:
             raise Unanswered(str(error), status=_BAD_GATEWAY) from None
         return Reply(status=_OK, content=body.content, headers=body.headers)
+
+    def _content(self, request: InferRequest) -> bytes:
+        return orjson.dumps(self._body(request.inputs, self._contract))
 
     async def ready(self) -> bool:
         """Ask the server whether it is healthy."""
@@ -76,7 +79,10 @@ def _as_columns(inputs: Mapping[str, Array], contract: Contract) -> dict[str, An
 
 def _nested(value: Input, values: Array) -> list[Any]:
     flat = to_json(value, values)
-    listed: list[Any] = np.asarray(flat).reshape(values.shape).tolist()
+    # numpy's own text takes the width of the longest for each, and loses zeros at its end.
+    listed: list[Any] = (
+        np.asarray(flat, dtype=object if values.dtype.kind == "O" else None).reshape(values.shape).tolist()
+    )
     return listed
 
 
@@ -105,4 +111,5 @@ def _values(value: Output, predictions: Any, rows: int, *, alone: bool) -> Array
         raise KeyError(message)
     if value.dtype.startswith("float"):
         return from_json(value, [rows, *row_shape(value)], np.asarray(found, dtype=np.float64).reshape(-1).tolist())
-    return from_json(value, [rows, *row_shape(value)], np.asarray(found).reshape(-1).tolist())
+    dtype = object if value.dtype in ("str", "binary") else None
+    return from_json(value, [rows, *row_shape(value)], np.asarray(found, dtype=dtype).reshape(-1).tolist())

@@ -59,6 +59,8 @@ Open = Annotated[Gateway, Depends(opened)]
 # The page at /docs says by it where a key is needed; the keys themselves are checked by hand.
 Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False, scheme_name="API key"))]
 
+administrator_bearer = HTTPBearer(auto_error=False, scheme_name="Administrator's key")
+
 router = APIRouter(tags=["Open Inference Protocol"])
 
 
@@ -120,9 +122,11 @@ async def infer_version(name: str, version: str, request: Request) -> Response:
     return await infer(opened(request), request, name, version)
 
 
-@router.get("/metrics", tags=["Operations"], response_class=PlainTextResponse)
+@router.get(
+    "/metrics", tags=["Operations"], response_class=PlainTextResponse, dependencies=[Depends(administrator_bearer)]
+)
 async def metrics(gateway: Open) -> Response:
-    """Return the metrics in Prometheus's text format."""
+    """Return the metrics in Prometheus's text format, to the administrator alone."""
     return Response(gateway.metrics_page(), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -25,7 +25,8 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._routes = folder / _ROUTES
-        self._routes.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private_folder(self._routes)
         self._lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,8 +71,16 @@ def told_to_whoever_asks() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        message = f"The gateway must be able to write, got: {error}. Make room or give it access, then send this again."
+        got = error.strerror or type(error).__name__
+        message = f"The gateway must be able to write, got: {got}. Make room or give it access, then send this again."
         raise Unanswered(message) from error
+
+
+def make_private_folder(folder: Path) -> None:
+    """Make a folder that its owner alone may look into; one that is there becomes such."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_mode & 0o077:
+        folder.chmod(0o700)
 
 
 def write_atomically(path: Path, content: bytes, *, mode: int = 0o600) -> None:

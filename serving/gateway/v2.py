@@ -13,7 +13,7 @@ import orjson
 
 from serving.gateway.http import Answered, Http
 from serving.gateway.route import Served
-from serving.gateway.upstream import UPSTREAM_ERROR_CHARACTERS, Call, Reply
+from serving.gateway.upstream import UPSTREAM_ERROR_CHARACTERS, Call, Reply, log_upstream, without_addresses
 from serving.oip import HEADER_LENGTH, error_body
 
 _OK, _BAD_REQUEST, _UNPROCESSABLE, _SERVER_ERROR = 200, 400, 422, 500
@@ -52,9 +52,12 @@ def model_url(served: Served) -> str:
 
 def refusal(answered: Answered, where: str) -> Reply:
     """Return the reply for an answer that is an error: {"error": ...}, whatever the server said it in."""
-    told = _told(answered.content)
+    said = _told(answered.content)
+    told = without_addresses(said)
+    if answered.status >= _SERVER_ERROR or answered.status == _NOT_FOUND:
+        log_upstream(where, f"{answered.status}: {said}")
     if answered.status == _NOT_FOUND:
-        status, told = _UNAVAILABLE, f"{where} must be served there, got 404: {told}. Deploy the version again."
+        status, told = _UNAVAILABLE, f"The model must be served there, got 404: {told}. Deploy the version again."
     else:
         status = answered.status if answered.status in _PASSED else _BAD_GATEWAY
     headers = {"Content-Type": "application/json"}

@@ -11,6 +11,7 @@ import orjson
 from serving.errors import Unanswered
 from serving.gateway.http import Http
 from serving.gateway.route import Served, Sleep
+from serving.gateway.upstream import log_upstream, without_addresses
 from serving.gateway.v2 import V2Upstream
 from serving.triton_grpc import ControlRefused, Verb, control_async
 
@@ -57,7 +58,8 @@ class RepositoryWaker:
         answered = await self._http.send("POST", url, orjson.dumps({}), {"Content-Type": "application/json"})
         if answered.status >= _OK_BELOW:
             told = answered.content.decode(errors="replace")[:_ERROR_CHARACTERS]
-            message = f"The model server must {what} the model at {url}, got {answered.status}: {told}."
+            log_upstream(url, f"{answered.status}: {told}")
+            message = f"The model server must {what} the model, got {answered.status}: {without_addresses(told)}."
             raise Unanswered(message)
 
 
@@ -84,7 +86,8 @@ class TritonWaker:
             await control_async(self._address, what, served.upstream_model)
         except ControlRefused as refused:
             told = str(refused)[:_ERROR_CHARACTERS]
-            message = f"The model server must {what} the model at {self._address}, got: {told}."
+            log_upstream(self._address, told)
+            message = f"The model server must {what} the model, got: {without_addresses(told)}."
             raise Unanswered(message) from None
 
 

@@ -5,6 +5,7 @@ Rendered as service.py beside release.json and the model's files, and run by Ben
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 from pathlib import Path
@@ -87,3 +88,6 @@ SERVICE: Any = Endpoint
 SERVICE.mount_asgi_app(
     v2_app(RELEASE, predict, ServerMetadata(name="bentoml", version=bentoml.__version__), ready=ready)
 )
+# What is there by now stays. Looking through it again and again would hold up requests.
+gc.collect()
+gc.freeze()

@@ -5,6 +5,7 @@ Rendered beside release.json and the model's files, and run by Ray alone.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ class Endpoint:
         batches.set_batch_wait_timeout_s(dial.wait_ms_max / 1000)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
+        # What is there by now stays. Looking through it again and again would hold up requests.
+        gc.collect()
+        gc.freeze()
         server = ServerMetadata(name="ray_serve", version=ray.__version__)
         return v2_app(self._predictor.release, self._predict, server)
 

@@ -98,12 +98,17 @@ def test_json_and_binary_data_may_stand_in_one_request() -> None:
         ({"inputs": [{**X, "data": [1]}, TEXT]}, "must be 2 values"),
         ({"inputs": [{**X, "data": None}, TEXT]}, "must be a list"),
         ({"inputs": [{**X, "shared_memory_region": "r"}, TEXT]}, "inputs.0.shared_memory_region"),
-        ({"inputs": [{**X, "parameters": {"shared_memory_region": "r"}, "data": None}, TEXT]}, "must be a list"),
+        ({"inputs": [{**X, "parameters": {"shared_memory_region": "r"}, "data": None}, TEXT]}, "shared_memory_region"),
         ({"inputs": [X, TEXT], "outputs": [{"name": "z"}]}, "must be ['score', 'label'], got 'z'"),
         ({"inputs": [X, TEXT], "output": []}, "output: Extra inputs are not permitted"),
         ({"inputs": [X, TEXT], "id": 7}, "id: Input should be a valid string"),
         ({"inputs": [X, TEXT], "id": "7" * 300}, "id: String should have at most 256"),
         ({"inputs": [X, TEXT], "outputs": [{"name": "score", "parameters": {"classification": 2}}]}, "classification"),
+        ({"inputs": [X, TEXT], "parameters": {"sequence_id": 7}}, "of a request that is taken is 'binary_data_output'"),
+        ({"inputs": [X, TEXT], "parameters": {"binary_data_output": True, "priority": 1}}, "got 'priority'"),
+        ({"inputs": [X, TEXT], "parameters": {"binary_data_output": 1}}, "must be true or false, got 1"),
+        ({"inputs": [{**X, "parameters": {"binary_data": True}}, TEXT]}, "of 'x' that is taken is 'binary_data_size'"),
+        ({"inputs": [X, TEXT], "outputs": [{"name": "score", "parameters": {"binary_data": "yes"}}]}, "got 'yes'"),
     ],
 )
 def test_a_bad_request_is_refused_by_name(document: Any, said: str) -> None:
@@ -145,6 +150,90 @@ def test_too_many_rows_are_refused_before_a_value_is_read() -> None:
         decode({"inputs": [{**X, "shape": [4, 2], "data": "never looked at"}, TEXT]})
 
     assert 413 == refused.value.status
+
+
+def forward(content: bytes, header_length: int | None = None) -> tuple[oip.InferRequest, oip.Body]:
+    return oip.decode_request_to_forward(oip.Body(content=content, header_length=header_length), CONTRACT, rows_max=3)
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    assert len({key for key, _ in pairs}) == len(pairs)
+    return dict(pairs)
+
+
+def test_a_body_without_a_second_meaning_is_forwarded_as_it_came() -> None:
+    content = json.dumps({"inputs": [X, TEXT], "outputs": [{"name": "score"}]}, indent=1).encode()
+
+    assert content is forward(content)[1].content
+
+
+@pytest.mark.parametrize("text", ["a", "a: b", '{"inputs": []}', "\\", 'quote " colon :'])
+@pytest.mark.parametrize(
+    ("said", "instead"),
+    [
+        ('"inputs": [', '"inputs": [], "inputs": ['),
+        ('"data": [1, 2.5]', '"data": [7, 7], "data": [1, 2.5]'),
+        ('"data": [1, 2.5]', '"d\\u0061ta": [7, 7], "data": [1, 2.5]'),
+        ('"shape": [1, 2]', '"shape": [9], "shape": [1, 2]'),
+        ('"binary_data": true', '"binary_data": false, "binary_data": true'),
+        ('"id": "r"', '"id": "another", "id": "r"'),
+        ('"id": "r"', '"outputs": [{"name": "label"}], "id": "r"'),
+        ("", ""),
+    ],
+)
+def test_a_key_that_stands_twice_is_forwarded_once_with_the_value_that_was_checked(
+    text: str, said: str, instead: str
+) -> None:
+    document = {
+        "id": "r",
+        "inputs": [X, {**TEXT, "data": [text]}],
+        "outputs": [{"name": "score", "parameters": {"binary_data": True}}],
+    }
+    plain = json.dumps(document)
+    assert said in plain
+    asked, body = forward(plain.replace(said, instead, 1).encode())
+
+    assert document == json.loads(body.content, object_pairs_hook=unique)
+    assert (document["id"], [text]) == (asked.id, asked.inputs["text"].tolist())
+    assert (oip.Wanted(name="score", binary=True),) == asked.outputs
+
+
+def test_binary_data_stays_behind_json_that_is_written_again() -> None:
+    x = {"name": "x", "shape": [1, 2], "datatype": "FP32", "parameters": {"binary_data_size": 8}}
+    head = json.dumps({"inputs": [x, TEXT]}).replace('"shape": [1, 2]', '"shape": [5, 2], "shape": [1, 2]').encode()
+    values = np.array([1, 2.5], "<f4").tobytes()
+    asked, body = forward(head + values, len(head))
+
+    assert body.header_length is not None
+    assert {"inputs": [x, TEXT]} == json.loads(body.content[: body.header_length], object_pairs_hook=unique)
+    assert values == body.content[body.header_length :]
+    assert INPUTS["x"].tolist() == asked.inputs["x"].tolist()
+
+
+def doubled(draw: st.DrawFn, value: Any) -> str:
+    """JSON of a value, where keys may stand twice with another value before."""
+    if isinstance(value, list):
+        return f"[{', '.join(doubled(draw, each) for each in value)}]"
+    if not isinstance(value, dict):
+        return json.dumps(value)
+    pairs = [f"{json.dumps(key)}: {doubled(draw, each)}" for key, each in value.items()]
+    before = draw(st.lists(st.sampled_from(sorted(value)), max_size=2)) if value else []
+    return (
+        "{"
+        + ", ".join([f"{json.dumps(key)}: {draw(st.sampled_from(['7', '[]', '{}']))}" for key in before] + pairs)
+        + "}"
+    )
+
+
+@given(st.data())
+def test_whichever_of_two_keys_a_server_takes_it_is_asked_what_was_checked(data: st.DataObject) -> None:
+    document = {
+        "inputs": [X, {**TEXT, "data": [data.draw(st.text(':\\"a', max_size=3))]}],
+        "outputs": [{"name": "score"}],
+    }
+    _, body = forward(data.draw(st.composite(doubled)(document)).encode())
+
+    assert document == json.loads(body.content, object_pairs_hook=unique)
 
 
 @given(st.binary(max_size=200), st.none() | st.integers(-5, 250))

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from infra.local.gateway import GatewayServer
 from infra.local.loopback import ask
 from infra.local.ports import start_on_free_ports
 from infra.local.process import ServerCommand, ServerProcess, base_environment
@@ -84,6 +85,11 @@ class Door:
         response = self.infer(**options)
         assert response.status_code == 200, response.text
         return float(response.json()["outputs"][0]["data"][0])
+
+
+def read_metrics(gateway: GatewayServer) -> str:
+    """The page that Prometheus reads."""
+    return httpx.get(f"{gateway.url}/metrics", headers={"Authorization": f"Bearer {gateway.admin_key}"}).text
 
 
 def error(response: httpx.Response) -> tuple[int, str]:

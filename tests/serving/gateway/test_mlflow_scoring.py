@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import tempfile
 import warnings
@@ -12,6 +13,7 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import orjson
 import pandas as pd
 import pytest
 from mlflow.models import ModelSignature, infer_signature
@@ -21,8 +23,13 @@ from mlflow.types import Schema, TensorSpec
 from infra.local.loopback import ask
 from infra.local.ports import start_on_free_ports
 from infra.local.process import ServerCommand, ServerProcess, base_environment
+from serving.contract import Column, Contract, Input, Output
+from serving.errors import Unanswered
+from serving.gateway.http import Answered, Http
+from serving.gateway.mlflow_scoring import MlflowUpstream
 from serving.gateway.route import Route, Served
-from serving.oip import Wanted, decode_response, encode_request
+from serving.gateway.upstream import Call
+from serving.oip import Body, InferRequest, Wanted, decode_response, encode_request
 from serving.registry import Resolved, resolve_model
 from tests.serving.gateway.conftest import Put
 from tests.serving.gateway.support import Door, error
@@ -175,3 +182,29 @@ def test_a_server_of_another_model_is_an_error_of_the_servers(
     body = encode_request(tensors.contract({}, {}), inputs)
 
     assert error(asked.infer(body.content, headers=body.headers))[0] in (400, 500, 502)
+
+
+def test_a_long_text_among_short_ones_takes_its_own_room_and_keeps_its_zeros() -> None:
+    column = Column(name="text", dtype="str")
+    contract = Contract(
+        inputs=(Input(name="text", dtype="str", columns=(column,)),), outputs=(Output(name="score", dtype="float32"),)
+    )
+    texts = np.array(["a" * (1 << 20), *["b\0"] * 100_000], dtype=object)
+    sent: list[bytes] = []
+
+    class Recorded(Http):
+        async def send(self, method: str, url: str, content: bytes | None, headers: Any) -> Answered:
+            sent.append(content or b"")
+            return Answered(status=200, content=b'{"predictions": []}', headers={})
+
+    async def run() -> None:
+        http = Recorded()
+        served = Served(version="1", url="http://127.0.0.1:9", upstream_model="m", speaks="mlflow-tensors", weight=1)
+        request = InferRequest(id=None, inputs={"text": texts}, outputs=())
+        with pytest.raises(Unanswered):
+            await MlflowUpstream(http, served, contract).infer(Call(body=Body(content=b""), request=request))
+        await http.close()
+
+    asyncio.run(run())
+
+    assert {"inputs": {"text": texts.tolist()}} == orjson.loads(sent[0])

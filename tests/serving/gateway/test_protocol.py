@@ -118,6 +118,44 @@ def test_what_the_contract_does_not_take_is_refused_before_a_server_sees_it(
 
 
 @pytest.mark.parametrize(
+    ("edits", "named"),
+    [
+        ({"parameters": {"sequence_id": 1, "sequence_start": True}}, "sequence_id"),
+        ({"parameters": {"priority": 1}}, "priority"),
+        ({"parameters": {"timeout": 1}}, "timeout"),
+        ({"outputs": [{"name": "score", "parameters": {"shared_memory_region": "r"}}]}, "shared_memory_region"),
+        ({"outputs": [{"name": "score", "parameters": {"classification": 2}}]}, "classification"),
+        (changed(parameters={"shared_memory_region": "r", "shared_memory_byte_size": 12}), "shared_memory_region"),
+        (changed(parameters={"content_type": "pd"}), "content_type"),
+    ],
+)
+def test_a_parameter_that_changes_what_a_server_does_is_refused_by_name(
+    door: Door, v2: V2Server, edits: dict[str, Any], named: str
+) -> None:
+    before = v2.seen("1")
+    got, told = error(door.infer({**ROW, **edits}))
+
+    assert 400 == got
+    assert f"got {named!r}" in told
+    assert before == v2.seen("1")
+
+
+def test_a_server_gets_what_was_checked_even_where_a_key_stands_twice(door: Door, v2: V2Server) -> None:
+    plain = json.dumps(ROW)
+    answer = door.infer(plain.replace('"data": [1.0', '"data": [9.0, 9.0, 9.0], "data": [1.0').encode())
+
+    assert 200 == answer.status_code
+    assert ROW == json.loads(httpx.get(f"{v2.url}/last").content, object_pairs_hook=_unique)
+    door.infer(plain.encode())
+    assert plain.encode() == httpx.get(f"{v2.url}/last").content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    assert len({key for key, _ in pairs}) == len(pairs)
+    return dict(pairs)
+
+
+@pytest.mark.parametrize(
     ("headers", "status", "words"),
     [
         ({"Inference-Header-Content-Length": "many"}, 400, "must be a number of bytes"),

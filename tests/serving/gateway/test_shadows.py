@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import numpy as np
 import pytest
 
@@ -16,7 +15,7 @@ from serving.gateway.shadow import compare
 from serving.gateway.upstream import Reply
 from serving.oip import InferRequest, Wanted, encode_response
 from tests.serving.gateway.conftest import Put
-from tests.serving.gateway.support import Door, V2Server, route
+from tests.serving.gateway.support import Door, V2Server, read_metrics, route
 from tests.serving.gateway.v2_child import CONTRACT
 
 
@@ -24,7 +23,7 @@ from tests.serving.gateway.v2_child import CONTRACT
 def counted(gateway: GatewayServer) -> Callable[[Door, str], int]:
     def counted(door: Door, compared: str) -> int:
         """How often the shadow of an endpoint was so, once nothing more happens."""
-        page = httpx.get(f"{gateway.url}/metrics").text
+        page = read_metrics(gateway)
         wanted = f'overnight_shadows_total{{compared="{compared}",endpoint="{door.name}"}} '
         return sum(int(float(line.removeprefix(wanted))) for line in page.splitlines() if line.startswith(wanted))
 

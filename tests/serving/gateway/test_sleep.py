@@ -13,7 +13,7 @@ from infra.local.gateway import GatewayServer
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import Limits, Sleep
 from tests.serving.gateway.conftest import Put
-from tests.serving.gateway.support import Door, V2Server, error, route
+from tests.serving.gateway.support import Door, V2Server, error, read_metrics, route
 
 SLEEP = Sleep(keep_warm_s=0.2)
 
@@ -39,7 +39,7 @@ def test_models_are_unloaded_when_idle_and_a_request_wakes_them(
     with ThreadPoolExecutor(8) as pool:
         assert {200} == {answer.status_code for answer in pool.map(lambda _: door.infer(), range(8))}
     assert loads + 1 == v2.seen("sleepy load")
-    assert f'overnight_wake_seconds_count{{endpoint="{door.name}"}} 2.0' in httpx.get(f"{gateway.url}/metrics").text
+    assert f'overnight_wake_seconds_count{{endpoint="{door.name}"}} 2.0' in read_metrics(gateway)
 
 
 def test_a_model_that_is_loaded_already_is_not_loaded_again(put: Put, v2: V2Server) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import Limits
+from serving.gateway.upstream import without_addresses
 from tests.serving.gateway.conftest import Put
 from tests.serving.gateway.support import Door, V2Server, error, route, v2_server
 
@@ -69,7 +70,9 @@ def test_a_server_that_is_killed_is_503_with_the_reason_until_it_is_back(put: Pu
         server.process.stop()
 
     assert {200, 503} == {status for status, _ in answers}
-    assert all(f"The model server at {server.url}" in told for status, told in answers if status == 503)
+    refused = [told for status, told in answers if status == 503]
+    assert all("The model server of the endpoint must answer" in told for told in refused)
+    assert not [told for told in refused if "127.0.0.1" in told or str(server.port) in told]
 
 
 def test_connections_that_went_stale_with_a_restart_cost_no_request(put: Put, tmp_path: Path) -> None:
@@ -84,6 +87,32 @@ def test_connections_that_went_stale_with_a_restart_cost_no_request(put: Put, tm
         assert [10] * 20 == [door.score() for _ in range(20)]
     finally:
         server.process.stop()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "cannot open /opt/models/churn/1/model.py: no such file",
+        "http://triton.internal:8000/v2 refused",
+        "connect to triton.prod.svc:8001 failed",
+        "no answer of 10.0.3.7",
+        "no answer of [fd00::12]:8000",
+    ],
+)
+def test_addresses_and_paths_in_what_a_server_said_are_left_out(said: str) -> None:
+    told = without_addresses(said)
+
+    assert "(left out)" in told
+    for secret in ("/opt", "triton", "churn", "10.0", "fd00", "800"):
+        assert secret not in told
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["no row is good enough", "<html>Bad</html>", "x must be 1/2, got 3: at least 4 (5.5)", "model 'a:b' and/or c"],
+)
+def test_what_is_no_address_stays(said: str) -> None:
+    assert said == without_addresses(said)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 1 and 2: score = 1 or 2 times the sum of x, plus n. same: as 1. slow: as 1, after 0.4 s. broken: 500. html: no V2.
 wrong: other outputs than the contract has. The models toy and steady are loaded from the start, others after
-POST /v2/repository/models/MODEL/load. GET /seen says what was asked, and how often.
+POST /v2/repository/models/MODEL/load. GET /seen says what was asked, and how often; GET /last how,
+to the byte.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ FACTORS = {"1": 1.0, "2": 2.0, "same": 1.0, "slow": 1.0, "wrong": 1.0}
 
 app = FastAPI()
 seen: Counter[str] = Counter()
+last: dict[str, bytes] = {}
 loaded: set[str] = {"toy", "steady"}
 
 
@@ -77,6 +79,7 @@ async def infer(model: str, version: str, request: Request) -> Response:
     if version == "slow":
         await asyncio.sleep(SLOW_S)
     body, length = await request.body(), request.headers.get(HEADER_LENGTH)
+    last["body"] = body
     asked = decode_request(body, CONTRACT, header_length=None if length is None else int(length), rows_max=1 << 20)
     scores = FACTORS[version] * asked.inputs["x"].sum(axis=1) + asked.inputs["n"]
     if version == "wrong":
@@ -88,6 +91,11 @@ async def infer(model: str, version: str, request: Request) -> Response:
 @app.get("/seen")
 async def seen_so_far() -> dict[str, int]:
     return dict(seen)
+
+
+@app.get("/last")
+async def last_body() -> Response:
+    return Response(last["body"])
 
 
 if __name__ == "__main__":
