@@ -6,7 +6,8 @@ STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
-.PHONY: demo demo-endpoint demo-modes demo-stream deploy test test-flows test-stations test-kills test-machines lint types check format clean
+.PHONY: demo demo-endpoint demo-modes demo-stream deploy lint types check format clean
+.PHONY: test test-flows test-stations test-kills test-machines test-servers test-workers
 .PHONY: chaos bench-batch bench-peers bench-resume bench-gpu bench-spot bench-nightly bench-workers bench-endpoint bench-stream
 .PHONY: bench-modes
 
@@ -52,9 +53,19 @@ test-stations: $(STAMP)
 test-kills: $(STAMP)
 	$(BIN)/python -m pytest $(KILLS)
 
-# What takes minutes of real workers: whole nights, every point of a drain, runs of supervisors, Ray.
+# What takes minutes of real servers and workers, in two processes again; the output of each comes once it has ended.
 test-machines: $(STAMP)
-	$(BIN)/python -m pytest -m machines
+	@$(MAKE) -j 2 --output-sync=target test-servers test-workers
+
+SERVERS := tests/serving tests/infra tests/flows/test_same_score.py
+
+# BentoML, KServe, MLServer and Ray Serve, the former three in environments of their own, which the first run makes.
+test-servers: $(STAMP)
+	$(BIN)/python -m pytest -m machines --durations=10 $(SERVERS)
+
+# Whole nights, every point of a drain, runs of supervisors, scorers of streams that are killed.
+test-workers: $(STAMP)
+	$(BIN)/python -m pytest -m machines --durations=10 $(SERVERS:%=--ignore=%)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
