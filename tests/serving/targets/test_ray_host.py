@@ -31,11 +31,11 @@ from tests.support import register_mlp, register_network, register_slow
 pytest.importorskip("ray", reason="Ray is an extra: pip install 'overnight[ray]'")
 
 # A cluster, and each replica on it, takes seconds to start, and many of them where others use the machine too.
-pytestmark = [pytest.mark.timeout(900), pytest.mark.machines]
+pytestmark = [pytest.mark.timeout(1500), pytest.mark.machines]
 
 FEATURES = 8
 DIAL = Dial(batch_size_max=16, wait_ms_max=2)
-_START_S_MAX = 300.0
+_START_S_MAX = 600.0
 
 
 @pytest.fixture(scope="module")
