@@ -6,7 +6,8 @@ STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
-.PHONY: demo demo-endpoint demo-modes demo-stream deploy test test-flows test-stations test-kills test-machines lint types check format clean
+.PHONY: demo demo-endpoint demo-modes demo-stream deploy lint types check format clean
+.PHONY: test test-flows test-stations test-kills test-machines test-servers test-workers test-nights
 .PHONY: chaos bench-batch bench-peers bench-resume bench-gpu bench-spot bench-nightly bench-workers bench-endpoint bench-stream
 .PHONY: bench-modes
 
@@ -52,9 +53,27 @@ test-stations: $(STAMP)
 test-kills: $(STAMP)
 	$(BIN)/python -m pytest $(KILLS)
 
-# What takes minutes of real workers: whole nights, every point of a drain, runs of supervisors, Ray.
+# What takes minutes of real servers and workers, in two processes again; the output of each comes once it has ended.
+# Nights have deadlines to keep, and have the machine for themselves.
 test-machines: $(STAMP)
-	$(BIN)/python -m pytest -m machines
+	@$(MAKE) -j 2 --output-sync=target test-servers test-workers
+	@$(MAKE) test-nights
+
+MACHINES := $(BIN)/python -m pytest -m machines --timeout 1200 --durations=10
+SERVERS := tests/serving tests/infra tests/flows/test_same_score.py
+NIGHTS := tests/deployments/test_nightly.py
+
+# BentoML, KServe, MLServer and Ray Serve, the former three in environments of their own, which the first run makes.
+test-servers: $(STAMP)
+	$(MACHINES) $(SERVERS)
+
+# Every point of a drain, runs of supervisors, scorers of streams that are killed, a workload that changes its mode.
+test-workers: $(STAMP)
+	$(MACHINES) $(SERVERS:%=--ignore=%) $(NIGHTS:%=--ignore=%)
+
+# A night whose spot machine is taken, and one whose own worker ends.
+test-nights: $(STAMP)
+	$(MACHINES) $(NIGHTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

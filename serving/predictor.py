@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
 from serving.errors import DeviceLost
-from serving.release import Arrays, Failure, Predictions, Release, Runtime, open_release
+from serving.release import Arrays, Failure, Predictions, Release, Runtime, count_rows, open_release
 
 Outputs = Predictions
 Prediction = Outputs | Failure
@@ -52,6 +54,17 @@ class Predictor:
 def open_predictor(folder: Path) -> Predictor:
     """Load the release that a folder holds. Raises ModelUnfit where the model does not load here."""
     return Predictor(open_release(folder))
+
+
+def split_rows(inputs: Arrays, rows_max: int) -> list[Arrays]:
+    """Return the rows of a request as several of at most `rows_max` rows, in their order."""
+    starts = range(0, count_rows(inputs), rows_max)
+    return [{name: values[start : start + rows_max] for name, values in inputs.items()} for start in starts]
+
+
+def join_predictions(predictions: Sequence[Predictions]) -> Predictions:
+    """Return the outputs of what `split_rows` has split as those of one request."""
+    return {name: np.concatenate([each[name] for each in predictions]) for name in predictions[0]}
 
 
 def settled(prediction: Prediction) -> Outputs:

@@ -96,12 +96,23 @@ class Runtime:
         return answer
 
     def predict_each(self, requests: Sequence[Arrays]) -> list[Predictions | Failure]:
-        """Return the answer to each of several requests, passed together: one that fails leaves the others theirs."""
+        """Return the answer to each of several requests: one that fails leaves the others theirs.
+
+        They are passed together, in their order, as many at a time as have the dial's rows at most: most servers count
+        requests where the dial counts rows. One request of more rows passes alone.
+        """
+        rows = [count_rows(request) for request in requests]
+        stops = _pass_stops(rows, self.release.dial.batch_size_max)
+        return [
+            answer
+            for start, stop in itertools.pairwise([0, *stops])
+            for answer in self._predict_together(requests[start:stop])
+        ]
+
+    def _predict_together(self, requests: Sequence[Arrays]) -> list[Predictions | Failure]:
         from serving.encode import Encoded, Flags  # noqa: PLC0415 - keeps this module's import light
 
-        if not requests:
-            return []
-        edges = [0, *itertools.accumulate(len(next(iter(request.values()))) for request in requests)]
+        edges = [0, *itertools.accumulate(map(count_rows, requests))]
         # In memory of its own, since a row that fails is overwritten by one that does not.
         together = {
             value.name: np.concatenate([request[value.name] for request in requests])
@@ -139,6 +150,22 @@ def open_release(folder: Path) -> Runtime:
     # Without pauses: a caller who waits is told at once, and asks again.
     forward = Forward(model=model, contract=release.contract, batch_size=size, proven=True, pauses=lambda: iter(()))
     return Runtime(release=release, model=model, _forward=forward)
+
+
+def count_rows(inputs: Arrays) -> int:
+    """Return how many rows a request has."""
+    return len(next(iter(inputs.values())))
+
+
+def _pass_stops(rows: Sequence[int], rows_max: int) -> list[int]:
+    """Return where each pass over requests of these rows ends: as late as `rows_max` rows and one request allow."""
+    stops, together = [], 0
+    for at, count in enumerate(rows):
+        if at and together + count > rows_max:
+            stops.append(at)
+            together = 0
+        together += count
+    return [*stops, len(rows)] if rows else []
 
 
 def _answer(predictions: Predictions, flags: Flags, start: int, stop: int) -> Predictions | ModelFailed:

@@ -18,7 +18,8 @@ from serving.release import Dial, Release, Scaling
 from serving.targets import Address
 
 TOLERANCE = 1e-6
-_TIMEOUT = 60.0
+# As long as a server may take to start first, on a machine that others use too.
+_TIMEOUT = 240.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

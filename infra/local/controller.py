@@ -7,6 +7,7 @@ status.json beside serve.json, which is replaced as a whole. No server outlives 
 
 import argparse
 import fcntl
+import os
 import signal
 import sys
 import threading
@@ -72,15 +73,17 @@ def control(folder: Path, over: threading.Event) -> None:
     """Keep one server running for each release below `folder` until `over`, then end them all."""
     keepers: dict[Path, Keeper] = {}
     # What an earlier controller left here of servers that went with it.
-    for stale in folder.glob(f"*/*/{STATUS_FILE}"):
-        stale.unlink(missing_ok=True)
+    for version in _version_folders(folder):
+        (version / STATUS_FILE).unlink(missing_ok=True)
     try:
         while not over.wait(_POLL_S):
             wanted = dict(_find_releases(folder))
             for path in [path for path, keeper in keepers.items() if wanted.get(path) != keeper.identity]:
                 keepers.pop(path).end()
             for path in wanted.keys() - keepers.keys():
-                keepers[path] = Keeper(path, wanted[path])
+                # It may be gone since it was found.
+                with suppress(FileNotFoundError):
+                    keepers[path] = Keeper(path, wanted[path])
     finally:
         for keeper in keepers.values():
             keeper.over.set()
@@ -90,11 +93,24 @@ def control(folder: Path, over: threading.Event) -> None:
 
 def _find_releases(folder: Path) -> Generator[tuple[Path, Identity]]:
     """Yield each folder of a release with what tells it from another one of its name."""
-    for serve in folder.glob(f"[!.]*/[!.]*/{SERVE_FILE}"):
+    for version in _version_folders(folder):
         # It may be gone between the listing and the look.
         with suppress(OSError):
-            found = serve.stat()
-            yield serve.parent, (serve.parent.stat().st_ino, found.st_ino, found.st_mtime_ns)
+            found = (version / SERVE_FILE).stat()
+            yield version, (version.stat().st_ino, found.st_ino, found.st_mtime_ns)
+
+
+def _version_folders(folder: Path) -> Generator[Path]:
+    """Yield each <endpoint>/<version> below a folder, but those that are still written; any may go meanwhile."""
+    for endpoint in _visible_folders(folder):
+        # Path.glob would raise here.
+        with suppress(FileNotFoundError):
+            yield from _visible_folders(endpoint)
+
+
+def _visible_folders(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        return [Path(entry) for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
 
 
 @contextmanager

@@ -191,7 +191,9 @@ def _start_guard(command: ServerCommand) -> subprocess.Popen[bytes]:
 
     The isolated mode keeps variables such as PYTHONWARNINGS, meant for the server, away from the guard.
     """
-    command.log_path.parent.mkdir(parents=True, exist_ok=True)
+    if command.log_path.parent != command.folder:
+        # Never the folder that the server runs in: it may just be removed, and would be back with a log alone.
+        command.log_path.parent.mkdir(parents=True, exist_ok=True)
     with command.log_path.open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-I", "-S", str(_GUARD), str(command.grace_s), *command.argv],

@@ -1,23 +1,26 @@
 """Virtual environments for model servers that can't share one: made once from a requirements file, then kept.
 
-Each is the only one of its name; a requirements file with other contents makes it anew. Needs pip, and
-what pip needs: a registry, or files on disk that it is configured to find.
+They lie in the user's cache under the digest of their requirements, so that every checkout finds those that another
+one has made, and requirements that change leave the environment of a running server alone. Needs pip, and what pip
+needs: a registry, or files on disk that it is configured to find.
 """
 
 import argparse
 import fcntl
 import hashlib
 import os
-import shutil
+import platform
 import subprocess
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-_PROJECT = Path(__file__).parents[2]
 _STAMP = ".complete"
+_DIGEST_LENGTH = 12
 _LINES_SHOWN = 12
+# How pip tells that a registry did not answer.
+_UNREACHABLE = ("after connection broken by", "Max retries exceeded", "Temporary failure in name resolution")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,24 +38,36 @@ class VenvFailed(RuntimeError):
     """An environment could not be made; what there is of it is not used, and the next call begins anew."""
 
 
+class RegistryUnreachable(VenvFailed):
+    """An environment could not be made since the registry that pip asks did not answer."""
+
+
 def make_venv(requirements: Path, folder: Path | None = None) -> Path:
-    """Return a virtual environment that holds what a requirements file pins, in `folder`, else in `venv_folder`.
+    """Return a virtual environment that holds what a requirements file pins, in `folder`, else in the user's cache.
 
     Its interpreter is bin/python in it, of the version that runs this. Atomic: an environment counts once its stamp,
-    the digest of the requirements, is written last; of several callers one makes it and the others wait. A server
-    that runs out of an environment whose requirements change loses its files. Raises VenvFailed with what pip says.
+    the digest of the requirements, is written last; of several callers one makes it and the others wait. In a
+    `folder` of the caller's, other requirements replace what is there, and a server that runs out of it loses its
+    files.
+
+    Args:
+        requirements: What to install, as pip takes it.
+        folder: Where to make it; by default `venv_folder(requirements)`.
+
+    Raises:
+        RegistryUnreachable: pip could not reach its registry.
+        VenvFailed: Anything else was wrong, with what pip says.
     """
-    wanted = _read(requirements)
-    venv = (folder or venv_folder(requirements.stem)).absolute()
-    digest = hashlib.sha256(f"{sys.version_info[:2]} ".encode() + wanted).hexdigest()
+    digest = _digest(requirements)
+    venv = (folder or venv_folder(requirements)).absolute()
     if _stamp(venv) == digest:
         return venv
-    venv.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(venv.parent):
+    venv.mkdir(parents=True, exist_ok=True)
+    # The folder itself is the lock, so that it is emptied and never removed.
+    with _alone(venv):
         if _stamp(venv) != digest:
-            shutil.rmtree(venv, ignore_errors=True)
             # The pip of this interpreter installs there; one in each environment would take seconds more.
-            _run(requirements, "-m", "venv", "--without-pip", str(venv))
+            _run(requirements, "-m", "venv", "--clear", "--without-pip", str(venv))
             pip = ("-m", "pip", "--python", str(venv / "bin/python"), "--disable-pip-version-check", "--no-input")
             _run(requirements, *pip, "install", "--quiet", "-r", str(requirements.absolute()))
             _run(requirements, *pip, "check")
@@ -60,12 +75,16 @@ def make_venv(requirements: Path, folder: Path | None = None) -> Path:
     return venv
 
 
-def venv_folder(name: str) -> Path:
-    """Return where an environment lies by default: `.venv-NAME` in a checkout, else in the user's cache."""
-    if (_PROJECT / "pyproject.toml").is_file():
-        return _PROJECT / f".venv-{name}"
+def venv_folder(requirements: Path) -> Path:
+    """Return where the environment of a requirements file lies by default: by its name and digest in the cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "overnight" / "venvs" / name
+    return cache / "overnight" / "venvs" / f"{requirements.stem}-{_digest(requirements)[:_DIGEST_LENGTH]}"
+
+
+def _digest(requirements: Path) -> str:
+    """Return what tells an environment from others: what it installs, and the interpreter that it links to."""
+    interpreter = f"{platform.machine()} {sys.version_info[:2]} {sys.base_prefix}\0"
+    return hashlib.sha256(interpreter.encode() + _read(requirements)).hexdigest()
 
 
 def _read(requirements: Path) -> bytes:
@@ -100,12 +119,14 @@ def _run(requirements: Path, *arguments: str) -> None:
     command = (sys.executable, *arguments)
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
-        told = "\n".join((done.stdout + done.stderr).strip().splitlines()[-_LINES_SHOWN:]) or "nothing"
+        output = done.stdout + done.stderr
+        told = "\n".join(output.strip().splitlines()[-_LINES_SHOWN:]) or "nothing"
         message = (
             f"What {requirements} pins must install for Python {sys.version_info[0]}.{sys.version_info[1]}, but "
             f"`{' '.join(command)}` ended with exit code {done.returncode}. Mend what it says, then call again:\n{told}"
         )
-        raise VenvFailed(message)
+        unreachable = any(phrase in output for phrase in _UNREACHABLE)
+        raise (RegistryUnreachable if unreachable else VenvFailed)(message)
 
 
 if __name__ == "__main__":

@@ -117,13 +117,14 @@ class FolderHost:
     def remove(self, release: Release) -> None:
         """Take a release down: its server ends what it has begun, then its files go. Idempotent."""
         place = self._place(release)
-        with suppress(FileNotFoundError):
-            (place / SERVE_FILE).unlink()
-            deadline = time.monotonic() + _END_S_MAX
-            while self._watched() and not _ended(place) and time.monotonic() < deadline:
-                time.sleep(_POLL_S)
+        with suppress(NotADirectoryError):
+            (place / SERVE_FILE).unlink(missing_ok=True)
+        # Whoever took serve.json away may still wait for the server to end, which needs its files as long.
+        deadline = time.monotonic() + _END_S_MAX
+        while not _ended(place) and self._watched() and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
         remove_folder(place)
-        with suppress(OSError):  # other versions may be there
+        with suppress(OSError):  # Other versions may be there, or on their way: write_folder makes it again.
             place.parent.rmdir()
 
     def status(self, release: Release) -> Status | None:
@@ -134,10 +135,16 @@ class FolderHost:
         return self.folder / release.endpoint / release.version
 
     def _wait(self, place: Path, release: Release) -> str:
-        serve = Serve.model_validate_json((place / SERVE_FILE).read_bytes())
-        deadline = time.monotonic() + serve.ready_s_max + _MARGIN_S
         who = f"Version {release.version} of {release.endpoint}"
+        gone = f"{who} must stay until it answers, but was removed meanwhile. Deploy it again if it is still wanted."
+        try:
+            serve = Serve.model_validate_json((place / SERVE_FILE).read_bytes())
+        except FileNotFoundError:
+            raise EndpointFailed(gone) from None
+        deadline = time.monotonic() + serve.ready_s_max + _MARGIN_S
         while time.monotonic() < deadline:
+            if not (place / SERVE_FILE).exists():
+                raise EndpointFailed(gone)
             status = _read_status(place)
             if status is not None and status.url is not None:
                 return status.url

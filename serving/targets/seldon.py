@@ -144,13 +144,15 @@ from mlserver.errors import MLServerError
 from mlserver.types import InferenceRequest, InferenceResponse
 
 from serving.errors import BadRequest
-from serving.predictor import open_predictor, settled
+from serving.predictor import join_predictions, open_predictor, settled, split_rows
+from serving.release import count_rows
 from serving.targets.documents import plain_inputs, read_request, write_answer
 
 
 class Runtime(MLModel):
     async def load(self):
         self.predictor = open_predictor(Path(__file__).parent)
+        self.rows_max = self.predictor.release.dial.batch_size_max
         # By now `predict` is MLServer's batching around the method below.
         self.together, self.predict = self.predict, self.checked
         return True
@@ -163,28 +165,39 @@ class Runtime(MLModel):
         """Refuse a bad request before it joins others, whose batch it would spoil."""
         wanted = {each.name for each in payload.outputs or ()} or {each.name for each in self.outputs}
         request = self.read(payload, wanted)
-        plain = InferenceRequest.model_validate({"inputs": plain_inputs(request, self.predictor.release)})
-        try:
-            response = await self.together(plain)
-        except MLServerError:
-            # Some row of the batch made the model fail; whose it was shows when each passes alone.
-            response = await Runtime.predict(self, plain)
+        if count_rows(request.inputs) > self.rows_max:
+            response = await self.answer(request, [request.inputs])
+        else:
+            plain = InferenceRequest.model_validate({"inputs": plain_inputs(request, self.predictor.release)})
+            try:
+                response = await self.together(plain)
+            except MLServerError:
+                # Some row of the batch made the model fail; whose it was shows when each passes alone.
+                response = await self.answer(request, [request.inputs])
         response.outputs = [each for each in response.outputs if each.name in wanted]
         return response
 
     async def predict(self, payload):
-        request = self.read(payload, ())
-        (prediction,) = await self.predictor.predict_each([request.inputs])
+        """Answer requests that MLServer has joined: it counts them where the dial counts rows."""
+        request = self.read(payload, (), requests_max=self.rows_max)
+        return await self.answer(request, split_rows(request.inputs, self.rows_max))
+
+    async def answer(self, request, passes):
+        predictions = await self.predictor.predict_each(passes)
         try:
-            answer = write_answer(request, settled(prediction), self.predictor.release)
+            outputs = join_predictions([settled(each) for each in predictions])
+            answer = write_answer(request, outputs, self.predictor.release)
         except Exception as error:
             raise MLServerError(f"The model must predict every row, got: {error}", 500) from error
         return InferenceResponse.model_validate(answer)
 
-    def read(self, payload, outputs):
+    def read(self, payload, outputs, requests_max=1):
         inputs = [each.model_dump(include={"name", "shape", "datatype", "data"}) for each in payload.inputs]
+        release = self.predictor.release
+        # The bound on one request's rows is none on those of several.
+        allowed = release.model_copy(update={"rows_max": release.rows_max * requests_max})
         try:
-            return read_request(inputs, outputs, self.predictor.release)
+            return read_request(inputs, outputs, allowed)
         except BadRequest as error:
             raise MLServerError(str(error), error.status) from None
 '''

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from serving.errors import EndpointFailed
 from serving.release import RELEASE_FILE, Release
 from serving.targets import Rendered
 from serving.targets.triton_config import versions_of
@@ -15,6 +17,7 @@ from serving.targets.triton_config import versions_of
 CONFIG_FILE = "config.pbtxt"
 # Triton passes over folders of a model that are no numbers.
 _STAGING, _BEFORE = ".staging-", "before-"
+_REPLACED_S_MAX, _POLL_S = 2.0, 0.01
 
 
 @contextmanager
@@ -45,10 +48,32 @@ def replaced(folder: Path, version: str, rendered: Rendered) -> Generator[None]:
 
 
 def read_releases(folder: Path) -> dict[str, Release]:
-    """Return the releases that a model's config serves, by their version, in order."""
-    config = folder / CONFIG_FILE
-    versions = versions_of(config.read_text()) if config.exists() else ()
-    return {version: Release.model_validate_json((folder / version / RELEASE_FILE).read_text()) for version in versions}
+    """Return the releases that a model's config serves, by their version, in order.
+
+    Another process may put or drop one meanwhile: what is returned was served at some moment. Raises EndpointFailed
+    where the config names a release that is not there.
+    """
+    # A version that is replaced is away for as long as two renames take.
+    deadline = time.monotonic() + _REPLACED_S_MAX
+    while True:
+        try:
+            versions = versions_of((folder / CONFIG_FILE).read_text())
+        except FileNotFoundError:
+            return {}
+        try:
+            return {version: _read_release(folder / version) for version in versions}
+        except FileNotFoundError as error:
+            if time.monotonic() > deadline:
+                message = (
+                    f"{folder / CONFIG_FILE} must name releases that are there, got no {error.filename}. Put it back, "
+                    "or remove the folder and deploy its releases again."
+                )
+                raise EndpointFailed(message) from None
+        time.sleep(_POLL_S)
+
+
+def _read_release(folder: Path) -> Release:
+    return Release.model_validate_json((folder / RELEASE_FILE).read_text())
 
 
 def write_whole(path: Path, text: str) -> None:

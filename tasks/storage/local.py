@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 
@@ -21,6 +22,7 @@ from tasks.storage.base import Entry
 _TICK_NS = 20_000_000
 # These may number a file anew at each mount.
 _UNSTEADY_INODES = ("fuse", "fuseblk", "9p")
+_SWEPT_MAX = 20
 
 
 class LocalStorage:
@@ -34,12 +36,12 @@ class LocalStorage:
         """Create a file durably: fsync, link without replace, fsync the folder."""
         target = self.root / path
         with local_errors(target):
-            _make_folders(target.parent)
             if target.exists():
                 return False
             temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
             try:
-                _write_synced(temporary, data)
+                with _create_with_folders(temporary) as stream:
+                    _write_synced(stream, data)
                 _link(temporary, target)
             except FileExistsError:
                 return False
@@ -207,11 +209,21 @@ def _gone(path: Path) -> SourceChanged:
     return SourceChanged(f"{path} must be there for the whole run, but is gone. Put it back, or start a new run.")
 
 
-def _write_synced(path: Path, data: bytes | memoryview) -> None:
-    with path.open("xb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
+def _create_with_folders(path: Path) -> BinaryIO:
+    """Create a file and the folders above it, which a sweep takes away as long as they are empty."""
+    for _ in range(_SWEPT_MAX):
+        # Where mkdir finds a folder that is gone at its second look, it says that a file is in the way.
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
+            _make_folders(path.parent)
+            return path.open("xb")
+    _make_folders(path.parent)
+    return path.open("xb")
+
+
+def _write_synced(stream: BinaryIO, data: bytes | memoryview) -> None:
+    stream.write(data)
+    stream.flush()
+    os.fsync(stream.fileno())
 
 
 def _link(temporary: Path, target: Path) -> None:

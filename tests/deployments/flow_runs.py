@@ -18,7 +18,7 @@ from prefect.deployments import run_deployment
 from infra.local.prefect_server import PrefectServer
 from tasks.batch.options import BatchOptions
 
-SECONDS_MAX = 240.0
+SECONDS_MAX = 400.0
 
 
 def start(deployment: str, model: str, source: Path | str, destination: Path | str, options: BatchOptions) -> FlowRun:

@@ -195,7 +195,7 @@ def test_a_workload_goes_from_online_to_a_stream_to_batches_and_each_failure_lea
     event = decision(of(EVENTS, linear), way("streaming", "micro-batches", 1.0))
     source = FromNats(url=nats.url, stream=fresh)
     sink = ToNats(subject=f"{fresh}.scores", stream=f"{fresh}-scores")
-    stream = StreamTerms(source=source, sink=sink, options=STREAM, begin_seconds=120)
+    stream = StreamTerms(source=source, sink=sink, options=STREAM, begin_seconds=300)
 
     # Online first.
     applied(asked, Terms(online=online))
@@ -229,7 +229,7 @@ def test_a_workload_goes_from_online_to_a_stream_to_batches_and_each_failure_lea
     assert [running] == unfinished()
 
     # Those that are end it.
-    done = applied(table, Terms(batch=batch(customers, tmp_path / "scores", first_run_seconds=200)))
+    done = applied(table, Terms(batch=batch(customers, tmp_path / "scores", first_run_seconds=400)))
 
     assert {f"batch-inference/{NAME}"} == deployments()
     assert ("a first run is complete", ()) == (done.verified.rpartition(", ")[2], done.left)

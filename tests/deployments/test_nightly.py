@@ -94,7 +94,7 @@ def test_a_night_on_two_machines_whose_own_worker_is_told_to_end_goes_on_with_th
         model=sleepy,
         source=str(customers),
         destination=str(destination),
-        deadline=soon(200),
+        deadline=soon(400),
         buying=BUYING.model_dump(mode="json"),
         options=OPTIONS.model_copy(update={"workers": 2}).model_dump(mode="json"),
     )

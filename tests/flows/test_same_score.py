@@ -13,7 +13,6 @@ import pytest
 from infra.local.controller import local_controller
 from infra.local.prefect_server import PrefectServer
 from infra.local.ray_cluster import ray_cluster
-from infra.local.venv import VenvFailed, make_venv
 from serving.release import Dial
 from tasks.batch.options import BatchOptions
 from tasks.batch.predictions import open_predictions
@@ -23,6 +22,7 @@ from tasks.endpoint.render import make_release
 from tasks.endpoint.resolve import resolve
 from tasks.endpoint.spec import AnyTarget, BentoML, EndpointSpec, KServe, RayServe, Seldon, Triton
 from tests.servers import triton_or_skip
+from tests.serving.targets.folder_servers import python_of
 from tests.support import write_customers
 
 # Sums of the same float32 products in another order, as batches of other sizes make them; scores here are below 1.
@@ -30,7 +30,6 @@ TOLERANCE = 1e-6
 ROWS = 300
 OTHERS = ("ray-serve", "bentoml", "kserve", "seldon")
 TARGETS = ("triton", *(pytest.param(kind, marks=pytest.mark.machines) for kind in OTHERS))
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +65,7 @@ def running(kind: str, folder: Path) -> Generator[AnyTarget]:
 
 def _by_folder(kind: str, folder: str) -> AnyTarget:
     name, make = {"bentoml": ("bentoml", BentoML), "kserve": ("kserve", KServe), "seldon": ("mlserver", Seldon)}[kind]
-    try:
-        python = str(make_venv(ROOT / f"infra/local/{name}.txt") / "bin/python")
-    except VenvFailed as error:
-        pytest.skip(f"pip install -r infra/local/{name}.txt must work in an environment of its own: {error}")
-    return make(folder=folder, python=python)
+    return make(folder=folder, python=str(python_of(name)))
 
 
 @pytest.mark.parametrize("kind", TARGETS)

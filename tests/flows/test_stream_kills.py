@@ -86,9 +86,12 @@ def test_a_scorer_that_comes_back_after_the_window_of_its_output_doubles_nothing
     sleepy: str, nats: NatsServer, nats_client: NatsClient, fresh: str, tmp_path: Path
 ) -> None:
     filled(nats_client, fresh, as_json(customers(2_000)))
-    source, sink = ends(nats, fresh, ack_wait_seconds=1.0, max_deliver=3)
-    nats_client.make(f"{fresh}-scores", f"{fresh}.scores", duplicate_window=3)
-    scorer = start(sleepy, source, sink, SLOW, tmp_path / "log")
+    # The window must be as long as a message may come again, and none may come for the last time only since the
+    # machine is slow: few are in flight, and each has seconds.
+    source, sink = ends(nats, fresh, ack_wait_seconds=4.0, max_deliver=3)
+    options = SLOW.model_copy(update={"in_flight": 80})
+    nats_client.make(f"{fresh}-scores", f"{fresh}.scores", duplicate_window=12)
+    scorer = start(sleepy, source, sink, options, tmp_path / "log")
     wait_until(lambda: scores(nats_client, fresh) > 200, "some scores", scorer)
     kill(scorer)
     # Scores that went out, and of which no acknowledgement came back.
@@ -99,8 +102,8 @@ def test_a_scorer_that_comes_back_after_the_window_of_its_output_doubles_nothing
         payload = as_json(customers(lost))[-1]
         origin = nats_client.read(f"{fresh}-scores")[0].headers["Nats-Msg-Id"].rpartition(".")[0]
         nats_client.publish(f"{fresh}.scores", [payload], [{"Nats-Msg-Id": f"{origin}.{lost}"}])
-    time.sleep(4)
-    last = start(sleepy, source, sink, SLOW, tmp_path / "log")
+    time.sleep(13)
+    last = start(sleepy, source, sink, options, tmp_path / "log")
     assert last.wait(200) == 0, (tmp_path / "log").read_text()[-3000:]
 
     assert state.num_ack_pending
@@ -175,12 +178,13 @@ def test_a_message_that_ends_the_scorer_is_among_the_dead_letters_in_the_end_and
     events = as_json(customers(30))
     events[7] = b'{"customer": 7, "a": 666}'
     filled(nats_client, fresh, events)
-    source, sink = ends(nats, fresh, ack_wait_seconds=1.0, max_deliver=8)
+    # Longer than a slow machine takes to come to a message: else it comes for the last time to a scorer that it ends.
+    source, sink = ends(nats, fresh, ack_wait_seconds=5.0, max_deliver=8)
     codes = []
     while not codes or codes[-1] != 0:
         assert len(codes) < 15
         codes.append(
-            start(deadly, source, sink, OPTIONS.model_copy(update={"idle_seconds": 3}), tmp_path / "log").wait(200)
+            start(deadly, source, sink, OPTIONS.model_copy(update={"idle_seconds": 8}), tmp_path / "log").wait(200)
         )
     dead = [each for each in nats_client.read("OVERNIGHT_DEAD") if each.subject == source.dead_subject]
 

@@ -13,7 +13,7 @@ from serving.errors import DeviceLost, ModelFailed
 from serving.forward import Forward
 from serving.predictor import Prediction, Predictor, open_predictor, settled
 from serving.registry import ModelPin
-from serving.release import Release, Runtime
+from serving.release import Dial, Release, Runtime
 from serving.targets import Rendered
 from serving.targets.written import write_folder
 from serving.torch_model import TorchModel
@@ -27,7 +27,7 @@ PIN = ModelPin(name="toy", version="1", model_id=None, source="", digest="0" * 6
 def predictor_of(module: torch.nn.Module) -> Predictor:
     model = TorchModel(module, CONTRACT)
     forward = Forward(model=model, contract=CONTRACT, batch_size=64, proven=True)
-    release = Release(endpoint="toy", pin=PIN, contract=CONTRACT)
+    release = Release(endpoint="toy", pin=PIN, contract=CONTRACT, dial=Dial(batch_size_max=64))
     return Predictor(Runtime(release=release, model=model, _forward=forward))
 
 

@@ -9,17 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from serving.errors import DependencyFault, ModelFailed, ModelUnfit
 from serving.registry import digest_folder, resolve_model
-from serving.release import MODEL_FOLDER, RELEASE_FILE, Release, Runtime, open_release
+from serving.release import MODEL_FOLDER, RELEASE_FILE, Dial, Release, Runtime, open_release
 from tests.support import register_script
 
 
-def folder_of(uri: str, folder: Path, *, rows_max: int = 4096) -> Path:
+def folder_of(uri: str, folder: Path, *, dial: Dial | None = None) -> Path:
     """Write a release of a registered model as it travels."""
     resolved = resolve_model(uri)
-    release = Release(endpoint="e", pin=resolved.pin, contract=resolved.contract({}, {}), rows_max=rows_max)
+    dial = dial or Dial(batch_size_max=64)
+    release = Release(endpoint="e", pin=resolved.pin, contract=resolved.contract({}, {}), dial=dial)
     shutil.copytree(resolved.folder, folder / MODEL_FOLDER)
     (folder / RELEASE_FILE).write_text(release.model_dump_json())
     return folder
@@ -98,6 +101,33 @@ def test_more_rows_than_one_pass_takes_are_all_answered(runtime: Runtime) -> Non
     values = np.arange(20, 5020, dtype=np.float32)
 
     np.testing.assert_array_equal(values * 2, runtime.predict({"a": values})["prediction"])
+
+
+@pytest.fixture(scope="module")
+def counting(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[Runtime]:
+    """A model that tells how many rows its pass had, behind a dial of 16 rows."""
+    uri = register_script("counting", "model_input = model_input * 0 + len(model_input) / 2")
+    folder = folder_of(uri, tmp_path_factory.mktemp("release"), dial=Dial(batch_size_max=16))
+    with open_release(folder) as runtime:
+        yield runtime
+
+
+@settings(deadline=None, max_examples=20)
+@given(rows=st.lists(st.integers(1, 40), max_size=20))
+def test_requests_are_passed_together_up_to_the_rows_of_the_dial_and_a_larger_one_alone(
+    counting: Runtime, rows: list[int]
+) -> None:
+    answers = counting.predict_each([a(*range(count)) for count in rows])
+    together = [answer["prediction"] for answer in answers if isinstance(answer, dict)]
+
+    assert rows == [len(each) for each in together]
+    assert all(each.max() <= max(16, count) for count, each in zip(rows, together, strict=True))
+
+
+def test_requests_are_passed_in_their_order_as_many_at_a_time_as_the_dial_has_room_for(counting: Runtime) -> None:
+    answers = counting.predict_each([a(*range(count)) for count in (8, 8, 1, 20, 3, 13, 1)])
+
+    assert [16, 16, 1, 20, 16, 16, 1] == [answer["prediction"][0] for answer in answers if isinstance(answer, dict)]
 
 
 def test_texts_are_tokenised_and_answered_in_their_order(minilm: str, glosses: list[str], tmp_path: Path) -> None:

@@ -1,17 +1,21 @@
 import json
 import os
+import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from infra.local.controller import Controller, local_controller
+from infra.local.controller import Controller, control, local_controller
 from infra.local.loopback import ask
 from infra.local.process import ServerFailed
+from serving.targets.written import remove_folder
 
 SERVER = """
 import http.server, sys
@@ -193,3 +197,22 @@ def test_every_server_ends_with_a_controller_that_is_killed(tmp_path: Path) -> N
 def test_one_controller_watches_a_folder(controller: Controller) -> None:
     with pytest.raises(ServerFailed, match="another one does; stop it first"):
         local_controller(controller.folder)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_releases_that_go_while_it_looks_at_them_do_not_end_it(tmp_path: Path, seed: int) -> None:
+    order, over = random.Random(seed), threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        controlling = threads.submit(control, tmp_path, over)
+        for _ in range(20):
+            # Servers that could never start: what counts is that they are looked at.
+            for at in range(60):
+                place = tmp_path / f"endpoint-{at}" / "1"
+                place.mkdir(parents=True)
+                (place / "serve.json").write_text("{}")
+            time.sleep(order.uniform(0.05, 0.15))
+            for at in order.sample(range(60), 60):
+                remove_folder(tmp_path / f"endpoint-{at}")
+            assert not controlling.done(), controlling.exception()
+        over.set()
+        controlling.result()

@@ -1,12 +1,13 @@
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from infra.local import venv as module
-from infra.local.venv import VenvFailed, make_venv, venv_folder
+from infra.local.ports import free_ports
+from infra.local.venv import RegistryUnreachable, VenvFailed, make_venv, venv_folder
 
 
 def write_wheel(folder: Path, version: str, needs: str = "") -> Path:
@@ -69,16 +70,56 @@ def test_a_requirements_file_that_is_missing_is_named(tmp_path: Path) -> None:
         make_venv(tmp_path / "no.txt")
 
 
-def test_an_environment_lies_in_the_checkout_or_in_the_cache_of_an_installed_package(
+def test_the_same_requirements_of_two_checkouts_share_an_environment_in_the_users_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    one, two = tmp_path / "one/said.txt", tmp_path / "two/said.txt"
+    for requirements in (one, two):
+        requirements.parent.mkdir()
+        requirements.write_text(f"{write_wheel(tmp_path, '1.0')}\n")
+    shared = make_venv(one)
 
-    assert Path(module.__file__).parents[2] / ".venv-kserve" == venv_folder("kserve")
+    assert shared == make_venv(two) == venv_folder(two)
+    assert [shared] == list((tmp_path / "cache/overnight/venvs").glob("said-*"))
 
-    monkeypatch.setattr(module, "_PROJECT", tmp_path)
+    two.write_text(f"{write_wheel(tmp_path, '2.0')}\n")
+    other = make_venv(two)
 
-    assert tmp_path / "cache/overnight/venvs/kserve" == venv_folder("kserve")
+    assert ("1.0", "2.0") == (says(shared), says(other))
+
+
+def test_of_several_that_make_an_environment_one_does_and_one_left_half_made_is_made_anew(tmp_path: Path) -> None:
+    requirements, folder = tmp_path / "said.txt", tmp_path / "environments/said"
+    requirements.write_text(f"{write_wheel(tmp_path, '1.0')}\n")
+    # As a process that was killed leaves it.
+    (folder / "lib").mkdir(parents=True)
+    (folder / "lib/half").touch()
+    with ThreadPoolExecutor(3) as threads:
+        made = list(threads.map(lambda _: make_venv(requirements, folder), range(3)))
+        stamps = {(each / "pyvenv.cfg").stat().st_ino for each in made}
+
+    assert ([folder] * 3, "1.0", 1) == (made, says(folder), len(stamps))
+    assert not (folder / "lib/half").exists()
+
+
+def test_a_registry_that_does_not_answer_is_told_apart_from_requirements_that_can_not_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requirements = tmp_path / "said.txt"
+    requirements.write_text("said==1.0\n")
+    (port,) = free_ports(1)
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{port}/simple")
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    with pytest.raises(RegistryUnreachable, match=r"said\.txt pins must install"):
+        make_venv(requirements, tmp_path / "said")
+
+    (tmp_path / "empty").mkdir()
+    requirements.write_text(f"--no-index\n--find-links {tmp_path}/empty\nsaid==1.0\n")
+    with pytest.raises(VenvFailed, match="No matching distribution") as failed:
+        make_venv(requirements, tmp_path / "said")
+
+    assert VenvFailed is failed.type
 
 
 def test_what_an_environment_made_by_hand_lacks_is_told_on_stderr(tmp_path: Path) -> None:

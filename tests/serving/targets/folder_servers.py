@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
-from infra.local.venv import VenvFailed, make_venv
+from infra.local.venv import RegistryUnreachable, make_venv
 from serving.encode import Encoded, Flags
 from serving.model import load_model
 from serving.oip import decode_response, encode_request
@@ -26,11 +26,11 @@ Arrays = Mapping[str, np.ndarray]
 
 
 def python_of(name: str) -> Path:
-    """The interpreter of a server's environment, made where it is not there yet; skips where it can't be made."""
+    """The interpreter of a server's environment, made where it is not there yet; skips where no registry answers."""
     try:
         return make_venv(Path(__file__).parents[3] / f"infra/local/{name}.txt") / "bin/python"
-    except VenvFailed as failure:
-        pytest.skip(f"pip install -r infra/local/{name}.txt must work in an environment of its own: {failure}")
+    except RegistryUnreachable as failure:
+        pytest.skip(f"pip install -r infra/local/{name}.txt must reach its registry: {failure}")
 
 
 def release_of(uri: str, endpoint: str, **changes: Any) -> Served:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import random
 import sys
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -14,6 +17,7 @@ from serving.registry import ModelPin
 from serving.release import Dial, Release, Scaling
 from serving.targets import Rendered
 from serving.targets.folder import FolderHost, Serve, interpreter, rendered
+from serving.targets.written import write_folder
 from tests.serving.toys import matrix
 
 CONTRACT: Contract = matrix(3)
@@ -87,6 +91,117 @@ def test_a_release_is_served_out_of_a_folder_of_its_own_until_it_is_removed(fold
         get(first.url)
     host.remove(release("2"))
     assert [] == list(folder.glob("[!.]*"))
+
+
+def test_versions_that_are_written_and_removed_at_once_never_take_each_others_folder_away(
+    tmp_path: Path,
+) -> None:
+    host = FolderHost(folder=tmp_path / "releases", target=Files())
+    # As little as can be, so that the folders are made and removed most of the time.
+    files = Rendered(files={"serve.json": b"{}"}, trees={})
+
+    def write_and_remove(version: str) -> None:
+        for _ in range(300):
+            write_folder(files, host.folder / "scores" / version)
+            assert (host.folder / "scores" / version / "serve.json").is_file()
+            host.remove(release(version))
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(write_and_remove, "1234"))
+
+    assert [] == list(host.folder.iterdir())
+
+
+def test_one_version_that_two_write_at_once_is_whole(tmp_path: Path, model: Path) -> None:
+    folder = tmp_path / "scores/1"
+
+    def write(text: str) -> None:
+        for _ in range(50):
+            write_folder(Rendered(files={"text": text.encode()}, trees={"model": model}), folder)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(write, ["one", "two", "three", "four"]))
+
+    assert {"text", "model"} == {path.name for path in folder.iterdir()}
+    assert (folder / "text").read_text() in ("one", "two", "three", "four")
+    assert [folder] == list(folder.parent.iterdir())
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_versions_that_are_deployed_and_removed_in_any_order_each_answer_with_their_own_files(
+    tmp_path: Path, model: Path, seed: int
+) -> None:
+    """Each thread has one version of the endpoint: whatever the others do, it answers until it is removed."""
+    with local_controller(tmp_path / "releases") as controller:
+        host = FolderHost(folder=controller.folder, target=Files())
+
+        def deploy_and_remove(version: str) -> None:
+            order, up = random.Random(f"{seed} {version}"), False
+            for _ in range(6):
+                if order.random() < 0.6:
+                    address, up = host.deploy(release(version), model), True
+                    assert f'"version": "{version}"' in get(address.url)
+                else:
+                    host.remove(release(version))
+                    assert not (host.folder / "scores" / version).exists()
+                    up = False
+                assert up == (host.status(release(version)) is not None)
+            host.remove(release(version))
+
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(deploy_and_remove, "1234"))
+
+        assert [] == list(controller.folder.glob("[!.]*"))
+        assert controller.process.running
+
+
+def test_a_release_that_another_removes_before_it_answers_is_told_as_removed(folder: Path, model: Path) -> None:
+    host = FolderHost(folder=folder, target=Files("import time; time.sleep(60)"))
+    place = folder / "fleeting/1"
+    with ThreadPoolExecutor(1) as threads:
+        deployed = threads.submit(host.deploy, release("1", "fleeting"), model)
+        wait_for((place / "status.json").exists)
+        host.remove(release("1", "fleeting"))
+
+        with pytest.raises(EndpointFailed, match=r"^Version 1 of fleeting must stay.* was removed meanwhile\."):
+            deployed.result(timeout=30)
+    assert not place.parent.exists()
+
+
+ENDS_SLOWLY = """
+import signal, time
+
+
+def end(*_):
+    time.sleep(1.5)
+    pathlib.Path("ended").read_text()
+    pathlib.Path("../../.ended-well").touch()
+    raise SystemExit
+
+
+signal.signal(signal.SIGTERM, end)
+"""
+
+
+def test_of_two_that_remove_a_release_both_wait_until_its_server_has_ended(folder: Path, model: Path) -> None:
+    server = SERVER.replace("\n\nclass", f"\n{ENDS_SLOWLY}\n\nclass", 1)
+    host = FolderHost(folder=folder, target=Files(server))
+    host.deploy(release("1", "slow"), model)
+    (folder / "slow/1/ended").touch()
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(host.remove, release("1", "slow"))
+        wait_for(lambda: not (folder / "slow/1/serve.json").exists())
+        host.remove(release("1", "slow"))
+
+        assert (folder / ".ended-well").exists()
+        first.result()
+
+
+def wait_for(met: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not met():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
 
 
 def test_a_release_that_is_up_stays_and_one_with_another_dial_takes_its_place(folder: Path, model: Path) -> None:

@@ -30,10 +30,12 @@ from tests.support import register_mlp, register_network, register_slow
 
 pytest.importorskip("ray", reason="Ray is an extra: pip install 'overnight[ray]'")
 
-pytestmark = pytest.mark.machines
+# A cluster, and each replica on it, takes seconds to start, and many of them where others use the machine too.
+pytestmark = [pytest.mark.timeout(1500), pytest.mark.machines]
 
 FEATURES = 8
 DIAL = Dial(batch_size_max=16, wait_ms_max=2)
+_START_S_MAX = 600.0
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def host(cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> RaySe
         folder=folder,
         target=RayServe(folder=str(folder), keep_warm_seconds=3),
         token=cluster.token,
-        ready_seconds_max=120,
+        ready_seconds_max=_START_S_MAX,
     )
 
 
@@ -74,7 +76,7 @@ def versions(registry: Path) -> list[Put]:
 @pytest.fixture(scope="module")
 def busy(registry: Path) -> Put:
     """A model that takes its time, and whose queue is short."""
-    return release_of(register_slow("ray-busy", ["a"], seconds=0.1), "busy")
+    return release_of(register_slow("ray-busy", ["a"], seconds=0.3), "busy")
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +156,7 @@ def asking(address: Address) -> Generator[list[str]]:
     stop, failed, served = threading.Event(), [], []
 
     def ask() -> None:
-        with httpx.Client(timeout=60) as client:
+        with httpx.Client(timeout=_START_S_MAX) as client:
             while not stop.is_set():
                 answer = client.post(f"{model_url(address)}/infer", json=document(1, FEATURES))
                 (served if answer.status_code == 200 else failed).append(answer.text)
@@ -183,8 +185,9 @@ def test_a_release_is_replaced_while_it_serves(host: RayServeHost, mlp: Put, add
 def test_requests_beyond_the_queue_are_answered_429(busy: Put, addresses: dict[str, Address]) -> None:
     x = {"name": "a", "shape": [1, 1], "datatype": "FP32", "data": [1.0]}
     url = f"{model_url(addresses['busy-1'])}/infer"
-    with ThreadPoolExecutor(32) as pool:
-        answers = list(pool.map(lambda _: httpx.post(url, json={"inputs": [x]}, timeout=60), range(32)))
+    # One client, since making 32 of them may take longer than the requests that are to be there at once.
+    with httpx.Client(timeout=_START_S_MAX) as client, ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(lambda _: client.post(url, json={"inputs": [x]}), range(32)))
     refused = [answer for answer in answers if answer.status_code != 200]
 
     assert {429} == {answer.status_code for answer in refused}
@@ -228,15 +231,15 @@ def test_a_replica_that_is_killed_is_started_again(
 ) -> None:
     replica = replica_pid(cluster, "mlp")
     os.kill(replica, signal.SIGKILL)
-    wait_for(lambda: replica_pid(cluster, "mlp") not in (0, replica), 60)
-    wait_for(lambda: httpx.get(f"{model_url(address)}/ready").is_success, 60)
+    wait_for(lambda: replica_pid(cluster, "mlp") not in (0, replica), _START_S_MAX)
+    wait_for(lambda: is_ready(address), _START_S_MAX)
     check_scores(mlp, address)
 
 
 def test_a_release_goes_to_zero_and_the_next_request_wakes_it(
     cluster: RayCluster, sleeper: Put, addresses: dict[str, Address]
 ) -> None:
-    wait_for(lambda: replica_pid(cluster, "sleeper") == 0, 120)
+    wait_for(lambda: replica_pid(cluster, "sleeper") == 0, _START_S_MAX)
     x_NF = rows(2, FEATURES)
     scores = infer(addresses["sleeper-1"], sleeper, x_NF)
 
@@ -260,6 +263,14 @@ def test_a_cluster_that_does_not_answer_or_is_not_ours_is_named(host: RayServeHo
 def check_scores(put: Put, address: Address) -> None:
     x_NF = rows(3, FEATURES)
     np.testing.assert_allclose(infer(address, put, x_NF), put.predict(x_NF), rtol=0, atol=TOLERANCE)
+
+
+def is_ready(address: Address) -> bool:
+    """Whether it answers that it is ready; Ray may hold a request for as long as it has no replica."""
+    try:
+        return httpx.get(f"{model_url(address)}/ready").is_success
+    except httpx.TransportError:
+        return False
 
 
 def replica_pid(cluster: RayCluster, endpoint: str) -> int:

@@ -135,13 +135,16 @@ def test_requests_that_are_collected_get_their_own_answers_and_bad_ones_among_th
 
 
 def test_requests_are_collected_into_passes_of_at_most_the_dials_rows(serving: Serving) -> None:
-    bodies = [double(float(at + 2), rows=1 + at % 3) for at in range(48)]
+    # As many requests as the dial has rows have six times its rows; one has more than it alone.
+    bodies = [double(float(at + 2), rows=5 + at % 3) for at in range(47)] + [double(49.0, rows=40)]
     with ThreadPoolExecutor(48) as threads:
         answers = list(threads.map(lambda body: post(serving.addresses[3], body).json(), bodies))
-    together = {row for answer in answers for row in output(answer, "together")}
+    together = {row for answer in answers[:-1] for row in output(answer, "together")}
 
-    assert 1 < max(together) <= BATCHING.batch_size_max
-    assert [[2.0 * (at + 2)] * (1 + at % 3) for at in range(48)] == [output(answer, "double") for answer in answers]
+    assert 7 < max(together) <= BATCHING.batch_size_max
+    assert {40} == set(output(answers[-1], "together"))
+    expected = [[2.0 * (at + 2)] * (5 + at % 3) for at in range(47)] + [[98.0] * 40]
+    assert expected == [output(answer, "double") for answer in answers]
 
 
 def test_a_row_without_an_answer_fails_its_own_request_alone(serving: Serving) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from serving.contract import Contract
+from serving.errors import EndpointFailed
 from serving.registry import ModelPin
 from serving.release import Release
 from serving.targets import Rendered
@@ -122,3 +125,32 @@ def test_a_version_that_the_config_does_not_name_is_none(tmp_path: Path) -> None
     (fraud / CONFIG_FILE).unlink()
 
     assert {} == read_releases(fraud)
+
+
+def test_who_reads_releases_finds_those_before_or_after_whatever_is_put_and_dropped_meanwhile(tmp_path: Path) -> None:
+    fraud, version_1 = put(tmp_path, "old"), {"1": _RELEASE}
+    files = {"fraud/2/release.json": _RELEASE.model_dump_json().encode()}
+
+    def put_and_drop() -> None:
+        for _ in range(30):
+            put(tmp_path, "new")
+            with replaced(fraud, "2", Rendered(files=files)):
+                write_whole(fraud / CONFIG_FILE, write_config("fraud", _RELEASE, ["1", "2"]))
+            write_whole(fraud / CONFIG_FILE, write_config("fraud", _RELEASE, ["1"]))
+            shutil.rmtree(fraud / "2")
+
+    with ThreadPoolExecutor(1) as threads:
+        changing = threads.submit(put_and_drop)
+        while not changing.done():
+            assert read_releases(fraud) in (version_1, {**version_1, "2": _RELEASE})
+        changing.result()
+
+
+def test_a_release_that_the_config_names_and_that_is_missing_for_good_is_told(tmp_path: Path) -> None:
+    fraud = put(tmp_path, "old")
+    (fraud / "1/release.json").unlink()
+
+    with pytest.raises(
+        EndpointFailed, match=r"config\.pbtxt must name releases that are there, got no .*1/release\.json"
+    ):
+        read_releases(fraud)

@@ -225,6 +225,33 @@ def test_a_write_that_was_swept_away_for_nothing_is_a_storage_fault(
         folder.put_new("run=a/part", b"data")
 
 
+@pytest.mark.parametrize("synced", [2, 3])
+def test_a_folder_that_is_swept_while_it_is_made_for_a_write_is_made_again(
+    folder: LocalStorage, monkeypatch: pytest.MonkeyPatch, synced: int
+) -> None:
+    """Each new folder's parent is synced: the root's first, then the root, then run=a."""
+    fsync, calls = os.fsync, 0
+
+    def sync_and_sweep(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        fsync(descriptor)
+        if calls == synced:
+            folder.sweep("run=a")
+
+    monkeypatch.setattr(os, "fsync", sync_and_sweep)
+
+    assert folder.put_new("run=a/worker=1/part", b"data")
+    assert b"data" == folder.read("run=a/worker=1/part")
+    assert synced < calls
+
+
+def test_a_file_in_the_place_of_a_folder_is_told_as_such(folder: LocalStorage) -> None:
+    folder.put_new("run=a", b"no folder")
+    with pytest.raises(DestinationUnusable, match=r"run=a/part must be a place for files below folders"):
+        folder.put_new("run=a/part", b"data")
+
+
 def test_a_sweep_takes_unfinished_writes_and_empty_folders_alone(folder: LocalStorage) -> None:
     for path in ("run=a/part", "run=a/notes.tmp", "run=ab/.part.0.tmp"):
         folder.put_new(path, b"x")
