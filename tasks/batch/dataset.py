@@ -26,8 +26,7 @@ from serving.errors import (
     SourceNotFound,
     StorageFault,
 )
-from serving.machine import cores
-from tasks.storage import Entry, LocalStorage, Storage, open_storage, select
+from tasks.storage import Entry, Storage, open_storage, select
 
 SOURCE_FILE, SOURCE_ROW = "source_file", "source_row"
 
@@ -44,7 +43,6 @@ _FORMATS = {
 }
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _UNDECODED = re.compile("[\ud800-\udfff]")
-_READERS_REMOTE = 16
 _PROBLEMS_SHOWN = 20
 
 T = TypeVar("T")
@@ -160,7 +158,7 @@ def in_parallel(storage: Storage, work: Callable[[T], R], items: Sequence[T]) ->
 
     Each worker takes a run of items: handing over one by one costs as much as a footer.
     """
-    readers = min(cores() if isinstance(storage, LocalStorage) else _READERS_REMOTE, len(items))
+    readers = min(storage.reads_at_once, len(items))
     if readers <= 1:
         return [work(item) for item in items]
     edges = [len(items) * at // (readers * 4) for at in range(readers * 4 + 1)]

@@ -175,6 +175,7 @@ def make_plan(
     source: Snapshot,
     dataset: Dataset,
     sizes: Sizes,
+    planned_at: datetime | None = None,
 ) -> Plan:
     """Cut a dataset into chunks and shards.
 
@@ -186,7 +187,7 @@ def make_plan(
     plan = Plan(
         key=key,
         run=options.name or key,
-        planned_at=datetime.now(UTC),
+        planned_at=planned_at or datetime.now(UTC),
         model=model,
         contract=contract,
         options=options,
