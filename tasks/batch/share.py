@@ -196,7 +196,11 @@ class Share:
         """
         waited: set[ChunkId] = set()
         while not self.rests():
-            left = self._chunks - self._parts() - self._faulted - self._claimed
+            parts = self._parts()
+            with self._lock:
+                # Another worker may have set a part aside since this one began.
+                self._known &= parts
+                left = self._chunks - parts - self._faulted - self._claimed
             if not left:
                 return None
             foreign = self._foreign()

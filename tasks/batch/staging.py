@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from serving.contract import Contract, Frozen
 from serving.errors import SourceEmpty, StorageFault
@@ -53,7 +53,7 @@ def stage(
         data = destination.read(listing)
         if data is None:
             raise _gone(destination, folder, listing)
-        copies += _Copies.validate_json(data)
+        copies += _read_listing(data, destination, folder, listing)
     if not copies:
         message = f"The source must hold at least one row, got none in {len(snapshot.files)} files below {source.url}."
         raise SourceEmpty(message)
@@ -68,6 +68,17 @@ class _Copy(Frozen):
 
 
 _Copies = TypeAdapter(list[_Copy])
+
+
+def _read_listing(data: bytes, destination: Storage, folder: str, path: str) -> list[_Copy]:
+    try:
+        return _Copies.validate_json(data)
+    except ValidationError as error:
+        message = (
+            f"{destination.address(path)} must list the copies of a source file, got: {error.errors()[0]['msg']}. To "
+            f"make them again, delete {destination.address(f'{folder}/staged')} and call again."
+        )
+        raise StorageFault(message) from error
 
 
 def _pinned(copies: Sequence[_Copy], destination: Storage, folder: str) -> tuple[SourceFile, ...]:

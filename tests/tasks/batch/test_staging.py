@@ -334,3 +334,13 @@ def test_a_staged_copy_is_pinned_as_any_source(place: str) -> None:
     assert storage.find(file.path) == file.entry
     with storage.open_pinned(file.entry) as stream:
         assert pq.read_metadata(stream).num_rows == 5
+
+
+def test_a_list_of_copies_that_is_cut_short_is_a_storage_fault_by_name(tmp_path: Path) -> None:
+    source = put(f"{tmp_path}/in", {"a.csv": csv(0, 5)})
+    staged(source, f"{tmp_path}/out")
+    listing = tmp_path / "out" / FOLDER / "staged" / "a.csv.json"
+    listing.write_bytes(listing.read_bytes()[:20])
+
+    with pytest.raises(StorageFault, match=r"a\.csv\.json must list the copies .* delete .*staged"):
+        staged(source, f"{tmp_path}/out")
