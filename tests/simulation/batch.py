@@ -8,18 +8,19 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 from serving.errors import OvernightError
 from tasks.batch.dataset import take_snapshot
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Plan, load_plan, load_start, run_key, save_start
-from tasks.batch.publish import Audit, Manifest, audit_parts, count_rejects, find_whole, publish
+from tasks.batch.publish import Audit, Manifest, audit_parts, count_rejects, find_whole, must_add_up, publish
 from tasks.batch.run import Call, Found, find_published, plan_call, plan_slots, restage, state_memory
 from tasks.batch.score import Scored, Scorer, check_rejects
 from tasks.batch.share import Host
-from tasks.storage import Storage, open_storage
+from tasks.storage import Storage, check_create_only, open_storage
 from tests.simulation.data import CONTRACT, Source, ToyModel, ToyResolved, expected, load_toy
+from tests.simulation.delta import DeltaOracle
 from tests.simulation.oracle import Oracle
 from tests.simulation.scheduler import Actor, ActorExecutor, Killed, Process, Scheduler, Stuck
 from tests.simulation.storage import SimulatedStorage
@@ -48,6 +49,7 @@ class BatchWorld:
     source_storage: SimulatedStorage
     destination: SimulatedStorage
     oracle: Oracle
+    delta: DeltaOracle | None
     menu: list[BatchOptions]
     mischief: list[str]
     callers: int
@@ -111,6 +113,8 @@ class BatchWorld:
         self.scheduler.join(actor)
         # Whatever it had running besides ends with it.
         process.alive = False
+        if self.delta is not None:
+            self.delta.check()
         try:
             actor.value()
         except Killed:
@@ -132,6 +136,7 @@ class BatchWorld:
         found = self._find_plan(flow_run, storage)
         manifest, plan = found.complete, found.plan
         if manifest is None:
+            check_create_only(storage)
             plan = restage(plan, storage) if found.damaged else plan
             audit = self._score(plan, storage, flow_run.options, process)
             manifest = publish(storage, plan, audit)
@@ -141,6 +146,8 @@ class BatchWorld:
         self.scheduler.tell(f"{flow_run.id} returns run {manifest.run}")
         if plan.key != manifest.key:
             self.oracle.violations.append(f"a call returned a manifest of key {manifest.key} for plan {plan.key}")
+        if self.delta is not None:
+            self.delta.check(manifest.key)
         self.oracle.check_returned(manifest.run, manifest.key, flow_run.keys, self.began[process])
 
     def _find_plan(self, flow_run: FlowRun, storage: Storage) -> Found:
@@ -191,6 +198,7 @@ class BatchWorld:
             audit = audit_parts(storage, plan)
             if not audit.missing:
                 break
+        must_add_up(plan, audit)
         check_rejects(sum(count.rows for count in count_rejects(audit)), plan, fraction)
         return audit
 
@@ -259,10 +267,10 @@ class BatchWorld:
         self.oracle.damaged_at = self.scheduler.steps
 
 
-def make_menu(chance: random.Random) -> list[BatchOptions]:
+def make_menu(chance: random.Random, output: Literal["parquet", "delta"]) -> list[BatchOptions]:
     """Return the options that calls choose from: the same call with other slots, and one or two others."""
     keys = chance.choice([("id",), ()])
-    name = chance.choice([None, None, "nightly"])
+    name = chance.choice([None, None, "nightly"]) if output == "parquet" else None
     base = BatchOptions(
         key_columns=keys,
         name=name,
@@ -271,6 +279,8 @@ def make_menu(chance: random.Random) -> list[BatchOptions]:
         slots=chance.randint(1, 3),
         memory_mb=1024,
         max_reject_fraction=1.0,
+        output=output,
+        delta_mode=chance.choice(["append", "replace"]),
     )
     menu = [base, base.model_copy(update={"slots": chance.randint(1, 3)})]
     if chance.random() < 0.6:

@@ -47,19 +47,19 @@ class Oracle:
             known = self.planned.get(match[1])
             self.planned[match[1]] = Planned(began=min(began, known.began) if known else began, written=step)
         elif match := _MANIFEST.fullmatch(path):
-            self.check_run(match[1], began)
+            self._check_run(match[1], began)
 
     def check_returned(self, run: str, key: str, allowed: Sequence[str], began: int) -> None:
         """Check what a call that returned has published; `allowed` are the keys that its flow run has asked for."""
         if key not in allowed:
             self.violations.append(f"a call returned run {run} of key {key}, which it did not ask for")
-        self.check_run(run, began, key)
+        self._check_run(run, began, key)
         self.check_newest(began)
 
-    def check_run(self, run: str, began: float, key: str | None = None) -> None:
-        """Check the table of one run."""
+    def _check_run(self, run: str, began: float, key: str | None = None) -> None:
+        """Check the table of one run; where a call returned it, with a key, a reader must not be refused."""
         manifest = self._manifest(run)
-        table = self._read(run, began)
+        table = self._read(run, began, is_returned=key is not None)
         if manifest is None or table is None:
             return
         if key is not None and manifest["key"] != key:
@@ -71,7 +71,7 @@ class Oracle:
     def check_newest(self, began: float) -> None:
         """Check that the table without a run's name is that of a run that no newer one is complete beside."""
         complete = [run for run in self.planned if self._manifest(run) is not None]
-        newest = [run for run in complete if not any(self._is_newer(other, run) for other in complete)]
+        newest = [run for run in complete if not any(self.is_newer(other, run) for other in complete)]
         if not newest:
             return
         table = self._read(None, began)
@@ -81,15 +81,17 @@ class Oracle:
         if all(compare(table, self.wanted.get(manifest["key"])) for manifest in manifests if manifest):
             self.violations.append(f"the newest table is none of the newest runs: {newest}")
 
-    def _is_newer(self, run: str, other: str) -> bool:
-        return self.planned[run].began > self.planned[other].written
+    def is_newer(self, run: str, other: str) -> bool:
+        """Whether a run was called for after another one was planned."""
+        known = run in self.planned and other in self.planned
+        return known and self.planned[run].began > self.planned[other].written
 
-    def _read(self, run: str | None, began: float) -> pl.DataFrame | None:
+    def _read(self, run: str | None, began: float, *, is_returned: bool = False) -> pl.DataFrame | None:
         """Return what a reader gets, None where it is refused."""
         try:
             return open_predictions(str(self.folder), run).collect()
         except OvernightError as error:
-            if began > self.damaged_at and run is not None:
+            if is_returned and began > self.damaged_at:
                 self.violations.append(f"run {run} was published, but opening it is refused: {error}")
         except (OSError, pl.exceptions.PolarsError) as error:
             if began > self.damaged_at and (run is not None or self.damaged_at < 0):
@@ -108,16 +110,7 @@ def compare(table: pl.DataFrame, wanted: list[Answered] | None) -> str:
     """Return how a table differs from what is wanted, empty where it does not."""
     if wanted is None:
         return "a key that nobody asked for"
-    keys = table.columns[: table.columns.index("y")]
-    found = sorted(
-        zip(
-            (tuple(str(value) for value in row) for row in table.select(keys).iter_rows()),
-            table["y"].to_list(),
-            table[REJECT_REASON].is_not_null().to_list(),
-            strict=True,
-        ),
-        key=repr,
-    )
+    found = answers_of(table)
     if found == wanted:
         return ""
     names = [key for key, _, _ in found]
@@ -125,3 +118,11 @@ def compare(table: pl.DataFrame, wanted: list[Answered] | None) -> str:
     strangers = set(names) - {key for key, _, _ in wanted}
     doubled = len(names) - len(set(names))
     return f"{len(missing)} rows missing, {len(strangers)} strange, {doubled} doubled, of {len(wanted)}"
+
+
+def answers_of(table: pl.DataFrame) -> list[Answered]:
+    """Return the rows of a table, in order."""
+    keys = table.columns[: table.columns.index("y")]
+    names = (tuple(str(value) for value in row) for row in table.select(keys).iter_rows())
+    rejects = table[REJECT_REASON].is_not_null().to_list()
+    return sorted(zip(names, table["y"].to_list(), rejects, strict=True), key=repr)

@@ -11,6 +11,7 @@ from pathlib import Path
 from tasks.storage import register_scheme
 from tests.simulation.batch import DESTINATION, SOURCE, BatchWorld, make_menu
 from tests.simulation.data import Source
+from tests.simulation.delta import DeltaOracle
 from tests.simulation.oracle import Oracle
 from tests.simulation.scheduler import Scheduler, Stuck
 from tests.simulation.storage import SimulatedDisk, SimulatedStorage, Weather
@@ -24,7 +25,7 @@ _MISCHIEF = (
 )
 _STREAM_MISCHIEF = ("promote_model", "delete_everything", "delete_plan", "damage_part")
 _DELIVERY_RATE = 0.1
-_STREAM_SHARE = 0.2
+_STREAM_SHARE, _DELTA_SHARE = 0.2, 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +72,19 @@ def _make_batch(chance: random.Random, scratch: Path) -> BatchWorld:
     destination = storages[DESTINATION]
     if chance.random() < 0.3:
         storages[SOURCE].weather = Weather(error=0.02, lag=0.2)
+    oracle = Oracle(destination.root)
+    menu = make_menu(chance, "delta" if destination.is_disk and chance.random() < _DELTA_SHARE else "parquet")
+    is_delta = menu[0].output == "delta"
     return BatchWorld(
         scheduler=scheduler,
         chance=chance,
         source=Source(storages[SOURCE], chance, chance.choice(["parquet", "parquet", "csv"])),
         source_storage=storages[SOURCE],
         destination=destination,
-        oracle=Oracle(destination.root),
-        menu=make_menu(chance),
-        mischief=[what for what in _MISCHIEF if chance.random() < 0.4],
+        oracle=oracle,
+        delta=DeltaOracle(oracle, menu[0].delta_mode == "replace") if is_delta else None,
+        menu=menu,
+        mischief=[what for what in _MISCHIEF if chance.random() < 0.4 and not (is_delta and what == "damage_part")],
         callers=chance.randint(1, 3),
         calls=chance.randint(2, 4),
     )
