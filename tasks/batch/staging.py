@@ -42,7 +42,8 @@ def stage(
     """
     source = open_storage(snapshot.root)
     listed = {entry.path for entry in destination.entries(f"{folder}/staged")}
-    listings = {f"{folder}/staged/{file.path}.json": file for file in snapshot.files}
+    made_for = _digest(snapshot, contract, keys)
+    listings = {f"{folder}/staged/{file.path}.{made_for}.json": file for file in snapshot.files}
     if new := [listing for listing in listings if listing not in listed]:
         wanted = _wanted(source, snapshot, contract, keys)
         for listing in new:
@@ -59,6 +60,12 @@ def stage(
         raise SourceEmpty(message)
     files = _pinned(copies, destination, folder)
     return Snapshot(root=destination.url, format="parquet", files=files)
+
+
+def _digest(snapshot: Snapshot, contract: Contract, keys: tuple[str, ...]) -> str:
+    """Return what a list of copies is tied to: a call under the same name over other files has lists of its own."""
+    told = f"{snapshot.model_dump_json()}\n{contract.model_dump_json()}\n{keys}"
+    return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
 
 
 class _Copy(Frozen):

@@ -168,6 +168,16 @@ def test_copies_that_another_version_cut_elsewhere_are_not_mixed_in(
     assert [f"{at:05d}" for at in range(100)] == [row["id"] for row in rows(snapshot, "id")]
 
 
+def test_copies_of_what_a_file_was_before_are_not_taken_for_what_it_is(place: str) -> None:
+    put(f"{place}/in", {"x.csv": csv(0, 5)})
+    staged(f"{place}/in", f"{place}/out")
+    open_storage(f"{place}/in").delete(["x.csv"])
+    put(f"{place}/in", {"x.csv": csv(5, 9)})
+    snapshot = staged(f"{place}/in", f"{place}/out")
+
+    assert ["00005", "00006", "00007", "00008"] == [row["id"] for row in rows(snapshot, "id")]
+
+
 def test_files_without_rows_among_others_have_no_copies(place: str) -> None:
     put(f"{place}/in", {"a.csv": b"", "b.csv": b"id,a\n", "c.csv": csv(0, 2)})
 
