@@ -10,14 +10,17 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
 
-from serving.errors import OvernightError
+from serving.errors import BadInput, Interrupted, OvernightError
 from tasks.batch.dataset import take_snapshot
 from tasks.batch.options import BatchOptions
-from tasks.batch.plan import Plan, load_plan, load_start, run_key, save_start
+from tasks.batch.parts import count_rows_done
+from tasks.batch.plan import Plan, Start, load_begun, load_start, run_key, save_start
 from tasks.batch.publish import Audit, Manifest, audit_parts, count_rejects, find_whole, must_add_up, publish
 from tasks.batch.run import Call, Found, find_published, plan_call, plan_slots, restage, state_memory
 from tasks.batch.score import Scored, Scorer, check_rejects
 from tasks.batch.share import Host
+from tasks.spot.drain import Drain
+from tasks.spot.notice import sigterm
 from tasks.storage import Storage, check_create_only, open_storage
 from tests.simulation.data import CONTRACT, Source, ToyModel, ToyResolved, expected, load_toy
 from tests.simulation.delta import DeltaOracle
@@ -27,15 +30,17 @@ from tests.simulation.storage import SimulatedStorage
 
 SOURCE, DESTINATION = "sim://source", "sim://destination"
 _PASSES_MAX = 3
-_MISCHIEF_SECONDS = 4.0
+_MISCHIEF_SECONDS, _PAUSE_SECONDS = 4.0, 2.0
+_RESUMES, _JOINS = 0.5, 0.2
 
 
 @dataclass(kw_only=True)
 class FlowRun:
-    """A flow run: what it was called with, and the keys that its attempts have asked for."""
+    """A flow run: what it was called with, which one it joins, and the keys that its attempts have asked for."""
 
     id: str
     options: BatchOptions
+    joins: str | None = None
     keys: list[str] = field(default_factory=list)
 
 
@@ -56,8 +61,11 @@ class BatchWorld:
     calls: int
     refusals: Counter[str] = field(default_factory=Counter)
     version: int = 1
+    clocks_differ: bool = False
     began: dict[Process, int] = field(default_factory=dict)
     is_over: bool = False
+    unfinished: list[FlowRun] = field(default_factory=list)
+    drains: list[Drain] = field(default_factory=list)
     _ids: int = 0
 
     @property
@@ -93,21 +101,28 @@ class BatchWorld:
         self.oracle.see_put(path, self.scheduler.steps, began)
 
     def _call_often(self) -> None:
-        flow_run = None
         for _ in range(self.calls):
-            if flow_run is None or self.chance.random() < 0.3:
-                flow_run = self._new_flow_run(self.chance.choice(self.menu))
-            if self._attempt_apart(flow_run):
-                flow_run = None
-            self.scheduler.sleep(self.chance.expovariate(1.0))
+            resumes = self.unfinished and self.chance.random() < _RESUMES
+            flow_run = self.chance.choice(self.unfinished) if resumes else self._new_flow_run()
+            if not resumes:
+                self.unfinished.append(flow_run)
+            if self._attempt_apart(flow_run) and flow_run in self.unfinished:
+                self.unfinished.remove(flow_run)
+            self.scheduler.sleep(self.chance.expovariate(1 / _PAUSE_SECONDS))
 
-    def _new_flow_run(self, options: BatchOptions) -> FlowRun:
+    def _new_flow_run(self, options: BatchOptions | None = None) -> FlowRun:
         self._ids += 1
-        return FlowRun(id=f"flow-{self._ids}", options=options)
+        name = f"flow-{self._ids}"
+        if options is None and self.unfinished and self.chance.random() < _JOINS:
+            other = self.chance.choice(self.unfinished)
+            return FlowRun(id=name, options=other.options, joins=other.id, keys=other.keys)
+        return FlowRun(id=name, options=options or self.chance.choice(self.menu))
 
     def _attempt_apart(self, flow_run: FlowRun) -> bool:
         """Make an attempt in a process of its own; return whether it came to its end."""
         process = Process(f"{flow_run.id}.{self.scheduler.steps}")
+        if self.clocks_differ:
+            process.clock_error = timedelta(minutes=self.chance.uniform(-600, 600))
         self.began[process] = self.scheduler.steps
         actor = self.scheduler.spawn(process, process.name, lambda: self._attempt(flow_run, process))
         self.scheduler.join(actor)
@@ -151,18 +166,26 @@ class BatchWorld:
         self.oracle.check_returned(manifest.run, manifest.key, flow_run.keys, self.began[process])
 
     def _find_plan(self, flow_run: FlowRun, storage: Storage) -> Found:
-        run = load_start(storage, flow_run.id)
-        if run is None:
+        start = self._find_start(flow_run, storage)
+        if start is None:
             call = self._pin(flow_run)
             found = find_published(storage, self._plan(call, storage), None)
-            run = found.plan.run if found.complete else save_start(storage, flow_run.id, found.plan.run)
-            if run == found.plan.run:
+            planned = Start(run=found.plan.run, key=found.plan.key)
+            start = planned if found.complete else save_start(storage, flow_run.id, planned)
+            if start == planned:
                 return found
-        standing = load_plan(storage, run)
-        if standing is None:
-            message = f"The plan of run {run} must be there, since this flow run began it, but is gone."
-            raise OvernightError(message)
-        return find_published(storage, standing, None)
+        return find_published(storage, load_begun(storage, start), None)
+
+    def _find_start(self, flow_run: FlowRun, storage: Storage) -> Start | None:
+        """Return what a flow run is tied to, as flows.workers does it, but for the wait."""
+        start = load_start(storage, flow_run.id)
+        if start is not None or flow_run.joins is None:
+            return start
+        joined = load_start(storage, flow_run.joins)
+        if joined is None:
+            message = f"Flow run {flow_run.joins} must have begun a run for this one to join, but has not."
+            raise BadInput(message)
+        return save_start(storage, flow_run.id, joined)
 
     def _pin(self, flow_run: FlowRun) -> Call:
         resolved: Any = ToyResolved(self.version)
@@ -191,8 +214,12 @@ class BatchWorld:
         )
         fraction = options.max_reject_fraction
         scorer = Scorer(plan=plan, destination=storage, model=model, max_reject_fraction=fraction, host=host)
+        self.drains.append(scorer.drain)
         for _ in range(_PASSES_MAX):
             scored = self._score_pass(scorer, slots, process)
+            if scorer.drain.notice is not None and count_rows_done(storage, plan) < plan.rows:
+                message = "This process was told to go."
+                raise Interrupted(message)
             if scored.faults and find_whole(storage, plan.run) is None:
                 raise next(iter(scored.faults.values()))
             audit = audit_parts(storage, plan)
@@ -233,7 +260,7 @@ class BatchWorld:
 
     def _delete_everything(self) -> None:
         self._erase(r"_overnight/.*")
-        self.oracle.planned.clear()
+        self.oracle.forget_order()
 
     def _delete_run(self) -> None:
         if runs := sorted(self.oracle.planned):
@@ -256,10 +283,14 @@ class BatchWorld:
                 self.destination.write(path, data[: len(data) // 2])
             self.oracle.damaged_at = self.scheduler.steps
 
-    def _move_clock(self) -> None:
-        for process in list(self.began):
-            if process.alive:
-                process.clock_error = timedelta(minutes=self.chance.uniform(-600, 600))
+    def _move_clocks(self) -> None:
+        self.clocks_differ = True
+        for process in self.began:
+            process.clock_error = timedelta(minutes=self.chance.uniform(-600, 600))
+
+    def _give_notice(self) -> None:
+        if self.drains:
+            self.chance.choice(self.drains).hear(sigterm(self.chance.uniform(0.1, 5)))
 
     def _erase(self, pattern: str) -> None:
         paths = [path for path in self.destination.objects if re.fullmatch(pattern, path)]

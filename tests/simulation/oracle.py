@@ -24,7 +24,7 @@ class Planned:
     """When a run was planned: the step at which the first such call began, and that of its last written plan."""
 
     began: float
-    written: int
+    written: float
 
 
 @dataclass
@@ -48,6 +48,10 @@ class Oracle:
             self.planned[match[1]] = Planned(began=min(began, known.began) if known else began, written=step)
         elif match := _MANIFEST.fullmatch(path):
             self._check_run(match[1], began)
+
+    def forget_order(self) -> None:
+        """Take note that all records were deleted: runs that were planned before have no order any more."""
+        self.planned = {run: Planned(began=float("-inf"), written=float("inf")) for run in self.planned}
 
     def check_returned(self, run: str, key: str, allowed: Sequence[str], began: int) -> None:
         """Check what a call that returned has published; `allowed` are the keys that its flow run has asked for."""

@@ -19,9 +19,10 @@ from tests.simulation.stream import StreamWorld, make_log
 
 STEPS_MAX = 20_000
 _FAULTS = ("error", "refused", "unanswered", "doubled", "late", "torn", "lost", "lag")
+_CHANGES = ("change_source", "promote_model")
 _MISCHIEF = (
-    *("change_source", "promote_model", "delete_everything", "delete_run", "delete_plan", "delete_starts"),
-    *("damage_part", "move_clock"),
+    *("delete_everything", "delete_run", "delete_plan", "delete_starts"),
+    *("damage_part", "move_clocks", "give_notice"),
 )
 _STREAM_MISCHIEF = ("promote_model", "delete_everything", "delete_plan", "damage_part")
 _DELIVERY_RATE = 0.1
@@ -75,6 +76,8 @@ def _make_batch(chance: random.Random, scratch: Path) -> BatchWorld:
     oracle = Oracle(destination.root)
     menu = make_menu(chance, "delta" if destination.is_disk and chance.random() < _DELTA_SHARE else "parquet")
     is_delta = menu[0].output == "delta"
+    # Without other rows or another model there is one run alone.
+    mischief = [what for what in _CHANGES if chance.random() < 0.7] + [w for w in _MISCHIEF if chance.random() < 0.3]
     return BatchWorld(
         scheduler=scheduler,
         chance=chance,
@@ -84,9 +87,9 @@ def _make_batch(chance: random.Random, scratch: Path) -> BatchWorld:
         oracle=oracle,
         delta=DeltaOracle(oracle, menu[0].delta_mode == "replace") if is_delta else None,
         menu=menu,
-        mischief=[what for what in _MISCHIEF if chance.random() < 0.4 and not (is_delta and what == "damage_part")],
+        mischief=[what for what in mischief if not (is_delta and what == "damage_part")],
         callers=chance.randint(1, 3),
-        calls=chance.randint(2, 4),
+        calls=chance.randint(2, 5),
     )
 
 
@@ -127,5 +130,5 @@ def _make_weather(chance: random.Random) -> Weather:
     """Return some of the faults, each often enough to be met: a seed with all of them seldom comes to an end."""
     rates = {fault: chance.choice([0.01, 0.05]) for fault in _FAULTS if chance.random() < 0.3}
     if chance.random() < 0.6:
-        rates["kill"] = chance.choice([0.002, 0.01, 0.03])
+        rates["kill"] = chance.choice([0.005, 0.01, 0.03])
     return Weather(**rates, is_create_only=chance.random() >= 0.1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from serving.errors import BadInput
-from tasks.storage import LocalStorage, open_storage
+from tasks.storage import LocalStorage, open_storage, register_scheme
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,11 @@ def test_an_s3_address_names_a_bucket(address: str) -> None:
 @pytest.mark.parametrize("address", ["s3://lake/a", "s3://lake/a/", "s3://lake/a//"])
 def test_slashes_at_the_end_of_an_s3_address_make_no_difference(address: str) -> None:
     assert open_storage(address).url == "s3://lake/a"
+
+
+def test_a_registered_scheme_opens_a_storage_of_ones_own(tmp_path: Path) -> None:
+    register_scheme("memory-of-a-test", lambda url: LocalStorage(tmp_path / url.removeprefix("memory-of-a-test://")))
+
+    assert str(tmp_path / "a/b") == open_storage("memory-of-a-test://a/b").url
+    with pytest.raises(BadInput, match="An address must be"):
+        open_storage("another-scheme://a/b")
