@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 MAKEFLAGS += --no-print-directory
 .PHONY: demo demo-endpoint demo-modes demo-stream deploy lint types check format clean
 .PHONY: test test-flows test-stations test-kills test-machines test-servers test-workers test-nights
-.PHONY: chaos bench-batch bench-peers bench-resume bench-gpu bench-spot bench-nightly bench-workers bench-endpoint bench-stream
+.PHONY: simulate chaos bench-batch bench-peers bench-resume bench-gpu bench-spot bench-nightly bench-workers bench-endpoint bench-stream
 .PHONY: bench-modes
 
 $(STAMP): pyproject.toml constraints.txt infra/local/wheels.txt
@@ -87,6 +87,11 @@ check: test
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The planner, scorer, publisher and parts of streams over a storage that fails in every way it can, from seeds.
+# SEED=123 replays one and prints its steps, SEEDS=2000 for more than 200, FIRST=5000 for others.
+simulate: $(STAMP)
+	@$(BIN)/python -m tests.simulation
 
 # Two workers under SIGKILL at random times, on the disk and on S3, held against an undisturbed run. SEED=1 for other
 # kills, ROWS=10000000 for the synthetic table instead of the flights.

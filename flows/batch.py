@@ -20,13 +20,13 @@ from flows.context import flow_run_id
 from flows.notices import Left, heeding, is_resumed_by_prefect, leave
 from flows.runners import check_runner, score_shards
 from flows.workers import check_workers, find_start, is_beside_another, start_workers
-from serving.errors import OvernightError, SourceFault
+from serving.errors import SourceFault
 from serving.model import Model
 from tasks.batch.artifacts import Logger, Watch, publish_artifacts
 from tasks.batch.lineage import record_failure, record_lineage
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_rows_done
-from tasks.batch.plan import Plan, load_plan, save_start
+from tasks.batch.plan import Plan, Start, load_begun, save_start
 from tasks.batch.publish import (
     Audit,
     Manifest,
@@ -110,20 +110,17 @@ def _find_plan(model: str, source: str, storage: Storage, options: BatchOptions,
     """Return the plan of this flow run: its earlier attempt's, that of one it joins, the same call's, or a new one."""
     this = flow_run_id()
     with _timed(seconds, "resolve"):
-        run = find_start(storage, this, options.joins)
-        call = None if run else pin_call(model, source, storage.url, options)
+        start = find_start(storage, this, options.joins)
+        call = None if start else pin_call(model, source, storage.url, options)
     with _timed(seconds, "plan"), _caller_threads_kept():
         if call is not None:
             found = find_published(storage, plan_call(call, storage), call.resolved)
+            planned = Start(run=found.plan.run, key=found.plan.key)
             # A call that is answered already leaves no trace.
-            run = found.plan.run if found.complete else save_start(storage, this, found.plan.run)
-            if run == found.plan.run:
+            start = planned if found.complete else save_start(storage, this, planned)
+            if start == planned:
                 return found
-        standing = load_plan(storage, str(run))
-    if standing is None:
-        message = f"The plan of run {run} must be there, since this flow run began it, but is gone from {storage.url}."
-        raise OvernightError(message)
-    return find_published(storage, standing, None)
+        return find_published(storage, load_begun(storage, start), None)
 
 
 def _say(plan: Plan, slots: int, memory: int, logger: Logger) -> None:

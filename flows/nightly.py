@@ -227,7 +227,8 @@ class _Pools:
 
     def _parameters(self) -> Mapping[str, Any]:
         # A later run joins one that has begun, whatever the source is by then; one that was lost before has nothing.
-        begun = (sent for sent in self._sent if load_start(self.storage, str(sent)) == self.call.run)
+        starts = ((sent, load_start(self.storage, str(sent))) for sent in self._sent)
+        begun = (sent for sent, start in starts if start is not None and start.run == self.call.run)
         options = self.call.options.model_copy(update={"joins": next(begun, None), "workers": 1})
         return {
             "model": self.call.resolved.pin.uri,

@@ -20,7 +20,7 @@ from flows.context import flow_run
 from serving.errors import BadInput, RunnerUnusable
 from tasks.batch.artifacts import Logger
 from tasks.batch.options import BatchOptions
-from tasks.batch.plan import load_start, save_start
+from tasks.batch.plan import Start, load_start, save_start
 from tasks.storage import Storage
 
 _START_SECONDS_MAX = 120.0
@@ -50,15 +50,15 @@ def check_workers(source: str, destination: str, options: BatchOptions) -> None:
         raise RunnerUnusable(message)
 
 
-def find_start(storage: Storage, flow_run_id: str, joins: UUID | None) -> str | None:
+def find_start(storage: Storage, flow_run_id: str, joins: UUID | None) -> Start | None:
     """Return the run that a flow run is tied to: by its earlier attempt, or by the flow run that it joins.
 
     None where it begins a run itself. Waits for the one that it joins to have resolved its call. Raises
     BadInput where that one has begun no run at this destination by then.
     """
-    run = load_start(storage, flow_run_id)
-    if run is not None or joins is None:
-        return run
+    start = load_start(storage, flow_run_id)
+    if start is not None or joins is None:
+        return start
     until = time.monotonic() + _START_SECONDS_MAX
     while (joined := load_start(storage, str(joins))) is None:
         if time.monotonic() > until:

@@ -155,7 +155,13 @@ _END = object()
 
 
 def ahead(items: Iterable[T], depth: int) -> Generator[T]:
-    """Yield items that a thread of its own makes up to `depth` ahead; its errors come through here."""
+    """Yield items that a thread of its own makes up to `depth` ahead; its errors come through here.
+
+    With a depth of 0 there is no such thread: each item is made when it is asked for.
+    """
+    if not depth:
+        yield from items
+        return
     ready: queue.Queue[object] = queue.Queue(depth)
     stop = threading.Event()
 

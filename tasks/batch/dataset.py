@@ -26,7 +26,6 @@ from serving.errors import (
     SourceNotFound,
     StorageFault,
 )
-from serving.machine import cores
 from tasks.batch.commit_log import find_commit_log, must_be_loose
 from tasks.batch.footer import FooterReader, GroupBytes
 from tasks.storage import Entry, LocalStorage, Selection, Storage, open_storage, select
@@ -46,7 +45,6 @@ _FORMATS = {
 }
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _UNDECODED = re.compile("[\ud800-\udfff]")
-_READERS_REMOTE = 16
 _PROBLEMS_SHOWN = 20
 
 T = TypeVar("T")
@@ -210,7 +208,7 @@ def in_parallel(storage: Storage, work: Callable[[T], R], items: Sequence[T]) ->
 
     Each worker takes a run of items: handing over one by one costs as much as a footer.
     """
-    readers = min(cores() if isinstance(storage, LocalStorage) else _READERS_REMOTE, len(items))
+    readers = min(storage.reads_at_once, len(items))
     if readers <= 1:
         return [work(item) for item in items]
     edges = [len(items) * at // (readers * 4) for at in range(readers * 4 + 1)]

@@ -198,7 +198,7 @@ def _commit(storage: Storage, table: DeltaTable | None, plan: Plan, schema: Delt
     if table is None:
         options = delta_options(storage)
         create_table_with_add_actions(
-            storage.url, schema, adds, "error", storage_options=options, commit_properties=properties
+            storage.address(""), schema, adds, "error", storage_options=options, commit_properties=properties
         )
         return
     # Delta itself takes files of any columns into any table.
@@ -219,10 +219,10 @@ def _delta_table(storage: Storage) -> DeltaTable | None:
 
     options = delta_options(storage)
     with _delta_errors(storage):
-        if not DeltaTable.is_deltatable(storage.url, storage_options=options):
+        if not DeltaTable.is_deltatable(storage.address(""), storage_options=options):
             return None
         try:
-            return DeltaTable(storage.url, storage_options=options)
+            return DeltaTable(storage.address(""), storage_options=options)
         except DeltaError as error:
             message = (
                 f"The Delta table at {storage.url} must open, got: {error}. Mend it, or choose another destination."

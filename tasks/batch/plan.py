@@ -211,6 +211,7 @@ def make_plan(
     source: Snapshot,
     dataset: Dataset,
     sizes: Sizes,
+    planned_at: datetime | None = None,
 ) -> Plan:
     """Cut a dataset into chunks and shards.
 
@@ -223,7 +224,7 @@ def make_plan(
     plan = Plan(
         key=key,
         run=options.name or key,
-        planned_at=datetime.now(UTC),
+        planned_at=planned_at or datetime.now(UTC),
         model=model,
         contract=contract,
         options=options,
@@ -411,22 +412,39 @@ def held_to_key(plan: Plan, key: str) -> Plan:
 
 
 class Start(Frozen):
-    """What ties the attempts of one flow run to one run."""
+    """What ties the attempts of one flow run to one run: its name, and the key that it was planned with.
+
+    Those of earlier releases have no key.
+    """
 
     run: str
+    key: str = ""
 
 
-def save_start(storage: Storage, flow_run_id: str, run: str) -> str:
-    """Tie a flow run to a run, create-only; return the run that it is tied to."""
+def save_start(storage: Storage, flow_run_id: str, start: Start) -> Start:
+    """Tie a flow run to a run, create-only; return what it is tied to."""
     path = f"{ROOT}/starts/{flow_run_id}.json"
-    storage.put_new(path, Start(run=run).model_dump_json().encode())
-    return load_start(storage, flow_run_id) or run
+    storage.put_new(path, start.model_dump_json().encode())
+    return load_start(storage, flow_run_id) or start
 
 
-def load_start(storage: Storage, flow_run_id: str) -> str | None:
-    """Return the run that an earlier attempt of this flow run was tied to, None for a first attempt."""
-    start = read_record(storage, f"{ROOT}/starts/{flow_run_id}.json", Start)
-    return None if start is None else start.run
+def load_start(storage: Storage, flow_run_id: str) -> Start | None:
+    """Return what an earlier attempt of this flow run was tied to, None for a first attempt."""
+    return read_record(storage, f"{ROOT}/starts/{flow_run_id}.json", Start)
+
+
+def load_begun(storage: Storage, start: Start) -> Plan:
+    """Return the plan that an earlier attempt of a flow run has begun.
+
+    Raises OvernightError where it is gone, RunNameTaken where another call was planned in its place since.
+    """
+    plan = load_plan(storage, start.run)
+    if plan is None:
+        message = (
+            f"The plan of run {start.run} must be there, since this flow run began it, but is gone from {storage.url}."
+        )
+        raise OvernightError(message)
+    return held_to_key(plan, start.key) if start.key else plan
 
 
 def used_columns(contract: Contract, options: BatchOptions, schema: pa.Schema) -> list[str]:

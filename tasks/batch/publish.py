@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from serving.contract import Frozen
-from serving.errors import PublishRefused, RunDamaged, RunNameTaken
+from serving.errors import PublishRefused, RunDamaged, RunNameTaken, StorageFault
 from serving.registry import ModelPin
 from tasks.batch.dataset import in_parallel
 from tasks.batch.delta import commit_delta
@@ -134,7 +134,10 @@ def publish(storage: Storage, plan: Plan, audit: Audit) -> Manifest:
     storage.sweep(f"run={plan.run}")
     storage.delete([entry.path for entry in storage.entries(f"{plan.folder}/staged")])
     storage.sweep(plan.folder)
-    standing = find_manifest(storage, plan.run) or manifest
+    standing = find_manifest(storage, plan.run)
+    if standing is None:
+        message = f"The manifest of run {plan.run} must be readable once written, but is gone from {storage.url}."
+        raise StorageFault(message)
     must_be_of(standing, plan)
     if standing.plan_digest == manifest.plan_digest or find_damage(storage, standing):
         _must_be_those_published(standing, manifest)

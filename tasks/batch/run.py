@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 from serving.contract import Contract
 from serving.errors import ModelUnfit, RunDamaged
-from serving.model import Model, load_model
+from serving.model import Model, Tunable, load_model
 from serving.registry import Resolved, open_model, resolve_model
 from tasks.batch.dataset import Dataset, Snapshot, open_dataset
 from tasks.batch.delta import check_delta
@@ -29,6 +31,19 @@ from tasks.batch.source import pin_source
 from tasks.batch.staging import stage
 from tasks.batch.tuning import settle_sizes
 from tasks.storage import Storage, check_create_only
+
+
+class Loader(Protocol):
+    """How a resolved model becomes one that predicts, as load_model does it."""
+
+    def __call__(self, resolved: Resolved, contract: Contract, *, allow_pickle: bool) -> Tunable:
+        """Return the model; raises ModelUnfit."""
+        ...
+
+
+def utc_now() -> datetime:
+    """Return the time by this machine's clock."""
+    return datetime.now(UTC)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,10 +80,13 @@ def find_complete(storage: Storage, call: Call) -> Manifest | None:
     return manifest if manifest is not None and manifest.key == call.key else None
 
 
-def plan_call(call: Call, storage: Storage) -> Plan:
+def plan_call(
+    call: Call, storage: Storage, *, load: Loader = load_model, clock: Callable[[], datetime] = utc_now
+) -> Plan:
     """Return the plan of a call: the one that is written already, or a new one, written first.
 
-    Everything that can be refused is refused here, before anything is scored.
+    Everything that can be refused is refused here, before anything is scored. `load` loads the model that the plan is
+    made for, `clock` says when that is.
     """
     standing = load_plan(storage, call.run)
     if standing is not None:
@@ -79,7 +97,7 @@ def plan_call(call: Call, storage: Storage) -> Plan:
     order_held = 0
     if call.options.output == "delta":
         order_held = check_delta(storage, part_schema(call.contract, call.options, dataset), call.key)
-    model = load_model(call.resolved, call.contract, allow_pickle=call.options.allow_pickle)
+    model = load(call.resolved, call.contract, allow_pickle=call.options.allow_pickle)
     plan = make_plan(
         key=call.key,
         model=call.resolved.pin,
@@ -88,6 +106,7 @@ def plan_call(call: Call, storage: Storage) -> Plan:
         source=call.snapshot,
         dataset=dataset,
         sizes=settle_sizes(call.resolved, model, call.contract, call.options, dataset),
+        planned_at=clock(),
     )
     state_memory(plan, plan_slots(call.options, model.using(plan.engine)), call.options)
     check_create_only(storage)

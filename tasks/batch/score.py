@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
@@ -20,13 +20,11 @@ from serving.model import Model, must_be_unchanged
 from tasks.batch.batches import ahead, open_reader
 from tasks.batch.parts import ChunkId, Reasons, count_reasons, encode_part, key_names, part_path
 from tasks.batch.plan import Plan
-from tasks.batch.share import Share, Turn
+from tasks.batch.share import Host, Share, Turn
 from tasks.spot.drain import Drain
 from tasks.storage import Storage
 
 STAGES = ("read", "encode", "forward", "write")
-
-_BLOCKS_AHEAD = 2
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,10 +75,12 @@ class Scorer:
         max_reject_fraction: float,
         joined: bool = False,
         pauses: Callable[[], Iterator[float]] = retry_pauses,
+        host: Host | None = None,
     ) -> None:
         self.plan, self.destination, self.model = plan, destination, model
-        self.drain = Drain()
-        self.share = Share(plan, destination, self.drain, joined=joined)
+        self.host = host or Host()
+        self.drain = Drain(self.host.clock)
+        self.share = Share(plan, destination, self.drain, joined=joined, host=self.host)
         self.max_reject_fraction = max_reject_fraction
         self.pauses = pauses
         self._lock = threading.Lock()
@@ -93,7 +93,7 @@ class Scorer:
         raised stops the other slots too.
         """
         try:
-            with self.model.slot(), ThreadPoolExecutor(1, thread_name_prefix="write-behind") as writer:
+            with self.model.slot(), self.host.writer() as writer:
                 return _Slot(self, writer).score(shard)
         except BaseException:
             self.share.stop.set()
@@ -118,7 +118,7 @@ class _Open:
 
     turn: Turn
     rows_left: int
-    started: float = field(default_factory=time.perf_counter)
+    started: float
     keys: list[pa.Table] = field(default_factory=list)
     predictions: list[Predictions] = field(default_factory=list)
     flags: list[Flags] = field(default_factory=list)
@@ -135,9 +135,9 @@ class _Open:
 class _Slot:
     """One stream of forward passes: blocks come in from a reading thread, whole chunks go out to a writing one."""
 
-    def __init__(self, scorer: Scorer, writer: ThreadPoolExecutor) -> None:
+    def __init__(self, scorer: Scorer, writer: Executor) -> None:
         self._scorer, self._plan, self._share, self._writer = scorer, scorer.plan, scorer.share, writer
-        self._chunks = scorer.plan.chunks
+        self._chunks, self._host = scorer.plan.chunks, scorer.host
         self._forward = Forward(
             *(scorer.model, scorer.plan.contract, scorer.plan.batch_size), goes_on=self._goes_on, pauses=scorer.pauses
         )
@@ -147,7 +147,7 @@ class _Slot:
         self._done = Scored()
 
     def score(self, shard: int) -> Scored:
-        with closing(ahead(self._read(shard), _BLOCKS_AHEAD)) as items:
+        with closing(ahead(self._read(shard), self._host.blocks_ahead)) as items:
             try:
                 for item in items:
                     if (self._held is None or isinstance(item, Turn)) and self._share.rests():
@@ -172,7 +172,7 @@ class _Slot:
     def _goes_on(self) -> bool:
         """Return whether the chunk in hand is gone on with; asked before each batch."""
         held = self._held
-        return held is None or self._share.goes_on(held.turn, time.perf_counter() - held.started)
+        return held is None or self._share.goes_on(held.turn, self._host.clock() - held.started)
 
     def _read(self, shard: int) -> Generator[Turn | _Block]:
         """Yield each turn, then its blocks; runs in the read-ahead thread."""
@@ -199,7 +199,7 @@ class _Slot:
 
     def _open(self, turn: Turn) -> _Open | None:
         if self._share.still_wanted(turn):
-            return _Open(turn=turn, rows_left=self._chunks[turn.chunk].rows)
+            return _Open(turn=turn, rows_left=self._chunks[turn.chunk].rows, started=self._host.clock())
         self._release(turn)
         return None
 
@@ -224,7 +224,7 @@ class _Slot:
             data = encode_part(self._plan, self._chunks[chunk], keys, predictions, flags, batch_size)
             must_be_unchanged(self._plan.model)
             won = self._scorer.destination.put_new(part_path(self._plan, chunk), data)
-        self._share.scored(chunk, time.perf_counter() - held.started, won=won)
+        self._share.scored(chunk, self._host.clock() - held.started, won=won)
         self._done.rows += len(flags.code_N)
         self._done.chunks += 1
         if won:

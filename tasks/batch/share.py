@@ -9,8 +9,9 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 from tasks.batch.parts import ChunkId, list_parts, part_path
 from tasks.batch.plan import Plan
@@ -31,6 +32,26 @@ class Turn:
     helping: bool
 
 
+def _one_thread() -> Executor:
+    return ThreadPoolExecutor(1, thread_name_prefix="write-behind")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """What scoring takes from the machine that it runs on: time, chance and threads. A simulation has its own.
+
+    `clock` counts seconds, `wait` waits for an event at most so many of them, and `random` spreads workers over shards:
+    nothing else depends on its values. A slot reads up to `blocks_ahead` blocks ahead in a thread of its own, with 0 in
+    that of the slot, and writes parts by a `writer` of its own.
+    """
+
+    clock: Callable[[], float] = time.monotonic
+    wait: Callable[[threading.Event, float], bool] = threading.Event.wait
+    random: random.Random = field(default_factory=random.Random)
+    blocks_ahead: int = 2
+    writer: Callable[[], Executor] = _one_thread
+
+
 class Share:
     """What this process has taken of a plan; its methods may be called from many threads at once.
 
@@ -38,11 +59,14 @@ class Share:
     alone what has been begun.
     """
 
-    def __init__(self, plan: Plan, destination: Storage, drain: Drain, *, joined: bool = False) -> None:
+    def __init__(
+        self, plan: Plan, destination: Storage, drain: Drain, *, joined: bool = False, host: Host | None = None
+    ) -> None:
         self._plan, self._destination, self._drain, self._joined = plan, destination, drain, joined
         self._rows = {chunk: each.rows for chunk, each in plan.chunks.items()}
         self._chunks = set(self._rows)
-        self._random = random.Random()  # noqa: S311 - spreads workers over shards; nothing depends on its values
+        self._host = host or Host()
+        self._random = self._host.random
         self._lock = threading.Lock()
         self._known: set[ChunkId] = set()
         self._claimed: set[ChunkId] = set()
@@ -172,7 +196,11 @@ class Share:
         """
         waited: set[ChunkId] = set()
         while not self.rests():
-            left = self._chunks - self._parts() - self._faulted - self._claimed
+            parts = self._parts()
+            with self._lock:
+                # Another worker may have set a part aside since this one began.
+                self._known &= parts
+                left = self._chunks - parts - self._faulted - self._claimed
             if not left:
                 return None
             foreign = self._foreign()
@@ -195,6 +223,6 @@ class Share:
         """
         chunk_seconds = self.chunk_seconds(chunk) or 1.0
         patience = min(max(self._random.uniform(1.5, 4.0) * chunk_seconds, _PATIENCE_MIN), _PATIENCE_MAX)
-        until = time.monotonic() + patience
-        while time.monotonic() < until and not self.rests() and not self._exists(chunk):
-            self.stop.wait(min(patience / 10, 1.0))
+        until = self._host.clock() + patience
+        while self._host.clock() < until and not self.rests() and not self._exists(chunk):
+            self._host.wait(self.stop, min(patience / 10, 1.0))

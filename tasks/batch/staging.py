@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
 from serving.contract import Contract, Frozen
 from serving.errors import SchemaMismatch, SourceEmpty, StorageFault
@@ -41,7 +42,8 @@ def stage(
     """
     source = open_storage(snapshot.root)
     listed = {entry.path for entry in destination.entries(f"{folder}/staged")}
-    listings = {f"{folder}/staged/{file.path}/listing.json": file for file in snapshot.files}
+    made_for = _digest(snapshot, contract, keys)
+    listings = {f"{folder}/staged/{file.path}/listing-{made_for}.json": file for file in snapshot.files}
     for path, file in listings.items():
         if path not in listed:
             wanted = _wanted(contract, keys)
@@ -58,6 +60,12 @@ def stage(
     return Snapshot(root=destination.url, format="parquet", files=files, columns_missing=missing)
 
 
+def _digest(snapshot: Snapshot, contract: Contract, keys: tuple[str, ...]) -> str:
+    """Return what a list of copies is tied to: a call under the same name over other files has lists of its own."""
+    told = f"{snapshot.model_dump_json()}\n{contract.model_dump_json()}\n{keys}"
+    return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
+
+
 class _Copy(Frozen):
     path: str
     origin: str
@@ -71,13 +79,6 @@ class _Listing(Frozen):
     columns: tuple[str, ...]
 
 
-def _read_listing(destination: Storage, folder: str, path: str) -> _Listing:
-    data = destination.read(path)
-    if data is None:
-        raise _gone(destination, folder, path)
-    return _Listing.model_validate_json(data)
-
-
 def _find_missing(snapshot: Snapshot, listings: Sequence[_Listing], wanted: Wanted) -> tuple[str, ...]:
     """Return the columns that no line of any file has; a field that a whole file lacks is null there."""
     found = {name for listing in listings for name in listing.columns}
@@ -88,6 +89,20 @@ def _find_missing(snapshot: Snapshot, listings: Sequence[_Listing], wanted: Want
         )
         raise SchemaMismatch(message)
     return tuple(name for name in wanted.names if name not in found)
+
+
+def _read_listing(destination: Storage, folder: str, path: str) -> _Listing:
+    data = destination.read(path)
+    if data is None:
+        raise _gone(destination, folder, path)
+    try:
+        return _Listing.model_validate_json(data)
+    except ValidationError as error:
+        message = (
+            f"{destination.address(path)} must list the copies of a source file, got: {error.errors()[0]['msg']}. To "
+            f"make them again, delete {destination.address(f'{folder}/staged')} and call again."
+        )
+        raise StorageFault(message) from error
 
 
 def _pinned(copies: Sequence[_Copy], destination: Storage, folder: str) -> tuple[SourceFile, ...]:

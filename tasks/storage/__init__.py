@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -25,11 +26,13 @@ __all__ = [
     "copy_pinned",
     "local_errors",
     "open_storage",
+    "register_scheme",
     "s3_options",
     "select",
 ]
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_openers: dict[str, Callable[[str], Storage]] = {"s3": S3Storage}
 _FILE_URL = re.compile(r"file:(?://(?:localhost)?)?(/(?!/).*)", re.DOTALL)
 
 
@@ -37,7 +40,8 @@ def open_storage(url: str) -> Storage:
     """Open a local folder (a path or file://) or an S3 prefix (s3://bucket/prefix).
 
     On S3 the endpoint comes from the environment (AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL) and the
-    credentials from the boto3 chain. Raises BadInput for any other scheme, and for control characters.
+    credentials from the boto3 chain. Raises BadInput for any other scheme that is not registered, and for control
+    characters.
     """
     if _CONTROL.search(unquote(url) if url.startswith("file:") else url):
         message = f"An address must hold no control characters, such as tabs and newlines, got {url!r}. Rename it."
@@ -48,11 +52,22 @@ def open_storage(url: str) -> Storage:
             "the environment."
         )
         raise BadInput(message)
-    if url.startswith("s3://"):
-        return S3Storage(url)
+    scheme, separator, _ = url.partition("://")
+    if separator and scheme in _openers:
+        return _openers[scheme](url)
     if file := _FILE_URL.fullmatch(url):
         return LocalStorage(Path(unquote(file[1])))
     if url and not url.startswith("file:") and "://" not in url:
         return LocalStorage(Path(url).expanduser().absolute())
     message = f"An address must be a path, file:///path or s3://bucket/prefix, got {url!r}."
     raise BadInput(message)
+
+
+def register_scheme(scheme: str, opener: Callable[[str], Storage]) -> None:
+    """Have open_storage open addresses that begin with `scheme://` by a storage of one's own, in this process.
+
+    Args:
+        scheme: The scheme alone, such as "memory". The last opener that is registered for it stands.
+        opener: Is given the whole address.
+    """
+    _openers[scheme] = opener

@@ -29,6 +29,11 @@ class Storage(Protocol):
 
     url: str
 
+    @property
+    def reads_at_once(self) -> int:
+        """How many objects are worth reading side by side."""
+        ...
+
     def put_new(self, path: str, data: bytes | memoryview) -> bool:
         """Create an object durably; False where one of that name stands already, which is kept."""
         ...

@@ -27,6 +27,7 @@ from obstore.store import S3Store
 from serving.errors import BadInput, OvernightError, SourceChanged, StorageDenied, StorageFault
 from tasks.storage.base import Entry
 
+_READS_AT_ONCE = 16
 _DENIED = re.compile("AccessDenied|InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken|Access Denied")
 # As obstore's client says it of a name that it can't ask for.
 _UNFIT_NAME = re.compile(r'invalid path: .*?[Pp]ath "(.*?)"', re.DOTALL)
@@ -39,6 +40,11 @@ class S3Storage:
         self.url = "s3://" + url.removeprefix("s3://").rstrip("/")
         with _s3_errors(self.url):
             self._store = _s3_store(self.url)
+
+    @property
+    def reads_at_once(self) -> int:
+        """Many: a read mostly waits."""
+        return _READS_AT_ONCE
 
     def put_new(self, path: str, data: bytes | memoryview) -> bool:
         """Create an object with If-None-Match: *; False where one stands already."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from serving.contract import Contract, Frozen
 from serving.engine import Engine
-from serving.errors import RunDamaged, SourceChanged
+from serving.errors import RunDamaged, SourceChanged, StorageFault
 from serving.registry import ModelPin
 from tasks.batch.dataset import Snapshot, in_parallel
 from tasks.batch.options import BatchOptions
@@ -36,6 +36,7 @@ from tasks.stream.message import Poison
 from tasks.stream.rows import NUMBER, PlacedRows, group_rows, join_rows, unread_rows
 from tasks.stream.score import Scored
 
+_PART = re.compile(r"/part-(\d+)-(\d+)")
 # The newest may be read while the next is written; whoever has listed the one before still finds it.
 _MANIFESTS_KEPT = 3
 
@@ -112,15 +113,27 @@ class PartsSink:
             path = part_path(self._plan, (partition, start))
             data = encode_part(self._plan, None, rows.keys, rows.predictions, rows.flags, self._plan.batch_size)
             won = self._storage.put_new(path, data)
-            self._read_chain()
+            self._read_chain([(partition, start)])
+            if (partition, start) not in self._parts:
+                message = (
+                    f"{self._storage.address(path)} must be readable once written, but is gone. Call again: the stream "
+                    "goes on behind the last part that stands."
+                )
+                raise StorageFault(message)
             if won:
                 return
 
-    def _read_chain(self) -> None:
-        """Read the footers of parts that are not known yet, and follow each partition to its end."""
-        listed = list_parts(self._storage, self._plan)
-        new = [at for at in listed if at not in self._parts]
-        for at, part in zip(new, in_parallel(self._storage, lambda at: self._read(listed[at]), new), strict=True):
+    def _read_chain(self, known: Iterable[ChunkId] = ()) -> None:
+        """Read the footers of parts that are not read yet, and follow each partition to its end.
+
+        A listing may lag behind: those that are known to have been written are looked for by name.
+        """
+        found = list_parts(self._storage, self._plan)
+        for at in known:
+            if at not in found and (entry := self._storage.find(part_path(self._plan, at))) is not None:
+                found[at] = entry
+        new = [at for at in found if at not in self._parts]
+        for at, part in zip(new, in_parallel(self._storage, lambda at: self._read(found[at]), new), strict=True):
             self._parts[at] = part
         for partition in {partition for partition, _ in self._parts}:
             end = self.positions.get(partition, 0)
@@ -173,6 +186,9 @@ class PartsSink:
         while True:
             numbers = self._manifests()
             newest = read_record(self._storage, self._manifest(numbers[-1]), Manifest) if numbers else None
+            if newest is not None and (others := self._unread(newest)):
+                # Another scorer wrote them since the parts were listed: the table never goes back behind them.
+                self._read_chain(others)
             parts = [self._parts[at].footer for at in sorted(self._parts)]
             listed = tuple(ManifestPart(path=f.path, rows=f.rows, bytes=f.bytes) for f in parts)
             if not parts or (newest is not None and newest.parts == listed):
@@ -183,6 +199,12 @@ class PartsSink:
                 self._storage.delete([self._manifest(old) for old in numbers[: 1 - _MANIFESTS_KEPT]])
                 return
             self._read_chain()
+
+    def _unread(self, manifest: Manifest) -> list[ChunkId]:
+        """Return the parts of a manifest that were not read yet."""
+        read = {part.footer.path for part in self._parts.values()}
+        names = (_PART.search(part.path) for part in manifest.parts if part.path not in read)
+        return [(int(name[1]), int(name[2])) for name in names if name]
 
     def _manifest_of(
         self, footers: Sequence[PartFooter], listed: tuple[ManifestPart, ...], number: int, newest: Manifest | None

@@ -359,7 +359,7 @@ class TestTheSameRun:
 
         inner = flows.batch.save_start
 
-        def changed_after_the_plan(*args: object) -> str:
+        def changed_after_the_plan(*args: object) -> object:
             (customers / "customers-01.parquet").touch()
             return inner(*args)
 

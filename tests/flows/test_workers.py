@@ -88,8 +88,11 @@ class TestJoining:
         (started,) = (tmp_path / "scores/_overnight/starts").iterdir()
         storage = open_storage(str(tmp_path / "scores"))
 
-        assert first.run == workers.find_start(storage, "second", UUID(started.stem))
-        assert first.run == workers.find_start(storage, "second", uuid.uuid4())
+        begun = workers.find_start(storage, "second", UUID(started.stem))
+
+        assert begun is not None
+        assert first.run == begun.run
+        assert begun == workers.find_start(storage, "second", uuid.uuid4())
         assert workers.find_start(storage, "third", None) is None
 
     def test_a_flow_run_that_began_nothing_there_is_named(

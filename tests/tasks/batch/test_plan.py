@@ -24,6 +24,7 @@ from tasks.batch.plan import (
     Piece,
     Plan,
     Sizes,
+    Start,
     block_rows,
     chunk_rows,
     cut_chunks,
@@ -31,6 +32,7 @@ from tasks.batch.plan import (
     digest_chunk,
     digest_plan,
     held_to_key,
+    load_begun,
     load_plan,
     load_start,
     make_plan,
@@ -383,10 +385,22 @@ def test_a_plan_of_another_version_is_told_by_its_address(storage: Storage, data
 
 def test_the_attempts_of_a_flow_run_are_tied_to_the_first_ones_run(storage: Storage) -> None:
     assert load_start(storage, "flow") is None
-    assert save_start(storage, "flow", "first") == "first"
-    assert save_start(storage, "flow", "second") == "first"
-    assert load_start(storage, "flow") == "first"
+    first, second = Start(run="first", key="1"), Start(run="second", key="2")
+    assert save_start(storage, "flow", first) == first
+    assert save_start(storage, "flow", second) == first
+    assert load_start(storage, "flow") == first
     assert load_start(storage, "other") is None
+
+
+def test_a_flow_run_goes_on_with_what_it_began_or_is_told_why_not(storage: Storage, made: Plan) -> None:
+    start = Start(run=made.run, key=made.key)
+    with pytest.raises(OvernightError, match="must be there, since this flow run began it, but is gone"):
+        load_begun(storage, start)
+    save_plan(storage, made)
+
+    assert made == load_begun(storage, start) == load_begun(storage, Start(run=made.run))
+    with pytest.raises(RunNameTaken, match="already holds a run of another plan"):
+        load_begun(storage, start.model_copy(update={"key": "of a call that another took the name of"}))
 
 
 def test_a_plan_that_does_not_fit_says_what_would(made: Plan) -> None:

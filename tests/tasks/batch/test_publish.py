@@ -6,11 +6,12 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from serving.errors import DestinationUnusable, PublishRefused, RunDamaged, RunNameTaken
+from serving.errors import DestinationUnusable, PublishRefused, RunDamaged, RunNameTaken, StorageFault
 from tasks.batch.dataset import Snapshot, take_snapshot
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import part_path
@@ -53,6 +54,18 @@ def test_a_run_whose_parts_are_all_there_is_published(destination: Storage, plan
     assert [entry.size for entry in destination.entries(f"run={plan.run}")] == [part.bytes for part in manifest.parts]
     assert [("a", "null", len(plan.chunks))] == [(count.column, count.reason, count.rows) for count in manifest.rejects]
     assert manifest.rows_rejected == len(plan.chunks)
+
+
+def test_a_manifest_that_is_not_there_once_written_is_told(plan: Plan, tmp_path: Path) -> None:
+    class Forgetful(LocalStorage):
+        def put_new(self, path: str, data: bytes | memoryview) -> bool:
+            return path.endswith("manifest.json") or super().put_new(path, data)
+
+    storage = Forgetful(tmp_path / "elsewhere")
+    put_parts(plan, storage)
+
+    with pytest.raises(StorageFault, match=f"The manifest of run {plan.run} must be readable once written"):
+        publish(storage, plan, audit_parts(storage, plan))
 
 
 @pytest.mark.parametrize("left_out", [0, 1, -1])

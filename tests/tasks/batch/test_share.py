@@ -39,3 +39,30 @@ def test_one_who_has_joined_takes_nothing_of_a_begun_shard_before_it_has_waited_
         turns.close()
 
     assert [False, True] == found
+
+
+def test_a_part_that_is_set_aside_during_a_pass_is_scored_in_that_pass(tmp_path: Path) -> None:
+    source = put(f"{tmp_path}/in", {"a.parquet": numbers(0, 80)})
+    storage = open_storage(f"{tmp_path}/out")
+    plan = a_plan(source, storage.url)
+    put_parts(plan, storage, [(0, 3)])
+    share, idle, taken = Share(plan, storage, Drain()), threading.Semaphore(1), []
+    (shard,) = share.begin()
+    for entry in storage.entries(f"run={plan.run}"):
+        storage.set_aside(entry)
+
+    def work() -> None:
+        for turn in share.turns(shard, idle):
+            taken.append(turn.chunk)
+            put_parts(plan, storage, [turn.chunk])
+            if turn.helping:
+                idle.release()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(20)
+    ended = not thread.is_alive()
+    share.stop.set()
+
+    assert ended
+    assert list(plan.chunks) == sorted(taken)

@@ -169,6 +169,16 @@ def test_copies_that_another_version_cut_elsewhere_are_not_mixed_in(
     assert [f"{at:05d}" for at in range(100)] == [row["id"] for row in rows(snapshot, "id")]
 
 
+def test_copies_of_what_a_file_was_before_are_not_taken_for_what_it_is(place: str) -> None:
+    put(f"{place}/in", {"x.csv": csv(0, 5)})
+    staged(f"{place}/in", f"{place}/out")
+    open_storage(f"{place}/in").delete(["x.csv"])
+    put(f"{place}/in", {"x.csv": csv(5, 9)})
+    snapshot = staged(f"{place}/in", f"{place}/out")
+
+    assert ["00005", "00006", "00007", "00008"] == [row["id"] for row in rows(snapshot, "id")]
+
+
 def test_files_without_rows_among_others_have_no_copies(place: str) -> None:
     put(f"{place}/in", {"a.csv": b"", "b.csv": b"id,a\n", "c.csv": csv(0, 2)})
 
@@ -392,7 +402,7 @@ def test_a_worker_that_lists_copies_before_their_temporary_names_go_has_the_same
     unlink, seen = Path.unlink, []
 
     def slow(self: Path, missing_ok: bool = False) -> None:  # noqa: FBT001, FBT002 - as Path has it
-        if self.name.endswith(".tmp") and ".x.csv.json." in self.name and not seen:
+        if self.name.endswith(".tmp") and ".listing-" in self.name and not seen:
             # The list of the copies is in place, and its temporary name still stands: another worker goes ahead.
             seen.append(staged(f"{tmp_path}/in", f"{tmp_path}/out"))
         unlink(self, missing_ok)
@@ -414,3 +424,13 @@ def test_a_local_file_rewritten_with_its_size_and_time_is_source_changed_as_it_i
     with pytest.raises(SourceChanged, match=r"x\.csv must be the file that the plan was made for"):
         stage(snapshot, open_storage(f"{tmp_path}/out"), FOLDER, a_contract("a"), ("id",))
     assert [] == copies(f"{tmp_path}/out")
+
+
+def test_a_list_of_copies_that_is_cut_short_is_a_storage_fault_by_name(tmp_path: Path) -> None:
+    source = put(f"{tmp_path}/in", {"a.csv": csv(0, 5)})
+    staged(source, f"{tmp_path}/out")
+    (listing,) = (tmp_path / "out" / FOLDER / "staged" / "a.csv").glob("listing-*.json")
+    listing.write_bytes(listing.read_bytes()[:20])
+
+    with pytest.raises(StorageFault, match=r"listing-.*\.json must list the copies .* delete .*staged"):
+        staged(source, f"{tmp_path}/out")

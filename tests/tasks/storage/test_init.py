@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from serving.errors import BadInput
-from tasks.storage import LocalStorage, open_storage
+from tasks.storage import LocalStorage, open_storage, register_scheme
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,11 @@ def test_an_address_with_a_control_character_is_bad_input(address: str, mark: st
 def test_a_file_url_with_an_escaped_control_character_is_bad_input() -> None:
     with pytest.raises(BadInput, match="must hold no control characters"):
         open_storage("file:///a/b%0Ac")
+
+
+def test_a_registered_scheme_opens_a_storage_of_ones_own(tmp_path: Path) -> None:
+    register_scheme("memory-of-a-test", lambda url: LocalStorage(tmp_path / url.removeprefix("memory-of-a-test://")))
+
+    assert str(tmp_path / "a/b") == open_storage("memory-of-a-test://a/b").url
+    with pytest.raises(BadInput, match="An address must be"):
+        open_storage("another-scheme://a/b")

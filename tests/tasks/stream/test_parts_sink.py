@@ -6,7 +6,7 @@ import json
 import shutil
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from infra.local.s3 import S3Server
-from serving.errors import DestinationUnusable, RunDamaged, RunNameTaken
+from serving.errors import DestinationUnusable, RunDamaged, RunNameTaken, StorageFault
 from serving.registry import ModelPin
 from tasks.batch.parts import REJECT_REASON
 from tasks.batch.predictions import open_predictions, open_rejects
-from tasks.storage import LocalStorage, Storage, open_storage
+from tasks.storage import Entry, LocalStorage, Storage, open_storage
 from tasks.stream.addresses import ToParts
 from tasks.stream.decode import Decoder, Reason
 from tasks.stream.message import Message, Place
@@ -110,6 +110,50 @@ def test_two_at_once_leave_one_exact_table(tmp_path: Path) -> None:
         thread.join()
 
     assert list(range(1, 200)) == numbers(str(tmp_path))
+
+
+class Interrupted(LocalStorage):
+    """A folder where something happens right after parts were listed."""
+
+    then: Callable[[], None] | None = None
+
+    def entries(self, prefix: str = "", depth: int | None = None) -> list[Entry]:
+        found = super().entries(prefix, depth)
+        if prefix.startswith("run=") and self.then is not None:
+            then, self.then = self.then, None
+            then()
+        return found
+
+
+def test_a_commit_lists_what_another_scorer_has_committed_since_the_parts_were_listed(tmp_path: Path) -> None:
+    storage = Interrupted(tmp_path)
+    slow, quick = opened(storage), opened(str(tmp_path))
+    storage.then = lambda: emit(quick, [json_row(number) for number in (1, 2, 3)])
+    emit(slow, [json_row(1)])
+
+    assert [1, 2, 3] == numbers(str(tmp_path))
+
+
+class Forgetful(LocalStorage):
+    """A folder that once says that it has written a part, and has not."""
+
+    forgets: bool = True
+
+    def put_new(self, path: str, data: bytes | memoryview) -> bool:
+        if path.endswith(".parquet") and self.forgets:
+            self.forgets = False
+            return True
+        return super().put_new(path, data)
+
+
+def test_a_part_that_is_not_there_once_written_ends_the_stream_and_no_message_is_passed_over(tmp_path: Path) -> None:
+    storage = Forgetful(tmp_path)
+    sink = opened(storage)
+    with pytest.raises(StorageFault, match="must be readable once written, but is gone"):
+        emit(sink, [json_row(1), json_row(2)])
+    emit(opened(storage), [json_row(1), json_row(2), json_row(3)])
+
+    assert [1, 2, 3] == numbers(str(tmp_path))
 
 
 def test_numbers_may_have_gaps_and_partitions_are_apart(place: str) -> None:

@@ -1,0 +1,321 @@
+"""Batch calls over a simulated storage: the steps of flows/batch.py in its order, and whatever may happen meanwhile."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Literal
+
+from serving.errors import BadInput, Interrupted, OvernightError
+from tasks.batch.dataset import take_snapshot
+from tasks.batch.options import BatchOptions
+from tasks.batch.parts import count_rows_done
+from tasks.batch.plan import Plan, Start, load_begun, load_start, run_key, save_start
+from tasks.batch.publish import Audit, Manifest, audit_parts, count_rejects, find_whole, must_add_up, publish
+from tasks.batch.run import Call, Found, find_published, plan_call, plan_slots, restage, state_memory
+from tasks.batch.score import Scored, Scorer, check_rejects
+from tasks.batch.share import Host
+from tasks.spot.drain import Drain
+from tasks.spot.notice import sigterm
+from tasks.storage import Storage, check_create_only, open_storage
+from tests.simulation.data import CONTRACT, Source, ToyModel, ToyResolved, expected, load_toy
+from tests.simulation.delta import DeltaOracle
+from tests.simulation.oracle import Oracle
+from tests.simulation.scheduler import Actor, ActorExecutor, Killed, Process, Scheduler, Stuck
+from tests.simulation.storage import SimulatedStorage
+
+SOURCE, DESTINATION = "sim://source", "sim://destination"
+_PASSES_MAX = 3
+_MISCHIEF_SECONDS, _PAUSE_SECONDS = 4.0, 2.0
+_RESUMES, _JOINS = 0.5, 0.2
+
+
+@dataclass(kw_only=True)
+class FlowRun:
+    """A flow run: what it was called with, which one it joins, and the keys that its attempts have asked for."""
+
+    id: str
+    options: BatchOptions
+    joins: str | None = None
+    keys: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class BatchWorld:
+    """One destination and all that happens to it."""
+
+    scheduler: Scheduler
+    chance: random.Random
+    source: Source
+    source_storage: SimulatedStorage
+    destination: SimulatedStorage
+    oracle: Oracle
+    delta: DeltaOracle | None
+    menu: list[BatchOptions]
+    mischief: list[str]
+    callers: int
+    calls: int
+    refusals: Counter[str] = field(default_factory=Counter)
+    version: int = 1
+    clocks_differ: bool = False
+    began: dict[Process, int] = field(default_factory=dict)
+    is_over: bool = False
+    unfinished: list[FlowRun] = field(default_factory=list)
+    drains: list[Drain] = field(default_factory=list)
+    _ids: int = 0
+
+    @property
+    def violations(self) -> list[str]:
+        """What must never be."""
+        return self.oracle.violations
+
+    def run(self) -> None:
+        """Let callers call while things go wrong, then make each call once more on a calm day."""
+        self.destination.on_put = self._see_put
+        self.source.write_some()
+        self.scheduler.kill_rate = self.destination.weather.kill
+        actors = [self._spawn(f"caller-{at}", self._call_often) for at in range(self.callers)]
+        fiend = self._spawn("fiend", self._do_mischief)
+        for actor in actors:
+            self.scheduler.join(actor).value()
+        self.is_over = True
+        self.scheduler.join(fiend).value()
+        self.scheduler.kill_rate = 0.0
+        for storage in (self.source_storage, self.destination):
+            storage.weather = storage.weather.without_faults()
+        for options in self.menu:
+            self._attempt_apart(self._new_flow_run(options))
+        while self.destination.has_late:
+            self.destination.deliver()
+        self.oracle.check_newest(self.scheduler.steps)
+
+    def _spawn(self, name: str, run: Callable[[], Any]) -> Actor:
+        return self.scheduler.spawn(Process(name), name, run)
+
+    def _see_put(self, path: str, is_late: bool) -> None:  # noqa: FBT001 - as the storage calls it
+        began = float("-inf") if is_late else self.began.get(self.scheduler.process, float("-inf"))
+        self.oracle.see_put(path, self.scheduler.steps, began)
+
+    def _call_often(self) -> None:
+        for _ in range(self.calls):
+            resumes = self.unfinished and self.chance.random() < _RESUMES
+            flow_run = self.chance.choice(self.unfinished) if resumes else self._new_flow_run()
+            if not resumes:
+                self.unfinished.append(flow_run)
+            if self._attempt_apart(flow_run) and flow_run in self.unfinished:
+                self.unfinished.remove(flow_run)
+            self.scheduler.sleep(self.chance.expovariate(1 / _PAUSE_SECONDS))
+
+    def _new_flow_run(self, options: BatchOptions | None = None) -> FlowRun:
+        self._ids += 1
+        name = f"flow-{self._ids}"
+        if options is None and self.unfinished and self.chance.random() < _JOINS:
+            other = self.chance.choice(self.unfinished)
+            return FlowRun(id=name, options=other.options, joins=other.id, keys=other.keys)
+        return FlowRun(id=name, options=options or self.chance.choice(self.menu))
+
+    def _attempt_apart(self, flow_run: FlowRun) -> bool:
+        """Make an attempt in a process of its own; return whether it came to its end."""
+        process = Process(f"{flow_run.id}.{self.scheduler.steps}")
+        if self.clocks_differ:
+            process.clock_error = timedelta(minutes=self.chance.uniform(-600, 600))
+        self.began[process] = self.scheduler.steps
+        actor = self.scheduler.spawn(process, process.name, lambda: self._attempt(flow_run, process))
+        self.scheduler.join(actor)
+        # Whatever it had running besides ends with it.
+        process.alive = False
+        if self.delta is not None:
+            self.delta.check()
+        try:
+            actor.value()
+        except Killed:
+            self.refusals["killed"] += 1
+        except OvernightError as error:
+            self.refusals[type(error).__name__] += 1
+            self.scheduler.tell(f"{flow_run.id} is refused: {type(error).__name__}: {error}")
+        except Stuck:
+            raise
+        except Exception as error:  # noqa: BLE001 - nobody else's error may come out of a call
+            self.oracle.violations.append(f"a call ended in {type(error).__name__}: {error}")
+        else:
+            self.refusals["none"] += 1
+            return True
+        return False
+
+    def _attempt(self, flow_run: FlowRun, process: Process) -> None:
+        storage = open_storage(DESTINATION)
+        found = self._find_plan(flow_run, storage)
+        manifest, plan = found.complete, found.plan
+        if manifest is None:
+            check_create_only(storage)
+            plan = restage(plan, storage) if found.damaged else plan
+            audit = self._score(plan, storage, flow_run.options, process)
+            manifest = publish(storage, plan, audit)
+        self._check(flow_run, plan, manifest, process)
+
+    def _check(self, flow_run: FlowRun, plan: Plan, manifest: Manifest, process: Process) -> None:
+        self.scheduler.tell(f"{flow_run.id} returns run {manifest.run}")
+        if plan.key != manifest.key:
+            self.oracle.violations.append(f"a call returned a manifest of key {manifest.key} for plan {plan.key}")
+        if self.delta is not None:
+            self.delta.check(manifest.key)
+        self.oracle.check_returned(manifest.run, manifest.key, flow_run.keys, self.began[process])
+
+    def _find_plan(self, flow_run: FlowRun, storage: Storage) -> Found:
+        start = self._find_start(flow_run, storage)
+        if start is None:
+            call = self._pin(flow_run)
+            found = find_published(storage, self._plan(call, storage), None)
+            planned = Start(run=found.plan.run, key=found.plan.key)
+            start = planned if found.complete else save_start(storage, flow_run.id, planned)
+            if start == planned:
+                return found
+        return find_published(storage, load_begun(storage, start), None)
+
+    def _find_start(self, flow_run: FlowRun, storage: Storage) -> Start | None:
+        """Return what a flow run is tied to, as flows.workers does it, but for the wait."""
+        start = load_start(storage, flow_run.id)
+        if start is not None or flow_run.joins is None:
+            return start
+        joined = load_start(storage, flow_run.joins)
+        if joined is None:
+            message = f"Flow run {flow_run.joins} must have begun a run for this one to join, but has not."
+            raise BadInput(message)
+        return save_start(storage, flow_run.id, joined)
+
+    def _pin(self, flow_run: FlowRun) -> Call:
+        resolved: Any = ToyResolved(self.version)
+        options = flow_run.options
+        snapshot = take_snapshot(SOURCE, DESTINATION)
+        key = run_key(resolved.pin, snapshot, CONTRACT, options)
+        rows = {file.path: self.source.rows_of(file.entry) for file in snapshot.files}
+        self.oracle.ask(key, expected(rows, resolved.version, options.key_columns))
+        flow_run.keys.append(key)
+        return Call(resolved=resolved, snapshot=snapshot, contract=CONTRACT, options=options, key=key)
+
+    def _plan(self, call: Call, storage: Storage) -> Plan:
+        load: Any = load_toy
+        return plan_call(call, storage, load=load, clock=self.scheduler.wall_clock)
+
+    def _score(self, plan: Plan, storage: Storage, options: BatchOptions, process: Process) -> Audit:
+        model = ToyModel(int(plan.model.version))
+        slots = plan_slots(options, model)
+        state_memory(plan, slots, options)
+        host = Host(
+            clock=lambda: self.scheduler.now,
+            wait=self.scheduler.wait,
+            random=random.Random(self.chance.random()),
+            blocks_ahead=0,
+            writer=lambda: ActorExecutor(self.scheduler),
+        )
+        fraction = options.max_reject_fraction
+        scorer = Scorer(plan=plan, destination=storage, model=model, max_reject_fraction=fraction, host=host)
+        self.drains.append(scorer.drain)
+        for _ in range(_PASSES_MAX):
+            scored = self._score_pass(scorer, slots, process)
+            if scorer.drain.notice is not None and count_rows_done(storage, plan) < plan.rows:
+                message = "This process was told to go."
+                raise Interrupted(message)
+            if scored.faults and find_whole(storage, plan.run) is None:
+                raise next(iter(scored.faults.values()))
+            audit = audit_parts(storage, plan)
+            if not audit.missing:
+                break
+        must_add_up(plan, audit)
+        check_rejects(sum(count.rows for count in count_rejects(audit)), plan, fraction)
+        return audit
+
+    def _score_pass(self, scorer: Scorer, slots: int, process: Process) -> Scored:
+        """Score shards side by side in slots, as flows.runners does it."""
+        scored, shards = Scored(), deque(scorer.share.begin())
+
+        def work() -> None:
+            while shards and not scorer.share.rests():
+                scored.add(scorer.score_shard(shards.popleft()))
+
+        actors = [self.scheduler.spawn(process, f"{process.name}/slot-{at}", work) for at in range(slots)]
+        for actor in actors:
+            self.scheduler.join(actor)
+        for actor in actors:
+            actor.value()
+        return scored
+
+    def _do_mischief(self) -> None:
+        while not self.is_over:
+            self.scheduler.sleep(self.chance.expovariate(1 / _MISCHIEF_SECONDS))
+            if self.mischief:
+                what = self.chance.choice(self.mischief)
+                self.scheduler.tell(f"mischief: {what}")
+                getattr(self, f"_{what}")()
+
+    def _change_source(self) -> None:
+        self.source.change()
+
+    def _promote_model(self) -> None:
+        self.version = self.chance.randint(1, 4)
+
+    def _delete_everything(self) -> None:
+        self._erase(r"_overnight/.*")
+        self.oracle.forget_order()
+
+    def _delete_run(self) -> None:
+        if runs := sorted(self.oracle.planned):
+            self._erase(rf"_overnight/{re.escape(self.chance.choice(runs))}/.*")
+
+    def _delete_plan(self) -> None:
+        if runs := sorted(self.oracle.planned):
+            self._erase(rf"_overnight/{re.escape(self.chance.choice(runs))}/plan\.json")
+
+    def _delete_starts(self) -> None:
+        self._erase(r"_overnight/starts/.*")
+
+    def _damage_part(self) -> None:
+        if parts := sorted(path for path in self.destination.objects if re.match(r"run=.*\.parquet$", path)):
+            path = self.chance.choice(parts)
+            if self.chance.random() < 0.5:
+                self.destination.erase([path])
+            else:
+                data = self.destination.objects[path][0]
+                self.destination.write(path, data[: len(data) // 2])
+            self.oracle.damaged_at = self.scheduler.steps
+
+    def _move_clocks(self) -> None:
+        self.clocks_differ = True
+        for process in self.began:
+            process.clock_error = timedelta(minutes=self.chance.uniform(-600, 600))
+
+    def _give_notice(self) -> None:
+        if self.drains:
+            self.chance.choice(self.drains).hear(sigterm(self.chance.uniform(0.1, 5)))
+
+    def _erase(self, pattern: str) -> None:
+        paths = [path for path in self.destination.objects if re.fullmatch(pattern, path)]
+        self.destination.erase(paths)
+        self.oracle.damaged_at = self.scheduler.steps
+
+
+def make_menu(chance: random.Random, output: Literal["parquet", "delta"]) -> list[BatchOptions]:
+    """Return the options that calls choose from: the same call with other slots, and one or two others."""
+    keys = chance.choice([("id",), ()])
+    name = chance.choice([None, None, "nightly"]) if output == "parquet" else None
+    base = BatchOptions(
+        key_columns=keys,
+        name=name,
+        batch_size=chance.choice([2, 4]),
+        rows_per_chunk=chance.choice([4, 8, 12]),
+        slots=chance.randint(1, 3),
+        memory_mb=1024,
+        max_reject_fraction=1.0,
+        output=output,
+        delta_mode=chance.choice(["append", "replace"]),
+    )
+    menu = [base, base.model_copy(update={"slots": chance.randint(1, 3)})]
+    if chance.random() < 0.6:
+        menu.append(base.model_copy(update={"rows_per_chunk": chance.choice([4, 8, 12]), "name": None}))
+    if chance.random() < 0.4:
+        menu.append(base.model_copy(update={"batch_size": chance.choice([2, 4]), "workers": 2}))
+    return menu

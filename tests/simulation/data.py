@@ -1,0 +1,173 @@
+"""A model and sources that the simulation knows the right answers of.
+
+The model is a formula over two columns, by version. A file is a list of rows; each version of it is remembered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import random
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from serving.contract import Column, Contract, Input, Output
+from serving.encode import BatchUnit, Encoded
+from serving.engine import Engine, Wish
+from serving.registry import ModelPin
+from tasks.storage import Entry
+from tests.simulation.storage import SimulatedStorage
+
+CONTRACT = Contract(
+    inputs=(
+        Input(
+            name="x",
+            dtype="float64",
+            shape=(2,),
+            columns=(Column(name="a", dtype="float64"), Column(name="b", dtype="float64")),
+        ),
+    ),
+    outputs=(Output(name="y", dtype="float64"),),
+)
+
+Row = tuple[int, float | None, float]
+# The key of a row as text, its prediction, and whether it is a reject.
+Answered = tuple[tuple[str, ...], float | None, bool]
+
+
+def answer(version: int, a: float | None, b: float) -> float | None:
+    """Return the model's own answer to a row, None for a reject."""
+    return None if a is None else a * version + b
+
+
+@dataclass(frozen=True)
+class ToyModel:
+    """A model that is a formula; satisfies serving.model.Tunable."""
+
+    version: int
+    slots: int = 1
+    engine: Engine = field(default_factory=Engine)
+    batch_size: int = 4
+    batch_unit: BatchUnit = "rows"
+    batch_sizes: tuple[int, ...] = (4,)
+
+    def prepare(self, encoded: Encoded) -> Encoded:
+        """Return the inputs as they are."""
+        return encoded
+
+    def predict(self, inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """Return y of N rows."""
+        x_NF = inputs["x"]
+        return {"y": x_NF[:, 0] * self.version + x_NF[:, 1]}
+
+    @contextlib.contextmanager
+    def slot(self) -> Generator[None]:
+        """Nothing to enter."""
+        yield
+
+    def engines(self, wish: Wish) -> list[Engine]:
+        """Return the only one."""
+        return [self.engine]
+
+    def using(self, engine: Engine) -> Self:
+        """Return the model itself."""
+        return self
+
+
+@dataclass(frozen=True)
+class ToyResolved:
+    """A pinned version of the model, as serving.registry.Resolved is one."""
+
+    version: int
+
+    @property
+    def pin(self) -> ModelPin:
+        """What a run is tied to."""
+        digest = f"{self.version:064x}"
+        return ModelPin(name="toy", version=str(self.version), model_id=None, source="", digest=digest)
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """None: nothing is tuned."""
+        return {}
+
+
+def load_toy(resolved: ToyResolved, contract: Contract, *, allow_pickle: bool) -> ToyModel:
+    """Load the model of a version."""
+    return ToyModel(resolved.version)
+
+
+class Source:
+    """Files of rows in a simulated storage, and every version of each that there has been."""
+
+    def __init__(self, storage: SimulatedStorage, chance: random.Random, kind: str) -> None:
+        self._storage, self._chance, self._kind = storage, chance, kind
+        self._rows: dict[Entry, list[Row]] = {}
+        self._next = 0
+
+    def write_some(self) -> None:
+        """Write one to three files."""
+        for _ in range(self._chance.randint(1, 3)):
+            self._write_new()
+
+    def change(self) -> None:
+        """Write another version of a file, put an earlier one back, add a file, or delete one."""
+        paths = sorted(self._storage.objects)
+        what = self._chance.choice(["another", "back", "add", "delete"])
+        if what == "add":
+            self._write_new()
+        elif what == "delete" and len(paths) > 1:
+            self._storage.erase([self._chance.choice(paths)])
+        elif what == "back":
+            entry = self._chance.choice(list(self._rows))
+            self._write(entry.path, self._rows[entry])
+        else:
+            self._write(self._chance.choice(paths), self._some_rows())
+
+    def rows_of(self, entry: Entry) -> list[Row]:
+        """Return the rows of one version of a file."""
+        return self._rows[entry]
+
+    def _write_new(self) -> None:
+        self._next += 1
+        self._write(f"f{self._next}.{self._kind}", self._some_rows())
+
+    def _some_rows(self) -> list[Row]:
+        rows = []
+        for _ in range(self._chance.randint(1, 40)):
+            self._next += 1
+            a = None if self._chance.random() < 0.05 else round(self._chance.uniform(-9, 9), 3)
+            rows.append((self._next, a, round(self._chance.uniform(-9, 9), 3)))
+        return rows
+
+    def _write(self, path: str, rows: list[Row]) -> None:
+        entry = self._storage.write(path, _file_bytes(rows, self._kind, self._chance.choice([5, 9, 50])))
+        self._rows[entry] = rows
+
+
+def _file_bytes(rows: Sequence[Row], kind: str, rows_per_group: int) -> bytes:
+    ids, a, b = zip(*rows, strict=True)
+    table = pa.table({"id": pa.array(ids, pa.int64()), "a": pa.array(a, pa.float64()), "b": pa.array(b, pa.float64())})
+    sink = io.BytesIO()
+    if kind == "parquet":
+        pq.write_table(table, sink, row_group_size=rows_per_group)
+    else:
+        pa.csv.write_csv(table, sink)
+    return sink.getvalue()
+
+
+def expected(rows_by_file: Mapping[str, Sequence[Row]], version: int, keys: Sequence[str]) -> list[Answered]:
+    """Return what the table of a run must hold, in order."""
+    found: list[Answered] = []
+    for path, rows in rows_by_file.items():
+        for at, (number, a, b) in enumerate(rows):
+            key = (number,) if keys else (path, at)
+            y = answer(version, a, b)
+            found.append((tuple(str(value) for value in key), y, y is None))
+    return sorted(found, key=repr)

@@ -1,0 +1,134 @@
+"""One simulation from one seed."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tasks.storage import register_scheme
+from tests.simulation.batch import DESTINATION, SOURCE, BatchWorld, make_menu
+from tests.simulation.data import Source
+from tests.simulation.delta import DeltaOracle
+from tests.simulation.oracle import Oracle
+from tests.simulation.scheduler import Scheduler, Stuck
+from tests.simulation.storage import SimulatedDisk, SimulatedStorage, Weather
+from tests.simulation.stream import StreamWorld, make_log
+
+STEPS_MAX = 20_000
+_FAULTS = ("error", "refused", "unanswered", "doubled", "late", "torn", "lost", "lag")
+_CHANGES = ("change_source", "promote_model")
+_MISCHIEF = (
+    *("delete_everything", "delete_run", "delete_plan", "delete_starts"),
+    *("damage_part", "move_clocks", "give_notice"),
+)
+_STREAM_MISCHIEF = ("promote_model", "delete_everything", "delete_plan", "damage_part")
+_DELIVERY_RATE = 0.1
+_STREAM_SHARE, _DELTA_SHARE = 0.2, 0.4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came of a seed: the steps it took, the calls by how they ended, and what must never be."""
+
+    seed: int
+    steps: int
+    digest: str
+    refusals: Counter[str]
+    violations: tuple[str, ...]
+    trace: tuple[str, ...]
+
+
+def simulate(seed: int) -> Outcome:
+    """Simulate what a seed says; the same seed takes the same steps."""
+    chance = random.Random(seed)
+    memory = Path("/dev/shm")  # noqa: S108 - only to be quicker than a disk
+    with tempfile.TemporaryDirectory(prefix="simulation-", dir=memory if memory.is_dir() else None) as scratch:
+        make = _make_stream if chance.random() < _STREAM_SHARE else _make_batch
+        world = make(chance, Path(scratch))
+        violations = world.violations
+        try:
+            world.scheduler.run(world.run)
+        except Stuck:
+            violations.append(f"no end within {STEPS_MAX} steps")
+    return Outcome(
+        seed=seed,
+        steps=world.scheduler.steps,
+        digest=world.scheduler.digest,
+        refusals=world.refusals,
+        violations=tuple(violations),
+        trace=tuple(world.scheduler.trace),
+    )
+
+
+def simulate_briefly(seed: int) -> Outcome:
+    """Simulate a seed, and leave its trace behind."""
+    return replace(simulate(seed), trace=())
+
+
+def _make_batch(chance: random.Random, scratch: Path) -> BatchWorld:
+    scheduler, storages = _make_storages(chance, scratch)
+    destination = storages[DESTINATION]
+    if chance.random() < 0.3:
+        storages[SOURCE].weather = Weather(error=0.02, lag=0.2)
+    oracle = Oracle(destination.root)
+    menu = make_menu(chance, "delta" if destination.is_disk and chance.random() < _DELTA_SHARE else "parquet")
+    is_delta = menu[0].output == "delta"
+    # Without other rows or another model there is one run alone.
+    mischief = [what for what in _CHANGES if chance.random() < 0.7] + [w for w in _MISCHIEF if chance.random() < 0.3]
+    return BatchWorld(
+        scheduler=scheduler,
+        chance=chance,
+        source=Source(storages[SOURCE], chance, chance.choice(["parquet", "parquet", "csv"])),
+        source_storage=storages[SOURCE],
+        destination=destination,
+        oracle=oracle,
+        delta=DeltaOracle(oracle, menu[0].delta_mode == "replace") if is_delta else None,
+        menu=menu,
+        mischief=[what for what in mischief if not (is_delta and what == "damage_part")],
+        callers=chance.randint(1, 3),
+        calls=chance.randint(2, 5),
+    )
+
+
+def _make_stream(chance: random.Random, scratch: Path) -> StreamWorld:
+    scheduler, storages = _make_storages(chance, scratch)
+    return StreamWorld(
+        scheduler=scheduler,
+        chance=chance,
+        destination=storages[DESTINATION],
+        log=make_log(chance),
+        mischief=[what for what in _STREAM_MISCHIEF if chance.random() < 0.2],
+        scorers=chance.randint(1, 3),
+        attempts=chance.randint(2, 5),
+    )
+
+
+def _make_storages(chance: random.Random, scratch: Path) -> tuple[Scheduler, dict[str, SimulatedStorage]]:
+    """Return two storages of one kind, which open_storage opens by their addresses, the destination with its faults."""
+    storages: dict[str, SimulatedStorage] = {}
+
+    def deliver() -> None:
+        if chance.random() < _DELIVERY_RATE:
+            for storage in storages.values():
+                storage.deliver(int(chance.random() * 10))
+
+    scheduler = Scheduler(chance, steps_max=STEPS_MAX, on_step=deliver)
+    kind = chance.choice([SimulatedDisk, SimulatedStorage])
+    for url in (SOURCE, DESTINATION):
+        folder = scratch / url.rpartition("/")[2]
+        folder.mkdir()
+        storages[url] = kind(scheduler, url, folder, Weather())
+    storages[DESTINATION].weather = _make_weather(chance)
+    register_scheme("sim", lambda url: storages[url])
+    return scheduler, storages
+
+
+def _make_weather(chance: random.Random) -> Weather:
+    """Return some of the faults, each often enough to be met: a seed with all of them seldom comes to an end."""
+    rates = {fault: chance.choice([0.01, 0.05]) for fault in _FAULTS if chance.random() < 0.3}
+    if chance.random() < 0.6:
+        rates["kill"] = chance.choice([0.005, 0.01, 0.03])
+    return Weather(**rates, is_create_only=chance.random() >= 0.1)

@@ -1,0 +1,49 @@
+"""Whatever happens to storage, workers and records, nothing wrong is published: a hundred seeds of the simulation."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.simulation.simulate import Outcome, simulate
+
+ROOT = Path(__file__).parents[2]
+SEEDS = range(100)
+HAPPENINGS = (
+    *("killed", "is refused", "is unanswered", "is doubled", "is late", "is torn", "is lost", "arrives: ", "lags"),
+    *("mischief: change_source", "mischief: promote_model", "mischief: delete_everything", "mischief: delete_run"),
+    *("mischief: delete_plan", "mischief: delete_starts", "mischief: damage_part", "mischief: move_clocks"),
+)
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> list[Outcome]:
+    return [simulate(seed) for seed in SEEDS]
+
+
+def test_nothing_wrong_is_published(outcomes: list[Outcome]) -> None:
+    assert {} == {outcome.seed: outcome.violations for outcome in outcomes if outcome.violations}
+
+
+def test_everything_happens_and_calls_come_to_their_ends(outcomes: list[Outcome]) -> None:
+    ends = sum((outcome.refusals for outcome in outcomes), Counter[str]())
+    told = "\n".join(line for outcome in outcomes for line in outcome.trace)
+
+    assert [] == [what for what in HAPPENINGS if what not in told]
+    assert ends["none"] >= 2 * len(outcomes)
+    assert {"killed", "StorageFault", "DestinationUnusable", "RunNameTaken"} <= set(ends)
+
+
+def test_a_seed_takes_the_same_steps_in_another_process(outcomes: list[Outcome]) -> None:
+    code = "from tests.simulation.simulate import simulate; print(*(simulate(seed).digest for seed in range(20)))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+
+    assert [outcome.digest for outcome in outcomes[:20]] == done.stdout.split()
