@@ -13,6 +13,7 @@ from typing import Any
 
 import bentoml
 import numpy as np
+from aiohttp import ClientConnectionError
 from bentoml.exceptions import ServiceUnavailable
 
 from serving.errors import DependencyFault, ModelFailed
@@ -70,13 +71,24 @@ class Endpoint:
 async def predict(inputs: Arrays) -> Predictions:
     """Have the model predict the rows of one request."""
     try:
-        (prediction,) = await bentoml.get_current_service().model.to_async.predict_each([dict(inputs)])
+        try:
+            prediction = await _ask_model(inputs)
+        except ClientConnectionError:
+            # The model's process closes connections that were idle for 5 s, which BentoML lets nobody set, and its
+            # client goes on using them for 15 s: one may be closed just as it is used again. Asked twice, the answer
+            # is the same.
+            prediction = await _ask_model(inputs)
     except ServiceUnavailable as error:
         message = f"The model must be able to take another request, got {error}. Try again in a second."
         raise Overloaded(message) from error
     if isinstance(prediction, str):
         raise ModelFailed(prediction)
     return dict(prediction)
+
+
+async def _ask_model(inputs: Arrays) -> Any:
+    (prediction,) = await bentoml.get_current_service().model.to_async.predict_each([dict(inputs)])
+    return prediction
 
 
 async def ready() -> bool:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,14 +94,23 @@ def test_every_version_answers_as_its_model_predicts(serving: Serving, count: in
 
 
 def test_requests_at_once_each_get_their_own_scores(serving: Serving) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     served, address = serving.served[0], serving.addresses[0]
     with ThreadPoolExecutor(16) as threads:
         answers = list(threads.map(lambda seed: ask(address, served[0], rows(2, seed))["score"], range(48)))
 
     for seed, answered in enumerate(answers):
         np.testing.assert_allclose(answered, score(served, 2, seed), rtol=0, atol=1e-6)
+
+
+def test_requests_that_come_as_the_models_process_closes_its_idle_connections_are_answered(serving: Serving) -> None:
+    # After 5 s of silence it closes them, whatever its client does.
+    served, address = serving.served[0], serving.addresses[0]
+    with ThreadPoolExecutor(16) as threads:
+        for idle_s in (0.0, 4.98, 5.0, 5.02):
+            time.sleep(idle_s)
+            answers = list(threads.map(lambda seed: ask(address, served[0], rows(2, seed))["score"], range(16)))
+
+            assert all(answer.shape == answers[0].shape for answer in answers)
 
 
 @pytest.mark.parametrize("bad", BAD_REQUESTS)
