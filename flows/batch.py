@@ -111,15 +111,17 @@ def _find_plan(model: str, source: str, storage: Storage, options: BatchOptions,
     this = flow_run_id()
     with _timed(seconds, "resolve"):
         start = find_start(storage, this, options.joins)
-        call = None if start else pin_call(model, source, storage.url, options)
-    with _timed(seconds, "plan"), _caller_threads_kept():
-        if call is not None:
+    if start is None:
+        with _timed(seconds, "resolve"):
+            call = pin_call(model, source, storage.url, options)
+        with _timed(seconds, "plan"), _caller_threads_kept():
             found = find_published(storage, plan_call(call, storage), call.resolved)
-            planned = Start(run=found.plan.run, key=found.plan.key)
-            # A call that is answered already leaves no trace.
-            start = planned if found.complete else save_start(storage, this, planned)
-            if start == planned:
-                return found
+        planned = Start(run=found.plan.run, key=found.plan.key)
+        # A call that is answered already leaves no trace.
+        start = planned if found.complete else save_start(storage, this, planned)
+        if start == planned:
+            return found
+    with _timed(seconds, "plan"):
         return find_published(storage, load_begun(storage, start), None)
 
 

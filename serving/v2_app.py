@@ -129,7 +129,9 @@ class _Routes:
         self.check_known(model, version)
         body = await _read(request, self.body_bytes_max)
         decode = partial(
-            *(decode_request, body, self.release.contract),
+            decode_request,
+            body,
+            self.release.contract,
             header_length=read_header_length(request.headers.get(HEADER_LENGTH)),
             rows_max=self.release.rows_max,
         )
