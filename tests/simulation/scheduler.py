@@ -6,7 +6,6 @@ comes from one generator, which only the running actor uses: a seed gives the sa
 
 from __future__ import annotations
 
-import hashlib
 import random
 import threading
 from collections.abc import Callable
@@ -84,11 +83,6 @@ class Scheduler:
         if self._stuck:
             raise Stuck
         return first.value()
-
-    @property
-    def digest(self) -> str:
-        """What the steps were, as a hash."""
-        return hashlib.sha256("\n".join(self.trace).encode()).hexdigest()
 
     def tell(self, text: str) -> None:
         """Add a line to the trace, which is one line whatever the text."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import tempfile
 from collections import Counter
@@ -26,7 +27,7 @@ _MISCHIEF = (
 )
 _STREAM_MISCHIEF = ("promote_model", "delete_everything", "delete_plan", "damage_part")
 _DELIVERY_RATE = 0.1
-_STREAM_SHARE, _DELTA_SHARE = 0.2, 0.4
+_STREAM_SHARE, _DELTA_SHARE = 0.2, 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +54,15 @@ def simulate(seed: int) -> Outcome:
             world.scheduler.run(world.run)
         except Stuck:
             violations.append(f"no end within {STEPS_MAX} steps")
+    # The folder has another name each time.
+    trace = tuple(line.replace(scratch, "") for line in world.scheduler.trace)
     return Outcome(
         seed=seed,
         steps=world.scheduler.steps,
-        digest=world.scheduler.digest,
+        digest=hashlib.sha256("\n".join(trace).encode()).hexdigest(),
         refusals=world.refusals,
-        violations=tuple(violations),
-        trace=tuple(world.scheduler.trace),
+        violations=tuple(violation.replace(scratch, "") for violation in violations),
+        trace=trace,
     )
 
 
@@ -77,7 +80,7 @@ def _make_batch(chance: random.Random, scratch: Path) -> BatchWorld:
     menu = make_menu(chance, "delta" if destination.is_disk and chance.random() < _DELTA_SHARE else "parquet")
     is_delta = menu[0].output == "delta"
     # Without other rows or another model there is one run alone.
-    mischief = [what for what in _CHANGES if chance.random() < 0.7] + [w for w in _MISCHIEF if chance.random() < 0.3]
+    mischief = [what for what in _CHANGES if chance.random() < 0.7] + [w for w in _MISCHIEF if chance.random() < 0.4]
     return BatchWorld(
         scheduler=scheduler,
         chance=chance,

@@ -430,3 +430,12 @@ def test_the_items_are_made_in_another_thread_while_one_is_worked_on() -> None:
     list(ahead(items(), 1))
 
     assert made_by == {"read-ahead"}
+
+
+def test_ahead_by_nothing_makes_each_item_when_it_is_asked_for() -> None:
+    made: list[int] = []
+    items = ahead((made.append(at) or at for at in range(3)), 0)
+
+    assert [0, [0]] == [next(items), list(made)]
+    assert not readers()
+    assert [1, 2] == list(items)
