@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -23,10 +22,10 @@ class Edit:
     new: str
 
 
-def find_violation(edits: tuple[Edit, ...], scratch: Path, *, seeds: int, first: int = 0) -> dict[str, object]:
-    """Return what the simulation says of a copy that has been edited: the seed that failed, and its violations.
+def find_violation(edits: tuple[Edit, ...], scratch: Path, *, seeds: int, seen: str) -> str:
+    """Return the first violation with a text in it, over seeds from 0 on, of a copy that has been edited.
 
-    Raises AssertionError where a text to replace is not there, once, and where no seed fails.
+    Raises AssertionError where a text to replace is not there, once, and where no seed has such a violation.
     """
     for folder in _COPIED:
         shutil.copytree(_ROOT / folder, scratch / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -36,25 +35,24 @@ def find_violation(edits: tuple[Edit, ...], scratch: Path, *, seeds: int, first:
         assert 1 == text.count(edit.old), f"{edit.file} must hold {edit.old!r} once, to be mutated"
         file.write_text(text.replace(edit.old, edit.new))
     environment = {**os.environ, "PYTHONPATH": str(scratch)}
-    command = [sys.executable, "-m", "tests.simulation.mutations", str(first), str(seeds)]
+    command = [sys.executable, "-m", "tests.simulation.mutations", str(seeds), seen]
     done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
-    assert 0 == done.returncode, done.stderr
-    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
-    assert found["violations"], f"no seed of {seeds} sees {edits}"
-    return found
+    assert 0 == done.returncode, f"no seed of {seeds} sees {edits}: {done.stdout} {done.stderr}"
+    return done.stdout
 
 
-def main() -> None:
-    """Print the first seed that is violated, as JSON."""
+def main() -> int:
+    """Print the first violation that is looked for, and its seed; return 1 where there is none."""
     from tests.simulation.simulate import simulate
 
-    first, seeds = (int(argument) for argument in sys.argv[1:])
-    for seed in range(first, first + seeds):
-        outcome = simulate(seed)
-        if outcome.violations:
-            break
-    print(json.dumps({"seed": seed, "violations": outcome.violations}))
+    seeds, seen = int(sys.argv[1]), sys.argv[2]
+    for seed in range(seeds):
+        for violation in simulate(seed).violations:
+            if seen in violation:
+                print(f"seed {seed}: {violation}")
+                return 0
+    return 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
