@@ -112,7 +112,8 @@ class PartsSink:
                 return
             path = part_path(self._plan, (partition, start))
             data = encode_part(self._plan, None, rows.keys, rows.predictions, rows.flags, self._plan.batch_size)
-            won = self._storage.put_new(path, data)
+            self._storage.put_new(path, data)
+            # Whoever wrote it: what it holds is left out in the next round.
             self._read_chain([(partition, start)])
             if (partition, start) not in self._parts:
                 message = (
@@ -120,8 +121,6 @@ class PartsSink:
                     "goes on behind the last part that stands."
                 )
                 raise StorageFault(message)
-            if won:
-                return
 
     def _read_chain(self, known: Iterable[ChunkId] = ()) -> None:
         """Read the footers of parts that are not read yet, and follow each partition to its end.

@@ -308,13 +308,13 @@ def make_menu(chance: random.Random, output: Literal["parquet", "delta"]) -> lis
         name=name,
         batch_size=chance.choice([2, 4]),
         rows_per_chunk=chance.choice([4, 8, 12]),
-        slots=chance.randint(1, 3),
+        slots=chance.randint(1, 4),
         memory_mb=1024,
         max_reject_fraction=1.0,
         output=output,
         delta_mode=chance.choice(["append", "replace"]),
     )
-    menu = [base, base.model_copy(update={"slots": chance.choice([n for n in (1, 2, 3) if n != base.slots])})]
+    menu = [base, base.model_copy(update={"slots": chance.choice([n for n in (1, 2, 3, 4) if n != base.slots])})]
     if chance.random() < 0.6:
         menu.append(base.model_copy(update={"rows_per_chunk": chance.choice([4, 8, 12]), "name": None}))
     if chance.random() < 0.4:

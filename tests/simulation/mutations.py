@@ -22,11 +22,8 @@ class Edit:
     new: str
 
 
-def find_violation(edits: tuple[Edit, ...], scratch: Path, *, seeds: int, seen: str) -> str:
-    """Return the first violation with a text in it, over seeds from 0 on, of a copy that has been edited.
-
-    Raises AssertionError where a text to replace is not there, once, and where no seed has such a violation.
-    """
+def mutate(edits: tuple[Edit, ...], scratch: Path) -> None:
+    """Copy the project to a folder, and edit the copy; raises AssertionError where a text is not there, once."""
     for folder in _COPIED:
         shutil.copytree(_ROOT / folder, scratch / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for edit in edits:
@@ -34,6 +31,14 @@ def find_violation(edits: tuple[Edit, ...], scratch: Path, *, seeds: int, seen: 
         text = file.read_text()
         assert 1 == text.count(edit.old), f"{edit.file} must hold {edit.old!r} once, to be mutated"
         file.write_text(text.replace(edit.old, edit.new))
+
+
+def find_violation(edits: tuple[Edit, ...], scratch: Path, *, seeds: int, seen: str) -> str:
+    """Return the first violation with a text in it, over seeds from 0 on, of a copy that has been edited.
+
+    Raises AssertionError where a text to replace is not there, and where no seed has such a violation.
+    """
+    mutate(edits, scratch)
     environment = {**os.environ, "PYTHONPATH": str(scratch)}
     command = [sys.executable, "-m", "tests.simulation.mutations", str(seeds), seen]
     done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.simulation.mutations import Edit, find_violation
+from tests.simulation.mutations import Edit, find_violation, mutate
 
 PARTS_OF_ANY_PLAN = (
     Edit(
@@ -37,6 +37,7 @@ NEWEST_BY_CLOCK = (
 DELTA_GOES_BACK = (Edit(file="tasks/batch/delta.py", old="    if held > plan.order:\n", new="    if False:\n"),)
 
 
+@pytest.mark.machines
 @pytest.mark.parametrize(
     ("edits", "seen"),
     [
@@ -47,11 +48,16 @@ DELTA_GOES_BACK = (Edit(file="tasks/batch/delta.py", old="    if held > plan.ord
     ],
 )
 def test_the_simulation_finds_a_defect_that_is_put_back(edits: tuple[Edit, ...], seen: str, tmp_path: Path) -> None:
-    found = find_violation(edits, tmp_path, seeds=1000, seen=seen)
+    found = find_violation(edits, tmp_path, seeds=2000, seen=seen)
 
     assert seen in found
 
 
+@pytest.mark.parametrize("edits", [PARTS_OF_ANY_PLAN, CREATE_ONLY_NOT_PROBED, NEWEST_BY_CLOCK, DELTA_GOES_BACK])
+def test_what_is_mutated_stands_in_the_project(edits: tuple[Edit, ...], tmp_path: Path) -> None:
+    mutate(edits, tmp_path)
+
+
 def test_a_text_that_is_gone_is_told(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="to be mutated"):
-        find_violation((Edit(file="tasks/batch/plan.py", old="no such text", new=""),), tmp_path, seeds=1, seen="")
+        mutate((Edit(file="tasks/batch/plan.py", old="no such text", new=""),), tmp_path)

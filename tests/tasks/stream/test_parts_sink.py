@@ -156,6 +156,29 @@ def test_a_part_that_is_not_there_once_written_ends_the_stream_and_no_message_is
     assert [1, 2, 3] == numbers(str(tmp_path))
 
 
+class Overtaken(LocalStorage):
+    """A folder that says that it has written a part, where another scorer's is there by then."""
+
+    other: Callable[[], None] | None = None
+
+    def put_new(self, path: str, data: bytes | memoryview) -> bool:
+        if path.endswith(".parquet") and self.other is not None:
+            other, self.other = self.other, None
+            other()
+            return True
+        return super().put_new(path, data)
+
+
+def test_no_message_is_passed_over_where_a_part_that_was_lost_is_another_scorers_by_then(tmp_path: Path) -> None:
+    storage = Overtaken(tmp_path)
+    sink, quick = opened(storage), opened(str(tmp_path))
+    storage.other = lambda: emit(quick, [json_row(1)])
+    emit(sink, [json_row(1), json_row(2)])
+    emit(sink, [json_row(3)])
+
+    assert [1, 2, 3] == numbers(str(tmp_path))
+
+
 def test_numbers_may_have_gaps_and_partitions_are_apart(place: str) -> None:
     sink = opened(place)
     emit(sink, [message(json_row(1).payload, place=Place(1, 7))])
