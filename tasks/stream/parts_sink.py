@@ -45,6 +45,7 @@ _MANIFESTS_KEPT = 3
 class _Part:
     """A part that stands: what its footer says, and the number that the next one of its partition begins at."""
 
+    entry: Entry
     footer: PartFooter
     next: int
     keys: pa.Schema
@@ -131,6 +132,14 @@ class PartsSink:
         for at in known:
             if at not in found and (entry := self._storage.find(part_path(self._plan, at))) is not None:
                 found[at] = entry
+        read = {at: part.entry for at, part in self._parts.items()}
+        if others := [entry.path for at, entry in found.items() if read.get(at, entry) != entry]:
+            message = (
+                f"{self._storage.address(others[0])} must be the part of table {self._plan.run} that this scorer has "
+                "read, but is another by now: it was deleted, and written again. Call again: the stream goes on behind "
+                "the parts that stand."
+            )
+            raise RunDamaged(message)
         new = [at for at in found if at not in self._parts]
         for at, part in zip(new, in_parallel(self._storage, lambda at: self._read(found[at]), new), strict=True):
             self._parts[at] = part
@@ -155,7 +164,7 @@ class PartsSink:
             column = schema.names.index(NUMBER)
             groups = [metadata.row_group(at).column(column) for at in range(metadata.num_row_groups)]
             highest = max(group.statistics.max for group in groups)
-            part = _Part(footer=footer_of(entry, metadata), next=int(highest) + 1, keys=schema)
+            part = _Part(entry=entry, footer=footer_of(entry, metadata), next=int(highest) + 1, keys=schema)
         except (pa.ArrowException, OSError, ValueError, KeyError, SourceChanged) as error:
             message = (
                 f"{self._storage.address(entry.path)} must be a part of table {self._plan.run} that can be read, got: "

@@ -156,6 +156,17 @@ def test_a_part_that_is_not_there_once_written_ends_the_stream_and_no_message_is
     assert [1, 2, 3] == numbers(str(tmp_path))
 
 
+def test_a_part_that_was_deleted_and_written_again_is_told_to_who_has_read_the_first(tmp_path: Path) -> None:
+    sink = opened(str(tmp_path))
+    emit(sink, [json_row(number) for number in range(1, 10)])
+    (part,) = (tmp_path / "run=t").glob("*.parquet")
+    part.unlink()
+    emit(opened(str(tmp_path)), [json_row(number) for number in range(1, 4)])
+
+    with pytest.raises(RunDamaged, match="but is another by now: it was deleted, and written again"):
+        emit(sink, [json_row(10)])
+
+
 class Overtaken(LocalStorage):
     """A folder that says that it has written a part, where another scorer's is there by then."""
 
