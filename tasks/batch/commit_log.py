@@ -126,9 +126,10 @@ def _ancestors(storage: Storage) -> Iterable[tuple[str, str]]:
             for above in root.parents:
                 yield str(above), root.relative_to(above).as_posix()
         return
-    bucket, *parts = storage.url.removeprefix("s3://").split("/")
+    scheme, _, place = storage.url.partition("://")
+    bucket, *parts = place.split("/")
     for at in range(len(parts) - 1, -1, -1):
-        yield "/".join([f"s3://{bucket}", *parts[:at]]), "/".join(parts[at:])
+        yield "/".join([f"{scheme}://{bucket}", *parts[:at]]), "/".join(parts[at:])
 
 
 def must_be_loose(source: str, log: CommitLog) -> SourceFormat:
