@@ -26,7 +26,7 @@ from tasks.batch.artifacts import Logger, Watch, publish_artifacts
 from tasks.batch.lineage import record_failure, record_lineage
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_rows_done
-from tasks.batch.plan import Plan, Start, load_begun, save_start
+from tasks.batch.plan import Plan, Start, confirm_plan, load_begun, save_start
 from tasks.batch.publish import (
     Audit,
     Manifest,
@@ -92,7 +92,7 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
         with _timed(seconds, "score"):
             scored, audit = _score(plan, storage, loaded, slots, options, watch, logger)
         with _timed(seconds, "publish"):
-            published = publish(storage, plan, audit)
+            published = publish(storage, confirm_plan(storage, plan), audit)
     report = _report(
         plan, storage, scored, audit, published=published, slots=slots, memory=memory >> 20, seconds=seconds
     )

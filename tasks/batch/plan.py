@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from serving.contract import Contract, Frozen
 from serving.encode import BatchUnit
 from serving.engine import Engine
-from serving.errors import DestinationUnusable, OvernightError, PlanTooLarge, RunNameTaken
+from serving.errors import DestinationUnusable, OvernightError, PlanTooLarge, PublishRefused, RunNameTaken
 from serving.registry import ModelPin
 from serving.tuner import Tuning
 from tasks.batch.dataset import Dataset, Snapshot, SourceFile
@@ -445,6 +445,23 @@ def load_begun(storage: Storage, start: Start) -> Plan:
         )
         raise OvernightError(message)
     return held_to_key(plan, start.key) if start.key else plan
+
+
+def confirm_plan(storage: Storage, plan: Plan) -> Plan:
+    """Return the plan with the number in the order of runs that its record has now, just before it is published.
+
+    Raises PublishRefused where the record was deleted while the run went on, or is that of another plan by now: runs
+    that were planned since would be told from this one by a number that was given twice.
+    """
+    stored = load_plan(storage, plan.run)
+    if stored is None or (stored.key, stored.digest) != (plan.key, plan.digest):
+        message = (
+            f"{storage.address(f'{plan.folder}/plan.json')} must stand until run {plan.run} is published, but "
+            f"{'is gone' if stored is None else 'is another by now'}. Nothing was published; call again: the run is "
+            "planned once more, and parts that are there are taken where that plan comes out the same."
+        )
+        raise PublishRefused(message)
+    return plan.model_copy(update={"order": stored.order})
 
 
 def used_columns(contract: Contract, options: BatchOptions, schema: pa.Schema) -> list[str]:

@@ -14,7 +14,7 @@ from serving.errors import BadInput, Interrupted, OvernightError
 from tasks.batch.dataset import take_snapshot
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_rows_done
-from tasks.batch.plan import Plan, Start, load_begun, load_start, run_key, save_start
+from tasks.batch.plan import Plan, Start, confirm_plan, load_begun, load_start, run_key, save_start
 from tasks.batch.publish import Audit, Manifest, audit_parts, count_rejects, find_whole, must_add_up, publish
 from tasks.batch.run import Call, Found, find_published, plan_call, plan_slots, restage, state_memory
 from tasks.batch.score import Scored, Scorer, check_rejects
@@ -155,7 +155,7 @@ class BatchWorld:
             check_create_only(storage)
             plan = restage(plan, storage) if found.damaged else plan
             audit = self._score(plan, storage, flow_run.options, process)
-            manifest = publish(storage, plan, audit)
+            manifest = publish(storage, confirm_plan(storage, plan), audit)
         self._check(flow_run, plan, manifest, process)
 
     def _check(self, flow_run: FlowRun, plan: Plan, manifest: Manifest, process: Process) -> None:

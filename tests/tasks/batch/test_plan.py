@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from serving.contract import ColumnPolicy, Output
 from serving.engine import Engine
-from serving.errors import DestinationUnusable, OvernightError, PlanTooLarge, RunNameTaken
+from serving.errors import DestinationUnusable, OvernightError, PlanTooLarge, PublishRefused, RunNameTaken
 from tasks.batch.dataset import Dataset, Snapshot, SourceFile
 from tasks.batch.footer import GroupBytes
 from tasks.batch.options import BatchOptions
@@ -27,6 +27,7 @@ from tasks.batch.plan import (
     Start,
     block_rows,
     chunk_rows,
+    confirm_plan,
     cut_chunks,
     cut_shards,
     digest_chunk,
@@ -401,6 +402,16 @@ def test_a_flow_run_goes_on_with_what_it_began_or_is_told_why_not(storage: Stora
     assert made == load_begun(storage, start) == load_begun(storage, Start(run=made.run))
     with pytest.raises(RunNameTaken, match="already holds a run of another plan"):
         load_begun(storage, start.model_copy(update={"key": "of a call that another took the name of"}))
+
+
+def test_a_plan_is_confirmed_with_its_number_or_told_to_be_gone_or_another(storage: Storage, made: Plan) -> None:
+    with pytest.raises(PublishRefused, match=r"plan\.json must stand until run .* is published, but is gone"):
+        confirm_plan(storage, made)
+    save_plan(storage, made.model_copy(update={"order": 7}))
+
+    assert made.model_copy(update={"order": 7}) == confirm_plan(storage, made)
+    with pytest.raises(PublishRefused, match="but is another by now"):
+        confirm_plan(storage, made.model_copy(update={"digest": "0" * 64}))
 
 
 def test_a_plan_that_does_not_fit_says_what_would(made: Plan) -> None:
