@@ -28,7 +28,10 @@ _PATTERNS = (
     re.compile(r"(?<=://)(?:[^\s/?#'\"<>`:@]*:(?!\d{1,5}/)[^\s'\"<>`]*|[^\s/?#'\"<>`]*)@"),
     re.compile(r"(?<=%3A%2F%2F)[^\s/?#'\"<>`&]*%40", re.IGNORECASE),
     re.compile(r"(?<=[\s,;'\"(=])[^\s/?#'\"<>`:@,;(=]+:[^\s/'\"<>`:@,]+@(?=[A-Za-z0-9.\-]+:\d)"),
-    re.compile(rf"(?P<name>{_NAME}(?:=|%3D))['\"]?[^\s&;,'\")>\]}}]+", re.IGNORECASE),
+    # A folder that is called so, as partitions are, is part of a path.
+    re.compile(
+        rf"(?<=/)(?P<folder>{_NAME}(?:=|%3D))|(?P<name>{_NAME}(?:=|%3D))['\"]?[^\s&;,'\")>\]}}]+", re.IGNORECASE
+    ),
     re.compile(rf"(?P<name>{_NAME}['\"]\s*[:=]\s*['\"])[^'\"]+", re.IGNORECASE),
     re.compile(
         r"(?P<name>authorization['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|apikey)\s+)?)[^\s,'\"]+", re.IGNORECASE
@@ -64,6 +67,8 @@ def _hide_written(text: str) -> str:
 
 
 def _hide(found: re.Match[str]) -> str:
+    if found.groupdict().get("folder"):
+        return found[0]
     if "name" in found.re.groupindex:
         return f"{found['name']}{HIDDEN}"
     return f"{HIDDEN}{'%40' if found[0].endswith('%40') else '@'}"

@@ -316,5 +316,13 @@ def _partitions(files: Sequence[SourceFile], used: Sequence[str]) -> list[pa.Fie
 def hive_values(path: str) -> dict[str, str | None]:
     """Return name and value of each `name=value` folder of a path; None for hive's name of a null."""
     folders = path.split("/")[:-1]
-    pairs = [(name, unquote(value)) for name, sep, value in (part.partition("=") for part in folders) if sep and name]
+    pairs = [(name, _decoded(value)) for name, sep, value in (part.partition("=") for part in folders) if sep and name]
     return {name: None if value == _NULL_PARTITION else value for name, value in pairs}
+
+
+def _decoded(value: str) -> str:
+    """Return a value without its escapes; as it is written where they are not UTF-8, and so are none."""
+    try:
+        return unquote(value, errors="strict")
+    except UnicodeDecodeError:
+        return value

@@ -33,6 +33,7 @@ SECRET = "s3cr3t-0f-mine"  # noqa: S105 - of nothing
         "postgresql%3A%2F%2Fuser%3A{}%40host%2Fdb",
         "https://bucket/key?X-Amz-Credential=me&X-Amz-Signature={}&X-Amz-Expires=60",
         "https://bucket/key?X-Amz-Security-Token={}",
+        "s3://lake/token=7/x.parquet?token={}",
         "https://account.blob.core.windows.net/c?sv=1&sig={}",
         "Max retries exceeded with url: /x?token={}&name=x (Caused by NewConnectionError)",
         "host=127.0.0.1 user=me password={} dbname=x",
@@ -69,6 +70,9 @@ def test_a_secret_is_hidden_however_it_is_written(written: str) -> None:
         "T1f3@Y69uoy1MTki54JNxFm1Yhw/1/4",
         "key_columns=('customer',), topic_id='Y69uoy1MTki54JNxFm1Yhw'",
         "someone@example.com wrote at 12:30",
+        "/data/token=abc/x.parquet must be readable",
+        "s3://lake/country=DE/api_key=7/signature=v1/*.parquet",
+        "data/session_token=7/",
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:

@@ -223,6 +223,12 @@ def test_a_partition_that_the_first_file_lacks_is_told_too(tmp_path: Path) -> No
         opened(str(tmp_path), (), ("p",))
 
 
+def test_hive_values_whose_escapes_are_no_utf_8_stay_as_they_are_written() -> None:
+    found = [hive_values(f"store={value}/a.parquet")["store"] for value in ("%E4", "%E5", "50%", "%FFx%20y")]
+
+    assert ["%E4", "%E5", "50%", "%FFx%20y"] == found
+
+
 def test_hive_values_are_decoded() -> None:
     assert hive_values("a=1/b=x%2Fy%3D/=3/c/d=/e=%C3%BC/f=1.parquet") == {"a": "1", "b": "x/y=", "d": "", "e": "ü"}
 
