@@ -18,7 +18,7 @@ HIDDEN = "***"
 
 _WORDS = (
     r"(?:password|passwd|passphrase|pwd|secret|secret[_-]?(?:access[_-]?)?key|token|api[_-]?key|access[_-]?key(?:[_-]?id)?"
-    r"|account[_-]?key|credential|signature|sig|sasl\.jaas\.config)"
+    r"|account[_-]?key|credential|[a-z]+-signature|sasl\.jaas\.config)"
 )
 # A name counts where it ends with one of the words: max_tokens is none.
 _NAME = rf"(?<![A-Za-z])(?:[A-Za-z0-9_.\-]*[_.\-])?{_WORDS}"
@@ -32,6 +32,8 @@ _PATTERNS = (
     re.compile(
         rf"(?<=/)(?P<folder>{_NAME}(?:=|%3D))|(?P<name>{_NAME}(?:=|%3D))['\"]?[^\s&;,'\")>\]}}]+", re.IGNORECASE
     ),
+    # By itself the word is a model's signature, as in log_model(signature=signature).
+    re.compile(r"(?P<name>[?&](?:signature|sig)=)[^\s&'\")>]+", re.IGNORECASE),
     re.compile(rf"(?P<name>{_NAME}['\"]\s*[:=]\s*['\"])[^'\"]+", re.IGNORECASE),
     re.compile(
         r"(?P<name>authorization['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|apikey)\s+)?)[^\s,'\"]+", re.IGNORECASE

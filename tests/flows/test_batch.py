@@ -378,7 +378,7 @@ class TestTheSameRun:
         report = infer(linear, customers, tmp_path / "scores")
         (tmp_path / "scores" / "_overnight" / report.run / "manifest.json").unlink()
         start = next((tmp_path / "scores" / "_overnight" / "starts").iterdir())
-        assert json.loads(start.read_text()) == {"run": report.run}
+        assert json.loads(start.read_text()) == {"run": report.run, "key": report.run}
         for part in (tmp_path / "scores").glob("run=*/part-00000-*"):
             part.unlink()
         kept = run_parts(tmp_path / "scores")

@@ -73,6 +73,7 @@ def test_a_secret_is_hidden_however_it_is_written(written: str) -> None:
         "/data/token=abc/x.parquet must be readable",
         "s3://lake/country=DE/api_key=7/signature=v1/*.parquet",
         "data/session_token=7/",
+        "mlflow.log_model(model, name=..., signature=signature, input_example=inputs)",
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:
