@@ -58,12 +58,14 @@ def _after(owner: Any, name: str, when: Callable[..., bool] = lambda *_, **__: T
     setattr(owner, name, wrapped)
 
 
-def _half_written(path: Any, data: Any) -> None:
-    if "part-" in path.name:
-        path.write_bytes(bytes(data)[: len(data) // 2])
+def _half_written(stream: Any, data: Any) -> None:
+    if "part-" in str(stream.name):
+        stream.write(bytes(data)[: len(data) // 2])
+        stream.flush()
         _count_down()
-        path.unlink()
-    _write_synced(path, data)
+        stream.seek(0)
+        stream.truncate()
+    _write_synced(stream, data)
 
 
 _write_synced = tasks.storage.local._write_synced

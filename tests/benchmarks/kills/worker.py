@@ -87,8 +87,8 @@ def _count_rows(board: Board) -> None:
 def _watch_reading(board: Board) -> None:
     inner = tasks.batch.batches.Reader.blocks
 
-    def blocks(self: Any, chunk: Any) -> Generator[Any]:
-        tables = inner(self, chunk)
+    def blocks(self: Any, *args: Any) -> Generator[Any]:
+        tables = inner(self, *args)
         while True:
             with board.within("read"):
                 table = next(tables, None)
