@@ -32,9 +32,10 @@ _UNREADABLE = ("timestamp_nanos", "timestamp_nanos_ntz", "void")
 _DENIED = re.compile("AccessDenied|lacked the necessary privileges|[Pp]ermission denied|Read-only file system")
 
 
-def check_delta(storage: Storage, contract_schema: pa.Schema, run_key: str) -> int:
+def check_delta(storage: Storage, contract_schema: pa.Schema, run_key: str, earlier_keys: Sequence[str] = ()) -> int:
     """Hold a run that is to be planned against Delta's types, and against the table that stands at the destination.
 
+    `earlier_keys` are those that earlier releases gave to the same call; the table must not hold a run of one either.
     Returns the highest number, in the order of runs, of those that the table holds; 0 where there is none.
     Raises DestinationUnusable before anything is scored, also where the table holds this very run already.
     """
@@ -54,6 +55,13 @@ def check_delta(storage: Storage, contract_schema: pa.Schema, run_key: str) -> i
             f"The Delta table at {storage.url} must not hold the run that is to be planned, but holds run {run_key} "
             "already, whose plan below _overnight is gone. Its rows are in the table, once: there is nothing to do. To "
             "score them again all the same, choose another destination."
+        )
+        raise DestinationUnusable(message)
+    if held := [key for key in earlier_keys if table.transaction_version(_run_app(key)) is not None]:
+        message = (
+            f"The Delta table at {storage.url} must not get the rows of a call twice, but holds run {held[0]}, which "
+            "an earlier release made of the same model, files and options. Its rows are in the table, once: there is "
+            'nothing to do. To score them again all the same, choose another destination, or delta_mode="replace".'
         )
         raise DestinationUnusable(message)
     return table.transaction_version(_ORDER_APP) or 0

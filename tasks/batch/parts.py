@@ -81,8 +81,8 @@ def check_names(dataset: Dataset, contract: Contract, options: BatchOptions) -> 
     Raises SchemaMismatch for keys that are missing, BadInput for names that clash, and for keys of a type that could
     not be read back from a part.
     """
-    if missing := [key for key in options.key_columns if key not in dataset.schema.names]:
-        message = f"Each key must be a column of the dataset, got {missing}. Columns found: {dataset.schema.names}."
+    if missing := [key for key in options.key_columns if dataset.schema.names.count(key) != 1]:
+        message = f"Each key must be one column of the dataset, got {missing}. Columns found: {dataset.schema.names}."
         raise SchemaMismatch(message)
     if not options.key_columns and (taken := {SOURCE_FILE, SOURCE_ROW} & {column.name for column in contract.columns}):
         message = (

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 
 from serving.contract import Frozen
-from serving.errors import PublishRefused, RunDamaged, RunNameTaken, StorageFault
+from serving.errors import DestinationUnusable, PublishRefused, RunDamaged, RunNameTaken, StorageFault
 from serving.registry import ModelPin
-from tasks.batch.dataset import in_parallel
+from tasks.batch.dataset import Snapshot, in_parallel
 from tasks.batch.delta import commit_delta
+from tasks.batch.options import BatchOptions
 from tasks.batch.parts import ChunkId, PartFooter, Reasons, list_parts, read_footer
 from tasks.batch.plan import ROOT, Plan, read_record
 from tasks.storage import Storage
@@ -201,10 +204,44 @@ def must_be_of(manifest: Manifest, plan: Plan) -> None:
 
 def find_newest_run(storage: Storage) -> Manifest | None:
     """Return the manifest of the complete run of a destination that was planned last, None where there is none."""
-    paths = [entry.path for entry in storage.entries(ROOT, depth=2) if entry.path.endswith("/manifest.json")]
-    found = in_parallel(storage, lambda path: read_record(storage, path, Manifest), paths)
-    manifests = [manifest for manifest in found if manifest is not None]
+    manifests = _read_manifests(storage, [entry.path for entry in storage.entries(ROOT, depth=2)])
     return max(manifests, key=lambda manifest: manifest.place, default=None)
+
+
+def _read_manifests(storage: Storage, paths: Sequence[str]) -> list[Manifest]:
+    paths = [path for path in paths if path.endswith("/manifest.json")]
+    found = in_parallel(storage, lambda path: read_record(storage, path, Manifest), paths)
+    return [manifest for manifest in found if manifest is not None]
+
+
+def find_earlier_keys(storage: Storage, model: ModelPin, source: Snapshot, options: BatchOptions) -> list[str]:
+    """Return the keys under which an earlier release has planned this very call at a destination, with Delta output.
+
+    Keys change with a release, and what a Delta table holds already would be added to it once more.
+    """
+    paths = [entry.path for entry in storage.entries(ROOT, depth=2)]
+    manifests = _read_manifests(storage, paths)
+    runs = {manifest.run for manifest in manifests if manifest.output == "delta" and not manifest.plan_digest}
+    # One that was ended between its commit to the table and its manifest has a plan alone.
+    planned = {path.split("/")[1] for path in paths if path.endswith("/plan.json")}
+    runs |= planned - {path.split("/")[1] for path in paths if path.endswith("/manifest.json")}
+    keys = []
+    for run in sorted(runs):
+        with suppress(DestinationUnusable):
+            plan = read_record(storage, f"{ROOT}/{run}/plan.json", Plan)
+            if plan is not None and not plan.digest and _is_same_call(plan, model, source, options):
+                keys.append(plan.key)
+    return keys
+
+
+def _is_same_call(plan: Plan, model: ModelPin, source: Snapshot, options: BatchOptions) -> bool:
+    ours, theirs = (
+        # Earlier releases pinned a local file by the first of its times alone.
+        (each.root, each.format, [(file.path, file.size, file.tag.partition("/")[0]) for file in each.files])
+        for each in (source, plan.source)
+    )
+    same_model = (plan.model.name, plan.model.version) == (model.name, model.version)
+    return same_model and plan.options.in_key() == options.in_key() and ours == theirs
 
 
 def claim_order(storage: Storage, run: str, *, above: int = 0) -> int:

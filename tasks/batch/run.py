@@ -26,7 +26,15 @@ from tasks.batch.plan import (
     run_key,
     save_plan,
 )
-from tasks.batch.publish import Manifest, claim_order, find_damage, find_manifest, find_whole, must_be_of
+from tasks.batch.publish import (
+    Manifest,
+    claim_order,
+    find_damage,
+    find_earlier_keys,
+    find_manifest,
+    find_whole,
+    must_be_of,
+)
 from tasks.batch.source import pin_source
 from tasks.batch.staging import stage
 from tasks.batch.tuning import settle_sizes
@@ -96,7 +104,9 @@ def plan_call(
     check_names(dataset, call.contract, call.options)
     order_held = 0
     if call.options.output == "delta":
-        order_held = check_delta(storage, part_schema(call.contract, call.options, dataset), call.key)
+        appends = call.options.delta_mode == "append"
+        earlier = find_earlier_keys(storage, call.resolved.pin, call.snapshot, call.options) if appends else ()
+        order_held = check_delta(storage, part_schema(call.contract, call.options, dataset), call.key, earlier)
     model = load(call.resolved, call.contract, allow_pickle=call.options.allow_pickle)
     plan = make_plan(
         key=call.key,

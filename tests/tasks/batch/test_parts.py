@@ -368,7 +368,7 @@ def a_dataset(*names: str) -> Dataset:
 
 def test_keys_that_the_dataset_lacks_are_told() -> None:
     with pytest.raises(
-        SchemaMismatch, match=r"must be a column of the dataset, got \['x', 'source_file'\]\. .*\['id'\]"
+        SchemaMismatch, match=r"must be one column of the dataset, got \['x', 'source_file'\]\. .*\['id'\]"
     ):
         check_names(a_dataset("id"), a_contract("a"), BatchOptions(key_columns=("id", "x", "source_file")))
 

@@ -15,10 +15,12 @@ from deltalake import write_deltalake
 
 from serving.contract import ColumnPolicy
 from serving.engine import Engine
-from serving.errors import BadInput, ModelUnfit, RunDamaged, SourceChanged
+from serving.errors import BadInput, DestinationUnusable, ModelUnfit, RunDamaged, SchemaMismatch, SourceChanged
 from tasks.batch import tuning
 from tasks.batch.batches import open_reader
 from tasks.batch.options import BatchOptions
+from tasks.batch.plan import Plan, save_plan
+from tasks.batch.publish import audit_parts, publish
 from tasks.batch.run import (
     find_complete,
     free_memory,
@@ -31,7 +33,7 @@ from tasks.batch.run import (
 )
 from tasks.storage import open_storage
 from tests.support import write_customers
-from tests.tasks.batch.small import put
+from tests.tasks.batch.small import put, put_parts
 
 
 @pytest.fixture
@@ -180,6 +182,35 @@ def test_a_delta_table_is_scored_by_its_version_and_a_newer_one_is_another_run(
     assert 2_500 == plan_call(second, destination).rows
 
 
+@pytest.mark.parametrize("lost", [[], ["manifest.json"]], ids=["published", "ended before its manifest"])
+def test_a_delta_table_does_not_get_the_rows_that_an_earlier_release_appended_once_more(
+    linear: str, source: str, tmp_path: Path, lost: list[str]
+) -> None:
+    destination = open_storage(str(tmp_path / "scores"))
+    options = BatchOptions(output="delta", rows_per_chunk=1_000)
+    call = pin_call(linear, source, destination.url, options)
+    earlier = _as_of_earlier_release(plan_call(call, destination))
+    destination.delete([entry.path for entry in destination.entries("_overnight")])
+    put_parts(earlier, destination, rejects=())
+    publish(destination, earlier, audit_parts(destination, earlier))
+    save_plan(destination, earlier)
+    destination.delete([f"{earlier.folder}/{name}" for name in lost])
+    with pytest.raises(DestinationUnusable, match=rf"not get the rows of a call twice, but holds run {earlier.key}"):
+        plan_call(call, destination)
+
+    # Other files, or all of the table in place of them, are another matter.
+    plan_call(pin_call(linear, f"{source}/*-00.parquet", destination.url, options), destination)
+    replacing = options.model_copy(update={"delta_mode": "replace"})
+    plan_call(pin_call(linear, source, destination.url, replacing), destination)
+
+
+def _as_of_earlier_release(plan: Plan) -> Plan:
+    """Return a plan with another key, without a digest or an order, over files that are pinned by one time each."""
+    files = tuple(file.model_copy(update={"tag": file.tag.partition("/")[0]}) for file in plan.source.files)
+    source = plan.source.model_copy(update={"files": files})
+    return plan.model_copy(update={"key": "e" * 32, "run": "e" * 32, "digest": "", "order": 0, "source": source})
+
+
 def test_a_local_source_rewritten_with_its_size_and_time_is_another_run_and_no_half_of_one(
     linear: str, source: str, tmp_path: Path
 ) -> None:
@@ -206,6 +237,15 @@ def test_a_key_that_no_reader_reads_back_is_refused_before_anything_is_written(l
         plan_call(call, destination)
 
     assert [] == [entry.path for entry in destination.entries() if entry.path.endswith((".parquet", "plan.json"))]
+
+
+def test_a_key_column_that_stands_twice_is_refused(linear: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.csv").write_text("id,id,a,b,c\n1,2,0.5,0.5,0.5\n")
+    destination = open_storage(str(tmp_path / "scores"))
+    call = pin_call(linear, f"{tmp_path}/in", destination.url, BatchOptions(key_columns=("id",)))
+    with pytest.raises(SchemaMismatch, match=r"must be one column of the dataset, got \['id'\]"):
+        plan_call(call, destination)
 
 
 @pytest.mark.parametrize("output", ["parquet", "delta"])
