@@ -2,11 +2,12 @@
 
 An error is a dependency's where it, or an error that it was raised from or while handling, is
 
-- of the operating system: every OSError, and with it ConnectionError, TimeoutError and what requests raises;
+- of the operating system: an OSError that has its number, and Python's own kinds of it, as ConnectionError and
+  TimeoutError; one without is a library's word for data that it can't read, as Pillow's for an image;
 - named as libraries name errors of connections and time-outs: ReadTimeout, EndpointConnectionError,
   ServiceUnavailable, OperationalError (the databases' own, PEP 249) and the like;
-- of the base class of a client library: grpc.RpcError, httpx.RequestError, urllib3's HTTPError, aiohttp's ClientError,
-  botocore's BotoCoreError and ClientError;
+- of the base class of a client library: grpc.RpcError, httpx.RequestError, requests' RequestException, urllib3's
+  HTTPError, aiohttp's ClientError, botocore's BotoCoreError and ClientError;
 - an answer over HTTP that says anything but that the request itself is at fault (400, 413, 415, 422).
 
 What a service says of the request itself (such an answer, grpc's INVALID_ARGUMENT and OUT_OF_RANGE, AWS's
@@ -32,6 +33,9 @@ _LIBRARY_ERRORS = {
     "httpcore.NetworkError",
     "httpcore.ProtocolError",
     "httpx.RequestError",
+    "requests.exceptions.RequestException",
+    "socket.gaierror",
+    "urllib.error.URLError",
     "urllib3.exceptions.HTTPError",
 }
 _NAMES = re.compile(
@@ -84,7 +88,12 @@ def _is_fault(error: BaseException) -> bool:
     if (status := _http_status(error)) is not None:
         return status not in _STATUSES_OF_ROWS
     named = any(_NAMES.fullmatch(kind.__name__) for kind in type(error).__mro__)
-    return isinstance(error, OSError) or named or not _LIBRARY_ERRORS.isdisjoint(names)
+    return _is_of_the_system(error) or named or not _LIBRARY_ERRORS.isdisjoint(names)
+
+
+def _is_of_the_system(error: BaseException) -> bool:
+    kinds = (kind for kind in type(error).__mro__ if kind.__module__ == "builtins" and kind is not OSError)
+    return isinstance(error, OSError) and (error.errno is not None or any(issubclass(kind, OSError) for kind in kinds))
 
 
 def _http_status(error: Any) -> int | None:

@@ -348,6 +348,11 @@ def _returned(call: Callable[[T], R], argument: T) -> R:
             raise
         message = f"it must return, got {_reason(error)}"
         raise ModelExit(message) from None
+    except BaseException as error:
+        # What libraries in Rust raise where they fail, and no Exception.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ModelExit(_reason(error)) from None
 
 
 def _dependency_fault(error: Exception, tries: int) -> DependencyFault:

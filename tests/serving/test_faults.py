@@ -186,6 +186,10 @@ class ServiceUnavailable(Exception):
     """As some client has it."""
 
 
+class UnidentifiedImageError(OSError):
+    """As Pillow has it."""
+
+
 class RedisTimeoutError(Exception):
     """The same."""
 
@@ -207,6 +211,7 @@ ROWS = [
     *(ArithmeticError(), UnicodeDecodeError("utf-8", b"", 0, 1, "a"), sqlite3.IntegrityError(), StopIteration()),
     *(raised_from(ValueError("a"), KeyError("b")), ExceptionGroup("two", [ValueError(), KeyError()])),
     raised_while_handling(ValueError("no such picture"), FileNotFoundError(), hidden=True),
+    *(OSError("image file is truncated (4 bytes not processed)"), UnidentifiedImageError("cannot identify image file")),
 ]
 
 

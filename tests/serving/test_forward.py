@@ -653,6 +653,21 @@ def test_a_model_that_exits_rejects_the_row_that_it_exits_on() -> None:
     assert np.array_equal(np.delete(X[:, 0], 7), np.delete(found, 7))
 
 
+def test_a_library_in_rust_that_panics_rejects_the_row_that_it_panics_on() -> None:
+    panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
+
+    def answer(inputs: Arrays) -> Any:
+        if (inputs["x"][:, 0] == 1).any():
+            raise panic("index out of bounds")
+        return inputs["x"][:, 0]
+
+    rows = encoded(beginning_with(1, [7]))
+    found = Forward(Plain(answer), matrix(4), 50).score(rows)["score"]
+
+    assert {7: ("", "ModelExit: PanicException: index out of bounds")} == rejects(rows)
+    assert np.array_equal(np.delete(X[:, 0], 7), np.delete(found, 7))
+
+
 def test_a_model_that_exits_on_every_row_fails() -> None:
     with pytest.raises(ModelFailed, match=r"got none of 50: ModelExit: it must return, got SystemExit: 3. That is the"):
         Forward(failing_for(range(1000), lambda: SystemExit(3)), matrix(4), 50).score(encoded(X))
