@@ -13,7 +13,6 @@ from serving.errors import MessagesLost, StreamReplaced, StreamUnfit
 from tasks.stream.addresses import FromNats
 from tasks.stream.nats_link import NatsLink, find_stream
 
-
 # For the server; what max_deliver of a source says is counted by the scorers.
 _WITHOUT_END = -1
 

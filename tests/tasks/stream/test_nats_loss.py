@@ -20,7 +20,7 @@ from tasks.batch.predictions import open_predictions
 from tasks.stream.addresses import AnySink, FromNats, ToNats, ToParts
 from tasks.stream.ends import Ends
 from tasks.stream.in_hand import InHand
-from tasks.stream.message import Message
+from tasks.stream.message import Message, Poison
 from tasks.stream.nats_link import NatsLink
 from tasks.stream.nats_source import NatsSource
 from tasks.stream.opening import Opener
@@ -266,3 +266,30 @@ def test_messages_that_the_consumer_of_an_earlier_version_gave_up_are_told_of(
         pass
 
     assert any("2 messages between 1 and 5 were given up" in words for words in said), said
+
+
+def test_a_message_that_was_buried_and_comes_again_after_the_window_of_the_dead_letters_is_there_once(
+    nats: NatsServer, nats_client: NatsClient, fresh: str
+) -> None:
+    nats_client.make(fresh, fresh)
+    nats_client.make(f"{fresh}-dead", f"{fresh}-dead", duplicate_window=3)
+    publish(nats_client, fresh, range(3))
+    sink = ToNats(subject=f"{fresh}-scores", stream=f"{fresh}-scores")
+    settings = {"ack_wait_seconds": 1.0, "max_deliver": 3, "dead_letters": f"{fresh}-dead"}
+    came = []
+    for _ in range(3):
+        with opened(nats, fresh, sink, **settings) as ends:
+            came.append(fetch(ends, 3))
+            ends.dead_letters.bury([Poison(message=each, column="", reason="bad") for each in came[-1]])
+        time.sleep(4)
+
+    assert [3, 3, 3] == list(map(len, came))
+    assert 3 == nats_client.info(f"{fresh}-dead").state.messages
+
+
+def fetch(ends: Ends, count: int, seconds: float = 60.0) -> list[Message]:
+    found: list[Message] = []
+    until = time.monotonic() + seconds
+    while len(found) < count and time.monotonic() < until:
+        found += ends.source.fetch(count - len(found), 1, 0.2)
+    return found
