@@ -96,7 +96,7 @@ class Recall:
         begin: int | datetime = newest - timedelta(seconds=self.source.worst_redelivery_seconds)
         if all_of_it:
             first = self.link.run(_stored_at(self.link, self.source.stream, low + 1))
-            begin = first - timedelta(seconds=_CLOCKS_SECONDS)
+            begin = min(begin, first - timedelta(seconds=_CLOCKS_SECONDS))
             if begin < self._read_until:
                 begin = self._read_to + 1
         found = self.sink_link.run(_ids(self.sink_link, self.sink, begin, counts))
