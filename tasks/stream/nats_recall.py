@@ -93,12 +93,11 @@ class Recall:
             return each.startswith(f"{self.origin}.") and low < int(each.rpartition(".")[2]) <= high
 
         newest = self.sink_link.run(_stored_at(self.sink_link, self.sink, state.last_seq))
-        begin: int | datetime = newest - timedelta(seconds=self.source.worst_redelivery_seconds)
+        since = newest - timedelta(seconds=self.source.worst_redelivery_seconds)
         if all_of_it:
             first = self.link.run(_stored_at(self.link, self.source.stream, low + 1))
-            begin = min(begin, first - timedelta(seconds=_CLOCKS_SECONDS))
-            if begin < self._read_until:
-                begin = self._read_to + 1
+            since = min(since, first - timedelta(seconds=_CLOCKS_SECONDS))
+        begin = self._read_to + 1 if all_of_it and since < self._read_until else since
         found = self.sink_link.run(_ids(self.sink_link, self.sink, begin, counts))
         self._known = {each for each in self._known if counts(each)} | found
         if all_of_it:
