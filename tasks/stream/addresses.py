@@ -82,8 +82,8 @@ class FromNats(Frozen):
         default=20,
         ge=3,
         le=1000,
-        description="How often a message comes at most. The last time it goes to the dead letters unscored: "
-        "it may be what ends the scorer.",
+        description="From which delivery on a message goes to the dead letters unscored: it may be what ends the "
+        "scorer.",
     )
     dead_letters: str | None = Field(
         default=None,
@@ -95,7 +95,7 @@ class FromNats(Frozen):
 
     @property
     def worst_redelivery_seconds(self) -> float:
-        """How long after its first delivery a message may still come again."""
+        """How long after its first delivery a message may come for the last time, where no delivery takes longer."""
         return self.ack_wait_seconds * self.max_deliver
 
     @property

@@ -85,13 +85,18 @@ class Intake:
     def apart(self, messages: Sequence[Message]) -> list[Batch]:
         """Cut off the messages that come again and again, few together and in no order: one may end the process.
 
-        In whatever order they come, those that are innocent then get their turn before it sooner or later.
+        In whatever order they come, those that are innocent then get their turn before it sooner or later. Those that
+        are not scored any more come first: nothing ends the process before they are dead letters.
         """
         by_company: dict[int | None, list[Message]] = {}
+        last: list[Message] = []
         for message in messages:
-            by_company.setdefault(company(message.deliveries, self.terms.max_deliver), []).append(message)
+            if self.terms.max_deliver is not None and message.deliveries >= self.terms.max_deliver:
+                last.append(message)
+            else:
+                by_company.setdefault(company(message.deliveries, self.terms.max_deliver), []).append(message)
         others = by_company.pop(None, [])
-        batches: list[Batch] = [tuple(others)] if others else []
+        batches: list[Batch] = [tuple(each) for each in (last, others) if each]
         for most, suspects in by_company.items():
             self._random.shuffle(suspects)
             step = most or len(suspects)

@@ -13,6 +13,9 @@ from serving.errors import MessagesLost, StreamReplaced, StreamUnfit
 from tasks.stream.addresses import FromNats
 from tasks.stream.nats_link import NatsLink, find_stream
 
+# For the server; what max_deliver of a source says is counted by the scorers.
+_WITHOUT_END = -1
+
 
 async def check_stream(link: NatsLink, address: FromNats, *, in_order: bool) -> None:
     """Raise StreamUnfit where the stream is missing, has no such subject, or can't be read again for a table."""
@@ -70,26 +73,49 @@ async def check_identity(link: NatsLink, address: FromNats, identity: str) -> No
 
 
 async def find_durable(link: NatsLink, address: FromNats, in_flight: int) -> str:
-    """Return the name of the durable consumer, made where it is missing; raises StreamUnfit where it is another."""
+    """Return the name of the durable consumer, made where it is missing; raises StreamUnfit where it is another.
+
+    The server never gives a message up: it counts what waits in a slow scorer too, and what it has given up is neither
+    scored nor a dead letter. The scorer that a message comes to for the last time sees to it.
+    """
     wanted = ConsumerConfig(
         durable_name=address.consumer,
         ack_policy=AckPolicy.EXPLICIT,
         deliver_policy=DeliverPolicy.ALL,
         ack_wait=address.ack_wait_seconds,
-        max_deliver=address.max_deliver,
+        max_deliver=_WITHOUT_END,
         max_ack_pending=in_flight,
         filter_subject=address.subject,
     )
     stream, name = address.stream, address.consumer
     try:
         found = await link.ask(f"consumer {name}", lambda: link.js.consumer_info(stream, name))
-        _must_be_alike(found.config, wanted, stream, name)
+        earlier = wanted.evolve(max_deliver=address.max_deliver)
+        alike = earlier if (found.config.max_deliver or 0) > 0 else wanted
+        _must_be_alike(found.config, alike, stream, name)
+        if alike is earlier:
+            await _give_nothing_up(link, address, found)
         if found.ack_floor is not None:
             first = (await find_stream(link, stream)).state.first_seq
             must_not_be_lost(link, address, f"consumer {name!r}", found.ack_floor.stream_seq + 1, first)
     except NotFoundError:
         await _add(link, address, wanted)
     return name
+
+
+async def _give_nothing_up(link: NatsLink, address: FromNats, found: ConsumerInfo) -> None:
+    """Have the server deliver without end what a consumer of an earlier version may hold; say what it has given up."""
+    await _add(link, address, found.config.evolve(max_deliver=_WITHOUT_END))
+    given_up = (found.num_redelivered or 0) - (found.num_ack_pending or 0)
+    if given_up > 0:
+        last = found.delivered.stream_seq if found.delivered is not None else 0
+        link.say(
+            "given up",
+            f"Every message must be scored or a dead letter, but at least {given_up:,} messages between 1 and {last:,} "
+            f"were given up by the server, since an earlier version of Overnight made consumer {address.consumer!r} of "
+            f"{address.stream!r} with max_deliver. Look for the numbers that no message id of the scores and the dead "
+            "letters ends with. From now on none is given up.",
+        )
 
 
 async def make_in_order(link: NatsLink, address: FromNats, start: int) -> str:

@@ -35,7 +35,7 @@ _OUTBOUND_BYTES = 64 << 20
 class NatsLink:
     """A connection that stays; `say` is told when the server is gone and back, `give_up` ends every wait.
 
-    `away_seconds` is how long the server has been away at most, since whoever asks for it last set it to none.
+    `outages` holds for how many seconds the server was away, each time.
 
     Raises BrokerDenied where the server does not let this user in.
     """
@@ -45,7 +45,7 @@ class NatsLink:
         self._say, self._give_up = say, give_up
         self._denied: str | None = None
         self.broken: Exception | None = None
-        self.away_seconds = 0.0
+        self.outages: list[float] = []
         self._gone_at = 0.0
         self._was_there = False
         self._said: dict[str, float] = {}
@@ -159,7 +159,7 @@ class NatsLink:
             self.say("gone", f"{self.url} is gone: waiting for it; nothing is lost, what is in hand stays in hand.")
 
     async def _on_back(self) -> None:
-        self.away_seconds = max(self.away_seconds, time.monotonic() - self._gone_at)
+        self.outages.append(time.monotonic() - self._gone_at)
         self._said.clear()
         self._say(f"{self.url} is back: going on.")
 

@@ -11,7 +11,7 @@ from nats.js.errors import APIError, NotFoundError
 from serving.contract import Contract
 from serving.errors import BrokerFault, StreamUnfit
 from tasks.stream.addresses import FromKafka, FromNats, ToNats
-from tasks.stream.message import HEADER_MODEL, HEADER_SOURCE, Message, Poison, poison_headers
+from tasks.stream.message import HEADER_MODEL, HEADER_SOURCE, Message, Place, Poison, poison_headers
 from tasks.stream.nats_consumer import overlap
 from tasks.stream.nats_link import NatsLink
 from tasks.stream.nats_publish import Outgoing, Publisher
@@ -70,18 +70,32 @@ class NatsSink:
 
 
 class NatsDeadLetters:
-    """Publishes poison as it came, with its reason and where it stood as headers."""
+    """Publishes poison as it came, with its reason and where it stood as headers.
 
-    def __init__(self, link: NatsLink, address: FromNats, origin: str) -> None:
+    `known` tells the ids that the stream holds, though it may not know them any more, and `already` which of messages
+    that have come before are among them.
+    """
+
+    def __init__(
+        self,
+        link: NatsLink,
+        address: FromNats,
+        origin: str,
+        *,
+        known: Callable[[], set[str]] = set,
+        already: Callable[[Sequence[Message]], set[Place]] = lambda _: set(),
+    ) -> None:
         self._link, self._address, self._origin = link, address, origin
-        self._publisher = Publisher(link)
+        self._publisher = Publisher(link, known)
+        self._already = already
 
     def bury(self, poison: Sequence[Poison]) -> None:
         """Publish poison and wait until the stream has taken each; one that is too large goes without its original.
 
         Raises BrokerFault where the stream does not take that either.
         """
-        refused = self._publisher.publish([self._letter(each) for each in poison])
+        there = self._already([each.message for each in poison if each.message.deliveries > 1])
+        refused = self._publisher.publish([self._letter(each) for each in poison if each.message.place not in there])
         if refused and self._publisher.publish([_without_original(each) for each in refused]):
             message = (
                 f"The stream of {self._address.dead_subject!r} at {self._link.url} must take dead letters of some "
@@ -127,8 +141,8 @@ async def open_sink(link: NatsLink, address: ToNats, source: FromNats | FromKafk
     return info
 
 
-async def open_dead_letters(link: NatsLink, address: FromNats) -> None:
-    """See to it that a stream takes the dead letters; raises StreamUnfit."""
+async def open_dead_letters(link: NatsLink, address: FromNats) -> StreamInfo:
+    """Return the stream that takes the dead letters and remembers ids for long enough; raises StreamUnfit."""
     made = DEAD_STREAM if address.dead_letters is None else None
     window = address.worst_redelivery_seconds
     info = await _stream_of(link, made, address.dead_subject, window, "dead letters", taking="overnight.dead.>")
@@ -139,6 +153,7 @@ async def open_dead_letters(link: NatsLink, address: FromNats) -> None:
         with contextlib.suppress(APIError):
             info = await link.ask(f"stream {made}", lambda: link.js.update_stream(wider))
     _must_remember(info, window, address.dead_subject)
+    return info
 
 
 async def _stream_of(

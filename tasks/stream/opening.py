@@ -7,6 +7,8 @@ from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
+from nats.js.api import StreamInfo
+
 from serving.contract import Contract
 from serving.errors import BadInput, StreamReplaced, StreamUnfit
 from serving.registry import ModelPin
@@ -56,7 +58,7 @@ class Opener:
         link = self._link(source.url, stack)
         identity = link.run(find_identity(link, source))
         origin = f"{source.consumer}.{identity}"
-        link.run(open_dead_letters(link, source))
+        buried = _recall(source, link, f"dead.{origin}", link, link.run(open_dead_letters(link, source)))
         table, start = self._nats_table(sink, source, identity, link) if isinstance(sink, ToParts) else (None, None)
         recall = None
         if table is not None:
@@ -77,7 +79,9 @@ class Opener:
         stack.callback(reader.close)
         # A table's source counts no deliveries.
         most = None if table else source.max_deliver
-        ends = self._ends(reader, to, NatsDeadLetters(link, source, origin), sink)
+        # What a table's source gives again does not count as one that comes again.
+        dead = NatsDeadLetters(link, source, origin, known=buried.known, already=buried.already)
+        ends = self._ends(reader, to, dead, sink)
         ends = replace(ends, max_deliver=most, give_back=reader.give_back)
         return ends if recall is None else replace(ends, already=recall.already)
 
@@ -115,14 +119,7 @@ class Opener:
         stream = link.run(open_sink(link, sink, source))
         recall = None
         if from_link is not None and isinstance(source, FromNats):
-            recall = Recall(
-                link=from_link,
-                source=source,
-                sink_link=link,
-                sink=stream.config.name or "",
-                origin=origin,
-                window_seconds=stream.config.duplicate_window or 0.0,
-            )
+            recall = _recall(source, from_link, origin, link, stream)
             recall.begin()
         known: Callable[[], set[str]] = recall.known if recall else set
         keys = self.options.key_columns
@@ -209,6 +206,17 @@ class Opener:
         link = NatsLink(url, self.say, self.give_up)
         stack.callback(link.close)
         return link
+
+
+def _recall(source: FromNats, link: NatsLink, origin: str, sink_link: NatsLink, stream: StreamInfo) -> Recall:
+    return Recall(
+        link=link,
+        source=source,
+        sink_link=sink_link,
+        sink=stream.config.name or "",
+        origin=origin,
+        window_seconds=stream.config.duplicate_window or 0.0,
+    )
 
 
 def check_names(contract: Contract, key_columns: tuple[str, ...], *, parts: bool) -> None:

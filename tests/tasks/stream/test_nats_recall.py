@@ -10,6 +10,7 @@ from pathlib import Path
 from infra.local.nats import nats_server
 from infra.local.nats_client import NatsClient
 from tasks.stream.addresses import FromNats
+from tasks.stream.message import Message
 from tasks.stream.nats_link import NatsLink
 from tasks.stream.nats_publish import Outgoing, Publisher
 from tasks.stream.nats_recall import Recall
@@ -47,3 +48,30 @@ def test_a_server_that_was_away_for_longer_than_it_remembers_ids_is_told_nothing
         link.close()
 
     assert Counter([b"1", b"2", b"3"]) == stored
+
+
+def test_a_score_is_known_however_long_ago_it_went_out_and_however_often_it_is_asked_for(tmp_path: Path) -> None:
+    source = FromNats(stream="ROWS", ack_wait_seconds=1.0, max_deliver=3)
+    with nats_server(tmp_path) as server:
+        link = NatsLink(server.url, lambda _: None, threading.Event())
+        with NatsClient(server.url) as client:
+            client.make("ROWS", "rows")
+            client.make("SCORES", "scores", duplicate_window=1.0)
+            client.publish("rows", [b"1", b"2", b"3", b"4"])
+            reader = NatsSource(link, source, in_flight=10, bytes_max=1 << 20, start=None)
+            messages: list[Message] = []
+            wait_until(lambda: messages.extend(reader.fetch(4, 1, 0.1)) or len(messages) == 4, "four messages")
+            recall = Recall(link=link, source=source, sink_link=link, sink="SCORES", origin="o", window_seconds=1.0)
+            found = [recall.already(messages)]
+            client.publish("scores", [b"1"], [{"Nats-Msg-Id": "o.0.1"}])
+            # Longer than three deliveries take.
+            time.sleep(4)
+            client.publish("scores", [b"3"], [{"Nats-Msg-Id": "o.0.3"}])
+            found.append(recall.already(messages))
+            time.sleep(1.5)
+            client.publish("scores", [b"4"], [{"Nats-Msg-Id": "o.0.4"}])
+            found.append(recall.already(messages))
+        reader.close()
+        link.close()
+
+    assert [[], [1, 3], [1, 3, 4]] == [sorted(place.number for place in each) for each in found]

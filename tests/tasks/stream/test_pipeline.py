@@ -180,7 +180,7 @@ def test_a_message_that_came_too_often_is_buried_unscored_and_one_under_suspicio
 
     assert [1, 2, 3] == sorted(memory.emitted)
     assert [(4, "a message that was never finished")] == memory.buried
-    assert [[1, 3], [2], [4]] == [memory.batches[0], *sorted(memory.batches[1:])]
+    assert [[1, 3], [2], [4]] == sorted(memory.batches)
 
 
 def test_a_last_delivery_takes_none_with_it_that_comes_for_the_first_time() -> None:
@@ -189,6 +189,20 @@ def test_a_last_delivery_takes_none_with_it_that_comes_for_the_first_time() -> N
 
     assert [2, 3] == sorted(memory.emitted)
     assert [1] == [number for number, _ in memory.buried]
+
+
+def test_what_is_not_scored_any_more_is_buried_before_anything_is_scored_that_may_end_the_process() -> None:
+    memory = Memory([*rows(range(1, 4)), *(json_row(at, deliveries=at) for at in (4, 5, 9))])
+    scored_before: list[list[int]] = []
+
+    def bury(poison: Sequence[Poison]) -> None:
+        scored_before.append([each.message.place.number for each in poison] + memory.emitted)
+
+    memory.bury = bury  # type: ignore[method-assign]
+    run(pipeline(memory, max_deliver=5))
+
+    assert [[5, 9]] == scored_before
+    assert [1, 2, 3, 4] == sorted(memory.emitted)
 
 
 def test_what_is_held_for_a_table_is_without_the_messages_themselves() -> None:
