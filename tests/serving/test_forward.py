@@ -658,7 +658,8 @@ def test_a_library_in_rust_that_panics_rejects_the_row_that_it_panics_on() -> No
 
     def answer(inputs: Arrays) -> Any:
         if (inputs["x"][:, 0] == 1).any():
-            raise panic("index out of bounds")
+            message = "index out of bounds"
+            raise panic(message)
         return inputs["x"][:, 0]
 
     rows = encoded(beginning_with(1, [7]))
