@@ -21,7 +21,8 @@ from infra.local.ports import free_ports
 from infra.local.ray_cluster import RayCluster, ray_cluster
 from infra.processes import family
 from serving.errors import EndpointFailed
-from serving.release import Dial, Scaling
+from serving.registry import digest_folder
+from serving.release import Dial, Release, Scaling
 from serving.targets import Address
 from serving.targets.ray_host import RayServeHost
 from serving.targets.ray_serve import RayServe, application_name
@@ -202,10 +203,15 @@ def broken(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def pinned_to(folder: Path, release: Release) -> Release:
+    """Return a release whose model is what a folder holds: files that are others are refused before they are loaded."""
+    return release.model_copy(update={"pin": release.pin.model_copy(update={"digest": digest_folder(folder)})})
+
+
 def test_a_model_that_does_not_load_is_refused_with_the_reason_and_the_others_serve_on(
     host: RayServeHost, mlp: Put, address: Address, broken: Path
 ) -> None:
-    release = mlp.release.model_copy(update={"endpoint": "broken"})
+    release = pinned_to(broken, mlp.release.model_copy(update={"endpoint": "broken"}))
 
     with pytest.raises(EndpointFailed, match=r"broken-1 must start on Ray, got DEPLOY_FAILED: (?s:.*)python_function"):
         host.deploy(release, broken)
@@ -217,7 +223,7 @@ def test_a_release_whose_replacement_does_not_load_serves_on(
     host: RayServeHost, mlp: Put, address: Address, broken: Path
 ) -> None:
     before = set(host.folder.glob("mlp-*"))
-    release = mlp.release.model_copy(update={"dial": Dial(batch_size_max=4)})
+    release = pinned_to(broken, mlp.release.model_copy(update={"dial": Dial(batch_size_max=4)}))
     with asking(address) as failed, pytest.raises(EndpointFailed, match="mlp-1 must start on Ray"):
         host.deploy(release, broken)
 
