@@ -125,7 +125,8 @@ class Summing:
         yield
 
     def predict(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        time.sleep(self._seconds_per_pass)
+        if self._seconds_per_pass:
+            time.sleep(self._seconds_per_pass)
         (x,) = inputs.values()
         return {"score": x.reshape(len(x), -1).sum(axis=1, dtype=np.float32)}
 

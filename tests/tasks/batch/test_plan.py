@@ -493,7 +493,7 @@ def test_what_is_stated_grows_with_the_largest_rows_wherever_they_are() -> None:
 def test_a_plan_that_was_made_without_the_bytes_of_row_groups_is_held_to_what_was_measured() -> None:
     plan = planned(SourceFile(path="a.parquet", size=1, tag="t", row_groups=(5000,)), row_bytes=1000.0)
 
-    assert {block_rows(1024, 1000.0)} == {plan.block_rows(chunk) for chunk in plan.chunks.values()}
+    assert all(plan.block_rows(chunk) == min(block_rows(1024, 1000.0), chunk.rows) for chunk in plan.chunks.values())
     assert memory_bytes(plan, 1) > 0
 
 
