@@ -133,7 +133,7 @@ class Summing:
 
 def contract_of(schema: pa.Schema) -> Contract:
     if "v" in schema.names:
-        columns = (Column(name="v", dtype="float32", shape=(784,)),)
+        columns: tuple[Column, ...] = (Column(name="v", dtype="float32", shape=(784,)),)
         given = Input(name="v", dtype="float32", shape=(784,), columns=columns)
     else:
         columns = tuple(Column(name=name, dtype="float32") for name in schema.names if name != "k")
