@@ -9,7 +9,7 @@ MAKEFLAGS += --no-print-directory
 .PHONY: demo demo-endpoint demo-modes demo-stream deploy lint types check format clean
 .PHONY: test test-flows test-stations test-kills test-machines test-servers test-workers test-nights
 .PHONY: simulate chaos bench-batch bench-peers bench-resume bench-gpu bench-spot bench-nightly bench-workers bench-endpoint bench-stream
-.PHONY: bench-modes
+.PHONY: bench-modes bench-memory
 
 $(STAMP): pyproject.toml constraints.txt infra/local/wheels.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got %d.%d; set PYTHON=" % sys.version_info[:2])'
@@ -141,6 +141,10 @@ bench-stream: $(STAMP)
 # happens here. CASES=20 ROWS=1000000 ROUNDS=1 for a quick look, PARTS="regret" for one figure.
 bench-modes: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.modes
+
+# The memory that a run states beside what it takes, over rows of seven shapes. SCALE=0.2 for a quick look, SHAPES="wide".
+bench-memory: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.memory
 
 clean:
 	rm -rf $(VENV) .venv-* .demo .bench

@@ -58,8 +58,12 @@ class Reader:
             # The last block waits until its file has been held against the snapshot after its last row was read.
             while count > rows:
                 whole = pa.concat_tables(held)
-                yield whole.slice(0, rows)
                 held, count = [whole.slice(rows)], count - rows
+                block = whole.slice(0, rows)
+                # What is yielded belongs to the caller alone, who may be done with it before the next is read.
+                del whole
+                yield block
+                del block
         if count:
             yield pa.concat_tables(held)
 
@@ -170,6 +174,7 @@ def ahead(items: Iterable[T], depth: int) -> Generator[T]:
             for item in items:
                 if not _offer(ready, item, stop):
                     return
+                del item
             _offer(ready, _END, stop)
         except BaseException as error:  # noqa: BLE001 - carried over to the thread that consumes
             _offer(ready, error, stop)

@@ -16,6 +16,8 @@ _MEASURED_MAX = 64 << 20
 _MEASURED_ROWS = 4096
 # The bytes of a page, and of a dictionary, at which writers end them.
 _PAGE = 1 << 20
+# Allocators have eight sizes to a doubling, and round up to one; what is larger than the greatest has its own.
+_ROUNDED, _ROUNDED_MAX = 8, 16 << 20
 # What is less is not worth asking every column for.
 _READING_MIN = 1 << 20
 _OFFSET = 4
@@ -23,14 +25,15 @@ _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 8, "FLOAT": 4, "DOUBLE
 
 
 class GroupBytes(NamedTuple):
-    """Bytes of one row group: decoded of the columns that are read, and of the keys among them, as stored of the keys.
+    """Bytes of one row group: of the columns that are read, decoded, of the keys among them, and of these as encoded.
 
-    `reading` is what a reader holds beside what it has decoded: stored columns, and a page and a dictionary of each.
+    The last are those of pages before they are compressed, where a text of a dictionary counts once. `reading` is
+    what a reader holds beside what it has decoded: stored columns, and a page and a dictionary of each.
     """
 
     decoded: int
     keys: int
-    keys_stored: int
+    keys_encoded: int
     reading: int
 
 
@@ -56,7 +59,7 @@ class FooterReader:
             elif field.name in used:
                 self._fixed += width or 0.0
                 self._fixed_keys += (width or 0.0) if field.name in keys else 0.0
-        self._read, self._read_keys = [], []
+        self._read = []
         for at in range(metadata.num_columns):
             path = metadata.schema.column(at).path
             name = path if path in used else path.partition(".")[0]
@@ -64,8 +67,6 @@ class FooterReader:
                 self._leaves.append((at, path, name in keys))
             if name in used:
                 self._read.append(at)
-            if name in keys:
-                self._read_keys.append(at)
 
     def read(self, metadata: pq.FileMetaData, open_file: Callable[..., pq.ParquetFile]) -> tuple[GroupBytes, ...]:
         """Return what each row group of a file takes; `open_file` opens it, with options of pyarrow's."""
@@ -77,19 +78,26 @@ class FooterReader:
         for leaf, path, is_key in self._leaves:
             found = _leaf_bytes(group, group.column(leaf), partial(_measured, open_file, at, path))
             decoded, keys = decoded + found, keys + (found if is_key else 0)
-        if group.total_byte_size < _READING_MIN:
-            return GroupBytes(int(decoded), int(keys), int(keys), 0)
-        reading = sum(_reading_bytes(group.column(leaf)) for leaf in self._read)
-        return GroupBytes(
-            int(decoded),
-            int(keys),
-            sum(group.column(leaf).total_compressed_size for leaf in self._read_keys),
-            reading,
-        )
+        encoded = self._fixed_keys * group.num_rows
+        if keys > _READING_MIN:
+            encoded += sum(group.column(leaf).total_uncompressed_size for leaf, _, is_key in self._leaves if is_key)
+        else:
+            encoded = keys
+        small = group.total_byte_size < _READING_MIN
+        reading = 0 if small else sum(_reading_bytes(group.column(leaf)) for leaf in self._read)
+        return GroupBytes(int(decoded), int(keys), int(min(keys, encoded)), reading)
 
 
 def _reading_bytes(chunk: pq.ColumnChunkMetaData) -> int:
-    return int(chunk.total_compressed_size + 2 * min(chunk.total_uncompressed_size, _PAGE))
+    """Return what a reader holds of a column: all of it as stored, its dictionary, and a page as it is decompressed."""
+    stored, whole = chunk.total_compressed_size, chunk.total_uncompressed_size
+    dictionary = 0
+    if chunk.has_dictionary_page and chunk.dictionary_page_offset is not None:
+        # The footer has what a dictionary takes as stored; it is taken to compress as the column does.
+        share = (chunk.data_page_offset - chunk.dictionary_page_offset) / max(stored, 1)
+        dictionary = int(whole * min(max(share, 0.0), 1.0))
+    sizes = stored, dictionary, max(dictionary, min(whole - dictionary, _PAGE))
+    return int(sum(size + min(size, _ROUNDED_MAX) // _ROUNDED for size in sizes))
 
 
 def _fixed_bytes(kind: pa.DataType) -> float | None:

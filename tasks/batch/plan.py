@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TypeVar
 
+import numpy as np
 import pyarrow as pa
 from pydantic import ValidationError
 
-from serving.contract import Contract, Frozen
+from serving.contract import TEXT_DTYPES, Contract, Frozen, Output
 from serving.encode import BatchUnit
 from serving.engine import Engine
 from serving.errors import DestinationUnusable, OvernightError, PlanTooLarge, PublishRefused, RunNameTaken
@@ -39,6 +40,12 @@ SHARDS_MAX = 1000
 SLOT_BYTES = 32 << 20
 # Averages of row groups differ a little; only rows that are larger than that get blocks of their own size.
 ROW_BYTES_OFF = 1.25
+# A page of a part ends after so many rows or bytes, whichever are more.
+_PAGE_BYTES, _PAGE_ROWS = 1 << 20, 1024
+# Of a text that a model puts out, as assumed.
+_TEXT_BYTES = 64
+# Of a row: its flag three times over, and the offsets of two columns of rejects.
+_FLAG_BYTES = 20
 # Of a row without keys of its own: the number, and where the file's name begins.
 _PLACE_BYTES = 12
 
@@ -107,9 +114,13 @@ class Plan(Frozen):
         return batch_step(self.batch_size, self.batch_unit)
 
     def block_rows(self, chunk: Chunk) -> int:
-        """Return the rows of a chunk's blocks: fewer than of others where its rows are larger than those measured."""
+        """Return the rows of a chunk's blocks: fewer than of others where its rows are larger than those measured.
+
+        Never more than it has: rows decoded beyond it would stay in memory for as long as its keys do.
+        """
         widest = max(self.piece_bytes(piece).decoded / piece.rows for piece in chunk.pieces)
-        return block_rows(self.step, widest if widest > ROW_BYTES_OFF * self.row_bytes else self.row_bytes)
+        rows = block_rows(self.step, widest if widest > ROW_BYTES_OFF * self.row_bytes else self.row_bytes)
+        return min(rows, chunk.rows)
 
     def piece_bytes(self, piece: Piece) -> GroupBytes:
         """Return what a piece takes of its row group; of a plan that was made without, what the rows measured take."""
@@ -124,7 +135,7 @@ class Plan(Frozen):
         return GroupBytes(
             int(sizes.decoded * share) + places,
             int(sizes.keys * share) + places,
-            int(sizes.keys_stored * share),
+            int(sizes.keys_encoded * share) + (8 * piece.rows if places else 0),
             sizes.reading,
         )
 
@@ -316,27 +327,46 @@ def cut_shards(chunks: Sequence[Chunk], rows: int, sizes: Sizes) -> tuple[tuple[
 def memory_bytes(plan: Plan, slots: int) -> int:
     """Return what the run's data takes at its peak, over what the process takes idle.
 
-    Each slot holds four blocks of input (read, encoded, waiting, being scored); the predictions of two chunks (being
-    scored, being written) three times over (arrays, Arrow, Parquet bytes); their keys once more, and as stored; the row
-    group that it reads, as stored; and what allocators keep. The factors are measured (tests/benchmarks/memory.py).
+    Counted is what each slot holds where its model is slower than its reader, so that the queue is full:
+
+    - the row group that it reads, as stored, with a page and a dictionary of each column;
+    - a decoded block, its copy as it grows, and where a chunk has several one more that waits for its successor;
+    - the inputs of a block being scored and of one being encoded, which may take a copy; of two more, with their keys,
+      where a chunk has several;
+    - the keys and predictions of two chunks, one being scored, one being written. The latter's are there once more in
+      one piece, and as Parquet: as gathered and as encoded for a page, compressed, and in the file;
+    - SLOT_BYTES for what the allocators of its three threads keep.
+
+    The row groups of a run seldom peak together in all slots, and a fast model leaves the queue empty. Measured over
+    the shapes of tests/benchmarks/memory.py, what is used is within 20 % of this, or within 32 MiB a slot where that is
+    more. What the model itself takes for a pass is not counted, nor what an allocator other than Arrow's own keeps.
     """
     chunks = plan.chunks.values()
-    block = max(_block_bytes(plan, chunk) for chunk in chunks)
-    out = max(_out_bytes(plan, chunk) for chunk in chunks)
+    needed = max(_block_bytes(plan, chunk) + _out_bytes(plan, chunk) for chunk in chunks)
     reading = max(plan.piece_bytes(piece).reading for chunk in chunks for piece in chunk.pieces)
-    return int(slots * (4 * block + out + reading + SLOT_BYTES))
+    return int(slots * (needed + reading + SLOT_BYTES))
 
 
 def _block_bytes(plan: Plan, chunk: Chunk) -> float:
-    rows = min(plan.block_rows(chunk), chunk.rows)
-    widest = max(plan.piece_bytes(piece).decoded / piece.rows for piece in chunk.pieces)
-    return rows * (widest + plan.contract.row_bytes())
+    rows = plan.block_rows(chunk)
+    sizes = [(plan.piece_bytes(piece), piece.rows) for piece in chunk.pieces]
+    decoded, keys = max(each.decoded / n for each, n in sizes), max(each.keys / n for each, n in sizes)
+    inputs = plan.contract.row_bytes()
+    # The queue has two places, one of which the turn of a chunk takes: one of a single block has none waiting.
+    return rows * (2 * decoded + 3 * inputs + (decoded + 2 * inputs + 2 * keys if rows < chunk.rows else 0))
 
 
 def _out_bytes(plan: Plan, chunk: Chunk) -> float:
     sizes = [plan.piece_bytes(piece) for piece in chunk.pieces]
-    keys = sum(2 * size.keys + 2 * min(size.keys, size.keys_stored) for size in sizes)
-    return keys + 6 * chunk.rows * sum(output.width * 8 for output in plan.contract.outputs)
+    keys, encoded = sum(size.keys for size in sizes), sum(size.keys_encoded for size in sizes)
+    in_one_piece = keys if plan.block_rows(chunk) < chunk.rows or len(chunk.pieces) > 1 else 0
+    page = min(encoded, max(_PAGE_BYTES, _PAGE_ROWS * encoded / chunk.rows))
+    answers = sum(output.width * _value_bytes(output) for output in plan.contract.outputs)
+    return 2 * keys + in_one_piece + 2 * page + 2 * encoded + chunk.rows * (_FLAG_BYTES + 6 * answers)
+
+
+def _value_bytes(output: Output) -> int:
+    return _TEXT_BYTES if output.dtype in TEXT_DTYPES else np.dtype(output.dtype).itemsize
 
 
 def must_fit(needed: int, allowed: int, plan: Plan, slots: int) -> None:

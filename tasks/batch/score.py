@@ -190,7 +190,10 @@ class _Slot:
                     with self._done.timed("encode"):
                         encoded = self._scorer.model.prepare(encode(self._plan.contract, table))
                         block = _Block(encoded=encoded, keys=table.select(keys))
+                    # Only keys and inputs are needed from here on: the rest is freed before the next block is read.
+                    del table, encoded
                     yield block
+                    del block
             except SourceFault as fault:
                 reader = open_reader(self._plan)
                 self._share.faulted(turn.chunk)
