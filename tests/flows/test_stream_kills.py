@@ -186,12 +186,12 @@ def test_a_message_that_ends_the_scorer_is_among_the_dead_letters_in_the_end_and
     events = as_json(customers(30))
     events[7] = b'{"customer": 7, "a": 666}'
     filled(nats_client, fresh, events)
-    source, sink = ends(nats, fresh, ack_wait_seconds=1.0, max_deliver=8)
+    source, sink = ends(nats, fresh, ack_wait_seconds=5.0, max_deliver=8)
     codes = []
     while not codes or codes[-1] != 0:
         assert len(codes) < 15
         codes.append(
-            start(deadly, source, sink, OPTIONS.model_copy(update={"idle_seconds": 3}), tmp_path / "log").wait(200)
+            start(deadly, source, sink, OPTIONS.model_copy(update={"idle_seconds": 8}), tmp_path / "log").wait(200)
         )
     dead = dead_letters(nats_client, source)
 
