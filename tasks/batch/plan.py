@@ -36,8 +36,8 @@ CHUNKS_PER_SLOT_MIN = 8
 SHARD_SECONDS = 60.0
 SHARDS_PER_SLOT_MIN = 2
 SHARDS_MAX = 1000
-# What mimalloc, Arrow's allocator, keeps of what a slot's three threads have freed until it is purged: as measured, 25
-# to 45 MiB in most runs. With MIMALLOC_PURGE_DELAY=0 or jemalloc it is almost nothing.
+# What mimalloc, Arrow's allocator, keeps of what a slot's three threads have freed until it is purged: fitted to runs
+# over small shapes, which kept 30 to 53 MiB. With jemalloc they kept 8 to 12.
 SLOT_BYTES = 48 << 20
 # Averages of row groups differ a little; only rows that are larger than that get blocks of their own size.
 ROW_BYTES_OFF = 1.25
