@@ -18,12 +18,15 @@ from serving.errors import TooManyRejects
 from serving.model import Model
 from tasks.stream.ends import Ends
 from tasks.stream.intake import POLL_SECONDS, Batch, Intake, Terms
-from tasks.stream.message import Place, Poison
+from tasks.stream.message import Message, Place, Poison
 from tasks.stream.meter import Meter
-from tasks.stream.microbatch import Dial
+from tasks.stream.microbatch import Dial, company
 from tasks.stream.score import MicroScorer, Scored
 
 T = TypeVar("T")
+
+# How often it is looked whether what came before a suspect has gone out.
+_SUSPECT_SECONDS = 0.01
 
 
 class _Over(Exception):
@@ -55,6 +58,9 @@ class Pipeline:
     _order: queue.Queue[Future[Scored] | None] = field(init=False)
     _over: threading.Event = field(default_factory=threading.Event)
     _poison_in_a_row: int = 0
+    _suspects: bool = False
+    _handed_over: int = 0
+    _emitted: int = 0
 
     def start(self) -> None:
         """Start the threads."""
@@ -106,15 +112,31 @@ class Pipeline:
         last = time.monotonic()
         intake = Intake(source=self.ends.source, terms=self.terms, dial=self.dial, rests=self.rests, look=self._look)
         while not self._ends(last):
-            messages = intake.take(None if self.terms.limit is None else self.terms.limit - self.taken)
+            messages = self._take(intake)
             if messages:
-                self.taken += len(messages)
                 for batch in intake.apart(messages):
                     self._hand_over(batch)
                 last = time.monotonic()
         for _ in range(self.terms.slots):
             self._put(self._work, None)
         self._put(self._order, None)
+
+    def _take(self, intake: Intake) -> list[Message]:
+        """Take a micro-batch; where it has suspects, whatever else is there, at most what is in flight.
+
+        What ends the process would else be in the first micro-batch each time, and those behind it never scored.
+        """
+        messages: list[Message] = []
+        while len(messages) < self.terms.in_flight:
+            more = intake.take(None if self.terms.limit is None else self.terms.limit - self.taken)
+            self.taken += len(more)
+            messages += more
+            if not more or not any(map(self._is_suspect, messages)):
+                break
+        return messages
+
+    def _is_suspect(self, message: Message) -> bool:
+        return company(message.deliveries, self.terms.max_deliver) is not None
 
     def _ends(self, last: float) -> bool:
         self._look()
@@ -127,12 +149,22 @@ class Pipeline:
         return bool(self.ended)
 
     def _hand_over(self, batch: Batch) -> None:
+        self._suspects = self._is_suspect(batch[0])
+        if self._suspects:
+            self._wait_until_emitted()
         future: Future[Scored] = Future()
+        self._handed_over += 1
         self._put(self._order, future)
         if self.terms.max_deliver is not None and batch[0].deliveries >= self.terms.max_deliver:
             future.set_result(_never_finished(batch, self.ends.already(batch)))
         else:
             self._put(self._work, (future, batch))
+
+    def _wait_until_emitted(self) -> None:
+        """Wait until all before has gone out: what may end the process must not take scores of others with it."""
+        while self._emitted < self._handed_over:
+            self._look()
+            time.sleep(_SUSPECT_SECONDS)
 
     def _score(self) -> None:
         with self.model.slot():
@@ -178,9 +210,9 @@ class Pipeline:
         while True:
             self._look()
             try:
-                return self._order.get(timeout=POLL_SECONDS), False
+                return self._order.get(timeout=_SUSPECT_SECONDS if self._suspects else POLL_SECONDS), False
             except queue.Empty:
-                if held and self._is_late(since):
+                if held and (self._suspects or self._is_late(since)):
                     return None, True
 
     def _is_late(self, since: float) -> bool:
@@ -212,6 +244,7 @@ class Pipeline:
         done = [message for message in messages if message.place not in poison] if poison else messages
         self.ends.receipts.acknowledge(done, buried)
         self.meter.emitted(held, len(buried), time.monotonic() - start, now)
+        self._emitted += len(held)
         return []
 
     def _count_poison(self, scored: Scored) -> None:
