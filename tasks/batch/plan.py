@@ -478,13 +478,34 @@ def load_begun(storage: Storage, start: Start) -> Plan:
     return held_to_key(plan, start.key) if start.key else plan
 
 
+class Numbered(Frozen):
+    """The run that holds a number in the order of runs."""
+
+    run: str
+
+
+def order_path(number: int) -> str:
+    """Return where a number in the order of runs lies below the destination."""
+    return f"{ROOT}/order/{number:08d}.json"
+
+
 def confirm_plan(storage: Storage, plan: Plan) -> Plan:
     """Return the plan with the number in the order of runs that its record has now, just before it is published.
 
-    Raises PublishRefused where the record was deleted while the run went on, or is that of another plan by now: runs
-    that were planned since would be told from this one by a number that was given twice.
+    Raises PublishRefused where the record was deleted while the run went on, or is that of another plan by now, and
+    where the number is another run's or nobody's: runs that were planned since could not be told from this one.
     """
     stored = load_plan(storage, plan.run)
+    if stored is not None and stored.order:
+        holder = read_record(storage, order_path(stored.order), Numbered)
+        if holder is None or holder.run != plan.run:
+            message = (
+                f"{storage.address(order_path(stored.order))} must hold run {plan.run}, which was planned under that "
+                f"number, but {'is gone' if holder is None else f'holds run {holder.run}'}: records were deleted. "
+                f"Nothing was published. Delete {plan.folder} below the destination and call again: the run is planned "
+                "once more, and parts that are there are taken where that plan comes out the same."
+            )
+            raise PublishRefused(message)
     if stored is None or (stored.key, stored.digest) != (plan.key, plan.digest):
         message = (
             f"{storage.address(f'{plan.folder}/plan.json')} must stand until run {plan.run} is published, but "

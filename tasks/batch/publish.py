@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from tasks.batch.dataset import Snapshot, in_parallel
 from tasks.batch.delta import commit_delta
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import ChunkId, PartFooter, Reasons, list_parts, read_footer
-from tasks.batch.plan import ROOT, Plan, read_record
+from tasks.batch.plan import ROOT, Numbered, Plan, order_path, read_record
 from tasks.storage import Storage
 
 _SHOWN = 10
@@ -256,7 +255,7 @@ def claim_order(storage: Storage, run: str, *, above: int = 0) -> int:
         # The numbers were deleted, or are none of this release's yet.
         taken = newest.order
     number = max(taken, above) + 1
-    while not storage.put_new(f"{ROOT}/order/{number:08d}.json", json.dumps({"run": run}).encode()):
+    while not storage.put_new(order_path(number), Numbered(run=run).model_dump_json().encode()):
         number += 1
     return number
 

@@ -224,7 +224,8 @@ class PartsSink:
         return Manifest(
             key=self._plan.key,
             run=f"{self._plan.run}-{number:08d}",
-            order=self._plan.order,
+            # A scorer whose plan was deleted and planned again meanwhile has another number: a table never goes back.
+            order=max(self._plan.order, newest.order if newest else 0),
             commit=number,
             planned_at=at,
             model=self._plan.model,

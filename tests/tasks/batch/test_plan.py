@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -408,6 +409,15 @@ def test_a_plan_is_confirmed_with_its_number_or_told_to_be_gone_or_another(stora
     with pytest.raises(PublishRefused, match=r"plan\.json must stand until run .* is published, but is gone"):
         confirm_plan(storage, made)
     save_plan(storage, made.model_copy(update={"order": 7}))
+    with pytest.raises(
+        PublishRefused, match=r"order/00000007\.json must hold run .*, but is gone: records were deleted"
+    ):
+        confirm_plan(storage, made)
+    storage.put_new("_overnight/order/00000007.json", b'{"run": "another"}')
+    with pytest.raises(PublishRefused, match="but holds run another"):
+        confirm_plan(storage, made)
+    storage.delete(["_overnight/order/00000007.json"])
+    storage.put_new("_overnight/order/00000007.json", json.dumps({"run": made.run}).encode())
 
     assert made.model_copy(update={"order": 7}) == confirm_plan(storage, made)
     with pytest.raises(PublishRefused, match="but is another by now"):

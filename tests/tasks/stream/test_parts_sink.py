@@ -271,6 +271,17 @@ def test_a_store_that_overwrites_is_refused_before_a_table_is_begun(s3: S3Server
         assert ["_overnight/create-only.json"] == [entry.path for entry in open_storage(place).entries()]
 
 
+def test_a_scorer_whose_plan_was_deleted_and_planned_again_hides_no_commit(tmp_path: Path) -> None:
+    first = opened(str(tmp_path))
+    emit(first, [json_row(1)])
+    shutil.rmtree(tmp_path / "_overnight" / "t")
+    second = opened(str(tmp_path))
+    emit(second, [json_row(2)])
+    emit(first, [json_row(3)])
+
+    assert [1, 2, 3] == numbers(str(tmp_path))
+
+
 def test_a_clock_that_goes_back_hides_no_commit(tmp_path: Path) -> None:
     sink = opened(str(tmp_path))
     for number in (1, 2):
