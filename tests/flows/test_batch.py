@@ -244,6 +244,7 @@ class TestTheSameRun:
         plan = Path("_overnight") / report.run / "plan.json"
         (tmp_path / "three" / plan).parent.mkdir(parents=True)
         shutil.copy(tmp_path / "one" / plan, tmp_path / "three" / plan)
+        shutil.copytree(tmp_path / "one" / "_overnight" / "order", tmp_path / "three" / "_overnight" / "order")
         infer(linear, customers, tmp_path / "three", OPTIONS.model_copy(update={"slots": 3}))
 
         assert run_parts(tmp_path / "one") == run_parts(tmp_path / "three")
