@@ -252,8 +252,9 @@ def test_retention_that_passes_a_reader_while_it_waits_is_an_error_too(
         run(ends, 8)
         cut(brokers, fresh)
 
-        with pytest.raises(MessagesLost, match=r"messages.*partition 0 from 2 to "):
-            run(ends, 100, seconds=60)
+        # A reader on a busy machine may come in time for some of the 4,000.
+        with pytest.raises(MessagesLost, match=r"messages.*partition 0 from \d+ to "):
+            run(ends, 4_001, seconds=60)
     said: list[str] = []
     with opened(brokers, fresh, sink, said.append, accept_loss=True) as ends:
         run(ends, 1, seconds=1)
