@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from serving.contract import Column, Contract, Input, Output
 from serving.torch_model import TorchModel
 from tasks.stream.decode import Decoder
+from tasks.stream.ends import Ends
 from tasks.stream.message import Message, Place
 from tasks.stream.score import MicroScorer, Scored, write_arrow
 
@@ -93,3 +95,16 @@ def scores(values: npt.NDArray[Any] | Sequence[float]) -> list[float]:
 
 
 Wait = Callable[[Callable[[], bool], str], None]
+
+
+def emit_messages(ends: Ends, count: int, seconds: float = 60.0) -> list[Message]:
+    """Fetch so many messages, emit them and acknowledge them."""
+    found: list[Message] = []
+    until = time.monotonic() + seconds
+    while len(found) < count and time.monotonic() < until:
+        got = ends.source.fetch(count - len(found), 1, 0.2)
+        if got:
+            ends.sink.emit([score(got)])
+            ends.receipts.acknowledge(got, [])
+        found += got
+    return found

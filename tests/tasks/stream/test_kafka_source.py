@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +16,12 @@ from serving.registry import ModelPin
 from tasks.batch.predictions import open_predictions
 from tasks.storage import open_storage
 from tasks.stream.addresses import AnySink, FromKafka, ToKafka, ToParts
-from tasks.stream.ends import Ends
-from tasks.stream.message import Message
 from tasks.stream.opening import Opener
 from tasks.stream.options import StreamOptions
 from tasks.stream.parts_sink import PartsSink, table_plan
 from tasks.stream.rows import NUMBER, PARTITION
 from tests.kafka_brokers import KafkaBrokers
-from tests.tasks.stream.messages import CONTRACT, KEYS, decoder, json_row, score
+from tests.tasks.stream.messages import CONTRACT, KEYS, decoder, emit_messages, json_row, score
 
 PIN = ModelPin(name="sum", version="1", model_id=None, source="", digest="0" * 64)
 
@@ -68,19 +65,6 @@ def opened(brokers: KafkaBrokers, topic: str, sink: AnySink, say: Callable[[str]
         yield ends
 
 
-def run(ends: Ends, count: int, seconds: float = 60.0) -> list[Message]:
-    """Fetch so many messages, emit them and acknowledge them."""
-    found: list[Message] = []
-    until = time.monotonic() + seconds
-    while len(found) < count and time.monotonic() < until:
-        got = ends.source.fetch(count - len(found), 1, 0.2)
-        if got:
-            ends.sink.emit([score(got)])
-            ends.receipts.acknowledge(got, [])
-        found += got
-    return found
-
-
 def table(folder: Path, **fields: Any) -> ToParts:
     return ToParts(destination=str(folder / "table"), **fields)
 
@@ -99,7 +83,7 @@ def test_a_topic_that_was_made_again_is_refused_and_fills_another_table(
 ) -> None:
     make(brokers, fresh, 600)
     with opened(brokers, fresh, table(tmp_path)) as ends:
-        run(ends, 600)
+        emit_messages(ends, 600)
     brokers.delete(fresh)
     brokers.create(fresh)
     append(brokers, fresh, range(600, 1_700))
@@ -111,7 +95,7 @@ def test_a_topic_that_was_made_again_is_refused_and_fills_another_table(
         pass
     assert list(range(600)) == ids(tmp_path)
     with opened(brokers, fresh, table(tmp_path / "other")) as ends:
-        run(ends, 1_100)
+        emit_messages(ends, 1_100)
     assert list(range(600, 1_700)) == ids(tmp_path / "other")
 
 
@@ -119,7 +103,7 @@ def test_a_group_does_not_go_on_in_a_topic_that_was_made_again(brokers: KafkaBro
     make(brokers, fresh, 40)
     scores = ToKafka(topic=f"{fresh}.scores")
     with opened(brokers, fresh, scores) as ends:
-        run(ends, 40)
+        emit_messages(ends, 40)
     (note,) = {each.metadata for each in committed(brokers, fresh)}
     brokers.delete(fresh)
     brokers.create(fresh)
@@ -133,7 +117,7 @@ def test_a_group_does_not_go_on_in_a_topic_that_was_made_again(brokers: KafkaBro
     ):
         pass
     with opened(brokers, fresh, scores, group="another") as ends:
-        assert 100 == len(run(ends, 100))
+        assert 100 == len(emit_messages(ends, 100))
 
 
 def committed(brokers: KafkaBrokers, topic: str) -> list[TopicPartition]:
@@ -154,25 +138,25 @@ def test_a_topic_that_is_made_again_while_it_is_read_puts_no_row_into_the_table(
 ) -> None:
     make(brokers, fresh, 40)
     with opened(brokers, fresh, table(tmp_path)) as ends:
-        run(ends, 40)
+        emit_messages(ends, 40)
         brokers.delete(fresh)
         brokers.create(fresh)
         append(brokers, fresh, range(1_000, 1_200))
 
         with pytest.raises(StreamReplaced, match="made again"):
-            run(ends, 200)
+            emit_messages(ends, 200)
     assert list(range(40)) == ids(tmp_path)
 
 
 def test_a_group_hears_of_a_topic_that_is_made_again_while_it_is_read(brokers: KafkaBrokers, fresh: str) -> None:
     make(brokers, fresh, 40)
     with opened(brokers, fresh, ToKafka(topic=f"{fresh}.scores")) as ends:
-        run(ends, 40)
+        emit_messages(ends, 40)
         brokers.delete(fresh)
         brokers.create(fresh)
 
         with pytest.raises(StreamReplaced, match="made again"):
-            run(ends, 1, seconds=60)
+            emit_messages(ends, 1, seconds=60)
 
 
 def test_a_score_names_the_topic_by_its_id_so_that_no_other_of_its_name_has_the_same(
@@ -182,7 +166,7 @@ def test_a_score_names_the_topic_by_its_id_so_that_no_other_of_its_name_has_the_
     origins = []
     for group in ("one", "two"):
         with opened(brokers, fresh, ToKafka(topic=f"{fresh}.scores"), group=group) as ends:
-            run(ends, 4)
+            emit_messages(ends, 4)
         reader = Consumer({"bootstrap.servers": brokers.servers, "group.id": "reader", "log_level": 0})
         reader.assign([TopicPartition(f"{fresh}.scores", at, 0) for at in range(4)])
         found = reader.consume(4 * (len(origins) + 1), 30)
@@ -203,17 +187,17 @@ def test_partitions_that_are_added_are_read_from_their_beginning(
     make(brokers, fresh, 40)
     try:
         with opened(brokers, fresh, sink, topic_id="first") as ends:
-            found = run(ends, 40)
+            found = emit_messages(ends, 40)
             brokers.delete(fresh)
             brokers.create(fresh, 6)
             append(brokers, fresh, range(40))
             append(brokers, fresh, range(40, 60), partitions=2, first=4)
-            found += run(ends, 20)
+            found += emit_messages(ends, 20)
         if isinstance(sink, ToParts):
             # What groups have committed went with the topic; a table knows by itself where it goes on.
             with opened(brokers, fresh, sink, topic_id="first") as ends:
                 append(brokers, fresh, range(60, 66), partitions=6)
-                found += run(ends, 6)
+                found += emit_messages(ends, 6)
     finally:
         brokers.tell_topic_ids(told=True)
 
@@ -227,7 +211,7 @@ def test_what_retention_took_before_it_was_read_is_an_error_that_counts_it(
 ) -> None:
     make(brokers, fresh, 80)
     with opened(brokers, fresh, sink) as ends:
-        run(ends, 80)
+        emit_messages(ends, 80)
     append(brokers, fresh, range(80, 160))
     brokers.delete_before(fresh, 1, 30)
     brokers.delete_before(fresh, 2, 25)
@@ -236,11 +220,11 @@ def test_what_retention_took_before_it_was_read_is_an_error_that_counts_it(
         pytest.raises(MessagesLost, match=r"15 messages.*partition 1 from 20 to 29.*accept_loss") as raised,
         opened(brokers, fresh, sink) as ends,
     ):
-        run(ends, 80)
+        emit_messages(ends, 80)
     assert "partition 2 from 20 to 24" in str(raised.value)
     said: list[str] = []
     with opened(brokers, fresh, sink, said.append, accept_loss=True) as ends:
-        assert 65 == len(run(ends, 65))
+        assert 65 == len(emit_messages(ends, 65))
     assert any("15 messages" in words for words in said)
 
 
@@ -249,18 +233,18 @@ def test_retention_that_passes_a_reader_while_it_waits_is_an_error_too(
 ) -> None:
     make(brokers, fresh, 8)
     with opened(brokers, fresh, sink) as ends:
-        run(ends, 8)
+        emit_messages(ends, 8)
         cut(brokers, fresh)
 
         # A reader on a busy machine may come in time for some of the 4,000.
         with pytest.raises(MessagesLost, match=r"messages.*partition 0 from \d+ to "):
-            run(ends, 4_001, seconds=60)
+            emit_messages(ends, 4_001, seconds=60)
     said: list[str] = []
     with opened(brokers, fresh, sink, said.append, accept_loss=True) as ends:
-        run(ends, 1, seconds=1)
+        emit_messages(ends, 1, seconds=1)
         cut(brokers, fresh)
         append(brokers, fresh, range(4), partitions=1)
-        assert 4 == len(run(ends, 4))
+        assert 4 == len(emit_messages(ends, 4))
     assert any("Going on behind them" in words for words in said)
 
 
@@ -292,7 +276,7 @@ def test_a_first_reader_begins_with_what_there_is_and_is_missed_nothing_of_it_la
         pytest.raises(MessagesLost, match=r"4 messages.*partition 0 from 5 to 8"),
         opened(brokers, fresh, sink) as ends,
     ):
-        run(ends, 80)
+        emit_messages(ends, 80)
 
 
 def test_brokers_that_tell_no_id_of_a_topic_need_one_from_the_caller(
@@ -305,14 +289,14 @@ def test_brokers_that_tell_no_id_of_a_topic_need_one_from_the_caller(
         with pytest.raises(StreamUnfit, match=r"tell the id of topic.*topic_id"), opened(brokers, fresh, sink):
             pass
         with opened(brokers, fresh, sink, topic_id="first") as ends:
-            assert 8 == len(run(ends, 8))
+            assert 8 == len(emit_messages(ends, 8))
         brokers.delete(fresh)
         brokers.create(fresh)
         with (
             pytest.raises(StreamReplaced, match=r"partition 0 .*must reach to 2.*ends at 0"),
             opened(brokers, fresh, sink, topic_id="first") as ends,
         ):
-            run(ends, 1)
+            emit_messages(ends, 1)
     finally:
         brokers.tell_topic_ids(told=True)
 
@@ -343,10 +327,10 @@ def test_a_table_of_an_earlier_version_goes_on_once_the_caller_has_named_the_top
         pass
     told = str(raised.value).split("topic_id='")[1].split("'")[0]
     with opened(brokers, fresh, table(tmp_path), topic_id=told) as ends:
-        run(ends, 7)
+        emit_messages(ends, 7)
     with opened(brokers, fresh, table(tmp_path)) as ends:
         append(brokers, fresh, [8])
-        run(ends, 1)
+        emit_messages(ends, 1)
     found = open_predictions(str(tmp_path / "table")).collect()
     assert 9 == found.select(PARTITION, NUMBER).unique().height == found.height
     brokers.delete(fresh)
@@ -361,4 +345,4 @@ def test_a_group_of_an_earlier_version_goes_on_where_it_was(brokers: KafkaBroker
     brokers.delete_before(fresh, 3, 5)
 
     with opened(brokers, fresh, ToKafka(topic=f"{fresh}.scores"), group=f"{fresh}-old") as ends:
-        assert 65 == len(run(ends, 65))
+        assert 65 == len(emit_messages(ends, 65))

@@ -25,7 +25,7 @@ from tasks.stream.nats_link import NatsLink
 from tasks.stream.nats_source import NatsSource
 from tasks.stream.opening import Opener
 from tasks.stream.options import StreamOptions
-from tests.tasks.stream.messages import KEYS, decoder, json_row, score
+from tests.tasks.stream.messages import KEYS, decoder, emit_messages, json_row
 
 PIN = ModelPin(name="sum", version="1", model_id=None, source="", digest="0" * 64)
 
@@ -48,19 +48,6 @@ def opened(
     )
     with opener.opened(FromNats(url=nats.url, stream=stream, **source), sink) as ends:
         yield ends
-
-
-def run(ends: Ends, count: int, seconds: float = 60.0) -> list[Message]:
-    """Fetch so many messages, emit them and acknowledge them."""
-    found: list[Message] = []
-    until = time.monotonic() + seconds
-    while len(found) < count and time.monotonic() < until:
-        got = ends.source.fetch(count - len(found), 1, 0.2)
-        if got:
-            ends.sink.emit([score(got)])
-            ends.receipts.acknowledge(got, [])
-        found += got
-    return found
 
 
 def publish(client: NatsClient, stream: str, rows: range) -> None:
@@ -87,11 +74,11 @@ def test_a_stream_that_was_made_again_fills_no_table_of_the_one_before(
     nats_client.make(fresh, fresh)
     publish(nats_client, fresh, range(20))
     with opened(nats, fresh, sink) as ends:
-        run(ends, 20)
+        emit_messages(ends, 20)
         make_again(nats_client, fresh, range(100, 150))
 
         with pytest.raises(StreamReplaced, match=r"must stay the one that was opened.*made again"):
-            run(ends, 50)
+            emit_messages(ends, 50)
     with pytest.raises(StreamReplaced, match=r"table 'stream'.*made again.*another name"), opened(nats, fresh, sink):
         pass
 
@@ -105,10 +92,10 @@ def test_scores_of_a_stream_that_was_made_again_are_no_doubles_of_those_before(
     nats_client.make(fresh, fresh)
     publish(nats_client, fresh, range(20))
     with opened(nats, fresh, sink) as ends:
-        run(ends, 20)
+        emit_messages(ends, 20)
     make_again(nats_client, fresh, range(20, 50))
     with opened(nats, fresh, sink) as ends:
-        run(ends, 30)
+        emit_messages(ends, 30)
 
     assert 50 == nats_client.info(f"{fresh}-scores").state.messages
 
@@ -119,17 +106,17 @@ def test_what_retention_took_before_it_was_read_is_an_error_that_counts_it(
     nats_client.make(fresh, fresh, max_msgs=30)
     publish(nats_client, fresh, range(20))
     with opened(nats, fresh, sink) as ends:
-        run(ends, 20)
+        emit_messages(ends, 20)
     publish(nats_client, fresh, range(20, 60))
 
     with (
         pytest.raises(MessagesLost, match=r"10 messages are gone.*from 21 to 30.*accept_loss"),
         opened(nats, fresh, sink) as ends,
     ):
-        run(ends, 30)
+        emit_messages(ends, 30)
     said: list[str] = []
     with opened(nats, fresh, sink, said.append, accept_loss=True) as ends:
-        assert 30 == len(run(ends, 30))
+        assert 30 == len(emit_messages(ends, 30))
     assert any("10 messages are gone" in words for words in said)
 
 
@@ -140,13 +127,13 @@ def test_retention_that_passes_a_reader_is_an_error_too(
     nats_client.make(fresh, fresh, max_msgs=100)
     publish(nats_client, fresh, range(20))
     with opened(nats, fresh, sink, in_flight=8) as ends:
-        run(ends, 20)
+        emit_messages(ends, 20)
         # It asks for eight at most, and takes no more of them until they are fetched.
         publish(nats_client, fresh, range(20, 1_000))
         time.sleep(0.5)
 
         with pytest.raises(MessagesLost, match="messages are gone"):
-            run(ends, 980)
+            emit_messages(ends, 980)
 
 
 def test_a_first_reader_begins_with_what_there_is(
@@ -156,11 +143,11 @@ def test_a_first_reader_begins_with_what_there_is(
     nats_client.make(fresh, fresh, max_msgs=30)
     publish(nats_client, fresh, range(100))
     with opened(nats, fresh, sink) as ends:
-        assert 30 == len(run(ends, 30))
+        assert 30 == len(emit_messages(ends, 30))
         # What it has read may go, however much of it.
         publish(nats_client, fresh, range(100, 120))
-        assert 20 == len(run(ends, 20))
-        assert [] == run(ends, 1, seconds=1)
+        assert 20 == len(emit_messages(ends, 20))
+        assert [] == emit_messages(ends, 1, seconds=1)
 
 
 def test_of_messages_with_a_subject_at_most_so_many_are_gone(
@@ -169,7 +156,7 @@ def test_of_messages_with_a_subject_at_most_so_many_are_gone(
     nats_client.make(fresh, f"{fresh}.>", max_msgs=30)
     nats_client.publish(f"{fresh}.a", [json_row(1).payload])
     with opened(nats, fresh, sink, subject=f"{fresh}.a") as ends:
-        run(ends, 1)
+        emit_messages(ends, 1)
     nats_client.publish(f"{fresh}.b", [b"1"] * 100)
 
     with (
