@@ -18,13 +18,13 @@ from flows.runtime.context import flow_run, flow_run_id
 from flows.runtime.flow_decorator import adhoc_flow
 from serving.errors import OvernightError, SourceFormat
 from serving.machine import cores
-from tasks.batch.artifacts import Logger, server_may_fail
 from tasks.batch.dataset import open_dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_rows_done
 from tasks.batch.plan import Plan, load_plan, load_start
-from tasks.batch.resolve import Call, find_complete, pin_call
-from tasks.common.durations import in_words
+from tasks.batch.resolve import RunRequest, find_complete_run, resolve_request
+from tasks.common.artifacts import Logger, server_may_fail
+from tasks.common.formatting import in_words
 from tasks.spot import dispatch
 from tasks.spot.capacity import PoolCapacity
 from tasks.spot.deadline import workers_needed
@@ -64,8 +64,8 @@ def nightly_inference(
     with get_client(sync_client=True) as client:
         earlier = _find_sent(client, flow_run_id())
     pinned = earlier[0][1].parameters["model"] if earlier else model
-    call = pin_call(pinned, source, storage.url, options)
-    manifest = find_complete(storage, call)
+    call = resolve_request(pinned, source, storage.url, options)
+    manifest = find_complete_run(storage, call)
     rows = manifest.rows if manifest else _count_rows(call)
     workers = options.workers if earlier or manifest else _workers(rows, due, buying, options)
     pools = _Pools(buying=buying, call=call, source=source, storage=storage, night=flow_run_id())
@@ -122,7 +122,7 @@ def _workers(rows: int, due: datetime, buying: Buying, options: BatchOptions) ->
     return workers_needed(work, left, buying.changeover_seconds, workers_max=options.workers)
 
 
-def _count_rows(call: Call) -> int:
+def _count_rows(call: RunRequest) -> int:
     """Return the rows of a source by its footers; raises SourceFormat where it has none that tell them."""
     if call.snapshot.format != "parquet":
         message = (
@@ -180,7 +180,7 @@ class _Pools:
     """
 
     buying: Buying
-    call: Call
+    call: RunRequest
     source: str
     storage: Storage
     night: str

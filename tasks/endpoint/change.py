@@ -15,7 +15,7 @@ from serving.gateway.client import GatewayClient
 from serving.gateway.route import Route, Sleep
 from serving.model.release import Dial, Release
 from serving.targets import Address, Host
-from tasks.batch.artifacts import Logger
+from tasks.common.artifacts import Logger
 from tasks.endpoint.client import is_ready
 from tasks.endpoint.deploy import host_of
 from tasks.endpoint.render import bare_release, make_release

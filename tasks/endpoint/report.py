@@ -15,8 +15,8 @@ from pydantic import Field
 from serving.model.batching import PassTime
 from serving.model.contract import Frozen
 from serving.model.release import Dial
-from tasks.batch.artifacts import Logger, server_may_fail
-from tasks.batch.report import data_uri
+from tasks.common.artifacts import Logger, server_may_fail
+from tasks.common.formatting import data_uri
 from tasks.endpoint.load import Latency
 from tasks.endpoint.spec import Budget
 from tasks.endpoint.tuning import Chosen

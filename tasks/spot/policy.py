@@ -39,7 +39,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.common.durations import in_words
+from tasks.common.formatting import in_words
 from tasks.spot.situation import Place, Situation, Terms, reach
 
 SLACK_TO_WAIT = 0.20
