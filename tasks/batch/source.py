@@ -12,7 +12,7 @@ from serving.errors import NoCompleteRun, SourceChanged, SourceFormat
 from tasks.batch.dataset import Snapshot, SourceFile, check_outside_source, parse_hive_values, pin_entries, pin_files
 from tasks.batch.delta import delta_options
 from tasks.batch.publish import find_damaged_parts, find_manifest, find_newest_run
-from tasks.storage import Entry, Storage, base, open_storage
+from tasks.storage import Entry, Storage, open_storage, select
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
@@ -47,7 +47,7 @@ def pin_source(source: str, destination: str) -> Snapshot:
         SourceChanged: A file that a log lists is gone.
         BadInput: The destination's parts would be taken for the source's files.
     """
-    selected = base(source, open_storage)
+    selected = select(source)
     log = find_commit_log(selected, source)
     check_outside_source(selected, destination, source)
     if log is None:
