@@ -12,16 +12,14 @@ from flows.runtime.flow_decorator import adhoc_flow
 from flows.runtime.task_timing import Stages
 from serving.gateway.client import GatewayClient
 from serving.targets import Address
-from tasks.endpoint.access import read_admin_key, read_keys
 from tasks.endpoint.change import Change, make_change, retire, serving_address
 from tasks.endpoint.client import InferClient, infer_path
 from tasks.endpoint.deploy import host_of
 from tasks.endpoint.load import Latency, measure_latency
 from tasks.endpoint.report import Endpoint, publish_endpoint
 from tasks.endpoint.resolve import Subject, resolve
-from tasks.endpoint.route import before_change, check_change
-from tasks.endpoint.spec import GATEWAY, AnyTarget, EndpointSpec, Shadow
-from tasks.endpoint.traffic import check_door, shift
+from tasks.endpoint.spec import GATEWAY, AnyTarget, EndpointSpec, Shadow, read_admin_key, read_keys
+from tasks.endpoint.traffic import before_change, check_change, check_door, shift
 from tasks.endpoint.tuning import Chosen, remember, settle_dial
 from tasks.endpoint.verify import Verification, verify
 
