@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import assert_never
 
+from serving.model.batching import BatchingConfig
 from serving.model.contract import Contract
 from serving.model.registry import ModelPin
-from serving.model.release import Dial, Release
+from serving.model.release import Release
 from serving.targets import Host, Target
 from tasks.endpoint import spec as specs
 from tasks.endpoint.resolve import Subject
@@ -79,13 +80,13 @@ def _rendering(target: specs.BentoML | specs.KServe | specs.Seldon) -> Target:
             assert_never(target)
 
 
-def make_release(spec: EndpointSpec, subject: Subject, dial: Dial) -> Release:
+def make_release(spec: EndpointSpec, subject: Subject, batching: BatchingConfig) -> Release:
     """Return what is served."""
     return Release(
         endpoint=spec.name,
         pin=subject.resolved.pin,
         contract=subject.contract,
-        dial=dial,
+        batching=batching,
         scaling=spec.scaling,
         allow_pickle=spec.allow_pickle,
         rows_max=spec.limits.rows_max,
