@@ -22,7 +22,7 @@ from tasks.batch.options import BatchOptions
 from tasks.batch.plan import used_columns
 from tasks.batch.source import pin_source
 from tasks.batch.tuning import list_row_groups
-from tasks.endpoint.samples import Arrays
+from tasks.endpoint.resolve import Arrays
 
 _BYTES_MAX = 256 << 20
 _FILES = 4
