@@ -59,7 +59,7 @@ class _AdHocFlow(Flow[P, R]):
                     # Without its cause: the frames of Prefect's engine say nothing to a person who pressed Ctrl-C.
                     raise KeyboardInterrupt(*interrupt.args or [_SAY]) from None
                 except Left as left:
-                    if left.notice.of_process:
+                    if left.notice.is_sigterm:
                         _pass_on_sigterm()
                     raise left.interrupted from None
 

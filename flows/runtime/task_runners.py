@@ -97,7 +97,7 @@ def _quick_switches() -> Generator[None]:
 def _rest(scorer: Scorer, futures: list[Any]) -> bool:
     """Wait until every slot has come to rest, at the end of the pass or after a notice; False where one is late."""
     waiting = {future.wrapped_future for future in futures}
-    while waiting and not scorer.drain.over:
+    while waiting and not scorer.drain.is_over:
         if scorer.share.rests():
             for future in waiting:
                 future.cancel()

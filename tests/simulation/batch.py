@@ -19,8 +19,7 @@ from tasks.batch.plan import Plan, Start, confirm_plan, load_begun, load_start, 
 from tasks.batch.publish import Audit, Manifest, audit_parts, count_rejects, find_whole, must_add_up, publish
 from tasks.batch.resolve import Call, Found, find_published, plan_call, plan_slots, restage, state_memory
 from tasks.batch.score import Scored, Scorer, check_rejects
-from tasks.spot.drain import Drain
-from tasks.spot.notice import sigterm
+from tasks.spot.drain import Drain, sigterm_notice
 from tasks.storage import Storage, check_create_only, open_storage
 from tests.simulation.data import CONTRACT, Source, ToyModel, ToyResolved, expected, load_toy
 from tests.simulation.delta import DeltaOracle
@@ -291,7 +290,7 @@ class BatchWorld:
 
     def _give_notice(self) -> None:
         if self.drains:
-            self.chance.choice(self.drains).hear(sigterm(self.chance.uniform(0.1, 5)))
+            self.chance.choice(self.drains).add_notice(sigterm_notice(self.chance.uniform(0.1, 5)))
 
     def _erase(self, pattern: str) -> None:
         paths = [path for path in self.destination.objects if re.fullmatch(pattern, path)]
