@@ -17,8 +17,8 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from tasks.batch.artifacts import Logger, server_may_fail
-from tasks.batch.report import data_uri
+from tasks.common.artifacts import Logger, server_may_fail
+from tasks.common.formatting import data_uri
 from tasks.spot.night import Night
 from tasks.spot.purchase import MachineStay, NightlyReport, sum_cost, sum_seconds
 

@@ -24,7 +24,7 @@ from prefect.states import Cancelling, Scheduled
 
 from infra.local.prefect_server import PrefectServer
 from serving.errors import Interrupted
-from tasks.batch.chunk_scheduler import Share
+from tasks.batch.chunk_scheduler import ChunkScheduler
 from tasks.batch.options import BatchOptions
 from tasks.spot.cloud_notices import METADATA_URL, Aws
 from tasks.spot.notice_poller import poll_notices
@@ -129,23 +129,23 @@ def test_an_interruption_that_is_withdrawn_lets_the_run_go_on_to_its_end(
 ) -> None:
     from flows.batch import batch_inference
 
-    rests, rested = Share.rests, []
+    is_stopping, stopped = ChunkScheduler.is_stopping, []
 
-    def rests_and_withdraws(share: Share) -> bool:
-        found = rests(share)
-        if found and not rested:
+    def stop_and_withdraw(scheduler: ChunkScheduler) -> bool:
+        found = is_stopping(scheduler)
+        if found and not stopped:
             # A slot comes to rest, and only then is the notice withdrawn.
-            rested.append(share)
+            stopped.append(scheduler)
             imds.action = None
-            while share._drain.notice is not None:
+            while scheduler._drain.notice is not None:
                 time.sleep(0.01)
         return found
 
-    monkeypatch.setattr(Share, "rests", rests_and_withdraws)
+    monkeypatch.setattr(ChunkScheduler, "is_stopping", stop_and_withdraw)
     with meanwhile(lambda: imds.interrupt("terminate", 120), tmp_path):
         report = batch_inference(sleepy, str(source), str(tmp_path), OPTIONS)
 
-    assert 1 == len(rested)
+    assert 1 == len(stopped)
     assert ("scored", ROWS, ROWS) == (report.status, report.rows, report.rows_scored)
     assert undisturbed == digests(tmp_path)
 

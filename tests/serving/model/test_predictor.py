@@ -17,7 +17,7 @@ from serving.model.registry import ModelPin
 from serving.model.release import Release, Runtime
 from serving.model.torch_model import TorchModel
 from serving.targets import Rendered
-from serving.targets.written import write_folder
+from serving.targets.folder import write_folder
 from tests.releases import release_of, rows
 from tests.serving.toys import Picky, matrix
 

@@ -17,8 +17,7 @@ from serving.model.contract import Contract
 from serving.model.registry import ModelPin
 from serving.model.release import Release
 from serving.targets import Rendered
-from serving.targets.folder import FolderHost, Serve, interpreter, rendered
-from serving.targets.written import write_folder
+from serving.targets.folder import FolderHost, Serve, interpreter, rendered, write_folder
 from tests.serving.toys import matrix
 
 CONTRACT: Contract = matrix(3)

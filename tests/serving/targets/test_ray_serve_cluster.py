@@ -25,8 +25,7 @@ from serving.model.batching import BatchingConfig
 from serving.model.registry import digest_folder
 from serving.model.release import Release, Scaling
 from serving.targets import Address
-from serving.targets.ray_host import RayServeHost
-from serving.targets.ray_serve import RayServe, application_name
+from serving.targets.ray_serve import RayServe, RayServeHost, application_name
 from tests.releases import TOLERANCE, Put, document, infer, model_url, release_of, rows
 from tests.support import register_mlp, register_network, register_slow
 

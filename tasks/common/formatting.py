@@ -1,7 +1,8 @@
-"""How long something takes, in words a person reads."""
+"""How reports show values: durations in words, images as data URIs."""
 
 from __future__ import annotations
 
+import base64
 import math
 
 _MINUTE, _HOUR = 60, 3600
@@ -25,3 +26,8 @@ def in_words(seconds: float) -> str:
 def in_fine_words(seconds: float) -> str:
     """Return seconds as `in_words` does, and what is less than one in milliseconds."""
     return in_words(seconds) if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def data_uri(png: bytes) -> str:
+    """Return a PNG as a data URI."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

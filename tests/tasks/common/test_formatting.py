@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tasks.common.durations import in_words
+from tasks.common.formatting import in_words
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from serving.model.batching import BatchingConfig
 from serving.model.release import Scaling
-from serving.targets.triton_scale import Counters, Queue, instances_wanted, queue_between, read_counters
+from serving.targets.triton_autoscale import Counters, Queue, instances_wanted, queue_between, read_counters
 
 BATCHING = BatchingConfig(batch_size_max=8, wait_ms_max=5)
 SCALING = Scaling(replicas_min=1, replicas_max=4)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from serving.model.contract import Contract, Input, Output
 from serving.model.encoding import Encoded
 from serving.model.registry import resolve_model
-from tasks.endpoint.samples import answered, example_rows, random_rows
+from tasks.endpoint.resolve import answered, example_rows, random_rows
 from tests.serving.toys import alone, column, matrix
 from tests.support import register_torch
 from tests.tasks.endpoint.values import sample
