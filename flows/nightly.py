@@ -22,22 +22,11 @@ from tasks.batch.dataset import open_dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_rows_done
 from tasks.batch.plan import Plan, load_plan, load_start
-<<<<<<< HEAD
-from tasks.batch.resolve import Call, find_complete, pin_call
-from tasks.common.durations import in_words
-from tasks.spot import work_pools
-from tasks.spot.night import MACHINE_KINDS, PLACEMENT_NAMES, Machine, Night
-=======
 from tasks.batch.resolve import RunRequest, find_complete_run, resolve_request
 from tasks.common.artifacts import Logger, server_may_fail
 from tasks.common.formatting import in_words
-from tasks.spot import dispatch
-from tasks.spot.capacity import PoolCapacity
-from tasks.spot.deadline import workers_needed
-from tasks.spot.dispatch import Seen
-from tasks.spot.machine import Machine
-from tasks.spot.night import KINDS, WORDS, Night
->>>>>>> main
+from tasks.spot import work_pools
+from tasks.spot.night import MACHINE_KINDS, PLACEMENT_NAMES, Machine, Night
 from tasks.spot.night_report import NightProgress, publish_night, report_night
 from tasks.spot.policy import count_workers_needed
 from tasks.spot.purchase import MachineKind, NightlyReport, PurchaseOptions, parse_deadline
@@ -141,13 +130,8 @@ def _choose_workers(rows: int, due: datetime, buying: PurchaseOptions, options: 
     return count_workers_needed(work, left, buying.changeover_seconds, workers_max=options.workers)
 
 
-<<<<<<< HEAD
-def _count_rows(call: Call) -> int:
-    """Return the rows of a source by its footers. Raises SourceFormat where its files have none."""
-=======
 def _count_rows(call: RunRequest) -> int:
-    """Return the rows of a source by its footers; raises SourceFormat where it has none that tell them."""
->>>>>>> main
+    """Return the rows of a source by its footers. Raises SourceFormat where its files have none."""
     if call.snapshot.format != "parquet":
         message = (
             "A night must know the rows of its source at its start, which Parquet files state, got "
@@ -212,13 +196,8 @@ class _Deployments:
     Each call has a client of its own: a signal that arrives during one leaves that client unusable.
     """
 
-<<<<<<< HEAD
     buying: PurchaseOptions
-    call: Call
-=======
-    buying: Buying
     call: RunRequest
->>>>>>> main
     source: str
     storage: Storage
     night: str

@@ -57,13 +57,8 @@ class _AdHocFlow(Flow[P, R]):
                 except KeyboardInterrupt as interrupt:
                     # Without its cause: the frames of Prefect's engine say nothing to a person who pressed Ctrl-C.
                     raise KeyboardInterrupt(*interrupt.args or [_SAY]) from None
-<<<<<<< HEAD
-                except Left as left:
-                    if left.notice.is_sigterm:
-=======
                 except InterruptedExit as left:
-                    if left.notice.of_process:
->>>>>>> main
+                    if left.notice.is_sigterm:
                         _pass_on_sigterm()
                     raise left.interrupted from None
 

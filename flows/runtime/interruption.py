@@ -28,17 +28,10 @@ from serving.errors import Interrupted
 from tasks.batch.artifacts import publish_interrupted
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Plan
-<<<<<<< HEAD
-from tasks.batch.score import Scored
-from tasks.spot.drain import Drain, Notice, sigterm_notice
-from tasks.spot.notice_poller import describe_notice, poll_notices
-=======
 from tasks.batch.score import ScoringResult
 from tasks.common.artifacts import Logger, server_may_fail
-from tasks.spot.drain import Drain
-from tasks.spot.notice import Notice, sigterm
-from tasks.spot.watch import announced, watching
->>>>>>> main
+from tasks.spot.drain import Drain, Notice, sigterm_notice
+from tasks.spot.notice_poller import describe_notice, poll_notices
 
 # Prefect's workers take up a run ten seconds before its time.
 _RESUME_SECONDS = 15.0

@@ -98,13 +98,8 @@ def _switch_threads_quickly() -> Generator[None]:
 def _wait_for_slots(scorer: Scorer, futures: list[Any]) -> bool:
     """Wait until every slot has come to rest, at the end of the pass or after a notice; False where one is late."""
     waiting = {future.wrapped_future for future in futures}
-<<<<<<< HEAD
     while waiting and not scorer.drain.is_over:
-        if scorer.share.rests():
-=======
-    while waiting and not scorer.drain.over:
         if scorer.scheduler.is_stopping():
->>>>>>> main
             for future in waiting:
                 future.cancel()
         waiting = wait(waiting, timeout=_POLL_SECONDS).not_done

@@ -41,13 +41,8 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-<<<<<<< HEAD
 from serving.errors import DeadlineImpossible
-from tasks.common.durations import in_words
-=======
 from tasks.common.formatting import in_words
-from tasks.spot.situation import Place, Situation, Terms, reach
->>>>>>> main
 
 Reals = float | NDArray[np.float64]
 Flags = bool | NDArray[np.bool_]

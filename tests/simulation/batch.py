@@ -14,13 +14,6 @@ from serving.errors import BadInput, Interrupted, OvernightError
 from tasks.batch.chunk_scheduler import Host
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_rows_done
-<<<<<<< HEAD
-from tasks.batch.plan import Plan, Start, confirm_plan, load_begun, load_start, run_key, save_start
-from tasks.batch.publish import Audit, Manifest, audit_parts, count_rejects, find_whole, must_add_up, publish
-from tasks.batch.resolve import Call, Found, find_published, plan_call, plan_slots, restage, state_memory
-from tasks.batch.score import Scored, Scorer, check_rejects
-from tasks.spot.drain import Drain, sigterm_notice
-=======
 from tasks.batch.plan import Plan, RunStart, confirm_plan, load_start, load_started_plan, run_key, save_start
 from tasks.batch.publish import (
     Audit,
@@ -34,9 +27,7 @@ from tasks.batch.publish import (
 from tasks.batch.resolve import Found, RunRequest, check_memory, choose_slots, find_published, plan_run, restage_plan
 from tasks.batch.score import Scorer, ScoringResult, check_rejects
 from tasks.batch.source import pin_source
-from tasks.spot.drain import Drain
-from tasks.spot.notice import sigterm
->>>>>>> main
+from tasks.spot.drain import Drain, sigterm_notice
 from tasks.storage import Storage, check_create_only, open_storage
 from tests.simulation.data import CONTRACT, Source, ToyModel, ToyResolved, expected, load_toy
 from tests.simulation.delta import DeltaOracle
