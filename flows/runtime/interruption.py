@@ -30,9 +30,8 @@ from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Plan
 from tasks.batch.score import ScoringResult
 from tasks.common.artifacts import Logger, server_may_fail
-from tasks.spot.drain import Drain
-from tasks.spot.notice import Notice, sigterm
-from tasks.spot.watch import announced, watching
+from tasks.spot.drain import Drain, Notice, sigterm_notice
+from tasks.spot.notice_poller import describe_notice, poll_notices
 
 # Prefect's workers take up a run ten seconds before its time.
 _RESUME_SECONDS = 15.0
@@ -53,7 +52,7 @@ class InterruptedExit(Pause):
 @contextmanager
 def watch_for_interruption(drain: Drain, options: BatchOptions, logger: Logger) -> Generator[None]:
     """Watch for notices while the block runs, and say what comes."""
-    with watching(drain, options.notices, logger.warning):
+    with poll_notices(drain, options.notices, logger.warning):
         yield
 
 
@@ -62,8 +61,8 @@ def take_sigterm_as_notice(drain: Drain, seconds: float) -> None:
 
     That handler stays in its place: by it the engine tells a run that is cancelled from a machine that goes.
     """
-    drain.hear(sigterm(seconds))
-    get_run_logger().warning(announced(sigterm(seconds)))
+    drain.add_notice(sigterm_notice(seconds))
+    get_run_logger().warning(describe_notice(sigterm_notice(seconds)))
 
 
 def exit_interrupted(plan: Plan, rows_done: int, scored: ScoringResult, drain: Drain, logger: Logger) -> NoReturn:
@@ -120,9 +119,9 @@ def _choose_end(notice: Notice, seconds_left: float) -> _End:
     run = flow_run()
     if run is None or run.deployment_id is None:
         return _End(run=run, state=Crashed(), then="the same call resumes")
-    if notice.of_process and _settled_by_sender(run):
+    if notice.is_sigterm and _settled_by_sender(run):
         return _End(run=run, state=None, then="who sent the signal says what becomes of the run")
-    resume = datetime.now(UTC) + timedelta(seconds=0 if notice.of_process else seconds_left + _RESUME_SECONDS)
+    resume = datetime.now(UTC) + timedelta(seconds=0 if notice.is_sigterm else seconds_left + _RESUME_SECONDS)
     then = f"it resumes by itself after {resume:%H:%M:%S} UTC"
     return _End(run=run, state=AwaitingRetry(scheduled_time=resume), then=then)
 

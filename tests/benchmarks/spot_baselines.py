@@ -1,16 +1,8 @@
-"""The cheapest that a job could have been, had the whole trace been known: exact, by dynamic programming.
+"""Other policies over the same situations, to hold ours against.
 
-Backward over the stretches of a trace in which spot stays as it is. `idle_C[w]` and `on_demand_C[w]` hold the least
-cost of doing w units of work from the start of a stretch to the deadline, for a job that is on no machine, or on
-on-demand, at that moment. A changeover counts as that much more work: to start a machine and give it up before it works
-gains nothing, and is never the cheapest. Two facts keep the choices few. A stretch of spot is used from its start to
-its end or to that of the job, or not at all, since no work is cheaper. And within a stretch on-demand is run in one go.
-
-Machines may be started and left at any moment, so that no ticks and no interval between decisions make a policy that
-is cheaper. Costs are in seconds of on-demand. Exact where stretches, work, deadline and changeover are whole numbers of
-the unit; else work and changeover are rounded down to it and the deadline up, and the cost is at most the least.
-
-Shapes: C units of work.
+Greedy and Uniform Progress are those of "Can't Be Late: Optimizing Spot Instance Savings under Deadlines" (Wu et al.,
+NSDI 2024, sections 3.3 to 5.2), with one change: their safety net, "idle and R < C + 2d", looks at the moment of a
+decision only, and is late where the next decision comes after the last moment. Here the interval is added to it.
 """
 
 from __future__ import annotations
@@ -20,7 +12,49 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.spot.policy import Placement, PolicyParameters, Situation, is_at_least
 from tasks.spot.replay import Job
+
+
+def greedy(seen: Situation, parameters: PolicyParameters) -> NDArray[np.int64]:
+    """Use spot whenever it is up, else wait, until the safety net holds: then on-demand to the end."""
+    return _safe(np.where(seen.spot_up, Placement.SPOT, Placement.IDLE), seen, parameters)
+
+
+class UniformProgress:
+    """Keep progress on a straight line from the start to the deadline, by on-demand where spot is gone.
+
+    Idle and below the line: on-demand. Spot whenever it is up, but from on-demand only once progress has reached where
+    the line will be in two changeovers; then on-demand is left, for spot or to wait.
+    """
+
+    def __init__(self, work_seconds: float, deadline_seconds: float) -> None:
+        self._work, self._deadline = work_seconds, deadline_seconds
+
+    def __call__(self, seen: Situation, parameters: PolicyParameters) -> NDArray[np.int64]:
+        """Return where the work of each machine goes until the next decision."""
+        done = self._work - seen.work_seconds
+        elapsed = self._deadline - seen.left_seconds
+        ahead = is_at_least(done, self._line(elapsed + 2 * parameters.changeover_seconds))
+        below = ~is_at_least(done, self._line(elapsed))
+        goes = np.where(seen.spot_up, Placement.SPOT, np.where(below, Placement.ON_DEMAND, Placement.IDLE))
+        goes = np.where(np.equal(seen.current_placement, Placement.ON_DEMAND) & ~ahead, Placement.ON_DEMAND, goes)
+        return _safe(goes, seen, parameters)
+
+    def _line(self, elapsed: float | NDArray[np.float64]) -> float | NDArray[np.float64]:
+        return self._work * elapsed / self._deadline
+
+
+def _safe(goes: NDArray[np.int64], seen: Situation, parameters: PolicyParameters) -> NDArray[np.int64]:
+    """Stay on spot until it is taken; on-demand where else the deadline would be missed; nowhere once done.
+
+    On on-demand slack no longer changes, so that whoever is there by the safety net stays to the end.
+    """
+    need = 2 * parameters.changeover_seconds + parameters.interval_seconds
+    goes = np.where(is_at_least(seen.slack_seconds(parameters), need), goes, Placement.ON_DEMAND)
+    goes = np.where(np.equal(seen.current_placement, Placement.SPOT), Placement.SPOT, goes)
+    return np.where(np.less_equal(seen.work_seconds, 0), Placement.IDLE, goes)
+
 
 _Costs = NDArray[np.float64]
 

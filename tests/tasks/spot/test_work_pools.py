@@ -8,7 +8,7 @@ from uuid import uuid4
 import pytest
 from prefect.client.schemas.objects import Worker
 
-from tasks.spot.capacity import names_living
+from tasks.spot.work_pools import filter_live_workers
 
 NOW = datetime(2030, 1, 31, 22, 0, tzinfo=UTC)
 
@@ -27,14 +27,14 @@ def a_worker(name: str, silent: float | None, every: int | None) -> Worker:
 def test_a_worker_lives_until_three_heartbeats_in_a_row_did_not_come(
     silent: float | None, every: int | None, *, lives: bool
 ) -> None:
-    assert lives == bool(names_living([a_worker("one", silent, every)], NOW))
+    assert lives == bool(filter_live_workers([a_worker("one", silent, every)], NOW))
 
 
 def test_those_that_live_are_named() -> None:
     workers = [a_worker("one", 10, 30), a_worker("two", 500, 30), a_worker("three", 0, 30)]
 
-    assert {"one", "three"} == names_living(workers, NOW)
+    assert {"one", "three"} == filter_live_workers(workers, NOW)
 
 
 def test_a_worker_whose_clock_is_ahead_lives() -> None:
-    assert {"one"} == names_living([a_worker("one", -400, 30)], NOW)
+    assert {"one"} == filter_live_workers([a_worker("one", -400, 30)], NOW)
