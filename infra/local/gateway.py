@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from infra.local.loopback import HOST, ask
-from infra.local.ports import start_on_free_ports
-from infra.local.process import Running, ServerCommand, ServerProcess, base_environment
+from infra.local.process import HOST, Running, ServerCommand, ServerProcess, ask, base_environment, start_on_free_ports
 
 _ADMIN_KEY = "OVERNIGHT_ADMIN_KEY"
 _READY_S_MAX = 60.0

@@ -1,22 +1,26 @@
 """A real Prefect server on sqlite, on a free loopback port.
 
 Measured with Prefect 3.9 on two cores: ready in 8 to 10 s on a new home, of which 4 to 5 s are its 115
-database migrations, and in 3 to 4 s from a template (prefect_template.py) or on a home used before. Idle, it
+database migrations, and in 3 to 4 s from a template (py) or on a home used before. Idle, it
 takes 2 % of a core, 1.4 % of it Prefect's own task queue, which asks for work four times a second and has
 no setting; all loop intervals together are the other 0.6 %, so they stay as Prefect ships them.
 """
 
+from __future__ import annotations
+
 import json
+import shutil
+import sqlite3
 import sys
+import tempfile
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
-from infra.local import prefect_template
-from infra.local.loopback import HOST, ask
-from infra.local.ports import start_on_free_ports
-from infra.local.process import Running, ServerCommand, ServerProcess, base_environment
+from infra.local.process import HOST, Running, ServerCommand, ServerProcess, ask, base_environment, start_on_free_ports
+from infra.worker import GRACE_S, kill_process_tree
 
 _NOBODY_LISTENS = "http://127.0.0.1:9"
 _READY_S_MAX = 120.0
@@ -49,15 +53,15 @@ def prefect_server(home: Path, *, services: bool = True, template_folder: Path |
     """
     home = home.resolve()
     home.mkdir(parents=True, exist_ok=True)
-    template = prefect_template.template_path(template_folder) if template_folder else None
-    new_home = not (home / prefect_template.DATABASE).exists()
+    template = template_path(template_folder) if template_folder else None
+    new_home = not (home / DATABASE_FILE).exists()
     if template and new_home:
-        prefect_template.restore(template, home)
+        restore_template(template, home)
     process, (port,) = start_on_free_ports(1, lambda ports: _command(home, ports[0], services=services))
     with ExitStack() as undo:
         undo.callback(process.stop)
         if template and new_home:
-            prefect_template.save(template, home)
+            save_template(template, home)
         undo.pop_all()
     return PrefectServer(
         process=process,
@@ -92,7 +96,7 @@ def _server_environment(home: Path, port: int, *, services: bool) -> dict[str, s
         **_quiet(home),
         "PREFECT_SERVER_API_HOST": HOST,
         "PREFECT_SERVER_API_PORT": str(port),
-        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home / prefect_template.DATABASE}",
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home / DATABASE_FILE}",
         # Without it the pages of the UI would call the default port.
         "PREFECT_SERVER_UI_API_URL": _api_url(port),
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
@@ -138,3 +142,92 @@ def _ui_url(port: int) -> str:
 
 def _api_url(port: int) -> str:
     return f"{_ui_url(port)}/api"
+
+
+DATABASE_FILE = "prefect.db"
+
+
+def template_path(folder: Path) -> Path:
+    """Name the template of the Prefect that is installed; another version has other migrations."""
+    return folder / f"prefect-{version('prefect')}.db"
+
+
+def restore_template(template: Path, home: Path) -> None:
+    """Give a new `home` a copy of the template, if there is one."""
+    if template.exists():
+        shutil.copyfile(template, home / DATABASE_FILE)
+
+
+def save_template(template: Path, home: Path) -> None:
+    """Make the database of a server that just became ready the template, unless there is one already.
+
+    The file appears whole or not at all, so several processes may do this at once.
+    """
+    if template.exists():
+        return
+    template.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=template.parent) as scratch:
+        copy = Path(scratch) / DATABASE_FILE
+        # SQLite's own backup is consistent while the server uses the database.
+        with closing(sqlite3.connect(home / DATABASE_FILE)) as source, closing(sqlite3.connect(copy)) as target:
+            source.backup(target)
+        copy.replace(template)
+
+
+_WORKER_READY_S_MAX = 120.0
+_MARGIN_S = 15.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefectWorker(Running):
+    """A running worker; a context manager that stops it, and a machine that may be lost."""
+
+    process: ServerProcess
+
+    def stop(self) -> None:
+        """Tell it to end, and return when it is gone: its runs drain and are to be run again. Idempotent."""
+        self.process.stop()
+
+    def kill(self) -> None:
+        """End it and every run that it has started with SIGKILL, all at once, as when a machine vanishes."""
+        with suppress(ProcessLookupError):
+            kill_process_tree(self.process.pid)
+        self.process.stop()
+
+
+def prefect_worker(
+    server: PrefectServer, pool: str, folder: Path, *, environment: Mapping[str, str] | None = None, limit: int = 1
+) -> PrefectWorker:
+    """Start a worker for a pool of `server`, and return once it asks for work; its log is in `folder`.
+
+    `environment` is what its flow runs find beside the server's. Raises ServerFailed, also where there is no
+    such pool.
+    """
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    log_path = folder / "worker.log"
+    before = _file_size(log_path)
+    command = ServerCommand(
+        argv=(sys.executable, "-m", "infra.worker", "--pool", pool, "--name", folder.name, "--limit", str(limit)),
+        environment={
+            **base_environment(),
+            **server.environment,
+            # Flow runs are asked for every two seconds instead of ten.
+            "PREFECT_WORKER_QUERY_SECONDS": "2",
+            "PREFECT_LOGGING_COLORS": "false",
+            "PYTHONUNBUFFERED": "1",
+            **(environment or {}),
+        },
+        folder=folder,
+        log_path=log_path,
+        ready=lambda: (
+            _file_size(log_path) > before and "started!" in log_path.read_bytes()[before:].decode(errors="replace")
+        ),
+        ready_s_max=_WORKER_READY_S_MAX,
+        grace_s=GRACE_S + _MARGIN_S,
+    )
+    return PrefectWorker(process=ServerProcess(command))
+
+
+def _file_size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

@@ -5,15 +5,20 @@ A server runs under a guard (guard.py) that ends it when the starter closes a pi
 happened, where the log is and what to do next.
 """
 
+from __future__ import annotations
+
 import os
+import socket
 import subprocess
 import sys
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from signal import SIGKILL
 from types import TracebackType
@@ -218,3 +223,67 @@ def _disown_in_forked_child() -> None:
 
 
 os.register_at_fork(after_in_child=_disown_in_forked_child)
+
+
+_ATTEMPTS_MAX = 4
+_TAKEN = ("already in use", "is not available on 127.0.0.1")
+
+
+def start_on_free_ports(
+    count: int, command: Callable[[Sequence[int]], ServerCommand]
+) -> tuple[ServerProcess, tuple[int, ...]]:
+    """Start `command(ports)`, again on new ports if its log says that somebody took one meanwhile.
+
+    Returns the running server and its ports. Raises ServerFailed: at once for any other reason, else after
+    four attempts.
+    """
+    attempts = 0
+    while True:
+        attempts += 1
+        ports = free_ports(count)
+        try:
+            return ServerProcess(command(ports)), ports
+        except ServerFailed as failure:
+            lost_the_race = any(phrase in failure.log.lower() for phrase in _TAKEN)
+            if not lost_the_race or attempts == _ATTEMPTS_MAX:
+                raise
+
+
+def free_ports(count: int) -> tuple[int, ...]:
+    """Return `count` different TCP ports that were free on 127.0.0.1 a moment ago."""
+    with ExitStack() as held:
+        # All are held until the last is known, else the system may hand out one of them twice.
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return tuple(each.getsockname()[1] for each in sockets)
+
+
+HOST = "127.0.0.1"
+_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a server answered; status 0 if it did not, and then the text says why."""
+
+    status: int
+    text: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether the server did as asked."""
+        return self.status in range(HTTPStatus.OK, HTTPStatus.MULTIPLE_CHOICES)
+
+
+def ask(method: str, port: int, path: str, headers: Mapping[str, str] | None = None) -> Answer:
+    """Send one request without a body. Raises nothing: a server that is still starting is an answer too."""
+    connection = HTTPConnection(HOST, port, timeout=_TIMEOUT_S)
+    try:
+        connection.request(method, path, headers=dict(headers or {}))
+        response = connection.getresponse()
+        return Answer(status=response.status, text=response.read().decode(errors="replace"))
+    except (OSError, HTTPException) as error:
+        return Answer(status=0, text=f"{type(error).__name__}: {error}")
+    finally:
+        connection.close()

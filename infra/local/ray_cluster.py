@@ -12,9 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from infra.local.loopback import HOST, ask
-from infra.local.ports import free_ports, start_on_free_ports
-from infra.local.process import Running, ServerCommand, ServerProcess, base_environment
+from infra.local.process import (
+    HOST,
+    Running,
+    ServerCommand,
+    ServerProcess,
+    ask,
+    base_environment,
+    free_ports,
+    start_on_free_ports,
+)
 
 _PORT_FLAGS = (
     *("port", "dashboard-port", "node-manager-port", "object-manager-port", "ray-client-server-port"),

@@ -18,9 +18,16 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from infra.local.loopback import HOST, Answer, ask
-from infra.local.ports import start_on_free_ports
-from infra.local.process import Running, ServerCommand, ServerProcess, base_environment
+from infra.local.process import (
+    HOST,
+    Answer,
+    Running,
+    ServerCommand,
+    ServerProcess,
+    ask,
+    base_environment,
+    start_on_free_ports,
+)
 
 _REGION = "us-east-1"
 _PORT_FLAGS = (

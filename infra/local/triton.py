@@ -13,9 +13,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from infra.local.loopback import HOST, ask
-from infra.local.ports import free_ports, start_on_free_ports
-from infra.local.process import Running, ServerCommand, ServerFailed, ServerProcess, base_environment
+from infra.local.process import (
+    HOST,
+    Running,
+    ServerCommand,
+    ServerFailed,
+    ServerProcess,
+    ask,
+    base_environment,
+    free_ports,
+    start_on_free_ports,
+)
 
 _PACKAGE = "pytriton"
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from infra.local.controller import Controller, control, local_controller
-from infra.local.loopback import ask
-from infra.local.process import ServerFailed
+from infra.local.process import ServerFailed, ask
 from serving.targets.folder import remove_folder
 
 SERVER = """

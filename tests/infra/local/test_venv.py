@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.local.ports import free_ports
+from infra.local.process import free_ports
 from infra.local.venv import RegistryUnreachable, VenvFailed, make_venv, venv_folder
 
 

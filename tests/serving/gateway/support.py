@@ -11,9 +11,7 @@ from typing import Any
 import httpx
 
 from infra.local.gateway import GatewayServer
-from infra.local.loopback import ask
-from infra.local.ports import start_on_free_ports
-from infra.local.process import ServerCommand, ServerProcess, base_environment
+from infra.local.process import ServerCommand, ServerProcess, ask, base_environment, start_on_free_ports
 from serving.gateway.route import Route, Served
 from tests.serving.gateway.v2_child import CONTRACT
 

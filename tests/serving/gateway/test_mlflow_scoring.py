@@ -20,9 +20,7 @@ from mlflow.models import ModelSignature, infer_signature
 from mlflow.pyfunc.scoring_server import _SERVER_MODEL_PATH
 from mlflow.types import Schema, TensorSpec
 
-from infra.local.loopback import ask
-from infra.local.ports import start_on_free_ports
-from infra.local.process import ServerCommand, ServerProcess, base_environment
+from infra.local.process import ServerCommand, ServerProcess, ask, base_environment, start_on_free_ports
 from serving.errors import Unanswered
 from serving.gateway.http import Answered, Http
 from serving.gateway.mlflow_scoring import MlflowUpstream

@@ -17,10 +17,9 @@ import numpy as np
 import pytest
 
 from infra.local.controller import local_controller
-from infra.local.loopback import ask as ask_port
-from infra.local.ports import free_ports
-from infra.local.process import ServerCommand, ServerProcess, base_environment
-from infra.processes import family
+from infra.local.process import ServerCommand, ServerProcess, base_environment, free_ports
+from infra.local.process import ask as ask_port
+from infra.worker import list_process_tree
 from serving.targets import Address
 from serving.targets.bentoml import BentoML
 from serving.targets.folder import FolderHost
@@ -141,7 +140,7 @@ def test_it_listens_on_loopback_alone_and_knows_no_pickles_from_outside(serving:
     status = serving.host.status(serving.served[0][0])
     assert status is not None
     assert status.pid is not None
-    where = [host for pid in family(status.pid) for host in listening(pid)]
+    where = [host for pid in list_process_tree(status.pid) for host in listening(pid)]
     pickled = {"Content-Type": "application/vnd.bentoml+pickle"}
     answer = httpx.post(f"{serving.addresses[0].url}/predict_each", content=b"x", headers=pickled)
 
