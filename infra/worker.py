@@ -1,12 +1,11 @@
-"""A Prefect process worker whose runs are given time when their machine is to end.
+"""A Prefect process worker whose flow runs get time to drain when their machine is to end.
 
-`python -m infra.worker --pool overnight-spot` runs `prefect worker start`, one flow run at a time. Told to
-end (SIGTERM or SIGINT), Prefect's own worker kills the runs that it has started, at once, and their state
-stays Running. This one asks for no more work, passes the signal on to the runs alone, waits until each has
-drained and told the server that it is to be run again, and ends then. It has to be the one that gets the
-signal: `KillMode=mixed` under systemd, the first process of a container.
+`python -m infra.worker --pool overnight-spot` runs `prefect worker start`, one flow run at a time. On SIGTERM or
+SIGINT, Prefect's own worker kills its flow runs at once, and their state stays Running. This one takes no more work,
+passes the signal on to the flow runs only, waits until each has drained and is scheduled again, and then ends. It must
+be the process that gets the signal: `KillMode=mixed` under systemd, the first process of a container.
 
-The pool's `command` must be `prefect flow-run execute`, which is what obeys the signal, as in deployments/pools.py.
+The pool's `command` must be `prefect flow-run execute`, which obeys the signal, as in deployments/prefect.yaml.
 """
 
 from __future__ import annotations
@@ -23,26 +22,28 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+_PROC = Path("/proc")
 _POLL_S = 0.2
+_KILL_POLL_S = 0.02
 # What Prefect itself allows a run between SIGTERM and SIGKILL, and as much again to tell the server.
 GRACE_S = 60.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the worker until it ends or this process is told to; return the exit code."""
+    """Run the worker until it ends or a signal arrives; return the exit code."""
     options = parse_arguments(arguments)
-    told = _catch_signals()
+    stopping = _catch_signals()
     if missing := _describe_missing_pool(options.pool):
         sys.stderr.write(missing)
         return 1
     worker = subprocess.Popen(
         _make_command(options.pool, options.name, options.limit),
         env=_make_environment(),
-        # Ctrl-C in a terminal goes to every process of its group; the worker is not to get it.
+        # Ctrl-C in a terminal goes to every process of its group; the worker must not get it.
         start_new_session=True,
     )
     while worker.poll() is None:
-        if told.wait(_POLL_S):
+        if stopping.wait(_POLL_S):
             drain_runs(worker, options.grace)
             return 0
     return worker.returncode
@@ -60,21 +61,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def _catch_signals() -> threading.Event:
     """Return an event that SIGTERM and SIGINT set; a shell's `&` may have masked them."""
-    told = threading.Event()
+    stopping = threading.Event()
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda _number, _frame: told.set())
-    return told
+        signal.signal(number, lambda _number, _frame: stopping.set())
+    return stopping
 
 
 def _describe_missing_pool(pool: str) -> str:
-    """Return what to say where there is no such pool: Prefect's worker would ask for its work for ever."""
-    asked = [sys.executable, "-m", "prefect", "work-pool", "inspect", pool]
-    found = subprocess.run(asked, capture_output=True, text=True, check=False)
+    """Return an error message where the pool does not exist: Prefect's worker would wait for work for ever."""
+    command = [sys.executable, "-m", "prefect", "work-pool", "inspect", pool]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
     if not found.returncode:
         return ""
     return (
-        f"The work pool {pool!r} must be on the Prefect server, but that says: {found.stdout}{found.stderr}"
+        f"The work pool {pool!r} must exist on the Prefect server, which answers: {found.stdout}{found.stderr}"
         f"`make deploy` creates those of Overnight, `prefect work-pool create {pool} --type process` any other.\n"
     )
 
@@ -93,11 +94,11 @@ def _make_environment() -> dict[str, str]:
 
 
 def drain_runs(worker: subprocess.Popen[bytes], grace_s: float) -> None:
-    """Let the runs end, then the worker, which is stopped meanwhile and takes up none of them again."""
+    """Let the flow runs drain, then end the worker, which is stopped meanwhile so that it takes up no run."""
     until = time.monotonic() + grace_s
     send_signal([worker.pid], signal.SIGSTOP)
     runs = list_children(worker.pid)
-    sys.stdout.write(f"Told to end: {len(runs)} flow runs have {grace_s:g} s to drain.\n")
+    sys.stdout.write(f"Ending: {len(runs)} flow runs have {grace_s:g} s to drain.\n")
     sys.stdout.flush()
     send_signal(runs, signal.SIGTERM)
     while set(list_children(worker.pid)) & set(runs) and time.monotonic() < until:
@@ -106,17 +107,9 @@ def drain_runs(worker: subprocess.Popen[bytes], grace_s: float) -> None:
     worker.wait()
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
-_PROC = Path("/proc")
-_KILL_POLL_S = 0.02
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
-    """One process of this machine; `ended` is one that only waits for its parent to ask how."""
+    """One process of this machine; `ended` where it only waits for its parent to read its exit code."""
 
     pid: int
     parent: int
@@ -138,7 +131,7 @@ def list_process_tree(pid: int) -> list[int]:
 
 
 def send_signal(pids: Sequence[int], number: signal.Signals) -> None:
-    """Send a signal to each, in order; one that is gone already is passed over."""
+    """Send a signal to each, in order; processes that have ended are skipped."""
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
@@ -147,9 +140,9 @@ def send_signal(pids: Sequence[int], number: signal.Signals) -> None:
 def kill_process_tree(pid: int) -> None:
     """End `pid` and all below it with SIGKILL, as the loss of their machine would; return when they are gone.
 
-    Parents go first, so that none lives to tell of its child's death.
+    Parents go first, so that none can report the death of its child.
     """
-    # Stopped, none of them starts another one that the list lacks.
+    # Stopped, none of them can start another one that the list lacks.
     send_signal(list_process_tree(pid), signal.SIGSTOP)
     pids = list_process_tree(pid)
     send_signal(pids, signal.SIGKILL)
@@ -165,8 +158,12 @@ def _list_processes() -> Iterator[Process]:
         return
     for entry in _PROC.iterdir():
         if entry.name.isdigit():
-            # A process may end between the listing and the look.
+            # A process may have ended since it was listed.
             with suppress(OSError):
                 # The name comes second, in parentheses, and may itself hold spaces and parentheses.
                 state, parent, *_ = (entry / "stat").read_text().rpartition(")")[2].split()
                 yield Process(pid=int(entry.name), parent=int(parent), ended=state == "Z")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,7 @@
-"""A real NATS server with JetStream on a free loopback port, which may be killed and started again on the same port."""
+"""A real NATS server with JetStream on a free loopback port, and a synchronous client for it.
+
+The server may be killed and started again on the same port.
+"""
 
 from __future__ import annotations
 
@@ -20,29 +23,36 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, StreamConfig, StreamInfo
 
-from infra.local.process import HOST, Running, ServerCommand, ServerProcess, ask, base_environment, start_on_free_ports
+from infra.local.process import (
+    HOST,
+    RunningServer,
+    ServerCommand,
+    base_environment,
+    send_request,
+    start_on_free_ports,
+)
 
+T = TypeVar("T")
+_PUBLISHES = 1000
+_BYTES_AT_ONCE = 16 << 20
+_FETCH = 500
+_WAIT_SECONDS = 10.0
 _MAX_PAYLOAD = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NatsServer(Running):
+class NatsServer(RunningServer):
     """A running NATS server; a context manager that stops it.
 
     Where it is guarded, `environment` is what a client needs to do everything, and `reader_environment` what one needs
     that may read streams, but publish no message of its own. What is in the folder survives a stop, and a kill too.
     """
 
-    process: ServerProcess
     port: int
     url: str
     monitor_url: str
     environment: Mapping[str, str] = field(repr=False)
     reader_environment: Mapping[str, str] = field(repr=False)
-
-    def stop(self) -> None:
-        """Stop the server and return when it is gone. Idempotent."""
-        self.process.stop()
 
 
 def nats_server(
@@ -58,7 +68,7 @@ def nats_server(
     folder.mkdir(parents=True, exist_ok=True)
     users = [_User("admin"), _User("reader")] if guarded else []
     process, ports = start_on_free_ports(
-        2, lambda free: _command(program, folder, (port or free[0], free[1]), users, max_payload)
+        2, lambda free: _make_command(program, folder, (port or free[0], free[1]), users, max_payload)
     )
     at = port or ports[0]
     return NatsServer(
@@ -101,7 +111,7 @@ def _find_program() -> str:
     return program
 
 
-def _command(
+def _make_command(
     program: str, folder: Path, ports: Sequence[int], users: Sequence[_User], max_payload: int
 ) -> ServerCommand:
     name = f"overnight-{secrets.token_hex(8)}"
@@ -123,22 +133,14 @@ def _command(
         environment=base_environment(),
         folder=folder,
         log_path=folder / "server.log",
-        # Only this very server has the name: another one that won the port has not.
-        ready=lambda: _answers_as(name, ports[1]),
+        # Only this very server has the name: another one that took the port has not.
+        ready=lambda: _is_server_named(name, ports[1]),
     )
 
 
-def _answers_as(name: str, port: int) -> bool:
+def _is_server_named(name: str, port: int) -> bool:
     """Say whether the server on a monitoring port is the one of this name, with its streams recovered."""
-    return name in ask("GET", port, "/varz").text and ask("GET", port, "/healthz").ok
-
-
-T = TypeVar("T")
-
-_PUBLISHES = 1000
-_BYTES_AT_ONCE = 16 << 20
-_FETCH = 500
-_WAIT_SECONDS = 10.0
+    return name in send_request("GET", port, "/varz").text and send_request("GET", port, "/healthz").ok
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,14 +161,14 @@ class NatsClient:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="nats-client", daemon=True)
         self._thread.start()
-        told = environment or {}
-        secrets = {"user": told.get("NATS_USER"), "password": told.get("NATS_PASSWORD")}
+        variables = environment or {}
+        secrets = {"user": variables.get("NATS_USER"), "password": variables.get("NATS_PASSWORD")}
         self._client: Client = self._run(
             nats.connect(
                 url,
                 max_reconnect_attempts=-1,
                 reconnect_time_wait=0.2,
-                error_cb=_hush,
+                error_cb=_ignore_error,
                 **{name: value for name, value in secrets.items() if value},
             )
         )
@@ -247,11 +249,11 @@ class NatsClient:
         consumer = await self.js.pull_subscribe(">", stream=name, config=config) if left else None
         found: list[Stored] = []
         while consumer is not None and len(found) < left:
-            found += map(_stored, await consumer.fetch(min(_FETCH, left - len(found)), timeout=_WAIT_SECONDS))
+            found += map(_to_stored, await consumer.fetch(min(_FETCH, left - len(found)), timeout=_WAIT_SECONDS))
         return found
 
 
-def _stored(msg: Msg) -> Stored:
+def _to_stored(msg: Msg) -> Stored:
     return Stored(
         number=msg.metadata.sequence.stream,
         subject=msg.subject,
@@ -261,5 +263,5 @@ def _stored(msg: Msg) -> Stored:
     )
 
 
-async def _hush(_error: Exception) -> None:
-    """The library writes what it recovers from to stderr otherwise."""
+async def _ignore_error(_error: Exception) -> None:
+    """Without it the library writes the errors that it recovers from to stderr."""

@@ -223,10 +223,10 @@ def _environment(name: str) -> tuple[Path, str | None]:
 
 
 def _no_triton() -> str | None:
-    from infra.local.triton import _find_package
+    from infra.local.triton import find_package
 
     try:
-        _find_package()
+        find_package()
     except FileNotFoundError as error:
         return str(error)
     return None

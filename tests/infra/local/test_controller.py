@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from infra.local.controller import Controller, control, local_controller
-from infra.local.process import ServerFailed, ask
+from infra.local.controller import Controller, local_controller, run_controller
+from infra.local.process import ServerFailed, send_request
 from serving.targets.folder import remove_folder
 
 SERVER = """
@@ -66,7 +66,7 @@ def ready(place: Path) -> dict[str, Any]:
 
 
 def name_at(url: str) -> str:
-    return ask("GET", int(url.rsplit(":", 1)[1]), "/name").text
+    return send_request("GET", int(url.rsplit(":", 1)[1]), "/name").text
 
 
 def alive(pid: int) -> bool:
@@ -202,7 +202,7 @@ def test_one_controller_watches_a_folder(controller: Controller) -> None:
 def test_releases_that_go_while_it_looks_at_them_do_not_end_it(tmp_path: Path, seed: int) -> None:
     order, over = random.Random(seed), threading.Event()
     with ThreadPoolExecutor(1) as threads:
-        controlling = threads.submit(control, tmp_path, over)
+        controlling = threads.submit(run_controller, tmp_path, over)
         for _ in range(20):
             # Servers that could never start: what counts is that they are looked at.
             for at in range(60):

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from infra.local.process import (
-    Answer,
+    HttpAnswer,
     ServerCommand,
     ServerFailed,
     ServerProcess,
-    ask,
     base_environment,
     free_ports,
+    send_request,
     start_on_free_ports,
 )
 
@@ -224,14 +224,14 @@ def echo_port() -> Iterator[int]:
 
 
 def test_an_answer_carries_status_and_text(echo_port: int) -> None:
-    answer = ask("GET", echo_port, "/here", {"x-word": "hello"})
+    answer = send_request("GET", echo_port, "/here", {"x-word": "hello"})
 
-    assert answer == Answer(status=200, text="/here hello")
+    assert answer == HttpAnswer(status=200, text="/here hello")
     assert answer.ok
 
 
 def test_a_refusal_is_an_answer_that_is_not_ok(echo_port: int) -> None:
-    answer = ask("GET", echo_port, "/missing")
+    answer = send_request("GET", echo_port, "/missing")
 
     assert answer.status == 404
     assert not answer.ok
@@ -240,11 +240,11 @@ def test_a_refusal_is_an_answer_that_is_not_ok(echo_port: int) -> None:
 def test_a_users_proxy_is_not_asked(echo_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
 
-    assert ask("GET", echo_port, "/here").ok
+    assert send_request("GET", echo_port, "/here").ok
 
 
 def test_a_server_that_is_not_there_yet_is_an_answer_too() -> None:
-    answer = ask("GET", free_ports(1)[0], "/")
+    answer = send_request("GET", free_ports(1)[0], "/")
 
     assert answer.status == 0
     assert "ConnectionRefusedError" in answer.text

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.local.process import ask
+from infra.local.process import send_request
 from infra.local.ray_cluster import RayCluster, ray_cluster
 from infra.worker import list_process_tree
 
@@ -36,7 +36,9 @@ def listening(pids: set[int]) -> set[str]:
 
 
 def answers(cluster: RayCluster, token: str) -> int:
-    return ask("GET", int(cluster.dashboard_url.rsplit(":", 1)[1]), API, {"Authorization": f"Bearer {token}"}).status
+    return send_request(
+        "GET", int(cluster.dashboard_url.rsplit(":", 1)[1]), API, {"Authorization": f"Bearer {token}"}
+    ).status
 
 
 def alive(pids: set[int]) -> set[int]:

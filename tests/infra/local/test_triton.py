@@ -115,7 +115,7 @@ def test_a_server_that_is_killed_is_noticed_leaves_nothing_and_starts_again_wher
     assert 128 + signal.SIGKILL == server.process.exit_code
     with pytest.raises(httpx.ConnectError):
         httpx.get(server.url)
-    with server.started_again() as again:
+    with server.restart() as again:
         assert (again.url, again.metrics_url, True) == (server.url, server.metrics_url, again.running)
         assert 200 == load(again, "mirror").status_code
         assert 200 == mirrored(again, "a").status_code

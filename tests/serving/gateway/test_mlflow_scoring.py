@@ -20,7 +20,7 @@ from mlflow.models import ModelSignature, infer_signature
 from mlflow.pyfunc.scoring_server import _SERVER_MODEL_PATH
 from mlflow.types import Schema, TensorSpec
 
-from infra.local.process import ServerCommand, ServerProcess, ask, base_environment, start_on_free_ports
+from infra.local.process import ServerCommand, ServerProcess, base_environment, send_request, start_on_free_ports
 from serving.errors import Unanswered
 from serving.gateway.http import Answered, Http
 from serving.gateway.mlflow_scoring import MlflowUpstream
@@ -78,7 +78,7 @@ def scoring_server(model: Resolved, folder: Path) -> tuple[ServerProcess, str]:
             },
             folder=folder,
             log_path=folder / "scoring.log",
-            ready=lambda: ask("GET", ports[0], "/health").ok,
+            ready=lambda: send_request("GET", ports[0], "/health").ok,
             ready_s_max=120,
         )
 

@@ -133,6 +133,6 @@ def test_a_triton_that_is_killed_and_started_anew_gets_its_model_back_from_the_g
 
     assert 503 == refused.status_code
     assert "The model server of the endpoint" in refused.json()["error"]
-    deployed.server = deployed.server.started_again()
+    deployed.server = deployed.server.restart()
     assert not ready(deployed)
     np.testing.assert_allclose(scores(door), deployed.scores.ravel(), atol=1e-6)

@@ -18,7 +18,7 @@ import pytest
 
 from infra.local.controller import local_controller
 from infra.local.process import ServerCommand, ServerProcess, base_environment, free_ports
-from infra.local.process import ask as ask_port
+from infra.local.process import send_request as ask_port
 from infra.worker import list_process_tree
 from serving.targets import Address
 from serving.targets.bentoml import BentoML
