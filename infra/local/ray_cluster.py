@@ -16,6 +16,7 @@ from infra.local.process import (
     HOST,
     RunningServer,
     ServerCommand,
+    base_environment,
     free_ports,
     send_request,
     start_on_free_ports,

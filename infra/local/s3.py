@@ -23,6 +23,7 @@ from infra.local.process import (
     HttpAnswer,
     RunningServer,
     ServerCommand,
+    base_environment,
     send_request,
     start_on_free_ports,
 )

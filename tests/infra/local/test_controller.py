@@ -152,14 +152,14 @@ def test_a_release_that_does_not_say_how_it_is_run_is_told_why(
     assert words in wait_for(place, lambda told: told["state"] == "failed")["error"]
 
 
-def test_a_release_that_is_mended_is_started(controller: Controller) -> None:
-    place = put(controller, "mended/1", ready_path="ready")
+def test_a_release_that_is_corrected_is_started(controller: Controller) -> None:
+    place = put(controller, "fixed/1", ready_path="ready")
     wait_for(place, lambda told: told["state"] == "failed")
     serve = json.loads((place / "serve.json").read_text()) | {"ready_path": "/ready"}
     (place / "serve.part").write_text(json.dumps(serve))
     (place / "serve.part").rename(place / "serve.json")
 
-    assert "mended/1" == name_at(ready(place)["url"])
+    assert "fixed/1" == name_at(ready(place)["url"])
 
 
 def test_a_server_gets_its_own_folder_ports_and_environment_and_none_of_the_controllers(controller: Controller) -> None:
@@ -194,7 +194,7 @@ def test_every_server_ends_with_a_controller_that_is_killed(tmp_path: Path) -> N
 
 
 def test_one_controller_watches_a_folder(controller: Controller) -> None:
-    with pytest.raises(ServerFailed, match="another one does; stop it first"):
+    with pytest.raises(ServerFailed, match=r"another one does\. Stop it first"):
         local_controller(controller.folder)
 
 
