@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from serving.errors import BadInput, EndpointFailed
 from serving.gateway.client import GatewayClient
-from serving.gateway.route import Route, Sleep
+from serving.gateway.route import Route, ScaleToZero
 from serving.model.release import Dial, Release
 from serving.targets import Address, Host
 from tasks.batch.artifacts import Logger
@@ -81,7 +81,7 @@ class Change:
         # Ray scales to zero by itself; Triton is told to by the gateway.
         sleep, target = None, self.spec.target
         if isinstance(target, Triton) and self.keep_warm is not None:
-            sleep = Sleep(keep_warm_s=self.keep_warm, grpc=target.grpc)
+            sleep = ScaleToZero(keep_warm_s=self.keep_warm, grpc=target.grpc)
         return rolled_out(self.spec, self.standing, self.release.contract, address, self.release.version, sleep)
 
     @contextmanager
@@ -211,7 +211,7 @@ def scaled_to_zero(release: Release) -> Release:
 
 def address_of(route: Route | None, version: str) -> Address | None:
     """Return where a version of a route answers."""
-    served = route.served(version) if route else None
+    served = route.find_version(version) if route else None
     if served is None:
         return None
     return Address(url=served.url, model=served.upstream_model, version=served.upstream_version)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from serving.errors import BadInput
-from serving.gateway.route import Rollout, Route, Served, Shadow, Sleep, rolled_back
+from serving.gateway.route import Rollout, Route, ScaleToZero, ServedVersion, Shadow, roll_back_canary
 from serving.model.contract import Contract
 from serving.protocol.tensors import tensors
 from serving.targets import Address
@@ -39,7 +39,7 @@ def before_change(route: Route | None, version: str) -> Route | None:
     """Return what to go back to: the route as it is, but without a trial of this very version that a dead run left."""
     if route is None or route.rollout is None or route.rollout.version != version:
         return route
-    return without(rolled_back(route), (version,))
+    return without(roll_back_canary(route), (version,))
 
 
 def check_change(spec: EndpointSpec, standing: Route | None, contract: Contract, version: str) -> None:
@@ -81,7 +81,7 @@ def rolled_out(
     contract: Contract,
     address: Address,
     version: str,
-    sleep: Sleep | None,
+    sleep: ScaleToZero | None,
 ) -> Route:
     """Return the route by which a version that is up and verified gets its traffic, beside what serves."""
     others = [] if standing is None else [each for each in standing.versions if each.version != version]
@@ -98,7 +98,7 @@ def rolled_out(
         share = 0.0
         shadow = Shadow(version=version, tolerance=spec.rollout.tolerance, in_flight_max=spec.rollout.in_flight_max)
     return Route(
-        versions=(*_scaled(others, _WHOLE - share), Served.at(address, version=version, weight=share)),
+        versions=(*_scaled(others, _WHOLE - share), ServedVersion.from_address(address, version=version, weight=share)),
         contract=contract,
         limits=spec.limits,
         keys=(*spec.access.environment, *spec.access.secrets),
@@ -108,7 +108,7 @@ def rolled_out(
     )
 
 
-def _scaled(served: list[Served], whole: float) -> list[Served]:
+def _scaled(served: list[ServedVersion], whole: float) -> list[ServedVersion]:
     """Return versions whose weights come to `whole`, in the proportions that they have."""
     weights = sum(each.weight for each in served) or 1.0
     return [each.model_copy(update={"weight": each.weight * whole / weights}) for each in served]
@@ -129,7 +129,7 @@ def idle(route: Route) -> tuple[str, ...]:
 
 def in_words(route: Route, version: str) -> str:
     """Say what a version gets of the traffic."""
-    served = route.served(version)
+    served = route.find_version(version)
     whole = sum(each.weight for each in route.versions)
     if route.shadow is not None and route.shadow.version == version:
         return f"version {version} gets copies of requests, and answers nobody"

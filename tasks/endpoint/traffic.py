@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from serving.errors import EndpointFailed, RolledBack
 from serving.gateway.client import GatewayClient
-from serving.gateway.route import Route, rolled_back
+from serving.gateway.route import Route, roll_back_canary
 from serving.model.contract import Contract
 from serving.targets import Address
 from tasks.endpoint import spec as specs
@@ -35,7 +35,7 @@ def shift(gateway: GatewayClient, spec: EndpointSpec, route: Route, version: str
     deadline = time.monotonic() + spec.rollout.seconds_max
     while time.monotonic() < deadline:
         status = gateway.get(spec.name)
-        if status is None or status.route.served(version) is None:
+        if status is None or status.route.find_version(version) is None:
             message = (
                 f"Version {version} of {spec.name} must stay at the gateway during its trial, but is gone from it."
             )
@@ -56,7 +56,7 @@ def _too_few(gateway: GatewayClient, spec: EndpointSpec, version: str) -> Rolled
     seen = 0
     if status is not None and status.route.rollout is not None and status.route.rollout.version == version:
         seen = status.trial.tally.requests if status.trial else 0
-        gateway.put(spec.name, rolled_back(status.route))
+        gateway.put(spec.name, roll_back_canary(status.route))
     rollout = spec.rollout
     assert isinstance(rollout, specs.Canary), "only a canary has a trial"  # noqa: S101 - our own mistake
     return RolledBack(
