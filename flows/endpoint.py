@@ -9,20 +9,18 @@ from prefect import get_run_logger
 from pydantic import Field
 
 from flows.runtime.flow_decorator import adhoc_flow
-from flows.runtime.task_timing import Stages
+from flows.runtime.task_timing import StepTimer
 from serving.gateway.client import GatewayClient
 from serving.targets import Address
-from tasks.endpoint.access import read_admin_key, read_keys
 from tasks.endpoint.change import Change, make_change, retire, serving_address
 from tasks.endpoint.client import InferClient, infer_path
 from tasks.endpoint.deploy import host_of
 from tasks.endpoint.load import Latency, measure_latency
 from tasks.endpoint.report import Endpoint, publish_endpoint
 from tasks.endpoint.resolve import Subject, resolve
-from tasks.endpoint.route import before_change, check_change
-from tasks.endpoint.spec import GATEWAY, AnyTarget, EndpointSpec, Shadow
-from tasks.endpoint.traffic import check_door, shift
-from tasks.endpoint.tuning import Chosen, remember, settle_dial
+from tasks.endpoint.spec import GATEWAY, AnyTarget, EndpointSpec, Shadow, read_admin_key, read_keys
+from tasks.endpoint.traffic import before_change, check_change, check_door, shift
+from tasks.endpoint.tuning import Chosen, remember, resolve_batching
 from tasks.endpoint.verify import Verification, verify
 
 
@@ -31,27 +29,27 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
     """Serve a registered model online: put up beside what serves, held against the model, then given its traffic.
 
     Args:
-        spec: The endpoint in full: model, target, dial, scaling, rollout and access.
+        spec: The endpoint in full: model, target, batching, scaling, rollout and access.
 
     The same call again changes nothing where nothing has changed. On any failure the new release is taken down and
     the earlier version keeps serving; the error says why: LatencyImpossible before anything is put up, EndpointFailed
     by the server, VerifyFailed by the answers, RolledBack by the traffic.
     """
     logger = get_run_logger()
-    stages = Stages()
+    stages = StepTimer()
     keys = read_keys(spec.access)
     with GatewayClient(spec.gateway, read_admin_key(spec.admin_secret)) as gateway:
         subject = stages.run("resolve", lambda: resolve(spec))
         status = gateway.get(spec.name)
         standing = before_change(status.route if status else None, subject.version)
         check_change(spec, standing, subject.contract, subject.version)
-        chosen = stages.run("tune", lambda: settle_dial(spec, subject))
+        chosen = stages.run("tune", lambda: resolve_batching(spec, subject))
         change = make_change(spec, subject, chosen, gateway, standing, logger)
         before = None if change.stands else _measure(stages, spec, subject, serving_address(standing))
         with change.undone_on_failure():
-            if standing is None and chosen.time is not None and spec.measure_seconds:
-                # With nothing to compare with, the release itself shows what the dial is worth.
-                before = _measure(stages, spec, subject, stages.run("deploy", change.without_dial().put_up))
+            if standing is None and chosen.cost is not None and spec.measure_seconds:
+                # With nothing to compare with, the release itself shows what the batching is worth.
+                before = _measure(stages, spec, subject, stages.run("deploy", change.without_batching().put_up))
             address = stages.run("deploy", change.put_up)
             verification = stages.run("verify", lambda: _verify(spec, subject, chosen, address))
             after = _measure(stages, spec, subject, address) if change.touched else None
@@ -109,12 +107,12 @@ def retire_endpoint(
 
 
 def _verify(spec: EndpointSpec, subject: Subject, chosen: Chosen, address: Address) -> Verification:
-    size = min(spec.limits.rows_max, chosen.dial.batch_size_max)
+    size = min(spec.limits.rows_max, chosen.batching.batch_size_max)
     with InferClient(address, subject.contract) as ask:
         return verify(ask, subject, size=size, tolerance=spec.tolerance)
 
 
-def _measure(stages: Stages, spec: EndpointSpec, subject: Subject, address: Address | None) -> Latency | None:
+def _measure(stages: StepTimer, spec: EndpointSpec, subject: Subject, address: Address | None) -> Latency | None:
     budget, seconds = spec.budget, spec.measure_seconds
     if budget is None or not seconds or address is None:
         return None

@@ -9,7 +9,6 @@ from pydantic import AwareDatetime, Field, model_validator
 from serving.model.contract import Contract, Frozen
 
 if TYPE_CHECKING:
-    # serving.targets imports MLflow, which takes seconds; the gateway starts without it.
     from serving.targets import Address
 
 HOST_PORT = r"^[A-Za-z0-9._-]{1,253}:[0-9]{1,5}$"

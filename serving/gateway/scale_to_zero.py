@@ -12,7 +12,7 @@ from urllib.parse import quote
 from serving.errors import Unanswered
 from serving.gateway.route import ModelState, ScaleToZero, ServedVersion
 from serving.gateway.upstreams import HttpClient, V2Upstream, log_upstream_error, remove_addresses
-from serving.targets.triton_grpc import ControlRefused, Verb, control_async
+from serving.targets.triton_control import ControlRefused, Verb, control_async
 
 # A server that never answers must not prevent another attempt.
 _LOAD_S_MAX, _UNLOAD_S_MAX = 600.0, 60.0

@@ -20,13 +20,13 @@ from pydantic import Field, ValidationError
 
 from serving.errors import ModelFailed, ProfileFailed
 from serving.machine import machine_kind
-from serving.model.batching import PassTime, fit, measure_passes
+from serving.model.batching import CostModel, fit_cost_model
 from serving.model.contract import Frozen
 from serving.model.encoding import Encoded, encode
 from serving.model.registry import save_tag
-from serving.model.tuner import Tuning, measure, remembered
+from serving.model.tuner import Tuning, measure, measure_passes, remembered
 from tasks.batch.options import BatchOptions
-from tasks.batch.tuning import SAMPLE_ROWS, enlarged, first_rows, tune_and_keep, wish_of
+from tasks.batch.tuning import SAMPLE_ROWS, enlarge_sample, read_first_rows, tune_and_keep, tuning_wish
 from tasks.endpoint.resolve import Subject
 from tasks.endpoint.spec import AnyTarget, EndpointSpec
 from tasks.scheduler.decision import Profile
@@ -114,7 +114,7 @@ def measure_profile(
         tuning = _tuned(subject, rows.sample, measuring.options, clock)
         slots = tuning.slots if tuning else measuring.options.slots or subject.model.slots
         passes = measure_passes(subject.model, subject.contract, rows.sample, _PASS_MS_MAX, slots=slots, clock=clock)
-        line = fit(passes)
+        line = fit_cost_model(passes)
         stated = measuring.stated
         door = None
         if None in (stated.cold_start_seconds, stated.request_ms):
@@ -148,13 +148,13 @@ def _tag(measuring: Measuring) -> str:
 
 
 def _profile(
-    subject: Subject, slots: int, line: PassTime, door: Door | None, trial: Trial | None, stated: Stated
+    subject: Subject, slots: int, line: CostModel, door: Door | None, trial: Trial | None, stated: Stated
 ) -> Profile:
     pin = subject.resolved.pin
     measured: dict[str, Any] = {}
     if door is not None:
-        busy_ms = None if door.busy_ms is None else max(0.0, door.busy_ms - line.ms(1))
-        request_ms = max(0.0, door.request_ms - line.ms(1))
+        busy_ms = None if door.busy_ms is None else max(0.0, door.busy_ms - 1000 * line.seconds(1))
+        request_ms = max(0.0, door.request_ms - 1000 * line.seconds(1))
         measured |= {
             "cold_start_seconds": door.cold_start_seconds,
             "request_ms": request_ms,
@@ -196,7 +196,7 @@ class _Rows:
             return cls(sample=_sample(subject, table), folder=folder, write=lambda n: write_table(table, n, folder))
         dataset = open_rows(measuring.source, str(scratch / "scores"), contract, options)
         return cls(
-            sample=_sample(subject, first_rows(contract, options, dataset)),
+            sample=_sample(subject, read_first_rows(contract, options, dataset)),
             folder=folder,
             write=lambda n: write_rows(dataset, contract, options, n, folder),
         )
@@ -210,12 +210,12 @@ def _sample(subject: Subject, table: pa.Table) -> Encoded:
             "with, got none that keeps its contract. Measure with other rows, or set policies for nulls and casts."
         )
         raise ModelFailed(message)
-    return enlarged(subject.model, sample)
+    return enlarge_sample(subject.model, sample)
 
 
 def _tuned(subject: Subject, sample: Encoded, options: BatchOptions, clock: Callable[[], float]) -> Tuning | None:
     """Return the batch path's tuning, from the version's tags or by the tuner, which then keeps it there."""
-    wish = wish_of(options)
+    wish = tuning_wish(options)
     tuning = remembered(subject.resolved.tags, machine_kind(), wish)
     return tuning or tune_and_keep(subject.resolved, subject.model, subject.contract, sample, wish, clock=clock)
 

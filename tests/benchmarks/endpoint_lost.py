@@ -75,7 +75,8 @@ class _Life:
         from tasks.endpoint.spec import EndpointSpec, Triton
 
         target = Triton(repository=str(self.triton.repository), url=self.triton.url, grpc=self.triton.grpc)
-        spec = {"name": NAME, "model": model, "gateway": self.gateway, "target": target, "dial": self.served.dial}
+        spec = {"name": NAME, "model": model, "gateway": self.gateway, "target": target}
+        spec["batching"] = self.served.batching
         online_endpoint(EndpointSpec.model_validate({**spec, **changes}))
 
     def rolled_back(self, rule: Any) -> None:
@@ -150,8 +151,7 @@ def _bodies(served: Served) -> list[bytes]:
 def _ray_wake_seconds(served: Served, folder: Path) -> float | str:
     """Return the seconds of a request that finds no replica, at Ray Serve's own door."""
     from infra.local.ray_cluster import ray_cluster
-    from serving.targets.ray_host import RayServeHost
-    from serving.targets.ray_serve import RayServe
+    from serving.targets.ray_serve import RayServe, RayServeHost
     from tasks.endpoint.change import scaled_to_zero
     from tasks.endpoint.client import infer_path
 

@@ -31,8 +31,7 @@ from tasks.scheduler.profile import Measuring, Stated
 from tasks.scheduler.review import Hysteresis
 from tasks.scheduler.terms import BatchTerms, OnlineTerms, StreamTerms, Terms
 from tasks.scheduler.workload import Events, Machine, Metered, Prices, Workload
-from tasks.stream.addresses import FromNats, ToNats
-from tasks.stream.options import StreamOptions
+from tasks.stream.options import FromNats, StreamOptions, ToNats
 from tests.deployments.flow_runs import wait_until
 from tests.servers import triton_or_skip
 from tests.tasks.scheduler.decisions import EVENTS, FRAUD, NIGHTLY, decision, way
@@ -81,9 +80,9 @@ def of(workload: Workload, model: str) -> Workload:
 
 def applied(decided: Decision, terms: Terms) -> Applied:
     from flows.runtime.apply import apply_decision
-    from flows.runtime.task_timing import Stages
+    from flows.runtime.task_timing import StepTimer
 
-    return apply_decision(Stages(), decided, terms, logging.getLogger(__name__))
+    return apply_decision(StepTimer(), decided, terms, logging.getLogger(__name__))
 
 
 def deployments() -> set[str]:

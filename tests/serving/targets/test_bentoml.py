@@ -24,8 +24,8 @@ from infra.processes import family
 from serving.targets import Address
 from serving.targets.bentoml import BentoML
 from serving.targets.folder import FolderHost
-from tasks.endpoint.closed_loop import closed_loop
-from tasks.endpoint.samples import Sample
+from tasks.endpoint.load import closed_loop
+from tasks.endpoint.resolve import Sample
 from tests.serving.targets.folder_servers import (
     BAD_REQUESTS,
     BATCHING,
@@ -55,7 +55,7 @@ class Serving:
 @pytest.fixture(scope="module")
 def mlp(registry: Path) -> list[Served]:
     """Two versions of one network."""
-    return [release_of(register_network("on-bentoml", seed=seed), "scores", dial=BATCHING) for seed in (0, 1)]
+    return [release_of(register_network("on-bentoml", seed=seed), "scores", batching=BATCHING) for seed in (0, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_a_server_that_is_killed_is_started_again_where_it_was(serving: Serving)
 
 
 def test_a_bento_is_built_from_the_folder_and_served(target: BentoML, mlp: list[Served], tmp_path: Path) -> None:
-    from serving.targets.written import write_folder
+    from serving.targets.folder import write_folder
 
     folder = tmp_path / "release"
     write_folder(target.render(*mlp[0]), folder)

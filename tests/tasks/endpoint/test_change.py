@@ -12,7 +12,7 @@ from serving.errors import EndpointFailed
 from serving.gateway.route import EndpointState, Route
 from serving.targets import Address
 from tasks.endpoint.change import Change
-from tasks.endpoint.render import bare_release
+from tasks.endpoint.deploy import bare_release
 from tests.serving.toys import matrix
 from tests.tasks.endpoint.values import route, served, spec
 
