@@ -9,7 +9,7 @@ from prefect import get_run_logger
 from pydantic import Field
 
 from flows.runtime.flow_decorator import adhoc_flow
-from flows.runtime.task_timing import StepTimer
+from flows.runtime.steps import Steps
 from serving.gateway.client import GatewayClient
 from serving.targets import Address
 from tasks.endpoint.change import Change, make_change, retire, serving_address
@@ -36,7 +36,7 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
     by the server, VerifyFailed by the answers, RolledBack by the traffic.
     """
     logger = get_run_logger()
-    stages = StepTimer()
+    stages = Steps()
     keys = read_keys(spec.access)
     with GatewayClient(spec.gateway, read_admin_key(spec.admin_secret)) as gateway:
         subject = stages.run("resolve", lambda: resolve(spec))
@@ -112,7 +112,7 @@ def _verify(spec: EndpointSpec, subject: Subject, chosen: Chosen, address: Addre
         return verify(ask, subject, size=size, tolerance=spec.tolerance)
 
 
-def _measure(stages: StepTimer, spec: EndpointSpec, subject: Subject, address: Address | None) -> Latency | None:
+def _measure(stages: Steps, spec: EndpointSpec, subject: Subject, address: Address | None) -> Latency | None:
     budget, seconds = spec.budget, spec.measure_seconds
     if budget is None or not seconds or address is None:
         return None

@@ -176,10 +176,10 @@ def test_ctrl_c_does_not_reach_the_temporary_server_and_leaves_no_process_behind
         os.killpg(ended.group, 0)
 
 
-def test_an_impatient_second_ctrl_c_passes_unheard_and_a_later_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_impatient_second_ctrl_c_is_ignored_and_a_later_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     from flows.runtime import interruption
 
-    monkeypatch.setattr(interruption, "_HUSH_SECONDS", 0.2)
+    monkeypatch.setattr(interruption, "_IGNORE_SECONDS", 0.2)
     # A flow that was interrupted in this process leaves a handler of its own.
     earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
