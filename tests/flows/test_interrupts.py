@@ -88,8 +88,9 @@ def shard_states(server: PrefectServer, destination: Path) -> dict[int, str]:
     states = {"": "RUNNING"}
     while "RUNNING" in states.values():
         found = ask("task_runs", {"flow_runs": {"id": {"any_": [run["id"]]}}})
-        states = {task["name"].removeprefix("score-shard-"): task["state_type"] for task in found}
-    return {int(shard): state for shard, state in states.items()}
+        states = {task["name"]: task["state_type"] for task in found}
+    shards = {name: state for name, state in states.items() if name.startswith("score-shard-")}
+    return {int(name.removeprefix("score-shard-")): state for name, state in shards.items()}
 
 
 @pytest.mark.parametrize("times", [1, 2])
