@@ -41,7 +41,7 @@ from tasks.batch.resolve import (
 )
 from tasks.batch.score import Scorer, ScoringResult, check_rejects
 from tasks.common.artifacts import Logger
-from tasks.spot.watch import watching
+from tasks.spot.notice_poller import poll_notices
 from tasks.storage import Storage, check_create_only, open_storage
 
 _DEFAULTS = BatchOptions()
@@ -139,7 +139,7 @@ def _score(
     plan, storage, result = scorer.plan, scorer.destination, ScoringResult()
     for _ in range(_PASSES_MAX):
         try:
-            with watch.watching(), watching(scorer.drain, options.notices, logger.warning):
+            with watch.watching(), poll_notices(scorer.drain, options.notices, logger.warning):
                 result.add(score_missing(scorer, slots, options))
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_describe_interrupt(plan, watch)) from None

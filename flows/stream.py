@@ -9,7 +9,7 @@ from flows.runtime.interruption import exit_interrupted
 from flows.runtime.stream_run import StreamRun, hearing
 from serving.model.loading import load_model
 from serving.model.registry import resolve_model
-from tasks.spot.watch import watching
+from tasks.spot.notice_poller import poll_notices
 from tasks.stream.decode import Decoder
 from tasks.stream.opener import Opener, check_names
 from tasks.stream.options import AnySink, AnySource, StreamOptions
@@ -42,7 +42,7 @@ def stream_inference(model: str, source: AnySource, sink: AnySink, options: Stre
     run = StreamRun(resolved=resolved, model=loaded, decoder=decoder, options=options)
     opener = Opener(decoder=run.decoder, model=resolved.pin, options=options, say=logger.warning, give_up=run.give_up)
     with (
-        watching(run.drain, options.notices, logger.warning),
+        poll_notices(run.drain, options.notices, logger.warning),
         hearing(run, logger),
         opener.opened(source, sink) as ends,
     ):

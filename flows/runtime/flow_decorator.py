@@ -58,7 +58,7 @@ class _AdHocFlow(Flow[P, R]):
                     # Without its cause: the frames of Prefect's engine say nothing to a person who pressed Ctrl-C.
                     raise KeyboardInterrupt(*interrupt.args or [_SAY]) from None
                 except InterruptedExit as left:
-                    if left.notice.of_process:
+                    if left.notice.is_sigterm:
                         _pass_on_sigterm()
                     raise left.interrupted from None
 

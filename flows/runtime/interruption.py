@@ -26,9 +26,8 @@ from prefect.states import AwaitingRetry, Crashed
 from flows.runtime.steps import flow_run
 from serving.errors import Interrupted
 from tasks.common.artifacts import Logger, server_may_fail
-from tasks.spot.drain import Drain
-from tasks.spot.notice import Notice, sigterm
-from tasks.spot.watch import announced
+from tasks.spot.drain import Drain, Notice, sigterm_notice
+from tasks.spot.notice_poller import describe_notice
 
 # Prefect's workers take up a run ten seconds before its time.
 _RESUME_SECONDS = 15.0
@@ -51,8 +50,8 @@ def take_sigterm_as_notice(drain: Drain, seconds: float) -> None:
 
     Prefect's handler stays installed: by it the engine tells a cancelled run from a machine that goes.
     """
-    drain.hear(sigterm(seconds))
-    get_run_logger().warning(announced(sigterm(seconds)))
+    drain.add_notice(sigterm_notice(seconds))
+    get_run_logger().warning(describe_notice(sigterm_notice(seconds)))
 
 
 def exit_interrupted(drain: Drain, done: str, publish: Callable[[str], None], logger: Logger) -> NoReturn:
@@ -121,9 +120,9 @@ def _choose_end(notice: Notice, seconds_left: float) -> _End:
     run = flow_run()
     if run is None or run.deployment_id is None:
         return _End(run=run, state=Crashed(), then="the same call resumes")
-    if notice.of_process and _is_decided_by_sender(run):
+    if notice.is_sigterm and _is_decided_by_sender(run):
         return _End(run=run, state=None, then="the sender of the signal decides what becomes of the run")
-    resume = datetime.now(UTC) + timedelta(seconds=0 if notice.of_process else seconds_left + _RESUME_SECONDS)
+    resume = datetime.now(UTC) + timedelta(seconds=0 if notice.is_sigterm else seconds_left + _RESUME_SECONDS)
     then = f"it resumes by itself after {resume:%H:%M:%S} UTC"
     return _End(run=run, state=AwaitingRetry(scheduled_time=resume), then=then)
 

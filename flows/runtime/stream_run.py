@@ -157,7 +157,7 @@ class StreamRun:
             try:
                 if pipeline.wait(_POLL_SECONDS):
                     return
-                if self.drain.over or time.monotonic() > self._deadline:
+                if self.drain.is_over or time.monotonic() > self._deadline:
                     self.give_up.set()
                     pipeline.wait(_POLL_SECONDS)
                     return

@@ -98,7 +98,7 @@ def _switch_threads_quickly() -> Generator[None]:
 def _wait_for_slots(scorer: Scorer, futures: list[Any]) -> bool:
     """Wait until every slot has come to rest, at the end of the pass or after a notice; False where one is late."""
     waiting = {future.wrapped_future for future in futures}
-    while waiting and not scorer.drain.over:
+    while waiting and not scorer.drain.is_over:
         if scorer.scheduler.is_stopping():
             for future in waiting:
                 future.cancel()

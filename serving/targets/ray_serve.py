@@ -20,17 +20,14 @@ from urllib.parse import urlsplit
 import httpx
 import yaml
 
-import serving
 from serving.errors import EndpointFailed
-from serving.model.registry import digest_folder
 from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Release
 from serving.targets import Address, Rendered
-from serving.targets.folder import remove_folder, write_folder
+from serving.targets.folder import read_imported_modules, remove_folder, write_folder
 
 MODULE = "application"
 DEPLOYMENT = "Endpoint"
 _DIGEST_LENGTH = 12
-_PACKAGE = Path(serving.__file__).parent
 _SOURCE = Path(__file__).with_name("ray_application.py")
 _GPUS = {"cpu": 0, "cuda": 1}
 
@@ -59,12 +56,12 @@ class RayServe:
             "applications": [application],
         }
         files = {
-            f"{MODULE}.py": _SOURCE.read_bytes(),
+            **_read_code(),
             RELEASE_FILE: release.model_dump_json(indent=2).encode(),
             "serve.yaml": _yaml(serve_config),
             "rayservice.yaml": _yaml(self._ray_service(release, application)),
         }
-        return Rendered(files=files, trees={MODEL_FOLDER: model, _PACKAGE.name: _PACKAGE})
+        return Rendered(files=files, trees={MODEL_FOLDER: model})
 
     def application(self, release: Release) -> dict[str, Any]:
         """Return the application as an entry of a Serve config."""
@@ -169,8 +166,16 @@ def folder_name(release: Release) -> str:
 
     Replicas of one application read one folder for as long as it runs, so that no folder's contents may change.
     """
-    content = f"{release.model_dump_json()}\0{digest_folder(_PACKAGE)}".encode()
-    return f"{application_name(release)}.{hashlib.sha256(content).hexdigest()[:_DIGEST_LENGTH]}"
+    digest = hashlib.sha256(release.model_dump_json().encode())
+    for path, content in _read_code().items():
+        digest.update(f"\0{path}\0".encode() + content)
+    return f"{application_name(release)}.{digest.hexdigest()[:_DIGEST_LENGTH]}"
+
+
+def _read_code() -> dict[str, bytes]:
+    """Return the application and the modules of this package that it imports."""
+    program = _SOURCE.read_bytes()
+    return {f"{MODULE}.py": program, **read_imported_modules((program,))}
 
 
 def _yaml(value: dict[str, Any]) -> bytes:

@@ -26,9 +26,8 @@ from infra.local.prefect_server import PrefectServer
 from serving.errors import Interrupted
 from tasks.batch.chunk_scheduler import ChunkScheduler
 from tasks.batch.options import BatchOptions
-from tasks.spot.clouds import Aws
-from tasks.spot.metadata import METADATA_URL
-from tasks.spot.watch import watching
+from tasks.spot.cloud_notices import METADATA_URL, Aws
+from tasks.spot.notice_poller import poll_notices
 from tests.flows.children import ROOT, score
 from tests.metadata import Imds, serving
 from tests.support import digests, write_customers
@@ -57,7 +56,7 @@ def undisturbed(
 def imds(monkeypatch: pytest.MonkeyPatch) -> Generator[Imds]:
     """AWS's metadata service, which this process and its children ask often."""
     service = Imds()
-    monkeypatch.setattr(Aws, "every_seconds", 0.05)
+    monkeypatch.setattr(Aws, "poll_seconds", 0.05)
     with serving(service):
         monkeypatch.setenv(METADATA_URL, service.url)
         yield service
@@ -188,7 +187,7 @@ def test_a_metadata_service_that_never_answers_does_not_hold_up_a_run(
 
     warned: list[str] = []
     monkeypatch.setattr(
-        "flows.runtime.interruption.watching", lambda drain, wanted, _: watching(drain, wanted, warned.append)
+        "flows.runtime.interruption.poll_notices", lambda drain, wanted, _: poll_notices(drain, wanted, warned.append)
     )
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv(METADATA_URL, f"http://127.0.0.1:{silent.getsockname()[1]}")

@@ -27,8 +27,7 @@ from tasks.batch.publish import (
 from tasks.batch.resolve import CompleteRun, ResumedRun, RunRequest, check_memory, choose_slots, find_run, restage_plan
 from tasks.batch.score import Scorer, ScoringResult, check_rejects
 from tasks.batch.source import pin_source
-from tasks.spot.drain import Drain
-from tasks.spot.notice import sigterm
+from tasks.spot.drain import Drain, sigterm_notice
 from tasks.storage import Storage, check_create_only, open_storage
 from tests.simulation.data import CONTRACT, Source, ToyModel, ToyResolved, expected, load_toy
 from tests.simulation.delta import DeltaOracle
@@ -288,7 +287,7 @@ class BatchWorld:
 
     def _give_notice(self) -> None:
         if self.drains:
-            self.chance.choice(self.drains).hear(sigterm(self.chance.uniform(0.1, 5)))
+            self.chance.choice(self.drains).add_notice(sigterm_notice(self.chance.uniform(0.1, 5)))
 
     def _erase(self, pattern: str) -> None:
         paths = [path for path in self.destination.objects if re.fullmatch(pattern, path)]

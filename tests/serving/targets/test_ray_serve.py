@@ -230,7 +230,7 @@ def test_the_folder_holds_the_application_the_release_and_the_models_files(put: 
     files = TARGET.render(put.release, put.model)
 
     assert put.model == files.trees["model"]
-    assert (files.trees["serving"] / "protocol/v2_app.py").is_file()
+    assert "serving/protocol/v2_app.py" in files.files
     assert put.release == Release.model_validate_json(files.files["release.json"])
     assert "application" in {
         node.name for node in ast.walk(ast.parse(files.files["application.py"])) if isinstance(node, ast.FunctionDef)

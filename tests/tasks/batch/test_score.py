@@ -26,7 +26,7 @@ from tasks.batch.options import BatchOptions
 from tasks.batch.parts import list_parts, part_path
 from tasks.batch.plan import Plan
 from tasks.batch.score import Scorer, ScoringResult, check_rejects
-from tasks.spot.notice import Notice, sigterm
+from tasks.spot.drain import Notice, sigterm_notice
 from tasks.storage import Storage, open_storage
 from tests.support import register_script
 from tests.tasks.batch.small import a_plan, numbers, parquet, put, put_parts
@@ -291,7 +291,7 @@ def told(plan: Plan, destination: Storage) -> Callable[[Callable[[Scorer], None]
 def test_after_a_notice_the_chunk_in_hand_is_finished_and_no_other_begun(
     told: Callable[..., Scorer], destination: Storage
 ) -> None:
-    scorer = told(lambda scorer: scorer.drain.hear(sigterm(30)))
+    scorer = told(lambda scorer: scorer.drain.add_notice(sigterm_notice(30)))
     before = 0
     for shard in range(len(scorer.plan.shards)):
         done = scorer.score_shard(shard)
@@ -311,7 +311,7 @@ def test_after_a_notice_that_leaves_no_time_the_chunk_in_hand_is_dropped_between
     told: Callable[..., Scorer], destination: Storage
 ) -> None:
     hibernation = Notice(source="AWS", action="hibernate", seconds_left=0)
-    scorer = told(lambda scorer: scorer.drain.hear(hibernation))
+    scorer = told(lambda scorer: scorer.drain.add_notice(hibernation))
     dropped = sum(scorer.score_shard(shard).chunks_dropped for shard in range(len(scorer.plan.shards)))
     ids = scored_rows(scorer.plan, destination)["id"].to_list() if list_parts(destination, scorer.plan) else []
 
@@ -324,9 +324,9 @@ def test_after_a_notice_that_is_withdrawn_the_next_pass_scores_what_the_last_lef
     told: Callable[..., Scorer], destination: Storage
 ) -> None:
     def call(scorer: Scorer) -> None:
-        scorer.drain.hear(sigterm(30))
+        scorer.drain.add_notice(sigterm_notice(30))
         assert scorer.scheduler.is_stopping()
-        scorer.drain.withdraw("SIGTERM")
+        scorer.drain.withdraw_notice("SIGTERM")
 
     scorer = told(call)
     first = sum(scorer.score_shard(shard).rows for shard in range(len(scorer.plan.shards)))
