@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from flows.runtime.interruption import Left
 from flows.runtime.interrupts import start_server_out_of_reach
 from serving.errors import SecretExposed
-from serving.redaction import hide_in_exception, hide_secrets_in_logs, holds_secret
+from serving.redaction import hide_secrets_in_exception, hide_secrets_in_logs, holds_secret
 
 hide_secrets_in_logs()
 
@@ -45,7 +45,7 @@ class _AdHocFlow(Flow[P, R]):
                 return super().validate_parameters(parameters)
             except Exception as error:
                 # Pydantic quotes the value that it refuses.
-                hide_in_exception(error)
+                hide_secrets_in_exception(error)
                 raise
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:

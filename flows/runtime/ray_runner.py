@@ -21,9 +21,8 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows.runtime.interruption import hear_sigterm
 from flows.runtime.interrupts import hush
 from flows.runtime.shard_task import Errand, score_shard
-from serving.environment import variable
 from serving.errors import RunnerUnusable
-from serving.machine import cores
+from serving.machine import count_cores, set_variable
 from tasks.batch.options import Ray
 from tasks.batch.score import Scored, Scorer
 
@@ -143,7 +142,7 @@ def _connected(where: Ray, slots: int) -> Generator[RayTaskRunner[Any]]:
     from prefect_ray.context import remote_options  # noqa: PLC0415
     from prefect_ray.task_runners import RayTaskRunner  # noqa: PLC0415
 
-    here = cores()
+    here = count_cores()
     cpus = where.cpus_per_slot or (1 if where.address else max(1, here // slots))
     runner: RayTaskRunner[Any] = RayTaskRunner(init_kwargs=_init(where, max(here, cpus * slots)))
     # A temporary Prefect server has no address in the settings; each process of Ray would start one of its own.
@@ -151,7 +150,7 @@ def _connected(where: Ray, slots: int) -> Generator[RayTaskRunner[Any]]:
     with ExitStack() as stack:
         try:
             # A cluster that starts here reports nothing to Ray's makers.
-            with variable("RAY_USAGE_STATS_ENABLED", "0"), _sigterm_kept():
+            with set_variable("RAY_USAGE_STATS_ENABLED", "0"), _sigterm_kept():
                 stack.enter_context(runner)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             must = f"answer at {where.address}" if where.address else "start on this machine"

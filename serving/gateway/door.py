@@ -20,9 +20,9 @@ from serving.protocol.oip import (
     HEADER_LENGTH,
     Body,
     decode_request_to_forward,
+    decode_without_blocking,
     error_body,
     read_header_length,
-    run_aside,
 )
 
 VERSION_HEADER = "Overnight-Version"
@@ -81,7 +81,7 @@ async def _answered(gateway: Gateway, endpoint: Endpoint, request: Request, vers
                 seen.size = len(content)
                 given = Body(content=content, header_length=header_length)
                 decode = partial(decode_request_to_forward, given, route.contract, rows_max=route.limits.rows_max)
-                asked, checked = await run_aside(decode, seen.size)
+                asked, checked = await decode_without_blocking(decode, seen.size)
                 seen.rows = asked.rows
                 return await endpoint.infer(Call(body=checked, request=asked), version)
         except TimeoutError:

@@ -18,8 +18,8 @@ from serving.gateway.route import Served
 from serving.gateway.upstream import Call, Reply
 from serving.gateway.v2 import refusal
 from serving.model.contract import Contract, Input, Output
-from serving.protocol.oip import InferRequest, encode_response, run_aside
-from serving.protocol.tensors import Array, from_json, row_shape, to_json
+from serving.protocol.oip import InferRequest, decode_without_blocking, encode_response
+from serving.protocol.tensors import Array, decode_json, encode_json, get_row_shape
 
 _OK, _BAD_GATEWAY = 200, 502
 _JSON = {"Content-Type": "application/json"}
@@ -38,7 +38,7 @@ class MlflowUpstream:
         """Ask for the predictions of the rows, and answer as V2 has it."""
         url = f"{self._served.url.rstrip('/')}/invocations"
         try:
-            content = await run_aside(lambda: self._content(call.request), len(call.body.content))
+            content = await decode_without_blocking(lambda: self._content(call.request), len(call.body.content))
         except ValueError as error:
             message = f"Input {error} The model server behind this endpoint takes JSON alone."
             raise BadRequest(message) from None
@@ -70,7 +70,7 @@ def _as_columns(inputs: Mapping[str, Array], contract: Contract) -> dict[str, An
     columns: dict[str, list[Any]] = {}
     for value in contract.inputs:
         values = inputs[value.name]
-        sides = values.T if value.stacked else [values]
+        sides = values.T if value.is_stacked else [values]
         for column, side in zip(value.columns, sides, strict=True):
             columns[column.name] = _nested(value, side)
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
@@ -78,7 +78,7 @@ def _as_columns(inputs: Mapping[str, Array], contract: Contract) -> dict[str, An
 
 
 def _nested(value: Input, values: Array) -> list[Any]:
-    flat = to_json(value, values)
+    flat = encode_json(value, values)
     # numpy's own text takes the width of the longest for each, and loses zeros at its end.
     listed: list[Any] = (
         np.asarray(flat, dtype=object if values.dtype.kind == "O" else None).reshape(values.shape).tolist()
@@ -110,6 +110,8 @@ def _values(value: Output, predictions: Any, rows: int, *, alone: bool) -> Array
         message = f"no output named {value.name}"
         raise KeyError(message)
     if value.dtype.startswith("float"):
-        return from_json(value, [rows, *row_shape(value)], np.asarray(found, dtype=np.float64).reshape(-1).tolist())
+        return decode_json(
+            value, [rows, *get_row_shape(value)], np.asarray(found, dtype=np.float64).reshape(-1).tolist()
+        )
     dtype = object if value.dtype in ("str", "binary") else None
-    return from_json(value, [rows, *row_shape(value)], np.asarray(found, dtype=dtype).reshape(-1).tolist())
+    return decode_json(value, [rows, *get_row_shape(value)], np.asarray(found, dtype=dtype).reshape(-1).tolist())

@@ -124,7 +124,7 @@ from kserve import Model, ModelServer
 from kserve.errors import InvalidInput
 
 from serving.errors import BadRequest
-from serving.model.predictor import open_predictor, settled
+from serving.model.release import open_predictor, settled
 from serving.targets.documents import describe, read_request, write_answer
 
 

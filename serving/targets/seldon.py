@@ -145,7 +145,7 @@ from mlserver.errors import MLServerError
 from mlserver.types import InferenceRequest, InferenceResponse
 
 from serving.errors import BadRequest
-from serving.model.predictor import join_predictions, open_predictor, settled, split_rows
+from serving.model.release import join_predictions, open_predictor, settled, split_rows
 from serving.model.release import count_rows
 from serving.targets.documents import plain_inputs, read_request, write_answer
 

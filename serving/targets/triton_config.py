@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 
 from serving.model.batching import BatchingConfig
 from serving.model.release import Release
-from serving.protocol.tensors import TensorMetadata, tensors
+from serving.protocol.tensors import TensorMetadata, describe_tensors
 
 _VERSIONS = re.compile(r"(?m)^version_policy.*\bversions: \[([\d, ]*)\]")
 _INSTANCES = re.compile(r"(?m)^(instance_group.*\bcount: )(\d+)")
@@ -19,7 +19,7 @@ def write_config(model: str, release: Release, versions: Collection[str], *, ins
 
     Promises: the same text for the same values. Several versions serve at once, each by its number.
     """
-    inputs, outputs = tensors(release.contract)
+    inputs, outputs = describe_tensors(release.contract)
     count = max(1, release.scaling.replicas_min) if instances is None else instances
     kind = "KIND_GPU" if release.engine.device == "cuda" else "KIND_CPU"
     lines = (

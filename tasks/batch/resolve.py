@@ -119,7 +119,7 @@ def plan_call(
         sizes=settle_sizes(call.resolved, model, call.contract, call.options, dataset),
         planned_at=clock(),
     )
-    state_memory(plan, plan_slots(call.options, model.using(plan.engine)), call.options)
+    state_memory(plan, plan_slots(call.options, model.with_engine(plan.engine)), call.options)
     check_create_only(storage)
     order = claim_order(storage, plan.run, above=order_held)
     return save_plan(storage, plan.model_copy(update={"order": order}))
@@ -153,7 +153,7 @@ def _open(call: Call, storage: Storage) -> Dataset:
 def load_planned(plan: Plan, resolved: Resolved | None, options: BatchOptions) -> Model:
     """Load the model of a plan on the engine that the plan is tied to, from its files if they are open already."""
     model = load_model(resolved or open_planned(plan), plan.contract, allow_pickle=options.allow_pickle)
-    return model.using(plan.engine)
+    return model.with_engine(plan.engine)
 
 
 def open_planned(plan: Plan) -> Resolved:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from serving.errors import BadInput
 from serving.gateway.route import Rollout, Route, Served, Shadow, Sleep, rolled_back
 from serving.model.contract import Contract
-from serving.protocol.tensors import tensors
+from serving.protocol.tensors import describe_tensors
 from serving.targets import Address
 from tasks.endpoint import spec as specs
 from tasks.endpoint.spec import EndpointSpec
@@ -71,7 +71,7 @@ def check_change(spec: EndpointSpec, standing: Route | None, contract: Contract,
 
 
 def _tensors(contract: Contract) -> Mapping[str, object]:
-    inputs, outputs = tensors(contract)
+    inputs, outputs = describe_tensors(contract)
     return {each.name: (each.datatype, each.shape) for each in (*inputs, *outputs)}
 
 

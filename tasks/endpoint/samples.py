@@ -73,7 +73,7 @@ def answered(model: Model, inputs: Arrays | None) -> Sample | None:
 def predict(model: Model, inputs: Arrays) -> Arrays:
     """Return the model's answers, prepared and passed as a batch run does."""
     rows = len(next(iter(inputs.values())))
-    return model.predict(model.prepare(Encoded(inputs=dict(inputs), flags=Flags.none(rows), rows=rows)).inputs)
+    return model.predict(model.prepare(Encoded(inputs=dict(inputs), flags=Flags.all_good(rows), rows=rows)).inputs)
 
 
 def example_rows(resolved: Resolved, contract: Contract) -> Arrays | None:

@@ -30,7 +30,7 @@ from serving.gateway.route import Route, Served
 from serving.gateway.upstream import Call
 from serving.model.contract import Column, Contract, Input, Output
 from serving.model.registry import Resolved, resolve_model
-from serving.protocol.oip import Body, InferRequest, Wanted, decode_response, encode_request
+from serving.protocol.oip import Body, InferRequest, OutputChoice, decode_response, encode_request
 from tests.serving.gateway.conftest import Put
 from tests.serving.gateway.support import Door, error
 
@@ -126,7 +126,7 @@ def door(put: Put, url: str, model: Resolved, speaks: Any) -> Door:
 
 def predict(door: Door, model: Resolved, inputs: dict[str, Any], *, binary: bool) -> dict[str, Any]:
     contract = model.contract({}, {})
-    wanted = tuple(Wanted(name=value.name, binary=binary) for value in contract.outputs)
+    wanted = tuple(OutputChoice(name=value.name, binary=binary) for value in contract.outputs)
     body = encode_request(contract, inputs, identity="r1", binary=binary, outputs=wanted)
     answer = door.infer(body.content, headers=body.headers)
     assert answer.status_code == 200, answer.text

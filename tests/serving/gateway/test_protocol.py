@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from infra.local.gateway import GatewayServer
 from serving.gateway.route import Limits
-from serving.protocol.oip import Wanted, decode_response, encode_request
+from serving.protocol.oip import OutputChoice, decode_response, encode_request
 from tests.serving.gateway.conftest import Put
 from tests.serving.gateway.support import ROW, Door, V2Server, error, route
 from tests.serving.gateway.v2_child import CONTRACT
@@ -62,7 +62,7 @@ def test_the_id_of_a_request_comes_back(door: Door) -> None:
 @pytest.mark.parametrize("binary_in", [True, False])
 @pytest.mark.parametrize("binary_out", [True, False])
 def test_binary_data_goes_through_as_it_is(door: Door, *, binary_in: bool, binary_out: bool) -> None:
-    body = encode_request(CONTRACT, INPUTS, binary=binary_in, outputs=(Wanted(name="score", binary=binary_out),))
+    body = encode_request(CONTRACT, INPUTS, binary=binary_in, outputs=(OutputChoice(name="score", binary=binary_out),))
     answer = door.infer(body.content, headers=body.headers)
     length = answer.headers.get("Inference-Header-Content-Length")
     outputs = decode_response(answer.content, CONTRACT, header_length=None if length is None else int(length))

@@ -13,7 +13,7 @@ from infra.local.gateway import GatewayServer
 from serving.gateway.route import Limits, Shadow
 from serving.gateway.shadow import compare
 from serving.gateway.upstream import Reply
-from serving.protocol.oip import InferRequest, Wanted, encode_response
+from serving.protocol.oip import InferRequest, OutputChoice, encode_response
 from tests.serving.gateway.conftest import Put
 from tests.serving.gateway.support import Door, V2Server, read_metrics, route
 from tests.serving.gateway.v2_child import CONTRACT
@@ -75,7 +75,7 @@ def test_while_requests_wait_the_shadow_is_not_asked(
 
 @pytest.mark.parametrize(("off", "binary", "compared"), [(1e-7, True, "equal"), (1e-3, False, "different")])
 def test_numbers_are_equal_within_the_tolerance_in_whichever_form(off: float, compared: str, *, binary: bool) -> None:
-    asked = InferRequest(id=None, inputs={"n": np.zeros(2)}, outputs=(Wanted(name="score", binary=binary),))
+    asked = InferRequest(id=None, inputs={"n": np.zeros(2)}, outputs=(OutputChoice(name="score", binary=binary),))
 
     def reply(scores: list[float]) -> Reply:
         outputs = {"score": np.array(scores, np.float32)}
