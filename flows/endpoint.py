@@ -9,19 +9,17 @@ from prefect import get_run_logger
 from pydantic import Field
 
 from flows.runtime.flow_decorator import adhoc_flow
-from flows.runtime.task_timing import Stages
+from flows.runtime.task_timing import StepTimer
 from serving.gateway.client import GatewayClient
 from serving.targets import Address
-from tasks.endpoint.access import read_admin_key, read_keys
 from tasks.endpoint.change import Change, make_change, retire, serving_address
 from tasks.endpoint.client import InferClient, infer_path
 from tasks.endpoint.deploy import host_of
 from tasks.endpoint.load import Latency, measure_latency
 from tasks.endpoint.report import Endpoint, publish_endpoint
 from tasks.endpoint.resolve import Subject, resolve
-from tasks.endpoint.route import before_change, check_change
-from tasks.endpoint.spec import GATEWAY, AnyTarget, EndpointSpec, Shadow
-from tasks.endpoint.traffic import check_door, shift
+from tasks.endpoint.spec import GATEWAY, AnyTarget, EndpointSpec, Shadow, read_admin_key, read_keys
+from tasks.endpoint.traffic import before_change, check_change, check_door, shift
 from tasks.endpoint.tuning import Chosen, remember, resolve_batching
 from tasks.endpoint.verify import Verification, verify
 
@@ -38,7 +36,7 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
     by the server, VerifyFailed by the answers, RolledBack by the traffic.
     """
     logger = get_run_logger()
-    stages = Stages()
+    stages = StepTimer()
     keys = read_keys(spec.access)
     with GatewayClient(spec.gateway, read_admin_key(spec.admin_secret)) as gateway:
         subject = stages.run("resolve", lambda: resolve(spec))
@@ -114,7 +112,7 @@ def _verify(spec: EndpointSpec, subject: Subject, chosen: Chosen, address: Addre
         return verify(ask, subject, size=size, tolerance=spec.tolerance)
 
 
-def _measure(stages: Stages, spec: EndpointSpec, subject: Subject, address: Address | None) -> Latency | None:
+def _measure(stages: StepTimer, spec: EndpointSpec, subject: Subject, address: Address | None) -> Latency | None:
     budget, seconds = spec.budget, spec.measure_seconds
     if budget is None or not seconds or address is None:
         return None

@@ -1,4 +1,8 @@
-"""One release of a model server: serve.json says how it is run, and status.json says what became of it."""
+"""One release of a model server: serve.json says how it is run, and status.json says what became of it.
+
+serve.json is `Serve`. status.json holds `state` (starting, ready, failed or ended), the `url` where the server answers,
+the last `error`, the number of `starts`, and the `pid`; serving/targets/folder.py reads it.
+"""
 
 import json
 import os
@@ -6,9 +10,8 @@ import re
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -50,17 +53,6 @@ class Serve(BaseModel):
         return _PLACE.sub(lambda found: str(folder if found[1] == "folder" else ports[found[1]]), text)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Status:
-    """status.json: where a release answers, whether it does, and what was wrong last."""
-
-    state: Literal["starting", "ready", "failed", "ended"]
-    url: str | None = None
-    error: str | None = None
-    starts: int = 0
-    pid: int | None = None
-
-
 class _Over(Exception):
     """The release is not wanted any more."""
 
@@ -89,23 +81,23 @@ class Keeper:
         try:
             self._keep(_read_serve(self._folder))
         except (OSError, ValueError) as error:
-            self._tell(Status(state="failed", error=str(error)))
+            self._write_status("failed", error=str(error))
             self.over.wait()
         except _Over:
             pass
-        self._tell(Status(state="ended", starts=self._starts))
+        self._write_status("ended")
 
     def _keep(self, serve: Serve) -> None:
         failures = 0
         error = None
         while not self.over.is_set():
-            self._tell(Status(state="starting", error=error, starts=self._starts))
+            self._write_status("starting", error=error)
             try:
                 steady, error = self._serve_once(serve)
                 failures = 0 if steady else failures
             except ServerFailed as failure:
                 error = str(failure)
-            self._tell(Status(state="failed", error=error, starts=self._starts))
+            self._write_status("failed", error=error)
             self.over.wait(min(_BACKOFF_S * 2**failures, _BACKOFF_S_MAX))
             failures += 1
 
@@ -113,7 +105,7 @@ class Keeper:
         """Run the server until it dies; return whether it had been up for long, and what became of it."""
         with self._start(serve) as server:
             url = f"http://{HOST}:{self._ports['port']}"
-            self._tell(Status(state="ready", url=url, starts=self._starts, pid=server.pid))
+            self._write_status("ready", url=url, pid=server.pid)
             waited_s = 0.0
             while server.running and not self.over.wait(_POLL_S):
                 waited_s += _POLL_S
@@ -161,13 +153,16 @@ class Keeper:
             raise _Over
         return ask("GET", self._ports["port"], path).ok
 
-    def _tell(self, status: Status) -> None:
+    def _write_status(
+        self, state: str, *, url: str | None = None, error: str | None = None, pid: int | None = None
+    ) -> None:
+        status = {"state": state, "url": url, "error": error, "starts": self._starts, "pid": pid}
         # The folder may be on its way out, with all that is in it.
         with suppress(OSError):
             part = f"{STATUS_FILE}.part"
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
             with os.fdopen(os.open(part, flags, 0o644, dir_fd=self._directory), "w") as file:
-                json.dump(asdict(status), file)
+                json.dump(status, file)
             os.rename(part, STATUS_FILE, src_dir_fd=self._directory, dst_dir_fd=self._directory)
 
 

@@ -18,9 +18,16 @@ from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Release
 from serving.protocol.oip import encode_request
 from serving.protocol.tensors import describe_tensors
 from serving.targets import Address, Rendered
-from serving.targets.triton_config import instances_of, with_instances, write_config
 from serving.targets.triton_control import TritonControl
-from serving.targets.triton_repository import CONFIG_FILE, read_releases, replaced, write_whole
+from serving.targets.triton_repository import (
+    CONFIG_FILE,
+    instances_of,
+    read_releases,
+    replaced,
+    with_instances,
+    write_config,
+    write_whole,
+)
 
 _MODEL_FILE = "model.py"
 _MODEL_PY = Path(__file__).with_name("triton_model.py")

@@ -16,14 +16,12 @@ from serving.gateway.route import Route, Sleep
 from serving.model.batching import BatchingConfig
 from serving.model.release import Release
 from serving.targets import Address, Host
-from tasks.batch.artifacts import Logger
+from tasks.common.artifacts import Logger
 from tasks.endpoint.client import is_ready
-from tasks.endpoint.deploy import host_of
-from tasks.endpoint.render import bare_release, make_release
+from tasks.endpoint.deploy import bare_release, host_of, make_release
 from tasks.endpoint.resolve import Subject
-from tasks.endpoint.route import idle, in_use, kept_awake, rolled_out, serving, without
 from tasks.endpoint.spec import EndpointSpec, RayServe, Triton
-from tasks.endpoint.traffic import keep_warm_seconds, wait_idle
+from tasks.endpoint.traffic import idle, in_use, keep_warm_seconds, kept_awake, rolled_out, serving, wait_idle, without
 from tasks.endpoint.tuning import Chosen, remembered
 
 

@@ -6,10 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import assert_never
 
+from serving.model.batching import BatchingConfig
+from serving.model.contract import Contract
+from serving.model.registry import ModelPin
+from serving.model.release import Release
 from serving.targets import Host, Target
 from tasks.endpoint import spec as specs
-from tasks.endpoint.access import read_secret, read_variable
-from tasks.endpoint.spec import AnyTarget
+from tasks.endpoint.resolve import Subject
+from tasks.endpoint.spec import AnyTarget, EndpointSpec, read_secret, read_variable
 
 _RAY_TOKEN = "RAY_AUTH_TOKEN"  # noqa: S105 - the name of a variable
 
@@ -37,8 +41,7 @@ def _triton(target: specs.Triton) -> Host:
 
 
 def _ray_serve(target: specs.RayServe, keep_warm_seconds: float | None) -> Host:
-    from serving.targets.ray_host import RayServeHost  # noqa: PLC0415 - the same
-    from serving.targets.ray_serve import RayServe  # noqa: PLC0415 - the same
+    from serving.targets.ray_serve import RayServe, RayServeHost  # noqa: PLC0415 - the same
 
     token = read_secret(target.token_secret) if target.token_secret else read_variable(_RAY_TOKEN)
     rendering = RayServe(folder=target.folder)
@@ -75,3 +78,22 @@ def _rendering(target: specs.BentoML | specs.KServe | specs.Seldon) -> Target:
             return Seldon(python=Path(target.python))
         case _:
             assert_never(target)
+
+
+def make_release(spec: EndpointSpec, subject: Subject, batching: BatchingConfig) -> Release:
+    """Return what is served."""
+    return Release(
+        endpoint=spec.name,
+        pin=subject.resolved.pin,
+        contract=subject.contract,
+        batching=batching,
+        scaling=spec.scaling,
+        allow_pickle=spec.allow_pickle,
+        rows_max=spec.limits.rows_max,
+    )
+
+
+def bare_release(endpoint: str, version: str, contract: Contract) -> Release:
+    """Return a release as far as a host needs it to take that version down, without its model."""
+    pin = ModelPin(name=endpoint, version=version, model_id=None, source="", digest="")
+    return Release(endpoint=endpoint, pin=pin, contract=contract)

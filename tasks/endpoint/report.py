@@ -14,8 +14,8 @@ from pydantic import Field
 
 from serving.model.batching import BatchingConfig, CostModel
 from serving.model.contract import Frozen
-from tasks.batch.artifacts import Logger, server_may_fail
-from tasks.batch.report import data_uri
+from tasks.common.artifacts import Logger, server_may_fail
+from tasks.common.formatting import data_uri
 from tasks.endpoint.load import Latency
 from tasks.endpoint.spec import Budget
 from tasks.endpoint.tuning import Chosen

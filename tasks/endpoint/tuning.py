@@ -16,8 +16,7 @@ from serving.model.interface import Model
 from serving.model.registry import ModelPin, save_tag
 from serving.model.release import Scaling
 from serving.model.tuner import measure_passes
-from tasks.endpoint.resolve import Subject
-from tasks.endpoint.samples import Sample
+from tasks.endpoint.resolve import Sample, Subject
 from tasks.endpoint.spec import Budget, EndpointSpec
 
 _SAMPLE_ROWS = 1024

@@ -10,8 +10,7 @@ from pydantic import Field
 
 from serving.errors import VerifyFailed
 from serving.model.contract import Contract, Frozen, Output
-from tasks.endpoint.resolve import Subject
-from tasks.endpoint.samples import Arrays, Sample
+from tasks.endpoint.resolve import Arrays, Sample, Subject
 
 Ask = Callable[[Arrays], Arrays]
 

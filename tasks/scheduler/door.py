@@ -22,9 +22,8 @@ from serving.model.batching import BatchingConfig, CostModel
 from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Scaling
 from serving.targets import Address
 from tasks.endpoint.client import InferClient
-from tasks.endpoint.closed_loop import Loop, closed_loop
-from tasks.endpoint.deploy import host_of
-from tasks.endpoint.render import make_release
+from tasks.endpoint.deploy import host_of, make_release
+from tasks.endpoint.load import Loop, closed_loop
 from tasks.endpoint.resolve import Subject
 from tasks.endpoint.spec import AnyTarget, EndpointSpec
 from tasks.scheduler.door_child import BUSY

@@ -26,7 +26,7 @@ from serving.model.encoding import Encoded, encode
 from serving.model.registry import save_tag
 from serving.model.tuner import Tuning, measure_passes, measure_throughput, read_tuning
 from tasks.batch.options import BatchOptions
-from tasks.batch.tuning import SAMPLE_ROWS, enlarged, first_rows, tune_and_keep, wish_of
+from tasks.batch.tuning import SAMPLE_ROWS, enlarge_sample, read_first_rows, tune_and_keep, tuning_wish
 from tasks.endpoint.resolve import Subject
 from tasks.endpoint.spec import AnyTarget, EndpointSpec
 from tasks.scheduler.decision import Profile
@@ -196,7 +196,7 @@ class _Rows:
             return cls(sample=_sample(subject, table), folder=folder, write=lambda n: write_table(table, n, folder))
         dataset = open_rows(measuring.source, str(scratch / "scores"), contract, options)
         return cls(
-            sample=_sample(subject, first_rows(contract, options, dataset)),
+            sample=_sample(subject, read_first_rows(contract, options, dataset)),
             folder=folder,
             write=lambda n: write_rows(dataset, contract, options, n, folder),
         )
@@ -210,12 +210,12 @@ def _sample(subject: Subject, table: pa.Table) -> Encoded:
             "with, got none that keeps its contract. Measure with other rows, or set policies for nulls and casts."
         )
         raise ModelFailed(message)
-    return enlarged(subject.model, sample)
+    return enlarge_sample(subject.model, sample)
 
 
 def _tuned(subject: Subject, sample: Encoded, options: BatchOptions, clock: Callable[[], float]) -> Tuning | None:
     """Return the batch path's tuning, from the version's tags or by the tuner, which then keeps it there."""
-    wish = wish_of(options)
+    wish = tuning_wish(options)
     tuning = read_tuning(subject.resolved.tags, describe_machine(), wish)
     return tuning or tune_and_keep(subject.resolved, subject.model, subject.contract, sample, wish, clock=clock)
 

@@ -18,7 +18,7 @@ from serving.model.contract import Contract
 from serving.model.encoding import Flags, encode
 from serving.model.forward import Forward, iter_endless_retry_delays
 from serving.model.interface import Model, Predictions
-from tasks.batch.parts import answer_columns
+from tasks.batch.parts import output_columns
 from tasks.stream.decode import Decoder, Group
 from tasks.stream.message import Message, Poison
 
@@ -185,7 +185,7 @@ def _values(value: npt.NDArray[Any], width: int) -> list[Any]:
 def _arrow_answers(scored: ScoredGroup, contract: Contract, key_columns: tuple[str, ...]) -> list[Answer]:
     keys = scored.group.table.select(list(key_columns))
     columns = dict(zip(keys.column_names, keys.columns, strict=True))
-    columns |= answer_columns(contract, scored.predictions, scored.flags)
+    columns |= output_columns(contract, scored.predictions, scored.flags)
     table = pa.table(columns)
     found = []
     for at in np.flatnonzero(scored.rejects < scored.rows):

@@ -151,8 +151,7 @@ def _bodies(served: Served) -> list[bytes]:
 def _ray_wake_seconds(served: Served, folder: Path) -> float | str:
     """Return the seconds of a request that finds no replica, at Ray Serve's own door."""
     from infra.local.ray_cluster import ray_cluster
-    from serving.targets.ray_host import RayServeHost
-    from serving.targets.ray_serve import RayServe
+    from serving.targets.ray_serve import RayServe, RayServeHost
     from tasks.endpoint.change import scaled_to_zero
     from tasks.endpoint.client import infer_path
 

@@ -155,8 +155,7 @@ def _triton(release: Release, served: Served, folder: Path) -> Generator[Up]:
 def ray_serve(served: Served, folder: Path) -> Generator[Up]:
     """Ray Serve with the batching."""
     from infra.local.ray_cluster import ray_cluster
-    from serving.targets.ray_host import RayServeHost
-    from serving.targets.ray_serve import RayServe
+    from serving.targets.ray_serve import RayServe, RayServeHost
 
     began = time.perf_counter()
     environment = {"PYTHONPATH": os.pathsep.join(sys.path)}

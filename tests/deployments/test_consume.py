@@ -80,9 +80,9 @@ def of(workload: Workload, model: str) -> Workload:
 
 def applied(decided: Decision, terms: Terms) -> Applied:
     from flows.runtime.apply import apply_decision
-    from flows.runtime.task_timing import Stages
+    from flows.runtime.task_timing import StepTimer
 
-    return apply_decision(Stages(), decided, terms, logging.getLogger(__name__))
+    return apply_decision(StepTimer(), decided, terms, logging.getLogger(__name__))
 
 
 def deployments() -> set[str]:

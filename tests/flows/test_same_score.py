@@ -17,8 +17,7 @@ from serving.model.batching import BatchingConfig
 from tasks.batch.options import BatchOptions
 from tasks.batch.predictions import open_predictions
 from tasks.endpoint.client import InferClient
-from tasks.endpoint.deploy import host_of
-from tasks.endpoint.render import make_release
+from tasks.endpoint.deploy import host_of, make_release
 from tasks.endpoint.resolve import resolve
 from tasks.endpoint.spec import AnyTarget, BentoML, EndpointSpec, KServe, RayServe, Seldon, Triton
 from tests.servers import triton_or_skip

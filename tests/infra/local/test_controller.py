@@ -15,7 +15,7 @@ import pytest
 from infra.local.controller import Controller, control, local_controller
 from infra.local.loopback import ask
 from infra.local.process import ServerFailed
-from serving.targets.written import remove_folder
+from serving.targets.folder import remove_folder
 
 SERVER = """
 import http.server, sys

@@ -34,7 +34,7 @@ from serving.model.release import (
 )
 from serving.model.torch_model import TorchModel
 from serving.targets import Rendered
-from serving.targets.written import write_folder
+from serving.targets.folder import write_folder
 from tests.releases import release_of, rows
 from tests.serving.toys import Picky, matrix
 from tests.support import register_script

@@ -28,7 +28,7 @@ from serving.model.release import Release, Scaling
 from serving.protocol import oip, oip_body
 from serving.targets import Address
 from serving.targets.triton import TritonHost, TritonTarget
-from serving.targets.triton_scale import InstanceScaler
+from serving.targets.triton_autoscale import InstanceScaler
 from tests.serving.targets.triton_models import (
     Served,
     SteadyLoad,

@@ -13,7 +13,7 @@ from serving.gateway.route import Route
 from serving.gateway.state import EndpointState
 from serving.targets import Address
 from tasks.endpoint.change import Change
-from tasks.endpoint.render import bare_release
+from tasks.endpoint.deploy import bare_release
 from tests.serving.toys import matrix
 from tests.tasks.endpoint.values import route, served, spec
 

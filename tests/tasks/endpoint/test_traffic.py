@@ -1,7 +1,29 @@
 from __future__ import annotations
 
-from tasks.endpoint.traffic import keep_warm_seconds
-from tests.tasks.endpoint.values import spec
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.errors import BadInput
+from serving.gateway.route import Rollout, Route, Shadow, Sleep
+from serving.targets import Address
+from tasks.endpoint.spec import EndpointSpec
+from tasks.endpoint.traffic import (
+    before_change,
+    check_change,
+    idle,
+    in_use,
+    in_words,
+    keep_warm_seconds,
+    kept_awake,
+    rolled_out,
+    serving,
+    without,
+)
+from tests.serving.toys import matrix
+from tests.tasks.endpoint.values import route, served, spec
 
 BUDGET = {"latency_ms": 5000, "rate": 5}
 
@@ -18,3 +40,129 @@ def test_auto_waits_as_long_as_a_cold_start_takes() -> None:
 
 def test_auto_keeps_one_where_a_cold_start_breaks_the_budget() -> None:
     assert keep_warm_seconds(spec(keep_warm="auto", budget=BUDGET), 5.1) is None
+
+
+ADDRESS = Address(url="http://127.0.0.1:2/", model="churn", version="2")
+CANARY = {"kind": "canary", "percent": 20, "requests_min": 7}
+SHADOW = {"kind": "shadow"}
+
+
+def out(given: EndpointSpec, standing: Route | None, sleep: Sleep | None = None) -> Route:
+    return rolled_out(given, standing, matrix(4), ADDRESS, "2", sleep)
+
+
+def weights(found: Route) -> dict[str, float]:
+    return {each.version: each.weight for each in found.versions}
+
+
+def test_the_first_version_has_all_traffic_whatever_the_rollout() -> None:
+    for rollout in ({"kind": "all-at-once"}, CANARY):
+        found = out(spec(rollout=rollout), None)
+
+        assert {"2": 100} == weights(found)
+        assert found.rollout is None
+
+
+def test_all_at_once_leaves_the_earlier_versions_without_traffic() -> None:
+    found = out(spec(), route(served("1", 100)))
+
+    assert {"1": 0, "2": 100} == weights(found)
+    assert ("1",) == idle(found)
+    assert "version 2 has all traffic" == in_words(found, "2")
+
+
+def test_a_canary_gets_its_share_and_its_rule() -> None:
+    found = out(spec(rollout=CANARY), route(served("1", 3), served("0", 1)))
+
+    assert {"1": 60, "0": 20, "2": 20} == weights(found)
+    assert Rollout(version="2", requests_min=7) == found.rollout
+    assert "version 2 has 20% of the traffic" == in_words(found, "2")
+
+
+def test_a_shadow_answers_nobody() -> None:
+    found = out(spec(rollout=SHADOW), route(served("1", 100)))
+
+    assert {"1": 100, "2": 0} == weights(found)
+    assert found.shadow is not None
+    assert () == idle(found)
+    assert "copies of requests" in in_words(found, "2")
+
+
+def test_a_shadow_that_gets_traffic_is_one_no_more() -> None:
+    shadowed = out(spec(rollout=SHADOW), route(served("1", 100)))
+    found = out(spec(), shadowed)
+
+    assert {"1": 0, "2": 100} == weights(found)
+    assert found.shadow is None
+
+
+def test_keys_go_by_name_and_the_sleep_by_seconds() -> None:
+    found = out(spec(access={"environment": ["A_KEY"], "secrets": ["b-key"]}), None, Sleep(keep_warm_s=60))
+
+    assert ("A_KEY", "b-key") == found.keys
+    assert found.sleep is not None
+    assert 60 == found.sleep.keep_warm_s
+
+
+@given(before=st.lists(st.floats(0.1, 1e3), min_size=1, max_size=6), percent=st.floats(0.1, 50), again=st.booleans())
+def test_a_canary_never_changes_how_the_others_share(before: list[float], percent: float, *, again: bool) -> None:
+    standing = route(*(served(f"v{at}", weight) for at, weight in enumerate(before)))
+    given_spec = spec(rollout={**CANARY, "percent": percent})
+    found = out(given_spec, standing)
+    found = out(given_spec, found) if again else found
+    others = [each.weight for each in found.versions if each.version != "2"]
+
+    assert percent == weights(found)["2"]
+    assert 100 == pytest.approx(sum(weights(found).values()))
+    assert [weight / sum(before) for weight in before] == pytest.approx([weight / sum(others) for weight in others])
+
+
+TRIAL = route(served("1", 80), served("2", 20), rollout=Rollout(version="2"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "standing", "version", "said"),
+    [
+        ({"rollout": SHADOW}, None, "2", "has none. Roll it out first"),
+        ({"rollout": SHADOW}, route(served("2", 100)), "2", "another version than the one that serves"),
+        ({}, TRIAL, "3", "version 2 of churn is on trial"),
+        ({"rollout": CANARY}, route(served("1", 1), contract=matrix(5)), "2", "the same tensors"),
+        ({"rollout": SHADOW}, route(served("1", 1), contract=matrix(5)), "2", "the same tensors"),
+    ],
+)
+def test_what_can_t_be_rolled_out_beside_what_stands_is_refused(
+    changes: dict[str, Any], standing: Route | None, version: str, said: str
+) -> None:
+    with pytest.raises(BadInput, match=said):
+        check_change(spec(**changes), standing, matrix(4), version)
+
+
+def test_other_tensors_may_come_all_at_once() -> None:
+    check_change(spec(), route(served("1", 1), contract=matrix(5)), matrix(4), "2")
+
+
+def test_a_trial_that_a_dead_run_left_is_taken_up_by_its_own_version_alone() -> None:
+    found = before_change(TRIAL, "2")
+
+    assert route(served("1", 80)) == found
+    assert TRIAL == before_change(TRIAL, "3")
+    assert before_change(None, "2") is None
+
+
+@pytest.mark.parametrize(("keep_warm_s", "meanwhile"), [(1, 3600), (7200, 7200)])
+def test_models_do_not_fall_asleep_while_a_version_comes(keep_warm_s: float, meanwhile: float) -> None:
+    sleeping = route(served("1", 1), sleep=Sleep(keep_warm_s=keep_warm_s, grpc="127.0.0.1:8001"))
+
+    assert Sleep(keep_warm_s=meanwhile, grpc="127.0.0.1:8001") == kept_awake(sleeping).sleep
+    assert route(served("1", 1)) == kept_awake(route(served("1", 1)))
+
+
+def test_what_has_no_traffic_can_go() -> None:
+    standing = route(served("1"), served("2", 5), served("3"), shadow=Shadow(version="3"))
+
+    assert ("1",) == idle(standing)
+    assert ("2",) == serving(standing)
+    assert () == serving(None)
+    assert ("2", "3") == in_use(standing)
+    assert () == in_use(None)
+    assert route(served("2", 5)) == without(standing, ("1", "3"))

@@ -7,7 +7,7 @@ import pytest
 
 from serving.errors import VerifyFailed
 from serving.model.contract import Output
-from tasks.endpoint.samples import Arrays, Sample
+from tasks.endpoint.resolve import Arrays, Sample
 from tasks.endpoint.verify import compare, verify
 from tests.serving.toys import matrix
 from tests.tasks.endpoint.values import X, sample, subject

@@ -8,8 +8,7 @@ import numpy as np
 
 from serving.gateway.route import Route, Served
 from serving.model.contract import Contract
-from tasks.endpoint.resolve import Subject
-from tasks.endpoint.samples import Sample
+from tasks.endpoint.resolve import Sample, Subject
 from tasks.endpoint.spec import EndpointSpec
 from tests.serving.toys import matrix
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.endpoint.closed_loop import Loop
+from tasks.endpoint.load import Loop
 from tasks.scheduler.door import jitter_of, served_line
 
 
