@@ -15,7 +15,7 @@ from flows.runtime.context import flow_run
 from flows.runtime.flow_decorator import adhoc_flow
 from flows.runtime.task_timing import StepTimer
 from tasks.common.artifacts import Logger
-from tasks.endpoint.resolve import resolve
+from tasks.endpoint.resolve import load_endpoint_model
 from tasks.endpoint.spec import EndpointSpec
 from tasks.scheduler.arrivals import read_arrivals
 from tasks.scheduler.artifacts import publish_applied, publish_decision, publish_review
@@ -116,7 +116,7 @@ def profile_model(workload: Workload, measuring: Measuring = _MEASURING) -> Prof
         policies=measuring.options.policies,
         allow_pickle=measuring.options.allow_pickle,
     )
-    return measure_profile(spec, resolve(spec), measuring, run_trial)
+    return measure_profile(spec, load_endpoint_model(spec), measuring, run_trial)
 
 
 def _read(stages: StepTimer, workload: Workload, measuring: Measuring) -> Inputs:

@@ -62,9 +62,9 @@ def measure_latency(
     where not one was answered.
     """
     rate = min(rate, RATE_MAX)
-    due_s = arrivals(rate, seconds)
-    bodies = [encode_request(contract, piece.inputs) for piece in itertools.islice(sample.pieces(1), _BODIES_MAX)]
-    course = _Course(address, [(b.content, {**b.headers, **(headers or {})}) for b in bodies], due_s)
+    due_s = draw_arrivals(rate, seconds)
+    bodies = [encode_request(contract, piece.inputs) for piece in itertools.islice(sample.split(1), _BODIES_MAX)]
+    course = _RequestSchedule(address, [(b.content, {**b.headers, **(headers or {})}) for b in bodies], due_s)
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="load") as pool:
         waited_ms = [each for run in [pool.submit(course.run) for _ in range(_THREADS)] for each in run.result()]
     answered_ms = sorted(each for each in waited_ms if each is not None)
@@ -81,7 +81,7 @@ def measure_latency(
     )
 
 
-def arrivals(rate: float, seconds: float) -> Sequence[float]:
+def draw_arrivals(rate: float, seconds: float) -> Sequence[float]:
     """Return when requests are due: a seeded Poisson process of this rate, in seconds from the begin, at least one."""
     random = np.random.default_rng(_SEED)
     gaps_s = random.exponential(1 / rate, size=max(1, round(rate * seconds)))
@@ -90,7 +90,7 @@ def arrivals(rate: float, seconds: float) -> Sequence[float]:
     return [float(each) for each in due_s * (seconds / due_s[-1])]
 
 
-class _Course:
+class _RequestSchedule:
     """What several threads send in turn."""
 
     def __init__(self, address: Address, bodies: Sequence[_Body], due_s: Sequence[float]) -> None:
@@ -133,7 +133,7 @@ _HEAD_END, _LAST_CHUNK = b"\r\n\r\n", b"\r\n0\r\n\r\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loop:
+class LoopStats:
     """What so many callers got: answers a second, and the milliseconds within which 50 and 99 of 100 of them came."""
 
     callers: int
@@ -143,13 +143,13 @@ class Loop:
     p99_ms: float
 
 
-def closed_loop(address: Address, contract: Contract, sample: Sample, *, callers: int, seconds: float) -> Loop:
+def run_closed_loop(address: Address, contract: Contract, sample: Sample, *, callers: int, seconds: float) -> LoopStats:
     """Ask for single rows by so many callers at a time, and return what came after the first quarter of the seconds.
 
     Goes on beyond the seconds until every caller has had two answers. Raises EndpointFailed with the first answer that
     is none, or where the server is silent for a minute.
     """
-    requests = itertools.cycle(_requests(address, contract, sample))
+    requests = itertools.cycle(_encode_requests(address, contract, sample))
     asking: list[_Caller] = []
     with selectors.DefaultSelector() as selector:
         try:
@@ -158,7 +158,7 @@ def closed_loop(address: Address, contract: Contract, sample: Sample, *, callers
                 asking.append(each)
                 selector.register(each.connection, selectors.EVENT_READ, each)
                 each.send(next(requests))
-            return _measure(selector, requests, callers, seconds)
+            return _measure_loop(selector, requests, callers, seconds)
         except OSError as error:
             message = f"The model server must answer at {address.url}, got: {error!r}. Look at its log."
             raise EndpointFailed(message) from error
@@ -167,7 +167,9 @@ def closed_loop(address: Address, contract: Contract, sample: Sample, *, callers
                 each.connection.close()
 
 
-def _measure(selector: selectors.BaseSelector, requests: Iterator[bytes], callers: int, seconds: float) -> Loop:
+def _measure_loop(
+    selector: selectors.BaseSelector, requests: Iterator[bytes], callers: int, seconds: float
+) -> LoopStats:
     begun = time.perf_counter()
     measured_from: float | None = None
     answers, waited_ms = 0, list[float]()
@@ -189,7 +191,7 @@ def _measure(selector: selectors.BaseSelector, requests: Iterator[bytes], caller
             caller.send(next(requests))
         if measured_from is not None and answers >= 2 * callers and waited_ms and now - begun >= seconds:
             p50, p99 = np.percentile(waited_ms, (50, 99))
-            return Loop(
+            return LoopStats(
                 callers=callers,
                 answers=len(waited_ms),
                 per_second=len(waited_ms) / (now - measured_from),
@@ -248,11 +250,11 @@ class _Caller:
         return whole
 
 
-def _requests(address: Address, contract: Contract, sample: Sample) -> list[bytes]:
+def _encode_requests(address: Address, contract: Contract, sample: Sample) -> list[bytes]:
     parts = urlsplit(address.url)
     path = parts.path.rstrip("/") + infer_path(address)
     found = []
-    for piece in itertools.islice(sample.pieces(1), _BODIES_MAX):
+    for piece in itertools.islice(sample.split(1), _BODIES_MAX):
         body = encode_request(contract, piece.inputs)
         headers = {"Host": parts.netloc, **body.headers, "Content-Length": str(len(body.content))}
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())

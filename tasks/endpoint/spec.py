@@ -60,13 +60,13 @@ class RayServe(Frozen):
     )
 
 
-class Folder(Frozen):
+class FolderTarget(Frozen):
     """A folder that a controller watches: it starts and stops a server for each release that lies in it."""
 
     folder: str = Field(min_length=1, description="The folder, of this machine or one that both have mounted.")
 
 
-class BentoML(Folder):
+class BentoML(FolderTarget):
     """BentoML, one service for each release, started by a controller that watches a folder."""
 
     kind: Literal["bentoml"] = Field(default="bentoml", description="Tells this target from others.")
@@ -76,7 +76,7 @@ class BentoML(Folder):
     )
 
 
-class KServe(Folder):
+class KServe(FolderTarget):
     """KServe, by InferenceService manifests in a folder that a controller (or a GitOps operator) watches."""
 
     kind: Literal["kserve"] = Field(default="kserve", description="Tells this target from others.")
@@ -86,7 +86,7 @@ class KServe(Folder):
     )
 
 
-class Seldon(Folder):
+class Seldon(FolderTarget):
     """Seldon's MLServer, by Seldon Core manifests and settings in a folder that a controller watches."""
 
     kind: Literal["seldon"] = Field(default="seldon", description="Tells this target from others.")
@@ -265,18 +265,18 @@ class EndpointSpec(Frozen):
 
 def read_keys(access: Access) -> dict[str, str]:
     """Return the API keys of an endpoint by their names; raises BadInput for one that is missing or too short."""
-    found = {name: _checked(name, "environment variable", read_variable(name)) for name in access.environment}
-    return found | {name: _checked(name, "Prefect Secret block", read_secret(name)) for name in access.secrets}
+    found = {name: _validate_key(name, "environment variable", read_variable(name)) for name in access.environment}
+    return found | {name: _validate_key(name, "Prefect Secret block", read_secret(name)) for name in access.secrets}
 
 
 def read_admin_key(secret: str | None) -> str:
     """Return the gateway's administrator key; raises BadInput where it is not to be had."""
     if secret is None:
-        return _checked(ADMIN_KEY, "environment variable", read_variable(ADMIN_KEY))
-    return _checked(secret, "Prefect Secret block", read_secret(secret))
+        return _validate_key(ADMIN_KEY, "environment variable", read_variable(ADMIN_KEY))
+    return _validate_key(secret, "Prefect Secret block", read_secret(secret))
 
 
-def _checked(name: str, what: str, key: str | None) -> str:
+def _validate_key(name: str, what: str, key: str | None) -> str:
     if key is None or len(key) < KEY_LENGTH_MIN:
         found = "nothing" if not key else f"{len(key)} characters"
         message = (

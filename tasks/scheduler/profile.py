@@ -27,7 +27,7 @@ from serving.model.registry import save_tag
 from serving.model.tuner import Tuning, measure_passes, measure_throughput, read_tuning
 from tasks.batch.options import BatchOptions
 from tasks.batch.tuning import SAMPLE_ROWS, enlarge_sample, read_first_rows, tune_and_keep, tuning_wish
-from tasks.endpoint.resolve import Subject
+from tasks.endpoint.resolve import LoadedModel
 from tasks.endpoint.spec import AnyTarget, EndpointSpec
 from tasks.scheduler.decision import Profile
 from tasks.scheduler.door import Door, try_door, try_target
@@ -93,7 +93,7 @@ RunTrial = Callable[[str, Path, Path, BatchOptions], Trial]
 
 def measure_profile(
     spec: EndpointSpec,
-    subject: Subject,
+    subject: LoadedModel,
     measuring: Measuring,
     run_trial: RunTrial,
     *,
@@ -130,7 +130,7 @@ def measure_profile(
     return profile
 
 
-def recall_profile(subject: Subject, measuring: Measuring) -> Profile | None:
+def recall_profile(subject: LoadedModel, measuring: Measuring) -> Profile | None:
     """Return what the model version's tags hold for this machine and this way to run it, None where that is nothing."""
     try:
         profile = Profile.model_validate_json(subject.resolved.tags.get(_tag(measuring), ""))
@@ -148,7 +148,7 @@ def _tag(measuring: Measuring) -> str:
 
 
 def _profile(
-    subject: Subject, slots: int, line: CostModel, door: Door | None, trial: Trial | None, stated: Stated
+    subject: LoadedModel, slots: int, line: CostModel, door: Door | None, trial: Trial | None, stated: Stated
 ) -> Profile:
     pin = subject.resolved.pin
     measured: dict[str, Any] = {}
@@ -187,7 +187,7 @@ class _Rows:
     write: Callable[[int], int]
 
     @classmethod
-    def of(cls, subject: Subject, measuring: Measuring, scratch: Path) -> _Rows:
+    def of(cls, subject: LoadedModel, measuring: Measuring, scratch: Path) -> _Rows:
         folder = scratch / "rows"
         contract, options = subject.contract, measuring.options
         if measuring.source is None:
@@ -202,7 +202,7 @@ class _Rows:
         )
 
 
-def _sample(subject: Subject, table: pa.Table) -> Encoded:
+def _sample(subject: LoadedModel, table: pa.Table) -> Encoded:
     sample = subject.model.prepare(encode(subject.contract, table))
     if (sample.flags.code_N != 0).all():
         message = (
@@ -213,14 +213,14 @@ def _sample(subject: Subject, table: pa.Table) -> Encoded:
     return enlarge_sample(subject.model, sample)
 
 
-def _tuned(subject: Subject, sample: Encoded, options: BatchOptions, clock: Callable[[], float]) -> Tuning | None:
+def _tuned(subject: LoadedModel, sample: Encoded, options: BatchOptions, clock: Callable[[], float]) -> Tuning | None:
     """Return the batch path's tuning, from the version's tags or by the tuner, which then keeps it there."""
     wish = tuning_wish(options)
     tuning = read_tuning(subject.resolved.tags, describe_machine(), wish)
     return tuning or tune_and_keep(subject.resolved, subject.model, subject.contract, sample, wish, clock=clock)
 
 
-def _rate(subject: Subject, sample: Encoded, options: BatchOptions, clock: Callable[[], float]) -> float:
+def _rate(subject: LoadedModel, sample: Encoded, options: BatchOptions, clock: Callable[[], float]) -> float:
     size = options.batch_size or subject.model.batch_size
     return measure_throughput(subject.model, subject.contract, sample, size, 1, clock)
 

@@ -213,7 +213,7 @@ def test_a_canary_that_keeps_its_rule_is_promoted(
         endpoint = put("churn", churn.other, rollout=CANARY)
 
     assert 0 == callers.lost
-    assert f"version {churn.other_version} has all traffic, after a trial: 0 of 20 requests failed" in endpoint.rollout
+    assert f"version {churn.other_version} has all traffic, after a canary: 0 of 20 requests failed" in endpoint.rollout
     assert [churn.other_version] == loaded(triton, "churn")
 
 

@@ -28,7 +28,7 @@ from serving.targets.bentoml import BentoML
 from serving.targets.folder import FolderHost, Status, write_folder
 from serving.targets.kserve import KServe
 from serving.targets.seldon import Seldon
-from tasks.endpoint.load import closed_loop
+from tasks.endpoint.load import run_closed_loop
 from tasks.endpoint.resolve import Sample
 from tests.serving.targets.folder_servers import (
     BAD_REQUESTS,
@@ -183,7 +183,7 @@ def test_many_at_a_time_are_all_answered_for_as_long_as_they_ask(serving: Servin
     while answers <= 300:
         assert time.monotonic() < deadline, answers
         # A request that is broken off raises.
-        answers += closed_loop(serving.addresses[0], release.contract, sample, callers=16, seconds=4.0).answers
+        answers += run_closed_loop(serving.addresses[0], release.contract, sample, callers=16, seconds=4.0).answers
 
 
 @only("bentoml")

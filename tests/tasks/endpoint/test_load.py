@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from serving.errors import EndpointFailed
 from serving.protocol.oip import decode_request
 from serving.targets import Address
-from tasks.endpoint.load import arrivals, closed_loop, measure_latency
+from tasks.endpoint.load import draw_arrivals, measure_latency, run_closed_loop
 from tests.serving.toys import matrix
 from tests.tasks.endpoint.values import sample
 
 
 @given(rate=st.floats(1, 500), seconds=st.floats(0.1, 10))
 def test_as_many_are_due_as_the_rate_says_in_order_and_in_time(rate: float, seconds: float) -> None:
-    due_s = arrivals(rate, seconds)
+    due_s = draw_arrivals(rate, seconds)
 
     assert max(1, round(rate * seconds)) == len(due_s)
     assert all(first <= second for first, second in itertools.pairwise(due_s))
@@ -150,7 +150,7 @@ def test_as_many_ask_at_a_time_as_there_are_callers(
     serve: Callable[[type[Counting]], Address], handler: type[Counting]
 ) -> None:
     handler.most = 0
-    loop = closed_loop(serve(handler), CONTRACT, sample(), callers=3, seconds=0.4)
+    loop = run_closed_loop(serve(handler), CONTRACT, sample(), callers=3, seconds=0.4)
 
     assert 1 <= handler.most <= 3
     assert (3, True) == (loop.callers, loop.answers >= 3)
@@ -158,7 +158,7 @@ def test_as_many_ask_at_a_time_as_there_are_callers(
 
 
 def test_every_caller_has_its_answers_however_few_the_seconds_are(serve: Callable[[type[Counting]], Address]) -> None:
-    assert closed_loop(serve(Counting), CONTRACT, sample(), callers=8, seconds=0.001).answers >= 8
+    assert run_closed_loop(serve(Counting), CONTRACT, sample(), callers=8, seconds=0.001).answers >= 8
 
 
 @pytest.mark.parametrize(
@@ -169,10 +169,10 @@ def test_what_is_no_answer_is_an_error_with_what_was_said(
     serve: Callable[[type[Counting]], Address], handler: type[Counting], words: str
 ) -> None:
     with pytest.raises(EndpointFailed, match=f"(?s){words}"):
-        closed_loop(serve(handler), CONTRACT, sample(), callers=2, seconds=5.0)
+        run_closed_loop(serve(handler), CONTRACT, sample(), callers=2, seconds=5.0)
 
 
 def test_a_server_that_is_not_there_is_named(serve: Callable[[type[Counting]], Address]) -> None:
     nobody = Address(url="http://127.0.0.1:9", model="churn", version=None)
     with pytest.raises(EndpointFailed, match=r"must answer at http://127\.0\.0\.1:9"):
-        closed_loop(nobody, CONTRACT, sample(), callers=1, seconds=0.1)
+        run_closed_loop(nobody, CONTRACT, sample(), callers=1, seconds=0.1)

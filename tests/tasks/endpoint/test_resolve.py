@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from serving.model.contract import Contract, Input, Output
 from serving.model.encoding import Encoded
 from serving.model.registry import resolve_model
-from tasks.endpoint.resolve import answered, example_rows, random_rows
+from tasks.endpoint.resolve import draw_random_rows, keep_answered_rows, read_example_rows
 from tests.serving.toys import alone, column, matrix
 from tests.support import register_torch
 from tests.tasks.endpoint.values import sample
@@ -31,7 +31,7 @@ def test_random_rows_are_of_the_contracts_types_and_the_same_each_time(
         inputs=(Input(name="x", dtype=dtype, shape=shape, columns=(column(dtype, "x"),)),),
         outputs=(Output(name="score", dtype="float32"),),
     )
-    first, again = random_rows(contract, rows), random_rows(contract, rows)
+    first, again = draw_random_rows(contract, rows), draw_random_rows(contract, rows)
 
     assert (rows, *shape) == first["x"].shape
     assert np.dtype(object if dtype in ("str", "binary") else dtype) == first["x"].dtype
@@ -75,7 +75,7 @@ X = np.array([[0, 1], [2, 1], [1, 1]], dtype=np.float32)
     ],
 )
 def test_only_rows_that_the_model_answers_are_kept(function: Callable[[Any], Any], kept: list[int]) -> None:
-    found = answered(Function(function), {"x": X})
+    found = keep_answered_rows(Function(function), {"x": X})
 
     assert found is not None
     assert X[kept].tolist() == found.inputs["x"].tolist()
@@ -84,13 +84,16 @@ def test_only_rows_that_the_model_answers_are_kept(function: Callable[[Any], Any
 
 
 def test_a_model_that_answers_no_row_gives_no_sample() -> None:
-    assert answered(Function(lambda x_NF: x_NF[:, 0] / 0 if len(x_NF) == 9 else picky(x_NF + 9)), {"x": X}) is None
-    assert answered(Function(picky), {"x": X[:0]}) is None
-    assert answered(Function(picky), None) is None
+    assert (
+        keep_answered_rows(Function(lambda x_NF: x_NF[:, 0] / 0 if len(x_NF) == 9 else picky(x_NF + 9)), {"x": X})
+        is None
+    )
+    assert keep_answered_rows(Function(picky), {"x": X[:0]}) is None
+    assert keep_answered_rows(Function(picky), None) is None
 
 
 def test_pieces_are_the_rows_in_order() -> None:
-    pieces = list(sample().pieces(3))
+    pieces = list(sample().split(3))
 
     assert [3, 3, 2] == [piece.rows for piece in pieces]
     assert np.array_equal(sample().inputs["x"], np.concatenate([piece.inputs["x"] for piece in pieces]))
@@ -132,19 +135,19 @@ AB = alone(column("float32", "a"), column("int64", "b"))
 def test_the_models_own_example_becomes_rows_where_the_contract_takes_it(
     contract: Contract, example: object, rows: list[list[float]] | None
 ) -> None:
-    found = example_rows(Logged(example), contract)  # type: ignore[arg-type]
+    found = read_example_rows(Logged(example), contract)  # type: ignore[arg-type]
 
     assert rows == (None if found is None else found["x"].tolist())
 
 
 def test_an_example_of_columns_becomes_one_input_each() -> None:
     frame = pd.DataFrame({"a": [1.5], "b": [2]})
-    found = example_rows(Logged(frame.astype({"a": "float32"})), AB)  # type: ignore[arg-type]
+    found = read_example_rows(Logged(frame.astype({"a": "float32"})), AB)  # type: ignore[arg-type]
 
     assert found is not None
     assert {"a": [1.5], "b": [2]} == {name: value.tolist() for name, value in found.items()}
     # As float64 a may not fit, and nobody said what becomes of it then.
-    assert example_rows(Logged(frame), AB) is None  # type: ignore[arg-type]
+    assert read_example_rows(Logged(frame), AB) is None  # type: ignore[arg-type]
 
 
 def test_an_example_that_mlflow_keeps_is_found_and_one_that_it_does_not_keep_is_none(
@@ -152,8 +155,8 @@ def test_an_example_that_mlflow_keeps_is_found_and_one_that_it_does_not_keep_is_
 ) -> None:
     kept = register_torch("exemplary", torch.nn.Linear(3, 1), ("a", "b", "c"), X_KEPT)
     resolved, without = resolve_model(kept), resolve_model(linear)
-    found = example_rows(resolved, resolved.contract({}, {}))
+    found = read_example_rows(resolved, resolved.contract({}, {}))
 
     assert found is not None
     assert X_KEPT.tolist() == found["x"].tolist()
-    assert example_rows(without, without.contract({}, {})) is None
+    assert read_example_rows(without, without.contract({}, {})) is None

@@ -8,7 +8,7 @@ import numpy as np
 
 from serving.gateway.route import Route, Served
 from serving.model.contract import Contract
-from tasks.endpoint.resolve import Sample, Subject
+from tasks.endpoint.resolve import LoadedModel, Sample
 from tasks.endpoint.spec import EndpointSpec
 from tests.serving.toys import matrix
 
@@ -32,6 +32,6 @@ def sample(score_N: np.ndarray | None = None) -> Sample:
     return Sample(inputs={"x": X}, outputs={"score": answer.astype(np.float32)}, rows=len(X))
 
 
-def subject(**changes: Any) -> Subject:
+def loaded(**changes: Any) -> LoadedModel:
     given = {"resolved": None, "contract": matrix(4), "model": None, "example": None, "random": sample()}
-    return Subject(**{**given, **changes})
+    return LoadedModel(**{**given, **changes})

@@ -16,13 +16,13 @@ from serving.model.interface import Model
 from serving.model.registry import ModelPin, save_tag
 from serving.model.release import Scaling
 from serving.model.tuner import measure_passes
-from tasks.endpoint.resolve import Sample, Subject
+from tasks.endpoint.resolve import LoadedModel, Sample
 from tasks.endpoint.spec import Budget, EndpointSpec
 
 _SAMPLE_ROWS = 1024
 
 
-class Chosen(Frozen):
+class BatchingChoice(Frozen):
     """The batching, and what it was chosen by."""
 
     batching: BatchingConfig = Field(
@@ -35,66 +35,68 @@ class Chosen(Frozen):
     )
 
 
-def resolve_batching(spec: EndpointSpec, subject: Subject) -> Chosen:
+def resolve_batching(spec: EndpointSpec, loaded: LoadedModel) -> BatchingChoice:
     """Return the batching of a spec; with a budget, the model is measured here first, for about a second.
 
-    Where this version was tuned before, for the same budget and replicas on a machine of this kind, that stands.
+    Where this version was tuned before, for the same budget and replicas on a machine of this kind, that is kept.
     Raises LatencyImpossible where no batching keeps the budget.
     """
     if spec.budget is None:
-        return Chosen(batching=spec.batching or BatchingConfig())
-    setting = remembered(spec.name, subject.resolved.tags)
-    if setting is not None and (setting.budget, setting.scaling, setting.machine) == _terms(spec):
-        return setting.chosen
+        return BatchingChoice(batching=spec.batching or BatchingConfig())
+    settings = read_settings(spec.name, loaded.resolved.tags)
+    if settings is not None and (settings.budget, settings.scaling, settings.machine) == _batching_terms(spec):
+        return settings.chosen
     replicas = max(1, spec.scaling.replicas_max)
     passes = measure_passes(
-        subject.model,
-        subject.contract,
-        _repeated(subject.model, subject.sample),
+        loaded.model,
+        loaded.contract,
+        _repeat_rows(loaded.model, loaded.sample),
         spec.budget.latency_ms,
         slots=min(replicas, count_cores()),
         clock=time.perf_counter,
     )
     cost = fit_cost_model(passes)
-    # Half of those who wait: with all of them in a pass, nobody is left to fill the next one meanwhile.
+    # Half of the callers: with all of them in one pass, none is left to fill the next one meanwhile.
     rows_max = max(1, spec.budget.callers // 2)
     batching = choose_batching(cost, spec.budget.latency_ms, spec.budget.rate, replicas=replicas, rows_max=rows_max)
-    return Chosen(batching=batching, passes=tuple((rows, 1000 * seconds) for rows, seconds in passes), cost=cost)
+    return BatchingChoice(
+        batching=batching, passes=tuple((rows, 1000 * seconds) for rows, seconds in passes), cost=cost
+    )
 
 
-def _repeated(model: Model, sample: Sample) -> Encoded:
+def _repeat_rows(model: Model, sample: Sample) -> Encoded:
     encoded = model.prepare(Encoded(inputs=sample.inputs, flags=Flags.all_good(sample.rows), rows=sample.rows))
     return encoded.repeat(math.ceil(_SAMPLE_ROWS / sample.rows)).slice_rows(0, _SAMPLE_ROWS)
 
 
-class Setting(Frozen):
+class ServedSettings(Frozen):
     """How an endpoint last served a version, kept as a tag of it: to go back to, and not to be measured again."""
 
-    chosen: Chosen = Field(description="The batching that was verified.")
+    chosen: BatchingChoice = Field(description="The batching that was verified.")
     scaling: Scaling = Field(description="The replicas.")
     budget: Budget | None = Field(description="What the batching was chosen for.")
     machine: str = Field(description="The kind of machine that it was measured on.")
 
 
-def _terms(spec: EndpointSpec) -> tuple[Budget | None, Scaling, str]:
+def _batching_terms(spec: EndpointSpec) -> tuple[Budget | None, Scaling, str]:
     return spec.budget, spec.scaling, describe_machine()
 
 
-def remember(spec: EndpointSpec, pin: ModelPin, chosen: Chosen) -> bool:
-    """Keep with the model version how it is served; False where the registry does not take it."""
-    budget, scaling, machine = _terms(spec)
-    setting = Setting(chosen=chosen, scaling=scaling, budget=budget, machine=machine)
-    return save_tag(pin, tag_of(spec.name), setting.model_dump_json())
+def save_settings(spec: EndpointSpec, pin: ModelPin, chosen: BatchingChoice) -> bool:
+    """Save in a tag of the model version how it is served; return False where the registry refuses the tag."""
+    budget, scaling, machine = _batching_terms(spec)
+    settings = ServedSettings(chosen=chosen, scaling=scaling, budget=budget, machine=machine)
+    return save_tag(pin, make_tag_name(spec.name), settings.model_dump_json())
 
 
-def remembered(endpoint: str, tags: Mapping[str, str]) -> Setting | None:
+def read_settings(endpoint: str, tags: Mapping[str, str]) -> ServedSettings | None:
     """Return how an endpoint last served a version, by the version's tags; None where that is not known."""
     try:
-        return Setting.model_validate_json(tags.get(tag_of(endpoint), ""))
+        return ServedSettings.model_validate_json(tags.get(make_tag_name(endpoint), ""))
     except ValidationError:
         return None
 
 
-def tag_of(endpoint: str) -> str:
+def make_tag_name(endpoint: str) -> str:
     """Return the name of the tag by which a model version keeps how an endpoint serves it."""
     return f"overnight.endpoint.{endpoint}"
