@@ -194,7 +194,7 @@ def _plan_run(request: RunRequest, storage: Storage, load: ModelLoader, clock: C
         sizes=choose_sizes(request.resolved, model, request.contract, request.options, dataset),
         planned_at=clock(),
     )
-    check_memory(plan, choose_slots(request.options, model.using(plan.engine)), request.options)
+    check_memory(plan, choose_slots(request.options, model.with_engine(plan.engine)), request.options)
     check_create_only(storage)
     order = claim_order_number(storage, plan.run, above=order_min)
     return save_plan(storage, plan.model_copy(update={"order": order}))
@@ -228,7 +228,7 @@ def check_memory(plan: Plan, slots: int, options: BatchOptions) -> int:
 def load_planned_model(plan: Plan, resolved: Resolved | None, options: BatchOptions) -> Model:
     """Load the model of a plan on the engine that the plan is tied to, from its files if they are open already."""
     model = load_model(resolved or open_planned_model(plan), plan.contract, allow_pickle=options.allow_pickle)
-    return model.using(plan.engine)
+    return model.with_engine(plan.engine)
 
 
 def open_planned_model(plan: Plan) -> Resolved:

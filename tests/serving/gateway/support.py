@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,7 @@ from typing import Any
 import httpx
 
 from infra.local.gateway import GatewayServer
-from infra.local.loopback import ask
-from infra.local.ports import start_on_free_ports
-from infra.local.process import ServerCommand, ServerProcess, base_environment
+from infra.local.process import ServerCommand, ServerProcess, base_environment, send_request, start_on_free_ports
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import Route, ServedVersion, Verdict
 from tests.serving.gateway.v2_child import CONTRACT
@@ -49,7 +48,7 @@ def v2_server(folder: Path, port: int | None = None) -> V2Server:
             environment=base_environment(),
             folder=folder,
             log_path=folder / "v2.log",
-            ready=lambda: ask("GET", chosen, "/v2/health/ready").ok,
+            ready=lambda: send_request("GET", chosen, "/v2/health/ready").ok,
         )
 
     process, (free,) = start_on_free_ports(1, command)
@@ -108,3 +107,11 @@ def wait_for_verdict(admin: GatewayClient, name: str, *, timeout_s: float) -> Ve
     verdict = admin.wait_until(name, lambda state: state.verdict is not None, timeout_s=timeout_s).verdict
     assert verdict is not None
     return verdict
+
+
+def wait_for(condition: Callable[[], bool], *, timeout_s: float = 20) -> None:
+    """Return once the condition holds, and fail where it does not in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
