@@ -126,7 +126,7 @@ from kserve import Model, ModelServer
 from kserve.errors import InvalidInput
 
 from serving.errors import BadRequest
-from serving.model.predictor import open_predictor, settled
+from serving.model.release import open_predictor, unwrap_prediction
 from serving.targets.documents import describe, read_request, write_answer
 
 
@@ -153,8 +153,8 @@ class Predictor(Model):
             request = read_request(inputs, outputs, self.release)
         except BadRequest as error:
             raise InvalidInput(str(error)) from None
-        (prediction,) = await self.predictor.predict_each([request.inputs])
-        answer = write_answer(request, settled(prediction), self.release)
+        (prediction,) = await self.predictor.predict_requests([request.inputs])
+        answer = write_answer(request, unwrap_prediction(prediction), self.release)
         # KServe requires an id, and writes null, which the protocol has not, for parameters that are not there.
         outputs = [{**each, "parameters": {}} for each in answer["outputs"]]
         return {**answer, "id": payload.id or str(uuid.uuid4()), "parameters": {}, "outputs": outputs}

@@ -146,7 +146,7 @@ from mlserver.errors import MLServerError
 from mlserver.types import InferenceRequest, InferenceResponse
 
 from serving.errors import BadRequest
-from serving.model.predictor import join_predictions, open_predictor, settled, split_rows
+from serving.model.release import join_predictions, open_predictor, split_rows, unwrap_prediction
 from serving.model.release import count_rows
 from serving.targets.documents import plain_inputs, read_request, write_answer
 
@@ -185,9 +185,9 @@ class Runtime(MLModel):
         return await self.answer(request, split_rows(request.inputs, self.rows_max))
 
     async def answer(self, request, passes):
-        predictions = await self.predictor.predict_each(passes)
+        predictions = await self.predictor.predict_requests(passes)
         try:
-            outputs = join_predictions([settled(each) for each in predictions])
+            outputs = join_predictions([unwrap_prediction(each) for each in predictions])
             answer = write_answer(request, outputs, self.predictor.release)
         except Exception as error:
             raise MLServerError(f"The model must predict every row, got: {error}", 500) from error

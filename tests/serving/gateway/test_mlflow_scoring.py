@@ -27,7 +27,7 @@ from serving.gateway.route import Route, ServedVersion
 from serving.gateway.upstreams import CheckedRequest, HttpClient, HttpResponse
 from serving.model.contract import Column, Contract, Input, Output
 from serving.model.registry import Resolved, resolve_model
-from serving.protocol.oip import Body, InferRequest, Wanted, decode_response, encode_request
+from serving.protocol.oip import Body, InferRequest, OutputChoice, decode_response, encode_request
 from tests.serving.gateway.conftest import Put
 from tests.serving.gateway.support import EndpointClient, error
 
@@ -123,7 +123,7 @@ def put_endpoint(put: Put, url: str, model: Resolved, speaks: Any) -> EndpointCl
 
 def predict(endpoint: EndpointClient, model: Resolved, inputs: dict[str, Any], *, binary: bool) -> dict[str, Any]:
     contract = model.contract({}, {})
-    wanted = tuple(Wanted(name=value.name, binary=binary) for value in contract.outputs)
+    wanted = tuple(OutputChoice(name=value.name, binary=binary) for value in contract.outputs)
     body = encode_request(contract, inputs, identity="r1", binary=binary, outputs=wanted)
     answer = endpoint.infer(body.content, headers=body.headers)
     assert answer.status_code == 200, answer.text

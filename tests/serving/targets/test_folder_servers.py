@@ -200,7 +200,7 @@ def test_requests_that_come_as_the_models_process_closes_its_idle_connections_ar
 @only("bentoml")
 def test_bentoml_takes_no_pickles_from_outside(serving: Serving) -> None:
     pickled = {"Content-Type": "application/vnd.bentoml+pickle"}
-    answer = httpx.post(f"{serving.addresses[0].url}/predict_each", content=b"x", headers=pickled)
+    answer = httpx.post(f"{serving.addresses[0].url}/predict_requests", content=b"x", headers=pickled)
 
     assert 404 == answer.status_code
 

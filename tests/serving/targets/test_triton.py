@@ -155,7 +155,7 @@ def test_numbers_of_every_type_pass_both_ways(host: TritonHost, registry: Path) 
     ends = {dtype: _ends(np.dtype(dtype)) for dtype in DTYPES}
     contract = mirror.release.contract
     # Triton takes no FP16 in JSON, and gives none.
-    mixed = oip_body.pack(
+    mixed = oip_body.write_body(
         {"outputs": [{"name": f"{dtype}_back", "parameters": {"binary_data": dtype == "float16"}} for dtype in DTYPES]},
         "inputs",
         [(value, ends[value.name], value.name == "float16") for value in contract.inputs],
