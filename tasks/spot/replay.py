@@ -1,6 +1,6 @@
 """Replay a policy over traces of spot availability: what it costs, whether it is late, how often it moves.
 
-A trace says for each tick whether spot is up during it. One job is replayed on every trace from its first tick; past a
+A trace has for each tick whether spot is up during it. One job is replayed on every trace from its first tick; past a
 trace's end spot is gone. Spot is taken at the start of a tick in which it is not up, and a decision on that tick knows
 it. A move takes effect at once, and its machine is paid for from then on; it works once the changeover is over. A
 changeover that ends within a tick leaves the rest of it for work, and a job may end within a tick.
