@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from serving.model.batching import BatchingConfig
     from serving.model.contract import ColumnPolicy
     from serving.model.release import Scaling
+    from tasks.batch.manifest import open_predictions, open_rejects
     from tasks.batch.options import BatchOptions, Ray, Threads
-    from tasks.batch.predictions import open_predictions, open_rejects
     from tasks.endpoint.spec import (
         Access,
         AllAtOnce,
@@ -109,7 +109,7 @@ _MODULES = {
     "serving.model.contract": ("ColumnPolicy",),
     "serving.model.release": ("Scaling",),
     "tasks.batch.options": ("BatchOptions", "Ray", "Threads"),
-    "tasks.batch.predictions": ("open_predictions", "open_rejects"),
+    "tasks.batch.manifest": ("open_predictions", "open_rejects"),
     "tasks.endpoint.spec": (
         "Access",
         "AllAtOnce",

@@ -15,6 +15,7 @@ from serving.model.loading import load_model
 from serving.model.registry import Resolved, open_model, resolve_model
 from tasks.batch.dataset import Dataset, Snapshot, open_dataset
 from tasks.batch.delta import check_delta
+from tasks.batch.manifest import Manifest, check_manifest_key, find_damaged_parts, find_intact_manifest, find_manifest
 from tasks.batch.options import BatchOptions, Ray
 from tasks.batch.parts import check_names, part_schema
 from tasks.batch.plan import (
@@ -31,15 +32,7 @@ from tasks.batch.plan import (
     save_plan,
     save_start,
 )
-from tasks.batch.publish import (
-    Manifest,
-    check_manifest_key,
-    claim_order_number,
-    find_damaged_parts,
-    find_earlier_keys,
-    find_intact_manifest,
-    find_manifest,
-)
+from tasks.batch.publish import claim_order_number, find_earlier_keys
 from tasks.batch.source import pin_source
 from tasks.batch.staging import stage
 from tasks.batch.tuning import choose_sizes

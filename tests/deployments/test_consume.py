@@ -21,8 +21,8 @@ from infra.local.triton import TritonServer
 from serving.errors import ApplyFailed, SourceNotFound
 from serving.model.registry import resolve_model
 from serving.protocol.oip import encode_request
+from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
-from tasks.batch.predictions import open_predictions
 from tasks.endpoint.spec import Triton
 from tasks.scheduler.decision import Decision
 from tasks.scheduler.profile import Measuring, Stated
