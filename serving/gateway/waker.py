@@ -13,7 +13,7 @@ from serving.gateway.http import Http
 from serving.gateway.route import Served, Sleep
 from serving.gateway.upstream import log_upstream, without_addresses
 from serving.gateway.v2 import V2Upstream
-from serving.targets.triton_control import ControlRefused, Verb, control_async
+from serving.targets.triton_control import ControlRefused, Verb, control_model_async
 
 _OK_BELOW = 300
 _ERROR_CHARACTERS = 2000
@@ -83,7 +83,7 @@ class TritonWaker:
 
     async def _tell(self, served: Served, what: Verb) -> None:
         try:
-            await control_async(self._address, what, served.upstream_model)
+            await control_model_async(self._address, what, served.upstream_model)
         except ControlRefused as refused:
             told = str(refused)[:_ERROR_CHARACTERS]
             log_upstream(self._address, told)

@@ -11,7 +11,7 @@ from serving.model.release import Release
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rendered:
+class ReleaseFiles:
     """What a server is given: files by their relative path, and folders that are copied as they are."""
 
     files: Mapping[str, bytes]
@@ -30,7 +30,7 @@ class Address:
 class Target(Protocol):
     """A model server, as files that a person could have written by hand."""
 
-    def render(self, release: Release, model: Path) -> Rendered:
+    def render(self, release: Release, model: Path) -> ReleaseFiles:
         """Return the files that have the server serve a release whose model's files lie in `model`."""
         ...
 

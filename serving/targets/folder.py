@@ -32,7 +32,7 @@ import serving
 from serving.errors import EndpointFailed
 from serving.model.contract import Frozen
 from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Release
-from serving.targets import Address, Rendered, Target
+from serving.targets import Address, ReleaseFiles, Target
 
 SERVE_FILE, STATUS_FILE = "serve.json", "status.json"
 _LOCK_FILE = ".controller.lock"
@@ -65,7 +65,7 @@ def render_folder(
     environment: Mapping[str, str],
     ready_path: str,
     ready_s_max: float = _READY_S_MAX,
-) -> Rendered:
+) -> ReleaseFiles:
     """Return the folder of a release: release.json, serve.json, model/, `files`, and the modules that they import.
 
     Args:
@@ -84,7 +84,7 @@ def render_folder(
         "ready_s_max": ready_s_max,
     }
     programs = tuple(content for name, content in files.items() if name.endswith(".py"))
-    return Rendered(
+    return ReleaseFiles(
         files={
             RELEASE_FILE: release.model_dump_json(indent=2).encode(),
             SERVE_FILE: json.dumps(serve, indent=2).encode(),
@@ -254,7 +254,7 @@ class FolderHost:
         return False
 
 
-def _has_files(folder: Path, rendered: Rendered) -> bool:
+def _has_files(folder: Path, rendered: ReleaseFiles) -> bool:
     """Whether a release is there with exactly these files. The digest of the model's files is in release.json."""
     try:
         return all((folder / name).read_bytes() == content for name, content in rendered.files.items())
@@ -280,7 +280,7 @@ def _read_status(folder: Path) -> Status | None:
         raise EndpointFailed(message) from None
 
 
-def write_folder(rendered: Rendered, folder: Path) -> None:
+def write_folder(rendered: ReleaseFiles, folder: Path) -> None:
     """Put what a target rendered into a folder, which appears at once or not at all; an older one is replaced.
 
     Others may write into the same parent meanwhile, and remove it while it is empty. Raises EndpointFailed where the
@@ -338,7 +338,7 @@ def _replace_folder(new: Path, folder: Path, staging: Path) -> None:
             return
 
 
-def _write_files(rendered: Rendered, folder: Path) -> None:
+def _write_files(rendered: ReleaseFiles, folder: Path) -> None:
     folder.mkdir(mode=0o755)
     for name, tree in rendered.trees.items():
         shutil.copytree(tree, folder / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -15,7 +15,7 @@ from serving.errors import EndpointFailed
 from serving.model.batching import BatchingConfig
 from serving.model.release import RELEASE_FILE, Release
 from serving.protocol.tensors import TensorMetadata, tensors
-from serving.targets import Rendered
+from serving.targets import ReleaseFiles
 
 CONFIG_FILE = "config.pbtxt"
 # Triton passes over folders of a model that are no numbers.
@@ -24,15 +24,15 @@ _REPLACED_S_MAX, _POLL_S = 2.0, 0.01
 
 
 @contextmanager
-def replaced(folder: Path, version: str, rendered: Rendered) -> Generator[None]:
+def replace_version(folder: Path, version: str, rendered: ReleaseFiles) -> Generator[None]:
     """Put the files of a version in their place, whole; on an error what was there before comes back."""
     folder.mkdir(parents=True, exist_ok=True)
-    _tidy(folder)
+    _restore_interrupted(folder)
     staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
     place, before, new = folder / version, staging / f"{_BEFORE}{version}", staging / "new"
     placed = False
     try:
-        _copy(rendered, f"{folder.name}/{version}/", new)
+        _copy_version(rendered, f"{folder.name}/{version}/", new)
         if place.exists():
             place.rename(before)
         new.rename(place)
@@ -60,7 +60,7 @@ def read_releases(folder: Path) -> dict[str, Release]:
     deadline = time.monotonic() + _REPLACED_S_MAX
     while True:
         try:
-            versions = versions_of((folder / CONFIG_FILE).read_text())
+            versions = parse_versions((folder / CONFIG_FILE).read_text())
         except FileNotFoundError:
             return {}
         try:
@@ -79,7 +79,7 @@ def _read_release(folder: Path) -> Release:
     return Release.model_validate_json((folder / RELEASE_FILE).read_text())
 
 
-def write_whole(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     """Replace a file, so that a reader finds the one before or this one."""
     with tempfile.TemporaryDirectory(prefix=_STAGING, dir=path.parent) as staging:
         file = Path(staging) / path.name
@@ -87,7 +87,7 @@ def write_whole(path: Path, text: str) -> None:
         file.replace(path)
 
 
-def _tidy(folder: Path) -> None:
+def _restore_interrupted(folder: Path) -> None:
     """Put right what a process that was killed here has left: a version set aside comes back, the rest goes."""
     for staging in folder.glob(f"{_STAGING}*"):
         for before in staging.glob(f"{_BEFORE}*"):
@@ -97,7 +97,7 @@ def _tidy(folder: Path) -> None:
         shutil.rmtree(staging)
 
 
-def _copy(rendered: Rendered, prefix: str, to: Path) -> None:
+def _copy_version(rendered: ReleaseFiles, prefix: str, to: Path) -> None:
     for path, content in rendered.files.items():
         if path.startswith(prefix):
             file = to / path.removeprefix(prefix)
@@ -111,7 +111,7 @@ _VERSIONS = re.compile(r"(?m)^version_policy.*\bversions: \[([\d, ]*)\]")
 _INSTANCES = re.compile(r"(?m)^(instance_group.*\bcount: )(\d+)")
 
 
-def write_config(model: str, release: Release, versions: Collection[str], *, instances: int | None = None) -> str:
+def render_config(model: str, release: Release, versions: Collection[str], *, instances: int | None = None) -> str:
     """Return the config of a model with these versions, under the batching, engine and replicas of one of them.
 
     Promises: the same text for the same values. Several versions serve at once, each by its number.
@@ -120,36 +120,36 @@ def write_config(model: str, release: Release, versions: Collection[str], *, ins
     count = max(1, release.scaling.replicas_min) if instances is None else instances
     kind = "KIND_GPU" if release.engine.device == "cuda" else "KIND_CPU"
     lines = (
-        f"name: {_quoted(model)}",
+        f"name: {_quote(model)}",
         'backend: "python"',
         f"max_batch_size: {max(release.rows_max, release.batching.batch_size_max)}",
-        *(f"input {_tensor(each)}" for each in inputs),
-        *(f"output {_tensor(each)}" for each in outputs),
+        *(f"input {_render_tensor(each)}" for each in inputs),
+        *(f"output {_render_tensor(each)}" for each in outputs),
         f"version_policy {{ specific {{ versions: [{', '.join(map(str, sorted(map(int, versions))))}] }} }}",
         f"instance_group {{ count: {count} kind: {kind} }}",
-        *_batching(release.batching),
+        *_render_batching(release.batching),
     )
     return "\n".join(lines) + "\n"
 
 
-def versions_of(config: str) -> tuple[str, ...]:
+def parse_versions(config: str) -> tuple[str, ...]:
     """Return the versions that a config which was written here serves, in order."""
     found = _VERSIONS.search(config)
     return tuple(found[1].split(", ")) if found else ()
 
 
-def instances_of(config: str) -> int:
+def parse_instances(config: str) -> int:
     """Return how many instances a config that was written here has each version run."""
     found = _INSTANCES.search(config)
     return int(found[2]) if found else 1
 
 
-def with_instances(config: str, instances: int) -> str:
+def set_instances(config: str, instances: int) -> str:
     """Return the same config with another number of instances."""
     return _INSTANCES.sub(rf"\g<1>{instances}", config)
 
 
-def _batching(batching: BatchingConfig) -> Iterable[str]:
+def _render_batching(batching: BatchingConfig) -> Iterable[str]:
     """Yield the batching in Triton's words: a batch goes once it has that many rows, or its oldest request has waited.
 
     max_batch_size can't be that of the batching: it also bounds the rows of one request. The queue has no bound of its
@@ -163,11 +163,11 @@ def _batching(batching: BatchingConfig) -> Iterable[str]:
         )
 
 
-def _tensor(tensor: TensorMetadata) -> str:
+def _render_tensor(tensor: TensorMetadata) -> str:
     datatype = "STRING" if tensor.datatype == "BYTES" else tensor.datatype
     dims = ", ".join(map(str, tensor.shape[1:]))
-    return f"{{ name: {_quoted(tensor.name)} data_type: TYPE_{datatype} dims: [{dims}] }}"
+    return f"{{ name: {_quote(tensor.name)} data_type: TYPE_{datatype} dims: [{dims}] }}"
 
 
-def _quoted(text: str) -> str:
+def _quote(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)

@@ -21,7 +21,7 @@ from serving.model.batching import BatchingConfig
 from serving.model.contract import Contract
 from serving.model.registry import ModelPin
 from serving.model.release import Release
-from serving.targets import Rendered, Target
+from serving.targets import ReleaseFiles, Target
 from serving.targets.bentoml import BentoML
 from serving.targets.folder import (
     FolderHost,
@@ -60,7 +60,7 @@ class Files:
     def __init__(self, server: str = SERVER) -> None:
         self.server = server
 
-    def render(self, release: Release, model: Path) -> Rendered:
+    def render(self, release: Release, model: Path) -> ReleaseFiles:
         return render_folder(
             release,
             model,
@@ -121,7 +121,7 @@ def test_versions_that_are_written_and_removed_at_once_never_take_each_others_fo
 ) -> None:
     host = FolderHost(folder=tmp_path / "releases", target=Files())
     # As little as can be, so that the folders are made and removed most of the time.
-    files = Rendered(files={"serve.json": b"{}"}, trees={})
+    files = ReleaseFiles(files={"serve.json": b"{}"}, trees={})
 
     def write_and_remove(version: str) -> None:
         for _ in range(300):
@@ -140,7 +140,7 @@ def test_one_version_that_two_write_at_once_is_whole(tmp_path: Path, model: Path
 
     def write(text: str) -> None:
         for _ in range(50):
-            write_folder(Rendered(files={"text": text.encode()}, trees={"model": model}), folder)
+            write_folder(ReleaseFiles(files={"text": text.encode()}, trees={"model": model}), folder)
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(write, ["one", "two", "three", "four"]))

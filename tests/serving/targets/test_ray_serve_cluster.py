@@ -25,7 +25,7 @@ from serving.model.batching import BatchingConfig
 from serving.model.registry import digest_folder
 from serving.model.release import Release, Scaling
 from serving.targets import Address
-from serving.targets.ray_serve import RayServe, RayServeHost, application_name
+from serving.targets.ray_serve import RayServe, RayServeHost, make_application_name
 from tests.releases import TOLERANCE, Put, document, infer, model_url, release_of, rows
 from tests.support import register_mlp, register_network, register_slow
 
@@ -87,7 +87,7 @@ def addresses(host: RayServeHost, mlp: Put, sleeper: Put, versions: list[Put], b
     hosts = [*[host] * (len(puts) - 1), replace(host, target=replace(host.target, queue_max=2))]
     with ThreadPoolExecutor(len(puts)) as pool:
         addresses = list(pool.map(lambda host, put: host.deploy(put.release, put.model), hosts, puts))
-    return {application_name(put.release): address for put, address in zip(puts, addresses, strict=True)}
+    return {make_application_name(put.release): address for put, address in zip(puts, addresses, strict=True)}
 
 
 @pytest.fixture(scope="module")

@@ -248,13 +248,13 @@ def test_a_version_that_takes_other_tensors_stands_beside_as_a_model_of_its_own(
     x = np.ones((2, 4), np.float32)
 
     assert f"fraud.v{wide.release.version}" == wide_at.model
-    assert (at, wide_at) == host.endpoints()["fraud"]
+    assert (at, wide_at) == host.list_endpoints()["fraud"]
     np.testing.assert_allclose(wide.predict({"x": x})["score"], wide.ask(wide_at, {"x": x})["score"], atol=1e-6)
     assert (2,) == fraud.ask(at, random_rows(2))["score"].shape
 
     host.remove(wide.release)
 
-    assert (at,) == host.endpoints()["fraud"]
+    assert (at,) == host.list_endpoints()["fraud"]
     assert not (host.repository / wide_at.model).exists()
 
 
@@ -265,7 +265,7 @@ def test_an_endpoint_is_unloaded_and_wakes_while_others_serve(
         host.unload("words")
         # To be loaded so once it wakes.
         host.scale("words", 2)
-        wanted = host.instances("words")
+        wanted = host.count_instances("words")
         host.scale("words", 1)
         asleep = words.post(words_at, word_rows("a"))
         host.load("words")
@@ -372,15 +372,15 @@ def _autoscaler(triton: TritonServer, folder: Path) -> ServerCommand:
         environment=base_environment(),
         folder=folder,
         log_path=log_path,
-        ready=lambda: "looking after" in log_path.read_text(),
+        ready=lambda: "scaling the endpoints" in log_path.read_text(),
     )
 
 
 def _comes_to(host: TritonHost, endpoint: str, instances: int) -> bool:
     deadline = time.monotonic() + 60
-    while host.instances(endpoint) != instances and time.monotonic() < deadline:
+    while host.count_instances(endpoint) != instances and time.monotonic() < deadline:
         time.sleep(0.05)
-    return host.instances(endpoint) == instances
+    return host.count_instances(endpoint) == instances
 
 
 def test_an_instance_that_is_killed_is_loaded_anew_while_others_serve(
@@ -389,13 +389,13 @@ def test_an_instance_that_is_killed_is_loaded_anew_while_others_serve(
     scaler = InstanceScaler(
         host=host, metrics_url=triton.metrics_url, endpoint="words", scaling=Scaling(), batching=words.release.batching
     )
-    scaler.look()
+    scaler.adjust()
     with SteadyLoad(fraud, at) as load:
         os.kill(_instance(triton, "words"), signal.SIGKILL)
         dead = words.post(words_at, word_rows("a"))
         # Triton counts a request as failed a moment after it has answered.
         for _ in range(20):
-            scaler.look()
+            scaler.adjust()
             if words.post(words_at, word_rows("a")).status_code == HTTPStatus.OK:
                 break
             time.sleep(0.25)
@@ -404,7 +404,7 @@ def test_an_instance_that_is_killed_is_loaded_anew_while_others_serve(
     assert (500, True) == (dead.status_code, "is not healthy" in dead.text)
     assert ["A"] == alive["upper"].tolist()
     assert [] == load.lost
-    assert not host.mend("words")
+    assert not host.restart_dead_instances("words")
 
 
 def _instance(triton: TritonServer, model: str) -> int:
