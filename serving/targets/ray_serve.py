@@ -1,8 +1,8 @@
 """Ray Serve: one application a release, side by side on one cluster, each behind a route of its own.
 
 A release lies in a folder that every node of the cluster sees at the same path (the cluster's image, a shared volume,
-or this machine), and Ray runs it in place. The folder has the modules of this package that the release needs, so that it
-answers with the code that it was verified with. What the package needs, and ray[serve], must be installed on every node.
+or this machine), and Ray runs it in place. The folder has the modules of this package that the release needs, so that
+it answers with the code that it was verified with. What these need, and ray[serve], is installed on every node.
 """
 
 from __future__ import annotations

@@ -1,10 +1,15 @@
-"""Model control of a running Triton over gRPC: load a model, unload it, wait until it answers."""
+"""Model control of a running Triton: load a model, unload it, wait until it answers.
+
+Loads go through Triton's gRPC port. Its HTTP port loads models too, but in the thread that serves the connection, and
+every other connection of that thread waits for as long as the load takes: callers of other models would wait seconds.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 from urllib.parse import quote
 
@@ -13,8 +18,16 @@ import httpx
 
 from serving.errors import EndpointFailed
 
+Verb = Literal["load", "unload"]
+
 _POLL_S = 0.02
 _REASON_LENGTH_MAX = 1500
+_SERVICE = "/inference.GRPCInferenceService/RepositoryModel"
+# A proxy of the environment is for the way out, not for servers of our own.
+_OPTIONS = (("grpc.enable_http_proxy", 0),)
+# The field model_name of both requests (grpc_service.proto): number 2, of text.
+_MODEL_NAME = 0x12
+_LENGTH_MAX = 127
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +45,7 @@ class TritonControl:
         """
         self._control(model, "load")
         for version in versions:
-            path = f"/v2/models/{quote(model)}/versions/{version}/ready"
-            self._wait_until(
-                lambda path=path: self._request("GET", path).is_success, f"{model!r} version {version} be ready"
-            )  # type: ignore[misc]
+            self._wait_until(partial(self._is_ready, model, version), f"{model!r} version {version} be ready")
 
     def unload(self, model: str) -> None:
         """Unload every version of a model; requests under way are answered. Idempotent."""
@@ -49,6 +59,9 @@ class TritonControl:
     def infer(self, model: str, version: str, content: bytes) -> httpx.Response:
         """Ask a version for predictions, and return the HTTP response whatever its status."""
         return self._request("POST", f"/v2/models/{quote(model)}/versions/{version}/infer", content)
+
+    def _is_ready(self, model: str, version: str) -> bool:
+        return self._request("GET", f"/v2/models/{quote(model)}/versions/{version}/ready").is_success
 
     def _control(self, model: str, verb: Verb) -> None:
         try:
@@ -89,18 +102,8 @@ def _extract_reason(refused: ControlRefused) -> str:
     return str(refused).split("\n\nAt:\n")[0].strip()[:_REASON_LENGTH_MAX]
 
 
-Verb = Literal["load", "unload"]
-
-_SERVICE = "/inference.GRPCInferenceService/RepositoryModel"
-# A proxy of the environment is for the way out, not for servers of our own.
-_OPTIONS = (("grpc.enable_http_proxy", 0),)
-# The field model_name of both requests (grpc_service.proto): number 2, of text.
-_MODEL_NAME = 0x12
-_LENGTH_MAX = 127
-
-
 class ControlRefused(Exception):
-    """Triton does not do as it is told; or there is none, where `reached` is false."""
+    """Triton refuses a load or an unload; or does not answer, where `reached` is false."""
 
     def __init__(self, reason: str, *, reached: bool) -> None:
         super().__init__(reason)
@@ -120,7 +123,7 @@ def control_model(address: str, verb: Verb, model: str, *, timeout_s: float) -> 
 
 
 async def control_model_async(address: str, verb: Verb, model: str) -> None:
-    """Do the same in an event loop; the caller bounds the time."""
+    """Do the same as `control_model`, in an event loop. The caller bounds the time."""
     async with grpc.aio.insecure_channel(address, options=_OPTIONS) as channel:
         try:
             await channel.unary_unary(_method_path(verb))(_encode_request(model))

@@ -1,4 +1,4 @@
-"""The folders of a model in Triton's repository: versions that appear whole, a config that is replaced whole."""
+"""The folder of a model in Triton's repository: versions that appear whole, and the config.pbtxt for all of them."""
 
 from __future__ import annotations
 
@@ -18,31 +18,33 @@ from serving.protocol.tensors import TensorMetadata, tensors
 from serving.targets import ReleaseFiles
 
 CONFIG_FILE = "config.pbtxt"
-# Triton passes over folders of a model that are no numbers.
+# Triton ignores folders of a model whose name is not a number.
 _STAGING, _BEFORE = ".staging-", "before-"
 _REPLACED_S_MAX, _POLL_S = 2.0, 0.01
+_VERSIONS = re.compile(r"(?m)^version_policy.*\bversions: \[([\d, ]*)\]")
+_INSTANCES = re.compile(r"(?m)^(instance_group.*\bcount: )(\d+)")
 
 
 @contextmanager
 def replace_version(folder: Path, version: str, rendered: ReleaseFiles) -> Generator[None]:
-    """Put the files of a version in their place, whole; on an error what was there before comes back."""
+    """Write the files of a version in one step; where the block fails, the files of before are restored."""
     folder.mkdir(parents=True, exist_ok=True)
     _restore_interrupted(folder)
     staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
-    place, before, new = folder / version, staging / f"{_BEFORE}{version}", staging / "new"
-    placed = False
+    current, before, new = folder / version, staging / f"{_BEFORE}{version}", staging / "new"
+    is_replaced = False
     try:
         _copy_version(rendered, f"{folder.name}/{version}/", new)
-        if place.exists():
-            place.rename(before)
-        new.rename(place)
-        placed = True
+        if current.exists():
+            current.rename(before)
+        new.rename(current)
+        is_replaced = True
         yield
     except BaseException:
-        if placed:
-            shutil.rmtree(place)
+        if is_replaced:
+            shutil.rmtree(current)
         if before.exists():
-            before.rename(place)
+            before.rename(current)
         raise
     finally:
         shutil.rmtree(staging)
@@ -53,10 +55,10 @@ def replace_version(folder: Path, version: str, rendered: ReleaseFiles) -> Gener
 def read_releases(folder: Path) -> dict[str, Release]:
     """Return the releases that a model's config serves, by their version, in order.
 
-    Another process may put or drop one meanwhile: what is returned was served at some moment. Raises EndpointFailed
+    Another process may add or remove one meanwhile: the result was served at some moment. Raises EndpointFailed
     where the config names a release that is not there.
     """
-    # A version that is replaced is away for as long as two renames take.
+    # A version that is being replaced is absent for as long as two renames take.
     deadline = time.monotonic() + _REPLACED_S_MAX
     while True:
         try:
@@ -80,7 +82,7 @@ def _read_release(folder: Path) -> Release:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Replace a file, so that a reader finds the one before or this one."""
+    """Replace a file in one step: a reader finds the text of before or this one."""
     with tempfile.TemporaryDirectory(prefix=_STAGING, dir=path.parent) as staging:
         file = Path(staging) / path.name
         file.write_text(text)
@@ -88,27 +90,24 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def _restore_interrupted(folder: Path) -> None:
-    """Put right what a process that was killed here has left: a version set aside comes back, the rest goes."""
+    """Restore the versions that a killed process had set aside, and remove what else it left."""
     for staging in folder.glob(f"{_STAGING}*"):
         for before in staging.glob(f"{_BEFORE}*"):
-            place = folder / before.name.removeprefix(_BEFORE)
-            if not place.exists():
-                before.rename(place)
+            current = folder / before.name.removeprefix(_BEFORE)
+            if not current.exists():
+                before.rename(current)
         shutil.rmtree(staging)
 
 
-def _copy_version(rendered: ReleaseFiles, prefix: str, to: Path) -> None:
+def _copy_version(rendered: ReleaseFiles, prefix: str, folder: Path) -> None:
+    """Write the files below a prefix to a folder."""
     for path, content in rendered.files.items():
         if path.startswith(prefix):
-            file = to / path.removeprefix(prefix)
+            file = folder / path.removeprefix(prefix)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content)
     for path, tree in rendered.trees.items():
-        shutil.copytree(tree, to / path.removeprefix(prefix), copy_function=shutil.copyfile)
-
-
-_VERSIONS = re.compile(r"(?m)^version_policy.*\bversions: \[([\d, ]*)\]")
-_INSTANCES = re.compile(r"(?m)^(instance_group.*\bcount: )(\d+)")
+        shutil.copytree(tree, folder / path.removeprefix(prefix), copy_function=shutil.copyfile)
 
 
 def render_config(model: str, release: Release, versions: Collection[str], *, instances: int | None = None) -> str:
@@ -139,7 +138,7 @@ def parse_versions(config: str) -> tuple[str, ...]:
 
 
 def parse_instances(config: str) -> int:
-    """Return how many instances a config that was written here has each version run."""
+    """Return how many instances each version runs by a config that was written here."""
     found = _INSTANCES.search(config)
     return int(found[2]) if found else 1
 
@@ -150,10 +149,10 @@ def set_instances(config: str, instances: int) -> str:
 
 
 def _render_batching(batching: BatchingConfig) -> Iterable[str]:
-    """Yield the batching in Triton's words: a batch goes once it has that many rows, or its oldest request has waited.
+    """Yield the dynamic batching: a batch starts once it has that many rows, or its oldest request has waited so long.
 
     max_batch_size can't be that of the batching: it also bounds the rows of one request. The queue has no bound of its
-    own, which is the gateway's: with any default_queue_policy Triton 24.10 lets requests lie for half a second now
+    own, since the gateway has one: with any default_queue_policy Triton 24.10 delays requests by half a second now
     and then (measured: 32 callers, p99 506 ms with it and 13 ms without).
     """
     if batching.batch_size_max > 1:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from serving.errors import BadInput, EndpointFailed
 from serving.gateway.client import GatewayClient
-from serving.gateway.route import Route, Sleep
+from serving.gateway.route import Route, ScaleToZero
 from serving.model.batching import BatchingConfig
 from serving.model.release import Release
 from serving.targets import Address, Host
@@ -89,7 +89,7 @@ class Change:
         # Ray scales to zero by itself; Triton is told to by the gateway.
         sleep, target = None, self.spec.target
         if isinstance(target, Triton) and self.keep_warm is not None:
-            sleep = Sleep(keep_warm_s=self.keep_warm, grpc=target.grpc)
+            sleep = ScaleToZero(keep_warm_s=self.keep_warm, grpc=target.grpc)
         return make_route(self.spec, self.current_route, self.release.contract, address, self.release.version, sleep)
 
     @contextmanager
@@ -217,7 +217,7 @@ def scale_to_zero(release: Release) -> Release:
 
 def find_address(route: Route, version: str) -> Address | None:
     """Return where a version of a route answers, None where the route has no such version."""
-    served = route.served(version)
+    served = route.find_version(version)
     if served is None:
         return None
     return Address(url=served.url, model=served.upstream_model, version=served.upstream_version)

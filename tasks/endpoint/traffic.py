@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from serving.errors import BadInput, EndpointFailed, RolledBack
 from serving.gateway.client import GatewayClient
-from serving.gateway.route import Rollout, Route, Served, Shadow, Sleep, rolled_back
+from serving.gateway.route import Rollout, Route, ScaleToZero, ServedVersion, Shadow, roll_back_canary
 from serving.model.contract import Contract
 from serving.protocol.tensors import tensors
 from serving.targets import Address
@@ -35,7 +35,7 @@ def shift_traffic(gateway: GatewayClient, spec: EndpointSpec, route: Route, vers
     deadline = time.monotonic() + spec.rollout.seconds_max
     while time.monotonic() < deadline:
         status = gateway.get(spec.name)
-        if status is None or status.route.served(version) is None:
+        if status is None or status.route.find_version(version) is None:
             message = (
                 f"Version {version} of {spec.name} must stay at the gateway while it is a canary, but was removed."
             )
@@ -61,7 +61,7 @@ def _roll_back(gateway: GatewayClient, endpoint: str, version: str) -> int:
     status = gateway.get(endpoint)
     if status is None or status.route.rollout is None or status.route.rollout.version != version:
         return 0
-    gateway.put(endpoint, rolled_back(status.route))
+    gateway.put(endpoint, roll_back_canary(status.route))
     return status.trial.tally.requests if status.trial else 0
 
 
@@ -123,7 +123,7 @@ def make_route(
     contract: Contract,
     address: Address,
     version: str,
-    sleep: Sleep | None,
+    sleep: ScaleToZero | None,
 ) -> Route:
     """Return the route by which a version that is up and verified gets its traffic, beside what serves."""
     others = [] if current is None else [each for each in current.versions if each.version != version]
@@ -140,7 +140,10 @@ def make_route(
         percent = 0.0
         shadow = Shadow(version=version, tolerance=spec.rollout.tolerance, in_flight_max=spec.rollout.in_flight_max)
     return Route(
-        versions=(*_scale_weights(others, 100.0 - percent), Served.at(address, version=version, weight=percent)),
+        versions=(
+            *_scale_weights(others, 100.0 - percent),
+            ServedVersion.from_address(address, version=version, weight=percent),
+        ),
         contract=contract,
         limits=spec.limits,
         keys=(*spec.access.environment, *spec.access.secrets),
@@ -150,7 +153,7 @@ def make_route(
     )
 
 
-def _scale_weights(served: list[Served], total: float) -> list[Served]:
+def _scale_weights(served: list[ServedVersion], total: float) -> list[ServedVersion]:
     """Return versions whose weights sum to `total`, in the proportions that they have."""
     weights = sum(each.weight for each in served) or 1.0
     return [each.model_copy(update={"weight": each.weight * total / weights}) for each in served]
@@ -160,7 +163,7 @@ def find_route_to_restore(route: Route | None, version: str) -> Route | None:
     """Return the route to go back to: this one, without a canary of the same version that a killed run left."""
     if route is None or route.rollout is None or route.rollout.version != version:
         return route
-    return remove_versions(rolled_back(route), (version,))
+    return remove_versions(roll_back_canary(route), (version,))
 
 
 def remove_versions(route: Route, versions: tuple[str, ...]) -> Route:
@@ -202,7 +205,7 @@ def describe_share(route: Route, version: str) -> str:
     """Return in words what a version gets of the traffic."""
     if route.shadow is not None and route.shadow.version == version:
         return f"version {version} gets copies of requests, and its answers go nowhere"
-    served = route.served(version)
+    served = route.find_version(version)
     share = served.weight / sum(each.weight for each in route.versions) if served else 0.0
     return f"version {version} has all traffic" if share == 1 else f"version {version} has {share:.0%} of the traffic"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import Limits, Route
-from serving.gateway.route import Served as Version
+from serving.gateway.route import ServedVersion as Version
 from serving.targets import Address
 from tasks.endpoint.load import measure_latency
 from tasks.endpoint.resolve import Sample

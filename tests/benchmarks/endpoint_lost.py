@@ -113,7 +113,7 @@ def _wait_asleep(gateway: str, admin_key: str, name: str) -> None:
     from serving.gateway.client import GatewayClient
 
     with GatewayClient(gateway, admin_key) as client:
-        client.wait(name, lambda state: state.models == "asleep", timeout_s=_ASLEEP_SECONDS_MAX)
+        client.wait_until(name, lambda state: state.models == "asleep", timeout_s=_ASLEEP_SECONDS_MAX)
     time.sleep(0.5)
 
 

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.gateway.app import application
+from serving.gateway.app import build_app
 from serving.gateway.gateway import Gateway
 from serving.gateway.keys import Keys
-from serving.gateway.route import Limits, Route, Served
+from serving.gateway.route import Limits, Route, ServedVersion
 from serving.gateway.store import Store
 from serving.model.contract import Column, Contract, Input, Output
 from serving.model.registry import ModelPin
@@ -195,13 +195,13 @@ async def longest_pause_s(work: Awaitable[tuple[int, bytes]]) -> tuple[float, in
 
 def gateway_pause(folder: Path, body: bytes, header_length: str | None) -> tuple[float, int, bytes]:
     # Nothing listens at port 9, so that a request which is taken ends there.
-    served = (Served(version="1", url="http://127.0.0.1:9", upstream_model="toy", weight=1),)
+    served = (ServedVersion(version="1", url="http://127.0.0.1:9", upstream_model="toy", weight=1),)
     route = Route(versions=served, contract=CONTRACT, limits=Limits(rows_max=ROWS_MAX))
 
     async def run() -> tuple[float, int, bytes]:
         with Store(folder) as store:
             gateway = Gateway(store, Keys(folder, {}), bytes_max=1 << 30)
-            app = application(gateway)
+            app = build_app(gateway)
             async with app.router.lifespan_context(app):
                 await gateway.put("toy", route)
                 return await longest_pause_s(asked(app, "/v2/models/toy/infer", body, header_length))

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from serving.errors import EndpointFailed
-from serving.gateway.route import Route
-from serving.gateway.state import EndpointState
+from serving.gateway.route import EndpointState, Route
 from serving.targets import Address
 from tasks.endpoint.change import Change
 from tasks.endpoint.deploy import make_release_to_remove

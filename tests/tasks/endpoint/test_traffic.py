@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.errors import BadInput
-from serving.gateway.route import Rollout, Route, Shadow, Sleep
+from serving.gateway.route import Rollout, Route, ScaleToZero, Shadow
 from serving.targets import Address
 from tasks.endpoint.spec import EndpointSpec
 from tasks.endpoint.traffic import (
@@ -47,7 +47,7 @@ CANARY = {"kind": "canary", "percent": 20, "requests_min": 7}
 SHADOW = {"kind": "shadow"}
 
 
-def out(given: EndpointSpec, standing: Route | None, sleep: Sleep | None = None) -> Route:
+def out(given: EndpointSpec, standing: Route | None, sleep: ScaleToZero | None = None) -> Route:
     return make_route(given, standing, matrix(4), ADDRESS, "2", sleep)
 
 
@@ -97,7 +97,7 @@ def test_a_shadow_that_gets_traffic_is_one_no_more() -> None:
 
 
 def test_keys_go_by_name_and_the_sleep_by_seconds() -> None:
-    found = out(spec(access={"environment": ["A_KEY"], "secrets": ["b-key"]}), None, Sleep(keep_warm_s=60))
+    found = out(spec(access={"environment": ["A_KEY"], "secrets": ["b-key"]}), None, ScaleToZero(keep_warm_s=60))
 
     assert ("A_KEY", "b-key") == found.keys
     assert found.sleep is not None
@@ -151,9 +151,9 @@ def test_a_trial_that_a_dead_run_left_is_taken_up_by_its_own_version_alone() -> 
 
 @pytest.mark.parametrize(("keep_warm_s", "meanwhile"), [(1, 3600), (7200, 7200)])
 def test_models_do_not_fall_asleep_while_a_version_comes(keep_warm_s: float, meanwhile: float) -> None:
-    sleeping = route(served("1", 1), sleep=Sleep(keep_warm_s=keep_warm_s, grpc="127.0.0.1:8001"))
+    sleeping = route(served("1", 1), sleep=ScaleToZero(keep_warm_s=keep_warm_s, grpc="127.0.0.1:8001"))
 
-    assert Sleep(keep_warm_s=meanwhile, grpc="127.0.0.1:8001") == keep_awake(sleeping).sleep
+    assert ScaleToZero(keep_warm_s=meanwhile, grpc="127.0.0.1:8001") == keep_awake(sleeping).sleep
     assert route(served("1", 1)) == keep_awake(route(served("1", 1)))
 
 

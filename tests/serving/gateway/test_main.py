@@ -1,4 +1,4 @@
-"""The gateway as a process: it keeps its routes, drains, and says why it does not start."""
+"""The gateway as a process: it keeps its routes, drains, and states why it does not start."""
 
 from __future__ import annotations
 
@@ -20,28 +20,26 @@ from serving.gateway.__main__ import main
 from serving.gateway.client import GatewayClient
 from serving.gateway.metering import read_metering
 from serving.gateway.route import Rollout
-from tests.serving.gateway.support import Door, V2Server, route
+from tests.serving.gateway.support import EndpointClient, V2Server, route, wait_for_verdict
 
 
 def ask(server: GatewayServer, name: str, requests: int) -> list[int]:
-    door = Door(name, server.url)
+    endpoint = EndpointClient(name, server.url)
     try:
-        return [door.infer().status_code for _ in range(requests)]
+        return [endpoint.infer().status_code for _ in range(requests)]
     finally:
-        door.http.close()
+        endpoint.http.close()
 
 
-def test_a_gateway_that_is_killed_and_started_again_goes_on_with_routes_keys_and_trials(
-    tmp_path: Path, v2: V2Server
-) -> None:
+def test_a_killed_and_restarted_gateway_has_its_routes_keys_and_canaries(tmp_path: Path, v2: V2Server) -> None:
     rule = Rollout(version="2", requests_min=15, error_rate_max=0.2)
     with gateway_server(tmp_path) as server, GatewayClient(server.url, server.admin_key) as admin:
         admin.put("churn", route(v2.url, ("1", 50), ("2", 50), rollout=rule))
-        admin.put("gone", route(v2.url))
-        admin.delete("gone")
+        admin.put("deleted", route(v2.url))
+        admin.delete("deleted")
         admin.put_key("app", "a-key-that-outlives-it")
         assert [200] * 20 == ask(server, "churn", 20)
-        # Tallies are written every second.
+        # The gateway writes tallies every second.
         time.sleep(1.5)
         before = admin.get("churn")
         os.kill(server.process.pid, signal.SIGKILL)
@@ -50,12 +48,12 @@ def test_a_gateway_that_is_killed_and_started_again_goes_on_with_routes_keys_and
         after = admin.get("churn")
         assert before is not None
         assert before == after
-        assert admin.get("gone") is None
+        assert admin.get("deleted") is None
         admin.put("keyed", route(v2.url, keys=("app",)))
         assert before.trial is not None
         assert 10 == before.trial.tally.requests
         assert [200] * 20 == ask(server, "churn", 20)
-        assert "0 of 15 requests failed" == admin.wait_for_verdict("churn", timeout_s=20).reason
+        assert "0 of 15 requests failed" == wait_for_verdict(admin, "churn", timeout_s=20).reason
 
     log = read_metering(tmp_path).collect()
     assert 40 == len(log.filter(endpoint="churn", status=200))
@@ -66,10 +64,10 @@ def test_sigterm_lets_requests_finish(tmp_path: Path, v2: V2Server) -> None:
     with gateway_server(tmp_path) as server, GatewayClient(server.url, server.admin_key) as admin:
         admin.put("churn", route(v2.url, ("slow", 1)))
         with ThreadPoolExecutor(4) as pool:
-            asked = [pool.submit(ask, server, "churn", 1) for _ in range(4)]
-            admin.wait("churn", lambda state: state.in_flight == {"slow": 4}, timeout_s=20)
+            pending = [pool.submit(ask, server, "churn", 1) for _ in range(4)]
+            admin.wait_until("churn", lambda state: state.in_flight == {"slow": 4}, timeout_s=20)
             os.kill(server.process.pid, signal.SIGTERM)
-            assert [[200]] * 4 == [each.result() for each in asked]
+            assert [[200]] * 4 == [request.result() for request in pending]
         deadline = time.monotonic() + 20
         while server.process.running:
             assert time.monotonic() < deadline
@@ -79,39 +77,41 @@ def test_sigterm_lets_requests_finish(tmp_path: Path, v2: V2Server) -> None:
     assert [200] * 4 == read_metering(tmp_path).collect()["status"].to_list()
 
 
-def refused(folder: Path, port: int) -> str:
+def run_refused(folder: Path, port: int) -> str:
     with pytest.raises(SystemExit) as caught:
         main(["--folder", str(folder), "--port", str(port)])
     return str(caught.value)
 
 
-def test_a_port_in_use_is_said_so(tmp_path: Path) -> None:
+def test_a_port_in_use_is_named(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
 
-        assert refused(tmp_path, port).startswith(
-            f"The gateway must have 127.0.0.1:{port} to itself, got: Address already in use."
+        assert run_refused(tmp_path, port).startswith(
+            f"The gateway must be able to listen on 127.0.0.1:{port}, got: Address already in use."
         )
 
 
-def test_a_folder_of_another_gateway_is_said_so(gateway: GatewayServer) -> None:
-    assert refused(gateway.folder, 0).startswith("A folder must have one gateway, got a second for")
+def test_a_folder_of_another_gateway_is_named(gateway: GatewayServer) -> None:
+    assert run_refused(gateway.folder, 0).startswith("Only one gateway may use a folder, got a second for")
 
 
-def test_a_folder_that_can_not_be_one_is_said_so(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
 
-    assert "Not a directory" in refused(tmp_path / "file" / "gateway", 0)
-    assert "pass another --folder" in refused(tmp_path / "file" / "gateway", 0)
+    assert "Not a directory" in run_refused(tmp_path / "file" / "gateway", 0)
+    assert "pass another --folder" in run_refused(tmp_path / "file" / "gateway", 0)
 
 
-def test_what_can_not_be_written_is_told_and_written_once_it_can_be(
+def test_a_route_that_cannot_be_written_is_503_and_written_as_soon_as_possible(
     gateway: GatewayServer, admin: GatewayClient, v2: V2Server
 ) -> None:
     routes, aside = gateway.folder / "routes", gateway.folder / "aside"
     routes.rename(aside)
     try:
-        with pytest.raises(EndpointFailed, match=r"503.*must be able to write, got: .*No such file.* then send this"):
+        with pytest.raises(
+            EndpointFailed, match=r"503.*must be able to write its files, got: .*No such file.* then send"
+        ):
             admin.put("unwritten", route(v2.url))
     finally:
         aside.rename(routes)
@@ -131,13 +131,13 @@ def test_what_can_not_be_written_is_told_and_written_once_it_can_be(
     assert not (routes / "unwritten.json").exists()
 
 
-def test_keys_that_are_none_are_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_keys_of_the_environment_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERNIGHT_API_KEYS", "app=0123456789abcdef")
 
-    assert refused(tmp_path, 0).startswith("OVERNIGHT_API_KEYS must be NAME:KEY pairs")
+    assert run_refused(tmp_path, 0).startswith("OVERNIGHT_API_KEYS must be NAME:KEY pairs")
 
 
-def test_a_client_of_a_gateway_that_is_not_there_says_so() -> None:
+def test_a_client_without_a_gateway_states_its_address() -> None:
     with GatewayClient("http://127.0.0.1:9", "any") as admin, pytest.raises(EndpointFailed, match="must answer at"):
         admin.get("churn")
 
@@ -149,8 +149,8 @@ def test_starting_the_gateway_imports_neither_mlflow_nor_torch() -> None:
     assert "set()" == done.stdout.strip()
 
 
-def test_the_pages_for_people_need_nothing_from_elsewhere(gateway: GatewayServer) -> None:
-    browser = httpx.Client(auth=("anybody", gateway.admin_key))
+def test_the_api_pages_load_nothing_from_other_servers(gateway: GatewayServer) -> None:
+    browser = httpx.Client(auth=("any", gateway.admin_key))
     page = browser.get(f"{gateway.url}/docs").text
     scripts = [part.split('"')[0] for part in page.replace('href="', 'src="').split('src="')[1:]]
 
