@@ -62,7 +62,7 @@ def test_a_spec_of_0_1_is_read_with_what_it_called_a_dial() -> None:
         ({"keep_warm": 0.1}, "from 1 second to a week, got 0.1"),
         (
             {"keep_warm": 60, "target": {"kind": "bentoml", "folder": "f", "python": "p"}},
-            "only triton and ray-serve unload and wake",
+            "only triton and ray-serve unload models",
         ),
         ({"keep_warm": "sometimes"}, "keep_warm"),
         ({"target": {"kind": "torchserve"}}, "torchserve"),
