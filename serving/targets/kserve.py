@@ -44,8 +44,8 @@ class Canary:
     percent: int
 
     def __post_init__(self) -> None:
-        """Refuse what is no share. Raises ValueError."""
-        if not 0 <= self.percent <= 100:  # noqa: PLR2004 - a whole
+        """Raise ValueError for a percentage outside of 0 to 100."""
+        if not 0 <= self.percent <= 100:  # noqa: PLR2004 - percent
             message = f"A canary must get 0 to 100 percent of the traffic, got {self.percent}."
             raise ValueError(message)
 

@@ -18,7 +18,7 @@ from serving.targets.folder import render_folder, resolve_interpreter
 
 _HOST = "127.0.0.1"
 _REQUIREMENTS = "infra/local/mlserver.txt"
-# MLServer takes no wait for no batches at all; this one collects what has arrived already.
+# MLServer takes a wait of 0 for no batching; this wait collects the requests that have arrived already.
 _WAIT_S_MIN = 0.0001
 
 
@@ -84,8 +84,8 @@ class Seldon:
         weight, or no weight is above 0.
         """
         if default not in weights or min(weights.values()) < 0 or not any(weights.values()):
-            told = {release.version: weight for release, weight in weights.items()}
-            message = f"The default, version {default.version}, must be among the weights, some above 0, got {told}."
+            given = {release.version: weight for release, weight in weights.items()}
+            message = f"The default, version {default.version}, must be among the weights, some above 0, got {given}."
             raise ValueError(message)
         spec: dict[str, Any] = {
             "default": make_model_name(default),
@@ -136,7 +136,7 @@ def _batching(batching: BatchingConfig) -> dict[str, Any]:
     return {"max_batch_size": batching.batch_size_max, "max_batch_time": max(batching.wait_ms_max / 1000, _WAIT_S_MIN)}
 
 
-# Its program says where its own interpreter was when it was installed; this works in an environment that was moved.
+# The mlserver script has the path of its interpreter at install time; this works in an environment that was moved.
 _START_CODE = "from mlserver.cli import main; main()"
 
 _RUNTIME = '''"""The model of this folder under MLServer: `mlserver start .` serves it."""
@@ -158,27 +158,27 @@ class Runtime(MLModel):
         self.predictor = open_predictor(Path(__file__).parent)
         self.rows_max = self.predictor.release.batching.batch_size_max
         # By now `predict` is MLServer's batching around the method below.
-        self.together, self.predict = self.predict, self.checked
+        self.predict_batched, self.predict = self.predict, self.predict_checked
         return True
 
     async def unload(self):
         self.predictor.close()
         return True
 
-    async def checked(self, payload):
-        """Refuse a bad request before it joins others, whose batch it would spoil."""
-        wanted = {each.name for each in payload.outputs or ()} or {each.name for each in self.outputs}
-        request = self.read(payload, wanted)
+    async def predict_checked(self, payload):
+        """Refuse a bad request before it is batched with others, which would fail with it."""
+        requested = {each.name for each in payload.outputs or ()} or {each.name for each in self.outputs}
+        request = self.read(payload, requested)
         if count_rows(request.inputs) > self.rows_max:
             response = await self.answer(request, [request.inputs])
         else:
             plain = InferenceRequest.model_validate({"inputs": encode_inputs(request, self.predictor.release)})
             try:
-                response = await self.together(plain)
+                response = await self.predict_batched(plain)
             except MLServerError:
-                # Some row of the batch made the model fail; whose it was shows when each passes alone.
+                # Some row of the batch made the model fail; which one shows when each passes alone.
                 response = await self.answer(request, [request.inputs])
-        response.outputs = [each for each in response.outputs if each.name in wanted]
+        response.outputs = [each for each in response.outputs if each.name in requested]
         return response
 
     async def predict(self, payload):

@@ -63,8 +63,8 @@ class TritonTarget:
 class TritonHost:
     """A running Triton with explicit model control, and the repository on this machine that it reads.
 
-    Versions of one endpoint that take the same tensors are versions of one model there; one that takes others stands
-    beside it as a model of its own, and its Address says so. A version is written whole before Triton loads it.
+    Versions of one endpoint that take the same tensors are versions of one model there; one that takes others is
+    a model of its own beside it, as its Address says. A version is written whole before Triton loads it.
     Triton loads all versions of a model again before it lets go of those that serve: no request is lost, and none
     waits for that, since loads go through its gRPC port, at HOST:PORT. Changes to one repository wait for each other,
     from any process. Raises EndpointFailed with Triton's own reason.

@@ -32,7 +32,7 @@ def test_a_parsed_request_is_read_as_its_body_would_be() -> None:
     assert ["score"] == [each.name for each in request.outputs]
 
 
-def test_its_inputs_are_told_plainly_to_be_joined_to_others() -> None:
+def test_its_inputs_are_encoded_to_be_joined_with_those_of_others() -> None:
     (plain,) = encode_inputs(read_request([tensor()], None, NUMBERS), NUMBERS)
 
     assert {"name": "x", "shape": [2, 2], "datatype": "FP32", "data": [1.0, 2.0, 3.0, 4.0]} == plain
@@ -62,7 +62,7 @@ def test_more_rows_than_a_request_may_have_are_refused() -> None:
     assert 413 == refused.value.status
 
 
-def test_an_answer_names_the_model_its_version_and_the_outputs_wanted() -> None:
+def test_an_answer_names_the_model_its_version_and_the_requested_outputs() -> None:
     request = read_request([tensor()], ["score"], NUMBERS)
     answer = write_response(request, {"score": np.array([0.5, 0.25], dtype=np.float32)}, NUMBERS)
 

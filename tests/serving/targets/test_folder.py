@@ -178,7 +178,7 @@ def test_versions_that_are_deployed_and_removed_in_any_order_each_answer_with_th
         assert controller.process.running
 
 
-def test_a_release_that_another_removes_before_it_answers_is_told_as_removed(folder: Path, model: Path) -> None:
+def test_a_release_that_another_removes_before_it_answers_is_reported_as_removed(folder: Path, model: Path) -> None:
     host = FolderHost(folder=folder, target=Files("import time; time.sleep(60)"))
     place = folder / "fleeting/1"
     with ThreadPoolExecutor(1) as threads:
@@ -227,7 +227,7 @@ def wait_for(met: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_a_release_that_is_up_stays_and_one_with_another_batching_takes_its_place(folder: Path, model: Path) -> None:
+def test_a_release_that_is_up_is_kept_and_one_with_another_batching_replaces_it(folder: Path, model: Path) -> None:
     host = FolderHost(folder=folder, target=Files())
     host.deploy(release("1", "again"), model)
     before = host.status(release("1", "again"))
@@ -243,7 +243,7 @@ def test_a_release_that_is_up_stays_and_one_with_another_batching_takes_its_plac
     host.remove(tuned)
 
 
-def test_one_that_does_not_come_up_says_why_and_is_taken_away(folder: Path, model: Path) -> None:
+def test_a_server_that_does_not_come_up_is_removed_and_the_error_has_its_log(folder: Path, model: Path) -> None:
     host = FolderHost(folder=folder, target=Files("raise SystemExit('the model does not load')"))
     with pytest.raises(
         EndpointFailed, match=r"(?s)Version 1 of broken must come up, and is taken away.*the model does not load"
@@ -254,7 +254,9 @@ def test_one_that_does_not_come_up_says_why_and_is_taken_away(folder: Path, mode
     assert host.status(release("1", "broken")) is None
 
 
-def test_a_folder_that_nobody_watches_is_told_with_the_command_that_does(tmp_path: Path, model: Path) -> None:
+def test_the_error_for_a_folder_without_a_controller_has_the_command_that_starts_one(
+    tmp_path: Path, model: Path
+) -> None:
     host = FolderHost(folder=tmp_path / "releases", target=Files())
     with pytest.raises(EndpointFailed, match=r"got none\. Start one: python -m infra\.local\.controller --folder"):
         host.deploy(release("1"), model)
@@ -269,7 +271,7 @@ def test_a_folder_that_nobody_watches_is_told_with_the_command_that_does(tmp_pat
     assert [] == list((tmp_path / "releases").glob("[!.]*"))
 
 
-def test_what_no_controller_wrote_is_told(folder: Path, model: Path) -> None:
+def test_a_status_that_no_controller_wrote_is_an_error(folder: Path, model: Path) -> None:
     (folder / "odd/1").mkdir(parents=True)
     (folder / "odd/1/status.json").write_text('{"state": "fine"}')
     host = FolderHost(folder=folder, target=Files())
@@ -278,7 +280,7 @@ def test_what_no_controller_wrote_is_told(folder: Path, model: Path) -> None:
         host.status(release("1", "odd"))
 
 
-def test_an_interpreter_is_found_from_another_folder_or_told_how_it_is_made(
+def test_an_interpreter_is_found_from_another_folder_or_the_error_says_how_it_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -51,14 +51,14 @@ def test_what_requests_met_is_counted_between_two_looks() -> None:
     assert queue(pass_ms=0, pending=2) == measure_queue(now, now, 2.0)
 
 
-def test_a_model_that_was_loaded_anew_counts_from_zero() -> None:
+def test_a_model_that_was_loaded_again_counts_from_zero() -> None:
     before, now = TritonCounters(requests=500, passes=500), TritonCounters(requests=10, passes=10, queued_us=50_000)
 
     assert 5 == measure_queue(before, now, 1.0).wait_ms
 
 
 @pytest.mark.parametrize(
-    ("measured", "instances", "idle_checks", "wanted"),
+    ("measured", "instances", "idle_checks", "expected"),
     [
         (queue(wait_ms=16, busy=1.0), 1, 0, 2),
         (queue(wait_ms=16, busy=0.5), 1, 0, 1),
@@ -75,9 +75,9 @@ def test_a_model_that_was_loaded_anew_counts_from_zero() -> None:
     ],
 )
 def test_more_for_requests_that_wait_and_less_once_it_is_calm(
-    measured: QueueStats, instances: int, idle_checks: int, wanted: int
+    measured: QueueStats, instances: int, idle_checks: int, expected: int
 ) -> None:
-    assert wanted == choose_instance_count(
+    assert expected == choose_instance_count(
         measured, instances, scaling=SCALING, batching=BATCHING, idle_checks=idle_checks
     )
 
@@ -92,6 +92,6 @@ def test_there_are_never_more_or_less_than_the_bounds(
     measured: QueueStats, instances: int, low: int, high: int
 ) -> None:
     scaling = Scaling(replicas_min=low, replicas_max=high)
-    wanted = choose_instance_count(measured, instances, scaling=scaling, batching=BATCHING)
+    expected = choose_instance_count(measured, instances, scaling=scaling, batching=BATCHING)
 
-    assert max(1, low) <= wanted <= max(1, low, high)
+    assert max(1, low) <= expected <= max(1, low, high)

@@ -157,7 +157,7 @@ def test_who_reads_releases_finds_those_before_or_after_whatever_is_put_and_drop
         changing.result()
 
 
-def test_a_release_that_the_config_names_and_that_is_missing_for_good_is_told(tmp_path: Path) -> None:
+def test_a_release_that_the_config_names_and_that_is_stays_missing_is_an_error(tmp_path: Path) -> None:
     fraud = put(tmp_path, "old")
     (fraud / "1/release.json").unlink()
 
@@ -193,7 +193,7 @@ def parse(config: str) -> Any:
     return text_format.Parse(config, model_config_pb2.ModelConfig())
 
 
-def test_it_says_what_the_release_says_in_tritons_words() -> None:
+def test_the_config_has_the_settings_of_the_release() -> None:
     batching = BatchingConfig(batch_size_max=32, wait_ms_max=2.5)
     release = RELEASE.model_copy(update={"batching": batching, "rows_max": 100})
     config = parse(render_config("fraud", release, ["10", "9"]))
@@ -219,7 +219,7 @@ def test_it_names_every_tensor_with_its_type_and_the_shape_of_a_row() -> None:
     ] == [(each.name, names[each.data_type].name, list(each.dims)) for each in (*config.input, *config.output)]
 
 
-def test_requests_are_not_collected_where_the_batching_says_one_row() -> None:
+def test_requests_are_not_collected_where_a_batch_has_one_row() -> None:
     assert not parse(render_config("fraud", RELEASE, ["3"])).HasField("dynamic_batching")
 
 

@@ -61,7 +61,7 @@ def answers(status: int, content: bytes, **headers: str) -> Callable[[BaseHTTPRe
         (answers(200, b"{}", Inference_Header_Content_Length="99"), r"must be from 1 to the 2 bytes"),
     ],
 )
-def test_what_is_no_answer_is_told_with_the_address(
+def test_an_invalid_answer_is_an_error_with_the_address(
     answer: Callable[[BaseHTTPRequestHandler], None], said: str
 ) -> None:
     with serving(answer) as address, InferClient(address, matrix(4)) as ask:
