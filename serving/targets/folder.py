@@ -12,7 +12,7 @@ infra/local/controller.py is a controller for one machine. Its `Serve` is the sc
 
 from __future__ import annotations
 
-import ast
+import dis
 import errno
 import fcntl
 import functools
@@ -24,6 +24,7 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType
 from typing import Literal
 
 from pydantic import Field, ValidationError
@@ -111,7 +112,7 @@ def read_imported_modules(programs: tuple[bytes, ...]) -> Mapping[str, bytes]:
     """Return the modules of this package that programs import, directly or through each other, by their path.
 
     A release brings them along: it then answers with the code that it was verified with, and with no more than that.
-    Imports inside of functions count, those for type checkers do not.
+    Imports inside of functions count, and so do those for type checkers.
     """
     modules: dict[str, bytes] = {}
     names = [name for program in programs for name in _imported_names(program)]
@@ -128,18 +129,18 @@ def read_imported_modules(programs: tuple[bytes, ...]) -> Mapping[str, bytes]:
 
 def _imported_names(program: bytes) -> Iterator[str]:
     """Yield the names that a program imports: of modules, and of what it takes from them, which may be modules too."""
-    nodes: list[ast.AST] = [ast.parse(program)]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            nodes += node.orelse
-            continue
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        nodes += ast.iter_child_nodes(node)
+    # By its bytecode, since ast.parse may fail in Python 3.11 where two threads parse at a time (SystemError).
+    codes = [compile(program, "<release>", "exec", dont_inherit=True)]
+    while codes:
+        code = codes.pop()
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        module = ""
+        for instruction in dis.get_instructions(code):
+            if instruction.opname == "IMPORT_NAME":
+                module = instruction.argval
+                yield module
+            elif instruction.opname == "IMPORT_FROM":
+                yield f"{module}.{instruction.argval}"
 
 
 def _find_module(name: str) -> Path | None:

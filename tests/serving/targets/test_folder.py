@@ -344,19 +344,14 @@ def test_a_release_predicts_with_nothing_of_this_project_but_what_it_brings(
     np.testing.assert_allclose(json.loads(done.stdout), put.predict(np.ones((2, 3), np.float32)), rtol=0, atol=1e-6)
 
 
-def test_imports_of_functions_count_and_those_for_type_checkers_do_not() -> None:
-    program = b"""
-if TYPE_CHECKING:
-    from serving.gateway.route import Route
-else:
-    import serving.faults
+def test_imports_inside_of_functions_count_and_several_threads_may_read_them_at_once() -> None:
+    programs = [f"def main():\n    from serving.model import encoding  # {number}".encode() for number in range(4)]
+    with ThreadPoolExecutor(len(programs)) as threads:
+        first, *others = threads.map(lambda program: read_imported_modules((program,)), programs)
 
-def main():
-    from serving import errors
-"""
-
-    assert {"serving/__init__.py", "serving/errors.py", "serving/faults.py"} <= read_imported_modules((program,)).keys()
-    assert "serving/gateway/route.py" not in read_imported_modules((program,))
+    assert {"serving/__init__.py", "serving/model/encoding.py", "serving/model/contract.py"} <= first.keys()
+    assert not {name for name in first if name.startswith(("serving/gateway/", "serving/targets/"))}
+    assert [first] * len(others) == others
 
 
 @pytest.mark.parametrize("target", ["bentoml", "kserve", "seldon"])
