@@ -17,7 +17,7 @@ from prefect.exceptions import TerminationSignal
 from flows.runtime.context import flow_run, flow_run_id
 from flows.runtime.flow_decorator import adhoc_flow
 from serving.errors import OvernightError, SourceFormat
-from serving.machine import cores
+from serving.machine import count_cores
 from tasks.batch.dataset import open_dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_rows_done
@@ -244,7 +244,7 @@ class _Deployments:
         """The most rows that a machine scores again after it was taken: a chunk for each of its slots."""
         if self._plan is None:
             return 0
-        slots = self.call.options.slots or (self._plan.tuning.slots if self._plan.tuning else cores())
+        slots = self.call.options.slots or (self._plan.tuning.slots if self._plan.tuning else count_cores())
         return slots * max(chunk.rows for chunk in self._plan.chunks.values())
 
     def _parameters(self) -> Mapping[str, Any]:

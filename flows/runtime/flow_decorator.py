@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from flows.runtime.interruption import InterruptedExit, start_server_shielded
 from serving.errors import SecretExposed
-from serving.redaction import hide_in_exception, hide_secrets_in_logs, holds_secret
+from serving.redaction import hide_secrets_in_exception, hide_secrets_in_logs, holds_secret
 
 hide_secrets_in_logs()
 
@@ -44,7 +44,7 @@ class _AdHocFlow(Flow[P, R]):
                 return super().validate_parameters(parameters)
             except Exception as error:
                 # Pydantic quotes the value that it refuses.
-                hide_in_exception(error)
+                hide_secrets_in_exception(error)
                 raise
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -20,9 +20,8 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.runtime.interruption import ignore_repeated_sigint, take_sigterm_as_notice
 from flows.runtime.shard_task import ShardTask, score_shard
-from serving.environment import variable
 from serving.errors import RunnerUnusable
-from serving.machine import cores
+from serving.machine import count_cores, set_variable
 from tasks.batch.options import Ray
 from tasks.batch.score import Scorer, ScoringResult
 
@@ -142,7 +141,7 @@ def _connect(where: Ray, slots: int) -> Generator[RayTaskRunner[Any]]:
     from prefect_ray.context import remote_options  # noqa: PLC0415
     from prefect_ray.task_runners import RayTaskRunner  # noqa: PLC0415
 
-    here = cores()
+    here = count_cores()
     cpus = where.cpus_per_slot or (1 if where.address else max(1, here // slots))
     runner: RayTaskRunner[Any] = RayTaskRunner(init_kwargs=_ray_arguments(where, max(here, cpus * slots)))
     # A temporary Prefect server has no address in the settings; each process of Ray would start one of its own.
@@ -150,7 +149,7 @@ def _connect(where: Ray, slots: int) -> Generator[RayTaskRunner[Any]]:
     with ExitStack() as stack:
         try:
             # A cluster that starts here reports nothing to Ray's makers.
-            with variable("RAY_USAGE_STATS_ENABLED", "0"), _keep_sigterm_handler():
+            with set_variable("RAY_USAGE_STATS_ENABLED", "0"), _keep_sigterm_handler():
                 stack.enter_context(runner)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             must = f"answer at {where.address}" if where.address else "start on this machine"

@@ -125,7 +125,7 @@ class StreamRun:
 
         def scorer() -> MicroScorer:
             made = MicroScorer(setting.model, self.decoder.contract, self.decoder, setting.batch_size, time.monotonic)
-            made.forward.goes_on = lambda: not self.give_up.is_set()
+            made.forward.may_continue = lambda: not self.give_up.is_set()
             return made
 
         return Pipeline(

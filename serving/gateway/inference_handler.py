@@ -21,9 +21,9 @@ from serving.protocol.oip import (
     HEADER_LENGTH,
     Body,
     decode_request_to_forward,
+    decode_without_blocking,
     error_body,
     read_header_length,
-    run_aside,
 )
 
 VERSION_HEADER = "Overnight-Version"
@@ -82,7 +82,7 @@ async def _answer(
                 size.bytes = len(content)
                 body = Body(content=content, header_length=header_length)
                 decode = partial(decode_request_to_forward, body, route.contract, rows_max=route.limits.rows_max)
-                decoded, forwarded = await run_aside(decode, len(content))
+                decoded, forwarded = await decode_without_blocking(decode, len(content))
                 size.rows = decoded.rows
                 return await endpoint.infer(CheckedRequest(body=forwarded, request=decoded), version)
         except TimeoutError:

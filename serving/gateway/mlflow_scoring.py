@@ -17,8 +17,8 @@ from serving.errors import BadRequest, ModelFailed, Unanswered
 from serving.gateway.route import ServedVersion
 from serving.gateway.upstreams import CheckedRequest, HttpClient, Reply, convert_error
 from serving.model.contract import Contract, Input, Output
-from serving.protocol.oip import InferRequest, encode_response, run_aside
-from serving.protocol.tensors import Array, from_json, row_shape, to_json
+from serving.protocol.oip import InferRequest, decode_without_blocking, encode_response
+from serving.protocol.tensors import Array, decode_json, encode_json, get_row_shape
 
 _JSON = {"Content-Type": "application/json"}
 
@@ -36,7 +36,7 @@ class MlflowUpstream:
         """Send the rows, and return the predictions as a V2 answer."""
         url = f"{self._served.url.rstrip('/')}/invocations"
         try:
-            content = await run_aside(lambda: self._encode(request.request), len(request.body.content))
+            content = await decode_without_blocking(lambda: self._encode(request.request), len(request.body.content))
         except ValueError as error:
             message = f"Input {error} The model server behind this endpoint takes only JSON."
             raise BadRequest(message) from None
@@ -72,7 +72,7 @@ def _build_table(inputs: Mapping[str, Array], contract: Contract) -> dict[str, A
     columns: dict[str, list[Any]] = {}
     for value in contract.inputs:
         values = inputs[value.name]
-        arrays = values.T if value.stacked else [values]
+        arrays = values.T if value.is_stacked else [values]
         for column, array in zip(value.columns, arrays, strict=True):
             columns[column.name] = _to_lists(value, array)
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
@@ -80,7 +80,7 @@ def _build_table(inputs: Mapping[str, Array], contract: Contract) -> dict[str, A
 
 
 def _to_lists(value: Input, values: Array) -> list[Any]:
-    flat = to_json(value, values)
+    flat = encode_json(value, values)
     # Text stays in an object array: numpy's own text type takes the longest width for each, and loses trailing zeros.
     dtype = object if values.dtype.kind == "O" else None
     nested: list[Any] = np.asarray(flat, dtype=dtype).reshape(values.shape).tolist()
@@ -115,4 +115,4 @@ def _read_output(value: Output, predictions: Any, rows: int, *, is_only: bool) -
         dtype = np.float64
     elif value.dtype in ("str", "binary"):
         dtype = object
-    return from_json(value, [rows, *row_shape(value)], np.asarray(found, dtype=dtype).reshape(-1).tolist())
+    return decode_json(value, [rows, *get_row_shape(value)], np.asarray(found, dtype=dtype).reshape(-1).tolist())

@@ -126,8 +126,8 @@ from kserve import Model, ModelServer
 from kserve.errors import InvalidInput
 
 from serving.errors import BadRequest
-from serving.model.predictor import open_predictor, settled
-from serving.targets.documents import describe_tensors, read_request, write_response
+from serving.model.release import open_predictor, unwrap_prediction
+from serving.targets.documents import dump_tensors, read_request, write_response
 
 
 class Predictor(Model):
@@ -138,10 +138,10 @@ class Predictor(Model):
         self.ready = True
 
     def get_input_types(self):
-        return describe_tensors(self.release.contract)[0]
+        return dump_tensors(self.release.contract)[0]
 
     def get_output_types(self):
-        return describe_tensors(self.release.contract)[1]
+        return dump_tensors(self.release.contract)[1]
 
     async def predict(self, payload, headers=None):
         inputs = [
@@ -153,8 +153,8 @@ class Predictor(Model):
             request = read_request(inputs, outputs, self.release)
         except BadRequest as error:
             raise InvalidInput(str(error)) from None
-        (prediction,) = await self.predictor.predict_each([request.inputs])
-        answer = write_response(request, settled(prediction), self.release)
+        (prediction,) = await self.predictor.predict_requests([request.inputs])
+        answer = write_response(request, unwrap_prediction(prediction), self.release)
         # KServe requires an id, and writes null, which the protocol has not, for parameters that are not there.
         outputs = [{**each, "parameters": {}} for each in answer["outputs"]]
         return {**answer, "id": payload.id or str(uuid.uuid4()), "parameters": {}, "outputs": outputs}

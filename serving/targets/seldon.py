@@ -13,7 +13,7 @@ import yaml
 from serving.model.batching import BatchingConfig
 from serving.model.release import Release
 from serving.targets import ReleaseFiles
-from serving.targets.documents import describe_tensors
+from serving.targets.documents import dump_tensors
 from serving.targets.folder import render_folder, resolve_interpreter
 
 _HOST = "127.0.0.1"
@@ -117,7 +117,7 @@ def make_settings() -> dict[str, Any]:
 
 def make_model_settings(release: Release) -> dict[str, Any]:
     """Return the settings of a model: what it takes and gives, and the batching as MLServer's adaptive batching."""
-    inputs, outputs = describe_tensors(release.contract)
+    inputs, outputs = dump_tensors(release.contract)
     return {
         "name": release.endpoint,
         "implementation": "runtime.Runtime",
@@ -148,8 +148,7 @@ from mlserver.errors import MLServerError
 from mlserver.types import InferenceRequest, InferenceResponse
 
 from serving.errors import BadRequest
-from serving.model.predictor import join_predictions, open_predictor, settled, split_rows
-from serving.model.release import count_rows
+from serving.model.release import count_rows, join_predictions, open_predictor, split_rows, unwrap_prediction
 from serving.targets.documents import encode_inputs, read_request, write_response
 
 
@@ -187,9 +186,9 @@ class Runtime(MLModel):
         return await self.answer(request, split_rows(request.inputs, self.rows_max))
 
     async def answer(self, request, passes):
-        predictions = await self.predictor.predict_each(passes)
+        predictions = await self.predictor.predict_requests(passes)
         try:
-            outputs = join_predictions([settled(each) for each in predictions])
+            outputs = join_predictions([unwrap_prediction(each) for each in predictions])
             answer = write_response(request, outputs, self.predictor.release)
         except Exception as error:
             raise MLServerError(f"The model must predict every row, got: {error}", 500) from error

@@ -14,7 +14,7 @@ from pathlib import Path
 from serving.errors import EndpointFailed
 from serving.model.batching import BatchingConfig
 from serving.model.release import RELEASE_FILE, Release
-from serving.protocol.tensors import TensorMetadata, tensors
+from serving.protocol.tensors import TensorMetadata, describe_tensors
 from serving.targets import ReleaseFiles
 
 CONFIG_FILE = "config.pbtxt"
@@ -115,7 +115,7 @@ def render_config(model: str, release: Release, versions: Collection[str], *, in
 
     Promises: the same text for the same values. Several versions serve at once, each by its number.
     """
-    inputs, outputs = tensors(release.contract)
+    inputs, outputs = describe_tensors(release.contract)
     count = max(1, release.scaling.replicas_min) if instances is None else instances
     kind = "KIND_GPU" if release.engine.device == "cuda" else "KIND_CPU"
     lines = (

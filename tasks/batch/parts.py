@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from serving.errors import BadInput, SchemaMismatch, SourceChanged
 from serving.model.contract import Contract, Output, is_text
 from serving.model.encoding import Flags
-from serving.model.forward import Predictions
+from serving.model.interface import Predictions
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Chunk, Plan, digest_chunk

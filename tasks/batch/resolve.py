@@ -119,7 +119,7 @@ def plan_run(
         sizes=choose_sizes(call.resolved, model, call.contract, call.options, dataset),
         planned_at=clock(),
     )
-    check_memory(plan, choose_slots(call.options, model.using(plan.engine)), call.options)
+    check_memory(plan, choose_slots(call.options, model.with_engine(plan.engine)), call.options)
     check_create_only(storage)
     order = claim_order_number(storage, plan.run, above=order_held)
     return save_plan(storage, plan.model_copy(update={"order": order}))
@@ -153,7 +153,7 @@ def _open_dataset(call: RunRequest, storage: Storage) -> Dataset:
 def load_planned_model(plan: Plan, resolved: Resolved | None, options: BatchOptions) -> Model:
     """Load the model of a plan on the engine that the plan is tied to, from its files if they are open already."""
     model = load_model(resolved or open_planned_model(plan), plan.contract, allow_pickle=options.allow_pickle)
-    return model.using(plan.engine)
+    return model.with_engine(plan.engine)
 
 
 def open_planned_model(plan: Plan) -> Resolved:

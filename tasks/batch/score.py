@@ -15,9 +15,9 @@ import pyarrow as pa
 
 from serving.errors import SourceFault, TooManyRejects
 from serving.model.encoding import Encoded, Flags, encode
-from serving.model.forward import Forward, Halted, Predictions, retry_pauses
-from serving.model.interface import Model
-from serving.model.loading import must_be_unchanged
+from serving.model.forward import Forward, Halted, iter_retry_delays
+from serving.model.interface import Model, Predictions
+from serving.model.loading import check_model_unchanged
 from tasks.batch.chunk_reader import ahead, open_reader
 from tasks.batch.chunk_scheduler import ChunkClaim, ChunkScheduler, Host
 from tasks.batch.parts import ChunkId, Reasons, count_reasons, encode_part, key_names, part_path
@@ -75,7 +75,7 @@ class Scorer:
         model: Model,
         max_reject_fraction: float,
         joined: bool = False,
-        pauses: Callable[[], Iterator[float]] = retry_pauses,
+        pauses: Callable[[], Iterator[float]] = iter_retry_delays,
         host: Host | None = None,
     ) -> None:
         self.plan, self.destination, self.model = plan, destination, model
@@ -140,7 +140,9 @@ class _Slot:
         self._scorer, self._plan, self._scheduler, self._writer = scorer, scorer.plan, scorer.scheduler, writer
         self._chunks, self._host = scorer.plan.chunks, scorer.host
         self._forward = Forward(
-            *(scorer.model, scorer.plan.contract, scorer.plan.batch_size), goes_on=self._goes_on, pauses=scorer.pauses
+            *(scorer.model, scorer.plan.contract, scorer.plan.batch_size),
+            may_continue=self._goes_on,
+            delays=scorer.pauses,
         )
         self._held: _OpenChunk | None = None
         self._writing: Future[None] | None = None
@@ -215,18 +217,18 @@ class _Slot:
         """Give a whole chunk to the writer, after the one before it is durable."""
         if self._writing is not None:
             self._writing.result()
-        batch_size = self._forward.batch_size_safe or self._plan.batch_size
+        batch_size = self._forward.safe_batch_size or self._plan.batch_size
         self._writing = self._writer.submit(self._write, held, batch_size)
         self._release(held.claim)
 
     def _write(self, held: _OpenChunk, batch_size: int) -> None:
         chunk = held.claim.chunk
         with self._done.timed("write"):
-            flags = Flags.joined(held.flags)
+            flags = Flags.concat(held.flags)
             predictions = {name: np.concatenate([p[name] for p in held.predictions]) for name in held.predictions[0]}
             keys = pa.concat_tables(held.keys)
             data = encode_part(self._plan, self._chunks[chunk], keys, predictions, flags, batch_size)
-            must_be_unchanged(self._plan.model)
+            check_model_unchanged(self._plan.model)
             won = self._scorer.destination.put_new(part_path(self._plan, chunk), data)
         self._scheduler.note_scored(chunk, self._host.clock() - held.started, won=won)
         self._done.rows += len(flags.code_N)

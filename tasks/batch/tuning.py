@@ -10,12 +10,12 @@ from dataclasses import replace
 import pyarrow as pa
 
 from serving.errors import SourceEmpty
-from serving.machine import machine_kind
+from serving.machine import describe_machine
 from serving.model.contract import Contract
 from serving.model.encoding import Encoded, encode
-from serving.model.interface import Tunable, Wish
+from serving.model.interface import Tunable, TuningLimits
 from serving.model.registry import Resolved, save_tag
-from serving.model.tuner import Tuning, measure, remembered, tag_of, tune
+from serving.model.tuner import Tuning, measure_throughput, read_tuning, tune, tuning_tag
 from tasks.batch.chunk_reader import Reader
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Dataset
 from tasks.batch.options import BatchOptions
@@ -41,7 +41,7 @@ def choose_sizes(
         batch_unit=model.batch_unit,
     )
     wish = tuning_wish(options)
-    tuning = remembered(resolved.tags, machine_kind(), wish)
+    tuning = read_tuning(resolved.tags, describe_machine(), wish)
     if tuning is not None:
         return _apply_tuning(tuning, as_it_comes)
     if options.batch_size and options.rows_per_chunk:
@@ -49,7 +49,7 @@ def choose_sizes(
     sample = model.prepare(encode(contract, table))
     if (sample.flags.code_N != 0).all():
         return as_it_comes
-    rate = measure(model, contract, sample, as_it_comes.batch_size, 1, time.perf_counter)
+    rate = measure_throughput(model, contract, sample, as_it_comes.batch_size, 1, time.perf_counter)
     if dataset.rows / (rate * as_it_comes.slots) > _WORK_SECONDS_MIN:
         tuning = tune_and_keep(resolved, model, contract, enlarge_sample(model, sample), wish)
     return _apply_tuning(tuning, as_it_comes) if tuning else replace(as_it_comes, rows_per_second=rate)
@@ -60,20 +60,20 @@ def tune_and_keep(
     model: Tunable,
     contract: Contract,
     sample: Encoded,
-    wish: Wish,
+    wish: TuningLimits,
     *,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Tuning | None:
     """Tune a model on this machine, and keep what is found with its version; None where no row can be scored."""
-    tuning = tune(model, contract, sample, wish, machine=machine_kind(), clock=clock)
+    tuning = tune(model, contract, sample, wish, machine=describe_machine(), clock=clock)
     if tuning is not None:
-        save_tag(resolved.pin, tag_of(tuning.machine, wish), tuning.model_dump_json())
+        save_tag(resolved.pin, tuning_tag(tuning.machine, wish), tuning.model_dump_json())
     return tuning
 
 
-def tuning_wish(options: BatchOptions) -> Wish:
+def tuning_wish(options: BatchOptions) -> TuningLimits:
     """Return what the options let the tuner try."""
-    return Wish(
+    return TuningLimits(
         batch_size=options.batch_size,
         slots=options.slots,
         bfloat16_tolerance=options.bfloat16_tolerance,
@@ -129,4 +129,4 @@ def enlarge_sample(model: Tunable, sample: Encoded) -> Encoded:
     row_bytes = sum(value.nbytes for value in sample.inputs.values()) / sample.rows
     wanted = min(model.batch_sizes[-1], int(_SAMPLE_BYTES_MAX / max(row_bytes, 1)))
     times = math.ceil(wanted / sample.rows)
-    return sample if sample.length_N is not None or times < 2 else sample.repeated(times)  # noqa: PLR2004 - once is as it is
+    return sample if sample.length_N is not None or times < 2 else sample.repeat(times)  # noqa: PLR2004 - once is as it is

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from pydantic import AliasChoices, Field, ValidationError
 
-from serving.machine import cores, machine_kind
+from serving.machine import count_cores, describe_machine
 from serving.model.batching import BatchingConfig, CostModel, choose_batching, fit_cost_model
 from serving.model.contract import Frozen
 from serving.model.encoding import Encoded, Flags
@@ -52,7 +52,7 @@ def resolve_batching(spec: EndpointSpec, loaded: LoadedModel) -> BatchingChoice:
         loaded.contract,
         _repeat_rows(loaded.model, loaded.sample),
         spec.budget.latency_ms,
-        slots=min(replicas, cores()),
+        slots=min(replicas, count_cores()),
         clock=time.perf_counter,
     )
     cost = fit_cost_model(passes)
@@ -65,8 +65,8 @@ def resolve_batching(spec: EndpointSpec, loaded: LoadedModel) -> BatchingChoice:
 
 
 def _repeat_rows(model: Model, sample: Sample) -> Encoded:
-    encoded = model.prepare(Encoded(inputs=sample.inputs, flags=Flags.none(sample.rows), rows=sample.rows))
-    return encoded.repeated(math.ceil(_SAMPLE_ROWS / sample.rows)).rows_at(0, _SAMPLE_ROWS)
+    encoded = model.prepare(Encoded(inputs=sample.inputs, flags=Flags.all_good(sample.rows), rows=sample.rows))
+    return encoded.repeat(math.ceil(_SAMPLE_ROWS / sample.rows)).slice_rows(0, _SAMPLE_ROWS)
 
 
 class ServedSettings(Frozen):
@@ -79,7 +79,7 @@ class ServedSettings(Frozen):
 
 
 def _batching_terms(spec: EndpointSpec) -> tuple[Budget | None, Scaling, str]:
-    return spec.budget, spec.scaling, machine_kind()
+    return spec.budget, spec.scaling, describe_machine()
 
 
 def save_settings(spec: EndpointSpec, pin: ModelPin, chosen: BatchingChoice) -> bool:

@@ -120,7 +120,7 @@ def keep_answered_rows(model: Model, inputs: Arrays | None) -> Sample | None:
 def predict_rows(model: Model, inputs: Arrays) -> Arrays:
     """Return the model's answers, as a batch run computes them."""
     rows = len(next(iter(inputs.values())))
-    return model.predict(model.prepare(Encoded(inputs=dict(inputs), flags=Flags.none(rows), rows=rows)).inputs)
+    return model.predict(model.prepare(Encoded(inputs=dict(inputs), flags=Flags.all_good(rows), rows=rows)).inputs)
 
 
 def read_example_rows(resolved: Resolved, contract: Contract) -> Arrays | None:

@@ -9,7 +9,7 @@ from serving.errors import BadInput, EndpointFailed, RolledBack
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import Rollout, Route, ScaleToZero, ServedVersion, Shadow, roll_back_canary
 from serving.model.contract import Contract
-from serving.protocol.tensors import tensors
+from serving.protocol.tensors import describe_tensors
 from serving.targets import Address
 from tasks.endpoint import spec as specs
 from tasks.endpoint.client import InferClient
@@ -113,7 +113,7 @@ def validate_rollout(spec: EndpointSpec, current: Route | None, contract: Contra
 
 
 def _list_tensors(contract: Contract) -> Mapping[str, object]:
-    inputs, outputs = tensors(contract)
+    inputs, outputs = describe_tensors(contract)
     return {each.name: (each.datatype, each.shape) for each in (*inputs, *outputs)}
 
 

@@ -19,12 +19,12 @@ import pyarrow as pa
 from pydantic import Field, ValidationError
 
 from serving.errors import ModelFailed, ProfileFailed
-from serving.machine import machine_kind
+from serving.machine import describe_machine
 from serving.model.batching import CostModel, fit_cost_model
 from serving.model.contract import Frozen
 from serving.model.encoding import Encoded, encode
 from serving.model.registry import save_tag
-from serving.model.tuner import Tuning, measure, measure_passes, remembered
+from serving.model.tuner import Tuning, measure_passes, measure_throughput, read_tuning
 from tasks.batch.options import BatchOptions
 from tasks.batch.tuning import SAMPLE_ROWS, enlarge_sample, read_first_rows, tune_and_keep, tuning_wish
 from tasks.endpoint.resolve import LoadedModel
@@ -136,14 +136,14 @@ def recall_profile(subject: LoadedModel, measuring: Measuring) -> Profile | None
         profile = Profile.model_validate_json(subject.resolved.tags.get(_tag(measuring), ""))
     except ValidationError:
         return None
-    known = (subject.resolved.pin.digest, machine_kind())
+    known = (subject.resolved.pin.digest, describe_machine())
     return profile if (profile.digest, profile.machine) == known else None
 
 
 def _tag(measuring: Measuring) -> str:
     server = measuring.target.kind if measuring.target else "plain"
     stated = measuring.stated.model_dump_json()
-    told = f"{machine_kind()}\0{server}\0{measuring.options.model_dump_json()}\0{stated}"
+    told = f"{describe_machine()}\0{server}\0{measuring.options.model_dump_json()}\0{stated}"
     return _TAG + hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
@@ -169,7 +169,7 @@ def _profile(
         {
             "model": pin.uri,
             "digest": pin.digest,
-            "machine": machine_kind(),
+            "machine": describe_machine(),
             "slots": slots,
             "pass_time": line,
             "measured_at": datetime.now(UTC),
@@ -216,13 +216,13 @@ def _sample(subject: LoadedModel, table: pa.Table) -> Encoded:
 def _tuned(subject: LoadedModel, sample: Encoded, options: BatchOptions, clock: Callable[[], float]) -> Tuning | None:
     """Return the batch path's tuning, from the version's tags or by the tuner, which then keeps it there."""
     wish = tuning_wish(options)
-    tuning = remembered(subject.resolved.tags, machine_kind(), wish)
+    tuning = read_tuning(subject.resolved.tags, describe_machine(), wish)
     return tuning or tune_and_keep(subject.resolved, subject.model, subject.contract, sample, wish, clock=clock)
 
 
 def _rate(subject: LoadedModel, sample: Encoded, options: BatchOptions, clock: Callable[[], float]) -> float:
     size = options.batch_size or subject.model.batch_size
-    return measure(subject.model, subject.contract, sample, size, 1, clock)
+    return measure_throughput(subject.model, subject.contract, sample, size, 1, clock)
 
 
 def trial_failed(model: str, said: str) -> ProfileFailed:

@@ -88,7 +88,7 @@ def table_of(contract: Contract, inputs: Arrays) -> pa.Table:
 
 
 def _columns(value: Input, array_N: npt.NDArray[Any]) -> dict[str, pa.Array]:
-    if value.stacked:
+    if value.is_stacked:
         return {column.name: pa.array(np.ascontiguousarray(array_N[:, at])) for at, column in enumerate(value.columns)}
     (column,) = value.columns
     if not value.shape:

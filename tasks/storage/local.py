@@ -16,7 +16,7 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from serving.errors import BadInput, DestinationUnusable, SourceChanged, StorageDenied, StorageFault, StorageFull
-from serving.machine import cores
+from serving.machine import count_cores
 from tasks.storage.base import Entry
 
 # The clock that file systems take their times from may tick this seldom.
@@ -36,7 +36,7 @@ class LocalStorage:
     @property
     def reads_at_once(self) -> int:
         """One for each core: a read keeps a core busy."""
-        return cores()
+        return count_cores()
 
     def put_new(self, path: str, data: bytes | memoryview) -> bool:
         """Create a file durably: fsync, link without replace, fsync the folder."""

@@ -25,8 +25,7 @@ import pyarrow.parquet as pq
 from serving.errors import RunDamaged, SourceChanged, StorageFault
 from serving.model.contract import Contract, Frozen
 from serving.model.encoding import Flags
-from serving.model.forward import Predictions
-from serving.model.interface import Engine
+from serving.model.interface import Engine, Predictions
 from serving.model.registry import ModelPin
 from tasks.batch.dataset import Snapshot, map_parallel
 from tasks.batch.options import BatchOptions
@@ -103,7 +102,7 @@ def group_rows(scored: ScoredGroup, key_columns: Sequence[str]) -> PlacedRows:
 def unread_rows(unread: Sequence[Poison], types: Mapping[str, pa.DataType], contract: Contract) -> PlacedRows:
     """Return one row for each message that could not be read: no keys, no predictions, and the reason."""
     places = np.array([(*poison.message.place, 0) for poison in unread], dtype=_PLACE)
-    flags = Flags.none(len(unread))
+    flags = Flags.all_good(len(unread))
     for at, poison in enumerate(unread):
         flags.mark_row(at, poison.column, poison.reason)
     nothing = {
@@ -126,7 +125,7 @@ def join_rows(pieces: Sequence[PlacedRows]) -> PlacedRows:
         predictions={
             name: np.concatenate([piece.predictions[name] for piece in pieces]) for name in pieces[0].predictions
         },
-        flags=Flags.joined([piece.flags for piece in pieces]),
+        flags=Flags.concat([piece.flags for piece in pieces]),
     )
 
 

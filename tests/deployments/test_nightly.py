@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from prefect.client.orchestration import get_client
 
-from infra.local.prefect_server import PrefectServer
-from infra.local.prefect_worker import PrefectWorker
+from infra.local.prefect_server import PrefectServer, PrefectWorker
 from tasks.batch.options import BatchOptions
 from tasks.batch.predictions import open_predictions
 from tasks.spot.purchase import PurchaseOptions

@@ -11,9 +11,7 @@ from typing import Any
 import httpx
 
 from infra.local.gateway import GatewayServer
-from infra.local.loopback import ask
-from infra.local.ports import start_on_free_ports
-from infra.local.process import ServerCommand, ServerProcess, base_environment
+from infra.local.process import ServerCommand, ServerProcess, base_environment, send_request, start_on_free_ports
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import Route, ServedVersion, Verdict
 from tests.serving.gateway.v2_child import CONTRACT
@@ -49,7 +47,7 @@ def v2_server(folder: Path, port: int | None = None) -> V2Server:
             environment=base_environment(),
             folder=folder,
             log_path=folder / "v2.log",
-            ready=lambda: ask("GET", chosen, "/v2/health/ready").ok,
+            ready=lambda: send_request("GET", chosen, "/v2/health/ready").ok,
         )
 
     process, (free,) = start_on_free_ports(1, command)

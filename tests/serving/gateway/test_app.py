@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from infra.local.gateway import GatewayServer, gateway_server
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import Limits
-from serving.protocol.oip import Wanted, decode_response, encode_request
+from serving.protocol.oip import OutputChoice, decode_response, encode_request
 from tests.serving.gateway.conftest import Put
 from tests.serving.gateway.support import ROW, EndpointClient, V2Server, error, route
 from tests.serving.gateway.v2_child import CONTRACT
@@ -68,7 +68,7 @@ def test_the_answer_has_the_id_of_the_request(endpoint: EndpointClient) -> None:
 @pytest.mark.parametrize("binary_in", [True, False])
 @pytest.mark.parametrize("binary_out", [True, False])
 def test_binary_data_is_forwarded_unchanged(endpoint: EndpointClient, *, binary_in: bool, binary_out: bool) -> None:
-    body = encode_request(CONTRACT, INPUTS, binary=binary_in, outputs=(Wanted(name="score", binary=binary_out),))
+    body = encode_request(CONTRACT, INPUTS, binary=binary_in, outputs=(OutputChoice(name="score", binary=binary_out),))
     answer = endpoint.infer(body.content, headers=body.headers)
     length = answer.headers.get("Inference-Header-Content-Length")
     outputs = decode_response(answer.content, CONTRACT, header_length=None if length is None else int(length))

@@ -20,16 +20,14 @@ from mlflow.models import ModelSignature, infer_signature
 from mlflow.pyfunc.scoring_server import _SERVER_MODEL_PATH
 from mlflow.types import Schema, TensorSpec
 
-from infra.local.loopback import ask
-from infra.local.ports import start_on_free_ports
-from infra.local.process import ServerCommand, ServerProcess, base_environment
+from infra.local.process import ServerCommand, ServerProcess, base_environment, send_request, start_on_free_ports
 from serving.errors import Unanswered
 from serving.gateway.mlflow_scoring import MlflowUpstream
 from serving.gateway.route import Route, ServedVersion
 from serving.gateway.upstreams import CheckedRequest, HttpClient, HttpResponse
 from serving.model.contract import Column, Contract, Input, Output
 from serving.model.registry import Resolved, resolve_model
-from serving.protocol.oip import Body, InferRequest, Wanted, decode_response, encode_request
+from serving.protocol.oip import Body, InferRequest, OutputChoice, decode_response, encode_request
 from tests.serving.gateway.conftest import Put
 from tests.serving.gateway.support import EndpointClient, error
 
@@ -79,7 +77,7 @@ def scoring_server(model: Resolved, folder: Path) -> tuple[ServerProcess, str]:
             },
             folder=folder,
             log_path=folder / "scoring.log",
-            ready=lambda: ask("GET", ports[0], "/health").ok,
+            ready=lambda: send_request("GET", ports[0], "/health").ok,
             ready_s_max=120,
         )
 
@@ -125,7 +123,7 @@ def put_endpoint(put: Put, url: str, model: Resolved, speaks: Any) -> EndpointCl
 
 def predict(endpoint: EndpointClient, model: Resolved, inputs: dict[str, Any], *, binary: bool) -> dict[str, Any]:
     contract = model.contract({}, {})
-    wanted = tuple(Wanted(name=value.name, binary=binary) for value in contract.outputs)
+    wanted = tuple(OutputChoice(name=value.name, binary=binary) for value in contract.outputs)
     body = encode_request(contract, inputs, identity="r1", binary=binary, outputs=wanted)
     answer = endpoint.infer(body.content, headers=body.headers)
     assert answer.status_code == 200, answer.text

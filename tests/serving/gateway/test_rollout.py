@@ -17,7 +17,7 @@ from serving.gateway.client import GatewayClient
 from serving.gateway.rollout import choose_version, compare_replies, judge_canary
 from serving.gateway.route import CanaryTally, Limits, Rollout, Shadow
 from serving.gateway.upstreams import Reply
-from serving.protocol.oip import InferRequest, Wanted, encode_response
+from serving.protocol.oip import InferRequest, OutputChoice, encode_response
 from tests.serving.gateway.conftest import Put
 from tests.serving.gateway.support import EndpointClient, V2Server, read_metrics, route, wait_for_verdict
 from tests.serving.gateway.v2_child import CONTRACT
@@ -313,7 +313,7 @@ def test_the_shadow_gets_no_copies_while_requests_wait(
 def test_numbers_are_equal_within_the_tolerance_as_json_and_as_binary(
     difference: float, outcome: str, *, binary: bool
 ) -> None:
-    request = InferRequest(id=None, inputs={"n": np.zeros(2)}, outputs=(Wanted(name="score", binary=binary),))
+    request = InferRequest(id=None, inputs={"n": np.zeros(2)}, outputs=(OutputChoice(name="score", binary=binary),))
 
     def reply(scores: list[float]) -> Reply:
         outputs = {"score": np.array(scores, np.float32)}

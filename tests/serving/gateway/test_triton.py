@@ -133,6 +133,6 @@ def test_the_gateway_loads_its_model_into_a_restarted_triton(put: Put, deployed:
 
     assert 503 == refused.status_code
     assert "The model server of the endpoint" in refused.json()["error"]
-    deployed.server = deployed.server.started_again()
+    deployed.server = deployed.server.restart()
     assert not is_ready(deployed)
     np.testing.assert_allclose(infer_scores(endpoint), deployed.scores.ravel(), atol=1e-6)

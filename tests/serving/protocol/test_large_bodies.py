@@ -22,10 +22,11 @@ from serving.gateway.keys import Keys
 from serving.gateway.route import Limits, Route, ServedVersion
 from serving.gateway.store import Store
 from serving.model.contract import Column, Contract, Input, Output
+from serving.model.interface import Arrays, Predictions
 from serving.model.registry import ModelPin
-from serving.model.release import Arrays, Predictions, Release
+from serving.model.release import Release
 from serving.protocol.oip import HEADER_LENGTH, ServerMetadata
-from serving.protocol.v2_app import v2_app
+from serving.protocol.v2_app import create_v2_app
 
 PAUSE_S_MAX = 0.1
 CHUNK = 1 << 16
@@ -216,7 +217,7 @@ def v2_app_pause(_folder: Path, body: bytes, header_length: str | None) -> tuple
     async def predict(inputs: Arrays) -> Predictions:
         return {"score": np.zeros(len(inputs["x"]), np.float32)[:1]}
 
-    app = v2_app(release, predict, ServerMetadata(name="test", version="1"))
+    app = create_v2_app(release, predict, ServerMetadata(name="test", version="1"))
     return asyncio.run(longest_pause_s(asked(app, "/v2/models/toy/infer", body, header_length)))
 
 

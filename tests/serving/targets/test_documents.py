@@ -9,7 +9,7 @@ from serving.errors import BadRequest, ModelFailed
 from serving.model.contract import Contract
 from serving.model.registry import ModelPin
 from serving.model.release import Release
-from serving.targets.documents import describe_tensors, encode_inputs, read_request, write_response
+from serving.targets.documents import dump_tensors, encode_inputs, read_request, write_response
 from tests.serving.toys import alone, column, matrix
 
 
@@ -83,4 +83,4 @@ def test_a_model_is_described_by_its_tensors() -> None:
     assert (
         [{"name": "gloss", "datatype": "BYTES", "shape": [-1, 1]}],
         [{"name": "score", "datatype": "FP32", "shape": [-1, 1]}],
-    ) == describe_tensors(TEXT.contract)
+    ) == dump_tensors(TEXT.contract)

@@ -14,8 +14,7 @@ import httpx
 import numpy as np
 import pytest
 
-from infra.local.controller import local_controller
-from infra.local.keeper import Serve
+from infra.local.controller import Serve, local_controller
 from serving.errors import EndpointFailed
 from serving.model.batching import BatchingConfig
 from serving.model.contract import Contract

@@ -19,10 +19,9 @@ import pytest
 from mlflow.types import ColSpec, Schema
 
 from infra.local.controller import local_controller
-from infra.local.loopback import ask as ask_port
-from infra.local.ports import free_ports
-from infra.local.process import ServerCommand, ServerProcess, base_environment
-from infra.processes import family
+from infra.local.process import ServerCommand, ServerProcess, base_environment, free_ports
+from infra.local.process import send_request as ask_port
+from infra.worker import list_process_tree
 from serving.targets import Address, Target
 from serving.targets.bentoml import BentoML
 from serving.targets.folder import FolderHost, Status, write_folder
@@ -170,7 +169,7 @@ def test_requests_at_once_get_their_own_answers_and_bad_ones_among_them_spoil_no
 def test_a_server_listens_on_loopback_alone(serving: Serving) -> None:
     pid = serving.pid(0)
 
-    assert {"127.0.0.1"} == {host for member in family(pid) for host in listening(member)}
+    assert {"127.0.0.1"} == {host for member in list_process_tree(pid) for host in listening(member)}
     if serving.server != "bentoml":
         assert {"kserve": 1, "mlserver": 3}[serving.server] == len(listening(pid))
 
@@ -201,7 +200,7 @@ def test_requests_that_come_as_the_models_process_closes_its_idle_connections_ar
 @only("bentoml")
 def test_bentoml_takes_no_pickles_from_outside(serving: Serving) -> None:
     pickled = {"Content-Type": "application/vnd.bentoml+pickle"}
-    answer = httpx.post(f"{serving.addresses[0].url}/predict_each", content=b"x", headers=pickled)
+    answer = httpx.post(f"{serving.addresses[0].url}/predict_requests", content=b"x", headers=pickled)
 
     assert 404 == answer.status_code
 

@@ -17,9 +17,9 @@ import httpx
 import numpy as np
 import pytest
 
-from infra.local.ports import free_ports
+from infra.local.process import free_ports
 from infra.local.ray_cluster import RayCluster, ray_cluster
-from infra.processes import family
+from infra.worker import list_process_tree
 from serving.errors import EndpointFailed
 from serving.model.batching import BatchingConfig
 from serving.model.registry import digest_folder
@@ -281,7 +281,7 @@ def is_ready(address: Address) -> bool:
 
 def replica_pid(cluster: RayCluster, endpoint: str) -> int:
     """The process of an endpoint's replica, 0 where there is none: Ray titles it by its deployment."""
-    for pid in family(cluster.process.pid):
+    for pid in list_process_tree(cluster.process.pid):
         try:
             title = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
         except OSError:

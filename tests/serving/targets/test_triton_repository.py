@@ -95,8 +95,8 @@ def test_a_version_whose_tree_can_not_be_read_leaves_what_was_there(tmp_path: Pa
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-from serving.targets import Rendered
-from serving.targets.triton_repository import replaced
+from serving.targets import ReleaseFiles
+from serving.targets.triton_repository import replace_version
 
 renames = 0
 rename = Path.rename
@@ -111,7 +111,7 @@ def counted(self, target):
 
 
 Path.rename = counted
-with replaced(Path(sys.argv[1]), "1", Rendered(files={"fraud/1/model.py": b"new"})):
+with replace_version(Path(sys.argv[1]), "1", ReleaseFiles(files={"fraud/1/model.py": b"new"})):
     os.kill(os.getpid(), signal.SIGKILL)
 """
 

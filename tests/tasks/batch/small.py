@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from serving.model.contract import Column, Contract, Input, Output
 from serving.model.encoding import Flags
-from serving.model.forward import Predictions
+from serving.model.interface import Predictions
 from serving.model.registry import ModelPin
 from tasks.batch.chunk_reader import open_reader
 from tasks.batch.dataset import open_dataset
@@ -102,7 +102,7 @@ def _places(output: Output, rows: int) -> np.ndarray:
 def a_part(plan: Plan, chunk: ChunkId, rejects: Sequence[int] = ()) -> memoryview:
     """Return the bytes of a chunk's part; rows at the places given are rejects."""
     keys = read_keys(plan, chunk)
-    flags = Flags.none(keys.num_rows)
+    flags = Flags.all_good(keys.num_rows)
     for row in rejects:
         flags.mark_row(row, "a", "null")
     return encode_part(plan, plan.chunks[chunk], keys, predict(plan, keys), flags, plan.batch_size)

@@ -80,7 +80,7 @@ CHUNK = Chunk(pieces=(Piece(file=0, row_group=0, row_start=0, row_stop=4),))
 
 
 def flagged(rows: Sequence[tuple[int, str, str]], count: int = 4) -> Flags:
-    flags = Flags.none(count)
+    flags = Flags.all_good(count)
     for row, column, reason in rows:
         flags.mark_row(row, column, reason)
     return flags
@@ -414,7 +414,7 @@ def test_reasons_are_counted() -> None:
     flags = flagged([(0, "a", "null"), (3, "a", "null"), (1, "b", "null")])
 
     assert Counter({("a", "null"): 2, ("b", "null"): 1}) == count_reasons(flags)
-    assert Counter() == count_reasons(Flags.none(3))
+    assert Counter() == count_reasons(Flags.all_good(3))
 
 
 def test_parts_of_a_plan_are_listed_and_all_else_is_ignored(storage: Storage, plan: Plan) -> None:
@@ -465,7 +465,7 @@ def test_a_footer_counts_the_rows_whose_key_holds_a_null(
 ) -> None:
     whole = pa.table({name: list(values) for name, values in keys.items()})
     table = pa.concat_tables([whole.slice(0, 1), whole.slice(1)])
-    storage.put_new("part", encode_part(plan, CHUNK, table, PREDICTIONS, Flags.none(4), 4))
+    storage.put_new("part", encode_part(plan, CHUNK, table, PREDICTIONS, Flags.all_good(4), 4))
     footer = read_footer(storage, plan, CHUNK, entry_of(storage, "part"))
 
     assert footer is not None

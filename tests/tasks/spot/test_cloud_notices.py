@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 import httpx
 import pytest
 
-from infra.local.ports import free_ports
+from infra.local.process import free_ports
 from tasks.spot.cloud_notices import (
     CLOUDS,
     METADATA_URL,

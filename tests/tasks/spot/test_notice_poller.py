@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator
 
 import pytest
 
-from infra.local.ports import free_ports
+from infra.local.process import free_ports
 from tasks.spot.cloud_notices import CLOUDS, METADATA_URL, Aws, detect_source, open_metadata
 from tasks.spot.drain import Drain, Notice
 from tasks.spot.notice_poller import NoticeLevel, NoticePoller, poll_notices, requires_drain
