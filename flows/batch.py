@@ -15,13 +15,13 @@ from mlflow import MlflowException
 from prefect import get_run_logger
 from prefect.exceptions import TerminationSignal
 
-from flows.adhoc import adhoc_flow
-from flows.context import flow_run_id
-from flows.notices import Left, heeding, is_resumed_by_prefect, leave
-from flows.runners import check_runner, score_shards
-from flows.workers import check_workers, find_start, is_beside_another, start_workers
+from flows.runtime.context import flow_run_id
+from flows.runtime.flow_decorator import adhoc_flow
+from flows.runtime.interruption import Left, heeding, is_resumed_by_prefect, leave
+from flows.runtime.joining import check_workers, find_start, is_beside_another, start_workers
+from flows.runtime.task_runners import check_runner, score_shards
 from serving.errors import SourceFault
-from serving.model import Model
+from serving.model.interface import Model
 from tasks.batch.artifacts import Logger, Watch, publish_artifacts
 from tasks.batch.lineage import record_failure, record_lineage
 from tasks.batch.options import BatchOptions
@@ -37,7 +37,16 @@ from tasks.batch.publish import (
     publish,
 )
 from tasks.batch.report import BatchReport, page_path, plot, report_complete, save_page
-from tasks.batch.run import Found, find_published, load_planned, pin_call, plan_call, plan_slots, restage, state_memory
+from tasks.batch.resolve import (
+    Found,
+    find_published,
+    load_planned,
+    pin_call,
+    plan_call,
+    plan_slots,
+    restage,
+    state_memory,
+)
 from tasks.batch.score import Scored, Scorer, check_rejects
 from tasks.storage import Storage, check_create_only, open_storage
 

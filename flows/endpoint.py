@@ -8,8 +8,8 @@ from typing import Annotated
 from prefect import get_run_logger
 from pydantic import Field
 
-from flows.adhoc import adhoc_flow
-from flows.stages import Stages
+from flows.runtime.flow_decorator import adhoc_flow
+from flows.runtime.task_timing import Stages
 from serving.gateway.client import GatewayClient
 from serving.targets import Address
 from tasks.endpoint.access import read_admin_key, read_keys

@@ -14,8 +14,8 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import TerminationSignal
 
-from flows.adhoc import adhoc_flow
-from flows.context import flow_run, flow_run_id
+from flows.runtime.context import flow_run, flow_run_id
+from flows.runtime.flow_decorator import adhoc_flow
 from serving.errors import OvernightError, SourceFormat
 from serving.machine import cores
 from tasks.batch.artifacts import Logger, server_may_fail
@@ -23,7 +23,8 @@ from tasks.batch.dataset import open_dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_rows_done
 from tasks.batch.plan import Plan, load_plan, load_start
-from tasks.batch.run import Call, find_complete, pin_call
+from tasks.batch.resolve import Call, find_complete, pin_call
+from tasks.common.durations import in_words
 from tasks.spot import dispatch
 from tasks.spot.capacity import PoolCapacity
 from tasks.spot.deadline import workers_needed
@@ -32,7 +33,6 @@ from tasks.spot.machine import Machine
 from tasks.spot.night import KINDS, WORDS, Night
 from tasks.spot.night_report import NightProgress, publish_night, report_night
 from tasks.spot.purchase import Buying, Kind, NightlyReport, deadline_at
-from tasks.spot.spans import in_words
 from tasks.storage import Storage, open_storage
 
 _DEFAULTS = BatchOptions()

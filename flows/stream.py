@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from prefect import get_run_logger
 
-from flows.adhoc import adhoc_flow
-from flows.notices import leave_with
-from flows.stream_run import StreamRun, hearing
-from serving.model import load_model
-from serving.registry import resolve_model
+from flows.runtime.flow_decorator import adhoc_flow
+from flows.runtime.interruption import leave_with
+from flows.runtime.stream_run import StreamRun, hearing
+from serving.model.loading import load_model
+from serving.model.registry import resolve_model
 from tasks.spot.watch import watching
 from tasks.stream.addresses import AnySink, AnySource
 from tasks.stream.decode import Decoder

@@ -11,10 +11,10 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 
-from serving.model import load_model
-from serving.oip import decode_response, encode_request
-from serving.registry import resolve_model
-from serving.release import Dial, Release, Scaling
+from serving.model.loading import load_model
+from serving.model.registry import resolve_model
+from serving.model.release import Dial, Release, Scaling
+from serving.protocol.oip import decode_response, encode_request
 from serving.targets import Address
 
 TOLERANCE = 1e-6

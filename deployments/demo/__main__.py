@@ -51,7 +51,7 @@ def _told_complete(folder: Path) -> bool:
     from tasks.batch.options import BatchOptions  # noqa: PLC0415 - imports MLflow
     from tasks.batch.plan import load_plan  # noqa: PLC0415
     from tasks.batch.report import report_complete  # noqa: PLC0415
-    from tasks.batch.run import find_complete, pin_call  # noqa: PLC0415
+    from tasks.batch.resolve import find_complete, pin_call  # noqa: PLC0415
     from tasks.storage import open_storage  # noqa: PLC0415
 
     start = time.perf_counter()

@@ -22,8 +22,8 @@ from deployments.demo.flights import KEY
 from deployments.demo.prepare import console, point_at, prepare
 
 if TYPE_CHECKING:
-    from tasks.consume.decision import Decision
-    from tasks.consume.workload import Trace, Workload
+    from tasks.scheduler.decision import Decision
+    from tasks.scheduler.workload import Trace, Workload
 
 MODEL = "models:/flight-delay@champion"
 # What the machine of the demo is priced as: the smallest of its generation has two cores too.
@@ -57,9 +57,9 @@ def main() -> None:
 
 def _decide(folder: Path, traces: Path) -> Mapping[Path, Decision]:
     """Return the decision of each workload by its plot."""
-    from flows.consume import choose_mode  # noqa: PLC0415 - the server's address must be set before
+    from flows.scheduler import choose_mode  # noqa: PLC0415 - the server's address must be set before
     from tasks.batch.options import BatchOptions  # noqa: PLC0415
-    from tasks.consume.profile import Measuring  # noqa: PLC0415
+    from tasks.scheduler.profile import Measuring  # noqa: PLC0415
 
     measuring = Measuring(source=str(folder / "flights"), options=BatchOptions(key_columns=(KEY,)))
     decisions = {}
@@ -73,7 +73,7 @@ def _decide(folder: Path, traces: Path) -> Mapping[Path, Decision]:
 
 def workloads(folder: Path, traces: Path) -> list[Workload]:
     """Return a table that is needed each night, a check that somebody waits for, and events, on real traces if any."""
-    from tasks.consume import workload as w  # noqa: PLC0415 - needs MLflow's registry to be set
+    from tasks.scheduler import workload as w  # noqa: PLC0415 - needs MLflow's registry to be set
 
     folder.mkdir(parents=True, exist_ok=True)
     machines = (w.Machine(kind=MACHINE, speed=1),)
@@ -99,7 +99,7 @@ def workloads(folder: Path, traces: Path) -> list[Workload]:
 
 def _check_trace(folder: Path, traces: Path) -> Trace:
     """Return requests a minute over a day: those of all functions of the real trace, else of a made one."""
-    from tasks.consume.workload import Trace  # noqa: PLC0415 - the same
+    from tasks.scheduler.workload import Trace  # noqa: PLC0415 - the same
 
     real, path = traces / "requests_per_minute.csv", folder / "requests-per-minute.csv"
     if real.exists():
@@ -115,7 +115,7 @@ def _check_trace(folder: Path, traces: Path) -> Trace:
 
 def _event_trace(folder: Path, traces: Path) -> Trace:
     """Return when events come within an hour, of the real trace or of a made one."""
-    from tasks.consume.workload import Trace  # noqa: PLC0415 - the same
+    from tasks.scheduler.workload import Trace  # noqa: PLC0415 - the same
 
     real, path = (traces / "requests_llm_code.csv").absolute(), folder / "events.csv"
     if real.exists():
@@ -129,8 +129,8 @@ def _event_trace(folder: Path, traces: Path) -> Trace:
 
 def _show(decisions: Mapping[Path, Decision]) -> None:
     """Print the decisions as a table, what an always-on endpoint wastes, and where the plots are."""
-    from tasks.consume import report  # noqa: PLC0415 - MLflow is imported by it
-    from tasks.consume.money import usd  # noqa: PLC0415 - the same
+    from tasks.scheduler import report  # noqa: PLC0415 - MLflow is imported by it
+    from tasks.scheduler.money import usd  # noqa: PLC0415 - the same
 
     first = next(iter(decisions.values()))
     grid = Grid(title=f"One model, three consumers: 30 days on machines as {MACHINE}", title_justify="left")

@@ -7,7 +7,6 @@ from typing import Annotated, TypeVar
 from fastapi import APIRouter, Depends, Path, Request
 from pydantic import BaseModel, Field, ValidationError
 
-from serving.contract import Frozen
 from serving.errors import BadRequest
 from serving.gateway import openapi
 from serving.gateway.body import body
@@ -16,6 +15,7 @@ from serving.gateway.protocol import Open, administrator_bearer, opened
 from serving.gateway.route import ENDPOINT_PATTERN, KEY_PATTERN, Route
 from serving.gateway.state import EndpointState
 from serving.gateway.store import told_to_whoever_asks
+from serving.model.contract import Frozen
 
 BYTES_MAX = 8 << 20
 _NO_CONTENT, _UNPROCESSABLE = 204, 422

@@ -17,7 +17,7 @@ from serving.gateway import admin, openapi, protocol
 from serving.gateway.door import refused, respond
 from serving.gateway.gateway import Gateway
 from serving.gateway.upstream import Reply
-from serving.oip import error_body
+from serving.protocol.oip import error_body
 
 _ERROR = 500
 _PROBLEMS_SHOWN = 5

@@ -10,7 +10,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from serving.oip import error_body
+from serving.protocol.oip import error_body
 
 _BAD_REQUEST, _TIMEOUT, _TOO_LARGE = 400, 408, 431
 # Bytes around a body in chunks, for each byte of it, that are taken without a question.

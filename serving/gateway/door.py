@@ -16,7 +16,14 @@ from serving.gateway.endpoint import Endpoint
 from serving.gateway.gateway import Gateway
 from serving.gateway.metering import Metered
 from serving.gateway.upstream import Call, Reply
-from serving.oip import HEADER_LENGTH, Body, decode_request_to_forward, error_body, read_header_length, run_aside
+from serving.protocol.oip import (
+    HEADER_LENGTH,
+    Body,
+    decode_request_to_forward,
+    error_body,
+    read_header_length,
+    run_aside,
+)
 
 VERSION_HEADER = "Overnight-Version"
 _REQUEST_TIMEOUT, _TOO_LARGE, _UNAUTHORIZED = 408, 413, 401

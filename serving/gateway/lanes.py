@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from serving.contract import Contract
 from serving.gateway.http import Http
 from serving.gateway.metrics import Metrics
 from serving.gateway.mlflow_scoring import MlflowUpstream
 from serving.gateway.route import Route, Served
 from serving.gateway.upstream import Upstream
 from serving.gateway.v2 import V2Upstream
+from serving.model.contract import Contract
 
 _OK = 200
 

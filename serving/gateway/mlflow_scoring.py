@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import orjson
 
-from serving.contract import Contract, Input, Output
 from serving.errors import BadRequest, ModelFailed, Unanswered
 from serving.gateway.http import Http
 from serving.gateway.route import Served
 from serving.gateway.upstream import Call, Reply
 from serving.gateway.v2 import refusal
-from serving.oip import InferRequest, encode_response, run_aside
-from serving.tensors import Array, from_json, row_shape, to_json
+from serving.model.contract import Contract, Input, Output
+from serving.protocol.oip import InferRequest, encode_response, run_aside
+from serving.protocol.tensors import Array, from_json, row_shape, to_json
 
 _OK, _BAD_GATEWAY = 200, 502
 _JSON = {"Content-Type": "application/json"}

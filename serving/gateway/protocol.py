@@ -12,11 +12,11 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serving.contract import Frozen
 from serving.gateway import openapi
 from serving.gateway.door import infer
 from serving.gateway.gateway import Gateway
-from serving.oip import ModelMetadata, RequestDocument, ServerMetadata, model_metadata
+from serving.model.contract import Frozen
+from serving.protocol.oip import ModelMetadata, RequestDocument, ServerMetadata, model_metadata
 
 SERVER_NAME, SERVER_VERSION = "overnight-gateway", "0.1.0"
 _PLATFORM = "overnight"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from serving.contract import Contract, Frozen
+from serving.model.contract import Contract, Frozen
 
 if TYPE_CHECKING:
     # serving.targets imports MLflow, which takes seconds; the gateway starts without it.

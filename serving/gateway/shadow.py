@@ -8,12 +8,12 @@ from typing import Literal
 
 import numpy as np
 
-from serving.contract import Contract
 from serving.errors import BadRequest, Unanswered
 from serving.gateway.route import Shadow
 from serving.gateway.upstream import Call, Reply, Upstream
-from serving.oip import decode_response
-from serving.tensors import Array
+from serving.model.contract import Contract
+from serving.protocol.oip import decode_response
+from serving.protocol.tensors import Array
 
 Compared = Literal["equal", "different", "failed", "dropped"]
 

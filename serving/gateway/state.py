@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from serving.contract import Frozen
 from serving.gateway.route import Route
 from serving.gateway.trial import Trial, Verdict
+from serving.model.contract import Frozen
 
 Models = Literal["awake", "asleep", "waking", "unknown"]
 

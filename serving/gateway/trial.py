@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import AwareDatetime, Field
 
-from serving.contract import Frozen
 from serving.gateway.route import Rollout
+from serving.model.contract import Frozen
 
 Outcome = Literal["promoted", "rolled back"]
 

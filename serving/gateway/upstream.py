@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from serving.errors import Unanswered
-from serving.oip import HEADER_LENGTH, Body, InferRequest, read_header_length
+from serving.protocol.oip import HEADER_LENGTH, Body, InferRequest, read_header_length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

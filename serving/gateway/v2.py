@@ -14,7 +14,7 @@ import orjson
 from serving.gateway.http import Answered, Http
 from serving.gateway.route import Served
 from serving.gateway.upstream import UPSTREAM_ERROR_CHARACTERS, Call, Reply, log_upstream, without_addresses
-from serving.oip import HEADER_LENGTH, error_body
+from serving.protocol.oip import HEADER_LENGTH, error_body
 
 _OK, _BAD_REQUEST, _UNPROCESSABLE, _SERVER_ERROR = 200, 400, 422, 500
 _BAD_GATEWAY, _UNAVAILABLE, _TIMEOUT, _TOO_LARGE, _TOO_MANY = 502, 503, 504, 413, 429

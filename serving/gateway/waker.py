@@ -13,7 +13,7 @@ from serving.gateway.http import Http
 from serving.gateway.route import Served, Sleep
 from serving.gateway.upstream import log_upstream, without_addresses
 from serving.gateway.v2 import V2Upstream
-from serving.triton_grpc import ControlRefused, Verb, control_async
+from serving.targets.triton_grpc import ControlRefused, Verb, control_async
 
 _OK_BELOW = 300
 _ERROR_CHARACTERS = 2000

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from serving.release import Release
+from serving.model.release import Release
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,10 +17,10 @@ from aiohttp import ClientConnectionError
 from bentoml.exceptions import ServiceUnavailable
 
 from serving.errors import DependencyFault, ModelFailed
-from serving.oip import ServerMetadata
-from serving.predictor import open_predictor
-from serving.release import RELEASE_FILE, Arrays, Predictions, Release
-from serving.v2_app import Overloaded, v2_app
+from serving.model.predictor import open_predictor
+from serving.model.release import RELEASE_FILE, Arrays, Predictions, Release
+from serving.protocol.oip import ServerMetadata
+from serving.protocol.v2_app import Overloaded, v2_app
 
 FOLDER = Path(__file__).parent
 RELEASE = Release.model_validate_json((FOLDER / RELEASE_FILE).read_text())

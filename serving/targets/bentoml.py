@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from serving.release import MODEL_FOLDER, RELEASE_FILE, Release
+from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Release
 from serving.targets import Rendered
 from serving.targets.folder import SERVE_FILE, Serve, interpreter, python_environment, rendered
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import orjson
 
-from serving.contract import Contract
 from serving.errors import BadRequest
-from serving.oip import InferRequest, decode_request, encode_request, encode_response
-from serving.predictor import Outputs
-from serving.release import Release
-from serving.tensors import tensors
+from serving.model.contract import Contract
+from serving.model.predictor import Outputs
+from serving.model.release import Release
+from serving.protocol.oip import InferRequest, decode_request, encode_request, encode_response
+from serving.protocol.tensors import tensors
 
 
 def read_request(inputs: Sequence[Mapping[str, Any]], outputs: Sequence[str] | None, release: Release) -> InferRequest:

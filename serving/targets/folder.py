@@ -18,9 +18,9 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 import serving
-from serving.contract import Frozen
 from serving.errors import EndpointFailed
-from serving.release import MODEL_FOLDER, RELEASE_FILE, Release
+from serving.model.contract import Frozen
+from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Release
 from serving.targets import Address, Rendered, Target
 from serving.targets.written import remove_folder, write_folder
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from serving.release import Release
+from serving.model.release import Release
 from serving.targets import Rendered
 from serving.targets.folder import Serve, interpreter, python_environment, rendered
 
@@ -123,7 +123,7 @@ from kserve import Model, ModelServer
 from kserve.errors import InvalidInput
 
 from serving.errors import BadRequest
-from serving.predictor import open_predictor, settled
+from serving.model.predictor import open_predictor, settled
 from serving.targets.documents import describe, read_request, write_answer
 
 

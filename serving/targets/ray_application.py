@@ -15,10 +15,10 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
-from serving.oip import ServerMetadata
-from serving.predictor import Prediction, open_predictor, settled
-from serving.release import Arrays, Dial, Predictions
-from serving.v2_app import v2_app
+from serving.model.predictor import Prediction, open_predictor, settled
+from serving.model.release import Arrays, Dial, Predictions
+from serving.protocol.oip import ServerMetadata
+from serving.protocol.v2_app import v2_app
 
 
 # A model that did not load twice will not load at all.

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 
 from serving.errors import EndpointFailed
-from serving.release import Release
+from serving.model.release import Release
 from serving.targets import Address
 from serving.targets.ray_rest import Application, Applications, ServeApi
 from serving.targets.ray_serve import RayServe, application_name, folder_name

@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 
 import serving
-from serving.registry import digest_folder
-from serving.release import MODEL_FOLDER, RELEASE_FILE, Release
+from serving.model.registry import digest_folder
+from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Release
 from serving.targets import Rendered
 
 MODULE = "application"

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from serving.release import Dial, Release
+from serving.model.release import Dial, Release
 from serving.targets import Rendered
 from serving.targets.documents import describe
 from serving.targets.folder import Serve, interpreter, python_environment, rendered
@@ -144,8 +144,8 @@ from mlserver.errors import MLServerError
 from mlserver.types import InferenceRequest, InferenceResponse
 
 from serving.errors import BadRequest
-from serving.predictor import join_predictions, open_predictor, settled, split_rows
-from serving.release import count_rows
+from serving.model.predictor import join_predictions, open_predictor, settled, split_rows
+from serving.model.release import count_rows
 from serving.targets.documents import plain_inputs, read_request, write_answer
 
 

@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from serving.errors import EndpointFailed
-from serving.oip import encode_request
-from serving.release import MODEL_FOLDER, RELEASE_FILE, Release
+from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Release
+from serving.protocol.oip import encode_request
+from serving.protocol.tensors import tensors
 from serving.targets import Address, Rendered
 from serving.targets.triton_config import instances_of, with_instances, write_config
 from serving.targets.triton_control import TritonControl
 from serving.targets.triton_repository import CONFIG_FILE, read_releases, replaced, write_whole
-from serving.tensors import tensors
 
 _MODEL_FILE = "model.py"
 _MODEL_PY = Path(__file__).with_name("triton_model.py")

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from serving.errors import EndpointFailed
-from serving.release import Release
+from serving.model.release import Release
 from serving.targets.triton import TritonHost
 from serving.targets.triton_scale import InstanceScaler
 

@@ -6,8 +6,8 @@ import json
 import re
 from collections.abc import Collection, Iterable
 
-from serving.release import Dial, Release
-from serving.tensors import TensorMetadata, tensors
+from serving.model.release import Dial, Release
+from serving.protocol.tensors import TensorMetadata, tensors
 
 _VERSIONS = re.compile(r"(?m)^version_policy.*\bversions: \[([\d, ]*)\]")
 _INSTANCES = re.compile(r"(?m)^(instance_group.*\bcount: )(\d+)")

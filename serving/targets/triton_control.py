@@ -10,7 +10,7 @@ from urllib.parse import quote
 import httpx
 
 from serving.errors import EndpointFailed
-from serving.triton_grpc import ControlRefused, Verb, control
+from serving.targets.triton_grpc import ControlRefused, Verb, control
 
 _POLL_S = 0.02
 _REASON_LENGTH_MAX = 1500

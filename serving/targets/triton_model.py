@@ -13,9 +13,9 @@ import torch
 import triton_python_backend_utils as pb_utils
 from torch.utils.dlpack import from_dlpack
 
-from serving.contract import TEXT_DTYPES, Input, Output
 from serving.errors import BadRequest, DependencyFault, OvernightError
-from serving.release import open_release
+from serving.model.contract import TEXT_DTYPES, Input, Output
+from serving.model.release import open_release
 
 
 class TritonPythonModel:

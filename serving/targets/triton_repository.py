@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from serving.errors import EndpointFailed
-from serving.release import RELEASE_FILE, Release
+from serving.model.release import RELEASE_FILE, Release
 from serving.targets import Rendered
 from serving.targets.triton_config import versions_of
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import httpx
 
 from serving.errors import EndpointFailed
-from serving.release import Dial, Scaling
+from serving.model.release import Dial, Scaling
 from serving.targets.triton import TritonHost
 
 # Above the one, more instances are wanted where requests wait; below the other, one less would do.

@@ -15,7 +15,6 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from serving.contract import Frozen
 from serving.errors import (
     BadInput,
     OvernightError,
@@ -26,6 +25,7 @@ from serving.errors import (
     SourceNotFound,
     StorageFault,
 )
+from serving.model.contract import Frozen
 from tasks.batch.commit_log import find_commit_log, must_be_loose
 from tasks.batch.footer import FooterReader, GroupBytes
 from tasks.storage import Entry, LocalStorage, Selection, Storage, open_storage, select

@@ -7,7 +7,7 @@ from uuid import UUID
 
 from pydantic import Field, model_validator
 
-from serving.contract import ColumnPolicy, Frozen
+from serving.model.contract import ColumnPolicy, Frozen
 
 # These decide how a run is carried out, never what it puts out: a later call may change them and still resume.
 _NOT_IN_KEY = {

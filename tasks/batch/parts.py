@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from serving.contract import Contract, Output, is_text
-from serving.encode import Flags
 from serving.errors import BadInput, SchemaMismatch, SourceChanged
-from serving.forward import Predictions
+from serving.model.contract import Contract, Output, is_text
+from serving.model.encoding import Flags
+from serving.model.forward import Predictions
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Chunk, Plan, digest_chunk

@@ -15,12 +15,12 @@ import numpy as np
 import pyarrow as pa
 from pydantic import ValidationError
 
-from serving.contract import TEXT_DTYPES, Contract, Frozen, Output
-from serving.encode import BatchUnit
-from serving.engine import Engine
 from serving.errors import DestinationUnusable, OvernightError, PlanTooLarge, PublishRefused, RunNameTaken
-from serving.registry import ModelPin
-from serving.tuner import Tuning
+from serving.model.contract import TEXT_DTYPES, Contract, Frozen, Output
+from serving.model.encoding import BatchUnit
+from serving.model.interface import Engine
+from serving.model.registry import ModelPin
+from serving.model.tuner import Tuning
 from tasks.batch.dataset import Dataset, Snapshot, SourceFile
 from tasks.batch.footer import GroupBytes
 from tasks.batch.options import BatchOptions

@@ -9,9 +9,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 
-from serving.contract import Frozen
 from serving.errors import DestinationUnusable, PublishRefused, RunDamaged, RunNameTaken, StorageFault
-from serving.registry import ModelPin
+from serving.model.contract import Frozen
+from serving.model.registry import ModelPin
 from tasks.batch.dataset import Snapshot, in_parallel
 from tasks.batch.delta import commit_delta
 from tasks.batch.options import BatchOptions

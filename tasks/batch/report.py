@@ -10,8 +10,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from serving.contract import Frozen
-from serving.tuner import Tuning
+from serving.model.contract import Frozen
+from serving.model.tuner import Tuning
 from tasks.batch.parts import part_glob
 from tasks.batch.plan import Plan
 from tasks.batch.publish import Manifest, RejectCount

@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from serving.encode import Encoded, Flags, encode
 from serving.errors import SourceFault, TooManyRejects
-from serving.forward import Forward, Halted, Predictions, retry_pauses
-from serving.model import Model, must_be_unchanged
-from tasks.batch.batches import ahead, open_reader
+from serving.model.encoding import Encoded, Flags, encode
+from serving.model.forward import Forward, Halted, Predictions, retry_pauses
+from serving.model.interface import Model
+from serving.model.loading import must_be_unchanged
+from tasks.batch.chunk_reader import ahead, open_reader
+from tasks.batch.chunk_scheduler import Host, Share, Turn
 from tasks.batch.parts import ChunkId, Reasons, count_reasons, encode_part, key_names, part_path
 from tasks.batch.plan import Plan
-from tasks.batch.share import Host, Share, Turn
 from tasks.spot.drain import Drain
 from tasks.storage import Storage
 

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from serving.contract import Contract, Frozen
 from serving.errors import SchemaMismatch, SourceEmpty, StorageFault
+from serving.model.contract import Contract, Frozen
 from tasks.batch.dataset import Snapshot, SourceFile, corrupt_as_named
 from tasks.batch.formats import Wanted, read_tables
 from tasks.storage import LocalStorage, Storage, copy_pinned, local_errors, open_storage

@@ -9,15 +9,14 @@ from dataclasses import replace
 
 import pyarrow as pa
 
-from serving.contract import Contract
-from serving.encode import Encoded, encode
-from serving.engine import Wish
 from serving.errors import SourceEmpty
 from serving.machine import machine_kind
-from serving.model import Tunable
-from serving.registry import Resolved, save_tag
-from serving.tuner import Tuning, measure, remembered, tag_of, tune
-from tasks.batch.batches import Reader
+from serving.model.contract import Contract
+from serving.model.encoding import Encoded, encode
+from serving.model.interface import Tunable, Wish
+from serving.model.registry import Resolved, save_tag
+from serving.model.tuner import Tuning, measure, remembered, tag_of, tune
+from tasks.batch.chunk_reader import Reader
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import ROW_BYTES_OFF, Piece, Sizes, used_columns

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from serving.errors import BadInput, EndpointFailed
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import Route, Sleep
-from serving.release import Dial, Release
+from serving.model.release import Dial, Release
 from serving.targets import Address, Host
 from tasks.batch.artifacts import Logger
 from tasks.endpoint.client import is_ready

@@ -11,9 +11,9 @@ from urllib.parse import quote
 
 import httpx
 
-from serving.contract import Contract
 from serving.errors import BadRequest, EndpointFailed
-from serving.oip import HEADER_LENGTH, decode_response, encode_request, read_header_length
+from serving.model.contract import Contract
+from serving.protocol.oip import HEADER_LENGTH, decode_response, encode_request, read_header_length
 from serving.targets import Address
 from tasks.endpoint.samples import Arrays
 

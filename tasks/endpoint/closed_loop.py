@@ -18,9 +18,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from serving.contract import Contract
 from serving.errors import EndpointFailed
-from serving.oip import encode_request
+from serving.model.contract import Contract
+from serving.protocol.oip import encode_request
 from serving.targets import Address
 from tasks.endpoint.client import infer_path
 from tasks.endpoint.samples import Sample

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 import numpy as np
 from pydantic import Field
 
-from serving.contract import Contract, Frozen
-from serving.oip import encode_request
+from serving.model.contract import Contract, Frozen
+from serving.protocol.oip import encode_request
 from serving.targets import Address
 from tasks.endpoint.client import infer_path
 from tasks.endpoint.samples import Sample

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from serving.contract import Contract
-from serving.registry import ModelPin
-from serving.release import Dial, Release
+from serving.model.contract import Contract
+from serving.model.registry import ModelPin
+from serving.model.release import Dial, Release
 from tasks.endpoint.resolve import Subject
 from tasks.endpoint.spec import EndpointSpec
 

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from pydantic import Field
 
-from serving.contract import Frozen
-from serving.dial import PassTime
-from serving.release import Dial
+from serving.model.batching import PassTime
+from serving.model.contract import Frozen
+from serving.model.release import Dial
 from tasks.batch.artifacts import Logger, server_may_fail
 from tasks.batch.report import data_uri
 from tasks.endpoint.load import Latency

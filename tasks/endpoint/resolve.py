@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from serving.contract import Contract
 from serving.errors import ModelFailed
-from serving.model import Tunable, load_model
-from serving.registry import Resolved, resolve_model
+from serving.model.contract import Contract
+from serving.model.interface import Tunable
+from serving.model.loading import load_model
+from serving.model.registry import Resolved, resolve_model
 from tasks.endpoint.samples import Sample, answered, example_rows, random_rows
 from tasks.endpoint.spec import EndpointSpec
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from serving.contract import Contract
 from serving.errors import BadInput
 from serving.gateway.route import Rollout, Route, Served, Shadow, Sleep, rolled_back
+from serving.model.contract import Contract
+from serving.protocol.tensors import tensors
 from serving.targets import Address
-from serving.tensors import tensors
 from tasks.endpoint import spec as specs
 from tasks.endpoint.spec import EndpointSpec
 

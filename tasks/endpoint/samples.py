@@ -14,11 +14,11 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
-from serving.contract import Contract, Input
-from serving.encode import Encoded, Flags, encode
 from serving.errors import SchemaMismatch
-from serving.model import Model
-from serving.registry import Resolved
+from serving.model.contract import Contract, Input
+from serving.model.encoding import Encoded, Flags, encode
+from serving.model.interface import Model
+from serving.model.registry import Resolved
 
 Arrays = dict[str, npt.NDArray[Any]]
 

@@ -9,9 +9,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from serving.contract import ColumnPolicy, Frozen
 from serving.gateway.route import ENDPOINT_PATTERN, HOST_PORT, KeyName, Limits
-from serving.release import Dial, Scaling
+from serving.model.contract import ColumnPolicy, Frozen
+from serving.model.release import Dial, Scaling
 
 URL = r"^https?://[^\s@]+$"
 GATEWAY = "http://127.0.0.1:8080"

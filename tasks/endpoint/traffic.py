@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 
-from serving.contract import Contract
 from serving.errors import EndpointFailed, RolledBack
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import Route, rolled_back
+from serving.model.contract import Contract
 from serving.targets import Address
 from tasks.endpoint import spec as specs
 from tasks.endpoint.client import InferClient

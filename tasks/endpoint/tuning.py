@@ -8,13 +8,13 @@ from collections.abc import Mapping
 
 from pydantic import Field, ValidationError
 
-from serving.contract import Frozen
-from serving.dial import PassTime, choose_dial, fit, measure_passes
-from serving.encode import Encoded, Flags
 from serving.machine import cores, machine_kind
-from serving.model import Model
-from serving.registry import ModelPin, save_tag
-from serving.release import Dial, Scaling
+from serving.model.batching import PassTime, choose_dial, fit, measure_passes
+from serving.model.contract import Frozen
+from serving.model.encoding import Encoded, Flags
+from serving.model.interface import Model
+from serving.model.registry import ModelPin, save_tag
+from serving.model.release import Dial, Scaling
 from tasks.endpoint.resolve import Subject
 from tasks.endpoint.samples import Sample
 from tasks.endpoint.spec import Budget, EndpointSpec

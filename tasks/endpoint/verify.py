@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from serving.contract import Contract, Frozen, Output
 from serving.errors import VerifyFailed
+from serving.model.contract import Contract, Frozen, Output
 from tasks.endpoint.resolve import Subject
 from tasks.endpoint.samples import Arrays, Sample
 

@@ -39,8 +39,8 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.common.durations import in_words
 from tasks.spot.situation import Place, Situation, Terms, reach
-from tasks.spot.spans import in_words
 
 SLACK_TO_WAIT = 0.20
 SLACK_TO_WAIT_BRIEFLY = 0.05

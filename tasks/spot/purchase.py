@@ -11,8 +11,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from serving.contract import Frozen
 from serving.errors import BadInput
+from serving.model.contract import Frozen
 
 Kind = Literal["spot", "on-demand"]
 Whereabouts = Literal["spot", "on-demand", "nowhere"]

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, ConfigDict, Field
 
-from serving.contract import Frozen
+from serving.model.contract import Frozen
 from serving.redaction import holds_secret
 
 # NATS forbids these in the names of streams and consumers, and takes a subject apart at its dots.

@@ -13,8 +13,8 @@ import orjson
 import polars as pl
 import pyarrow as pa
 
-from serving.contract import Contract
 from serving.errors import SchemaMismatch
+from serving.model.contract import Contract
 from tasks.batch.json_lines import NotJsonLines, Number, parse_lines, read_object, written_values
 from tasks.stream.message import Message, Poison
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from serving.contract import ColumnPolicy, Frozen
+from serving.model.contract import ColumnPolicy, Frozen
 
 
 class StreamOptions(Frozen):

@@ -21,10 +21,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from serving.contract import Contract, Frozen
-from serving.engine import Engine
 from serving.errors import RunDamaged, SourceChanged, StorageFault
-from serving.registry import ModelPin
+from serving.model.contract import Contract, Frozen
+from serving.model.interface import Engine
+from serving.model.registry import ModelPin
 from tasks.batch.dataset import Snapshot, in_parallel
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import ChunkId, PartFooter, Reasons, belongs_to, encode_part, footer_of, list_parts, part_path

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from serving.errors import TooManyRejects
-from serving.model import Model
+from serving.model.interface import Model
 from tasks.stream.ends import Ends
 from tasks.stream.intake import POLL_SECONDS, Batch, Intake, Terms
 from tasks.stream.message import Message, Place, Poison

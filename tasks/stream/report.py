@@ -13,7 +13,7 @@ from uuid import UUID
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from pydantic import Field
 
-from serving.contract import Frozen
+from serving.model.contract import Frozen
 from tasks.batch.artifacts import Logger, server_may_fail
 from tasks.stream.meter import Meter, Totals
 from tasks.stream.microbatch import Dial

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from serving.contract import Contract
-from serving.encode import Flags
-from serving.forward import Predictions
+from serving.model.contract import Contract
+from serving.model.encoding import Flags
+from serving.model.forward import Predictions
 from tasks.stream.message import Poison
 from tasks.stream.score import ScoredGroup
 

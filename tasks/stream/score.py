@@ -14,10 +14,10 @@ import numpy.typing as npt
 import orjson
 import pyarrow as pa
 
-from serving.contract import Contract
-from serving.encode import Flags, encode
-from serving.forward import Forward, Predictions, endless_pauses
-from serving.model import Model
+from serving.model.contract import Contract
+from serving.model.encoding import Flags, encode
+from serving.model.forward import Forward, Predictions, endless_pauses
+from serving.model.interface import Model
 from tasks.batch.parts import answer_columns
 from tasks.stream.decode import Decoder, Group
 from tasks.stream.message import Message, Poison

@@ -9,15 +9,14 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from serving.contract import Contract
-from serving.encode import Encoded, encode
-from serving.engine import Wish
 from serving.errors import ModelFailed
-from serving.forward import Forward
 from serving.machine import machine_kind
-from serving.model import Tunable
-from serving.registry import Resolved
-from serving.tuner import Tuning, measure, remembered
+from serving.model.contract import Contract
+from serving.model.encoding import Encoded, encode
+from serving.model.forward import Forward
+from serving.model.interface import Tunable, Wish
+from serving.model.registry import Resolved
+from serving.model.tuner import Tuning, measure, remembered
 from tasks.batch.tuning import tune_and_keep
 from tasks.stream.meter import Meter
 from tasks.stream.microbatch import Dial, Service, choose_dial, fit_seen, fit_service

@@ -31,8 +31,8 @@ def main() -> None:
 def overnight(model: str, source: str, destination: str, options: dict[str, int]) -> Job:
     """A call of batch_inference: modules imported and model resolved and loaded before."""
     from flows.batch import batch_inference
-    from serving.model import load_model
-    from serving.registry import resolve_model
+    from serving.model.loading import load_model
+    from serving.model.registry import resolve_model
     from tasks.batch.options import BatchOptions
 
     resolved = resolve_model(model)

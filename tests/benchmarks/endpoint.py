@@ -95,8 +95,8 @@ def make_served(name: str, width: int) -> Served:
     """Register a network 32-W-W-1 once, and choose the dial for it as the flow does."""
     import mlflow
 
-    from serving.registry import resolve_model
-    from serving.release import Dial, Release
+    from serving.model.registry import resolve_model
+    from serving.model.release import Dial, Release
     from tasks.endpoint.resolve import resolve
     from tasks.endpoint.spec import Budget, EndpointSpec
     from tasks.endpoint.tuning import settle_dial

@@ -17,7 +17,7 @@ from deployments.demo.endpoint_callers import Callers
 from deployments.demo.endpoint_faulty import LATE_MINUTES
 from infra.local.triton import TritonServer, triton_server
 from serving.errors import RolledBack
-from serving.oip import encode_request
+from serving.protocol.oip import encode_request
 from tests.benchmarks.endpoint_servers import Served
 from tests.benchmarks.shared import FEATURES, console, prefect
 

@@ -20,8 +20,8 @@ import numpy as np
 from infra.local.ports import start_on_free_ports
 from infra.local.process import ServerCommand, ServerProcess, base_environment
 from infra.processes import family
-from serving.oip import encode_request
-from serving.release import Dial, Release
+from serving.model.release import Dial, Release
+from serving.protocol.oip import encode_request
 from serving.targets import Address, Host, Target
 from tasks.endpoint.client import infer_path
 

@@ -24,9 +24,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from serving.contract import Column, Contract, Input, Output
-from serving.encode import Encoded
-from serving.registry import ModelPin
+from serving.model.contract import Column, Contract, Input, Output
+from serving.model.encoding import Encoded
+from serving.model.registry import ModelPin
 from tasks.batch.dataset import open_dataset, take_snapshot
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Plan, Sizes, make_plan, memory_bytes

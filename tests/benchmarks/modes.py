@@ -21,11 +21,11 @@ from typing import Any
 
 from rich.progress import track
 
-from tasks.consume.arrivals import read_arrivals
-from tasks.consume.availability import read_availability
-from tasks.consume.decide import kinds_of, make_problem
-from tasks.consume.simulate import simulate
-from tasks.consume.workload import Events, Prices, Rate, Requests, Workload
+from tasks.scheduler.arrivals import read_arrivals
+from tasks.scheduler.availability import read_availability
+from tasks.scheduler.decide import kinds_of, make_problem
+from tasks.scheduler.simulate import simulate
+from tasks.scheduler.workload import Events, Prices, Rate, Requests, Workload
 from tests.benchmarks.figures import show
 from tests.benchmarks.modes_keep_warm import WANTED, keep_warm_figures
 from tests.benchmarks.modes_reality import batch_figures, endpoint_figures

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tasks.consume.problem import Candidate, Kind, Problem
+from tasks.scheduler.problem import Candidate, Kind, Problem
 
 ARRIVALS_MAX, WAKING_ARRIVALS_MAX = 1_000_000, 3_000_000
 _WINDOWS = 12

@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from tasks.consume.keep_warm import Spells, Windows, fixed, histogram, least, paid
+from tasks.scheduler.keep_warm import Spells, Windows, fixed, histogram, least, paid
 from tests.benchmarks.modes_workloads import TRACES
 
 MINUTES = (5, 15, 60)

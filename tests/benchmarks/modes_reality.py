@@ -14,13 +14,13 @@ from typing import Any, NoReturn
 import numpy as np
 
 from tasks.batch.options import BatchOptions
-from tasks.consume.decision import Profile
-from tasks.consume.fit import serving_time
-from tasks.consume.profile import Measuring, Stated, measure_profile
-from tasks.consume.server import Server, lognormal
 from tasks.endpoint.client import infer_path
 from tasks.endpoint.resolve import resolve
 from tasks.endpoint.spec import EndpointSpec, Triton
+from tasks.scheduler.decision import Profile
+from tasks.scheduler.fit import serving_time
+from tasks.scheduler.profile import Measuring, Stated, measure_profile
+from tasks.scheduler.server import Server, lognormal
 from tests.benchmarks.shared import FOLDER, ROUNDS, ROWS, child, console, make_customers, make_models, prefect
 
 WARM_SECONDS, SECONDS = 2, 8
@@ -114,7 +114,7 @@ def _against(predicted: float, measured: float) -> dict[str, float]:
 
 def batch_figures() -> dict[str, Any]:
     """Predict how long a process that scores all rows takes by the scheduler's trial of a fifth, then measure it."""
-    from flows.trial import run_trial
+    from flows.runtime.calibration_run import run_trial
 
     few = max(ROWS // 5, 100_000)
     models, less, many = make_models(), make_customers(few), make_customers(ROWS)

@@ -13,16 +13,16 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from tasks.consume.choose import Choice, best, rated
-from tasks.consume.decide import kinds_of, make_problem
-from tasks.consume.fit import Fit, fits
-from tasks.consume.problem import Candidate, Kind, Problem
-from tasks.consume.simulate_batch import EVERY_MIN, Line, seldom, spot_runs
-from tasks.consume.simulate_online import SCALE_SECONDS, always_on, autoscale, scale
-from tasks.consume.simulate_sleep import sleep, traffic
-from tasks.consume.simulate_stream import stream, stream_fit
-from tasks.consume.simulate_table import batch_on_spot as table_on_spot
-from tasks.consume.simulate_table import table
+from tasks.scheduler.choose import Choice, best, rated
+from tasks.scheduler.decide import kinds_of, make_problem
+from tasks.scheduler.fit import Fit, fits
+from tasks.scheduler.problem import Candidate, Kind, Problem
+from tasks.scheduler.simulate_batch import EVERY_MIN, Line, seldom, spot_runs
+from tasks.scheduler.simulate_online import SCALE_SECONDS, always_on, autoscale, scale
+from tasks.scheduler.simulate_sleep import sleep, traffic
+from tasks.scheduler.simulate_stream import stream, stream_fit
+from tasks.scheduler.simulate_table import batch_on_spot as table_on_spot
+from tasks.scheduler.simulate_table import table
 from tasks.spot.policy import places
 from tasks.spot.replay import Job, replay
 from tests.benchmarks.modes_exact import late_share

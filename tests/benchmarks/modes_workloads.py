@@ -13,12 +13,12 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from serving.dial import PassTime
-from tasks.consume.arrivals import DAY, Arrivals, rate_counts, read_arrivals
-from tasks.consume.availability import Availability, read_availability
-from tasks.consume.decision import Profile
-from tasks.consume.trace import spread
-from tasks.consume.workload import Events, Machine, Prices, Rate, Requests, Spot, Table, Trace, Workload
+from serving.model.batching import PassTime
+from tasks.scheduler.arrivals import DAY, Arrivals, rate_counts, read_arrivals
+from tasks.scheduler.availability import Availability, read_availability
+from tasks.scheduler.decision import Profile
+from tasks.scheduler.trace import spread
+from tasks.scheduler.workload import Events, Machine, Prices, Rate, Requests, Spot, Table, Trace, Workload
 from tests.benchmarks.traces import ROOT
 
 TRACES = Path(os.environ.get("TRACES", ROOT.parent / "shared/traces"))

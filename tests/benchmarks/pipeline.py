@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from serving.contract import Column, Contract, Input, Output
-from serving.encode import Encoded
-from serving.registry import ModelPin
+from serving.model.contract import Column, Contract, Input, Output
+from serving.model.encoding import Encoded
+from serving.model.registry import ModelPin
 from tasks.batch.dataset import open_dataset, take_snapshot
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Sizes, make_plan

@@ -21,24 +21,24 @@ from infra.local.prefect_server import PrefectServer
 from infra.local.prefect_worker import PrefectWorker
 from infra.local.triton import TritonServer
 from serving.errors import ApplyFailed, SourceNotFound
-from serving.oip import encode_request
-from serving.registry import resolve_model
+from serving.model.registry import resolve_model
+from serving.protocol.oip import encode_request
 from tasks.batch.options import BatchOptions
 from tasks.batch.predictions import open_predictions
-from tasks.consume.decision import Decision
-from tasks.consume.profile import Measuring, Stated
-from tasks.consume.review import Hysteresis
-from tasks.consume.terms import BatchTerms, OnlineTerms, StreamTerms, Terms
-from tasks.consume.workload import Events, Machine, Metered, Prices, Workload
 from tasks.endpoint.spec import Triton
+from tasks.scheduler.decision import Decision
+from tasks.scheduler.profile import Measuring, Stated
+from tasks.scheduler.review import Hysteresis
+from tasks.scheduler.terms import BatchTerms, OnlineTerms, StreamTerms, Terms
+from tasks.scheduler.workload import Events, Machine, Metered, Prices, Workload
 from tasks.stream.addresses import FromNats, ToNats
 from tasks.stream.options import StreamOptions
 from tests.deployments.flow_runs import wait_until
 from tests.servers import triton_or_skip
-from tests.tasks.consume.decisions import EVENTS, FRAUD, NIGHTLY, decision, way
+from tests.tasks.scheduler.decisions import EVENTS, FRAUD, NIGHTLY, decision, way
 
 if TYPE_CHECKING:
-    from tasks.consume.effect import Applied
+    from tasks.scheduler.effect import Applied
 
 NAME = "churn"
 OPTIONS = BatchOptions(key_columns=("customer",), batch_size=512, rows_per_chunk=5_000, slots=1, experiment=None)
@@ -80,15 +80,15 @@ def of(workload: Workload, model: str) -> Workload:
 
 
 def applied(decided: Decision, terms: Terms) -> Applied:
-    from flows.effect import apply_decision
-    from flows.stages import Stages
+    from flows.runtime.apply import apply_decision
+    from flows.runtime.task_timing import Stages
 
     return apply_decision(Stages(), decided, terms, logging.getLogger(__name__))
 
 
 def deployments() -> set[str]:
     """What serves the workload, by the names of its deployments."""
-    from flows.deployed import full_name, serving
+    from flows.runtime.deployment_store import full_name, serving
 
     return {full_name(each) for each in serving(NAME)}
 
@@ -101,8 +101,8 @@ def answer(terms: OnlineTerms, model: str) -> int:
 def test_a_night_on_spot_is_scheduled_with_its_deadline_and_what_machines_cost(
     deployed: PrefectServer, linear: str, customers: Path, tmp_path: Path
 ) -> None:
-    from flows.deployed import remove, serving
-    from flows.effect import find_standing
+    from flows.runtime.apply import find_standing
+    from flows.runtime.deployment_store import remove, serving
 
     decided = decision(of(NIGHTLY, linear), way("batch", "spot", 1.0, machines=2))
     terms = Terms(batch=batch(customers, tmp_path / "scores"))
@@ -156,7 +156,7 @@ def test_an_endpoint_serves_until_what_takes_its_place_is_verified(
 def test_a_review_of_metered_traffic_changes_the_mode_once_that_was_said_often_enough(
     deployed: PrefectServer, gateway: GatewayServer, online: OnlineTerms, linear: str, customers: Path, tmp_path: Path
 ) -> None:
-    from flows.consume import review_modes
+    from flows.scheduler import review_modes
 
     metered = Metered(folder=str(gateway.folder), endpoint=NAME)
     asked = of(FRAUD, linear).model_copy(update={"machines": (Machine(prices=Prices(on_demand=0.1)),)})

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import flows.batch
-import serving.forward
-import tasks.batch.batches
+import serving.model.forward
+import tasks.batch.chunk_reader
 import tasks.batch.publish
 import tasks.batch.score
 import tasks.storage.local
@@ -85,8 +85,8 @@ POINTS: dict[str, Callable[[], None]] = {
     "before the plan": lambda: _before(_local, "put_new", _is("plan.json")),
     "after the plan": lambda: _after(_local, "put_new", _is("plan.json")),
     "after the start": lambda: _after(flows.batch, "save_start"),
-    "reading": lambda: _before(tasks.batch.batches.Reader, "read"),
-    "before a batch": lambda: _before(serving.forward.Forward, "_begin"),
+    "reading": lambda: _before(tasks.batch.chunk_reader.Reader, "read"),
+    "before a batch": lambda: _before(serving.model.forward.Forward, "_begin"),
     "forward": lambda: _after(tasks.batch.score.Forward, "score"),
     "encoding a part": lambda: _after(tasks.batch.score, "encode_part"),
     "a part half written": lambda: setattr(tasks.storage.local, "_write_synced", _half_written),

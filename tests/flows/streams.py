@@ -19,7 +19,7 @@ import polars as pl
 
 from infra.local.nats import NatsServer
 from infra.local.nats_client import NatsClient
-from serving.contract import Frozen
+from serving.model.contract import Frozen
 from tasks.stream.addresses import FromNats, ToNats
 from tasks.stream.options import StreamOptions
 from tasks.stream.score import write_arrow

@@ -20,8 +20,8 @@ from infra.local.prefect_server import PrefectServer
 from infra.local.triton import TritonServer
 from serving.errors import BadInput, EndpointFailed, LatencyImpossible, RolledBack, VerifyFailed
 from serving.gateway.client import GatewayClient
-from serving.oip import encode_request
-from serving.registry import resolve_model
+from serving.model.registry import resolve_model
+from serving.protocol.oip import encode_request
 from tasks.endpoint.spec import Canary, EndpointSpec, RayServe, Shadow, Triton
 from tests.servers import triton_or_skip
 

@@ -177,7 +177,7 @@ def test_ctrl_c_does_not_reach_the_temporary_server_and_leaves_no_process_behind
 
 
 def test_an_impatient_second_ctrl_c_passes_unheard_and_a_later_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows import interrupts
+    from flows.runtime import interrupts
 
     monkeypatch.setattr(interrupts, "_HUSH_SECONDS", 0.2)
     # A flow that was interrupted in this process leaves a handler of its own.

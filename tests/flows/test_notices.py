@@ -24,8 +24,8 @@ from prefect.states import Cancelling, Scheduled
 
 from infra.local.prefect_server import PrefectServer
 from serving.errors import Interrupted
+from tasks.batch.chunk_scheduler import Share
 from tasks.batch.options import BatchOptions
-from tasks.batch.share import Share
 from tasks.spot.clouds import Aws
 from tasks.spot.metadata import METADATA_URL
 from tasks.spot.watch import watching
@@ -187,7 +187,9 @@ def test_a_metadata_service_that_never_answers_does_not_hold_up_a_run(
     from flows.batch import batch_inference
 
     warned: list[str] = []
-    monkeypatch.setattr("flows.notices.watching", lambda drain, wanted, _: watching(drain, wanted, warned.append))
+    monkeypatch.setattr(
+        "flows.runtime.interruption.watching", lambda drain, wanted, _: watching(drain, wanted, warned.append)
+    )
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv(METADATA_URL, f"http://127.0.0.1:{silent.getsockname()[1]}")
         small = OPTIONS.model_copy(update={"batch_size": CHUNK})

@@ -83,11 +83,11 @@ def test_rejects_are_reported_and_limited_as_in_threads(cluster: None, linear: s
 
     source = write_customers(tmp_path / "customers", rows=3_000, files=2, rows_per_group=500, edit=edit)
     in_threads = infer(linear, source, tmp_path / "threads", THREADS)
-    on_ray = infer(linear, source, tmp_path / "ray", ON_RAY)
+    ray_runner = infer(linear, source, tmp_path / "ray", ON_RAY)
 
-    assert 60 == on_ray.rows_rejected
-    assert in_threads.rejects == on_ray.rejects
-    assert (3_000, 2) == (on_ray.rows_scored, on_ray.slots)
+    assert 60 == ray_runner.rows_rejected
+    assert in_threads.rejects == ray_runner.rejects
+    assert (3_000, 2) == (ray_runner.rows_scored, ray_runner.slots)
     assert run_parts(tmp_path / "threads") == run_parts(tmp_path / "ray")
     with pytest.raises(TooManyRejects, match="raise max_reject_fraction"):
         infer(linear, source, tmp_path / "limited", ON_RAY.model_copy(update={"max_reject_fraction": 0.01}))
@@ -140,9 +140,9 @@ def test_a_tasks_file_in_the_callers_folder_is_named_as_what_hides_the_packages(
 def test_without_the_package_the_error_says_how_to_install_it(
     linear: str, customers: Path, prefect: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows import on_ray
+    from flows.runtime import ray_runner
 
-    monkeypatch.setattr(on_ray, "find_spec", lambda _: None)
+    monkeypatch.setattr(ray_runner, "find_spec", lambda _: None)
 
     with pytest.raises(RunnerUnusable, match=r"pip install 'overnight\[ray\]'"):
         infer(linear, customers, tmp_path / "scores", ON_RAY)

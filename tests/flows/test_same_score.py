@@ -13,7 +13,7 @@ import pytest
 from infra.local.controller import local_controller
 from infra.local.prefect_server import PrefectServer
 from infra.local.ray_cluster import ray_cluster
-from serving.release import Dial
+from serving.model.release import Dial
 from tasks.batch.options import BatchOptions
 from tasks.batch.predictions import open_predictions
 from tasks.endpoint.client import InferClient

@@ -15,18 +15,18 @@ from prefect import Flow
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from flows.batch import batch_inference
-from flows.consume import choose_mode
 from flows.endpoint import online_endpoint, retire_endpoint
 from flows.nightly import nightly_inference
+from flows.scheduler import choose_mode
 from flows.stream import stream_inference
 from infra.local.ports import free_ports
 from serving.errors import ModelNotFound, OvernightError, SecretExposed
-from serving.registry import resolve_model
+from serving.model.registry import resolve_model
 from tasks.storage import open_storage
 from tasks.stream.addresses import FromKafka, FromNats, ToKafka, ToNats, ToParts
 from tasks.stream.ends import Abandoned
-from tasks.stream.kafka_link import KafkaVoice, find_topic, kafka_settings
-from tasks.stream.nats_link import NatsLink
+from tasks.stream.kafka.link import KafkaVoice, find_topic, kafka_settings
+from tasks.stream.nats.link import NatsLink
 
 SECRET = "s3cr3t-0f-mine"  # noqa: S105 - of nothing
 # Each by the way that a person may write one.

@@ -177,7 +177,7 @@ def test_what_is_seen_of_a_stream_while_it_runs(
 def test_the_dial_is_tuned_to_the_freshness_and_the_tuning_kept_with_the_model(
     nats: NatsServer, nats_client: NatsClient, fresh: str, registry: Path
 ) -> None:
-    from serving.registry import resolve_model
+    from serving.model.registry import resolve_model
     from tests.support import register_network
 
     model = register_network(fresh, seed=3)

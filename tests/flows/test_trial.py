@@ -11,10 +11,10 @@ import pytest
 from infra.local.prefect_server import PrefectServer
 from serving.errors import ProfileFailed
 from tasks.batch.options import BatchOptions
-from tasks.consume.profile import Measuring, Stated, measure_profile, recall_profile
 from tasks.endpoint.deploy import host_of
 from tasks.endpoint.resolve import Subject, resolve
 from tasks.endpoint.spec import EndpointSpec, Triton
+from tasks.scheduler.profile import Measuring, Stated, measure_profile, recall_profile
 from tests.servers import triton_or_skip
 
 OPTIONS = BatchOptions(key_columns=("customer",), batch_size=512)
@@ -34,7 +34,7 @@ def never(*_: object) -> NoReturn:
 def test_a_model_is_measured_once_and_remembered_with_its_version(
     prefect: PrefectServer, spec: EndpointSpec, customers: Path
 ) -> None:
-    from flows.trial import run_trial
+    from flows.runtime.calibration_run import run_trial
 
     measuring = Measuring(source=str(customers), options=OPTIONS, seconds=0.2)
     profile = measure_profile(spec, resolve(spec), measuring, run_trial)
@@ -84,7 +84,7 @@ def test_start_and_requests_are_measured_on_a_model_server_which_is_left_as_it_w
 def test_a_batch_run_that_fails_is_an_error_that_says_what_it_said(
     prefect: PrefectServer, spec: EndpointSpec, tmp_path: Path
 ) -> None:
-    from flows.trial import run_trial
+    from flows.runtime.calibration_run import run_trial
 
     with pytest.raises(ProfileFailed, match=r"must go through to be measured, got: The source must name.*nothing-here"):
         run_trial(spec.model, tmp_path / "nothing-here", tmp_path / "scores", OPTIONS)

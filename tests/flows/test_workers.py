@@ -15,7 +15,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
 from prefect.states import Crashed, Running
 
-from flows import workers
+from flows.runtime import joining
 from infra.local.prefect_server import PrefectServer
 from serving.errors import BadInput, RunnerUnusable
 from tasks.batch.options import BatchOptions
@@ -88,17 +88,17 @@ class TestJoining:
         (started,) = (tmp_path / "scores/_overnight/starts").iterdir()
         storage = open_storage(str(tmp_path / "scores"))
 
-        begun = workers.find_start(storage, "second", UUID(started.stem))
+        begun = joining.find_start(storage, "second", UUID(started.stem))
 
         assert begun is not None
         assert first.run == begun.run
-        assert begun == workers.find_start(storage, "second", uuid.uuid4())
-        assert workers.find_start(storage, "third", None) is None
+        assert begun == joining.find_start(storage, "second", uuid.uuid4())
+        assert joining.find_start(storage, "third", None) is None
 
     def test_a_flow_run_that_began_nothing_there_is_named(
         self, linear: str, customers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(workers, "_START_SECONDS_MAX", 0.5)
+        monkeypatch.setattr(joining, "_START_SECONDS_MAX", 0.5)
         stranger = uuid.uuid4()
 
         with pytest.raises(BadInput, match=f"Flow run {stranger} must have begun a run at"):
@@ -108,14 +108,14 @@ class TestJoining:
     def test_it_knows_whether_the_one_that_it_joins_is_there(self, pool: str) -> None:
         first = start(pool)
         beside = OPTIONS.model_copy(update={"joins": first.id})
-        known = [workers.is_beside_another(OPTIONS), workers.is_beside_another(beside)]
+        known = [joining.is_beside_another(OPTIONS), joining.is_beside_another(beside)]
         with get_client(sync_client=True) as client:
             for state in (Running(), Crashed()):
                 client.set_flow_run_state(first.id, state, force=True)
-                known.append(workers.is_beside_another(beside))
+                known.append(joining.is_beside_another(beside))
 
         assert [False, False, True, False] == known
-        assert not workers.is_beside_another(OPTIONS.model_copy(update={"joins": uuid.uuid4()}))
+        assert not joining.is_beside_another(OPTIONS.model_copy(update={"joins": uuid.uuid4()}))
 
 
 class TestStarting:
@@ -131,8 +131,8 @@ class TestStarting:
         first = start(pool, model="models:/m/1", options=options.model_dump(mode="json"))
         log = Log()
         with running(first):
-            started = workers.start_workers(options, log)  # type: ignore[arg-type]
-            again = workers.start_workers(options, log)  # type: ignore[arg-type]
+            started = joining.start_workers(options, log)  # type: ignore[arg-type]
+            again = joining.start_workers(options, log)  # type: ignore[arg-type]
 
         assert ["night-worker-2", "night-worker-3"] == [each.name for each in started]
         assert [each.id for each in started] == [each.id for each in again]
@@ -146,21 +146,21 @@ class TestStarting:
         joins = uuid.uuid4()
         options = OPTIONS.model_copy(update={"workers": 2, "joins": joins})
         with running(start(pool, options=options.model_dump(mode="json"))):
-            (other,) = workers.start_workers(options, Log())  # type: ignore[arg-type]
+            (other,) = joining.start_workers(options, Log())  # type: ignore[arg-type]
 
         assert str(joins) == other.parameters["options"]["joins"]
 
     def test_one_worker_starts_none(self, pool: str) -> None:
         with running(start(pool)):
-            assert [] == workers.start_workers(OPTIONS, Log())  # type: ignore[arg-type]
+            assert [] == joining.start_workers(OPTIONS, Log())  # type: ignore[arg-type]
 
     def test_a_deployment_without_its_work_pool_is_named(self) -> None:
         options = OPTIONS.model_copy(update={"workers": 2})
         with running(start(None)), pytest.raises(RunnerUnusable, match="Deployment 'adhoc' must have a work pool"):
-            workers.start_workers(options, Log())  # type: ignore[arg-type]
+            joining.start_workers(options, Log())  # type: ignore[arg-type]
 
     def test_a_relative_path_in_a_run_of_a_deployment_is_refused(self, pool: str) -> None:
         with running(start(pool)):
-            workers.check_workers("s3://lake/customers", "/data/scores", OPTIONS)
+            joining.check_workers("s3://lake/customers", "/data/scores", OPTIONS)
             with pytest.raises(BadInput, match="destination of a deployment's run must be an absolute path"):
-                workers.check_workers("s3://lake/customers", "scores", OPTIONS)
+                joining.check_workers("s3://lake/customers", "scores", OPTIONS)

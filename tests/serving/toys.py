@@ -7,7 +7,7 @@ import torch
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
 
-from serving.contract import Column, ColumnPolicy, Contract, Input, Output
+from serving.model.contract import Column, ColumnPolicy, Contract, Input, Output
 
 REJECT, KEEP = ColumnPolicy(), ColumnPolicy(null="keep")
 

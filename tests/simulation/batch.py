@@ -11,14 +11,14 @@ from datetime import timedelta
 from typing import Any, Literal
 
 from serving.errors import BadInput, Interrupted, OvernightError
+from tasks.batch.chunk_scheduler import Host
 from tasks.batch.dataset import take_snapshot
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_rows_done
 from tasks.batch.plan import Plan, Start, confirm_plan, load_begun, load_start, run_key, save_start
 from tasks.batch.publish import Audit, Manifest, audit_parts, count_rejects, find_whole, must_add_up, publish
-from tasks.batch.run import Call, Found, find_published, plan_call, plan_slots, restage, state_memory
+from tasks.batch.resolve import Call, Found, find_published, plan_call, plan_slots, restage, state_memory
 from tasks.batch.score import Scored, Scorer, check_rejects
-from tasks.batch.share import Host
 from tasks.spot.drain import Drain
 from tasks.spot.notice import sigterm
 from tasks.storage import Storage, check_create_only, open_storage
@@ -178,7 +178,7 @@ class BatchWorld:
         return find_published(storage, load_begun(storage, start), None)
 
     def _find_start(self, flow_run: FlowRun, storage: Storage) -> Start | None:
-        """Return what a flow run is tied to, as flows.workers does it, but for the wait."""
+        """Return what a flow run is tied to, as flows.runtime.joining does it, but for the wait."""
         start = load_start(storage, flow_run.id)
         if start is not None or flow_run.joins is None:
             return start
@@ -231,7 +231,7 @@ class BatchWorld:
         return audit
 
     def _score_pass(self, scorer: Scorer, slots: int, process: Process) -> Scored:
-        """Score shards side by side in slots, as flows.runners does it."""
+        """Score shards side by side in slots, as flows.runtime.task_runners does it."""
         scored, shards = Scored(), deque(scorer.share.begin())
 
         def work() -> None:

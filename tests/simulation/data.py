@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from serving.contract import Column, Contract, Input, Output
-from serving.encode import BatchUnit, Encoded
-from serving.engine import Engine, Wish
-from serving.registry import ModelPin
+from serving.model.contract import Column, Contract, Input, Output
+from serving.model.encoding import BatchUnit, Encoded
+from serving.model.interface import Engine, Wish
+from serving.model.registry import ModelPin
 from tasks.storage import Entry
 from tests.simulation.storage import SimulatedStorage
 
@@ -48,7 +48,7 @@ def answer(version: int, a: float | None, b: float) -> float | None:
 
 @dataclass(frozen=True)
 class ToyModel:
-    """A model that is a formula; satisfies serving.model.Tunable."""
+    """A model that is a formula; satisfies serving.model.interface.Tunable."""
 
     version: int
     slots: int = 1
@@ -82,7 +82,7 @@ class ToyModel:
 
 @dataclass(frozen=True)
 class ToyResolved:
-    """A pinned version of the model, as serving.registry.Resolved is one."""
+    """A pinned version of the model, as serving.model.registry.Resolved is one."""
 
     version: int
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import flows.batch
-import serving.forward
-import tasks.batch.batches
+import serving.model.forward
+import tasks.batch.chunk_reader
 import tasks.batch.score
 from tasks.batch.options import BatchOptions
 from tasks.batch.report import BatchReport
@@ -75,17 +75,17 @@ def _within(board: Board, phase: str, owner: Any, name: str, first: str | None =
 
 def _count_rows(board: Board) -> None:
     """Count the rows of each batch as it begins: those of a pass that is cut off are work lost too."""
-    inner = serving.forward.Forward._begin
+    inner = serving.model.forward.Forward._begin
 
     def begin(self: Any, batch: Any, *args: Any) -> Any:
         board.add("rows", batch.rows)
         return inner(self, batch, *args)
 
-    serving.forward.Forward._begin = begin  # type: ignore[method-assign]
+    serving.model.forward.Forward._begin = begin  # type: ignore[method-assign]
 
 
 def _watch_reading(board: Board) -> None:
-    inner = tasks.batch.batches.Reader.blocks
+    inner = tasks.batch.chunk_reader.Reader.blocks
 
     def blocks(self: Any, *args: Any) -> Generator[Any]:
         tables = inner(self, *args)
@@ -96,7 +96,7 @@ def _watch_reading(board: Board) -> None:
                 return
             yield table
 
-    tasks.batch.batches.Reader.blocks = blocks  # type: ignore[method-assign]
+    tasks.batch.chunk_reader.Reader.blocks = blocks  # type: ignore[method-assign]
 
 
 def _count_parts(board: Board, die_after: int) -> None:

@@ -23,14 +23,14 @@ from mlflow.types import Schema, TensorSpec
 from infra.local.loopback import ask
 from infra.local.ports import start_on_free_ports
 from infra.local.process import ServerCommand, ServerProcess, base_environment
-from serving.contract import Column, Contract, Input, Output
 from serving.errors import Unanswered
 from serving.gateway.http import Answered, Http
 from serving.gateway.mlflow_scoring import MlflowUpstream
 from serving.gateway.route import Route, Served
 from serving.gateway.upstream import Call
-from serving.oip import Body, InferRequest, Wanted, decode_response, encode_request
-from serving.registry import Resolved, resolve_model
+from serving.model.contract import Column, Contract, Input, Output
+from serving.model.registry import Resolved, resolve_model
+from serving.protocol.oip import Body, InferRequest, Wanted, decode_response, encode_request
 from tests.serving.gateway.conftest import Put
 from tests.serving.gateway.support import Door, error
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from infra.local.gateway import GatewayServer
 from serving.gateway.route import Limits
-from serving.oip import Wanted, decode_response, encode_request
+from serving.protocol.oip import Wanted, decode_response, encode_request
 from tests.serving.gateway.conftest import Put
 from tests.serving.gateway.support import ROW, Door, V2Server, error, route
 from tests.serving.gateway.v2_child import CONTRACT

@@ -13,7 +13,7 @@ from infra.local.gateway import GatewayServer
 from serving.gateway.route import Limits, Shadow
 from serving.gateway.shadow import compare
 from serving.gateway.upstream import Reply
-from serving.oip import InferRequest, Wanted, encode_response
+from serving.protocol.oip import InferRequest, Wanted, encode_response
 from tests.serving.gateway.conftest import Put
 from tests.serving.gateway.support import Door, V2Server, read_metrics, route
 from tests.serving.gateway.v2_child import CONTRACT

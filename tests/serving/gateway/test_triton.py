@@ -16,8 +16,8 @@ from infra.local.gateway import GatewayServer
 from infra.local.triton import TritonServer
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import Route, Served, Sleep
-from serving.registry import resolve_model
-from serving.release import Dial, Release
+from serving.model.registry import resolve_model
+from serving.model.release import Dial, Release
 from serving.targets.triton import TritonHost
 from tests.servers import triton_or_skip
 from tests.serving.gateway.conftest import Put

@@ -16,8 +16,8 @@ import numpy as np
 import uvicorn
 from fastapi import FastAPI, Request, Response
 
-from serving.contract import Column, Contract, Input, Output
-from serving.oip import HEADER_LENGTH, decode_request, encode_response, error_body
+from serving.model.contract import Column, Contract, Input, Output
+from serving.protocol.oip import HEADER_LENGTH, decode_request, encode_response, error_body
 
 CONTRACT = Contract(
     inputs=(

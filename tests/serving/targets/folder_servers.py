@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from infra.local.venv import RegistryUnreachable, make_venv
-from serving.encode import Encoded, Flags
-from serving.model import load_model
-from serving.oip import decode_response, encode_request
-from serving.registry import resolve_model
-from serving.release import Dial, Release
+from serving.model.encoding import Encoded, Flags
+from serving.model.loading import load_model
+from serving.model.registry import resolve_model
+from serving.model.release import Dial, Release
+from serving.protocol.oip import decode_response, encode_request
 from serving.targets import Address
 from serving.targets.folder import FolderHost
 

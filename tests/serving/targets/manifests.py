@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from serving.registry import ModelPin
-from serving.release import Release
+from serving.model.registry import ModelPin
+from serving.model.release import Release
 from tests.serving.toys import matrix
 
 STABLE, NEW = (

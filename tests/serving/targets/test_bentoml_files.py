@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 import yaml
 
-from serving.release import Release
+from serving.model.release import Release
 from serving.targets.bentoml import BentoML
 from tests.serving.targets.manifests import STABLE, closed
 

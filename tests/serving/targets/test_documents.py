@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.contract import Contract
 from serving.errors import BadRequest, ModelFailed
-from serving.registry import ModelPin
-from serving.release import Release
+from serving.model.contract import Contract
+from serving.model.registry import ModelPin
+from serving.model.release import Release
 from serving.targets.documents import describe, plain_inputs, read_request, write_answer
 from tests.serving.toys import alone, column, matrix
 

@@ -11,10 +11,10 @@ import httpx
 import pytest
 
 from infra.local.controller import local_controller
-from serving.contract import Contract
 from serving.errors import EndpointFailed
-from serving.registry import ModelPin
-from serving.release import Dial, Release, Scaling
+from serving.model.contract import Contract
+from serving.model.registry import ModelPin
+from serving.model.release import Dial, Release, Scaling
 from serving.targets import Rendered
 from serving.targets.folder import FolderHost, Serve, interpreter, rendered
 from serving.targets.written import write_folder
@@ -79,7 +79,7 @@ def test_a_release_is_served_out_of_a_folder_of_its_own_until_it_is_removed(fold
         assert f'"version": "{version}"' in get(each.url)
         assert get(each.url).endswith("the weights")
     place = folder / "scores/1"
-    assert (place / "serving/release.py").is_file()
+    assert (place / "serving/model/release.py").is_file()
     assert [] == list(place.rglob("__pycache__"))
 
     host.remove(release("1"))

@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
-from serving.release import Scaling
+from serving.model.release import Scaling
 from serving.targets.kserve import Canary, KServe, Resources
 from tests.serving.targets.manifests import KUBERNETES_NAME, NEW, STABLE, closed, quantities
 

@@ -21,8 +21,8 @@ from infra.local.ports import free_ports
 from infra.local.ray_cluster import RayCluster, ray_cluster
 from infra.processes import family
 from serving.errors import EndpointFailed
-from serving.registry import digest_folder
-from serving.release import Dial, Release, Scaling
+from serving.model.registry import digest_folder
+from serving.model.release import Dial, Release, Scaling
 from serving.targets import Address
 from serving.targets.ray_host import RayServeHost
 from serving.targets.ray_serve import RayServe, application_name

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from serving.registry import ModelPin
-from serving.release import Release
+from serving.model.registry import ModelPin
+from serving.model.release import Release
 from serving.targets.ray_host import RayServeHost
 from serving.targets.ray_serve import RayServe
 from tests.serving.toys import matrix

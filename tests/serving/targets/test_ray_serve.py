@@ -10,7 +10,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator, ValidationError
 
-from serving.release import Dial, Release, Scaling
+from serving.model.release import Dial, Release, Scaling
 from serving.targets.ray_serve import RayServe, folder_name
 from tests.releases import Put, release_of
 
@@ -220,7 +220,7 @@ def test_the_folder_holds_the_application_the_release_and_the_models_files(put: 
     files = TARGET.render(put.release, put.model)
 
     assert put.model == files.trees["model"]
-    assert (files.trees["serving"] / "v2_app.py").is_file()
+    assert (files.trees["serving"] / "protocol/v2_app.py").is_file()
     assert put.release == Release.model_validate_json(files.files["release.json"])
     assert "application" in {
         node.name for node in ast.walk(ast.parse(files.files["application.py"])) if isinstance(node, ast.FunctionDef)

@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
-from serving.release import Dial, Scaling
+from serving.model.release import Dial, Scaling
 from serving.targets.seldon import Seldon, model_settings
 from tests.serving.targets.manifests import KUBERNETES_NAME, NEW, QUANTITY, STABLE, closed
 

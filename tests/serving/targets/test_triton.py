@@ -21,10 +21,10 @@ import torch
 from infra.local.process import ServerCommand, ServerProcess, base_environment
 from infra.local.triton import TritonServer, triton_server
 from infra.processes import family
-from serving import oip, oip_body
 from serving.errors import EndpointFailed
-from serving.registry import resolve_model
-from serving.release import Dial, Release, Scaling
+from serving.model.registry import resolve_model
+from serving.model.release import Dial, Release, Scaling
+from serving.protocol import oip, oip_body
 from serving.targets import Address
 from serving.targets.triton import TritonHost, TritonTarget
 from serving.targets.triton_scale import InstanceScaler

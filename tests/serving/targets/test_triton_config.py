@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from serving.contract import Column, Contract, Input, Output
-from serving.engine import Engine
-from serving.registry import ModelPin
-from serving.release import Dial, Release, Scaling
+from serving.model.contract import Column, Contract, Input, Output
+from serving.model.interface import Engine
+from serving.model.registry import ModelPin
+from serving.model.release import Dial, Release, Scaling
 from serving.targets.triton_config import instances_of, with_instances, write_config
 
 CONTRACT = Contract(

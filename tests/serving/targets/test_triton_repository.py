@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from serving.contract import Contract
 from serving.errors import EndpointFailed
-from serving.registry import ModelPin
-from serving.release import Release
+from serving.model.contract import Contract
+from serving.model.registry import ModelPin
+from serving.model.release import Release
 from serving.targets import Rendered
 from serving.targets.triton_config import write_config
 from serving.targets.triton_repository import CONFIG_FILE, read_releases, replaced, write_whole

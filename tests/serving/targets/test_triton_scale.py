@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.release import Dial, Scaling
+from serving.model.release import Dial, Scaling
 from serving.targets.triton_scale import Counters, Queue, instances_wanted, queue_between, read_counters
 
 DIAL = Dial(batch_size_max=8, wait_ms_max=5)

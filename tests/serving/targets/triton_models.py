@@ -17,10 +17,10 @@ import numpy as np
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 
-from serving import oip
-from serving.model import load_model
-from serving.registry import resolve_model
-from serving.release import Dial, Release, Scaling
+from serving.model.loading import load_model
+from serving.model.registry import resolve_model
+from serving.model.release import Dial, Release, Scaling
+from serving.protocol import oip
 from serving.targets import Address
 
 _TIMEOUT_S = 60.0

@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from serving.contract import Column, Contract, Input, Output
-from serving.encode import Flags
-from serving.forward import Predictions
-from serving.registry import ModelPin
-from tasks.batch.batches import open_reader
+from serving.model.contract import Column, Contract, Input, Output
+from serving.model.encoding import Flags
+from serving.model.forward import Predictions
+from serving.model.registry import ModelPin
+from tasks.batch.chunk_reader import open_reader
 from tasks.batch.dataset import open_dataset, take_snapshot
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import ChunkId, encode_part, key_names, part_path

@@ -20,8 +20,8 @@ from deltalake import DeltaTable, write_deltalake
 from deltalake.exceptions import CommitFailedError
 
 from infra.local.s3 import S3Server
-from serving.contract import Output
 from serving.errors import DestinationUnusable, OvernightError, PublishRefused, StorageDenied, StorageFault
+from serving.model.contract import Output
 from tasks.batch import delta
 from tasks.batch.dataset import open_dataset, take_snapshot
 from tasks.batch.delta import check_delta, commit_delta

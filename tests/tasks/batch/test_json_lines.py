@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from serving.encode import encode
+from serving.model.encoding import encode
 from tasks.batch.json_lines import NotJsonLines, parse_lines, quote_numbers, read_object, written_values
 from tasks.stream.score import answers
 from tests.tasks.stream.messages import CONTRACT, KEYS, message, score

@@ -22,9 +22,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.contract import Contract, Output
-from serving.encode import Flags
 from serving.errors import BadInput, SchemaMismatch
+from serving.model.contract import Contract, Output
+from serving.model.encoding import Flags
 from tasks.batch.dataset import Dataset, Snapshot, open_dataset, take_snapshot
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import (

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.contract import ColumnPolicy, Output
-from serving.engine import Engine
 from serving.errors import DestinationUnusable, OvernightError, PlanTooLarge, PublishRefused, RunNameTaken
+from serving.model.contract import ColumnPolicy, Output
+from serving.model.interface import Engine
 from tasks.batch.dataset import Dataset, Snapshot, SourceFile
 from tasks.batch.footer import GroupBytes
 from tasks.batch.options import BatchOptions

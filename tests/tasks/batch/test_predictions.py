@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from serving.contract import Output
 from serving.errors import NoCompleteRun
+from serving.model.contract import Output
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Plan, save_plan
 from tasks.batch.predictions import open_predictions, open_rejects

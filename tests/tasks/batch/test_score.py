@@ -18,10 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.encode import Encoded
 from serving.errors import DependencyFault, ModelUnfit, SourceCorrupt, TooManyRejects
-from serving.model import load_model
-from serving.registry import resolve_model
+from serving.model.encoding import Encoded
+from serving.model.loading import load_model
+from serving.model.registry import resolve_model
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import list_parts, part_path
 from tasks.batch.plan import Plan

@@ -14,7 +14,7 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from serving.errors import BadInput, NoCompleteRun, SourceChanged, SourceEmpty, SourceFormat
-from tasks.batch.batches import Reader
+from tasks.batch.chunk_reader import Reader
 from tasks.batch.dataset import Snapshot, open_dataset, take_snapshot
 from tasks.batch.delta import delta_options
 from tasks.batch.options import BatchOptions

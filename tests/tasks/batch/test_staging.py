@@ -15,10 +15,10 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 
-from serving.contract import Contract
 from serving.errors import SchemaMismatch, SourceChanged, SourceCorrupt, SourceEmpty, StorageFault, StorageFull
+from serving.model.contract import Contract
 from tasks.batch import staging
-from tasks.batch.batches import Reader
+from tasks.batch.chunk_reader import Reader
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Snapshot, open_dataset, take_snapshot
 from tasks.batch.plan import cut_chunks
 from tasks.batch.staging import stage

@@ -6,9 +6,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from serving.engine import Engine
-from serving.model import Tunable, load_model
-from serving.registry import Resolved, resolve_model
+from serving.model.interface import Engine, Tunable
+from serving.model.loading import load_model
+from serving.model.registry import Resolved, resolve_model
 from tasks.batch import tuning
 from tasks.batch.dataset import Dataset, open_dataset, take_snapshot
 from tasks.batch.options import BatchOptions

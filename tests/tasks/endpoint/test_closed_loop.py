@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from serving.errors import EndpointFailed
-from serving.oip import decode_request
+from serving.protocol.oip import decode_request
 from serving.targets import Address
 from tasks.endpoint.closed_loop import closed_loop
 from tests.serving.toys import matrix

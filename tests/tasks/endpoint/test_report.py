@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from serving.dial import PassTime
-from serving.release import Dial
+from serving.model.batching import PassTime
+from serving.model.release import Dial
 from tasks.endpoint.load import Latency
 from tasks.endpoint.report import Endpoint, plot
 from tasks.endpoint.spec import Budget

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.contract import Contract, Input, Output
-from serving.encode import Encoded
-from serving.registry import resolve_model
+from serving.model.contract import Contract, Input, Output
+from serving.model.encoding import Encoded
+from serving.model.registry import resolve_model
 from tasks.endpoint.samples import answered, example_rows, random_rows
 from tests.serving.toys import alone, column, matrix
 from tests.support import register_torch

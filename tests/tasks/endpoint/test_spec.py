@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from serving.release import Dial
+from serving.model.release import Dial
 from tasks.endpoint.spec import (
     Access,
     BentoML,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from serving.errors import LatencyImpossible
-from serving.release import Dial
+from serving.model.release import Dial
 from tasks.endpoint.resolve import resolve
 from tasks.endpoint.tuning import Chosen, remember, remembered, settle_dial, tag_of
 from tests.tasks.endpoint.values import spec, subject

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from serving.contract import Output
 from serving.errors import VerifyFailed
+from serving.model.contract import Output
 from tasks.endpoint.samples import Arrays, Sample
 from tasks.endpoint.verify import compare, verify
 from tests.serving.toys import matrix

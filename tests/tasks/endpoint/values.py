@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from serving.contract import Contract
 from serving.gateway.route import Route, Served
+from serving.model.contract import Contract
 from tasks.endpoint.resolve import Subject
 from tasks.endpoint.samples import Sample
 from tasks.endpoint.spec import EndpointSpec

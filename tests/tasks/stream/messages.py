@@ -12,8 +12,8 @@ import orjson
 import pyarrow as pa
 import torch
 
-from serving.contract import Column, Contract, Input, Output
-from serving.torch_model import TorchModel
+from serving.model.contract import Column, Contract, Input, Output
+from serving.model.torch_model import TorchModel
 from tasks.stream.decode import Decoder
 from tasks.stream.ends import Ends
 from tasks.stream.message import Message, Place

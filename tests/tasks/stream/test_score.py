@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.contract import Contract
-from serving.torch_model import TorchModel
+from serving.model.contract import Contract
+from serving.model.torch_model import TorchModel
 from tasks.batch.parts import REJECT_COLUMN, REJECT_REASON
 from tasks.stream.decode import Reason, read_arrow
 from tasks.stream.score import MicroScorer, answers

@@ -1,0 +1,196 @@
+"""Shards on a Ray cluster: each slot is a process of Ray's, which loads plan and model itself.
+
+Ray runs a task again whose process or node died. That is safe, since a part is created once.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from prefect.client.orchestration import get_client
+from prefect.exceptions import TerminationSignal
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows.runtime.interruption import hear_sigterm
+from flows.runtime.interrupts import hush
+from flows.runtime.shard_task import Errand, score_shard
+from serving.environment import variable
+from serving.errors import RunnerUnusable
+from serving.machine import cores
+from tasks.batch.options import Ray
+from tasks.batch.score import Scored, Scorer
+
+if TYPE_CHECKING:
+    from prefect_ray.task_runners import PrefectRayFuture, RayTaskRunner
+
+
+_POLL_SECONDS = 0.2
+_REST_SECONDS = 5.0
+_REACH_SECONDS = 10.0
+# Nothing but a shard's figures travels through it; a quarter of the memory would be set aside for it otherwise.
+_OBJECT_STORE_BYTES = 128 << 20
+
+
+def check_usable(where: Ray) -> None:
+    """Raise RunnerUnusable where Ray is not installed, or nothing listens at the address of the cluster."""
+    if missing := [name for name in ("ray", "prefect_ray") if find_spec(name) is None]:
+        message = f"runner=Ray() must find {' and '.join(missing)}, got none. Run: pip install 'overnight[ray]'"
+        raise RunnerUnusable(message)
+    host, _, port = (where.address or "").removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        # Ray itself would try for minutes.
+        socket.create_connection((host.strip("[]"), int(port)), _REACH_SECONDS).close()
+    except OSError as error:
+        message = f"A Ray cluster must answer at {where.address}, got: {error}. Start it, or correct runner.address."
+        raise RunnerUnusable(message) from error
+
+
+def score_shards(
+    where: Ray, slots: int, sent: Errand, shards: list[int], scorer: Scorer, notice_seconds: float
+) -> Scored:
+    """Score shards, at most `slots` of them at once; return what that came to.
+
+    A notice to this process stops them all: slots are elsewhere, and what they have in hand is dropped. Raises what
+    the first failing shard raised, and RunnerUnusable where the cluster does not carry the run.
+    """
+    scored = Scored()
+    pending: dict[Any, PrefectRayFuture[Any]] = {}
+    with _connected(where, slots) as runner:
+        try:
+            for shard in shards:
+                if len(pending) == slots:
+                    _add_next(pending, scored, scorer)
+                if scorer.share.rests():
+                    break
+                future = runner.submit(score_shard, {"errand": sent, "shard": shard})
+                pending[future.wrapped_future] = future
+            while pending and not scorer.share.rests():
+                _add_next(pending, scored, scorer)
+        except TerminationSignal:
+            hear_sigterm(scorer.drain, notice_seconds)
+        except BaseException as error:
+            hush(error)
+            _stop(list(pending), _REST_SECONDS)
+            raise
+        scored.chunks_dropped += len(pending)
+        _stop(list(pending), min(_REST_SECONDS, scorer.drain.seconds_left / 4))
+    return scored
+
+
+def _add_next(pending: dict[Any, PrefectRayFuture[Any]], scored: Scored, scorer: Scorer) -> None:
+    """Wait for one shard and add what it came to, or for a notice."""
+    import ray  # noqa: PLC0415 - an extra that most installations do without
+
+    done: list[Any] = []
+    while not done and not scorer.share.rests():
+        done, _ = ray.wait(list(pending), timeout=_POLL_SECONDS)
+    if done:
+        result = _result(pending.pop(done[0]))
+        scored.add(result)
+        scorer.count_rejects(result.rejects.total())
+
+
+def _result(future: PrefectRayFuture[Any]) -> Any:
+    """Return what a shard came to, or raise what it raised."""
+    from ray.exceptions import RayError  # noqa: PLC0415
+
+    try:
+        result = future.result(raise_on_failure=False)
+    except RayError as error:
+        raise _unusable(error) from error
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
+def _unusable(error: Exception) -> RunnerUnusable:
+    told = str(error).strip()
+    if "ModuleNotFoundError" in told or "ImportError" in told:
+        return RunnerUnusable(
+            "Every process of Ray must import the packages flows, tasks and serving of this very version, got: "
+            f"{told.splitlines()[-1]}. Install the same wheel on every node, and call from a folder that has no "
+            "tasks.py, flows.py or serving.py: Ray puts the caller's folder before what is installed."
+        )
+    return RunnerUnusable(
+        f"Ray must carry each shard to its end, got {type(error).__name__}: {told} Call again, with fewer slots if "
+        "memory ran out."
+    )
+
+
+def _stop(refs: list[Any], rest_seconds: float) -> None:
+    """Cancel tasks: softly, so that they tell Prefect, then by ending their processes."""
+    import ray  # noqa: PLC0415
+
+    for ref in refs:
+        ray.cancel(ref)
+    _, left = ray.wait(refs, num_returns=len(refs), timeout=rest_seconds) if refs else ([], [])
+    for ref in left:
+        ray.cancel(ref, force=True)
+
+
+@contextmanager
+def _connected(where: Ray, slots: int) -> Generator[RayTaskRunner[Any]]:
+    """Start or reach the cluster, and have tasks sent out as the options say."""
+    from prefect_ray.context import remote_options  # noqa: PLC0415
+    from prefect_ray.task_runners import RayTaskRunner  # noqa: PLC0415
+
+    here = cores()
+    cpus = where.cpus_per_slot or (1 if where.address else max(1, here // slots))
+    runner: RayTaskRunner[Any] = RayTaskRunner(init_kwargs=_init(where, max(here, cpus * slots)))
+    # A temporary Prefect server has no address in the settings; each process of Ray would start one of its own.
+    server = {PREFECT_API_URL: str(get_client(sync_client=True).api_url)}
+    with ExitStack() as stack:
+        try:
+            # A cluster that starts here reports nothing to Ray's makers.
+            with variable("RAY_USAGE_STATS_ENABLED", "0"), _sigterm_kept():
+                stack.enter_context(runner)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            must = f"answer at {where.address}" if where.address else "start on this machine"
+            message = f"A Ray cluster must {must}, got {type(error).__name__}: {error}. Check runner, and call again."
+            raise RunnerUnusable(message) from error
+        _check_room(cpus)
+        with temporary_settings(server), remote_options(num_cpus=cpus):
+            yield runner
+
+
+def _check_room(cpus: int) -> None:
+    """Raise RunnerUnusable where no node could ever run a slot: Ray would wait for one in silence."""
+    import ray  # noqa: PLC0415
+
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]  # Ray leaves it without types
+    largest = max((node["Resources"].get("CPU", 0) for node in nodes if node["Alive"]), default=0)
+    if cpus > largest:
+        message = (
+            f"A node of the Ray cluster must have the {cpus} CPUs of a slot, but the largest has {largest:g}. Lower "
+            "cpus_per_slot, or call once such a node is up."
+        )
+        raise RunnerUnusable(message)
+
+
+def _init(where: Ray, cpus: int) -> dict[str, Any]:
+    """Return what ray.init is told: quiet, and on this machine without its dashboard."""
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if where.address:
+        return {"address": where.address, **quiet}
+    here = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+    return {**here, "object_store_memory": _OBJECT_STORE_BYTES, **quiet}
+
+
+@contextmanager
+def _sigterm_kept() -> Generator[None]:
+    """Put the handler of SIGTERM back: Ray sets one of its own, and Prefect would not learn how the run ended."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,97 @@
+"""The task that scores one shard, in a thread of the flow's process or in a process of Ray's."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+import mlflow
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Cancelled
+
+from serving.errors import OvernightError
+from serving.model.interface import Model
+from tasks.batch.parts import list_parts
+from tasks.batch.plan import Plan, load_plan
+from tasks.batch.resolve import load_planned
+from tasks.batch.score import Scored, Scorer
+from tasks.storage import Storage, open_storage
+
+_scorers: dict[str, Scorer] = {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Errand:
+    """What a shard task is sent out with: all that another process needs, and nothing that can't travel."""
+
+    attempt: str
+    destination: str
+    run: str
+    registry: str
+    allow_pickle: bool
+    max_reject_fraction: float
+
+
+@contextmanager
+def errand(scorer: Scorer, *, allow_pickle: bool) -> Generator[Errand]:
+    """Make the errand for one pass; tasks in this process find the scorer itself while the block runs."""
+    attempt = str(uuid4())
+    _scorers[attempt] = scorer
+    try:
+        yield Errand(
+            attempt=attempt,
+            destination=scorer.destination.url,
+            run=scorer.plan.run,
+            registry=mlflow.get_tracking_uri(),
+            allow_pickle=allow_pickle,
+            max_reject_fraction=scorer.max_reject_fraction,
+        )
+    finally:
+        del _scorers[attempt]
+
+
+@task(name="score-shard", task_run_name="score-shard-{shard}", cache_policy=NO_CACHE, persist_result=False)
+def score_shard(errand: Errand, shard: int) -> Any:
+    """Score one shard in this thread, then help with what is left: Scored, or Cancelled where it was stopped."""
+    return _score(errand, shard)
+
+
+def _score(errand: Errand, shard: int) -> Any:
+    scorer = _scorers.get(errand.attempt) or _open(errand)
+    try:
+        scored = scorer.score_shard(shard)
+    except KeyboardInterrupt:
+        # Ray's way to cancel a task; what it had written counts by its parts.
+        scored = Scored()
+    if scorer.share.rests():
+        chunks = len(scorer.plan.shards[shard])
+        done = sum(at == shard for at, _ in list_parts(scorer.destination, scorer.plan))
+        if done < chunks:
+            # With what it came to: after a notice that is withdrawn, the run goes on and counts it.
+            return Cancelled(message=f"Stopped after {done} of {chunks} chunks; their parts stay.", data=scored)
+    return scored
+
+
+def _open(errand: Errand) -> Scorer:
+    """Make a scorer in another process than the flow's, for one task: it looks at the parts afresh."""
+    storage, plan, model = _load(errand.destination, errand.run, errand.registry, errand.allow_pickle)
+    scorer = Scorer(plan=plan, destination=storage, model=model, max_reject_fraction=errand.max_reject_fraction)
+    scorer.share.begin()
+    return scorer
+
+
+@functools.lru_cache(maxsize=1)
+def _load(destination: str, run: str, registry: str, allow_pickle: bool) -> tuple[Storage, Plan, Model]:  # noqa: FBT001 - a key of the cache
+    """Load plan and model, once in each process."""
+    mlflow.set_tracking_uri(registry)
+    storage = open_storage(destination)
+    plan = load_plan(storage, run)
+    if plan is None:
+        message = f"The plan of run {run} must be readable by every worker, but {storage.url} has none here."
+        raise OvernightError(message)
+    return storage, plan, load_planned(plan, None, plan.options.model_copy(update={"allow_pickle": allow_pickle}))

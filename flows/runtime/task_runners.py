@@ -1,0 +1,117 @@
+"""Passes over a plan: a task for each shard that lacks parts, side by side in slots, in threads or on Ray."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator
+from concurrent.futures import wait
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from prefect.exceptions import CancelledRun, TerminationSignal
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.runtime import ray_runner
+from flows.runtime.interruption import hear_sigterm
+from flows.runtime.interrupts import hush
+from flows.runtime.shard_task import Errand, errand, score_shard
+from tasks.batch.options import BatchOptions, Ray
+from tasks.batch.score import Scored, Scorer
+
+# A wait without an end is deaf to Ctrl-C: Polars' handler has the kernel take such waits up again.
+_POLL_SECONDS = 0.2
+# After which a thread that waits for the interpreter asks for it. Python's own 5 ms is longer than many a forward pass;
+# measured with two slots of the network 32-256-256-1: 5 % more rows a second.
+_SWITCH_SECONDS = 0.0002
+
+
+def check_runner(options: BatchOptions) -> None:
+    """Raise RunnerUnusable where the runner that the options ask for is not to be had."""
+    if isinstance(options.runner, Ray):
+        ray_runner.check_usable(options.runner)
+
+
+def score_shards(scorer: Scorer, slots: int, options: BatchOptions) -> Scored:
+    """Score what the plan lacks, and return what that came to: less than all of it where a notice stands then.
+
+    Raises what the first failing shard raised, once every slot has come to rest. Ctrl-C stops each slot after the
+    batch that it is in; the parts that were written stay. So does SIGTERM, when the notice that it is runs out or it
+    comes a second time, as Prefect's TerminationSignal.
+    """
+    scored = Scored()
+    while True:
+        shards = scorer.share.begin()
+        with errand(scorer, allow_pickle=options.allow_pickle) as sent:
+            if isinstance(options.runner, Ray):
+                scored.add(ray_runner.score_shards(options.runner, slots, sent, shards, scorer, options.notice_seconds))
+            else:
+                scored.add(_score_in_threads(scorer, slots, sent, shards, options.notice_seconds))
+        # A notice that was withdrawn has left slots at rest that have work again.
+        if scorer.drain.notice is not None or not scorer.share.cut_short:
+            return scored
+
+
+def _score_in_threads(scorer: Scorer, slots: int, sent: Errand, shards: list[int], notice_seconds: float) -> Scored:
+    futures: list[Any] = []
+    with ExitStack() as stack:
+        stack.enter_context(_quick_switches())
+        runner: ThreadPoolTaskRunner[Scored] = stack.enter_context(ThreadPoolTaskRunner(max_workers=slots))
+        try:
+            try:
+                futures += (runner.submit(score_shard, {"errand": sent, "shard": at}) for at in shards)
+                rested = _rest(scorer, futures)
+            except TerminationSignal:
+                hear_sigterm(scorer.drain, notice_seconds)
+                rested = _rest(scorer, futures)
+                if not rested:
+                    raise
+        except TerminationSignal:
+            scorer.share.stop.set()
+            stack.pop_all()
+            raise
+        except BaseException as error:
+            hush(error)
+            scorer.share.stop.set()
+            waiting = {future.wrapped_future for future in futures}
+            for future in waiting:
+                future.cancel()
+            wait(waiting)
+            raise
+        if not rested:
+            # Leaving the runner waits for its threads, and there is no time for that.
+            scorer.share.stop.set()
+            stack.pop_all()
+    return _added(futures)
+
+
+@contextmanager
+def _quick_switches() -> Generator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, _SWITCH_SECONDS))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+def _rest(scorer: Scorer, futures: list[Any]) -> bool:
+    """Wait until every slot has come to rest, at the end of the pass or after a notice; False where one is late."""
+    waiting = {future.wrapped_future for future in futures}
+    while waiting and not scorer.drain.over:
+        if scorer.share.rests():
+            for future in waiting:
+                future.cancel()
+        waiting = wait(waiting, timeout=_POLL_SECONDS).not_done
+    return not waiting
+
+
+def _added(futures: list[Any]) -> Scored:
+    done = [future for future in futures if future.wrapped_future.done() and not future.wrapped_future.cancelled()]
+    results: list[Any] = [future.result(raise_on_failure=False) for future in done]
+    if errors := [result for result in results if isinstance(result, BaseException)]:
+        # The shards that one error stopped are cancelled: the error is the one to tell.
+        raise min(errors, key=lambda error: isinstance(error, CancelledRun))
+    scored = Scored()
+    for result in results:
+        scored.add(result)
+    return scored

@@ -1,0 +1,274 @@
+"""Columns to arrays: an Arrow table becomes the model's inputs, and rows that can't are flagged.
+
+Shapes: N rows, F features. Stacked inputs are filled as [F, N], each column one copy, and handed on
+as the transposed view [N, F]: a matrix product takes either, and no value is moved twice.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from serving.model.casting import Array, Mask, cast_numbers, parse_numbers
+from serving.model.contract import OPAQUE_DTYPES, Column, Contract, Input, fill_value, fits, is_text
+
+Columns = dict[str, pa.ChunkedArray]
+# What a batch size counts: tokens, padding included, where rows have lengths.
+BatchUnit = Literal["rows", "tokens"]
+
+# A row stride of a power of two maps every feature to the same cache set; this keeps them apart.
+_PAD = 16
+# Seconds since 1970 that still fit 64 bits as nanoseconds.
+_SECONDS_MAX = 2**63 // 10**9
+
+
+@dataclass(slots=True)
+class Flags:
+    """Which rows are rejects, and why: code_N is 0 for a good row, else 1 + an index into reasons."""
+
+    code_N: npt.NDArray[np.int32]
+    reasons: list[tuple[str, str]] = field(default_factory=list)
+    _codes: dict[tuple[str, str], int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._codes = {pair: code for code, pair in enumerate(self.reasons, start=1)}
+
+    @classmethod
+    def none(cls, rows: int) -> Flags:
+        """Return flags for `rows` good rows."""
+        return cls(np.zeros(rows, dtype=np.int32))
+
+    def mark(self, mask_n: Mask, column: str, reason: str, start: int = 0) -> None:
+        """Flag the rows of a mask that begins at row `start`; the first reason of a row stands."""
+        if mask_n.any():
+            code_n = self.code_N[start : start + len(mask_n)]
+            fresh_n = mask_n & (code_n == 0)
+            if fresh_n.any():
+                code_n[fresh_n] = self._code(column, reason)
+
+    def mark_row(self, row: int, column: str, reason: str) -> None:
+        """Flag one row; the first reason of a row stands."""
+        if self.code_N[row] == 0:
+            self.code_N[row] = self._code(column, reason)
+
+    @classmethod
+    def joined(cls, several: list[Flags]) -> Flags:
+        """Return the flags of consecutive rows as one."""
+        whole = cls(np.concatenate([flags.code_N for flags in several]))
+        start = 0
+        for flags in several:
+            stop = start + len(flags.code_N)
+            if flags.reasons:
+                codes = [0, *(whole._code(*pair) for pair in flags.reasons)]
+                whole.code_N[start:stop] = np.array(codes, dtype=np.int32)[flags.code_N]
+            start = stop
+        return whole
+
+    def _code(self, column: str, reason: str) -> int:
+        pair = (column, reason)
+        if pair not in self._codes:
+            self.reasons.append(pair)
+            self._codes[pair] = len(self.reasons)
+        return self._codes[pair]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """The model's inputs for N rows, each [N, *shape], and the flags of rows that are rejects.
+
+    length_N is how much of a forward pass each row takes (its tokens), None where all rows take the same.
+    """
+
+    inputs: dict[str, Array]
+    flags: Flags
+    rows: int
+    length_N: npt.NDArray[np.int64] | None = None
+
+    def rows_at(self, start: int, stop: int) -> Encoded:
+        """Return rows [start, stop) as views: what is written to them is written here."""
+        flags = Flags(self.flags.code_N[start:stop], self.flags.reasons)
+        return Encoded(
+            inputs={name: value[start:stop] for name, value in self.inputs.items()},
+            flags=flags,
+            rows=len(flags.code_N),
+            length_N=None if self.length_N is None else self.length_N[start:stop],
+        )
+
+    def repeated(self, times: int) -> Encoded:
+        """Return a copy of the rows, several times over, laid out as they are."""
+        return Encoded(
+            inputs={name: _repeated(value, times) for name, value in self.inputs.items()},
+            flags=Flags(np.tile(self.flags.code_N, times), list(self.flags.reasons)),
+            rows=self.rows * times,
+            length_N=None if self.length_N is None else np.tile(self.length_N, times),
+        )
+
+
+def encode(contract: Contract, table: pa.Table) -> Encoded:
+    """Turn N rows of a table into the model's inputs.
+
+    Rows that break the contract are flagged and keep their place, with some value in it: the caller
+    fills such a row with a good one before it passes it on. A column that is missing, which the
+    contract allows where it is optional, is a column of nulls.
+    """
+    flags = Flags.none(table.num_rows)
+    columns = dict(zip(table.column_names, table.columns, strict=True))
+    inputs = {value.name: _encode_input(value, columns, flags) for value in contract.inputs}
+    return Encoded(inputs=inputs, flags=flags, rows=table.num_rows)
+
+
+def _encode_input(value: Input, columns: Columns, flags: Flags) -> Array:
+    rows = len(flags.code_N)
+    if value.dtype in OPAQUE_DTYPES:
+        arrays = [_opaque(column, _chunks(column, columns, rows), flags) for column in value.columns]
+        return np.stack(arrays, axis=1) if value.stacked else arrays[0]
+    if value.stacked:
+        buffer_FN = np.empty((len(value.columns), rows + _PAD), dtype=value.dtype)[:, :rows]
+        for out_N, column in zip(buffer_FN, value.columns, strict=True):
+            _fill(out_N, column, _chunks(column, columns, rows), flags)
+        return buffer_FN.T
+    (column,) = value.columns
+    out = np.empty((rows, *column.shape), dtype=value.dtype)
+    chunks = _chunks(column, columns, rows)
+    if column.shape:
+        _fill_lists(out.reshape(rows, math.prod(column.shape)), column, chunks, flags)
+    else:
+        _fill(out, column, chunks, flags)
+    return out
+
+
+def _repeated(value: Array, times: int) -> Array:
+    if value.ndim > 1 and not value.flags.c_contiguous:
+        rows = len(value) * times
+        buffer = np.empty((*value.shape[:0:-1], rows + _PAD), dtype=value.dtype)[..., :rows]
+        buffer[:] = np.tile(value.T, times)
+        return buffer.T
+    return np.concatenate([value] * times)
+
+
+def _chunks(column: Column, columns: Columns, rows: int) -> list[pa.Array]:
+    found = columns.get(column.name)
+    return [pa.nulls(rows)] if found is None else found.chunks
+
+
+def _fill(out_N: Array, column: Column, chunks: list[pa.Array], flags: Flags) -> None:
+    start = 0
+    for chunk in chunks:
+        stop = start + len(chunk)
+        _fill_chunk(out_N[start:stop], column, chunk, flags, start)
+        start = stop
+
+
+def _fill_chunk(out_n: Array, column: Column, chunk: pa.Array, flags: Flags, start: int) -> None:
+    """Cast one Arrow chunk of n rows into its place."""
+    if pa.types.is_dictionary(chunk.type):
+        chunk = chunk.dictionary_decode()
+    if pa.types.is_null(chunk.type):
+        out_n[:] = 0
+    elif is_text(chunk.type):
+        broken_n = parse_numbers(out_n, chunk, nearest=column.policy.cast == "round")
+        flags.mark(broken_n, column.name, f"text that does not parse as {column.dtype}", start)
+    else:
+        _cast(out_n, column, chunk, flags, start)
+    if chunk.null_count:
+        _settle_nulls(out_n, _null_mask(chunk), column, flags, start)
+
+
+def _null_mask(chunk: pa.Array) -> Mask:
+    if pa.types.is_null(chunk.type):
+        return np.ones(len(chunk), dtype=np.bool_)
+    # Arrow's own is_null takes ten times as long on its way to numpy.
+    bits = np.frombuffer(chunk.buffers()[0], dtype=np.uint8)
+    valid = np.unpackbits(bits, count=chunk.offset + len(chunk), bitorder="little")
+    return np.asarray(valid[chunk.offset :] == 0)
+
+
+def _settle_nulls(out_n: Array, null_n: Mask, column: Column, flags: Flags, start: int) -> None:
+    """Give nulls what the policy says; `out_n` may hold lists, whose every value is then given it."""
+    null = column.policy.null
+    if null == "reject" or (null == "keep" and out_n.dtype.kind in "iub"):
+        flags.mark(null_n, column.name, "null", start)
+    elif null != "keep":
+        out_n[null_n] = fill_value(column)
+    elif out_n.dtype.kind == "f":
+        out_n[null_n] = np.nan
+
+
+def _cast(out_n: Array, column: Column, chunk: pa.Array, flags: Flags, start: int) -> None:
+    filled = chunk.fill_null(False if pa.types.is_boolean(chunk.type) else 0) if chunk.null_count else chunk
+    given_n = filled.to_numpy(zero_copy_only=False)
+    if fits(chunk.type, column.dtype):
+        out_n[:] = given_n
+        return
+    lost_n = cast_numbers(out_n, given_n, exact=column.policy.cast == "exact")
+    flags.mark(lost_n, column.name, f"a {chunk.type} that does not fit {column.dtype}", start)
+
+
+def _opaque(column: Column, chunks: list[pa.Array], flags: Flags) -> Array:
+    """Return text, bytes or times as numpy holds them: objects, or datetime64."""
+    out_N = np.empty(len(flags.code_N), dtype=column.dtype if column.dtype == "datetime64[ns]" else object)
+    start = 0
+    for chunk in chunks:
+        stop = start + len(chunk)
+        _opaque_chunk(out_N[start:stop], column, chunk, flags, start)
+        start = stop
+    return out_N
+
+
+def _opaque_chunk(out_n: Array, column: Column, chunk: pa.Array, flags: Flags, start: int) -> None:
+    if pa.types.is_dictionary(chunk.type):
+        chunk = chunk.dictionary_decode()
+    values = chunk
+    if out_n.dtype.kind == "M":
+        values, lost_n = _nanoseconds(chunk)
+        flags.mark(lost_n, column.name, f"a {chunk.type} that does not fit {column.dtype}", start)
+    out_n[:] = values.to_numpy(zero_copy_only=False)
+    if chunk.null_count:
+        _settle_nulls(out_n, _null_mask(chunk), column, flags, start)
+
+
+def _nanoseconds(chunk: pa.Array) -> tuple[pa.Array, Mask]:
+    """Return times as nanoseconds, in UTC where they have a zone, and which are too far away for that."""
+    try:
+        return pc.cast(chunk, pa.timestamp("ns")), np.zeros(len(chunk), dtype=np.bool_)
+    except pa.ArrowInvalid:
+        seconds = pc.cast(pc.cast(chunk, pa.timestamp("s"), safe=False), pa.int64())
+        lost = pc.greater_equal(pc.abs(seconds), _SECONDS_MAX).fill_null(False)  # noqa: FBT003 - Arrow's signature
+        kept = pc.if_else(lost, pa.scalar(None, chunk.type), chunk)
+        return pc.cast(kept, pa.timestamp("ns")), np.asarray(lost.to_numpy(zero_copy_only=False))
+
+
+def _fill_lists(out_NW: Array, column: Column, chunks: list[pa.Array], flags: Flags) -> None:
+    """Fill [N, W] from a column of lists: one block copy an Arrow chunk, none a row."""
+    start = 0
+    for chunk in chunks:
+        storage = chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk
+        stop = start + len(storage)
+        _fill_lists_chunk(out_NW[start:stop], column, storage, flags, start)
+        start = stop
+
+
+def _fill_lists_chunk(out_nW: Array, column: Column, chunk: pa.Array, flags: Flags, start: int) -> None:
+    rows, width = out_nW.shape
+    lengths = pc.list_value_length(chunk).fill_null(-1).to_numpy(zero_copy_only=False)
+    whole_n = lengths == width
+    all_whole = bool(whole_n.all())
+    values = (chunk if all_whole else chunk.filter(pa.array(whole_n))).flatten()
+    flat = out_nW.reshape(rows * width) if all_whole else np.empty(len(values), dtype=out_nW.dtype)
+    inner = Flags.none(len(values))
+    _fill_chunk(flat, column, values, inner, 0)
+    if not all_whole:
+        out_nW[whole_n] = flat.reshape(-1, width)
+        out_nW[~whole_n] = 0
+        flags.mark((lengths != width) & (lengths >= 0), column.name, f"a list that has not {width} values", start)
+        _settle_nulls(out_nW, lengths < 0, column, flags, start)
+    for code, (_, reason) in enumerate(inner.reasons, start=1):
+        broken_n = np.zeros(rows, dtype=np.bool_)
+        broken_n[whole_n] = (inner.code_N.reshape(-1, width) == code).any(axis=1)
+        flags.mark(broken_n, column.name, f"in its list, {reason}", start)

@@ -1,0 +1,219 @@
+"""A model that predicts: one Protocol, and the two ways in which MLflow models become one.
+
+Shapes: every input is [N, *shape] and every output [N, *shape] of the contract.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from mlflow.models import Model as MLmodel
+
+from serving.environment import variable
+from serving.errors import ModelUnfit
+from serving.model.contract import Contract
+from serving.model.encoding import BatchUnit, Encoded
+from serving.model.interface import Arrays, Engine, Tunable, Wish
+from serving.model.model_files import check_files
+from serving.model.outputs import named_outputs
+from serving.model.registry import FileStates, ModelPin, Resolved, digest_folder, file_states, must_be_as_hashed
+
+_PLAIN = Engine()
+
+
+def load_model(resolved: Resolved, contract: Contract, *, allow_pickle: bool = False) -> Tunable:
+    """Load a resolved model, once in each process.
+
+    Raises ModelUnfit where the model is pickled and `allow_pickle` is not set, since unpickling
+    runs whatever code the file holds; and where a file was changed since the files were hashed, until all were loaded.
+    A model that was logged as code runs its code either way.
+    """
+    with _loading:
+        files = resolved.files or _hashed(resolved)
+        loaded = _load(resolved.folder, resolved.pin, files, resolved.is_torch, allow_pickle)
+        if not resolved.is_torch:
+            _read_later[resolved.pin.digest] = (resolved.folder, files)
+    if resolved.is_torch:
+        import torch  # noqa: PLC0415 - a finished run is told so before torch is imported
+
+        from serving.model.cuda import CudaModel  # noqa: PLC0415 - the same
+        from serving.model.torch_model import TorchModel  # noqa: PLC0415 - the same
+
+        return CudaModel(loaded, contract) if torch.cuda.is_available() else TorchModel(loaded, contract)
+    if resolved.is_text:
+        from serving.model.text import text_model  # noqa: PLC0415 - the same
+
+        return text_model(loaded, contract) or PyfuncModel(loaded, contract)
+    return PyfuncModel(loaded, contract)
+
+
+def must_be_unchanged(pin: ModelPin) -> None:
+    """Raise ModelUnfit where a loaded model may still read its files, and one was changed since they were hashed.
+
+    An exported torch module is in memory; what runs Python may open artifacts, import code, or map weights at any time.
+    """
+    if pin.digest in _read_later:
+        must_be_as_hashed(pin, *_read_later[pin.digest])
+
+
+_read_later: dict[str, tuple[Path, FileStates]] = {}
+
+
+def _hashed(resolved: Resolved) -> FileStates:
+    """Hash the files that a release was made with, and return their state; raises ModelUnfit where they are others."""
+    files = file_states(resolved.folder)
+    digest = digest_folder(resolved.folder)
+    if digest != resolved.pin.digest:
+        message = (
+            f"The files in {resolved.folder} must be those of {resolved.pin.uri} (digest {resolved.pin.digest[:12]}), "
+            f"got digest {digest[:12]}. Deploy the version again."
+        )
+        raise ModelUnfit(message)
+    return files
+
+
+# MLflow reads it at every load, and takes an absent one as yes.
+_ALLOW_PICKLE = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"
+
+_loading = threading.Lock()
+
+
+@functools.lru_cache(maxsize=2)
+def _load(folder: Path, pin: ModelPin, files: FileStates, is_torch: bool, allow_pickle: bool) -> Any:  # noqa: FBT001 - keys of the cache
+    import mlflow.pyfunc  # noqa: PLC0415 - seconds of imports that a finished run does not need
+
+    try:
+        # MLflow refuses skops as it does pickles: what was looked at here may be read.
+        allowed = allow_pickle or check_files(folder, MLmodel.load(str(folder / "MLmodel")))
+        with variable(_ALLOW_PICKLE, str(allowed).lower()), _no_bytecode():
+            if is_torch:
+                model = _load_torch(folder, allow_pickle=allow_pickle)
+            else:
+                model = mlflow.pyfunc.load_model(str(folder))
+    except ModelUnfit:
+        raise
+    except Exception as error:  # a flavour's loader may raise anything; it all means the same here
+        raise _unfit(folder, error, allow_pickle=allow_pickle) from error
+    must_be_as_hashed(pin, folder, files)
+    return model
+
+
+@contextmanager
+def _no_bytecode() -> Generator[None]:
+    """Keep Python from writing its caches beside a model's code: those files are the registry's."""
+    before = sys.dont_write_bytecode
+    sys.dont_write_bytecode = True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
+
+
+def _load_torch(folder: Path, *, allow_pickle: bool) -> Any:
+    import mlflow.pytorch  # noqa: PLC0415
+    import torch  # noqa: PLC0415
+
+    options = {"weights_only": False} if allow_pickle else {}
+    module = mlflow.pytorch.load_model(str(folder), **options)
+    if isinstance(module, torch.fx.GraphModule) and (training := [str(n) for n in module.graph.nodes if _trains(n)]):
+        message = (
+            f"A model must be exported for inference, got training mode in its graph at {training}: it would answer "
+            "differently each time. Call model.eval() before you log it."
+        )
+        raise ModelUnfit(message)
+    return module
+
+
+def _trains(node: Any) -> bool:
+    """Whether a node of an exported graph is a dropout or a normalisation that still learns."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return False
+    given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
+    return bool((given.get("train") or given.get("training")) and given.get("p") != 0)
+
+
+_WITHOUT_PICKLE = {
+    "mlflow.pytorch": 'Log it with serialization_format="pt2", or pass',
+    "mlflow.lightgbm": 'Log its Booster (model.booster_), or with serialization_format="skops", or pass',
+    "mlflow.pyfunc.model": 'Log it as code (python_model="model.py"), or pass',
+    "mlflow.sklearn": 'Log it with serialization_format="skops", or pass',
+}
+
+
+def _unfit(folder: Path, error: Exception, *, allow_pickle: bool) -> ModelUnfit:
+    if not allow_pickle and "pickle" in str(error).lower():
+        loader = MLmodel.load(str(folder / "MLmodel")).flavors.get("python_function", {}).get("loader_module")
+        return ModelUnfit(
+            f"A model must not need unpickling, which runs any code in its files, unless asked for; got: {error} "
+            f"{_WITHOUT_PICKLE.get(str(loader), 'Pass')} allow_pickle=True if you trust whoever logged it."
+        )
+    return ModelUnfit(f"The model in {folder} must load here, got {type(error).__name__}: {error}.")
+
+
+class PyfuncModel:
+    """Any other flavour, through mlflow.pyfunc: a DataFrame or arrays in, anything out."""
+
+    # The checks of each call take longer than many a model: larger batches than torch's pay.
+    batch_size, batch_sizes = 1024, (64, 1024, 4096, 16384, 65536)
+    engine = _PLAIN
+    batch_unit: BatchUnit = "rows"
+
+    def __init__(self, model: Any, contract: Contract) -> None:
+        self._model = model
+        self._contract = contract
+        schema = model.metadata.signature.inputs
+        self._tensors = schema.is_tensor_spec()
+        self._unnamed = schema.inputs[0].name is None
+        specs = zip(contract.inputs, schema.inputs, strict=True) if self._tensors else ()
+        self._texts = {value.name: spec.type.kind for value, spec in specs if spec.type.kind in "US"}
+
+    def prepare(self, encoded: Encoded) -> Encoded:
+        """Return the inputs as they are."""
+        return encoded
+
+    def predict(self, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
+        """Run the model on N rows."""
+        import pandas as pd  # noqa: PLC0415
+
+        rows = len(next(iter(inputs.values())))
+        given: Any = dict(inputs) | {name: _fixed(inputs[name], kind) for name, kind in self._texts.items()}
+        if self._unnamed:
+            (given,) = given.values()
+        if not self._tensors:
+            given = pd.DataFrame({0: given} if self._unnamed else given, copy=False)
+        return named_outputs(self._model.predict(given), self._contract.outputs, rows, np.asarray)
+
+    @contextmanager
+    def slot(self) -> Generator[None]:
+        """Nothing to enter: the library behind keeps its own threads."""
+        yield
+
+    @property
+    def slots(self) -> int:
+        """One: these libraries use all cores themselves, and few promise to be thread-safe."""
+        return 1
+
+    def engines(self, wish: Wish) -> list[Engine]:  # noqa: ARG002 - the library behind has none to choose
+        """Return the only one."""
+        return [_PLAIN]
+
+    def using(self, engine: Engine) -> Self:  # noqa: ARG002
+        """Return the model itself."""
+        return self
+
+
+def _fixed(text_N: npt.NDArray[Any], kind: str) -> npt.NDArray[Any]:
+    """Return text as numpy's own fixed-width kind, which MLflow holds a signature of such tensors to."""
+    if any(item is None for item in text_N.flat):
+        message = f"a tensor of {np.dtype(kind).name} can't hold a null"
+        raise ValueError(message)
+    return text_N.astype(kind)

@@ -1,0 +1,142 @@
+"""What a model answers, given the names, shapes and dtypes that its signature promises.
+
+Shapes: N rows; every output is [N, *shape].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from serving.errors import ModelFailed
+from serving.model.contract import Output
+
+_LABELS_SHOWN = 3
+_LOG_AGAIN = "Log the model again with the signature of what it returns."
+
+
+def named_outputs(
+    raw: Any, outputs: tuple[Output, ...], rows: int, to_numpy: Callable[[Any], npt.NDArray[Any]]
+) -> dict[str, npt.NDArray[Any]]:
+    """Give every output its name, shape and dtype, in whatever form the model answers.
+
+    A Series or DataFrame is put in the order of the input by its index, whose labels are the numbers of the input's
+    rows. What has no index, or a new one (`reset_index`, `to_numpy`), is taken to be in the order of the input: there
+    is nothing to tell it by.
+
+    Raises ModelFailed where the answer is none that the signature promises, or its index is not that of the input,
+    ValueError where a number that is not finite stands among integers.
+    """
+    values = _by_name(_in_order(raw, rows), outputs)
+    values = {name: _in_order(value, rows) for name, value in values.items()}
+    return {output.name: _shaped(to_numpy(values[output.name]), output, rows) for output in outputs}
+
+
+def _in_order(value: Any, rows: int) -> Any:
+    """Return a Series or DataFrame in the order of the input, anything else as it is."""
+    if not hasattr(value, "iloc") or len(value) != rows or rows == 1:
+        return value
+    labels = np.asarray(value.index)
+    order = np.arange(rows)
+    if np.array_equal(labels, order):
+        return value
+    if labels.dtype.kind in "iuf":
+        places = np.argsort(labels, kind="stable")
+        if np.array_equal(labels[places], order):
+            return value.iloc[places]
+    shown = labels[:_LABELS_SHOWN].tolist()
+    message = (
+        f"What the model returns must be in the order of its input, or have the index of its input: 0 to {rows - 1}, "
+        f"each once, got {shown}{' and more' if rows > len(shown) else ''}. Return the rows in their order with "
+        "reset_index(drop=True), and log the model again."
+    )
+    raise ModelFailed(message)
+
+
+def _by_name(raw: Any, outputs: tuple[Output, ...]) -> dict[str, Any]:
+    names = [output.name for output in outputs]
+    if hasattr(raw, "columns") and hasattr(raw, "iloc"):
+        return _by_column(raw, outputs)
+    if isinstance(raw, Mapping):
+        if missing := [name for name in names if name not in raw]:
+            message = (
+                f"The model must answer with {names}, got {sorted(map(str, raw))}: {missing} missing. {_LOG_AGAIN}"
+            )
+            raise ModelFailed(message)
+        return {name: raw[name] for name in names}
+    if len(outputs) == 1:
+        return {names[0]: raw[0] if isinstance(raw, list | tuple) and len(raw) == 1 else raw}
+    if not isinstance(raw, list | tuple) or len(raw) != len(outputs):
+        message = f"The model must answer with {len(outputs)} outputs {names}, got a {type(raw).__name__}. {_LOG_AGAIN}"
+        raise ModelFailed(message)
+    return dict(zip(names, raw, strict=True))
+
+
+def _by_column(frame: Any, outputs: tuple[Output, ...]) -> dict[str, Any]:
+    """Take the outputs from a DataFrame by name, else by position: nothing of it may be left over."""
+    names = [output.name for output in outputs]
+    if all(name in frame.columns for name in names):
+        return {name: frame[name].to_numpy() for name in names}
+    if len(outputs) == 1 and outputs[0].width == frame.shape[1]:
+        return {names[0]: frame.to_numpy()}
+    if len(outputs) != frame.shape[1]:
+        found = [str(name) for name in frame.columns]
+        message = f"The model must answer with the columns {names}, got {found}. {_LOG_AGAIN}"
+        raise ModelFailed(message)
+    return {name: frame.iloc[:, at].to_numpy() for at, name in enumerate(names)}
+
+
+def _shaped(value: npt.NDArray[Any], output: Output, rows: int) -> npt.NDArray[Any]:
+    if not _fits_shape(value.shape, output, rows):
+        message = (
+            f"Output {output.name!r} must hold {output.width} values for each of {rows} rows, in the shape "
+            f"{(rows, *output.shape)}, got {value.shape}. {_LOG_AGAIN}"
+        )
+        raise ModelFailed(message)
+    value = value.reshape(rows, *output.shape)
+    return _text(value, output) if output.dtype == "str" else _numbers(value, output)
+
+
+def _fits_shape(shape: tuple[int, ...], output: Output, rows: int) -> bool:
+    """Whether a shape is [rows, *output.shape], with or without dimensions of one, or flattened to [rows, width]."""
+    if rows == 1:
+        return math.prod(shape) == output.width
+    inner = [size for size in shape[1:] if size != 1]
+    wanted = [size for size in output.shape if size != 1]
+    return bool(shape) and shape[0] == rows and inner in (wanted, [output.width])
+
+
+def _numbers(value: npt.NDArray[Any], output: Output) -> npt.NDArray[Any]:
+    """Cast to the output's dtype; floats are rounded to it, but nothing else may change."""
+    wanted = np.dtype(output.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if wanted.kind == "f" or np.can_cast(value.dtype, wanted, "safe"):
+            return value.astype(wanted, copy=False)
+        given = value.astype(np.float64) if value.dtype.kind == "O" else value
+        if not np.isfinite(given).all():
+            message = f"output {output.name!r} must be finite to be {wanted}"
+            raise ValueError(message)
+        cast = given.astype(wanted)
+    if (changed := cast != given).any():
+        message = (
+            f"Output {output.name!r} must be {wanted}, as the signature says, got {value.dtype} such as "
+            f"{given[changed][0]}. {_LOG_AGAIN}"
+        )
+        raise ModelFailed(message)
+    return cast
+
+
+def _text(value: npt.NDArray[Any], output: Output) -> npt.NDArray[Any]:
+    """Return text as objects, with None for every kind of null."""
+    import pandas as pd  # noqa: PLC0415
+
+    text = value.astype(object)
+    text[pd.isna(text)] = None
+    if strange := [item for item in text.flat if item is not None and not isinstance(item, str)]:
+        message = f"Output {output.name!r} must be text, as the signature says, got {strange[0]!r}. {_LOG_AGAIN}"
+        raise ModelFailed(message)
+    return text

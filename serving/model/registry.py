@@ -1,0 +1,260 @@
+"""Resolve a registered model once: name, version and digest are pinned before anything is scored."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import mlflow
+from botocore.exceptions import BotoCoreError, ClientError
+from mlflow import MlflowClient, MlflowException
+from mlflow.artifacts import download_artifacts
+from mlflow.models import Model as MLmodel
+from mlflow.store.artifact.models_artifact_repo import REGISTERED_MODEL_META_FILE_NAME
+
+from serving.errors import ModelNotFound, ModelUnfit
+from serving.model.contract import Contract, Frozen
+from serving.model.signature import Names, Policies, read_contract
+
+_URI = re.compile(r"(?:models:/)?(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+|latest))")
+_COPIED = re.compile(r"models:/(?P<name>[^/@]+)/(?P<version>\d+)")
+_BLOCK = 1 << 20
+_MODELS_SHOWN = 20
+# The clock that file systems take their times from may tick this seldom.
+_TICK_NS = 20_000_000
+
+# Path, size, time of modification and time of change of each file of a folder. The last can't be set.
+FileStates = tuple[tuple[str, int, int, int], ...]
+
+
+class ModelPin(Frozen):
+    """One version of a registered model: what a run is tied to."""
+
+    name: str
+    version: str
+    model_id: str | None
+    source: str
+    digest: str
+
+    @property
+    def uri(self) -> str:
+        """The pinned address, which no promotion changes."""
+        return f"models:/{self.name}/{self.version}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """A pinned model, the folder that holds its files (read only), and what they say of it.
+
+    `files` is the state of the files when they were hashed; without it they are hashed, and held to the pin, at the
+    load.
+    """
+
+    pin: ModelPin
+    folder: Path
+    mlmodel: MLmodel
+    files: FileStates | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_torch(self) -> bool:
+        """Whether it runs as a torch module rather than through pyfunc."""
+        return "pytorch" in self.mlmodel.flavors
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it may run as a text model rather than through pyfunc."""
+        return not {"sentence_transformers", "transformers"}.isdisjoint(self.mlmodel.flavors)
+
+    def contract(self, columns: Names, policies: Policies) -> Contract:
+        """Return the contract of the model; raises ModelUnfit where it was logged without enough."""
+        return read_contract(self.mlmodel, stack=self.is_torch, columns=columns, policies=policies)
+
+
+def resolve_model(uri: str) -> Resolved:
+    """Resolve models:/NAME@ALIAS, models:/NAME/VERSION or models:/NAME/latest, once.
+
+    Returns the pinned version with a SHA-256 over its files. The registry is the one of
+    MLFLOW_TRACKING_URI or MLFLOW_REGISTRY_URI. Raises ModelNotFound and says what there is.
+    """
+    match = _URI.fullmatch(uri)
+    if match is None:
+        message = f"A model must be models:/NAME@ALIAS, models:/NAME/VERSION or models:/NAME/latest, got {uri!r}."
+        raise ModelNotFound(message)
+    client = MlflowClient()
+    name, version = match["name"], _version(client, uri, match)
+    try:
+        found = client.get_model_version(name, version)
+    except MlflowException as error:
+        raise _not_found(client, uri, name, error) from None
+    resolved = open_model(name=name, version=str(found.version), source=str(found.source))
+    return replace(resolved, tags=dict(found.tags))
+
+
+def save_tag(pin: ModelPin, key: str, value: str) -> bool:
+    """Keep a value with a model version; False where the registry does not take it."""
+    try:
+        MlflowClient().set_model_version_tag(pin.name, pin.version, key, value)
+    except MlflowException:
+        return False
+    return True
+
+
+def open_model(*, name: str, version: str, source: str) -> Resolved:
+    """Open the files of one version, wherever its source is, and pin them by digest."""
+    try:
+        source = _original(source)
+        model_id = source.removeprefix("models:/") if source.startswith("models:/") else None
+        folder = _folder(source, model_id)
+    except (MlflowException, BotoCoreError, ClientError, OSError) as error:
+        message = (
+            f"The files of {name} version {version} must be readable at {source}, got: {error}. "
+            "Check the artifact store."
+        )
+        raise ModelUnfit(message) from None
+    mlmodel_file = folder / "MLmodel"
+    if not mlmodel_file.is_file():
+        message = f"The files of {name} version {version} must hold an MLmodel, got none in {folder}. Log it again."
+        raise ModelUnfit(message)
+    files = file_states(folder)
+    pin = ModelPin(name=name, version=version, model_id=model_id, source=source, digest=digest_folder(folder))
+    return Resolved(pin=pin, folder=folder, mlmodel=MLmodel.load(str(mlmodel_file)), files=files)
+
+
+def _version(client: MlflowClient, uri: str, match: re.Match[str]) -> str:
+    name = match["name"]
+    try:
+        if match["alias"]:
+            return str(client.get_model_version_by_alias(name, match["alias"]).version)
+        if match["version"] != "latest":
+            return match["version"]
+        versions = [int(found.version) for found in client.search_model_versions(f"name = '{name}'")]
+    except MlflowException as error:
+        raise _not_found(client, uri, name, error) from None
+    if not versions:
+        raise _not_found(client, uri, name, None)
+    return str(max(versions))
+
+
+def _not_found(client: MlflowClient, uri: str, name: str, error: MlflowException | None) -> ModelNotFound:
+    try:
+        versions = client.search_model_versions(f"name = '{name}'") if re.fullmatch(r"[^']+", name) else []
+        models = client.search_registered_models(max_results=_MODELS_SHOWN)
+        aliases = dict(client.get_registered_model(name).aliases) if versions else {}
+    except MlflowException:
+        return ModelNotFound(f"The registry must answer for {uri}, got: {error}. Check MLFLOW_TRACKING_URI.")
+    if versions:
+        have = f"versions {sorted(int(found.version) for found in versions)} and aliases {aliases or 'none'}"
+        return ModelNotFound(f"{uri} must name a version or an alias of {name!r}, which has {have}.")
+    known = ", ".join(repr(model.name) for model in models) or "none"
+    more = " and more" if models.token else ""
+    where = mlflow.get_registry_uri()
+    return ModelNotFound(
+        f"{uri} must be registered, but {where} has no model {name!r}. Registered are: {known}{more}. "
+        "Register it, or set MLFLOW_TRACKING_URI to the registry that has it."
+    )
+
+
+def _original(source: str) -> str:
+    """Return where the files are: a version that was copied names the one that it is a copy of, maybe a copy itself."""
+    while copied := _COPIED.fullmatch(source):
+        source = str(MlflowClient().get_model_version(copied["name"], copied["version"]).source)
+    return source
+
+
+def _folder(source: str, model_id: str | None) -> Path:
+    """Return the folder of the files: in place where they are local, else downloaded once by id."""
+    location = source
+    if model_id is not None:
+        location = str(MlflowClient().get_logged_model(model_id).artifact_location)
+    parts = urlsplit(location)
+    if not parts.scheme:
+        return Path(location)
+    if parts.scheme == "file":
+        return Path(unquote(parts.path))
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "overnight" / "models"
+    folder = cache / (model_id or hashlib.sha256(location.encode()).hexdigest()[:32])
+    if not folder.is_dir():
+        _download(location, folder)
+    return folder
+
+
+def _download(location: str, folder: Path) -> None:
+    """Download next to the place, then rename: a folder that exists is whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as part:
+        got = Path(download_artifacts(artifact_uri=location, dst_path=part))
+        try:
+            got.rename(folder)
+        except OSError:
+            # Another process was faster.
+            if not folder.is_dir():
+                raise
+
+
+def digest_folder(folder: Path) -> str:
+    """Return the SHA-256 over the relative names and bytes of every file below a folder.
+
+    What comes to lie beside a model when it is used does not count: Python's bytecode caches, and the name and version
+    that MLflow writes into a local model when it is loaded by them.
+    """
+    whole = hashlib.sha256()
+    for file in sorted(_files_below(folder)):
+        inner = hashlib.sha256()
+        with file.open("rb") as stream:
+            while block := stream.read(_BLOCK):
+                inner.update(block)
+        whole.update(f"{file.relative_to(folder).as_posix()}\0{inner.hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+def file_states(folder: Path) -> FileStates:
+    """Return the state of every file that the digest of a folder is over; whoever writes one later changes its state.
+
+    Raises ModelUnfit where a folder below is a link, since what it leads to is not in the digest.
+    """
+    states = []
+    for file in sorted(_files_below(folder)):
+        status = file.stat()
+        states.append((str(file.relative_to(folder)), status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    newest = max((changed for *_, changed in states), default=0)
+    time.sleep(min(max(newest + _TICK_NS - time.time_ns(), 0), _TICK_NS) / 1e9)
+    return tuple(states)
+
+
+def must_be_as_hashed(pin: ModelPin, folder: Path, files: FileStates) -> None:
+    """Raise ModelUnfit where a file of a model is not in the state any more that it had when it was hashed."""
+    try:
+        now = file_states(folder)
+    except FileNotFoundError as error:
+        now = ((str(error.filename), 0, 0, 0),)
+    if now == files:
+        return
+    changed = sorted({path for path, *_ in set(now) ^ set(files)})
+    message = (
+        f"The files of {pin.uri} must stay as they were when they were hashed (digest {pin.digest[:12]}), for as long "
+        f"as they are read, but {len(changed)} in {folder} were changed, the first {changed[0]}. Put them back and "
+        "call again; a new version belongs in the registry under a number of its own."
+    )
+    raise ModelUnfit(message)
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        if "__pycache__" in path.parts or path == folder / REGISTERED_MODEL_META_FILE_NAME:
+            continue
+        if path.is_file():
+            yield path
+        elif path.is_symlink() and path.is_dir():
+            message = (
+                "A model's folder must hold no link to a folder, since what that holds would not be in the digest; got "
+                f"{path}. Log the model with the files themselves."
+            )
+            raise ModelUnfit(message)

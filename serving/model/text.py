@@ -1,0 +1,249 @@
+"""Text models: texts are tokenised ahead of their passes, and pass in batches of tokens. Importing this imports torch.
+
+Shapes: N rows; K numbers for each of L tokens of a text (its id, and its type where the tokenizer gives one);
+B rows of a batch; D values of an embedding.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+
+from serving.errors import ModelUnfit
+from serving.machine import cores
+from serving.model.casting import Array
+from serving.model.contract import Contract
+from serving.model.encoding import BatchUnit, Encoded
+from serving.model.interface import Engine, Wish
+from serving.model.outputs import named_outputs
+from serving.model.torch_model import engine_module, torch_engines, torch_slot
+
+_TOKENS = "tokens"
+_PADDED = ("input_ids", "token_type_ids")
+_MASK = "attention_mask"
+_TEXTS_AT_ONCE = 256
+# A tokenizer that knows no limit says 10**30.
+_LIMIT_MAX = 1 << 31
+
+_PLAIN = Engine()
+
+# A fast tokenizer that is told how to pad and truncate while another thread uses it raises "Already borrowed".
+_tokenising = threading.Lock()
+
+
+class Network(Protocol):
+    """A tokenizer and the network behind it."""
+
+    tokenizer: Any
+    keys: tuple[str, ...]
+    module: Any
+
+    def tokenise(self, texts: list[str]) -> Iterator[Array]:
+        """Yield the tokens of each text without padding, [K, L] in the order of `keys`."""
+        ...
+
+    def forward(self, features: dict[str, Any]) -> Any:
+        """Return what the network answers for B padded rows, each feature a tensor [B, L]."""
+        ...
+
+    def through(self, module: Any) -> Self:
+        """Return the same network with its passes made by another form of its module."""
+        ...
+
+
+def text_model(loaded: Any, contract: Contract) -> TextModel | None:
+    """Return a loaded pyfunc model as a text model, None where it has to run through pyfunc.
+
+    That is any other flavour, task or input than one text into embeddings or classes, and a model logged with
+    parameters, which pyfunc knows how to apply. Raises ModelUnfit where the signature promises other outputs.
+    """
+    flavors = loaded.metadata.flavors
+    one_text = [(value.dtype, value.shape) for value in contract.inputs] == [("str", ())]
+    if not one_text or loaded.metadata.signature.params or loaded.model_config:
+        return None
+    network: Network | None = None
+    if "sentence_transformers" in flavors:
+        network = _embeddings(loaded.get_raw_model(), contract)
+    elif flavors.get("transformers", {}).get("task") == "text-classification":
+        network = _classes(loaded.get_raw_model())
+    return None if network is None else TextModel(network, contract)
+
+
+class TextModel:
+    """Texts in, embeddings or classes out: each batch is padded to the longest of its rows."""
+
+    # Measured best for MiniLM on two cores, where nothing else is known.
+    batch_size, batch_sizes = 512, (256, 512, 1024, 2048)
+    batch_unit: BatchUnit = "tokens"
+    engine = _PLAIN
+
+    def __init__(self, network: Network, contract: Contract, engine: Engine = _PLAIN) -> None:
+        self._network, self._contract, self._engine = network, contract, engine
+        self._passes = network.through(engine_module(network.module, engine))
+        tokenizer = network.tokenizer
+        pads = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+        self._pad_K = np.array([pads[key] for key in network.keys])
+        self._left = tokenizer.padding_side == "left"
+
+    def prepare(self, encoded: Encoded) -> Encoded:
+        """Tokenise N texts; one that is null, which no text model takes, is a reject."""
+        (value,) = self._contract.inputs
+        texts = [text if isinstance(text, str) else None for text in encoded.inputs[value.name]]
+        for row, text in enumerate(texts):
+            if text is None:
+                encoded.flags.mark_row(row, value.columns[0].name, "null")
+        tokens_N = np.empty(len(texts), dtype=object)
+        with _tokenising:
+            for row, tokens_KL in enumerate(self._network.tokenise([text or "" for text in texts])):
+                tokens_N[row] = tokens_KL
+        length_N = np.array([tokens_KL.shape[1] for tokens_KL in tokens_N], dtype=np.int64)
+        return replace(encoded, inputs={_TOKENS: tokens_N}, length_N=length_N)
+
+    def predict(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run one forward pass over tokenised rows; must be called inside `slot()`."""
+        tokens_B = inputs[_TOKENS]
+        answer = self._passes.forward(self._padded(tokens_B))
+        return named_outputs(answer, self._contract.outputs, len(tokens_B), np.asarray)
+
+    def _padded(self, tokens_B: Array) -> dict[str, Any]:
+        # A text of no tokens at all still needs one place.
+        longest = max(1, *(tokens_KL.shape[1] for tokens_KL in tokens_B))
+        padded_KBL = np.empty((len(self._pad_K), len(tokens_B), longest), dtype=np.int64)
+        padded_KBL[:] = self._pad_K[:, None, None]
+        mask_BL = np.zeros((len(tokens_B), longest), dtype=np.int64)
+        for row, tokens_KL in enumerate(tokens_B):
+            length = tokens_KL.shape[1]
+            where = slice(longest - length, None) if self._left else slice(length)
+            padded_KBL[:, row, where] = tokens_KL
+            mask_BL[row, where] = 1
+        features = dict(zip(self._network.keys, torch.from_numpy(padded_KBL), strict=True))
+        return features | {_MASK: torch.from_numpy(mask_BL)}
+
+    def slot(self) -> AbstractContextManager[None]:
+        """Enter what the engine needs, as for any torch module."""
+        return torch_slot(self._engine)
+
+    @property
+    def slots(self) -> int:
+        """As many as the cores have threads for, as for any torch module; one where it is on a GPU."""
+        if self._network.module.device.type != "cpu":
+            return 1
+        return max(1, cores() // self._engine.threads)
+
+    def engines(self, wish: Wish) -> list[Engine]:
+        """Return the engines worth trying, as for any torch module."""
+        return torch_engines(self._network.module, wish)
+
+    def using(self, engine: Engine) -> Self:
+        """Return the same model on another engine; the weights are shared."""
+        return type(self)(self._network, self._contract, engine)
+
+
+def _embeddings(module: Any, contract: Contract) -> _Embeddings | None:
+    """Return a SentenceTransformer as a network, None where its first module is no tokenizer and transformer."""
+    module.eval()
+    prompt = None if module.default_prompt_name is None else module.prompts.get(module.default_prompt_name)
+    features = dict(module.preprocess(["a"], prompt=prompt))
+    keys = _padded_keys(features)
+    if keys is None or getattr(module.tokenizer, "pad_token_id", None) is None:
+        return None
+    tensors = {key: features.pop(key) for key in (*keys, _MASK)}
+    network = _Embeddings(module, prompt, keys, rest=features)
+    with torch_slot(_PLAIN):
+        width = network.forward(tensors).shape[1]
+    if [output.width for output in contract.outputs] != [width]:
+        found = {output.name: output.shape for output in contract.outputs}
+        message = (
+            f"A sentence-transformers model must be logged with a signature of one output of its {width} values a "
+            f'row, got {found}. Log it with signature=infer_signature(["a text"], model.encode(["a text"])).'
+        )
+        raise ModelUnfit(message)
+    return network
+
+
+def _padded_keys(features: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return the features that are numbers of tokens, None where there are such as can't be padded here."""
+    tensors = {key for key, value in features.items() if hasattr(value, "shape")}
+    if not {"input_ids", _MASK} <= tensors <= {*_PADDED, _MASK} or features["input_ids"].ndim != 2:  # noqa: PLR2004 - [B, L]
+        return None
+    return tuple(key for key in _PADDED if key in tensors)
+
+
+class _Embeddings:
+    """A SentenceTransformer: what `encode` makes of texts, prompt included."""
+
+    def __init__(self, module: Any, prompt: str | None, keys: tuple[str, ...], rest: dict[str, Any]) -> None:
+        self.tokenizer = module.tokenizer
+        self.keys = keys
+        self.module = module
+        self._prompt = prompt
+        # What the modules want to know of every batch alike, such as the length of the prompt.
+        self._rest = rest
+
+    def tokenise(self, texts: list[str]) -> Iterator[Array]:
+        """Yield what `encode` would pass to the transformer, by its own preprocessing, less the padding."""
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            features = self.module.preprocess(texts[start : start + _TEXTS_AT_ONCE], prompt=self._prompt)
+            padded_KnL = np.stack([features[key].numpy() for key in self.keys])
+            for row, mask_L in enumerate(features[_MASK].numpy() != 0):
+                yield padded_KnL[:, row, mask_L]
+
+    def through(self, module: Any) -> Self:
+        """Return the same network with its passes made by another form of its module."""
+        return type(self)(module, self._prompt, self.keys, self._rest)
+
+    def forward(self, features: dict[str, Any]) -> Any:
+        """Return the embeddings of B rows, [B, D] float32."""
+        device = self.module.device
+        features = self._rest | {key: value.to(device) for key, value in features.items()}
+        embedding_BD = self.module(features)["sentence_embedding"]
+        return embedding_BD[:, : self.module.truncate_dim].float().cpu().numpy()
+
+
+def _classes(pipeline: Any) -> _Classes | None:
+    """Return a text-classification pipeline as a network, None where its batches can't be padded."""
+    import transformers  # noqa: PLC0415 - seconds of imports that few models need
+
+    own = type(pipeline) is not transformers.TextClassificationPipeline
+    if own or getattr(pipeline.tokenizer, "pad_token_id", None) is None:
+        return None
+    keys = _padded_keys(pipeline.preprocess("a"))
+    return None if keys is None else _Classes(pipeline, keys)
+
+
+class _Classes:
+    """A text-classification pipeline: what it answers for each text, as a DataFrame of label and score."""
+
+    def __init__(self, pipeline: Any, keys: tuple[str, ...]) -> None:
+        self.tokenizer = pipeline.tokenizer
+        self.keys = keys
+        self.module = pipeline.model.eval()
+        self._pipeline = pipeline
+
+    def tokenise(self, texts: list[str]) -> Iterator[Array]:
+        """Yield the tokens of each text, cut where the model's limit is known: a longer one would fail."""
+        truncation = self.tokenizer.model_max_length < _LIMIT_MAX
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            features = self.tokenizer(texts[start : start + _TEXTS_AT_ONCE], truncation=truncation)
+            for several in zip(*(features[key] for key in self.keys), strict=True):
+                yield np.array(several, dtype=np.int64)
+
+    def through(self, module: Any) -> Self:
+        """Return the same network with its passes made by another form of its module."""
+        pipeline = copy.copy(self._pipeline)
+        pipeline.model = module
+        return type(self)(pipeline, self.keys)
+
+    def forward(self, features: dict[str, Any]) -> Any:
+        """Return the label and the score of B rows."""
+        import pandas as pd  # noqa: PLC0415 - as everywhere that only some models need it
+
+        logits_BC = self._pipeline.forward(features)["logits"]
+        return pd.DataFrame([self._pipeline.postprocess({"logits": logits_C[None]}) for logits_C in logits_BC])

@@ -1,0 +1,267 @@
+"""The tuner: which engine and batch size are fastest for a model on this machine, measured with rows of the dataset.
+
+Shapes: N rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import statistics
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+from pydantic import ValidationError
+
+from serving.errors import DependencyFault, DeviceLost
+from serving.model.contract import Contract, Frozen
+from serving.model.encoding import Encoded
+from serving.model.forward import Forward, Predictions
+from serving.model.interface import Engine, Model, Tunable, Wish
+
+_WINDOW_SECONDS = 0.06
+_BUDGET_SECONDS = 4.0
+_PASS_SECONDS_MAX = 0.5
+_FINAL_ROUNDS = 3
+_FINALISTS = 3
+# What differs in the last bits from torch as it comes must be worth it.
+_GAIN_MIN = 1.1
+_LARGER_GAIN_MIN = 1.03
+_BEHIND = 0.75
+_ENOUGH_ROWS = 1024
+# Other sums of the same float32 products; a wrong kernel is further off by orders of magnitude.
+_FLOAT32_TOLERANCE = 1e-5
+_PASSES_TO_SORT = 4
+# MLflow's tags hold 5,000 characters.
+_TRIALS_KEPT = 16
+
+
+class Trial(Frozen):
+    """What one setting was measured at; `difference` is the largest from the plainest engine on the sample."""
+
+    engine: Engine
+    batch_size: int
+    rows_per_second: float
+    difference: float
+
+
+class Tuning(Frozen):
+    """The setting chosen, and the best of what was measured on the way to it."""
+
+    machine: str
+    wish: Wish
+    engine: Engine
+    batch_size: int
+    slots: int
+    rows_per_second: float
+    trials: tuple[Trial, ...]
+
+
+def tune(
+    model: Tunable, contract: Contract, sample: Encoded, wish: Wish, *, machine: str, clock: Callable[[], float]
+) -> Tuning | None:
+    """Measure engines and batch sizes on prepared rows with all slots running, and choose.
+
+    Takes about four seconds, and what one pass takes where that is more. Sizes are tried from the
+    smallest, and an engine that falls behind is left; the best are measured again in turn. Bits other
+    than those of torch as it comes are only chosen where that is at least 1.1 times as fast and its
+    predictions stay within 1e-5 of it (relative, for float32) or within the caller's tolerance
+    (absolute, for bfloat16). Raises what the model raises.
+    None where not a row of the sample can be scored.
+    """
+    if (sample.flags.code_N != 0).all():
+        return None
+    course = _Course(model, contract, sample, wish, clock)
+    course.climb()
+    best = course.final()
+    return Tuning(
+        machine=machine,
+        wish=wish,
+        engine=best.engine,
+        batch_size=best.batch_size,
+        slots=wish.slots or course.models[best.engine].slots,
+        rows_per_second=best.rows_per_second,
+        trials=tuple(course.ranked()[:_TRIALS_KEPT]),
+    )
+
+
+def tag_of(machine: str, wish: Wish) -> str:
+    """Return the name of the tag by which a model version keeps its tuning for a kind of machine and a wish."""
+    digest = hashlib.sha256(f"{machine}\0{wish.model_dump_json()}".encode()).hexdigest()
+    return f"overnight.tuning.{digest[:16]}"
+
+
+def remembered(tags: Mapping[str, str], machine: str, wish: Wish) -> Tuning | None:
+    """Return the tuning that the tags of a model version hold for this machine and wish, None where none is of use."""
+    try:
+        tuning = Tuning.model_validate_json(tags.get(tag_of(machine, wish), ""))
+    except ValidationError:
+        return None
+    return tuning if (tuning.machine, tuning.wish) == (machine, wish) else None
+
+
+@dataclass(slots=True)
+class _Course:
+    model: Tunable
+    contract: Contract
+    sample: Encoded
+    wish: Wish
+    clock: Callable[[], float]
+    until: float = field(init=False)
+    models: dict[Engine, Tunable] = field(init=False)
+    differences: dict[Engine, float] = field(init=False)
+    trials: dict[tuple[Engine, int], Trial] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.models = {engine: self.model.using(engine) for engine in self.model.engines(self.wish)}
+        self.differences = self._agreeing()
+        self.until = self.clock() + _BUDGET_SECONDS
+
+    def _agreeing(self) -> dict[Engine, float]:
+        """Return the engines whose predictions on the sample are near enough, with their differences."""
+        size = self.wish.batch_size or self.model.batch_sizes[0]
+        few = self.sample.rows_at(0, _piece(self.sample, size))
+        plain, *others = self.models
+        expected = self._predict(plain, few, size)
+        kept = {plain: 0.0}
+        for engine in others:
+            try:
+                got = self._predict(engine, few, size)
+            except (DependencyFault, DeviceLost):
+                raise
+            except Exception:  # noqa: BLE001, S112 - an engine that fails where the plain one does not is none to choose
+                continue
+            off, allowed = _difference(expected, got), self._allowed(engine, expected)
+            if off <= allowed:
+                kept[engine] = off
+        return kept
+
+    def _predict(self, engine: Engine, sample: Encoded, size: int) -> Predictions:
+        model = self.models[engine]
+        with model.slot():
+            return Forward(model, self.contract, size).score(sample.repeated(1))
+
+    def _allowed(self, engine: Engine, expected: Predictions) -> float:
+        if engine.precision != "float32":
+            return self.wish.bfloat16_tolerance or 0.0
+        largest = max((np.abs(v).max(initial=0) for v in expected.values() if v.dtype.kind == "f"), default=0)
+        return _FLOAT32_TOLERANCE * max(1.0, float(largest))
+
+    def climb(self) -> None:
+        """Try each size with each engine that keeps up."""
+        alive = list(self.differences)
+        for size in [self.wish.batch_size] if self.wish.batch_size else self.model.batch_sizes:
+            for engine in alive:
+                if self.trials and self.clock() > self.until:
+                    return
+                self._try(engine, size)
+            rates = {engine: self.trials[engine, size].rows_per_second for engine in alive}
+            best = max(rates.values())
+            if size >= _ENOUGH_ROWS:
+                alive = [engine for engine, rate in rates.items() if rate >= _BEHIND * best]
+            fastest = max(trial.rows_per_second for trial in self.trials.values())
+            rows = _rows_of_a_pass(self.sample, size)
+            if best < _BEHIND * fastest or rows >= self.sample.rows or rows / best > _PASS_SECONDS_MAX:
+                return
+
+    def _try(self, engine: Engine, size: int) -> None:
+        self.trials[engine, size] = Trial(
+            engine=engine,
+            batch_size=size,
+            rows_per_second=self._rate(engine, size),
+            difference=self.differences[engine],
+        )
+
+    def _rate(self, engine: Engine, size: int) -> float:
+        model = self.models[engine]
+        return measure(model, self.contract, self.sample, size, self.wish.slots or model.slots, self.clock)
+
+    def ranked(self) -> list[Trial]:
+        """Return what was measured, the fastest first."""
+        return sorted(self.trials.values(), key=lambda trial: -trial.rows_per_second)
+
+    def final(self) -> Trial:
+        """Measure the best again, in turn, and return the one that is worth it."""
+        ranked = self.ranked()
+        plain = [trial for trial in ranked if trial.engine == next(iter(self.models))]
+        finalists = list({(t.engine, t.batch_size): t for t in (*ranked[:_FINALISTS], *plain[:1])})
+        rates: dict[tuple[Engine, int], list[float]] = {at: [self.trials[at].rows_per_second] for at in finalists}
+        for _, (engine, size) in itertools.product(range(_FINAL_ROUNDS), finalists):
+            if len(finalists) > 1 and self.clock() < self.until + _BUDGET_SECONDS / 2:
+                rates[engine, size].append(self._rate(engine, size))
+        for at, measured in rates.items():
+            self.trials[at] = self.trials[at].model_copy(update={"rows_per_second": statistics.median(measured)})
+        return _worth_it([self.trials[at] for at in finalists], plain=next(iter(self.models)))
+
+
+def _worth_it(trials: Sequence[Trial], *, plain: Engine) -> Trial:
+    """Return the fastest, but a smaller batch that is as fast, and the plain engine unless another gains."""
+    fastest = max(trial.rows_per_second for trial in trials)
+    kept = [t for t in trials if t.engine == plain and t.rows_per_second * _GAIN_MIN >= fastest] or trials
+    fastest = max(trial.rows_per_second for trial in kept)
+    return min((t for t in kept if t.rows_per_second * _LARGER_GAIN_MIN >= fastest), key=lambda t: t.batch_size)
+
+
+def measure(
+    model: Model, contract: Contract, sample: Encoded, batch_size: int, slots: int, clock: Callable[[], float]
+) -> float:
+    """Return the rows a second of all slots together on prepared rows, after a pass of each to warm up."""
+    ready = threading.Barrier(slots)
+
+    def run() -> float:
+        try:
+            with model.slot():
+                forward, mine = Forward(model, contract, batch_size), sample.repeated(1)
+                first = mine.rows_at(0, _piece(sample, batch_size))
+                start = clock()
+                forward.score(first)
+                warm = clock() - start
+                ready.wait()
+                return first.rows / warm if warm > _PASS_SECONDS_MAX else _steady(forward, mine, first.rows, clock)
+        except BaseException:
+            ready.abort()
+            raise
+
+    with ThreadPoolExecutor(slots, thread_name_prefix="tune") as pool:
+        runs = [pool.submit(run) for _ in range(slots)]
+    failed = [error for error in (run.exception() for run in runs) if error is not None]
+    if failed:
+        raise next((error for error in failed if not isinstance(error, threading.BrokenBarrierError)), failed[0])
+    return sum(run.result() for run in runs)
+
+
+def _steady(forward: Forward, sample: Encoded, piece: int, clock: Callable[[], float]) -> float:
+    start, rows = clock(), 0
+    while True:
+        for at in range(0, sample.rows, piece):
+            some = sample.rows_at(at, at + piece)
+            forward.score(some)
+            rows += some.rows
+            if (taken := clock() - start) > _WINDOW_SECONDS:
+                return rows / taken
+
+
+def _rows_of_a_pass(sample: Encoded, batch_size: int) -> float:
+    return batch_size if sample.length_N is None else batch_size / max(1.0, float(sample.length_N.mean()))
+
+
+def _piece(sample: Encoded, batch_size: int) -> int:
+    """Return the rows to score at once: a batch, or enough to sort by length."""
+    return batch_size if sample.length_N is None else max(1, int(_PASSES_TO_SORT * _rows_of_a_pass(sample, batch_size)))
+
+
+def _difference(expected: Predictions, got: Predictions) -> float:
+    """Return the largest absolute difference of any prediction; infinite where what is no float differs."""
+    largest = 0.0
+    for name, value in expected.items():
+        if value.dtype.kind == "f":
+            if (np.isfinite(value) != np.isfinite(got[name])).any():
+                return float("inf")
+            off = np.abs(value.astype(np.float64) - got[name].astype(np.float64))
+            largest = max(largest, float(off[np.isfinite(value)].max(initial=0.0)))
+        elif not np.array_equal(value, got[name]):
+            return float("inf")
+    return largest

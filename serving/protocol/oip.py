@@ -1,0 +1,285 @@
+"""The Open Inference Protocol, version 2, as functions of values: metadata, requests and answers.
+
+Arrays are [N, *shape] of the contract, tensors [N, *shape], and [N, 1] where that is one scalar a row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from serving.errors import BadRequest, ModelFailed
+from serving.model.contract import Contract, Frozen
+from serving.protocol.oip_body import (
+    HEADER_LENGTH,
+    Body,
+    Parameters,
+    RequestTensor,
+    Strict,
+    check_counts,
+    check_names,
+    check_parameters,
+    check_size_of_json,
+    pack,
+    problems,
+    read_document,
+    read_header_length,
+    read_tensors,
+)
+from serving.protocol.tensors import Array, TensorMetadata, tensors
+
+__all__ = (
+    "EXTENSIONS",
+    "HEADER_LENGTH",
+    "Body",
+    "InferRequest",
+    "ModelMetadata",
+    "Parameters",
+    "RequestDocument",
+    "RequestOutput",
+    "RequestTensor",
+    "ServerMetadata",
+    "Wanted",
+    "decode_request",
+    "decode_request_to_forward",
+    "decode_response",
+    "encode_request",
+    "encode_response",
+    "error_body",
+    "model_metadata",
+    "read_header_length",
+    "run_aside",
+)
+
+EXTENSIONS = ("binary_tensor_data",)
+_BAD_GATEWAY = 502
+_SHOWN = 100
+# A thread takes some 50 us to hand a body over, a larger body takes milliseconds.
+_ASIDE_FROM_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """An output that a request asks for, in JSON or as binary data."""
+
+    name: str
+    binary: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferRequest:
+    """What a request asks: every input of the contract for N rows, each [N, *shape] of the contract."""
+
+    id: str | None
+    inputs: dict[str, Array]
+    outputs: tuple[Wanted, ...]
+
+    @property
+    def rows(self) -> int:
+        """How many rows are to be predicted."""
+        return len(next(iter(self.inputs.values())))
+
+
+class ServerMetadata(Frozen):
+    """What GET /v2 answers."""
+
+    name: str = Field(description="The server's name.")
+    version: str = Field(description="The server's version.")
+    extensions: tuple[str, ...] = Field(default=EXTENSIONS, description="The extensions that it speaks.")
+
+
+class ModelMetadata(Frozen):
+    """What GET /v2/models/MODEL answers."""
+
+    name: str = Field(description="The model's name.")
+    versions: tuple[str, ...] = Field(description="The versions that can be asked.")
+    platform: str = Field(description="What runs it.")
+    inputs: tuple[TensorMetadata, ...] = Field(description="What it takes.")
+    outputs: tuple[TensorMetadata, ...] = Field(description="What it gives.")
+
+
+def model_metadata(name: str, contract: Contract, *, versions: Sequence[str], platform: str) -> ModelMetadata:
+    """Return the metadata of a model with this contract."""
+    inputs, outputs = tensors(contract)
+    return ModelMetadata(name=name, versions=tuple(versions), platform=platform, inputs=inputs, outputs=outputs)
+
+
+def error_body(message: str) -> bytes:
+    """Return the body of every answer that is none."""
+    return orjson.dumps({"error": message})
+
+
+class RequestOutput(Strict):
+    """An output that a request asks for."""
+
+    name: str = Field(description="The output's name.")
+    parameters: Parameters = Field(
+        default_factory=dict, description="binary_data: whether its values come behind the JSON."
+    )
+
+
+class RequestDocument(Strict):
+    """The JSON of a request."""
+
+    id: str | None = Field(default=None, max_length=256, description="Comes back with the answer.")
+    parameters: Parameters = Field(default_factory=dict, description="binary_data_output: all outputs as binary data.")
+    inputs: list[RequestTensor] = Field(description="Every input of the model, once.")
+    outputs: list[RequestOutput] = Field(
+        default_factory=list, description="The outputs wanted; all, where there are none."
+    )
+
+
+_REQUEST = TypeAdapter(RequestDocument)
+Result = TypeVar("Result")
+
+
+def decode_request(body: bytes, contract: Contract, *, header_length: int | None, rows_max: int) -> InferRequest:
+    """Return what a request asks of a model with this contract.
+
+    Promises: the arrays are the caller's own, of the contract's dtypes, text and bytes as objects. Raises BadRequest
+    where the body is no JSON, or no request that the contract takes: the message names the tensor and what it must be.
+    """
+    return _decode(Body(content=body, header_length=header_length), contract, rows_max)[0]
+
+
+def decode_request_to_forward(body: Body, contract: Contract, *, rows_max: int) -> tuple[InferRequest, Body]:
+    """Return what a request asks of a model with this contract, and a body that asks exactly that.
+
+    It is the body itself, unless that may have a key twice: parsers differ in which of the two they take. Raises
+    BadRequest as `decode_request` does.
+    """
+    request, document, binary = _decode(body, contract, rows_max)
+    marks = body.content.count(b":", 0, body.header_length)
+    # Each key has its colon, so that there is no second key where there are no more colons than keys.
+    if marks == _count_keys(document):
+        return request, body
+    json = orjson.dumps(document)
+    length = None if body.header_length is None else len(json)
+    return request, Body(content=json + bytes(binary), header_length=length)
+
+
+async def run_aside(decode: Callable[[], Result], size: int) -> Result:
+    """Decode a body of this many bytes: in a thread where that may take so long that others would wait for it."""
+    return decode() if size < _ASIDE_FROM_BYTES else await asyncio.to_thread(decode)
+
+
+def _decode(body: Body, contract: Contract, rows_max: int) -> tuple[InferRequest, dict[str, Any], memoryview]:
+    check_size_of_json(body.content, body.header_length)
+    document, binary = read_document(body.content, body.header_length)
+    check_counts(*(document, len(body.content)), {"inputs": len(contract.inputs), "outputs": len(contract.outputs)})
+    try:
+        request = _REQUEST.validate_python(document)
+    except ValidationError as error:
+        message = f"The body must be an inference request, got {problems(error)}."
+        raise BadRequest(message) from None
+    _check_parameters(request)
+    known = {value.name: value for value in contract.inputs}
+    inputs = read_tensors("inputs", request.inputs, known, binary, rows_max=rows_max)
+    if missing := [name for name in known if name not in inputs]:
+        message = f"The inputs must be {list(known)}, got none of the name {missing[0]!r}."
+        raise BadRequest(message)
+    outputs = _wanted(request, contract)
+    return InferRequest(id=request.id, inputs=inputs, outputs=outputs), document, binary
+
+
+def _check_parameters(request: RequestDocument) -> None:
+    if request.parameters:
+        check_parameters("a request", request.parameters, "binary_data_output", bool)
+    for given in request.inputs:
+        if given.parameters:
+            check_parameters(repr(given.name[:_SHOWN]), given.parameters, "binary_data_size", int)
+    for wanted in request.outputs:
+        if wanted.parameters:
+            check_parameters(repr(wanted.name[:_SHOWN]), wanted.parameters, "binary_data", bool)
+
+
+def _count_keys(document: Mapping[str, Any]) -> int:
+    """Return how many keys a request has that was found to be one, in all of its objects."""
+    count = len(document) + len(document.get("parameters", ()))
+    for each in document["inputs"]:
+        count += len(each) + len(each.get("parameters", ()))
+    for each in document.get("outputs", ()):
+        count += len(each) + len(each.get("parameters", ()))
+    return count
+
+
+def encode_response(
+    request: InferRequest, outputs: Mapping[str, Array], contract: Contract, *, model: str, version: str | None
+) -> Body:
+    """Return the answer to a request: the outputs it wants, in the form it wants them.
+
+    Raises ModelFailed where JSON can't hold an output: a number that is not finite, bytes that are no text.
+    """
+    known = {value.name: value for value in contract.outputs}
+    wanted = [(known[each.name], outputs[each.name], each.binary) for each in request.outputs]
+    head: dict[str, Any] = {"model_name": model}
+    if version is not None:
+        head["model_version"] = version
+    if request.id is not None:
+        head["id"] = request.id
+    try:
+        return pack(head, "outputs", wanted)
+    except ValueError as error:
+        message = f"Output {error}"
+        raise ModelFailed(message) from None
+
+
+def encode_request(
+    contract: Contract,
+    inputs: Mapping[str, Array],
+    *,
+    identity: str | None = None,
+    binary: bool = False,
+    outputs: Sequence[Wanted] = (),
+) -> Body:
+    """Return a request for the predictions of N rows, as a client writes it.
+
+    Raises ValueError where JSON can't hold a value, which binary data can.
+    """
+    head: dict[str, Any] = {} if identity is None else {"id": identity}
+    if outputs:
+        head["outputs"] = [{"name": each.name, "parameters": {"binary_data": each.binary}} for each in outputs]
+    elif binary:
+        head["parameters"] = {"binary_data_output": True}
+    return pack(head, "inputs", [(value, inputs[value.name], binary) for value in contract.inputs])
+
+
+def decode_response(body: bytes, contract: Contract, *, header_length: int | None) -> dict[str, Array]:
+    """Return the outputs of an answer, each [N, *shape] of the contract.
+
+    Raises BadRequest, with status 502, where it is no answer of a model with this contract.
+    """
+    try:
+        document, binary = read_document(body, header_length)
+        answer = _ANSWER.validate_python(document)
+        return read_tensors("outputs", answer.outputs, {value.name: value for value in contract.outputs}, binary)
+    except (ValidationError, BadRequest) as error:
+        told = f"got {problems(error)}." if isinstance(error, ValidationError) else str(error)
+        message = f"A server must answer as the protocol says: {told}"
+        raise BadRequest(message, status=_BAD_GATEWAY) from None
+
+
+class _Answer(BaseModel):
+    # Servers add keys of their own.
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    outputs: list[RequestTensor]
+
+
+_ANSWER = TypeAdapter(_Answer)
+
+
+def _wanted(request: RequestDocument, contract: Contract) -> tuple[Wanted, ...]:
+    known = {value.name: value for value in contract.outputs}
+    binary = request.parameters.get("binary_data_output") is True
+    if not request.outputs:
+        return tuple(Wanted(name=name, binary=binary) for name in known)
+    check_names("outputs", [given.name for given in request.outputs], known)
+    return tuple(
+        Wanted(name=given.name, binary=given.parameters.get("binary_data", binary) is True) for given in request.outputs
+    )

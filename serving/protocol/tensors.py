@@ -1,0 +1,265 @@
+"""Tensors of the Open Inference Protocol: datatypes for the contract's dtypes, and values from JSON or bytes and back.
+
+Shapes: N rows; a tensor is [N, *shape] of the contract, [N, 1] where that is one scalar a row.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from serving.errors import BadRequest
+from serving.model.contract import Contract, Frozen, Input, Output
+
+Array = npt.NDArray[Any]
+Datatype = Literal[
+    "BOOL",
+    "INT8",
+    "INT16",
+    "INT32",
+    "INT64",
+    "UINT8",
+    "UINT16",
+    "UINT32",
+    "UINT64",
+    "FP16",
+    "FP32",
+    "FP64",
+    "BYTES",
+]
+
+_DATATYPES: dict[str, Datatype] = {
+    "bool": "BOOL",
+    "int8": "INT8",
+    "int16": "INT16",
+    "int32": "INT32",
+    "int64": "INT64",
+    "uint8": "UINT8",
+    "uint16": "UINT16",
+    "uint32": "UINT32",
+    "uint64": "UINT64",
+    "float16": "FP16",
+    "float32": "FP32",
+    "float64": "FP64",
+    "str": "BYTES",
+    "binary": "BYTES",
+    # Nanoseconds since 1970, in UTC.
+    "datetime64[ns]": "INT64",
+}
+_LENGTH = struct.Struct("<I")
+_SHOWN = 60
+
+
+class TensorMetadata(Frozen):
+    """An input or output as the metadata of a model names it."""
+
+    name: str = Field(description="The tensor's name.")
+    datatype: Datatype = Field(description="The type of its values.")
+    shape: tuple[int, ...] = Field(description="Its shape; -1 stands for the number of rows.")
+
+
+def tensors(contract: Contract) -> tuple[tuple[TensorMetadata, ...], tuple[TensorMetadata, ...]]:
+    """Return the inputs and the outputs of a contract as tensors of the protocol."""
+    return tuple(map(tensor, contract.inputs)), tuple(map(tensor, contract.outputs))
+
+
+def tensor(value: Input | Output) -> TensorMetadata:
+    """Return one input or output as a tensor of the protocol."""
+    return TensorMetadata(name=value.name, datatype=datatype(value), shape=(-1, *row_shape(value)))
+
+
+def datatype(value: Input | Output) -> Datatype:
+    """Return the protocol's type for the values of an input or output."""
+    return _DATATYPES[value.dtype]
+
+
+def row_shape(value: Input | Output) -> tuple[int, ...]:
+    """Return the shape of one row of a tensor: (1,) for a scalar, as servers that batch know no empty shape."""
+    return value.shape or (1,)
+
+
+def from_json(value: Input | Output, shape: Sequence[int], data: Any) -> Array:
+    """Return the values of a tensor whose shape is [N, *shape] from JSON's, nested or flat in row-major order.
+
+    Raises BadRequest where there are more or fewer than the shape says, or others than the datatype takes.
+    """
+    flat = _flat(value, shape, data)
+    name = datatype(value)
+    kinds, words = _TAKES[name]
+    if strange := {*map(type, flat)} - kinds:
+        at = next(at for at, item in enumerate(flat) if type(item) in strange)
+        message = (
+            f"The data of {value.name!r} must be {words} ({datatype(value)}), got {shown(flat[at])} at place {at}."
+        )
+        raise BadRequest(message)
+    if name == "BYTES":
+        items = flat if value.dtype == "str" else [item.encode() for item in flat]
+        return _in_rows(value, _objects(items))
+    dtype = _NUMPY[name]
+    if dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            numbers = np.array(flat, dtype=dtype)
+        if not np.isfinite(numbers).all():
+            raise _too_large(value)
+        return _in_rows(value, numbers)
+    try:
+        return _in_rows(value, np.array(flat, dtype=dtype))
+    except OverflowError:
+        raise _too_large(value) from None
+
+
+def from_bytes(value: Input | Output, shape: Sequence[int], data: memoryview) -> Array:
+    """Return the values of a tensor whose shape is [N, *shape] from little-endian bytes, in memory of their own.
+
+    Raises BadRequest where the bytes are more or fewer than the shape says, or no values of the datatype.
+    """
+    name, count = datatype(value), math.prod(shape)
+    if name == "BYTES":
+        return _in_rows(value, _objects(_items(value, count, data)))
+    dtype = _NUMPY[name]
+    if len(data) != count * dtype.itemsize:
+        message = (
+            f"The binary data of {value.name!r} must have {count * dtype.itemsize} bytes for the shape {list(shape)} "
+            f"of {name}, got {len(data)}."
+        )
+        raise BadRequest(message)
+    if name == "BOOL" and (np.frombuffer(data, np.uint8) > 1).any():
+        message = f"The binary data of {value.name!r} must hold 0 or 1 for each BOOL, got another byte."
+        raise BadRequest(message)
+    return _in_rows(value, np.frombuffer(data, dtype).copy())
+
+
+def to_json(value: Input | Output, values: Array) -> Array | list[str]:
+    """Return the values of a tensor flat, as orjson takes them.
+
+    Raises ValueError where a number is not finite: JSON has none.
+    """
+    flat = values.reshape(-1)
+    if values.dtype.kind == "O":
+        return [_text(value, item) for item in flat]
+    if values.dtype.kind == "f" and not np.isfinite(flat).all():
+        message = f"{value.name!r} holds NaN or Infinity, which JSON can't express; ask for binary_data."
+        raise ValueError(message)
+    flat = flat.view(np.int64) if values.dtype.kind == "M" else flat
+    return np.ascontiguousarray(flat)
+
+
+def to_bytes(values: Array) -> bytes:
+    """Return the values of a tensor as little-endian bytes in row-major order; text and bytes with their lengths."""
+    if values.dtype.kind != "O":
+        return np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).tobytes()
+    items = [item.encode() if isinstance(item, str) else bytes(item) for item in values.reshape(-1)]
+    return b"".join(part for item in items for part in (_LENGTH.pack(len(item)), item))
+
+
+def shown(item: Any) -> str:
+    """Return a value of JSON as a message shows it: short, however large it is."""
+    if item is None:
+        return "null"
+    if isinstance(item, list | dict):
+        return f"a {type(item).__name__}"
+    return repr(item[:_SHOWN] if isinstance(item, str) else item)[:_SHOWN]
+
+
+def _takes(name: str) -> tuple[frozenset[type], str]:
+    """Return the types of JSON's values that a datatype takes, and their name."""
+    if name == "BOOL":
+        return frozenset({bool}), "true or false"
+    if name == "BYTES":
+        return frozenset({str}), "text"
+    return (frozenset({int, float}), "numbers") if name.startswith("FP") else (frozenset({int}), "whole numbers")
+
+
+_TAKES = {name: _takes(name) for name in _DATATYPES.values()}
+_NUMPY: dict[str, np.dtype[Any]] = {
+    name: np.dtype(dtype).newbyteorder("<")
+    for dtype, name in _DATATYPES.items()
+    if name != "BYTES" and not dtype.startswith("datetime")
+}
+
+
+def _flat(value: Input | Output, shape: Sequence[int], data: Any) -> list[Any]:
+    if not isinstance(data, list):
+        message = f"The data of {value.name!r} must be a list, got {type(data).__name__}."
+        raise BadRequest(message)
+    if data and isinstance(data[0], list):
+        return _unnested(value, shape, data)
+    if len(data) != math.prod(shape):
+        raise _wrong_count(value, shape, f"got {len(data)}")
+    return data
+
+
+def _unnested(value: Input | Output, shape: Sequence[int], data: list[Any]) -> list[Any]:
+    level = [data]
+    for size in shape:
+        if any(not isinstance(item, list) or len(item) != size for item in level):
+            raise _wrong_count(value, shape, "got lists of other lengths")
+        level = list(chain.from_iterable(level))
+    return level
+
+
+def _wrong_count(value: Input | Output, shape: Sequence[int], found: str) -> BadRequest:
+    return BadRequest(
+        f"The data of {value.name!r} must be {math.prod(shape)} values for the shape {list(shape)}, flat or nested as "
+        f"the shape says, {found}."
+    )
+
+
+def _too_large(value: Input | Output) -> BadRequest:
+    return BadRequest(f"The data of {value.name!r} must fit {datatype(value)}, got a number that does not.")
+
+
+def _items(value: Input | Output, count: int, data: memoryview) -> list[Any]:
+    """Return texts or bytes, each of which follows its length of four bytes."""
+    # Four bytes an item: a shape that lies about its count can't have a list of that many made.
+    items: list[Any] = []
+    at = 0
+    while at + _LENGTH.size <= len(data) and len(items) < count:
+        (length,) = _LENGTH.unpack_from(data, at)
+        at += _LENGTH.size
+        if at + length > len(data):
+            break
+        items.append(bytes(data[at : at + length]))
+        at += length
+    if len(items) != count or at != len(data):
+        message = (
+            f"The binary data of {value.name!r} must be {count} items, each behind its length of four bytes, got "
+            f"{len(items)} whole ones in {len(data)} bytes."
+        )
+        raise BadRequest(message)
+    return items if value.dtype == "binary" else [_decoded(value, item) for item in items]
+
+
+def _decoded(value: Input | Output, item: bytes) -> str:
+    try:
+        return item.decode()
+    except UnicodeDecodeError:
+        message = f"The data of {value.name!r} must be UTF-8 text, got the bytes {item[:_SHOWN]!r}."
+        raise BadRequest(message) from None
+
+
+def _text(value: Input | Output, item: Any) -> str:
+    try:
+        return item.decode() if isinstance(item, bytes) else str(item)
+    except UnicodeDecodeError:
+        message = f"{value.name!r} holds bytes that are no UTF-8 text, which JSON can't express; ask for binary_data."
+        raise ValueError(message) from None
+
+
+def _objects(items: list[Any]) -> Array:
+    # numpy's own text has a fixed width, and loses zeros at its end.
+    values = np.empty(len(items), dtype=object)
+    values[:] = items
+    return values
+
+
+def _in_rows(value: Input | Output, flat: Array) -> Array:
+    values = flat.reshape(-1, *value.shape)
+    return values.view(value.dtype) if value.dtype.startswith("datetime") else values

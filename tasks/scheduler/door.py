@@ -1,0 +1,212 @@
+"""What an endpoint costs beside its passes, measured on a model server or in a process of its own: start and door."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO
+
+import httpx
+
+from serving.errors import EndpointFailed, ProfileFailed
+from serving.model.batching import PassTime
+from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Dial, Scaling
+from serving.targets import Address
+from tasks.endpoint.client import InferClient
+from tasks.endpoint.closed_loop import Loop, closed_loop
+from tasks.endpoint.deploy import host_of
+from tasks.endpoint.render import make_release
+from tasks.endpoint.resolve import Subject
+from tasks.endpoint.spec import AnyTarget, EndpointSpec
+from tasks.scheduler.door_child import BUSY
+
+_CHILD = "tasks.scheduler.door_child"
+_WARM_REQUESTS = 20
+_REQUESTS = 300
+_SECONDS = 2.0
+_END_SECONDS_MAX = 10.0
+_TAIL = 600
+_NAME_LENGTH = 48
+_CALLERS_MAX = 64
+_LOOP_SECONDS = 2.0
+# Fewer say nothing of the slowest in a hundred.
+_ANSWERS_MIN = 1000
+_JITTER_MAX = 1.0
+# Of the standard normal distribution.
+_P99 = 2.326
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Door:
+    """What was measured: the first answer from nothing, and a request of one row, one at a time.
+
+    busy_ms: the CPU that it took, where that is known. served: what n requests take together in one replica, and
+    jitter: how much that differs from one time to the next, where many were asked at a time.
+    """
+
+    cold_start_seconds: float
+    request_ms: float
+    busy_ms: float | None = None
+    served: PassTime | None = None
+    jitter: float = 0.0
+
+
+def try_target(
+    target: AnyTarget,
+    spec: EndpointSpec,
+    subject: Subject,
+    replicas: int,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Door:
+    """Put the model on a running model server under a name of its own, ask it for single rows, and take it down again.
+
+    First by one caller, then by few and by many at a time, whose requests the server passes together. Raises
+    ProfileFailed with what the server said where it does not take it or does not answer.
+    """
+    scaling = Scaling(replicas_min=replicas, replicas_max=replicas)
+    named = spec.model_copy(update={"name": f"{spec.name[:_NAME_LENGTH]}-profile", "scaling": scaling})
+    release, host, start = make_release(named, subject, Dial(batch_size_max=_CALLERS_MAX)), host_of(target), clock()
+    try:
+        address = host.deploy(release, subject.resolved.folder)
+        try:
+            door = _ask(address, subject, start, lambda: None, clock)
+            few, many = (
+                closed_loop(address, subject.contract, subject.sample, callers=callers, seconds=_LOOP_SECONDS)
+                for callers in _crowds(door.request_ms)
+            )
+            return replace(door, served=served_line(few, many, replicas), jitter=jitter_of(many))
+        finally:
+            host.remove(release)
+    except EndpointFailed as error:
+        where = f"the model server {target.kind}"
+        raise _failed(where, error) from error
+
+
+def served_line(few: Loop, many: Loop, replicas: int) -> PassTime:
+    """Return a and c of a + c * n: what n requests take together in one replica of a server that never waits for more.
+
+    Of C callers, each of R replicas has some C / (R + 1) in hand while as many come back and wait for the next one that
+    is free: 1 / rate = a * (R + 1) / (R * C) + c / R. Two crowds give both.
+    """
+    one, other = 1000 / few.per_second, 1000 / many.per_second
+    shared = max(0.0, (one - other) / (1 / few.callers - 1 / many.callers)) if few.callers < many.callers else 0.0
+    each = max(0.0, other - shared / many.callers)
+    return PassTime(pass_ms=shared * replicas / (replicas + 1), row_ms=each * replicas)
+
+
+def jitter_of(loop: Loop) -> float:
+    """Return the spread of the logarithm of a pass's time, by how far apart half and 99 of 100 of the answers are.
+
+    Each waits for the rest of a pass and its own: two draws, of which the sum is spread less by the root of 2.
+    """
+    if loop.answers < _ANSWERS_MIN:
+        return 0.0
+    return min(_JITTER_MAX, math.sqrt(2) * math.log(loop.p99_ms / loop.p50_ms) / _P99)
+
+
+def _crowds(request_ms: float) -> tuple[int, int]:
+    """Return how many callers there are at a time: few and many, fewer where an answer takes long."""
+    many = max(2, min(_CALLERS_MAX, int(1000 * _LOOP_SECONDS / (4 * request_ms))))
+    return max(1, many // 16), many
+
+
+def try_door(spec: EndpointSpec, subject: Subject, *, clock: Callable[[], float] = time.perf_counter) -> Door:
+    """Start an endpoint in a process of its own, ask it for single rows one after the other, and end it.
+
+    Raises ProfileFailed with what the process said where it does not answer.
+    """
+    with tempfile.TemporaryDirectory(prefix="overnight-profile-") as scratch:
+        folder = Path(scratch)
+        (folder / RELEASE_FILE).write_text(make_release(spec, subject, Dial()).model_dump_json())
+        (folder / MODEL_FOLDER).symlink_to(subject.resolved.folder, target_is_directory=True)
+        with (folder / "log").open("w") as log, _child(folder, log) as (child, start):
+            try:
+                return _ask_child(child, spec, subject, start, clock)
+            except EndpointFailed as error:
+                said = (folder / "log").read_text()[-_TAIL:].strip()
+                where = f"a process of its own, which said: {said}"
+                raise _failed(where, error) from error
+
+
+@contextmanager
+def _child(folder: Path, log: IO[str]) -> Generator[tuple[subprocess.Popen[str], float]]:
+    """Start the process, and say when that was; its stdin is its life, and what does not end by that is made to."""
+    start = time.perf_counter()
+    with subprocess.Popen(  # noqa: S603 - this project's own program, on a folder of its own making
+        [sys.executable, "-m", _CHILD, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+    ) as child:
+        try:
+            yield child, start
+        finally:
+            if child.stdin is not None:
+                child.stdin.close()
+            try:
+                child.wait(_END_SECONDS_MAX)
+            except subprocess.TimeoutExpired:
+                child.kill()
+
+
+def _ask_child(
+    child: subprocess.Popen[str], spec: EndpointSpec, subject: Subject, start: float, clock: Callable[[], float]
+) -> Door:
+    port = child.stdout.readline().strip() if child.stdout else ""
+    if not port:
+        message = f"it ended with {child.wait()} before it listened"
+        raise EndpointFailed(message)
+    url = f"http://127.0.0.1:{port}"
+    with httpx.Client(trust_env=False) as http:
+        address = Address(url=url, model=spec.name, version=None)
+        return _ask(address, subject, start, lambda: _busy(http, url), clock)
+
+
+def _ask(
+    address: Address, subject: Subject, start: float, busy: Callable[[], float | None], clock: Callable[[], float]
+) -> Door:
+    """Ask for single rows until there are enough answers; `busy` tells the seconds that the server has computed."""
+    pieces = itertools.cycle(list(subject.sample.pieces(1)))
+    with InferClient(address, subject.contract) as ask:
+        ask(next(pieces).inputs)
+        cold = clock() - start
+        for _ in range(_WARM_REQUESTS):
+            ask(next(pieces).inputs)
+        waited_ms: list[float] = []
+        before, began = busy(), clock()
+        while len(waited_ms) < _REQUESTS and (not waited_ms or clock() - began < _SECONDS):
+            piece, asked = next(pieces), clock()
+            ask(piece.inputs)
+            waited_ms.append(1000 * (clock() - asked))
+        after = busy()
+    return Door(
+        cold_start_seconds=cold,
+        request_ms=statistics.median(waited_ms),
+        busy_ms=None if after is None or before is None else 1000 * (after - before) / len(waited_ms),
+    )
+
+
+def _busy(http: httpx.Client, url: str) -> float:
+    try:
+        return float(http.get(url + BUSY).raise_for_status().json())
+    except httpx.HTTPError as error:
+        message = f"it must say for how long it has computed, got {error!r}"
+        raise EndpointFailed(message) from error
+
+
+def _failed(where: str, error: EndpointFailed) -> ProfileFailed:
+    return ProfileFailed(
+        f"An endpoint of the model must answer to be measured, got: {error} It was tried on {where}. Mend the model or "
+        "the server, or state cold_start_seconds and request_ms."
+    )

@@ -1,0 +1,162 @@
+"""A release that was opened: what several requests get that are passed together."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Generator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serving.errors import DependencyFault, ModelFailed, ModelUnfit
+from serving.model.registry import digest_folder, resolve_model
+from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Dial, Release, Runtime, open_release
+from tests.support import register_script
+
+
+def folder_of(uri: str, folder: Path, *, dial: Dial | None = None) -> Path:
+    """Write a release of a registered model as it travels."""
+    resolved = resolve_model(uri)
+    dial = dial or Dial(batch_size_max=64)
+    release = Release(endpoint="e", pin=resolved.pin, contract=resolved.contract({}, {}), dial=dial)
+    shutil.copytree(resolved.folder, folder / MODEL_FOLDER)
+    (folder / RELEASE_FILE).write_text(release.model_dump_json())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runtime(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[Runtime]:
+    """A model that doubles a, fails on 13 and has nothing to say of 7."""
+    lines = (
+        "if (model_input['a'] == 13).any(): raise ValueError('unlucky')",
+        "model_input = model_input.replace(7, float('nan'))",
+    )
+    with open_release(
+        folder_of(register_script("unlucky", "\n        ".join(lines)), tmp_path_factory.mktemp("release"))
+    ) as runtime:
+        yield runtime
+
+
+def a(*values: float) -> dict[str, np.ndarray]:
+    return {"a": np.array(values, np.float32)}
+
+
+def test_each_request_gets_its_own_rows(runtime: Runtime) -> None:
+    answers = runtime.predict_each([a(1, 2), a(3), a(4, 5, 6)])
+
+    assert [[2, 4], [6], [8, 10, 12]] == [
+        answer["prediction"].tolist() for answer in answers if not isinstance(answer, ModelFailed)
+    ]
+    assert [] == runtime.predict_each([])
+
+
+def test_a_row_that_fails_or_has_no_finite_prediction_takes_only_its_own_request_along(runtime: Runtime) -> None:
+    first, unlucky, infinite, last = runtime.predict_each([a(1), a(2, 13), a(7), a(3)])
+
+    assert "got none for row 1: ValueError: unlucky." in str(unlucky)
+    assert "got none for row 0 (prediction): prediction is not finite." in str(infinite)
+    assert isinstance(first, dict)
+    assert isinstance(last, dict)
+    assert ([2], [6]) == (first["prediction"].tolist(), last["prediction"].tolist())
+
+
+def test_requests_that_all_fail_are_told_each_and_the_next_is_answered(runtime: Runtime) -> None:
+    assert all(isinstance(answer, ModelFailed) for answer in runtime.predict_each([a(13), a(13, 13)]))
+    assert [2] == runtime.predict(a(1))["prediction"].tolist()
+
+
+def test_one_request_raises_what_it_fails_on(runtime: Runtime) -> None:
+    with pytest.raises(ModelFailed, match="unlucky"):
+        runtime.predict(a(13))
+
+
+def test_what_the_model_calls_being_away_is_told_at_once_and_is_no_fault_of_a_row(
+    registry: Path, tmp_path: Path
+) -> None:
+    line = "if (model_input['a'] == 13).any(): raise ConnectionRefusedError('nobody listens')"
+    with open_release(folder_of(register_script("cut-off", line), tmp_path / "release")) as runtime:
+        start = time.monotonic()
+        answers = runtime.predict_each([a(1), a(13)])
+        took = time.monotonic() - start
+        with pytest.raises(DependencyFault, match=r"got ConnectionRefusedError: nobody listens \(tries: 1\)"):
+            runtime.predict(a(13))
+
+        assert [DependencyFault] * 2 == [type(answer) for answer in answers]
+        assert took < 5
+        assert [2] == runtime.predict(a(1))["prediction"].tolist()
+
+
+def test_the_callers_arrays_stay_as_they_are(runtime: Runtime) -> None:
+    rows = a(1, 13)
+    runtime.predict_each([rows])
+
+    assert [1, 13] == rows["a"].tolist()
+
+
+def test_more_rows_than_one_pass_takes_are_all_answered(runtime: Runtime) -> None:
+    values = np.arange(20, 5020, dtype=np.float32)
+
+    np.testing.assert_array_equal(values * 2, runtime.predict({"a": values})["prediction"])
+
+
+@pytest.fixture(scope="module")
+def counting(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[Runtime]:
+    """A model that tells how many rows its pass had, behind a dial of 16 rows."""
+    uri = register_script("counting", "model_input = model_input * 0 + len(model_input) / 2")
+    folder = folder_of(uri, tmp_path_factory.mktemp("release"), dial=Dial(batch_size_max=16))
+    with open_release(folder) as runtime:
+        yield runtime
+
+
+@settings(deadline=None, max_examples=20)
+@given(rows=st.lists(st.integers(1, 40), max_size=20))
+def test_requests_are_passed_together_up_to_the_rows_of_the_dial_and_a_larger_one_alone(
+    counting: Runtime, rows: list[int]
+) -> None:
+    answers = counting.predict_each([a(*range(count)) for count in rows])
+    together = [answer["prediction"] for answer in answers if isinstance(answer, dict)]
+
+    assert rows == [len(each) for each in together]
+    assert all(each.max() <= max(16, count) for count, each in zip(rows, together, strict=True))
+
+
+def test_requests_are_passed_in_their_order_as_many_at_a_time_as_the_dial_has_room_for(counting: Runtime) -> None:
+    answers = counting.predict_each([a(*range(count)) for count in (8, 8, 1, 20, 3, 13, 1)])
+
+    assert [16, 16, 1, 20, 16, 16, 1] == [answer["prediction"][0] for answer in answers if isinstance(answer, dict)]
+
+
+def test_texts_are_tokenised_and_answered_in_their_order(minilm: str, glosses: list[str], tmp_path: Path) -> None:
+    texts = np.array(glosses[:20], dtype=object)
+    with open_release(folder_of(minilm, tmp_path / "release")) as runtime:
+        (name,) = (value.name for value in runtime.release.contract.inputs)
+        together = runtime.predict_each([{name: texts[:3]}, {name: texts[3:]}])
+        whole = runtime.predict({name: texts})
+
+    ((output, expected),) = whole.items()
+    found = np.concatenate([answer[output] for answer in together if isinstance(answer, dict)])
+    np.testing.assert_allclose(expected, found, rtol=0, atol=1e-6)
+
+
+def test_a_folder_whose_model_does_not_load_is_refused(sleepy: str, tmp_path: Path) -> None:
+    folder = folder_of(sleepy, tmp_path / "release")
+    (folder / MODEL_FOLDER / "scripted.py").write_text("no code")
+    release = Release.model_validate_json((folder / RELEASE_FILE).read_text())
+    pin = release.pin.model_copy(update={"digest": digest_folder(folder / MODEL_FOLDER)})
+    (folder / RELEASE_FILE).write_text(release.model_copy(update={"pin": pin}).model_dump_json())
+
+    with pytest.raises(ModelUnfit, match="must load here"):
+        open_release(folder)
+
+
+def test_a_folder_whose_model_is_another_than_its_release_says_is_refused(sleepy: str, tmp_path: Path) -> None:
+    folder = folder_of(sleepy, tmp_path / "release")
+    script = folder / MODEL_FOLDER / "scripted.py"
+    script.write_text(script.read_text().replace("* 2", "* 3"))
+
+    with pytest.raises(ModelUnfit, match=r"must be those of models:/sleepy/1 \(digest .*\), got digest .*Deploy"):
+        open_release(folder)

@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import numpy as np
+import pytest
+
+from serving.model.encoding import Encoded, Flags
+from serving.model.interface import Arrays, Engine, Wish
+from serving.model.tuner import Tuning, measure, remembered, tag_of, tune
+from tests.serving.toys import matrix
+
+PLAIN, ONEDNN, HALF = Engine(), Engine(linear="onednn"), Engine(precision="bfloat16")
+X = np.random.default_rng(5).standard_normal((8192, 4), dtype=np.float32)
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Adds up a row's values, in the time that its engine and the size of the batch take."""
+
+    clock: Clock
+    seconds: dict[Engine, Callable[[int], float]]
+    off: dict[Engine, float] = field(default_factory=dict)
+    engine: Engine = PLAIN
+    slots: int = 1
+    batch_size: int = 256
+    batch_sizes: Sequence[int] = (64, 256, 1024, 4096)
+
+    def prepare(self, encoded: Encoded) -> Encoded:
+        return encoded
+
+    def predict(self, inputs: Arrays) -> dict[str, Any]:
+        x_NF = inputs["x"]
+        self.clock.now += self.seconds[self.engine](len(x_NF))
+        off = self.off.get(self.engine, 0.0)
+        if off < 0:
+            message = "no such kernel"
+            raise RuntimeError(message)
+        return {"score": x_NF.sum(axis=1) + np.float32(off)}
+
+    def slot(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def engines(self, wish: Wish) -> Sequence[Engine]:
+        return [engine for engine in self.seconds if engine != HALF or wish.bfloat16_tolerance]
+
+    def using(self, engine: Engine) -> Self:
+        return replace(self, engine=engine)
+
+
+def rows(x_NF: np.ndarray = X, bad: Sequence[int] = ()) -> Encoded:
+    flags = Flags.none(len(x_NF))
+    for row in bad:
+        flags.mark_row(row, "c0", "null")
+    return Encoded(inputs={"x": np.ascontiguousarray(x_NF.T).T}, flags=flags, rows=len(x_NF))
+
+
+def cached(row: float) -> Callable[[int], float]:
+    """A millisecond a pass and so much a row, half as much again where a batch is too large for the cache."""
+    return lambda size: 1e-3 + row * size * (1 if size <= 1024 else 1.5)
+
+
+def tuned(model: Timed, wish: Wish | None = None, sample: Encoded | None = None) -> Tuning | None:
+    return tune(model, matrix(4), sample or rows(), wish or Wish(), machine="a machine", clock=model.clock)
+
+
+def chosen(model: Timed, wish: Wish | None = None) -> tuple[Engine, int]:
+    tuning = tuned(model, wish)
+    assert tuning is not None
+    return tuning.engine, tuning.batch_size
+
+
+def test_the_fastest_engine_and_batch_size_are_chosen() -> None:
+    model = Timed(Clock(), {PLAIN: cached(2e-5), ONEDNN: cached(1e-5)})
+
+    assert (ONEDNN, 1024) == chosen(model)
+
+
+def test_the_rate_is_that_of_the_choice() -> None:
+    tuning = tuned(Timed(Clock(), {PLAIN: cached(1e-5)}))
+
+    assert tuning is not None
+    assert 1024 / (1e-3 + 1024e-5) == pytest.approx(tuning.rows_per_second)
+
+
+def test_other_bits_than_torchs_own_must_be_worth_it() -> None:
+    model = Timed(Clock(), {PLAIN: cached(1.05e-5), ONEDNN: cached(1e-5)})
+
+    assert (PLAIN, 1024) == chosen(model)
+
+
+@pytest.mark.parametrize(
+    ("wish", "off", "engine"),
+    [
+        (Wish(), 1e-7, PLAIN),
+        (Wish(bfloat16_tolerance=0.01), 0.005, HALF),
+        (Wish(bfloat16_tolerance=0.01), 0.05, PLAIN),
+        (Wish(bfloat16_tolerance=0.01), -1, PLAIN),
+    ],
+)
+def test_reduced_precision_is_chosen_only_where_wished_for_and_within_the_tolerance(
+    wish: Wish, off: float, engine: Engine
+) -> None:
+    model = Timed(Clock(), {PLAIN: cached(2e-5), HALF: cached(1e-5)}, off={HALF: off})
+
+    assert engine == chosen(model, wish)[0]
+
+
+def test_a_kernel_that_is_off_by_more_than_rounding_is_not_chosen() -> None:
+    model = Timed(Clock(), {PLAIN: cached(2e-5), ONEDNN: cached(1e-5)}, off={ONEDNN: 1e-3})
+
+    assert PLAIN == chosen(model)[0]
+
+
+def test_what_was_measured_is_told_with_how_far_it_is_off() -> None:
+    model = Timed(Clock(), {PLAIN: cached(2e-5), HALF: cached(1e-5)}, off={HALF: 0.25})
+    tuning = tuned(model, Wish(bfloat16_tolerance=0.5))
+
+    assert tuning is not None
+    assert {0.25} == {round(trial.difference, 6) for trial in tuning.trials if trial.engine == HALF}
+    assert {0.0} == {trial.difference for trial in tuning.trials if trial.engine == PLAIN}
+
+
+def test_a_batch_size_of_the_callers_is_kept() -> None:
+    model = Timed(Clock(), {PLAIN: cached(2e-5), ONEDNN: cached(1e-5)})
+
+    assert (ONEDNN, 100) == chosen(model, Wish(batch_size=100))
+
+
+@pytest.mark.parametrize("seconds", [1.0, 30.0])
+def test_a_slow_model_is_not_measured_for_long(seconds: float) -> None:
+    model = Timed(Clock(), {PLAIN: lambda _: seconds, ONEDNN: lambda _: seconds})
+    tuned(model)
+
+    assert 20 + 6 * seconds > model.clock.now
+
+
+def test_a_sample_with_bad_rows_is_measured_and_one_without_good_rows_is_not() -> None:
+    model = Timed(Clock(), {PLAIN: cached(2e-5), ONEDNN: cached(1e-5)})
+    few = tuned(model, sample=rows(bad=range(0, 8192, 3)))
+
+    assert few is not None
+    assert ONEDNN == few.engine
+    assert tuned(model, sample=rows(bad=range(8192))) is None
+
+
+def test_a_tuning_is_remembered_for_its_machine_and_wish_alone() -> None:
+    tuning = tuned(Timed(Clock(), {PLAIN: cached(1e-5)}))
+    assert tuning is not None
+    tags = {tag_of("a machine", Wish()): tuning.model_dump_json()}
+
+    assert tuning == remembered(tags, "a machine", Wish())
+    assert remembered(tags, "another", Wish()) is None
+    assert remembered(tags, "a machine", Wish(slots=1)) is None
+    assert remembered({tag_of("a machine", Wish()): "{}"}, "a machine", Wish()) is None
+
+
+def test_a_tuning_fits_a_tag_of_mlflow() -> None:
+    engines = [Engine(threads=threads, linear=linear) for threads in (1, 2, 64) for linear in ("torch", "onednn")]
+    tuning = tuned(Timed(Clock(), dict.fromkeys(engines, cached(1e-5 / 3))))
+
+    assert tuning is not None
+    assert 4000 > len(tuning.model_dump_json())
+
+
+def test_texts_are_compared_and_measured_on_a_few_passes_of_their_tokens() -> None:
+    model = Timed(Clock(), {PLAIN: lambda _: 1.0, ONEDNN: lambda _: 1.0})
+    # A batch counts tokens: the smallest, of 64, is two rows.
+    tuning = tuned(model, sample=replace(rows(), length_N=np.full(len(X), 32)))
+
+    assert tuning is not None
+    assert 8 / 4 == tuning.rows_per_second
+    assert 20 > model.clock.now
+
+
+class Sleeps(Timed):
+    def predict(self, inputs: Arrays) -> dict[str, Any]:
+        time.sleep(0.02)
+        return {"score": inputs["x"][:, 0]}
+
+
+def test_all_slots_are_measured_together() -> None:
+    model = Sleeps(Clock(), {})
+    rates = [measure(model, matrix(4), rows(X[:100]), 10, slots, time.perf_counter) for slots in (1, 4)]
+
+    assert rates[0] * 2 < rates[1]
+
+
+class OutOfInk(BaseException):
+    """What is no error of a model's rows."""
+
+
+class Breaks(Timed):
+    def predict(self, inputs: Arrays) -> dict[str, Any]:
+        if threading.current_thread().name.endswith("1"):
+            message = "out of ink"
+            raise OutOfInk(message)
+        return {"score": inputs["x"][:, 0]}
+
+
+def test_what_one_slot_raises_ends_the_measuring_of_all() -> None:
+    with pytest.raises(OutOfInk, match="out of ink"):
+        measure(Breaks(Clock(), {}), matrix(4), rows(X[:100]), 10, 2, time.perf_counter)

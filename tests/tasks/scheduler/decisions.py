@@ -1,0 +1,92 @@
+"""Decisions made by hand: what is made of one does not hang on how it came about."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
+
+from serving.model.batching import PassTime
+from tasks.scheduler.decision import Alternative, Decision, Flip, Profile
+from tasks.scheduler.workload import Events, Machine, Prices, Rate, Requests, Table, Workload
+
+MACHINE = "c7i.large"
+MODEL = "models:/churn@champion"
+NOW = datetime(2026, 1, 30, 12, tzinfo=UTC)
+
+NIGHTLY = Workload(
+    name="nightly",
+    model=MODEL,
+    consumer=Table(rows=1000, ready="01:30", due="06:00"),
+    machines=(Machine(kind=MACHINE),),
+)
+BACKFILL = NIGHTLY.model_copy(
+    update={"consumer": Table(rows=9, once_by=datetime(2026, 2, 1, 6, tzinfo=timezone(timedelta(hours=1))))}
+)
+FRAUD = Workload(
+    name="fraud",
+    model=MODEL,
+    consumer=Requests(latency_ms=50),
+    arrivals=Rate(per_second=20),
+    machines=(Machine(kind=MACHINE, speed=1),),
+)
+EVENTS = Workload(
+    name="events",
+    model=MODEL,
+    consumer=Events(within_seconds=30),
+    arrivals=Rate(per_second=20),
+    machines=(Machine(kind=MACHINE, speed=2),),
+)
+
+
+def profile(**changes: Any) -> Profile:
+    """Return figures that nobody measured."""
+    told = {
+        "model": "models:/churn/3",
+        "digest": "ab" * 32,
+        "machine": "a machine, 2 cores",
+        "slots": 2,
+        "pass_time": PassTime(pass_ms=0.2, row_ms=0.001),
+        "batch_rows_per_second": 1000.0,
+        "cold_start_seconds": 4.0,
+        "start_seconds": 6.5,
+        "request_ms": 2.0,
+        "measured_at": NOW,
+    }
+    return Profile.model_validate(told | changes)
+
+
+def way(mode: str, policy: str, usd: float, **changes: Any) -> Alternative:
+    """Return a way to serve a workload at this cost."""
+    told = {
+        "mode": mode,
+        "policy": policy,
+        "machine": MACHINE,
+        "machines": 1,
+        "usd": usd,
+        "age_seconds_p50": 0.01,
+        "age_seconds_p99": 0.04,
+        "late": 0.0,
+        "utilisation": 0.4,
+        "stands": True,
+        "reason": f"it costs {usd:g}.",
+    }
+    return Alternative.model_validate(told | changes)
+
+
+def decision(workload: Workload, *ways: Alternative, **changes: Any) -> Decision:
+    """Return the decision for the first of these ways, the last of which is always on."""
+    first, last = ways[0], ways[-1]
+    told = {
+        "workload": workload,
+        "profile": profile(),
+        "prices": {MACHINE: Prices(on_demand=0.09, spot=0.03)},
+        "priced_at": "by hand",
+        "decided_at": NOW,
+        "rows": 30_000,
+        "chosen": first,
+        "alternatives": ways,
+        "waste_usd": last.usd - first.usd,
+        "waste_factor": last.usd / first.usd if first.usd else None,
+        "flips": (Flip(input="traffic", factor=3.2, to="online, always-on"),),
+    }
+    return Decision.model_validate(told | changes)

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.endpoint.closed_loop import Loop
+from tasks.scheduler.door import jitter_of, served_line
+
+
+def loop(callers: int, per_second: float, p50_ms: float = 1.0, p99_ms: float = 1.0, answers: int = 9999) -> Loop:
+    return Loop(callers=callers, answers=answers, per_second=per_second, p50_ms=p50_ms, p99_ms=p99_ms)
+
+
+@given(begin=st.floats(0, 50), each=st.floats(0.01, 50), replicas=st.integers(1, 8))
+def test_two_crowds_tell_what_requests_take_together(begin: float, each: float, replicas: int) -> None:
+    def crowd(callers: int) -> Loop:
+        together = callers / (replicas + 1)
+        return loop(callers, 1000 * replicas * together / (begin + each * together))
+
+    line = served_line(crowd(4), crowd(64), replicas)
+
+    assert (begin, each) == (pytest.approx(line.pass_ms, abs=1e-6), pytest.approx(line.row_ms, rel=1e-6))
+
+
+@pytest.mark.parametrize(("few", "many"), [(loop(1, 100), loop(2, 90)), (loop(1, 5), loop(1, 5))])
+def test_a_server_that_takes_no_more_from_a_crowd_passes_each_alone(few: Loop, many: Loop) -> None:
+    line = served_line(few, many, 1)
+
+    assert 0 == line.pass_ms
+    assert 1000 / many.per_second == pytest.approx(line.row_ms)
+
+
+def test_how_much_passes_differ_is_told_by_the_slowest_in_a_hundred_of_many() -> None:
+    # A sum of two draws of 0.3 has 0.3 / sqrt(2).
+    ratio = math.exp(2.326 * 0.3 / math.sqrt(2))
+
+    assert 0.3 == pytest.approx(jitter_of(loop(64, 1, 2.0, 2.0 * ratio)))
+    assert 0 == jitter_of(loop(64, 1, 2.0, 2.0 * ratio, answers=100))
+    assert 1 == jitter_of(loop(64, 1, 1.0, 1000.0))

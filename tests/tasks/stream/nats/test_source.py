@@ -1,0 +1,201 @@
+"""NATS as a source: within bounds, in order where a table is filled, and what becomes of a consumer that is deleted."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from infra.local.nats import NatsServer
+from infra.local.nats_client import NatsClient
+from serving.errors import BrokerFault, StreamUnfit
+from tasks.stream.addresses import FromNats
+from tasks.stream.message import Message
+from tasks.stream.nats.consumer import overlap
+from tasks.stream.nats.link import NatsLink
+from tasks.stream.nats.source import NatsSource
+
+
+@contextmanager
+def reading(
+    server: NatsServer,
+    stream: str,
+    *,
+    start: int | None = None,
+    in_flight: int = 100,
+    bytes_max: int = 4 << 20,
+    limit: int | None = None,
+    **address: Any,
+) -> Generator[NatsSource]:
+    said: list[str] = []
+    link = NatsLink(server.url, said.append, threading.Event())
+    try:
+        source = NatsSource(
+            link,
+            FromNats(stream=stream, **address),
+            in_flight=in_flight,
+            bytes_max=bytes_max,
+            start=start,
+            limit=limit,
+        )
+        yield source
+        source.close()
+    finally:
+        link.close()
+
+
+def take(source: NatsSource, count: int) -> list[Message]:
+    """Fetch so many messages, for at most ten seconds."""
+    found: list[Message] = []
+    until = time.monotonic() + 10
+    while len(found) < count and time.monotonic() < until:
+        found += source.fetch(count - len(found), 1, 0.5)
+    return found
+
+
+def numbers(messages: list[Message]) -> list[int]:
+    return [message.place.number for message in messages]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "fits"),
+    [
+        ("a.b", "a.b", True),
+        ("a.b", "a.c", False),
+        ("a.*", "a.b", True),
+        ("a.*", "a.b.c", False),
+        (">", "a.b.c", True),
+        ("a.>", "a", False),
+        ("a.>", "a.b.c", True),
+        ("*.b", "a.*", True),
+        ("*.b", "a.c", False),
+    ],
+)
+def test_two_patterns_overlap_where_a_subject_can_fit_both(one: str, other: str, fits: bool) -> None:  # noqa: FBT001
+    assert fits == overlap(one, other) == overlap(other, one)
+
+
+def test_no_more_is_taken_than_may_be_in_flight_and_what_was_not_fetched_comes_again_at_once(
+    nats: NatsServer, nats_client: NatsClient, fresh: str
+) -> None:
+    nats_client.make(fresh, fresh)
+    nats_client.publish(fresh, [b"%d" % at for at in range(300)])
+    with reading(nats, fresh, in_flight=50) as source:
+        first = take(source, 20)
+        time.sleep(0.5)
+        state = nats_client.call(nats_client.js.consumer_info(fresh, "overnight"))
+        source.acknowledge(first[:10], first[10:])
+        lag = source.lag()
+    with reading(nats, fresh, in_flight=50) as source:
+        second = take(source, 30)
+        source.acknowledge(second, [])
+
+    assert list(range(1, 21)) == numbers(first)
+    assert 50 == state.num_ack_pending
+    assert lag is not None
+    assert 200 <= lag <= 280
+    assert list(range(21, 51)) == sorted(numbers(second))
+
+
+def test_what_is_scored_for_longer_than_the_wait_for_its_acknowledgement_does_not_come_again(
+    nats: NatsServer, nats_client: NatsClient, fresh: str
+) -> None:
+    nats_client.make(fresh, fresh)
+    nats_client.publish(fresh, [b"%d" % at for at in range(30)])
+    with reading(nats, fresh, ack_wait_seconds=1.0) as source:
+        first = take(source, 20)
+        time.sleep(2.5)
+        rest = take(source, 10)
+        state = nats_client.call(nats_client.js.consumer_info(fresh, "overnight"))
+        source.acknowledge([*first, *rest], [])
+        more = source.fetch(1, 1, 0.3)
+
+    assert list(range(1, 31)) == numbers(first) + numbers(rest)
+    assert (0, 30) == (state.num_redelivered, state.num_ack_pending)
+    assert [] == more
+
+
+def test_no_more_is_taken_than_the_limit_so_that_what_is_left_has_not_come_in_vain(
+    nats: NatsServer, nats_client: NatsClient, fresh: str
+) -> None:
+    nats_client.make(fresh, fresh)
+    nats_client.publish(fresh, [b"%d" % at for at in range(300)])
+    found = []
+    for _ in range(3):
+        with reading(nats, fresh, limit=70) as source:
+            found.append(take(source, 70))
+            source.acknowledge(found[-1], [])
+
+    state = nats_client.call(nats_client.js.consumer_info(fresh, "overnight"))
+    assert list(range(1, 211)) == [number for each in found for number in numbers(each)]
+    assert (210, 0) == (state.delivered.consumer_seq if state.delivered else 0, state.num_redelivered)
+
+
+def test_the_lag_grows_while_nothing_is_taken(
+    nats: NatsServer, nats_client: NatsClient, fresh: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.stream.nats.source._LAG_SECONDS", 0.1)
+    nats_client.make(fresh, fresh)
+    nats_client.publish(fresh, [b"1"] * 100)
+    with reading(nats, fresh, in_flight=40) as source:
+        take(source, 1)
+        nats_client.publish(fresh, [b"1"] * 500)
+        until = time.monotonic() + 10
+        while source.lag() != 599 and time.monotonic() < until:
+            time.sleep(0.05)
+        lag = source.lag()
+
+    assert 599 == lag
+
+
+def test_bytes_are_bounded_too(nats: NatsServer, nats_client: NatsClient, fresh: str) -> None:
+    nats_client.make(fresh, fresh)
+    nats_client.publish(fresh, [bytes(500_000)] * 30)
+    with reading(nats, fresh, bytes_max=2 << 20) as source:
+        take(source, 1)
+        time.sleep(1.0)
+        state = nats_client.call(nats_client.js.consumer_info(fresh, "overnight"))
+        rest = take(source, 29)
+
+    assert state.num_ack_pending <= 12
+    assert list(range(2, 31)) == numbers(rest)
+
+
+def test_a_table_is_read_in_order_from_where_it_ends_and_again_where_its_consumer_is_lost(
+    nats: NatsServer, nats_client: NatsClient, fresh: str
+) -> None:
+    nats_client.make(fresh, fresh)
+    nats_client.publish(fresh, [b"%d" % at for at in range(200)])
+    nats_client.call(nats_client.js.delete_msg(fresh, 60))
+    with reading(nats, fresh, start=50, in_flight=40) as source:
+        first = take(source, 30)
+        (consumer,) = nats_client.call(nats_client.js.consumers_info(fresh))
+        nats_client.call(nats_client.js.delete_consumer(fresh, consumer.name))
+        rest = take(source, 120)
+
+    assert [number for number in range(50, 201) if number != 60] == numbers(first) + numbers(rest)
+
+
+def test_a_consumer_that_is_deleted_ends_the_stream_by_name(
+    nats: NatsServer, nats_client: NatsClient, fresh: str
+) -> None:
+    nats_client.make(fresh, fresh)
+    with reading(nats, fresh) as source:
+        source.fetch(1, 1, 0.1)
+        nats_client.call(nats_client.js.delete_consumer(fresh, "overnight"))
+
+        with pytest.raises(BrokerFault, match=rf"The consumer 'overnight' of '{fresh}' must stay, but was deleted"):
+            take(source, 1)
+
+
+def test_a_stream_that_deletes_what_is_acknowledged_fills_no_table(
+    nats: NatsServer, nats_client: NatsClient, fresh: str
+) -> None:
+    nats_client.make(fresh, fresh, retention="workqueue")
+
+    with pytest.raises(StreamUnfit, match="must keep its messages for a table of parts"), reading(nats, fresh, start=0):
+        pass
