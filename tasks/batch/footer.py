@@ -21,7 +21,7 @@ _ROUNDED, _ROUNDED_MAX = 8, 16 << 20
 _READING_MIN = 1 << 20
 # The bytes that stand before each text in a page, with its length.
 _LENGTH = 4
-# The encodings of pages, of levels and indices too, where each text stands as it is; and those of texts in a dictionary.
+# The encodings where each text stands in a page as it is, with those of levels; and those of texts in a dictionary.
 _PLAIN, _DICTIONARIES = frozenset({"PLAIN", "RLE", "BIT_PACKED"}), frozenset({"PLAIN_DICTIONARY", "RLE_DICTIONARY"})
 # Fields of a column's metadata, by their numbers in the format, and the header of the one that is looked for.
 _DATA_PAGE, _DICTIONARY_PAGE, _SIZES, _TEXT_TOTAL_HEADER = 9, 11, 16, 0x16
