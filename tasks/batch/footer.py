@@ -270,7 +270,14 @@ def _skip_value(data: bytes, at: int, kind: int) -> int:
         return at + size
     if kind == _STRUCT:
         while header := data[at]:
-            at = _skip_value(data, at + 1 if header >> 4 else _read_varint(data, at + 1)[1], header & 0xF)
+            at += 1
+            if header & 0xF in _INTEGERS:
+                # As above; calls would take most of the time that a footer is read in.
+                while data[at] & 0x80:
+                    at += 1
+                at += 1
+            else:
+                at = _skip_value(data, at, header & 0xF)
         return at + 1
     if kind == _LIST:
         count, inner = data[at] >> 4, data[at] & 0xF
