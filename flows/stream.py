@@ -10,12 +10,10 @@ from flows.runtime.stream_run import StreamRun, hearing
 from serving.model.loading import load_model
 from serving.model.registry import resolve_model
 from tasks.spot.watch import watching
-from tasks.stream.addresses import AnySink, AnySource
 from tasks.stream.decode import Decoder
-from tasks.stream.meter import Meter
-from tasks.stream.opening import Opener, check_names
-from tasks.stream.options import StreamOptions
-from tasks.stream.report import StreamReport, publish_left, publish_report
+from tasks.stream.opener import Opener, check_names
+from tasks.stream.options import AnySink, AnySource, StreamOptions
+from tasks.stream.report import Meter, StreamReport, publish_left, publish_report
 
 _DEFAULTS = StreamOptions()
 

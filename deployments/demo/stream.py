@@ -168,8 +168,7 @@ def _score(url: str) -> None:
     """Score the stream until it is idle; this is the process that is killed."""
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     from flows.stream import stream_inference  # noqa: PLC0415
-    from tasks.stream.addresses import FromNats, ToNats  # noqa: PLC0415
-    from tasks.stream.options import StreamOptions  # noqa: PLC0415
+    from tasks.stream.options import FromNats, StreamOptions, ToNats  # noqa: PLC0415
 
     report = stream_inference(
         MODEL,

@@ -20,16 +20,14 @@ from serving.model.interface import Tunable
 from serving.model.registry import Resolved
 from tasks.batch.artifacts import Logger
 from tasks.spot.drain import Drain
+from tasks.stream.batcher import Terms
+from tasks.stream.connections import Abandoned, Ends
 from tasks.stream.decode import Decoder
-from tasks.stream.ends import Abandoned, Ends
-from tasks.stream.intake import Terms
-from tasks.stream.meter import Meter, exposed
 from tasks.stream.options import StreamOptions
-from tasks.stream.peek import Peeked
 from tasks.stream.pipeline import Pipeline
-from tasks.stream.report import StreamWatch
+from tasks.stream.report import Meter, StreamWatch, exposed
 from tasks.stream.score import MicroScorer
-from tasks.stream.tuning import LiveDial, Setting, settle
+from tasks.stream.tuning import LiveDial, Peeked, Setting, settle
 
 # A wait without an end is deaf to Ctrl-C: Polars' handler has the kernel take such waits up again.
 _POLL_SECONDS = 0.2

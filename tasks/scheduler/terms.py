@@ -26,8 +26,7 @@ from tasks.endpoint.spec import (
     Tolerance,
     default_target,
 )
-from tasks.stream.addresses import AnySink, AnySource
-from tasks.stream.options import StreamOptions
+from tasks.stream.options import AnySink, AnySource, StreamOptions
 
 _DEPLOYMENT = r"^[^/]+/[^/]+$"
 

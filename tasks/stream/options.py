@@ -2,11 +2,181 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from serving.model.contract import ColumnPolicy, Frozen
+from serving.redaction import holds_secret
+
+# NATS forbids these in the names of streams and consumers, and takes a subject apart at its dots.
+_NAME = r"^[^\s.*>/\\]{1,200}$"
+_SUBJECT = r"^[^\s]{1,500}$"
+_TOPIC = r"^[A-Za-z0-9._-]{1,249}$"
+
+
+def _without_secrets(instead: str) -> AfterValidator:
+    def check(address: str) -> str:
+        hosts = urlsplit(address).netloc if "://" in address else address
+        if holds_secret(address) or ("@" in hosts and "://" in address) or re.search(r"[^/\s]+:[^/\s]+@", address):
+            message = (
+                "must not hold a user or a password, since parameters are shown to everyone who sees the flow run. "
+                f"{instead} instead"
+            )
+            raise ValueError(message)
+        return address
+
+    return AfterValidator(check)
+
+
+NatsUrl = Annotated[
+    str,
+    Field(pattern=r"^(nats|tls)://[^\s]+$"),
+    _without_secrets("Set NATS_USER and NATS_PASSWORD, NATS_TOKEN or NATS_CREDS in the environment"),
+]
+KafkaServers = Annotated[
+    str, Field(min_length=1), _without_secrets("Write them into the file that OVERNIGHT_KAFKA_CONFIG names")
+]
+Destination = Annotated[
+    str, Field(min_length=1), _without_secrets("Give them as boto3 takes them: a role or a profile")
+]
+# What is refused may be a secret.
+_HIDING = ConfigDict(hide_input_in_errors=True)
+_ACCEPT_LOSS = Field(
+    default=False,
+    description="Go on where messages were deleted, by retention or by hand, before they were read. Without: that is "
+    "an error, which says how many.",
+)
+
+
+class FromNats(Frozen):
+    """A stream of NATS JetStream, read by a durable consumer that several scorers may share."""
+
+    model_config = _HIDING
+    kind: Literal["nats"] = Field(default="nats", description="Tells this source from others.")
+    url: NatsUrl = Field(
+        default="nats://127.0.0.1:4222",
+        description="Address of the server. User, password, token or credentials come from NATS_USER, NATS_PASSWORD, "
+        "NATS_TOKEN or NATS_CREDS.",
+    )
+    stream: str = Field(pattern=_NAME, description="Name of the stream, which must exist.")
+    subject: str | None = Field(
+        default=None, pattern=_SUBJECT, description="Only messages of this subject. Without: all of the stream."
+    )
+    consumer: str = Field(
+        default="overnight",
+        pattern=_NAME,
+        description="Name of the durable consumer, made where it is missing. It is where the stream is resumed, and "
+        "part of every score's message id.",
+    )
+    ack_wait_seconds: float = Field(
+        default=30.0,
+        ge=1,
+        le=3600,
+        description="Seconds until the messages in hand of a scorer that is gone come again. One that lives says so of "
+        "them, however long it takes.",
+    )
+    max_deliver: int = Field(
+        default=20,
+        ge=3,
+        le=1000,
+        description="From which delivery on a message goes to the dead letters unscored: it may be what ends the "
+        "scorer.",
+    )
+    dead_letters: str | None = Field(
+        default=None,
+        pattern=_SUBJECT,
+        description="Subject for messages that can't be scored. Without: overnight.dead.STREAM.CONSUMER, in the "
+        "stream OVERNIGHT_DEAD, which is made where it is missing.",
+    )
+    accept_loss: bool = _ACCEPT_LOSS
+
+    @property
+    def worst_redelivery_seconds(self) -> float:
+        """How long after its first delivery a message may come for the last time, where no delivery takes longer."""
+        return self.ack_wait_seconds * self.max_deliver
+
+    @property
+    def dead_subject(self) -> str:
+        """The subject of the dead letters."""
+        return self.dead_letters or f"overnight.dead.{self.stream}.{self.consumer}"
+
+
+class FromKafka(Frozen):
+    """A topic of Kafka, read by a consumer group."""
+
+    model_config = _HIDING
+    kind: Literal["kafka"] = Field(default="kafka", description="Tells this source from others.")
+    servers: KafkaServers = Field(
+        default="127.0.0.1:9092",
+        description="bootstrap.servers. Whatever else the client needs, passwords included, stands in the file that "
+        "OVERNIGHT_KAFKA_CONFIG names, one NAME=VALUE a line.",
+    )
+    topic: str = Field(pattern=_TOPIC, description="Name of the topic, which must exist.")
+    group: str = Field(default="overnight", min_length=1, description="Consumer group, where the stream is resumed.")
+    dead_letters: str | None = Field(
+        default=None, pattern=_TOPIC, description="Topic for messages that can't be scored. Without: TOPIC.dead."
+    )
+    topic_id: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9_-]{1,64}$",
+        description="The topic's id, which tells it from one of the same name that is made later. Without: as the "
+        "brokers tell it. Brokers that tell none (before Kafka 2.8) need a word here, and another one whenever the "
+        "topic is made again.",
+    )
+    accept_loss: bool = _ACCEPT_LOSS
+
+    @property
+    def dead_topic(self) -> str:
+        """The topic of the dead letters."""
+        return self.dead_letters or f"{self.topic}.dead"
+
+
+class ToNats(Frozen):
+    """A subject of NATS JetStream: one score message for each input message, each once."""
+
+    model_config = _HIDING
+    kind: Literal["nats"] = Field(default="nats", description="Tells this sink from others.")
+    url: NatsUrl | None = Field(default=None, description="Address of the server. Without: the source's.")
+    subject: str = Field(pattern=r"^[^\s*>]{1,500}$", description="Subject that every score is published to.")
+    stream: str | None = Field(
+        default=None,
+        pattern=_NAME,
+        description="Stream that keeps the scores; made for the subject where it is missing. Without: whichever "
+        "stream takes the subject.",
+    )
+
+
+class ToKafka(Frozen):
+    """A topic of Kafka: one score message for each input message, at least once."""
+
+    model_config = _HIDING
+    kind: Literal["kafka"] = Field(default="kafka", description="Tells this sink from others.")
+    servers: KafkaServers | None = Field(default=None, description="bootstrap.servers. Without: the source's.")
+    topic: str = Field(pattern=_TOPIC, description="Topic that every score is produced to.")
+
+
+class ToParts(Frozen):
+    """A folder of Parquet parts, as batch runs leave them, which open_predictions reads; exact for every source."""
+
+    model_config = _HIDING
+    kind: Literal["parts"] = Field(default="parts", description="Tells this sink from others.")
+    destination: Destination = Field(description="A folder, or an s3:// prefix.")
+    name: str = Field(
+        default="stream",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,47}$",
+        description="Name of the table below the destination. It belongs to one stream.",
+    )
+    rows_per_part: int = Field(default=1_000_000, ge=1, le=1 << 28, description="A part is closed at so many rows,")
+    seconds_per_part: float = Field(
+        default=60.0, gt=0, le=86_400, description="or when its first row is so many seconds old."
+    )
+
+
+AnySource = Annotated[FromNats | FromKafka, Field(discriminator="kind")]
+AnySink = Annotated[ToNats | ToKafka | ToParts, Field(discriminator="kind")]
 
 
 class StreamOptions(Frozen):

@@ -16,11 +16,10 @@ from typing import TypeVar
 
 from serving.errors import TooManyRejects
 from serving.model.interface import Model
-from tasks.stream.ends import Ends
-from tasks.stream.intake import POLL_SECONDS, Batch, Intake, Terms
+from tasks.stream.batcher import POLL_SECONDS, Batch, Dial, Intake, Terms, company
+from tasks.stream.connections import Ends
 from tasks.stream.message import Message, Place, Poison
-from tasks.stream.meter import Meter
-from tasks.stream.microbatch import Dial, company
+from tasks.stream.report import Meter
 from tasks.stream.score import MicroScorer, Scored
 
 T = TypeVar("T")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -18,9 +18,147 @@ from serving.model.interface import Tunable, Wish
 from serving.model.registry import Resolved
 from serving.model.tuner import Tuning, measure, remembered
 from tasks.batch.tuning import tune_and_keep
-from tasks.stream.meter import Meter
-from tasks.stream.microbatch import Dial, Service, choose_dial, fit_seen, fit_service
+from tasks.stream.batcher import Dial
+from tasks.stream.connections import Source
+from tasks.stream.decode import Decoder
+from tasks.stream.message import Message
 from tasks.stream.options import StreamOptions
+from tasks.stream.report import Meter
+
+_POLL_SECONDS = 0.2
+_MESSAGES_MAX = 1024
+
+
+class Peeked:
+    """A source whose first messages can be looked at, and are fetched as ever afterwards."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._held: list[Message] = []
+
+    def peek(self, decoder: Decoder, rests: Callable[[], bool], idle_seconds: float | None) -> pa.Table | None:
+        """Wait for messages and return the rows of the first that can be read.
+
+        None where the stream ends first, where the first thousand messages are poison, or where some come again.
+        """
+        start = time.monotonic()
+        while len(self._held) < _MESSAGES_MAX and not rests():
+            got = self._source.fetch(_MESSAGES_MAX - len(self._held), 1, _POLL_SECONDS)
+            self._held += got
+            if any(message.deliveries > 1 for message in got):
+                # One of them may be what ended the scorer before: they are no sample to try things out on.
+                return None
+            groups, _ = decoder.decode(got)
+            if groups:
+                return max((group.table for group in groups), key=lambda table: table.num_rows)
+            if not self._held and idle_seconds is not None and time.monotonic() - start > idle_seconds:
+                return None
+        return None
+
+    def left(self) -> list[Message]:
+        """Return the messages that were looked at and never fetched; they are forgotten here."""
+        left, self._held = self._held, []
+        return left
+
+    def fetch(self, most: int, enough: int, seconds: float) -> list[Message]:
+        """Return the messages that were looked at first, then those of the source."""
+        if self._held:
+            taken, self._held = self._held[:most], self._held[most:]
+            return taken
+        return self._source.fetch(most, enough, seconds)
+
+
+# Of what the freshness leaves beside the waiting, a batch may queue behind one and be passed itself.
+_BATCHES_BEHIND = 2
+_WAIT_SHARE = 0.25
+# A larger batch that is no faster than this only makes its rows wait.
+_GAIN_MIN = 1.03
+_SECONDS_MIN = 0.05
+# The largest of some batches over the smallest, from which on they tell how S(b) grows.
+_SPREAD_MIN = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """What a micro-batch of b rows takes: S(b) = fixed + per_row * b seconds."""
+
+    fixed: float
+    per_row: float
+
+    def seconds(self, rows: int) -> float:
+        """Return S(rows)."""
+        return self.fixed + self.per_row * rows
+
+
+def fit_service(points: Sequence[tuple[int, float]]) -> Service:
+    """Fit S(b) to measured pairs of rows and seconds by least squares, neither term below zero.
+
+    Needs at least one pair of more than no rows and no seconds.
+    """
+    mean_rows = sum(rows for rows, _ in points) / len(points)
+    mean_seconds = sum(seconds for _, seconds in points) / len(points)
+    spread = sum((rows - mean_rows) ** 2 for rows, _ in points)
+    slope = sum((rows - mean_rows) * (seconds - mean_seconds) for rows, seconds in points) / spread if spread else 0.0
+    fixed = mean_seconds - slope * mean_rows
+    if slope <= 0:
+        return Service(fixed=0.0, per_row=mean_seconds / mean_rows)
+    if fixed < 0:
+        # Through the origin: what is left when no time is spent on nothing.
+        through = sum(rows * seconds for rows, seconds in points) / sum(rows * rows for rows, _ in points)
+        return Service(fixed=0.0, per_row=through)
+    return Service(fixed=fixed, per_row=slope)
+
+
+def fit_seen(seen: Sequence[tuple[int, float]], measured: Sequence[tuple[int, float]]) -> Service:
+    """Fit S(b) to the micro-batches of late, at least one, with the help of measured passes where they can't tell it.
+
+    Batches of about one size do not tell what a much larger one would take: a line through them would be noise, and
+    batches that are small because rows seemed to gain nothing together would stay so. There the passes tell how S(b)
+    grows, and the batches how much they take beside; without passes a batch 16 times as large is taken for twice as
+    long, until one has been seen.
+    """
+    sizes = [rows for rows, _ in seen]
+    if max(sizes) >= _SPREAD_MIN * min(sizes):
+        return fit_service(seen)
+    mean_seconds = sum(seconds for _, seconds in seen) / len(seen)
+    growing = Service(fixed=0.0, per_row=mean_seconds / (_SPREAD_MIN * max(sizes)))
+    passes = fit_service(measured) if measured else growing
+    beside = sum(seconds - passes.seconds(rows) for rows, seconds in seen) / len(seen)
+    return Service(fixed=max(0.0, passes.fixed + beside), per_row=passes.per_row)
+
+
+def choose_dial(
+    service: Service, freshness_seconds: float, rows_max: int, *, rows: int | None, wait_seconds: float | None
+) -> Dial:
+    """Return the largest batch with w + 2 * S(b) <= L that is worth it, and its wait; what is given is kept.
+
+    A message may come just behind a full batch: it waits for that one and for its own. A quarter of the freshness is
+    for waiting, unless a wait is given. Where not even one row fits, the freshness is out of reach, and the dial is the
+    fastest there is: with batches of one row the messages that wait would grow more on top of it.
+    """
+    wait = freshness_seconds * _WAIT_SHARE if wait_seconds is None else wait_seconds
+    if rows is not None:
+        return Dial(rows=rows, wait_seconds=wait)
+    most = int(((freshness_seconds - wait) / _BATCHES_BEHIND - service.fixed) / max(service.per_row, 1e-12))
+    return Dial(rows=_worth_it(service, min(most, rows_max) if most >= 1 else rows_max), wait_seconds=wait)
+
+
+def _worth_it(service: Service, most: int) -> int:
+    """Return the smallest of `most`, its half, its quarter ... that is as fast a row as `most`, within 3 %.
+
+    None that takes less than 50 ms: nobody feels that, what a line through noise says of smaller ones is not to be
+    believed, and a batch that is too small holds up all that come behind it.
+    """
+    rows = most
+    while rows > 1 and _no_slower(service, rows // 2, most):
+        rows //= 2
+    return rows
+
+
+def _no_slower(service: Service, rows: int, most: int) -> bool:
+    took = service.seconds(rows)
+    return took >= _SECONDS_MIN and rows / took * _GAIN_MIN >= most / service.seconds(most)
+
 
 _SAMPLE_BYTES_MAX = 32 << 20
 # One pass has a batch's rows; what lies beyond is as many passes, which the line through these tells.

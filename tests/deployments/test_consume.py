@@ -31,8 +31,7 @@ from tasks.scheduler.profile import Measuring, Stated
 from tasks.scheduler.review import Hysteresis
 from tasks.scheduler.terms import BatchTerms, OnlineTerms, StreamTerms, Terms
 from tasks.scheduler.workload import Events, Machine, Metered, Prices, Workload
-from tasks.stream.addresses import FromNats, ToNats
-from tasks.stream.options import StreamOptions
+from tasks.stream.options import FromNats, StreamOptions, ToNats
 from tests.deployments.flow_runs import wait_until
 from tests.servers import triton_or_skip
 from tests.tasks.scheduler.decisions import EVENTS, FRAUD, NIGHTLY, decision, way

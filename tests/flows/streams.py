@@ -20,8 +20,7 @@ import polars as pl
 from infra.local.nats import NatsServer
 from infra.local.nats_client import NatsClient
 from serving.model.contract import Frozen
-from tasks.stream.addresses import FromNats, ToNats
-from tasks.stream.options import StreamOptions
+from tasks.stream.options import FromNats, StreamOptions, ToNats
 from tasks.stream.score import write_arrow
 
 ROOT = Path(__file__).parents[2]

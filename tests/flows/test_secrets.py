@@ -23,10 +23,10 @@ from infra.local.ports import free_ports
 from serving.errors import ModelNotFound, OvernightError, SecretExposed
 from serving.model.registry import resolve_model
 from tasks.storage import open_storage
-from tasks.stream.addresses import FromKafka, FromNats, ToKafka, ToNats, ToParts
-from tasks.stream.ends import Abandoned
-from tasks.stream.kafka.link import KafkaVoice, find_topic, kafka_settings
-from tasks.stream.nats.link import NatsLink
+from tasks.stream.connections import Abandoned
+from tasks.stream.kafka.client import KafkaVoice, find_topic, kafka_settings
+from tasks.stream.nats.connection import NatsLink
+from tasks.stream.options import FromKafka, FromNats, ToKafka, ToNats, ToParts
 
 SECRET = "s3cr3t-0f-mine"  # noqa: S105 - of nothing
 # Each by the way that a person may write one.

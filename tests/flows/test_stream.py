@@ -23,10 +23,9 @@ from infra.local.prefect_server import PrefectServer
 from serving.errors import BrokerDenied, StreamUnfit, TooManyRejects
 from tasks.batch.options import BatchOptions
 from tasks.batch.predictions import open_predictions
-from tasks.stream.addresses import FromNats, ToNats, ToParts
 from tasks.stream.decode import read_arrow
 from tasks.stream.message import HEADER_COLUMN, HEADER_EVENT_TIME, HEADER_MODEL, HEADER_REASON, HEADER_SOURCE
-from tasks.stream.options import StreamOptions
+from tasks.stream.options import FromNats, StreamOptions, ToNats, ToParts
 from tasks.stream.report import StreamReport
 from tests.flows.streams import OPTIONS, as_arrow, as_json, customers, ends, filled, ids
 

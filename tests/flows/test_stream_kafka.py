@@ -17,7 +17,7 @@ from infra.local.nats import NatsServer
 from infra.local.nats_client import NatsClient
 from serving.errors import BadInput, StreamUnfit
 from tasks.batch.predictions import open_predictions
-from tasks.stream.addresses import FromKafka, ToKafka, ToNats, ToParts
+from tasks.stream.options import FromKafka, ToKafka, ToNats, ToParts
 from tasks.stream.report import StreamReport
 from tests.flows.streams import OPTIONS, as_json, customers, ids, kill, start, wait_until
 from tests.kafka_brokers import KafkaBrokers

@@ -16,7 +16,7 @@ import pytest
 from infra.local.nats import NatsServer, nats_server
 from infra.local.nats_client import NatsClient, Stored
 from tasks.batch.predictions import open_predictions
-from tasks.stream.addresses import FromNats, ToParts
+from tasks.stream.options import FromNats, ToParts
 from tests.flows.streams import (
     OPTIONS,
     as_json,

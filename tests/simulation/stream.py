@@ -16,11 +16,10 @@ from serving.errors import OvernightError
 from tasks.batch.parts import REJECT_REASON
 from tasks.batch.predictions import open_predictions
 from tasks.storage import open_storage
-from tasks.stream.addresses import ToParts
 from tasks.stream.decode import Decoder
 from tasks.stream.message import Message, Place
-from tasks.stream.parts_sink import PartsSink, table_plan
-from tasks.stream.rows import NUMBER, PARTITION
+from tasks.stream.options import ToParts
+from tasks.stream.parts_sink import NUMBER, PARTITION, PartsSink, table_plan
 from tasks.stream.score import MicroScorer
 from tests.simulation.data import CONTRACT, ToyModel, ToyResolved, answer
 from tests.simulation.scheduler import Killed, Process, Scheduler, Stuck

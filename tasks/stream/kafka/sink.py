@@ -9,9 +9,9 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 
 from serving.errors import BrokerFault
 from serving.model.contract import Contract
-from tasks.stream.addresses import FromKafka, ToKafka
-from tasks.stream.kafka.link import LOOK_SECONDS, KafkaVoice, find_topic, kafka_settings
+from tasks.stream.kafka.client import LOOK_SECONDS, KafkaVoice, find_topic, kafka_settings
 from tasks.stream.message import HEADER_MODEL, HEADER_SOURCE, Message, Poison, poison_headers
+from tasks.stream.options import FromKafka, ToKafka
 from tasks.stream.score import Scored, answers
 
 

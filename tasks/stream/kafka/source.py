@@ -12,10 +12,9 @@ from pydantic import ValidationError
 
 from serving.errors import StreamReplaced
 from serving.model.contract import Frozen
-from tasks.stream.addresses import FromKafka
-from tasks.stream.kafka.link import LOOK_SECONDS, KafkaVoice, kafka_settings
-from tasks.stream.kafka.topic import REFRESH, REFRESH_MS, TopicLog
+from tasks.stream.kafka.client import LOOK_SECONDS, REFRESH, REFRESH_MS, KafkaVoice, TopicLog, kafka_settings
 from tasks.stream.message import HEADER_EVENT_TIME, Message, Place, event_time
+from tasks.stream.options import FromKafka
 
 _ASK_SECONDS = 5.0
 # The group has moved on: whoever has the partitions now takes what is not committed.

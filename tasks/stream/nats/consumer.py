@@ -10,8 +10,8 @@ from nats.js.api import AckPolicy, ConsumerConfig, ConsumerInfo, DeliverPolicy, 
 from nats.js.errors import APIError, NotFoundError
 
 from serving.errors import MessagesLost, StreamReplaced, StreamUnfit
-from tasks.stream.addresses import FromNats
-from tasks.stream.nats.link import NatsLink, find_stream
+from tasks.stream.nats.connection import NatsLink, find_stream
+from tasks.stream.options import FromNats
 
 # For the server; what max_deliver of a source says is counted by the scorers.
 _WITHOUT_END = -1

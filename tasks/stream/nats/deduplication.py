@@ -17,10 +17,10 @@ import nats.errors
 from nats.js.api import AckPolicy, ConsumerConfig, ConsumerInfo, DeliverPolicy
 from nats.js.errors import NotFoundError
 
-from tasks.stream.addresses import FromNats
 from tasks.stream.message import Message, Place
-from tasks.stream.nats.link import NatsLink, find_stream
+from tasks.stream.nats.connection import NatsLink, find_stream
 from tasks.stream.nats.sink import message_id
+from tasks.stream.options import FromNats
 
 _FETCH = 1000
 _FETCH_SECONDS = 2.0

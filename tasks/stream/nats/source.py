@@ -8,8 +8,8 @@ import itertools
 import json
 import threading
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import nats.errors
@@ -18,11 +18,46 @@ from nats.js.api import ConsumerInfo
 from nats.js.errors import NotFoundError
 
 from serving.errors import BrokerFault, MessagesLost, OvernightError, StreamFault
-from tasks.stream.addresses import FromNats
-from tasks.stream.in_hand import InHand
 from tasks.stream.message import HEADER_EVENT_TIME, Message, Place, event_time
+from tasks.stream.nats.connection import NatsLink, find_stream
 from tasks.stream.nats.consumer import check_identity, check_stream, find_durable, make_in_order, must_not_be_lost
-from tasks.stream.nats.link import NatsLink, find_stream
+from tasks.stream.options import FromNats
+
+
+class InHand:
+    """Messages that are neither acknowledged nor given back, by number: the server is told that they are worked on.
+
+    Else it would send them again where there is more in hand than is scored within `ack_wait_seconds`.
+    """
+
+    def __init__(self, ack_wait_seconds: float) -> None:
+        self._half = ack_wait_seconds / 2
+        # The one that the server was told of longest ago stands first.
+        self._told: OrderedDict[int, tuple[str, float]] = OrderedDict()
+
+    def take(self, number: int, receipt: str, now: float) -> bool:
+        """Take note of a delivery; False where the message is in hand already, and this is a copy of it."""
+        new = number not in self._told
+        self._told[number] = receipt, now
+        self._told.move_to_end(number)
+        return new
+
+    def drop(self, messages: Iterable[Message]) -> None:
+        """Forget messages."""
+        for message in messages:
+            self._told.pop(message.place.number, None)
+
+    def due(self, now: float) -> list[str]:
+        """Return the receipts of those for whose acknowledgement the server has waited half of its time."""
+        found = []
+        while self._told:
+            number, (receipt, told) = next(iter(self._told.items()))
+            if now - told < self._half:
+                break
+            self.take(number, receipt, now)
+            found.append(receipt)
+        return found
+
 
 _EXPIRES_SECONDS = 2.0
 _TICK_SECONDS = 0.2

@@ -19,7 +19,7 @@ from tasks.scheduler.effect import (
 from tasks.scheduler.terms import BatchTerms, OnlineTerms, StreamTerms, Terms
 from tasks.scheduler.workload import Table
 from tasks.spot.purchase import Buying
-from tasks.stream.addresses import FromNats, ToParts
+from tasks.stream.options import FromNats, ToParts
 from tests.tasks.scheduler.decisions import BACKFILL, EVENTS, FRAUD, MACHINE, NIGHTLY, NOW, decision, way
 
 TERMS = Terms(

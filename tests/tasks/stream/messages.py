@@ -14,8 +14,8 @@ import torch
 
 from serving.model.contract import Column, Contract, Input, Output
 from serving.model.torch_model import TorchModel
+from tasks.stream.connections import Ends
 from tasks.stream.decode import Decoder
-from tasks.stream.ends import Ends
 from tasks.stream.message import Message, Place
 from tasks.stream.score import MicroScorer, Scored, write_arrow
 

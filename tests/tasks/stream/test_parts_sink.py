@@ -21,11 +21,10 @@ from serving.model.registry import ModelPin
 from tasks.batch.parts import REJECT_REASON
 from tasks.batch.predictions import open_predictions, open_rejects
 from tasks.storage import Entry, LocalStorage, Storage, open_storage
-from tasks.stream.addresses import ToParts
 from tasks.stream.decode import Decoder, Reason
 from tasks.stream.message import Message, Place
-from tasks.stream.parts_sink import PartsSink, table_plan
-from tasks.stream.rows import NUMBER, PARTITION, ROW
+from tasks.stream.options import ToParts
+from tasks.stream.parts_sink import NUMBER, PARTITION, ROW, PartsSink, table_plan
 from tests.overwriting_store import overwriting_store
 from tests.tasks.stream.messages import CONTRACT, KEYS, arrow_rows, decoder, json_row, message, score
 

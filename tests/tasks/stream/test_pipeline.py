@@ -12,12 +12,11 @@ import orjson
 import pytest
 
 from serving.errors import StorageFull, TooManyRejects
-from tasks.stream.ends import Cadence, Ends
-from tasks.stream.intake import Terms
+from tasks.stream.batcher import Dial, Terms
+from tasks.stream.connections import Cadence, Ends
 from tasks.stream.message import Message, Poison
-from tasks.stream.meter import Meter
-from tasks.stream.microbatch import Dial
 from tasks.stream.pipeline import Pipeline
+from tasks.stream.report import Meter
 from tasks.stream.score import MicroScorer, Scored, answers
 from tests.tasks.stream.messages import CONTRACT, KEYS, Clock, decoder, json_row, message, model
 

@@ -15,11 +15,9 @@ from serving.errors import MessagesLost, StreamReplaced, StreamUnfit
 from serving.model.registry import ModelPin
 from tasks.batch.predictions import open_predictions
 from tasks.storage import open_storage
-from tasks.stream.addresses import AnySink, FromKafka, ToKafka, ToParts
-from tasks.stream.opening import Opener
-from tasks.stream.options import StreamOptions
-from tasks.stream.parts_sink import PartsSink, table_plan
-from tasks.stream.rows import NUMBER, PARTITION
+from tasks.stream.opener import Opener
+from tasks.stream.options import AnySink, FromKafka, StreamOptions, ToKafka, ToParts
+from tasks.stream.parts_sink import NUMBER, PARTITION, PartsSink, table_plan
 from tests.kafka_brokers import KafkaBrokers
 from tests.tasks.stream.messages import CONTRACT, KEYS, decoder, emit_messages, json_row, score
 

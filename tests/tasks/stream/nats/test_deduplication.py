@@ -9,12 +9,12 @@ from pathlib import Path
 
 from infra.local.nats import nats_server
 from infra.local.nats_client import NatsClient
-from tasks.stream.addresses import FromNats
 from tasks.stream.message import Message
+from tasks.stream.nats.connection import NatsLink
 from tasks.stream.nats.deduplication import Recall
-from tasks.stream.nats.link import NatsLink
-from tasks.stream.nats.publish import Outgoing, Publisher
+from tasks.stream.nats.sink import Outgoing, Publisher
 from tasks.stream.nats.source import NatsSource
+from tasks.stream.options import FromNats
 from tests.flows.streams import kill_server, wait_until
 
 

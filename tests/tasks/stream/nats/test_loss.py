@@ -17,14 +17,12 @@ from infra.local.nats_client import NatsClient
 from serving.errors import MessagesLost, StreamReplaced, StreamUnfit
 from serving.model.registry import ModelPin
 from tasks.batch.predictions import open_predictions
-from tasks.stream.addresses import AnySink, FromNats, ToNats, ToParts
-from tasks.stream.ends import Ends
-from tasks.stream.in_hand import InHand
+from tasks.stream.connections import Ends
 from tasks.stream.message import Message, Poison
-from tasks.stream.nats.link import NatsLink
-from tasks.stream.nats.source import NatsSource
-from tasks.stream.opening import Opener
-from tasks.stream.options import StreamOptions
+from tasks.stream.nats.connection import NatsLink
+from tasks.stream.nats.source import InHand, NatsSource
+from tasks.stream.opener import Opener
+from tasks.stream.options import AnySink, FromNats, StreamOptions, ToNats, ToParts
 from tests.tasks.stream.messages import KEYS, decoder, emit_messages, json_row
 
 PIN = ModelPin(name="sum", version="1", model_id=None, source="", digest="0" * 64)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.stream.microbatch import Dial, Service, choose_dial, company, fit_seen, fit_service, seconds_to_wait
+from tasks.stream.batcher import Dial
+from tasks.stream.message import Message
+from tasks.stream.tuning import Peeked, Service, choose_dial, fit_seen, fit_service
+from tests.tasks.stream.messages import arrow_rows, decoder, json_row, message
 
 SERVICE = Service(fixed=0.01, per_row=0.001)
 
@@ -115,22 +120,38 @@ def test_where_the_freshness_is_out_of_reach_rows_at_least_do_not_pile_up(
     assert service.seconds(chosen) / chosen <= service.seconds(100_000) / 100_000 * 1.04
 
 
-@given(st.integers(1, 1000), st.integers(0, 2000), st.floats(0, 10))
-def test_a_batch_waits_until_it_is_full_or_its_time_is_up(full: int, rows: int, waited: float) -> None:
-    pause = seconds_to_wait(Dial(rows=full, wait_seconds=2.0), rows, waited)
+class Source:
+    def __init__(self, *fetches: list[Message]) -> None:
+        self.left = list(fetches)
 
-    assert (pause == 0.0) == (rows >= full or waited >= 2.0)
-    assert pause <= 2.0
-
-
-def test_a_message_that_comes_again_and_again_is_scored_with_ever_fewer_others() -> None:
-    assert [None, None, 64, 16, 4, 1, 1] == [company(deliveries, 20) for deliveries in (1, 3, 4, 5, 6, 7, 15)]
-    assert [None, 64, 1] == [company(deliveries, None) for deliveries in (3, 4, 100)]
+    def fetch(self, most: int, enough: int, seconds: float) -> list[Message]:
+        if not self.left:
+            time.sleep(min(seconds, 0.01))
+            return []
+        return self.left.pop(0)[:most]
 
 
-def test_a_message_whose_last_deliveries_are_near_is_scored_alone() -> None:
-    assert [None, 1, 1] == [company(deliveries, 6) for deliveries in (3, 4, 5)]
+def test_rows_are_looked_at_and_then_fetched_in_their_order() -> None:
+    first, second, third = [message(b"no", 1)], [json_row(2), arrow_rows(3, [1.0, 2.0])], [json_row(4)]
+    peeked = Peeked(Source(first, second, third))
+    sample = peeked.peek(decoder(), lambda: False, None)
+
+    assert sample is not None
+    assert 2 == sample.num_rows
+    assert [1, 2] == [each.place.number for each in peeked.fetch(2, 2, 0.1)]
+    assert [3] == [each.place.number for each in peeked.fetch(9, 1, 0.1)]
+    assert [4] == [each.place.number for each in peeked.fetch(9, 1, 0.1)]
 
 
-def test_the_last_delivery_is_never_shared_however_few_there_are() -> None:
-    assert [None, None, 1] == [company(deliveries, 3) for deliveries in (1, 2, 3)]
+def test_messages_that_come_again_are_no_sample() -> None:
+    peeked = Peeked(Source([json_row(1), json_row(2, deliveries=2)]))
+
+    assert peeked.peek(decoder(), lambda: False, None) is None
+    assert [1, 2] == [each.place.number for each in peeked.fetch(9, 1, 0.1)]
+
+
+def test_it_waits_no_longer_than_the_stream_does() -> None:
+    asked: list[int] = []
+
+    assert Peeked(Source()).peek(decoder(), lambda: False, 0.05) is None
+    assert Peeked(Source()).peek(decoder(), lambda: len(asked) > 2 or asked.append(1) is not None, None) is None

@@ -9,8 +9,8 @@ from confluent_kafka import KafkaError, Producer
 
 from infra.local.ports import free_ports
 from serving.errors import BrokerDenied, BrokerFault
-from tasks.stream.ends import Abandoned
-from tasks.stream.kafka.link import KafkaVoice, find_topic, kafka_settings
+from tasks.stream.connections import Abandoned
+from tasks.stream.kafka.client import KafkaVoice, find_topic, kafka_settings
 
 
 def voice(said: list[str], servers: str = "127.0.0.1:9092") -> KafkaVoice:
@@ -18,7 +18,7 @@ def voice(said: list[str], servers: str = "127.0.0.1:9092") -> KafkaVoice:
 
 
 def test_brokers_that_are_absent_are_waited_for_and_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.stream.kafka.link._ASK_SECONDS", 0.5)
+    monkeypatch.setattr("tasks.stream.kafka.client._ASK_SECONDS", 0.5)
     said: list[str] = []
     (port,) = free_ports(1)
     waiting = voice(said, f"127.0.0.1:{port}")

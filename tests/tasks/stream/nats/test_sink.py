@@ -12,11 +12,10 @@ from nats.js.errors import ServiceUnavailableError
 from infra.local.nats import NatsServer, nats_server
 from infra.local.nats_client import NatsClient
 from serving.errors import BrokerFault, StreamUnfit
-from tasks.stream.addresses import FromNats
 from tasks.stream.message import Poison
-from tasks.stream.nats.link import NatsLink
-from tasks.stream.nats.publish import Outgoing, Publisher, headers_size
-from tasks.stream.nats.sink import NatsDeadLetters, open_dead_letters
+from tasks.stream.nats.connection import NatsLink
+from tasks.stream.nats.sink import NatsDeadLetters, Outgoing, Publisher, headers_size, open_dead_letters
+from tasks.stream.options import FromNats
 from tests.tasks.stream.messages import message
 
 

@@ -10,14 +10,14 @@ import pytest
 
 from infra.local.nats import nats_server
 from infra.local.ports import free_ports
-from tasks.stream.ends import Abandoned
-from tasks.stream.nats.link import NatsLink
+from tasks.stream.connections import Abandoned
+from tasks.stream.nats.connection import NatsLink
 from tests.flows.streams import kill_server, wait_until
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.stream.nats.link._TRY_SECONDS", 0.5)
+    monkeypatch.setattr("tasks.stream.nats.connection._TRY_SECONDS", 0.5)
 
 
 def test_a_server_that_is_absent_goes_and_comes_back_is_told_of_each_time(tmp_path: Path) -> None:

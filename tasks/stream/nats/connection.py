@@ -18,7 +18,7 @@ from nats.js import JetStreamContext
 from nats.js.errors import NotFoundError, ServiceUnavailableError
 
 from serving.errors import BrokerDenied, BrokerFault, StreamUnfit
-from tasks.stream.ends import Abandoned
+from tasks.stream.connections import Abandoned
 
 T = TypeVar("T")
 

@@ -7,16 +7,27 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from tasks.stream.connections import Source
 from tasks.stream.decode import count_rows
-from tasks.stream.ends import Source
 from tasks.stream.message import Message
-from tasks.stream.microbatch import Dial, company, seconds_to_wait
 
 Batch = tuple[Message, ...]
 
 POLL_SECONDS = 0.2
 _BATCHES_BESIDE = 4
 _ROWS_GUESSED, _BYTES_GUESSED = 1.0, float(1 << 20)
+# From here on a message is no longer beyond suspicion of being what ended the scorers before.
+_DELIVERIES_SUSPECT = 3
+_COMPANY_MOST, _COMPANY_SHARE = 64, 4.0
+_LAST_DELIVERIES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dial:
+    """A micro-batch has at most so many rows, and waits at most so long for them."""
+
+    rows: int
+    wait_seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,3 +113,24 @@ class Intake:
             step = most or len(suspects)
             batches += (tuple(suspects[at : at + step]) for at in range(0, len(suspects), step))
         return batches
+
+
+def seconds_to_wait(dial: Dial, rows: int, waited: float) -> float:
+    """Return how long a batch of so many rows, the first of which has waited so long, is still to wait; 0 is over."""
+    return 0.0 if rows >= dial.rows else max(0.0, dial.wait_seconds - waited)
+
+
+def company(deliveries: int, max_deliver: int | None) -> int | None:
+    """Return how many messages one that has come so often is scored with at most; None: as many as there are.
+
+    From the fourth time on it may be what ends the scorer. It is then among fewer each time, 64, 16, 4, and alone at
+    last: after a scorer and its server have been killed thousands may have come so often, and each alone they would
+    come again before their turn. Alone at once where its last deliveries are near, and on the last whatever it was.
+    """
+    if max_deliver is not None and deliveries >= max_deliver:
+        return 1
+    if deliveries <= _DELIVERIES_SUSPECT:
+        return None
+    if max_deliver is not None and max_deliver - deliveries < _LAST_DELIVERIES:
+        return 1
+    return max(1, int(_COMPANY_MOST * _COMPANY_SHARE ** (_DELIVERIES_SUSPECT + 1 - deliveries)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from serving.errors import BadInput
-from tasks.stream.opening import check_names
+from tasks.stream.opener import check_names
 from tests.tasks.stream.messages import CONTRACT
 
 

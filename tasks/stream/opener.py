@@ -15,21 +15,18 @@ from serving.model.registry import ModelPin
 from tasks.batch.parts import REJECT_COLUMN, REJECT_REASON
 from tasks.batch.plan import load_plan, read_record
 from tasks.storage import Storage, open_storage
-from tasks.stream.addresses import FromKafka, FromNats, ToKafka, ToNats, ToParts
+from tasks.stream.connections import Cadence, DeadLetters, Ends, Sink
 from tasks.stream.decode import Decoder
-from tasks.stream.ends import Cadence, DeadLetters, Ends, Sink
-from tasks.stream.kafka.link import KafkaVoice
+from tasks.stream.kafka.client import KafkaVoice, TopicLog
 from tasks.stream.kafka.sink import KafkaDeadLetters, KafkaSink, KafkaWriter
 from tasks.stream.kafka.source import KafkaSource
-from tasks.stream.kafka.topic import TopicLog
+from tasks.stream.nats.connection import NatsLink, find_stream
 from tasks.stream.nats.consumer import check_identity, check_reach, find_identity
 from tasks.stream.nats.deduplication import Recall
-from tasks.stream.nats.link import NatsLink, find_stream
 from tasks.stream.nats.sink import NatsDeadLetters, NatsSink, open_dead_letters, open_sink
 from tasks.stream.nats.source import NatsSource
-from tasks.stream.options import StreamOptions
-from tasks.stream.parts_sink import PartsSink, TableLog, log_path, table_plan
-from tasks.stream.rows import NUMBER, PARTITION, ROW
+from tasks.stream.options import FromKafka, FromNats, StreamOptions, ToKafka, ToNats, ToParts
+from tasks.stream.parts_sink import NUMBER, PARTITION, ROW, PartsSink, TableLog, log_path, table_plan
 
 
 @dataclass(slots=True, kw_only=True)

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from tasks.stream.addresses import AnySink, AnySource, FromKafka, FromNats, ToKafka, ToNats, ToParts
-from tasks.stream.options import StreamOptions
+from tasks.stream.options import AnySink, AnySource, FromKafka, FromNats, StreamOptions, ToKafka, ToNats, ToParts
 
 
 @pytest.mark.parametrize("kind", [FromNats, FromKafka, ToNats, ToKafka, ToParts, StreamOptions])

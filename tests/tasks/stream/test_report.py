@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.errors import BadInput
-from tasks.stream.meter import Meter, Totals, exposed
-from tasks.stream.microbatch import Dial
-from tasks.stream.report import line
+from tasks.stream.batcher import Dial
+from tasks.stream.report import Meter, Totals, exposed, line
 from tasks.stream.score import Scored
 from tests.tasks.stream.messages import json_row, message, score
 

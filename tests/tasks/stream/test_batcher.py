@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tasks.stream.intake import Intake, Terms
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.stream.batcher import Dial, Intake, Terms, company, seconds_to_wait
 from tasks.stream.message import Message
-from tasks.stream.microbatch import Dial
 from tests.tasks.stream.messages import arrow_rows, json_row, message
 
 
@@ -57,3 +59,24 @@ def test_messages_of_many_rows_count_by_their_rows() -> None:
 def test_no_more_is_taken_than_is_left_to_take() -> None:
     assert 3 == len(intake([json_row(1)] * 10).take(3))
     assert 0 == len(intake([]).take(3))
+
+
+@given(st.integers(1, 1000), st.integers(0, 2000), st.floats(0, 10))
+def test_a_batch_waits_until_it_is_full_or_its_time_is_up(full: int, rows: int, waited: float) -> None:
+    pause = seconds_to_wait(Dial(rows=full, wait_seconds=2.0), rows, waited)
+
+    assert (pause == 0.0) == (rows >= full or waited >= 2.0)
+    assert pause <= 2.0
+
+
+def test_a_message_that_comes_again_and_again_is_scored_with_ever_fewer_others() -> None:
+    assert [None, None, 64, 16, 4, 1, 1] == [company(deliveries, 20) for deliveries in (1, 3, 4, 5, 6, 7, 15)]
+    assert [None, 64, 1] == [company(deliveries, None) for deliveries in (3, 4, 100)]
+
+
+def test_a_message_whose_last_deliveries_are_near_is_scored_alone() -> None:
+    assert [None, 1, 1] == [company(deliveries, 6) for deliveries in (3, 4, 5)]
+
+
+def test_the_last_delivery_is_never_shared_however_few_there_are() -> None:
+    assert [None, None, 1] == [company(deliveries, 3) for deliveries in (1, 2, 3)]
