@@ -269,16 +269,7 @@ def _skip_value(data: bytes, at: int, kind: int) -> int:
         size, at = _read_varint(data, at)
         return at + size
     if kind == _STRUCT:
-        while header := data[at]:
-            at += 1
-            if header & 0xF in _INTEGERS:
-                # As above; calls would take most of the time that a footer is read in.
-                while data[at] & 0x80:
-                    at += 1
-                at += 1
-            else:
-                at = _skip_value(data, at, header & 0xF)
-        return at + 1
+        return _skip_struct(data, at)
     if kind == _LIST:
         count, inner = data[at] >> 4, data[at] & 0xF
         count, at = _read_varint(data, at + 1) if count == _LONG_LIST else (count, at + 1)
@@ -287,3 +278,16 @@ def _skip_value(data: bytes, at: int, kind: int) -> int:
         return at
     # What else the format has is one byte, or a number of eight.
     return at + (8 if kind == _DOUBLE else 1)
+
+
+def _skip_struct(data: bytes, at: int) -> int:
+    while header := data[at]:
+        at += 1
+        if header & 0xF in _INTEGERS:
+            # As above: a call for each would take most of the time.
+            while data[at] & 0x80:
+                at += 1
+            at += 1
+        else:
+            at = _skip_value(data, at, header & 0xF)
+    return at + 1

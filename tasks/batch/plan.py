@@ -123,6 +123,12 @@ class Plan(Frozen):
         rows = block_rows(self.step, widest if widest > ROW_BYTES_OFF * self.row_bytes else self.row_bytes)
         return min(rows, chunk.rows)
 
+    def rows_decoded_at_once(self, chunk: Chunk) -> int:
+        """Return the rows of a chunk that its reader decodes at once: a block's, or of large rows some 8 MiB."""
+        files = self.snapshot.files
+        within = max(files[piece.file].rows_within(BLOCK_BYTES, piece.row_group) for piece in chunk.pieces)
+        return min(self.block_rows(chunk), within)
+
     def piece_bytes(self, piece: Piece) -> GroupBytes:
         """Return what a piece takes of its row group; of a plan that was made without, what the rows measured take."""
         file = self.snapshot.files[piece.file]
@@ -331,7 +337,8 @@ def memory_bytes(plan: Plan, slots: int) -> int:
     Counted is what each slot holds where its model is slower than its reader, so that the queue is full:
 
     - the row group that it reads, as stored, with a page and a dictionary of each column;
-    - a decoded block, its copy as it grows, and where a chunk has several one more that waits for its successor;
+    - a decoded block, a copy of what is decoded at once as it grows, and where a chunk has several blocks as much again
+      that waits for its successor;
     - the inputs of a block being scored and of one being encoded, which may take a copy; of two more, with their keys,
       where a chunk has several;
     - the keys and predictions of two chunks, one being scored, one being written. The latter's are there once more in
@@ -353,14 +360,16 @@ def _block_bytes(plan: Plan, chunk: Chunk) -> float:
     sizes = [(plan.piece_bytes(piece), piece.rows) for piece in chunk.pieces]
     decoded, keys = max(each.decoded / n for each, n in sizes), max(each.keys / n for each, n in sizes)
     inputs = plan.contract.row_bytes()
+    at_once = plan.rows_decoded_at_once(chunk)
     # The queue has two places, one of which the turn of a chunk takes: one of a single block has none waiting.
-    return rows * (2 * decoded + 3 * inputs + (decoded + 2 * inputs + 2 * keys if rows < chunk.rows else 0))
+    waiting = at_once * decoded + rows * 2 * (inputs + keys) if rows < chunk.rows else 0
+    return (rows + at_once) * decoded + rows * 3 * inputs + waiting
 
 
 def _out_bytes(plan: Plan, chunk: Chunk) -> float:
     sizes = [plan.piece_bytes(piece) for piece in chunk.pieces]
     keys, encoded = sum(size.keys for size in sizes), sum(size.keys_encoded for size in sizes)
-    in_one_piece = keys if plan.block_rows(chunk) < chunk.rows or len(chunk.pieces) > 1 else 0
+    in_one_piece = keys if plan.rows_decoded_at_once(chunk) < chunk.rows or len(chunk.pieces) > 1 else 0
     page = min(encoded, max(_PAGE_BYTES, _PAGE_ROWS * encoded / chunk.rows))
     answers = sum(output.width * _value_bytes(output) for output in plan.contract.outputs)
     return 2 * keys + in_one_piece + 2 * page + 2 * encoded + chunk.rows * (_FLAG_BYTES + 6 * answers)

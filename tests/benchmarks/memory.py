@@ -1,8 +1,8 @@
 """The memory that a run states before it starts, beside what its process takes: rows small and large, even and uneven.
 
-Each shape is scored in a process of its own, whose peak is counted over what it took idle. It is scored
-twice: by a model that takes no time, so that writers are busy, and by one that takes SECONDS in all, so that what is
-read ahead waits for it.
+Each shape is scored in a process of its own, whose peak is counted over what it took idle: three times by a model that
+takes no time, so that writers are busy and slots peak together once, and by one that takes SECONDS in all, so that
+what is read ahead waits for it.
 """
 
 from __future__ import annotations
@@ -90,6 +90,20 @@ def repeated() -> Groups:
     yield floats(rows).set_column(0, "k", long_texts(rows, 7))
 
 
+def between_short_ends() -> Groups:
+    texts = pa.array(["a", *("m" * size for size in (300, 500, 700)), "z"])
+    for _ in range(4):
+        rows = scaled(100_000)
+        yield floats(rows).set_column(0, "k", texts.take(pa.array(np.arange(rows) % len(texts))))
+
+
+def repeated_then_not() -> Groups:
+    """A column of more than 64 MiB in the file: texts of a dictionary, then so many others that it is given up."""
+    rows = scaled(8192)
+    texts = pa.concat_arrays([long_texts(rows, 7), long_texts(rows // 8, rows // 8)])
+    yield floats(len(texts)).set_column(0, "k", texts)
+
+
 def lists() -> Groups:
     for _ in range(2):
         rows = scaled(50_000)
@@ -105,7 +119,8 @@ def nested() -> Groups:
 
 
 SHAPES: dict[str, Callable[[], Groups]] = {
-    each.__name__: each for each in (tiny, wide, uuids, large_at_the_end, repeated, lists, nested)
+    each.__name__: each
+    for each in (tiny, wide, uuids, large_at_the_end, repeated, between_short_ends, repeated_then_not, lists, nested)
 }
 
 
@@ -179,8 +194,8 @@ def measure(folder: Path) -> dict[str, int]:
     ctypes.CDLL(None).malloc_trim(0)
     idle = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    for seconds in (0.0, SECONDS):
-        score(plan, folder / f"out-{seconds}", seconds)
+    for at, seconds in enumerate((0.0, 0.0, 0.0, SECONDS)):
+        score(plan, folder / f"out-{at}", seconds)
     stated, used = memory_bytes(plan, SLOTS), status("VmHWM") - idle
     return {
         "stated_mb": stated >> 20,
