@@ -36,9 +36,10 @@ CHUNKS_PER_SLOT_MIN = 8
 SHARD_SECONDS = 60.0
 SHARDS_PER_SLOT_MIN = 2
 SHARDS_MAX = 1000
-# What mimalloc, Arrow's allocator, keeps of what a slot's three threads have freed until it is purged: fitted to runs
-# over small shapes, which kept 30 to 53 MiB. With jemalloc they kept 8 to 12.
-SLOT_BYTES = 48 << 20
+# What mimalloc, Arrow's allocator, keeps of what a slot's three threads have freed until it is purged: fitted to the
+# peaks of ten runs over small shapes, which kept 45 to 80 MiB. With jemalloc they kept 8 to 15; asking mimalloc to give
+# it back after each chunk keeps 20, but takes up to twice the time where the model takes none.
+SLOT_BYTES = 62 << 20
 # Averages of row groups differ a little; only rows that are larger than that get blocks of their own size.
 ROW_BYTES_OFF = 1.25
 # A page of a part ends after so many rows or bytes, whichever are more.
@@ -345,9 +346,9 @@ def memory_bytes(plan: Plan, slots: int) -> int:
       one piece, and as Parquet: as gathered and as encoded for a page, compressed, and in the file;
     - SLOT_BYTES for what the allocators of its three threads keep.
 
-    Measured over the shapes of tests/benchmarks/memory.py, what is used is no more than 20 % above this, or 32 MiB a
-    slot where that is more. It may be 30 % below: slots seldom peak together, and a fast model leaves the queue empty.
-    What the model itself takes for a pass is not counted, nor what an allocator other than Arrow's own keeps.
+    Measured over the shapes of tests/benchmarks/memory.py, what is used is within 20 % of this, or 32 MiB a slot where
+    that is more. A slow model may use less, since the allocator then has time to purge, and so may a run so short that
+    slots never peak together. What the model itself takes for a pass is not counted.
     """
     chunks = plan.chunks.values()
     needed = max(_block_bytes(plan, chunk) + _out_bytes(plan, chunk) for chunk in chunks)

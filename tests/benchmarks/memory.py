@@ -1,8 +1,8 @@
 """The memory that a run states before it starts, beside what its process takes: rows small and large, even and uneven.
 
-Each shape is scored in a process of its own, whose peak is counted over what it took idle: three times by a model that
-takes no time, so that writers are busy and slots peak together once, and by one that takes SECONDS in all, so that
-what is read ahead waits for it.
+Each shape is scored in a process of its own, whose peak is counted over what it took idle: several times by a model
+that takes no time, so that writers are busy and the allocator keeps what it ever does, and then by one that takes
+SECONDS in all, so that what is read ahead waits for it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from tests.benchmarks.figures import show
 
 SCALE = float(os.environ.get("SCALE", "1"))
 SECONDS = float(os.environ.get("SECONDS", "8"))
+# Slots seldom peak together, and what threads have left behind counts too: of ten runs, those after the sixth took no more.
+FAST_RUNS = 6
 BATCH, SLOTS = 1024, 2
 PIN = ModelPin(name="sum", version="1", model_id="m", source="models:/m", digest="d" * 64)
 
@@ -194,7 +196,7 @@ def measure(folder: Path) -> dict[str, int]:
     ctypes.CDLL(None).malloc_trim(0)
     idle = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    for at, seconds in enumerate((0.0, 0.0, 0.0, SECONDS)):
+    for at, seconds in enumerate([0.0] * FAST_RUNS + [SECONDS]):
         score(plan, folder / f"out-{at}", seconds)
     stated, used = memory_bytes(plan, SLOTS), status("VmHWM") - idle
     return {
@@ -231,7 +233,7 @@ def main() -> None:
         return
     chosen = os.environ.get("SHAPES", " ".join(SHAPES)).split()
     found = {name: measure_shape(name) for name in chosen}
-    show("Memory over an idle process, two slots", found, {"used_percent": "70 to 120, or within 32 MiB a slot"})
+    show("Memory over an idle process, two slots", found, {"used_percent": "80 to 120, or within 32 MiB a slot"})
     print(json.dumps({"benchmark": "memory", **found}))
 
 
