@@ -5,11 +5,11 @@ from __future__ import annotations
 from prefect import get_run_logger
 
 from flows.runtime.flow_decorator import adhoc_flow
-from flows.runtime.interruption import leave_with
+from flows.runtime.interruption import exit_with_notice
 from flows.runtime.stream_run import StreamRun, hearing
 from serving.model.loading import load_model
 from serving.model.registry import resolve_model
-from tasks.spot.watch import watching
+from tasks.spot.notice_poller import poll_notices
 from tasks.stream.decode import Decoder
 from tasks.stream.opener import Opener, check_names
 from tasks.stream.options import AnySink, AnySource, StreamOptions
@@ -42,13 +42,15 @@ def stream_inference(model: str, source: AnySource, sink: AnySink, options: Stre
     run = StreamRun(resolved=resolved, model=loaded, decoder=decoder, options=options)
     opener = Opener(decoder=run.decoder, model=resolved.pin, options=options, say=logger.warning, give_up=run.give_up)
     with (
-        watching(run.drain, options.notices, logger.warning),
+        poll_notices(run.drain, options.notices, logger.warning),
         hearing(run, logger),
         opener.opened(source, sink) as ends,
     ):
         run.go(ends, logger)
     if run.left:
-        leave_with(run.drain, _in_words(run.meter), lambda words: publish_left(_name(source), words, logger), logger)
+        exit_with_notice(
+            run.drain, _in_words(run.meter), lambda words: publish_left(_name(source), words, logger), logger
+        )
     report = _report(run, resolved.pin.uri, source, sink)
     publish_report(report, logger)
     logger.info("The stream has ended (%s): %s.", report.ended, _in_words(run.meter))

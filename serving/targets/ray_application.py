@@ -15,10 +15,11 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
-from serving.model.predictor import Prediction, open_predictor, settled
-from serving.model.release import Arrays, Dial, Predictions
+from serving.model.batching import BatchingConfig
+from serving.model.interface import Arrays, Predictions
+from serving.model.release import PredictionError, open_predictor, unwrap_prediction
 from serving.protocol.oip import ServerMetadata
-from serving.protocol.v2_app import v2_app
+from serving.protocol.v2_app import create_v2_app
 
 
 # A model that did not load twice will not load at all.
@@ -27,34 +28,34 @@ from serving.protocol.v2_app import v2_app
 class Endpoint:
     """One replica: the model, loaded once, and the routes before it."""
 
-    def __init__(self, folder: str, dial: Dial) -> None:
+    def __init__(self, folder: str, batching: BatchingConfig) -> None:
         """Load the release that the folder holds."""
         self._predictor = open_predictor(Path(folder))
         batches: Any = self._predict_each
-        batches.set_max_batch_size(dial.batch_size_max)
-        batches.set_batch_wait_timeout_s(dial.wait_ms_max / 1000)
+        batches.set_max_batch_size(batching.batch_size_max)
+        batches.set_batch_wait_timeout_s(batching.wait_ms_max / 1000)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         # What is there by now stays. Looking through it again and again would hold up requests.
         gc.collect()
         gc.freeze()
         server = ServerMetadata(name="ray_serve", version=ray.__version__)
-        return v2_app(self._predictor.release, self._predict, server)
+        return create_v2_app(self._predictor.release, self._predict, server)
 
     def check_health(self) -> None:
         """Have Ray start another replica where this one's device is gone."""
         self._predictor.check()
 
     async def _predict(self, inputs: Arrays) -> Predictions:
-        return settled(await self._predict_each(inputs))
+        return unwrap_prediction(await self._predict_each(inputs))
 
     @serve.batch
-    async def _predict_each(self, requests: Sequence[Arrays]) -> list[Prediction]:
-        return await self._predictor.predict_each(requests)
+    async def _predict_each(self, requests: Sequence[Arrays]) -> list[Predictions | PredictionError]:
+        return await self._predictor.predict_requests(requests)
 
 
 def application(args: dict[str, Any]) -> Application:
-    """Return the application that a Serve config names; `args` there are the dial."""
+    """Return the application that a Serve config names; `args` there are the batching."""
     deployment: Any = Endpoint
-    bound: Application = deployment.bind(str(Path(__file__).parent), Dial.model_validate(args))
+    bound: Application = deployment.bind(str(Path(__file__).parent), BatchingConfig.model_validate(args))
     return bound

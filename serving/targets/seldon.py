@@ -10,10 +10,11 @@ from typing import Any
 
 import yaml
 
-from serving.model.release import Dial, Release
+from serving.model.batching import BatchingConfig
+from serving.model.release import Release
 from serving.targets import Rendered
 from serving.targets.documents import describe
-from serving.targets.folder import Serve, interpreter, python_environment, rendered
+from serving.targets.folder import render_folder, resolve_interpreter
 
 _HOST = "127.0.0.1"
 _REQUIREMENTS = "infra/local/mlserver.txt"
@@ -42,22 +43,23 @@ class Seldon:
         Raises EndpointFailed where the interpreter is missing, with the command that makes its environment.
         """
         ports = {"HTTP": "{port}", "GRPC": "{port2}", "METRICS": "{port3}"}
-        serve = Serve(
-            argv=(interpreter(self.python, _REQUIREMENTS), "-c", _START, "start", "."),
-            environment={
-                **python_environment(),
-                "MLSERVER_HOST": _HOST,
-                **{f"MLSERVER_{name}_PORT": port for name, port in ports.items()},
-            },
-            ready_path=f"/v2/models/{release.endpoint}/ready",
-        )
         files = {
             "settings.json": json.dumps(settings(), indent=2).encode(),
             "model-settings.json": json.dumps(model_settings(release), indent=2).encode(),
             "runtime.py": _RUNTIME.encode(),
             "model.yaml": yaml.safe_dump(self.model(release), sort_keys=False).encode(),
         }
-        return rendered(release, model, serve, files)
+        return render_folder(
+            release,
+            model,
+            files,
+            argv=(resolve_interpreter(self.python, _REQUIREMENTS), "-c", _START, "start", "."),
+            environment={
+                "MLSERVER_HOST": _HOST,
+                **{f"MLSERVER_{name}_PORT": port for name, port in ports.items()},
+            },
+            ready_path=f"/v2/models/{release.endpoint}/ready",
+        )
 
     def model(self, release: Release) -> dict[str, Any]:
         """Return the Model of a release. Several releases of an endpoint are several Models."""
@@ -112,7 +114,7 @@ def settings() -> dict[str, Any]:
 
 
 def model_settings(release: Release) -> dict[str, Any]:
-    """Return the settings of a model: what it takes and gives, and the dial as MLServer's adaptive batching."""
+    """Return the settings of a model: what it takes and gives, and the batching as MLServer's adaptive batching."""
     inputs, outputs = describe(release.contract)
     return {
         "name": release.endpoint,
@@ -122,14 +124,14 @@ def model_settings(release: Release) -> dict[str, Any]:
         "inputs": inputs,
         "outputs": outputs,
         "parameters": {"version": release.version},
-        **_batching(release.dial),
+        **_batching(release.batching),
     }
 
 
-def _batching(dial: Dial) -> dict[str, Any]:
-    if dial.batch_size_max == 1:
+def _batching(batching: BatchingConfig) -> dict[str, Any]:
+    if batching.batch_size_max == 1:
         return {"max_batch_size": 0, "max_batch_time": 0.0}
-    return {"max_batch_size": dial.batch_size_max, "max_batch_time": max(dial.wait_ms_max / 1000, _WAIT_S_MIN)}
+    return {"max_batch_size": batching.batch_size_max, "max_batch_time": max(batching.wait_ms_max / 1000, _WAIT_S_MIN)}
 
 
 # Its program says where its own interpreter was when it was installed; this works in an environment that was moved.
@@ -144,7 +146,7 @@ from mlserver.errors import MLServerError
 from mlserver.types import InferenceRequest, InferenceResponse
 
 from serving.errors import BadRequest
-from serving.model.predictor import join_predictions, open_predictor, settled, split_rows
+from serving.model.release import join_predictions, open_predictor, split_rows, unwrap_prediction
 from serving.model.release import count_rows
 from serving.targets.documents import plain_inputs, read_request, write_answer
 
@@ -152,7 +154,7 @@ from serving.targets.documents import plain_inputs, read_request, write_answer
 class Runtime(MLModel):
     async def load(self):
         self.predictor = open_predictor(Path(__file__).parent)
-        self.rows_max = self.predictor.release.dial.batch_size_max
+        self.rows_max = self.predictor.release.batching.batch_size_max
         # By now `predict` is MLServer's batching around the method below.
         self.together, self.predict = self.predict, self.checked
         return True
@@ -178,14 +180,14 @@ class Runtime(MLModel):
         return response
 
     async def predict(self, payload):
-        """Answer requests that MLServer has joined: it counts them where the dial counts rows."""
+        """Answer requests that MLServer has joined: it counts them where the batching counts rows."""
         request = self.read(payload, (), requests_max=self.rows_max)
         return await self.answer(request, split_rows(request.inputs, self.rows_max))
 
     async def answer(self, request, passes):
-        predictions = await self.predictor.predict_each(passes)
+        predictions = await self.predictor.predict_requests(passes)
         try:
-            outputs = join_predictions([settled(each) for each in predictions])
+            outputs = join_predictions([unwrap_prediction(each) for each in predictions])
             answer = write_answer(request, outputs, self.predictor.release)
         except Exception as error:
             raise MLServerError(f"The model must predict every row, got: {error}", 500) from error

@@ -19,7 +19,7 @@ from serving.model.release import open_release
 
 
 class TritonPythonModel:
-    """One instance: a batch of Triton's is passed in this process's one thread, the dial's rows at a time."""
+    """One instance: a batch of Triton's is passed in this process's one thread, the batching's rows at a time."""
 
     def initialize(self, _arguments: dict[str, str]) -> None:
         """Load the release; what is raised here is Triton's reason for not serving it."""
@@ -29,7 +29,9 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request, in their order; one that can't be answered says why, and leaves the others theirs."""
         given = [self._inputs(request) for request in requests]
-        answers = iter(self.runtime.predict_each([inputs for inputs in given if not isinstance(inputs, BadRequest)]))
+        answers = iter(
+            self.runtime.predict_requests([inputs for inputs in given if not isinstance(inputs, BadRequest)])
+        )
         return [self._response(each if isinstance(each, BadRequest) else next(answers)) for each in given]
 
     def finalize(self) -> None:

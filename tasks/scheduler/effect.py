@@ -12,13 +12,14 @@ from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from pydantic import Field, ValidationError
 
 from serving.errors import BadInput
+from serving.model.batching import BatchingConfig
 from serving.model.contract import Frozen
-from serving.model.release import Dial, Scaling
+from serving.model.release import Scaling
 from tasks.endpoint.spec import EndpointSpec
 from tasks.scheduler.decision import Alternative, Decision, Mode
 from tasks.scheduler.terms import BatchTerms, Terms
 from tasks.scheduler.workload import Events, Machine, Table, Workload
-from tasks.spot.purchase import Buying
+from tasks.spot.purchase import PurchaseOptions
 
 _FRESHNESS_SECONDS_MAX = 3600.0
 _KEEP_WARM_SECONDS_MIN = 1.0
@@ -127,15 +128,17 @@ def _deadline(table: Table) -> str:
     return table.due if table.once_by is None else table.once_by.isoformat()
 
 
-def _buying(decision: Decision, batch: BatchTerms) -> Buying:
+def _buying(decision: Decision, batch: BatchTerms) -> PurchaseOptions:
     chosen, prices = decision.chosen, decision.prices[decision.chosen.machine]
-    return Buying(
+    return PurchaseOptions(
         spot=batch.spot,
         on_demand=batch.on_demand,
         spot_price=prices.spot or prices.on_demand,
         on_demand_price=prices.on_demand,
         rows_per_second=decision.profile.batch_rows_per_second * _speed(decision.workload, chosen.machine),
-        changeover_seconds=max(decision.profile.start_seconds, Buying.model_fields["changeover_seconds"].default),
+        changeover_seconds=max(
+            decision.profile.start_seconds, PurchaseOptions.model_fields["changeover_seconds"].default
+        ),
     )
 
 
@@ -188,7 +191,7 @@ def stream_deployment(decision: Decision, terms: Terms) -> Wanted:
 
 
 def endpoint_spec(decision: Decision, terms: Terms) -> EndpointSpec:
-    """Return the spec of an endpoint with the dial, the replicas and the keep-warm time that were decided.
+    """Return the spec of an endpoint with the batching, the replicas and the keep-warm time that were decided.
 
     A machine counts as many replicas as the model was measured with side by side. Raises BadInput without terms, and
     where the target can't do it.
@@ -206,7 +209,7 @@ def endpoint_spec(decision: Decision, terms: Terms) -> EndpointSpec:
         return EndpointSpec(
             name=workload.name,
             model=workload.model,
-            dial=Dial(batch_size_max=chosen.batch_size_max, wait_ms_max=chosen.wait_ms_max),
+            batching=BatchingConfig(batch_size_max=chosen.batch_size_max, wait_ms_max=chosen.wait_ms_max),
             scaling=Scaling(
                 replicas_min=_floor(chosen) * decision.profile.slots,
                 replicas_max=replicas,

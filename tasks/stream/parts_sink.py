@@ -25,14 +25,13 @@ import pyarrow.parquet as pq
 from serving.errors import RunDamaged, SourceChanged, StorageFault
 from serving.model.contract import Contract, Frozen
 from serving.model.encoding import Flags
-from serving.model.forward import Predictions
-from serving.model.interface import Engine
+from serving.model.interface import Engine, Predictions
 from serving.model.registry import ModelPin
-from tasks.batch.dataset import Snapshot, in_parallel
+from tasks.batch.dataset import Snapshot, map_parallel
 from tasks.batch.options import BatchOptions
-from tasks.batch.parts import ChunkId, PartFooter, Reasons, belongs_to, encode_part, footer_of, list_parts, part_path
+from tasks.batch.parts import ChunkId, PartFooter, Reasons, encode_part, is_part_of, list_parts, parse_footer, part_path
 from tasks.batch.plan import ROOT, Plan, load_plan, read_record, save_plan
-from tasks.batch.publish import Manifest, ManifestPart, RejectCount, claim_order
+from tasks.batch.publish import Manifest, ManifestPart, RejectCount, claim_order_number
 from tasks.storage import Entry, Storage, check_create_only
 from tasks.stream.message import Poison
 from tasks.stream.options import ToParts
@@ -103,7 +102,7 @@ def group_rows(scored: ScoredGroup, key_columns: Sequence[str]) -> PlacedRows:
 def unread_rows(unread: Sequence[Poison], types: Mapping[str, pa.DataType], contract: Contract) -> PlacedRows:
     """Return one row for each message that could not be read: no keys, no predictions, and the reason."""
     places = np.array([(*poison.message.place, 0) for poison in unread], dtype=_PLACE)
-    flags = Flags.none(len(unread))
+    flags = Flags.all_good(len(unread))
     for at, poison in enumerate(unread):
         flags.mark_row(at, poison.column, poison.reason)
     nothing = {
@@ -126,7 +125,7 @@ def join_rows(pieces: Sequence[PlacedRows]) -> PlacedRows:
         predictions={
             name: np.concatenate([piece.predictions[name] for piece in pieces]) for name in pieces[0].predictions
         },
-        flags=Flags.joined([piece.flags for piece in pieces]),
+        flags=Flags.concat([piece.flags for piece in pieces]),
     )
 
 
@@ -163,7 +162,7 @@ class PartsSink:
         self._storage = storage
         check_create_only(storage)
         if load_plan(storage, plan.run) is None:
-            plan = plan.model_copy(update={"order": claim_order(storage, plan.run)})
+            plan = plan.model_copy(update={"order": claim_order_number(storage, plan.run)})
         self._plan = save_plan(storage, plan).model_copy(update={"model": model, "contract": plan.contract})
         self._key_types = key_types
         self._parts: dict[ChunkId, _Part] = {}
@@ -235,7 +234,7 @@ class PartsSink:
             )
             raise RunDamaged(message)
         new = [at for at in found if at not in self._parts]
-        for at, part in zip(new, in_parallel(self._storage, lambda at: self._read(found[at]), new), strict=True):
+        for at, part in zip(new, map_parallel(self._storage, lambda at: self._read(found[at]), new), strict=True):
             self._parts[at] = part
         for partition in {partition for partition, _ in self._parts}:
             end = self.positions.get(partition, 0)
@@ -258,7 +257,7 @@ class PartsSink:
             column = schema.names.index(NUMBER)
             groups = [metadata.row_group(at).column(column) for at in range(metadata.num_row_groups)]
             highest = max(group.statistics.max for group in groups)
-            part = _Part(entry=entry, footer=footer_of(entry, metadata), next=int(highest) + 1, keys=schema)
+            part = _Part(entry=entry, footer=parse_footer(entry, metadata), next=int(highest) + 1, keys=schema)
         except (pa.ArrowException, OSError, ValueError, KeyError, SourceChanged) as error:
             message = (
                 f"{self._storage.address(entry.path)} must be a part of table {self._plan.run} that can be read, got: "
@@ -266,7 +265,7 @@ class PartsSink:
                 "another name for the table."
             )
             raise RunDamaged(message) from error
-        if not belongs_to(metadata, self._plan, None):
+        if not is_part_of(metadata, self._plan, None):
             message = (
                 f"{self._storage.address(entry.path)} must be a part of table {self._plan.run} as it is planned, got "
                 "one of another table of that name, whose records below _overnight were deleted. Choose another name "

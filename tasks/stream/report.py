@@ -22,7 +22,7 @@ from pydantic import Field
 
 from serving.errors import BadInput
 from serving.model.contract import Frozen
-from tasks.batch.artifacts import Logger, server_may_fail
+from tasks.common.artifacts import Logger, server_may_fail
 from tasks.stream.batcher import Dial
 from tasks.stream.score import Scored
 

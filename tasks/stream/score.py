@@ -16,9 +16,9 @@ import pyarrow as pa
 
 from serving.model.contract import Contract
 from serving.model.encoding import Flags, encode
-from serving.model.forward import Forward, Predictions, endless_pauses
-from serving.model.interface import Model
-from tasks.batch.parts import answer_columns
+from serving.model.forward import Forward, iter_endless_retry_delays
+from serving.model.interface import Model, Predictions
+from tasks.batch.parts import output_columns
 from tasks.stream.decode import Decoder, Group
 from tasks.stream.message import Message, Poison
 
@@ -110,7 +110,9 @@ class MicroScorer:
     def __post_init__(self) -> None:
         # A stream may begin with rows that fail: that they all do is told by poison in a row.
         # What the model calls may be away for long: messages wait for it, since each delivery of one is counted.
-        self.forward = Forward(self.model, self.contract, self.batch_size, proven=True, pauses=endless_pauses)
+        self.forward = Forward(
+            self.model, self.contract, self.batch_size, proven=True, delays=iter_endless_retry_delays
+        )
 
     def score(self, messages: Sequence[Message]) -> Scored:
         """Score a micro-batch: a message none of whose rows gets a prediction is poison, the others are answered.
@@ -183,7 +185,7 @@ def _values(value: npt.NDArray[Any], width: int) -> list[Any]:
 def _arrow_answers(scored: ScoredGroup, contract: Contract, key_columns: tuple[str, ...]) -> list[Answer]:
     keys = scored.group.table.select(list(key_columns))
     columns = dict(zip(keys.column_names, keys.columns, strict=True))
-    columns |= answer_columns(contract, scored.predictions, scored.flags)
+    columns |= output_columns(contract, scored.predictions, scored.flags)
     table = pa.table(columns)
     found = []
     for at in np.flatnonzero(scored.rejects < scored.rows):

@@ -75,7 +75,8 @@ class _Life:
         from tasks.endpoint.spec import EndpointSpec, Triton
 
         target = Triton(repository=str(self.triton.repository), url=self.triton.url, grpc=self.triton.grpc)
-        spec = {"name": NAME, "model": model, "gateway": self.gateway, "target": target, "dial": self.served.dial}
+        spec = {"name": NAME, "model": model, "gateway": self.gateway, "target": target}
+        spec["batching"] = self.served.batching
         online_endpoint(EndpointSpec.model_validate({**spec, **changes}))
 
     def rolled_back(self, rule: Any) -> None:
@@ -112,7 +113,7 @@ def _wait_asleep(gateway: str, admin_key: str, name: str) -> None:
     from serving.gateway.client import GatewayClient
 
     with GatewayClient(gateway, admin_key) as client:
-        client.wait(name, lambda state: state.models == "asleep", timeout_s=_ASLEEP_SECONDS_MAX)
+        client.wait_until(name, lambda state: state.models == "asleep", timeout_s=_ASLEEP_SECONDS_MAX)
     time.sleep(0.5)
 
 
@@ -150,9 +151,8 @@ def _bodies(served: Served) -> list[bytes]:
 def _ray_wake_seconds(served: Served, folder: Path) -> float | str:
     """Return the seconds of a request that finds no replica, at Ray Serve's own door."""
     from infra.local.ray_cluster import ray_cluster
-    from serving.targets.ray_host import RayServeHost
-    from serving.targets.ray_serve import RayServe
-    from tasks.endpoint.change import scaled_to_zero
+    from serving.targets.ray_serve import RayServe, RayServeHost
+    from tasks.endpoint.change import scale_to_zero
     from tasks.endpoint.client import infer_path
 
     with ray_cluster(folder / "ray", environment={"PYTHONPATH": os.pathsep.join(sys.path)}) as cluster:
@@ -164,7 +164,7 @@ def _ray_wake_seconds(served: Served, folder: Path) -> float | str:
             target=target,
             token=cluster.token,
         )
-        address = host.deploy(scaled_to_zero(served.tuned), served.model)
+        address = host.deploy(scale_to_zero(served.tuned), served.model)
         url = address.url.rstrip("/") + infer_path(address)
         waits = []
         for _ in range(WAKES):

@@ -172,7 +172,7 @@ def test_a_model_goes_online_with_a_dial_verified_measured_and_reported(
     answer = score(gateway, "online", np.ones((2, 3)), network)
 
     assert (200, "1") == (answer["status"], answer["model_version"])
-    assert 1 < endpoint.dial.batch_size_max <= 4
+    assert 1 < endpoint.batching.batch_size_max <= 4
     assert endpoint.verification.rows_example == 2
     assert endpoint.verification.rows_random == 32
     assert endpoint.before is not None
@@ -185,7 +185,7 @@ def test_a_model_goes_online_with_a_dial_verified_measured_and_reported(
     again = put("online", network, budget=budget, measure_seconds=0.5)
 
     assert again.after is None  # nothing was put up: it stands
-    assert endpoint.dial == again.dial
+    assert endpoint.batching == again.batching
     assert ("1",) == retire_endpoint("online", target(triton), gateway.url)
 
 
@@ -213,7 +213,7 @@ def test_a_canary_that_keeps_its_rule_is_promoted(
         endpoint = put("churn", churn.other, rollout=CANARY)
 
     assert 0 == callers.lost
-    assert f"version {churn.other_version} has all traffic, after a trial: 0 of 20 requests failed" in endpoint.rollout
+    assert f"version {churn.other_version} has all traffic, after a canary: 0 of 20 requests failed" in endpoint.rollout
     assert [churn.other_version] == loaded(triton, "churn")
 
 
@@ -348,7 +348,7 @@ def test_an_idle_endpoint_is_unloaded_woken_by_the_next_request_and_stays_awake_
     triton: TritonServer, gateway: GatewayServer, client: GatewayClient, churn: Standing, put: Put
 ) -> None:
     put("churn", churn.now, keep_warm=1)
-    client.wait("churn", lambda state: state.models == "asleep", timeout_s=30)
+    client.wait_until("churn", lambda state: state.models == "asleep", timeout_s=30)
 
     assert [] == loaded(triton, "churn")
     # Each of them comes when the models are about to be unloaded, or just were.

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from infra.local.venv import RegistryUnreachable, make_venv
+from serving.model.batching import BatchingConfig
 from serving.model.encoding import Encoded, Flags
 from serving.model.loading import load_model
 from serving.model.registry import resolve_model
-from serving.model.release import Dial, Release
+from serving.model.release import Release
 from serving.protocol.oip import decode_response, encode_request
 from serving.targets import Address
 from serving.targets.folder import FolderHost
@@ -47,9 +48,9 @@ def deploy_all(host: FolderHost, served: Sequence[Served]) -> list[Address]:
 def expected_of(served: Served, inputs: Arrays) -> dict[str, Any]:
     """What Model.predict gives in this process."""
     release, _ = served
-    model = load_model(resolve_model(release.pin.uri), release.contract).using(release.engine)
+    model = load_model(resolve_model(release.pin.uri), release.contract).with_engine(release.engine)
     count = len(next(iter(inputs.values())))
-    encoded = model.prepare(Encoded(inputs=dict(inputs), flags=Flags.none(count), rows=count))
+    encoded = model.prepare(Encoded(inputs=dict(inputs), flags=Flags.all_good(count), rows=count))
     with model.slot():
         return model.predict(encoded.inputs)
 
@@ -111,4 +112,4 @@ BAD_REQUESTS: dict[str, tuple[Any, str]] = {
     "an output that is none": ({**document(), "outputs": [{"name": "rank"}]}, "'rank'"),
 }
 
-BATCHING = Dial(batch_size_max=16, wait_ms_max=20)
+BATCHING = BatchingConfig(batch_size_max=16, wait_ms_max=20)

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.batch.dataset import open_dataset, take_snapshot
+from tasks.batch.dataset import open_dataset
 from tasks.batch.footer import GroupBytes
+from tasks.batch.source import pin_source
 from tests.benchmarks import memory
 from tests.tasks.batch.small import parquet, put
 
@@ -56,14 +57,14 @@ COLUMNS = {
     ),
     "lists of decimals, the same": pa.array([[Decimal("1.25")] * 4] * 3000, pa.list_(pa.decimal128(9, 2))),
 }
-# Lists of more kinds than polars reads, and texts that its writer has no ends of.
+# Types that polars does not write as they are.
 NOT_OF_POLARS = {"tensors", "dictionaries"}
 
 
 def open_column(folder: Path, data: bytes) -> GroupBytes:
     """Return what the footer of a file says of its column, as a key."""
     put(str(folder), {"a.parquet": data})
-    (file,) = open_dataset(take_snapshot(str(folder), "/out"), ["a column"], ["a column"]).snapshot.files
+    (file,) = open_dataset(pin_source(str(folder), "/out"), ["a column"], ["a column"]).snapshot.files
     ((sizes, _),) = file.sized_groups
     return sizes
 
@@ -85,7 +86,7 @@ def test_a_column_takes_what_its_footer_says_within_a_fifth(tmp_path: Path, name
     assert sizes.keys == sizes.decoded
 
 
-@pytest.mark.parametrize("name", COLUMNS.keys() - NOT_OF_POLARS)
+@pytest.mark.parametrize("name", sorted(COLUMNS.keys() - NOT_OF_POLARS))
 def test_a_column_whose_footer_does_not_tell_its_texts_takes_no_more_than_stated(tmp_path: Path, name: str) -> None:
     table = pa.table({"a column": COLUMNS[name]})
     data = by_polars(table)
@@ -110,7 +111,7 @@ def test_texts_are_told_whatever_else_a_footer_holds(tmp_path: Path) -> None:
     table = pa.table({name: column.slice(0, 2000) for name, column in texts.items()} | {"ä": ["€" * 40] * 2000})
     options = {"write_page_index": True, "row_group_size": 700, "bloom_filter_options": {"a": True}}
     put(str(tmp_path), {"a.parquet": parquet(table, write_statistics=["b", "ä"], **options)})
-    (file,) = open_dataset(take_snapshot(str(tmp_path), "/out"), ["a", "ä"], ["b", "c"]).snapshot.files
+    (file,) = open_dataset(pin_source(str(tmp_path), "/out"), ["a", "ä"], ["b", "c"]).snapshot.files
     groups = [table.slice(at, 700) for at in (0, 700, 1400)]
 
     assert [each.decoded for each in file.group_bytes] == pytest.approx([group.nbytes for group in groups], rel=0.01)
@@ -118,7 +119,7 @@ def test_texts_are_told_whatever_else_a_footer_holds(tmp_path: Path) -> None:
 
 def test_texts_all_null_take_nothing_and_unused_columns_do_not_count(tmp_path: Path) -> None:
     put(str(tmp_path), {"a.parquet": pa.table({"a": pa.nulls(10, pa.string()), "b": ["x" * 1000] * 10})})
-    (file,) = open_dataset(take_snapshot(str(tmp_path), "/out"), ["a"], []).snapshot.files
+    (file,) = open_dataset(pin_source(str(tmp_path), "/out"), ["a"], []).snapshot.files
 
     assert file.group_bytes[0].decoded < 100
     assert file.group_bytes[0].keys == 0
@@ -130,7 +131,7 @@ def test_every_row_group_of_every_file_has_its_own_bytes(tmp_path: Path) -> None
         str(tmp_path),
         {"a.parquet": parquet(pa.concat_tables([small, large]), row_group_size=4096), "b.parquet": large},
     )
-    files = open_dataset(take_snapshot(str(tmp_path), "/out"), [], ["k"]).snapshot.files
+    files = open_dataset(pin_source(str(tmp_path), "/out"), [], ["k"]).snapshot.files
     found = [[round(sizes.keys / rows, -2) for sizes, rows in file.sized_groups] for file in files]
 
     assert [[0, 10_000], [10_000]] == found
@@ -142,14 +143,14 @@ def test_columns_in_another_order_are_found_by_name(tmp_path: Path) -> None:
         str(tmp_path),
         {"a.parquet": pa.table(columns), "b.parquet": pa.table(dict(reversed(columns.items())))},
     )
-    first, second = open_dataset(take_snapshot(str(tmp_path), "/out"), ["a", "z"], ["k"]).snapshot.files
+    first, second = open_dataset(pin_source(str(tmp_path), "/out"), ["a", "z"], ["k"]).snapshot.files
 
     assert first.group_bytes == second.group_bytes
 
 
 def test_bytes_of_row_groups_come_back_from_json(tmp_path: Path) -> None:
     put(str(tmp_path), {"a.parquet": pa.table({"k": ["x"] * 5})})
-    snapshot = open_dataset(take_snapshot(str(tmp_path), "/out"), [], ["k"]).snapshot
+    snapshot = open_dataset(pin_source(str(tmp_path), "/out"), [], ["k"]).snapshot
     back = type(snapshot).model_validate_json(snapshot.model_dump_json())
 
     assert snapshot == back
