@@ -306,7 +306,7 @@ def test_a_chunk_never_has_all_its_rows_before_its_file_was_held_once_more(tmp_p
     put(str(tmp_path), {"a.parquet": numbers(0, 20)})
     reader, chunks = a_reader(tmp_path, block, ("id",))
     rows = 0
-    real = reader._storage.hold
+    real = reader._storage.check_unchanged
 
     def changed(_: object) -> None:
         os.utime(tmp_path / "a.parquet", ns=(1, 1))
@@ -314,7 +314,7 @@ def test_a_chunk_never_has_all_its_rows_before_its_file_was_held_once_more(tmp_p
 
     # The file changes after its last row was read, and before it is held for the last time.
     list(reader.blocks(chunks[0]))
-    reader._storage.hold = changed  # type: ignore[method-assign]
+    reader._storage.check_unchanged = changed  # type: ignore[method-assign]
     blocks = reader.blocks(chunks[1])
     with contextlib.suppress(SourceChanged):
         for table in blocks:
