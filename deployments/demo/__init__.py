@@ -2,5 +2,5 @@
 
 import os
 
-# MLflow decides on telemetry at its first import, so this has to stand before every import of it.
+# MLflow decides on telemetry at its first import, so this comes before every import of it.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

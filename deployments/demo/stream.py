@@ -68,7 +68,7 @@ def _demo(folder: Path) -> None:
 
 
 def _batch(folder: Path) -> pl.DataFrame:
-    """Return what the batch run says of every flight."""
+    """Return the prediction of the batch run for every flight."""
     from flows.batch import batch_inference  # noqa: PLC0415 - the server's address must be set before
     from tasks.batch.options import BatchOptions  # noqa: PLC0415
     from tasks.batch.predictions import open_predictions  # noqa: PLC0415
@@ -81,7 +81,7 @@ def _batch(folder: Path) -> pl.DataFrame:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Read:
-    """What was read back: a score a flight, flights that went to the dead letters, and ids that stand twice."""
+    """What was read back: a score for each flight, flights among the dead letters, and ids that occur twice."""
 
     scores: pl.DataFrame
     dead: pl.DataFrame

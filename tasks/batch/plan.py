@@ -6,7 +6,9 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -15,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import ValidationError
 
-from serving.errors import DestinationUnusable, OvernightError, PlanTooLarge, PublishRefused, RunNameTaken
+from serving.errors import DestinationUnusable, FormatTooNew, OvernightError, PlanTooLarge, PublishRefused, RunNameTaken
 from serving.model.contract import TEXT_DTYPES, Contract, Frozen, Output
 from serving.model.encoding import BatchUnit
 from serving.model.interface import Engine
@@ -27,6 +29,8 @@ from tasks.batch.options import BatchOptions
 from tasks.storage import Storage
 
 ROOT = "_overnight"
+# Of plans, manifests and parts. Those of releases before there were versions have none, and are of version 1.
+FORMAT_VERSION = 1
 
 CHUNK_SECONDS_MAX = 10.0
 CHUNK_BYTES_MAX = 64 << 20
@@ -85,6 +89,7 @@ class Plan(Frozen):
     follow one another, and each says its own range.
     """
 
+    format_version: int = FORMAT_VERSION
     key: str
     run: str
     digest: str = ""
@@ -428,17 +433,42 @@ R = TypeVar("R", bound=Frozen)
 
 
 def read_record(storage: Storage, path: str, kind: type[R]) -> R | None:
-    """Read a plan, start or manifest, None where there is none; raises DestinationUnusable where it is of no use."""
+    """Read a plan, start or manifest; None where there is none.
+
+    Raises:
+        FormatTooNew: A newer Overnight has written it.
+        DestinationUnusable: It does not read as such a record.
+    """
     data = storage.read(path)
+    if data is None:
+        return None
     try:
-        return None if data is None else kind.model_validate_json(data)
+        record = kind.model_validate_json(data)
     except ValidationError as error:
+        with suppress(ValueError, AttributeError):
+            check_format_version(json.loads(data).get("format_version"), storage.address(path))
         message = (
-            f"{storage.address(path)} must be a {kind.__name__.lower()} that this version of Overnight reads, got: "
+            f"{storage.address(path)} must be a {_in_words(kind)} that this version of Overnight reads, got: "
             f"{error.errors()[0]['msg']} at {error.errors()[0]['loc']}. Use the version that wrote it, or another name "
             "or destination."
         )
         raise DestinationUnusable(message) from error
+    check_format_version(getattr(record, "format_version", None), storage.address(path))
+    return record
+
+
+def _in_words(kind: type[Frozen]) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind.__name__).lower()
+
+
+def check_format_version(version: object, address: str) -> None:
+    """Raise FormatTooNew where the format version that a file states is newer than the one that is read here."""
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        message = (
+            f"{address} must be of format version {FORMAT_VERSION} or lower to be read by this version of Overnight, "
+            f"got version {version}: a newer Overnight has written it. Update Overnight, then call again."
+        )
+        raise FormatTooNew(message)
 
 
 def check_plan_key(plan: Plan, key: str) -> Plan:

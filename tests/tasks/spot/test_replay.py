@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from serving.errors import DeadlineImpossible
 from tasks.spot.policy import Placement, PolicyParameters, Situation, decide_placements
-from tasks.spot.replay import Job, Outcome, Policy, replay, synthetic_traces
+from tasks.spot.replay import Job, Outcome, Policy, replay
 from tests.benchmarks.spot_baselines import greedy
+from tests.benchmarks.traces import synthetic_traces
 from tests.tasks.spot.situations import HOUR, jobs, traces
 
 # Thirty minutes of work within an hour, a changeover of two minutes, in ticks of five.
