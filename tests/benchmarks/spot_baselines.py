@@ -1,8 +1,8 @@
 """Policies that ours is compared with, over the same situations, and the optimum.
 
 Greedy and Uniform Progress are those of "Can't Be Late: Optimizing Spot Instance Savings under Deadlines" (Wu et al.,
-NSDI 2024, sections 3.3 to 5.2), with one change: their safety net, "idle and R < C + 2d", considers only the moment of a
-decision, and is late where the next decision comes after the last moment. Here the interval is added to it.
+NSDI 2024, sections 3.3 to 5.2), with one change: their safety net, "idle and R < C + 2d", considers only the moment of
+a decision, and is late where the next decision comes after the last moment. Here the interval is added to it.
 
 The optimum knows the whole trace. It is exact, by dynamic programming backward over the stretches of a trace in which
 spot stays as it is. `idle_C[w]` and `on_demand_C[w]` hold the least cost of doing w units of work from the start of a
