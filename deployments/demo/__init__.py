@@ -1,7 +1,7 @@
 """The demos: real flights to score, and a model that is trained on them.
 
-`python -m deployments.demo` is the batch run; `endpoint`, `stream` and `modes` are modules to run alike. `flights` writes
-the data, `delay_model` trains the model, and `prepare` does both once.
+`python -m deployments.demo` is the batch run; `endpoint`, `stream` and `modes` are run in the same way. `flights`
+writes the data, `delay_model` trains the model, and `prepare` does both once.
 """
 
 import os
