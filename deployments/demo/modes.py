@@ -49,14 +49,14 @@ def main() -> None:
     with prefect_server(folder / "prefect") as server:
         os.environ.update(server.environment)
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
-        decisions = _decide(folder, arguments.traces)
-    _show(decisions)
+        decisions = _decide_modes(folder, arguments.traces)
+    _show_decisions(decisions)
     if not all(decision.chosen.stands for decision in decisions.values()):
         console.print("[bold red]A mode was chosen that does not keep its promise.[/]")
         sys.exit(1)
 
 
-def _decide(folder: Path, traces: Path | None) -> Mapping[Path, Decision]:
+def _decide_modes(folder: Path, traces: Path | None) -> Mapping[Path, Decision]:
     """Return the decision of each workload by its plot."""
     from flows.scheduler import choose_mode  # noqa: PLC0415 - the server's address must be set before
     from tasks.batch.options import BatchOptions  # noqa: PLC0415
@@ -133,7 +133,7 @@ def _find_trace(traces: Path | None, name: str) -> Path | None:
     return path if path and path.exists() else None
 
 
-def _show(decisions: Mapping[Path, Decision]) -> None:
+def _show_decisions(decisions: Mapping[Path, Decision]) -> None:
     """Print the decisions as a table, what an always-on endpoint wastes, and where the plots are."""
     from tasks.scheduler import report  # noqa: PLC0415 - MLflow is imported by it
     from tasks.scheduler.money import usd  # noqa: PLC0415 - the same
