@@ -15,7 +15,7 @@ OvernightError
 |   +-- DeadlineImpossible   not even on-demand machines alone are done by the deadline
 |   +-- LatencyImpossible    no batch size keeps the latency budget at the expected rate
 |   +-- BadWorkload          a workload's description, arrivals, prices or promise can't be decided on as they are
-|   |   +-- NothingStands    no mode keeps its promise; the message says what would be needed
+|   |   +-- NoFeasibleMode   no mode keeps its promise; the message says what would be needed
 |   |   +-- PricesMissing    no price is at hand for a machine, or its source can't be asked
 |   +-- BadRequest           a request to an endpoint is none that its model takes; `status` is HTTP's for it
 |   +-- SecretExposed        a parameter holds a password or token, which everyone who sees the flow run would see
@@ -116,7 +116,7 @@ class BadWorkload(BadInput):
     """A workload's description, arrivals, prices or promise can't be decided on as they are."""
 
 
-class NothingStands(BadWorkload):
+class NoFeasibleMode(BadWorkload):
     """No mode keeps the promise of the workload; the message says what would be needed."""
 
 
