@@ -91,7 +91,7 @@ def test_a_wide_output_may_be_flat_or_a_frame() -> None:
         (np.zeros((3, 3, 2)), (WIDE,), "got (3, 3, 2)"),
         (np.zeros((6, 3)), (WIDE,), "got (6, 3)"),
         (0.5, (SCORE,), "got ()"),
-        (np.zeros(3), (SCORE, LABEL), "must answer with 2 outputs ['score', 'label'], got a ndarray"),
+        (np.zeros(3), (SCORE, LABEL), "must return 2 outputs ['score', 'label'], got a ndarray"),
         ((np.zeros(3),), (SCORE, LABEL), "got a tuple"),
         ({"score": np.zeros(3)}, (SCORE, LABEL), "got ['score']: ['label'] missing"),
         (pd.DataFrame({"a": [1.0] * 3, "b": [1.0] * 3}), (SCORE,), "with the columns ['score'], got ['a', 'b']"),
