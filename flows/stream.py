@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import get_run_logger
 
 from flows.runtime.flow_decorator import adhoc_flow
-from flows.runtime.interruption import exit_with_notice
+from flows.runtime.interruption import exit_interrupted
 from flows.runtime.stream_run import StreamRun, hearing
 from serving.model.loading import load_model
 from serving.model.registry import resolve_model
@@ -48,7 +48,7 @@ def stream_inference(model: str, source: AnySource, sink: AnySink, options: Stre
     ):
         run.go(ends, logger)
     if run.left:
-        exit_with_notice(
+        exit_interrupted(
             run.drain, _in_words(run.meter), lambda words: publish_left(_name(source), words, logger), logger
         )
     report = _report(run, resolved.pin.uri, source, sink)

@@ -45,6 +45,7 @@ OvernightError
 +-- TooManyRejects           more rows were rejected than max_reject_fraction allows
 +-- PublishRefused           the parts do not add up to the dataset; nothing was published
 +-- RunDamaged               parts of a published run are lost or changed, and scoring again gives other bytes
++-- FormatTooNew             a plan, manifest or part was written by a newer Overnight: update Overnight
 +-- Interrupted              this process or its machine was told to stop; the same call resumes
 +-- DeviceLost               the accelerator failed: this process must end, another may resume
 """
@@ -242,6 +243,10 @@ class PublishRefused(OvernightError):
 
 class RunDamaged(OvernightError):
     """Parts of a published run are lost or changed, and scoring them again gives other bytes."""
+
+
+class FormatTooNew(OvernightError):
+    """A plan, manifest or part was written in a newer format than this version of Overnight reads: update it."""
 
 
 class Interrupted(OvernightError):

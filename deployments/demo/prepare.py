@@ -1,4 +1,4 @@
-"""What every demo stands on: the flights, and the model that was trained on them, each made once."""
+"""The data and the model of every demo: the flights, and a model that is trained on them, each made once."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ FLIGHTS = 336_776
 console = Console()
 
 
-def point_at(folder: Path) -> None:
+def use_registry(folder: Path) -> None:
     """Point MLflow at the demo's own registry, before anything imports it."""
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
 
 
-def prepare(folder: Path) -> None:
-    """Write the flights and train the model, each unless it is there."""
+def prepare_data(folder: Path) -> None:
+    """Write the flights and train the model, each unless it exists."""
     flights = folder / "flights"
     if not (folder / "flights.done").exists():
         console.print(f"Writing {FLIGHTS:,} flights to {flights}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 import threading
 import time
 from collections.abc import Generator
@@ -14,6 +13,7 @@ from typing import Literal
 from prefect.exceptions import TerminationSignal
 
 from flows.runtime.interruption import ignore_repeated_sigint, take_sigterm_as_notice
+from flows.runtime.steps import keep_torch_threads
 from serving.model.forward import Halted
 from serving.model.interface import Tunable
 from serving.model.registry import Resolved
@@ -80,7 +80,7 @@ class StreamRun:
         peeked = Peeked(ends.source)
         self.meter.lag, self.meter.started = ends.lag, start
         try:
-            with exposed(self.meter, self.options.metrics_port) as port, _caller_threads_kept():
+            with exposed(self.meter, self.options.metrics_port) as port, keep_torch_threads():
                 if port is not None:
                     logger.info("Metrics at http://127.0.0.1:%s/metrics", port)
                 sample = peeked.peek(self.decoder, self._rests, self.options.idle_seconds)
@@ -187,18 +187,6 @@ def hearing(run: StreamRun, logger: Logger) -> Generator[None]:
     except Abandoned:
         logger.warning("The wait for the broker was given up.")
         run.left = not run.interrupted
-
-
-@contextmanager
-def _caller_threads_kept() -> Generator[None]:
-    """Put torch's thread count back: slots set it to one, and that reaches threads started later."""
-    torch = sys.modules.get("torch")  # loaded with the model, if at all
-    before = torch.get_num_threads() if torch else None
-    try:
-        yield
-    finally:
-        if torch:
-            torch.set_num_threads(before)
 
 
 @contextmanager

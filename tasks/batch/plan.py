@@ -6,7 +6,9 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -15,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import ValidationError
 
-from serving.errors import DestinationUnusable, OvernightError, PlanTooLarge, PublishRefused, RunNameTaken
+from serving.errors import DestinationUnusable, FormatTooNew, OvernightError, PlanTooLarge, PublishRefused, RunNameTaken
 from serving.model.contract import TEXT_DTYPES, Contract, Frozen, Output
 from serving.model.encoding import BatchUnit
 from serving.model.interface import Engine
@@ -27,6 +29,8 @@ from tasks.batch.options import BatchOptions
 from tasks.storage import Storage
 
 ROOT = "_overnight"
+# Of plans, manifests and parts. Those of releases before there were versions have none, and are of version 1.
+FORMAT_VERSION = 1
 
 CHUNK_SECONDS_MAX = 10.0
 CHUNK_BYTES_MAX = 64 << 20
@@ -36,9 +40,10 @@ CHUNKS_PER_SLOT_MIN = 8
 SHARD_SECONDS = 60.0
 SHARDS_PER_SLOT_MIN = 2
 SHARDS_MAX = 1000
-# What mimalloc, Arrow's allocator, keeps of what a slot's three threads have freed until it is purged: fitted to runs
-# over small shapes, which kept 30 to 53 MiB. With jemalloc they kept 8 to 12.
-SLOT_BYTES = 48 << 20
+# What mimalloc, Arrow's allocator, keeps of what a slot's three threads have freed until it is purged: fitted to the
+# peaks of ten runs over small shapes, which kept 45 to 80 MiB. With jemalloc they kept 8 to 15; asking mimalloc to give
+# it back after each chunk keeps 20, but takes up to twice the time where the model takes none.
+SLOT_BYTES = 62 << 20
 # Averages of row groups differ a little; only rows that are larger than that get blocks of their own size.
 ROW_BYTES_OFF = 1.25
 # A page of a part ends after so many rows or bytes, whichever are more.
@@ -84,6 +89,7 @@ class Plan(Frozen):
     follow one another, and each says its own range.
     """
 
+    format_version: int = FORMAT_VERSION
     key: str
     run: str
     digest: str = ""
@@ -122,6 +128,12 @@ class Plan(Frozen):
         widest = max(self.piece_bytes(piece).decoded / piece.rows for piece in chunk.pieces)
         rows = block_rows(self.step, widest if widest > ROW_BYTES_OFF * self.row_bytes else self.row_bytes)
         return min(rows, chunk.rows)
+
+    def rows_decoded_at_once(self, chunk: Chunk) -> int:
+        """Return the rows of a chunk that its reader decodes at once: a block's, or of large rows some 8 MiB."""
+        files = self.snapshot.files
+        within = max(files[piece.file].rows_within(BLOCK_BYTES, piece.row_group) for piece in chunk.pieces)
+        return min(self.block_rows(chunk), within)
 
     def piece_bytes(self, piece: Piece) -> GroupBytes:
         """Return what a piece takes of its row group; of a plan that was made without, what the rows measured take."""
@@ -331,16 +343,17 @@ def memory_bytes(plan: Plan, slots: int) -> int:
     Counted is what each slot holds where its model is slower than its reader, so that the queue is full:
 
     - the row group that it reads, as stored, with a page and a dictionary of each column;
-    - a decoded block, its copy as it grows, and where a chunk has several one more that waits for its successor;
+    - a decoded block, a copy of what is decoded at once as it grows, and where a chunk has several blocks as much again
+      that waits for its successor;
     - the inputs of a block being scored and of one being encoded, which may take a copy; of two more, with their keys,
       where a chunk has several;
     - the keys and predictions of two chunks, one being scored, one being written. The latter's are there once more in
       one piece, and as Parquet: as gathered and as encoded for a page, compressed, and in the file;
     - SLOT_BYTES for what the allocators of its three threads keep.
 
-    Measured over the shapes of tests/benchmarks/memory.py, what is used is no more than 20 % above this, or 32 MiB a
-    slot where that is more. It may be 30 % below: slots seldom peak together, and a fast model leaves the queue empty.
-    What the model itself takes for a pass is not counted, nor what an allocator other than Arrow's own keeps.
+    Measured over the shapes of tests/benchmarks/memory.py, what is used is within 20 % of this, or 32 MiB a slot where
+    that is more. A slow model may use less, since the allocator then has time to purge, and so may a run so short that
+    slots never peak together. What the model itself takes for a pass is not counted.
     """
     chunks = plan.chunks.values()
     needed = max(_block_bytes(plan, chunk) + _out_bytes(plan, chunk) for chunk in chunks)
@@ -353,14 +366,16 @@ def _block_bytes(plan: Plan, chunk: Chunk) -> float:
     sizes = [(plan.piece_bytes(piece), piece.rows) for piece in chunk.pieces]
     decoded, keys = max(each.decoded / n for each, n in sizes), max(each.keys / n for each, n in sizes)
     inputs = plan.contract.row_bytes()
+    at_once = plan.rows_decoded_at_once(chunk)
     # The queue has two places, one of which the turn of a chunk takes: one of a single block has none waiting.
-    return rows * (2 * decoded + 3 * inputs + (decoded + 2 * inputs + 2 * keys if rows < chunk.rows else 0))
+    waiting = at_once * decoded + rows * 2 * (inputs + keys) if rows < chunk.rows else 0
+    return (rows + at_once) * decoded + rows * 3 * inputs + waiting
 
 
 def _out_bytes(plan: Plan, chunk: Chunk) -> float:
     sizes = [plan.piece_bytes(piece) for piece in chunk.pieces]
     keys, encoded = sum(size.keys for size in sizes), sum(size.keys_encoded for size in sizes)
-    in_one_piece = keys if plan.block_rows(chunk) < chunk.rows or len(chunk.pieces) > 1 else 0
+    in_one_piece = keys if plan.rows_decoded_at_once(chunk) < chunk.rows or len(chunk.pieces) > 1 else 0
     page = min(encoded, max(_PAGE_BYTES, _PAGE_ROWS * encoded / chunk.rows))
     answers = sum(output.width * _value_bytes(output) for output in plan.contract.outputs)
     return 2 * keys + in_one_piece + 2 * page + 2 * encoded + chunk.rows * (_FLAG_BYTES + 6 * answers)
@@ -418,17 +433,42 @@ R = TypeVar("R", bound=Frozen)
 
 
 def read_record(storage: Storage, path: str, kind: type[R]) -> R | None:
-    """Read a plan, start or manifest, None where there is none; raises DestinationUnusable where it is of no use."""
+    """Read a plan, start or manifest; None where there is none.
+
+    Raises:
+        FormatTooNew: A newer Overnight has written it.
+        DestinationUnusable: It does not read as such a record.
+    """
     data = storage.read(path)
+    if data is None:
+        return None
     try:
-        return None if data is None else kind.model_validate_json(data)
+        record = kind.model_validate_json(data)
     except ValidationError as error:
+        with suppress(ValueError, AttributeError):
+            check_format_version(json.loads(data).get("format_version"), storage.address(path))
         message = (
-            f"{storage.address(path)} must be a {kind.__name__.lower()} that this version of Overnight reads, got: "
+            f"{storage.address(path)} must be a {_in_words(kind)} that this version of Overnight reads, got: "
             f"{error.errors()[0]['msg']} at {error.errors()[0]['loc']}. Use the version that wrote it, or another name "
             "or destination."
         )
         raise DestinationUnusable(message) from error
+    check_format_version(getattr(record, "format_version", None), storage.address(path))
+    return record
+
+
+def _in_words(kind: type[Frozen]) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind.__name__).lower()
+
+
+def check_format_version(version: object, address: str) -> None:
+    """Raise FormatTooNew where the format version that a file states is newer than the one that is read here."""
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        message = (
+            f"{address} must be of format version {FORMAT_VERSION} or lower to be read by this version of Overnight, "
+            f"got version {version}: a newer Overnight has written it. Update Overnight, then call again."
+        )
+        raise FormatTooNew(message)
 
 
 def check_plan_key(plan: Plan, key: str) -> Plan:

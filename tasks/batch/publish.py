@@ -16,7 +16,7 @@ from tasks.batch.dataset import Snapshot, map_parallel
 from tasks.batch.delta import commit_delta
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import ChunkId, PartFooter, Reasons, list_parts, read_footer
-from tasks.batch.plan import ROOT, OrderNumber, Plan, order_path, read_record
+from tasks.batch.plan import FORMAT_VERSION, ROOT, OrderNumber, Plan, order_path, read_record
 from tasks.storage import Storage
 
 _SHOWN = 10
@@ -46,6 +46,7 @@ class Manifest(Frozen):
     table. Manifests of earlier releases have neither, and are told apart by when they were planned.
     """
 
+    format_version: int = FORMAT_VERSION
     key: str
     run: str
     plan_digest: str = ""
@@ -123,7 +124,7 @@ def publish(storage: Storage, plan: Plan, audit: Audit) -> Manifest:
         order=plan.order,
         planned_at=plan.planned_at,
         model=plan.model,
-        source=plan.source.root,
+        source=plan.source.title,
         output=plan.options.output,
         rows=plan.rows,
         rejects=count_rejects(audit),

@@ -14,7 +14,7 @@ from prefect.client.schemas.objects import FlowRun
 
 from infra.local.prefect_server import PrefectServer
 from tasks.batch.options import BatchOptions
-from tests.deployments.conftest import ATTEMPTS_MAX, SETTLED_SECONDS, StartWorkers
+from tests.deployments.conftest import ATTEMPTS_MAX, SETTLE_SECONDS, StartWorkers
 from tests.deployments.flow_runs import machine_of, read, start, start_with, state_of, states, wait_for, wait_until
 from tests.support import digests
 
@@ -108,7 +108,7 @@ def course(server: PrefectServer, run: FlowRun) -> list[str]:
     return [name for name, _ in states(server, run.id) if name not in on_the_way]
 
 
-def test_a_worker_that_is_told_to_end_has_its_run_run_again_by_another_to_the_same_bytes(
+def test_the_run_of_a_worker_that_is_stopped_is_completed_by_another_to_the_same_bytes(
     deployed: PrefectServer, befallen: Befallen, undisturbed: Path
 ) -> None:
     drained = befallen.drained
@@ -137,7 +137,7 @@ def test_a_run_that_always_kills_its_process_is_given_up(deployed: PrefectServer
     crashed = wait_for(run, "Crashed").state
     assert crashed is not None
     # Long enough for another attempt, if there were to be one.
-    settled = 2 * SETTLED_SECONDS - (datetime.now(UTC) - crashed.timestamp).total_seconds()
+    settled = 2 * SETTLE_SECONDS - (datetime.now(UTC) - crashed.timestamp).total_seconds()
     time.sleep(max(settled, 0.0))
 
     assert ("Crashed", ATTEMPTS_MAX) == (state_of(read(run)), read(run).run_count)

@@ -80,7 +80,7 @@ def test_a_run_whose_spot_machine_is_taken_is_moved_and_done_in_time_to_the_same
     assert again.cost == 0
 
 
-def test_a_night_on_two_machines_whose_own_worker_is_told_to_end_goes_on_with_the_runs_that_it_had_sent(
+def test_a_night_on_two_machines_takes_over_its_flow_runs_after_its_own_worker_was_stopped(
     deployed: PrefectServer, start_workers: StartWorkers, sleepy: str, customers: Path, tmp_path: Path
 ) -> None:
     from flows.nightly import find_sent_runs

@@ -77,7 +77,7 @@ def test_start_and_requests_are_measured_on_a_model_server_which_is_left_as_it_w
 
         assert recall_profile(load_endpoint_model(spec), measuring) == profile
         assert recall_profile(load_endpoint_model(spec), measuring.model_copy(update={"target": None})) is None
-        assert {} == make_host(target).endpoints()
+        assert {} == make_host(target).list_endpoints()
 
     assert 0.1 < profile.cold_start_seconds < 120
     assert 0 < profile.request_ms < 1000

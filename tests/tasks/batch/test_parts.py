@@ -138,6 +138,7 @@ def test_the_metadata_name_model_and_run_and_nothing_of_the_attempt(plan: Plan, 
     metadata = read(encode_part(plan, CHUNK, keys, PREDICTIONS, flags, 2)).schema.metadata
 
     assert {
+        b"overnight.format_version": b"1",
         b"overnight.run_key": plan.key.encode(),
         b"overnight.plan_digest": plan.digest.encode(),
         b"overnight.chunk_digest": digest_chunk(plan, CHUNK).encode(),
