@@ -70,8 +70,8 @@ def _run_demo(folder: Path) -> None:
 def _score_as_batch(folder: Path) -> pl.DataFrame:
     """Return the prediction of the batch run for every flight."""
     from flows.batch import batch_inference  # noqa: PLC0415 - the server's address must be set before
+    from tasks.batch.manifest import open_predictions  # noqa: PLC0415
     from tasks.batch.options import BatchOptions  # noqa: PLC0415
-    from tasks.batch.predictions import open_predictions  # noqa: PLC0415
 
     destination = str(folder / "predictions")
     console.print("Scoring all flights as a batch run, unless that is done")

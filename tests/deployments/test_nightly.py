@@ -12,8 +12,8 @@ import pytest
 from prefect.client.orchestration import get_client
 
 from infra.local.prefect_server import PrefectServer, PrefectWorker
+from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
-from tasks.batch.predictions import open_predictions
 from tasks.spot.purchase import PurchaseOptions
 from tests.deployments.conftest import StartWorkers
 from tests.deployments.flow_runs import machine_of, start_with, state_of, wait_for, wait_until
