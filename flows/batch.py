@@ -17,6 +17,7 @@ from flows.runtime.task_runners import check_runner, score_missing
 from tasks.batch.artifacts import ProgressWatch, publish_artifacts, publish_interrupted
 from tasks.batch.lineage import record_failure, record_lineage
 from tasks.batch.manifest import find_intact_manifest
+from tasks.batch.memory import check_memory
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_rows_done
 from tasks.batch.plan import Plan, confirm_plan
@@ -26,7 +27,6 @@ from tasks.batch.resolve import (
     CompleteRun,
     NewRun,
     ResumedRun,
-    check_memory,
     choose_slots,
     find_run,
     load_planned_model,
