@@ -293,7 +293,7 @@ def write_folder(rendered: ReleaseFiles, folder: Path) -> None:
             _write_files(rendered, new)
             _replace_folder(new, folder, staging)
     except OSError as error:
-        message = f"A release must be written to {folder}, got: {error}. Make room or give access, then call again."
+        message = f"A release must be written to {folder}, got: {error}. Free space or give access, then call again."
         raise EndpointFailed(message) from error
 
 

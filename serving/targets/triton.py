@@ -230,7 +230,7 @@ class TritonHost:
                 yield
         except OSError as error:
             message = (
-                f"Triton's repository must be a folder to read and write, got: {error}. Make room or give access to "
+                f"Triton's repository must be a folder to read and write, got: {error}. Free space or give access to "
                 f"{self.repository}, then call again."
             )
             raise EndpointFailed(message) from error
