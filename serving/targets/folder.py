@@ -119,11 +119,10 @@ def read_imported_modules(programs: tuple[bytes, ...]) -> Mapping[str, bytes]:
     while names:
         name = names.pop()
         path = _find_module(name)
-        key = path and path.relative_to(_PACKAGE.parent).as_posix()
-        if path is None or key is None or key in modules:
-            continue
-        modules[key] = path.read_bytes()
-        names += [name.rpartition(".")[0], *_imported_names(modules[key])]
+        key = path.relative_to(_PACKAGE.parent).as_posix() if path else ""
+        if path and key not in modules:
+            modules[key] = path.read_bytes()
+            names += [name.rpartition(".")[0], *_imported_names(modules[key])]
     return dict(sorted(modules.items()))
 
 
