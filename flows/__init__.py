@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from serving.model.batching import BatchingConfig
     from serving.model.contract import ColumnPolicy
     from serving.model.release import Scaling
+    from tasks.batch.manifest import open_predictions, open_rejects
     from tasks.batch.options import BatchOptions, Ray, Threads
-    from tasks.batch.predictions import open_predictions, open_rejects
     from tasks.endpoint.spec import (
         Access,
         AllAtOnce,
@@ -37,18 +37,32 @@ if TYPE_CHECKING:
         Shadow,
         Triton,
     )
-    from tasks.scheduler.profile import Measuring, Stated
+    from tasks.scheduler.deployment_plan import ApplyConfig, BatchApplyConfig, OnlineApplyConfig, StreamApplyConfig
+    from tasks.scheduler.profile import ProfileOptions, StatedFigures
     from tasks.scheduler.review import Hysteresis
-    from tasks.scheduler.terms import BatchTerms, OnlineTerms, StreamTerms, Terms
-    from tasks.scheduler.workload import Events, Machine, Metered, Prices, Rate, Requests, Spot, Table, Trace, Workload
+    from tasks.scheduler.workload import (
+        ArrivalRate,
+        ArrivalTrace,
+        Events,
+        Machine,
+        MeteredArrivals,
+        Prices,
+        Requests,
+        Spot,
+        Table,
+        Workload,
+    )
     from tasks.spot.purchase import PurchaseOptions
     from tasks.stream.options import FromKafka, FromNats, StreamOptions, ToKafka, ToNats, ToParts
 
 __all__ = [
     "Access",
     "AllAtOnce",
+    "ApplyConfig",
+    "ArrivalRate",
+    "ArrivalTrace",
+    "BatchApplyConfig",
     "BatchOptions",
-    "BatchTerms",
     "BatchingConfig",
     "BentoML",
     "Budget",
@@ -62,12 +76,11 @@ __all__ = [
     "KServe",
     "Limits",
     "Machine",
-    "Measuring",
-    "Metered",
-    "OnlineTerms",
+    "MeteredArrivals",
+    "OnlineApplyConfig",
     "Prices",
+    "ProfileOptions",
     "PurchaseOptions",
-    "Rate",
     "Ray",
     "RayServe",
     "Requests",
@@ -75,16 +88,14 @@ __all__ = [
     "Seldon",
     "Shadow",
     "Spot",
-    "Stated",
+    "StatedFigures",
+    "StreamApplyConfig",
     "StreamOptions",
-    "StreamTerms",
     "Table",
-    "Terms",
     "Threads",
     "ToKafka",
     "ToNats",
     "ToParts",
-    "Trace",
     "Triton",
     "Workload",
     "batch_inference",
@@ -109,7 +120,7 @@ _MODULES = {
     "serving.model.contract": ("ColumnPolicy",),
     "serving.model.release": ("Scaling",),
     "tasks.batch.options": ("BatchOptions", "Ray", "Threads"),
-    "tasks.batch.predictions": ("open_predictions", "open_rejects"),
+    "tasks.batch.manifest": ("open_predictions", "open_rejects"),
     "tasks.endpoint.spec": (
         "Access",
         "AllAtOnce",
@@ -123,19 +134,19 @@ _MODULES = {
         "Shadow",
         "Triton",
     ),
-    "tasks.scheduler.profile": ("Measuring", "Stated"),
+    "tasks.scheduler.profile": ("ProfileOptions", "StatedFigures"),
     "tasks.scheduler.review": ("Hysteresis",),
-    "tasks.scheduler.terms": ("BatchTerms", "OnlineTerms", "StreamTerms", "Terms"),
+    "tasks.scheduler.deployment_plan": ("BatchApplyConfig", "OnlineApplyConfig", "StreamApplyConfig", "ApplyConfig"),
     "tasks.scheduler.workload": (
         "Events",
         "Machine",
-        "Metered",
+        "MeteredArrivals",
         "Prices",
-        "Rate",
+        "ArrivalRate",
         "Requests",
         "Spot",
         "Table",
-        "Trace",
+        "ArrivalTrace",
         "Workload",
     ),
     "tasks.spot.purchase": ("PurchaseOptions",),

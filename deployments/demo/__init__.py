@@ -1,4 +1,8 @@
-"""The demo: real flights to score and a model that was trained on them."""
+"""The demos: real flights to score, and a model that is trained on them.
+
+`python -m deployments.demo` is the batch run; `endpoint`, `stream` and `modes` are run in the same way. `flights`
+writes the data, `delay_model` trains the model, and `prepare` does both once.
+"""
 
 import os
 

@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tasks.batch.chunk_layout import BLOCK_BYTES, Chunk, Piece, block_rows
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Snapshot, SourceFile, name_corrupt_file
-from tasks.batch.plan import BLOCK_BYTES, Chunk, Piece, Plan, block_rows
+from tasks.batch.plan import Plan
 from tasks.storage import LocalStorage, Storage, open_storage
 
 T = TypeVar("T")

@@ -19,9 +19,10 @@ from serving.errors import BadInput, SchemaMismatch, SourceChanged
 from serving.model.contract import Contract, Output, is_text
 from serving.model.encoding import Flags
 from serving.model.interface import Predictions
+from tasks.batch.chunk_layout import Chunk
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Dataset
 from tasks.batch.options import BatchOptions
-from tasks.batch.plan import FORMAT_VERSION, Chunk, Plan, check_format_version, digest_chunk
+from tasks.batch.plan import FORMAT_VERSION, Plan, check_format_version, digest_chunk
 from tasks.storage import Entry, Storage
 
 REJECT_COLUMN, REJECT_REASON = "reject_column", "reject_reason"

@@ -16,10 +16,11 @@ from serving.model.encoding import Encoded, encode
 from serving.model.interface import Tunable, TuningLimits
 from serving.model.registry import Resolved, save_tag
 from serving.model.tuner import Tuning, measure_throughput, read_tuning, tune, tuning_tag
+from tasks.batch.chunk_layout import ROW_BYTES_OFF, Chunk, Piece, Sizes
 from tasks.batch.chunk_reader import Reader
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Dataset
 from tasks.batch.options import BatchOptions
-from tasks.batch.plan import ROW_BYTES_OFF, Chunk, Piece, Sizes, used_columns
+from tasks.batch.plan import used_columns
 
 # The tuner takes about four seconds, once for a model version and a kind of machine; it may halve the work each night.
 _WORK_SECONDS_MIN = 3.0

@@ -27,9 +27,11 @@ import pyarrow.parquet as pq
 from serving.model.contract import Column, Contract, Input, Output
 from serving.model.encoding import Encoded
 from serving.model.registry import ModelPin
+from tasks.batch.chunk_layout import Sizes
 from tasks.batch.dataset import open_dataset
+from tasks.batch.memory import memory_bytes
 from tasks.batch.options import BatchOptions
-from tasks.batch.plan import Plan, Sizes, make_plan, memory_bytes
+from tasks.batch.plan import Plan, make_plan
 from tasks.batch.score import Scorer
 from tasks.batch.source import pin_source
 from tasks.batch.tuning import measure_row_bytes, read_first_rows

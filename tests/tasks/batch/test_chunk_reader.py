@@ -20,10 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.errors import SourceChanged, SourceCorrupt
+from tasks.batch.chunk_layout import BLOCK_BYTES, Chunk, Piece, cut_chunks
 from tasks.batch.chunk_reader import Reader, ahead, block_rows, open_reader
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, open_dataset
 from tasks.batch.options import BatchOptions
-from tasks.batch.plan import BLOCK_BYTES, Chunk, Piece, cut_chunks
 from tasks.batch.source import pin_source
 from tasks.storage import open_storage
 from tests.tasks.batch.small import a_plan, numbers, parquet, put

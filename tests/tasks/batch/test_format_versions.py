@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from serving.errors import FormatTooNew
+from tasks.batch.manifest import find_manifest
 from tasks.batch.parts import part_path
 from tasks.batch.plan import Plan, load_plan, save_plan
-from tasks.batch.publish import audit_parts, find_manifest, publish
+from tasks.batch.publish import audit_parts, publish
 from tasks.storage import LocalStorage
 from tests.tasks.batch.small import a_plan, numbers, put, put_parts
 

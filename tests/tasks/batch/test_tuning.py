@@ -10,9 +10,9 @@ from serving.model.interface import Engine, Tunable
 from serving.model.loading import load_model
 from serving.model.registry import Resolved, resolve_model
 from tasks.batch import tuning
+from tasks.batch.chunk_layout import Sizes
 from tasks.batch.dataset import Dataset, open_dataset
 from tasks.batch.options import BatchOptions
-from tasks.batch.plan import Sizes
 from tasks.batch.source import pin_source
 from tests.support import register_network, write_customers
 from tests.tasks.batch.small import a_contract
