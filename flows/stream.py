@@ -11,9 +11,9 @@ from serving.model.loading import load_model
 from serving.model.registry import resolve_model
 from tasks.spot.watch import watching
 from tasks.stream.decode import Decoder
-from tasks.stream.opener import Opener, check_names
+from tasks.stream.opener import ConnectionOpener, check_column_names
 from tasks.stream.options import AnySink, AnySource, StreamOptions
-from tasks.stream.report import Meter, StreamReport, publish_left, publish_report
+from tasks.stream.report import StreamMetrics, StreamReport, publish_interruption, publish_report
 
 _DEFAULTS = StreamOptions()
 
@@ -36,11 +36,13 @@ def stream_inference(model: str, source: AnySource, sink: AnySink, options: Stre
     logger = get_run_logger()
     resolved = resolve_model(model)
     contract = resolved.contract(options.input_columns, options.policies)
-    check_names(contract, options.key_columns, parts=sink.kind == "parts")
+    check_column_names(contract, options.key_columns, parts=sink.kind == "parts")
     loaded = load_model(resolved, contract, allow_pickle=options.allow_pickle)
-    decoder = Decoder(contract, options.key_columns, one_type=sink.kind == "parts")
+    decoder = Decoder(contract, options.key_columns, fix_key_types=sink.kind == "parts")
     run = StreamRun(resolved=resolved, model=loaded, decoder=decoder, options=options)
-    opener = Opener(decoder=run.decoder, model=resolved.pin, options=options, say=logger.warning, give_up=run.give_up)
+    opener = ConnectionOpener(
+        decoder=run.decoder, model=resolved.pin, options=options, say=logger.warning, give_up=run.give_up
+    )
     with (
         watching(run.drain, options.notices, logger.warning),
         hearing(run, logger),
@@ -48,18 +50,20 @@ def stream_inference(model: str, source: AnySource, sink: AnySink, options: Stre
     ):
         run.go(ends, logger)
     if run.left:
-        leave_with(run.drain, _in_words(run.meter), lambda words: publish_left(_name(source), words, logger), logger)
+        leave_with(
+            run.drain, _in_words(run.metrics), lambda words: publish_interruption(_name(source), words, logger), logger
+        )
     report = _report(run, resolved.pin.uri, source, sink)
     publish_report(report, logger)
-    logger.info("The stream has ended (%s): %s.", report.ended, _in_words(run.meter))
+    logger.info("The stream has ended (%s): %s.", report.ended, _in_words(run.metrics))
     if run.interrupted:
-        message = f"Interrupted: {_in_words(run.meter)}; the same call goes on behind them."
+        message = f"Interrupted: {_in_words(run.metrics)}; the same call goes on behind them."
         raise KeyboardInterrupt(message)
     return report
 
 
-def _in_words(meter: Meter) -> str:
-    totals = meter.totals
+def _in_words(metrics: StreamMetrics) -> str:
+    totals = metrics.totals
     return f"{totals.messages:,} messages ({totals.rows:,} rows) are done and acknowledged"
 
 
@@ -72,7 +76,7 @@ def _name(address: AnySource | AnySink) -> str:
 
 
 def _report(run: StreamRun, model: str, source: AnySource, sink: AnySink) -> StreamReport:
-    totals, dial = run.meter.totals, run.dial()
+    totals, dial = run.metrics.totals, run.dial()
     return StreamReport(
         ended=run.ended,
         model=model,
@@ -81,11 +85,11 @@ def _report(run: StreamRun, model: str, source: AnySource, sink: AnySink) -> Str
         messages=totals.messages,
         rows=totals.rows,
         rejects=totals.rejects,
-        dead_letters=totals.buried,
+        dead_letters=totals.dead_lettered,
         events_ahead=totals.events_ahead,
         seconds=run.seconds,
-        latency_seconds_p50=run.meter.latency(0.5),
-        latency_seconds_p99=run.meter.latency(0.99),
+        latency_seconds_p50=run.metrics.latency(0.5),
+        latency_seconds_p99=run.metrics.latency(0.99),
         lag=run.lag,
         rows_per_batch=dial.rows,
         wait_seconds=dial.wait_seconds,

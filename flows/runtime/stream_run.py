@@ -20,14 +20,14 @@ from serving.model.interface import Tunable
 from serving.model.registry import Resolved
 from tasks.batch.artifacts import Logger
 from tasks.spot.drain import Drain
-from tasks.stream.batcher import Terms
-from tasks.stream.connections import Abandoned, Ends
+from tasks.stream.batcher import StreamLimits
+from tasks.stream.connections import Connections, StreamAbandoned
 from tasks.stream.decode import Decoder
 from tasks.stream.options import StreamOptions
 from tasks.stream.pipeline import Pipeline
-from tasks.stream.report import Meter, StreamWatch, exposed
+from tasks.stream.report import ProgressReporter, StreamMetrics, serve_metrics
 from tasks.stream.score import MicroScorer
-from tasks.stream.tuning import LiveDial, Peeked, Setting, settle
+from tasks.stream.tuning import EngineSettings, LiveBatching, SampledSource, choose_settings
 
 # A wait without an end is deaf to Ctrl-C: Polars' handler has the kernel take such waits up again.
 _POLL_SECONDS = 0.2
@@ -51,16 +51,16 @@ class StreamRun:
     ended: Literal["limit", "idle", "stopped"] = "stopped"
     seconds: float = 0.0
     lag: int | None = None
-    meter: Meter = field(default_factory=lambda: Meter(lag=lambda: None))
-    setting: Setting = field(init=False)
-    dial: LiveDial = field(init=False)
+    metrics: StreamMetrics = field(default_factory=lambda: StreamMetrics(lag=lambda: None))
+    setting: EngineSettings = field(init=False)
+    dial: LiveBatching = field(init=False)
     _asked: threading.Event = field(default_factory=threading.Event)
     _deadline: float = float("inf")
 
     def __post_init__(self) -> None:
         model, options = self.model, self.options
         self._set(
-            Setting(
+            EngineSettings(
                 model=model,
                 batch_size=options.batch_size or model.batch_size,
                 slots=options.slots or model.slots,
@@ -69,25 +69,25 @@ class StreamRun:
             )
         )
 
-    def _set(self, setting: Setting) -> None:
-        self.setting, self.dial = setting, LiveDial(self.options, setting.points, self.meter)
+    def _set(self, setting: EngineSettings) -> None:
+        self.setting, self.dial = setting, LiveBatching(self.options, setting.points, self.metrics)
 
-    def go(self, ends: Ends, logger: Logger) -> None:
+    def go(self, ends: Connections, logger: Logger) -> None:
         """Run until the stream ends: at its limit, idle, by a notice that stands, or by Ctrl-C.
 
         Raises what any of its threads raised.
         """
         start = time.monotonic()
-        peeked = Peeked(ends.source)
-        self.meter.lag, self.meter.started = ends.lag, start
+        peeked = SampledSource(ends.source)
+        self.metrics.lag, self.metrics.started = ends.lag, start
         try:
-            with exposed(self.meter, self.options.metrics_port) as port, _caller_threads_kept():
+            with serve_metrics(self.metrics, self.options.metrics_port) as port, _caller_threads_kept():
                 if port is not None:
                     logger.info("Metrics at http://127.0.0.1:%s/metrics", port)
                 sample = peeked.peek(self.decoder, self._rests, self.options.idle_seconds)
-                self._set(settle(self.resolved, self.model, self.decoder.contract, self.options, sample))
+                self._set(choose_settings(self.resolved, self.model, self.decoder.contract, self.options, sample))
                 self._say(logger)
-                with StreamWatch(self.meter, self.dial, logger).watching(), _collected_apart():
+                with ProgressReporter(self.metrics, self.dial, logger).watching(), _collected_apart():
                     self._stretches(ends, peeked)
         finally:
             if not self.give_up.is_set():
@@ -104,7 +104,7 @@ class StreamRun:
             *(service.fixed * 1e3, service.per_row * 1e6, setting.batch_size, setting.slots),
         )
 
-    def _stretches(self, ends: Ends, peeked: Peeked) -> None:
+    def _stretches(self, ends: Connections, peeked: SampledSource) -> None:
         """Run one stretch after another: a notice ends one, and where it is withdrawn the next begins."""
         taken = 0
         while True:
@@ -112,7 +112,7 @@ class StreamRun:
             pipeline.start()
             self._rest(pipeline)
             taken = pipeline.taken
-            if pipeline.error is not None and not isinstance(pipeline.error, Abandoned | Halted):
+            if pipeline.error is not None and not isinstance(pipeline.error, StreamAbandoned | Halted):
                 raise pipeline.error
             if self.give_up.is_set() or self.drain.notice is not None or self.interrupted:
                 self.left = not self.interrupted
@@ -121,7 +121,7 @@ class StreamRun:
                 self.ended = pipeline.ended  # type: ignore[assignment]  # the two that are named
                 return
 
-    def _pipeline(self, ends: Ends, peeked: Peeked, taken: int) -> Pipeline:
+    def _pipeline(self, ends: Connections, peeked: SampledSource, taken: int) -> Pipeline:
         options, setting = self.options, self.setting
 
         def scorer() -> MicroScorer:
@@ -134,7 +134,7 @@ class StreamRun:
             model=setting.model,
             scorer=scorer,
             dial=self.dial,
-            terms=Terms(
+            terms=StreamLimits(
                 in_flight=options.in_flight,
                 in_flight_bytes=options.in_flight_bytes // 2,
                 slots=setting.slots,
@@ -143,8 +143,8 @@ class StreamRun:
                 limit=options.limit,
                 poison_in_a_row=options.poison_in_a_row,
             ),
-            meter=self.meter,
-            rests=self._rests,
+            metrics=self.metrics,
+            is_stopping=self._rests,
             give_up=self.give_up,
             taken=taken,
         )
@@ -185,7 +185,7 @@ def hearing(run: StreamRun, logger: Logger) -> Generator[None]:
         hear_sigterm(run.drain, run.options.notice_seconds)
         run.give_up.set()
         run.left = True
-    except Abandoned:
+    except StreamAbandoned:
         logger.warning("The wait for the broker was given up.")
         run.left = not run.interrupted
 

@@ -94,12 +94,12 @@ class FromNats(Frozen):
     accept_loss: bool = _ACCEPT_LOSS
 
     @property
-    def worst_redelivery_seconds(self) -> float:
+    def redelivery_seconds_max(self) -> float:
         """How long after its first delivery a message may come for the last time, where no delivery takes longer."""
         return self.ack_wait_seconds * self.max_deliver
 
     @property
-    def dead_subject(self) -> str:
+    def dead_letter_subject(self) -> str:
         """The subject of the dead letters."""
         return self.dead_letters or f"overnight.dead.{self.stream}.{self.consumer}"
 
@@ -129,7 +129,7 @@ class FromKafka(Frozen):
     accept_loss: bool = _ACCEPT_LOSS
 
     @property
-    def dead_topic(self) -> str:
+    def dead_letter_topic(self) -> str:
         """The topic of the dead letters."""
         return self.dead_letters or f"{self.topic}.dead"
 

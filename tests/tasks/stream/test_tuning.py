@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tasks.stream.batcher import Dial
 from tasks.stream.message import Message
-from tasks.stream.tuning import Peeked, Service, choose_dial, fit_seen, fit_service
+from tasks.stream.tuning import SampledSource, Service, choose_batching, fit_cost, fit_recent_cost
 from tests.tasks.stream.messages import arrow_rows, decoder, json_row, message
 
 SERVICE = Service(fixed=0.01, per_row=0.001)
@@ -19,21 +19,21 @@ positive = st.floats(1e-6, 1.0)
 
 
 def dial(service: Service, freshness: float, most: int = 100_000, **given: float | None) -> Dial:
-    return choose_dial(service, freshness, most, **{"rows": None, "wait_seconds": None} | given)  # type: ignore[arg-type]
+    return choose_batching(service, freshness, most, **{"rows": None, "wait_seconds": None} | given)  # type: ignore[arg-type]
 
 
 def test_service_is_fitted_to_what_was_measured() -> None:
     points = [(rows, 0.01 + 0.001 * rows) for rows in (1, 8, 64)]
 
-    assert pytest.approx(SERVICE.fixed) == fit_service(points).fixed
-    assert pytest.approx(SERVICE.per_row) == fit_service(points).per_row
+    assert pytest.approx(SERVICE.fixed) == fit_cost(points).fixed
+    assert pytest.approx(SERVICE.per_row) == fit_cost(points).per_row
 
 
 @pytest.mark.parametrize(
     "points", [[(10, 0.5)], [(10, 0.5), (10, 0.5)], [(10, 0.5), (20, 0.4)], [(10, 0.1), (20, 0.4)]]
 )
 def test_a_fit_that_would_be_negative_is_proportional(points: list[tuple[int, float]]) -> None:
-    service = fit_service(points)
+    service = fit_cost(points)
 
     assert 0.0 == service.fixed
     assert 0.0 < service.per_row < 0.06
@@ -42,7 +42,7 @@ def test_a_fit_that_would_be_negative_is_proportional(points: list[tuple[int, fl
 @pytest.mark.parametrize("rows", [1, 7])
 def test_batches_of_one_size_do_not_hold_the_dial_there(rows: int) -> None:
     passes = [(size, 0.001 + 1e-6 * size) for size in (64, 256, 1024)]
-    service = fit_seen([(rows, 0.012)] * 50, passes)
+    service = fit_recent_cost([(rows, 0.012)] * 50, passes)
 
     assert pytest.approx(0.012) == service.seconds(rows)
     assert pytest.approx(1e-6) == service.per_row
@@ -53,14 +53,14 @@ def test_batches_of_small_sizes_do_not_hold_the_dial_there_either() -> None:
     # A row alone and two together, as long as noise has them take.
     seen = [(1, 0.012), (2, 0.024)] * 25
 
-    assert 1000 < dial(fit_seen(seen, [(64, 0.001), (1024, 0.002)]), 1.0).rows
-    assert 2 < dial(fit_seen(seen, ()), 1.0).rows
+    assert 1000 < dial(fit_recent_cost(seen, [(64, 0.001), (1024, 0.002)]), 1.0).rows
+    assert 2 < dial(fit_recent_cost(seen, ()), 1.0).rows
 
 
 def test_a_line_through_noise_does_not_make_batches_of_single_rows() -> None:
     # Most batches have few rows and take as long as they must; some were held up, and a backlog was passed at once.
     seen = [(300, 0.012)] * 40 + [(60, 0.4), (300, 0.4), (2048, 0.25), (2048, 0.5), (4096, 0.9)]
-    service = fit_seen(seen, ())
+    service = fit_recent_cost(seen, ())
     chosen = dial(service, 2.0, wait_seconds=0.05)
 
     assert 0.05 <= 2 * service.seconds(chosen.rows)
@@ -71,8 +71,8 @@ def test_a_line_through_noise_does_not_make_batches_of_single_rows() -> None:
 def test_batches_of_several_sizes_are_believed_alone() -> None:
     seen = [(size, SERVICE.seconds(size)) for size in (10, 80, 640)]
 
-    assert pytest.approx(SERVICE.per_row) == fit_seen(seen, [(64, 9.0), (128, 9.1)]).per_row
-    assert pytest.approx(SERVICE.fixed) == fit_seen(seen, [(64, 9.0), (128, 9.1)]).fixed
+    assert pytest.approx(SERVICE.per_row) == fit_recent_cost(seen, [(64, 9.0), (128, 9.1)]).per_row
+    assert pytest.approx(SERVICE.fixed) == fit_recent_cost(seen, [(64, 9.0), (128, 9.1)]).fixed
 
 
 @given(positive, st.floats(1e-7, 1e-2), st.floats(0.001, 100.0), st.integers(1, 1 << 16))
@@ -133,25 +133,25 @@ class Source:
 
 def test_rows_are_looked_at_and_then_fetched_in_their_order() -> None:
     first, second, third = [message(b"no", 1)], [json_row(2), arrow_rows(3, [1.0, 2.0])], [json_row(4)]
-    peeked = Peeked(Source(first, second, third))
+    peeked = SampledSource(Source(first, second, third))
     sample = peeked.peek(decoder(), lambda: False, None)
 
     assert sample is not None
     assert 2 == sample.num_rows
-    assert [1, 2] == [each.place.number for each in peeked.fetch(2, 2, 0.1)]
-    assert [3] == [each.place.number for each in peeked.fetch(9, 1, 0.1)]
-    assert [4] == [each.place.number for each in peeked.fetch(9, 1, 0.1)]
+    assert [1, 2] == [each.position.number for each in peeked.fetch(2, 2, 0.1)]
+    assert [3] == [each.position.number for each in peeked.fetch(9, 1, 0.1)]
+    assert [4] == [each.position.number for each in peeked.fetch(9, 1, 0.1)]
 
 
 def test_messages_that_come_again_are_no_sample() -> None:
-    peeked = Peeked(Source([json_row(1), json_row(2, deliveries=2)]))
+    peeked = SampledSource(Source([json_row(1), json_row(2, deliveries=2)]))
 
     assert peeked.peek(decoder(), lambda: False, None) is None
-    assert [1, 2] == [each.place.number for each in peeked.fetch(9, 1, 0.1)]
+    assert [1, 2] == [each.position.number for each in peeked.fetch(9, 1, 0.1)]
 
 
 def test_it_waits_no_longer_than_the_stream_does() -> None:
     asked: list[int] = []
 
-    assert Peeked(Source()).peek(decoder(), lambda: False, 0.05) is None
-    assert Peeked(Source()).peek(decoder(), lambda: len(asked) > 2 or asked.append(1) is not None, None) is None
+    assert SampledSource(Source()).peek(decoder(), lambda: False, 0.05) is None
+    assert SampledSource(Source()).peek(decoder(), lambda: len(asked) > 2 or asked.append(1) is not None, None) is None

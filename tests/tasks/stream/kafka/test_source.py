@@ -15,9 +15,9 @@ from serving.errors import MessagesLost, StreamReplaced, StreamUnfit
 from serving.model.registry import ModelPin
 from tasks.batch.predictions import open_predictions
 from tasks.storage import open_storage
-from tasks.stream.opener import Opener
+from tasks.stream.opener import ConnectionOpener
 from tasks.stream.options import AnySink, FromKafka, StreamOptions, ToKafka, ToParts
-from tasks.stream.parts_sink import NUMBER, PARTITION, PartsSink, table_plan
+from tasks.stream.parts_sink import NUMBER, PARTITION, PartsSink, build_table_plan
 from tests.kafka_brokers import KafkaBrokers
 from tests.tasks.stream.messages import CONTRACT, KEYS, decoder, emit_messages, json_row, score
 
@@ -52,7 +52,7 @@ def append(brokers: KafkaBrokers, topic: str, rows: Sequence[int], partitions: i
 
 @contextmanager
 def opened(brokers: KafkaBrokers, topic: str, sink: AnySink, say: Callable[[str], Any] = str, **source: Any) -> Any:
-    opener = Opener(
+    opener = ConnectionOpener(
         decoder=decoder(),
         model=PIN,
         options=StreamOptions(key_columns=KEYS),
@@ -315,7 +315,7 @@ def test_a_table_of_an_earlier_version_goes_on_once_the_caller_has_named_the_top
     make(brokers, fresh, 8)
     cluster = Consumer({"bootstrap.servers": brokers.servers, "group.id": "x"}).list_topics(timeout=30).cluster_id
     storage = open_storage(str(tmp_path / "table"))
-    plan = table_plan(table(tmp_path), f"kafka {cluster} {fresh}", model=PIN, contract=CONTRACT, keys=KEYS)
+    plan = build_table_plan(table(tmp_path), f"kafka {cluster} {fresh}", model=PIN, contract=CONTRACT, keys=KEYS)
     PartsSink(storage, plan, PIN, decoder().key_types).emit([score([json_row(0)], decoder())])
 
     with (

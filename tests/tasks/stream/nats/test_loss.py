@@ -17,11 +17,11 @@ from infra.local.nats_client import NatsClient
 from serving.errors import MessagesLost, StreamReplaced, StreamUnfit
 from serving.model.registry import ModelPin
 from tasks.batch.predictions import open_predictions
-from tasks.stream.connections import Ends
+from tasks.stream.connections import Connections
 from tasks.stream.message import Message, Poison
-from tasks.stream.nats.connection import NatsLink
-from tasks.stream.nats.source import InHand, NatsSource
-from tasks.stream.opener import Opener
+from tasks.stream.nats.connection import NatsConnection
+from tasks.stream.nats.source import AckTracker, NatsSource
+from tasks.stream.opener import ConnectionOpener
 from tasks.stream.options import AnySink, FromNats, StreamOptions, ToNats, ToParts
 from tests.tasks.stream.messages import KEYS, decoder, emit_messages, json_row
 
@@ -37,7 +37,7 @@ def opened(
     in_flight: int = 64,
     **source: Any,
 ) -> Any:
-    opener = Opener(
+    opener = ConnectionOpener(
         decoder=decoder(),
         model=PIN,
         options=StreamOptions(key_columns=KEYS, in_flight=in_flight),
@@ -166,10 +166,10 @@ def test_of_messages_with_a_subject_at_most_so_many_are_gone(
 
 def take_and_die(nats: NatsServer, stream: str, count: int, seconds: float = 0.0, **address: Any) -> list[Message]:
     """Fetch so many messages, hold them for a while and go as a killed scorer does: nothing is given back."""
-    link = NatsLink(nats.url, str, threading.Event())
+    connection = NatsConnection(nats.url, str, threading.Event())
     try:
         source = NatsSource(
-            link, FromNats(url=nats.url, stream=stream, **address), in_flight=64, bytes_max=1 << 22, start=None
+            connection, FromNats(url=nats.url, stream=stream, **address), in_flight=64, bytes_max=1 << 22, start=None
         )
         found: list[Message] = []
         until = time.monotonic() + 20
@@ -178,7 +178,7 @@ def take_and_die(nats: NatsServer, stream: str, count: int, seconds: float = 0.0
         time.sleep(seconds)
         return found
     finally:
-        link.close()
+        connection.close()
 
 
 def test_a_message_comes_again_however_many_scorers_have_died_with_it(
@@ -189,7 +189,7 @@ def test_a_message_comes_again_however_many_scorers_have_died_with_it(
     settings = {"ack_wait_seconds": 1.0, "max_deliver": 3}
     came = [take_and_die(nats, fresh, 3, **settings) for _ in range(5)]
 
-    assert [[1, 2, 3]] * 5 == [sorted(each.place.number for each in found) for found in came]
+    assert [[1, 2, 3]] * 5 == [sorted(each.position.number for each in found) for found in came]
     assert all(least <= each.deliveries for least, found in enumerate(came, 1) for each in found)
 
 
@@ -201,12 +201,12 @@ def test_what_a_slow_scorer_held_for_longer_than_all_deliveries_take_comes_again
     settings = {"ack_wait_seconds": 1.0, "max_deliver": 3}
     # As on a machine that leaves it no time to say that it works on them.
     with monkeypatch.context() as patch:
-        patch.setattr(InHand, "due", lambda *_: [])
+        patch.setattr(AckTracker, "due", lambda *_: [])
         first = take_and_die(nats, fresh, 3, seconds=6.0, **settings)
     second = take_and_die(nats, fresh, 3, **settings)
 
     assert [1, 1, 1] == [each.deliveries for each in first]
-    assert [1, 2, 3] == sorted(each.place.number for each in second)
+    assert [1, 2, 3] == sorted(each.position.number for each in second)
 
 
 def test_a_consumer_that_an_earlier_version_made_gives_nothing_up_any_more(
@@ -222,7 +222,7 @@ def test_a_consumer_that_an_earlier_version_made_gives_nothing_up_any_more(
         take_and_die(nats, fresh, 3, ack_wait_seconds=1.0, max_deliver=4)
     came = [take_and_die(nats, fresh, 3, ack_wait_seconds=1.0, max_deliver=3) for _ in range(5)]
 
-    assert [[1, 2, 3]] * 5 == [sorted(each.place.number for each in found) for found in came]
+    assert [[1, 2, 3]] * 5 == [sorted(each.position.number for each in found) for found in came]
 
 
 def test_messages_that_the_consumer_of_an_earlier_version_gave_up_are_told_of(
@@ -265,14 +265,14 @@ def test_a_message_that_was_buried_and_comes_again_after_the_window_of_the_dead_
     for _ in range(3):
         with opened(nats, fresh, sink, **settings) as ends:
             came.append(fetch(ends, 3))
-            ends.dead_letters.bury([Poison(message=each, column="", reason="bad") for each in came[-1]])
+            ends.dead_letters.send([Poison(message=each, column="", reason="bad") for each in came[-1]])
         time.sleep(4)
 
     assert [3, 3, 3] == list(map(len, came))
     assert 3 == nats_client.info(f"{fresh}-dead").state.messages
 
 
-def fetch(ends: Ends, count: int, seconds: float = 60.0) -> list[Message]:
+def fetch(ends: Connections, count: int, seconds: float = 60.0) -> list[Message]:
     found: list[Message] = []
     until = time.monotonic() + seconds
     while len(found) < count and time.monotonic() < until:

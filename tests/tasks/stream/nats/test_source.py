@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from infra.local.nats import NatsServer
 from infra.local.nats_client import NatsClient
 from serving.errors import BrokerFault, StreamUnfit
-from tasks.stream.message import Message, Place
-from tasks.stream.nats.connection import NatsLink
-from tasks.stream.nats.consumer import overlap
-from tasks.stream.nats.source import InHand, NatsSource
+from tasks.stream.message import Message, Position
+from tasks.stream.nats.connection import NatsConnection
+from tasks.stream.nats.consumer import subjects_overlap
+from tasks.stream.nats.source import AckTracker, NatsSource
 from tasks.stream.options import FromNats
 from tests.tasks.stream.messages import message
 
 
 def test_what_is_in_hand_is_told_of_each_half_wait_until_it_is_done() -> None:
-    hand = InHand(10.0)
+    hand = AckTracker(10.0)
     hand.take(1, "one", 0.0)
     hand.take(2, "two", 3.0)
 
@@ -36,7 +36,7 @@ def test_what_is_in_hand_is_told_of_each_half_wait_until_it_is_done() -> None:
 
 
 def test_a_copy_of_what_is_in_hand_is_told_apart_and_its_receipt_is_the_one_that_counts() -> None:
-    hand = InHand(10.0)
+    hand = AckTracker(10.0)
 
     assert [True, False] == [hand.take(1, "first", 0.0), hand.take(1, "again", 2.0)]
     assert ["again"] == hand.due(7.0)
@@ -46,11 +46,11 @@ def test_a_copy_of_what_is_in_hand_is_told_apart_and_its_receipt_is_the_one_that
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.booleans(), st.floats(0, 3)), max_size=60))
 def test_no_message_in_hand_waits_for_longer_than_half_and_a_look(steps: list[tuple[int, bool, float]]) -> None:
-    hand, told, now = InHand(8.0), dict[int, float](), 0.0
+    hand, told, now = AckTracker(8.0), dict[int, float](), 0.0
     for number, done, pause in steps:
         now += pause
         if done:
-            hand.drop([message(b"", place=Place(0, number))])
+            hand.drop([message(b"", position=Position(0, number))])
             told.pop(number, None)
         else:
             hand.take(number, str(number), now)
@@ -73,10 +73,10 @@ def reading(
     **address: Any,
 ) -> Generator[NatsSource]:
     said: list[str] = []
-    link = NatsLink(server.url, said.append, threading.Event())
+    connection = NatsConnection(server.url, said.append, threading.Event())
     try:
         source = NatsSource(
-            link,
+            connection,
             FromNats(stream=stream, **address),
             in_flight=in_flight,
             bytes_max=bytes_max,
@@ -86,7 +86,7 @@ def reading(
         yield source
         source.close()
     finally:
-        link.close()
+        connection.close()
 
 
 def take(source: NatsSource, count: int) -> list[Message]:
@@ -99,7 +99,7 @@ def take(source: NatsSource, count: int) -> list[Message]:
 
 
 def numbers(messages: list[Message]) -> list[int]:
-    return [message.place.number for message in messages]
+    return [message.position.number for message in messages]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def numbers(messages: list[Message]) -> list[int]:
     ],
 )
 def test_two_patterns_overlap_where_a_subject_can_fit_both(one: str, other: str, fits: bool) -> None:  # noqa: FBT001
-    assert fits == overlap(one, other) == overlap(other, one)
+    assert fits == subjects_overlap(one, other) == subjects_overlap(other, one)
 
 
 def test_no_more_is_taken_than_may_be_in_flight_and_what_was_not_fetched_comes_again_at_once(
