@@ -9,7 +9,7 @@ MAKEFLAGS += --no-print-directory
 .PHONY: demo demo-endpoint demo-modes demo-stream deploy lint types check format clean
 .PHONY: test test-flows test-stations test-kills test-machines test-servers test-workers test-nights
 .PHONY: simulate chaos bench-batch bench-peers bench-resume bench-gpu bench-spot bench-nightly bench-workers bench-endpoint bench-stream
-.PHONY: bench-modes bench-memory
+.PHONY: bench-modes bench-memory size pictures
 
 $(STAMP): pyproject.toml constraints.txt infra/local/wheels.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got %d.%d; set PYTHON=" % sys.version_info[:2])'
@@ -145,6 +145,14 @@ bench-modes: $(STAMP)
 # The memory that a run states beside what it takes, over rows of seven shapes. SCALE=0.2 for a quick look, SHAPES="wide".
 bench-memory: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.memory
+
+# Modules and lines by package, and words that stop a reader. The last line is one JSON object.
+size: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.size
+
+# The pictures of the README, out of a real run of the demo.
+pictures: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.pictures
 
 clean:
 	rm -rf $(VENV) .venv-* .demo .bench

@@ -22,7 +22,7 @@ from tasks.endpoint.resolve import Subject, resolve
 from tasks.endpoint.route import before_change, check_change
 from tasks.endpoint.spec import GATEWAY, AnyTarget, EndpointSpec, Shadow
 from tasks.endpoint.traffic import check_door, shift
-from tasks.endpoint.tuning import Chosen, remember, settle_dial
+from tasks.endpoint.tuning import Chosen, remember, resolve_batching
 from tasks.endpoint.verify import Verification, verify
 
 
@@ -31,7 +31,7 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
     """Serve a registered model online: put up beside what serves, held against the model, then given its traffic.
 
     Args:
-        spec: The endpoint in full: model, target, dial, scaling, rollout and access.
+        spec: The endpoint in full: model, target, batching, scaling, rollout and access.
 
     The same call again changes nothing where nothing has changed. On any failure the new release is taken down and
     the earlier version keeps serving; the error says why: LatencyImpossible before anything is put up, EndpointFailed
@@ -45,13 +45,13 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
         status = gateway.get(spec.name)
         standing = before_change(status.route if status else None, subject.version)
         check_change(spec, standing, subject.contract, subject.version)
-        chosen = stages.run("tune", lambda: settle_dial(spec, subject))
+        chosen = stages.run("tune", lambda: resolve_batching(spec, subject))
         change = make_change(spec, subject, chosen, gateway, standing, logger)
         before = None if change.stands else _measure(stages, spec, subject, serving_address(standing))
         with change.undone_on_failure():
-            if standing is None and chosen.time is not None and spec.measure_seconds:
-                # With nothing to compare with, the release itself shows what the dial is worth.
-                before = _measure(stages, spec, subject, stages.run("deploy", change.without_dial().put_up))
+            if standing is None and chosen.cost is not None and spec.measure_seconds:
+                # With nothing to compare with, the release itself shows what the batching is worth.
+                before = _measure(stages, spec, subject, stages.run("deploy", change.without_batching().put_up))
             address = stages.run("deploy", change.put_up)
             verification = stages.run("verify", lambda: _verify(spec, subject, chosen, address))
             after = _measure(stages, spec, subject, address) if change.touched else None
@@ -109,7 +109,7 @@ def retire_endpoint(
 
 
 def _verify(spec: EndpointSpec, subject: Subject, chosen: Chosen, address: Address) -> Verification:
-    size = min(spec.limits.rows_max, chosen.dial.batch_size_max)
+    size = min(spec.limits.rows_max, chosen.batching.batch_size_max)
     with InferClient(address, subject.contract) as ask:
         return verify(ask, subject, size=size, tolerance=spec.tolerance)
 

@@ -11,9 +11,10 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 
+from serving.model.batching import BatchingConfig
 from serving.model.loading import load_model
 from serving.model.registry import resolve_model
-from serving.model.release import Dial, Release, Scaling
+from serving.model.release import Release, Scaling
 from serving.protocol.oip import decode_response, encode_request
 from serving.targets import Address
 
@@ -38,14 +39,16 @@ class Put:
             return model.predict({"x": x_NF})["score"]
 
 
-def release_of(uri: str, endpoint: str, *, dial: Dial | None = None, scaling: Scaling | None = None) -> Put:
+def release_of(
+    uri: str, endpoint: str, *, batching: BatchingConfig | None = None, scaling: Scaling | None = None
+) -> Put:
     """Return a release of a registered model under an endpoint's name."""
     resolved = resolve_model(uri)
     release = Release(
         endpoint=endpoint,
         pin=resolved.pin,
         contract=resolved.contract({}, {}),
-        dial=dial or Dial(),
+        batching=batching or BatchingConfig(),
         scaling=scaling or Scaling(),
     )
     return Put(release=release, model=resolved.folder)

@@ -137,7 +137,7 @@ def show(stage: Stage, versions: Versions) -> None:
     from flows.endpoint import retire_endpoint  # noqa: PLC0415 - the servers' addresses must be set before
     from tasks.endpoint.spec import AllAtOnce, Canary  # noqa: PLC0415
 
-    _title("1. The first version goes online, with a dial for 50 ms")
+    _title("1. The first version goes online, batching for 50 ms")
     console.print(put(stage, versions.first, AllAtOnce()).markdown())
     ask(stage, stage.bodies[:3])
     canary = Canary(percent=20, requests_min=50, error_rate_max=0.01, p99_ms_max=200, seconds_max=60)

@@ -1,127 +1,165 @@
-"""The dial's position: as many rows in a pass as a latency budget allows at the rate that is expected.
+"""Batching: what a batch of b rows costs, S(b) = a + c*b, and the largest batch that a latency budget allows.
 
-A pass of b rows takes S(b) = a + c*b. A request waits w for others, at most until b rows have come, and may come when a
-full batch has just begun: it is answered within w + 2*S(b). Times are in milliseconds, rates in rows a second.
+Everything that collects rows into batches uses these two types: endpoints, streams, and the simulation of queues.
+A request waits for others until b rows have arrived, w at most, and may arrive just after a full batch has begun.
+It is answered within w + 2*S(b).
 """
 
 from __future__ import annotations
 
-import itertools
-import statistics
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from serving.errors import LatencyImpossible
-from serving.model.contract import Contract, Frozen
-from serving.model.encoding import Encoded
-from serving.model.interface import Model
-from serving.model.release import Dial
-from serving.model.tuner import measure
+from serving.model.contract import Frozen
 
-_ROWS_MAX = 1024
+BATCH_ROWS_MAX = 1024
 _REPLICAS_MAX = 1024
-_ROUNDS = 3
 
 
-class PassTime(Frozen):
-    """How long the forward pass of a model takes by its rows."""
+class BatchingConfig(Frozen):
+    """Maximum batch size and maximum queue delay of a server or a stream: throughput against latency."""
 
-    pass_ms: float = Field(ge=0, description="Milliseconds of a pass as such: a.")
-    row_ms: float = Field(ge=0, description="Milliseconds that each of its rows adds: c.")
+    batch_size_max: int = Field(default=1, ge=1, le=1 << 20, description="Rows of one forward pass, at most.")
+    wait_ms_max: float = Field(
+        default=0.0, ge=0, le=3_600_000, description="Milliseconds that a row waits for others, at most."
+    )
 
-    def ms(self, rows: int) -> float:
-        """Return the milliseconds of a pass of so many rows."""
-        return self.pass_ms + self.row_ms * rows
-
-    def rate(self, rows: int) -> float:
-        """Return the rows a second of passes of so many rows, one after the other."""
-        return 1000 * rows / self.ms(rows)
+    @property
+    def wait_seconds_max(self) -> float:
+        """`wait_ms_max` in seconds."""
+        return self.wait_ms_max / 1000
 
 
-def choose_dial(time: PassTime, budget_ms: float, rate: float, *, replicas: int = 1, rows_max: int = _ROWS_MAX) -> Dial:
-    """Return the dial with the largest batch that keeps the budget at the rate.
+class CostModel(Frozen):
+    """The seconds that a batch of b rows takes: S(b) = a + c*b.
 
-    `rate` is that of all replicas together, each of which collects its own share. `rows_max` bounds the batch, as
-    by the callers that wait at a time. Raises LatencyImpossible with what would be needed.
+    `fixed_seconds` is a: what every batch costs, however few its rows. `row_seconds` is c: what each row adds.
+    Where a server counts requests in place of rows, b is the number of requests and c the seconds that each adds.
     """
-    if 2 * time.ms(1) > budget_ms:
+
+    fixed_seconds: float = Field(ge=0, description="Seconds that a batch takes whatever its size: a.")
+    row_seconds: float = Field(ge=0, description="Seconds that each row adds: c.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_milliseconds(cls, value: Any) -> Any:
+        """Read what release 0.1 kept in the tags of model versions, in milliseconds."""
+        if isinstance(value, Mapping) and value.keys() == {"pass_ms", "row_ms"}:
+            return {"fixed_seconds": value["pass_ms"] / 1000, "row_seconds": value["row_ms"] / 1000}
+        return value
+
+    def seconds(self, rows: float) -> float:
+        """Return S(rows), in seconds."""
+        return self.fixed_seconds + self.row_seconds * rows
+
+    def rows_per_second(self, rows: float) -> float:
+        """Return the throughput of batches of so many rows, one after the other."""
+        return rows / self.seconds(rows)
+
+    def describe(self, unit: str = "b") -> str:
+        """Return S as a formula for people, in milliseconds: '0.2 ms + b x 0.05 ms'."""
+        return f"{1000 * self.fixed_seconds:.3g} ms + {unit} x {1000 * self.row_seconds:.3g} ms"
+
+    def scale(self, factor: float) -> Self:
+        """Return the same model with both terms multiplied by the factor, as on a machine of another speed."""
+        return self.model_copy(
+            update={"fixed_seconds": self.fixed_seconds * factor, "row_seconds": self.row_seconds * factor}
+        )
+
+
+def fit_cost_model(
+    samples: Sequence[tuple[int, float]],
+    *,
+    errors: Literal["relative", "absolute"] = "relative",
+    if_flat: Literal["fixed", "per_row"] = "fixed",
+) -> CostModel:
+    """Fit S(b) to measured batches by least squares; neither term is below 0.
+
+    Args:
+        samples: Pairs of rows and seconds, all above 0; at least one.
+        errors: What is made small: errors relative to the measured time, or in seconds.
+        if_flat: Where the time does not grow with the rows (as with a single sample), which term takes all of it.
+    """
+    rows_S, seconds_S = np.array(samples, dtype=np.float64).reshape(-1, 2).T
+    weight_S = 1 / seconds_S**2 if errors == "relative" else np.ones_like(seconds_S)
+    rows, seconds = np.average(rows_S, weights=weight_S), np.average(seconds_S, weights=weight_S)
+    spread = np.average((rows_S - rows) ** 2, weights=weight_S)
+    slope = np.average((rows_S - rows) * (seconds_S - seconds), weights=weight_S) / spread if spread > 0 else 0.0
+    if slope <= 0:
+        fixed, slope = (seconds, 0.0) if if_flat == "fixed" else (0.0, seconds / rows)
+    elif seconds < slope * rows:
+        # The best line through the origin.
+        fixed, slope = 0.0, np.average(rows_S * seconds_S, weights=weight_S) / np.average(rows_S**2, weights=weight_S)
+    else:
+        fixed = seconds - slope * rows
+    return CostModel(fixed_seconds=float(fixed), row_seconds=float(slope))
+
+
+def choose_batching(
+    cost: CostModel, budget_ms: float, rows_per_second: float, *, replicas: int = 1, rows_max: int = BATCH_ROWS_MAX
+) -> BatchingConfig:
+    """Return the largest batch that keeps the latency budget at the expected rate, and how long it may wait.
+
+    Args:
+        cost: S(b) of the model on one replica.
+        budget_ms: Milliseconds within which a request must be answered.
+        rows_per_second: The rate of all replicas together; each collects its own share.
+        replicas: How many replicas there are.
+        rows_max: Upper bound of the batch, as by the number of callers that wait at a time.
+
+    Raises:
+        LatencyImpossible: No batch keeps the budget at that rate; the message says what would.
+    """
+    one_ms = 1000 * cost.seconds(1)
+    if 2 * one_ms > budget_ms:
         message = (
-            f"The latency budget must be at least {2 * time.ms(1):.3g} ms, twice the {time.ms(1):.3g} ms that one row "
+            f"The latency budget must be at least {2 * one_ms:.3g} ms, twice the {one_ms:.3g} ms that one row "
             f"takes this model, since a request may come behind a pass that has just begun, got {budget_ms:g} ms. "
             "Allow more, or serve a smaller model or one on a faster machine."
         )
         raise LatencyImpossible(message)
-    rows = _largest(time, budget_ms, rate / replicas, rows_max)
-    if time.rate(rows) <= rate / replicas:
-        raise _too_much(time, budget_ms, rate, replicas, rows_max)
-    return Dial(batch_size_max=rows, wait_ms_max=wait_ms(rows, rate / replicas))
+    rows = _find_largest_batch(cost, budget_ms, rows_per_second / replicas, rows_max)
+    if cost.rows_per_second(rows) <= rows_per_second / replicas:
+        raise _rate_too_high(cost, budget_ms, rows_per_second, replicas, rows_max)
+    return BatchingConfig(batch_size_max=rows, wait_ms_max=wait_ms(rows, rows_per_second / replicas))
 
 
-def wait_ms(rows: int, rate: float) -> float:
-    """Return the milliseconds until so many rows have come, from the first on."""
-    return 1000 * (rows - 1) / rate
+def wait_ms(rows: int, rows_per_second: float) -> float:
+    """Return the milliseconds until so many rows have arrived, counted from the first."""
+    return 1000 * (rows - 1) / rows_per_second
 
 
-def latency_ms(time: PassTime, rows: int, rate: float) -> float:
+def latency_ms(cost: CostModel, rows: int, rows_per_second: float) -> float:
     """Return the milliseconds within which a request is answered: the wait, and two passes."""
-    return wait_ms(rows, rate) + 2 * time.ms(rows)
+    return wait_ms(rows, rows_per_second) + 2000 * cost.seconds(rows)
 
 
-def _largest(time: PassTime, budget_ms: float, rate: float, rows_max: int) -> int:
-    """Return the most rows that are answered within the budget. The latency grows with the rows, as does the rate."""
-    return bisect_right(range(1, rows_max + 1), budget_ms, key=lambda rows: latency_ms(time, rows, rate))
+def _find_largest_batch(cost: CostModel, budget_ms: float, rows_per_second: float, rows_max: int) -> int:
+    """Return the most rows that are answered within the budget; latency and throughput both grow with the rows."""
+    sizes = range(1, rows_max + 1)
+    return bisect_right(sizes, budget_ms, key=lambda rows: latency_ms(cost, rows, rows_per_second))
 
 
-def _too_much(time: PassTime, budget_ms: float, rate: float, replicas: int, rows_max: int) -> LatencyImpossible:
-    rows = _largest(time, budget_ms, rate / replicas, rows_max)
-    more = (each for each in range(replicas + 1, _REPLICAS_MAX + 1) if _keeps(time, budget_ms, rate / each, rows_max))
-    enough = next(more, None)
+def _rate_too_high(
+    cost: CostModel, budget_ms: float, rows_per_second: float, replicas: int, rows_max: int
+) -> LatencyImpossible:
+    rows = _find_largest_batch(cost, budget_ms, rows_per_second / replicas, rows_max)
+    more = range(replicas + 1, _REPLICAS_MAX + 1)
+    enough = next((count for count in more if _carries_rate(cost, budget_ms, rows_per_second / count, rows_max)), None)
     need = f"{enough} replicas keep it" if enough else f"Not even {_REPLICAS_MAX} replicas keep it"
     have = f"{replicas} {'replica' if replicas == 1 else 'replicas'}"
     return LatencyImpossible(
-        f"{have} must take {rate:g} rows a second within {budget_ms:g} ms, but in batches of {rows}, the largest that "
-        f"the budget allows, they take {replicas * time.rate(rows):.4g}. {need}: raise replicas_max or "
-        "the budget, or expect less."
+        f"{have} must take {rows_per_second:g} rows a second within {budget_ms:g} ms, but in batches of {rows}, the "
+        f"largest that the budget allows, they take {replicas * cost.rows_per_second(rows):.4g}. {need}: raise "
+        "replicas_max or the budget, or expect less."
     )
 
 
-def _keeps(time: PassTime, budget_ms: float, rate: float, rows_max: int) -> bool:
-    rows = _largest(time, budget_ms, rate, rows_max)
-    return rows > 0 and time.rate(rows) > rate
-
-
-def fit(samples: Sequence[tuple[int, float]]) -> PassTime:
-    """Return the line through pairs of rows and milliseconds, all above 0, by least squares of the relative errors.
-
-    Neither part of it is below 0. Needs at least one sample; from a single one all its time is the pass's.
-    """
-    rows_S, ms_S = np.array(samples, dtype=np.float64).reshape(-1, 2).T
-    weight_S = 1 / ms_S**2
-    rows, ms = np.average(rows_S, weights=weight_S), np.average(ms_S, weights=weight_S)
-    spread = np.average((rows_S - rows) ** 2, weights=weight_S)
-    row_ms = np.average((rows_S - rows) * (ms_S - ms), weights=weight_S) / spread if spread > 0 else 0.0
-    if row_ms <= 0:
-        return PassTime(pass_ms=float(ms), row_ms=0.0)
-    if ms < row_ms * rows:
-        through_zero = np.average(rows_S * ms_S, weights=weight_S) / np.average(rows_S**2, weights=weight_S)
-        return PassTime(pass_ms=0.0, row_ms=float(through_zero))
-    return PassTime(pass_ms=float(ms - row_ms * rows), row_ms=float(row_ms))
-
-
-def measure_passes(
-    model: Model, contract: Contract, sample: Encoded, budget_ms: float, *, slots: int, clock: Callable[[], float]
-) -> list[tuple[int, float]]:
-    """Measure passes of 1, 2, 4, ... rows of the sample with all slots running; return pairs of rows and milliseconds.
-
-    Ends with the first that takes longer than the budget. Each is a median of three. Raises what the model raises.
-    """
-    measured = []
-    for rows in itertools.takewhile(lambda rows: rows <= min(_ROWS_MAX, sample.rows), map((1).__lshift__, range(32))):
-        rates = [measure(model, contract, sample, rows, slots, clock) for _ in range(_ROUNDS)]
-        measured.append((rows, 1000 * rows * slots / statistics.median(rates)))
-        if measured[-1][1] > budget_ms:
-            break
-    return measured
+def _carries_rate(cost: CostModel, budget_ms: float, rows_per_second: float, rows_max: int) -> bool:
+    rows = _find_largest_batch(cost, budget_ms, rows_per_second, rows_max)
+    return rows > 0 and cost.rows_per_second(rows) > rows_per_second

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 from mlflow.models import Model as MLmodel
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from serving.errors import DependencyFault, ModelFailed
+from serving.model.batching import BatchingConfig
 from serving.model.contract import Contract, Frozen
 from serving.model.interface import Engine, Tunable
 from serving.model.loading import load_model
@@ -33,15 +34,6 @@ RELEASE_FILE = "release.json"
 MODEL_FOLDER = "model"
 
 
-class Dial(Frozen):
-    """Throughput against latency: a server collects requests into one forward pass within these bounds."""
-
-    batch_size_max: int = Field(default=1, ge=1, le=1 << 16, description="Rows of one forward pass, at most.")
-    wait_ms_max: float = Field(
-        default=0.0, ge=0, le=60_000, description="Milliseconds that a request waits for others, at most."
-    )
-
-
 class Scaling(Frozen):
     """How many replicas of a model server an endpoint has."""
 
@@ -50,13 +42,13 @@ class Scaling(Frozen):
 
 
 class Release(Frozen):
-    """What is served: a pinned model version under an endpoint's name, its contract, engine, dial and replicas."""
+    """What is served: a pinned model version under an endpoint's name, its contract, engine, batching and replicas."""
 
     endpoint: str = Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$", description="The endpoint's name.")
     pin: ModelPin
     contract: Contract
     engine: Engine = Engine()
-    dial: Dial = Dial()
+    batching: BatchingConfig = Field(default=BatchingConfig(), validation_alias=AliasChoices("batching", "dial"))
     scaling: Scaling = Scaling()
     allow_pickle: bool = Field(default=False, description="Load a model that needs unpickling, which runs its code.")
     rows_max: int = Field(default=4096, ge=1, le=1 << 16, description="Rows of one request, at most.")
@@ -99,11 +91,11 @@ class Runtime:
     def predict_each(self, requests: Sequence[Arrays]) -> list[Predictions | Failure]:
         """Return the answer to each of several requests: one that fails leaves the others theirs.
 
-        They are passed together, in their order, as many at a time as have the dial's rows at most: most servers count
-        requests where the dial counts rows. One request of more rows passes alone.
+        They are passed together, in their order, with at most `batch_size_max` rows a pass. Most servers count
+        requests where the batching counts rows. One request of more rows passes alone.
         """
         rows = [count_rows(request) for request in requests]
-        stops = _pass_stops(rows, self.release.dial.batch_size_max)
+        stops = _pass_stops(rows, self.release.batching.batch_size_max)
         return [
             answer
             for start, stop in itertools.pairwise([0, *stops])
@@ -145,8 +137,8 @@ def open_release(folder: Path) -> Runtime:
     files = (folder / MODEL_FOLDER).resolve()
     resolved = Resolved(pin=release.pin, folder=files, mlmodel=MLmodel.load(str(files / "MLmodel")))
     model = load_model(resolved, release.contract, allow_pickle=release.allow_pickle).using(release.engine)
-    # A request of more rows than the dial's batch goes in passes of the model's own size.
-    size = max(model.batch_size, release.dial.batch_size_max) if model.batch_unit == "rows" else model.batch_size
+    # A request of more rows than the batching's batch goes in passes of the model's own size.
+    size = max(model.batch_size, release.batching.batch_size_max) if model.batch_unit == "rows" else model.batch_size
     # Proven, since rows that all fail are the caller's matter here, and no reason to give the model up.
     # Without pauses: a caller who waits is told at once, and asks again.
     forward = Forward(model=model, contract=release.contract, batch_size=size, proven=True, pauses=lambda: iter(()))

@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from serving.errors import DependencyFault, DeviceLost
+from serving.model.batching import BATCH_ROWS_MAX
 from serving.model.contract import Contract, Frozen
 from serving.model.encoding import Encoded
 from serving.model.forward import Forward, Predictions
@@ -231,6 +232,23 @@ def measure(
     if failed:
         raise next((error for error in failed if not isinstance(error, threading.BrokenBarrierError)), failed[0])
     return sum(run.result() for run in runs)
+
+
+def measure_passes(
+    model: Model, contract: Contract, sample: Encoded, budget_ms: float, *, slots: int, clock: Callable[[], float]
+) -> list[tuple[int, float]]:
+    """Measure passes of 1, 2, 4, ... rows of the sample with all slots running; return pairs of rows and seconds.
+
+    Ends with the first that takes longer than the budget. Each is a median of three. Raises what the model raises.
+    """
+    measured = []
+    sizes = itertools.takewhile(lambda rows: rows <= min(BATCH_ROWS_MAX, sample.rows), map((1).__lshift__, range(32)))
+    for rows in sizes:
+        rates = [measure(model, contract, sample, rows, slots, clock) for _ in range(_FINAL_ROUNDS)]
+        measured.append((rows, rows * slots / statistics.median(rates)))
+        if 1000 * measured[-1][1] > budget_ms:
+            break
+    return measured
 
 
 def _steady(forward: Forward, sample: Encoded, piece: int, clock: Callable[[], float]) -> float:

@@ -47,8 +47,8 @@ class Model:
     # How long it waits for others BentoML learns by itself. Its max_latency_ms is a promise: requests that it will not
     # keep it for are answered 503, so it is as long as a request may take. It has no batches of one.
     @bentoml.api(  # type: ignore[untyped-decorator]  # BentoML is not there where types are checked
-        batchable=RELEASE.dial.batch_size_max > 1,
-        max_batch_size=max(2, RELEASE.dial.batch_size_max),
+        batchable=RELEASE.batching.batch_size_max > 1,
+        max_batch_size=max(2, RELEASE.batching.batch_size_max),
         max_latency_ms=60_000,
     )
     async def predict_each(self, requests: list[Any]) -> list[Any]:

@@ -1,7 +1,8 @@
 """KServe: an InferenceService for a cluster, and the same model under KServe's own Python server on this machine.
 
-On a cluster Triton serves the model, whose repository has the dial in it. KServe's own batcher is never asked for: it
-speaks version 1 of the protocol alone. KServe's Python server has no versions in its routes and no batches.
+On a cluster Triton serves the model, and batches by the configuration in its repository. KServe's own batcher is never
+asked for: it speaks version 1 of the protocol alone. KServe's Python server has no versions in its routes, and does not
+batch.
 """
 
 from __future__ import annotations

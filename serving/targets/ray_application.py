@@ -15,8 +15,9 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
+from serving.model.batching import BatchingConfig
 from serving.model.predictor import Prediction, open_predictor, settled
-from serving.model.release import Arrays, Dial, Predictions
+from serving.model.release import Arrays, Predictions
 from serving.protocol.oip import ServerMetadata
 from serving.protocol.v2_app import v2_app
 
@@ -27,12 +28,12 @@ from serving.protocol.v2_app import v2_app
 class Endpoint:
     """One replica: the model, loaded once, and the routes before it."""
 
-    def __init__(self, folder: str, dial: Dial) -> None:
+    def __init__(self, folder: str, batching: BatchingConfig) -> None:
         """Load the release that the folder holds."""
         self._predictor = open_predictor(Path(folder))
         batches: Any = self._predict_each
-        batches.set_max_batch_size(dial.batch_size_max)
-        batches.set_batch_wait_timeout_s(dial.wait_ms_max / 1000)
+        batches.set_max_batch_size(batching.batch_size_max)
+        batches.set_batch_wait_timeout_s(batching.wait_ms_max / 1000)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         # What is there by now stays. Looking through it again and again would hold up requests.
@@ -54,7 +55,7 @@ class Endpoint:
 
 
 def application(args: dict[str, Any]) -> Application:
-    """Return the application that a Serve config names; `args` there are the dial."""
+    """Return the application that a Serve config names; `args` there are the batching."""
     deployment: Any = Endpoint
-    bound: Application = deployment.bind(str(Path(__file__).parent), Dial.model_validate(args))
+    bound: Application = deployment.bind(str(Path(__file__).parent), BatchingConfig.model_validate(args))
     return bound

@@ -64,13 +64,13 @@ class RayServe:
             "name": application_name(release),
             "route_prefix": f"/{application_name(release)}",
             "import_path": f"{MODULE}:application",
-            "args": release.dial.model_dump(mode="json"),
+            "args": release.batching.model_dump(mode="json"),
             "runtime_env": {"working_dir": f"local://{self.folder.rstrip('/')}/{folder_name(release)}"},
             "deployments": [self._deployment(release)],
         }
 
     def _deployment(self, release: Release) -> dict[str, Any]:
-        size = release.dial.batch_size_max
+        size = release.batching.batch_size_max
         return {
             "name": DEPLOYMENT,
             **self._replicas(release),
@@ -97,7 +97,7 @@ class RayServe:
             # One is started in any case: a model that does not load must fail now, not with the first request.
             "initial_replicas": max(1, least),
             "max_replicas": most,
-            "target_ongoing_requests": max(2, release.dial.batch_size_max),
+            "target_ongoing_requests": max(2, release.batching.batch_size_max),
             "look_back_period_s": 15,
             "upscale_delay_s": 5,
             "downscale_delay_s": 60,

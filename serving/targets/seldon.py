@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from serving.model.release import Dial, Release
+from serving.model.batching import BatchingConfig
+from serving.model.release import Release
 from serving.targets import Rendered
 from serving.targets.documents import describe
 from serving.targets.folder import Serve, interpreter, python_environment, rendered
@@ -112,7 +113,7 @@ def settings() -> dict[str, Any]:
 
 
 def model_settings(release: Release) -> dict[str, Any]:
-    """Return the settings of a model: what it takes and gives, and the dial as MLServer's adaptive batching."""
+    """Return the settings of a model: what it takes and gives, and the batching as MLServer's adaptive batching."""
     inputs, outputs = describe(release.contract)
     return {
         "name": release.endpoint,
@@ -122,14 +123,14 @@ def model_settings(release: Release) -> dict[str, Any]:
         "inputs": inputs,
         "outputs": outputs,
         "parameters": {"version": release.version},
-        **_batching(release.dial),
+        **_batching(release.batching),
     }
 
 
-def _batching(dial: Dial) -> dict[str, Any]:
-    if dial.batch_size_max == 1:
+def _batching(batching: BatchingConfig) -> dict[str, Any]:
+    if batching.batch_size_max == 1:
         return {"max_batch_size": 0, "max_batch_time": 0.0}
-    return {"max_batch_size": dial.batch_size_max, "max_batch_time": max(dial.wait_ms_max / 1000, _WAIT_S_MIN)}
+    return {"max_batch_size": batching.batch_size_max, "max_batch_time": max(batching.wait_ms_max / 1000, _WAIT_S_MIN)}
 
 
 # Its program says where its own interpreter was when it was installed; this works in an environment that was moved.
@@ -152,7 +153,7 @@ from serving.targets.documents import plain_inputs, read_request, write_answer
 class Runtime(MLModel):
     async def load(self):
         self.predictor = open_predictor(Path(__file__).parent)
-        self.rows_max = self.predictor.release.dial.batch_size_max
+        self.rows_max = self.predictor.release.batching.batch_size_max
         # By now `predict` is MLServer's batching around the method below.
         self.together, self.predict = self.predict, self.checked
         return True
@@ -178,7 +179,7 @@ class Runtime(MLModel):
         return response
 
     async def predict(self, payload):
-        """Answer requests that MLServer has joined: it counts them where the dial counts rows."""
+        """Answer requests that MLServer has joined: it counts them where the batching counts rows."""
         request = self.read(payload, (), requests_max=self.rows_max)
         return await self.answer(request, split_rows(request.inputs, self.rows_max))
 

@@ -74,13 +74,13 @@ def _newest(host: TritonHost) -> dict[str, Release]:
 
 def _scaler(known: InstanceScaler | None, host: TritonHost, metrics_url: str, release: Release) -> InstanceScaler:
     if known is not None:
-        return replace(known, scaling=release.scaling, dial=release.dial)
+        return replace(known, scaling=release.scaling, batching=release.batching)
     return InstanceScaler(
         host=host,
         metrics_url=metrics_url,
         endpoint=release.endpoint,
         scaling=release.scaling,
-        dial=release.dial,
+        batching=release.batching,
     )
 
 

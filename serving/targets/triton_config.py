@@ -6,7 +6,8 @@ import json
 import re
 from collections.abc import Collection, Iterable
 
-from serving.model.release import Dial, Release
+from serving.model.batching import BatchingConfig
+from serving.model.release import Release
 from serving.protocol.tensors import TensorMetadata, tensors
 
 _VERSIONS = re.compile(r"(?m)^version_policy.*\bversions: \[([\d, ]*)\]")
@@ -14,7 +15,7 @@ _INSTANCES = re.compile(r"(?m)^(instance_group.*\bcount: )(\d+)")
 
 
 def write_config(model: str, release: Release, versions: Collection[str], *, instances: int | None = None) -> str:
-    """Return the config of a model with these versions, under the dial, engine and replicas of one of them.
+    """Return the config of a model with these versions, under the batching, engine and replicas of one of them.
 
     Promises: the same text for the same values. Several versions serve at once, each by its number.
     """
@@ -24,12 +25,12 @@ def write_config(model: str, release: Release, versions: Collection[str], *, ins
     lines = (
         f"name: {_quoted(model)}",
         'backend: "python"',
-        f"max_batch_size: {max(release.rows_max, release.dial.batch_size_max)}",
+        f"max_batch_size: {max(release.rows_max, release.batching.batch_size_max)}",
         *(f"input {_tensor(each)}" for each in inputs),
         *(f"output {_tensor(each)}" for each in outputs),
         f"version_policy {{ specific {{ versions: [{', '.join(map(str, sorted(map(int, versions))))}] }} }}",
         f"instance_group {{ count: {count} kind: {kind} }}",
-        *_batching(release.dial),
+        *_batching(release.batching),
     )
     return "\n".join(lines) + "\n"
 
@@ -51,17 +52,17 @@ def with_instances(config: str, instances: int) -> str:
     return _INSTANCES.sub(rf"\g<1>{instances}", config)
 
 
-def _batching(dial: Dial) -> Iterable[str]:
-    """Yield the dial in Triton's words: a batch goes once it has that many rows, or its oldest request has waited.
+def _batching(batching: BatchingConfig) -> Iterable[str]:
+    """Yield the batching in Triton's words: a batch goes once it has that many rows, or its oldest request has waited.
 
-    max_batch_size can't be the dial's: it also bounds the rows of one request. The queue has no bound of its own, which
-    is the gateway's: with any default_queue_policy Triton 24.10 lets requests lie for half a second now and then
-    (measured: 32 callers, p99 506 ms with it and 13 ms without).
+    max_batch_size can't be that of the batching: it also bounds the rows of one request. The queue has no bound of its
+    own, which is the gateway's: with any default_queue_policy Triton 24.10 lets requests lie for half a second now
+    and then (measured: 32 callers, p99 506 ms with it and 13 ms without).
     """
-    if dial.batch_size_max > 1:
+    if batching.batch_size_max > 1:
         yield (
-            f"dynamic_batching {{ preferred_batch_size: [{dial.batch_size_max}] "
-            f"max_queue_delay_microseconds: {round(dial.wait_ms_max * 1000)} }}"
+            f"dynamic_batching {{ preferred_batch_size: [{batching.batch_size_max}] "
+            f"max_queue_delay_microseconds: {round(batching.wait_ms_max * 1000)} }}"
         )
 
 

@@ -19,7 +19,7 @@ from serving.model.release import open_release
 
 
 class TritonPythonModel:
-    """One instance: a batch of Triton's is passed in this process's one thread, the dial's rows at a time."""
+    """One instance: a batch of Triton's is passed in this process's one thread, the batching's rows at a time."""
 
     def initialize(self, _arguments: dict[str, str]) -> None:
         """Load the release; what is raised here is Triton's reason for not serving it."""

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import httpx
 
 from serving.errors import EndpointFailed
-from serving.model.release import Dial, Scaling
+from serving.model.batching import BatchingConfig
+from serving.model.release import Scaling
 from serving.targets.triton import TritonHost
 
 # Above the one, more instances are wanted where requests wait; below the other, one less would do.
@@ -83,17 +84,17 @@ def queue_between(before: Counters, now: Counters, elapsed_s: float) -> Queue:
 
 
 def instances_wanted(
-    queue: Queue, instances: int, *, scaling: Scaling, dial: Dial, calm_looks: int = _CALM_LOOKS
+    queue: Queue, instances: int, *, scaling: Scaling, batching: BatchingConfig, calm_looks: int = _CALM_LOOKS
 ) -> int:
     """Return how many instances there should be, at most one more or less than there are.
 
-    More, where the instances are busy and requests wait longer than the dial has them wait and the pass ahead of them
+    More, where the instances are busy and requests wait longer than the batching allows and the pass ahead of them
     takes, or more of them are pending than the next passes take. Less, once `calm_looks` looks in a row, this one
     counted, found so little that the others would be half idle. Always between the bounds of `scaling`, and one where
     that allows none: to free the memory of an idle model is `unload`.
     """
     low, high = max(1, scaling.replicas_min), max(1, scaling.replicas_min, scaling.replicas_max)
-    waits = queue.wait_ms > dial.wait_ms_max + queue.pass_ms or queue.pending > dial.batch_size_max * instances
+    waits = queue.wait_ms > batching.wait_ms_max + queue.pass_ms or queue.pending > batching.batch_size_max * instances
     if waits and queue.busy > _BUSY_MIN * instances:
         wanted = instances + 1
     elif calm_looks >= _CALM_LOOKS and not waits and queue.busy < _IDLE_MAX * (instances - 1):
@@ -111,7 +112,7 @@ class InstanceScaler:
     metrics_url: str
     endpoint: str
     scaling: Scaling
-    dial: Dial
+    batching: BatchingConfig
     _before: Counters | None = None
     _at: float = 0.0
     _calm: int = field(default=0)
@@ -134,7 +135,7 @@ class InstanceScaler:
             return instances
         queue = queue_between(before, now, at - since)
         self._calm = 0 if queue.pending or queue.busy > _IDLE_MAX * (instances - 1) else self._calm + 1
-        wanted = instances_wanted(queue, instances, scaling=self.scaling, dial=self.dial, calm_looks=self._calm)
+        wanted = instances_wanted(queue, instances, scaling=self.scaling, batching=self.batching, calm_looks=self._calm)
         if wanted != instances:
             _log.info("%s: %d instances instead of %d, at %s", self.endpoint, wanted, instances, queue)
             self.host.scale(self.endpoint, wanted)

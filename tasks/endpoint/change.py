@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 from serving.errors import BadInput, EndpointFailed
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import Route, Sleep
-from serving.model.release import Dial, Release
+from serving.model.batching import BatchingConfig
+from serving.model.release import Release
 from serving.targets import Address, Host
 from tasks.batch.artifacts import Logger
 from tasks.endpoint.client import is_ready
@@ -51,9 +52,9 @@ class Change:
         address = address_of(self.standing, self.release.version)
         return address if address and is_ready(address) else None
 
-    def without_dial(self) -> Self:
-        """Return the same change with each request passed alone, to be measured before the dial is set."""
-        return replace(self, release=self.release.model_copy(update={"dial": Dial()}))
+    def without_batching(self) -> Self:
+        """Return the same change with each request passed alone, to be measured before the batching is set."""
+        return replace(self, release=self.release.model_copy(update={"batching": BatchingConfig()}))
 
     def put_up(self) -> Address:
         """Put the release up, unless it stands, and return where it answers. Raises EndpointFailed."""
@@ -177,7 +178,7 @@ def make_change(
 
     Raises BadInput where the version that serves under this number is not known to be of this model.
     """
-    release = make_release(spec, subject, chosen.dial)
+    release = make_release(spec, subject, chosen.batching)
     keep_warm = None if spec.keep_warm == "auto" else spec.keep_warm
     if isinstance(spec.target, RayServe) and keep_warm is not None:
         release = scaled_to_zero(release)
@@ -191,7 +192,7 @@ def make_change(
         raise BadInput(message)
     earlier = None
     if before is not None:
-        earlier = release.model_copy(update={"dial": before.chosen.dial, "scaling": before.scaling})
+        earlier = release.model_copy(update={"batching": before.chosen.batching, "scaling": before.scaling})
     return Change(
         spec=spec,
         gateway=gateway,

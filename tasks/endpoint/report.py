@@ -1,4 +1,4 @@
-"""What a person sees of an endpoint: the report, and a plot of what requests waited before and after the dial."""
+"""What a person sees of an endpoint: the report, and a plot of what requests waited before and after the batching."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from matplotlib.figure import Figure
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from pydantic import Field
 
-from serving.model.batching import PassTime
+from serving.model.batching import BatchingConfig, CostModel
 from serving.model.contract import Frozen
-from serving.model.release import Dial
 from tasks.batch.artifacts import Logger, server_may_fail
 from tasks.batch.report import data_uri
 from tasks.endpoint.load import Latency
@@ -37,18 +36,18 @@ class Endpoint(Frozen):
     server: str = Field(description="Where the model server itself answers.")
     rollout: str = Field(description="What became of its traffic, in words.")
     removed: tuple[str, ...] = Field(default=(), description="Earlier versions that were taken down.")
-    chosen: Chosen = Field(description="The dial, and what it was chosen by.")
+    chosen: Chosen = Field(description="The batching, and what it was chosen by.")
     budget: Budget | None = Field(default=None, description="The budget that it was chosen for.")
     keep_warm_seconds: float | None = Field(default=None, description="Seconds until it is unloaded; null: never.")
     verification: Verification = Field(description="What its answers were held against.")
-    before: Latency | None = Field(default=None, description="What requests waited without a dial.")
+    before: Latency | None = Field(default=None, description="What requests waited without batching.")
     after: Latency | None = Field(default=None, description="What they waited with it.")
     seconds: dict[str, float] = Field(description="Wall-clock seconds by stage.")
 
     @property
-    def dial(self) -> Dial:
-        """The dial that it serves with."""
-        return self.chosen.dial
+    def batching(self) -> BatchingConfig:
+        """The batching that it serves with."""
+        return self.chosen.batching
 
     @property
     def summary(self) -> str:
@@ -64,8 +63,8 @@ class Endpoint(Frozen):
             "asked at": self.url,
             "traffic": self.rollout,
             **({"taken down": ", ".join(f"version {each}" for each in self.removed)} if self.removed else {}),
-            "dial": in_words(self.dial),
-            **(_of_passes(self.chosen.time) if self.chosen.time else {}),
+            "batching": in_words(self.batching),
+            **(_of_passes(self.chosen.cost) if self.chosen.cost else {}),
             **(_of_budget(self.budget, self.after) if self.budget else {}),
             **{f"waited {when}": _of_latency(each) for when, each in self.latencies().items()},
             "unloaded": f"after {self.keep_warm_seconds:g} s without a request" if self.keep_warm_seconds else "never",
@@ -77,7 +76,7 @@ class Endpoint(Frozen):
 
     def latencies(self) -> dict[str, Latency]:
         """Return what was measured, by when."""
-        both = {"before the dial": self.before, "with the dial": self.after}
+        both = {"before the batching": self.before, "with the batching": self.after}
         return {when: each for when, each in both.items() if each is not None}
 
     def markdown(self) -> str:
@@ -86,15 +85,15 @@ class Endpoint(Frozen):
         return f"# Endpoint {self.name}\n\n{self.summary}\n\n| | |\n| --- | --- |\n{rows}\n"
 
 
-def in_words(dial: Dial) -> str:
-    """Say where a dial stands."""
-    if dial.batch_size_max == 1:
+def in_words(batching: BatchingConfig) -> str:
+    """Say where batching stands."""
+    if batching.batch_size_max == 1:
         return "each request alone"
-    return f"up to {dial.batch_size_max:,} rows a pass, waiting {dial.wait_ms_max:.3g} ms at most"
+    return f"up to {batching.batch_size_max:,} rows a pass, waiting {batching.wait_ms_max:.3g} ms at most"
 
 
-def _of_passes(time: PassTime) -> dict[str, str]:
-    return {"a pass of b rows": f"{time.pass_ms:.3g} ms + b x {time.row_ms:.3g} ms, as measured"}
+def _of_passes(cost: CostModel) -> dict[str, str]:
+    return {"a pass of b rows": f"{cost.describe()}, as measured"}
 
 
 def _of_budget(budget: Budget, after: Latency | None) -> dict[str, str]:
@@ -117,7 +116,7 @@ def publish_endpoint(endpoint: Endpoint, logger: Logger) -> None:
 
 
 def plot(endpoint: Endpoint) -> bytes:
-    """Draw what requests waited before and after the dial, and the passes it was chosen by; return a PNG."""
+    """Draw what requests waited before and after the batching, and the passes it was chosen by; return a PNG."""
     figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     _draw_latencies(left, endpoint)
@@ -147,15 +146,15 @@ def _draw_latencies(axes: Axes, endpoint: Endpoint) -> None:
 
 
 def _draw_passes(axes: Axes, chosen: Chosen) -> None:
-    if chosen.time is None:
+    if chosen.cost is None:
         axes.set_axis_off()
         return
     rows, ms = zip(*chosen.passes, strict=True)
     axes.plot(rows, ms, "o", color=_INK, markersize=4, label="measured")
     line = _line(rows)
-    axes.plot(line, [chosen.time.ms(each) for each in line], color=_AFTER, label="a + c b")
-    size = chosen.dial.batch_size_max
-    axes.axvline(size, color=_LIMIT, linestyle=":", linewidth=1, label=f"the dial: {size:,} rows")
+    axes.plot(line, [1000 * chosen.cost.seconds(each) for each in line], color=_AFTER, label="a + c b")
+    size = chosen.batching.batch_size_max
+    axes.axvline(size, color=_LIMIT, linestyle=":", linewidth=1, label=f"the batching: {size:,} rows")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter("{x:g}")

@@ -1,4 +1,4 @@
-"""What a person says about an endpoint: model, target, dial, scaling, rollout and who may ask."""
+"""What a person says about an endpoint: model, target, batching, scaling, rollout and who may ask."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import platform
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 
 from serving.gateway.route import ENDPOINT_PATTERN, HOST_PORT, KeyName, Limits
+from serving.model.batching import BatchingConfig
 from serving.model.contract import ColumnPolicy, Frozen
-from serving.model.release import Dial, Scaling
+from serving.model.release import Scaling
 
 URL = r"^https?://[^\s@]+$"
 GATEWAY = "http://127.0.0.1:8080"
@@ -106,7 +107,7 @@ def _data_folder() -> Path:
 
 
 class Budget(Frozen):
-    """How fast answers must be, and how many are expected: the dial is chosen from it, on the measured model."""
+    """How fast answers must be, and how many are expected: the batching is chosen from it, on the measured model."""
 
     latency_ms: float = Field(gt=0, le=60_000, description="Milliseconds within which a request is to be answered.")
     rate: float = Field(gt=0, le=1e6, description="Rows a second that are expected, of all callers together.")
@@ -209,9 +210,14 @@ class EndpointSpec(Frozen):
     admin_secret: AdminSecret = None
     target: Target = Field(default_factory=default_target)
     budget: Budget | None = Field(
-        default=None, description="Latency and rate to choose the dial by. Without, and without a dial: no batching."
+        default=None,
+        description="Latency and rate that the batching is chosen for. Without it and without `batching`: no batching.",
     )
-    dial: Dial | None = Field(default=None, description="An explicit dial, in place of a budget.")
+    batching: BatchingConfig | None = Field(
+        default=None,
+        validation_alias=AliasChoices("batching", "dial"),
+        description="Explicit batching, in place of a budget.",
+    )
     scaling: Scaling = Field(default=Scaling(), description="How many replicas the model server has.")
     keep_warm: float | Literal["auto"] | None = Field(
         default=None,
@@ -231,13 +237,13 @@ class EndpointSpec(Frozen):
         default=2.0,
         ge=0,
         le=60,
-        description="Seconds of requests at the budget's rate, before and after the dial is set; 0 measures nothing.",
+        description="Seconds of requests at the budget's rate, without and with the batching; 0 measures nothing.",
     )
 
     @model_validator(mode="after")
-    def _one_dial(self) -> Self:
-        if self.budget is not None and self.dial is not None:
-            message = "An endpoint must have a budget or a dial, got both; leave one out."
+    def _allow_budget_or_batching(self) -> Self:
+        if self.budget is not None and self.batching is not None:
+            message = "An endpoint must have a budget or batching, got both; leave one out."
             raise ValueError(message)
         return self
 

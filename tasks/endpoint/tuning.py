@@ -1,4 +1,4 @@
-"""The dial of a release: as given, or chosen by passes that are measured on the real model."""
+"""The batching of a release: as given, or chosen by passes that are measured on the real model."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import math
 import time
 from collections.abc import Mapping
 
-from pydantic import Field, ValidationError
+from pydantic import AliasChoices, Field, ValidationError
 
 from serving.machine import cores, machine_kind
-from serving.model.batching import PassTime, choose_dial, fit, measure_passes
+from serving.model.batching import BatchingConfig, CostModel, choose_batching, fit_cost_model
 from serving.model.contract import Frozen
 from serving.model.encoding import Encoded, Flags
 from serving.model.interface import Model
 from serving.model.registry import ModelPin, save_tag
-from serving.model.release import Dial, Scaling
+from serving.model.release import Scaling
+from serving.model.tuner import measure_passes
 from tasks.endpoint.resolve import Subject
 from tasks.endpoint.samples import Sample
 from tasks.endpoint.spec import Budget, EndpointSpec
@@ -23,21 +24,26 @@ _SAMPLE_ROWS = 1024
 
 
 class Chosen(Frozen):
-    """A dial, and what it was chosen by."""
+    """The batching, and what it was chosen by."""
 
-    dial: Dial = Field(description="Rows of a pass and milliseconds of waiting, at most.")
+    batching: BatchingConfig = Field(
+        validation_alias=AliasChoices("batching", "dial"),
+        description="Rows of a pass and milliseconds of waiting, at most.",
+    )
     passes: tuple[tuple[int, float], ...] = Field(default=(), description="Rows and milliseconds of measured passes.")
-    time: PassTime | None = Field(default=None, description="The line through them.")
+    cost: CostModel | None = Field(
+        default=None, validation_alias=AliasChoices("cost", "time"), description="The line through them, in seconds."
+    )
 
 
-def settle_dial(spec: EndpointSpec, subject: Subject) -> Chosen:
-    """Return the dial of a spec; with a budget, the model is measured here first, for about a second.
+def resolve_batching(spec: EndpointSpec, subject: Subject) -> Chosen:
+    """Return the batching of a spec; with a budget, the model is measured here first, for about a second.
 
     Where this version was tuned before, for the same budget and replicas on a machine of this kind, that stands.
-    Raises LatencyImpossible where no dial keeps the budget.
+    Raises LatencyImpossible where no batching keeps the budget.
     """
     if spec.budget is None:
-        return Chosen(dial=spec.dial or Dial())
+        return Chosen(batching=spec.batching or BatchingConfig())
     setting = remembered(spec.name, subject.resolved.tags)
     if setting is not None and (setting.budget, setting.scaling, setting.machine) == _terms(spec):
         return setting.chosen
@@ -50,11 +56,11 @@ def settle_dial(spec: EndpointSpec, subject: Subject) -> Chosen:
         slots=min(replicas, cores()),
         clock=time.perf_counter,
     )
-    line = fit(passes)
+    cost = fit_cost_model(passes)
     # Half of those who wait: with all of them in a pass, nobody is left to fill the next one meanwhile.
     rows_max = max(1, spec.budget.callers // 2)
-    dial = choose_dial(line, spec.budget.latency_ms, spec.budget.rate, replicas=replicas, rows_max=rows_max)
-    return Chosen(dial=dial, passes=tuple(passes), time=line)
+    batching = choose_batching(cost, spec.budget.latency_ms, spec.budget.rate, replicas=replicas, rows_max=rows_max)
+    return Chosen(batching=batching, passes=tuple((rows, 1000 * seconds) for rows, seconds in passes), cost=cost)
 
 
 def _repeated(model: Model, sample: Sample) -> Encoded:
@@ -65,9 +71,9 @@ def _repeated(model: Model, sample: Sample) -> Encoded:
 class Setting(Frozen):
     """How an endpoint last served a version, kept as a tag of it: to go back to, and not to be measured again."""
 
-    chosen: Chosen = Field(description="The dial that was verified.")
+    chosen: Chosen = Field(description="The batching that was verified.")
     scaling: Scaling = Field(description="The replicas.")
-    budget: Budget | None = Field(description="What the dial was chosen for.")
+    budget: Budget | None = Field(description="What the batching was chosen for.")
     machine: str = Field(description="The kind of machine that it was measured on.")
 
 

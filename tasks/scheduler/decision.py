@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from serving.model.batching import PassTime
+from serving.model.batching import CostModel
 from serving.model.contract import Frozen
 from tasks.scheduler.workload import Prices, Workload
 
@@ -31,7 +31,7 @@ class Profile(Frozen):
     digest: str = Field(description="SHA-256 of the model's files.")
     machine: str = Field(description="What kind of machine this is.")
     slots: int = Field(ge=1, description="Forward passes side by side.")
-    pass_time: PassTime = Field(description="S(b): how long a pass takes, with all slots at work.")
+    pass_time: CostModel = Field(description="S(b): how long a pass takes, with all slots at work.")
     batch_rows_per_second: float = Field(
         gt=0, description="Rows a second of a batch run, reading and writing included."
     )
@@ -46,7 +46,7 @@ class Profile(Frozen):
         description="What of it keeps a slot from forward passes: the server's processor time for a request less that "
         "of its pass. Null where that was not measured; all of it is counted then.",
     )
-    served: PassTime | None = Field(
+    served: CostModel | None = Field(
         default=None,
         description="What n requests of one row take together in a slot of an endpoint, all that they cost there "
         "included, on the model server that was measured. Null where none was: passes and request_busy_ms count then.",
@@ -81,8 +81,8 @@ class Alternative(Frozen):
     target_utilisation: float | None = Field(
         default=None, description="Share of what its machines take that a scaler aims at; lower is more machines."
     )
-    batch_size_max: int = Field(default=1, ge=1, description="Rows of a forward pass: the dial.")
-    wait_ms_max: float = Field(default=0.0, ge=0, description="Milliseconds that a row waits for others: the dial.")
+    batch_size_max: int = Field(default=1, ge=1, description="Rows of a forward pass: the batching.")
+    wait_ms_max: float = Field(default=0.0, ge=0, description="Milliseconds that a row waits for others: the batching.")
     keep_warm_seconds: float | None = Field(default=None, description="Seconds from the last request to zero.")
     every_seconds: float | None = Field(default=None, description="Seconds from one batch run to the next.")
     usd: float = Field(ge=0, description="What the machines cost over the horizon.")

@@ -18,8 +18,8 @@ from typing import IO
 import httpx
 
 from serving.errors import EndpointFailed, ProfileFailed
-from serving.model.batching import PassTime
-from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Dial, Scaling
+from serving.model.batching import BatchingConfig, CostModel
+from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Scaling
 from serving.targets import Address
 from tasks.endpoint.client import InferClient
 from tasks.endpoint.closed_loop import Loop, closed_loop
@@ -56,7 +56,7 @@ class Door:
     cold_start_seconds: float
     request_ms: float
     busy_ms: float | None = None
-    served: PassTime | None = None
+    served: CostModel | None = None
     jitter: float = 0.0
 
 
@@ -75,7 +75,8 @@ def try_target(
     """
     scaling = Scaling(replicas_min=replicas, replicas_max=replicas)
     named = spec.model_copy(update={"name": f"{spec.name[:_NAME_LENGTH]}-profile", "scaling": scaling})
-    release, host, start = make_release(named, subject, Dial(batch_size_max=_CALLERS_MAX)), host_of(target), clock()
+    release = make_release(named, subject, BatchingConfig(batch_size_max=_CALLERS_MAX))
+    host, start = host_of(target), clock()
     try:
         address = host.deploy(release, subject.resolved.folder)
         try:
@@ -92,16 +93,16 @@ def try_target(
         raise _failed(where, error) from error
 
 
-def served_line(few: Loop, many: Loop, replicas: int) -> PassTime:
+def served_line(few: Loop, many: Loop, replicas: int) -> CostModel:
     """Return a and c of a + c * n: what n requests take together in one replica of a server that never waits for more.
 
     Of C callers, each of R replicas has some C / (R + 1) in hand while as many come back and wait for the next one that
     is free: 1 / rate = a * (R + 1) / (R * C) + c / R. Two crowds give both.
     """
-    one, other = 1000 / few.per_second, 1000 / many.per_second
+    one, other = 1 / few.per_second, 1 / many.per_second
     shared = max(0.0, (one - other) / (1 / few.callers - 1 / many.callers)) if few.callers < many.callers else 0.0
     each = max(0.0, other - shared / many.callers)
-    return PassTime(pass_ms=shared * replicas / (replicas + 1), row_ms=each * replicas)
+    return CostModel(fixed_seconds=shared * replicas / (replicas + 1), row_seconds=each * replicas)
 
 
 def jitter_of(loop: Loop) -> float:
@@ -127,7 +128,7 @@ def try_door(spec: EndpointSpec, subject: Subject, *, clock: Callable[[], float]
     """
     with tempfile.TemporaryDirectory(prefix="overnight-profile-") as scratch:
         folder = Path(scratch)
-        (folder / RELEASE_FILE).write_text(make_release(spec, subject, Dial()).model_dump_json())
+        (folder / RELEASE_FILE).write_text(make_release(spec, subject, BatchingConfig()).model_dump_json())
         (folder / MODEL_FOLDER).symlink_to(subject.resolved.folder, target_is_directory=True)
         with (folder / "log").open("w") as log, _child(folder, log) as (child, start):
             try:

@@ -12,8 +12,9 @@ from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from pydantic import Field, ValidationError
 
 from serving.errors import BadInput
+from serving.model.batching import BatchingConfig
 from serving.model.contract import Frozen
-from serving.model.release import Dial, Scaling
+from serving.model.release import Scaling
 from tasks.endpoint.spec import EndpointSpec
 from tasks.scheduler.decision import Alternative, Decision, Mode
 from tasks.scheduler.terms import BatchTerms, Terms
@@ -188,7 +189,7 @@ def stream_deployment(decision: Decision, terms: Terms) -> Wanted:
 
 
 def endpoint_spec(decision: Decision, terms: Terms) -> EndpointSpec:
-    """Return the spec of an endpoint with the dial, the replicas and the keep-warm time that were decided.
+    """Return the spec of an endpoint with the batching, the replicas and the keep-warm time that were decided.
 
     A machine counts as many replicas as the model was measured with side by side. Raises BadInput without terms, and
     where the target can't do it.
@@ -206,7 +207,7 @@ def endpoint_spec(decision: Decision, terms: Terms) -> EndpointSpec:
         return EndpointSpec(
             name=workload.name,
             model=workload.model,
-            dial=Dial(batch_size_max=chosen.batch_size_max, wait_ms_max=chosen.wait_ms_max),
+            batching=BatchingConfig(batch_size_max=chosen.batch_size_max, wait_ms_max=chosen.wait_ms_max),
             scaling=Scaling(
                 replicas_min=_floor(chosen) * decision.profile.slots,
                 replicas_max=replicas,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.model.batching import PassTime
+from serving.model.batching import CostModel
 from tasks.scheduler.flow import Felt, feel
 from tasks.scheduler.problem import Candidate, Kind, Problem, late_flaw
 from tasks.scheduler.server import UTILISATIONS, Server, Waits, measure_waits
@@ -62,8 +62,8 @@ def fits(problem: Problem, kind: Kind, batches: Iterable[int] | None = None) -> 
     servers = [
         Server(
             slots=profile.slots,
-            pass_time=each.pass_ms / 1000 / kind.speed,
-            request_time=each.row_ms / 1000 / kind.speed,
+            pass_time=each.fixed_seconds / kind.speed,
+            request_time=each.row_seconds / kind.speed,
             requests_max=max(1, int(size / rows)),
             jitter=profile.jitter,
         )
@@ -79,7 +79,7 @@ def fits(problem: Problem, kind: Kind, batches: Iterable[int] | None = None) -> 
     return sorted(found, key=lambda fit: fit.most(problem), reverse=True)
 
 
-def serving_time(profile: Profile, rows: float) -> tuple[PassTime, float]:
+def serving_time(profile: Profile, rows: float) -> tuple[CostModel, float]:
     """Return what n requests of so many rows take together in a slot, and the seconds that each waits beside that.
 
     As measured on a model server, whose requests had one row; else passes, and what keeps a slot busy beside them.
@@ -87,12 +87,15 @@ def serving_time(profile: Profile, rows: float) -> tuple[PassTime, float]:
     passes = profile.pass_time
     if profile.served is not None:
         served = profile.served
-        beside_ms = profile.request_ms + passes.ms(1) - served.ms(1)
-        time = PassTime(pass_ms=served.pass_ms, row_ms=served.row_ms + passes.row_ms * (rows - 1))
+        beside = profile.request_ms / 1000 + passes.seconds(1) - served.seconds(1)
+        cost = CostModel(
+            fixed_seconds=served.fixed_seconds, row_seconds=served.row_seconds + passes.row_seconds * (rows - 1)
+        )
     else:
-        beside_ms = profile.request_ms - profile.busy_ms
-        time = PassTime(pass_ms=passes.pass_ms, row_ms=passes.row_ms * rows + profile.busy_ms)
-    return time, max(beside_ms, 0.0) / 1000
+        beside = (profile.request_ms - profile.busy_ms) / 1000
+        row_seconds = passes.row_seconds * rows + profile.busy_ms / 1000
+        cost = CostModel(fixed_seconds=passes.fixed_seconds, row_seconds=row_seconds)
+    return cost, max(beside, 0.0)
 
 
 def felt_at(problem: Problem, fit: Fit, machines: NDArray[np.int64] | int, *, cold: float = 0.0) -> Felt:

@@ -42,11 +42,11 @@ def _forward(problem: Problem, kinds: Sequence[Kind]) -> str | None:
         return None
     fastest = max(kinds, key=lambda kind: kind.speed)
     each, beside = serving_time(problem.profile, problem.rows_per_arrival)
-    one = each.ms(1) / 1000 / fastest.speed
+    one = each.seconds(1) / fastest.speed
     least = 2 * one + beside
     if least <= problem.within:
         return None
-    forward = problem.profile.pass_time.ms(1) / 1000 / fastest.speed
+    forward = problem.profile.pass_time.seconds(1) / fastest.speed
     return (
         f"A request takes {in_fine_words(one)} on {fastest.name}, {in_fine_words(forward)} of it the model's forward"
         f" pass, and may come behind another that has just begun: with {1000 * beside:.3g} ms of transport, at least"

@@ -20,11 +20,11 @@ from pydantic import Field, ValidationError
 
 from serving.errors import ModelFailed, ProfileFailed
 from serving.machine import machine_kind
-from serving.model.batching import PassTime, fit, measure_passes
+from serving.model.batching import CostModel, fit_cost_model
 from serving.model.contract import Frozen
 from serving.model.encoding import Encoded, encode
 from serving.model.registry import save_tag
-from serving.model.tuner import Tuning, measure, remembered
+from serving.model.tuner import Tuning, measure, measure_passes, remembered
 from tasks.batch.options import BatchOptions
 from tasks.batch.tuning import SAMPLE_ROWS, enlarged, first_rows, tune_and_keep, wish_of
 from tasks.endpoint.resolve import Subject
@@ -114,7 +114,7 @@ def measure_profile(
         tuning = _tuned(subject, rows.sample, measuring.options, clock)
         slots = tuning.slots if tuning else measuring.options.slots or subject.model.slots
         passes = measure_passes(subject.model, subject.contract, rows.sample, _PASS_MS_MAX, slots=slots, clock=clock)
-        line = fit(passes)
+        line = fit_cost_model(passes)
         stated = measuring.stated
         door = None
         if None in (stated.cold_start_seconds, stated.request_ms):
@@ -148,13 +148,13 @@ def _tag(measuring: Measuring) -> str:
 
 
 def _profile(
-    subject: Subject, slots: int, line: PassTime, door: Door | None, trial: Trial | None, stated: Stated
+    subject: Subject, slots: int, line: CostModel, door: Door | None, trial: Trial | None, stated: Stated
 ) -> Profile:
     pin = subject.resolved.pin
     measured: dict[str, Any] = {}
     if door is not None:
-        busy_ms = None if door.busy_ms is None else max(0.0, door.busy_ms - line.ms(1))
-        request_ms = max(0.0, door.request_ms - line.ms(1))
+        busy_ms = None if door.busy_ms is None else max(0.0, door.busy_ms - 1000 * line.seconds(1))
+        request_ms = max(0.0, door.request_ms - 1000 * line.seconds(1))
         measured |= {
             "cold_start_seconds": door.cold_start_seconds,
             "request_ms": request_ms,

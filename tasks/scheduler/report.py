@@ -115,11 +115,10 @@ def _row(each: Alternative, decision: Decision) -> dict[str, str]:
 
 def measured(profile: Profile) -> dict[str, str]:
     """Return the figures of a profile by their names."""
-    time = profile.pass_time
     return {
         "model": f"{profile.model}, measured {profile.measured_at:%Y-%m-%d %H:%M} UTC",
         "measured on": profile.machine,
-        "a pass of b rows": f"{time.pass_ms:.3g} ms + b x {time.row_ms:.3g} ms, {profile.slots} side by side",
+        "a pass of b rows": f"{profile.pass_time.describe()}, {profile.slots} side by side",
         "a batch run": f"{profile.batch_rows_per_second:,.0f} rows/s, begins after {profile.start_seconds:.3g} s",
         "an endpoint": f"first answer after {profile.cold_start_seconds:.3g} s, a request costs "
         f"{profile.request_ms:.3g} ms beside its pass",
@@ -130,7 +129,7 @@ def _served(profile: Profile) -> dict[str, str]:
     served = profile.served
     if served is None:
         return {}
-    told = f"{served.pass_ms:.3g} ms + n x {served.row_ms:.3g} ms in a slot, give or take {profile.jitter:.0%}"
+    told = f"{served.describe('n')} in a slot, give or take {profile.jitter:.0%}"
     return {"n requests together": told}
 
 

@@ -31,12 +31,12 @@ def stream_fit(problem: Problem, kind: Kind) -> Fit:
     """
     profile = problem.profile
     measured = profile.stream_rows_per_second or profile.batch_rows_per_second
-    row = max(profile.pass_time.row_ms / 1000, profile.slots / measured) / kind.speed
+    row = max(profile.pass_time.row_seconds, profile.slots / measured) / kind.speed
     wait = 0.0 if problem.quick else min(_WAIT_MAX, _WAIT_SHARE * problem.within)
-    size = _largest(problem, row, profile.pass_time.pass_ms / 1000 / kind.speed, wait)
+    size = _largest(problem, row, profile.pass_time.fixed_seconds / kind.speed, wait)
     server = Server(
         slots=profile.slots,
-        pass_time=profile.pass_time.pass_ms / 1000 / kind.speed,
+        pass_time=profile.pass_time.fixed_seconds / kind.speed,
         request_time=row * problem.rows_per_arrival,
         requests_max=max(1, int(size / problem.rows_per_arrival)),
         wait=wait,

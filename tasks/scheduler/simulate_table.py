@@ -138,11 +138,11 @@ def _times(problem: Problem) -> float:
 def _endpoint_rate(problem: Problem, kind: Kind) -> float:
     """Rows a second of an endpoint that is asked for full passes; somebody must read and write them all the same."""
     profile = problem.profile
-    rate = 1000 * profile.slots * BATCH_MAX / (profile.pass_time.ms(BATCH_MAX) + profile.busy_ms)
+    rate = profile.slots * BATCH_MAX / (profile.pass_time.seconds(BATCH_MAX) + profile.busy_ms / 1000)
     return min(rate, profile.batch_rows_per_second) * kind.speed
 
 
 def _stream_rate(problem: Problem, kind: Kind) -> float:
     profile = problem.profile
     measured = profile.stream_rows_per_second or profile.batch_rows_per_second
-    return min(1000 * profile.slots * BATCH_MAX / profile.pass_time.ms(BATCH_MAX), measured) * kind.speed
+    return min(profile.slots * profile.pass_time.rows_per_second(BATCH_MAX), measured) * kind.speed

@@ -29,7 +29,7 @@ SECONDS = int(os.environ.get("SECONDS", "8"))
 PARTS = os.environ.get("PARTS", "servers gateway lost").split()
 WARM_SECONDS = 2
 BUDGET_MS = 50.0
-# The rate that the dial is chosen for: what a good part of the answers measured here comes to.
+# The rate that the batching is chosen for: what a good part of the answers measured here comes to.
 RATES = {"small": 2000.0, "wide": 500.0}
 MODELS = os.environ.get("MODELS", "small wide").split()
 WIDTHS = {name: width for name, width in (("small", 256), ("wide", 2048)) if name in MODELS}
@@ -69,7 +69,7 @@ def main() -> None:
     result = {
         "machine": machine(),
         "connections": CONNECTIONS,
-        "dials": {model.name: model.dial.model_dump() for model in models},
+        "batching": {model.name: model.batching.model_dump() for model in models},
     }
     found: Found = {}
     if "servers" in PARTS:
@@ -92,14 +92,15 @@ def main() -> None:
 
 
 def make_served(name: str, width: int) -> Served:
-    """Register a network 32-W-W-1 once, and choose the dial for it as the flow does."""
+    """Register a network 32-W-W-1 once, and choose the batching for it as the flow does."""
     import mlflow
 
+    from serving.model.batching import BatchingConfig
     from serving.model.registry import resolve_model
-    from serving.model.release import Dial, Release
+    from serving.model.release import Release
     from tasks.endpoint.resolve import resolve
     from tasks.endpoint.spec import Budget, EndpointSpec
-    from tasks.endpoint.tuning import settle_dial
+    from tasks.endpoint.tuning import resolve_batching
     from tests.support import register_torch
 
     use_experiment("bench-endpoint")
@@ -116,10 +117,10 @@ def make_served(name: str, width: int) -> Served:
     )
     resolved = resolve_model(uri)
     subject = resolve(spec)
-    chosen = settle_dial(spec, subject)
-    console.print(f"{name}: {chosen.dial}, {chosen.time}")
-    release = Release(endpoint=spec.name, pin=resolved.pin, contract=subject.contract, dial=Dial())
-    return Served(name=name, release=release, model=resolved.folder, dial=chosen.dial)
+    chosen = resolve_batching(spec, subject)
+    console.print(f"{name}: {chosen.batching}, {chosen.cost}")
+    release = Release(endpoint=spec.name, pin=resolved.pin, contract=subject.contract, batching=BatchingConfig())
+    return Served(name=name, release=release, model=resolved.folder, batching=chosen.batching)
 
 
 def race(models: list[Served], everybody: list[Contender], folder: Path) -> Found:

@@ -75,7 +75,8 @@ class _Life:
         from tasks.endpoint.spec import EndpointSpec, Triton
 
         target = Triton(repository=str(self.triton.repository), url=self.triton.url, grpc=self.triton.grpc)
-        spec = {"name": NAME, "model": model, "gateway": self.gateway, "target": target, "dial": self.served.dial}
+        spec = {"name": NAME, "model": model, "gateway": self.gateway, "target": target}
+        spec["batching"] = self.served.batching
         online_endpoint(EndpointSpec.model_validate({**spec, **changes}))
 
     def rolled_back(self, rule: Any) -> None:

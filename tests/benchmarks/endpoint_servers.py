@@ -20,7 +20,8 @@ import numpy as np
 from infra.local.ports import start_on_free_ports
 from infra.local.process import ServerCommand, ServerProcess, base_environment
 from infra.processes import family
-from serving.model.release import Dial, Release
+from serving.model.batching import BatchingConfig
+from serving.model.release import Release
 from serving.protocol.oip import encode_request
 from serving.targets import Address, Host, Target
 from tasks.endpoint.client import infer_path
@@ -31,17 +32,17 @@ _ANSWER_SECONDS_MAX = 120.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """A model as the benchmark has it: a release without a dial, the dial that was chosen for it, and its files."""
+    """A model of the benchmark: a release without batching, the batching chosen for it, and its files."""
 
     name: str
     release: Release
     model: Path
-    dial: Dial
+    batching: BatchingConfig
 
     @property
     def tuned(self) -> Release:
-        """The release with the dial."""
-        return self.release.model_copy(update={"dial": self.dial})
+        """The release with the batching."""
+        return self.release.model_copy(update={"batching": self.batching})
 
     def rows(self) -> np.ndarray[Any, Any]:
         """Return the rows that are asked for."""
@@ -133,7 +134,7 @@ def triton_default(served: Served, folder: Path) -> Generator[Up]:
 
 @contextmanager
 def triton_tuned(served: Served, folder: Path) -> Generator[Up]:
-    """Triton with the dial."""
+    """Triton with the batching."""
     with _triton(served.tuned, served, folder) as up:
         yield up
 
@@ -152,7 +153,7 @@ def _triton(release: Release, served: Served, folder: Path) -> Generator[Up]:
 
 @contextmanager
 def ray_serve(served: Served, folder: Path) -> Generator[Up]:
-    """Ray Serve with the dial."""
+    """Ray Serve with the batching."""
     from infra.local.ray_cluster import ray_cluster
     from serving.targets.ray_host import RayServeHost
     from serving.targets.ray_serve import RayServe

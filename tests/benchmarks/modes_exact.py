@@ -78,13 +78,13 @@ def late_share(problem: Problem, kind: Kind, candidate: Candidate, seed: int) ->
 def _pass(problem: Problem, kind: Kind, candidate: Candidate) -> Pass:
     profile, rows = problem.profile, problem.rows_per_arrival
     busy = profile.request_ms if profile.request_busy_ms is None else profile.request_busy_ms
-    begin = profile.pass_time.pass_ms / 1000 / kind.speed
+    begin = profile.pass_time.fixed_seconds / kind.speed
     most = max(1, int(candidate.batch_size_max / rows + 1e-9))
     if candidate.mode == "streaming":
         measured = profile.stream_rows_per_second or profile.batch_rows_per_second
-        each = rows * max(profile.pass_time.row_ms / 1000, profile.slots / measured) / kind.speed
+        each = rows * max(profile.pass_time.row_seconds, profile.slots / measured) / kind.speed
         return Pass(slots=profile.slots, begin=begin, each=each, most=most, wait=candidate.wait, beside=0.0)
-    each = (profile.pass_time.row_ms * rows + busy) / 1000 / kind.speed
+    each = (profile.pass_time.row_seconds * rows + busy / 1000) / kind.speed
     beside = max(0.0, profile.request_ms - busy) / 1000
     return Pass(slots=profile.slots, begin=begin, each=each, most=most, wait=candidate.wait, beside=beside)
 

@@ -1,7 +1,7 @@
 """What is predicted from a profile, held against what then happens on this machine.
 
 The endpoint: the profile measures the model on a running Triton with the scheduler's own client, by one, few and many
-callers and without a dial; predicted is what another client's 32 connections come to on the tuned endpoint. The batch
+callers and without batching; predicted is what another client's 32 connections come to on the tuned endpoint. The batch
 run: the trial that the profile makes, on a fifth of the rows; predicted is how long a process takes for all of them.
 """
 
@@ -43,7 +43,7 @@ def endpoint_figures() -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     with triton_server(folder / "repository", folder / "server") as running:
         profile = profiled(Triton(repository=str(running.repository), url=running.url, grpc=running.grpc))
-        console.print(f"{profile.served}, jitter {profile.jitter:.3g}, {served.dial}")
+        console.print(f"{profile.served}, jitter {profile.jitter:.3g}, {served.batching}")
         host = TritonHost(repository=running.repository, url=running.url, grpc=running.grpc)
         address = host.deploy(served.tuned, served.model)
         url, bodies = address.url + infer_path(address), served.bodies()
@@ -52,10 +52,10 @@ def endpoint_figures() -> dict[str, Any]:
     each, beside = serving_time(profile, 1.0)
     server = Server(
         slots=profile.slots,
-        pass_time=each.pass_ms / 1000,
-        request_time=each.row_ms / 1000,
-        requests_max=served.dial.batch_size_max,
-        wait=served.dial.wait_ms_max / 1000,
+        pass_time=each.fixed_seconds,
+        request_time=each.row_seconds,
+        requests_max=served.batching.batch_size_max,
+        wait=served.batching.wait_ms_max / 1000,
         jitter=profile.jitter,
     )
     rate, p99 = closed_loop(server, CONNECTIONS, beside)

@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from serving.model.batching import PassTime
+from serving.model.batching import CostModel
 from tasks.scheduler.arrivals import DAY, Arrivals, rate_counts, read_arrivals
 from tasks.scheduler.availability import Availability, read_availability
 from tasks.scheduler.decision import Profile
@@ -75,7 +75,7 @@ def _case(random: np.random.Generator, at: int) -> Case:
         workload = Workload(consumer=Table(rows=round(rows), due=due), **common)
         return _finish(workload, profile, prices, None, None)
     rate, kept = _rate(random, profile), float(random.choice([0.9, 0.95, 0.99, 0.999]))
-    one = profile.pass_time.ms(1) + profile.request_ms
+    one = 1000 * profile.pass_time.seconds(1) + profile.request_ms
     if kind == "requests":
         consumer: Requests | Events = Requests(latency_ms=min(_log(random, 3, 300) * one, 60_000), kept=kept)
     else:
@@ -105,7 +105,7 @@ def _finish(
 
 def _traced(random: np.random.Generator, name: str, arrivals: Arrivals) -> Case:
     profile, machines, prices = _profile(random), *_machines(random)
-    one = profile.pass_time.ms(1) + profile.request_ms
+    one = 1000 * profile.pass_time.seconds(1) + profile.request_ms
     consumer = (
         Requests(latency_ms=min(_log(random, 4, 300) * one, 60_000))
         if random.random() < 0.6
@@ -126,15 +126,16 @@ def _traced(random: np.random.Generator, name: str, arrivals: Arrivals) -> Case:
 
 def _profile(random: np.random.Generator) -> Profile:
     pass_ms, slots = _log(random, 0.1, 200), int(random.choice([1, 2, 4, 8]))
-    time = PassTime(pass_ms=pass_ms, row_ms=pass_ms * float(random.uniform(0.02, 0.5)))
+    fixed = pass_ms / 1000
+    cost = CostModel(fixed_seconds=fixed, row_seconds=fixed * float(random.uniform(0.02, 0.5)))
     request_ms = _log(random, 0.2, 3)
     return Profile(
         model="models:/m/1",
         digest="0" * 64,
         machine="made up",
         slots=slots,
-        pass_time=time,
-        batch_rows_per_second=slots * time.rate(256) * float(random.uniform(0.3, 0.9)),
+        pass_time=cost,
+        batch_rows_per_second=slots * cost.rows_per_second(256) * float(random.uniform(0.3, 0.9)),
         cold_start_seconds=_log(random, 2, 120),
         start_seconds=_log(random, 5, 180),
         request_ms=request_ms,
@@ -150,7 +151,7 @@ def plain_profile() -> Profile:
         digest="0" * 64,
         machine="made up",
         slots=2,
-        pass_time=PassTime(pass_ms=0.2, row_ms=0.02),
+        pass_time=CostModel(fixed_seconds=2e-4, row_seconds=2e-5),
         batch_rows_per_second=500_000,
         cold_start_seconds=20,
         start_seconds=30,
@@ -173,7 +174,7 @@ def _machines(random: np.random.Generator) -> tuple[tuple[Machine, ...], dict[st
 
 
 def _rate(random: np.random.Generator, profile: Profile) -> Rate:
-    most = min(profile.slots * profile.pass_time.rate(64) * 20, 2000.0)
+    most = min(profile.slots * profile.pass_time.rows_per_second(64) * 20, 2000.0)
     return Rate(
         per_second=_log(random, 1e-4, most),
         peak=float(random.choice([1.0, 1.5, 2.0, 4.0, 8.0])),

@@ -172,7 +172,7 @@ def test_a_model_goes_online_with_a_dial_verified_measured_and_reported(
     answer = score(gateway, "online", np.ones((2, 3)), network)
 
     assert (200, "1") == (answer["status"], answer["model_version"])
-    assert 1 < endpoint.dial.batch_size_max <= 4
+    assert 1 < endpoint.batching.batch_size_max <= 4
     assert endpoint.verification.rows_example == 2
     assert endpoint.verification.rows_random == 32
     assert endpoint.before is not None
@@ -185,7 +185,7 @@ def test_a_model_goes_online_with_a_dial_verified_measured_and_reported(
     again = put("online", network, budget=budget, measure_seconds=0.5)
 
     assert again.after is None  # nothing was put up: it stands
-    assert endpoint.dial == again.dial
+    assert endpoint.batching == again.batching
     assert ("1",) == retire_endpoint("online", target(triton), gateway.url)
 
 

@@ -13,7 +13,7 @@ import pytest
 from infra.local.controller import local_controller
 from infra.local.prefect_server import PrefectServer
 from infra.local.ray_cluster import ray_cluster
-from serving.model.release import Dial
+from serving.model.batching import BatchingConfig
 from tasks.batch.options import BatchOptions
 from tasks.batch.predictions import open_predictions
 from tasks.endpoint.client import InferClient
@@ -76,7 +76,7 @@ def test_a_row_scores_the_same_in_a_batch_run_and_on_every_target(
     with running(kind, tmp_path) as target:
         spec = EndpointSpec(name="same-score", model=linear, target=target)
         subject = resolve(spec)
-        release = make_release(spec, subject, Dial(batch_size_max=16, wait_ms_max=1))
+        release = make_release(spec, subject, BatchingConfig(batch_size_max=16, wait_ms_max=1))
         address = host_of(target).deploy(release, subject.resolved.folder)
         with InferClient(address, subject.contract) as ask:
             together = ask({"x": x_NF})["score"]

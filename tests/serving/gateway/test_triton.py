@@ -16,8 +16,9 @@ from infra.local.gateway import GatewayServer
 from infra.local.triton import TritonServer
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import Route, Served, Sleep
+from serving.model.batching import BatchingConfig
 from serving.model.registry import resolve_model
-from serving.model.release import Dial, Release
+from serving.model.release import Release
 from serving.targets.triton import TritonHost
 from tests.servers import triton_or_skip
 from tests.serving.gateway.conftest import Put
@@ -43,7 +44,10 @@ def deployed(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Genera
     number = register_faulty("", "gateway-triton", "x", ("a", "b", "c"), "score")
     resolved = resolve_model(f"models:/gateway-triton/{number}")
     release = Release(
-        endpoint="churn", pin=resolved.pin, contract=resolved.contract({}, {}), dial=Dial(batch_size_max=8)
+        endpoint="churn",
+        pin=resolved.pin,
+        contract=resolved.contract({}, {}),
+        batching=BatchingConfig(batch_size_max=8),
     )
     held = Deployed(server=server, route=None, scores=X[:, 0])  # type: ignore[arg-type]
     try:

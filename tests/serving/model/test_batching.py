@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -8,86 +9,89 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from serving.errors import LatencyImpossible
-from serving.model.batching import PassTime, choose_dial, fit, latency_ms, measure_passes, wait_ms
+from serving.model.batching import CostModel, choose_batching, fit_cost_model, latency_ms, wait_ms
+from serving.model.tuner import measure_passes
 from tests.serving.model.test_tuner import PLAIN, Clock, Timed, X, matrix, rows
 
-TIMES = st.builds(PassTime, pass_ms=st.floats(0.01, 50), row_ms=st.floats(0, 5))
+COSTS = st.builds(CostModel, fixed_seconds=st.floats(1e-5, 0.05), row_seconds=st.floats(0, 0.005))
 BUDGETS = st.floats(0.1, 1000)
 RATES = st.floats(0.1, 1e6)
 REPLICAS = st.integers(1, 8)
 
 
-def keeps(time: PassTime, budget_ms: float, rate: float, size: int) -> bool:
+def keeps(cost: CostModel, budget_ms: float, rate: float, size: int) -> bool:
     """The rule itself: answered within the budget, and faster than rows come."""
-    return latency_ms(time, size, rate) <= budget_ms and rate < 1000 * size / time.ms(size)
+    return latency_ms(cost, size, rate) <= budget_ms and rate < cost.rows_per_second(size)
 
 
-@given(time=TIMES, budget_ms=BUDGETS, rate=RATES, replicas=REPLICAS)
+@given(cost=COSTS, budget_ms=BUDGETS, rate=RATES, replicas=REPLICAS)
 def test_the_batch_is_the_largest_that_keeps_the_budget_and_the_rate(
-    time: PassTime, budget_ms: float, rate: float, replicas: int
+    cost: CostModel, budget_ms: float, rate: float, replicas: int
 ) -> None:
-    kept = [size for size in range(1, 65) if keeps(time, budget_ms, rate / replicas, size)]
+    kept = [size for size in range(1, 65) if keeps(cost, budget_ms, rate / replicas, size)]
     try:
-        dial = choose_dial(time, budget_ms, rate, replicas=replicas, rows_max=64)
+        batching = choose_batching(cost, budget_ms, rate, replicas=replicas, rows_max=64)
     except LatencyImpossible:
         assert [] == kept
         return
 
-    assert max(kept) == dial.batch_size_max
-    assert 1000 * (dial.batch_size_max - 1) / (rate / replicas) == pytest.approx(dial.wait_ms_max)
+    assert max(kept) == batching.batch_size_max
+    assert 1000 * (batching.batch_size_max - 1) / (rate / replicas) == pytest.approx(batching.wait_ms_max)
 
 
-@given(time=TIMES, budget_ms=BUDGETS, more=st.floats(1, 10), rate=RATES)
+@given(cost=COSTS, budget_ms=BUDGETS, more=st.floats(1, 10), rate=RATES)
 def test_a_larger_budget_never_makes_the_batch_smaller(
-    time: PassTime, budget_ms: float, more: float, rate: float
+    cost: CostModel, budget_ms: float, more: float, rate: float
 ) -> None:
-    assume(2 * time.ms(1) <= budget_ms)
+    assume(2000 * cost.seconds(1) <= budget_ms)
     try:
-        smaller = choose_dial(time, budget_ms, rate)
+        smaller = choose_batching(cost, budget_ms, rate)
     except LatencyImpossible:
         return
 
-    assert smaller.batch_size_max <= choose_dial(time, budget_ms * more, rate).batch_size_max
+    assert smaller.batch_size_max <= choose_batching(cost, budget_ms * more, rate).batch_size_max
 
 
-@given(time=TIMES, budget_ms=BUDGETS)
-def test_a_budget_below_two_passes_of_one_row_is_refused_with_what_is_needed(time: PassTime, budget_ms: float) -> None:
-    assume(budget_ms < 2 * time.ms(1))
+@given(cost=COSTS, budget_ms=BUDGETS)
+def test_a_budget_below_two_passes_of_one_row_is_refused_with_what_is_needed(cost: CostModel, budget_ms: float) -> None:
+    assume(budget_ms < 2000 * cost.seconds(1))
 
-    with pytest.raises(LatencyImpossible, match=f"must be at least {2 * time.ms(1):.3g} ms".replace("+", r"\+")):
-        choose_dial(time, budget_ms, 1e-3)
+    with pytest.raises(LatencyImpossible, match=re.escape(f"must be at least {2000 * cost.seconds(1):.3g} ms")):
+        choose_batching(cost, budget_ms, 1e-3)
 
 
 def test_a_rate_that_a_replica_can_t_take_is_refused_with_the_replicas_that_can() -> None:
     # Ten milliseconds a row: 100 rows a second at the very most.
-    slow = PassTime(pass_ms=1, row_ms=10)
+    slow = CostModel(fixed_seconds=0.001, row_seconds=0.01)
     with pytest.raises(LatencyImpossible, match=r"1 replica must take 250 rows a second .* 3 replicas keep it"):
-        choose_dial(slow, 1000, 250)
+        choose_batching(slow, 1000, 250)
 
-    assert choose_dial(slow, 1000, 250, replicas=3).batch_size_max > 1
+    assert choose_batching(slow, 1000, 250, replicas=3).batch_size_max > 1
 
 
 def test_replicas_beyond_number_are_not_promised() -> None:
     with pytest.raises(LatencyImpossible, match="Not even 1024 replicas keep it"):
-        choose_dial(PassTime(pass_ms=10, row_ms=10), 1000, 1e6)
+        choose_batching(CostModel(fixed_seconds=0.01, row_seconds=0.01), 1000, 1e6)
 
 
 def test_one_row_waits_for_nobody() -> None:
-    dial = choose_dial(PassTime(pass_ms=4, row_ms=1), 10, 10)
+    batching = choose_batching(CostModel(fixed_seconds=0.004, row_seconds=0.001), 10, 10)
 
-    assert (1, 0) == (dial.batch_size_max, dial.wait_ms_max)
+    assert (1, 0) == (batching.batch_size_max, batching.wait_ms_max)
     assert 0 == wait_ms(1, 5)
 
 
 def test_no_more_rows_are_collected_than_callers_wait_at_a_time() -> None:
-    assert 8 == choose_dial(PassTime(pass_ms=1, row_ms=0.01), 1000, 1000, rows_max=8).batch_size_max
+    assert (
+        8 == choose_batching(CostModel(fixed_seconds=0.001, row_seconds=1e-05), 1000, 1000, rows_max=8).batch_size_max
+    )
 
 
-@given(time=TIMES, sizes=st.lists(st.integers(1, 1024), min_size=2, max_size=11, unique=True))
-def test_the_fit_finds_the_line_that_the_times_lie_on(time: PassTime, sizes: list[int]) -> None:
-    found = fit([(size, time.ms(size)) for size in sizes])
+@given(cost=COSTS, sizes=st.lists(st.integers(1, 1024), min_size=2, max_size=11, unique=True))
+def test_the_fit_finds_the_line_that_the_times_lie_on(cost: CostModel, sizes: list[int]) -> None:
+    found = fit_cost_model([(size, cost.seconds(size)) for size in sizes])
 
-    assert [found.ms(size) for size in sizes] == pytest.approx([time.ms(size) for size in sizes], rel=1e-6)
+    assert [found.seconds(size) for size in sizes] == pytest.approx([cost.seconds(size) for size in sizes], rel=1e-6)
 
 
 @given(
@@ -96,19 +100,19 @@ def test_the_fit_finds_the_line_that_the_times_lie_on(time: PassTime, sizes: lis
 def test_whatever_was_measured_a_pass_takes_time_and_no_part_of_it_is_negative(
     samples: list[tuple[int, float]],
 ) -> None:
-    found = fit(samples)
+    found = fit_cost_model(samples)
 
-    assert found.pass_ms >= 0
-    assert found.row_ms >= 0
-    assert found.ms(1) > 0
-    assert math.isfinite(found.ms(1024))
+    assert found.fixed_seconds >= 0
+    assert found.row_seconds >= 0
+    assert found.seconds(1) > 0
+    assert math.isfinite(found.seconds(1024))
 
 
 def test_times_that_grow_faster_than_their_rows_give_a_line_through_zero() -> None:
-    found = fit([(1, 1.0), (2, 3.0), (4, 9.0)])
+    found = fit_cost_model([(1, 1.0), (2, 3.0), (4, 9.0)])
 
-    assert 0 == found.pass_ms
-    assert found.row_ms > 1
+    assert 0 == found.fixed_seconds
+    assert found.row_seconds > 1
 
 
 def test_passes_are_measured_in_doubling_sizes_until_one_takes_longer_than_the_budget() -> None:
@@ -116,8 +120,9 @@ def test_passes_are_measured_in_doubling_sizes_until_one_takes_longer_than_the_b
     measured = measure_passes(model, matrix(4), rows(X[:1024]), 10.0, slots=1, clock=model.clock)
 
     assert [1 << at for at in range(8)] == [size for size, _ in measured]
-    assert [1 + 0.1 * size for size, _ in measured] == pytest.approx([ms for _, ms in measured])
-    assert (1.0, 0.1) == pytest.approx((fit(measured).pass_ms, fit(measured).row_ms))
+    assert [1e-3 + 1e-4 * size for size, _ in measured] == pytest.approx([seconds for _, seconds in measured])
+    cost = fit_cost_model(measured)
+    assert (1e-3, 1e-4) == pytest.approx((cost.fixed_seconds, cost.row_seconds))
 
 
 def test_no_more_rows_are_measured_than_the_sample_has() -> None:
@@ -125,3 +130,29 @@ def test_no_more_rows_are_measured_than_the_sample_has() -> None:
     sample = rows(np.ascontiguousarray(X[:5]))
 
     assert [1, 2, 4] == [n for n, _ in measure_passes(model, matrix(4), sample, 1e3, slots=1, clock=model.clock)]
+
+
+def test_times_that_do_not_grow_are_the_batches_own_or_their_rows_as_asked() -> None:
+    assert CostModel(fixed_seconds=3, row_seconds=0) == fit_cost_model([(2, 3.0)])
+    assert CostModel(fixed_seconds=0, row_seconds=1.5) == fit_cost_model([(2, 3.0)], if_flat="per_row")
+
+
+def test_absolute_errors_weigh_the_long_batches_more() -> None:
+    samples = [(1, 1.0), (10, 1.2), (1000, 100.0)]
+    by_ratio, by_seconds = (fit_cost_model(samples, errors=errors) for errors in ("relative", "absolute"))
+
+    assert abs(by_seconds.seconds(1000) - 100) < abs(by_ratio.seconds(1000) - 100)
+    assert abs(by_ratio.seconds(1) - 1) < abs(by_seconds.seconds(1) - 1)
+
+
+def test_a_cost_model_of_release_0_1_is_read_as_the_milliseconds_that_it_held() -> None:
+    held = CostModel.model_validate_json('{"pass_ms": 4.0, "row_ms": 0.5}')
+
+    assert (0.004, 0.0005) == pytest.approx((held.fixed_seconds, held.row_seconds))
+    assert "4 ms + n x 0.5 ms" == held.describe("n")
+
+
+def test_a_machine_of_half_the_speed_takes_twice_as_long() -> None:
+    cost = CostModel(fixed_seconds=0.25, row_seconds=0.5)
+
+    assert 2 * cost.seconds(7) == cost.scale(2).seconds(7)

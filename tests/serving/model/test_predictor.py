@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from serving.errors import DeviceLost, ModelFailed
+from serving.model.batching import BatchingConfig
 from serving.model.contract import Contract
 from serving.model.forward import Forward
 from serving.model.predictor import Prediction, Predictor, open_predictor, settled
 from serving.model.registry import ModelPin
-from serving.model.release import Dial, Release, Runtime
+from serving.model.release import Release, Runtime
 from serving.model.torch_model import TorchModel
 from serving.targets import Rendered
 from serving.targets.written import write_folder
@@ -27,7 +28,7 @@ PIN = ModelPin(name="toy", version="1", model_id=None, source="", digest="0" * 6
 def predictor_of(module: torch.nn.Module) -> Predictor:
     model = TorchModel(module, CONTRACT)
     forward = Forward(model=model, contract=CONTRACT, batch_size=64, proven=True)
-    release = Release(endpoint="toy", pin=PIN, contract=CONTRACT, dial=Dial(batch_size_max=64))
+    release = Release(endpoint="toy", pin=PIN, contract=CONTRACT, batching=BatchingConfig(batch_size_max=64))
     return Predictor(Runtime(release=release, model=model, _forward=forward))
 
 

@@ -13,16 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.errors import DependencyFault, ModelFailed, ModelUnfit
+from serving.model.batching import BatchingConfig
 from serving.model.registry import digest_folder, resolve_model
-from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Dial, Release, Runtime, open_release
+from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Release, Runtime, open_release
 from tests.support import register_script
 
 
-def folder_of(uri: str, folder: Path, *, dial: Dial | None = None) -> Path:
+def folder_of(uri: str, folder: Path, *, batching: BatchingConfig | None = None) -> Path:
     """Write a release of a registered model as it travels."""
     resolved = resolve_model(uri)
-    dial = dial or Dial(batch_size_max=64)
-    release = Release(endpoint="e", pin=resolved.pin, contract=resolved.contract({}, {}), dial=dial)
+    batching = batching or BatchingConfig(batch_size_max=64)
+    release = Release(endpoint="e", pin=resolved.pin, contract=resolved.contract({}, {}), batching=batching)
     shutil.copytree(resolved.folder, folder / MODEL_FOLDER)
     (folder / RELEASE_FILE).write_text(release.model_dump_json())
     return folder
@@ -39,6 +40,13 @@ def runtime(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Generat
         folder_of(register_script("unlucky", "\n        ".join(lines)), tmp_path_factory.mktemp("release"))
     ) as runtime:
         yield runtime
+
+
+def test_a_release_of_0_1_is_read_with_what_it_called_a_dial(runtime: Runtime) -> None:
+    held = runtime.release.model_dump()
+    held["dial"] = held.pop("batching")
+
+    assert runtime.release == Release.model_validate(held)
 
 
 def a(*values: float) -> dict[str, np.ndarray]:
@@ -105,16 +113,16 @@ def test_more_rows_than_one_pass_takes_are_all_answered(runtime: Runtime) -> Non
 
 @pytest.fixture(scope="module")
 def counting(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[Runtime]:
-    """A model that tells how many rows its pass had, behind a dial of 16 rows."""
+    """A model that tells how many rows its pass had, behind batching of 16 rows."""
     uri = register_script("counting", "model_input = model_input * 0 + len(model_input) / 2")
-    folder = folder_of(uri, tmp_path_factory.mktemp("release"), dial=Dial(batch_size_max=16))
+    folder = folder_of(uri, tmp_path_factory.mktemp("release"), batching=BatchingConfig(batch_size_max=16))
     with open_release(folder) as runtime:
         yield runtime
 
 
 @settings(deadline=None, max_examples=20)
 @given(rows=st.lists(st.integers(1, 40), max_size=20))
-def test_requests_are_passed_together_up_to_the_rows_of_the_dial_and_a_larger_one_alone(
+def test_requests_are_passed_together_up_to_the_rows_of_the_batching_and_a_larger_one_alone(
     counting: Runtime, rows: list[int]
 ) -> None:
     answers = counting.predict_each([a(*range(count)) for count in rows])
@@ -124,7 +132,7 @@ def test_requests_are_passed_together_up_to_the_rows_of_the_dial_and_a_larger_on
     assert all(each.max() <= max(16, count) for count, each in zip(rows, together, strict=True))
 
 
-def test_requests_are_passed_in_their_order_as_many_at_a_time_as_the_dial_has_room_for(counting: Runtime) -> None:
+def test_requests_are_passed_in_their_order_as_many_at_a_time_as_the_batching_has_room_for(counting: Runtime) -> None:
     answers = counting.predict_each([a(*range(count)) for count in (8, 8, 1, 20, 3, 13, 1)])
 
     assert [16, 16, 1, 20, 16, 16, 1] == [answer["prediction"][0] for answer in answers if isinstance(answer, dict)]

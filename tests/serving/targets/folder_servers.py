@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from infra.local.venv import RegistryUnreachable, make_venv
+from serving.model.batching import BatchingConfig
 from serving.model.encoding import Encoded, Flags
 from serving.model.loading import load_model
 from serving.model.registry import resolve_model
-from serving.model.release import Dial, Release
+from serving.model.release import Release
 from serving.protocol.oip import decode_response, encode_request
 from serving.targets import Address
 from serving.targets.folder import FolderHost
@@ -111,4 +112,4 @@ BAD_REQUESTS: dict[str, tuple[Any, str]] = {
     "an output that is none": ({**document(), "outputs": [{"name": "rank"}]}, "'rank'"),
 }
 
-BATCHING = Dial(batch_size_max=16, wait_ms_max=20)
+BATCHING = BatchingConfig(batch_size_max=16, wait_ms_max=20)

@@ -55,7 +55,7 @@ class Serving:
 @pytest.fixture(scope="module")
 def mlp(registry: Path) -> list[Served]:
     """Two versions of one network."""
-    return [release_of(register_network("on-bentoml", seed=seed), "scores", dial=BATCHING) for seed in (0, 1)]
+    return [release_of(register_network("on-bentoml", seed=seed), "scores", batching=BATCHING) for seed in (0, 1)]
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,10 @@ import pytest
 
 from infra.local.controller import local_controller
 from serving.errors import EndpointFailed
+from serving.model.batching import BatchingConfig
 from serving.model.contract import Contract
 from serving.model.registry import ModelPin
-from serving.model.release import Dial, Release, Scaling
+from serving.model.release import Release
 from serving.targets import Rendered
 from serving.targets.folder import FolderHost, Serve, interpreter, rendered
 from serving.targets.written import write_folder
@@ -61,9 +62,9 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def release(version: str, endpoint: str = "scores", dial: Dial | None = None) -> Release:
+def release(version: str, endpoint: str = "scores", batching: BatchingConfig | None = None) -> Release:
     pin = ModelPin(name="scores", version=version, model_id=None, source="nowhere", digest=version)
-    return Release(endpoint=endpoint, pin=pin, contract=CONTRACT, dial=dial or Dial(), scaling=Scaling())
+    return Release(endpoint=endpoint, pin=pin, contract=CONTRACT, batching=batching or BatchingConfig())
 
 
 def get(url: str) -> str:
@@ -204,7 +205,7 @@ def wait_for(met: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_a_release_that_is_up_stays_and_one_with_another_dial_takes_its_place(folder: Path, model: Path) -> None:
+def test_a_release_that_is_up_stays_and_one_with_another_batching_takes_its_place(folder: Path, model: Path) -> None:
     host = FolderHost(folder=folder, target=Files())
     host.deploy(release("1", "again"), model)
     before = host.status(release("1", "again"))
@@ -212,7 +213,7 @@ def test_a_release_that_is_up_stays_and_one_with_another_dial_takes_its_place(fo
 
     assert before == host.status(release("1", "again"))
 
-    tuned = release("1", "again", dial=Dial(batch_size_max=64))
+    tuned = release("1", "again", batching=BatchingConfig(batch_size_max=64))
     address = host.deploy(tuned, model)
 
     assert '"batch_size_max": 64' in get(address.url)

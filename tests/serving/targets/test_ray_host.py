@@ -21,8 +21,9 @@ from infra.local.ports import free_ports
 from infra.local.ray_cluster import RayCluster, ray_cluster
 from infra.processes import family
 from serving.errors import EndpointFailed
+from serving.model.batching import BatchingConfig
 from serving.model.registry import digest_folder
-from serving.model.release import Dial, Release, Scaling
+from serving.model.release import Release, Scaling
 from serving.targets import Address
 from serving.targets.ray_host import RayServeHost
 from serving.targets.ray_serve import RayServe, application_name
@@ -35,7 +36,7 @@ pytest.importorskip("ray", reason="Ray is an extra: pip install 'overnight[ray]'
 pytestmark = [pytest.mark.timeout(1500), pytest.mark.machines]
 
 FEATURES = 8
-DIAL = Dial(batch_size_max=16, wait_ms_max=2)
+BATCHING = BatchingConfig(batch_size_max=16, wait_ms_max=2)
 _START_S_MAX = 600.0
 
 
@@ -60,7 +61,7 @@ def host(cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> RaySe
 
 @pytest.fixture(scope="module")
 def mlp(registry: Path) -> Put:
-    return release_of(register_mlp("ray-mlp", tuple(f"f{at}" for at in range(FEATURES))), "mlp", dial=DIAL)
+    return release_of(register_mlp("ray-mlp", tuple(f"f{at}" for at in range(FEATURES))), "mlp", batching=BATCHING)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +174,7 @@ def asking(address: Address) -> Generator[list[str]]:
 
 
 def test_a_release_is_replaced_while_it_serves(host: RayServeHost, mlp: Put, address: Address) -> None:
-    other = mlp.release.model_copy(update={"dial": Dial(batch_size_max=32, wait_ms_max=1)})
+    other = mlp.release.model_copy(update={"batching": BatchingConfig(batch_size_max=32, wait_ms_max=1)})
     with asking(address) as failed:
         again = host.deploy(other, mlp.model)
     (folder,) = host.folder.glob("mlp-*")
@@ -223,7 +224,7 @@ def test_a_release_whose_replacement_does_not_load_serves_on(
     host: RayServeHost, mlp: Put, address: Address, broken: Path
 ) -> None:
     before = set(host.folder.glob("mlp-*"))
-    release = pinned_to(broken, mlp.release.model_copy(update={"dial": Dial(batch_size_max=4)}))
+    release = pinned_to(broken, mlp.release.model_copy(update={"batching": BatchingConfig(batch_size_max=4)}))
     with asking(address) as failed, pytest.raises(EndpointFailed, match="mlp-1 must start on Ray"):
         host.deploy(release, broken)
 

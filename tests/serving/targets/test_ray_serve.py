@@ -10,7 +10,8 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator, ValidationError
 
-from serving.model.release import Dial, Release, Scaling
+from serving.model.batching import BatchingConfig
+from serving.model.release import Release, Scaling
 from serving.targets.ray_serve import RayServe, folder_name
 from tests.releases import Put, release_of
 
@@ -80,7 +81,7 @@ RAY_SERVICE = Draft202012Validator(
 
 @pytest.fixture(scope="module")
 def put(linear: str) -> Put:
-    return release_of(linear, "churn", dial=Dial(batch_size_max=32, wait_ms_max=2.5))
+    return release_of(linear, "churn", batching=BatchingConfig(batch_size_max=32, wait_ms_max=2.5))
 
 
 def rendered(put: Put, **changes: Any) -> dict[str, str]:
@@ -146,7 +147,7 @@ def test_a_wrong_value_in_the_serve_config_is_caught(put: Put) -> None:
         check_serve_config(config)
 
 
-def test_the_dial_and_the_scaling_are_in_the_servers_own_settings(put: Put) -> None:
+def test_the_batching_and_the_scaling_are_in_the_servers_own_settings(put: Put) -> None:
     scaling = Scaling(replicas_min=0, replicas_max=2)
     (application,) = yaml.safe_load(rendered(put, scaling=scaling)["serve.yaml"])["applications"]
     (deployment,) = application["deployments"]
@@ -209,8 +210,8 @@ def test_an_accelerator_is_asked_for_where_the_engine_is_one(put: Put) -> None:
     assert "1" == worker["resources"]["limits"]["nvidia.com/gpu"]
 
 
-def test_another_dial_lies_in_another_folder_and_the_same_release_in_the_same(put: Put) -> None:
-    other = put.release.model_copy(update={"dial": Dial(batch_size_max=64)})
+def test_another_batching_lies_in_another_folder_and_the_same_release_in_the_same(put: Put) -> None:
+    other = put.release.model_copy(update={"batching": BatchingConfig(batch_size_max=64)})
 
     assert folder_name(put.release) == folder_name(put.release.model_copy())
     assert folder_name(put.release) != folder_name(other)

@@ -52,7 +52,7 @@ class Serving:
 def mlp(registry: Path) -> list[Served]:
     """Two versions of one network; the second collects requests into batches."""
     first, second = (register_network("on-mlserver", seed=seed) for seed in (0, 1))
-    return [release_of(first, "scores"), release_of(second, "scores", dial=BATCHING)]
+    return [release_of(first, "scores"), release_of(second, "scores", batching=BATCHING)]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def partial(log_code: Callable[..., str]) -> Served:
     answer = "pd.DataFrame({'double': np.where(x['a'] == 1, np.nan, x['a'] * 2), 'together': float(len(x))})"
     outputs = Schema([ColSpec("double", "double"), ColSpec("double", "together")])
     uri = log_code("partial", answer, Schema([ColSpec("double", "a")]), outputs)
-    return release_of(uri, "partial", dial=BATCHING)
+    return release_of(uri, "partial", batching=BATCHING)
 
 
 def double(value: float, rows: int = 1) -> bytes:
@@ -134,8 +134,8 @@ def test_requests_that_are_collected_get_their_own_answers_and_bad_ones_among_th
         np.testing.assert_allclose(expected, answer["score"], rtol=0, atol=1e-6)
 
 
-def test_requests_are_collected_into_passes_of_at_most_the_dials_rows(serving: Serving) -> None:
-    # As many requests as the dial has rows have six times its rows; one has more than it alone.
+def test_requests_are_collected_into_passes_of_at_most_the_batching_rows(serving: Serving) -> None:
+    # As many requests as the batching has rows have six times its rows; one has more than it alone.
     bodies = [double(float(at + 2), rows=5 + at % 3) for at in range(47)] + [double(49.0, rows=40)]
     with ThreadPoolExecutor(48) as threads:
         answers = list(threads.map(lambda body: post(serving.addresses[3], body).json(), bodies))

@@ -11,7 +11,8 @@ import jsonschema
 import pytest
 import yaml
 
-from serving.model.release import Dial, Scaling
+from serving.model.batching import BatchingConfig
+from serving.model.release import Scaling
 from serving.targets.seldon import Seldon, model_settings
 from tests.serving.targets.manifests import KUBERNETES_NAME, NEW, QUANTITY, STABLE, closed
 
@@ -100,12 +101,12 @@ def test_a_typo_in_the_manifest_is_caught(right: str, wrong: str) -> None:
         jsonschema.validate(json.loads(manifest), MODEL)
 
 
-def test_the_dial_is_mlservers_adaptive_batching() -> None:
-    def batching(dial: Dial) -> tuple[int, float]:
-        settings = model_settings(STABLE.model_copy(update={"dial": dial}))
+def test_the_batching_is_mlservers_adaptive_batching() -> None:
+    def batching(config: BatchingConfig) -> tuple[int, float]:
+        settings = model_settings(STABLE.model_copy(update={"batching": config}))
         return settings["max_batch_size"], settings["max_batch_time"]
 
-    assert (0, 0.0) == batching(Dial())
-    assert (32, 0.002) == batching(Dial(batch_size_max=32, wait_ms_max=2))
+    assert (0, 0.0) == batching(BatchingConfig())
+    assert (32, 0.002) == batching(BatchingConfig(batch_size_max=32, wait_ms_max=2))
     # MLServer takes no wait for no batches.
-    assert (32, 0.0001) == batching(Dial(batch_size_max=32))
+    assert (32, 0.0001) == batching(BatchingConfig(batch_size_max=32))

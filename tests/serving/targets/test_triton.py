@@ -22,8 +22,9 @@ from infra.local.process import ServerCommand, ServerProcess, base_environment
 from infra.local.triton import TritonServer, triton_server
 from infra.processes import family
 from serving.errors import EndpointFailed
+from serving.model.batching import BatchingConfig
 from serving.model.registry import resolve_model
-from serving.model.release import Dial, Release, Scaling
+from serving.model.release import Release, Scaling
 from serving.protocol import oip, oip_body
 from serving.targets import Address
 from serving.targets.triton import TritonHost, TritonTarget
@@ -277,8 +278,8 @@ def test_an_endpoint_is_unloaded_and_wakes_while_others_serve(
     assert load.answered > 0
 
 
-def test_a_release_that_is_deployed_again_takes_its_new_dial(host: TritonHost, fraud: Served, at: Address) -> None:
-    other = fraud.release.model_copy(update={"dial": Dial(batch_size_max=3, wait_ms_max=0.5)})
+def test_a_release_that_is_deployed_again_takes_its_new_batching(host: TritonHost, fraud: Served, at: Address) -> None:
+    other = fraud.release.model_copy(update={"batching": BatchingConfig(batch_size_max=3, wait_ms_max=0.5)})
     with SteadyLoad(fraud, at) as load:
         address = host.deploy(other, fraud.model)
     batching = httpx.get(f"{at.url}/v2/models/{at.model}/versions/1/config").json()["dynamic_batching"]
@@ -332,7 +333,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 def test_a_queue_that_grows_gets_an_instance_and_gives_it_back_when_it_is_calm(
     host: TritonHost, triton: TritonServer, sleepy: str, tmp_path: Path
 ) -> None:
-    slow = served(sleepy, "slow", dial=Dial(), scaling=Scaling(replicas_min=1, replicas_max=2))
+    slow = served(sleepy, "slow", batching=BatchingConfig(), scaling=Scaling(replicas_min=1, replicas_max=2))
     address = host.deploy(slow.release, slow.model)
     stop, calm, lost = threading.Event(), threading.Event(), []
 
@@ -386,7 +387,7 @@ def test_an_instance_that_is_killed_is_loaded_anew_while_others_serve(
     host: TritonHost, triton: TritonServer, fraud: Served, at: Address, words: Served, words_at: Address
 ) -> None:
     scaler = InstanceScaler(
-        host=host, metrics_url=triton.metrics_url, endpoint="words", scaling=Scaling(), dial=words.release.dial
+        host=host, metrics_url=triton.metrics_url, endpoint="words", scaling=Scaling(), batching=words.release.batching
     )
     scaler.look()
     with SteadyLoad(fraud, at) as load:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from serving.model.batching import BatchingConfig
 from serving.model.contract import Column, Contract, Input, Output
 from serving.model.interface import Engine
 from serving.model.registry import ModelPin
-from serving.model.release import Dial, Release, Scaling
+from serving.model.release import Release, Scaling
 from serving.targets.triton_config import instances_of, with_instances, write_config
 
 CONTRACT = Contract(
@@ -40,7 +41,8 @@ def parse(config: str) -> Any:
 
 
 def test_it_says_what_the_release_says_in_tritons_words() -> None:
-    release = RELEASE.model_copy(update={"dial": Dial(batch_size_max=32, wait_ms_max=2.5), "rows_max": 100})
+    batching = BatchingConfig(batch_size_max=32, wait_ms_max=2.5)
+    release = RELEASE.model_copy(update={"batching": batching, "rows_max": 100})
     config = parse(write_config("fraud", release, ["10", "9"]))
 
     assert ("fraud", "python", 100) == (config.name, config.backend, config.max_batch_size)
@@ -64,12 +66,12 @@ def test_it_names_every_tensor_with_its_type_and_the_shape_of_a_row() -> None:
     ] == [(each.name, names[each.data_type].name, list(each.dims)) for each in (*config.input, *config.output)]
 
 
-def test_requests_are_not_collected_where_the_dial_says_one_row() -> None:
+def test_requests_are_not_collected_where_the_batching_says_one_row() -> None:
     assert not parse(write_config("fraud", RELEASE, ["3"])).HasField("dynamic_batching")
 
 
 def test_a_pass_larger_than_a_request_may_be_is_one_that_triton_lets_through() -> None:
-    release = RELEASE.model_copy(update={"dial": Dial(batch_size_max=512), "rows_max": 8})
+    release = RELEASE.model_copy(update={"batching": BatchingConfig(batch_size_max=512), "rows_max": 8})
 
     assert 512 == parse(write_config("fraud", release, ["3"])).max_batch_size
 

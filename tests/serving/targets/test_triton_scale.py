@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.model.release import Dial, Scaling
+from serving.model.batching import BatchingConfig
+from serving.model.release import Scaling
 from serving.targets.triton_scale import Counters, Queue, instances_wanted, queue_between, read_counters
 
-DIAL = Dial(batch_size_max=8, wait_ms_max=5)
+BATCHING = BatchingConfig(batch_size_max=8, wait_ms_max=5)
 SCALING = Scaling(replicas_min=1, replicas_max=4)
 METRICS = """
 # HELP nv_inference_request_success Number of successful inference requests, all batch sizes
@@ -70,7 +71,7 @@ def test_a_model_that_was_loaded_anew_counts_from_zero() -> None:
 def test_more_for_requests_that_wait_and_less_once_it_is_calm(
     measured: Queue, instances: int, calm_looks: int, wanted: int
 ) -> None:
-    assert wanted == instances_wanted(measured, instances, scaling=SCALING, dial=DIAL, calm_looks=calm_looks)
+    assert wanted == instances_wanted(measured, instances, scaling=SCALING, batching=BATCHING, calm_looks=calm_looks)
 
 
 @given(
@@ -81,6 +82,6 @@ def test_more_for_requests_that_wait_and_less_once_it_is_calm(
 )
 def test_there_are_never_more_or_less_than_the_bounds(measured: Queue, instances: int, low: int, high: int) -> None:
     scaling = Scaling(replicas_min=low, replicas_max=high)
-    wanted = instances_wanted(measured, instances, scaling=scaling, dial=DIAL)
+    wanted = instances_wanted(measured, instances, scaling=scaling, batching=BATCHING)
 
     assert max(1, low) <= wanted <= max(1, low, high)

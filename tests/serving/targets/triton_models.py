@@ -17,9 +17,10 @@ import numpy as np
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 
+from serving.model.batching import BatchingConfig
 from serving.model.loading import load_model
 from serving.model.registry import resolve_model
-from serving.model.release import Dial, Release, Scaling
+from serving.model.release import Release, Scaling
 from serving.protocol import oip
 from serving.targets import Address
 
@@ -54,7 +55,9 @@ class Served:
         return oip.decode_response(answer.content, self.release.contract, header_length=header_length)
 
 
-def served(uri: str, endpoint: str, *, dial: Dial | None = None, scaling: Scaling | None = None) -> Served:
+def served(
+    uri: str, endpoint: str, *, batching: BatchingConfig | None = None, scaling: Scaling | None = None
+) -> Served:
     """Return a registered model as a release of an endpoint."""
     resolved = resolve_model(uri)
     contract = resolved.contract({}, {})
@@ -62,7 +65,7 @@ def served(uri: str, endpoint: str, *, dial: Dial | None = None, scaling: Scalin
         endpoint=endpoint,
         pin=resolved.pin,
         contract=contract,
-        dial=dial or Dial(batch_size_max=16, wait_ms_max=1),
+        batching=batching or BatchingConfig(batch_size_max=16, wait_ms_max=1),
         scaling=scaling or Scaling(),
     )
     return Served(release=release, model=resolved.folder)

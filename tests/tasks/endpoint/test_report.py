@@ -4,17 +4,18 @@ from typing import Any
 
 import pytest
 
-from serving.model.batching import PassTime
-from serving.model.release import Dial
+from serving.model.batching import BatchingConfig, CostModel
 from tasks.endpoint.load import Latency
 from tasks.endpoint.report import Endpoint, plot
 from tasks.endpoint.spec import Budget
 from tasks.endpoint.tuning import Chosen
 from tasks.endpoint.verify import Verification
 
-TIME = PassTime(pass_ms=0.2, row_ms=0.05)
+COST = CostModel(fixed_seconds=0.2e-3, row_seconds=0.05e-3)
 CHOSEN = Chosen(
-    dial=Dial(batch_size_max=12, wait_ms_max=5.5), passes=tuple((n, TIME.ms(n)) for n in (1, 2, 4, 8)), time=TIME
+    batching=BatchingConfig(batch_size_max=12, wait_ms_max=5.5),
+    passes=tuple((n, 1000 * COST.seconds(n)) for n in (1, 2, 4, 8)),
+    cost=COST,
 )
 
 
@@ -66,7 +67,7 @@ def test_a_budget_that_is_not_kept_is_told_so() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"before": None}, {"after": None}, {"budget": None, "chosen": Chosen(dial=Dial())}]
+    "changes", [{}, {"before": None}, {"after": None}, {"budget": None, "chosen": Chosen(batching=BatchingConfig())}]
 )
 def test_whatever_was_measured_is_drawn(changes: dict[str, Any]) -> None:
     assert plot(endpoint(**changes)).startswith(b"\x89PNG")

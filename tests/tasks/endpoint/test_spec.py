@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from serving.model.release import Dial
+from serving.model.batching import BatchingConfig
 from tasks.endpoint.spec import (
     Access,
     BentoML,
@@ -45,11 +45,15 @@ def test_a_target_comes_back_from_json_by_its_kind(target: BaseModel) -> None:
     assert target == found.target
 
 
+def test_a_spec_of_0_1_is_read_with_what_it_called_a_dial() -> None:
+    assert spec(batching=BatchingConfig(batch_size_max=4)) == spec(dial={"batch_size_max": 4})
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"name": "No Spaces"}, "name"),
-        ({"budget": {"latency_ms": 50, "rate": 9}, "dial": {"batch_size_max": 4}}, "a budget or a dial, got both"),
+        ({"budget": {"latency_ms": 50, "rate": 9}, "batching": {"batch_size_max": 4}}, "a budget or batching"),
         ({"keep_warm": "auto"}, "only beside a budget"),
         ({"keep_warm": 0.1}, "from 1 second to a week, got 0.1"),
         (
@@ -74,7 +78,7 @@ def test_what_is_no_endpoint_is_refused_by_name(changes: dict[str, Any], said: s
 
 
 @pytest.mark.parametrize(
-    "model", [EndpointSpec, Triton, RayServe, BentoML, KServe, Seldon, Budget, Canary, Shadow, Access, Dial]
+    "model", [EndpointSpec, Triton, RayServe, BentoML, KServe, Seldon, Budget, Canary, Shadow, Access, BatchingConfig]
 )
 def test_every_field_of_the_form_is_described(model: type[BaseModel]) -> None:
     assert [] == [name for name, field in model.model_fields.items() if not field.description]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
-from serving.model.batching import PassTime
+from serving.model.batching import CostModel
 from tasks.scheduler.decision import Alternative, Decision, Flip, Profile
 from tasks.scheduler.workload import Events, Machine, Prices, Rate, Requests, Table, Workload
 
@@ -45,7 +45,7 @@ def profile(**changes: Any) -> Profile:
         "digest": "ab" * 32,
         "machine": "a machine, 2 cores",
         "slots": 2,
-        "pass_time": PassTime(pass_ms=0.2, row_ms=0.001),
+        "pass_time": CostModel(fixed_seconds=2e-4, row_seconds=1e-6),
         "batch_rows_per_second": 1000.0,
         "cold_start_seconds": 4.0,
         "start_seconds": 6.5,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from serving.errors import BadWorkload, NothingStands
-from serving.model.batching import PassTime
+from serving.model.batching import CostModel
 from tasks.scheduler.arrivals import Arrivals, read_arrivals
 from tasks.scheduler.decide import decide
 from tasks.scheduler.decision import Decision
@@ -222,7 +222,7 @@ def test_a_longer_horizon_costs_in_proportion(tmp_path: Path) -> None:
 
 
 def test_a_slow_model_is_still_a_model() -> None:
-    slow = profile(pass_time=PassTime(pass_ms=4000, row_ms=2000), batch_rows_per_second=0.8)
+    slow = profile(pass_time=CostModel(fixed_seconds=4, row_seconds=2), batch_rows_per_second=0.8)
     asked = workload(consumer=Requests(latency_ms=60_000), arrivals=Rate(per_second=0.5))
 
     found = decided(asked, profile=slow)

@@ -75,14 +75,14 @@ def test_batches_of_events_begin_as_often_as_was_decided() -> None:
     assert timedelta(minutes=15) == schedule.schedule.interval
 
 
-def test_an_endpoint_has_the_dial_the_replicas_and_the_keep_warm_time_that_were_decided() -> None:
-    dial = {"batch_size_max": 16, "wait_ms_max": 3.0, "machines": 2}
-    always_on = endpoint_spec(decision(FRAUD, way("online", "always-on", 1, **dial)), TERMS)
-    autoscaled = endpoint_spec(decision(FRAUD, way("online", "autoscaled", 1, machines_min=1, **dial)), TERMS)
+def test_an_endpoint_has_the_batching_the_replicas_and_the_keep_warm_time_that_were_decided() -> None:
+    batching = {"batch_size_max": 16, "wait_ms_max": 3.0, "machines": 2}
+    always_on = endpoint_spec(decision(FRAUD, way("online", "always-on", 1, **batching)), TERMS)
+    autoscaled = endpoint_spec(decision(FRAUD, way("online", "autoscaled", 1, machines_min=1, **batching)), TERMS)
     warm = endpoint_spec(decision(FRAUD, way("online", "keep-warm", 1, keep_warm_seconds=0.2)), TERMS)
 
-    assert always_on.dial is not None
-    assert (16, 3.0) == (always_on.dial.batch_size_max, always_on.dial.wait_ms_max)
+    assert always_on.batching is not None
+    assert (16, 3.0) == (always_on.batching.batch_size_max, always_on.batching.wait_ms_max)
     assert (4, 4) == (always_on.scaling.replicas_min, always_on.scaling.replicas_max)
     assert (2, 4) == (autoscaled.scaling.replicas_min, autoscaled.scaling.replicas_max)
     assert [None, None, 1.0] == [spec.keep_warm for spec in (always_on, autoscaled, warm)]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from serving.model.batching import PassTime
+from serving.model.batching import CostModel
 from tasks.scheduler.fit import fits, serving_time
 from tasks.scheduler.simulate_online import always_on
 from tests.tasks.scheduler.values import THIS, problem, profile
@@ -38,7 +38,7 @@ def test_what_a_request_takes_beside_its_pass_is_felt_but_keeps_no_slot() -> Non
 
 
 def test_what_was_measured_on_a_model_server_counts_instead_of_passes() -> None:
-    served = PassTime(pass_ms=4.0, row_ms=2.0)
+    served = CostModel(fixed_seconds=0.004, row_seconds=0.002)
     known = profile(request_ms=3.0, served=served, jitter=0.2)
     single, beside = serving_time(known, 1.0)
     several, _ = serving_time(known, 3.0)
@@ -46,7 +46,7 @@ def test_what_was_measured_on_a_model_server_counts_instead_of_passes() -> None:
 
     # One alone takes 3 + 11 ms, of which 6 in the slot.
     assert (served, 0.008) == (single, pytest.approx(beside))
-    assert (4.0, 22.0) == (several.pass_ms, several.row_ms)
+    assert pytest.approx((0.004, 0.022)) == (several.fixed_seconds, several.row_seconds)
     assert (0.004, 0.002, 0.2) == (
         *(found.waits.server.pass_time, found.waits.server.request_time, found.waits.server.jitter),
     )

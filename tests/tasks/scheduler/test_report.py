@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from serving.model.batching import PassTime
+from serving.model.batching import CostModel
 from tasks.scheduler.money import usd
 from tasks.scheduler.report import alternatives_table, markdown, span, summary
 from tests.tasks.scheduler.decisions import BACKFILL, EVENTS, FRAUD, NIGHTLY, decision, profile, way
@@ -23,7 +23,7 @@ def test_the_report_says_what_was_chosen_why_what_the_rest_costs_and_what_would_
 
 
 def test_what_requests_take_together_is_told_where_that_was_measured() -> None:
-    served = profile(served=PassTime(pass_ms=0.5, row_ms=0.08), jitter=0.4)
+    served = profile(served=CostModel(fixed_seconds=0.5e-3, row_seconds=0.08e-3), jitter=0.4)
 
     assert "0.5 ms + n x 0.08 ms in a slot, give or take 40%" in markdown(decision(FRAUD, ALWAYS_ON, profile=served))
     assert "n x" not in markdown(decision(FRAUD, ALWAYS_ON))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from serving.model.batching import PassTime
+from serving.model.batching import CostModel
 from tasks.scheduler.fit import fits
 from tasks.scheduler.problem import Problem
 from tasks.scheduler.simulate_sleep import keep_warm, keep_warm_beside, sleep, traffic
@@ -56,7 +56,7 @@ def test_who_wakes_an_endpoint_waits_for_the_whole_of_its_start(within: float, l
 
 @pytest.mark.parametrize(("within", "late"), [(4.0, 1.0), (4.2, 0.0)])
 def test_a_server_that_is_slow_itself_makes_who_wakes_it_wait_for_both(within: float, late: float) -> None:
-    slow = profile(cold_start_seconds=3.6, pass_time=PassTime(pass_ms=100.0, row_ms=400.0), request_busy_ms=0.0)
+    slow = profile(cold_start_seconds=3.6, pass_time=CostModel(fixed_seconds=0.1, row_seconds=0.4), request_busy_ms=0.0)
     asked = replace(sparse(), within=within, profile=slow)
     fit = fits(asked, THIS)[0]
 

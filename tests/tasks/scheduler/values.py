@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.model.batching import PassTime
+from serving.model.batching import CostModel
 from tasks.scheduler.availability import Availability
 from tasks.scheduler.decision import Profile
 from tasks.scheduler.problem import Kind, Problem
@@ -27,7 +27,7 @@ def profile(**changes: Any) -> Profile:
         "digest": "0" * 64,
         "machine": "a machine",
         "slots": 2,
-        "pass_time": PassTime(pass_ms=1.0, row_ms=10.0),
+        "pass_time": CostModel(fixed_seconds=0.001, row_seconds=0.01),
         "batch_rows_per_second": 180.0,
         "cold_start_seconds": 20.0,
         "start_seconds": 30.0,
