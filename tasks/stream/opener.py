@@ -33,7 +33,8 @@ from tasks.stream.parts_sink import NUMBER, PARTITION, ROW, PartsSink, TableLog,
 class ConnectionOpener:
     """Opens the connections of one stream for one model version.
 
-    `warn` is called with warnings while a broker is waited for; `give_up` ends every wait.
+    `warn` is called with warnings while a broker is waited for. `give_up` ends every wait. NATS is asked for the lag
+    every `lag_seconds`.
     """
 
     decoder: Decoder
@@ -41,6 +42,7 @@ class ConnectionOpener:
     options: StreamOptions
     warn: Callable[[str], None]
     give_up: threading.Event
+    lag_seconds: float = 2.0
 
     @property
     def contract(self) -> Contract:
@@ -60,9 +62,7 @@ class ConnectionOpener:
             else:
                 yield self._open_kafka_source(source, sink, stack)
 
-    def _open_nats_source(
-        self, source: FromNats, sink: ToNats | ToKafka | ToParts, stack: ExitStack
-    ) -> Connections:
+    def _open_nats_source(self, source: FromNats, sink: ToNats | ToKafka | ToParts, stack: ExitStack) -> Connections:
         connection = self._connect_nats(source.url, stack)
         identity = connection.run(find_identity(connection, source))
         origin = f"{source.consumer}.{identity}"
@@ -85,6 +85,7 @@ class ConnectionOpener:
             start=start,
             limit=self.options.limit,
             identity=None if start is None else identity,
+            lag_seconds=self.lag_seconds,
         )
         stack.callback(reader.close)
         dead_letters = NatsDeadLetters(
@@ -96,9 +97,7 @@ class ConnectionOpener:
         connections = replace(connections, max_deliver=max_deliver, give_back=reader.give_back)
         return connections if emitted_ids is None else replace(connections, find_emitted=emitted_ids.find_emitted)
 
-    def _open_kafka_source(
-        self, source: FromKafka, sink: ToNats | ToKafka | ToParts, stack: ExitStack
-    ) -> Connections:
+    def _open_kafka_source(self, source: FromKafka, sink: ToNats | ToKafka | ToParts, stack: ExitStack) -> Connections:
         errors = KafkaErrorHandler(source.servers, self.warn, self.give_up)
         reader = KafkaSource(source, errors, bytes_max=self.options.in_flight_bytes // 2)
         stack.callback(reader.close)
@@ -225,9 +224,7 @@ class ConnectionOpener:
         plan = build_table_plan(sink, identity, model=self.model, contract=self.contract, keys=keys)
         return PartsSink(open_storage(sink.destination), plan, self.model, self.decoder.key_types)
 
-    def _check_table_without_id(
-        self, storage: Storage, sink: ToParts, source: FromKafka, topic: KafkaTopic
-    ) -> None:
+    def _check_table_without_id(self, storage: Storage, sink: ToParts, source: FromKafka, topic: KafkaTopic) -> None:
         """Raise where a table of an earlier version, whose plan has no id of its topic, may be of another topic."""
         log = read_record(storage, log_path(sink.name), TableLog)
         if log is not None and log.identity != topic.identity:

@@ -187,9 +187,7 @@ class Pipeline:
                 pending = self._flush(pending)
             self._count_poison(scored)
 
-    def _next_scored(
-        self, pending: Sequence[ScoredBatch], since: float
-    ) -> tuple[Future[ScoredBatch] | None, bool]:
+    def _next_scored(self, pending: Sequence[ScoredBatch], since: float) -> tuple[Future[ScoredBatch] | None, bool]:
         """Return the next micro-batch, or that the pending ones are due before it is there."""
         while True:
             self._check_running()

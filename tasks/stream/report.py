@@ -124,8 +124,7 @@ class StreamMetrics(Collector):
         # A bucket's bound may be a rounding error below the edge of a bin.
         ends = np.searchsorted(_BIN_EDGES, _LATENCY_BUCKETS * 1.0001)
         latency = [
-            (f"{bound:g}", float(latency_bins[:end].sum()))
-            for bound, end in zip(_LATENCY_BUCKETS, ends, strict=True)
+            (f"{bound:g}", float(latency_bins[:end].sum())) for bound, end in zip(_LATENCY_BUCKETS, ends, strict=True)
         ]
         latency.append(("+Inf", float(latency_bins.sum())))
         rows = [(f"{bound:g}", float(rows_bins[: index + 1].sum())) for index, bound in enumerate(_ROWS_BUCKETS)]

@@ -140,9 +140,7 @@ class KafkaSource:
         """Read more partitions, each from the wanted offset, or from its first where that is gone."""
         offsets = self.topic.check_offsets(wanted)
         self._next |= offsets
-        self._consumer.incremental_assign(
-            [self._at_offset(partition, offset) for partition, offset in offsets.items()]
-        )
+        self._consumer.incremental_assign([self._at_offset(partition, offset) for partition, offset in offsets.items()])
 
     def _at_offset(self, partition: int, offset: int = OFFSET_INVALID) -> TopicPartition:
         metadata = _CommitMetadata(topic_id=self.topic.id, partitions=len(self.topic.partitions))

@@ -26,7 +26,6 @@ T = TypeVar("T")
 ANSWER_SECONDS = 5.0
 POLL_SECONDS = 0.5
 BACKOFF_SECONDS_MIN, BACKOFF_SECONDS_MAX = 0.25, 15.0
-_CONNECT_SECONDS = 3.0
 _WARN_SECONDS = 30.0
 # Not among them: "authentication timeout", which a slow server says, and which may pass.
 _DENIED_WORDS = ("authorization violation", "permissions violation", "authentication expired", "authentication revoked")
@@ -40,6 +39,7 @@ class NatsConnection:
         url: Address of the server.
         warn: Called with a warning when the server is gone, and when it is back.
         give_up: Ends every wait when it is set.
+        connect_seconds: How long one attempt to connect may take.
 
     Attributes:
         outages: For how many seconds the server was gone, each time.
@@ -49,8 +49,11 @@ class NatsConnection:
         BrokerDenied: The server refuses this user.
     """
 
-    def __init__(self, url: str, warn: Callable[[str], None], give_up: threading.Event) -> None:
+    def __init__(
+        self, url: str, warn: Callable[[str], None], give_up: threading.Event, *, connect_seconds: float = 3.0
+    ) -> None:
         self.url = url
+        self._connect_seconds = connect_seconds
         self._warn, self._give_up = warn, give_up
         self._denied: str | None = None
         self.callback_error: Exception | None = None
@@ -123,7 +126,8 @@ class NatsConnection:
             except (nats.errors.TimeoutError, nats.errors.ConnectionClosedError):
                 self.check()
                 self.warn_once(
-                    subject, f"{self.url} must answer about {subject}, but has not in {ANSWER_SECONDS:g} s; asking again."
+                    subject,
+                    f"{self.url} must answer about {subject}, but has not in {ANSWER_SECONDS:g} s; asking again.",
                 )
             except (nats.errors.NoRespondersError, ServiceUnavailableError):
                 self.warn_once(
@@ -158,7 +162,7 @@ class NatsConnection:
         while True:
             client = Client()
             try:
-                await asyncio.wait_for(client.connect(self.url, **self._build_settings()), _CONNECT_SECONDS)
+                await asyncio.wait_for(client.connect(self.url, **self._build_settings()), self._connect_seconds)
             except (TimeoutError, nats.errors.Error, OSError) as error:
                 await client.close()
                 self._raise_if_denied()
@@ -177,7 +181,7 @@ class NatsConnection:
         }
         return {
             "name": "overnight",
-            "connect_timeout": _CONNECT_SECONDS,
+            "connect_timeout": self._connect_seconds,
             "allow_reconnect": True,
             "max_reconnect_attempts": -1,
             "reconnect_time_wait": BACKOFF_SECONDS_MIN,

@@ -72,9 +72,7 @@ async def create_ordered_consumer(connection: NatsConnection, address: FromNats,
 
 async def _create_consumer(connection: NatsConnection, address: FromNats, wanted: ConsumerConfig) -> ConsumerInfo:
     try:
-        return await connection.request(
-            "a consumer", lambda: connection.js.add_consumer(address.stream, config=wanted)
-        )
+        return await connection.request("a consumer", lambda: connection.js.add_consumer(address.stream, config=wanted))
     except APIError as error:
         message = (
             f"The stream {address.stream!r} must take a consumer of subject {address.subject or 'any'!r}, got: "

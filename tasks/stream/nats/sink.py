@@ -43,8 +43,8 @@ _ERROR_TOO_LARGE = 10054
 class NatsSink:
     """Publishes one score message for each input message.
 
-    `origin` names the log whose positions are in the message ids. `find_known` returns ids that the stream holds, though
-    the server may not refuse them any more.
+    `origin` names the log whose positions are in the message ids. `find_known` returns ids that the stream holds, but
+    that the server may not refuse any more.
     """
 
     def __init__(
@@ -271,9 +271,7 @@ def count_header_bytes(headers: Mapping[str, str]) -> int:
     return 12 + sum(len(name) + len(value.encode()) + 4 for name, value in headers.items())
 
 
-async def ensure_sink_stream(
-    connection: NatsConnection, address: ToNats, source: FromNats | FromKafka
-) -> StreamInfo:
+async def ensure_sink_stream(connection: NatsConnection, address: ToNats, source: FromNats | FromKafka) -> StreamInfo:
     """Return the stream that takes the scores, and create it where it is missing and named.
 
     Raises:
@@ -320,11 +318,9 @@ async def ensure_dead_letter_stream(connection: NatsConnection, address: FromNat
 async def _ensure_stream(
     connection: NatsConnection, name: str | None, subject: str, window: float, what: str, *, subjects: str | None = None
 ) -> StreamInfo:
-    """Return the stream that takes a subject. Where none does, create one of that name, for `subjects` or the subject."""
+    """Return the stream that takes a subject, or create one of that name, for `subjects` or the subject."""
     try:
-        found = await connection.request(
-            f"the {what}", lambda: connection.js.find_stream_name_by_subject(subject)
-        )
+        found = await connection.request(f"the {what}", lambda: connection.js.find_stream_name_by_subject(subject))
     except NotFoundError:
         if name is None:
             message = (

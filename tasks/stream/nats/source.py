@@ -384,7 +384,7 @@ class NatsSource:
         except NotFoundError:
             message = (
                 f"The consumer {self._address.consumer!r} of {self._address.stream!r} must stay, but was deleted "
-                f"({description.strip()}). Call again: a new one is created, and begins with the stream's first message."
+                f"({description.strip()}). Call again: a new one begins with the stream's first message."
             )
             self._fail(BrokerFault(message))
         except nats.errors.Error:

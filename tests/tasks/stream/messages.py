@@ -48,7 +48,7 @@ def model() -> TorchModel:
 
 
 def message(payload: bytes, number: int = 1, **fields: Any) -> Message:
-    known = {"place": Position(0, number), "event_time": 0.0, "arrived": 0.0} | fields
+    known = {"position": Position(0, number), "event_time": 0.0, "arrived": 0.0} | fields
     return Message(payload=payload, **known)
 
 
@@ -97,14 +97,14 @@ def scores(values: npt.NDArray[Any] | Sequence[float]) -> list[float]:
 Wait = Callable[[Callable[[], bool], str], None]
 
 
-def emit_messages(ends: Connections, count: int, seconds: float = 60.0) -> list[Message]:
+def emit_messages(connections: Connections, count: int, seconds: float = 60.0) -> list[Message]:
     """Fetch so many messages, emit them and acknowledge them."""
     found: list[Message] = []
     until = time.monotonic() + seconds
     while len(found) < count and time.monotonic() < until:
-        got = ends.source.fetch(count - len(found), 1, 0.2)
+        got = connections.source.fetch(count - len(found), 1, 0.2)
         if got:
-            ends.sink.emit([score(got)])
-            ends.acknowledger.acknowledge(got, [])
+            connections.sink.emit([score(got)])
+            connections.acknowledger.acknowledge(got, [])
         found += got
     return found

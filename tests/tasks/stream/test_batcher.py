@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.stream.batcher import Batcher, Dial, StreamLimits, compute_wait, quarantine_size
+from serving.model.batching import BatchingConfig
+from tasks.stream.batcher import Batcher, StreamLimits, compute_wait, quarantine_size
 from tasks.stream.message import Message
 from tests.tasks.stream.messages import arrow_rows, json_row, message
 
@@ -18,23 +19,23 @@ class Source:
     def __init__(self, messages: Sequence[Message]) -> None:
         self.left = list(messages)
 
-    def fetch(self, most: int, enough: int, seconds: float) -> list[Message]:
-        got, self.left = self.left[:most], self.left[most:]
+    def fetch(self, messages_max: int, messages_min: int, timeout_seconds: float) -> list[Message]:
+        got, self.left = self.left[:messages_max], self.left[messages_max:]
         return got
 
 
 def batcher(messages: Sequence[Message], *, rows: int = 1 << 16, in_flight: int = 8192, mb: int = 64) -> Batcher:
     return Batcher(
         source=Source(messages),
-        terms=StreamLimits(in_flight=in_flight, in_flight_bytes=mb << 20, slots=2),
-        dial=lambda: Dial(rows=rows, wait_seconds=0.0),
+        limits=StreamLimits(in_flight=in_flight, in_flight_bytes=mb << 20, slots=2),
+        batching=lambda: BatchingConfig(batch_size_max=rows),
         is_stopping=lambda: False,
-        look=lambda: None,
+        check_running=lambda: None,
     )
 
 
 def sizes(taking: Batcher) -> list[int]:
-    return [len(taking.take(None)) for _ in range(6)]
+    return [len(taking.next_batch(None)) for _ in range(6)]
 
 
 def test_large_messages_make_batches_of_few_however_many_rows_there_might_be() -> None:
@@ -57,13 +58,13 @@ def test_messages_of_many_rows_count_by_their_rows() -> None:
 
 
 def test_no_more_is_taken_than_is_left_to_take() -> None:
-    assert 3 == len(batcher([json_row(1)] * 10).take(3))
-    assert 0 == len(batcher([]).take(3))
+    assert 3 == len(batcher([json_row(1)] * 10).next_batch(3))
+    assert 0 == len(batcher([]).next_batch(3))
 
 
 @given(st.integers(1, 1000), st.integers(0, 2000), st.floats(0, 10))
 def test_a_batch_waits_until_it_is_full_or_its_time_is_up(full: int, rows: int, waited: float) -> None:
-    pause = compute_wait(Dial(rows=full, wait_seconds=2.0), rows, waited)
+    pause = compute_wait(BatchingConfig(batch_size_max=full, wait_ms_max=2000), rows, waited)
 
     assert (pause == 0.0) == (rows >= full or waited >= 2.0)
     assert pause <= 2.0

@@ -12,7 +12,8 @@ import orjson
 import pytest
 
 from serving.errors import StorageFull, TooManyRejects
-from tasks.stream.batcher import Dial, StreamLimits
+from serving.model.batching import BatchingConfig
+from tasks.stream.batcher import StreamLimits
 from tasks.stream.connections import Connections, EmitPolicy
 from tasks.stream.message import Message, Poison
 from tasks.stream.pipeline import Pipeline
@@ -33,11 +34,11 @@ class Memory:
     fetched: int = 0
     slow: Callable[[], Any] = lambda: None
 
-    def fetch(self, most: int, enough: int, seconds: float) -> list[Message]:
+    def fetch(self, messages_max: int, messages_min: int, seconds: float) -> list[Message]:
         until = time.monotonic() + seconds
-        while len(self.waiting) < enough and time.monotonic() < until:
+        while len(self.waiting) < messages_min and time.monotonic() < until:
             time.sleep(0.005)
-        got, self.waiting = self.waiting[:most], self.waiting[most:]
+        got, self.waiting = self.waiting[:messages_max], self.waiting[messages_max:]
         self.fetched += len(got)
         return [replace(each, arrived=time.monotonic()) for each in got]
 
@@ -61,9 +62,9 @@ def rows(numbers: Iterable[int]) -> list[Message]:
 
 
 def pipeline(
-    memory: Memory, *, dial: Dial | None = None, emit_policy: EmitPolicy | None = None, **terms: Any
+    memory: Memory, *, batching: BatchingConfig | None = None, emit_policy: EmitPolicy | None = None, **limits: Any
 ) -> Pipeline:
-    ends = Connections(
+    connections = Connections(
         source=memory,
         acknowledger=memory,
         sink=memory,
@@ -73,11 +74,13 @@ def pipeline(
     )
     summing = model()
     return Pipeline(
-        ends=ends,
+        connections=connections,
         model=summing,
         scorer=lambda: MicroScorer(summing, CONTRACT, decoder(), 64, Clock()),
-        dial=lambda: dial or Dial(rows=10, wait_seconds=0.02),
-        terms=StreamLimits(**{"in_flight": 1000, "in_flight_bytes": 32 << 20, "slots": 2, "idle_seconds": 0.3} | terms),
+        batching=lambda: batching or BatchingConfig(batch_size_max=10, wait_ms_max=20),
+        limits=StreamLimits(
+            **{"in_flight": 1000, "in_flight_bytes": 32 << 20, "slots": 2, "idle_seconds": 0.3} | limits
+        ),
         metrics=StreamMetrics(lag=lambda: None),
         is_stopping=lambda: False,
         give_up=threading.Event(),
@@ -112,7 +115,7 @@ def test_it_ends_at_its_limit_to_the_message_and_leaves_the_rest() -> None:
 
 def test_a_batch_is_not_waited_for_beyond_its_time() -> None:
     memory = Memory(rows(range(3)))
-    run(pipeline(memory, dial=Dial(rows=1000, wait_seconds=0.05)))
+    run(pipeline(memory, batching=BatchingConfig(batch_size_max=1000, wait_ms_max=50)))
 
     assert [[0, 1, 2]] == memory.batches
 
@@ -212,7 +215,7 @@ def test_what_is_held_for_a_table_is_without_the_messages_themselves() -> None:
     memory = Memory(rows(range(20)))
     held: list[ScoredBatch] = []
     made = pipeline(memory, emit_policy=EmitPolicy(rows=20, seconds=5.0))
-    made.ends = replace(made.ends, keep=lambda scored: scored.compact(()), sink=memory)
+    made.connections = replace(made.connections, compact=lambda scored: scored.compact(()), sink=memory)
     memory.emit = lambda scored: held.extend(scored) or []  # type: ignore[method-assign]
     run(made)
 
@@ -224,7 +227,7 @@ def test_what_is_held_for_a_table_is_without_the_messages_themselves() -> None:
 def test_a_message_on_its_last_delivery_that_has_gone_out_is_done_and_not_buried() -> None:
     memory = Memory([message(b'{"id": 1, "a": 666, "b": 1}', 1, deliveries=5)])
     made = pipeline(memory, max_deliver=5)
-    made.ends = replace(made.ends, already=lambda messages: {each.position for each in messages})
+    made.connections = replace(made.connections, find_emitted=lambda messages: {each.position for each in messages})
     run(made)
 
     assert ([], [1], []) == (memory.dead_lettered, memory.done, memory.emitted)

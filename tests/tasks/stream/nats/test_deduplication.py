@@ -38,7 +38,7 @@ def test_a_server_that_was_away_for_longer_than_it_remembers_ids_is_told_nothing
         origin="o",
         window_seconds=1.0,
     )
-    recall.begin()
+    recall.start()
     publisher = Publisher(sink_connection, recall.known)
     scores = [OutgoingMessage(subject="scores", payload=b"%d" % at, id=f"o.0.{at}", headers={}) for at in (1, 2, 3)]
     publisher.publish(scores[:2])

@@ -79,8 +79,8 @@ def test_a_stream_of_dead_letters_that_may_not_remember_for_longer_is_named(tmp_
 
 
 def test_a_server_without_jetstream_is_named_and_asked_again(nats: NatsServer) -> None:
-    said: list[str] = []
-    connection = NatsConnection(nats.url, said.append, threading.Event())
+    warnings: list[str] = []
+    connection = NatsConnection(nats.url, warnings.append, threading.Event())
     told: list[Exception | int] = [ServiceUnavailableError(), 7]
 
     async def question() -> int:
@@ -89,6 +89,6 @@ def test_a_server_without_jetstream_is_named_and_asked_again(nats: NatsServer) -
             raise answer
         return answer
 
-    assert 7 == connection.run(connection.ask("a stream", question))
+    assert 7 == connection.run(connection.request("a stream", question))
     connection.close()
-    assert [f"{nats.url} must have JetStream (nats-server -js), but nothing answers for it; asking again."] == said
+    assert [f"{nats.url} must have JetStream (nats-server -js), but nothing answers for it; asking again."] == warnings

@@ -24,38 +24,38 @@ from tests.tasks.stream.messages import message
 
 
 def test_what_is_in_hand_is_told_of_each_half_wait_until_it_is_done() -> None:
-    hand = AckTracker(10.0)
-    hand.take(1, "one", 0.0)
-    hand.take(2, "two", 3.0)
+    tracker = AckTracker(10.0)
+    tracker.track(1, "one", 0.0)
+    tracker.track(2, "two", 3.0)
 
-    assert [] == hand.due(4.9)
-    assert ["one"] == hand.due(5.0)
-    assert ["two"] == hand.due(8.0)
-    hand.drop([message(b"", 1)])
-    assert ["two"] == hand.due(20.0)
+    assert [] == tracker.extend_due(4.9)
+    assert ["one"] == tracker.extend_due(5.0)
+    assert ["two"] == tracker.extend_due(8.0)
+    tracker.forget([message(b"", 1)])
+    assert ["two"] == tracker.extend_due(20.0)
 
 
 def test_a_copy_of_what_is_in_hand_is_told_apart_and_its_receipt_is_the_one_that_counts() -> None:
-    hand = AckTracker(10.0)
+    tracker = AckTracker(10.0)
 
-    assert [True, False] == [hand.take(1, "first", 0.0), hand.take(1, "again", 2.0)]
-    assert ["again"] == hand.due(7.0)
-    hand.drop([message(b"", 1)])
-    assert hand.take(1, "third", 8.0)
+    assert [True, False] == [tracker.track(1, "first", 0.0), tracker.track(1, "again", 2.0)]
+    assert ["again"] == tracker.extend_due(7.0)
+    tracker.forget([message(b"", 1)])
+    assert tracker.track(1, "third", 8.0)
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.booleans(), st.floats(0, 3)), max_size=60))
 def test_no_message_in_hand_waits_for_longer_than_half_and_a_look(steps: list[tuple[int, bool, float]]) -> None:
-    hand, told, now = AckTracker(8.0), dict[int, float](), 0.0
+    tracker, told, now = AckTracker(8.0), dict[int, float](), 0.0
     for number, done, pause in steps:
         now += pause
         if done:
-            hand.drop([message(b"", position=Position(0, number))])
+            tracker.forget([message(b"", position=Position(0, number))])
             told.pop(number, None)
         else:
-            hand.take(number, str(number), now)
+            tracker.track(number, str(number), now)
             told[number] = now
-        for receipt in hand.due(now):
+        for receipt in tracker.extend_due(now):
             told[int(receipt)] = now
 
         assert all(now - last < 4.0 for last in told.values())
@@ -70,10 +70,11 @@ def reading(
     in_flight: int = 100,
     bytes_max: int = 4 << 20,
     limit: int | None = None,
+    lag_seconds: float = 2.0,
     **address: Any,
 ) -> Generator[NatsSource]:
-    said: list[str] = []
-    connection = NatsConnection(server.url, said.append, threading.Event())
+    warnings: list[str] = []
+    connection = NatsConnection(server.url, warnings.append, threading.Event())
     try:
         source = NatsSource(
             connection,
@@ -82,6 +83,7 @@ def reading(
             bytes_max=bytes_max,
             start=start,
             limit=limit,
+            lag_seconds=lag_seconds,
         )
         yield source
         source.close()
@@ -176,13 +178,10 @@ def test_no_more_is_taken_than_the_limit_so_that_what_is_left_has_not_come_in_va
     assert (210, 0) == (state.delivered.consumer_seq if state.delivered else 0, state.num_redelivered)
 
 
-def test_the_lag_grows_while_nothing_is_taken(
-    nats: NatsServer, nats_client: NatsClient, fresh: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tasks.stream.nats.source._LAG_SECONDS", 0.1)
+def test_the_lag_grows_while_nothing_is_taken(nats: NatsServer, nats_client: NatsClient, fresh: str) -> None:
     nats_client.make(fresh, fresh)
     nats_client.publish(fresh, [b"1"] * 100)
-    with reading(nats, fresh, in_flight=40) as source:
+    with reading(nats, fresh, in_flight=40, lag_seconds=0.1) as source:
         take(source, 1)
         nats_client.publish(fresh, [b"1"] * 500)
         until = time.monotonic() + 10
