@@ -17,37 +17,38 @@ from prefect.exceptions import TerminationSignal
 
 from flows.runtime.context import flow_run_id
 from flows.runtime.flow_decorator import adhoc_flow
-from flows.runtime.interruption import Left, heeding, is_resumed_by_prefect, leave
+from flows.runtime.interruption import InterruptedExit, exit_interrupted, is_resumed_by_prefect, watch_for_interruption
 from flows.runtime.joining import check_workers, find_start, is_beside_another, start_workers
-from flows.runtime.task_runners import check_runner, score_shards
+from flows.runtime.task_runners import check_runner, score_missing
 from serving.errors import SourceFault
 from serving.model.interface import Model
-from tasks.batch.artifacts import Logger, Watch, publish_artifacts
+from tasks.batch.artifacts import ProgressWatch, publish_artifacts
 from tasks.batch.lineage import record_failure, record_lineage
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_rows_done
-from tasks.batch.plan import Plan, Start, confirm_plan, load_begun, save_start
+from tasks.batch.plan import Plan, RunStart, confirm_plan, load_started_plan, save_start
 from tasks.batch.publish import (
     Audit,
     Manifest,
     audit_parts,
+    check_rows_add_up,
     count_rejects,
-    find_whole,
-    must_add_up,
+    find_intact_manifest,
     publish,
 )
 from tasks.batch.report import BatchReport, page_path, plot, report_complete, save_page
 from tasks.batch.resolve import (
     Found,
+    check_memory,
+    choose_slots,
     find_published,
-    load_planned,
-    pin_call,
-    plan_call,
-    plan_slots,
-    restage,
-    state_memory,
+    load_planned_model,
+    plan_run,
+    resolve_request,
+    restage_plan,
 )
-from tasks.batch.score import Scored, Scorer, check_rejects
+from tasks.batch.score import Scorer, ScoringResult, check_rejects
+from tasks.common.artifacts import Logger
 from tasks.storage import Storage, check_create_only, open_storage
 
 _DEFAULTS = BatchOptions()
@@ -89,14 +90,14 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
             "Run %s was published, but %s of its parts are gone or cut short, the first %s; they are scored again.",
             *(plan.run, len(found.damaged), found.damaged[0]),
         )
-        plan = restage(plan, storage)
+        plan = restage_plan(plan, storage)
     start_workers(options, logger)
     with _timed(seconds, "load"):
-        loaded = load_planned(plan, found.resolved, options)
-    slots = plan_slots(options, loaded)
-    memory = state_memory(plan, slots, options)
+        loaded = load_planned_model(plan, found.resolved, options)
+    slots = choose_slots(options, loaded)
+    memory = check_memory(plan, slots, options)
     _say(plan, slots, memory, logger)
-    watch = Watch(plan.rows, lambda: count_rows_done(storage, plan), logger)
+    watch = ProgressWatch(plan.rows, lambda: count_rows_done(storage, plan), logger)
     with _failure_recorded(plan, storage, options, logger):
         with _timed(seconds, "score"):
             scored, audit = _score(plan, storage, loaded, slots, options, watch, logger)
@@ -122,16 +123,16 @@ def _find_plan(model: str, source: str, storage: Storage, options: BatchOptions,
         start = find_start(storage, this, options.joins)
     if start is None:
         with _timed(seconds, "resolve"):
-            call = pin_call(model, source, storage.url, options)
+            call = resolve_request(model, source, storage.url, options)
         with _timed(seconds, "plan"), _caller_threads_kept():
-            found = find_published(storage, plan_call(call, storage), call.resolved)
-        planned = Start(run=found.plan.run, key=found.plan.key)
+            found = find_published(storage, plan_run(call, storage), call.resolved)
+        planned = RunStart(run=found.plan.run, key=found.plan.key)
         # A call that is answered already leaves no trace.
         start = planned if found.complete else save_start(storage, this, planned)
         if start == planned:
             return found
     with _timed(seconds, "plan"):
-        return find_published(storage, load_begun(storage, start), None)
+        return find_published(storage, load_started_plan(storage, start), None)
 
 
 def _say(plan: Plan, slots: int, memory: int, logger: Logger) -> None:
@@ -143,8 +144,8 @@ def _say(plan: Plan, slots: int, memory: int, logger: Logger) -> None:
 
 
 def _score(
-    plan: Plan, storage: Storage, model: Model, slots: int, options: BatchOptions, watch: Watch, logger: Logger
-) -> tuple[Scored, Audit]:
+    plan: Plan, storage: Storage, model: Model, slots: int, options: BatchOptions, watch: ProgressWatch, logger: Logger
+) -> tuple[ScoringResult, Audit]:
     """Score what is missing until every part holds, or a notice ends it; a part that can't be read is scored again."""
     scorer = Scorer(
         plan=plan,
@@ -153,11 +154,11 @@ def _score(
         max_reject_fraction=options.max_reject_fraction,
         joined=is_beside_another(options),
     )
-    scored = Scored()
+    scored = ScoringResult()
     for _ in range(_PASSES_MAX):
         try:
-            with watch.watching(), heeding(scorer.drain, options, logger), _caller_threads_kept():
-                scored.add(score_shards(scorer, slots, options))
+            with watch.watching(), watch_for_interruption(scorer.drain, options, logger), _caller_threads_kept():
+                scored.add(score_missing(scorer, slots, options))
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_interrupted(plan, watch.rows_done)) from None
         except TerminationSignal:
@@ -165,15 +166,15 @@ def _score(
             raise
         if scorer.drain.notice is not None and watch.rows_done < plan.rows:
             watch.show()
-            leave(plan, watch.rows_done, scored, scorer.drain, logger)
+            exit_interrupted(plan, watch.rows_done, scored, scorer.drain, logger)
         # Another worker may have published the run meanwhile, and deleted the staged copies that this one read.
-        if scored.faults and find_whole(storage, plan.run) is None:
+        if scored.faults and find_intact_manifest(storage, plan.run) is None:
             raise _faults(scored)
         audit = audit_parts(storage, plan)
         scored.rows_recomputed += audit.rows_set_aside
         if not audit.missing:
             break
-    must_add_up(plan, audit)
+    check_rows_add_up(plan, audit)
     check_rejects(sum(count.rows for count in count_rejects(audit)), plan, options.max_reject_fraction)
     return scored, audit
 
@@ -196,7 +197,7 @@ def _interrupted(plan: Plan, rows_done: int) -> str:
     )
 
 
-def _faults(scored: Scored) -> SourceFault:
+def _faults(scored: ScoringResult) -> SourceFault:
     faults = list(dict.fromkeys(str(fault) for fault in scored.faults.values()))
     first = next(iter(scored.faults.values()))
     listed = "\n".join(f"  - {fault}" for fault in faults[:10])
@@ -209,7 +210,7 @@ def _faults(scored: Scored) -> SourceFault:
 def _report(
     plan: Plan,
     storage: Storage,
-    scored: Scored,
+    scored: ScoringResult,
     audit: Audit,
     *,
     published: Manifest,
@@ -266,7 +267,7 @@ def _failure_recorded(plan: Plan, storage: Storage, options: BatchOptions, logge
     except (KeyboardInterrupt, TerminationSignal) as error:
         _record_failure(plan, storage, options, "KILLED", str(error) or type(error).__name__, logger)
         raise
-    except Left as left:
+    except InterruptedExit as left:
         if not is_resumed_by_prefect():
             _record_failure(plan, storage, options, "KILLED", str(left), logger)
         raise

@@ -9,73 +9,75 @@ from prefect import get_run_logger
 from pydantic import Field
 
 from flows.runtime.flow_decorator import adhoc_flow
-from flows.runtime.task_timing import Stages
+from flows.runtime.task_timing import StepTimer
 from serving.gateway.client import GatewayClient
 from serving.targets import Address
-from tasks.endpoint.access import read_admin_key, read_keys
-from tasks.endpoint.change import Change, make_change, retire, serving_address
+from tasks.endpoint.batching import BatchingChoice, resolve_batching, save_settings
+from tasks.endpoint.change import Change, find_serving_address, plan_change, remove_endpoint
 from tasks.endpoint.client import InferClient, infer_path
-from tasks.endpoint.deploy import host_of
+from tasks.endpoint.deploy import make_host
 from tasks.endpoint.load import Latency, measure_latency
 from tasks.endpoint.report import Endpoint, publish_endpoint
-from tasks.endpoint.resolve import Subject, resolve
-from tasks.endpoint.route import before_change, check_change
-from tasks.endpoint.spec import GATEWAY, AnyTarget, EndpointSpec, Shadow
-from tasks.endpoint.traffic import check_door, shift
-from tasks.endpoint.tuning import Chosen, remember, resolve_batching
-from tasks.endpoint.verify import Verification, verify
+from tasks.endpoint.resolve import LoadedModel, load_endpoint_model
+from tasks.endpoint.spec import GATEWAY, AnyTarget, EndpointSpec, Shadow, read_admin_key, read_keys
+from tasks.endpoint.traffic import check_gateway, find_route_to_restore, shift_traffic, validate_rollout
+from tasks.endpoint.verify import Verification, verify_endpoint
 
 
 @adhoc_flow("online-endpoint")
 def online_endpoint(spec: EndpointSpec) -> Endpoint:
-    """Serve a registered model online: put up beside what serves, held against the model, then given its traffic.
+    """Serve a registered model online: deploy it beside what serves, compare its answers with the model, shift traffic.
 
     Args:
         spec: The endpoint in full: model, target, batching, scaling, rollout and access.
 
     The same call again changes nothing where nothing has changed. On any failure the new release is taken down and
-    the earlier version keeps serving; the error says why: LatencyImpossible before anything is put up, EndpointFailed
+    the earlier version keeps serving; the error says why: LatencyImpossible before anything is deployed, EndpointFailed
     by the server, VerifyFailed by the answers, RolledBack by the traffic.
     """
     logger = get_run_logger()
-    stages = Stages()
+    timer = StepTimer()
     keys = read_keys(spec.access)
     with GatewayClient(spec.gateway, read_admin_key(spec.admin_secret)) as gateway:
-        subject = stages.run("resolve", lambda: resolve(spec))
+        loaded = timer.run("resolve", lambda: load_endpoint_model(spec))
         status = gateway.get(spec.name)
-        standing = before_change(status.route if status else None, subject.version)
-        check_change(spec, standing, subject.contract, subject.version)
-        chosen = stages.run("tune", lambda: resolve_batching(spec, subject))
-        change = make_change(spec, subject, chosen, gateway, standing, logger)
-        before = None if change.stands else _measure(stages, spec, subject, serving_address(standing))
-        with change.undone_on_failure():
-            if standing is None and chosen.cost is not None and spec.measure_seconds:
-                # With nothing to compare with, the release itself shows what the batching is worth.
-                before = _measure(stages, spec, subject, stages.run("deploy", change.without_batching().put_up))
-            address = stages.run("deploy", change.put_up)
-            verification = stages.run("verify", lambda: _verify(spec, subject, chosen, address))
-            after = _measure(stages, spec, subject, address) if change.touched else None
-            if not remember(spec, subject.resolved.pin, chosen):
-                logger.warning("The registry must take a tag of %s, and did not.", subject.resolved.pin.uri)
-            rollout = stages.run("traffic", lambda: _shift(change, spec, subject, address, keys))
-        removed = change.settle(address)
+        current_route = find_route_to_restore(status.route if status else None, loaded.version)
+        validate_rollout(spec, current_route, loaded.contract, loaded.version)
+        choice = timer.run("tune", lambda: resolve_batching(spec, loaded))
+        change = plan_change(spec, loaded, choice, gateway, current_route, logger)
+        before = (
+            None
+            if change.find_current_address()
+            else _measure_latency(timer, spec, loaded, find_serving_address(current_route))
+        )
+        with change.undo_on_failure():
+            if current_route is None and choice.cost is not None and spec.measure_seconds:
+                # With no earlier release to compare with, this one is measured without batching first.
+                before = _measure_latency(timer, spec, loaded, timer.run("deploy", change.without_batching().deploy))
+            address = timer.run("deploy", change.deploy)
+            verification = timer.run("verify", lambda: _verify_release(spec, loaded, choice, address))
+            after = _measure_latency(timer, spec, loaded, address) if change.is_deployed else None
+            if not save_settings(spec, loaded.resolved.pin, choice):
+                logger.warning("The registry must take a tag of %s, and did not.", loaded.resolved.pin.uri)
+            rollout = timer.run("traffic", lambda: _shift_traffic(change, spec, loaded, address, keys))
+        removed = change.remove_idle_versions(address)
     endpoint = Endpoint(
         name=spec.name,
         url=f"{spec.gateway.rstrip('/')}/v2/models/{spec.name}/infer",
-        model=subject.resolved.pin.uri,
-        model_digest=subject.resolved.pin.digest,
-        version=subject.version,
+        model=loaded.resolved.pin.uri,
+        model_digest=loaded.resolved.pin.digest,
+        version=loaded.version,
         target=spec.target.kind,
         server=f"{address.url}{infer_path(address)}",
         rollout=rollout,
         removed=removed,
-        chosen=chosen,
+        chosen=choice,
         budget=spec.budget,
         keep_warm_seconds=change.keep_warm,
         verification=verification,
         before=before,
         after=after,
-        seconds=stages.seconds,
+        seconds=timer.seconds,
     )
     publish_endpoint(endpoint, logger)
     logger.info("%s", endpoint.summary)
@@ -94,38 +96,40 @@ def retire_endpoint(
     Args:
         name: The endpoint's name.
         target: The model server that its versions are on.
-        gateway: The door that callers come through.
+        gateway: The URL of the gateway.
         admin_secret: A Prefect Secret block with the gateway's administrator key, as in the spec.
 
-    Requests on their way are answered, later ones find no such endpoint. An endpoint that is gone already is no error.
+    Requests under way are answered, later ones find no such endpoint. An endpoint that does not exist is no error.
     """
     logger = get_run_logger()
     with GatewayClient(gateway, read_admin_key(admin_secret)) as client:
-        versions = retire(client, host_of(target), name)
-    logger.info(
-        "%s is retired: %s.", name, f"versions {', '.join(versions)} are taken down" if versions else "it was gone"
-    )
+        versions = remove_endpoint(client, make_host(target), name)
+    logger.info("%s is retired: %s.", name, f"took down {', '.join(versions)}" if versions else "there was none")
     return versions
 
 
-def _verify(spec: EndpointSpec, subject: Subject, chosen: Chosen, address: Address) -> Verification:
-    size = min(spec.limits.rows_max, chosen.batching.batch_size_max)
-    with InferClient(address, subject.contract) as ask:
-        return verify(ask, subject, size=size, tolerance=spec.tolerance)
+def _verify_release(spec: EndpointSpec, loaded: LoadedModel, choice: BatchingChoice, address: Address) -> Verification:
+    rows_max = min(spec.limits.rows_max, choice.batching.batch_size_max)
+    with InferClient(address, loaded.contract) as client:
+        return verify_endpoint(client, loaded, rows_max=rows_max, tolerance=spec.tolerance)
 
 
-def _measure(stages: Stages, spec: EndpointSpec, subject: Subject, address: Address | None) -> Latency | None:
+def _measure_latency(
+    timer: StepTimer, spec: EndpointSpec, loaded: LoadedModel, address: Address | None
+) -> Latency | None:
     budget, seconds = spec.budget, spec.measure_seconds
     if budget is None or not seconds or address is None:
         return None
-    contract, sample = subject.contract, subject.sample
-    return stages.run("measure", lambda: measure_latency(address, contract, sample, rate=budget.rate, seconds=seconds))
+    contract, sample = loaded.contract, loaded.sample
+    return timer.run("measure", lambda: measure_latency(address, contract, sample, rate=budget.rate, seconds=seconds))
 
 
-def _shift(change: Change, spec: EndpointSpec, subject: Subject, address: Address, keys: Mapping[str, str]) -> str:
+def _shift_traffic(
+    change: Change, spec: EndpointSpec, loaded: LoadedModel, address: Address, keys: Mapping[str, str]
+) -> str:
     for name, key in keys.items():
         change.gateway.put_key(name, key)
-    words = shift(change.gateway, spec, change.route(address), subject.version)
+    outcome = shift_traffic(change.gateway, spec, change.plan_route(address), loaded.version)
     if not isinstance(spec.rollout, Shadow):
-        check_door(spec.gateway, spec, subject.contract, subject.sample, next(iter(keys.values()), None))
-    return words
+        check_gateway(spec.gateway, spec, loaded.contract, loaded.sample, next(iter(keys.values()), None))
+    return outcome

@@ -13,9 +13,9 @@ from flows.runtime.apply import apply_decision, find_standing
 from flows.runtime.calibration_run import run_trial
 from flows.runtime.context import flow_run
 from flows.runtime.flow_decorator import adhoc_flow
-from flows.runtime.task_timing import Stages
-from tasks.batch.artifacts import Logger
-from tasks.endpoint.resolve import resolve
+from flows.runtime.task_timing import StepTimer
+from tasks.common.artifacts import Logger
+from tasks.endpoint.resolve import load_endpoint_model
 from tasks.endpoint.spec import EndpointSpec
 from tasks.scheduler.arrivals import read_arrivals
 from tasks.scheduler.artifacts import publish_applied, publish_decision, publish_review
@@ -57,7 +57,7 @@ def choose_mode(
     BadWorkload's kinds where nothing can be decided, PricesMissing, ModelNotFound, ProfileFailed, ApplyFailed.
     """
     logger = get_run_logger()
-    stages = Stages()
+    stages = StepTimer()
     inputs = _read(stages, workload, measuring)
     decision = stages.run("decide", lambda: decide_by(inputs))
     _show(stages, inputs, decision, plot_file, logger)
@@ -88,7 +88,7 @@ def review_modes(
     what choose_mode raises.
     """
     logger = get_run_logger()
-    stages = Stages()
+    stages = StepTimer()
     inputs = _read(stages, workload, measuring)
     decision = stages.run("decide", lambda: decide_by(inputs))
     standing = find_standing(workload.name)
@@ -116,10 +116,10 @@ def profile_model(workload: Workload, measuring: Measuring = _MEASURING) -> Prof
         policies=measuring.options.policies,
         allow_pickle=measuring.options.allow_pickle,
     )
-    return measure_profile(spec, resolve(spec), measuring, run_trial)
+    return measure_profile(spec, load_endpoint_model(spec), measuring, run_trial)
 
 
-def _read(stages: Stages, workload: Workload, measuring: Measuring) -> Inputs:
+def _read(stages: StepTimer, workload: Workload, measuring: Measuring) -> Inputs:
     """Return all that a decision is computed from; what is quick and may be refused comes first."""
     now = datetime.now(UTC)
     if isinstance(workload.consumer, Table):
@@ -139,7 +139,7 @@ def _read(stages: Stages, workload: Workload, measuring: Measuring) -> Inputs:
     )
 
 
-def _show(stages: Stages, inputs: Inputs, decision: Decision, plot_file: str | None, logger: Logger) -> None:
+def _show(stages: StepTimer, inputs: Inputs, decision: Decision, plot_file: str | None, logger: Logger) -> None:
     """Publish a decision as artifacts, and write its plot."""
     notes = inputs.arrivals.notes if inputs.arrivals else ()
     costs = stages.run("sweep", lambda: sweep(inputs, decision))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from prefect import get_run_logger
 
 from flows.runtime.flow_decorator import adhoc_flow
-from flows.runtime.interruption import leave_with
+from flows.runtime.interruption import exit_with_notice
 from flows.runtime.stream_run import StreamRun, handle_early_sigterm
 from serving.model.loading import load_model
 from serving.model.registry import resolve_model
-from tasks.spot.watch import watching
+from tasks.spot.notice_poller import poll_notices
 from tasks.stream.decode import Decoder
 from tasks.stream.opener import ConnectionOpener, check_column_names
 from tasks.stream.options import AnySink, AnySource, StreamOptions
@@ -50,14 +50,16 @@ def stream_inference(model: str, source: AnySource, sink: AnySink, options: Stre
         decoder=decoder, model=resolved.pin, options=options, warn=logger.warning, give_up=run.give_up
     )
     with (
-        watching(run.drain, options.notices, logger.warning),
+        poll_notices(run.drain, options.notices, logger.warning),
         handle_early_sigterm(run, logger),
         opener.open(source, sink) as connections,
     ):
         run.run(connections, logger)
     done, name = _describe_done(run.metrics), _name_connection(source)
     if run.ended_by_notice:
-        leave_with(run.drain, done, lambda words: publish_report(name, f"# Stream {name}\n\n{words}\n", logger), logger)
+        exit_with_notice(
+            run.drain, done, lambda words: publish_report(name, f"# Stream {name}\n\n{words}\n", logger), logger
+        )
     report = _build_report(run, resolved.pin.uri, source, sink)
     publish_report(name, report.markdown(), logger)
     logger.info("The stream has ended (%s): %s.", report.ended, done)

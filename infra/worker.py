@@ -1,13 +1,14 @@
-"""A Prefect process worker whose runs are given time when their machine is to end.
+"""A Prefect process worker whose flow runs get time to drain when their machine is to end.
 
-`python -m infra.worker --pool overnight-spot` runs `prefect worker start`, one flow run at a time. Told to
-end (SIGTERM or SIGINT), Prefect's own worker kills the runs that it has started, at once, and their state
-stays Running. This one asks for no more work, passes the signal on to the runs alone, waits until each has
-drained and told the server that it is to be run again, and ends then. It has to be the one that gets the
-signal: `KillMode=mixed` under systemd, the first process of a container.
+`python -m infra.worker --pool overnight-spot` runs `prefect worker start`, one flow run at a time. On SIGTERM or
+SIGINT, Prefect's own worker kills its flow runs at once, and their state stays Running. This one takes no more work,
+passes the signal on to the flow runs only, waits until each has drained and is scheduled again, and then ends. It must
+be the process that gets the signal: `KillMode=mixed` under systemd, the first process of a container.
 
-The pool's `command` must be `prefect flow-run execute`, which is what obeys the signal, as in deployments/pools.py.
+The pool's `command` must be `prefect flow-run execute`, which obeys the signal, as in deployments/prefect.yaml.
 """
+
+from __future__ import annotations
 
 import argparse
 import os
@@ -16,37 +17,39 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from infra.processes import children, kill_family, signal_all
-
+_PROC = Path("/proc")
 _POLL_S = 0.2
+_KILL_POLL_S = 0.02
 # What Prefect itself allows a run between SIGTERM and SIGKILL, and as much again to tell the server.
 GRACE_S = 60.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the worker until it ends or this process is told to; return the exit code."""
-    options = parse(arguments)
-    told = _told_to_end()
-    if missing := _missing(options.pool):
+    """Run the worker until it ends or a signal arrives; return the exit code."""
+    options = parse_arguments(arguments)
+    stopping = _catch_signals()
+    if missing := _describe_missing_pool(options.pool):
         sys.stderr.write(missing)
         return 1
     worker = subprocess.Popen(
-        _command(options.pool, options.name, options.limit),
-        env=_environment(),
-        # Ctrl-C in a terminal goes to every process of its group; the worker is not to get it.
+        _make_command(options.pool, options.name, options.limit),
+        env=_make_environment(),
+        # Ctrl-C in a terminal goes to every process of its group; the worker must not get it.
         start_new_session=True,
     )
     while worker.poll() is None:
-        if told.wait(_POLL_S):
-            drain(worker, options.grace)
+        if stopping.wait(_POLL_S):
+            drain_runs(worker, options.grace)
             return 0
     return worker.returncode
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m infra.worker", description=__doc__)
     parser.add_argument("--pool", required=True, help="the work pool to take flow runs from")
@@ -56,28 +59,28 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _told_to_end() -> threading.Event:
+def _catch_signals() -> threading.Event:
     """Return an event that SIGTERM and SIGINT set; a shell's `&` may have masked them."""
-    told = threading.Event()
+    stopping = threading.Event()
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda _number, _frame: told.set())
-    return told
+        signal.signal(number, lambda _number, _frame: stopping.set())
+    return stopping
 
 
-def _missing(pool: str) -> str:
-    """Return what to say where there is no such pool: Prefect's worker would ask for its work for ever."""
-    asked = [sys.executable, "-m", "prefect", "work-pool", "inspect", pool]
-    found = subprocess.run(asked, capture_output=True, text=True, check=False)
+def _describe_missing_pool(pool: str) -> str:
+    """Return an error message where the pool does not exist: Prefect's worker would wait for work for ever."""
+    command = [sys.executable, "-m", "prefect", "work-pool", "inspect", pool]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
     if not found.returncode:
         return ""
     return (
-        f"The work pool {pool!r} must be on the Prefect server, but that says: {found.stdout}{found.stderr}"
+        f"The work pool {pool!r} must exist on the Prefect server, which answers: {found.stdout}{found.stderr}"
         f"`make deploy` creates those of Overnight, `prefect work-pool create {pool} --type process` any other.\n"
     )
 
 
-def _command(pool: str, name: str | None, limit: int) -> list[str]:
+def _make_command(pool: str, name: str | None, limit: int) -> list[str]:
     named = ["--name", name] if name else []
     return [
         *(sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"),
@@ -85,23 +88,81 @@ def _command(pool: str, name: str | None, limit: int) -> list[str]:
     ]
 
 
-def _environment() -> dict[str, str]:
+def _make_environment() -> dict[str, str]:
     """Return this environment with this interpreter's programs first, since the pool's command names `prefect`."""
     return {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
 
 
-def drain(worker: subprocess.Popen[bytes], grace_s: float) -> None:
-    """Let the runs end, then the worker, which is stopped meanwhile and takes up none of them again."""
+def drain_runs(worker: subprocess.Popen[bytes], grace_s: float) -> None:
+    """Let the flow runs drain, then end the worker, which is stopped meanwhile so that it takes up no run."""
     until = time.monotonic() + grace_s
-    signal_all([worker.pid], signal.SIGSTOP)
-    runs = children(worker.pid)
-    sys.stdout.write(f"Told to end: {len(runs)} flow runs have {grace_s:g} s to drain.\n")
+    send_signal([worker.pid], signal.SIGSTOP)
+    runs = list_children(worker.pid)
+    sys.stdout.write(f"Ending: {len(runs)} flow runs have {grace_s:g} s to drain.\n")
     sys.stdout.flush()
-    signal_all(runs, signal.SIGTERM)
-    while set(children(worker.pid)) & set(runs) and time.monotonic() < until:
+    send_signal(runs, signal.SIGTERM)
+    while set(list_children(worker.pid)) & set(runs) and time.monotonic() < until:
         time.sleep(_POLL_S)
-    kill_family(worker.pid)
+    kill_process_tree(worker.pid)
     worker.wait()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """One process of this machine; `ended` where it only waits for its parent to read its exit code."""
+
+    pid: int
+    parent: int
+    ended: bool
+
+
+def list_children(pid: int) -> list[int]:
+    """Return the processes that `pid` has started and that still run."""
+    return [process.pid for process in _list_processes() if process.parent == pid and not process.ended]
+
+
+def list_process_tree(pid: int) -> list[int]:
+    """Return `pid` and all that run below it, parents first."""
+    processes = [process for process in _list_processes() if not process.ended]
+    found = [pid]
+    for parent in found:
+        found += [process.pid for process in processes if process.parent == parent]
+    return found
+
+
+def send_signal(pids: Sequence[int], number: signal.Signals) -> None:
+    """Send a signal to each, in order; processes that have ended are skipped."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def kill_process_tree(pid: int) -> None:
+    """End `pid` and all below it with SIGKILL, as the loss of their machine would; return when they are gone.
+
+    Parents go first, so that none can report the death of its child.
+    """
+    # Stopped, none of them can start another one that the list lacks.
+    send_signal(list_process_tree(pid), signal.SIGSTOP)
+    pids = list_process_tree(pid)
+    send_signal(pids, signal.SIGKILL)
+    while any(process.pid in pids and not process.ended for process in _list_processes()):
+        time.sleep(_KILL_POLL_S)
+
+
+def _list_processes() -> Iterator[Process]:
+    if not _PROC.is_dir():
+        listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=True)  # noqa: S607 - the system's own
+        for pid, parent, state in (line.split()[:3] for line in listed.stdout.splitlines()):
+            yield Process(pid=int(pid), parent=int(parent), ended=state.startswith("Z"))
+        return
+    for entry in _PROC.iterdir():
+        if entry.name.isdigit():
+            # A process may have ended since it was listed.
+            with suppress(OSError):
+                # The name comes second, in parentheses, and may itself hold spaces and parentheses.
+                state, parent, *_ = (entry / "stat").read_text().rpartition(")")[2].split()
+                yield Process(pid=int(entry.name), parent=int(parent), ended=state == "Z")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What kind of machine this is, as far as speed and the last bits of a prediction go."""
+"""The machine and the process: cores, the kind of machine that figures are kept for, environment variables."""
 
 from __future__ import annotations
 
@@ -6,39 +6,54 @@ import functools
 import os
 import platform
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 
-def cores() -> int:
+def count_cores() -> int:
     """Return the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def machine_kind() -> str:
-    """Name the kind of this machine: GPUs, processor, cores, and the torch that computes on it.
+def describe_machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return what decides this machine's speed and the last bits of results: GPUs, processor, cores, torch's version.
 
-    Does not import torch: GPUs are named where a model has done so already.
+    Does not import torch: GPUs are included only where a model has imported it.
     """
     torch = sys.modules.get("torch")
     cards = torch.cuda.device_count() if torch else 0
     card = f"{cards} x {torch.cuda.get_device_name(0)}, " if torch and cards else ""
-    return f"{card}{_processor()}, {cores()} cores, torch {version('torch')}"
+    return f"{card}{_describe_processor(cpuinfo)}, {count_cores()} cores, torch {version('torch')}"
 
 
 @functools.cache
-def _processor(path: Path = Path("/proc/cpuinfo")) -> str:
-    """Name the processor; family and model tell apart what clouds call by one name."""
+def _describe_processor(cpuinfo: Path) -> str:
+    """Return the processor's name, with family and model, since clouds use one name for several processors."""
     try:
-        lines = path.read_text().splitlines()
+        lines = cpuinfo.read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     # The first processor's lines: later ones do not replace them.
-    told: dict[str, str] = {}
+    fields: dict[str, str] = {}
     for name, value in (line.split(":", 1) for line in lines if ":" in line):
-        told.setdefault(name.strip(), value.strip())
-    if "model name" not in told:
+        fields.setdefault(name.strip(), value.strip())
+    if "model name" not in fields:
         return platform.processor() or platform.machine()
-    return f"{told['model name']} {told.get('cpu family', '')}.{told.get('model', '')}"
+    return f"{fields['model name']} {fields.get('cpu family', '')}.{fields.get('model', '')}"
+
+
+@contextmanager
+def set_variable(name: str, value: str) -> Generator[None]:
+    """Set an environment variable while the block runs, and put back what was there."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before

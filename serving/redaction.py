@@ -88,7 +88,7 @@ def _secrets_of_environment(environment: Mapping[str, str]) -> Iterator[str]:
     return iter(sorted((each for each in found if len(each) >= _SECRET_CHARACTERS_MIN), key=len, reverse=True))
 
 
-def hide_in_exception(error: BaseException) -> None:
+def hide_secrets_in_exception(error: BaseException) -> None:
     """Hide the secrets in the arguments of an exception, and of those that it came from."""
     seen: set[int] = set()
     left = [error]

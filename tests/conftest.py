@@ -22,8 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OVERNIGHT_METADATA_URL"] = "off"
 
 if TYPE_CHECKING:
-    from infra.local.nats import NatsServer
-    from infra.local.nats_client import NatsClient
+    from infra.local.nats import NatsClient, NatsServer
     from infra.local.s3 import S3Server
 
 
@@ -68,7 +67,7 @@ def nats(tmp_path_factory: pytest.TempPathFactory) -> Generator[NatsServer]:
 @pytest.fixture(scope="session")
 def nats_client(nats: NatsServer) -> Generator[NatsClient]:
     """A client of that server."""
-    from infra.local.nats_client import NatsClient
+    from infra.local.nats import NatsClient
 
     with NatsClient(nats.url) as client:
         yield client

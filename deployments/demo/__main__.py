@@ -51,14 +51,14 @@ def _told_complete(folder: Path) -> bool:
     from tasks.batch.options import BatchOptions  # noqa: PLC0415 - imports MLflow
     from tasks.batch.plan import load_plan  # noqa: PLC0415
     from tasks.batch.report import report_complete  # noqa: PLC0415
-    from tasks.batch.resolve import find_complete, pin_call  # noqa: PLC0415
+    from tasks.batch.resolve import find_complete_run, resolve_request  # noqa: PLC0415
     from tasks.storage import open_storage  # noqa: PLC0415
 
     start = time.perf_counter()
     destination = str(folder / "predictions")
     storage = open_storage(destination)
-    call = pin_call(MODEL, str(folder / "flights"), destination, BatchOptions(key_columns=(KEY,)))
-    manifest = find_complete(storage, call)
+    call = resolve_request(MODEL, str(folder / "flights"), destination, BatchOptions(key_columns=(KEY,)))
+    manifest = find_complete_run(storage, call)
     plan = load_plan(storage, call.run) if manifest is not None else None
     if manifest is None or plan is None:
         return False

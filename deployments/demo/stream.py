@@ -25,8 +25,7 @@ from rich.table import Table
 
 from deployments.demo.flights import KEY
 from deployments.demo.prepare import console, point_at, prepare
-from infra.local.nats import NatsServer, nats_server
-from infra.local.nats_client import NatsClient
+from infra.local.nats import NatsClient, NatsServer, nats_server
 
 MODEL = "models:/flight-delay@champion"
 OUTPUT = "arr_delay_predicted"

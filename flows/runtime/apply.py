@@ -13,10 +13,10 @@ from prefect.exceptions import PrefectHTTPStatusError
 from flows.endpoint import online_endpoint, retire_endpoint
 from flows.runtime import deployment_store, flow_runs
 from flows.runtime.deployment_store import Placed
-from flows.runtime.task_timing import Stages
+from flows.runtime.task_timing import StepTimer
 from serving.errors import ApplyFailed, OvernightError
-from tasks.batch.artifacts import Logger
-from tasks.batch.resolve import pin_call
+from tasks.batch.resolve import resolve_request
+from tasks.common.artifacts import Logger
 from tasks.endpoint.spec import EndpointSpec
 from tasks.scheduler.decision import Decision
 from tasks.scheduler.effect import (
@@ -34,7 +34,7 @@ from tasks.scheduler.terms import BatchTerms, StreamTerms, Terms
 from tasks.storage import open_storage
 
 
-def apply_decision(stages: Stages, decision: Decision, terms: Terms, logger: Logger) -> Applied:
+def apply_decision(stages: StepTimer, decision: Decision, terms: Terms, logger: Logger) -> Applied:
     """Have a workload served in the way that was decided, and retire what served it before, once that is verified.
 
     The same decision again changes what differs alone. Where the new one can't be made or verified it is taken down
@@ -94,7 +94,7 @@ def _night(wanted: Wanted, batch: BatchTerms) -> dict[str, str]:
 def _planned(wanted: Wanted, batch: BatchTerms) -> str:
     """Hold model, source and destination against each other, as a run does at its begin; returns that in words."""
     model = str(wanted.parameters["model"])
-    call = pin_call(model, batch.source, open_storage(batch.destination).url, batch.options)
+    call = resolve_request(model, batch.source, open_storage(batch.destination).url, batch.options)
     return (
         f"{call.resolved.pin.uri} takes the {len(call.snapshot.files):,} files of {batch.source}, the pools are there"
     )

@@ -18,7 +18,7 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectHTTPS
 from flows.runtime import flow_runs
 from serving.errors import ApplyFailed, BadInput, DeploymentMissing
 from tasks.scheduler.effect import Wanted, tag_of
-from tasks.spot import dispatch
+from tasks.spot import work_pools
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ def place(wanted: Wanted) -> Placed:
     does not take it, with what stood before put back.
     """
     with get_client(sync_client=True) as client:
-        dispatch.find_pool(client, wanted.like)
+        work_pools.find_pool(client, wanted.like)
         like = client.read_deployment_by_name(wanted.like)
         name = f"{wanted.like.split('/')[0]}/{wanted.name}"
         before = _find(client, name)
@@ -165,7 +165,7 @@ def check_deployments(names: Mapping[str, str]) -> None:
     with get_client(sync_client=True) as client:
         for what, name in names.items():
             try:
-                dispatch.find_pool(client, name)
+                work_pools.find_pool(client, name)
             except DeploymentMissing as error:
                 message = f"{error} It is {what}."
                 raise DeploymentMissing(message) from error

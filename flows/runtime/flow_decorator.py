@@ -12,10 +12,9 @@ from prefect import Flow
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from pydantic import BaseModel
 
-from flows.runtime.interruption import Left
-from flows.runtime.interrupts import start_server_out_of_reach
+from flows.runtime.interruption import InterruptedExit, start_server_shielded
 from serving.errors import SecretExposed
-from serving.redaction import hide_in_exception, hide_secrets_in_logs, holds_secret
+from serving.redaction import hide_secrets_in_exception, hide_secrets_in_logs, holds_secret
 
 hide_secrets_in_logs()
 
@@ -45,7 +44,7 @@ class _AdHocFlow(Flow[P, R]):
                 return super().validate_parameters(parameters)
             except Exception as error:
                 # Pydantic quotes the value that it refuses.
-                hide_in_exception(error)
+                hide_secrets_in_exception(error)
                 raise
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -53,13 +52,13 @@ class _AdHocFlow(Flow[P, R]):
             refuse_secrets(dict(enumerate(args)) | kwargs)
             with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
                 try:
-                    start_server_out_of_reach()
+                    start_server_shielded()
                     return super().__call__(*args, **kwargs)
                 except KeyboardInterrupt as interrupt:
                     # Without its cause: the frames of Prefect's engine say nothing to a person who pressed Ctrl-C.
                     raise KeyboardInterrupt(*interrupt.args or [_SAY]) from None
-                except Left as left:
-                    if left.notice.of_process:
+                except InterruptedExit as left:
+                    if left.notice.is_sigterm:
                         _pass_on_sigterm()
                     raise left.interrupted from None
 

@@ -21,7 +21,7 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import ObjectNotFound
 
 from serving.errors import ApplyFailed
-from tasks.spot import dispatch
+from tasks.spot import work_pools
 
 _POLL_SECONDS = 0.5
 _DRAIN_SECONDS_MAX = 120.0
@@ -61,14 +61,14 @@ def _scores(client: SyncPrefectClient, run: UUID) -> bool:
 
 def _stage(run: UUID) -> str:
     with get_client(sync_client=True) as client:
-        return dispatch.look_at(client, run).stage
+        return work_pools.read_status(client, run).stage
 
 
 def _wait(runs: Sequence[UUID], seconds: float, holds: Callable[[SyncPrefectClient, UUID], bool], what: str) -> None:
     until, left = time.monotonic() + seconds, list(runs)
     with get_client(sync_client=True) as client:
         while left := [run for run in left if not holds(client, run)]:
-            seen = {run: dispatch.look_at(client, run) for run in left}
+            seen = {run: work_pools.read_status(client, run) for run in left}
             for run, each in seen.items():
                 if each.stage in ("failed", "lost"):
                     message = f"Flow run {run} must {what}, but ended: {each.message}"
@@ -87,7 +87,7 @@ def end(runs: Sequence[UUID], why: str) -> bool:
     """Tell runs to end and drain, and say whether they did within two minutes."""
     with get_client(sync_client=True) as client:
         for run in runs:
-            dispatch.drain(client, run, why, lost=False)
+            work_pools.end_flow_run(client, run, why, lost=False)
         until = time.monotonic() + _DRAIN_SECONDS_MAX
         while any(_stands(client, run) for run in runs):
             if time.monotonic() > until:

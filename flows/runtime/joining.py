@@ -18,9 +18,9 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 
 from flows.runtime.context import flow_run
 from serving.errors import BadInput, RunnerUnusable
-from tasks.batch.artifacts import Logger
 from tasks.batch.options import BatchOptions
-from tasks.batch.plan import Start, load_start, save_start
+from tasks.batch.plan import RunStart, load_start, save_start
+from tasks.common.artifacts import Logger
 from tasks.storage import Storage
 
 _START_SECONDS_MAX = 120.0
@@ -50,7 +50,7 @@ def check_workers(source: str, destination: str, options: BatchOptions) -> None:
         raise RunnerUnusable(message)
 
 
-def find_start(storage: Storage, flow_run_id: str, joins: UUID | None) -> Start | None:
+def find_start(storage: Storage, flow_run_id: str, joins: UUID | None) -> RunStart | None:
     """Return the run that a flow run is tied to: by its earlier attempt, or by the flow run that it joins.
 
     None where it begins a run itself. Waits for the one that it joins to have resolved its call. Raises

@@ -18,14 +18,12 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import TerminationSignal
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.runtime.interruption import hear_sigterm
-from flows.runtime.interrupts import hush
-from flows.runtime.shard_task import Errand, score_shard
-from serving.environment import variable
+from flows.runtime.interruption import ignore_repeated_sigint, take_sigterm_as_notice
+from flows.runtime.shard_task import ShardTask, score_shard
 from serving.errors import RunnerUnusable
-from serving.machine import cores
+from serving.machine import count_cores, set_variable
 from tasks.batch.options import Ray
-from tasks.batch.score import Scored, Scorer
+from tasks.batch.score import Scorer, ScoringResult
 
 if TYPE_CHECKING:
     from prefect_ray.task_runners import PrefectRayFuture, RayTaskRunner
@@ -55,64 +53,64 @@ def check_usable(where: Ray) -> None:
 
 
 def score_shards(
-    where: Ray, slots: int, sent: Errand, shards: list[int], scorer: Scorer, notice_seconds: float
-) -> Scored:
+    where: Ray, slots: int, sent: ShardTask, shards: list[int], scorer: Scorer, notice_seconds: float
+) -> ScoringResult:
     """Score shards, at most `slots` of them at once; return what that came to.
 
     A notice to this process stops them all: slots are elsewhere, and what they have in hand is dropped. Raises what
     the first failing shard raised, and RunnerUnusable where the cluster does not carry the run.
     """
-    scored = Scored()
+    scored = ScoringResult()
     pending: dict[Any, PrefectRayFuture[Any]] = {}
-    with _connected(where, slots) as runner:
+    with _connect(where, slots) as runner:
         try:
             for shard in shards:
                 if len(pending) == slots:
                     _add_next(pending, scored, scorer)
-                if scorer.share.rests():
+                if scorer.scheduler.is_stopping():
                     break
                 future = runner.submit(score_shard, {"errand": sent, "shard": shard})
                 pending[future.wrapped_future] = future
-            while pending and not scorer.share.rests():
+            while pending and not scorer.scheduler.is_stopping():
                 _add_next(pending, scored, scorer)
         except TerminationSignal:
-            hear_sigterm(scorer.drain, notice_seconds)
+            take_sigterm_as_notice(scorer.drain, notice_seconds)
         except BaseException as error:
-            hush(error)
-            _stop(list(pending), _REST_SECONDS)
+            ignore_repeated_sigint(error)
+            _cancel_tasks(list(pending), _REST_SECONDS)
             raise
         scored.chunks_dropped += len(pending)
-        _stop(list(pending), min(_REST_SECONDS, scorer.drain.seconds_left / 4))
+        _cancel_tasks(list(pending), min(_REST_SECONDS, scorer.drain.seconds_left / 4))
     return scored
 
 
-def _add_next(pending: dict[Any, PrefectRayFuture[Any]], scored: Scored, scorer: Scorer) -> None:
+def _add_next(pending: dict[Any, PrefectRayFuture[Any]], scored: ScoringResult, scorer: Scorer) -> None:
     """Wait for one shard and add what it came to, or for a notice."""
     import ray  # noqa: PLC0415 - an extra that most installations do without
 
     done: list[Any] = []
-    while not done and not scorer.share.rests():
+    while not done and not scorer.scheduler.is_stopping():
         done, _ = ray.wait(list(pending), timeout=_POLL_SECONDS)
     if done:
-        result = _result(pending.pop(done[0]))
+        result = _get_result(pending.pop(done[0]))
         scored.add(result)
         scorer.count_rejects(result.rejects.total())
 
 
-def _result(future: PrefectRayFuture[Any]) -> Any:
+def _get_result(future: PrefectRayFuture[Any]) -> Any:
     """Return what a shard came to, or raise what it raised."""
     from ray.exceptions import RayError  # noqa: PLC0415
 
     try:
         result = future.result(raise_on_failure=False)
     except RayError as error:
-        raise _unusable(error) from error
+        raise _runner_unusable(error) from error
     if isinstance(result, BaseException):
         raise result
     return result
 
 
-def _unusable(error: Exception) -> RunnerUnusable:
+def _runner_unusable(error: Exception) -> RunnerUnusable:
     told = str(error).strip()
     if "ModuleNotFoundError" in told or "ImportError" in told:
         return RunnerUnusable(
@@ -126,7 +124,7 @@ def _unusable(error: Exception) -> RunnerUnusable:
     )
 
 
-def _stop(refs: list[Any], rest_seconds: float) -> None:
+def _cancel_tasks(refs: list[Any], rest_seconds: float) -> None:
     """Cancel tasks: softly, so that they tell Prefect, then by ending their processes."""
     import ray  # noqa: PLC0415
 
@@ -138,31 +136,31 @@ def _stop(refs: list[Any], rest_seconds: float) -> None:
 
 
 @contextmanager
-def _connected(where: Ray, slots: int) -> Generator[RayTaskRunner[Any]]:
+def _connect(where: Ray, slots: int) -> Generator[RayTaskRunner[Any]]:
     """Start or reach the cluster, and have tasks sent out as the options say."""
     from prefect_ray.context import remote_options  # noqa: PLC0415
     from prefect_ray.task_runners import RayTaskRunner  # noqa: PLC0415
 
-    here = cores()
+    here = count_cores()
     cpus = where.cpus_per_slot or (1 if where.address else max(1, here // slots))
-    runner: RayTaskRunner[Any] = RayTaskRunner(init_kwargs=_init(where, max(here, cpus * slots)))
+    runner: RayTaskRunner[Any] = RayTaskRunner(init_kwargs=_ray_arguments(where, max(here, cpus * slots)))
     # A temporary Prefect server has no address in the settings; each process of Ray would start one of its own.
     server = {PREFECT_API_URL: str(get_client(sync_client=True).api_url)}
     with ExitStack() as stack:
         try:
             # A cluster that starts here reports nothing to Ray's makers.
-            with variable("RAY_USAGE_STATS_ENABLED", "0"), _sigterm_kept():
+            with set_variable("RAY_USAGE_STATS_ENABLED", "0"), _keep_sigterm_handler():
                 stack.enter_context(runner)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             must = f"answer at {where.address}" if where.address else "start on this machine"
             message = f"A Ray cluster must {must}, got {type(error).__name__}: {error}. Check runner, and call again."
             raise RunnerUnusable(message) from error
-        _check_room(cpus)
+        _check_cpus(cpus)
         with temporary_settings(server), remote_options(num_cpus=cpus):
             yield runner
 
 
-def _check_room(cpus: int) -> None:
+def _check_cpus(cpus: int) -> None:
     """Raise RunnerUnusable where no node could ever run a slot: Ray would wait for one in silence."""
     import ray  # noqa: PLC0415
 
@@ -176,7 +174,7 @@ def _check_room(cpus: int) -> None:
         raise RunnerUnusable(message)
 
 
-def _init(where: Ray, cpus: int) -> dict[str, Any]:
+def _ray_arguments(where: Ray, cpus: int) -> dict[str, Any]:
     """Return what ray.init is told: quiet, and on this machine without its dashboard."""
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if where.address:
@@ -186,7 +184,7 @@ def _init(where: Ray, cpus: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _sigterm_kept() -> Generator[None]:
+def _keep_sigterm_handler() -> Generator[None]:
     """Put the handler of SIGTERM back: Ray sets one of its own, and Prefect would not learn how the run ended."""
     before = signal.getsignal(signal.SIGTERM)
     try:

@@ -18,15 +18,15 @@ from serving.errors import OvernightError
 from serving.model.interface import Model
 from tasks.batch.parts import list_parts
 from tasks.batch.plan import Plan, load_plan
-from tasks.batch.resolve import load_planned
-from tasks.batch.score import Scored, Scorer
+from tasks.batch.resolve import load_planned_model
+from tasks.batch.score import Scorer, ScoringResult
 from tasks.storage import Storage, open_storage
 
 _scorers: dict[str, Scorer] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Errand:
+class ShardTask:
     """What a shard task is sent out with: all that another process needs, and nothing that can't travel."""
 
     attempt: str
@@ -38,12 +38,12 @@ class Errand:
 
 
 @contextmanager
-def errand(scorer: Scorer, *, allow_pickle: bool) -> Generator[Errand]:
+def open_shard_tasks(scorer: Scorer, *, allow_pickle: bool) -> Generator[ShardTask]:
     """Make the errand for one pass; tasks in this process find the scorer itself while the block runs."""
     attempt = str(uuid4())
     _scorers[attempt] = scorer
     try:
-        yield Errand(
+        yield ShardTask(
             attempt=attempt,
             destination=scorer.destination.url,
             run=scorer.plan.run,
@@ -56,19 +56,19 @@ def errand(scorer: Scorer, *, allow_pickle: bool) -> Generator[Errand]:
 
 
 @task(name="score-shard", task_run_name="score-shard-{shard}", cache_policy=NO_CACHE, persist_result=False)
-def score_shard(errand: Errand, shard: int) -> Any:
+def score_shard(errand: ShardTask, shard: int) -> Any:
     """Score one shard in this thread, then help with what is left: Scored, or Cancelled where it was stopped."""
     return _score(errand, shard)
 
 
-def _score(errand: Errand, shard: int) -> Any:
-    scorer = _scorers.get(errand.attempt) or _open(errand)
+def _score(errand: ShardTask, shard: int) -> Any:
+    scorer = _scorers.get(errand.attempt) or _open_scorer(errand)
     try:
         scored = scorer.score_shard(shard)
     except KeyboardInterrupt:
         # Ray's way to cancel a task; what it had written counts by its parts.
-        scored = Scored()
-    if scorer.share.rests():
+        scored = ScoringResult()
+    if scorer.scheduler.is_stopping():
         chunks = len(scorer.plan.shards[shard])
         done = sum(at == shard for at, _ in list_parts(scorer.destination, scorer.plan))
         if done < chunks:
@@ -77,16 +77,16 @@ def _score(errand: Errand, shard: int) -> Any:
     return scored
 
 
-def _open(errand: Errand) -> Scorer:
+def _open_scorer(errand: ShardTask) -> Scorer:
     """Make a scorer in another process than the flow's, for one task: it looks at the parts afresh."""
-    storage, plan, model = _load(errand.destination, errand.run, errand.registry, errand.allow_pickle)
+    storage, plan, model = _load_run(errand.destination, errand.run, errand.registry, errand.allow_pickle)
     scorer = Scorer(plan=plan, destination=storage, model=model, max_reject_fraction=errand.max_reject_fraction)
-    scorer.share.begin()
+    scorer.scheduler.begin()
     return scorer
 
 
 @functools.lru_cache(maxsize=1)
-def _load(destination: str, run: str, registry: str, allow_pickle: bool) -> tuple[Storage, Plan, Model]:  # noqa: FBT001 - a key of the cache
+def _load_run(destination: str, run: str, registry: str, allow_pickle: bool) -> tuple[Storage, Plan, Model]:  # noqa: FBT001 - a key of the cache
     """Load plan and model, once in each process."""
     mlflow.set_tracking_uri(registry)
     storage = open_storage(destination)
@@ -94,4 +94,4 @@ def _load(destination: str, run: str, registry: str, allow_pickle: bool) -> tupl
     if plan is None:
         message = f"The plan of run {run} must be readable by every worker, but {storage.url} has none here."
         raise OvernightError(message)
-    return storage, plan, load_planned(plan, None, plan.options.model_copy(update={"allow_pickle": allow_pickle}))
+    return storage, plan, load_planned_model(plan, None, plan.options.model_copy(update={"allow_pickle": allow_pickle}))

@@ -13,12 +13,11 @@ from typing import Literal
 
 from prefect.exceptions import TerminationSignal
 
-from flows.runtime.interruption import hear_sigterm
-from flows.runtime.interrupts import hush
+from flows.runtime.interruption import ignore_repeated_sigint, take_sigterm_as_notice
 from serving.model.forward import Halted
 from serving.model.interface import Tunable
 from serving.model.registry import Resolved
-from tasks.batch.artifacts import Logger
+from tasks.common.artifacts import Logger
 from tasks.spot.drain import Drain
 from tasks.stream.batcher import StreamLimits
 from tasks.stream.connections import Connections, StreamAbandoned
@@ -133,7 +132,7 @@ class StreamRun:
             scorer = MicroScorer(
                 settings.model, self.decoder.contract, self.decoder, settings.batch_size, time.monotonic
             )
-            scorer.forward.goes_on = lambda: not self.give_up.is_set()
+            scorer.forward.may_continue = lambda: not self.give_up.is_set()
             return scorer
 
         return Pipeline(
@@ -165,7 +164,7 @@ class StreamRun:
             try:
                 if pipeline.wait(_POLL_SECONDS):
                     return
-                if self.drain.over or time.monotonic() > self._deadline:
+                if self.drain.is_over or time.monotonic() > self._deadline:
                     self.give_up.set()
                     pipeline.wait(_POLL_SECONDS)
                     return
@@ -173,9 +172,9 @@ class StreamRun:
                 if self.drain.notice is not None:
                     self.give_up.set()
                     raise
-                hear_sigterm(self.drain, self.options.notice_seconds)
+                take_sigterm_as_notice(self.drain, self.options.notice_seconds)
             except KeyboardInterrupt as error:
-                hush(error)
+                ignore_repeated_sigint(error)
                 self.interrupted = True
                 self._stop.set()
                 self._deadline = time.monotonic() + self.options.notice_seconds
@@ -189,7 +188,7 @@ def handle_early_sigterm(run: StreamRun, logger: Logger) -> Generator[None]:
     except TerminationSignal:
         if run.drain.notice is not None:
             raise
-        hear_sigterm(run.drain, run.options.notice_seconds)
+        take_sigterm_as_notice(run.drain, run.options.notice_seconds)
         run.give_up.set()
         run.ended_by_notice = True
     except StreamAbandoned:

@@ -12,11 +12,10 @@ from prefect.exceptions import CancelledRun, TerminationSignal
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.runtime import ray_runner
-from flows.runtime.interruption import hear_sigterm
-from flows.runtime.interrupts import hush
-from flows.runtime.shard_task import Errand, errand, score_shard
+from flows.runtime.interruption import ignore_repeated_sigint, take_sigterm_as_notice
+from flows.runtime.shard_task import ShardTask, open_shard_tasks, score_shard
 from tasks.batch.options import BatchOptions, Ray
-from tasks.batch.score import Scored, Scorer
+from tasks.batch.score import Scorer, ScoringResult
 
 # A wait without an end is deaf to Ctrl-C: Polars' handler has the kernel take such waits up again.
 _POLL_SECONDS = 0.2
@@ -31,47 +30,49 @@ def check_runner(options: BatchOptions) -> None:
         ray_runner.check_usable(options.runner)
 
 
-def score_shards(scorer: Scorer, slots: int, options: BatchOptions) -> Scored:
+def score_missing(scorer: Scorer, slots: int, options: BatchOptions) -> ScoringResult:
     """Score what the plan lacks, and return what that came to: less than all of it where a notice stands then.
 
     Raises what the first failing shard raised, once every slot has come to rest. Ctrl-C stops each slot after the
     batch that it is in; the parts that were written stay. So does SIGTERM, when the notice that it is runs out or it
     comes a second time, as Prefect's TerminationSignal.
     """
-    scored = Scored()
+    scored = ScoringResult()
     while True:
-        shards = scorer.share.begin()
-        with errand(scorer, allow_pickle=options.allow_pickle) as sent:
+        shards = scorer.scheduler.begin()
+        with open_shard_tasks(scorer, allow_pickle=options.allow_pickle) as sent:
             if isinstance(options.runner, Ray):
                 scored.add(ray_runner.score_shards(options.runner, slots, sent, shards, scorer, options.notice_seconds))
             else:
                 scored.add(_score_in_threads(scorer, slots, sent, shards, options.notice_seconds))
         # A notice that was withdrawn has left slots at rest that have work again.
-        if scorer.drain.notice is not None or not scorer.share.cut_short:
+        if scorer.drain.notice is not None or not scorer.scheduler.cut_short:
             return scored
 
 
-def _score_in_threads(scorer: Scorer, slots: int, sent: Errand, shards: list[int], notice_seconds: float) -> Scored:
+def _score_in_threads(
+    scorer: Scorer, slots: int, sent: ShardTask, shards: list[int], notice_seconds: float
+) -> ScoringResult:
     futures: list[Any] = []
     with ExitStack() as stack:
-        stack.enter_context(_quick_switches())
-        runner: ThreadPoolTaskRunner[Scored] = stack.enter_context(ThreadPoolTaskRunner(max_workers=slots))
+        stack.enter_context(_switch_threads_quickly())
+        runner: ThreadPoolTaskRunner[ScoringResult] = stack.enter_context(ThreadPoolTaskRunner(max_workers=slots))
         try:
             try:
                 futures += (runner.submit(score_shard, {"errand": sent, "shard": at}) for at in shards)
-                rested = _rest(scorer, futures)
+                rested = _wait_for_slots(scorer, futures)
             except TerminationSignal:
-                hear_sigterm(scorer.drain, notice_seconds)
-                rested = _rest(scorer, futures)
+                take_sigterm_as_notice(scorer.drain, notice_seconds)
+                rested = _wait_for_slots(scorer, futures)
                 if not rested:
                     raise
         except TerminationSignal:
-            scorer.share.stop.set()
+            scorer.scheduler.stop.set()
             stack.pop_all()
             raise
         except BaseException as error:
-            hush(error)
-            scorer.share.stop.set()
+            ignore_repeated_sigint(error)
+            scorer.scheduler.stop.set()
             waiting = {future.wrapped_future for future in futures}
             for future in waiting:
                 future.cancel()
@@ -79,13 +80,13 @@ def _score_in_threads(scorer: Scorer, slots: int, sent: Errand, shards: list[int
             raise
         if not rested:
             # Leaving the runner waits for its threads, and there is no time for that.
-            scorer.share.stop.set()
+            scorer.scheduler.stop.set()
             stack.pop_all()
-    return _added(futures)
+    return _add_results(futures)
 
 
 @contextmanager
-def _quick_switches() -> Generator[None]:
+def _switch_threads_quickly() -> Generator[None]:
     before = sys.getswitchinterval()
     sys.setswitchinterval(min(before, _SWITCH_SECONDS))
     try:
@@ -94,24 +95,24 @@ def _quick_switches() -> Generator[None]:
         sys.setswitchinterval(before)
 
 
-def _rest(scorer: Scorer, futures: list[Any]) -> bool:
+def _wait_for_slots(scorer: Scorer, futures: list[Any]) -> bool:
     """Wait until every slot has come to rest, at the end of the pass or after a notice; False where one is late."""
     waiting = {future.wrapped_future for future in futures}
-    while waiting and not scorer.drain.over:
-        if scorer.share.rests():
+    while waiting and not scorer.drain.is_over:
+        if scorer.scheduler.is_stopping():
             for future in waiting:
                 future.cancel()
         waiting = wait(waiting, timeout=_POLL_SECONDS).not_done
     return not waiting
 
 
-def _added(futures: list[Any]) -> Scored:
+def _add_results(futures: list[Any]) -> ScoringResult:
     done = [future for future in futures if future.wrapped_future.done() and not future.wrapped_future.cancelled()]
     results: list[Any] = [future.result(raise_on_failure=False) for future in done]
     if errors := [result for result in results if isinstance(result, BaseException)]:
         # The shards that one error stopped are cancelled: the error is the one to tell.
         raise min(errors, key=lambda error: isinstance(error, CancelledRun))
-    scored = Scored()
+    scored = ScoringResult()
     for result in results:
         scored.add(result)
     return scored

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 @dataclass(slots=True)
-class Stages:
+class StepTimer:
     """The stations that a run has passed, and the seconds that they took."""
 
     seconds: dict[str, float] = field(default_factory=dict)

@@ -6,26 +6,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from infra.local.loopback import HOST, ask
-from infra.local.ports import start_on_free_ports
-from infra.local.process import Running, ServerCommand, ServerProcess, base_environment
+from infra.local.process import (
+    HOST,
+    RunningServer,
+    ServerCommand,
+    base_environment,
+    send_request,
+    start_on_free_ports,
+)
 
 _ADMIN_KEY = "OVERNIGHT_ADMIN_KEY"
 _READY_S_MAX = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GatewayServer(Running):
+class GatewayServer(RunningServer):
     """A running gateway; a context manager that stops it. `admin_key` is what its client needs."""
 
-    process: ServerProcess
     folder: Path
     url: str
     admin_key: str = field(repr=False)
-
-    def stop(self) -> None:
-        """Have it answer what it has, and return when it is gone. Idempotent."""
-        self.process.stop()
 
 
 def gateway_server(folder: Path, environment: Mapping[str, str] | None = None) -> GatewayServer:
@@ -37,16 +37,18 @@ def gateway_server(folder: Path, environment: Mapping[str, str] | None = None) -
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     given = dict(environment or {})
     given.setdefault(_ADMIN_KEY, secrets.token_urlsafe(32))
-    process, (port,) = start_on_free_ports(1, lambda ports: _command(folder, ports[0], given))
+    process, (port,) = start_on_free_ports(1, lambda ports: _make_command(folder, ports[0], given))
     return GatewayServer(process=process, folder=folder, url=f"http://{HOST}:{port}", admin_key=given[_ADMIN_KEY])
 
 
-def _command(folder: Path, port: int, given: Mapping[str, str]) -> ServerCommand:
+def _make_command(folder: Path, port: int, given: Mapping[str, str]) -> ServerCommand:
     return ServerCommand(
         argv=(sys.executable, "-m", "serving.gateway", "--folder", str(folder), "--port", str(port)),
         environment={**base_environment(), **given},
         folder=folder,
         log_path=folder / "gateway.log",
-        ready=lambda: ask("GET", port, "/admin/endpoints", {"Authorization": f"Bearer {given[_ADMIN_KEY]}"}).ok,
+        ready=lambda: (
+            send_request("GET", port, "/admin/endpoints", {"Authorization": f"Bearer {given[_ADMIN_KEY]}"}).ok
+        ),
         ready_s_max=_READY_S_MAX,
     )

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     """Hold the server until it ends or the starter is gone; return the exit code to report."""
     grace_s, server_argv = float(argv[0]), list(argv[1:])
     starter = os.getppid()
-    wakeups = _wake_on_signals()
+    signal_pipe = _write_signals_to_pipe()
     _adopt_orphans()
     try:
         server = _spawn(server_argv)
@@ -41,11 +41,11 @@ def main(argv: Sequence[str]) -> int:
     os.write(_REPORT, f"{server}\n".encode())
     os.close(_REPORT)
 
-    exit_code = _wait_for_end_or_stop(server, starter, wakeups)
+    exit_code = _wait_for_end_or_stop(server, starter, signal_pipe)
     if exit_code is None:
         _signal_group(server, signal.SIGTERM)
         exit_code = _wait_for_end(server, grace_s)
-    # Whatever the server left running in its group had its chance; on a stuck server this is the end itself.
+    # Processes left in the server's group had their time to end; a server that hangs is ended by this.
     _signal_group(server, signal.SIGKILL)
     if exit_code is None:
         exit_code = _exit_code(os.waitpid(server, 0)[1])
@@ -53,8 +53,11 @@ def main(argv: Sequence[str]) -> int:
     return exit_code
 
 
-def _wake_on_signals() -> int:
-    """Turn signals into bytes on a pipe. A handler, unlike SIG_IGN, is not inherited by the server."""
+def _write_signals_to_pipe() -> int:
+    """Return the end of a pipe into which signals are written as bytes.
+
+    A handler, unlike SIG_IGN, is not inherited by the server.
+    """
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
@@ -83,11 +86,11 @@ def _spawn(argv: list[str]) -> int:
     )
 
 
-def _wait_for_end_or_stop(server: int, starter: int, wakeups: int) -> int | None:
-    """Return the server's exit code, or None as soon as somebody wants it stopped."""
+def _wait_for_end_or_stop(server: int, starter: int, signal_pipe: int) -> int | None:
+    """Return the server's exit code, or None as soon as it is to be stopped."""
     while True:
-        readable, _, _ = select.select([_LIFELINE, wakeups], [], [], _ORPHAN_CHECK_S)
-        woken_by = os.read(wakeups, 4096) if wakeups in readable else b""
+        readable, _, _ = select.select([_LIFELINE, signal_pipe], [], [], _ORPHAN_CHECK_S)
+        woken_by = os.read(signal_pipe, 4096) if signal_pipe in readable else b""
         exit_code = _reap(server)
         if exit_code is not None:
             return exit_code
@@ -106,7 +109,7 @@ def _wait_for_end(server: int, grace_s: float) -> int | None:
 
 
 def _reap(server: int) -> int | None:
-    """Return the server's exit code once it has ended; orphans of its that have ended are let go."""
+    """Return the server's exit code once it has ended; its orphans that have ended are reaped too."""
     while True:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid in (0, server):
@@ -124,17 +127,17 @@ def _end_orphans() -> None:
     # Without an orphan, as where none is adopted, there is no child to wait for.
     with suppress(ChildProcessError):
         while True:
-            for pid in _children():
+            for pid in _list_children():
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
             if os.waitpid(-1, os.WNOHANG)[0] == 0:
                 time.sleep(_REAP_POLL_S)
 
 
-def _children() -> list[int]:
+def _list_children() -> list[int]:
     children = []
     for entry in Path("/proc").glob("[0-9]*"):
-        # One may end between the listing and the look.
+        # One may have ended since it was listed.
         with suppress(OSError):
             # The name comes second, in parentheses, and may itself hold spaces and parentheses.
             parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
@@ -152,7 +155,7 @@ def _signal_group(group: int, number: signal.Signals) -> None:
     try:
         os.killpg(group, number)
     except (ProcessLookupError, PermissionError):
-        # Nobody is left; macOS says "not permitted" where only a zombie is.
+        # No process is left; macOS answers "not permitted" where only a zombie is.
         return
 
 

@@ -1,36 +1,45 @@
-"""One server as a child process: started, watched until ready, stopped, never left behind.
+"""Servers as child processes on free loopback ports: started, watched until ready, stopped, never left behind.
 
-A server runs under a guard (guard.py) that ends it when the starter closes a pipe, exits or is killed, so
-`stop` and "the starter died" are one path. Errors: ServerFailed is the only one; its message says what
-happened, where the log is and what to do next.
+A server runs under a guard (guard.py) that ends it when the starter closes a pipe, exits or is killed, so that `stop`
+and the death of the starter take the same path. ServerFailed is the only error: its message says what happened, where
+the log is and what to do next.
 """
 
+from __future__ import annotations
+
 import os
+import socket
 import subprocess
 import sys
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from signal import SIGKILL
 from types import TracebackType
 from typing import Self
 
+HOST = "127.0.0.1"
 _GUARD = Path(__file__).with_name("guard.py")
 _GUARD_MARGIN_S = 5.0
 _READY_POLL_S = 0.05
 _LOG_LINES_SHOWN = 20
 _INHERITED = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "PYTHONPATH")
+_REQUEST_TIMEOUT_S = 10.0
+_ATTEMPTS_MAX = 4
+_TAKEN = ("already in use", "is not available on 127.0.0.1")
 
 
 class ServerFailed(RuntimeError):
     """A server ended before it was ready, or was not ready in time and has been stopped."""
 
     def __init__(self, message: str, *, exit_code: int | None, log: str, log_path: Path) -> None:
-        """Keep what a caller may branch on: the exit code (None if it was stopped), the log of this start."""
+        """Keep the exit code (None if it was stopped) and the log of this start."""
         super().__init__(message)
         self.exit_code = exit_code
         self.log = log
@@ -41,9 +50,9 @@ class ServerFailed(RuntimeError):
 class ServerCommand:
     """How to run one server: its command line and surroundings, and how to tell that it is ready.
 
-    `ready` is called every 50 ms and must return False, not raise, while the server is still starting. It
-    should recognise this very server: on a shared machine another one may have won the port. `leftovers`
-    finds in the log the files that the server leaves behind; they are deleted after the stop.
+    `ready` is called every 50 ms and must return False, not raise, while the server is still starting. It should
+    recognise this very server, since another one may have taken the port. `leftovers` finds in the log the files that
+    the server leaves behind; they are deleted after the stop.
     """
 
     argv: tuple[str, ...]
@@ -56,7 +65,7 @@ class ServerCommand:
     leftovers: Callable[[str], Iterable[Path]] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what could never start. Raises ValueError."""
+        """Raise ValueError for a command that can never start."""
         if not self.argv:
             message = "argv must name a program, got an empty tuple; pass (program, argument, ...)."
             raise ValueError(message)
@@ -68,8 +77,8 @@ class ServerCommand:
             raise ValueError(message)
 
 
-class Running(ABC):
-    """A server that runs; a context manager that stops it."""
+class Stoppable(ABC):
+    """A context manager that stops what it stands for."""
 
     __slots__ = ()
 
@@ -78,7 +87,7 @@ class Running(ABC):
         """Stop the server and return when it is gone. Idempotent."""
 
     def __enter__(self) -> Self:
-        """Return the running server."""
+        """Return itself."""
         return self
 
     def __exit__(
@@ -88,7 +97,7 @@ class Running(ABC):
         self.stop()
 
 
-class ServerProcess(Running):
+class ServerProcess(Stoppable):
     """A running server. Constructing it starts the server and returns once it is ready.
 
     Raises ServerFailed. Promises: one process group of its own, default signals, nothing outlives this
@@ -114,7 +123,7 @@ class ServerProcess(Running):
 
     @property
     def running(self) -> bool:
-        """Whether the server is still there."""
+        """Whether the server still runs."""
         return self._owned and self._guard.poll() is None
 
     @property
@@ -142,7 +151,7 @@ class ServerProcess(Running):
             self._guard.wait()
         self._owned = False
         if self._guard.returncode < 0 and self.pid:
-            # Somebody killed the guard itself, so nobody else is left to end its server.
+            # The guard itself was killed, so that nothing else is left to end its server.
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, SIGKILL)
         if self._command.leftovers:
@@ -150,7 +159,7 @@ class ServerProcess(Running):
                 path.unlink(missing_ok=True)
 
     def disown(self) -> None:
-        """Let go of the server without stopping it: for the copy in a forked child."""
+        """Release the server without stopping it: for the copy in a forked child."""
         self._owned = False
         self._close_pipes()
 
@@ -181,6 +190,17 @@ class ServerProcess(Running):
                 pipe.close()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningServer(Stoppable):
+    """A server that runs as `process`; a context manager that stops it."""
+
+    process: ServerProcess
+
+    def stop(self) -> None:
+        """Stop the server and return when it has ended. Idempotent."""
+        self.process.stop()
+
+
 def base_environment() -> dict[str, str]:
     """Return the few variables a server may inherit; a user's PREFECT_* or AWS_* settings are not."""
     return {name: os.environ[name] for name in _INHERITED if name in os.environ}
@@ -205,6 +225,64 @@ def _start_guard(command: ServerCommand) -> subprocess.Popen[bytes]:
             bufsize=0,
             start_new_session=True,
         )
+
+
+def start_on_free_ports(
+    count: int, command: Callable[[Sequence[int]], ServerCommand]
+) -> tuple[ServerProcess, tuple[int, ...]]:
+    """Start `command(ports)`, again on new ports where its log says that one was taken meanwhile.
+
+    Returns the running server and its ports. Raises ServerFailed: after four attempts, or at once for any other reason.
+    """
+    attempts = 0
+    while True:
+        attempts += 1
+        ports = free_ports(count)
+        try:
+            return ServerProcess(command(ports)), ports
+        except ServerFailed as failure:
+            port_taken = any(phrase in failure.log.lower() for phrase in _TAKEN)
+            if not port_taken or attempts == _ATTEMPTS_MAX:
+                raise
+
+
+def free_ports(count: int) -> tuple[int, ...]:
+    """Return `count` different TCP ports that were free on 127.0.0.1 a moment ago."""
+    with ExitStack() as held:
+        # All are held until the last is known, since the system might return one of them twice.
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind((HOST, 0))
+        return tuple(each.getsockname()[1] for each in sockets)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpAnswer:
+    """The answer of a server; status 0 if there was none, and then the text says why."""
+
+    status: int
+    text: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether the server accepted the request."""
+        return self.status in range(HTTPStatus.OK, HTTPStatus.MULTIPLE_CHOICES)
+
+
+def send_request(method: str, port: int, path: str, headers: Mapping[str, str] | None = None) -> HttpAnswer:
+    """Send one request without a body. Raises nothing: a server that does not answer yet is an answer too.
+
+    It uses no proxy, and builds no TLS context at every poll.
+    """
+    connection = HTTPConnection(HOST, port, timeout=_REQUEST_TIMEOUT_S)
+    try:
+        connection.request(method, path, headers=dict(headers or {}))
+        response = connection.getresponse()
+        return HttpAnswer(status=response.status, text=response.read().decode(errors="replace"))
+    except (OSError, HTTPException) as error:
+        return HttpAnswer(status=0, text=f"{type(error).__name__}: {error}")
+    finally:
+        connection.close()
 
 
 _started: weakref.WeakSet[ServerProcess] = weakref.WeakSet()

@@ -12,9 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from infra.local.loopback import HOST, ask
-from infra.local.ports import free_ports, start_on_free_ports
-from infra.local.process import Running, ServerCommand, ServerProcess, base_environment
+from infra.local.process import (
+    HOST,
+    RunningServer,
+    ServerCommand,
+    base_environment,
+    free_ports,
+    send_request,
+    start_on_free_ports,
+)
 
 _PORT_FLAGS = (
     *("port", "dashboard-port", "node-manager-port", "object-manager-port", "ray-client-server-port"),
@@ -25,20 +31,19 @@ _OBJECT_STORE_BYTES = 128 << 20
 _READY_S_MAX = 120.0
 _GRACE_S = 30.0
 _SERVER_ENVIRONMENT = {
-    # A node that ends would first wait half a minute for others to take its work over.
+    # A node that ends first waits half a minute for others to take over its work.
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RayCluster(Running):
+class RayCluster(RunningServer):
     """A running cluster; a context manager that stops it.
 
     `serve_url` is where Serve is to answer once its first application is there. `token` is what the dashboard asks
     for, and `environment` what a driver needs. What Ray keeps goes with a stop, and stays where the starter is killed.
     """
 
-    process: ServerProcess
     dashboard_url: str
     serve_url: str
     token: str = field(repr=False)
@@ -46,7 +51,7 @@ class RayCluster(Running):
     _session: Path
 
     def stop(self) -> None:
-        """Stop every process of the cluster and return when they are gone. Idempotent."""
+        """Stop every process of the cluster and return when they have ended. Idempotent."""
         self.process.stop()
         shutil.rmtree(self._session, ignore_errors=True)
 
@@ -54,17 +59,17 @@ class RayCluster(Running):
 def ray_cluster(folder: Path, *, cpus: int = 8, environment: Mapping[str, str] | None = None) -> RayCluster:
     """Start a cluster that counts `cpus` CPUs, whatever the machine has, and return once its dashboard answers.
 
-    Its log is in `folder`; `environment` is what its workers find beside. Raises ServerFailed.
+    Its log is in `folder`; `environment` is added to that of its workers. Raises ServerFailed.
     """
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     # The path of a Unix socket ends at 107 characters, of which Ray takes 60 below its folder: TMPDIR may be too long.
     session = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     token = secrets.token_hex(32)
-    given = {**_environment(token), **(environment or {})}
+    given = {**_make_environment(token), **(environment or {})}
     try:
         process, ports = start_on_free_ports(
-            len(_PORT_FLAGS), lambda ports: _command(folder, session, ports, cpus, token, given)
+            len(_PORT_FLAGS), lambda ports: _make_command(folder, session, ports, cpus, token, given)
         )
     except BaseException:
         shutil.rmtree(session, ignore_errors=True)
@@ -75,12 +80,12 @@ def ray_cluster(folder: Path, *, cpus: int = 8, environment: Mapping[str, str] |
         dashboard_url=f"http://{HOST}:{ports[1]}",
         serve_url=f"http://{HOST}:{serve_port}",
         token=token,
-        environment={**_environment(token), "RAY_ADDRESS": f"{HOST}:{ports[0]}"},
+        environment={**_make_environment(token), "RAY_ADDRESS": f"{HOST}:{ports[0]}"},
         _session=session,
     )
 
 
-def _command(
+def _make_command(
     folder: Path, session: Path, ports: Sequence[int], cpus: int, token: str, environment: Mapping[str, str]
 ) -> ServerCommand:
     flags = [f"--{flag}={port}" for flag, port in zip(_PORT_FLAGS, ports, strict=True)]
@@ -98,19 +103,21 @@ def _command(
         folder=folder,
         log_path=folder / "ray.log",
         # Only this very cluster knows the new token.
-        ready=lambda: ask("GET", ports[1], "/api/serve/applications/", {"Authorization": f"Bearer {token}"}).ok,
+        ready=lambda: (
+            send_request("GET", ports[1], "/api/serve/applications/", {"Authorization": f"Bearer {token}"}).ok
+        ),
         ready_s_max=_READY_S_MAX,
         # Ray's processes are not of one group: the first of them ends the others, and needs the time for it.
         grace_s=_GRACE_S,
     )
 
 
-def _environment(token: str) -> dict[str, str]:
+def _make_environment(token: str) -> dict[str, str]:
     return {
-        # Whoever reaches a cluster without a token may run code in it.
+        # Without a token, anyone who reaches the cluster may run code in it.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Whatever it is called: a node by itself, which listens on loopback alone.
+        # Despite its name, this makes a single node listen on loopback only.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }

@@ -18,9 +18,15 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from infra.local.loopback import HOST, Answer, ask
-from infra.local.ports import start_on_free_ports
-from infra.local.process import Running, ServerCommand, ServerProcess, base_environment
+from infra.local.process import (
+    HOST,
+    HttpAnswer,
+    RunningServer,
+    ServerCommand,
+    base_environment,
+    send_request,
+    start_on_free_ports,
+)
 
 _REGION = "us-east-1"
 _PORT_FLAGS = (
@@ -31,7 +37,7 @@ _SOCKET_IN_LOG = re.compile(r"gRPC also listening on Unix socket (/\S+\.sock)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class S3Server(Running):
+class S3Server(RunningServer):
     """A running S3 server; a context manager that stops it.
 
     `environment` is what boto3 and obstore need to act as the administrator, `read_only_environment` as an
@@ -39,24 +45,19 @@ class S3Server(Running):
     survives a stop: a later server on the same folder, with new ports and keys, has the same objects.
     """
 
-    process: ServerProcess
     endpoint_url: str
     environment: Mapping[str, str] = field(repr=False)
     read_only_environment: Mapping[str, str] = field(repr=False)
 
     def create_bucket(self, name: str) -> None:
         """Create a bucket. Raises ValueError where the server refuses: a bad name, or one taken already."""
-        answer = _signed("PUT", f"/{quote(name, safe='')}", self.environment)
+        answer = _send_signed("PUT", f"/{quote(name, safe='')}", self.environment)
         if not answer.ok:
             message = (
                 "A bucket name must be new and 3 to 63 lower-case letters, digits, dots or hyphens, "
                 f"got {name!r}; choose another one. The server answered {answer.status}: {answer.text}"
             )
             raise ValueError(message)
-
-    def stop(self) -> None:
-        """Stop the server and return when it is gone. Idempotent."""
-        self.process.stop()
 
 
 def s3_server(folder: Path) -> S3Server:
@@ -68,14 +69,14 @@ def s3_server(folder: Path) -> S3Server:
     weed = _find_weed()
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    admin, reader = _new_keys(), _new_keys()
+    admin, reader = _make_keys(), _make_keys()
     _write_identities(folder / "s3.json", admin, reader)
-    process, ports = start_on_free_ports(len(_PORT_FLAGS), lambda ports: _command(weed, folder, ports, admin))
+    process, ports = start_on_free_ports(len(_PORT_FLAGS), lambda ports: _make_command(weed, folder, ports, admin))
     return S3Server(
         process=process,
-        endpoint_url=_endpoint(ports),
-        environment=_environment(_endpoint(ports), admin),
-        read_only_environment=_environment(_endpoint(ports), reader),
+        endpoint_url=_make_endpoint(ports),
+        environment=_make_environment(_make_endpoint(ports), admin),
+        read_only_environment=_make_environment(_make_endpoint(ports), reader),
     )
 
 
@@ -97,7 +98,7 @@ def _find_weed() -> str:
     return weed
 
 
-def _new_keys() -> _Keys:
+def _make_keys() -> _Keys:
     return _Keys(access_key=secrets.token_hex(10).upper(), secret_key=secrets.token_hex(20))
 
 
@@ -114,25 +115,25 @@ def _write_identities(path: Path, admin: _Keys, reader: _Keys) -> None:
     path.write_text(json.dumps({"identities": identities}))
 
 
-def _command(weed: str, folder: Path, ports: Sequence[int], admin: _Keys) -> ServerCommand:
+def _make_command(weed: str, folder: Path, ports: Sequence[int], admin: _Keys) -> ServerCommand:
     (folder / "data").mkdir(exist_ok=True)
     return ServerCommand(
-        argv=(weed, "-logtostderr=true", "mini", *_flags(ports)),
+        argv=(weed, "-logtostderr=true", "mini", *_make_flags(ports)),
         # It reads AWS keys from the environment and security.toml from HOME: neither may be the user's.
         environment={**base_environment(), "HOME": str(folder)},
         folder=folder,
         log_path=folder / "server.log",
-        # Only this very server knows the new keys: another one that won the port does not.
-        ready=lambda: _signed("GET", "/", _environment(_endpoint(ports), admin)).ok,
-        # It puts sockets into /tmp whatever TMPDIR says, and forgets some of them.
+        # Only this very server knows the new keys: another one that took the port does not.
+        ready=lambda: _send_signed("GET", "/", _make_environment(_make_endpoint(ports), admin)).ok,
+        # It puts sockets into /tmp whatever TMPDIR says, and leaves some of them behind.
         leftovers=lambda log: map(Path, _SOCKET_IN_LOG.findall(log)),
     )
 
 
-def _flags(ports: Sequence[int]) -> list[str]:
-    # Every port is chosen here, the defaults are fixed numbers. Its housekeeping worker looks for the admin
-    # server's gRPC at HTTP port + 10000 only and so does not find it, which is as well: nothing tidies up
-    # during a test, and a stop takes 1.3 s, where an admin server with a worker takes 10 s after a minute.
+def _make_flags(ports: Sequence[int]) -> list[str]:
+    # Every port is chosen here, since the defaults are fixed numbers. The maintenance worker looks for the admin
+    # server's gRPC at HTTP port + 10000 only and so does not find it. That is welcome: no maintenance runs during a
+    # test, and a stop takes 1.3 s, where an admin server with a worker takes 10 s after a minute.
     return [
         *(f"-{flag}={port}" for flag, port in zip(_PORT_FLAGS, ports, strict=True)),
         *(f"-ip={HOST}", f"-ip.bind={HOST}", "-s3.port.iceberg=0", "-s3.port.lance=0"),
@@ -143,16 +144,16 @@ def _flags(ports: Sequence[int]) -> list[str]:
         "-master.telemetry=false",
         # Up to 64 GB in all and nothing reserved: a volume is a file that grows. Each bucket has its own.
         *("-master.volumeSizeLimitMB=256", "-volume.max=256", "-volume.preStopSeconds=0"),
-        # As S3 has it: no bucket out of a typing error, none deleted with its objects.
+        # As in S3: a typing error creates no bucket, and a bucket with objects is not deleted.
         *("-s3.autoCreateBucket=false", "-s3.allowDeleteBucketNotEmpty=false"),
     ]
 
 
-def _endpoint(ports: Sequence[int]) -> str:
+def _make_endpoint(ports: Sequence[int]) -> str:
     return f"http://{HOST}:{ports[0]}"
 
 
-def _environment(endpoint_url: str, keys: _Keys) -> dict[str, str]:
+def _make_environment(endpoint_url: str, keys: _Keys) -> dict[str, str]:
     return {
         "AWS_ENDPOINT_URL": endpoint_url,
         "AWS_ACCESS_KEY_ID": keys.access_key,
@@ -165,10 +166,10 @@ def _environment(endpoint_url: str, keys: _Keys) -> dict[str, str]:
     }
 
 
-def _signed(method: str, path: str, environment: Mapping[str, str]) -> Answer:
+def _send_signed(method: str, path: str, environment: Mapping[str, str]) -> HttpAnswer:
     """Send one signed request; boto3 would read the user's profiles and takes half a second to build."""
     url = environment["AWS_ENDPOINT_URL"] + path
     request = AWSRequest(method, url)
     keys = Credentials(environment["AWS_ACCESS_KEY_ID"], environment["AWS_SECRET_ACCESS_KEY"])
     S3SigV4Auth(keys, "s3", environment["AWS_REGION"]).add_auth(request)
-    return ask(method, int(url.split(":")[2].split("/")[0]), path, dict(request.headers))
+    return send_request(method, int(url.split(":")[2].split("/")[0]), path, dict(request.headers))

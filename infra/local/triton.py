@@ -13,9 +13,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from infra.local.loopback import HOST, ask
-from infra.local.ports import free_ports, start_on_free_ports
-from infra.local.process import Running, ServerCommand, ServerFailed, ServerProcess, base_environment
+from infra.local.process import (
+    HOST,
+    RunningServer,
+    ServerCommand,
+    ServerFailed,
+    ServerProcess,
+    base_environment,
+    free_ports,
+    send_request,
+    start_on_free_ports,
+)
 
 _PACKAGE = "pytriton"
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -25,13 +33,12 @@ _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the server and its model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TritonServer(Running):
+class TritonServer(RunningServer):
     """A running Triton with explicit model control; a context manager that stops it.
 
     `url` is what clients ask, `grpc`, as HOST:PORT, what has it load models, and `metrics_url` what Prometheus reads.
     """
 
-    process: ServerProcess
     repository: Path
     folder: Path
     url: str
@@ -40,22 +47,18 @@ class TritonServer(Running):
 
     @property
     def running(self) -> bool:
-        """Whether the server is still there."""
+        """Whether the server still runs."""
         return self.process.running
 
-    def started_again(self) -> "TritonServer":
-        """Start the server anew on the same ports, where it has ended or is to end; no model is loaded yet.
+    def restart(self) -> "TritonServer":
+        """Start the server again on the same ports, whether it has ended or not; no model is loaded yet.
 
         Raises ServerFailed, also where another program has taken a port meanwhile.
         """
         self.stop()
         addresses = (self.url, self.grpc, self.metrics_url)
         ports = tuple(int(address.rpartition(":")[2].split("/")[0]) for address in addresses)
-        return replace(self, process=_started(self.repository, self.folder, ports))
-
-    def stop(self) -> None:
-        """Stop the server and its models, and return when they are gone. Idempotent."""
-        self.process.stop()
+        return replace(self, process=_start_on_ports(self.repository, self.folder, ports))
 
 
 def triton_server(repository: Path, folder: Path, *, port: int | None = None) -> TritonServer:
@@ -64,15 +67,15 @@ def triton_server(repository: Path, folder: Path, *, port: int | None = None) ->
     Without `port` a free one is taken. Raises ServerFailed, also where that port is in use, or FileNotFoundError
     where the wheel is missing.
     """
-    package = _find_package()
+    package = find_package()
     repository, folder = repository.resolve(), folder.resolve()
     for each in (repository, folder):
         each.mkdir(parents=True, exist_ok=True)
     if port is None:
-        process, ports = start_on_free_ports(3, lambda ports: _command(package, repository, folder, ports))
+        process, ports = start_on_free_ports(3, lambda ports: _make_command(package, repository, folder, ports))
     else:
         ports = (port, *free_ports(2))
-        process = _started(repository, folder, ports)
+        process = _start_on_ports(repository, folder, ports)
     return TritonServer(
         process=process,
         repository=repository,
@@ -83,23 +86,25 @@ def triton_server(repository: Path, folder: Path, *, port: int | None = None) ->
     )
 
 
-def _started(repository: Path, folder: Path, ports: Sequence[int]) -> ServerProcess:
-    """Start Triton on ports that it has to have."""
+def _start_on_ports(repository: Path, folder: Path, ports: Sequence[int]) -> ServerProcess:
+    """Start Triton on these very ports."""
     for port in ports:
         with socket.socket() as probe:
-            # As the server itself does it, which would take ten seconds to say so: connections of before may linger.
+            # As the server itself binds, which takes ten seconds to fail: earlier connections may linger.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((HOST, port))
             except OSError as error:
                 message = (
-                    f"Port {port} of {HOST} must be free for Triton, got: {error}. Stop what has it, or take another."
+                    f"Port {port} of {HOST} must be free for Triton, got: {error}. Stop the program that uses it, or "
+                    "choose another port."
                 )
                 raise ServerFailed(message, exit_code=None, log="", log_path=folder / _LOG) from None
-    return ServerProcess(_command(_find_package(), repository, folder, ports))
+    return ServerProcess(_make_command(find_package(), repository, folder, ports))
 
 
-def _find_package() -> Path:
+def find_package() -> Path:
+    """Return the folder of the Triton wheel. Raises FileNotFoundError where it is not installed."""
     spec = importlib.util.find_spec(_PACKAGE)
     root = (
         Path(spec.submodule_search_locations[0]) / "tritonserver" if spec and spec.submodule_search_locations else None
@@ -114,34 +119,36 @@ def _find_package() -> Path:
     return root
 
 
-def _command(package: Path, repository: Path, folder: Path, ports: Sequence[int]) -> ServerCommand:
+def _make_command(package: Path, repository: Path, folder: Path, ports: Sequence[int]) -> ServerCommand:
     identity = f"overnight-{secrets.token_hex(6)}"
     http, grpc, metrics = ports
     return ServerCommand(
         argv=(
             str(package / "bin/tritonserver"),
             *(f"--model-repository={repository}", "--model-control-mode=explicit", f"--id={identity}"),
-            *(f"--backend-directory={_backends(package, folder)}", "--disable-auto-complete-config"),
+            *(f"--backend-directory={_link_backends(package, folder)}", "--disable-auto-complete-config"),
             *(f"--http-address={HOST}", f"--http-port={http}"),
             *(f"--grpc-address={HOST}", f"--grpc-port={grpc}"),
             *(f"--metrics-address={HOST}", f"--metrics-port={metrics}"),
             *("--allow-gpu-metrics=false", "--allow-cpu-metrics=false"),
-            # One model that is not ready says nothing of the others.
+            # The server is ready even where one of its models is not.
             "--strict-readiness=false",
             "--exit-timeout-secs=5",
             f"--backend-config=python,shm-region-prefix-name={identity}",
         ),
-        environment=_environment(package),
+        environment=_make_environment(package),
         folder=folder,
         log_path=folder / _LOG,
-        # Only this very server knows its name: another one that won the port does not.
-        ready=lambda: identity in ask("GET", http, "/v2").text and ask("GET", http, "/v2/health/ready").ok,
-        # What models and server share outlives a SIGKILL.
+        # Only this very server knows its name: another one that took the port does not.
+        ready=lambda: (
+            identity in send_request("GET", http, "/v2").text and send_request("GET", http, "/v2/health/ready").ok
+        ),
+        # Memory that models and server share outlives a SIGKILL.
         leftovers=lambda _log: _SHARED_MEMORY.glob(f"{identity}*"),
     )
 
 
-def _backends(package: Path, folder: Path) -> Path:
+def _link_backends(package: Path, folder: Path) -> Path:
     """Return a folder of backends with the one for Python, and in it the stub of this very version of Python."""
     stub = package / "python_backend_stubs" / _PYTHON / _STUB
     if not stub.exists():
@@ -164,17 +171,22 @@ def _backends(package: Path, folder: Path) -> Path:
     return backends
 
 
-def _environment(package: Path) -> Mapping[str, str]:
+def _make_environment(package: Path) -> Mapping[str, str]:
     libraries = (sysconfig.get_config_var("LIBDIR"), str(package.parents[1] / "nvidia_pytriton.libs"))
     environment = base_environment()
     inherited = environment.get("LD_LIBRARY_PATH")
     return {
         **environment,
-        # The stub is linked against a libpython by name only, and would take the system's before this interpreter's.
+        # The stub is linked against a libpython by name only, and would load the system's before this interpreter's.
         "LD_LIBRARY_PATH": ":".join([*libraries, *([inherited] if inherited else [])]),
-        # It ignores PYTHONPATH, and is at home where the first python3 of PATH is, be that a virtual environment.
+        # It ignores PYTHONPATH, and uses the environment of the first python3 of PATH.
         "PATH": f"{Path(sys.executable).parent}:{environment.get('PATH', '')}",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
         "HF_HUB_OFFLINE": "1",
     }
+
+
+def _is_ready(http: int, identity: str) -> bool:
+    answers = identity in send_request("GET", http, "/v2").text
+    return answers and send_request("GET", http, "/v2/health/ready").ok

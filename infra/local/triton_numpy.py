@@ -1,9 +1,9 @@
-"""What stands in for Triton's triton_python_backend_utils in the local server: the same, and text under numpy 2.
+"""Replaces Triton's triton_python_backend_utils in the local server: the same, and text under numpy 2.
 
 The server of the nvidia-pytriton wheel is Triton 24.10, whose Python models were built against numpy 1 and read the
 size of an array's items where numpy 2 keeps its flags: zero. So arrays that it makes repeat their first byte, and
-arrays that it is given seem empty. Numbers have a way round it, DLPack; text has none. Triton 24.11 reads both
-numpys; this file goes when the wheel has that.
+arrays that it is given seem empty. Numbers can go by DLPack; text cannot. Triton 24.11 reads both versions of numpy;
+this file can be removed when the wheel has that.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ import triton_python_backend_utils_of_the_wheel as wheel
 from numpy._core._multiarray_umath import _ARRAY_API
 from triton_python_backend_utils_of_the_wheel import *  # noqa: F403 - Triton looks its functions up here
 
-# Places that numpy promises to keep for as long as it is numpy 2.
+# Positions that do not change within numpy 2.
 _NEW_FROM_DESCR = 94
 _FLAGS_OFFSET = 32
 
@@ -35,16 +35,16 @@ def serialize_byte_tensor(input_tensor: Any) -> Any:
     return array
 
 
-def _mend() -> Any:
+def _make_new_from_descr() -> Any:
     """Give Triton, and it alone, a function that makes arrays without the strides which it has computed wrongly.
 
-    It keeps numpy's functions when it first needs one; for that moment another stands in their table.
+    Triton reads numpy's table of functions when it first needs one; for that moment the table holds another function.
     """
     get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
     get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     table = (ctypes.c_void_p * (_NEW_FROM_DESCR + 1)).from_address(get_pointer(_ARRAY_API, None))
-    numpys = table[_NEW_FROM_DESCR]
-    original = _NewFromDescr(numpys or 0)
+    original_pointer = table[_NEW_FROM_DESCR]
+    original = _NewFromDescr(original_pointer or 0)
     without_strides = _NewFromDescr(
         lambda kind, dtype, ndim, shape, _strides, data, flags, like: original(
             kind, dtype, ndim, shape, None, data, flags, like
@@ -56,8 +56,9 @@ def _mend() -> Any:
     except triton.TritonModelException:
         pass
     finally:
-        table[_NEW_FROM_DESCR] = numpys
+        table[_NEW_FROM_DESCR] = original_pointer
     return without_strides
 
 
-_kept = _mend()
+# A reference, since Triton keeps none of its own.
+_new_from_descr = _make_new_from_descr()

@@ -1,8 +1,8 @@
-"""Virtual environments for model servers that can't share one: made once from a requirements file, then kept.
+"""Virtual environments for model servers that cannot share one: created once from a requirements file, then kept.
 
-They lie in the user's cache under the digest of their requirements, so that every checkout finds those that another
-one has made, and requirements that change leave the environment of a running server alone. Needs pip, and what pip
-needs: a registry, or files on disk that it is configured to find.
+They are in the user's cache under the digest of their requirements. Every checkout finds those that another one has
+created, and changed requirements do not touch the environment of a running server. Needs pip, and a registry or files
+on disk that pip is configured to use.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 _STAMP = ".complete"
 _DIGEST_LENGTH = 12
 _LINES_SHOWN = 12
-# How pip tells that a registry did not answer.
+# How pip reports that a registry did not answer.
 _UNREACHABLE = ("after connection broken by", "Max retries exceeded", "Temporary failure in name resolution")
 
 
@@ -35,11 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 class VenvFailed(RuntimeError):
-    """An environment could not be made; what there is of it is not used, and the next call begins anew."""
+    """An environment could not be created; the next call starts again."""
 
 
 class RegistryUnreachable(VenvFailed):
-    """An environment could not be made since the registry that pip asks did not answer."""
+    """An environment could not be created since the registry of pip did not answer."""
 
 
 def make_venv(requirements: Path, folder: Path | None = None) -> Path:
@@ -58,19 +58,19 @@ def make_venv(requirements: Path, folder: Path | None = None) -> Path:
         RegistryUnreachable: pip could not reach its registry.
         VenvFailed: Anything else was wrong, with what pip says.
     """
-    digest = _digest(requirements)
+    digest = _digest_requirements(requirements)
     venv = (folder or venv_folder(requirements)).absolute()
-    if _stamp(venv) == digest:
+    if _read_stamp(venv) == digest:
         return venv
     venv.mkdir(parents=True, exist_ok=True)
-    # The folder itself is the lock, so that it is emptied and never removed.
-    with _alone(venv):
-        if _stamp(venv) != digest:
-            # The pip of this interpreter installs there; one in each environment would take seconds more.
-            _run(requirements, "-m", "venv", "--clear", "--without-pip", str(venv))
+    # The folder itself is the lock, so it is emptied and never removed.
+    with _lock_folder(venv):
+        if _read_stamp(venv) != digest:
+            # The pip of this interpreter installs there; one in each environment takes seconds more.
+            _run_python(requirements, "-m", "venv", "--clear", "--without-pip", str(venv))
             pip = ("-m", "pip", "--python", str(venv / "bin/python"), "--disable-pip-version-check", "--no-input")
-            _run(requirements, *pip, "install", "--quiet", "-r", str(requirements.absolute()))
-            _run(requirements, *pip, "check")
+            _run_python(requirements, *pip, "install", "--quiet", "-r", str(requirements.absolute()))
+            _run_python(requirements, *pip, "check")
             (venv / _STAMP).write_text(digest)
     return venv
 
@@ -78,16 +78,16 @@ def make_venv(requirements: Path, folder: Path | None = None) -> Path:
 def venv_folder(requirements: Path) -> Path:
     """Return where the environment of a requirements file lies by default: by its name and digest in the cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "overnight" / "venvs" / f"{requirements.stem}-{_digest(requirements)[:_DIGEST_LENGTH]}"
+    return cache / "overnight" / "venvs" / f"{requirements.stem}-{_digest_requirements(requirements)[:_DIGEST_LENGTH]}"
 
 
-def _digest(requirements: Path) -> str:
-    """Return what tells an environment from others: what it installs, and the interpreter that it links to."""
+def _digest_requirements(requirements: Path) -> str:
+    """Return what identifies an environment: what it installs, and the interpreter that it links to."""
     interpreter = f"{platform.machine()} {sys.version_info[:2]} {sys.base_prefix}\0"
-    return hashlib.sha256(interpreter.encode() + _read(requirements)).hexdigest()
+    return hashlib.sha256(interpreter.encode() + _read_requirements(requirements)).hexdigest()
 
 
-def _read(requirements: Path) -> bytes:
+def _read_requirements(requirements: Path) -> bytes:
     try:
         return requirements.read_bytes()
     except OSError as error:
@@ -95,7 +95,7 @@ def _read(requirements: Path) -> bytes:
         raise VenvFailed(message) from None
 
 
-def _stamp(venv: Path) -> str | None:
+def _read_stamp(venv: Path) -> str | None:
     try:
         return (venv / _STAMP).read_text()
     except OSError:
@@ -103,27 +103,27 @@ def _stamp(venv: Path) -> str | None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Generator[None]:
-    """Hold a lock on a folder, which the system lets go of when its holder dies and which leaves no file."""
-    held = os.open(folder, os.O_RDONLY)
+def _lock_folder(folder: Path) -> Generator[None]:
+    """Hold a lock on a folder, which the system releases when its holder dies and which leaves no file."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(held)
+        os.close(descriptor)
 
 
-def _run(requirements: Path, *arguments: str) -> None:
-    # With PYTHONPATH pip would take the packages there for installed ones.
+def _run_python(requirements: Path, *arguments: str) -> None:
+    # With PYTHONPATH pip takes the packages there for installed ones.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     command = (sys.executable, *arguments)
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         output = done.stdout + done.stderr
-        told = "\n".join(output.strip().splitlines()[-_LINES_SHOWN:]) or "nothing"
+        tail = "\n".join(output.strip().splitlines()[-_LINES_SHOWN:]) or "nothing"
         message = (
             f"What {requirements} pins must install for Python {sys.version_info[0]}.{sys.version_info[1]}, but "
-            f"`{' '.join(command)}` ended with exit code {done.returncode}. Mend what it says, then call again:\n{told}"
+            f"`{' '.join(command)}` ended with exit code {done.returncode}. Fix the cause, then call again:\n{tail}"
         )
         unreachable = any(phrase in output for phrase in _UNREACHABLE)
         raise (RegistryUnreachable if unreachable else VenvFailed)(message)

@@ -1,32 +1,48 @@
-"""The gateway's HTTP: V2 for clients; for the administrator /admin, /metrics, and the OpenAPI page at /docs."""
+"""The gateway's web application: its routes, the checks before them, the format of errors, and the OpenAPI page."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from http import HTTPStatus
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from fastapi_offline import FastAPIOffline
+from pydantic import Field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.errors import BadRequest, Unanswered
-from serving.gateway import admin, openapi, protocol
-from serving.gateway.door import refused, respond
 from serving.gateway.gateway import Gateway
-from serving.gateway.upstream import Reply
+from serving.gateway.inference_handler import build_error_reply, build_response, handle_inference
+from serving.gateway.routes import (
+    BODY_MODELS,
+    PROBLEMS_SHOWN,
+    SCHEMA_REFERENCE,
+    SERVER_VERSION,
+    admin_router,
+    get_gateway,
+    v2_router,
+)
+from serving.gateway.upstreams import Reply
+from serving.model.contract import Frozen
 from serving.protocol.oip import error_body
 
-_ERROR = 500
-_PROBLEMS_SHOWN = 5
 _JSON = {"Content-Type": "application/json"}
-_PAGES = re.compile(r"/(metrics|docs|redoc|openapi\.json|static-offline-docs)(/|$)")
 
 
-def application(gateway: Gateway) -> FastAPI:
-    """Return the application of a gateway that is not yet open; it opens with the application, and closes with it."""
+class Refusal(Frozen):
+    """The body of every error."""
+
+    error: str = Field(description="What must hold, what arrived, and what to do next.")
+
+
+def build_app(gateway: Gateway) -> FastAPI:
+    """Return the application of a gateway that is not yet open; it opens and closes with the application."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -36,66 +52,112 @@ def application(gateway: Gateway) -> FastAPI:
 
     app: FastAPI = FastAPIOffline(
         title="Overnight gateway",
-        version=protocol.SERVER_VERSION,
+        version=SERVER_VERSION,
         lifespan=lifespan,
-        responses=openapi.ERRORS,
+        responses={
+            "4XX": {"model": Refusal, "description": "The request must change."},
+            "5XX": {"model": Refusal, "description": "The gateway cannot answer now."},
+        },
         redirect_slashes=False,
     )
-    app.include_router(protocol.router)
-    app.include_router(admin.router)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(BadRequest, _refused)
-    app.add_exception_handler(Unanswered, _refused)
-    app.add_exception_handler(Exception, _failed)
-    app.add_middleware(ReadByAdministrator)
-    app.add_middleware(protocol.InferFirst)
-    openapi.document(app)
+    app.include_router(v2_router)
+    app.include_router(admin_router)
+    app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_exception_handler(RequestValidationError, _answer_invalid_request)
+    app.add_exception_handler(BadRequest, _answer_own_error)
+    app.add_exception_handler(Unanswered, _answer_own_error)
+    app.add_exception_handler(Exception, _answer_unexpected_error)
+    app.add_middleware(AdminPagesMiddleware)
+    app.add_middleware(InferenceMiddleware)
+    _add_body_schemas(app)
     return app
 
 
-class ReadByAdministrator:
-    """Keeps the pages about the gateway from everybody but its administrator: metrics, and the API's description."""
+class InferenceMiddleware:
+    """Sends inference requests to their handler, before the router.
+
+    The router tries its routes one by one. That and its handling of parameters would take as long as everything else
+    that the gateway does for a request.
+    """
+
+    _PATH = re.compile(r"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on a request, unless it is for such a page and carries another key."""
-        if scope["type"] == "http" and _PAGES.match(scope["path"]):
+        """Answer an inference request; pass on all others."""
+        match = self._PATH.fullmatch(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if match is None:
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        response = await handle_inference(get_gateway(request), request, match["name"], match["version"])
+        await response(scope, receive, send)
+
+
+class AdminPagesMiddleware:
+    """Reserves the metrics and the OpenAPI pages for the administrator."""
+
+    _PATH = re.compile(r"/(metrics|docs|redoc|openapi\.json|static-offline-docs)(/|$)")
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse a request for such a page without the administrator's key; pass on all others."""
+        if scope["type"] == "http" and self._PATH.match(scope["path"]):
             request = Request(scope, receive)
             try:
-                protocol.opened(request).keys.check_reader(request.headers.get("authorization"))
+                get_gateway(request).keys.check_admin_key_or_password(request.headers.get("authorization"))
             except BadRequest as error:
-                response = respond(refused(error))
+                response = build_response(build_error_reply(error))
                 response.headers["WWW-Authenticate"] = 'Basic realm="Overnight gateway", Bearer'
                 await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
-# Starlette has handlers take any exception, and calls each with its own.
+# Starlette types its handlers for any exception, and calls each one only with its own.
 
 
-async def _http_error(_request: Request, error: Exception) -> Response:
+async def _answer_http_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101 - see above
     headers = {**_JSON, **(error.headers or {})}
-    message = f"{error.detail}. The page at /docs says what there is."
-    return respond(Reply(status=error.status_code, content=error_body(message), headers=headers))
+    message = f"{error.detail}. The page at /docs lists the paths and methods."
+    return build_response(Reply(status=error.status_code, content=error_body(message), headers=headers))
 
 
-async def _refused(_request: Request, error: Exception) -> Response:
+async def _answer_own_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, BadRequest | Unanswered)  # noqa: S101 - see above
-    return respond(refused(error))
+    return build_response(build_error_reply(error))
 
 
-async def _invalid(_request: Request, error: Exception) -> Response:
+async def _answer_invalid_request(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)  # noqa: S101 - see above
-    told = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:_PROBLEMS_SHOWN])
-    return respond(refused(BadRequest(f"The request must be as /docs says, got {told}.")))
+    problems = error.errors()[:PROBLEMS_SHOWN]
+    found = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems)
+    return build_response(build_error_reply(BadRequest(f"The request must be as described at /docs, got {found}.")))
 
 
-async def _failed(_request: Request, _error: Exception) -> Response:
+async def _answer_unexpected_error(_request: Request, _error: Exception) -> Response:
     """Answer for a mistake of the gateway's own; its traceback is in the log."""
-    message = "The gateway failed on this request, which is a mistake of its own; its log says where."
-    return respond(Reply(status=_ERROR, content=error_body(message), headers=_JSON))
+    message = "The gateway failed on this request because of an error of its own. Its log has the traceback."
+    return build_response(Reply(status=HTTPStatus.INTERNAL_SERVER_ERROR, content=error_body(message), headers=_JSON))
+
+
+def _add_body_schemas(app: FastAPI) -> None:
+    """Add the schemas of the bodies that routes read themselves to the OpenAPI document."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            for model in BODY_MODELS:
+                schema = model.model_json_schema(ref_template=SCHEMA_REFERENCE)
+                schemas.update(schema.pop("$defs", {}))
+                schemas[model.__name__] = schema
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,25 +1,29 @@
-"""What one connection may ask of the gateway before a request of it is there: bytes, headers and time."""
+"""What a client may send: limits on connections and headers, on each body, and on all bodies together."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, ClassVar
 
+from starlette.requests import ClientDisconnect, Request
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from serving.errors import BadRequest, Unanswered
 from serving.protocol.oip import error_body
 
-_BAD_REQUEST, _TIMEOUT, _TOO_LARGE = 400, 408, 431
-# Bytes around a body in chunks, for each byte of it, that are taken without a question.
+# Bytes around a chunked body that are accepted for each byte of the body.
 _CHUNK_OVERHEAD = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionLimits:
-    """What a connection may take: bytes of headers and their number, seconds for them, connections at once."""
+    """Limits on the headers of a request (path included), on the time for them, and on the number of connections."""
 
     head_bytes_max: int = 32 << 10
     headers_max: int = 100
@@ -27,12 +31,17 @@ class ConnectionLimits:
     connections_max: int = 4096
 
 
-class BoundedProtocol(HttpToolsProtocol):
-    """Uvicorn's protocol, which by itself waits for headers as long, and holds as many, as a client likes.
+def build_protocol(limits: ConnectionLimits) -> type[LimitedHttpProtocol]:
+    """Return uvicorn's protocol with these limits."""
+    return type("LimitedHttpProtocol", (LimitedHttpProtocol,), {"limits": limits})
 
-    A client that has sent no request within `head_s_max` is sent away: on a connection that is new, in the middle of
-    headers, and where a request was answered before its body was there. How long a request waits for its own body,
-    and how long a connection may be idle after it, others say.
+
+class LimitedHttpProtocol(HttpToolsProtocol):
+    """Uvicorn's protocol, which has no limits of its own on the size of headers and the time for them.
+
+    A client that has sent no complete headers within `head_s_max` is disconnected: on a new connection, in the middle
+    of headers, and where a request was answered before its body came. The time for a body is limited by the endpoint,
+    and the time that a connection may be idle after a request by uvicorn.
     """
 
     limits: ClassVar[ConnectionLimits] = ConnectionLimits()
@@ -47,58 +56,58 @@ class BoundedProtocol(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self._refusal: tuple[int, str] | None = None
         self._deadline: asyncio.TimerHandle | None = None
-        self._receiving = self._in_head = False
+        self._is_receiving = self._is_in_head = False
         self._head_bytes = 0
         self._extra_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take a connection, or close it at once where there are as many as may be."""
+        """Accept a connection, or close it where there are too many."""
         super().connection_made(transport)
         if len(self.connections) > self.limits.connections_max:
             transport.abort()
             return
-        self._wait()
+        self._start_deadline()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
-        self._stop_waiting()
+        """Cancel the deadline of a closed connection."""
+        self._cancel_deadline()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Read on, within the limits."""
-        if self._receiving:
+        """Parse bytes, within the limits."""
+        if self._is_receiving:
             self._extra_bytes += len(data)
         super().data_received(data)
         if self.transport.is_closing():
             return
         self._extra_bytes = max(0, self._extra_bytes)
         if self._extra_bytes > self.limits.head_bytes_max:
-            # Headers that do not end, or what else stands around a body.
-            self._refuse(_TOO_LARGE, self._too_large())
+            # The headers do not end, or there is too much around the chunks of a body.
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, self._describe_head_limits())
         elif self._deadline is None and (self.cycle is None or self.cycle.response_complete):
-            # Something came, and it is no request yet.
-            self._wait()
+            # There are bytes, but no complete request yet.
+            self._start_deadline()
 
     def on_message_begin(self) -> None:
-        """Begin to count."""
+        """Start to count the bytes of a request."""
         super().on_message_begin()
-        self._receiving = self._in_head = True
+        self._is_receiving = self._is_in_head = True
         self._head_bytes = self._extra_bytes = 0
 
     def on_url(self, url: bytes) -> None:
-        """Take a piece of the path."""
+        """Count a piece of the path."""
         super().on_url(url)
-        self._count(len(url))
+        self._count_head_bytes(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header, or a trailer behind a body in chunks."""
+        """Count a header, or a trailer after a chunked body."""
         super().on_header(name, value)
-        self._count(len(name) + len(value))
+        self._count_head_bytes(len(name) + len(value))
 
     def on_headers_complete(self) -> None:
-        """Have the request answered."""
-        self._stop_waiting()
-        self._in_head = False
+        """Cancel the deadline, and have the request answered."""
+        self._cancel_deadline()
+        self._is_in_head = False
         self._extra_bytes = 0
         super().on_headers_complete()
 
@@ -108,57 +117,57 @@ class BoundedProtocol(HttpToolsProtocol):
         self._extra_bytes -= _CHUNK_OVERHEAD * len(body)
 
     def on_message_complete(self) -> None:
-        """Note that the request is there in full."""
-        self._receiving = False
+        """Note that the request is complete."""
+        self._is_receiving = False
         self._extra_bytes = 0
-        self._stop_waiting()
+        self._cancel_deadline()
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Wait for the rest of a request that is answered already, as long as for a new one."""
+        """Limit the time for the rest of a request that is answered already."""
         super().on_response_complete()
-        if self._receiving and not self.transport.is_closing():
-            self._wait()
+        if self._is_receiving and not self.transport.is_closing():
+            self._start_deadline()
 
     def send_400_response(self, msg: str) -> None:
-        """Say what was wrong with what came, as every error of the gateway is said."""
-        status, message = self._refusal or (_BAD_REQUEST, f"The request must be HTTP/1.1, got: {msg}")
+        """Answer a request that cannot be parsed, in the format of the gateway's other errors."""
+        status, message = self._refusal or (HTTPStatus.BAD_REQUEST, f"The request must be HTTP/1.1, got: {msg}")
         self._refuse(status, message)
 
-    def _count(self, size: int) -> None:
+    def _count_head_bytes(self, size: int) -> None:
         self._head_bytes += size
         if self._head_bytes > self.limits.head_bytes_max or len(self.headers) > self.limits.headers_max:
-            self._refusal = _TOO_LARGE, self._too_large()
+            self._refusal = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, self._describe_head_limits()
             raise ValueError(self._refusal[1])
 
-    def _too_large(self) -> str:
+    def _describe_head_limits(self) -> str:
         limits = self.limits
         return f"A request may have {limits.headers_max} headers of {limits.head_bytes_max} bytes in all, got more."
 
-    def _wait(self) -> None:
+    def _start_deadline(self) -> None:
         if self._deadline is None:
-            self._deadline = self.loop.call_later(self.limits.head_s_max, self._give_up)
+            self._deadline = self.loop.call_later(self.limits.head_s_max, self._disconnect)
 
-    def _stop_waiting(self) -> None:
+    def _cancel_deadline(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
 
-    def _give_up(self) -> None:
+    def _disconnect(self) -> None:
         self._deadline = None
-        if self._in_head:
-            message = f"The headers must be there within {self.limits.head_s_max:g} s, and were not."
-            self._refuse(_TIMEOUT, message)
+        if self._is_in_head:
+            message = f"The headers must be complete within {self.limits.head_s_max:g} s, but are not."
+            self._refuse(HTTPStatus.REQUEST_TIMEOUT, message)
         else:
             self.transport.abort()
 
     def _refuse(self, status: int, message: str) -> None:
-        self._stop_waiting()
+        self._cancel_deadline()
         if self.transport.is_closing():
             return
-        answering = self.cycle is not None and not self.cycle.response_complete
-        if answering or (self._receiving and not self._in_head):
-            # A request has one answer.
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        if is_answering or (self._is_receiving and not self._is_in_head):
+            # The request has an answer already, or gets one.
             self.transport.abort()
             return
         content = error_body(message)
@@ -167,6 +176,59 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
-def bounded_protocol(limits: ConnectionLimits) -> type[BoundedProtocol]:
-    """Return the protocol with these limits, as uvicorn takes it."""
-    return type("BoundedProtocol", (BoundedProtocol,), {"limits": limits})
+class BodyMemory:
+    """The memory of all bodies that are held at once."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self.bytes_max = bytes_max
+        self.held = 0
+
+    def hold(self, size: int) -> None:
+        """Count received bytes. Raises Unanswered, with 503, where all bodies together have too many."""
+        if self.held + size > self.bytes_max:
+            message = f"All requests together may have {self.bytes_max} bytes at once, got more. Try again later."
+            raise Unanswered(message, retry_after_s=1)
+        self.held += size
+
+
+@asynccontextmanager
+async def read_body(request: Request, memory: BodyMemory, *, bytes_max: int) -> AsyncIterator[bytes]:
+    """Read the body of a request, and count it as held until the end of the block.
+
+    Raises:
+        BadRequest: where the body has too many bytes (413; before it is read where Content-Length says so), is
+            compressed (415), or is incomplete (400).
+        Unanswered: where all bodies together have too many bytes (503).
+    """
+    _check_headers(request, bytes_max)
+    parts: list[bytes] = []
+    held = 0
+    try:
+        async for part in request.stream():
+            if held + len(part) > bytes_max:
+                raise _too_large(bytes_max)
+            memory.hold(len(part))
+            held += len(part)
+            parts.append(part)
+        content = b"".join(parts)
+        parts.clear()
+        yield content
+    except ClientDisconnect:
+        message = "The body must be complete, but the connection was closed before its end."
+        raise BadRequest(message, status=HTTPStatus.BAD_REQUEST) from None
+    finally:
+        memory.held -= held
+
+
+def _check_headers(request: Request, bytes_max: int) -> None:
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        message = f"The body must not be compressed, got {request.headers['content-encoding'][:100]!r}."
+        raise BadRequest(message, status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
+    stated = request.headers.get("content-length", "")
+    if stated.isdecimal() and int(stated[:20]) > bytes_max:
+        raise _too_large(bytes_max)
+
+
+def _too_large(bytes_max: int) -> BadRequest:
+    message = f"The body must have at most {bytes_max} bytes, got more. Send fewer rows at once."
+    return BadRequest(message, status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE)

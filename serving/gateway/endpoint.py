@@ -1,4 +1,4 @@
-"""One endpoint of the running gateway: its route, and the way of a request through it."""
+"""One endpoint of a running gateway: its route, and the way of a request through limits, versions and canary."""
 
 from __future__ import annotations
 
@@ -7,248 +7,322 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from http import HTTPStatus
 
 from serving.errors import BadRequest, Unanswered
-from serving.gateway.admission import Admission
-from serving.gateway.http import Http
-from serving.gateway.keep_warm import falls_asleep
-from serving.gateway.lanes import Lane, lanes
+from serving.gateway.admission import AdmissionQueue, TokenBucket, take_token
 from serving.gateway.metrics import Metrics
-from serving.gateway.rate import Bucket, take
-from serving.gateway.route import Rollout, Route, promoted, rolled_back
-from serving.gateway.shadow import Shadowing
-from serving.gateway.split import choose
-from serving.gateway.state import Kept
-from serving.gateway.trial import Trial, Verdict, judge
-from serving.gateway.upstream import Call, Reply
-from serving.gateway.waker import RouteWaker
-from serving.gateway.warmth import Warmth
+from serving.gateway.mlflow_scoring import MlflowUpstream
+from serving.gateway.rollout import ShadowTraffic, choose_version, judge_canary
+from serving.gateway.route import (
+    Canary,
+    EndpointState,
+    Rollout,
+    Route,
+    SavedEndpoint,
+    ServedVersion,
+    Verdict,
+    promote_canary,
+    roll_back_canary,
+)
+from serving.gateway.scale_to_zero import ModelLifecycle, is_unload_due, make_loader
+from serving.gateway.upstreams import CheckedRequest, HttpClient, Reply, Upstream, V2Upstream
+from serving.model.contract import Contract
 
-_OK, _NOT_FOUND, _TOO_MANY, _TIMEOUT = 200, 404, 429, 504
 _POLL_S = 0.01
 
 
 class Endpoint:
-    """One endpoint. To be used in one event loop; `changed` is called when `kept` must be written."""
+    """One endpoint. To be used in one event loop; `on_change` is called when `saved` must be written."""
 
-    def __init__(self, name: str, kept: Kept, *, http: Http, metrics: Metrics, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        saved: SavedEndpoint,
+        *,
+        http: HttpClient,
+        metrics: Metrics,
+        on_change: Callable[[], None],
+    ) -> None:
         self.name = name
-        self.in_flight: Counter[str] = Counter()
-        self._http, self._metrics, self._changed = http, metrics, changed
-        self._count = 0
-        self._last_s = time.monotonic()
-        self._bucket = Bucket(tokens=float(kept.route.limits.burst), at_s=self._last_s)
-        self.admission = Admission(kept.route.limits)
-        self.warmth = Warmth(RouteWaker(http, lambda: self.route.sleep), metrics.wakes.labels(name).observe)
-        self.shadowing = Shadowing(lambda compared: metrics.shadows.labels(name, compared).inc())
-        self._take(kept)
+        self.queue = AdmissionQueue(saved.route.limits)
+        self.models = ModelLifecycle(
+            lambda: make_loader(http, self.route.sleep), metrics.load_seconds.labels(name).observe
+        )
+        self._http, self._metrics, self._on_change = http, metrics, on_change
+        self._shadow = ShadowTraffic(lambda outcome: metrics.shadows.labels(name, outcome).inc())
+        self._in_flight: Counter[str] = Counter()
+        self._requests = 0
+        self._last_request_s = time.monotonic()
+        self._bucket = TokenBucket(tokens=float(saved.route.limits.burst), at_s=self._last_request_s)
+        self._apply(saved)
 
     @property
     def route(self) -> Route:
         """The route in force."""
-        return self.kept.route
+        return self.saved.route
 
-    def put(self, route: Route) -> Kept:
-        """Take another route and return what is to be kept; a trial whose rule stays the same goes on.
+    @property
+    def state(self) -> EndpointState:
+        """The route, its canary, and the requests and models of the moment."""
+        return EndpointState(
+            route=self.route,
+            trial=self.saved.trial,
+            verdict=self.saved.verdict,
+            in_flight={version: count for version, count in self._in_flight.items() if count},
+            waiting=self.queue.waiting,
+            models=self.models.state,
+        )
 
-        Requests on their way end where they were sent; those that wait go by the new route.
+    def put(self, route: Route) -> None:
+        """Put another route in force; a canary whose rule stays the same keeps its tally.
+
+        Requests that a model server has are answered by it; requests that wait take the new route.
         """
-        rule, trial = route.rollout, self.kept.trial
+        rule, canary = route.rollout, self.saved.trial
         if rule is None:
-            trial = None
-        elif trial is None or rule != self.route.rollout:
-            trial = Trial(began=datetime.now(UTC))
-        self._take(Kept(route=route, trial=trial, verdict=self.kept.verdict if rule is None else None))
-        return self.kept
+            canary = None
+        elif canary is None or rule != self.route.rollout:
+            canary = Canary(began=datetime.now(UTC))
+        self._apply(SavedEndpoint(route=route, trial=canary, verdict=self.saved.verdict if rule is None else None))
 
     @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """Hold a place for a request. Raises Unanswered, with 429, above the rate or where the queue is full."""
+    def admit_request(self) -> Iterator[None]:
+        """Count a request as admitted. Raises Unanswered, with 429, above the rate or where the queue is full."""
         limits, now_s = self.route.limits, time.monotonic()
         if limits.requests_per_second is not None:
-            self._bucket, wait_s = take(
+            self._bucket, wait_s = take_token(
                 self._bucket, now_s=now_s, per_second=limits.requests_per_second, burst=limits.burst
             )
             if wait_s:
-                message = f"The endpoint must get at most {limits.requests_per_second:g} requests a second, got more."
-                raise Unanswered(message, status=_TOO_MANY, retry_after_s=int(wait_s) + 1)
-        with self.admission.place():
+                message = (
+                    f"The endpoint must get at most {limits.requests_per_second:g} requests a second, got more. Send "
+                    "the request again after the seconds in Retry-After."
+                )
+                raise Unanswered(message, status=HTTPStatus.TOO_MANY_REQUESTS, retry_after_s=int(wait_s) + 1)
+        with self.queue.admit():
             try:
                 yield
             finally:
-                self._last_s = time.monotonic()
+                self._last_request_s = time.monotonic()
 
-    async def infer(self, call: Call, version: str | None) -> Reply:
-        """Return the answer of a version: the one asked for, else one chosen by weight.
+    async def infer(self, request: CheckedRequest, version: str | None) -> Reply:
+        """Return the answer of a version: the requested one, else one that is chosen by weight.
 
-        Raises BadRequest where there is no such version, Unanswered where no server answers in time.
+        Raises:
+            BadRequest: where the endpoint has no such version.
+            Unanswered: where no model server answers in time.
         """
         if version is not None:
-            self.named(version)
-        await self.warmth.wake(self.route.sleep, self.route.versions)
+            self.find_version(version)
+        await self.models.load(self.route.sleep, self.route.versions)
         timeout_s = self.route.limits.timeout_s
         try:
-            async with asyncio.timeout(timeout_s), self.admission.turn():
-                reply = await (self._of_any(call) if version is None else self._ask(self.named(version), call))
+            async with asyncio.timeout(timeout_s), self.queue.run():
+                if version is None:
+                    reply = await self._ask_chosen_version(request)
+                else:
+                    reply = await self._ask(self.find_version(version), request)
         except TimeoutError:
-            message = f"An answer must come within {timeout_s:g} s, and did not. Send fewer rows, or try again later."
-            raise Unanswered(message, status=_TIMEOUT) from None
-        self._offer_to_shadow(call, reply)
+            message = f"An answer must come within {timeout_s:g} s, but did not. Send fewer rows, or try again later."
+            raise Unanswered(message, status=HTTPStatus.GATEWAY_TIMEOUT) from None
+        self._copy_to_shadow(request, reply)
         return reply
 
-    def tick(self) -> bool:
-        """Judge the trial by its age too; say whether it is time to unload the models."""
-        self._judge()
+    def find_version(self, version: str) -> VersionRoute:
+        """Return the way to a version. Raises BadRequest, with 404, where there is none of that name."""
+        if route := self._versions.get(version):
+            return route
+        message = f"The version of {self.name!r} must be one of {list(self._versions)}, got {version[:100]!r}."
+        raise BadRequest(message, status=HTTPStatus.NOT_FOUND)
+
+    async def is_ready(self) -> bool:
+        """Return whether a request would be answered: a version with a weight is ready, or its model can be loaded."""
+        if self._is_loadable():
+            return True
+        return any([await version.upstream.is_ready() for version in self._versions.values() if version.weight])
+
+    async def is_version_ready(self, version: str) -> bool:
+        """Return the same for one version. Raises BadRequest where there is none of that name."""
+        route = self.find_version(version)
+        return self._is_loadable() or await route.upstream.is_ready()
+
+    def has_idle_models(self) -> bool:
+        """Return whether the models are idle for so long that they are to be unloaded."""
         sleep = self.route.sleep
-        return (
-            sleep is not None
-            and self.warmth.state in ("awake", "unknown")
-            and falls_asleep(
-                keep_warm_s=sleep.keep_warm_s, idle_s=time.monotonic() - self._last_s, present=self._present()
-            )
-        )
+        if sleep is None or self.models.state not in ("awake", "unknown"):
+            return False
+        idle_s = time.monotonic() - self._last_request_s
+        return is_unload_due(keep_warm_s=sleep.keep_warm_s, idle_s=idle_s, requests=self._count_requests())
 
-    async def sleep(self) -> None:
+    async def unload_models(self) -> None:
         """Unload the models, unless a request came in the meantime."""
-        await self.warmth.sleep(self.route.versions, present=self._present)
+        await self.models.unload(self.route.versions, count_requests=self._count_requests)
 
-    async def drained(self, seconds: float) -> None:
-        """Return once nobody is there any more, or after these seconds."""
+    async def wait_until_drained(self, seconds: float) -> None:
+        """Return once all requests are answered, or after these seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while self._present():  # noqa: ASYNC110 - once in its life; an event would be set by every request
+                while self._count_requests():  # noqa: ASYNC110 - once in its life; an event would be set by every request
                     await asyncio.sleep(_POLL_S)
 
-    async def ready(self) -> bool:
-        """Say whether a request would be answered: a version with a weight is ready, or will be when it is woken."""
-        if self.route.sleep is not None and self.warmth.state != "awake":
-            return True
-        return any([await lane.upstream.ready() for lane in self._lanes.values() if lane.weight])
+    def decide_canary(self) -> None:
+        """Promote or roll back the canary, where its tally and its age decide."""
+        rule, canary = self.route.rollout, self.saved.trial
+        if rule is None or canary is None:
+            return
+        now = datetime.now(UTC)
+        decision = judge_canary(rule, canary.tally, age_s=(now - canary.began).total_seconds())
+        if decision is None:
+            return
+        outcome, reason = decision
+        verdict = Verdict(version=rule.version, outcome=outcome, reason=reason, tally=canary.tally, at=now)
+        route = promote_canary(self.route) if outcome == "promoted" else roll_back_canary(self.route)
+        self._apply(SavedEndpoint(route=route, verdict=verdict))
+        self._metrics.verdicts.labels(self.name, outcome).inc()
+        self._on_change()
 
-    async def version_ready(self, version: str) -> bool:
-        """Say the same of one version. Raises BadRequest where there is none of that name."""
-        lane = self.named(version)
-        return (self.route.sleep is not None and self.warmth.state != "awake") or await lane.upstream.ready()
+    def _apply(self, saved: SavedEndpoint) -> None:
+        self.saved = saved
+        self._versions = build_version_routes(self.name, saved.route, self._http, self._metrics)
+        self._ordered = list(self._versions.values())
+        self._weights = [version.weight for version in self._ordered]
+        self.queue.set_limits(saved.route.limits)
 
-    def _present(self) -> int:
-        return self.admission.present + self.shadowing.in_flight
+    def _is_loadable(self) -> bool:
+        return self.route.sleep is not None and self.models.state != "awake"
 
-    def _take(self, kept: Kept) -> None:
-        self.kept = kept
-        self._lanes = lanes(self.name, kept.route, self._http, self._metrics)
-        self._weights = [lane.weight for lane in self._lanes.values()]
-        self._by_place = list(self._lanes.values())
-        self.admission.resize(kept.route.limits)
+    def _count_requests(self) -> int:
+        return self.queue.admitted + self._shadow.in_flight
 
-    def named(self, version: str) -> Lane:
-        """Return the way to a version. Raises BadRequest, with 404, where there is none of that name."""
-        if lane := self._lanes.get(version):
-            return lane
-        message = f"The version of {self.name!r} must be one of {list(self._lanes)}, got {version[:100]!r}."
-        raise BadRequest(message, status=_NOT_FOUND)
-
-    async def _of_any(self, call: Call) -> Reply:
-        """Ask the version that the next request goes to."""
-        self._count += 1
-        lane = self._by_place[choose(self._weights, self._count)]
+    async def _ask_chosen_version(self, request: CheckedRequest) -> Reply:
+        self._requests += 1
+        chosen = self._ordered[choose_version(self._weights, self._requests)]
         rule = self.route.rollout
-        if rule is not None and lane.version == rule.version:
-            return await self._try(lane, rule, call)
-        return await self._ask(lane, call)
+        if rule is not None and chosen.version == rule.version:
+            return await self._ask_canary(chosen, rule, request)
+        return await self._ask(chosen, request)
 
-    async def _ask(self, lane: Lane, call: Call) -> Reply:
-        """Ask one version; where its server has lost a model that sleeps and wakes, once more after loading it."""
+    async def _ask(self, version: VersionRoute, request: CheckedRequest) -> Reply:
+        """Send a request to a version; where its server has lost the model, load the model and send it once more."""
         try:
-            reply = await self._sent(lane, call)
+            reply = await self._send(version, request)
         except Unanswered:
-            if not await self._reloaded(lane):
+            if not await self._load_lost_model(version):
                 raise
-            return await self._sent(lane, call)
-        if reply.status != _OK and await self._reloaded(lane):
-            return await self._sent(lane, call)
+            return await self._send(version, request)
+        if reply.status != HTTPStatus.OK and await self._load_lost_model(version):
+            return await self._send(version, request)
         return reply
 
-    async def _sent(self, lane: Lane, call: Call) -> Reply:
-        self.in_flight[lane.version] += 1
+    async def _send(self, version: VersionRoute, request: CheckedRequest) -> Reply:
+        self._in_flight[version.version] += 1
         began = time.perf_counter()
-        status = _TIMEOUT
+        # The status of a request that is cancelled.
+        status: int = HTTPStatus.GATEWAY_TIMEOUT
         try:
-            reply = await lane.upstream.infer(call)
+            reply = await version.upstream.infer(request)
             status = reply.status
         except (Unanswered, BadRequest) as error:
             status = error.status
             raise
         finally:
-            self.in_flight[lane.version] -= 1
-            lane.observe(status, time.perf_counter() - began, call.request.rows)
-        return replace(reply, version=lane.version)
+            self._in_flight[version.version] -= 1
+            version.observe(status, time.perf_counter() - began, request.request.rows)
+        return replace(reply, version=version.version)
 
-    async def _reloaded(self, lane: Lane) -> bool:
-        if self.route.sleep is None or await lane.upstream.ready():
+    async def _load_lost_model(self, version: VersionRoute) -> bool:
+        if self.route.sleep is None or await version.upstream.is_ready():
             return False
-        self.warmth.lost()
-        await self.warmth.wake(self.route.sleep, self.route.versions)
+        self.models.mark_lost()
+        await self.models.load(self.route.sleep, self.route.versions)
         return True
 
-    async def _try(self, lane: Lane, rule: Rollout, call: Call) -> Reply:
-        """Ask the version on trial; where it fails, another answers, and only then the failure is its own.
+    async def _ask_canary(self, canary: VersionRoute, rule: Rollout, request: CheckedRequest) -> Reply:
+        """Send a request to the canary, for half of the time; where it fails, to another version.
 
-        It has half of the time, so that there is some left for the other.
+        The canary's failure counts only where the other version answers: else the request is to blame.
         """
         began = time.perf_counter()
         try:
             async with asyncio.timeout(self.route.limits.timeout_s / 2):
-                reply = await self._ask(lane, call)
+                reply = await self._ask(canary, request)
         except (Unanswered, TimeoutError):
             reply = None
         latency_ms = (time.perf_counter() - began) * 1000
-        failed = reply is None or reply.status != _OK
+        failed = reply is None or reply.status != HTTPStatus.OK
         if reply is None or failed:
-            reply = await self._ask(self._other(lane), call)
+            reply = await self._ask(self._choose_other(canary), request)
             self._metrics.fallbacks.labels(self.name).inc()
-        if reply.status == _OK:
-            self._tally(rule, failed=failed, latency_ms=latency_ms)
+        if reply.status == HTTPStatus.OK:
+            self._tally_canary(rule, failed=failed, latency_ms=latency_ms)
         return reply
 
-    def _other(self, lane: Lane) -> Lane:
-        others = [each for each in self._by_place if each.version != lane.version]
-        return others[choose([each.weight for each in others], self._count)] if others else lane
+    def _choose_other(self, canary: VersionRoute) -> VersionRoute:
+        others = [version for version in self._ordered if version.version != canary.version]
+        if not others:
+            return canary
+        return others[choose_version([version.weight for version in others], self._requests)]
 
-    def _tally(self, rule: Rollout, *, failed: bool, latency_ms: float) -> None:
-        trial = self.kept.trial
-        if trial is None or self.route.rollout != rule:
+    def _tally_canary(self, rule: Rollout, *, failed: bool, latency_ms: float) -> None:
+        canary = self.saved.trial
+        if canary is None or self.route.rollout != rule:
             return
-        tally = trial.tally.plus(rule, failed=failed, latency_ms=latency_ms)
-        self.kept = self.kept.model_copy(update={"trial": trial.model_copy(update={"tally": tally})})
-        self._judge()
+        tally = canary.tally.add(rule, failed=failed, latency_ms=latency_ms)
+        self.saved = self.saved.model_copy(update={"trial": canary.model_copy(update={"tally": tally})})
+        self.decide_canary()
 
-    def _judge(self) -> None:
-        rule, trial = self.route.rollout, self.kept.trial
-        if rule is None or trial is None:
-            return
-        now = datetime.now(UTC)
-        ended = judge(rule, trial.tally, age_s=(now - trial.began).total_seconds())
-        if ended is None:
-            return
-        outcome, reason = ended
-        verdict = Verdict(version=rule.version, outcome=outcome, reason=reason, tally=trial.tally, at=now)
-        route = promoted(self.route) if outcome == "promoted" else rolled_back(self.route)
-        self._take(Kept(route=route, verdict=verdict))
-        self._metrics.verdicts.labels(self.name, outcome).inc()
-        self._changed()
-
-    def _offer_to_shadow(self, call: Call, reply: Reply) -> None:
+    def _copy_to_shadow(self, request: CheckedRequest, reply: Reply) -> None:
         rule = self.route.shadow
-        if rule is None or reply.status != _OK or reply.version == rule.version:
+        if rule is None or reply.status != HTTPStatus.OK or reply.version == rule.version:
             return
-        self.shadowing.offer(
+        self._shadow.send_copy(
             rule,
-            self._lanes[rule.version].upstream,
+            self._versions[rule.version].upstream,
             self.route.contract,
-            call,
+            request,
             reply,
-            busy=self.admission.waiting > 0,
+            is_busy=self.queue.waiting > 0,
             timeout_s=self.route.limits.timeout_s,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionRoute:
+    """The way to one version, and its metrics. It outlives its route until its last request is answered."""
+
+    endpoint: str
+    version: str
+    weight: float
+    upstream: Upstream
+    metrics: Metrics
+
+    def observe(self, status: int, seconds: float, rows: int) -> None:
+        """Count an answer of the version, or that there was none."""
+        labels = (self.endpoint, self.version)
+        self.metrics.answers.labels(*labels, status).inc()
+        self.metrics.upstream_seconds.labels(*labels).observe(seconds)
+        if status == HTTPStatus.OK:
+            self.metrics.rows.labels(*labels).inc(rows)
+
+
+def build_version_routes(endpoint: str, route: Route, http: HttpClient, metrics: Metrics) -> dict[str, VersionRoute]:
+    """Return the way to each version of a route, by the version's name."""
+    return {
+        served.version: VersionRoute(
+            endpoint=endpoint,
+            version=served.version,
+            weight=served.weight,
+            upstream=_make_upstream(http, served, route.contract),
+            metrics=metrics,
+        )
+        for served in route.versions
+    }
+
+
+def _make_upstream(http: HttpClient, served: ServedVersion, contract: Contract) -> Upstream:
+    if served.speaks == "v2":
+        return V2Upstream(http, served)
+    return MlflowUpstream(http, served, contract)

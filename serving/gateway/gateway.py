@@ -1,67 +1,65 @@
-"""The gateway as it runs: every endpoint, and what is written down of them."""
+"""A running gateway: its endpoints, and what it does without a request (judging, unloading, writing files)."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from contextlib import suppress
+from http import HTTPStatus
 from typing import Self
 
 from serving.errors import BadRequest
-from serving.gateway.body import Memory
+from serving.gateway.connection import BodyMemory
 from serving.gateway.endpoint import Endpoint
-from serving.gateway.http import Http
 from serving.gateway.keys import Keys
-from serving.gateway.metering import Meter
+from serving.gateway.metering import MeteringLog
 from serving.gateway.metrics import Metrics
-from serving.gateway.route import Route
-from serving.gateway.state import EndpointState, Kept
+from serving.gateway.route import EndpointState, Route, SavedEndpoint
 from serving.gateway.store import Store
+from serving.gateway.upstreams import HttpClient
 
-_TICK_S = 1.0
-# Below the time that the administrator's client waits for an answer.
+_INTERVAL_S = 1.0
+# Less than the time-out of the administrator's client.
 _DRAIN_S_MAX = 20.0
-_NOT_FOUND, _CONFLICT = 404, 409
 _NAMES_SHOWN = 20
 
 _log = logging.getLogger(__name__)
 
 
 class Gateway:
-    """All endpoints of one folder; an async context manager that runs what happens without a request."""
+    """All endpoints of one folder; an async context manager that runs the periodic work."""
 
     def __init__(self, store: Store, keys: Keys, *, bytes_max: int) -> None:
         self.keys = keys
         self.metrics = Metrics()
-        self.memory = Memory(bytes_max)
-        self.meter = Meter(store.folder)
+        self.memory = BodyMemory(bytes_max)
+        self.metering_log = MeteringLog(store.folder)
         self._store = store
-        self._kept = store.load()
+        self._written = store.load_all()
         self._endpoints: dict[str, Endpoint] = {}
         self._changed = asyncio.Event()
-        self._writing = asyncio.Lock()
-        self._written: dict[str, Kept] = dict(self._kept)
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._over = False
+        self._write_lock = asyncio.Lock()
+        self._unloading: set[asyncio.Task[None]] = set()
+        self._is_closing = False
 
     async def __aenter__(self) -> Self:
-        """Open the connections and put the routes that were kept in force."""
-        self._http = Http()
-        for name, kept in self._kept.items():
-            self._endpoints[name] = self._open(name, kept)
-        self._ticking = asyncio.create_task(self._tick())
+        """Open the connections, and put the stored routes in force."""
+        self._http = HttpClient()
+        for name, saved in self._written.items():
+            self._endpoints[name] = self._make_endpoint(name, saved)
+        self._periodic_work = asyncio.create_task(self._work_periodically())
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        """Write down what there is; requests are through by now."""
-        # Not cancelled: what a thread is writing down by then would be written on beside what follows.
-        self._over = True
+        """Write all files. All requests are answered by now."""
+        # The task is not cancelled: a thread of it would go on writing beside what follows.
+        self._is_closing = True
         self._changed.set()
-        await asyncio.gather(self._ticking, *self._tasks, return_exceptions=True)
+        await asyncio.gather(self._periodic_work, *self._unloading, return_exceptions=True)
         await self._save_all()
-        self._flush()
+        self._flush_metering_log()
         with suppress(OSError):
-            self.meter.close()
+            self.metering_log.close()
         await self._http.close()
 
     @property
@@ -73,23 +71,25 @@ class Gateway:
         """Return an endpoint. Raises BadRequest, with 404, where there is none of that name."""
         if endpoint := self._endpoints.get(name):
             return endpoint
-        message = f"The model must be an endpoint that is served here, got {name[:100]!r}."
-        raise BadRequest(message, status=_NOT_FOUND)
+        message = f"The model must be an endpoint of this gateway, got {name[:100]!r}."
+        raise BadRequest(message, status=HTTPStatus.NOT_FOUND)
 
     async def put(self, name: str, route: Route) -> EndpointState:
-        """Put a route in force and keep it. Idempotent. Raises BadRequest, with 409, where a key of it is unknown."""
-        if strange := sorted({*route.keys} - self.keys.names):
-            message = f"Each key of a route must be known to the gateway, got {strange[:_NAMES_SHOWN]}. Put it first."
-            raise BadRequest(message, status=_CONFLICT)
+        """Put a route in force and store it. Idempotent. Raises BadRequest, with 409, where it has an unknown key."""
+        if unknown := sorted({*route.keys} - self.keys.names):
+            message = (
+                f"Each key of a route must be known to the gateway, got {unknown[:_NAMES_SHOWN]}. Put the key first."
+            )
+            raise BadRequest(message, status=HTTPStatus.CONFLICT)
         if name not in self._endpoints:
-            self._endpoints[name] = self._open(name, Kept(route=route))
+            self._endpoints[name] = self._make_endpoint(name, SavedEndpoint(route=route))
         self._endpoints[name].put(route)
         await self._save(name)
-        return self.state(name)
+        return self.endpoint(name).state
 
     async def delete(self, name: str) -> None:
-        """Take an endpoint out, and return once the requests that it had are answered, or 20 s later. Idempotent."""
-        async with self._writing:
+        """Delete an endpoint, and return once its requests are answered, or after 20 s. Idempotent."""
+        async with self._write_lock:
             endpoint = self._endpoints.pop(name, None)
             if endpoint is None:
                 return
@@ -99,69 +99,55 @@ class Gateway:
                 self._endpoints.setdefault(name, endpoint)
                 raise
             self._written.pop(name, None)
-        await endpoint.drained(_DRAIN_S_MAX)
+        await endpoint.wait_until_drained(_DRAIN_S_MAX)
         if name not in self._endpoints:
-            self.metrics.forget(name)
+            self.metrics.remove_endpoint(name)
 
-    def state(self, name: str) -> EndpointState:
-        """Return what there is of an endpoint now. Raises BadRequest, with 404, where there is none."""
-        endpoint = self.endpoint(name)
-        kept = endpoint.kept
-        return EndpointState(
-            route=kept.route,
-            trial=kept.trial,
-            verdict=kept.verdict,
-            in_flight={version: count for version, count in endpoint.in_flight.items() if count},
-            waiting=endpoint.admission.waiting,
-            models=endpoint.warmth.state,
-        )
-
-    def metrics_page(self) -> bytes:
-        """Return what Prometheus scrapes."""
+    def render_metrics(self) -> bytes:
+        """Return the page that Prometheus scrapes."""
         for name, endpoint in self._endpoints.items():
-            self.metrics.in_flight.labels(name).set(endpoint.admission.running)
-            self.metrics.queued.labels(name).set(endpoint.admission.waiting)
-            self.metrics.awake.labels(name).set(endpoint.route.sleep is None or endpoint.warmth.state == "awake")
-        self.metrics.metering_lost.set(self.meter.lost)
-        return self.metrics.page()
+            self.metrics.in_flight.labels(name).set(endpoint.queue.running)
+            self.metrics.queued.labels(name).set(endpoint.queue.waiting)
+            self.metrics.loaded.labels(name).set(endpoint.route.sleep is None or endpoint.models.state == "awake")
+        self.metrics.metering_lost.set(self.metering_log.lost)
+        return self.metrics.render()
 
-    def _open(self, name: str, kept: Kept) -> Endpoint:
-        return Endpoint(name, kept, http=self._http, metrics=self.metrics, changed=self._changed.set)
+    def _make_endpoint(self, name: str, saved: SavedEndpoint) -> Endpoint:
+        return Endpoint(name, saved, http=self._http, metrics=self.metrics, on_change=self._changed.set)
 
-    async def _tick(self) -> None:
-        """Every second, and at once when a trial ends: judge, unload, write down."""
-        while not self._over:
-            try:
-                async with asyncio.timeout(_TICK_S):
+    async def _work_periodically(self) -> None:
+        """Judge canaries, unload idle models and write files: every second, and at once when a canary ends."""
+        while not self._is_closing:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_INTERVAL_S):
                     await self._changed.wait()
-            except TimeoutError:
-                pass
             self._changed.clear()
             for endpoint in [*self._endpoints.values()]:
-                if endpoint.tick():
-                    task = asyncio.create_task(endpoint.sleep())
-                    self._tasks.add(task)
-                    task.add_done_callback(self._tasks.discard)
+                endpoint.decide_canary()
+                if endpoint.has_idle_models():
+                    task = asyncio.create_task(endpoint.unload_models())
+                    self._unloading.add(task)
+                    task.add_done_callback(self._unloading.discard)
             await self._save_all()
-            await asyncio.to_thread(self._flush)
+            await asyncio.to_thread(self._flush_metering_log)
 
-    def _flush(self) -> None:
+    def _flush_metering_log(self) -> None:
         try:
-            self.meter.flush()
+            self.metering_log.flush()
         except OSError as error:
-            _log.warning("The metering log must be written, got: %s. Its lines are kept for now.", error)
+            _log.warning("The metering log must be writable, got: %s. Its lines stay in memory for now.", error)
 
     async def _save_all(self) -> None:
         for name in [*self._endpoints]:
             try:
                 await self._save(name)
             except OSError as error:
-                _log.warning("The route of %s must be written, got: %s. It is tried again.", name, error)
+                _log.warning("The route of %s must be writable, got: %s. The gateway tries again.", name, error)
 
     async def _save(self, name: str) -> None:
-        async with self._writing:
+        async with self._write_lock:
             endpoint = self._endpoints.get(name)
-            if endpoint is None or self._written.get(name) is (kept := endpoint.kept):
+            if endpoint is None or self._written.get(name) is (saved := endpoint.saved):
                 return
-            await asyncio.to_thread(self._store.put, name, kept)
-            self._written[name] = kept
+            await asyncio.to_thread(self._store.put, name, saved)
+            self._written[name] = saved

@@ -1,4 +1,4 @@
-"""What Prometheus scrapes at /metrics. Labels are names that a route has, never what a client sent."""
+"""The metrics that Prometheus scrapes at /metrics. Labels are names from routes, never text that a client sent."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        named: dict[str, Any] = {"registry": self._registry, "namespace": "overnight"}
+        common: dict[str, Any] = {"registry": self._registry, "namespace": "overnight"}
         version = ("endpoint", "version")
-        self.requests = Counter("requests", "Requests by the status of their answer.", ("endpoint", "status"), **named)
-        self.rows = Counter("rows", "Rows of requests that a version answered.", version, **named)
-        self.answers = Counter("answers", "Answers of versions by status.", (*version, "status"), **named)
-        self.seconds = Histogram("request_seconds", "Arrival to answer.", ("endpoint",), buckets=_SECONDS, **named)
+        self.requests = Counter("requests", "Requests by the status of their answer.", ("endpoint", "status"), **common)
+        self.rows = Counter("rows", "Rows of requests that a version answered.", version, **common)
+        self.answers = Counter("answers", "Answers of versions by status.", (*version, "status"), **common)
+        self.seconds = Histogram("request_seconds", "Arrival to answer.", ("endpoint",), buckets=_SECONDS, **common)
         self.upstream_seconds = Histogram(
-            "upstream_seconds", "What a version took to answer.", version, buckets=_SECONDS, **named
+            "upstream_seconds", "Seconds that a version took to answer.", version, buckets=_SECONDS, **common
         )
-        self.in_flight = Gauge("in_flight", "Requests that are with the servers.", ("endpoint",), **named)
-        self.queued = Gauge("queued", "Requests that wait.", ("endpoint",), **named)
-        self.awake = Gauge("awake", "Whether the models are loaded.", ("endpoint",), **named)
-        self.wakes = Histogram("wake_seconds", "Loading models for a request.", ("endpoint",), **named)
-        self.shadows = Counter("shadows", "Answers of the shadow, compared.", ("endpoint", "compared"), **named)
-        self.verdicts = Counter("verdicts", "Trials that ended.", ("endpoint", "outcome"), **named)
+        self.in_flight = Gauge("in_flight", "Requests that the model servers have.", ("endpoint",), **common)
+        self.queued = Gauge("queued", "Requests that wait for a model server.", ("endpoint",), **common)
+        self.loaded = Gauge("awake", "Whether the models are loaded.", ("endpoint",), **common)
+        self.load_seconds = Histogram("wake_seconds", "Loading models for a request.", ("endpoint",), **common)
+        self.shadows = Counter("shadows", "Answers of the shadow by comparison.", ("endpoint", "compared"), **common)
+        self.verdicts = Counter("verdicts", "Canaries that ended.", ("endpoint", "outcome"), **common)
         self.fallbacks = Counter(
-            "fallbacks", "Requests that a version on trial failed and another answered.", ("endpoint",), **named
+            "fallbacks", "Requests that a canary failed and another version answered.", ("endpoint",), **common
         )
-        self.metering_lost = Gauge("metering_lost", "Requests missing from the metering log.", **named)
+        self.metering_lost = Gauge("metering_lost", "Requests missing from the metering log.", **common)
 
-    def forget(self, endpoint: str) -> None:
-        """Drop what is known of an endpoint that is there no more."""
-        for each in vars(self).values():
-            if "endpoint" in getattr(each, "_labelnames", ()):
-                each.remove_by_labels({"endpoint": endpoint})
+    def remove_endpoint(self, endpoint: str) -> None:
+        """Remove every series of an endpoint that was deleted."""
+        for metric in vars(self).values():
+            if "endpoint" in getattr(metric, "_labelnames", ()):
+                metric.remove_by_labels({"endpoint": endpoint})
 
-    def page(self) -> bytes:
-        """Return the page in Prometheus's text format."""
+    def render(self) -> bytes:
+        """Return all metrics in Prometheus's text format."""
         return generate_latest(self._registry)

@@ -1,26 +1,28 @@
-"""What the gateway keeps: the routes, one file each, and whose folder it is."""
+"""The gateway's folder: a lock, and one file for each route. Also writes private files atomically."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
 from pydantic import ValidationError
 
-from serving.errors import EndpointFailed, Unanswered
-from serving.gateway.state import Kept
+from serving.errors import EndpointFailed
+from serving.gateway.route import SavedEndpoint
 
 _LOCK = "gateway.lock"
 _ROUTES = "routes"
 
 
 class Store:
-    """The folder of one gateway. Raises EndpointFailed where another gateway has it, or a file can't be read."""
+    """The folder of one gateway.
+
+    Raises:
+        EndpointFailed: where another gateway uses the folder, or a file cannot be read.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -32,7 +34,7 @@ class Store:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._lock)
-            message = f"A folder must have one gateway, got a second for {folder}. Stop the first, or pass --folder."
+            message = f"Only one gateway may use a folder, got a second for {folder}. Stop the first, or pass --folder."
             raise EndpointFailed(message) from None
 
     def __enter__(self) -> Self:
@@ -40,51 +42,40 @@ class Store:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Give the folder back."""
+        """Release the lock of the folder."""
         os.close(self._lock)
 
-    def load(self) -> dict[str, Kept]:
+    def load_all(self) -> dict[str, SavedEndpoint]:
         """Return every route by the name of its endpoint."""
-        return {path.stem: _read(path) for path in sorted(self._routes.glob("*.json"))}
+        return {path.stem: _read_route(path) for path in sorted(self._routes.glob("*.json"))}
 
-    def put(self, endpoint: str, kept: Kept) -> None:
-        """Write a route durably: a reader, or a gateway that starts after a power cut, sees the old or the new."""
-        write_atomically(self._routes / f"{endpoint}.json", kept.model_dump_json(indent=1).encode())
+    def put(self, endpoint: str, saved: SavedEndpoint) -> None:
+        """Write a route durably: after a power cut a gateway finds the old file or the new one."""
+        write_atomically(self._routes / f"{endpoint}.json", saved.model_dump_json(indent=1).encode())
 
     def delete(self, endpoint: str) -> None:
         """Delete a route. Idempotent."""
         (self._routes / f"{endpoint}.json").unlink(missing_ok=True)
-        _sync(self._routes)
+        _fsync_folder(self._routes)
 
 
-def _read(path: Path) -> Kept:
+def _read_route(path: Path) -> SavedEndpoint:
     try:
-        return Kept.model_validate_json(path.read_bytes())
+        return SavedEndpoint.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        message = f"{path} must hold a route, got: {error}. Put it right, or delete it and put the route again."
+        message = f"{path} must hold a route, got: {error}. Correct the file, or delete it and put the route again."
         raise EndpointFailed(message) from None
 
 
-@contextmanager
-def told_to_whoever_asks() -> Iterator[None]:
-    """Have what can't be written be told. Raises Unanswered, with 503."""
-    try:
-        yield
-    except OSError as error:
-        got = error.strerror or type(error).__name__
-        message = f"The gateway must be able to write, got: {got}. Make room or give it access, then send this again."
-        raise Unanswered(message) from error
-
-
 def make_private_folder(folder: Path) -> None:
-    """Make a folder that its owner alone may look into; one that is there becomes such."""
+    """Create a folder that only its owner can read; restrict it to the owner where it exists."""
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_mode & 0o077:
         folder.chmod(0o700)
 
 
 def write_atomically(path: Path, content: bytes, *, mode: int = 0o600) -> None:
-    """Write a file in full, or not at all."""
+    """Write a file completely, or not at all."""
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
@@ -94,10 +85,10 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o600) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    _sync(path.parent)
+    _fsync_folder(path.parent)
 
 
-def _sync(folder: Path) -> None:
+def _fsync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -62,7 +62,7 @@ class Input(Frozen):
     columns: tuple[Column, ...]
 
     @property
-    def stacked(self) -> bool:
+    def is_stacked(self) -> bool:
         """Whether scalar columns are stacked into [N, F]."""
         return len(self.shape) == 1 and all(column.shape == () for column in self.columns)
 
@@ -200,13 +200,13 @@ def _scalar_problem(column: Column, source: pa.DataType) -> str | None:
     number = pa.types.is_boolean(source) or pa.types.is_integer(source) or pa.types.is_floating(source)
     if not number:
         return f"{must}; cast it in the table first"
-    if column.policy.cast != "safe" or fits(source, column.dtype):
+    if column.policy.cast != "safe" or casts_safely(source, column.dtype):
         return None
     return f'{must}, which may lose digits; allow it with policies={{"{column.name}": {{"cast": "round"}}}}'
 
 
 @functools.lru_cache(maxsize=256)
-def fits(source: pa.DataType, dtype: str) -> bool:
+def casts_safely(source: pa.DataType, dtype: str) -> bool:
     """Whether every value of a number type survives the cast to `dtype` unchanged.
 
     Stricter than numpy's own table in one point: 64-bit integers do not fit float64 above 2**53.
@@ -218,18 +218,18 @@ def fits(source: pa.DataType, dtype: str) -> bool:
     return bool(np.can_cast(given, wanted, "safe"))
 
 
-def fill_problem(column: Column) -> str | None:
+def find_fill_problem(column: Column) -> str | None:
     """Say why the value that takes the place of a column's nulls is none of its dtype, None where it is one."""
     if column.policy.null in ("reject", "keep"):
         return None
     try:
-        fill_value(column)
+        convert_fill_value(column)
     except (ValueError, OverflowError):
         return f"{column.policy.null!r} for column {column.name!r} ({column.dtype})"
     return None
 
 
-def fill_value(column: Column) -> Any:
+def convert_fill_value(column: Column) -> Any:
     """Return the value that takes the place of a column's nulls, as numpy holds it.
 
     Raises ValueError or OverflowError where that is none of the column's dtype.

@@ -19,8 +19,8 @@ import torch
 
 from serving.model.contract import Contract
 from serving.model.encoding import BatchUnit, Encoded
-from serving.model.interface import Arrays, Engine, Wish
-from serving.model.outputs import named_outputs
+from serving.model.interface import Arrays, Engine, TuningLimits
+from serving.model.outputs import name_outputs
 from serving.model.torch_model import to_numpy
 
 _CUDA = Engine(device="cuda")
@@ -74,7 +74,7 @@ class CudaModel:
     def finish(self, begun: Pass) -> dict[str, npt.NDArray[Any]]:
         """Wait for a pass and return its outputs."""
         begun.done.synchronize()
-        return named_outputs(begun.raw, self._contract.outputs, begun.rows, _copied)
+        return name_outputs(begun.raw, self._contract.outputs, begun.rows, _copied)
 
     @contextmanager
     def slot(self) -> Generator[None]:
@@ -96,14 +96,14 @@ class CudaModel:
         """One a device: the copies of a slot overlap its own passes."""
         return len(self._replicas)
 
-    def engines(self, wish: Wish) -> list[Engine]:
-        """Return CUDA as it comes, and what the wish allows."""
-        found = [_CUDA, *([_CUDA.model_copy(update={"compiled": True})] if wish.compiled else [])]
-        if wish.bfloat16_tolerance is not None:
+    def engines(self, limits: TuningLimits) -> list[Engine]:
+        """Return CUDA with torch's default kernels, and what the limits allow."""
+        found = [_CUDA, *([_CUDA.model_copy(update={"compiled": True})] if limits.compiled else [])]
+        if limits.bfloat16_tolerance is not None:
             found += [engine.model_copy(update={"precision": "bfloat16"}) for engine in found]
         return found
 
-    def using(self, engine: Engine) -> Self:
+    def with_engine(self, engine: Engine) -> Self:
         """Return the same model on another engine."""
         return type(self)(self._module, self._contract, engine)
 

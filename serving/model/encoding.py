@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from serving.model.casting import Array, Mask, cast_numbers, parse_numbers
-from serving.model.contract import OPAQUE_DTYPES, Column, Contract, Input, fill_value, fits, is_text
+from serving.model.contract import OPAQUE_DTYPES, Column, Contract, Input, casts_safely, convert_fill_value, is_text
 
+Array = npt.NDArray[Any]
+Mask = npt.NDArray[np.bool_]
 Columns = dict[str, pa.ChunkedArray]
 # What a batch size counts: tokens, padding included, where rows have lengths.
 BatchUnit = Literal["rows", "tokens"]
@@ -26,6 +29,12 @@ BatchUnit = Literal["rows", "tokens"]
 _PAD = 16
 # Seconds since 1970 that still fit 64 bits as nanoseconds.
 _SECONDS_MAX = 2**63 // 10**9
+
+_DECIMAL = r"^(?P<sign>[+-]?)(?P<whole>[0-9]*)\.?(?P<part>[0-9]*)(?:[eE](?P<exponent>[+-]?[0-9]+))?$"
+# One digit more than the largest integer has: what is longer does not fit either.
+_DIGITS_MAX = 21
+_SIZE_MAX = np.uint64(2**64 - 1)
+_BOOLEANS = {"true": True, "false": False, "1": True, "0": False}
 
 
 @dataclass(slots=True)
@@ -40,7 +49,7 @@ class Flags:
         self._codes = {pair: code for code, pair in enumerate(self.reasons, start=1)}
 
     @classmethod
-    def none(cls, rows: int) -> Flags:
+    def all_good(cls, rows: int) -> Flags:
         """Return flags for `rows` good rows."""
         return cls(np.zeros(rows, dtype=np.int32))
 
@@ -58,7 +67,7 @@ class Flags:
             self.code_N[row] = self._code(column, reason)
 
     @classmethod
-    def joined(cls, several: list[Flags]) -> Flags:
+    def concat(cls, several: list[Flags]) -> Flags:
         """Return the flags of consecutive rows as one."""
         whole = cls(np.concatenate([flags.code_N for flags in several]))
         start = 0
@@ -90,7 +99,7 @@ class Encoded:
     rows: int
     length_N: npt.NDArray[np.int64] | None = None
 
-    def rows_at(self, start: int, stop: int) -> Encoded:
+    def slice_rows(self, start: int, stop: int) -> Encoded:
         """Return rows [start, stop) as views: what is written to them is written here."""
         flags = Flags(self.flags.code_N[start:stop], self.flags.reasons)
         return Encoded(
@@ -100,7 +109,7 @@ class Encoded:
             length_N=None if self.length_N is None else self.length_N[start:stop],
         )
 
-    def repeated(self, times: int) -> Encoded:
+    def repeat(self, times: int) -> Encoded:
         """Return a copy of the rows, several times over, laid out as they are."""
         return Encoded(
             inputs={name: _repeated(value, times) for name, value in self.inputs.items()},
@@ -117,7 +126,7 @@ def encode(contract: Contract, table: pa.Table) -> Encoded:
     fills such a row with a good one before it passes it on. A column that is missing, which the
     contract allows where it is optional, is a column of nulls.
     """
-    flags = Flags.none(table.num_rows)
+    flags = Flags.all_good(table.num_rows)
     columns = dict(zip(table.column_names, table.columns, strict=True))
     inputs = {value.name: _encode_input(value, columns, flags) for value in contract.inputs}
     return Encoded(inputs=inputs, flags=flags, rows=table.num_rows)
@@ -127,8 +136,8 @@ def _encode_input(value: Input, columns: Columns, flags: Flags) -> Array:
     rows = len(flags.code_N)
     if value.dtype in OPAQUE_DTYPES:
         arrays = [_opaque(column, _chunks(column, columns, rows), flags) for column in value.columns]
-        return np.stack(arrays, axis=1) if value.stacked else arrays[0]
-    if value.stacked:
+        return np.stack(arrays, axis=1) if value.is_stacked else arrays[0]
+    if value.is_stacked:
         buffer_FN = np.empty((len(value.columns), rows + _PAD), dtype=value.dtype)[:, :rows]
         for out_N, column in zip(buffer_FN, value.columns, strict=True):
             _fill(out_N, column, _chunks(column, columns, rows), flags)
@@ -195,7 +204,7 @@ def _settle_nulls(out_n: Array, null_n: Mask, column: Column, flags: Flags, star
     if null == "reject" or (null == "keep" and out_n.dtype.kind in "iub"):
         flags.mark(null_n, column.name, "null", start)
     elif null != "keep":
-        out_n[null_n] = fill_value(column)
+        out_n[null_n] = convert_fill_value(column)
     elif out_n.dtype.kind == "f":
         out_n[null_n] = np.nan
 
@@ -203,7 +212,7 @@ def _settle_nulls(out_n: Array, null_n: Mask, column: Column, flags: Flags, star
 def _cast(out_n: Array, column: Column, chunk: pa.Array, flags: Flags, start: int) -> None:
     filled = chunk.fill_null(False if pa.types.is_boolean(chunk.type) else 0) if chunk.null_count else chunk
     given_n = filled.to_numpy(zero_copy_only=False)
-    if fits(chunk.type, column.dtype):
+    if casts_safely(chunk.type, column.dtype):
         out_n[:] = given_n
         return
     lost_n = cast_numbers(out_n, given_n, exact=column.policy.cast == "exact")
@@ -261,7 +270,7 @@ def _fill_lists_chunk(out_nW: Array, column: Column, chunk: pa.Array, flags: Fla
     all_whole = bool(whole_n.all())
     values = (chunk if all_whole else chunk.filter(pa.array(whole_n))).flatten()
     flat = out_nW.reshape(rows * width) if all_whole else np.empty(len(values), dtype=out_nW.dtype)
-    inner = Flags.none(len(values))
+    inner = Flags.all_good(len(values))
     _fill_chunk(flat, column, values, inner, 0)
     if not all_whole:
         out_nW[whole_n] = flat.reshape(-1, width)
@@ -272,3 +281,122 @@ def _fill_lists_chunk(out_nW: Array, column: Column, chunk: pa.Array, flags: Fla
         broken_n = np.zeros(rows, dtype=np.bool_)
         broken_n[whole_n] = (inner.code_N.reshape(-1, width) == code).any(axis=1)
         flags.mark(broken_n, column.name, f"in its list, {reason}", start)
+
+
+def cast_numbers(out_n: Array, given_n: Array, *, exact: bool) -> Mask:
+    """Cast n numbers into their place and return which do not survive it.
+
+    exact: the value must be the same afterwards. Otherwise the nearest value will do, but no infinity
+    in a finite number's place. Booleans fit everywhere, and are none of the numbers given.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        if out_n.dtype.kind == "f":
+            return _cast_to_float(out_n, given_n, exact=exact)
+        return _cast_to_whole(out_n, given_n, exact=exact)
+
+
+def _cast_to_float(out_n: Array, given_n: Array, *, exact: bool) -> Mask:
+    out_n[:] = given_n
+    whole = given_n.dtype.kind != "f"
+    if not exact:
+        infinite_n = np.isinf(out_n)
+        return infinite_n if whole or not infinite_n.any() else infinite_n & ~np.isinf(given_n)
+    if not whole:
+        return np.asarray((out_n != given_n) & ~np.isnan(given_n))
+    # The largest integers round up to a float that is none of them.
+    held_n = np.isfinite(out_n) & (out_n.astype(np.float64) < float(_limits(given_n.dtype)[1] + 1))
+    return np.asarray(~held_n | (np.where(held_n, out_n, 0).astype(given_n.dtype) != given_n))
+
+
+def _cast_to_whole(out_n: Array, given_n: Array, *, exact: bool) -> Mask:
+    low, high = _limits(out_n.dtype)
+    if given_n.dtype.kind != "f":
+        out_n[:] = given_n
+        return np.asarray((given_n < low) | (given_n > high))
+    given_n = given_n.astype(np.float64) if exact else np.rint(given_n.astype(np.float64))
+    held_n = (given_n >= low) & (given_n < float(high + 1))
+    out_n[:] = np.where(held_n, given_n, 0)
+    return np.asarray(~held_n | (out_n != given_n))
+
+
+def _limits(dtype: np.dtype[Any]) -> tuple[int, int]:
+    if dtype.kind == "b":
+        return 0, 1
+    return int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
+
+
+def parse_numbers(out_n: Array, chunk: pa.Array, *, nearest: bool) -> Mask:
+    """Parse n texts into their place and return which are no such number; a null is zero.
+
+    Integers may be written as floats, "20.0" or "2e1", and lose no digit. nearest: one that is not
+    whole, "20.5", becomes the nearest integer.
+    """
+    text = pl.Series(chunk, dtype=pl.String)
+    numbers = _parsed(text, out_n.dtype)
+    if numbers.null_count() > text.null_count():
+        # Stripping takes longer than parsing, and numbers seldom stand between blanks.
+        text = text.str.strip_chars()
+        # So pandas writes integers beside a null; a text that is none stays none without it.
+        numbers = _parsed(text.str.strip_suffix(".0") if out_n.dtype.kind in "iu" else text, out_n.dtype)
+    # Polars makes a query of fill_null, which takes ten times as long for a small column.
+    filled = numbers.to_arrow().fill_null(False if out_n.dtype.kind == "b" else 0)
+    out_n[:] = filled.to_numpy(zero_copy_only=False)
+    broken_n = np.zeros(len(out_n), dtype=np.bool_)
+    if numbers.null_count() > text.null_count():
+        broken_n |= (numbers.is_null() & text.is_not_null()).to_numpy()
+        if out_n.dtype.kind in "iu":
+            out_n[broken_n], broken_n[broken_n] = _parse_decimals(text.filter(broken_n), out_n.dtype, nearest=nearest)
+    if out_n.dtype.kind == "f" and (infinite_n := np.isinf(out_n)).any():
+        # The parser makes an infinity of a number that is too large.
+        broken_n |= infinite_n & ~text.str.contains("(?i)inf").fill_null(value=False).to_numpy()
+    return broken_n
+
+
+def _parsed(text: pl.Series, dtype: np.dtype[Any]) -> pl.Series:
+    if dtype.kind == "b":
+        return text.str.to_lowercase().replace_strict(_BOOLEANS, default=None)
+    return text.cast(_polars_type(dtype), strict=False)
+
+
+@cache
+def _polars_type(dtype: np.dtype[Any]) -> pl.DataType:
+    return pl.Series(np.empty(0, dtype=dtype)).dtype
+
+
+def _parse_decimals(text: pl.Series, dtype: np.dtype[Any], *, nearest: bool) -> tuple[Array, Mask]:
+    """Return n decimal numbers as integers, and which are none; digit by digit, since a float keeps 15 of them."""
+    parts = text.str.extract_groups(_DECIMAL).struct.unnest()
+    negative_n = (parts["sign"] == "-").fill_null(value=False).to_numpy()
+    whole, rest = _cut_at_point(parts)
+    sizes = whole.cast(pl.UInt64, strict=False)
+    broken_n, size_n = sizes.is_null().to_numpy(), sizes.fill_null(0).to_numpy()
+    if nearest:
+        # Digits after the point are in one order as text and as numbers, and "5" is the half of them.
+        up_n = (rest > "5").to_numpy() | ((rest == "5").to_numpy() & (size_n % 2 == 1))
+        broken_n = broken_n | (up_n & (size_n == _SIZE_MAX))
+        size_n = size_n + up_n
+    else:
+        broken_n = broken_n | (rest != "").to_numpy()
+    low, high = _limits(dtype)
+    broken_n = broken_n | (size_n > np.where(negative_n, np.uint64(-low), np.uint64(high)))
+    return np.where(negative_n, np.negative(size_n), size_n).astype(dtype), broken_n
+
+
+def _cut_at_point(parts: pl.DataFrame) -> tuple[pl.Series, pl.Series]:
+    """Return the digits before and after the point once the exponent has moved it; null where the text is no number.
+
+    The former ends at 21 digits; trailing zeros are gone from the latter.
+    """
+    digits = pl.col("whole") + pl.col("part")
+    # From its first digit other than zero on, so that 21 of them are always too many.
+    led = digits.str.strip_chars_start("0")
+    exponent = pl.col("exponent").cast(pl.Float64).clip(-1e9, 1e9).fill_null(0).cast(pl.Int64)
+    zeros = digits.str.len_bytes().cast(pl.Int64) - led.str.len_bytes().cast(pl.Int64)
+    found = parts.select(
+        led=pl.when(digits != "").then(led), point=pl.col("whole").str.len_bytes().cast(pl.Int64) + exponent - zeros
+    ).select(
+        whole=pl.lit("0") + (pl.col("led") + "0" * _DIGITS_MAX).str.slice(0, pl.col("point").clip(0, _DIGITS_MAX)),
+        rest=pl.when(pl.col("point") < 0).then(pl.lit("0")).otherwise(pl.lit(""))
+        + pl.col("led").str.slice(pl.col("point").clip(0)),
+    )
+    return found["whole"], found["rest"].str.strip_chars_end("0").fill_null("")

@@ -24,9 +24,8 @@ from serving.errors import DependencyFault, DeviceLost, ModelFailed, OvernightEr
 from serving.faults import is_dependency_fault, is_own_exit
 from serving.model.contract import Contract
 from serving.model.encoding import Encoded, Flags
-from serving.model.interface import Arrays, Model, Overlapping
+from serving.model.interface import Arrays, Model, Overlapping, Predictions
 
-Predictions = dict[str, npt.NDArray[Any]]
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -37,53 +36,53 @@ _DEVICE_WORDS = ("cuda error", "hip error", "device-side assert", "cublas_status
 
 
 # About 39 s: what a service takes to come up again, not the night.
-_PAUSES_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
-_LOOK_SECONDS = 0.1
+_DELAYS_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
+_CHECK_SECONDS = 0.1
 
 _log = logging.getLogger(__name__)
 
 
 class Halted(Exception):
-    """The rows were not gone on with, as `goes_on` said."""
+    """The rows were not gone on with, as `may_continue` said."""
 
 
 class ModelExit(Exception):
     """The model asked for the end of the process, which is an error like any other that it makes."""
 
 
-def retry_pauses() -> Iterator[float]:
+def iter_retry_delays() -> Iterator[float]:
     """Yield the seconds to wait before each further try of a pass whose connections fail: eight, each drawn anew.
 
     Workers that one outage has stopped do not all come back in one moment.
     """
-    for seconds in _PAUSES_SECONDS:
+    for seconds in _DELAYS_SECONDS:
         yield seconds * random.uniform(0.75, 1.25)  # noqa: S311 - spreads the tries; nothing depends on its values
 
 
-def endless_pauses() -> Iterator[float]:
+def iter_endless_retry_delays() -> Iterator[float]:
     """Yield the same without an end, for what has nobody who would call it again."""
-    yield from retry_pauses()
+    yield from iter_retry_delays()
     while True:
-        yield _PAUSES_SECONDS[-1] * random.uniform(0.75, 1.25)  # noqa: S311 - the same
+        yield _DELAYS_SECONDS[-1] * random.uniform(0.75, 1.25)  # noqa: S311 - the same
 
 
 @dataclass(slots=True)
 class Forward:
     """One stream of forward passes over a model, and what it has learnt.
 
-    `goes_on` is asked before each batch and while it waits, and ends the rows with Halted. batch_size_safe is the
+    `may_continue` is asked before each batch and while it waits, and ends the rows with Halted. batch_size_safe is the
     largest batch that fits in memory, None until a batch did not; like batch_size it counts tokens, padding included,
-    where rows have lengths. `pauses` gives the seconds to wait before each further try of a pass that failed by what
+    where rows have lengths. `delays` gives the seconds to wait before each further try of a pass that failed by what
     the model calls or runs on (serving.faults).
     """
 
     model: Model
     contract: Contract
     batch_size: int
-    batch_size_safe: int | None = None
+    safe_batch_size: int | None = None
     proven: bool = field(default=False)
-    goes_on: Callable[[], bool] = field(default=lambda: True, repr=False)
-    pauses: Callable[[], Iterator[float]] = field(default=retry_pauses, repr=False)
+    may_continue: Callable[[], bool] = field(default=lambda: True, repr=False)
+    delays: Callable[[], Iterator[float]] = field(default=iter_retry_delays, repr=False)
     sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
     _overlapping: Overlapping | None = field(init=False, repr=False)
 
@@ -97,7 +96,7 @@ class Forward:
         counted; predictions and flags come back in the order of the rows. Flags the rows that the model
         fails on, and those whose predictions are not finite; the inputs of every flagged row are
         overwritten. Raises ModelFailed if every row of the first batch fails, DependencyFault if what the model calls
-        fails for longer than the pauses, DeviceLost if the device is gone, Halted where it is not to go on.
+        fails for longer than the delays, DeviceLost if the device is gone, Halted where it is not to go on.
         """
         if encoded.length_N is None:
             return self._score_batches(_Batch(encoded.inputs), encoded.flags)
@@ -112,154 +111,157 @@ class Forward:
         return out
 
     def _score_batches(self, rows: _Batch, flags: Flags) -> Predictions:
-        out = self._nothing(rows.rows)
-        begun: deque[_Begun] = deque()
+        out = self._make_empty(rows.rows)
+        begun: deque[_PendingBatch] = deque()
         # None is begun ahead once memory ran out.
-        ahead = self._overlapping.passes_ahead if self._overlapping and self.batch_size_safe is None else 0
+        ahead = self._overlapping.passes_ahead if self._overlapping and self.safe_batch_size is None else 0
         for start, stop in itertools.pairwise(rows.edges(self.batch_size)):
-            if not self.goes_on():
+            if not self.may_continue():
                 raise Halted
-            begun.append(self._begin(rows.cut(start, stop), flags, start))
+            begun.append(self._begin_batch(rows.cut(start, stop), flags, start))
             if len(begun) > ahead:
-                self._settle(begun.popleft(), flags, out)
+                self._finish_batch(begun.popleft(), flags, out)
         for each in begun:
-            self._settle(each, flags, out)
+            self._finish_batch(each, flags, out)
         return out
 
-    def _begin(self, batch: _Batch, flags: Flags, start: int) -> _Begun:
+    def _begin_batch(self, batch: _Batch, flags: Flags, start: int) -> _PendingBatch:
         """Fill bad rows and, where the model takes passes ahead, begin this one."""
         bad_n = flags.code_N[start : start + batch.rows] != 0
         if bad_n.any() and not bad_n.all():
             batch.fill(bad_n, int(np.argmin(bad_n)))
         on_its_way = None
-        if self._overlapping and self.batch_size_safe is None and not bad_n.all():
+        if self._overlapping and self.safe_batch_size is None and not bad_n.all():
             # What goes wrong here goes wrong again in the pass that is then made alone.
             with suppress(Exception):
-                on_its_way = _returned(self._overlapping.begin, batch.inputs)
-        return _Begun(batch, start, on_its_way)
+                on_its_way = _call_model(self._overlapping.begin, batch.inputs)
+        return _PendingBatch(batch, start, on_its_way)
 
-    def _settle(self, begun: _Begun, flags: Flags, out: Predictions) -> None:
+    def _finish_batch(self, begun: _PendingBatch, flags: Flags, out: Predictions) -> None:
         batch, start = begun.batch, begun.start
         code_n = flags.code_N[start : start + batch.rows]
         good = np.flatnonzero(code_n == 0)
         if not len(good):
             return
         try:
-            predictions = self._finish(begun)
+            predictions = self._finish_pass(begun)
         except (OvernightError, Halted):
             raise
         except Exception as error:  # noqa: BLE001 - the model is somebody else's code
-            predictions = self._without_bad_rows(batch, flags, start, error)
+            predictions = self._score_without_bad_rows(batch, flags, start, error)
         for name, value in predictions.items():
             out[name][start : start + batch.rows] = value
-        _flag_unfit(predictions, flags, start)
+        _flag_invalid_predictions(predictions, flags, start)
         if not self.proven and code_n.all():
-            raise _all_failed(flags, start + int(good[0]), len(good))
+            raise _every_row_failed(flags, start + int(good[0]), len(good))
         self.proven = True
 
-    def _finish(self, begun: _Begun) -> Predictions:
-        if begun.on_its_way is not None and self._overlapping:
+    def _finish_pass(self, begun: _PendingBatch) -> Predictions:
+        if begun.pending is not None and self._overlapping:
             with suppress(Exception):
-                return _returned(self._overlapping.finish, begun.on_its_way)
-        return self._pass(begun.batch)
+                return _call_model(self._overlapping.finish, begun.pending)
+        return self._run_pass(begun.batch)
 
-    def _without_bad_rows(self, batch: _Batch, flags: Flags, start: int, error: Exception) -> Predictions:
+    def _score_without_bad_rows(self, batch: _Batch, flags: Flags, start: int, error: Exception) -> Predictions:
         """Halve the batch until each bad row stands alone, then pass it whole with those replaced."""
         bad: dict[int, str] = {}
         rows = batch.rows
-        self._halve(batch, 0, rows, error, bad)
+        self._find_bad_rows(batch, 0, rows, error, bad)
         code_n = flags.code_N[start : start + rows]
         good = np.flatnonzero(code_n == 0)
         for row, reason in bad.items():
             flags.mark_row(start + row, "", reason)
         if code_n.all():
             if not self.proven:
-                raise _all_failed(flags, start + int(good[0]), len(good))
-            return self._nothing(rows)
+                raise _every_row_failed(flags, start + int(good[0]), len(good))
+            return self._make_empty(rows)
         batch.fill(code_n != 0, int(np.argmin(code_n != 0)))
         try:
-            return self._pass(batch)
+            return self._run_pass(batch)
         except (OvernightError, Halted):
             raise
         except Exception as again:
             message = (
                 "A batch must pass once its failing rows are replaced, got "
-                f"{_reason(again)} with {len(bad)} of {rows} rows replaced. The model fails on batches, not on rows."
+                f"{_describe_error(again)} with {len(bad)} of {rows} rows replaced. "
+                "The model fails on batches, not on rows."
             )
             raise ModelFailed(message) from again
 
-    def _halve(self, batch: _Batch, low: int, high: int, error: Exception, bad: dict[int, str]) -> None:
+    def _find_bad_rows(self, batch: _Batch, low: int, high: int, error: Exception, bad: dict[int, str]) -> None:
         """Find each failing row of [low, high), which is known to fail as a whole with `error`."""
         if high - low == 1:
-            bad[low] = _reason(error)
+            bad[low] = _describe_error(error)
             return
         middle = (low + high) // 2
         for start, stop in ((low, middle), (middle, high)):
             try:
-                self._pass(batch.cut(start, stop))
+                self._run_pass(batch.cut(start, stop))
             except (OvernightError, Halted):
                 raise
             except Exception as inner:  # noqa: BLE001 - the model's own exception, on fewer rows
-                self._halve(batch, start, stop, inner, bad)
+                self._find_bad_rows(batch, start, stop, inner, bad)
 
-    def _pass(self, batch: _Batch) -> Predictions:
+    def _run_pass(self, batch: _Batch) -> Predictions:
         """Make one forward pass; out of memory halves the batch, and the safe size is remembered.
 
         The model gets a copy: one that works in place would leave nothing to pass again.
         """
-        if self.batch_size_safe is not None and batch.size > self.batch_size_safe and batch.rows > 1:
-            return self._in_pieces(batch, self.batch_size_safe)
+        if self.safe_batch_size is not None and batch.size > self.safe_batch_size and batch.rows > 1:
+            return self._predict_in_pieces(batch, self.safe_batch_size)
         try:
             return self._predict(batch)
         except (OvernightError, Halted):
             raise
         except Exception as error:
-            if _device_lost(error):
-                message = f"The device must answer, got {_reason(error)}. This process ends; call again to resume."
+            if _is_device_lost(error):
+                message = (
+                    f"The device must answer, got {_describe_error(error)}. This process ends; call again to resume."
+                )
                 raise DeviceLost(message) from error
-            if not _out_of_memory(error) or batch.rows == 1:
+            if not _is_out_of_memory(error) or batch.rows == 1:
                 raise
-        self.batch_size_safe = max(1, batch.size // 2)
-        return self._in_pieces(batch, self.batch_size_safe)
+        self.safe_batch_size = max(1, batch.size // 2)
+        return self._predict_in_pieces(batch, self.safe_batch_size)
 
     def _predict(self, batch: _Batch) -> Predictions:
         """Have the model predict, again after each pause where what it calls or runs on fails."""
-        pauses: Iterator[float] | None = None
+        delays: Iterator[float] | None = None
         tries = 0
         while True:
             tries += 1
             try:
                 inputs = {name: value.copy(order="K") for name, value in batch.inputs.items()}
-                return _returned(self.model.predict, inputs)
+                return _call_model(self.model.predict, inputs)
             except OvernightError:
                 raise
             except Exception as error:
-                if _out_of_memory(error) or _device_lost(error) or not is_dependency_fault(error):
+                if _is_out_of_memory(error) or _is_device_lost(error) or not is_dependency_fault(error):
                     raise
-                pauses = pauses or self.pauses()
-                seconds = next(pauses, None)
+                delays = delays or self.delays()
+                seconds = next(delays, None)
                 if seconds is None:
-                    raise _dependency_fault(error, tries) from error
-                _log.warning("The model got %s; it is tried again in %.1f s.", _reason(error), seconds)
+                    raise _make_dependency_fault(error, tries) from error
+                _log.warning("The model got %s; it is tried again in %.1f s.", _describe_error(error), seconds)
             self._wait(seconds)
 
     def _wait(self, seconds: float) -> None:
         """Wait, in steps short enough to stop at once where it is not to go on."""
         while seconds > 0:
-            if not self.goes_on():
+            if not self.may_continue():
                 raise Halted
-            step = min(seconds, _LOOK_SECONDS)
+            step = min(seconds, _CHECK_SECONDS)
             self.sleep(step)
             seconds -= step
 
-    def _in_pieces(self, batch: _Batch, size: int) -> Predictions:
-        pieces = [self._pass(batch.cut(start, stop)) for start, stop in itertools.pairwise(batch.edges(size))]
+    def _predict_in_pieces(self, batch: _Batch, size: int) -> Predictions:
+        pieces = [self._run_pass(batch.cut(start, stop)) for start, stop in itertools.pairwise(batch.edges(size))]
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
-    def _nothing(self, rows: int) -> Predictions:
+    def _make_empty(self, rows: int) -> Predictions:
         """Return the predictions of rows that have none: zeros, or None for text."""
         return {
-            output.name: np.full((rows, *output.shape), None if output.dtype == "str" else 0, _dtype(output.dtype))
+            output.name: np.full((rows, *output.shape), None if output.dtype == "str" else 0, _to_numpy(output.dtype))
             for output in self.contract.outputs
         }
 
@@ -284,7 +286,7 @@ class _Batch:
         """Return the edges of batches of at most that size."""
         if self.length_n is None:
             return [*range(0, self.rows, size), self.rows]
-        return token_edges(self.length_n, size)
+        return find_token_edges(self.length_n, size)
 
     def cut(self, start: int, stop: int) -> _Batch:
         length_n = None if self.length_n is None else self.length_n[start:stop]
@@ -297,15 +299,15 @@ class _Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class _Begun:
+class _PendingBatch:
     """A batch that starts at a row, and its pass where the model has begun that already."""
 
     batch: _Batch
     start: int
-    on_its_way: Any
+    pending: Any
 
 
-def token_edges(length_N: npt.NDArray[np.int64], tokens: int) -> list[int]:
+def find_token_edges(length_N: npt.NDArray[np.int64], tokens: int) -> list[int]:
     """Return the edges of batches over rows in order of length: at most `tokens` each, padding counted, or one row."""
     edges = [0]
     for row, length in enumerate(length_N.tolist()):
@@ -314,11 +316,11 @@ def token_edges(length_N: npt.NDArray[np.int64], tokens: int) -> list[int]:
     return [*edges, len(length_N)] if len(length_N) else edges
 
 
-def _dtype(dtype: str) -> np.dtype[Any]:
+def _to_numpy(dtype: str) -> np.dtype[Any]:
     return np.dtype(object if dtype == "str" else dtype)
 
 
-def _flag_unfit(predictions: Predictions, flags: Flags, start: int) -> None:
+def _flag_invalid_predictions(predictions: Predictions, flags: Flags, start: int) -> None:
     for name, value in predictions.items():
         if value.dtype.kind in "fc":
             finite_nW = np.isfinite(value).reshape(len(value), -1)
@@ -329,7 +331,7 @@ def _flag_unfit(predictions: Predictions, flags: Flags, start: int) -> None:
             flags.mark(np.asarray(null.reshape(len(value), -1).any(axis=1)), name, "prediction is null", start)
 
 
-def _all_failed(flags: Flags, row: int, rows: int) -> ModelFailed:
+def _every_row_failed(flags: Flags, row: int, rows: int) -> ModelFailed:
     """Say that all of the rows that the model was given failed, `row` being one of them."""
     column, reason = flags.reasons[flags.code_N[row] - 1]
     where = f" (output {column!r})" if column else ""
@@ -339,44 +341,44 @@ def _all_failed(flags: Flags, row: int, rows: int) -> ModelFailed:
     )
 
 
-def _returned(call: Callable[[T], R], argument: T) -> R:
+def _call_model(call: Callable[[T], R], argument: T) -> R:
     """Return what a call into the model returns; raises ModelExit where the model would end the process instead."""
     try:
         return call(argument)
     except (SystemExit, KeyboardInterrupt) as error:
         if not is_own_exit(error):
             raise
-        message = f"it must return, got {_reason(error)}"
+        message = f"it must return, got {_describe_error(error)}"
         raise ModelExit(message) from None
     except BaseException as error:
         # What libraries in Rust raise where they fail, and no Exception.
         if type(error).__name__ != "PanicException":
             raise
-        raise ModelExit(_reason(error)) from None
+        raise ModelExit(_describe_error(error)) from None
 
 
-def _dependency_fault(error: Exception, tries: int) -> DependencyFault:
+def _make_dependency_fault(error: Exception, tries: int) -> DependencyFault:
     return DependencyFault(
-        f"What the model calls and runs on must answer, got {_reason(error)} (tries: {tries}). No row is rejected for "
-        "that. Put the connection, the service or the file right and call again, and it resumes. Where the error is "
-        "one of a row, have the model raise ValueError(...) from None."
+        f"What the model calls and runs on must answer, got {_describe_error(error)} (tries: {tries}). No row is "
+        "rejected for that. Put the connection, the service or the file right and call again, and it resumes. Where "
+        "the error is one of a row, have the model raise ValueError(...) from None."
     )
 
 
-def _reason(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     """Describe an exception in words that are the same in every attempt: no addresses in them."""
     text = re.sub(r"0[xX][0-9a-fA-F]+", "0x...", " ".join(str(error).split()))
     return f"{type(error).__name__}: {text}"[:_REASON_LENGTH_MAX]
 
 
-def _out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _MEMORY_WORDS)
 
 
-def _device_lost(error: Exception) -> bool:
+def _is_device_lost(error: Exception) -> bool:
     """Whether a torch error means that the device, not the rows, failed."""
-    if _out_of_memory(error) or not isinstance(error, RuntimeError):
+    if _is_out_of_memory(error) or not isinstance(error, RuntimeError):
         return False
     return type(error).__name__ == "AcceleratorError" or any(word in str(error).lower() for word in _DEVICE_WORDS)

@@ -16,7 +16,7 @@ from serving.model.encoding import BatchUnit, Encoded
 class Engine(Frozen):
     """What a plan ties a model's passes to, so that every attempt gives the same bits.
 
-    The default is torch as it comes, on one intra-op thread a slot.
+    The default is torch with its own kernels, on one intra-op thread a slot.
     """
 
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="What computes.")
@@ -34,10 +34,10 @@ class Engine(Frozen):
             self.precision: self.precision != "float32",
             "compiled": self.compiled,
         }
-        return ", ".join(words for words, differs in told.items() if differs) or "torch as it comes"
+        return ", ".join(words for words, differs in told.items() if differs) or "torch (default kernels)"
 
 
-class Wish(Frozen):
+class TuningLimits(Frozen):
     """What the caller lets the tuner try, and what it may not choose itself.
 
     bfloat16_tolerance is the largest absolute difference from float32 that a prediction may have, None
@@ -51,6 +51,7 @@ class Wish(Frozen):
 
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+Predictions = dict[str, npt.NDArray[Any]]
 
 
 class Model(Protocol):
@@ -115,10 +116,10 @@ class Tunable(Model, Protocol):
         """The batch sizes worth trying, from the smallest."""
         ...
 
-    def engines(self, wish: Wish) -> Sequence[Engine]:
+    def engines(self, limits: TuningLimits) -> Sequence[Engine]:
         """Return the engines worth trying here, the plainest first."""
         ...
 
-    def using(self, engine: Engine) -> Self:
+    def with_engine(self, engine: Engine) -> Self:
         """Return the same model on another engine."""
         ...

@@ -17,14 +17,21 @@ import numpy as np
 import numpy.typing as npt
 from mlflow.models import Model as MLmodel
 
-from serving.environment import variable
 from serving.errors import ModelUnfit
+from serving.machine import set_variable
 from serving.model.contract import Contract
 from serving.model.encoding import BatchUnit, Encoded
-from serving.model.interface import Arrays, Engine, Tunable, Wish
+from serving.model.interface import Arrays, Engine, Tunable, TuningLimits
 from serving.model.model_files import check_files
-from serving.model.outputs import named_outputs
-from serving.model.registry import FileStates, ModelPin, Resolved, digest_folder, file_states, must_be_as_hashed
+from serving.model.outputs import name_outputs
+from serving.model.registry import (
+    FileStates,
+    ModelPin,
+    Resolved,
+    check_files_unchanged,
+    digest_folder,
+    read_file_states,
+)
 
 _PLAIN = Engine()
 
@@ -55,13 +62,13 @@ def load_model(resolved: Resolved, contract: Contract, *, allow_pickle: bool = F
     return PyfuncModel(loaded, contract)
 
 
-def must_be_unchanged(pin: ModelPin) -> None:
+def check_model_unchanged(pin: ModelPin) -> None:
     """Raise ModelUnfit where a loaded model may still read its files, and one was changed since they were hashed.
 
     An exported torch module is in memory; what runs Python may open artifacts, import code, or map weights at any time.
     """
     if pin.digest in _read_later:
-        must_be_as_hashed(pin, *_read_later[pin.digest])
+        check_files_unchanged(pin, *_read_later[pin.digest])
 
 
 _read_later: dict[str, tuple[Path, FileStates]] = {}
@@ -69,7 +76,7 @@ _read_later: dict[str, tuple[Path, FileStates]] = {}
 
 def _hashed(resolved: Resolved) -> FileStates:
     """Hash the files that a release was made with, and return their state; raises ModelUnfit where they are others."""
-    files = file_states(resolved.folder)
+    files = read_file_states(resolved.folder)
     digest = digest_folder(resolved.folder)
     if digest != resolved.pin.digest:
         message = (
@@ -93,7 +100,7 @@ def _load(folder: Path, pin: ModelPin, files: FileStates, is_torch: bool, allow_
     try:
         # MLflow refuses skops as it does pickles: what was looked at here may be read.
         allowed = allow_pickle or check_files(folder, MLmodel.load(str(folder / "MLmodel")))
-        with variable(_ALLOW_PICKLE, str(allowed).lower()), _no_bytecode():
+        with set_variable(_ALLOW_PICKLE, str(allowed).lower()), _no_bytecode():
             if is_torch:
                 model = _load_torch(folder, allow_pickle=allow_pickle)
             else:
@@ -102,7 +109,7 @@ def _load(folder: Path, pin: ModelPin, files: FileStates, is_torch: bool, allow_
         raise
     except Exception as error:  # a flavour's loader may raise anything; it all means the same here
         raise _unfit(folder, error, allow_pickle=allow_pickle) from error
-    must_be_as_hashed(pin, folder, files)
+    check_files_unchanged(pin, folder, files)
     return model
 
 
@@ -190,7 +197,7 @@ class PyfuncModel:
             (given,) = given.values()
         if not self._tensors:
             given = pd.DataFrame({0: given} if self._unnamed else given, copy=False)
-        return named_outputs(self._model.predict(given), self._contract.outputs, rows, np.asarray)
+        return name_outputs(self._model.predict(given), self._contract.outputs, rows, np.asarray)
 
     @contextmanager
     def slot(self) -> Generator[None]:
@@ -202,11 +209,11 @@ class PyfuncModel:
         """One: these libraries use all cores themselves, and few promise to be thread-safe."""
         return 1
 
-    def engines(self, wish: Wish) -> list[Engine]:  # noqa: ARG002 - the library behind has none to choose
+    def engines(self, limits: TuningLimits) -> list[Engine]:  # noqa: ARG002 - the library behind has none to choose
         """Return the only one."""
         return [_PLAIN]
 
-    def using(self, engine: Engine) -> Self:  # noqa: ARG002
+    def with_engine(self, engine: Engine) -> Self:  # noqa: ARG002
         """Return the model itself."""
         return self
 

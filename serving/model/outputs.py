@@ -19,7 +19,7 @@ _LABELS_SHOWN = 3
 _LOG_AGAIN = "Log the model again with the signature of what it returns."
 
 
-def named_outputs(
+def name_outputs(
     raw: Any, outputs: tuple[Output, ...], rows: int, to_numpy: Callable[[Any], npt.NDArray[Any]]
 ) -> dict[str, npt.NDArray[Any]]:
     """Give every output its name, shape and dtype, in whatever form the model answers.

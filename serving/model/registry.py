@@ -123,7 +123,7 @@ def open_model(*, name: str, version: str, source: str) -> Resolved:
     if not mlmodel_file.is_file():
         message = f"The files of {name} version {version} must hold an MLmodel, got none in {folder}. Log it again."
         raise ModelUnfit(message)
-    files = file_states(folder)
+    files = read_file_states(folder)
     pin = ModelPin(name=name, version=version, model_id=model_id, source=source, digest=digest_folder(folder))
     return Resolved(pin=pin, folder=folder, mlmodel=MLmodel.load(str(mlmodel_file)), files=files)
 
@@ -215,7 +215,7 @@ def digest_folder(folder: Path) -> str:
     return whole.hexdigest()
 
 
-def file_states(folder: Path) -> FileStates:
+def read_file_states(folder: Path) -> FileStates:
     """Return the state of every file that the digest of a folder is over; whoever writes one later changes its state.
 
     Raises ModelUnfit where a folder below is a link, since what it leads to is not in the digest.
@@ -229,10 +229,10 @@ def file_states(folder: Path) -> FileStates:
     return tuple(states)
 
 
-def must_be_as_hashed(pin: ModelPin, folder: Path, files: FileStates) -> None:
+def check_files_unchanged(pin: ModelPin, folder: Path, files: FileStates) -> None:
     """Raise ModelUnfit where a file of a model is not in the state any more that it had when it was hashed."""
     try:
-        now = file_states(folder)
+        now = read_file_states(folder)
     except FileNotFoundError as error:
         now = ((str(error.filename), 0, 0, 0),)
     if now == files:

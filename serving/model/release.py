@@ -1,37 +1,39 @@
-"""A release: one version of a model as an endpoint serves it, and what a model server runs of it.
+"""A release: one version of a model as an endpoint serves it, and how a model server runs it.
 
-A release travels as a folder: release.json, and the model's own files below model/. Whatever server loads it,
-it predicts through `open_release(folder)`, so that one row has one score on every server and in every batch run.
+A release travels as a folder: release.json, and the model's own files below model/. Every server loads it by
+`open_release(folder)`, so that one row has one score on every server and in every batch run. Servers with an event
+loop use `open_predictor(folder)`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 from mlflow.models import Model as MLmodel
 from pydantic import AliasChoices, Field
 
-from serving.errors import DependencyFault, ModelFailed
+from serving.errors import DependencyFault, DeviceLost, ModelFailed
 from serving.model.batching import BatchingConfig
 from serving.model.contract import Contract, Frozen
-from serving.model.interface import Engine, Tunable
+from serving.model.encoding import Encoded, Flags
+from serving.model.forward import Forward
+from serving.model.interface import Arrays, Engine, Predictions, Tunable
 from serving.model.loading import load_model
 from serving.model.registry import ModelPin, Resolved
 
-if TYPE_CHECKING:
-    from serving.model.encoding import Flags
-    from serving.model.forward import Forward
-
-
 RELEASE_FILE = "release.json"
 MODEL_FOLDER = "model"
+
+# Why a request has no predictions: its rows and the model, or what the model calls, which is worth another try.
+PredictionError = ModelFailed | DependencyFault
 
 
 class Scaling(Frozen):
@@ -42,7 +44,7 @@ class Scaling(Frozen):
 
 
 class Release(Frozen):
-    """What is served: a pinned model version under an endpoint's name, its contract, engine, batching and replicas."""
+    """A pinned model version under an endpoint's name, with its contract, engine, batching and replicas."""
 
     endpoint: str = Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$", description="The endpoint's name.")
     pin: ModelPin
@@ -55,22 +57,16 @@ class Release(Frozen):
 
     @property
     def version(self) -> str:
-        """The model version that this is, a whole number from 1."""
+        """The model version, a whole number from 1."""
         return self.pin.version
-
-
-Arrays = Mapping[str, npt.NDArray[Any]]
-Predictions = dict[str, npt.NDArray[Any]]
-# Why a request has no predictions: by its rows and the model, or by what the model calls, which is worth another try.
-Failure = ModelFailed | DependencyFault
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
     """A loaded release; a context manager that is entered in the one thread that then predicts.
 
-    Shapes: every input and output is [N, *shape] of the contract. A row is scored as a batch run scores it: what is a
-    reject there has no prediction here, for the same reason.
+    Shapes: every input and output is [N, *shape] of the contract. A row is scored as a batch run scores it: a row that
+    would be a reject there has no prediction here, for the same reason.
     """
 
     release: Release
@@ -81,42 +77,39 @@ class Runtime:
     def predict(self, inputs: Arrays) -> Predictions:
         """Return every output of the contract for N rows.
 
-        Raises ModelFailed with the reason where a row has none, DependencyFault where what the model calls fails.
+        Raises:
+            ModelFailed: A row has no prediction; the message has the reason.
+            DependencyFault: What the model calls or runs on fails.
         """
-        (answer,) = self.predict_each([inputs])
-        if isinstance(answer, Failure):
-            raise answer
-        return answer
+        return unwrap_prediction(self.predict_requests([inputs])[0])
 
-    def predict_each(self, requests: Sequence[Arrays]) -> list[Predictions | Failure]:
-        """Return the answer to each of several requests: one that fails leaves the others theirs.
+    def predict_requests(self, requests: Sequence[Arrays]) -> list[Predictions | PredictionError]:
+        """Return the predictions of several requests, or the error of each that has none.
 
-        They are passed together, in their order, with at most `batch_size_max` rows a pass. Most servers count
-        requests where the batching counts rows. One request of more rows passes alone.
+        Requests are passed together, in their order, with at most `batch_size_max` rows a pass. Most servers count
+        requests where the batching counts rows. A request of more rows passes alone.
         """
         rows = [count_rows(request) for request in requests]
-        stops = _pass_stops(rows, self.release.batching.batch_size_max)
+        stops = _find_pass_stops(rows, self.release.batching.batch_size_max)
         return [
-            answer
+            prediction
             for start, stop in itertools.pairwise([0, *stops])
-            for answer in self._predict_together(requests[start:stop])
+            for prediction in self._predict_together(requests[start:stop])
         ]
 
-    def _predict_together(self, requests: Sequence[Arrays]) -> list[Predictions | Failure]:
-        from serving.model.encoding import Encoded, Flags  # noqa: PLC0415 - keeps this module's import light
-
+    def _predict_together(self, requests: Sequence[Arrays]) -> list[Predictions | PredictionError]:
         edges = [0, *itertools.accumulate(map(count_rows, requests))]
-        # In memory of its own, since a row that fails is overwritten by one that does not.
+        # A copy, since a row that fails is overwritten by one that does not.
         together = {
             value.name: np.concatenate([request[value.name] for request in requests])
             for value in self.release.contract.inputs
         }
-        encoded = self.model.prepare(Encoded(inputs=together, flags=Flags.none(edges[-1]), rows=edges[-1]))
+        encoded = self.model.prepare(Encoded(inputs=together, flags=Flags.all_good(edges[-1]), rows=edges[-1]))
         try:
             predictions = self._forward.score(encoded)
         except (ModelFailed, DependencyFault) as error:
             return [error] * len(requests)
-        return [_answer(predictions, encoded.flags, start, stop) for start, stop in itertools.pairwise(edges)]
+        return [_slice_predictions(predictions, encoded.flags, *between) for between in itertools.pairwise(edges)]
 
     def __enter__(self) -> Self:
         """Enter the model's slot in this thread, where predict is then called."""
@@ -129,20 +122,66 @@ class Runtime:
 
 
 def open_release(folder: Path) -> Runtime:
-    """Load the release that a folder holds. Raises ModelUnfit where the model does not load here."""
-    from serving.model.forward import Forward  # noqa: PLC0415 - keeps this module's import light
-
+    """Load the release in a folder. Raises ModelUnfit where the model does not load here."""
     release = Release.model_validate_json((folder / RELEASE_FILE).read_text())
-    # Where it is linked, MLflow takes the files for others than those of its folder.
+    # MLflow does not recognise the files through a link.
     files = (folder / MODEL_FOLDER).resolve()
     resolved = Resolved(pin=release.pin, folder=files, mlmodel=MLmodel.load(str(files / "MLmodel")))
-    model = load_model(resolved, release.contract, allow_pickle=release.allow_pickle).using(release.engine)
-    # A request of more rows than the batching's batch goes in passes of the model's own size.
+    model = load_model(resolved, release.contract, allow_pickle=release.allow_pickle).with_engine(release.engine)
+    # A request of more rows than a batch goes in passes of the model's own size.
     size = max(model.batch_size, release.batching.batch_size_max) if model.batch_unit == "rows" else model.batch_size
-    # Proven, since rows that all fail are the caller's matter here, and no reason to give the model up.
-    # Without pauses: a caller who waits is told at once, and asks again.
-    forward = Forward(model=model, contract=release.contract, batch_size=size, proven=True, pauses=lambda: iter(()))
+    # Proven: a request whose rows all fail is no reason to give the model up.
+    # Without retries: a caller who waits is told at once, and may ask again.
+    forward = Forward(model=model, contract=release.contract, batch_size=size, proven=True, delays=lambda: iter(()))
     return Runtime(release=release, model=model, _forward=forward)
+
+
+class Predictor:
+    """A loaded release behind an event loop, and the one thread in which it predicts, inside its slot."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="predict", initializer=runtime.__enter__)
+        self._lost: DeviceLost | None = None
+
+    @property
+    def release(self) -> Release:
+        """The release that is served."""
+        return self._runtime.release
+
+    async def predict_requests(self, requests: Sequence[Arrays]) -> list[Predictions | PredictionError]:
+        """Return the predictions of several requests that are passed together, or the error of each that has none."""
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._thread, self._runtime.predict_requests, requests)
+        except DeviceLost as error:
+            self._lost = error
+            raise
+
+    def check(self) -> None:
+        """Raise DeviceLost where the device is gone: this process must end, and its server starts another one."""
+        if self._lost is not None:
+            raise self._lost
+
+    def close(self) -> None:
+        """Leave the slot and end the thread. Idempotent."""
+        try:
+            self._thread.submit(self._runtime.__exit__)
+        except RuntimeError:
+            return
+        self._thread.shutdown()
+
+
+def open_predictor(folder: Path) -> Predictor:
+    """Load the release in a folder, for an event loop. Raises ModelUnfit where the model does not load here."""
+    return Predictor(open_release(folder))
+
+
+def unwrap_prediction(prediction: Predictions | PredictionError) -> Predictions:
+    """Return the predictions of a request, or raise the error that it has instead."""
+    if isinstance(prediction, PredictionError):
+        raise prediction
+    return prediction
 
 
 def count_rows(inputs: Arrays) -> int:
@@ -150,19 +189,30 @@ def count_rows(inputs: Arrays) -> int:
     return len(next(iter(inputs.values())))
 
 
-def _pass_stops(rows: Sequence[int], rows_max: int) -> list[int]:
-    """Return where each pass over requests of these rows ends: as late as `rows_max` rows and one request allow."""
+def split_rows(inputs: Arrays, rows_max: int) -> list[Arrays]:
+    """Return the rows of a request as several requests of at most `rows_max` rows, in order."""
+    starts = range(0, count_rows(inputs), rows_max)
+    return [{name: values[start : start + rows_max] for name, values in inputs.items()} for start in starts]
+
+
+def join_predictions(predictions: Sequence[Predictions]) -> Predictions:
+    """Return the predictions of the requests that `split_rows` made as those of one request."""
+    return {name: np.concatenate([each[name] for each in predictions]) for name in predictions[0]}
+
+
+def _find_pass_stops(rows: Sequence[int], rows_max: int) -> list[int]:
+    """Return after which requests a pass ends, so that each has at most `rows_max` rows or one request."""
     stops, together = [], 0
-    for at, count in enumerate(rows):
-        if at and together + count > rows_max:
-            stops.append(at)
+    for position, count in enumerate(rows):
+        if position and together + count > rows_max:
+            stops.append(position)
             together = 0
         together += count
     return [*stops, len(rows)] if rows else []
 
 
-def _answer(predictions: Predictions, flags: Flags, start: int, stop: int) -> Predictions | ModelFailed:
-    """Return the predictions of rows [start, stop), or why one of them has none."""
+def _slice_predictions(predictions: Predictions, flags: Flags, start: int, stop: int) -> Predictions | ModelFailed:
+    """Return the predictions of rows [start, stop), or the reason why one of them has none."""
     bad_n = flags.code_N[start:stop] != 0
     if not bad_n.any():
         return {name: value[start:stop] for name, value in predictions.items()}

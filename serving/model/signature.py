@@ -17,7 +17,7 @@ from mlflow.types.schema import DataType
 from pydantic import TypeAdapter, ValidationError
 
 from serving.errors import BadInput, ModelUnfit
-from serving.model.contract import OPAQUE_DTYPES, Column, ColumnPolicy, Contract, Input, Output, fill_problem
+from serving.model.contract import OPAQUE_DTYPES, Column, ColumnPolicy, Contract, Input, Output, find_fill_problem
 
 _HOW_TO_LOG = (
     "Log it with one, for example:\n"
@@ -57,7 +57,7 @@ def read_contract(mlmodel: MLmodel, *, stack: bool, columns: Names, policies: Po
     inputs = _inputs(mlmodel, signature.inputs, stack=stack, columns=columns, policies=policies)
     read = [column for value in inputs for column in value.columns]
     _known("policies", set(policies) - {_EVERY}, {column.name for column in read})
-    if misfits := [problem for column in read if (problem := fill_problem(column))]:
+    if misfits := [problem for column in read if (problem := find_fill_problem(column))]:
         listed = "; ".join(dict.fromkeys(misfits))
         message = f"What takes a null's place must be a value of its column, got {listed}. Correct policies."
         raise BadInput(message)

@@ -17,12 +17,11 @@ import numpy as np
 import torch
 
 from serving.errors import ModelUnfit
-from serving.machine import cores
-from serving.model.casting import Array
+from serving.machine import count_cores
 from serving.model.contract import Contract
-from serving.model.encoding import BatchUnit, Encoded
-from serving.model.interface import Engine, Wish
-from serving.model.outputs import named_outputs
+from serving.model.encoding import Array, BatchUnit, Encoded
+from serving.model.interface import Engine, TuningLimits
+from serving.model.outputs import name_outputs
 from serving.model.torch_model import engine_module, torch_engines, torch_slot
 
 _TOKENS = "tokens"
@@ -110,7 +109,7 @@ class TextModel:
         """Run one forward pass over tokenised rows; must be called inside `slot()`."""
         tokens_B = inputs[_TOKENS]
         answer = self._passes.forward(self._padded(tokens_B))
-        return named_outputs(answer, self._contract.outputs, len(tokens_B), np.asarray)
+        return name_outputs(answer, self._contract.outputs, len(tokens_B), np.asarray)
 
     def _padded(self, tokens_B: Array) -> dict[str, Any]:
         # A text of no tokens at all still needs one place.
@@ -135,13 +134,13 @@ class TextModel:
         """As many as the cores have threads for, as for any torch module; one where it is on a GPU."""
         if self._network.module.device.type != "cpu":
             return 1
-        return max(1, cores() // self._engine.threads)
+        return max(1, count_cores() // self._engine.threads)
 
-    def engines(self, wish: Wish) -> list[Engine]:
+    def engines(self, limits: TuningLimits) -> list[Engine]:
         """Return the engines worth trying, as for any torch module."""
-        return torch_engines(self._network.module, wish)
+        return torch_engines(self._network.module, limits)
 
-    def using(self, engine: Engine) -> Self:
+    def with_engine(self, engine: Engine) -> Self:
         """Return the same model on another engine; the weights are shared."""
         return type(self)(self._network, self._contract, engine)
 

@@ -14,21 +14,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import AliasChoices, Field, ValidationError
 
 from serving.errors import DependencyFault, DeviceLost
 from serving.model.batching import BATCH_ROWS_MAX
 from serving.model.contract import Contract, Frozen
 from serving.model.encoding import Encoded
-from serving.model.forward import Forward, Predictions
-from serving.model.interface import Engine, Model, Tunable, Wish
+from serving.model.forward import Forward
+from serving.model.interface import Engine, Model, Predictions, Tunable, TuningLimits
 
 _WINDOW_SECONDS = 0.06
 _BUDGET_SECONDS = 4.0
 _PASS_SECONDS_MAX = 0.5
 _FINAL_ROUNDS = 3
 _FINALISTS = 3
-# What differs in the last bits from torch as it comes must be worth it.
+# What differs in the last bits from torch's default kernels must be worth it.
 _GAIN_MIN = 1.1
 _LARGER_GAIN_MIN = 1.03
 _BEHIND = 0.75
@@ -53,7 +53,7 @@ class Tuning(Frozen):
     """The setting chosen, and the best of what was measured on the way to it."""
 
     machine: str
-    wish: Wish
+    limits: TuningLimits = Field(validation_alias=AliasChoices("limits", "wish"))
     engine: Engine
     batch_size: int
     slots: int
@@ -62,46 +62,52 @@ class Tuning(Frozen):
 
 
 def tune(
-    model: Tunable, contract: Contract, sample: Encoded, wish: Wish, *, machine: str, clock: Callable[[], float]
+    model: Tunable,
+    contract: Contract,
+    sample: Encoded,
+    limits: TuningLimits,
+    *,
+    machine: str,
+    clock: Callable[[], float],
 ) -> Tuning | None:
     """Measure engines and batch sizes on prepared rows with all slots running, and choose.
 
     Takes about four seconds, and what one pass takes where that is more. Sizes are tried from the
     smallest, and an engine that falls behind is left; the best are measured again in turn. Bits other
-    than those of torch as it comes are only chosen where that is at least 1.1 times as fast and its
+    than those of torch's default kernels are only chosen where that is at least 1.1 times as fast and its
     predictions stay within 1e-5 of it (relative, for float32) or within the caller's tolerance
     (absolute, for bfloat16). Raises what the model raises.
     None where not a row of the sample can be scored.
     """
     if (sample.flags.code_N != 0).all():
         return None
-    course = _Course(model, contract, sample, wish, clock)
+    course = _Course(model, contract, sample, limits, clock)
     course.climb()
     best = course.final()
     return Tuning(
         machine=machine,
-        wish=wish,
+        limits=limits,
         engine=best.engine,
         batch_size=best.batch_size,
-        slots=wish.slots or course.models[best.engine].slots,
+        slots=limits.slots or course.models[best.engine].slots,
         rows_per_second=best.rows_per_second,
         trials=tuple(course.ranked()[:_TRIALS_KEPT]),
     )
 
 
-def tag_of(machine: str, wish: Wish) -> str:
-    """Return the name of the tag by which a model version keeps its tuning for a kind of machine and a wish."""
-    digest = hashlib.sha256(f"{machine}\0{wish.model_dump_json()}".encode()).hexdigest()
+def tuning_tag(machine: str, limits: TuningLimits) -> str:
+    """Return the name of the tag by which a model version keeps its tuning for a kind of machine and these limits."""
+    digest = hashlib.sha256(f"{machine}\0{limits.model_dump_json()}".encode()).hexdigest()
     return f"overnight.tuning.{digest[:16]}"
 
 
-def remembered(tags: Mapping[str, str], machine: str, wish: Wish) -> Tuning | None:
-    """Return the tuning that the tags of a model version hold for this machine and wish, None where none is of use."""
+def read_tuning(tags: Mapping[str, str], machine: str, limits: TuningLimits) -> Tuning | None:
+    """Return the tuning that a model version's tags hold for this machine and these limits, None without one."""
     try:
-        tuning = Tuning.model_validate_json(tags.get(tag_of(machine, wish), ""))
+        tuning = Tuning.model_validate_json(tags.get(tuning_tag(machine, limits), ""))
     except ValidationError:
         return None
-    return tuning if (tuning.machine, tuning.wish) == (machine, wish) else None
+    return tuning if (tuning.machine, tuning.limits) == (machine, limits) else None
 
 
 @dataclass(slots=True)
@@ -109,7 +115,7 @@ class _Course:
     model: Tunable
     contract: Contract
     sample: Encoded
-    wish: Wish
+    limits: TuningLimits
     clock: Callable[[], float]
     until: float = field(init=False)
     models: dict[Engine, Tunable] = field(init=False)
@@ -117,14 +123,14 @@ class _Course:
     trials: dict[tuple[Engine, int], Trial] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.models = {engine: self.model.using(engine) for engine in self.model.engines(self.wish)}
+        self.models = {engine: self.model.with_engine(engine) for engine in self.model.engines(self.limits)}
         self.differences = self._agreeing()
         self.until = self.clock() + _BUDGET_SECONDS
 
     def _agreeing(self) -> dict[Engine, float]:
         """Return the engines whose predictions on the sample are near enough, with their differences."""
-        size = self.wish.batch_size or self.model.batch_sizes[0]
-        few = self.sample.rows_at(0, _piece(self.sample, size))
+        size = self.limits.batch_size or self.model.batch_sizes[0]
+        few = self.sample.slice_rows(0, _piece(self.sample, size))
         plain, *others = self.models
         expected = self._predict(plain, few, size)
         kept = {plain: 0.0}
@@ -143,18 +149,18 @@ class _Course:
     def _predict(self, engine: Engine, sample: Encoded, size: int) -> Predictions:
         model = self.models[engine]
         with model.slot():
-            return Forward(model, self.contract, size).score(sample.repeated(1))
+            return Forward(model, self.contract, size).score(sample.repeat(1))
 
     def _allowed(self, engine: Engine, expected: Predictions) -> float:
         if engine.precision != "float32":
-            return self.wish.bfloat16_tolerance or 0.0
+            return self.limits.bfloat16_tolerance or 0.0
         largest = max((np.abs(v).max(initial=0) for v in expected.values() if v.dtype.kind == "f"), default=0)
         return _FLOAT32_TOLERANCE * max(1.0, float(largest))
 
     def climb(self) -> None:
         """Try each size with each engine that keeps up."""
         alive = list(self.differences)
-        for size in [self.wish.batch_size] if self.wish.batch_size else self.model.batch_sizes:
+        for size in [self.limits.batch_size] if self.limits.batch_size else self.model.batch_sizes:
             for engine in alive:
                 if self.trials and self.clock() > self.until:
                     return
@@ -178,7 +184,7 @@ class _Course:
 
     def _rate(self, engine: Engine, size: int) -> float:
         model = self.models[engine]
-        return measure(model, self.contract, self.sample, size, self.wish.slots or model.slots, self.clock)
+        return measure_throughput(model, self.contract, self.sample, size, self.limits.slots or model.slots, self.clock)
 
     def ranked(self) -> list[Trial]:
         """Return what was measured, the fastest first."""
@@ -206,7 +212,7 @@ def _worth_it(trials: Sequence[Trial], *, plain: Engine) -> Trial:
     return min((t for t in kept if t.rows_per_second * _LARGER_GAIN_MIN >= fastest), key=lambda t: t.batch_size)
 
 
-def measure(
+def measure_throughput(
     model: Model, contract: Contract, sample: Encoded, batch_size: int, slots: int, clock: Callable[[], float]
 ) -> float:
     """Return the rows a second of all slots together on prepared rows, after a pass of each to warm up."""
@@ -215,8 +221,8 @@ def measure(
     def run() -> float:
         try:
             with model.slot():
-                forward, mine = Forward(model, contract, batch_size), sample.repeated(1)
-                first = mine.rows_at(0, _piece(sample, batch_size))
+                forward, mine = Forward(model, contract, batch_size), sample.repeat(1)
+                first = mine.slice_rows(0, _piece(sample, batch_size))
                 start = clock()
                 forward.score(first)
                 warm = clock() - start
@@ -244,7 +250,7 @@ def measure_passes(
     measured = []
     sizes = itertools.takewhile(lambda rows: rows <= min(BATCH_ROWS_MAX, sample.rows), map((1).__lshift__, range(32)))
     for rows in sizes:
-        rates = [measure(model, contract, sample, rows, slots, clock) for _ in range(_FINAL_ROUNDS)]
+        rates = [measure_throughput(model, contract, sample, rows, slots, clock) for _ in range(_FINAL_ROUNDS)]
         measured.append((rows, rows * slots / statistics.median(rates)))
         if 1000 * measured[-1][1] > budget_ms:
             break
@@ -255,7 +261,7 @@ def _steady(forward: Forward, sample: Encoded, piece: int, clock: Callable[[], f
     start, rows = clock(), 0
     while True:
         for at in range(0, sample.rows, piece):
-            some = sample.rows_at(at, at + piece)
+            some = sample.slice_rows(at, at + piece)
             forward.score(some)
             rows += some.rows
             if (taken := clock() - start) > _WINDOW_SECONDS:

@@ -25,13 +25,13 @@ from serving.protocol.oip_body import (
     check_names,
     check_parameters,
     check_size_of_json,
-    pack,
-    problems,
+    describe_problems,
     read_document,
     read_header_length,
     read_tensors,
+    write_body,
 )
-from serving.protocol.tensors import Array, TensorMetadata, tensors
+from serving.protocol.tensors import Array, TensorMetadata, describe_tensors
 
 __all__ = (
     "EXTENSIONS",
@@ -39,21 +39,21 @@ __all__ = (
     "Body",
     "InferRequest",
     "ModelMetadata",
+    "OutputChoice",
     "Parameters",
     "RequestDocument",
     "RequestOutput",
     "RequestTensor",
     "ServerMetadata",
-    "Wanted",
     "decode_request",
     "decode_request_to_forward",
     "decode_response",
+    "decode_without_blocking",
     "encode_request",
     "encode_response",
     "error_body",
     "model_metadata",
     "read_header_length",
-    "run_aside",
 )
 
 EXTENSIONS = ("binary_tensor_data",)
@@ -64,7 +64,7 @@ _ASIDE_FROM_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class OutputChoice:
     """An output that a request asks for, in JSON or as binary data."""
 
     name: str
@@ -77,7 +77,7 @@ class InferRequest:
 
     id: str | None
     inputs: dict[str, Array]
-    outputs: tuple[Wanted, ...]
+    outputs: tuple[OutputChoice, ...]
 
     @property
     def rows(self) -> int:
@@ -105,7 +105,7 @@ class ModelMetadata(Frozen):
 
 def model_metadata(name: str, contract: Contract, *, versions: Sequence[str], platform: str) -> ModelMetadata:
     """Return the metadata of a model with this contract."""
-    inputs, outputs = tensors(contract)
+    inputs, outputs = describe_tensors(contract)
     return ModelMetadata(name=name, versions=tuple(versions), platform=platform, inputs=inputs, outputs=outputs)
 
 
@@ -163,7 +163,7 @@ def decode_request_to_forward(body: Body, contract: Contract, *, rows_max: int) 
     return request, Body(content=json + bytes(binary), header_length=length)
 
 
-async def run_aside(decode: Callable[[], Result], size: int) -> Result:
+async def decode_without_blocking(decode: Callable[[], Result], size: int) -> Result:
     """Decode a body of this many bytes: in a thread where that may take so long that others would wait for it."""
     return decode() if size < _ASIDE_FROM_BYTES else await asyncio.to_thread(decode)
 
@@ -175,7 +175,7 @@ def _decode(body: Body, contract: Contract, rows_max: int) -> tuple[InferRequest
     try:
         request = _REQUEST.validate_python(document)
     except ValidationError as error:
-        message = f"The body must be an inference request, got {problems(error)}."
+        message = f"The body must be an inference request, got {describe_problems(error)}."
         raise BadRequest(message) from None
     _check_parameters(request)
     known = {value.name: value for value in contract.inputs}
@@ -183,7 +183,7 @@ def _decode(body: Body, contract: Contract, rows_max: int) -> tuple[InferRequest
     if missing := [name for name in known if name not in inputs]:
         message = f"The inputs must be {list(known)}, got none of the name {missing[0]!r}."
         raise BadRequest(message)
-    outputs = _wanted(request, contract)
+    outputs = _choose_outputs(request, contract)
     return InferRequest(id=request.id, inputs=inputs, outputs=outputs), document, binary
 
 
@@ -223,7 +223,7 @@ def encode_response(
     if request.id is not None:
         head["id"] = request.id
     try:
-        return pack(head, "outputs", wanted)
+        return write_body(head, "outputs", wanted)
     except ValueError as error:
         message = f"Output {error}"
         raise ModelFailed(message) from None
@@ -235,7 +235,7 @@ def encode_request(
     *,
     identity: str | None = None,
     binary: bool = False,
-    outputs: Sequence[Wanted] = (),
+    outputs: Sequence[OutputChoice] = (),
 ) -> Body:
     """Return a request for the predictions of N rows, as a client writes it.
 
@@ -246,7 +246,7 @@ def encode_request(
         head["outputs"] = [{"name": each.name, "parameters": {"binary_data": each.binary}} for each in outputs]
     elif binary:
         head["parameters"] = {"binary_data_output": True}
-    return pack(head, "inputs", [(value, inputs[value.name], binary) for value in contract.inputs])
+    return write_body(head, "inputs", [(value, inputs[value.name], binary) for value in contract.inputs])
 
 
 def decode_response(body: bytes, contract: Contract, *, header_length: int | None) -> dict[str, Array]:
@@ -259,7 +259,7 @@ def decode_response(body: bytes, contract: Contract, *, header_length: int | Non
         answer = _ANSWER.validate_python(document)
         return read_tensors("outputs", answer.outputs, {value.name: value for value in contract.outputs}, binary)
     except (ValidationError, BadRequest) as error:
-        told = f"got {problems(error)}." if isinstance(error, ValidationError) else str(error)
+        told = f"got {describe_problems(error)}." if isinstance(error, ValidationError) else str(error)
         message = f"A server must answer as the protocol says: {told}"
         raise BadRequest(message, status=_BAD_GATEWAY) from None
 
@@ -274,12 +274,13 @@ class _Answer(BaseModel):
 _ANSWER = TypeAdapter(_Answer)
 
 
-def _wanted(request: RequestDocument, contract: Contract) -> tuple[Wanted, ...]:
+def _choose_outputs(request: RequestDocument, contract: Contract) -> tuple[OutputChoice, ...]:
     known = {value.name: value for value in contract.outputs}
     binary = request.parameters.get("binary_data_output") is True
     if not request.outputs:
-        return tuple(Wanted(name=name, binary=binary) for name in known)
+        return tuple(OutputChoice(name=name, binary=binary) for name in known)
     check_names("outputs", [given.name for given in request.outputs], known)
     return tuple(
-        Wanted(name=given.name, binary=given.parameters.get("binary_data", binary) is True) for given in request.outputs
+        OutputChoice(name=given.name, binary=given.parameters.get("binary_data", binary) is True)
+        for given in request.outputs
     )

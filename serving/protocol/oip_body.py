@@ -16,7 +16,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serving.errors import BadRequest
 from serving.model.contract import Input, Output
-from serving.protocol.tensors import Array, datatype, from_bytes, from_json, row_shape, shown, to_bytes, to_json
+from serving.protocol.tensors import (
+    Array,
+    decode_bytes,
+    decode_json,
+    encode_bytes,
+    encode_json,
+    get_datatype,
+    get_row_shape,
+    shorten,
+)
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 JSON_BYTES_MAX = 8 << 20
@@ -66,7 +75,7 @@ class Body:
         return {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(self.header_length)}
 
 
-def pack(head: Mapping[str, Any], key: str, values: Sequence[tuple[Input | Output, Array, bool]]) -> Body:
+def write_body(head: Mapping[str, Any], key: str, values: Sequence[tuple[Input | Output, Array, bool]]) -> Body:
     """Return a body of these tensors, each in JSON or, where it says so, behind it.
 
     Raises ValueError where JSON can't hold a value.
@@ -75,14 +84,14 @@ def pack(head: Mapping[str, Any], key: str, values: Sequence[tuple[Input | Outpu
     for value, array, binary in values:
         each: dict[str, Any] = {
             "name": value.name,
-            "shape": [len(array), *row_shape(value)],
-            "datatype": datatype(value),
+            "shape": [len(array), *get_row_shape(value)],
+            "datatype": get_datatype(value),
         }
         if binary:
-            parts.append(to_bytes(array))
+            parts.append(encode_bytes(array))
             each["parameters"] = {"binary_data_size": len(parts[-1])}
         else:
-            each["data"] = to_json(value, array)
+            each["data"] = encode_json(value, array)
         described.append(each)
     content = orjson.dumps({**head, key: described}, option=orjson.OPT_SERIALIZE_NUMPY)
     if not parts:
@@ -188,7 +197,7 @@ def _check_count(what: str, given: Any, kind: type[Sized], count: int = 0) -> No
         raise BadRequest(message)
 
 
-def problems(error: ValidationError) -> str:
+def describe_problems(error: ValidationError) -> str:
     """Say in one line what is wrong with a document."""
     found = error.errors(include_url=False, include_context=False, include_input=False)[:_PROBLEMS_SHOWN]
     return "; ".join(
@@ -222,7 +231,7 @@ def check_parameters(where: str, given: Mapping[str, Any], taken: str, kind: typ
             f"The only parameter of {where} that is taken is {taken!r}, got {strange[0][:_SHOWN]!r}; leave it out."
         )
         raise BadRequest(message)
-    message = f"The {taken} of {where} must be {_KIND_WORDS[kind]}, got {shown(given[taken])}."
+    message = f"The {taken} of {where} must be {_KIND_WORDS[kind]}, got {shorten(given[taken])}."
     raise BadRequest(message)
 
 
@@ -245,7 +254,7 @@ def read_tensors(
         _check_tensor(value, each, rows_max)
         data, binary = _cut(each, binary)
         values[each.name] = (
-            from_json(value, each.shape, each.data) if data is None else from_bytes(value, each.shape, data)
+            decode_json(value, each.shape, each.data) if data is None else decode_bytes(value, each.shape, data)
         )
     if len(binary):
         message = f"Behind the JSON there must be the bytes that binary_data_size counts, got {len(binary)} more."
@@ -267,11 +276,11 @@ def _why(error: orjson.JSONDecodeError) -> str:
 
 
 def _check_tensor(value: Input | Output, given: RequestTensor, rows_max: int | None) -> None:
-    if given.datatype != datatype(value):
-        message = f"The datatype of {value.name!r} must be {datatype(value)}, got {given.datatype[:_SHOWN]!r}."
+    if given.datatype != get_datatype(value):
+        message = f"The datatype of {value.name!r} must be {get_datatype(value)}, got {given.datatype[:_SHOWN]!r}."
         raise BadRequest(message)
-    if not given.shape or tuple(given.shape[1:]) != row_shape(value) or given.shape[0] < 1:
-        wanted = ", ".join(["N", *map(str, row_shape(value))])
+    if not given.shape or tuple(given.shape[1:]) != get_row_shape(value) or given.shape[0] < 1:
+        wanted = ", ".join(["N", *map(str, get_row_shape(value))])
         message = f"The shape of {value.name!r} must be [{wanted}] with at least one row, got {given.shape[:20]}."
         raise BadRequest(message)
     if rows_max is not None and given.shape[0] > rows_max:
@@ -290,7 +299,7 @@ def _cut(given: RequestTensor, binary: memoryview) -> tuple[memoryview | None, m
     if type(size) is not int or not 0 <= size <= len(binary):
         message = (
             f"The binary_data_size of {given.name!r} must be among the bytes behind the JSON, of which {len(binary)} "
-            f"are left, got {shown(size)}; {HEADER_LENGTH} says how many bytes are JSON."
+            f"are left, got {shorten(size)}; {HEADER_LENGTH} says how many bytes are JSON."
         )
         raise BadRequest(message)
     return binary[:size], binary[size:]

@@ -65,39 +65,37 @@ class TensorMetadata(Frozen):
     shape: tuple[int, ...] = Field(description="Its shape; -1 stands for the number of rows.")
 
 
-def tensors(contract: Contract) -> tuple[tuple[TensorMetadata, ...], tuple[TensorMetadata, ...]]:
+def describe_tensors(contract: Contract) -> tuple[tuple[TensorMetadata, ...], tuple[TensorMetadata, ...]]:
     """Return the inputs and the outputs of a contract as tensors of the protocol."""
-    return tuple(map(tensor, contract.inputs)), tuple(map(tensor, contract.outputs))
+    return tuple(map(describe_tensor, contract.inputs)), tuple(map(describe_tensor, contract.outputs))
 
 
-def tensor(value: Input | Output) -> TensorMetadata:
+def describe_tensor(value: Input | Output) -> TensorMetadata:
     """Return one input or output as a tensor of the protocol."""
-    return TensorMetadata(name=value.name, datatype=datatype(value), shape=(-1, *row_shape(value)))
+    return TensorMetadata(name=value.name, datatype=get_datatype(value), shape=(-1, *get_row_shape(value)))
 
 
-def datatype(value: Input | Output) -> Datatype:
+def get_datatype(value: Input | Output) -> Datatype:
     """Return the protocol's type for the values of an input or output."""
     return _DATATYPES[value.dtype]
 
 
-def row_shape(value: Input | Output) -> tuple[int, ...]:
+def get_row_shape(value: Input | Output) -> tuple[int, ...]:
     """Return the shape of one row of a tensor: (1,) for a scalar, as servers that batch know no empty shape."""
     return value.shape or (1,)
 
 
-def from_json(value: Input | Output, shape: Sequence[int], data: Any) -> Array:
+def decode_json(value: Input | Output, shape: Sequence[int], data: Any) -> Array:
     """Return the values of a tensor whose shape is [N, *shape] from JSON's, nested or flat in row-major order.
 
     Raises BadRequest where there are more or fewer than the shape says, or others than the datatype takes.
     """
     flat = _flat(value, shape, data)
-    name = datatype(value)
+    name = get_datatype(value)
     kinds, words = _TAKES[name]
     if strange := {*map(type, flat)} - kinds:
         at = next(at for at, item in enumerate(flat) if type(item) in strange)
-        message = (
-            f"The data of {value.name!r} must be {words} ({datatype(value)}), got {shown(flat[at])} at place {at}."
-        )
+        message = f"The data of {value.name!r} must be {words} ({name}), got {shorten(flat[at])} at place {at}."
         raise BadRequest(message)
     if name == "BYTES":
         items = flat if value.dtype == "str" else [item.encode() for item in flat]
@@ -115,12 +113,12 @@ def from_json(value: Input | Output, shape: Sequence[int], data: Any) -> Array:
         raise _too_large(value) from None
 
 
-def from_bytes(value: Input | Output, shape: Sequence[int], data: memoryview) -> Array:
+def decode_bytes(value: Input | Output, shape: Sequence[int], data: memoryview) -> Array:
     """Return the values of a tensor whose shape is [N, *shape] from little-endian bytes, in memory of their own.
 
     Raises BadRequest where the bytes are more or fewer than the shape says, or no values of the datatype.
     """
-    name, count = datatype(value), math.prod(shape)
+    name, count = get_datatype(value), math.prod(shape)
     if name == "BYTES":
         return _in_rows(value, _objects(_items(value, count, data)))
     dtype = _NUMPY[name]
@@ -136,7 +134,7 @@ def from_bytes(value: Input | Output, shape: Sequence[int], data: memoryview) ->
     return _in_rows(value, np.frombuffer(data, dtype).copy())
 
 
-def to_json(value: Input | Output, values: Array) -> Array | list[str]:
+def encode_json(value: Input | Output, values: Array) -> Array | list[str]:
     """Return the values of a tensor flat, as orjson takes them.
 
     Raises ValueError where a number is not finite: JSON has none.
@@ -151,7 +149,7 @@ def to_json(value: Input | Output, values: Array) -> Array | list[str]:
     return np.ascontiguousarray(flat)
 
 
-def to_bytes(values: Array) -> bytes:
+def encode_bytes(values: Array) -> bytes:
     """Return the values of a tensor as little-endian bytes in row-major order; text and bytes with their lengths."""
     if values.dtype.kind != "O":
         return np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).tobytes()
@@ -159,7 +157,7 @@ def to_bytes(values: Array) -> bytes:
     return b"".join(part for item in items for part in (_LENGTH.pack(len(item)), item))
 
 
-def shown(item: Any) -> str:
+def shorten(item: Any) -> str:
     """Return a value of JSON as a message shows it: short, however large it is."""
     if item is None:
         return "null"
@@ -213,7 +211,7 @@ def _wrong_count(value: Input | Output, shape: Sequence[int], found: str) -> Bad
 
 
 def _too_large(value: Input | Output) -> BadRequest:
-    return BadRequest(f"The data of {value.name!r} must fit {datatype(value)}, got a number that does not.")
+    return BadRequest(f"The data of {value.name!r} must fit {get_datatype(value)}, got a number that does not.")
 
 
 def _items(value: Input | Output, count: int, data: memoryview) -> list[Any]:

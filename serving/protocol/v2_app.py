@@ -13,17 +13,18 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from serving.errors import BadRequest, DependencyFault, ModelFailed
-from serving.model.release import Arrays, Predictions, Release
+from serving.model.interface import Arrays, Predictions
+from serving.model.release import Release
 from serving.protocol.oip import (
     HEADER_LENGTH,
     ModelMetadata,
     RequestDocument,
     ServerMetadata,
     decode_request,
+    decode_without_blocking,
     encode_response,
     model_metadata,
     read_header_length,
-    run_aside,
 )
 
 Predict = Callable[[Arrays], Awaitable[Predictions]]
@@ -44,7 +45,7 @@ async def _always() -> bool:
     return True
 
 
-def v2_app(
+def create_v2_app(
     release: Release,
     predict: Predict,
     server: ServerMetadata,
@@ -135,7 +136,7 @@ class _Routes:
             header_length=read_header_length(request.headers.get(HEADER_LENGTH)),
             rows_max=self.release.rows_max,
         )
-        asked = await run_aside(decode, len(body))
+        asked = await decode_without_blocking(decode, len(body))
         try:
             outputs = await self.predict(asked.inputs)
             answer = encode_response(

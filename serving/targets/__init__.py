@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from serving.model.release import Release
+if TYPE_CHECKING:
+    # It imports MLflow, which takes seconds; the gateway starts without it.
+    from serving.model.release import Release
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,10 +17,10 @@ from aiohttp import ClientConnectionError
 from bentoml.exceptions import ServiceUnavailable
 
 from serving.errors import DependencyFault, ModelFailed
-from serving.model.predictor import open_predictor
-from serving.model.release import RELEASE_FILE, Arrays, Predictions, Release
+from serving.model.interface import Arrays, Predictions
+from serving.model.release import RELEASE_FILE, Release, open_predictor
 from serving.protocol.oip import ServerMetadata
-from serving.protocol.v2_app import Overloaded, v2_app
+from serving.protocol.v2_app import Overloaded, create_v2_app
 
 FOLDER = Path(__file__).parent
 RELEASE = Release.model_validate_json((FOLDER / RELEASE_FILE).read_text())
@@ -51,11 +51,11 @@ class Model:
         max_batch_size=max(2, RELEASE.batching.batch_size_max),
         max_latency_ms=60_000,
     )
-    async def predict_each(self, requests: list[Any]) -> list[Any]:
+    async def predict_requests(self, requests: list[Any]) -> list[Any]:
         """Return the outputs of each request, or the reason why it has none."""
         # What comes from another process lies in memory that can't be written to.
         owned = [{name: np.require(values, requirements="W") for name, values in each.items()} for each in requests]
-        predictions = await self._predictor.predict_each(owned)
+        predictions = await self._predictor.predict_requests(owned)
         if fault := next((each for each in predictions if isinstance(each, DependencyFault)), None):
             raise ServiceUnavailable(str(fault))
         return [str(each) if isinstance(each, ModelFailed) else each for each in predictions]
@@ -87,7 +87,7 @@ async def predict(inputs: Arrays) -> Predictions:
 
 
 async def _ask_model(inputs: Arrays) -> Any:
-    (prediction,) = await bentoml.get_current_service().model.to_async.predict_each([dict(inputs)])
+    (prediction,) = await bentoml.get_current_service().model.to_async.predict_requests([dict(inputs)])
     return prediction
 
 
@@ -98,7 +98,7 @@ async def ready() -> bool:
 
 SERVICE: Any = Endpoint
 SERVICE.mount_asgi_app(
-    v2_app(RELEASE, predict, ServerMetadata(name="bentoml", version=bentoml.__version__), ready=ready)
+    create_v2_app(RELEASE, predict, ServerMetadata(name="bentoml", version=bentoml.__version__), ready=ready)
 )
 # What is there by now stays. Looking through it again and again would hold up requests.
 gc.collect()

@@ -14,7 +14,7 @@ import yaml
 
 from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Release
 from serving.targets import Rendered
-from serving.targets.folder import SERVE_FILE, Serve, interpreter, python_environment, rendered
+from serving.targets.folder import SERVE_FILE, render_folder, resolve_interpreter
 
 SERVICE = "service:Endpoint"
 _SOURCE = Path(__file__).with_name("bento_service.py")
@@ -38,10 +38,12 @@ class BentoML:
         where = ("--host", _HOST, "--port", "{port}", "--working-dir", "{folder}")
         # Longer than its own client keeps a connection: none is closed just as it is used again.
         kept = ("--timeout-keep-alive", "60")
-        serve = Serve(
-            argv=(interpreter(self.python, _REQUIREMENTS), "-m", "bentoml", "serve", SERVICE, *where, *kept),
+        return render_folder(
+            release,
+            model,
+            {"service.py": _SOURCE.read_bytes(), "bentofile.yaml": _yaml(self.bentofile(release, model))},
+            argv=(resolve_interpreter(self.python, _REQUIREMENTS), "-m", "bentoml", "serve", SERVICE, *where, *kept),
             environment={
-                **python_environment(),
                 "BENTOML_DO_NOT_TRACK": "True",
                 # Its store, its settings and its metrics: never the user's.
                 "BENTOML_HOME": "{folder}/.bentoml",
@@ -50,8 +52,6 @@ class BentoML:
             },
             ready_path=f"/v2/models/{release.endpoint}/ready",
         )
-        files = {"service.py": _SOURCE.read_bytes(), "bentofile.yaml": _yaml(self.bentofile(release, model))}
-        return rendered(release, model, serve, files)
 
     def bentofile(self, release: Release, model: Path) -> dict[str, Any]:
         """Return what `bentoml build` makes of the folder."""

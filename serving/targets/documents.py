@@ -9,10 +9,10 @@ import orjson
 
 from serving.errors import BadRequest
 from serving.model.contract import Contract
-from serving.model.predictor import Outputs
+from serving.model.interface import Predictions
 from serving.model.release import Release
 from serving.protocol.oip import InferRequest, decode_request, encode_request, encode_response
-from serving.protocol.tensors import tensors
+from serving.protocol.tensors import describe_tensors
 
 
 def read_request(inputs: Sequence[Mapping[str, Any]], outputs: Sequence[str] | None, release: Release) -> InferRequest:
@@ -29,7 +29,7 @@ def read_request(inputs: Sequence[Mapping[str, Any]], outputs: Sequence[str] | N
     return decode_request(body, release.contract, header_length=None, rows_max=release.rows_max)
 
 
-def write_answer(request: InferRequest, outputs: Outputs, release: Release) -> dict[str, Any]:
+def write_answer(request: InferRequest, outputs: Predictions, release: Release) -> dict[str, Any]:
     """Return the answer to a request as a document. Raises ModelFailed where JSON can't hold an output."""
     model = {"model": release.endpoint, "version": release.version}
     answer: dict[str, Any] = orjson.loads(encode_response(request, outputs, release.contract, **model).content)
@@ -44,7 +44,7 @@ def plain_inputs(request: InferRequest, release: Release) -> list[dict[str, Any]
 
 def describe(contract: Contract) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the inputs and the outputs of a model as its metadata names them."""
-    inputs, outputs = tensors(contract)
+    inputs, outputs = describe_tensors(contract)
     return [each.model_dump(mode="json") for each in inputs], [each.model_dump(mode="json") for each in outputs]
 
 

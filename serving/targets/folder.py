@@ -1,16 +1,27 @@
-"""Servers of their own process, by a folder that a controller watches: BentoML's, KServe's and Seldon's alike.
+"""Model servers that run in a process of their own, out of a folder that a controller watches: BentoML, KServe, Seldon.
 
-A release lies in <folder>/<endpoint>/<version>/. Its serve.json says how its server is run; in its argv and
-environment {folder} stands for that folder and {port}, {port2} and so on for free ports on loopback. What became of
-it the controller writes to status.json. infra/local/controller.py is one, for this machine.
+A release lies in FOLDER/<endpoint>/<version>/, with two files for the controller that watches FOLDER:
+
+- serve.json, which a target writes and the controller reads: `argv` and `environment` of the server, the `ready_path`
+  that answers 2xx once it serves, and `ready_s_max`, the seconds within which it must. In argv and environment {folder}
+  stands for the folder of the release, and {port}, {port2} and so on for free ports on loopback.
+- status.json, which the controller writes and `FolderHost` reads: the fields of `Status`.
+
+infra/local/controller.py is a controller for one machine. Its `Serve` is the schema of serve.json.
 """
 
 from __future__ import annotations
 
+import ast
+import errno
 import fcntl
+import functools
+import json
+import shutil
+import tempfile
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +33,6 @@ from serving.errors import EndpointFailed
 from serving.model.contract import Frozen
 from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Release
 from serving.targets import Address, Rendered, Target
-from serving.targets.written import remove_folder, write_folder
 
 SERVE_FILE, STATUS_FILE = "serve.json", "status.json"
 _LOCK_FILE = ".controller.lock"
@@ -30,15 +40,10 @@ _POLL_S = 0.05
 _END_S_MAX = 30.0
 # What a controller may need beyond the time that a server has.
 _MARGIN_S = 30.0
-
-
-class Serve(Frozen):
-    """How the server of a release is run, as a controller reads it."""
-
-    argv: tuple[str, ...] = Field(min_length=1, description="The program and its arguments.")
-    environment: dict[str, str] = Field(default={}, description="Its variables, beside a few that it inherits.")
-    ready_path: str = Field(pattern="^/", description="Answers 2xx once it serves.")
-    ready_s_max: float = Field(default=300.0, gt=0, description="Seconds within which it must be ready.")
+_READY_S_MAX = 300.0
+_ATTEMPTS_MAX = 100
+_PAUSE_S = 0.02
+_PACKAGE = Path(serving.__file__).parent
 
 
 class Status(Frozen):
@@ -51,28 +56,101 @@ class Status(Frozen):
     pid: int | None = Field(default=None, description="The process of the server.")
 
 
-def rendered(release: Release, model: Path, serve: Serve, files: Mapping[str, bytes]) -> Rendered:
-    """Return a release as its server needs it: release.json, model/, this package, and the files given."""
-    about = {RELEASE_FILE: release.model_dump_json(indent=2), SERVE_FILE: serve.model_dump_json(indent=2)}
+def render_folder(
+    release: Release,
+    model: Path,
+    files: Mapping[str, bytes],
+    *,
+    argv: tuple[str, ...],
+    environment: Mapping[str, str],
+    ready_path: str,
+    ready_s_max: float = _READY_S_MAX,
+) -> Rendered:
+    """Return the folder of a release: release.json, serve.json, model/, `files`, and the modules that they import.
+
+    Args:
+        release: The release.
+        model: The folder of the model's files.
+        files: Files that the server needs besides, by their path; those in Python may import this package.
+        argv: The server's program and arguments.
+        environment: Its environment variables, beside a few that it inherits.
+        ready_path: The path that answers 2xx once it serves.
+        ready_s_max: Seconds within which it must be ready.
+    """
+    serve = {
+        "argv": argv,
+        "environment": {**_PYTHON_ENVIRONMENT, **environment},
+        "ready_path": ready_path,
+        "ready_s_max": ready_s_max,
+    }
+    programs = tuple(content for name, content in files.items() if name.endswith(".py"))
     return Rendered(
-        files={**{name: text.encode() for name, text in about.items()}, **files},
-        trees={MODEL_FOLDER: model, "serving": Path(serving.__file__).parent},
+        files={
+            RELEASE_FILE: release.model_dump_json(indent=2).encode(),
+            SERVE_FILE: json.dumps(serve, indent=2).encode(),
+            **read_imported_modules(programs),
+            **files,
+        },
+        trees={MODEL_FOLDER: model},
     )
 
 
-def python_environment() -> dict[str, str]:
-    """Return what a server in Python needs that loads a release out of its folder: the package there, no telemetry."""
-    return {
-        "PYTHONPATH": "{folder}",
-        "PYTHONUNBUFFERED": "1",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "DO_NOT_TRACK": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+# The package out of the folder of the release, and no telemetry.
+_PYTHON_ENVIRONMENT = {
+    "PYTHONPATH": "{folder}",
+    "PYTHONUNBUFFERED": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 
-def interpreter(python: Path, requirements: str) -> str:
+@functools.cache
+def read_imported_modules(programs: tuple[bytes, ...]) -> Mapping[str, bytes]:
+    """Return the modules of this package that programs import, directly or through each other, by their path.
+
+    A release brings them along: it then answers with the code that it was verified with, and with no more than that.
+    Imports inside of functions count, those for type checkers do not.
+    """
+    modules: dict[str, bytes] = {}
+    names = [name for program in programs for name in _imported_names(program)]
+    while names:
+        name = names.pop()
+        path = _find_module(name)
+        key = path and path.relative_to(_PACKAGE.parent).as_posix()
+        if path is None or key is None or key in modules:
+            continue
+        modules[key] = path.read_bytes()
+        names += [name.rpartition(".")[0], *_imported_names(modules[key])]
+    return dict(sorted(modules.items()))
+
+
+def _imported_names(program: bytes) -> Iterator[str]:
+    """Yield the names that a program imports: of modules, and of what it takes from them, which may be modules too."""
+    nodes: list[ast.AST] = [ast.parse(program)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            nodes += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        nodes += ast.iter_child_nodes(node)
+
+
+def _find_module(name: str) -> Path | None:
+    """Return the file of a module of this package, None where the name is not one."""
+    if name.split(".", maxsplit=1)[0] != _PACKAGE.name:
+        return None
+    path = _PACKAGE.parent.joinpath(*name.split("."))
+    return next((file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()), None)
+
+
+def resolve_interpreter(python: Path, requirements: str) -> str:
     """Return an interpreter as a server runs it out of its own folder; a bare name is looked up on the PATH there.
 
     Raises EndpointFailed where it is missing, with the command that makes its environment.
@@ -99,72 +177,72 @@ class FolderHost:
         """Put a release up and wait until it answers.
 
         Promises: a release that is up, or on its way, with the same files stays as it is; one with others is taken
-        down first; one that does not come up is taken away again. Raises EndpointFailed with what its server said
+        down first; one that does not come up is taken away again. Raises EndpointFailed with what its server logged
         last, or where no controller watches the folder.
         """
         self._check_watched()
-        place, wanted = self._place(release), self.target.render(release, model)
-        status = _read_status(place)
-        if not _holds(place, wanted) or (status is not None and status.state in ("failed", "ended")):
+        folder, rendered = self._release_folder(release), self.target.render(release, model)
+        status = _read_status(folder)
+        if not _has_files(folder, rendered) or (status is not None and status.state in ("failed", "ended")):
             self.remove(release)
-            write_folder(wanted, place)
+            write_folder(rendered, folder)
         try:
-            return Address(url=self._wait(place, release), model=release.endpoint, version=None)
+            return Address(url=self._wait_until_ready(folder, release), model=release.endpoint, version=None)
         except EndpointFailed:
             self.remove(release)
             raise
 
     def remove(self, release: Release) -> None:
-        """Take a release down: its server ends what it has begun, then its files go. Idempotent."""
-        place = self._place(release)
+        """Take a release down: its server ends what it has begun, then its files are removed. Idempotent."""
+        folder = self._release_folder(release)
         with suppress(NotADirectoryError):
-            (place / SERVE_FILE).unlink(missing_ok=True)
-        # Whoever took serve.json away may still wait for the server to end, which needs its files as long.
+            (folder / SERVE_FILE).unlink(missing_ok=True)
+        # Another call that removed serve.json may still wait for the server to end, which needs its files until then.
         deadline = time.monotonic() + _END_S_MAX
-        while not _ended(place) and self._watched() and time.monotonic() < deadline:
+        while not _has_ended(folder) and self._is_watched() and time.monotonic() < deadline:
             time.sleep(_POLL_S)
-        remove_folder(place)
+        remove_folder(folder)
         with suppress(OSError):  # Other versions may be there, or on their way: write_folder makes it again.
-            place.parent.rmdir()
+            folder.parent.rmdir()
 
     def status(self, release: Release) -> Status | None:
-        """Return what the controller says of a release, None where it said nothing yet."""
-        return _read_status(self._place(release))
+        """Return what the controller wrote of a release, None where it wrote nothing yet."""
+        return _read_status(self._release_folder(release))
 
-    def _place(self, release: Release) -> Path:
+    def _release_folder(self, release: Release) -> Path:
         return self.folder / release.endpoint / release.version
 
-    def _wait(self, place: Path, release: Release) -> str:
-        who = f"Version {release.version} of {release.endpoint}"
-        gone = f"{who} must stay until it answers, but was removed meanwhile. Deploy it again if it is still wanted."
+    def _wait_until_ready(self, folder: Path, release: Release) -> str:
+        name = f"Version {release.version} of {release.endpoint}"
+        removed = f"{name} must stay until it answers, but was removed meanwhile. Deploy it again if it is needed."
         try:
-            serve = Serve.model_validate_json((place / SERVE_FILE).read_bytes())
+            ready_s_max = json.loads((folder / SERVE_FILE).read_bytes())["ready_s_max"]
         except FileNotFoundError:
-            raise EndpointFailed(gone) from None
-        deadline = time.monotonic() + serve.ready_s_max + _MARGIN_S
+            raise EndpointFailed(removed) from None
+        deadline = time.monotonic() + ready_s_max + _MARGIN_S
         while time.monotonic() < deadline:
-            if not (place / SERVE_FILE).exists():
-                raise EndpointFailed(gone)
-            status = _read_status(place)
+            if not (folder / SERVE_FILE).exists():
+                raise EndpointFailed(removed)
+            status = _read_status(folder)
             if status is not None and status.url is not None:
                 return status.url
             if status is not None and status.state == "failed":
-                message = f"{who} must come up, and is taken away again, got: {status.error}"
+                message = f"{name} must come up, and is taken away again, got: {status.error}"
                 raise EndpointFailed(message)
             self._check_watched()
             time.sleep(_POLL_S)
-        message = f"{who} must be ready within {serve.ready_s_max:g} s, and is taken away again; raise ready_s_max."
+        message = f"{name} must be ready within {ready_s_max:g} s, and is taken away again. Raise ready_s_max."
         raise EndpointFailed(message)
 
     def _check_watched(self) -> None:
-        if not self._watched():
+        if not self._is_watched():
             message = (
                 f"A controller must watch {self.folder}, got none. Start one: "
                 f"python -m infra.local.controller --folder {self.folder}"
             )
             raise EndpointFailed(message)
 
-    def _watched(self) -> bool:
+    def _is_watched(self) -> bool:
         """Whether a controller holds the lock of the folder."""
         try:
             with (self.folder / _LOCK_FILE).open("rb") as lock:
@@ -176,24 +254,95 @@ class FolderHost:
         return False
 
 
-def _holds(place: Path, wanted: Rendered) -> bool:
-    """Whether a release is there with these very files; its model and code are told by their digest in them."""
+def _has_files(folder: Path, rendered: Rendered) -> bool:
+    """Whether a release is there with exactly these files. The digest of the model's files is in release.json."""
     try:
-        return all((place / name).read_bytes() == content for name, content in wanted.files.items())
+        return all((folder / name).read_bytes() == content for name, content in rendered.files.items())
     except OSError:
         return False
 
 
-def _ended(place: Path) -> bool:
-    status = _read_status(place)
+def _has_ended(folder: Path) -> bool:
+    status = _read_status(folder)
     return status is None or status.state == "ended"
 
 
-def _read_status(place: Path) -> Status | None:
+def _read_status(folder: Path) -> Status | None:
     try:
-        return Status.model_validate_json((place / STATUS_FILE).read_bytes())
+        return Status.model_validate_json((folder / STATUS_FILE).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValidationError as error:
-        message = f"{place / STATUS_FILE} must be a controller's word, got {error}. Is another program writing there?"
+        message = (
+            f"{folder / STATUS_FILE} must be a status that a controller wrote, got {error}. Look whether another "
+            "program writes there."
+        )
         raise EndpointFailed(message) from None
+
+
+def write_folder(rendered: Rendered, folder: Path) -> None:
+    """Put what a target rendered into a folder, which appears at once or not at all; an older one is replaced.
+
+    Others may write into the same parent meanwhile, and remove it while it is empty. Raises EndpointFailed where the
+    folder can't be written.
+    """
+    try:
+        with _staging_folder(folder.parent) as staging:
+            new = staging / "new"
+            _write_files(rendered, new)
+            _replace_folder(new, folder, staging)
+    except OSError as error:
+        message = f"A release must be written to {folder}, got: {error}. Make room or give access, then call again."
+        raise EndpointFailed(message) from error
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that may be gone already, or into which its controller still writes a last status."""
+    for _ in range(_ATTEMPTS_MAX):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(_PAUSE_S)
+
+
+@contextmanager
+def _staging_folder(parent: Path) -> Generator[Path]:
+    """Make a folder inside of a parent, which is made too and stays as long as this one is in it."""
+    for attempt in range(_ATTEMPTS_MAX):
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            # The name begins with a dot, so that no half of a release is taken for one.
+            staging = tempfile.TemporaryDirectory(prefix=".writing-", dir=parent)
+            break
+        except (FileNotFoundError, FileExistsError):
+            # Another call that removed the last release in the parent may have removed the parent in between. mkdir
+            # raises FileExistsError where the parent is removed between its two checks.
+            if attempt == _ATTEMPTS_MAX - 1:
+                raise
+    with staging as path:
+        yield Path(path)
+
+
+def _replace_folder(new: Path, folder: Path, staging: Path) -> None:
+    """Rename a new folder to its final name, and an older one of that name into `staging`."""
+    while True:
+        with suppress(FileNotFoundError):
+            folder.rename(tempfile.mkdtemp(prefix="before-", dir=staging))
+        try:
+            new.rename(folder)
+        except OSError as error:
+            # Another call wrote one there meanwhile: the last one stays.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            return
+
+
+def _write_files(rendered: Rendered, folder: Path) -> None:
+    folder.mkdir(mode=0o755)
+    for name, tree in rendered.trees.items():
+        shutil.copytree(tree, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, content in rendered.files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)

@@ -15,7 +15,7 @@ import yaml
 
 from serving.model.release import Release
 from serving.targets import Rendered
-from serving.targets.folder import Serve, interpreter, python_environment, rendered
+from serving.targets.folder import render_folder, resolve_interpreter
 
 _HOST = "127.0.0.1"
 _REQUIREMENTS = "infra/local/kserve.txt"
@@ -71,16 +71,18 @@ class KServe:
         Raises EndpointFailed where the interpreter is missing, with the command that makes its environment.
         """
         arguments = ("--http_port", "{port}", "--enable_grpc", "false", "--configure_logging", "false")
-        serve = Serve(
-            argv=(interpreter(self.python, _REQUIREMENTS), "predictor.py", *arguments),
-            environment={**python_environment(), "LISTEN_HOST": _HOST},
-            ready_path=f"/v2/models/{release.endpoint}/ready",
-        )
         files = {
             "predictor.py": _PREDICTOR.encode(),
             "inferenceservice.yaml": yaml.safe_dump(self.inference_service(release), sort_keys=False).encode(),
         }
-        return rendered(release, model, serve, files)
+        return render_folder(
+            release,
+            model,
+            files,
+            argv=(resolve_interpreter(self.python, _REQUIREMENTS), "predictor.py", *arguments),
+            environment={"LISTEN_HOST": _HOST},
+            ready_path=f"/v2/models/{release.endpoint}/ready",
+        )
 
     def inference_service(self, release: Release, canary: Canary | None = None) -> dict[str, Any]:
         """Return the InferenceService of an endpoint at a release, with a canary of another one where there is one."""
@@ -124,7 +126,7 @@ from kserve import Model, ModelServer
 from kserve.errors import InvalidInput
 
 from serving.errors import BadRequest
-from serving.model.predictor import open_predictor, settled
+from serving.model.release import open_predictor, unwrap_prediction
 from serving.targets.documents import describe, read_request, write_answer
 
 
@@ -151,8 +153,8 @@ class Predictor(Model):
             request = read_request(inputs, outputs, self.release)
         except BadRequest as error:
             raise InvalidInput(str(error)) from None
-        (prediction,) = await self.predictor.predict_each([request.inputs])
-        answer = write_answer(request, settled(prediction), self.release)
+        (prediction,) = await self.predictor.predict_requests([request.inputs])
+        answer = write_answer(request, unwrap_prediction(prediction), self.release)
         # KServe requires an id, and writes null, which the protocol has not, for parameters that are not there.
         outputs = [{**each, "parameters": {}} for each in answer["outputs"]]
         return {**answer, "id": payload.id or str(uuid.uuid4()), "parameters": {}, "outputs": outputs}

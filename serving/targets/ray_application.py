@@ -16,10 +16,10 @@ from ray import serve
 from ray.serve import Application
 
 from serving.model.batching import BatchingConfig
-from serving.model.predictor import Prediction, open_predictor, settled
-from serving.model.release import Arrays, Predictions
+from serving.model.interface import Arrays, Predictions
+from serving.model.release import PredictionError, open_predictor, unwrap_prediction
 from serving.protocol.oip import ServerMetadata
-from serving.protocol.v2_app import v2_app
+from serving.protocol.v2_app import create_v2_app
 
 
 # A model that did not load twice will not load at all.
@@ -40,18 +40,18 @@ class Endpoint:
         gc.collect()
         gc.freeze()
         server = ServerMetadata(name="ray_serve", version=ray.__version__)
-        return v2_app(self._predictor.release, self._predict, server)
+        return create_v2_app(self._predictor.release, self._predict, server)
 
     def check_health(self) -> None:
         """Have Ray start another replica where this one's device is gone."""
         self._predictor.check()
 
     async def _predict(self, inputs: Arrays) -> Predictions:
-        return settled(await self._predict_each(inputs))
+        return unwrap_prediction(await self._predict_each(inputs))
 
     @serve.batch
-    async def _predict_each(self, requests: Sequence[Arrays]) -> list[Prediction]:
-        return await self._predictor.predict_each(requests)
+    async def _predict_each(self, requests: Sequence[Arrays]) -> list[Predictions | PredictionError]:
+        return await self._predictor.predict_requests(requests)
 
 
 def application(args: dict[str, Any]) -> Application:

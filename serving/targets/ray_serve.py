@@ -8,21 +8,26 @@ code that it was verified with; what the package needs, and ray[serve], is insta
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import httpx
 import yaml
 
-import serving
-from serving.model.registry import digest_folder
+from serving.errors import EndpointFailed
 from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Release
-from serving.targets import Rendered
+from serving.targets import Address, Rendered
+from serving.targets.folder import read_imported_modules, remove_folder, write_folder
 
 MODULE = "application"
 DEPLOYMENT = "Endpoint"
 _DIGEST_LENGTH = 12
-_PACKAGE = Path(serving.__file__).parent
 _SOURCE = Path(__file__).with_name("ray_application.py")
 _GPUS = {"cpu": 0, "cuda": 1}
 
@@ -51,12 +56,12 @@ class RayServe:
             "applications": [application],
         }
         files = {
-            f"{MODULE}.py": _SOURCE.read_bytes(),
+            **_read_code(),
             RELEASE_FILE: release.model_dump_json(indent=2).encode(),
             "serve.yaml": _yaml(serve_config),
             "rayservice.yaml": _yaml(self._ray_service(release, application)),
         }
-        return Rendered(files=files, trees={MODEL_FOLDER: model, _PACKAGE.name: _PACKAGE})
+        return Rendered(files=files, trees={MODEL_FOLDER: model})
 
     def application(self, release: Release) -> dict[str, Any]:
         """Return the application as an entry of a Serve config."""
@@ -161,9 +166,207 @@ def folder_name(release: Release) -> str:
 
     Replicas of one application read one folder for as long as it runs, so that no folder's contents may change.
     """
-    content = f"{release.model_dump_json()}\0{digest_folder(_PACKAGE)}".encode()
-    return f"{application_name(release)}.{hashlib.sha256(content).hexdigest()[:_DIGEST_LENGTH]}"
+    digest = hashlib.sha256(release.model_dump_json().encode())
+    for path, content in _read_code().items():
+        digest.update(f"\0{path}\0".encode() + content)
+    return f"{application_name(release)}.{digest.hexdigest()[:_DIGEST_LENGTH]}"
+
+
+def _read_code() -> dict[str, bytes]:
+    """Return the application and the modules of this package that it imports."""
+    program = _SOURCE.read_bytes()
+    return {f"{MODULE}.py": program, **read_imported_modules((program,))}
 
 
 def _yaml(value: dict[str, Any]) -> bytes:
     return str(yaml.safe_dump(value, sort_keys=False, width=120)).encode()
+
+
+_POLL_SECONDS = 0.2
+_ANSWER_SECONDS_MAX, _READY_SECONDS_MAX = 60.0, 10.0
+_REASON_LENGTH_MAX = 2000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayServeHost:
+    """A running cluster. Releases are written to `folder`, which its nodes see as the target's folder.
+
+    `serve_url` is where its proxies answer; where Serve does not run yet, the first release starts it there. `token`
+    is what a cluster with RAY_AUTH_MODE=token asks for.
+    """
+
+    dashboard_url: str
+    serve_url: str
+    folder: Path
+    target: RayServe
+    token: str | None = field(default=None, repr=False)
+    ready_seconds_max: float = 180.0
+
+    def deploy(self, release: Release, model: Path) -> Address:
+        """Put a release up beside those that are there; returns once it answers.
+
+        One that is there under the same name and version is replaced while it serves. Raises EndpointFailed with what
+        Ray says, and then what was there before serves on.
+        """
+        name, folder = application_name(release), self.folder / folder_name(release)
+        application = self.target.application(release)
+        address = Address(url=f"{self.serve_url}/{name}", model=release.endpoint, version=release.version)
+        with self._serve() as serve:
+            before = serve.status().get(name, {}).get("deployed_app_config")
+            if not folder.exists():
+                write_folder(self.target.render(release, model), folder)
+            try:
+                self._bring_up(serve, application, address)
+            except EndpointFailed:
+                serve.change(lambda running: _with(running, before) if before else _without(running, name))
+                if not before or before["runtime_env"] != application["runtime_env"]:
+                    remove_folder(folder)
+                raise
+        self._sweep(name, keep=folder)
+        return address
+
+    def remove(self, release: Release) -> None:
+        """Take a release down once its requests are answered; others serve on. Idempotent.
+
+        Raises EndpointFailed where the cluster does not answer, or the release does not go.
+        """
+        name = application_name(release)
+        with self._serve() as serve:
+            for status in self._polls(serve):
+                if name not in status:
+                    self._sweep(name)
+                    return
+                if status[name]["status"] != "DELETING":
+                    serve.change(lambda running: _without(running, name))
+        message = f"{name} must be gone within {self.ready_seconds_max:g} s, but Ray still has it. Call again."
+        raise EndpointFailed(message)
+
+    def _bring_up(self, serve: ServeApi, application: Application, address: Address) -> None:
+        name, told = application["name"], "nothing"
+        serve.change(lambda running: _with(running, application))
+        for status in self._polls(serve):
+            ours = status.get(name, {"status": "gone"})
+            told = _told(ours)
+            if ours["status"] == "DEPLOY_FAILED":
+                message = f"{name} must start on Ray, got {told} Mend what it says, then call again."
+                raise EndpointFailed(message)
+            if ours["status"] in ("gone", "DELETING"):
+                # Another host's list lacked this one.
+                serve.change(lambda running: _with(running, application))
+            elif ours["status"] == "RUNNING" and _answers(address):
+                return
+        message = (
+            f"{name} must answer within {self.ready_seconds_max:g} s, got {told} Give the cluster room for a replica, "
+            "or raise ready_seconds_max."
+        )
+        raise EndpointFailed(message)
+
+    def _polls(self, serve: ServeApi) -> Iterator[Applications]:
+        """Yield what Ray says of the applications, again and again while there is time."""
+        deadline = time.monotonic() + self.ready_seconds_max
+        while time.monotonic() < deadline:
+            yield serve.status()
+            time.sleep(_POLL_SECONDS)
+
+    def _sweep(self, name: str, keep: Path | None = None) -> None:
+        """Remove the folders of an application, but the one it runs from."""
+        for folder in self.folder.glob(f"{name}.*"):
+            if folder != keep:
+                remove_folder(folder)
+
+    @contextmanager
+    def _serve(self) -> Generator[ServeApi]:
+        headers = {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
+        # The token is for the cluster alone, not for a proxy that the environment names.
+        with httpx.Client(
+            base_url=self.dashboard_url, headers=headers, timeout=_ANSWER_SECONDS_MAX, trust_env=False
+        ) as client:
+            yield ServeApi(client=client, serve_url=self.serve_url)
+
+
+def _told(application: Application) -> str:
+    """Return what Ray says of an application and its deployments, the end of it where it is long."""
+    about = [application, *application.get("deployments", {}).values()]
+    messages = [each["message"].strip() for each in about if each.get("message")]
+    return f"{application['status']}: {' '.join(messages)[-_REASON_LENGTH_MAX:]}"
+
+
+def _answers(address: Address) -> bool:
+    """Whether a release is ready to predict, which no proxy says in place of it."""
+    try:
+        # The token is for the dashboard alone.
+        url = f"{address.url}/v2/models/{address.model}/versions/{address.version}/ready"
+        answer = httpx.get(url, timeout=_READY_SECONDS_MAX, trust_env=False)
+    except httpx.HTTPError:
+        return False
+    return answer.is_success
+
+
+def _with(running: Applications, application: Application) -> Applications:
+    return running | {application["name"]: application}
+
+
+def _without(running: Applications, name: str) -> Applications:
+    return {other: application for other, application in running.items() if other != name}
+
+
+Application = dict[str, Any]
+Applications = dict[str, Application]
+
+_PATH = "/api/serve/applications/"
+_NEXT: dict[int, str] = {
+    HTTPStatus.UNAUTHORIZED: "Pass the cluster's token.",
+    HTTPStatus.FORBIDDEN: "Pass the cluster's token.",
+    HTTPStatus.NOT_IMPLEMENTED: "Install ray[serve] on the cluster's nodes.",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeApi:
+    """The REST API of Serve on one cluster; `serve_url` is where its proxies are to answer."""
+
+    client: httpx.Client
+    serve_url: str
+
+    def status(self) -> Applications:
+        """Return what Ray says of each application, by name. Raises EndpointFailed where it does not answer."""
+        applications: Applications = self._ask("GET").json().get("applications", {})
+        return applications
+
+    def change(self, edit: Callable[[Applications], Applications]) -> None:
+        """Have the cluster run other applications than now. Raises EndpointFailed where it refuses.
+
+        Ray takes the whole list at once, and ends what is not on it: of two that change it at the same time one may
+        undo the other's change, so each looks whether its own has come to stand.
+        """
+        now = self._ask("GET").json()
+        running = {
+            name: details["deployed_app_config"]
+            for name, details in now.get("applications", {}).items()
+            # What a driver runs by serve.run has no config here, and stays whatever is put.
+            if details.get("deployed_app_config") and details["status"] != "DELETING"
+        }
+        config = {**self._options(now), "applications": list(edit(running).values())}
+        self._ask("PUT", config)
+
+    def _options(self, now: dict[str, Any]) -> dict[str, Any]:
+        """Return what the list of applications comes with: as it is where Serve runs, else what starts it."""
+        kept = ("proxy_location", "http_options", "grpc_options", "target_capacity")
+        if now.get("http_options"):
+            return {name: now[name] for name in kept if now.get(name) is not None}
+        where = urlsplit(self.serve_url)
+        return {"http_options": {"host": where.hostname, "port": where.port or 80}}
+
+    def _ask(self, method: str, config: dict[str, Any] | None = None) -> httpx.Response:
+        base = self.client.base_url
+        try:
+            answer = self.client.request(method, _PATH, json=config)
+        except httpx.HTTPError as error:
+            message = f"Ray's dashboard must answer at {base}, got {type(error).__name__}: {error}. Start the cluster."
+            raise EndpointFailed(message) from error
+        if answer.is_success:
+            return answer
+        next_move = _NEXT.get(answer.status_code, "Mend what it says, then call again.")
+        told = answer.text[:_REASON_LENGTH_MAX]
+        message = f"Ray's dashboard at {base} must take the applications, got {answer.status_code}: {told} {next_move}"
+        raise EndpointFailed(message)

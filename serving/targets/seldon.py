@@ -14,7 +14,7 @@ from serving.model.batching import BatchingConfig
 from serving.model.release import Release
 from serving.targets import Rendered
 from serving.targets.documents import describe
-from serving.targets.folder import Serve, interpreter, python_environment, rendered
+from serving.targets.folder import render_folder, resolve_interpreter
 
 _HOST = "127.0.0.1"
 _REQUIREMENTS = "infra/local/mlserver.txt"
@@ -43,22 +43,23 @@ class Seldon:
         Raises EndpointFailed where the interpreter is missing, with the command that makes its environment.
         """
         ports = {"HTTP": "{port}", "GRPC": "{port2}", "METRICS": "{port3}"}
-        serve = Serve(
-            argv=(interpreter(self.python, _REQUIREMENTS), "-c", _START, "start", "."),
-            environment={
-                **python_environment(),
-                "MLSERVER_HOST": _HOST,
-                **{f"MLSERVER_{name}_PORT": port for name, port in ports.items()},
-            },
-            ready_path=f"/v2/models/{release.endpoint}/ready",
-        )
         files = {
             "settings.json": json.dumps(settings(), indent=2).encode(),
             "model-settings.json": json.dumps(model_settings(release), indent=2).encode(),
             "runtime.py": _RUNTIME.encode(),
             "model.yaml": yaml.safe_dump(self.model(release), sort_keys=False).encode(),
         }
-        return rendered(release, model, serve, files)
+        return render_folder(
+            release,
+            model,
+            files,
+            argv=(resolve_interpreter(self.python, _REQUIREMENTS), "-c", _START, "start", "."),
+            environment={
+                "MLSERVER_HOST": _HOST,
+                **{f"MLSERVER_{name}_PORT": port for name, port in ports.items()},
+            },
+            ready_path=f"/v2/models/{release.endpoint}/ready",
+        )
 
     def model(self, release: Release) -> dict[str, Any]:
         """Return the Model of a release. Several releases of an endpoint are several Models."""
@@ -145,7 +146,7 @@ from mlserver.errors import MLServerError
 from mlserver.types import InferenceRequest, InferenceResponse
 
 from serving.errors import BadRequest
-from serving.model.predictor import join_predictions, open_predictor, settled, split_rows
+from serving.model.release import join_predictions, open_predictor, split_rows, unwrap_prediction
 from serving.model.release import count_rows
 from serving.targets.documents import plain_inputs, read_request, write_answer
 
@@ -184,9 +185,9 @@ class Runtime(MLModel):
         return await self.answer(request, split_rows(request.inputs, self.rows_max))
 
     async def answer(self, request, passes):
-        predictions = await self.predictor.predict_each(passes)
+        predictions = await self.predictor.predict_requests(passes)
         try:
-            outputs = join_predictions([settled(each) for each in predictions])
+            outputs = join_predictions([unwrap_prediction(each) for each in predictions])
             answer = write_answer(request, outputs, self.predictor.release)
         except Exception as error:
             raise MLServerError(f"The model must predict every row, got: {error}", 500) from error

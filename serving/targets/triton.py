@@ -16,11 +16,18 @@ import numpy.typing as npt
 from serving.errors import EndpointFailed
 from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Release
 from serving.protocol.oip import encode_request
-from serving.protocol.tensors import tensors
+from serving.protocol.tensors import describe_tensors
 from serving.targets import Address, Rendered
-from serving.targets.triton_config import instances_of, with_instances, write_config
 from serving.targets.triton_control import TritonControl
-from serving.targets.triton_repository import CONFIG_FILE, read_releases, replaced, write_whole
+from serving.targets.triton_repository import (
+    CONFIG_FILE,
+    instances_of,
+    read_releases,
+    replaced,
+    with_instances,
+    write_config,
+    write_whole,
+)
 
 _MODEL_FILE = "model.py"
 _MODEL_PY = Path(__file__).with_name("triton_model.py")
@@ -160,7 +167,7 @@ class TritonHost:
         """Return the model that a release is a version of: the first whose versions take the same tensors."""
         for folder in self._models(release.endpoint):
             others = [other for version, other in read_releases(folder).items() if version != release.version]
-            if all(tensors(other.contract) == tensors(release.contract) for other in others):
+            if all(describe_tensors(other.contract) == describe_tensors(release.contract) for other in others):
                 return folder.name
         taken = (self.repository / release.endpoint / CONFIG_FILE).exists()
         return f"{release.endpoint}.v{release.version}" if taken else release.endpoint

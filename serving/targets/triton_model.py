@@ -29,7 +29,9 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request, in their order; one that can't be answered says why, and leaves the others theirs."""
         given = [self._inputs(request) for request in requests]
-        answers = iter(self.runtime.predict_each([inputs for inputs in given if not isinstance(inputs, BadRequest)]))
+        answers = iter(
+            self.runtime.predict_requests([inputs for inputs in given if not isinstance(inputs, BadRequest)])
+        )
         return [self._response(each if isinstance(each, BadRequest) else next(answers)) for each in given]
 
     def finalize(self) -> None:

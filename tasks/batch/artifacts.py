@@ -1,65 +1,49 @@
-"""What a person sees of a run while it goes on and when it is done: terminal, Prefect artifacts."""
+"""What a person sees of a batch run while it goes on and when it is done: the terminal, Prefect artifacts."""
 
 from __future__ import annotations
 
-import contextvars
-import logging
 import sys
 import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from uuid import UUID
 
-import httpx
-from prefect.artifacts import (
-    create_image_artifact,
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
-from prefect.exceptions import PrefectHTTPStatusError
+from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from serving.errors import StorageFault
-from tasks.batch.report import BatchReport, Sample, data_uri
+from tasks.batch.report import BatchReport, Sample
+from tasks.common.artifacts import Logger, ProgressArtifact, server_may_fail, start_thread
+from tasks.common.formatting import data_uri
 
 _ARTIFACT_SECONDS = 5.0
 _LOG_SECONDS = 30.0
 _JOIN_SECONDS = 1.0
-_LOOK_SECONDS_MIN, _LOOK_SECONDS_MAX = 0.05, 2.0
-
-Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
+_POLL_SECONDS_MIN, _POLL_SECONDS_MAX = 0.05, 2.0
 
 
-class Watch:
+class ProgressWatch:
     """Shows the rows done so far, by the parts that exist: in the terminal or the log, and in an artifact.
 
-    `look` counts the rows that have their part; whichever worker wrote it.
+    `count_rows_done` counts the rows that have their part, whichever worker wrote it.
     """
 
-    def __init__(self, rows: int, look: Callable[[], int], logger: Logger) -> None:
-        self._rows, self._look, self._logger = rows, look, logger
-        self._before = look()
+    def __init__(self, rows: int, count_rows_done: Callable[[], int], logger: Logger) -> None:
+        self._rows, self._count_rows_done, self._logger = rows, count_rows_done, logger
+        self._rows_before = count_rows_done()
         self._start = self._shown = self._logged = time.perf_counter()
-        self.samples: list[Sample] = [(0.0, self._before)]
+        self.samples: list[Sample] = [(0.0, self._rows_before)]
         self._bar: Progress | None = None
-        self._artifact: UUID | None = None
-        with server_may_fail(logger):
-            made = create_progress_artifact(self._percent(), key="batch-progress", description="Rows with a part")
-            self._artifact = made if isinstance(made, UUID) else None
+        self._artifact = ProgressArtifact("batch-progress", "Rows with a part", logger)
+        self.show()
 
     @contextmanager
     def watching(self) -> Generator[None]:
         """Watch from a thread of its own while the block runs; a bar is shown where there is a terminal."""
         done = threading.Event()
-        # Artifacts find their flow run in the context, which threads do not inherit.
-        run = contextvars.copy_context().run
-        thread = threading.Thread(target=run, args=(self._watch, done), name="watch", daemon=True)
-        with self._shown_bar():
-            thread.start()
+        with self._show_bar():
+            thread = start_thread("watch", lambda: self._watch(done))
             try:
                 yield
             finally:
@@ -77,10 +61,10 @@ class Watch:
 
     def _pause(self) -> float:
         elapsed = time.perf_counter() - self._start
-        return min(max(elapsed / 50, _LOOK_SECONDS_MIN), _LOOK_SECONDS_MAX)
+        return min(max(elapsed / 50, _POLL_SECONDS_MIN), _POLL_SECONDS_MAX)
 
     @contextmanager
-    def _shown_bar(self) -> Generator[None]:
+    def _show_bar(self) -> Generator[None]:
         if not sys.stderr.isatty():
             yield
             return
@@ -92,20 +76,20 @@ class Watch:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=Console(stderr=True)) as self._bar:
-            self._bar.add_task("scoring", total=self._rows, completed=self._before, rate="")
+            self._bar.add_task("scoring", total=self._rows, completed=self._rows_before, rate="")
             yield
         self._bar = None
 
     def _update(self) -> None:
         try:
-            rows_done = self._look()
+            rows_done = self._count_rows_done()
         except StorageFault as error:
             self._logger.warning("Progress is not known for now: %s", error)
             return
         now = time.perf_counter()
         if rows_done != self.rows_done:
             self.samples.append((now - self._start, rows_done))
-        rate = f"{(rows_done - self._before) / max(now - self._start, 1e-9):,.0f} rows/s"
+        rate = f"{(rows_done - self._rows_before) / max(now - self._start, 1e-9):,.0f} rows/s"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=rows_done, rate=rate)
         elif now - self._logged > _LOG_SECONDS:
@@ -114,17 +98,12 @@ class Watch:
 
     @property
     def rows_done(self) -> int:
-        """The rows that had their part when it last looked."""
+        """The rows that had their part when they were last counted."""
         return self.samples[-1][1]
 
     def show(self) -> None:
-        """Set the progress artifact to the rows last seen."""
-        if self._artifact is not None:
-            with server_may_fail(self._logger):
-                update_progress_artifact(self._artifact, progress=self._percent())
-
-    def _percent(self) -> float:
-        return min(100.0, 100.0 * self.rows_done / self._rows)
+        """Set the progress artifact to the rows last counted."""
+        self._artifact.show(min(100.0, 100.0 * self.rows_done / self._rows))
 
 
 def publish_artifacts(report: BatchReport, png: bytes, logger: Logger) -> None:
@@ -135,21 +114,8 @@ def publish_artifacts(report: BatchReport, png: bytes, logger: Logger) -> None:
         create_image_artifact(data_uri(png), key="batch-plot", description="Rows done over time")
 
 
-def publish_interrupted(run: str, rows_done: int, rows: int, words: str, logger: Logger) -> None:
-    """Say among the flow run's artifacts what ended it early, and what is left; the report takes its place later."""
+def publish_interrupted(run: str, rows_done: int, rows: int, message: str, logger: Logger) -> None:
+    """Publish what ended the flow run early, and what is left, where the report takes its place later."""
     table = f"| | |\n| --- | --- |\n| rows done | {rows_done:,} |\n| rows left | {rows - rows_done:,} |"
     with server_may_fail(logger):
-        create_markdown_artifact(f"# Run {run}\n\n{words}\n\n{table}\n", key="batch-report", description=f"Run {run}")
-
-
-@contextmanager
-def server_may_fail(logger: Logger, what: str = "artifacts") -> Generator[None]:
-    """Let a Prefect server that does not answer cost what it was to be told, never the run."""
-    try:
-        yield
-    except (PrefectHTTPStatusError, httpx.HTTPError) as error:
-        logger.warning("The Prefect server must take the run's %s, got: %s. The run goes on without.", what, error)
-    except RuntimeError as error:
-        # httpx has no type of its own for a client that the flow's end has closed under a thread that is late.
-        if "client has been closed" not in str(error):
-            raise
+        create_markdown_artifact(f"# Run {run}\n\n{message}\n\n{table}\n", key="batch-report", description=f"Run {run}")

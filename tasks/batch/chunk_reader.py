@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Snapshot, SourceFile, corrupt_as_named
+from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Snapshot, SourceFile, name_corrupt_file
 from tasks.batch.plan import Chunk, Piece, Plan, block_rows
 from tasks.storage import LocalStorage, Storage, open_storage
 
@@ -71,17 +71,17 @@ class Reader:
         """Yield the rows of one piece as they are decoded, at most a block at a time."""
         file = self._snapshot.files[piece.file]
         at = sum(file.row_groups[: piece.row_group]) + piece.row_start
-        with corrupt_as_named(self._storage, file.entry):
+        with name_corrupt_file(self._storage, file.entry):
             for batch in self._read(piece, file, rows or self._rows):
                 yield self._table(batch, file, at)
                 at += batch.num_rows
-        self._storage.hold(file.entry)
+        self._storage.check_unchanged(file.entry)
 
     def _read(self, piece: Piece, file: SourceFile, rows: int) -> Generator[pa.RecordBatch]:
         cursor = self._cursor
-        if cursor is None or not cursor.stands_before(piece):
+        if cursor is None or not cursor.is_at_or_before(piece):
             cursor = self._cursor = _Cursor(self._parquet(piece.file, file), piece, self._physical(), rows)
-        cursor.pass_to(piece.row_start)
+        cursor.skip_to(piece.row_start)
         yield from cursor.take(piece.rows)
 
     def _parquet(self, at: int, file: SourceFile) -> pq.ParquetFile:
@@ -123,10 +123,10 @@ class _Cursor:
         self._left: pa.RecordBatch | None = None
         self._at = 0
 
-    def stands_before(self, piece: Piece) -> bool:
+    def is_at_or_before(self, piece: Piece) -> bool:
         return self._group == (piece.file, piece.row_group) and self._at <= piece.row_start
 
-    def pass_to(self, row: int) -> None:
+    def skip_to(self, row: int) -> None:
         """Pass over the rows before this one."""
         for _ in self.take(row - self._at):
             pass

@@ -21,18 +21,18 @@ from tasks.storage import Storage
 _PATIENCE_MIN, _PATIENCE_MAX = 0.2, 30.0
 _POLL_SECONDS = 0.1
 # A worker scores one chunk and has read one or two more.
-_IN_HAND = 3
+_CHUNKS_IN_PROGRESS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
+class ChunkClaim:
     """A chunk to score: of the slot's own shard, or one of what is left where the slot helps."""
 
     chunk: ChunkId
     helping: bool
 
 
-def _one_thread() -> Executor:
+def _open_writer() -> Executor:
     return ThreadPoolExecutor(1, thread_name_prefix="write-behind")
 
 
@@ -49,10 +49,10 @@ class Host:
     wait: Callable[[threading.Event, float], bool] = threading.Event.wait
     random: random.Random = field(default_factory=random.Random)
     blocks_ahead: int = 2
-    writer: Callable[[], Executor] = _one_thread
+    writer: Callable[[], Executor] = _open_writer
 
 
-class Share:
+class ChunkScheduler:
     """What this process has taken of a plan; its methods may be called from many threads at once.
 
     One that has `joined` knows that another worker is there, before it sees that one write: to begin with it leaves
@@ -82,7 +82,7 @@ class Share:
 
         Those that have no part yet come first: another worker is probably at the rest.
         """
-        parts = self._parts()
+        parts = self._list_parts()
         with self._lock:
             begun = {shard for shard, _ in parts}
             self._known, self._claimed, self._lost = parts, set(), begun if self._joined else set()
@@ -92,7 +92,7 @@ class Share:
         self._random.shuffle(shards)
         return sorted(shards, key=begun.__contains__)
 
-    def turns(self, shard: int, idle: threading.Semaphore) -> Generator[Turn]:
+    def claim_chunks(self, shard: int, idle: threading.Semaphore) -> Generator[ChunkClaim]:
         """Yield the chunks for one slot: its own shard's, unless another worker is at it; then what is left.
 
         What is left is taken one at a time, each when the slot has acquired `idle`: chunks read ahead
@@ -100,26 +100,26 @@ class Share:
         """
         with self._lock:
             self._waiting.discard(shard)
-        if shard not in self._foreign():
-            for chunk in self._round(shard):
-                if self.rests() or shard in self._lost:
+        if shard not in self._find_shards_of_others():
+            for chunk in self._shuffle_chunks(shard):
+                if self.is_stopping() or shard in self._lost:
                     break
                 if self._claim(chunk):
-                    yield Turn(chunk=chunk, helping=False)
+                    yield ChunkClaim(chunk=chunk, helping=False)
                 elif chunk not in self._known:
                     break
-        while not self.rests() and not self._waiting:
+        while not self.is_stopping() and not self._waiting:
             if not idle.acquire(timeout=_POLL_SECONDS):
                 continue
-            left = self._left_over()
+            left = self._choose_left_over()
             if left is None:
                 return
             if self._claim(left):
-                yield Turn(chunk=left, helping=True)
+                yield ChunkClaim(chunk=left, helping=True)
             else:
                 idle.release()
 
-    def rests(self) -> bool:
+    def is_stopping(self) -> bool:
         """Return whether nothing new is begun in this pass: this process stops, or was given notice.
 
         All slots then come to rest, even where the notice is withdrawn meanwhile: the next pass has work for each.
@@ -128,18 +128,18 @@ class Share:
             self.cut_short = True
         return self.stop.is_set() or self.cut_short
 
-    def goes_on(self, turn: Turn, taken: float) -> bool:
+    def may_continue(self, claim: ChunkClaim, taken: float) -> bool:
         """Return whether a chunk that has taken so many seconds is gone on with, or dropped."""
         if self._drain.notice is None:
             return not self.stop.is_set()
-        return not self.stop.is_set() and self._drain.may_finish(self.chunk_seconds(turn.chunk), taken)
+        return not self.stop.is_set() and self._drain.may_finish(self.chunk_seconds(claim.chunk), taken)
 
     def chunk_seconds(self, chunk: ChunkId) -> float | None:
         """Return what a chunk takes, by its rows and the median of those done; None before any is."""
         taken = sorted(self._row_seconds)
         return taken[len(taken) // 2] * self._rows[chunk] if taken else None
 
-    def _round(self, shard: int) -> list[ChunkId]:
+    def _shuffle_chunks(self, shard: int) -> list[ChunkId]:
         """Return the chunks of a shard in order, from a random one round to the one before it.
 
         Workers that begin together on one shard then seldom begin on one chunk.
@@ -148,32 +148,32 @@ class Share:
         first = self._random.randrange(chunks)
         return [(shard, at % chunks) for at in range(first, first + chunks)]
 
-    def still_wanted(self, turn: Turn) -> bool:
+    def is_still_missing(self, claim: ChunkClaim) -> bool:
         """Look again just before scoring: another worker may have been faster since the chunk was read ahead."""
-        if self._exists(turn.chunk):
+        if self._has_part(claim.chunk):
             return False
-        if turn.helping or turn.chunk[0] not in self._lost:
+        if claim.helping or claim.chunk[0] not in self._lost:
             return True
         with self._lock:
-            self._claimed.discard(turn.chunk)
+            self._claimed.discard(claim.chunk)
         return False
 
-    def scored(self, chunk: ChunkId, seconds: float, *, won: bool) -> None:
+    def note_scored(self, chunk: ChunkId, seconds: float, *, won: bool) -> None:
         """Take note of a chunk whose part this process wrote, or found written when it came to it."""
         with self._lock:
             self._row_seconds.append(seconds / self._rows[chunk])
             if not won:
                 self._lost.add(chunk[0])
 
-    def faulted(self, chunk: ChunkId) -> None:
+    def note_fault(self, chunk: ChunkId) -> None:
         """Take note of a chunk that can't be read; nobody tries it again in this call."""
         with self._lock:
             self._faulted.add(chunk)
 
-    def _parts(self) -> set[ChunkId]:
+    def _list_parts(self) -> set[ChunkId]:
         return set(list_parts(self._destination, self._plan))
 
-    def _exists(self, chunk: ChunkId) -> bool:
+    def _has_part(self, chunk: ChunkId) -> bool:
         return self._destination.exists(part_path(self._plan, chunk))
 
     def _claim(self, chunk: ChunkId) -> bool:
@@ -182,41 +182,41 @@ class Share:
             if chunk in self._claimed or chunk in self._known:
                 return False
             self._claimed.add(chunk)
-        return not self._exists(chunk)
+        return not self._has_part(chunk)
 
-    def _foreign(self) -> set[int]:
+    def _find_shards_of_others(self) -> set[int]:
         """Return the shards that other workers have written to since this one began."""
-        return {shard for shard, _ in self._parts() - self._known - self._claimed} | self._lost
+        return {shard for shard, _ in self._list_parts() - self._known - self._claimed} | self._lost
 
-    def _left_over(self) -> ChunkId | None:
+    def _choose_left_over(self) -> ChunkId | None:
         """Return a missing chunk that no slot of this process has in hand, at random; None where there is none.
 
         In a shard that another worker is at, chunks that follow a finished one are probably in its hands:
         they are taken last, and not before they got the time that a chunk takes.
         """
         waited: set[ChunkId] = set()
-        while not self.rests():
-            parts = self._parts()
+        while not self.is_stopping():
+            parts = self._list_parts()
             with self._lock:
                 # Another worker may have set a part aside since this one began.
                 self._known &= parts
                 left = self._chunks - parts - self._faulted - self._claimed
             if not left:
                 return None
-            foreign = self._foreign()
-            in_hand = {chunk for chunk in left if chunk[0] in foreign and not self._before(chunk) <= left}
+            foreign = self._find_shards_of_others()
+            in_hand = {chunk for chunk in left if chunk[0] in foreign and not self._chunks_before(chunk) <= left}
             if ready := sorted(left - in_hand) or sorted(left & waited):
                 return self._random.choice(ready)
             chunk = self._random.choice(sorted(left))
             waited.add(chunk)
-            self._wait_for(chunk)
+            self._wait_for_part(chunk)
         return None
 
-    def _before(self, chunk: ChunkId) -> set[ChunkId]:
+    def _chunks_before(self, chunk: ChunkId) -> set[ChunkId]:
         chunks = len(self._plan.shards[chunk[0]])
-        return {(chunk[0], (chunk[1] - back) % chunks) for back in range(1, _IN_HAND + 1)}
+        return {(chunk[0], (chunk[1] - back) % chunks) for back in range(1, _CHUNKS_IN_PROGRESS + 1)}
 
-    def _wait_for(self, chunk: ChunkId) -> None:
+    def _wait_for_part(self, chunk: ChunkId) -> None:
         """Wait until the part is there, for one and a half to four times what a chunk takes.
 
         Drawn at random: of workers that wait for one chunk, one then comes first.
@@ -224,5 +224,5 @@ class Share:
         chunk_seconds = self.chunk_seconds(chunk) or 1.0
         patience = min(max(self._random.uniform(1.5, 4.0) * chunk_seconds, _PATIENCE_MIN), _PATIENCE_MAX)
         until = self._host.clock() + patience
-        while self._host.clock() < until and not self.rests() and not self._exists(chunk):
+        while self._host.clock() < until and not self.is_stopping() and not self._has_part(chunk):
             self._host.wait(self.stop, min(patience / 10, 1.0))

@@ -26,9 +26,8 @@ from serving.errors import (
     StorageFault,
 )
 from serving.model.contract import Frozen
-from tasks.batch.commit_log import find_commit_log, must_be_loose
 from tasks.batch.footer import FooterReader, GroupBytes
-from tasks.storage import Entry, LocalStorage, Selection, Storage, open_storage, select
+from tasks.storage import Entry, LocalStorage, Selection, Storage, open_storage
 
 SOURCE_FILE, SOURCE_ROW = "source_file", "source_row"
 
@@ -70,7 +69,7 @@ class SourceFile(Frozen):
     @property
     def partition_values(self) -> dict[str, str | None]:
         """Name and value of each partition that the file lies in."""
-        return hive_values(_told(self)) if self.partitions is None else self.partitions
+        return parse_hive_values(_user_path(self)) if self.partitions is None else self.partitions
 
     @property
     def sized_groups(self) -> list[tuple[GroupBytes, int]]:
@@ -116,21 +115,6 @@ class Dataset:
         return sum(sum(file.row_groups) for file in self.snapshot.files)
 
 
-def take_snapshot(source: str, destination: str) -> Snapshot:
-    """List the files of a source and pin each by size and ETag or modification time.
-
-    A source is one file, a folder or prefix (everything below it, hive partitions too), or a glob.
-    Names that begin with `_` or `.` are passed over. Raises SourceNotFound, SourceFormat, also for files of a
-    table, which are not to be read as loose files, and BadInput where the destination's parts would be taken for the
-    source's files.
-    """
-    selected = select(source, open_storage)
-    if log := find_commit_log(selected, source):
-        raise must_be_loose(source, log)
-    must_lie_outside(selected, destination, source)
-    return pin_files(selected, source)
-
-
 def pin_files(selected: Selection, source: str) -> Snapshot:
     """Return the snapshot of the loose files that a source selects. Raises SourceNotFound, SourceFormat, BadInput."""
     if not selected.entries:
@@ -146,7 +130,7 @@ def pin_files(selected: Selection, source: str) -> Snapshot:
         SourceFile(path=entry.path, size=entry.size, tag=entry.tag)
         for entry in pin_entries(selected.storage, selected.entries)
     )
-    return Snapshot(root=selected.storage.url, format=_format(selected.entries, source), files=files)
+    return Snapshot(root=selected.storage.url, format=_detect_format(selected.entries, source), files=files)
 
 
 def pin_entries(storage: Storage, entries: Sequence[Entry]) -> list[Entry]:
@@ -154,10 +138,10 @@ def pin_entries(storage: Storage, entries: Sequence[Entry]) -> list[Entry]:
     return storage.pin(entries) if isinstance(storage, LocalStorage) else list(entries)
 
 
-def must_lie_outside(selected: Selection, destination: str, source: str) -> None:
+def check_outside_source(selected: Selection, destination: str, source: str) -> None:
     """Raise BadInput where the parts of a destination would be taken for the files of a source."""
     target = open_storage(destination)
-    if selected.takes_from(target, "run=0/part-00000-0000.parquet"):
+    if selected.would_select(target, "run=0/part-00000-0000.parquet"):
         message = (
             f"The destination must lie outside the source, or the next run would read this one's parts; got "
             f"{target.url} inside {source}. Choose another destination, or name the source's files by a glob."
@@ -165,7 +149,7 @@ def must_lie_outside(selected: Selection, destination: str, source: str) -> None
         raise BadInput(message)
 
 
-def _format(entries: list[Entry], source: str) -> str:
+def _detect_format(entries: list[Entry], source: str) -> str:
     by_format: dict[str | None, list[str]] = {}
     for entry in entries:
         by_format.setdefault(_FORMATS.get(PurePosixPath(entry.path).suffix.lower()), []).append(entry.path)
@@ -190,20 +174,22 @@ def open_dataset(snapshot: Snapshot, columns: Sequence[str], keys: Sequence[str]
     storage = open_storage(snapshot.root)
     used = dict.fromkeys([*columns, *keys])
     read = _Footers(storage, used.keys(), set(keys)).read
-    footers = [read(snapshot.files[0]), *in_parallel(storage, read, snapshot.files[1:])]
+    footers = [read(snapshot.files[0]), *map_parallel(storage, read, snapshot.files[1:])]
     with_rows = [(file, schema) for file, schema in footers if sum(file.row_groups)]
     if not with_rows:
         message = f"The source must hold at least one row, got none in {len(footers)} files below {snapshot.title}."
         raise SourceEmpty(message)
-    schema = _one_schema(with_rows, list(used))
+    schema = _require_one_schema(with_rows, list(used))
     schema = pa.schema([field for field in schema if field.name not in snapshot.columns_missing])
     beside = [name for name in used if name not in schema.names]
-    hive = [field for field in _partitions([file for file, _ in with_rows], beside) if field.name not in schema.names]
+    hive = [
+        field for field in _partition_fields([file for file, _ in with_rows], beside) if field.name not in schema.names
+    ]
     pinned = snapshot.model_copy(update={"files": tuple(file for file, _ in footers)})
     return Dataset(snapshot=pinned, schema=pa.schema([*schema, *hive]), hive=tuple(field.name for field in hive))
 
 
-def in_parallel(storage: Storage, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+def map_parallel(storage: Storage, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """Map over items in order, several at once: remote footers mostly wait, local ones keep a core busy each.
 
     Each worker takes a run of items: handing over one by one costs as much as a footer.
@@ -226,7 +212,7 @@ class _Footers:
 
     def read(self, file: SourceFile) -> tuple[SourceFile, pa.Schema]:
         """Return a file with its row groups, and its schema."""
-        with self._storage.open_pinned(file.entry) as stream, corrupt_as_named(self._storage, file.entry):
+        with self._storage.open_pinned(file.entry) as stream, name_corrupt_file(self._storage, file.entry):
             metadata = pq.read_metadata(stream)
             groups = tuple(metadata.row_group(at).num_rows for at in range(metadata.num_row_groups))
             schema = metadata.schema.to_arrow_schema()
@@ -238,7 +224,7 @@ class _Footers:
         return file.model_copy(update={"row_groups": groups, "group_bytes": sizes}), first[0]
 
 
-class corrupt_as_named:  # noqa: N801 - a context manager reads as a verb
+class name_corrupt_file:  # noqa: N801 - a context manager reads as a verb
     """Turn Arrow's errors about a file's bytes into SourceCorrupt with the file's name.
 
     Bytes that make no sense since the file was changed under the reader are SourceChanged.
@@ -254,7 +240,7 @@ class corrupt_as_named:  # noqa: N801 - a context manager reads as a verb
         # Arrow's errors are ValueErrors and OSErrors, the latter without an errno where the bytes are to blame.
         if not isinstance(error, OSError | ValueError | pa.ArrowException) or isinstance(error, OvernightError):
             return
-        self._storage.hold(self._entry)
+        self._storage.check_unchanged(self._entry)
         where = self._storage.address(self._entry.path)
         got = (str(error).splitlines() or [repr(error)])[0][:300]
         if isinstance(error, OSError) and error.errno not in (None, errno.EIO):
@@ -264,15 +250,17 @@ class corrupt_as_named:  # noqa: N801 - a context manager reads as a verb
         raise SourceCorrupt(message) from error
 
 
-def _one_schema(footers: list[tuple[SourceFile, pa.Schema]], used: Sequence[str]) -> pa.Schema:
+def _require_one_schema(footers: list[tuple[SourceFile, pa.Schema]], used: Sequence[str]) -> pa.Schema:
     first_file, first = footers[0]
     differing = []
     for file, schema in footers[1:]:
         for name in () if schema is first else used:
-            ours, theirs = _type_of(first, name), _type_of(schema, name)
+            ours, theirs = _column_type(first, name), _column_type(schema, name)
             if ours != theirs:
                 here, there = theirs or "missing", ours or "missing"
-                differing.append(f"  - {_told(file)}: column {name!r} is {here}, in {_told(first_file)} {there}")
+                differing.append(
+                    f"  - {_user_path(file)}: column {name!r} is {here}, in {_user_path(first_file)} {there}"
+                )
     if differing:
         more = len(differing) - _PROBLEMS_SHOWN
         listed = "\n".join(differing[:_PROBLEMS_SHOWN]) + (f"\n  and {more} more" if more > 0 else "")
@@ -284,17 +272,17 @@ def _one_schema(footers: list[tuple[SourceFile, pa.Schema]], used: Sequence[str]
     return first.remove_metadata()
 
 
-def _told(file: SourceFile) -> str:
+def _user_path(file: SourceFile) -> str:
     """Return the path that the user knows a file by."""
     return file.origin or file.path
 
 
-def _type_of(schema: pa.Schema, name: str) -> pa.DataType | None:
+def _column_type(schema: pa.Schema, name: str) -> pa.DataType | None:
     at = schema.get_field_index(name)
     return schema.field(at).type if at >= 0 else None
 
 
-def _partitions(files: Sequence[SourceFile], used: Sequence[str]) -> list[pa.Field]:
+def _partition_fields(files: Sequence[SourceFile], used: Sequence[str]) -> list[pa.Field]:
     """Return the hive partition columns, which are text: a key stays as it is written, and the contract parses inputs.
 
     Raises SchemaMismatch where a column that is used is in the path of some files only.
@@ -303,9 +291,9 @@ def _partitions(files: Sequence[SourceFile], used: Sequence[str]) -> list[pa.Fie
     lacking: dict[str, str] = {}
     for at, file in enumerate(files):
         found = file.partition_values
-        lacking |= {name: _told(files[0]) for name in found if at and name not in names}
+        lacking |= {name: _user_path(files[0]) for name in found if at and name not in names}
         names |= dict.fromkeys(found)
-        lacking |= {name: _told(file) for name in names if name not in found}
+        lacking |= {name: _user_path(file) for name in names if name not in found}
     if partial := sorted(name for name in lacking if name in used):
         listed = ", ".join(f"{name!r} is missing in {lacking[name]}" for name in partial)
         message = f"Every file must lie in a folder of each partition that is used, got: {listed}. Move it, or glob."
@@ -313,14 +301,16 @@ def _partitions(files: Sequence[SourceFile], used: Sequence[str]) -> list[pa.Fie
     return [pa.field(name, pa.string()) for name in names if name not in lacking]
 
 
-def hive_values(path: str) -> dict[str, str | None]:
+def parse_hive_values(path: str) -> dict[str, str | None]:
     """Return name and value of each `name=value` folder of a path; None for hive's name of a null."""
     folders = path.split("/")[:-1]
-    pairs = [(name, _decoded(value)) for name, sep, value in (part.partition("=") for part in folders) if sep and name]
+    pairs = [
+        (name, _decode_value(value)) for name, sep, value in (part.partition("=") for part in folders) if sep and name
+    ]
     return {name: None if value == _NULL_PARTITION else value for name, value in pairs}
 
 
-def _decoded(value: str) -> str:
+def _decode_value(value: str) -> str:
     """Return a value without its escapes; as it is written where they are not UTF-8, and so are none."""
     try:
         return unquote(value, errors="strict")

@@ -24,7 +24,7 @@ _SHOWN = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class RequestedColumns:
     """The columns that a run reads, and those of them that are lists.
 
     `found` is filled while JSON lines are read: those of the columns that a line has had so far.
@@ -35,7 +35,7 @@ class Wanted:
     found: set[str] = field(default_factory=set)
 
 
-def read_tables(raw: Path, kind: str, wanted: Wanted, where: str) -> Iterable[pa.Table]:
+def read_tables(raw: Path, kind: str, wanted: RequestedColumns, where: str) -> Iterable[pa.Table]:
     """Return the rows of a file as tables of one schema, each at most about 16 MiB of text or one Arrow batch.
 
     `where` is the file's address for messages. JSON lines have the wanted columns, which may be null throughout.
@@ -61,10 +61,10 @@ def _read_arrow(raw: Path) -> Generator[pa.Table]:
         else:
             batches = iter(pa.ipc.open_stream(stream))
         for batch in batches:
-            yield _without_dictionaries(pa.Table.from_batches([batch]))
+            yield _decode_dictionaries(pa.Table.from_batches([batch]))
 
 
-def _without_dictionaries(table: pa.Table) -> pa.Table:
+def _decode_dictionaries(table: pa.Table) -> pa.Table:
     """Return the values themselves: Parquet makes dictionaries of its own, and can't take one that holds a null."""
     fields = [
         field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field
@@ -105,7 +105,7 @@ def _quotes_are_odd(raw: Path) -> bool:
         return sum(block.count(b'"') for block in iter(lambda: stream.read(_BLOCK), b"")) % 2 == 1
 
 
-def _read_jsonl(raw: Path, wanted: Wanted, where: str) -> Generator[pa.Table]:
+def _read_jsonl(raw: Path, wanted: RequestedColumns, where: str) -> Generator[pa.Table]:
     types: dict[str, pl.DataType] = {
         name: pl.List(pl.String) if name in wanted.lists else pl.String() for name in wanted.names
     }
@@ -122,7 +122,7 @@ def _read_jsonl(raw: Path, wanted: Wanted, where: str) -> Generator[pa.Table]:
             line += block.count(b"\n")
 
 
-def _note_found(frame: pl.DataFrame, block: bytes, wanted: Wanted) -> None:
+def _note_found(frame: pl.DataFrame, block: bytes, wanted: RequestedColumns) -> None:
     """Add the columns that lines of a block have; only one that is null throughout may be in none."""
     missing = [name for name in wanted.names if name not in wanted.found]
     filled = {name for name in missing if frame[name].null_count() < frame.height}

@@ -152,7 +152,7 @@ class BatchOptions(Frozen):
             raise ValueError(message)
         return self
 
-    def in_key(self) -> dict[str, object]:
+    def key_fields(self) -> dict[str, object]:
         """Return what the run key is made of: the options that change the output."""
         # Without it a call keeps the key that it has had before there was such an option.
         unset = {"rescore"} if self.rescore is None else set()

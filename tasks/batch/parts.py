@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from serving.errors import BadInput, SchemaMismatch, SourceChanged
 from serving.model.contract import Contract, Output, is_text
 from serving.model.encoding import Flags
-from serving.model.forward import Predictions
+from serving.model.interface import Predictions
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Chunk, Plan, digest_chunk
@@ -96,10 +96,10 @@ def check_names(dataset: Dataset, contract: Contract, options: BatchOptions) -> 
         )
         raise BadInput(message)
     for key in options.key_columns:
-        _must_be_readable(key, dataset.schema.field(key).type, options)
+        _check_readable_key(key, dataset.schema.field(key).type, options)
 
 
-def _must_be_readable(key: str, given: pa.DataType, options: BatchOptions) -> None:
+def _check_readable_key(key: str, given: pa.DataType, options: BatchOptions) -> None:
     """Raise BadInput where a part that holds a key could not be read back, as a trial of one row shows."""
     try:
         stored = stored_type(given, options.output)
@@ -166,7 +166,7 @@ def encode_part(
     what was left of it where memory ran out.
     """
     columns = {name: keys.column(name) for name in keys.column_names}
-    columns |= answer_columns(plan.contract, predictions, flags)
+    columns |= output_columns(plan.contract, predictions, flags)
     columns = {name: values.cast(stored_type(values.type, plan.options.output)) for name, values in columns.items()}
     table = pa.table(columns, metadata=_metadata(plan, chunk, keys, flags, batch_size)).combine_chunks()
     sink = pa.BufferOutputStream()
@@ -175,14 +175,14 @@ def encode_part(
     return memoryview(sink.getvalue())
 
 
-def answer_columns(contract: Contract, predictions: Predictions, flags: Flags) -> dict[str, pa.Array]:
+def output_columns(contract: Contract, predictions: Predictions, flags: Flags) -> dict[str, pa.Array]:
     """Return what stands beside the keys: predictions, or nulls, and column and reason of each reject."""
     bad_N = flags.code_N != 0
-    columns = {output.name: _prediction(output, predictions, bad_N) for output in contract.outputs}
-    return columns | {REJECT_COLUMN: _reject(flags, 0), REJECT_REASON: _reject(flags, 1)}
+    columns = {output.name: _prediction_column(output, predictions, bad_N) for output in contract.outputs}
+    return columns | {REJECT_COLUMN: _reject_column(flags, 0), REJECT_REASON: _reject_column(flags, 1)}
 
 
-def _prediction(output: Output, predictions: Predictions, bad_N: np.ndarray) -> pa.Array:
+def _prediction_column(output: Output, predictions: Predictions, bad_N: np.ndarray) -> pa.Array:
     value = predictions[output.name]
     if output.width == 1:
         return pa.array(value.reshape(len(value)), type=output.arrow_type, mask=bad_N if bad_N.any() else None)
@@ -191,7 +191,7 @@ def _prediction(output: Output, predictions: Predictions, bad_N: np.ndarray) -> 
     return pa.FixedSizeListArray.from_arrays(flat, type=output.arrow_type, mask=mask)
 
 
-def _reject(flags: Flags, at: int) -> pa.Array:
+def _reject_column(flags: Flags, at: int) -> pa.Array:
     if not flags.reasons:
         return pa.nulls(len(flags.code_N), pa.string())
     words = pa.array([pair[at] or None for pair in flags.reasons], pa.string())
@@ -219,7 +219,7 @@ def _identity(plan: Plan, chunk: Chunk | None) -> dict[str, str]:
     return identity
 
 
-def belongs_to(metadata: pq.FileMetaData, plan: Plan, chunk: Chunk | None) -> bool:
+def is_part_of(metadata: pq.FileMetaData, plan: Plan, chunk: Chunk | None) -> bool:
     """Return whether a part says that it was made for this plan, and for this chunk of it."""
     told = metadata.metadata or {}
     return all(told.get(name.encode()) == value.encode() for name, value in _identity(plan, chunk).items())
@@ -254,12 +254,12 @@ def read_footer(storage: Storage, plan: Plan, chunk: Chunk, entry: Entry) -> Par
             metadata = pq.read_metadata(stream)
     except (pa.ArrowException, OSError, ValueError, SourceChanged):
         return None
-    if metadata.num_rows != chunk.rows or not belongs_to(metadata, plan, chunk):
+    if metadata.num_rows != chunk.rows or not is_part_of(metadata, plan, chunk):
         return None
-    return footer_of(entry, metadata)
+    return parse_footer(entry, metadata)
 
 
-def footer_of(entry: Entry, metadata: pq.FileMetaData) -> PartFooter:
+def parse_footer(entry: Entry, metadata: pq.FileMetaData) -> PartFooter:
     """Return what the metadata of a part's Parquet file says of it."""
     told = metadata.metadata
     rejects = Counter({(column, reason): count for column, reason, count in json.loads(told[b"overnight.rejects"])})

@@ -156,7 +156,7 @@ def digest_plan(plan: Plan) -> str:
         mode="json", include={"key", "columns", "partitions", "batch_size", "batch_unit", "engine", "shards"}
     )
     files = [(file.path, file.origin, file.origin_row, file.row_groups) for file in plan.snapshot.files]
-    return _digest({**shape, "files": files})
+    return _digest_json({**shape, "files": files})
 
 
 def digest_chunk(plan: Plan, chunk: Chunk) -> str:
@@ -166,10 +166,10 @@ def digest_chunk(plan: Plan, chunk: Chunk) -> str:
         (files[p.file].path, files[p.file].origin, files[p.file].origin_row, p.row_group, p.row_start, p.row_stop)
         for p in chunk.pieces
     ]
-    return _digest([plan.key, pieces, plan.batch_size, plan.batch_unit, plan.engine.model_dump(mode="json")])
+    return _digest_json([plan.key, pieces, plan.batch_size, plan.batch_unit, plan.engine.model_dump(mode="json")])
 
 
-def _digest(value: object) -> str:
+def _digest_json(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -178,7 +178,7 @@ def run_key(model: ModelPin, snapshot: Snapshot, contract: Contract, options: Ba
 
     The same call made again over the same model and files has the same key: it is the same run.
     """
-    chosen = json.dumps(options.in_key(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    chosen = json.dumps(options.key_fields(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     text = f"{model.digest}\n{snapshot.model_dump_json()}\n{contract.model_dump_json()}\n{chosen}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -231,7 +231,7 @@ def make_plan(
     have slots of their own: what they score twice at the end is a chunk of each, and there are to be many of those.
     """
     sizes = replace(sizes, slots=sizes.slots * options.workers)
-    rows_per_chunk = options.rows_per_chunk or chunk_rows(dataset.rows, sizes)
+    rows_per_chunk = options.rows_per_chunk or choose_chunk_rows(dataset.rows, sizes)
     chunks = cut_chunks(dataset.snapshot.files, rows_per_chunk, sizes.step, CHUNK_BYTES_MAX)
     plan = Plan(
         key=key,
@@ -255,7 +255,7 @@ def make_plan(
     return plan.model_copy(update={"digest": digest_plan(plan)})
 
 
-def chunk_rows(rows: int, sizes: Sizes) -> int:
+def choose_chunk_rows(rows: int, sizes: Sizes) -> int:
     """Return the rows of a chunk: min(10 s of work, 64 MiB decoded, 1/8 of a slot's rows).
 
     Rounded down to a batch times a power of two, so that only the last batch of a piece is short.
@@ -288,7 +288,7 @@ def cut_chunks(
                 chunks.append(Chunk(pieces=tuple(held)))
                 held, held_rows, held_bytes = [], 0, 0
             if rows > most:
-                chunks += [Chunk(pieces=(piece,)) for piece in _slices(at, group, rows, most, batch_size)]
+                chunks += [Chunk(pieces=(piece,)) for piece in _slice_row_group(at, group, rows, most, batch_size)]
             elif rows:
                 held.append(Piece(file=at, row_group=group, row_start=0, row_stop=rows))
                 held_rows, held_bytes = held_rows + rows, held_bytes + size
@@ -305,7 +305,7 @@ def _rows_within(most: float, size: int, rows: int, batch_size: int) -> int:
     return within - within % batch_size if within >= batch_size else within
 
 
-def _slices(file: int, group: int, rows: int, rows_per_chunk: int, batch_size: int) -> list[Piece]:
+def _slice_row_group(file: int, group: int, rows: int, rows_per_chunk: int, batch_size: int) -> list[Piece]:
     even = math.ceil(rows / math.ceil(rows / rows_per_chunk))
     step = min(rows_per_chunk, math.ceil(even / batch_size) * batch_size)
     # A slice that starts on a multiple of the batch has the batches that the row group as a whole would have.
@@ -370,7 +370,7 @@ def _value_bytes(output: Output) -> int:
     return _TEXT_BYTES if output.dtype in TEXT_DTYPES else np.dtype(output.dtype).itemsize
 
 
-def must_fit(needed: int, allowed: int, plan: Plan, slots: int) -> None:
+def check_fits(needed: int, allowed: int, plan: Plan, slots: int) -> None:
     """Refuse a plan that needs more bytes than are allowed; raises PlanTooLarge."""
     if needed > allowed:
         largest = max(chunk.rows for chunk in plan.chunks.values())
@@ -391,7 +391,7 @@ def save_plan(storage: Storage, plan: Plan) -> Plan:
     if standing is None:
         message = f"The plan of run {plan.run} must be readable once written, but is gone from {storage.url}."
         raise OvernightError(message)
-    return held_to_key(standing, plan.key)
+    return check_plan_key(standing, plan.key)
 
 
 def load_plan(storage: Storage, run: str) -> Plan | None:
@@ -431,7 +431,7 @@ def read_record(storage: Storage, path: str, kind: type[R]) -> R | None:
         raise DestinationUnusable(message) from error
 
 
-def held_to_key(plan: Plan, key: str) -> Plan:
+def check_plan_key(plan: Plan, key: str) -> Plan:
     """Return the plan if it has this key; raises RunNameTaken otherwise."""
     if plan.key != key:
         message = (
@@ -442,7 +442,7 @@ def held_to_key(plan: Plan, key: str) -> Plan:
     return plan
 
 
-class Start(Frozen):
+class RunStart(Frozen):
     """What ties the attempts of one flow run to one run: its name, and the key that it was planned with.
 
     Those of earlier releases have no key.
@@ -452,19 +452,19 @@ class Start(Frozen):
     key: str = ""
 
 
-def save_start(storage: Storage, flow_run_id: str, start: Start) -> Start:
+def save_start(storage: Storage, flow_run_id: str, start: RunStart) -> RunStart:
     """Tie a flow run to a run, create-only; return what it is tied to."""
     path = f"{ROOT}/starts/{flow_run_id}.json"
     storage.put_new(path, start.model_dump_json().encode())
     return load_start(storage, flow_run_id) or start
 
 
-def load_start(storage: Storage, flow_run_id: str) -> Start | None:
+def load_start(storage: Storage, flow_run_id: str) -> RunStart | None:
     """Return what an earlier attempt of this flow run was tied to, None for a first attempt."""
-    return read_record(storage, f"{ROOT}/starts/{flow_run_id}.json", Start)
+    return read_record(storage, f"{ROOT}/starts/{flow_run_id}.json", RunStart)
 
 
-def load_begun(storage: Storage, start: Start) -> Plan:
+def load_started_plan(storage: Storage, start: RunStart) -> Plan:
     """Return the plan that an earlier attempt of a flow run has begun.
 
     Raises OvernightError where it is gone, RunNameTaken where another call was planned in its place since.
@@ -475,10 +475,10 @@ def load_begun(storage: Storage, start: Start) -> Plan:
             f"The plan of run {start.run} must be there, since this flow run began it, but is gone from {storage.url}."
         )
         raise OvernightError(message)
-    return held_to_key(plan, start.key) if start.key else plan
+    return check_plan_key(plan, start.key) if start.key else plan
 
 
-class Numbered(Frozen):
+class OrderNumber(Frozen):
     """The run that holds a number in the order of runs."""
 
     run: str
@@ -497,7 +497,7 @@ def confirm_plan(storage: Storage, plan: Plan) -> Plan:
     """
     stored = load_plan(storage, plan.run)
     if stored is not None and stored.order:
-        holder = read_record(storage, order_path(stored.order), Numbered)
+        holder = read_record(storage, order_path(stored.order), OrderNumber)
         if holder is None or holder.run != plan.run:
             message = (
                 f"{storage.address(order_path(stored.order))} must hold run {plan.run}, which was planned under that "

@@ -12,11 +12,11 @@ from datetime import datetime
 from serving.errors import DestinationUnusable, PublishRefused, RunDamaged, RunNameTaken, StorageFault
 from serving.model.contract import Frozen
 from serving.model.registry import ModelPin
-from tasks.batch.dataset import Snapshot, in_parallel
+from tasks.batch.dataset import Snapshot, map_parallel
 from tasks.batch.delta import commit_delta
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import ChunkId, PartFooter, Reasons, list_parts, read_footer
-from tasks.batch.plan import ROOT, Numbered, Plan, order_path, read_record
+from tasks.batch.plan import ROOT, OrderNumber, Plan, order_path, read_record
 from tasks.storage import Storage
 
 _SHOWN = 10
@@ -94,7 +94,7 @@ def audit_parts(storage: Storage, plan: Plan) -> Audit:
     chunks = plan.chunks
     parts = list_parts(storage, plan)
     ids = [chunk for chunk in chunks if chunk in parts]
-    footers = in_parallel(storage, lambda chunk: read_footer(storage, plan, chunks[chunk], parts[chunk]), ids)
+    footers = map_parallel(storage, lambda chunk: read_footer(storage, plan, chunks[chunk], parts[chunk]), ids)
     torn = [chunk for chunk, footer in zip(ids, footers, strict=True) if footer is None]
     aside = tuple(name for chunk in torn if (name := storage.set_aside(parts[chunk])) is not None)
     return Audit(
@@ -115,7 +115,7 @@ def publish(storage: Storage, plan: Plan, audit: Audit) -> Manifest:
     was planned later; nothing is published then. RunNameTaken where the name holds a run of another call by now,
     RunDamaged where what is published already has parts of other sizes.
     """
-    must_add_up(plan, audit)
+    check_rows_add_up(plan, audit)
     manifest = Manifest(
         key=plan.key,
         run=plan.run,
@@ -132,17 +132,17 @@ def publish(storage: Storage, plan: Plan, audit: Audit) -> Manifest:
     )
     if plan.options.output == "delta":
         commit_delta(storage, plan, audit.footers)
-    storage.put_new(_path(plan.run), manifest.model_dump_json().encode())
-    storage.sweep(f"run={plan.run}")
+    storage.put_new(_manifest_path(plan.run), manifest.model_dump_json().encode())
+    storage.delete_torn_writes(f"run={plan.run}")
     storage.delete([entry.path for entry in storage.entries(f"{plan.folder}/staged")])
-    storage.sweep(plan.folder)
+    storage.delete_torn_writes(plan.folder)
     standing = find_manifest(storage, plan.run)
     if standing is None:
         message = f"The manifest of run {plan.run} must be readable once written, but is gone from {storage.url}."
         raise StorageFault(message)
-    must_be_of(standing, plan)
-    if standing.plan_digest == manifest.plan_digest or find_damage(storage, standing):
-        _must_be_those_published(standing, manifest)
+    check_manifest_key(standing, plan)
+    if standing.plan_digest == manifest.plan_digest or find_damaged_parts(storage, standing):
+        _check_published_parts(standing, manifest)
     return standing
 
 
@@ -154,7 +154,7 @@ def count_rejects(audit: Audit) -> tuple[RejectCount, ...]:
     )
 
 
-def must_add_up(plan: Plan, audit: Audit) -> None:
+def check_rows_add_up(plan: Plan, audit: Audit) -> None:
     """Raise PublishRefused unless the parts of a plan hold every row of the dataset."""
     dataset = sum(sum(file.row_groups) for file in plan.snapshot.files)
     rows = sum(footer.rows for footer in audit.footers)
@@ -167,7 +167,7 @@ def must_add_up(plan: Plan, audit: Audit) -> None:
         raise PublishRefused(message)
 
 
-def _must_be_those_published(standing: Manifest, manifest: Manifest) -> None:
+def _check_published_parts(standing: Manifest, manifest: Manifest) -> None:
     published = {part.path: part.bytes for part in standing.parts}
     others = [part for part in manifest.parts if part.bytes != published.get(part.path)]
     if others:
@@ -182,16 +182,16 @@ def _must_be_those_published(standing: Manifest, manifest: Manifest) -> None:
         raise RunDamaged(message)
 
 
-def _path(run: str) -> str:
+def _manifest_path(run: str) -> str:
     return f"{ROOT}/{run}/manifest.json"
 
 
 def find_manifest(storage: Storage, run: str) -> Manifest | None:
     """Return the manifest of a run, None where it is not complete."""
-    return read_record(storage, _path(run), Manifest)
+    return read_record(storage, _manifest_path(run), Manifest)
 
 
-def must_be_of(manifest: Manifest, plan: Plan) -> None:
+def check_manifest_key(manifest: Manifest, plan: Plan) -> None:
     """Raise RunNameTaken where the manifest below a run's name is of another call than the plan there."""
     if manifest.key != plan.key:
         message = (
@@ -209,7 +209,7 @@ def find_newest_run(storage: Storage) -> Manifest | None:
 
 def _read_manifests(storage: Storage, paths: Sequence[str]) -> list[Manifest]:
     paths = [path for path in paths if path.endswith("/manifest.json")]
-    found = in_parallel(storage, lambda path: read_record(storage, path, Manifest), paths)
+    found = map_parallel(storage, lambda path: read_record(storage, path, Manifest), paths)
     return [manifest for manifest in found if manifest is not None]
 
 
@@ -240,10 +240,10 @@ def _is_same_call(plan: Plan, model: ModelPin, source: Snapshot, options: BatchO
         for each in (source, plan.source)
     )
     same_model = (plan.model.name, plan.model.version) == (model.name, model.version)
-    return same_model and plan.options.in_key() == options.in_key() and ours == theirs
+    return same_model and plan.options.key_fields() == options.key_fields() and ours == theirs
 
 
-def claim_order(storage: Storage, run: str, *, above: int = 0) -> int:
+def claim_order_number(storage: Storage, run: str, *, above: int = 0) -> int:
     """Return the next number in the order of the runs planned at a destination, which is then this run's alone.
 
     Numbers are objects that are created once, so no clock decides, and no two plans have the same; a number whose
@@ -255,12 +255,12 @@ def claim_order(storage: Storage, run: str, *, above: int = 0) -> int:
         # The numbers were deleted, or are none of this release's yet.
         taken = newest.order
     number = max(taken, above) + 1
-    while not storage.put_new(order_path(number), Numbered(run=run).model_dump_json().encode()):
+    while not storage.put_new(order_path(number), OrderNumber(run=run).model_dump_json().encode()):
         number += 1
     return number
 
 
-def find_damage(storage: Storage, manifest: Manifest) -> tuple[str, ...]:
+def find_damaged_parts(storage: Storage, manifest: Manifest) -> tuple[str, ...]:
     """Return the parts of a published run that are gone, or of another size, by now; one listing, nothing opened.
 
     None of a Delta table: it may have rewritten and vacuumed them, and its own log says what it holds.
@@ -272,7 +272,7 @@ def find_damage(storage: Storage, manifest: Manifest) -> tuple[str, ...]:
     return tuple(part.path for part in manifest.parts if sizes.get(part.path) != part.bytes)
 
 
-def find_whole(storage: Storage, run: str) -> Manifest | None:
+def find_intact_manifest(storage: Storage, run: str) -> Manifest | None:
     """Return the manifest of a run, None where it is not complete, or has lost parts since."""
     manifest = find_manifest(storage, run)
-    return None if manifest is None or find_damage(storage, manifest) else manifest
+    return None if manifest is None or find_damaged_parts(storage, manifest) else manifest

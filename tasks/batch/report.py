@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from serving.model.tuner import Tuning
 from tasks.batch.parts import part_glob
 from tasks.batch.plan import Plan
 from tasks.batch.publish import Manifest, RejectCount
+from tasks.common.formatting import data_uri
 from tasks.storage import Storage
 
 REPORT = "report.html"
@@ -161,11 +161,6 @@ def plot(report: BatchReport, samples: Sequence[Sample]) -> bytes:
     sink = io.BytesIO()
     figure.savefig(sink, format="png")
     return sink.getvalue()
-
-
-def data_uri(png: bytes) -> str:
-    """Return a PNG as a data URI."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def page(report: BatchReport, png: bytes) -> bytes:

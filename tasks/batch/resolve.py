@@ -19,30 +19,30 @@ from tasks.batch.options import BatchOptions, Ray
 from tasks.batch.parts import check_names, part_schema
 from tasks.batch.plan import (
     Plan,
-    held_to_key,
+    check_fits,
+    check_plan_key,
     load_plan,
     make_plan,
     memory_bytes,
-    must_fit,
     run_key,
     save_plan,
 )
 from tasks.batch.publish import (
     Manifest,
-    claim_order,
-    find_damage,
+    check_manifest_key,
+    claim_order_number,
+    find_damaged_parts,
     find_earlier_keys,
+    find_intact_manifest,
     find_manifest,
-    find_whole,
-    must_be_of,
 )
 from tasks.batch.source import pin_source
 from tasks.batch.staging import stage
-from tasks.batch.tuning import settle_sizes
+from tasks.batch.tuning import choose_sizes
 from tasks.storage import Storage, check_create_only
 
 
-class Loader(Protocol):
+class ModelLoader(Protocol):
     """How a resolved model becomes one that predicts, as load_model does it."""
 
     def __call__(self, resolved: Resolved, contract: Contract, *, allow_pickle: bool) -> Tunable:
@@ -56,7 +56,7 @@ def utc_now() -> datetime:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
+class RunRequest:
     """A call, pinned: the model version, the files, the contract between them, and the key of all that."""
 
     resolved: Resolved
@@ -71,26 +71,26 @@ class Call:
         return self.options.name or self.key
 
 
-def pin_call(model: str, source: str, destination: str, options: BatchOptions) -> Call:
+def resolve_request(model: str, source: str, destination: str, options: BatchOptions) -> RunRequest:
     """Resolve the model and list the source, once. Raises BadInput's kinds; nothing is written."""
     resolved = resolve_model(model)
     contract = resolved.contract(options.input_columns, options.policies)
     snapshot = pin_source(source, destination)
     key = run_key(resolved.pin, snapshot, contract, options)
-    return Call(resolved=resolved, snapshot=snapshot, contract=contract, options=options, key=key)
+    return RunRequest(resolved=resolved, snapshot=snapshot, contract=contract, options=options, key=key)
 
 
-def find_complete(storage: Storage, call: Call) -> Manifest | None:
+def find_complete_run(storage: Storage, call: RunRequest) -> Manifest | None:
     """Return the manifest if this very call has been answered already, and its parts are there.
 
     A few reads and a listing; nothing is opened.
     """
-    manifest = find_whole(storage, call.run)
+    manifest = find_intact_manifest(storage, call.run)
     return manifest if manifest is not None and manifest.key == call.key else None
 
 
-def plan_call(
-    call: Call, storage: Storage, *, load: Loader = load_model, clock: Callable[[], datetime] = utc_now
+def plan_run(
+    call: RunRequest, storage: Storage, *, load: ModelLoader = load_model, clock: Callable[[], datetime] = utc_now
 ) -> Plan:
     """Return the plan of a call: the one that is written already, or a new one, written first.
 
@@ -99,8 +99,8 @@ def plan_call(
     """
     standing = load_plan(storage, call.run)
     if standing is not None:
-        return held_to_key(standing, call.key)
-    dataset = _open(call, storage)
+        return check_plan_key(standing, call.key)
+    dataset = _open_dataset(call, storage)
     call.contract.check(dataset.schema, f"The dataset at {call.snapshot.title}")
     check_names(dataset, call.contract, call.options)
     order_held = 0
@@ -116,31 +116,31 @@ def plan_call(
         options=call.options,
         source=call.snapshot,
         dataset=dataset,
-        sizes=settle_sizes(call.resolved, model, call.contract, call.options, dataset),
+        sizes=choose_sizes(call.resolved, model, call.contract, call.options, dataset),
         planned_at=clock(),
     )
-    state_memory(plan, plan_slots(call.options, model.using(plan.engine)), call.options)
+    check_memory(plan, choose_slots(call.options, model.with_engine(plan.engine)), call.options)
     check_create_only(storage)
-    order = claim_order(storage, plan.run, above=order_held)
+    order = claim_order_number(storage, plan.run, above=order_held)
     return save_plan(storage, plan.model_copy(update={"order": order}))
 
 
-def plan_slots(options: BatchOptions, model: Model) -> int:
+def choose_slots(options: BatchOptions, model: Model) -> int:
     """Return how many slots a run has: what the options say, or what suits the model on this machine."""
     return options.slots or model.slots
 
 
-def state_memory(plan: Plan, slots: int, options: BatchOptions) -> int:
+def check_memory(plan: Plan, slots: int, options: BatchOptions) -> int:
     """Return the bytes that the run's data takes at its peak; raises PlanTooLarge where they are not to be had."""
     needed = memory_bytes(plan, slots)
     elsewhere = isinstance(options.runner, Ray) and options.runner.address is not None
     allowed = options.memory_mb << 20 if options.memory_mb else None if elsewhere else free_memory()
     if allowed is not None:
-        must_fit(needed, allowed, plan, slots)
+        check_fits(needed, allowed, plan, slots)
     return needed
 
 
-def _open(call: Call, storage: Storage) -> Dataset:
+def _open_dataset(call: RunRequest, storage: Storage) -> Dataset:
     names = [column.name for column in call.contract.columns]
     snapshot = call.snapshot
     if snapshot.format != "parquet":
@@ -150,13 +150,13 @@ def _open(call: Call, storage: Storage) -> Dataset:
     return open_dataset(snapshot, names, call.options.key_columns)
 
 
-def load_planned(plan: Plan, resolved: Resolved | None, options: BatchOptions) -> Model:
+def load_planned_model(plan: Plan, resolved: Resolved | None, options: BatchOptions) -> Model:
     """Load the model of a plan on the engine that the plan is tied to, from its files if they are open already."""
-    model = load_model(resolved or open_planned(plan), plan.contract, allow_pickle=options.allow_pickle)
-    return model.using(plan.engine)
+    model = load_model(resolved or open_planned_model(plan), plan.contract, allow_pickle=options.allow_pickle)
+    return model.with_engine(plan.engine)
 
 
-def open_planned(plan: Plan) -> Resolved:
+def open_planned_model(plan: Plan) -> Resolved:
     """Open the very model version that a plan was made for; raises ModelUnfit where its files are others."""
     pin = plan.model
     resolved = open_model(name=pin.name, version=pin.version, source=pin.source)
@@ -191,12 +191,12 @@ def find_published(storage: Storage, plan: Plan, resolved: Resolved | None) -> F
     """
     manifest = find_manifest(storage, plan.run)
     if manifest is not None:
-        must_be_of(manifest, plan)
-    damaged = () if manifest is None else find_damage(storage, manifest)
+        check_manifest_key(manifest, plan)
+    damaged = () if manifest is None else find_damaged_parts(storage, manifest)
     return Found(plan=plan, resolved=resolved, manifest=manifest, damaged=damaged)
 
 
-def restage(plan: Plan, storage: Storage) -> Plan:
+def restage_plan(plan: Plan, storage: Storage) -> Plan:
     """Return a plan whose staged copies are there: a published run that has lost parts needs them once more.
 
     Raises RunDamaged where they do not come out the same.

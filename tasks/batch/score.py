@@ -15,11 +15,11 @@ import pyarrow as pa
 
 from serving.errors import SourceFault, TooManyRejects
 from serving.model.encoding import Encoded, Flags, encode
-from serving.model.forward import Forward, Halted, Predictions, retry_pauses
-from serving.model.interface import Model
-from serving.model.loading import must_be_unchanged
+from serving.model.forward import Forward, Halted, iter_retry_delays
+from serving.model.interface import Model, Predictions
+from serving.model.loading import check_model_unchanged
 from tasks.batch.chunk_reader import ahead, open_reader
-from tasks.batch.chunk_scheduler import Host, Share, Turn
+from tasks.batch.chunk_scheduler import ChunkClaim, ChunkScheduler, Host
 from tasks.batch.parts import ChunkId, Reasons, count_reasons, encode_part, key_names, part_path
 from tasks.batch.plan import Plan
 from tasks.spot.drain import Drain
@@ -29,7 +29,7 @@ STAGES = ("read", "encode", "forward", "write")
 
 
 @dataclass(slots=True, kw_only=True)
-class Scored:
+class ScoringResult:
     """What scoring came to: rows, rejects, faults of the source by chunk, seconds by stage over all threads."""
 
     rows: int = 0
@@ -40,7 +40,7 @@ class Scored:
     faults: dict[ChunkId, SourceFault] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
-    def add(self, other: Scored) -> None:
+    def add(self, other: ScoringResult) -> None:
         """Add what another slot has done."""
         self.rows += other.rows
         self.rows_recomputed += other.rows_recomputed
@@ -75,19 +75,19 @@ class Scorer:
         model: Model,
         max_reject_fraction: float,
         joined: bool = False,
-        pauses: Callable[[], Iterator[float]] = retry_pauses,
+        pauses: Callable[[], Iterator[float]] = iter_retry_delays,
         host: Host | None = None,
     ) -> None:
         self.plan, self.destination, self.model = plan, destination, model
         self.host = host or Host()
         self.drain = Drain(self.host.clock)
-        self.share = Share(plan, destination, self.drain, joined=joined, host=self.host)
+        self.scheduler = ChunkScheduler(plan, destination, self.drain, joined=joined, host=self.host)
         self.max_reject_fraction = max_reject_fraction
         self.pauses = pauses
         self._lock = threading.Lock()
         self._rejects = 0
 
-    def score_shard(self, shard: int) -> Scored:
+    def score_shard(self, shard: int) -> ScoringResult:
         """Score what is missing of a shard, then help with what is left of the others.
 
         Runs one slot in the calling thread. Source faults are collected, not raised; whatever else is
@@ -97,7 +97,7 @@ class Scorer:
             with self.model.slot(), self.host.writer() as writer:
                 return _Slot(self, writer).score(shard)
         except BaseException:
-            self.share.stop.set()
+            self.scheduler.stop.set()
             raise
 
     def count_rejects(self, rejects: int) -> None:
@@ -114,10 +114,10 @@ class _Block:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Open:
+class _OpenChunk:
     """The chunk in hand: its blocks scored so far."""
 
-    turn: Turn
+    claim: ChunkClaim
     rows_left: int
     started: float
     keys: list[pa.Table] = field(default_factory=list)
@@ -137,21 +137,23 @@ class _Slot:
     """One stream of forward passes: blocks come in from a reading thread, whole chunks go out to a writing one."""
 
     def __init__(self, scorer: Scorer, writer: Executor) -> None:
-        self._scorer, self._plan, self._share, self._writer = scorer, scorer.plan, scorer.share, writer
+        self._scorer, self._plan, self._scheduler, self._writer = scorer, scorer.plan, scorer.scheduler, writer
         self._chunks, self._host = scorer.plan.chunks, scorer.host
         self._forward = Forward(
-            *(scorer.model, scorer.plan.contract, scorer.plan.batch_size), goes_on=self._goes_on, pauses=scorer.pauses
+            *(scorer.model, scorer.plan.contract, scorer.plan.batch_size),
+            may_continue=self._goes_on,
+            delays=scorer.pauses,
         )
-        self._held: _Open | None = None
+        self._held: _OpenChunk | None = None
         self._writing: Future[None] | None = None
         self._idle = threading.Semaphore(1)
-        self._done = Scored()
+        self._done = ScoringResult()
 
-    def score(self, shard: int) -> Scored:
+    def score(self, shard: int) -> ScoringResult:
         with closing(ahead(self._read(shard), self._host.blocks_ahead)) as items:
             try:
                 for item in items:
-                    if (self._held is None or isinstance(item, Turn)) and self._share.rests():
+                    if (self._held is None or isinstance(item, ChunkClaim)) and self._scheduler.is_stopping():
                         break
                     self._take(item)
             except Halted:
@@ -160,8 +162,8 @@ class _Slot:
             self._writing.result()
         return self._done
 
-    def _take(self, item: Turn | _Block) -> None:
-        if isinstance(item, Turn):
+    def _take(self, item: ChunkClaim | _Block) -> None:
+        if isinstance(item, ChunkClaim):
             self._held = self._open(item)
         elif self._held is not None:
             with self._done.timed("forward"):
@@ -173,14 +175,14 @@ class _Slot:
     def _goes_on(self) -> bool:
         """Return whether the chunk in hand is gone on with; asked before each batch."""
         held = self._held
-        return held is None or self._share.goes_on(held.turn, self._host.clock() - held.started)
+        return held is None or self._scheduler.may_continue(held.claim, self._host.clock() - held.started)
 
-    def _read(self, shard: int) -> Generator[Turn | _Block]:
-        """Yield each turn, then its blocks; runs in the read-ahead thread."""
+    def _read(self, shard: int) -> Generator[ChunkClaim | _Block]:
+        """Yield each claim, then its blocks; runs in the read-ahead thread."""
         reader, keys = open_reader(self._plan), key_names(self._plan.options)
-        for turn in self._share.turns(shard, self._idle):
-            yield turn
-            chunk = self._chunks[turn.chunk]
+        for claim in self._scheduler.claim_chunks(shard, self._idle):
+            yield claim
+            chunk = self._chunks[claim.chunk]
             blocks = reader.blocks(chunk, self._plan.block_rows(chunk))
             try:
                 while True:
@@ -197,38 +199,38 @@ class _Slot:
                     del block
             except SourceFault as fault:
                 reader = open_reader(self._plan)
-                self._share.faulted(turn.chunk)
-                self._done.faults[turn.chunk] = fault
-                self._release(turn)
+                self._scheduler.note_fault(claim.chunk)
+                self._done.faults[claim.chunk] = fault
+                self._release(claim)
 
-    def _open(self, turn: Turn) -> _Open | None:
-        if self._share.still_wanted(turn):
-            return _Open(turn=turn, rows_left=self._chunks[turn.chunk].rows, started=self._host.clock())
-        self._release(turn)
+    def _open(self, claim: ChunkClaim) -> _OpenChunk | None:
+        if self._scheduler.is_still_missing(claim):
+            return _OpenChunk(claim=claim, rows_left=self._chunks[claim.chunk].rows, started=self._host.clock())
+        self._release(claim)
         return None
 
-    def _release(self, turn: Turn) -> None:
-        if turn.helping:
+    def _release(self, claim: ChunkClaim) -> None:
+        if claim.helping:
             self._idle.release()
 
-    def _hand_over(self, held: _Open) -> None:
+    def _hand_over(self, held: _OpenChunk) -> None:
         """Give a whole chunk to the writer, after the one before it is durable."""
         if self._writing is not None:
             self._writing.result()
-        batch_size = self._forward.batch_size_safe or self._plan.batch_size
+        batch_size = self._forward.safe_batch_size or self._plan.batch_size
         self._writing = self._writer.submit(self._write, held, batch_size)
-        self._release(held.turn)
+        self._release(held.claim)
 
-    def _write(self, held: _Open, batch_size: int) -> None:
-        chunk = held.turn.chunk
+    def _write(self, held: _OpenChunk, batch_size: int) -> None:
+        chunk = held.claim.chunk
         with self._done.timed("write"):
-            flags = Flags.joined(held.flags)
+            flags = Flags.concat(held.flags)
             predictions = {name: np.concatenate([p[name] for p in held.predictions]) for name in held.predictions[0]}
             keys = pa.concat_tables(held.keys)
             data = encode_part(self._plan, self._chunks[chunk], keys, predictions, flags, batch_size)
-            must_be_unchanged(self._plan.model)
+            check_model_unchanged(self._plan.model)
             won = self._scorer.destination.put_new(part_path(self._plan, chunk), data)
-        self._share.scored(chunk, self._host.clock() - held.started, won=won)
+        self._scheduler.note_scored(chunk, self._host.clock() - held.started, won=won)
         self._done.rows += len(flags.code_N)
         self._done.chunks += 1
         if won:

@@ -19,8 +19,8 @@ from pydantic import ValidationError
 
 from serving.errors import SchemaMismatch, SourceEmpty, StorageFault
 from serving.model.contract import Contract, Frozen
-from tasks.batch.dataset import Snapshot, SourceFile, corrupt_as_named
-from tasks.batch.formats import Wanted, read_tables
+from tasks.batch.dataset import Snapshot, SourceFile, name_corrupt_file
+from tasks.batch.formats import RequestedColumns, read_tables
 from tasks.storage import LocalStorage, Storage, copy_pinned, local_errors, open_storage
 
 _ROWS_PER_GROUP = 1 << 16
@@ -79,7 +79,7 @@ class _Listing(Frozen):
     columns: tuple[str, ...]
 
 
-def _find_missing(snapshot: Snapshot, listings: Sequence[_Listing], wanted: Wanted) -> tuple[str, ...]:
+def _find_missing(snapshot: Snapshot, listings: Sequence[_Listing], wanted: RequestedColumns) -> tuple[str, ...]:
     """Return the columns that no line of any file has; a field that a whole file lacks is null there."""
     found = {name for listing in listings for name in listing.columns}
     if wanted.names and not found:
@@ -125,17 +125,17 @@ def _gone(destination: Storage, folder: str, path: str) -> StorageFault:
     )
 
 
-def _wanted(contract: Contract, keys: tuple[str, ...]) -> Wanted:
+def _wanted(contract: Contract, keys: tuple[str, ...]) -> RequestedColumns:
     """Return the columns that the run reads."""
     names = tuple(dict.fromkeys([*(column.name for column in contract.columns), *keys]))
-    return Wanted(names=names, lists=frozenset(column.name for column in contract.columns if column.shape))
+    return RequestedColumns(names=names, lists=frozenset(column.name for column in contract.columns if column.shape))
 
 
 def _convert(
-    source: Storage, file: SourceFile, kind: str, wanted: Wanted, destination: Storage, folder: str
+    source: Storage, file: SourceFile, kind: str, wanted: RequestedColumns, destination: Storage, folder: str
 ) -> Generator[_Copy]:
     row = 0
-    with _local_copy(source, file) as raw, corrupt_as_named(source, file.entry):
+    with _local_copy(source, file) as raw, name_corrupt_file(source, file.entry):
         for rows, data in _written(read_tables(raw, kind, wanted, source.address(file.path))):
             # Named by its content: copies that an attempt before this one cut elsewhere are never mixed with these.
             digest = hashlib.blake2b(data, digest_size=8).hexdigest()
@@ -149,14 +149,14 @@ def _convert(
 def _local_copy(source: Storage, file: SourceFile) -> Generator[Path]:
     """Give a local file as it stands, held against its pin before and after, and a remote one as a copy."""
     if isinstance(source, LocalStorage):
-        source.hold(file.entry)
+        source.check_unchanged(file.entry)
         try:
             yield source.root / file.path
         except Exception:
             # What does not parse since it was changed is SourceChanged.
-            source.hold(file.entry)
+            source.check_unchanged(file.entry)
             raise
-        source.hold(file.entry)
+        source.check_unchanged(file.entry)
         return
     with tempfile.TemporaryDirectory(prefix="overnight-") as scratch:
         raw = Path(scratch) / "raw"

@@ -10,12 +10,12 @@ from dataclasses import replace
 import pyarrow as pa
 
 from serving.errors import SourceEmpty
-from serving.machine import machine_kind
+from serving.machine import describe_machine
 from serving.model.contract import Contract
 from serving.model.encoding import Encoded, encode
-from serving.model.interface import Tunable, Wish
+from serving.model.interface import Tunable, TuningLimits
 from serving.model.registry import Resolved, save_tag
-from serving.model.tuner import Tuning, measure, remembered, tag_of, tune
+from serving.model.tuner import Tuning, measure_throughput, read_tuning, tune, tuning_tag
 from tasks.batch.chunk_reader import Reader
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Dataset
 from tasks.batch.options import BatchOptions
@@ -27,32 +27,32 @@ SAMPLE_ROWS = 4096
 _SAMPLE_BYTES_MAX = 32 << 20
 
 
-def settle_sizes(
+def choose_sizes(
     resolved: Resolved, model: Tunable, contract: Contract, options: BatchOptions, dataset: Dataset
 ) -> Sizes:
     """Return the batch size, the engine and what else shapes a plan. May keep a tuning with the model version."""
-    table = first_rows(contract, options, dataset)
+    table = read_first_rows(contract, options, dataset)
     as_it_comes = Sizes(
         batch_size=options.batch_size or model.batch_size,
         slots=options.slots or model.slots,
-        row_bytes=row_bytes_of(table, dataset),
+        row_bytes=measure_row_bytes(table, dataset),
         rows_per_second=None,
         engine=model.engine,
         batch_unit=model.batch_unit,
     )
-    wish = wish_of(options)
-    tuning = remembered(resolved.tags, machine_kind(), wish)
+    wish = tuning_wish(options)
+    tuning = read_tuning(resolved.tags, describe_machine(), wish)
     if tuning is not None:
-        return _tuned(tuning, as_it_comes)
+        return _apply_tuning(tuning, as_it_comes)
     if options.batch_size and options.rows_per_chunk:
         return as_it_comes
     sample = model.prepare(encode(contract, table))
     if (sample.flags.code_N != 0).all():
         return as_it_comes
-    rate = measure(model, contract, sample, as_it_comes.batch_size, 1, time.perf_counter)
+    rate = measure_throughput(model, contract, sample, as_it_comes.batch_size, 1, time.perf_counter)
     if dataset.rows / (rate * as_it_comes.slots) > _WORK_SECONDS_MIN:
-        tuning = tune_and_keep(resolved, model, contract, enlarged(model, sample), wish)
-    return _tuned(tuning, as_it_comes) if tuning else replace(as_it_comes, rows_per_second=rate)
+        tuning = tune_and_keep(resolved, model, contract, enlarge_sample(model, sample), wish)
+    return _apply_tuning(tuning, as_it_comes) if tuning else replace(as_it_comes, rows_per_second=rate)
 
 
 def tune_and_keep(
@@ -60,20 +60,20 @@ def tune_and_keep(
     model: Tunable,
     contract: Contract,
     sample: Encoded,
-    wish: Wish,
+    wish: TuningLimits,
     *,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Tuning | None:
     """Tune a model on this machine, and keep what is found with its version; None where no row can be scored."""
-    tuning = tune(model, contract, sample, wish, machine=machine_kind(), clock=clock)
+    tuning = tune(model, contract, sample, wish, machine=describe_machine(), clock=clock)
     if tuning is not None:
-        save_tag(resolved.pin, tag_of(tuning.machine, wish), tuning.model_dump_json())
+        save_tag(resolved.pin, tuning_tag(tuning.machine, wish), tuning.model_dump_json())
     return tuning
 
 
-def wish_of(options: BatchOptions) -> Wish:
+def tuning_wish(options: BatchOptions) -> TuningLimits:
     """Return what the options let the tuner try."""
-    return Wish(
+    return TuningLimits(
         batch_size=options.batch_size,
         slots=options.slots,
         bfloat16_tolerance=options.bfloat16_tolerance,
@@ -81,7 +81,7 @@ def wish_of(options: BatchOptions) -> Wish:
     )
 
 
-def _tuned(tuning: Tuning, as_it_comes: Sizes) -> Sizes:
+def _apply_tuning(tuning: Tuning, as_it_comes: Sizes) -> Sizes:
     return replace(
         as_it_comes,
         batch_size=tuning.batch_size,
@@ -92,7 +92,7 @@ def _tuned(tuning: Tuning, as_it_comes: Sizes) -> Sizes:
     )
 
 
-def row_bytes_of(table: pa.Table, dataset: Dataset) -> float:
+def measure_row_bytes(table: pa.Table, dataset: Dataset) -> float:
     """Return the bytes of a decoded row: of the first rows, or what all footers say where that is far from them."""
     first = float(table.nbytes) / table.num_rows
     groups = [(sizes.decoded, rows) for file in dataset.snapshot.files for sizes, rows in file.sized_groups]
@@ -101,12 +101,12 @@ def row_bytes_of(table: pa.Table, dataset: Dataset) -> float:
     return mean if groups and not first / ROW_BYTES_OFF <= mean <= first * ROW_BYTES_OFF else first
 
 
-def first_rows(contract: Contract, options: BatchOptions, dataset: Dataset) -> pa.Table:
+def read_first_rows(contract: Contract, options: BatchOptions, dataset: Dataset) -> pa.Table:
     """Return rows of the dataset's first row group that has any."""
     columns = used_columns(contract, options, dataset.schema)
     partitions = {name: str(dataset.schema.field(name).type) for name in dataset.hive}
     reader = Reader(dataset.snapshot, columns, partitions, SAMPLE_ROWS)
-    first = next(row_groups(dataset), None)
+    first = next(list_row_groups(dataset), None)
     if first is None:
         message = f"The source must hold at least one row, got none below {dataset.snapshot.root}."
         raise SourceEmpty(message)
@@ -116,7 +116,7 @@ def first_rows(contract: Contract, options: BatchOptions, dataset: Dataset) -> p
     return next(reader.read(first.model_copy(update={"row_stop": rows}), rows))
 
 
-def row_groups(dataset: Dataset) -> Iterator[Piece]:
+def list_row_groups(dataset: Dataset) -> Iterator[Piece]:
     """Yield the row groups of a dataset that have rows, in order, each as one piece."""
     for at, file in enumerate(dataset.snapshot.files):
         for group, rows in enumerate(file.row_groups):
@@ -124,9 +124,9 @@ def row_groups(dataset: Dataset) -> Iterator[Piece]:
                 yield Piece(file=at, row_group=group, row_start=0, row_stop=rows)
 
 
-def enlarged(model: Tunable, sample: Encoded) -> Encoded:
+def enlarge_sample(model: Tunable, sample: Encoded) -> Encoded:
     """Return the sample, repeated to hold the largest batch that is tried, within 32 MiB."""
     row_bytes = sum(value.nbytes for value in sample.inputs.values()) / sample.rows
     wanted = min(model.batch_sizes[-1], int(_SAMPLE_BYTES_MAX / max(row_bytes, 1)))
     times = math.ceil(wanted / sample.rows)
-    return sample if sample.length_N is not None or times < 2 else sample.repeated(times)  # noqa: PLR2004 - once is as it is
+    return sample if sample.length_N is not None or times < 2 else sample.repeat(times)  # noqa: PLR2004 - once is as it is

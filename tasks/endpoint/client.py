@@ -15,7 +15,7 @@ from serving.errors import BadRequest, EndpointFailed
 from serving.model.contract import Contract
 from serving.protocol.oip import HEADER_LENGTH, decode_response, encode_request, read_header_length
 from serving.targets import Address
-from tasks.endpoint.samples import Arrays
+from tasks.endpoint.resolve import Arrays
 
 _TIMEOUT_SECONDS = 60.0
 _SHOWN = 400

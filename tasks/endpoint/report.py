@@ -14,11 +14,11 @@ from pydantic import Field
 
 from serving.model.batching import BatchingConfig, CostModel
 from serving.model.contract import Frozen
-from tasks.batch.artifacts import Logger, server_may_fail
-from tasks.batch.report import data_uri
+from tasks.common.artifacts import Logger, server_may_fail
+from tasks.common.formatting import data_uri
+from tasks.endpoint.batching import BatchingChoice
 from tasks.endpoint.load import Latency
 from tasks.endpoint.spec import Budget
-from tasks.endpoint.tuning import Chosen
 from tasks.endpoint.verify import Verification
 
 _INK, _BEFORE, _AFTER, _LIMIT = "#1f2933", "#c9a227", "#2f6f9f", "#b3261e"
@@ -36,7 +36,7 @@ class Endpoint(Frozen):
     server: str = Field(description="Where the model server itself answers.")
     rollout: str = Field(description="What became of its traffic, in words.")
     removed: tuple[str, ...] = Field(default=(), description="Earlier versions that were taken down.")
-    chosen: Chosen = Field(description="The batching, and what it was chosen by.")
+    chosen: BatchingChoice = Field(description="The batching, and what it was chosen by.")
     budget: Budget | None = Field(default=None, description="The budget that it was chosen for.")
     keep_warm_seconds: float | None = Field(default=None, description="Seconds until it is unloaded; null: never.")
     verification: Verification = Field(description="What its answers were held against.")
@@ -63,10 +63,10 @@ class Endpoint(Frozen):
             "asked at": self.url,
             "traffic": self.rollout,
             **({"taken down": ", ".join(f"version {each}" for each in self.removed)} if self.removed else {}),
-            "batching": in_words(self.batching),
-            **(_of_passes(self.chosen.cost) if self.chosen.cost else {}),
-            **(_of_budget(self.budget, self.after) if self.budget else {}),
-            **{f"waited {when}": _of_latency(each) for when, each in self.latencies().items()},
+            "batching": describe_batching(self.batching),
+            **(_describe_passes(self.chosen.cost) if self.chosen.cost else {}),
+            **(_describe_budget(self.budget, self.after) if self.budget else {}),
+            **{f"waited {when}": _describe_latency(each) for when, each in self.latencies().items()},
             "unloaded": f"after {self.keep_warm_seconds:g} s without a request" if self.keep_warm_seconds else "never",
             "verified": f"{held.rows_example} rows of the model's example, {held.rows_random} random rows",
             "furthest answer": f"{held.difference_max:.2g} off, of {held.tolerance:g} allowed",
@@ -85,23 +85,23 @@ class Endpoint(Frozen):
         return f"# Endpoint {self.name}\n\n{self.summary}\n\n| | |\n| --- | --- |\n{rows}\n"
 
 
-def in_words(batching: BatchingConfig) -> str:
+def describe_batching(batching: BatchingConfig) -> str:
     """Say where batching stands."""
     if batching.batch_size_max == 1:
         return "each request alone"
     return f"up to {batching.batch_size_max:,} rows a pass, waiting {batching.wait_ms_max:.3g} ms at most"
 
 
-def _of_passes(cost: CostModel) -> dict[str, str]:
+def _describe_passes(cost: CostModel) -> dict[str, str]:
     return {"a pass of b rows": f"{cost.describe()}, as measured"}
 
 
-def _of_budget(budget: Budget, after: Latency | None) -> dict[str, str]:
+def _describe_budget(budget: Budget, after: Latency | None) -> dict[str, str]:
     kept = "" if after is None else ", kept" if after.p99_ms <= budget.latency_ms else ", NOT kept by p99"
     return {"budget": f"{budget.latency_ms:g} ms at {budget.rate:g} rows a second{kept}"}
 
 
-def _of_latency(latency: Latency) -> str:
+def _describe_latency(latency: Latency) -> str:
     errors = f", {latency.errors} errors" if latency.errors else ""
     return f"p50 {latency.p50_ms:.3g} ms, p99 {latency.p99_ms:.3g} ms at {latency.rate:,.0f} requests/s{errors}"
 
@@ -112,10 +112,12 @@ def publish_endpoint(endpoint: Endpoint, logger: Logger) -> None:
         create_table_artifact(endpoint.table(), key="endpoint-table", description=endpoint.summary)
         create_markdown_artifact(endpoint.markdown(), key="endpoint-report", description=endpoint.summary)
         if endpoint.latencies():
-            create_image_artifact(data_uri(plot(endpoint)), key="endpoint-plot", description="What requests waited")
+            create_image_artifact(
+                data_uri(draw_plot(endpoint)), key="endpoint-plot", description="What requests waited"
+            )
 
 
-def plot(endpoint: Endpoint) -> bytes:
+def draw_plot(endpoint: Endpoint) -> bytes:
     """Draw what requests waited before and after the batching, and the passes it was chosen by; return a PNG."""
     figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
@@ -145,13 +147,13 @@ def _draw_latencies(axes: Axes, endpoint: Endpoint) -> None:
     axes.legend(loc="lower right", frameon=False, fontsize=8)
 
 
-def _draw_passes(axes: Axes, chosen: Chosen) -> None:
+def _draw_passes(axes: Axes, chosen: BatchingChoice) -> None:
     if chosen.cost is None:
         axes.set_axis_off()
         return
     rows, ms = zip(*chosen.passes, strict=True)
     axes.plot(rows, ms, "o", color=_INK, markersize=4, label="measured")
-    line = _line(rows)
+    line = _choose_line_rows(rows)
     axes.plot(line, [1000 * chosen.cost.seconds(each) for each in line], color=_AFTER, label="a + c b")
     size = chosen.batching.batch_size_max
     axes.axvline(size, color=_LIMIT, linestyle=":", linewidth=1, label=f"the batching: {size:,} rows")
@@ -164,5 +166,5 @@ def _draw_passes(axes: Axes, chosen: Chosen) -> None:
     axes.legend(loc="upper left", frameon=False, fontsize=8)
 
 
-def _line(rows: Sequence[int]) -> list[int]:
+def _choose_line_rows(rows: Sequence[int]) -> list[int]:
     return sorted({math.ceil(each) for each in np.geomspace(1, max(rows), 64)})

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AliasChoices, Field, model_validator
 
+from serving.errors import BadInput
+from serving.gateway.keys import ADMIN_KEY, KEY_LENGTH_MIN
 from serving.gateway.route import ENDPOINT_PATTERN, HOST_PORT, KeyName, Limits
 from serving.model.batching import BatchingConfig
 from serving.model.contract import ColumnPolicy, Frozen
@@ -58,13 +60,13 @@ class RayServe(Frozen):
     )
 
 
-class Folder(Frozen):
+class FolderTarget(Frozen):
     """A folder that a controller watches: it starts and stops a server for each release that lies in it."""
 
     folder: str = Field(min_length=1, description="The folder, of this machine or one that both have mounted.")
 
 
-class BentoML(Folder):
+class BentoML(FolderTarget):
     """BentoML, one service for each release, started by a controller that watches a folder."""
 
     kind: Literal["bentoml"] = Field(default="bentoml", description="Tells this target from others.")
@@ -74,7 +76,7 @@ class BentoML(Folder):
     )
 
 
-class KServe(Folder):
+class KServe(FolderTarget):
     """KServe, by InferenceService manifests in a folder that a controller (or a GitOps operator) watches."""
 
     kind: Literal["kserve"] = Field(default="kserve", description="Tells this target from others.")
@@ -84,7 +86,7 @@ class KServe(Folder):
     )
 
 
-class Seldon(Folder):
+class Seldon(FolderTarget):
     """Seldon's MLServer, by Seldon Core manifests and settings in a folder that a controller watches."""
 
     kind: Literal["seldon"] = Field(default="seldon", description="Tells this target from others.")
@@ -259,3 +261,43 @@ class EndpointSpec(Frozen):
             message = f"keep_warm must be left out on {self.target.kind}: only triton and ray-serve unload and wake."
             raise ValueError(message)
         return self
+
+
+def read_keys(access: Access) -> dict[str, str]:
+    """Return the API keys of an endpoint by their names; raises BadInput for one that is missing or too short."""
+    found = {name: _validate_key(name, "environment variable", read_variable(name)) for name in access.environment}
+    return found | {name: _validate_key(name, "Prefect Secret block", read_secret(name)) for name in access.secrets}
+
+
+def read_admin_key(secret: str | None) -> str:
+    """Return the gateway's administrator key; raises BadInput where it is not to be had."""
+    if secret is None:
+        return _validate_key(ADMIN_KEY, "environment variable", read_variable(ADMIN_KEY))
+    return _validate_key(secret, "Prefect Secret block", read_secret(secret))
+
+
+def _validate_key(name: str, what: str, key: str | None) -> str:
+    if key is None or len(key) < KEY_LENGTH_MIN:
+        found = "nothing" if not key else f"{len(key)} characters"
+        message = (
+            f"The {what} {name!r} must hold a key of at least {KEY_LENGTH_MIN} characters on this machine, "
+            f"got {found}. Make one with: openssl rand -hex 32"
+        )
+        raise BadInput(message)
+    return key
+
+
+def read_variable(name: str) -> str | None:
+    """Return what an environment variable holds, None where it is not set."""
+    return os.environ.get(name)
+
+
+def read_secret(name: str) -> str | None:
+    """Return what a Prefect Secret block holds, None where there is none of that name."""
+    from prefect.blocks.system import Secret  # noqa: PLC0415 - a spec is read where Prefect is not needed
+
+    try:
+        block: Any = Secret.load(name)
+    except ValueError:
+        return None
+    return str(block.get())

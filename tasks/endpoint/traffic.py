@@ -1,92 +1,220 @@
-"""Shift an endpoint's traffic at the gateway: all at once, by a trial that the gateway judges, or as copies."""
+"""Traffic of an endpoint at the gateway: routes as functions of values, and the shift from one route to the next."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
 
-from serving.errors import EndpointFailed, RolledBack
+from serving.errors import BadInput, EndpointFailed, RolledBack
 from serving.gateway.client import GatewayClient
-from serving.gateway.route import Route, rolled_back
+from serving.gateway.route import Rollout, Route, ScaleToZero, ServedVersion, Shadow, roll_back_canary
 from serving.model.contract import Contract
+from serving.protocol.tensors import describe_tensors
 from serving.targets import Address
 from tasks.endpoint import spec as specs
 from tasks.endpoint.client import InferClient
-from tasks.endpoint.route import in_words
-from tasks.endpoint.samples import Sample
+from tasks.endpoint.resolve import Sample
 from tasks.endpoint.spec import EndpointSpec
-from tasks.endpoint.verify import compare
+from tasks.endpoint.verify import compare_answers
 
 _POLL_SECONDS = 0.2
 _IDLE_SECONDS_MAX = 60.0
 _ROUNDS = 3
+_CHANGE_SECONDS_MAX = 3600.0
 
 
-def shift(gateway: GatewayClient, spec: EndpointSpec, route: Route, version: str) -> str:
-    """Put a route in force, wait for the end of its trial if it has one, and say what became of it.
+def shift_traffic(gateway: GatewayClient, spec: EndpointSpec, route: Route, version: str) -> str:
+    """Put a route in force, wait for the end of its canary if it has one, and describe the outcome.
 
-    Raises RolledBack with the figures where the version failed its trial, or was not asked enough in time: the other
-    versions have all traffic then.
+    Raises RolledBack with the figures where the canary failed, or had too few requests in time: the other versions have
+    all traffic then.
     """
     gateway.put(spec.name, route)
-    if route.rollout is None:
-        return in_words(route, version)
-    assert isinstance(spec.rollout, specs.Canary), "only a canary has a trial"  # noqa: S101 - our own mistake
+    if not isinstance(spec.rollout, specs.Canary) or route.rollout is None:
+        return describe_share(route, version)
     deadline = time.monotonic() + spec.rollout.seconds_max
     while time.monotonic() < deadline:
         status = gateway.get(spec.name)
-        if status is None or status.route.served(version) is None:
+        if status is None or status.route.find_version(version) is None:
             message = (
-                f"Version {version} of {spec.name} must stay at the gateway during its trial, but is gone from it."
+                f"Version {version} of {spec.name} must stay at the gateway while it is a canary, but was removed."
             )
             raise EndpointFailed(message)
         verdict = status.verdict
         if status.route.rollout is None and verdict is not None and verdict.version == version:
             if verdict.outcome == "promoted":
-                return f"version {version} has all traffic, after a trial: {verdict.reason}"
-            message = f"Version {version} of {spec.name} must keep the rule of its trial, but {verdict.reason}."
+                return f"version {version} has all traffic, after a canary: {verdict.reason}"
+            message = f"Version {version} of {spec.name} must keep the rule of its canary, but {verdict.reason}."
             raise RolledBack(message)
         time.sleep(_POLL_SECONDS)
-    raise _too_few(gateway, spec, version)
-
-
-def _too_few(gateway: GatewayClient, spec: EndpointSpec, version: str) -> RolledBack:
-    """Take the trial back, and return the error that says so."""
-    status = gateway.get(spec.name)
-    seen = 0
-    if status is not None and status.route.rollout is not None and status.route.rollout.version == version:
-        seen = status.trial.tally.requests if status.trial else 0
-        gateway.put(spec.name, rolled_back(status.route))
-    rollout = spec.rollout
-    assert isinstance(rollout, specs.Canary), "only a canary has a trial"  # noqa: S101 - our own mistake
-    return RolledBack(
-        f"Version {version} of {spec.name} must answer {rollout.requests_min} requests in {rollout.seconds_max:g} s to "
-        f"get all traffic, but got {seen}. Give it a larger share or more time, or wait for more traffic."
+    requests = _roll_back(gateway, spec.name, version)
+    message = (
+        f"Version {version} of {spec.name} must answer {spec.rollout.requests_min} requests in "
+        f"{spec.rollout.seconds_max:g} s to get all traffic, but got {requests}. Give it a larger share or more time, "
+        "or wait for more traffic."
     )
+    raise RolledBack(message)
 
 
-def check_door(gateway_url: str, spec: EndpointSpec, contract: Contract, sample: Sample, key: str | None) -> None:
+def _roll_back(gateway: GatewayClient, endpoint: str, version: str) -> int:
+    """Give the other versions the traffic of a canary, and return how many requests it had."""
+    status = gateway.get(endpoint)
+    if status is None or status.route.rollout is None or status.route.rollout.version != version:
+        return 0
+    gateway.put(endpoint, roll_back_canary(status.route))
+    return status.trial.tally.requests if status.trial else 0
+
+
+def check_gateway(gateway_url: str, spec: EndpointSpec, contract: Contract, sample: Sample, key: str | None) -> None:
     """Ask through the gateway, as a caller does, and compare: raises VerifyFailed or EndpointFailed."""
     headers: Mapping[str, str] = {"Authorization": f"Bearer {key}"} if key else {}
     address = Address(url=gateway_url, model=spec.name, version=None)
-    with InferClient(address, contract, headers) as ask:
+    with InferClient(address, contract, headers) as client:
         for _ in range(_ROUNDS):
-            piece = next(sample.pieces(1))
-            compare(contract, piece, ask(piece.inputs), spec.tolerance)
+            row = next(sample.split(1))
+            compare_answers(contract, row, client(row.inputs), spec.tolerance)
 
 
-def wait_idle(gateway: GatewayClient, endpoint: str, versions: Iterable[str]) -> None:
+def wait_until_idle(gateway: GatewayClient, endpoint: str, versions: Iterable[str]) -> None:
     """Return once no request is with these versions; raises EndpointFailed where that takes over a minute."""
     if gateway.get(endpoint) is not None:
         for version in versions:
             gateway.wait_until_idle(endpoint, version, timeout_s=_IDLE_SECONDS_MAX)
 
 
-def keep_warm_seconds(spec: EndpointSpec, cold_start_seconds: float) -> float | None:
+def validate_rollout(spec: EndpointSpec, current: Route | None, contract: Contract, version: str) -> None:
+    """Refuse what can't be rolled out beside the current route. Raises BadInput with what to do instead."""
+    rollout = spec.rollout
+    if current is None:
+        if isinstance(rollout, specs.Shadow):
+            message = (
+                f"A shadow must have a version beside it that serves, but {spec.name} has none. Roll it out first."
+            )
+            raise BadInput(message)
+        return
+    if current.rollout is not None:
+        message = (
+            f"An endpoint must have one canary at a time, but version {current.rollout.version} of {spec.name} is one. "
+            "Wait until it is promoted or rolled back, or retire the endpoint."
+        )
+        raise BadInput(message)
+    serves_alone = list_serving_versions(current) == (version,)
+    given, served = _list_tensors(contract), _list_tensors(current.contract)
+    if isinstance(rollout, specs.Canary | specs.Shadow) and not serves_alone and given != served:
+        message = (
+            f"Versions that share traffic must take and give the same tensors, but version {version} of {spec.name} "
+            f"has {given}, and what serves {served}. Roll it out all at once, together with its callers, or under "
+            "another name."
+        )
+        raise BadInput(message)
+    if isinstance(rollout, specs.Shadow) and serves_alone:
+        message = f"A shadow must be another version than the one that serves, got version {version} of {spec.name}."
+        raise BadInput(message)
+
+
+def _list_tensors(contract: Contract) -> Mapping[str, object]:
+    inputs, outputs = describe_tensors(contract)
+    return {each.name: (each.datatype, each.shape) for each in (*inputs, *outputs)}
+
+
+def make_route(
+    spec: EndpointSpec,
+    current: Route | None,
+    contract: Contract,
+    address: Address,
+    version: str,
+    sleep: ScaleToZero | None,
+) -> Route:
+    """Return the route by which a version that is up and verified gets its traffic, beside what serves."""
+    others = [] if current is None else [each for each in current.versions if each.version != version]
+    percent, rollout, shadow = 100.0, None, None
+    if isinstance(spec.rollout, specs.Canary) and any(each.weight for each in others):
+        percent = spec.rollout.percent
+        rollout = Rollout(
+            version=version,
+            requests_min=spec.rollout.requests_min,
+            error_rate_max=spec.rollout.error_rate_max,
+            p99_ms_max=spec.rollout.p99_ms_max,
+        )
+    elif isinstance(spec.rollout, specs.Shadow):
+        percent = 0.0
+        shadow = Shadow(version=version, tolerance=spec.rollout.tolerance, in_flight_max=spec.rollout.in_flight_max)
+    return Route(
+        versions=(
+            *_scale_weights(others, 100.0 - percent),
+            ServedVersion.from_address(address, version=version, weight=percent),
+        ),
+        contract=contract,
+        limits=spec.limits,
+        keys=(*spec.access.environment, *spec.access.secrets),
+        rollout=rollout,
+        shadow=shadow,
+        sleep=sleep,
+    )
+
+
+def _scale_weights(served: list[ServedVersion], total: float) -> list[ServedVersion]:
+    """Return versions whose weights sum to `total`, in the proportions that they have."""
+    weights = sum(each.weight for each in served) or 1.0
+    return [each.model_copy(update={"weight": each.weight * total / weights}) for each in served]
+
+
+def find_route_to_restore(route: Route | None, version: str) -> Route | None:
+    """Return the route to go back to: this one, without a canary of the same version that a killed run left."""
+    if route is None or route.rollout is None or route.rollout.version != version:
+        return route
+    return remove_versions(roll_back_canary(route), (version,))
+
+
+def remove_versions(route: Route, versions: tuple[str, ...]) -> Route:
+    """Return the route without some of its versions, which must not be all that have weight."""
+    kept = tuple(each for each in route.versions if each.version not in versions)
+    shadow = None if route.shadow is None or route.shadow.version in versions else route.shadow
+    return route.model_copy(update={"versions": kept, "shadow": shadow})
+
+
+def keep_awake(route: Route) -> Route:
+    """Return the route with its models awake for an hour: one that is loaded beside them is unloaded with them."""
+    sleep = route.sleep
+    if sleep is None:
+        return route
+    longer = sleep.model_copy(update={"keep_warm_s": max(sleep.keep_warm_s, _CHANGE_SECONDS_MAX)})
+    return route.model_copy(update={"sleep": longer})
+
+
+def list_serving_versions(route: Route | None) -> tuple[str, ...]:
+    """Return the versions that get requests which name none."""
+    return () if route is None else tuple(each.version for each in route.versions if each.weight)
+
+
+def list_used_versions(route: Route | None) -> tuple[str, ...]:
+    """Return the versions that get requests which name none, or copies of them."""
+    if route is None:
+        return ()
+    shadow = route.shadow.version if route.shadow else None
+    return tuple(each.version for each in route.versions if each.weight or each.version == shadow)
+
+
+def list_idle_versions(route: Route) -> tuple[str, ...]:
+    """Return the versions that get no requests at all, not even copies."""
+    used = list_used_versions(route)
+    return tuple(each.version for each in route.versions if each.version not in used)
+
+
+def describe_share(route: Route, version: str) -> str:
+    """Return in words what a version gets of the traffic."""
+    if route.shadow is not None and route.shadow.version == version:
+        return f"version {version} gets copies of requests, and its answers go nowhere"
+    served = route.find_version(version)
+    share = served.weight / sum(each.weight for each in route.versions) if served else 0.0
+    return f"version {version} has all traffic" if share == 1 else f"version {version} has {share:.0%} of the traffic"
+
+
+def choose_keep_warm_seconds(spec: EndpointSpec, cold_start_seconds: float) -> float | None:
     """Return the seconds after the last request until an endpoint is unloaded, None for never.
 
-    For auto: a replica that waits costs what one does that loads, so that waiting as long as a cold start takes is at
-    most twice as dear as the best choice in hindsight. Where a cold start breaks the budget, one always stays.
+    For auto: a replica that waits costs what one does that loads, so that waiting as long as a cold start takes costs
+    at most twice what the best choice in hindsight does. Where a cold start breaks the budget, it is never unloaded.
     """
     if spec.keep_warm != "auto":
         return spec.keep_warm

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from serving.errors import BadWorkload
 from serving.gateway.metering import read_metering
-from tasks.common.durations import in_words
+from tasks.common.formatting import in_words
 from tasks.scheduler.trace import per_second, read_trace
 from tasks.scheduler.workload import Metered, Rate, Trace, Workload
 

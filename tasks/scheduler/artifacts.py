@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 
-from tasks.batch.artifacts import Logger, server_may_fail
-from tasks.batch.report import data_uri
+from tasks.common.artifacts import Logger, server_may_fail
+from tasks.common.formatting import data_uri
 from tasks.scheduler.decision import Decision
 from tasks.scheduler.effect import Applied
 from tasks.scheduler.report import alternatives_table, summary

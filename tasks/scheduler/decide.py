@@ -8,7 +8,7 @@ from datetime import datetime
 import numpy as np
 
 from serving.errors import BadWorkload
-from tasks.common.durations import in_fine_words, in_words
+from tasks.common.formatting import in_fine_words, in_words
 from tasks.scheduler.arrivals import DAY, Arrivals
 from tasks.scheduler.availability import Availability
 from tasks.scheduler.choose import Choice, rated

@@ -22,10 +22,9 @@ from serving.model.batching import BatchingConfig, CostModel
 from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Scaling
 from serving.targets import Address
 from tasks.endpoint.client import InferClient
-from tasks.endpoint.closed_loop import Loop, closed_loop
-from tasks.endpoint.deploy import host_of
-from tasks.endpoint.render import make_release
-from tasks.endpoint.resolve import Subject
+from tasks.endpoint.deploy import make_host, make_release
+from tasks.endpoint.load import LoopStats, run_closed_loop
+from tasks.endpoint.resolve import LoadedModel
 from tasks.endpoint.spec import AnyTarget, EndpointSpec
 from tasks.scheduler.door_child import BUSY
 
@@ -63,7 +62,7 @@ class Door:
 def try_target(
     target: AnyTarget,
     spec: EndpointSpec,
-    subject: Subject,
+    subject: LoadedModel,
     replicas: int,
     *,
     clock: Callable[[], float] = time.perf_counter,
@@ -76,13 +75,13 @@ def try_target(
     scaling = Scaling(replicas_min=replicas, replicas_max=replicas)
     named = spec.model_copy(update={"name": f"{spec.name[:_NAME_LENGTH]}-profile", "scaling": scaling})
     release = make_release(named, subject, BatchingConfig(batch_size_max=_CALLERS_MAX))
-    host, start = host_of(target), clock()
+    host, start = make_host(target), clock()
     try:
         address = host.deploy(release, subject.resolved.folder)
         try:
             door = _ask(address, subject, start, lambda: None, clock)
             few, many = (
-                closed_loop(address, subject.contract, subject.sample, callers=callers, seconds=_LOOP_SECONDS)
+                run_closed_loop(address, subject.contract, subject.sample, callers=callers, seconds=_LOOP_SECONDS)
                 for callers in _crowds(door.request_ms)
             )
             return replace(door, served=served_line(few, many, replicas), jitter=jitter_of(many))
@@ -93,7 +92,7 @@ def try_target(
         raise _failed(where, error) from error
 
 
-def served_line(few: Loop, many: Loop, replicas: int) -> CostModel:
+def served_line(few: LoopStats, many: LoopStats, replicas: int) -> CostModel:
     """Return a and c of a + c * n: what n requests take together in one replica of a server that never waits for more.
 
     Of C callers, each of R replicas has some C / (R + 1) in hand while as many come back and wait for the next one that
@@ -105,7 +104,7 @@ def served_line(few: Loop, many: Loop, replicas: int) -> CostModel:
     return CostModel(fixed_seconds=shared * replicas / (replicas + 1), row_seconds=each * replicas)
 
 
-def jitter_of(loop: Loop) -> float:
+def jitter_of(loop: LoopStats) -> float:
     """Return the spread of the logarithm of a pass's time, by how far apart half and 99 of 100 of the answers are.
 
     Each waits for the rest of a pass and its own: two draws, of which the sum is spread less by the root of 2.
@@ -121,7 +120,7 @@ def _crowds(request_ms: float) -> tuple[int, int]:
     return max(1, many // 16), many
 
 
-def try_door(spec: EndpointSpec, subject: Subject, *, clock: Callable[[], float] = time.perf_counter) -> Door:
+def try_door(spec: EndpointSpec, subject: LoadedModel, *, clock: Callable[[], float] = time.perf_counter) -> Door:
     """Start an endpoint in a process of its own, ask it for single rows one after the other, and end it.
 
     Raises ProfileFailed with what the process said where it does not answer.
@@ -162,7 +161,7 @@ def _child(folder: Path, log: IO[str]) -> Generator[tuple[subprocess.Popen[str],
 
 
 def _ask_child(
-    child: subprocess.Popen[str], spec: EndpointSpec, subject: Subject, start: float, clock: Callable[[], float]
+    child: subprocess.Popen[str], spec: EndpointSpec, subject: LoadedModel, start: float, clock: Callable[[], float]
 ) -> Door:
     port = child.stdout.readline().strip() if child.stdout else ""
     if not port:
@@ -175,10 +174,10 @@ def _ask_child(
 
 
 def _ask(
-    address: Address, subject: Subject, start: float, busy: Callable[[], float | None], clock: Callable[[], float]
+    address: Address, subject: LoadedModel, start: float, busy: Callable[[], float | None], clock: Callable[[], float]
 ) -> Door:
     """Ask for single rows until there are enough answers; `busy` tells the seconds that the server has computed."""
-    pieces = itertools.cycle(list(subject.sample.pieces(1)))
+    pieces = itertools.cycle(list(subject.sample.split(1)))
     with InferClient(address, subject.contract) as ask:
         ask(next(pieces).inputs)
         cold = clock() - start

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import uvicorn
 
-from serving.model.predictor import open_predictor, settled
-from serving.model.release import Arrays, Predictions
+from serving.model.interface import Arrays, Predictions
+from serving.model.release import open_predictor, unwrap_prediction
 from serving.protocol.oip import ServerMetadata
-from serving.protocol.v2_app import v2_app
+from serving.protocol.v2_app import create_v2_app
 
 BUSY = "/busy-seconds"
 
@@ -28,10 +28,10 @@ def main() -> None:
     predictor = open_predictor(Path(sys.argv[1]))
 
     async def predict(inputs: Arrays) -> Predictions:
-        (answer,) = await predictor.predict_each([inputs])
-        return settled(answer)
+        (answer,) = await predictor.predict_requests([inputs])
+        return unwrap_prediction(answer)
 
-    app = v2_app(predictor.release, predict, ServerMetadata(name="overnight", version=predictor.release.version))
+    app = create_v2_app(predictor.release, predict, ServerMetadata(name="overnight", version=predictor.release.version))
 
     @app.get(BUSY)
     def busy() -> float:

@@ -19,7 +19,7 @@ from tasks.endpoint.spec import EndpointSpec
 from tasks.scheduler.decision import Alternative, Decision, Mode
 from tasks.scheduler.terms import BatchTerms, Terms
 from tasks.scheduler.workload import Events, Machine, Table, Workload
-from tasks.spot.purchase import Buying
+from tasks.spot.purchase import PurchaseOptions
 
 _FRESHNESS_SECONDS_MAX = 3600.0
 _KEEP_WARM_SECONDS_MIN = 1.0
@@ -128,15 +128,17 @@ def _deadline(table: Table) -> str:
     return table.due if table.once_by is None else table.once_by.isoformat()
 
 
-def _buying(decision: Decision, batch: BatchTerms) -> Buying:
+def _buying(decision: Decision, batch: BatchTerms) -> PurchaseOptions:
     chosen, prices = decision.chosen, decision.prices[decision.chosen.machine]
-    return Buying(
+    return PurchaseOptions(
         spot=batch.spot,
         on_demand=batch.on_demand,
         spot_price=prices.spot or prices.on_demand,
         on_demand_price=prices.on_demand,
         rows_per_second=decision.profile.batch_rows_per_second * _speed(decision.workload, chosen.machine),
-        changeover_seconds=max(decision.profile.start_seconds, Buying.model_fields["changeover_seconds"].default),
+        changeover_seconds=max(
+            decision.profile.start_seconds, PurchaseOptions.model_fields["changeover_seconds"].default
+        ),
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from serving.errors import NothingStands
-from tasks.common.durations import in_fine_words
+from tasks.common.formatting import in_fine_words
 from tasks.scheduler.choose import Choice
 from tasks.scheduler.fit import fits, serving_time
 from tasks.scheduler.problem import Kind, Problem

@@ -19,15 +19,15 @@ import pyarrow as pa
 from pydantic import Field, ValidationError
 
 from serving.errors import ModelFailed, ProfileFailed
-from serving.machine import machine_kind
+from serving.machine import describe_machine
 from serving.model.batching import CostModel, fit_cost_model
 from serving.model.contract import Frozen
 from serving.model.encoding import Encoded, encode
 from serving.model.registry import save_tag
-from serving.model.tuner import Tuning, measure, measure_passes, remembered
+from serving.model.tuner import Tuning, measure_passes, measure_throughput, read_tuning
 from tasks.batch.options import BatchOptions
-from tasks.batch.tuning import SAMPLE_ROWS, enlarged, first_rows, tune_and_keep, wish_of
-from tasks.endpoint.resolve import Subject
+from tasks.batch.tuning import SAMPLE_ROWS, enlarge_sample, read_first_rows, tune_and_keep, tuning_wish
+from tasks.endpoint.resolve import LoadedModel
 from tasks.endpoint.spec import AnyTarget, EndpointSpec
 from tasks.scheduler.decision import Profile
 from tasks.scheduler.door import Door, try_door, try_target
@@ -93,7 +93,7 @@ RunTrial = Callable[[str, Path, Path, BatchOptions], Trial]
 
 def measure_profile(
     spec: EndpointSpec,
-    subject: Subject,
+    subject: LoadedModel,
     measuring: Measuring,
     run_trial: RunTrial,
     *,
@@ -130,25 +130,25 @@ def measure_profile(
     return profile
 
 
-def recall_profile(subject: Subject, measuring: Measuring) -> Profile | None:
+def recall_profile(subject: LoadedModel, measuring: Measuring) -> Profile | None:
     """Return what the model version's tags hold for this machine and this way to run it, None where that is nothing."""
     try:
         profile = Profile.model_validate_json(subject.resolved.tags.get(_tag(measuring), ""))
     except ValidationError:
         return None
-    known = (subject.resolved.pin.digest, machine_kind())
+    known = (subject.resolved.pin.digest, describe_machine())
     return profile if (profile.digest, profile.machine) == known else None
 
 
 def _tag(measuring: Measuring) -> str:
     server = measuring.target.kind if measuring.target else "plain"
     stated = measuring.stated.model_dump_json()
-    told = f"{machine_kind()}\0{server}\0{measuring.options.model_dump_json()}\0{stated}"
+    told = f"{describe_machine()}\0{server}\0{measuring.options.model_dump_json()}\0{stated}"
     return _TAG + hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def _profile(
-    subject: Subject, slots: int, line: CostModel, door: Door | None, trial: Trial | None, stated: Stated
+    subject: LoadedModel, slots: int, line: CostModel, door: Door | None, trial: Trial | None, stated: Stated
 ) -> Profile:
     pin = subject.resolved.pin
     measured: dict[str, Any] = {}
@@ -169,7 +169,7 @@ def _profile(
         {
             "model": pin.uri,
             "digest": pin.digest,
-            "machine": machine_kind(),
+            "machine": describe_machine(),
             "slots": slots,
             "pass_time": line,
             "measured_at": datetime.now(UTC),
@@ -187,7 +187,7 @@ class _Rows:
     write: Callable[[int], int]
 
     @classmethod
-    def of(cls, subject: Subject, measuring: Measuring, scratch: Path) -> _Rows:
+    def of(cls, subject: LoadedModel, measuring: Measuring, scratch: Path) -> _Rows:
         folder = scratch / "rows"
         contract, options = subject.contract, measuring.options
         if measuring.source is None:
@@ -196,13 +196,13 @@ class _Rows:
             return cls(sample=_sample(subject, table), folder=folder, write=lambda n: write_table(table, n, folder))
         dataset = open_rows(measuring.source, str(scratch / "scores"), contract, options)
         return cls(
-            sample=_sample(subject, first_rows(contract, options, dataset)),
+            sample=_sample(subject, read_first_rows(contract, options, dataset)),
             folder=folder,
             write=lambda n: write_rows(dataset, contract, options, n, folder),
         )
 
 
-def _sample(subject: Subject, table: pa.Table) -> Encoded:
+def _sample(subject: LoadedModel, table: pa.Table) -> Encoded:
     sample = subject.model.prepare(encode(subject.contract, table))
     if (sample.flags.code_N != 0).all():
         message = (
@@ -210,19 +210,19 @@ def _sample(subject: Subject, table: pa.Table) -> Encoded:
             "with, got none that keeps its contract. Measure with other rows, or set policies for nulls and casts."
         )
         raise ModelFailed(message)
-    return enlarged(subject.model, sample)
+    return enlarge_sample(subject.model, sample)
 
 
-def _tuned(subject: Subject, sample: Encoded, options: BatchOptions, clock: Callable[[], float]) -> Tuning | None:
+def _tuned(subject: LoadedModel, sample: Encoded, options: BatchOptions, clock: Callable[[], float]) -> Tuning | None:
     """Return the batch path's tuning, from the version's tags or by the tuner, which then keeps it there."""
-    wish = wish_of(options)
-    tuning = remembered(subject.resolved.tags, machine_kind(), wish)
+    wish = tuning_wish(options)
+    tuning = read_tuning(subject.resolved.tags, describe_machine(), wish)
     return tuning or tune_and_keep(subject.resolved, subject.model, subject.contract, sample, wish, clock=clock)
 
 
-def _rate(subject: Subject, sample: Encoded, options: BatchOptions, clock: Callable[[], float]) -> float:
+def _rate(subject: LoadedModel, sample: Encoded, options: BatchOptions, clock: Callable[[], float]) -> float:
     size = options.batch_size or subject.model.batch_size
-    return measure(subject.model, subject.contract, sample, size, 1, clock)
+    return measure_throughput(subject.model, subject.contract, sample, size, 1, clock)
 
 
 def trial_failed(model: str, said: str) -> ProfileFailed:

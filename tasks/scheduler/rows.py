@@ -21,8 +21,8 @@ from tasks.batch.dataset import Dataset, open_dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import used_columns
 from tasks.batch.source import pin_source
-from tasks.batch.tuning import row_groups
-from tasks.endpoint.samples import Arrays
+from tasks.batch.tuning import list_row_groups
+from tasks.endpoint.resolve import Arrays
 
 _BYTES_MAX = 256 << 20
 _FILES = 4
@@ -57,7 +57,7 @@ def write_rows(dataset: Dataset, contract: Contract, options: BatchOptions, rows
     reader = Reader(dataset.snapshot, columns, partitions, _BLOCK_ROWS, places=False)
     taken: list[pa.Table] = []
     count, group = 0, 0
-    for piece in row_groups(dataset):
+    for piece in list_row_groups(dataset):
         if count >= rows or sum(table.nbytes for table in taken) >= _BYTES_MAX:
             break
         group = max(group, piece.rows)
@@ -88,7 +88,7 @@ def table_of(contract: Contract, inputs: Arrays) -> pa.Table:
 
 
 def _columns(value: Input, array_N: npt.NDArray[Any]) -> dict[str, pa.Array]:
-    if value.stacked:
+    if value.is_stacked:
         return {column.name: pa.array(np.ascontiguousarray(array_N[:, at])) for at, column in enumerate(value.columns)}
     (column,) = value.columns
     if not value.shape:

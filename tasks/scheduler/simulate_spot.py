@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 
 from serving.errors import DeadlineImpossible
 from tasks.scheduler.availability import Availability
-from tasks.spot.policy import places
+from tasks.spot.policy import PolicyParameters, Situation, decide_placements
 from tasks.spot.replay import Job, replay
-from tasks.spot.situation import Situation, Terms
 
 _TICKS_MAX = 96
 _TICK_SECONDS_MIN = 20.0
@@ -61,10 +60,10 @@ def spot_run(
     # Each is done by the end of the last tick in which it was seen at work.
     done_N = np.zeros(len(spot_NT))
 
-    def watched(seen: Situation, terms: Terms) -> NDArray[np.int64]:
+    def watched(seen: Situation, terms: PolicyParameters) -> NDArray[np.int64]:
         now = deadline - float(np.max(seen.left_seconds))
         done_N[np.greater(seen.work_seconds, 0)] = min(now + tick, deadline)
-        return places(seen, terms)
+        return decide_placements(seen, terms)
 
     outcome = replay(watched, spot_NT, job)
     p50, p99 = np.quantile(done_N, (0.5, 0.99))

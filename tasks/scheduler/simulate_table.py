@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from tasks.common.durations import in_words
+from tasks.common.formatting import in_words
 from tasks.scheduler.fit import BATCH_MAX
 from tasks.scheduler.problem import Candidate, Kind, Problem, rank
 from tasks.scheduler.simulate_sleep import TEN_MINUTES

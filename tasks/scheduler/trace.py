@@ -11,7 +11,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from serving.errors import BadWorkload
-from tasks.common.durations import in_words
+from tasks.common.formatting import in_words
 from tasks.scheduler.workload import Trace
 
 SPAN_DAYS_MAX = 366

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from serving.errors import DeadlineImpossible
-from tasks.common.durations import in_words
+from tasks.common.formatting import in_words
 
 # With this much of the time planned for work, and two changeovers, there is slack to wait for spot with.
 _WORK_SHARE_MAX = 0.8

@@ -1,4 +1,4 @@
-"""What a person sees of a night: progress while it goes on, then the moves, their price, and a plot."""
+"""The artifacts of a night in Prefect: progress while it goes on, then the moves, their cost, and a plot."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from tasks.batch.artifacts import Logger, server_may_fail
-from tasks.batch.report import data_uri
+from tasks.common.artifacts import Logger, server_may_fail
+from tasks.common.formatting import data_uri
 from tasks.spot.night import Night
-from tasks.spot.purchase import NightlyReport, Stay, cost, seconds_on
+from tasks.spot.purchase import MachineStay, NightlyReport, sum_cost, sum_seconds
 
 _INK, _SPOT, _ON_DEMAND = "#1f2933", "#cfe8d5", "#f4d9c6"
 
@@ -36,16 +36,16 @@ class NightProgress:
             self._artifact = made if isinstance(made, UUID) else None
 
     def show(self, rows_done: int) -> None:
-        """Set the artifact where rows were done since."""
+        """Update the artifact where rows were done since the last time."""
         if self._artifact is not None and rows_done != self._shown:
             self._shown = rows_done
             with server_may_fail(self._logger):
                 update_progress_artifact(self._artifact, progress=min(100.0, 100.0 * rows_done / self._rows))
 
 
-def report_night(night: Night, run: str, due: datetime, seconds: float, rows_in_hand: int) -> NightlyReport:
-    """Return what a night came to; `rows_in_hand` is what a machine that is taken has in hand at most."""
-    spent = cost(night.stays, night.buying)
+def report_night(night: Night, run: str, due: datetime, seconds: float, rows_in_flight_max: int) -> NightlyReport:
+    """Return the report of a night; a machine that is taken was scoring at most `rows_in_flight_max` rows."""
+    spent = sum_cost(night.stays, night.buying)
     rate = night.rate
     on_demand_seconds = (night.rows / rate if rate else seconds) + night.workers * night.changeover_seconds
     return NightlyReport(
@@ -58,17 +58,17 @@ def report_night(night: Night, run: str, due: datetime, seconds: float, rows_in_
         rows_per_second=rate,
         changeover_seconds=night.changeover_seconds,
         changeovers=tuple(night.changeovers),
-        spot_seconds=seconds_on(night.stays, "spot"),
-        on_demand_seconds=seconds_on(night.stays, "on-demand"),
+        spot_seconds=sum_seconds(night.stays, "spot"),
+        on_demand_seconds=sum_seconds(night.stays, "on-demand"),
         cost=spent,
         cost_on_demand=on_demand_seconds * night.buying.on_demand_price / 3600,
-        rows_recomputed_max=sum(stay.lost for stay in night.stays) * rows_in_hand,
+        rows_recomputed_max=sum(stay.lost for stay in night.stays) * rows_in_flight_max,
         moves=tuple(night.moves),
     )
 
 
 def publish_night(report: NightlyReport, night: Night, logger: Logger) -> None:
-    """Put the night among the flow run's artifacts: moves, figures and plot."""
+    """Publish moves, figures and plot of the night as artifacts of the flow run."""
     with server_may_fail(logger):
         create_table_artifact(report.table(), key="night-moves", description=f"Run {report.run}")
         create_markdown_artifact(report.markdown(), key="night-report", description=f"Run {report.run}")
@@ -76,8 +76,8 @@ def publish_night(report: NightlyReport, night: Night, logger: Logger) -> None:
         create_image_artifact(data_uri(png), key="night-plot", description="Rows done, and on which machines")
 
 
-def plot_night(samples: Sequence[tuple[float, int]], stays: Sequence[Stay], rows: int, deadline: float) -> bytes:
-    """Draw rows done over seconds, over a lane for each machine that the run was on at a time; returns a PNG."""
+def plot_night(samples: Sequence[tuple[float, int]], stays: Sequence[MachineStay], rows: int, deadline: float) -> bytes:
+    """Draw the rows done over time, above a lane for each machine that the run used at a time; returns a PNG."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots()
     lanes = max((stay.machine for stay in stays), default=1)

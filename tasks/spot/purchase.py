@@ -1,4 +1,4 @@
-"""What a night bought: stays on machines, what they cost, and what the same night would have cost on-demand."""
+"""The machines that a night buys: its options, its stays on machines and moves between them, and its report."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pydantic import Field
 from serving.errors import BadInput
 from serving.model.contract import Frozen
 
-Kind = Literal["spot", "on-demand"]
-Whereabouts = Literal["spot", "on-demand", "nowhere"]
+MachineKind = Literal["spot", "on-demand"]
+PlacementName = Literal["spot", "on-demand", "nowhere"]
 
 _TIME_OF_DAY = re.compile(r"(\d{1,2}):(\d{2})")
 
 
-class Buying(Frozen):
-    """What machines are called, what they cost, and how often a night is looked at."""
+class PurchaseOptions(Frozen):
+    """The deployments that machines are bought by, their prices, and how often a night decides."""
 
     spot: str = Field(
         default="batch-inference/spot", description="The deployment whose runs go to machines that may vanish."
@@ -34,7 +34,7 @@ class Buying(Frozen):
     rows_per_second: float | None = Field(
         default=None,
         gt=0,
-        description="Rows a second of one machine, from an earlier report. Without, the first chunks of the run tell.",
+        description="Rows a second of one machine, from an earlier report. Without it, the first chunks are measured.",
     )
     changeover_seconds: float = Field(
         default=120.0,
@@ -46,22 +46,22 @@ class Buying(Frozen):
 
     @property
     def price_ratio(self) -> float:
-        """What an on-demand machine costs, in spot machines."""
+        """The price of an on-demand machine over that of a spot machine."""
         return self.on_demand_price / self.spot_price
 
-    def price(self, kind: Kind) -> float:
+    def price(self, kind: MachineKind) -> float:
         """Return the price of a machine for an hour."""
         return self.spot_price if kind == "spot" else self.on_demand_price
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stay:
-    """The time that a run was on one kind of machine, in seconds since the night began; `lost` where it was taken.
+class MachineStay:
+    """The time that a run was on one machine, in seconds since the night began; `lost` where it was taken.
 
-    `machine` is its number among those that the run is on at a time, from 1.
+    `machine` is its number among those that the run uses at a time, from 1.
     """
 
-    kind: Kind
+    kind: MachineKind
     start: float
     stop: float
     lost: bool
@@ -69,21 +69,21 @@ class Stay:
 
 
 class Move(Frozen):
-    """One decision that sent the run, or what one of its machines does of it, elsewhere."""
+    """One decision that sent the run, or one machine's part of it, elsewhere."""
 
-    machine: int = Field(default=1, description="Its number among the machines that the run is on at a time, from 1.")
+    machine: int = Field(default=1, description="Its number among the machines that the run uses at a time, from 1.")
     seconds: float = Field(description="Seconds since the night began.")
-    to: Whereabouts
+    to: PlacementName
     rows_done: int
     why: str
 
 
 class NightlyReport(Frozen):
-    """What a batch run under a deadline came to."""
+    """The result of a batch run under a deadline."""
 
     run: str
     rows: int
-    workers: int = Field(default=1, description="Machines that the run was on at a time, at most.")
+    workers: int = Field(default=1, description="Machines that the run used at a time, at most.")
     deadline: datetime
     seconds: float = Field(description="Seconds from the call to the published predictions.")
     slack_seconds: float = Field(description="Seconds that were left until the deadline; negative where it was missed.")
@@ -93,17 +93,17 @@ class NightlyReport(Frozen):
     changeover_seconds: float = Field(
         description="Seconds from sending the run to its first new part: the longest measured, else as stated."
     )
-    changeovers: tuple[float, ...] = Field(default=(), description="Every one of these that was measured, in order.")
+    changeovers: tuple[float, ...] = Field(default=(), description="All of them that were measured, in order.")
     spot_seconds: float
     on_demand_seconds: float
     cost: float = Field(description="Price of the machines for the seconds that the run had them.")
     cost_on_demand: float = Field(description="Price of the same work without a move, on an on-demand machine.")
-    rows_recomputed_max: int = Field(description="Rows that were in hand when machines were taken, at most.")
+    rows_recomputed_max: int = Field(description="Rows that were being scored when machines were taken, at most.")
     moves: tuple[Move, ...]
 
     @property
     def cost_fraction(self) -> float:
-        """The cost over that of an on-demand machine from the begin."""
+        """The cost over that of on-demand machines from the beginning."""
         return self.cost / self.cost_on_demand if self.cost_on_demand else 0.0
 
     @property
@@ -131,7 +131,7 @@ class NightlyReport(Frozen):
         )
 
     def table(self) -> list[dict[str, str]]:
-        """Return the moves in order, and what they came to."""
+        """Return the moves in order, and the result."""
         moves = [
             {
                 "after": f"{move.seconds:,.0f} s",
@@ -147,33 +147,33 @@ class NightlyReport(Frozen):
         return [*moves, {"after": f"{self.seconds:,.0f} s", **done}]
 
 
-def cost(stays: Sequence[Stay], buying: Buying) -> float:
-    """Return what stays cost: each second at its machine's price."""
+def sum_cost(stays: Sequence[MachineStay], buying: PurchaseOptions) -> float:
+    """Return the cost of stays: each second at the price of its machine."""
     return sum((stay.stop - stay.start) * buying.price(stay.kind) / 3600 for stay in stays)
 
 
-def seconds_on(stays: Sequence[Stay], kind: Kind) -> float:
+def sum_seconds(stays: Sequence[MachineStay], kind: MachineKind) -> float:
     """Return the seconds of all stays on one kind of machine."""
     return sum(stay.stop - stay.start for stay in stays if stay.kind == kind)
 
 
-def working_rate(samples: Sequence[tuple[float, int]]) -> float | None:
+def median_rate(samples: Sequence[tuple[float, int]]) -> float | None:
     """Return the median rows a second over samples of (seconds at work, rows done); None before rows were done.
 
-    The median, since one late look or one slow start must not decide where the run goes.
+    The median, since one late observation or one slow start must not decide where the run goes.
     """
     rates = sorted(
-        (rows - rows_before) / (at - before)
-        for (before, rows_before), (at, rows) in itertools.pairwise(samples)
-        if at > before and rows > rows_before
+        (rows - rows_before) / (after - before)
+        for (before, rows_before), (after, rows) in itertools.pairwise(samples)
+        if after > before and rows > rows_before
     )
     return rates[len(rates) // 2] if rates else None
 
 
-def deadline_at(deadline: str, now: datetime) -> datetime:
-    """Return when a deadline is: the next such time of day, in UTC, or a date and time with its zone.
+def parse_deadline(deadline: str, now: datetime) -> datetime:
+    """Return the time of a deadline: the next such time of day in UTC, or a date and time with its zone.
 
-    Raises BadInput for other words, and for a time that is past.
+    Raises BadInput for any other text, and for a time that is past.
     """
     if match := _TIME_OF_DAY.fullmatch(deadline.strip()):
         hour, minute = int(match[1]), int(match[2])
@@ -183,7 +183,7 @@ def deadline_at(deadline: str, now: datetime) -> datetime:
     try:
         moment = datetime.fromisoformat(deadline.strip())
     except ValueError:
-        moment = datetime.min  # noqa: DTZ901 - it has no zone, as is said below
+        moment = datetime.min  # noqa: DTZ901 - it has no zone, which is refused below
     if moment.tzinfo is None:
         message = (
             "The deadline must be a time of day in UTC, such as 06:00, or a date and time with its zone, such as "

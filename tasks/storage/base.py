@@ -61,7 +61,7 @@ class Storage(Protocol):
         """Open an object for reading at random; raises SourceChanged where it is another by now."""
         ...
 
-    def hold(self, entry: Entry) -> None:
+    def check_unchanged(self, entry: Entry) -> None:
         """Raise SourceChanged where the object is not the entry's any more."""
         ...
 
@@ -73,7 +73,7 @@ class Storage(Protocol):
         """Delete objects; one that is gone already is no error."""
         ...
 
-    def sweep(self, prefix: str) -> None:
+    def delete_torn_writes(self, prefix: str) -> None:
         """Delete what torn writes left below a prefix."""
         ...
 

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from serving.errors import BadInput, DestinationUnusable, SourceChanged, StorageDenied, StorageFault, StorageFull
-from serving.machine import cores
+from serving.machine import count_cores
 from tasks.storage.base import Entry
 
 # The clock that file systems take their times from may tick this seldom.
@@ -36,7 +36,7 @@ class LocalStorage:
     @property
     def reads_at_once(self) -> int:
         """One for each core: a read keeps a core busy."""
-        return cores()
+        return count_cores()
 
     def put_new(self, path: str, data: bytes | memoryview) -> bool:
         """Create a file durably: fsync, link without replace, fsync the folder."""
@@ -128,7 +128,7 @@ class LocalStorage:
 
         Read by read(2), not by memory map: a file cut short while it is mapped ends the process.
         """
-        self.hold(entry)
+        self.check_unchanged(entry)
         path = self.root / entry.path
         with local_errors(path):
             try:
@@ -136,7 +136,7 @@ class LocalStorage:
             except FileNotFoundError as error:
                 raise _gone(path) from error
 
-    def hold(self, entry: Entry) -> None:
+    def check_unchanged(self, entry: Entry) -> None:
         """Raise SourceChanged where the file's size, or what its tag holds, is not the entry's."""
         status = self._status(entry.path)
         path = self.root / entry.path
@@ -173,7 +173,7 @@ class LocalStorage:
             with local_errors(self.root / path):
                 (self.root / path).unlink(missing_ok=True)
 
-    def sweep(self, prefix: str) -> None:
+    def delete_torn_writes(self, prefix: str) -> None:
         """Delete unfinished writes below a prefix, and the empty folders that deleting has left."""
         with local_errors(self.root / prefix):
             for folder, _, names in os.walk(self.root / prefix, topdown=False):

@@ -98,7 +98,7 @@ class S3Storage:
         """Open an object; every read sends If-Match with the entry's ETag."""
         return pa.PythonFile(_PinnedObject(self._store, entry, self.address(entry.path)), mode="r")
 
-    def hold(self, entry: Entry) -> None:
+    def check_unchanged(self, entry: Entry) -> None:
         """Nothing to do: every read was held against the ETag as it was made."""
 
     def set_aside(self, entry: Entry) -> str | None:
@@ -122,7 +122,7 @@ class S3Storage:
                 with contextlib.suppress(FileNotFoundError):
                     obstore.delete(self._store, path)
 
-    def sweep(self, prefix: str) -> None:
+    def delete_torn_writes(self, prefix: str) -> None:
         """Nothing to do: an S3 object that was not put whole is not there."""
 
     def address(self, path: str) -> str:

@@ -25,14 +25,13 @@ import pyarrow.parquet as pq
 from serving.errors import RunDamaged, SourceChanged, StorageFault
 from serving.model.contract import Contract, Frozen
 from serving.model.encoding import Flags
-from serving.model.forward import Predictions
-from serving.model.interface import Engine
+from serving.model.interface import Engine, Predictions
 from serving.model.registry import ModelPin
-from tasks.batch.dataset import Snapshot, in_parallel
+from tasks.batch.dataset import Snapshot, map_parallel
 from tasks.batch.options import BatchOptions
-from tasks.batch.parts import ChunkId, PartFooter, Reasons, belongs_to, encode_part, footer_of, list_parts, part_path
+from tasks.batch.parts import ChunkId, PartFooter, Reasons, encode_part, is_part_of, list_parts, parse_footer, part_path
 from tasks.batch.plan import ROOT, Plan, load_plan, read_record, save_plan
-from tasks.batch.publish import Manifest, ManifestPart, RejectCount, claim_order
+from tasks.batch.publish import Manifest, ManifestPart, RejectCount, claim_order_number
 from tasks.storage import Entry, Storage, check_create_only
 from tasks.stream.message import Poison
 from tasks.stream.options import ToParts
@@ -105,7 +104,7 @@ def build_unreadable_rows(
 ) -> PartRows:
     """Return one row for each unreadable message: no keys, no predictions, and the reason."""
     positions_N = np.array([(*poison.message.position, 0) for poison in unreadable], dtype=_POSITION)
-    flags = Flags.none(len(unreadable))
+    flags = Flags.all_good(len(unreadable))
     for row, poison in enumerate(unreadable):
         flags.mark_row(row, poison.column, poison.reason)
     empty = {
@@ -128,7 +127,7 @@ def join_rows(pieces: Sequence[PartRows]) -> PartRows:
         predictions={
             name: np.concatenate([piece.predictions[name] for piece in pieces]) for name in pieces[0].predictions
         },
-        flags=Flags.joined([piece.flags for piece in pieces]),
+        flags=Flags.concat([piece.flags for piece in pieces]),
     )
 
 
@@ -165,7 +164,7 @@ class PartsSink:
         self._storage = storage
         check_create_only(storage)
         if load_plan(storage, plan.run) is None:
-            plan = plan.model_copy(update={"order": claim_order(storage, plan.run)})
+            plan = plan.model_copy(update={"order": claim_order_number(storage, plan.run)})
         self._plan = save_plan(storage, plan).model_copy(update={"model": model, "contract": plan.contract})
         self._key_types = key_types
         self._parts: dict[ChunkId, _Part] = {}
@@ -241,7 +240,7 @@ class PartsSink:
             raise RunDamaged(message)
         new = [chunk for chunk in found if chunk not in self._parts]
         for chunk, part in zip(
-            new, in_parallel(self._storage, lambda chunk: self._read_part(found[chunk]), new), strict=True
+            new, map_parallel(self._storage, lambda chunk: self._read_part(found[chunk]), new), strict=True
         ):
             self._parts[chunk] = part
         for partition in {partition for partition, _ in self._parts}:
@@ -265,7 +264,7 @@ class PartsSink:
             column = schema.names.index(NUMBER)
             groups = [metadata.row_group(index).column(column) for index in range(metadata.num_row_groups)]
             highest = max(group.statistics.max for group in groups)
-            part = _Part(entry=entry, footer=footer_of(entry, metadata), next_number=int(highest) + 1, keys=schema)
+            part = _Part(entry=entry, footer=parse_footer(entry, metadata), next_number=int(highest) + 1, keys=schema)
         except (pa.ArrowException, OSError, ValueError, KeyError, SourceChanged) as error:
             message = (
                 f"{self._storage.address(entry.path)} must be a part of table {self._plan.run} that can be read, got: "
@@ -273,7 +272,7 @@ class PartsSink:
                 "another name for the table."
             )
             raise RunDamaged(message) from error
-        if not belongs_to(metadata, self._plan, None):
+        if not is_part_of(metadata, self._plan, None):
             message = (
                 f"{self._storage.address(entry.path)} must be a part of table {self._plan.run} as it is planned, got "
                 "one of another table of that name, whose records below _overnight were deleted. Choose another name "

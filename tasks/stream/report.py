@@ -26,7 +26,7 @@ from pydantic import Field
 from serving.errors import BadInput
 from serving.model.batching import BatchingConfig
 from serving.model.contract import Frozen
-from tasks.batch.artifacts import Logger, server_may_fail
+from tasks.common.artifacts import Logger, server_may_fail
 from tasks.stream.score import ScoredBatch
 
 # Twenty bins per decade, from a tenth of a millisecond to more than a day: a quantile is right within 6 %.

@@ -16,9 +16,9 @@ import pyarrow as pa
 
 from serving.model.contract import Contract
 from serving.model.encoding import Flags, encode
-from serving.model.forward import Forward, Predictions, endless_pauses
-from serving.model.interface import Model
-from tasks.batch.parts import answer_columns
+from serving.model.forward import Forward, iter_endless_retry_delays
+from serving.model.interface import Model, Predictions
+from tasks.batch.parts import output_columns
 from tasks.stream.decode import Decoder, MessageGroup
 from tasks.stream.message import Message, Poison
 
@@ -110,7 +110,9 @@ class MicroScorer:
     def __post_init__(self) -> None:
         # A stream may begin with rows that fail; `poison_in_a_row` ends a stream where all of them do. A service that
         # the model calls is waited for without end, since every new delivery of a message is counted.
-        self.forward = Forward(self.model, self.contract, self.batch_size, proven=True, pauses=endless_pauses)
+        self.forward = Forward(
+            self.model, self.contract, self.batch_size, proven=True, delays=iter_endless_retry_delays
+        )
 
     def score(self, messages: Sequence[Message]) -> ScoredBatch:
         """Score a micro-batch. A message is poison where none of its rows gets a prediction.
@@ -185,7 +187,7 @@ def _to_python(value: npt.NDArray[Any], width: int) -> list[Any]:
 def _build_arrow_answers(scored: ScoredGroup, contract: Contract, key_columns: tuple[str, ...]) -> list[Answer]:
     keys = scored.group.table.select(list(key_columns))
     columns = dict(zip(keys.column_names, keys.columns, strict=True))
-    columns |= answer_columns(contract, scored.predictions, scored.flags)
+    columns |= output_columns(contract, scored.predictions, scored.flags)
     table = pa.table(columns)
     built = []
     for index in np.flatnonzero(scored.rejects < scored.rows):

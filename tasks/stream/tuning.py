@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from serving.errors import ModelFailed
-from serving.machine import machine_kind
+from serving.machine import describe_machine
 from serving.model.batching import BatchingConfig, CostModel, fit_cost_model
 from serving.model.contract import Contract
 from serving.model.encoding import Encoded, encode
 from serving.model.forward import Forward
-from serving.model.interface import Tunable, Wish
+from serving.model.interface import Tunable, TuningLimits
 from serving.model.registry import Resolved
-from serving.model.tuner import Tuning, measure, remembered
+from serving.model.tuner import Tuning, measure_throughput, read_tuning
 from tasks.batch.tuning import tune_and_keep
 from tasks.stream.connections import Source
 from tasks.stream.decode import Decoder
@@ -107,16 +107,18 @@ def choose_settings(
     Without a sample nothing is tuned, and the model's own defaults are taken. A new tuning takes some seconds, and may
     be kept with the model version.
     """
-    wish = Wish(batch_size=options.batch_size, slots=options.slots, bfloat16_tolerance=options.bfloat16_tolerance)
-    tuning = remembered(resolved.tags, machine_kind(), wish)
+    limits = TuningLimits(
+        batch_size=options.batch_size, slots=options.slots, bfloat16_tolerance=options.bfloat16_tolerance
+    )
+    tuning = read_tuning(resolved.tags, describe_machine(), limits)
     encoded = None if sample is None else model.prepare(encode(contract, sample))
     if encoded is not None and not _gets_prediction(model, contract, encoded, options.batch_size or model.batch_size):
         encoded = None
     if tuning is None and encoded is not None:
         larger = _repeat_sample(encoded, model.batch_sizes[-1])
-        tuning = tune_and_keep(resolved, model, contract, larger, wish)
+        tuning = tune_and_keep(resolved, model, contract, larger, limits)
     if tuning is not None:
-        model = model.using(tuning.engine)
+        model = model.with_engine(tuning.engine)
     batch_size = tuning.batch_size if tuning else options.batch_size or model.batch_size
     slots = tuning.slots if tuning else options.slots or model.slots
     timings = () if encoded is None else _measure_passes(model, contract, encoded, batch_size, slots)
@@ -141,11 +143,11 @@ def _measure_passes(
     """Return rows and seconds of passes of several sizes, with all slots running."""
     if sample.length_N is not None:
         # The batch size counts tokens, so the rows of a pass are not chosen: only the time per row is measured.
-        rate = measure(model, contract, sample, batch_size, slots, time.perf_counter)
+        rate = measure_throughput(model, contract, sample, batch_size, slots, time.perf_counter)
         return ((sample.rows, sample.rows * slots / rate),)
     sizes = sorted({max(1, batch_size // divisor) for divisor in _SIZE_DIVISORS})
     larger = _repeat_sample(sample, batch_size)
-    rates = [measure(model, contract, larger, size, slots, time.perf_counter) for size in sizes]
+    rates = [measure_throughput(model, contract, larger, size, slots, time.perf_counter) for size in sizes]
     return tuple((size, size * slots / rate) for size, rate in zip(sizes, rates, strict=True))
 
 
@@ -153,7 +155,7 @@ def _repeat_sample(sample: Encoded, rows: int) -> Encoded:
     """Return the sample, repeated to hold so many rows, within 32 MiB."""
     row_bytes = sum(value.nbytes for value in sample.inputs.values()) / sample.rows
     times = math.ceil(min(rows, _SAMPLE_BYTES_MAX / max(row_bytes, 1)) / sample.rows)
-    return sample if sample.length_N is not None or times <= 1 else sample.repeated(times)
+    return sample if sample.length_N is not None or times <= 1 else sample.repeat(times)
 
 
 @dataclass(slots=True)

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 from tests.benchmarks.shared import FOLDER, prefect
 
 if TYPE_CHECKING:
-    from infra.local.prefect_server import PrefectServer
-    from infra.local.prefect_worker import PrefectWorker
+    from infra.local.prefect_server import PrefectServer, PrefectWorker
 
 # A machine that is gone is seen to be after three.
 HEARTBEAT_SECONDS = 2
@@ -32,7 +31,7 @@ def deployed() -> Generator[PrefectServer]:
 
 def start_machine(server: PrefectServer, pool: str, name: str) -> PrefectWorker:
     """Start a worker that takes flow runs from a pool; its log is in the benchmarks' folder."""
-    from infra.local.prefect_worker import prefect_worker
+    from infra.local.prefect_server import prefect_worker
 
     environment = {
         "MLFLOW_TRACKING_URI": os.environ["MLFLOW_TRACKING_URI"],

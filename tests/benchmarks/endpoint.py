@@ -98,9 +98,9 @@ def make_served(name: str, width: int) -> Served:
     from serving.model.batching import BatchingConfig
     from serving.model.registry import resolve_model
     from serving.model.release import Release
-    from tasks.endpoint.resolve import resolve
+    from tasks.endpoint.batching import resolve_batching
+    from tasks.endpoint.resolve import load_endpoint_model
     from tasks.endpoint.spec import Budget, EndpointSpec
-    from tasks.endpoint.tuning import resolve_batching
     from tests.support import register_torch
 
     use_experiment("bench-endpoint")
@@ -116,7 +116,7 @@ def make_served(name: str, width: int) -> Served:
         budget=Budget(latency_ms=BUDGET_MS, rate=RATES[name], callers=CONNECTIONS),
     )
     resolved = resolve_model(uri)
-    subject = resolve(spec)
+    subject = load_endpoint_model(spec)
     chosen = resolve_batching(spec, subject)
     console.print(f"{name}: {chosen.batching}, {chosen.cost}")
     release = Release(endpoint=spec.name, pin=resolved.pin, contract=subject.contract, batching=BatchingConfig())

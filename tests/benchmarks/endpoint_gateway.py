@@ -10,10 +10,10 @@ from typing import Any
 
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import Limits, Route
-from serving.gateway.route import Served as Version
+from serving.gateway.route import ServedVersion as Version
 from serving.targets import Address
 from tasks.endpoint.load import measure_latency
-from tasks.endpoint.samples import Sample
+from tasks.endpoint.resolve import Sample
 from tests.benchmarks.endpoint_servers import Served, triton_tuned
 from tests.benchmarks.endpoint_wrk import wrk
 from tests.benchmarks.shared import console

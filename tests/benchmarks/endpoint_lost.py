@@ -113,7 +113,7 @@ def _wait_asleep(gateway: str, admin_key: str, name: str) -> None:
     from serving.gateway.client import GatewayClient
 
     with GatewayClient(gateway, admin_key) as client:
-        client.wait(name, lambda state: state.models == "asleep", timeout_s=_ASLEEP_SECONDS_MAX)
+        client.wait_until(name, lambda state: state.models == "asleep", timeout_s=_ASLEEP_SECONDS_MAX)
     time.sleep(0.5)
 
 
@@ -151,9 +151,8 @@ def _bodies(served: Served) -> list[bytes]:
 def _ray_wake_seconds(served: Served, folder: Path) -> float | str:
     """Return the seconds of a request that finds no replica, at Ray Serve's own door."""
     from infra.local.ray_cluster import ray_cluster
-    from serving.targets.ray_host import RayServeHost
-    from serving.targets.ray_serve import RayServe
-    from tasks.endpoint.change import scaled_to_zero
+    from serving.targets.ray_serve import RayServe, RayServeHost
+    from tasks.endpoint.change import scale_to_zero
     from tasks.endpoint.client import infer_path
 
     with ray_cluster(folder / "ray", environment={"PYTHONPATH": os.pathsep.join(sys.path)}) as cluster:
@@ -165,7 +164,7 @@ def _ray_wake_seconds(served: Served, folder: Path) -> float | str:
             target=target,
             token=cluster.token,
         )
-        address = host.deploy(scaled_to_zero(served.tuned), served.model)
+        address = host.deploy(scale_to_zero(served.tuned), served.model)
         url = address.url.rstrip("/") + infer_path(address)
         waits = []
         for _ in range(WAKES):

@@ -17,9 +17,8 @@ from typing import Any
 import httpx
 import numpy as np
 
-from infra.local.ports import start_on_free_ports
-from infra.local.process import ServerCommand, ServerProcess, base_environment
-from infra.processes import family
+from infra.local.process import ServerCommand, ServerProcess, base_environment, start_on_free_ports
+from infra.worker import list_process_tree
 from serving.model.batching import BatchingConfig
 from serving.model.release import Release
 from serving.protocol.oip import encode_request
@@ -65,7 +64,7 @@ class Up:
 
     def memory_mb(self) -> float:
         """Return the memory of its processes, what they share counted once, in MiB."""
-        pids = {each for pid in self.pids for each in family(pid)}
+        pids = {each for pid in self.pids for each in list_process_tree(pid)}
         return sum(_pss_kb(pid) for pid in pids) / 1024
 
 
@@ -155,8 +154,7 @@ def _triton(release: Release, served: Served, folder: Path) -> Generator[Up]:
 def ray_serve(served: Served, folder: Path) -> Generator[Up]:
     """Ray Serve with the batching."""
     from infra.local.ray_cluster import ray_cluster
-    from serving.targets.ray_host import RayServeHost
-    from serving.targets.ray_serve import RayServe
+    from serving.targets.ray_serve import RayServe, RayServeHost
 
     began = time.perf_counter()
     environment = {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -225,10 +223,10 @@ def _environment(name: str) -> tuple[Path, str | None]:
 
 
 def _no_triton() -> str | None:
-    from infra.local.triton import _find_package
+    from infra.local.triton import find_package
 
     try:
-        _find_package()
+        find_package()
     except FileNotFoundError as error:
         return str(error)
     return None

@@ -27,11 +27,12 @@ import pyarrow.parquet as pq
 from serving.model.contract import Column, Contract, Input, Output
 from serving.model.encoding import Encoded
 from serving.model.registry import ModelPin
-from tasks.batch.dataset import open_dataset, take_snapshot
+from tasks.batch.dataset import open_dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Plan, Sizes, make_plan, memory_bytes
 from tasks.batch.score import Scorer
-from tasks.batch.tuning import first_rows, row_bytes_of
+from tasks.batch.source import pin_source
+from tasks.batch.tuning import measure_row_bytes, read_first_rows
 from tasks.storage import open_storage
 from tests.benchmarks.figures import show
 
@@ -143,14 +144,14 @@ def contract_of(schema: pa.Schema) -> Contract:
 
 def plan_of(source: Path, destination: Path) -> Plan:
     """Plan a run as a call does, with a batch size of its own."""
-    snapshot = take_snapshot(str(source), str(destination))
+    snapshot = pin_source(str(source), str(destination))
     contract = contract_of(pq.read_schema(next(source.glob("*.parquet"))))
     options = BatchOptions(key_columns=("k",))
     dataset = open_dataset(snapshot, [column.name for column in contract.columns], ("k",))
     sizes = Sizes(
         batch_size=BATCH,
         slots=SLOTS,
-        row_bytes=row_bytes_of(first_rows(contract, options, dataset), dataset),
+        row_bytes=measure_row_bytes(read_first_rows(contract, options, dataset), dataset),
         rows_per_second=None,
     )
     return make_plan(
@@ -162,7 +163,7 @@ def score(plan: Plan, destination: Path, seconds: float = 0.0) -> None:
     model = Summing(seconds * SLOTS * BATCH / plan.rows)
     scorer = Scorer(plan=plan, destination=open_storage(str(destination)), model=model, max_reject_fraction=1.0)
     with ThreadPoolExecutor(SLOTS) as pool:
-        list(pool.map(scorer.score_shard, scorer.share.begin()))
+        list(pool.map(scorer.score_shard, scorer.scheduler.begin()))
 
 
 def status(name: str) -> int:

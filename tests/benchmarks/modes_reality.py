@@ -15,7 +15,7 @@ import numpy as np
 
 from tasks.batch.options import BatchOptions
 from tasks.endpoint.client import infer_path
-from tasks.endpoint.resolve import resolve
+from tasks.endpoint.resolve import load_endpoint_model
 from tasks.endpoint.spec import EndpointSpec, Triton
 from tasks.scheduler.decision import Profile
 from tasks.scheduler.fit import serving_time
@@ -81,7 +81,7 @@ def profiled(target: Triton) -> Profile:
         message = "No batch run is needed here."
         raise AssertionError(message)
 
-    return measure_profile(spec, resolve(spec), measuring, no_trial)
+    return measure_profile(spec, load_endpoint_model(spec), measuring, no_trial)
 
 
 def closed_loop(server: Server, connections: int, beside: float, requests: int = 20_000) -> tuple[float, float]:

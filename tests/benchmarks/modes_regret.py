@@ -23,7 +23,7 @@ from tasks.scheduler.simulate_sleep import sleep, traffic
 from tasks.scheduler.simulate_stream import stream, stream_fit
 from tasks.scheduler.simulate_table import batch_on_spot as table_on_spot
 from tasks.scheduler.simulate_table import table
-from tasks.spot.policy import places
+from tasks.spot.policy import decide_placements
 from tasks.spot.replay import Job, replay
 from tests.benchmarks.modes_exact import late_share
 from tests.benchmarks.modes_workloads import Case
@@ -101,7 +101,7 @@ def _table_late(case: Case, problem: Problem, chosen: Choice) -> float:
         price_ratio=ratio,
         tick_seconds=tick,
     )
-    return float(replay(places, case.spot_again.spot_NT, job).late_N.mean())
+    return float(replay(decide_placements, case.spot_again.spot_NT, job).late_N.mean())
 
 
 def cheapest(problem: Problem, kinds: Sequence[Kind], chosen: Choice) -> Choice | None:

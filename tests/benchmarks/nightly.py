@@ -136,12 +136,12 @@ def go_through(
 ) -> tuple[NightlyReport, list[list[bool]], dict[str, str]]:
     """Go through one night; return its report, the traces of its spot machines, and its parts by digest."""
     from flows.nightly import nightly_inference
-    from tasks.spot.purchase import Buying
+    from tasks.spot.purchase import PurchaseOptions
     from tests.support import digests
 
     destination = folder_of(night.name)
     spot = windows(spot_NT, math.ceil(night.due_seconds / TICK_SECONDS), night.workers)
-    buying = Buying(
+    buying = PurchaseOptions(
         spot_price=1,
         on_demand_price=PRICE_RATIO,
         # Of the night on several machines it is stated, since it says how many are needed.
@@ -219,10 +219,9 @@ def replays(
     night: Night, report: NightlyReport, spot: Sequence[Sequence[bool]], work_seconds: float
 ) -> dict[str, float]:
     """Return the cost over on-demand of policies on the night's traces, at the rate and changeover it has measured."""
-    from tasks.spot.baselines import UniformProgress, greedy
-    from tasks.spot.optimum import optimum
-    from tasks.spot.policy import places
+    from tasks.spot.policy import decide_placements
     from tasks.spot.replay import Job, replay
+    from tests.benchmarks.spot_baselines import UniformProgress, greedy, optimum
 
     job = Job(
         work_seconds=work_seconds,
@@ -232,7 +231,11 @@ def replays(
         tick_seconds=TICK_SECONDS,
     )
     spot_NT = np.array(spot)
-    policies = {"greedy": greedy, "uniform_progress": UniformProgress(work_seconds, night.due_seconds), "ours": places}
+    policies = {
+        "greedy": greedy,
+        "uniform_progress": UniformProgress(work_seconds, night.due_seconds),
+        "ours": decide_placements,
+    }
     found = {name: float(replay(policy, spot_NT, job).cost_N.mean()) for name, policy in policies.items()}
     found["optimum"] = statistics.mean(optimum(np.array(trace), job, unit_seconds=1) for trace in spot)
     return {name: round(value, 3) for name, value in found.items()}

@@ -18,10 +18,11 @@ import torch
 from serving.model.contract import Column, Contract, Input, Output
 from serving.model.encoding import Encoded
 from serving.model.registry import ModelPin
-from tasks.batch.dataset import open_dataset, take_snapshot
+from tasks.batch.dataset import open_dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Sizes, make_plan
 from tasks.batch.score import Scorer
+from tasks.batch.source import pin_source
 from tasks.storage import open_storage
 
 BATCH = 10_000
@@ -76,7 +77,7 @@ def main() -> None:
     after_each_other = time.perf_counter() - start
     scorer = Scorer(plan=plan, destination=storage, model=model, max_reject_fraction=1.0)
     start = time.perf_counter()
-    for shard in scorer.share.begin():
+    for shard in scorer.scheduler.begin():
         scorer.score_shard(shard)
     overlapped = time.perf_counter() - start
     print(json.dumps({"after_each_other": after_each_other, "overlapped": overlapped, "blocks": blocks}))
@@ -89,7 +90,7 @@ def a_plan(source: str, destination: str):  # noqa: ANN201 - a Plan
         inputs=(Input(name="a", dtype="float32", columns=(value,)),), outputs=(Output(name="score", dtype="float32"),)
     )
     options = BatchOptions(rows_per_chunk=4 * BATCH)
-    snapshot = take_snapshot(source, destination)
+    snapshot = pin_source(source, destination)
     return make_plan(
         key="pipeline",
         model=ModelPin(name="two-stages", version="1", model_id=None, source=str(Path.cwd()), digest="0" * 64),

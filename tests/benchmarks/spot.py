@@ -32,11 +32,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from tasks.spot.baselines import UniformProgress, greedy
-from tasks.spot.optimum import optimum
-from tasks.spot.policy import places
+from tasks.spot.policy import decide_placements
 from tasks.spot.replay import Job, replay
 from tests.benchmarks.shared import FOLDER, console, machine
+from tests.benchmarks.spot_baselines import UniformProgress, greedy, optimum
 from tests.benchmarks.spot_plot import draw
 from tests.benchmarks.traces import ROOT, TICK_SECONDS, Traces, generated_traces, read_traces
 
@@ -140,7 +139,7 @@ def measure(jobs: Sequence[Job], spot_NT: NDArray[np.bool_], title: str) -> Figu
     outcomes: dict[str, list] = {name: [] for name in NAMES}
     for job in track(jobs, f"replaying {title}", console=console):
         uniform = UniformProgress(job.work_seconds, job.deadline_seconds)
-        for name, policy in zip(NAMES, (greedy, uniform, places), strict=True):
+        for name, policy in zip(NAMES, (greedy, uniform, decide_placements), strict=True):
             outcomes[name].append(replay(policy, spot_NT, job))
     for name, found in outcomes.items():
         figures.costs_JN[name] = np.array([outcome.cost_N for outcome in found])

@@ -29,8 +29,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from infra.local.nats import NatsServer, nats_server
-from infra.local.nats_client import NatsClient
+from infra.local.nats import NatsClient, NatsServer, nats_server
 from tests.benchmarks.shared import (
     FEATURES,
     FOLDER,

@@ -20,8 +20,7 @@ from typing import Any
 import orjson
 from rich.progress import track
 
-from infra.local.nats import NatsServer, nats_server
-from infra.local.nats_client import NatsClient
+from infra.local.nats import NatsClient, NatsServer, nats_server
 from tests.benchmarks.shared import FEATURES, console
 from tests.kafka_brokers import KafkaBrokers
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.spot.traces import synthetic_traces
+from tasks.spot.replay import synthetic_traces
 
 ROOT = Path(__file__).parents[2]
 TICK_SECONDS = 600

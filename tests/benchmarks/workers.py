@@ -26,8 +26,7 @@ from tests.benchmarks.figures import show
 from tests.benchmarks.shared import FOLDER, clear, console, machine, open_registry, use_experiment
 
 if TYPE_CHECKING:
-    from infra.local.prefect_server import PrefectServer
-    from infra.local.prefect_worker import PrefectWorker
+    from infra.local.prefect_server import PrefectServer, PrefectWorker
     from tasks.batch.options import BatchOptions
 
 TRIALS = int(os.environ.get("TRIALS", "3"))

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from deployments.automations import automations
-from infra.local.prefect_server import PrefectServer, prefect_server
-from infra.local.prefect_worker import PrefectWorker, prefect_worker
+from infra.local.prefect_server import PrefectServer, PrefectWorker, prefect_server, prefect_worker
 from tests.support import write_customers
 
 ATTEMPTS_MAX = 2

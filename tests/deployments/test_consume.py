@@ -15,10 +15,8 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.schedules import CronSchedule
 
 from infra.local.gateway import GatewayServer, gateway_server
-from infra.local.nats import NatsServer
-from infra.local.nats_client import NatsClient
-from infra.local.prefect_server import PrefectServer
-from infra.local.prefect_worker import PrefectWorker
+from infra.local.nats import NatsClient, NatsServer
+from infra.local.prefect_server import PrefectServer, PrefectWorker
 from infra.local.triton import TritonServer
 from serving.errors import ApplyFailed, SourceNotFound
 from serving.model.registry import resolve_model
@@ -80,9 +78,9 @@ def of(workload: Workload, model: str) -> Workload:
 
 def applied(decided: Decision, terms: Terms) -> Applied:
     from flows.runtime.apply import apply_decision
-    from flows.runtime.task_timing import Stages
+    from flows.runtime.task_timing import StepTimer
 
-    return apply_decision(Stages(), decided, terms, logging.getLogger(__name__))
+    return apply_decision(StepTimer(), decided, terms, logging.getLogger(__name__))
 
 
 def deployments() -> set[str]:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
-from infra.local.prefect_server import PrefectServer
-from infra.local.prefect_worker import PrefectWorker
+from infra.local.prefect_server import PrefectServer, PrefectWorker
 from tasks.batch.options import BatchOptions
 from tasks.batch.predictions import open_predictions
 

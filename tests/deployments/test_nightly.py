@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 from prefect.client.orchestration import get_client
 
-from infra.local.prefect_server import PrefectServer
-from infra.local.prefect_worker import PrefectWorker
+from infra.local.prefect_server import PrefectServer, PrefectWorker
 from tasks.batch.options import BatchOptions
 from tasks.batch.predictions import open_predictions
-from tasks.spot.purchase import Buying
+from tasks.spot.purchase import PurchaseOptions
 from tests.deployments.conftest import StartWorkers
 from tests.deployments.flow_runs import machine_of, start_with, state_of, wait_for, wait_until
 from tests.support import digests
@@ -26,7 +25,7 @@ pytestmark = pytest.mark.machines
 OPTIONS = BatchOptions(
     key_columns=("customer",), batch_size=10, rows_per_chunk=50, slots=2, max_reject_fraction=1, experiment=None
 )
-BUYING = Buying(spot_price=1, on_demand_price=3, changeover_seconds=10, interval_seconds=1)
+BUYING = PurchaseOptions(spot_price=1, on_demand_price=3, changeover_seconds=10, interval_seconds=1)
 
 
 def soon(seconds: float) -> str:
@@ -84,7 +83,7 @@ def test_a_run_whose_spot_machine_is_taken_is_moved_and_done_in_time_to_the_same
 def test_a_night_on_two_machines_whose_own_worker_is_told_to_end_goes_on_with_the_runs_that_it_had_sent(
     deployed: PrefectServer, start_workers: StartWorkers, sleepy: str, customers: Path, tmp_path: Path
 ) -> None:
-    from flows.nightly import _find_sent
+    from flows.nightly import find_sent_runs
 
     watchers = dict(zip(("watch-1", "watch-2"), start_workers("overnight", "watch-1", "watch-2"), strict=True))
     spot = start_workers("overnight-spot", "both-1", "both-2")
@@ -104,7 +103,7 @@ def test_a_night_on_two_machines_whose_own_worker_is_told_to_end_goes_on_with_th
     for worker in (*watchers.values(), *spot):
         worker.stop()
     with get_client(sync_client=True) as client:
-        sent = _find_sent(client, str(night.id))
+        sent = find_sent_runs(client, str(night.id))
 
     assert ("Completed", 2) == (state_of(ended), ended.run_count)
     assert ["spot", "spot"] == [kind for kind, _ in sent]

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.local.prefect_server import PrefectServer
-from infra.local.prefect_worker import PrefectWorker
+from infra.local.prefect_server import PrefectServer, PrefectWorker
 from tasks.batch.options import BatchOptions
 from tasks.batch.predictions import open_predictions
 from tests.deployments.flow_runs import read, start, table, wait_for, workers_of

@@ -17,8 +17,7 @@ import numpy as np
 import orjson
 import polars as pl
 
-from infra.local.nats import NatsServer
-from infra.local.nats_client import NatsClient
+from infra.local.nats import NatsClient, NatsServer
 from serving.model.contract import Frozen
 from tasks.stream.options import FromNats, StreamOptions, ToNats
 from tasks.stream.score import write_arrow

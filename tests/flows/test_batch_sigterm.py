@@ -152,7 +152,7 @@ def test_a_second_sigterm_ends_it_at_once(registry: Path, source: Path, prefect:
     end = told_to_end("2", ("before a batch", 2), (endless, source, tmp_path), options, killed_after=60)
 
     assert -signal.SIGTERM == end.code, end.stderr
-    assert "SIGTERM: this process is to end within 600 s: chunks in hand are finished where they fit" in end.stderr
+    assert "SIGTERM: this process is to end within 600 s: chunks in progress are finished where they fit" in end.stderr
 
 
 @pytest.mark.machines

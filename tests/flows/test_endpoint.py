@@ -213,7 +213,7 @@ def test_a_canary_that_keeps_its_rule_is_promoted(
         endpoint = put("churn", churn.other, rollout=CANARY)
 
     assert 0 == callers.lost
-    assert f"version {churn.other_version} has all traffic, after a trial: 0 of 20 requests failed" in endpoint.rollout
+    assert f"version {churn.other_version} has all traffic, after a canary: 0 of 20 requests failed" in endpoint.rollout
     assert [churn.other_version] == loaded(triton, "churn")
 
 
@@ -348,7 +348,7 @@ def test_an_idle_endpoint_is_unloaded_woken_by_the_next_request_and_stays_awake_
     triton: TritonServer, gateway: GatewayServer, client: GatewayClient, churn: Standing, put: Put
 ) -> None:
     put("churn", churn.now, keep_warm=1)
-    client.wait("churn", lambda state: state.models == "asleep", timeout_s=30)
+    client.wait_until("churn", lambda state: state.models == "asleep", timeout_s=30)
 
     assert [] == loaded(triton, "churn")
     # Each of them comes when the models are about to be unloaded, or just were.

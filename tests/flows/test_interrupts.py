@@ -177,15 +177,15 @@ def test_ctrl_c_does_not_reach_the_temporary_server_and_leaves_no_process_behind
 
 
 def test_an_impatient_second_ctrl_c_passes_unheard_and_a_later_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows.runtime import interrupts
+    from flows.runtime import interruption
 
-    monkeypatch.setattr(interrupts, "_HUSH_SECONDS", 0.2)
+    monkeypatch.setattr(interruption, "_HUSH_SECONDS", 0.2)
     # A flow that was interrupted in this process leaves a handler of its own.
     earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        interrupts.hush(ValueError())
+        interruption.ignore_repeated_sigint(ValueError())
         assert signal.default_int_handler is signal.getsignal(signal.SIGINT)
-        interrupts.hush(KeyboardInterrupt())
+        interruption.ignore_repeated_sigint(KeyboardInterrupt())
         signal.raise_signal(signal.SIGINT)
         time.sleep(0.3)
         with pytest.raises(KeyboardInterrupt):

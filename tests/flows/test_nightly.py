@@ -7,11 +7,9 @@ import signal
 import time
 import uuid
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta, tzinfo
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -22,13 +20,14 @@ from prefect.states import AwaitingRetry, Completed, Pending, Running
 from infra.local.prefect_server import PrefectServer
 from serving.errors import DeadlineImpossible, DeploymentMissing, SourceFormat
 from tasks.batch.options import BatchOptions
-from tasks.spot import dispatch
-from tasks.spot.capacity import PoolCapacity
-from tasks.spot.night import Night
-from tasks.spot.purchase import Buying
+from tasks.spot import work_pools
+from tasks.spot.night import Machine, Night
+from tasks.spot.policy import Placement
+from tasks.spot.purchase import PurchaseOptions
+from tasks.spot.work_pools import PrefectWorkerPool
 from tests.tasks.spot.market import Market
 
-BUYING = Buying(spot_price=1, on_demand_price=3)
+BUYING = PurchaseOptions(spot_price=1, on_demand_price=3)
 
 
 @pytest.fixture
@@ -60,7 +59,7 @@ def test_a_source_that_does_not_tell_its_rows_is_refused_by_its_format(
     source = tmp_path / "customers.csv"
     source.write_text("customer,a,b,c\n1,1.0,2.0,3.0\n")
 
-    with pytest.raises(SourceFormat, match=r"which Parquet tells, got csv at .*Write it as Parquet"):
+    with pytest.raises(SourceFormat, match=r"which Parquet files state, got csv at .*Write it as Parquet"):
         nightly_inference(linear, str(source), str(tmp_path / "scores"), "06:00", BUYING)
 
     assert not (tmp_path / "scores").exists()
@@ -102,55 +101,55 @@ class TestMissing:
         name = deploy(client, None)
 
         with pytest.raises(DeploymentMissing, match=f"{name} must have a work pool, got none.*make deploy"):
-            dispatch.find_pool(client, name)
+            work_pools.find_pool(client, name)
 
     def test_a_work_pool_that_was_deleted_since_is_named(self, client: SyncPrefectClient) -> None:
         pool = make_pool(client)
         name = deploy(client, pool)
 
-        assert pool == dispatch.find_pool(client, name)
+        assert pool == work_pools.find_pool(client, name)
 
         client.delete_work_pool(pool)
         with pytest.raises(DeploymentMissing, match=f"{name} must have a work pool, got none"):
-            dispatch.find_pool(client, name)
+            work_pools.find_pool(client, name)
         with pytest.raises(DeploymentMissing, match=f"The work pool {pool} must exist, got none of that name"):
-            PoolCapacity(pool=pool).living()
+            PrefectWorkerPool(pool=pool).list_live_workers()
 
 
-class TestDispatch:
+class TestFlowRuns:
     def test_a_run_is_sent_once_for_a_key(self, client: SyncPrefectClient) -> None:
         name = deploy(client, make_pool(client))
-        first, again, other = (dispatch.send(client, name, {"at": 1}, key) for key in ("a", "a", "b"))
+        first, again, other = (work_pools.submit_flow_run(client, name, {"at": 1}, key) for key in ("a", "a", "b"))
 
         assert first.id == again.id != other.id
 
     def test_what_a_night_has_sent_is_found_in_order_by_its_later_attempt(self, client: SyncPrefectClient) -> None:
-        from flows.nightly import _find_sent, _key
+        from flows.nightly import find_sent_runs, make_idempotency_key
 
         name, night = deploy(client, make_pool(client)), str(uuid.uuid4())
         sent = [
-            dispatch.send(client, name, {}, _key(night, at, kind)).id
+            work_pools.submit_flow_run(client, name, {}, make_idempotency_key(night, at, kind)).id
             for at, kind in enumerate(("spot", "on-demand", "spot"))
         ]
 
         assert list(zip(("spot", "on-demand", "spot"), sent, strict=True)) == [
-            (kind, run.id) for kind, run in _find_sent(client, night)
+            (kind, run.id) for kind, run in find_sent_runs(client, night)
         ]
-        assert [] == _find_sent(client, str(uuid.uuid4()))
+        assert [] == find_sent_runs(client, str(uuid.uuid4()))
 
     def test_a_machine_is_told_only_while_it_has_the_run(self, client: SyncPrefectClient) -> None:
-        run = dispatch.send(client, deploy(client, make_pool(client)), {}, "a").id
+        run = work_pools.submit_flow_run(client, deploy(client, make_pool(client)), {}, "a").id
         client.update_flow_run_labels(run, {"prefect.worker.name": "one"})
         told = []
         for state in (Pending(), Running(), AwaitingRetry()):
             client.set_flow_run_state(run, state, force=True)
-            seen = dispatch.look_at(client, run)
-            told.append((seen.stage, seen.machine))
+            status = work_pools.read_status(client, run)
+            told.append((status.stage, status.worker))
 
         assert [("waiting", "one"), ("running", "one"), ("waiting", None)] == told
 
     def test_a_run_that_prefect_does_not_know_is_lost(self, client: SyncPrefectClient) -> None:
-        assert "lost" == dispatch.look_at(client, uuid.uuid4()).stage
+        assert "lost" == work_pools.read_status(client, uuid.uuid4()).stage
 
     def test_one_that_runs_is_told_to_drain_and_one_that_is_lost_or_waits_is_ended(
         self, client: SyncPrefectClient
@@ -158,67 +157,55 @@ class TestDispatch:
         name = deploy(client, make_pool(client))
         states = []
         for key, lost in (("runs", False), ("lost", True), ("waits", False)):
-            run = dispatch.send(client, name, {}, key).id
+            run = work_pools.submit_flow_run(client, name, {}, key).id
             if key != "waits":
                 client.set_flow_run_state(run, Running(), force=True)
-            dispatch.drain(client, run, "why", lost=lost)
+            work_pools.end_flow_run(client, run, "why", lost=lost)
             states.append(client.read_flow_run(run).state)
 
         assert ["Cancelling", "Cancelled", "Cancelled"] == [state.name for state in states if state]
         assert {"why"} == {state.message for state in states if state}
 
     def test_one_that_has_ended_by_itself_is_left_as_it_is(self, client: SyncPrefectClient) -> None:
-        run = dispatch.send(client, deploy(client, make_pool(client)), {}, "a").id
+        run = work_pools.submit_flow_run(client, deploy(client, make_pool(client)), {}, "a").id
         client.set_flow_run_state(run, Completed(), force=True)
-        dispatch.drain(client, run, "why", lost=True)
+        work_pools.end_flow_run(client, run, "why", lost=True)
 
-        assert "done" == dispatch.look_at(client, run).stage
-
-
-class Unseen:
-    """A progress that nobody looks at: there is no flow run here to show it."""
-
-    def __init__(self, rows: int, logger: Any) -> None:
-        self.shown: list[int] = []
-
-    def show(self, rows_done: int) -> None:
-        self.shown.append(rows_done)
+        assert "done" == work_pools.read_status(client, run).stage
 
 
-class Jumping(datetime):
-    """A clock that is an hour off, now ahead and now behind, once the night has begun."""
-
-    asked = 0
-
-    @classmethod
-    def now(cls, tz: tzinfo | None = None) -> Any:
-        cls.asked += 1
-        off = 0 if cls.asked == 1 else 3600 * (-1) ** cls.asked
-        return datetime.now(tz) + timedelta(seconds=off)
+def a_night(market: Market) -> Night:
+    buying = PurchaseOptions(
+        spot_price=1, on_demand_price=3, rows_per_second=10, changeover_seconds=5, interval_seconds=0.05
+    )
+    return Night(rows=100, buying=buying, spot_pool=market, dispatcher=market, count_rows_done=lambda: market.rows)
 
 
 def test_a_clock_that_jumps_after_the_begin_does_not_move_the_deadline(
     prefect: PrefectServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows import nightly
+    from flows.nightly import run_night
 
     market = Market(stage="waiting")
-    buying = Buying(spot_price=1, on_demand_price=3, rows_per_second=10, changeover_seconds=5, interval_seconds=0.05)
-    night = Night(rows=100, buying=buying, capacity=market, dispatcher=market, rows_done=lambda: market.rows)
     left: list[float] = []
+    asked: list[datetime] = []
 
-    def move(night: Night, machine: Any, now: float, until: float, logger: Any) -> None:
-        left.append(until)
-        decide(night, machine, now, until, logger)
+    def decide(night: Night, machine: Machine, seconds: float) -> tuple[Placement, str]:
+        left.append(seconds)
         market.stage = "done" if len(left) == 5 else "running"
+        return decide_by_policy(night, machine, seconds)
 
-    decide = nightly._move
-    monkeypatch.setattr(nightly, "_move", move)
-    monkeypatch.setattr(nightly, "datetime", Jumping)
-    monkeypatch.setattr(nightly, "NightProgress", Unseen)
+    def jumping() -> datetime:
+        """An hour off, now ahead and now behind, once the night has begun."""
+        asked.append(datetime.now(UTC))
+        return asked[-1] + timedelta(hours=0 if len(asked) == 1 else (-1) ** len(asked))
+
+    decide_by_policy = Night.decide
+    monkeypatch.setattr(Night, "decide", decide)
     began = time.monotonic()
     due = datetime.now(UTC) + timedelta(seconds=600)
-    seconds = nightly._go_through(night, due, logging.getLogger(), lambda: False)
+    night = a_night(market)
+    seconds = run_night(night, due, logging.getLogger(), lambda _: None, is_cancelled=lambda: False, now=jumping)
 
     assert 5 == len(left)
     assert all(0 < before - after < 60 for before, after in pairwise(left))
@@ -228,23 +215,26 @@ def test_a_clock_that_jumps_after_the_begin_does_not_move_the_deadline(
 
 
 @pytest.mark.parametrize("cancelled", [True, False])
-def test_a_night_that_is_told_to_end_takes_its_runs_back_only_where_it_is_cancelled(
-    prefect: PrefectServer, monkeypatch: pytest.MonkeyPatch, *, cancelled: bool
+def test_a_night_that_gets_sigterm_ends_its_runs_only_where_it_is_cancelled(
+    prefect: PrefectServer, *, cancelled: bool
 ) -> None:
-    from flows import nightly
+    from flows.nightly import run_night
 
     market = Market(stage="waiting")
-    buying = Buying(spot_price=1, on_demand_price=3, rows_per_second=10, changeover_seconds=5, interval_seconds=0.05)
-    night = Night(rows=100, buying=buying, capacity=market, dispatcher=market, rows_done=lambda: market.rows)
 
-    def told(seconds: float) -> None:
+    def get_sigterm(seconds: float) -> None:
         raise TerminationSignal(signal.SIGTERM)
 
-    monkeypatch.setattr(nightly, "NightProgress", Unseen)
-    monkeypatch.setattr(nightly, "time", SimpleNamespace(monotonic=time.monotonic, sleep=told))
     due = datetime.now(UTC) + timedelta(seconds=600)
     with pytest.raises(TerminationSignal):
-        nightly._go_through(night, due, logging.getLogger(), lambda: cancelled)
+        run_night(
+            a_night(market),
+            due,
+            logging.getLogger(),
+            lambda _: None,
+            is_cancelled=lambda: cancelled,
+            sleep=get_sigterm,
+        )
 
     assert ["spot"] == market.sent
     assert [("The night was cancelled.", False)] * cancelled == market.drained

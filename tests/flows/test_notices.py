@@ -24,11 +24,10 @@ from prefect.states import Cancelling, Scheduled
 
 from infra.local.prefect_server import PrefectServer
 from serving.errors import Interrupted
-from tasks.batch.chunk_scheduler import Share
+from tasks.batch.chunk_scheduler import ChunkScheduler
 from tasks.batch.options import BatchOptions
-from tasks.spot.clouds import Aws
-from tasks.spot.metadata import METADATA_URL
-from tasks.spot.watch import watching
+from tasks.spot.cloud_notices import METADATA_URL, Aws
+from tasks.spot.notice_poller import poll_notices
 from tests.flows.children import ROOT, score
 from tests.metadata import Imds, serving
 from tests.support import digests, write_customers
@@ -57,7 +56,7 @@ def undisturbed(
 def imds(monkeypatch: pytest.MonkeyPatch) -> Generator[Imds]:
     """AWS's metadata service, which this process and its children ask often."""
     service = Imds()
-    monkeypatch.setattr(Aws, "every_seconds", 0.05)
+    monkeypatch.setattr(Aws, "poll_seconds", 0.05)
     with serving(service):
         monkeypatch.setenv(METADATA_URL, service.url)
         yield service
@@ -130,23 +129,23 @@ def test_an_interruption_that_is_withdrawn_lets_the_run_go_on_to_its_end(
 ) -> None:
     from flows.batch import batch_inference
 
-    rests, rested = Share.rests, []
+    is_stopping, stopped = ChunkScheduler.is_stopping, []
 
-    def rests_and_withdraws(share: Share) -> bool:
-        found = rests(share)
-        if found and not rested:
+    def stop_and_withdraw(scheduler: ChunkScheduler) -> bool:
+        found = is_stopping(scheduler)
+        if found and not stopped:
             # A slot comes to rest, and only then is the notice withdrawn.
-            rested.append(share)
+            stopped.append(scheduler)
             imds.action = None
-            while share._drain.notice is not None:
+            while scheduler._drain.notice is not None:
                 time.sleep(0.01)
         return found
 
-    monkeypatch.setattr(Share, "rests", rests_and_withdraws)
+    monkeypatch.setattr(ChunkScheduler, "is_stopping", stop_and_withdraw)
     with meanwhile(lambda: imds.interrupt("terminate", 120), tmp_path):
         report = batch_inference(sleepy, str(source), str(tmp_path), OPTIONS)
 
-    assert 1 == len(rested)
+    assert 1 == len(stopped)
     assert ("scored", ROWS, ROWS) == (report.status, report.rows, report.rows_scored)
     assert undisturbed == digests(tmp_path)
 
@@ -188,7 +187,7 @@ def test_a_metadata_service_that_never_answers_does_not_hold_up_a_run(
 
     warned: list[str] = []
     monkeypatch.setattr(
-        "flows.runtime.interruption.watching", lambda drain, wanted, _: watching(drain, wanted, warned.append)
+        "flows.runtime.interruption.poll_notices", lambda drain, wanted, _: poll_notices(drain, wanted, warned.append)
     )
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv(METADATA_URL, f"http://127.0.0.1:{silent.getsockname()[1]}")

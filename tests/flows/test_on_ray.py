@@ -14,8 +14,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from infra.local.ports import free_ports
 from infra.local.prefect_server import PrefectServer
+from infra.local.process import free_ports
 from serving.errors import RunnerUnusable, SourceCorrupt, TooManyRejects
 from tasks.batch.options import BatchOptions, Ray
 from tasks.batch.report import BatchReport

@@ -17,9 +17,8 @@ from serving.model.batching import BatchingConfig
 from tasks.batch.options import BatchOptions
 from tasks.batch.predictions import open_predictions
 from tasks.endpoint.client import InferClient
-from tasks.endpoint.deploy import host_of
-from tasks.endpoint.render import make_release
-from tasks.endpoint.resolve import resolve
+from tasks.endpoint.deploy import make_host, make_release
+from tasks.endpoint.resolve import load_endpoint_model
 from tasks.endpoint.spec import AnyTarget, BentoML, EndpointSpec, KServe, RayServe, Seldon, Triton
 from tests.servers import triton_or_skip
 from tests.serving.targets.folder_servers import python_of
@@ -75,13 +74,13 @@ def test_a_row_scores_the_same_in_a_batch_run_and_on_every_target(
     x_NF, expected_N = scored.select("a", "b", "c").to_numpy().astype(np.float32), scored["score"].to_numpy()
     with running(kind, tmp_path) as target:
         spec = EndpointSpec(name="same-score", model=linear, target=target)
-        subject = resolve(spec)
+        subject = load_endpoint_model(spec)
         release = make_release(spec, subject, BatchingConfig(batch_size_max=16, wait_ms_max=1))
-        address = host_of(target).deploy(release, subject.resolved.folder)
+        address = make_host(target).deploy(release, subject.resolved.folder)
         with InferClient(address, subject.contract) as ask:
             together = ask({"x": x_NF})["score"]
             alone = np.concatenate([ask({"x": x_NF[at : at + 1]})["score"] for at in range(10)])
-        host_of(target).remove(release)
+        make_host(target).remove(release)
 
     np.testing.assert_allclose(together, expected_N, rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(alone, expected_N[:10], rtol=0, atol=TOLERANCE)

@@ -19,7 +19,7 @@ from flows.endpoint import online_endpoint, retire_endpoint
 from flows.nightly import nightly_inference
 from flows.scheduler import choose_mode
 from flows.stream import stream_inference
-from infra.local.ports import free_ports
+from infra.local.process import free_ports
 from serving.errors import ModelNotFound, OvernightError, SecretExposed
 from serving.model.registry import resolve_model
 from tasks.storage import open_storage

@@ -16,10 +16,9 @@ import orjson
 import polars as pl
 import pytest
 
-from infra.local.nats import NatsServer, nats_server
-from infra.local.nats_client import NatsClient
-from infra.local.ports import free_ports
+from infra.local.nats import NatsClient, NatsServer, nats_server
 from infra.local.prefect_server import PrefectServer
+from infra.local.process import free_ports
 from serving.errors import BrokerDenied, StreamUnfit, TooManyRejects
 from tasks.batch.options import BatchOptions
 from tasks.batch.predictions import open_predictions

@@ -13,8 +13,7 @@ import orjson
 import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
 
-from infra.local.nats import NatsServer
-from infra.local.nats_client import NatsClient
+from infra.local.nats import NatsClient, NatsServer
 from serving.errors import BadInput, StreamUnfit
 from tasks.batch.predictions import open_predictions
 from tasks.stream.options import FromKafka, ToKafka, ToNats, ToParts

@@ -13,8 +13,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from infra.local.nats import NatsServer, nats_server
-from infra.local.nats_client import NatsClient, Stored
+from infra.local.nats import NatsClient, NatsServer, Stored, nats_server
 from tasks.batch.predictions import open_predictions
 from tasks.stream.options import FromNats, ToParts
 from tests.flows.streams import (

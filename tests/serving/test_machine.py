@@ -1,30 +1,47 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from serving.machine import _processor, cores, machine_kind
+import pytest
+
+from serving.machine import count_cores, describe_machine, set_variable
+
+NAME = "OVERNIGHT_TEST_VARIABLE"
 
 
 def test_a_machine_is_named_by_processor_cores_and_torch() -> None:
-    assert f"{cores()} cores, torch {version('torch')}" in machine_kind()
+    assert f"{count_cores()} cores, torch {version('torch')}" in describe_machine()
 
 
 def test_naming_the_machine_does_not_import_torch() -> None:
-    code = "import sys, serving.machine as m; m.machine_kind(); print('torch' in sys.modules)"
+    code = "import sys, serving.machine as m; m.describe_machine(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert "False" == done.stdout.strip()
 
 
 def test_the_first_processor_names_them_all(tmp_path: Path) -> None:
-    told = tmp_path / "cpuinfo"
-    told.write_text("cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: A Chip\n\ncpu family\t: 6\nmodel name\t: Other\n")
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: A Chip\n\ncpu family\t: 6\nmodel name\t: Other\n")
 
-    assert "A Chip 26.2" == _processor(told)
+    assert describe_machine(cpuinfo).startswith("A Chip 26.2, ")
 
 
-def test_a_system_that_does_not_say_still_has_a_name(tmp_path: Path) -> None:
-    assert _processor(tmp_path / "absent")
+def test_a_machine_without_a_file_of_processors_has_a_name_too(tmp_path: Path) -> None:
+    assert not describe_machine(tmp_path / "absent").startswith(",")
+
+
+@pytest.mark.parametrize("before", [None, "old"])
+def test_a_variable_is_put_back_also_after_an_error(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(NAME, raising=False)
+    if before is not None:
+        monkeypatch.setenv(NAME, before)
+
+    with pytest.raises(RuntimeError, match="new"), set_variable(NAME, "new"):
+        raise RuntimeError(os.environ[NAME])
+
+    assert os.environ.get(NAME) == before

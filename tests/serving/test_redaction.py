@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.errors import BadInput, BadRequest, ModelNotFound, OvernightError
-from serving.redaction import hide_in_exception, hide_secrets, hide_secrets_in_logs, holds_secret
+from serving.redaction import hide_secrets, hide_secrets_in_exception, hide_secrets_in_logs, holds_secret
 
 SECRET = "s3cr3t-0f-mine"  # noqa: S105 - of nothing
 
@@ -140,7 +140,7 @@ def test_the_exceptions_that_one_came_from_hide_them_too() -> None:
     inner = ValueError(f"https://user:{SECRET}@host")
     outer = RuntimeError(f"got token={SECRET}", 7)
     outer.__cause__, inner.__context__ = inner, outer
-    hide_in_exception(outer)
+    hide_secrets_in_exception(outer)
 
     assert ("got token=***", 7) == outer.args
     assert "https://***@host" == str(inner)

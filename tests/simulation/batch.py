@@ -12,15 +12,22 @@ from typing import Any, Literal
 
 from serving.errors import BadInput, Interrupted, OvernightError
 from tasks.batch.chunk_scheduler import Host
-from tasks.batch.dataset import take_snapshot
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_rows_done
-from tasks.batch.plan import Plan, Start, confirm_plan, load_begun, load_start, run_key, save_start
-from tasks.batch.publish import Audit, Manifest, audit_parts, count_rejects, find_whole, must_add_up, publish
-from tasks.batch.resolve import Call, Found, find_published, plan_call, plan_slots, restage, state_memory
-from tasks.batch.score import Scored, Scorer, check_rejects
-from tasks.spot.drain import Drain
-from tasks.spot.notice import sigterm
+from tasks.batch.plan import Plan, RunStart, confirm_plan, load_start, load_started_plan, run_key, save_start
+from tasks.batch.publish import (
+    Audit,
+    Manifest,
+    audit_parts,
+    check_rows_add_up,
+    count_rejects,
+    find_intact_manifest,
+    publish,
+)
+from tasks.batch.resolve import Found, RunRequest, check_memory, choose_slots, find_published, plan_run, restage_plan
+from tasks.batch.score import Scorer, ScoringResult, check_rejects
+from tasks.batch.source import pin_source
+from tasks.spot.drain import Drain, sigterm_notice
 from tasks.storage import Storage, check_create_only, open_storage
 from tests.simulation.data import CONTRACT, Source, ToyModel, ToyResolved, expected, load_toy
 from tests.simulation.delta import DeltaOracle
@@ -153,7 +160,7 @@ class BatchWorld:
         manifest, plan = found.complete, found.plan
         if manifest is None:
             check_create_only(storage)
-            plan = restage(plan, storage) if found.damaged else plan
+            plan = restage_plan(plan, storage) if found.damaged else plan
             audit = self._score(plan, storage, flow_run.options, process)
             manifest = publish(storage, confirm_plan(storage, plan), audit)
         self._check(flow_run, plan, manifest, process)
@@ -171,13 +178,13 @@ class BatchWorld:
         if start is None:
             call = self._pin(flow_run)
             found = find_published(storage, self._plan(call, storage), None)
-            planned = Start(run=found.plan.run, key=found.plan.key)
+            planned = RunStart(run=found.plan.run, key=found.plan.key)
             start = planned if found.complete else save_start(storage, flow_run.id, planned)
             if start == planned:
                 return found
-        return find_published(storage, load_begun(storage, start), None)
+        return find_published(storage, load_started_plan(storage, start), None)
 
-    def _find_start(self, flow_run: FlowRun, storage: Storage) -> Start | None:
+    def _find_start(self, flow_run: FlowRun, storage: Storage) -> RunStart | None:
         """Return what a flow run is tied to, as flows.runtime.joining does it, but for the wait."""
         start = load_start(storage, flow_run.id)
         if start is not None or flow_run.joins is None:
@@ -188,24 +195,24 @@ class BatchWorld:
             raise BadInput(message)
         return save_start(storage, flow_run.id, joined)
 
-    def _pin(self, flow_run: FlowRun) -> Call:
+    def _pin(self, flow_run: FlowRun) -> RunRequest:
         resolved: Any = ToyResolved(self.version)
         options = flow_run.options
-        snapshot = take_snapshot(SOURCE, DESTINATION)
+        snapshot = pin_source(SOURCE, DESTINATION)
         key = run_key(resolved.pin, snapshot, CONTRACT, options)
         rows = {file.path: self.source.rows_of(file.entry) for file in snapshot.files}
         self.oracle.ask(key, expected(rows, resolved.version, options.key_columns))
         flow_run.keys.append(key)
-        return Call(resolved=resolved, snapshot=snapshot, contract=CONTRACT, options=options, key=key)
+        return RunRequest(resolved=resolved, snapshot=snapshot, contract=CONTRACT, options=options, key=key)
 
-    def _plan(self, call: Call, storage: Storage) -> Plan:
+    def _plan(self, call: RunRequest, storage: Storage) -> Plan:
         load: Any = load_toy
-        return plan_call(call, storage, load=load, clock=self.scheduler.wall_clock)
+        return plan_run(call, storage, load=load, clock=self.scheduler.wall_clock)
 
     def _score(self, plan: Plan, storage: Storage, options: BatchOptions, process: Process) -> Audit:
         model = ToyModel(int(plan.model.version))
-        slots = plan_slots(options, model)
-        state_memory(plan, slots, options)
+        slots = choose_slots(options, model)
+        check_memory(plan, slots, options)
         host = Host(
             clock=lambda: self.scheduler.now,
             wait=self.scheduler.wait,
@@ -221,21 +228,21 @@ class BatchWorld:
             if scorer.drain.notice is not None and count_rows_done(storage, plan) < plan.rows:
                 message = "This process was told to go."
                 raise Interrupted(message)
-            if scored.faults and find_whole(storage, plan.run) is None:
+            if scored.faults and find_intact_manifest(storage, plan.run) is None:
                 raise next(iter(scored.faults.values()))
             audit = audit_parts(storage, plan)
             if not audit.missing:
                 break
-        must_add_up(plan, audit)
+        check_rows_add_up(plan, audit)
         check_rejects(sum(count.rows for count in count_rejects(audit)), plan, fraction)
         return audit
 
-    def _score_pass(self, scorer: Scorer, slots: int, process: Process) -> Scored:
+    def _score_pass(self, scorer: Scorer, slots: int, process: Process) -> ScoringResult:
         """Score shards side by side in slots, as flows.runtime.task_runners does it."""
-        scored, shards = Scored(), deque(scorer.share.begin())
+        scored, shards = ScoringResult(), deque(scorer.scheduler.begin())
 
         def work() -> None:
-            while shards and not scorer.share.rests():
+            while shards and not scorer.scheduler.is_stopping():
                 scored.add(scorer.score_shard(shards.popleft()))
 
         actors = [self.scheduler.spawn(process, f"{process.name}/slot-{at}", work) for at in range(slots)]
@@ -291,7 +298,7 @@ class BatchWorld:
 
     def _give_notice(self) -> None:
         if self.drains:
-            self.chance.choice(self.drains).hear(sigterm(self.chance.uniform(0.1, 5)))
+            self.chance.choice(self.drains).add_notice(sigterm_notice(self.chance.uniform(0.1, 5)))
 
     def _erase(self, pattern: str) -> None:
         paths = [path for path in self.destination.objects if re.fullmatch(pattern, path)]

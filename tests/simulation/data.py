@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from serving.model.contract import Column, Contract, Input, Output
 from serving.model.encoding import BatchUnit, Encoded
-from serving.model.interface import Engine, Wish
+from serving.model.interface import Engine, TuningLimits
 from serving.model.registry import ModelPin
 from tasks.storage import Entry
 from tests.simulation.storage import SimulatedStorage
@@ -71,11 +71,11 @@ class ToyModel:
         """Nothing to enter."""
         yield
 
-    def engines(self, wish: Wish) -> list[Engine]:
+    def engines(self, limits: TuningLimits) -> list[Engine]:
         """Return the only one."""
         return [self.engine]
 
-    def using(self, engine: Engine) -> Self:
+    def with_engine(self, engine: Engine) -> Self:
         """Return the model itself."""
         return self
 

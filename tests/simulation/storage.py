@@ -112,7 +112,7 @@ class SimulatedStorage:
         self._hold(entry)
         return pa.BufferReader(self.objects[entry.path][0])
 
-    def hold(self, entry: Entry) -> None:
+    def check_unchanged(self, entry: Entry) -> None:
         """Raise SourceChanged where the object is another by now; of a bucket every read was held already."""
         if self.is_disk:
             self._step(f"hold {entry.path}")
@@ -141,7 +141,7 @@ class SimulatedStorage:
             self._step(f"delete {path}")
             self.erase([path])
 
-    def sweep(self, prefix: str) -> None:
+    def delete_torn_writes(self, prefix: str) -> None:
         """Nothing to do: a torn write leaves half an object here, not one beside it."""
         self._step(f"sweep {prefix}")
 

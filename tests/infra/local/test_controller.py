@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
-from infra.local.controller import Controller, control, local_controller
-from infra.local.loopback import ask
-from infra.local.process import ServerFailed
-from serving.targets.written import remove_folder
+from infra.local.controller import Controller, local_controller, run_controller
+from infra.local.process import ServerFailed, send_request
+from serving.targets.folder import remove_folder
 
 SERVER = """
 import http.server, sys
@@ -67,7 +66,7 @@ def ready(place: Path) -> dict[str, Any]:
 
 
 def name_at(url: str) -> str:
-    return ask("GET", int(url.rsplit(":", 1)[1]), "/name").text
+    return send_request("GET", int(url.rsplit(":", 1)[1]), "/name").text
 
 
 def alive(pid: int) -> bool:
@@ -153,14 +152,14 @@ def test_a_release_that_does_not_say_how_it_is_run_is_told_why(
     assert words in wait_for(place, lambda told: told["state"] == "failed")["error"]
 
 
-def test_a_release_that_is_mended_is_started(controller: Controller) -> None:
-    place = put(controller, "mended/1", ready_path="ready")
+def test_a_release_that_is_corrected_is_started(controller: Controller) -> None:
+    place = put(controller, "fixed/1", ready_path="ready")
     wait_for(place, lambda told: told["state"] == "failed")
     serve = json.loads((place / "serve.json").read_text()) | {"ready_path": "/ready"}
     (place / "serve.part").write_text(json.dumps(serve))
     (place / "serve.part").rename(place / "serve.json")
 
-    assert "mended/1" == name_at(ready(place)["url"])
+    assert "fixed/1" == name_at(ready(place)["url"])
 
 
 def test_a_server_gets_its_own_folder_ports_and_environment_and_none_of_the_controllers(controller: Controller) -> None:
@@ -195,7 +194,7 @@ def test_every_server_ends_with_a_controller_that_is_killed(tmp_path: Path) -> N
 
 
 def test_one_controller_watches_a_folder(controller: Controller) -> None:
-    with pytest.raises(ServerFailed, match="another one does; stop it first"):
+    with pytest.raises(ServerFailed, match=r"another one does\. Stop it first"):
         local_controller(controller.folder)
 
 
@@ -203,7 +202,7 @@ def test_one_controller_watches_a_folder(controller: Controller) -> None:
 def test_releases_that_go_while_it_looks_at_them_do_not_end_it(tmp_path: Path, seed: int) -> None:
     order, over = random.Random(seed), threading.Event()
     with ThreadPoolExecutor(1) as threads:
-        controlling = threads.submit(control, tmp_path, over)
+        controlling = threads.submit(run_controller, tmp_path, over)
         for _ in range(20):
             # Servers that could never start: what counts is that they are looked at.
             for at in range(60):

@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from infra.local import prefect_template
+from infra.local import prefect_server
 
 ROOT = Path(__file__).parents[3]
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[3]
 @pytest.mark.usefixtures("prefect")
 def test_it_prints_what_to_export_and_stops_both_servers_on_sigterm(template_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "prefect").mkdir()
-    prefect_template.restore(prefect_template.template_path(template_folder), tmp_path / "prefect")
+    prefect_server.restore_template(prefect_server.template_path(template_folder), tmp_path / "prefect")
     stack = subprocess.Popen(
         [sys.executable, "-m", "infra.local", "--folder", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )

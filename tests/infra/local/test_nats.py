@@ -11,8 +11,7 @@ from pathlib import Path
 import nats.errors
 import pytest
 
-from infra.local.nats import nats_server
-from infra.local.nats_client import NatsClient
+from infra.local.nats import NatsClient, nats_server
 
 
 def test_what_was_acknowledged_survives_a_kill_and_is_there_on_the_same_port(tmp_path: Path) -> None:

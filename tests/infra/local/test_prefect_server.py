@@ -1,12 +1,27 @@
+from __future__ import annotations
+
 import os
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
+from importlib.metadata import version
 from pathlib import Path
 
 import httpx
 import pytest
 
-from infra.local.prefect_server import PrefectServer, prefect_server
+from infra.local.prefect_server import (
+    DATABASE_FILE,
+    PrefectServer,
+    prefect_server,
+    prefect_worker,
+    restore_template,
+    save_template,
+    template_path,
+)
+from infra.local.process import ServerFailed
+from infra.worker import list_process_tree
 
 FLOW = """
 from prefect import flow, task
@@ -66,3 +81,84 @@ def test_a_new_home_starts_from_the_template_without_services_and_a_second_stop_
 
         with pytest.raises(httpx.ConnectError):
             httpx.get(other.api_url)
+
+
+def database(path: Path, word: str) -> Path:
+    path.parent.mkdir(parents=True)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("pragma journal_mode = wal")
+        connection.execute("create table words (word text)")
+        connection.execute("insert into words values (?)", (word,))
+    return path
+
+
+def words(path: Path) -> list[str]:
+    with closing(sqlite3.connect(path)) as connection:
+        return [word for (word,) in connection.execute("select word from words")]
+
+
+def test_a_template_is_for_one_version_of_prefect(tmp_path: Path) -> None:
+    assert template_path(tmp_path).name == f"prefect-{version('prefect')}.db"
+
+
+def test_a_database_in_use_is_saved_whole_and_restored_into_a_new_home(tmp_path: Path) -> None:
+    template = template_path(tmp_path / "templates")
+    home = database(tmp_path / "home" / DATABASE_FILE, "first").parent
+    (tmp_path / "new").mkdir()
+
+    with closing(sqlite3.connect(home / DATABASE_FILE)) as user:
+        user.execute("begin immediate")
+        user.execute("insert into words values ('not committed')")
+        save_template(template, home)
+    restore_template(template, tmp_path / "new")
+
+    assert words(tmp_path / "new" / DATABASE_FILE) == ["first"]
+    assert list(template.parent.iterdir()) == [template]
+
+
+def test_the_first_template_stays(tmp_path: Path) -> None:
+    template = template_path(tmp_path / "templates")
+
+    for word in ("first", "second"):
+        save_template(template, database(tmp_path / word / DATABASE_FILE, word).parent)
+
+    assert words(template) == ["first"]
+
+
+def test_without_a_template_a_new_home_stays_empty(tmp_path: Path) -> None:
+    restore_template(template_path(tmp_path / "templates"), tmp_path)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def pool(prefect: PrefectServer) -> str:
+    created = httpx.post(f"{prefect.api_url}/work_pools/", json={"name": "here", "type": "process"})
+    created.raise_for_status()
+    return "here"
+
+
+def test_a_worker_asks_for_work_and_nothing_of_it_is_left_when_it_is_stopped(
+    prefect: PrefectServer, pool: str, tmp_path: Path
+) -> None:
+    with prefect_worker(prefect, pool, tmp_path / "one") as worker:
+        pids = list_process_tree(worker.process.pid)
+        online = httpx.post(f"{prefect.api_url}/work_pools/{pool}/workers/filter", json={}).json()
+
+        assert "one" in {each["name"] for each in online}
+
+    assert set() == set(list_process_tree(1)) & set(pids)
+
+
+def test_a_worker_that_is_killed_leaves_nothing_either(prefect: PrefectServer, pool: str, tmp_path: Path) -> None:
+    worker = prefect_worker(prefect, pool, tmp_path / "two")
+    pids = list_process_tree(worker.process.pid)
+    worker.kill()
+
+    assert 2 <= len(pids)
+    assert set() == set(list_process_tree(1)) & set(pids)
+
+
+def test_a_missing_work_pool_is_named(prefect: PrefectServer, tmp_path: Path) -> None:
+    with pytest.raises(ServerFailed, match="no-such-pool"):
+        prefect_worker(prefect, "no-such-pool", tmp_path / "three")

@@ -1,13 +1,27 @@
+from __future__ import annotations
+
 import os
 import signal
+import socket
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
-from infra.local.process import ServerCommand, ServerFailed, ServerProcess, base_environment
+from infra.local.process import (
+    HttpAnswer,
+    ServerCommand,
+    ServerFailed,
+    ServerProcess,
+    base_environment,
+    free_ports,
+    send_request,
+    start_on_free_ports,
+)
 
 SLEEPER = "import time; print('ready', flush=True); time.sleep(60)"
 PythonServer = Callable[..., ServerCommand]
@@ -130,3 +144,107 @@ def test_a_users_settings_do_not_reach_a_server(monkeypatch: pytest.MonkeyPatch)
 
     assert not any(name.startswith(("PREFECT", "AWS")) for name in base_environment())
     assert base_environment()["PATH"] == os.environ["PATH"]
+
+
+BIND = (
+    "import socket, time; s = socket.create_server(('127.0.0.1', {port})); print('ready', flush=True); time.sleep(60)"
+)
+
+
+def test_free_ports_are_different_and_can_be_bound() -> None:
+    ports = free_ports(20)
+
+    assert len(set(ports)) == 20
+    for port in ports:
+        socket.create_server(("127.0.0.1", port)).close()
+
+
+def test_a_server_that_lost_the_race_for_its_port_starts_on_another(python_server: PythonServer) -> None:
+    asked: list[int] = []
+
+    def command(ports: Sequence[int]) -> ServerCommand:
+        asked.append(ports[0])
+        return python_server(BIND.format(port=taken if len(asked) == 1 else ports[0]))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        taken = listener.getsockname()[1]
+        process, ports = start_on_free_ports(1, command)
+
+    with process:
+        assert ports == (asked[1],)
+        assert process.running
+
+
+def test_it_gives_up_after_four_taken_ports(python_server: PythonServer) -> None:
+    asked: list[int] = []
+
+    def command(ports: Sequence[int]) -> ServerCommand:
+        asked.extend(ports)
+        return python_server("import sys; sys.exit('Address already in use')")
+
+    with pytest.raises(ServerFailed, match="Address already in use"):
+        start_on_free_ports(1, command)
+
+    assert len(set(asked)) == 4
+
+
+def test_any_other_failure_is_not_tried_again(python_server: PythonServer) -> None:
+    asked: list[int] = []
+
+    def command(ports: Sequence[int]) -> ServerCommand:
+        asked.extend(ports)
+        return python_server("import sys; sys.exit('no luck')")
+
+    with pytest.raises(ServerFailed, match="no luck"):
+        start_on_free_ports(1, command)
+
+    assert len(asked) == 1
+
+
+class Echo(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        body = f"{self.path} {self.headers['x-word']}".encode()
+        self.send_response(404 if "missing" in self.path else 200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def echo_port() -> Iterator[int]:
+    with HTTPServer(("127.0.0.1", 0), Echo) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+def test_an_answer_carries_status_and_text(echo_port: int) -> None:
+    answer = send_request("GET", echo_port, "/here", {"x-word": "hello"})
+
+    assert answer == HttpAnswer(status=200, text="/here hello")
+    assert answer.ok
+
+
+def test_a_refusal_is_an_answer_that_is_not_ok(echo_port: int) -> None:
+    answer = send_request("GET", echo_port, "/missing")
+
+    assert answer.status == 404
+    assert not answer.ok
+
+
+def test_a_users_proxy_is_not_asked(echo_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+
+    assert send_request("GET", echo_port, "/here").ok
+
+
+def test_a_server_that_is_not_there_yet_is_an_answer_too() -> None:
+    answer = send_request("GET", free_ports(1)[0], "/")
+
+    assert answer.status == 0
+    assert "ConnectionRefusedError" in answer.text

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from infra.local.loopback import ask
+from infra.local.process import send_request
 from infra.local.ray_cluster import RayCluster, ray_cluster
-from infra.processes import family
+from infra.worker import list_process_tree
 
 pytest.importorskip("ray", reason="Ray is an extra: pip install 'overnight[ray]'")
 
@@ -36,7 +36,9 @@ def listening(pids: set[int]) -> set[str]:
 
 
 def answers(cluster: RayCluster, token: str) -> int:
-    return ask("GET", int(cluster.dashboard_url.rsplit(":", 1)[1]), API, {"Authorization": f"Bearer {token}"}).status
+    return send_request(
+        "GET", int(cluster.dashboard_url.rsplit(":", 1)[1]), API, {"Authorization": f"Bearer {token}"}
+    ).status
 
 
 def alive(pids: set[int]) -> set[int]:
@@ -55,7 +57,7 @@ def alive(pids: set[int]) -> set[int]:
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="Linux lists its sockets and processes there")
 def test_a_cluster_is_on_loopback_for_those_with_its_token_and_leaves_nothing_behind(tmp_path: Path) -> None:
     with ray_cluster(tmp_path) as cluster:
-        pids = set(family(cluster.process.pid))
+        pids = set(list_process_tree(cluster.process.pid))
         where = listening(pids)
         statuses = answers(cluster, cluster.token), answers(cluster, "0" * 64)
         session = cluster._session
@@ -92,7 +94,7 @@ def test_a_cluster_whose_starter_is_killed_ends(tmp_path: Path) -> None:
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as starter:
         assert starter.stdout is not None
         pid, session = starter.stdout.readline().split()
-        pids = set(family(int(pid)))
+        pids = set(list_process_tree(int(pid)))
         starter.kill()
     deadline = time.monotonic() + 180
     while alive(pids):

@@ -17,7 +17,7 @@ import pytest
 from infra.local import triton
 from infra.local.process import ServerFailed
 from infra.local.triton import TritonServer, triton_server
-from infra.processes import family
+from infra.worker import list_process_tree
 
 _CONFIG = """
 name: "{name}"
@@ -106,7 +106,7 @@ def test_it_listens_on_loopback_alone(server: TritonServer) -> None:
 
 def test_a_server_that_is_killed_is_noticed_leaves_nothing_and_starts_again_where_it_was(server: TritonServer) -> None:
     load(server, "mirror")
-    before = family(server.process.pid)
+    before = list_process_tree(server.process.pid)
     shared = shared_memory(server)
     os.kill(server.process.pid, signal.SIGKILL)
     while server.running:
@@ -115,7 +115,7 @@ def test_a_server_that_is_killed_is_noticed_leaves_nothing_and_starts_again_wher
     assert 128 + signal.SIGKILL == server.process.exit_code
     with pytest.raises(httpx.ConnectError):
         httpx.get(server.url)
-    with server.started_again() as again:
+    with server.restart() as again:
         assert (again.url, again.metrics_url, True) == (server.url, server.metrics_url, again.running)
         assert 200 == load(again, "mirror").status_code
         assert 200 == mirrored(again, "a").status_code

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.local.ports import free_ports
+from infra.local.process import free_ports
 from infra.local.venv import RegistryUnreachable, VenvFailed, make_venv, venv_folder
 
 
@@ -27,7 +27,7 @@ def says(venv: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_an_environment_is_made_once_and_anew_when_its_requirements_change(tmp_path: Path) -> None:
+def test_an_environment_is_created_once_and_again_when_its_requirements_change(tmp_path: Path) -> None:
     requirements, folder = tmp_path / "said.txt", tmp_path / "environments/said"
     requirements.write_text(f"{write_wheel(tmp_path, '1.0')}\n")
 
@@ -89,7 +89,7 @@ def test_the_same_requirements_of_two_checkouts_share_an_environment_in_the_user
     assert ("1.0", "2.0") == (says(shared), says(other))
 
 
-def test_of_several_that_make_an_environment_one_does_and_one_left_half_made_is_made_anew(tmp_path: Path) -> None:
+def test_one_of_several_callers_creates_an_environment_and_a_half_made_one_is_created_again(tmp_path: Path) -> None:
     requirements, folder = tmp_path / "said.txt", tmp_path / "environments/said"
     requirements.write_text(f"{write_wheel(tmp_path, '1.0')}\n")
     # As a process that was killed leaves it.

@@ -1,4 +1,4 @@
-"""A gateway and a V2 server behind it, each in a process of its own, for the whole of the session."""
+"""A gateway and a V2 server behind it, each in its own process, for the whole session."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from infra.local.gateway import GatewayServer, gateway_server
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import Route
-from tests.serving.gateway.support import Door, V2Server, v2_server
+from tests.serving.gateway.support import EndpointClient, V2Server, v2_server
 
 FIXED_KEY = "the-fixed-key-of-the-tests"
 
@@ -34,21 +34,21 @@ def admin(gateway: GatewayServer) -> Generator[GatewayClient]:
         yield client
 
 
-Put = Callable[[Route], Door]
+Put = Callable[[Route], EndpointClient]
 
 
 @pytest.fixture
 def put(admin: GatewayClient, gateway: GatewayServer, request: pytest.FixtureRequest) -> Generator[Put]:
-    """Puts a route under a name of its own, for as long as the test takes."""
-    doors: list[Door] = []
+    """Puts a route under a name of its own, until the end of the test."""
+    endpoints: list[EndpointClient] = []
 
-    def put(route: Route) -> Door:
-        name = hashlib.sha256(f"{request.node.nodeid} {len(doors)}".encode()).hexdigest()[:16]
-        doors.append(Door(f"e{name}", gateway.url))
-        admin.put(doors[-1].name, route)
-        return doors[-1]
+    def put(route: Route) -> EndpointClient:
+        name = hashlib.sha256(f"{request.node.nodeid} {len(endpoints)}".encode()).hexdigest()[:16]
+        endpoints.append(EndpointClient(f"e{name}", gateway.url))
+        admin.put(endpoints[-1].name, route)
+        return endpoints[-1]
 
     yield put
-    for door in doors:
-        admin.delete(door.name)
-        door.http.close()
+    for endpoint in endpoints:
+        admin.delete(endpoint.name)
+        endpoint.http.close()

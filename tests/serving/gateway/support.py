@@ -1,4 +1,4 @@
-"""What the tests of the gateway start, and what they ask it."""
+"""The model server of the tests, the routes to it, and the client of an endpoint."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any
 import httpx
 
 from infra.local.gateway import GatewayServer
-from infra.local.loopback import ask
-from infra.local.ports import start_on_free_ports
-from infra.local.process import ServerCommand, ServerProcess, base_environment
-from serving.gateway.route import Route, Served
+from infra.local.process import ServerCommand, ServerProcess, base_environment, send_request, start_on_free_ports
+from serving.gateway.client import GatewayClient
+from serving.gateway.route import Route, ServedVersion, Verdict
 from tests.serving.gateway.v2_child import CONTRACT
 
 CHILD = Path(__file__).with_name("v2_child.py")
@@ -36,36 +35,40 @@ class V2Server:
         return int(self.url.rsplit(":", 1)[1])
 
     def seen(self, what: str) -> int:
-        """How often a version, or a verb such as "sleepy load", was asked of it."""
+        """How often a version, or a verb such as "sleepy load", was requested."""
         return int(httpx.get(f"{self.url}/seen").json().get(what, 0))
 
 
 def v2_server(folder: Path, port: int | None = None) -> V2Server:
     def command(ports: Sequence[int]) -> ServerCommand:
-        at = port or ports[0]
+        chosen = port or ports[0]
         return ServerCommand(
-            argv=(sys.executable, str(CHILD), str(at)),
+            argv=(sys.executable, str(CHILD), str(chosen)),
             environment=base_environment(),
             folder=folder,
             log_path=folder / "v2.log",
-            ready=lambda: ask("GET", at, "/v2/health/ready").ok,
+            ready=lambda: send_request("GET", chosen, "/v2/health/ready").ok,
         )
 
     process, (free,) = start_on_free_ports(1, command)
     return V2Server(process=process, url=f"http://127.0.0.1:{port or free}")
 
 
-def served(url: str, version: str = "1", weight: float = 100, model: str = "toy") -> Served:
-    return Served(version=version, url=url, upstream_model=model, upstream_version=version, weight=weight)
+def served(url: str, version: str = "1", weight: float = 100, model: str = "toy") -> ServedVersion:
+    return ServedVersion(version=version, url=url, upstream_model=model, upstream_version=version, weight=weight)
 
 
 def route(url: str, *versions: tuple[str, float], model: str = "toy", **options: Any) -> Route:
-    """A route to versions of the V2 server of the tests: version 1 alone, unless others are given."""
-    each = tuple(served(url, version, weight, model) for version, weight in versions or (("1", 100.0),))
-    return Route(versions=each, contract=CONTRACT, **options)
+    """A route to versions of the V2 server of the tests: only to version 1, unless others are given."""
+    versions = versions or (("1", 100.0),)
+    return Route(
+        versions=tuple(served(url, version, weight, model) for version, weight in versions),
+        contract=CONTRACT,
+        **options,
+    )
 
 
-class Door:
+class EndpointClient:
     """An endpoint as its clients see it."""
 
     def __init__(self, name: str, url: str) -> None:
@@ -78,8 +81,8 @@ class Door:
 
     def infer(self, body: Any = ROW, *, version: str | None = None, **options: Any) -> httpx.Response:
         path = "/infer" if version is None else f"/versions/{version}/infer"
-        how = {"content": body} if isinstance(body, bytes) else {"json": body}
-        return self.http.post(f"{self.url}{path}", **how, **options)
+        content = {"content": body} if isinstance(body, bytes) else {"json": body}
+        return self.http.post(f"{self.url}{path}", **content, **options)
 
     def score(self, **options: Any) -> float:
         response = self.infer(**options)
@@ -88,12 +91,18 @@ class Door:
 
 
 def read_metrics(gateway: GatewayServer) -> str:
-    """The page that Prometheus reads."""
+    """The page that Prometheus scrapes."""
     return httpx.get(f"{gateway.url}/metrics", headers={"Authorization": f"Bearer {gateway.admin_key}"}).text
 
 
 def error(response: httpx.Response) -> tuple[int, str]:
-    """The status of a refusal, and what it says: that and nothing else."""
-    (told,) = response.json().values()
+    """The status and the message of an error, whose body holds nothing else."""
     assert ["error"] == list(response.json())
-    return response.status_code, told
+    return response.status_code, response.json()["error"]
+
+
+def wait_for_verdict(admin: GatewayClient, name: str, *, timeout_s: float) -> Verdict:
+    """How the canary of an endpoint ended, once it has."""
+    verdict = admin.wait_until(name, lambda state: state.verdict is not None, timeout_s=timeout_s).verdict
+    assert verdict is not None
+    return verdict

@@ -1,4 +1,4 @@
-"""Clients that send too much, too slowly, or nothing: what a connection costs is bounded, and others are served."""
+"""Clients that send too much, too slowly, or nothing: each connection is limited, and others are served."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 
 from infra.local.gateway import GatewayServer
-from serving.gateway.connection import ConnectionLimits, bounded_protocol
+from serving.gateway.connection import ConnectionLimits, build_protocol
 from tests.serving.gateway.conftest import Put
 from tests.serving.gateway.support import V2Server, route
 
@@ -24,7 +24,7 @@ CHUNKED = b"POST /read HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    """Say how long the body is; below /unread do not look at it."""
+    """Answer with the size of the body; for /unread without reading it."""
     size = 0
     while scope["path"] == "/read":
         message = await receive()
@@ -40,7 +40,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 @pytest.fixture(scope="module")
 def port() -> Generator[int]:
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        config = uvicorn.Config(app, http=bounded_protocol(LIMITS), lifespan="off", log_level="critical")
+        config = uvicorn.Config(app, http=build_protocol(LIMITS), lifespan="off", log_level="critical")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
@@ -50,13 +50,13 @@ def port() -> Generator[int]:
 
 
 @contextmanager
-def connected(port: int) -> Generator[socket.socket]:
+def connect(port: int) -> Generator[socket.socket]:
     with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
         yield client
 
 
-def rest(client: socket.socket) -> bytes:
-    """What comes until the connection is closed."""
+def read_to_end(client: socket.socket) -> bytes:
+    """What the server sends until it closes the connection."""
     parts = []
     try:
         while part := client.recv(1 << 16):
@@ -67,7 +67,7 @@ def rest(client: socket.socket) -> bytes:
 
 
 def send_slowly(client: socket.socket, piece: bytes, seconds: float = 10) -> float:
-    """Send a piece again and again until the connection is closed; return after how long it was."""
+    """Send a piece repeatedly until the connection is closed; return the seconds until then."""
     began = time.monotonic()
     client.settimeout(0.05)
     while time.monotonic() < began + seconds:
@@ -82,8 +82,8 @@ def send_slowly(client: socket.socket, piece: bytes, seconds: float = 10) -> flo
     return time.monotonic() - began
 
 
-def test_requests_one_after_the_other_and_at_once_are_answered(port: int) -> None:
-    with connected(port) as client:
+def test_consecutive_and_pipelined_requests_are_answered(port: int) -> None:
+    with connect(port) as client:
         for sent in (
             GET,
             GET,
@@ -94,7 +94,7 @@ def test_requests_one_after_the_other_and_at_once_are_answered(port: int) -> Non
             client.sendall(sent)
             time.sleep(0.05)
         client.shutdown(socket.SHUT_WR)
-        answers = rest(client)
+        answers = read_to_end(client)
 
     assert 6 == answers.count(b"HTTP/1.1 200 OK")
     assert answers.endswith(b"2000")
@@ -110,21 +110,21 @@ def test_requests_one_after_the_other_and_at_once_are_answered(port: int) -> Non
     ],
     ids=["many headers", "a large header", "a long path", "many headers in the second request"],
 )
-def test_headers_that_are_too_many_or_too_large_are_431(port: int, sent: bytes) -> None:
-    with connected(port) as client:
-        for each in sent.partition(GET) if sent.startswith(GET) else (sent,):
-            client.sendall(each)
+def test_too_many_or_too_large_headers_are_431(port: int, sent: bytes) -> None:
+    with connect(port) as client:
+        for part in sent.partition(GET) if sent.startswith(GET) else (sent,):
+            client.sendall(part)
             time.sleep(0.05)
-        answer = rest(client)
+        answer = read_to_end(client)
 
     assert b"HTTP/1.1 431 " in answer
     assert answer.endswith(b'{"error":"A request may have 20 headers of 4096 bytes in all, got more."}')
 
 
 @pytest.mark.parametrize("before", [b"GET / HTTP/1.1\r\na: ", CHUNKED + b"1\r\na\r\n0\r\ntrailer: ", CHUNKED + b"1;"])
-def test_a_header_without_an_end_is_not_kept(port: int, before: bytes) -> None:
+def test_a_header_without_an_end_is_not_buffered(port: int, before: bytes) -> None:
     sent = 0
-    with connected(port) as client:
+    with connect(port) as client:
         client.sendall(before)
         try:
             while sent < 48 << 20:
@@ -142,8 +142,8 @@ def test_a_header_without_an_end_is_not_kept(port: int, before: bytes) -> None:
     [(b"", b""), (b"", b"\r\n"), (b"", b"a: b\r\n"), (GET, b"\r\n"), (GET, b"a: b\r\n")],
     ids=["nothing", "blank lines", "headers", "blank lines after an answer", "headers after an answer"],
 )
-def test_a_client_that_takes_its_time_is_sent_away(port: int, before: bytes, piece: bytes) -> None:
-    with connected(port) as client:
+def test_a_slow_client_is_disconnected(port: int, before: bytes, piece: bytes) -> None:
+    with connect(port) as client:
         if before:
             client.sendall(before)
             assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")
@@ -154,48 +154,48 @@ def test_a_client_that_takes_its_time_is_sent_away(port: int, before: bytes, pie
     assert 0.3 < seconds < 5
 
 
-def test_headers_that_come_too_slowly_are_told_so(port: int) -> None:
-    with connected(port) as client:
+def test_headers_that_arrive_too_slowly_are_408(port: int) -> None:
+    with connect(port) as client:
         client.sendall(GET[:-2])
 
-        assert rest(client).startswith(b"HTTP/1.1 408 ")
+        assert read_to_end(client).startswith(b"HTTP/1.1 408 ")
 
 
-def test_the_rest_of_a_request_that_is_answered_has_little_time_too(port: int) -> None:
-    with connected(port) as client:
+def test_the_rest_of_an_answered_request_has_the_same_time_limit(port: int) -> None:
+    with connect(port) as client:
         client.sendall(UNREAD)
         assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")
 
         assert 0.3 < send_slowly(client, b"a") < 5
 
 
-def test_more_connections_than_may_be_are_closed_and_the_others_served(port: int) -> None:
+def test_connections_beyond_the_limit_are_closed_and_the_others_served(port: int) -> None:
     with ExitStack() as stack:
-        clients = [stack.enter_context(connected(port)) for _ in range(5)]
+        clients = [stack.enter_context(connect(port)) for _ in range(5)]
         for client in clients:
             client.sendall(GET)
             assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")
-        with connected(port) as more:
-            assert b"" == rest(more)
+        with connect(port) as more:
+            assert b"" == read_to_end(more)
         clients[0].sendall(GET)
         assert clients[0].recv(1 << 16).startswith(b"HTTP/1.1 200")
 
 
-def test_the_gateway_has_such_limits(gateway: GatewayServer, put: Put, v2: V2Server) -> None:
-    door = put(route(v2.url))
+def test_the_gateway_has_these_limits(gateway: GatewayServer, put: Put, v2: V2Server) -> None:
+    endpoint = put(route(v2.url))
     port = int(gateway.url.rpartition(":")[2])
     slow = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(50)]
     for client in slow:
         client.sendall(b"GET /v2 HTTP/1.1\r\na: ")
-    with connected(port) as client:
+    with connect(port) as client:
         client.sendall(b"GET /v2 HTTP/1.1\r\n" + b"a: b\r\n" * 101 + b"\r\n")
 
-        assert rest(client).startswith(b"HTTP/1.1 431 ")
-    with connected(port) as client:
+        assert read_to_end(client).startswith(b"HTTP/1.1 431 ")
+    with connect(port) as client:
         client.sendall(b"GET /v2 HTTP/1.1\r\na: " + b"b" * (33 << 10) + b"\r\n\r\n")
 
-        assert rest(client).startswith(b"HTTP/1.1 431 ")
-    assert 10 == door.score()
-    assert all(rest(client).startswith(b"HTTP/1.1 408 ") for client in slow)
+        assert read_to_end(client).startswith(b"HTTP/1.1 431 ")
+    assert 10 == endpoint.score()
+    assert all(read_to_end(client).startswith(b"HTTP/1.1 408 ") for client in slow)
     for client in slow:
         client.close()

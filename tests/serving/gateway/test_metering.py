@@ -10,13 +10,15 @@ import polars as pl
 import pytest
 
 from serving.gateway import metering
-from serving.gateway.metering import Meter, Metered, read_metering
+from serving.gateway.metering import MeteredRequest, MeteringLog, read_metering
 
-ONE = Metered(at_us=1_767_225_600_000_001, endpoint="churn", version="3", rows=2, size=99, status=200, latency_ms=1.5)
+ONE = MeteredRequest(
+    at_us=1_767_225_600_000_001, endpoint="churn", version="3", rows=2, size=99, status=200, latency_ms=1.5
+)
 
 
-def test_the_log_reads_back_as_a_table(tmp_path: Path) -> None:
-    meter = Meter(tmp_path)
+def test_the_log_is_read_as_a_table(tmp_path: Path) -> None:
+    meter = MeteringLog(tmp_path)
     meter.add(ONE)
     meter.add(replace(ONE, version=None, status=429))
     meter.close()
@@ -29,35 +31,31 @@ def test_the_log_reads_back_as_a_table(tmp_path: Path) -> None:
     ).items()
 
 
-def test_a_log_that_holds_nothing_yet_is_an_empty_table(tmp_path: Path) -> None:
+def test_an_empty_log_is_an_empty_table(tmp_path: Path) -> None:
     table = read_metering(tmp_path).collect()
 
     assert 0 == len(table)
     assert pl.Datetime("us", "UTC") == table.schema["at"]
 
 
-def test_a_line_that_a_kill_tore_is_left_out(tmp_path: Path) -> None:
-    meter = Meter(tmp_path)
+def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path: Path) -> None:
+    meter = MeteringLog(tmp_path)
     meter.add(ONE)
     meter.close()
     (log,) = (tmp_path / "metering").iterdir()
     with log.open("ab") as file:
         file.write(b'{"at_us":17672')
-    again = Meter(tmp_path)
-    again.add(ONE)
-    again.close()
+    restarted = MeteringLog(tmp_path)
+    restarted.add(ONE)
+    restarted.close()
 
     assert 2 == len(read_metering(tmp_path).collect())
 
 
-def test_full_files_are_followed_by_others_and_the_oldest_deleted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(metering, "FILE_BYTES_MAX", 1000)
-    monkeypatch.setattr(metering, "FILES_MAX", 3)
-    meter = Meter(tmp_path)
-    for at in range(100):
-        meter.add(replace(ONE, at_us=at))
+def test_a_new_file_follows_a_full_one_and_the_oldest_is_deleted(tmp_path: Path) -> None:
+    meter = MeteringLog(tmp_path, file_bytes_max=1000, files_max=3)
+    for at_us in range(100):
+        meter.add(replace(ONE, at_us=at_us))
         meter.flush()
     meter.close()
     kept = read_metering(tmp_path).collect()["at"].dt.timestamp("us").to_list()
@@ -68,12 +66,12 @@ def test_full_files_are_followed_by_others_and_the_oldest_deleted(
 
 
 def test_a_full_disk_loses_nothing_that_fits_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    meter = Meter(tmp_path)
+    meter = MeteringLog(tmp_path)
     meter.add(ONE)
     meter.flush()
     meter.add(replace(ONE, rows=5))
     with monkeypatch.context() as patch:
-        patch.setattr(metering, "_write", _half_written)
+        patch.setattr(metering, "_write_all", _write_half)
         with pytest.raises(OSError, match="No space"):
             meter.flush()
     meter.add(replace(ONE, rows=6))
@@ -83,7 +81,7 @@ def test_a_full_disk_loses_nothing_that_fits_in_memory(tmp_path: Path, monkeypat
 
 
 def test_no_line_is_lost_between_threads(tmp_path: Path) -> None:
-    meter, over = Meter(tmp_path), threading.Event()
+    meter, over = MeteringLog(tmp_path), threading.Event()
 
     def flush() -> None:
         while not over.is_set():
@@ -103,17 +101,14 @@ def test_no_line_is_lost_between_threads(tmp_path: Path) -> None:
     assert (5000, 0) == (len(read_metering(tmp_path).collect()), meter.lost)
 
 
-def _half_written(file: object, content: bytes) -> None:
+def _write_half(file: object, content: bytes) -> None:
     file.write(content[: len(content) // 2])  # type: ignore[attr-defined]
     message = "No space left on device"
     raise OSError(message)
 
 
-def test_what_waits_in_memory_is_bounded_and_what_is_lost_is_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(metering, "_BUFFERED_MAX", 3)
-    meter = Meter(tmp_path)
+def test_lines_in_memory_are_limited_and_lost_ones_counted(tmp_path: Path) -> None:
+    meter = MeteringLog(tmp_path, lines_max=3)
     for _ in range(5):
         meter.add(ONE)
 

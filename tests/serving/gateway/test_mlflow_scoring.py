@@ -1,4 +1,4 @@
-"""A server that does not speak V2, MLflow's own, behind a door that does."""
+"""MLflow's own scoring server, which does not speak V2, behind the gateway."""
 
 from __future__ import annotations
 
@@ -20,19 +20,16 @@ from mlflow.models import ModelSignature, infer_signature
 from mlflow.pyfunc.scoring_server import _SERVER_MODEL_PATH
 from mlflow.types import Schema, TensorSpec
 
-from infra.local.loopback import ask
-from infra.local.ports import start_on_free_ports
-from infra.local.process import ServerCommand, ServerProcess, base_environment
+from infra.local.process import ServerCommand, ServerProcess, base_environment, send_request, start_on_free_ports
 from serving.errors import Unanswered
-from serving.gateway.http import Answered, Http
 from serving.gateway.mlflow_scoring import MlflowUpstream
-from serving.gateway.route import Route, Served
-from serving.gateway.upstream import Call
+from serving.gateway.route import Route, ServedVersion
+from serving.gateway.upstreams import CheckedRequest, HttpClient, HttpResponse
 from serving.model.contract import Column, Contract, Input, Output
 from serving.model.registry import Resolved, resolve_model
-from serving.protocol.oip import Body, InferRequest, Wanted, decode_response, encode_request
+from serving.protocol.oip import Body, InferRequest, OutputChoice, decode_response, encode_request
 from tests.serving.gateway.conftest import Put
-from tests.serving.gateway.support import Door, error
+from tests.serving.gateway.support import EndpointClient, error
 
 _SCRIPT = """
 import mlflow
@@ -53,7 +50,7 @@ TENSORS = 'x = model_input["x"]; return {"sum": x.sum(axis=1) + model_input["n"]
 
 def register(name: str, line: str, **options: Any) -> Resolved:
     with tempfile.TemporaryDirectory() as folder, mlflow.start_run(), warnings.catch_warnings():
-        # MLflow advises on type hints and examples, which this model has no use for.
+        # MLflow advises type hints and examples, which this model does not need.
         warnings.simplefilter("ignore", UserWarning)
         script = Path(folder) / "script.py"
         script.write_text(_SCRIPT.format(line=line))
@@ -69,7 +66,7 @@ def scoring_server(model: Resolved, folder: Path) -> tuple[ServerProcess, str]:
     def command(ports: Sequence[int]) -> ServerCommand:
         return ServerCommand(
             argv=(
-                # What `mlflow models serve` starts in the end.
+                # The command that `mlflow models serve` runs.
                 *(sys.executable, "-m", "uvicorn", "mlflow.pyfunc.scoring_server.app:app"),
                 *("--host", "127.0.0.1", "--port", str(ports[0])),
             ),
@@ -80,7 +77,7 @@ def scoring_server(model: Resolved, folder: Path) -> tuple[ServerProcess, str]:
             },
             folder=folder,
             log_path=folder / "scoring.log",
-            ready=lambda: ask("GET", ports[0], "/health").ok,
+            ready=lambda: send_request("GET", ports[0], "/health").ok,
             ready_s_max=120,
         )
 
@@ -119,72 +116,70 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Generator[Serve]:
         yield serve
 
 
-def door(put: Put, url: str, model: Resolved, speaks: Any) -> Door:
-    version = Served(version="1", url=url, upstream_model=model.pin.name, speaks=speaks, weight=1)
+def put_endpoint(put: Put, url: str, model: Resolved, speaks: Any) -> EndpointClient:
+    version = ServedVersion(version="1", url=url, upstream_model=model.pin.name, speaks=speaks, weight=1)
     return put(Route(versions=(version,), contract=model.contract({}, {})))
 
 
-def predict(door: Door, model: Resolved, inputs: dict[str, Any], *, binary: bool) -> dict[str, Any]:
+def predict(endpoint: EndpointClient, model: Resolved, inputs: dict[str, Any], *, binary: bool) -> dict[str, Any]:
     contract = model.contract({}, {})
-    wanted = tuple(Wanted(name=value.name, binary=binary) for value in contract.outputs)
+    wanted = tuple(OutputChoice(name=value.name, binary=binary) for value in contract.outputs)
     body = encode_request(contract, inputs, identity="r1", binary=binary, outputs=wanted)
-    answer = door.infer(body.content, headers=body.headers)
+    answer = endpoint.infer(body.content, headers=body.headers)
     assert answer.status_code == 200, answer.text
     length = answer.headers.get("Inference-Header-Content-Length")
     return decode_response(answer.content, contract, header_length=None if length is None else int(length))
 
 
 @pytest.mark.parametrize("binary", [False, True])
-def test_a_table_in_a_score_out(put: Put, serve: Serve, columns: Resolved, *, binary: bool) -> None:
-    asked = door(put, serve(columns), columns, "mlflow-columns")
+def test_a_model_of_columns_gets_a_table(put: Put, serve: Serve, columns: Resolved, *, binary: bool) -> None:
+    endpoint = put_endpoint(put, serve(columns), columns, "mlflow-columns")
     inputs = {"a": np.array([1.5, 2.0]), "name": np.array(["ab", "c"], dtype=object)}
 
     assert {"prediction": [3.0, 2.0]} == {
-        name: values.tolist() for name, values in predict(asked, columns, inputs, binary=binary).items()
+        name: values.tolist() for name, values in predict(endpoint, columns, inputs, binary=binary).items()
     }
-    assert {"name": asked.name, "ready": True} == asked.get("/ready").json()
+    assert {"name": endpoint.name, "ready": True} == endpoint.get("/ready").json()
 
 
 @pytest.mark.parametrize("binary", [False, True])
-def test_tensors_in_tensors_out(put: Put, serve: Serve, tensors: Resolved, *, binary: bool) -> None:
-    asked = door(put, serve(tensors), tensors, "mlflow-tensors")
+def test_a_model_of_tensors_gets_tensors(put: Put, serve: Serve, tensors: Resolved, *, binary: bool) -> None:
+    endpoint = put_endpoint(put, serve(tensors), tensors, "mlflow-tensors")
     inputs = {"x": np.array([[1, 2], [3, 4]], np.float32), "n": np.array([10, 20])}
 
     assert {"sum": [13, 27], "twice": [[2, 4], [6, 8]]} == {
-        name: values.tolist() for name, values in predict(asked, tensors, inputs, binary=binary).items()
+        name: values.tolist() for name, values in predict(endpoint, tensors, inputs, binary=binary).items()
     }
 
 
-def test_the_id_and_the_version_come_back(put: Put, serve: Serve, columns: Resolved) -> None:
-    asked = door(put, serve(columns), columns, "mlflow-columns")
+def test_the_answer_has_the_id_and_the_version(put: Put, serve: Serve, columns: Resolved) -> None:
+    endpoint = put_endpoint(put, serve(columns), columns, "mlflow-columns")
     inputs = {"a": np.array([1.0]), "name": np.array(["ab"], dtype=object)}
     body = encode_request(columns.contract({}, {}), inputs, identity="r1")
-    answer = asked.infer(body.content, headers=body.headers).json()
+    answer = endpoint.infer(body.content, headers=body.headers).json()
 
     assert ("r1", "1") == (answer["id"], answer["model_version"])
 
 
-def test_what_json_can_not_say_is_refused(put: Put, serve: Serve, columns: Resolved) -> None:
-    asked = door(put, serve(columns), columns, "mlflow-columns")
+def test_values_without_json_are_refused(put: Put, serve: Serve, columns: Resolved) -> None:
+    endpoint = put_endpoint(put, serve(columns), columns, "mlflow-columns")
     inputs = {"a": np.array([np.nan]), "name": np.array(["ab"], dtype=object)}
     body = encode_request(columns.contract({}, {}), inputs, binary=True)
-    status, told = error(asked.infer(body.content, headers=body.headers))
+    status, message = error(endpoint.infer(body.content, headers=body.headers))
 
     assert 400 == status
-    assert "'a' holds NaN" in told
+    assert "'a' holds NaN" in message
 
 
-def test_a_server_of_another_model_is_an_error_of_the_servers(
-    put: Put, serve: Serve, columns: Resolved, tensors: Resolved
-) -> None:
-    asked = door(put, serve(columns), tensors, "mlflow-tensors")
+def test_a_server_of_another_model_is_an_error(put: Put, serve: Serve, columns: Resolved, tensors: Resolved) -> None:
+    endpoint = put_endpoint(put, serve(columns), tensors, "mlflow-tensors")
     inputs = {"x": np.zeros((1, 2), np.float32), "n": np.array([1])}
     body = encode_request(tensors.contract({}, {}), inputs)
 
-    assert error(asked.infer(body.content, headers=body.headers))[0] in (400, 500, 502)
+    assert error(endpoint.infer(body.content, headers=body.headers))[0] in (400, 500, 502)
 
 
-def test_a_long_text_among_short_ones_takes_its_own_room_and_keeps_its_zeros() -> None:
+def test_a_long_text_among_short_ones_costs_only_its_own_memory_and_keeps_its_zeros() -> None:
     column = Column(name="text", dtype="str")
     contract = Contract(
         inputs=(Input(name="text", dtype="str", columns=(column,)),), outputs=(Output(name="score", dtype="float32"),)
@@ -192,17 +187,19 @@ def test_a_long_text_among_short_ones_takes_its_own_room_and_keeps_its_zeros() -
     texts = np.array(["a" * (1 << 20), *["b\0"] * 100_000], dtype=object)
     sent: list[bytes] = []
 
-    class Recorded(Http):
-        async def send(self, method: str, url: str, content: bytes | None, headers: Any) -> Answered:
+    class RecordingClient(HttpClient):
+        async def send(self, method: str, url: str, content: bytes | None, headers: Any) -> HttpResponse:
             sent.append(content or b"")
-            return Answered(status=200, content=b'{"predictions": []}', headers={})
+            return HttpResponse(status=200, content=b'{"predictions": []}', headers={})
 
     async def run() -> None:
-        http = Recorded()
-        served = Served(version="1", url="http://127.0.0.1:9", upstream_model="m", speaks="mlflow-tensors", weight=1)
+        http = RecordingClient()
+        served = ServedVersion(
+            version="1", url="http://127.0.0.1:9", upstream_model="m", speaks="mlflow-tensors", weight=1
+        )
         request = InferRequest(id=None, inputs={"text": texts}, outputs=())
         with pytest.raises(Unanswered):
-            await MlflowUpstream(http, served, contract).infer(Call(body=Body(content=b""), request=request))
+            await MlflowUpstream(http, served, contract).infer(CheckedRequest(body=Body(content=b""), request=request))
         await http.close()
 
     asyncio.run(run())

@@ -1,9 +1,11 @@
-"""Servers that die, come back, or answer with something else; and how little of it a client sees."""
+"""Model servers that die, restart, or answer with errors, and what a client sees of it."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Generator
@@ -15,46 +17,46 @@ import pytest
 
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import Limits
-from serving.gateway.upstream import without_addresses
+from serving.gateway.upstreams import HttpClient, remove_addresses
 from tests.serving.gateway.conftest import Put
-from tests.serving.gateway.support import Door, V2Server, error, route, v2_server
+from tests.serving.gateway.support import EndpointClient, V2Server, error, route, v2_server
 
 
 @contextmanager
-def steady_load(door: Door, threads: int = 4) -> Generator[list[tuple[int, str]]]:
-    """Ask without a pause; the list holds the status and the version, or the reason, of each answer."""
+def steady_load(endpoint: EndpointClient, threads: int = 4) -> Generator[list[tuple[int, str]]]:
+    """Send requests without a pause; the list holds each answer's status, and its version or error."""
     answers: list[tuple[int, str]] = []
     done = threading.Event()
 
     def ask() -> None:
         while not done.is_set():
-            answer = door.infer()
-            told = answer.headers.get("Overnight-Version") or error(answer)[1]
-            answers.append((answer.status_code, told))
+            answer = endpoint.infer()
+            text = answer.headers.get("Overnight-Version") or error(answer)[1]
+            answers.append((answer.status_code, text))
 
-    asking = [threading.Thread(target=ask) for _ in range(threads)]
-    for each in asking:
-        each.start()
+    workers = [threading.Thread(target=ask) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
     try:
         yield answers
     finally:
         done.set()
-        for each in asking:
-            each.join()
+        for worker in workers:
+            worker.join()
 
 
-def wait_for(answers: list[tuple[int, str]], wanted: tuple[int, str]) -> None:
-    after, deadline = len(answers), time.monotonic() + 20
-    while wanted not in answers[after:]:
+def wait_for(answers: list[tuple[int, str]], expected: tuple[int, str]) -> None:
+    start, deadline = len(answers), time.monotonic() + 20
+    while expected not in answers[start:]:
         assert time.monotonic() < deadline, answers[-3:]
         time.sleep(0.01)
 
 
-def test_a_server_that_is_killed_is_503_with_the_reason_until_it_is_back(put: Put, tmp_path: Path) -> None:
+def test_a_killed_server_is_503_with_the_reason_until_it_is_restarted(put: Put, tmp_path: Path) -> None:
     server = v2_server(tmp_path)
-    door = put(route(server.url))
+    endpoint = put(route(server.url))
     try:
-        with steady_load(door) as answers:
+        with steady_load(endpoint) as answers:
             wait_for(answers, (200, "1"))
             os.kill(server.process.pid, signal.SIGKILL)
             deadline = time.monotonic() + 20
@@ -62,35 +64,35 @@ def test_a_server_that_is_killed_is_503_with_the_reason_until_it_is_back(put: Pu
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             server.process.stop()
-            assert {"name": door.name, "ready": False} == door.get("/ready").json()
-            assert 503 == door.get("/versions/1/ready").status_code
+            assert {"name": endpoint.name, "ready": False} == endpoint.get("/ready").json()
+            assert 503 == endpoint.get("/versions/1/ready").status_code
             server = v2_server(tmp_path, server.port)
             wait_for(answers, (200, "1"))
     finally:
         server.process.stop()
 
     assert {200, 503} == {status for status, _ in answers}
-    refused = [told for status, told in answers if status == 503]
-    assert all("The model server of the endpoint must answer" in told for told in refused)
-    assert not [told for told in refused if "127.0.0.1" in told or str(server.port) in told]
+    refused = [message for status, message in answers if status == 503]
+    assert all("The model server of the endpoint must answer" in message for message in refused)
+    assert not [message for message in refused if "127.0.0.1" in message or str(server.port) in message]
 
 
-def test_connections_that_went_stale_with_a_restart_cost_no_request(put: Put, tmp_path: Path) -> None:
+def test_connections_that_a_restart_closed_cost_no_request(put: Put, tmp_path: Path) -> None:
     server = v2_server(tmp_path)
-    door = put(route(server.url))
+    endpoint = put(route(server.url))
     try:
-        with steady_load(door, threads=8) as answers:
+        with steady_load(endpoint, threads=8) as answers:
             wait_for(answers, (200, "1"))
         server.process.stop()
         server = v2_server(tmp_path, server.port)
 
-        assert [10] * 20 == [door.score() for _ in range(20)]
+        assert [10] * 20 == [endpoint.score() for _ in range(20)]
     finally:
         server.process.stop()
 
 
 @pytest.mark.parametrize(
-    "said",
+    "text",
     [
         "cannot open /opt/models/churn/1/model.py: no such file",
         "http://triton.internal:8000/v2 refused",
@@ -99,53 +101,53 @@ def test_connections_that_went_stale_with_a_restart_cost_no_request(put: Put, tm
         "no answer of [fd00::12]:8000",
     ],
 )
-def test_addresses_and_paths_in_what_a_server_said_are_left_out(said: str) -> None:
-    told = without_addresses(said)
+def test_addresses_and_paths_are_removed_from_a_servers_message(text: str) -> None:
+    cleaned = remove_addresses(text)
 
-    assert "(left out)" in told
+    assert "(left out)" in cleaned
     for secret in ("/opt", "triton", "churn", "10.0", "fd00", "800"):
-        assert secret not in told
+        assert secret not in cleaned
 
 
 @pytest.mark.parametrize(
-    "said",
+    "text",
     ["no row is good enough", "<html>Bad</html>", "x must be 1/2, got 3: at least 4 (5.5)", "model 'a:b' and/or c"],
 )
-def test_what_is_no_address_stays(said: str) -> None:
-    assert said == without_addresses(said)
+def test_the_rest_of_a_servers_message_is_kept(text: str) -> None:
+    assert text == remove_addresses(text)
 
 
 @pytest.mark.parametrize(
     ("version", "status", "words"),
     [("broken", 500, "no row is good enough"), ("html", 502, "<html>Bad</html>")],
 )
-def test_whatever_a_server_says_the_client_gets_an_error_it_can_read(
+def test_every_error_of_a_server_becomes_json_with_its_reason(
     put: Put, v2: V2Server, version: str, status: int, words: str
 ) -> None:
-    got, told = error(put(route(v2.url, (version, 1))).infer())
+    found, message = error(put(route(v2.url, (version, 1))).infer())
 
-    assert status == got
-    assert words in told
+    assert status == found
+    assert words in message
 
 
-def test_a_server_that_has_not_the_model_is_503_not_404(put: Put, v2: V2Server) -> None:
-    door = put(route(f"{v2.url}/elsewhere"))
-    status, told = error(door.infer())
+def test_a_server_without_the_model_is_503_not_404(put: Put, v2: V2Server) -> None:
+    endpoint = put(route(f"{v2.url}/elsewhere"))
+    status, message = error(endpoint.infer())
 
     assert 503 == status
-    assert "must be served there, got 404" in told
+    assert "must have the model, got 404" in message
 
 
-def test_a_switch_of_versions_loses_no_request_and_the_old_server_can_go(
+def test_a_change_of_versions_loses_no_request_and_the_old_server_can_be_stopped(
     put: Put, v2: V2Server, tmp_path: Path, admin: GatewayClient
 ) -> None:
     old = v2_server(tmp_path)
-    door = put(route(old.url, ("slow", 1)))
+    endpoint = put(route(old.url, ("slow", 1)))
     try:
-        with steady_load(door, threads=8) as answers:
+        with steady_load(endpoint, threads=8) as answers:
             wait_for(answers, (200, "slow"))
-            admin.put(door.name, route(v2.url, ("2", 1)))
-            admin.wait_until_idle(door.name, "slow", timeout_s=20)
+            admin.put(endpoint.name, route(v2.url, ("2", 1)))
+            admin.wait_until_idle(endpoint.name, "slow", timeout_s=20)
             old.process.stop()
             wait_for(answers, (200, "2"))
     finally:
@@ -154,35 +156,46 @@ def test_a_switch_of_versions_loses_no_request_and_the_old_server_can_go(
     assert {(200, "slow"), (200, "2")} == {*answers}
 
 
-def test_an_endpoint_that_is_taken_out_has_its_requests_answered_by_then(
-    put: Put, tmp_path: Path, admin: GatewayClient
-) -> None:
+def test_deleting_an_endpoint_waits_for_its_requests(put: Put, tmp_path: Path, admin: GatewayClient) -> None:
     server = v2_server(tmp_path)
-    door = put(route(server.url, ("slow", 1), limits=Limits(in_flight_max=2)))
+    endpoint = put(route(server.url, ("slow", 1), limits=Limits(in_flight_max=2)))
     try:
         with ThreadPoolExecutor(4) as pool:
-            asked = [pool.submit(door.infer) for _ in range(4)]
-            admin.wait(door.name, lambda state: state.waiting == 2, timeout_s=20)
-            admin.delete(door.name)
+            pending = [pool.submit(endpoint.infer) for _ in range(4)]
+            admin.wait_until(endpoint.name, lambda state: state.waiting == 2, timeout_s=20)
+            admin.delete(endpoint.name)
             server.process.stop()
-            statuses = [each.result().status_code for each in asked]
+            statuses = [request.result().status_code for request in pending]
     finally:
         server.process.stop()
 
     assert [200] * 4 == statuses
-    assert 404 == door.infer().status_code
+    assert 404 == endpoint.infer().status_code
 
 
-def test_endpoints_come_and_go_while_others_serve(put: Put, v2: V2Server, admin: GatewayClient) -> None:
-    door = put(route(v2.url))
-    with steady_load(door) as answers:
-        for at in range(10):
-            admin.put(f"guest-{at}", route(v2.url, ("2", 1)))
-            guest = Door(f"guest-{at}", door.url.split("/v2")[0])
+def test_endpoints_are_added_and_deleted_while_others_serve(put: Put, v2: V2Server, admin: GatewayClient) -> None:
+    endpoint = put(route(v2.url))
+    with steady_load(endpoint) as answers:
+        for index in range(10):
+            admin.put(f"guest-{index}", route(v2.url, ("2", 1)))
+            guest = EndpointClient(f"guest-{index}", endpoint.url.split("/v2")[0])
             assert 16 == guest.score()
             guest.http.close()
-            admin.delete(f"guest-{at}")
-            admin.delete(f"guest-{at}")
-            assert admin.get(f"guest-{at}") is None
+            admin.delete(f"guest-{index}")
+            admin.delete(f"guest-{index}")
+            assert admin.get(f"guest-{index}") is None
 
     assert {(200, "1")} == {*answers}
+
+
+async def is_healthy(url: str) -> bool:
+    client = HttpClient()
+    try:
+        return await client.is_healthy(url, timeout_s=0.1)
+    finally:
+        await client.close()
+
+
+def test_a_server_that_accepts_a_connection_and_never_answers_is_not_healthy() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        assert not asyncio.run(asyncio.wait_for(is_healthy(f"http://127.0.0.1:{silent.getsockname()[1]}/ready"), 10))

@@ -1,9 +1,8 @@
-"""A V2 server in a process of its own: `python v2_child.py PORT`. Its versions behave as they are called.
+"""A V2 server in its own process: `python v2_child.py PORT`. The name of a version says how it behaves.
 
 1 and 2: score = 1 or 2 times the sum of x, plus n. same: as 1. slow: as 1, after 0.4 s. broken: 500. html: no V2.
-wrong: other outputs than the contract has. The models toy and steady are loaded from the start, others after
-POST /v2/repository/models/MODEL/load. GET /seen says what was asked, and how often; GET /last how,
-to the byte.
+wrong: other outputs than those of the contract. The models toy and steady are loaded from the start, others after
+POST /v2/repository/models/MODEL/load. GET /seen counts the requests; GET /last returns the bytes of the last one.
 """
 
 from __future__ import annotations
@@ -80,16 +79,16 @@ async def infer(model: str, version: str, request: Request) -> Response:
         await asyncio.sleep(SLOW_S)
     body, length = await request.body(), request.headers.get(HEADER_LENGTH)
     last["body"] = body
-    asked = decode_request(body, CONTRACT, header_length=None if length is None else int(length), rows_max=1 << 20)
-    scores = FACTORS[version] * asked.inputs["x"].sum(axis=1) + asked.inputs["n"]
+    decoded = decode_request(body, CONTRACT, header_length=None if length is None else int(length), rows_max=1 << 20)
+    scores = FACTORS[version] * decoded.inputs["x"].sum(axis=1) + decoded.inputs["n"]
     if version == "wrong":
         return Response(b'{"outputs":[]}', media_type="application/json")
-    answer = encode_response(asked, {"score": scores.astype(np.float32)}, CONTRACT, model=model, version=version)
+    answer = encode_response(decoded, {"score": scores.astype(np.float32)}, CONTRACT, model=model, version=version)
     return Response(answer.content, 200, answer.headers)
 
 
 @app.get("/seen")
-async def seen_so_far() -> dict[str, int]:
+async def count_seen() -> dict[str, int]:
     return dict(seen)
 
 

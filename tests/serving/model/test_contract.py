@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from serving.errors import SchemaMismatch
-from serving.model.contract import Column, ColumnPolicy, Contract, Input, Output, fill_problem, fits
+from serving.model.contract import Column, ColumnPolicy, Contract, Input, Output, casts_safely, find_fill_problem
 from tests.serving.toys import alone, column, stacked
 
 NUMBERS = (
@@ -97,7 +97,7 @@ def test_a_safe_cast_is_one_that_keeps_the_extremes_of_its_type(given: str, dtyp
         cast = np.array(extremes, dtype=given).astype(dtype)
     kept = [item.item() for item in cast] == extremes
 
-    assert kept == fits(pa.from_numpy_dtype(kind), dtype)
+    assert kept == casts_safely(pa.from_numpy_dtype(kind), dtype)
     assert kept == accepts(alone(column(dtype)), pa.from_numpy_dtype(kind))
 
 
@@ -119,7 +119,7 @@ def test_a_safe_cast_is_one_that_keeps_the_extremes_of_its_type(given: str, dtyp
     ],
 )
 def test_the_table_of_safe_casts(given: str, dtype: str, fit: bool) -> None:  # noqa: FBT001 - a column of the table
-    assert fit == fits(pa.from_numpy_dtype(np.dtype(given)), dtype)
+    assert fit == casts_safely(pa.from_numpy_dtype(np.dtype(given)), dtype)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_a_long_list_of_columns_is_cut_short() -> None:
     ],
 )
 def test_what_takes_a_nulls_place_must_be_a_value_of_the_column(dtype: str, null: float | str, suits: bool) -> None:  # noqa: FBT001
-    assert suits == (fill_problem(column(dtype, policy=ColumnPolicy(null=null))) is None)
+    assert suits == (find_fill_problem(column(dtype, policy=ColumnPolicy(null=null))) is None)
 
 
 def test_an_output_is_a_scalar_or_a_list_of_its_width() -> None:

@@ -20,12 +20,12 @@ X = np.random.default_rng(6).standard_normal((10_000, 4), dtype=np.float32)
 
 def encoded() -> Encoded:
     """Rows as `encode` hands them on: [F, N] in memory."""
-    return Encoded(inputs={"x": np.ascontiguousarray(X.T).T}, flags=Flags.none(len(X)), rows=len(X))
+    return Encoded(inputs={"x": np.ascontiguousarray(X.T).T}, flags=Flags.all_good(len(X)), rows=len(X))
 
 
 def scores(module: torch.nn.Module, batch_size: int, engine: Engine | None = None) -> np.ndarray:
     model = CudaModel(module, matrix(4))
-    model = model if engine is None else model.using(engine)
+    model = model if engine is None else model.with_engine(engine)
     with model.slot():
         return Forward(model, matrix(4), batch_size).score(encoded())["score"]
 
@@ -68,7 +68,7 @@ def test_a_batch_that_does_not_fit_the_card_is_halved_and_the_size_remembered() 
         forward = Forward(model, matrix(4), 4000)
         found = forward.score(encoded())["score"]
 
-    assert 1000 == forward.batch_size_safe
+    assert 1000 == forward.safe_batch_size
     assert 1e-5 > np.abs(scores(network(), 1000) - found).max()
 
 

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from serving.errors import DependencyFault, DeviceLost, ModelFailed
 from serving.model.contract import Output
 from serving.model.encoding import Encoded, Flags, encode
-from serving.model.forward import Forward, Halted, Predictions
-from serving.model.interface import Arrays
-from serving.model.outputs import named_outputs
+from serving.model.forward import Forward, Halted
+from serving.model.interface import Arrays, Predictions
+from serving.model.outputs import name_outputs
 from serving.model.torch_model import TorchModel
 from tests.serving.toys import Picky, alone, column, matrix, network
 
@@ -43,7 +43,7 @@ class Plain:
     def predict(self, inputs: Arrays) -> dict[str, Any]:
         rows = len(next(iter(inputs.values())))
         self.rows_seen.append(rows)
-        return named_outputs(self.answer(inputs), self.outputs, rows, np.asarray)
+        return name_outputs(self.answer(inputs), self.outputs, rows, np.asarray)
 
     def slot(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -51,7 +51,7 @@ class Plain:
 
 def encoded(x_NF: np.ndarray, bad: dict[int, str] | None = None) -> Encoded:
     """Rows as `encode` hands them on: a row of memory a column, and the bad ones flagged."""
-    flags = Flags.none(len(x_NF))
+    flags = Flags.all_good(len(x_NF))
     for row, reason in (bad or {}).items():
         flags.mark_row(row, "c0", reason)
     return Encoded(inputs={"x": np.ascontiguousarray(x_NF.T).T}, flags=flags, rows=len(x_NF))
@@ -75,7 +75,7 @@ def beginning_with(first: float, rows: Any) -> np.ndarray:
 
 def test_rows_that_are_not_to_be_gone_on_with_end_before_the_next_batch() -> None:
     model = Plain(lambda inputs: inputs["x"][:, 0])
-    forward = Forward(model, matrix(4), 30, goes_on=lambda: len(model.rows_seen) < 2)
+    forward = Forward(model, matrix(4), 30, may_continue=lambda: len(model.rows_seen) < 2)
 
     with pytest.raises(Halted):
         forward.score(encoded(X))
@@ -265,7 +265,7 @@ def test_out_of_memory_halves_the_batch_and_the_size_that_fits_is_remembered(err
         found = forward.score(rows)["score"]
 
     assert [64, 32, 16, 16, 16, 16, 16, 16, 4] == module.rows_seen
-    assert 16 == forward.batch_size_safe
+    assert 16 == forward.safe_batch_size
     assert {} == rejects(rows)
     assert np.allclose(score(Hungry(1000, MemoryError), encoded(X), 64), found, rtol=1e-5)
 
@@ -278,7 +278,7 @@ def test_the_error_of_torchs_own_allocator_is_out_of_memory() -> None:
     forward = Forward(Plain(answer), matrix(4), 100)
     found = forward.score(encoded(X))["score"]
 
-    assert 25 == forward.batch_size_safe
+    assert 25 == forward.safe_batch_size
     assert np.array_equal(X[:, 0], found)
 
 
@@ -451,7 +451,7 @@ def test_rows_with_lengths_pass_in_batches_of_few_tokens_and_come_back_in_order(
 ) -> None:
     rows_N = np.empty(len(lengths), dtype=object)
     rows_N[:] = [np.full(length, at) for at, length in enumerate(lengths)]
-    flags = Flags.none(len(lengths))
+    flags = Flags.all_good(len(lengths))
     for row in bad & set(range(1, len(lengths))):
         flags.mark_row(row, "c0", "null")
     before = flags.code_N.copy()
@@ -470,7 +470,9 @@ def test_rows_with_lengths_pass_in_batches_of_few_tokens_and_come_back_in_order(
 def ragged(lengths: list[int]) -> Encoded:
     rows_N = np.empty(len(lengths), dtype=object)
     rows_N[:] = [np.full(length, at) for at, length in enumerate(lengths)]
-    return Encoded(inputs={"x": rows_N}, flags=Flags.none(len(lengths)), rows=len(lengths), length_N=np.array(lengths))
+    return Encoded(
+        inputs={"x": rows_N}, flags=Flags.all_good(len(lengths)), rows=len(lengths), length_N=np.array(lengths)
+    )
 
 
 class Narrow(Padded):
@@ -493,7 +495,7 @@ def test_out_of_memory_halves_tokens_so_that_a_long_batch_does_not_shrink_short_
     assert [0, 30, 60, 90] == longest.tolist()
     assert [2.0 * row for row in range(60)] == short.tolist()
     assert [120, 60, 30, 30, 30, 30] == model.tokens_seen[:halved]
-    assert 30 == forward.batch_size_safe
+    assert 30 == forward.safe_batch_size
     assert [30] * 4 == model.tokens_seen[halved:]
 
 
@@ -563,7 +565,7 @@ def test_passes_are_begun_ahead_no_more_once_memory_ran_out() -> None:
     found = forward.score(encoded(X))["score"]
     forward.score(encoded(X))
 
-    assert 12 == forward.batch_size_safe
+    assert 12 == forward.safe_batch_size
     assert 5 > len([step for step, _ in model.told if step == "begin"])
     assert 1e-6 > np.abs(score(network(), encoded(X), 12) - found).max()
 
@@ -615,7 +617,7 @@ def test_nothing_is_waited_for_where_nothing_fails_or_a_row_does() -> None:
 def test_a_wait_ends_within_a_tenth_of_a_second_of_being_told_to_stop() -> None:
     slept: list[float] = []
     model = failing_for(range(1000), ConnectionResetError)
-    forward = Forward(model, matrix(4), 50, goes_on=lambda: sum(slept) < 1, sleep=slept.append)
+    forward = Forward(model, matrix(4), 50, may_continue=lambda: sum(slept) < 1, sleep=slept.append)
     with pytest.raises(Halted):
         forward.score(encoded(X))
 

@@ -4,6 +4,6 @@ from serving.model.interface import Engine
 
 
 def test_an_engine_says_what_differs_from_torch_as_it_comes() -> None:
-    assert "torch as it comes" == str(Engine())
+    assert "torch (default kernels)" == str(Engine())
     assert "2 threads a slot, oneDNN" == str(Engine(threads=2, linear="onednn"))
     assert "bfloat16, compiled" == str(Engine(precision="bfloat16", compiled=True))

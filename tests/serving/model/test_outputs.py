@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from serving.errors import ModelFailed
 from serving.model.contract import Output
-from serving.model.outputs import named_outputs
+from serving.model.outputs import name_outputs
 
 SCORE = Output(name="score", dtype="float32")
 LABEL = Output(name="label", dtype="str")
@@ -22,12 +22,12 @@ COUNT = Output(name="count", dtype="int64")
 
 
 def named(raw: Any, *outputs: Output, rows: int = 3) -> dict[str, Any]:
-    return {name: value.tolist() for name, value in named_outputs(raw, outputs, rows, np.asarray).items()}
+    return {name: value.tolist() for name, value in name_outputs(raw, outputs, rows, np.asarray).items()}
 
 
 def refusal(raw: Any, *outputs: Output, rows: int = 3) -> str:
     with pytest.raises(ModelFailed) as caught:
-        named_outputs(raw, outputs, rows, np.asarray)
+        name_outputs(raw, outputs, rows, np.asarray)
     return str(caught.value)
 
 
@@ -131,7 +131,7 @@ def test_integers_are_integers_whatever_holds_them(raw: Any) -> None:
 @pytest.mark.parametrize("raw", [[1.0, math.nan, 2.0], [1.0, math.inf, 2.0], [1, None, 2]])
 def test_a_number_that_is_not_finite_among_integers_is_an_error_of_its_row(raw: Any) -> None:
     with pytest.raises(ValueError, match="output 'count' must be finite to be int64"):
-        named_outputs(raw, (COUNT,), 3, np.asarray)
+        name_outputs(raw, (COUNT,), 3, np.asarray)
 
 
 @pytest.mark.parametrize(

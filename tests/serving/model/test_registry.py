@@ -17,7 +17,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
 
 from serving.errors import ModelNotFound, ModelUnfit
-from serving.model.loading import load_model, must_be_unchanged
+from serving.model.loading import check_model_unchanged, load_model
 from serving.model.registry import _download, digest_folder, open_model, resolve_model
 from tests.serving.toys import SCORE, network, tensor
 from tests.support import register_network
@@ -358,11 +358,11 @@ def test_a_network_whose_files_are_swapped_between_digest_and_load_is_refused(lo
 def test_a_loaded_model_that_may_still_read_its_files_is_held_to_them(log_code: Log) -> None:
     resolved = resolve_model(log_doubler(log_code, "late"))
     load_model(resolved, resolved.contract({}, {}))
-    must_be_unchanged(resolved.pin)
+    check_model_unchanged(resolved.pin)
     (resolved.folder / "later.py").write_text("x = 1")
 
     with pytest.raises(ModelUnfit, match=r"the first later\.py"):
-        must_be_unchanged(resolved.pin)
+        check_model_unchanged(resolved.pin)
 
 
 def test_a_loaded_model_whose_files_are_gone_is_held_to_them(log_code: Log) -> None:
@@ -371,14 +371,14 @@ def test_a_loaded_model_whose_files_are_gone_is_held_to_them(log_code: Log) -> N
     shutil.rmtree(resolved.folder)
 
     with pytest.raises(ModelUnfit, match="were changed, the first MLmodel"):
-        must_be_unchanged(resolved.pin)
+        check_model_unchanged(resolved.pin)
 
 
 def test_a_network_in_memory_needs_its_files_no_more(log_network: Log) -> None:
     resolved = resolve_model(log_network("in-memory", network(seed=7)))
     load_model(resolved, resolved.contract({}, {}))
     shutil.rmtree(resolved.folder)
-    must_be_unchanged(resolved.pin)
+    check_model_unchanged(resolved.pin)
 
 
 def test_a_link_to_a_folder_among_a_models_files_is_refused(tmp_path: Path, pt2: str) -> None:

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
+import threading
 import time
 from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.errors import DependencyFault, ModelFailed, ModelUnfit
+from serving.errors import DependencyFault, DeviceLost, ModelFailed, ModelUnfit
 from serving.model.batching import BatchingConfig
-from serving.model.registry import digest_folder, resolve_model
-from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Release, Runtime, open_release
+from serving.model.contract import Contract
+from serving.model.forward import Forward
+from serving.model.interface import Predictions
+from serving.model.registry import ModelPin, digest_folder, resolve_model
+from serving.model.release import (
+    MODEL_FOLDER,
+    RELEASE_FILE,
+    PredictionError,
+    Predictor,
+    Release,
+    Runtime,
+    open_predictor,
+    open_release,
+    unwrap_prediction,
+)
+from serving.model.torch_model import TorchModel
+from serving.targets import Rendered
+from serving.targets.folder import write_folder
+from tests.releases import release_of, rows
+from tests.serving.toys import Picky, matrix
 from tests.support import register_script
 
 
@@ -54,16 +75,16 @@ def a(*values: float) -> dict[str, np.ndarray]:
 
 
 def test_each_request_gets_its_own_rows(runtime: Runtime) -> None:
-    answers = runtime.predict_each([a(1, 2), a(3), a(4, 5, 6)])
+    answers = runtime.predict_requests([a(1, 2), a(3), a(4, 5, 6)])
 
     assert [[2, 4], [6], [8, 10, 12]] == [
         answer["prediction"].tolist() for answer in answers if not isinstance(answer, ModelFailed)
     ]
-    assert [] == runtime.predict_each([])
+    assert [] == runtime.predict_requests([])
 
 
 def test_a_row_that_fails_or_has_no_finite_prediction_takes_only_its_own_request_along(runtime: Runtime) -> None:
-    first, unlucky, infinite, last = runtime.predict_each([a(1), a(2, 13), a(7), a(3)])
+    first, unlucky, infinite, last = runtime.predict_requests([a(1), a(2, 13), a(7), a(3)])
 
     assert "got none for row 1: ValueError: unlucky." in str(unlucky)
     assert "got none for row 0 (prediction): prediction is not finite." in str(infinite)
@@ -73,7 +94,7 @@ def test_a_row_that_fails_or_has_no_finite_prediction_takes_only_its_own_request
 
 
 def test_requests_that_all_fail_are_told_each_and_the_next_is_answered(runtime: Runtime) -> None:
-    assert all(isinstance(answer, ModelFailed) for answer in runtime.predict_each([a(13), a(13, 13)]))
+    assert all(isinstance(answer, ModelFailed) for answer in runtime.predict_requests([a(13), a(13, 13)]))
     assert [2] == runtime.predict(a(1))["prediction"].tolist()
 
 
@@ -88,7 +109,7 @@ def test_what_the_model_calls_being_away_is_told_at_once_and_is_no_fault_of_a_ro
     line = "if (model_input['a'] == 13).any(): raise ConnectionRefusedError('nobody listens')"
     with open_release(folder_of(register_script("cut-off", line), tmp_path / "release")) as runtime:
         start = time.monotonic()
-        answers = runtime.predict_each([a(1), a(13)])
+        answers = runtime.predict_requests([a(1), a(13)])
         took = time.monotonic() - start
         with pytest.raises(DependencyFault, match=r"got ConnectionRefusedError: nobody listens \(tries: 1\)"):
             runtime.predict(a(13))
@@ -100,7 +121,7 @@ def test_what_the_model_calls_being_away_is_told_at_once_and_is_no_fault_of_a_ro
 
 def test_the_callers_arrays_stay_as_they_are(runtime: Runtime) -> None:
     rows = a(1, 13)
-    runtime.predict_each([rows])
+    runtime.predict_requests([rows])
 
     assert [1, 13] == rows["a"].tolist()
 
@@ -125,7 +146,7 @@ def counting(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Genera
 def test_requests_are_passed_together_up_to_the_rows_of_the_batching_and_a_larger_one_alone(
     counting: Runtime, rows: list[int]
 ) -> None:
-    answers = counting.predict_each([a(*range(count)) for count in rows])
+    answers = counting.predict_requests([a(*range(count)) for count in rows])
     together = [answer["prediction"] for answer in answers if isinstance(answer, dict)]
 
     assert rows == [len(each) for each in together]
@@ -133,7 +154,7 @@ def test_requests_are_passed_together_up_to_the_rows_of_the_batching_and_a_large
 
 
 def test_requests_are_passed_in_their_order_as_many_at_a_time_as_the_batching_has_room_for(counting: Runtime) -> None:
-    answers = counting.predict_each([a(*range(count)) for count in (8, 8, 1, 20, 3, 13, 1)])
+    answers = counting.predict_requests([a(*range(count)) for count in (8, 8, 1, 20, 3, 13, 1)])
 
     assert [16, 16, 1, 20, 16, 16, 1] == [answer["prediction"][0] for answer in answers if isinstance(answer, dict)]
 
@@ -142,7 +163,7 @@ def test_texts_are_tokenised_and_answered_in_their_order(minilm: str, glosses: l
     texts = np.array(glosses[:20], dtype=object)
     with open_release(folder_of(minilm, tmp_path / "release")) as runtime:
         (name,) = (value.name for value in runtime.release.contract.inputs)
-        together = runtime.predict_each([{name: texts[:3]}, {name: texts[3:]}])
+        together = runtime.predict_requests([{name: texts[:3]}, {name: texts[3:]}])
         whole = runtime.predict({name: texts})
 
     ((output, expected),) = whole.items()
@@ -168,3 +189,74 @@ def test_a_folder_whose_model_is_another_than_its_release_says_is_refused(sleepy
 
     with pytest.raises(ModelUnfit, match=r"must be those of models:/sleepy/1 \(digest .*\), got digest .*Deploy"):
         open_release(folder)
+
+
+CONTRACT: Contract = matrix(4)
+PIN = ModelPin(name="toy", version="1", model_id=None, source="", digest="0" * 64)
+
+
+def predictor_of(module: torch.nn.Module) -> Predictor:
+    model = TorchModel(module, CONTRACT)
+    forward = Forward(model=model, contract=CONTRACT, batch_size=64, proven=True)
+    release = Release(endpoint="toy", pin=PIN, contract=CONTRACT, batching=BatchingConfig(batch_size_max=64))
+    return Predictor(Runtime(release=release, model=model, _forward=forward))
+
+
+def test_of_requests_passed_together_only_the_one_with_a_bad_row_fails() -> None:
+    x_NF = rows(6, 4)
+    x_NF[3, 0] = 1
+    predictor = predictor_of(Picky())
+    first, second, third = asyncio.run(predictor.predict_requests([{"x": x_NF[at : at + 2]} for at in (0, 2, 4)]))
+    (alone,) = asyncio.run(predictor.predict_requests([{"x": x_NF[:2]}]))
+    predictor.close()
+
+    np.testing.assert_allclose(unwrap_prediction(first)["score"], unwrap_prediction(alone)["score"], rtol=0, atol=1e-6)
+    assert 2 == len(unwrap_prediction(third)["score"])
+    with pytest.raises(ModelFailed, match="no row may begin with 1"):
+        unwrap_prediction(second)
+
+
+def test_every_pass_is_made_in_one_thread_inside_the_slot() -> None:
+    seen: set[tuple[str, bool, int]] = set()
+
+    class Telling(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.add((threading.current_thread().name, torch.is_inference_mode_enabled(), torch.get_num_threads()))
+            return x.sum(dim=1, keepdim=True)
+
+    async def ask() -> list[list[Predictions | PredictionError]]:
+        return await asyncio.gather(*(predictor.predict_requests([{"x": rows(1, 4)}]) for _ in range(8)))
+
+    predictor = predictor_of(Telling())
+    asyncio.run(ask())
+    predictor.close()
+    predictor.close()
+
+    assert {("predict_0", True, 1)} == seen
+
+
+def test_a_device_that_is_lost_is_told_from_then_on() -> None:
+    class Lost(torch.nn.Module):
+        def forward(self, _x: torch.Tensor) -> torch.Tensor:
+            message = "CUDA error: an illegal memory access was encountered"
+            raise RuntimeError(message)
+
+    predictor = predictor_of(Lost())
+    predictor.check()
+    with pytest.raises(DeviceLost):
+        asyncio.run(predictor.predict_requests([{"x": rows(1, 4)}]))
+    with pytest.raises(DeviceLost):
+        predictor.check()
+    predictor.close()
+
+
+def test_a_folder_that_holds_a_release_predicts_as_its_model(linear: str, tmp_path: Path) -> None:
+    put, x_NF = release_of(linear, "linear"), rows(5, 3)
+    files = {"release.json": put.release.model_dump_json().encode()}
+    write_folder(Rendered(files=files, trees={"model": put.model}), tmp_path / "release")
+    predictor = open_predictor(tmp_path / "release")
+    (prediction,) = asyncio.run(predictor.predict_requests([{"x": x_NF}]))
+    predictor.close()
+
+    assert put.release == predictor.release
+    np.testing.assert_allclose(unwrap_prediction(prediction)["score"], put.predict(x_NF), rtol=0, atol=1e-6)

@@ -139,7 +139,7 @@ def test_the_models_metadata_names_the_columns_of_a_tensor() -> None:
     contract = contract_of(model, policies={"b": ColumnPolicy(null=0.0)})
 
     assert {"x": ["a", "b", "c"]} == feeds(contract)
-    assert contract.inputs[0].stacked
+    assert contract.inputs[0].is_stacked
     assert ["reject", 0.0, "reject"] == [column.policy.null for column in contract.columns]
 
 
@@ -153,7 +153,7 @@ def test_a_tensor_without_named_columns_is_a_list_column_of_the_inputs_name() ->
     (value,) = contract_of(logged(Schema([tensor("float32", 2, 3, name="x")]))).inputs
 
     assert (2, 3) == value.columns[0].shape == value.shape
-    assert not value.stacked
+    assert not value.is_stacked
 
 
 def test_a_list_column_may_have_another_name() -> None:

@@ -17,11 +17,11 @@ from mlflow.models import ModelSignature, infer_signature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 from serving.errors import ModelUnfit, SchemaMismatch
-from serving.model import onednn
+from serving.model import torch_model
 from serving.model.contract import ColumnPolicy, Contract
 from serving.model.encoding import Encoded, encode
 from serving.model.forward import Forward
-from serving.model.interface import Engine, Model, Tunable, Wish
+from serving.model.interface import Engine, Model, Tunable, TuningLimits
 from serving.model.loading import PyfuncModel, load_model
 from serving.model.registry import resolve_model
 from serving.model.text import TextModel
@@ -188,16 +188,18 @@ def test_another_engine_gives_the_same_embeddings_within_its_precision(minilm: s
     model, contract = load(minilm)
     texts = list(glosses[:50])
     plain = score(model, contract, texts)["prediction"]
-    halved = [engine for engine in model.engines(Wish(bfloat16_tolerance=0.1)) if engine.precision == "bfloat16"]
-    engines = [engine for engine in model.engines(Wish()) if engine.threads == 1]
+    halved = [
+        engine for engine in model.engines(TuningLimits(bfloat16_tolerance=0.1)) if engine.precision == "bfloat16"
+    ]
+    engines = [engine for engine in model.engines(TuningLimits()) if engine.threads == 1]
 
-    assert onednn.available() == (Engine(linear="onednn") in engines)
+    assert torch_model.available() == (Engine(linear="onednn") in engines)
     for engine in engines:
-        found = score(model.using(engine), contract, texts)["prediction"]
+        found = score(model.with_engine(engine), contract, texts)["prediction"]
         np.testing.assert_allclose(plain, found, rtol=0, atol=1e-5)
     assert {"torch", "onednn"} == {engine.linear for engine in halved}
     for engine in halved:
-        half = score(model.using(engine), contract, texts)["prediction"]
+        half = score(model.with_engine(engine), contract, texts)["prediction"]
         assert np.float32 == half.dtype
         assert 0.999 < (plain * half).sum(axis=1).min() < 0.9999999
 
@@ -258,8 +260,8 @@ def test_a_pipeline_answers_with_label_and_score_as_it_does_when_called(
 def test_a_pipeline_answers_the_same_on_another_engine(classes: str, glosses: list[str]) -> None:
     model, contract = load(classes, {"text": ("gloss",)})
     plain = score(model, contract, list(glosses[:50]))
-    for engine in (engine for engine in model.engines(Wish()) if engine.threads == 1):
-        found = score(model.using(engine), contract, list(glosses[:50]))
+    for engine in (engine for engine in model.engines(TuningLimits()) if engine.threads == 1):
+        found = score(model.with_engine(engine), contract, list(glosses[:50]))
 
         assert plain["label"].tolist() == found["label"].tolist()
         np.testing.assert_allclose(plain["score"], found["score"], rtol=0, atol=1e-4)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from serving.model.encoding import Encoded, Flags
-from serving.model.interface import Arrays, Engine, Wish
-from serving.model.tuner import Tuning, measure, remembered, tag_of, tune
+from serving.model.interface import Arrays, Engine, TuningLimits
+from serving.model.tuner import Tuning, measure_throughput, read_tuning, tune, tuning_tag
 from tests.serving.toys import matrix
 
 PLAIN, ONEDNN, HALF = Engine(), Engine(linear="onednn"), Engine(precision="bfloat16")
@@ -54,15 +54,15 @@ class Timed:
     def slot(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def engines(self, wish: Wish) -> Sequence[Engine]:
-        return [engine for engine in self.seconds if engine != HALF or wish.bfloat16_tolerance]
+    def engines(self, limits: TuningLimits) -> Sequence[Engine]:
+        return [engine for engine in self.seconds if engine != HALF or limits.bfloat16_tolerance]
 
-    def using(self, engine: Engine) -> Self:
+    def with_engine(self, engine: Engine) -> Self:
         return replace(self, engine=engine)
 
 
 def rows(x_NF: np.ndarray = X, bad: Sequence[int] = ()) -> Encoded:
-    flags = Flags.none(len(x_NF))
+    flags = Flags.all_good(len(x_NF))
     for row in bad:
         flags.mark_row(row, "c0", "null")
     return Encoded(inputs={"x": np.ascontiguousarray(x_NF.T).T}, flags=flags, rows=len(x_NF))
@@ -73,12 +73,12 @@ def cached(row: float) -> Callable[[int], float]:
     return lambda size: 1e-3 + row * size * (1 if size <= 1024 else 1.5)
 
 
-def tuned(model: Timed, wish: Wish | None = None, sample: Encoded | None = None) -> Tuning | None:
-    return tune(model, matrix(4), sample or rows(), wish or Wish(), machine="a machine", clock=model.clock)
+def tuned(model: Timed, limits: TuningLimits | None = None, sample: Encoded | None = None) -> Tuning | None:
+    return tune(model, matrix(4), sample or rows(), limits or TuningLimits(), machine="a machine", clock=model.clock)
 
 
-def chosen(model: Timed, wish: Wish | None = None) -> tuple[Engine, int]:
-    tuning = tuned(model, wish)
+def chosen(model: Timed, limits: TuningLimits | None = None) -> tuple[Engine, int]:
+    tuning = tuned(model, limits)
     assert tuning is not None
     return tuning.engine, tuning.batch_size
 
@@ -103,20 +103,20 @@ def test_other_bits_than_torchs_own_must_be_worth_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "off", "engine"),
+    ("limits", "off", "engine"),
     [
-        (Wish(), 1e-7, PLAIN),
-        (Wish(bfloat16_tolerance=0.01), 0.005, HALF),
-        (Wish(bfloat16_tolerance=0.01), 0.05, PLAIN),
-        (Wish(bfloat16_tolerance=0.01), -1, PLAIN),
+        (TuningLimits(), 1e-7, PLAIN),
+        (TuningLimits(bfloat16_tolerance=0.01), 0.005, HALF),
+        (TuningLimits(bfloat16_tolerance=0.01), 0.05, PLAIN),
+        (TuningLimits(bfloat16_tolerance=0.01), -1, PLAIN),
     ],
 )
 def test_reduced_precision_is_chosen_only_where_wished_for_and_within_the_tolerance(
-    wish: Wish, off: float, engine: Engine
+    limits: TuningLimits, off: float, engine: Engine
 ) -> None:
     model = Timed(Clock(), {PLAIN: cached(2e-5), HALF: cached(1e-5)}, off={HALF: off})
 
-    assert engine == chosen(model, wish)[0]
+    assert engine == chosen(model, limits)[0]
 
 
 def test_a_kernel_that_is_off_by_more_than_rounding_is_not_chosen() -> None:
@@ -127,7 +127,7 @@ def test_a_kernel_that_is_off_by_more_than_rounding_is_not_chosen() -> None:
 
 def test_what_was_measured_is_told_with_how_far_it_is_off() -> None:
     model = Timed(Clock(), {PLAIN: cached(2e-5), HALF: cached(1e-5)}, off={HALF: 0.25})
-    tuning = tuned(model, Wish(bfloat16_tolerance=0.5))
+    tuning = tuned(model, TuningLimits(bfloat16_tolerance=0.5))
 
     assert tuning is not None
     assert {0.25} == {round(trial.difference, 6) for trial in tuning.trials if trial.engine == HALF}
@@ -137,7 +137,7 @@ def test_what_was_measured_is_told_with_how_far_it_is_off() -> None:
 def test_a_batch_size_of_the_callers_is_kept() -> None:
     model = Timed(Clock(), {PLAIN: cached(2e-5), ONEDNN: cached(1e-5)})
 
-    assert (ONEDNN, 100) == chosen(model, Wish(batch_size=100))
+    assert (ONEDNN, 100) == chosen(model, TuningLimits(batch_size=100))
 
 
 @pytest.mark.parametrize("seconds", [1.0, 30.0])
@@ -160,12 +160,14 @@ def test_a_sample_with_bad_rows_is_measured_and_one_without_good_rows_is_not() -
 def test_a_tuning_is_remembered_for_its_machine_and_wish_alone() -> None:
     tuning = tuned(Timed(Clock(), {PLAIN: cached(1e-5)}))
     assert tuning is not None
-    tags = {tag_of("a machine", Wish()): tuning.model_dump_json()}
+    tags = {tuning_tag("a machine", TuningLimits()): tuning.model_dump_json()}
 
-    assert tuning == remembered(tags, "a machine", Wish())
-    assert remembered(tags, "another", Wish()) is None
-    assert remembered(tags, "a machine", Wish(slots=1)) is None
-    assert remembered({tag_of("a machine", Wish()): "{}"}, "a machine", Wish()) is None
+    assert tuning == read_tuning(tags, "a machine", TuningLimits())
+    assert read_tuning(tags, "another", TuningLimits()) is None
+    assert read_tuning(tags, "a machine", TuningLimits(slots=1)) is None
+    assert read_tuning({tuning_tag("a machine", TuningLimits()): "{}"}, "a machine", TuningLimits()) is None
+    earlier = {name: value.replace('"limits"', '"wish"') for name, value in tags.items()}
+    assert tuning == read_tuning(earlier, "a machine", TuningLimits())
 
 
 def test_a_tuning_fits_a_tag_of_mlflow() -> None:
@@ -194,7 +196,7 @@ class Sleeps(Timed):
 
 def test_all_slots_are_measured_together() -> None:
     model = Sleeps(Clock(), {})
-    rates = [measure(model, matrix(4), rows(X[:100]), 10, slots, time.perf_counter) for slots in (1, 4)]
+    rates = [measure_throughput(model, matrix(4), rows(X[:100]), 10, slots, time.perf_counter) for slots in (1, 4)]
 
     assert rates[0] * 2 < rates[1]
 
@@ -213,4 +215,4 @@ class Breaks(Timed):
 
 def test_what_one_slot_raises_ends_the_measuring_of_all() -> None:
     with pytest.raises(OutOfInk, match="out of ink"):
-        measure(Breaks(Clock(), {}), matrix(4), rows(X[:100]), 10, 2, time.perf_counter)
+        measure_throughput(Breaks(Clock(), {}), matrix(4), rows(X[:100]), 10, 2, time.perf_counter)

@@ -16,16 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.gateway.app import application
+from serving.gateway.app import build_app
 from serving.gateway.gateway import Gateway
 from serving.gateway.keys import Keys
-from serving.gateway.route import Limits, Route, Served
+from serving.gateway.route import Limits, Route, ServedVersion
 from serving.gateway.store import Store
 from serving.model.contract import Column, Contract, Input, Output
+from serving.model.interface import Arrays, Predictions
 from serving.model.registry import ModelPin
-from serving.model.release import Arrays, Predictions, Release
+from serving.model.release import Release
 from serving.protocol.oip import HEADER_LENGTH, ServerMetadata
-from serving.protocol.v2_app import v2_app
+from serving.protocol.v2_app import create_v2_app
 
 PAUSE_S_MAX = 0.1
 CHUNK = 1 << 16
@@ -195,13 +196,13 @@ async def longest_pause_s(work: Awaitable[tuple[int, bytes]]) -> tuple[float, in
 
 def gateway_pause(folder: Path, body: bytes, header_length: str | None) -> tuple[float, int, bytes]:
     # Nothing listens at port 9, so that a request which is taken ends there.
-    served = (Served(version="1", url="http://127.0.0.1:9", upstream_model="toy", weight=1),)
+    served = (ServedVersion(version="1", url="http://127.0.0.1:9", upstream_model="toy", weight=1),)
     route = Route(versions=served, contract=CONTRACT, limits=Limits(rows_max=ROWS_MAX))
 
     async def run() -> tuple[float, int, bytes]:
         with Store(folder) as store:
             gateway = Gateway(store, Keys(folder, {}), bytes_max=1 << 30)
-            app = application(gateway)
+            app = build_app(gateway)
             async with app.router.lifespan_context(app):
                 await gateway.put("toy", route)
                 return await longest_pause_s(asked(app, "/v2/models/toy/infer", body, header_length))
@@ -216,7 +217,7 @@ def v2_app_pause(_folder: Path, body: bytes, header_length: str | None) -> tuple
     async def predict(inputs: Arrays) -> Predictions:
         return {"score": np.zeros(len(inputs["x"]), np.float32)[:1]}
 
-    app = v2_app(release, predict, ServerMetadata(name="test", version="1"))
+    app = create_v2_app(release, predict, ServerMetadata(name="test", version="1"))
     return asyncio.run(longest_pause_s(asked(app, "/v2/models/toy/infer", body, header_length)))
 
 

@@ -43,14 +43,17 @@ def test_a_request_comes_out_as_it_went_in(binary: bool) -> None:  # noqa: FBT00
 
     assert "7" == request.id
     assert 1 == request.rows
-    assert (oip.Wanted(name="score", binary=binary), oip.Wanted(name="label", binary=binary)) == request.outputs
+    assert (
+        oip.OutputChoice(name="score", binary=binary),
+        oip.OutputChoice(name="label", binary=binary),
+    ) == request.outputs
     for name, value in INPUTS.items():
         np.testing.assert_array_equal(value, request.inputs[name])
         assert request.inputs[name].flags.writeable
 
 
 def test_an_answer_comes_out_as_it_went_in_each_output_in_the_form_that_was_wanted() -> None:
-    wanted = (oip.Wanted(name="label", binary=True), oip.Wanted(name="score"))
+    wanted = (oip.OutputChoice(name="label", binary=True), oip.OutputChoice(name="score"))
     body = oip.encode_request(CONTRACT, INPUTS, identity="7", outputs=wanted)
     request = oip.decode_request(body.content, CONTRACT, header_length=None, rows_max=1)
     answer = oip.encode_response(request, OUTPUTS, CONTRACT, model="m", version="3")
@@ -195,7 +198,7 @@ def test_a_key_that_stands_twice_is_forwarded_once_with_the_value_that_was_check
 
     assert document == json.loads(body.content, object_pairs_hook=unique)
     assert (document["id"], [text]) == (asked.id, asked.inputs["text"].tolist())
-    assert (oip.Wanted(name="score", binary=True),) == asked.outputs
+    assert (oip.OutputChoice(name="score", binary=True),) == asked.outputs
 
 
 def test_binary_data_stays_behind_json_that_is_written_again() -> None:

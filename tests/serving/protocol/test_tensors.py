@@ -12,7 +12,15 @@ from hypothesis.extra import numpy as nps
 
 from serving.errors import BadRequest
 from serving.model.contract import Column, Contract, Input, Output
-from serving.protocol.tensors import datatype, from_bytes, from_json, row_shape, tensors, to_bytes, to_json
+from serving.protocol.tensors import (
+    decode_bytes,
+    decode_json,
+    describe_tensors,
+    encode_bytes,
+    encode_json,
+    get_datatype,
+    get_row_shape,
+)
 
 NUMBERS = ("bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)), "float32", "float64")
 
@@ -22,7 +30,7 @@ def tensor(dtype: str, shape: tuple[int, ...] = ()) -> Input:
 
 
 def wire_shape(value: Input, array: Any) -> list[int]:
-    return [len(array), *row_shape(value)]
+    return [len(array), *get_row_shape(value)]
 
 
 @st.composite
@@ -37,11 +45,11 @@ def arrays(draw: st.DrawFn) -> tuple[Input, Any]:
 def test_numbers_pass_through_json_flat_and_nested_and_through_bytes(drawn: tuple[Input, Any]) -> None:
     value, array = drawn
     shape = wire_shape(value, array)
-    flat = np.asarray(to_json(value, array)).tolist()
+    flat = np.asarray(encode_json(value, array)).tolist()
 
-    np.testing.assert_array_equal(array, from_json(value, shape, flat))
-    np.testing.assert_array_equal(array, from_json(value, shape, np.reshape(np.array(flat, object), shape).tolist()))
-    np.testing.assert_array_equal(array, from_bytes(value, shape, memoryview(to_bytes(array))))
+    np.testing.assert_array_equal(array, decode_json(value, shape, flat))
+    np.testing.assert_array_equal(array, decode_json(value, shape, np.reshape(np.array(flat, object), shape).tolist()))
+    np.testing.assert_array_equal(array, decode_bytes(value, shape, memoryview(encode_bytes(array))))
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8")), min_size=1))
@@ -51,8 +59,8 @@ def test_texts_pass_through_json_and_bytes(texts: list[str]) -> None:
     array[:] = texts
     shape = wire_shape(value, array)
 
-    assert texts == from_json(value, shape, to_json(value, array)).tolist()
-    assert texts == from_bytes(value, shape, memoryview(to_bytes(array))).tolist()
+    assert texts == decode_json(value, shape, encode_json(value, array)).tolist()
+    assert texts == decode_bytes(value, shape, memoryview(encode_bytes(array))).tolist()
 
 
 @given(st.lists(st.binary(), min_size=1))
@@ -60,20 +68,20 @@ def test_bytes_pass_through_bytes(items: list[bytes]) -> None:
     array = np.empty(len(items), dtype=object)
     array[:] = items
 
-    assert items == from_bytes(tensor("binary"), [len(items), 1], memoryview(to_bytes(array))).tolist()
+    assert items == decode_bytes(tensor("binary"), [len(items), 1], memoryview(encode_bytes(array))).tolist()
 
 
 def test_times_are_nanoseconds_since_1970() -> None:
     value, array = tensor("datetime64[ns]"), np.array(["2026-01-01T00:00:00.000000001"], "datetime64[ns]")
 
-    assert "INT64" == datatype(value)
-    assert [1767225600000000001] == to_json(value, array).tolist()
-    assert array == from_json(value, [1, 1], [1767225600000000001])
+    assert "INT64" == get_datatype(value)
+    assert [1767225600000000001] == encode_json(value, array).tolist()
+    assert array == decode_json(value, [1, 1], [1767225600000000001])
 
 
 def test_a_contract_is_told_in_tensors_where_a_scalar_is_a_row_of_one() -> None:
     contract = Contract(inputs=(tensor("float32", (3,)), tensor("str")), outputs=(Output(name="y", dtype="bool"),))
-    inputs, outputs = tensors(contract)
+    inputs, outputs = describe_tensors(contract)
 
     assert [("FP32", (-1, 3)), ("BYTES", (-1, 1))] == [(each.datatype, each.shape) for each in inputs]
     assert [("BOOL", (-1, 1))] == [(each.datatype, each.shape) for each in outputs]
@@ -105,7 +113,7 @@ def test_a_contract_is_told_in_tensors_where_a_scalar_is_a_row_of_one() -> None:
 )
 def test_json_that_the_datatype_or_shape_does_not_take_is_refused_by_name(dtype: str, data: Any, said: str) -> None:
     with pytest.raises(BadRequest, match=r"'x'") as refused:
-        from_json(tensor(dtype), [1, 1], data)
+        decode_json(tensor(dtype), [1, 1], data)
 
     assert said in str(refused.value)
 
@@ -123,18 +131,18 @@ def test_json_that_the_datatype_or_shape_does_not_take_is_refused_by_name(dtype:
 )
 def test_bytes_that_the_datatype_or_shape_does_not_take_are_refused_by_name(dtype: str, data: bytes, said: str) -> None:
     with pytest.raises(BadRequest, match=r"'x'") as refused:
-        from_bytes(tensor(dtype), [1, 1], memoryview(data))
+        decode_bytes(tensor(dtype), [1, 1], memoryview(data))
 
     assert said in str(refused.value)
 
 
 def test_a_shape_that_lies_about_texts_is_refused_without_a_list_of_that_size() -> None:
     with pytest.raises(BadRequest, match="must be 1000000000000 items"):
-        from_bytes(tensor("str"), [10**12, 1], memoryview(b"\0\0\0\0"))
+        decode_bytes(tensor("str"), [10**12, 1], memoryview(b"\0\0\0\0"))
 
 
 def test_what_json_can_not_hold_is_refused() -> None:
     with pytest.raises(ValueError, match="NaN or Infinity"):
-        to_json(tensor("float32"), np.array([np.nan], np.float32))
+        encode_json(tensor("float32"), np.array([np.nan], np.float32))
     with pytest.raises(ValueError, match="no UTF-8 text"):
-        to_json(tensor("binary"), np.array([b"\xff"], object))
+        encode_json(tensor("binary"), np.array([b"\xff"], object))

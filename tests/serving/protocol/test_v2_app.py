@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from serving.errors import DependencyFault, ModelFailed
+from serving.model.interface import Arrays, Predictions
 from serving.model.registry import ModelPin
-from serving.model.release import Arrays, Predictions, Release
+from serving.model.release import Release
 from serving.protocol.oip import ServerMetadata, decode_response, encode_request
-from serving.protocol.v2_app import Overloaded, v2_app
+from serving.protocol.v2_app import Overloaded, create_v2_app
 from tests.releases import document
 from tests.serving.toys import matrix
 
@@ -31,7 +32,7 @@ async def total(inputs: Arrays) -> Predictions:
 
 
 def asker(**options: Any) -> Ask:
-    app = v2_app(RELEASE, options.pop("predict", total), SERVER, **options)
+    app = create_v2_app(RELEASE, options.pop("predict", total), SERVER, **options)
 
     async def send(method: str, path: str, **content: Any) -> httpx.Response:
         transport = httpx.ASGITransport(app)

@@ -48,9 +48,9 @@ def deploy_all(host: FolderHost, served: Sequence[Served]) -> list[Address]:
 def expected_of(served: Served, inputs: Arrays) -> dict[str, Any]:
     """What Model.predict gives in this process."""
     release, _ = served
-    model = load_model(resolve_model(release.pin.uri), release.contract).using(release.engine)
+    model = load_model(resolve_model(release.pin.uri), release.contract).with_engine(release.engine)
     count = len(next(iter(inputs.values())))
-    encoded = model.prepare(Encoded(inputs=dict(inputs), flags=Flags.none(count), rows=count))
+    encoded = model.prepare(Encoded(inputs=dict(inputs), flags=Flags.all_good(count), rows=count))
     with model.slot():
         return model.predict(encoded.inputs)
 

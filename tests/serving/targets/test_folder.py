@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
+import os
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -8,17 +11,29 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
-from infra.local.controller import local_controller
+from infra.local.controller import Serve, local_controller
 from serving.errors import EndpointFailed
 from serving.model.batching import BatchingConfig
 from serving.model.contract import Contract
 from serving.model.registry import ModelPin
 from serving.model.release import Release
-from serving.targets import Rendered
-from serving.targets.folder import FolderHost, Serve, interpreter, rendered
-from serving.targets.written import write_folder
+from serving.targets import Rendered, Target
+from serving.targets.bentoml import BentoML
+from serving.targets.folder import (
+    FolderHost,
+    Status,
+    read_imported_modules,
+    render_folder,
+    resolve_interpreter,
+    write_folder,
+)
+from serving.targets.kserve import KServe
+from serving.targets.ray_serve import RayServe
+from serving.targets.seldon import Seldon
+from tests.releases import release_of
 from tests.serving.toys import matrix
 
 CONTRACT: Contract = matrix(3)
@@ -45,8 +60,15 @@ class Files:
         self.server = server
 
     def render(self, release: Release, model: Path) -> Rendered:
-        serve = Serve(argv=(sys.executable, "server.py", "{port}"), ready_path="/", ready_s_max=20)
-        return rendered(release, model, serve, {"server.py": self.server.encode()})
+        return render_folder(
+            release,
+            model,
+            {"server.py": self.server.encode()},
+            argv=(sys.executable, "server.py", "{port}"),
+            environment={},
+            ready_path="/",
+            ready_s_max=20,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +102,6 @@ def test_a_release_is_served_out_of_a_folder_of_its_own_until_it_is_removed(fold
         assert f'"version": "{version}"' in get(each.url)
         assert get(each.url).endswith("the weights")
     place = folder / "scores/1"
-    assert (place / "serving/model/release.py").is_file()
     assert [] == list(place.rglob("__pycache__"))
 
     host.remove(release("1"))
@@ -252,7 +273,7 @@ def test_what_no_controller_wrote_is_told(folder: Path, model: Path) -> None:
     (folder / "odd/1/status.json").write_text('{"state": "fine"}')
     host = FolderHost(folder=folder, target=Files())
 
-    with pytest.raises(EndpointFailed, match="must be a controller's word"):
+    with pytest.raises(EndpointFailed, match="must be a status that a controller wrote"):
         host.status(release("1", "odd"))
 
 
@@ -263,7 +284,93 @@ def test_an_interpreter_is_found_from_another_folder_or_told_how_it_is_made(
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").symlink_to(sys.executable)
 
-    assert str(tmp_path / "bin/python") == interpreter(Path("bin/python"), "kserve.txt")
-    assert "python3" == interpreter(Path("python3"), "kserve.txt")
+    assert str(tmp_path / "bin/python") == resolve_interpreter(Path("bin/python"), "kserve.txt")
+    assert "python3" == resolve_interpreter(Path("python3"), "kserve.txt")
     with pytest.raises(EndpointFailed, match=r"got no no/python\. Make its environment: .*venv kserve\.txt"):
-        interpreter(Path("no/python"), "kserve.txt")
+        resolve_interpreter(Path("no/python"), "kserve.txt")
+
+
+TARGETS: dict[str, Target] = {
+    "bentoml": BentoML(python=Path("python")),
+    "kserve": KServe(python=Path("python")),
+    "seldon": Seldon(python=Path("python")),
+    "ray-serve": RayServe(folder="/releases"),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_release_brings_the_modules_that_its_server_imports_and_not_the_gateway(target: str, model: Path) -> None:
+    modules = {name for name in TARGETS[target].render(release("1"), model).files if name.startswith("serving/")}
+
+    assert {"serving/__init__.py", "serving/model/release.py", "serving/protocol/oip.py"} <= modules
+    assert set() == {name for name in modules if name.startswith("serving/gateway/")}
+
+
+PREDICT = """
+import importlib, json, sys
+from pathlib import Path
+
+# Neither the checkout nor its installation: the release alone.
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+sys.path = [name for name in sys.path if not (Path(name) / "flows").is_dir()]
+for path in sorted(Path("serving").rglob("*.py")):
+    if path.name not in ("bento_service.py", "ray_application.py", "triton_model.py"):
+        importlib.import_module(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
+
+import numpy as np
+from serving.model.release import open_release
+
+with open_release(Path()) as runtime:
+    json.dump(runtime.predict({"x": np.ones((2, 3), np.float32)})["score"].tolist(), sys.stdout)
+"""
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_release_predicts_with_nothing_of_this_project_but_what_it_brings(
+    target: str, linear: str, tmp_path: Path
+) -> None:
+    put = release_of(linear, "scores")
+    write_folder(TARGETS[target].render(put.release, put.model), tmp_path / "release")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", PREDICT]
+    done = subprocess.run(
+        command, cwd=tmp_path / "release", env=environment, capture_output=True, text=True, check=False
+    )
+
+    assert 0 == done.returncode, done.stderr
+    np.testing.assert_allclose(json.loads(done.stdout), put.predict(np.ones((2, 3), np.float32)), rtol=0, atol=1e-6)
+
+
+def test_imports_of_functions_count_and_those_for_type_checkers_do_not() -> None:
+    program = b"""
+if TYPE_CHECKING:
+    from serving.gateway.route import Route
+else:
+    import serving.faults
+
+def main():
+    from serving import errors
+"""
+
+    assert {"serving/__init__.py", "serving/errors.py", "serving/faults.py"} <= read_imported_modules((program,)).keys()
+    assert "serving/gateway/route.py" not in read_imported_modules((program,))
+
+
+@pytest.mark.parametrize("target", ["bentoml", "kserve", "seldon"])
+def test_a_target_and_the_controller_agree_on_serve_json(target: str, model: Path) -> None:
+    rendered = TARGETS[target].render(release("1"), model).files["serve.json"]
+    serve = Serve.model_validate_json(rendered)
+
+    assert json.loads(rendered) == serve.model_dump(mode="json")
+    assert "/v2/models/scores/ready" == serve.ready_path
+
+
+def test_the_controller_and_the_host_agree_on_status_json(folder: Path, model: Path) -> None:
+    host = FolderHost(folder=folder, target=Files())
+    address = host.deploy(release("1", "agrees"), model)
+    written = json.loads((folder / "agrees/1/status.json").read_bytes())
+
+    assert Status.model_fields.keys() == written.keys()
+    assert address.url == written["url"]
+    assert host.status(release("1", "agrees")) == Status.model_validate(written)
+    host.remove(release("1", "agrees"))

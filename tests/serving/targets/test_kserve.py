@@ -1,137 +1,112 @@
-"""KServe's real Python server with three releases side by side."""
+"""What a cluster with KServe is given, held against a schema of the fields that are used."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import time
-from collections.abc import Generator
-from dataclasses import dataclass
+import re
 from pathlib import Path
+from typing import Any
 
-import httpx
-import numpy as np
+import jsonschema
 import pytest
+import yaml
 
-from infra.local.controller import local_controller
-from serving.targets import Address
-from serving.targets.folder import FolderHost
-from serving.targets.kserve import KServe
-from tests.serving.targets.folder_servers import (
-    BAD_REQUESTS,
-    Served,
-    ask,
-    deploy_all,
-    document,
-    expected_of,
-    listening,
-    post,
-    python_of,
-    release_of,
-    rows,
+from serving.model.release import Scaling
+from serving.targets.kserve import Canary, KServe, Resources
+from tests.serving.targets.manifests import KUBERNETES_NAME, NEW, STABLE, closed, quantities
+
+PREDICTOR = {
+    "name": KUBERNETES_NAME,
+    "minReplicas": {"type": "integer", "minimum": 0},
+    "maxReplicas": {"type": "integer", "minimum": 1},
+    "canaryTrafficPercent": {"type": "integer", "minimum": 0, "maximum": 100},
+    "model": closed(
+        {
+            "name": KUBERNETES_NAME,
+            "modelFormat": closed({"name": {"const": "triton"}, "version": {"type": "string"}}, "name"),
+            "runtime": KUBERNETES_NAME,
+            "protocolVersion": {"const": "v2"},
+            "storageUri": {"type": "string", "pattern": r"^(s3|gs|pvc|https?)://\S+$"},
+            "resources": closed({"requests": quantities(), "limits": quantities()}, "requests", "limits"),
+        },
+        *("modelFormat", "protocolVersion", "storageUri"),
+    ),
+}
+CANARY_PREDICTOR = closed(
+    PREDICTOR | {"model": PREDICTOR["model"] | {"required": ["name", "modelFormat"]}}, "name", "model"
 )
-from tests.support import register_network
-
-# The first run makes the environment of the server, which takes minutes.
-pytestmark = [pytest.mark.timeout(1200), pytest.mark.machines]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Serving:
-    host: FolderHost
-    served: list[Served]
-    addresses: list[Address]
-
-
-@pytest.fixture(scope="module")
-def mlp(registry: Path) -> list[Served]:
-    """Two versions of one network."""
-    return [release_of(register_network("on-kserve", seed=seed), "scores") for seed in (0, 1)]
-
-
-@pytest.fixture(scope="module")
-def serving(mlp: list[Served], minilm: str, tmp_path_factory: pytest.TempPathFactory) -> Generator[Serving]:
-    """Both of them and MiniLM, each under KServe's server, as a controller runs them."""
-    target = KServe(python=python_of("kserve"))
-    with local_controller(tmp_path_factory.mktemp("kserve")) as controller:
-        host = FolderHost(folder=controller.folder, target=target)
-        served = [*mlp, release_of(minilm, "glosses")]
-        yield Serving(host=host, served=served, addresses=deploy_all(host, served))
+INFERENCE_SERVICE = closed(
+    {
+        "apiVersion": {"const": "serving.kserve.io/v1beta1"},
+        "kind": {"const": "InferenceService"},
+        "metadata": closed({"name": KUBERNETES_NAME, "namespace": KUBERNETES_NAME}, "name"),
+        "spec": closed(
+            {
+                "predictor": closed(PREDICTOR, "model"),
+                "canary": {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": closed(
+                        {"predictor": CANARY_PREDICTOR, "trafficPercent": {"type": "integer", "minimum": 0}},
+                        *("predictor", "trafficPercent"),
+                    ),
+                },
+            },
+            "predictor",
+        ),
+    },
+    *("apiVersion", "kind", "metadata", "spec"),
+)
 
 
-@pytest.mark.parametrize("version", [0, 1])
-@pytest.mark.parametrize("count", [1, 50])
-def test_each_of_two_versions_answers_as_its_model_predicts(serving: Serving, version: int, count: int) -> None:
-    inputs = rows(count, seed=count)
-    answer = ask(serving.addresses[version], serving.served[version][0], inputs)
-
-    np.testing.assert_allclose(
-        expected_of(serving.served[version], inputs)["score"], answer["score"], rtol=0, atol=1e-6
-    )
+def check(manifest: dict[str, Any]) -> dict[str, Any]:
+    jsonschema.validate(manifest, INFERENCE_SERVICE)
+    return manifest
 
 
-def test_texts_travel_as_bytes_and_come_back_as_their_embeddings(serving: Serving, glosses: list[str]) -> None:
-    texts = np.array([*glosses[:5], "naïve café ☕"], dtype=object)
-    (value,) = serving.served[2][0].contract.inputs
-    answer = ask(serving.addresses[2], serving.served[2][0], {value.name: texts})
+def test_the_service_has_tritons_runtime_the_releases_files_its_replicas_and_no_batcher() -> None:
+    release = STABLE.model_copy(update={"scaling": Scaling(replicas_min=0, replicas_max=4)})
+    target = KServe(python=Path("python"), storage_uri="s3://lake/endpoints", resources=Resources(cpu="2", gpus=1))
+    files = target.render(release, Path("model")).files
+    predictor = check(yaml.safe_load(files["inferenceservice.yaml"]))["spec"]["predictor"]
 
-    for name, expected in expected_of(serving.served[2], {value.name: texts}).items():
-        np.testing.assert_allclose(expected, answer[name], rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("what", BAD_REQUESTS)
-def test_a_bad_request_is_refused_with_what_is_wrong(serving: Serving, what: str) -> None:
-    body, words = BAD_REQUESTS[what]
-    answer = post(serving.addresses[0], body if isinstance(body, bytes) else json.dumps(body).encode())
-
-    assert answer.status_code in range(400, 500), answer.text
-    assert words in answer.text
-    log = serving.host.folder / serving.served[0][0].endpoint / serving.served[0][0].version / "server.log"
-    assert "InvalidInput" not in log.read_text()
+    assert (0, 4) == (predictor["minReplicas"], predictor["maxReplicas"])
+    assert f"s3://lake/endpoints/scores/{release.version}" == predictor["model"]["storageUri"]
+    assert "kserve-tritonserver" == predictor["model"]["runtime"]
+    assert {"cpu": "2", "memory": "2Gi", "nvidia.com/gpu": "1"} == predictor["model"]["resources"]["limits"]
+    assert b"batcher" not in files["inferenceservice.yaml"]
 
 
-def test_a_model_that_is_not_there_is_not_found(serving: Serving) -> None:
-    assert 404 == post(serving.addresses[0], json.dumps(document()).encode(), model="nobody").status_code
+def test_a_canary_is_named_in_the_list_of_newer_clusters() -> None:
+    target = KServe(python=Path("python"))
+    spec = check(target.inference_service(STABLE, Canary(release=NEW, percent=10)))["spec"]
+
+    assert STABLE.version == spec["predictor"]["model"]["storageUri"].rsplit("/", 1)[1]
+    assert [(10, f"v{NEW.version}")] == [(each["trafficPercent"], each["predictor"]["name"]) for each in spec["canary"]]
+    assert NEW.version == spec["canary"][0]["predictor"]["model"]["storageUri"].rsplit("/", 1)[1]
 
 
-def test_its_metadata_names_the_tensors_of_the_model(serving: Serving) -> None:
-    address = serving.addresses[0]
-    told = httpx.get(f"{address.url}/v2/models/{address.model}", trust_env=False).json()
+def test_a_canary_is_the_next_revision_on_older_clusters() -> None:
+    target = KServe(python=Path("python"), canary_as="percent")
+    spec = check(target.inference_service(STABLE, Canary(release=NEW, percent=10)))["spec"]
 
-    assert [{"name": "x", "datatype": "FP32", "shape": [-1, 3]}] == told["inputs"]
-    assert [{"name": "score", "datatype": "FP32", "shape": [-1, 1]}] == told["outputs"]
-
-
-def test_a_server_listens_on_loopback_alone(serving: Serving) -> None:
-    status = serving.host.status(serving.served[0][0])
-
-    assert status is not None
-    assert 1 == len(hosts := listening(status.pid))
-    assert {"127.0.0.1"} == set(hosts)
+    assert {"predictor"} == set(spec)
+    assert 10 == spec["predictor"]["canaryTrafficPercent"]
+    assert NEW.version == spec["predictor"]["model"]["storageUri"].rsplit("/", 1)[1]
 
 
-def test_a_killed_server_comes_back_at_its_address_while_another_serves(serving: Serving) -> None:
-    first, second = serving.addresses[:2]
-    before = serving.host.status(serving.served[0][0])
-    assert before is not None
-    assert before.pid is not None
-    os.kill(before.pid, signal.SIGKILL)
-
-    ask(second, serving.served[1][0], rows(1))
-    deadline = time.monotonic() + 120
-    while (status := serving.host.status(serving.served[0][0])) is None or status.pid in (None, before.pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-    assert (2, first.url) == (status.starts, status.url)
-    ask(first, serving.served[0][0], rows(1))
+def test_a_canary_gets_a_share() -> None:
+    with pytest.raises(ValueError, match="0 to 100 percent of the traffic, got 101"):
+        Canary(release=STABLE, percent=101)
 
 
-def test_one_that_is_removed_leaves_the_others_serving(serving: Serving) -> None:
-    serving.host.remove(serving.served[0][0])
-    serving.host.remove(serving.served[0][0])
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [("minReplicas", "minReplica"), ("storageUri", "storageURI"), ("modelFormat", "model_format"), ("cpu", "cpus")],
+)
+def test_a_typo_in_the_manifest_is_caught(right: str, wrong: str) -> None:
+    manifest = json.dumps(KServe(python=Path("python")).inference_service(STABLE))
+    assert right in manifest
 
-    with pytest.raises(httpx.TransportError):
-        post(serving.addresses[0], b"{}")
-    ask(serving.addresses[1], serving.served[1][0], rows(3))
+    with pytest.raises(jsonschema.ValidationError, match=re.escape(wrong)):
+        check(json.loads(manifest.replace(f'"{right}"', f'"{wrong}"')))

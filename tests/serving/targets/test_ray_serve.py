@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import threading
 import warnings
+from collections.abc import Generator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +15,11 @@ import yaml
 from jsonschema import Draft202012Validator, ValidationError
 
 from serving.model.batching import BatchingConfig
+from serving.model.registry import ModelPin
 from serving.model.release import Release, Scaling
-from serving.targets.ray_serve import RayServe, folder_name
+from serving.targets.ray_serve import RayServe, RayServeHost, folder_name
 from tests.releases import Put, release_of
-
-ray = pytest.importorskip("ray", reason="Ray is an extra: pip install 'overnight[ray]'")
+from tests.serving.toys import matrix
 
 TARGET = RayServe(folder="/releases", image="registry.example/overnight:1", keep_warm_seconds=40)
 
@@ -89,11 +93,16 @@ def rendered(put: Put, **changes: Any) -> dict[str, str]:
     return {name: content.decode() for name, content in files.items()}
 
 
+def import_ray() -> Any:
+    return pytest.importorskip("ray", reason="Ray is an extra: pip install 'overnight[ray]'")
+
+
 def check_serve_config(config: dict[str, Any]) -> Any:
     """Hold a config against Ray's own schemas, those too that Ray itself looks at only when it deploys.
 
     Ray passes over fields that it does not know, so that a typo would do nothing: here each must be known.
     """
+    import_ray()
     with warnings.catch_warnings():
         # Ray's, about its own code, when it is imported.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -171,7 +180,7 @@ def test_the_ray_service_is_what_kuberay_takes(put: Put, scaling: Scaling) -> No
     (mount,) = pod["volumeMounts"]
 
     assert "registry.example/overnight:1" == pod["image"]
-    assert ray.__version__ == spec["rayClusterConfig"]["rayVersion"]
+    assert import_ray().__version__ == spec["rayClusterConfig"]["rayVersion"]
     assert f"local://{mount['mountPath']}/{folder_name(release(put, scaling))}" == working_dir(config)
 
 
@@ -221,7 +230,7 @@ def test_the_folder_holds_the_application_the_release_and_the_models_files(put: 
     files = TARGET.render(put.release, put.model)
 
     assert put.model == files.trees["model"]
-    assert (files.trees["serving"] / "protocol/v2_app.py").is_file()
+    assert "serving/protocol/v2_app.py" in files.files
     assert put.release == Release.model_validate_json(files.files["release.json"])
     assert "application" in {
         node.name for node in ast.walk(ast.parse(files.files["application.py"])) if isinstance(node, ast.FunctionDef)
@@ -231,3 +240,39 @@ def test_the_folder_holds_the_application_the_release_and_the_models_files(put: 
 def test_an_endpoints_name_is_held_before_anything_is_rendered(put: Put) -> None:
     with pytest.raises(ValueError, match="endpoint"):
         Release(endpoint="../churn", pin=put.release.pin, contract=put.release.contract)
+
+
+class Idle(BaseHTTPRequestHandler):
+    """Runs no application."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"applications": {}}')
+
+    def log_message(self, *_arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def dashboard() -> Generator[str]:
+    with HTTPServer(("127.0.0.1", 0), Idle) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_proxy_of_the_environment_never_sees_the_token(
+    dashboard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    target = RayServe(folder=str(tmp_path))
+    host = RayServeHost(dashboard_url=dashboard, serve_url=dashboard, folder=tmp_path, target=target, token="0" * 64)
+    pin = ModelPin(name="toy", version="1", model_id=None, source="", digest="")
+
+    host.remove(Release(endpoint="toy", pin=pin, contract=matrix(2)))

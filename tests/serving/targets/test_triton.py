@@ -20,7 +20,7 @@ import torch
 
 from infra.local.process import ServerCommand, ServerProcess, base_environment
 from infra.local.triton import TritonServer, triton_server
-from infra.processes import family
+from infra.worker import list_process_tree
 from serving.errors import EndpointFailed
 from serving.model.batching import BatchingConfig
 from serving.model.registry import resolve_model
@@ -28,7 +28,7 @@ from serving.model.release import Release, Scaling
 from serving.protocol import oip, oip_body
 from serving.targets import Address
 from serving.targets.triton import TritonHost, TritonTarget
-from serving.targets.triton_scale import InstanceScaler
+from serving.targets.triton_autoscale import InstanceScaler
 from tests.serving.targets.triton_models import (
     Served,
     SteadyLoad,
@@ -155,7 +155,7 @@ def test_numbers_of_every_type_pass_both_ways(host: TritonHost, registry: Path) 
     ends = {dtype: _ends(np.dtype(dtype)) for dtype in DTYPES}
     contract = mirror.release.contract
     # Triton takes no FP16 in JSON, and gives none.
-    mixed = oip_body.pack(
+    mixed = oip_body.write_body(
         {"outputs": [{"name": f"{dtype}_back", "parameters": {"binary_data": dtype == "float16"}} for dtype in DTYPES]},
         "inputs",
         [(value, ends[value.name], value.name == "float16") for value in contract.inputs],
@@ -411,7 +411,7 @@ def _instance(triton: TritonServer, model: str) -> int:
     """Return the process of the one instance of a model."""
     (found,) = (
         pid
-        for pid in family(triton.process.pid)
+        for pid in list_process_tree(triton.process.pid)
         if f"{triton.repository}/{model}/1/model.py" in Path(f"/proc/{pid}/cmdline").read_text()
     )
     return found

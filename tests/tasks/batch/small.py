@@ -11,13 +11,14 @@ import pyarrow.parquet as pq
 
 from serving.model.contract import Column, Contract, Input, Output
 from serving.model.encoding import Flags
-from serving.model.forward import Predictions
+from serving.model.interface import Predictions
 from serving.model.registry import ModelPin
 from tasks.batch.chunk_reader import open_reader
-from tasks.batch.dataset import open_dataset, take_snapshot
+from tasks.batch.dataset import open_dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import ChunkId, encode_part, key_names, part_path
 from tasks.batch.plan import Plan, Sizes, make_plan, run_key
+from tasks.batch.source import pin_source
 from tasks.storage import Storage, open_storage
 
 PIN = ModelPin(name="churn", version="3", model_id="m-1", source="models:/m-1", digest="d" * 64)
@@ -69,7 +70,7 @@ def a_plan(
     """Plan a run over Parquet files, ten rows a chunk unless the options say otherwise."""
     options = options or BatchOptions(rows_per_chunk=10)
     contract = contract or a_contract("a", "b")
-    snapshot = take_snapshot(source, destination)
+    snapshot = pin_source(source, destination)
     dataset = open_dataset(snapshot, [column.name for column in contract.columns], options.key_columns)
     return make_plan(
         key=run_key(pin, snapshot, contract, options),
@@ -101,7 +102,7 @@ def _places(output: Output, rows: int) -> np.ndarray:
 def a_part(plan: Plan, chunk: ChunkId, rejects: Sequence[int] = ()) -> memoryview:
     """Return the bytes of a chunk's part; rows at the places given are rejects."""
     keys = read_keys(plan, chunk)
-    flags = Flags.none(keys.num_rows)
+    flags = Flags.all_good(keys.num_rows)
     for row in rejects:
         flags.mark_row(row, "a", "null")
     return encode_part(plan, plan.chunks[chunk], keys, predict(plan, keys), flags, plan.batch_size)

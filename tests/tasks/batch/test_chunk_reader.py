@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 
 from serving.errors import SourceChanged, SourceCorrupt
 from tasks.batch.chunk_reader import Reader, ahead, block_rows, open_reader
-from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, open_dataset, take_snapshot
+from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, open_dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Chunk, Piece, cut_chunks
+from tasks.batch.source import pin_source
 from tasks.storage import open_storage
 from tests.tasks.batch.small import a_plan, numbers, parquet, put
 
@@ -95,7 +96,7 @@ def write(folder: Path, files: Sequence[Sequence[int]]) -> list[dict[str, object
 
 def a_reader(folder: Path | str, block: int, columns: Sequence[str] = COLUMNS) -> tuple[Reader, list[Chunk]]:
     """Return a reader over a folder, and its chunks of ten rows."""
-    dataset = open_dataset(take_snapshot(str(folder), "/out"), columns, ())
+    dataset = open_dataset(pin_source(str(folder), "/out"), columns, ())
     return Reader(dataset.snapshot, columns, {}, block), cut_chunks(dataset.snapshot.files, 10, 2)
 
 
@@ -104,7 +105,7 @@ def a_reader(folder: Path | str, block: int, columns: Sequence[str] = COLUMNS) -
 def test_the_blocks_of_all_chunks_are_the_rows_of_the_dataset(layout: Layout) -> None:
     with tempfile.TemporaryDirectory() as folder:
         expected = write(Path(folder), layout.files)
-        dataset = open_dataset(take_snapshot(folder, "/out"), COLUMNS, ())
+        dataset = open_dataset(pin_source(folder, "/out"), COLUMNS, ())
         reader = Reader(dataset.snapshot, COLUMNS, {}, layout.block)
         found: list[dict[str, object]] = []
         for chunk in cut_chunks(dataset.snapshot.files, layout.rows_per_chunk, layout.batch_size):
@@ -123,7 +124,7 @@ def test_the_blocks_of_all_chunks_are_the_rows_of_the_dataset(layout: Layout) ->
 def test_chunks_may_be_read_in_any_order_and_again(layout: Layout) -> None:
     with tempfile.TemporaryDirectory() as folder:
         expected = write(Path(folder), layout.files)
-        dataset = open_dataset(take_snapshot(folder, "/out"), COLUMNS, ())
+        dataset = open_dataset(pin_source(folder, "/out"), COLUMNS, ())
         chunks = cut_chunks(dataset.snapshot.files, layout.rows_per_chunk, layout.batch_size)
         starts = np.cumsum([0, *(chunk.rows for chunk in chunks)]).tolist()
         reader = Reader(dataset.snapshot, COLUMNS, {}, layout.block)
@@ -219,7 +220,7 @@ def test_partitions_have_their_values_and_nulls(place: str) -> None:
 
 def test_rows_need_no_column_of_the_file(tmp_path: Path) -> None:
     put(str(tmp_path), {"p=1/a.parquet": numbers(0, 5)})
-    dataset = open_dataset(take_snapshot(str(tmp_path), "/out"), ["p"], ())
+    dataset = open_dataset(pin_source(str(tmp_path), "/out"), ["p"], ())
     reader = Reader(dataset.snapshot, ["p"], {"p": "string"}, 3)
     tables = list(reader.blocks(cut_chunks(dataset.snapshot.files, 10, 2)[0]))
 
@@ -323,7 +324,7 @@ def test_bytes_that_make_no_sense_since_they_changed_are_source_changed(tmp_path
 def test_an_object_that_is_replaced_between_two_chunks_is_source_changed(place: str, change: str) -> None:
     table = pa.table({"id": np.random.default_rng(0).integers(0, 1 << 60, 50_000)})
     put(place, {"a.parquet": parquet(table, row_group_size=25_000)})
-    dataset = open_dataset(take_snapshot(place, "/out"), ["id"], ())
+    dataset = open_dataset(pin_source(place, "/out"), ["id"], ())
     reader = Reader(dataset.snapshot, ["id"], {}, 1000)
     first, second = cut_chunks(dataset.snapshot.files, 25_000, 1000)
     list(reader.blocks(first))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from tasks.batch.chunk_scheduler import Share
+from tasks.batch.chunk_scheduler import ChunkScheduler
 from tasks.spot.drain import Drain
 from tasks.storage import open_storage
 from tests.tasks.batch.small import a_plan, numbers, put, put_parts
@@ -17,7 +17,7 @@ def test_a_worker_begins_with_the_shards_that_nobody_has_begun(tmp_path: Path) -
     plan = a_plan(source, storage.url, slots=4)
     shards = list(range(len(plan.shards)))
     put_parts(plan, storage, [(shard, 0) for shard in shards[:5]])
-    orders = [Share(plan, storage, Drain()).begin() for _ in range(20)]
+    orders = [ChunkScheduler(plan, storage, Drain()).begin() for _ in range(20)]
 
     assert len(shards) >= 8
     assert all(shards == sorted(order) for order in orders)
@@ -32,11 +32,11 @@ def test_one_who_has_joined_takes_nothing_of_a_begun_shard_before_it_has_waited_
     put_parts(plan, storage, [(shard, 0) for shard in range(len(plan.shards))])
     found = []
     for joined in (False, True):
-        share = Share(plan, storage, Drain(), joined=joined)
-        (shard, *_) = share.begin()
-        turns = share.turns(shard, threading.Semaphore(1))
-        found.append(next(turns).helping)
-        turns.close()
+        scheduler = ChunkScheduler(plan, storage, Drain(), joined=joined)
+        (shard, *_) = scheduler.begin()
+        claims = scheduler.claim_chunks(shard, threading.Semaphore(1))
+        found.append(next(claims).helping)
+        claims.close()
 
     assert [False, True] == found
 
@@ -46,23 +46,23 @@ def test_a_part_that_is_set_aside_during_a_pass_is_scored_in_that_pass(tmp_path:
     storage = open_storage(f"{tmp_path}/out")
     plan = a_plan(source, storage.url)
     put_parts(plan, storage, [(0, 3)])
-    share, idle, taken = Share(plan, storage, Drain()), threading.Semaphore(1), []
-    (shard,) = share.begin()
+    scheduler, idle, taken = ChunkScheduler(plan, storage, Drain()), threading.Semaphore(1), []
+    (shard,) = scheduler.begin()
     for entry in storage.entries(f"run={plan.run}"):
         storage.set_aside(entry)
 
     def work() -> None:
-        for turn in share.turns(shard, idle):
-            taken.append(turn.chunk)
-            put_parts(plan, storage, [turn.chunk])
-            if turn.helping:
+        for claim in scheduler.claim_chunks(shard, idle):
+            taken.append(claim.chunk)
+            put_parts(plan, storage, [claim.chunk])
+            if claim.helping:
                 idle.release()
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(20)
     ended = not thread.is_alive()
-    share.stop.set()
+    scheduler.stop.set()
 
     assert ended
     assert list(plan.chunks) == sorted(taken)

@@ -20,7 +20,8 @@ from serving.errors import (
     SourceNotFound,
     StorageDenied,
 )
-from tasks.batch.dataset import Dataset, hive_values, in_parallel, open_dataset, take_snapshot
+from tasks.batch.dataset import Dataset, map_parallel, open_dataset, parse_hive_values
+from tasks.batch.source import pin_source
 from tasks.storage import open_storage
 from tests.tasks.batch.small import numbers, parquet, put
 
@@ -28,11 +29,11 @@ ELSEWHERE = "/elsewhere"
 
 
 def opened(source: str, columns: tuple[str, ...] = ("a",), keys: tuple[str, ...] = ()) -> Dataset:
-    return open_dataset(take_snapshot(source, ELSEWHERE), columns, keys)
+    return open_dataset(pin_source(source, ELSEWHERE), columns, keys)
 
 
 def paths(source: str) -> list[str]:
-    return [file.path for file in take_snapshot(source, ELSEWHERE).files]
+    return [file.path for file in pin_source(source, ELSEWHERE).files]
 
 
 def test_one_file_is_a_dataset(place: str) -> None:
@@ -57,14 +58,14 @@ def test_a_folder_is_every_file_below_it_in_the_order_of_their_paths(place: str)
 
 def test_a_snapshot_pins_size_and_tag(place: str) -> None:
     put(place, {"a.parquet": numbers(0, 2)})
-    (file,) = take_snapshot(place, ELSEWHERE).files
+    (file,) = pin_source(place, ELSEWHERE).files
 
     (listed,) = open_storage(place).entries()
 
     assert (listed.path, listed.size) == (file.path, file.size)
     assert listed.tag == file.tag.split("/")[0]
     assert len(file.tag.split("/")) == (1 if place.startswith("s3") else 3)
-    assert take_snapshot(place, ELSEWHERE) == take_snapshot(place, ELSEWHERE)
+    assert pin_source(place, ELSEWHERE) == pin_source(place, ELSEWHERE)
 
 
 def test_a_glob_chooses_files(place: str) -> None:
@@ -113,12 +114,12 @@ def test_hidden_files_are_passed_over(place: str) -> None:
 def test_a_source_without_files_is_source_not_found(place: str, path: str) -> None:
     put(place, {"a.parquet": numbers(0, 1), "hidden/_b.parquet": numbers(0, 1)})
     with pytest.raises(SourceNotFound, match=f"must name at least one file, got none at .*{path[:4]}"):
-        take_snapshot(f"{place}/{path}", ELSEWHERE)
+        pin_source(f"{place}/{path}", ELSEWHERE)
 
 
 def test_an_empty_folder_is_source_not_found(tmp_path: Path) -> None:
     with pytest.raises(SourceNotFound, match="got none at"):
-        take_snapshot(str(tmp_path), ELSEWHERE)
+        pin_source(str(tmp_path), ELSEWHERE)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_an_empty_folder_is_source_not_found(tmp_path: Path) -> None:
 def test_files_of_two_formats_or_none_are_told_apart(place: str, name: str, told: str) -> None:
     put(place, {"a.parquet": numbers(0, 1), name: b"a\n1\n"})
     with pytest.raises(SourceFormat, match=rf"must be of one format out of .*{told}"):
-        take_snapshot(place, ELSEWHERE)
+        pin_source(place, ELSEWHERE)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_files_of_two_formats_or_none_are_told_apart(place: str, name: str, told
 def test_the_ending_says_the_format(tmp_path: Path, name: str, expected: str) -> None:
     put(str(tmp_path), {name: b"x"})
 
-    assert expected == take_snapshot(str(tmp_path), ELSEWHERE).format
+    assert expected == pin_source(str(tmp_path), ELSEWHERE).format
 
 
 @pytest.mark.parametrize("inside", ["", "/scores", "/deep/scores"])
@@ -146,31 +147,31 @@ def test_a_destination_inside_the_source_is_refused(place: str, inside: str) -> 
     put(place, {"a.parquet": numbers(0, 1)})
     for source in (place, f"{place}/", f"{place}/**", f"{place}/**/*.parquet"):
         with pytest.raises(BadInput, match="The destination must lie outside the source"):
-            take_snapshot(source, f"{place}{inside}")
+            pin_source(source, f"{place}{inside}")
 
 
 def test_a_destination_beside_what_a_glob_or_file_names_is_fine(place: str) -> None:
     put(place, {"a.parquet": numbers(0, 1)})
     for source in (f"{place}/*.parquet", f"{place}/a.parquet"):
-        assert ["a.parquet"] == [file.path for file in take_snapshot(source, f"{place}/scores").files]
-    assert ["a.parquet"] == [file.path for file in take_snapshot(place, f"{place}-scores").files]
+        assert ["a.parquet"] == [file.path for file in pin_source(source, f"{place}/scores").files]
+    assert ["a.parquet"] == [file.path for file in pin_source(place, f"{place}-scores").files]
 
 
 def test_a_source_inside_the_destination_is_fine(place: str) -> None:
     put(f"{place}/in", {"a.parquet": numbers(0, 1)})
 
-    assert len(take_snapshot(f"{place}/in", place).files) == 1
+    assert len(pin_source(f"{place}/in", place).files) == 1
 
 
 def test_relative_paths_and_file_urls_are_the_same_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "some data"
     put(str(folder), {"a.parquet": numbers(0, 1)})
     monkeypatch.chdir(tmp_path)
-    expected = take_snapshot(str(folder), ELSEWHERE)
+    expected = pin_source(str(folder), ELSEWHERE)
 
     assert str(folder) == expected.root
     for source in ("some data", "./some data/", f"file://{tmp_path}/some%20data", f"{folder}//"):
-        assert expected == take_snapshot(source, ELSEWHERE)
+        assert expected == pin_source(source, ELSEWHERE)
 
 
 def test_hive_partitions_are_columns(place: str) -> None:
@@ -224,13 +225,18 @@ def test_a_partition_that_the_first_file_lacks_is_told_too(tmp_path: Path) -> No
 
 
 def test_hive_values_whose_escapes_are_no_utf_8_stay_as_they_are_written() -> None:
-    found = [hive_values(f"store={value}/a.parquet")["store"] for value in ("%E4", "%E5", "50%", "%FFx%20y")]
+    found = [parse_hive_values(f"store={value}/a.parquet")["store"] for value in ("%E4", "%E5", "50%", "%FFx%20y")]
 
     assert ["%E4", "%E5", "50%", "%FFx%20y"] == found
 
 
 def test_hive_values_are_decoded() -> None:
-    assert hive_values("a=1/b=x%2Fy%3D/=3/c/d=/e=%C3%BC/f=1.parquet") == {"a": "1", "b": "x/y=", "d": "", "e": "ü"}
+    assert parse_hive_values("a=1/b=x%2Fy%3D/=3/c/d=/e=%C3%BC/f=1.parquet") == {
+        "a": "1",
+        "b": "x/y=",
+        "d": "",
+        "e": "ü",
+    }
 
 
 def test_differing_columns_are_told_by_file_and_column(place: str) -> None:
@@ -283,7 +289,7 @@ def test_flipped_bytes_in_a_footer_are_source_corrupt_by_name(tmp_path: Path) ->
 
 def test_a_file_that_changed_since_the_snapshot_is_source_changed(place: str) -> None:
     put(place, {"a.parquet": numbers(0, 1)})
-    snapshot = take_snapshot(place, ELSEWHERE)
+    snapshot = pin_source(place, ELSEWHERE)
     open_storage(place).delete(["a.parquet"])
     put(place, {"a.parquet": numbers(0, 2)})
     with pytest.raises(SourceChanged, match=r"a\.parquet"):
@@ -318,12 +324,12 @@ def test_a_thousand_files_keep_their_order(tmp_path: Path) -> None:
 def test_in_parallel_keeps_the_order_and_raises_what_is_raised(address: str, items: int) -> None:
     storage = open_storage(address)
 
-    assert list(range(items)) == in_parallel(storage, lambda at: at, range(items))
+    assert list(range(items)) == map_parallel(storage, lambda at: at, range(items))
     with pytest.raises(ZeroDivisionError):
-        in_parallel(storage, lambda at: 1 // at, [1, 0])
+        map_parallel(storage, lambda at: 1 // at, [1, 0])
 
 
 def test_a_name_that_is_not_utf8_is_told(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.parquet")).write_bytes(parquet(numbers(0, 1)))
     with pytest.raises(BadInput, match="UTF-8"):
-        take_snapshot(str(tmp_path), ELSEWHERE)
+        pin_source(str(tmp_path), ELSEWHERE)

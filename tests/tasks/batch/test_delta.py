@@ -23,13 +23,14 @@ from infra.local.s3 import S3Server
 from serving.errors import DestinationUnusable, OvernightError, PublishRefused, StorageDenied, StorageFault
 from serving.model.contract import Output
 from tasks.batch import delta
-from tasks.batch.dataset import open_dataset, take_snapshot
+from tasks.batch.dataset import open_dataset
 from tasks.batch.delta import check_delta, commit_delta
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import PartFooter, part_schema
 from tasks.batch.plan import Plan
 from tasks.batch.predictions import open_predictions
-from tasks.batch.publish import audit_parts, claim_order, find_manifest, publish
+from tasks.batch.publish import audit_parts, claim_order_number, find_manifest, publish
+from tasks.batch.source import pin_source
 from tasks.storage import Storage, open_storage
 from tests.tasks.batch.small import a_contract, a_plan, numbers, put, put_parts
 
@@ -255,7 +256,7 @@ def test_an_older_run_does_not_replace_a_newer_one(destination: Storage, place: 
     assert find_manifest(destination, older.run) is None
     # What the message says: planned again, it is the newest, and the parts that are there are those of its plan.
     again = numbered(
-        older, claim_order(destination, older.run, above=check_delta(destination, a_schema(older, place), NEW))
+        older, claim_order_number(destination, older.run, above=check_delta(destination, a_schema(older, place), NEW))
     )
     publish(destination, again, audit_parts(destination, again))
     assert list(range(25)) == ids(destination)
@@ -293,12 +294,12 @@ def test_the_order_goes_on_above_what_the_table_holds(destination: Storage, plac
     commit(destination, plan)
     held = check_delta(destination, a_schema(plan, place), NEW)
 
-    assert (7, 8) == (held, claim_order(destination, "b", above=held))
-    assert 9 == claim_order(destination, "c")
+    assert (7, 8) == (held, claim_order_number(destination, "b", above=held))
+    assert 9 == claim_order_number(destination, "c")
 
 
 def a_schema(plan: Plan, place: str) -> pa.Schema:
-    dataset = open_dataset(take_snapshot(f"{place}/in-0-25", f"{place}/out"), ["a", "b"], ["id"])
+    dataset = open_dataset(pin_source(f"{place}/in-0-25", f"{place}/out"), ["a", "b"], ["id"])
     return part_schema(plan.contract, plan.options, dataset)
 
 
@@ -389,7 +390,7 @@ def test_keys_of_many_types_are_read_by_every_reader(tmp_path: Path, name: str) 
     options = APPEND.model_copy(update={"key_columns": ("key",)})
     plan = a_plan(source, f"{place}/out", options, contract=a_contract("a"))
     destination = open_storage(f"{place}/out")
-    dataset = open_dataset(take_snapshot(source, destination.url), ["a"], ["key"])
+    dataset = open_dataset(pin_source(source, destination.url), ["a"], ["key"])
     check_delta(destination, part_schema(plan.contract, options, dataset), NEW)
     put_parts(plan, destination)
     commit(destination, plan)

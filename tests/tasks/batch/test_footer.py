@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tasks.batch.dataset import open_dataset, take_snapshot
+from tasks.batch.dataset import open_dataset
 from tasks.batch.footer import GroupBytes
+from tasks.batch.source import pin_source
 from tests.benchmarks import memory
 from tests.tasks.batch.small import parquet, put
 
@@ -50,7 +51,7 @@ def test_a_column_takes_what_its_footer_says_within_a_fifth(tmp_path: Path, name
     table = pa.table({"a column": COLUMNS[name], "other": pa.nulls(len(COLUMNS[name]), pa.int64())})
     data = parquet(table, use_dictionary=dictionary)
     put(str(tmp_path), {"a.parquet": data})
-    (file,) = open_dataset(take_snapshot(str(tmp_path), "/out"), ["a column"], ["a column"]).snapshot.files
+    (file,) = open_dataset(pin_source(str(tmp_path), "/out"), ["a column"], ["a column"]).snapshot.files
     ((sizes, _),) = file.sized_groups
 
     assert table["a column"].nbytes == pytest.approx(sizes.decoded, rel=0.2)
@@ -59,7 +60,7 @@ def test_a_column_takes_what_its_footer_says_within_a_fifth(tmp_path: Path, name
 
 def test_texts_all_null_take_nothing_and_unused_columns_do_not_count(tmp_path: Path) -> None:
     put(str(tmp_path), {"a.parquet": pa.table({"a": pa.nulls(10, pa.string()), "b": ["x" * 1000] * 10})})
-    (file,) = open_dataset(take_snapshot(str(tmp_path), "/out"), ["a"], []).snapshot.files
+    (file,) = open_dataset(pin_source(str(tmp_path), "/out"), ["a"], []).snapshot.files
 
     assert file.group_bytes[0].decoded < 100
     assert file.group_bytes[0].keys == 0
@@ -71,7 +72,7 @@ def test_every_row_group_of_every_file_has_its_own_bytes(tmp_path: Path) -> None
         str(tmp_path),
         {"a.parquet": parquet(pa.concat_tables([small, large]), row_group_size=4096), "b.parquet": large},
     )
-    files = open_dataset(take_snapshot(str(tmp_path), "/out"), [], ["k"]).snapshot.files
+    files = open_dataset(pin_source(str(tmp_path), "/out"), [], ["k"]).snapshot.files
     found = [[round(sizes.keys / rows, -2) for sizes, rows in file.sized_groups] for file in files]
 
     assert [[0, 10_000], [10_000]] == found
@@ -83,14 +84,14 @@ def test_columns_in_another_order_are_found_by_name(tmp_path: Path) -> None:
         str(tmp_path),
         {"a.parquet": pa.table(columns), "b.parquet": pa.table(dict(reversed(columns.items())))},
     )
-    first, second = open_dataset(take_snapshot(str(tmp_path), "/out"), ["a", "z"], ["k"]).snapshot.files
+    first, second = open_dataset(pin_source(str(tmp_path), "/out"), ["a", "z"], ["k"]).snapshot.files
 
     assert first.group_bytes == second.group_bytes
 
 
 def test_bytes_of_row_groups_come_back_from_json(tmp_path: Path) -> None:
     put(str(tmp_path), {"a.parquet": pa.table({"k": ["x"] * 5})})
-    snapshot = open_dataset(take_snapshot(str(tmp_path), "/out"), [], ["k"]).snapshot
+    snapshot = open_dataset(pin_source(str(tmp_path), "/out"), [], ["k"]).snapshot
     back = type(snapshot).model_validate_json(snapshot.model_dump_json())
 
     assert snapshot == back

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from serving.errors import SchemaMismatch, SourceCorrupt
 from tasks.batch import formats
-from tasks.batch.formats import Wanted, read_tables
+from tasks.batch.formats import RequestedColumns, read_tables
 from tasks.batch.json_lines import find_fields
 
 
@@ -23,7 +23,7 @@ def rows(folder: Path, kind: str, data: bytes, *names: str, lists: tuple[str, ..
     """Return the rows of a file of these bytes."""
     raw = folder / "raw"
     raw.write_bytes(data)
-    wanted = Wanted(names=(*names, *lists), lists=frozenset(lists))
+    wanted = RequestedColumns(names=(*names, *lists), lists=frozenset(lists))
     tables = list(read_tables(raw, kind, wanted, "the/file"))
 
     assert all(table.schema.equals(tables[0].schema) for table in tables)
@@ -169,7 +169,7 @@ def found_in(folder: Path, data: bytes, *names: str) -> set[str]:
     """Return which columns the lines of a file have."""
     raw = folder / "raw"
     raw.write_bytes(data)
-    wanted = Wanted(names=names, lists=frozenset())
+    wanted = RequestedColumns(names=names, lists=frozenset())
     list(read_tables(raw, "jsonl", wanted, "the/file"))
     return wanted.found
 
@@ -281,7 +281,7 @@ def test_arrow_keeps_types_and_order(tmp_path: Path, stream: bool) -> None:  # n
     )
     raw = tmp_path / "raw"
     raw.write_bytes(ipc(table, stream=stream, batch_rows=3))
-    found = pa.concat_tables(read_tables(raw, "arrow", Wanted(names=(), lists=frozenset()), "x"))
+    found = pa.concat_tables(read_tables(raw, "arrow", RequestedColumns(names=(), lists=frozenset()), "x"))
 
     assert [pa.int64(), pa.string(), table.schema.types[2]] == found.schema.types
     assert table.to_pylist() == found.to_pylist()

@@ -64,8 +64,8 @@ def test_the_options_in_the_key_are_those_that_change_the_output() -> None:
     assert {
         *("key_columns", "input_columns", "policies", "output", "delta_mode", "batch_size", "rows_per_chunk"),
         *("bfloat16_tolerance", "torch_compile"),
-    } == set(BatchOptions().in_key())
-    assert set(BatchOptions().in_key()) | {"rescore"} == set(BatchOptions(rescore="again").in_key())
+    } == set(BatchOptions().key_fields())
+    assert set(BatchOptions().key_fields()) | {"rescore"} == set(BatchOptions(rescore="again").key_fields())
 
 
 def test_rescoring_into_a_delta_table_replaces_its_rows() -> None:

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from serving.errors import BadInput, SchemaMismatch
 from serving.model.contract import Contract, Output
 from serving.model.encoding import Flags
-from tasks.batch.dataset import Dataset, Snapshot, open_dataset, take_snapshot
+from tasks.batch.dataset import Dataset, Snapshot, open_dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import (
     check_names,
@@ -39,6 +39,7 @@ from tasks.batch.parts import (
     stored_type,
 )
 from tasks.batch.plan import Chunk, Piece, Plan, digest_chunk
+from tasks.batch.source import pin_source
 from tasks.storage import Entry, Storage
 from tests.tasks.batch.small import a_contract, a_part, a_plan, numbers, parquet, put
 
@@ -79,7 +80,7 @@ CHUNK = Chunk(pieces=(Piece(file=0, row_group=0, row_start=0, row_stop=4),))
 
 
 def flagged(rows: Sequence[tuple[int, str, str]], count: int = 4) -> Flags:
-    flags = Flags.none(count)
+    flags = Flags.all_good(count)
     for row, column, reason in rows:
         flags.mark_row(row, column, reason)
     return flags
@@ -233,7 +234,7 @@ def test_keys_of_any_type_come_through(place: str, name: str) -> None:
     options = BatchOptions(rows_per_chunk=10, key_columns=("key",))
     plan = a_plan(f"{place}/in", f"{place}/out", options, contract=contract)
     part = read(a_part(plan, (0, 0)))
-    dataset = open_dataset(take_snapshot(f"{place}/in", f"{place}/out"), ["a"], ["key"])
+    dataset = open_dataset(pin_source(f"{place}/in", f"{place}/out"), ["a"], ["key"])
 
     assert KEYS[name].to_pylist() * 2 == part["key"].to_pylist()
     assert part.schema.remove_metadata().equals(part_schema(contract, options, dataset))
@@ -346,7 +347,7 @@ def test_a_part_for_delta_has_types_that_delta_has(tmp_path: Path) -> None:
     options = BatchOptions(rows_per_chunk=10, key_columns=("key",), output="delta")
     plan = a_plan(f"{tmp_path}/in", f"{tmp_path}/out", options, contract=contract)
     part = read(a_part(plan, (0, 0), rejects=[0]))
-    dataset = open_dataset(take_snapshot(f"{tmp_path}/in", f"{tmp_path}/out"), ["a"], ["key"])
+    dataset = open_dataset(pin_source(f"{tmp_path}/in", f"{tmp_path}/out"), ["a"], ["key"])
 
     assert [pa.int16(), pa.int32(), pa.list_(pa.int16())] == part.schema.types[:3]
     assert [(1, None, None), (255, 1, [1, 1])] == [(row["key"], row["y"], row["wide"]) for row in part.to_pylist()]
@@ -413,7 +414,7 @@ def test_reasons_are_counted() -> None:
     flags = flagged([(0, "a", "null"), (3, "a", "null"), (1, "b", "null")])
 
     assert Counter({("a", "null"): 2, ("b", "null"): 1}) == count_reasons(flags)
-    assert Counter() == count_reasons(Flags.none(3))
+    assert Counter() == count_reasons(Flags.all_good(3))
 
 
 def test_parts_of_a_plan_are_listed_and_all_else_is_ignored(storage: Storage, plan: Plan) -> None:
@@ -464,7 +465,7 @@ def test_a_footer_counts_the_rows_whose_key_holds_a_null(
 ) -> None:
     whole = pa.table({name: list(values) for name, values in keys.items()})
     table = pa.concat_tables([whole.slice(0, 1), whole.slice(1)])
-    storage.put_new("part", encode_part(plan, CHUNK, table, PREDICTIONS, Flags.none(4), 4))
+    storage.put_new("part", encode_part(plan, CHUNK, table, PREDICTIONS, Flags.all_good(4), 4))
     footer = read_footer(storage, plan, CHUNK, entry_of(storage, "part"))
 
     assert footer is not None

@@ -24,22 +24,22 @@ from tasks.batch.plan import (
     Chunk,
     Piece,
     Plan,
+    RunStart,
     Sizes,
-    Start,
     block_rows,
-    chunk_rows,
+    check_fits,
+    check_plan_key,
+    choose_chunk_rows,
     confirm_plan,
     cut_chunks,
     cut_shards,
     digest_chunk,
     digest_plan,
-    held_to_key,
-    load_begun,
     load_plan,
     load_start,
+    load_started_plan,
     make_plan,
     memory_bytes,
-    must_fit,
     run_key,
     save_plan,
     save_start,
@@ -149,7 +149,7 @@ def test_a_run_has_at_most_a_thousand_shards_of_a_minute() -> None:
 
 @given(rows=st.integers(1, 10**10), sizes=SIZES)
 def test_a_chunk_is_a_batch_times_a_power_of_two_within_its_limits(rows: int, sizes: Sizes) -> None:
-    most = chunk_rows(rows, sizes)
+    most = choose_chunk_rows(rows, sizes)
     batches, rest = divmod(most, sizes.step)
 
     assert rest == 0
@@ -166,7 +166,7 @@ def test_a_chunk_of_texts_is_ten_seconds_of_work_whatever_the_tokens_of_a_batch(
 ) -> None:
     sizes = Sizes(batch_size=1024, slots=2, row_bytes=100, rows_per_second=rows_per_second, batch_unit="tokens")
 
-    assert expected == chunk_rows(1_500_000, sizes)
+    assert expected == choose_chunk_rows(1_500_000, sizes)
 
 
 def test_a_plan_holds_what_it_was_made_of(place: str) -> None:
@@ -369,7 +369,7 @@ def test_a_name_that_holds_another_plan_is_taken(storage: Storage, made: Plan) -
     ):
         save_plan(storage, other)
     with pytest.raises(RunNameTaken):
-        held_to_key(named, other.key)
+        check_plan_key(named, other.key)
 
 
 def test_a_plan_that_vanishes_is_told(local: Storage, made: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,7 +387,7 @@ def test_a_plan_of_another_version_is_told_by_its_address(storage: Storage, data
 
 def test_the_attempts_of_a_flow_run_are_tied_to_the_first_ones_run(storage: Storage) -> None:
     assert load_start(storage, "flow") is None
-    first, second = Start(run="first", key="1"), Start(run="second", key="2")
+    first, second = RunStart(run="first", key="1"), RunStart(run="second", key="2")
     assert save_start(storage, "flow", first) == first
     assert save_start(storage, "flow", second) == first
     assert load_start(storage, "flow") == first
@@ -395,14 +395,14 @@ def test_the_attempts_of_a_flow_run_are_tied_to_the_first_ones_run(storage: Stor
 
 
 def test_a_flow_run_goes_on_with_what_it_began_or_is_told_why_not(storage: Storage, made: Plan) -> None:
-    start = Start(run=made.run, key=made.key)
+    start = RunStart(run=made.run, key=made.key)
     with pytest.raises(OvernightError, match="must be there, since this flow run began it, but is gone"):
-        load_begun(storage, start)
+        load_started_plan(storage, start)
     save_plan(storage, made)
 
-    assert made == load_begun(storage, start) == load_begun(storage, Start(run=made.run))
+    assert made == load_started_plan(storage, start) == load_started_plan(storage, RunStart(run=made.run))
     with pytest.raises(RunNameTaken, match="already holds a run of another plan"):
-        load_begun(storage, start.model_copy(update={"key": "of a call that another took the name of"}))
+        load_started_plan(storage, start.model_copy(update={"key": "of a call that another took the name of"}))
 
 
 def test_a_plan_is_confirmed_with_its_number_or_told_to_be_gone_or_another(storage: Storage, made: Plan) -> None:
@@ -426,12 +426,12 @@ def test_a_plan_is_confirmed_with_its_number_or_told_to_be_gone_or_another(stora
 
 def test_a_plan_that_does_not_fit_says_what_would(made: Plan) -> None:
     needed = memory_bytes(made, 2)
-    must_fit(needed, needed, made, 2)
+    check_fits(needed, needed, made, 2)
     with pytest.raises(
         PlanTooLarge,
         match=r"must fit in 100 MiB, but 2 slots over chunks of 8 rows need 300 MiB\. Lower rows_per_chunk or slots",
     ):
-        must_fit(300 << 20, 100 << 20, made, 2)
+        check_fits(300 << 20, 100 << 20, made, 2)
 
 
 def test_memory_grows_with_slots_blocks_and_chunks(tmp_path: object) -> None:

@@ -14,7 +14,7 @@ from serving.model.contract import Output
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Plan, save_plan
 from tasks.batch.predictions import open_predictions, open_rejects
-from tasks.batch.publish import audit_parts, claim_order, find_newest_run, publish
+from tasks.batch.publish import audit_parts, claim_order_number, find_newest_run, publish
 from tasks.storage import Storage, open_storage
 from tests.tasks.batch.small import a_contract, a_part, a_plan, numbers, put, put_parts
 
@@ -85,7 +85,7 @@ def test_the_newest_run_is_the_one_that_was_planned_last(destination: Storage, p
 def test_a_planner_whose_clock_is_fast_hides_no_later_run(destination: Storage, plan: Plan) -> None:
     plan = a_quick(plan)
     for run, seconds in (("a", 300), ("b", 0), ("c", -86_400)):
-        done(destination, another(plan, run, order=claim_order(destination, run), seconds=seconds))
+        done(destination, another(plan, run, order=claim_order_number(destination, run), seconds=seconds))
 
         assert run == published_run(destination)
 
@@ -93,7 +93,7 @@ def test_a_planner_whose_clock_is_fast_hides_no_later_run(destination: Storage, 
 def test_a_numbered_run_is_newer_than_any_of_an_earlier_release(destination: Storage, plan: Plan) -> None:
     plan = a_quick(plan)
     done(destination, another(plan, "a", seconds=86_400))
-    done(destination, another(plan, "b", order=claim_order(destination, "b")))
+    done(destination, another(plan, "b", order=claim_order_number(destination, "b")))
 
     assert "b" == published_run(destination)
 

@@ -12,11 +12,20 @@ import pyarrow as pa
 import pytest
 
 from serving.errors import DestinationUnusable, PublishRefused, RunDamaged, RunNameTaken, StorageFault
-from tasks.batch.dataset import Snapshot, take_snapshot
+from tasks.batch.dataset import Snapshot
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import part_path
 from tasks.batch.plan import Plan, load_plan, save_plan
-from tasks.batch.publish import audit_parts, claim_order, count_rejects, find_damage, find_manifest, find_whole, publish
+from tasks.batch.publish import (
+    audit_parts,
+    claim_order_number,
+    count_rejects,
+    find_damaged_parts,
+    find_intact_manifest,
+    find_manifest,
+    publish,
+)
+from tasks.batch.source import pin_source
 from tasks.batch.staging import stage
 from tasks.storage import LocalStorage, Storage, open_storage
 from tests.tasks.batch.small import a_contract, a_part, a_plan, numbers, put, put_parts
@@ -214,7 +223,7 @@ def test_the_copies_that_were_staged_are_deleted_and_the_plan_stays(destination:
 
 
 def a_snapshot(source: str, destination: Storage) -> Snapshot:
-    return stage(take_snapshot(source, destination.url), destination, "_overnight/key", a_contract("a", "b"), ("id",))
+    return stage(pin_source(source, destination.url), destination, "_overnight/key", a_contract("a", "b"), ("id",))
 
 
 def test_what_killed_writers_left_is_swept(tmp_path: object) -> None:
@@ -252,12 +261,15 @@ def test_rows_whose_key_holds_a_null_are_counted_over_all_parts(place: str, dest
 def test_parts_that_are_gone_or_of_another_size_are_told_from_a_listing(destination: Storage, plan: Plan) -> None:
     put_parts(plan, destination)
     manifest = publish(destination, plan, audit_parts(destination, plan))
-    assert ((), manifest) == (find_damage(destination, manifest), find_whole(destination, plan.run))
+    assert ((), manifest) == (find_damaged_parts(destination, manifest), find_intact_manifest(destination, plan.run))
 
     gone, cut = part_path(plan, (1, 0)), part_path(plan, (2, 0))
     destination.delete([gone])
     replace(destination, cut, bytes(a_part(plan, (2, 0)))[:-1])
-    assert ((gone, cut), None) == (find_damage(destination, manifest), find_whole(destination, plan.run))
+    assert ((gone, cut), None) == (
+        find_damaged_parts(destination, manifest),
+        find_intact_manifest(destination, plan.run),
+    )
 
 
 def test_the_parts_of_a_delta_table_are_the_tables_own_to_rewrite(destination: Storage, plan: Plan) -> None:
@@ -266,7 +278,7 @@ def test_the_parts_of_a_delta_table_are_the_tables_own_to_rewrite(destination: S
     manifest = publish(destination, plan, audit_parts(destination, plan))
     destination.delete([part_path(plan, (1, 0))])
 
-    assert () == find_damage(destination, manifest)
+    assert () == find_damaged_parts(destination, manifest)
 
 
 def test_a_part_that_is_not_the_one_published_is_told_with_both_sizes(destination: Storage, plan: Plan) -> None:
@@ -305,7 +317,7 @@ def test_a_name_under_which_another_call_was_published_meanwhile_is_taken(destin
 @pytest.mark.parametrize("racers", [1, 8])
 def test_numbers_in_the_order_of_runs_are_given_once(destination: Storage, racers: int) -> None:
     with ThreadPoolExecutor(racers) as pool:
-        numbers = list(pool.map(lambda run: claim_order(destination, run), ["a"] * 16))
+        numbers = list(pool.map(lambda run: claim_order_number(destination, run), ["a"] * 16))
 
     assert list(range(1, 17)) == sorted(numbers)
 
@@ -315,7 +327,7 @@ def test_the_order_goes_on_where_its_numbers_were_deleted(destination: Storage, 
     put_parts(plan, destination)
     publish(destination, plan, audit_parts(destination, plan))
 
-    assert 6 == claim_order(destination, "next")
+    assert 6 == claim_order_number(destination, "next")
 
 
 def test_a_manifest_of_another_version_is_told_by_its_address(destination: Storage) -> None:

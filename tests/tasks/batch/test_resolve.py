@@ -22,14 +22,14 @@ from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Plan, save_plan
 from tasks.batch.publish import audit_parts, publish
 from tasks.batch.resolve import (
-    find_complete,
+    check_memory,
+    find_complete_run,
     free_memory,
-    load_planned,
-    open_planned,
-    pin_call,
-    plan_call,
-    restage,
-    state_memory,
+    load_planned_model,
+    open_planned_model,
+    plan_run,
+    resolve_request,
+    restage_plan,
 )
 from tasks.storage import open_storage
 from tests.support import write_customers
@@ -43,9 +43,9 @@ def source(tmp_path: Path) -> str:
 
 def test_pinning_a_call_writes_nothing(linear: str, source: str, tmp_path: Path) -> None:
     destination = str(tmp_path / "scores")
-    call = pin_call(linear, source, destination, BatchOptions())
+    call = resolve_request(linear, source, destination, BatchOptions())
 
-    assert find_complete(open_storage(destination), call) is None
+    assert find_complete_run(open_storage(destination), call) is None
     assert not (tmp_path / "scores").exists()
 
 
@@ -54,10 +54,10 @@ def test_copies_that_were_deleted_with_publishing_are_staged_again(linear: str, 
     (tmp_path / "csv").mkdir()
     table.write_csv(tmp_path / "csv" / "customers.csv")
     destination = open_storage(str(tmp_path / "scores"))
-    plan = plan_call(pin_call(linear, str(tmp_path / "csv"), destination.url, BatchOptions()), destination)
+    plan = plan_run(resolve_request(linear, str(tmp_path / "csv"), destination.url, BatchOptions()), destination)
     before = [destination.read(file.path) for file in plan.snapshot.files]
     destination.delete([entry.path for entry in destination.entries(f"{plan.folder}/staged")])
-    again = restage(plan, destination)
+    again = restage_plan(plan, destination)
 
     assert before == [destination.read(file.path) for file in again.snapshot.files]
     assert [destination.find(file.path) for file in again.snapshot.files] == [
@@ -70,35 +70,35 @@ def test_copies_that_come_out_otherwise_are_refused(linear: str, source: str, tm
     (tmp_path / "csv").mkdir()
     pl.read_parquet(f"{source}/*.parquet").write_csv(tmp_path / "csv" / "customers.csv")
     destination = open_storage(str(tmp_path / "scores"))
-    plan = plan_call(pin_call(linear, str(tmp_path / "csv"), destination.url, BatchOptions()), destination)
+    plan = plan_run(resolve_request(linear, str(tmp_path / "csv"), destination.url, BatchOptions()), destination)
     file = plan.snapshot.files[0].model_copy(update={"path": "_overnight/x/staged/another.parquet"})
     other = plan.model_copy(update={"snapshot": plan.snapshot.model_copy(update={"files": (file,)})})
 
     with pytest.raises(RunDamaged, match=r"staged/another\.parquet"):
-        restage(other, destination)
+        restage_plan(other, destination)
 
 
 def test_a_run_over_parquet_has_no_copies(linear: str, source: str, tmp_path: Path) -> None:
     destination = open_storage(str(tmp_path / "scores"))
-    plan = plan_call(pin_call(linear, source, destination.url, BatchOptions()), destination)
+    plan = plan_run(resolve_request(linear, source, destination.url, BatchOptions()), destination)
 
-    assert plan == restage(plan, destination)
+    assert plan == restage_plan(plan, destination)
     assert [] == destination.entries(f"{plan.folder}/staged")
 
 
 def test_a_plan_is_made_once_and_read_ever_after(linear: str, source: str, tmp_path: Path) -> None:
     destination = open_storage(str(tmp_path / "scores"))
-    call = pin_call(linear, source, destination.url, BatchOptions())
-    first = plan_call(call, destination)
-    second = plan_call(pin_call(linear, source, destination.url, BatchOptions()), destination)
+    call = resolve_request(linear, source, destination.url, BatchOptions())
+    first = plan_run(call, destination)
+    second = plan_run(resolve_request(linear, source, destination.url, BatchOptions()), destination)
 
     assert first == second
 
 
 def test_sizes_that_are_given_are_kept(linear: str, source: str, tmp_path: Path) -> None:
     destination = open_storage(str(tmp_path / "scores"))
-    call = pin_call(linear, source, destination.url, BatchOptions(batch_size=50, rows_per_chunk=500))
-    plan = plan_call(call, destination)
+    call = resolve_request(linear, source, destination.url, BatchOptions(batch_size=50, rows_per_chunk=500))
+    plan = plan_run(call, destination)
 
     assert 50 == plan.batch_size
     assert {500} == {chunk.rows for chunk in plan.chunks.values()}
@@ -109,19 +109,19 @@ def test_a_plan_is_read_back_with_the_policies_it_was_made_with(
     null: float | str, linear: str, source: str, tmp_path: Path
 ) -> None:
     destination = open_storage(str(tmp_path / "scores"))
-    call = pin_call(linear, source, destination.url, BatchOptions(policies={"a": ColumnPolicy(null=null)}))
+    call = resolve_request(linear, source, destination.url, BatchOptions(policies={"a": ColumnPolicy(null=null)}))
 
-    assert plan_call(call, destination) == plan_call(call, destination)
+    assert plan_run(call, destination) == plan_run(call, destination)
 
 
 def test_a_plan_is_scored_with_the_very_files_it_was_made_for(linear: str, source: str, tmp_path: Path) -> None:
     destination = open_storage(str(tmp_path / "scores"))
-    plan = plan_call(pin_call(linear, source, destination.url, BatchOptions()), destination)
+    plan = plan_run(resolve_request(linear, source, destination.url, BatchOptions()), destination)
     other = plan.model_copy(update={"model": plan.model.model_copy(update={"digest": "0" * 64})})
 
-    assert plan.model == open_planned(plan).pin
+    assert plan.model == open_planned_model(plan).pin
     with pytest.raises(ModelUnfit, match="must be those that run"):
-        open_planned(other)
+        open_planned_model(other)
 
 
 def test_stated_memory_grows_with_slots_and_chunks_not_with_rows(linear: str, tmp_path: Path) -> None:
@@ -130,8 +130,8 @@ def test_stated_memory_grows_with_slots_and_chunks_not_with_rows(linear: str, tm
     stated: list[list[int]] = []
     for rows in (5_000, 20_000):
         source = write_customers(tmp_path / str(rows), rows=rows, files=1, rows_per_group=1_000)
-        plan = plan_call(pin_call(linear, str(source), destination.url, options), destination)
-        stated.append([state_memory(plan, slots, options) for slots in (1, 2)])
+        plan = plan_run(resolve_request(linear, str(source), destination.url, options), destination)
+        stated.append([check_memory(plan, slots, options) for slots in (1, 2)])
 
     assert stated[0] == stated[1]
     assert 2 * stated[0][0] == stated[0][1]
@@ -153,10 +153,10 @@ def test_a_plan_that_was_tuned_is_scored_on_its_engine(
 ) -> None:
     monkeypatch.setattr(tuning, "_WORK_SECONDS_MIN", 0.0)
     destination = open_storage(str(tmp_path / "scores"))
-    call = pin_call(linear, source, destination.url, BatchOptions(slots=1))
-    plan = plan_call(call, destination)
+    call = resolve_request(linear, source, destination.url, BatchOptions(slots=1))
+    plan = plan_run(call, destination)
     other = plan.model_copy(update={"engine": Engine(threads=3)})
-    with load_planned(other, call.resolved, call.options).slot():
+    with load_planned_model(other, call.resolved, call.options).slot():
         threads = torch.get_num_threads()
 
     assert plan.tuning is not None
@@ -171,15 +171,15 @@ def test_a_delta_table_is_scored_by_its_version_and_a_newer_one_is_another_run(
     destination = open_storage(str(tmp_path / "scores"))
     write_deltalake(str(tmp_path / "table"), table.to_arrow())
     write_deltalake(str(tmp_path / "table"), table[:2_000].to_arrow(), mode="overwrite")
-    first = pin_call(linear, str(tmp_path / "table"), destination.url, BatchOptions())
-    plan = plan_call(first, destination)
+    first = resolve_request(linear, str(tmp_path / "table"), destination.url, BatchOptions())
+    plan = plan_run(first, destination)
     write_deltalake(str(tmp_path / "table"), table[2_000:2_500].to_arrow(), mode="append")
-    second = pin_call(linear, str(tmp_path / "table"), destination.url, BatchOptions())
+    second = resolve_request(linear, str(tmp_path / "table"), destination.url, BatchOptions())
 
     assert (2_000, "1") == (plan.rows, plan.source.version)
     assert first.key != second.key
-    assert plan == plan_call(first, destination)
-    assert 2_500 == plan_call(second, destination).rows
+    assert plan == plan_run(first, destination)
+    assert 2_500 == plan_run(second, destination).rows
 
 
 @pytest.mark.parametrize("lost", [[], ["manifest.json"]], ids=["published", "ended before its manifest"])
@@ -188,20 +188,20 @@ def test_a_delta_table_does_not_get_the_rows_that_an_earlier_release_appended_on
 ) -> None:
     destination = open_storage(str(tmp_path / "scores"))
     options = BatchOptions(output="delta", rows_per_chunk=1_000)
-    call = pin_call(linear, source, destination.url, options)
-    earlier = _as_of_earlier_release(plan_call(call, destination))
+    call = resolve_request(linear, source, destination.url, options)
+    earlier = _as_of_earlier_release(plan_run(call, destination))
     destination.delete([entry.path for entry in destination.entries("_overnight")])
     put_parts(earlier, destination, rejects=())
     publish(destination, earlier, audit_parts(destination, earlier))
     save_plan(destination, earlier)
     destination.delete([f"{earlier.folder}/{name}" for name in lost])
     with pytest.raises(DestinationUnusable, match=rf"not get the rows of a call twice, but holds run {earlier.key}"):
-        plan_call(call, destination)
+        plan_run(call, destination)
 
     # Other files, or all of the table in place of them, are another matter.
-    plan_call(pin_call(linear, f"{source}/*-00.parquet", destination.url, options), destination)
+    plan_run(resolve_request(linear, f"{source}/*-00.parquet", destination.url, options), destination)
     replacing = options.model_copy(update={"delta_mode": "replace"})
-    plan_call(pin_call(linear, source, destination.url, replacing), destination)
+    plan_run(resolve_request(linear, source, destination.url, replacing), destination)
 
 
 def _as_of_earlier_release(plan: Plan) -> Plan:
@@ -215,14 +215,14 @@ def test_a_local_source_rewritten_with_its_size_and_time_is_another_run_and_no_h
     linear: str, source: str, tmp_path: Path
 ) -> None:
     destination = open_storage(str(tmp_path / "scores"))
-    first = pin_call(linear, source, destination.url, BatchOptions())
-    plan = plan_call(first, destination)
+    first = resolve_request(linear, source, destination.url, BatchOptions())
+    plan = plan_run(first, destination)
     for file in Path(source).iterdir():
         before = file.stat()
         file.write_bytes(file.read_bytes())
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
-    assert first.key != pin_call(linear, source, destination.url, BatchOptions()).key
+    assert first.key != resolve_request(linear, source, destination.url, BatchOptions()).key
     with pytest.raises(SourceChanged):
         next(open_reader(plan).blocks(plan.chunks[0, 0]))
 
@@ -232,9 +232,9 @@ def test_a_key_that_no_reader_reads_back_is_refused_before_anything_is_written(l
     features = {name: pa.array([0.5] * 10, pa.float32()) for name in "abc"}
     put(f"{tmp_path}/in", {"x.parquet": pa.table({"key": wide, **features})})
     destination = open_storage(str(tmp_path / "scores"))
-    call = pin_call(linear, f"{tmp_path}/in", destination.url, BatchOptions(key_columns=("key",)))
+    call = resolve_request(linear, f"{tmp_path}/in", destination.url, BatchOptions(key_columns=("key",)))
     with pytest.raises(BadInput, match=r"got 'key' of type decimal256\(40, 2\): no more than 38 digits are read"):
-        plan_call(call, destination)
+        plan_run(call, destination)
 
     assert [] == [entry.path for entry in destination.entries() if entry.path.endswith((".parquet", "plan.json"))]
 
@@ -243,9 +243,9 @@ def test_a_key_column_that_stands_twice_is_refused(linear: str, tmp_path: Path) 
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "x.csv").write_text("id,id,a,b,c\n1,2,0.5,0.5,0.5\n")
     destination = open_storage(str(tmp_path / "scores"))
-    call = pin_call(linear, f"{tmp_path}/in", destination.url, BatchOptions(key_columns=("id",)))
+    call = resolve_request(linear, f"{tmp_path}/in", destination.url, BatchOptions(key_columns=("id",)))
     with pytest.raises(SchemaMismatch, match=r"must be one column of the dataset, got \['id'\]"):
-        plan_call(call, destination)
+        plan_run(call, destination)
 
 
 @pytest.mark.parametrize("output", ["parquet", "delta"])
@@ -253,7 +253,7 @@ def test_a_destination_with_a_newline_is_refused_before_anything_is_written(
     output: Literal["parquet", "delta"], linear: str, source: str, tmp_path: Path
 ) -> None:
     with pytest.raises(BadInput, match="must hold no control characters"):
-        pin_call(linear, source, f"{tmp_path}/sco\nres", BatchOptions(output=output))
+        resolve_request(linear, source, f"{tmp_path}/sco\nres", BatchOptions(output=output))
 
     assert ["customers"] == [path.name for path in tmp_path.iterdir()]
 
@@ -262,4 +262,4 @@ def test_a_loop_of_links_below_the_source_is_refused(linear: str, source: str, t
     (Path(source) / "more").mkdir()
     (Path(source) / "more/again").symlink_to(source)
     with pytest.raises(BadInput, match="must not lead back to a folder that it lies in"):
-        pin_call(linear, source, str(tmp_path / "scores"), BatchOptions())
+        resolve_request(linear, source, str(tmp_path / "scores"), BatchOptions())

@@ -25,8 +25,8 @@ from serving.model.registry import resolve_model
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import list_parts, part_path
 from tasks.batch.plan import Plan
-from tasks.batch.score import Scored, Scorer, check_rejects
-from tasks.spot.notice import Notice, sigterm
+from tasks.batch.score import Scorer, ScoringResult, check_rejects
+from tasks.spot.drain import Notice, sigterm_notice
 from tasks.storage import Storage, open_storage
 from tests.support import register_script
 from tests.tasks.batch.small import a_plan, numbers, parquet, put, put_parts
@@ -62,11 +62,11 @@ class Adder:
         return {"score": x_NF.sum(axis=1)}
 
 
-def score(plan: Plan, destination: Storage, model: Adder, slots: int = 2, fraction: float = 1.0) -> Scored:
+def score(plan: Plan, destination: Storage, model: Adder, slots: int = 2, fraction: float = 1.0) -> ScoringResult:
     scorer = Scorer(plan=plan, destination=destination, model=model, max_reject_fraction=fraction)
-    done = Scored()
+    done = ScoringResult()
     with ThreadPoolExecutor(slots) as pool:
-        for scored in pool.map(scorer.score_shard, scorer.share.begin()):
+        for scored in pool.map(scorer.score_shard, scorer.scheduler.begin()):
             done.add(scored)
     return done
 
@@ -152,7 +152,7 @@ def test_workers_on_one_plan_share_it_and_double_little(plan: Plan, destination:
 def test_a_chunk_whose_worker_died_is_scored_after_all(plan: Plan, destination: Storage) -> None:
     """Another worker wrote parts after this one began, and is never heard of again."""
     scorer = Scorer(plan=plan, destination=destination, model=Adder(), max_reject_fraction=1.0)
-    shards = scorer.share.begin()
+    shards = scorer.scheduler.begin()
     put_parts(plan, destination, [(0, 0), (0, 1), (1, 0)])
     for shard in shards:
         scorer.score_shard(shard)
@@ -230,7 +230,7 @@ def test_a_connection_that_stays_away_ends_the_run_without_a_reject_and_the_next
         plan=plan, destination=destination, model=cut, max_reject_fraction=1.0, pauses=lambda: iter([0.01, 0.01])
     )
     with pytest.raises(DependencyFault, match=r"got ConnectionError: *\(tries: 3\)"):
-        list(map(scorer.score_shard, scorer.share.begin()))
+        list(map(scorer.score_shard, scorer.scheduler.begin()))
     kept = scored_rows(plan, destination)
 
     assert 0 < kept.height < 20_000
@@ -248,12 +248,12 @@ def test_a_slot_that_waits_for_a_connection_leaves_at_once_where_it_is_told_to(
     scorer = Scorer(
         plan=plan, destination=destination, model=cut, max_reject_fraction=1.0, pauses=lambda: iter([3600.0])
     )
-    shards = scorer.share.begin()
+    shards = scorer.scheduler.begin()
     with ThreadPoolExecutor(1) as pool:
         scoring = pool.submit(lambda: [scorer.score_shard(shard) for shard in shards])
         while cut.since is None:
             time.sleep(0.01)
-        scorer.share.stop.set()
+        scorer.scheduler.stop.set()
         told = time.monotonic()
         done = scoring.result(timeout=30)
 
@@ -282,7 +282,7 @@ def told(plan: Plan, destination: Storage) -> Callable[[Callable[[Scorer], None]
     def make(call: Callable[[Scorer], None]) -> Scorer:
         model = Told(202.0, lambda: call(scorer))
         scorer = Scorer(plan=plan, destination=destination, model=model, max_reject_fraction=1.0)
-        scorer.share.begin()
+        scorer.scheduler.begin()
         return scorer
 
     return make
@@ -291,7 +291,7 @@ def told(plan: Plan, destination: Storage) -> Callable[[Callable[[Scorer], None]
 def test_after_a_notice_the_chunk_in_hand_is_finished_and_no_other_begun(
     told: Callable[..., Scorer], destination: Storage
 ) -> None:
-    scorer = told(lambda scorer: scorer.drain.hear(sigterm(30)))
+    scorer = told(lambda scorer: scorer.drain.add_notice(sigterm_notice(30)))
     before = 0
     for shard in range(len(scorer.plan.shards)):
         done = scorer.score_shard(shard)
@@ -311,7 +311,7 @@ def test_after_a_notice_that_leaves_no_time_the_chunk_in_hand_is_dropped_between
     told: Callable[..., Scorer], destination: Storage
 ) -> None:
     hibernation = Notice(source="AWS", action="hibernate", seconds_left=0)
-    scorer = told(lambda scorer: scorer.drain.hear(hibernation))
+    scorer = told(lambda scorer: scorer.drain.add_notice(hibernation))
     dropped = sum(scorer.score_shard(shard).chunks_dropped for shard in range(len(scorer.plan.shards)))
     ids = scored_rows(scorer.plan, destination)["id"].to_list() if list_parts(destination, scorer.plan) else []
 
@@ -324,28 +324,28 @@ def test_after_a_notice_that_is_withdrawn_the_next_pass_scores_what_the_last_lef
     told: Callable[..., Scorer], destination: Storage
 ) -> None:
     def call(scorer: Scorer) -> None:
-        scorer.drain.hear(sigterm(30))
-        assert scorer.share.rests()
-        scorer.drain.withdraw("SIGTERM")
+        scorer.drain.add_notice(sigterm_notice(30))
+        assert scorer.scheduler.is_stopping()
+        scorer.drain.withdraw_notice("SIGTERM")
 
     scorer = told(call)
     first = sum(scorer.score_shard(shard).rows for shard in range(len(scorer.plan.shards)))
-    assert scorer.share.cut_short
+    assert scorer.scheduler.cut_short
     scorer.model.call = lambda: None
-    second = sum(scorer.score_shard(shard).rows for shard in scorer.share.begin())
+    second = sum(scorer.score_shard(shard).rows for shard in scorer.scheduler.begin())
 
-    assert not scorer.share.cut_short
+    assert not scorer.scheduler.cut_short
     assert first < 400
     assert 400 == first + second == scored_rows(scorer.plan, destination).height
 
 
 def test_what_a_chunk_takes_is_told_by_its_rows_and_the_median_of_those_done(plan: Plan, destination: Storage) -> None:
-    share = Scorer(plan=plan, destination=destination, model=Adder(), max_reject_fraction=1.0).share
-    assert share.chunk_seconds((0, 0)) is None
+    scheduler = Scorer(plan=plan, destination=destination, model=Adder(), max_reject_fraction=1.0).scheduler
+    assert scheduler.chunk_seconds((0, 0)) is None
     for seconds in (1.0, 2.0, 60.0):
-        share.scored((0, 0), seconds, won=True)
+        scheduler.note_scored((0, 0), seconds, won=True)
 
-    assert 2.0 == pytest.approx(share.chunk_seconds((1, 1)))
+    assert 2.0 == pytest.approx(scheduler.chunk_seconds((1, 1)))
 
 
 def test_too_many_rejects_stop_the_run_as_it_goes(tmp_path: Path, destination: Storage) -> None:

@@ -15,7 +15,7 @@ from deltalake import DeltaTable, write_deltalake
 
 from serving.errors import BadInput, NoCompleteRun, SourceChanged, SourceEmpty, SourceFormat
 from tasks.batch.chunk_reader import Reader
-from tasks.batch.dataset import Snapshot, open_dataset, take_snapshot
+from tasks.batch.dataset import Snapshot, open_dataset
 from tasks.batch.delta import delta_options
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import part_path
@@ -271,7 +271,7 @@ def test_files_of_a_delta_table_past_its_log_are_refused(place: str, inside: str
 
     assert f"past its log. Name {place}/t itself, or one file by its full name." in refusal(f"{place}/t{inside}")
     with pytest.raises(SourceFormat, match="past its log"):
-        take_snapshot(f"{place}/t{inside}", ELSEWHERE)
+        pin_source(f"{place}/t{inside}", ELSEWHERE)
 
 
 @pytest.mark.parametrize("source", ["", "/*", "/**", "/*/*.parquet", "/deep"])

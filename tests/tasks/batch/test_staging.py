@@ -19,8 +19,9 @@ from serving.errors import SchemaMismatch, SourceChanged, SourceCorrupt, SourceE
 from serving.model.contract import Contract
 from tasks.batch import staging
 from tasks.batch.chunk_reader import Reader
-from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Snapshot, open_dataset, take_snapshot
+from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Snapshot, open_dataset
 from tasks.batch.plan import cut_chunks
+from tasks.batch.source import pin_source
 from tasks.batch.staging import stage
 from tasks.storage import LocalStorage, Storage, open_storage
 from tests.tasks.batch.small import a_contract, put
@@ -31,7 +32,7 @@ FOLDER = "_overnight/key"
 def staged(
     source: str, destination: str, contract: Contract | None = None, keys: tuple[str, ...] = ("id",)
 ) -> Snapshot:
-    snapshot = take_snapshot(source, destination)
+    snapshot = pin_source(source, destination)
     return stage(snapshot, open_storage(destination), FOLDER, contract or a_contract("a"), keys)
 
 
@@ -280,7 +281,7 @@ def test_differing_copies_are_told_by_the_files_that_they_are_of(tmp_path: Path)
 
 def test_a_file_that_changed_since_the_snapshot_is_source_changed(place: str) -> None:
     put(f"{place}/in", {"x.csv": csv(0, 5)})
-    snapshot = take_snapshot(f"{place}/in", f"{place}/out")
+    snapshot = pin_source(f"{place}/in", f"{place}/out")
     open_storage(f"{place}/in").delete(["x.csv"])
     put(f"{place}/in", {"x.csv": csv(0, 6)})
     with pytest.raises(SourceChanged, match=r"x\.csv"):
@@ -337,7 +338,7 @@ def test_copies_that_a_publisher_deleted_meanwhile_are_a_storage_fault(
         return made
 
     monkeypatch.setattr(LocalStorage, "put_new", put_new)
-    snapshot = take_snapshot(f"{tmp_path}/in", f"{tmp_path}/out")
+    snapshot = pin_source(f"{tmp_path}/in", f"{tmp_path}/out")
     with pytest.raises(StorageFault, match="another worker may have published the run"):
         stage(snapshot, destination, FOLDER, a_contract("a"), ("id",))
 
@@ -416,7 +417,7 @@ def test_a_worker_that_lists_copies_before_their_temporary_names_go_has_the_same
 
 def test_a_local_file_rewritten_with_its_size_and_time_is_source_changed_as_it_is_staged(tmp_path: Path) -> None:
     put(f"{tmp_path}/in", {"x.csv": csv(0, 5)})
-    snapshot = take_snapshot(f"{tmp_path}/in", f"{tmp_path}/out")
+    snapshot = pin_source(f"{tmp_path}/in", f"{tmp_path}/out")
     file = tmp_path / "in/x.csv"
     before = file.stat()
     file.write_bytes(csv(5, 10))

@@ -10,9 +10,10 @@ from serving.model.interface import Engine, Tunable
 from serving.model.loading import load_model
 from serving.model.registry import Resolved, resolve_model
 from tasks.batch import tuning
-from tasks.batch.dataset import Dataset, open_dataset, take_snapshot
+from tasks.batch.dataset import Dataset, open_dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Sizes
+from tasks.batch.source import pin_source
 from tests.support import register_network, write_customers
 from tests.tasks.batch.small import a_contract
 
@@ -31,13 +32,13 @@ def resolved(model_uri: str) -> Resolved:
 
 def dataset_of(folder: Path, **options: object) -> Dataset:
     source = write_customers(folder / "in", rows=5000, files=2, rows_per_group=1000, **options)  # type: ignore[arg-type]
-    return open_dataset(take_snapshot(str(source), str(folder / "out")), ["a", "b", "c"], ("customer",))
+    return open_dataset(pin_source(str(source), str(folder / "out")), ["a", "b", "c"], ("customer",))
 
 
 def settle(resolved: Resolved, dataset: Dataset, options: BatchOptions = OPTIONS) -> Sizes:
     contract = resolved.contract({}, options.policies)
     model: Tunable = load_model(resolved, contract)
-    return tuning.settle_sizes(resolved, model, contract, options, dataset)
+    return tuning.choose_sizes(resolved, model, contract, options, dataset)
 
 
 def test_little_work_is_not_tuned_for(resolved: Resolved, tmp_path: Path) -> None:
@@ -83,21 +84,21 @@ def test_rows_that_get_larger_after_the_first_count_by_every_footer(tmp_path: Pa
     large = pl.DataFrame({"a": np.zeros(50, np.float32), "customer": [f"{at:0100000d}" for at in range(50)]})
     (tmp_path / "in").mkdir()
     table.write_parquet(tmp_path / "in" / "a.parquet")
-    even = open_dataset(take_snapshot(str(tmp_path / "in"), str(tmp_path / "out")), ["a"], ("customer",))
+    even = open_dataset(pin_source(str(tmp_path / "in"), str(tmp_path / "out")), ["a"], ("customer",))
     large.write_parquet(tmp_path / "in" / "b.parquet")
-    uneven = open_dataset(take_snapshot(str(tmp_path / "in"), str(tmp_path / "out")), ["a"], ("customer",))
-    first = tuning.first_rows(a_contract("a"), OPTIONS, even)
+    uneven = open_dataset(pin_source(str(tmp_path / "in"), str(tmp_path / "out")), ["a"], ("customer",))
+    first = tuning.read_first_rows(a_contract("a"), OPTIONS, even)
 
     assert tuning.SAMPLE_ROWS == first.num_rows
-    assert first.nbytes / first.num_rows == tuning.row_bytes_of(first, even)
-    assert 50 * 100_000 / 5050 == pytest.approx(tuning.row_bytes_of(first, uneven), rel=0.2)
+    assert first.nbytes / first.num_rows == tuning.measure_row_bytes(first, even)
+    assert 50 * 100_000 / 5050 == pytest.approx(tuning.measure_row_bytes(first, uneven), rel=0.2)
 
 
 def test_the_first_rows_are_few_where_they_are_large(tmp_path: Path) -> None:
     large = pl.DataFrame({"a": np.zeros(500, np.float32), "customer": [f"{at:0200000d}" for at in range(500)]})
     (tmp_path / "in").mkdir()
     large.write_parquet(tmp_path / "in" / "a.parquet")
-    dataset = open_dataset(take_snapshot(str(tmp_path / "in"), str(tmp_path / "out")), ["a"], ("customer",))
-    first = tuning.first_rows(a_contract("a"), OPTIONS, dataset)
+    dataset = open_dataset(pin_source(str(tmp_path / "in"), str(tmp_path / "out")), ["a"], ("customer",))
+    first = tuning.read_first_rows(a_contract("a"), OPTIONS, dataset)
 
     assert 0 < first.nbytes < 40 << 20

@@ -9,22 +9,21 @@ from typing import Any
 import pytest
 
 from serving.errors import EndpointFailed
-from serving.gateway.route import Route
-from serving.gateway.state import EndpointState
+from serving.gateway.route import EndpointState, Route
 from serving.targets import Address
 from tasks.endpoint.change import Change
-from tasks.endpoint.render import bare_release
+from tasks.endpoint.deploy import make_release_to_remove
 from tests.serving.toys import matrix
 from tests.tasks.endpoint.values import route, served, spec
 
-STANDING = route(served("1"), served("2", 100))
+CURRENT = route(served("1"), served("2", 100))
 
 
 class Busy:
     """A gateway with requests that never end."""
 
     def __init__(self) -> None:
-        self.route = STANDING
+        self.route = CURRENT
         self.seen: list[tuple[str, ...]] = []
 
     def get(self, _name: str) -> EndpointState:
@@ -48,14 +47,14 @@ def test_a_version_whose_requests_never_end_is_told_of_and_left_to_the_next_call
     change = Change(
         spec=spec(),
         gateway=gateway,
-        release=bare_release("churn", "2", matrix(4)),
+        release=make_release_to_remove("churn", "2", matrix(4)),
         model=Path("model"),
-        standing=None,
-        earlier=None,
+        current_route=None,
+        previous_release=None,
         logger=logger,
     )
 
-    assert () == change.settle(Address(url="http://127.0.0.1:1", model="churn", version="2"))
+    assert () == change.remove_idle_versions(Address(url="http://127.0.0.1:1", model="churn", version="2"))
     assert [("2",), ("1", "2")] == gateway.seen
-    assert STANDING == gateway.route
+    assert CURRENT == gateway.route
     assert "Version 1 must have no requests any more, got: must come to be as wanted" in caplog.text

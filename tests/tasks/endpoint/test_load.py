@@ -2,22 +2,24 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serving.errors import EndpointFailed
+from serving.protocol.oip import decode_request
 from serving.targets import Address
-from tasks.endpoint.load import arrivals, measure_latency
+from tasks.endpoint.load import draw_arrivals, measure_latency, run_closed_loop
 from tests.serving.toys import matrix
 from tests.tasks.endpoint.values import sample
 
 
 @given(rate=st.floats(1, 500), seconds=st.floats(0.1, 10))
 def test_as_many_are_due_as_the_rate_says_in_order_and_in_time(rate: float, seconds: float) -> None:
-    due_s = arrivals(rate, seconds)
+    due_s = draw_arrivals(rate, seconds)
 
     assert max(1, round(rate * seconds)) == len(due_s)
     assert all(first <= second for first, second in itertools.pairwise(due_s))
@@ -65,3 +67,112 @@ def test_a_server_that_is_not_there_has_no_latency() -> None:
     nowhere = Address(url="http://127.0.0.1:9", model="churn", version=None)
 
     assert measure_latency(nowhere, matrix(4), sample(), rate=50, seconds=0.1) is None
+
+
+CONTRACT = matrix(4)
+
+
+class Counting(BaseHTTPRequestHandler):
+    """Answers every request, and knows how many it had at a time."""
+
+    protocol_version = "HTTP/1.1"
+    counted = itertools.count()
+    lock = threading.Lock()
+    inside = most = 0
+
+    def do_POST(self) -> None:
+        with self.lock:
+            type(self).inside += 1
+            type(self).most = max(self.most, self.inside)
+        decode_request(self.rfile.read(int(self.headers["Content-Length"])), CONTRACT, header_length=None, rows_max=1)
+        with self.lock:
+            type(self).inside -= 1
+        self.answer()
+
+    def answer(self) -> None:
+        self.send_response(200)
+        self.send_header("content-length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_arguments: object) -> None:
+        pass
+
+
+class Chunked(Counting):
+    def answer(self) -> None:
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.wfile.write(b"1\r\n{\r\n")
+        self.wfile.flush()
+        self.wfile.write(b"1\r\n}\r\n0\r\n\r\n")
+
+
+class Full(Counting):
+    def answer(self) -> None:
+        self.send_response(503 if next(self.counted) > 20 else 200)
+        self.send_header("Content-Length", "10")
+        self.end_headers()
+        self.wfile.write(b"no room..!")
+
+
+class Closing(Counting):
+    protocol_version = "HTTP/1.0"
+
+
+class Quiet(ThreadingHTTPServer):
+    def handle_error(self, *_arguments: object) -> None:
+        """Say nothing of callers that leave in the middle."""
+
+
+@pytest.fixture
+def serve() -> Generator[Callable[[type[Counting]], Address]]:
+    """Start servers that answer in these ways."""
+    started: list[tuple[ThreadingHTTPServer, threading.Thread]] = []
+
+    def start(handler: type[Counting]) -> Address:
+        server = Quiet(("127.0.0.1", 0), handler)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        started.append((server, thread))
+        return Address(url=f"http://127.0.0.1:{server.server_port}", model="churn", version=None)
+
+    yield start
+    for server, thread in started:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize("handler", [Counting, Chunked])
+def test_as_many_ask_at_a_time_as_there_are_callers(
+    serve: Callable[[type[Counting]], Address], handler: type[Counting]
+) -> None:
+    handler.most = 0
+    loop = run_closed_loop(serve(handler), CONTRACT, sample(), callers=3, seconds=0.4)
+
+    assert 1 <= handler.most <= 3
+    assert (3, True) == (loop.callers, loop.answers >= 3)
+    assert 0 < loop.p50_ms <= loop.p99_ms
+
+
+def test_every_caller_has_its_answers_however_few_the_seconds_are(serve: Callable[[type[Counting]], Address]) -> None:
+    assert run_closed_loop(serve(Counting), CONTRACT, sample(), callers=8, seconds=0.001).answers >= 8
+
+
+@pytest.mark.parametrize(
+    ("handler", "words"),
+    [(Full, r"with 200, got: HTTP/1\.1 503 .*no room"), (Closing, "must keep connections open")],
+)
+def test_what_is_no_answer_is_an_error_with_what_was_said(
+    serve: Callable[[type[Counting]], Address], handler: type[Counting], words: str
+) -> None:
+    with pytest.raises(EndpointFailed, match=f"(?s){words}"):
+        run_closed_loop(serve(handler), CONTRACT, sample(), callers=2, seconds=5.0)
+
+
+def test_a_server_that_is_not_there_is_named(serve: Callable[[type[Counting]], Address]) -> None:
+    nobody = Address(url="http://127.0.0.1:9", model="churn", version=None)
+    with pytest.raises(EndpointFailed, match=r"must answer at http://127\.0\.0\.1:9"):
+        run_closed_loop(nobody, CONTRACT, sample(), callers=1, seconds=0.1)

@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 
 from serving.model.batching import BatchingConfig, CostModel
+from tasks.endpoint.batching import BatchingChoice
 from tasks.endpoint.load import Latency
-from tasks.endpoint.report import Endpoint, plot
+from tasks.endpoint.report import Endpoint, draw_plot
 from tasks.endpoint.spec import Budget
-from tasks.endpoint.tuning import Chosen
 from tasks.endpoint.verify import Verification
 
 COST = CostModel(fixed_seconds=0.2e-3, row_seconds=0.05e-3)
-CHOSEN = Chosen(
+CHOSEN = BatchingChoice(
     batching=BatchingConfig(batch_size_max=12, wait_ms_max=5.5),
     passes=tuple((n, 1000 * COST.seconds(n)) for n in (1, 2, 4, 8)),
     cost=COST,
@@ -67,10 +67,11 @@ def test_a_budget_that_is_not_kept_is_told_so() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"before": None}, {"after": None}, {"budget": None, "chosen": Chosen(batching=BatchingConfig())}]
+    "changes",
+    [{}, {"before": None}, {"after": None}, {"budget": None, "chosen": BatchingChoice(batching=BatchingConfig())}],
 )
 def test_whatever_was_measured_is_drawn(changes: dict[str, Any]) -> None:
-    assert plot(endpoint(**changes)).startswith(b"\x89PNG")
+    assert draw_plot(endpoint(**changes)).startswith(b"\x89PNG")
 
 
 def test_the_report_comes_back_from_json() -> None:

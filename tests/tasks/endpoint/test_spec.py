@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from serving.errors import BadInput
 from serving.model.batching import BatchingConfig
+from tasks.endpoint import spec as specs
 from tasks.endpoint.spec import (
     Access,
     BentoML,
@@ -19,6 +21,8 @@ from tasks.endpoint.spec import (
     Shadow,
     Triton,
     default_target,
+    read_admin_key,
+    read_keys,
 )
 from tests.tasks.endpoint.values import spec
 
@@ -82,3 +86,37 @@ def test_what_is_no_endpoint_is_refused_by_name(changes: dict[str, Any], said: s
 )
 def test_every_field_of_the_form_is_described(model: type[BaseModel]) -> None:
     assert [] == [name for name, field in model.model_fields.items() if not field.description]
+
+
+KEY = "k" * 32
+
+
+def test_keys_are_read_where_they_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHURN_KEY", KEY)
+    monkeypatch.setattr(specs, "read_secret", {"churn-key": KEY[::-1] + "2"}.get)
+
+    wanted = Access(environment=("CHURN_KEY",), secrets=("churn-key",))
+
+    assert {"CHURN_KEY": KEY, "churn-key": KEY[::-1] + "2"} == read_keys(wanted)
+
+
+def test_a_key_that_is_missing_or_short_is_named_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CHURN_KEY", raising=False)
+    with pytest.raises(BadInput, match=r"'CHURN_KEY' must hold a key .*got nothing"):
+        read_keys(Access(environment=("CHURN_KEY",)))
+
+    monkeypatch.setenv("CHURN_KEY", "hunter2")
+    with pytest.raises(BadInput, match="got 7 characters") as caught:
+        read_keys(Access(environment=("CHURN_KEY",)))
+
+    assert "hunter2" not in str(caught.value)
+
+
+def test_the_administrators_key_is_that_of_the_environment_or_of_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OVERNIGHT_ADMIN_KEY", KEY)
+    monkeypatch.setattr(specs, "read_secret", {"admin": KEY + "2"}.get)
+
+    assert KEY == read_admin_key(None)
+    assert KEY + "2" == read_admin_key("admin")
+    with pytest.raises(BadInput, match="Prefect Secret block 'nobody' must hold"):
+        read_admin_key("nobody")

@@ -7,10 +7,10 @@ import pytest
 
 from serving.errors import VerifyFailed
 from serving.model.contract import Output
-from tasks.endpoint.samples import Arrays, Sample
-from tasks.endpoint.verify import compare, verify
+from tasks.endpoint.resolve import Arrays, Sample
+from tasks.endpoint.verify import compare_answers, verify_endpoint
 from tests.serving.toys import matrix
-from tests.tasks.endpoint.values import X, sample, subject
+from tests.tasks.endpoint.values import X, loaded, sample
 
 CONTRACT = matrix(4)
 
@@ -20,7 +20,7 @@ def summed(off: float = 0.0) -> Callable[[Arrays], Arrays]:
 
 
 def test_answers_within_the_tolerance_pass_with_how_far_they_are_off() -> None:
-    found = verify(summed(1e-6), subject(example=sample()), size=4, tolerance=1e-5)
+    found = verify_endpoint(summed(1e-6), loaded(example=sample()), rows_max=4, tolerance=1e-5)
 
     assert (8, 8) == (found.rows_example, found.rows_random)
     assert 0 < found.difference_max < 1e-5
@@ -33,7 +33,7 @@ def test_each_row_is_asked_alone_and_in_batches() -> None:
         sizes.append(len(inputs["x"]))
         return summed()(inputs)
 
-    verify(ask, subject(), size=3, tolerance=1e-5)
+    verify_endpoint(ask, loaded(), rows_max=3, tolerance=1e-5)
 
     assert [1] * 8 + [3, 3, 2] == sizes
 
@@ -49,19 +49,19 @@ def test_each_row_is_asked_alone_and_in_batches() -> None:
 )
 def test_what_is_another_answer_is_refused_with_both(answer: Arrays, said: str) -> None:
     with pytest.raises(VerifyFailed, match=said):
-        compare(CONTRACT, sample(), answer, 1e-5)
+        compare_answers(CONTRACT, sample(), answer, 1e-5)
 
 
 def test_the_tolerance_is_relative_to_the_largest_answer() -> None:
     large = sample(np.full(8, 1e6, dtype=np.float32))
 
-    assert 1e-6 == pytest.approx(compare(CONTRACT, large, {"score": np.full(8, 1e6 + 1)}, 1e-5), rel=1e-3)
+    assert 1e-6 == pytest.approx(compare_answers(CONTRACT, large, {"score": np.full(8, 1e6 + 1)}, 1e-5), rel=1e-3)
 
 
 def test_words_must_be_the_same() -> None:
     contract = matrix(4, Output(name="label", dtype="str"))
     expected = Sample(inputs={"x": X[:2]}, outputs={"label": np.array(["a", "b"], dtype=object)}, rows=2)
 
-    assert 0 == compare(contract, expected, {"label": np.array(["a", "b"], dtype=object)}, 1e-5)
+    assert 0 == compare_answers(contract, expected, {"label": np.array(["a", "b"], dtype=object)}, 1e-5)
     with pytest.raises(VerifyFailed, match=r"as the model itself does, 'b', got 'c'"):
-        compare(contract, expected, {"label": np.array(["a", "c"], dtype=object)}, 1e-5)
+        compare_answers(contract, expected, {"label": np.array(["a", "c"], dtype=object)}, 1e-5)

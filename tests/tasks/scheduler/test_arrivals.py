@@ -7,8 +7,8 @@ import polars as pl
 import pytest
 
 from serving.errors import BadWorkload
-from serving.gateway.metering import Meter
-from serving.gateway.metering import Metered as Line
+from serving.gateway.metering import MeteredRequest as Line
+from serving.gateway.metering import MeteringLog
 from tasks.scheduler.arrivals import DAY, day_shape, read_arrivals
 from tasks.scheduler.workload import Metered, Rate, Table, Trace
 from tests.tasks.scheduler.values import workload
@@ -76,7 +76,7 @@ def test_a_year_is_replayed_for_thirty_days() -> None:
 
 
 def meter(folder: Path, *lines: tuple[float, str, int, int]) -> None:
-    log = Meter(folder)
+    log = MeteringLog(folder)
     for at, endpoint, rows, status in lines:
         log.add(
             Line(

@@ -6,17 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.endpoint.closed_loop import Loop
+from tasks.endpoint.load import LoopStats
 from tasks.scheduler.door import jitter_of, served_line
 
 
-def loop(callers: int, per_second: float, p50_ms: float = 1.0, p99_ms: float = 1.0, answers: int = 9999) -> Loop:
-    return Loop(callers=callers, answers=answers, per_second=per_second, p50_ms=p50_ms, p99_ms=p99_ms)
+def loop(callers: int, per_second: float, p50_ms: float = 1.0, p99_ms: float = 1.0, answers: int = 9999) -> LoopStats:
+    return LoopStats(callers=callers, answers=answers, per_second=per_second, p50_ms=p50_ms, p99_ms=p99_ms)
 
 
 @given(begin=st.floats(0, 50), each=st.floats(0.01, 50), replicas=st.integers(1, 8))
 def test_two_crowds_tell_what_requests_take_together(begin: float, each: float, replicas: int) -> None:
-    def crowd(callers: int) -> Loop:
+    def crowd(callers: int) -> LoopStats:
         together = callers / (replicas + 1)
         return loop(callers, 1000 * replicas * together / (begin + each * together))
 
@@ -27,7 +27,7 @@ def test_two_crowds_tell_what_requests_take_together(begin: float, each: float, 
 
 
 @pytest.mark.parametrize(("few", "many"), [(loop(1, 100), loop(2, 90)), (loop(1, 5), loop(1, 5))])
-def test_a_server_that_takes_no_more_from_a_crowd_passes_each_alone(few: Loop, many: Loop) -> None:
+def test_a_server_that_takes_no_more_from_a_crowd_passes_each_alone(few: LoopStats, many: LoopStats) -> None:
     line = served_line(few, many, 1)
 
     assert 0 == line.fixed_seconds

@@ -18,7 +18,7 @@ from tasks.scheduler.effect import (
 )
 from tasks.scheduler.terms import BatchTerms, OnlineTerms, StreamTerms, Terms
 from tasks.scheduler.workload import Table
-from tasks.spot.purchase import Buying
+from tasks.spot.purchase import PurchaseOptions
 from tasks.stream.options import FromNats, ToParts
 from tests.tasks.scheduler.decisions import BACKFILL, EVENTS, FRAUD, MACHINE, NIGHTLY, NOW, decision, way
 
@@ -32,7 +32,7 @@ TERMS = Terms(
 def test_a_table_on_spot_becomes_a_night_under_its_deadline_with_what_machines_cost_and_do() -> None:
     wanted = batch_deployment(decision(NIGHTLY, way("batch", "spot", 1, machines=3)), TERMS, NOW)
     (schedule,) = wanted.schedules
-    buying = Buying.model_validate(wanted.parameters["buying"])
+    buying = PurchaseOptions.model_validate(wanted.parameters["buying"])
 
     assert "nightly-inference/by-deadline" == wanted.like
     assert "06:00" == wanted.parameters["deadline"]

@@ -13,7 +13,7 @@ from tasks.scheduler.availability import Availability
 from tasks.scheduler.decision import Profile
 from tasks.scheduler.problem import Kind, Problem
 from tasks.scheduler.workload import Prices, Requests, Workload
-from tasks.spot.traces import synthetic_traces
+from tasks.spot.replay import synthetic_traces
 
 HOUR = 3600
 THIS = Kind(name="this", speed=1.0, on_demand=0.36 / HOUR, spot=0.12 / HOUR)

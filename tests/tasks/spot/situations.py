@@ -8,19 +8,19 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tasks.spot.policy import Placement, PolicyParameters, Situation
 from tasks.spot.replay import Job
-from tasks.spot.situation import Place, Situation, Terms
 
 HOUR = 3600.0
-TERMS = Terms(changeover_seconds=720, price_ratio=3, interval_seconds=60)
+PARAMETERS = PolicyParameters(changeover_seconds=720, price_ratio=3, interval_seconds=60)
 
 
-def seen(**changed: Any) -> Situation:
+def make_situation(**changed: Any) -> Situation:
     """Return a job of 10 h due in 20 h, nowhere yet, with spot gone just now, but for what is changed."""
     usual: dict[str, Any] = {
         "work_seconds": 10 * HOUR,
         "left_seconds": 20 * HOUR,
-        "place": Place.IDLE,
+        "placement": Placement.IDLE,
         "spot_up": False,
         "spell_seconds": 0.0,
     }
@@ -48,10 +48,10 @@ def jobs(draw: st.DrawFn, *, whole: bool = False) -> Job:
     tick = draw(st.integers(1, 12)) * 100.0
     changeover, work = draw(spans), draw(spans)
     # Near what a move or a tick costs, where a policy that waits too long is late.
-    slack = round(draw(st.floats(0, 4)) * max(changeover, tick))
+    slack_seconds = round(draw(st.floats(0, 4)) * max(changeover, tick))
     return Job(
         work_seconds=float(work),
-        deadline_seconds=float(max(work + changeover + slack, tick)),
+        deadline_seconds=float(max(work + changeover + slack_seconds, tick)),
         changeover_seconds=float(changeover),
         tick_seconds=tick,
         price_ratio=draw(st.sampled_from([0.5, 1.0, 1.2, 2.0, 3.0, 10.0])),

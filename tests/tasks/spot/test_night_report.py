@@ -7,10 +7,10 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from tasks.spot.dispatch import Seen
 from tasks.spot.night import Night
 from tasks.spot.night_report import plot_night, report_night
-from tasks.spot.purchase import Buying, Kind, Move, NightlyReport, Stay
+from tasks.spot.purchase import MachineKind, MachineStay, Move, NightlyReport, PurchaseOptions
+from tasks.spot.work_pools import FlowRunStatus
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -18,34 +18,34 @@ PNG = b"\x89PNG\r\n\x1a\n"
 class Nobody:
     """A market that nobody asks."""
 
-    def living(self) -> frozenset[str]:
+    def list_live_workers(self) -> frozenset[str]:
         raise AssertionError
 
-    def send(self, kind: Kind) -> UUID:
+    def submit(self, kind: MachineKind) -> UUID:
         return uuid4()
 
-    def look_at(self, flow_run_id: UUID) -> Seen:
+    def read_status(self, flow_run_id: UUID) -> FlowRunStatus:
         raise AssertionError
 
-    def drain(self, flow_run_id: UUID, why: str, *, lost: bool) -> None:
+    def end(self, flow_run_id: UUID, why: str, *, lost: bool) -> None:
         raise AssertionError
 
 
 @pytest.fixture
 def report() -> NightlyReport:
     """A night of two machines at once, at 10 rows a second each: one was taken, and one was moved."""
-    buying = Buying(spot_price=36, on_demand_price=108, changeover_seconds=20, rows_per_second=10)
+    buying = PurchaseOptions(spot_price=36, on_demand_price=108, changeover_seconds=20, rows_per_second=10)
     night = Night(
         rows=1000,
         buying=buying,
-        capacity=Nobody(),
+        spot_pool=Nobody(),
         dispatcher=Nobody(),
-        rows_done=lambda: 1000,
+        count_rows_done=lambda: 1000,
         workers=2,
         stays=[
-            Stay(kind="spot", start=0, stop=40, lost=True, machine=1),
-            Stay(kind="spot", start=0, stop=70, lost=False, machine=2),
-            Stay(kind="on-demand", start=50, stop=70, lost=False, machine=1),
+            MachineStay(kind="spot", start=0, stop=40, lost=True, machine=1),
+            MachineStay(kind="spot", start=0, stop=70, lost=False, machine=2),
+            MachineStay(kind="on-demand", start=50, stop=70, lost=False, machine=1),
         ],
         moves=[
             Move(machine=1, seconds=0, to="spot", rows_done=0, why="cheap"),
@@ -54,7 +54,7 @@ def report() -> NightlyReport:
         ],
         changeovers=[15, 12],
     )
-    return report_night(night, "r", datetime.now(UTC) + timedelta(seconds=30), 70, rows_in_hand=7)
+    return report_night(night, "r", datetime.now(UTC) + timedelta(seconds=30), 70, rows_in_flight_max=7)
 
 
 def test_a_night_costs_each_second_of_each_machine_and_is_held_against_on_demand_alone(report: NightlyReport) -> None:
@@ -80,7 +80,7 @@ def test_a_deadline_that_was_missed_is_said(report: NightlyReport) -> None:
     assert "12 s after the deadline" in late.summary
 
 
-@pytest.mark.parametrize("stays", [[], [Stay(kind="spot", start=0, stop=5, lost=True, machine=3)]])
-def test_the_plot_is_a_picture_even_of_a_night_in_which_nothing_was_seen(stays: list[Stay]) -> None:
+@pytest.mark.parametrize("stays", [[], [MachineStay(kind="spot", start=0, stop=5, lost=True, machine=3)]])
+def test_the_plot_is_a_picture_even_of_a_night_in_which_nothing_was_seen(stays: list[MachineStay]) -> None:
     assert plot_night([], stays, 10, 60).startswith(PNG)
     assert plot_night([(0, 0), (5, 10)], stays, 10, 60).startswith(PNG)

@@ -9,20 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.errors import BadInput
-from tasks.spot.purchase import Buying, Stay, cost, deadline_at, seconds_on, working_rate
+from tasks.spot.purchase import MachineStay, PurchaseOptions, median_rate, parse_deadline, sum_cost, sum_seconds
 
-BUYING = Buying(spot_price=1.0, on_demand_price=3.0)
+BUYING = PurchaseOptions(spot_price=1.0, on_demand_price=3.0)
 NOW = datetime(2030, 1, 31, 22, 0, tzinfo=UTC)
 
 
 def test_each_second_costs_its_machine() -> None:
     stays = [
-        Stay(kind="spot", start=0, stop=1800, lost=True),
-        Stay(kind="on-demand", start=1900, stop=3700, lost=False),
+        MachineStay(kind="spot", start=0, stop=1800, lost=True),
+        MachineStay(kind="on-demand", start=1900, stop=3700, lost=False),
     ]
 
-    assert cost(stays, BUYING) == pytest.approx(0.5 + 1.5)
-    assert seconds_on(stays, "spot") == seconds_on(stays, "on-demand") == 1800
+    assert sum_cost(stays, BUYING) == pytest.approx(0.5 + 1.5)
+    assert sum_seconds(stays, "spot") == sum_seconds(stays, "on-demand") == 1800
     assert BUYING.price_ratio == 3
 
 
@@ -34,7 +34,7 @@ def test_a_rate_lies_among_the_rates_between_looks(steps: list[tuple[float, int]
         samples.append((at, rows))
     rates = [more / seconds for seconds, more in steps if more]
 
-    rate = working_rate(samples)
+    rate = median_rate(samples)
 
     assert (rate is None) == (not rates)
     assert rate is None or min(rates) * 0.999 <= rate <= max(rates) * 1.001
@@ -42,7 +42,7 @@ def test_a_rate_lies_among_the_rates_between_looks(steps: list[tuple[float, int]
 
 def test_a_changeover_does_not_count_as_slow_work() -> None:
     # The second machine goes on at 10 s of work, by the clock much later.
-    assert working_rate([(0, 0), (10, 1000), (10, 1500), (20, 2500)]) == 100
+    assert median_rate([(0, 0), (10, 1000), (10, 1500), (20, 2500)]) == 100
 
 
 @pytest.mark.parametrize(
@@ -55,15 +55,15 @@ def test_a_changeover_does_not_count_as_slow_work() -> None:
     ],
 )
 def test_a_deadline_is_the_next_such_time_or_that_very_one(words: str, expected: datetime) -> None:
-    assert expected == deadline_at(words, NOW)
+    assert expected == parse_deadline(words, NOW)
 
 
 @pytest.mark.parametrize("words", ["", "soon", "25:00", "06:61", "2030-02-02T06:00", "6"])
 def test_other_words_are_refused_with_an_example(words: str) -> None:
     with pytest.raises(BadInput, match="must be a time of day in UTC, such as 06:00"):
-        deadline_at(words, NOW)
+        parse_deadline(words, NOW)
 
 
 def test_a_deadline_that_is_past_is_refused() -> None:
     with pytest.raises(BadInput, match=r"must be ahead, got 2030-01-31T21:00:00\+00:00, and it is 2030-01-31T22:00:00"):
-        deadline_at("2030-01-31T21:00+00:00", NOW)
+        parse_deadline("2030-01-31T21:00+00:00", NOW)

@@ -9,11 +9,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from serving.errors import DeadlineImpossible
-from tasks.spot.baselines import greedy
-from tasks.spot.policy import places
-from tasks.spot.replay import Job, Outcome, Policy, replay
-from tasks.spot.situation import Place, Situation, Terms
-from tasks.spot.traces import synthetic_traces
+from tasks.spot.policy import Placement, PolicyParameters, Situation, decide_placements
+from tasks.spot.replay import Job, Outcome, Policy, replay, synthetic_traces
+from tests.benchmarks.spot_baselines import greedy
 from tests.tasks.spot.situations import HOUR, jobs, traces
 
 # Thirty minutes of work within an hour, a changeover of two minutes, in ticks of five.
@@ -24,12 +22,12 @@ def on(*rows: str) -> NDArray[np.bool_]:
     return np.array([[tick == "1" for tick in row] for row in rows])
 
 
-def always(place: Place) -> Policy:
-    return lambda seen, _: np.full(len(np.asarray(seen.spot_up)), place)
+def always(placement: Placement) -> Policy:
+    return lambda seen, _: np.full(len(np.asarray(seen.spot_up)), placement)
 
 
 def test_on_demand_all_the_way_costs_the_work_and_one_changeover() -> None:
-    outcome = replay(always(Place.ON_DEMAND), on("000000000000"), JOB)
+    outcome = replay(always(Placement.ON_DEMAND), on("000000000000"), JOB)
 
     assert ([1920 / 1800], [False], [1], [0]) == _of(outcome)
 
@@ -54,7 +52,7 @@ def test_a_machine_taken_while_it_boots_has_done_no_work_that_is_lost() -> None:
 
 
 def test_who_only_waits_is_late_at_no_cost() -> None:
-    assert ([0], [True], [0], [0]) == _of(replay(always(Place.IDLE), on("111111111111"), JOB))
+    assert ([0], [True], [0], [0]) == _of(replay(always(Placement.IDLE), on("111111111111"), JOB))
 
 
 def test_past_the_end_of_a_trace_spot_is_gone() -> None:
@@ -66,7 +64,7 @@ def test_past_the_end_of_a_trace_spot_is_gone() -> None:
 def test_what_is_left_of_a_tick_before_the_deadline_is_no_whole_tick() -> None:
     job = replace(JOB, work_seconds=580, deadline_seconds=700, tick_seconds=400)
 
-    assert ([700 / 580], [False], [1], [0]) == _of(replay(always(Place.ON_DEMAND), on("00"), job))
+    assert ([700 / 580], [False], [1], [0]) == _of(replay(always(Placement.ON_DEMAND), on("00"), job))
 
 
 def test_each_machines_time_is_rounded_up_to_what_is_billed() -> None:
@@ -77,19 +75,19 @@ def test_each_machines_time_is_rounded_up_to_what_is_billed() -> None:
 
 
 def test_on_demand_that_is_not_to_be_had_is_waited_for() -> None:
-    outcome = replay(always(Place.ON_DEMAND), on("000000000000"), JOB, on("001111111111"))
+    outcome = replay(always(Placement.ON_DEMAND), on("000000000000"), JOB, on("001111111111"))
 
     assert ([1920 / 1800], [False], [1], [0]) == _of(outcome)
-    assert replay(always(Place.ON_DEMAND), on("000000000000"), JOB, on("000000000011")).late_N.all()
+    assert replay(always(Placement.ON_DEMAND), on("000000000000"), JOB, on("000000000011")).late_N.all()
 
 
 def test_between_decisions_a_machine_that_is_taken_goes_unnoticed() -> None:
     asked: list[float] = []
 
-    def watched(seen: Situation, terms: Terms) -> NDArray[np.int64]:
+    def watched(seen: Situation, parameters: PolicyParameters) -> NDArray[np.int64]:
         asked.append(float(np.asarray(seen.left_seconds)[0]))
-        assert (600 + 120, 900) == (terms.changeover_seconds, terms.interval_seconds)
-        return np.where(seen.spot_up, Place.SPOT, Place.IDLE)
+        assert (600 + 120, 900) == (parameters.changeover_seconds, parameters.interval_seconds)
+        return np.where(seen.spot_up, Placement.SPOT, Placement.IDLE)
 
     outcome = replay(watched, on("101111111111"), replace(JOB, ticks_per_decision=3))
 
@@ -107,13 +105,13 @@ def test_a_job_that_on_demand_alone_would_miss_is_refused() -> None:
 
 def test_a_policy_that_asks_for_spot_that_is_gone_is_mistaken() -> None:
     with pytest.raises(AssertionError):
-        replay(always(Place.SPOT), on("011111111111"), JOB)
+        replay(always(Placement.SPOT), on("011111111111"), JOB)
 
 
 @settings(deadline=None, max_examples=150)
 @given(st.data(), jobs())
 def test_it_is_not_late_on_any_trace(data: st.DataObject, job: Job) -> None:
-    assert not replay(places, data.draw(traces(ticks=60)), job).late_N.any()
+    assert not replay(decide_placements, data.draw(traces(ticks=60)), job).late_N.any()
 
 
 @settings(deadline=None, max_examples=150)
@@ -122,7 +120,7 @@ def test_it_is_not_late_where_machines_are_taken_between_decisions(data: st.Data
     unnoticed = (ticks - 1) * job.tick_seconds
     rarely = replace(job, ticks_per_decision=ticks, deadline_seconds=job.deadline_seconds + unnoticed)
 
-    assert not replay(places, data.draw(traces(ticks=60)), rarely).late_N.any()
+    assert not replay(decide_placements, data.draw(traces(ticks=60)), rarely).late_N.any()
 
 
 @settings(deadline=None, max_examples=150)
@@ -136,13 +134,13 @@ def test_a_reserve_keeps_the_promise_where_on_demand_is_refused_once(
     reserve = ticks * job.tick_seconds + job.changeover_seconds
     reserved = replace(job, reserve_seconds=reserve, deadline_seconds=job.deadline_seconds + reserve)
 
-    assert not replay(places, spot_NT, reserved, refused_NT).late_N.any()
+    assert not replay(decide_placements, spot_NT, reserved, refused_NT).late_N.any()
 
 
 def test_it_is_cheaper_than_greedy_on_traces_that_resemble_real_ones() -> None:
     spot_NT = synthetic_traces(60, 360, seed=3)
     job = Job(work_seconds=48 * HOUR, deadline_seconds=60 * HOUR, changeover_seconds=0.2 * HOUR)
-    ours, theirs = replay(places, spot_NT, job), replay(greedy, spot_NT, job)
+    ours, theirs = replay(decide_placements, spot_NT, job), replay(greedy, spot_NT, job)
 
     assert not (ours.late_N | theirs.late_N).any()
     assert ours.cost_N.mean() < 0.97 * theirs.cost_N.mean()
@@ -155,3 +153,35 @@ def _of(outcome: Outcome) -> tuple[list[float], list[bool], list[int], list[int]
         list(outcome.moves_N),
         list(outcome.kills_N),
     )
+
+
+TRACES = synthetic_traces(200, 554, seed=1)
+
+
+def test_traces_are_the_same_for_the_same_seed_only() -> None:
+    assert (TRACES == synthetic_traces(200, 554, seed=1)).all()
+    assert (TRACES != synthetic_traces(200, 554, seed=2)).any()
+
+
+def test_traces_are_of_every_temper() -> None:
+    shares = TRACES.mean(axis=1)
+
+    assert (200, 554) == TRACES.shape
+    assert shares.min() < 0.2
+    assert shares.max() > 0.9
+
+
+def test_most_gaps_are_short_and_some_last_for_hours() -> None:
+    gaps = np.concatenate([_gaps(trace) for trace in TRACES])
+
+    assert np.median(gaps) <= 2
+    assert (gaps >= 18).mean() > 0.05
+
+
+def test_there_may_be_no_traces() -> None:
+    assert (0, 10) == synthetic_traces(0, 10, seed=0).shape
+
+
+def _gaps(trace: np.ndarray) -> np.ndarray:
+    edges = np.flatnonzero(np.diff(np.concatenate([[True], trace, [True]]).astype(int)))
+    return edges[1::2] - edges[::2]

@@ -112,7 +112,7 @@ def test_what_is_not_there_is_none_and_no_error(storage: Storage) -> None:
     assert storage.entries() == []
     assert storage.entries("none/at/all") == []
     storage.delete(["none"])
-    storage.sweep("none")
+    storage.delete_torn_writes("none")
 
 
 def test_a_name_below_an_object_is_not_there(storage: Storage) -> None:
@@ -212,8 +212,8 @@ def test_deleting_deletes_what_is_named(storage: Storage) -> None:
 
 def test_a_sweep_leaves_whole_objects(storage: Storage) -> None:
     storage.put_new("run=a/part", b"x")
-    storage.sweep("run=a")
-    storage.sweep("")
+    storage.delete_torn_writes("run=a")
+    storage.delete_torn_writes("")
 
     assert ["run=a/part"] == [entry.path for entry in storage.entries()]
 

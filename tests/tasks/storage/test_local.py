@@ -202,7 +202,7 @@ def sweep_before_linking(
     def swept(source: Path, target: Path) -> None:
         monkeypatch.setattr(os, "link", link)
         meanwhile()
-        folder.sweep("run=a")
+        folder.delete_torn_writes("run=a")
         link(source, target)
 
     monkeypatch.setattr(os, "link", swept)
@@ -237,7 +237,7 @@ def test_a_folder_that_is_swept_while_it_is_made_for_a_write_is_made_again(
         calls += 1
         fsync(descriptor)
         if calls == synced:
-            folder.sweep("run=a")
+            folder.delete_torn_writes("run=a")
 
     monkeypatch.setattr(os, "fsync", sync_and_sweep)
 
@@ -257,7 +257,7 @@ def test_a_sweep_takes_unfinished_writes_and_empty_folders_alone(folder: LocalSt
         folder.put_new(path, b"x")
     (folder.root / "run=a/.part.0123.tmp").write_bytes(b"torn")
     (folder.root / "run=a/empty/empty").mkdir(parents=True)
-    folder.sweep("run=a")
+    folder.delete_torn_writes("run=a")
 
     assert ["run=a", "run=a/notes.tmp", "run=a/part", "run=ab", "run=ab/.part.0.tmp"] == sorted(
         str(path.relative_to(folder.root)) for path in folder.root.rglob("*")
@@ -347,7 +347,7 @@ def test_a_pinned_file_rewritten_with_its_size_and_time_is_source_changed(folder
 
     assert (before.st_size, before.st_mtime_ns) == (now.st_size, now.st_mtime_ns)
     with pytest.raises(SourceChanged, match=r"changed at \d+ ns, inode \d+\), got 3 bytes, modified at"):
-        folder.hold(entry)
+        folder.check_unchanged(entry)
 
 
 def test_a_pinned_file_that_was_taken_away_and_put_back_is_source_changed(folder: LocalStorage) -> None:
@@ -356,7 +356,7 @@ def test_a_pinned_file_that_was_taken_away_and_put_back_is_source_changed(folder
     (folder.root / "a").rename(folder.root / "b")
     (folder.root / "b").rename(folder.root / "a")
     with pytest.raises(SourceChanged):
-        folder.hold(entry)
+        folder.check_unchanged(entry)
 
 
 def test_a_pinned_file_that_is_only_read_stays_the_same(folder: LocalStorage) -> None:
@@ -365,7 +365,7 @@ def test_a_pinned_file_that_is_only_read_stays_the_same(folder: LocalStorage) ->
     (folder.root / "a").read_bytes()
     (folder.root / "beside").write_bytes(b"x")
     (folder.root / "a").stat()
-    folder.hold(entry)
+    folder.check_unchanged(entry)
 
     assert [entry] == folder.pin([entry])
 
@@ -376,7 +376,7 @@ def test_inodes_that_a_mount_gives_out_anew_are_not_pinned(folder: LocalStorage,
     device = (folder.root / "a").stat().st_dev
     mount = f"36 35 {os.major(device)}:{os.minor(device)} / {folder.root} rw,relatime master:1 - {kind} somewhere rw\n"
     (entry,) = folder.pin(folder.entries(), lambda _: mount.encode())
-    folder.hold(entry)
+    folder.check_unchanged(entry)
 
     assert marks == len(entry.tag.split("/"))
 
@@ -403,10 +403,10 @@ def test_a_tag_of_an_earlier_version_holds_what_it_says(folder: LocalStorage) ->
     folder.put_new("a", b"old")
     (listed,) = folder.entries()
     (folder.root / "a").chmod(0o600)
-    folder.hold(listed)
+    folder.check_unchanged(listed)
     os.utime(folder.root / "a", ns=(1, 1))
     with pytest.raises(SourceChanged, match=r"\(3 bytes, modified at \d+ ns\), got 3 bytes, modified at 1 ns\."):
-        folder.hold(listed)
+        folder.check_unchanged(listed)
 
 
 def test_a_file_is_the_same_to_those_who_list_it_before_and_after_its_temporary_name_goes(
@@ -425,7 +425,7 @@ def test_a_file_is_the_same_to_those_who_list_it_before_and_after_its_temporary_
     (entry,) = seen
 
     assert [entry] == folder.entries()
-    folder.hold(entry)
+    folder.check_unchanged(entry)
     with folder.open_pinned(entry) as stream:
         assert b"data" == stream.read()
     assert folder.set_aside(entry) is not None
@@ -461,14 +461,14 @@ def test_a_file_that_goes_as_it_is_opened_is_gone_by_name(
     folder: LocalStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder.put_new("a", b"0123456789")
-    hold = LocalStorage.hold
+    check_unchanged = LocalStorage.check_unchanged
 
     def late(self: LocalStorage, entry: Entry) -> None:
         # Another worker sets the file aside between the look and the opening.
-        hold(self, entry)
+        check_unchanged(self, entry)
         self.set_aside(entry)
 
-    monkeypatch.setattr(LocalStorage, "hold", late)
+    monkeypatch.setattr(LocalStorage, "check_unchanged", late)
 
     with pytest.raises(SourceChanged, match="a must be there for the whole run, but is gone"):
         folder.open_pinned(folder.entries()[0])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.batch.formats import Wanted, read_tables
+from tasks.batch.formats import RequestedColumns, read_tables
 from tasks.stream.decode import ROWS_MAX, Decoder, Reason, Unreadable, count_rows, is_arrow, read_arrow
 from tasks.stream.score import write_arrow
 from tests.tasks.stream.messages import CONTRACT, KEYS, arrow_rows, decoder, json_row, message
@@ -49,7 +49,7 @@ def test_rows_of_json_are_read_as_the_batch_path_reads_json_lines(tmp_path: Path
     ((group,), poison) = decoder().decode(sent)
     lines = tmp_path / "rows.jsonl"
     lines.write_bytes(b"".join(each.payload + b"\n" for each in sent))
-    (table,) = read_tables(lines, "jsonl", Wanted(names=("a", "b", "id"), lists=frozenset()), "rows")
+    (table,) = read_tables(lines, "jsonl", RequestedColumns(names=("a", "b", "id"), lists=frozenset()), "rows")
 
     assert [] == poison
     assert table.to_pydict() == group.table.to_pydict()

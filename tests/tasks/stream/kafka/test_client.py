@@ -7,7 +7,7 @@ import threading
 import pytest
 from confluent_kafka import KafkaError, Producer
 
-from infra.local.ports import free_ports
+from infra.local.process import free_ports
 from serving.errors import BrokerDenied, BrokerFault
 from tasks.stream.connections import StreamAbandoned
 from tasks.stream.kafka.client import KafkaErrorHandler, build_settings, find_topic

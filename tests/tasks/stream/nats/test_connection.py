@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from infra.local.nats import nats_server
-from infra.local.ports import free_ports
+from infra.local.process import free_ports
 from tasks.stream.connections import StreamAbandoned
 from tasks.stream.nats.connection import NatsConnection
 from tests.flows.streams import kill_server, wait_until

@@ -7,8 +7,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from infra.local.nats import nats_server
-from infra.local.nats_client import NatsClient
+from infra.local.nats import NatsClient, nats_server
 from tasks.stream.message import Message
 from tasks.stream.nats.connection import NatsConnection
 from tasks.stream.nats.deduplication import EmittedIds

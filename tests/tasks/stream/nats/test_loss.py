@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from nats.js.api import AckPolicy, ConsumerConfig
 
-from infra.local.nats import NatsServer
-from infra.local.nats_client import NatsClient
+from infra.local.nats import NatsClient, NatsServer
 from serving.errors import MessagesLost, StreamReplaced, StreamUnfit
 from serving.model.registry import ModelPin
 from tasks.batch.predictions import open_predictions

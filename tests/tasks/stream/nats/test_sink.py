@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from nats.js.errors import ServiceUnavailableError
 
-from infra.local.nats import NatsServer, nats_server
-from infra.local.nats_client import NatsClient
+from infra.local.nats import NatsClient, NatsServer, nats_server
 from serving.errors import BrokerFault, StreamUnfit
 from tasks.stream.message import Poison
 from tasks.stream.nats.connection import NatsConnection

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra.local.nats import NatsServer
-from infra.local.nats_client import NatsClient
+from infra.local.nats import NatsClient, NatsServer
 from serving.errors import BrokerFault, StreamUnfit
 from tasks.stream.message import Message, Position
 from tasks.stream.nats.connection import NatsConnection

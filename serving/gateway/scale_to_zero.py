@@ -1,0 +1,205 @@
+"""Scale to zero: an idle endpoint's models are unloaded, and loaded again for the next request, which waits."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from http import HTTPStatus
+from typing import Protocol
+from urllib.parse import quote
+
+from serving.errors import Unanswered
+from serving.gateway.route import ModelState, ScaleToZero, ServedVersion
+from serving.gateway.upstreams import HttpClient, V2Upstream, log_upstream_error, remove_addresses
+from serving.targets.triton_control import ControlRefused, Verb, control_async
+
+# A server that never answers must not prevent another attempt.
+_LOAD_S_MAX, _UNLOAD_S_MAX = 600.0, 60.0
+_ERROR_CHARACTERS_MAX = 2000
+
+_log = logging.getLogger(__name__)
+
+
+def is_unload_due(*, keep_warm_s: float, idle_s: float, requests: int) -> bool:
+    """Return whether models are to be unloaded: no request is there, and none came for the keep-warm time."""
+    return requests == 0 and idle_s >= keep_warm_s
+
+
+class ModelLoader(Protocol):
+    """What loads and unloads the models of a server. `load` and `unload` raise Unanswered, with the reason."""
+
+    async def is_loaded(self, served: ServedVersion) -> bool:
+        """Return whether a version is loaded; False where its server does not answer."""
+        ...
+
+    async def load(self, served: ServedVersion) -> None:
+        """Load the model, and return once it is loaded."""
+        ...
+
+    async def unload(self, served: ServedVersion) -> None:
+        """Unload every version of the model."""
+        ...
+
+
+class ModelLifecycle:
+    """Loads and unloads the models of one endpoint. To be used in one event loop.
+
+    A gateway that starts does not know whether the models are loaded, so that the first request asks their server.
+    A loaded model is never loaded again, because its server would do the work twice. Promises: no request is sent to
+    models while they load or unload, and one load serves all requests that wait for it.
+
+    Args:
+        choose_loader: Returns what loads and unloads; called for each model, since the route may change.
+        observe_load: Takes the seconds of each load.
+        load_s_max: Seconds after which a load is given up.
+        unload_s_max: Seconds after which an unload is given up.
+    """
+
+    def __init__(
+        self,
+        choose_loader: Callable[[], ModelLoader],
+        observe_load: Callable[[float], None],
+        *,
+        load_s_max: float = _LOAD_S_MAX,
+        unload_s_max: float = _UNLOAD_S_MAX,
+    ) -> None:
+        self.state: ModelState = "unknown"
+        self._choose_loader = choose_loader
+        self._observe_load = observe_load
+        self._load_s_max, self._unload_s_max = load_s_max, unload_s_max
+        self._changing = asyncio.Lock()
+        self._loading: asyncio.Task[None] | None = None
+
+    async def load(self, rule: ScaleToZero | None, versions: Sequence[ServedVersion]) -> None:
+        """Return once the models are loaded.
+
+        Raises:
+            Unanswered: with 503, where the load fails or takes longer than the rule's hold_s_max.
+        """
+        if self.state == "awake" or rule is None:
+            return
+        if self._loading is None or self._loading.done():
+            self.state = "waking"
+            self._loading = asyncio.create_task(self._load(versions))
+            # Requests that wait get the error. Reading it here avoids asyncio's warning where none waits any more.
+            self._loading.add_done_callback(lambda task: task.cancelled() or task.exception())
+        try:
+            async with asyncio.timeout(rule.hold_s_max):
+                await asyncio.shield(self._loading)
+        except TimeoutError:
+            message = f"The model must be loaded within {rule.hold_s_max:g} s, but is still loading. Try again later."
+            raise Unanswered(message, retry_after_s=1) from None
+
+    async def unload(self, versions: Sequence[ServedVersion], *, count_requests: Callable[[], int]) -> bool:
+        """Unload the models, unless a request came in the meantime. Return whether all were; log what fails."""
+        async with self._changing:
+            if count_requests():
+                return False
+            self.state = "asleep"
+            return all([await self._unload(served) for served in _list_models(versions)])
+
+    def mark_lost(self) -> None:
+        """Note that the server no longer has the models, for example after a restart: the next request loads them."""
+        if self.state == "awake":
+            self.state = "asleep"
+
+    async def _load(self, versions: Sequence[ServedVersion]) -> None:
+        began = asyncio.get_running_loop().time()
+        async with self._changing:
+            try:
+                async with asyncio.timeout(self._load_s_max):
+                    missing = [served for served in versions if not await self._choose_loader().is_loaded(served)]
+                    for served in _list_models(missing):
+                        await self._choose_loader().load(served)
+            except Unanswered:
+                self.state = "asleep"
+                raise
+            except TimeoutError:
+                self.state = "asleep"
+                message = (
+                    f"The model server must load the model within {self._load_s_max:g} s, but did not. Read its log."
+                )
+                raise Unanswered(message) from None
+            self.state = "awake"
+        if missing:
+            self._observe_load(asyncio.get_running_loop().time() - began)
+
+    async def _unload(self, served: ServedVersion) -> bool:
+        try:
+            async with asyncio.timeout(self._unload_s_max):
+                await self._choose_loader().unload(served)
+        except Unanswered as error:
+            _log.warning("%s", error)
+        except TimeoutError:
+            _log.warning(
+                "%s must unload %s within %g s, but did not.", served.url, served.upstream_model, self._unload_s_max
+            )
+        else:
+            return True
+        return False
+
+
+def _list_models(versions: Sequence[ServedVersion]) -> list[ServedVersion]:
+    """Return one version of each model: a server loads and unloads all versions of a model at once."""
+    return list({(served.url, served.upstream_model): served for served in versions}.values())
+
+
+def make_loader(http: HttpClient, rule: ScaleToZero | None) -> ModelLoader:
+    """Return the loader that a route's rule names."""
+    if rule is not None and rule.grpc is not None:
+        return TritonLoader(http, rule.grpc)
+    return RepositoryLoader(http)
+
+
+class RepositoryLoader:
+    """Loads models by the model repository extension of V2, which Triton and MLServer have."""
+
+    def __init__(self, http: HttpClient) -> None:
+        self._http = http
+
+    async def is_loaded(self, served: ServedVersion) -> bool:
+        """GET /v2/models/MODEL/versions/VERSION/ready."""
+        return await V2Upstream(self._http, served).is_ready()
+
+    async def load(self, served: ServedVersion) -> None:
+        """POST /v2/repository/models/MODEL/load, which a server answers once the model is loaded."""
+        await self._post(served, "load")
+
+    async def unload(self, served: ServedVersion) -> None:
+        """POST /v2/repository/models/MODEL/unload."""
+        await self._post(served, "unload")
+
+    async def _post(self, served: ServedVersion, verb: Verb) -> None:
+        url = f"{served.url.rstrip('/')}/v2/repository/models/{quote(served.upstream_model, safe='')}/{verb}"
+        response = await self._http.send("POST", url, b"{}", {"Content-Type": "application/json"})
+        if response.status >= HTTPStatus.MULTIPLE_CHOICES:
+            reason = response.content.decode(errors="replace")[:_ERROR_CHARACTERS_MAX]
+            log_upstream_error(url, f"{response.status}: {reason}")
+            message = f"The model server must {verb} the model, got {response.status}: {remove_addresses(reason)}."
+            raise Unanswered(message)
+
+
+class TritonLoader(RepositoryLoader):
+    """Loads models through Triton's gRPC, which delays none of its HTTP connections while a model loads."""
+
+    def __init__(self, http: HttpClient, address: str) -> None:
+        super().__init__(http)
+        self._address = address
+
+    async def load(self, served: ServedVersion) -> None:
+        """Load the model; Triton answers once it is loaded."""
+        await self._control(served, "load")
+
+    async def unload(self, served: ServedVersion) -> None:
+        """Unload every version of the model."""
+        await self._control(served, "unload")
+
+    async def _control(self, served: ServedVersion, verb: Verb) -> None:
+        try:
+            await control_async(self._address, verb, served.upstream_model)
+        except ControlRefused as error:
+            reason = str(error)[:_ERROR_CHARACTERS_MAX]
+            log_upstream_error(self._address, reason)
+            message = f"The model server must {verb} the model, got: {remove_addresses(reason)}."
+            raise Unanswered(message) from None

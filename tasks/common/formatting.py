@@ -1,0 +1,33 @@
+"""How reports show values: durations in words, images as data URIs."""
+
+from __future__ import annotations
+
+import base64
+import math
+
+_MINUTE, _HOUR = 60, 3600
+
+
+def in_words(seconds: float) -> str:
+    """Return seconds in at most two units: 0.4 s, 12 s, 3 min 20 s, 2 h 5 min; a negative span keeps its sign."""
+    if math.isinf(seconds):
+        return "an endless time"
+    if seconds < 0:
+        return f"-{in_words(-seconds)}"
+    if seconds < _MINUTE - 0.5:
+        return f"{seconds:.0f} s" if seconds >= 10 or seconds == int(seconds) else f"{seconds:.1f} s"  # noqa: PLR2004
+    if seconds < _HOUR - 0.5:
+        minutes, rest = divmod(round(seconds), _MINUTE)
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    hours, minutes = divmod(round(seconds / _MINUTE), _MINUTE)
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+
+
+def in_fine_words(seconds: float) -> str:
+    """Return seconds as `in_words` does, and what is less than one in milliseconds."""
+    return in_words(seconds) if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def data_uri(png: bytes) -> str:
+    """Return a PNG as a data URI."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

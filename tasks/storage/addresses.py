@@ -1,0 +1,133 @@
+"""Addresses: which storage one opens, and which of its files it selects (one file, a folder, or what a glob fits)."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from serving.errors import BadInput
+from tasks.storage.base import Entry, Storage
+from tasks.storage.local import LocalStorage
+from tasks.storage.s3 import S3Storage
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_openers: dict[str, Callable[[str], Storage]] = {"s3": S3Storage}
+_FILE_URL = re.compile(r"file:(?://(?:localhost)?)?(/(?!/).*)", re.DOTALL)
+_WILD = re.compile(r"[*?\[]")
+
+
+def open_storage(url: str) -> Storage:
+    """Open a local folder (a path or file://) or an S3 prefix (s3://bucket/prefix).
+
+    On S3 the endpoint comes from the environment (AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL) and the
+    credentials from the boto3 chain. Raises BadInput for any other scheme that is not registered, and for control
+    characters.
+    """
+    if _CONTROL.search(unquote(url) if url.startswith("file:") else url):
+        message = f"An address must hold no control characters, such as tabs and newlines, got {url!r}. Rename it."
+        raise BadInput(message)
+    if url.startswith("s3://") and "@" in urlsplit(url).netloc:
+        message = (
+            f"An S3 address must hold no credentials, got {url}. Give them as boto3 takes them: a role, a profile or "
+            "the environment."
+        )
+        raise BadInput(message)
+    scheme, separator, _ = url.partition("://")
+    if separator and scheme in _openers:
+        return _openers[scheme](url)
+    if file := _FILE_URL.fullmatch(url):
+        return LocalStorage(Path(unquote(file[1])))
+    if url and not url.startswith("file:") and "://" not in url:
+        return LocalStorage(Path(url).expanduser().absolute())
+    message = f"An address must be a path, file:///path or s3://bucket/prefix, got {url!r}."
+    raise BadInput(message)
+
+
+def register_scheme(scheme: str, opener: Callable[[str], Storage]) -> None:
+    """Have open_storage open addresses that begin with `scheme://` by a storage of one's own, in this process.
+
+    Args:
+        scheme: The scheme alone, such as "memory". The last opener that is registered for it stands.
+        opener: Is given the whole address.
+    """
+    _openers[scheme] = opener
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The entries that an address selects below a root, and the globs that selected them, one a level.
+
+    `listed` holds the entries that were passed over too; of a local folder, down to the level of the last glob.
+    """
+
+    storage: Storage
+    globs: tuple[str, ...]
+    entries: list[Entry]
+    listed: list[Entry]
+
+    def would_select(self, other: Storage, path: str) -> bool:
+        """Whether the same address would select that path of another storage too, if there were such a file."""
+        root, target = (
+            os.path.realpath(storage.url) if isinstance(storage, LocalStorage) else storage.url
+            for storage in (self.storage, other)
+        )
+        root = root.rstrip("/") + "/"
+        return f"{target}/".startswith(root) and _matches(f"{target}/{path}".removeprefix(root).split("/"), self.globs)
+
+
+def select(address: str) -> Selection:
+    """List the files that an address selects; an empty selection where there are none.
+
+    A folder is everything below it. In a glob * stays within a folder, ** does not, and a slash at its
+    end makes it name folders. Names that begin with `_` or `.` are passed over, unless the glob has them so.
+    """
+    root, globs = _split_at_glob(address)
+    storage = open_storage(root)
+    # S3 is listed to its end whatever the depth.
+    entries = storage.entries(depth=len(globs) if "**" not in globs and isinstance(storage, LocalStorage) else None)
+    if not entries and globs == ("**",):
+        return _select_one_file(storage)
+    fitting = [entry for entry in entries if _matches(entry.path.split("/"), globs)]
+    return Selection(storage=storage, globs=globs, entries=fitting, listed=entries)
+
+
+def _split_at_glob(address: str) -> tuple[str, tuple[str, ...]]:
+    """Cut an address into the folder above its first wildcard, and a glob for each level below that."""
+    # A name that exists is meant as it stands, brackets and all.
+    if not _WILD.search(address) or Path(address).expanduser().exists():
+        return address, ("**",)
+    parts = address.split("/")
+    at = next(index for index, part in enumerate(parts) if _WILD.search(part))
+    root = "/".join(parts[:at]) or ("/" if address.startswith("/") else ".")
+    return root, tuple(part or "**" for part in parts[at:])
+
+
+def _matches(names: Sequence[str], globs: Sequence[str]) -> bool:
+    """Whether a path fits the globs level by level, where ** stands for any number of folders."""
+    if not globs or not names:
+        return not names and all(part == "**" for part in globs)
+    seen = not _is_hidden(names[0]) or _is_hidden(globs[0])
+    if globs[0] == "**":
+        return _matches(names, globs[1:]) or (seen and _matches(names[1:], globs))
+    return seen and fnmatch.fnmatchcase(names[0], globs[0]) and _matches(names[1:], globs[1:])
+
+
+def _is_hidden(name: str) -> bool:
+    # As Spark has it: `_date=2024-01-01` is a partition, `_SUCCESS` is not data.
+    return name.startswith(".") or (name.startswith("_") and "=" not in name)
+
+
+def _select_one_file(storage: Storage) -> Selection:
+    """Read an address as one file, which is below the folder above it."""
+    above, _, name = storage.url.rpartition("/")
+    found = None
+    if name and above != "s3:/":
+        storage = open_storage(above or "/")
+        found = storage.find(name)
+    one = [] if found is None else [found]
+    return Selection(storage=storage, globs=(), entries=one, listed=one)

@@ -1,0 +1,167 @@
+"""Models that are unloaded while idle, and loaded for the request that needs them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infra.local.gateway import GatewayServer
+from serving.errors import Unanswered
+from serving.gateway.client import GatewayClient
+from serving.gateway.route import Limits, ScaleToZero, ServedVersion
+from serving.gateway.scale_to_zero import ModelLifecycle, is_unload_due
+from tests.serving.gateway.conftest import Put
+from tests.serving.gateway.support import EndpointClient, V2Server, error, read_metrics, route, served
+
+RULE_SHORT = ScaleToZero(keep_warm_s=0.2)
+
+
+@pytest.fixture
+def wait_until_unloaded(admin: GatewayClient) -> Callable[[EndpointClient], None]:
+    def wait_until_unloaded(endpoint: EndpointClient) -> None:
+        admin.wait_until(endpoint.name, lambda state: state.models == "asleep", timeout_s=20)
+
+    return wait_until_unloaded
+
+
+def test_models_are_unloaded_while_idle_and_a_request_loads_them_once(
+    put: Put, v2: V2Server, gateway: GatewayServer, wait_until_unloaded: Callable[[EndpointClient], None]
+) -> None:
+    endpoint = put(route(v2.url, ("1", 1), ("2", 1), model="sleepy", sleep=RULE_SHORT))
+    assert 200 == endpoint.infer().status_code
+    wait_until_unloaded(endpoint)
+    loads = v2.seen("sleepy load")
+
+    assert 1 == v2.seen("sleepy unload")
+    assert {"name": endpoint.name, "ready": True} == endpoint.get("/ready").json()
+    with ThreadPoolExecutor(8) as pool:
+        assert {200} == {answer.status_code for answer in pool.map(lambda _: endpoint.infer(), range(8))}
+    assert loads + 1 == v2.seen("sleepy load")
+    assert f'overnight_wake_seconds_count{{endpoint="{endpoint.name}"}} 2.0' in read_metrics(gateway)
+
+
+def test_a_model_that_is_loaded_already_is_not_loaded_again(put: Put, v2: V2Server) -> None:
+    assert 10 == put(route(v2.url, model="steady", sleep=ScaleToZero(keep_warm_s=60))).score()
+    assert 0 == v2.seen("steady load")
+
+
+def test_no_request_is_lost_while_models_unload_and_load(
+    put: Put, v2: V2Server, wait_until_unloaded: Callable[[EndpointClient], None]
+) -> None:
+    endpoint = put(route(v2.url, ("1", 1), model="restless", sleep=ScaleToZero(keep_warm_s=0.05)))
+    statuses = []
+    for pause_s in (0.0, 1.0, 1.05, 0.0):
+        time.sleep(pause_s)
+        statuses.append(endpoint.infer().status_code)
+
+    assert [200] * 4 == statuses
+    assert v2.seen("restless unload") >= 1
+
+
+def test_a_request_waits_at_most_hold_s_max_and_the_load_goes_on(put: Put, v2: V2Server) -> None:
+    endpoint = put(route(v2.url, model="late", sleep=ScaleToZero(keep_warm_s=60, hold_s_max=0.1)))
+
+    assert (503, "The model must be loaded within 0.1 s, but is still loading. Try again later.") == error(
+        endpoint.infer()
+    )
+    deadline = time.monotonic() + 10
+    while endpoint.infer().status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert 1 == v2.seen("late load")
+
+
+def test_requests_that_wait_for_a_load_are_limited(put: Put, v2: V2Server) -> None:
+    endpoint = put(
+        route(v2.url, model="popular", sleep=ScaleToZero(keep_warm_s=60), limits=Limits(in_flight_max=1, queue_max=1))
+    )
+    with ThreadPoolExecutor(6) as pool:
+        statuses = sorted(answer.status_code for answer in pool.map(lambda _: endpoint.infer(), range(6)))
+
+    assert [200, 200, 429, 429, 429, 429] == statuses
+
+
+def test_a_model_that_does_not_load_is_503_with_the_reason(put: Put, v2: V2Server) -> None:
+    status, message = error(put(route(v2.url, model="unloadable", sleep=RULE_SHORT)).infer())
+
+    assert 503 == status
+    assert "must load the model" in message
+    assert "no memory for it" in message
+
+
+def test_a_model_that_its_server_has_lost_is_loaded_again(put: Put, v2: V2Server) -> None:
+    endpoint = put(route(v2.url, model="lost", sleep=ScaleToZero(keep_warm_s=60)))
+    assert 10 == endpoint.score()
+    httpx.post(f"{v2.url}/v2/repository/models/lost/unload")
+
+    assert 10 == endpoint.score()
+    assert 2 == v2.seen("lost load")
+
+
+RULE_LONG = ScaleToZero(keep_warm_s=1, hold_s_max=10)
+VERSIONS = (served("http://127.0.0.1:9"),)
+
+
+class SilentLoader:
+    """A server that does not answer until it is repaired."""
+
+    is_repaired = False
+
+    async def is_loaded(self, _served: ServedVersion) -> bool:
+        return False
+
+    async def load(self, served: ServedVersion) -> None:
+        await self.unload(served)
+
+    async def unload(self, _served: ServedVersion) -> None:
+        if not self.is_repaired:
+            await asyncio.get_running_loop().create_future()
+
+
+def make_lifecycle(loader: SilentLoader) -> ModelLifecycle:
+    return ModelLifecycle(lambda: loader, lambda _seconds: None, load_s_max=0.05, unload_s_max=0.05)
+
+
+def test_a_load_that_never_ends_times_out_and_the_next_request_tries_again() -> None:
+    async def load_twice() -> str:
+        server = SilentLoader()
+        models = make_lifecycle(server)
+        with pytest.raises(Unanswered, match=r"must load the model within 0\.05 s, but did not"):
+            await models.load(RULE_LONG, VERSIONS)
+        server.is_repaired = True
+        await models.load(RULE_LONG, VERSIONS)
+        return models.state
+
+    assert "awake" == asyncio.run(asyncio.wait_for(load_twice(), 10))
+
+
+def test_an_unload_that_never_ends_does_not_block_a_later_request() -> None:
+    async def unload_and_load() -> tuple[bool, str]:
+        server = SilentLoader()
+        models = make_lifecycle(server)
+        are_unloaded = await models.unload(VERSIONS, count_requests=lambda: 0)
+        server.is_repaired = True
+        await models.load(RULE_LONG, VERSIONS)
+        return are_unloaded, models.state
+
+    assert (False, "awake") == asyncio.run(asyncio.wait_for(unload_and_load(), 10))
+
+
+seconds = st.floats(0.001, 1e6)
+
+
+@given(seconds, seconds, st.integers(1, 9))
+def test_models_stay_loaded_while_there_is_a_request(keep_warm_s: float, idle_s: float, requests: int) -> None:
+    assert not is_unload_due(keep_warm_s=keep_warm_s, idle_s=idle_s, requests=requests)
+
+
+@given(seconds, seconds)
+def test_models_are_unloaded_after_the_keep_warm_time_without_requests(keep_warm_s: float, idle_s: float) -> None:
+    assert (idle_s >= keep_warm_s) == is_unload_due(keep_warm_s=keep_warm_s, idle_s=idle_s, requests=0)
