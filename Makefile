@@ -32,7 +32,7 @@ demo-stream: $(STAMP)
 
 # Three ways to consume the model's predictions: the mode that serves each at the lowest cost, and what others waste.
 demo-modes: $(STAMP)
-	@$(BIN)/python -m deployments.demo.modes
+	@$(BIN)/python -m deployments.demo.modes $(if $(TRACES),--traces $(TRACES))
 
 # Work pools, deployments and automations on the Prefect server of PREFECT_API_URL; again, it changes nothing.
 deploy: $(STAMP)
@@ -123,7 +123,8 @@ bench-nightly: $(STAMP)
 bench-workers: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.workers
 
-# What a deadline costs on spot: greedy, Uniform Progress, ours and the optimum on ../shared/traces, else generated ones.
+# What a deadline costs on spot: greedy, Uniform Progress, ours and the optimum. TRACES=FOLDER for real traces of spot,
+# else generated ones.
 bench-spot: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.spot
 
@@ -137,8 +138,8 @@ bench-endpoint: $(STAMP)
 bench-stream: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.stream
 
-# The choice of a mode: its regret on 200 workloads and real traces, keep-warm, speed, and predictions against what
-# happens here. CASES=20 ROWS=1000000 ROUNDS=1 for a quick look, PARTS="regret" for one figure.
+# The choice of a mode: its regret on 200 workloads and the real traces of TRACES=FOLDER, keep-warm, speed, and
+# predictions against what happens here. CASES=20 ROWS=1000000 ROUNDS=1 for a quick look, PARTS="regret" for one figure.
 bench-modes: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.modes
 

@@ -1,7 +1,7 @@
-"""Make a Prefect server have the work pools, deployments and automations of this project: `make deploy`.
+"""Create the work pools, deployments and automations of this project on a Prefect server: `make deploy`.
 
-Called again it changes nothing, and says so. What prefect.yaml says goes: a schedule or a parameter that was
-changed in the UI is set back, by name. A work pool that is there is left as it is, whatever its type.
+Idempotent. prefect.yaml has the last word: a schedule or a parameter that was changed in the UI is set back, by name.
+A work pool that exists stays as it is, whatever its type.
 """
 
 from __future__ import annotations
@@ -24,22 +24,24 @@ from prefect.exceptions import ObjectNotFound
 from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.settings import PREFECT_API_URL
 from prefect.utilities.callables import parameter_schema
+from prefect.workers.process import ProcessWorker
 
-from deployments.automations import automations
-from deployments.pools import pools
+from deployments.automations import make_automations
 
-FILE = Path(__file__).with_name("prefect.yaml")
+PREFECT_FILE = Path(__file__).with_name("prefect.yaml")
 
 Fields = Mapping[str, Any]
+# A mistyped number of workers must not take, or buy, any number of machines.
+FLOW_RUNS_PER_POOL_MAX = 64
 
 
 class DeployFailed(RuntimeError):
-    """The server does not have what was asked for; the message says what to do."""
+    """The server could not be brought to the configuration; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """What became of one thing on the server."""
+    """What was changed about one object on the server."""
 
     kind: str
     name: str
@@ -47,9 +49,9 @@ class Change:
 
 
 def main() -> None:
-    """Apply everything to the server of PREFECT_API_URL, and say what that changed."""
+    """Deploy everything to the server of PREFECT_API_URL, and print what that changed."""
     try:
-        changes = asyncio.run(apply())
+        changes = asyncio.run(deploy())
     except DeployFailed as failure:
         sys.exit(str(failure))
     for change in changes:
@@ -58,11 +60,14 @@ def main() -> None:
     sys.stdout.write(f"{changed} changes at {PREFECT_API_URL.value()}.\n" if changed else "Nothing has changed.\n")
 
 
-async def apply(file: Path = FILE, wanted: Iterable[AutomationCore] | None = None) -> list[Change]:
-    """Create or change what differs from `file` and `wanted`; return every thing, with what became of it.
+async def deploy(file: Path = PREFECT_FILE, automations: Iterable[AutomationCore] | None = None) -> list[Change]:
+    """Create or change what differs from `file` and `automations`; return every object with its change.
 
-    Raises DeployFailed where there is no server, where a pool is missing that no code here makes, or
-    where the server does not take something. Called twice at once, both may create an automation.
+    Two calls at the same time may both create an automation.
+
+    Raises:
+        DeployFailed: There is no server, a work pool does not exist that is not made here, or the server refuses
+            something.
     """
     if not PREFECT_API_URL.value():
         message = (
@@ -72,12 +77,12 @@ async def apply(file: Path = FILE, wanted: Iterable[AutomationCore] | None = Non
         raise DeployFailed(message)
     try:
         async with get_client() as client:
-            changes = [await _apply_pool(client, pool) for pool in pools()]
+            changes = [await _apply_pool(client, pool) for pool in make_work_pools()]
             changes += await _apply_deployments(client, file, read_deployments(file))
-            return changes + [await _apply_automation(client, each) for each in wanted or automations()]
+            return changes + [await _apply_automation(client, each) for each in automations or make_automations()]
     except httpx.TransportError as error:
         address = PREFECT_API_URL.value()
-        message = f"The Prefect server at {address} must answer, got: {error!r}. Start it, or mend the address."
+        message = f"The Prefect server at {address} must answer, got: {error!r}. Start it, or correct the address."
         raise DeployFailed(message) from error
 
 
@@ -90,23 +95,43 @@ async def _apply_pool(client: PrefectClient, pool: WorkPoolCreate) -> Change:
     return Change(kind="work pool", name=pool.name)
 
 
-async def _apply_deployments(client: PrefectClient, file: Path, wanted: Mapping[str, Fields]) -> list[Change]:
-    """Have Prefect deploy those that differ, by its own reading of the file."""
-    await _check_pools(client, file, {name: fields["work_pool_name"] for name, fields in wanted.items()})
-    changes = [await _compare(client, name, fields) for name, fields in wanted.items()]
+def make_work_pools() -> list[WorkPoolCreate]:
+    """Return every work pool that prefect.yaml names."""
+    return [
+        make_process_pool(),
+        make_process_pool("overnight-spot", "Cheap machines, which may vanish at any moment"),
+        make_process_pool("overnight-on-demand", "Machines at the full price, which stay"),
+    ]
+
+
+def make_process_pool(name: str = "overnight", machines: str = "Machines that are there anyway") -> WorkPoolCreate:
+    """Return a pool of machines whose workers start flow runs as processes."""
+    return WorkPoolCreate(
+        name=name,
+        description=f"{machines}. On each runs: python -m infra.worker --pool {name}",
+        type=ProcessWorker.type,
+        base_job_template=ProcessWorker.get_default_base_job_template(),
+        concurrency_limit=FLOW_RUNS_PER_POOL_MAX,
+    )
+
+
+async def _apply_deployments(client: PrefectClient, file: Path, deployments: Mapping[str, Fields]) -> list[Change]:
+    """Have Prefect deploy those that differ from the file."""
+    await _check_pools(client, file, {name: fields["work_pool_name"] for name, fields in deployments.items()})
+    changes = [await _compare_deployment(client, name, fields) for name, fields in deployments.items()]
     names = [change.name for change in changes if change.what != "unchanged"]
     if names:
-        _deploy(file, names)
+        _run_prefect_deploy(file, names)
         for name in names:
-            left = await _compare(client, name, wanted[name])
-            if left.what != "unchanged":
-                message = f"Deployment {name} must be as {file} says once it is deployed, but is still {left.what}."
+            remaining = await _compare_deployment(client, name, deployments[name])
+            if remaining.what != "unchanged":
+                message = f"Deployment {name} must be as {file} says once it is deployed, but is {remaining.what}."
                 raise DeployFailed(message)
     return changes
 
 
-def read_deployments(file: Path = FILE) -> dict[str, Fields]:
-    """Return, by name, what the server has in the fields of each deployment once the file is deployed."""
+def read_deployments(file: Path = PREFECT_FILE) -> dict[str, Fields]:
+    """Return, by name, the fields that each deployment has on the server once the file is deployed."""
     content = yaml.safe_load(file.read_text())
     return dict(_read_deployment(each, content["pull"]) for each in content["deployments"])
 
@@ -133,33 +158,33 @@ async def _check_pools(client: PrefectClient, file: Path, names: Mapping[str, st
             await client.read_work_pool(pool)
         except ObjectNotFound:
             message = (
-                f"The work pool {pool!r} of deployment {deployment} must be there, but the server has none of that "
+                f"The work pool {pool!r} of deployment {deployment} must exist, but the server has none of that "
                 f"name. Create it (`prefect work-pool create {pool} --type process`), or name another in {file}."
             )
             raise DeployFailed(message) from None
 
 
-async def _compare(client: PrefectClient, name: str, fields: Fields) -> Change:
+async def _compare_deployment(client: PrefectClient, name: str, fields: Fields) -> Change:
     try:
-        standing = await client.read_deployment_by_name(name)
+        deployed = await client.read_deployment_by_name(name)
     except ObjectNotFound:
         return Change(kind="deployment", name=name, what="created")
-    differ = differences(fields, standing)
+    differ = find_differences(fields, deployed)
     return Change(kind="deployment", name=name, what=f"changed: {', '.join(differ)}" if differ else "unchanged")
 
 
-def differences(fields: Fields, standing: DeploymentResponse) -> list[str]:
-    """Return the fields in which a deployment of the server is not what it is wanted to be."""
-    has = standing.model_dump(mode="json", include=set(fields))
+def find_differences(fields: Fields, deployed: DeploymentResponse) -> list[str]:
+    """Return the fields in which a deployment on the server differs from its configuration."""
+    has = deployed.model_dump(mode="json", include=set(fields))
     has["schedules"] = [
-        # Of a schedule counts what the file says of it; the server adds ids, times and defaults.
-        {key: {**schedule, **schedule["schedule"]}.get(key) for key in wanted}
-        for schedule, wanted in zip(has["schedules"], fields["schedules"], strict=False)
+        # Only what the file says of a schedule counts; the server adds ids, times and defaults.
+        {key: {**schedule, **schedule["schedule"]}.get(key) for key in stated}
+        for schedule, stated in zip(has["schedules"], fields["schedules"], strict=False)
     ] + has["schedules"][len(fields["schedules"]) :]
     return [name for name, value in fields.items() if has[name] != value]
 
 
-def _deploy(file: Path, names: list[str]) -> None:
+def _run_prefect_deploy(file: Path, names: list[str]) -> None:
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--prefect-file", str(file)]
     done = subprocess.run(  # noqa: S603 - Prefect's own program, on a file of this project
         [*command, *(part for name in names for part in ("--name", name.rpartition("/")[2]))],
@@ -168,22 +193,22 @@ def _deploy(file: Path, names: list[str]) -> None:
         check=False,
     )
     if done.returncode:
-        message = f"Prefect must take the deployments of {file}, but says:\n{done.stdout}{done.stderr}"
+        message = f"Prefect must take the deployments of {file}, but answers:\n{done.stdout}{done.stderr}"
         raise DeployFailed(message)
 
 
-async def _apply_automation(client: PrefectClient, wanted: AutomationCore) -> Change:
-    standing = await client.read_automations_by_name(wanted.name)
-    if not standing:
-        await client.create_automation(wanted)
-        return Change(kind="automation", name=wanted.name, what="created")
-    # Every field is given, defaults too: the client sends those alone.
-    has, wants = (AutomationCore(**each.model_dump(exclude={"owner_resource"})) for each in (standing[0], wanted))
+async def _apply_automation(client: PrefectClient, automation: AutomationCore) -> Change:
+    existing = await client.read_automations_by_name(automation.name)
+    if not existing:
+        await client.create_automation(automation)
+        return Change(kind="automation", name=automation.name, what="created")
+    # Every field is set, defaults too: the client sends only fields that are set.
+    has, wants = (AutomationCore(**each.model_dump(exclude={"owner_resource"})) for each in (existing[0], automation))
     differ = [name for name, value in wants if getattr(has, name) != value]
     if not differ:
-        return Change(kind="automation", name=wanted.name)
-    await client.update_automation(standing[0].id, wants)
-    return Change(kind="automation", name=wanted.name, what=f"changed: {', '.join(differ)}")
+        return Change(kind="automation", name=automation.name)
+    await client.update_automation(existing[0].id, wants)
+    return Change(kind="automation", name=automation.name, what=f"changed: {', '.join(differ)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Automations: how runs whose machine was lost go on, without anybody looking.
+"""Automations that resume the flow runs whose machine was lost.
 
-Prefect runs a failed task again, but nothing that died with its process: a flow run that is lost with its
-machine stays Running for ever, and one that a worker saw die stays Crashed.
+Prefect runs a failed task again, but nothing that died with its process: a flow run that is lost with its machine stays
+Running for ever, and one whose death a worker has seen stays Crashed.
 """
 
 from __future__ import annotations
@@ -11,50 +11,50 @@ from datetime import timedelta
 from prefect.automations import AutomationCore, ChangeFlowRunState, EventTrigger, Posture, ResourceSpecification
 from prefect.client.schemas.objects import StateType
 
-# Runs of deployments with this tag are resumed: those of prefect.yaml, whose job variables make them send heartbeats.
-TAG = "resumes"
-# Of heartbeats that come every 30 s one may be lost, and the next be late.
+# Flow runs of deployments with this tag are resumed: those of prefect.yaml, whose job variables enable heartbeats.
+RESUMES_TAG = "resumes"
+# Heartbeats come every 30 s: one may be lost, and the next one late.
 SILENT_SECONDS = 75.0
-# A worker that lives reports a death twice, about a second apart: a run that was resumed in between would run twice.
-SETTLED_SECONDS = 15.0
-# From the worker's word to the first line of the flow; machines that are slow to start need more.
-STARTING_SECONDS = 300.0
-# Enough for a night of spot machines; a run that itself kills its machine must come to an end.
+# A live worker reports a death twice, about a second apart: a run that was resumed in between would run twice.
+SETTLE_SECONDS = 15.0
+# From Pending to the first line of the flow; machines that are slow to start need more.
+START_SECONDS = 300.0
+# Enough for a night of spot machines; a run that kills its own machine must come to an end.
 ATTEMPTS_MAX = 20
 
 _FINAL = ("Completed", "Failed", "Crashed", "Cancelled")
 
 
-def automations(
+def make_automations(
     *,
     silent_seconds: float = SILENT_SECONDS,
-    settled_seconds: float = SETTLED_SECONDS,
-    starting_seconds: float = STARTING_SECONDS,
+    settle_seconds: float = SETTLE_SECONDS,
+    start_seconds: float = START_SECONDS,
     attempts_max: int = ATTEMPTS_MAX,
 ) -> list[AutomationCore]:
     """Return the automations that resume the flow runs of deployments with the tag.
 
-    A machine that is lost costs at most `silent_seconds` + `settled_seconds`, the server's look at its
-    clock (5 s) and the worker's at its queue (10 s). Prefect takes no time below 10 s.
+    A lost machine costs at most `silent_seconds` + `settle_seconds`, and the polling intervals of the server (5 s) and
+    the worker (10 s). Prefect accepts no time below 10 s.
     """
     return [
-        report_lost(silent_seconds=silent_seconds),
-        resume_crashed(settled_seconds=settled_seconds, attempts_max=attempts_max),
-        start_again(starting_seconds=starting_seconds),
+        report_lost_runs(silent_seconds=silent_seconds),
+        resume_crashed_runs(settle_seconds=settle_seconds, attempts_max=attempts_max),
+        restart_unstarted_runs(start_seconds=start_seconds),
     ]
 
 
-def report_lost(*, silent_seconds: float = SILENT_SECONDS) -> AutomationCore:
+def report_lost_runs(*, silent_seconds: float = SILENT_SECONDS) -> AutomationCore:
     """Return the automation that makes a run Crashed once it has been silent: its machine is gone.
 
-    It watches every run that has begun, until it ends or is about to be run again.
+    It watches every run that has begun, until it ends or is scheduled again.
     """
     return AutomationCore(
         name="overnight: report lost runs",
         description=f"A run without a heartbeat for {silent_seconds:g} s has lost its machine: it is Crashed.",
         trigger=EventTrigger(
             match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
-            match_related=_tagged(),
+            match_related=_match_tagged_runs(),
             for_each={"prefect.resource.id"},
             after={"prefect.flow-run.Running", "prefect.flow-run.heartbeat"},
             expect={
@@ -76,11 +76,11 @@ def report_lost(*, silent_seconds: float = SILENT_SECONDS) -> AutomationCore:
     )
 
 
-def resume_crashed(*, settled_seconds: float = SETTLED_SECONDS, attempts_max: int = ATTEMPTS_MAX) -> AutomationCore:
-    """Return the automation that has a Crashed run run again, `attempts_max` times in all at most.
+def resume_crashed_runs(*, settle_seconds: float = SETTLE_SECONDS, attempts_max: int = ATTEMPTS_MAX) -> AutomationCore:
+    """Return the automation that schedules a Crashed run again, for at most `attempts_max` attempts in all.
 
-    It waits until nothing has been heard of the run for `settled_seconds`. A run that crashed before it
-    began, as with parameters that it can't take, has made no attempt, and is left as it is.
+    It waits until no event of the run has come for `settle_seconds`. A run that crashed before it began, as with
+    invalid parameters, has made no attempt, and stays as it is.
     """
     counts = [str(count) for count in range(1, attempts_max)]
     return AutomationCore(
@@ -88,47 +88,47 @@ def resume_crashed(*, settled_seconds: float = SETTLED_SECONDS, attempts_max: in
         description=f"A run that crashed is run again, {attempts_max} times in all at most.",
         trigger=EventTrigger(
             match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*", "prefect.run-count": counts}),
-            match_related=_tagged(),
+            match_related=_match_tagged_runs(),
             for_each={"prefect.resource.id"},
             after={"prefect.flow-run.Crashed"},
             expect={"prefect.flow-run.*"},
             posture=Posture.Proactive,
             threshold=1,
-            within=timedelta(seconds=settled_seconds),
+            within=timedelta(seconds=settle_seconds),
         ),
-        actions=[_run_again("It crashed, and runs again.")],
+        actions=[_reschedule("It crashed, and runs again.")],
     )
 
 
-def start_again(*, starting_seconds: float = STARTING_SECONDS) -> AutomationCore:
-    """Return the automation for runs whose machine was lost between taking them up and their first line.
+def restart_unstarted_runs(*, start_seconds: float = START_SECONDS) -> AutomationCore:
+    """Return the automation for runs whose machine was lost between taking them up and the first line of the flow.
 
-    Such a run is Pending, sends nothing, and is offered to no other worker.
+    Such a run is Pending, sends no events, and is offered to no other worker.
     """
     return AutomationCore(
         name="overnight: start again what did not begin",
-        description=f"A run that a worker took up, but that has not begun {starting_seconds:g} s later, is run again.",
+        description=f"A run that a worker took up, but that has not begun {start_seconds:g} s later, is run again.",
         trigger=EventTrigger(
             match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
-            match_related=_tagged(),
+            match_related=_match_tagged_runs(),
             for_each={"prefect.resource.id"},
             after={"prefect.flow-run.Pending"},
             expect={"prefect.flow-run.*"},
             posture=Posture.Proactive,
             threshold=1,
-            within=timedelta(seconds=starting_seconds),
+            within=timedelta(seconds=start_seconds),
         ),
-        actions=[_run_again(f"It had not begun {starting_seconds:g} s after a worker took it up.")],
+        actions=[_reschedule(f"It had not begun {start_seconds:g} s after a worker took it up.")],
     )
 
 
-def _run_again(message: str) -> ChangeFlowRunState:
+def _reschedule(message: str) -> ChangeFlowRunState:
     return ChangeFlowRunState(state=StateType.SCHEDULED, name="AwaitingRetry", message=message, force=False)
 
 
-def _tagged() -> list[ResourceSpecification | dict[str, str | list[str]]]:
-    """Match flow runs that a worker may take up again: one that was called from Python has no deployment."""
+def _match_tagged_runs() -> list[ResourceSpecification | dict[str, str | list[str]]]:
+    """Match flow runs that a worker may take up again: a flow that was called from Python has no deployment."""
     return [
-        ResourceSpecification({"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{TAG}"}),
+        ResourceSpecification({"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{RESUMES_TAG}"}),
         ResourceSpecification({"prefect.resource.role": "deployment"}),
     ]

@@ -9,7 +9,7 @@ from prefect import get_run_logger
 from pydantic import Field
 
 from flows.runtime.flow_decorator import adhoc_flow
-from flows.runtime.task_timing import StepTimer
+from flows.runtime.steps import Steps
 from serving.gateway.client import GatewayClient
 from serving.targets import Address
 from tasks.endpoint.batching import BatchingChoice, resolve_batching, save_settings
@@ -36,7 +36,7 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
     by the server, VerifyFailed by the answers, RolledBack by the traffic.
     """
     logger = get_run_logger()
-    timer = StepTimer()
+    timer = Steps()
     keys = read_keys(spec.access)
     with GatewayClient(spec.gateway, read_admin_key(spec.admin_secret)) as gateway:
         loaded = timer.run("resolve", lambda: load_endpoint_model(spec))
@@ -114,9 +114,7 @@ def _verify_release(spec: EndpointSpec, loaded: LoadedModel, choice: BatchingCho
         return verify_endpoint(client, loaded, rows_max=rows_max, tolerance=spec.tolerance)
 
 
-def _measure_latency(
-    timer: StepTimer, spec: EndpointSpec, loaded: LoadedModel, address: Address | None
-) -> Latency | None:
+def _measure_latency(timer: Steps, spec: EndpointSpec, loaded: LoadedModel, address: Address | None) -> Latency | None:
     budget, seconds = spec.budget, spec.measure_seconds
     if budget is None or not seconds or address is None:
         return None

@@ -14,8 +14,8 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import TerminationSignal
 
-from flows.runtime.context import flow_run, flow_run_id
 from flows.runtime.flow_decorator import adhoc_flow
+from flows.runtime.steps import flow_run, flow_run_id
 from serving.errors import OvernightError, SourceFormat
 from serving.machine import count_cores
 from tasks.batch.dataset import open_dataset

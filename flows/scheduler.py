@@ -11,9 +11,8 @@ from prefect.variables import Variable
 
 from flows.runtime.apply import apply_decision, find_standing
 from flows.runtime.calibration_run import run_trial
-from flows.runtime.context import flow_run
 from flows.runtime.flow_decorator import adhoc_flow
-from flows.runtime.task_timing import StepTimer
+from flows.runtime.steps import Steps, flow_run
 from tasks.common.artifacts import Logger
 from tasks.endpoint.resolve import load_endpoint_model
 from tasks.endpoint.spec import EndpointSpec
@@ -57,7 +56,7 @@ def choose_mode(
     BadWorkload's kinds where nothing can be decided, PricesMissing, ModelNotFound, ProfileFailed, ApplyFailed.
     """
     logger = get_run_logger()
-    stages = StepTimer()
+    stages = Steps()
     inputs = _read(stages, workload, measuring)
     decision = stages.run("decide", lambda: decide_by(inputs))
     _show(stages, inputs, decision, plot_file, logger)
@@ -88,7 +87,7 @@ def review_modes(
     what choose_mode raises.
     """
     logger = get_run_logger()
-    stages = StepTimer()
+    stages = Steps()
     inputs = _read(stages, workload, measuring)
     decision = stages.run("decide", lambda: decide_by(inputs))
     standing = find_standing(workload.name)
@@ -119,7 +118,7 @@ def profile_model(workload: Workload, measuring: Measuring = _MEASURING) -> Prof
     return measure_profile(spec, load_endpoint_model(spec), measuring, run_trial)
 
 
-def _read(stages: StepTimer, workload: Workload, measuring: Measuring) -> Inputs:
+def _read(stages: Steps, workload: Workload, measuring: Measuring) -> Inputs:
     """Return all that a decision is computed from; what is quick and may be refused comes first."""
     now = datetime.now(UTC)
     if isinstance(workload.consumer, Table):
@@ -139,7 +138,7 @@ def _read(stages: StepTimer, workload: Workload, measuring: Measuring) -> Inputs
     )
 
 
-def _show(stages: StepTimer, inputs: Inputs, decision: Decision, plot_file: str | None, logger: Logger) -> None:
+def _show(stages: Steps, inputs: Inputs, decision: Decision, plot_file: str | None, logger: Logger) -> None:
     """Publish a decision as artifacts, and write its plot."""
     notes = inputs.arrivals.notes if inputs.arrivals else ()
     costs = stages.run("sweep", lambda: sweep(inputs, decision))

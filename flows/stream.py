@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import get_run_logger
 
 from flows.runtime.flow_decorator import adhoc_flow
-from flows.runtime.interruption import exit_with_notice
+from flows.runtime.interruption import exit_interrupted
 from flows.runtime.stream_run import StreamRun, handle_early_sigterm
 from serving.model.loading import load_model
 from serving.model.registry import resolve_model
@@ -57,7 +57,7 @@ def stream_inference(model: str, source: AnySource, sink: AnySink, options: Stre
         run.run(connections, logger)
     done, name = _describe_done(run.metrics), _name_connection(source)
     if run.ended_by_notice:
-        exit_with_notice(
+        exit_interrupted(
             run.drain, done, lambda words: publish_report(name, f"# Stream {name}\n\n{words}\n", logger), logger
         )
     report = _build_report(run, resolved.pin.uri, source, sink)

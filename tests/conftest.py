@@ -16,6 +16,8 @@ os.environ["DO_NOT_TRACK"] = "true"
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 # Tests call what runs within flows, and its log lines belong to none then.
 os.environ["PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW"] = "ignore"
+# Prefect must not start a hidden server where a test has none: it would still log when pytest has closed the streams.
+os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "false"
 # No test looks for a model anywhere but in its own registry.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # No test asks the machine's own metadata service for notices; those about them name one on loopback.

@@ -18,10 +18,14 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from deployments.demo.flights import KEY
-from deployments.demo.prepare import console, point_at, prepare
+from deployments.demo.prepare import console, prepare_data, use_registry
 
 if TYPE_CHECKING:
     from tasks.batch.report import BatchReport
+
+import signal
+import subprocess
+from collections.abc import Callable, Sequence
 
 MODEL = "models:/flight-delay@champion"
 ROWS_PER_CHUNK_KILL = 1_024
@@ -35,18 +39,18 @@ def main() -> None:
     parser.add_argument("--score-into", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     folder: Path = arguments.folder.absolute()
-    point_at(folder)
+    use_registry(folder)
     if arguments.score_into:
         _score(folder, arguments.score_into, rows_per_chunk=ROWS_PER_CHUNK_KILL)
         return
-    prepare(folder)
+    prepare_data(folder)
     if arguments.kill:
-        _kill(folder)
-    elif not _told_complete(folder):
+        _run_with_kills(folder)
+    elif not _show_if_complete(folder):
         _run(folder)
 
 
-def _told_complete(folder: Path) -> bool:
+def _show_if_complete(folder: Path) -> bool:
     """Say that the run is complete, if it is: found from the manifest, before Prefect is imported."""
     from tasks.batch.options import BatchOptions  # noqa: PLC0415 - imports MLflow
     from tasks.batch.plan import load_plan  # noqa: PLC0415
@@ -63,7 +67,7 @@ def _told_complete(folder: Path) -> bool:
     if manifest is None or plan is None:
         return False
     console.print(f"[bold green]This run is complete:[/] {manifest.rows:,} rows, nothing to score.")
-    _show(report_complete(manifest, plan, storage, {"look": time.perf_counter() - start}))
+    _show_report(report_complete(manifest, plan, storage, {"look": time.perf_counter() - start}))
     return True
 
 
@@ -75,7 +79,7 @@ def _run(folder: Path) -> None:
         os.environ.update(server.environment)
         console.print(f"Scoring; watch it at {server.ui_url} while it lasts")
         report = _score(folder, str(folder / "predictions"))
-    _show(report)
+    _show_report(report)
 
 
 def _score(folder: Path, destination: str, rows_per_chunk: int | None = None) -> BatchReport:
@@ -87,9 +91,9 @@ def _score(folder: Path, destination: str, rows_per_chunk: int | None = None) ->
     return batch_inference(MODEL, str(folder / "flights"), destination, options)
 
 
-def _kill(folder: Path) -> None:
+def _run_with_kills(folder: Path) -> None:
     """Kill a run twice, resume it, and show that its parts are those of an undisturbed run."""
-    from deployments.demo.kill import compare, killed_run  # noqa: PLC0415
+    from deployments.demo.__main__ import count_equal_parts, run_with_kills  # noqa: PLC0415
     from infra.local.prefect_server import prefect_server  # noqa: PLC0415
 
     undisturbed, killed = folder / "undisturbed", folder / "killed"
@@ -101,8 +105,8 @@ def _kill(folder: Path) -> None:
         console.print("Scoring, undisturbed")
         report = _score(folder, str(undisturbed), rows_per_chunk=ROWS_PER_CHUNK_KILL)
         command = [sys.executable, "-m", "deployments.demo", "--folder", str(folder), "--score-into", str(killed)]
-        kills = killed_run(command, killed, report.run, report.parts, console.print)
-    same = compare(undisturbed, killed, report.run)
+        kills = run_with_kills(command, killed, report.run, report.parts, console.print)
+    same = count_equal_parts(undisturbed, killed, report.run)
     table = Table(title="Killed twice with SIGKILL, resumed, and compared byte for byte", title_justify="left")
     for name in ("", "parts there", "of"):
         table.add_column(name)
@@ -116,7 +120,7 @@ def _kill(folder: Path) -> None:
     console.print(f"[bold green]Equal byte for byte:[/] {report.rows:,} rows in {report.parts} parts.")
 
 
-def _show(report: BatchReport) -> None:
+def _show_report(report: BatchReport) -> None:
     table = Table(show_header=False, title=f"Run {report.run}", title_justify="left")
     for row in report.table():
         table.add_row(row[""], row["value"])
@@ -127,3 +131,57 @@ def _show(report: BatchReport) -> None:
 
 if __name__ == "__main__":
     main()
+
+
+KILLS = 2
+_PATIENCE_SECONDS = 120.0
+_POLL_SECONDS = 0.002
+
+
+def run_with_kills(
+    command: Sequence[str], destination: Path, run: str, parts: int, say: Callable[[str], None]
+) -> list[int]:
+    """Start the command, kill it with SIGKILL each time another third of its parts is there, then let it end.
+
+    Returns how many parts stood after each kill. Raises RuntimeError where a process ended before
+    its kill, or the last one failed.
+    """
+    folder = destination / f"run={run}"
+    standing = []
+    for kill in range(1, KILLS + 1):
+        say(f"Scoring again, into another folder, until about part {parts * kill // (KILLS + 1)} of {parts}")
+        _kill_after_parts(command, folder, parts * kill // (KILLS + 1))
+        standing.append(len(list(folder.glob("part-*.parquet"))))
+        say(f"Killed with SIGKILL: {standing[-1]} parts are there")
+    say("Calling it once more: it resumes")
+    subprocess.run(command, check=True, timeout=_PATIENCE_SECONDS)
+    return standing
+
+
+def _kill_after_parts(command: Sequence[str], folder: Path, parts: int) -> None:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        until = time.monotonic() + _PATIENCE_SECONDS
+        try:
+            while len(list(folder.glob("part-*.parquet"))) < parts:
+                if process.poll() is not None or time.monotonic() > until:
+                    message = f"The run must be alive until part {parts}, but it ended with {process.poll()}."
+                    raise RuntimeError(message)
+                time.sleep(_POLL_SECONDS)
+        finally:
+            process.kill()
+    if process.returncode != -signal.SIGKILL:
+        message = f"The run must end by SIGKILL, but it ended with {process.returncode} before."
+        raise RuntimeError(message)
+
+
+def count_equal_parts(undisturbed: Path, killed: Path, run: str) -> int:
+    """Return how many parts of one run are the same bytes in both folders; raises ValueError for strangers."""
+    names = {path.name for path in (undisturbed / f"run={run}").iterdir()}
+    others = {path.name for path in (killed / f"run={run}").iterdir()}
+    if names != others:
+        message = f"Both runs must hold the same files, but these differ: {sorted(names ^ others)[:10]}."
+        raise ValueError(message)
+    return sum(
+        (undisturbed / f"run={run}" / name).read_bytes() == (killed / f"run={run}" / name).read_bytes()
+        for name in names
+    )

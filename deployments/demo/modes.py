@@ -19,7 +19,7 @@ import polars as pl
 from rich.table import Table as Grid
 
 from deployments.demo.flights import KEY
-from deployments.demo.prepare import console, point_at, prepare
+from deployments.demo.prepare import console, prepare_data, use_registry
 
 if TYPE_CHECKING:
     from tasks.scheduler.decision import Decision
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 MODEL = "models:/flight-delay@champion"
 # What the machine of the demo is priced as: the smallest of its generation has two cores too.
 MACHINE = "c7i.large"
-TRACES = Path("../shared/traces")
 ROWS_A_NIGHT = 10_000_000
 _MINUTES = 1440
 
@@ -37,11 +36,13 @@ def main() -> None:
     """Run the demo in the folder that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m deployments.demo.modes", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(".demo"), help="where everything is kept")
-    parser.add_argument("--traces", type=Path, default=TRACES, help="real traces of requests; else some are made")
+    parser.add_argument(
+        "--traces", type=Path, help="a folder with real traces of requests and spot machines; else some are generated"
+    )
     arguments = parser.parse_args()
     folder: Path = arguments.folder.absolute()
-    point_at(folder)
-    prepare(folder)
+    use_registry(folder)
+    prepare_data(folder)
     from infra.local.prefect_server import prefect_server  # noqa: PLC0415 - a second demo needs no server to train
 
     console.print("Starting a Prefect server on loopback")
@@ -55,7 +56,7 @@ def main() -> None:
         sys.exit(1)
 
 
-def _decide(folder: Path, traces: Path) -> Mapping[Path, Decision]:
+def _decide(folder: Path, traces: Path | None) -> Mapping[Path, Decision]:
     """Return the decision of each workload by its plot."""
     from flows.scheduler import choose_mode  # noqa: PLC0415 - the server's address must be set before
     from tasks.batch.options import BatchOptions  # noqa: PLC0415
@@ -71,15 +72,15 @@ def _decide(folder: Path, traces: Path) -> Mapping[Path, Decision]:
     return decisions
 
 
-def workloads(folder: Path, traces: Path) -> list[Workload]:
-    """Return a table that is needed each night, a check that somebody waits for, and events, on real traces if any."""
+def workloads(folder: Path, traces: Path | None) -> list[Workload]:
+    """Return a table that is due each night, a check that a caller waits for, and events; on real traces if given."""
     from tasks.scheduler import workload as w  # noqa: PLC0415 - needs MLflow's registry to be set
 
     folder.mkdir(parents=True, exist_ok=True)
     machines = (w.Machine(kind=MACHINE, speed=1),)
     check, events = _check_trace(folder, traces), _event_trace(folder, traces)
-    taken = (traces / "spot_availability.jsonl").absolute()
-    spot = w.Spot(trace=str(taken) if taken.exists() else None)
+    availability = _find_trace(traces, "spot_availability.jsonl")
+    spot = w.Spot(trace=str(availability) if availability else None)
     return [
         w.Workload(
             name="nightly-table",
@@ -97,34 +98,39 @@ def workloads(folder: Path, traces: Path) -> list[Workload]:
     ]
 
 
-def _check_trace(folder: Path, traces: Path) -> Trace:
-    """Return requests a minute over a day: those of all functions of the real trace, else of a made one."""
+def _check_trace(folder: Path, traces: Path | None) -> Trace:
+    """Return requests a minute over a day: those of all functions of the real trace, else generated ones."""
     from tasks.scheduler.workload import Trace  # noqa: PLC0415 - the same
 
-    real, path = traces / "requests_per_minute.csv", folder / "requests-per-minute.csv"
-    if real.exists():
+    real, path = _find_trace(traces, "requests_per_minute.csv"), folder / "requests-per-minute.csv"
+    if real:
         console.print(f"Requests for the fraud check: {real}, all functions together")
         counts = pl.read_csv(real).select(pl.exclude("function")).sum().transpose().to_series()
     else:
-        console.print("Requests for the fraud check: made, since there is no real trace here")
+        console.print("Requests for the fraud check: generated (--traces names a folder of real ones)")
         hour = np.arange(_MINUTES) / 60
         counts = pl.Series(np.random.default_rng(1).poisson(600 + 500 * np.sin((hour - 8) / 24 * 2 * np.pi)))
     pl.DataFrame({"requests": counts}).write_csv(path)
     return Trace(path=str(path), holds="per-minute", column="requests")
 
 
-def _event_trace(folder: Path, traces: Path) -> Trace:
-    """Return when events come within an hour, of the real trace or of a made one."""
+def _event_trace(folder: Path, traces: Path | None) -> Trace:
+    """Return when events arrive within an hour, of the real trace or generated."""
     from tasks.scheduler.workload import Trace  # noqa: PLC0415 - the same
 
-    real, path = (traces / "requests_llm_code.csv").absolute(), folder / "events.csv"
-    if real.exists():
+    real, path = _find_trace(traces, "requests_llm_code.csv"), folder / "events.csv"
+    if real:
         console.print(f"Events of the stream: {real}")
         return Trace(path=str(real), holds="timestamps", column="TIMESTAMP")
-    console.print("Events of the stream: made, since there is no real trace here")
+    console.print("Events of the stream: generated (--traces names a folder of real ones)")
     gaps = np.random.default_rng(2).exponential(0.4, 9_000)
     pl.DataFrame({"seconds": np.cumsum(gaps)}).write_csv(path)
     return Trace(path=str(path), holds="timestamps", column="seconds")
+
+
+def _find_trace(traces: Path | None, name: str) -> Path | None:
+    path = traces.absolute() / name if traces else None
+    return path if path and path.exists() else None
 
 
 def _show(decisions: Mapping[Path, Decision]) -> None:

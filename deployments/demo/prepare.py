@@ -14,13 +14,13 @@ FLIGHTS = 336_776
 console = Console()
 
 
-def point_at(folder: Path) -> None:
+def use_registry(folder: Path) -> None:
     """Point MLflow at the demo's own registry, before anything imports it."""
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
 
 
-def prepare(folder: Path) -> None:
+def prepare_data(folder: Path) -> None:
     """Write the flights and train the model, each unless it is there."""
     flights = folder / "flights"
     if not (folder / "flights.done").exists():

@@ -24,7 +24,7 @@ import polars as pl
 from rich.table import Table
 
 from deployments.demo.flights import KEY
-from deployments.demo.prepare import console, point_at, prepare
+from deployments.demo.prepare import console, prepare_data, use_registry
 from infra.local.nats import NatsClient, NatsServer, nats_server
 
 MODEL = "models:/flight-delay@champion"
@@ -46,11 +46,11 @@ def main() -> None:
     parser.add_argument("--score", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     folder: Path = arguments.folder.absolute()
-    point_at(folder)
+    use_registry(folder)
     if arguments.score:
         _score(arguments.score)
         return
-    prepare(folder)
+    prepare_data(folder)
     _demo(folder)
 
 

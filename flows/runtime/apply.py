@@ -13,7 +13,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from flows.endpoint import online_endpoint, retire_endpoint
 from flows.runtime import deployment_store, flow_runs
 from flows.runtime.deployment_store import Placed
-from flows.runtime.task_timing import StepTimer
+from flows.runtime.steps import Steps
 from serving.errors import ApplyFailed, OvernightError
 from tasks.batch.resolve import resolve_request
 from tasks.common.artifacts import Logger
@@ -34,7 +34,7 @@ from tasks.scheduler.terms import BatchTerms, StreamTerms, Terms
 from tasks.storage import open_storage
 
 
-def apply_decision(stages: StepTimer, decision: Decision, terms: Terms, logger: Logger) -> Applied:
+def apply_decision(stages: Steps, decision: Decision, terms: Terms, logger: Logger) -> Applied:
     """Have a workload served in the way that was decided, and retire what served it before, once that is verified.
 
     The same decision again changes what differs alone. Where the new one can't be made or verified it is taken down

@@ -1,4 +1,4 @@
-"""The end of a flow run that was given notice: said, shown, and told to Prefect so that the run is resumed."""
+"""How a flow run ends early: by the notice of an interruption, so that Prefect resumes it, or by Ctrl-C."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import FrameType
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import httpx
 from prefect import get_run_logger
@@ -23,15 +23,11 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.exceptions import Pause, PrefectHTTPStatusError, TerminationSignal
 from prefect.states import AwaitingRetry, Crashed
 
-from flows.runtime.context import flow_run
+from flows.runtime.steps import flow_run
 from serving.errors import Interrupted
-from tasks.batch.artifacts import publish_interrupted
-from tasks.batch.options import BatchOptions
-from tasks.batch.plan import Plan
-from tasks.batch.score import ScoringResult
 from tasks.common.artifacts import Logger, server_may_fail
 from tasks.spot.drain import Drain, Notice, sigterm_notice
-from tasks.spot.notice_poller import describe_notice, poll_notices
+from tasks.spot.notice_poller import describe_notice
 
 # Prefect's workers take up a run ten seconds before its time.
 _RESUME_SECONDS = 15.0
@@ -39,9 +35,9 @@ _SIGTERM_BEHAVIOR = "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"
 
 
 class InterruptedExit(Pause):
-    """Takes an interrupted flow run out through Prefect's engine, which leaves the run in the state that it was set to.
+    """Takes an interrupted flow run out through Prefect's engine, which keeps the state that the run was set to.
 
-    Prefect takes leave this way of a run that is suspended, too.
+    Prefect ends a suspended run in the same way.
     """
 
     def __init__(self, interrupted: Interrupted, notice: Notice, state: State | None) -> None:
@@ -49,44 +45,34 @@ class InterruptedExit(Pause):
         self.interrupted, self.notice = interrupted, notice
 
 
-@contextmanager
-def watch_for_interruption(drain: Drain, options: BatchOptions, logger: Logger) -> Generator[None]:
-    """Watch for notices while the block runs, and say what comes."""
-    with poll_notices(drain, options.notices, logger.warning):
-        yield
-
-
 def take_sigterm_as_notice(drain: Drain, seconds: float) -> None:
-    """Take SIGTERM, which Prefect's handler raises as TerminationSignal, as the notice that it is.
+    """Take SIGTERM, which Prefect's handler raises as TerminationSignal, as a notice of so many seconds.
 
-    That handler stays in its place: by it the engine tells a run that is cancelled from a machine that goes.
+    Prefect's handler stays installed: by it the engine tells a cancelled run from a machine that goes.
     """
     drain.add_notice(sigterm_notice(seconds))
     get_run_logger().warning(describe_notice(sigterm_notice(seconds)))
 
 
-def exit_interrupted(plan: Plan, rows_done: int, scored: ScoringResult, drain: Drain, logger: Logger) -> NoReturn:
+def exit_interrupted(drain: Drain, done: str, publish: Callable[[str], None], logger: Logger) -> NoReturn:
     """End the flow run as interrupted.
 
-    A run of a deployment is scheduled anew: at once after SIGTERM, else for when its machine is gone, so that
-    no worker takes it up there meanwhile. One without is Crashed, and its caller gets Interrupted. Where whoever sent
-    SIGTERM has settled the run's state, as Prefect does for a run that is cancelled, that stands.
-    Raises Left, or TerminationSignal for the sender's sake.
+    A run of a deployment is scheduled again: at once after SIGTERM, else for when its machine is gone, so that no
+    worker takes it up there meanwhile. A run without one is Crashed, and its caller gets Interrupted. Where the sender
+    of SIGTERM has set the run's state, as Prefect does for a run that is cancelled, that state stays.
+
+    Args:
+        drain: The drain that has the notice.
+        done: What is done and stays, in words.
+        publish: Shows the whole message in Prefect.
+        logger: That of the flow run.
+
+    Raises:
+        InterruptedExit: Takes the flow run out through Prefect's engine.
+        TerminationSignal: The sender of SIGTERM has set the run's state, or Prefect does not answer.
     """
-    dropped = f"; chunks in hand that were dropped: {scored.chunks_dropped}" if scored.chunks_dropped else ""
-    exit_with_notice(
-        drain,
-        f"{rows_done:,} of {plan.rows:,} rows of run {plan.run} are done and stay, {plan.rows - rows_done:,} are left"
-        f"{dropped}",
-        lambda words: publish_interrupted(plan.run, rows_done, plan.rows, words, logger),
-        logger,
-    )
-
-
-def exit_with_notice(drain: Drain, done: str, publish: Callable[[str], None], logger: Logger) -> NoReturn:
-    """End the flow run as interrupted, as `leave` does; `done` says what stays, `publish` shows all of it."""
     notice = drain.notice
-    assert notice is not None, "a run leaves only after a notice"  # noqa: S101 - its caller has looked
+    assert notice is not None, "a run is interrupted by a notice"  # noqa: S101 - its caller has looked
     end = _choose_end(notice, drain.seconds_left)
     interrupted = Interrupted(f"Interrupted by {notice.cause}: {done}; {end.then}.")
     logger.warning("%s", interrupted)
@@ -100,15 +86,30 @@ def exit_with_notice(drain: Drain, done: str, publish: Callable[[str], None], lo
     raise InterruptedExit(interrupted, notice, state)
 
 
-def is_resumed_by_prefect() -> bool:
-    """Return whether Prefect resumes this flow run after a notice: whether it is one of a deployment."""
-    run = flow_run()
-    return run is not None and run.deployment_id is not None
+@contextmanager
+def report_failure(report: Callable[[Literal["FAILED", "KILLED"], str], None]) -> Generator[None]:
+    """Report how the block ends where it fails: FAILED, or KILLED where it was interrupted, and why.
+
+    A run of a deployment that is interrupted by a notice has not ended: Prefect resumes it.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, TerminationSignal) as error:
+        report("KILLED", str(error) or type(error).__name__)
+        raise
+    except InterruptedExit as error:
+        run = flow_run()
+        if run is None or run.deployment_id is None:
+            report("KILLED", str(error))
+        raise
+    except Exception as error:
+        report("FAILED", str(error) or type(error).__name__)
+        raise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _End:
-    """How a flow run ends, in words, and in the state that is proposed; None where another settles that."""
+    """How a flow run ends: in words, and the state to propose, None where the sender of the signal sets it."""
 
     run: FlowRun | None
     state: State | None
@@ -119,22 +120,22 @@ def _choose_end(notice: Notice, seconds_left: float) -> _End:
     run = flow_run()
     if run is None or run.deployment_id is None:
         return _End(run=run, state=Crashed(), then="the same call resumes")
-    if notice.is_sigterm and _settled_by_sender(run):
-        return _End(run=run, state=None, then="who sent the signal says what becomes of the run")
+    if notice.is_sigterm and _is_decided_by_sender(run):
+        return _End(run=run, state=None, then="the sender of the signal decides what becomes of the run")
     resume = datetime.now(UTC) + timedelta(seconds=0 if notice.is_sigterm else seconds_left + _RESUME_SECONDS)
     then = f"it resumes by itself after {resume:%H:%M:%S} UTC"
     return _End(run=run, state=AwaitingRetry(scheduled_time=resume), then=then)
 
 
-def _settled_by_sender(run: FlowRun) -> bool:
-    """Return whether the run has another state than Running by now, or is left to whoever runs its process."""
+def _is_decided_by_sender(run: FlowRun) -> bool:
+    """Return whether the run is no longer Running, or its state is left to the runner of its process."""
     if os.environ.get(_SIGTERM_BEHAVIOR, "").lower() == "relinquish":
         return True
     try:
         with get_client(sync_client=True) as client:
             state = client.read_flow_run(run.id).state
     except (PrefectHTTPStatusError, httpx.HTTPError):
-        # Who does not answer gets no proposal either: the engine's own way to end is the one that is left.
+        # A server that does not answer takes no state either: Prefect's engine ends the run in its own way.
         return True
     return state is None or not state.is_running()
 
@@ -144,32 +145,32 @@ _POLL_SECONDS = 0.2
 
 
 def ignore_repeated_sigint(error: BaseException) -> None:
-    """Let Ctrl-C pass unheard for some seconds where one is being obeyed: a second would break into that.
+    """Ignore Ctrl-C for some seconds while a first one is being handled: a second would break into that.
 
-    Does nothing for other errors, outside the main thread, where signals are not heard, and where the
-    program ignores them.
+    Does nothing for other errors, outside the main thread, which gets no signals, and where the program ignores
+    SIGINT.
     """
     before = signal.getsignal(signal.SIGINT)
-    obeyed = isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
-    if not obeyed or not callable(before):
+    is_interrupt = isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
+    if not is_interrupt or not callable(before):
         return
     until = time.monotonic() + _IGNORE_SECONDS
 
-    def passed(number: int, frame: FrameType | None) -> None:
-        # It outlives the call on purpose: what Prefect has left to say is said as the interpreter ends.
+    def ignore(number: int, frame: FrameType | None) -> None:
+        # It outlives the call on purpose: Prefect sends its last states as the interpreter ends.
         if time.monotonic() > until:
             signal.signal(signal.SIGINT, before)
             before(number, frame)
 
-    signal.signal(signal.SIGINT, passed)
+    signal.signal(signal.SIGINT, ignore)
 
 
 def start_server_shielded() -> None:
     """Start Prefect's temporary server, where there is to be one, so that Ctrl-C does not reach it.
 
-    A terminal sends Ctrl-C to every process at once; the state of an interrupted run could then not be
-    told to anyone, and every word to the dead server costs seconds. A child inherits the signals that
-    the thread which starts it has blocked; the thread is one of its own, so that this one stays interruptible.
+    A terminal sends Ctrl-C to every process at once: the server would be gone before it has the state of the
+    interrupted run, and each request to it would cost seconds. A child inherits the signals that the thread which
+    starts it has blocked. That thread is a new one, so that this one stays interruptible.
     """
     if determine_server_type() is not ServerType.EPHEMERAL:
         return
@@ -181,6 +182,6 @@ def start_server_shielded() -> None:
 
 def _start_server() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    # Prefect itself starts it where this failed, and says what is wrong.
+    # Where this failed, Prefect starts the server itself, and reports what is wrong.
     with contextlib.suppress(Exception):
         get_client(sync_client=True)

@@ -16,7 +16,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 
-from flows.runtime.context import flow_run
+from flows.runtime.steps import flow_run
 from serving.errors import BadInput, RunnerUnusable
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import RunStart, load_start, save_start

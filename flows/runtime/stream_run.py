@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 import threading
 import time
 from collections.abc import Generator
@@ -14,6 +13,7 @@ from typing import Literal
 from prefect.exceptions import TerminationSignal
 
 from flows.runtime.interruption import ignore_repeated_sigint, take_sigterm_as_notice
+from flows.runtime.steps import keep_torch_threads
 from serving.model.forward import Halted
 from serving.model.interface import Tunable
 from serving.model.registry import Resolved
@@ -83,7 +83,7 @@ class StreamRun:
         source = SampledSource(connections.source)
         self.metrics.lag = connections.lag
         try:
-            with serve_metrics(self.metrics, self.options.metrics_port) as port, _keep_torch_threads():
+            with serve_metrics(self.metrics, self.options.metrics_port) as port, keep_torch_threads():
                 if port is not None:
                     logger.info("Metrics at http://127.0.0.1:%s/metrics", port)
                 sample = source.read_sample(self.decoder, self._is_stopping, self.options.idle_seconds)
@@ -194,18 +194,6 @@ def handle_early_sigterm(run: StreamRun, logger: Logger) -> Generator[None]:
     except StreamAbandoned:
         logger.warning("The wait for the broker was given up.")
         run.ended_by_notice = not run.interrupted
-
-
-@contextmanager
-def _keep_torch_threads() -> Generator[None]:
-    """Restore torch's thread count: slots set it to one, and that reaches threads started later."""
-    torch = sys.modules.get("torch")  # loaded with the model, if at all
-    before = torch.get_num_threads() if torch else None
-    try:
-        yield
-    finally:
-        if torch:
-            torch.set_num_threads(before)
 
 
 @contextmanager

@@ -54,7 +54,7 @@ class MlflowUpstream:
             )
         except ModelFailed as error:
             raise Unanswered(str(error), status=HTTPStatus.BAD_GATEWAY) from None
-        return Reply(status=HTTPStatus.OK, content=body.content, headers=body.headers)
+        return Reply(status=response.status, content=body.content, headers=body.headers)
 
     def _encode(self, request: InferRequest) -> bytes:
         return orjson.dumps(self._build_body(request.inputs, self._contract))

@@ -90,7 +90,7 @@ class V2Upstream:
         headers = {"Content-Type": response.headers.get("Content-Type", "application/json")}
         if length := response.headers.get(HEADER_LENGTH):
             headers[HEADER_LENGTH] = length
-        return Reply(status=HTTPStatus.OK, content=response.content, headers=headers)
+        return Reply(status=response.status, content=response.content, headers=headers)
 
     async def is_ready(self) -> bool:
         """Return whether the server has this version of the model ready."""

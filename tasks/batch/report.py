@@ -1,4 +1,4 @@
-"""The report: what a call came to, in numbers, a plot, and a page that a person opens."""
+"""The report of a call: its figures, a plot, and a page that a person opens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from serving.model.contract import Frozen
 from serving.model.tuner import Tuning
 from tasks.batch.parts import part_glob
 from tasks.batch.plan import Plan
-from tasks.batch.publish import Manifest, RejectCount
+from tasks.batch.publish import Audit, Manifest, RejectCount, count_rejects
+from tasks.batch.score import ScoringResult
 from tasks.common.formatting import data_uri
 from tasks.storage import Storage
 
@@ -22,7 +23,7 @@ _INK, _BAR = "#1f2933", "#2f6f9f"
 
 
 class BatchReport(Frozen):
-    """What one call of batch_inference came to."""
+    """What one call of batch_inference did."""
 
     status: Literal["scored", "already complete"] = Field(description="Whether this call scored anything.")
     run: str = Field(description="The run's key, or its explicit name.")
@@ -43,7 +44,7 @@ class BatchReport(Frozen):
     engine: str = Field(description="How the passes were made.")
     tuning: Tuning | None = Field(description="What was measured to choose slots, batch size and engine, if it was.")
     memory_mb: int = Field(description="What the run's data was stated to take at its peak, in MiB.")
-    seconds: dict[str, float] = Field(description="Wall-clock seconds by stage.")
+    seconds: dict[str, float] = Field(description="Wall-clock seconds by step.")
     thread_seconds: dict[str, float] = Field(description="Seconds of scoring by stage, over all threads.")
     report: str = Field(description="Where the page with the plot is.")
 
@@ -71,21 +72,21 @@ class BatchReport(Frozen):
             "rejects": f"{self.rows_rejected:,}",
             **{f"  {count.column or 'model'}: {count.reason}": f"{count.rows:,}" for count in self.rejects},
             **({"rows with a null key": f"{self.rows_key_null:,}"} if self.rows_key_null else {}),
-            **(self._of_scoring() if self.status == "scored" else {}),
+            **(self._scoring_table() if self.status == "scored" else {}),
             **{f"seconds: {stage}": f"{seconds:.2f}" for stage, seconds in self.seconds.items()},
             **{f"thread seconds: {stage}": f"{seconds:.2f}" for stage, seconds in self.thread_seconds.items()},
             "predictions": f"{self.destination} ({self.parts} parts)",
         }
         return [{"": name, "value": value} for name, value in rows.items()]
 
-    def _of_scoring(self) -> dict[str, str]:
+    def _scoring_table(self) -> dict[str, str]:
         return {
             "rows scored by this call": f"{self.rows_scored:,}",
             "rows scored twice": f"{self.rows_recomputed:,}",
             "rows a second": f"{self.rows_per_second:,.0f}",
             "slots x batch size": f"{self.slots} x {self.batch_size:,}",
             "engine": self.engine,
-            **(_of_tuning(self.tuning) if self.tuning else {}),
+            **(_tuning_table(self.tuning) if self.tuning else {}),
             "memory stated": f"{self.memory_mb:,} MiB",
         }
 
@@ -95,7 +96,7 @@ class BatchReport(Frozen):
         return f"# Run {self.run}\n\n| | |\n| --- | --- |\n{rows}\n\nRead it with\n\n```python\n{self.read_with}\n```\n"
 
 
-def _of_tuning(tuning: Tuning) -> dict[str, str]:
+def _tuning_table(tuning: Tuning) -> dict[str, str]:
     """Return the fastest trial of each engine, in rows a second of all slots."""
     best: dict[str, str] = {}
     for trial in tuning.trials:
@@ -103,6 +104,55 @@ def _of_tuning(tuning: Tuning) -> dict[str, str]:
         off = f", at most {trial.difference:.2g} off" if trial.difference else ""
         best.setdefault(f"  tuned: {trial.engine}", words + off)
     return best
+
+
+def report_scored(
+    plan: Plan,
+    storage: Storage,
+    result: ScoringResult,
+    audit: Audit,
+    *,
+    plan_digest: str,
+    slots: int,
+    memory: int,
+    seconds: dict[str, float],
+) -> BatchReport:
+    """Return the report of a call that scored a run to its end.
+
+    Args:
+        plan: The plan that this call scored by.
+        storage: The destination.
+        result: What this call scored.
+        audit: The parts of the run, whichever worker wrote them.
+        plan_digest: That of the published plan.
+        slots: How many forward passes were made side by side.
+        memory: Bytes that the run's data was stated to take.
+        seconds: Wall-clock seconds by step.
+    """
+    return BatchReport(
+        status="scored",
+        run=plan.run,
+        plan_digest=plan_digest,
+        model=plan.model.uri,
+        model_digest=plan.model.digest,
+        source=plan.source.title,
+        destination=storage.url,
+        output=plan.options.output,
+        rows=plan.rows,
+        rejects=count_rejects(audit),
+        rows_key_null=audit.rows_key_null,
+        rows_scored=result.rows,
+        rows_recomputed=result.rows_recomputed,
+        parts=len(audit.footers),
+        slots=slots,
+        batch_size=plan.batch_size,
+        engine=str(plan.engine),
+        tuning=plan.tuning,
+        memory_mb=memory >> 20,
+        seconds=dict(seconds),
+        thread_seconds=result.seconds,
+        report=storage.address(page_path(plan)),
+    )
 
 
 def report_complete(manifest: Manifest, plan: Plan, storage: Storage, seconds: dict[str, float]) -> BatchReport:
@@ -127,7 +177,7 @@ def report_complete(manifest: Manifest, plan: Plan, storage: Storage, seconds: d
         engine=str(plan.engine),
         tuning=plan.tuning,
         memory_mb=0,
-        seconds=seconds,
+        seconds=dict(seconds),
         thread_seconds={},
         report=storage.address(page_path(plan)),
     )

@@ -1,4 +1,4 @@
-"""A run: what a call amounts to, found without scoring anything, and planned once."""
+"""The run of a call: resolved once, planned once, and found again by the same call. Nothing is scored here."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ from tasks.batch.delta import check_delta
 from tasks.batch.options import BatchOptions, Ray
 from tasks.batch.parts import check_names, part_schema
 from tasks.batch.plan import (
+    ROOT,
     Plan,
+    RunStart,
     check_fits,
     check_plan_key,
     load_plan,
+    load_started_plan,
     make_plan,
     memory_bytes,
     run_key,
     save_plan,
+    save_start,
 )
 from tasks.batch.publish import (
     Manifest,
@@ -43,7 +47,7 @@ from tasks.storage import Storage, check_create_only
 
 
 class ModelLoader(Protocol):
-    """How a resolved model becomes one that predicts, as load_model does it."""
+    """Loads a resolved model, as load_model does."""
 
     def __call__(self, resolved: Resolved, contract: Contract, *, allow_pickle: bool) -> Tunable:
         """Return the model; raises ModelUnfit."""
@@ -57,7 +61,7 @@ def utc_now() -> datetime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRequest:
-    """A call, pinned: the model version, the files, the contract between them, and the key of all that."""
+    """A call, resolved: the model version, the files, the contract between them, and the run key of all that."""
 
     resolved: Resolved
     snapshot: Snapshot
@@ -71,8 +75,44 @@ class RunRequest:
         return self.options.name or self.key
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewRun:
+    """A run that this call has planned. Nothing of it is scored yet."""
+
+    plan: Plan
+    resolved: Resolved
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumedRun:
+    """A run that was planned before and is not complete: some of its parts may be there.
+
+    `resolved` is None where the plan alone names the model. `damaged` lists the parts that a published run has lost.
+    """
+
+    plan: Plan
+    resolved: Resolved | None
+    damaged: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompleteRun:
+    """A run that is published, and whose parts are all there."""
+
+    plan: Plan
+    manifest: Manifest
+
+
+RunState = NewRun | ResumedRun | CompleteRun
+
+
 def resolve_request(model: str, source: str, destination: str, options: BatchOptions) -> RunRequest:
-    """Resolve the model and list the source, once. Raises BadInput's kinds; nothing is written."""
+    """Resolve the model's alias and list the source, once. Nothing is written.
+
+    Raises:
+        ModelNotFound: The registry has no such model, version or alias.
+        BadInput: The source or the options can't be used; its kinds say why.
+    """
     resolved = resolve_model(model)
     contract = resolved.contract(options.input_columns, options.policies)
     snapshot = pin_source(source, destination)
@@ -80,49 +120,94 @@ def resolve_request(model: str, source: str, destination: str, options: BatchOpt
     return RunRequest(resolved=resolved, snapshot=snapshot, contract=contract, options=options, key=key)
 
 
-def find_complete_run(storage: Storage, call: RunRequest) -> Manifest | None:
-    """Return the manifest if this very call has been answered already, and its parts are there.
+def find_complete_run(storage: Storage, request: RunRequest) -> Manifest | None:
+    """Return the manifest of a request whose run is published and has all its parts; None otherwise.
 
-    A few reads and a listing; nothing is opened.
+    A few reads and a listing; no file is opened.
     """
-    manifest = find_intact_manifest(storage, call.run)
-    return manifest if manifest is not None and manifest.key == call.key else None
+    manifest = find_intact_manifest(storage, request.run)
+    return manifest if manifest is not None and manifest.key == request.key else None
 
 
-def plan_run(
-    call: RunRequest, storage: Storage, *, load: ModelLoader = load_model, clock: Callable[[], datetime] = utc_now
-) -> Plan:
-    """Return the plan of a call: the one that is written already, or a new one, written first.
+def find_run(
+    request: RunRequest | RunStart,
+    storage: Storage,
+    flow_run_id: str,
+    *,
+    load: ModelLoader = load_model,
+    clock: Callable[[], datetime] = utc_now,
+) -> RunState:
+    """Return the run of a flow run: planned now, planned before, or complete.
 
-    Everything that can be refused is refused here, before anything is scored. `load` loads the model that the plan is
-    made for, `clock` says when that is.
+    Args:
+        request: What is asked for, or the run that an earlier attempt of the flow run has started.
+        storage: The destination.
+        flow_run_id: The flow run, which is tied to the run from here on; a complete run leaves no trace of it.
+        load: Loads the model that a new plan is made for.
+        clock: Says when a new plan is made.
+
+    Raises:
+        RunNameTaken: The name of the run holds a run of another request.
+        OvernightError: Its other kinds, where the request can't be carried out; before anything is scored.
     """
-    standing = load_plan(storage, call.run)
-    if standing is not None:
-        return check_plan_key(standing, call.key)
-    dataset = _open_dataset(call, storage)
-    call.contract.check(dataset.schema, f"The dataset at {call.snapshot.title}")
-    check_names(dataset, call.contract, call.options)
-    order_held = 0
-    if call.options.output == "delta":
-        appends = call.options.delta_mode == "append"
-        earlier = find_earlier_keys(storage, call.resolved.pin, call.snapshot, call.options) if appends else ()
-        order_held = check_delta(storage, part_schema(call.contract, call.options, dataset), call.key, earlier)
-    model = load(call.resolved, call.contract, allow_pickle=call.options.allow_pickle)
+    if isinstance(request, RunStart):
+        return _find_state(storage, load_started_plan(storage, request), None, is_new=False)
+    standing = load_plan(storage, request.run)
+    plan = _plan_run(request, storage, load, clock) if standing is None else check_plan_key(standing, request.key)
+    run = _find_state(storage, plan, request.resolved, is_new=standing is None)
+    planned = RunStart(run=plan.run, key=plan.key)
+    start = planned if isinstance(run, CompleteRun) else save_start(storage, flow_run_id, planned)
+    # An earlier attempt of this flow run may have written its start meanwhile: that is the one that counts.
+    return run if start == planned else find_run(start, storage, flow_run_id)
+
+
+def _find_state(storage: Storage, plan: Plan, resolved: Resolved | None, *, is_new: bool) -> RunState:
+    """Return a planned run as it stands, by one read and a listing. Raises RunNameTaken."""
+    manifest = find_manifest(storage, plan.run)
+    if manifest is None:
+        return NewRun(plan=plan, resolved=resolved) if is_new and resolved else ResumedRun(plan=plan, resolved=resolved)
+    check_manifest_key(manifest, plan)
+    damaged = find_damaged_parts(storage, manifest)
+    if damaged:
+        return ResumedRun(plan=plan, resolved=resolved, damaged=damaged)
+    return CompleteRun(plan=plan, manifest=manifest)
+
+
+def _plan_run(request: RunRequest, storage: Storage, load: ModelLoader, clock: Callable[[], datetime]) -> Plan:
+    """Make and write the plan of a request. What can be refused is refused here, before anything is scored."""
+    dataset = _open_dataset(request, storage)
+    request.contract.check(dataset.schema, f"The dataset at {request.snapshot.title}")
+    check_names(dataset, request.contract, request.options)
+    order_min = 0
+    if request.options.output == "delta":
+        appends = request.options.delta_mode == "append"
+        earlier = find_earlier_keys(storage, request.resolved.pin, request.snapshot, request.options) if appends else ()
+        order_min = check_delta(storage, part_schema(request.contract, request.options, dataset), request.key, earlier)
+    model = load(request.resolved, request.contract, allow_pickle=request.options.allow_pickle)
     plan = make_plan(
-        key=call.key,
-        model=call.resolved.pin,
-        contract=call.contract,
-        options=call.options,
-        source=call.snapshot,
+        key=request.key,
+        model=request.resolved.pin,
+        contract=request.contract,
+        options=request.options,
+        source=request.snapshot,
         dataset=dataset,
-        sizes=choose_sizes(call.resolved, model, call.contract, call.options, dataset),
+        sizes=choose_sizes(request.resolved, model, request.contract, request.options, dataset),
         planned_at=clock(),
     )
-    check_memory(plan, choose_slots(call.options, model.with_engine(plan.engine)), call.options)
+    check_memory(plan, choose_slots(request.options, model.with_engine(plan.engine)), request.options)
     check_create_only(storage)
-    order = claim_order_number(storage, plan.run, above=order_held)
+    order = claim_order_number(storage, plan.run, above=order_min)
     return save_plan(storage, plan.model_copy(update={"order": order}))
+
+
+def _open_dataset(request: RunRequest, storage: Storage) -> Dataset:
+    names = [column.name for column in request.contract.columns]
+    snapshot = request.snapshot
+    if snapshot.format != "parquet":
+        check_create_only(storage)
+        folder = f"{ROOT}/{request.run}"
+        snapshot = stage(snapshot, storage, folder, request.contract, request.options.key_columns)
+    return open_dataset(snapshot, names, request.options.key_columns)
 
 
 def choose_slots(options: BatchOptions, model: Model) -> int:
@@ -138,16 +223,6 @@ def check_memory(plan: Plan, slots: int, options: BatchOptions) -> int:
     if allowed is not None:
         check_fits(needed, allowed, plan, slots)
     return needed
-
-
-def _open_dataset(call: RunRequest, storage: Storage) -> Dataset:
-    names = [column.name for column in call.contract.columns]
-    snapshot = call.snapshot
-    if snapshot.format != "parquet":
-        check_create_only(storage)
-        folder = f"_overnight/{call.run}"
-        snapshot = stage(snapshot, storage, folder, call.contract, call.options.key_columns)
-    return open_dataset(snapshot, names, call.options.key_columns)
 
 
 def load_planned_model(plan: Plan, resolved: Resolved | None, options: BatchOptions) -> Model:
@@ -167,33 +242,6 @@ def open_planned_model(plan: Plan) -> Resolved:
         )
         raise ModelUnfit(message)
     return resolved
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """The plan of a call, and what is published of it: the manifest, and the parts that are gone or cut short since."""
-
-    plan: Plan
-    resolved: Resolved | None
-    manifest: Manifest | None
-    damaged: tuple[str, ...]
-
-    @property
-    def complete(self) -> Manifest | None:
-        """The manifest, where every part that it lists is there."""
-        return None if self.damaged else self.manifest
-
-
-def find_published(storage: Storage, plan: Plan, resolved: Resolved | None) -> Found:
-    """Return what is published of a plan: one read and a listing; nothing is opened.
-
-    Raises RunNameTaken where a run of another call was published under its name.
-    """
-    manifest = find_manifest(storage, plan.run)
-    if manifest is not None:
-        check_manifest_key(manifest, plan)
-    damaged = () if manifest is None else find_damaged_parts(storage, manifest)
-    return Found(plan=plan, resolved=resolved, manifest=manifest, damaged=damaged)
 
 
 def restage_plan(plan: Plan, storage: Storage) -> Plan:

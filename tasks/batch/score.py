@@ -50,6 +50,14 @@ class ScoringResult:
         self.faults |= other.faults
         self.seconds = {stage: self.seconds[stage] + other.seconds[stage] for stage in STAGES}
 
+    def faults_error(self) -> SourceFault:
+        """Return one error that lists the faults of all chunks, of the kind of the first."""
+        listed = "\n".join(f"  - {fault}" for fault in list(dict.fromkeys(map(str, self.faults.values())))[:10])
+        return type(next(iter(self.faults.values())))(
+            f"Every source file must be readable and unchanged; {len(self.faults)} chunks could not be scored:\n"
+            f"{listed}\nThe parts of all other chunks are there, and nothing is published."
+        )
+
     @contextmanager
     def timed(self, stage: str) -> Generator[None]:
         """Count the seconds of a block of code towards a stage."""

@@ -23,9 +23,9 @@ HEARTBEAT_SECONDS = 2
 def deployed() -> Generator[PrefectServer]:
     """Run a fresh Prefect server that has all of this project's pools, deployments and automations."""
     with prefect() as server:
-        from deployments.apply import apply
+        from deployments.apply import deploy
 
-        asyncio.run(apply())
+        asyncio.run(deploy())
         yield server
 
 

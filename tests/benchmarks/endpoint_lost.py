@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from deployments.demo.endpoint_callers import Callers
+from deployments.demo.endpoint import Callers
 from deployments.demo.endpoint_faulty import LATE_MINUTES
 from infra.local.triton import TritonServer, triton_server
 from serving.errors import RolledBack

@@ -5,7 +5,7 @@ request after another on other traffic. Keep-warm: on real functions. Speed: 30 
 modes. Reality: what is predicted for the tuned Triton endpoint and for a batch run, and what they then do here.
 
 Taken from the environment: CASES (200) and SEED (0) of the workloads, ROWS and ROUNDS of batch run and endpoint, TRACES
-(a folder of traces; without: ../shared/traces beside the repository), and PARTS, those of regret, keep-warm, speed,
+(a folder of real traces; without it there are none), and PARTS, those of regret, keep-warm, speed,
 endpoint and batch that are run.
 """
 

@@ -21,7 +21,7 @@ from tasks.scheduler.trace import spread
 from tasks.scheduler.workload import Events, Machine, Prices, Rate, Requests, Spot, Table, Trace, Workload
 from tests.benchmarks.traces import ROOT
 
-TRACES = Path(os.environ.get("TRACES", ROOT.parent / "shared/traces"))
+TRACES = Path(os.environ.get("TRACES") or ROOT / ".bench/traces")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """`make bench-nightly`: whole nights on two local work pools, as a table and one JSON object on the last line.
 
 nightly_inference on a real Prefect server, with real process workers: those on-demand stay, those of spot are started
-and killed as traces of real spot availability say (../shared/traces beside the repository, else generated ones), ten
+and killed as traces of real spot availability say (those of TRACES, else generated ones), ten
 minutes of them in TICK_SECONDS. One night on one machine at a time, one on two. What comes out is held against an
 undisturbed run byte by byte; a difference or a missed deadline ends this with 1. Draws .bench/nightly-*.png, and leaves
 the changeover that it has measured in .bench/changeover.json for `make bench-spot`. SEED=... draws other traces.

@@ -1,16 +1,16 @@
-"""What a job under a deadline costs on real spot traces: greedy, Uniform Progress, ours, and the least there could be.
+"""The cost of a job under a deadline on traces of spot: greedy, Uniform Progress, ours, and the optimum.
 
 Jobs of 48 h due in 52, 60 and 92 h and of 6 h due in 7, 8 and 12 h, each with changeovers of 0.02, 0.2 and 0.4 h, start
 at the beginning of every trace. Prints tables, then one JSON object as the last line; draws .bench/spot.png.
 
-Taken from the environment: TRACES, a file of traces as JSON lines, or "generated" (without: ../shared/traces beside the
-repository, else generated ones); PRICE_RATIO, on-demand over spot (3, as p3.2xlarge in "Can't Be Late"); D_SECONDS, the
-changeover that a live run measured (without: the longest that `make bench-nightly` has measured here; before that, the
-seconds in which this machine starts a process that imports the batch flow, the least that a changeover can take here).
+Read from the environment: TRACES, a folder with spot_availability.jsonl or such a file (without it traces are
+generated); PRICE_RATIO, on-demand over spot (3, as p3.2xlarge in "Can't Be Late"); D_SECONDS, the changeover that a
+live run measured (without it the longest that `make bench-nightly` has measured here; before that, the seconds in which
+this machine starts a process that imports the batch flow, the least that a changeover can take here).
 
-The policy's constants were chosen on these jobs and traces, at a ratio of 3. What they were never chosen on is told
-apart: other jobs, and generated traces. How a search fared that chose on five zones and was judged on the sixth is told
-in tasks/spot/policy.py.
+The policy's constants were chosen on 240 real traces of six zones and these jobs, at a ratio of 3. Other jobs, and
+generated traces, are reported separately, since nothing was chosen on them. tasks/spot/policy.py states the result of a
+search that chose on five zones and was judged on the sixth.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Traces of spot availability: real ones where they are, else generated.
+"""Traces of spot availability: real ones where TRACES names them, else generated.
 
 Shapes: N traces, T ticks of ten minutes.
 """
@@ -22,7 +22,7 @@ TICK_SECONDS = 600
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traces:
-    """Traces of spot, where they come from, and the zone that each was taken in."""
+    """Traces of spot, their source, and the zone that each was recorded in."""
 
     source: str
     zones: tuple[str, ...]
@@ -30,11 +30,11 @@ class Traces:
 
 
 def read_traces() -> Traces:
-    """Return the traces that TRACES names, without it those beside the repository, else generated ones."""
-    asked = os.environ.get("TRACES", "")
-    path = Path(asked) if asked else ROOT.parent / "shared/traces/spot_availability.jsonl"
-    if asked == "generated" or not (asked or path.exists()):
+    """Return the traces of TRACES, a folder with spot_availability.jsonl or such a file; without it generated ones."""
+    named = os.environ.get("TRACES")
+    if not named:
         return generated_traces()
+    path = Path(named) / "spot_availability.jsonl" if Path(named).is_dir() else Path(named)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     other = {row["gap_seconds"] for row in rows} - {TICK_SECONDS}
     if other:

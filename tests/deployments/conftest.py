@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from deployments.automations import automations
+from deployments.automations import make_automations
 from infra.local.prefect_server import PrefectServer, PrefectWorker, prefect_server, prefect_worker
 from tests.support import write_customers
 
 ATTEMPTS_MAX = 2
 # The least that a heartbeat of 30 s allows on a machine that is busy; ten is the least that Prefect takes.
-SILENT_SECONDS, SETTLED_SECONDS = 45.0, 10.0
+SILENT_SECONDS, SETTLE_SECONDS = 45.0, 10.0
 
-WANTED = automations(silent_seconds=SILENT_SECONDS, settled_seconds=SETTLED_SECONDS, attempts_max=ATTEMPTS_MAX)
+AUTOMATIONS = make_automations(silent_seconds=SILENT_SECONDS, settle_seconds=SETTLE_SECONDS, attempts_max=ATTEMPTS_MAX)
 
 StartWorkers = Callable[..., list[PrefectWorker]]
 
@@ -39,9 +39,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Generator[PrefectServer]
 @pytest.fixture(scope="session")
 def deployed(server: PrefectServer) -> PrefectServer:
     """The server with this project's pools, deployments and automations; these wait for as little as they can."""
-    from deployments.apply import apply
+    from deployments.apply import deploy
 
-    asyncio.run(apply(wanted=WANTED))
+    asyncio.run(deploy(automations=AUTOMATIONS))
     return server
 
 

@@ -13,9 +13,9 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.client.schemas.objects import DeploymentSchedule
 
-from deployments.apply import FILE, Change, DeployFailed, apply, differences, read_deployments
+from deployments.apply import PREFECT_FILE, Change, DeployFailed, deploy, find_differences, read_deployments
 from infra.local.prefect_server import PrefectServer
-from tests.deployments.conftest import WANTED
+from tests.deployments.conftest import AUTOMATIONS
 
 NIGHTLY = "batch-inference/nightly"
 
@@ -25,7 +25,7 @@ def changed(changes: list[Change]) -> dict[str, str]:
 
 
 def test_applied_again_it_changes_nothing(deployed: PrefectServer) -> None:
-    changes = asyncio.run(apply(wanted=WANTED))
+    changes = asyncio.run(deploy(automations=AUTOMATIONS))
 
     assert {} == changed(changes)
     assert {"work pool": 3, "deployment": 12, "automation": 3} == {
@@ -37,11 +37,11 @@ def test_what_was_changed_in_the_ui_is_named_and_set_back(deployed: PrefectServe
     with get_client(sync_client=True) as client:
         standing = client.read_deployment_by_name(NIGHTLY)
         client.update_deployment(standing.id, DeploymentUpdate(tags=["mine"], parameters={"model": "models:/mine/1"}))
-        (automation,) = client.read_automations_by_name(WANTED[1].name)
+        (automation,) = client.read_automations_by_name(AUTOMATIONS[1].name)
         client.pause_automation(automation.id)
-    first, again = asyncio.run(apply(wanted=WANTED)), asyncio.run(apply(wanted=WANTED))
+    first, again = asyncio.run(deploy(automations=AUTOMATIONS)), asyncio.run(deploy(automations=AUTOMATIONS))
 
-    assert {NIGHTLY: "changed: tags, parameters", WANTED[1].name: "changed: enabled"} == changed(first)
+    assert {NIGHTLY: "changed: tags, parameters", AUTOMATIONS[1].name: "changed: enabled"} == changed(first)
     assert {} == changed(again)
 
 
@@ -53,18 +53,18 @@ def test_a_schedule_differs_by_what_the_file_says_of_it_alone(deployed: PrefectS
     active = standing.model_copy(update={"schedules": [schedule.model_copy(update={"active": True})]})
 
     assert isinstance(schedule, DeploymentSchedule)
-    assert [] == differences(fields, standing)
-    assert ["schedules"] == differences(fields, active)
-    assert ["schedules"] == differences(fields, standing.model_copy(update={"schedules": []}))
-    assert ["schedules"] == differences(fields, standing.model_copy(update={"schedules": [schedule, schedule]}))
+    assert [] == find_differences(fields, standing)
+    assert ["schedules"] == find_differences(fields, active)
+    assert ["schedules"] == find_differences(fields, standing.model_copy(update={"schedules": []}))
+    assert ["schedules"] == find_differences(fields, standing.model_copy(update={"schedules": [schedule, schedule]}))
 
 
 def test_a_missing_work_pool_is_named(deployed: PrefectServer, tmp_path: Path) -> None:
     file = tmp_path / "prefect.yaml"
-    file.write_text(FILE.read_text().replace("name: overnight-spot", "name: elsewhere"))
+    file.write_text(PREFECT_FILE.read_text().replace("name: overnight-spot", "name: elsewhere"))
 
-    with pytest.raises(DeployFailed, match="work pool 'elsewhere' of deployment batch-inference/spot must be there"):
-        asyncio.run(apply(file, WANTED))
+    with pytest.raises(DeployFailed, match="work pool 'elsewhere' of deployment batch-inference/spot must exist"):
+        asyncio.run(deploy(file, AUTOMATIONS))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from prefect.client.schemas.objects import FlowRun
 
 from infra.local.prefect_server import PrefectServer
 from tasks.batch.options import BatchOptions
-from tests.deployments.conftest import ATTEMPTS_MAX, SETTLED_SECONDS, StartWorkers
+from tests.deployments.conftest import ATTEMPTS_MAX, SETTLE_SECONDS, StartWorkers
 from tests.deployments.flow_runs import machine_of, read, start, start_with, state_of, states, wait_for, wait_until
 from tests.support import digests
 
@@ -137,7 +137,7 @@ def test_a_run_that_always_kills_its_process_is_given_up(deployed: PrefectServer
     crashed = wait_for(run, "Crashed").state
     assert crashed is not None
     # Long enough for another attempt, if there were to be one.
-    settled = 2 * SETTLED_SECONDS - (datetime.now(UTC) - crashed.timestamp).total_seconds()
+    settled = 2 * SETTLE_SECONDS - (datetime.now(UTC) - crashed.timestamp).total_seconds()
     time.sleep(max(settled, 0.0))
 
     assert ("Crashed", ATTEMPTS_MAX) == (state_of(read(run)), read(run).run_count)

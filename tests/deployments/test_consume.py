@@ -78,9 +78,9 @@ def of(workload: Workload, model: str) -> Workload:
 
 def applied(decided: Decision, terms: Terms) -> Applied:
     from flows.runtime.apply import apply_decision
-    from flows.runtime.task_timing import StepTimer
+    from flows.runtime.steps import Steps
 
-    return apply_decision(StepTimer(), decided, terms, logging.getLogger(__name__))
+    return apply_decision(Steps(), decided, terms, logging.getLogger(__name__))
 
 
 def deployments() -> set[str]:

@@ -23,7 +23,7 @@ OPTIONS = BatchOptions(key_columns=("customer",), batch_size=20, rows_per_chunk=
 COMPLETE = OPTIONS.model_copy(update={"slots": 8})
 SENTENCE = re.compile(
     r"serving\.errors\.Interrupted: Interrupted by SIGTERM: ([\d,]+) of 4,000 rows of run \w+ are done and stay, "
-    r"([\d,]+) are left(?:; chunks in hand that were dropped: (\d))?; the same call resumes\."
+    r"([\d,]+) are left(?:; unfinished chunks dropped: (\d))?; the same call resumes\."
 )
 
 POINTS = [("reading", 4), ("before a batch", 50), ("encoding a part", 3), ("a part half written", 3)]

@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 
-from deployments.demo.endpoint_callers import Callers
+from deployments.demo.endpoint import Callers
 from deployments.demo.endpoint_faulty import LATE_MINUTES
 from infra.local.gateway import GatewayServer, gateway_server
 from infra.local.prefect_server import PrefectServer

@@ -62,10 +62,10 @@ def start(pool: str | None, **parameters: Any) -> FlowRun:
 
 @pytest.fixture(scope="module")
 def pool(prefect: PrefectServer) -> str:
-    from deployments.pools import process_pool
+    from deployments.apply import make_process_pool
 
     with get_client(sync_client=True) as client:
-        return client.create_work_pool(process_pool()).name
+        return client.create_work_pool(make_process_pool()).name
 
 
 class TestJoining:

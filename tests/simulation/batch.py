@@ -14,7 +14,7 @@ from serving.errors import BadInput, Interrupted, OvernightError
 from tasks.batch.chunk_scheduler import Host
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_rows_done
-from tasks.batch.plan import Plan, RunStart, confirm_plan, load_start, load_started_plan, run_key, save_start
+from tasks.batch.plan import Plan, RunStart, confirm_plan, load_start, run_key, save_start
 from tasks.batch.publish import (
     Audit,
     Manifest,
@@ -24,7 +24,7 @@ from tasks.batch.publish import (
     find_intact_manifest,
     publish,
 )
-from tasks.batch.resolve import Found, RunRequest, check_memory, choose_slots, find_published, plan_run, restage_plan
+from tasks.batch.resolve import CompleteRun, ResumedRun, RunRequest, check_memory, choose_slots, find_run, restage_plan
 from tasks.batch.score import Scorer, ScoringResult, check_rejects
 from tasks.batch.source import pin_source
 from tasks.spot.drain import Drain, sigterm_notice
@@ -156,11 +156,15 @@ class BatchWorld:
 
     def _attempt(self, flow_run: FlowRun, process: Process) -> None:
         storage = open_storage(DESTINATION)
-        found = self._find_plan(flow_run, storage)
-        manifest, plan = found.complete, found.plan
-        if manifest is None:
+        load: Any = load_toy
+        request = self._find_start(flow_run, storage) or self._resolve_request(flow_run)
+        run = find_run(request, storage, flow_run.id, load=load, clock=self.scheduler.wall_clock)
+        plan = run.plan
+        if isinstance(run, CompleteRun):
+            manifest = run.manifest
+        else:
             check_create_only(storage)
-            plan = restage_plan(plan, storage) if found.damaged else plan
+            plan = restage_plan(plan, storage) if isinstance(run, ResumedRun) and run.damaged else plan
             audit = self._score(plan, storage, flow_run.options, process)
             manifest = publish(storage, confirm_plan(storage, plan), audit)
         self._check(flow_run, plan, manifest, process)
@@ -173,17 +177,6 @@ class BatchWorld:
             self.delta.check(manifest.key)
         self.oracle.check_returned(manifest.run, manifest.key, flow_run.keys, self.began[process])
 
-    def _find_plan(self, flow_run: FlowRun, storage: Storage) -> Found:
-        start = self._find_start(flow_run, storage)
-        if start is None:
-            call = self._pin(flow_run)
-            found = find_published(storage, self._plan(call, storage), None)
-            planned = RunStart(run=found.plan.run, key=found.plan.key)
-            start = planned if found.complete else save_start(storage, flow_run.id, planned)
-            if start == planned:
-                return found
-        return find_published(storage, load_started_plan(storage, start), None)
-
     def _find_start(self, flow_run: FlowRun, storage: Storage) -> RunStart | None:
         """Return what a flow run is tied to, as flows.runtime.joining does it, but for the wait."""
         start = load_start(storage, flow_run.id)
@@ -195,7 +188,7 @@ class BatchWorld:
             raise BadInput(message)
         return save_start(storage, flow_run.id, joined)
 
-    def _pin(self, flow_run: FlowRun) -> RunRequest:
+    def _resolve_request(self, flow_run: FlowRun) -> RunRequest:
         resolved: Any = ToyResolved(self.version)
         options = flow_run.options
         snapshot = pin_source(SOURCE, DESTINATION)
@@ -204,10 +197,6 @@ class BatchWorld:
         self.oracle.ask(key, expected(rows, resolved.version, options.key_columns))
         flow_run.keys.append(key)
         return RunRequest(resolved=resolved, snapshot=snapshot, contract=CONTRACT, options=options, key=key)
-
-    def _plan(self, call: RunRequest, storage: Storage) -> Plan:
-        load: Any = load_toy
-        return plan_run(call, storage, load=load, clock=self.scheduler.wall_clock)
 
     def _score(self, plan: Plan, storage: Storage, options: BatchOptions, process: Process) -> Audit:
         model = ToyModel(int(plan.model.version))

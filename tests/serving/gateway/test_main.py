@@ -20,7 +20,7 @@ from serving.gateway.__main__ import main
 from serving.gateway.client import GatewayClient
 from serving.gateway.metering import read_metering
 from serving.gateway.route import Rollout
-from tests.serving.gateway.support import EndpointClient, V2Server, route, wait_for_verdict
+from tests.serving.gateway.support import EndpointClient, V2Server, route, wait_for, wait_for_verdict
 
 
 def ask(server: GatewayServer, name: str, requests: int) -> list[int]:
@@ -68,10 +68,7 @@ def test_sigterm_lets_requests_finish(tmp_path: Path, v2: V2Server) -> None:
             admin.wait_until("churn", lambda state: state.in_flight == {"slow": 4}, timeout_s=20)
             os.kill(server.process.pid, signal.SIGTERM)
             assert [[200]] * 4 == [request.result() for request in pending]
-        deadline = time.monotonic() + 20
-        while server.process.running:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for(lambda: not server.process.running)
 
         assert 0 == server.process.exit_code
     assert [200] * 4 == read_metering(tmp_path).collect()["status"].to_list()
@@ -115,10 +112,7 @@ def test_a_route_that_cannot_be_written_is_503_and_written_as_soon_as_possible(
             admin.put("unwritten", route(v2.url))
     finally:
         aside.rename(routes)
-    deadline = time.monotonic() + 20
-    while not (routes / "unwritten.json").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for((routes / "unwritten.json").exists)
     routes.rename(aside)
     try:
         with pytest.raises(EndpointFailed, match="must be able to write"):

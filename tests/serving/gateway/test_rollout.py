@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,7 +18,7 @@ from serving.gateway.route import CanaryTally, Limits, Rollout, Shadow
 from serving.gateway.upstreams import Reply
 from serving.protocol.oip import InferRequest, OutputChoice, encode_response
 from tests.serving.gateway.conftest import Put
-from tests.serving.gateway.support import EndpointClient, V2Server, read_metrics, route, wait_for_verdict
+from tests.serving.gateway.support import EndpointClient, V2Server, read_metrics, route, wait_for, wait_for_verdict
 from tests.serving.gateway.v2_child import CONTRACT
 
 weight_lists = st.lists(st.floats(0, 100), min_size=1, max_size=8).filter(lambda weights: sum(weights) > 1e-3)
@@ -276,10 +275,7 @@ def test_the_shadow_gets_copies_and_its_answers_are_only_counted(
     endpoint = put(route(v2.url, ("1", 1), (shadow, 0), shadow=Shadow(version=shadow)))
 
     assert [10] * 3 == [endpoint.score() for _ in range(3)]
-    deadline = time.monotonic() + 10
-    while count_shadows(endpoint, outcome) + count_shadows(endpoint, "dropped") < 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: count_shadows(endpoint, outcome) + count_shadows(endpoint, "dropped") == 3)
     assert v2.seen(shadow) == before + count_shadows(endpoint, outcome)
     assert count_shadows(endpoint, outcome) >= 1
 
@@ -290,10 +286,7 @@ def test_a_slow_shadow_delays_no_request_and_its_excess_copies_are_dropped(
     endpoint = put(route(v2.url, ("1", 1), ("slow", 0), shadow=Shadow(version="slow", in_flight_max=1)))
     assert [10] * 10 == [endpoint.score() for _ in range(10)]
 
-    deadline = time.monotonic() + 10
-    while count_shadows(endpoint, "equal") + count_shadows(endpoint, "dropped") < 10:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: count_shadows(endpoint, "equal") + count_shadows(endpoint, "dropped") == 10)
     assert count_shadows(endpoint, "dropped") > 0
 
 

@@ -18,7 +18,7 @@ from serving.gateway.client import GatewayClient
 from serving.gateway.route import Limits, ScaleToZero, ServedVersion
 from serving.gateway.scale_to_zero import ModelLifecycle, is_unload_due
 from tests.serving.gateway.conftest import Put
-from tests.serving.gateway.support import EndpointClient, V2Server, error, read_metrics, route, served
+from tests.serving.gateway.support import EndpointClient, V2Server, error, read_metrics, route, served, wait_for
 
 RULE_SHORT = ScaleToZero(keep_warm_s=0.2)
 
@@ -71,10 +71,7 @@ def test_a_request_waits_at_most_hold_s_max_and_the_load_goes_on(put: Put, v2: V
     assert (503, "The model must be loaded within 0.1 s, but is still loading. Try again later.") == error(
         endpoint.infer()
     )
-    deadline = time.monotonic() + 10
-    while endpoint.infer().status_code != 200:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: endpoint.infer().status_code == 200)
     assert 1 == v2.seen("late load")
 
 

@@ -1,8 +1,9 @@
-"""A call is pinned, found complete or planned, before anything is scored."""
+"""A call is resolved, then found complete or planned, before anything is scored."""
 
 from __future__ import annotations
 
 import os
+import uuid
 from decimal import Decimal
 from pathlib import Path
 from typing import Literal
@@ -22,16 +23,17 @@ from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Plan, save_plan
 from tasks.batch.publish import audit_parts, publish
 from tasks.batch.resolve import (
+    RunRequest,
     check_memory,
     find_complete_run,
+    find_run,
     free_memory,
     load_planned_model,
     open_planned_model,
-    plan_run,
     resolve_request,
     restage_plan,
 )
-from tasks.storage import open_storage
+from tasks.storage import Storage, open_storage
 from tests.support import write_customers
 from tests.tasks.batch.small import put, put_parts
 
@@ -43,10 +45,15 @@ def source(tmp_path: Path) -> str:
 
 def test_pinning_a_call_writes_nothing(linear: str, source: str, tmp_path: Path) -> None:
     destination = str(tmp_path / "scores")
-    call = resolve_request(linear, source, destination, BatchOptions())
+    request = resolve_request(linear, source, destination, BatchOptions())
 
-    assert find_complete_run(open_storage(destination), call) is None
+    assert find_complete_run(open_storage(destination), request) is None
     assert not (tmp_path / "scores").exists()
+
+
+def plan_run(request: RunRequest, destination: Storage) -> Plan:
+    """Return the plan of a request that a flow run of its own makes."""
+    return find_run(request, destination, str(uuid.uuid4())).plan
 
 
 def test_copies_that_were_deleted_with_publishing_are_staged_again(linear: str, source: str, tmp_path: Path) -> None:
@@ -88,8 +95,8 @@ def test_a_run_over_parquet_has_no_copies(linear: str, source: str, tmp_path: Pa
 
 def test_a_plan_is_made_once_and_read_ever_after(linear: str, source: str, tmp_path: Path) -> None:
     destination = open_storage(str(tmp_path / "scores"))
-    call = resolve_request(linear, source, destination.url, BatchOptions())
-    first = plan_run(call, destination)
+    request = resolve_request(linear, source, destination.url, BatchOptions())
+    first = plan_run(request, destination)
     second = plan_run(resolve_request(linear, source, destination.url, BatchOptions()), destination)
 
     assert first == second
@@ -97,8 +104,8 @@ def test_a_plan_is_made_once_and_read_ever_after(linear: str, source: str, tmp_p
 
 def test_sizes_that_are_given_are_kept(linear: str, source: str, tmp_path: Path) -> None:
     destination = open_storage(str(tmp_path / "scores"))
-    call = resolve_request(linear, source, destination.url, BatchOptions(batch_size=50, rows_per_chunk=500))
-    plan = plan_run(call, destination)
+    request = resolve_request(linear, source, destination.url, BatchOptions(batch_size=50, rows_per_chunk=500))
+    plan = plan_run(request, destination)
 
     assert 50 == plan.batch_size
     assert {500} == {chunk.rows for chunk in plan.chunks.values()}
@@ -109,9 +116,9 @@ def test_a_plan_is_read_back_with_the_policies_it_was_made_with(
     null: float | str, linear: str, source: str, tmp_path: Path
 ) -> None:
     destination = open_storage(str(tmp_path / "scores"))
-    call = resolve_request(linear, source, destination.url, BatchOptions(policies={"a": ColumnPolicy(null=null)}))
+    request = resolve_request(linear, source, destination.url, BatchOptions(policies={"a": ColumnPolicy(null=null)}))
 
-    assert plan_run(call, destination) == plan_run(call, destination)
+    assert plan_run(request, destination) == plan_run(request, destination)
 
 
 def test_a_plan_is_scored_with_the_very_files_it_was_made_for(linear: str, source: str, tmp_path: Path) -> None:
@@ -153,10 +160,10 @@ def test_a_plan_that_was_tuned_is_scored_on_its_engine(
 ) -> None:
     monkeypatch.setattr(tuning, "_WORK_SECONDS_MIN", 0.0)
     destination = open_storage(str(tmp_path / "scores"))
-    call = resolve_request(linear, source, destination.url, BatchOptions(slots=1))
-    plan = plan_run(call, destination)
+    request = resolve_request(linear, source, destination.url, BatchOptions(slots=1))
+    plan = plan_run(request, destination)
     other = plan.model_copy(update={"engine": Engine(threads=3)})
-    with load_planned_model(other, call.resolved, call.options).slot():
+    with load_planned_model(other, request.resolved, request.options).slot():
         threads = torch.get_num_threads()
 
     assert plan.tuning is not None
@@ -188,15 +195,15 @@ def test_a_delta_table_does_not_get_the_rows_that_an_earlier_release_appended_on
 ) -> None:
     destination = open_storage(str(tmp_path / "scores"))
     options = BatchOptions(output="delta", rows_per_chunk=1_000)
-    call = resolve_request(linear, source, destination.url, options)
-    earlier = _as_of_earlier_release(plan_run(call, destination))
+    request = resolve_request(linear, source, destination.url, options)
+    earlier = _as_of_earlier_release(plan_run(request, destination))
     destination.delete([entry.path for entry in destination.entries("_overnight")])
     put_parts(earlier, destination, rejects=())
     publish(destination, earlier, audit_parts(destination, earlier))
     save_plan(destination, earlier)
     destination.delete([f"{earlier.folder}/{name}" for name in lost])
     with pytest.raises(DestinationUnusable, match=rf"not get the rows of a call twice, but holds run {earlier.key}"):
-        plan_run(call, destination)
+        plan_run(request, destination)
 
     # Other files, or all of the table in place of them, are another matter.
     plan_run(resolve_request(linear, f"{source}/*-00.parquet", destination.url, options), destination)
@@ -232,9 +239,9 @@ def test_a_key_that_no_reader_reads_back_is_refused_before_anything_is_written(l
     features = {name: pa.array([0.5] * 10, pa.float32()) for name in "abc"}
     put(f"{tmp_path}/in", {"x.parquet": pa.table({"key": wide, **features})})
     destination = open_storage(str(tmp_path / "scores"))
-    call = resolve_request(linear, f"{tmp_path}/in", destination.url, BatchOptions(key_columns=("key",)))
+    request = resolve_request(linear, f"{tmp_path}/in", destination.url, BatchOptions(key_columns=("key",)))
     with pytest.raises(BadInput, match=r"got 'key' of type decimal256\(40, 2\): no more than 38 digits are read"):
-        plan_run(call, destination)
+        plan_run(request, destination)
 
     assert [] == [entry.path for entry in destination.entries() if entry.path.endswith((".parquet", "plan.json"))]
 
@@ -243,9 +250,9 @@ def test_a_key_column_that_stands_twice_is_refused(linear: str, tmp_path: Path) 
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "x.csv").write_text("id,id,a,b,c\n1,2,0.5,0.5,0.5\n")
     destination = open_storage(str(tmp_path / "scores"))
-    call = resolve_request(linear, f"{tmp_path}/in", destination.url, BatchOptions(key_columns=("id",)))
+    request = resolve_request(linear, f"{tmp_path}/in", destination.url, BatchOptions(key_columns=("id",)))
     with pytest.raises(SchemaMismatch, match=r"must be one column of the dataset, got \['id'\]"):
-        plan_run(call, destination)
+        plan_run(request, destination)
 
 
 @pytest.mark.parametrize("output", ["parquet", "delta"])

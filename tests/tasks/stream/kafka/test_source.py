@@ -59,7 +59,7 @@ def opened(brokers: KafkaBrokers, topic: str, sink: AnySink, warn: Callable[[str
         warn=warn,
         give_up=threading.Event(),
     )
-    with opener.opened(FromKafka(servers=brokers.servers, topic=topic, **source), sink) as connections:
+    with opener.open(FromKafka(servers=brokers.servers, topic=topic, **source), sink) as connections:
         yield connections
 
 

@@ -29,16 +29,16 @@ def test_a_server_that_was_away_for_longer_than_it_remembers_ids_is_told_nothing
     reader = NatsSource(connection, source, in_flight=10, bytes_max=1 << 20, start=None)
     messages: list[object] = []
     wait_until(lambda: messages.extend(reader.fetch(3, 1, 0.1)) or len(messages) == 3, "three messages")
-    recall = EmittedIds(
+    emitted_ids = EmittedIds(
         connection=connection,
         source=source,
         sink_connection=sink_connection,
-        sink="SCORES",
+        sink_stream="SCORES",
         origin="o",
         window_seconds=1.0,
     )
-    recall.start()
-    publisher = Publisher(sink_connection, recall.known)
+    emitted_ids.read_after_pause()
+    publisher = Publisher(sink_connection, emitted_ids.find_known)
     scores = [OutgoingMessage(subject="scores", payload=b"%d" % at, id=f"o.0.{at}", headers={}) for at in (1, 2, 3)]
     publisher.publish(scores[:2])
     # The third has not gone out, and none of them is acknowledged.
@@ -67,23 +67,23 @@ def test_a_score_is_known_however_long_ago_it_went_out_and_however_often_it_is_a
             reader = NatsSource(connection, source, in_flight=10, bytes_max=1 << 20, start=None)
             messages: list[Message] = []
             wait_until(lambda: messages.extend(reader.fetch(4, 1, 0.1)) or len(messages) == 4, "four messages")
-            recall = EmittedIds(
+            emitted_ids = EmittedIds(
                 connection=connection,
                 source=source,
                 sink_connection=connection,
-                sink="SCORES",
+                sink_stream="SCORES",
                 origin="o",
                 window_seconds=1.0,
             )
-            found = [recall.already(messages)]
+            found = [emitted_ids.find_emitted(messages)]
             client.publish("scores", [b"1"], [{"Nats-Msg-Id": "o.0.1"}])
             # Longer than three deliveries take.
             time.sleep(4)
             client.publish("scores", [b"3"], [{"Nats-Msg-Id": "o.0.3"}])
-            found.append(recall.already(messages))
+            found.append(emitted_ids.find_emitted(messages))
             time.sleep(1.5)
             client.publish("scores", [b"4"], [{"Nats-Msg-Id": "o.0.4"}])
-            found.append(recall.already(messages))
+            found.append(emitted_ids.find_emitted(messages))
         reader.close()
         connection.close()
 

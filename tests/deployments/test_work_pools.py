@@ -17,8 +17,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.workers.base import BaseJobConfiguration
 
-from deployments.apply import FILE
-from deployments.pools import pools
+from deployments.apply import PREFECT_FILE, make_work_pools
 from infra.local.prefect_server import PrefectServer
 
 TEMPLATE = Path(__file__).parents[2] / "infra/kubernetes/work-pool.json"
@@ -63,22 +62,23 @@ JOB: dict[str, Any] = {
 }
 
 
-def survives() -> dict[str, Any]:
+def read_job_variables() -> dict[str, Any]:
     """The job variables of every deployment."""
     (same,) = {
-        json.dumps(each["work_pool"]["job_variables"]) for each in yaml.safe_load(FILE.read_text())["deployments"]
+        json.dumps(each["work_pool"]["job_variables"])
+        for each in yaml.safe_load(PREFECT_FILE.read_text())["deployments"]
     }
     return dict(json.loads(same))
 
 
 def test_the_deployments_name_these_pools_and_no_others() -> None:
-    named = {each["work_pool"]["name"] for each in yaml.safe_load(FILE.read_text())["deployments"]}
+    named = {each["work_pool"]["name"] for each in yaml.safe_load(PREFECT_FILE.read_text())["deployments"]}
 
-    assert named == {pool.name for pool in pools()}
+    assert named == {pool.name for pool in make_work_pools()}
 
 
 def test_a_pool_says_how_a_machine_takes_work_from_it() -> None:
-    assert all(f"python -m infra.worker --pool {pool.name}" in str(pool.description) for pool in pools())
+    assert all(f"python -m infra.worker --pool {pool.name}" in str(pool.description) for pool in make_work_pools())
 
 
 def test_the_template_for_kubernetes_is_prefects_own_with_time_to_drain_and_no_second_pod() -> None:
@@ -90,7 +90,7 @@ def test_the_template_for_kubernetes_is_prefects_own_with_time_to_drain_and_no_s
     )
     assert set(theirs["variables"]["properties"]) <= set(ours["variables"]["properties"])
     assert theirs["job_configuration"].keys() == ours["job_configuration"].keys()
-    assert ours["variables"]["properties"]["env"]["default"] == survives()["env"]
+    assert ours["variables"]["properties"]["env"]["default"] == read_job_variables()["env"]
 
 
 def test_the_template_for_kubernetes_makes_a_job_that_is_never_run_twice() -> None:
@@ -104,7 +104,7 @@ def test_the_template_for_kubernetes_makes_a_job_that_is_never_run_twice() -> No
     filled = asyncio.run(
         Configuration.from_template_and_values(
             {**template, "job_configuration": {"job_manifest": manifest, "env": "{{ env }}"}},
-            {**survives(), "image": "registry/overnight:1", "finished_job_ttl": 600},
+            {**read_job_variables(), "image": "registry/overnight:1", "finished_job_ttl": 600},
         )
     )
 
@@ -121,7 +121,7 @@ def test_the_server_takes_the_template_and_the_deployments_job_variables_fit_it(
             WorkPoolCreate(name=name, type="kubernetes", base_job_template=json.loads(TEMPLATE.read_text()))
         )
         flow = client.create_flow_from_name("any")
-        fits = client.create_deployment(flow, "fits", work_pool_name=name, job_variables=survives())
+        fits = client.create_deployment(flow, "fits", work_pool_name=name, job_variables=read_job_variables())
         with pytest.raises(httpx.HTTPStatusError, match="422"):
             client.create_deployment(flow, "not", work_pool_name=name, job_variables={"env": "text"})
 

@@ -1,0 +1,71 @@
+"""The steps of a flow, each a task run that Prefect shows; the flow run that they are part of; torch's threads."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+from uuid import uuid4
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import FlowRun
+from prefect.context import FlowRunContext
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Steps:
+    """Runs the steps of a flow as task runs, and adds up the seconds that each took."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self, name: str, work: Callable[[], T]) -> T:
+        """Return what a step returns, or raise what it raises.
+
+        Args:
+            name: What the task run is called.
+            work: Takes no arguments: Prefect searches those of a task for futures, through all of a plan.
+        """
+        start = time.perf_counter()
+        # A task that may be retried, and then is not, leaves the traceback of its failure to the flow's own log line.
+        step = task(
+            name=name,
+            cache_policy=NO_CACHE,
+            persist_result=False,
+            retries=1,
+            retry_condition_fn=lambda *_: False,
+        )
+        try:
+            with keep_torch_threads():
+                return step(work)()
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@contextmanager
+def keep_torch_threads() -> Generator[None]:
+    """Put torch's thread count back after the block: slots set it to one, also for threads that start later."""
+    torch = sys.modules.get("torch")  # loaded with the model, if at all
+    before = torch.get_num_threads() if torch else None
+    try:
+        yield
+    finally:
+        if torch:
+            torch.set_num_threads(before)
+
+
+def flow_run() -> FlowRun | None:
+    """Return the flow run that this is called in, None outside of one."""
+    context = FlowRunContext.get()
+    return None if context is None else context.flow_run
+
+
+def flow_run_id() -> str:
+    """Return the id of the flow run that this is called in, or a new one outside of one."""
+    run = flow_run()
+    return str(uuid4()) if run is None else str(run.id)
