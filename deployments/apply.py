@@ -36,7 +36,7 @@ FLOW_RUNS_PER_POOL_MAX = 64
 
 
 class DeployFailed(RuntimeError):
-    """The server could not be brought to the configuration; the message says what to do."""
+    """The server could not be brought to the configuration; the message states what to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +125,7 @@ async def _apply_deployments(client: PrefectClient, file: Path, deployments: Map
         for name in names:
             remaining = await _compare_deployment(client, name, deployments[name])
             if remaining.what != "unchanged":
-                message = f"Deployment {name} must be as {file} says once it is deployed, but is {remaining.what}."
+                message = f"Deployment {name} must match {file} once it is deployed, but is {remaining.what}."
                 raise DeployFailed(message)
     return changes
 
@@ -177,7 +177,7 @@ def find_differences(fields: Fields, deployed: DeploymentResponse) -> list[str]:
     """Return the fields in which a deployment on the server differs from its configuration."""
     has = deployed.model_dump(mode="json", include=set(fields))
     has["schedules"] = [
-        # Only what the file says of a schedule counts; the server adds ids, times and defaults.
+        # Only what the file states of a schedule counts; the server adds ids, times and defaults.
         {key: {**schedule, **schedule["schedule"]}.get(key) for key in stated}
         for schedule, stated in zip(has["schedules"], fields["schedules"], strict=False)
     ] + has["schedules"][len(fields["schedules"]) :]

@@ -16,23 +16,17 @@ from flows.runtime.steps import Steps, flow_run_id
 from flows.runtime.task_runners import check_runner, score_missing
 from tasks.batch.artifacts import ProgressWatch, publish_artifacts, publish_interrupted
 from tasks.batch.lineage import record_failure, record_lineage
+from tasks.batch.manifest import find_intact_manifest
+from tasks.batch.memory import check_memory
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_rows_done
 from tasks.batch.plan import Plan, confirm_plan
-from tasks.batch.publish import (
-    Audit,
-    audit_parts,
-    check_rows_add_up,
-    count_rejects,
-    find_intact_manifest,
-    publish,
-)
+from tasks.batch.publish import Audit, audit_parts, check_rows_add_up, count_rejects, publish
 from tasks.batch.report import BatchReport, page_path, plot, report_complete, report_scored, save_page
 from tasks.batch.resolve import (
     CompleteRun,
     NewRun,
     ResumedRun,
-    check_memory,
     choose_slots,
     find_run,
     load_planned_model,

@@ -25,7 +25,7 @@ from pathlib import Path
 _PROC = Path("/proc")
 _POLL_S = 0.2
 _KILL_POLL_S = 0.02
-# What Prefect itself allows a run between SIGTERM and SIGKILL, and as much again to tell the server.
+# What Prefect itself allows a run between SIGTERM and SIGKILL, and as much again to notify the server.
 GRACE_S = 60.0
 
 

@@ -1,8 +1,8 @@
 """The demo: score every flight that left New York in 2013 with a model that was trained on them.
 
-`python -m deployments.demo` trains and registers the model, scores all flights, and shows the report;
-called again it says that the run is complete. `--kill` kills a run twice with SIGKILL, resumes it, and
-holds its bytes against those of an undisturbed run.
+`python -m deployments.demo` trains and registers the model, scores all flights, and shows the report. Called again, it
+finds the run complete. `--kill` kills a run twice with SIGKILL, resumes it, and compares its bytes with those of an
+undisturbed run.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,12 +26,11 @@ from deployments.demo.prepare import console, prepare_data, use_registry
 if TYPE_CHECKING:
     from tasks.batch.report import BatchReport
 
-import signal
-import subprocess
-from collections.abc import Callable, Sequence
-
 MODEL = "models:/flight-delay@champion"
 ROWS_PER_CHUNK_KILL = 1_024
+KILLS = 2
+_PATIENCE_SECONDS = 120.0
+_POLL_SECONDS = 0.002
 
 
 def main() -> None:
@@ -51,7 +53,7 @@ def main() -> None:
 
 
 def _show_if_complete(folder: Path) -> bool:
-    """Say that the run is complete, if it is: found from the manifest, before Prefect is imported."""
+    """Show the report if the manifest has the run as complete, before Prefect is imported."""
     from tasks.batch.options import BatchOptions  # noqa: PLC0415 - imports MLflow
     from tasks.batch.plan import load_plan  # noqa: PLC0415
     from tasks.batch.report import report_complete  # noqa: PLC0415
@@ -93,7 +95,6 @@ def _score(folder: Path, destination: str, rows_per_chunk: int | None = None) ->
 
 def _run_with_kills(folder: Path) -> None:
     """Kill a run twice, resume it, and show that its parts are those of an undisturbed run."""
-    from deployments.demo.__main__ import count_equal_parts, run_with_kills  # noqa: PLC0415
     from infra.local.prefect_server import prefect_server  # noqa: PLC0415
 
     undisturbed, killed = folder / "undisturbed", folder / "killed"
@@ -105,10 +106,10 @@ def _run_with_kills(folder: Path) -> None:
         console.print("Scoring, undisturbed")
         report = _score(folder, str(undisturbed), rows_per_chunk=ROWS_PER_CHUNK_KILL)
         command = [sys.executable, "-m", "deployments.demo", "--folder", str(folder), "--score-into", str(killed)]
-        kills = run_with_kills(command, killed, report.run, report.parts, console.print)
-    same = count_equal_parts(undisturbed, killed, report.run)
+        kills = _kill_and_resume(command, killed, report.run, report.parts)
+    same = _count_equal_parts(undisturbed, killed, report.run)
     table = Table(title="Killed twice with SIGKILL, resumed, and compared byte for byte", title_justify="left")
-    for name in ("", "parts there", "of"):
+    for name in ("", "parts", "of"):
         table.add_column(name)
     for at, parts in enumerate(kills, start=1):
         table.add_row(f"after kill {at}", str(parts), str(report.parts))
@@ -120,42 +121,22 @@ def _run_with_kills(folder: Path) -> None:
     console.print(f"[bold green]Equal byte for byte:[/] {report.rows:,} rows in {report.parts} parts.")
 
 
-def _show_report(report: BatchReport) -> None:
-    table = Table(show_header=False, title=f"Run {report.run}", title_justify="left")
-    for row in report.table():
-        table.add_row(row[""], row["value"])
-    console.print(table)
-    console.print(f"Read the predictions:  [bold]{report.read_with}[/]", soft_wrap=True)
-    console.print(f"The report with its plot:  [bold]{report.report}[/]", soft_wrap=True)
+def _kill_and_resume(command: Sequence[str], destination: Path, run: str, parts: int) -> list[int]:
+    """Start the command, kill it with SIGKILL each time another third of its parts exists, then let it end.
 
-
-if __name__ == "__main__":
-    main()
-
-
-KILLS = 2
-_PATIENCE_SECONDS = 120.0
-_POLL_SECONDS = 0.002
-
-
-def run_with_kills(
-    command: Sequence[str], destination: Path, run: str, parts: int, say: Callable[[str], None]
-) -> list[int]:
-    """Start the command, kill it with SIGKILL each time another third of its parts is there, then let it end.
-
-    Returns how many parts stood after each kill. Raises RuntimeError where a process ended before
-    its kill, or the last one failed.
+    Returns the number of parts after each kill. Raises RuntimeError where a process ended before its kill, or the last
+    one failed.
     """
     folder = destination / f"run={run}"
-    standing = []
+    parts_after_kills = []
     for kill in range(1, KILLS + 1):
-        say(f"Scoring again, into another folder, until about part {parts * kill // (KILLS + 1)} of {parts}")
+        console.print(f"Scoring again, into another folder, until about part {parts * kill // (KILLS + 1)} of {parts}")
         _kill_after_parts(command, folder, parts * kill // (KILLS + 1))
-        standing.append(len(list(folder.glob("part-*.parquet"))))
-        say(f"Killed with SIGKILL: {standing[-1]} parts are there")
-    say("Calling it once more: it resumes")
+        parts_after_kills.append(len(list(folder.glob("part-*.parquet"))))
+        console.print(f"Killed with SIGKILL: {parts_after_kills[-1]} parts exist")
+    console.print("Calling it once more: it resumes")
     subprocess.run(command, check=True, timeout=_PATIENCE_SECONDS)
-    return standing
+    return parts_after_kills
 
 
 def _kill_after_parts(command: Sequence[str], folder: Path, parts: int) -> None:
@@ -174,8 +155,8 @@ def _kill_after_parts(command: Sequence[str], folder: Path, parts: int) -> None:
         raise RuntimeError(message)
 
 
-def count_equal_parts(undisturbed: Path, killed: Path, run: str) -> int:
-    """Return how many parts of one run are the same bytes in both folders; raises ValueError for strangers."""
+def _count_equal_parts(undisturbed: Path, killed: Path, run: str) -> int:
+    """Return how many parts of a run are the same bytes in both folders; raises ValueError where the files differ."""
     names = {path.name for path in (undisturbed / f"run={run}").iterdir()}
     others = {path.name for path in (killed / f"run={run}").iterdir()}
     if names != others:
@@ -185,3 +166,16 @@ def count_equal_parts(undisturbed: Path, killed: Path, run: str) -> int:
         (undisturbed / f"run={run}" / name).read_bytes() == (killed / f"run={run}" / name).read_bytes()
         for name in names
     )
+
+
+def _show_report(report: BatchReport) -> None:
+    table = Table(show_header=False, title=f"Run {report.run}", title_justify="left")
+    for row in report.table():
+        table.add_row(row[""], row["value"])
+    console.print(table)
+    console.print(f"Read the predictions:  [bold]{report.read_with}[/]", soft_wrap=True)
+    console.print(f"The report with its plot:  [bold]{report.report}[/]", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

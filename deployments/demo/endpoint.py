@@ -7,17 +7,23 @@ callers keep asking, has three bad ones turned away, lets the endpoint fall asle
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import secrets
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+from urllib.parse import urlsplit
 
 import httpx
 import polars as pl
@@ -33,15 +39,6 @@ if TYPE_CHECKING:
     from tasks.endpoint.spec import EndpointSpec, Triton
 
 
-import itertools
-import threading
-from collections import Counter
-from collections.abc import Mapping
-from http.client import HTTPConnection, HTTPException
-from types import TracebackType
-from typing import Self
-from urllib.parse import urlsplit
-
 NAME = "flight-delay"
 KEY = "FLIGHT_DELAY_KEY"
 CALLS_PER_SECOND = 60.0
@@ -53,6 +50,8 @@ _ROWS = 600
 _BODY_SHOWN = 110
 _ASLEEP_SECONDS_MAX = 30.0
 _OK = 200
+_TIMEOUT_SECONDS = 60.0
+_REASONS_MAX = 3
 
 
 def main() -> None:
@@ -60,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m deployments.demo.endpoint", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(".demo"), help="where everything is kept")
     folder: Path = parser.parse_args().folder.absolute()
-    # MLflow's advice for whoever logs a model, at every load of one without type hints.
+    # MLflow's advice to those who log a model, at every load of one without type hints.
     warnings.filterwarnings("ignore", ".*Add type hints", UserWarning)
     use_registry(folder)
     prepare_data(folder)
@@ -69,8 +68,8 @@ def main() -> None:
     console.print("Registering two good versions and three bad ones, each unless it is there")
     versions = register_versions(folder)
     with ExitStack() as stack:
-        stage = start(stack, folder)
-        show(stage, versions)
+        stage = start_servers(stack, folder)
+        run_life_cycle(stage, versions)
     console.print("[bold green]Everything is stopped.[/]")
     if stage.wrong:
         console.print(f"[bold red]Not as it must be:[/] {'; '.join(stage.wrong)}")
@@ -98,13 +97,13 @@ class Stage:
         """What a caller sends beside its request."""
         return {"Authorization": f"Bearer {self.key}"}
 
-    def must(self, what: str, *, holds: bool) -> None:
-        """Take note of what must hold and does not."""
+    def check(self, what: str, *, holds: bool) -> None:
+        """Record what must hold and does not."""
         if not holds:
             self.wrong.append(what)
 
 
-def start(stack: ExitStack, folder: Path) -> Stage:
+def start_servers(stack: ExitStack, folder: Path) -> Stage:
     """Start Prefect, Triton and the gateway on loopback; the stack stops them."""
     from infra.local.gateway import gateway_server  # noqa: PLC0415 - the versions are registered before
     from infra.local.prefect_server import prefect_server  # noqa: PLC0415
@@ -122,12 +121,12 @@ def start(stack: ExitStack, folder: Path) -> Stage:
         gateway=gateway.url,
         triton=triton,
         key=key,
-        bodies=bodies(folder),
+        bodies=make_bodies(folder),
         admin_key=gateway.admin_key,
     )
 
 
-def bodies(folder: Path) -> list[bytes]:
+def make_bodies(folder: Path) -> list[bytes]:
     """Return requests for single flights, one in ten of which left over an hour late."""
     table = pl.scan_parquet(folder / "flights" / "flights-*.parquet").select(FEATURES).head(50_000).collect()
     late = table.filter(pl.col("dep_delay") > 60).head(_ROWS // 10)  # noqa: PLR2004 - an hour in minutes
@@ -141,35 +140,39 @@ def _body(row: Sequence[float]) -> bytes:
     return json.dumps({"inputs": [tensor]}).encode()
 
 
-def show(stage: Stage, versions: Versions) -> None:
+def run_life_cycle(stage: Stage, versions: Versions) -> None:
     """Go through the life of an endpoint."""
     from flows.endpoint import retire_endpoint  # noqa: PLC0415 - the servers' addresses must be set before
     from tasks.endpoint.spec import AllAtOnce, Canary  # noqa: PLC0415
 
-    _title("1. The first version goes online, batching for 50 ms")
-    console.print(put(stage, versions.first, AllAtOnce()).markdown())
+    _print_title("1. The first version goes online, batching for 50 ms")
+    console.print(deploy_version(stage, versions.first, AllAtOnce()).markdown())
     ask(stage, stage.bodies[:3])
     canary = Canary(percent=20, requests_min=50, error_rate_max=0.01, p99_ms_max=200, seconds_max=60)
-    _title("2. A second version, by a canary of 20 %, while callers keep asking")
-    called(stage, "the second version is promoted", lambda: put(stage, versions.second, canary))
-    _title("3. A version that answers differently each time: it fails its verification")
-    called(stage, "the moody version fails to verify", lambda: refused(stage, versions.moody, canary, "VerifyFailed"))
-    _title("4. A version that fails on late flights, which its verification can't know: it is rolled back")
-    called(stage, "the delicate version is rolled back", lambda: refused(stage, versions.delicate, canary))
-    _title("5. A version that is slow on late flights: it is rolled back")
-    called(stage, "the slow version is rolled back", lambda: refused(stage, versions.slow, canary))
-    _title(f"6. Nobody asks for {KEEP_WARM_SECONDS:g} s: the model is unloaded, and the next request wakes it")
-    put(stage, versions.second, AllAtOnce(), keep_warm=KEEP_WARM_SECONDS)
-    sleep_and_wake(stage)
-    _title("7. The endpoint is retired")
-    gone = retire_endpoint(NAME, target(stage), stage.gateway)
+    _print_title("2. A second version, by a canary of 20 %, while callers keep asking")
+    change_under_load(stage, "the second version is promoted", lambda: deploy_version(stage, versions.second, canary))
+    _print_title("3. A version that answers differently each time: it fails its verification")
+    change_under_load(
+        stage, "the moody version fails to verify", lambda: check_refused(stage, versions.moody, canary, "VerifyFailed")
+    )
+    _print_title("4. A version that fails on late flights, which its verification can't know: it is rolled back")
+    change_under_load(
+        stage, "the delicate version is rolled back", lambda: check_refused(stage, versions.delicate, canary)
+    )
+    _print_title("5. A version that is slow on late flights: it is rolled back")
+    change_under_load(stage, "the slow version is rolled back", lambda: check_refused(stage, versions.slow, canary))
+    _print_title(f"6. Nobody asks for {KEEP_WARM_SECONDS:g} s: the model is unloaded, and the next request wakes it")
+    deploy_version(stage, versions.second, AllAtOnce(), keep_warm=KEEP_WARM_SECONDS)
+    unload_and_reload(stage)
+    _print_title("7. The endpoint is retired")
+    gone = retire_endpoint(NAME, make_target(stage), stage.gateway)
     console.print(f"Versions {', '.join(gone)} are taken down")
     status = httpx.post(stage.url, content=stage.bodies[0], headers=stage.headers).status_code
     console.print(f"A request is answered with {status} now")
-    stage.must("a retired endpoint is not found", holds=status == 404)  # noqa: PLR2004 - HTTP's Not Found
+    stage.check("a retired endpoint is not found", holds=status == 404)  # noqa: PLR2004 - HTTP's Not Found
 
 
-def spec(stage: Stage, model: str, rollout: object, keep_warm: float | None = None) -> EndpointSpec:
+def make_spec(stage: Stage, model: str, rollout: object, keep_warm: float | None = None) -> EndpointSpec:
     """Return the endpoint of the demo with one of its versions."""
     from tasks.endpoint.spec import Access, Budget, EndpointSpec  # noqa: PLC0415 - the same
 
@@ -178,7 +181,7 @@ def spec(stage: Stage, model: str, rollout: object, keep_warm: float | None = No
             "name": NAME,
             "model": model,
             "gateway": stage.gateway,
-            "target": target(stage),
+            "target": make_target(stage),
             "budget": Budget(latency_ms=LATENCY_MS, rate=CALLS_PER_SECOND, callers=32),
             "rollout": rollout,
             "access": Access(environment=(KEY,)),
@@ -189,7 +192,7 @@ def spec(stage: Stage, model: str, rollout: object, keep_warm: float | None = No
     )
 
 
-def target(stage: Stage) -> Triton:
+def make_target(stage: Stage) -> Triton:
     """Return the Triton of the demo as a target."""
     from tasks.endpoint.spec import Triton  # noqa: PLC0415 - the same
 
@@ -197,29 +200,29 @@ def target(stage: Stage) -> Triton:
     return Triton(repository=str(triton.repository), url=triton.url, grpc=triton.grpc)
 
 
-def put(stage: Stage, model: str, rollout: object, keep_warm: float | None = None) -> Endpoint:
-    """Run the flow, and say what came of it."""
+def deploy_version(stage: Stage, model: str, rollout: object, keep_warm: float | None = None) -> Endpoint:
+    """Run the flow, and print its result."""
     from flows.endpoint import online_endpoint  # noqa: PLC0415 - the same
 
-    endpoint = online_endpoint(spec(stage, model, rollout, keep_warm))
+    endpoint = online_endpoint(make_spec(stage, model, rollout, keep_warm))
     console.print(f"[green]{endpoint.summary}[/]")
     return endpoint
 
 
-def refused(stage: Stage, model: str, rollout: object, kind: str = "RolledBack") -> None:
-    """Run the flow for a version that must not get through, and say why it did not."""
+def check_refused(stage: Stage, model: str, rollout: object, kind: str = "RolledBack") -> None:
+    """Run the flow for a version that must be refused, and print why it was."""
     from serving.errors import EndpointFailed  # noqa: PLC0415 - the same
 
     try:
-        put(stage, model, rollout)
+        deploy_version(stage, model, rollout)
     except EndpointFailed as error:
         console.print(f"[yellow]{type(error).__name__}:[/] {error}", markup=True, highlight=False)
-        stage.must(f"{model} ends as {kind}, got {type(error).__name__}", holds=type(error).__name__ == kind)
+        stage.check(f"{model} ends as {kind}, got {type(error).__name__}", holds=type(error).__name__ == kind)
     else:
-        stage.must(f"{model} is turned away", holds=False)
+        stage.check(f"{model} is turned away", holds=False)
 
 
-def called(stage: Stage, what: str, change: Callable[[], object]) -> None:
+def change_under_load(stage: Stage, what: str, change: Callable[[], object]) -> None:
     """Change something while callers keep asking, and count what they got."""
     callers = Callers(url=stage.url, bodies=stage.bodies, rate=CALLS_PER_SECOND, headers=stage.headers)
     with callers:
@@ -230,59 +233,53 @@ def called(stage: Stage, what: str, change: Callable[[], object]) -> None:
     console.print(f"Meanwhile {len(callers.answers):,} calls, {callers.lost} of them lost: {counts}")
     for reason in callers.reasons:
         console.print(f"  [red]{reason}[/]", highlight=False)
-    stage.must(f"no call is lost while {what}", holds=callers.lost == 0)
+    stage.check(f"no call is lost while {what}", holds=callers.lost == 0)
 
 
 def ask(stage: Stage, several: Sequence[bytes]) -> None:
     """Ask as curl does, and print both sides."""
     for body in several:
-        console.print(f"$ curl -H 'Authorization: Bearer ...' {stage.url} -d '{_cut(body.decode())}'", highlight=False)
+        console.print(
+            f"$ curl -H 'Authorization: Bearer ...' {stage.url} -d '{_shorten(body.decode())}'", highlight=False
+        )
         start = time.perf_counter()
         headers = {**stage.headers, "Content-Type": "application/json"}
         answer = httpx.post(stage.url, content=body, headers=headers, timeout=_WAKE_SECONDS_MAX)
         console.print(f"{answer.text}   [dim]{1000 * (time.perf_counter() - start):.1f} ms[/]", highlight=False)
-        stage.must(f"a request is answered, got {answer.status_code}", holds=answer.status_code == _OK)
+        stage.check(f"a request is answered, got {answer.status_code}", holds=answer.status_code == _OK)
 
 
-def sleep_and_wake(stage: Stage) -> None:
+def unload_and_reload(stage: Stage) -> None:
     """Wait until the model is unloaded, then ask once."""
     from serving.gateway.client import GatewayClient  # noqa: PLC0415 - the same
 
     with GatewayClient(stage.gateway, stage.admin_key) as client:
         deadline = time.monotonic() + _ASLEEP_SECONDS_MAX
-        while (state := _models(client)) != "asleep" and time.monotonic() < deadline:
+        while (state := _read_models(client)) != "asleep" and time.monotonic() < deadline:
             time.sleep(0.2)
-        console.print(f"The model is {state}; Triton says: {_triton(stage)}")
-        stage.must(f"the model is asleep, got {state}", holds=state == "asleep")
+        console.print(f"The model is {state}; Triton lists: {_list_triton_models(stage)}")
+        stage.check(f"the model is asleep, got {state}", holds=state == "asleep")
         ask(stage, stage.bodies[:1])
-        console.print(f"The model is {_models(client)}; Triton says: {_triton(stage)}")
+        console.print(f"The model is {_read_models(client)}; Triton lists: {_list_triton_models(stage)}")
         ask(stage, stage.bodies[1:2])
 
 
-def _models(client: GatewayClient) -> str:
+def _read_models(client: GatewayClient) -> str:
     status = client.get(NAME)
     return status.models if status else "gone"
 
 
-def _triton(stage: Stage) -> str:
+def _list_triton_models(stage: Stage) -> str:
     listed = httpx.post(f"{stage.triton.url}/v2/repository/index", json={}).json()
     return ", ".join(f"{each['name']} {each.get('version', '')} {each.get('state', 'not loaded')}" for each in listed)
 
 
-def _cut(text: str) -> str:
+def _shorten(text: str) -> str:
     return text if len(text) <= _BODY_SHOWN else f"{text[:_BODY_SHOWN]}..."
 
 
-def _title(words: str) -> None:
+def _print_title(words: str) -> None:
     console.print(f"\n[bold]{words}[/]")
-
-
-if __name__ == "__main__":
-    main()
-
-
-_TIMEOUT_SECONDS = 60.0
-_REASONS_MAX = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -373,3 +370,7 @@ class Callers:
     def _note(self, reason: str) -> None:
         if len(self.reasons) < _REASONS_MAX:
             self.reasons.append(reason)
+
+
+if __name__ == "__main__":
+    main()

@@ -52,7 +52,7 @@ WIND_SPEED_MAX = 100
 def write_flights(folder: Path, files: int = 12) -> None:
     """Write all 336,776 flights in their order as `files` Parquet files, flights-000.parquet onwards.
 
-    The same bytes each time; each file appears whole or not at all, so a second call mends a killed one.
+    The same bytes each time; each file appears whole or not at all, so a second call completes a killed one.
 
     Raises:
         ValueError: `files` is out of bounds, or the folder holds more files of an earlier call.
@@ -72,7 +72,7 @@ def write_flights(folder: Path, files: int = 12) -> None:
 
 
 def training_split() -> pl.Expr:
-    """Tell which flights the model may learn from: four in five, by a multiplicative hash of the key.
+    """Return which flights the model may learn from: four in five, by a multiplicative hash of the key.
 
     The hash is plain arithmetic (Knuth, The Art of Computer Programming 6.4), for hashes of libraries change
     with their versions. Flights are drawn one by one, so a test flight shares its day with training flights.

@@ -1,4 +1,4 @@
-"""What every demo stands on: the flights, and the model that was trained on them, each made once."""
+"""The data and the model of every demo: the flights, and a model that is trained on them, each made once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def use_registry(folder: Path) -> None:
 
 
 def prepare_data(folder: Path) -> None:
-    """Write the flights and train the model, each unless it is there."""
+    """Write the flights and train the model, each unless it exists."""
     flights = folder / "flights"
     if not (folder / "flights.done").exists():
         console.print(f"Writing {FLIGHTS:,} flights to {flights}")

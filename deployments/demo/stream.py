@@ -36,7 +36,7 @@ KILLS = 3
 # Passes over other rows differ in the last bits of a float32.
 TOLERANCE = 1e-3
 _PATIENCE_SECONDS = 300.0
-_LOOK_SECONDS = 0.05
+_POLL_SECONDS = 0.05
 
 
 def main() -> None:
@@ -48,13 +48,13 @@ def main() -> None:
     folder: Path = arguments.folder.absolute()
     use_registry(folder)
     if arguments.score:
-        _score(arguments.score)
+        _score_stream(arguments.score)
         return
     prepare_data(folder)
-    _demo(folder)
+    _run_demo(folder)
 
 
-def _demo(folder: Path) -> None:
+def _run_demo(folder: Path) -> None:
     from infra.local.prefect_server import prefect_server  # noqa: PLC0415
 
     shutil.rmtree(folder / "nats", ignore_errors=True)
@@ -62,16 +62,16 @@ def _demo(folder: Path) -> None:
     with prefect_server(folder / "prefect") as prefect:
         os.environ.update(prefect.environment)
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
-        expected = _batch(folder)
+        expected = _score_as_batch(folder)
         events = _publish_and_score(folder)
-    _compare(expected, events)
+    _compare_with_batch(expected, events)
 
 
-def _batch(folder: Path) -> pl.DataFrame:
-    """Return what the batch run says of every flight."""
+def _score_as_batch(folder: Path) -> pl.DataFrame:
+    """Return the prediction of the batch run for every flight."""
     from flows.batch import batch_inference  # noqa: PLC0415 - the server's address must be set before
+    from tasks.batch.manifest import open_predictions  # noqa: PLC0415
     from tasks.batch.options import BatchOptions  # noqa: PLC0415
-    from tasks.batch.predictions import open_predictions  # noqa: PLC0415
 
     destination = str(folder / "predictions")
     console.print("Scoring all flights as a batch run, unless that is done")
@@ -80,17 +80,17 @@ def _batch(folder: Path) -> pl.DataFrame:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Read:
-    """What was read back: a score a flight, flights that went to the dead letters, and ids that stand twice."""
+class StreamResult:
+    """What was read back: a score for each flight, flights among the dead letters, and ids that occur twice."""
 
     scores: pl.DataFrame
     dead: pl.DataFrame
-    doubled: int
+    duplicates: int
     kills: int
     seconds: float
 
 
-def _publish_and_score(folder: Path) -> Read:
+def _publish_and_score(folder: Path) -> StreamResult:
     flights = pl.read_parquet(folder / "flights" / "*.parquet")
     server = nats_server(folder / "nats")
     try:
@@ -100,7 +100,7 @@ def _publish_and_score(folder: Path) -> Read:
                 f"Publishing {flights.height:,} flights: {ROWS_AS_JSON:,} as JSON, one a message, the others as Arrow "
                 f"IPC, {ROWS_PER_MESSAGE:,} a message"
             )
-            events = [*_as_json(flights[:ROWS_AS_JSON]), *_as_arrow(flights[ROWS_AS_JSON:])]
+            events = [*_encode_json(flights[:ROWS_AS_JSON]), *_encode_arrow(flights[ROWS_AS_JSON:])]
             client.publish("flights.departed", events)
             start = time.perf_counter()
             server = _score_through_kills(folder, server, client, len(events))
@@ -110,11 +110,11 @@ def _publish_and_score(folder: Path) -> Read:
         server.stop()
 
 
-def _as_json(flights: pl.DataFrame) -> Iterator[bytes]:
+def _encode_json(flights: pl.DataFrame) -> Iterator[bytes]:
     return (orjson.dumps(row, default=str) for row in flights.iter_rows(named=True))
 
 
-def _as_arrow(flights: pl.DataFrame) -> Iterator[bytes]:
+def _encode_arrow(flights: pl.DataFrame) -> Iterator[bytes]:
     from tasks.stream.score import write_arrow  # noqa: PLC0415
 
     table = flights.to_arrow(compat_level=pl.CompatLevel.oldest())
@@ -127,30 +127,30 @@ def _score_through_kills(folder: Path, server: NatsServer, client: NatsClient, m
     for kill in range(1, KILLS + 1):
         at = messages * kill // (KILLS + 1)
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as scorer:
-            _wait_for(client, at, scorer)
+            _wait_for_messages(client, at, scorer)
             if kill == KILLS // 2 + 1:
                 os.kill(server.process.pid, signal.SIGKILL)
                 console.print(f"Killed the server with SIGKILL, about message {at:,}, and start it again")
                 while server.process.running:
-                    time.sleep(_LOOK_SECONDS)
+                    time.sleep(_POLL_SECONDS)
                 server = nats_server(folder / "nats", port=server.port)
             scorer.kill()
-        console.print(f"Killed the scorer with SIGKILL: {_emitted(client):,} of {messages:,} messages are done")
+        console.print(f"Killed the scorer with SIGKILL: {_count_emitted(client):,} of {messages:,} messages are done")
     console.print("Starting it once more: it goes on behind them")
     subprocess.run(command, check=True, timeout=_PATIENCE_SECONDS)
     return server
 
 
-def _wait_for(client: NatsClient, messages: int, scorer: subprocess.Popen[bytes]) -> None:
+def _wait_for_messages(client: NatsClient, messages: int, scorer: subprocess.Popen[bytes]) -> None:
     until = time.monotonic() + _PATIENCE_SECONDS
-    while _emitted(client) < messages:
+    while _count_emitted(client) < messages:
         if scorer.poll() is not None or time.monotonic() > until:
             message = f"The scorer must be alive until message {messages:,}, but it ended with {scorer.poll()}."
             raise RuntimeError(message)
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_POLL_SECONDS)
 
 
-def _emitted(client: NatsClient) -> int:
+def _count_emitted(client: NatsClient) -> int:
     """Return how many messages have gone out, as scores or dead letters; 0 before there are streams for them."""
     from nats.errors import Error  # noqa: PLC0415
 
@@ -163,7 +163,7 @@ def _emitted(client: NatsClient) -> int:
     return found
 
 
-def _score(url: str) -> None:
+def _score_stream(url: str) -> None:
     """Score the stream until it is idle; this is the process that is killed."""
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     from flows.stream import stream_inference  # noqa: PLC0415
@@ -179,7 +179,7 @@ def _score(url: str) -> None:
     sys.stdout.write(f"{json.dumps(report.model_dump(mode='json'))}\n")
 
 
-def _read_back(client: NatsClient, seconds: float) -> Read:
+def _read_back(client: NatsClient, seconds: float) -> StreamResult:
     from tasks.stream.decode import is_arrow, read_arrow  # noqa: PLC0415
 
     stored = client.read(SCORES)
@@ -190,16 +190,16 @@ def _read_back(client: NatsClient, seconds: float) -> Read:
     frames += [table.select(KEY, OUTPUT) for table in tables if isinstance(table, pl.DataFrame)]
     letters = [orjson.loads(each.payload)[KEY] for each in dead]
     ids = [each.headers["Nats-Msg-Id"] for each in (*stored, *dead)]
-    return Read(
+    return StreamResult(
         scores=pl.concat(frames),
         dead=pl.DataFrame({KEY: letters}, schema={KEY: pl.Int64}),
-        doubled=len(ids) - len(set(ids)),
+        duplicates=len(ids) - len(set(ids)),
         kills=KILLS,
         seconds=seconds,
     )
 
 
-def _compare(expected: pl.DataFrame, read: Read) -> None:
+def _compare_with_batch(expected: pl.DataFrame, read: StreamResult) -> None:
     """Hold every flight against the batch run, show what came of it, and fail where one differs."""
     rows = pl.concat([read.scores, read.dead.with_columns(pl.lit(None, pl.Float32).alias(OUTPUT))])
     both = expected.join(rows, on=KEY, how="full", suffix="_stream", coalesce=True, nulls_equal=True)
@@ -209,20 +209,20 @@ def _compare(expected: pl.DataFrame, read: Read) -> None:
         | (off <= TOLERANCE * (1 + pl.col(OUTPUT).abs()))
     ).height
     missing = expected.join(rows, on=KEY, how="anti").height
-    doubled = rows.height - rows.n_unique(KEY) + read.doubled
+    duplicates = rows.height - rows.n_unique(KEY) + read.duplicates
     table = Table(title="Every flight, as a stream and as a batch run", title_justify="left", show_header=False)
     for name, value in (
         ("flights", expected.height),
         ("with the score of the batch run", same),
         ("without a score there and here, in the dead letters or with a reason", both[OUTPUT].null_count()),
         ("missing", missing),
-        ("doubled", doubled),
+        ("duplicates", duplicates),
         ("kills of the scorer, and one of the server", read.kills),
         ("seconds, with every start of a process", round(read.seconds)),
     ):
         table.add_row(name, f"{value:,}")
     console.print(table)
-    if missing or doubled or same != expected.height:
+    if missing or duplicates or same != expected.height:
         console.print("[bold red]The stream differs from the batch run.[/]")
         sys.exit(1)
     console.print("[bold green]Each flight once, with the score of the batch run.[/]")

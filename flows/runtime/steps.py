@@ -35,6 +35,7 @@ class Steps:
         # A task that may be retried, and then is not, leaves the traceback of its failure to the flow's own log line.
         step = task(
             name=name,
+            task_run_name=name,
             cache_policy=NO_CACHE,
             persist_result=False,
             retries=1,

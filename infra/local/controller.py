@@ -295,7 +295,7 @@ def _read_serve(folder: Path) -> Serve:
         return Serve.model_validate_json(path.read_bytes())
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'it'}: {each['msg']}" for each in error.errors())
-        message = f"{path} must say how to run a server, got {problems}. Correct it, and the server is started."
+        message = f"{path} must state how to run a server, got {problems}. Correct it, and the server is started."
         raise ValueError(message) from None
 
 

@@ -139,7 +139,7 @@ def _make_command(
 
 
 def _is_server_named(name: str, port: int) -> bool:
-    """Say whether the server on a monitoring port is the one of this name, with its streams recovered."""
+    """Return whether the server on a monitoring port is the one of this name, with its streams recovered."""
     return name in send_request("GET", port, "/varz").text and send_request("GET", port, "/healthz").ok
 
 
@@ -197,7 +197,7 @@ class NatsClient:
         return self._run(self.js.add_stream(StreamConfig(name=name, subjects=list(subjects), **settings)))
 
     def info(self, name: str) -> StreamInfo:
-        """Return what the server says of a stream."""
+        """Return the state of a stream."""
         return self._run(self.js.stream_info(name))
 
     def publish(

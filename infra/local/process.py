@@ -1,8 +1,8 @@
 """Servers as child processes on free loopback ports: started, watched until ready, stopped, never left behind.
 
 A server runs under a guard (guard.py) that ends it when the starter closes a pipe, exits or is killed, so that `stop`
-and the death of the starter take the same path. ServerFailed is the only error: its message says what happened, where
-the log is and what to do next.
+and the death of the starter take the same path. ServerFailed is the only error: its message states what happened,
+where the log is and what to do next.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ServerFailed(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerCommand:
-    """How to run one server: its command line and surroundings, and how to tell that it is ready.
+    """How to run one server: its command line and surroundings, and how to check that it is ready.
 
     `ready` is called every 50 ms and must return False, not raise, while the server is still starting. It should
     recognise this very server, since another one may have taken the port. `leftovers` finds in the log the files that
@@ -78,7 +78,7 @@ class ServerCommand:
 
 
 class Stoppable(ABC):
-    """A context manager that stops what it stands for."""
+    """A context manager that stops something at its end."""
 
     __slots__ = ()
 
@@ -230,7 +230,7 @@ def _start_guard(command: ServerCommand) -> subprocess.Popen[bytes]:
 def start_on_free_ports(
     count: int, command: Callable[[Sequence[int]], ServerCommand]
 ) -> tuple[ServerProcess, tuple[int, ...]]:
-    """Start `command(ports)`, again on new ports where its log says that one was taken meanwhile.
+    """Start `command(ports)`, again on new ports where its log shows that one was taken meanwhile.
 
     Returns the running server and its ports. Raises ServerFailed: after four attempts, or at once for any other reason.
     """
@@ -258,7 +258,7 @@ def free_ports(count: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpAnswer:
-    """The answer of a server; status 0 if there was none, and then the text says why."""
+    """The answer of a server; status 0 if there was none, and then the text states why."""
 
     status: int
     text: str

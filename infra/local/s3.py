@@ -125,7 +125,7 @@ def _make_command(weed: str, folder: Path, ports: Sequence[int], admin: _Keys) -
         log_path=folder / "server.log",
         # Only this very server knows the new keys: another one that took the port does not.
         ready=lambda: _send_signed("GET", "/", _make_environment(_make_endpoint(ports), admin)).ok,
-        # It puts sockets into /tmp whatever TMPDIR says, and leaves some of them behind.
+        # It puts sockets into /tmp whatever TMPDIR is, and leaves some of them behind.
         leftovers=lambda log: map(Path, _SOCKET_IN_LOG.findall(log)),
     )
 

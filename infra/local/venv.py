@@ -56,7 +56,7 @@ def make_venv(requirements: Path, folder: Path | None = None) -> Path:
 
     Raises:
         RegistryUnreachable: pip could not reach its registry.
-        VenvFailed: Anything else was wrong, with what pip says.
+        VenvFailed: Anything else failed; the message has pip's output.
     """
     digest = _digest_requirements(requirements)
     venv = (folder or venv_folder(requirements)).absolute()

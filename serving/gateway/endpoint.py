@@ -186,7 +186,16 @@ class Endpoint:
 
     def _apply(self, saved: SavedEndpoint) -> None:
         self.saved = saved
-        self._versions = build_version_routes(self.name, saved.route, self._http, self._metrics)
+        self._versions = {
+            served.version: VersionRoute(
+                endpoint=self.name,
+                version=served.version,
+                weight=served.weight,
+                upstream=_make_upstream(self._http, served, saved.route.contract),
+                metrics=self._metrics,
+            )
+            for served in saved.route.versions
+        }
         self._ordered = list(self._versions.values())
         self._weights = [version.weight for version in self._ordered]
         self.queue.set_limits(saved.route.limits)
@@ -306,20 +315,6 @@ class VersionRoute:
         self.metrics.upstream_seconds.labels(*labels).observe(seconds)
         if status == HTTPStatus.OK:
             self.metrics.rows.labels(*labels).inc(rows)
-
-
-def build_version_routes(endpoint: str, route: Route, http: HttpClient, metrics: Metrics) -> dict[str, VersionRoute]:
-    """Return the way to each version of a route, by the version's name."""
-    return {
-        served.version: VersionRoute(
-            endpoint=endpoint,
-            version=served.version,
-            weight=served.weight,
-            upstream=_make_upstream(http, served, route.contract),
-            metrics=metrics,
-        )
-        for served in route.versions
-    }
 
 
 def _make_upstream(http: HttpClient, served: ServedVersion, contract: Contract) -> Upstream:

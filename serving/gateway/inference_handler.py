@@ -26,7 +26,7 @@ from serving.protocol.oip import (
     read_header_length,
 )
 
-VERSION_HEADER = "Overnight-Version"
+_VERSION_HEADER = "Overnight-Version"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -107,5 +107,5 @@ def build_response(reply: Reply) -> Response:
     """Return a reply as an HTTP response, with the version that answered in a header."""
     headers = dict(reply.headers)
     if reply.version is not None:
-        headers[VERSION_HEADER] = reply.version
+        headers[_VERSION_HEADER] = reply.version
     return Response(reply.content, reply.status, headers)

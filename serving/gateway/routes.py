@@ -22,10 +22,10 @@ from serving.gateway.route import ENDPOINT_PATTERN, KEY_PATTERN, EndpointState, 
 from serving.model.contract import Frozen
 from serving.protocol.oip import ModelMetadata, RequestDocument, ServerMetadata, model_metadata
 
-SERVER_NAME, SERVER_VERSION = "overnight-gateway", "0.1.0"
+SERVER_VERSION = "0.1.0"
 SCHEMA_REFERENCE = "#/components/schemas/{model}"
 PROBLEMS_SHOWN = 5
-_PLATFORM = "overnight"
+_SERVER_NAME, _PLATFORM = "overnight-gateway", "overnight"
 _ADMIN_BYTES_MAX = 8 << 20
 
 
@@ -83,7 +83,7 @@ class ModelReady(Frozen):
 @v2_router.get("/v2")
 async def get_server() -> ServerMetadata:
     """Return the name, version and extensions of the gateway."""
-    return ServerMetadata(name=SERVER_NAME, version=SERVER_VERSION)
+    return ServerMetadata(name=_SERVER_NAME, version=SERVER_VERSION)
 
 
 @v2_router.get("/v2/health/live")

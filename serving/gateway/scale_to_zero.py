@@ -12,7 +12,7 @@ from urllib.parse import quote
 from serving.errors import Unanswered
 from serving.gateway.route import ModelState, ScaleToZero, ServedVersion
 from serving.gateway.upstreams import HttpClient, V2Upstream, log_upstream_error, remove_addresses
-from serving.targets.triton_control import ControlRefused, Verb, control_async
+from serving.targets.triton_control import ControlRefused, Verb, control_model_async
 
 # A server that never answers must not prevent another attempt.
 _LOAD_S_MAX, _UNLOAD_S_MAX = 600.0, 60.0
@@ -197,7 +197,7 @@ class TritonLoader(RepositoryLoader):
 
     async def _control(self, served: ServedVersion, verb: Verb) -> None:
         try:
-            await control_async(self._address, verb, served.upstream_model)
+            await control_model_async(self._address, verb, served.upstream_model)
         except ControlRefused as error:
             reason = str(error)[:_ERROR_CHARACTERS_MAX]
             log_upstream_error(self._address, reason)

@@ -25,9 +25,8 @@ from serving.errors import Unanswered
 from serving.gateway.route import ServedVersion
 from serving.protocol.oip import HEADER_LENGTH, Body, InferRequest, error_body, read_header_length
 
-ANSWER_BYTES_MAX = 256 << 20
-HEALTH_S_MAX = 5.0
-_CONNECT_S_MAX = 5.0
+_ANSWER_BYTES_MAX = 256 << 20
+_CONNECT_S_MAX, _HEALTH_S_MAX = 5.0, 5.0
 _BLOCK_BYTES, _UNBLOCKED_BYTES_MAX = 1 << 16, 1 << 20
 _ERROR_CHARACTERS_MAX = 2000
 _LOG_INTERVAL_S, _LOGGED_URLS_MAX = 1.0, 1000
@@ -135,7 +134,7 @@ class HttpClient:
             return await _exchange(self._pooled, method, url, content, headers, connection)
         except _DISCONNECTED as error:
             if not connection.is_reused or isinstance(error, _NEVER_CONNECTED):
-                raise log_unanswered(url, error) from None
+                raise _log_unanswered(url, error) from None
         except aiohttp.ClientError as error:
             raise _convert_client_error(url, error) from None
         try:
@@ -143,7 +142,7 @@ class HttpClient:
         except aiohttp.ClientError as error:
             raise _convert_client_error(url, error) from None
 
-    async def is_healthy(self, url: str, *, timeout_s: float = HEALTH_S_MAX) -> bool:
+    async def is_healthy(self, url: str, *, timeout_s: float = _HEALTH_S_MAX) -> bool:
         """Return whether a server answers a GET with 200 in time."""
         try:
             async with asyncio.timeout(timeout_s):
@@ -183,7 +182,7 @@ async def _exchange(
     async with session.request(
         method, url, data=data, headers=headers, allow_redirects=False, trace_request_ctx=connection
     ) as response:
-        if (response.content_length or 0) > ANSWER_BYTES_MAX:
+        if (response.content_length or 0) > _ANSWER_BYTES_MAX:
             raise _too_large(url)
         received = await _read_content(response, url)
         return HttpResponse(status=response.status, content=received, headers=response.headers)
@@ -195,19 +194,19 @@ async def _read_content(response: aiohttp.ClientResponse, url: str) -> bytes:
     received = bytearray()
     async for block in response.content.iter_chunked(_BLOCK_BYTES):
         received += block
-        if len(received) > ANSWER_BYTES_MAX:
+        if len(received) > _ANSWER_BYTES_MAX:
             raise _too_large(url)
     return bytes(received)
 
 
 def _convert_client_error(url: str, error: aiohttp.ClientError) -> Unanswered:
     is_cut_off = isinstance(error, (*_DISCONNECTED, aiohttp.ClientPayloadError))
-    return log_unanswered(url, error, status=HTTPStatus.SERVICE_UNAVAILABLE if is_cut_off else HTTPStatus.BAD_GATEWAY)
+    return _log_unanswered(url, error, status=HTTPStatus.SERVICE_UNAVAILABLE if is_cut_off else HTTPStatus.BAD_GATEWAY)
 
 
 def _too_large(url: str) -> Unanswered:
-    log_upstream_error(url, f"more than {ANSWER_BYTES_MAX} bytes")
-    message = f"The answer of the model server must have at most {ANSWER_BYTES_MAX} bytes, got more."
+    log_upstream_error(url, f"more than {_ANSWER_BYTES_MAX} bytes")
+    message = f"The answer of the model server must have at most {_ANSWER_BYTES_MAX} bytes, got more."
     return Unanswered(message, status=HTTPStatus.BAD_GATEWAY)
 
 
@@ -216,16 +215,7 @@ async def _mark_reused(_session: aiohttp.ClientSession, context: SimpleNamespace
 
 
 # Statuses that mean the same to the client from a model server as from the gateway. All others become 502.
-_FORWARDED_STATUSES = {
-    HTTPStatus.BAD_REQUEST,
-    HTTPStatus.UNPROCESSABLE_ENTITY,
-    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-    HTTPStatus.TOO_MANY_REQUESTS,
-    HTTPStatus.INTERNAL_SERVER_ERROR,
-    HTTPStatus.BAD_GATEWAY,
-    HTTPStatus.SERVICE_UNAVAILABLE,
-    HTTPStatus.GATEWAY_TIMEOUT,
-}
+_FORWARDED_STATUSES = frozenset({400, 413, 422, 429, 500, 502, 503, 504})
 
 
 def convert_error(response: HttpResponse, url: str) -> Reply:
@@ -255,7 +245,7 @@ def _read_reason(content: bytes) -> str:
     return text[:_ERROR_CHARACTERS_MAX] or "The model server gave no reason."
 
 
-def log_unanswered(url: str, error: Exception, *, status: int = HTTPStatus.SERVICE_UNAVAILABLE) -> Unanswered:
+def _log_unanswered(url: str, error: Exception, *, status: int = HTTPStatus.SERVICE_UNAVAILABLE) -> Unanswered:
     """Log that a model server gave no answer, and return the error for the client, which does not name the server."""
     log_upstream_error(url, f"{type(error).__name__}: {error}")
     message = f"The model server of the endpoint must answer, got {type(error).__name__}. Try again later."

@@ -1,4 +1,12 @@
-"""Targets: the model servers that a release is put on. One Protocol, five files; no model server is written here."""
+"""Targets: the model servers that an endpoint is deployed on. No model server is written here.
+
+A `Target` renders a release as files that a person could have written by hand; a `Host` deploys releases on a running
+server. Triton is in `triton`, Ray Serve in `ray_serve`. BentoML, KServe and Seldon (MLServer) render folders that the
+host in `folder` deploys: each has a serve.json, by which a controller runs the server. To add a target, write a module
+with its `render`, a class in `tasks.endpoint.spec`, and a case in `tasks.endpoint.deploy`.
+
+`bento_service`, `ray_application` and `triton_model` are copied into releases and run by those servers alone.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +21,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rendered:
-    """What a server is given: files by their relative path, and folders that are copied as they are."""
+class ReleaseFiles:
+    """The files of a release: contents by relative path, and folders that are copied as they are."""
 
     files: Mapping[str, bytes]
     trees: Mapping[str, Path] = field(default_factory=dict)
@@ -32,16 +40,16 @@ class Address:
 class Target(Protocol):
     """A model server, as files that a person could have written by hand."""
 
-    def render(self, release: Release, model: Path) -> Rendered:
+    def render(self, release: Release, model: Path) -> ReleaseFiles:
         """Return the files that have the server serve a release whose model's files lie in `model`."""
         ...
 
 
 class Host(Protocol):
-    """A running server, or what runs servers, that takes releases while others serve."""
+    """A running server, or what starts servers: it deploys and removes releases while others serve."""
 
     def deploy(self, release: Release, model: Path) -> Address:
-        """Put a release up beside those that are there; returns once it answers, raises EndpointFailed with why not."""
+        """Deploy a release beside those that are there, and return once it answers. Raises EndpointFailed."""
         ...
 
     def remove(self, release: Release) -> None:

@@ -24,7 +24,7 @@ from serving.protocol.v2_app import Overloaded, create_v2_app
 
 FOLDER = Path(__file__).parent
 RELEASE = Release.model_validate_json((FOLDER / RELEASE_FILE).read_text())
-QUIET = {"access": {"enabled": False}}
+NO_ACCESS_LOG = {"access": {"enabled": False}}
 
 
 @bentoml.service(
@@ -35,7 +35,7 @@ QUIET = {"access": {"enabled": False}}
     # BentoML renews its connections to the model after 100 requests or 5 minutes, and with them breaks off the requests
     # that are under way there.
     runner_connection={"max_requests": sys.maxsize, "max_age": math.inf},
-    logging=QUIET,
+    logging=NO_ACCESS_LOG,
 )
 class Model:
     """The model, once in each worker."""
@@ -61,7 +61,7 @@ class Model:
         return [str(each) if isinstance(each, ModelFailed) else each for each in predictions]
 
 
-@bentoml.service(name=RELEASE.endpoint, traffic={"timeout": 60, "max_concurrency": 1024}, logging=QUIET)
+@bentoml.service(name=RELEASE.endpoint, traffic={"timeout": 60, "max_concurrency": 1024}, logging=NO_ACCESS_LOG)
 class Endpoint:
     """The model, and the routes before it, which are mounted below."""
 
@@ -74,7 +74,7 @@ async def predict(inputs: Arrays) -> Predictions:
         try:
             prediction = await _ask_model(inputs)
         except ClientConnectionError:
-            # The model's process closes connections that were idle for 5 s, which BentoML lets nobody set, and its
+            # The model's process closes connections that were idle for 5 s, which can't be set in BentoML, and its
             # client goes on using them for 15 s: one may be closed just as it is used again. Asked twice, the answer
             # is the same.
             prediction = await _ask_model(inputs)
@@ -91,15 +91,15 @@ async def _ask_model(inputs: Arrays) -> Any:
     return prediction
 
 
-async def ready() -> bool:
+async def is_ready() -> bool:
     """Whether the model's process answers."""
     return bool(await bentoml.get_current_service().model.is_ready())
 
 
 SERVICE: Any = Endpoint
 SERVICE.mount_asgi_app(
-    create_v2_app(RELEASE, predict, ServerMetadata(name="bentoml", version=bentoml.__version__), ready=ready)
+    create_v2_app(RELEASE, predict, ServerMetadata(name="bentoml", version=bentoml.__version__), ready=is_ready)
 )
-# What is there by now stays. Looking through it again and again would hold up requests.
+# The objects that exist by now are kept for ever. Collecting among them would delay requests.
 gc.collect()
 gc.freeze()

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Release
-from serving.targets import Rendered
+from serving.targets import ReleaseFiles
 from serving.targets.folder import SERVE_FILE, render_folder, resolve_interpreter
 
 SERVICE = "service:Endpoint"
@@ -33,7 +33,7 @@ class BentoML:
 
     python: Path
 
-    def render(self, release: Release, model: Path) -> Rendered:
+    def render(self, release: Release, model: Path) -> ReleaseFiles:
         """Return service.py and bentofile.yaml, and how a controller serves them."""
         where = ("--host", _HOST, "--port", "{port}", "--working-dir", "{folder}")
         # Longer than its own client keeps a connection: none is closed just as it is used again.
@@ -41,7 +41,7 @@ class BentoML:
         return render_folder(
             release,
             model,
-            {"service.py": _SOURCE.read_bytes(), "bentofile.yaml": _yaml(self.bentofile(release, model))},
+            {"service.py": _SOURCE.read_bytes(), "bentofile.yaml": _yaml(self.render_bentofile(release, model))},
             argv=(resolve_interpreter(self.python, _REQUIREMENTS), "-m", "bentoml", "serve", SERVICE, *where, *kept),
             environment={
                 "BENTOML_DO_NOT_TRACK": "True",
@@ -53,7 +53,7 @@ class BentoML:
             ready_path=f"/v2/models/{release.endpoint}/ready",
         )
 
-    def bentofile(self, release: Release, model: Path) -> dict[str, Any]:
+    def render_bentofile(self, release: Release, model: Path) -> dict[str, Any]:
         """Return what `bentoml build` makes of the folder."""
         requirements = f"{MODEL_FOLDER}/requirements.txt"
         python: dict[str, Any] = {"packages": list(_PACKAGES), "lock_packages": False}

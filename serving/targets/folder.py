@@ -12,7 +12,7 @@ infra/local/controller.py is a controller for one machine. Its `Serve` is the sc
 
 from __future__ import annotations
 
-import ast
+import dis
 import errno
 import fcntl
 import functools
@@ -24,6 +24,7 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType
 from typing import Literal
 
 from pydantic import Field, ValidationError
@@ -32,7 +33,7 @@ import serving
 from serving.errors import EndpointFailed
 from serving.model.contract import Frozen
 from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Release
-from serving.targets import Address, Rendered, Target
+from serving.targets import Address, ReleaseFiles, Target
 
 SERVE_FILE, STATUS_FILE = "serve.json", "status.json"
 _LOCK_FILE = ".controller.lock"
@@ -65,7 +66,7 @@ def render_folder(
     environment: Mapping[str, str],
     ready_path: str,
     ready_s_max: float = _READY_S_MAX,
-) -> Rendered:
+) -> ReleaseFiles:
     """Return the folder of a release: release.json, serve.json, model/, `files`, and the modules that they import.
 
     Args:
@@ -84,7 +85,7 @@ def render_folder(
         "ready_s_max": ready_s_max,
     }
     programs = tuple(content for name, content in files.items() if name.endswith(".py"))
-    return Rendered(
+    return ReleaseFiles(
         files={
             RELEASE_FILE: release.model_dump_json(indent=2).encode(),
             SERVE_FILE: json.dumps(serve, indent=2).encode(),
@@ -111,7 +112,7 @@ def read_imported_modules(programs: tuple[bytes, ...]) -> Mapping[str, bytes]:
     """Return the modules of this package that programs import, directly or through each other, by their path.
 
     A release brings them along: it then answers with the code that it was verified with, and with no more than that.
-    Imports inside of functions count, those for type checkers do not.
+    Imports inside of functions count, and so do those for type checkers.
     """
     modules: dict[str, bytes] = {}
     names = [name for program in programs for name in _imported_names(program)]
@@ -128,18 +129,18 @@ def read_imported_modules(programs: tuple[bytes, ...]) -> Mapping[str, bytes]:
 
 def _imported_names(program: bytes) -> Iterator[str]:
     """Yield the names that a program imports: of modules, and of what it takes from them, which may be modules too."""
-    nodes: list[ast.AST] = [ast.parse(program)]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            nodes += node.orelse
-            continue
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        nodes += ast.iter_child_nodes(node)
+    # By its bytecode, since ast.parse may fail in Python 3.11 where two threads parse at a time (SystemError).
+    codes = [compile(program, "<release>", "exec", dont_inherit=True)]
+    while codes:
+        code = codes.pop()
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        module = ""
+        for instruction in dis.get_instructions(code):
+            if instruction.opname == "IMPORT_NAME":
+                module = instruction.argval
+                yield module
+            elif instruction.opname == "IMPORT_FROM":
+                yield f"{module}.{instruction.argval}"
 
 
 def _find_module(name: str) -> Path | None:
@@ -254,7 +255,7 @@ class FolderHost:
         return False
 
 
-def _has_files(folder: Path, rendered: Rendered) -> bool:
+def _has_files(folder: Path, rendered: ReleaseFiles) -> bool:
     """Whether a release is there with exactly these files. The digest of the model's files is in release.json."""
     try:
         return all((folder / name).read_bytes() == content for name, content in rendered.files.items())
@@ -280,7 +281,7 @@ def _read_status(folder: Path) -> Status | None:
         raise EndpointFailed(message) from None
 
 
-def write_folder(rendered: Rendered, folder: Path) -> None:
+def write_folder(rendered: ReleaseFiles, folder: Path) -> None:
     """Put what a target rendered into a folder, which appears at once or not at all; an older one is replaced.
 
     Others may write into the same parent meanwhile, and remove it while it is empty. Raises EndpointFailed where the
@@ -338,7 +339,7 @@ def _replace_folder(new: Path, folder: Path, staging: Path) -> None:
             return
 
 
-def _write_files(rendered: Rendered, folder: Path) -> None:
+def _write_files(rendered: ReleaseFiles, folder: Path) -> None:
     folder.mkdir(mode=0o755)
     for name, tree in rendered.trees.items():
         shutil.copytree(tree, folder / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from serving.model.release import Release
-from serving.targets import Rendered
+from serving.targets import ReleaseFiles
 from serving.targets.folder import render_folder, resolve_interpreter
 
 _HOST = "127.0.0.1"
@@ -44,8 +44,8 @@ class Canary:
     percent: int
 
     def __post_init__(self) -> None:
-        """Refuse what is no share. Raises ValueError."""
-        if not 0 <= self.percent <= 100:  # noqa: PLR2004 - a whole
+        """Raise ValueError for a percentage outside of 0 to 100."""
+        if not 0 <= self.percent <= 100:  # noqa: PLR2004 - percent
             message = f"A canary must get 0 to 100 percent of the traffic, got {self.percent}."
             raise ValueError(message)
 
@@ -65,7 +65,7 @@ class KServe:
     resources: Resources = field(default_factory=Resources)
     canary_as: Literal["list", "percent"] = "list"
 
-    def render(self, release: Release, model: Path) -> Rendered:
+    def render(self, release: Release, model: Path) -> ReleaseFiles:
         """Return predictor.py for KServe's Python server, and inferenceservice.yaml for a cluster.
 
         Raises EndpointFailed where the interpreter is missing, with the command that makes its environment.
@@ -73,7 +73,7 @@ class KServe:
         arguments = ("--http_port", "{port}", "--enable_grpc", "false", "--configure_logging", "false")
         files = {
             "predictor.py": _PREDICTOR.encode(),
-            "inferenceservice.yaml": yaml.safe_dump(self.inference_service(release), sort_keys=False).encode(),
+            "inferenceservice.yaml": yaml.safe_dump(self.render_inference_service(release), sort_keys=False).encode(),
         }
         return render_folder(
             release,
@@ -84,7 +84,7 @@ class KServe:
             ready_path=f"/v2/models/{release.endpoint}/ready",
         )
 
-    def inference_service(self, release: Release, canary: Canary | None = None) -> dict[str, Any]:
+    def render_inference_service(self, release: Release, canary: Canary | None = None) -> dict[str, Any]:
         """Return the InferenceService of an endpoint at a release, with a canary of another one where there is one."""
         spec: dict[str, Any] = {"predictor": self._predictor(release)}
         if canary is not None and self.canary_as == "list":
@@ -127,7 +127,7 @@ from kserve.errors import InvalidInput
 
 from serving.errors import BadRequest
 from serving.model.release import open_predictor, unwrap_prediction
-from serving.targets.documents import describe, read_request, write_answer
+from serving.targets.documents import dump_tensors, read_request, write_response
 
 
 class Predictor(Model):
@@ -138,10 +138,10 @@ class Predictor(Model):
         self.ready = True
 
     def get_input_types(self):
-        return describe(self.release.contract)[0]
+        return dump_tensors(self.release.contract)[0]
 
     def get_output_types(self):
-        return describe(self.release.contract)[1]
+        return dump_tensors(self.release.contract)[1]
 
     async def predict(self, payload, headers=None):
         inputs = [
@@ -154,13 +154,13 @@ class Predictor(Model):
         except BadRequest as error:
             raise InvalidInput(str(error)) from None
         (prediction,) = await self.predictor.predict_requests([request.inputs])
-        answer = write_answer(request, unwrap_prediction(prediction), self.release)
+        answer = write_response(request, unwrap_prediction(prediction), self.release)
         # KServe requires an id, and writes null, which the protocol has not, for parameters that are not there.
         outputs = [{**each, "parameters": {}} for each in answer["outputs"]]
         return {**answer, "id": payload.id or str(uuid.uuid4()), "parameters": {}, "outputs": outputs}
 
 
-def told_to_its_sender(record):
+def is_bad_request(record):
     return bool(record.exc_info) and isinstance(record.exc_info[1], InvalidInput)
 
 
@@ -174,6 +174,6 @@ class Server(ModelServer):
 
 if __name__ == "__main__":
     # A bad request would otherwise leave a traceback in the log, each of them.
-    logging.getLogger("kserve").addFilter(lambda record: not told_to_its_sender(record))
+    logging.getLogger("kserve").addFilter(lambda record: not is_bad_request(record))
     Server().start([Predictor(Path(__file__).parent)])
 '''

@@ -36,7 +36,7 @@ class Endpoint:
         batches.set_batch_wait_timeout_s(batching.wait_ms_max / 1000)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        # What is there by now stays. Looking through it again and again would hold up requests.
+        # The objects that exist by now are kept for ever. Collecting among them would delay requests.
         gc.collect()
         gc.freeze()
         server = ServerMetadata(name="ray_serve", version=ray.__version__)

@@ -1,8 +1,8 @@
 """Ray Serve: one application a release, side by side on one cluster, each behind a route of its own.
 
 A release lies in a folder that every node of the cluster sees at the same path (the cluster's image, a shared volume,
-or this machine), and Ray runs it in place. The folder brings this package along, so that a release answers with the
-code that it was verified with; what the package needs, and ray[serve], is installed on every node.
+or this machine), and Ray runs it in place. The folder has the modules of this package that the release needs, so that
+it answers with the code that it was verified with. What these need, and ray[serve], is installed on every node.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import yaml
 
 from serving.errors import EndpointFailed
 from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Release
-from serving.targets import Address, Rendered
+from serving.targets import Address, ReleaseFiles
 from serving.targets.folder import read_imported_modules, remove_folder, write_folder
 
 MODULE = "application"
@@ -30,6 +30,15 @@ DEPLOYMENT = "Endpoint"
 _DIGEST_LENGTH = 12
 _SOURCE = Path(__file__).with_name("ray_application.py")
 _GPUS = {"cpu": 0, "cuda": 1}
+_PATH = "/api/serve/applications/"
+_NEXT: dict[int, str] = {
+    HTTPStatus.UNAUTHORIZED: "Pass the cluster's token.",
+    HTTPStatus.FORBIDDEN: "Pass the cluster's token.",
+    HTTPStatus.NOT_IMPLEMENTED: "Install ray[serve] on the cluster's nodes.",
+}
+
+Application = dict[str, Any]
+Applications = dict[str, Application]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +56,9 @@ class RayServe:
     keep_warm_seconds: float = 300.0
     queue_max: int = 1024
 
-    def render(self, release: Release, model: Path) -> Rendered:
+    def render(self, release: Release, model: Path) -> ReleaseFiles:
         """Return the application, its config for Ray's REST API and `serve deploy`, and the RayService."""
-        application = self.application(release)
+        application = self.render_application(release)
         serve_config = {
             "proxy_location": "EveryNode",
             "http_options": {"host": "127.0.0.1", "port": 8000},
@@ -59,26 +68,26 @@ class RayServe:
             **_read_code(),
             RELEASE_FILE: release.model_dump_json(indent=2).encode(),
             "serve.yaml": _yaml(serve_config),
-            "rayservice.yaml": _yaml(self._ray_service(release, application)),
+            "rayservice.yaml": _yaml(self._render_ray_service(release, application)),
         }
-        return Rendered(files=files, trees={MODEL_FOLDER: model})
+        return ReleaseFiles(files=files, trees={MODEL_FOLDER: model})
 
-    def application(self, release: Release) -> dict[str, Any]:
+    def render_application(self, release: Release) -> dict[str, Any]:
         """Return the application as an entry of a Serve config."""
         return {
-            "name": application_name(release),
-            "route_prefix": f"/{application_name(release)}",
+            "name": make_application_name(release),
+            "route_prefix": f"/{make_application_name(release)}",
             "import_path": f"{MODULE}:application",
             "args": release.batching.model_dump(mode="json"),
-            "runtime_env": {"working_dir": f"local://{self.folder.rstrip('/')}/{folder_name(release)}"},
-            "deployments": [self._deployment(release)],
+            "runtime_env": {"working_dir": f"local://{self.folder.rstrip('/')}/{make_folder_name(release)}"},
+            "deployments": [self._render_deployment(release)],
         }
 
-    def _deployment(self, release: Release) -> dict[str, Any]:
+    def _render_deployment(self, release: Release) -> dict[str, Any]:
         size = release.batching.batch_size_max
         return {
             "name": DEPLOYMENT,
-            **self._replicas(release),
+            **self._render_replicas(release),
             # One batch in the model, another that fills.
             "max_ongoing_requests": max(8, 2 * size),
             "max_queued_requests": self.queue_max,
@@ -93,15 +102,15 @@ class RayServe:
             "logging_config": {"enable_access_log": False},
         }
 
-    def _replicas(self, release: Release) -> dict[str, Any]:
-        least, most = release.scaling.replicas_min, release.scaling.replicas_max
-        if least == most:
-            return {"num_replicas": most}
+    def _render_replicas(self, release: Release) -> dict[str, Any]:
+        replicas_min, replicas_max = release.scaling.replicas_min, release.scaling.replicas_max
+        if replicas_min == replicas_max:
+            return {"num_replicas": replicas_max}
         autoscaling = {
-            "min_replicas": least,
-            # One is started in any case: a model that does not load must fail now, not with the first request.
-            "initial_replicas": max(1, least),
-            "max_replicas": most,
+            "min_replicas": replicas_min,
+            # One is started in any case, so that a model that does not load fails now, not with the first request.
+            "initial_replicas": max(1, replicas_min),
+            "max_replicas": replicas_max,
             "target_ongoing_requests": max(2, release.batching.batch_size_max),
             "look_back_period_s": 15,
             "upscale_delay_s": 5,
@@ -110,7 +119,7 @@ class RayServe:
         }
         return {"autoscaling_config": autoscaling}
 
-    def _ray_service(self, release: Release, application: dict[str, Any]) -> dict[str, Any]:
+    def _render_ray_service(self, release: Release, application: dict[str, Any]) -> dict[str, Any]:
         serve_config = {
             # Inside of a pod; who reaches it is for the cluster's network policies.
             "http_options": {"host": "0.0.0.0", "port": 8000},  # noqa: S104 - the same
@@ -123,13 +132,13 @@ class RayServe:
             "minReplicas": release.scaling.replicas_min,
             "maxReplicas": release.scaling.replicas_max,
             "rayStartParams": {},
-            "template": self._pod("ray-worker", release),
+            "template": self._render_pod("ray-worker", release),
         }
-        head = {"rayStartParams": {"num-cpus": "0"}, "template": self._pod("ray-head", release)}
+        head = {"rayStartParams": {"num-cpus": "0"}, "template": self._render_pod("ray-head", release)}
         return {
             "apiVersion": "ray.io/v1",
             "kind": "RayService",
-            "metadata": {"name": application_name(release), "labels": {"overnight/endpoint": release.endpoint}},
+            "metadata": {"name": make_application_name(release), "labels": {"overnight/endpoint": release.endpoint}},
             "spec": {
                 "serveConfigV2": _yaml(serve_config).decode(),
                 "rayClusterConfig": {
@@ -141,7 +150,7 @@ class RayServe:
             },
         }
 
-    def _pod(self, name: str, release: Release) -> dict[str, Any]:
+    def _render_pod(self, name: str, release: Release) -> dict[str, Any]:
         cpus = release.engine.threads if name == "ray-worker" else 1
         resources: dict[str, Any] = {"cpu": str(cpus), "memory": "4Gi"}
         if name == "ray-worker" and (gpus := _GPUS[release.engine.device]):
@@ -156,12 +165,12 @@ class RayServe:
         return {"spec": {"containers": [container], "volumes": [releases]}}
 
 
-def application_name(release: Release) -> str:
+def make_application_name(release: Release) -> str:
     """Return the name of a release's application, which is its route too."""
     return f"{release.endpoint}-{release.version}"
 
 
-def folder_name(release: Release) -> str:
+def make_folder_name(release: Release) -> str:
     """Return the name of a release's folder: it changes with whatever is changed about the release.
 
     Replicas of one application read one folder for as long as it runs, so that no folder's contents may change.
@@ -169,7 +178,7 @@ def folder_name(release: Release) -> str:
     digest = hashlib.sha256(release.model_dump_json().encode())
     for path, content in _read_code().items():
         digest.update(f"\0{path}\0".encode() + content)
-    return f"{application_name(release)}.{digest.hexdigest()[:_DIGEST_LENGTH]}"
+    return f"{make_application_name(release)}.{digest.hexdigest()[:_DIGEST_LENGTH]}"
 
 
 def _read_code() -> dict[str, bytes]:
@@ -208,21 +217,24 @@ class RayServeHost:
         One that is there under the same name and version is replaced while it serves. Raises EndpointFailed with what
         Ray says, and then what was there before serves on.
         """
-        name, folder = application_name(release), self.folder / folder_name(release)
-        application = self.target.application(release)
+        name, folder = make_application_name(release), self.folder / make_folder_name(release)
+        application = self.target.render_application(release)
         address = Address(url=f"{self.serve_url}/{name}", model=release.endpoint, version=release.version)
-        with self._serve() as serve:
-            before = serve.status().get(name, {}).get("deployed_app_config")
+        with self._open_api() as api:
+            before = api.read_status().get(name, {}).get("deployed_app_config")
             if not folder.exists():
                 write_folder(self.target.render(release, model), folder)
             try:
-                self._bring_up(serve, application, address)
+                self._start(api, application, address)
             except EndpointFailed:
-                serve.change(lambda running: _with(running, before) if before else _without(running, name))
+                if before:
+                    api.add_application(before)
+                else:
+                    api.remove_application(name)
                 if not before or before["runtime_env"] != application["runtime_env"]:
                     remove_folder(folder)
                 raise
-        self._sweep(name, keep=folder)
+        self._remove_folders(name, keep=folder)
         return address
 
     def remove(self, release: Release) -> None:
@@ -230,52 +242,52 @@ class RayServeHost:
 
         Raises EndpointFailed where the cluster does not answer, or the release does not go.
         """
-        name = application_name(release)
-        with self._serve() as serve:
-            for status in self._polls(serve):
+        name = make_application_name(release)
+        with self._open_api() as api:
+            for status in self._poll_status(api):
                 if name not in status:
-                    self._sweep(name)
+                    self._remove_folders(name)
                     return
                 if status[name]["status"] != "DELETING":
-                    serve.change(lambda running: _without(running, name))
+                    api.remove_application(name)
         message = f"{name} must be gone within {self.ready_seconds_max:g} s, but Ray still has it. Call again."
         raise EndpointFailed(message)
 
-    def _bring_up(self, serve: ServeApi, application: Application, address: Address) -> None:
-        name, told = application["name"], "nothing"
-        serve.change(lambda running: _with(running, application))
-        for status in self._polls(serve):
+    def _start(self, api: ServeApi, application: Application, address: Address) -> None:
+        name, description = application["name"], "nothing"
+        api.add_application(application)
+        for status in self._poll_status(api):
             ours = status.get(name, {"status": "gone"})
-            told = _told(ours)
+            description = _describe_status(ours)
             if ours["status"] == "DEPLOY_FAILED":
-                message = f"{name} must start on Ray, got {told} Mend what it says, then call again."
+                message = f"{name} must start on Ray, got {description} Repair what it names, then call again."
                 raise EndpointFailed(message)
             if ours["status"] in ("gone", "DELETING"):
-                # Another host's list lacked this one.
-                serve.change(lambda running: _with(running, application))
-            elif ours["status"] == "RUNNING" and _answers(address):
+                # Another host put a list without this one.
+                api.add_application(application)
+            elif ours["status"] == "RUNNING" and _is_ready(address):
                 return
         message = (
-            f"{name} must answer within {self.ready_seconds_max:g} s, got {told} Give the cluster room for a replica, "
-            "or raise ready_seconds_max."
+            f"{name} must answer within {self.ready_seconds_max:g} s, got {description} Give the cluster room for a "
+            "replica, or raise ready_seconds_max."
         )
         raise EndpointFailed(message)
 
-    def _polls(self, serve: ServeApi) -> Iterator[Applications]:
-        """Yield what Ray says of the applications, again and again while there is time."""
+    def _poll_status(self, api: ServeApi) -> Iterator[Applications]:
+        """Yield the status of the applications until the time is up."""
         deadline = time.monotonic() + self.ready_seconds_max
         while time.monotonic() < deadline:
-            yield serve.status()
+            yield api.read_status()
             time.sleep(_POLL_SECONDS)
 
-    def _sweep(self, name: str, keep: Path | None = None) -> None:
-        """Remove the folders of an application, but the one it runs from."""
+    def _remove_folders(self, name: str, keep: Path | None = None) -> None:
+        """Remove the folders of an application, except the one that it runs from."""
         for folder in self.folder.glob(f"{name}.*"):
             if folder != keep:
                 remove_folder(folder)
 
     @contextmanager
-    def _serve(self) -> Generator[ServeApi]:
+    def _open_api(self) -> Generator[ServeApi]:
         headers = {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
         # The token is for the cluster alone, not for a proxy that the environment names.
         with httpx.Client(
@@ -284,15 +296,15 @@ class RayServeHost:
             yield ServeApi(client=client, serve_url=self.serve_url)
 
 
-def _told(application: Application) -> str:
-    """Return what Ray says of an application and its deployments, the end of it where it is long."""
+def _describe_status(application: Application) -> str:
+    """Return the status and messages of an application and its deployments, the end of them where they are long."""
     about = [application, *application.get("deployments", {}).values()]
     messages = [each["message"].strip() for each in about if each.get("message")]
     return f"{application['status']}: {' '.join(messages)[-_REASON_LENGTH_MAX:]}"
 
 
-def _answers(address: Address) -> bool:
-    """Whether a release is ready to predict, which no proxy says in place of it."""
+def _is_ready(address: Address) -> bool:
+    """Whether a release is ready to predict. A proxy of Ray does not answer this in place of it."""
     try:
         # The token is for the dashboard alone.
         url = f"{address.url}/v2/models/{address.model}/versions/{address.version}/ready"
@@ -302,25 +314,6 @@ def _answers(address: Address) -> bool:
     return answer.is_success
 
 
-def _with(running: Applications, application: Application) -> Applications:
-    return running | {application["name"]: application}
-
-
-def _without(running: Applications, name: str) -> Applications:
-    return {other: application for other, application in running.items() if other != name}
-
-
-Application = dict[str, Any]
-Applications = dict[str, Application]
-
-_PATH = "/api/serve/applications/"
-_NEXT: dict[int, str] = {
-    HTTPStatus.UNAUTHORIZED: "Pass the cluster's token.",
-    HTTPStatus.FORBIDDEN: "Pass the cluster's token.",
-    HTTPStatus.NOT_IMPLEMENTED: "Install ray[serve] on the cluster's nodes.",
-}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeApi:
     """The REST API of Serve on one cluster; `serve_url` is where its proxies are to answer."""
@@ -328,36 +321,44 @@ class ServeApi:
     client: httpx.Client
     serve_url: str
 
-    def status(self) -> Applications:
-        """Return what Ray says of each application, by name. Raises EndpointFailed where it does not answer."""
-        applications: Applications = self._ask("GET").json().get("applications", {})
+    def read_status(self) -> Applications:
+        """Return the status of each application, by name. Raises EndpointFailed where Ray does not answer."""
+        applications: Applications = self._request("GET").json().get("applications", {})
         return applications
 
-    def change(self, edit: Callable[[Applications], Applications]) -> None:
-        """Have the cluster run other applications than now. Raises EndpointFailed where it refuses.
+    def add_application(self, application: Application) -> None:
+        """Have the cluster run one more application. Raises EndpointFailed where it refuses."""
+        self._edit(lambda running: running | {application["name"]: application})
 
-        Ray takes the whole list at once, and ends what is not on it: of two that change it at the same time one may
-        undo the other's change, so each looks whether its own has come to stand.
+    def remove_application(self, name: str) -> None:
+        """Have the cluster end an application. Raises EndpointFailed where it refuses."""
+        self._edit(lambda running: {other: each for other, each in running.items() if other != name})
+
+    def _edit(self, edit: Callable[[Applications], Applications]) -> None:
+        """Put another list of applications.
+
+        Ray takes the whole list at once, and ends what is not on it. Of two hosts that change it at the same time
+        one may undo the other's change, so that each polls until its own is in force.
         """
-        now = self._ask("GET").json()
+        now = self._request("GET").json()
         running = {
             name: details["deployed_app_config"]
             for name, details in now.get("applications", {}).items()
-            # What a driver runs by serve.run has no config here, and stays whatever is put.
+            # An application that a driver started by serve.run has no config here, and is not ended by a PUT.
             if details.get("deployed_app_config") and details["status"] != "DELETING"
         }
-        config = {**self._options(now), "applications": list(edit(running).values())}
-        self._ask("PUT", config)
+        config = {**self._make_options(now), "applications": list(edit(running).values())}
+        self._request("PUT", config)
 
-    def _options(self, now: dict[str, Any]) -> dict[str, Any]:
-        """Return what the list of applications comes with: as it is where Serve runs, else what starts it."""
+    def _make_options(self, now: dict[str, Any]) -> dict[str, Any]:
+        """Return the options of Serve: the current ones where it runs, else those that start it."""
         kept = ("proxy_location", "http_options", "grpc_options", "target_capacity")
         if now.get("http_options"):
             return {name: now[name] for name in kept if now.get(name) is not None}
         where = urlsplit(self.serve_url)
         return {"http_options": {"host": where.hostname, "port": where.port or 80}}
 
-    def _ask(self, method: str, config: dict[str, Any] | None = None) -> httpx.Response:
+    def _request(self, method: str, config: dict[str, Any] | None = None) -> httpx.Response:
         base = self.client.base_url
         try:
             answer = self.client.request(method, _PATH, json=config)
@@ -366,7 +367,9 @@ class ServeApi:
             raise EndpointFailed(message) from error
         if answer.is_success:
             return answer
-        next_move = _NEXT.get(answer.status_code, "Mend what it says, then call again.")
-        told = answer.text[:_REASON_LENGTH_MAX]
-        message = f"Ray's dashboard at {base} must take the applications, got {answer.status_code}: {told} {next_move}"
+        next_move = _NEXT.get(answer.status_code, "Repair what it names, then call again.")
+        reason = answer.text[:_REASON_LENGTH_MAX]
+        message = (
+            f"Ray's dashboard at {base} must take the applications, got {answer.status_code}: {reason} {next_move}"
+        )
         raise EndpointFailed(message)

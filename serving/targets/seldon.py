@@ -12,13 +12,13 @@ import yaml
 
 from serving.model.batching import BatchingConfig
 from serving.model.release import Release
-from serving.targets import Rendered
-from serving.targets.documents import describe
+from serving.targets import ReleaseFiles
+from serving.targets.documents import dump_tensors
 from serving.targets.folder import render_folder, resolve_interpreter
 
 _HOST = "127.0.0.1"
 _REQUIREMENTS = "infra/local/mlserver.txt"
-# MLServer takes no wait for no batches at all; this one collects what has arrived already.
+# MLServer takes a wait of 0 for no batching; this wait collects the requests that have arrived already.
 _WAIT_S_MIN = 0.0001
 
 
@@ -37,23 +37,23 @@ class Seldon:
     memory: str = "1Gi"
     server: str | None = None
 
-    def render(self, release: Release, model: Path) -> Rendered:
+    def render(self, release: Release, model: Path) -> ReleaseFiles:
         """Return MLServer's settings and runtime, and model.yaml for a cluster.
 
         Raises EndpointFailed where the interpreter is missing, with the command that makes its environment.
         """
         ports = {"HTTP": "{port}", "GRPC": "{port2}", "METRICS": "{port3}"}
         files = {
-            "settings.json": json.dumps(settings(), indent=2).encode(),
-            "model-settings.json": json.dumps(model_settings(release), indent=2).encode(),
+            "settings.json": json.dumps(make_settings(), indent=2).encode(),
+            "model-settings.json": json.dumps(make_model_settings(release), indent=2).encode(),
             "runtime.py": _RUNTIME.encode(),
-            "model.yaml": yaml.safe_dump(self.model(release), sort_keys=False).encode(),
+            "model.yaml": yaml.safe_dump(self.render_model(release), sort_keys=False).encode(),
         }
         return render_folder(
             release,
             model,
             files,
-            argv=(resolve_interpreter(self.python, _REQUIREMENTS), "-c", _START, "start", "."),
+            argv=(resolve_interpreter(self.python, _REQUIREMENTS), "-c", _START_CODE, "start", "."),
             environment={
                 "MLSERVER_HOST": _HOST,
                 **{f"MLSERVER_{name}_PORT": port for name, port in ports.items()},
@@ -61,7 +61,7 @@ class Seldon:
             ready_path=f"/v2/models/{release.endpoint}/ready",
         )
 
-    def model(self, release: Release) -> dict[str, Any]:
+    def render_model(self, release: Release) -> dict[str, Any]:
         """Return the Model of a release. Several releases of an endpoint are several Models."""
         spec = {
             "storageUri": f"{self.storage_uri}/{release.endpoint}/{release.version}",
@@ -71,9 +71,11 @@ class Seldon:
             "minReplicas": release.scaling.replicas_min,
             "maxReplicas": release.scaling.replicas_max,
         }
-        return self._manifest("Model", model_name(release), spec | ({"server": self.server} if self.server else {}))
+        return self._manifest(
+            "Model", make_model_name(release), spec | ({"server": self.server} if self.server else {})
+        )
 
-    def experiment(
+    def render_experiment(
         self, default: Release, weights: Mapping[Release, int], *, shadow: Release | None = None
     ) -> dict[str, Any]:
         """Return the Experiment that splits an endpoint's traffic over releases by their weights.
@@ -82,15 +84,15 @@ class Seldon:
         weight, or no weight is above 0.
         """
         if default not in weights or min(weights.values()) < 0 or not any(weights.values()):
-            told = {release.version: weight for release, weight in weights.items()}
-            message = f"The default, version {default.version}, must be among the weights, some above 0, got {told}."
+            given = {release.version: weight for release, weight in weights.items()}
+            message = f"The default, version {default.version}, must be among the weights, some above 0, got {given}."
             raise ValueError(message)
         spec: dict[str, Any] = {
-            "default": model_name(default),
-            "candidates": [{"name": model_name(each), "weight": weight} for each, weight in weights.items()],
+            "default": make_model_name(default),
+            "candidates": [{"name": make_model_name(each), "weight": weight} for each, weight in weights.items()],
         }
         if shadow is not None:
-            spec["mirror"] = {"name": model_name(shadow), "percent": 100}
+            spec["mirror"] = {"name": make_model_name(shadow), "percent": 100}
         return self._manifest("Experiment", default.endpoint, spec)
 
     def _manifest(self, kind: str, name: str, spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,20 +104,20 @@ class Seldon:
         }
 
 
-def model_name(release: Release) -> str:
+def make_model_name(release: Release) -> str:
     """Return the name of a release among the Models of a cluster."""
     return f"{release.endpoint}-v{release.version}"
 
 
-def settings() -> dict[str, Any]:
+def make_settings() -> dict[str, Any]:
     """Return the settings of MLServer itself; its host and ports come by its environment."""
     # The runtime holds requests against the contract before they are collected, which only its own process can.
     return {"debug": False, "parallel_workers": 0}
 
 
-def model_settings(release: Release) -> dict[str, Any]:
+def make_model_settings(release: Release) -> dict[str, Any]:
     """Return the settings of a model: what it takes and gives, and the batching as MLServer's adaptive batching."""
-    inputs, outputs = describe(release.contract)
+    inputs, outputs = dump_tensors(release.contract)
     return {
         "name": release.endpoint,
         "implementation": "runtime.Runtime",
@@ -134,8 +136,8 @@ def _batching(batching: BatchingConfig) -> dict[str, Any]:
     return {"max_batch_size": batching.batch_size_max, "max_batch_time": max(batching.wait_ms_max / 1000, _WAIT_S_MIN)}
 
 
-# Its program says where its own interpreter was when it was installed; this works in an environment that was moved.
-_START = "from mlserver.cli import main; main()"
+# The mlserver script has the path of its interpreter at install time; this works in an environment that was moved.
+_START_CODE = "from mlserver.cli import main; main()"
 
 _RUNTIME = '''"""The model of this folder under MLServer: `mlserver start .` serves it."""
 
@@ -146,9 +148,8 @@ from mlserver.errors import MLServerError
 from mlserver.types import InferenceRequest, InferenceResponse
 
 from serving.errors import BadRequest
-from serving.model.release import join_predictions, open_predictor, split_rows, unwrap_prediction
-from serving.model.release import count_rows
-from serving.targets.documents import plain_inputs, read_request, write_answer
+from serving.model.release import count_rows, join_predictions, open_predictor, split_rows, unwrap_prediction
+from serving.targets.documents import encode_inputs, read_request, write_response
 
 
 class Runtime(MLModel):
@@ -156,27 +157,27 @@ class Runtime(MLModel):
         self.predictor = open_predictor(Path(__file__).parent)
         self.rows_max = self.predictor.release.batching.batch_size_max
         # By now `predict` is MLServer's batching around the method below.
-        self.together, self.predict = self.predict, self.checked
+        self.predict_batched, self.predict = self.predict, self.predict_checked
         return True
 
     async def unload(self):
         self.predictor.close()
         return True
 
-    async def checked(self, payload):
-        """Refuse a bad request before it joins others, whose batch it would spoil."""
-        wanted = {each.name for each in payload.outputs or ()} or {each.name for each in self.outputs}
-        request = self.read(payload, wanted)
+    async def predict_checked(self, payload):
+        """Refuse a bad request before it is batched with others, which would fail with it."""
+        requested = {each.name for each in payload.outputs or ()} or {each.name for each in self.outputs}
+        request = self.read(payload, requested)
         if count_rows(request.inputs) > self.rows_max:
             response = await self.answer(request, [request.inputs])
         else:
-            plain = InferenceRequest.model_validate({"inputs": plain_inputs(request, self.predictor.release)})
+            plain = InferenceRequest.model_validate({"inputs": encode_inputs(request, self.predictor.release)})
             try:
-                response = await self.together(plain)
+                response = await self.predict_batched(plain)
             except MLServerError:
-                # Some row of the batch made the model fail; whose it was shows when each passes alone.
+                # Some row of the batch made the model fail; which one shows when each passes alone.
                 response = await self.answer(request, [request.inputs])
-        response.outputs = [each for each in response.outputs if each.name in wanted]
+        response.outputs = [each for each in response.outputs if each.name in requested]
         return response
 
     async def predict(self, payload):
@@ -188,7 +189,7 @@ class Runtime(MLModel):
         predictions = await self.predictor.predict_requests(passes)
         try:
             outputs = join_predictions([unwrap_prediction(each) for each in predictions])
-            answer = write_answer(request, outputs, self.predictor.release)
+            answer = write_response(request, outputs, self.predictor.release)
         except Exception as error:
             raise MLServerError(f"The model must predict every row, got: {error}", 500) from error
         return InferenceResponse.model_validate(answer)

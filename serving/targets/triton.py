@@ -17,22 +17,22 @@ from serving.errors import EndpointFailed
 from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Release
 from serving.protocol.oip import encode_request
 from serving.protocol.tensors import describe_tensors
-from serving.targets import Address, Rendered
+from serving.targets import Address, ReleaseFiles
 from serving.targets.triton_control import TritonControl
 from serving.targets.triton_repository import (
     CONFIG_FILE,
-    instances_of,
+    parse_instances,
     read_releases,
-    replaced,
-    with_instances,
-    write_config,
-    write_whole,
+    render_config,
+    replace_file,
+    replace_version,
+    set_instances,
 )
 
 _MODEL_FILE = "model.py"
 _MODEL_PY = Path(__file__).with_name("triton_model.py")
 # What Triton answers for an instance whose process is gone, from then on.
-_DEAD = "is not healthy"
+_DEAD_INSTANCE = "is not healthy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,13 +45,13 @@ class TritonTarget:
 
     model: str | None = None
 
-    def render(self, release: Release, model: Path) -> Rendered:
+    def render(self, release: Release, model: Path) -> ReleaseFiles:
         """Return the repository of this release alone; its version is served by its number."""
         name = self.model or release.endpoint
         version = f"{name}/{release.version}"
-        return Rendered(
+        return ReleaseFiles(
             files={
-                f"{name}/{CONFIG_FILE}": write_config(name, release, [release.version]).encode(),
+                f"{name}/{CONFIG_FILE}": render_config(name, release, [release.version]).encode(),
                 f"{version}/{_MODEL_FILE}": _MODEL_PY.read_bytes(),
                 f"{version}/{RELEASE_FILE}": release.model_dump_json(indent=1).encode(),
             },
@@ -63,10 +63,10 @@ class TritonTarget:
 class TritonHost:
     """A running Triton with explicit model control, and the repository on this machine that it reads.
 
-    Versions of one endpoint that take the same tensors are versions of one model there; one that takes others stands
-    beside it as a model of its own, and its Address says so. A version is written whole before Triton is told of it.
+    Versions of one endpoint that take the same tensors are versions of one model there; one that takes others is
+    a model of its own beside it, as its Address says. A version is written whole before Triton loads it.
     Triton loads all versions of a model again before it lets go of those that serve: no request is lost, and none
-    waits for that, since it is told through its gRPC door, at HOST:PORT. Changes to one repository wait for each other,
+    waits for that, since loads go through its gRPC port, at HOST:PORT. Changes to one repository wait for each other,
     from any process. Raises EndpointFailed with Triton's own reason.
     """
 
@@ -80,43 +80,45 @@ class TritonHost:
 
         Returns once it answers. Where Triton does not load it, the repository and what serves are as before.
         """
-        with self._alone():
-            name = self._model_for(release)
+        with self._lock_repository():
+            name = self._choose_model(release)
             folder = self.repository / name
-            with replaced(folder, release.version, TritonTarget(model=name).render(release, model)):
+            with replace_version(folder, release.version, TritonTarget(model=name).render(release, model)):
                 versions = {*read_releases(folder), release.version}
-                self._apply(folder, write_config(name, release, versions, instances=_instances(folder)))
-            for other in self._models(release.endpoint):
+                self._load_with_config(
+                    folder, render_config(name, release, versions, instances=_read_instances(folder))
+                )
+            for other in self._list_models(release.endpoint):
                 if other != folder and release.version in read_releases(other):
-                    self._drop(other, release.version)
+                    self._remove_version(other, release.version)
         return Address(url=self.url, model=name, version=release.version)
 
     def remove(self, release: Release) -> None:
         """Take a version down and forget its files; others serve on. Idempotent."""
-        with self._alone():
-            for folder in self._models(release.endpoint):
+        with self._lock_repository():
+            for folder in self._list_models(release.endpoint):
                 if release.version in read_releases(folder):
-                    self._drop(folder, release.version)
+                    self._remove_version(folder, release.version)
 
     def load(self, endpoint: str) -> None:
-        """Load every version of an endpoint, as after `unload`, or where Triton was started anew."""
-        with self._alone():
-            for folder in self._known(endpoint):
+        """Load every version of an endpoint, as after `unload`, or where Triton was restarted."""
+        with self._lock_repository():
+            for folder in self._find_models(endpoint):
                 self._control.load(folder.name, read_releases(folder))
 
     def unload(self, endpoint: str) -> None:
         """Free the memory of every version of an endpoint, and keep its files; requests under way are answered."""
-        with self._alone():
-            for folder in self._known(endpoint):
+        with self._lock_repository():
+            for folder in self._find_models(endpoint):
                 self._control.unload(folder.name)
 
-    def mend(self, endpoint: str) -> bool:
-        """Load an endpoint again where one of its instances has died, which Triton does not start anew by itself.
+    def restart_dead_instances(self, endpoint: str) -> bool:
+        """Load an endpoint again where one of its instances has died, which Triton does not restart by itself.
 
         Asks each version for one row of zeros as often as reaches every instance, and returns whether one was dead.
         """
-        dead = [folder for folder in self._known(endpoint) if self._dead(folder)]
-        with self._alone():
+        dead = [folder for folder in self._find_models(endpoint) if self._has_dead_instance(folder)]
+        with self._lock_repository():
             for folder in dead:
                 releases = read_releases(folder)
                 for version in releases:
@@ -126,22 +128,22 @@ class TritonHost:
         return bool(dead)
 
     def scale(self, endpoint: str, instances: int) -> None:
-        """Have each version of an endpoint run that many instances; those that stay serve on."""
-        with self._alone():
-            for folder in self._known(endpoint):
+        """Set how many instances each version of an endpoint runs; those that stay serve on."""
+        with self._lock_repository():
+            for folder in self._find_models(endpoint):
                 before = (folder / CONFIG_FILE).read_text()
-                config = with_instances(before, instances)
-                if config != before and self._control.loaded(folder.name):
-                    self._apply(folder, config)
+                config = set_instances(before, instances)
+                if config != before and self._control.is_loaded(folder.name):
+                    self._load_with_config(folder, config)
                 elif config != before:
-                    # Whoever unloaded it loads it so.
-                    write_whole(folder / CONFIG_FILE, config)
+                    # The next load reads it.
+                    replace_file(folder / CONFIG_FILE, config)
 
-    def instances(self, endpoint: str) -> int:
+    def count_instances(self, endpoint: str) -> int:
         """Return how many instances each version of an endpoint runs while it is loaded."""
-        return max(instances_of((folder / CONFIG_FILE).read_text()) for folder in self._known(endpoint))
+        return max(parse_instances((folder / CONFIG_FILE).read_text()) for folder in self._find_models(endpoint))
 
-    def endpoints(self) -> dict[str, tuple[Address, ...]]:
+    def list_endpoints(self) -> dict[str, tuple[Address, ...]]:
         """Return every endpoint in the repository, and where each of its versions answers while it is loaded."""
         found: dict[str, list[Address]] = {}
         for folder in sorted(self.repository.glob(f"*/{CONFIG_FILE}")):
@@ -150,7 +152,7 @@ class TritonHost:
                 found.setdefault(release.endpoint, []).append(address)
         return {endpoint: tuple(addresses) for endpoint, addresses in found.items()}
 
-    def newest(self) -> dict[str, Release]:
+    def find_newest_releases(self) -> dict[str, Release]:
         """Return the newest release of every endpoint in the repository."""
         found: dict[str, Release] = {}
         for folder in sorted(path.parent for path in self.repository.glob(f"*/{CONFIG_FILE}")):
@@ -163,62 +165,64 @@ class TritonHost:
     def _control(self) -> TritonControl:
         return TritonControl(url=self.url, grpc=self.grpc, wait_s_max=self.load_s_max)
 
-    def _model_for(self, release: Release) -> str:
+    def _choose_model(self, release: Release) -> str:
         """Return the model that a release is a version of: the first whose versions take the same tensors."""
-        for folder in self._models(release.endpoint):
+        for folder in self._list_models(release.endpoint):
             others = [other for version, other in read_releases(folder).items() if version != release.version]
             if all(describe_tensors(other.contract) == describe_tensors(release.contract) for other in others):
                 return folder.name
         taken = (self.repository / release.endpoint / CONFIG_FILE).exists()
         return f"{release.endpoint}.v{release.version}" if taken else release.endpoint
 
-    def _models(self, endpoint: str) -> list[Path]:
+    def _list_models(self, endpoint: str) -> list[Path]:
         folders = [self.repository / endpoint, *sorted(self.repository.glob(f"{endpoint}.v*"))]
         return [folder for folder in folders if (folder / CONFIG_FILE).exists()]
 
-    def _known(self, endpoint: str) -> list[Path]:
-        folders = self._models(endpoint)
+    def _find_models(self, endpoint: str) -> list[Path]:
+        folders = self._list_models(endpoint)
         if not folders:
-            message = f"The endpoint must be one of {sorted(self.endpoints())}, got {endpoint!r}; deploy it first."
+            message = f"The endpoint must be one of {sorted(self.list_endpoints())}, got {endpoint!r}; deploy it first."
             raise EndpointFailed(message)
         return folders
 
-    def _apply(self, folder: Path, config: str) -> None:
+    def _load_with_config(self, folder: Path, config: str) -> None:
         """Have Triton load a model under another config; put the earlier one back where it does not."""
         path = folder / CONFIG_FILE
         before = path.read_text() if path.exists() else None
-        write_whole(path, config)
+        replace_file(path, config)
         try:
             self._control.load(folder.name, read_releases(folder))
         except BaseException:
             if before is None:
                 path.unlink()
             else:
-                write_whole(path, before)
+                replace_file(path, before)
             raise
 
-    def _drop(self, folder: Path, version: str) -> None:
+    def _remove_version(self, folder: Path, version: str) -> None:
         others = {number: release for number, release in read_releases(folder).items() if number != version}
         if others:
             release = others[max(others, key=int)]
-            self._apply(folder, write_config(folder.name, release, [*others], instances=_instances(folder)))
+            self._load_with_config(
+                folder, render_config(folder.name, release, [*others], instances=_read_instances(folder))
+            )
             shutil.rmtree(folder / version)
         else:
             self._control.unload(folder.name)
             (folder / CONFIG_FILE).unlink()
             shutil.rmtree(folder)
 
-    def _dead(self, folder: Path) -> bool:
-        asked = 2 * instances_of((folder / CONFIG_FILE).read_text())
+    def _has_dead_instance(self, folder: Path) -> bool:
+        requests = 2 * parse_instances((folder / CONFIG_FILE).read_text())
         return any(
-            _DEAD in self._control.infer(folder.name, version, _one_row(release)).text
+            _DEAD_INSTANCE in self._control.infer(folder.name, version, _make_probe(release)).text
             for version, release in read_releases(folder).items()
-            for _ in range(asked)
+            for _ in range(requests)
         )
 
     @contextmanager
-    def _alone(self) -> Generator[None]:
-        """Wait for other changes to this repository, in this process and in others."""
+    def _lock_repository(self) -> Generator[None]:
+        """Hold the lock of this repository, which serialises changes in this process and in others."""
         try:
             self.repository.mkdir(parents=True, exist_ok=True)
             with (self.repository / ".lock").open("w") as lock:
@@ -232,12 +236,12 @@ class TritonHost:
             raise EndpointFailed(message) from error
 
 
-def _instances(folder: Path) -> int | None:
+def _read_instances(folder: Path) -> int | None:
     path = folder / CONFIG_FILE
-    return instances_of(path.read_text()) if path.exists() else None
+    return parse_instances(path.read_text()) if path.exists() else None
 
 
-def _one_row(release: Release) -> bytes:
+def _make_probe(release: Release) -> bytes:
     """Return a request for the prediction of one row of zeros, and of no text."""
     nothing = {"str": "", "binary": b""}
     zeros: dict[str, npt.NDArray[Any]] = {

@@ -24,18 +24,25 @@ from serving.model.release import Release, Scaling
 from serving.targets.triton import TritonHost
 
 _EVERY_S = 5.0
-# By its name also where it is run as a program, which has another.
+# An instance is added where more than this share of them is busy and requests wait, and removed where less than that
+# share of the remaining ones would be.
+_BUSY_MIN, _IDLE_MAX = 0.7, 0.5
+# An instance is added at once, since requests wait, and removed after this many idle measurements in a row.
+_IDLE_CHECKS_MIN = 3
+_TIMEOUT_S = 10.0
+_SAMPLE = re.compile(r'^(nv_inference_\w+)\{[^}]*\bmodel="([^"]*)"[^}]*\}\s+(\S+)$', re.MULTILINE)
+# The module's name also where it is run as a program, whose name is __main__.
 _log = logging.getLogger("serving.targets.triton_autoscale")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Look after one Triton."""
+    """Scale the endpoints of one Triton until SIGTERM or Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m serving.targets.triton_autoscale", description=__doc__)
     parser.add_argument("--repository", type=Path, required=True, help="Triton's model repository")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="its HTTP door")
-    parser.add_argument("--grpc", default="127.0.0.1:8001", help="its gRPC door, HOST:PORT")
-    parser.add_argument("--metrics", default="http://127.0.0.1:8002/metrics", help="its metrics")
-    parser.add_argument("--seconds", type=float, default=_EVERY_S, help="between two looks")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the URL of its HTTP port")
+    parser.add_argument("--grpc", default="127.0.0.1:8001", help="its gRPC port, HOST:PORT")
+    parser.add_argument("--metrics", default="http://127.0.0.1:8002/metrics", help="the URL of its metrics")
+    parser.add_argument("--seconds", type=float, default=_EVERY_S, help="seconds between two measurements")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("serving").setLevel(logging.INFO)
@@ -47,36 +54,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def autoscale(host: TritonHost, metrics_url: str, over: threading.Event, *, every_s: float) -> None:
-    """Look after every endpoint of a repository until `over`, those that come meanwhile too.
+    """Scale every endpoint of a repository until `over`, those too that are deployed meanwhile.
 
-    A look that fails is told to the log, and the next one comes.
+    A measurement that fails is logged, and the next one is tried.
     """
     scalers: dict[str, InstanceScaler] = {}
-    _log.info("looking after %s", host.repository)
+    _log.info("scaling the endpoints of %s", host.repository)
     while not over.wait(every_s):
         scalers = {
-            endpoint: _scaler(scalers.get(endpoint), host, metrics_url, release)
-            for endpoint, release in _newest(host).items()
+            endpoint: _make_scaler(scalers.get(endpoint), host, metrics_url, release)
+            for endpoint, release in _find_newest_releases(host).items()
         }
         for endpoint, scaler in [*scalers.items()]:
             try:
-                scaler.look()
+                scaler.adjust()
             except (EndpointFailed, OSError) as error:
                 _log.warning("%s: its instances stay as they are: %s", endpoint, error)
-                # What was measured before says nothing of what comes after.
+                # The next measurement starts over.
                 del scalers[endpoint]
 
 
-def _newest(host: TritonHost) -> dict[str, Release]:
+def _find_newest_releases(host: TritonHost) -> dict[str, Release]:
     try:
-        return host.newest()
+        return host.find_newest_releases()
     except OSError as error:
-        # A version that was on its way out, most likely.
+        # Most likely a version that is being removed.
         _log.warning("%s must be readable, got: %s", host.repository, error)
         return {}
 
 
-def _scaler(known: InstanceScaler | None, host: TritonHost, metrics_url: str, release: Release) -> InstanceScaler:
+def _make_scaler(known: InstanceScaler | None, host: TritonHost, metrics_url: str, release: Release) -> InstanceScaler:
     if known is not None:
         return replace(known, scaling=release.scaling, batching=release.batching)
     return InstanceScaler(
@@ -88,16 +95,8 @@ def _scaler(known: InstanceScaler | None, host: TritonHost, metrics_url: str, re
     )
 
 
-# Above the one, more instances are wanted where requests wait; below the other, one less would do.
-_BUSY_MIN, _IDLE_MAX = 0.7, 0.5
-# Growing is for the requests that wait now; shrinking can wait for a few looks more.
-_CALM_LOOKS = 3
-_SAMPLE = re.compile(r'^(nv_inference_\w+)\{[^}]*\bmodel="([^"]*)"[^}]*\}\s+(\S+)$', re.MULTILINE)
-_TIMEOUT_S = 10.0
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Counters:
+class TritonCounters:
     """What Triton has counted of some models since they were loaded, and how many requests wait now."""
 
     requests: float = 0.0
@@ -109,8 +108,8 @@ class Counters:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Queue:
-    """What requests met between two looks: how long they waited, how long a pass took, how many instances were busy."""
+class QueueStats:
+    """The queue between two measurements: how long requests waited, a pass took, and how many instances were busy."""
 
     wait_ms: float
     pass_ms: float
@@ -118,13 +117,13 @@ class Queue:
     pending: int
 
 
-def read_counters(metrics: str, models: Collection[str]) -> Counters:
-    """Return the counters of these models out of what Triton's metrics endpoint answers."""
+def parse_counters(metrics: str, models: Collection[str]) -> TritonCounters:
+    """Return the counters of these models out of the answer of Triton's metrics endpoint."""
     sums: dict[str, float] = {}
     for name, model, value in _SAMPLE.findall(metrics):
         if model in models:
             sums[name] = sums.get(name, 0.0) + float(value)
-    return Counters(
+    return TritonCounters(
         requests=sums.get("nv_inference_request_success", 0.0),
         passes=sums.get("nv_inference_exec_count", 0.0),
         queued_us=sums.get("nv_inference_queue_duration_us", 0.0),
@@ -134,16 +133,16 @@ def read_counters(metrics: str, models: Collection[str]) -> Counters:
     )
 
 
-def queue_between(before: Counters, now: Counters, elapsed_s: float) -> Queue:
-    """Return what requests met between two looks; a model that was loaded anew meanwhile counts from zero."""
+def measure_queue(before: TritonCounters, now: TritonCounters, elapsed_s: float) -> QueueStats:
+    """Return the queue between two measurements. The counters of a model that was loaded again start from zero."""
     if now.requests < before.requests or now.passes < before.passes:
-        before = Counters()
+        before = TritonCounters()
     requests, passes = now.requests - before.requests, now.passes - before.passes
     if not requests or not passes:
-        return Queue(wait_ms=0.0, pass_ms=0.0, busy=0.0, pending=int(now.pending))
+        return QueueStats(wait_ms=0.0, pass_ms=0.0, busy=0.0, pending=int(now.pending))
     # Each request of a pass counts the whole of it.
     pass_ms = (now.computed_us - before.computed_us) / requests / 1000
-    return Queue(
+    return QueueStats(
         wait_ms=(now.queued_us - before.queued_us) / requests / 1000,
         pass_ms=pass_ms,
         busy=pass_ms * passes / (elapsed_s * 1000),
@@ -151,67 +150,74 @@ def queue_between(before: Counters, now: Counters, elapsed_s: float) -> Queue:
     )
 
 
-def instances_wanted(
-    queue: Queue, instances: int, *, scaling: Scaling, batching: BatchingConfig, calm_looks: int = _CALM_LOOKS
+def choose_instance_count(
+    queue: QueueStats,
+    instances: int,
+    *,
+    scaling: Scaling,
+    batching: BatchingConfig,
+    idle_checks: int = _IDLE_CHECKS_MIN,
 ) -> int:
     """Return how many instances there should be, at most one more or less than there are.
 
     More, where the instances are busy and requests wait longer than the batching allows and the pass ahead of them
-    takes, or more of them are pending than the next passes take. Less, once `calm_looks` looks in a row, this one
-    counted, found so little that the others would be half idle. Always between the bounds of `scaling`, and one where
-    that allows none: to free the memory of an idle model is `unload`.
+    takes, or more of them are pending than the next passes take. Less, once `idle_checks` measurements in a row,
+    including this one, found so little that the others would be half idle. Always between the bounds of `scaling`, and
+    one where that allows none: `unload` frees the memory of an idle model.
     """
     low, high = max(1, scaling.replicas_min), max(1, scaling.replicas_min, scaling.replicas_max)
     waits = queue.wait_ms > batching.wait_ms_max + queue.pass_ms or queue.pending > batching.batch_size_max * instances
     if waits and queue.busy > _BUSY_MIN * instances:
-        wanted = instances + 1
-    elif calm_looks >= _CALM_LOOKS and not waits and queue.busy < _IDLE_MAX * (instances - 1):
-        wanted = instances - 1
+        target = instances + 1
+    elif idle_checks >= _IDLE_CHECKS_MIN and not waits and queue.busy < _IDLE_MAX * (instances - 1):
+        target = instances - 1
     else:
-        wanted = instances
-    return min(max(wanted, low), high)
+        target = instances
+    return min(max(target, low), high)
 
 
 @dataclass(slots=True, kw_only=True)
 class InstanceScaler:
-    """Keeps the instances of one endpoint between its bounds by what Triton measures, and alive, look by look."""
+    """Keeps the instances of one endpoint between its bounds, by what Triton measures, and restarts dead ones."""
 
     host: TritonHost
     metrics_url: str
     endpoint: str
     scaling: Scaling
     batching: BatchingConfig
-    _before: Counters | None = None
-    _at: float = 0.0
-    _calm: int = field(default=0)
+    _before: TritonCounters | None = None
+    _measured_at: float = 0.0
+    _idle_checks: int = field(default=0)
 
-    def look(self) -> int:
+    def adjust(self) -> int:
         """Measure, change the number of instances where it should be another, and return it.
 
-        The first look only measures. Where requests have failed since the last one, instances that have died are
-        started anew. Raises EndpointFailed where Triton does not answer or does not follow.
+        The first call only measures. Where requests have failed since the last one, dead instances are restarted.
+        Raises EndpointFailed where Triton does not answer or does not follow.
         """
-        models = {address.model for address in self.host.endpoints().get(self.endpoint, ())}
-        now, at = read_counters(self._metrics(), models), time.monotonic()
-        before, self._before, since, self._at = self._before, now, self._at, at
-        instances = self.host.instances(self.endpoint)
+        models = {address.model for address in self.host.list_endpoints().get(self.endpoint, ())}
+        now, at = parse_counters(self._fetch_metrics(), models), time.monotonic()
+        before, self._before, since, self._measured_at = self._before, now, self._measured_at, at
+        instances = self.host.count_instances(self.endpoint)
         if before is None:
             return instances
-        if now.failed > before.failed and self.host.mend(self.endpoint):
-            _log.warning("%s: an instance had died, and was started anew", self.endpoint)
+        if now.failed > before.failed and self.host.restart_dead_instances(self.endpoint):
+            _log.warning("%s: an instance had died, and was restarted", self.endpoint)
             self._before = None
             return instances
-        queue = queue_between(before, now, at - since)
-        self._calm = 0 if queue.pending or queue.busy > _IDLE_MAX * (instances - 1) else self._calm + 1
-        wanted = instances_wanted(queue, instances, scaling=self.scaling, batching=self.batching, calm_looks=self._calm)
-        if wanted != instances:
-            _log.info("%s: %d instances instead of %d, at %s", self.endpoint, wanted, instances, queue)
-            self.host.scale(self.endpoint, wanted)
-            # What was measured while instances came or went says little of those that are there now.
-            self._before, self._calm = None, 0
-        return wanted
+        queue = measure_queue(before, now, at - since)
+        self._idle_checks = 0 if queue.pending or queue.busy > _IDLE_MAX * (instances - 1) else self._idle_checks + 1
+        target = choose_instance_count(
+            queue, instances, scaling=self.scaling, batching=self.batching, idle_checks=self._idle_checks
+        )
+        if target != instances:
+            _log.info("%s: %d instances instead of %d, at %s", self.endpoint, target, instances, queue)
+            self.host.scale(self.endpoint, target)
+            # A measurement while instances are added or removed says little of those that remain.
+            self._before, self._idle_checks = None, 0
+        return target
 
-    def _metrics(self) -> str:
+    def _fetch_metrics(self) -> str:
         try:
             response = httpx.get(self.metrics_url, timeout=_TIMEOUT_S, trust_env=False)
         except httpx.HTTPError as error:

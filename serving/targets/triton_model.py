@@ -27,7 +27,7 @@ class TritonPythonModel:
         self.contract = self.runtime.release.contract
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer each request, in their order; one that can't be answered says why, and leaves the others theirs."""
+        """Answer each request, in their order. One that fails gets its reason, and the others their answers."""
         given = [self._inputs(request) for request in requests]
         answers = iter(
             self.runtime.predict_requests([inputs for inputs in given if not isinstance(inputs, BadRequest)])
@@ -49,11 +49,11 @@ class TritonPythonModel:
 
     def _response(self, answer: dict[str, Any] | OvernightError) -> Any:
         if isinstance(answer, OvernightError):
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(answer), _code(answer)))
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(answer), _error_code(answer)))
         return pb_utils.InferenceResponse([_to_tensor(answer[value.name], value) for value in self.contract.outputs])
 
 
-def _code(error: OvernightError) -> Any:
+def _error_code(error: OvernightError) -> Any:
     """Return what is answered with 400, 503 or 500."""
     if isinstance(error, BadRequest):
         return pb_utils.TritonError.INVALID_ARG

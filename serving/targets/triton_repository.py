@@ -1,4 +1,4 @@
-"""The folders of a model in Triton's repository: versions that appear whole, a config that is replaced whole."""
+"""The folder of a model in Triton's repository: versions that appear whole, and the config.pbtxt for all of them."""
 
 from __future__ import annotations
 
@@ -15,34 +15,36 @@ from serving.errors import EndpointFailed
 from serving.model.batching import BatchingConfig
 from serving.model.release import RELEASE_FILE, Release
 from serving.protocol.tensors import TensorMetadata, describe_tensors
-from serving.targets import Rendered
+from serving.targets import ReleaseFiles
 
 CONFIG_FILE = "config.pbtxt"
-# Triton passes over folders of a model that are no numbers.
+# Triton ignores folders of a model whose name is not a number.
 _STAGING, _BEFORE = ".staging-", "before-"
 _REPLACED_S_MAX, _POLL_S = 2.0, 0.01
+_VERSIONS = re.compile(r"(?m)^version_policy.*\bversions: \[([\d, ]*)\]")
+_INSTANCES = re.compile(r"(?m)^(instance_group.*\bcount: )(\d+)")
 
 
 @contextmanager
-def replaced(folder: Path, version: str, rendered: Rendered) -> Generator[None]:
-    """Put the files of a version in their place, whole; on an error what was there before comes back."""
+def replace_version(folder: Path, version: str, rendered: ReleaseFiles) -> Generator[None]:
+    """Write the files of a version in one step; where the block fails, the files of before are restored."""
     folder.mkdir(parents=True, exist_ok=True)
-    _tidy(folder)
+    _restore_interrupted(folder)
     staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
-    place, before, new = folder / version, staging / f"{_BEFORE}{version}", staging / "new"
-    placed = False
+    current, before, new = folder / version, staging / f"{_BEFORE}{version}", staging / "new"
+    is_replaced = False
     try:
-        _copy(rendered, f"{folder.name}/{version}/", new)
-        if place.exists():
-            place.rename(before)
-        new.rename(place)
-        placed = True
+        _copy_version(rendered, f"{folder.name}/{version}/", new)
+        if current.exists():
+            current.rename(before)
+        new.rename(current)
+        is_replaced = True
         yield
     except BaseException:
-        if placed:
-            shutil.rmtree(place)
+        if is_replaced:
+            shutil.rmtree(current)
         if before.exists():
-            before.rename(place)
+            before.rename(current)
         raise
     finally:
         shutil.rmtree(staging)
@@ -53,14 +55,14 @@ def replaced(folder: Path, version: str, rendered: Rendered) -> Generator[None]:
 def read_releases(folder: Path) -> dict[str, Release]:
     """Return the releases that a model's config serves, by their version, in order.
 
-    Another process may put or drop one meanwhile: what is returned was served at some moment. Raises EndpointFailed
+    Another process may add or remove one meanwhile: the result was served at some moment. Raises EndpointFailed
     where the config names a release that is not there.
     """
-    # A version that is replaced is away for as long as two renames take.
+    # A version that is being replaced is absent for as long as two renames take.
     deadline = time.monotonic() + _REPLACED_S_MAX
     while True:
         try:
-            versions = versions_of((folder / CONFIG_FILE).read_text())
+            versions = parse_versions((folder / CONFIG_FILE).read_text())
         except FileNotFoundError:
             return {}
         try:
@@ -79,39 +81,36 @@ def _read_release(folder: Path) -> Release:
     return Release.model_validate_json((folder / RELEASE_FILE).read_text())
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file, so that a reader finds the one before or this one."""
+def replace_file(path: Path, text: str) -> None:
+    """Replace a file in one step: a reader finds the text of before or this one."""
     with tempfile.TemporaryDirectory(prefix=_STAGING, dir=path.parent) as staging:
         file = Path(staging) / path.name
         file.write_text(text)
         file.replace(path)
 
 
-def _tidy(folder: Path) -> None:
-    """Put right what a process that was killed here has left: a version set aside comes back, the rest goes."""
+def _restore_interrupted(folder: Path) -> None:
+    """Restore the versions that a killed process had set aside, and remove what else it left."""
     for staging in folder.glob(f"{_STAGING}*"):
         for before in staging.glob(f"{_BEFORE}*"):
-            place = folder / before.name.removeprefix(_BEFORE)
-            if not place.exists():
-                before.rename(place)
+            current = folder / before.name.removeprefix(_BEFORE)
+            if not current.exists():
+                before.rename(current)
         shutil.rmtree(staging)
 
 
-def _copy(rendered: Rendered, prefix: str, to: Path) -> None:
+def _copy_version(rendered: ReleaseFiles, prefix: str, folder: Path) -> None:
+    """Write the files below a prefix to a folder."""
     for path, content in rendered.files.items():
         if path.startswith(prefix):
-            file = to / path.removeprefix(prefix)
+            file = folder / path.removeprefix(prefix)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content)
     for path, tree in rendered.trees.items():
-        shutil.copytree(tree, to / path.removeprefix(prefix), copy_function=shutil.copyfile)
+        shutil.copytree(tree, folder / path.removeprefix(prefix), copy_function=shutil.copyfile)
 
 
-_VERSIONS = re.compile(r"(?m)^version_policy.*\bversions: \[([\d, ]*)\]")
-_INSTANCES = re.compile(r"(?m)^(instance_group.*\bcount: )(\d+)")
-
-
-def write_config(model: str, release: Release, versions: Collection[str], *, instances: int | None = None) -> str:
+def render_config(model: str, release: Release, versions: Collection[str], *, instances: int | None = None) -> str:
     """Return the config of a model with these versions, under the batching, engine and replicas of one of them.
 
     Promises: the same text for the same values. Several versions serve at once, each by its number.
@@ -120,40 +119,40 @@ def write_config(model: str, release: Release, versions: Collection[str], *, ins
     count = max(1, release.scaling.replicas_min) if instances is None else instances
     kind = "KIND_GPU" if release.engine.device == "cuda" else "KIND_CPU"
     lines = (
-        f"name: {_quoted(model)}",
+        f"name: {_quote(model)}",
         'backend: "python"',
         f"max_batch_size: {max(release.rows_max, release.batching.batch_size_max)}",
-        *(f"input {_tensor(each)}" for each in inputs),
-        *(f"output {_tensor(each)}" for each in outputs),
+        *(f"input {_render_tensor(each)}" for each in inputs),
+        *(f"output {_render_tensor(each)}" for each in outputs),
         f"version_policy {{ specific {{ versions: [{', '.join(map(str, sorted(map(int, versions))))}] }} }}",
         f"instance_group {{ count: {count} kind: {kind} }}",
-        *_batching(release.batching),
+        *_render_batching(release.batching),
     )
     return "\n".join(lines) + "\n"
 
 
-def versions_of(config: str) -> tuple[str, ...]:
+def parse_versions(config: str) -> tuple[str, ...]:
     """Return the versions that a config which was written here serves, in order."""
     found = _VERSIONS.search(config)
     return tuple(found[1].split(", ")) if found else ()
 
 
-def instances_of(config: str) -> int:
-    """Return how many instances a config that was written here has each version run."""
+def parse_instances(config: str) -> int:
+    """Return how many instances each version runs by a config that was written here."""
     found = _INSTANCES.search(config)
     return int(found[2]) if found else 1
 
 
-def with_instances(config: str, instances: int) -> str:
+def set_instances(config: str, instances: int) -> str:
     """Return the same config with another number of instances."""
     return _INSTANCES.sub(rf"\g<1>{instances}", config)
 
 
-def _batching(batching: BatchingConfig) -> Iterable[str]:
-    """Yield the batching in Triton's words: a batch goes once it has that many rows, or its oldest request has waited.
+def _render_batching(batching: BatchingConfig) -> Iterable[str]:
+    """Yield the dynamic batching: a batch starts once it has that many rows, or its oldest request has waited so long.
 
     max_batch_size can't be that of the batching: it also bounds the rows of one request. The queue has no bound of its
-    own, which is the gateway's: with any default_queue_policy Triton 24.10 lets requests lie for half a second now
+    own, since the gateway has one: with any default_queue_policy Triton 24.10 delays requests by half a second now
     and then (measured: 32 callers, p99 506 ms with it and 13 ms without).
     """
     if batching.batch_size_max > 1:
@@ -163,11 +162,11 @@ def _batching(batching: BatchingConfig) -> Iterable[str]:
         )
 
 
-def _tensor(tensor: TensorMetadata) -> str:
+def _render_tensor(tensor: TensorMetadata) -> str:
     datatype = "STRING" if tensor.datatype == "BYTES" else tensor.datatype
     dims = ", ".join(map(str, tensor.shape[1:]))
-    return f"{{ name: {_quoted(tensor.name)} data_type: TYPE_{datatype} dims: [{dims}] }}"
+    return f"{{ name: {_quote(tensor.name)} data_type: TYPE_{datatype} dims: [{dims}] }}"
 
 
-def _quoted(text: str) -> str:
+def _quote(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)

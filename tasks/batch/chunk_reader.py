@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tasks.batch.chunk_layout import BLOCK_BYTES, Chunk, Piece, block_rows
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Snapshot, SourceFile, name_corrupt_file
-from tasks.batch.plan import Chunk, Piece, Plan, block_rows
+from tasks.batch.plan import Plan
 from tasks.storage import LocalStorage, Storage, open_storage
 
 T = TypeVar("T")
@@ -68,7 +69,7 @@ class Reader:
             yield pa.concat_tables(held)
 
     def read(self, piece: Piece, rows: int | None = None) -> Generator[pa.Table]:
-        """Yield the rows of one piece as they are decoded, at most a block at a time."""
+        """Yield the rows of one piece as they are decoded: at most a block at a time, and of large rows some 8 MiB."""
         file = self._snapshot.files[piece.file]
         at = sum(file.row_groups[: piece.row_group]) + piece.row_start
         with name_corrupt_file(self._storage, file.entry):
@@ -80,6 +81,8 @@ class Reader:
     def _read(self, piece: Piece, file: SourceFile, rows: int) -> Generator[pa.RecordBatch]:
         cursor = self._cursor
         if cursor is None or not cursor.is_at_or_before(piece):
+            # What is decoded at once grows as it is, each time into twice the memory: of large rows only a few are.
+            rows = min(rows, file.rows_within(BLOCK_BYTES, piece.row_group))
             cursor = self._cursor = _Cursor(self._parquet(piece.file, file), piece, self._physical(), rows)
         cursor.skip_to(piece.row_start)
         yield from cursor.take(piece.rows)

@@ -76,6 +76,12 @@ class SourceFile(Frozen):
         """The bytes and rows of each row group, where its footer was read."""
         return list(zip(self.group_bytes, self.row_groups, strict=bool(self.group_bytes)))
 
+    def rows_within(self, bytes_max: int, group: int) -> int:
+        """Return how many rows of a row group stay within so many bytes, on average: at least one, at most all."""
+        rows = self.row_groups[group]
+        size = self.group_bytes[group].decoded if self.group_bytes else 0
+        return rows if size <= bytes_max else max(1, rows * bytes_max // size)
+
     @property
     def entry(self) -> Entry:
         """The file as storage knows it."""

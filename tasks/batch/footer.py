@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from functools import partial
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-# A writer that keeps the least and the greatest text cuts them at 64 bytes or more, where it cuts them.
+# Texts of a dictionary that are all shorter are taken to be as long as the longest; of others the lengths are read.
 _TEXT_SHORT = 64
 _MEASURED_MAX = 64 << 20
 _MEASURED_ROWS = 4096
@@ -20,7 +19,16 @@ _PAGE = 1 << 20
 _ROUNDED, _ROUNDED_MAX = 8, 16 << 20
 # What is less is not worth asking every column for.
 _READING_MIN = 1 << 20
-_OFFSET = 4
+# The bytes that stand before each text in a page, with its length.
+_LENGTH = 4
+# The encodings where each text stands in a page as it is, with those of levels; and those of texts in a dictionary.
+_PLAIN, _DICTIONARIES = frozenset({"PLAIN", "RLE", "BIT_PACKED"}), frozenset({"PLAIN_DICTIONARY", "RLE_DICTIONARY"})
+# Fields of a column's metadata, by their numbers in the format, and the header of the one that is looked for.
+_DATA_PAGE, _DICTIONARY_PAGE, _SIZES, _TEXT_TOTAL_HEADER = 9, 11, 16, 0x16
+# Kinds of values in Thrift's compact protocol, in which a footer is written.
+_TRUE, _FALSE, _INTEGERS, _DOUBLE, _BINARY, _LIST, _STRUCT = 1, 2, (4, 5, 6), 7, 8, 9, 12
+_LONG_LIST = 15
+_DECIMAL_DIGITS_SMALL = 38
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 8, "FLOAT": 4, "DOUBLE": 8}
 
 
@@ -41,8 +49,9 @@ class FooterReader:
     """Reads from footers of one schema what the row groups take, of the columns that a run reads.
 
     Columns of a fixed width take their rows times that. Texts take what they take in the file, and more where each
-    stands there once, in a dictionary. How long those are is told by the least and the greatest of them; where the
-    footer has neither, or long ones that may be cut, their lengths are read.
+    stands there once, in a dictionary, or without what it shares with the one before. How long those are together is
+    told by footers of most writers since 2025. Where one does not, the dictionary is read, and all texts are taken to
+    be as long as its longest; if that is long, the length of each text is read.
     """
 
     def __init__(
@@ -50,42 +59,69 @@ class FooterReader:
     ) -> None:
         self._used, self._keys = used, keys
         self._fixed, self._fixed_keys = 0.0, 0.0
-        self._leaves: list[tuple[int, str, bool]] = []
-        loose = set()
+        self._leaves: list[_Leaf] = []
+        loose: dict[str, int] = {}
         for field in schema:
             width = _fixed_bytes(field.type)
             if field.name in used and width is None:
-                loose.add(field.name)
+                loose[field.name] = _offset_bytes(field.type)
             elif field.name in used:
                 self._fixed += width or 0.0
                 self._fixed_keys += (width or 0.0) if field.name in keys else 0.0
         self._read = []
         for at in range(metadata.num_columns):
-            path = metadata.schema.column(at).path
-            name = path if path in used else path.partition(".")[0]
+            column = metadata.schema.column(at)
+            name = column.path if column.path in used else column.path.partition(".")[0]
             if name in loose:
-                self._leaves.append((at, path, name in keys))
+                width, nested = _leaf_width(column), "." in column.path
+                self._leaves.append(_Leaf(at, column.path, name in keys, nested, loose[name], width))
             if name in used:
                 self._read.append(at)
 
     def read(self, metadata: pq.FileMetaData, open_file: Callable[..., pq.ParquetFile]) -> tuple[GroupBytes, ...]:
         """Return what each row group of a file takes; `open_file` opens it, with options of pyarrow's."""
-        return tuple(self._group(metadata, at, open_file) for at in range(metadata.num_row_groups))
+        texts = _TextLengths(metadata, open_file)
+        return tuple(self._group(metadata, at, texts) for at in range(metadata.num_row_groups))
 
-    def _group(self, metadata: pq.FileMetaData, at: int, open_file: Callable[..., pq.ParquetFile]) -> GroupBytes:
+    def _group(self, metadata: pq.FileMetaData, at: int, texts: _TextLengths) -> GroupBytes:
         group = metadata.row_group(at)
         decoded, keys = self._fixed * group.num_rows, self._fixed_keys * group.num_rows
-        for leaf, path, is_key in self._leaves:
-            found = _leaf_bytes(group, group.column(leaf), partial(_measured, open_file, at, path))
-            decoded, keys = decoded + found, keys + (found if is_key else 0)
+        for leaf in self._leaves:
+            chunk = group.column(leaf.at)
+            found = chunk.num_values * leaf.width if leaf.width else _text_bytes(chunk, at, leaf, texts)
+            found += leaf.offset * group.num_rows if leaf.nested else 0
+            decoded, keys = decoded + found, keys + (found if leaf.is_key else 0)
         encoded = self._fixed_keys * group.num_rows
         if keys > _READING_MIN:
-            encoded += sum(group.column(leaf).total_uncompressed_size for leaf, _, is_key in self._leaves if is_key)
+            encoded += sum(group.column(leaf.at).total_uncompressed_size for leaf in self._leaves if leaf.is_key)
         else:
             encoded = keys
         small = group.total_byte_size < _READING_MIN
         reading = 0 if small else sum(_reading_bytes(group.column(leaf)) for leaf in self._read)
         return GroupBytes(int(decoded), int(keys), int(min(keys, encoded)), reading)
+
+
+class _Leaf(NamedTuple):
+    """A column of a file, or one within lists or structs: bytes of an offset, and of a value, 0 where they differ."""
+
+    at: int
+    path: str
+    is_key: bool
+    nested: bool
+    offset: int
+    width: int
+
+
+def _offset_bytes(kind: pa.DataType) -> int:
+    told = str(kind)
+    return 16 if "_view" in told else 8 if "large_" in told else 4
+
+
+def _leaf_width(column: pq.ColumnSchema) -> int:
+    width = int(_WIDTHS.get(column.physical_type, column.length))
+    if column.logical_type.type == "DECIMAL":
+        return max(width, 32 if column.precision > _DECIMAL_DIGITS_SMALL else 16)
+    return width
 
 
 def _reading_bytes(chunk: pq.ColumnChunkMetaData) -> int:
@@ -118,35 +154,140 @@ def _fixed_bytes(kind: pa.DataType) -> float | None:
         return None
 
 
-def _leaf_bytes(group: pq.RowGroupMetaData, chunk: pq.ColumnChunkMetaData, measure: Callable[[], int]) -> int:
-    nested = _OFFSET * group.num_rows if "." in chunk.path_in_schema else 0
-    if chunk.physical_type != "BYTE_ARRAY":
-        width = _WIDTHS.get(chunk.physical_type)
-        return nested + int(chunk.total_uncompressed_size if width is None else chunk.num_values * width)
-    stored = nested + int(chunk.total_uncompressed_size)
-    if not chunk.has_dictionary_page or chunk.total_uncompressed_size > _MEASURED_MAX:
+def _text_bytes(chunk: pq.ColumnChunkMetaData, group: int, leaf: _Leaf, texts: _TextLengths) -> int:
+    """Return the bytes of a row group's texts once they are decoded, with an offset of each."""
+    values = int(chunk.num_values)
+    offsets, stored = leaf.offset * values, int(chunk.total_uncompressed_size) + (leaf.offset - _LENGTH) * values
+    if not chunk.has_dictionary_page and _PLAIN.issuperset(chunk.encodings):
         return stored
-    ends = chunk.statistics
-    if ends is not None and ends.null_count == chunk.num_values:
+    total = texts.find_total(chunk)
+    if total is not None:
+        return offsets + total
+    if not values or (chunk.statistics is not None and chunk.statistics.null_count == values):
         return stored
-    if ends is not None and ends.has_min_max and max(len(ends.min), len(ends.max)) < _TEXT_SHORT:
-        return max(stored, int(chunk.num_values) * (_OFFSET + (len(ends.min) + len(ends.max)) // 2))
-    return max(stored, measure())
+    lengths = texts.read_dictionary(group, leaf) if _DICTIONARIES.intersection(chunk.encodings) else None
+    if lengths is not None and (longest := pc.max(lengths).as_py() or 0) < _TEXT_SHORT:
+        return max(stored, offsets + longest * values)
+    if chunk.total_uncompressed_size <= _MEASURED_MAX:
+        return max(stored, texts.measure(group, leaf))
+    return stored if lengths is None else max(stored, offsets + int(values * pc.mean(lengths).as_py()))
 
 
-def _measured(open_file: Callable[..., pq.ParquetFile], group: int, path: str) -> int:
-    """Return the bytes of a row group's texts, decoded, from their lengths: one of the dictionary is read once."""
-    parquet = open_file(read_dictionary=[path])
-    nested = path not in parquet.schema_arrow.names
-    if nested:
-        # Within lists and structs pyarrow would keep the dictionary, whose texts are counted once.
-        parquet = open_file()
-    found = 0
-    for batch in parquet.iter_batches(64 if nested else _MEASURED_ROWS, [group], [path], use_threads=False):
+class _TextLengths:
+    """How long the texts of a file are: as its footer tells, or as they are read."""
+
+    def __init__(self, metadata: pq.FileMetaData, open_file: Callable[..., pq.ParquetFile]) -> None:
+        self._metadata, self._open_file = metadata, open_file
+        self._footer = b""
+        self._footer_at = 0
+
+    def find_total(self, chunk: pq.ColumnChunkMetaData) -> int | None:
+        """Return how long all texts of a column of a row group are together; None where the footer does not tell.
+
+        pyarrow reads and writes this field of the format, unencoded_byte_array_data_bytes, but has no name for it: it
+        is looked for behind those that it has. Ask for columns in the order of the file: the search goes on from there.
+        """
+        if not self._footer:
+            sink = pa.BufferOutputStream()
+            self._metadata.write_metadata_file(sink)
+            self._footer = sink.getvalue().to_pybytes()
+        dictionary = chunk.dictionary_page_offset
+        known = b"\x16" + _varint(chunk.total_compressed_size) + b"\x26" + _varint(chunk.data_page_offset)
+        known += b"" if dictionary is None else b"\x26" + _varint(dictionary)
+        at = self._footer.find(known, self._footer_at)
+        if at < 0:
+            return None
+        self._footer_at = at + len(known)
+        last = _DATA_PAGE if dictionary is None else _DICTIONARY_PAGE
+        return _find_text_total(self._footer, self._footer_at, last)
+
+    def read_dictionary(self, group: int, leaf: _Leaf) -> pa.Array | None:
+        """Return the length of each text of a dictionary; None where pyarrow has none of it."""
+        parquet = self._open_file(read_dictionary=[leaf.path], metadata=self._metadata, buffer_size=_PAGE)
+        batch = next(parquet.iter_batches(1, [group], [leaf.path], use_threads=False))
         column = batch.column(0)
-        if pa.types.is_dictionary(column.type):
-            lengths = pc.binary_length(column.dictionary).take(column.indices)
-            found += _OFFSET * len(column) + (pc.sum(lengths).as_py() or 0)
+        while pa.types.is_nested(column.type):
+            column = column.field(0) if pa.types.is_struct(column.type) else column.values
+        return pc.binary_length(column.dictionary) if pa.types.is_dictionary(column.type) else None
+
+    def measure(self, group: int, leaf: _Leaf) -> int:
+        """Return the bytes of a row group's texts, decoded, from their lengths: one of the dictionary is read once."""
+        # Within lists and structs pyarrow would keep the dictionary, whose texts are counted once.
+        options = {} if leaf.nested else {"read_dictionary": [leaf.path]}
+        parquet = self._open_file(metadata=self._metadata, **options)
+        rows = 64 if leaf.nested else _MEASURED_ROWS
+        found = 0
+        for batch in parquet.iter_batches(rows, [group], [leaf.path], use_threads=False):
+            column = batch.column(0)
+            if pa.types.is_dictionary(column.type):
+                lengths = pc.binary_length(column.dictionary).take(column.indices)
+                found += leaf.offset * len(column) + (pc.sum(lengths).as_py() or 0)
+            else:
+                found += column.nbytes
+        return found
+
+
+def _varint(value: int) -> bytes:
+    """Return a number that is not negative as Thrift's compact protocol has it."""
+    value <<= 1
+    out = bytearray()
+    while value >> 7:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """Return an unsigned number, and where the next byte is."""
+    value = shift = 0
+    while (byte := data[at]) & 0x80:
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+    return value | byte << shift, at + 1
+
+
+def _find_text_total(data: bytes, at: int, field: int) -> int | None:
+    """Return what the rest of a column's metadata, behind this field of it, tells of the length of its texts."""
+    while header := data[at]:
+        at, field = at + 1, field + (header >> 4)
+        if field == _SIZES:
+            return _read_varint(data, at + 1)[0] >> 1 if data[at] == _TEXT_TOTAL_HEADER else None
+        at = _skip_value(data, at, header & 0xF)
+    return None
+
+
+def _skip_value(data: bytes, at: int, kind: int) -> int:
+    """Return where what follows a value begins."""
+    if kind in _INTEGERS:
+        while data[at] & 0x80:
+            at += 1
+        return at + 1
+    if kind in (_TRUE, _FALSE):
+        return at
+    if kind == _BINARY:
+        size, at = _read_varint(data, at)
+        return at + size
+    if kind == _STRUCT:
+        return _skip_struct(data, at)
+    if kind == _LIST:
+        count, inner = data[at] >> 4, data[at] & 0xF
+        count, at = _read_varint(data, at + 1) if count == _LONG_LIST else (count, at + 1)
+        for _ in range(count):
+            at = _skip_value(data, at, inner)
+        return at
+    # What else the format has is one byte, or a number of eight.
+    return at + (8 if kind == _DOUBLE else 1)
+
+
+def _skip_struct(data: bytes, at: int) -> int:
+    while header := data[at]:
+        at += 1
+        if header & 0xF in _INTEGERS:
+            # As above: a call for each would take most of the time.
+            while data[at] & 0x80:
+                at += 1
+            at += 1
         else:
-            found += column.nbytes
-    return found
+            at = _skip_value(data, at, header & 0xF)
+    return at + 1

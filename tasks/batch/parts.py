@@ -19,9 +19,10 @@ from serving.errors import BadInput, SchemaMismatch, SourceChanged
 from serving.model.contract import Contract, Output, is_text
 from serving.model.encoding import Flags
 from serving.model.interface import Predictions
+from tasks.batch.chunk_layout import Chunk
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Dataset
 from tasks.batch.options import BatchOptions
-from tasks.batch.plan import Chunk, Plan, digest_chunk
+from tasks.batch.plan import FORMAT_VERSION, Plan, check_format_version, digest_chunk
 from tasks.storage import Entry, Storage
 
 REJECT_COLUMN, REJECT_REASON = "reject_column", "reject_reason"
@@ -31,6 +32,7 @@ _DECIMAL_DIGITS_MAX = 38
 
 _NAME = re.compile(r"part-(\d{5,})-(\d{4,})(?:-([0-9a-f]{12}))?\.parquet")
 _DIGEST_SHOWN = 12
+_FORMAT_VERSION_KEY = "overnight.format_version"
 
 ChunkId = tuple[int, int]
 Reasons = Counter[tuple[str, str]]
@@ -201,6 +203,7 @@ def _reject_column(flags: Flags, at: int) -> pa.Array:
 def _metadata(plan: Plan, chunk: Chunk | None, keys: pa.Table, flags: Flags, batch_size: int) -> dict[str, str]:
     counts = count_reasons(flags)
     return {
+        _FORMAT_VERSION_KEY: str(FORMAT_VERSION),
         **_identity(plan, chunk),
         "overnight.model": plan.model.name,
         "overnight.model_version": plan.model.version,
@@ -248,19 +251,24 @@ class PartFooter:
 
 
 def read_footer(storage: Storage, plan: Plan, chunk: Chunk, entry: Entry) -> PartFooter | None:
-    """Read the footer of a part; None where it can't be read, lacks rows, or is of another plan or chunk."""
+    """Read the footer of a part; None where it can't be read, lacks rows, or is of another plan or chunk.
+
+    Raises FormatTooNew where a newer Overnight has written it.
+    """
     try:
         with storage.open_pinned(entry) as stream:
             metadata = pq.read_metadata(stream)
     except (pa.ArrowException, OSError, ValueError, SourceChanged):
         return None
+    _check_part_version(metadata, storage.address(entry.path))
     if metadata.num_rows != chunk.rows or not is_part_of(metadata, plan, chunk):
         return None
     return parse_footer(entry, metadata)
 
 
 def parse_footer(entry: Entry, metadata: pq.FileMetaData) -> PartFooter:
-    """Return what the metadata of a part's Parquet file says of it."""
+    """Return what the metadata of a part's Parquet file says of it. Raises FormatTooNew."""
+    _check_part_version(metadata, entry.path)
     told = metadata.metadata
     rejects = Counter({(column, reason): count for column, reason, count in json.loads(told[b"overnight.rejects"])})
     return PartFooter(
@@ -270,3 +278,8 @@ def parse_footer(entry: Entry, metadata: pq.FileMetaData) -> PartFooter:
         rejects=rejects,
         rows_key_null=int(told.get(b"overnight.rows_key_null", 0)),
     )
+
+
+def _check_part_version(metadata: pq.FileMetaData, address: str) -> None:
+    version = (metadata.metadata or {}).get(_FORMAT_VERSION_KEY.encode(), b"")
+    check_format_version(int(version) if version.isdigit() else None, address)

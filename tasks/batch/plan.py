@@ -3,77 +3,46 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import re
+from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TypeVar
 
-import numpy as np
 import pyarrow as pa
 from pydantic import ValidationError
 
-from serving.errors import DestinationUnusable, OvernightError, PlanTooLarge, PublishRefused, RunNameTaken
-from serving.model.contract import TEXT_DTYPES, Contract, Frozen, Output
+from serving.errors import DestinationUnusable, FormatTooNew, OvernightError, PublishRefused, RunNameTaken
+from serving.model.contract import Contract, Frozen
 from serving.model.encoding import BatchUnit
 from serving.model.interface import Engine
 from serving.model.registry import ModelPin
 from serving.model.tuner import Tuning
-from tasks.batch.dataset import Dataset, Snapshot, SourceFile
+from tasks.batch.chunk_layout import (
+    BLOCK_BYTES,
+    CHUNK_BYTES_MAX,
+    ROW_BYTES_OFF,
+    Chunk,
+    Piece,
+    Sizes,
+    batch_step,
+    block_rows,
+    choose_chunk_rows,
+    cut_chunks,
+    cut_shards,
+)
+from tasks.batch.dataset import Dataset, Snapshot
 from tasks.batch.footer import GroupBytes
 from tasks.batch.options import BatchOptions
 from tasks.storage import Storage
 
 ROOT = "_overnight"
+# Of plans, manifests and parts. Those of releases before there were versions have none, and are of version 1.
+FORMAT_VERSION = 1
 
-CHUNK_SECONDS_MAX = 10.0
-CHUNK_BYTES_MAX = 64 << 20
-# Measured: below, threads spend their time handing blocks over; above, only memory grows.
-BLOCK_BYTES = 8 << 20
-CHUNKS_PER_SLOT_MIN = 8
-SHARD_SECONDS = 60.0
-SHARDS_PER_SLOT_MIN = 2
-SHARDS_MAX = 1000
-# What mimalloc, Arrow's allocator, keeps of what a slot's three threads have freed until it is purged: fitted to runs
-# over small shapes, which kept 30 to 53 MiB. With jemalloc they kept 8 to 12.
-SLOT_BYTES = 48 << 20
-# Averages of row groups differ a little; only rows that are larger than that get blocks of their own size.
-ROW_BYTES_OFF = 1.25
-# A page of a part ends after so many rows or bytes, whichever are more.
-_PAGE_BYTES, _PAGE_ROWS = 1 << 20, 1024
-# Of a text that a model puts out, as assumed.
-_TEXT_BYTES = 64
-# Of a row: its flag three times over, and the offsets of two columns of rejects.
-_FLAG_BYTES = 20
 # Of a row without keys of its own: the number, and where the file's name begins.
 _PLACE_BYTES = 12
-
-
-class Piece(Frozen):
-    """Rows [row_start, row_stop) of one row group of one file; files are numbered as in the snapshot."""
-
-    file: int
-    row_group: int
-    row_start: int
-    row_stop: int
-
-    @property
-    def rows(self) -> int:
-        """How many rows it holds."""
-        return self.row_stop - self.row_start
-
-
-class Chunk(Frozen):
-    """What one checkpoint covers: pieces in the order of the dataset."""
-
-    pieces: tuple[Piece, ...]
-
-    @property
-    def rows(self) -> int:
-        """How many rows it holds."""
-        return sum(piece.rows for piece in self.pieces)
 
 
 class Plan(Frozen):
@@ -84,6 +53,7 @@ class Plan(Frozen):
     follow one another, and each says its own range.
     """
 
+    format_version: int = FORMAT_VERSION
     key: str
     run: str
     digest: str = ""
@@ -122,6 +92,12 @@ class Plan(Frozen):
         widest = max(self.piece_bytes(piece).decoded / piece.rows for piece in chunk.pieces)
         rows = block_rows(self.step, widest if widest > ROW_BYTES_OFF * self.row_bytes else self.row_bytes)
         return min(rows, chunk.rows)
+
+    def rows_decoded_at_once(self, chunk: Chunk) -> int:
+        """Return the rows of a chunk that its reader decodes at once: a block's, or of large rows some 8 MiB."""
+        files = self.snapshot.files
+        within = max(files[piece.file].rows_within(BLOCK_BYTES, piece.row_group) for piece in chunk.pieces)
+        return min(self.block_rows(chunk), within)
 
     def piece_bytes(self, piece: Piece) -> GroupBytes:
         """Return what a piece takes of its row group; of a plan that was made without, what the rows measured take."""
@@ -183,37 +159,6 @@ def run_key(model: ModelPin, snapshot: Snapshot, contract: Contract, options: Ba
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """What shapes a plan: size of a batch, slots, bytes of a decoded row, rows a second of one slot, the engine.
-
-    The rate is None where nothing needed to be measured, the tuning where none was made.
-    """
-
-    batch_size: int
-    slots: int
-    row_bytes: float
-    rows_per_second: float | None
-    engine: Engine = field(default_factory=Engine)
-    tuning: Tuning | None = None
-    batch_unit: BatchUnit = "rows"
-
-    @property
-    def step(self) -> int:
-        """How many rows the edges of chunks are multiples of, where they can be."""
-        return batch_step(self.batch_size, self.batch_unit)
-
-
-def block_rows(step: int, row_bytes: float) -> int:
-    """Return the rows of a block: batches of `step` rows that together stay near 8 MiB."""
-    return step * max(1, int(BLOCK_BYTES / max(row_bytes, 1) / step))
-
-
-def batch_step(batch_size: int, batch_unit: BatchUnit) -> int:
-    """Return the rows of a batch; one where it counts tokens, since its rows are then any of the block."""
-    return batch_size if batch_unit == "rows" else 1
-
-
 def make_plan(
     *,
     key: str,
@@ -255,132 +200,6 @@ def make_plan(
     return plan.model_copy(update={"digest": digest_plan(plan)})
 
 
-def choose_chunk_rows(rows: int, sizes: Sizes) -> int:
-    """Return the rows of a chunk: min(10 s of work, 64 MiB decoded, 1/8 of a slot's rows).
-
-    Rounded down to a batch times a power of two, so that only the last batch of a piece is short.
-    """
-    most = min(
-        CHUNK_SECONDS_MAX * sizes.rows_per_second if sizes.rows_per_second else math.inf,
-        CHUNK_BYTES_MAX / max(sizes.row_bytes, 1),
-        rows / (sizes.slots * CHUNKS_PER_SLOT_MIN),
-    )
-    batches = max(most, sizes.step) / sizes.step
-    return int(sizes.step * 2 ** math.floor(math.log2(batches)))
-
-
-def cut_chunks(
-    files: Sequence[SourceFile], rows_per_chunk: int, batch_size: int, bytes_per_chunk: float = math.inf
-) -> list[Chunk]:
-    """Cut files into chunks of whole row groups, or of even slices of one that is larger than a chunk.
-
-    Every row of every file is in exactly one chunk, in the order of the dataset. A row group of more bytes than a chunk
-    may have is cut by what its own rows take on average, if need be below a batch.
-    """
-    chunks: list[Chunk] = []
-    held: list[Piece] = []
-    held_rows, held_bytes = 0, 0
-    for at, file in enumerate(files):
-        for group, rows in enumerate(file.row_groups):
-            size = file.group_bytes[group].decoded if file.group_bytes else 0
-            most = min(rows_per_chunk, _rows_within(bytes_per_chunk, size, rows, batch_size))
-            if held and (held_rows + rows > rows_per_chunk or held_bytes + size > bytes_per_chunk):
-                chunks.append(Chunk(pieces=tuple(held)))
-                held, held_rows, held_bytes = [], 0, 0
-            if rows > most:
-                chunks += [Chunk(pieces=(piece,)) for piece in _slice_row_group(at, group, rows, most, batch_size)]
-            elif rows:
-                held.append(Piece(file=at, row_group=group, row_start=0, row_stop=rows))
-                held_rows, held_bytes = held_rows + rows, held_bytes + size
-    if held:
-        chunks.append(Chunk(pieces=tuple(held)))
-    return chunks
-
-
-def _rows_within(most: float, size: int, rows: int, batch_size: int) -> int:
-    """Return how many rows of a row group of `size` bytes stay within `most` bytes: whole batches where one does."""
-    if size <= most:
-        return rows
-    within = max(1, int(rows * most / size))
-    return within - within % batch_size if within >= batch_size else within
-
-
-def _slice_row_group(file: int, group: int, rows: int, rows_per_chunk: int, batch_size: int) -> list[Piece]:
-    even = math.ceil(rows / math.ceil(rows / rows_per_chunk))
-    step = min(rows_per_chunk, math.ceil(even / batch_size) * batch_size)
-    # A slice that starts on a multiple of the batch has the batches that the row group as a whole would have.
-    step -= step % batch_size if step > batch_size else 0
-    return [
-        Piece(file=file, row_group=group, row_start=start, row_stop=min(start + step, rows))
-        for start in range(0, rows, step)
-    ]
-
-
-def cut_shards(chunks: Sequence[Chunk], rows: int, sizes: Sizes) -> tuple[tuple[Chunk, ...], ...]:
-    """Cut chunks into runs of about 60 s of work: at least two a slot, at most 1,000 a run."""
-    seconds = rows / sizes.rows_per_second if sizes.rows_per_second else len(chunks) * CHUNK_SECONDS_MAX / 2
-    least = SHARDS_PER_SLOT_MIN * sizes.slots if sizes.slots > 1 else 1
-    count = min(max(least, math.ceil(seconds / SHARD_SECONDS)), len(chunks), SHARDS_MAX)
-    edges = [len(chunks) * at // count for at in range(count + 1)]
-    return tuple(tuple(chunks[start:stop]) for start, stop in itertools.pairwise(edges))
-
-
-def memory_bytes(plan: Plan, slots: int) -> int:
-    """Return what the run's data takes at its peak, over what the process takes idle.
-
-    Counted is what each slot holds where its model is slower than its reader, so that the queue is full:
-
-    - the row group that it reads, as stored, with a page and a dictionary of each column;
-    - a decoded block, its copy as it grows, and where a chunk has several one more that waits for its successor;
-    - the inputs of a block being scored and of one being encoded, which may take a copy; of two more, with their keys,
-      where a chunk has several;
-    - the keys and predictions of two chunks, one being scored, one being written. The latter's are there once more in
-      one piece, and as Parquet: as gathered and as encoded for a page, compressed, and in the file;
-    - SLOT_BYTES for what the allocators of its three threads keep.
-
-    Measured over the shapes of tests/benchmarks/memory.py, what is used is no more than 20 % above this, or 32 MiB a
-    slot where that is more. It may be 30 % below: slots seldom peak together, and a fast model leaves the queue empty.
-    What the model itself takes for a pass is not counted, nor what an allocator other than Arrow's own keeps.
-    """
-    chunks = plan.chunks.values()
-    needed = max(_block_bytes(plan, chunk) + _out_bytes(plan, chunk) for chunk in chunks)
-    reading = max(plan.piece_bytes(piece).reading for chunk in chunks for piece in chunk.pieces)
-    return int(slots * (needed + reading + SLOT_BYTES))
-
-
-def _block_bytes(plan: Plan, chunk: Chunk) -> float:
-    rows = plan.block_rows(chunk)
-    sizes = [(plan.piece_bytes(piece), piece.rows) for piece in chunk.pieces]
-    decoded, keys = max(each.decoded / n for each, n in sizes), max(each.keys / n for each, n in sizes)
-    inputs = plan.contract.row_bytes()
-    # The queue has two places, one of which the turn of a chunk takes: one of a single block has none waiting.
-    return rows * (2 * decoded + 3 * inputs + (decoded + 2 * inputs + 2 * keys if rows < chunk.rows else 0))
-
-
-def _out_bytes(plan: Plan, chunk: Chunk) -> float:
-    sizes = [plan.piece_bytes(piece) for piece in chunk.pieces]
-    keys, encoded = sum(size.keys for size in sizes), sum(size.keys_encoded for size in sizes)
-    in_one_piece = keys if plan.block_rows(chunk) < chunk.rows or len(chunk.pieces) > 1 else 0
-    page = min(encoded, max(_PAGE_BYTES, _PAGE_ROWS * encoded / chunk.rows))
-    answers = sum(output.width * _value_bytes(output) for output in plan.contract.outputs)
-    return 2 * keys + in_one_piece + 2 * page + 2 * encoded + chunk.rows * (_FLAG_BYTES + 6 * answers)
-
-
-def _value_bytes(output: Output) -> int:
-    return _TEXT_BYTES if output.dtype in TEXT_DTYPES else np.dtype(output.dtype).itemsize
-
-
-def check_fits(needed: int, allowed: int, plan: Plan, slots: int) -> None:
-    """Refuse a plan that needs more bytes than are allowed; raises PlanTooLarge."""
-    if needed > allowed:
-        largest = max(chunk.rows for chunk in plan.chunks.values())
-        message = (
-            f"The run must fit in {allowed >> 20} MiB, but {slots} slots over chunks of {largest:,} rows need "
-            f"{needed >> 20} MiB. Lower rows_per_chunk or slots, or raise memory_mb."
-        )
-        raise PlanTooLarge(message)
-
-
 def save_plan(storage: Storage, plan: Plan) -> Plan:
     """Write the plan, or return the one that was written first.
 
@@ -418,17 +237,42 @@ R = TypeVar("R", bound=Frozen)
 
 
 def read_record(storage: Storage, path: str, kind: type[R]) -> R | None:
-    """Read a plan, start or manifest, None where there is none; raises DestinationUnusable where it is of no use."""
+    """Read a plan, start or manifest; None where there is none.
+
+    Raises:
+        FormatTooNew: A newer Overnight has written it.
+        DestinationUnusable: It does not read as such a record.
+    """
     data = storage.read(path)
+    if data is None:
+        return None
     try:
-        return None if data is None else kind.model_validate_json(data)
+        record = kind.model_validate_json(data)
     except ValidationError as error:
+        with suppress(ValueError, AttributeError):
+            check_format_version(json.loads(data).get("format_version"), storage.address(path))
         message = (
-            f"{storage.address(path)} must be a {kind.__name__.lower()} that this version of Overnight reads, got: "
+            f"{storage.address(path)} must be a {_in_words(kind)} that this version of Overnight reads, got: "
             f"{error.errors()[0]['msg']} at {error.errors()[0]['loc']}. Use the version that wrote it, or another name "
             "or destination."
         )
         raise DestinationUnusable(message) from error
+    check_format_version(getattr(record, "format_version", None), storage.address(path))
+    return record
+
+
+def _in_words(kind: type[Frozen]) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind.__name__).lower()
+
+
+def check_format_version(version: object, address: str) -> None:
+    """Raise FormatTooNew where the format version that a file states is newer than the one that is read here."""
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        message = (
+            f"{address} must be of format version {FORMAT_VERSION} or lower to be read by this version of Overnight, "
+            f"got version {version}: a newer Overnight has written it. Update Overnight, then call again."
+        )
+        raise FormatTooNew(message)
 
 
 def check_plan_key(plan: Plan, key: str) -> Plan:

@@ -1,19 +1,27 @@
-"""The manifest: the commit of a run, written last, create-only."""
+"""Publishing: the parts of a run are counted, then committed to a Delta table where asked for, then by the manifest."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 
-from serving.errors import DestinationUnusable, PublishRefused, RunDamaged, RunNameTaken, StorageFault
-from serving.model.contract import Frozen
+from serving.errors import DestinationUnusable, PublishRefused, RunDamaged, StorageFault
 from serving.model.registry import ModelPin
 from tasks.batch.dataset import Snapshot, map_parallel
 from tasks.batch.delta import commit_delta
+from tasks.batch.manifest import (
+    Manifest,
+    ManifestPart,
+    RejectCount,
+    check_manifest_key,
+    find_damaged_parts,
+    find_manifest,
+    find_newest_run,
+    manifest_path,
+    read_manifests,
+)
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import ChunkId, PartFooter, Reasons, list_parts, read_footer
 from tasks.batch.plan import ROOT, OrderNumber, Plan, order_path, read_record
@@ -21,54 +29,6 @@ from tasks.storage import Storage
 
 _SHOWN = 10
 _ORDER = re.compile(rf"{ROOT}/order/(\d{{8,}})\.json")
-
-
-class ManifestPart(Frozen):
-    """One part of a published run."""
-
-    path: str
-    rows: int
-    bytes: int
-
-
-class RejectCount(Frozen):
-    """How many rows were rejected for one column and reason."""
-
-    column: str
-    reason: str
-    rows: int
-
-
-class Manifest(Frozen):
-    """What a published run consists of.
-
-    `order` is the run's number among those planned at the destination, `commit` that of a commit of one stream's
-    table. Manifests of earlier releases have neither, and are told apart by when they were planned.
-    """
-
-    key: str
-    run: str
-    plan_digest: str = ""
-    order: int = 0
-    commit: int = 0
-    planned_at: datetime
-    model: ModelPin
-    source: str
-    output: str
-    rows: int
-    rejects: tuple[RejectCount, ...]
-    rows_key_null: int = 0
-    parts: tuple[ManifestPart, ...]
-
-    @property
-    def rows_rejected(self) -> int:
-        """How many rows have no prediction."""
-        return sum(count.rows for count in self.rejects)
-
-    @property
-    def place(self) -> tuple[int, int, datetime]:
-        """Where it stands among the manifests of a destination: the highest is the newest."""
-        return self.order, self.commit, self.planned_at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +83,7 @@ def publish(storage: Storage, plan: Plan, audit: Audit) -> Manifest:
         order=plan.order,
         planned_at=plan.planned_at,
         model=plan.model,
-        source=plan.source.root,
+        source=plan.source.title,
         output=plan.options.output,
         rows=plan.rows,
         rejects=count_rejects(audit),
@@ -132,7 +92,7 @@ def publish(storage: Storage, plan: Plan, audit: Audit) -> Manifest:
     )
     if plan.options.output == "delta":
         commit_delta(storage, plan, audit.footers)
-    storage.put_new(_manifest_path(plan.run), manifest.model_dump_json().encode())
+    storage.put_new(manifest_path(plan.run), manifest.model_dump_json().encode())
     storage.delete_torn_writes(f"run={plan.run}")
     storage.delete([entry.path for entry in storage.entries(f"{plan.folder}/staged")])
     storage.delete_torn_writes(plan.folder)
@@ -182,44 +142,13 @@ def _check_published_parts(standing: Manifest, manifest: Manifest) -> None:
         raise RunDamaged(message)
 
 
-def _manifest_path(run: str) -> str:
-    return f"{ROOT}/{run}/manifest.json"
-
-
-def find_manifest(storage: Storage, run: str) -> Manifest | None:
-    """Return the manifest of a run, None where it is not complete."""
-    return read_record(storage, _manifest_path(run), Manifest)
-
-
-def check_manifest_key(manifest: Manifest, plan: Plan) -> None:
-    """Raise RunNameTaken where the manifest below a run's name is of another call than the plan there."""
-    if manifest.key != plan.key:
-        message = (
-            f"The run name {plan.run!r} must hold one run, but a run of another call was published there (key "
-            f"{manifest.key}, model {manifest.model.uri}); this call's key is {plan.key}. Choose another name, or none."
-        )
-        raise RunNameTaken(message)
-
-
-def find_newest_run(storage: Storage) -> Manifest | None:
-    """Return the manifest of the complete run of a destination that was planned last, None where there is none."""
-    manifests = _read_manifests(storage, [entry.path for entry in storage.entries(ROOT, depth=2)])
-    return max(manifests, key=lambda manifest: manifest.place, default=None)
-
-
-def _read_manifests(storage: Storage, paths: Sequence[str]) -> list[Manifest]:
-    paths = [path for path in paths if path.endswith("/manifest.json")]
-    found = map_parallel(storage, lambda path: read_record(storage, path, Manifest), paths)
-    return [manifest for manifest in found if manifest is not None]
-
-
 def find_earlier_keys(storage: Storage, model: ModelPin, source: Snapshot, options: BatchOptions) -> list[str]:
     """Return the keys under which an earlier release has planned this very call at a destination, with Delta output.
 
     Keys change with a release, and what a Delta table holds already would be added to it once more.
     """
     paths = [entry.path for entry in storage.entries(ROOT, depth=2)]
-    manifests = _read_manifests(storage, paths)
+    manifests = read_manifests(storage, paths)
     runs = {manifest.run for manifest in manifests if manifest.output == "delta" and not manifest.plan_digest}
     # One that was ended between its commit to the table and its manifest has a plan alone.
     planned = {path.split("/")[1] for path in paths if path.endswith("/plan.json")}
@@ -258,21 +187,3 @@ def claim_order_number(storage: Storage, run: str, *, above: int = 0) -> int:
     while not storage.put_new(order_path(number), OrderNumber(run=run).model_dump_json().encode()):
         number += 1
     return number
-
-
-def find_damaged_parts(storage: Storage, manifest: Manifest) -> tuple[str, ...]:
-    """Return the parts of a published run that are gone, or of another size, by now; one listing, nothing opened.
-
-    None of a Delta table: it may have rewritten and vacuumed them, and its own log says what it holds.
-    """
-    if manifest.output == "delta":
-        return ()
-    folders = {part.path.rpartition("/")[0] for part in manifest.parts}
-    sizes = {entry.path: entry.size for folder in folders for entry in storage.entries(folder, depth=1)}
-    return tuple(part.path for part in manifest.parts if sizes.get(part.path) != part.bytes)
-
-
-def find_intact_manifest(storage: Storage, run: str) -> Manifest | None:
-    """Return the manifest of a run, None where it is not complete, or has lost parts since."""
-    manifest = find_manifest(storage, run)
-    return None if manifest is None or find_damaged_parts(storage, manifest) else manifest

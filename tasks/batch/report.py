@@ -11,9 +11,10 @@ from pydantic import Field
 
 from serving.model.contract import Frozen
 from serving.model.tuner import Tuning
+from tasks.batch.manifest import Manifest, RejectCount
 from tasks.batch.parts import part_glob
 from tasks.batch.plan import Plan
-from tasks.batch.publish import Audit, Manifest, RejectCount, count_rejects
+from tasks.batch.publish import Audit, count_rejects
 from tasks.batch.score import ScoringResult
 from tasks.common.formatting import data_uri
 from tasks.storage import Storage

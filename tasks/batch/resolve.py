@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Protocol
 
 from serving.errors import ModelUnfit, RunDamaged
@@ -15,31 +14,23 @@ from serving.model.loading import load_model
 from serving.model.registry import Resolved, open_model, resolve_model
 from tasks.batch.dataset import Dataset, Snapshot, open_dataset
 from tasks.batch.delta import check_delta
-from tasks.batch.options import BatchOptions, Ray
+from tasks.batch.manifest import Manifest, check_manifest_key, find_damaged_parts, find_intact_manifest, find_manifest
+from tasks.batch.memory import check_memory
+from tasks.batch.options import BatchOptions
 from tasks.batch.parts import check_names, part_schema
 from tasks.batch.plan import (
     ROOT,
     Plan,
     RunStart,
-    check_fits,
     check_plan_key,
     load_plan,
     load_started_plan,
     make_plan,
-    memory_bytes,
     run_key,
     save_plan,
     save_start,
 )
-from tasks.batch.publish import (
-    Manifest,
-    check_manifest_key,
-    claim_order_number,
-    find_damaged_parts,
-    find_earlier_keys,
-    find_intact_manifest,
-    find_manifest,
-)
+from tasks.batch.publish import claim_order_number, find_earlier_keys
 from tasks.batch.source import pin_source
 from tasks.batch.staging import stage
 from tasks.batch.tuning import choose_sizes
@@ -215,16 +206,6 @@ def choose_slots(options: BatchOptions, model: Model) -> int:
     return options.slots or model.slots
 
 
-def check_memory(plan: Plan, slots: int, options: BatchOptions) -> int:
-    """Return the bytes that the run's data takes at its peak; raises PlanTooLarge where they are not to be had."""
-    needed = memory_bytes(plan, slots)
-    elsewhere = isinstance(options.runner, Ray) and options.runner.address is not None
-    allowed = options.memory_mb << 20 if options.memory_mb else None if elsewhere else free_memory()
-    if allowed is not None:
-        check_fits(needed, allowed, plan, slots)
-    return needed
-
-
 def load_planned_model(plan: Plan, resolved: Resolved | None, options: BatchOptions) -> Model:
     """Load the model of a plan on the engine that the plan is tied to, from its files if they are open already."""
     model = load_model(resolved or open_planned_model(plan), plan.contract, allow_pickle=options.allow_pickle)
@@ -263,20 +244,3 @@ def restage_plan(plan: Plan, storage: Storage) -> Plan:
     # A copy is named by its content: one of the same name holds the same bytes, whenever it was made.
     files = tuple(file.model_copy(update={"tag": tags[file.path]}) for file in plan.snapshot.files)
     return plan.model_copy(update={"snapshot": plan.snapshot.model_copy(update={"files": files})})
-
-
-def free_memory(read: Callable[[Path], str] = Path.read_text) -> int | None:
-    """Return the bytes that this process may still take: what is available, within its cgroup.
-
-    None where the system does not say (macOS).
-    """
-    try:
-        lines = dict(line.split(":", 1) for line in read(Path("/proc/meminfo")).splitlines())
-    except OSError:
-        return None
-    available = int(lines["MemAvailable"].split()[0]) << 10
-    try:
-        limit, used = (read(Path("/sys/fs/cgroup") / name).strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return available
-    return available if limit == "max" else min(available, int(limit) - int(used))

@@ -11,7 +11,7 @@ import pyarrow as pa
 from serving.errors import NoCompleteRun, SourceChanged, SourceFormat
 from tasks.batch.dataset import Snapshot, SourceFile, check_outside_source, parse_hive_values, pin_entries, pin_files
 from tasks.batch.delta import delta_options
-from tasks.batch.publish import find_damaged_parts, find_manifest, find_newest_run
+from tasks.batch.manifest import find_damaged_parts, find_manifest, find_newest_run
 from tasks.storage import Entry, Storage, open_storage, select
 
 if TYPE_CHECKING:

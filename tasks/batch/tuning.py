@@ -16,10 +16,11 @@ from serving.model.encoding import Encoded, encode
 from serving.model.interface import Tunable, TuningLimits
 from serving.model.registry import Resolved, save_tag
 from serving.model.tuner import Tuning, measure_throughput, read_tuning, tune, tuning_tag
+from tasks.batch.chunk_layout import ROW_BYTES_OFF, Chunk, Piece, Sizes
 from tasks.batch.chunk_reader import Reader
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Dataset
 from tasks.batch.options import BatchOptions
-from tasks.batch.plan import ROW_BYTES_OFF, Piece, Sizes, used_columns
+from tasks.batch.plan import used_columns
 
 # The tuner takes about four seconds, once for a model version and a kind of machine; it may halve the work each night.
 _WORK_SECONDS_MIN = 3.0
@@ -113,7 +114,7 @@ def read_first_rows(contract: Contract, options: BatchOptions, dataset: Dataset)
     sizes = dataset.snapshot.files[first.file].group_bytes
     decoded = sizes[first.row_group].decoded if sizes else 0
     rows = min(first.rows, SAMPLE_ROWS, max(1, int(_SAMPLE_BYTES_MAX * first.rows / max(decoded, 1))))
-    return next(reader.read(first.model_copy(update={"row_stop": rows}), rows))
+    return next(reader.blocks(Chunk(pieces=(first.model_copy(update={"row_stop": rows}),)), rows))
 
 
 def list_row_groups(dataset: Dataset) -> Iterator[Piece]:

@@ -86,7 +86,7 @@ class Change:
 
     def plan_route(self, address: Address) -> Route:
         """Return the route by which the release gets its traffic."""
-        # Ray scales to zero by itself; Triton is told to by the gateway.
+        # Ray scales to zero by itself; the gateway unloads models of Triton.
         sleep, target = None, self.spec.target
         if isinstance(target, Triton) and self.keep_warm is not None:
             sleep = ScaleToZero(keep_warm_s=self.keep_warm, grpc=target.grpc)

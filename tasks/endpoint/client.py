@@ -22,13 +22,13 @@ _SHOWN = 400
 
 
 def infer_path(address: Address) -> str:
-    """Return the path that predictions of an address are asked at."""
+    """Return the path to which requests for predictions are sent."""
     version = f"/versions/{quote(address.version, safe='')}" if address.version else ""
     return f"/v2/models/{quote(address.model, safe='')}{version}/infer"
 
 
 def is_ready(address: Address) -> bool:
-    """Whether a model says that it would answer now."""
+    """Whether the server reports the model as ready."""
     url = address.url.rstrip("/") + infer_path(address).removesuffix("/infer") + "/ready"
     try:
         return httpx.get(url, timeout=_TIMEOUT_SECONDS, trust_env=False).status_code == HTTPStatus.OK
@@ -46,11 +46,11 @@ class InferClient:
     _http: httpx.Client = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # Whatever proxy the environment names is for the way out, not for servers of our own.
+        # A proxy of the environment is not meant for servers of our own.
         self._http = httpx.Client(timeout=_TIMEOUT_SECONDS, headers=dict(self.headers), trust_env=False)
 
     def __call__(self, inputs: Arrays) -> Arrays:
-        """Return the outputs for N rows. Raises EndpointFailed with what the server said, where that is no answer."""
+        """Return the outputs for N rows. Raises EndpointFailed with the server's own message."""
         body = encode_request(self.contract, inputs, binary=_needs_binary(inputs))
         url = self.address.url.rstrip("/") + infer_path(self.address)
         try:
@@ -68,7 +68,7 @@ class InferClient:
             length = read_header_length(response.headers.get(HEADER_LENGTH))
             return decode_response(response.content, self.contract, header_length=length)
         except BadRequest as error:
-            message = f"What {url} answers must be what the model's contract says. {error}"
+            message = f"The answer of {url} must match the model's contract. {error}"
             raise EndpointFailed(message) from error
 
     def __enter__(self) -> Self:
@@ -83,5 +83,5 @@ class InferClient:
 
 
 def _needs_binary(inputs: Arrays) -> bool:
-    """Whether JSON can't hold a value: bytes that are no text."""
+    """Whether JSON can't hold a value, as bytes that are not text."""
     return any(isinstance(item, bytes) for value in inputs.values() for item in value.flat[:1])

@@ -1,4 +1,4 @@
-"""What a person sees of an endpoint: the report, and a plot of what requests waited before and after the batching."""
+"""The report of an endpoint, and a plot of how long requests waited without and with batching."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ _INK, _BEFORE, _AFTER, _LIMIT = "#1f2933", "#c9a227", "#2f6f9f", "#b3261e"
 
 
 class Endpoint(Frozen):
-    """A running endpoint, and how it came to run."""
+    """The report of an endpoint: where it answers, and what was measured and verified."""
 
     name: str = Field(description="The endpoint's name, by which callers ask for its model.")
     url: str = Field(description="Where predictions are asked: POST a request of the Open Inference Protocol (V2).")
     model: str = Field(description="The pinned model version.")
     model_digest: str = Field(description="SHA-256 over the model's files.")
-    version: str = Field(description="The model version that this call put up.")
+    version: str = Field(description="The model version that this call deployed.")
     target: str = Field(description="The model server.")
     server: str = Field(description="Where the model server itself answers.")
-    rollout: str = Field(description="What became of its traffic, in words.")
+    rollout: str = Field(description="The outcome of shifting traffic to it, in words.")
     removed: tuple[str, ...] = Field(default=(), description="Earlier versions that were taken down.")
     chosen: BatchingChoice = Field(description="The batching, and what it was chosen by.")
     budget: Budget | None = Field(default=None, description="The budget that it was chosen for.")
     keep_warm_seconds: float | None = Field(default=None, description="Seconds until it is unloaded; null: never.")
-    verification: Verification = Field(description="What its answers were held against.")
-    before: Latency | None = Field(default=None, description="What requests waited without batching.")
-    after: Latency | None = Field(default=None, description="What they waited with it.")
+    verification: Verification = Field(description="The comparison of its answers with the model's own.")
+    before: Latency | None = Field(default=None, description="How long requests waited without batching.")
+    after: Latency | None = Field(default=None, description="How long they waited with it.")
     seconds: dict[str, float] = Field(description="Wall-clock seconds by stage.")
 
     @property
@@ -56,7 +56,7 @@ class Endpoint(Frozen):
 
     def table(self) -> list[dict[str, str]]:
         """Return the report as rows of two columns, in reading order."""
-        held = self.verification
+        verified = self.verification
         rows = {
             "model": self.model,
             "target": f"{self.target} at {self.server}",
@@ -68,8 +68,8 @@ class Endpoint(Frozen):
             **(_describe_budget(self.budget, self.after) if self.budget else {}),
             **{f"waited {when}": _describe_latency(each) for when, each in self.latencies().items()},
             "unloaded": f"after {self.keep_warm_seconds:g} s without a request" if self.keep_warm_seconds else "never",
-            "verified": f"{held.rows_example} rows of the model's example, {held.rows_random} random rows",
-            "furthest answer": f"{held.difference_max:.2g} off, of {held.tolerance:g} allowed",
+            "verified": f"{verified.rows_example} rows of the model's example, {verified.rows_random} random rows",
+            "furthest answer": f"{verified.difference_max:.2g} off, of {verified.tolerance:g} allowed",
             **{f"seconds: {stage}": f"{seconds:.2f}" for stage, seconds in self.seconds.items()},
         }
         return [{"": name, "value": value} for name, value in rows.items()]
@@ -86,7 +86,7 @@ class Endpoint(Frozen):
 
 
 def describe_batching(batching: BatchingConfig) -> str:
-    """Say where batching stands."""
+    """Return a batching in words."""
     if batching.batch_size_max == 1:
         return "each request alone"
     return f"up to {batching.batch_size_max:,} rows a pass, waiting {batching.wait_ms_max:.3g} ms at most"

@@ -1,4 +1,7 @@
-"""The model of an endpoint, resolved once and loaded here, and rows that it answers."""
+"""The model of an endpoint, resolved once and loaded here, and rows that it answers: its example and random ones.
+
+Shapes: N rows; every input is [N, *shape] of the contract.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,20 @@ from serving.model.loading import load_model
 from serving.model.registry import Resolved, resolve_model
 from tasks.endpoint.spec import EndpointSpec
 
+Arrays = dict[str, npt.NDArray[Any]]
+
 _RANDOM_ROWS = 32
+_EXAMPLE_ROWS_MAX = 64
+_SEED = 2013
+_SECONDS = 1_000_000_000
+_YEAR_2020 = 1_577_836_800
+_DAYS = 86_400
+_WORDS = np.array(["a", "the", "night", "model", "rows", "answers", "quick", "late", "flight", "customer", "score"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A pinned model version, its contract, the model itself, and the rows that its endpoint is held against."""
+    """A pinned model version, its contract, the model itself, and rows to compare its endpoint with."""
 
     resolved: Resolved
     contract: Contract
@@ -41,7 +52,7 @@ class LoadedModel:
     def sample(self) -> Sample:
         """The rows to measure with: random ones, which differ, where the model answers any."""
         sample = self.random or self.example
-        assert sample is not None, "resolve makes none without"  # noqa: S101 - our own mistake, not a caller's
+        assert sample is not None, "load_endpoint_model makes none without"  # noqa: S101 - our own mistake, not a caller's
         return sample
 
 
@@ -58,20 +69,11 @@ def load_endpoint_model(spec: EndpointSpec) -> LoadedModel:
         random = keep_answered_rows(model, draw_random_rows(contract, _RANDOM_ROWS))
     if example is None and random is None:
         message = (
-            f"{resolved.pin.uri} must answer its own input example, or random rows, in finite numbers, to be held "
-            "against its endpoint; it answers none. Log it with an input_example that it answers."
+            f"{resolved.pin.uri} must answer its own input example, or random rows, in finite numbers, to be "
+            "compared with its endpoint; it answers none. Log it with an input_example that it answers."
         )
         raise ModelFailed(message)
     return LoadedModel(resolved=resolved, contract=contract, model=model, example=example, random=random)
-
-
-Arrays = dict[str, npt.NDArray[Any]]
-
-_EXAMPLE_ROWS_MAX = 64
-_SEED = 2013
-_SECONDS = 1_000_000_000
-_YEAR_2020 = 1_577_836_800
-_DAYS = 86_400
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +92,7 @@ class Sample:
 
 
 def keep_answered_rows(model: Model, inputs: Arrays | None) -> Sample | None:
-    """Return those of the rows that the model answers in finite numbers, with its answers; None where it does none.
+    """Return those of the rows that the model answers in finite numbers, with its answers; None where it answers none.
 
     Must be called inside the model's slot.
     """
@@ -99,7 +101,7 @@ def keep_answered_rows(model: Model, inputs: Arrays | None) -> Sample | None:
         return None
     try:
         outputs = predict_rows(model, inputs)
-    except Exception:  # noqa: BLE001 - whatever a model raises on rows that nobody promised it, others may do
+    except Exception:  # noqa: BLE001 - a model may raise anything on rows that it was not made for
         kept = [at for at in range(rows) if _is_answered(model, _slice_rows(inputs, at, at + 1))]
         if not kept:
             return None
@@ -116,7 +118,7 @@ def keep_answered_rows(model: Model, inputs: Arrays | None) -> Sample | None:
 
 
 def predict_rows(model: Model, inputs: Arrays) -> Arrays:
-    """Return the model's answers, prepared and passed as a batch run does."""
+    """Return the model's answers, as a batch run computes them."""
     rows = len(next(iter(inputs.values())))
     return model.predict(model.prepare(Encoded(inputs=dict(inputs), flags=Flags.all_good(rows), rows=rows)).inputs)
 
@@ -130,9 +132,9 @@ def read_example_rows(resolved: Resolved, contract: Contract) -> Arrays | None:
         return _encode_example_table(
             pa.Table.from_pandas(example.head(_EXAMPLE_ROWS_MAX), preserve_index=False), contract
         )
-    named = example if isinstance(example, Mapping) else {contract.inputs[0].name: example}
+    inputs = example if isinstance(example, Mapping) else {contract.inputs[0].name: example}
     try:
-        return {value.name: _read_example_array(value, named[value.name]) for value in contract.inputs}
+        return {value.name: _read_example_array(value, inputs[value.name]) for value in contract.inputs}
     except (KeyError, ValueError, TypeError):
         return None
 
@@ -148,7 +150,7 @@ def _encode_example_table(table: pa.Table, contract: Contract) -> Arrays | None:
 
 
 def _read_example_array(value: Input, given: Any) -> npt.NDArray[Any]:
-    """Return one input's part of an example, [N, *shape], or one row of that shape; raises ValueError for another."""
+    """Return one input of an example as [N, *shape]; a single row may lack N. Raises ValueError for another shape."""
     array = np.asarray(given, dtype=object if value.dtype in ("str", "binary") else value.dtype)
     if array.shape not in (value.shape, (len(array), *value.shape), (len(array), *(value.shape or (1,)))):
         message = f"An example of {value.name!r} must have the shape {value.shape} a row, got {array.shape} in all."
@@ -175,9 +177,6 @@ def _draw_values(value: Input, rows: int, random: np.random.Generator) -> npt.ND
     if kind == "f":
         return random.standard_normal(shape).astype(value.dtype)
     return random.integers(0, 2 if kind == "b" else 10, shape).astype(value.dtype)
-
-
-_WORDS = np.array(["a", "the", "night", "model", "rows", "answers", "quick", "late", "flight", "customer", "score"])
 
 
 def _draw_objects(shape: tuple[int, ...], make: Callable[[], Any]) -> npt.NDArray[Any]:

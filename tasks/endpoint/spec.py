@@ -1,4 +1,4 @@
-"""What a person says about an endpoint: model, target, batching, scaling, rollout and who may ask."""
+"""The spec of an endpoint: model, target, batching, scaling, rollout and access; and the API keys that it names."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ GATEWAY = "http://127.0.0.1:8080"
 
 
 class Triton(Frozen):
-    """NVIDIA Triton, which loads and unloads models from a repository when told (--model-control-mode=explicit).
+    """NVIDIA Triton, which loads and unloads models of a repository on request (--model-control-mode=explicit).
 
-    It runs the least replicas, unless `python -m serving.targets.triton_autoscale` looks after it.
+    It runs the least replicas, unless `python -m serving.targets.triton_autoscale` runs beside it.
     """
 
     kind: Literal["triton"] = Field(default="triton", description="Tells this target from others.")
@@ -32,11 +32,11 @@ class Triton(Frozen):
         min_length=1,
         description="The server's model repository, as a folder of this machine or one that both have mounted.",
     )
-    url: str = Field(default="http://127.0.0.1:8000", pattern=URL, description="Where its HTTP door is.")
+    url: str = Field(default="http://127.0.0.1:8000", pattern=URL, description="The URL of its HTTP port.")
     grpc: str = Field(
         default="127.0.0.1:8001",
         pattern=HOST_PORT,
-        description="Where its gRPC door is, HOST:PORT: it is told there to load models, which keeps nobody waiting.",
+        description="Its gRPC port, HOST:PORT. Models are loaded through it, which delays no other request.",
     )
 
 
@@ -47,7 +47,7 @@ class RayServe(Frozen):
     dashboard: str = Field(
         default="http://127.0.0.1:8265", pattern=URL, description="The cluster's dashboard, which takes applications."
     )
-    url: str = Field(default="http://127.0.0.1:8000", pattern=URL, description="Where the cluster's HTTP door is.")
+    url: str = Field(default="http://127.0.0.1:8000", pattern=URL, description="The URL of the cluster's HTTP proxies.")
     folder: str = Field(
         default_factory=lambda: str(_data_folder() / "ray-serve"),
         min_length=1,
@@ -147,19 +147,22 @@ class Canary(Frozen):
 
 
 class Shadow(Frozen):
-    """The new version gets copies of requests, and answers nobody; a later call gives it traffic."""
+    """The new version gets copies of requests, and its answers go nowhere; a later call gives it traffic."""
 
     kind: Literal["shadow"] = Field(default="shadow", description="Tells this rollout from others.")
     tolerance: float = Field(
-        default=1e-5, gt=0, le=1, description="Difference from the answers of what serves, at most, to count as equal."
+        default=1e-5,
+        gt=0,
+        le=1,
+        description="Largest difference from the answers of the serving version that counts as equal.",
     )
     in_flight_max: int = Field(
-        default=4, ge=1, le=256, description="Copies that it is asked at a time; while it is busy it gets none."
+        default=4, ge=1, le=256, description="Copies that it gets at a time, at most; while it is busy it gets none."
     )
 
 
 class Access(Frozen):
-    """Who may ask: names of API keys, never the keys. Without any name everybody who reaches the gateway may."""
+    """Who may send requests, by names of API keys, never the keys. Without any name, all who reach the gateway may."""
 
     environment: tuple[KeyName, ...] = Field(
         default=(), max_length=64, description="Environment variables of the machine this runs on that hold a key."
@@ -169,8 +172,8 @@ class Access(Frozen):
     )
 
 
-# What the spec of an endpoint and the terms of a workload that one serves ask alike.
-Gateway = Annotated[str, Field(pattern=URL, description="The door that callers come through.")]
+# Fields that the spec of an endpoint has in common with the terms of a workload.
+Gateway = Annotated[str, Field(pattern=URL, description="The URL of the gateway.")]
 AdminSecret = Annotated[
     str | None,
     Field(
@@ -223,8 +226,8 @@ class EndpointSpec(Frozen):
     scaling: Scaling = Field(default=Scaling(), description="How many replicas the model server has.")
     keep_warm: float | Literal["auto"] | None = Field(
         default=None,
-        description="Seconds after the last request until the model is unloaded, to be woken by the next. auto: as "
-        "long as a cold start is worth, and for ever where that breaks the budget. Without: it is never unloaded.",
+        description="Seconds after the last request until the model is unloaded; the next request loads it. auto: as "
+        "long as a cold start takes, and for ever where that breaks the budget. Without: it is never unloaded.",
     )
     rollout: Annotated[AllAtOnce | Canary | Shadow, Field(discriminator="kind")] = Field(
         default=AllAtOnce(), description="How a new version gets its traffic."
@@ -250,7 +253,7 @@ class EndpointSpec(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _sleeps_for_some_time(self) -> Self:
+    def _validate_keep_warm(self) -> Self:
         if isinstance(self.keep_warm, float) and not 1 <= self.keep_warm <= 7 * 86_400:
             message = f"keep_warm must be from 1 second to a week, got {self.keep_warm:g}."
             raise ValueError(message)
@@ -258,7 +261,7 @@ class EndpointSpec(Frozen):
             message = "keep_warm can be auto only beside a budget, which says how late an answer may be, got none."
             raise ValueError(message)
         if self.keep_warm is not None and not isinstance(self.target, Triton | RayServe):
-            message = f"keep_warm must be left out on {self.target.kind}: only triton and ray-serve unload and wake."
+            message = f"keep_warm must be left out on {self.target.kind}: only triton and ray-serve unload models."
             raise ValueError(message)
         return self
 
@@ -270,7 +273,7 @@ def read_keys(access: Access) -> dict[str, str]:
 
 
 def read_admin_key(secret: str | None) -> str:
-    """Return the gateway's administrator key; raises BadInput where it is not to be had."""
+    """Return the gateway's administrator key; raises BadInput where it is missing or too short."""
     if secret is None:
         return _validate_key(ADMIN_KEY, "environment variable", read_variable(ADMIN_KEY))
     return _validate_key(secret, "Prefect Secret block", read_secret(secret))
@@ -288,13 +291,13 @@ def _validate_key(name: str, what: str, key: str | None) -> str:
 
 
 def read_variable(name: str) -> str | None:
-    """Return what an environment variable holds, None where it is not set."""
+    """Return the value of an environment variable, None where it is not set."""
     return os.environ.get(name)
 
 
 def read_secret(name: str) -> str | None:
-    """Return what a Prefect Secret block holds, None where there is none of that name."""
-    from prefect.blocks.system import Secret  # noqa: PLC0415 - a spec is read where Prefect is not needed
+    """Return the value of a Prefect Secret block, None where there is none of that name."""
+    from prefect.blocks.system import Secret  # noqa: PLC0415 - most uses of a spec need no Prefect
 
     try:
         block: Any = Secret.load(name)

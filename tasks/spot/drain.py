@@ -66,7 +66,7 @@ class NoticeSource(Protocol):
 
 
 def sigterm_notice(seconds: float) -> Notice:
-    """Return SIGTERM as a notice; the signal does not say how long it leaves, so the caller does."""
+    """Return SIGTERM as a notice; the signal does not state how long it leaves, so the caller does."""
     return Notice(source=SIGTERM, action="end", seconds_left=seconds)
 
 
@@ -140,7 +140,7 @@ class Drain:
 
 
 def reserve_exit_seconds(notice_seconds: float) -> float:
-    """Return how much of a notice is kept to end in: to stop writing, tell Prefect and end the process."""
+    """Return how much of a notice is reserved to end in: to stop writing, notify Prefect and end the process."""
     return min(_EXIT_SECONDS_MAX, notice_seconds / 5)
 
 

@@ -1,6 +1,6 @@
 """Replay a policy over traces of spot availability: what it costs, whether it is late, how often it moves.
 
-A trace says for each tick whether spot is up during it. One job is replayed on every trace from its first tick; past a
+A trace has for each tick whether spot is up during it. One job is replayed on every trace from its first tick; past a
 trace's end spot is gone. Spot is taken at the start of a tick in which it is not up, and a decision on that tick knows
 it. A move takes effect at once, and its machine is paid for from then on; it works once the changeover is over. A
 changeover that ends within a tick leaves the rest of it for work, and a job may end within a tick.
@@ -22,12 +22,6 @@ from tasks.spot.policy import SPELL_SECONDS, Placement, PolicyParameters, Situat
 Policy = Callable[[Situation, PolicyParameters], NDArray[np.int64]]
 # Rounding errors of sums are far below this.
 _SECONDS_MIN = 1e-6
-# Traces: the mean length of a short spell, the share of short spells, and the mean length of a long spell.
-_SHORT_TICKS = 1.5
-_SHORT_SHARE_UP, _SHORT_SHARE_DOWN = 0.4, 0.65
-_LONG_TICKS_UP, _LONG_TICKS_DOWN = 20.0, 15.0
-# The ratio between the long spells of two traces that are one standard deviation apart.
-_TRACE_SPREAD = 2.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,29 +193,3 @@ class _Replay:
             kills_N=self._kills_N,
             recomputed_N=self._recomputed_N,
         )
-
-
-def synthetic_traces(count: int, ticks: int, *, seed: int) -> NDArray[np.bool_]:
-    """Return `count` traces of whether spot is up in each tick; the same for the same seed.
-
-    They resemble those of "Can't Be Late" (Wu et al., NSDI 2024): the traces differ from spot that is hardly ever up to
-    spot that is hardly ever gone; most gaps are over after a tick or two and a few last for hours; a spell that has
-    lasted a while is likely to last. Spells are of two kinds, short and long, with geometric lengths.
-    """
-    random = np.random.default_rng(seed)
-    return np.array([_synthesise_trace(ticks, random) for _ in range(count)]).reshape(count, ticks)
-
-
-def _synthesise_trace(ticks: int, random: np.random.Generator) -> NDArray[np.bool_]:
-    factor = _TRACE_SPREAD ** random.standard_normal()
-    means = {True: _LONG_TICKS_UP * factor, False: _LONG_TICKS_DOWN / factor}
-    shares = {True: _SHORT_SHARE_UP, False: _SHORT_SHARE_DOWN}
-    # The trace begins somewhere within its course.
-    skip = int(random.integers(ticks + 1))
-    up, spells, length = bool(random.integers(2)), [], 0
-    while length < skip + ticks:
-        mean = _SHORT_TICKS if random.random() < shares[up] else max(means[up], 1.0)
-        spells.append(np.full(int(random.geometric(1 / mean)), up))
-        length += len(spells[-1])
-        up = not up
-    return np.concatenate(spells)[skip : skip + ticks]

@@ -1,8 +1,8 @@
 """The memory that a run states before it starts, beside what its process takes: rows small and large, even and uneven.
 
-Each shape is scored in a process of its own, whose peak is counted over what it took idle. It is scored
-twice: by a model that takes no time, so that writers are busy, and by one that takes SECONDS in all, so that what is
-read ahead waits for it.
+Each shape is scored in a process of its own, whose peak is counted over what it took idle: several times by a model
+that takes no time, so that writers are busy and the allocator keeps what it ever does, and then by one that takes
+SECONDS in all, so that what is read ahead waits for it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ import pyarrow.parquet as pq
 from serving.model.contract import Column, Contract, Input, Output
 from serving.model.encoding import Encoded
 from serving.model.registry import ModelPin
+from tasks.batch.chunk_layout import Sizes
 from tasks.batch.dataset import open_dataset
+from tasks.batch.memory import memory_bytes
 from tasks.batch.options import BatchOptions
-from tasks.batch.plan import Plan, Sizes, make_plan, memory_bytes
+from tasks.batch.plan import Plan, make_plan
 from tasks.batch.score import Scorer
 from tasks.batch.source import pin_source
 from tasks.batch.tuning import measure_row_bytes, read_first_rows
@@ -38,6 +40,8 @@ from tests.benchmarks.figures import show
 
 SCALE = float(os.environ.get("SCALE", "1"))
 SECONDS = float(os.environ.get("SECONDS", "8"))
+# Slots seldom peak together, and what threads have left behind counts: peaks of ten runs were those of six.
+FAST_RUNS = 6
 BATCH, SLOTS = 1024, 2
 PIN = ModelPin(name="sum", version="1", model_id="m", source="models:/m", digest="d" * 64)
 
@@ -91,6 +95,20 @@ def repeated() -> Groups:
     yield floats(rows).set_column(0, "k", long_texts(rows, 7))
 
 
+def between_short_ends() -> Groups:
+    texts = pa.array(["a", *("m" * size for size in (300, 500, 700)), "z"])
+    for _ in range(4):
+        rows = scaled(100_000)
+        yield floats(rows).set_column(0, "k", texts.take(pa.array(np.arange(rows) % len(texts))))
+
+
+def repeated_then_not() -> Groups:
+    """A column of more than 64 MiB in the file: texts of a dictionary, then so many others that it is given up."""
+    rows = scaled(8192)
+    texts = pa.concat_arrays([long_texts(rows, 7), long_texts(rows // 8, rows // 8)])
+    yield floats(len(texts)).set_column(0, "k", texts)
+
+
 def lists() -> Groups:
     for _ in range(2):
         rows = scaled(50_000)
@@ -106,7 +124,8 @@ def nested() -> Groups:
 
 
 SHAPES: dict[str, Callable[[], Groups]] = {
-    each.__name__: each for each in (tiny, wide, uuids, large_at_the_end, repeated, lists, nested)
+    each.__name__: each
+    for each in (tiny, wide, uuids, large_at_the_end, repeated, between_short_ends, repeated_then_not, lists, nested)
 }
 
 
@@ -180,8 +199,8 @@ def measure(folder: Path) -> dict[str, int]:
     ctypes.CDLL(None).malloc_trim(0)
     idle = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    for seconds in (0.0, SECONDS):
-        score(plan, folder / f"out-{seconds}", seconds)
+    for at, seconds in enumerate([0.0] * FAST_RUNS + [SECONDS]):
+        score(plan, folder / f"out-{at}", seconds)
     stated, used = memory_bytes(plan, SLOTS), status("VmHWM") - idle
     return {
         "stated_mb": stated >> 20,
@@ -217,7 +236,7 @@ def main() -> None:
         return
     chosen = os.environ.get("SHAPES", " ".join(SHAPES)).split()
     found = {name: measure_shape(name) for name in chosen}
-    show("Memory over an idle process, two slots", found, {"used_percent": "70 to 120, or within 32 MiB a slot"})
+    show("Memory over an idle process, two slots", found, {"used_percent": "80 to 120, or within 32 MiB a slot"})
     print(json.dumps({"benchmark": "memory", **found}))
 
 

@@ -18,9 +18,10 @@ import torch
 from serving.model.contract import Column, Contract, Input, Output
 from serving.model.encoding import Encoded
 from serving.model.registry import ModelPin
+from tasks.batch.chunk_layout import Sizes
 from tasks.batch.dataset import open_dataset
 from tasks.batch.options import BatchOptions
-from tasks.batch.plan import Sizes, make_plan
+from tasks.batch.plan import make_plan
 from tasks.batch.score import Scorer
 from tasks.batch.source import pin_source
 from tasks.storage import open_storage

@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 from rich.progress import track
 
-from tasks.batch.predictions import open_predictions
+from tasks.batch.manifest import open_predictions
 from tests.benchmarks.shared import FOLDER, ROUNDS, console
 
 DIFFERENCE_MAX = 1e-5

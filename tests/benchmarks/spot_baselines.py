@@ -1,8 +1,21 @@
-"""Other policies over the same situations, to hold ours against.
+"""Policies that ours is compared with, over the same situations, and the optimum.
 
 Greedy and Uniform Progress are those of "Can't Be Late: Optimizing Spot Instance Savings under Deadlines" (Wu et al.,
-NSDI 2024, sections 3.3 to 5.2), with one change: their safety net, "idle and R < C + 2d", looks at the moment of a
-decision only, and is late where the next decision comes after the last moment. Here the interval is added to it.
+NSDI 2024, sections 3.3 to 5.2), with one change: their safety net, "idle and R < C + 2d", considers only the moment of
+a decision, and is late where the next decision comes after the last moment. Here the interval is added to it.
+
+The optimum knows the whole trace. It is exact, by dynamic programming backward over the stretches of a trace in which
+spot stays as it is. `idle_C[w]` and `on_demand_C[w]` hold the least cost of doing w units of work from the start of a
+stretch to the deadline, for a job that is idle, or on on-demand, at that moment. A changeover counts as that much more
+work: to start a machine and leave it before it works gains nothing, and is never the cheapest. Two facts keep the
+choices few. A stretch of spot is used from its start to its end or to that of the job, or not at all, since no work is
+cheaper. And within a stretch on-demand is run in one piece.
+
+Machines may be started and left at any moment, so finer ticks or intervals do not make a cheaper policy. Costs are in
+seconds of on-demand. They are exact where stretches, work, deadline and changeover are whole numbers of the unit. Else
+work and changeover are rounded down to it and the deadline up, and the result is at most the least cost.
+
+Shapes: C units of work.
 """
 
 from __future__ import annotations
@@ -15,10 +28,12 @@ from numpy.typing import NDArray
 from tasks.spot.policy import Placement, PolicyParameters, Situation, is_at_least
 from tasks.spot.replay import Job
 
+_Costs = NDArray[np.float64]
 
-def greedy(seen: Situation, parameters: PolicyParameters) -> NDArray[np.int64]:
-    """Use spot whenever it is up, else wait, until the safety net holds: then on-demand to the end."""
-    return _safe(np.where(seen.spot_up, Placement.SPOT, Placement.IDLE), seen, parameters)
+
+def greedy(situation: Situation, parameters: PolicyParameters) -> NDArray[np.int64]:
+    """Use spot whenever it is up, else wait, until the safety net applies: then on-demand to the end."""
+    return _keep_safe(np.where(situation.spot_up, Placement.SPOT, Placement.IDLE), situation, parameters)
 
 
 class UniformProgress:
@@ -31,32 +46,30 @@ class UniformProgress:
     def __init__(self, work_seconds: float, deadline_seconds: float) -> None:
         self._work, self._deadline = work_seconds, deadline_seconds
 
-    def __call__(self, seen: Situation, parameters: PolicyParameters) -> NDArray[np.int64]:
-        """Return where the work of each machine goes until the next decision."""
-        done = self._work - seen.work_seconds
-        elapsed = self._deadline - seen.left_seconds
+    def __call__(self, situation: Situation, parameters: PolicyParameters) -> NDArray[np.int64]:
+        """Return where the work of each machine runs until the next decision."""
+        done = self._work - situation.work_seconds
+        elapsed = self._deadline - situation.left_seconds
         ahead = is_at_least(done, self._line(elapsed + 2 * parameters.changeover_seconds))
         below = ~is_at_least(done, self._line(elapsed))
-        goes = np.where(seen.spot_up, Placement.SPOT, np.where(below, Placement.ON_DEMAND, Placement.IDLE))
-        goes = np.where(np.equal(seen.current_placement, Placement.ON_DEMAND) & ~ahead, Placement.ON_DEMAND, goes)
-        return _safe(goes, seen, parameters)
+        on_demand = np.equal(situation.current_placement, Placement.ON_DEMAND)
+        placements = np.where(situation.spot_up, Placement.SPOT, np.where(below, Placement.ON_DEMAND, Placement.IDLE))
+        placements = np.where(on_demand & ~ahead, Placement.ON_DEMAND, placements)
+        return _keep_safe(placements, situation, parameters)
 
     def _line(self, elapsed: float | NDArray[np.float64]) -> float | NDArray[np.float64]:
         return self._work * elapsed / self._deadline
 
 
-def _safe(goes: NDArray[np.int64], seen: Situation, parameters: PolicyParameters) -> NDArray[np.int64]:
-    """Stay on spot until it is taken; on-demand where else the deadline would be missed; nowhere once done.
+def _keep_safe(placements: NDArray[np.int64], situation: Situation, parameters: PolicyParameters) -> NDArray[np.int64]:
+    """Stay on spot until it is taken; on-demand where the deadline would else be missed; idle once done.
 
-    On on-demand slack no longer changes, so that whoever is there by the safety net stays to the end.
+    On on-demand slack no longer changes, so a job that the safety net has put there stays to the end.
     """
     need = 2 * parameters.changeover_seconds + parameters.interval_seconds
-    goes = np.where(is_at_least(seen.slack_seconds(parameters), need), goes, Placement.ON_DEMAND)
-    goes = np.where(np.equal(seen.current_placement, Placement.SPOT), Placement.SPOT, goes)
-    return np.where(np.less_equal(seen.work_seconds, 0), Placement.IDLE, goes)
-
-
-_Costs = NDArray[np.float64]
+    placements = np.where(is_at_least(situation.slack_seconds(parameters), need), placements, Placement.ON_DEMAND)
+    placements = np.where(np.equal(situation.current_placement, Placement.SPOT), Placement.SPOT, placements)
+    return np.where(np.less_equal(situation.work_seconds, 0), Placement.IDLE, placements)
 
 
 def optimum(spot_T: NDArray[np.bool_], job: Job, unit_seconds: int | None = None) -> float:
@@ -64,7 +77,7 @@ def optimum(spot_T: NDArray[np.bool_], job: Job, unit_seconds: int | None = None
 
     Billing is by the second. Without a unit, the largest is taken in which everything is a whole number of seconds.
     """
-    unit = unit_seconds or _unit(job)
+    unit = unit_seconds or _choose_unit(job)
     work, moving = int(job.work_seconds // unit), int(job.changeover_seconds // unit)
     if work == 0:
         return 0.0
@@ -73,26 +86,26 @@ def optimum(spot_T: NDArray[np.bool_], job: Job, unit_seconds: int | None = None
     units_C = np.arange(work + 2 * moving + 1, dtype=float)
     idle_C = np.where(units_C > 0, math.inf, 0.0)
     on_demand_C = idle_C
-    for up, length in reversed(_stretches(spot_T, job, unit)):
+    for up, length in reversed(_find_stretches(spot_T, job, unit)):
         waits_C, stays_C = idle_C, on_demand_C
         # To stay to the end of the stretch, or to leave within it; to wait it out, or to start within it.
-        leaves_C = units_C + _least_within(waits_C - units_C, length)
-        on_demand_C = np.minimum(np.minimum(units_C, length) + _less(stays_C, length), leaves_C)
-        starts_C = _more(units_C + _least_within(stays_C - units_C, length), moving)
+        leaves_C = units_C + _least_in_window(waits_C - units_C, length)
+        on_demand_C = np.minimum(np.minimum(units_C, length) + _after_work(stays_C, length), leaves_C)
+        starts_C = _with_more_work(units_C + _least_in_window(stays_C - units_C, length), moving)
         idle_C = np.minimum(waits_C, starts_C)
         if up:
-            spot_C = _more(spot_price * np.minimum(units_C, length) + _less(waits_C, length), moving)
+            spot_C = _with_more_work(spot_price * np.minimum(units_C, length) + _after_work(waits_C, length), moving)
             idle_C, on_demand_C = np.minimum(idle_C, spot_C), np.minimum(on_demand_C, spot_C)
         idle_C[0] = on_demand_C[0] = 0.0
     return float(idle_C[work]) * unit / job.work_seconds
 
 
-def _unit(job: Job) -> int:
+def _choose_unit(job: Job) -> int:
     seconds = (job.tick_seconds, job.work_seconds, job.deadline_seconds, job.changeover_seconds)
     return max(math.gcd(*(int(span) for span in seconds)), 1)
 
 
-def _stretches(spot_T: NDArray[np.bool_], job: Job, unit: int) -> list[tuple[bool, int]]:
+def _find_stretches(spot_T: NDArray[np.bool_], job: Job, unit: int) -> list[tuple[bool, int]]:
     """Return whether spot is up, and for how many units, up to the deadline; past the trace's end it is gone."""
     end = math.ceil(job.deadline_seconds / unit)
     ticks = math.ceil(job.deadline_seconds / job.tick_seconds)
@@ -102,17 +115,17 @@ def _stretches(spot_T: NDArray[np.bool_], job: Job, unit: int) -> list[tuple[boo
     return [(bool(spot_T[start]), b - a) for start, a, b in zip(starts, edges, edges[1:], strict=False) if b > a]
 
 
-def _less(costs_C: _Costs, units: int) -> _Costs:
+def _after_work(costs_C: _Costs, units: int) -> _Costs:
     """Return the costs of what is left once that many units are done."""
     return costs_C[np.maximum(np.arange(len(costs_C)) - units, 0)]
 
 
-def _more(costs_C: _Costs, units: int) -> _Costs:
+def _with_more_work(costs_C: _Costs, units: int) -> _Costs:
     """Return the costs of so many units more; beyond the largest there is no cheapest course."""
     return np.append(costs_C[units:], np.full(units, math.inf))
 
 
-def _least_within(costs_C: _Costs, units: int) -> _Costs:
+def _least_in_window(costs_C: _Costs, units: int) -> _Costs:
     """Return the least of each cost and of the given number before it.
 
     In blocks of the window's length, the least from the window's start to its block's end, and from there to its end:

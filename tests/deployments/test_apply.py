@@ -45,7 +45,7 @@ def test_what_was_changed_in_the_ui_is_named_and_set_back(deployed: PrefectServe
     assert {} == changed(again)
 
 
-def test_a_schedule_differs_by_what_the_file_says_of_it_alone(deployed: PrefectServer) -> None:
+def test_a_schedule_differs_only_by_what_the_file_states_of_it(deployed: PrefectServer) -> None:
     fields = read_deployments()[NIGHTLY]
     with get_client(sync_client=True) as client:
         standing = client.read_deployment_by_name(NIGHTLY)
@@ -71,7 +71,7 @@ def test_a_missing_work_pool_is_named(deployed: PrefectServer, tmp_path: Path) -
     ("address", "said"),
     [(None, "PREFECT_API_URL must name the Prefect server"), ("http://127.0.0.1:9/api", "127.0.0.1:9/api must answer")],
 )
-def test_no_server_is_an_error_that_says_what_to_do(address: str | None, said: str, tmp_path: Path) -> None:
+def test_no_server_is_an_error_that_states_what_to_do(address: str | None, said: str, tmp_path: Path) -> None:
     without = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     environment = without | {"PREFECT_HOME": str(tmp_path)} | ({"PREFECT_API_URL": address} if address else {})
     done = subprocess.run(

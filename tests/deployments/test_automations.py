@@ -108,7 +108,7 @@ def course(server: PrefectServer, run: FlowRun) -> list[str]:
     return [name for name, _ in states(server, run.id) if name not in on_the_way]
 
 
-def test_a_worker_that_is_told_to_end_has_its_run_run_again_by_another_to_the_same_bytes(
+def test_the_run_of_a_worker_that_is_stopped_is_completed_by_another_to_the_same_bytes(
     deployed: PrefectServer, befallen: Befallen, undisturbed: Path
 ) -> None:
     drained = befallen.drained

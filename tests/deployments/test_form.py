@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from infra.local.prefect_server import PrefectServer, PrefectWorker
+from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
-from tasks.batch.predictions import open_predictions
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

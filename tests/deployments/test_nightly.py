@@ -12,8 +12,8 @@ import pytest
 from prefect.client.orchestration import get_client
 
 from infra.local.prefect_server import PrefectServer, PrefectWorker
+from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
-from tasks.batch.predictions import open_predictions
 from tasks.spot.purchase import PurchaseOptions
 from tests.deployments.conftest import StartWorkers
 from tests.deployments.flow_runs import machine_of, start_with, state_of, wait_for, wait_until
@@ -80,7 +80,7 @@ def test_a_run_whose_spot_machine_is_taken_is_moved_and_done_in_time_to_the_same
     assert again.cost == 0
 
 
-def test_a_night_on_two_machines_whose_own_worker_is_told_to_end_goes_on_with_the_runs_that_it_had_sent(
+def test_a_night_on_two_machines_takes_over_its_flow_runs_after_its_own_worker_was_stopped(
     deployed: PrefectServer, start_workers: StartWorkers, sleepy: str, customers: Path, tmp_path: Path
 ) -> None:
     from flows.nightly import find_sent_runs

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from infra.local.prefect_server import PrefectServer, PrefectWorker
+from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
-from tasks.batch.predictions import open_predictions
 from tests.deployments.flow_runs import read, start, table, wait_for, workers_of
 
 ROOT = Path(__file__).parents[2]

@@ -77,7 +77,7 @@ def test_the_deployments_name_these_pools_and_no_others() -> None:
     assert named == {pool.name for pool in make_work_pools()}
 
 
-def test_a_pool_says_how_a_machine_takes_work_from_it() -> None:
+def test_the_description_of_a_pool_states_how_a_machine_takes_work_from_it() -> None:
     assert all(f"python -m infra.worker --pool {pool.name}" in str(pool.description) for pool in make_work_pools())
 
 

@@ -16,6 +16,7 @@ import flows.batch
 import serving.model.forward
 import tasks.batch.chunk_reader
 import tasks.batch.publish
+import tasks.batch.resolve
 import tasks.batch.score
 import tasks.storage.local
 from tasks.batch.options import BatchOptions
@@ -84,7 +85,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "never": lambda: None,
     "before the plan": lambda: _before(_local, "put_new", _is("plan.json")),
     "after the plan": lambda: _after(_local, "put_new", _is("plan.json")),
-    "after the start": lambda: _after(flows.batch, "save_start"),
+    "after the start": lambda: _after(tasks.batch.resolve, "save_start"),
     "reading": lambda: _before(tasks.batch.chunk_reader.Reader, "read"),
     "before a batch": lambda: _before(serving.model.forward.Forward, "_begin"),
     "forward": lambda: _after(tasks.batch.score.Forward, "score"),

@@ -36,9 +36,9 @@ from serving.errors import (
     TooManyRejects,
 )
 from tasks.batch import resolve
+from tasks.batch.manifest import open_predictions, open_rejects
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Plan
-from tasks.batch.predictions import open_predictions, open_rejects
 from tasks.batch.publish import Audit
 from tasks.batch.report import BatchReport
 from tasks.storage import LocalStorage, open_storage

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from infra.local.prefect_server import PrefectServer
+from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
-from tasks.batch.predictions import open_predictions
 from tests.flows.children import call, score, start_child
 from tests.support import digests, write_customers
 

@@ -99,7 +99,7 @@ def put(prefect: PrefectServer, triton: TritonServer, gateway: GatewayServer) ->
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
+class DeployedEndpoint:
     """The endpoint that tests share, at the first or the second version, and leave at one of them."""
 
     now: str
@@ -116,7 +116,7 @@ class Standing:
 
 
 @pytest.fixture
-def churn(client: GatewayClient, versions: dict[str, str], put: Put) -> Standing:
+def churn(client: GatewayClient, versions: dict[str, str], put: Put) -> DeployedEndpoint:
     if client.get("churn") is None:
         put("churn", versions["first"])
     state = client.get("churn")
@@ -124,7 +124,7 @@ def churn(client: GatewayClient, versions: dict[str, str], put: Put) -> Standing
     (served,) = state.route.versions
     models = versions["first"], versions["second"]
     now, other = models if models[0].endswith(f"/{served.version}") else models[::-1]
-    return Standing(now=now, other=other)
+    return DeployedEndpoint(now=now, other=other)
 
 
 def target(triton: TritonServer) -> Triton:
@@ -162,7 +162,7 @@ def artifacts(prefect: PrefectServer, key: str) -> list[dict[str, Any]]:
     return found
 
 
-def test_a_model_goes_online_with_a_dial_verified_measured_and_reported(
+def test_a_model_goes_online_with_batching_verified_measured_and_reported(
     prefect: PrefectServer, triton: TritonServer, gateway: GatewayServer, network: str, put: Put
 ) -> None:
     from flows.endpoint import retire_endpoint
@@ -184,18 +184,18 @@ def test_a_model_goes_online_with_a_dial_verified_measured_and_reported(
 
     again = put("online", network, budget=budget, measure_seconds=0.5)
 
-    assert again.after is None  # nothing was put up: it stands
+    assert again.after is None  # nothing was deployed: the release is up already
     assert endpoint.batching == again.batching
     assert ("1",) == retire_endpoint("online", target(triton), gateway.url)
 
 
-def test_without_its_key_nobody_is_answered(gateway: GatewayServer, churn: Standing) -> None:
+def test_a_request_without_a_key_is_refused(gateway: GatewayServer, churn: DeployedEndpoint) -> None:
     assert 200 == score(gateway, "churn", np.ones((1, 3)), churn.now)["status"]
     assert 401 == score(gateway, "churn", np.ones((1, 3)), churn.now, key="another-key-of-some-length")["status"]
 
 
 def test_a_version_is_switched_and_the_earlier_one_taken_down_without_a_lost_request(
-    triton: TritonServer, gateway: GatewayServer, churn: Standing, put: Put
+    triton: TritonServer, gateway: GatewayServer, churn: DeployedEndpoint, put: Put
 ) -> None:
     with calling(gateway, "churn", churn.now) as callers:
         endpoint = put("churn", churn.other)
@@ -207,7 +207,7 @@ def test_a_version_is_switched_and_the_earlier_one_taken_down_without_a_lost_req
 
 
 def test_a_canary_that_keeps_its_rule_is_promoted(
-    triton: TritonServer, gateway: GatewayServer, churn: Standing, put: Put
+    triton: TritonServer, gateway: GatewayServer, churn: DeployedEndpoint, put: Put
 ) -> None:
     with calling(gateway, "churn", churn.now) as callers:
         endpoint = put("churn", churn.other, rollout=CANARY)
@@ -222,7 +222,7 @@ def test_a_canary_that_fails_under_traffic_is_rolled_back_and_taken_down_without
     gateway: GatewayServer,
     client: GatewayClient,
     versions: dict[str, str],
-    churn: Standing,
+    churn: DeployedEndpoint,
     put: Put,
 ) -> None:
     before = client.get("churn")
@@ -240,8 +240,8 @@ def test_a_canary_that_fails_under_traffic_is_rolled_back_and_taken_down_without
     assert [churn.version] == loaded(triton, "churn")
 
 
-def test_a_canary_that_nobody_asks_is_rolled_back_and_says_so(
-    triton: TritonServer, gateway: GatewayServer, churn: Standing, put: Put
+def test_a_canary_without_requests_is_rolled_back_with_an_error(
+    triton: TritonServer, gateway: GatewayServer, churn: DeployedEndpoint, put: Put
 ) -> None:
     with pytest.raises(RolledBack, match=r"must answer 20 requests in 0.5 s .*got 0"):
         put("churn", churn.other, rollout=UNASKED)
@@ -251,7 +251,7 @@ def test_a_canary_that_nobody_asks_is_rolled_back_and_says_so(
 
 
 def test_a_shadow_answers_nobody_stays_where_a_trial_fails_and_is_given_its_traffic_by_a_later_call(
-    triton: TritonServer, gateway: GatewayServer, client: GatewayClient, churn: Standing, put: Put
+    triton: TritonServer, gateway: GatewayServer, client: GatewayClient, churn: DeployedEndpoint, put: Put
 ) -> None:
     put("churn", churn.other, rollout=Shadow())
     before = client.get("churn")
@@ -276,7 +276,7 @@ def test_a_shadow_answers_nobody_stays_where_a_trial_fails_and_is_given_its_traf
 
 
 def test_a_version_that_answers_otherwise_than_its_model_never_gets_traffic(
-    triton: TritonServer, gateway: GatewayServer, versions: dict[str, str], churn: Standing, put: Put
+    triton: TritonServer, gateway: GatewayServer, versions: dict[str, str], churn: DeployedEndpoint, put: Put
 ) -> None:
     with pytest.raises(VerifyFailed, match=rf"as the model itself does .* version {churn.version} serves on"):
         put("churn", versions["moody"])
@@ -305,7 +305,7 @@ def test_a_budget_that_can_t_be_kept_is_refused_before_anything_is_put_up(
     assert [] == loaded(triton, "hasty")
 
 
-def test_a_target_that_does_not_answer_is_an_error_that_says_so(
+def test_a_target_that_does_not_answer_is_named_in_the_error(
     client: GatewayClient, versions: dict[str, str], put: Put, tmp_path: Path
 ) -> None:
     nowhere = Triton(repository=str(tmp_path), url="http://127.0.0.1:9", grpc="127.0.0.1:9")
@@ -330,7 +330,7 @@ def test_a_key_that_is_not_there_is_named_before_anything_is_put_up(
 
 
 def test_versions_of_another_model_do_not_pass_for_those_that_serve(
-    gateway: GatewayServer, client: GatewayClient, churn: Standing, linear: str, put: Put
+    gateway: GatewayServer, client: GatewayClient, churn: DeployedEndpoint, linear: str, put: Put
 ) -> None:
     state = client.get("churn")
     assert state is not None
@@ -344,8 +344,8 @@ def test_versions_of_another_model_do_not_pass_for_those_that_serve(
     client.delete("mixed")
 
 
-def test_an_idle_endpoint_is_unloaded_woken_by_the_next_request_and_stays_awake_while_a_version_comes(
-    triton: TritonServer, gateway: GatewayServer, client: GatewayClient, churn: Standing, put: Put
+def test_an_idle_endpoint_is_unloaded_loaded_by_the_next_request_and_kept_while_a_version_is_deployed(
+    triton: TritonServer, gateway: GatewayServer, client: GatewayClient, churn: DeployedEndpoint, put: Put
 ) -> None:
     put("churn", churn.now, keep_warm=1)
     client.wait_until("churn", lambda state: state.models == "asleep", timeout_s=30)
@@ -366,7 +366,7 @@ def test_an_idle_endpoint_is_unloaded_woken_by_the_next_request_and_stays_awake_
 
 
 def test_nothing_that_was_rendered_or_kept_holds_a_key(
-    triton: TritonServer, gateway: GatewayServer, churn: Standing
+    triton: TritonServer, gateway: GatewayServer, churn: DeployedEndpoint
 ) -> None:
     files = [path for folder in (triton.repository, triton.folder, gateway.folder) for path in folder.rglob("*")]
     holding = [path for path in files if path.is_file() and not path.is_symlink() and KEY.encode() in path.read_bytes()]
@@ -378,7 +378,7 @@ def test_nothing_that_was_rendered_or_kept_holds_a_key(
 
 # The last, since it takes down what the others share.
 def test_a_retired_endpoint_is_gone_and_retiring_it_again_is_no_error(
-    triton: TritonServer, gateway: GatewayServer, churn: Standing, tmp_path: Path
+    triton: TritonServer, gateway: GatewayServer, churn: DeployedEndpoint, tmp_path: Path
 ) -> None:
     from flows.endpoint import retire_endpoint
 

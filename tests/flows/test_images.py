@@ -16,8 +16,8 @@ import torch
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
+from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
-from tasks.batch.predictions import open_predictions
 
 DATA = Path("/usr/share/datasets/fashion-mnist")
 TRAINED_ON, FILES = 6_000, 4

@@ -137,7 +137,7 @@ class TestFlowRuns:
         ]
         assert [] == find_sent_runs(client, str(uuid.uuid4()))
 
-    def test_a_machine_is_told_only_while_it_has_the_run(self, client: SyncPrefectClient) -> None:
+    def test_a_worker_is_named_only_while_it_has_the_run(self, client: SyncPrefectClient) -> None:
         run = work_pools.submit_flow_run(client, deploy(client, make_pool(client)), {}, "a").id
         client.update_flow_run_labels(run, {"prefect.worker.name": "one"})
         told = []
@@ -151,7 +151,7 @@ class TestFlowRuns:
     def test_a_run_that_prefect_does_not_know_is_lost(self, client: SyncPrefectClient) -> None:
         assert "lost" == work_pools.read_status(client, uuid.uuid4()).stage
 
-    def test_one_that_runs_is_told_to_drain_and_one_that_is_lost_or_waits_is_ended(
+    def test_a_flow_run_that_runs_drains_and_one_that_is_lost_or_waits_is_cancelled(
         self, client: SyncPrefectClient
     ) -> None:
         name = deploy(client, make_pool(client))
@@ -166,7 +166,7 @@ class TestFlowRuns:
         assert ["Cancelling", "Cancelled", "Cancelled"] == [state.name for state in states if state]
         assert {"why"} == {state.message for state in states if state}
 
-    def test_one_that_has_ended_by_itself_is_left_as_it_is(self, client: SyncPrefectClient) -> None:
+    def test_a_flow_run_that_has_ended_by_itself_stays_as_it_is(self, client: SyncPrefectClient) -> None:
         run = work_pools.submit_flow_run(client, deploy(client, make_pool(client)), {}, "a").id
         client.set_flow_run_state(run, Completed(), force=True)
         work_pools.end_flow_run(client, run, "why", lost=True)

@@ -14,8 +14,8 @@ from infra.local.controller import local_controller
 from infra.local.prefect_server import PrefectServer
 from infra.local.ray_cluster import ray_cluster
 from serving.model.batching import BatchingConfig
+from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
-from tasks.batch.predictions import open_predictions
 from tasks.endpoint.client import InferClient
 from tasks.endpoint.deploy import make_host, make_release
 from tasks.endpoint.resolve import load_endpoint_model

@@ -20,8 +20,8 @@ from infra.local.nats import NatsClient, NatsServer, nats_server
 from infra.local.prefect_server import PrefectServer
 from infra.local.process import free_ports
 from serving.errors import BrokerDenied, StreamUnfit, TooManyRejects
+from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
-from tasks.batch.predictions import open_predictions
 from tasks.stream.decode import read_arrow
 from tasks.stream.message import HEADER_COLUMN, HEADER_EVENT_TIME, HEADER_MODEL, HEADER_REASON, HEADER_SOURCE
 from tasks.stream.options import FromNats, StreamOptions, ToNats, ToParts

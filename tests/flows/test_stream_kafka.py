@@ -15,7 +15,7 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 
 from infra.local.nats import NatsClient, NatsServer
 from serving.errors import BadInput, StreamUnfit
-from tasks.batch.predictions import open_predictions
+from tasks.batch.manifest import open_predictions
 from tasks.stream.options import FromKafka, ToKafka, ToNats, ToParts
 from tasks.stream.report import StreamReport
 from tests.flows.streams import OPTIONS, as_json, count_customers, customers, kill, start, wait_until

@@ -14,7 +14,7 @@ import orjson
 import pytest
 
 from infra.local.nats import NatsClient, NatsServer, Stored, nats_server
-from tasks.batch.predictions import open_predictions
+from tasks.batch.manifest import open_predictions
 from tasks.stream.options import FromNats, ToParts
 from tests.flows.streams import (
     OPTIONS,

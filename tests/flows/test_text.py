@@ -9,9 +9,9 @@ import polars as pl
 import pytest
 
 from serving.errors import ModelUnfit
+from tasks.batch.manifest import open_predictions, open_rejects
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import load_plan
-from tasks.batch.predictions import open_predictions, open_rejects
 from tasks.storage import open_storage
 from tests.support import load_minilm, register_minilm
 
@@ -89,7 +89,7 @@ def test_a_model_that_is_not_told_its_column_is_told_by_the_call(
 
     model = register_minilm("untold", metadata=None)
     source = write_glosses(tmp_path / "glosses", list(glosses[:20]))
-    with pytest.raises(ModelUnfit, match=r"must be told the one column that feeds it, got \{\}"):
+    with pytest.raises(ModelUnfit, match=r"needs the one column that feeds it, got \{\}"):
         batch_inference(model, source, str(tmp_path / "scores"), OPTIONS)
     options = OPTIONS.model_copy(update={"input_columns": {"text": ("gloss",)}})
 

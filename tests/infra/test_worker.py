@@ -51,7 +51,7 @@ def test_a_run_that_does_not_listen_ends_with_the_grace_and_the_worker(tmp_path:
         assert set() == set(list_process_tree(1)) & set(pids[1:])
 
 
-def test_the_systemd_unit_tells_this_worker_alone_and_waits_longer_than_its_grace() -> None:
+def test_the_systemd_unit_signals_only_this_worker_and_waits_longer_than_its_grace() -> None:
     unit = configparser.ConfigParser(interpolation=None)
     unit.optionxform = str  # type: ignore[assignment,method-assign] # the names of systemd have capitals
     unit.read(ROOT / "infra/systemd/overnight-worker@.service")
@@ -82,7 +82,7 @@ def start_three() -> subprocess.Popen[str]:
     return started
 
 
-def test_a_family_is_found_parents_first_and_ends_together_though_each_has_a_session_of_its_own() -> None:
+def test_a_process_tree_is_listed_parents_first_and_killed_across_sessions() -> None:
     with start_three() as parent:
         pids = list_process_tree(parent.pid)
         child, grandchild = pids[1:]

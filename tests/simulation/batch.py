@@ -12,19 +12,13 @@ from typing import Any, Literal
 
 from serving.errors import BadInput, Interrupted, OvernightError
 from tasks.batch.chunk_scheduler import Host
+from tasks.batch.manifest import Manifest, find_intact_manifest
+from tasks.batch.memory import check_memory
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_rows_done
 from tasks.batch.plan import Plan, RunStart, confirm_plan, load_start, run_key, save_start
-from tasks.batch.publish import (
-    Audit,
-    Manifest,
-    audit_parts,
-    check_rows_add_up,
-    count_rejects,
-    find_intact_manifest,
-    publish,
-)
-from tasks.batch.resolve import CompleteRun, ResumedRun, RunRequest, check_memory, choose_slots, find_run, restage_plan
+from tasks.batch.publish import Audit, audit_parts, check_rows_add_up, count_rejects, publish
+from tasks.batch.resolve import CompleteRun, ResumedRun, RunRequest, choose_slots, find_run, restage_plan
 from tasks.batch.score import Scorer, ScoringResult, check_rejects
 from tasks.batch.source import pin_source
 from tasks.spot.drain import Drain, sigterm_notice

@@ -11,8 +11,8 @@ from pathlib import Path
 import polars as pl
 
 from serving.errors import OvernightError
+from tasks.batch.manifest import open_predictions
 from tasks.batch.parts import REJECT_REASON
-from tasks.batch.predictions import open_predictions
 from tests.simulation.data import Answered
 
 _MANIFEST = re.compile(r"_overnight/(.+)/manifest\.json")

@@ -13,8 +13,8 @@ import orjson
 import polars as pl
 
 from serving.errors import OvernightError
+from tasks.batch.manifest import open_predictions
 from tasks.batch.parts import REJECT_REASON
-from tasks.batch.predictions import open_predictions
 from tasks.storage import open_storage
 from tasks.stream.decode import Decoder
 from tasks.stream.message import Message, Position

@@ -29,8 +29,8 @@ CREATE_ONLY_NOT_PROBED = (
 )
 NEWEST_BY_CLOCK = (
     Edit(
-        file="tasks/batch/publish.py",
-        old="key=lambda manifest: manifest.place, default=None",
+        file="tasks/batch/manifest.py",
+        old="key=lambda manifest: manifest.position, default=None",
         new="key=lambda manifest: manifest.planned_at, default=None",
     ),
 )

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from tasks.batch.publish import find_manifest
+from tasks.batch.manifest import find_manifest
 from tasks.storage import LocalStorage, Storage
 
 Keys = npt.NDArray[np.int64]

@@ -118,7 +118,7 @@ if not os.path.exists("stolen"):
     assert 2 == told["starts"]
 
 
-def test_a_server_that_keeps_dying_is_told_with_the_end_of_its_log(controller: Controller) -> None:
+def test_a_server_that_keeps_dying_is_reported_with_the_end_of_its_log(controller: Controller) -> None:
     place = put(controller, "broken/1", "import sys; print('the model is no model'); sys.exit(3)")
     told = wait_for(place, lambda told: told["starts"] >= 3)
 
@@ -127,7 +127,7 @@ def test_a_server_that_keeps_dying_is_told_with_the_end_of_its_log(controller: C
     assert told["url"] is None
 
 
-def test_a_server_that_is_not_ready_in_time_is_told(controller: Controller) -> None:
+def test_a_server_that_is_not_ready_in_time_is_reported(controller: Controller) -> None:
     place = put(controller, "slow/1", "import time; time.sleep(60)", ready_s_max=0.3)
 
     assert "still not ready" in wait_for(place, lambda told: told["state"] == "failed")["error"]
@@ -144,7 +144,7 @@ def test_a_server_that_is_not_ready_in_time_is_told(controller: Controller) -> N
         ({"argv": ["no-such-program"]}, "no-such-program must be an executable file"),
     ],
 )
-def test_a_release_that_does_not_say_how_it_is_run_is_told_why(
+def test_a_release_with_an_invalid_serve_file_gets_the_reason(
     controller: Controller, changes: dict[str, Any], words: str
 ) -> None:
     place = put(controller, f"bad/{time.monotonic_ns()}", **changes)
@@ -199,7 +199,7 @@ def test_one_controller_watches_a_folder(controller: Controller) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_releases_that_go_while_it_looks_at_them_do_not_end_it(tmp_path: Path, seed: int) -> None:
+def test_releases_that_are_removed_while_they_are_read_do_not_end_the_controller(tmp_path: Path, seed: int) -> None:
     order, over = random.Random(seed), threading.Event()
     with ThreadPoolExecutor(1) as threads:
         controlling = threads.submit(run_controller, tmp_path, over)

@@ -150,7 +150,7 @@ def test_stop_ends_the_server_even_after_its_guard_was_killed(python_server: Pyt
     assert wait_until_gone(server.pid)
 
 
-def test_a_guard_that_is_told_to_end_ends_its_server(python_server: PythonServer) -> None:
+def test_a_guard_that_gets_sigterm_ends_its_server(python_server: PythonServer) -> None:
     with ServerProcess(python_server(SLEEPER)) as server:
         os.kill(int(ps("ppid", server.pid)), signal.SIGTERM)
 

@@ -28,7 +28,7 @@ def test_what_was_acknowledged_survives_a_kill_and_is_there_on_the_same_port(tmp
             assert [b"1", b"2", b"3"] == [stored.payload for stored in client.read("KEPT")]
 
 
-def test_a_guarded_server_lets_nobody_in_without_a_password_and_its_reader_reads_alone(tmp_path: Path) -> None:
+def test_a_guarded_server_requires_a_password_and_its_reader_can_only_read(tmp_path: Path) -> None:
     with nats_server(tmp_path, guarded=True) as server:
         with NatsClient(server.url, server.environment) as admin:
             admin.make("GUARDED", "guarded.>")
@@ -44,7 +44,9 @@ def test_a_guarded_server_lets_nobody_in_without_a_password_and_its_reader_reads
         assert 0o600 == (tmp_path / "server.conf").stat().st_mode & 0o777
 
 
-def test_a_missing_program_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_program_is_an_error_that_states_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
 

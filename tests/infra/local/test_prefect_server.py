@@ -54,7 +54,7 @@ def test_a_flow_run_with_the_environment_is_on_the_server(prefect: PrefectServer
     assert flow_run["parameters"] == {"x": 21}
 
 
-def test_everything_it_keeps_is_in_its_home_and_it_says_nothing_to_the_outside(prefect: PrefectServer) -> None:
+def test_everything_it_keeps_is_in_its_home_and_it_sends_no_telemetry(prefect: PrefectServer) -> None:
     settings = httpx.get(f"{prefect.api_url}/admin/settings").json()
 
     assert settings["home"] == str(prefect.home)

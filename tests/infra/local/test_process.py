@@ -108,7 +108,7 @@ def test_a_second_start_shows_its_own_log_only(python_server: PythonServer) -> N
         assert failed.value.log == "once\n"
 
 
-def test_what_the_log_says_is_left_over_is_deleted(tmp_path: Path) -> None:
+def test_leftovers_that_the_log_names_are_deleted(tmp_path: Path) -> None:
     left_over = tmp_path / "left-over"
     command = ServerCommand(
         argv=(

@@ -143,7 +143,7 @@ def test_of_many_racing_creates_one_wins(store: S3Store) -> None:
     assert store.get("race").bytes() == str(winners[0]).encode()
 
 
-def test_of_many_racing_creates_in_parts_one_stands_and_a_later_one_is_refused(client: Any) -> None:
+def test_one_of_many_concurrent_multipart_creates_wins_and_a_later_one_is_refused(client: Any) -> None:
     key = {"Bucket": "bucket", "Key": "race-in-parts"}
 
     def create(writer: int) -> int | None:
@@ -248,7 +248,9 @@ def test_objects_survive_a_stop_and_nothing_is_left_in_tmp(tmp_path: Path) -> No
     assert not any(Path(socket).exists() for socket in sockets)
 
 
-def test_a_missing_program_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_program_is_an_error_that_states_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
 

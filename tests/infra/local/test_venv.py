@@ -46,7 +46,7 @@ def test_an_environment_is_created_once_and_again_when_its_requirements_change(t
     assert [venv] == list(folder.parent.iterdir())
 
 
-def test_what_pip_can_not_install_is_told_and_is_no_environment(tmp_path: Path) -> None:
+def test_what_pip_can_not_install_is_reported_and_leaves_no_environment(tmp_path: Path) -> None:
     requirements, folder = tmp_path / "said.txt", tmp_path / "said"
     requirements.write_text(f"{tmp_path}/said-9.0-py3-none-any.whl\n")
 
@@ -103,7 +103,7 @@ def test_one_of_several_callers_creates_an_environment_and_a_half_made_one_is_cr
     assert not (folder / "lib/half").exists()
 
 
-def test_a_registry_that_does_not_answer_is_told_apart_from_requirements_that_can_not_be_had(
+def test_a_registry_that_does_not_answer_is_distinguished_from_requirements_that_do_not_exist(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requirements = tmp_path / "said.txt"
@@ -122,7 +122,7 @@ def test_a_registry_that_does_not_answer_is_told_apart_from_requirements_that_ca
     assert VenvFailed is failed.type
 
 
-def test_what_an_environment_made_by_hand_lacks_is_told_on_stderr(tmp_path: Path) -> None:
+def test_what_an_environment_made_by_hand_lacks_is_reported_on_stderr(tmp_path: Path) -> None:
     command = (sys.executable, "-m", "infra.local.venv", str(tmp_path / "no.txt"))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
 

@@ -134,7 +134,7 @@ def ask(endpoint: EndpointClient, requests: int) -> list[str]:
 def read_weights(admin: GatewayClient, endpoint: EndpointClient) -> dict[str, float]:
     state = admin.get(endpoint.name)
     assert state is not None
-    return {each.version: each.weight for each in state.route.versions}
+    return {served.version: served.weight for served in state.route.versions}
 
 
 def test_two_versions_share_the_requests_by_weight(put: Put, v2: V2Server) -> None:

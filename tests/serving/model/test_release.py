@@ -33,7 +33,7 @@ from serving.model.release import (
     unwrap_prediction,
 )
 from serving.model.torch_model import TorchModel
-from serving.targets import Rendered
+from serving.targets import ReleaseFiles
 from serving.targets.folder import write_folder
 from tests.releases import release_of, rows
 from tests.serving.toys import Picky, matrix
@@ -253,7 +253,7 @@ def test_a_device_that_is_lost_is_told_from_then_on() -> None:
 def test_a_folder_that_holds_a_release_predicts_as_its_model(linear: str, tmp_path: Path) -> None:
     put, x_NF = release_of(linear, "linear"), rows(5, 3)
     files = {"release.json": put.release.model_dump_json().encode()}
-    write_folder(Rendered(files=files, trees={"model": put.model}), tmp_path / "release")
+    write_folder(ReleaseFiles(files=files, trees={"model": put.model}), tmp_path / "release")
     predictor = open_predictor(tmp_path / "release")
     (prediction,) = asyncio.run(predictor.predict_requests([{"x": x_NF}]))
     predictor.close()

@@ -44,7 +44,7 @@ def test_the_bentofile_names_the_service_and_what_it_needs(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("typo", ["services", "includes", "pythons"])
 def test_a_typo_in_the_bentofile_is_caught(typo: str) -> None:
-    bentofile = ANY.bentofile(STABLE, Path("model"))
+    bentofile = ANY.render_bentofile(STABLE, Path("model"))
     bentofile[typo] = bentofile.pop(typo.removesuffix("s"))
 
     with pytest.raises(jsonschema.ValidationError, match=typo):

@@ -9,7 +9,7 @@ from serving.errors import BadRequest, ModelFailed
 from serving.model.contract import Contract
 from serving.model.registry import ModelPin
 from serving.model.release import Release
-from serving.targets.documents import describe, plain_inputs, read_request, write_answer
+from serving.targets.documents import dump_tensors, encode_inputs, read_request, write_response
 from tests.serving.toys import alone, column, matrix
 
 
@@ -32,8 +32,8 @@ def test_a_parsed_request_is_read_as_its_body_would_be() -> None:
     assert ["score"] == [each.name for each in request.outputs]
 
 
-def test_its_inputs_are_told_plainly_to_be_joined_to_others() -> None:
-    (plain,) = plain_inputs(read_request([tensor()], None, NUMBERS), NUMBERS)
+def test_its_inputs_are_encoded_to_be_joined_with_those_of_others() -> None:
+    (plain,) = encode_inputs(read_request([tensor()], None, NUMBERS), NUMBERS)
 
     assert {"name": "x", "shape": [2, 2], "datatype": "FP32", "data": [1.0, 2.0, 3.0, 4.0]} == plain
 
@@ -62,9 +62,9 @@ def test_more_rows_than_a_request_may_have_are_refused() -> None:
     assert 413 == refused.value.status
 
 
-def test_an_answer_names_the_model_its_version_and_the_outputs_wanted() -> None:
+def test_an_answer_names_the_model_its_version_and_the_requested_outputs() -> None:
     request = read_request([tensor()], ["score"], NUMBERS)
-    answer = write_answer(request, {"score": np.array([0.5, 0.25], dtype=np.float32)}, NUMBERS)
+    answer = write_response(request, {"score": np.array([0.5, 0.25], dtype=np.float32)}, NUMBERS)
 
     assert {
         "model_name": "scores",
@@ -76,11 +76,11 @@ def test_an_answer_names_the_model_its_version_and_the_outputs_wanted() -> None:
 def test_an_answer_that_is_not_finite_is_the_models_failure() -> None:
     request = read_request([tensor()], None, NUMBERS)
     with pytest.raises(ModelFailed, match="NaN or Infinity"):
-        write_answer(request, {"score": np.array([0.5, np.nan], dtype=np.float32)}, NUMBERS)
+        write_response(request, {"score": np.array([0.5, np.nan], dtype=np.float32)}, NUMBERS)
 
 
 def test_a_model_is_described_by_its_tensors() -> None:
     assert (
         [{"name": "gloss", "datatype": "BYTES", "shape": [-1, 1]}],
         [{"name": "score", "datatype": "FP32", "shape": [-1, 1]}],
-    ) == describe(TEXT.contract)
+    ) == dump_tensors(TEXT.contract)

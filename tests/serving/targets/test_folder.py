@@ -20,7 +20,7 @@ from serving.model.batching import BatchingConfig
 from serving.model.contract import Contract
 from serving.model.registry import ModelPin
 from serving.model.release import Release
-from serving.targets import Rendered, Target
+from serving.targets import ReleaseFiles, Target
 from serving.targets.bentoml import BentoML
 from serving.targets.folder import (
     FolderHost,
@@ -59,7 +59,7 @@ class Files:
     def __init__(self, server: str = SERVER) -> None:
         self.server = server
 
-    def render(self, release: Release, model: Path) -> Rendered:
+    def render(self, release: Release, model: Path) -> ReleaseFiles:
         return render_folder(
             release,
             model,
@@ -120,7 +120,7 @@ def test_versions_that_are_written_and_removed_at_once_never_take_each_others_fo
 ) -> None:
     host = FolderHost(folder=tmp_path / "releases", target=Files())
     # As little as can be, so that the folders are made and removed most of the time.
-    files = Rendered(files={"serve.json": b"{}"}, trees={})
+    files = ReleaseFiles(files={"serve.json": b"{}"}, trees={})
 
     def write_and_remove(version: str) -> None:
         for _ in range(300):
@@ -139,7 +139,7 @@ def test_one_version_that_two_write_at_once_is_whole(tmp_path: Path, model: Path
 
     def write(text: str) -> None:
         for _ in range(50):
-            write_folder(Rendered(files={"text": text.encode()}, trees={"model": model}), folder)
+            write_folder(ReleaseFiles(files={"text": text.encode()}, trees={"model": model}), folder)
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(write, ["one", "two", "three", "four"]))
@@ -177,7 +177,7 @@ def test_versions_that_are_deployed_and_removed_in_any_order_each_answer_with_th
         assert controller.process.running
 
 
-def test_a_release_that_another_removes_before_it_answers_is_told_as_removed(folder: Path, model: Path) -> None:
+def test_a_release_that_another_removes_before_it_answers_is_reported_as_removed(folder: Path, model: Path) -> None:
     host = FolderHost(folder=folder, target=Files("import time; time.sleep(60)"))
     place = folder / "fleeting/1"
     with ThreadPoolExecutor(1) as threads:
@@ -226,7 +226,7 @@ def wait_for(met: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_a_release_that_is_up_stays_and_one_with_another_batching_takes_its_place(folder: Path, model: Path) -> None:
+def test_a_release_that_is_up_is_kept_and_one_with_another_batching_replaces_it(folder: Path, model: Path) -> None:
     host = FolderHost(folder=folder, target=Files())
     host.deploy(release("1", "again"), model)
     before = host.status(release("1", "again"))
@@ -242,7 +242,7 @@ def test_a_release_that_is_up_stays_and_one_with_another_batching_takes_its_plac
     host.remove(tuned)
 
 
-def test_one_that_does_not_come_up_says_why_and_is_taken_away(folder: Path, model: Path) -> None:
+def test_a_server_that_does_not_come_up_is_removed_and_the_error_has_its_log(folder: Path, model: Path) -> None:
     host = FolderHost(folder=folder, target=Files("raise SystemExit('the model does not load')"))
     with pytest.raises(
         EndpointFailed, match=r"(?s)Version 1 of broken must come up, and is taken away.*the model does not load"
@@ -253,7 +253,9 @@ def test_one_that_does_not_come_up_says_why_and_is_taken_away(folder: Path, mode
     assert host.status(release("1", "broken")) is None
 
 
-def test_a_folder_that_nobody_watches_is_told_with_the_command_that_does(tmp_path: Path, model: Path) -> None:
+def test_the_error_for_a_folder_without_a_controller_has_the_command_that_starts_one(
+    tmp_path: Path, model: Path
+) -> None:
     host = FolderHost(folder=tmp_path / "releases", target=Files())
     with pytest.raises(EndpointFailed, match=r"got none\. Start one: python -m infra\.local\.controller --folder"):
         host.deploy(release("1"), model)
@@ -268,7 +270,7 @@ def test_a_folder_that_nobody_watches_is_told_with_the_command_that_does(tmp_pat
     assert [] == list((tmp_path / "releases").glob("[!.]*"))
 
 
-def test_what_no_controller_wrote_is_told(folder: Path, model: Path) -> None:
+def test_a_status_that_no_controller_wrote_is_an_error(folder: Path, model: Path) -> None:
     (folder / "odd/1").mkdir(parents=True)
     (folder / "odd/1/status.json").write_text('{"state": "fine"}')
     host = FolderHost(folder=folder, target=Files())
@@ -277,7 +279,7 @@ def test_what_no_controller_wrote_is_told(folder: Path, model: Path) -> None:
         host.status(release("1", "odd"))
 
 
-def test_an_interpreter_is_found_from_another_folder_or_told_how_it_is_made(
+def test_an_interpreter_is_found_from_another_folder_or_the_error_says_how_it_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -341,19 +343,14 @@ def test_a_release_predicts_with_nothing_of_this_project_but_what_it_brings(
     np.testing.assert_allclose(json.loads(done.stdout), put.predict(np.ones((2, 3), np.float32)), rtol=0, atol=1e-6)
 
 
-def test_imports_of_functions_count_and_those_for_type_checkers_do_not() -> None:
-    program = b"""
-if TYPE_CHECKING:
-    from serving.gateway.route import Route
-else:
-    import serving.faults
+def test_imports_inside_of_functions_count_and_several_threads_may_read_them_at_once() -> None:
+    programs = [f"def main():\n    from serving.model import encoding  # {number}".encode() for number in range(4)]
+    with ThreadPoolExecutor(len(programs)) as threads:
+        first, *others = threads.map(lambda program: read_imported_modules((program,)), programs)
 
-def main():
-    from serving import errors
-"""
-
-    assert {"serving/__init__.py", "serving/errors.py", "serving/faults.py"} <= read_imported_modules((program,)).keys()
-    assert "serving/gateway/route.py" not in read_imported_modules((program,))
+    assert {"serving/__init__.py", "serving/model/encoding.py", "serving/model/contract.py"} <= first.keys()
+    assert not {name for name in first if name.startswith(("serving/gateway/", "serving/targets/"))}
+    assert [first] * len(others) == others
 
 
 @pytest.mark.parametrize("target", ["bentoml", "kserve", "seldon"])

@@ -79,7 +79,7 @@ def test_the_service_has_tritons_runtime_the_releases_files_its_replicas_and_no_
 
 def test_a_canary_is_named_in_the_list_of_newer_clusters() -> None:
     target = KServe(python=Path("python"))
-    spec = check(target.inference_service(STABLE, Canary(release=NEW, percent=10)))["spec"]
+    spec = check(target.render_inference_service(STABLE, Canary(release=NEW, percent=10)))["spec"]
 
     assert STABLE.version == spec["predictor"]["model"]["storageUri"].rsplit("/", 1)[1]
     assert [(10, f"v{NEW.version}")] == [(each["trafficPercent"], each["predictor"]["name"]) for each in spec["canary"]]
@@ -88,7 +88,7 @@ def test_a_canary_is_named_in_the_list_of_newer_clusters() -> None:
 
 def test_a_canary_is_the_next_revision_on_older_clusters() -> None:
     target = KServe(python=Path("python"), canary_as="percent")
-    spec = check(target.inference_service(STABLE, Canary(release=NEW, percent=10)))["spec"]
+    spec = check(target.render_inference_service(STABLE, Canary(release=NEW, percent=10)))["spec"]
 
     assert {"predictor"} == set(spec)
     assert 10 == spec["predictor"]["canaryTrafficPercent"]
@@ -105,7 +105,7 @@ def test_a_canary_gets_a_share() -> None:
     [("minReplicas", "minReplica"), ("storageUri", "storageURI"), ("modelFormat", "model_format"), ("cpu", "cpus")],
 )
 def test_a_typo_in_the_manifest_is_caught(right: str, wrong: str) -> None:
-    manifest = json.dumps(KServe(python=Path("python")).inference_service(STABLE))
+    manifest = json.dumps(KServe(python=Path("python")).render_inference_service(STABLE))
     assert right in manifest
 
     with pytest.raises(jsonschema.ValidationError, match=re.escape(wrong)):

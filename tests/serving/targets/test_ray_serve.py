@@ -17,7 +17,7 @@ from jsonschema import Draft202012Validator, ValidationError
 from serving.model.batching import BatchingConfig
 from serving.model.registry import ModelPin
 from serving.model.release import Release, Scaling
-from serving.targets.ray_serve import RayServe, RayServeHost, folder_name
+from serving.targets.ray_serve import RayServe, RayServeHost, make_folder_name
 from tests.releases import Put, release_of
 from tests.serving.toys import matrix
 
@@ -181,7 +181,7 @@ def test_the_ray_service_is_what_kuberay_takes(put: Put, scaling: Scaling) -> No
 
     assert "registry.example/overnight:1" == pod["image"]
     assert import_ray().__version__ == spec["rayClusterConfig"]["rayVersion"]
-    assert f"local://{mount['mountPath']}/{folder_name(release(put, scaling))}" == working_dir(config)
+    assert f"local://{mount['mountPath']}/{make_folder_name(release(put, scaling))}" == working_dir(config)
 
 
 def release(put: Put, scaling: Scaling) -> Release:
@@ -222,8 +222,8 @@ def test_an_accelerator_is_asked_for_where_the_engine_is_one(put: Put) -> None:
 def test_another_batching_lies_in_another_folder_and_the_same_release_in_the_same(put: Put) -> None:
     other = put.release.model_copy(update={"batching": BatchingConfig(batch_size_max=64)})
 
-    assert folder_name(put.release) == folder_name(put.release.model_copy())
-    assert folder_name(put.release) != folder_name(other)
+    assert make_folder_name(put.release) == make_folder_name(put.release.model_copy())
+    assert make_folder_name(put.release) != make_folder_name(other)
 
 
 def test_the_folder_holds_the_application_the_release_and_the_models_files(put: Put) -> None:

@@ -25,7 +25,7 @@ from serving.model.batching import BatchingConfig
 from serving.model.registry import digest_folder
 from serving.model.release import Release, Scaling
 from serving.targets import Address
-from serving.targets.ray_serve import RayServe, RayServeHost, application_name
+from serving.targets.ray_serve import RayServe, RayServeHost, make_application_name
 from tests.releases import TOLERANCE, Put, document, infer, model_url, release_of, rows
 from tests.support import register_mlp, register_network, register_slow
 
@@ -82,12 +82,12 @@ def busy(registry: Path) -> Put:
 
 @pytest.fixture(scope="module")
 def addresses(host: RayServeHost, mlp: Put, sleeper: Put, versions: list[Put], busy: Put) -> dict[str, Address]:
-    """Where the releases answer, by their applications: all were put up at once."""
+    """Where the releases answer, by their applications: all were deployed at once."""
     puts = [mlp, sleeper, *versions, busy]
     hosts = [*[host] * (len(puts) - 1), replace(host, target=replace(host.target, queue_max=2))]
     with ThreadPoolExecutor(len(puts)) as pool:
         addresses = list(pool.map(lambda host, put: host.deploy(put.release, put.model), hosts, puts))
-    return {application_name(put.release): address for put, address in zip(puts, addresses, strict=True)}
+    return {make_application_name(put.release): address for put, address in zip(puts, addresses, strict=True)}
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_a_bad_request_is_refused_with_a_reason(address: Address, path: str, bod
     assert ["error"] == list(answer.json())
 
 
-def test_two_versions_stand_side_by_side_and_one_that_goes_leaves_the_other(
+def test_two_versions_serve_side_by_side_and_removing_one_leaves_the_other(
     host: RayServeHost, versions: list[Put], addresses: dict[str, Address]
 ) -> None:
     x_NF, first, second = rows(4, 3), addresses["versions-1"], addresses["versions-2"]
@@ -208,7 +208,7 @@ def pinned_to(folder: Path, release: Release) -> Release:
     return release.model_copy(update={"pin": release.pin.model_copy(update={"digest": digest_folder(folder)})})
 
 
-def test_a_model_that_does_not_load_is_refused_with_the_reason_and_the_others_serve_on(
+def test_a_model_that_does_not_load_is_refused_with_the_reason_and_the_others_keep_serving(
     host: RayServeHost, mlp: Put, address: Address, broken: Path
 ) -> None:
     release = pinned_to(broken, mlp.release.model_copy(update={"endpoint": "broken"}))
@@ -219,7 +219,7 @@ def test_a_model_that_does_not_load_is_refused_with_the_reason_and_the_others_se
     check_scores(mlp, address)
 
 
-def test_a_release_whose_replacement_does_not_load_serves_on(
+def test_a_release_whose_replacement_does_not_load_keeps_serving(
     host: RayServeHost, mlp: Put, address: Address, broken: Path
 ) -> None:
     before = set(host.folder.glob("mlp-*"))
@@ -242,7 +242,7 @@ def test_a_replica_that_is_killed_is_started_again(
     check_scores(mlp, address)
 
 
-def test_a_release_goes_to_zero_and_the_next_request_wakes_it(
+def test_a_release_goes_to_zero_and_the_next_request_starts_it_again(
     cluster: RayCluster, sleeper: Put, addresses: dict[str, Address]
 ) -> None:
     wait_for(lambda: replica_pid(cluster, "sleeper") == 0, _START_S_MAX)
@@ -255,11 +255,11 @@ def test_a_release_goes_to_zero_and_the_next_request_wakes_it(
 
 def test_a_cluster_that_does_not_answer_or_is_not_ours_is_named(host: RayServeHost, mlp: Put, tmp_path: Path) -> None:
     (port,) = free_ports(1)
-    nobody = replace(host, dashboard_url=f"http://127.0.0.1:{port}", folder=tmp_path)
+    unreachable = replace(host, dashboard_url=f"http://127.0.0.1:{port}", folder=tmp_path)
     stranger = replace(host, token="0" * 64, folder=tmp_path)
 
     with pytest.raises(EndpointFailed, match=f"must answer at http://127.0.0.1:{port}.*Start the cluster"):
-        nobody.deploy(mlp.release, mlp.model)
+        unreachable.deploy(mlp.release, mlp.model)
     with pytest.raises(EndpointFailed, match=r"got 40[13].*Pass the cluster's token"):
         stranger.deploy(mlp.release, mlp.model)
     assert host.token not in repr(host)

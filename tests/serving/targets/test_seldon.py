@@ -13,7 +13,7 @@ import yaml
 
 from serving.model.batching import BatchingConfig
 from serving.model.release import Scaling
-from serving.targets.seldon import Seldon, model_settings
+from serving.targets.seldon import Seldon, make_model_settings
 from tests.serving.targets.manifests import KUBERNETES_NAME, NEW, QUANTITY, STABLE, closed
 
 
@@ -75,7 +75,7 @@ def test_the_model_has_the_releases_files_and_its_replicas() -> None:
 
 
 def test_an_experiment_splits_by_weights_and_mirrors() -> None:
-    split = SELDON.experiment(STABLE, {STABLE: 90, NEW: 10}, shadow=NEW)
+    split = SELDON.render_experiment(STABLE, {STABLE: 90, NEW: 10}, shadow=NEW)
     jsonschema.validate(split, EXPERIMENT)
 
     names = [f"scores-v{STABLE.version}", f"scores-v{NEW.version}"]
@@ -90,12 +90,12 @@ def test_an_experiment_splits_by_weights_and_mirrors() -> None:
 def test_an_experiment_weighs_its_default(weights: dict[str, int]) -> None:
     releases = {"stable": STABLE, "new": NEW}
     with pytest.raises(ValueError, match="must be among the weights, some above 0"):
-        SELDON.experiment(releases["stable"], {releases[name]: weight for name, weight in weights.items()})
+        SELDON.render_experiment(releases["stable"], {releases[name]: weight for name, weight in weights.items()})
 
 
 @pytest.mark.parametrize(("right", "wrong"), [("storageUri", "storageURI"), ("minReplicas", "min_replicas")])
 def test_a_typo_in_the_manifest_is_caught(right: str, wrong: str) -> None:
-    manifest = json.dumps(SELDON.model(STABLE)).replace(f'"{right}"', f'"{wrong}"')
+    manifest = json.dumps(SELDON.render_model(STABLE)).replace(f'"{right}"', f'"{wrong}"')
 
     with pytest.raises(jsonschema.ValidationError, match=re.escape(wrong)):
         jsonschema.validate(json.loads(manifest), MODEL)
@@ -103,7 +103,7 @@ def test_a_typo_in_the_manifest_is_caught(right: str, wrong: str) -> None:
 
 def test_the_batching_is_mlservers_adaptive_batching() -> None:
     def batching(config: BatchingConfig) -> tuple[int, float]:
-        settings = model_settings(STABLE.model_copy(update={"batching": config}))
+        settings = make_model_settings(STABLE.model_copy(update={"batching": config}))
         return settings["max_batch_size"], settings["max_batch_time"]
 
     assert (0, 0.0) == batching(BatchingConfig())

@@ -194,8 +194,8 @@ def test_tritonclient_understands_the_server(fraud: Served, at: Address) -> None
     np.testing.assert_allclose(fraud.predict(rows)["score"][:, None], answer.as_numpy("score"), rtol=0, atol=1e-6)
     assert "7" == answer.get_response()["id"]
     inputs, outputs = (metadata[key] for key in ("inputs", "outputs"))
-    told = oip.model_metadata(at.model, fraud.release.contract, versions=["1"], platform="python")
-    assert [each.model_dump(mode="json") for each in (*told.inputs, *told.outputs)] == [*inputs, *outputs]
+    metadata = oip.model_metadata(at.model, fraud.release.contract, versions=["1"], platform="python")
+    assert [each.model_dump(mode="json") for each in (*metadata.inputs, *metadata.outputs)] == [*inputs, *outputs]
 
 
 @pytest.mark.parametrize(
@@ -210,11 +210,11 @@ def test_tritonclient_understands_the_server(fraud: Served, at: Address) -> None
         {"shape": [5000, 3], "data": [0] * 15000},
     ],
 )
-def test_bad_input_is_refused_and_the_model_serves_on(fraud: Served, at: Address, change: dict[str, Any]) -> None:
+def test_bad_input_is_refused_and_the_model_keeps_serving(fraud: Served, at: Address, change: dict[str, Any]) -> None:
     good = {"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [0, 0, 0]}
     answer = httpx.post(infer_url(at), json={"inputs": [{**good, **change}]})
 
-    # With 500 where JSON's data are wrong: the gateway tells that more kindly.
+    # With 500 where JSON's data are wrong: the gateway answers 400.
     assert answer.status_code in range(400, 600)
     assert answer.json()["error"]
     assert (1,) == fraud.ask(at, random_rows(1))["score"].shape
@@ -240,7 +240,7 @@ def test_a_version_is_added_and_removed_while_the_others_lose_no_request(
     assert ["LONG"] == words.ask(words_at, word_rows("long"))["upper"].tolist()
 
 
-def test_a_version_that_takes_other_tensors_stands_beside_as_a_model_of_its_own(
+def test_a_version_that_takes_other_tensors_is_deployed_as_a_model_of_its_own(
     host: TritonHost, fraud: Served, at: Address
 ) -> None:
     wide = served(register_torch("fraud", torch.nn.Linear(4, 1), ("a", "b", "c", "d")), "fraud")
@@ -248,32 +248,32 @@ def test_a_version_that_takes_other_tensors_stands_beside_as_a_model_of_its_own(
     x = np.ones((2, 4), np.float32)
 
     assert f"fraud.v{wide.release.version}" == wide_at.model
-    assert (at, wide_at) == host.endpoints()["fraud"]
+    assert (at, wide_at) == host.list_endpoints()["fraud"]
     np.testing.assert_allclose(wide.predict({"x": x})["score"], wide.ask(wide_at, {"x": x})["score"], atol=1e-6)
     assert (2,) == fraud.ask(at, random_rows(2))["score"].shape
 
     host.remove(wide.release)
 
-    assert (at,) == host.endpoints()["fraud"]
+    assert (at,) == host.list_endpoints()["fraud"]
     assert not (host.repository / wide_at.model).exists()
 
 
-def test_an_endpoint_is_unloaded_and_wakes_while_others_serve(
+def test_an_endpoint_is_unloaded_and_loaded_again_while_others_serve(
     host: TritonHost, fraud: Served, at: Address, words: Served, words_at: Address
 ) -> None:
     with SteadyLoad(fraud, at) as load:
         host.unload("words")
-        # To be loaded so once it wakes.
+        # This takes effect at the next load.
         host.scale("words", 2)
-        wanted = host.instances("words")
+        instances = host.count_instances("words")
         host.scale("words", 1)
-        asleep = words.post(words_at, word_rows("a"))
+        unloaded = words.post(words_at, word_rows("a"))
         host.load("words")
-        awake = words.ask(words_at, word_rows("a"))
+        loaded = words.ask(words_at, word_rows("a"))
 
-    assert 2 == wanted
-    assert asleep.status_code in range(400, 600)
-    assert ["A"] == awake["upper"].tolist()
+    assert 2 == instances
+    assert unloaded.status_code in range(400, 600)
+    assert ["A"] == loaded["upper"].tolist()
     assert [] == load.lost
     assert load.answered > 0
 
@@ -289,7 +289,7 @@ def test_a_release_that_is_deployed_again_takes_its_new_batching(host: TritonHos
     assert ([3], 500) == (batching["preferred_batch_size"], batching["max_queue_delay_microseconds"])
 
 
-def test_a_pickled_version_is_refused_with_the_reason_and_the_others_of_its_endpoint_serve_on(
+def test_a_pickled_version_is_refused_with_the_reason_and_the_others_of_its_endpoint_keep_serving(
     host: TritonHost, fraud: Served, at: Address
 ) -> None:
     pickled = _pickled(fraud)
@@ -365,37 +365,37 @@ def test_a_queue_that_grows_gets_an_instance_and_gives_it_back_when_it_is_calm(
 def _autoscaler(triton: TritonServer, folder: Path) -> ServerCommand:
     """The program that looks after every endpoint of a Triton."""
     log_path = folder / "autoscale.log"
-    doors = ("--url", triton.url, "--grpc", triton.grpc, "--metrics", triton.metrics_url)
+    ports = ("--url", triton.url, "--grpc", triton.grpc, "--metrics", triton.metrics_url)
     where = ("--repository", str(triton.repository), "--seconds", "0.5")
     return ServerCommand(
-        argv=(sys.executable, "-m", "serving.targets.triton_autoscale", *where, *doors),
+        argv=(sys.executable, "-m", "serving.targets.triton_autoscale", *where, *ports),
         environment=base_environment(),
         folder=folder,
         log_path=log_path,
-        ready=lambda: "looking after" in log_path.read_text(),
+        ready=lambda: "scaling the endpoints" in log_path.read_text(),
     )
 
 
 def _comes_to(host: TritonHost, endpoint: str, instances: int) -> bool:
     deadline = time.monotonic() + 60
-    while host.instances(endpoint) != instances and time.monotonic() < deadline:
+    while host.count_instances(endpoint) != instances and time.monotonic() < deadline:
         time.sleep(0.05)
-    return host.instances(endpoint) == instances
+    return host.count_instances(endpoint) == instances
 
 
-def test_an_instance_that_is_killed_is_loaded_anew_while_others_serve(
+def test_an_instance_that_is_killed_is_loaded_again_while_others_serve(
     host: TritonHost, triton: TritonServer, fraud: Served, at: Address, words: Served, words_at: Address
 ) -> None:
     scaler = InstanceScaler(
         host=host, metrics_url=triton.metrics_url, endpoint="words", scaling=Scaling(), batching=words.release.batching
     )
-    scaler.look()
+    scaler.adjust()
     with SteadyLoad(fraud, at) as load:
         os.kill(_instance(triton, "words"), signal.SIGKILL)
         dead = words.post(words_at, word_rows("a"))
         # Triton counts a request as failed a moment after it has answered.
         for _ in range(20):
-            scaler.look()
+            scaler.adjust()
             if words.post(words_at, word_rows("a")).status_code == HTTPStatus.OK:
                 break
             time.sleep(0.25)
@@ -404,7 +404,7 @@ def test_an_instance_that_is_killed_is_loaded_anew_while_others_serve(
     assert (500, True) == (dead.status_code, "is not healthy" in dead.text)
     assert ["A"] == alive["upper"].tolist()
     assert [] == load.lost
-    assert not host.mend("words")
+    assert not host.restart_dead_instances("words")
 
 
 def _instance(triton: TritonServer, model: str) -> int:

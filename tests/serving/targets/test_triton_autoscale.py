@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 
 from serving.model.batching import BatchingConfig
 from serving.model.release import Scaling
-from serving.targets.triton_autoscale import Counters, Queue, instances_wanted, queue_between, read_counters
+from serving.targets.triton_autoscale import (
+    QueueStats,
+    TritonCounters,
+    choose_instance_count,
+    measure_queue,
+    parse_counters,
+)
 
 BATCHING = BatchingConfig(batch_size_max=8, wait_ms_max=5)
 SCALING = Scaling(replicas_min=1, replicas_max=4)
@@ -25,34 +31,34 @@ nv_inference_pending_request_count{model="fraud",version="2"} 3
 """
 
 
-def queue(wait_ms: float = 0, pass_ms: float = 10, busy: float = 0, pending: int = 0) -> Queue:
-    return Queue(wait_ms=wait_ms, pass_ms=pass_ms, busy=busy, pending=pending)
+def queue(wait_ms: float = 0, pass_ms: float = 10, busy: float = 0, pending: int = 0) -> QueueStats:
+    return QueueStats(wait_ms=wait_ms, pass_ms=pass_ms, busy=busy, pending=pending)
 
 
 def test_the_counters_of_an_endpoint_are_the_sums_over_its_versions_and_models() -> None:
-    counters = read_counters(METRICS, {"fraud"})
+    counters = parse_counters(METRICS, {"fraud"})
 
-    assert Counters(requests=40, passes=20, queued_us=400_000, computed_us=1_200_000, pending=3) == counters
-    assert Counters() == read_counters(METRICS, {"other"})
-    assert 5040 == read_counters(METRICS, {"fraud", "words"}).requests
+    assert TritonCounters(requests=40, passes=20, queued_us=400_000, computed_us=1_200_000, pending=3) == counters
+    assert TritonCounters() == parse_counters(METRICS, {"other"})
+    assert 5040 == parse_counters(METRICS, {"fraud", "words"}).requests
 
 
 def test_what_requests_met_is_counted_between_two_looks() -> None:
-    before = Counters(requests=10, passes=5, queued_us=100_000, computed_us=200_000)
-    now = Counters(requests=30, passes=15, queued_us=300_000, computed_us=600_000, pending=2)
+    before = TritonCounters(requests=10, passes=5, queued_us=100_000, computed_us=200_000)
+    now = TritonCounters(requests=30, passes=15, queued_us=300_000, computed_us=600_000, pending=2)
 
-    assert queue(wait_ms=10, pass_ms=20, busy=0.1, pending=2) == queue_between(before, now, 2.0)
-    assert queue(pass_ms=0, pending=2) == queue_between(now, now, 2.0)
+    assert queue(wait_ms=10, pass_ms=20, busy=0.1, pending=2) == measure_queue(before, now, 2.0)
+    assert queue(pass_ms=0, pending=2) == measure_queue(now, now, 2.0)
 
 
-def test_a_model_that_was_loaded_anew_counts_from_zero() -> None:
-    before, now = Counters(requests=500, passes=500), Counters(requests=10, passes=10, queued_us=50_000)
+def test_a_model_that_was_loaded_again_counts_from_zero() -> None:
+    before, now = TritonCounters(requests=500, passes=500), TritonCounters(requests=10, passes=10, queued_us=50_000)
 
-    assert 5 == queue_between(before, now, 1.0).wait_ms
+    assert 5 == measure_queue(before, now, 1.0).wait_ms
 
 
 @pytest.mark.parametrize(
-    ("measured", "instances", "calm_looks", "wanted"),
+    ("measured", "instances", "idle_checks", "expected"),
     [
         (queue(wait_ms=16, busy=1.0), 1, 0, 2),
         (queue(wait_ms=16, busy=0.5), 1, 0, 1),
@@ -69,9 +75,11 @@ def test_a_model_that_was_loaded_anew_counts_from_zero() -> None:
     ],
 )
 def test_more_for_requests_that_wait_and_less_once_it_is_calm(
-    measured: Queue, instances: int, calm_looks: int, wanted: int
+    measured: QueueStats, instances: int, idle_checks: int, expected: int
 ) -> None:
-    assert wanted == instances_wanted(measured, instances, scaling=SCALING, batching=BATCHING, calm_looks=calm_looks)
+    assert expected == choose_instance_count(
+        measured, instances, scaling=SCALING, batching=BATCHING, idle_checks=idle_checks
+    )
 
 
 @given(
@@ -80,8 +88,10 @@ def test_more_for_requests_that_wait_and_less_once_it_is_calm(
     st.integers(0, 64),
     st.integers(1, 64),
 )
-def test_there_are_never_more_or_less_than_the_bounds(measured: Queue, instances: int, low: int, high: int) -> None:
+def test_there_are_never_more_or_less_than_the_bounds(
+    measured: QueueStats, instances: int, low: int, high: int
+) -> None:
     scaling = Scaling(replicas_min=low, replicas_max=high)
-    wanted = instances_wanted(measured, instances, scaling=scaling, batching=BATCHING)
+    expected = choose_instance_count(measured, instances, scaling=scaling, batching=BATCHING)
 
-    assert max(1, low) <= wanted <= max(1, low, high)
+    assert max(1, low) <= expected <= max(1, low, high)

@@ -18,15 +18,15 @@ from serving.model.contract import Column, Contract, Input, Output
 from serving.model.interface import Engine
 from serving.model.registry import ModelPin
 from serving.model.release import Release, Scaling
-from serving.targets import Rendered
+from serving.targets import ReleaseFiles
 from serving.targets.triton_repository import (
     CONFIG_FILE,
-    instances_of,
+    parse_instances,
     read_releases,
-    replaced,
-    with_instances,
-    write_config,
-    write_whole,
+    render_config,
+    replace_file,
+    replace_version,
+    set_instances,
 )
 
 _RELEASE = Release(
@@ -36,19 +36,19 @@ _RELEASE = Release(
 )
 
 
-def render_text(folder: Path, text: str) -> Rendered:
+def render_text(folder: Path, text: str) -> ReleaseFiles:
     tree = folder / "files"
     (tree / "code").mkdir(parents=True, exist_ok=True)
     (tree / "code/module.py").write_text(text)
     files = {"fraud/config.pbtxt": b"", "fraud/1/model.py": text.encode()}
     files["fraud/1/release.json"] = _RELEASE.model_dump_json().encode()
-    return Rendered(files=files, trees={"fraud/1/model": tree})
+    return ReleaseFiles(files=files, trees={"fraud/1/model": tree})
 
 
 def put(folder: Path, text: str) -> Path:
     fraud = folder / "repository/fraud"
-    with replaced(fraud, "1", render_text(folder, text)):
-        write_whole(fraud / CONFIG_FILE, write_config("fraud", _RELEASE, ["1"]))
+    with replace_version(fraud, "1", render_text(folder, text)):
+        replace_file(fraud / CONFIG_FILE, render_config("fraud", _RELEASE, ["1"]))
     return fraud
 
 
@@ -68,7 +68,7 @@ def test_a_version_replaces_the_one_before_and_nothing_else_is_left(tmp_path: Pa
 def test_on_an_error_what_was_there_comes_back(tmp_path: Path) -> None:
     fraud = put(tmp_path, "old")
     before = files(fraud)
-    with pytest.raises(ZeroDivisionError), replaced(fraud, "1", render_text(tmp_path, "new")):
+    with pytest.raises(ZeroDivisionError), replace_version(fraud, "1", render_text(tmp_path, "new")):
         raise ZeroDivisionError
 
     assert before == files(fraud)
@@ -76,7 +76,7 @@ def test_on_an_error_what_was_there_comes_back(tmp_path: Path) -> None:
 
 def test_on_an_error_of_the_first_version_nothing_is_there(tmp_path: Path) -> None:
     fraud = tmp_path / "repository/fraud"
-    with pytest.raises(ZeroDivisionError), replaced(fraud, "1", render_text(tmp_path, "new")):
+    with pytest.raises(ZeroDivisionError), replace_version(fraud, "1", render_text(tmp_path, "new")):
         raise ZeroDivisionError
 
     assert not fraud.exists()
@@ -85,8 +85,8 @@ def test_on_an_error_of_the_first_version_nothing_is_there(tmp_path: Path) -> No
 def test_a_version_whose_tree_can_not_be_read_leaves_what_was_there(tmp_path: Path) -> None:
     fraud = put(tmp_path, "old")
     before = files(fraud)
-    missing = Rendered(files={}, trees={"fraud/1/model": tmp_path / "nowhere"})
-    with pytest.raises(FileNotFoundError), replaced(fraud, "1", missing):
+    missing = ReleaseFiles(files={}, trees={"fraud/1/model": tmp_path / "nowhere"})
+    with pytest.raises(FileNotFoundError), replace_version(fraud, "1", missing):
         pass
 
     assert before == files(fraud)
@@ -95,8 +95,8 @@ def test_a_version_whose_tree_can_not_be_read_leaves_what_was_there(tmp_path: Pa
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-from serving.targets import Rendered
-from serving.targets.triton_repository import replaced
+from serving.targets import ReleaseFiles
+from serving.targets.triton_repository import replace_version
 
 renames = 0
 rename = Path.rename
@@ -111,7 +111,7 @@ def counted(self, target):
 
 
 Path.rename = counted
-with replaced(Path(sys.argv[1]), "1", Rendered(files={"fraud/1/model.py": b"new"})):
+with replace_version(Path(sys.argv[1]), "1", ReleaseFiles(files={"fraud/1/model.py": b"new"})):
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -122,7 +122,7 @@ def test_a_process_that_is_killed_anywhere_leaves_a_whole_version_once_another_c
 ) -> None:
     fraud = put(tmp_path, "old")
     killed = subprocess.run([sys.executable, "-c", _KILLED, str(fraud), str(renames)], check=False)
-    with replaced(fraud, "2", Rendered(files={"fraud/2/model.py": b"other"})):
+    with replace_version(fraud, "2", ReleaseFiles(files={"fraud/2/model.py": b"other"})):
         found = files(fraud)["1/model.py"]
 
     assert -9 == killed.returncode
@@ -145,9 +145,9 @@ def test_who_reads_releases_finds_those_before_or_after_whatever_is_put_and_drop
     def put_and_drop() -> None:
         for _ in range(30):
             put(tmp_path, "new")
-            with replaced(fraud, "2", Rendered(files=files)):
-                write_whole(fraud / CONFIG_FILE, write_config("fraud", _RELEASE, ["1", "2"]))
-            write_whole(fraud / CONFIG_FILE, write_config("fraud", _RELEASE, ["1"]))
+            with replace_version(fraud, "2", ReleaseFiles(files=files)):
+                replace_file(fraud / CONFIG_FILE, render_config("fraud", _RELEASE, ["1", "2"]))
+            replace_file(fraud / CONFIG_FILE, render_config("fraud", _RELEASE, ["1"]))
             shutil.rmtree(fraud / "2")
 
     with ThreadPoolExecutor(1) as threads:
@@ -157,7 +157,7 @@ def test_who_reads_releases_finds_those_before_or_after_whatever_is_put_and_drop
         changing.result()
 
 
-def test_a_release_that_the_config_names_and_that_is_missing_for_good_is_told(tmp_path: Path) -> None:
+def test_a_release_that_the_config_names_and_that_is_stays_missing_is_an_error(tmp_path: Path) -> None:
     fraud = put(tmp_path, "old")
     (fraud / "1/release.json").unlink()
 
@@ -193,10 +193,10 @@ def parse(config: str) -> Any:
     return text_format.Parse(config, model_config_pb2.ModelConfig())
 
 
-def test_it_says_what_the_release_says_in_tritons_words() -> None:
+def test_the_config_has_the_settings_of_the_release() -> None:
     batching = BatchingConfig(batch_size_max=32, wait_ms_max=2.5)
     release = RELEASE.model_copy(update={"batching": batching, "rows_max": 100})
-    config = parse(write_config("fraud", release, ["10", "9"]))
+    config = parse(render_config("fraud", release, ["10", "9"]))
 
     assert ("fraud", "python", 100) == (config.name, config.backend, config.max_batch_size)
     assert [9, 10] == list(config.version_policy.specific.versions)
@@ -207,7 +207,7 @@ def test_it_says_what_the_release_says_in_tritons_words() -> None:
 
 
 def test_it_names_every_tensor_with_its_type_and_the_shape_of_a_row() -> None:
-    config = parse(write_config("fraud", RELEASE, ["3"]))
+    config = parse(render_config("fraud", RELEASE, ["3"]))
     names = type(config.input[0]).DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number
 
     assert [
@@ -219,37 +219,37 @@ def test_it_names_every_tensor_with_its_type_and_the_shape_of_a_row() -> None:
     ] == [(each.name, names[each.data_type].name, list(each.dims)) for each in (*config.input, *config.output)]
 
 
-def test_requests_are_not_collected_where_the_batching_says_one_row() -> None:
-    assert not parse(write_config("fraud", RELEASE, ["3"])).HasField("dynamic_batching")
+def test_requests_are_not_collected_where_a_batch_has_one_row() -> None:
+    assert not parse(render_config("fraud", RELEASE, ["3"])).HasField("dynamic_batching")
 
 
 def test_a_pass_larger_than_a_request_may_be_is_one_that_triton_lets_through() -> None:
     release = RELEASE.model_copy(update={"batching": BatchingConfig(batch_size_max=512), "rows_max": 8})
 
-    assert 512 == parse(write_config("fraud", release, ["3"])).max_batch_size
+    assert 512 == parse(render_config("fraud", release, ["3"])).max_batch_size
 
 
 @pytest.mark.parametrize(("replicas_min", "count"), [(0, 1), (1, 1), (3, 3)])
 def test_replicas_are_instances_of_which_a_loaded_model_has_one_at_least(replicas_min: int, count: int) -> None:
     release = RELEASE.model_copy(update={"scaling": Scaling(replicas_min=replicas_min, replicas_max=8)})
-    text = write_config("fraud", release, ["3"])
+    text = render_config("fraud", release, ["3"])
     (group,) = parse(text).instance_group
 
     assert (count, "KIND_CPU") == (group.count, group.Kind.Name(group.kind))
-    assert count == instances_of(text)
+    assert count == parse_instances(text)
 
 
 def test_an_engine_on_a_gpu_has_its_instances_there() -> None:
-    text = write_config("fraud", RELEASE.model_copy(update={"engine": Engine(device="cuda")}), ["3"])
+    text = render_config("fraud", RELEASE.model_copy(update={"engine": Engine(device="cuda")}), ["3"])
     (group,) = parse(text).instance_group
 
     assert "KIND_GPU" == group.Kind.Name(group.kind)
 
 
 def test_another_number_of_instances_changes_nothing_else() -> None:
-    text = write_config("fraud", RELEASE, ["3"])
-    more = with_instances(text, 12)
+    text = render_config("fraud", RELEASE, ["3"])
+    more = set_instances(text, 12)
 
-    assert 12 == instances_of(more)
-    assert text == with_instances(more, 1)
-    assert write_config("fraud", RELEASE, ["3"], instances=12) == more
+    assert 12 == parse_instances(more)
+    assert text == set_instances(more, 1)
+    assert render_config("fraud", RELEASE, ["3"], instances=12) == more

@@ -13,11 +13,12 @@ from serving.model.contract import Column, Contract, Input, Output
 from serving.model.encoding import Flags
 from serving.model.interface import Predictions
 from serving.model.registry import ModelPin
+from tasks.batch.chunk_layout import Sizes
 from tasks.batch.chunk_reader import open_reader
 from tasks.batch.dataset import open_dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import ChunkId, encode_part, key_names, part_path
-from tasks.batch.plan import Plan, Sizes, make_plan, run_key
+from tasks.batch.plan import Plan, make_plan, run_key
 from tasks.batch.source import pin_source
 from tasks.storage import Storage, open_storage
 

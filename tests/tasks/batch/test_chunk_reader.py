@@ -20,10 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.errors import SourceChanged, SourceCorrupt
+from tasks.batch.chunk_layout import BLOCK_BYTES, Chunk, Piece, cut_chunks
 from tasks.batch.chunk_reader import Reader, ahead, block_rows, open_reader
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, open_dataset
 from tasks.batch.options import BatchOptions
-from tasks.batch.plan import Chunk, Piece, cut_chunks
 from tasks.batch.source import pin_source
 from tasks.storage import open_storage
 from tests.tasks.batch.small import a_plan, numbers, parquet, put
@@ -117,6 +117,21 @@ def test_the_blocks_of_all_chunks_are_the_rows_of_the_dataset(layout: Layout) ->
             found += pa.concat_tables(tables).to_pylist()
 
     assert expected == found
+
+
+def test_large_rows_are_decoded_a_few_at_once_and_come_in_whole_blocks(tmp_path: Path) -> None:
+    rows, size = 100, 1 << 20
+    table = pa.table({"id": np.arange(rows), "text": [f"{at:0{size}d}" for at in range(rows)]})
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd")
+    dataset = open_dataset(pin_source(str(tmp_path), "/out"), ["id", "text"], ())
+    reader = Reader(dataset.snapshot, ["id", "text"], {}, 60)
+    (chunk,) = cut_chunks(dataset.snapshot.files, rows, 1)
+    decoded = max(batch.num_rows for batch in reader.read(chunk.pieces[0]))
+    blocks = list(reader.blocks(chunk))
+
+    assert BLOCK_BYTES // size - 1 <= decoded <= BLOCK_BYTES // size
+    assert [60, 40] == [block.num_rows for block in blocks]
+    assert table == pa.concat_tables(blocks).select(table.column_names).combine_chunks()
 
 
 @given(layout=LAYOUTS)
@@ -291,7 +306,7 @@ def test_a_chunk_never_has_all_its_rows_before_its_file_was_held_once_more(tmp_p
     put(str(tmp_path), {"a.parquet": numbers(0, 20)})
     reader, chunks = a_reader(tmp_path, block, ("id",))
     rows = 0
-    real = reader._storage.hold
+    real = reader._storage.check_unchanged
 
     def changed(_: object) -> None:
         os.utime(tmp_path / "a.parquet", ns=(1, 1))
@@ -299,7 +314,7 @@ def test_a_chunk_never_has_all_its_rows_before_its_file_was_held_once_more(tmp_p
 
     # The file changes after its last row was read, and before it is held for the last time.
     list(reader.blocks(chunks[0]))
-    reader._storage.hold = changed  # type: ignore[method-assign]
+    reader._storage.check_unchanged = changed  # type: ignore[method-assign]
     blocks = reader.blocks(chunks[1])
     with contextlib.suppress(SourceChanged):
         for table in blocks:

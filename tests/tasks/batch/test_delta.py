@@ -25,11 +25,11 @@ from serving.model.contract import Output
 from tasks.batch import delta
 from tasks.batch.dataset import open_dataset
 from tasks.batch.delta import check_delta, commit_delta
+from tasks.batch.manifest import find_manifest, open_predictions
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import PartFooter, part_schema
 from tasks.batch.plan import Plan
-from tasks.batch.predictions import open_predictions
-from tasks.batch.publish import audit_parts, claim_order_number, find_manifest, publish
+from tasks.batch.publish import audit_parts, claim_order_number, publish
 from tasks.batch.source import pin_source
 from tasks.storage import Storage, open_storage
 from tests.tasks.batch.small import a_contract, a_plan, numbers, put, put_parts

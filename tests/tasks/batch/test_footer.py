@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tasks.batch.dataset import open_dataset
@@ -42,20 +46,75 @@ COLUMNS = {
     "structs": pa.array([{"id": at, "name": "x" * 90} for at in range(3000)]),
     "nulls among numbers": pa.array([None, 1.5] * 5000),
     "nulls among texts": pa.array([None, "x" * 100] * 5000),
+    "long texts between short ends": pa.array(["a", "m" * 5000, "z"] * 700),
+    "bytes between short ends": pa.array([b"a", bytes(5000), b"z"] * 700),
+    "texts of which few are long": pa.array(["a", *["b"] * 98, "m" * 500, "z"] * 70),
+    "nulls, then long texts between short ends": pa.array([None] * 500 + ["a", "m" * 900, "z"] * 700),
+    "lists of long texts between short ends": pa.array([["a", "m" * 300], ["z"]] * 3000),
+    "structs of long texts between short ends": pa.array([{"x": "a"}, {"x": "m" * 300}, {"x": "z"}] * 3000),
+    "maps of long texts between short ends": pa.array(
+        [[("a", "a"), ("b", "m" * 300)], [("c", "z")]] * 3000, pa.map_(pa.string(), pa.string())
+    ),
+    "lists of decimals, the same": pa.array([[Decimal("1.25")] * 4] * 3000, pa.list_(pa.decimal128(9, 2))),
 }
+# Types that polars does not write as they are.
+NOT_OF_POLARS = {"tensors", "dictionaries"}
+
+
+def open_column(folder: Path, data: bytes) -> GroupBytes:
+    """Return what the footer of a file says of its column, as a key."""
+    put(str(folder), {"a.parquet": data})
+    (file,) = open_dataset(pin_source(str(folder), "/out"), ["a column"], ["a column"]).snapshot.files
+    ((sizes, _),) = file.sized_groups
+    return sizes
+
+
+def by_polars(table: pa.Table) -> bytes:
+    """Return a table as written by a writer that does not tell how long the texts are together."""
+    sink = io.BytesIO()
+    pl.from_arrow(table).write_parquet(sink)  # type: ignore[union-attr]  # a table becomes a data frame
+    return sink.getvalue()
 
 
 @pytest.mark.parametrize("name", COLUMNS)
 @pytest.mark.parametrize("dictionary", [True, False], ids=["in a dictionary", "plain"])
 def test_a_column_takes_what_its_footer_says_within_a_fifth(tmp_path: Path, name: str, dictionary: bool) -> None:  # noqa: FBT001
     table = pa.table({"a column": COLUMNS[name], "other": pa.nulls(len(COLUMNS[name]), pa.int64())})
-    data = parquet(table, use_dictionary=dictionary)
-    put(str(tmp_path), {"a.parquet": data})
-    (file,) = open_dataset(pin_source(str(tmp_path), "/out"), ["a column"], ["a column"]).snapshot.files
-    ((sizes, _),) = file.sized_groups
+    sizes = open_column(tmp_path, parquet(table, use_dictionary=dictionary))
 
     assert table["a column"].nbytes == pytest.approx(sizes.decoded, rel=0.2)
     assert sizes.keys == sizes.decoded
+
+
+@pytest.mark.parametrize("name", sorted(COLUMNS.keys() - NOT_OF_POLARS))
+def test_a_column_whose_footer_does_not_tell_its_texts_takes_no_more_than_stated(tmp_path: Path, name: str) -> None:
+    table = pa.table({"a column": COLUMNS[name]})
+    data = by_polars(table)
+    taken = pq.read_table(io.BytesIO(data))["a column"].nbytes
+    sizes = open_column(tmp_path, data)
+
+    assert taken <= 1.2 * sizes.decoded
+    assert sizes.decoded <= 1.2 * taken or "short" in name
+
+
+@pytest.mark.parametrize("name", ["long texts between short ends", "texts of which few are long"])
+@pytest.mark.parametrize("encoding", ["PLAIN", "DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"])
+def test_texts_in_any_encoding_take_what_their_footer_says(tmp_path: Path, name: str, encoding: str) -> None:
+    table = pa.table({"a column": COLUMNS[name]})
+    sizes = open_column(tmp_path, parquet(table, use_dictionary=False, column_encoding=encoding))
+
+    assert table["a column"].nbytes == pytest.approx(sizes.decoded, rel=0.2)
+
+
+def test_texts_are_told_whatever_else_a_footer_holds(tmp_path: Path) -> None:
+    texts = {name: COLUMNS["long texts between short ends"].slice(at) for at, name in enumerate("cba")}
+    table = pa.table({name: column.slice(0, 2000) for name, column in texts.items()} | {"ä": ["€" * 40] * 2000})
+    options = {"write_page_index": True, "row_group_size": 700, "bloom_filter_options": {"a": True}}
+    put(str(tmp_path), {"a.parquet": parquet(table, write_statistics=["b", "ä"], **options)})
+    (file,) = open_dataset(pin_source(str(tmp_path), "/out"), ["a", "ä"], ["b", "c"]).snapshot.files
+    groups = [table.slice(at, 700) for at in (0, 700, 1400)]
+
+    assert [each.decoded for each in file.group_bytes] == pytest.approx([group.nbytes for group in groups], rel=0.01)
 
 
 def test_texts_all_null_take_nothing_and_unused_columns_do_not_count(tmp_path: Path) -> None:
@@ -99,7 +158,7 @@ def test_bytes_of_row_groups_come_back_from_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
-@pytest.mark.parametrize("shape", ["large_at_the_end", "repeated", "wide"])
+@pytest.mark.parametrize("shape", ["large_at_the_end", "repeated", "between_short_ends", "wide"])
 def test_a_run_takes_no_more_memory_than_it_states(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "SCALE", 0.2)
     found = memory.measure_shape(shape)

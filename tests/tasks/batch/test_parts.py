@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from serving.errors import BadInput, SchemaMismatch
 from serving.model.contract import Contract, Output
 from serving.model.encoding import Flags
+from tasks.batch.chunk_layout import Chunk, Piece
 from tasks.batch.dataset import Dataset, Snapshot, open_dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import (
@@ -38,7 +39,7 @@ from tasks.batch.parts import (
     read_footer,
     stored_type,
 )
-from tasks.batch.plan import Chunk, Piece, Plan, digest_chunk
+from tasks.batch.plan import Plan, digest_chunk
 from tasks.batch.source import pin_source
 from tasks.storage import Entry, Storage
 from tests.tasks.batch.small import a_contract, a_part, a_plan, numbers, parquet, put
@@ -138,6 +139,7 @@ def test_the_metadata_name_model_and_run_and_nothing_of_the_attempt(plan: Plan, 
     metadata = read(encode_part(plan, CHUNK, keys, PREDICTIONS, flags, 2)).schema.metadata
 
     assert {
+        b"overnight.format_version": b"1",
         b"overnight.run_key": plan.key.encode(),
         b"overnight.plan_digest": plan.digest.encode(),
         b"overnight.chunk_digest": digest_chunk(plan, CHUNK).encode(),

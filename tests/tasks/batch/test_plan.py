@@ -16,30 +16,31 @@ from hypothesis import strategies as st
 from serving.errors import DestinationUnusable, OvernightError, PlanTooLarge, PublishRefused, RunNameTaken
 from serving.model.contract import ColumnPolicy, Output
 from serving.model.interface import Engine
-from tasks.batch.dataset import Dataset, Snapshot, SourceFile
-from tasks.batch.footer import GroupBytes
-from tasks.batch.options import BatchOptions
-from tasks.batch.plan import (
+from tasks.batch.chunk_layout import (
     CHUNK_BYTES_MAX,
     Chunk,
     Piece,
-    Plan,
-    RunStart,
     Sizes,
     block_rows,
-    check_fits,
-    check_plan_key,
     choose_chunk_rows,
-    confirm_plan,
     cut_chunks,
     cut_shards,
+)
+from tasks.batch.dataset import Dataset, Snapshot, SourceFile
+from tasks.batch.footer import GroupBytes
+from tasks.batch.memory import check_fits, memory_bytes
+from tasks.batch.options import BatchOptions
+from tasks.batch.plan import (
+    Plan,
+    RunStart,
+    check_plan_key,
+    confirm_plan,
     digest_chunk,
     digest_plan,
     load_plan,
     load_start,
     load_started_plan,
     make_plan,
-    memory_bytes,
     run_key,
     save_plan,
     save_start,

@@ -13,18 +13,11 @@ import pytest
 
 from serving.errors import DestinationUnusable, PublishRefused, RunDamaged, RunNameTaken, StorageFault
 from tasks.batch.dataset import Snapshot
+from tasks.batch.manifest import find_damaged_parts, find_intact_manifest, find_manifest
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import part_path
 from tasks.batch.plan import Plan, load_plan, save_plan
-from tasks.batch.publish import (
-    audit_parts,
-    claim_order_number,
-    count_rejects,
-    find_damaged_parts,
-    find_intact_manifest,
-    find_manifest,
-    publish,
-)
+from tasks.batch.publish import audit_parts, claim_order_number, count_rejects, publish
 from tasks.batch.source import pin_source
 from tasks.batch.staging import stage
 from tasks.storage import LocalStorage, Storage, open_storage

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tasks.batch.publish import RejectCount
+from tasks.batch.manifest import RejectCount
 from tasks.batch.report import BatchReport, page, plot
 
 REPORT = BatchReport(

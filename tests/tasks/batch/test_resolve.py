@@ -19,15 +19,14 @@ from serving.model.contract import ColumnPolicy
 from serving.model.interface import Engine
 from tasks.batch import tuning
 from tasks.batch.chunk_reader import open_reader
+from tasks.batch.memory import check_memory, free_memory
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Plan, save_plan
 from tasks.batch.publish import audit_parts, publish
 from tasks.batch.resolve import (
     RunRequest,
-    check_memory,
     find_complete_run,
     find_run,
-    free_memory,
     load_planned_model,
     open_planned_model,
     resolve_request,

@@ -14,13 +14,14 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from serving.errors import BadInput, NoCompleteRun, SourceChanged, SourceEmpty, SourceFormat
+from tasks.batch.chunk_layout import Piece
 from tasks.batch.chunk_reader import Reader
 from tasks.batch.dataset import Snapshot, open_dataset
 from tasks.batch.delta import delta_options
+from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import part_path
-from tasks.batch.plan import Piece, Plan, run_key, save_plan
-from tasks.batch.predictions import open_predictions
+from tasks.batch.plan import Plan, run_key, save_plan
 from tasks.batch.publish import audit_parts, publish
 from tasks.batch.source import pin_source
 from tasks.storage import open_storage

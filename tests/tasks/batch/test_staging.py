@@ -18,9 +18,9 @@ import pytest
 from serving.errors import SchemaMismatch, SourceChanged, SourceCorrupt, SourceEmpty, StorageFault, StorageFull
 from serving.model.contract import Contract
 from tasks.batch import staging
+from tasks.batch.chunk_layout import cut_chunks
 from tasks.batch.chunk_reader import Reader
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Snapshot, open_dataset
-from tasks.batch.plan import cut_chunks
 from tasks.batch.source import pin_source
 from tasks.batch.staging import stage
 from tasks.storage import LocalStorage, Storage, open_storage

@@ -1,4 +1,4 @@
-"""What a change does where the servers do not do as they are told; tests/flows/test_endpoint.py has them do so."""
+"""A change where the servers fail; tests/flows/test_endpoint.py has those where they work."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Busy:
         self.seen.append(tuple(each.version for each in put.versions))
 
     def wait_until_idle(self, *_arguments: Any, **_options: Any) -> None:
-        message = "must come to be as wanted"
+        message = "must become idle"
         raise EndpointFailed(message)
 
 
-def test_a_version_whose_requests_never_end_is_told_of_and_left_to_the_next_call(
+def test_a_version_whose_requests_never_end_is_logged_and_left_to_the_next_call(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     gateway: Any = Busy()
@@ -57,4 +57,4 @@ def test_a_version_whose_requests_never_end_is_told_of_and_left_to_the_next_call
     assert () == change.remove_idle_versions(Address(url="http://127.0.0.1:1", model="churn", version="2"))
     assert [("2",), ("1", "2")] == gateway.seen
     assert CURRENT == gateway.route
-    assert "Version 1 must have no requests any more, got: must come to be as wanted" in caplog.text
+    assert "Version 1 must have no requests any more, got: must become idle" in caplog.text

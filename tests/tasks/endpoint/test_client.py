@@ -56,12 +56,12 @@ def answers(status: int, content: bytes, **headers: str) -> Callable[[BaseHTTPRe
     ("answer", "said"),
     [
         (answers(500, b'{"error": "no row is good enough"}'), r"with 200, got 500: .*no row is good enough"),
-        (answers(200, b"<html>"), r"must be what the model's contract says\. .*must be JSON"),
+        (answers(200, b"<html>"), r"must match the model's contract\. .*must be JSON"),
         (answers(200, b"{}", Inference_Header_Content_Length="many"), r"must be a number of bytes, got 'many'"),
         (answers(200, b"{}", Inference_Header_Content_Length="99"), r"must be from 1 to the 2 bytes"),
     ],
 )
-def test_what_is_no_answer_is_told_with_the_address(
+def test_an_invalid_answer_is_an_error_with_the_address(
     answer: Callable[[BaseHTTPRequestHandler], None], said: str
 ) -> None:
     with serving(answer) as address, InferClient(address, matrix(4)) as ask:

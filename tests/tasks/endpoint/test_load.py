@@ -18,7 +18,7 @@ from tests.tasks.endpoint.values import sample
 
 
 @given(rate=st.floats(1, 500), seconds=st.floats(0.1, 10))
-def test_as_many_are_due_as_the_rate_says_in_order_and_in_time(rate: float, seconds: float) -> None:
+def test_as_many_are_due_as_the_rate_gives_in_order_and_in_time(rate: float, seconds: float) -> None:
     due_s = draw_arrivals(rate, seconds)
 
     assert max(1, round(rate * seconds)) == len(due_s)
@@ -165,7 +165,7 @@ def test_every_caller_has_its_answers_however_few_the_seconds_are(serve: Callabl
     ("handler", "words"),
     [(Full, r"with 200, got: HTTP/1\.1 503 .*no room"), (Closing, "must keep connections open")],
 )
-def test_what_is_no_answer_is_an_error_with_what_was_said(
+def test_an_invalid_answer_is_an_error_with_its_text(
     serve: Callable[[type[Counting]], Address], handler: type[Counting], words: str
 ) -> None:
     with pytest.raises(EndpointFailed, match=f"(?s){words}"):

@@ -44,8 +44,8 @@ def endpoint(**changes: Any) -> Endpoint:
     return Endpoint(**{**given, **changes})
 
 
-def test_the_report_says_what_was_chosen_held_and_measured() -> None:
-    words = endpoint(removed=("1",), keep_warm_seconds=60).markdown()
+def test_the_report_has_what_was_chosen_verified_and_measured() -> None:
+    markdown = endpoint(removed=("1",), keep_warm_seconds=60).markdown()
 
     for said in (
         "churn serves models:/churn/2 on triton at http://127.0.0.1:8080/v2/models/churn/infer",
@@ -59,10 +59,10 @@ def test_the_report_says_what_was_chosen_held_and_measured() -> None:
         "2 rows of the model's example, 32 random rows",
         "1e-07 off, of 1e-05 allowed",
     ):
-        assert said in words
+        assert said in markdown
 
 
-def test_a_budget_that_is_not_kept_is_told_so() -> None:
+def test_a_budget_that_is_not_kept_is_reported() -> None:
     assert "NOT kept by p99" in endpoint(after=latency(9.0)).markdown()
 
 

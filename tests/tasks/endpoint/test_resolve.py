@@ -146,7 +146,7 @@ def test_an_example_of_columns_becomes_one_input_each() -> None:
 
     assert found is not None
     assert {"a": [1.5], "b": [2]} == {name: value.tolist() for name, value in found.items()}
-    # As float64 a may not fit, and nobody said what becomes of it then.
+    # As float64 a may not fit, and no policy says what to do then.
     assert read_example_rows(Logged(frame), AB) is None  # type: ignore[arg-type]
 
 

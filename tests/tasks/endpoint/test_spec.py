@@ -49,7 +49,7 @@ def test_a_target_comes_back_from_json_by_its_kind(target: BaseModel) -> None:
     assert target == found.target
 
 
-def test_a_spec_of_0_1_is_read_with_what_it_called_a_dial() -> None:
+def test_a_spec_of_0_1_is_read_under_its_field_name_of_then() -> None:
     assert spec(batching=BatchingConfig(batch_size_max=4)) == spec(dial={"batch_size_max": 4})
 
 
@@ -62,7 +62,7 @@ def test_a_spec_of_0_1_is_read_with_what_it_called_a_dial() -> None:
         ({"keep_warm": 0.1}, "from 1 second to a week, got 0.1"),
         (
             {"keep_warm": 60, "target": {"kind": "bentoml", "folder": "f", "python": "p"}},
-            "only triton and ray-serve unload and wake",
+            "only triton and ray-serve unload models",
         ),
         ({"keep_warm": "sometimes"}, "keep_warm"),
         ({"target": {"kind": "torchserve"}}, "torchserve"),
@@ -76,7 +76,7 @@ def test_a_spec_of_0_1_is_read_with_what_it_called_a_dial() -> None:
         ({"tolerance": 0}, "tolerance"),
     ],
 )
-def test_what_is_no_endpoint_is_refused_by_name(changes: dict[str, Any], said: str) -> None:
+def test_an_invalid_spec_is_refused_and_the_error_names_the_field(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         spec(**changes)
 
@@ -95,9 +95,9 @@ def test_keys_are_read_where_they_are_kept(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("CHURN_KEY", KEY)
     monkeypatch.setattr(specs, "read_secret", {"churn-key": KEY[::-1] + "2"}.get)
 
-    wanted = Access(environment=("CHURN_KEY",), secrets=("churn-key",))
+    access = Access(environment=("CHURN_KEY",), secrets=("churn-key",))
 
-    assert {"CHURN_KEY": KEY, "churn-key": KEY[::-1] + "2"} == read_keys(wanted)
+    assert {"CHURN_KEY": KEY, "churn-key": KEY[::-1] + "2"} == read_keys(access)
 
 
 def test_a_key_that_is_missing_or_short_is_named_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from tests.tasks.endpoint.values import route, served, spec
 BUDGET = {"latency_ms": 5000, "rate": 5}
 
 
-def test_the_seconds_that_are_said_are_kept() -> None:
+def test_given_seconds_are_kept() -> None:
     assert 90 == choose_keep_warm_seconds(spec(keep_warm=90), 3)
     assert choose_keep_warm_seconds(spec(), 3) is None
 
@@ -47,8 +47,8 @@ CANARY = {"kind": "canary", "percent": 20, "requests_min": 7}
 SHADOW = {"kind": "shadow"}
 
 
-def out(given: EndpointSpec, standing: Route | None, sleep: ScaleToZero | None = None) -> Route:
-    return make_route(given, standing, matrix(4), ADDRESS, "2", sleep)
+def roll_out(given: EndpointSpec, current: Route | None, sleep: ScaleToZero | None = None) -> Route:
+    return make_route(given, current, matrix(4), ADDRESS, "2", sleep)
 
 
 def weights(found: Route) -> dict[str, float]:
@@ -57,14 +57,14 @@ def weights(found: Route) -> dict[str, float]:
 
 def test_the_first_version_has_all_traffic_whatever_the_rollout() -> None:
     for rollout in ({"kind": "all-at-once"}, CANARY):
-        found = out(spec(rollout=rollout), None)
+        found = roll_out(spec(rollout=rollout), None)
 
         assert {"2": 100} == weights(found)
         assert found.rollout is None
 
 
 def test_all_at_once_leaves_the_earlier_versions_without_traffic() -> None:
-    found = out(spec(), route(served("1", 100)))
+    found = roll_out(spec(), route(served("1", 100)))
 
     assert {"1": 0, "2": 100} == weights(found)
     assert ("1",) == list_idle_versions(found)
@@ -72,7 +72,7 @@ def test_all_at_once_leaves_the_earlier_versions_without_traffic() -> None:
 
 
 def test_a_canary_gets_its_share_and_its_rule() -> None:
-    found = out(spec(rollout=CANARY), route(served("1", 3), served("0", 1)))
+    found = roll_out(spec(rollout=CANARY), route(served("1", 3), served("0", 1)))
 
     assert {"1": 60, "0": 20, "2": 20} == weights(found)
     assert Rollout(version="2", requests_min=7) == found.rollout
@@ -80,7 +80,7 @@ def test_a_canary_gets_its_share_and_its_rule() -> None:
 
 
 def test_a_shadow_answers_nobody() -> None:
-    found = out(spec(rollout=SHADOW), route(served("1", 100)))
+    found = roll_out(spec(rollout=SHADOW), route(served("1", 100)))
 
     assert {"1": 100, "2": 0} == weights(found)
     assert found.shadow is not None
@@ -89,15 +89,15 @@ def test_a_shadow_answers_nobody() -> None:
 
 
 def test_a_shadow_that_gets_traffic_is_one_no_more() -> None:
-    shadowed = out(spec(rollout=SHADOW), route(served("1", 100)))
-    found = out(spec(), shadowed)
+    shadowed = roll_out(spec(rollout=SHADOW), route(served("1", 100)))
+    found = roll_out(spec(), shadowed)
 
     assert {"1": 0, "2": 100} == weights(found)
     assert found.shadow is None
 
 
 def test_keys_go_by_name_and_the_sleep_by_seconds() -> None:
-    found = out(spec(access={"environment": ["A_KEY"], "secrets": ["b-key"]}), None, ScaleToZero(keep_warm_s=60))
+    found = roll_out(spec(access={"environment": ["A_KEY"], "secrets": ["b-key"]}), None, ScaleToZero(keep_warm_s=60))
 
     assert ("A_KEY", "b-key") == found.keys
     assert found.sleep is not None
@@ -106,10 +106,10 @@ def test_keys_go_by_name_and_the_sleep_by_seconds() -> None:
 
 @given(before=st.lists(st.floats(0.1, 1e3), min_size=1, max_size=6), percent=st.floats(0.1, 50), again=st.booleans())
 def test_a_canary_never_changes_how_the_others_share(before: list[float], percent: float, *, again: bool) -> None:
-    standing = route(*(served(f"v{at}", weight) for at, weight in enumerate(before)))
+    current = route(*(served(f"v{at}", weight) for at, weight in enumerate(before)))
     given_spec = spec(rollout={**CANARY, "percent": percent})
-    found = out(given_spec, standing)
-    found = out(given_spec, found) if again else found
+    found = roll_out(given_spec, current)
+    found = roll_out(given_spec, found) if again else found
     others = [each.weight for each in found.versions if each.version != "2"]
 
     assert percent == weights(found)["2"]
@@ -121,7 +121,7 @@ TRIAL = route(served("1", 80), served("2", 20), rollout=Rollout(version="2"))
 
 
 @pytest.mark.parametrize(
-    ("changes", "standing", "version", "said"),
+    ("changes", "current", "version", "said"),
     [
         ({"rollout": SHADOW}, None, "2", "has none. Roll it out first"),
         ({"rollout": SHADOW}, route(served("2", 100)), "2", "another version than the one that serves"),
@@ -130,18 +130,18 @@ TRIAL = route(served("1", 80), served("2", 20), rollout=Rollout(version="2"))
         ({"rollout": SHADOW}, route(served("1", 1), contract=matrix(5)), "2", "the same tensors"),
     ],
 )
-def test_what_can_t_be_rolled_out_beside_what_stands_is_refused(
-    changes: dict[str, Any], standing: Route | None, version: str, said: str
+def test_an_impossible_rollout_is_refused(
+    changes: dict[str, Any], current: Route | None, version: str, said: str
 ) -> None:
     with pytest.raises(BadInput, match=said):
-        validate_rollout(spec(**changes), standing, matrix(4), version)
+        validate_rollout(spec(**changes), current, matrix(4), version)
 
 
 def test_other_tensors_may_come_all_at_once() -> None:
     validate_rollout(spec(), route(served("1", 1), contract=matrix(5)), matrix(4), "2")
 
 
-def test_a_trial_that_a_dead_run_left_is_taken_up_by_its_own_version_alone() -> None:
+def test_a_canary_that_a_killed_run_left_is_dropped_for_its_own_version_alone() -> None:
     found = find_route_to_restore(TRIAL, "2")
 
     assert route(served("1", 80)) == found
@@ -150,7 +150,7 @@ def test_a_trial_that_a_dead_run_left_is_taken_up_by_its_own_version_alone() -> 
 
 
 @pytest.mark.parametrize(("keep_warm_s", "meanwhile"), [(1, 3600), (7200, 7200)])
-def test_models_do_not_fall_asleep_while_a_version_comes(keep_warm_s: float, meanwhile: float) -> None:
+def test_models_are_not_unloaded_while_a_version_is_deployed(keep_warm_s: float, meanwhile: float) -> None:
     sleeping = route(served("1", 1), sleep=ScaleToZero(keep_warm_s=keep_warm_s, grpc="127.0.0.1:8001"))
 
     assert ScaleToZero(keep_warm_s=meanwhile, grpc="127.0.0.1:8001") == keep_awake(sleeping).sleep
@@ -158,11 +158,11 @@ def test_models_do_not_fall_asleep_while_a_version_comes(keep_warm_s: float, mea
 
 
 def test_what_has_no_traffic_can_go() -> None:
-    standing = route(served("1"), served("2", 5), served("3"), shadow=Shadow(version="3"))
+    current = route(served("1"), served("2", 5), served("3"), shadow=Shadow(version="3"))
 
-    assert ("1",) == list_idle_versions(standing)
-    assert ("2",) == list_serving_versions(standing)
+    assert ("1",) == list_idle_versions(current)
+    assert ("2",) == list_serving_versions(current)
     assert () == list_serving_versions(None)
-    assert ("2", "3") == list_used_versions(standing)
+    assert ("2", "3") == list_used_versions(current)
     assert () == list_used_versions(None)
-    assert route(served("2", 5)) == remove_versions(standing, ("1", "3"))
+    assert route(served("2", 5)) == remove_versions(current, ("1", "3"))

@@ -47,7 +47,7 @@ def test_each_row_is_asked_alone_and_in_batches() -> None:
         ({"other": X.sum(axis=1)}, r"in the shape \(8,\), got None"),
     ],
 )
-def test_what_is_another_answer_is_refused_with_both(answer: Arrays, said: str) -> None:
+def test_an_answer_that_differs_is_refused_and_the_error_has_both(answer: Arrays, said: str) -> None:
     with pytest.raises(VerifyFailed, match=said):
         compare_answers(CONTRACT, sample(), answer, 1e-5)
 

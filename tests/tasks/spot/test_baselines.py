@@ -91,7 +91,7 @@ def at(trace: str, job: Job = PLAIN) -> float:
         ("1111001111", 4 / 3 + 4 / 3),  # waits between, done at the deadline
     ],
 )
-def test_the_cheapest_course_by_hand(trace: str, seconds: float) -> None:
+def test_the_optimum_of_small_traces_is_right(trace: str, seconds: float) -> None:
     assert seconds == pytest.approx(at(trace))
 
 
@@ -118,7 +118,9 @@ def test_a_coarser_unit_never_makes_it_dearer() -> None:
 @given(
     st.lists(st.booleans(), min_size=1, max_size=12), st.integers(1, 8), st.integers(0, 3), st.sampled_from([1.0, 2, 8])
 )
-def test_it_is_what_trying_every_course_finds(spot: list[bool], work: int, changeover: int, ratio: float) -> None:
+def test_the_optimum_equals_that_of_an_exhaustive_search(
+    spot: list[bool], work: int, changeover: int, ratio: float
+) -> None:
     deadline = len(spot)
     if work + changeover > deadline:
         return

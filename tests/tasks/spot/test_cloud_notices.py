@@ -100,7 +100,7 @@ def test_an_address_that_is_none_is_refused_by_name() -> None:
         open_metadata("10.0.0.1")
 
 
-def test_a_time_is_told_by_the_clock_of_the_server_that_told_it() -> None:
+def test_time_left_is_measured_by_the_clock_of_the_server_that_answered() -> None:
     when = datetime(2026, 3, 1, 12, 0, 30, tzinfo=UTC)
     told = httpx.Response(200, headers={"date": "Sun, 01 Mar 2026 12:00:00 GMT"})
 
@@ -121,7 +121,7 @@ def source(cloud: Cloud, service: Service) -> Generator[NoticeSource]:
         yield found
 
 
-def test_aws_tells_of_an_interruption_and_its_time_until_it_is_withdrawn(imds: Imds) -> None:
+def test_aws_announces_an_interruption_with_its_time_until_it_is_withdrawn(imds: Imds) -> None:
     with source(Aws, imds) as aws:
         assert aws.read_notice() is None
         imds.interrupt("terminate", 120)
@@ -157,7 +157,7 @@ def test_aws_fails_and_does_not_withdraw_where_no_new_token_is_to_be_had(imds: I
             aws.read_notice()
 
 
-def test_aws_recommends_to_leave_before_an_interruption_is_certain(imds: Imds) -> None:
+def test_aws_recommends_a_rebalance_before_an_interruption_is_certain(imds: Imds) -> None:
     with source(Aws, imds) as aws:
         imds.rebalance = True
         assert (
@@ -197,7 +197,7 @@ def test_an_answer_that_is_no_notice_is_an_error_and_not_a_withdrawal(imds: Imds
             aws.read_notice()
 
 
-def test_gcp_tells_of_a_preemption_thirty_seconds_before(gcp: GcpMetadata) -> None:
+def test_gcp_announces_a_preemption_thirty_seconds_before(gcp: GcpMetadata) -> None:
     with source(Gcp, gcp) as preemption:
         assert preemption.read_notice() is None
         gcp.preempted = True
@@ -213,7 +213,7 @@ def test_a_server_that_answers_like_gcp_without_its_signature_is_not_it(
         assert Gcp.detect(client) is None
 
 
-def test_azure_tells_of_the_next_event_that_takes_this_vm(azure: AzureMetadata) -> None:
+def test_azure_announces_the_next_event_that_takes_this_vm(azure: AzureMetadata) -> None:
     with source(Azure, azure) as events:
         assert events.read_notice() is None
         azure.announce("Freeze", 5)

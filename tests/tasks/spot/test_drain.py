@@ -25,7 +25,7 @@ from tasks.spot.drain import Drain, Notice, is_chunk_finishable, reserve_exit_se
         ),
     ],
 )
-def test_a_notice_is_told_in_a_word_and_in_a_sentence(notice: Notice, cause: str, words: str) -> None:
+def test_a_notice_has_a_short_name_and_a_description(notice: Notice, cause: str, words: str) -> None:
     assert (cause, words) == (notice.cause, notice.description)
 
 

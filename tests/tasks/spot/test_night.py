@@ -40,7 +40,7 @@ def test_nothing_is_known_before_the_first_rows_and_then_it_is_measured(night: N
     assert (situation.placement, situation.spot_up, situation.spell_seconds) == (Placement.SPOT, True, 40)
 
 
-def test_a_spot_machine_that_is_gone_is_left_and_counted_as_lost(night: Night, market: Market) -> None:
+def test_a_spot_machine_that_is_gone_is_counted_as_lost(night: Night, market: Market) -> None:
     night.observe(0)
     night.move(night.machines[0], Placement.SPOT, 0, "cheap")
     night.observe(5)
@@ -66,7 +66,7 @@ def test_a_move_drains_the_run_before_it_is_sent_elsewhere(night: Night, market:
     assert ["spot", "on-demand"] == [move.to for move in night.moves]
 
 
-def test_a_run_that_is_lost_while_its_machine_lives_is_left_too(night: Night, market: Market) -> None:
+def test_a_run_that_is_lost_while_its_machine_is_alive_is_given_up_too(night: Night, market: Market) -> None:
     night.observe(0)
     night.move(night.machines[0], Placement.ON_DEMAND, 0, "late")
     market.stage = "lost"
@@ -76,7 +76,7 @@ def test_a_run_that_is_lost_while_its_machine_lives_is_left_too(night: Night, ma
     assert night.stays[0].lost
 
 
-def test_a_run_that_fails_ends_the_night_with_its_words(night: Night, market: Market) -> None:
+def test_a_run_that_fails_ends_the_night_with_its_message(night: Night, market: Market) -> None:
     night.observe(0)
     night.move(night.machines[0], Placement.SPOT, 0, "cheap")
     market.stage = "failed"
@@ -96,7 +96,7 @@ def test_a_run_that_is_done_finishes_the_night(night: Night, market: Market) -> 
 
 
 @pytest.mark.parametrize("placement", [Placement.SPOT, Placement.ON_DEMAND])
-def test_a_run_whose_rows_are_all_done_is_left_where_it_is_until_it_has_published(
+def test_a_run_with_all_rows_done_stays_on_its_machine_until_it_has_published(
     night: Night, market: Market, placement: Placement
 ) -> None:
     night.observe(0)
@@ -169,7 +169,7 @@ class TestSeveralMachines:
 
         assert [True, False, False] == [night.is_spot_up(machine) for machine in night.machines]
 
-    def test_the_one_whose_machine_is_gone_is_left_and_no_other(self, night: Night, market: Market) -> None:
+    def test_only_the_flow_run_of_a_lost_machine_is_given_up(self, night: Night, market: Market) -> None:
         night.observe(0)
         self.send_all(night, Placement.SPOT)
         market.names = {0: "a", 1: "b", 2: "c"}
@@ -183,7 +183,7 @@ class TestSeveralMachines:
         assert night.is_spot_up(night.machines[1])
         assert [20.0, 0.0, 20.0] == [machine.spell_seconds for machine in night.machines]
 
-    def test_one_that_waits_for_a_machine_is_taken_back_where_too_few_are_left(
+    def test_a_flow_run_that_waits_for_a_machine_ends_where_too_few_are_left(
         self, night: Night, market: Market
     ) -> None:
         night.observe(0)
@@ -224,7 +224,7 @@ class TestSeveralMachines:
         assert (False, True) == (waiting, night.machines[1].working)
         assert [10] == night.changeovers
 
-    def test_when_one_has_published_the_others_are_taken_back(self, night: Night, market: Market) -> None:
+    def test_the_other_flow_runs_end_once_one_has_published(self, night: Night, market: Market) -> None:
         night.observe(0)
         self.send_all(night, Placement.SPOT)
         market.rows, market.stages = 3000, {1: "done"}

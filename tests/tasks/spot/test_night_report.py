@@ -64,7 +64,7 @@ def test_a_night_costs_each_second_of_each_machine_and_is_held_against_on_demand
     assert 1.7 / 3.9 == pytest.approx(report.cost_fraction)
 
 
-def test_it_tells_slack_moves_changeovers_and_what_was_scored_again(report: NightlyReport) -> None:
+def test_the_report_has_slack_moves_changeovers_and_the_rows_scored_again(report: NightlyReport) -> None:
     assert 29 < report.slack_seconds <= 30
     assert ((15.0, 12.0), 15.0, 7) == (report.changeovers, report.changeover_seconds, report.rows_recomputed_max)
     assert [("1", "spot"), ("2", "spot"), ("1", "on-demand"), ("", "done")] == [
@@ -74,13 +74,13 @@ def test_it_tells_slack_moves_changeovers_and_what_was_scored_again(report: Nigh
     assert "3 moves, 2 machines at a time" in report.markdown()
 
 
-def test_a_deadline_that_was_missed_is_said(report: NightlyReport) -> None:
+def test_the_report_states_a_missed_deadline(report: NightlyReport) -> None:
     late = report.model_copy(update={"slack_seconds": -12.0})
 
     assert "12 s after the deadline" in late.summary
 
 
 @pytest.mark.parametrize("stays", [[], [MachineStay(kind="spot", start=0, stop=5, lost=True, machine=3)]])
-def test_the_plot_is_a_picture_even_of_a_night_in_which_nothing_was_seen(stays: list[MachineStay]) -> None:
+def test_a_night_without_observations_can_be_plotted(stays: list[MachineStay]) -> None:
     assert plot_night([], stays, 10, 60).startswith(PNG)
     assert plot_night([(0, 0), (5, 10)], stays, 10, 60).startswith(PNG)

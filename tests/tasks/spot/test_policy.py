@@ -66,7 +66,7 @@ def test_spot_that_is_not_cheaper_is_never_bought(ratio: float) -> None:
     assert Rule.SPOT_KEPT == decide(make_situation(spot_up=True, placement=Placement.SPOT), parameters).rule
 
 
-def test_from_nowhere_spot_is_taken_as_soon_as_it_is_up() -> None:
+def test_an_idle_machine_takes_spot_as_soon_as_it_is_up() -> None:
     assert _of(decide(make_situation(spot_up=True), PARAMETERS)) == (
         Placement.SPOT,
         "Spot is up for 0 s, likely to last 1 h more; a move pays from 18 min.",
@@ -195,7 +195,7 @@ moving_parameters = st.builds(
 
 @settings(deadline=None, max_examples=150)
 @given(situations, any_parameters)
-def test_whatever_a_clock_says_there_is_a_decision_with_a_reason(
+def test_any_reading_of_the_clock_leads_to_a_decision_with_a_reason(
     situation: Situation, parameters: PolicyParameters
 ) -> None:
     decision = decide(situation, parameters)
@@ -244,7 +244,7 @@ def test_no_decision_lets_the_last_moment_pass(
         assert slack_seconds - min(e, boots) >= d + max(boots - e, 0.0) - 1e-3
 
 
-def test_spot_that_was_taken_is_decided_as_from_nowhere() -> None:
+def test_spot_that_was_taken_counts_as_idle() -> None:
     for slack_seconds in (60, 3000, HOUR, 10 * HOUR):
         taken, nowhere = (
             with_slack(slack_seconds, placement=Placement.SPOT, booting_seconds=600),
@@ -314,7 +314,7 @@ def test_slack_is_the_time_that_need_not_be_worked_and_is_no_part_of_the_reserve
     )
 
 
-def test_on_spot_that_is_gone_is_nowhere() -> None:
+def test_a_placement_on_spot_that_is_gone_is_idle() -> None:
     placement = np.array([Placement.SPOT, Placement.SPOT, Placement.ON_DEMAND])
     up = np.array([True, False, False])
 
@@ -329,12 +329,12 @@ def test_a_spell_is_expected_to_last_the_longer_the_longer_it_has_lasted() -> No
     assert 600 == float(make_situation(spot_up=True).expected_spell_seconds(replace(PARAMETERS, spell_seconds=600)))
 
 
-def test_a_spell_that_a_clock_says_to_be_negative_has_just_begun() -> None:
+def test_a_negative_spell_has_just_begun() -> None:
     assert 3600 == float(make_situation(spot_up=True, spell_seconds=-50).expected_spell_seconds(PARAMETERS))
     assert 0 == float(make_situation(spell_seconds=-50).gap_seconds())
 
 
-def test_a_move_from_nowhere_must_earn_one_changeover() -> None:
+def test_a_move_from_idle_must_earn_one_changeover() -> None:
     assert 1.5 * 720 == pytest.approx(float(make_situation(spot_up=True).break_even_seconds(PARAMETERS)))
 
 

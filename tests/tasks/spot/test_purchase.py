@@ -27,7 +27,7 @@ def test_each_second_costs_its_machine() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 100), st.integers(0, 1000)), max_size=20))
-def test_a_rate_lies_among_the_rates_between_looks(steps: list[tuple[float, int]]) -> None:
+def test_a_rate_lies_among_the_rates_between_observations(steps: list[tuple[float, int]]) -> None:
     at, rows, samples = 0.0, 0, [(0.0, 0)]
     for seconds, more in steps:
         at, rows = at + seconds, rows + more

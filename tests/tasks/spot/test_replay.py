@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from serving.errors import DeadlineImpossible
 from tasks.spot.policy import Placement, PolicyParameters, Situation, decide_placements
-from tasks.spot.replay import Job, Outcome, Policy, replay, synthetic_traces
+from tasks.spot.replay import Job, Outcome, Policy, replay
 from tests.benchmarks.spot_baselines import greedy
+from tests.benchmarks.traces import synthetic_traces
 from tests.tasks.spot.situations import HOUR, jobs, traces
 
 # Thirty minutes of work within an hour, a changeover of two minutes, in ticks of five.
@@ -51,7 +52,7 @@ def test_a_machine_taken_while_it_boots_has_done_no_work_that_is_lost() -> None:
     assert [0] == list(outcome.recomputed_N)
 
 
-def test_who_only_waits_is_late_at_no_cost() -> None:
+def test_a_policy_that_only_waits_is_late_at_no_cost() -> None:
     assert ([0], [True], [0], [0]) == _of(replay(always(Placement.IDLE), on("111111111111"), JOB))
 
 

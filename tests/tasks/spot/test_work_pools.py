@@ -24,17 +24,17 @@ def a_worker(name: str, silent: float | None, every: int | None) -> Worker:
     ("silent", "every", "lives"),
     [(0, 30, True), (89, 30, True), (90, 30, False), (5, 2, True), (6, 2, False), (89, None, True), (None, 30, False)],
 )
-def test_a_worker_lives_until_three_heartbeats_in_a_row_did_not_come(
+def test_a_worker_is_alive_until_three_heartbeats_in_a_row_are_missing(
     silent: float | None, every: int | None, *, lives: bool
 ) -> None:
     assert lives == bool(filter_live_workers([a_worker("one", silent, every)], NOW))
 
 
-def test_those_that_live_are_named() -> None:
+def test_live_workers_are_named() -> None:
     workers = [a_worker("one", 10, 30), a_worker("two", 500, 30), a_worker("three", 0, 30)]
 
     assert {"one", "three"} == filter_live_workers(workers, NOW)
 
 
-def test_a_worker_whose_clock_is_ahead_lives() -> None:
+def test_a_worker_with_a_clock_that_is_ahead_is_alive() -> None:
     assert {"one"} == filter_live_workers([a_worker("one", -400, 30)], NOW)

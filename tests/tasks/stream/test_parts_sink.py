@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from infra.local.s3 import S3Server
 from serving.errors import DestinationUnusable, RunDamaged, RunNameTaken, StorageFault
 from serving.model.registry import ModelPin
+from tasks.batch.manifest import open_predictions, open_rejects
 from tasks.batch.parts import REJECT_REASON
-from tasks.batch.predictions import open_predictions, open_rejects
 from tasks.storage import Entry, LocalStorage, Storage, open_storage
 from tasks.stream.decode import Decoder, Reason
 from tasks.stream.message import Message, Position

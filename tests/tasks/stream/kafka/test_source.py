@@ -13,7 +13,7 @@ from confluent_kafka import Consumer, TopicPartition
 
 from serving.errors import MessagesLost, StreamReplaced, StreamUnfit
 from serving.model.registry import ModelPin
-from tasks.batch.predictions import open_predictions
+from tasks.batch.manifest import open_predictions
 from tasks.storage import open_storage
 from tasks.stream.opener import ConnectionOpener
 from tasks.stream.options import AnySink, FromKafka, StreamOptions, ToKafka, ToParts

@@ -1,0 +1,155 @@
+"""The manifest: what a published run consists of. Readers go by it, so they see all of a run, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+import polars as pl
+
+from serving.errors import NoCompleteRun, RunNameTaken
+from serving.model.contract import Frozen
+from serving.model.registry import ModelPin
+from tasks.batch.dataset import map_parallel
+from tasks.batch.parts import REJECT_REASON, list_parts
+from tasks.batch.plan import FORMAT_VERSION, ROOT, Plan, load_plan, read_record
+from tasks.storage import LocalStorage, Storage, open_storage, s3_options
+
+
+class ManifestPart(Frozen):
+    """One part of a published run."""
+
+    path: str
+    rows: int
+    bytes: int
+
+
+class RejectCount(Frozen):
+    """How many rows were rejected for one column and reason."""
+
+    column: str
+    reason: str
+    rows: int
+
+
+class Manifest(Frozen):
+    """What a published run consists of.
+
+    `order` is the run's number among those planned at the destination, `commit` that of a commit of one stream's
+    table. Manifests of earlier releases have neither, and are told apart by when they were planned.
+    """
+
+    format_version: int = FORMAT_VERSION
+    key: str
+    run: str
+    plan_digest: str = ""
+    order: int = 0
+    commit: int = 0
+    planned_at: datetime
+    model: ModelPin
+    source: str
+    output: str
+    rows: int
+    rejects: tuple[RejectCount, ...]
+    rows_key_null: int = 0
+    parts: tuple[ManifestPart, ...]
+
+    @property
+    def rows_rejected(self) -> int:
+        """How many rows have no prediction."""
+        return sum(count.rows for count in self.rejects)
+
+    @property
+    def position(self) -> tuple[int, int, datetime]:
+        """Its position among the manifests of a destination: the highest is the newest."""
+        return self.order, self.commit, self.planned_at
+
+
+def find_manifest(storage: Storage, run: str) -> Manifest | None:
+    """Return the manifest of a run, None where it is not complete."""
+    return read_record(storage, manifest_path(run), Manifest)
+
+
+def find_intact_manifest(storage: Storage, run: str) -> Manifest | None:
+    """Return the manifest of a run, None where it is not complete, or has lost parts since."""
+    manifest = find_manifest(storage, run)
+    return None if manifest is None or find_damaged_parts(storage, manifest) else manifest
+
+
+def find_newest_run(storage: Storage) -> Manifest | None:
+    """Return the manifest of the complete run of a destination that was planned last, None where there is none."""
+    manifests = read_manifests(storage, [entry.path for entry in storage.entries(ROOT, depth=2)])
+    return max(manifests, key=lambda manifest: manifest.position, default=None)
+
+
+def find_damaged_parts(storage: Storage, manifest: Manifest) -> tuple[str, ...]:
+    """Return the parts of a published run that are gone, or of another size, by now; one listing, nothing opened.
+
+    None of a Delta table: it may have rewritten and vacuumed them, and its own log says what it holds.
+    """
+    if manifest.output == "delta":
+        return ()
+    folders = {part.path.rpartition("/")[0] for part in manifest.parts}
+    sizes = {entry.path: entry.size for folder in folders for entry in storage.entries(folder, depth=1)}
+    return tuple(part.path for part in manifest.parts if sizes.get(part.path) != part.bytes)
+
+
+def check_manifest_key(manifest: Manifest, plan: Plan) -> None:
+    """Raise RunNameTaken where the manifest below a run's name is of another call than the plan there."""
+    if manifest.key != plan.key:
+        message = (
+            f"The run name {plan.run!r} must hold one run, but a run of another call was published there (key "
+            f"{manifest.key}, model {manifest.model.uri}); this call's key is {plan.key}. Choose another name, or none."
+        )
+        raise RunNameTaken(message)
+
+
+def open_predictions(destination: str, run: str | None = None) -> pl.LazyFrame:
+    """Open the newest complete run of a destination, or a named one, as a LazyFrame.
+
+    Every row of the dataset is in it: key columns, predictions (null for rejects), reject_column and
+    reject_reason. The newest run is the one that was planned last. Raises NoCompleteRun.
+    """
+    storage = open_storage(destination)
+    manifest = find_manifest(storage, run) if run else find_newest_run(storage)
+    if manifest is None:
+        wanted = f"run {run}" if run else "a run"
+        message = f"{storage.url} must hold {wanted} that is complete, got none. Call batch_inference first."
+        raise NoCompleteRun(message)
+    return _scan(storage, [part.path for part in manifest.parts])
+
+
+def open_rejects(destination: str, run: str | None = None) -> pl.LazyFrame:
+    """Open the rejects of the newest complete run, or of a named run that need not be complete.
+
+    Each is a row of the dataset with its key columns, reject_column and reject_reason.
+    Raises NoCompleteRun where there is no such run.
+    """
+    storage = open_storage(destination)
+    if run is None or find_manifest(storage, run) is not None:
+        return open_predictions(destination, run).filter(pl.col(REJECT_REASON).is_not_null())
+    plan = load_plan(storage, run)
+    parts = {} if plan is None else list_parts(storage, plan)
+    if not parts:
+        message = f"{storage.url} must hold parts of run {run}, got none. Check the run's name."
+        raise NoCompleteRun(message)
+    return _scan(storage, sorted(entry.path for entry in parts.values())).filter(pl.col(REJECT_REASON).is_not_null())
+
+
+def _scan(storage: Storage, paths: Sequence[str]) -> pl.LazyFrame:
+    options = None if isinstance(storage, LocalStorage) else s3_options()
+    # Addresses are meant as they stand, brackets and stars too.
+    addresses = [storage.address(path) for path in paths]
+    return pl.scan_parquet(addresses, storage_options=options, hive_partitioning=False, glob=False)
+
+
+def read_manifests(storage: Storage, paths: Sequence[str]) -> list[Manifest]:
+    """Return the manifests among the objects at these paths."""
+    paths = [path for path in paths if path.endswith("/manifest.json")]
+    found = map_parallel(storage, lambda path: read_record(storage, path, Manifest), paths)
+    return [manifest for manifest in found if manifest is not None]
+
+
+def manifest_path(run: str) -> str:
+    """Return where the manifest of a run lies below the destination."""
+    return f"{ROOT}/{run}/manifest.json"

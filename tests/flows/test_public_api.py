@@ -1,0 +1,84 @@
+"""The public API: what `from flows import ...` gives, and at what cost."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+from prefect import Flow
+from pydantic import BaseModel
+
+import flows
+
+ROOT = Path(__file__).parents[2]
+FLOWS = [name for name in flows.__all__ if isinstance(getattr(flows, name), Flow)]
+
+
+def find_option_types(annotation: object, found: set[type[BaseModel]]) -> set[type[BaseModel]]:
+    """Add the pydantic models that a parameter may be made of, however deep within it."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if annotation not in found:
+            found.add(annotation)
+            for field in annotation.model_fields.values():
+                find_option_types(field.annotation, found)
+    else:
+        for inner in typing.get_args(annotation):
+            find_option_types(inner, found)
+    return found
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_the_flows_and_readers_are_public() -> None:
+    assert {
+        *("batch_inference", "nightly_inference", "online_endpoint", "retire_endpoint", "stream_inference"),
+        *("choose_mode", "review_modes"),
+    } == set(FLOWS)
+    assert {"open_predictions", "open_rejects"} <= set(flows.__all__)
+
+
+def test_every_type_that_a_flow_takes_is_public() -> None:
+    found: set[type[BaseModel]] = set()
+    for name in FLOWS:
+        hints = typing.get_type_hints(getattr(flows, name).fn, include_extras=True)
+        for parameter in hints.keys() - {"return"}:
+            find_option_types(hints[parameter], found)
+
+    assert set() == {kind for kind in found if getattr(flows, kind.__name__, None) is not kind}
+
+
+@pytest.mark.parametrize("name", flows.__all__)
+def test_every_public_name_is_documented(name: str) -> None:
+    value = getattr(flows, name)
+    described = value.fn if isinstance(value, Flow) else value
+
+    assert inspect.getdoc(described)
+    if inspect.isclass(described):
+        assert described.__doc__ != BaseModel.__doc__
+
+
+def test_importing_the_package_imports_neither_prefect_nor_torch() -> None:
+    assert "[]" == run_python("import sys, flows; print(sorted({'prefect', 'torch', 'mlflow'} & set(sys.modules)))")
+
+
+def test_a_name_is_imported_when_it_is_used_and_modules_keep_their_names() -> None:
+    code = (
+        "from types import ModuleType\n"
+        "from flows import BatchOptions, batch, batch_inference\n"
+        "import flows.batch\n"
+        "print(isinstance(flows.batch, ModuleType), batch is flows.batch, batch.batch_inference is batch_inference)"
+    )
+
+    assert "True True True" == run_python(code)
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'flows' has no attribute 'batch_inferences'"):
+        flows.batch_inferences  # noqa: B018 - the access itself fails
