@@ -14,19 +14,11 @@ OvernightError
 |   +-- NoCompleteRun        the destination has no complete run to open
 |   +-- DeadlineImpossible   even on-demand machines alone would miss the deadline
 |   +-- LatencyImpossible    no batch size keeps the latency budget at the expected rate
-<<<<<<< HEAD
 |   +-- BadWorkload          no mode can be chosen for a workload with this description, arrivals, prices or promise
-|   |   +-- NothingStands    no mode keeps its promise; the message says what would be needed
+|   |   +-- NoFeasibleMode   no mode keeps its promise; the message says what would be needed
 |   |   +-- PricesMissing    a machine has no price, or the source of prices can't be read
 |   +-- BadRequest           a request to an endpoint that its model does not take; `status` is the HTTP status
 |   +-- SecretExposed        a parameter holds a password or token, which everyone who can see the flow run could read
-=======
-|   +-- BadWorkload          a workload's description, arrivals, prices or promise can't be decided on as they are
-|   |   +-- NoFeasibleMode   no mode keeps its promise; the message says what would be needed
-|   |   +-- PricesMissing    no price is at hand for a machine, or its source can't be asked
-|   +-- BadRequest           a request to an endpoint is none that its model takes; `status` is HTTP's for it
-|   +-- SecretExposed        a parameter holds a password or token, which everyone who sees the flow run would see
->>>>>>> main
 |   +-- StreamUnfit          a stream, topic, subject or consumer is missing, or has other settings than the call needs
 +-- SourceFault              a source file can't be used; the parts of other chunks stay
 |   +-- SourceChanged        it changed after the plan was made
