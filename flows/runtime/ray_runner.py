@@ -53,7 +53,7 @@ def check_usable(where: Ray) -> None:
 
 
 def score_shards(
-    where: Ray, slots: int, sent: ShardTask, shards: list[int], scorer: Scorer, notice_seconds: float
+    where: Ray, slots: int, shard_task: ShardTask, shards: list[int], scorer: Scorer, notice_seconds: float
 ) -> ScoringResult:
     """Score shards, at most `slots` of them at once; return what that came to.
 
@@ -69,7 +69,7 @@ def score_shards(
                     _add_next(pending, scored, scorer)
                 if scorer.scheduler.is_stopping():
                     break
-                future = runner.submit(score_shard, {"errand": sent, "shard": shard})
+                future = runner.submit(score_shard, {"shard_task": shard_task, "shard": shard})
                 pending[future.wrapped_future] = future
             while pending and not scorer.scheduler.is_stopping():
                 _add_next(pending, scored, scorer)

@@ -40,18 +40,20 @@ def score_missing(scorer: Scorer, slots: int, options: BatchOptions) -> ScoringR
     scored = ScoringResult()
     while True:
         shards = scorer.scheduler.begin()
-        with open_shard_tasks(scorer, allow_pickle=options.allow_pickle) as sent:
+        with open_shard_tasks(scorer, allow_pickle=options.allow_pickle) as shard_task:
             if isinstance(options.runner, Ray):
-                scored.add(ray_runner.score_shards(options.runner, slots, sent, shards, scorer, options.notice_seconds))
+                scored.add(
+                    ray_runner.score_shards(options.runner, slots, shard_task, shards, scorer, options.notice_seconds)
+                )
             else:
-                scored.add(_score_in_threads(scorer, slots, sent, shards, options.notice_seconds))
+                scored.add(_score_in_threads(scorer, slots, shard_task, shards, options.notice_seconds))
         # A notice that was withdrawn has left slots at rest that have work again.
         if scorer.drain.notice is not None or not scorer.scheduler.cut_short:
             return scored
 
 
 def _score_in_threads(
-    scorer: Scorer, slots: int, sent: ShardTask, shards: list[int], notice_seconds: float
+    scorer: Scorer, slots: int, shard_task: ShardTask, shards: list[int], notice_seconds: float
 ) -> ScoringResult:
     futures: list[Any] = []
     with ExitStack() as stack:
@@ -59,7 +61,7 @@ def _score_in_threads(
         runner: ThreadPoolTaskRunner[ScoringResult] = stack.enter_context(ThreadPoolTaskRunner(max_workers=slots))
         try:
             try:
-                futures += (runner.submit(score_shard, {"errand": sent, "shard": at}) for at in shards)
+                futures += (runner.submit(score_shard, {"shard_task": shard_task, "shard": at}) for at in shards)
                 rested = _wait_for_slots(scorer, futures)
             except TerminationSignal:
                 take_sigterm_as_notice(scorer.drain, notice_seconds)
