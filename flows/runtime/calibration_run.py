@@ -57,7 +57,7 @@ def run_trial(model: str, source: Path, destination: Path, options: BatchOptions
 
 def main() -> None:
     """Make the call that stdin holds."""
-    from flows.batch import batch_inference  # noqa: PLC0415 - whoever starts the process has it already
+    from flows.batch import batch_inference  # noqa: PLC0415 - the process that starts this one has it already
 
     call = json.load(sys.stdin)
     options = BatchOptions.model_validate(call["options"])

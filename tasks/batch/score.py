@@ -30,7 +30,7 @@ STAGES = ("read", "encode", "forward", "write")
 
 @dataclass(slots=True, kw_only=True)
 class ScoringResult:
-    """What scoring came to: rows, rejects, faults of the source by chunk, seconds by stage over all threads."""
+    """The result of scoring: rows, rejects, faults of the source by chunk, seconds by stage over all threads."""
 
     rows: int = 0
     rows_recomputed: int = 0

@@ -26,7 +26,7 @@ from serving.model.encoding import Encoded, encode
 from serving.model.registry import save_tag
 from serving.model.tuner import Tuning, measure_passes, measure_throughput, read_tuning
 from tasks.batch.options import BatchOptions
-from tasks.batch.tuning import SAMPLE_ROWS, enlarge_sample, read_first_rows, tune_and_keep, tuning_wish
+from tasks.batch.tuning import SAMPLE_ROWS, enlarge_sample, make_tuning_wish, read_first_rows, tune_and_keep
 from tasks.endpoint.resolve import LoadedModel
 from tasks.endpoint.spec import AnyTarget, EndpointSpec
 from tasks.scheduler.decision import Profile
@@ -215,7 +215,7 @@ def _sample(subject: LoadedModel, table: pa.Table) -> Encoded:
 
 def _tuned(subject: LoadedModel, sample: Encoded, options: BatchOptions, clock: Callable[[], float]) -> Tuning | None:
     """Return the batch path's tuning, from the version's tags or by the tuner, which then keeps it there."""
-    wish = tuning_wish(options)
+    wish = make_tuning_wish(options)
     tuning = read_tuning(subject.resolved.tags, describe_machine(), wish)
     return tuning or tune_and_keep(subject.resolved, subject.model, subject.contract, sample, wish, clock=clock)
 

@@ -270,7 +270,7 @@ def test_a_corrupt_page_is_source_corrupt_by_name(place: str, checksums: bool) -
     data[at : at + 8] = bytes(0xFF ^ byte for byte in data[at : at + 8])
     put(place, {"good.parquet": numbers(0, 5), "sub/bad.parquet": bytes(data)})
     reader, chunks = a_reader(place, 100, ("id",))
-    with pytest.raises(SourceCorrupt, match=r"sub/bad\.parquet must be readable, got: .*Mend or remove the file"):
+    with pytest.raises(SourceCorrupt, match=r"sub/bad\.parquet must be readable, got: .*Repair or remove the file"):
         read_all(reader, chunks)
 
 
