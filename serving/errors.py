@@ -3,51 +3,51 @@
 OvernightError
 +-- BadInput(ValueError)     change the call or the data, then call again; nothing was written
 |   +-- SourceNotFound       no file at that path, glob or prefix
-|   +-- SourceFormat         there are files, but of no format that is known, or of several
-|   +-- SourceEmpty          there are files, but no rows
+|   +-- SourceFormat         the files are of an unknown format, or of several formats
+|   +-- SourceEmpty          the files have no rows
 |   +-- SchemaMismatch       columns missing, of the wrong type, or different between files
 |   +-- ModelNotFound        no such registered model, version or alias
 |   +-- ModelUnfit           the model can't be run as it was logged (no signature, pickled, ...)
 |   +-- PlanTooLarge         the plan does not fit in the memory allowed
 |   +-- RunNameTaken         the explicit run name already holds a run of another plan
 |   +-- DestinationUnusable  the destination can't hold this run
-|   +-- NoCompleteRun        there is nothing to open yet
-|   +-- DeadlineImpossible   not even on-demand machines alone are done by the deadline
+|   +-- NoCompleteRun        the destination has no complete run to open
+|   +-- DeadlineImpossible   even on-demand machines alone would miss the deadline
 |   +-- LatencyImpossible    no batch size keeps the latency budget at the expected rate
-|   +-- BadWorkload          a workload's description, arrivals, prices or promise can't be decided on as they are
-|   |   +-- NothingStands    no mode keeps its promise; the message says what would be needed
-|   |   +-- PricesMissing    no price is at hand for a machine, or its source can't be asked
-|   +-- BadRequest           a request to an endpoint is none that its model takes; `status` is HTTP's for it
-|   +-- SecretExposed        a parameter holds a password or token, which everyone who sees the flow run would see
+|   +-- BadWorkload          no mode can be chosen for a workload with this description, arrivals, prices or promise
+|   |   +-- NoFeasibleMode   no mode keeps its promise; the message says what would be needed
+|   |   +-- PricesMissing    a machine has no price, or the source of prices can't be read
+|   +-- BadRequest           a request to an endpoint that its model does not take; `status` is the HTTP status
+|   +-- SecretExposed        a parameter holds a password or token, which everyone who can see the flow run could read
 |   +-- StreamUnfit          a stream, topic, subject or consumer is missing, or has other settings than the call needs
-+-- SourceFault              a source file can't be trusted; every other chunk's part stays
-|   +-- SourceChanged        it is not the file that the plan was made for
++-- SourceFault              a source file can't be used; the parts of other chunks stay
+|   +-- SourceChanged        it changed after the plan was made
 |   +-- SourceCorrupt        it can't be decoded
-+-- StorageFault             storage refuses or fails; call again once it is put right, it resumes
++-- StorageFault             storage refuses or fails; fix it and call again, the run resumes
 |   +-- StorageDenied        the credentials do not allow it
 |   +-- StorageFull          no space left
-+-- BrokerFault              a message broker refuses for good; what is not acknowledged comes again
++-- BrokerFault              a message broker refuses for good; messages that are not acknowledged are delivered again
 |   +-- BrokerDenied         the credentials do not allow it
-+-- StreamFault              a stream is not what was read of it before; what is in the sink stays
-|   +-- StreamReplaced       it was deleted and made again: its numbers begin again
++-- StreamFault              a stream is not the one that was read before; what is in the sink stays
+|   +-- StreamReplaced       it was deleted and created again, so its numbers start over
 |   +-- MessagesLost         messages were deleted before they were read
 +-- DeploymentMissing        a Prefect deployment or work pool that is named does not exist: make deploy
-+-- RunnerUnusable           the workers asked for can't be had or don't live; put it right and call again, it resumes
-+-- NightFailed              the batch run of a night failed: mend what it says, then call again, it resumes
-+-- ProfileFailed            a figure of a model could not be measured: mend what it says, or state the figure
-+-- ApplyFailed              a decision can't be put into effect; what served the workload before serves on
-+-- EndpointFailed           a release can't be put up or taken down; what served before serves on
-|   +-- VerifyFailed         it answers otherwise than the model, or not at all; it was taken down
-|   +-- RolledBack           it failed its rule under traffic; the earlier version has all of it again
-+-- Unanswered               an endpoint can't answer a request now: send it again later; `status` is HTTP's for it
-+-- DependencyFault          what the model calls or runs on fails; put it right and call again, it resumes
-+-- ModelFailed              the model fails on rows as such: mend the model, not the rows
++-- RunnerUnusable           the requested workers can't be started or don't survive; fix it and call again, it resumes
++-- NightFailed              the batch run of a night failed: fix the cause and call again, it resumes
++-- ProfileFailed            a figure of a model could not be measured: fix the cause, or state the figure
++-- ApplyFailed              a decision can't be applied; what served the workload before still serves it
++-- EndpointFailed           a release can't be deployed or removed; what served before still serves
+|   +-- VerifyFailed         its predictions differ from the model's, or it does not answer; it was removed
+|   +-- RolledBack           it failed its rollout rule; the earlier version has all traffic again
++-- Unanswered               an endpoint can't answer a request now: send it again later; `status` is the HTTP status
++-- DependencyFault          what the model calls or runs on fails; fix it and call again, the run resumes
++-- ModelFailed              the model fails on every row, or on batches: fix the model, not the rows
 +-- TooManyRejects           more rows were rejected than max_reject_fraction allows
 +-- PublishRefused           the parts do not add up to the dataset; nothing was published
-+-- RunDamaged               parts of a published run are lost or others, and do not come out the same again
++-- RunDamaged               parts of a published run are lost or changed, and scoring again gives other bytes
 +-- FormatTooNew             a plan, manifest or part was written by a newer Overnight: update Overnight
-+-- Interrupted              this process or its machine was told to go; what is done stays, and the same call resumes
-+-- DeviceLost               the accelerator is gone: this process must end, another may resume
++-- Interrupted              this process or its machine was told to stop; the same call resumes
++-- DeviceLost               the accelerator failed: this process must end, another may resume
 """
 
 from serving.redaction import hide_secrets
@@ -69,11 +69,11 @@ class SourceNotFound(BadInput):
 
 
 class SourceFormat(BadInput):
-    """There are files, but of no format that is known, or of several."""
+    """The files are of an unknown format, or of several formats."""
 
 
 class SourceEmpty(BadInput):
-    """There are files, but no rows."""
+    """The files have no rows."""
 
 
 class SchemaMismatch(BadInput):
@@ -105,7 +105,7 @@ class NoCompleteRun(BadInput):
 
 
 class DeadlineImpossible(BadInput):
-    """Not even on-demand machines alone are done by the deadline."""
+    """Even on-demand machines alone would miss the deadline."""
 
 
 class LatencyImpossible(BadInput):
@@ -113,19 +113,19 @@ class LatencyImpossible(BadInput):
 
 
 class BadWorkload(BadInput):
-    """A workload's description, arrivals, prices or promise can't be decided on as they are."""
+    """No mode can be chosen for a workload with this description, arrivals, prices or promise."""
 
 
-class NothingStands(BadWorkload):
+class NoFeasibleMode(BadWorkload):
     """No mode keeps the promise of the workload; the message says what would be needed."""
 
 
 class PricesMissing(BadWorkload):
-    """No price is at hand for a machine, or the source of prices can't be asked."""
+    """A machine has no price, or the source of prices can't be read."""
 
 
 class BadRequest(BadInput):
-    """A request to an endpoint is none that its model takes; `status` is what HTTP says of it."""
+    """A request to an endpoint that its model does not take; `status` is the HTTP status."""
 
     def __init__(self, message: str, *, status: int = 400) -> None:
         super().__init__(message)
@@ -133,7 +133,7 @@ class BadRequest(BadInput):
 
 
 class SecretExposed(BadInput):
-    """A parameter holds a password or token, which everyone who sees the flow run would see."""
+    """A parameter holds a password or token, which everyone who can see the flow run could read."""
 
 
 class StreamUnfit(BadInput):
@@ -141,11 +141,11 @@ class StreamUnfit(BadInput):
 
 
 class SourceFault(OvernightError):
-    """A source file can't be trusted; the parts of every other chunk stay."""
+    """A source file can't be used; the parts of other chunks stay."""
 
 
 class SourceChanged(SourceFault):
-    """The file is not the one that the plan was made for."""
+    """The file changed after the plan was made."""
 
 
 class SourceCorrupt(SourceFault):
@@ -153,7 +153,7 @@ class SourceCorrupt(SourceFault):
 
 
 class StorageFault(OvernightError):
-    """Storage refuses or fails; the run resumes once it is put right."""
+    """Storage refuses or fails; once it is fixed, the same call resumes the run."""
 
 
 class StorageDenied(StorageFault):
@@ -165,7 +165,7 @@ class StorageFull(StorageFault):
 
 
 class BrokerFault(OvernightError):
-    """A message broker refuses for good; what is not acknowledged comes again."""
+    """A message broker refuses for good; messages that are not acknowledged are delivered again."""
 
 
 class BrokerDenied(BrokerFault):
@@ -173,11 +173,11 @@ class BrokerDenied(BrokerFault):
 
 
 class StreamFault(OvernightError):
-    """A stream is not what was read of it before; what is in the sink stays."""
+    """A stream is not the one that was read before; what is in the sink stays."""
 
 
 class StreamReplaced(StreamFault):
-    """The stream or topic was deleted and made again, so its numbers begin again."""
+    """The stream or topic was deleted and created again, so its numbers start over."""
 
 
 class MessagesLost(StreamFault):
@@ -189,7 +189,7 @@ class DeploymentMissing(OvernightError):
 
 
 class RunnerUnusable(OvernightError):
-    """The workers that the call asks for can't be had, or don't live; the run resumes once that is put right."""
+    """The requested workers can't be started or don't survive; once that is fixed, the same call resumes."""
 
 
 class NightFailed(OvernightError):
@@ -197,27 +197,27 @@ class NightFailed(OvernightError):
 
 
 class ProfileFailed(OvernightError):
-    """A figure of a model could not be measured, and none is ever invented."""
+    """A figure of a model could not be measured; no figure is ever invented."""
 
 
 class ApplyFailed(OvernightError):
-    """A decision can't be put into effect; what served the workload before serves on."""
+    """A decision can't be applied; what served the workload before still serves it."""
 
 
 class EndpointFailed(OvernightError):
-    """A release can't be put up or taken down; what served before serves on."""
+    """A release can't be deployed or removed; what served before still serves."""
 
 
 class VerifyFailed(EndpointFailed):
-    """A release answers otherwise than its model, or not at all, and was taken down; what served before serves on."""
+    """A release differs from its model, or does not answer; it was removed, and what served before still serves."""
 
 
 class RolledBack(EndpointFailed):
-    """A release failed its rule under traffic, and was taken down; the earlier version has all of it again."""
+    """A release failed its rollout rule and was removed; the earlier version has all traffic again."""
 
 
 class Unanswered(OvernightError):
-    """An endpoint can't answer a request now; `status` is what HTTP says of it, `retry_after_s` when to come again."""
+    """An endpoint can't answer a request now; `status` is the HTTP status, `retry_after_s` when to try again."""
 
     def __init__(self, message: str, *, status: int = 503, retry_after_s: int | None = None) -> None:
         super().__init__(message)
@@ -226,11 +226,11 @@ class Unanswered(OvernightError):
 
 
 class DependencyFault(OvernightError):
-    """What the model calls or runs on fails: a connection, a time-out, the operating system; no row is rejected."""
+    """What the model calls or runs on fails (a connection, a time-out, the operating system); no row is rejected."""
 
 
 class ModelFailed(OvernightError):
-    """The model fails on rows as such."""
+    """The model fails on every row it was given, or on batches whose rows are good."""
 
 
 class TooManyRejects(OvernightError):
@@ -242,7 +242,7 @@ class PublishRefused(OvernightError):
 
 
 class RunDamaged(OvernightError):
-    """Parts of a published run are lost or others, and do not come out the same again."""
+    """Parts of a published run are lost or changed, and scoring them again gives other bytes."""
 
 
 class FormatTooNew(OvernightError):
@@ -250,8 +250,8 @@ class FormatTooNew(OvernightError):
 
 
 class Interrupted(OvernightError):
-    """This process or its machine was told to go; what is done stays, and the same call resumes."""
+    """This process or its machine was told to stop; finished work stays, and the same call resumes."""
 
 
 class DeviceLost(OvernightError):
-    """The accelerator is gone; this process can't go on."""
+    """The accelerator failed; this process can't go on."""

@@ -1,8 +1,8 @@
 """Secrets in text: passwords and tokens of addresses, settings and headers, hidden in messages, log lines and reports.
 
 Addresses hold them (`postgresql://user:secret@host`), queries (`?token=secret`), settings (`sasl.password=secret`) and
-headers, and libraries quote all of these in their errors. What the environment names as a secret is hidden wherever
-it stands.
+headers, and libraries quote all of these in their errors. The values of environment variables that are named as secrets
+are hidden wherever they occur.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ _WORDS = (
     r"(?:password|passwd|passphrase|pwd|secret|secret[_-]?(?:access[_-]?)?key|token|api[_-]?key|access[_-]?key(?:[_-]?id)?"
     r"|account[_-]?key|credential|[a-z]+-signature|sasl\.jaas\.config)"
 )
-# A name counts where it ends with one of the words: max_tokens is none.
+# A name counts where it ends with one of the words, so max_tokens does not.
 _NAME = rf"(?<![A-Za-z])(?:[A-Za-z0-9_.\-]*[_.\-])?{_WORDS}"
 _PATTERNS = (
-    # User and password, or a token alone, before the host. A password may hold slashes and at signs that nobody
-    # encoded, but what begins as a port and a path is none.
+    # User and password, or a token alone, before the host. A password may have slashes and at signs that are not
+    # encoded, but what begins like a port and a path is not one.
     re.compile(r"(?<=://)(?:[^\s/?#'\"<>`:@]*:(?!\d{1,5}/)[^\s'\"<>`]*|[^\s/?#'\"<>`]*)@"),
     re.compile(r"(?<=%3A%2F%2F)[^\s/?#'\"<>`&]*%40", re.IGNORECASE),
     re.compile(r"(?<=[\s,;'\"(=])[^\s/?#'\"<>`:@,;(=]+:[^\s/'\"<>`:@,]+@(?=[A-Za-z0-9.\-]+:\d)"),
-    # A folder that is called so, as partitions are, is part of a path.
+    # A folder of such a name, as partitions have, is part of a path.
     re.compile(
         rf"(?<=/)(?P<folder>{_NAME}(?:=|%3D))|(?P<name>{_NAME}(?:=|%3D))['\"]?[^\s&;,'\")>\]}}]+", re.IGNORECASE
     ),
-    # By itself the word is a model's signature, as in log_model(signature=signature).
+    # Elsewhere the word means a model's signature, as in log_model(signature=signature).
     re.compile(r"(?P<name>[?&](?:signature|sig)=)[^\s&'\")>]+", re.IGNORECASE),
     re.compile(rf"(?P<name>{_NAME}['\"]\s*[:=]\s*['\"])[^'\"]+", re.IGNORECASE),
     re.compile(
@@ -40,35 +40,35 @@ _PATTERNS = (
     ),
     re.compile(r"(?P<name>bearer\s+)(?=\S*\d)[\w.~+/=\-]{8,}", re.IGNORECASE),
 )
-# Most lines of a log have none of these, and cost no more than to see that.
+# Most log lines have none of these, and cost no more than this one search.
 _MAY_HOLD = re.compile(r"[@=]|%40|%3D|['\"]\s*:|authorization|bearer", re.IGNORECASE)
 _SECRET_NAMES = re.compile(r"(?:PASSWORD|PASSWD|SECRET|TOKEN|SECRET_ACCESS_KEY|API_KEY|ADMIN_KEY|AUTH_STRING)$")
 _IN_ADDRESS = re.compile(r"://[^\s/?#:@]*:(?!\d{1,5}/)(?P<password>[^\s]+)@|://(?P<token>[^\s/?#:@]+)@")
-# Shorter ones are words of any message.
+# Shorter values may be words of any message.
 _SECRET_CHARACTERS_MIN = 8
 
 
 def hide_secrets(text: str) -> str:
     """Return a text with its passwords, tokens, keys and signatures replaced by asterisks."""
-    for secret in _secrets_of_environment(os.environ):
+    for secret in _iter_environment_secrets(os.environ):
         text = text.replace(secret, HIDDEN)
-    return _hide_written(text)
+    return _hide_patterns(text)
 
 
 def holds_secret(text: str) -> bool:
-    """Whether a text has a password, token, key or signature in it, by the way it is written."""
-    return _hide_written(text) != text
+    """Return whether a text contains a password, token, key or signature that the patterns recognise."""
+    return _hide_patterns(text) != text
 
 
-def _hide_written(text: str) -> str:
+def _hide_patterns(text: str) -> str:
     if _MAY_HOLD.search(text) is None:
         return text
     for pattern in _PATTERNS:
-        text = pattern.sub(_hide, text)
+        text = pattern.sub(_hide_match, text)
     return text
 
 
-def _hide(found: re.Match[str]) -> str:
+def _hide_match(found: re.Match[str]) -> str:
     if found.groupdict().get("folder"):
         return found[0]
     if "name" in found.re.groupindex:
@@ -76,8 +76,8 @@ def _hide(found: re.Match[str]) -> str:
     return f"{HIDDEN}{'%40' if found[0].endswith('%40') else '@'}"
 
 
-def _secrets_of_environment(environment: Mapping[str, str]) -> Iterator[str]:
-    """Yield what the environment names as a secret, or holds in an address, the longest first."""
+def _iter_environment_secrets(environment: Mapping[str, str]) -> Iterator[str]:
+    """Yield the values of variables that are named as secrets, and secrets in addresses; the longest first."""
     found: set[str] = set()
     for name, value in environment.items():
         if _SECRET_NAMES.search(name):
@@ -89,7 +89,7 @@ def _secrets_of_environment(environment: Mapping[str, str]) -> Iterator[str]:
 
 
 def hide_secrets_in_exception(error: BaseException) -> None:
-    """Hide the secrets in the arguments of an exception, and of those that it came from."""
+    """Hide the secrets in the arguments of an exception and of its causes, in place."""
     seen: set[int] = set()
     left = [error]
     while left:
@@ -102,15 +102,15 @@ def hide_secrets_in_exception(error: BaseException) -> None:
 
 
 def hide_secrets_in_logs() -> None:
-    """Have every log line of this process made without secrets, tracebacks included. Idempotent."""
+    """Hide secrets in every log line of this process from now on, tracebacks included. Idempotent."""
     make = logging.getLogRecordFactory()
-    if isinstance(make, _RecordsWithoutSecrets):
+    if isinstance(make, _RedactingRecordFactory):
         return
-    logging.setLogRecordFactory(_RecordsWithoutSecrets(make))
+    logging.setLogRecordFactory(_RedactingRecordFactory(make))
 
 
-class _RecordsWithoutSecrets:
-    """Makes log records as another factory does, and hides the secrets in them."""
+class _RedactingRecordFactory:
+    """A factory of log records that hides secrets in those of another factory."""
 
     def __init__(self, make: Any) -> None:
         self._make = make
@@ -122,13 +122,13 @@ class _RecordsWithoutSecrets:
             try:
                 written = record.getMessage()
             except (TypeError, ValueError, KeyError):
-                # The library that logs it says so when it is written.
+                # The handler reports the wrong format when it writes the record.
                 return record
             if (hidden := hide_secrets(written)) != written:
                 record.msg, record.args = hidden, ()
         elif isinstance(record.msg, str):
             record.msg = hide_secrets(record.msg)
         if record.exc_info and record.exc_info[0] is not None:
-            # Formatters take this where it is there.
+            # Formatters use this text where it is set.
             record.exc_text = hide_secrets(self._formatter.formatException(record.exc_info))
         return record

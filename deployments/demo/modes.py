@@ -23,7 +23,7 @@ from deployments.demo.prepare import console, prepare_data, use_registry
 
 if TYPE_CHECKING:
     from tasks.scheduler.decision import Decision
-    from tasks.scheduler.workload import Trace, Workload
+    from tasks.scheduler.workload import ArrivalTrace, Workload
 
 MODEL = "models:/flight-delay@champion"
 # What the machine of the demo is priced as: the smallest of its generation has two cores too.
@@ -51,7 +51,7 @@ def main() -> None:
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
         decisions = _decide_modes(folder, arguments.traces)
     _show_decisions(decisions)
-    if not all(decision.chosen.stands for decision in decisions.values()):
+    if not all(decision.chosen.is_feasible for decision in decisions.values()):
         console.print("[bold red]A mode was chosen that does not keep its promise.[/]")
         sys.exit(1)
 
@@ -60,14 +60,14 @@ def _decide_modes(folder: Path, traces: Path | None) -> Mapping[Path, Decision]:
     """Return the decision of each workload by its plot."""
     from flows.scheduler import choose_mode  # noqa: PLC0415 - the server's address must be set before
     from tasks.batch.options import BatchOptions  # noqa: PLC0415
-    from tasks.scheduler.profile import Measuring  # noqa: PLC0415
+    from tasks.scheduler.profile import ProfileOptions  # noqa: PLC0415
 
-    measuring = Measuring(source=str(folder / "flights"), options=BatchOptions(key_columns=(KEY,)))
+    profile_options = ProfileOptions(source=str(folder / "flights"), batch_options=BatchOptions(key_columns=(KEY,)))
     decisions = {}
     for workload in workloads(folder / "modes", traces):
         start = time.perf_counter()
         path = folder / "modes" / f"{workload.name}.png"
-        decisions[path] = choose_mode(workload, measuring=measuring, plot_file=str(path))
+        decisions[path] = choose_mode(workload, profile_options=profile_options, plot_file=str(path))
         console.print(f"{workload.name}: decided after {time.perf_counter() - start:.1f} s", highlight=False)
     return decisions
 
@@ -98,9 +98,9 @@ def workloads(folder: Path, traces: Path | None) -> list[Workload]:
     ]
 
 
-def _check_trace(folder: Path, traces: Path | None) -> Trace:
+def _check_trace(folder: Path, traces: Path | None) -> ArrivalTrace:
     """Return requests a minute over a day: those of all functions of the real trace, else generated ones."""
-    from tasks.scheduler.workload import Trace  # noqa: PLC0415 - the same
+    from tasks.scheduler.workload import ArrivalTrace  # noqa: PLC0415 - the same
 
     real, path = _find_trace(traces, "requests_per_minute.csv"), folder / "requests-per-minute.csv"
     if real:
@@ -111,21 +111,21 @@ def _check_trace(folder: Path, traces: Path | None) -> Trace:
         hour = np.arange(_MINUTES) / 60
         counts = pl.Series(np.random.default_rng(1).poisson(600 + 500 * np.sin((hour - 8) / 24 * 2 * np.pi)))
     pl.DataFrame({"requests": counts}).write_csv(path)
-    return Trace(path=str(path), holds="per-minute", column="requests")
+    return ArrivalTrace(path=str(path), content="per-minute", column="requests")
 
 
-def _event_trace(folder: Path, traces: Path | None) -> Trace:
+def _event_trace(folder: Path, traces: Path | None) -> ArrivalTrace:
     """Return when events arrive within an hour, of the real trace or generated."""
-    from tasks.scheduler.workload import Trace  # noqa: PLC0415 - the same
+    from tasks.scheduler.workload import ArrivalTrace  # noqa: PLC0415 - the same
 
     real, path = _find_trace(traces, "requests_llm_code.csv"), folder / "events.csv"
     if real:
         console.print(f"Events of the stream: {real}")
-        return Trace(path=str(real), holds="timestamps", column="TIMESTAMP")
+        return ArrivalTrace(path=str(real), content="timestamps", column="TIMESTAMP")
     console.print("Events of the stream: generated (--traces names a folder of real ones)")
     gaps = np.random.default_rng(2).exponential(0.4, 9_000)
     pl.DataFrame({"seconds": np.cumsum(gaps)}).write_csv(path)
-    return Trace(path=str(path), holds="timestamps", column="seconds")
+    return ArrivalTrace(path=str(path), content="timestamps", column="seconds")
 
 
 def _find_trace(traces: Path | None, name: str) -> Path | None:
@@ -136,29 +136,33 @@ def _find_trace(traces: Path | None, name: str) -> Path | None:
 def _show_decisions(decisions: Mapping[Path, Decision]) -> None:
     """Print the decisions as a table, what an always-on endpoint wastes, and where the plots are."""
     from tasks.scheduler import report  # noqa: PLC0415 - MLflow is imported by it
-    from tasks.scheduler.money import usd  # noqa: PLC0415 - the same
+    from tasks.scheduler.prices import format_usd  # noqa: PLC0415 - the same
 
     first = next(iter(decisions.values()))
     grid = Grid(title=f"One model, three consumers: 30 days on machines as {MACHINE}", title_justify="left")
-    for name in ("workload", "served by", "costs", "always on", "times", "flips where"):
+    for name in ("workload", "served by", "costs", "always on", "times", "changes where"):
         grid.add_column(name)
     for decision in decisions.values():
-        chosen, nearest = decision.chosen, next(iter(decision.flips), None)
+        chosen, nearest = decision.chosen, next(iter(decision.break_evens), None)
         grid.add_row(
             decision.workload.name,
             f"{chosen.mode}, {chosen.policy}",
-            usd(chosen.usd),
-            usd(chosen.usd + decision.waste_usd),
-            report.factor(decision),
+            format_usd(chosen.usd),
+            format_usd(chosen.usd + decision.waste_usd),
+            report.format_waste_factor(decision),
             f"{nearest.input} x {nearest.factor:.3g}" if nearest else "nothing near",
         )
     console.print(grid)
-    for name, value in report.measured(first.profile).items():
+    for name, value in report.list_profile_figures(first.profile).items():
         console.print(f"{name}: {value}", highlight=False)
-    console.print(f"Prices: {first.priced_at}", highlight=False)
+    console.print(f"Prices: {first.price_origin}", highlight=False)
     for path, decision in decisions.items():
-        console.print(f"\n[bold]{decision.workload.name}[/]: {report.promise(decision.workload)}", highlight=False)
-        console.print(f"  {report.summary(decision)}\n  {decision.chosen.reason}\n  Drawn in {path}", highlight=False)
+        console.print(
+            f"\n[bold]{decision.workload.name}[/]: {report.describe_promise(decision.workload)}", highlight=False
+        )
+        console.print(
+            f"  {report.summarize_decision(decision)}\n  {decision.chosen.reason}\n  Drawn in {path}", highlight=False
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""A decision put into effect: the new mode is made and verified, then what served the workload before is retired."""
+"""Puts a decision into effect: deploys and verifies the new mode, then retires what served the workload before."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from uuid import UUID
 
@@ -12,163 +13,186 @@ from prefect.exceptions import PrefectHTTPStatusError
 
 from flows.endpoint import online_endpoint, retire_endpoint
 from flows.runtime import deployment_store, flow_runs
-from flows.runtime.deployment_store import Placed
+from flows.runtime.deployment_store import DeploymentChange
 from flows.runtime.steps import Steps
 from serving.errors import ApplyFailed, OvernightError
 from tasks.batch.resolve import resolve_request
 from tasks.common.artifacts import Logger
 from tasks.endpoint.spec import EndpointSpec
 from tasks.scheduler.decision import Decision
-from tasks.scheduler.effect import (
-    Applied,
-    Standing,
-    Wanted,
-    batch_deployment,
-    check_terms,
-    endpoint_spec,
-    online_deployment,
-    standing_of,
-    stream_deployment,
+from tasks.scheduler.deployment_plan import (
+    AppliedDecision,
+    ApplyConfig,
+    BatchApplyConfig,
+    CurrentDeployment,
+    DesiredDeployment,
+    check_apply_config,
+    make_endpoint_spec,
+    plan_batch_deployment,
+    plan_online_deployment,
+    plan_stream_deployment,
+    read_current_deployment,
 )
-from tasks.scheduler.terms import BatchTerms, StreamTerms, Terms
 from tasks.storage import open_storage
 
 
-def apply_decision(stages: Steps, decision: Decision, terms: Terms, logger: Logger) -> Applied:
-    """Have a workload served in the way that was decided, and retire what served it before, once that is verified.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Deployed:
+    """The deployment that serves the workload now, in words, and what was verified."""
 
-    The same decision again changes what differs alone. Where the new one can't be made or verified it is taken down
-    again, and what served before serves on: raises BadInput's kinds, ApplyFailed, DeploymentMissing or EndpointFailed.
-    What can't be retired is said in `left`, and fails nothing.
+    id: UUID
+    summary: str
+    verified: str
+
+
+def apply_decision(steps: Steps, decision: Decision, config: ApplyConfig, logger: Logger) -> AppliedDecision:
+    """Deploy and verify the decided mode, and then retire what served the workload before.
+
+    The same decision again changes only what differs. Where the new deployment can't be made or verified, it is removed
+    again, and what served before serves on. What can't be retired is listed in `to_do`.
+
+    Raises:
+        BadInput: The configuration lacks the mode, or does not fit; or one of its kinds.
+        ApplyFailed: The new deployment was not verified.
+        DeploymentMissing: A template or its work pool is missing.
+        EndpointFailed: The model server did not answer as it must.
     """
-    check_terms(decision, terms)
-    before = deployment_store.serving(decision.workload.name)
-    make: dict[str, Callable[[], tuple[UUID, str, str]]] = {
-        "batch": lambda: _batch(decision, terms),
-        "online": lambda: _online(decision, terms),
-        "streaming": lambda: _stream(decision, terms, logger),
+    check_apply_config(decision, config)
+    before = deployment_store.find_deployments(decision.workload.name)
+    deploy: dict[str, Callable[[], _Deployed]] = {
+        "batch": lambda: _deploy_batch(decision, config),
+        "online": lambda: _deploy_online(decision, config),
+        "streaming": lambda: _deploy_stream(decision, config, logger),
     }
-    kept, what, verified = stages.run("apply", make[decision.chosen.mode])
-    old = [each for each in before if each.id != kept]
-    retired, left = stages.run("retire", lambda: _retire(old, logger))
-    return Applied(
+    deployed = steps.run("apply", deploy[decision.chosen.mode])
+    old = [each for each in before if each.id != deployed.id]
+    retired, to_do = steps.run("retire", lambda: _retire_all(old, logger))
+    return AppliedDecision(
         workload=decision.workload.name,
         mode=decision.chosen.mode,
-        what=what,
-        verified=verified,
+        summary=deployed.summary,
+        verified=deployed.verified,
         retired=retired,
-        left=left,
+        to_do=to_do,
     )
 
 
-def find_standing(workload: str) -> Standing | None:
-    """Return how a workload is served now, None where choose_mode has deployed nothing of its name."""
-    found = [each for each in deployment_store.serving(workload) if not each.paused]
-    return standing_of(max(found, key=lambda each: str(each.updated)).tags) if found else None
+def find_current_deployment(workload: str) -> CurrentDeployment | None:
+    """Return how a workload is served now, None where choose_mode has deployed nothing for it."""
+    found = [each for each in deployment_store.find_deployments(workload) if not each.paused]
+    return read_current_deployment(max(found, key=lambda each: str(each.updated)).tags) if found else None
 
 
-def _batch(decision: Decision, terms: Terms) -> tuple[UUID, str, str]:
-    wanted = batch_deployment(decision, terms, datetime.now(UTC))
-    assert terms.batch is not None, "the terms were checked"  # noqa: S101 - our own mistake, not a caller's
-    batch = terms.batch
-    deployment_store.check_deployments({f"made like it: {wanted.name}": wanted.like} | _night(wanted, batch))
-    verified = [_planned(wanted, batch)]
-    placed = deployment_store.place(wanted)
-    with _taken_back_on_failure(placed):
-        if wanted.runs or batch.first_run_seconds is not None:
-            begun = flow_runs.start(placed.id, 1)
+def _deploy_batch(decision: Decision, config: ApplyConfig) -> _Deployed:
+    desired = plan_batch_deployment(decision, config, datetime.now(UTC))
+    assert config.batch is not None, "the configuration was checked"  # noqa: S101 - our own mistake, not a caller's
+    batch = config.batch
+    deployment_store.check_deployments({f"the template of {desired.name}": desired.template})
+    if "buying" in desired.parameters:
+        deployment_store.check_deployments(
+            {"the deployment of runs on spot": batch.spot, "the deployment of runs on-demand": batch.on_demand}
+        )
+    verified = [_check_batch(desired, batch)]
+    change = deployment_store.put_deployment(desired)
+    with _roll_back_on_failure(change):
+        if desired.runs or batch.first_run_seconds is not None:
+            runs = flow_runs.start_runs(change.id, 1)
         if batch.first_run_seconds is not None:
-            flow_runs.wait_until_complete(begun, batch.first_run_seconds)
+            flow_runs.wait_until_complete(runs, batch.first_run_seconds)
             verified.append("a first run is complete")
-    words = f"deployment {placed.name}, {_when(wanted)}, on {decision.chosen.machines} machines at most"
-    return placed.id, words, ", ".join(verified)
-
-
-def _night(wanted: Wanted, batch: BatchTerms) -> dict[str, str]:
-    """Return the deployments that a night sends runs of; a plain run has none."""
-    if "buying" not in wanted.parameters:
-        return {}
-    return {"what a night on spot sends runs of": batch.spot, "what it goes on with on-demand": batch.on_demand}
-
-
-def _planned(wanted: Wanted, batch: BatchTerms) -> str:
-    """Hold model, source and destination against each other, as a run does at its begin; returns that in words."""
-    model = str(wanted.parameters["model"])
-    call = resolve_request(model, batch.source, open_storage(batch.destination).url, batch.options)
-    return (
-        f"{call.resolved.pin.uri} takes the {len(call.snapshot.files):,} files of {batch.source}, the pools are there"
+    machines = f"on {decision.chosen.machines} machines at most"
+    return _Deployed(
+        id=change.id,
+        summary=f"deployment {change.name}, {_describe_schedule(desired)}, {machines}",
+        verified=", ".join(verified),
     )
 
 
-def _when(wanted: Wanted) -> str:
-    if not wanted.schedules:
-        return "one run, begun now"
-    schedule = wanted.schedules[0].schedule
+def _check_batch(desired: DesiredDeployment, batch: BatchApplyConfig) -> str:
+    """Check model, source and destination as a run does at its start; return what was checked, in words."""
+    model = str(desired.parameters["model"])
+    request = resolve_request(model, batch.source, open_storage(batch.destination).url, batch.options)
+    files = f"{len(request.snapshot.files):,} files of {batch.source}"
+    return f"{request.resolved.pin.uri} takes the {files}, the pools are there"
+
+
+def _describe_schedule(desired: DesiredDeployment) -> str:
+    if not desired.schedules:
+        return "one run, started now"
+    schedule = desired.schedules[0].schedule
     cron = getattr(schedule, "cron", None)
     return f"at {cron} (cron, UTC)" if cron else f"every {getattr(schedule, 'interval', '')}"
 
 
-def _online(decision: Decision, terms: Terms) -> tuple[UUID, str, str]:
-    spec = endpoint_spec(decision, terms)
-    wanted = online_deployment(decision, terms, spec)
-    deployment_store.check_deployments({f"made like it: {wanted.name}": wanted.like})
+def _deploy_online(decision: Decision, config: ApplyConfig) -> _Deployed:
+    spec = make_endpoint_spec(decision, config)
+    desired = plan_online_deployment(decision, config, spec)
+    deployment_store.check_deployments({f"the template of {desired.name}": desired.template})
     endpoint = online_endpoint(spec)
-    placed = deployment_store.place(wanted)
-    held = endpoint.verification
-    verified = f"{held.rows_example + held.rows_random} rows are answered as the model itself answers them"
-    return placed.id, endpoint.summary, verified
+    change = deployment_store.put_deployment(desired)
+    rows = endpoint.verification.rows_example + endpoint.verification.rows_random
+    return _Deployed(
+        id=change.id,
+        summary=endpoint.summary,
+        verified=f"{rows} rows are answered as the model itself answers them",
+    )
 
 
-def _stream(decision: Decision, terms: Terms, logger: Logger) -> tuple[UUID, str, str]:
-    wanted = stream_deployment(decision, terms)
-    assert terms.stream is not None, "the terms were checked"  # noqa: S101 - our own mistake, not a caller's
-    stream: StreamTerms = terms.stream
-    placed = deployment_store.place(wanted)
-    with _taken_back_on_failure(placed):
-        flow_runs.wait_until_scoring(flow_runs.start(placed.id, wanted.runs), stream.begin_seconds)
-    if placed.runs_before and not flow_runs.end(placed.runs_before, "Later runs of the same stream score now."):
-        logger.warning("Earlier runs of %s must end, and have not yet.", placed.name)
-    return placed.id, f"deployment {placed.name}, {wanted.runs} runs of it", "both ends are open, and its runs score"
+def _deploy_stream(decision: Decision, config: ApplyConfig, logger: Logger) -> _Deployed:
+    desired = plan_stream_deployment(decision, config)
+    assert config.stream is not None, "the configuration was checked"  # noqa: S101 - our own mistake, not a caller's
+    change = deployment_store.put_deployment(desired)
+    with _roll_back_on_failure(change):
+        runs = flow_runs.start_runs(change.id, desired.runs)
+        flow_runs.wait_until_scoring(runs, config.stream.start_seconds_max)
+    if change.runs_before and not flow_runs.end_runs(change.runs_before, "Later runs of the same stream score now."):
+        logger.warning("Earlier runs of %s must end, and have not yet.", change.name)
+    return _Deployed(
+        id=change.id,
+        summary=f"deployment {change.name}, {desired.runs} runs of it",
+        verified="source and sink are open, and its runs score",
+    )
 
 
 @contextmanager
-def _taken_back_on_failure(placed: Placed) -> Generator[None]:
-    """Take a deployment back where the block fails, whatever with; an ApplyFailed then also says what serves on."""
+def _roll_back_on_failure(change: DeploymentChange) -> Generator[None]:
+    """Roll a deployment back where the block fails for any reason. An ApplyFailed then also says what serves on."""
     try:
         yield
     except ApplyFailed as error:
-        deployment_store.take_back(placed)
-        message = f"{error} The deployment {placed.name} is taken back, and what served before serves on."
+        deployment_store.roll_back(change)
+        message = f"{error} The deployment {change.name} is rolled back, and what served before serves on."
         raise ApplyFailed(message) from error
     except BaseException:
-        deployment_store.take_back(placed)
+        deployment_store.roll_back(change)
         raise
 
 
-def _retire(old: list[DeploymentResponse], logger: Logger) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Take out of service what served a workload before; return what is gone, and what is left for a person to do."""
-    gone, left = [], []
+def _retire_all(old: list[DeploymentResponse], logger: Logger) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Take out of service what served a workload before; return what is retired, and what is left for a person."""
+    retired, to_do = [], []
     for each in old:
-        name = deployment_store.full_name(each)
+        name = deployment_store.read_full_name(each)
         try:
-            words = _retire_one(each, name)
+            words = _retire(each, name)
         except (OvernightError, PrefectHTTPStatusError) as error:
             logger.warning("What served before, %s, must be retired, got: %s", name, error)
-            left.append(f"retire {name}: {error}")
+            to_do.append(f"retire {name}: {error}")
             continue
         if words is None:
-            left.append(f"a run of {name} goes on; its schedule rests, delete it when that is done")
+            to_do.append(f"a run of {name} goes on; its schedule is paused, delete it when that is done")
         else:
-            gone.append(words)
-    return tuple(gone), tuple(left)
+            retired.append(words)
+    return tuple(retired), tuple(to_do)
 
 
-def _retire_one(each: DeploymentResponse, name: str) -> str | None:
-    mode = standing_of(each.tags).mode
+def _retire(deployment: DeploymentResponse, name: str) -> str | None:
+    """Take a deployment out of service; return that in words, None where a run of it goes on."""
+    mode = read_current_deployment(deployment.tags).mode
     words = f"{mode}, deployment {name}"
     if mode == "online":
-        spec = EndpointSpec.model_validate(each.parameters["spec"])
+        spec = EndpointSpec.model_validate(deployment.parameters["spec"])
         versions = retire_endpoint(spec.name, spec.target, spec.gateway, spec.admin_secret)
         words += f", with versions {', '.join(versions)} of its endpoint" if versions else ""
-    # A stream never ends by itself; a batch run is let through to its end.
-    return words if deployment_store.remove(each, end=mode == "streaming") else None
+    # A stream never ends by itself; a batch run is waited for.
+    return words if deployment_store.remove_deployment(deployment, end_runs=mode == "streaming") else None

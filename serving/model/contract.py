@@ -21,7 +21,7 @@ OPAQUE_DTYPES = (*TEXT_DTYPES, "datetime64[ns]")
 
 
 class Frozen(BaseModel):
-    """The base of every value that crosses a boundary: frozen, and no unknown key."""
+    """The base of every value that crosses a boundary: frozen, without unknown keys."""
 
     # Without the last, NaN and infinity would become null in JSON, and could not be read back.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
@@ -76,7 +76,7 @@ class Output(Frozen):
 
     @property
     def width(self) -> int:
-        """How many values a row has."""
+        """The number of values of a row."""
         return int(np.prod(self.shape, dtype=np.int64))
 
     @property
@@ -87,14 +87,14 @@ class Output(Frozen):
 
 
 class Contract(Frozen):
-    """What the model takes and gives, column by column."""
+    """The inputs and outputs of a model, column by column."""
 
     inputs: tuple[Input, ...]
     outputs: tuple[Output, ...]
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """Every source column that the model reads, each once."""
+        """Every source column that the model reads, once each."""
         seen = {column.name: column for value in self.inputs for column in value.columns}
         return tuple(seen.values())
 
@@ -105,37 +105,38 @@ class Contract(Frozen):
         return sum(width * (64 if dtype in TEXT_DTYPES else np.dtype(dtype).itemsize) for dtype, width in widths)
 
     def check(self, schema: pa.Schema, where: str) -> None:
-        """Hold the schema of a dataset against the contract.
+        """Check the schema of a dataset, which messages call `where`.
 
-        Raises SchemaMismatch with every missing column and every wrong type in one message.
+        Raises:
+            SchemaMismatch: Columns are missing or have wrong types; the message lists all of them.
         """
         pairs = [(value, column) for value in self.inputs for column in value.columns]
-        problems = [problem for value, column in pairs if (problem := _problem(value, column, schema))]
+        problems = [problem for value, column in pairs if (problem := _find_problem(value, column, schema))]
         if problems:
             listed = "\n".join(f"  - {problem}" for problem in dict.fromkeys(problems))
-            message = f"{where} does not fit the model's signature:\n{listed}\nColumns found: {_listed(schema)}."
+            message = f"{where} does not fit the model's signature:\n{listed}\nColumns found: {_list_columns(schema)}."
             raise SchemaMismatch(message)
 
 
-def _listed(schema: pa.Schema) -> str:
+def _list_columns(schema: pa.Schema) -> str:
     names = [f"{field.name} ({field.type})" for field in schema]
     shown = ", ".join(names[:_NAMES_SHOWN])
     return shown + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
 
 
-def _problem(value: Input, column: Column, schema: pa.Schema) -> str | None:
+def _find_problem(value: Input, column: Column, schema: pa.Schema) -> str | None:
     found = schema.get_all_field_indices(column.name)
     if len(found) > 1:
-        return f"column {column.name!r} stands {len(found)} times in the schema; rename all but one"
+        return f"column {column.name!r} is in the schema {len(found)} times; rename all but one"
     if not found:
-        return _missing(value, column) if column.required else None
+        return _describe_missing(value, column) if column.required else None
     source = schema.field(found[0]).type
     if column.shape:
-        return _tensor_problem(column, source)
-    return _scalar_problem(column, source)
+        return _find_tensor_problem(column, source)
+    return _find_scalar_problem(column, source)
 
 
-def _missing(value: Input, column: Column) -> str:
+def _describe_missing(value: Input, column: Column) -> str:
     if not column.shape:
         return f"column {column.name!r} ({column.dtype}) is missing"
     missing = f"column {column.name!r} ({column.dtype} {column.shape}) is missing"
@@ -149,11 +150,11 @@ def _missing(value: Input, column: Column) -> str:
     )
 
 
-def _tensor_problem(column: Column, source: pa.DataType) -> str | None:
+def _find_tensor_problem(column: Column, source: pa.DataType) -> str | None:
     width = int(np.prod(column.shape))
     storage = source.storage_type if isinstance(source, pa.BaseExtensionType) else source
     must = f"column {column.name!r} must hold {width} {column.dtype} values a row"
-    if isinstance(source, pa.FixedShapeTensorType) and _logical_shape(source) != column.shape:
+    if isinstance(source, pa.FixedShapeTensorType) and _find_tensor_shape(source) != column.shape:
         return f"{must} in the shape {column.shape}, got {source}"
     if pa.types.is_fixed_size_list(storage):
         if storage.list_size != width:
@@ -161,17 +162,17 @@ def _tensor_problem(column: Column, source: pa.DataType) -> str | None:
     elif not (pa.types.is_list(storage) or pa.types.is_large_list(storage)):
         return f"{must}, got {source}"
     value = Column(name=column.name, dtype=column.dtype, policy=column.policy)
-    return _scalar_problem(value, storage.value_type)
+    return _find_scalar_problem(value, storage.value_type)
 
 
-def _logical_shape(tensor: pa.FixedShapeTensorType) -> tuple[int, ...] | None:
-    """Return the shape of a tensor type, None where its values do not lie in that order."""
+def _find_tensor_shape(tensor: pa.FixedShapeTensorType) -> tuple[int, ...] | None:
+    """Return the shape of a tensor type, None where its values are stored in another order."""
     order = tensor.permutation
     return None if order is not None and list(order) != sorted(order) else tuple(tensor.shape)
 
 
 def is_text(source: pa.DataType) -> bool:
-    """Whether a type holds text, in any of Arrow's layouts."""
+    """Return whether a type is text, in any of Arrow's layouts."""
     return bool(pa.types.is_string(source) or pa.types.is_large_string(source) or pa.types.is_string_view(source))
 
 
@@ -187,14 +188,14 @@ _OPAQUE_TYPES: dict[str, tuple[Callable[[pa.DataType], bool], ...]] = {
 }
 
 
-def _scalar_problem(column: Column, source: pa.DataType) -> str | None:
+def _find_scalar_problem(column: Column, source: pa.DataType) -> str | None:
     must = f"column {column.name!r} must be {column.dtype}, got {source}"
     if pa.types.is_dictionary(source):
         source = source.value_type
     if pa.types.is_null(source):
         return None
     if column.dtype in OPAQUE_DTYPES:
-        return None if any(fit(source) for fit in _OPAQUE_TYPES[column.dtype]) else must
+        return None if any(is_kind(source) for is_kind in _OPAQUE_TYPES[column.dtype]) else must
     if is_text(source):
         return None
     number = pa.types.is_boolean(source) or pa.types.is_integer(source) or pa.types.is_floating(source)
@@ -207,9 +208,9 @@ def _scalar_problem(column: Column, source: pa.DataType) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def casts_safely(source: pa.DataType, dtype: str) -> bool:
-    """Whether every value of a number type survives the cast to `dtype` unchanged.
+    """Return whether every value of a number type stays the same when it is cast to `dtype`.
 
-    Stricter than numpy's own table in one point: 64-bit integers do not fit float64 above 2**53.
+    Stricter than numpy in one point: 64-bit integers above 2**53 do not fit float64.
     """
     given = np.dtype(source.to_pandas_dtype())
     wanted = np.dtype(dtype)
@@ -219,7 +220,7 @@ def casts_safely(source: pa.DataType, dtype: str) -> bool:
 
 
 def find_fill_problem(column: Column) -> str | None:
-    """Say why the value that takes the place of a column's nulls is none of its dtype, None where it is one."""
+    """Return what is wrong with the value that replaces a column's nulls, None where it fits the column's dtype."""
     if column.policy.null in ("reject", "keep"):
         return None
     try:
@@ -230,9 +231,9 @@ def find_fill_problem(column: Column) -> str | None:
 
 
 def convert_fill_value(column: Column) -> Any:
-    """Return the value that takes the place of a column's nulls, as numpy holds it.
+    """Return the value that replaces a column's nulls, as a value of numpy.
 
-    Raises ValueError or OverflowError where that is none of the column's dtype.
+    Raises ValueError or OverflowError where it does not fit the column's dtype.
     """
     null, dtype = column.policy.null, column.dtype
     if dtype == "str" and isinstance(null, str):

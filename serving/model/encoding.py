@@ -1,7 +1,10 @@
-"""Columns to arrays: an Arrow table becomes the model's inputs, and rows that can't are flagged.
+"""Columns to arrays: an Arrow table becomes the model's inputs, and rows that break the contract are flagged.
 
-Shapes: N rows, F features. Stacked inputs are filled as [F, N], each column one copy, and handed on
-as the transposed view [N, F]: a matrix product takes either, and no value is moved twice.
+Shapes: N rows, n rows of one Arrow chunk, F features, W values of a list. Stacked inputs are filled as [F, N], one copy
+a column, and returned as the transposed view [N, F]: a matrix product takes either, and no value is copied twice.
+
+Whether a number fits another type is decided by its value, not by what the CPU makes of it, so that every machine
+rejects the same rows.
 """
 
 from __future__ import annotations
@@ -22,16 +25,16 @@ from serving.model.contract import OPAQUE_DTYPES, Column, Contract, Input, casts
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
 Columns = dict[str, pa.ChunkedArray]
-# What a batch size counts: tokens, padding included, where rows have lengths.
+# The unit of batch sizes: tokens with padding, where rows have lengths.
 BatchUnit = Literal["rows", "tokens"]
 
-# A row stride of a power of two maps every feature to the same cache set; this keeps them apart.
+# A row stride of a power of two would map every feature to the same cache set.
 _PAD = 16
-# Seconds since 1970 that still fit 64 bits as nanoseconds.
+# Seconds since 1970 that fit 64 bits as nanoseconds.
 _SECONDS_MAX = 2**63 // 10**9
 
 _DECIMAL = r"^(?P<sign>[+-]?)(?P<whole>[0-9]*)\.?(?P<part>[0-9]*)(?:[eE](?P<exponent>[+-]?[0-9]+))?$"
-# One digit more than the largest integer has: what is longer does not fit either.
+# One digit more than the largest integer has; longer numbers do not fit either.
 _DIGITS_MAX = 21
 _SIZE_MAX = np.uint64(2**64 - 1)
 _BOOLEANS = {"true": True, "false": False, "1": True, "0": False}
@@ -54,17 +57,17 @@ class Flags:
         return cls(np.zeros(rows, dtype=np.int32))
 
     def mark(self, mask_n: Mask, column: str, reason: str, start: int = 0) -> None:
-        """Flag the rows of a mask that begins at row `start`; the first reason of a row stands."""
+        """Flag the rows of a mask that begins at row `start`; a row keeps its first reason."""
         if mask_n.any():
             code_n = self.code_N[start : start + len(mask_n)]
-            fresh_n = mask_n & (code_n == 0)
-            if fresh_n.any():
-                code_n[fresh_n] = self._code(column, reason)
+            new_n = mask_n & (code_n == 0)
+            if new_n.any():
+                code_n[new_n] = self._find_code(column, reason)
 
     def mark_row(self, row: int, column: str, reason: str) -> None:
-        """Flag one row; the first reason of a row stands."""
+        """Flag one row; a row keeps its first reason."""
         if self.code_N[row] == 0:
-            self.code_N[row] = self._code(column, reason)
+            self.code_N[row] = self._find_code(column, reason)
 
     @classmethod
     def concat(cls, several: list[Flags]) -> Flags:
@@ -74,12 +77,12 @@ class Flags:
         for flags in several:
             stop = start + len(flags.code_N)
             if flags.reasons:
-                codes = [0, *(whole._code(*pair) for pair in flags.reasons)]
+                codes = [0, *(whole._find_code(*pair) for pair in flags.reasons)]
                 whole.code_N[start:stop] = np.array(codes, dtype=np.int32)[flags.code_N]
             start = stop
         return whole
 
-    def _code(self, column: str, reason: str) -> int:
+    def _find_code(self, column: str, reason: str) -> int:
         pair = (column, reason)
         if pair not in self._codes:
             self.reasons.append(pair)
@@ -91,7 +94,7 @@ class Flags:
 class Encoded:
     """The model's inputs for N rows, each [N, *shape], and the flags of rows that are rejects.
 
-    length_N is how much of a forward pass each row takes (its tokens), None where all rows take the same.
+    `length_N` is the number of tokens of each row, None where all rows take the same share of a pass.
     """
 
     inputs: dict[str, Array]
@@ -100,7 +103,7 @@ class Encoded:
     length_N: npt.NDArray[np.int64] | None = None
 
     def slice_rows(self, start: int, stop: int) -> Encoded:
-        """Return rows [start, stop) as views: what is written to them is written here."""
+        """Return rows [start, stop) as views of the same memory."""
         flags = Flags(self.flags.code_N[start:stop], self.flags.reasons)
         return Encoded(
             inputs={name: value[start:stop] for name, value in self.inputs.items()},
@@ -110,9 +113,9 @@ class Encoded:
         )
 
     def repeat(self, times: int) -> Encoded:
-        """Return a copy of the rows, several times over, laid out as they are."""
+        """Return copies of the rows, several times over, in the same memory layout."""
         return Encoded(
-            inputs={name: _repeated(value, times) for name, value in self.inputs.items()},
+            inputs={name: _repeat_array(value, times) for name, value in self.inputs.items()},
             flags=Flags(np.tile(self.flags.code_N, times), list(self.flags.reasons)),
             rows=self.rows * times,
             length_N=None if self.length_N is None else np.tile(self.length_N, times),
@@ -122,9 +125,8 @@ class Encoded:
 def encode(contract: Contract, table: pa.Table) -> Encoded:
     """Turn N rows of a table into the model's inputs.
 
-    Rows that break the contract are flagged and keep their place, with some value in it: the caller
-    fills such a row with a good one before it passes it on. A column that is missing, which the
-    contract allows where it is optional, is a column of nulls.
+    Rows that break the contract are flagged and keep their place, with any value in it; the caller overwrites
+    such a row with a good one before a pass. An optional column that is missing is a column of nulls.
     """
     flags = Flags.all_good(table.num_rows)
     columns = dict(zip(table.column_names, table.columns, strict=True))
@@ -135,24 +137,24 @@ def encode(contract: Contract, table: pa.Table) -> Encoded:
 def _encode_input(value: Input, columns: Columns, flags: Flags) -> Array:
     rows = len(flags.code_N)
     if value.dtype in OPAQUE_DTYPES:
-        arrays = [_opaque(column, _chunks(column, columns, rows), flags) for column in value.columns]
+        arrays = [_encode_opaque(column, _find_chunks(column, columns, rows), flags) for column in value.columns]
         return np.stack(arrays, axis=1) if value.is_stacked else arrays[0]
     if value.is_stacked:
         buffer_FN = np.empty((len(value.columns), rows + _PAD), dtype=value.dtype)[:, :rows]
         for out_N, column in zip(buffer_FN, value.columns, strict=True):
-            _fill(out_N, column, _chunks(column, columns, rows), flags)
+            _fill_scalars(out_N, column, _find_chunks(column, columns, rows), flags)
         return buffer_FN.T
     (column,) = value.columns
     out = np.empty((rows, *column.shape), dtype=value.dtype)
-    chunks = _chunks(column, columns, rows)
+    chunks = _find_chunks(column, columns, rows)
     if column.shape:
         _fill_lists(out.reshape(rows, math.prod(column.shape)), column, chunks, flags)
     else:
-        _fill(out, column, chunks, flags)
+        _fill_scalars(out, column, chunks, flags)
     return out
 
 
-def _repeated(value: Array, times: int) -> Array:
+def _repeat_array(value: Array, times: int) -> Array:
     if value.ndim > 1 and not value.flags.c_contiguous:
         rows = len(value) * times
         buffer = np.empty((*value.shape[:0:-1], rows + _PAD), dtype=value.dtype)[..., :rows]
@@ -161,12 +163,12 @@ def _repeated(value: Array, times: int) -> Array:
     return np.concatenate([value] * times)
 
 
-def _chunks(column: Column, columns: Columns, rows: int) -> list[pa.Array]:
+def _find_chunks(column: Column, columns: Columns, rows: int) -> list[pa.Array]:
     found = columns.get(column.name)
     return [pa.nulls(rows)] if found is None else found.chunks
 
 
-def _fill(out_N: Array, column: Column, chunks: list[pa.Array], flags: Flags) -> None:
+def _fill_scalars(out_N: Array, column: Column, chunks: list[pa.Array], flags: Flags) -> None:
     start = 0
     for chunk in chunks:
         stop = start + len(chunk)
@@ -184,22 +186,22 @@ def _fill_chunk(out_n: Array, column: Column, chunk: pa.Array, flags: Flags, sta
         broken_n = parse_numbers(out_n, chunk, nearest=column.policy.cast == "round")
         flags.mark(broken_n, column.name, f"text that does not parse as {column.dtype}", start)
     else:
-        _cast(out_n, column, chunk, flags, start)
+        _cast_chunk(out_n, column, chunk, flags, start)
     if chunk.null_count:
-        _settle_nulls(out_n, _null_mask(chunk), column, flags, start)
+        _apply_null_policy(out_n, _make_null_mask(chunk), column, flags, start)
 
 
-def _null_mask(chunk: pa.Array) -> Mask:
+def _make_null_mask(chunk: pa.Array) -> Mask:
     if pa.types.is_null(chunk.type):
         return np.ones(len(chunk), dtype=np.bool_)
-    # Arrow's own is_null takes ten times as long on its way to numpy.
+    # Arrow's is_null takes ten times as long to reach numpy.
     bits = np.frombuffer(chunk.buffers()[0], dtype=np.uint8)
     valid = np.unpackbits(bits, count=chunk.offset + len(chunk), bitorder="little")
     return np.asarray(valid[chunk.offset :] == 0)
 
 
-def _settle_nulls(out_n: Array, null_n: Mask, column: Column, flags: Flags, start: int) -> None:
-    """Give nulls what the policy says; `out_n` may hold lists, whose every value is then given it."""
+def _apply_null_policy(out_n: Array, null_n: Mask, column: Column, flags: Flags, start: int) -> None:
+    """Replace or flag nulls as the policy says; `out_n` may hold lists, of which every value is replaced."""
     null = column.policy.null
     if null == "reject" or (null == "keep" and out_n.dtype.kind in "iub"):
         flags.mark(null_n, column.name, "null", start)
@@ -209,7 +211,7 @@ def _settle_nulls(out_n: Array, null_n: Mask, column: Column, flags: Flags, star
         out_n[null_n] = np.nan
 
 
-def _cast(out_n: Array, column: Column, chunk: pa.Array, flags: Flags, start: int) -> None:
+def _cast_chunk(out_n: Array, column: Column, chunk: pa.Array, flags: Flags, start: int) -> None:
     filled = chunk.fill_null(False if pa.types.is_boolean(chunk.type) else 0) if chunk.null_count else chunk
     given_n = filled.to_numpy(zero_copy_only=False)
     if casts_safely(chunk.type, column.dtype):
@@ -219,31 +221,31 @@ def _cast(out_n: Array, column: Column, chunk: pa.Array, flags: Flags, start: in
     flags.mark(lost_n, column.name, f"a {chunk.type} that does not fit {column.dtype}", start)
 
 
-def _opaque(column: Column, chunks: list[pa.Array], flags: Flags) -> Array:
-    """Return text, bytes or times as numpy holds them: objects, or datetime64."""
+def _encode_opaque(column: Column, chunks: list[pa.Array], flags: Flags) -> Array:
+    """Return text and bytes as objects, times as datetime64."""
     out_N = np.empty(len(flags.code_N), dtype=column.dtype if column.dtype == "datetime64[ns]" else object)
     start = 0
     for chunk in chunks:
         stop = start + len(chunk)
-        _opaque_chunk(out_N[start:stop], column, chunk, flags, start)
+        _encode_opaque_chunk(out_N[start:stop], column, chunk, flags, start)
         start = stop
     return out_N
 
 
-def _opaque_chunk(out_n: Array, column: Column, chunk: pa.Array, flags: Flags, start: int) -> None:
+def _encode_opaque_chunk(out_n: Array, column: Column, chunk: pa.Array, flags: Flags, start: int) -> None:
     if pa.types.is_dictionary(chunk.type):
         chunk = chunk.dictionary_decode()
     values = chunk
     if out_n.dtype.kind == "M":
-        values, lost_n = _nanoseconds(chunk)
+        values, lost_n = _to_nanoseconds(chunk)
         flags.mark(lost_n, column.name, f"a {chunk.type} that does not fit {column.dtype}", start)
     out_n[:] = values.to_numpy(zero_copy_only=False)
     if chunk.null_count:
-        _settle_nulls(out_n, _null_mask(chunk), column, flags, start)
+        _apply_null_policy(out_n, _make_null_mask(chunk), column, flags, start)
 
 
-def _nanoseconds(chunk: pa.Array) -> tuple[pa.Array, Mask]:
-    """Return times as nanoseconds, in UTC where they have a zone, and which are too far away for that."""
+def _to_nanoseconds(chunk: pa.Array) -> tuple[pa.Array, Mask]:
+    """Return times as nanoseconds, in UTC where they have a zone, and which of them do not fit."""
     try:
         return pc.cast(chunk, pa.timestamp("ns")), np.zeros(len(chunk), dtype=np.bool_)
     except pa.ArrowInvalid:
@@ -254,7 +256,7 @@ def _nanoseconds(chunk: pa.Array) -> tuple[pa.Array, Mask]:
 
 
 def _fill_lists(out_NW: Array, column: Column, chunks: list[pa.Array], flags: Flags) -> None:
-    """Fill [N, W] from a column of lists: one block copy an Arrow chunk, none a row."""
+    """Fill [N, W] from a column of lists by one copy an Arrow chunk."""
     start = 0
     for chunk in chunks:
         storage = chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk
@@ -276,7 +278,7 @@ def _fill_lists_chunk(out_nW: Array, column: Column, chunk: pa.Array, flags: Fla
         out_nW[whole_n] = flat.reshape(-1, width)
         out_nW[~whole_n] = 0
         flags.mark((lengths != width) & (lengths >= 0), column.name, f"a list that has not {width} values", start)
-        _settle_nulls(out_nW, lengths < 0, column, flags, start)
+        _apply_null_policy(out_nW, lengths < 0, column, flags, start)
     for code, (_, reason) in enumerate(inner.reasons, start=1):
         broken_n = np.zeros(rows, dtype=np.bool_)
         broken_n[whole_n] = (inner.code_N.reshape(-1, width) == code).any(axis=1)
@@ -284,15 +286,15 @@ def _fill_lists_chunk(out_nW: Array, column: Column, chunk: pa.Array, flags: Fla
 
 
 def cast_numbers(out_n: Array, given_n: Array, *, exact: bool) -> Mask:
-    """Cast n numbers into their place and return which do not survive it.
+    """Cast n numbers into their place and return which of them do not fit.
 
-    exact: the value must be the same afterwards. Otherwise the nearest value will do, but no infinity
-    in a finite number's place. Booleans fit everywhere, and are none of the numbers given.
+    With `exact` a value must stay the same. Otherwise the nearest value will do, but not infinity for a finite number.
+    The numbers given are not booleans, which fit every type.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         if out_n.dtype.kind == "f":
             return _cast_to_float(out_n, given_n, exact=exact)
-        return _cast_to_whole(out_n, given_n, exact=exact)
+        return _cast_to_integer(out_n, given_n, exact=exact)
 
 
 def _cast_to_float(out_n: Array, given_n: Array, *, exact: bool) -> Mask:
@@ -303,13 +305,13 @@ def _cast_to_float(out_n: Array, given_n: Array, *, exact: bool) -> Mask:
         return infinite_n if whole or not infinite_n.any() else infinite_n & ~np.isinf(given_n)
     if not whole:
         return np.asarray((out_n != given_n) & ~np.isnan(given_n))
-    # The largest integers round up to a float that is none of them.
-    held_n = np.isfinite(out_n) & (out_n.astype(np.float64) < float(_limits(given_n.dtype)[1] + 1))
+    # The largest integers round up to a float that no integer of the type equals.
+    held_n = np.isfinite(out_n) & (out_n.astype(np.float64) < float(_find_limits(given_n.dtype)[1] + 1))
     return np.asarray(~held_n | (np.where(held_n, out_n, 0).astype(given_n.dtype) != given_n))
 
 
-def _cast_to_whole(out_n: Array, given_n: Array, *, exact: bool) -> Mask:
-    low, high = _limits(out_n.dtype)
+def _cast_to_integer(out_n: Array, given_n: Array, *, exact: bool) -> Mask:
+    low, high = _find_limits(out_n.dtype)
     if given_n.dtype.kind != "f":
         out_n[:] = given_n
         return np.asarray((given_n < low) | (given_n > high))
@@ -319,26 +321,26 @@ def _cast_to_whole(out_n: Array, given_n: Array, *, exact: bool) -> Mask:
     return np.asarray(~held_n | (out_n != given_n))
 
 
-def _limits(dtype: np.dtype[Any]) -> tuple[int, int]:
+def _find_limits(dtype: np.dtype[Any]) -> tuple[int, int]:
     if dtype.kind == "b":
         return 0, 1
     return int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
 
 
 def parse_numbers(out_n: Array, chunk: pa.Array, *, nearest: bool) -> Mask:
-    """Parse n texts into their place and return which are no such number; a null is zero.
+    """Parse n texts into their place and return which of them do not parse; a null becomes zero.
 
-    Integers may be written as floats, "20.0" or "2e1", and lose no digit. nearest: one that is not
-    whole, "20.5", becomes the nearest integer.
+    Integers may be written as floats, "20.0" or "2e1", and lose no digit. With `nearest`, "20.5" becomes the nearest
+    integer.
     """
     text = pl.Series(chunk, dtype=pl.String)
-    numbers = _parsed(text, out_n.dtype)
+    numbers = _parse_text(text, out_n.dtype)
     if numbers.null_count() > text.null_count():
-        # Stripping takes longer than parsing, and numbers seldom stand between blanks.
+        # Stripping takes longer than parsing, and numbers seldom have blanks around them.
         text = text.str.strip_chars()
-        # So pandas writes integers beside a null; a text that is none stays none without it.
-        numbers = _parsed(text.str.strip_suffix(".0") if out_n.dtype.kind in "iu" else text, out_n.dtype)
-    # Polars makes a query of fill_null, which takes ten times as long for a small column.
+        # pandas writes integers in a column with nulls as "20.0"; other texts that do not parse still do not.
+        numbers = _parse_text(text.str.strip_suffix(".0") if out_n.dtype.kind in "iu" else text, out_n.dtype)
+    # Polars runs fill_null as a query, which takes ten times as long for a small column.
     filled = numbers.to_arrow().fill_null(False if out_n.dtype.kind == "b" else 0)
     out_n[:] = filled.to_numpy(zero_copy_only=False)
     broken_n = np.zeros(len(out_n), dtype=np.bool_)
@@ -347,12 +349,12 @@ def parse_numbers(out_n: Array, chunk: pa.Array, *, nearest: bool) -> Mask:
         if out_n.dtype.kind in "iu":
             out_n[broken_n], broken_n[broken_n] = _parse_decimals(text.filter(broken_n), out_n.dtype, nearest=nearest)
     if out_n.dtype.kind == "f" and (infinite_n := np.isinf(out_n)).any():
-        # The parser makes an infinity of a number that is too large.
+        # The parser turns a number that is too large into infinity.
         broken_n |= infinite_n & ~text.str.contains("(?i)inf").fill_null(value=False).to_numpy()
     return broken_n
 
 
-def _parsed(text: pl.Series, dtype: np.dtype[Any]) -> pl.Series:
+def _parse_text(text: pl.Series, dtype: np.dtype[Any]) -> pl.Series:
     if dtype.kind == "b":
         return text.str.to_lowercase().replace_strict(_BOOLEANS, default=None)
     return text.cast(_polars_type(dtype), strict=False)
@@ -364,31 +366,31 @@ def _polars_type(dtype: np.dtype[Any]) -> pl.DataType:
 
 
 def _parse_decimals(text: pl.Series, dtype: np.dtype[Any], *, nearest: bool) -> tuple[Array, Mask]:
-    """Return n decimal numbers as integers, and which are none; digit by digit, since a float keeps 15 of them."""
+    """Return n decimal numbers as integers, and which are invalid. Works on digits, since a float keeps only 15."""
     parts = text.str.extract_groups(_DECIMAL).struct.unnest()
     negative_n = (parts["sign"] == "-").fill_null(value=False).to_numpy()
-    whole, rest = _cut_at_point(parts)
+    whole, rest = _split_at_point(parts)
     sizes = whole.cast(pl.UInt64, strict=False)
     broken_n, size_n = sizes.is_null().to_numpy(), sizes.fill_null(0).to_numpy()
     if nearest:
-        # Digits after the point are in one order as text and as numbers, and "5" is the half of them.
+        # Digits after the point sort as text as they do as numbers, and "5" is one half.
         up_n = (rest > "5").to_numpy() | ((rest == "5").to_numpy() & (size_n % 2 == 1))
         broken_n = broken_n | (up_n & (size_n == _SIZE_MAX))
         size_n = size_n + up_n
     else:
         broken_n = broken_n | (rest != "").to_numpy()
-    low, high = _limits(dtype)
+    low, high = _find_limits(dtype)
     broken_n = broken_n | (size_n > np.where(negative_n, np.uint64(-low), np.uint64(high)))
     return np.where(negative_n, np.negative(size_n), size_n).astype(dtype), broken_n
 
 
-def _cut_at_point(parts: pl.DataFrame) -> tuple[pl.Series, pl.Series]:
-    """Return the digits before and after the point once the exponent has moved it; null where the text is no number.
+def _split_at_point(parts: pl.DataFrame) -> tuple[pl.Series, pl.Series]:
+    """Return the digits before and after the point, with the exponent applied; null where the text is not a number.
 
-    The former ends at 21 digits; trailing zeros are gone from the latter.
+    The former has at most 22 digits; the latter has no trailing zeros.
     """
     digits = pl.col("whole") + pl.col("part")
-    # From its first digit other than zero on, so that 21 of them are always too many.
+    # Without leading zeros, so that 21 digits are always too many.
     led = digits.str.strip_chars_start("0")
     exponent = pl.col("exponent").cast(pl.Float64).clip(-1e9, 1e9).fill_null(0).cast(pl.Int64)
     zeros = digits.str.len_bytes().cast(pl.Int64) - led.str.len_bytes().cast(pl.Int64)

@@ -1,7 +1,7 @@
-"""Score N encoded rows in batches: bad rows keep their place, and neighbours keep their bits.
+"""Score N encoded rows in batches: bad rows keep their place, and their neighbours keep their bits.
 
-A row that can't be scored is filled with a copy of a good row of its batch, so that every batch has
-the shape and the other values that it would have had: the bits of its neighbours do not change.
+A row that can't be scored is overwritten with a copy of a good row of its batch. So every batch keeps its shape and its
+other values, and the bits of the neighbours do not change.
 """
 
 from __future__ import annotations
@@ -30,12 +30,10 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _REASON_LENGTH_MAX = 200
-# Where torch has no OutOfMemoryError: its CPU allocator, allocations outside its CUDA cache, and cuBLAS's own.
+# Cases without an OutOfMemoryError: torch's CPU allocator, allocations outside its CUDA cache, and cuBLAS.
 _MEMORY_WORDS = ("can't allocate memory", "out of memory", "cublas_status_alloc_failed")
 _DEVICE_WORDS = ("cuda error", "hip error", "device-side assert", "cublas_status", "cudnn_status")
-
-
-# About 39 s: what a service takes to come up again, not the night.
+# About 39 s in all: long enough for a service to restart.
 _DELAYS_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 _CHECK_SECONDS = 0.1
 
@@ -43,24 +41,24 @@ _log = logging.getLogger(__name__)
 
 
 class Halted(Exception):
-    """The rows were not gone on with, as `may_continue` said."""
+    """Scoring stopped because `may_continue` returned False."""
 
 
 class ModelExit(Exception):
-    """The model asked for the end of the process, which is an error like any other that it makes."""
+    """The model tried to end the process; this is treated as any other error of the model."""
 
 
 def iter_retry_delays() -> Iterator[float]:
-    """Yield the seconds to wait before each further try of a pass whose connections fail: eight, each drawn anew.
+    """Yield the seconds to wait before each of eight retries of a pass whose dependencies fail.
 
-    Workers that one outage has stopped do not all come back in one moment.
+    Each is varied at random, so that workers that one outage has stopped do not all retry at the same moment.
     """
     for seconds in _DELAYS_SECONDS:
         yield seconds * random.uniform(0.75, 1.25)  # noqa: S311 - spreads the tries; nothing depends on its values
 
 
 def iter_endless_retry_delays() -> Iterator[float]:
-    """Yield the same without an end, for what has nobody who would call it again."""
+    """Yield the same without end, for callers that nobody would start again."""
     yield from iter_retry_delays()
     while True:
         yield _DELAYS_SECONDS[-1] * random.uniform(0.75, 1.25)  # noqa: S311 - the same
@@ -68,12 +66,14 @@ def iter_endless_retry_delays() -> Iterator[float]:
 
 @dataclass(slots=True)
 class Forward:
-    """One stream of forward passes over a model, and what it has learnt.
+    """One stream of forward passes over a model, and what it has learnt of the model.
 
-    `may_continue` is asked before each batch and while it waits, and ends the rows with Halted. batch_size_safe is the
-    largest batch that fits in memory, None until a batch did not; like batch_size it counts tokens, padding included,
-    where rows have lengths. `delays` gives the seconds to wait before each further try of a pass that failed by what
-    the model calls or runs on (serving.faults).
+    Attributes:
+        batch_size: Rows of a pass; tokens with padding, where rows have lengths.
+        safe_batch_size: The largest batch that fits in memory, in the same unit. None until a batch did not fit.
+        proven: Whether a row has had a prediction. Until then a batch whose rows all fail raises ModelFailed.
+        may_continue: Called before each batch and while waiting; where it returns False, scoring ends with Halted.
+        delays: Gives the seconds to wait before each retry of a pass that failed by a dependency (serving.faults).
     """
 
     model: Model
@@ -92,11 +92,15 @@ class Forward:
     def score(self, encoded: Encoded) -> Predictions:
         """Predict N rows in batches of `batch_size`, counted from the first row.
 
-        Rows that have lengths go in order of length, in batches of at most `batch_size` tokens, padding
-        counted; predictions and flags come back in the order of the rows. Flags the rows that the model
-        fails on, and those whose predictions are not finite; the inputs of every flagged row are
-        overwritten. Raises ModelFailed if every row of the first batch fails, DependencyFault if what the model calls
-        fails for longer than the delays, DeviceLost if the device is gone, Halted where it is not to go on.
+        Rows that have lengths are passed in order of length, in batches of at most `batch_size` tokens with padding.
+        Predictions and flags are returned in the order of the rows. Flags the rows that the model fails on, and those
+        whose predictions are not finite. The inputs of every flagged row are overwritten.
+
+        Raises:
+            ModelFailed: Every row of the first batch fails, or a batch fails whose rows are good.
+            DependencyFault: What the model calls or runs on fails for longer than the delays.
+            DeviceLost: The device failed.
+            Halted: `may_continue` returned False.
         """
         if encoded.length_N is None:
             return self._score_batches(_Batch(encoded.inputs), encoded.flags)
@@ -112,39 +116,39 @@ class Forward:
 
     def _score_batches(self, rows: _Batch, flags: Flags) -> Predictions:
         out = self._make_empty(rows.rows)
-        begun: deque[_PendingBatch] = deque()
-        # None is begun ahead once memory ran out.
+        waiting: deque[_PendingBatch] = deque()
+        # Once memory ran out, no pass is begun ahead of another.
         ahead = self._overlapping.passes_ahead if self._overlapping and self.safe_batch_size is None else 0
-        for start, stop in itertools.pairwise(rows.edges(self.batch_size)):
+        for start, stop in itertools.pairwise(rows.find_edges(self.batch_size)):
             if not self.may_continue():
                 raise Halted
-            begun.append(self._begin_batch(rows.cut(start, stop), flags, start))
-            if len(begun) > ahead:
-                self._finish_batch(begun.popleft(), flags, out)
-        for each in begun:
+            waiting.append(self._begin_batch(rows.cut(start, stop), flags, start))
+            if len(waiting) > ahead:
+                self._finish_batch(waiting.popleft(), flags, out)
+        for each in waiting:
             self._finish_batch(each, flags, out)
         return out
 
     def _begin_batch(self, batch: _Batch, flags: Flags, start: int) -> _PendingBatch:
-        """Fill bad rows and, where the model takes passes ahead, begin this one."""
+        """Fill bad rows and, where the model overlaps passes, begin this one."""
         bad_n = flags.code_N[start : start + batch.rows] != 0
         if bad_n.any() and not bad_n.all():
             batch.fill(bad_n, int(np.argmin(bad_n)))
-        on_its_way = None
+        pending = None
         if self._overlapping and self.safe_batch_size is None and not bad_n.all():
-            # What goes wrong here goes wrong again in the pass that is then made alone.
+            # An error here occurs again in the pass that is then made alone.
             with suppress(Exception):
-                on_its_way = _call_model(self._overlapping.begin, batch.inputs)
-        return _PendingBatch(batch, start, on_its_way)
+                pending = _call_model(self._overlapping.begin, batch.inputs)
+        return _PendingBatch(batch, start, pending)
 
-    def _finish_batch(self, begun: _PendingBatch, flags: Flags, out: Predictions) -> None:
-        batch, start = begun.batch, begun.start
+    def _finish_batch(self, waiting: _PendingBatch, flags: Flags, out: Predictions) -> None:
+        batch, start = waiting.batch, waiting.start
         code_n = flags.code_N[start : start + batch.rows]
         good = np.flatnonzero(code_n == 0)
         if not len(good):
             return
         try:
-            predictions = self._finish_pass(begun)
+            predictions = self._finish_pass(waiting)
         except (OvernightError, Halted):
             raise
         except Exception as error:  # noqa: BLE001 - the model is somebody else's code
@@ -156,14 +160,14 @@ class Forward:
             raise _every_row_failed(flags, start + int(good[0]), len(good))
         self.proven = True
 
-    def _finish_pass(self, begun: _PendingBatch) -> Predictions:
-        if begun.pending is not None and self._overlapping:
+    def _finish_pass(self, waiting: _PendingBatch) -> Predictions:
+        if waiting.pending is not None and self._overlapping:
             with suppress(Exception):
-                return _call_model(self._overlapping.finish, begun.pending)
-        return self._run_pass(begun.batch)
+                return _call_model(self._overlapping.finish, waiting.pending)
+        return self._run_pass(waiting.batch)
 
     def _score_without_bad_rows(self, batch: _Batch, flags: Flags, start: int, error: Exception) -> Predictions:
-        """Halve the batch until each bad row stands alone, then pass it whole with those replaced."""
+        """Find the bad rows by bisection, then pass the whole batch with those replaced."""
         bad: dict[int, str] = {}
         rows = batch.rows
         self._find_bad_rows(batch, 0, rows, error, bad)
@@ -189,7 +193,7 @@ class Forward:
             raise ModelFailed(message) from again
 
     def _find_bad_rows(self, batch: _Batch, low: int, high: int, error: Exception, bad: dict[int, str]) -> None:
-        """Find each failing row of [low, high), which is known to fail as a whole with `error`."""
+        """Add to `bad` each failing row of [low, high), which fails as a whole with `error`."""
         if high - low == 1:
             bad[low] = _describe_error(error)
             return
@@ -203,10 +207,7 @@ class Forward:
                 self._find_bad_rows(batch, start, stop, inner, bad)
 
     def _run_pass(self, batch: _Batch) -> Predictions:
-        """Make one forward pass; out of memory halves the batch, and the safe size is remembered.
-
-        The model gets a copy: one that works in place would leave nothing to pass again.
-        """
+        """Make one forward pass; where memory runs out, halve the batch and remember the size that fits."""
         if self.safe_batch_size is not None and batch.size > self.safe_batch_size and batch.rows > 1:
             return self._predict_in_pieces(batch, self.safe_batch_size)
         try:
@@ -225,7 +226,10 @@ class Forward:
         return self._predict_in_pieces(batch, self.safe_batch_size)
 
     def _predict(self, batch: _Batch) -> Predictions:
-        """Have the model predict, again after each pause where what it calls or runs on fails."""
+        """Call the model, and again after each delay where a dependency fails.
+
+        The model gets a copy each time, since it may write to its inputs.
+        """
         delays: Iterator[float] | None = None
         tries = 0
         while True:
@@ -242,11 +246,11 @@ class Forward:
                 seconds = next(delays, None)
                 if seconds is None:
                     raise _make_dependency_fault(error, tries) from error
-                _log.warning("The model got %s; it is tried again in %.1f s.", _describe_error(error), seconds)
+                _log.warning("The model failed with %s. It is called again in %.1f s.", _describe_error(error), seconds)
             self._wait(seconds)
 
     def _wait(self, seconds: float) -> None:
-        """Wait, in steps short enough to stop at once where it is not to go on."""
+        """Wait, in steps short enough to notice soon that scoring must stop."""
         while seconds > 0:
             if not self.may_continue():
                 raise Halted
@@ -255,20 +259,20 @@ class Forward:
             seconds -= step
 
     def _predict_in_pieces(self, batch: _Batch, size: int) -> Predictions:
-        pieces = [self._run_pass(batch.cut(start, stop)) for start, stop in itertools.pairwise(batch.edges(size))]
+        pieces = [self._run_pass(batch.cut(start, stop)) for start, stop in itertools.pairwise(batch.find_edges(size))]
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
     def _make_empty(self, rows: int) -> Predictions:
         """Return the predictions of rows that have none: zeros, or None for text."""
         return {
-            output.name: np.full((rows, *output.shape), None if output.dtype == "str" else 0, _to_numpy(output.dtype))
+            output.name: np.full((rows, *output.shape), None if output.dtype == "str" else 0, _numpy_type(output.dtype))
             for output in self.contract.outputs
         }
 
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """The inputs of n rows, and their lengths in ascending order where they have any."""
+    """The inputs of n rows, and their lengths in ascending order where rows have lengths."""
 
     inputs: Arrays
     length_n: npt.NDArray[np.int64] | None = None
@@ -279,10 +283,10 @@ class _Batch:
 
     @property
     def size(self) -> int:
-        """How much of a batch size it takes: rows, or tokens with padding."""
+        """Its size in the unit of `batch_size`: rows, or tokens with padding."""
         return self.rows if self.length_n is None else self.rows * int(self.length_n[-1])
 
-    def edges(self, size: int) -> list[int]:
+    def find_edges(self, size: int) -> list[int]:
         """Return the edges of batches of at most that size."""
         if self.length_n is None:
             return [*range(0, self.rows, size), self.rows]
@@ -293,14 +297,14 @@ class _Batch:
         return _Batch({name: value[start:stop] for name, value in self.inputs.items()}, length_n)
 
     def fill(self, bad_n: npt.NDArray[np.bool_], good: int) -> None:
-        """Replace bad rows by a copy of a good one, in place: no other bit of the batch moves."""
+        """Replace bad rows by copies of a good one, in place; nothing else in the batch changes."""
         for value in self.inputs.values():
             value[bad_n] = value[good : good + 1]
 
 
 @dataclass(frozen=True, slots=True)
 class _PendingBatch:
-    """A batch that starts at a row, and its pass where the model has begun that already."""
+    """A batch that starts at row `start`, and its pass where the model has begun it already."""
 
     batch: _Batch
     start: int
@@ -308,7 +312,7 @@ class _PendingBatch:
 
 
 def find_token_edges(length_N: npt.NDArray[np.int64], tokens: int) -> list[int]:
-    """Return the edges of batches over rows in order of length: at most `tokens` each, padding counted, or one row."""
+    """Return the edges of batches over rows in order of length: at most `tokens` with padding, or one row."""
     edges = [0]
     for row, length in enumerate(length_N.tolist()):
         if row > edges[-1] and (row - edges[-1] + 1) * length > tokens:
@@ -316,7 +320,7 @@ def find_token_edges(length_N: npt.NDArray[np.int64], tokens: int) -> list[int]:
     return [*edges, len(length_N)] if len(length_N) else edges
 
 
-def _to_numpy(dtype: str) -> np.dtype[Any]:
+def _numpy_type(dtype: str) -> np.dtype[Any]:
     return np.dtype(object if dtype == "str" else dtype)
 
 
@@ -332,7 +336,7 @@ def _flag_invalid_predictions(predictions: Predictions, flags: Flags, start: int
 
 
 def _every_row_failed(flags: Flags, row: int, rows: int) -> ModelFailed:
-    """Say that all of the rows that the model was given failed, `row` being one of them."""
+    """Return the error for a first batch whose rows all failed; `row` is one of them."""
     column, reason = flags.reasons[flags.code_N[row] - 1]
     where = f" (output {column!r})" if column else ""
     return ModelFailed(
@@ -342,7 +346,7 @@ def _every_row_failed(flags: Flags, row: int, rows: int) -> ModelFailed:
 
 
 def _call_model(call: Callable[[T], R], argument: T) -> R:
-    """Return what a call into the model returns; raises ModelExit where the model would end the process instead."""
+    """Call into the model. Raises ModelExit where the model would end the process."""
     try:
         return call(argument)
     except (SystemExit, KeyboardInterrupt) as error:
@@ -351,7 +355,7 @@ def _call_model(call: Callable[[T], R], argument: T) -> R:
         message = f"it must return, got {_describe_error(error)}"
         raise ModelExit(message) from None
     except BaseException as error:
-        # What libraries in Rust raise where they fail, and no Exception.
+        # Libraries in Rust raise this where they panic; it is not an Exception.
         if type(error).__name__ != "PanicException":
             raise
         raise ModelExit(_describe_error(error)) from None
@@ -360,13 +364,13 @@ def _call_model(call: Callable[[T], R], argument: T) -> R:
 def _make_dependency_fault(error: Exception, tries: int) -> DependencyFault:
     return DependencyFault(
         f"What the model calls and runs on must answer, got {_describe_error(error)} (tries: {tries}). No row is "
-        "rejected for that. Put the connection, the service or the file right and call again, and it resumes. Where "
-        "the error is one of a row, have the model raise ValueError(...) from None."
+        "rejected for that. Fix the connection, the service or the file and call again; the run resumes. Where the "
+        "error is about a row, have the model raise ValueError(...) from None."
     )
 
 
 def _describe_error(error: BaseException) -> str:
-    """Describe an exception in words that are the same in every attempt: no addresses in them."""
+    """Describe an exception in words that are the same in every attempt, without memory addresses."""
     text = re.sub(r"0[xX][0-9a-fA-F]+", "0x...", " ".join(str(error).split()))
     return f"{type(error).__name__}: {text}"[:_REASON_LENGTH_MAX]
 
@@ -378,7 +382,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _is_device_lost(error: Exception) -> bool:
-    """Whether a torch error means that the device, not the rows, failed."""
+    """Return whether a torch error means that the device failed, not the rows."""
     if _is_out_of_memory(error) or not isinstance(error, RuntimeError):
         return False
     return type(error).__name__ == "AcceleratorError" or any(word in str(error).lower() for word in _DEVICE_WORDS)

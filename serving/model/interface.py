@@ -1,4 +1,4 @@
-"""What every loaded model can do: predict, in slots; and the engine that its forward passes are tied to."""
+"""The Protocols of a loaded model, and the engine that its forward passes run on."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from serving.model.encoding import BatchUnit, Encoded
 
 
 class Engine(Frozen):
-    """What a plan ties a model's passes to, so that every attempt gives the same bits.
+    """How a model's passes are computed. A plan keeps it, so that every attempt gives the same bits.
 
     The default is torch with its own kernels, on one intra-op thread a slot.
     """
 
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="What computes.")
     threads: int = Field(default=1, ge=1, description="Intra-op threads of one slot.")
-    linear: Literal["torch", "onednn"] = Field(default="torch", description="What multiplies in float32 linear layers.")
+    linear: Literal["torch", "onednn"] = Field(default="torch", description="Library of float32 linear layers.")
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="bfloat16: under autocast.")
-    compiled: bool = Field(default=False, description="Whether torch.compile made the passes.")
+    compiled: bool = Field(default=False, description="Whether passes run through torch.compile.")
 
     def __str__(self) -> str:
-        """Say what differs from the default, for people."""
-        told = {
+        """Return what differs from the default, in words."""
+        parts = {
             "CUDA": self.device == "cuda",
             f"{self.threads} threads a slot": self.threads > 1,
             "oneDNN": self.linear == "onednn",
             self.precision: self.precision != "float32",
             "compiled": self.compiled,
         }
-        return ", ".join(words for words, differs in told.items() if differs) or "torch (default kernels)"
+        return ", ".join(words for words, differs in parts.items() if differs) or "torch (default kernels)"
 
 
 class TuningLimits(Frozen):
-    """What the caller lets the tuner try, and what it may not choose itself.
+    """What the tuner may try: values that the caller has fixed, and engines that it allows.
 
-    bfloat16_tolerance is the largest absolute difference from float32 that a prediction may have, None
-    where reduced precision is not wanted.
+    `bfloat16_tolerance` is the largest absolute difference from float32 that a prediction may have; without it there is
+    no reduced precision.
     """
 
     batch_size: int | None = None
@@ -55,32 +55,32 @@ Predictions = dict[str, npt.NDArray[Any]]
 
 
 class Model(Protocol):
-    """What batch, stream and endpoint share: rows in, predictions out."""
+    """A loaded model: rows in, predictions out."""
 
     def prepare(self, encoded: Encoded) -> Encoded:
-        """Do what needs no forward pass, such as tokenising, ahead of it and in another thread than the slot's."""
+        """Do what needs no forward pass, such as tokenising; called ahead of it, outside the slot's thread."""
         ...
 
     def predict(self, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
         """Return every output of the contract for N rows, text as objects with None for a null.
 
-        Whatever the model raises comes through.
+        Raises whatever the model raises.
         """
         ...
 
     def slot(self) -> AbstractContextManager[None]:
-        """Enter what one stream of forward passes needs in its own thread."""
+        """Return a context in which one thread makes forward passes."""
         ...
 
     @property
     def slots(self) -> int:
-        """How many streams of forward passes this machine should run, unless told."""
+        """How many streams of forward passes this machine should run by default."""
         ...
 
 
 @runtime_checkable
 class Overlapping(Protocol):
-    """A model whose passes are begun before the ones ahead of them are waited for, as a GPU makes them."""
+    """A model that begins a pass before earlier ones are finished, as on a GPU."""
 
     passes_ahead: int
 
@@ -98,17 +98,17 @@ class Tunable(Model, Protocol):
 
     @property
     def engine(self) -> Engine:
-        """The engine where nothing was measured: the plainest."""
+        """The engine to use where nothing was measured."""
         ...
 
     @property
     def batch_size(self) -> int:
-        """The batch size where nothing was measured."""
+        """The batch size to use where nothing was measured."""
         ...
 
     @property
     def batch_unit(self) -> BatchUnit:
-        """What batch sizes count: rows, or tokens with padding where `prepare` gives rows their lengths."""
+        """The unit of batch sizes: rows, or tokens with padding where `prepare` sets lengths."""
         ...
 
     @property
@@ -117,7 +117,7 @@ class Tunable(Model, Protocol):
         ...
 
     def engines(self, limits: TuningLimits) -> Sequence[Engine]:
-        """Return the engines worth trying here, the plainest first."""
+        """Return the engines worth trying on this machine, the default first."""
         ...
 
     def with_engine(self, engine: Engine) -> Self:

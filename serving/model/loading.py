@@ -1,4 +1,4 @@
-"""A model that predicts: one Protocol, and the two ways in which MLflow models become one.
+"""Loading a resolved model: as a torch module, a text model, or any flavour through mlflow.pyfunc.
 
 Shapes: every input is [N, *shape] and every output [N, *shape] of the contract.
 """
@@ -33,23 +33,25 @@ from serving.model.registry import (
     read_file_states,
 )
 
-_PLAIN = Engine()
+_DEFAULT_ENGINE = Engine()
 
 
 def load_model(resolved: Resolved, contract: Contract, *, allow_pickle: bool = False) -> Tunable:
     """Load a resolved model, once in each process.
 
-    Raises ModelUnfit where the model is pickled and `allow_pickle` is not set, since unpickling
-    runs whatever code the file holds; and where a file was changed since the files were hashed, until all were loaded.
-    A model that was logged as code runs its code either way.
+    A model that was logged as code runs its code, whatever `allow_pickle` says.
+
+    Raises:
+        ModelUnfit: The model is pickled and `allow_pickle` is not set, since unpickling runs any code in the file; or a
+            file changed between hashing and loading; or the model does not load here.
     """
     with _loading:
-        files = resolved.files or _hashed(resolved)
-        loaded = _load(resolved.folder, resolved.pin, files, resolved.is_torch, allow_pickle)
+        files = resolved.files or _hash_files(resolved)
+        loaded = _load_cached(resolved.folder, resolved.pin, files, resolved.is_torch, allow_pickle)
         if not resolved.is_torch:
-            _read_later[resolved.pin.digest] = (resolved.folder, files)
+            _models_that_read_files[resolved.pin.digest] = (resolved.folder, files)
     if resolved.is_torch:
-        import torch  # noqa: PLC0415 - a finished run is told so before torch is imported
+        import torch  # noqa: PLC0415 - a finished run needs no import of torch
 
         from serving.model.cuda import CudaModel  # noqa: PLC0415 - the same
         from serving.model.torch_model import TorchModel  # noqa: PLC0415 - the same
@@ -63,19 +65,19 @@ def load_model(resolved: Resolved, contract: Contract, *, allow_pickle: bool = F
 
 
 def check_model_unchanged(pin: ModelPin) -> None:
-    """Raise ModelUnfit where a loaded model may still read its files, and one was changed since they were hashed.
+    """Raise ModelUnfit where a loaded model may still read its files, and one has changed since they were hashed.
 
-    An exported torch module is in memory; what runs Python may open artifacts, import code, or map weights at any time.
+    An exported torch module is in memory. A model that runs Python may open artifacts or import code later.
     """
-    if pin.digest in _read_later:
-        check_files_unchanged(pin, *_read_later[pin.digest])
+    if pin.digest in _models_that_read_files:
+        check_files_unchanged(pin, *_models_that_read_files[pin.digest])
 
 
-_read_later: dict[str, tuple[Path, FileStates]] = {}
+_models_that_read_files: dict[str, tuple[Path, FileStates]] = {}
 
 
-def _hashed(resolved: Resolved) -> FileStates:
-    """Hash the files that a release was made with, and return their state; raises ModelUnfit where they are others."""
+def _hash_files(resolved: Resolved) -> FileStates:
+    """Hash the files of a release and return their state. Raises ModelUnfit where the digest is not the pinned one."""
     files = read_file_states(resolved.folder)
     digest = digest_folder(resolved.folder)
     if digest != resolved.pin.digest:
@@ -87,20 +89,20 @@ def _hashed(resolved: Resolved) -> FileStates:
     return files
 
 
-# MLflow reads it at every load, and takes an absent one as yes.
+# MLflow reads this variable at every load; without it, unpickling is allowed.
 _ALLOW_PICKLE = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"
 
 _loading = threading.Lock()
 
 
 @functools.lru_cache(maxsize=2)
-def _load(folder: Path, pin: ModelPin, files: FileStates, is_torch: bool, allow_pickle: bool) -> Any:  # noqa: FBT001 - keys of the cache
+def _load_cached(folder: Path, pin: ModelPin, files: FileStates, is_torch: bool, allow_pickle: bool) -> Any:  # noqa: FBT001 - keys of the cache
     import mlflow.pyfunc  # noqa: PLC0415 - seconds of imports that a finished run does not need
 
     try:
-        # MLflow refuses skops as it does pickles: what was looked at here may be read.
+        # MLflow refuses skops files as it does pickles, unless this says that they were checked.
         allowed = allow_pickle or check_files(folder, MLmodel.load(str(folder / "MLmodel")))
-        with set_variable(_ALLOW_PICKLE, str(allowed).lower()), _no_bytecode():
+        with set_variable(_ALLOW_PICKLE, str(allowed).lower()), _suppress_bytecode():
             if is_torch:
                 model = _load_torch(folder, allow_pickle=allow_pickle)
             else:
@@ -108,14 +110,14 @@ def _load(folder: Path, pin: ModelPin, files: FileStates, is_torch: bool, allow_
     except ModelUnfit:
         raise
     except Exception as error:  # a flavour's loader may raise anything; it all means the same here
-        raise _unfit(folder, error, allow_pickle=allow_pickle) from error
+        raise _make_unfit(folder, error, allow_pickle=allow_pickle) from error
     check_files_unchanged(pin, folder, files)
     return model
 
 
 @contextmanager
-def _no_bytecode() -> Generator[None]:
-    """Keep Python from writing its caches beside a model's code: those files are the registry's."""
+def _suppress_bytecode() -> Generator[None]:
+    """Keep Python from writing bytecode caches into a model's folder, which belongs to the registry."""
     before = sys.dont_write_bytecode
     sys.dont_write_bytecode = True
     try:
@@ -130,7 +132,9 @@ def _load_torch(folder: Path, *, allow_pickle: bool) -> Any:
 
     options = {"weights_only": False} if allow_pickle else {}
     module = mlflow.pytorch.load_model(str(folder), **options)
-    if isinstance(module, torch.fx.GraphModule) and (training := [str(n) for n in module.graph.nodes if _trains(n)]):
+    if isinstance(module, torch.fx.GraphModule) and (
+        training := [str(n) for n in module.graph.nodes if _is_training(n)]
+    ):
         message = (
             f"A model must be exported for inference, got training mode in its graph at {training}: it would answer "
             "differently each time. Call model.eval() before you log it."
@@ -139,8 +143,8 @@ def _load_torch(folder: Path, *, allow_pickle: bool) -> Any:
     return module
 
 
-def _trains(node: Any) -> bool:
-    """Whether a node of an exported graph is a dropout or a normalisation that still learns."""
+def _is_training(node: Any) -> bool:
+    """Return whether a node of an exported graph is a dropout or a normalisation in training mode."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return False
@@ -148,7 +152,7 @@ def _trains(node: Any) -> bool:
     return bool((given.get("train") or given.get("training")) and given.get("p") != 0)
 
 
-_WITHOUT_PICKLE = {
+_ADVICE_BY_LOADER = {
     "mlflow.pytorch": 'Log it with serialization_format="pt2", or pass',
     "mlflow.lightgbm": 'Log its Booster (model.booster_), or with serialization_format="skops", or pass',
     "mlflow.pyfunc.model": 'Log it as code (python_model="model.py"), or pass',
@@ -156,22 +160,22 @@ _WITHOUT_PICKLE = {
 }
 
 
-def _unfit(folder: Path, error: Exception, *, allow_pickle: bool) -> ModelUnfit:
+def _make_unfit(folder: Path, error: Exception, *, allow_pickle: bool) -> ModelUnfit:
     if not allow_pickle and "pickle" in str(error).lower():
         loader = MLmodel.load(str(folder / "MLmodel")).flavors.get("python_function", {}).get("loader_module")
         return ModelUnfit(
             f"A model must not need unpickling, which runs any code in its files, unless asked for; got: {error} "
-            f"{_WITHOUT_PICKLE.get(str(loader), 'Pass')} allow_pickle=True if you trust whoever logged it."
+            f"{_ADVICE_BY_LOADER.get(str(loader), 'Pass')} allow_pickle=True if you trust whoever logged it."
         )
     return ModelUnfit(f"The model in {folder} must load here, got {type(error).__name__}: {error}.")
 
 
 class PyfuncModel:
-    """Any other flavour, through mlflow.pyfunc: a DataFrame or arrays in, anything out."""
+    """Any other flavour, through mlflow.pyfunc: a DataFrame or arrays in, any form of outputs."""
 
-    # The checks of each call take longer than many a model: larger batches than torch's pay.
+    # The checks of each call take longer than many models do, so batches are larger than torch's.
     batch_size, batch_sizes = 1024, (64, 1024, 4096, 16384, 65536)
-    engine = _PLAIN
+    engine = _DEFAULT_ENGINE
     batch_unit: BatchUnit = "rows"
 
     def __init__(self, model: Any, contract: Contract) -> None:
@@ -192,7 +196,7 @@ class PyfuncModel:
         import pandas as pd  # noqa: PLC0415
 
         rows = len(next(iter(inputs.values())))
-        given: Any = dict(inputs) | {name: _fixed(inputs[name], kind) for name, kind in self._texts.items()}
+        given: Any = dict(inputs) | {name: _to_fixed_width(inputs[name], kind) for name, kind in self._texts.items()}
         if self._unnamed:
             (given,) = given.values()
         if not self._tensors:
@@ -201,25 +205,25 @@ class PyfuncModel:
 
     @contextmanager
     def slot(self) -> Generator[None]:
-        """Nothing to enter: the library behind keeps its own threads."""
+        """Do nothing: the library of the flavour has its own threads."""
         yield
 
     @property
     def slots(self) -> int:
-        """One: these libraries use all cores themselves, and few promise to be thread-safe."""
+        """One: these libraries use all cores themselves, and few are thread-safe."""
         return 1
 
-    def engines(self, limits: TuningLimits) -> list[Engine]:  # noqa: ARG002 - the library behind has none to choose
+    def engines(self, limits: TuningLimits) -> list[Engine]:  # noqa: ARG002 - there is none to choose
         """Return the only one."""
-        return [_PLAIN]
+        return [_DEFAULT_ENGINE]
 
     def with_engine(self, engine: Engine) -> Self:  # noqa: ARG002
         """Return the model itself."""
         return self
 
 
-def _fixed(text_N: npt.NDArray[Any], kind: str) -> npt.NDArray[Any]:
-    """Return text as numpy's own fixed-width kind, which MLflow holds a signature of such tensors to."""
+def _to_fixed_width(text_N: npt.NDArray[Any], kind: str) -> npt.NDArray[Any]:
+    """Return text as numpy's fixed-width kind, which MLflow requires for tensors of text."""
     if any(item is None for item in text_N.flat):
         message = f"a tensor of {np.dtype(kind).name} can't hold a null"
         raise ValueError(message)

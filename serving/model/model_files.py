@@ -1,9 +1,9 @@
-"""Files of a model that promise to be read without running code: what they hold is looked at before they are read.
+"""Checks that the files of a model can be read without running code, before any library reads them.
 
-MLflow looks at pt2 archives too (3.17, with torch 2.10 or newer): records that can be pickles must be such as torch's
-restricted unpickler takes. What it does not ask is whether torch reads an archive as it does itself: a record that one
-of its configurations calls raw is passed over, though torch may unpickle it under another name or load it as a
-library. So only the records that torch.export.save writes are let through, in a zip that has one reading.
+MLflow checks pt2 archives too (3.17, with torch 2.10 or newer): records that may be pickles must pass torch's
+restricted unpickler. But torch may read an archive otherwise than MLflow does. MLflow skips a record that a
+configuration in the archive calls raw, while torch may unpickle it under another name or load it as a library. So only
+the records that torch.export.save writes are accepted, in a zip that all readers read alike.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _RECORDS = re.compile(
     r"|data/weights/(model_weights_config\.json|weight_\d+|model\.pt)"
     r"|data/constants/(model_constants_config\.json|tensor_\d+|model\.pt)|data/sample_inputs/model\.pt"
 )
-# As torch wrote them up to 2.7, without a folder.
+# The records of torch up to 2.7, without a folder.
 _OLD_RECORDS = re.compile(r"version|serialized_(exported_program|state_dict|constants|example_inputs)\.(json|pt)")
 _END, _LOCATOR, _END_64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sLQL"), struct.Struct("<4sQ2H2L4Q")
 _FOUR_BYTES, _TWO_BYTES = 0xFFFFFFFF, 0xFFFF
 
-# What MLflow itself trusts of LightGBM, beside the types that skops trusts. A list that a model brings counts for
-# nothing: whoever wrote the model wrote the list.
+# The types of LightGBM that MLflow trusts, beside those of skops. A list in the model itself does not count, since
+# whoever wrote the model wrote the list.
 _TRUSTED_TYPES = {
     "collections.OrderedDict",
     "lightgbm.basic.Booster",
@@ -41,10 +41,10 @@ _BOOSTER = "lightgbm.basic.Booster"
 
 
 def check_files(folder: Path, mlmodel: MLmodel) -> bool:
-    """Look at the files of a model that is not to be unpickled, before any library reads them.
+    """Check the files of a model that must not be unpickled, before any library reads them.
 
-    Returns whether they are those of skops and safe to read, which MLflow, as it is told to unpickle nothing, would
-    refuse. Raises ModelUnfit where they hold what might run code.
+    Returns whether they are files of skops with trusted types only, which MLflow would refuse to read where unpickling
+    is not allowed. Raises ModelUnfit where they may run code.
     """
     loader = mlmodel.flavors.get("python_function", {}).get("loader_module")
     if "pytorch" in mlmodel.flavors or loader == "mlflow.pytorch":
@@ -55,23 +55,23 @@ def check_files(folder: Path, mlmodel: MLmodel) -> bool:
 
 
 def _check_pt2(path: Path) -> None:
-    """Raise ModelUnfit where an exported torch model holds more than torch.export.save writes of tensors."""
+    """Raise ModelUnfit where an exported torch model has records that torch.export.save does not write."""
     with path.open("rb") as file:
-        if not _has_one_reading(file, path.stat().st_size):
-            raise _strange(path, "a zip that may be read in more than one way")
+        if not _is_unambiguous_zip(file, path.stat().st_size):
+            raise _unsafe_archive(path, "a zip that may be read in more than one way")
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except zipfile.BadZipFile as error:
-        raise _strange(path, str(error)) from None
+        raise _unsafe_archive(path, str(error)) from None
     if len(set(names)) < len(names):
-        raise _strange(path, "two records of one name")
+        raise _unsafe_archive(path, "two records of one name")
     if all(_OLD_RECORDS.fullmatch(name) for name in names):
         return
     folder = names[0].partition("/")[0]
     for name in names:
         if not name.startswith(f"{folder}/") or not _RECORDS.fullmatch(name.removeprefix(f"{folder}/")):
-            raise _strange(path, f"the record {name!r}")
+            raise _unsafe_archive(path, f"the record {name!r}")
 
 
 def _is_skops(folder: Path, mlmodel: MLmodel) -> bool:
@@ -82,12 +82,12 @@ def _is_skops(folder: Path, mlmodel: MLmodel) -> bool:
     pyfunc = mlmodel.flavors.get("python_function", {})
     flavor = {"mlflow.sklearn": "sklearn", "mlflow.lightgbm": "lightgbm"}.get(str(pyfunc.get("loader_module")))
     options: dict[str, Any] = mlmodel.flavors.get(flavor, {}) if flavor else {}
-    # A Booster is written in LightGBM's own text, whatever the format that stands beside it.
+    # A Booster is saved in LightGBM's own text format, whatever the flavour's serialization_format says.
     is_booster = flavor == "lightgbm" and options.get("model_class", _BOOSTER) == _BOOSTER
     if is_booster or options.get("serialization_format") != "skops":
         return False
     name = options.get("data") if flavor == "lightgbm" else pyfunc.get("model_path")
-    # Where the file lies elsewhere, MLflow may read it by the description that lies beside it there.
+    # A file in another folder may be read by MLflow with another description, the one beside it there.
     in_place = isinstance(name, str) and Path(name).name == name and pyfunc.get("data") in (None, name)
     if not in_place or (flavor == "sklearn" and pyfunc.get("data") is not None):
         return False
@@ -109,10 +109,10 @@ def _untrusted_types(path: Path) -> list[str]:
     return sorted(set(skops.io.get_untrusted_types(file=path)) - _TRUSTED_TYPES)
 
 
-def _has_one_reading(file: Any, size: int) -> bool:
+def _is_unambiguous_zip(file: Any, size: int) -> bool:
     """Return whether a zip ends in its directory: no comment, no gap, and the zip64 end where its locator says.
 
-    Readers of zips differ in how they look for the directory of one that does not.
+    Readers find the directory of any other zip in different ways.
     """
     tail_size = min(size, _END_64.size + _LOCATOR.size + _END.size)
     file.seek(size - tail_size)
@@ -138,7 +138,7 @@ def _has_one_reading(file: Any, size: int) -> bool:
     return bool(whole and agrees and offset_64 + directory_64 == end_64)
 
 
-def _strange(path: Path, got: str) -> ModelUnfit:
+def _unsafe_archive(path: Path, got: str) -> ModelUnfit:
     return ModelUnfit(
         f"An exported model must hold what torch.export.save writes of tensors and nothing else, got {got} in "
         f"{path.name}: reading it might unpickle, which runs any code in it. Log it again with "

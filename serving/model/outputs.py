@@ -1,4 +1,4 @@
-"""What a model answers, given the names, shapes and dtypes that its signature promises.
+"""What a model returns, under the names and in the shapes and dtypes of its signature.
 
 Shapes: N rows; every output is [N, *shape].
 """
@@ -22,22 +22,28 @@ _LOG_AGAIN = "Log the model again with the signature of what it returns."
 def name_outputs(
     raw: Any, outputs: tuple[Output, ...], rows: int, to_numpy: Callable[[Any], npt.NDArray[Any]]
 ) -> dict[str, npt.NDArray[Any]]:
-    """Give every output its name, shape and dtype, in whatever form the model answers.
+    """Return what a model returned as outputs by name, each in its shape and dtype.
 
-    A Series or DataFrame is put in the order of the input by its index, whose labels are the numbers of the input's
-    rows. What has no index, or a new one (`reset_index`, `to_numpy`), is taken to be in the order of the input: there
-    is nothing to tell it by.
+    A Series or DataFrame is put in the order of the input by its index, whose labels are the row numbers of the input.
+    Values without an index, or with a new one (`reset_index`, `to_numpy`), are taken to be in the order of the input.
 
-    Raises ModelFailed where the answer is none that the signature promises, or its index is not that of the input,
-    ValueError where a number that is not finite stands among integers.
+    Args:
+        raw: What the model returned: an array or tensor, a DataFrame or Series, or a mapping or list of them.
+        outputs: The outputs of the contract.
+        rows: The number of rows that the model was given.
+        to_numpy: Turns one value into an array.
+
+    Raises:
+        ModelFailed: It does not fit the signature, or its index is not that of the input.
+        ValueError: A number that is not finite is in an output of integers.
     """
-    values = _by_name(_in_order(raw, rows), outputs)
-    values = {name: _in_order(value, rows) for name, value in values.items()}
-    return {output.name: _shaped(to_numpy(values[output.name]), output, rows) for output in outputs}
+    values = _select_by_name(_restore_order(raw, rows), outputs)
+    values = {name: _restore_order(value, rows) for name, value in values.items()}
+    return {output.name: _reshape(to_numpy(values[output.name]), output, rows) for output in outputs}
 
 
-def _in_order(value: Any, rows: int) -> Any:
-    """Return a Series or DataFrame in the order of the input, anything else as it is."""
+def _restore_order(value: Any, rows: int) -> Any:
+    """Return a Series or DataFrame in the order of the input, anything else unchanged."""
     if not hasattr(value, "iloc") or len(value) != rows or rows == 1:
         return value
     labels = np.asarray(value.index)
@@ -57,27 +63,25 @@ def _in_order(value: Any, rows: int) -> Any:
     raise ModelFailed(message)
 
 
-def _by_name(raw: Any, outputs: tuple[Output, ...]) -> dict[str, Any]:
+def _select_by_name(raw: Any, outputs: tuple[Output, ...]) -> dict[str, Any]:
     names = [output.name for output in outputs]
     if hasattr(raw, "columns") and hasattr(raw, "iloc"):
-        return _by_column(raw, outputs)
+        return _select_by_column(raw, outputs)
     if isinstance(raw, Mapping):
         if missing := [name for name in names if name not in raw]:
-            message = (
-                f"The model must answer with {names}, got {sorted(map(str, raw))}: {missing} missing. {_LOG_AGAIN}"
-            )
+            message = f"The model must return {names}, got {sorted(map(str, raw))}: {missing} missing. {_LOG_AGAIN}"
             raise ModelFailed(message)
         return {name: raw[name] for name in names}
     if len(outputs) == 1:
         return {names[0]: raw[0] if isinstance(raw, list | tuple) and len(raw) == 1 else raw}
     if not isinstance(raw, list | tuple) or len(raw) != len(outputs):
-        message = f"The model must answer with {len(outputs)} outputs {names}, got a {type(raw).__name__}. {_LOG_AGAIN}"
+        message = f"The model must return {len(outputs)} outputs {names}, got a {type(raw).__name__}. {_LOG_AGAIN}"
         raise ModelFailed(message)
     return dict(zip(names, raw, strict=True))
 
 
-def _by_column(frame: Any, outputs: tuple[Output, ...]) -> dict[str, Any]:
-    """Take the outputs from a DataFrame by name, else by position: nothing of it may be left over."""
+def _select_by_column(frame: Any, outputs: tuple[Output, ...]) -> dict[str, Any]:
+    """Take the outputs from a DataFrame by name, else by position; no column may be left over."""
     names = [output.name for output in outputs]
     if all(name in frame.columns for name in names):
         return {name: frame[name].to_numpy() for name in names}
@@ -85,24 +89,24 @@ def _by_column(frame: Any, outputs: tuple[Output, ...]) -> dict[str, Any]:
         return {names[0]: frame.to_numpy()}
     if len(outputs) != frame.shape[1]:
         found = [str(name) for name in frame.columns]
-        message = f"The model must answer with the columns {names}, got {found}. {_LOG_AGAIN}"
+        message = f"The model must return the columns {names}, got {found}. {_LOG_AGAIN}"
         raise ModelFailed(message)
     return {name: frame.iloc[:, at].to_numpy() for at, name in enumerate(names)}
 
 
-def _shaped(value: npt.NDArray[Any], output: Output, rows: int) -> npt.NDArray[Any]:
-    if not _fits_shape(value.shape, output, rows):
+def _reshape(value: npt.NDArray[Any], output: Output, rows: int) -> npt.NDArray[Any]:
+    if not _is_valid_shape(value.shape, output, rows):
         message = (
             f"Output {output.name!r} must hold {output.width} values for each of {rows} rows, in the shape "
             f"{(rows, *output.shape)}, got {value.shape}. {_LOG_AGAIN}"
         )
         raise ModelFailed(message)
     value = value.reshape(rows, *output.shape)
-    return _text(value, output) if output.dtype == "str" else _numbers(value, output)
+    return _convert_text(value, output) if output.dtype == "str" else _cast_numbers(value, output)
 
 
-def _fits_shape(shape: tuple[int, ...], output: Output, rows: int) -> bool:
-    """Whether a shape is [rows, *output.shape], with or without dimensions of one, or flattened to [rows, width]."""
+def _is_valid_shape(shape: tuple[int, ...], output: Output, rows: int) -> bool:
+    """Return whether a shape is [rows, *output.shape], dimensions of one aside, or flattened to [rows, width]."""
     if rows == 1:
         return math.prod(shape) == output.width
     inner = [size for size in shape[1:] if size != 1]
@@ -110,8 +114,8 @@ def _fits_shape(shape: tuple[int, ...], output: Output, rows: int) -> bool:
     return bool(shape) and shape[0] == rows and inner in (wanted, [output.width])
 
 
-def _numbers(value: npt.NDArray[Any], output: Output) -> npt.NDArray[Any]:
-    """Cast to the output's dtype; floats are rounded to it, but nothing else may change."""
+def _cast_numbers(value: npt.NDArray[Any], output: Output) -> npt.NDArray[Any]:
+    """Cast to the output's dtype; floats are rounded, other values must stay the same."""
     wanted = np.dtype(output.dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         if wanted.kind == "f" or np.can_cast(value.dtype, wanted, "safe"):
@@ -130,7 +134,7 @@ def _numbers(value: npt.NDArray[Any], output: Output) -> npt.NDArray[Any]:
     return cast
 
 
-def _text(value: npt.NDArray[Any], output: Output) -> npt.NDArray[Any]:
+def _convert_text(value: npt.NDArray[Any], output: Output) -> npt.NDArray[Any]:
     """Return text as objects, with None for every kind of null."""
     import pandas as pd  # noqa: PLC0415
 

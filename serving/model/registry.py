@@ -1,4 +1,4 @@
-"""Resolve a registered model once: name, version and digest are pinned before anything is scored."""
+"""Resolve a registered model: its name, version and digest are pinned before anything is scored."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _URI = re.compile(r"(?:models:/)?(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<vers
 _COPIED = re.compile(r"models:/(?P<name>[^/@]+)/(?P<version>\d+)")
 _BLOCK = 1 << 20
 _MODELS_SHOWN = 20
-# The clock that file systems take their times from may tick this seldom.
+# The clock of a file system may tick only this often.
 _TICK_NS = 20_000_000
 
-# Path, size, time of modification and time of change of each file of a folder. The last can't be set.
+# Path, size, time of modification and time of change of each file of a folder. No program can set the last.
 FileStates = tuple[tuple[str, int, int, int], ...]
 
 
 class ModelPin(Frozen):
-    """One version of a registered model: what a run is tied to."""
+    """One version of a registered model, pinned by the digest of its files."""
 
     name: str
     version: str
@@ -45,16 +45,16 @@ class ModelPin(Frozen):
 
     @property
     def uri(self) -> str:
-        """The pinned address, which no promotion changes."""
+        """The address of the version, which no alias changes."""
         return f"models:/{self.name}/{self.version}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """A pinned model, the folder that holds its files (read only), and what they say of it.
+    """A pinned model, the folder with its files (read only), its MLmodel, and its tags.
 
-    `files` is the state of the files when they were hashed; without it they are hashed, and held to the pin, at the
-    load.
+    `files` is the state of the files when they were hashed. Without it they are hashed when the model is loaded, and
+    compared with the pin.
     """
 
     pin: ModelPin
@@ -74,22 +74,22 @@ class Resolved:
         return not {"sentence_transformers", "transformers"}.isdisjoint(self.mlmodel.flavors)
 
     def contract(self, columns: Names, policies: Policies) -> Contract:
-        """Return the contract of the model; raises ModelUnfit where it was logged without enough."""
+        """Return the contract of the model. Raises ModelUnfit where its signature does not suffice."""
         return read_contract(self.mlmodel, stack=self.is_torch, columns=columns, policies=policies)
 
 
 def resolve_model(uri: str) -> Resolved:
-    """Resolve models:/NAME@ALIAS, models:/NAME/VERSION or models:/NAME/latest, once.
+    """Resolve models:/NAME@ALIAS, models:/NAME/VERSION or models:/NAME/latest.
 
-    Returns the pinned version with a SHA-256 over its files. The registry is the one of
-    MLFLOW_TRACKING_URI or MLFLOW_REGISTRY_URI. Raises ModelNotFound and says what there is.
+    Returns the pinned version with a SHA-256 over its files. The registry is that of MLFLOW_TRACKING_URI or
+    MLFLOW_REGISTRY_URI. Raises ModelNotFound, whose message says what the registry has.
     """
     match = _URI.fullmatch(uri)
     if match is None:
         message = f"A model must be models:/NAME@ALIAS, models:/NAME/VERSION or models:/NAME/latest, got {uri!r}."
         raise ModelNotFound(message)
     client = MlflowClient()
-    name, version = match["name"], _version(client, uri, match)
+    name, version = match["name"], _find_version(client, uri, match)
     try:
         found = client.get_model_version(name, version)
     except MlflowException as error:
@@ -99,7 +99,7 @@ def resolve_model(uri: str) -> Resolved:
 
 
 def save_tag(pin: ModelPin, key: str, value: str) -> bool:
-    """Keep a value with a model version; False where the registry does not take it."""
+    """Set a tag of a model version; return False where the registry refuses."""
     try:
         MlflowClient().set_model_version_tag(pin.name, pin.version, key, value)
     except MlflowException:
@@ -108,11 +108,11 @@ def save_tag(pin: ModelPin, key: str, value: str) -> bool:
 
 
 def open_model(*, name: str, version: str, source: str) -> Resolved:
-    """Open the files of one version, wherever its source is, and pin them by digest."""
+    """Open the files of one version, downloaded where they are remote, and pin them by digest."""
     try:
-        source = _original(source)
+        source = _resolve_copies(source)
         model_id = source.removeprefix("models:/") if source.startswith("models:/") else None
-        folder = _folder(source, model_id)
+        folder = _fetch_folder(source, model_id)
     except (MlflowException, BotoCoreError, ClientError, OSError) as error:
         message = (
             f"The files of {name} version {version} must be readable at {source}, got: {error}. "
@@ -128,7 +128,7 @@ def open_model(*, name: str, version: str, source: str) -> Resolved:
     return Resolved(pin=pin, folder=folder, mlmodel=MLmodel.load(str(mlmodel_file)), files=files)
 
 
-def _version(client: MlflowClient, uri: str, match: re.Match[str]) -> str:
+def _find_version(client: MlflowClient, uri: str, match: re.Match[str]) -> str:
     name = match["name"]
     try:
         if match["alias"]:
@@ -162,15 +162,15 @@ def _not_found(client: MlflowClient, uri: str, name: str, error: MlflowException
     )
 
 
-def _original(source: str) -> str:
-    """Return where the files are: a version that was copied names the one that it is a copy of, maybe a copy itself."""
+def _resolve_copies(source: str) -> str:
+    """Return the source with the files: a copied version names the version that it copies, which may be a copy too."""
     while copied := _COPIED.fullmatch(source):
         source = str(MlflowClient().get_model_version(copied["name"], copied["version"]).source)
     return source
 
 
-def _folder(source: str, model_id: str | None) -> Path:
-    """Return the folder of the files: in place where they are local, else downloaded once by id."""
+def _fetch_folder(source: str, model_id: str | None) -> Path:
+    """Return the folder of the files: in place where they are local, else downloaded once into a cache."""
     location = source
     if model_id is not None:
         location = str(MlflowClient().get_logged_model(model_id).artifact_location)
@@ -187,14 +187,14 @@ def _folder(source: str, model_id: str | None) -> Path:
 
 
 def _download(location: str, folder: Path) -> None:
-    """Download next to the place, then rename: a folder that exists is whole."""
+    """Download into a temporary folder, then rename it: a folder that exists is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as part:
         got = Path(download_artifacts(artifact_uri=location, dst_path=part))
         try:
             got.rename(folder)
         except OSError:
-            # Another process was faster.
+            # Another process has downloaded it meanwhile.
             if not folder.is_dir():
                 raise
 
@@ -202,26 +202,27 @@ def _download(location: str, folder: Path) -> None:
 def digest_folder(folder: Path) -> str:
     """Return the SHA-256 over the relative names and bytes of every file below a folder.
 
-    What comes to lie beside a model when it is used does not count: Python's bytecode caches, and the name and version
-    that MLflow writes into a local model when it is loaded by them.
+    Files that appear when a model is used do not count: Python's bytecode caches, and the file in which MLflow notes
+    the name and version that a local model was loaded by.
     """
-    whole = hashlib.sha256()
-    for file in sorted(_files_below(folder)):
+    total = hashlib.sha256()
+    for file in sorted(_iter_files(folder)):
         inner = hashlib.sha256()
         with file.open("rb") as stream:
             while block := stream.read(_BLOCK):
                 inner.update(block)
-        whole.update(f"{file.relative_to(folder).as_posix()}\0{inner.hexdigest()}\n".encode())
-    return whole.hexdigest()
+        total.update(f"{file.relative_to(folder).as_posix()}\0{inner.hexdigest()}\n".encode())
+    return total.hexdigest()
 
 
 def read_file_states(folder: Path) -> FileStates:
-    """Return the state of every file that the digest of a folder is over; whoever writes one later changes its state.
+    """Return the state of every file in the digest of a folder; writing to one later changes its state.
 
-    Raises ModelUnfit where a folder below is a link, since what it leads to is not in the digest.
+    Waits until the clock of the file system has ticked. Raises ModelUnfit where a subfolder is a link, since the files
+    behind it are not in the digest.
     """
     states = []
-    for file in sorted(_files_below(folder)):
+    for file in sorted(_iter_files(folder)):
         status = file.stat()
         states.append((str(file.relative_to(folder)), status.st_size, status.st_mtime_ns, status.st_ctime_ns))
     newest = max((changed for *_, changed in states), default=0)
@@ -230,7 +231,7 @@ def read_file_states(folder: Path) -> FileStates:
 
 
 def check_files_unchanged(pin: ModelPin, folder: Path, files: FileStates) -> None:
-    """Raise ModelUnfit where a file of a model is not in the state any more that it had when it was hashed."""
+    """Raise ModelUnfit where a file of a model has changed since it was hashed."""
     try:
         now = read_file_states(folder)
     except FileNotFoundError as error:
@@ -246,7 +247,7 @@ def check_files_unchanged(pin: ModelPin, folder: Path, files: FileStates) -> Non
     raise ModelUnfit(message)
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
+def _iter_files(folder: Path) -> Iterator[Path]:
     for path in folder.rglob("*"):
         if "__pycache__" in path.parts or path == folder / REGISTERED_MODEL_META_FILE_NAME:
             continue

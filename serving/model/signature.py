@@ -1,9 +1,9 @@
-"""From an MLflow signature to the contract: whose columns feed which input.
+"""From an MLflow signature to the contract: which columns feed which input.
 
 A tensor input of shape (-1, F) takes its columns, in this order of precedence, from the call's
 `input_columns`, from the model's own metadata {"overnight": {"columns": {input: [names]}}}, or from one
-list column of the input's name. A signature of columns names them itself, save for a lone one without a name,
-which text models have, and which is named in the same two ways.
+list column of the input's name. A signature of columns names them itself. The exception is a single column without a
+name, as text models have, which is named in the same two ways.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _HOW_TO_LOG = (
     "  signature = mlflow.models.infer_signature(inputs, predictions)\n"
     "  mlflow.<flavor>.log_model(model, name=..., signature=signature, input_example=inputs)"
 )
-_EVERY = "*"
+_ALL_COLUMNS = "*"
 _COLUMNS = TypeAdapter(dict[str, tuple[str, ...]])
 _STATED = TypeAdapter(dict[str, Any])
 _SCALARS = {
@@ -45,40 +45,49 @@ Policies = Mapping[str, ColumnPolicy]
 def read_contract(mlmodel: MLmodel, *, stack: bool, columns: Names, policies: Policies) -> Contract:
     """Build the contract of a logged model.
 
-    `stack` says that the model takes tensors of numbers only, and that a signature of columns becomes
-    one [N, F] float32 tensor, as MLflow's pytorch flavour does. Raises ModelUnfit where the signature
-    is missing, or does not say enough, and BadInput where a policy does not suit its column.
+    Args:
+        mlmodel: The logged model's description.
+        stack: Whether the model takes tensors of numbers only, and a signature of columns becomes one [N, F] float32
+            tensor, as in MLflow's pytorch flavour.
+        columns: The columns of each tensor input, by input, where the caller names them.
+        policies: How columns are cast and what becomes of nulls, by column or "*".
+
+    Raises:
+        ModelUnfit: The signature is missing, or does not suffice.
+        BadInput: A policy does not suit its column.
     """
     signature = mlmodel.signature
     if signature is None or signature.inputs is None or signature.outputs is None:
-        found = "no signature" if signature is None else "a signature without " + _absent(signature)
+        found = "no signature" if signature is None else "a signature without " + _find_missing_part(signature)
         message = f"A model must be logged with a signature of inputs and outputs, got {found}. {_HOW_TO_LOG}"
         raise ModelUnfit(message)
-    inputs = _inputs(mlmodel, signature.inputs, stack=stack, columns=columns, policies=policies)
+    inputs = _read_inputs(mlmodel, signature.inputs, stack=stack, columns=columns, policies=policies)
     read = [column for value in inputs for column in value.columns]
-    _known("policies", set(policies) - {_EVERY}, {column.name for column in read})
+    _check_keys("policies", set(policies) - {_ALL_COLUMNS}, {column.name for column in read})
     if misfits := [problem for column in read if (problem := find_fill_problem(column))]:
         listed = "; ".join(dict.fromkeys(misfits))
-        message = f"What takes a null's place must be a value of its column, got {listed}. Correct policies."
+        message = f"The value that replaces nulls must be a value of its column, got {listed}. Correct policies."
         raise BadInput(message)
-    return Contract(inputs=inputs, outputs=_outputs(signature.outputs))
+    return Contract(inputs=inputs, outputs=_read_outputs(signature.outputs))
 
 
-def _absent(signature: Any) -> str:
+def _find_missing_part(signature: Any) -> str:
     return "inputs" if signature.inputs is None else "outputs"
 
 
-def _known(what: str, given: set[str], known: set[str]) -> None:
+def _check_keys(what: str, given: set[str], known: set[str]) -> None:
     if strange := sorted(given - known):
         message = f"Each key of {what} must be one of {sorted(known)}, got {strange}. Correct it there."
         raise ModelUnfit(message)
 
 
-def _inputs(mlmodel: MLmodel, schema: Schema, *, stack: bool, columns: Names, policies: Policies) -> tuple[Input, ...]:
+def _read_inputs(
+    mlmodel: MLmodel, schema: Schema, *, stack: bool, columns: Names, policies: Policies
+) -> tuple[Input, ...]:
     if schema.is_tensor_spec():
-        inputs = _tensor_inputs(schema, _from_metadata(mlmodel), columns, policies)
+        inputs = _read_tensor_inputs(schema, _read_metadata_columns(mlmodel), columns, policies)
     elif [spec.name for spec in schema.inputs] == [None]:
-        inputs = (_unnamed_input(schema.inputs[0], columns or _from_metadata(mlmodel), policies),)
+        inputs = (_read_unnamed_input(schema.inputs[0], columns or _read_metadata_columns(mlmodel), policies),)
     elif columns:
         message = (
             f"A model whose signature names its columns takes no input_columns, got {sorted(columns)}. "
@@ -86,16 +95,16 @@ def _inputs(mlmodel: MLmodel, schema: Schema, *, stack: bool, columns: Names, po
         )
         raise ModelUnfit(message)
     else:
-        inputs = _column_inputs(schema, policies)
+        inputs = _read_column_inputs(schema, policies)
     if not stack:
         return inputs
     if opaque := [value.name for value in inputs if value.dtype in OPAQUE_DTYPES]:
         message = f"A pytorch model must take numbers, got other inputs {opaque}. Log it with tensors of numbers."
         raise ModelUnfit(message)
-    return inputs if schema.is_tensor_spec() else _stacked(inputs)
+    return inputs if schema.is_tensor_spec() else _stack_inputs(inputs)
 
 
-def _from_metadata(mlmodel: MLmodel) -> dict[str, tuple[str, ...]]:
+def _read_metadata_columns(mlmodel: MLmodel) -> dict[str, tuple[str, ...]]:
     try:
         stated = _STATED.validate_python((mlmodel.metadata or {}).get("overnight", {}))
         return _COLUMNS.validate_python(stated.get("columns", {}))
@@ -107,24 +116,24 @@ def _from_metadata(mlmodel: MLmodel) -> dict[str, tuple[str, ...]]:
         raise ModelUnfit(message) from None
 
 
-def _policy(policies: Policies, column: str) -> ColumnPolicy:
-    return policies.get(column, policies.get(_EVERY, ColumnPolicy()))
+def _find_policy(policies: Policies, column: str) -> ColumnPolicy:
+    return policies.get(column, policies.get(_ALL_COLUMNS, ColumnPolicy()))
 
 
-def _tensor_inputs(schema: Schema, stated: Names, columns: Names, policies: Policies) -> tuple[Input, ...]:
+def _read_tensor_inputs(schema: Schema, stated: Names, columns: Names, policies: Policies) -> tuple[Input, ...]:
     specs = [spec for spec in schema.inputs if isinstance(spec, TensorSpec)]
     if len(specs) == 1 and specs[0].name is None and len(columns or stated) == 1:
-        # A lone input without a name takes whatever name it is given, the call's before the model's.
+        # A single input without a name takes the name that the call gives it, else the model's metadata.
         named = columns or stated
-        return (_tensor_input(specs[0], next(iter(named)), named, policies),)
+        return (_read_tensor_input(specs[0], next(iter(named)), named, policies),)
     names = [spec.name or f"input_{at}" for at, spec in enumerate(specs)]
-    _known("input_columns", set(columns), set(names))
-    _known("the columns in the model's metadata", set(stated), set(names))
+    _check_keys("input_columns", set(columns), set(names))
+    _check_keys("the columns in the model's metadata", set(stated), set(names))
     named = {**stated, **columns}
-    return tuple(_tensor_input(spec, name, named, policies) for spec, name in zip(specs, names, strict=True))
+    return tuple(_read_tensor_input(spec, name, named, policies) for spec, name in zip(specs, names, strict=True))
 
 
-def _tensor_input(spec: TensorSpec, name: str, named: Names, policies: Policies) -> Input:
+def _read_tensor_input(spec: TensorSpec, name: str, named: Names, policies: Policies) -> Input:
     shape = tuple(int(size) for size in spec.shape[1:])
     if not spec.shape or spec.shape[0] != -1 or -1 in shape:
         message = (
@@ -132,7 +141,7 @@ def _tensor_input(spec: TensorSpec, name: str, named: Names, policies: Policies)
             "Log the model with a TensorSpec such as (-1, 32) and an input example of more than one row."
         )
         raise ModelUnfit(message)
-    dtype = _tensor_dtype(spec, f"Input {name!r}")
+    dtype = _read_tensor_dtype(spec, f"Input {name!r}")
     sources = named.get(name, (name,))
     if len(shape) == 1 and (len(sources) > 1 or (name in named and shape == (1,))):
         if len(sources) != shape[0]:
@@ -141,7 +150,7 @@ def _tensor_input(spec: TensorSpec, name: str, named: Names, policies: Policies)
                 "Correct input_columns in the options, or the model's metadata."
             )
             raise ModelUnfit(message)
-        each = tuple(Column(name=source, dtype=dtype, policy=_policy(policies, source)) for source in sources)
+        each = tuple(Column(name=source, dtype=dtype, policy=_find_policy(policies, source)) for source in sources)
         return Input(name=name, dtype=dtype, shape=shape, columns=each)
     if len(sources) != 1 or (shape and dtype in OPAQUE_DTYPES):
         message = (
@@ -150,11 +159,11 @@ def _tensor_input(spec: TensorSpec, name: str, named: Names, policies: Policies)
             "Correct input_columns in the options, or the model's metadata."
         )
         raise ModelUnfit(message)
-    column = Column(name=sources[0], dtype=dtype, shape=shape, policy=_policy(policies, sources[0]))
+    column = Column(name=sources[0], dtype=dtype, shape=shape, policy=_find_policy(policies, sources[0]))
     return Input(name=name, dtype=dtype, shape=shape, columns=(column,))
 
 
-def _tensor_dtype(spec: TensorSpec, what: str) -> str:
+def _read_tensor_dtype(spec: TensorSpec, what: str) -> str:
     if spec.type.kind in "OUS":
         return "str"
     if spec.type.kind not in "biuf" and spec.type.name != "datetime64[ns]":
@@ -165,61 +174,61 @@ def _tensor_dtype(spec: TensorSpec, what: str) -> str:
     return str(spec.type.name)
 
 
-def _column_inputs(schema: Schema, policies: Policies) -> tuple[Input, ...]:
+def _read_column_inputs(schema: Schema, policies: Policies) -> tuple[Input, ...]:
     specs = [spec for spec in schema.inputs if isinstance(spec, ColSpec)]
     if any(spec.name is None for spec in specs):
         message = "Each column of the signature must have a name, got one without. Log the model with a DataFrame."
         raise ModelUnfit(message)
-    return tuple(_alone(_column(spec, str(spec.name), policies)) for spec in specs)
+    return tuple(_make_input(_read_column(spec, str(spec.name), policies)) for spec in specs)
 
 
-def _unnamed_input(spec: Any, named: Names, policies: Policies) -> Input:
-    """Return the lone input of a signature that does not name it, fed by the one column that it is told."""
+def _read_unnamed_input(spec: Any, named: Names, policies: Policies) -> Input:
+    """Return the single input of a signature that does not name it, fed by the one column that is stated."""
     if [len(sources) for sources in named.values()] != [1]:
         message = (
-            "A model whose signature has one input without a name must be told the one column that feeds it, got "
+            "A model whose signature has one input without a name needs the one column that feeds it, got "
             f'{dict(named)}. Pass input_columns={{"input": ("description",)}}, with the name of the column, or log the '
             'model with metadata={"overnight": {"columns": {"input": ["description"]}}}.'
         )
         raise ModelUnfit(message)
     ((name, (source,)),) = named.items()
-    column = _column(spec, source, policies)
-    return _alone(column).model_copy(update={"name": name})
+    column = _read_column(spec, source, policies)
+    return _make_input(column).model_copy(update={"name": name})
 
 
-def _stacked(inputs: tuple[Input, ...]) -> tuple[Input, ...]:
+def _stack_inputs(inputs: tuple[Input, ...]) -> tuple[Input, ...]:
     columns = [column for value in inputs for column in value.columns]
     floats = tuple(column.model_copy(update={"dtype": "float32"}) for column in columns)
     return (Input(name="input", dtype="float32", shape=(len(floats),), columns=floats),)
 
 
-def _alone(column: Column) -> Input:
+def _make_input(column: Column) -> Input:
     return Input(name=column.name, dtype=column.dtype, shape=column.shape, columns=(column,))
 
 
-def _column(spec: ColSpec, name: str, policies: Policies) -> Column:
+def _read_column(spec: ColSpec, name: str, policies: Policies) -> Column:
     if not isinstance(spec.type, DataType):
         message = (
             f"Column {name!r} must be a scalar of {sorted(_SCALARS.values())}, got {spec.type}. "
             "Log the model with a TensorSpec for columns of lists."
         )
         raise ModelUnfit(message)
-    policy = _policy(policies, name)
+    policy = _find_policy(policies, name)
     if not spec.required and policy.null == "reject":
         policy = policy.model_copy(update={"null": "keep"})
     return Column(name=name, dtype=_SCALARS[spec.type], required=spec.required, policy=policy)
 
 
-def _outputs(schema: Schema) -> tuple[Output, ...]:
+def _read_outputs(schema: Schema) -> tuple[Output, ...]:
     specs = list(schema.inputs)
-    outputs = tuple(_output(spec, at, len(specs)) for at, spec in enumerate(specs))
+    outputs = tuple(_read_output(spec, at, len(specs)) for at, spec in enumerate(specs))
     if len({output.name for output in outputs}) < len(outputs):
         message = f"The outputs of the signature must have different names, got {[o.name for o in outputs]}."
         raise ModelUnfit(message)
     return outputs
 
 
-def _output(spec: ColSpec | TensorSpec, at: int, total: int) -> Output:
+def _read_output(spec: ColSpec | TensorSpec, at: int, total: int) -> Output:
     name = spec.name if isinstance(spec.name, str) else "prediction" if total == 1 else f"prediction_{at}"
     if isinstance(spec, ColSpec):
         if not isinstance(spec.type, DataType) or _SCALARS[spec.type] in ("binary", "datetime64[ns]"):
@@ -230,7 +239,7 @@ def _output(spec: ColSpec | TensorSpec, at: int, total: int) -> Output:
     if -1 in shape:
         message = f"Output {name!r} must have a fixed width, got shape {tuple(spec.shape)}. State it in the signature."
         raise ModelUnfit(message)
-    dtype = _tensor_dtype(spec, f"Output {name!r}")
+    dtype = _read_tensor_dtype(spec, f"Output {name!r}")
     if dtype == "datetime64[ns]":
         message = f"Output {name!r} must be numbers or text, got {spec.type}. Log the model with another signature."
         raise ModelUnfit(message)

@@ -1,4 +1,4 @@
-"""Text models: texts are tokenised ahead of their passes, and pass in batches of tokens. Importing this imports torch.
+"""Text models: texts are tokenised ahead of the passes and batched by tokens. Importing this imports torch.
 
 Shapes: N rows; K numbers for each of L tokens of a text (its id, and its type where the tokenizer gives one);
 B rows of a batch; D values of an embedding.
@@ -28,13 +28,13 @@ _TOKENS = "tokens"
 _PADDED = ("input_ids", "token_type_ids")
 _MASK = "attention_mask"
 _TEXTS_AT_ONCE = 256
-# A tokenizer that knows no limit says 10**30.
+# A tokenizer without a limit has 10**30 there.
 _LIMIT_MAX = 1 << 31
 
-_PLAIN = Engine()
+_DEFAULT_ENGINE = Engine()
 
-# A fast tokenizer that is told how to pad and truncate while another thread uses it raises "Already borrowed".
-_tokenising = threading.Lock()
+# A fast tokenizer raises "Already borrowed" where one thread sets padding or truncation while another uses it.
+_tokenizer_lock = threading.Lock()
 
 
 class Network(Protocol):
@@ -49,19 +49,19 @@ class Network(Protocol):
         ...
 
     def forward(self, features: dict[str, Any]) -> Any:
-        """Return what the network answers for B padded rows, each feature a tensor [B, L]."""
+        """Return the network's outputs for B padded rows, each feature a tensor [B, L]."""
         ...
 
-    def through(self, module: Any) -> Self:
-        """Return the same network with its passes made by another form of its module."""
+    def with_module(self, module: Any) -> Self:
+        """Return the same network with another form of its module."""
         ...
 
 
 def text_model(loaded: Any, contract: Contract) -> TextModel | None:
-    """Return a loaded pyfunc model as a text model, None where it has to run through pyfunc.
+    """Return a loaded pyfunc model as a text model, None where it must run through pyfunc.
 
-    That is any other flavour, task or input than one text into embeddings or classes, and a model logged with
-    parameters, which pyfunc knows how to apply. Raises ModelUnfit where the signature promises other outputs.
+    A text model turns one text into embeddings or classes. A model with parameters runs through pyfunc, which applies
+    them. Raises ModelUnfit where the signature has other outputs than the model.
     """
     flavors = loaded.metadata.flavors
     one_text = [(value.dtype, value.shape) for value in contract.inputs] == [("str", ())]
@@ -69,9 +69,9 @@ def text_model(loaded: Any, contract: Contract) -> TextModel | None:
         return None
     network: Network | None = None
     if "sentence_transformers" in flavors:
-        network = _embeddings(loaded.get_raw_model(), contract)
+        network = _make_embeddings(loaded.get_raw_model(), contract)
     elif flavors.get("transformers", {}).get("task") == "text-classification":
-        network = _classes(loaded.get_raw_model())
+        network = _make_classes(loaded.get_raw_model())
     return None if network is None else TextModel(network, contract)
 
 
@@ -81,25 +81,25 @@ class TextModel:
     # Measured best for MiniLM on two cores, where nothing else is known.
     batch_size, batch_sizes = 512, (256, 512, 1024, 2048)
     batch_unit: BatchUnit = "tokens"
-    engine = _PLAIN
+    engine = _DEFAULT_ENGINE
 
-    def __init__(self, network: Network, contract: Contract, engine: Engine = _PLAIN) -> None:
+    def __init__(self, network: Network, contract: Contract, engine: Engine = _DEFAULT_ENGINE) -> None:
         self._network, self._contract, self._engine = network, contract, engine
-        self._passes = network.through(engine_module(network.module, engine))
+        self._passes = network.with_module(engine_module(network.module, engine))
         tokenizer = network.tokenizer
         pads = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
         self._pad_K = np.array([pads[key] for key in network.keys])
         self._left = tokenizer.padding_side == "left"
 
     def prepare(self, encoded: Encoded) -> Encoded:
-        """Tokenise N texts; one that is null, which no text model takes, is a reject."""
+        """Tokenise N texts; a null, which no text model takes, is a reject."""
         (value,) = self._contract.inputs
         texts = [text if isinstance(text, str) else None for text in encoded.inputs[value.name]]
         for row, text in enumerate(texts):
             if text is None:
                 encoded.flags.mark_row(row, value.columns[0].name, "null")
         tokens_N = np.empty(len(texts), dtype=object)
-        with _tokenising:
+        with _tokenizer_lock:
             for row, tokens_KL in enumerate(self._network.tokenise([text or "" for text in texts])):
                 tokens_N[row] = tokens_KL
         length_N = np.array([tokens_KL.shape[1] for tokens_KL in tokens_N], dtype=np.int64)
@@ -108,11 +108,11 @@ class TextModel:
     def predict(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run one forward pass over tokenised rows; must be called inside `slot()`."""
         tokens_B = inputs[_TOKENS]
-        answer = self._passes.forward(self._padded(tokens_B))
+        answer = self._passes.forward(self._pad(tokens_B))
         return name_outputs(answer, self._contract.outputs, len(tokens_B), np.asarray)
 
-    def _padded(self, tokens_B: Array) -> dict[str, Any]:
-        # A text of no tokens at all still needs one place.
+    def _pad(self, tokens_B: Array) -> dict[str, Any]:
+        # A batch of texts without any token still needs a length of one.
         longest = max(1, *(tokens_KL.shape[1] for tokens_KL in tokens_B))
         padded_KBL = np.empty((len(self._pad_K), len(tokens_B), longest), dtype=np.int64)
         padded_KBL[:] = self._pad_K[:, None, None]
@@ -126,12 +126,12 @@ class TextModel:
         return features | {_MASK: torch.from_numpy(mask_BL)}
 
     def slot(self) -> AbstractContextManager[None]:
-        """Enter what the engine needs, as for any torch module."""
+        """Return the context of the engine, as for any torch module."""
         return torch_slot(self._engine)
 
     @property
     def slots(self) -> int:
-        """As many as the cores have threads for, as for any torch module; one where it is on a GPU."""
+        """The cores over the threads of a slot, as for any torch module; one on a GPU."""
         if self._network.module.device.type != "cpu":
             return 1
         return max(1, count_cores() // self._engine.threads)
@@ -145,17 +145,17 @@ class TextModel:
         return type(self)(self._network, self._contract, engine)
 
 
-def _embeddings(module: Any, contract: Contract) -> _Embeddings | None:
-    """Return a SentenceTransformer as a network, None where its first module is no tokenizer and transformer."""
+def _make_embeddings(module: Any, contract: Contract) -> _EmbeddingNetwork | None:
+    """Return a SentenceTransformer as a network, None where its first module is not a tokenizer and transformer."""
     module.eval()
     prompt = None if module.default_prompt_name is None else module.prompts.get(module.default_prompt_name)
     features = dict(module.preprocess(["a"], prompt=prompt))
-    keys = _padded_keys(features)
+    keys = _find_token_keys(features)
     if keys is None or getattr(module.tokenizer, "pad_token_id", None) is None:
         return None
     tensors = {key: features.pop(key) for key in (*keys, _MASK)}
-    network = _Embeddings(module, prompt, keys, rest=features)
-    with torch_slot(_PLAIN):
+    network = _EmbeddingNetwork(module, prompt, keys, rest=features)
+    with torch_slot(_DEFAULT_ENGINE):
         width = network.forward(tensors).shape[1]
     if [output.width for output in contract.outputs] != [width]:
         found = {output.name: output.shape for output in contract.outputs}
@@ -167,35 +167,35 @@ def _embeddings(module: Any, contract: Contract) -> _Embeddings | None:
     return network
 
 
-def _padded_keys(features: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Return the features that are numbers of tokens, None where there are such as can't be padded here."""
+def _find_token_keys(features: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return the features that hold a number for each token, None where one of them can't be padded here."""
     tensors = {key for key, value in features.items() if hasattr(value, "shape")}
     if not {"input_ids", _MASK} <= tensors <= {*_PADDED, _MASK} or features["input_ids"].ndim != 2:  # noqa: PLR2004 - [B, L]
         return None
     return tuple(key for key in _PADDED if key in tensors)
 
 
-class _Embeddings:
-    """A SentenceTransformer: what `encode` makes of texts, prompt included."""
+class _EmbeddingNetwork:
+    """A SentenceTransformer: the results of `encode`, prompt included."""
 
     def __init__(self, module: Any, prompt: str | None, keys: tuple[str, ...], rest: dict[str, Any]) -> None:
         self.tokenizer = module.tokenizer
         self.keys = keys
         self.module = module
         self._prompt = prompt
-        # What the modules want to know of every batch alike, such as the length of the prompt.
+        # Features that are the same for every batch, such as the length of the prompt.
         self._rest = rest
 
     def tokenise(self, texts: list[str]) -> Iterator[Array]:
-        """Yield what `encode` would pass to the transformer, by its own preprocessing, less the padding."""
+        """Yield what `encode` would pass to the transformer, without the padding."""
         for start in range(0, len(texts), _TEXTS_AT_ONCE):
             features = self.module.preprocess(texts[start : start + _TEXTS_AT_ONCE], prompt=self._prompt)
             padded_KnL = np.stack([features[key].numpy() for key in self.keys])
             for row, mask_L in enumerate(features[_MASK].numpy() != 0):
                 yield padded_KnL[:, row, mask_L]
 
-    def through(self, module: Any) -> Self:
-        """Return the same network with its passes made by another form of its module."""
+    def with_module(self, module: Any) -> Self:
+        """Return the same network with another form of its module."""
         return type(self)(module, self._prompt, self.keys, self._rest)
 
     def forward(self, features: dict[str, Any]) -> Any:
@@ -206,19 +206,19 @@ class _Embeddings:
         return embedding_BD[:, : self.module.truncate_dim].float().cpu().numpy()
 
 
-def _classes(pipeline: Any) -> _Classes | None:
+def _make_classes(pipeline: Any) -> _ClassNetwork | None:
     """Return a text-classification pipeline as a network, None where its batches can't be padded."""
     import transformers  # noqa: PLC0415 - seconds of imports that few models need
 
-    own = type(pipeline) is not transformers.TextClassificationPipeline
-    if own or getattr(pipeline.tokenizer, "pad_token_id", None) is None:
+    is_subclass = type(pipeline) is not transformers.TextClassificationPipeline
+    if is_subclass or getattr(pipeline.tokenizer, "pad_token_id", None) is None:
         return None
-    keys = _padded_keys(pipeline.preprocess("a"))
-    return None if keys is None else _Classes(pipeline, keys)
+    keys = _find_token_keys(pipeline.preprocess("a"))
+    return None if keys is None else _ClassNetwork(pipeline, keys)
 
 
-class _Classes:
-    """A text-classification pipeline: what it answers for each text, as a DataFrame of label and score."""
+class _ClassNetwork:
+    """A text-classification pipeline: its label and score for each text, as a DataFrame."""
 
     def __init__(self, pipeline: Any, keys: tuple[str, ...]) -> None:
         self.tokenizer = pipeline.tokenizer
@@ -227,15 +227,15 @@ class _Classes:
         self._pipeline = pipeline
 
     def tokenise(self, texts: list[str]) -> Iterator[Array]:
-        """Yield the tokens of each text, cut where the model's limit is known: a longer one would fail."""
+        """Yield the tokens of each text, truncated where the tokenizer has a limit, since a longer text would fail."""
         truncation = self.tokenizer.model_max_length < _LIMIT_MAX
         for start in range(0, len(texts), _TEXTS_AT_ONCE):
             features = self.tokenizer(texts[start : start + _TEXTS_AT_ONCE], truncation=truncation)
             for several in zip(*(features[key] for key in self.keys), strict=True):
                 yield np.array(several, dtype=np.int64)
 
-    def through(self, module: Any) -> Self:
-        """Return the same network with its passes made by another form of its module."""
+    def with_module(self, module: Any) -> Self:
+        """Return the same network with another form of its module."""
         pipeline = copy.copy(self._pipeline)
         pipeline.model = module
         return type(self)(pipeline, self.keys)

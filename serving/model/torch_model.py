@@ -60,12 +60,12 @@ class TorchModel:
         return name_outputs(self._passes(*tensors), self._contract.outputs, rows, to_numpy)
 
     def slot(self) -> AbstractContextManager[None]:
-        """Enter inference mode, intra-op threads and precision: none of them reaches other threads by itself."""
+        """Return the context of the engine: inference mode, intra-op threads and precision are set for each thread."""
         return torch_slot(self._engine)
 
     @property
     def slots(self) -> int:
-        """As many as the cores have threads for: measured faster than one stream over all cores."""
+        """The cores over the threads of a slot: measured faster than one stream over all cores."""
         return max(1, count_cores() // self._engine.threads)
 
     def engines(self, limits: TuningLimits) -> list[Engine]:

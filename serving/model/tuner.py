@@ -1,4 +1,4 @@
-"""The tuner: which engine and batch size are fastest for a model on this machine, measured with rows of the dataset.
+"""The tuner: measures which engine and batch size are fastest for a model on this machine, with rows of the dataset.
 
 Shapes: N rows.
 """
@@ -31,9 +31,9 @@ _FINALISTS = 3
 # What differs in the last bits from torch's default kernels must be worth it.
 _GAIN_MIN = 1.1
 _LARGER_GAIN_MIN = 1.03
-_BEHIND = 0.75
-_ENOUGH_ROWS = 1024
-# Other sums of the same float32 products; a wrong kernel is further off by orders of magnitude.
+_SLOW_RATIO = 0.75
+_ROWS_TO_COMPARE = 1024
+# Allows for sums in another order; a wrong kernel is further off by orders of magnitude.
 _FLOAT32_TOLERANCE = 1e-5
 _PASSES_TO_SORT = 4
 # MLflow's tags hold 5,000 characters.
@@ -41,7 +41,7 @@ _TRIALS_KEPT = 16
 
 
 class Trial(Frozen):
-    """What one setting was measured at; `difference` is the largest from the plainest engine on the sample."""
+    """A setting that was measured; `difference` is the largest from the default engine's predictions of the sample."""
 
     engine: Engine
     batch_size: int
@@ -50,7 +50,7 @@ class Trial(Frozen):
 
 
 class Tuning(Frozen):
-    """The setting chosen, and the best of what was measured on the way to it."""
+    """The chosen setting, and the best of those that were measured."""
 
     machine: str
     limits: TuningLimits = Field(validation_alias=AliasChoices("limits", "wish"))
@@ -72,26 +72,26 @@ def tune(
 ) -> Tuning | None:
     """Measure engines and batch sizes on prepared rows with all slots running, and choose.
 
-    Takes about four seconds, and what one pass takes where that is more. Sizes are tried from the
-    smallest, and an engine that falls behind is left; the best are measured again in turn. Bits other
-    than those of torch's default kernels are only chosen where that is at least 1.1 times as fast and its
-    predictions stay within 1e-5 of it (relative, for float32) or within the caller's tolerance
-    (absolute, for bfloat16). Raises what the model raises.
-    None where not a row of the sample can be scored.
+    Takes about four seconds, more where one pass does. Sizes are tried from the smallest, slow engines are dropped, and
+    the best settings are measured again in turn. An engine whose bits differ from torch's default kernels is chosen
+    only where it is at least 1.1 times as fast and its predictions stay within 1e-5 (relative, for float32) or within
+    the caller's tolerance (absolute, for bfloat16).
+
+    Returns None where no row of the sample can be scored. Raises what the model raises.
     """
     if (sample.flags.code_N != 0).all():
         return None
-    course = _Course(model, contract, sample, limits, clock)
-    course.climb()
-    best = course.final()
+    run = _TuningRun(model, contract, sample, limits, clock)
+    run.measure_sizes()
+    best = run.choose()
     return Tuning(
         machine=machine,
         limits=limits,
         engine=best.engine,
         batch_size=best.batch_size,
-        slots=limits.slots or course.models[best.engine].slots,
+        slots=limits.slots or run.models[best.engine].slots,
         rows_per_second=best.rows_per_second,
-        trials=tuple(course.ranked()[:_TRIALS_KEPT]),
+        trials=tuple(run.rank()[:_TRIALS_KEPT]),
     )
 
 
@@ -111,7 +111,9 @@ def read_tuning(tags: Mapping[str, str], machine: str, limits: TuningLimits) -> 
 
 
 @dataclass(slots=True)
-class _Course:
+class _TuningRun:
+    """What was measured so far."""
+
     model: Tunable
     contract: Contract
     sample: Encoded
@@ -124,13 +126,13 @@ class _Course:
 
     def __post_init__(self) -> None:
         self.models = {engine: self.model.with_engine(engine) for engine in self.model.engines(self.limits)}
-        self.differences = self._agreeing()
+        self.differences = self._compare_engines()
         self.until = self.clock() + _BUDGET_SECONDS
 
-    def _agreeing(self) -> dict[Engine, float]:
-        """Return the engines whose predictions on the sample are near enough, with their differences."""
+    def _compare_engines(self) -> dict[Engine, float]:
+        """Return the engines whose predictions of the sample are near enough to the default's, with the differences."""
         size = self.limits.batch_size or self.model.batch_sizes[0]
-        few = self.sample.slice_rows(0, _piece(self.sample, size))
+        few = self.sample.slice_rows(0, _count_rows_to_score(self.sample, size))
         plain, *others = self.models
         expected = self._predict(plain, few, size)
         kept = {plain: 0.0}
@@ -139,9 +141,9 @@ class _Course:
                 got = self._predict(engine, few, size)
             except (DependencyFault, DeviceLost):
                 raise
-            except Exception:  # noqa: BLE001, S112 - an engine that fails where the plain one does not is none to choose
+            except Exception:  # noqa: BLE001, S112 - an engine that fails where the default does not is not chosen
                 continue
-            off, allowed = _difference(expected, got), self._allowed(engine, expected)
+            off, allowed = _find_difference(expected, got), self._find_tolerance(engine, expected)
             if off <= allowed:
                 kept[engine] = off
         return kept
@@ -151,61 +153,61 @@ class _Course:
         with model.slot():
             return Forward(model, self.contract, size).score(sample.repeat(1))
 
-    def _allowed(self, engine: Engine, expected: Predictions) -> float:
+    def _find_tolerance(self, engine: Engine, expected: Predictions) -> float:
         if engine.precision != "float32":
             return self.limits.bfloat16_tolerance or 0.0
         largest = max((np.abs(v).max(initial=0) for v in expected.values() if v.dtype.kind == "f"), default=0)
         return _FLOAT32_TOLERANCE * max(1.0, float(largest))
 
-    def climb(self) -> None:
-        """Try each size with each engine that keeps up."""
-        alive = list(self.differences)
+    def measure_sizes(self) -> None:
+        """Measure each size with each engine that is not too slow."""
+        engines = list(self.differences)
         for size in [self.limits.batch_size] if self.limits.batch_size else self.model.batch_sizes:
-            for engine in alive:
+            for engine in engines:
                 if self.trials and self.clock() > self.until:
                     return
-                self._try(engine, size)
-            rates = {engine: self.trials[engine, size].rows_per_second for engine in alive}
+                self._measure_trial(engine, size)
+            rates = {engine: self.trials[engine, size].rows_per_second for engine in engines}
             best = max(rates.values())
-            if size >= _ENOUGH_ROWS:
-                alive = [engine for engine, rate in rates.items() if rate >= _BEHIND * best]
+            if size >= _ROWS_TO_COMPARE:
+                engines = [engine for engine, rate in rates.items() if rate >= _SLOW_RATIO * best]
             fastest = max(trial.rows_per_second for trial in self.trials.values())
-            rows = _rows_of_a_pass(self.sample, size)
-            if best < _BEHIND * fastest or rows >= self.sample.rows or rows / best > _PASS_SECONDS_MAX:
+            rows = _estimate_rows_per_pass(self.sample, size)
+            if best < _SLOW_RATIO * fastest or rows >= self.sample.rows or rows / best > _PASS_SECONDS_MAX:
                 return
 
-    def _try(self, engine: Engine, size: int) -> None:
+    def _measure_trial(self, engine: Engine, size: int) -> None:
         self.trials[engine, size] = Trial(
             engine=engine,
             batch_size=size,
-            rows_per_second=self._rate(engine, size),
+            rows_per_second=self._measure_rate(engine, size),
             difference=self.differences[engine],
         )
 
-    def _rate(self, engine: Engine, size: int) -> float:
+    def _measure_rate(self, engine: Engine, size: int) -> float:
         model = self.models[engine]
         return measure_throughput(model, self.contract, self.sample, size, self.limits.slots or model.slots, self.clock)
 
-    def ranked(self) -> list[Trial]:
-        """Return what was measured, the fastest first."""
+    def rank(self) -> list[Trial]:
+        """Return the trials, the fastest first."""
         return sorted(self.trials.values(), key=lambda trial: -trial.rows_per_second)
 
-    def final(self) -> Trial:
-        """Measure the best again, in turn, and return the one that is worth it."""
-        ranked = self.ranked()
+    def choose(self) -> Trial:
+        """Measure the best settings again, in turn, and return the one to use."""
+        ranked = self.rank()
         plain = [trial for trial in ranked if trial.engine == next(iter(self.models))]
         finalists = list({(t.engine, t.batch_size): t for t in (*ranked[:_FINALISTS], *plain[:1])})
         rates: dict[tuple[Engine, int], list[float]] = {at: [self.trials[at].rows_per_second] for at in finalists}
         for _, (engine, size) in itertools.product(range(_FINAL_ROUNDS), finalists):
             if len(finalists) > 1 and self.clock() < self.until + _BUDGET_SECONDS / 2:
-                rates[engine, size].append(self._rate(engine, size))
+                rates[engine, size].append(self._measure_rate(engine, size))
         for at, measured in rates.items():
             self.trials[at] = self.trials[at].model_copy(update={"rows_per_second": statistics.median(measured)})
-        return _worth_it([self.trials[at] for at in finalists], plain=next(iter(self.models)))
+        return _choose_trial([self.trials[at] for at in finalists], plain=next(iter(self.models)))
 
 
-def _worth_it(trials: Sequence[Trial], *, plain: Engine) -> Trial:
-    """Return the fastest, but a smaller batch that is as fast, and the plain engine unless another gains."""
+def _choose_trial(trials: Sequence[Trial], *, plain: Engine) -> Trial:
+    """Return the fastest trial; prefer a smaller batch that is as fast, and the default engine unless another gains."""
     fastest = max(trial.rows_per_second for trial in trials)
     kept = [t for t in trials if t.engine == plain and t.rows_per_second * _GAIN_MIN >= fastest] or trials
     fastest = max(trial.rows_per_second for trial in kept)
@@ -215,19 +217,21 @@ def _worth_it(trials: Sequence[Trial], *, plain: Engine) -> Trial:
 def measure_throughput(
     model: Model, contract: Contract, sample: Encoded, batch_size: int, slots: int, clock: Callable[[], float]
 ) -> float:
-    """Return the rows a second of all slots together on prepared rows, after a pass of each to warm up."""
+    """Return the rows a second of all slots together on prepared rows, after one pass each to warm up."""
     ready = threading.Barrier(slots)
 
     def run() -> float:
         try:
             with model.slot():
                 forward, mine = Forward(model, contract, batch_size), sample.repeat(1)
-                first = mine.slice_rows(0, _piece(sample, batch_size))
+                first = mine.slice_rows(0, _count_rows_to_score(sample, batch_size))
                 start = clock()
                 forward.score(first)
                 warm = clock() - start
                 ready.wait()
-                return first.rows / warm if warm > _PASS_SECONDS_MAX else _steady(forward, mine, first.rows, clock)
+                if warm > _PASS_SECONDS_MAX:
+                    return first.rows / warm
+                return _measure_steady_rate(forward, mine, first.rows, clock)
         except BaseException:
             ready.abort()
             raise
@@ -257,7 +261,7 @@ def measure_passes(
     return measured
 
 
-def _steady(forward: Forward, sample: Encoded, piece: int, clock: Callable[[], float]) -> float:
+def _measure_steady_rate(forward: Forward, sample: Encoded, piece: int, clock: Callable[[], float]) -> float:
     start, rows = clock(), 0
     while True:
         for at in range(0, sample.rows, piece):
@@ -268,17 +272,19 @@ def _steady(forward: Forward, sample: Encoded, piece: int, clock: Callable[[], f
                 return rows / taken
 
 
-def _rows_of_a_pass(sample: Encoded, batch_size: int) -> float:
+def _estimate_rows_per_pass(sample: Encoded, batch_size: int) -> float:
     return batch_size if sample.length_N is None else batch_size / max(1.0, float(sample.length_N.mean()))
 
 
-def _piece(sample: Encoded, batch_size: int) -> int:
-    """Return the rows to score at once: a batch, or enough to sort by length."""
-    return batch_size if sample.length_N is None else max(1, int(_PASSES_TO_SORT * _rows_of_a_pass(sample, batch_size)))
+def _count_rows_to_score(sample: Encoded, batch_size: int) -> int:
+    """Return how many rows to score at once: a batch, or enough to sort by length."""
+    if sample.length_N is None:
+        return batch_size
+    return max(1, int(_PASSES_TO_SORT * _estimate_rows_per_pass(sample, batch_size)))
 
 
-def _difference(expected: Predictions, got: Predictions) -> float:
-    """Return the largest absolute difference of any prediction; infinite where what is no float differs."""
+def _find_difference(expected: Predictions, got: Predictions) -> float:
+    """Return the largest absolute difference of any prediction; infinite where values that are not floats differ."""
     largest = 0.0
     for name, value in expected.items():
         if value.dtype.kind == "f":

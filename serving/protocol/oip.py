@@ -1,6 +1,6 @@
-"""The Open Inference Protocol, version 2, as functions of values: metadata, requests and answers.
+"""The Open Inference Protocol, version 2, as functions of values: metadata, requests and responses.
 
-Arrays are [N, *shape] of the contract, tensors [N, *shape], and [N, 1] where that is one scalar a row.
+Shapes: N rows. Arrays are [N, *shape] of the contract; tensors are the same, but [N, 1] for one scalar a row.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ __all__ = (
 EXTENSIONS = ("binary_tensor_data",)
 _BAD_GATEWAY = 502
 _SHOWN = 100
-# A thread takes some 50 us to hand a body over, a larger body takes milliseconds.
-_ASIDE_FROM_BYTES = 1 << 16
+# Handing a body to a thread takes some 50 us, decoding a larger body takes milliseconds.
+_THREAD_FROM_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputChoice:
-    """An output that a request asks for, in JSON or as binary data."""
+    """An output that a request wants, in JSON or as binary data."""
 
     name: str
     binary: bool = False
@@ -73,7 +73,7 @@ class OutputChoice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferRequest:
-    """What a request asks: every input of the contract for N rows, each [N, *shape] of the contract."""
+    """A decoded request: every input of the contract for N rows, each [N, *shape], and the outputs that it wants."""
 
     id: str | None
     inputs: dict[str, Array]
@@ -81,26 +81,26 @@ class InferRequest:
 
     @property
     def rows(self) -> int:
-        """How many rows are to be predicted."""
+        """The number of rows to predict."""
         return len(next(iter(self.inputs.values())))
 
 
 class ServerMetadata(Frozen):
-    """What GET /v2 answers."""
+    """The response to GET /v2."""
 
     name: str = Field(description="The server's name.")
     version: str = Field(description="The server's version.")
-    extensions: tuple[str, ...] = Field(default=EXTENSIONS, description="The extensions that it speaks.")
+    extensions: tuple[str, ...] = Field(default=EXTENSIONS, description="The protocol extensions that it supports.")
 
 
 class ModelMetadata(Frozen):
-    """What GET /v2/models/MODEL answers."""
+    """The response to GET /v2/models/MODEL."""
 
     name: str = Field(description="The model's name.")
-    versions: tuple[str, ...] = Field(description="The versions that can be asked.")
-    platform: str = Field(description="What runs it.")
-    inputs: tuple[TensorMetadata, ...] = Field(description="What it takes.")
-    outputs: tuple[TensorMetadata, ...] = Field(description="What it gives.")
+    versions: tuple[str, ...] = Field(description="The versions that it serves.")
+    platform: str = Field(description="The library that runs it.")
+    inputs: tuple[TensorMetadata, ...] = Field(description="The input tensors.")
+    outputs: tuple[TensorMetadata, ...] = Field(description="The output tensors.")
 
 
 def model_metadata(name: str, contract: Contract, *, versions: Sequence[str], platform: str) -> ModelMetadata:
@@ -110,28 +110,24 @@ def model_metadata(name: str, contract: Contract, *, versions: Sequence[str], pl
 
 
 def error_body(message: str) -> bytes:
-    """Return the body of every answer that is none."""
+    """Return the body of an error response."""
     return orjson.dumps({"error": message})
 
 
 class RequestOutput(Strict):
-    """An output that a request asks for."""
+    """An output in the JSON of a request."""
 
     name: str = Field(description="The output's name.")
-    parameters: Parameters = Field(
-        default_factory=dict, description="binary_data: whether its values come behind the JSON."
-    )
+    parameters: Parameters = Field(default_factory=dict, description="binary_data: whether its values follow the JSON.")
 
 
 class RequestDocument(Strict):
     """The JSON of a request."""
 
-    id: str | None = Field(default=None, max_length=256, description="Comes back with the answer.")
+    id: str | None = Field(default=None, max_length=256, description="Returned with the response.")
     parameters: Parameters = Field(default_factory=dict, description="binary_data_output: all outputs as binary data.")
     inputs: list[RequestTensor] = Field(description="Every input of the model, once.")
-    outputs: list[RequestOutput] = Field(
-        default_factory=list, description="The outputs wanted; all, where there are none."
-    )
+    outputs: list[RequestOutput] = Field(default_factory=list, description="The outputs to return; without any, all.")
 
 
 _REQUEST = TypeAdapter(RequestDocument)
@@ -139,23 +135,25 @@ Result = TypeVar("Result")
 
 
 def decode_request(body: bytes, contract: Contract, *, header_length: int | None, rows_max: int) -> InferRequest:
-    """Return what a request asks of a model with this contract.
+    """Decode a request to a model with this contract.
 
-    Promises: the arrays are the caller's own, of the contract's dtypes, text and bytes as objects. Raises BadRequest
-    where the body is no JSON, or no request that the contract takes: the message names the tensor and what it must be.
+    The arrays are the caller's own, of the contract's dtypes, with text and bytes as objects.
+
+    Raises:
+        BadRequest: The body is not JSON, or not a request that the contract takes; the message names the tensor.
     """
     return _decode(Body(content=body, header_length=header_length), contract, rows_max)[0]
 
 
 def decode_request_to_forward(body: Body, contract: Contract, *, rows_max: int) -> tuple[InferRequest, Body]:
-    """Return what a request asks of a model with this contract, and a body that asks exactly that.
+    """Decode a request, and return with it a body that every parser reads as that request.
 
-    It is the body itself, unless that may have a key twice: parsers differ in which of the two they take. Raises
-    BadRequest as `decode_request` does.
+    It is the body itself, unless a key may occur twice in it, of which parsers take either. Raises BadRequest as
+    `decode_request` does.
     """
     request, document, binary = _decode(body, contract, rows_max)
     marks = body.content.count(b":", 0, body.header_length)
-    # Each key has its colon, so that there is no second key where there are no more colons than keys.
+    # Each key has a colon, so no key occurs twice where there are no more colons than keys.
     if marks == _count_keys(document):
         return request, body
     json = orjson.dumps(document)
@@ -164,8 +162,8 @@ def decode_request_to_forward(body: Body, contract: Contract, *, rows_max: int) 
 
 
 async def decode_without_blocking(decode: Callable[[], Result], size: int) -> Result:
-    """Decode a body of this many bytes: in a thread where that may take so long that others would wait for it."""
-    return decode() if size < _ASIDE_FROM_BYTES else await asyncio.to_thread(decode)
+    """Decode a body of this many bytes, in a thread where it is so large that other requests would wait for it."""
+    return decode() if size < _THREAD_FROM_BYTES else await asyncio.to_thread(decode)
 
 
 def _decode(body: Body, contract: Contract, rows_max: int) -> tuple[InferRequest, dict[str, Any], memoryview]:
@@ -199,7 +197,7 @@ def _check_parameters(request: RequestDocument) -> None:
 
 
 def _count_keys(document: Mapping[str, Any]) -> int:
-    """Return how many keys a request has that was found to be one, in all of its objects."""
+    """Return the number of keys in all objects of a validated request."""
     count = len(document) + len(document.get("parameters", ()))
     for each in document["inputs"]:
         count += len(each) + len(each.get("parameters", ()))
@@ -211,9 +209,9 @@ def _count_keys(document: Mapping[str, Any]) -> int:
 def encode_response(
     request: InferRequest, outputs: Mapping[str, Array], contract: Contract, *, model: str, version: str | None
 ) -> Body:
-    """Return the answer to a request: the outputs it wants, in the form it wants them.
+    """Return the response to a request: the outputs that it wants, each in JSON or as binary data.
 
-    Raises ModelFailed where JSON can't hold an output: a number that is not finite, bytes that are no text.
+    Raises ModelFailed where JSON can't hold an output: a number that is not finite, bytes that are not text.
     """
     known = {value.name: value for value in contract.outputs}
     wanted = [(known[each.name], outputs[each.name], each.binary) for each in request.outputs]
@@ -237,9 +235,9 @@ def encode_request(
     binary: bool = False,
     outputs: Sequence[OutputChoice] = (),
 ) -> Body:
-    """Return a request for the predictions of N rows, as a client writes it.
+    """Return a client's request for the predictions of N rows.
 
-    Raises ValueError where JSON can't hold a value, which binary data can.
+    Raises ValueError where JSON can't hold a value; binary data can hold every value.
     """
     head: dict[str, Any] = {} if identity is None else {"id": identity}
     if outputs:
@@ -250,28 +248,28 @@ def encode_request(
 
 
 def decode_response(body: bytes, contract: Contract, *, header_length: int | None) -> dict[str, Array]:
-    """Return the outputs of an answer, each [N, *shape] of the contract.
+    """Return the outputs of a response, each [N, *shape] of the contract.
 
-    Raises BadRequest, with status 502, where it is no answer of a model with this contract.
+    Raises BadRequest, with status 502, where it is not a response of a model with this contract.
     """
     try:
         document, binary = read_document(body, header_length)
-        answer = _ANSWER.validate_python(document)
-        return read_tensors("outputs", answer.outputs, {value.name: value for value in contract.outputs}, binary)
+        response = _RESPONSE.validate_python(document)
+        return read_tensors("outputs", response.outputs, {value.name: value for value in contract.outputs}, binary)
     except (ValidationError, BadRequest) as error:
-        told = f"got {describe_problems(error)}." if isinstance(error, ValidationError) else str(error)
-        message = f"A server must answer as the protocol says: {told}"
+        problem = f"got {describe_problems(error)}." if isinstance(error, ValidationError) else str(error)
+        message = f"A server must answer as the protocol says: {problem}"
         raise BadRequest(message, status=_BAD_GATEWAY) from None
 
 
-class _Answer(BaseModel):
+class _Response(BaseModel):
     # Servers add keys of their own.
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
     outputs: list[RequestTensor]
 
 
-_ANSWER = TypeAdapter(_Answer)
+_RESPONSE = TypeAdapter(_Response)
 
 
 def _choose_outputs(request: RequestDocument, contract: Contract) -> tuple[OutputChoice, ...]:

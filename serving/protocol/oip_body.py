@@ -1,7 +1,7 @@
-"""Bodies of the Open Inference Protocol: JSON, and raw values of tensors behind it.
+"""Bodies of the Open Inference Protocol: JSON, and binary data of tensors behind it.
 
-With the header Inference-Header-Content-Length a body is that many bytes of JSON, and behind them the values of the
-tensors that name a `binary_data_size`, in their order. Shapes are those of serving.protocol.tensors.
+With the header Inference-Header-Content-Length a body is that many bytes of JSON, followed by the values of the tensors
+that have a `binary_data_size`, in order. Shapes are those of serving.protocol.tensors.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 JSON_BYTES_MAX = 8 << 20
 _TOO_LARGE = 413
 _PROBLEMS_SHOWN, _SHOWN, _DIGITS_MAX, _STRANGE_MAX = 5, 100, 18, 32
-# Smaller JSON takes a few milliseconds at most, whatever it holds: to parse, and to say what is wrong with it.
+# Parsing and checking smaller JSON takes a few milliseconds at most.
 _COUNTED_FROM_BYTES, _CHECKED_FROM_BYTES = 1 << 16, 1 << 10
-# What takes memory and time when JSON is parsed, by the character that each has one of. A value may take 16 bytes of
-# 8 MiB on average, as a number of full precision does.
+# What takes memory and time when JSON is parsed, by a character that occurs once in each. At 8 MiB a value may take 16
+# bytes on average, as a number of full precision does.
 _COUNTS_MAX = {b",": ("values", 1 << 19), b"[": ("lists", 1 << 17), b"{": ("objects", 1 << 14), b":": ("keys", 1 << 16)}
 
 _KIND_WORDS = {bool: "true or false", int: "a whole number"}
@@ -43,42 +43,48 @@ Parameters = dict[str, bool | int | float | str]
 
 
 class Strict(BaseModel):
-    """The base of what stands in a request: frozen, no unknown key, no value of another type."""
+    """The base of the parts of a request: frozen, without unknown keys or values of another type."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class RequestTensor(Strict):
-    """An input of a request: its values are `data`, or the bytes that `binary_data_size` counts."""
+    """An input in the JSON of a request: its values are `data`, or `binary_data_size` bytes behind the JSON."""
 
     name: str = Field(description="The input's name.")
     shape: list[int] = Field(description="[N, ...], the number of rows first.")
     datatype: str = Field(description="As the model's metadata names it.")
     parameters: Parameters = Field(
-        default_factory=dict, description="binary_data_size: the bytes of it behind the JSON."
+        default_factory=dict, description="binary_data_size: the number of its bytes behind the JSON."
     )
     data: Any = Field(default=None, description="Its values, flat in row-major order or nested.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Body:
-    """A body as HTTP carries it, and how many bytes of it are JSON where binary data follows."""
+    """The body of an HTTP message, and how many bytes of it are JSON where binary data follows."""
 
     content: bytes
     header_length: int | None = None
 
     @property
     def headers(self) -> dict[str, str]:
-        """The HTTP headers that go with it."""
+        """The HTTP headers of the body."""
         if self.header_length is None:
             return {"Content-Type": "application/json"}
         return {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(self.header_length)}
 
 
 def write_body(head: Mapping[str, Any], key: str, values: Sequence[tuple[Input | Output, Array, bool]]) -> Body:
-    """Return a body of these tensors, each in JSON or, where it says so, behind it.
+    """Return a body with these tensors, each in JSON or as binary data.
 
-    Raises ValueError where JSON can't hold a value.
+    Args:
+        head: Other keys of the JSON.
+        key: The key of the tensors, "inputs" or "outputs".
+        values: The tensors: input or output, its values, and whether they are binary data.
+
+    Raises:
+        ValueError: JSON can't hold a value.
     """
     described, parts = [], []
     for value, array, binary in values:
@@ -100,9 +106,9 @@ def write_body(head: Mapping[str, Any], key: str, values: Sequence[tuple[Input |
 
 
 def read_header_length(stated: str | None) -> int | None:
-    """Return how many bytes of a body are JSON, by its header: None, which is all, where there is none.
+    """Return how many bytes of a body are JSON by its header; None without a header, when all are.
 
-    Raises BadRequest where the header is no number of bytes.
+    Raises BadRequest where the header is not a number of bytes.
     """
     if stated is None:
         return None
@@ -113,7 +119,7 @@ def read_header_length(stated: str | None) -> int | None:
 
 
 def read_document(body: bytes, header_length: int | None) -> tuple[Any, memoryview]:
-    """Return the JSON of a body, and the bytes behind it. Raises BadRequest where it is none."""
+    """Return the parsed JSON of a body, and the bytes behind it. Raises BadRequest where it is not JSON."""
     view = memoryview(body)
     if header_length is None:
         header_length = len(view)
@@ -123,14 +129,14 @@ def read_document(body: bytes, header_length: int | None) -> tuple[Any, memoryvi
     try:
         return orjson.loads(view[:header_length]), view[header_length:]
     except orjson.JSONDecodeError as error:
-        message = f"The body must be JSON, got {_why(error)}."
+        message = f"The body must be JSON, got {_describe_json_error(error)}."
         raise BadRequest(message) from None
 
 
 def check_size_of_json(body: bytes, header_length: int | None) -> None:
-    """Hold the JSON of a request against what may be parsed at once, before it is parsed.
+    """Check that the JSON of a request is small enough to be parsed.
 
-    Promises: takes no longer than parsing. Raises BadRequest, with status 413, where it has too many bytes or values.
+    Takes no longer than parsing. Raises BadRequest, with status 413, where it has too many bytes or values.
     """
     json = body if header_length is None else body[:header_length]
     if len(json) < _COUNTED_FROM_BYTES:
@@ -143,8 +149,8 @@ def check_size_of_json(body: bytes, header_length: int | None) -> None:
         raise BadRequest(message, status=_TOO_LARGE)
     if all(json.count(mark) <= most for mark, (_, most) in _COUNTS_MAX.items()):
         return
-    # Texts may hold such characters too, and those do not count.
-    found = _outside_texts(json)
+    # Such characters in texts do not count.
+    found = _blank_out_texts(json)
     for mark, (what, most) in _COUNTS_MAX.items():
         if (count := int(np.count_nonzero(found == mark[0]))) > most:
             message = (
@@ -154,10 +160,10 @@ def check_size_of_json(body: bytes, header_length: int | None) -> None:
             raise BadRequest(message, status=_TOO_LARGE)
 
 
-def _outside_texts(json: bytes) -> Array:
-    """Return the characters of JSON with a zero in the place of each that belongs to a text."""
+def _blank_out_texts(json: bytes) -> Array:
+    """Return the characters of JSON, with zeros for those inside texts."""
     if b"\\" in json:
-        # A quote that is escaped ends no text.
+        # An escaped quote does not end a text.
         json = json.replace(b"\\\\", b"  ").replace(b'\\"', b"  ")
     characters = np.frombuffer(json, np.uint8)
     in_text = np.logical_xor.accumulate(characters == ord('"'))
@@ -165,16 +171,15 @@ def _outside_texts(json: bytes) -> Array:
 
 
 def check_counts(document: Any, size: int, tensors: Mapping[str, int]) -> None:
-    """Hold a parsed request against how many of everything it may have, before every one of them is looked at.
+    """Check how many of everything a parsed request has, before each of them is checked.
 
     Args:
-        document: The JSON of a request, as it was parsed.
-        size: How many bytes it had.
-        tensors: How many tensors the contract has, by the key below which a request names them.
+        document: The parsed JSON of a request.
+        size: The bytes of its body.
+        tensors: How many tensors the contract has, by the key of the request that lists them.
 
     Raises:
-        BadRequest: There is too much of something.
-
+        BadRequest: There are too many of something.
     """
     if size < _CHECKED_FROM_BYTES or not isinstance(document, dict):
         return
@@ -191,14 +196,14 @@ def check_counts(document: Any, size: int, tensors: Mapping[str, int]) -> None:
 
 
 def _check_count(what: str, given: Any, kind: type[Sized], count: int = 0) -> None:
-    # Above what is right there is room for some that are wrong, so that the message can name them.
+    # Some more than are right, so that the message of a later check can name what is wrong.
     if isinstance(given, kind) and len(given) > (most := count + _STRANGE_MAX):
         message = f"There may be at most {most} {what}, got {len(given)}."
         raise BadRequest(message)
 
 
 def describe_problems(error: ValidationError) -> str:
-    """Say in one line what is wrong with a document."""
+    """Return in one line what is wrong with a document."""
     found = error.errors(include_url=False, include_context=False, include_input=False)[:_PROBLEMS_SHOWN]
     return "; ".join(
         f"{'.'.join(str(at)[:_SHOWN] for at in each['loc']) or 'the body'}: {each['msg']}" for each in found
@@ -206,23 +211,22 @@ def describe_problems(error: ValidationError) -> str:
 
 
 def check_names(what: str, given: Sequence[str], known: Mapping[str, Any]) -> None:
-    """Hold names against those that a contract knows. Raises BadRequest where one is strange, or there twice."""
+    """Check names against those of a contract. Raises BadRequest where one is unknown, or occurs twice."""
     if strange := [name for name in given if name not in known]:
         message = f"The {what} must be {list(known)}, got {strange[0][:_SHOWN]!r}."
         raise BadRequest(message)
     if len({*given}) < len(given):
-        message = f"Each of the {what} may stand once in a request, got {list(given)}."
+        message = f"Each of the {what} may occur once in a request, got {list(given)}."
         raise BadRequest(message)
 
 
 def check_parameters(where: str, given: Mapping[str, Any], taken: str, kind: type) -> None:
-    """Hold parameters of a request against the only one that is taken there.
+    """Check that the only parameter is the one that is allowed there.
 
-    Others would reach the model server, where they may read memory of others or change the order of requests.
+    Others would reach the model server, where they may read shared memory or change the order of requests.
 
     Raises:
         BadRequest: There is another parameter, or that one has a value of another type.
-
     """
     if len(given) == 1 and type(given.get(taken)) is kind:
         return
@@ -243,7 +247,7 @@ def read_tensors(
     *,
     rows_max: int | None = None,
 ) -> dict[str, Array]:
-    """Return the values of tensors, each held against what the contract has it be before a value is looked at.
+    """Return the values of tensors. Datatype and shape of each are checked before its values are read.
 
     Raises BadRequest, with status 413 where there are more rows than `rows_max`.
     """
@@ -252,7 +256,7 @@ def read_tensors(
     for each in given:
         value = known[each.name]
         _check_tensor(value, each, rows_max)
-        data, binary = _cut(each, binary)
+        data, binary = _take_binary_data(each, binary)
         values[each.name] = (
             decode_json(value, each.shape, each.data) if data is None else decode_bytes(value, each.shape, data)
         )
@@ -267,11 +271,11 @@ def read_tensors(
     return values
 
 
-def _why(error: orjson.JSONDecodeError) -> str:
+def _describe_json_error(error: orjson.JSONDecodeError) -> str:
     found = error.doc[error.pos : error.pos + len("-Infinity")].lstrip("-")
     for word in ("NaN", "Infinity"):
         if found.startswith(word):
-            return f"{word}, which JSON has not: send such numbers as binary data"
+            return f"{word}, which JSON does not have: send such numbers as binary data"
     return str(error)
 
 
@@ -288,8 +292,8 @@ def _check_tensor(value: Input | Output, given: RequestTensor, rows_max: int | N
         raise BadRequest(message, status=_TOO_LARGE)
 
 
-def _cut(given: RequestTensor, binary: memoryview) -> tuple[memoryview | None, memoryview]:
-    """Cut the bytes of one tensor off those behind the JSON; None where its values are in the JSON."""
+def _take_binary_data(given: RequestTensor, binary: memoryview) -> tuple[memoryview | None, memoryview]:
+    """Return the bytes of one tensor, None where its values are in the JSON, and the bytes behind them."""
     size = given.parameters.get("binary_data_size")
     if size is None:
         return None, binary

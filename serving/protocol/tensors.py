@@ -58,7 +58,7 @@ _SHOWN = 60
 
 
 class TensorMetadata(Frozen):
-    """An input or output as the metadata of a model names it."""
+    """An input or output in the metadata of a model."""
 
     name: str = Field(description="The tensor's name.")
     datatype: Datatype = Field(description="The type of its values.")
@@ -66,61 +66,61 @@ class TensorMetadata(Frozen):
 
 
 def describe_tensors(contract: Contract) -> tuple[tuple[TensorMetadata, ...], tuple[TensorMetadata, ...]]:
-    """Return the inputs and the outputs of a contract as tensors of the protocol."""
+    """Return the metadata of the inputs and of the outputs of a contract."""
     return tuple(map(describe_tensor, contract.inputs)), tuple(map(describe_tensor, contract.outputs))
 
 
 def describe_tensor(value: Input | Output) -> TensorMetadata:
-    """Return one input or output as a tensor of the protocol."""
+    """Return the metadata of one input or output."""
     return TensorMetadata(name=value.name, datatype=get_datatype(value), shape=(-1, *get_row_shape(value)))
 
 
 def get_datatype(value: Input | Output) -> Datatype:
-    """Return the protocol's type for the values of an input or output."""
+    """Return the protocol's datatype of an input or output."""
     return _DATATYPES[value.dtype]
 
 
 def get_row_shape(value: Input | Output) -> tuple[int, ...]:
-    """Return the shape of one row of a tensor: (1,) for a scalar, as servers that batch know no empty shape."""
+    """Return the shape of one row of a tensor; (1,) for a scalar, since servers that batch have no empty shape."""
     return value.shape or (1,)
 
 
 def decode_json(value: Input | Output, shape: Sequence[int], data: Any) -> Array:
-    """Return the values of a tensor whose shape is [N, *shape] from JSON's, nested or flat in row-major order.
+    """Decode the JSON values of a tensor of this shape, nested or flat in row-major order.
 
-    Raises BadRequest where there are more or fewer than the shape says, or others than the datatype takes.
+    Raises BadRequest where their number does not fit the shape, or a value does not fit the datatype.
     """
-    flat = _flat(value, shape, data)
+    flat = _flatten(value, shape, data)
     name = get_datatype(value)
-    kinds, words = _TAKES[name]
+    kinds, words = _JSON_TYPES[name]
     if strange := {*map(type, flat)} - kinds:
         at = next(at for at, item in enumerate(flat) if type(item) in strange)
         message = f"The data of {value.name!r} must be {words} ({name}), got {shorten(flat[at])} at place {at}."
         raise BadRequest(message)
     if name == "BYTES":
         items = flat if value.dtype == "str" else [item.encode() for item in flat]
-        return _in_rows(value, _objects(items))
+        return _reshape_rows(value, _make_object_array(items))
     dtype = _NUMPY[name]
     if dtype.kind == "f":
         with np.errstate(over="ignore"):
             numbers = np.array(flat, dtype=dtype)
         if not np.isfinite(numbers).all():
-            raise _too_large(value)
-        return _in_rows(value, numbers)
+            raise _number_too_large(value)
+        return _reshape_rows(value, numbers)
     try:
-        return _in_rows(value, np.array(flat, dtype=dtype))
+        return _reshape_rows(value, np.array(flat, dtype=dtype))
     except OverflowError:
-        raise _too_large(value) from None
+        raise _number_too_large(value) from None
 
 
 def decode_bytes(value: Input | Output, shape: Sequence[int], data: memoryview) -> Array:
-    """Return the values of a tensor whose shape is [N, *shape] from little-endian bytes, in memory of their own.
+    """Decode the little-endian bytes of a tensor of this shape into memory of its own.
 
-    Raises BadRequest where the bytes are more or fewer than the shape says, or no values of the datatype.
+    Raises BadRequest where their number does not fit the shape, or they are not values of the datatype.
     """
     name, count = get_datatype(value), math.prod(shape)
     if name == "BYTES":
-        return _in_rows(value, _objects(_items(value, count, data)))
+        return _reshape_rows(value, _make_object_array(_split_items(value, count, data)))
     dtype = _NUMPY[name]
     if len(data) != count * dtype.itemsize:
         message = (
@@ -131,17 +131,17 @@ def decode_bytes(value: Input | Output, shape: Sequence[int], data: memoryview) 
     if name == "BOOL" and (np.frombuffer(data, np.uint8) > 1).any():
         message = f"The binary data of {value.name!r} must hold 0 or 1 for each BOOL, got another byte."
         raise BadRequest(message)
-    return _in_rows(value, np.frombuffer(data, dtype).copy())
+    return _reshape_rows(value, np.frombuffer(data, dtype).copy())
 
 
 def encode_json(value: Input | Output, values: Array) -> Array | list[str]:
-    """Return the values of a tensor flat, as orjson takes them.
+    """Return the values of a tensor flat, in a form that orjson writes.
 
-    Raises ValueError where a number is not finite: JSON has none.
+    Raises ValueError where a number is not finite, which JSON can't express.
     """
     flat = values.reshape(-1)
     if values.dtype.kind == "O":
-        return [_text(value, item) for item in flat]
+        return [_text_for_json(value, item) for item in flat]
     if values.dtype.kind == "f" and not np.isfinite(flat).all():
         message = f"{value.name!r} holds NaN or Infinity, which JSON can't express; ask for binary_data."
         raise ValueError(message)
@@ -158,7 +158,7 @@ def encode_bytes(values: Array) -> bytes:
 
 
 def shorten(item: Any) -> str:
-    """Return a value of JSON as a message shows it: short, however large it is."""
+    """Return a JSON value for a message, shortened where it is large."""
     if item is None:
         return "null"
     if isinstance(item, list | dict):
@@ -166,8 +166,8 @@ def shorten(item: Any) -> str:
     return repr(item[:_SHOWN] if isinstance(item, str) else item)[:_SHOWN]
 
 
-def _takes(name: str) -> tuple[frozenset[type], str]:
-    """Return the types of JSON's values that a datatype takes, and their name."""
+def _find_json_types(name: str) -> tuple[frozenset[type], str]:
+    """Return the Python types of JSON values that a datatype takes, and their name."""
     if name == "BOOL":
         return frozenset({bool}), "true or false"
     if name == "BYTES":
@@ -175,7 +175,7 @@ def _takes(name: str) -> tuple[frozenset[type], str]:
     return (frozenset({int, float}), "numbers") if name.startswith("FP") else (frozenset({int}), "whole numbers")
 
 
-_TAKES = {name: _takes(name) for name in _DATATYPES.values()}
+_JSON_TYPES = {name: _find_json_types(name) for name in _DATATYPES.values()}
 _NUMPY: dict[str, np.dtype[Any]] = {
     name: np.dtype(dtype).newbyteorder("<")
     for dtype, name in _DATATYPES.items()
@@ -183,18 +183,18 @@ _NUMPY: dict[str, np.dtype[Any]] = {
 }
 
 
-def _flat(value: Input | Output, shape: Sequence[int], data: Any) -> list[Any]:
+def _flatten(value: Input | Output, shape: Sequence[int], data: Any) -> list[Any]:
     if not isinstance(data, list):
         message = f"The data of {value.name!r} must be a list, got {type(data).__name__}."
         raise BadRequest(message)
     if data and isinstance(data[0], list):
-        return _unnested(value, shape, data)
+        return _flatten_nested(value, shape, data)
     if len(data) != math.prod(shape):
         raise _wrong_count(value, shape, f"got {len(data)}")
     return data
 
 
-def _unnested(value: Input | Output, shape: Sequence[int], data: list[Any]) -> list[Any]:
+def _flatten_nested(value: Input | Output, shape: Sequence[int], data: list[Any]) -> list[Any]:
     level = [data]
     for size in shape:
         if any(not isinstance(item, list) or len(item) != size for item in level):
@@ -210,13 +210,13 @@ def _wrong_count(value: Input | Output, shape: Sequence[int], found: str) -> Bad
     )
 
 
-def _too_large(value: Input | Output) -> BadRequest:
+def _number_too_large(value: Input | Output) -> BadRequest:
     return BadRequest(f"The data of {value.name!r} must fit {get_datatype(value)}, got a number that does not.")
 
 
-def _items(value: Input | Output, count: int, data: memoryview) -> list[Any]:
-    """Return texts or bytes, each of which follows its length of four bytes."""
-    # Four bytes an item: a shape that lies about its count can't have a list of that many made.
+def _split_items(value: Input | Output, count: int, data: memoryview) -> list[Any]:
+    """Return texts or bytes, each of which is preceded by its length in four bytes."""
+    # The loop ends with the data, so a false count in the shape does not allocate a list of that size.
     items: list[Any] = []
     at = 0
     while at + _LENGTH.size <= len(data) and len(items) < count:
@@ -228,14 +228,14 @@ def _items(value: Input | Output, count: int, data: memoryview) -> list[Any]:
         at += length
     if len(items) != count or at != len(data):
         message = (
-            f"The binary data of {value.name!r} must be {count} items, each behind its length of four bytes, got "
+            f"The binary data of {value.name!r} must be {count} items, each preceded by its length in four bytes, got "
             f"{len(items)} whole ones in {len(data)} bytes."
         )
         raise BadRequest(message)
-    return items if value.dtype == "binary" else [_decoded(value, item) for item in items]
+    return items if value.dtype == "binary" else [_decode_text(value, item) for item in items]
 
 
-def _decoded(value: Input | Output, item: bytes) -> str:
+def _decode_text(value: Input | Output, item: bytes) -> str:
     try:
         return item.decode()
     except UnicodeDecodeError:
@@ -243,21 +243,21 @@ def _decoded(value: Input | Output, item: bytes) -> str:
         raise BadRequest(message) from None
 
 
-def _text(value: Input | Output, item: Any) -> str:
+def _text_for_json(value: Input | Output, item: Any) -> str:
     try:
         return item.decode() if isinstance(item, bytes) else str(item)
     except UnicodeDecodeError:
-        message = f"{value.name!r} holds bytes that are no UTF-8 text, which JSON can't express; ask for binary_data."
+        message = f"{value.name!r} holds bytes that are not UTF-8 text, which JSON can't express; ask for binary_data."
         raise ValueError(message) from None
 
 
-def _objects(items: list[Any]) -> Array:
-    # numpy's own text has a fixed width, and loses zeros at its end.
+def _make_object_array(items: list[Any]) -> Array:
+    # numpy's text types have a fixed width, and lose zeros at the end.
     values = np.empty(len(items), dtype=object)
     values[:] = items
     return values
 
 
-def _in_rows(value: Input | Output, flat: Array) -> Array:
+def _reshape_rows(value: Input | Output, flat: Array) -> Array:
     values = flat.reshape(-1, *value.shape)
     return values.view(value.dtype) if value.dtype.startswith("datetime") else values

@@ -1,4 +1,4 @@
-"""The routes of the Open Inference Protocol over one release, for model servers that bring none of their own."""
+"""The routes of the Open Inference Protocol for one release, for model servers that have none of their own."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ _log = logging.getLogger(__name__)
 
 
 class Overloaded(Exception):
-    """What answers is too busy to take another request now."""
+    """The server is too busy to take another request now."""
 
 
-async def _always() -> bool:
+async def _is_always_ready() -> bool:
     return True
 
 
@@ -50,19 +50,26 @@ def create_v2_app(
     predict: Predict,
     server: ServerMetadata,
     *,
-    ready: Ready = _always,
+    ready: Ready = _is_always_ready,
     body_bytes_max: int = _BODY_BYTES_MAX,
 ) -> FastAPI:
-    """Return an app with the routes below /v2 for one release; `predict` gets the rows of one request at a time.
+    """Return an app with the routes below /v2 for one release.
 
-    Every answer but 2xx is {"error": "..."}: what is wrong with a request as 4xx, Overloaded and
-    DependencyFault from `predict` as 503, whatever else it raises as 500.
+    Every response other than 2xx is {"error": "..."}: 4xx for a wrong request, 503 where `predict` raises Overloaded or
+    DependencyFault, 500 where it raises anything else.
+
+    Args:
+        release: The release that is served.
+        predict: Called with the rows of one request at a time.
+        server: The metadata of the server.
+        ready: Whether requests can be answered now.
+        body_bytes_max: The size of a request's body, at most.
     """
     routes = _Routes(release, predict, server, ready, body_bytes_max)
     app = FastAPI(title=f"{release.endpoint} version {release.version}", version=release.version)
     app.include_router(routes.router())
-    app.add_exception_handler(BadRequest, _refused)
-    app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(BadRequest, _handle_bad_request)
+    app.add_exception_handler(HTTPException, _handle_unknown_route)
     return app
 
 
@@ -106,29 +113,31 @@ class _Routes:
         return self.server
 
     async def live(self) -> dict[str, bool]:
-        """Say that the server runs."""
+        """Return that the server runs."""
         return {"live": True}
 
     async def ready(self) -> Response:
-        """Say whether the server answers requests, by 200 or 503."""
+        """Return 200 where the server answers requests, else 503."""
         if await self.is_ready():
             return JSONResponse({"ready": True})
-        return _error(HTTPStatus.SERVICE_UNAVAILABLE, "The server must have its model loaded; ask again in a second.")
+        return _make_error_response(
+            HTTPStatus.SERVICE_UNAVAILABLE, "The server must have its model loaded; ask again in a second."
+        )
 
     async def describe_model(self, model: str, version: str | None = None) -> ModelMetadata:
-        """Return what the model takes and gives."""
+        """Return the metadata of the model."""
         self.check_known(model, version)
         return self.metadata
 
     async def model_ready(self, model: str, version: str | None = None) -> Response:
-        """Say whether the model answers requests, by 200 or 503."""
+        """Return 200 where the model answers requests, else 503."""
         self.check_known(model, version)
         return await self.ready()
 
     async def infer(self, request: Request, model: str, version: str | None = None) -> Response:
         """Return the predictions of a request, in JSON or as binary data."""
         self.check_known(model, version)
-        body = await _read(request, self.body_bytes_max)
+        body = await _read_body(request, self.body_bytes_max)
         decode = partial(
             decode_request,
             body,
@@ -136,22 +145,22 @@ class _Routes:
             header_length=read_header_length(request.headers.get(HEADER_LENGTH)),
             rows_max=self.release.rows_max,
         )
-        asked = await decode_without_blocking(decode, len(body))
+        decoded = await decode_without_blocking(decode, len(body))
         try:
-            outputs = await self.predict(asked.inputs)
+            outputs = await self.predict(decoded.inputs)
             answer = encode_response(
-                *(asked, outputs, self.release.contract),
+                *(decoded, outputs, self.release.contract),
                 model=self.release.endpoint,
                 version=self.release.version,
             )
         except (Overloaded, DependencyFault) as error:
-            return _error(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
+            return _make_error_response(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
         except ModelFailed as error:
-            return _error(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))
+            return _make_error_response(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))
         except Exception as error:  # noqa: BLE001 - the model is somebody else's code
-            _log.exception("The model failed on a request of %d rows.", asked.rows)
+            _log.exception("The model failed on a request of %d rows.", decoded.rows)
             message = f"The model must predict every row, got {type(error).__name__}: {error}"
-            return _error(HTTPStatus.INTERNAL_SERVER_ERROR, message)
+            return _make_error_response(HTTPStatus.INTERNAL_SERVER_ERROR, message)
         return Response(answer.content, headers=answer.headers)
 
     def check_known(self, model: str, version: str | None) -> None:
@@ -163,8 +172,8 @@ class _Routes:
             raise BadRequest(message, status=HTTPStatus.NOT_FOUND)
 
 
-async def _read(request: Request, bytes_max: int) -> bytes:
-    """Return the body of a request; one that is too large is not read to its end."""
+async def _read_body(request: Request, bytes_max: int) -> bytes:
+    """Return the body of a request. Reading ends where it is too large."""
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
@@ -175,15 +184,15 @@ async def _read(request: Request, bytes_max: int) -> bytes:
     return b"".join(parts)
 
 
-async def _refused(_request: Request, error: Exception) -> Response:
-    return _error(error.status if isinstance(error, BadRequest) else HTTPStatus.BAD_REQUEST, str(error))
+async def _handle_bad_request(_request: Request, error: Exception) -> Response:
+    return _make_error_response(error.status if isinstance(error, BadRequest) else HTTPStatus.BAD_REQUEST, str(error))
 
 
-async def _no_route(_request: Request, error: Exception) -> Response:
+async def _handle_unknown_route(_request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else HTTPStatus.NOT_FOUND
     detail = error.detail if isinstance(error, HTTPException) else str(error)
-    return _error(status, f"{detail}. The routes are those of the Open Inference Protocol below /v2.")
+    return _make_error_response(status, f"{detail}. The routes are those of the Open Inference Protocol below /v2.")
 
 
-def _error(status: int, message: str) -> Response:
+def _make_error_response(status: int, message: str) -> Response:
     return JSONResponse({"error": message[:_ERROR_LENGTH_MAX]}, status_code=status)

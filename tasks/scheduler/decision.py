@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from serving.model.batching import CostModel
+from serving.model.batching import BatchingConfig, CostModel
 from serving.model.contract import Frozen
 from tasks.scheduler.workload import Prices, Workload
 
@@ -17,7 +17,6 @@ Policy = Literal[
     "autoscaled",
     "keep-warm",
     "keep-warm-10-minutes",
-    "keep-warm-histogram",
     "on-demand",
     "spot",
     "micro-batches",
@@ -25,7 +24,7 @@ Policy = Literal[
 
 
 class Profile(Frozen):
-    """What a model was measured at on this machine. Nothing in it is guessed."""
+    """What a model was measured at on this machine. Nothing in it is guessed. It is kept in a tag of the version."""
 
     model: str = Field(description="models:/NAME/VERSION.")
     digest: str = Field(description="SHA-256 of the model's files.")
@@ -38,7 +37,7 @@ class Profile(Frozen):
     cold_start_seconds: float = Field(ge=0, description="From nothing to the first answer of an endpoint.")
     start_seconds: float = Field(ge=0, description="From nothing to the first scored row of a batch run.")
     request_ms: float = Field(
-        ge=0, description="What a request takes beside its forward pass: door, transport, parsing; one at a time."
+        ge=0, description="What a request takes beside its forward pass: server, transport, parsing; one at a time."
     )
     request_busy_ms: float | None = Field(
         default=None,
@@ -77,29 +76,32 @@ class Alternative(Frozen):
     policy: Policy
     machine: str = Field(description="The kind of machine.")
     machines: int = Field(ge=0, description="Machines at a time, at most.")
-    machines_min: int | None = Field(default=None, ge=0, description="Those of a scaler while little comes.")
+    machines_min: int | None = Field(default=None, ge=0, description="A scaler's fewest machines.")
     target_utilisation: float | None = Field(
         default=None, description="Share of what its machines take that a scaler aims at; lower is more machines."
     )
-    batch_size_max: int = Field(default=1, ge=1, description="Rows of a forward pass: the batching.")
-    wait_ms_max: float = Field(default=0.0, ge=0, description="Milliseconds that a row waits for others: the batching.")
+    batching: BatchingConfig = Field(
+        default=BatchingConfig(), description="Rows of a forward pass, and how long a row waits for others, at most."
+    )
     keep_warm_seconds: float | None = Field(default=None, description="Seconds from the last request to zero.")
-    every_seconds: float | None = Field(default=None, description="Seconds from one batch run to the next.")
+    period_seconds: float | None = Field(default=None, description="Seconds from one batch run to the next.")
     usd: float = Field(ge=0, description="What the machines cost over the horizon.")
     age_seconds_p50: float = Field(ge=0, description="From a row's arrival to its prediction: the median.")
     age_seconds_p99: float = Field(ge=0, description="The same for 99 of 100.")
-    late: float = Field(ge=0, le=1, description="Share of rows (of tables, for a table) that came later than promised.")
+    late_share: float = Field(
+        ge=0, le=1, description="Share of rows (of tables, for a table) that came later than promised."
+    )
     cold_starts: int = Field(default=0, ge=0, description="Times that a row had to wait for a machine to start.")
     utilisation: float = Field(ge=0, le=1, description="Share of the paid time in which machines had work.")
-    stands: bool = Field(description="Whether it may be chosen, and keeps the promise.")
+    is_feasible: bool = Field(description="Whether it keeps the promise.")
     reason: str = Field(description="Why it was chosen, or why it lost, with figures.")
 
 
-class Flip(Frozen):
-    """How far an input may move until another choice is cheapest."""
+class BreakEven(Frozen):
+    """How far an input may change until another choice is cheapest."""
 
     input: str = Field(description="Which one: traffic, spot price, on-demand price, cold start, speed, promise.")
-    factor: float = Field(gt=0, description="Its value at the flip over its value now.")
+    factor: float = Field(gt=0, description="Its value there over its value now.")
     to: str = Field(description="The mode and policy that is chosen from there on.")
 
 
@@ -109,11 +111,13 @@ class Decision(Frozen):
     workload: Workload
     profile: Profile
     prices: dict[str, Prices] = Field(description="What each kind of machine costs, as used.")
-    priced_at: str = Field(description="The source of the prices, and their date.")
+    price_origin: str = Field(description="Where the prices are from, and their date.")
     decided_at: datetime
     rows: int = Field(ge=0, description="Rows that come within the horizon.")
     chosen: Alternative
-    alternatives: tuple[Alternative, ...] = Field(description="All that was simulated, the cheapest that stand first.")
+    alternatives: tuple[Alternative, ...] = Field(
+        description="All that was simulated, in the order of their costs; those that break the promise come last."
+    )
     waste_usd: float = Field(description="What an always-on endpoint would cost more over the horizon.")
     waste_factor: float | None = Field(description="Its cost over that of the choice; null where that costs nothing.")
-    flips: tuple[Flip, ...] = Field(description="What would change the choice, the nearest first.")
+    break_evens: tuple[BreakEven, ...] = Field(description="What would change the choice, the nearest first.")

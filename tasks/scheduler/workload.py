@@ -1,4 +1,4 @@
-"""What a person says about a workload: who consumes the predictions, when they are asked for, what machines cost."""
+"""The description of a workload: who consumes the predictions, when they are needed, and what machines cost."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ _TIME_OF_DAY = r"^([01]?\d|2[0-3]):[0-5]\d$"
 
 
 class Requests(Frozen):
-    """Somebody waits for the answer."""
+    """Requests that wait for their answer."""
 
-    kind: Literal["requests"] = Field(default="requests", description="Tells this consumer from others.")
+    kind: Literal["requests"] = Field(default="requests", description="The kind of consumer.")
     latency_ms: float = Field(gt=0, le=60_000, description="Milliseconds within which an answer must be there.")
-    kept: float = Field(default=0.99, gt=0, le=1, description="Share of the requests for which that must hold.")
+    share_in_time: float = Field(
+        default=0.99, gt=0, le=1, description="Share of the requests for which that must hold."
+    )
 
 
 class Table(Frozen):
-    """A table is needed by a time of the day, over and over, or once; its rows are known some time before."""
+    """A table that is needed by a time of the day, again and again or once. Its rows are known some time before."""
 
-    kind: Literal["table"] = Field(default="table", description="Tells this consumer from others.")
+    kind: Literal["table"] = Field(default="table", description="The kind of consumer.")
     rows: int = Field(ge=0, le=10**12, description="Rows to be scored each time.")
     ready: str = Field(default="00:00", pattern=_TIME_OF_DAY, description="When its input is there, in UTC.")
     due: str = Field(default="06:00", pattern=_TIME_OF_DAY, description="When its predictions are needed, in UTC.")
@@ -37,12 +39,12 @@ class Table(Frozen):
     )
 
     def slack_seconds(self, now: datetime) -> float:
-        """Return the seconds from the input to the deadline; a whole day where both are at the same time of the day.
+        """Return the seconds from the input to the deadline; a day where both are at the same time of the day.
 
-        A table that is needed once has the time from now on. Raises BadWorkload where its deadline is over.
+        A table that is needed once has the time from `now` on. Raises BadWorkload where its deadline is over.
         """
         if self.once_by is None:
-            return (_minutes(self.due) - _minutes(self.ready) - 1) % 1440 * 60 + 60
+            return (_minutes_of_day(self.due) - _minutes_of_day(self.ready) - 1) % 1440 * 60 + 60
         left = (self.once_by - now).total_seconds()
         if left <= 0:
             message = (
@@ -54,41 +56,41 @@ class Table(Frozen):
 
 
 class Events(Frozen):
-    """Something else goes on with the scores of events, which must not be older than a bound."""
+    """Events whose scores are used by another system, and must not be older than a bound."""
 
-    kind: Literal["events"] = Field(default="events", description="Tells this consumer from others.")
+    kind: Literal["events"] = Field(default="events", description="The kind of consumer.")
     within_seconds: float = Field(
         gt=0, le=7 * 86_400, description="Seconds from an event until its score, at most: the freshness."
     )
-    kept: float = Field(default=0.99, gt=0, le=1, description="Share of the events for which that must hold.")
+    share_in_time: float = Field(default=0.99, gt=0, le=1, description="Share of the events for which that must hold.")
 
 
-class Trace(Frozen):
-    """Arrivals as a file says them; the trace is repeated until the horizon is full."""
+class ArrivalTrace(Frozen):
+    """Arrivals read from a file, and repeated until the horizon is full."""
 
-    kind: Literal["trace"] = Field(default="trace", description="Tells these arrivals from others.")
+    kind: Literal["trace"] = Field(default="trace", description="The kind of arrivals.")
     path: str = Field(min_length=1, description="A CSV or Parquet file.")
-    holds: Literal["timestamps", "per-second", "per-minute"] = Field(
+    content: Literal["timestamps", "per-second", "per-minute"] = Field(
         default="timestamps",
         description="timestamps: one row an arrival (seconds as numbers, or date and time). per-second, per-minute: "
         "one row a second or minute, and how many arrived in it.",
     )
-    column: str | None = Field(default=None, description="Its column. Without: the only one that can be read so.")
+    column: str | None = Field(default=None, description="Its column. Without: the only one with such values.")
     rows_per_arrival: float = Field(default=1.0, gt=0, le=1e6, description="Rows that come with each, on average.")
 
 
-class Metered(Frozen):
-    """Arrivals as the gateway has metered them."""
+class MeteredArrivals(Frozen):
+    """Arrivals that the gateway has metered."""
 
-    kind: Literal["metered"] = Field(default="metered", description="Tells these arrivals from others.")
+    kind: Literal["metered"] = Field(default="metered", description="The kind of arrivals.")
     folder: str = Field(min_length=1, description="The gateway's folder.")
     endpoint: str = Field(min_length=1, description="The endpoint's name.")
 
 
-class Rate(Frozen):
-    """Arrivals at a rate that goes up and down over the day."""
+class ArrivalRate(Frozen):
+    """Random arrivals at a rate that rises and falls over the day."""
 
-    kind: Literal["rate"] = Field(default="rate", description="Tells these arrivals from others.")
+    kind: Literal["rate"] = Field(default="rate", description="The kind of arrivals.")
     per_second: float = Field(ge=0, le=1e6, description="Arrivals a second, on average over the day.")
     peak: float = Field(default=2.0, ge=1, le=100, description="Those at the busiest moment over the average.")
     peak_at: str = Field(default="14:00", pattern=_TIME_OF_DAY, description="When the busiest moment is, in UTC.")
@@ -96,14 +98,14 @@ class Rate(Frozen):
 
 
 class Prices(Frozen):
-    """What a machine costs, in US dollars for an hour."""
+    """The prices of a machine, in US dollars for an hour."""
 
     on_demand: float = Field(gt=0, le=10_000, description="On-demand.")
     spot: float | None = Field(default=None, gt=0, le=10_000, description="Spot. Without: spot is not considered.")
 
 
 class Machine(Frozen):
-    """A kind of machine that the work may be put on."""
+    """A kind of machine that the workload may use."""
 
     kind: str = Field(
         default=THIS_MACHINE,
@@ -117,30 +119,32 @@ class Machine(Frozen):
         description="How many times the rows a second of the machine that the model is measured on. Must be given for "
         "any other kind: it is never guessed.",
     )
-    prices: Prices | None = Field(default=None, description="What it costs. Without: as the price source says.")
+    prices: Prices | None = Field(default=None, description="What it costs. Without: the price source is asked.")
 
 
 class Spot(Frozen):
-    """How often spot machines are taken."""
+    """How often spot machines are interrupted."""
 
     trace: str | None = Field(
         default=None, description="A file of availability traces, JSON lines. Without: traces by the rate below."
     )
-    interruptions_per_day: float = Field(default=1.0, ge=0, le=1000, description="How often a machine is taken a day.")
-    gap_minutes: float = Field(default=20.0, ge=0, le=10_000, description="How long there is none after that.")
+    interruptions_per_day: float = Field(default=1.0, ge=0, le=1000, description="Interruptions of a machine in a day.")
+    gap_minutes: float = Field(
+        default=20.0, ge=0, le=10_000, description="Minutes without a machine after each of them."
+    )
 
 
 class Workload(Frozen):
-    """How predictions are consumed, in full."""
+    """How the predictions of a model are consumed."""
 
     name: str = Field(
-        pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$", description="What serves the workload is named after it."
+        pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$", description="Whatever serves the workload has this name."
     )
     model: str = Field(description="models:/NAME@ALIAS or models:/NAME/VERSION.")
     consumer: Annotated[Requests | Table | Events, Field(discriminator="kind")] = Field(
         description="How the predictions are consumed."
     )
-    arrivals: Annotated[Trace | Metered | Rate, Field(discriminator="kind")] | None = Field(
+    arrivals: Annotated[ArrivalTrace | MeteredArrivals | ArrivalRate, Field(discriminator="kind")] | None = Field(
         default=None, description="When rows come. A table needs none, requests and events do."
     )
     horizon_days: float = Field(default=30.0, gt=0, le=366, description="Days that the costs are of.")
@@ -152,20 +156,20 @@ class Workload(Frozen):
         default="table", description="table: the dated table of this project. aws: today's prices, by boto3."
     )
     region: str = Field(default="us-east-1", pattern=r"^[a-z]{2}(-[a-z]+)+-\d$", description="Region of the prices.")
-    spot: Spot = Field(default=Spot(), description="How often spot machines are taken.")
+    spot: Spot = Field(default=Spot(), description="How often spot machines are interrupted.")
 
     @property
     def horizon(self) -> str:
-        """What the costs are of, in words."""
-        return "one run" if self.once else f"{self.horizon_days:g} days"
+        """The time that costs are given for, in words."""
+        return "one run" if self.is_needed_once else f"{self.horizon_days:g} days"
 
     @property
-    def once(self) -> bool:
+    def is_needed_once(self) -> bool:
         """Whether it is a table that is needed once."""
         return isinstance(self.consumer, Table) and self.consumer.once_by is not None
 
     @model_validator(mode="after")
-    def _says_when(self) -> Self:
+    def _check_arrivals(self) -> Self:
         if self.consumer.kind != "table" and self.arrivals is None:
             message = (
                 f"A workload of {self.consumer.kind} must say when they come, got no arrivals; give a trace or a rate."
@@ -177,6 +181,6 @@ class Workload(Frozen):
         return self
 
 
-def _minutes(time_of_day: str) -> int:
+def _minutes_of_day(time_of_day: str) -> int:
     hours, minutes = time_of_day.split(":")
     return 60 * int(hours) + int(minutes)

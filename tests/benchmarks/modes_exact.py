@@ -1,6 +1,6 @@
-"""One request after another, as anybody would write it down: what the choice of a mode comes to on other traffic.
+"""One request after another: what the choice of a mode comes to on other traffic.
 
-Nothing here is shared with the simulation that decides but the figures of the problem. A machine has a line of its own
+Nothing here is shared with the simulation that decides but the figures of the scenario. A machine has a line of its own
 and slots that take passes from it; a request goes to a machine at random. Machines come and go as their policy says.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tasks.scheduler.problem import Candidate, Kind, Problem
+from tasks.scheduler.scenario import Candidate, InstanceType, Scenario
 
 ARRIVALS_MAX, WAKING_ARRIVALS_MAX = 1_000_000, 3_000_000
 _WINDOWS = 12
@@ -42,64 +42,72 @@ class Pass:
     beside: float
 
 
-def late_share(problem: Problem, kind: Kind, candidate: Candidate, seed: int) -> float:
+def late_share(scenario: Scenario, kind: InstanceType, candidate: Candidate, seed: int) -> float:
     """Return the share of requests that are late under a candidate, on arrivals within the same seconds' counts."""
     random = np.random.default_rng(seed)
-    found = _pass(problem, kind, candidate)
-    total = int(problem.counts_T.sum())
+    found = _pass(scenario, kind, candidate)
+    total = int(scenario.counts_T.sum())
     if not total:
         return 0.0
     if candidate.mode == "batch":
-        return _batch_late(problem, kind, candidate)
+        return _batch_late(scenario, kind, candidate)
     if candidate.policy.startswith("keep-warm") and candidate.machines:
         # All of them, as far as that can be: it wakes now and then, and most often where little comes.
         late_count = count = 0
-        for start, stop in _pieces(problem, total, WAKING_ARRIVALS_MAX):
-            warm = max(0, start - math.ceil(2 * (candidate.keep_warm or 0) + problem.profile.cold_start_seconds))
-            at = _moments(problem, warm, stop, random)
-            late = _asleep(at, candidate, problem, found, random)
+        for start, stop in _pieces(scenario, total, WAKING_ARRIVALS_MAX):
+            warm = max(
+                0, start - math.ceil(2 * (candidate.keep_warm_seconds or 0) + scenario.profile.cold_start_seconds)
+            )
+            at = _moments(scenario, warm, stop, random)
+            late = _asleep(at, candidate, scenario, found, random)
             first = bisect.bisect_left(at, float(start))
             late_count, count = late_count + sum(late[first:]), count + len(late) - first
         return late_count / max(count, 1)
     late_count, count = 0, 0
-    for start, stop in _pieces(problem, total, ARRIVALS_MAX):
+    for start, stop in _pieces(scenario, total, ARRIVALS_MAX):
         warm = max(0, start - int(_WARM_UP if candidate.policy != "autoscaled" else 1800))
-        at = _moments(problem, warm, stop, random)
+        at = _moments(scenario, warm, stop, random)
         if candidate.policy == "autoscaled":
-            late = _scaled(at, problem, kind, candidate, warm, found, random)
+            late = _scaled(at, scenario, kind, candidate, warm, found, random)
         else:
-            late = _line_up(at, [Machine(ready=0.0) for _ in range(candidate.machines)], found, problem.within, random)
+            late = _line_up(
+                at, [Machine(ready=0.0) for _ in range(candidate.machines)], found, scenario.deadline_seconds, random
+            )
         first = bisect.bisect_left(at, float(start))
         late_count += sum(late[first:])
         count += len(late) - first
     return late_count / max(count, 1)
 
 
-def _pass(problem: Problem, kind: Kind, candidate: Candidate) -> Pass:
-    profile, rows = problem.profile, problem.rows_per_arrival
+def _pass(scenario: Scenario, kind: InstanceType, candidate: Candidate) -> Pass:
+    profile, rows = scenario.profile, scenario.rows_per_arrival
     busy = profile.request_ms if profile.request_busy_ms is None else profile.request_busy_ms
     begin = profile.pass_time.fixed_seconds / kind.speed
-    most = max(1, int(candidate.batch_size_max / rows + 1e-9))
+    most = max(1, int(candidate.batching.batch_size_max / rows + 1e-9))
     if candidate.mode == "streaming":
         measured = profile.stream_rows_per_second or profile.batch_rows_per_second
         each = rows * max(profile.pass_time.row_seconds, profile.slots / measured) / kind.speed
-        return Pass(slots=profile.slots, begin=begin, each=each, most=most, wait=candidate.wait, beside=0.0)
+        return Pass(
+            slots=profile.slots, begin=begin, each=each, most=most, wait=candidate.batching.wait_seconds_max, beside=0.0
+        )
     each = (profile.pass_time.row_seconds * rows + busy / 1000) / kind.speed
     beside = max(0.0, profile.request_ms - busy) / 1000
-    return Pass(slots=profile.slots, begin=begin, each=each, most=most, wait=candidate.wait, beside=beside)
+    return Pass(
+        slots=profile.slots, begin=begin, each=each, most=most, wait=candidate.batching.wait_seconds_max, beside=beside
+    )
 
 
-def _pieces(problem: Problem, total: int, most: int) -> list[tuple[int, int]]:
+def _pieces(scenario: Scenario, total: int, most: int) -> list[tuple[int, int]]:
     """Return windows of the horizon, evenly spaced, with about as many arrivals as can be followed."""
-    seconds = len(problem.counts_T)
+    seconds = len(scenario.counts_T)
     if total <= most:
         return [(0, seconds)]
     length = max(1, int(seconds * most / total / _WINDOWS))
     return [(start, start + length) for start in np.linspace(0, seconds - length, _WINDOWS).astype(int).tolist()]
 
 
-def _moments(problem: Problem, start: int, stop: int, random: np.random.Generator) -> list[float]:
-    counts = problem.counts_T[start:stop]
+def _moments(scenario: Scenario, start: int, stop: int, random: np.random.Generator) -> list[float]:
+    counts = scenario.counts_T[start:stop]
     at = np.repeat(np.arange(start, stop), counts) + random.random(int(counts.sum()))
     return np.sort(at).tolist()
 
@@ -134,8 +142,8 @@ def _serve(at: Sequence[float], ready: float, found: Pass) -> list[float]:
 
 def _scaled(
     at: Sequence[float],
-    problem: Problem,
-    kind: Kind,
+    scenario: Scenario,
+    kind: InstanceType,
     candidate: Candidate,
     start: int,
     found: Pass,
@@ -143,8 +151,8 @@ def _scaled(
 ) -> list[bool]:
     """Share requests among machines that a scaler starts and stops; those that stop finish their line."""
     rate = found.slots * found.most / (found.begin + found.each * found.most)
-    floor, target = candidate.floor or 1, candidate.target or 1.0
-    boot = problem.profile.cold_start_seconds
+    floor, target = candidate.machines_min or 1, candidate.target_utilisation or 1.0
+    boot = scenario.profile.cold_start_seconds
     stop = math.ceil(at[-1]) + 1 if at else start
     wanted: list[int] = []
     lines: list[Machine] = []
@@ -153,7 +161,7 @@ def _scaled(
         seen_from = tick if not wanted else tick - _SCALE_SECONDS
         seen = bisect.bisect_left(at, seen_from + _SCALE_SECONDS) - bisect.bisect_left(at, seen_from)
         want = math.ceil(seen / _SCALE_SECONDS / (target * rate) - 1e-12)
-        wanted.append(min(max(want, floor), problem.machines_max))
+        wanted.append(min(max(want, floor), scenario.machines_max))
         now = max(wanted[-(_SCALE_DOWN // _SCALE_SECONDS + 1) :])
         here = [machine for machine in lines if machine.until == math.inf]
         ready = float(tick) if len(wanted) == 1 else tick + boot
@@ -170,18 +178,18 @@ def _scaled(
         mine[there[int(choices[index] * len(there))]].append(index)
     for machine, own in zip(lines, mine, strict=True):
         for index, waited in zip(own, _serve([at[index] for index in own], machine.ready, found), strict=True):
-            late[index] = waited > problem.within
+            late[index] = waited > scenario.deadline_seconds
     return late
 
 
 def _asleep(
-    at: Sequence[float], candidate: Candidate, problem: Problem, found: Pass, random: np.random.Generator
+    at: Sequence[float], candidate: Candidate, scenario: Scenario, found: Pass, random: np.random.Generator
 ) -> list[bool]:
     """Follow an endpoint that goes to zero a fixed time after its last answer."""
-    if candidate.keep_warm is None:
+    if candidate.keep_warm_seconds is None:
         message = "Only a fixed time can be followed."
         raise ValueError(message)
-    boot, keep = problem.profile.cold_start_seconds, candidate.keep_warm
+    boot, keep = scenario.profile.cold_start_seconds, candidate.keep_warm_seconds
     late: list[bool] = []
     first = 0
     while first < len(at):
@@ -193,23 +201,23 @@ def _asleep(
             stop += 1
         spell = at[first:stop]
         machines = [Machine(ready=ready) for _ in range(candidate.machines)]
-        late += _line_up(spell, machines, found, problem.within, random)
+        late += _line_up(spell, machines, found, scenario.deadline_seconds, random)
         first = stop
     return late
 
 
-def _batch_late(problem: Problem, kind: Kind, candidate: Candidate) -> float:
+def _batch_late(scenario: Scenario, kind: InstanceType, candidate: Candidate) -> float:
     """Follow runs, one after another; on spot each is done by the deadline that it is given."""
     if candidate.policy == "spot":
-        return 0.0 if candidate.age_p99 <= problem.within else 1.0
-    every, counts = int(candidate.every or 1), problem.counts_T
-    rate = problem.profile.batch_rows_per_second * kind.speed * candidate.machines
+        return 0.0 if candidate.age_p99 <= scenario.deadline_seconds else 1.0
+    every, counts = int(candidate.period_seconds or 1), scenario.counts_T
+    rate = scenario.profile.batch_rows_per_second * kind.speed * candidate.machines
     late, free = 0, 0.0
     sums = np.concatenate([[0], np.cumsum(counts)])
     for start in range(0, len(counts), every):
         stop = min(start + every, len(counts))
-        rows = (sums[stop] - sums[start]) * problem.rows_per_arrival
-        free = max(float(start + every), free) + problem.profile.start_seconds + rows / rate
-        last = min(max(math.ceil(free - problem.within), start), stop)
+        rows = (sums[stop] - sums[start]) * scenario.rows_per_arrival
+        free = max(float(start + every), free) + scenario.profile.start_seconds + rows / rate
+        last = min(max(math.ceil(free - scenario.deadline_seconds), start), stop)
         late += int(sums[last] - sums[start])
     return late / max(int(sums[-1]), 1)

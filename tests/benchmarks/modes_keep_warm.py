@@ -12,11 +12,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from tasks.scheduler.keep_warm import Spells, Windows, fixed, histogram, least, paid
+from tests.benchmarks.keep_warm_policies import Windows, fixed_windows, histogram_windows, optimal_cost, policy_cost
 from tests.benchmarks.modes_workloads import TRACES
 
 MINUTES = (5, 15, 60)
-WANTED = (1.40, 1.32, 1.24)
+EXPECTED = (1.40, 1.32, 1.24)
 
 _Gaps = NDArray[np.int64]
 
@@ -29,9 +29,9 @@ def keep_warm_figures() -> dict[str, dict[str, float]]:
     counts = pl.read_csv(path).drop("function").to_numpy()
     gaps = [_idle(row) for row in counts if row.any()]
     policies: dict[str, Callable[[_Gaps, float], Windows]] = {
-        "T*": lambda gap_G, worth: fixed(round(worth), len(gap_G)),
-        "10 minutes": lambda gap_G, _: fixed(600, len(gap_G)),
-        "histogram": lambda gap_G, _: histogram(_spells(gap_G)),
+        "T*": lambda gap_G, worth: fixed_windows(round(worth), len(gap_G)),
+        "10 minutes": lambda gap_G, _: fixed_windows(600, len(gap_G)),
+        "histogram": lambda gap_G, _: histogram_windows(gap_G),
     }
     return {
         name: {f"{minutes} min": round(_over_least(gaps, policy, 60.0 * minutes), 3) for minutes in MINUTES}
@@ -45,11 +45,6 @@ def _idle(counts_M: NDArray[np.int64]) -> _Gaps:
     return np.asarray(gaps[gaps > 0])
 
 
-def _spells(gap_G: _Gaps) -> Spells:
-    at = np.concatenate([[0], np.cumsum(gap_G)])
-    return Spells(first_R=at, last_R=at)
-
-
 def _over_least(gaps: list[_Gaps], policy: Callable[[_Gaps, float], Windows], worth: float) -> float:
-    spent = sum(paid(gap_G, policy(gap_G, worth), worth) for gap_G in gaps)
-    return spent / sum(least(gap_G, worth) for gap_G in gaps)
+    spent = sum(policy_cost(gap_G, policy(gap_G, worth), worth) for gap_G in gaps)
+    return spent / sum(optimal_cost(gap_G, worth) for gap_G in gaps)

@@ -18,9 +18,9 @@ from tasks.endpoint.client import infer_path
 from tasks.endpoint.resolve import load_endpoint_model
 from tasks.endpoint.spec import EndpointSpec, Triton
 from tasks.scheduler.decision import Profile
-from tasks.scheduler.fit import serving_time
-from tasks.scheduler.profile import Measuring, Stated, measure_profile
-from tasks.scheduler.server import Server, lognormal
+from tasks.scheduler.profile import ProfileOptions, StatedFigures, measure_profile
+from tasks.scheduler.queue_simulation import BatchingServer, draw_lognormal
+from tasks.scheduler.simulate_online import split_serving_cost
 from tests.benchmarks.shared import FOLDER, ROUNDS, ROWS, child, console, make_customers, make_models, prefect
 
 WARM_SECONDS, SECONDS = 2, 8
@@ -49,13 +49,12 @@ def endpoint_figures() -> dict[str, Any]:
         url, bodies = address.url + infer_path(address), served.bodies()
         wrk(url, bodies, WARM_SECONDS)
         load = median([wrk(url, bodies, SECONDS) for _ in range(ROUNDS)])
-    each, beside = serving_time(profile, 1.0)
-    server = Server(
+    cost, beside = split_serving_cost(profile, 1.0)
+    server = BatchingServer(
         slots=profile.slots,
-        pass_time=each.fixed_seconds,
-        request_time=each.row_seconds,
+        cost=cost,
         requests_max=served.batching.batch_size_max,
-        wait=served.batching.wait_ms_max / 1000,
+        wait_seconds=served.batching.wait_seconds_max,
         jitter=profile.jitter,
     )
     rate, p99 = closed_loop(server, CONNECTIONS, beside)
@@ -70,21 +69,21 @@ def endpoint_figures() -> dict[str, Any]:
 def profiled(target: Triton) -> Profile:
     """Measure the model on a running server, in one instance, as the scheduler does; nothing of it is a batch run's."""
     spec = EndpointSpec(name="bench-modes", model="models:/endpoint-small/latest")
-    measuring = Measuring(
+    profile_options = ProfileOptions(
         target=target,
-        options=BatchOptions(slots=1),
-        stated=Stated(batch_rows_per_second=1e6, start_seconds=10.0),
-        again=True,
+        batch_options=BatchOptions(slots=1),
+        stated_figures=StatedFigures(batch_rows_per_second=1e6, start_seconds=10.0),
+        remeasure=True,
     )
 
-    def no_trial(*_: object) -> NoReturn:
+    def refuse_batch_run(*_: object) -> NoReturn:
         message = "No batch run is needed here."
         raise AssertionError(message)
 
-    return measure_profile(spec, load_endpoint_model(spec), measuring, no_trial)
+    return measure_profile(spec, load_endpoint_model(spec), profile_options, refuse_batch_run)
 
 
-def closed_loop(server: Server, connections: int, beside: float, requests: int = 20_000) -> tuple[float, float]:
+def closed_loop(server: BatchingServer, connections: int, beside: float, requests: int = 20_000) -> tuple[float, float]:
     """Return the answers a second, and the latency of 99 of 100, of connections that each wait for their answer."""
     drawn = iter(np.random.default_rng(_SEED).standard_normal(requests))
     coming = [0.0] * connections
@@ -94,9 +93,9 @@ def closed_loop(server: Server, connections: int, beside: float, requests: int =
         line = sorted(coming)
         most = min(server.requests_max, connections)
         full = line[most - 1] if server.requests_max <= len(line) else np.inf
-        begin = max(free[slot], min(line[0] + server.wait, full))
+        begin = max(free[slot], min(line[0] + server.wait_seconds, full))
         taken = [each for each in line[:most] if each <= begin]
-        end = begin + server.time(len(taken)) * float(lognormal(server.jitter, np.array(next(drawn))))
+        end = begin + server.cost.seconds(len(taken)) * float(draw_lognormal(server.jitter, np.array(next(drawn))))
         free[slot] = end
         waits += [end + beside - each for each in taken]
         coming = line[len(taken) :] + [end + beside] * len(taken)
@@ -114,7 +113,7 @@ def _against(predicted: float, measured: float) -> dict[str, float]:
 
 def batch_figures() -> dict[str, Any]:
     """Predict how long a process that scores all rows takes by the scheduler's trial of a fifth, then measure it."""
-    from flows.runtime.calibration_run import run_trial
+    from flows.runtime.calibration_run import run_calibration
 
     few = max(ROWS // 5, 100_000)
     models, less, many = make_models(), make_customers(few), make_customers(ROWS)
@@ -123,7 +122,7 @@ def batch_figures() -> dict[str, Any]:
         predicted, took = [], []
         for _ in range(ROUNDS):
             shutil.rmtree(scores, ignore_errors=True)
-            trial = run_trial(models["mlp"], less, scores, options)
+            trial = run_calibration(models["mlp"], less, scores, options)
             predicted.append(trial.start_seconds + ROWS / trial.rows_per_second)
             took.append(child("whole", models["mlp"], many)["whole"])
     return {"batch": {"rows": ROWS, "seconds": _against(statistics.median(predicted), statistics.median(took))}}

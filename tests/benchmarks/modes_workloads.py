@@ -14,13 +14,16 @@ import polars as pl
 from numpy.typing import NDArray
 
 from serving.model.batching import CostModel
-from tasks.scheduler.arrivals import DAY, Arrivals, rate_counts, read_arrivals
-from tasks.scheduler.availability import Availability, read_availability
+from tasks.scheduler.arrivals import DAY_SECONDS, Arrivals, draw_arrivals, read_arrivals, spread_counts
 from tasks.scheduler.decision import Profile
-from tasks.scheduler.trace import spread
-from tasks.scheduler.workload import Events, Machine, Prices, Rate, Requests, Spot, Table, Trace, Workload
+from tasks.scheduler.prices import PriceQuote
+from tasks.scheduler.scenario import DecisionInputs
+from tasks.scheduler.spot_simulation import SpotAvailability, read_availability
+from tasks.scheduler.workload import ArrivalRate, ArrivalTrace, Events, Machine, Prices, Requests, Spot, Table, Workload
 from tests.benchmarks.traces import ROOT
 
+# No deadline of a case is a date.
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
 TRACES = Path(os.environ.get("TRACES") or ROOT / ".bench/traces")
 
 
@@ -33,8 +36,20 @@ class Case:
     arrivals: Arrivals | None
     again: Arrivals | None
     prices: dict[str, Prices]
-    availability: Availability
-    spot_again: Availability
+    availability: SpotAvailability
+    spot_again: SpotAvailability
+
+    @property
+    def inputs(self) -> DecisionInputs:
+        """What is decided on."""
+        return DecisionInputs(
+            workload=self.workload,
+            profile=self.profile,
+            arrivals=self.arrivals,
+            quote=PriceQuote(prices=self.prices, price_origin="made up"),
+            availability=self.availability,
+            now=NOW,
+        )
 
 
 def generated(count: int, seed: int = 0) -> Iterator[Case]:
@@ -51,11 +66,11 @@ def from_traces() -> Iterator[Case]:
         busy = np.argsort(-frame.sum(axis=1), kind="stable")
         picks = [frame.sum(axis=0), *(frame[at] for at in busy[:: max(1, len(busy) // 12)])]
         for at, counts_M in enumerate(picks):
-            counts_T = spread(counts_M.astype(np.int64), 60)
+            counts_T = spread_counts(counts_M.astype(np.int64), 60)
             yield _traced(np.random.default_rng([1, at]), f"azure-{at}", Arrivals(counts_T=counts_T))
     requests = TRACES / "requests_llm_code.csv"
     if requests.exists():
-        trace = Trace(path=str(requests))
+        trace = ArrivalTrace(path=str(requests))
         asked = Workload(
             name="llm", model="models:/m/1", consumer=Requests(latency_ms=1), arrivals=trace, horizon_days=1
         )
@@ -77,13 +92,13 @@ def _case(random: np.random.Generator, at: int) -> Case:
     rate, kept = _rate(random, profile), float(random.choice([0.9, 0.95, 0.99, 0.999]))
     one = 1000 * profile.pass_time.seconds(1) + profile.request_ms
     if kind == "requests":
-        consumer: Requests | Events = Requests(latency_ms=min(_log(random, 3, 300) * one, 60_000), kept=kept)
+        consumer: Requests | Events = Requests(latency_ms=min(_log(random, 3, 300) * one, 60_000), share_in_time=kept)
     else:
-        consumer = Events(within_seconds=max(_log(random, 1, DAY), 3 * one / 1000), kept=kept)
+        consumer = Events(within_seconds=max(_log(random, 1, DAY_SECONDS), 3 * one / 1000), share_in_time=kept)
     workload = Workload(consumer=consumer, arrivals=rate, **common)
     bursts = random.random() < 0.3
     seeds = random.integers(1 << 30, size=2).tolist()
-    first, again = (_traffic(rate, round(days * DAY), seed, bursts=bursts) for seed in seeds)
+    first, again = (_traffic(rate, round(days * DAY_SECONDS), seed, bursts=bursts) for seed in seeds)
     return _finish(workload, profile, prices, first, again)
 
 
@@ -109,14 +124,14 @@ def _traced(random: np.random.Generator, name: str, arrivals: Arrivals) -> Case:
     consumer = (
         Requests(latency_ms=min(_log(random, 4, 300) * one, 60_000))
         if random.random() < 0.6
-        else Events(within_seconds=max(_log(random, 1, DAY), 3 * one / 1000))
+        else Events(within_seconds=max(_log(random, 1, DAY_SECONDS), 3 * one / 1000))
     )
-    days = len(arrivals.counts_T) / DAY
+    days = len(arrivals.counts_T) / DAY_SECONDS
     workload = Workload(
         name=name,
         model="models:/m/1",
         consumer=consumer,
-        arrivals=Rate(per_second=1),
+        arrivals=ArrivalRate(per_second=1),
         machines=machines,
         horizon_days=days,
     )
@@ -173,17 +188,17 @@ def _machines(random: np.random.Generator) -> tuple[tuple[Machine, ...], dict[st
     return tuple(machines), prices
 
 
-def _rate(random: np.random.Generator, profile: Profile) -> Rate:
+def _rate(random: np.random.Generator, profile: Profile) -> ArrivalRate:
     most = min(profile.slots * profile.pass_time.rows_per_second(64) * 20, 2000.0)
-    return Rate(
+    return ArrivalRate(
         per_second=_log(random, 1e-4, most),
         peak=float(random.choice([1.0, 1.5, 2.0, 4.0, 8.0])),
         rows_per_arrival=float(random.choice([1, 1, 1, 4, 32])),
     )
 
 
-def _traffic(rate: Rate, seconds: int, seed: int, *, bursts: bool) -> Arrivals:
-    counts_T = rate_counts(rate, seconds, seed)
+def _traffic(rate: ArrivalRate, seconds: int, seed: int, *, bursts: bool) -> Arrivals:
+    counts_T = draw_arrivals(rate, seconds, seed)
     if bursts:
         counts_T = np.random.default_rng(seed).poisson(counts_T * _bursts(seconds, seed))
     return Arrivals(counts_T=counts_T, rows_per_arrival=rate.rows_per_arrival)

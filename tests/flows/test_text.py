@@ -89,7 +89,7 @@ def test_a_model_that_is_not_told_its_column_is_told_by_the_call(
 
     model = register_minilm("untold", metadata=None)
     source = write_glosses(tmp_path / "glosses", list(glosses[:20]))
-    with pytest.raises(ModelUnfit, match=r"must be told the one column that feeds it, got \{\}"):
+    with pytest.raises(ModelUnfit, match=r"needs the one column that feeds it, got \{\}"):
         batch_inference(model, source, str(tmp_path / "scores"), OPTIONS)
     options = OPTIONS.model_copy(update={"input_columns": {"text": ("gloss",)}})
 

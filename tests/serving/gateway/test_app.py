@@ -93,7 +93,7 @@ def change_x(**edits: Any) -> dict[str, Any]:
         ({"inputs": "x"}, 400, "must be an inference request"),
         ({**ROW, "strange": 1}, 400, "strange"),
         ({"inputs": ROW["inputs"][:1]}, 400, "none of the name 'n'"),
-        ({"inputs": [*ROW["inputs"], ROW["inputs"][0]]}, 400, "may stand once"),
+        ({"inputs": [*ROW["inputs"], ROW["inputs"][0]]}, 400, "may occur once"),
         (change_x(name="y"), 400, "got 'y'"),
         (change_x(datatype="FP64"), 400, "datatype of 'x' must be FP32, got 'FP64'"),
         (change_x(shape=[1, 4], data=[1, 2, 3, 4]), 400, "shape of 'x' must be [N, 3]"),

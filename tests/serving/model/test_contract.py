@@ -178,10 +178,10 @@ def test_an_optional_column_may_be_missing_but_not_of_a_wrong_type() -> None:
     assert not accepts(contract, pa.date32())
 
 
-def test_a_column_that_stands_twice_is_refused() -> None:
+def test_a_column_that_is_there_twice_is_refused() -> None:
     schema = pa.schema([("a", pa.float32()), ("a", pa.float32())])
 
-    assert "column 'a' stands 2 times" in problems(alone(column("float32")), schema)
+    assert "column 'a' is in the schema 2 times" in problems(alone(column("float32")), schema)
 
 
 def test_a_column_that_feeds_two_inputs_must_suit_both() -> None:

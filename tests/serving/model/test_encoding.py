@@ -201,14 +201,14 @@ def test_images_are_copied_once_an_arrow_chunk_and_never_once_a_row(
     tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(image_NHW)
     whole = tensors if as_tensors else tensors.storage
     copied: list[int] = []
-    inner = serving.model.encoding._cast
+    inner = serving.model.encoding._cast_chunk
 
     def counted(out_n: Any, column: Column, chunk: pa.Array, *rest: Any) -> None:
         copied.append(len(chunk))
         assert chunk.buffers()[1].address == tensors.storage.values.buffers()[1].address, "Arrow itself copies nothing"
         inner(out_n, column, chunk, *rest)
 
-    monkeypatch.setattr(serving.model.encoding, "_cast", counted)
+    monkeypatch.setattr(serving.model.encoding, "_cast_chunk", counted)
     table = pa.table({"v": pa.chunked_array([whole.slice(0, 100), whole.slice(100, 300), whole.slice(500)])})
     encoded = encode(alone(column("uint8", "v", shape=(28, 28))), table)
 

@@ -600,7 +600,7 @@ def test_a_connection_that_stays_away_fails_the_chunk_and_rejects_no_row() -> No
 
     assert {} == rejects(rows)
     assert "got TimeoutError: no answer (tries: 9)" in str(caught.value)
-    assert "call again, and it resumes" in str(caught.value)
+    assert "call again; the run resumes" in str(caught.value)
     assert 25 <= sum(slept) <= 50
 
 

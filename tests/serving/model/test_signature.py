@@ -105,7 +105,7 @@ def test_a_lone_column_without_a_name_that_is_not_told_one_column_says_how(
 ) -> None:
     message = refusal(logged(UNNAMED), columns=columns)
 
-    assert f"must be told the one column that feeds it, got {columns}" in message
+    assert f"needs the one column that feeds it, got {columns}" in message
     assert 'Pass input_columns={"input": ("description",)}' in message
 
 

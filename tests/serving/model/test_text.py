@@ -17,7 +17,6 @@ from mlflow.models import ModelSignature, infer_signature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 from serving.errors import ModelUnfit, SchemaMismatch
-from serving.model import torch_model
 from serving.model.contract import ColumnPolicy, Contract
 from serving.model.encoding import Encoded, encode
 from serving.model.forward import Forward
@@ -25,6 +24,7 @@ from serving.model.interface import Engine, Model, Tunable, TuningLimits
 from serving.model.loading import PyfuncModel, load_model
 from serving.model.registry import resolve_model
 from serving.model.text import TextModel
+from serving.model.torch_model import has_onednn
 from tests.support import load_minilm, register_minilm, register_sentence_transformer
 
 transformers = pytest.importorskip("transformers", reason="pip install -e '.[dev]' brings transformers")
@@ -188,17 +188,17 @@ def test_another_engine_gives_the_same_embeddings_within_its_precision(minilm: s
     model, contract = load(minilm)
     texts = list(glosses[:50])
     plain = score(model, contract, texts)["prediction"]
-    halved = [
+    reduced = [
         engine for engine in model.engines(TuningLimits(bfloat16_tolerance=0.1)) if engine.precision == "bfloat16"
     ]
     engines = [engine for engine in model.engines(TuningLimits()) if engine.threads == 1]
 
-    assert torch_model.available() == (Engine(linear="onednn") in engines)
+    assert has_onednn() == (Engine(linear="onednn") in engines)
     for engine in engines:
         found = score(model.with_engine(engine), contract, texts)["prediction"]
         np.testing.assert_allclose(plain, found, rtol=0, atol=1e-5)
-    assert {"torch", "onednn"} == {engine.linear for engine in halved}
-    for engine in halved:
+    assert {"torch", "onednn"} == {engine.linear for engine in reduced}
+    for engine in reduced:
         half = score(model.with_engine(engine), contract, texts)["prediction"]
         assert np.float32 == half.dtype
         assert 0.999 < (plain * half).sum(axis=1).min() < 0.9999999

@@ -144,5 +144,5 @@ def test_a_shape_that_lies_about_texts_is_refused_without_a_list_of_that_size() 
 def test_what_json_can_not_hold_is_refused() -> None:
     with pytest.raises(ValueError, match="NaN or Infinity"):
         encode_json(tensor("float32"), np.array([np.nan], np.float32))
-    with pytest.raises(ValueError, match="no UTF-8 text"):
+    with pytest.raises(ValueError, match="not UTF-8 text"):
         encode_json(tensor("binary"), np.array([b"\xff"], object))

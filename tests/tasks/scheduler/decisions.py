@@ -1,4 +1,4 @@
-"""Decisions made by hand: what is made of one does not hang on how it came about."""
+"""Decisions for the tests of what follows from one."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 from serving.model.batching import CostModel
-from tasks.scheduler.decision import Alternative, Decision, Flip, Profile
-from tasks.scheduler.workload import Events, Machine, Prices, Rate, Requests, Table, Workload
+from tasks.scheduler.decision import Alternative, BreakEven, Decision, Profile
+from tasks.scheduler.workload import ArrivalRate, Events, Machine, Prices, Requests, Table, Workload
 
 MACHINE = "c7i.large"
 MODEL = "models:/churn@champion"
@@ -26,21 +26,21 @@ FRAUD = Workload(
     name="fraud",
     model=MODEL,
     consumer=Requests(latency_ms=50),
-    arrivals=Rate(per_second=20),
+    arrivals=ArrivalRate(per_second=20),
     machines=(Machine(kind=MACHINE, speed=1),),
 )
 EVENTS = Workload(
     name="events",
     model=MODEL,
     consumer=Events(within_seconds=30),
-    arrivals=Rate(per_second=20),
+    arrivals=ArrivalRate(per_second=20),
     machines=(Machine(kind=MACHINE, speed=2),),
 )
 
 
 def profile(**changes: Any) -> Profile:
-    """Return figures that nobody measured."""
-    told = {
+    """Return a profile with made-up figures."""
+    values = {
         "model": "models:/churn/3",
         "digest": "ab" * 32,
         "machine": "a machine, 2 cores",
@@ -52,12 +52,12 @@ def profile(**changes: Any) -> Profile:
         "request_ms": 2.0,
         "measured_at": NOW,
     }
-    return Profile.model_validate(told | changes)
+    return Profile.model_validate(values | changes)
 
 
-def way(mode: str, policy: str, usd: float, **changes: Any) -> Alternative:
-    """Return a way to serve a workload at this cost."""
-    told = {
+def alternative(mode: str, policy: str, usd: float, **changes: Any) -> Alternative:
+    """Return an alternative with this cost."""
+    values = {
         "mode": mode,
         "policy": policy,
         "machine": MACHINE,
@@ -65,28 +65,28 @@ def way(mode: str, policy: str, usd: float, **changes: Any) -> Alternative:
         "usd": usd,
         "age_seconds_p50": 0.01,
         "age_seconds_p99": 0.04,
-        "late": 0.0,
+        "late_share": 0.0,
         "utilisation": 0.4,
-        "stands": True,
+        "is_feasible": True,
         "reason": f"it costs {usd:g}.",
     }
-    return Alternative.model_validate(told | changes)
+    return Alternative.model_validate(values | changes)
 
 
-def decision(workload: Workload, *ways: Alternative, **changes: Any) -> Decision:
-    """Return the decision for the first of these ways, the last of which is always on."""
-    first, last = ways[0], ways[-1]
-    told = {
+def decision(workload: Workload, *alternatives: Alternative, **changes: Any) -> Decision:
+    """Return the decision for the first of these alternatives, the last of which is always on."""
+    first, last = alternatives[0], alternatives[-1]
+    values = {
         "workload": workload,
         "profile": profile(),
         "prices": {MACHINE: Prices(on_demand=0.09, spot=0.03)},
-        "priced_at": "by hand",
+        "price_origin": "by hand",
         "decided_at": NOW,
         "rows": 30_000,
         "chosen": first,
-        "alternatives": ways,
+        "alternatives": alternatives,
         "waste_usd": last.usd - first.usd,
         "waste_factor": last.usd / first.usd if first.usd else None,
-        "flips": (Flip(input="traffic", factor=3.2, to="online, always-on"),),
+        "break_evens": (BreakEven(input="traffic", factor=3.2, to="online, always-on"),),
     }
-    return Decision.model_validate(told | changes)
+    return Decision.model_validate(values | changes)

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from serving.errors import BadWorkload
-from tasks.scheduler.workload import Events, Machine, Prices, Rate, Requests, Table, Workload
+from tasks.scheduler.workload import ArrivalRate, Events, Machine, Prices, Requests, Table, Workload
 from tests.tasks.scheduler.values import workload
 
 NOW = datetime(2026, 1, 30, 12, tzinfo=UTC)
@@ -41,17 +41,17 @@ def test_requests_and_events_must_say_when_they_come(consumer: Requests | Events
         workload(consumer=consumer)
 
 
-def test_a_table_says_its_rows_and_nothing_else() -> None:
+def test_a_table_has_rows_and_no_arrivals() -> None:
     with pytest.raises(ValidationError, match="must not have arrivals beside its rows"):
-        workload(consumer=Table(rows=1), arrivals=Rate(per_second=1))
+        workload(consumer=Table(rows=1), arrivals=ArrivalRate(per_second=1))
 
 
 @pytest.mark.parametrize(
     ("what", "values"),
     [
-        *[(Rate, {"per_second": value}) for value in (-1, math.nan, math.inf, 1e7)],
-        *[(Rate, {"per_second": 1, "peak": value}) for value in (0.5, math.nan, 1000)],
-        *[(Rate, {"per_second": 1, "rows_per_arrival": value}) for value in (0, -1, math.nan)],
+        *[(ArrivalRate, {"per_second": value}) for value in (-1, math.nan, math.inf, 1e7)],
+        *[(ArrivalRate, {"per_second": 1, "peak": value}) for value in (0.5, math.nan, 1000)],
+        *[(ArrivalRate, {"per_second": 1, "rows_per_arrival": value}) for value in (0, -1, math.nan)],
         *[(Requests, {"latency_ms": value}) for value in (0, -5, math.nan, 1e9)],
         *[(Events, {"within_seconds": value}) for value in (0, math.nan, 1e9)],
         *[(Table, {"rows": 1, "due": value}) for value in ("25:00", "6", "06:60")],
@@ -60,12 +60,12 @@ def test_a_table_says_its_rows_and_nothing_else() -> None:
         *[(Prices, {"on_demand": value}) for value in (0, -1, math.nan)],
     ],
 )
-def test_what_is_absurd_is_refused(what: type, values: dict[str, Any]) -> None:
+def test_absurd_values_are_refused(what: type, values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         what(**values)
 
 
 def test_a_workload_travels_as_json() -> None:
-    asked = workload(consumer=Events(within_seconds=60), arrivals=Rate(per_second=1))
+    asked = workload(consumer=Events(within_seconds=60), arrivals=ArrivalRate(per_second=1))
 
     assert asked == Workload.model_validate_json(asked.model_dump_json())

@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.model.batching import CostModel
-from tasks.scheduler.availability import Availability
 from tasks.scheduler.decision import Profile
-from tasks.scheduler.problem import Kind, Problem
+from tasks.scheduler.scenario import InstanceType, Scenario
+from tasks.scheduler.spot_simulation import SpotAvailability
 from tasks.scheduler.workload import Prices, Requests, Workload
 from tests.benchmarks.traces import synthetic_traces
 
 HOUR = 3600
-THIS = Kind(name="this", speed=1.0, on_demand=0.36 / HOUR, spot=0.12 / HOUR)
+THIS = InstanceType(name="this", speed=1.0, on_demand=0.36 / HOUR, spot=0.12 / HOUR)
 PRICES = {"this": Prices(on_demand=0.36, spot=0.12)}
 
 
@@ -38,43 +38,43 @@ def profile(**changes: Any) -> Profile:
     return Profile(**(values | changes))
 
 
-def availability() -> Availability:
+def availability() -> SpotAvailability:
     """Spot that comes and goes."""
-    return Availability(spot_NT=synthetic_traces(16, 288, seed=5), tick_seconds=300.0)
+    return SpotAvailability(spot_NT=synthetic_traces(16, 288, seed=5), tick_seconds=300.0)
 
 
-def problem(counts_T: NDArray[np.int64] | None = None, **changes: Any) -> Problem:
+def scenario(counts_T: NDArray[np.int64] | None = None, **changes: Any) -> Scenario:
     """Requests that must be answered within 200 ms, two a second for an hour."""
     counts_T = np.full(HOUR, 2) if counts_T is None else counts_T
     values: dict[str, Any] = {
         "consumer": "requests",
-        "within": 0.2,
-        "kept": 0.99,
+        "deadline_seconds": 0.2,
+        "share_in_time": 0.99,
         "counts_T": counts_T,
         "rows_per_arrival": 1.0,
         "rows_per_table": 0.0,
-        "every": 0.0,
+        "period_seconds": 0.0,
         "seconds": float(len(counts_T)),
         "scale": 1.0,
         "machines_max": 64,
         "profile": profile(),
         "availability": availability(),
     }
-    return Problem(**(values | changes))
+    return Scenario(**(values | changes))
 
 
-def table_problem(rows: float, **changes: Any) -> Problem:
+def table_scenario(rows: float, **changes: Any) -> Scenario:
     """A table that is needed six hours after its input, every day for three days."""
     values: dict[str, Any] = {
         "consumer": "table",
-        "within": 6.0 * HOUR,
-        "kept": 1.0,
+        "deadline_seconds": 6.0 * HOUR,
+        "share_in_time": 1.0,
         "counts_T": np.zeros(0, dtype=np.int64),
         "rows_per_table": rows,
-        "every": 24.0 * HOUR,
+        "period_seconds": 24.0 * HOUR,
         "seconds": 72.0 * HOUR,
     }
-    return problem(**(values | changes))
+    return scenario(**(values | changes))
 
 
 def workload(**changes: Any) -> Workload:

@@ -1,6 +1,7 @@
-"""A release behind the Open Inference Protocol, to be measured: `python -m tasks.scheduler.door_child FOLDER`.
+"""The process of an endpoint that is measured: `python -m tasks.scheduler.endpoint_process FOLDER`.
 
-Writes its port to stdout once it is there, and ends when its stdin does.
+It serves the release in the folder by the Open Inference Protocol, writes its port to stdout, and ends when its stdin
+does. Its imports are part of the cold start that is measured, so that it has a module of its own.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from serving.model.release import open_predictor, unwrap_prediction
 from serving.protocol.oip import ServerMetadata
 from serving.protocol.v2_app import create_v2_app
 
-BUSY = "/busy-seconds"
+BUSY_SECONDS_PATH = "/busy-seconds"
 
 
 def main() -> None:
-    """Load the release that the folder holds, and answer for it."""
+    """Load the release in the folder, and answer requests until stdin ends."""
     predictor = open_predictor(Path(sys.argv[1]))
 
     async def predict(inputs: Arrays) -> Predictions:
@@ -33,14 +34,14 @@ def main() -> None:
 
     app = create_v2_app(predictor.release, predict, ServerMetadata(name="overnight", version=predictor.release.version))
 
-    @app.get(BUSY)
+    @app.get(BUSY_SECONDS_PATH)
     def busy() -> float:
-        """Return the seconds for which this process has computed."""
+        """Return the processor time of this process in seconds."""
         return time.process_time()
 
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
-    # Whoever reads the port may ask at once, and waits in the line until the server is up.
+    # The parent may send a request as soon as it has the port; it waits here until the server is up.
     listening.listen()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sys.stdout.write(f"{listening.getsockname()[1]}\n")

@@ -14,7 +14,7 @@ from tasks.batch.options import BatchOptions
 from tasks.endpoint.deploy import make_host
 from tasks.endpoint.resolve import LoadedModel, load_endpoint_model
 from tasks.endpoint.spec import EndpointSpec, Triton
-from tasks.scheduler.profile import Measuring, Stated, measure_profile, recall_profile
+from tasks.scheduler.profile import ProfileOptions, StatedFigures, measure_profile, read_profile
 from tests.servers import triton_or_skip
 
 OPTIONS = BatchOptions(key_columns=("customer",), batch_size=512)
@@ -31,14 +31,14 @@ def never(*_: object) -> NoReturn:
     pytest.fail("nothing is to be measured")
 
 
-def test_a_model_is_measured_once_and_remembered_with_its_version(
+def test_a_model_is_measured_once_and_its_profile_kept_with_its_version(
     prefect: PrefectServer, spec: EndpointSpec, customers: Path
 ) -> None:
-    from flows.runtime.calibration_run import run_trial
+    from flows.runtime.calibration_run import run_calibration
 
-    measuring = Measuring(source=str(customers), options=OPTIONS, seconds=0.2)
-    profile = measure_profile(spec, load_endpoint_model(spec), measuring, run_trial)
-    again = measure_profile(spec, load_endpoint_model(spec), measuring, never)
+    options = ProfileOptions(source=str(customers), batch_options=OPTIONS, batch_run_seconds=0.2)
+    profile = measure_profile(spec, load_endpoint_model(spec), options, run_calibration)
+    again = measure_profile(spec, load_endpoint_model(spec), options, never)
 
     assert again == profile
     assert 1000 < profile.batch_rows_per_second
@@ -48,22 +48,27 @@ def test_a_model_is_measured_once_and_remembered_with_its_version(
     assert 0 < profile.request_ms < 1000
     assert profile.request_busy_ms is not None
     assert 0 < profile.pass_time.seconds(1) < 0.1
-    assert recall_profile(load_endpoint_model(spec), Measuring(options=OPTIONS.model_copy(update={"slots": 1}))) is None
-
-
-def test_what_is_stated_is_not_measured_and_does_not_pass_for_measured(spec: EndpointSpec, customers: Path) -> None:
-    stated = Stated(batch_rows_per_second=7.0, start_seconds=1.0, cold_start_seconds=2.0, request_ms=3.0)
-    subject, measuring = (
-        load_endpoint_model(spec),
-        Measuring(options=OPTIONS.model_copy(update={"slots": 2}), stated=stated),
+    assert (
+        read_profile(load_endpoint_model(spec), ProfileOptions(batch_options=OPTIONS.model_copy(update={"slots": 1})))
+        is None
     )
-    profile = measure_profile(spec, subject, measuring, never)
+
+
+def test_stated_figures_are_not_measured_and_have_a_profile_of_their_own(spec: EndpointSpec, customers: Path) -> None:
+    stated = StatedFigures(batch_rows_per_second=7.0, start_seconds=1.0, cold_start_seconds=2.0, request_ms=3.0)
+    subject, options = (
+        load_endpoint_model(spec),
+        ProfileOptions(batch_options=OPTIONS.model_copy(update={"slots": 2}), stated_figures=stated),
+    )
+    profile = measure_profile(spec, subject, options, never)
 
     assert (7.0, 1.0, 2.0, 3.0) == (
         *(profile.batch_rows_per_second, profile.start_seconds, profile.cold_start_seconds, profile.request_ms),
     )
-    assert recall_profile(load_endpoint_model(spec), measuring) == profile
-    assert recall_profile(load_endpoint_model(spec), measuring.model_copy(update={"stated": Stated()})) is None
+    assert read_profile(load_endpoint_model(spec), options) == profile
+    assert (
+        read_profile(load_endpoint_model(spec), options.model_copy(update={"stated_figures": StatedFigures()})) is None
+    )
 
 
 def test_start_and_requests_are_measured_on_a_model_server_which_is_left_as_it_was(
@@ -71,12 +76,12 @@ def test_start_and_requests_are_measured_on_a_model_server_which_is_left_as_it_w
 ) -> None:
     with triton_or_skip(tmp_path) as server:
         target = Triton(repository=str(server.repository), url=server.url, grpc=server.grpc)
-        stated = Stated(batch_rows_per_second=7.0, start_seconds=1.0)
-        measuring = Measuring(options=OPTIONS, target=target, stated=stated)
-        profile = measure_profile(spec, load_endpoint_model(spec), measuring, never)
+        stated = StatedFigures(batch_rows_per_second=7.0, start_seconds=1.0)
+        options = ProfileOptions(batch_options=OPTIONS, target=target, stated_figures=stated)
+        profile = measure_profile(spec, load_endpoint_model(spec), options, never)
 
-        assert recall_profile(load_endpoint_model(spec), measuring) == profile
-        assert recall_profile(load_endpoint_model(spec), measuring.model_copy(update={"target": None})) is None
+        assert read_profile(load_endpoint_model(spec), options) == profile
+        assert read_profile(load_endpoint_model(spec), options.model_copy(update={"target": None})) is None
         assert {} == make_host(target).list_endpoints()
 
     assert 0.1 < profile.cold_start_seconds < 120
@@ -84,21 +89,21 @@ def test_start_and_requests_are_measured_on_a_model_server_which_is_left_as_it_w
     assert (7.0, 1.0) == (profile.batch_rows_per_second, profile.start_seconds)
 
 
-def test_a_batch_run_that_fails_is_an_error_that_says_what_it_said(
+def test_a_batch_run_that_fails_is_an_error_with_its_output(
     prefect: PrefectServer, spec: EndpointSpec, tmp_path: Path
 ) -> None:
-    from flows.runtime.calibration_run import run_trial
+    from flows.runtime.calibration_run import run_calibration
 
     with pytest.raises(ProfileFailed, match=r"must go through to be measured, got: The source must name.*nothing-here"):
-        run_trial(spec.model, tmp_path / "nothing-here", tmp_path / "scores", OPTIONS)
+        run_calibration(spec.model, tmp_path / "nothing-here", tmp_path / "scores", OPTIONS)
 
 
-def test_an_endpoint_that_does_not_come_up_is_an_error_that_says_what_it_said(
-    spec: EndpointSpec, tmp_path: Path
-) -> None:
+def test_an_endpoint_that_does_not_start_is_an_error_with_its_log(spec: EndpointSpec, tmp_path: Path) -> None:
     subject = load_endpoint_model(spec)
     (tmp_path / "MLmodel").write_text("flavors: {}")
     broken: LoadedModel = replace(subject, resolved=replace(subject.resolved, folder=tmp_path))
-    stated = Stated(batch_rows_per_second=7.0, start_seconds=1.0)
+    stated = StatedFigures(batch_rows_per_second=7.0, start_seconds=1.0)
     with pytest.raises(ProfileFailed, match=r"(?s)must answer to be measured.*a process of its own.*state cold_start"):
-        measure_profile(spec, broken, Measuring(options=OPTIONS, stated=stated, again=True), never)
+        measure_profile(
+            spec, broken, ProfileOptions(batch_options=OPTIONS, stated_figures=stated, remeasure=True), never
+        )

@@ -1,0 +1,310 @@
+"""Requests at batching model servers: what they wait in a queue, simulated over one server or over days of traffic.
+
+A server has K slots, each of which runs one forward pass at a time. Requests stand in one queue. When a slot is free, a
+pass begins as soon as q requests are there or the first has waited w, and takes up to q of them. k requests take
+a + c * k.
+
+Days of traffic are simulated by the second. Within a second, arrivals are random, and wait what they wait at a server
+with that utilisation. Where a second brings more than the machines take, the rest waits in a backlog. A request waits
+the longer of the two. Arrivals are shared among machines at random.
+
+Shapes: L servers, N requests of each, K slots, P passes; T seconds, B pieces of time, U utilisations.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.model.batching import CostModel
+
+UTILISATIONS = (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.84, 0.88, 0.91, 0.94, 0.96, 0.98)
+_REQUESTS, _WARM_UP = 8000, 1000
+_SEED = 17
+_DIGITS = 9
+# Utilisation is averaged over at least so many requests at the capacity: fewer differ by chance, which the simulated
+# waits include already.
+_REQUESTS_PER_PIECE = 400
+_SECONDS_PER_PIECE_MAX = 600
+_QUANTILES = 512
+_EPISODE_GAP_SECONDS = 60
+_COUNT_MAX = 1 << 22
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchingServer:
+    """A model server that collects requests into forward passes.
+
+    cost: what a pass of so many requests takes in a slot. requests_max: q. wait_seconds: w. jitter: the standard
+    deviation of the logarithm of a pass's time.
+    """
+
+    slots: int
+    cost: CostModel
+    requests_max: int
+    wait_seconds: float = 0.0
+    jitter: float = 0.0
+
+    @property
+    def requests_per_second(self) -> float:
+        """What it takes with all slots at full passes."""
+        return self.slots * self.requests_max / self.full_pass_seconds
+
+    @property
+    def full_pass_seconds(self) -> float:
+        """How long a pass of as many requests as allowed takes."""
+        return self.cost.seconds(self.requests_max)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaitTimes:
+    """What requests wait at a server, by its utilisation. waits_UN: U utilisations, N sorted waits of each."""
+
+    server: BatchingServer
+    waits_UN: NDArray[np.float64]
+
+    def late_shares(self, deadline_seconds: float) -> NDArray[np.float64]:
+        """Return the share of requests that wait longer, at each utilisation."""
+        return np.asarray((self.waits_UN > deadline_seconds).mean(axis=1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatencyStats:
+    """The latency of requests: the share that was late, and the age of half and of 99 of 100 answers, in seconds.
+
+    late_episodes: how often a backlog made requests late, a minute or more apart.
+    """
+
+    late_share: float
+    age_p50: float
+    age_p99: float
+    late_episodes: int = 0
+
+
+def simulate_latency(
+    counts_T: NDArray[np.int64],
+    machines_T: NDArray[np.int64] | int,
+    waits: WaitTimes,
+    overhead_seconds: float,
+    deadline_seconds: float,
+    *,
+    with_ages: bool = True,
+    cold_seconds: float = 0.0,
+) -> LatencyStats:
+    """Return the latency of a traffic that machines serve.
+
+    Args:
+        counts_T: Requests of each second.
+        machines_T: Machines that work in each second, or all the time.
+        waits: What requests wait at one machine.
+        overhead_seconds: What each request takes beside its pass.
+        deadline_seconds: When an answer is late.
+        with_ages: Without, only the late requests are counted.
+        cold_seconds: What requests wait longer that come while no machine works.
+    """
+    total = int(counts_T.sum())
+    if not total:
+        return LatencyStats(late_share=0.0, age_p50=0.0, age_p99=0.0)
+    rate = waits.server.requests_per_second
+    used_B, count_B, window = _compute_utilisation(counts_T, machines_T, rate)
+    late_U = waits.late_shares(deadline_seconds - overhead_seconds)
+    late = float(np.interp(used_B, UTILISATIONS, late_U) @ count_B)
+    behind, delay = _find_backlogged_seconds(counts_T, machines_T, rate, float(waits.waits_UN[-1, 0]), cold_seconds)
+    count, used = counts_T[behind], used_B[behind // window] if window else counts_T[behind] / (machines_T * rate)
+    # All requests behind a long backlog are late, not only the share that was late already.
+    missed = delay + overhead_seconds + waits.waits_UN[0, 0] > deadline_seconds
+    late += float(count[missed] @ (1 - np.interp(used[missed], UTILISATIONS, late_U)))
+    episodes = int(missed.any()) + int((np.diff(behind[missed]) > _EPISODE_GAP_SECONDS).sum())
+    late_share = min(late / total, 1.0)
+    if not with_ages:
+        return LatencyStats(late_share=late_share, age_p50=0.0, age_p99=0.0, late_episodes=episodes)
+    weight_U = np.maximum(_weigh_utilisations(used_B, count_B) - _weigh_utilisations(used, count), 0.0)
+    age_p50, age_p99 = _compute_ages(waits, weight_U, delay, count)
+    return LatencyStats(
+        late_share=late_share,
+        age_p50=age_p50 + overhead_seconds,
+        age_p99=age_p99 + overhead_seconds,
+        late_episodes=episodes,
+    )
+
+
+def _compute_utilisation(
+    counts_T: NDArray[np.int64], machines_T: NDArray[np.int64] | int, rate: float
+) -> tuple[NDArray[np.float64], NDArray[np.int64], int]:
+    """Return the utilisation in pieces of time, the requests of each piece, and the seconds of a piece.
+
+    Where the number of machines never changes, seconds with as many requests are one piece; it has no place in time
+    then, and its length is 0.
+    """
+    most = machines_T if isinstance(machines_T, int) else int(machines_T.max(initial=1))
+    window = min(max(1, math.ceil(_REQUESTS_PER_PIECE / (rate * max(most, 1)))), _SECONDS_PER_PIECE_MAX, len(counts_T))
+    starts = np.arange(0, len(counts_T), window)
+    count_B = counts_T if window == 1 else np.add.reduceat(counts_T, starts)
+    if isinstance(machines_T, int):
+        taken = max(machines_T, 1e-9) * rate
+        if window > 1:
+            return count_B / (taken * np.diff(starts, append=len(counts_T))), count_B, window
+        seconds_C = np.bincount(count_B) if count_B.max() < _COUNT_MAX else None
+        if seconds_C is None:
+            return count_B / taken, count_B, 1
+        seen_C = np.flatnonzero(seconds_C)
+        return seen_C / taken, seen_C * seconds_C[seen_C], 0
+    taken_B = machines_T if window == 1 else np.add.reduceat(machines_T, starts)
+    # Without a machine, requests wait for one to start; the backlog counts that.
+    used_B = np.divide(count_B, taken_B * rate, out=np.zeros(len(count_B)), where=taken_B > 0)
+    return used_B, count_B, window
+
+
+def _find_backlogged_seconds(
+    counts_T: NDArray[np.int64], machines_T: NDArray[np.int64] | int, rate: float, wait_min: float, cold_seconds: float
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the seconds whose requests wait in a backlog for longer than `wait_min`, and how long."""
+    if isinstance(machines_T, int) and counts_T.max() <= machines_T * rate:
+        return np.zeros(0, dtype=np.int64), np.zeros(0)
+    taken_T = machines_T * rate if isinstance(machines_T, int) else np.asarray(machines_T * rate, dtype=np.float64)
+    delay_T = compute_delays(counts_T, taken_T)
+    # The waits at a full machine include short delays. Where there is no machine, nothing else includes them.
+    none_T = taken_T == 0
+    delay_T += np.where(none_T, cold_seconds, 0.0)
+    behind = np.flatnonzero((none_T | (delay_T > wait_min)) & (counts_T > 0))
+    return behind, delay_T[behind]
+
+
+def compute_delays(counts_T: NDArray[np.int64], taken_T: NDArray[np.float64] | float) -> NDArray[np.float64]:
+    """Return the seconds that the last of each second's requests waits for those before it to be served."""
+    left_T = compute_backlog(counts_T, taken_T)
+    if isinstance(taken_T, float):
+        return left_T / max(taken_T, 1e-12)
+    delay_T = np.zeros(len(left_T))
+    behind = np.flatnonzero(left_T > 0)
+    if len(behind):
+        served_T = np.cumsum(taken_T)
+        target = served_T[behind] + left_T[behind]
+        end = np.searchsorted(served_T, target)
+        inside = np.minimum(end, len(served_T) - 1)
+        over = (served_T[inside] - target) / np.maximum(taken_T[inside], 1e-12)
+        # What is left after the last second is served at the highest rate.
+        beyond = (target - served_T[-1]) / max(float(np.max(taken_T)), 1e-12)
+        delay_T[behind] = np.where(end < len(served_T), inside - over, len(served_T) - 1 + beyond) - behind
+    return np.maximum(delay_T, 0.0)
+
+
+def compute_backlog(counts_T: NDArray[np.int64], taken_T: NDArray[np.float64] | float) -> NDArray[np.float64]:
+    """Return the requests that are left at the end of each second, where `taken_T` can be served in it."""
+    net_T = np.cumsum(counts_T - taken_T)
+    return net_T - np.minimum(np.minimum.accumulate(net_T), 0.0)
+
+
+def _weigh_utilisations(used_B: NDArray[np.float64], count_B: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return how many requests came at each utilisation; those between two are divided among them."""
+    place_B = np.interp(used_B, UTILISATIONS, np.arange(len(UTILISATIONS)))
+    low_B = place_B.astype(np.int64)
+    part_B = (place_B - low_B) * count_B
+    size = len(UTILISATIONS) + 1
+    weight_U = np.bincount(low_B, count_B - part_B, size) + np.bincount(low_B + 1, part_B, size)
+    return np.asarray(weight_U[: len(UTILISATIONS)])
+
+
+def _compute_ages(
+    waits: WaitTimes, weight_U: NDArray[np.float64], delay_B: NDArray[np.float64], count_B: NDArray[np.int64]
+) -> tuple[float, float]:
+    step = max(1, waits.waits_UN.shape[1] // _QUANTILES)
+    some_UQ = waits.waits_UN[:, step // 2 :: step]
+    weight_UQ = np.broadcast_to(weight_U[:, None] / some_UQ.shape[1], some_UQ.shape)
+    base = float(waits.waits_UN[0, waits.waits_UN.shape[1] // 2])
+    ages = np.concatenate([some_UQ.ravel(), delay_B + base])
+    return compute_weighted_quantiles(ages, np.concatenate([weight_UQ.ravel(), count_B]))
+
+
+def compute_weighted_quantiles(values: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the values below which half and 99 of 100 of the weight lie."""
+    order = np.argsort(values)
+    share = np.cumsum(weights[order])
+    if not len(share) or share[-1] <= 0:
+        return 0.0, 0.0
+    p50, p99 = np.minimum(np.searchsorted(share, np.array([0.5, 0.99]) * share[-1]), len(order) - 1)
+    return float(values[order[p50]]), float(values[order[p99]])
+
+
+def simulate_waits(servers: Sequence[BatchingServer]) -> list[WaitTimes]:
+    """Return what Poisson arrivals wait at servers with the same slots, for each of the utilisations."""
+    # Waits are proportional to the time of a pass, so that one simulation serves all speeds.
+    unit = servers[0].cost.seconds(1)
+    units = _simulate_scaled_waits(tuple(_scale_server(server, 1 / unit) for server in servers))
+    return [WaitTimes(server=server, waits_UN=waits_UN * unit) for server, waits_UN in zip(servers, units, strict=True)]
+
+
+def _scale_server(server: BatchingServer, factor: float) -> BatchingServer:
+    """Return a server whose times are multiplied by the factor, and rounded, so that equal ones are simulated once."""
+    fixed_seconds, row_seconds, wait_seconds = (
+        float(f"{each * factor:.{_DIGITS}g}")
+        for each in (server.cost.fixed_seconds, server.cost.row_seconds, server.wait_seconds)
+    )
+    return replace(
+        server, cost=CostModel(fixed_seconds=fixed_seconds, row_seconds=row_seconds), wait_seconds=wait_seconds
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _simulate_scaled_waits(servers: tuple[BatchingServer, ...]) -> NDArray[np.float64]:
+    # All have the same random arrivals, so that a higher utilisation always means longer waits.
+    gaps_N = np.random.default_rng(_SEED).exponential(size=_REQUESTS)
+    rates_SU = np.array([[server.requests_per_second * share for share in UTILISATIONS] for server in servers])
+    at_LN = (np.cumsum(gaps_N) / rates_SU[:, :, None]).reshape(-1, _REQUESTS)
+    repeated = [server for server in servers for _ in UTILISATIONS]
+    shape = len(servers), len(UTILISATIONS), _REQUESTS
+    waits_SUN = simulate_servers(repeated, at_LN).reshape(shape)[:, :, _WARM_UP:]
+    return np.asarray(np.maximum.accumulate(np.sort(waits_SUN, axis=2), axis=1))
+
+
+def simulate_servers(servers: Sequence[BatchingServer], at_LN: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Simulate independent servers side by side, exactly, one event after another.
+
+    Args:
+        servers: They have the same slots.
+        at_LN: When the requests of each server come, in order, from 0 on.
+
+    Returns:
+        How long each request waits until its pass is over. The random times of passes are drawn once for all servers.
+    """
+    count, length = at_LN.shape
+    lane_L = np.arange(count)
+    slots = servers[0].slots
+    a_L, c_L, w_L, jitter_L = np.array(
+        [(each.cost.fixed_seconds, each.cost.row_seconds, each.wait_seconds, each.jitter) for each in servers]
+    ).T
+    drawn_N = np.random.default_rng([_SEED, 1]).standard_normal(length + 1) if jitter_L.any() else np.zeros(length + 1)
+    q_L = np.array([server.requests_max for server in servers])
+    # The arrivals of all servers are one sorted array, far apart, so that one search finds who has come.
+    shift_L = lane_L * (2 * float(at_LN[:, -1].max()) + 2 * float(w_L.max()) + 1)
+    flat = (at_LN + shift_L[:, None]).ravel()
+    padded_LN = np.concatenate([at_LN, np.full((count, 1), np.inf)], axis=1)
+    free_LK = np.zeros((count, slots))
+    next_L = np.zeros(count, dtype=np.int64)
+    taken, ends = [], []
+    while (next_L < length).any():
+        slot_L = free_LK.argmin(axis=1)
+        first_L = padded_LN[lane_L, next_L]
+        full_L = padded_LN[lane_L, np.minimum(next_L + q_L - 1, length)]
+        begin_L = np.maximum(free_LK[lane_L, slot_L], np.minimum(first_L + w_L, full_L))
+        sought_L = np.minimum(begin_L, at_LN[:, -1]) + shift_L
+        come_L = np.searchsorted(flat, sought_L, side="right") - lane_L * length - next_L
+        count_L = np.where(next_L < length, np.clip(come_L, 1, q_L), 0)
+        end_L = begin_L + (a_L + c_L * count_L) * draw_lognormal(jitter_L, drawn_N[np.minimum(next_L, length)])
+        free_LK[lane_L, slot_L] = np.where(count_L > 0, end_L, np.inf)
+        taken.append(count_L)
+        ends.append(end_L)
+        next_L += count_L
+    taken_LP, ends_LP = np.array(taken).T, np.array(ends).T
+    done_LN = np.repeat(ends_LP.ravel(), taken_LP.ravel()).reshape(count, length)
+    return done_LN - at_LN
+
+
+def draw_lognormal(jitter: NDArray[np.float64] | float, drawn: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return factors with a mean of 1 from standard normal draws; jitter: the standard deviation of their logarithm."""
+    return np.asarray(np.exp(jitter * drawn - np.square(jitter) / 2))
