@@ -45,10 +45,10 @@ def test_names_and_numbers_that_can_t_be_are_refused(wrong: dict[str, Any]) -> N
 
 
 def test_a_message_may_come_again_for_as_long_as_it_is_waited_for_each_time() -> None:
-    assert 60.0 == FromNats(stream="events", ack_wait_seconds=20, max_deliver=3).worst_redelivery_seconds
+    assert 60.0 == FromNats(stream="events", ack_wait_seconds=20, max_deliver=3).redelivery_seconds_max
 
 
 def test_dead_letters_have_a_place_of_their_own() -> None:
-    assert "overnight.dead.events.overnight" == FromNats(stream="events").dead_subject
-    assert "mine" == FromNats(stream="events", dead_letters="mine").dead_subject
-    assert "events.dead" == FromKafka(topic="events").dead_topic
+    assert "overnight.dead.events.overnight" == FromNats(stream="events").dead_letter_subject
+    assert "mine" == FromNats(stream="events", dead_letters="mine").dead_letter_subject
+    assert "events.dead" == FromKafka(topic="events").dead_letter_topic
