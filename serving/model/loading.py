@@ -165,7 +165,7 @@ def _make_unfit(folder: Path, error: Exception, *, allow_pickle: bool) -> ModelU
         loader = MLmodel.load(str(folder / "MLmodel")).flavors.get("python_function", {}).get("loader_module")
         return ModelUnfit(
             f"A model must not need unpickling, which runs any code in its files, unless asked for; got: {error} "
-            f"{_ADVICE_BY_LOADER.get(str(loader), 'Pass')} allow_pickle=True if you trust whoever logged it."
+            f"{_ADVICE_BY_LOADER.get(str(loader), 'Pass')} allow_pickle=True if you trust its author."
         )
     return ModelUnfit(f"The model in {folder} must load here, got {type(error).__name__}: {error}.")
 

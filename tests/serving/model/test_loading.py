@@ -92,7 +92,7 @@ def test_a_pickled_network_is_refused_and_the_message_says_how_to_go_on(pickled:
 
     assert "must not need unpickling, which runs any code in its files" in message
     assert message.endswith(
-        'Log it with serialization_format="pt2", or pass allow_pickle=True if you trust whoever logged it.'
+        'Log it with serialization_format="pt2", or pass allow_pickle=True if you trust its author.'
     )
 
 
