@@ -191,9 +191,9 @@ def _check_parameters(request: RequestDocument) -> None:
     for given in request.inputs:
         if given.parameters:
             check_parameters(repr(given.name[:_SHOWN]), given.parameters, "binary_data_size", int)
-    for wanted in request.outputs:
-        if wanted.parameters:
-            check_parameters(repr(wanted.name[:_SHOWN]), wanted.parameters, "binary_data", bool)
+    for output in request.outputs:
+        if output.parameters:
+            check_parameters(repr(output.name[:_SHOWN]), output.parameters, "binary_data", bool)
 
 
 def _count_keys(document: Mapping[str, Any]) -> int:
@@ -214,14 +214,14 @@ def encode_response(
     Raises ModelFailed where JSON can't hold an output: a number that is not finite, bytes that are not text.
     """
     known = {value.name: value for value in contract.outputs}
-    wanted = [(known[each.name], outputs[each.name], each.binary) for each in request.outputs]
+    chosen = [(known[each.name], outputs[each.name], each.binary) for each in request.outputs]
     head: dict[str, Any] = {"model_name": model}
     if version is not None:
         head["model_version"] = version
     if request.id is not None:
         head["id"] = request.id
     try:
-        return write_body(head, "outputs", wanted)
+        return write_body(head, "outputs", chosen)
     except ValueError as error:
         message = f"Output {error}"
         raise ModelFailed(message) from None

@@ -97,7 +97,7 @@ def test_the_fit_finds_the_line_that_the_times_lie_on(cost: CostModel, sizes: li
 @given(
     samples=st.lists(st.tuples(st.integers(1, 1024), st.floats(1e-3, 1e3)), min_size=1, max_size=20),
 )
-def test_whatever_was_measured_a_pass_takes_time_and_no_part_of_it_is_negative(
+def test_for_any_measurements_a_pass_takes_time_and_no_term_is_negative(
     samples: list[tuple[int, float]],
 ) -> None:
     found = fit_cost_model(samples)
@@ -132,7 +132,7 @@ def test_no_more_rows_are_measured_than_the_sample_has() -> None:
     assert [1, 2, 4] == [n for n, _ in measure_passes(model, matrix(4), sample, 1e3, slots=1, clock=model.clock)]
 
 
-def test_times_that_do_not_grow_are_the_batches_own_or_their_rows_as_asked() -> None:
+def test_times_that_do_not_grow_are_fixed_or_per_row_as_the_caller_chooses() -> None:
     assert CostModel(fixed_seconds=3, row_seconds=0) == fit_cost_model([(2, 3.0)])
     assert CostModel(fixed_seconds=0, row_seconds=1.5) == fit_cost_model([(2, 3.0)], if_flat="per_row")
 
