@@ -67,17 +67,17 @@ def choose_mode(
         ProfileFailed: The model could not be measured.
         ApplyFailed: The decision could not be put into effect.
     """
-    logger, stages = get_run_logger(), Steps()
-    inputs = _read_inputs(stages, workload, profile_options)
-    decision = stages.run("decide", lambda: decide(inputs))
-    costs = stages.run("sweep", lambda: compute_cost_curves(inputs, decision))
+    logger, steps = get_run_logger(), Steps()
+    inputs = _read_inputs(steps, workload, profile_options)
+    decision = steps.run("decide", lambda: decide(inputs))
+    costs = steps.run("sweep", lambda: compute_cost_curves(inputs, decision))
     arrivals = inputs.arrivals
     png = draw_decision(decision, arrivals.counts_T if arrivals else None, costs)
     publish_decision(decision, render_decision(decision, arrivals.notes if arrivals else ()), png, logger)
     _write_plot(png, workload, plot_file, logger)
     logger.info("%s", summarize_decision(decision))
     if apply:
-        applied = apply_decision(stages, decision, apply_config, logger)
+        applied = apply_decision(steps, decision, apply_config, logger)
         publish_applied(applied, logger)
         logger.info("%s serves %s now: %s.", applied.mode, workload.name, applied.summary)
     return decision
@@ -104,9 +104,9 @@ def review_modes(
     Raises:
         OvernightError: The same kinds as choose_mode.
     """
-    logger, stages = get_run_logger(), Steps()
-    inputs = _read_inputs(stages, workload, profile_options)
-    decision = stages.run("decide", lambda: decide(inputs))
+    logger, steps = get_run_logger(), Steps()
+    inputs = _read_inputs(steps, workload, profile_options)
+    decision = steps.run("decide", lambda: decide(inputs))
     current = find_current_deployment(workload.name)
     earlier = _read_proposals(workload.name)
     verdict = judge_change(decision, current, earlier, hysteresis)
@@ -114,7 +114,7 @@ def review_modes(
     _save_proposals(workload.name, [*earlier, verdict.proposed])
     must_change = verdict.outcome == "change" and hysteresis.apply
     if must_change:
-        publish_applied(apply_decision(stages, decision, apply_config, logger), logger)
+        publish_applied(apply_decision(steps, decision, apply_config, logger), logger)
     review = Review(
         decision=decision, current=current.summary if current else None, verdict=verdict, applied=must_change
     )
@@ -123,17 +123,17 @@ def review_modes(
     return review
 
 
-def _read_inputs(stages: Steps, workload: Workload, profile_options: ProfileOptions) -> DecisionInputs:
+def _read_inputs(steps: Steps, workload: Workload, profile_options: ProfileOptions) -> DecisionInputs:
     """Return everything that a decision is computed from. What may be refused comes before what takes long."""
     now = datetime.now(UTC)
-    is_table = isinstance(workload.consumer, Table)
-    if isinstance(workload.consumer, Table):
+    consumer = workload.consumer
+    if isinstance(consumer, Table):
         # Raises where the deadline is over.
-        workload.consumer.slack_seconds(now)
-    quote = stages.run("price", lambda: find_prices(workload))
-    arrivals = None if is_table else stages.run("arrivals", lambda: read_arrivals(workload))
+        consumer.slack_seconds(now)
+    quote = steps.run("price", lambda: find_prices(workload))
+    arrivals = None if isinstance(consumer, Table) else steps.run("arrivals", lambda: read_arrivals(workload))
     availability = read_availability(workload.spot)
-    profile = stages.run("profile", lambda: _profile_model(workload, profile_options))
+    profile = steps.run("profile", lambda: _profile_model(workload, profile_options))
     return DecisionInputs(
         workload=workload, profile=profile, arrivals=arrivals, quote=quote, availability=availability, now=now
     )

@@ -45,7 +45,7 @@ class _Deployed:
     verified: str
 
 
-def apply_decision(stages: Steps, decision: Decision, config: ApplyConfig, logger: Logger) -> AppliedDecision:
+def apply_decision(steps: Steps, decision: Decision, config: ApplyConfig, logger: Logger) -> AppliedDecision:
     """Deploy and verify the decided mode, and then retire what served the workload before.
 
     The same decision again changes only what differs. Where the new deployment can't be made or verified, it is removed
@@ -64,9 +64,9 @@ def apply_decision(stages: Steps, decision: Decision, config: ApplyConfig, logge
         "online": lambda: _deploy_online(decision, config),
         "streaming": lambda: _deploy_stream(decision, config, logger),
     }
-    deployed = stages.run("apply", deploy[decision.chosen.mode])
+    deployed = steps.run("apply", deploy[decision.chosen.mode])
     old = [each for each in before if each.id != deployed.id]
-    retired, to_do = stages.run("retire", lambda: _retire_all(old, logger))
+    retired, to_do = steps.run("retire", lambda: _retire_all(old, logger))
     return AppliedDecision(
         workload=decision.workload.name,
         mode=decision.chosen.mode,

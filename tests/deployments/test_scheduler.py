@@ -204,7 +204,7 @@ def test_a_workload_goes_from_online_to_a_stream_to_batches_and_each_failure_lea
 
     assert {f"online-endpoint/{NAME}"} == deployments()
 
-    # A stream that can't begin, since nobody has made it, leaves the endpoint.
+    # A stream that does not exist fails, and leaves the endpoint.
     with pytest.raises(ApplyFailed, match="what served before serves on"):
         applied(event, ApplyConfig(stream=stream))
 

@@ -89,7 +89,7 @@ def test_start_and_requests_are_measured_on_a_model_server_which_is_left_as_it_w
     assert (7.0, 1.0) == (profile.batch_rows_per_second, profile.start_seconds)
 
 
-def test_a_batch_run_that_fails_is_an_error_that_says_what_it_said(
+def test_a_batch_run_that_fails_is_an_error_with_its_output(
     prefect: PrefectServer, spec: EndpointSpec, tmp_path: Path
 ) -> None:
     from flows.runtime.calibration_run import run_calibration
@@ -98,9 +98,7 @@ def test_a_batch_run_that_fails_is_an_error_that_says_what_it_said(
         run_calibration(spec.model, tmp_path / "nothing-here", tmp_path / "scores", OPTIONS)
 
 
-def test_an_endpoint_that_does_not_come_up_is_an_error_that_says_what_it_said(
-    spec: EndpointSpec, tmp_path: Path
-) -> None:
+def test_an_endpoint_that_does_not_start_is_an_error_with_its_log(spec: EndpointSpec, tmp_path: Path) -> None:
     subject = load_endpoint_model(spec)
     (tmp_path / "MLmodel").write_text("flavors: {}")
     broken: LoadedModel = replace(subject, resolved=replace(subject.resolved, folder=tmp_path))

@@ -36,7 +36,7 @@ def test_a_rate_comes_to_its_average_and_its_peak_at_its_hour() -> None:
     assert 2 == found.rows_per_arrival
 
 
-def test_chance_is_the_same_for_the_same_seed() -> None:
+def test_arrivals_are_the_same_for_the_same_seed() -> None:
     asked = workload(arrivals=ArrivalRate(per_second=1), horizon_days=0.1)
 
     one, same, other = (read_arrivals(asked, seed=seed).counts_T for seed in (1, 1, 2))
@@ -46,7 +46,7 @@ def test_chance_is_the_same_for_the_same_seed() -> None:
 
 
 @pytest.mark.parametrize("peak", [1.0, 1.5, 7.0, 100.0])
-def test_the_day_has_the_peak_that_was_asked_for(peak: float) -> None:
+def test_the_day_has_the_peak_of_the_rate(peak: float) -> None:
     shape = compute_day_shape(peak, "14:00")
 
     assert peak == pytest.approx(shape.max(), rel=1e-6)
@@ -111,7 +111,7 @@ def test_metered_requests_are_arrivals_but_for_those_that_were_turned_away_as_wr
     assert 3 == found.rows_per_arrival
 
 
-def test_an_endpoint_that_was_never_asked_is_named_beside_those_that_were(tmp_path: Path) -> None:
+def test_an_endpoint_without_metered_requests_is_named_with_those_that_have_some(tmp_path: Path) -> None:
     meter(tmp_path, (100.0, "other", 1, 200))
 
     with pytest.raises(BadWorkload, match="must hold requests of 'toy', got those of 'other'"):
@@ -177,7 +177,7 @@ def test_the_end_of_the_last_gap_is_taken_to_be_an_average_one(tmp_path: Path) -
     assert 30 == len(counts)
 
 
-def test_unsorted_and_simultaneous_arrivals_all_count_and_are_told_of(tmp_path: Path) -> None:
+def test_unsorted_and_simultaneous_arrivals_all_count_and_have_a_note(tmp_path: Path) -> None:
     counts, notes = read_trace(ArrivalTrace(path=write(tmp_path, at=[5.0, 3.0, 3.0, 4.0])))
 
     assert [2, 1, 1] == counts[:3].tolist()
@@ -185,7 +185,7 @@ def test_unsorted_and_simultaneous_arrivals_all_count_and_are_told_of(tmp_path: 
     assert any("1 arrivals at the very moment of another" in note for note in notes)
 
 
-def test_a_long_gap_is_time_without_traffic_and_is_told_of(tmp_path: Path) -> None:
+def test_a_long_gap_is_time_without_traffic_and_has_a_note(tmp_path: Path) -> None:
     counts, notes = read_trace(ArrivalTrace(path=write(tmp_path, at=[0.0, 7200.0])))
 
     assert 2 == counts.sum()
@@ -223,14 +223,16 @@ def test_counts_of_seconds_are_taken_as_they_are(tmp_path: Path) -> None:
         ([], "timestamps", "must have one column|got no rows"),
     ],
 )
-def test_what_is_no_trace_is_refused_with_the_row(tmp_path: Path, column: list, holds: str, message: str) -> None:
+def test_values_that_are_no_arrivals_are_refused_with_their_row(
+    tmp_path: Path, column: list, holds: str, message: str
+) -> None:
     path = write(tmp_path, n=column)
 
     with pytest.raises(BadWorkload, match=message):
         read_trace(ArrivalTrace(path=path, content=holds))
 
 
-def test_a_column_that_is_not_there_is_named_beside_those_that_are(tmp_path: Path) -> None:
+def test_a_missing_column_is_named_with_the_existing_ones(tmp_path: Path) -> None:
     path = write(tmp_path, a=[1], b=[2])
 
     with pytest.raises(BadWorkload, match=r"must have the column 'c', got a, b\."):

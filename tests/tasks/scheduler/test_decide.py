@@ -167,7 +167,7 @@ def test_a_single_request_with_time_for_a_cold_start_is_kept_warm() -> None:
     assert 1 == found.chosen.cold_starts
 
 
-def test_a_latency_below_the_models_own_passes_says_what_would_be_needed() -> None:
+def test_a_latency_below_the_models_own_passes_is_refused_with_what_would_be_needed() -> None:
     asked = workload(consumer=Requests(latency_ms=15), arrivals=ArrivalRate(per_second=1), horizon_days=0.1)
 
     with pytest.raises(NoFeasibleMode) as refused:
@@ -177,14 +177,14 @@ def test_a_latency_below_the_models_own_passes_says_what_would_be_needed() -> No
     assert "at least 23.5 ms must be allowed" in str(refused.value)
 
 
-def test_more_traffic_than_the_machines_take_says_how_many_would() -> None:
+def test_too_much_traffic_is_refused_with_the_machines_that_would_be_needed() -> None:
     asked = workload(arrivals=ArrivalRate(per_second=500), machines_max=1)
 
     with pytest.raises(NoFeasibleMode, match=r"\d+ machines would keep it: raise machines_max\."):
         decided(asked)
 
 
-def test_a_table_that_cannot_be_in_time_says_how_many_machines_or_hours_it_takes() -> None:
+def test_a_table_that_cannot_be_in_time_is_refused_with_the_machines_or_hours_it_takes() -> None:
     asked = workload(consumer=Table(rows=180 * 60 * HOUR), machines_max=4)
 
     with pytest.raises(NoFeasibleMode) as refused:

@@ -30,7 +30,7 @@ def test_prices_that_the_workload_gives_go_before_the_table() -> None:
     assert "the workload itself" == priced.price_origin
 
 
-def test_the_table_says_what_it_is_of_and_of_when() -> None:
+def test_prices_of_the_table_come_with_their_region_and_date() -> None:
     priced = find_prices(workload(Machine(prices=GIVEN), Machine(kind="c7i.xlarge", speed=2)))
 
     assert Prices(on_demand=0.1785, spot=0.0696) == priced.prices["c7i.xlarge"]
@@ -123,7 +123,7 @@ def live(*kinds: str, region: str = "us-east-1") -> Workload:
 
 
 @pytest.mark.usefixtures("aws")
-def test_prices_are_those_of_the_cheapest_zone_and_of_the_dearest_of_several_listings() -> None:
+def test_prices_are_those_of_the_cheapest_zone_and_the_highest_of_several_listings() -> None:
     priced = find_prices(live("c7i.large", "m7i.large"))
 
     assert {
@@ -140,13 +140,13 @@ def test_a_kind_that_aws_does_not_sell_is_named() -> None:
 
 
 @pytest.mark.usefixtures("aws")
-def test_a_region_that_there_is_not_is_named_with_those_that_there_are() -> None:
+def test_an_unknown_region_is_named_with_the_known_ones() -> None:
     with pytest.raises(PricesMissing, match=r"eu-west-1.*got 'mx-north-9'"):
         find_prices(live("c7i.large", region="mx-north-9"))
 
 
 @pytest.mark.usefixtures("aws")
-def test_without_credentials_it_says_which_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_are_an_error_with_the_permissions_that_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -157,7 +157,7 @@ def test_without_credentials_it_says_which_are_needed(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("aws")
-def test_a_server_that_does_not_answer_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_answer_is_an_error_with_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_EC2", "http://127.0.0.1:9")
     with pytest.raises(PricesMissing, match=r"AWS must answer for the prices of c7i.large.*127.0.0.1:9"):
         find_prices(live("c7i.large"))

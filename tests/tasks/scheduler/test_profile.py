@@ -45,7 +45,7 @@ def test_a_table_of_a_model_s_inputs_is_encoded_to_the_same_inputs(value: Input,
 
 
 @pytest.mark.parametrize("rows", [1, 100, 5_000])
-def test_as_many_rows_are_written_as_are_asked_for_with_their_keys(rows: int, tmp_path: Path) -> None:
+def test_the_requested_number_of_rows_is_written_with_their_keys(rows: int, tmp_path: Path) -> None:
     source = write_customers(tmp_path / "customers", rows=1_000, files=2, rows_per_group=300)
     dataset = open_measured_rows(str(source), str(tmp_path / "scores"), CONTRACT, OPTIONS)
     written = write_measured_rows(dataset, CONTRACT, OPTIONS, rows, tmp_path / "rows")
@@ -64,7 +64,7 @@ def test_rows_that_would_fill_the_disk_are_fewer(tmp_path: Path) -> None:
     assert 100 == write_table(table, 10**9, tmp_path / "rows", bytes_max=1_200)
 
 
-def test_what_can_t_be_measured_with_is_named(tmp_path: Path) -> None:
+def test_rows_that_cannot_be_measured_with_are_refused(tmp_path: Path) -> None:
     elsewhere = str(tmp_path / "scores")
     (tmp_path / "rows.csv").write_text("a,b,c\n1,2,3\n")
     (tmp_path / "other").mkdir()

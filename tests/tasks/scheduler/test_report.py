@@ -22,7 +22,7 @@ ALTERNATIVES = [
 ]
 
 
-def test_the_report_says_what_was_chosen_why_what_the_rest_costs_and_what_would_change_it() -> None:
+def test_the_report_has_the_choice_its_reason_all_costs_and_what_would_change_it() -> None:
     words = render_decision(decision(NIGHTLY, SPOT, ALWAYS_ON), ["The trace has a gap."])
 
     assert "# Workload nightly: batch" in words
@@ -54,7 +54,7 @@ def test_an_always_on_endpoint_wastes_nothing() -> None:
     assert "nothing is wasted" in summarize_decision(decision(FRAUD, ALWAYS_ON))
 
 
-def test_of_each_mode_policy_and_machine_the_first_is_shown() -> None:
+def test_the_first_of_each_mode_policy_and_machine_is_shown() -> None:
     alternatives = [SPOT, alternative("batch", "spot", 0.6, machines=2), ALWAYS_ON]
 
     assert ["chosen", "feasible"] == [row[""] for row in list_alternatives(decision(NIGHTLY, *alternatives))]

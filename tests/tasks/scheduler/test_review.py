@@ -14,7 +14,7 @@ PROPOSED = name_alternative(BATCH)
 TWICE = Hysteresis(saving_min=0.1, reviews_min=2)
 
 
-def test_what_serves_in_the_cheapest_way_stays() -> None:
+def test_the_cheapest_way_stays() -> None:
     verdict = judge_change(decision(FRAUD, ONLINE, alternative("batch", "on-demand", 70)), CURRENT, [], TWICE)
 
     assert "keep" == verdict.outcome
@@ -38,7 +38,7 @@ def test_a_change_that_saves_too_little_is_not_made_however_often_it_is_proposed
     assert 10 == verdict.reviews_in_a_row
 
 
-def test_what_breaks_its_promise_is_changed_though_that_costs_more() -> None:
+def test_a_broken_promise_is_changed_even_at_a_higher_cost() -> None:
     broken = alternative("online", "always-on", 40, is_feasible=False)
     verdict = judge_change(decision(FRAUD, BATCH, broken), CURRENT, [PROPOSED], TWICE)
 
@@ -46,17 +46,17 @@ def test_what_breaks_its_promise_is_changed_though_that_costs_more() -> None:
     assert "breaks its promise" in verdict.reason
 
 
-def test_what_is_served_by_nothing_yet_is_changed_at_once() -> None:
+def test_a_workload_that_nothing_serves_is_changed_at_once() -> None:
     assert "change" == judge_change(decision(FRAUD, BATCH), None, [], TWICE).outcome
 
 
-def test_a_way_that_the_workload_does_not_allow_any_more_is_left() -> None:
+def test_a_machine_that_the_workload_no_longer_allows_is_changed() -> None:
     elsewhere = CurrentDeployment(mode="online", policy="always-on", machine="m5.large")
 
     assert "change" == judge_change(decision(FRAUD, BATCH, ONLINE), elsewhere, [PROPOSED], TWICE).outcome
 
 
-def test_ways_that_cost_nothing_are_divided_by_nothing() -> None:
+def test_alternatives_without_cost_have_no_saving() -> None:
     free = alternative("online", "always-on", 0.0)
 
     assert (

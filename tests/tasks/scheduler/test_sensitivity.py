@@ -11,7 +11,7 @@ from tests.tasks.scheduler.values import HOUR, THIS, scenario, table_scenario
 
 
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=50), st.floats(0.01, 100))
-def test_traffic_is_as_many_times_as_much_as_it_is_said_to_be(counts: list[int], by: float) -> None:
+def test_traffic_is_scaled_by_the_factor(counts: list[int], by: float) -> None:
     found = scale_traffic(scenario(np.array(counts)), by).counts_T
 
     assert (found >= np.array(counts) * int(by)).all()
@@ -31,7 +31,7 @@ def test_a_table_that_grows_can_no_longer_be_scored_in_time() -> None:
     assert "spot price" not in {each.input for each in found}
 
 
-def test_a_sample_that_is_decided_otherwise_says_nothing() -> None:
+def test_a_sample_that_leads_to_another_choice_has_no_break_evens() -> None:
     # It never rests for a week, and then nothing comes for days.
     counts_T = np.zeros(24 * HOUR * 10, dtype=np.int64)
     counts_T[: 24 * HOUR * 7] = 50

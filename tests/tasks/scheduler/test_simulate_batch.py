@@ -155,7 +155,7 @@ def test_a_table_on_spot_costs_less_and_is_in_time() -> None:
     assert found.age_p99 <= asked.deadline_seconds
 
 
-def test_a_table_that_not_even_all_machines_score_in_time_says_how_long_they_take() -> None:
+def test_a_table_that_all_machines_score_too_late_has_a_violation_with_their_time() -> None:
     asked = table_scenario(180 * 60 * HOUR, machines_max=4)
 
     assert all(each.violation is not None for each in simulate_table(asked, THIS))

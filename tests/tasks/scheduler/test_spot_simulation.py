@@ -34,7 +34,7 @@ def test_traces_are_read_and_the_shorter_ends_with_spot_gone(tmp_path: Path) -> 
         ('{"gap_seconds": 1, "available": "1"}\n{"gap_seconds": 2, "available": "1"}', r"got \[1.0, 2.0\]"),
     ],
 )
-def test_what_holds_no_traces_is_refused(tmp_path: Path, content: str, message: str) -> None:
+def test_a_file_without_traces_is_refused(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "traces.jsonl"
     path.write_text(content)
 
@@ -42,13 +42,13 @@ def test_what_holds_no_traces_is_refused(tmp_path: Path, content: str, message: 
         read_availability(Spot(trace=str(path)))
 
 
-def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadWorkload, match="must be a file"):
         read_availability(Spot(trace=str(tmp_path / "none")))
 
 
 @pytest.mark.parametrize(("per_day", "gap"), [(0, 20), (2, 20), (24, 10)])
-def test_spot_is_gone_as_often_and_as_long_as_it_is_said_to_be(per_day: float, gap: float) -> None:
+def test_drawn_spot_is_interrupted_as_often_and_as_long_as_configured(per_day: float, gap: float) -> None:
     found = read_availability(Spot(interruptions_per_day=per_day, gap_minutes=gap))
 
     expected = per_day * gap / 1440 / (1 + per_day * gap / 1440)
@@ -59,7 +59,7 @@ def always(up: bool) -> SpotAvailability:  # noqa: FBT001 - it is all there is t
     return SpotAvailability(spot_NT=np.full((3, 500), up), tick_seconds=60.0)
 
 
-def test_where_spot_is_always_there_it_is_all_that_is_paid_for() -> None:
+def test_spot_that_is_always_available_is_all_that_is_paid_for() -> None:
     found = simulate_spot_run(2 * HOUR, 4 * HOUR, 60.0, 3.0, always(up=True))
 
     assert found is not None
@@ -68,7 +68,7 @@ def test_where_spot_is_always_there_it_is_all_that_is_paid_for() -> None:
     assert 2 * HOUR <= found.seconds_p50 <= 2 * HOUR + 400
 
 
-def test_where_spot_is_never_there_on_demand_is_and_in_time() -> None:
+def test_on_demand_is_in_time_where_spot_is_never_available() -> None:
     found = simulate_spot_run(2 * HOUR, 4 * HOUR, 60.0, 3.0, always(up=False))
 
     assert found is not None
@@ -77,7 +77,7 @@ def test_where_spot_is_never_there_on_demand_is_and_in_time() -> None:
     assert found.seconds_p99 <= 4 * HOUR
 
 
-def test_where_it_comes_and_goes_it_lies_between() -> None:
+def test_the_cost_lies_between_where_spot_comes_and_goes() -> None:
     found = simulate_spot_run(2 * HOUR, 5 * HOUR, 60.0, 3.0, availability())
 
     assert found is not None
@@ -85,7 +85,7 @@ def test_where_it_comes_and_goes_it_lies_between() -> None:
     assert 0 == found.late_share
 
 
-def test_a_deadline_without_room_for_two_changeovers_is_none_for_spot() -> None:
+def test_a_deadline_without_slack_for_two_changeovers_is_not_for_spot() -> None:
     assert simulate_spot_run(2 * HOUR, HOUR, 60.0, 3.0, always(up=True)) is None
     assert simulate_spot_run(2 * HOUR, 2 * HOUR + 90, 60.0, 3.0, always(up=True)) is None
 

@@ -41,7 +41,7 @@ def test_requests_and_events_must_say_when_they_come(consumer: Requests | Events
         workload(consumer=consumer)
 
 
-def test_a_table_says_its_rows_and_nothing_else() -> None:
+def test_a_table_has_rows_and_no_arrivals() -> None:
     with pytest.raises(ValidationError, match="must not have arrivals beside its rows"):
         workload(consumer=Table(rows=1), arrivals=ArrivalRate(per_second=1))
 
@@ -60,7 +60,7 @@ def test_a_table_says_its_rows_and_nothing_else() -> None:
         *[(Prices, {"on_demand": value}) for value in (0, -1, math.nan)],
     ],
 )
-def test_what_is_absurd_is_refused(what: type, values: dict[str, Any]) -> None:
+def test_absurd_values_are_refused(what: type, values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         what(**values)
 
