@@ -49,10 +49,10 @@ __all__ = (
     "decode_request_to_forward",
     "decode_response",
     "decode_without_blocking",
+    "encode_error",
     "encode_request",
     "encode_response",
-    "error_body",
-    "model_metadata",
+    "make_model_metadata",
     "read_header_length",
 )
 
@@ -103,13 +103,13 @@ class ModelMetadata(Frozen):
     outputs: tuple[TensorMetadata, ...] = Field(description="The output tensors.")
 
 
-def model_metadata(name: str, contract: Contract, *, versions: Sequence[str], platform: str) -> ModelMetadata:
+def make_model_metadata(name: str, contract: Contract, *, versions: Sequence[str], platform: str) -> ModelMetadata:
     """Return the metadata of a model with this contract."""
     inputs, outputs = describe_tensors(contract)
     return ModelMetadata(name=name, versions=tuple(versions), platform=platform, inputs=inputs, outputs=outputs)
 
 
-def error_body(message: str) -> bytes:
+def encode_error(message: str) -> bytes:
     """Return the body of an error response."""
     return orjson.dumps({"error": message})
 

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from serving.errors import LatencyImpossible
-from serving.model.batching import CostModel, choose_batching, fit_cost_model, latency_ms, wait_ms
+from serving.model.batching import CostModel, choose_batching, estimate_latency_ms, estimate_wait_ms, fit_cost_model
 from serving.model.tuner import measure_passes
 from tests.serving.model.test_tuner import PLAIN, Clock, Timed, X, matrix, rows
 
@@ -21,7 +21,7 @@ REPLICAS = st.integers(1, 8)
 
 def keeps(cost: CostModel, budget_ms: float, rate: float, size: int) -> bool:
     """The rule itself: answered within the budget, and faster than rows come."""
-    return latency_ms(cost, size, rate) <= budget_ms and rate < cost.rows_per_second(size)
+    return estimate_latency_ms(cost, size, rate) <= budget_ms and rate < cost.rows_per_second(size)
 
 
 @given(cost=COSTS, budget_ms=BUDGETS, rate=RATES, replicas=REPLICAS)
@@ -78,7 +78,7 @@ def test_one_row_waits_for_nobody() -> None:
     batching = choose_batching(CostModel(fixed_seconds=0.004, row_seconds=0.001), 10, 10)
 
     assert (1, 0) == (batching.batch_size_max, batching.wait_ms_max)
-    assert 0 == wait_ms(1, 5)
+    assert 0 == estimate_wait_ms(1, 5)
 
 
 def test_no_more_rows_are_collected_than_callers_wait_at_a_time() -> None:

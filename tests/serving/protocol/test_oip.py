@@ -287,11 +287,11 @@ def test_an_error_keeps_its_status_between_processes() -> None:
 
 
 def test_metadata_and_errors_are_documents() -> None:
-    metadata = oip.model_metadata("m", CONTRACT, versions=["1", "2"], platform="overnight")
+    metadata = oip.make_model_metadata("m", CONTRACT, versions=["1", "2"], platform="overnight")
 
     assert {"name": "text", "datatype": "BYTES", "shape": (-1, 1)} == metadata.inputs[1].model_dump()
     assert ("1", "2") == metadata.versions
     assert ["binary_tensor_data"] == json.loads(oip.ServerMetadata(name="o", version="1").model_dump_json())[
         "extensions"
     ]
-    assert {"error": "no"} == json.loads(oip.error_body("no"))
+    assert {"error": "no"} == json.loads(oip.encode_error("no"))
