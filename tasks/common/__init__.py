@@ -1,1 +1,1 @@
-"""What several topics share: Prefect artifacts and log lines (`artifacts`), and how reports show values (`formatting`)."""
+"""What several topics share: Prefect artifacts (`artifacts`), and how reports show values (`formatting`)."""
