@@ -14,9 +14,9 @@ from tasks.batch.options import BatchOptions, Ray
 from tasks.batch.plan import Plan
 
 # What mimalloc, Arrow's allocator, keeps of what a slot's three threads have freed until it is purged: fitted to the
-# peaks of ten runs over small shapes, which kept 45 to 80 MiB. With jemalloc they kept 8 to 15; asking mimalloc to give
+# peaks of ten runs over small shapes, which kept 45 to 83 MiB. With jemalloc they kept 8 to 15; asking mimalloc to give
 # it back after each chunk keeps 20, but takes up to twice the time where the model takes none.
-SLOT_BYTES = 62 << 20
+SLOT_BYTES = 66 << 20
 # A page of a part ends after so many rows or bytes, whichever are more.
 _PAGE_BYTES, _PAGE_ROWS = 1 << 20, 1024
 # Of a text that a model puts out, as assumed.

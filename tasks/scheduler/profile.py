@@ -36,7 +36,14 @@ from tasks.batch.dataset import Dataset, open_dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import used_columns
 from tasks.batch.source import pin_source
-from tasks.batch.tuning import SAMPLE_ROWS, enlarge_sample, list_row_groups, read_first_rows, tune_and_keep, tuning_wish
+from tasks.batch.tuning import (
+    SAMPLE_ROWS,
+    enlarge_sample,
+    list_row_groups,
+    make_tuning_wish,
+    read_first_rows,
+    tune_and_keep,
+)
 from tasks.endpoint.resolve import Arrays, LoadedModel
 from tasks.endpoint.spec import AnyTarget, EndpointSpec
 from tasks.scheduler.decision import Profile
@@ -248,7 +255,7 @@ def _prepare_sample(subject: LoadedModel, table: pa.Table) -> Encoded:
 
 def _tune(subject: LoadedModel, sample: Encoded, options: BatchOptions, clock: Callable[[], float]) -> Tuning | None:
     """Return the batch path's tuning, from the version's tags or by the tuner, which then keeps it there."""
-    wish = tuning_wish(options)
+    wish = make_tuning_wish(options)
     tuning = read_tuning(subject.resolved.tags, describe_machine(), wish)
     return tuning or tune_and_keep(subject.resolved, subject.model, subject.contract, sample, wish, clock=clock)
 
