@@ -75,7 +75,7 @@ def test_one_row_gives_one_score_in_batch_and_stream(
     assert batch_scores == pytest.approx(found, rel=1e-5, abs=1e-6)
 
 
-def test_the_same_call_goes_on_behind_what_is_done(
+def test_the_same_call_continues_after_what_is_done(
     linear: str, nats: NatsServer, nats_client: NatsClient, fresh: str
 ) -> None:
     fill_stream(nats_client, fresh, as_json(customers(300)))
@@ -110,7 +110,7 @@ def test_poison_goes_to_the_dead_letters_with_its_reason_and_does_not_come_again
     )
 
 
-def test_a_stream_fills_a_table_that_open_predictions_reads_and_resumes_behind_it(
+def test_a_stream_fills_a_table_that_open_predictions_reads_and_resumes_after_it(
     linear: str, nats: NatsServer, nats_client: NatsClient, fresh: str, tmp_path: Path, batch_scores: dict[int, float]
 ) -> None:
     events = as_json(customers(ROWS))
@@ -132,7 +132,7 @@ def test_a_stream_fills_a_table_that_open_predictions_reads_and_resumes_behind_i
     )
 
 
-def test_an_event_ahead_of_the_clock_is_counted_and_has_no_say_in_anything(
+def test_an_event_ahead_of_the_clock_is_counted_and_changes_nothing_else(
     linear: str, nats: NatsServer, nats_client: NatsClient, fresh: str
 ) -> None:
     nats_client.make(fresh, f"{fresh}.in")
@@ -144,7 +144,7 @@ def test_an_event_ahead_of_the_clock_is_counted_and_has_no_say_in_anything(
     assert 4.5 <= report.latency_seconds_p99 < 30
 
 
-def test_what_is_seen_of_a_stream_while_it_runs(
+def test_metrics_and_artifacts_show_a_running_stream(
     linear: str, nats: NatsServer, nats_client: NatsClient, prefect: PrefectServer, fresh: str
 ) -> None:
     fill_stream(nats_client, fresh, as_json(customers(200)))
@@ -174,7 +174,7 @@ def test_what_is_seen_of_a_stream_while_it_runs(
     assert 0 < report.latency_seconds_p50 <= report.latency_seconds_p99
 
 
-def test_the_dial_is_tuned_to_the_freshness_and_the_tuning_kept_with_the_model(
+def test_batching_is_tuned_to_the_freshness_and_the_tuning_kept_with_the_model(
     nats: NatsServer, nats_client: NatsClient, fresh: str, registry: Path
 ) -> None:
     from serving.model.registry import resolve_model
@@ -275,7 +275,7 @@ def test_a_consumer_with_other_settings_is_refused_and_the_differences_named(
         stream(linear, changed, sink)
 
 
-def test_a_user_who_may_not_publish_is_told_so(linear: str, fresh: str, tmp_path: Path) -> None:
+def test_a_user_who_may_not_publish_gets_broker_denied(linear: str, fresh: str, tmp_path: Path) -> None:
     with nats_server(tmp_path, guarded=True) as server:
         with NatsClient(server.url, server.environment) as admin:
             fill_stream(admin, fresh, as_json(customers(3)))
@@ -291,7 +291,7 @@ def test_a_user_who_may_not_publish_is_told_so(linear: str, fresh: str, tmp_path
                 stream(linear, *source_and_sink(server, fresh))
 
 
-def test_a_score_or_a_dead_letter_above_the_size_limit_is_told_and_the_rest_goes_on(
+def test_a_score_or_a_dead_letter_above_the_size_limit_does_not_stop_the_rest(
     linear: str, fresh: str, tmp_path: Path
 ) -> None:
     limit = 4096

@@ -85,7 +85,7 @@ def stream(model: str, source: FromKafka, sink: Any, **options: Any) -> StreamRe
     return stream_inference(model, source, sink, OPTIONS.model_copy(update={"idle_seconds": 1.0, **options}))
 
 
-def test_each_message_is_scored_poison_is_apart_and_offsets_are_committed_behind_it(
+def test_each_message_is_scored_or_dead_lettered_and_its_offset_committed(
     linear: str, brokers: str, fresh: str
 ) -> None:
     events = as_json(customers(300))
@@ -107,9 +107,7 @@ def test_each_message_is_scored_poison_is_apart_and_offsets_are_committed_behind
     assert 300 == committed(brokers, fresh)
 
 
-def test_a_killed_scorer_doubles_at_most_the_batch_that_was_in_its_hands(
-    linear: str, brokers: str, fresh: str, tmp_path: Path
-) -> None:
+def test_a_killed_scorer_doubles_at_most_one_batch(linear: str, brokers: str, fresh: str, tmp_path: Path) -> None:
     filled(brokers, fresh, as_json(customers(ROWS)))
     source, sink = FromKafka(servers=brokers, topic=fresh), ToKafka(topic=f"{fresh}.scores")
     options = OPTIONS.model_copy(update={"idle_seconds": 1.5, "rows_per_batch": 40})

@@ -141,7 +141,7 @@ def test_a_table_is_exact_over_kills_of_its_scorers(
     assert [str(at) for at in range(ROWS)] == found["customer"].to_list()
 
 
-def test_sigterm_drains_what_is_in_hand_and_the_same_call_goes_on(
+def test_sigterm_drains_the_taken_messages_and_the_same_call_continues(
     sleepy: str, nats: NatsServer, nats_client: NatsClient, fresh: str, tmp_path: Path
 ) -> None:
     fill_stream(nats_client, fresh, as_json(customers(3_000)))
@@ -163,7 +163,7 @@ def test_sigterm_drains_what_is_in_hand_and_the_same_call_goes_on(
 
 
 @pytest.mark.machines
-def test_ctrl_c_drains_too_and_says_what_is_done(
+def test_ctrl_c_drains_too_and_reports_what_is_done(
     sleepy: str, nats: NatsServer, nats_client: NatsClient, fresh: str, tmp_path: Path
 ) -> None:
     fill_stream(nats_client, fresh, as_json(customers(3_000)))
@@ -217,10 +217,10 @@ def test_an_outage_of_what_the_model_calls_uses_up_no_deliveries_of_good_message
     fill_stream(nats_client, fresh, as_json(customers(200)))
     source, sink = source_and_sink(nats, fresh, ack_wait_seconds=1.0, max_deliver=3)
     both = [start(model, source, sink, SLOW, tmp_path / "log") for _ in range(2)]
-    wait_until(lambda: in_hand(nats_client, fresh) == 200, "all messages in hand", both[0])
+    wait_until(lambda: count_in_flight(nats_client, fresh) == 200, "all messages in flight", both[0])
     # Twice as long as all deliveries would take.
     time.sleep(6)
-    during = scores(nats_client, fresh), in_hand(nats_client, fresh)
+    during = scores(nats_client, fresh), count_in_flight(nats_client, fresh)
     answers.touch()
     codes = [each.wait(200) for each in both]
 
@@ -228,11 +228,11 @@ def test_an_outage_of_what_the_model_calls_uses_up_no_deliveries_of_good_message
     assert [0, 0] == codes, (tmp_path / "log").read_text()[-3000:]
     assert Counter(range(200)) == count_customers([each.payload for each in nats_client.read(f"{fresh}-scores")])
     assert [] == dead_letters(nats_client, source)
-    assert 0 == in_hand(nats_client, fresh)
+    assert 0 == count_in_flight(nats_client, fresh)
 
 
-def in_hand(client: NatsClient, name: str) -> int:
-    """How many messages scorers have in hand; none where they have no consumer yet."""
+def count_in_flight(client: NatsClient, name: str) -> int:
+    """Return how many messages are in flight; none where there is no consumer yet."""
     from nats.js.errors import Error
 
     try:

@@ -223,7 +223,7 @@ class NatsSource:
                         await self._connection.wait_until_connected()
 
     async def _keep_requesting(self) -> None:
-        """Request messages as soon as there is room, and extend the time of those that wait here."""
+        """Request messages as soon as there is space, and extend the time of those that wait here."""
         while True:
             # An error of the connection is reported by other waits; here the next tick tries again.
             with contextlib.suppress(nats.errors.Error):
@@ -284,9 +284,9 @@ class NatsSource:
         requested = self._count_requested()
         limit = self._limit
         count = self._request_messages_max if limit is None else min(self._request_messages_max, limit - requested)
-        room = self._messages_max - len(self._buffer) - requested
-        has_room = room >= self._request_messages_max and self._buffer_bytes <= self._bytes_quarter
-        if len(self._requests) > 1 or count < 1 or not has_room:
+        free = self._messages_max - len(self._buffer) - requested
+        has_space = free >= self._request_messages_max and self._buffer_bytes <= self._bytes_quarter
+        if len(self._requests) > 1 or count < 1 or not has_space:
             return
         number = next(self._numbers)
         self._requests[number], self._requested_at = _PullRequest(count, count), now

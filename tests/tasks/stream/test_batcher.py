@@ -38,7 +38,7 @@ def sizes(taking: Batcher) -> list[int]:
     return [len(taking.next_batch(None)) for _ in range(6)]
 
 
-def test_large_messages_make_batches_of_few_however_many_rows_there_might_be() -> None:
+def test_batches_of_large_messages_are_full_by_their_bytes() -> None:
     taken = sizes(batcher([message(bytes(1 << 20))] * 100, mb=60))
 
     assert [10] * 6 == taken
@@ -70,7 +70,7 @@ def test_a_batch_waits_until_it_is_full_or_its_time_is_up(full: int, rows: int, 
     assert pause <= 2.0
 
 
-def test_a_message_that_comes_again_and_again_is_scored_with_ever_fewer_others() -> None:
+def test_a_redelivered_message_is_scored_with_fewer_others_each_time() -> None:
     assert [None, None, 64, 16, 4, 1, 1] == [quarantine_size(deliveries, 20) for deliveries in (1, 3, 4, 5, 6, 7, 15)]
     assert [None, 64, 1] == [quarantine_size(deliveries, None) for deliveries in (3, 4, 100)]
 
@@ -79,5 +79,5 @@ def test_a_message_whose_last_deliveries_are_near_is_scored_alone() -> None:
     assert [None, 1, 1] == [quarantine_size(deliveries, 6) for deliveries in (3, 4, 5)]
 
 
-def test_the_last_delivery_is_never_shared_however_few_there_are() -> None:
+def test_a_message_on_its_last_delivery_is_alone_even_if_it_is_no_suspect() -> None:
     assert [None, None, 1] == [quarantine_size(deliveries, 3) for deliveries in (1, 2, 3)]

@@ -121,7 +121,7 @@ def test_an_arrow_message_has_rows_and_not_too_many(rows: int) -> None:
 
 
 @given(st.binary(max_size=200), st.integers(0, 400), st.integers(0, 255))
-def test_no_bytes_whatever_get_past_the_decoder_as_an_error_of_a_library(noise: bytes, at: int, byte: int) -> None:
+def test_no_bytes_make_the_decoder_raise_the_error_of_a_library(noise: bytes, at: int, byte: int) -> None:
     whole = bytearray(arrow_rows(1, [1.0, 2.0]).payload)
     whole[at % len(whole)] = byte
     sent = [message(noise, 1), message(bytes(whole), 2), message(bytes(whole[: at % len(whole)]), 3)]

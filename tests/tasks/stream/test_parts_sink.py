@@ -77,7 +77,7 @@ def test_what_is_emitted_twice_or_cut_otherwise_is_there_once(place: str) -> Non
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_whatever_two_scorers_emit_from_where_they_stand_each_message_is_there_once(
+def test_two_scorers_in_any_order_write_each_message_once(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     place = str(tmp_path_factory.mktemp("race"))
@@ -157,7 +157,7 @@ def test_a_part_that_is_not_there_once_written_ends_the_stream_and_no_message_is
     assert [1, 2, 3] == numbers(str(tmp_path))
 
 
-def test_a_part_that_was_deleted_and_written_again_is_told_to_who_has_read_the_first(tmp_path: Path) -> None:
+def test_a_part_that_was_deleted_and_written_again_is_refused_by_a_scorer_that_read_the_first(tmp_path: Path) -> None:
     sink = opened(str(tmp_path))
     emit(sink, [json_row(number) for number in range(1, 10)])
     (part,) = (tmp_path / "run=t").glob("*.parquet")
@@ -191,7 +191,7 @@ def test_no_message_is_passed_over_where_a_part_that_was_lost_is_another_scorers
     assert [1, 2, 3] == numbers(str(tmp_path))
 
 
-def test_numbers_may_have_gaps_and_partitions_are_apart(place: str) -> None:
+def test_numbers_may_have_gaps_and_each_partition_has_its_own(place: str) -> None:
     sink = opened(place)
     emit(sink, [message(json_row(1).payload, position=Position(1, 7))])
     emit(sink, [json_row(10), message(json_row(2).payload, position=Position(1, 9)), json_row(20)])
@@ -200,7 +200,7 @@ def test_numbers_may_have_gaps_and_partitions_are_apart(place: str) -> None:
     assert [10, 20, 7, 9] == numbers(place)
 
 
-def test_rows_of_one_message_are_told_apart_and_keys_keep_the_type_of_the_table(place: str) -> None:
+def test_rows_of_one_message_are_numbered_and_keys_keep_the_type_of_the_table(place: str) -> None:
     decode = decoder()
     emit(opened(place, decode), [arrow_rows(1, [1.0, 2.0]), arrow_rows(2, [3.0])], decode)
     decode = decoder()
@@ -237,7 +237,7 @@ def test_a_part_without_its_commit_is_committed_when_the_table_is_opened_again(
     assert [1, 2] == numbers(str(tmp_path))
 
 
-def test_a_later_commit_is_the_newest_whatever_the_clock_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_commit_is_the_newest_with_any_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     emit(opened(str(tmp_path)), [json_row(1)])
     (manifest,) = tmp_path.rglob("manifest.json")
     manifest.write_text(manifest.read_text().replace('"planned_at":"20', '"planned_at":"21'))
@@ -246,7 +246,7 @@ def test_a_later_commit_is_the_newest_whatever_the_clock_says(tmp_path: Path, mo
     assert [1, 2] == numbers(str(tmp_path))
 
 
-def test_a_table_belongs_to_one_stream_and_says_so(place: str) -> None:
+def test_a_table_of_another_stream_is_refused(place: str) -> None:
     opened(place)
 
     with pytest.raises(RunNameTaken, match="'t' already holds a run of another plan"):
@@ -294,7 +294,7 @@ def test_a_clock_that_goes_back_hides_no_commit(tmp_path: Path) -> None:
     assert [1, 2] == numbers(str(tmp_path))
 
 
-def test_a_part_that_was_deleted_or_spoilt_is_told_by_name(tmp_path: Path) -> None:
+def test_a_part_that_was_deleted_or_damaged_is_named(tmp_path: Path) -> None:
     sink = opened(str(tmp_path))
     for number in (1, 2, 3):
         emit(sink, [json_row(number)])

@@ -120,7 +120,7 @@ def test_a_batch_is_not_waited_for_beyond_its_time() -> None:
     assert [[0, 1, 2]] == memory.batches
 
 
-def test_poison_is_buried_before_its_batch_is_acknowledged_and_the_rest_is_emitted() -> None:
+def test_poison_is_dead_lettered_before_its_batch_is_acknowledged_and_the_rest_is_emitted() -> None:
     memory = Memory([json_row(1), message(b"no", 2), json_row(3, a=666), json_row(4)])
     memory.slow = lambda: memory.batches.append([len(memory.dead_lettered), len(memory.done)])
     made = run(pipeline(memory))
@@ -132,7 +132,7 @@ def test_poison_is_buried_before_its_batch_is_acknowledged_and_the_rest_is_emitt
     assert (4, 2) == (made.metrics.totals.messages, made.metrics.totals.dead_lettered)
 
 
-def test_a_slow_sink_holds_the_source_within_what_may_be_in_flight() -> None:
+def test_a_slow_sink_keeps_the_source_within_the_messages_in_flight() -> None:
     memory = Memory(rows(range(10_000)))
     let_go = threading.Event()
     memory.slow = lambda: let_go.wait(20)
@@ -169,7 +169,7 @@ def test_a_sink_that_fails_ends_the_stream_with_its_error_and_nothing_is_acknowl
     assert [] == memory.done
 
 
-def test_a_stream_of_nothing_but_poison_ends_and_says_what_it_was() -> None:
+def test_a_stream_of_poison_alone_ends_with_the_reason_of_the_last() -> None:
     memory = Memory([message(b"no", number) for number in range(1000)])
 
     with pytest.raises(TooManyRejects, match=r"At least one of 40 messages in a row.*JSON that does not parse"):
@@ -178,7 +178,7 @@ def test_a_stream_of_nothing_but_poison_ends_and_says_what_it_was() -> None:
     assert 40 <= len(memory.dead_lettered) == len(memory.done) < 100
 
 
-def test_a_message_that_came_too_often_is_buried_unscored_and_one_under_suspicion_goes_alone() -> None:
+def test_a_message_on_its_last_delivery_is_dead_lettered_unscored_and_a_suspect_is_scored_alone() -> None:
     memory = Memory([json_row(1), json_row(2), json_row(3), json_row(4)])
     memory.waiting[1] = message(memory.waiting[1].payload, 2, deliveries=4)
     memory.waiting[3] = message(b'{"id": 4, "a": 666, "b": 1}', 4, deliveries=5)
@@ -197,7 +197,7 @@ def test_a_last_delivery_takes_none_with_it_that_comes_for_the_first_time() -> N
     assert [1] == [number for number, _ in memory.dead_lettered]
 
 
-def test_what_is_not_scored_any_more_is_buried_before_anything_is_scored_that_may_end_the_process() -> None:
+def test_messages_on_their_last_delivery_are_dead_lettered_before_any_suspect_is_scored() -> None:
     memory = Memory([*rows(range(1, 4)), *(json_row(at, deliveries=at) for at in (4, 5, 9))])
     scored_before: list[list[int]] = []
 
@@ -211,7 +211,7 @@ def test_what_is_not_scored_any_more_is_buried_before_anything_is_scored_that_ma
     assert [1, 2, 3, 4] == sorted(memory.emitted)
 
 
-def test_what_is_held_for_a_table_is_without_the_messages_themselves() -> None:
+def test_batches_that_wait_for_a_part_have_no_payloads() -> None:
     memory = Memory(rows(range(20)))
     held: list[ScoredBatch] = []
     made = pipeline(memory, emit_policy=EmitPolicy(rows=20, seconds=5.0))
@@ -224,7 +224,7 @@ def test_what_is_held_for_a_table_is_without_the_messages_themselves() -> None:
     assert list(range(20)) == memory.done
 
 
-def test_a_message_on_its_last_delivery_that_has_gone_out_is_done_and_not_buried() -> None:
+def test_an_emitted_message_on_its_last_delivery_is_acknowledged_and_no_dead_letter() -> None:
     memory = Memory([message(b'{"id": 1, "a": 666, "b": 1}', 1, deliveries=5)])
     made = pipeline(memory, max_deliver=5)
     made.connections = replace(made.connections, find_emitted=lambda messages: {each.position for each in messages})

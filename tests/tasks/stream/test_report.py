@@ -81,7 +81,7 @@ def test_the_metrics_are_served_on_loopback_and_a_port_that_is_taken_is_named() 
     assert "overnight_stream_lag_messages 3.0" in page
 
 
-def test_the_line_says_what_was_done_since_the_last_one() -> None:
+def test_the_progress_line_counts_since_the_last_one() -> None:
     metrics = StreamMetrics(lag=lambda: 1234)
     before = metrics.totals
     metrics.count_emitted([score([json_row(1), json_row(2), message(b"no", 3)])], 1, 0.5, 1.0)

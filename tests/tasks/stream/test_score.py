@@ -106,7 +106,7 @@ def test_a_connection_that_fails_for_a_while_makes_poison_of_no_message() -> Non
 
 @settings(deadline=None)
 @given(st.lists(st.one_of(st.none(), st.floats(-1e3, 1e3, width=32), st.just(666.0)), min_size=1, max_size=40))
-def test_whatever_stands_beside_it_a_row_has_the_score_that_it_has_alone(values: list[float | None]) -> None:
+def test_a_row_has_the_same_score_in_any_micro_batch(values: list[float | None]) -> None:
     sent = [json_row(at, a=value) for at, value in enumerate(values)]
     together = {a.message.position.number: a.payload for a in build_answers(score(sent), CONTRACT, KEYS)}
     alone = {
@@ -136,14 +136,14 @@ def test_lists_are_answered_as_lists(keys: tuple[str, ...]) -> None:
     assert [5.5, 5.5] == orjson.loads(build_answers(scored, contract, keys)[0].payload)["score"]
 
 
-def test_arrow_answers_have_a_schema_of_their_own_whatever_is_in_them() -> None:
+def test_arrow_answers_have_the_same_schema_with_and_without_rejects() -> None:
     good, bad = (build_answers(score([arrow_rows(1, values)]), CONTRACT, KEYS)[0] for values in ([1.0], [1.0, None]))
 
     assert read_arrow(good.payload).schema == read_arrow(bad.payload).schema
     assert pa.float32() == read_arrow(good.payload).schema.field("score").type
 
 
-def test_a_light_copy_has_the_places_keys_and_scores_and_nothing_of_the_messages() -> None:
+def test_a_compact_batch_has_positions_keys_and_scores_and_no_payloads() -> None:
     scored = score([json_row(1), arrow_rows(2, [1.0, None]), message(b"no", 3), json_row(4, a=None)])
     light = scored.compact(KEYS)
 

@@ -33,7 +33,7 @@ def test_brokers_that_are_absent_are_waited_for_and_it_is_said_once() -> None:
 
 
 @pytest.mark.parametrize("code", [KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.SASL_AUTHENTICATION_FAILED])
-def test_a_user_who_may_not_is_told_what_to_mend(code: int) -> None:
+def test_a_user_who_is_denied_gets_what_to_correct(code: int) -> None:
     warnings: list[str] = []
     refused = errors(warnings)
     refused.on_error(KafkaError(code))

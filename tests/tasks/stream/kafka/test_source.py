@@ -146,7 +146,7 @@ def test_a_topic_that_is_made_again_while_it_is_read_puts_no_row_into_the_table(
     assert list(range(40)) == ids(tmp_path)
 
 
-def test_a_group_hears_of_a_topic_that_is_made_again_while_it_is_read(brokers: KafkaBrokers, fresh: str) -> None:
+def test_a_group_fails_where_its_topic_is_made_again_while_it_is_read(brokers: KafkaBrokers, fresh: str) -> None:
     make(brokers, fresh, 40)
     with opened(brokers, fresh, ToKafka(topic=f"{fresh}.scores")) as connections:
         emit_messages(connections, 40)
@@ -309,7 +309,7 @@ def test_an_id_that_the_caller_names_must_be_that_of_the_brokers(brokers: KafkaB
         pass
 
 
-def test_a_table_of_an_earlier_version_goes_on_once_the_caller_has_named_the_topic(
+def test_a_table_of_an_earlier_version_continues_once_the_caller_has_named_the_topic(
     brokers: KafkaBrokers, fresh: str, tmp_path: Path
 ) -> None:
     make(brokers, fresh, 8)
@@ -337,7 +337,7 @@ def test_a_table_of_an_earlier_version_goes_on_once_the_caller_has_named_the_top
         pass
 
 
-def test_a_group_of_an_earlier_version_goes_on_where_it_was(brokers: KafkaBrokers, fresh: str) -> None:
+def test_a_group_of_an_earlier_version_continues_where_it_was(brokers: KafkaBrokers, fresh: str) -> None:
     make(brokers, fresh, 80)
     commit(brokers, fresh, f"{fresh}-old")
     brokers.delete_before(fresh, 3, 5)

@@ -15,7 +15,7 @@ from tasks.stream.nats.connection import NatsConnection
 from tests.flows.streams import kill_server, wait_until
 
 
-def test_a_server_that_is_absent_goes_and_comes_back_is_told_of_each_time(tmp_path: Path) -> None:
+def test_there_is_a_warning_when_a_server_is_absent_is_gone_and_is_back(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     warnings: list[str] = []
     connections: list[NatsConnection] = []

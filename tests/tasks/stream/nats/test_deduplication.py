@@ -17,7 +17,7 @@ from tasks.stream.options import FromNats
 from tests.flows.streams import kill_server, wait_until
 
 
-def test_a_server_that_was_away_for_longer_than_it_remembers_ids_is_told_nothing_twice(tmp_path: Path) -> None:
+def test_a_server_that_was_gone_for_longer_than_its_window_gets_no_score_twice(tmp_path: Path) -> None:
     source = FromNats(stream="ROWS")
     server = nats_server(tmp_path)
     connection = NatsConnection(server.url, lambda _: None, threading.Event())
@@ -56,7 +56,7 @@ def test_a_server_that_was_away_for_longer_than_it_remembers_ids_is_told_nothing
     assert Counter([b"1", b"2", b"3"]) == stored
 
 
-def test_a_score_is_known_however_long_ago_it_went_out_and_however_often_it_is_asked_for(tmp_path: Path) -> None:
+def test_an_emitted_score_is_found_long_after_the_window_and_repeatedly(tmp_path: Path) -> None:
     source = FromNats(stream="ROWS", ack_wait_seconds=1.0, max_deliver=3)
     with nats_server(tmp_path) as server:
         connection = NatsConnection(server.url, lambda _: None, threading.Event())

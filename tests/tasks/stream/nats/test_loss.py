@@ -180,7 +180,7 @@ def take_and_die(nats: NatsServer, stream: str, count: int, seconds: float = 0.0
         connection.close()
 
 
-def test_a_message_comes_again_however_many_scorers_have_died_with_it(
+def test_a_message_is_redelivered_after_any_number_of_dead_scorers(
     nats: NatsServer, nats_client: NatsClient, fresh: str
 ) -> None:
     nats_client.make(fresh, fresh)
@@ -192,7 +192,7 @@ def test_a_message_comes_again_however_many_scorers_have_died_with_it(
     assert all(least <= each.deliveries for least, found in enumerate(came, 1) for each in found)
 
 
-def test_what_a_slow_scorer_held_for_longer_than_all_deliveries_take_comes_again_when_it_is_dead(
+def test_messages_of_a_slow_scorer_are_redelivered_once_it_is_dead(
     nats: NatsServer, nats_client: NatsClient, fresh: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nats_client.make(fresh, fresh)
@@ -224,7 +224,7 @@ def test_a_consumer_that_an_earlier_version_made_gives_nothing_up_any_more(
     assert [[1, 2, 3]] * 5 == [sorted(each.position.number for each in found) for found in came]
 
 
-def test_messages_that_the_consumer_of_an_earlier_version_gave_up_are_told_of(
+def test_there_is_a_warning_of_messages_that_the_consumer_of_an_earlier_version_gave_up(
     nats: NatsServer, nats_client: NatsClient, fresh: str
 ) -> None:
     nats_client.make(fresh, fresh)
@@ -252,7 +252,7 @@ def test_messages_that_the_consumer_of_an_earlier_version_gave_up_are_told_of(
     assert any("2 messages between 1 and 5 were given up" in words for words in warnings), warnings
 
 
-def test_a_message_that_was_buried_and_comes_again_after_the_window_of_the_dead_letters_is_there_once(
+def test_a_dead_letter_that_is_redelivered_after_the_window_is_there_once(
     nats: NatsServer, nats_client: NatsClient, fresh: str
 ) -> None:
     nats_client.make(fresh, fresh)

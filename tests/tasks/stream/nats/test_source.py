@@ -22,7 +22,7 @@ from tasks.stream.options import FromNats
 from tests.tasks.stream.messages import message
 
 
-def test_what_is_in_hand_is_told_of_each_half_wait_until_it_is_done() -> None:
+def test_a_tracked_message_is_extended_at_half_of_the_ack_wait_until_it_is_done() -> None:
     tracker = AckTracker(10.0)
     tracker.track(1, "one", 0.0)
     tracker.track(2, "two", 3.0)
@@ -34,7 +34,7 @@ def test_what_is_in_hand_is_told_of_each_half_wait_until_it_is_done() -> None:
     assert ["two"] == tracker.extend_due(20.0)
 
 
-def test_a_copy_of_what_is_in_hand_is_told_apart_and_its_receipt_is_the_one_that_counts() -> None:
+def test_a_copy_of_a_tracked_message_is_no_new_one_but_its_receipt_is_used() -> None:
     tracker = AckTracker(10.0)
 
     assert [True, False] == [tracker.track(1, "first", 0.0), tracker.track(1, "again", 2.0)]
@@ -44,7 +44,7 @@ def test_a_copy_of_what_is_in_hand_is_told_apart_and_its_receipt_is_the_one_that
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.booleans(), st.floats(0, 3)), max_size=60))
-def test_no_message_in_hand_waits_for_longer_than_half_and_a_look(steps: list[tuple[int, bool, float]]) -> None:
+def test_no_tracked_message_waits_for_longer_than_half_of_the_ack_wait(steps: list[tuple[int, bool, float]]) -> None:
     tracker, told, now = AckTracker(8.0), dict[int, float](), 0.0
     for number, done, pause in steps:
         now += pause
@@ -121,7 +121,7 @@ def test_two_patterns_overlap_where_a_subject_can_fit_both(one: str, other: str,
     assert fits == subjects_overlap(one, other) == subjects_overlap(other, one)
 
 
-def test_no_more_is_taken_than_may_be_in_flight_and_what_was_not_fetched_comes_again_at_once(
+def test_messages_in_flight_are_bounded_and_unfetched_ones_are_redelivered_at_once(
     nats: NatsServer, nats_client: NatsClient, fresh: str
 ) -> None:
     nats_client.make(fresh, fresh)
