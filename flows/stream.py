@@ -6,93 +6,102 @@ from prefect import get_run_logger
 
 from flows.runtime.flow_decorator import adhoc_flow
 from flows.runtime.interruption import exit_interrupted
-from flows.runtime.stream_run import StreamRun, hearing
+from flows.runtime.stream_run import StreamRun, handle_early_sigterm
 from serving.model.loading import load_model
 from serving.model.registry import resolve_model
 from tasks.spot.notice_poller import poll_notices
 from tasks.stream.decode import Decoder
-from tasks.stream.opener import Opener, check_names
+from tasks.stream.opener import ConnectionOpener, check_column_names
 from tasks.stream.options import AnySink, AnySource, StreamOptions
-from tasks.stream.report import Meter, StreamReport, publish_left, publish_report
+from tasks.stream.report import StreamMetrics, StreamReport, publish_report
 
 _DEFAULTS = StreamOptions()
 
 
 @adhoc_flow("stream-inference")
 def stream_inference(model: str, source: AnySource, sink: AnySink, options: StreamOptions = _DEFAULTS) -> StreamReport:
-    """Score every message of a stream with a registered model, and put each score out once.
+    """Score every message of a stream with a registered model, and emit each score once.
+
+    It ends at a limit, when it is idle, on Ctrl-C and on notices of an interruption. Messages taken by then are scored
+    and acknowledged, and the same call continues after them. After kill -9, messages that were not acknowledged are
+    delivered again, and their scores are there once (with ToKafka at least once). Messages that can't be scored go to
+    the dead letters with the reason.
 
     Args:
         model: models:/NAME@ALIAS or models:/NAME/VERSION, resolved once.
         source: FromNats or FromKafka: messages of one row as JSON, or of many as Arrow IPC.
         sink: ToNats, ToKafka or ToParts.
-        options: Keys, casts, freshness, and when it ends; without any it never does by itself.
+        options: Keys, casts, freshness, and when it ends; by default it never does by itself.
 
-    It ends at a limit, when it is idle, on Ctrl-C and on notices; what was taken by then is scored and acknowledged,
-    and the same call goes on behind it. kill -9 at any time: what was not acknowledged comes again, and is in the
-    output once (with ToKafka at least once). What can't be scored goes to the dead letters with the reason. Raises
-    OvernightError's kinds (serving.errors), each named for what to do next.
+    Returns:
+        What was done, and how fast.
+
+    Raises:
+        OvernightError: Its kinds, in serving.errors, are named for what to do next.
     """
     logger = get_run_logger()
     resolved = resolve_model(model)
     contract = resolved.contract(options.input_columns, options.policies)
-    check_names(contract, options.key_columns, parts=sink.kind == "parts")
+    check_column_names(contract, options.key_columns, parts=sink.kind == "parts")
     loaded = load_model(resolved, contract, allow_pickle=options.allow_pickle)
-    decoder = Decoder(contract, options.key_columns, one_type=sink.kind == "parts")
+    decoder = Decoder(contract, options.key_columns, fix_key_types=sink.kind == "parts")
     run = StreamRun(resolved=resolved, model=loaded, decoder=decoder, options=options)
-    opener = Opener(decoder=run.decoder, model=resolved.pin, options=options, say=logger.warning, give_up=run.give_up)
+    opener = ConnectionOpener(
+        decoder=decoder, model=resolved.pin, options=options, warn=logger.warning, give_up=run.give_up
+    )
     with (
         poll_notices(run.drain, options.notices, logger.warning),
-        hearing(run, logger),
-        opener.opened(source, sink) as ends,
+        handle_early_sigterm(run, logger),
+        opener.open(source, sink) as connections,
     ):
-        run.go(ends, logger)
-    if run.left:
+        run.run(connections, logger)
+    done, name = _describe_done(run.metrics), _name_connection(source)
+    if run.ended_by_notice:
         exit_interrupted(
-            run.drain, _in_words(run.meter), lambda words: publish_left(_name(source), words, logger), logger
+            run.drain, done, lambda words: publish_report(name, f"# Stream {name}\n\n{words}\n", logger), logger
         )
-    report = _report(run, resolved.pin.uri, source, sink)
-    publish_report(report, logger)
-    logger.info("The stream has ended (%s): %s.", report.ended, _in_words(run.meter))
+    report = _build_report(run, resolved.pin.uri, source, sink)
+    publish_report(name, report.markdown(), logger)
+    logger.info("The stream has ended (%s): %s.", report.ended, done)
     if run.interrupted:
-        message = f"Interrupted: {_in_words(run.meter)}; the same call goes on behind them."
+        message = f"Interrupted: {done}; the same call continues after them."
         raise KeyboardInterrupt(message)
     return report
 
 
-def _in_words(meter: Meter) -> str:
-    totals = meter.totals
+def _describe_done(metrics: StreamMetrics) -> str:
+    totals = metrics.totals
     return f"{totals.messages:,} messages ({totals.rows:,} rows) are done and acknowledged"
 
 
-def _name(address: AnySource | AnySink) -> str:
-    """Return an end in a word or two."""
+def _name_connection(address: AnySource | AnySink) -> str:
+    """Return a source or a sink in two words."""
     for field in ("stream", "subject", "topic", "destination"):
         if name := getattr(address, field, None):
             return f"{address.kind} {name}"
     return address.kind
 
 
-def _report(run: StreamRun, model: str, source: AnySource, sink: AnySink) -> StreamReport:
-    totals, dial = run.meter.totals, run.dial()
+def _build_report(run: StreamRun, model: str, source: AnySource, sink: AnySink) -> StreamReport:
+    totals, config, settings = run.metrics.totals, run.batching(), run.settings
     return StreamReport(
         ended=run.ended,
         model=model,
-        source=_name(source),
-        sink=_name(sink),
+        source=_name_connection(source),
+        sink=_name_connection(sink),
         messages=totals.messages,
         rows=totals.rows,
         rejects=totals.rejects,
-        dead_letters=totals.buried,
+        dead_letters=totals.dead_lettered,
         events_ahead=totals.events_ahead,
         seconds=run.seconds,
-        latency_seconds_p50=run.meter.latency(0.5),
-        latency_seconds_p99=run.meter.latency(0.99),
+        latency_seconds_p50=run.metrics.latency(0.5),
+        latency_seconds_p99=run.metrics.latency(0.99),
         lag=run.lag,
-        rows_per_batch=dial.rows,
-        wait_seconds=dial.wait_seconds,
-        batch_seconds=run.dial.service().seconds(dial.rows),
-        batch_size=run.setting.batch_size,
-        slots=run.setting.slots,
-        engine=str(run.setting.tuning.engine if run.setting.tuning else run.setting.model.engine),
+        rows_per_batch=config.batch_size_max,
+        wait_seconds=config.wait_seconds_max,
+        batch_seconds=run.batching.fit_cost().seconds(config.batch_size_max),
+        batch_size=settings.batch_size,
+        slots=settings.slots,
+        engine=str(settings.tuning.engine if settings.tuning else settings.model.engine),
     )

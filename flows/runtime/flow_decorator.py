@@ -18,7 +18,7 @@ from serving.redaction import hide_secrets_in_exception, hide_secrets_in_logs, h
 
 hide_secrets_in_logs()
 
-_SAY = "Interrupted. The same call begins again, or resumes where it had begun to score."
+_INTERRUPTED = "Interrupted. The same call starts again, or resumes where it had begun to score."
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -56,7 +56,7 @@ class _AdHocFlow(Flow[P, R]):
                     return super().__call__(*args, **kwargs)
                 except KeyboardInterrupt as interrupt:
                     # Without its cause: the frames of Prefect's engine say nothing to a person who pressed Ctrl-C.
-                    raise KeyboardInterrupt(*interrupt.args or [_SAY]) from None
+                    raise KeyboardInterrupt(*interrupt.args or [_INTERRUPTED]) from None
                 except InterruptedExit as left:
                     if left.notice.is_sigterm:
                         _pass_on_sigterm()

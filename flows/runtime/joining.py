@@ -1,7 +1,7 @@
 """Many workers on one run: each is a flow run of one deployment, and all of them score one plan.
 
-No worker leads. The one whose options ask for more starts them, as flow runs that join its own, and goes on
-to score; whoever finds every part there publishes. What becomes of any of them is no matter to the rest.
+No worker leads. The one whose options ask for more starts them, as flow runs that join its own, and then scores.
+Any worker that finds every part there publishes. A worker that fails does not affect the others.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def start_workers(options: BatchOptions, logger: Logger) -> list[FlowRun]:
                 this.deployment_id,
                 parameters=parameters,
                 flow_run_name=f"{this.name}-worker-{at}",
-                # Nobody waits for it here: it may outlive this one, or come when all is done.
+                # It is not waited for: it may outlive this flow run, or start when all is done.
                 timeout=0,
                 idempotency_key=f"{this.id}/worker-{at}",
             ),

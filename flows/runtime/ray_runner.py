@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 _POLL_SECONDS = 0.2
-_REST_SECONDS = 5.0
+_CANCEL_SECONDS = 5.0
 _REACH_SECONDS = 10.0
 # Nothing but a shard's figures travels through it; a quarter of the memory would be set aside for it otherwise.
 _OBJECT_STORE_BYTES = 128 << 20
@@ -53,12 +53,12 @@ def check_usable(where: Ray) -> None:
 
 
 def score_shards(
-    where: Ray, slots: int, sent: ShardTask, shards: list[int], scorer: Scorer, notice_seconds: float
+    where: Ray, slots: int, shard_task: ShardTask, shards: list[int], scorer: Scorer, notice_seconds: float
 ) -> ScoringResult:
-    """Score shards, at most `slots` of them at once; return what that came to.
+    """Score shards, at most `slots` of them at once; return their results, added up.
 
-    A notice to this process stops them all: slots are elsewhere, and what they have in hand is dropped. Raises what
-    the first failing shard raised, and RunnerUnusable where the cluster does not carry the run.
+    A notice to this process stops them all: slots are elsewhere, and their unfinished chunks are dropped. Raises what
+    the first failing shard raised, and RunnerUnusable where the cluster fails.
     """
     scored = ScoringResult()
     pending: dict[Any, PrefectRayFuture[Any]] = {}
@@ -69,7 +69,7 @@ def score_shards(
                     _add_next(pending, scored, scorer)
                 if scorer.scheduler.is_stopping():
                     break
-                future = runner.submit(score_shard, {"errand": sent, "shard": shard})
+                future = runner.submit(score_shard, {"shard_task": shard_task, "shard": shard})
                 pending[future.wrapped_future] = future
             while pending and not scorer.scheduler.is_stopping():
                 _add_next(pending, scored, scorer)
@@ -77,15 +77,15 @@ def score_shards(
             take_sigterm_as_notice(scorer.drain, notice_seconds)
         except BaseException as error:
             ignore_repeated_sigint(error)
-            _cancel_tasks(list(pending), _REST_SECONDS)
+            _cancel_tasks(list(pending), _CANCEL_SECONDS)
             raise
         scored.chunks_dropped += len(pending)
-        _cancel_tasks(list(pending), min(_REST_SECONDS, scorer.drain.seconds_left / 4))
+        _cancel_tasks(list(pending), min(_CANCEL_SECONDS, scorer.drain.seconds_left / 4))
     return scored
 
 
 def _add_next(pending: dict[Any, PrefectRayFuture[Any]], scored: ScoringResult, scorer: Scorer) -> None:
-    """Wait for one shard and add what it came to, or for a notice."""
+    """Wait for one shard and add its result, or for a notice."""
     import ray  # noqa: PLC0415 - an extra that most installations do without
 
     done: list[Any] = []
@@ -98,7 +98,7 @@ def _add_next(pending: dict[Any, PrefectRayFuture[Any]], scored: ScoringResult, 
 
 
 def _get_result(future: PrefectRayFuture[Any]) -> Any:
-    """Return what a shard came to, or raise what it raised."""
+    """Return the result of a shard, or raise what it raised."""
     from ray.exceptions import RayError  # noqa: PLC0415
 
     try:
@@ -111,26 +111,26 @@ def _get_result(future: PrefectRayFuture[Any]) -> Any:
 
 
 def _runner_unusable(error: Exception) -> RunnerUnusable:
-    told = str(error).strip()
-    if "ModuleNotFoundError" in told or "ImportError" in told:
+    reason = str(error).strip()
+    if "ModuleNotFoundError" in reason or "ImportError" in reason:
         return RunnerUnusable(
             "Every process of Ray must import the packages flows, tasks and serving of this very version, got: "
-            f"{told.splitlines()[-1]}. Install the same wheel on every node, and call from a folder that has no "
+            f"{reason.splitlines()[-1]}. Install the same wheel on every node, and call from a folder that has no "
             "tasks.py, flows.py or serving.py: Ray puts the caller's folder before what is installed."
         )
     return RunnerUnusable(
-        f"Ray must carry each shard to its end, got {type(error).__name__}: {told} Call again, with fewer slots if "
+        f"Ray must carry each shard to its end, got {type(error).__name__}: {reason} Call again, with fewer slots if "
         "memory ran out."
     )
 
 
-def _cancel_tasks(refs: list[Any], rest_seconds: float) -> None:
-    """Cancel tasks: softly, so that they tell Prefect, then by ending their processes."""
+def _cancel_tasks(refs: list[Any], wait_seconds: float) -> None:
+    """Cancel tasks: gently, so that Prefect gets their states, then by ending their processes."""
     import ray  # noqa: PLC0415
 
     for ref in refs:
         ray.cancel(ref)
-    _, left = ray.wait(refs, num_returns=len(refs), timeout=rest_seconds) if refs else ([], [])
+    _, left = ray.wait(refs, num_returns=len(refs), timeout=wait_seconds) if refs else ([], [])
     for ref in left:
         ray.cancel(ref, force=True)
 
@@ -175,7 +175,7 @@ def _check_cpus(cpus: int) -> None:
 
 
 def _ray_arguments(where: Ray, cpus: int) -> dict[str, Any]:
-    """Return what ray.init is told: quiet, and on this machine without its dashboard."""
+    """Return the arguments of ray.init: quiet, and on this machine without its dashboard."""
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if where.address:
         return {"address": where.address, **quiet}

@@ -27,7 +27,7 @@ _scorers: dict[str, Scorer] = {}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardTask:
-    """What a shard task is sent out with: all that another process needs, and nothing that can't travel."""
+    """What the task of a shard needs in any process: addresses and settings, which can be pickled."""
 
     attempt: str
     destination: str
@@ -39,7 +39,7 @@ class ShardTask:
 
 @contextmanager
 def open_shard_tasks(scorer: Scorer, *, allow_pickle: bool) -> Generator[ShardTask]:
-    """Make the errand for one pass; tasks in this process find the scorer itself while the block runs."""
+    """Yield what the tasks of one pass are sent; those in this process use the scorer itself while the block runs."""
     attempt = str(uuid4())
     _scorers[attempt] = scorer
     try:
@@ -56,31 +56,29 @@ def open_shard_tasks(scorer: Scorer, *, allow_pickle: bool) -> Generator[ShardTa
 
 
 @task(name="score-shard", task_run_name="score-shard-{shard}", cache_policy=NO_CACHE, persist_result=False)
-def score_shard(errand: ShardTask, shard: int) -> Any:
-    """Score one shard in this thread, then help with what is left: Scored, or Cancelled where it was stopped."""
-    return _score(errand, shard)
-
-
-def _score(errand: ShardTask, shard: int) -> Any:
-    scorer = _scorers.get(errand.attempt) or _open_scorer(errand)
+def score_shard(shard_task: ShardTask, shard: int) -> Any:
+    """Score one shard in this thread, then help with what is left. Return a ScoringResult, or Cancelled if stopped."""
+    scorer = _scorers.get(shard_task.attempt) or _open_scorer(shard_task)
     try:
-        scored = scorer.score_shard(shard)
+        result = scorer.score_shard(shard)
     except KeyboardInterrupt:
-        # Ray's way to cancel a task; what it had written counts by its parts.
-        scored = ScoringResult()
+        # Ray cancels a task in this way. The parts that it has written count.
+        result = ScoringResult()
     if scorer.scheduler.is_stopping():
         chunks = len(scorer.plan.shards[shard])
         done = sum(at == shard for at, _ in list_parts(scorer.destination, scorer.plan))
         if done < chunks:
-            # With what it came to: after a notice that is withdrawn, the run goes on and counts it.
-            return Cancelled(message=f"Stopped after {done} of {chunks} chunks; their parts stay.", data=scored)
-    return scored
+            # The result goes with it: after a notice that is withdrawn, the run goes on and counts it.
+            return Cancelled(message=f"Stopped after {done} of {chunks} chunks; their parts stay.", data=result)
+    return result
 
 
-def _open_scorer(errand: ShardTask) -> Scorer:
-    """Make a scorer in another process than the flow's, for one task: it looks at the parts afresh."""
-    storage, plan, model = _load_run(errand.destination, errand.run, errand.registry, errand.allow_pickle)
-    scorer = Scorer(plan=plan, destination=storage, model=model, max_reject_fraction=errand.max_reject_fraction)
+def _open_scorer(shard_task: ShardTask) -> Scorer:
+    """Make a scorer for one task in another process than the flow's. It lists the parts again."""
+    storage, plan, model = _load_run(
+        shard_task.destination, shard_task.run, shard_task.registry, shard_task.allow_pickle
+    )
+    scorer = Scorer(plan=plan, destination=storage, model=model, max_reject_fraction=shard_task.max_reject_fraction)
     scorer.scheduler.begin()
     return scorer
 

@@ -1,4 +1,4 @@
-"""A stream between its opening and its report: measured, run, and stopped by notices and Ctrl-C."""
+"""One call's run over open connections: tuned, scored by pipelines, and ended by notices and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from prefect.exceptions import TerminationSignal
@@ -19,24 +19,25 @@ from serving.model.interface import Tunable
 from serving.model.registry import Resolved
 from tasks.common.artifacts import Logger
 from tasks.spot.drain import Drain
-from tasks.stream.batcher import Terms
-from tasks.stream.connections import Abandoned, Ends
+from tasks.stream.batcher import StreamLimits
+from tasks.stream.connections import Connections, StreamAbandoned
 from tasks.stream.decode import Decoder
 from tasks.stream.options import StreamOptions
 from tasks.stream.pipeline import Pipeline
-from tasks.stream.report import Meter, StreamWatch, exposed
+from tasks.stream.report import ProgressReporter, StreamMetrics, serve_metrics
 from tasks.stream.score import MicroScorer
-from tasks.stream.tuning import LiveDial, Peeked, Setting, settle
+from tasks.stream.tuning import EngineSettings, LiveBatching, SampledSource, choose_settings
 
-# A wait without an end is deaf to Ctrl-C: Polars' handler has the kernel take such waits up again.
+# Ctrl-C does not end a wait without a time-out: Polars' signal handler restarts system calls.
 _POLL_SECONDS = 0.2
 
 
 @dataclass(slots=True, kw_only=True)
 class StreamRun:
-    """One call's run over a stream; `drain` is told of notices, `give_up` ends every wait where there is no time left.
+    """One call's run over a stream.
 
-    Afterwards `left` says that a notice ended it, `interrupted` that Ctrl-C did.
+    `drain` takes notices of an interruption. `give_up` ends every wait where no time is left. Afterwards
+    `ended_by_notice` says that a notice ended the run, and `interrupted` that Ctrl-C did.
     """
 
     resolved: Resolved
@@ -45,114 +46,120 @@ class StreamRun:
     options: StreamOptions
     drain: Drain = field(default_factory=Drain)
     give_up: threading.Event = field(default_factory=threading.Event)
-    left: bool = False
+    ended_by_notice: bool = False
     interrupted: bool = False
     ended: Literal["limit", "idle", "stopped"] = "stopped"
     seconds: float = 0.0
     lag: int | None = None
-    meter: Meter = field(default_factory=lambda: Meter(lag=lambda: None))
-    setting: Setting = field(init=False)
-    dial: LiveDial = field(init=False)
-    _asked: threading.Event = field(default_factory=threading.Event)
+    metrics: StreamMetrics = field(default_factory=lambda: StreamMetrics(lag=lambda: None))
+    settings: EngineSettings = field(init=False)
+    batching: LiveBatching = field(init=False)
+    _stop: threading.Event = field(default_factory=threading.Event)
     _deadline: float = float("inf")
 
     def __post_init__(self) -> None:
         model, options = self.model, self.options
-        self._set(
-            Setting(
+        self._use_settings(
+            EngineSettings(
                 model=model,
                 batch_size=options.batch_size or model.batch_size,
                 slots=options.slots or model.slots,
-                points=(),
+                pass_timings=(),
                 tuning=None,
             )
         )
 
-    def _set(self, setting: Setting) -> None:
-        self.setting, self.dial = setting, LiveDial(self.options, setting.points, self.meter)
+    def _use_settings(self, settings: EngineSettings) -> None:
+        self.settings = settings
+        self.batching = LiveBatching(self.options, settings.pass_timings, self.metrics)
 
-    def go(self, ends: Ends, logger: Logger) -> None:
-        """Run until the stream ends: at its limit, idle, by a notice that stands, or by Ctrl-C.
+    def run(self, connections: Connections, logger: Logger) -> None:
+        """Run until the stream ends: at its limit, idle, by a notice, or by Ctrl-C.
 
-        Raises what any of its threads raised.
+        Raises:
+            Exception: What any thread of the pipeline raised.
         """
         start = time.monotonic()
-        peeked = Peeked(ends.source)
-        self.meter.lag, self.meter.started = ends.lag, start
+        source = SampledSource(connections.source)
+        self.metrics.lag = connections.lag
         try:
-            with exposed(self.meter, self.options.metrics_port) as port, keep_torch_threads():
+            with serve_metrics(self.metrics, self.options.metrics_port) as port, keep_torch_threads():
                 if port is not None:
                     logger.info("Metrics at http://127.0.0.1:%s/metrics", port)
-                sample = peeked.peek(self.decoder, self._rests, self.options.idle_seconds)
-                self._set(settle(self.resolved, self.model, self.decoder.contract, self.options, sample))
-                self._say(logger)
-                with StreamWatch(self.meter, self.dial, logger).watching(), _collected_apart():
-                    self._stretches(ends, peeked)
+                sample = source.read_sample(self.decoder, self._is_stopping, self.options.idle_seconds)
+                self._use_settings(
+                    choose_settings(self.resolved, self.model, self.decoder.contract, self.options, sample)
+                )
+                self._log_settings(logger)
+                progress = ProgressReporter(self.metrics, self.batching, logger)
+                with progress.report_progress(), _freeze_objects():
+                    self._run_pipelines(replace(connections, source=source))
         finally:
             if not self.give_up.is_set():
-                ends.give_back(peeked.left())
-            self.seconds, self.lag = time.monotonic() - start, ends.lag()
+                connections.give_back(source.release())
+            self.seconds, self.lag = time.monotonic() - start, connections.lag()
 
-    def _say(self, logger: Logger) -> None:
-        dial, setting = self.dial(), self.setting
-        service = self.dial.service()
+    def _log_settings(self, logger: Logger) -> None:
+        config, cost = self.batching(), self.batching.fit_cost()
         logger.info(
             "Scoring with %s in micro-batches of at most %s rows that wait at most %.3g s (a batch takes %.3g ms + "
             "%.3g us a row), passes of %s, %s slots.",
-            *(self.resolved.pin.uri, f"{dial.rows:,}", dial.wait_seconds),
-            *(service.fixed * 1e3, service.per_row * 1e6, setting.batch_size, setting.slots),
+            *(self.resolved.pin.uri, f"{config.batch_size_max:,}", config.wait_seconds_max),
+            *(cost.fixed_seconds * 1e3, cost.row_seconds * 1e6, self.settings.batch_size, self.settings.slots),
         )
 
-    def _stretches(self, ends: Ends, peeked: Peeked) -> None:
-        """Run one stretch after another: a notice ends one, and where it is withdrawn the next begins."""
+    def _run_pipelines(self, connections: Connections) -> None:
+        """Run one pipeline after another: a notice ends one, and where it is withdrawn the next one starts."""
         taken = 0
         while True:
-            pipeline = self._pipeline(ends, peeked, taken)
+            pipeline = self._build_pipeline(connections, taken)
             pipeline.start()
-            self._rest(pipeline)
+            self._wait_for(pipeline)
             taken = pipeline.taken
-            if pipeline.error is not None and not isinstance(pipeline.error, Abandoned | Halted):
+            if pipeline.error is not None and not isinstance(pipeline.error, StreamAbandoned | Halted):
                 raise pipeline.error
             if self.give_up.is_set() or self.drain.notice is not None or self.interrupted:
-                self.left = not self.interrupted
+                self.ended_by_notice = not self.interrupted
                 return
             if pipeline.ended in ("limit", "idle"):
-                self.ended = pipeline.ended  # type: ignore[assignment]  # the two that are named
+                self.ended = pipeline.ended  # type: ignore[assignment]  # one of the two
                 return
 
-    def _pipeline(self, ends: Ends, peeked: Peeked, taken: int) -> Pipeline:
-        options, setting = self.options, self.setting
+    def _build_pipeline(self, connections: Connections, taken: int) -> Pipeline:
+        options, settings = self.options, self.settings
 
-        def scorer() -> MicroScorer:
-            made = MicroScorer(setting.model, self.decoder.contract, self.decoder, setting.batch_size, time.monotonic)
-            made.forward.may_continue = lambda: not self.give_up.is_set()
-            return made
+        def build_scorer() -> MicroScorer:
+            scorer = MicroScorer(
+                settings.model, self.decoder.contract, self.decoder, settings.batch_size, time.monotonic
+            )
+            scorer.forward.may_continue = lambda: not self.give_up.is_set()
+            return scorer
 
         return Pipeline(
-            ends=ends.reading(peeked),
-            model=setting.model,
-            scorer=scorer,
-            dial=self.dial,
-            terms=Terms(
+            connections=connections,
+            model=settings.model,
+            scorer=build_scorer,
+            batching=self.batching,
+            limits=StreamLimits(
                 in_flight=options.in_flight,
                 in_flight_bytes=options.in_flight_bytes // 2,
-                slots=setting.slots,
-                max_deliver=ends.max_deliver,
+                slots=settings.slots,
+                max_deliver=connections.max_deliver,
                 idle_seconds=options.idle_seconds,
                 limit=options.limit,
                 poison_in_a_row=options.poison_in_a_row,
             ),
-            meter=self.meter,
-            rests=self._rests,
+            metrics=self.metrics,
+            is_stopping=self._is_stopping,
             give_up=self.give_up,
             taken=taken,
         )
 
-    def _rests(self) -> bool:
-        return self._asked.is_set() or self.drain.notice is not None
+    def _is_stopping(self) -> bool:
+        return self._stop.is_set() or self.drain.notice is not None
 
-    def _rest(self, pipeline: Pipeline) -> None:
-        """Wait until a stretch is over; what SIGTERM or Ctrl-C leave no time for is given up."""
+    def _wait_for(self, pipeline: Pipeline) -> None:
+        """Wait until a pipeline has ended. Where SIGTERM or Ctrl-C leave no time for that, give up."""
         while True:
             try:
                 if pipeline.wait(_POLL_SECONDS):
@@ -169,13 +176,13 @@ class StreamRun:
             except KeyboardInterrupt as error:
                 ignore_repeated_sigint(error)
                 self.interrupted = True
-                self._asked.set()
+                self._stop.set()
                 self._deadline = time.monotonic() + self.options.notice_seconds
 
 
 @contextmanager
-def hearing(run: StreamRun, logger: Logger) -> Generator[None]:
-    """Take SIGTERM before anything is in hand as the notice that it is, and whatever gave up waiting by it."""
+def handle_early_sigterm(run: StreamRun, logger: Logger) -> Generator[None]:
+    """Take SIGTERM as a notice before the pipeline runs, when no message is taken, and end waits that it abandons."""
     try:
         yield
     except TerminationSignal:
@@ -183,15 +190,15 @@ def hearing(run: StreamRun, logger: Logger) -> Generator[None]:
             raise
         take_sigterm_as_notice(run.drain, run.options.notice_seconds)
         run.give_up.set()
-        run.left = True
-    except Abandoned:
+        run.ended_by_notice = True
+    except StreamAbandoned:
         logger.warning("The wait for the broker was given up.")
-        run.left = not run.interrupted
+        run.ended_by_notice = not run.interrupted
 
 
 @contextmanager
-def _collected_apart() -> Generator[None]:
-    """Keep what is there by now out of the way of Python's collector: to go through it all takes it half a second."""
+def _freeze_objects() -> Generator[None]:
+    """Exclude existing objects from garbage collection, since a full pass over them takes half a second."""
     gc.collect()
     gc.freeze()
     try:

@@ -17,7 +17,7 @@ from flows.runtime.shard_task import ShardTask, open_shard_tasks, score_shard
 from tasks.batch.options import BatchOptions, Ray
 from tasks.batch.score import Scorer, ScoringResult
 
-# A wait without an end is deaf to Ctrl-C: Polars' handler has the kernel take such waits up again.
+# Ctrl-C does not end a wait without a time limit: with Polars' signal handler the kernel restarts such waits.
 _POLL_SECONDS = 0.2
 # After which a thread that waits for the interpreter asks for it. Python's own 5 ms is longer than many a forward pass;
 # measured with two slots of the network 32-256-256-1: 5 % more rows a second.
@@ -25,33 +25,35 @@ _SWITCH_SECONDS = 0.0002
 
 
 def check_runner(options: BatchOptions) -> None:
-    """Raise RunnerUnusable where the runner that the options ask for is not to be had."""
+    """Raise RunnerUnusable where the runner that the options ask for can't be used."""
     if isinstance(options.runner, Ray):
         ray_runner.check_usable(options.runner)
 
 
 def score_missing(scorer: Scorer, slots: int, options: BatchOptions) -> ScoringResult:
-    """Score what the plan lacks, and return what that came to: less than all of it where a notice stands then.
+    """Score what the plan lacks, and return the results, added up. After a notice, parts may still be missing.
 
-    Raises what the first failing shard raised, once every slot has come to rest. Ctrl-C stops each slot after the
-    batch that it is in; the parts that were written stay. So does SIGTERM, when the notice that it is runs out or it
-    comes a second time, as Prefect's TerminationSignal.
+    Raises what the first failing shard raised, once every slot has stopped. Ctrl-C stops each slot after its current
+    batch; the parts that were written stay. SIGTERM does so too, as Prefect's TerminationSignal, when its time has run
+    out or it comes a second time.
     """
     scored = ScoringResult()
     while True:
         shards = scorer.scheduler.begin()
-        with open_shard_tasks(scorer, allow_pickle=options.allow_pickle) as sent:
+        with open_shard_tasks(scorer, allow_pickle=options.allow_pickle) as shard_task:
             if isinstance(options.runner, Ray):
-                scored.add(ray_runner.score_shards(options.runner, slots, sent, shards, scorer, options.notice_seconds))
+                scored.add(
+                    ray_runner.score_shards(options.runner, slots, shard_task, shards, scorer, options.notice_seconds)
+                )
             else:
-                scored.add(_score_in_threads(scorer, slots, sent, shards, options.notice_seconds))
-        # A notice that was withdrawn has left slots at rest that have work again.
+                scored.add(_score_in_threads(scorer, slots, shard_task, shards, options.notice_seconds))
+        # After a notice that was withdrawn, slots have stopped that have work again.
         if scorer.drain.notice is not None or not scorer.scheduler.cut_short:
             return scored
 
 
 def _score_in_threads(
-    scorer: Scorer, slots: int, sent: ShardTask, shards: list[int], notice_seconds: float
+    scorer: Scorer, slots: int, shard_task: ShardTask, shards: list[int], notice_seconds: float
 ) -> ScoringResult:
     futures: list[Any] = []
     with ExitStack() as stack:
@@ -59,12 +61,12 @@ def _score_in_threads(
         runner: ThreadPoolTaskRunner[ScoringResult] = stack.enter_context(ThreadPoolTaskRunner(max_workers=slots))
         try:
             try:
-                futures += (runner.submit(score_shard, {"errand": sent, "shard": at}) for at in shards)
-                rested = _wait_for_slots(scorer, futures)
+                futures += (runner.submit(score_shard, {"shard_task": shard_task, "shard": at}) for at in shards)
+                stopped = _wait_for_slots(scorer, futures)
             except TerminationSignal:
                 take_sigterm_as_notice(scorer.drain, notice_seconds)
-                rested = _wait_for_slots(scorer, futures)
-                if not rested:
+                stopped = _wait_for_slots(scorer, futures)
+                if not stopped:
                     raise
         except TerminationSignal:
             scorer.scheduler.stop.set()
@@ -78,7 +80,7 @@ def _score_in_threads(
                 future.cancel()
             wait(waiting)
             raise
-        if not rested:
+        if not stopped:
             # Leaving the runner waits for its threads, and there is no time for that.
             scorer.scheduler.stop.set()
             stack.pop_all()
@@ -96,7 +98,7 @@ def _switch_threads_quickly() -> Generator[None]:
 
 
 def _wait_for_slots(scorer: Scorer, futures: list[Any]) -> bool:
-    """Wait until every slot has come to rest, at the end of the pass or after a notice; False where one is late."""
+    """Wait until every slot has stopped, at the end of the pass or after a notice; False where one takes too long."""
     waiting = {future.wrapped_future for future in futures}
     while waiting and not scorer.drain.is_over:
         if scorer.scheduler.is_stopping():
@@ -110,7 +112,7 @@ def _add_results(futures: list[Any]) -> ScoringResult:
     done = [future for future in futures if future.wrapped_future.done() and not future.wrapped_future.cancelled()]
     results: list[Any] = [future.result(raise_on_failure=False) for future in done]
     if errors := [result for result in results if isinstance(result, BaseException)]:
-        # The shards that one error stopped are cancelled: the error is the one to tell.
+        # The shards that one error stopped are cancelled: that error is raised.
         raise min(errors, key=lambda error: isinstance(error, CancelledRun))
     scored = ScoringResult()
     for result in results:

@@ -119,11 +119,10 @@ def read_imported_modules(programs: tuple[bytes, ...]) -> Mapping[str, bytes]:
     while names:
         name = names.pop()
         path = _find_module(name)
-        key = path and path.relative_to(_PACKAGE.parent).as_posix()
-        if path is None or key is None or key in modules:
-            continue
-        modules[key] = path.read_bytes()
-        names += [name.rpartition(".")[0], *_imported_names(modules[key])]
+        key = path.relative_to(_PACKAGE.parent).as_posix() if path else ""
+        if path and key not in modules:
+            modules[key] = path.read_bytes()
+            names += [name.rpartition(".")[0], *_imported_names(modules[key])]
     return dict(sorted(modules.items()))
 
 
@@ -293,7 +292,7 @@ def write_folder(rendered: ReleaseFiles, folder: Path) -> None:
             _write_files(rendered, new)
             _replace_folder(new, folder, staging)
     except OSError as error:
-        message = f"A release must be written to {folder}, got: {error}. Make room or give access, then call again."
+        message = f"A release must be written to {folder}, got: {error}. Free space or give access, then call again."
         raise EndpointFailed(message) from error
 
 

@@ -268,7 +268,7 @@ class RayServeHost:
             elif ours["status"] == "RUNNING" and _is_ready(address):
                 return
         message = (
-            f"{name} must answer within {self.ready_seconds_max:g} s, got {description} Give the cluster room for a "
+            f"{name} must answer within {self.ready_seconds_max:g} s, got {description} Add nodes for a "
             "replica, or raise ready_seconds_max."
         )
         raise EndpointFailed(message)

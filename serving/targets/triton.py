@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,20 +146,21 @@ class TritonHost:
     def list_endpoints(self) -> dict[str, tuple[Address, ...]]:
         """Return every endpoint in the repository, and where each of its versions answers while it is loaded."""
         found: dict[str, list[Address]] = {}
-        for folder in sorted(self.repository.glob(f"*/{CONFIG_FILE}")):
-            for version, release in read_releases(folder.parent).items():
-                address = Address(url=self.url, model=folder.parent.name, version=version)
-                found.setdefault(release.endpoint, []).append(address)
+        for model, release in self._iterate_releases():
+            address = Address(url=self.url, model=model, version=release.version)
+            found.setdefault(release.endpoint, []).append(address)
         return {endpoint: tuple(addresses) for endpoint, addresses in found.items()}
 
     def find_newest_releases(self) -> dict[str, Release]:
         """Return the newest release of every endpoint in the repository."""
-        found: dict[str, Release] = {}
-        for folder in sorted(path.parent for path in self.repository.glob(f"*/{CONFIG_FILE}")):
-            for release in read_releases(folder).values():
-                known = found.setdefault(release.endpoint, release)
-                found[release.endpoint] = max(known, release, key=lambda each: int(each.version))
-        return found
+        releases = sorted((release for _, release in self._iterate_releases()), key=lambda each: int(each.version))
+        return {release.endpoint: release for release in releases}
+
+    def _iterate_releases(self) -> Iterator[tuple[str, Release]]:
+        """Yield every release in the repository, with the model that it is a version of."""
+        for config in sorted(self.repository.glob(f"*/{CONFIG_FILE}")):
+            for release in read_releases(config.parent).values():
+                yield config.parent.name, release
 
     @property
     def _control(self) -> TritonControl:
@@ -230,7 +231,7 @@ class TritonHost:
                 yield
         except OSError as error:
             message = (
-                f"Triton's repository must be a folder to read and write, got: {error}. Make room or give access to "
+                f"Triton's repository must be a folder to read and write, got: {error}. Free space or give access to "
                 f"{self.repository}, then call again."
             )
             raise EndpointFailed(message) from error

@@ -161,7 +161,7 @@ def open_reader(plan: Plan) -> Reader:
 _END = object()
 
 
-def ahead(items: Iterable[T], depth: int) -> Generator[T]:
+def read_ahead(items: Iterable[T], depth: int) -> Generator[T]:
     """Yield items that a thread of its own makes up to `depth` ahead; its errors come through here.
 
     With a depth of 0 there is no such thread: each item is made when it is asked for.
@@ -175,12 +175,12 @@ def ahead(items: Iterable[T], depth: int) -> Generator[T]:
     def fill() -> None:
         try:
             for item in items:
-                if not _offer(ready, item, stop):
+                if not _put_unless_stopped(ready, item, stop):
                     return
                 del item
-            _offer(ready, _END, stop)
+            _put_unless_stopped(ready, _END, stop)
         except BaseException as error:  # noqa: BLE001 - carried over to the thread that consumes
-            _offer(ready, error, stop)
+            _put_unless_stopped(ready, error, stop)
 
     thread = threading.Thread(target=fill, name="read-ahead", daemon=True)
     thread.start()
@@ -194,7 +194,7 @@ def ahead(items: Iterable[T], depth: int) -> Generator[T]:
         thread.join()
 
 
-def _offer(ready: queue.Queue[object], item: object, stop: threading.Event) -> bool:
+def _put_unless_stopped(ready: queue.Queue[object], item: object, stop: threading.Event) -> bool:
     while not stop.is_set():
         try:
             ready.put(item, timeout=0.1)

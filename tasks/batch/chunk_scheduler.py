@@ -1,7 +1,7 @@
 """Which chunk comes next, for one process among many that score the same plan without a coordinator.
 
 Workers do not talk to each other. Each takes shards in an order of its own, leaves a shard that
-another is at, and at the end helps with what is left. An existing part ends all doubt.
+another one scores, and at the end helps with what is left. Whether a chunk is done is decided by its part alone.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _open_writer() -> Executor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
-    """What scoring takes from the machine that it runs on: time, chance and threads. A simulation has its own.
+    """What scoring uses of its machine: time, random numbers and threads. A simulation has its own.
 
     `clock` counts seconds, `wait` waits for an event at most so many of them, and `random` spreads workers over shards:
     nothing else depends on its values. A slot reads up to `blocks_ahead` blocks ahead in a thread of its own, with 0 in
@@ -80,7 +80,7 @@ class ChunkScheduler:
     def begin(self) -> list[int]:
         """Begin a pass over what is missing: return its shards, in an order of this worker's own.
 
-        Those that have no part yet come first: another worker is probably at the rest.
+        Those that have no part yet come first: another worker is probably scoring the rest.
         """
         parts = self._list_parts()
         with self._lock:
@@ -93,7 +93,7 @@ class ChunkScheduler:
         return sorted(shards, key=begun.__contains__)
 
     def claim_chunks(self, shard: int, idle: threading.Semaphore) -> Generator[ChunkClaim]:
-        """Yield the chunks for one slot: its own shard's, unless another worker is at it; then what is left.
+        """Yield the chunks for one slot: its own shard's, unless another worker scores it; then what is left.
 
         What is left is taken one at a time, each when the slot has acquired `idle`: chunks read ahead
         then would be taken from workers that could score them now.
@@ -122,14 +122,14 @@ class ChunkScheduler:
     def is_stopping(self) -> bool:
         """Return whether nothing new is begun in this pass: this process stops, or was given notice.
 
-        All slots then come to rest, even where the notice is withdrawn meanwhile: the next pass has work for each.
+        All slots then stop, even where the notice is withdrawn meanwhile: the next pass has work for each.
         """
         if self._drain.notice is not None:
             self.cut_short = True
         return self.stop.is_set() or self.cut_short
 
     def may_continue(self, claim: ChunkClaim, taken: float) -> bool:
-        """Return whether a chunk that has taken so many seconds is gone on with, or dropped."""
+        """Return whether a chunk that has taken so many seconds is finished, or dropped."""
         if self._drain.notice is None:
             return not self.stop.is_set()
         return not self.stop.is_set() and self._drain.may_finish(self.chunk_seconds(claim.chunk), taken)
@@ -149,7 +149,7 @@ class ChunkScheduler:
         return [(shard, at % chunks) for at in range(first, first + chunks)]
 
     def is_still_missing(self, claim: ChunkClaim) -> bool:
-        """Look again just before scoring: another worker may have been faster since the chunk was read ahead."""
+        """Return whether a chunk still has no part: another worker may have scored it since it was read ahead."""
         if self._has_part(claim.chunk):
             return False
         if claim.helping or claim.chunk[0] not in self._lost:
@@ -159,14 +159,14 @@ class ChunkScheduler:
         return False
 
     def note_scored(self, chunk: ChunkId, seconds: float, *, won: bool) -> None:
-        """Take note of a chunk whose part this process wrote, or found written when it came to it."""
+        """Note a chunk whose part this process wrote, or found written."""
         with self._lock:
             self._row_seconds.append(seconds / self._rows[chunk])
             if not won:
                 self._lost.add(chunk[0])
 
     def note_fault(self, chunk: ChunkId) -> None:
-        """Take note of a chunk that can't be read; nobody tries it again in this call."""
+        """Note a chunk that can't be read; no slot tries it again in this call."""
         with self._lock:
             self._faulted.add(chunk)
 
@@ -189,10 +189,10 @@ class ChunkScheduler:
         return {shard for shard, _ in self._list_parts() - self._known - self._claimed} | self._lost
 
     def _choose_left_over(self) -> ChunkId | None:
-        """Return a missing chunk that no slot of this process has in hand, at random; None where there is none.
+        """Return a random missing chunk that no slot of this process has claimed; None where there is none.
 
-        In a shard that another worker is at, chunks that follow a finished one are probably in its hands:
-        they are taken last, and not before they got the time that a chunk takes.
+        In a shard that another worker scores, it has probably claimed the chunks that follow a finished one. They are
+        taken last, and only after the time that a chunk takes.
         """
         waited: set[ChunkId] = set()
         while not self.is_stopping():
@@ -204,8 +204,10 @@ class ChunkScheduler:
             if not left:
                 return None
             foreign = self._find_shards_of_others()
-            in_hand = {chunk for chunk in left if chunk[0] in foreign and not self._chunks_before(chunk) <= left}
-            if ready := sorted(left - in_hand) or sorted(left & waited):
+            claimed_elsewhere = {
+                chunk for chunk in left if chunk[0] in foreign and not self._chunks_before(chunk) <= left
+            }
+            if ready := sorted(left - claimed_elsewhere) or sorted(left & waited):
                 return self._random.choice(ready)
             chunk = self._random.choice(sorted(left))
             waited.add(chunk)

@@ -252,7 +252,7 @@ class name_corrupt_file:  # noqa: N801 - a context manager reads as a verb
         if isinstance(error, OSError) and error.errno not in (None, errno.EIO):
             message = f"{where} must be readable, got: {got}. Call again once it is: the run resumes."
             raise StorageFault(message) from error
-        message = f"{where} must be readable, got: {got}. Mend or remove the file, then call again."
+        message = f"{where} must be readable, got: {got}. Repair or remove the file, then call again."
         raise SourceCorrupt(message) from error
 
 

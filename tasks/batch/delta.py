@@ -49,7 +49,7 @@ def check_delta(storage: Storage, contract_schema: pa.Schema, run_key: str, earl
     table = _delta_table(storage)
     if table is None:
         return 0
-    _must_match(table, schema, storage)
+    _check_columns(table, schema, storage)
     if table.transaction_version(_run_app(run_key)) is not None:
         message = (
             f"The Delta table at {storage.url} must not hold the run that is to be planned, but holds run {run_key} "
@@ -92,7 +92,7 @@ def _fits_delta(field: pa.Field) -> bool:
     return not any(f'"{name}"' in str(found.type) for name in _UNREADABLE)
 
 
-def _must_match(table: DeltaTable, schema: DeltaSchema, storage: Storage) -> None:
+def _check_columns(table: DeltaTable, schema: DeltaSchema, storage: Storage) -> None:
     ours, theirs = _columns(schema), _columns(table.schema())
     partitions = table.metadata().partition_columns
     if ours != theirs or partitions:
@@ -124,7 +124,7 @@ def commit_delta(storage: Storage, plan: Plan, parts: Sequence[PartFooter]) -> N
         time.sleep(random.uniform(0, _PAUSE_SECONDS) * attempt)  # noqa: S311 - keeps workers from trying in step
         with _delta_errors(storage):
             table = _delta_table(storage)
-            if table is not None and _holds(table, plan, storage):
+            if table is not None and _holds_run(table, plan, storage):
                 return
             try:
                 _commit(storage, table, plan, schema, adds)
@@ -156,7 +156,7 @@ def _plan_app(plan: Plan) -> str:
     return f"overnight-plan-{plan.digest}"
 
 
-def _holds(table: DeltaTable, plan: Plan, storage: Storage) -> bool:
+def _holds_run(table: DeltaTable, plan: Plan, storage: Storage) -> bool:
     """Return whether a table holds the parts of a plan; raises PublishRefused where it may not take them."""
     if table.transaction_version(_run_app(plan.key)) is not None:
         if table.transaction_version(_plan_app(plan)) is not None:
@@ -210,7 +210,7 @@ def _commit(storage: Storage, table: DeltaTable | None, plan: Plan, schema: Delt
         )
         return
     # Delta itself takes files of any columns into any table.
-    _must_match(table, schema, storage)
+    _check_columns(table, schema, storage)
     mode = "append" if plan.options.delta_mode == "append" else "overwrite"
     table.create_write_transaction([*adds], mode, schema, commit_properties=properties)
 
@@ -233,7 +233,7 @@ def _delta_table(storage: Storage) -> DeltaTable | None:
             return DeltaTable(storage.address(""), storage_options=options)
         except DeltaError as error:
             message = (
-                f"The Delta table at {storage.url} must open, got: {error}. Mend it, or choose another destination."
+                f"The Delta table at {storage.url} must open, got: {error}. Repair it, or choose another destination."
             )
             raise DestinationUnusable(message) from error
 

@@ -96,7 +96,7 @@ def _read_csv(raw: Path, where: str) -> Generator[pa.Table]:
             last = (batch.column(batch.num_columns - 1)[-1].as_py() or "") if batch.num_rows else last
     if "\n" in last and _quotes_are_odd(raw):
         # Arrow takes all that follows an open quote for one value, whatever rows are in it.
-        message = f"{where} must close every quote, got one that stays open at {last[:_SHOWN]!r}. Mend the file."
+        message = f"{where} must close every quote, got one that stays open at {last[:_SHOWN]!r}. Repair the file."
         raise SourceCorrupt(message)
 
 
@@ -150,7 +150,7 @@ def _parse_json(block: bytes, types: dict[str, pl.DataType], where: str, line: i
         at, text = _first_bad_line(block, types)
         message = (
             f"{where} must be JSON lines, one object a line, got in line {line + at}: {text[:_SHOWN]!r} "
-            f"({str(error)[:200]}). Mend the file, then call again."
+            f"({str(error)[:200]}). Repair the file, then call again."
         )
         raise SourceCorrupt(message) from error
 

@@ -1,4 +1,4 @@
-"""JSON lines as text: every value as it is written, numbers included, since a parser would write them anew.
+"""JSON lines as text: every value as it is written, numbers included, since a parser would change their digits.
 
 Polars reads `1.10` as the text "1.1", and 9007199254740993.0 as another number. So each number is put in quotes before
 it is read: a string is kept to the letter. Bytes are found by bit masks, 64 of them a word, as simdjson does.
@@ -171,7 +171,7 @@ def _refuse_lone_surrogates(block: bytes) -> None:
 
 
 def _with_nested_text(frame: pl.DataFrame, block: bytes) -> pl.DataFrame:
-    """Return a table whose objects and arrays are the text that is written, where polars has written them anew."""
+    """Return a table whose objects and arrays are the text that is written, where polars has rewritten them."""
     texts = [name for name, kind in frame.schema.items() if kind == pl.String]
     if b"[" not in block and block.count(b"{") == frame.height:
         return frame

@@ -23,7 +23,7 @@ class Threads(Frozen):
 
 
 class Ray(Frozen):
-    """Score on a Ray cluster: each slot is a process of its own, on any node that has room for it."""
+    """Score on a Ray cluster: each slot is a separate process, on any node with free CPUs for it."""
 
     kind: Literal["ray"] = Field(default="ray", description="Tells this runner from others.")
     address: str | None = Field(

@@ -18,7 +18,7 @@ from serving.model.encoding import Encoded, Flags, encode
 from serving.model.forward import Forward, Halted, iter_retry_delays
 from serving.model.interface import Model, Predictions
 from serving.model.loading import check_model_unchanged
-from tasks.batch.chunk_reader import ahead, open_reader
+from tasks.batch.chunk_reader import open_reader, read_ahead
 from tasks.batch.chunk_scheduler import ChunkClaim, ChunkScheduler, Host
 from tasks.batch.parts import ChunkId, Reasons, count_reasons, encode_part, key_names, part_path
 from tasks.batch.plan import Plan
@@ -30,7 +30,7 @@ STAGES = ("read", "encode", "forward", "write")
 
 @dataclass(slots=True, kw_only=True)
 class ScoringResult:
-    """What scoring came to: rows, rejects, faults of the source by chunk, seconds by stage over all threads."""
+    """The result of scoring: rows, rejects, faults of the source by chunk, seconds by stage over all threads."""
 
     rows: int = 0
     rows_recomputed: int = 0
@@ -71,7 +71,7 @@ class ScoringResult:
 class Scorer:
     """Scores shards of one plan for one process; its methods may be called from many threads at once.
 
-    It obeys its drain, which others tell of notices: a slot then finishes what it has in hand where that fits.
+    It obeys its drain, which others tell of notices: a slot then finishes its chunk where that fits.
     `pauses` gives the seconds between the tries of a pass that failed by what the model calls or runs on.
     """
 
@@ -98,12 +98,24 @@ class Scorer:
     def score_shard(self, shard: int) -> ScoringResult:
         """Score what is missing of a shard, then help with what is left of the others.
 
-        Runs one slot in the calling thread. Source faults are collected, not raised; whatever else is
-        raised stops the other slots too.
+        Runs one slot in the calling thread. Source faults are collected, not raised; any other error stops the other
+        slots too.
         """
         try:
             with self.model.slot(), self.host.writer() as writer:
-                return _Slot(self, writer).score(shard)
+                slot = _Slot(self, writer)
+                with closing(read_ahead(slot.read(shard), self.host.blocks_ahead)) as items, slot.dropped_if_halted():
+                    for item in items:
+                        if (slot.chunk is None or isinstance(item, ChunkClaim)) and self.scheduler.is_stopping():
+                            break
+                        if isinstance(item, ChunkClaim):
+                            slot.open(item)
+                        elif slot.chunk is not None:
+                            with slot.result.timed("forward"):
+                                predictions = slot.forward.score(item.encoded)
+                            slot.add(item, predictions)
+                            del predictions
+                return slot.finish()
         except BaseException:
             self.scheduler.stop.set()
             raise
@@ -123,7 +135,7 @@ class _Block:
 
 @dataclass(slots=True, kw_only=True)
 class _OpenChunk:
-    """The chunk in hand: its blocks scored so far."""
+    """The chunk that a slot scores: its blocks scored so far."""
 
     claim: ChunkClaim
     rows_left: int
@@ -147,45 +159,54 @@ class _Slot:
     def __init__(self, scorer: Scorer, writer: Executor) -> None:
         self._scorer, self._plan, self._scheduler, self._writer = scorer, scorer.plan, scorer.scheduler, writer
         self._chunks, self._host = scorer.plan.chunks, scorer.host
-        self._forward = Forward(
+        self.forward = Forward(
             *(scorer.model, scorer.plan.contract, scorer.plan.batch_size),
-            may_continue=self._goes_on,
+            may_continue=self._may_continue,
             delays=scorer.pauses,
         )
-        self._held: _OpenChunk | None = None
+        self.chunk: _OpenChunk | None = None
         self._writing: Future[None] | None = None
         self._idle = threading.Semaphore(1)
-        self._done = ScoringResult()
+        self.result = ScoringResult()
 
-    def score(self, shard: int) -> ScoringResult:
-        with closing(ahead(self._read(shard), self._host.blocks_ahead)) as items:
-            try:
-                for item in items:
-                    if (self._held is None or isinstance(item, ChunkClaim)) and self._scheduler.is_stopping():
-                        break
-                    self._take(item)
-            except Halted:
-                self._done.chunks_dropped += 1
+    @contextmanager
+    def dropped_if_halted(self) -> Generator[None]:
+        """Count the chunk as dropped where its forward pass is halted for lack of time."""
+        try:
+            yield
+        except Halted:
+            self.result.chunks_dropped += 1
+
+    def open(self, claim: ChunkClaim) -> None:
+        """Begin a chunk, unless another worker has scored it since it was read ahead."""
+        self.chunk = None
+        if self._scheduler.is_still_missing(claim):
+            rows = self._chunks[claim.chunk].rows
+            self.chunk = _OpenChunk(claim=claim, rows_left=rows, started=self._host.clock())
+        else:
+            self._release(claim)
+
+    def add(self, block: _Block, predictions: Predictions) -> None:
+        """Add a scored block to the chunk, and have the chunk written once it has all its rows."""
+        chunk = self.chunk
+        if chunk is not None and chunk.add(block, predictions):
+            self._submit_write(chunk)
+            self.chunk = None
+
+    def finish(self) -> ScoringResult:
+        """Wait until the last part is durable; return what the slot has done."""
         if self._writing is not None:
             self._writing.result()
-        return self._done
+        return self.result
 
-    def _take(self, item: ChunkClaim | _Block) -> None:
-        if isinstance(item, ChunkClaim):
-            self._held = self._open(item)
-        elif self._held is not None:
-            with self._done.timed("forward"):
-                predictions = self._forward.score(item.encoded)
-            if self._held.add(item, predictions):
-                self._hand_over(self._held)
-                self._held = None
+    def _may_continue(self) -> bool:
+        """Return whether to go on with the open chunk; asked before each batch."""
+        open_chunk = self.chunk
+        return open_chunk is None or self._scheduler.may_continue(
+            open_chunk.claim, self._host.clock() - open_chunk.started
+        )
 
-    def _goes_on(self) -> bool:
-        """Return whether the chunk in hand is gone on with; asked before each batch."""
-        held = self._held
-        return held is None or self._scheduler.may_continue(held.claim, self._host.clock() - held.started)
-
-    def _read(self, shard: int) -> Generator[ChunkClaim | _Block]:
+    def read(self, shard: int) -> Generator[ChunkClaim | _Block]:
         """Yield each claim, then its blocks; runs in the read-ahead thread."""
         reader, keys = open_reader(self._plan), key_names(self._plan.options)
         for claim in self._scheduler.claim_chunks(shard, self._idle):
@@ -194,59 +215,55 @@ class _Slot:
             blocks = reader.blocks(chunk, self._plan.block_rows(chunk))
             try:
                 while True:
-                    with self._done.timed("read"):
+                    with self.result.timed("read"):
                         table = next(blocks, None)
                     if table is None:
                         break
-                    with self._done.timed("encode"):
+                    with self.result.timed("encode"):
                         encoded = self._scorer.model.prepare(encode(self._plan.contract, table))
                         block = _Block(encoded=encoded, keys=table.select(keys))
-                    # Only keys and inputs are needed from here on: the rest is freed before the next block is read.
+                    # Only keys and inputs are needed from here on. The rest is freed before the next block is read.
                     del table, encoded
                     yield block
                     del block
             except SourceFault as fault:
                 reader = open_reader(self._plan)
                 self._scheduler.note_fault(claim.chunk)
-                self._done.faults[claim.chunk] = fault
+                self.result.faults[claim.chunk] = fault
                 self._release(claim)
-
-    def _open(self, claim: ChunkClaim) -> _OpenChunk | None:
-        if self._scheduler.is_still_missing(claim):
-            return _OpenChunk(claim=claim, rows_left=self._chunks[claim.chunk].rows, started=self._host.clock())
-        self._release(claim)
-        return None
 
     def _release(self, claim: ChunkClaim) -> None:
         if claim.helping:
             self._idle.release()
 
-    def _hand_over(self, held: _OpenChunk) -> None:
+    def _submit_write(self, open_chunk: _OpenChunk) -> None:
         """Give a whole chunk to the writer, after the one before it is durable."""
         if self._writing is not None:
             self._writing.result()
-        batch_size = self._forward.safe_batch_size or self._plan.batch_size
-        self._writing = self._writer.submit(self._write, held, batch_size)
-        self._release(held.claim)
+        batch_size = self.forward.safe_batch_size or self._plan.batch_size
+        self._writing = self._writer.submit(self._write, open_chunk, batch_size)
+        self._release(open_chunk.claim)
 
-    def _write(self, held: _OpenChunk, batch_size: int) -> None:
-        chunk = held.claim.chunk
-        with self._done.timed("write"):
-            flags = Flags.concat(held.flags)
-            predictions = {name: np.concatenate([p[name] for p in held.predictions]) for name in held.predictions[0]}
-            keys = pa.concat_tables(held.keys)
+    def _write(self, open_chunk: _OpenChunk, batch_size: int) -> None:
+        chunk = open_chunk.claim.chunk
+        with self.result.timed("write"):
+            flags = Flags.concat(open_chunk.flags)
+            predictions = {
+                name: np.concatenate([p[name] for p in open_chunk.predictions]) for name in open_chunk.predictions[0]
+            }
+            keys = pa.concat_tables(open_chunk.keys)
             data = encode_part(self._plan, self._chunks[chunk], keys, predictions, flags, batch_size)
             check_model_unchanged(self._plan.model)
             won = self._scorer.destination.put_new(part_path(self._plan, chunk), data)
-        self._scheduler.note_scored(chunk, self._host.clock() - held.started, won=won)
-        self._done.rows += len(flags.code_N)
-        self._done.chunks += 1
+        self._scheduler.note_scored(chunk, self._host.clock() - open_chunk.started, won=won)
+        self.result.rows += len(flags.code_N)
+        self.result.chunks += 1
         if won:
             rejects = count_reasons(flags)
-            self._done.rejects += rejects
+            self.result.rejects += rejects
             self._scorer.count_rejects(rejects.total())
         else:
-            self._done.rows_recomputed += len(flags.code_N)
+            self.result.rows_recomputed += len(flags.code_N)
 
 
 def check_rejects(rejects: int, plan: Plan, fraction_max: float) -> None:
@@ -254,7 +271,7 @@ def check_rejects(rejects: int, plan: Plan, fraction_max: float) -> None:
     if rejects > fraction_max * plan.rows:
         message = (
             f"At most {fraction_max:.4g} of {plan.rows:,} rows may be rejects, got {rejects:,} so far; nothing is "
-            f"published. See why with open_rejects(destination, run={plan.run!r}), mend the data, or raise "
+            f"published. See why with open_rejects(destination, run={plan.run!r}), correct the data, or raise "
             "max_reject_fraction and call again. Where it was no fault of the rows, call again with another rescore."
         )
         raise TooManyRejects(message)

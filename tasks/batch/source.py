@@ -79,7 +79,7 @@ def _read_run(log: CommitLog) -> Snapshot:
         )
         raise SourceChanged(message)
     sizes = {part.path: part.bytes for part in manifest.parts}
-    files = _pinned(storage, sizes, f"the manifest of run {manifest.run}")
+    files = _pin_listed_files(storage, sizes, f"the manifest of run {manifest.run}")
     # The folder of a run has the form of a partition, and is none.
     return Snapshot(
         root=storage.url,
@@ -92,9 +92,9 @@ def _read_run(log: CommitLog) -> Snapshot:
 def _read_delta(log: CommitLog) -> Snapshot:
     """Pin the files of the current version of a Delta table, with the partitions that its log gives them."""
     storage = open_storage(log.table)
-    _must_be_newest(storage)
+    _check_newest(storage)
     table = _open_delta(storage)
-    _must_be_plain(table, storage.url)
+    _check_plain_files(table, storage.url)
     version = str(table.version())
     actions = pa.table(table.get_add_actions(flatten=True)).to_pylist()
     columns = table.metadata().partition_columns
@@ -103,9 +103,9 @@ def _read_delta(log: CommitLog) -> Snapshot:
     for action in actions:
         path = _path_below(str(action["path"]), storage.url)
         values = {name: action[f"partition.{name}"] for name in columns}
-        by_path[path] = {name: _text_of(name, value, path, kinds[name]) for name, value in values.items()}
+        by_path[path] = {name: _partition_text(name, value, path, kinds[name]) for name, value in values.items()}
     sizes = {_path_below(str(action["path"]), storage.url): int(action["size_bytes"]) for action in actions}
-    files = _pinned(storage, sizes, f"version {version} of the Delta table")
+    files = _pin_listed_files(storage, sizes, f"version {version} of the Delta table")
     return Snapshot(
         root=storage.url,
         format="parquet",
@@ -114,7 +114,7 @@ def _read_delta(log: CommitLog) -> Snapshot:
     )
 
 
-def _must_be_newest(storage: Storage) -> None:
+def _check_newest(storage: Storage) -> None:
     """Raise SourceFormat where a destination has a Delta table and a newer run that did not go into it."""
     newest = find_newest_run(storage)
     if newest is not None and newest.output != "delta":
@@ -133,12 +133,12 @@ def _open_delta(storage: Storage) -> DeltaTable:
     except Exception as error:
         message = (
             f"The log of the Delta table at {storage.url} must be one that can be read here, got: "
-            f"{_first_line(error)}. Mend the table, or write what it holds to a folder of Parquet and name that."
+            f"{_first_line(error)}. Repair the table, or write what it holds to a folder of Parquet and name that."
         )
         raise SourceFormat(message) from error
 
 
-def _must_be_plain(table: DeltaTable, address: str) -> None:
+def _check_plain_files(table: DeltaTable, address: str) -> None:
     """Raise SourceFormat where a table's Parquet files alone do not say what the table holds."""
     protocol, properties = table.protocol(), table.metadata().configuration
     features = set(protocol.reader_features or ())
@@ -176,7 +176,7 @@ def _path_below(path: str, address: str) -> str:
     return unquote(path)
 
 
-def _text_of(name: str, value: Any, path: str, kind: str) -> str | None:
+def _partition_text(name: str, value: Any, path: str, kind: str) -> str | None:
     """Return the value of a partition in the text form that its log has."""
     if value is None or isinstance(value, str):
         return value
@@ -195,7 +195,7 @@ def _text_of(name: str, value: Any, path: str, kind: str) -> str | None:
     return found
 
 
-def _pinned(storage: Storage, sizes: dict[str, int], listed_by: str) -> list[Entry]:
+def _pin_listed_files(storage: Storage, sizes: dict[str, int], listed_by: str) -> list[Entry]:
     """Return the pinned entries of the files that a log lists, sorted by path. Raises SourceChanged by file name."""
     there = {entry.path: entry for entry in storage.entries()}
     wrong = [path for path, size in sizes.items() if path not in there or there[path].size != size]
@@ -247,17 +247,17 @@ def find_commit_log(selected: Selection, source: str) -> CommitLog | None:
     if above := _log_above(selected.storage):
         if above.run is not None and whole:
             return above
-        raise _must_be_the_table(source, above)
+        raise _make_log_error(source, above)
     logs = _logs_below(selected)
     if whole and (kinds := {kind for kind, folder in logs if not folder}):
         log = CommitLog(kind="Delta" if "Delta" in kinds else min(kinds), table=root)
         if log.kind in ("Delta", "Overnight"):
             return log
-        raise _must_be_the_table(source, log)
+        raise _make_log_error(source, log)
     for kind, folder in logs:
         inside = re.compile(re.escape(f"{folder}/" if folder else "") + ("run=[^/]+/" if kind == "Overnight" else ""))
         if any(inside.match(entry.path) for entry in selected.entries):
-            raise _must_be_the_table(source, CommitLog(kind=kind, table=selected.storage.address(folder)))
+            raise _make_log_error(source, CommitLog(kind=kind, table=selected.storage.address(folder)))
     return None
 
 
@@ -333,7 +333,7 @@ def _ancestors(storage: Storage) -> Iterable[tuple[str, str]]:
         yield "/".join([f"{scheme}://{bucket}", *parts[:at]]), "/".join(parts[at:])
 
 
-def _must_be_the_table(source: str, log: CommitLog) -> SourceFormat:
+def _make_log_error(source: str, log: CommitLog) -> SourceFormat:
     if log.kind in ("Delta", "Overnight"):
         noun, more = "table", ""
         if log.kind == "Overnight":

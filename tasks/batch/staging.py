@@ -46,7 +46,7 @@ def stage(
     listings = {f"{folder}/staged/{file.path}/listing-{made_for}.json": file for file in snapshot.files}
     for path, file in listings.items():
         if path not in listed:
-            wanted = _wanted(contract, keys)
+            wanted = _requested_columns(contract, keys)
             made = tuple(_convert(source, file, snapshot.format, wanted, destination, folder))
             listing = _Listing(copies=made, columns=tuple(name for name in wanted.names if name in wanted.found))
             destination.put_new(path, listing.model_dump_json().encode())
@@ -55,8 +55,8 @@ def stage(
     if not copies:
         message = f"The source must hold at least one row, got none in {len(snapshot.files)} files below {source.url}."
         raise SourceEmpty(message)
-    missing = _find_missing(snapshot, found, _wanted(contract, keys)) if snapshot.format == "jsonl" else ()
-    files = _pinned(copies, destination, folder)
+    missing = _find_missing(snapshot, found, _requested_columns(contract, keys)) if snapshot.format == "jsonl" else ()
+    files = _pin_copies(copies, destination, folder)
     return Snapshot(root=destination.url, format="parquet", files=files, columns_missing=missing)
 
 
@@ -94,7 +94,7 @@ def _find_missing(snapshot: Snapshot, listings: Sequence[_Listing], wanted: Requ
 def _read_listing(destination: Storage, folder: str, path: str) -> _Listing:
     data = destination.read(path)
     if data is None:
-        raise _gone(destination, folder, path)
+        raise _missing_copy_error(destination, folder, path)
     try:
         return _Listing.model_validate_json(data)
     except ValidationError as error:
@@ -105,27 +105,27 @@ def _read_listing(destination: Storage, folder: str, path: str) -> _Listing:
         raise StorageFault(message) from error
 
 
-def _pinned(copies: Sequence[_Copy], destination: Storage, folder: str) -> tuple[SourceFile, ...]:
+def _pin_copies(copies: Sequence[_Copy], destination: Storage, folder: str) -> tuple[SourceFile, ...]:
     found = {entry.path: entry for entry in destination.entries(f"{folder}/staged")}
     files = []
     for copy in copies:
         entry = found.get(copy.path)
         if entry is None:
-            raise _gone(destination, folder, copy.path)
+            raise _missing_copy_error(destination, folder, copy.path)
         files.append(
             SourceFile(path=copy.path, size=entry.size, tag=entry.tag, origin=copy.origin, origin_row=copy.origin_row)
         )
     return tuple(files)
 
 
-def _gone(destination: Storage, folder: str, path: str) -> StorageFault:
+def _missing_copy_error(destination: Storage, folder: str, path: str) -> StorageFault:
     return StorageFault(
         f"{destination.address(path)} must stay until its run is published, but is gone: another worker may have "
         f"published the run. Call again; if this stays, delete {destination.address(f'{folder}/staged')}."
     )
 
 
-def _wanted(contract: Contract, keys: tuple[str, ...]) -> RequestedColumns:
+def _requested_columns(contract: Contract, keys: tuple[str, ...]) -> RequestedColumns:
     """Return the columns that the run reads."""
     names = tuple(dict.fromkeys([*(column.name for column in contract.columns), *keys]))
     return RequestedColumns(names=names, lists=frozenset(column.name for column in contract.columns if column.shape))
@@ -136,7 +136,7 @@ def _convert(
 ) -> Generator[_Copy]:
     row = 0
     with _local_copy(source, file) as raw, name_corrupt_file(source, file.entry):
-        for rows, data in _written(read_tables(raw, kind, wanted, source.address(file.path))):
+        for rows, data in _write_copies(read_tables(raw, kind, wanted, source.address(file.path))):
             # Named by its content: copies that an attempt before this one cut elsewhere are never mixed with these.
             digest = hashlib.blake2b(data, digest_size=8).hexdigest()
             path = f"{folder}/staged/{file.path}/{row:012d}-{digest}.parquet"
@@ -165,10 +165,10 @@ def _local_copy(source: Storage, file: SourceFile) -> Generator[Path]:
         yield raw
 
 
-def _written(tables: Iterable[pa.Table]) -> Generator[tuple[int, memoryview]]:
+def _write_copies(tables: Iterable[pa.Table]) -> Generator[tuple[int, memoryview]]:
     """Yield Parquet files of at most about 64 MiB, and the rows of each; none where there are no rows."""
     sink, writer, rows = pa.BufferOutputStream(), None, 0
-    for table in _in_groups(tables):
+    for table in _group_tables(tables):
         writer = writer or pq.ParquetWriter(sink, table.schema, compression="zstd")
         writer.write_table(table, row_group_size=_ROWS_PER_GROUP)
         rows += table.num_rows
@@ -181,11 +181,11 @@ def _written(tables: Iterable[pa.Table]) -> Generator[tuple[int, memoryview]]:
         yield rows, memoryview(sink.getvalue())
 
 
-def _in_groups(tables: Iterable[pa.Table]) -> Generator[pa.Table]:
+def _group_tables(tables: Iterable[pa.Table]) -> Generator[pa.Table]:
     """Join tables until they are a row group, by rows or by bytes, and cut those that are larger."""
     held: list[pa.Table] = []
     rows = size = 0
-    for table in (part for whole in tables for part in _cut(whole)):
+    for table in (part for whole in tables for part in _split_table(whole)):
         held.append(table)
         rows, size = rows + table.num_rows, size + table.nbytes
         if rows >= _ROWS_PER_GROUP or size >= _COPY_BYTES:
@@ -195,11 +195,11 @@ def _in_groups(tables: Iterable[pa.Table]) -> Generator[pa.Table]:
         yield pa.concat_tables(held)
 
 
-def _cut(table: pa.Table) -> Generator[pa.Table]:
+def _split_table(table: pa.Table) -> Generator[pa.Table]:
     """Yield the halves of a table until each is within the bytes of a copy, or one row."""
     if table.num_rows > 1 and table.nbytes > _COPY_BYTES:
         middle = table.num_rows // 2
-        yield from _cut(table.slice(0, middle))
-        yield from _cut(table.slice(middle))
+        yield from _split_table(table.slice(0, middle))
+        yield from _split_table(table.slice(middle))
     else:
         yield table

@@ -1,4 +1,4 @@
-"""How a model is run over a dataset: as remembered, as measured, or as it comes where measuring does not pay."""
+"""How a model is run over a dataset: by a kept tuning, a new one, or its defaults where measuring does not pay."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def choose_sizes(
 ) -> Sizes:
     """Return the batch size, the engine and what else shapes a plan. May keep a tuning with the model version."""
     table = read_first_rows(contract, options, dataset)
-    as_it_comes = Sizes(
+    untuned = Sizes(
         batch_size=options.batch_size or model.batch_size,
         slots=options.slots or model.slots,
         row_bytes=measure_row_bytes(table, dataset),
@@ -41,19 +41,19 @@ def choose_sizes(
         engine=model.engine,
         batch_unit=model.batch_unit,
     )
-    wish = tuning_wish(options)
+    wish = make_tuning_wish(options)
     tuning = read_tuning(resolved.tags, describe_machine(), wish)
     if tuning is not None:
-        return _apply_tuning(tuning, as_it_comes)
+        return _apply_tuning(tuning, untuned)
     if options.batch_size and options.rows_per_chunk:
-        return as_it_comes
+        return untuned
     sample = model.prepare(encode(contract, table))
     if (sample.flags.code_N != 0).all():
-        return as_it_comes
-    rate = measure_throughput(model, contract, sample, as_it_comes.batch_size, 1, time.perf_counter)
-    if dataset.rows / (rate * as_it_comes.slots) > _WORK_SECONDS_MIN:
+        return untuned
+    rate = measure_throughput(model, contract, sample, untuned.batch_size, 1, time.perf_counter)
+    if dataset.rows / (rate * untuned.slots) > _WORK_SECONDS_MIN:
         tuning = tune_and_keep(resolved, model, contract, enlarge_sample(model, sample), wish)
-    return _apply_tuning(tuning, as_it_comes) if tuning else replace(as_it_comes, rows_per_second=rate)
+    return _apply_tuning(tuning, untuned) if tuning else replace(untuned, rows_per_second=rate)
 
 
 def tune_and_keep(
@@ -72,7 +72,7 @@ def tune_and_keep(
     return tuning
 
 
-def tuning_wish(options: BatchOptions) -> TuningLimits:
+def make_tuning_wish(options: BatchOptions) -> TuningLimits:
     """Return what the options let the tuner try."""
     return TuningLimits(
         batch_size=options.batch_size,
@@ -82,9 +82,9 @@ def tuning_wish(options: BatchOptions) -> TuningLimits:
     )
 
 
-def _apply_tuning(tuning: Tuning, as_it_comes: Sizes) -> Sizes:
+def _apply_tuning(tuning: Tuning, untuned: Sizes) -> Sizes:
     return replace(
-        as_it_comes,
+        untuned,
         batch_size=tuning.batch_size,
         slots=tuning.slots,
         rows_per_second=tuning.rows_per_second / tuning.slots,

@@ -1,1 +1,1 @@
-"""What several topics share."""
+"""What several topics share: Prefect artifacts (`artifacts`), and how reports show values (`formatting`)."""

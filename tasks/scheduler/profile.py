@@ -36,7 +36,14 @@ from tasks.batch.dataset import Dataset, open_dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import used_columns
 from tasks.batch.source import pin_source
-from tasks.batch.tuning import SAMPLE_ROWS, enlarge_sample, list_row_groups, read_first_rows, tune_and_keep, tuning_wish
+from tasks.batch.tuning import (
+    SAMPLE_ROWS,
+    enlarge_sample,
+    list_row_groups,
+    make_tuning_wish,
+    read_first_rows,
+    tune_and_keep,
+)
 from tasks.endpoint.resolve import Arrays, LoadedModel
 from tasks.endpoint.spec import AnyTarget, EndpointSpec
 from tasks.scheduler.decision import Profile
@@ -134,7 +141,7 @@ def measure_profile(
         return known
     stated, batch_options = options.stated_figures, options.batch_options
     with tempfile.TemporaryDirectory(prefix="overnight-profile-") as scratch:
-        rows = _MeasuredRows.of(subject, options, Path(scratch))
+        rows = _MeasuredRows.from_options(subject, options, Path(scratch))
         tuning = _tune(subject, rows.sample, batch_options, clock)
         slots = tuning.slots if tuning else batch_options.slots or subject.model.slots
         passes = measure_passes(subject.model, subject.contract, rows.sample, _PASS_MS_MAX, slots=slots, clock=clock)
@@ -220,7 +227,7 @@ class _MeasuredRows:
     write: Callable[[int], int]
 
     @classmethod
-    def of(cls, subject: LoadedModel, options: ProfileOptions, scratch: Path) -> _MeasuredRows:
+    def from_options(cls, subject: LoadedModel, options: ProfileOptions, scratch: Path) -> _MeasuredRows:
         folder, contract, batch_options = scratch / "rows", subject.contract, options.batch_options
         if options.source is None:
             table = make_table(contract, subject.sample.inputs)
@@ -248,7 +255,7 @@ def _prepare_sample(subject: LoadedModel, table: pa.Table) -> Encoded:
 
 def _tune(subject: LoadedModel, sample: Encoded, options: BatchOptions, clock: Callable[[], float]) -> Tuning | None:
     """Return the batch path's tuning, from the version's tags or by the tuner, which then keeps it there."""
-    wish = tuning_wish(options)
+    wish = make_tuning_wish(options)
     tuning = read_tuning(subject.resolved.tags, describe_machine(), wish)
     return tuning or tune_and_keep(subject.resolved, subject.model, subject.contract, sample, wish, clock=clock)
 

@@ -21,7 +21,7 @@ from tasks.storage.base import Entry
 
 # The clock that file systems take their times from may tick this seldom.
 _TICK_NS = 20_000_000
-# These may number a file anew at each mount.
+# These may give a file another number at each mount.
 _UNSTEADY_INODES = ("fuse", "fuseblk", "9p")
 _SWEPT_MAX = 20
 
@@ -93,13 +93,13 @@ class LocalStorage:
         A modification time can be set, so a file rewritten in place may have its old one; a time of change can't.
         Files that this storage writes itself must not be pinned so: the time of change of a file that was linked into
         place changes once more when its temporary name goes. The inode is left out on file systems that number files
-        anew at each mount. Raises SourceChanged where a file is gone meanwhile.
+        again at each mount. Raises SourceChanged where a file is gone meanwhile.
         """
         kinds, pinned, newest = _kinds_of_mounts(read), [], 0
         for entry in entries:
             status = self._status(entry.path)
             if status is None:
-                raise _gone(self.root / entry.path)
+                raise _missing_file_error(self.root / entry.path)
             marks = _marks(status)
             if kinds.get(status.st_dev, "").split(".")[0] in _UNSTEADY_INODES:
                 marks = marks[:-1]
@@ -134,21 +134,21 @@ class LocalStorage:
             try:
                 return pa.OSFile(str(path), "rb")
             except FileNotFoundError as error:
-                raise _gone(path) from error
+                raise _missing_file_error(path) from error
 
     def check_unchanged(self, entry: Entry) -> None:
         """Raise SourceChanged where the file's size, or what its tag holds, is not the entry's."""
         status = self._status(entry.path)
         path = self.root / entry.path
         if status is None:
-            raise _gone(path)
+            raise _missing_file_error(path)
         held = entry.tag.split("/")
         marks = _marks(status)[: len(held)]
         if status.st_size == entry.size and marks == held:
             return
         message = (
-            f"{path} must be the file that the plan was made for ({entry.size} bytes, {_told(held)}), "
-            f"got {status.st_size} bytes, {_told(marks)}. Put the old file back and call again, "
+            f"{path} must be the file that the plan was made for ({entry.size} bytes, {_describe_marks(held)}), "
+            f"got {status.st_size} bytes, {_describe_marks(marks)}. Put the old file back and call again, "
             "or start a new run over the data as it is."
         )
         raise SourceChanged(message)
@@ -193,7 +193,7 @@ def _marks(status: os.stat_result) -> list[str]:
     return [str(status.st_mtime_ns), str(status.st_ctime_ns), str(status.st_ino)]
 
 
-def _told(marks: Sequence[str]) -> str:
+def _describe_marks(marks: Sequence[str]) -> str:
     said = ("modified at {} ns", "changed at {} ns", "inode {}")
     return ", ".join(words.format(mark) for words, mark in zip(said, marks, strict=False))
 
@@ -211,7 +211,7 @@ def _kinds_of_mounts(read: Callable[[Path], bytes]) -> dict[int, str]:
     return kinds
 
 
-def _gone(path: Path) -> SourceChanged:
+def _missing_file_error(path: Path) -> SourceChanged:
     return SourceChanged(f"{path} must be there for the whole run, but is gone. Put it back, or start a new run.")
 
 

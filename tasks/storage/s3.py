@@ -241,7 +241,7 @@ def _s3_errors(address: str) -> Generator[None]:
 def _named(address: str, error: Exception) -> OvernightError:
     if unfit := _UNFIT_NAME.search(str(error)):
         return _unfit_name(address, unfit[1])
-    got = _told(error)
+    got = _describe_error(error)
     if "NoSuchBucket" in got:
         return BadInput(f"The bucket of {address} must exist, got: {got} Create it, or correct the address.")
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or _DENIED.search(got):
@@ -256,7 +256,7 @@ def _unfit_name(address: str, name: str) -> BadInput:
     )
 
 
-def _told(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     """Return what S3 says in its XML, or the first line of an error that has none."""
     if found := re.search(r"<Code>(.*?)</Code>(?:\s*<Message>(.*?)</Message>)?", str(error), re.DOTALL):
         return f"{found[1]}: {(found[2] or '').rstrip('.')}."

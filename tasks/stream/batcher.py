@@ -1,4 +1,7 @@
-"""Micro-batches as they are taken from a source: of so many rows or bytes, or of what came within the wait."""
+"""The batcher: collects messages into micro-batches, and sets suspects apart.
+
+A suspect is a message that came several times: it may be what ended the process that scored it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from serving.model.batching import BatchingConfig
 from tasks.stream.connections import Source
 from tasks.stream.decode import count_rows
 from tasks.stream.message import Message
@@ -14,25 +18,19 @@ from tasks.stream.message import Message
 Batch = tuple[Message, ...]
 
 POLL_SECONDS = 0.2
-_BATCHES_BESIDE = 4
-_ROWS_GUESSED, _BYTES_GUESSED = 1.0, float(1 << 20)
-# From here on a message is no longer beyond suspicion of being what ended the scorers before.
-_DELIVERIES_SUSPECT = 3
-_COMPANY_MOST, _COMPANY_SHARE = 64, 4.0
-_LAST_DELIVERIES = 4
+_BATCHES_QUEUED = 4
+# Assumed of the first message.
+_ROWS_PER_MESSAGE, _BYTES_PER_MESSAGE = 1.0, float(1 << 20)
+# A message with more deliveries is a suspect.
+_DELIVERIES_TRUSTED = 3
+_QUARANTINE_MAX, _QUARANTINE_DIVISOR = 64, 4.0
+# With fewer deliveries left a suspect is scored alone.
+_DELIVERIES_ALONE = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Dial:
-    """A micro-batch has at most so many rows, and waits at most so long for them."""
-
-    rows: int
-    wait_seconds: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
-    """When a stream ends by itself, and what it takes at once."""
+class StreamLimits:
+    """When a stream ends by itself, and how much it holds at a time."""
 
     in_flight: int
     in_flight_bytes: int
@@ -44,93 +42,102 @@ class Terms:
 
     @property
     def messages_per_batch(self) -> int:
-        """The messages of one micro-batch at most: those of every slot, and those between, are in flight."""
+        """The most messages of one micro-batch, so that those of all slots and queues are within `in_flight`."""
         return max(1, self.in_flight // (self.slots + 2))
 
     @property
     def bytes_per_batch(self) -> int:
-        """The bytes at which a micro-batch is full: those that wait for a slot, or to be emitted, are as large."""
-        return self.in_flight_bytes // (self.slots + _BATCHES_BESIDE)
+        """The bytes at which a micro-batch is full, so that all of them are within `in_flight_bytes`."""
+        return self.in_flight_bytes // (self.slots + _BATCHES_QUEUED)
 
 
 @dataclass(slots=True, kw_only=True)
-class Intake:
-    """Takes messages together; `look` is asked before each wait, and raises where the stream is over."""
+class Batcher:
+    """Collects messages of a source into micro-batches.
+
+    `check_running` is called before each wait, and raises where the stream has ended.
+    """
 
     source: Source
-    terms: Terms
-    dial: Callable[[], Dial]
-    rests: Callable[[], bool]
-    look: Callable[[], None]
-    _rows_each: float = _ROWS_GUESSED
-    _bytes_each: float = _BYTES_GUESSED
+    limits: StreamLimits
+    batching: Callable[[], BatchingConfig]
+    is_stopping: Callable[[], bool]
+    check_running: Callable[[], None]
+    _rows_per_message: float = _ROWS_PER_MESSAGE
+    _bytes_per_message: float = _BYTES_PER_MESSAGE
     _random: random.Random = field(default_factory=random.Random)
 
-    def take(self, left: int | None) -> list[Message]:
-        """Return a micro-batch of at most `left` messages: full, or its first has waited for long enough.
+    def next_batch(self, messages_left: int | None) -> list[Message]:
+        """Return a micro-batch that is full, or whose first message has waited for long enough.
 
-        Returns none where none comes within 0.2 s.
+        Args:
+            messages_left: The most messages to take; None for no bound.
+
+        Returns:
+            The messages; none where none comes within 0.2 s.
         """
-        most = self.terms.messages_per_batch if left is None else min(self.terms.messages_per_batch, left)
-        dial, rows, size = self.dial(), 0, 0
+        bound = self.limits.messages_per_batch
+        messages_max = bound if messages_left is None else min(bound, messages_left)
+        config, rows, size = self.batching(), 0, 0
         messages: list[Message] = []
-        while len(messages) < most:
-            pause = seconds_to_wait(dial, rows, time.monotonic() - messages[0].arrived) if messages else POLL_SECONDS
-            if messages and (not pause or size >= self.terms.bytes_per_batch or self.rests()):
+        while len(messages) < messages_max:
+            pause = compute_wait(config, rows, time.monotonic() - messages[0].arrived) if messages else POLL_SECONDS
+            if messages and (not pause or size >= self.limits.bytes_per_batch or self.is_stopping()):
                 break
-            room = min(most - len(messages), self._room(dial.rows - rows, self.terms.bytes_per_batch - size))
-            self.look()
-            more = self.source.fetch(room, room if messages else 1, min(pause, POLL_SECONDS))
-            messages += more
+            missing = self._estimate_messages(config.batch_size_max - rows, self.limits.bytes_per_batch - size)
+            missing = min(messages_max - len(messages), missing)
+            self.check_running()
+            fetched = self.source.fetch(missing, missing if messages else 1, min(pause, POLL_SECONDS))
+            messages += fetched
             if not messages:
                 break
-            rows += sum(count_rows(message.payload) for message in more)
-            size += sum(len(message.payload) for message in more)
-            self._rows_each, self._bytes_each = rows / len(messages), size / len(messages)
+            rows += sum(count_rows(message.payload) for message in fetched)
+            size += sum(len(message.payload) for message in fetched)
+            self._rows_per_message, self._bytes_per_message = rows / len(messages), size / len(messages)
         return messages
 
-    def _room(self, rows: int, size: int) -> int:
-        """Return how many messages have so many rows and bytes, going by those before: one at least."""
-        return max(1, round(min(rows / max(self._rows_each, 1.0), size / max(self._bytes_each, 1.0))))
+    def _estimate_messages(self, rows: int, size: int) -> int:
+        """Return how many messages have so many rows and bytes, judged by those before; at least one."""
+        return max(1, round(min(rows / max(self._rows_per_message, 1.0), size / max(self._bytes_per_message, 1.0))))
 
-    def apart(self, messages: Sequence[Message]) -> list[Batch]:
-        """Cut off the messages that come again and again, few together and in no order: one may end the process.
+    def split_suspects(self, messages: Sequence[Message]) -> list[Batch]:
+        """Return messages as micro-batches, with suspects in small ones of their own, in random order.
 
-        In whatever order they come, those that are innocent then get their turn before it sooner or later. Those that
-        are not scored any more come first: nothing ends the process before they are dead letters.
+        One suspect may end the process. In random order the innocent ones are scored before it sooner or later.
+        Messages that are not scored any more come first, so that they are dead letters before the process may end.
         """
-        by_company: dict[int | None, list[Message]] = {}
-        last: list[Message] = []
+        by_size: dict[int | None, list[Message]] = {}
+        on_last_delivery: list[Message] = []
         for message in messages:
-            if self.terms.max_deliver is not None and message.deliveries >= self.terms.max_deliver:
-                last.append(message)
+            if self.limits.max_deliver is not None and message.deliveries >= self.limits.max_deliver:
+                on_last_delivery.append(message)
             else:
-                by_company.setdefault(company(message.deliveries, self.terms.max_deliver), []).append(message)
-        others = by_company.pop(None, [])
-        batches: list[Batch] = [tuple(each) for each in (last, others) if each]
-        for most, suspects in by_company.items():
+                by_size.setdefault(quarantine_size(message.deliveries, self.limits.max_deliver), []).append(message)
+        trusted = by_size.pop(None, [])
+        batches: list[Batch] = [tuple(each) for each in (on_last_delivery, trusted) if each]
+        for size, suspects in by_size.items():
             self._random.shuffle(suspects)
-            step = most or len(suspects)
-            batches += (tuple(suspects[at : at + step]) for at in range(0, len(suspects), step))
+            step = size or len(suspects)
+            batches += (tuple(suspects[start : start + step]) for start in range(0, len(suspects), step))
         return batches
 
 
-def seconds_to_wait(dial: Dial, rows: int, waited: float) -> float:
-    """Return how long a batch of so many rows, the first of which has waited so long, is still to wait; 0 is over."""
-    return 0.0 if rows >= dial.rows else max(0.0, dial.wait_seconds - waited)
+def compute_wait(config: BatchingConfig, rows: int, waited_seconds: float) -> float:
+    """Return how long a micro-batch of so many rows still waits for more; 0 where it is full or has waited enough."""
+    return 0.0 if rows >= config.batch_size_max else max(0.0, config.wait_seconds_max - waited_seconds)
 
 
-def company(deliveries: int, max_deliver: int | None) -> int | None:
-    """Return how many messages one that has come so often is scored with at most; None: as many as there are.
+def quarantine_size(deliveries: int, max_deliver: int | None) -> int | None:
+    """Return the size of the micro-batch that a message of so many deliveries is scored in; None for no bound.
 
-    From the fourth time on it may be what ends the scorer. It is then among fewer each time, 64, 16, 4, and alone at
-    last: after a scorer and its server have been killed thousands may have come so often, and each alone they would
-    come again before their turn. Alone at once where its last deliveries are near, and on the last whatever it was.
+    From its fourth delivery on it is a suspect. It is then in batches of 64, 16, 4 and 1: after a scorer and its
+    server were killed thousands may be suspects, and would be delivered again before each was scored alone. A suspect
+    is alone at once where few deliveries are left, and every message on its last one.
     """
     if max_deliver is not None and deliveries >= max_deliver:
         return 1
-    if deliveries <= _DELIVERIES_SUSPECT:
+    if deliveries <= _DELIVERIES_TRUSTED:
         return None
-    if max_deliver is not None and max_deliver - deliveries < _LAST_DELIVERIES:
+    if max_deliver is not None and max_deliver - deliveries < _DELIVERIES_ALONE:
         return 1
-    return max(1, int(_COMPANY_MOST * _COMPANY_SHARE ** (_DELIVERIES_SUSPECT + 1 - deliveries)))
+    return max(1, int(_QUARANTINE_MAX * _QUARANTINE_DIVISOR ** (_DELIVERIES_TRUSTED + 1 - deliveries)))

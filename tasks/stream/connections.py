@@ -1,53 +1,53 @@
-"""The ends of a stream: Protocols of one verb each, which NATS, Kafka and a folder of parts satisfy by shape."""
+"""What a stream is read from and written to: small Protocols that NATS, Kafka and the table of parts satisfy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
-from tasks.stream.message import Message, Place, Poison
-from tasks.stream.score import Scored
+from tasks.stream.message import Message, Poison, Position
+from tasks.stream.score import ScoredBatch
 
 
-class Abandoned(Exception):
-    """The wait for a broker was given up, since this process must end."""
+class StreamAbandoned(Exception):
+    """A wait for a broker was abandoned, since this process must end."""
 
 
 class Source(Protocol):
     """Where messages come from."""
 
-    def fetch(self, most: int, enough: int, seconds: float) -> list[Message]:
-        """Return up to `most` messages as soon as `enough` are there, or what there is after `seconds`."""
+    def fetch(self, messages_max: int, messages_min: int, timeout_seconds: float) -> list[Message]:
+        """Return up to `messages_max` messages once `messages_min` are there, or fewer at the time-out."""
         ...
 
 
-class Receipts(Protocol):
-    """What the source is told when it is done with messages."""
+class Acknowledger(Protocol):
+    """Where finished messages are acknowledged."""
 
-    def acknowledge(self, done: Sequence[Message], buried: Sequence[Message]) -> None:
-        """Tell the source that messages are in the sink, or among the dead letters, durably."""
+    def acknowledge(self, done: Sequence[Message], dead_lettered: Sequence[Message]) -> None:
+        """Tell the source that messages are durable in the sink, or among the dead letters."""
         ...
 
 
 class Sink(Protocol):
     """Where scores go."""
 
-    def emit(self, scored: Sequence[Scored]) -> list[Poison]:
-        """Put out the scores of micro-batches, and return once they are durable; return what is not taken."""
+    def emit(self, scored: Sequence[ScoredBatch]) -> list[Poison]:
+        """Write the scores of micro-batches, wait until they are durable, and return messages that were refused."""
         ...
 
 
 class DeadLetters(Protocol):
-    """Where poison goes."""
+    """Where messages go that can't be scored."""
 
-    def bury(self, poison: Sequence[Poison]) -> None:
-        """Keep messages with their reason, and return once that is durable."""
+    def send(self, poison: Sequence[Poison]) -> None:
+        """Write messages with their reasons, and wait until they are durable."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cadence:
+class EmitPolicy:
     """When scored micro-batches are emitted together: at so many rows, or when the first is so many seconds old."""
 
     rows: int = 1
@@ -55,26 +55,29 @@ class Cadence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ends:
-    """What one stream is read from and written to.
+class Connections:
+    """The open connections of one stream.
 
-    `lag` tells the messages that wait in the source, where known; `max_deliver` how often one comes at most; `keep`
-    what is kept of a micro-batch until it is emitted.
-    `give_back` tells the source that messages were taken and are left to others; `already` tells which of messages on
-    their last delivery the sink holds.
+    Attributes:
+        source: Where messages are fetched.
+        acknowledger: Where they are acknowledged.
+        sink: Where scores are emitted.
+        dead_letters: Where messages go that can't be scored.
+        lag: Returns how many messages wait in the source; None while that is not known.
+        emit_policy: When scored micro-batches are emitted.
+        compact: Drops what the sink does not need of a micro-batch that waits to be emitted.
+        max_deliver: From which delivery on a message is not scored any more; None: never.
+        give_back: Returns fetched messages to the source, unscored.
+        find_emitted: Returns which of some messages on their last delivery the sink holds already.
     """
 
     source: Source
-    receipts: Receipts
+    acknowledger: Acknowledger
     sink: Sink
     dead_letters: DeadLetters
     lag: Callable[[], int | None]
-    cadence: Cadence = Cadence()
-    keep: Callable[[Scored], Scored] = lambda scored: scored
+    emit_policy: EmitPolicy = EmitPolicy()
+    compact: Callable[[ScoredBatch], ScoredBatch] = lambda scored: scored
     max_deliver: int | None = None
     give_back: Callable[[Sequence[Message]], None] = lambda _: None
-    already: Callable[[Sequence[Message]], set[Place]] = lambda _: set()
-
-    def reading(self, source: Source) -> Ends:
-        """Return the same ends, read through another source."""
-        return replace(self, source=source)
+    find_emitted: Callable[[Sequence[Message]], set[Position]] = lambda _: set()

@@ -1,4 +1,4 @@
-"""From messages to rows: JSON rows and Arrow IPC become tables of what the model reads, or poison with a reason."""
+"""Decoding messages: one JSON row or many rows of Arrow IPC become tables, or poison with a reason."""
 
 from __future__ import annotations
 
@@ -20,39 +20,40 @@ from tasks.stream.message import Message, Poison
 
 ROWS_MAX = 1 << 20
 _BYTES_MAX = 256 << 20
-_ARROW = b"\xff\xff\xff\xff"
-_SHOWN = 200
+_ARROW_PREFIX = b"\xff\xff\xff\xff"
+_CHARACTERS_SHOWN = 200
+_SCHEMAS_MAX = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
-    """Messages whose rows make one table: message i has rows [edges[i], edges[i + 1]).
+class MessageGroup:
+    """Messages whose rows make one table: message i has rows [row_offsets[i], row_offsets[i + 1]).
 
-    `rows` holds the rows as they were in JSON, where they were.
+    `rows` holds the parsed rows of JSON messages; None for Arrow messages.
     """
 
     messages: tuple[Message, ...]
-    edges: npt.NDArray[np.int64]
+    row_offsets: npt.NDArray[np.int64]
     table: pa.Table
     rows: tuple[dict[str, Any], ...] | None
 
-    def halves(self) -> tuple[Group, Group]:
-        """Return the first half of the messages and the others; there must be two at least."""
+    def split_in_half(self) -> tuple[MessageGroup, MessageGroup]:
+        """Return the first half of the messages, and the second; there must be at least two."""
         middle = len(self.messages) // 2
-        return self._part(0, middle), self._part(middle, len(self.messages))
+        return self._slice(0, middle), self._slice(middle, len(self.messages))
 
-    def _part(self, start: int, stop: int) -> Group:
-        first, behind = int(self.edges[start]), int(self.edges[stop])
-        return Group(
+    def _slice(self, start: int, stop: int) -> MessageGroup:
+        row_start, row_stop = int(self.row_offsets[start]), int(self.row_offsets[stop])
+        return MessageGroup(
             messages=self.messages[start:stop],
-            edges=self.edges[start : stop + 1] - first,
-            table=self.table.slice(first, behind - first),
+            row_offsets=self.row_offsets[start : stop + 1] - row_start,
+            table=self.table.slice(row_start, row_stop - row_start),
             rows=self.rows[start:stop] if self.rows is not None else None,
         )
 
 
 class Reason(StrEnum):
-    """Why a message can't be read: few, since tables and metrics count them."""
+    """Why a message can't be read. There are few reasons, since tables count them."""
 
     NOT_JSON = "JSON that does not parse"
     NOT_AN_OBJECT = "JSON that is not one object"
@@ -72,7 +73,7 @@ class Unreadable(ValueError):
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail, self.column = reason, detail, column
 
-    def of(self, message: Message) -> Poison:
+    def to_poison(self, message: Message) -> Poison:
         """Return the message as poison."""
         return Poison(message=message, column=self.column, reason=self.reason, detail=self.detail)
 
@@ -81,126 +82,129 @@ class Unreadable(ValueError):
 class Decoder:
     """Decodes messages for one model; may be called from several threads at once.
 
-    With `one_type` key columns keep the type that they had in the first message (`key_types`), as a table needs it.
+    With `fix_key_types` key columns keep the types of the first message (`key_types`), as a table needs them.
     """
 
     contract: Contract
     key_columns: tuple[str, ...]
-    one_type: bool = False
+    fix_key_types: bool = False
     key_types: dict[str, pa.DataType] = field(default_factory=dict)
-    _fitting: set[pa.Schema] = field(default_factory=set)
+    _checked_schemas: set[pa.Schema] = field(default_factory=set)
 
-    def decode(self, messages: Sequence[Message]) -> tuple[list[Group], list[Poison]]:
+    def decode(self, messages: Sequence[Message]) -> tuple[list[MessageGroup], list[Poison]]:
         """Return the messages in groups of one schema, in order, and those that are unreadable."""
         poison: list[Poison] = []
-        json = self._json([m for m in messages if not is_arrow(m.payload)], poison)
-        arrow = self._arrow([m for m in messages if is_arrow(m.payload)], poison)
+        json = self._decode_json([m for m in messages if not is_arrow(m.payload)], poison)
+        arrow = self._decode_arrow([m for m in messages if is_arrow(m.payload)], poison)
         return [*json, *arrow], poison
 
-    def _json(self, messages: Sequence[Message], poison: list[Poison]) -> list[Group]:
-        good: list[Message] = []
+    def _decode_json(self, messages: Sequence[Message], poison: list[Poison]) -> list[MessageGroup]:
+        readable: list[Message] = []
         rows: list[dict[str, Any]] = []
         for message in messages:
             try:
-                rows.append(self._json_row(message.payload))
-                good.append(message)
+                rows.append(self._parse_row(message.payload))
+                readable.append(message)
             except Unreadable as unreadable:
-                poison.append(unreadable.of(message))
-        if not good:
+                poison.append(unreadable.to_poison(message))
+        if not readable:
             return []
-        table = self._json_table(good)
+        table = self._parse_table(readable)
         if table is None:
-            return self._json_one_by_one(good, rows, poison)
-        self._write_keys(good, rows, table)
-        return self._with_fitting_keys(
-            Group(messages=tuple(good), edges=np.arange(len(good) + 1), table=table, rows=tuple(rows)), poison
+            return self._decode_one_by_one(readable, rows, poison)
+        self._restore_keys(readable, rows, table)
+        return self._cast_keys(
+            MessageGroup(
+                messages=tuple(readable), row_offsets=np.arange(len(readable) + 1), table=table, rows=tuple(rows)
+            ),
+            poison,
         )
 
-    def _write_keys(self, messages: Sequence[Message], rows: Sequence[dict[str, Any]], table: pa.Table) -> None:
-        """Put keys into rows as they are written, wherever the value would be written otherwise.
+    def _restore_keys(self, messages: Sequence[Message], rows: Sequence[dict[str, Any]], table: pa.Table) -> None:
+        """Put keys into rows as the message writes them, where the parsed value would be written differently.
 
-        A number above 2^64 is a float to a parser, and `1.10` is 1.1; of a name that stands twice the first counts.
+        A parser reads a number above 2^64 as a float, and `1.10` as 1.1. Of two equal names the first counts.
         """
         for key in self.key_columns:
             for message, row, text in zip(messages, rows, table.column(key).to_pylist(), strict=True):
-                if not _is_as_written(row[key], text):
+                if not _is_written_alike(row[key], text):
                     row[key] = orjson.Fragment(written_values(message.payload, [key])[key])
 
-    def _json_row(self, payload: bytes) -> dict[str, Any]:
+    def _parse_row(self, payload: bytes) -> dict[str, Any]:
         try:
             row = read_object(payload)
         except NotJsonLines as error:
-            detail = f"{error}; it begins {payload[:_SHOWN]!r}"
+            detail = f"{error}; it begins {payload[:_CHARACTERS_SHOWN]!r}"
             raise Unreadable(Reason.NOT_JSON, detail) from error
         if not isinstance(row, dict):
-            detail = f"got a {type(row).__name__}: {payload[:_SHOWN]!r}"
+            detail = f"got a {type(row).__name__}: {payload[:_CHARACTERS_SHOWN]!r}"
             raise Unreadable(Reason.NOT_AN_OBJECT, detail)
         for key in self.key_columns:
             if key not in row:
                 raise Unreadable(Reason.KEY_MISSING, f"the message has {sorted(row)[:20]}", key)
         return row
 
-    def _json_table(self, messages: Sequence[Message]) -> pa.Table | None:
-        """Return the rows as text, as the batch path reads JSON lines; None where they are not one row a message."""
-        # A line break within a message can only stand between its tokens.
+    def _parse_table(self, messages: Sequence[Message]) -> pa.Table | None:
+        """Return the rows as text, as batch runs read JSON lines; None where they are not one row per message."""
+        # A line break within a message can only be between its tokens.
         lines = b"\n".join(message.payload.replace(b"\n", b" ") for message in messages)
         try:
-            frame = parse_lines(lines, self._json_types)
+            frame = parse_lines(lines, self._text_types)
         except NotJsonLines:
             return None
         return frame.to_arrow(compat_level=pl.CompatLevel.oldest()) if frame.height == len(messages) else None
 
     @property
-    def _json_types(self) -> dict[str, pl.DataType]:
+    def _text_types(self) -> dict[str, pl.DataType]:
         shapes = {column.name: column.shape for column in self.contract.columns}
         names = dict.fromkeys([*shapes, *self.key_columns])
         return {name: pl.List(pl.String) if shapes.get(name) else pl.String() for name in names}
 
-    def _json_one_by_one(
+    def _decode_one_by_one(
         self, messages: Sequence[Message], rows: Sequence[dict[str, Any]], poison: list[Poison]
-    ) -> list[Group]:
-        kept: list[tuple[Message, dict[str, Any], pa.Table]] = []
+    ) -> list[MessageGroup]:
+        readable: list[tuple[Message, dict[str, Any], pa.Table]] = []
         for message, row in zip(messages, rows, strict=True):
-            table = self._json_table([message])
+            table = self._parse_table([message])
             if table is None:
-                unreadable = Unreadable(Reason.NOT_A_ROW, f"{message.payload[:_SHOWN]!r}")
-                poison.append(unreadable.of(message))
+                unreadable = Unreadable(Reason.NOT_A_ROW, f"{message.payload[:_CHARACTERS_SHOWN]!r}")
+                poison.append(unreadable.to_poison(message))
             else:
-                self._write_keys([message], [row], table)
-                kept.append((message, row, table))
-        if not kept:
+                self._restore_keys([message], [row], table)
+                readable.append((message, row, table))
+        if not readable:
             return []
-        group = Group(
-            messages=tuple(message for message, _, _ in kept),
-            edges=np.arange(len(kept) + 1),
-            table=pa.concat_tables([table for _, _, table in kept]),
-            rows=tuple(row for _, row, _ in kept),
+        group = MessageGroup(
+            messages=tuple(message for message, _, _ in readable),
+            row_offsets=np.arange(len(readable) + 1),
+            table=pa.concat_tables([table for _, _, table in readable]),
+            rows=tuple(row for _, row, _ in readable),
         )
-        return self._with_fitting_keys(group, poison)
+        return self._cast_keys(group, poison)
 
-    def _arrow(self, messages: Sequence[Message], poison: list[Poison]) -> list[Group]:
-        groups: list[Group] = []
-        held: list[tuple[Message, pa.Table]] = []
+    def _decode_arrow(self, messages: Sequence[Message], poison: list[Poison]) -> list[MessageGroup]:
+        groups: list[MessageGroup] = []
+        pending: list[tuple[Message, pa.Table]] = []
         for message in messages:
             try:
-                table = self._arrow_table(message.payload)
+                table = self._read_arrow_table(message.payload)
             except Unreadable as unreadable:
-                poison.append(unreadable.of(message))
+                poison.append(unreadable.to_poison(message))
                 continue
-            if held and not held[0][1].schema.equals(table.schema):
-                groups += self._with_fitting_keys(_joined(held), poison)
-                held = []
-            held.append((message, table))
-        return groups + (self._with_fitting_keys(_joined(held), poison) if held else [])
+            if pending and not pending[0][1].schema.equals(table.schema):
+                groups += self._cast_keys(_join_tables(pending), poison)
+                pending = []
+            pending.append((message, table))
+        return groups + (self._cast_keys(_join_tables(pending), poison) if pending else [])
 
-    def _arrow_table(self, payload: bytes) -> pa.Table:
+    def _read_arrow_table(self, payload: bytes) -> pa.Table:
         table = read_arrow(payload)
-        if table.schema not in self._fitting:
-            self._check(table.schema)
+        if table.schema not in self._checked_schemas:
+            self._check_schema(table.schema)
         names = [column.name for column in self.contract.columns if column.name in table.schema.names]
         return table.select(list(dict.fromkeys([*names, *self.key_columns])))
 
-    def _check(self, schema: pa.Schema) -> None:
+    def _check_schema(self, schema: pa.Schema) -> None:
         try:
             self.contract.check(schema, "The message")
         except SchemaMismatch as error:
@@ -208,42 +212,39 @@ class Decoder:
         for key in self.key_columns:
             if len(schema.get_all_field_indices(key)) != 1:
                 raise Unreadable(Reason.KEY_NOT_ONCE, f"the message has {schema.names[:20]}", key)
-        if len(self._fitting) < _SCHEMAS_KEPT:
-            self._fitting.add(schema)
+        if len(self._checked_schemas) < _SCHEMAS_MAX:
+            self._checked_schemas.add(schema)
 
-    def _with_fitting_keys(self, group: Group, poison: list[Poison]) -> list[Group]:
-        """Return the messages with their keys in the types that they have had from the first on; others are poison."""
+    def _cast_keys(self, group: MessageGroup, poison: list[Poison]) -> list[MessageGroup]:
+        """Return the messages with their keys cast to the types of the first message; others become poison."""
         table = group.table
-        for key in self.key_columns if self.one_type else ():
-            at = table.schema.get_field_index(key)
-            column = table.column(at)
-            wanted = self.key_types.setdefault(key, column.type)
-            if column.type != wanted:
-                cast = _cast_unchanged(column, wanted)
+        for key in self.key_columns if self.fix_key_types else ():
+            index = table.schema.get_field_index(key)
+            column = table.column(index)
+            key_type = self.key_types.setdefault(key, column.type)
+            if column.type != key_type:
+                cast = _cast_unchanged(column, key_type)
                 if cast is None:
                     if len(group.messages) > 1:
-                        return [part for half in group.halves() for part in self._with_fitting_keys(half, poison)]
-                    detail = f"it has been {wanted} from the first message on, got {column.type}"
-                    poison.append(Unreadable(Reason.KEY_CHANGES, detail, key).of(group.messages[0]))
+                        return [part for half in group.split_in_half() for part in self._cast_keys(half, poison)]
+                    detail = f"it has been {key_type} from the first message on, got {column.type}"
+                    poison.append(Unreadable(Reason.KEY_CHANGES, detail, key).to_poison(group.messages[0]))
                     return []
-                table = table.set_column(at, key, cast)
+                table = table.set_column(index, key, cast)
         return [replace(group, table=table)]
 
 
-_SCHEMAS_KEPT = 1000
-
-
-def _cast_unchanged(column: pa.ChunkedArray, wanted: pa.DataType) -> pa.ChunkedArray | None:
-    """Return keys in another type, None where one would not come back as it was: "007" is no integer."""
+def _cast_unchanged(column: pa.ChunkedArray, key_type: pa.DataType) -> pa.ChunkedArray | None:
+    """Return keys in another type, None where a value would change: "007" is no integer."""
     try:
-        cast = column.cast(wanted)
+        cast = column.cast(key_type)
         return cast if cast.cast(column.type).equals(column) else None
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return None
 
 
-def _is_as_written(value: object, text: object) -> bool:
-    """Return whether a key is written in the answer as in the message; `text` is how a table of text holds it."""
+def _is_written_alike(value: object, text: object) -> bool:
+    """Return whether a parsed key is written as in the message, where its text is `text`."""
     if isinstance(value, str):
         return value == text and not isinstance(value, Number)
     if isinstance(value, int):
@@ -252,18 +253,22 @@ def _is_as_written(value: object, text: object) -> bool:
 
 
 def is_arrow(payload: bytes) -> bool:
-    """Whether a payload is Arrow IPC rather than JSON, by its first bytes."""
-    return payload[:4] == _ARROW
+    """Return whether a payload is Arrow IPC rather than JSON, by its first bytes."""
+    return payload[:4] == _ARROW_PREFIX
 
 
 def read_arrow(payload: bytes) -> pa.Table:
-    """Return the rows of an Arrow IPC stream; raises Unreadable where it is none, or has no rows, or too many."""
+    """Return the rows of an Arrow IPC stream.
+
+    Raises:
+        Unreadable: It is not Arrow IPC, or has no rows, or too many.
+    """
     try:
         with pa.ipc.open_stream(payload) as reader:
             table = reader.read_all()
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise Unreadable(Reason.NOT_ARROW, str(error)[:_SHOWN]) from error
+        raise Unreadable(Reason.NOT_ARROW, str(error)[:_CHARACTERS_SHOWN]) from error
     if not 1 <= table.num_rows <= ROWS_MAX or table.nbytes > _BYTES_MAX:
         detail = (
             f"1 to {ROWS_MAX:,} rows in at most {_BYTES_MAX >> 20} MiB are, got {table.num_rows:,} rows in "
@@ -274,7 +279,7 @@ def read_arrow(payload: bytes) -> pa.Table:
 
 
 def count_rows(payload: bytes) -> int:
-    """Return the rows of a message for the size of its batch: one where it is JSON, or can't be read."""
+    """Return how many rows a message has: 1 where it is JSON, or can't be read."""
     if not is_arrow(payload):
         return 1
     try:
@@ -284,10 +289,10 @@ def count_rows(payload: bytes) -> int:
         return 1
 
 
-def _joined(held: Sequence[tuple[Message, pa.Table]]) -> Group:
-    return Group(
-        messages=tuple(message for message, _ in held),
-        edges=np.cumsum([0, *(table.num_rows for _, table in held)]),
-        table=pa.concat_tables([table for _, table in held]),
+def _join_tables(pending: Sequence[tuple[Message, pa.Table]]) -> MessageGroup:
+    return MessageGroup(
+        messages=tuple(message for message, _ in pending),
+        row_offsets=np.cumsum([0, *(table.num_rows for _, table in pending)]),
+        table=pa.concat_tables([table for _, table in pending]),
         rows=None,
     )

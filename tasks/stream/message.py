@@ -1,4 +1,4 @@
-"""A message: what came, where it stands in its log, and when. Nothing of a broker's library is in it."""
+"""A message of a stream: its payload, its position in the log, and its times. Independent of any broker's library."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# Answers and dead letters carry these, whatever the broker.
+# Scores and dead letters carry these headers, whatever the broker.
 HEADER_MODEL = "Overnight-Model"
 HEADER_SOURCE = "Overnight-Source"
 HEADER_REASON = "Overnight-Reason"
 HEADER_COLUMN = "Overnight-Column"
-# A producer may say when the event was, in seconds since 1970; else it is when the log took it.
+# A producer may set it to the time of the event, in seconds since 1970. The default is the log's own timestamp.
 HEADER_EVENT_TIME = "Overnight-Event-Time"
-_HEADER_MAX = 1000
+_HEADER_CHARACTERS_MAX = 1000
 
 
-class Place(NamedTuple):
-    """Where an input stands: the partition of its log (0 where there is one alone), and its number there."""
+class Position(NamedTuple):
+    """Where a message is in its log: the partition (0 where there is only one), and its number there."""
 
     partition: int
     number: int
@@ -26,13 +26,13 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One input, which holds one row as JSON or many as Arrow IPC.
+    """One input message, which holds one row as JSON or many as Arrow IPC.
 
-    `event_time` is in seconds since 1970 by the clock of whoever made the event, `arrived` by this process's
-    monotonic clock. `receipt` is what the source acknowledges it by.
+    `event_time` is in seconds since 1970 by the producer's clock, `arrived` by this process's monotonic clock. The
+    source acknowledges the message by its `receipt`.
     """
 
-    place: Place
+    position: Position
     payload: bytes
     event_time: float
     arrived: float
@@ -44,7 +44,7 @@ class Message:
 class Poison:
     """A message that can't be scored, and why; `column` is empty where no column is at fault.
 
-    Reasons are few, since tables count them; what is said of this message alone is its detail.
+    There are few reasons, since tables count them. The `detail` belongs to this message alone.
     """
 
     message: Message
@@ -53,25 +53,25 @@ class Poison:
     detail: str = ""
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """The reason with its detail."""
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
-def poison_headers(poison: Poison) -> dict[str, str]:
-    """Return what a dead letter says of why it is one, as headers that any broker takes."""
-    headers = {HEADER_REASON: one_line(poison.words), HEADER_COLUMN: one_line(poison.column)}
+def build_poison_headers(poison: Poison) -> dict[str, str]:
+    """Return the headers of a dead letter that say why it is one."""
+    headers = {HEADER_REASON: format_header(poison.description), HEADER_COLUMN: format_header(poison.column)}
     return {name: value for name, value in headers.items() if value}
 
 
-def one_line(text: str) -> str:
-    """Return text as the value of a header: in one line, at most 1,000 characters, each of which UTF-8 has."""
-    return " ".join(text.split())[:_HEADER_MAX].encode(errors="replace").decode()
+def format_header(text: str) -> str:
+    """Return text as the value of a header: one line, at most 1,000 characters, valid UTF-8."""
+    return " ".join(text.split())[:_HEADER_CHARACTERS_MAX].encode(errors="replace").decode()
 
 
-def event_time(told: str | bytes | None, stamp: float) -> float:
-    """Return when an event was: as its producer says, where that is a time, and else when the log took it."""
+def choose_event_time(header: str | bytes | None, log_time: float) -> float:
+    """Return the producer's time of an event where its header holds a finite number, otherwise the log's time."""
     with contextlib.suppress(ValueError, OverflowError):
-        if told is not None and math.isfinite(said := float(told)):
-            return said
-    return stamp
+        if header is not None and math.isfinite(seconds := float(header)):
+            return seconds
+    return log_time

@@ -1,4 +1,4 @@
-"""Opening the ends of a stream: what a person named becomes connections, checked before anything is scored."""
+"""The opener: turns the source and the sink that a user names into open connections, and checks them before scoring."""
 
 from __future__ import annotations
 
@@ -15,211 +15,252 @@ from serving.model.registry import ModelPin
 from tasks.batch.parts import REJECT_COLUMN, REJECT_REASON
 from tasks.batch.plan import load_plan, read_record
 from tasks.storage import Storage, open_storage
-from tasks.stream.connections import Cadence, DeadLetters, Ends, Sink
+from tasks.stream.connections import Connections, DeadLetters, EmitPolicy, Sink
 from tasks.stream.decode import Decoder
-from tasks.stream.kafka.client import KafkaVoice, TopicLog
-from tasks.stream.kafka.sink import KafkaDeadLetters, KafkaSink, KafkaWriter
+from tasks.stream.kafka.client import KafkaErrorHandler, KafkaTopic
+from tasks.stream.kafka.sink import KafkaDeadLetters, KafkaSink, MessageProducer
 from tasks.stream.kafka.source import KafkaSource
-from tasks.stream.nats.connection import NatsLink, find_stream
-from tasks.stream.nats.consumer import check_identity, check_reach, find_identity
-from tasks.stream.nats.deduplication import Recall
-from tasks.stream.nats.sink import NatsDeadLetters, NatsSink, open_dead_letters, open_sink
+from tasks.stream.nats.connection import NatsConnection, find_stream
+from tasks.stream.nats.consumer import check_identity, check_position, find_identity
+from tasks.stream.nats.deduplication import EmittedIds
+from tasks.stream.nats.sink import NatsDeadLetters, NatsSink, ensure_dead_letter_stream, ensure_sink_stream
 from tasks.stream.nats.source import NatsSource
 from tasks.stream.options import FromKafka, FromNats, StreamOptions, ToKafka, ToNats, ToParts
-from tasks.stream.parts_sink import NUMBER, PARTITION, ROW, PartsSink, TableLog, log_path, table_plan
+from tasks.stream.parts_sink import NUMBER, PARTITION, ROW, PartsSink, TableLog, build_table_plan, log_path
 
 
 @dataclass(slots=True, kw_only=True)
-class Opener:
-    """Opens the ends of one stream for one model version."""
+class ConnectionOpener:
+    """Opens the connections of one stream for one model version.
+
+    `warn` is called with warnings while a broker is waited for. `give_up` ends every wait. NATS is asked for the lag
+    every `lag_seconds`.
+    """
 
     decoder: Decoder
     model: ModelPin
     options: StreamOptions
-    say: Callable[[str], None]
+    warn: Callable[[str], None]
     give_up: threading.Event
+    lag_seconds: float = 2.0
 
     @property
     def contract(self) -> Contract:
-        """What the model takes and gives."""
+        """The inputs and outputs of the model."""
         return self.decoder.contract
 
     @contextmanager
-    def opened(self, source: FromNats | FromKafka, sink: ToNats | ToKafka | ToParts) -> Generator[Ends]:
-        """Open both ends, and close them behind the block. Raises BadInput's kinds before anything is read."""
-        with ExitStack() as stack:
-            opened = self._from_nats if isinstance(source, FromNats) else self._from_kafka
-            yield opened(source, sink, stack)  # type: ignore[arg-type]  # told apart in the line above
+    def open(self, source: FromNats | FromKafka, sink: ToNats | ToKafka | ToParts) -> Generator[Connections]:
+        """Open source, sink and dead letters, and close them after the block.
 
-    def _from_nats(self, source: FromNats, sink: ToNats | ToKafka | ToParts, stack: ExitStack) -> Ends:
-        link = self._link(source.url, stack)
-        identity = link.run(find_identity(link, source))
+        Raises:
+            BadInput: Its kinds say what does not fit, before any message is read.
+        """
+        with ExitStack() as stack:
+            if isinstance(source, FromNats):
+                yield self._open_nats_source(source, sink, stack)
+            else:
+                yield self._open_kafka_source(source, sink, stack)
+
+    def _open_nats_source(self, source: FromNats, sink: ToNats | ToKafka | ToParts, stack: ExitStack) -> Connections:
+        connection = self._connect_nats(source.url, stack)
+        identity = connection.run(find_identity(connection, source))
         origin = f"{source.consumer}.{identity}"
-        buried = _recall(source, link, f"dead.{origin}", link, link.run(open_dead_letters(link, source)))
-        table, start = self._nats_table(sink, source, identity, link) if isinstance(sink, ToParts) else (None, None)
-        recall = None
-        if table is not None:
-            to: Sink = table
+        dead_letter_stream = connection.run(ensure_dead_letter_stream(connection, source))
+        dead_ids = _build_emitted_ids(source, connection, f"dead.{origin}", connection, dead_letter_stream)
+        emitted_ids: EmittedIds | None = None
+        start: int | None = None
+        opened: Sink
+        if isinstance(sink, ToParts):
+            opened, start = self._open_table_of_nats(sink, source, identity, connection)
         elif isinstance(sink, ToNats):
-            to, recall = self._nats_sink(sink, source, origin, stack, link)
+            opened, emitted_ids = self._open_nats_sink(sink, source, origin, stack, connection)
         else:
-            to = self._kafka_sink(sink, source, origin)  # type: ignore[arg-type]  # a table is no other sink
+            opened = self._open_kafka_sink(sink, source, origin)
         reader = NatsSource(
-            link,
+            connection,
             source,
             in_flight=self.options.in_flight,
             bytes_max=self.options.in_flight_bytes // 2,
             start=start,
             limit=self.options.limit,
-            identity=identity if table else None,
+            identity=None if start is None else identity,
+            lag_seconds=self.lag_seconds,
         )
         stack.callback(reader.close)
-        # A table's source counts no deliveries.
-        most = None if table else source.max_deliver
-        # What a table's source gives again does not count as one that comes again.
-        dead = NatsDeadLetters(link, source, origin, known=buried.known, already=buried.already)
-        ends = self._ends(reader, to, dead, sink)
-        ends = replace(ends, max_deliver=most, give_back=reader.give_back)
-        return ends if recall is None else replace(ends, already=recall.already)
+        dead_letters = NatsDeadLetters(
+            connection, source, origin, find_known=dead_ids.find_known, find_emitted=dead_ids.find_emitted
+        )
+        connections = self._build_connections(reader, opened, dead_letters, sink)
+        # The source of a table counts no deliveries.
+        max_deliver = source.max_deliver if start is None else None
+        connections = replace(connections, max_deliver=max_deliver, give_back=reader.give_back)
+        return connections if emitted_ids is None else replace(connections, find_emitted=emitted_ids.find_emitted)
 
-    def _from_kafka(self, source: FromKafka, sink: ToNats | ToKafka | ToParts, stack: ExitStack) -> Ends:
-        voice = KafkaVoice(source.servers, self.say, self.give_up)
-        reader = KafkaSource(source, voice, bytes_max=self.options.in_flight_bytes // 2)
+    def _open_kafka_source(self, source: FromKafka, sink: ToNats | ToKafka | ToParts, stack: ExitStack) -> Connections:
+        errors = KafkaErrorHandler(source.servers, self.warn, self.give_up)
+        reader = KafkaSource(source, errors, bytes_max=self.options.in_flight_bytes // 2)
         stack.callback(reader.close)
-        dead = KafkaDeadLetters(KafkaWriter(source.servers, voice), source)
+        dead_letters = KafkaDeadLetters(MessageProducer(source.servers, errors), source)
         start = None
+        opened: Sink
         if isinstance(sink, ToParts):
-            to: Sink
-            to, start = self._kafka_table(sink, source, reader.log)
+            opened, start = self._open_table_of_kafka(sink, source, reader.topic)
         elif isinstance(sink, ToNats):
-            to, _ = self._nats_sink(sink, source, reader.origin, stack, None)
+            opened, _ = self._open_nats_sink(sink, source, reader.origin, stack, None)
         else:
-            to = self._kafka_sink(sink, source, reader.origin)
-        reader.begin(start)
-        return self._ends(reader, to, dead, sink)
+            opened = self._open_kafka_sink(sink, source, reader.origin)
+        reader.start(start)
+        return self._build_connections(reader, opened, dead_letters, sink)
 
-    def _ends(
-        self, reader: NatsSource | KafkaSource, to: Sink, dead: DeadLetters, sink: ToNats | ToKafka | ToParts
-    ) -> Ends:
-        ends = Ends(source=reader, receipts=reader, sink=to, dead_letters=dead, lag=reader.lag)
+    def _build_connections(
+        self,
+        reader: NatsSource | KafkaSource,
+        opened: Sink,
+        dead_letters: DeadLetters,
+        sink: ToNats | ToKafka | ToParts,
+    ) -> Connections:
+        connections = Connections(
+            source=reader, acknowledger=reader, sink=opened, dead_letters=dead_letters, lag=reader.lag
+        )
         if not isinstance(sink, ToParts):
-            return ends
-        cadence = Cadence(rows=sink.rows_per_part, seconds=sink.seconds_per_part)
-        return replace(ends, cadence=cadence, keep=lambda scored: scored.light(self.options.key_columns))
+            return connections
+        emit_policy = EmitPolicy(rows=sink.rows_per_part, seconds=sink.seconds_per_part)
+        return replace(
+            connections, emit_policy=emit_policy, compact=lambda scored: scored.compact(self.options.key_columns)
+        )
 
-    def _nats_sink(
-        self, sink: ToNats, source: FromNats | FromKafka, origin: str, stack: ExitStack, from_link: NatsLink | None
-    ) -> tuple[NatsSink, Recall | None]:
-        link = from_link
-        if link is None or sink.url not in (None, link.url):
-            link = self._link(sink.url or FromNats.model_fields["url"].default, stack)
-        stream = link.run(open_sink(link, sink, source))
-        recall = None
-        if from_link is not None and isinstance(source, FromNats):
-            recall = _recall(source, from_link, origin, link, stream)
-            recall.begin()
-        known: Callable[[], set[str]] = recall.known if recall else set
-        keys = self.options.key_columns
-        made = NatsSink(link, sink, origin, contract=self.contract, keys=keys, model=self._model, known=known)
-        return made, recall
+    def _open_nats_sink(
+        self,
+        sink: ToNats,
+        source: FromNats | FromKafka,
+        origin: str,
+        stack: ExitStack,
+        source_connection: NatsConnection | None,
+    ) -> tuple[NatsSink, EmittedIds | None]:
+        connection = source_connection
+        if connection is None or sink.url not in (None, connection.url):
+            connection = self._connect_nats(sink.url or FromNats.model_fields["url"].default, stack)
+        stream = connection.run(ensure_sink_stream(connection, sink, source))
+        emitted_ids = None
+        if source_connection is not None and isinstance(source, FromNats):
+            emitted_ids = _build_emitted_ids(source, source_connection, origin, connection, stream)
+            emitted_ids.read_after_pause()
+        opened = NatsSink(
+            connection,
+            sink,
+            origin,
+            contract=self.contract,
+            keys=self.options.key_columns,
+            model=self._model_name,
+            find_known=emitted_ids.find_known if emitted_ids else set,
+        )
+        return opened, emitted_ids
 
-    def _kafka_sink(self, sink: ToKafka, source: FromNats | FromKafka, origin: str) -> KafkaSink:
+    def _open_kafka_sink(self, sink: ToKafka, source: FromNats | FromKafka, origin: str) -> KafkaSink:
         servers = sink.servers or (
             source.servers if isinstance(source, FromKafka) else FromKafka.model_fields["servers"].default
         )
-        writer = KafkaWriter(servers, KafkaVoice(servers, self.say, self.give_up))
+        producer = MessageProducer(servers, KafkaErrorHandler(servers, self.warn, self.give_up))
         keys = self.options.key_columns
-        return KafkaSink(writer, sink, origin, contract=self.contract, keys=keys, model=self._model)
+        return KafkaSink(producer, sink, origin, contract=self.contract, keys=keys, model=self._model_name)
 
     @property
-    def _model(self) -> str:
+    def _model_name(self) -> str:
         return f"{self.model.name}/{self.model.version}"
 
-    def _table(self, sink: ToParts, identity: str) -> PartsSink:
-        plan = table_plan(sink, identity, model=self.model, contract=self.contract, keys=self.options.key_columns)
-        return PartsSink(open_storage(sink.destination), plan, self.model, self.decoder.key_types)
+    def _connect_nats(self, url: str, stack: ExitStack) -> NatsConnection:
+        connection = NatsConnection(url, self.warn, self.give_up)
+        stack.callback(connection.close)
+        return connection
 
-    def _nats_table(self, sink: ToParts, source: FromNats, identity: str, link: NatsLink) -> tuple[PartsSink, int]:
-        """Return a table and the number to read its stream from; raises where the table is not of this stream."""
-        subject = source.subject or ""
-        standing = load_plan(open_storage(sink.destination), sink.name)
-        root = standing.source.root.split(" ") if standing is not None else []
+    def _open_table_of_nats(
+        self, sink: ToParts, source: FromNats, identity: str, connection: NatsConnection
+    ) -> tuple[PartsSink, int]:
+        """Return a table and the number to read its stream from; raises where the table is of another stream."""
+        plan = load_plan(open_storage(sink.destination), sink.name)
+        root = plan.source.root.split(" ") if plan is not None else []
         if len(root) > 1 and root[1] != identity and root[1].partition("@")[0] == source.stream:
             message = (
                 f"The table {sink.name!r} must go on in the stream {source.stream!r} that it is made of ({root[1]}), "
                 f"but that was deleted and made again ({identity}). Read the new one with another name of the table."
             )
             raise StreamReplaced(message)
-        table = self._table(sink, f"nats {identity} {subject}")
-        table.confirm = lambda: link.run(check_identity(link, source, identity))
-        start = table.begin(identity, lambda: {0: link.run(find_stream(link, source.stream)).state.first_seq})[0]
-        link.run(check_reach(link, source, f"table {sink.name!r}", start))
+        table = self._open_table(sink, f"nats {identity} {source.subject or ''}")
+        table.check_source = lambda: connection.run(check_identity(connection, source, identity))
+        start = table.find_start(
+            identity, lambda: {0: connection.run(find_stream(connection, source.stream)).state.first_seq}
+        )[0]
+        connection.run(check_position(connection, source, f"table {sink.name!r}", start))
         return table, start
 
-    def _kafka_table(self, sink: ToParts, source: FromKafka, log: TopicLog) -> tuple[PartsSink, dict[int, int]]:
-        """Return a table and where to read its topic from; raises where the table is not of this topic."""
-        log.reader, log.instead = f"table {sink.name!r}", "another name of the table"
+    def _open_table_of_kafka(
+        self, sink: ToParts, source: FromKafka, topic: KafkaTopic
+    ) -> tuple[PartsSink, dict[int, int]]:
+        """Return a table and the offsets to read its topic from; raises where the table is of another topic."""
+        topic.reader, topic.alternative = f"table {sink.name!r}", "another name of the table"
         storage = open_storage(sink.destination)
-        standing, identity = load_plan(storage, sink.name), log.identity
-        if standing is not None and standing.source.root == log.name:
-            self._adopt(storage, sink, source, log)
-            identity = log.name
-        elif (
-            standing is not None
-            and standing.source.root.startswith(f"{log.name} ")
-            and standing.source.root != identity
-        ):
+        plan, identity = load_plan(storage, sink.name), topic.identity
+        if plan is not None and plan.source.root == topic.name:
+            self._check_table_without_id(storage, sink, source, topic)
+            identity = topic.name
+        elif plan is not None and plan.source.root.startswith(f"{topic.name} ") and plan.source.root != identity:
             message = (
                 f"The table {sink.name!r} must go on in the topic {source.topic!r} that it is made of (id "
-                f"{standing.source.root.rpartition(' ')[2]}), but that was deleted and made again (id {log.id}). Read "
+                f"{plan.source.root.rpartition(' ')[2]}), but that was deleted and made again (id {topic.id}). Read "
                 "the new one with another name of the table."
             )
             raise StreamReplaced(message)
-        table = self._table(sink, identity)
-        table.confirm = log.confirm
-        start = table.begin(log.identity, lambda: {at: low for at, (low, _) in log.reach(log.partitions).items()})
+        table = self._open_table(sink, identity)
+        table.check_source = topic.check_identity
+        start = table.find_start(
+            topic.identity,
+            lambda: {partition: low for partition, (low, _) in topic.read_bounds(topic.partitions).items()},
+        )
         return table, start
 
-    def _adopt(self, storage: Storage, sink: ToParts, source: FromKafka, log: TopicLog) -> None:
-        """See to it that a table of an earlier version, which has no id of its topic, is of this one."""
-        known = read_record(storage, log_path(sink.name), TableLog)
-        if known is not None and known.identity != log.identity:
+    def _open_table(self, sink: ToParts, identity: str) -> PartsSink:
+        keys = self.options.key_columns
+        plan = build_table_plan(sink, identity, model=self.model, contract=self.contract, keys=keys)
+        return PartsSink(open_storage(sink.destination), plan, self.model, self.decoder.key_types)
+
+    def _check_table_without_id(self, storage: Storage, sink: ToParts, source: FromKafka, topic: KafkaTopic) -> None:
+        """Raise where a table of an earlier version, whose plan has no id of its topic, may be of another topic."""
+        log = read_record(storage, log_path(sink.name), TableLog)
+        if log is not None and log.identity != topic.identity:
             message = (
                 f"The table {sink.name!r} must go on in the topic {source.topic!r} that it is made of "
-                f"({known.identity}), but that was deleted and made again ({log.identity}). Read the new one with "
+                f"({log.identity}), but that was deleted and made again ({topic.identity}). Read the new one with "
                 "another name of the table."
             )
             raise StreamReplaced(message)
-        if known is None and source.topic_id is None:
+        if log is None and source.topic_id is None:
             message = (
                 f"The table {sink.name!r} must be made of this topic {source.topic!r}, not of an earlier one of its "
                 "name, but the version of Overnight that began it did not keep the id of the topic. Where the topic "
-                f"was never deleted, set topic_id={log.id!r} of the source once; else read it with another name of the "
-                "table."
+                f"was never deleted, set topic_id={topic.id!r} of the source once; else read it with another name of "
+                "the table."
             )
             raise StreamUnfit(message)
 
-    def _link(self, url: str, stack: ExitStack) -> NatsLink:
-        link = NatsLink(url, self.say, self.give_up)
-        stack.callback(link.close)
-        return link
 
-
-def _recall(source: FromNats, link: NatsLink, origin: str, sink_link: NatsLink, stream: StreamInfo) -> Recall:
-    return Recall(
-        link=link,
+def _build_emitted_ids(
+    source: FromNats, connection: NatsConnection, origin: str, sink_connection: NatsConnection, stream: StreamInfo
+) -> EmittedIds:
+    return EmittedIds(
+        connection=connection,
         source=source,
-        sink_link=sink_link,
-        sink=stream.config.name or "",
+        sink_connection=sink_connection,
+        sink_stream=stream.config.name or "",
         origin=origin,
         window_seconds=stream.config.duplicate_window or 0.0,
     )
 
 
-def check_names(contract: Contract, key_columns: tuple[str, ...], *, parts: bool) -> None:
-    """Raise BadInput where two columns of the output would have one name."""
-    places = (PARTITION, NUMBER, ROW) if parts else ()
-    names = [*places, *key_columns, *(output.name for output in contract.outputs), REJECT_COLUMN, REJECT_REASON]
+def check_column_names(contract: Contract, key_columns: tuple[str, ...], *, parts: bool) -> None:
+    """Raise BadInput where two columns of the output would have one name; `parts` says that it is a table of parts."""
+    own = (PARTITION, NUMBER, ROW) if parts else ()
+    names = [*own, *key_columns, *(output.name for output in contract.outputs), REJECT_COLUMN, REJECT_REASON]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         message = (
             f"The columns of the output must have different names, got {twice} twice. Choose other keys, or rename the "

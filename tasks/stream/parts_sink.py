@@ -1,11 +1,11 @@
-"""A table of Parquet parts as a sink: the parts are the checkpoint, each a range of the log, one behind the other.
+"""A table of Parquet parts as a sink. The parts are the checkpoint: each holds the next range of its partition.
 
-A part is named by the partition and the number that it begins at, and is created once: of two scorers that begin at
-one number, one has its part there, and the other goes on behind it. The next part begins behind the highest number in
-the last, which its footer tells. So nothing of a broker's acknowledgements decides what is in the table.
+A part is named by its partition and by the number that it begins at, and is created only once. Where two scorers write
+a part of one name, the first succeeds, and the other continues after it. The next part begins after the highest number
+of the last one, which its footer holds. So the table does not depend on a broker's acknowledgements.
 
-Each commit is a manifest of its own that lists every part so far, and readers go by the newest: open_predictions
-sees the table as of some commit. Shapes: N rows.
+Each commit is a manifest that lists every part so far, and readers take the newest: `open_predictions` sees the table
+as of one commit. Shapes: N rows of a part, n rows of one group.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from tasks.batch.publish import claim_order_number
 from tasks.storage import Entry, Storage, check_create_only
 from tasks.stream.message import Poison
 from tasks.stream.options import ToParts
-from tasks.stream.score import Scored, ScoredGroup
+from tasks.stream.score import ScoredBatch, ScoredGroup
 
 PARTITION, NUMBER, ROW = "source_partition", "source_number", "source_row"
 
-_PLACE = np.dtype([("partition", np.int64), ("number", np.int64), ("row", np.int64)])
+_POSITION = np.dtype([("partition", np.int64), ("number", np.int64), ("row", np.int64)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlacedRows:
-    """N rows on their way into a part; `keys` are the user's, with the place of each row before them."""
+class PartRows:
+    """N rows of a part: their positions in the log, the user's key columns, predictions and flags."""
 
-    places_N: npt.NDArray[np.void]
+    positions_N: npt.NDArray[np.void]
     user_keys: pa.Table
     predictions: Predictions
     flags: Flags
@@ -55,73 +55,75 @@ class PlacedRows:
     @property
     def rows(self) -> int:
         """How many rows there are."""
-        return len(self.places_N)
+        return len(self.positions_N)
 
     @property
     def keys(self) -> pa.Table:
-        """The places and the user's keys, as a part has them."""
+        """The key columns of a part: the position of each row, then the user's keys."""
         columns = {
-            name: pa.array(self.places_N[field])
+            name: pa.array(self.positions_N[field])
             for name, field in zip((PARTITION, NUMBER, ROW), ("partition", "number", "row"), strict=True)
         }
         return pa.table(columns | dict(zip(self.user_keys.column_names, self.user_keys.columns, strict=True)))
 
-    def where(self, mask_N: npt.NDArray[np.bool_]) -> PlacedRows:
-        """Return the rows of a mask."""
+    def filter(self, mask_N: npt.NDArray[np.bool_]) -> PartRows:
+        """Return the rows where the mask is true."""
         return self if mask_N.all() else self._take(np.flatnonzero(mask_N))
 
-    def in_order(self) -> PlacedRows:
-        """Return the rows in the order of their places."""
-        order_N = np.argsort(self.places_N, kind="stable", order=["partition", "number", "row"])
+    def sort(self) -> PartRows:
+        """Return the rows in the order of their positions."""
+        order_N = np.argsort(self.positions_N, kind="stable", order=["partition", "number", "row"])
         return self if (order_N[1:] > order_N[:-1]).all() else self._take(order_N)
 
-    def cast(self, types: Mapping[str, pa.DataType]) -> PlacedRows:
-        """Return the rows with their keys in these types."""
+    def cast_keys(self, types: Mapping[str, pa.DataType]) -> PartRows:
+        """Return the rows with their keys cast to these types."""
         columns = {name: self.user_keys.column(name).cast(kind) for name, kind in types.items()}
         return replace(self, user_keys=pa.table(columns) if columns else self.user_keys)
 
-    def _take(self, at: npt.NDArray[np.int64]) -> PlacedRows:
-        return PlacedRows(
-            places_N=self.places_N[at],
-            user_keys=self.user_keys.take(pa.array(at)) if self.user_keys.num_columns else self.user_keys,
-            predictions={name: value[at] for name, value in self.predictions.items()},
-            flags=Flags(self.flags.code_N[at], list(self.flags.reasons)),
+    def _take(self, rows_n: npt.NDArray[np.int64]) -> PartRows:
+        return PartRows(
+            positions_N=self.positions_N[rows_n],
+            user_keys=self.user_keys.take(pa.array(rows_n)) if self.user_keys.num_columns else self.user_keys,
+            predictions={name: value[rows_n] for name, value in self.predictions.items()},
+            flags=Flags(self.flags.code_N[rows_n], list(self.flags.reasons)),
         )
 
 
-def group_rows(scored: ScoredGroup, key_columns: Sequence[str]) -> PlacedRows:
-    """Return the rows of a group of messages; row r of a message is its r-th."""
+def build_rows(scored: ScoredGroup, key_columns: Sequence[str]) -> PartRows:
+    """Return the rows of a group of messages, numbered from 0 in each message."""
     rows_n = scored.rows
-    places = np.empty(int(rows_n.sum()), dtype=_PLACE)
-    places["partition"] = np.repeat([message.place.partition for message in scored.group.messages], rows_n)
-    places["number"] = np.repeat([message.place.number for message in scored.group.messages], rows_n)
-    places["row"] = np.arange(len(places)) - np.repeat(scored.group.edges[:-1], rows_n)
+    positions_N = np.empty(int(rows_n.sum()), dtype=_POSITION)
+    positions_N["partition"] = np.repeat([message.position.partition for message in scored.group.messages], rows_n)
+    positions_N["number"] = np.repeat([message.position.number for message in scored.group.messages], rows_n)
+    positions_N["row"] = np.arange(len(positions_N)) - np.repeat(scored.group.row_offsets[:-1], rows_n)
     keys = scored.group.table.select(list(key_columns))
-    return PlacedRows(places_N=places, user_keys=keys, predictions=scored.predictions, flags=scored.flags)
+    return PartRows(positions_N=positions_N, user_keys=keys, predictions=scored.predictions, flags=scored.flags)
 
 
-def unread_rows(unread: Sequence[Poison], types: Mapping[str, pa.DataType], contract: Contract) -> PlacedRows:
-    """Return one row for each message that could not be read: no keys, no predictions, and the reason."""
-    places = np.array([(*poison.message.place, 0) for poison in unread], dtype=_PLACE)
-    flags = Flags.all_good(len(unread))
-    for at, poison in enumerate(unread):
-        flags.mark_row(at, poison.column, poison.reason)
-    nothing = {
+def build_unreadable_rows(
+    unreadable: Sequence[Poison], types: Mapping[str, pa.DataType], contract: Contract
+) -> PartRows:
+    """Return one row for each unreadable message: no keys, no predictions, and the reason."""
+    positions_N = np.array([(*poison.message.position, 0) for poison in unreadable], dtype=_POSITION)
+    flags = Flags.all_good(len(unreadable))
+    for row, poison in enumerate(unreadable):
+        flags.mark_row(row, poison.column, poison.reason)
+    empty = {
         output.name: np.full(
-            (len(unread), *output.shape),
+            (len(unreadable), *output.shape),
             None if output.dtype == "str" else 0,
             dtype=object if output.dtype == "str" else output.dtype,
         )
         for output in contract.outputs
     }
-    keys = pa.table({name: pa.nulls(len(unread), kind) for name, kind in types.items()})
-    return PlacedRows(places_N=places, user_keys=keys, predictions=nothing, flags=flags)
+    keys = pa.table({name: pa.nulls(len(unreadable), kind) for name, kind in types.items()})
+    return PartRows(positions_N=positions_N, user_keys=keys, predictions=empty, flags=flags)
 
 
-def join_rows(pieces: Sequence[PlacedRows]) -> PlacedRows:
-    """Return several pieces, whose keys have the same types, as one."""
-    return PlacedRows(
-        places_N=np.concatenate([piece.places_N for piece in pieces]),
+def join_rows(pieces: Sequence[PartRows]) -> PartRows:
+    """Return several pieces as one; the types of their keys must be equal."""
+    return PartRows(
+        positions_N=np.concatenate([piece.positions_N for piece in pieces]),
         user_keys=pa.concat_tables([piece.user_keys for piece in pieces]),
         predictions={
             name: np.concatenate([piece.predictions[name] for piece in pieces]) for name in pieces[0].predictions
@@ -130,36 +132,36 @@ def join_rows(pieces: Sequence[PlacedRows]) -> PlacedRows:
     )
 
 
-_PART = re.compile(r"/part-(\d+)-(\d+)")
-# The newest may be read while the next is written; whoever has listed the one before still finds it.
+_PART_PATH = re.compile(r"/part-(\d+)-(\d+)")
+# A reader that has listed an older manifest still finds it while newer ones are written.
 _MANIFESTS_KEPT = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """A part that stands: what its footer says, and the number that the next one of its partition begins at."""
+    """A committed part: its footer, its keys, and the number that the next part of its partition begins at."""
 
     entry: Entry
     footer: PartFooter
-    next: int
+    next_number: int
     keys: pa.Schema
 
 
 class TableLog(Frozen):
-    """The log that a table is made of: its identity, and where each partition began when the table did."""
+    """The log that a table is made of: its identity, and the first number of each partition at that time."""
 
     identity: str
     first: dict[int, int]
 
 
 class PartsSink:
-    """One table below a destination. `positions` holds the number that each partition is to be read from.
+    """One table below a destination. `next_numbers` holds the number that each partition continues at.
 
-    `confirm` is called before rows are written, and raises where the log is no longer the one that they came from.
+    `check_source` is called before rows are written, and raises where the log is not the one that they came from.
     """
 
     def __init__(self, storage: Storage, plan: Plan, model: ModelPin, key_types: dict[str, pa.DataType]) -> None:
-        self.confirm: Callable[[], None] = lambda: None
+        self.check_source: Callable[[], None] = lambda: None
         self._storage = storage
         check_create_only(storage)
         if load_plan(storage, plan.run) is None:
@@ -167,102 +169,107 @@ class PartsSink:
         self._plan = save_plan(storage, plan).model_copy(update={"model": model, "contract": plan.contract})
         self._key_types = key_types
         self._parts: dict[ChunkId, _Part] = {}
-        self.positions: dict[int, int] = {}
-        self._read_chain()
-        if last := max(self._parts, default=None, key=lambda at: at[1]):
+        self.next_numbers: dict[int, int] = {}
+        self._read_parts()
+        if last := max(self._parts, default=None, key=lambda chunk: chunk[1]):
             schema = self._parts[last].keys
             key_types |= {name: schema.field(name).type for name in plan.options.key_columns}
         self._commit()
 
-    def begin(self, identity: str, reach: Callable[[], dict[int, int]]) -> dict[int, int]:
-        """Return where to read each partition from: behind its last part, or where it began when the table did.
+    def find_start(self, identity: str, find_first: Callable[[], dict[int, int]]) -> dict[int, int]:
+        """Return the number to read each partition from: after its last part, or the first when the table was new.
 
-        `reach` tells where the partitions begin now, which is kept when the table is first opened. A partition that is
-        in neither was added since, and is read from its beginning.
+        A partition without a number was added since, and is read from its beginning.
+
+        Args:
+            identity: What tells the log from any other; kept with the table when it is first opened.
+            find_first: Returns the first number of each partition now; kept likewise.
         """
         path = log_path(self._plan.run)
         if (log := read_record(self._storage, path, TableLog)) is None:
-            made = TableLog(identity=identity, first=reach())
+            made = TableLog(identity=identity, first=find_first())
             self._storage.put_new(path, made.model_dump_json().encode())
             log = read_record(self._storage, path, TableLog) or made
-        return log.first | {partition: start for partition, start in self.positions.items() if start}
+        return log.first | {partition: start for partition, start in self.next_numbers.items() if start}
 
-    def emit(self, scored: Sequence[Scored]) -> list[Poison]:
-        """Write the rows of micro-batches as one part a partition, then commit; every message has a row."""
+    def emit(self, scored: Sequence[ScoredBatch]) -> list[Poison]:
+        """Write the rows of micro-batches as one part per partition, then commit. Every message has a row."""
         if not any(each.messages for each in scored):
             return []
-        self.confirm()
-        rows = self._rows(scored)
-        for partition in np.unique(rows.places_N["partition"]).tolist():
-            self._write(partition, rows.where(rows.places_N["partition"] == partition))
+        self.check_source()
+        rows = self._build_rows(scored)
+        for partition in np.unique(rows.positions_N["partition"]).tolist():
+            self._write_part(partition, rows.filter(rows.positions_N["partition"] == partition))
         self._commit()
         return []
 
-    def _write(self, partition: int, rows: PlacedRows) -> None:
-        """Write rows behind the last part of their partition; what another scorer has written meanwhile is left out."""
+    def _write_part(self, partition: int, rows: PartRows) -> None:
+        """Write rows after the last part of their partition, except those that another scorer has written since."""
         while True:
-            start = self.positions.get(partition, 0)
-            rows = rows.where(rows.places_N["number"] >= start)
+            start = self.next_numbers.get(partition, 0)
+            rows = rows.filter(rows.positions_N["number"] >= start)
             if not rows.rows:
                 return
             path = part_path(self._plan, (partition, start))
             data = encode_part(self._plan, None, rows.keys, rows.predictions, rows.flags, self._plan.batch_size)
             self._storage.put_new(path, data)
-            # Whoever wrote it: what it holds is left out in the next round.
-            self._read_chain([(partition, start)])
+            # Whether this scorer or another one wrote it: its rows are left out in the next round.
+            self._read_parts([(partition, start)])
             if (partition, start) not in self._parts:
                 message = (
                     f"{self._storage.address(path)} must be readable once written, but is gone. Call again: the stream "
-                    "goes on behind the last part that stands."
+                    "continues after the last part that exists."
                 )
                 raise StorageFault(message)
 
-    def _read_chain(self, known: Iterable[ChunkId] = ()) -> None:
-        """Read the footers of parts that are not read yet, and follow each partition to its end.
+    def _read_parts(self, known: Iterable[ChunkId] = ()) -> None:
+        """Read the footers of new parts, and find where each partition ends.
 
-        A listing may lag behind: those that are known to have been written are looked for by name.
+        A listing may be out of date, so parts that are known to be written are looked up by name.
         """
         found = list_parts(self._storage, self._plan)
-        for at in known:
-            if at not in found and (entry := self._storage.find(part_path(self._plan, at))) is not None:
-                found[at] = entry
-        read = {at: part.entry for at, part in self._parts.items()}
-        if others := [entry.path for at, entry in found.items() if read.get(at, entry) != entry]:
+        for chunk in known:
+            if chunk not in found and (entry := self._storage.find(part_path(self._plan, chunk))) is not None:
+                found[chunk] = entry
+        read = {chunk: part.entry for chunk, part in self._parts.items()}
+        if others := [entry.path for chunk, entry in found.items() if read.get(chunk, entry) != entry]:
             message = (
                 f"{self._storage.address(others[0])} must be the part of table {self._plan.run} that this scorer has "
-                "read, but is another by now: it was deleted, and written again. Call again: the stream goes on behind "
-                "the parts that stand."
+                "read, but is another by now: it was deleted, and written again. Call again: the stream continues "
+                "after the parts that exist."
             )
             raise RunDamaged(message)
-        new = [at for at in found if at not in self._parts]
-        for at, part in zip(new, map_parallel(self._storage, lambda at: self._read(found[at]), new), strict=True):
-            self._parts[at] = part
+        new = [chunk for chunk in found if chunk not in self._parts]
+        for chunk, part in zip(
+            new, map_parallel(self._storage, lambda chunk: self._read_part(found[chunk]), new), strict=True
+        ):
+            self._parts[chunk] = part
         for partition in {partition for partition, _ in self._parts}:
-            end = self.positions.get(partition, 0)
-            while (standing := self._parts.get((partition, end))) is not None:
-                end = standing.next
-            self.positions[partition] = end
-            if stray := sorted(start for p, start in self._parts if p == partition and start >= end):
+            end = self.next_numbers.get(partition, 0)
+            while (following := self._parts.get((partition, end))) is not None:
+                end = following.next_number
+            self.next_numbers[partition] = end
+            if later := sorted(start for p, start in self._parts if p == partition and start >= end):
                 message = (
                     f"The parts of table {self._plan.run} must follow one another without a gap, got none that begins "
-                    f"at {end} of partition {partition}, but one at {stray[0]}. Put back what was deleted, or begin "
+                    f"at {end} of partition {partition}, but one at {later[0]}. Put back what was deleted, or begin "
                     "another table."
                 )
                 raise RunDamaged(message)
 
-    def _read(self, entry: Entry) -> _Part:
+    def _read_part(self, entry: Entry) -> _Part:
         try:
             with self._storage.open_pinned(entry) as stream:
                 file = pq.ParquetFile(stream)
                 metadata, schema = file.metadata, file.schema_arrow
             column = schema.names.index(NUMBER)
-            groups = [metadata.row_group(at).column(column) for at in range(metadata.num_row_groups)]
+            groups = [metadata.row_group(index).column(column) for index in range(metadata.num_row_groups)]
             highest = max(group.statistics.max for group in groups)
-            part = _Part(entry=entry, footer=parse_footer(entry, metadata), next=int(highest) + 1, keys=schema)
+            part = _Part(entry=entry, footer=parse_footer(entry, metadata), next_number=int(highest) + 1, keys=schema)
         except (pa.ArrowException, OSError, ValueError, KeyError, SourceChanged) as error:
             message = (
                 f"{self._storage.address(entry.path)} must be a part of table {self._plan.run} that can be read, got: "
-                f"{error}. Put it back as it was, for without it the stream can't tell where to go on. Or choose "
+                f"{error}. Without it the stream can't know where to continue: put it back as it was, or choose "
                 "another name for the table."
             )
             raise RunDamaged(message) from error
@@ -275,53 +282,53 @@ class PartsSink:
             raise RunDamaged(message)
         return part
 
-    def _rows(self, scored: Sequence[Scored]) -> PlacedRows:
-        pieces = [group_rows(group, self._plan.options.key_columns) for each in scored for group in each.groups]
-        unread = [poison for each in scored for poison in each.unread]
+    def _build_rows(self, scored: Sequence[ScoredBatch]) -> PartRows:
+        pieces = [build_rows(group, self._plan.options.key_columns) for each in scored for group in each.groups]
+        unreadable = [poison for each in scored for poison in each.unreadable]
         types = {name: self._key_types.setdefault(name, pa.string()) for name in self._plan.options.key_columns}
-        if unread:
-            pieces.append(unread_rows(unread, types, self._plan.contract))
-        return join_rows([piece.cast(types) for piece in pieces]).in_order()
+        if unreadable:
+            pieces.append(build_unreadable_rows(unreadable, types, self._plan.contract))
+        return join_rows([piece.cast_keys(types) for piece in pieces]).sort()
 
     def _commit(self) -> None:
-        """Write a manifest of all parts, unless the newest says the same; older ones are deleted in the end."""
+        """Write a manifest of all parts, unless the newest lists them already, and delete old manifests."""
         while True:
-            numbers = self._manifests()
-            newest = read_record(self._storage, self._manifest(numbers[-1]), Manifest) if numbers else None
-            if newest is not None and (others := self._unread(newest)):
-                # Another scorer wrote them since the parts were listed: the table never goes back behind them.
-                self._read_chain(others)
-            parts = [self._parts[at].footer for at in sorted(self._parts)]
+            numbers = self._list_manifests()
+            newest = read_record(self._storage, self._manifest_path(numbers[-1]), Manifest) if numbers else None
+            if newest is not None and (others := self._find_unread(newest)):
+                # Another scorer wrote them since the parts were listed. A newer manifest must list them too.
+                self._read_parts(others)
+            parts = [self._parts[chunk].footer for chunk in sorted(self._parts)]
             listed = tuple(ManifestPart(path=f.path, rows=f.rows, bytes=f.bytes) for f in parts)
             if not parts or (newest is not None and newest.parts == listed):
                 return
             number = numbers[-1] + 1 if numbers else 1
-            manifest = self._manifest_of(parts, listed, number, newest)
-            if self._storage.put_new(self._manifest(number), manifest.model_dump_json().encode()):
-                self._storage.delete([self._manifest(old) for old in numbers[: 1 - _MANIFESTS_KEPT]])
+            manifest = self._build_manifest(parts, listed, number, newest)
+            if self._storage.put_new(self._manifest_path(number), manifest.model_dump_json().encode()):
+                self._storage.delete([self._manifest_path(old) for old in numbers[: 1 - _MANIFESTS_KEPT]])
                 return
-            self._read_chain()
+            self._read_parts()
 
-    def _unread(self, manifest: Manifest) -> list[ChunkId]:
-        """Return the parts of a manifest that were not read yet."""
+    def _find_unread(self, manifest: Manifest) -> list[ChunkId]:
+        """Return the parts of a manifest that this scorer has not read."""
         read = {part.footer.path for part in self._parts.values()}
-        names = (_PART.search(part.path) for part in manifest.parts if part.path not in read)
+        names = (_PART_PATH.search(part.path) for part in manifest.parts if part.path not in read)
         return [(int(name[1]), int(name[2])) for name in names if name]
 
-    def _manifest_of(
+    def _build_manifest(
         self, footers: Sequence[PartFooter], listed: tuple[ManifestPart, ...], number: int, newest: Manifest | None
     ) -> Manifest:
         rejects: Reasons = sum((footer.rejects for footer in footers), Counter())
         now = datetime.now(UTC)
-        # Readers take the latest: that is this one, whatever the clock of the machine before said.
-        at = max(now, newest.planned_at + timedelta(microseconds=1)) if newest else now
+        # Readers take the latest manifest: it is this one, even if an earlier machine had a clock ahead of ours.
+        planned_at = max(now, newest.planned_at + timedelta(microseconds=1)) if newest else now
         return Manifest(
             key=self._plan.key,
             run=f"{self._plan.run}-{number:08d}",
-            # A scorer whose plan was deleted and planned again meanwhile has another number: a table never goes back.
+            # A plan that was deleted and made again has another number: the order of a table never decreases.
             order=max(self._plan.order, newest.order if newest else 0),
             commit=number,
-            planned_at=at,
+            planned_at=planned_at,
             model=self._plan.model,
             source=self._plan.source.root,
             output="parquet",
@@ -334,22 +341,24 @@ class PartsSink:
             parts=listed,
         )
 
-    def _manifests(self) -> list[int]:
+    def _list_manifests(self) -> list[int]:
         pattern = re.compile(rf"{ROOT}/{re.escape(self._plan.run)}-(\d{{8}})/manifest\.json")
         found = (pattern.fullmatch(entry.path) for entry in self._storage.entries(ROOT, depth=2))
         return sorted(int(match[1]) for match in found if match)
 
-    def _manifest(self, number: int) -> str:
+    def _manifest_path(self, number: int) -> str:
         return f"{ROOT}/{self._plan.run}-{number:08d}/manifest.json"
 
 
 def log_path(run: str) -> str:
-    """Return where a table keeps what it says of its log."""
+    """Return the path of a table's TableLog."""
     return f"{ROOT}/{run}/log.json"
 
 
-def table_plan(address: ToParts, identity: str, *, model: ModelPin, contract: Contract, keys: tuple[str, ...]) -> Plan:
-    """Return what ties a table to one stream: its identity, the keys and the outputs, whichever version scores it."""
+def build_table_plan(
+    address: ToParts, identity: str, *, model: ModelPin, contract: Contract, keys: tuple[str, ...]
+) -> Plan:
+    """Return the plan that ties a table to one log, its keys and outputs; any version of the model may score it."""
     outputs = "\n".join(output.model_dump_json() for output in contract.outputs)
     key = hashlib.sha256(f"{identity}\n{keys}\n{outputs}".encode()).hexdigest()[:32]
     log = Snapshot(root=identity, format="stream", files=())

@@ -1,7 +1,6 @@
-"""The stream in motion: one thread reads micro-batches, slots score them, one thread emits them in the same order.
+"""The pipeline: one thread reads micro-batches, slots score them, and one thread emits them in the same order.
 
-Everything between them is bounded: a slow sink holds the slots, full slots hold the reader, and a reader that is held
-stops asking the source.
+All queues are bounded: a slow sink blocks the slots, busy slots block the reader, and a blocked reader stops fetching.
 """
 
 from __future__ import annotations
@@ -15,119 +14,121 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from serving.errors import TooManyRejects
+from serving.model.batching import BatchingConfig
 from serving.model.interface import Model
-from tasks.stream.batcher import POLL_SECONDS, Batch, Dial, Intake, Terms, company
-from tasks.stream.connections import Ends
-from tasks.stream.message import Message, Place, Poison
-from tasks.stream.report import Meter
-from tasks.stream.score import MicroScorer, Scored
+from tasks.stream.batcher import POLL_SECONDS, Batch, Batcher, StreamLimits, quarantine_size
+from tasks.stream.connections import Connections
+from tasks.stream.message import Message, Poison, Position
+from tasks.stream.report import StreamMetrics
+from tasks.stream.score import MicroScorer, ScoredBatch
 
 T = TypeVar("T")
 
-# How often it is looked whether what came before a suspect has gone out.
-_SUSPECT_SECONDS = 0.01
+# While a suspect is scored, the emitter looks so often whether all before it is emitted.
+_SUSPECT_POLL_SECONDS = 0.01
 
 
-class _Over(Exception):
-    """Another thread has ended the stream."""
+class _PipelineEnded(Exception):
+    """Another thread has ended the pipeline."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Pipeline:
-    """One stretch of a stream, from `start` until `over`.
+    """Reads, scores and emits a stream in threads, from `start` until all of them have ended.
 
-    It ends when `rests` says so, which is asked before each micro-batch, at its limit, when it is idle, or with the
-    first `error` of any of its threads. What was taken by then is scored, emitted and acknowledged, unless `give_up`
-    is set: what is not acknowledged comes again.
+    It ends at a limit of messages, when it is idle, when `is_stopping` says so, which is asked before each micro-batch,
+    or at the first `error` in any thread. Messages taken by then are scored, emitted and acknowledged, unless `give_up`
+    is set: then those that are not acknowledged are delivered again.
     """
 
-    ends: Ends
+    connections: Connections
     model: Model
     scorer: Callable[[], MicroScorer]
-    dial: Callable[[], Dial]
-    terms: Terms
-    meter: Meter
-    rests: Callable[[], bool]
+    batching: Callable[[], BatchingConfig]
+    limits: StreamLimits
+    metrics: StreamMetrics
+    is_stopping: Callable[[], bool]
     give_up: threading.Event
     taken: int = 0
     ended: str = ""
     error: BaseException | None = None
     _threads: list[threading.Thread] = field(default_factory=list)
-    _work: queue.Queue[tuple[Future[Scored], Batch] | None] = field(init=False)
-    _order: queue.Queue[Future[Scored] | None] = field(init=False)
+    _work: queue.Queue[tuple[Future[ScoredBatch], Batch] | None] = field(init=False)
+    _order: queue.Queue[Future[ScoredBatch] | None] = field(init=False)
     _over: threading.Event = field(default_factory=threading.Event)
     _poison_in_a_row: int = 0
-    _suspects: bool = False
-    _handed_over: int = 0
+    _has_suspects: bool = False
+    _dispatched: int = 0
     _emitted: int = 0
 
     def start(self) -> None:
         """Start the threads."""
-        self._work, self._order = queue.Queue(1), queue.Queue(self.terms.slots + 2)
-        self._start("read", self._read)
-        for at in range(self.terms.slots):
-            self._start(f"slot-{at}", self._score)
-        self._start("emit", self._emit)
-
-    def _start(self, name: str, run: Callable[[], None]) -> None:
-        def guarded() -> None:
-            try:
-                run()
-            except _Over:
-                return
-            except BaseException as error:  # noqa: BLE001 - carried over to the thread that waits
-                self._fail(error)
-
-        thread = threading.Thread(target=guarded, name=f"stream-{name}", daemon=True)
-        self._threads.append(thread)
-        thread.start()
-
-    def _fail(self, error: BaseException) -> None:
-        if self.error is None:
-            self.error = error
-        self._over.set()
+        self._work, self._order = queue.Queue(1), queue.Queue(self.limits.slots + 2)
+        self._start_thread("read", self._read)
+        for slot in range(self.limits.slots):
+            self._start_thread(f"slot-{slot}", self._score)
+        self._start_thread("emit", self._emit)
 
     def wait(self, seconds: float) -> bool:
-        """Wait until every thread has come to its end, for so many seconds; return whether they have."""
+        """Wait for so many seconds until every thread has ended; return whether they have."""
         until = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
-    def _put(self, to: queue.Queue[T], item: T) -> None:
-        while True:
-            self._look()
+    def _start_thread(self, name: str, run: Callable[[], None]) -> None:
+        def run_guarded() -> None:
             try:
-                to.put(item, timeout=POLL_SECONDS)
-            except queue.Full:
-                continue
-            return
+                run()
+            except _PipelineEnded:
+                return
+            except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
+                if self.error is None:
+                    self.error = error
+                self._over.set()
 
-    def _look(self) -> None:
-        if self._over.is_set() or self.give_up.is_set():
-            raise _Over
+        thread = threading.Thread(target=run_guarded, name=f"stream-{name}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _read(self) -> None:
         last = time.monotonic()
-        intake = Intake(source=self.ends.source, terms=self.terms, dial=self.dial, rests=self.rests, look=self._look)
-        while not self._ends(last):
-            messages = self._take(intake)
+        batcher = Batcher(
+            source=self.connections.source,
+            limits=self.limits,
+            batching=self.batching,
+            is_stopping=self.is_stopping,
+            check_running=self._check_running,
+        )
+        while not self._is_over(last):
+            messages = self._take_messages(batcher)
             if messages:
-                for batch in intake.apart(messages):
-                    self._hand_over(batch)
+                for batch in batcher.split_suspects(messages):
+                    self._dispatch(batch)
                 last = time.monotonic()
-        for _ in range(self.terms.slots):
+        for _ in range(self.limits.slots):
             self._put(self._work, None)
         self._put(self._order, None)
 
-    def _take(self, intake: Intake) -> list[Message]:
-        """Take a micro-batch; where it has suspects, whatever else is there, at most what is in flight.
+    def _is_over(self, last: float) -> bool:
+        self._check_running()
+        if self.limits.limit is not None and self.taken >= self.limits.limit:
+            self.ended = "limit"
+        elif self.limits.idle_seconds is not None and time.monotonic() - last > self.limits.idle_seconds:
+            self.ended = "idle"
+        elif self.is_stopping():
+            self.ended = "stopped"
+        return bool(self.ended)
 
-        What ends the process would else be in the first micro-batch each time, and those behind it never scored.
+    def _take_messages(self, batcher: Batcher) -> list[Message]:
+        """Take a micro-batch; where it has suspects, also what follows, up to `in_flight` messages.
+
+        Otherwise a suspect that ends the process would be in the first micro-batch each time, and the messages after
+        it would never be scored.
         """
         messages: list[Message] = []
-        while len(messages) < self.terms.in_flight:
-            more = intake.take(None if self.terms.limit is None else self.terms.limit - self.taken)
+        while len(messages) < self.limits.in_flight:
+            more = batcher.next_batch(None if self.limits.limit is None else self.limits.limit - self.taken)
             self.taken += len(more)
             messages += more
             if not more or not any(map(self._is_suspect, messages)):
@@ -135,40 +136,30 @@ class Pipeline:
         return messages
 
     def _is_suspect(self, message: Message) -> bool:
-        return company(message.deliveries, self.terms.max_deliver) is not None
+        return quarantine_size(message.deliveries, self.limits.max_deliver) is not None
 
-    def _ends(self, last: float) -> bool:
-        self._look()
-        if self.terms.limit is not None and self.taken >= self.terms.limit:
-            self.ended = "limit"
-        elif self.terms.idle_seconds is not None and time.monotonic() - last > self.terms.idle_seconds:
-            self.ended = "idle"
-        elif self.rests():
-            self.ended = "stopped"
-        return bool(self.ended)
-
-    def _hand_over(self, batch: Batch) -> None:
-        self._suspects = self._is_suspect(batch[0])
-        if self._suspects:
+    def _dispatch(self, batch: Batch) -> None:
+        self._has_suspects = self._is_suspect(batch[0])
+        if self._has_suspects:
             self._wait_until_emitted()
-        future: Future[Scored] = Future()
-        self._handed_over += 1
+        future: Future[ScoredBatch] = Future()
+        self._dispatched += 1
         self._put(self._order, future)
-        if self.terms.max_deliver is not None and batch[0].deliveries >= self.terms.max_deliver:
-            future.set_result(_never_finished(batch, self.ends.already(batch)))
+        if self.limits.max_deliver is not None and batch[0].deliveries >= self.limits.max_deliver:
+            future.set_result(_reject_unfinished(batch, self.connections.find_emitted(batch)))
         else:
             self._put(self._work, (future, batch))
 
     def _wait_until_emitted(self) -> None:
-        """Wait until all before has gone out: what may end the process must not take scores of others with it."""
-        while self._emitted < self._handed_over:
-            self._look()
-            time.sleep(_SUSPECT_SECONDS)
+        """Wait until all earlier messages are emitted: their scores must not be lost if a suspect ends the process."""
+        while self._emitted < self._dispatched:
+            self._check_running()
+            time.sleep(_SUSPECT_POLL_SECONDS)
 
     def _score(self) -> None:
         with self.model.slot():
             scorer = self.scorer()
-            while (work := self._next(self._work)) is not None:
+            while (work := self._get(self._work)) is not None:
                 future, batch = work
                 try:
                     future.set_result(scorer.score(batch))
@@ -176,94 +167,107 @@ class Pipeline:
                     future.set_exception(error)
                     raise
 
-    def _next(self, source: queue.Queue[T]) -> T:
-        while True:
-            self._look()
-            try:
-                return source.get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                continue
-
     def _emit(self) -> None:
-        held: list[Scored] = []
+        pending: list[ScoredBatch] = []
         since = 0.0
         while True:
-            future, late = self._next_scored(held, since)
-            if late:
-                held = self._flush(held)
+            future, is_due = self._next_scored(pending, since)
+            if is_due:
+                pending = self._flush(pending)
                 continue
             if future is None:
-                self._flush(held)
+                self._flush(pending)
                 return
-            scored = self._result(future)
+            scored = self._wait_for_result(future)
             if scored.poison:
-                self.ends.dead_letters.bury(scored.poison)
-            since = since if held else time.monotonic()
-            held.append(self.ends.keep(scored))
-            if sum(each.rows for each in held) >= self.ends.cadence.rows or self._is_late(since):
-                held = self._flush(held)
+                self.connections.dead_letters.send(scored.poison)
+            since = since if pending else time.monotonic()
+            pending.append(self.connections.compact(scored))
+            if sum(each.rows for each in pending) >= self.connections.emit_policy.rows or self._is_due(since):
+                pending = self._flush(pending)
             self._count_poison(scored)
 
-    def _next_scored(self, held: Sequence[Scored], since: float) -> tuple[Future[Scored] | None, bool]:
-        """Return the next micro-batch, or that those in hand can't wait for it."""
+    def _next_scored(self, pending: Sequence[ScoredBatch], since: float) -> tuple[Future[ScoredBatch] | None, bool]:
+        """Return the next micro-batch, or that the pending ones are due before it is there."""
         while True:
-            self._look()
+            self._check_running()
             try:
-                return self._order.get(timeout=_SUSPECT_SECONDS if self._suspects else POLL_SECONDS), False
+                return self._order.get(timeout=_SUSPECT_POLL_SECONDS if self._has_suspects else POLL_SECONDS), False
             except queue.Empty:
-                if held and (self._suspects or self._is_late(since)):
+                if pending and (self._has_suspects or self._is_due(since)):
                     return None, True
 
-    def _is_late(self, since: float) -> bool:
-        return time.monotonic() - since >= self.ends.cadence.seconds
+    def _is_due(self, since: float) -> bool:
+        return time.monotonic() - since >= self.connections.emit_policy.seconds
 
-    def _result(self, future: Future[Scored]) -> Scored:
+    def _wait_for_result(self, future: Future[ScoredBatch]) -> ScoredBatch:
         while True:
-            self._look()
+            self._check_running()
             try:
                 return future.result(timeout=POLL_SECONDS)
             except TimeoutError:
                 if future.done():
                     raise
 
-    def _flush(self, held: list[Scored]) -> list[Scored]:
-        """Emit what is in hand, then acknowledge it; return the empty hand."""
-        if not held:
-            return held
+    def _flush(self, pending: list[ScoredBatch]) -> list[ScoredBatch]:
+        """Emit the pending micro-batches, then acknowledge them; return those that are pending now: none."""
+        if not pending:
+            return pending
         start = time.monotonic()
-        refused = self.ends.sink.emit(held)
+        refused = self.connections.sink.emit(pending)
         if refused:
-            self.ends.dead_letters.bury(refused)
+            self.connections.dead_letters.send(refused)
         now = time.time()
-        poison = {each.message.place for scored in held for each in scored.poison} | {
-            each.message.place for each in refused
+        poison = {each.message.position for scored in pending for each in scored.poison} | {
+            each.message.position for each in refused
         }
-        messages = [message for scored in held for message in scored.messages]
-        buried = [message for message in messages if message.place in poison]
-        done = [message for message in messages if message.place not in poison] if poison else messages
-        self.ends.receipts.acknowledge(done, buried)
-        self.meter.emitted(held, len(buried), time.monotonic() - start, now)
-        self._emitted += len(held)
+        messages = [message for scored in pending for message in scored.messages]
+        dead_lettered = [message for message in messages if message.position in poison]
+        done = [message for message in messages if message.position not in poison] if poison else messages
+        self.connections.acknowledger.acknowledge(done, dead_lettered)
+        self.metrics.count_emitted(pending, len(dead_lettered), time.monotonic() - start, now)
+        self._emitted += len(pending)
         return []
 
-    def _count_poison(self, scored: Scored) -> None:
-        """Raise TooManyRejects where nothing has been scored for many messages."""
+    def _count_poison(self, scored: ScoredBatch) -> None:
+        """Raise TooManyRejects where none of many messages in a row got a score."""
         if len(scored.poison) < len(scored.messages):
             self._poison_in_a_row = 0
             return
         self._poison_in_a_row += len(scored.messages)
-        if self._poison_in_a_row >= self.terms.poison_in_a_row:
+        if self._poison_in_a_row >= self.limits.poison_in_a_row:
             last = scored.poison[-1]
             message = (
-                f"At least one of {self.terms.poison_in_a_row:,} messages in a row must get a score, got none; of the "
-                f"last: {last.words}. They are among the dead letters. "
-                "Check the model, the topic and poison_in_a_row, then call again."
+                f"At least one of {self.limits.poison_in_a_row:,} messages in a row must get a score, got none; the "
+                f"last one: {last.description}. They are among the dead letters. Check the model, the topic and "
+                "poison_in_a_row, then call again."
             )
             raise TooManyRejects(message)
 
+    def _put(self, target: queue.Queue[T], item: T) -> None:
+        while True:
+            self._check_running()
+            try:
+                target.put(item, timeout=POLL_SECONDS)
+            except queue.Full:
+                continue
+            return
 
-def _never_finished(batch: Batch, out: set[Place]) -> Scored:
-    """Return messages on their last delivery as poison, without those that have gone out."""
+    def _get(self, source: queue.Queue[T]) -> T:
+        while True:
+            self._check_running()
+            try:
+                return source.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                continue
+
+    def _check_running(self) -> None:
+        if self._over.is_set() or self.give_up.is_set():
+            raise _PipelineEnded
+
+
+def _reject_unfinished(batch: Batch, emitted: set[Position]) -> ScoredBatch:
+    """Return messages on their last delivery as poison, except those that are emitted already."""
     poison = tuple(
         Poison(
             message=message,
@@ -272,6 +276,6 @@ def _never_finished(batch: Batch, out: set[Place]) -> Scored:
             detail=f"it came {message.deliveries} times: scoring it may end the process",
         )
         for message in batch
-        if message.place not in out
+        if message.position not in emitted
     )
-    return Scored(messages=batch, unread=poison, poison=poison)
+    return ScoredBatch(messages=batch, unreadable=poison, poison=poison)

@@ -50,12 +50,12 @@ def as_arrow(table: pl.DataFrame, rows: int) -> list[bytes]:
     return [write_arrow(arrow.slice(start, rows)) for start in range(0, arrow.num_rows, rows)]
 
 
-def ids(payloads: Sequence[bytes]) -> Counter[int]:
+def count_customers(payloads: Sequence[bytes]) -> Counter[int]:
     """Return how often each customer was scored."""
     return Counter(orjson.loads(payload)["customer"] for payload in payloads)
 
 
-def ends(server: NatsServer, name: str, **source: Any) -> tuple[FromNats, ToNats]:
+def source_and_sink(server: NatsServer, name: str, **source: Any) -> tuple[FromNats, ToNats]:
     """Return a stream named so as the source, and one beside it as the sink."""
     return (
         FromNats(url=server.url, stream=name, **source),
@@ -63,7 +63,7 @@ def ends(server: NatsServer, name: str, **source: Any) -> tuple[FromNats, ToNats
     )
 
 
-def filled(client: NatsClient, name: str, payloads: Sequence[bytes]) -> None:
+def fill_stream(client: NatsClient, name: str, payloads: Sequence[bytes]) -> None:
     """Make a stream and publish to it."""
     client.make(name, f"{name}.in.>")
     client.publish(f"{name}.in.a", payloads)

@@ -23,9 +23,9 @@ from infra.local.process import free_ports
 from serving.errors import ModelNotFound, OvernightError, SecretExposed
 from serving.model.registry import resolve_model
 from tasks.storage import open_storage
-from tasks.stream.connections import Abandoned
-from tasks.stream.kafka.client import KafkaVoice, find_topic, kafka_settings
-from tasks.stream.nats.connection import NatsLink
+from tasks.stream.connections import StreamAbandoned
+from tasks.stream.kafka.client import KafkaErrorHandler, build_settings, find_topic
+from tasks.stream.nats.connection import NatsConnection
 from tasks.stream.options import FromKafka, FromNats, ToKafka, ToNats, ToParts
 
 SECRET = "s3cr3t-0f-mine"  # noqa: S105 - of nothing
@@ -130,7 +130,7 @@ def test_what_servers_that_do_not_answer_are_said_to_be_has_no_secret(
         "registry": lambda _: _resolve(f"http://user:{SECRET}@{host}"),
         "registry with a token": lambda _: _resolve(f"http://{host}/x?token={SECRET}"),
         "storage": lambda _: open_storage("s3://bucket/prefix").read("a"),
-        "NATS": lambda say: NatsLink(f"nats://user:{SECRET}@{host}", say, threading.Event()),
+        "NATS": lambda say: NatsConnection(f"nats://user:{SECRET}@{host}", say, threading.Event()),
         "Kafka": lambda say: _ask_kafka(host, say),
     }
     said: dict[str, str] = {}
@@ -158,7 +158,7 @@ def _told_by(fail: Callable[[Callable[[str], None]], object], name: str) -> str:
         fail(say)
     except OvernightError as error:
         heard.append(str(error))
-    except (_Heard, Abandoned):
+    except (_Heard, StreamAbandoned):
         pass
     assert heard, f"{name} must fail"
     return " ".join(heard)
@@ -184,5 +184,5 @@ def _ask_kafka(host: str, say: Callable[[str], None]) -> None:
         give_up.set()
         say(words)
 
-    voice = KafkaVoice(f"user:{SECRET}@{host}", say_and_stop, give_up)
-    find_topic(Producer(kafka_settings(host, voice)), "any", voice)
+    errors = KafkaErrorHandler(f"user:{SECRET}@{host}", say_and_stop, give_up)
+    find_topic(Producer(build_settings(host, errors)), "any", errors)

@@ -26,7 +26,7 @@ from tasks.stream.decode import read_arrow
 from tasks.stream.message import HEADER_COLUMN, HEADER_EVENT_TIME, HEADER_MODEL, HEADER_REASON, HEADER_SOURCE
 from tasks.stream.options import FromNats, StreamOptions, ToNats, ToParts
 from tasks.stream.report import StreamReport
-from tests.flows.streams import OPTIONS, as_arrow, as_json, customers, ends, filled, ids
+from tests.flows.streams import OPTIONS, as_arrow, as_json, count_customers, customers, fill_stream, source_and_sink
 
 ROWS = 2_000
 
@@ -60,8 +60,8 @@ def test_one_row_gives_one_score_in_batch_and_stream(
     linear: str, nats: NatsServer, nats_client: NatsClient, fresh: str, batch_scores: dict[int, float]
 ) -> None:
     table = customers(ROWS)
-    filled(nats_client, fresh, [*as_json(table[:1000]), *as_arrow(table[1000:], 150)])
-    report = stream(linear, *ends(nats, fresh))
+    fill_stream(nats_client, fresh, [*as_json(table[:1000]), *as_arrow(table[1000:], 150)])
+    report = stream(linear, *source_and_sink(nats, fresh))
     stored = nats_client.read(f"{fresh}-scores")
     found: dict[int, float] = {}
     for each in stored:
@@ -75,15 +75,15 @@ def test_one_row_gives_one_score_in_batch_and_stream(
     assert batch_scores == pytest.approx(found, rel=1e-5, abs=1e-6)
 
 
-def test_the_same_call_goes_on_behind_what_is_done(
+def test_the_same_call_continues_after_what_is_done(
     linear: str, nats: NatsServer, nats_client: NatsClient, fresh: str
 ) -> None:
-    filled(nats_client, fresh, as_json(customers(300)))
-    first = stream(linear, *ends(nats, fresh), OPTIONS.model_copy(update={"limit": 120}))
-    second = stream(linear, *ends(nats, fresh))
+    fill_stream(nats_client, fresh, as_json(customers(300)))
+    first = stream(linear, *source_and_sink(nats, fresh), OPTIONS.model_copy(update={"limit": 120}))
+    second = stream(linear, *source_and_sink(nats, fresh))
 
     assert ("limit", 120, "idle", 180) == (first.ended, first.messages, second.ended, second.messages)
-    assert Counter(range(300)) == ids([each.payload for each in nats_client.read(f"{fresh}-scores")])
+    assert Counter(range(300)) == count_customers([each.payload for each in nats_client.read(f"{fresh}-scores")])
 
 
 def test_poison_goes_to_the_dead_letters_with_its_reason_and_does_not_come_again(
@@ -91,14 +91,16 @@ def test_poison_goes_to_the_dead_letters_with_its_reason_and_does_not_come_again
 ) -> None:
     events = as_json(customers(50))
     events[10], events[20] = b"not json", b'{"customer": 20, "a": "x", "b": 1, "c": 1}'
-    filled(nats_client, fresh, events)
-    source, sink = ends(nats, fresh)
+    fill_stream(nats_client, fresh, events)
+    source, sink = source_and_sink(nats, fresh)
     report = stream(linear, source, sink)
     again = stream(linear, source, sink)
-    dead = [each for each in nats_client.read("OVERNIGHT_DEAD") if each.subject == source.dead_subject]
+    dead = [each for each in nats_client.read("OVERNIGHT_DEAD") if each.subject == source.dead_letter_subject]
 
     assert (50, 2, 0) == (report.messages, report.dead_letters, again.messages)
-    assert Counter(set(range(50)) - {10, 20}) == ids([each.payload for each in nats_client.read(f"{fresh}-scores")])
+    assert Counter(set(range(50)) - {10, 20}) == count_customers(
+        [each.payload for each in nats_client.read(f"{fresh}-scores")]
+    )
     assert [b"not json", events[20]] == [each.payload for each in dead]
     assert [f"{fresh}/11", f"{fresh}/21"] == [each.headers[HEADER_SOURCE] for each in dead]
     assert dead[0].headers[HEADER_REASON].startswith("JSON that does not parse: ")
@@ -108,14 +110,14 @@ def test_poison_goes_to_the_dead_letters_with_its_reason_and_does_not_come_again
     )
 
 
-def test_a_stream_fills_a_table_that_open_predictions_reads_and_resumes_behind_it(
+def test_a_stream_fills_a_table_that_open_predictions_reads_and_resumes_after_it(
     linear: str, nats: NatsServer, nats_client: NatsClient, fresh: str, tmp_path: Path, batch_scores: dict[int, float]
 ) -> None:
     events = as_json(customers(ROWS))
     events.insert(7, b"not json")
-    filled(nats_client, fresh, events)
+    fill_stream(nats_client, fresh, events)
     table = ToParts(destination=str(tmp_path), rows_per_part=300, seconds_per_part=0.5)
-    source, _ = ends(nats, fresh)
+    source, _ = source_and_sink(nats, fresh)
     first = stream(linear, source, table, OPTIONS.model_copy(update={"limit": 1000}))
     # The consumer's own state has no say in it.
     second = stream(linear, source.model_copy(update={"consumer": "another"}), table)
@@ -130,22 +132,22 @@ def test_a_stream_fills_a_table_that_open_predictions_reads_and_resumes_behind_i
     )
 
 
-def test_an_event_ahead_of_the_clock_is_counted_and_has_no_say_in_anything(
+def test_an_event_ahead_of_the_clock_is_counted_and_changes_nothing_else(
     linear: str, nats: NatsServer, nats_client: NatsClient, fresh: str
 ) -> None:
     nats_client.make(fresh, f"{fresh}.in")
     times = [str(time.time() + ahead) for ahead in (-5, 0, 3600, 86_400)] + ["not a time"]
     nats_client.publish(f"{fresh}.in", as_json(customers(5)), [{HEADER_EVENT_TIME: at} for at in times])
-    report = stream(linear, *ends(nats, fresh))
+    report = stream(linear, *source_and_sink(nats, fresh))
 
     assert (5, 2) == (report.messages, report.events_ahead)
     assert 4.5 <= report.latency_seconds_p99 < 30
 
 
-def test_what_is_seen_of_a_stream_while_it_runs(
+def test_metrics_and_artifacts_show_a_running_stream(
     linear: str, nats: NatsServer, nats_client: NatsClient, prefect: PrefectServer, fresh: str
 ) -> None:
-    filled(nats_client, fresh, as_json(customers(200)))
+    fill_stream(nats_client, fresh, as_json(customers(200)))
     (port,) = free_ports(1)
     seen: list[str] = []
 
@@ -159,7 +161,7 @@ def test_what_is_seen_of_a_stream_while_it_runs(
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
-    report = stream(linear, *ends(nats, fresh), OPTIONS.model_copy(update={"metrics_port": port}))
+    report = stream(linear, *source_and_sink(nats, fresh), OPTIONS.model_copy(update={"metrics_port": port}))
     thread.join(10)
     artifacts = httpx.post(f"{prefect.api_url}/artifacts/latest/filter", json={}).json()
     data = {artifact["key"]: artifact["data"] for artifact in artifacts}
@@ -172,16 +174,16 @@ def test_what_is_seen_of_a_stream_while_it_runs(
     assert 0 < report.latency_seconds_p50 <= report.latency_seconds_p99
 
 
-def test_the_dial_is_tuned_to_the_freshness_and_the_tuning_kept_with_the_model(
+def test_batching_is_tuned_to_the_freshness_and_the_tuning_kept_with_the_model(
     nats: NatsServer, nats_client: NatsClient, fresh: str, registry: Path
 ) -> None:
     from serving.model.registry import resolve_model
     from tests.support import register_network
 
     model = register_network(fresh, seed=3)
-    filled(nats_client, fresh, as_json(customers(300)))
+    fill_stream(nats_client, fresh, as_json(customers(300)))
     options = StreamOptions(key_columns=("customer",), freshness_seconds=0.4, idle_seconds=0.5, notices="none")
-    report = stream(model, *ends(nats, fresh), options)
+    report = stream(model, *source_and_sink(nats, fresh), options)
 
     assert 300 == report.messages
     assert 0.1 == report.wait_seconds
@@ -196,7 +198,7 @@ def test_a_server_that_is_absent_is_waited_for(linear: str, fresh: str, tmp_path
     reports: list[StreamReport] = []
 
     with nats_server(tmp_path, port=port) as server, NatsClient(server.url) as client:
-        filled(client, fresh, as_json(customers(30)))
+        fill_stream(client, fresh, as_json(customers(30)))
     thread = threading.Thread(target=lambda: reports.append(stream(linear, source, sink)))
     thread.start()
     time.sleep(1.5)
@@ -224,7 +226,7 @@ def test_a_subject_that_is_none_of_the_streams_is_named(
     linear: str, nats: NatsServer, nats_client: NatsClient, fresh: str
 ) -> None:
     nats_client.make(fresh, f"{fresh}.in")
-    source, sink = ends(nats, fresh, subject="elsewhere")
+    source, sink = source_and_sink(nats, fresh, subject="elsewhere")
 
     with refused(StreamUnfit, f"The subject 'elsewhere' must be one of stream '{fresh}', which takes '{fresh}.in'"):
         stream(linear, source, sink)
@@ -234,7 +236,7 @@ def test_a_sink_that_no_stream_takes_is_named_with_the_command_that_makes_one(
     linear: str, nats: NatsServer, nats_client: NatsClient, fresh: str
 ) -> None:
     nats_client.make(fresh, f"{fresh}.in")
-    source, _ = ends(nats, fresh)
+    source, _ = source_and_sink(nats, fresh)
 
     with refused(StreamUnfit, f"A stream must take the subject 'no.{fresh}' of the sink.*--dupe-window=600s"):
         stream(linear, source, ToNats(subject=f"no.{fresh}"))
@@ -248,9 +250,9 @@ def test_a_sink_that_no_stream_takes_is_named_with_the_command_that_makes_one(
 def test_a_sink_that_forgets_message_ids_too_early_is_refused(
     linear: str, nats: NatsServer, nats_client: NatsClient, fresh: str
 ) -> None:
-    filled(nats_client, fresh, as_json(customers(3)))
+    fill_stream(nats_client, fresh, as_json(customers(3)))
     nats_client.make(f"{fresh}-scores", f"{fresh}.scores", duplicate_window=59)
-    source, sink = ends(nats, fresh, ack_wait_seconds=20, max_deliver=3)
+    source, sink = source_and_sink(nats, fresh, ack_wait_seconds=20, max_deliver=3)
 
     with refused(
         StreamUnfit, r"must remember the message ids of .* for at least 60 s.*got 59 s. Set --dupe-window=60s"
@@ -264,8 +266,8 @@ def test_a_sink_that_forgets_message_ids_too_early_is_refused(
 def test_a_consumer_with_other_settings_is_refused_and_the_differences_named(
     linear: str, nats: NatsServer, nats_client: NatsClient, fresh: str
 ) -> None:
-    filled(nats_client, fresh, as_json(customers(3)))
-    source, sink = ends(nats, fresh)
+    fill_stream(nats_client, fresh, as_json(customers(3)))
+    source, sink = source_and_sink(nats, fresh)
     stream(linear, source, sink)
     changed = source.model_copy(update={"ack_wait_seconds": 10.0, "subject": f"{fresh}.in.*"})
 
@@ -273,23 +275,23 @@ def test_a_consumer_with_other_settings_is_refused_and_the_differences_named(
         stream(linear, changed, sink)
 
 
-def test_a_user_who_may_not_publish_is_told_so(linear: str, fresh: str, tmp_path: Path) -> None:
+def test_a_user_who_may_not_publish_gets_broker_denied(linear: str, fresh: str, tmp_path: Path) -> None:
     with nats_server(tmp_path, guarded=True) as server:
         with NatsClient(server.url, server.environment) as admin:
-            filled(admin, fresh, as_json(customers(3)))
+            fill_stream(admin, fresh, as_json(customers(3)))
             admin.make("OVERNIGHT_DEAD", "overnight.dead.>", duplicate_window=600)
             admin.make(f"{fresh}-scores", f"{fresh}.scores", duplicate_window=600)
         with pytest.MonkeyPatch.context() as patch:
             for name, value in server.reader_environment.items():
                 patch.setenv(name, value)
             with refused(BrokerDenied, r"must allow this user what the stream needs, got: .*[Pp]ermissions.*resumes\."):
-                stream(linear, *ends(server, fresh))
+                stream(linear, *source_and_sink(server, fresh))
             patch.setenv("NATS_PASSWORD", "wrong")
             with refused(BrokerDenied, r"must allow this user what the stream needs, got: .*[Aa]uthorization"):
-                stream(linear, *ends(server, fresh))
+                stream(linear, *source_and_sink(server, fresh))
 
 
-def test_a_score_or_a_dead_letter_above_the_size_limit_is_told_and_the_rest_goes_on(
+def test_a_score_or_a_dead_letter_above_the_size_limit_does_not_stop_the_rest(
     linear: str, fresh: str, tmp_path: Path
 ) -> None:
     limit = 4096
@@ -298,24 +300,24 @@ def test_a_score_or_a_dead_letter_above_the_size_limit_is_told_and_the_rest_goes
         large = as_arrow(wide, 40)[0]
         assert len(large) > limit
         events = [*as_json(customers(2)), b"[" + b"1" * (limit - 2) + b"]", *as_json(customers(3)[2:])]
-        filled(client, fresh, events)
-        report = stream(linear, *ends(server, fresh))
+        fill_stream(client, fresh, events)
+        report = stream(linear, *source_and_sink(server, fresh))
         (dead,) = client.read("OVERNIGHT_DEAD")
 
         assert (4, 1) == (report.messages, report.dead_letters)
         assert b"" == dead.payload
         assert "too large to go along" in dead.headers["Overnight-Original"]
-        assert Counter(range(3)) == ids([each.payload for each in client.read(f"{fresh}-scores")])
+        assert Counter(range(3)) == count_customers([each.payload for each in client.read(f"{fresh}-scores")])
 
 
 def test_a_score_that_its_stream_does_not_take_goes_to_the_dead_letters(
     linear: str, nats: NatsServer, nats_client: NatsClient, fresh: str
 ) -> None:
-    filled(nats_client, fresh, [*as_json(customers(2)), *as_arrow(customers(102)[2:], 100)])
+    fill_stream(nats_client, fresh, [*as_json(customers(2)), *as_arrow(customers(102)[2:], 100)])
     nats_client.make(f"{fresh}-scores", f"{fresh}.scores", duplicate_window=600, max_msg_size=500)
-    source, sink = ends(nats, fresh)
+    source, sink = source_and_sink(nats, fresh)
     report = stream(linear, source, sink)
-    dead = [each for each in nats_client.read("OVERNIGHT_DEAD") if each.subject == source.dead_subject]
+    dead = [each for each in nats_client.read("OVERNIGHT_DEAD") if each.subject == source.dead_letter_subject]
 
     assert (3, 1) == (report.messages, report.dead_letters)
     assert ["a score that is too large"] == [each.headers[HEADER_REASON].split(":")[0] for each in dead]
@@ -325,12 +327,12 @@ def test_a_score_that_its_stream_does_not_take_goes_to_the_dead_letters(
 def test_a_model_that_fails_on_everything_ends_the_stream_and_nothing_is_lost(
     failing: str, nats: NatsServer, nats_client: NatsClient, fresh: str
 ) -> None:
-    filled(nats_client, fresh, as_json(customers(60)))
-    source, sink = ends(nats, fresh)
+    fill_stream(nats_client, fresh, as_json(customers(60)))
+    source, sink = source_and_sink(nats, fresh)
     options = OPTIONS.model_copy(update={"poison_in_a_row": 50, "rows_per_batch": 20})
 
     with pytest.raises(TooManyRejects, match=r"50 messages in a row.*no row is good enough"):
         stream(failing, source, sink, options)
-    dead = [each for each in nats_client.read("OVERNIGHT_DEAD") if each.subject == source.dead_subject]
+    dead = [each for each in nats_client.read("OVERNIGHT_DEAD") if each.subject == source.dead_letter_subject]
 
     assert 50 <= len(dead) <= 60

@@ -19,12 +19,12 @@ from tasks.stream.options import FromNats, ToParts
 from tests.flows.streams import (
     OPTIONS,
     as_json,
+    count_customers,
     customers,
-    ends,
-    filled,
-    ids,
+    fill_stream,
     kill,
     kill_server,
+    source_and_sink,
     start,
     wait_until,
 )
@@ -46,8 +46,8 @@ def test_scorers_and_the_server_are_killed_and_each_message_is_scored_once(
     with NatsClient(server.url) as client:
         events = as_json(customers(ROWS))
         events[::500] = [b"not json"] * len(events[::500])
-        filled(client, fresh, events)
-        source, sink = ends(server, fresh, **AGAIN)
+        fill_stream(client, fresh, events)
+        source, sink = source_and_sink(server, fresh, **AGAIN)
         done = 0
         for at in range(2):
             scorer = start(sleepy, source, sink, SLOW, tmp_path / "log")
@@ -66,7 +66,7 @@ def test_scorers_and_the_server_are_killed_and_each_message_is_scored_once(
         last = start(sleepy, source, sink, SLOW, tmp_path / "log")
         assert last.wait(200) == 0, (tmp_path / "log").read_text()[-3000:]
 
-        assert Counter(set(range(ROWS)) - set(range(0, ROWS, 500))) == ids(
+        assert Counter(set(range(ROWS)) - set(range(0, ROWS, 500))) == count_customers(
             [each.payload for each in client.read(f"{fresh}-scores")]
         )
         assert ROWS // 500 == client.info("OVERNIGHT_DEAD").state.messages
@@ -87,8 +87,8 @@ def scores(client: NatsClient, name: str) -> int:
 def test_a_scorer_that_comes_back_after_the_window_of_its_output_doubles_nothing(
     sleepy: str, nats: NatsServer, nats_client: NatsClient, fresh: str, tmp_path: Path
 ) -> None:
-    filled(nats_client, fresh, as_json(customers(2_000)))
-    source, sink = ends(nats, fresh, ack_wait_seconds=1.0, max_deliver=3)
+    fill_stream(nats_client, fresh, as_json(customers(2_000)))
+    source, sink = source_and_sink(nats, fresh, ack_wait_seconds=1.0, max_deliver=3)
     nats_client.make(f"{fresh}-scores", f"{fresh}.scores", duplicate_window=3)
     scorer = start(sleepy, source, sink, SLOW, tmp_path / "log")
     wait_until(lambda: scores(nats_client, fresh) > 200, "some scores", scorer)
@@ -106,22 +106,22 @@ def test_a_scorer_that_comes_back_after_the_window_of_its_output_doubles_nothing
     assert last.wait(200) == 0, (tmp_path / "log").read_text()[-3000:]
 
     assert state.num_ack_pending
-    scored = ids([each.payload for each in nats_client.read(f"{fresh}-scores")])
+    scored = count_customers([each.payload for each in nats_client.read(f"{fresh}-scores")])
     # A machine that leaves a scorer no time to say what it works on may use up three deliveries of a second each.
-    buried = ids([each.payload for each in dead_letters(nats_client, source)])
-    assert Counter(range(2_000)) == scored + buried
+    dead_lettered = count_customers([each.payload for each in dead_letters(nats_client, source)])
+    assert Counter(range(2_000)) == scored + dead_lettered
     assert scored.total() > 1_500
 
 
 def dead_letters(client: NatsClient, source: FromNats) -> list[Stored]:
-    return [each for each in client.read("OVERNIGHT_DEAD") if each.subject == source.dead_subject]
+    return [each for each in client.read("OVERNIGHT_DEAD") if each.subject == source.dead_letter_subject]
 
 
 @pytest.mark.machines
 def test_a_table_is_exact_over_kills_of_its_scorers(
     linear: str, nats: NatsServer, nats_client: NatsClient, fresh: str, tmp_path: Path
 ) -> None:
-    filled(nats_client, fresh, as_json(customers(ROWS)))
+    fill_stream(nats_client, fresh, as_json(customers(ROWS)))
     source = FromNats(url=nats.url, stream=fresh)
     table = ToParts(destination=str(tmp_path / "table"), rows_per_part=97, seconds_per_part=0.2)
     for parts in (5, 20):
@@ -141,11 +141,11 @@ def test_a_table_is_exact_over_kills_of_its_scorers(
     assert [str(at) for at in range(ROWS)] == found["customer"].to_list()
 
 
-def test_sigterm_drains_what_is_in_hand_and_the_same_call_goes_on(
+def test_sigterm_drains_the_taken_messages_and_the_same_call_continues(
     sleepy: str, nats: NatsServer, nats_client: NatsClient, fresh: str, tmp_path: Path
 ) -> None:
-    filled(nats_client, fresh, as_json(customers(3_000)))
-    source, sink = ends(nats, fresh)
+    fill_stream(nats_client, fresh, as_json(customers(3_000)))
+    source, sink = source_and_sink(nats, fresh)
     scorer = start(sleepy, source, sink, OPTIONS.model_copy(update={"rows_per_batch": 50}), tmp_path / "log")
     wait_until(lambda: scores(nats_client, fresh) > 100, "some scores", scorer)
     scorer.send_signal(signal.SIGTERM)
@@ -159,15 +159,15 @@ def test_sigterm_drains_what_is_in_hand_and_the_same_call_goes_on(
     assert f"Interrupted by SIGTERM: {left:,} messages ({left:,} rows) are done and acknowledged" in log
     # Whatever was taken and not scored was given back: nobody waits for it.
     assert left == state.ack_floor.stream_seq
-    assert ids([each.payload for each in nats_client.read(f"{fresh}-scores")]) == Counter(range(left))
+    assert count_customers([each.payload for each in nats_client.read(f"{fresh}-scores")]) == Counter(range(left))
 
 
 @pytest.mark.machines
-def test_ctrl_c_drains_too_and_says_what_is_done(
+def test_ctrl_c_drains_too_and_reports_what_is_done(
     sleepy: str, nats: NatsServer, nats_client: NatsClient, fresh: str, tmp_path: Path
 ) -> None:
-    filled(nats_client, fresh, as_json(customers(3_000)))
-    source, sink = ends(nats, fresh)
+    fill_stream(nats_client, fresh, as_json(customers(3_000)))
+    source, sink = source_and_sink(nats, fresh)
     scorer = start(sleepy, source, sink, OPTIONS.model_copy(update={"rows_per_batch": 50}), tmp_path / "log")
     wait_until(lambda: scores(nats_client, fresh) > 100, "some scores", scorer)
     os.kill(scorer.pid, signal.SIGINT)
@@ -184,8 +184,8 @@ def test_a_message_that_ends_the_scorer_is_among_the_dead_letters_in_the_end_and
 ) -> None:
     events = as_json(customers(30))
     events[7] = b'{"customer": 7, "a": 666}'
-    filled(nats_client, fresh, events)
-    source, sink = ends(nats, fresh, ack_wait_seconds=5.0, max_deliver=8)
+    fill_stream(nats_client, fresh, events)
+    source, sink = source_and_sink(nats, fresh, ack_wait_seconds=5.0, max_deliver=8)
     codes = []
     while not codes or codes[-1] != 0:
         assert len(codes) < 15
@@ -194,16 +194,16 @@ def test_a_message_that_ends_the_scorer_is_among_the_dead_letters_in_the_end_and
         )
     dead = dead_letters(nats_client, source)
 
-    scored = ids([each.payload for each in nats_client.read(f"{fresh}-scores")])
-    buried = ids([each.payload for each in dead])
+    scored = count_customers([each.payload for each in nats_client.read(f"{fresh}-scores")])
+    dead_lettered = count_customers([each.payload for each in dead])
 
-    assert 1 == buried[7]
+    assert 1 == dead_lettered[7]
     (reason,) = [each.headers["Overnight-Reason"] for each in dead if orjson.loads(each.payload)["customer"] == 7]
     came = re.fullmatch(r"a message that was never finished: it came (\d+) times: .*", reason)
     assert came is not None, reason
     # Each scorer that it ended was one of its deliveries; a busy machine may use up more of them.
     assert 1 <= len(codes) - 1 < 8 <= int(came[1])
-    assert Counter(range(30)) == scored + buried
+    assert Counter(range(30)) == scored + dead_lettered
     assert scored.total() > 15
 
 
@@ -214,25 +214,25 @@ def test_an_outage_of_what_the_model_calls_uses_up_no_deliveries_of_good_message
     answers = tmp_path / "answers"
     line = f"if not __import__('os').path.exists({str(answers)!r}): raise ConnectionRefusedError('nobody listens')"
     model = register_script("calling", line)
-    filled(nats_client, fresh, as_json(customers(200)))
-    source, sink = ends(nats, fresh, ack_wait_seconds=1.0, max_deliver=3)
+    fill_stream(nats_client, fresh, as_json(customers(200)))
+    source, sink = source_and_sink(nats, fresh, ack_wait_seconds=1.0, max_deliver=3)
     both = [start(model, source, sink, SLOW, tmp_path / "log") for _ in range(2)]
-    wait_until(lambda: in_hand(nats_client, fresh) == 200, "all messages in hand", both[0])
+    wait_until(lambda: count_in_flight(nats_client, fresh) == 200, "all messages in flight", both[0])
     # Twice as long as all deliveries would take.
     time.sleep(6)
-    during = scores(nats_client, fresh), in_hand(nats_client, fresh)
+    during = scores(nats_client, fresh), count_in_flight(nats_client, fresh)
     answers.touch()
     codes = [each.wait(200) for each in both]
 
     assert (0, 200) == during
     assert [0, 0] == codes, (tmp_path / "log").read_text()[-3000:]
-    assert Counter(range(200)) == ids([each.payload for each in nats_client.read(f"{fresh}-scores")])
+    assert Counter(range(200)) == count_customers([each.payload for each in nats_client.read(f"{fresh}-scores")])
     assert [] == dead_letters(nats_client, source)
-    assert 0 == in_hand(nats_client, fresh)
+    assert 0 == count_in_flight(nats_client, fresh)
 
 
-def in_hand(client: NatsClient, name: str) -> int:
-    """How many messages scorers have in hand; none where they have no consumer yet."""
+def count_in_flight(client: NatsClient, name: str) -> int:
+    """Return how many messages are in flight; none where there is no consumer yet."""
     from nats.js.errors import Error
 
     try:

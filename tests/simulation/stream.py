@@ -17,9 +17,9 @@ from tasks.batch.manifest import open_predictions
 from tasks.batch.parts import REJECT_REASON
 from tasks.storage import open_storage
 from tasks.stream.decode import Decoder
-from tasks.stream.message import Message, Place
+from tasks.stream.message import Message, Position
 from tasks.stream.options import ToParts
-from tasks.stream.parts_sink import NUMBER, PARTITION, PartsSink, table_plan
+from tasks.stream.parts_sink import NUMBER, PARTITION, PartsSink, build_table_plan
 from tasks.stream.score import MicroScorer
 from tests.simulation.data import CONTRACT, ToyModel, ToyResolved, answer
 from tests.simulation.scheduler import Killed, Process, Scheduler, Stuck
@@ -45,7 +45,7 @@ class Log:
     def _message(self, partition: int, number: int) -> Message:
         row = self.rows[partition][number]
         payload = b"no" if row is None else orjson.dumps({"id": number, "a": row[0], "b": row[1]})
-        return Message(place=Place(partition, number), payload=payload, event_time=0.0, arrived=0.0)
+        return Message(position=Position(partition, number), payload=payload, event_time=0.0, arrived=0.0)
 
 
 def make_log(chance: random.Random) -> Log:
@@ -125,17 +125,17 @@ class StreamWorld:
 
     def _score(self, most: int) -> None:
         resolved = ToyResolved(self.version)
-        decoder = Decoder(CONTRACT, _KEYS, one_type=True)
+        decoder = Decoder(CONTRACT, _KEYS, fix_key_types=True)
         address = ToParts(destination=self.destination.url, name=_NAME)
-        plan = table_plan(address, "a stream", model=resolved.pin, contract=CONTRACT, keys=_KEYS)
+        plan = build_table_plan(address, "a stream", model=resolved.pin, contract=CONTRACT, keys=_KEYS)
         sink = PartsSink(open_storage(self.destination.url), plan, resolved.pin, decoder.key_types)
         model: Any = ToyModel(resolved.version)
         scorer = MicroScorer(model, CONTRACT, decoder, 64, lambda: self.scheduler.now)
-        cursors = {partition: sink.positions.get(partition, 0) for partition in self.log.rows}
+        cursors = {partition: sink.next_numbers.get(partition, 0) for partition in self.log.rows}
         for _ in range(most):
             partitions = [p for p in cursors if self.chance.random() < 0.7]
             taken = [m for p in partitions for m in self.log.take(p, cursors[p], self.chance.randint(1, 12))]
-            cursors |= {message.place.partition: message.place.number + 1 for message in taken}
+            cursors |= {message.position.partition: message.position.number + 1 for message in taken}
             if taken:
                 sink.emit([scorer.score(taken)])
                 self._check(None)

@@ -1,4 +1,4 @@
-"""Topics of Kafka as a sink, and for dead letters: each produced before the input's offset is committed."""
+"""Topics of Kafka as a sink, and for dead letters: a score is produced before the offset of its input is committed."""
 
 from __future__ import annotations
 
@@ -9,74 +9,74 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 
 from serving.errors import BrokerFault
 from serving.model.contract import Contract
-from tasks.stream.kafka.client import LOOK_SECONDS, KafkaVoice, find_topic, kafka_settings
-from tasks.stream.message import HEADER_MODEL, HEADER_SOURCE, Message, Poison, poison_headers
+from tasks.stream.kafka.client import POLL_SECONDS, KafkaErrorHandler, build_settings, find_topic
+from tasks.stream.message import HEADER_MODEL, HEADER_SOURCE, Message, Poison, build_poison_headers
 from tasks.stream.options import FromKafka, ToKafka
-from tasks.stream.score import Scored, answers
+from tasks.stream.score import ScoredBatch, build_answers
 
 
-class KafkaWriter:
+class MessageProducer:
     """Produces messages and waits until the brokers have them."""
 
-    def __init__(self, servers: str, voice: KafkaVoice) -> None:
-        self._voice = voice
+    def __init__(self, servers: str, errors: KafkaErrorHandler) -> None:
+        self._errors = errors
         self._producer = Producer(
             {
-                **kafka_settings(servers, voice),
+                **build_settings(servers, errors),
                 "enable.idempotence": True,
-                # A broker that is gone is waited for, however long.
+                # A broker that is gone is waited for without end.
                 "message.timeout.ms": 0,
                 "linger.ms": 2,
             }
         )
 
-    def find(self, topic: str) -> None:
-        """See to it that a topic exists; raises StreamUnfit."""
-        find_topic(self._producer, topic, self._voice)
+    def check_topic(self, topic: str) -> None:
+        """Raise StreamUnfit where a topic does not exist."""
+        find_topic(self._producer, topic, self._errors)
 
-    def write(self, topic: str, letters: Sequence[tuple[bytes, dict[str, str]]]) -> list[int]:
-        """Produce payloads with headers, and wait for each; return those that are refused for their size, by index."""
+    def produce(self, topic: str, outgoing: Sequence[tuple[bytes, dict[str, str]]]) -> list[int]:
+        """Produce payloads with headers and wait for all of them; return the indices of those that are too large."""
         refused: list[int] = []
-        left = len(letters)
+        left = len(outgoing)
 
-        def delivered(at: int, error: KafkaError | None, _: object = None) -> None:
+        def on_delivery(index: int, error: KafkaError | None, _: object = None) -> None:
             nonlocal left
             left -= 1
             if error is not None:
-                self._refuse(error, at, refused)
+                self._handle(error, index, refused)
 
-        for at, (payload, headers) in enumerate(letters):
+        for index, (payload, headers) in enumerate(outgoing):
             pairs: list[tuple[str, str | bytes | None]] = [(name, value.encode()) for name, value in headers.items()]
             while True:
                 try:
-                    self._producer.produce(topic, payload, headers=pairs, on_delivery=partial(delivered, at))
+                    self._producer.produce(topic, payload, headers=pairs, on_delivery=partial(on_delivery, index))
                     break
                 except BufferError:
-                    self._producer.poll(LOOK_SECONDS)
-                    self._voice.look()
+                    self._producer.poll(POLL_SECONDS)
+                    self._errors.check()
                 except KafkaException as error:
-                    delivered(at, error.args[0])
+                    on_delivery(index, error.args[0])
                     break
         while left:
-            self._producer.poll(LOOK_SECONDS)
-            self._voice.look()
+            self._producer.poll(POLL_SECONDS)
+            self._errors.check()
         return refused
 
-    def _refuse(self, error: KafkaError, at: int, refused: list[int]) -> None:
+    def _handle(self, error: KafkaError, index: int, refused: list[int]) -> None:
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
-            refused.append(at)
+            refused.append(index)
             return
-        self._voice.faulty(error)
-        message = f"Kafka at {self._voice.servers} must take messages, got: {error.str()}. Call again: it resumes."
+        self._errors.handle(error)
+        message = f"Kafka at {self._errors.servers} must take messages, got: {error.str()}. Call again: it resumes."
         raise BrokerFault(message)
 
 
 class KafkaSink:
-    """Produces one score message for each message; its headers name the model and the input's place."""
+    """Produces one score message for each input message; its headers name the model and the input's position."""
 
     def __init__(
         self,
-        writer: KafkaWriter,
+        producer: MessageProducer,
         address: ToKafka,
         origin: str,
         *,
@@ -84,50 +84,51 @@ class KafkaSink:
         keys: tuple[str, ...],
         model: str,
     ) -> None:
-        self._writer, self._topic, self._origin = writer, address.topic, origin
+        self._producer, self._topic, self._origin = producer, address.topic, origin
         self._contract, self._keys, self._model = contract, keys, model
-        writer.find(address.topic)
+        producer.check_topic(address.topic)
 
-    def emit(self, scored: Sequence[Scored]) -> list[Poison]:
+    def emit(self, scored: Sequence[ScoredBatch]) -> list[Poison]:
         """Produce the scores and wait until the brokers have them; return those that are too large for them."""
-        found = [answer for each in scored for answer in answers(each, self._contract, self._keys)]
-        letters = [
-            (answer.payload, {HEADER_MODEL: self._model, HEADER_SOURCE: source_of(self._origin, answer.message)})
-            for answer in found
+        answers = [answer for each in scored for answer in build_answers(each, self._contract, self._keys)]
+        outgoing = [
+            (answer.payload, {HEADER_MODEL: self._model, HEADER_SOURCE: format_source(self._origin, answer.message)})
+            for answer in answers
         ]
         return [
             Poison(
-                message=found[at].message,
+                message=answers[index].message,
                 column="",
                 reason="a score that is too large",
-                detail=f"{len(found[at].payload):,} bytes must fit message.max.bytes",
+                detail=f"{len(answers[index].payload):,} bytes must fit message.max.bytes",
             )
-            for at in self._writer.write(self._topic, letters)
+            for index in self._producer.produce(self._topic, outgoing)
         ]
 
 
 class KafkaDeadLetters:
-    """Produces poison as it came, with its reason and where it stood as headers."""
+    """Produces poison unchanged, with the reason and its position as headers."""
 
-    def __init__(self, writer: KafkaWriter, address: FromKafka) -> None:
-        self._writer, self._address = writer, address
-        writer.find(address.dead_topic)
+    def __init__(self, producer: MessageProducer, address: FromKafka) -> None:
+        self._producer, self._address = producer, address
+        producer.check_topic(address.dead_letter_topic)
 
-    def bury(self, poison: Sequence[Poison]) -> None:
-        """Produce poison and wait until the brokers have it; one that is too large goes without its original.
+    def send(self, poison: Sequence[Poison]) -> None:
+        """Produce poison and wait until the brokers have it; what is too large is sent without its payload.
 
-        Raises BrokerFault where the brokers do not take that either.
+        Raises:
+            BrokerFault: The brokers do not take that either.
         """
         letters = [
             (
                 each.message.payload,
-                {**poison_headers(each), HEADER_SOURCE: source_of(self._address.topic, each.message)},
+                {**build_poison_headers(each), HEADER_SOURCE: format_source(self._address.topic, each.message)},
             )
             for each in poison
         ]
-        topic = self._address.dead_topic
-        refused = self._writer.write(topic, letters)
-        if refused and self._writer.write(topic, [(b"", letters[at][1]) for at in refused]):
+        topic = self._address.dead_letter_topic
+        refused = self._producer.produce(topic, letters)
+        if refused and self._producer.produce(topic, [(b"", letters[index][1]) for index in refused]):
             message = (
                 f"The topic {topic!r} must take dead letters of some kilobytes, but refuses them for their size "
                 "(message.max.bytes). Let it take larger ones, then call again: it resumes."
@@ -135,6 +136,6 @@ class KafkaDeadLetters:
             raise BrokerFault(message)
 
 
-def source_of(log: str, message: Message) -> str:
-    """Return the place of an input in words: whoever reads a score twice knows it by that."""
-    return f"{log}/{message.place.partition}/{message.place.number}"
+def format_source(log: str, message: Message) -> str:
+    """Return the position of an input as a header, by which a reader knows a score that is produced twice."""
+    return f"{log}/{message.position.partition}/{message.position.number}"

@@ -1,4 +1,4 @@
-"""A topic of Kafka as a source: offsets are committed once the scores are produced, so at least once."""
+"""A topic of Kafka as a source: offsets are committed after the scores are produced, so each is there at least once."""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ from pydantic import ValidationError
 
 from serving.errors import StreamReplaced
 from serving.model.contract import Frozen
-from tasks.stream.kafka.client import LOOK_SECONDS, REFRESH, REFRESH_MS, KafkaVoice, TopicLog, kafka_settings
-from tasks.stream.message import HEADER_EVENT_TIME, Message, Place, event_time
+from tasks.stream.kafka.client import (
+    ANSWER_SECONDS,
+    POLL_SECONDS,
+    REFRESH_MS,
+    REFRESH_SETTING,
+    KafkaErrorHandler,
+    KafkaTopic,
+    build_settings,
+)
+from tasks.stream.message import HEADER_EVENT_TIME, Message, Position, choose_event_time
 from tasks.stream.options import FromKafka
 
-_ASK_SECONDS = 5.0
-# The group has moved on: whoever has the partitions now takes what is not committed.
-_MOVED = {
+# The group was rebalanced: the member that has the partitions now reads what is not committed.
+_REBALANCED_CODES = {
     KafkaError.REBALANCE_IN_PROGRESS,
     KafkaError.ILLEGAL_GENERATION,
     KafkaError.UNKNOWN_MEMBER_ID,
@@ -29,204 +36,212 @@ _MOVED = {
 
 
 class KafkaSource:
-    """Messages of one topic, as a member of a group; `start` reads every partition from an offset on instead.
+    """Messages of one topic, read as a member of a group, or from given offsets.
 
-    Raises StreamUnfit where there is no such topic, StreamReplaced where it was made again, MessagesLost where messages
-    are gone that were to be read.
+    Raises:
+        StreamUnfit: There is no such topic.
+        StreamReplaced: The topic was made again.
+        MessagesLost: Messages that were to be read are gone.
     """
 
-    def __init__(self, address: FromKafka, voice: KafkaVoice, *, bytes_max: int) -> None:
-        self._address, self._voice = address, voice
-        self.log = TopicLog(address, voice)
+    def __init__(self, address: FromKafka, errors: KafkaErrorHandler, *, bytes_max: int) -> None:
+        self._address, self._errors = address, errors
+        self.topic = KafkaTopic(address, errors)
         self._consumer = Consumer(
             {
-                REFRESH: REFRESH_MS,
-                **kafka_settings(address.servers, voice),
+                REFRESH_SETTING: REFRESH_MS,
+                **build_settings(address.servers, errors),
                 "group.id": address.group,
                 "enable.auto.commit": False,
                 "enable.auto.offset.store": False,
-                # Where to begin is decided here: the library passes over what is gone without a word.
+                # This class decides where to begin: the library would skip messages that are gone in silence.
                 "auto.offset.reset": "error",
                 "allow.auto.create.topics": False,
                 "partition.assignment.strategy": "cooperative-sticky",
-                # One that is killed is missed by its heartbeats; one whose sink is slow has not left.
+                # The group notices a killed member by its heartbeats. A member with a slow sink must stay in it.
                 "max.poll.interval.ms": 86_400_000,
                 "queued.max.messages.kbytes": max(1, bytes_max >> 10),
             }
         )
-        self._closed = False
-        self._by_hand = False
+        self._is_closed = False
+        self._is_assigned_by_hand = False
         self._early: list[KafkaMessage] = []
         self._next: dict[int, int] = {}
-        self._failed: BaseException | None = None
+        self._assign_error: BaseException | None = None
 
     @property
     def origin(self) -> str:
-        """What tells the topic's messages from those of any other, one of the same name among them."""
-        return f"{self._address.topic}@{self.log.id}"
+        """What tells the topic's messages from those of any other topic, even one of the same name."""
+        return f"{self._address.topic}@{self.topic.id}"
 
-    def begin(self, start: Mapping[int, int] | None = None) -> None:
-        """Join the group, or read every partition from where `start` says, those that are not in it from 0."""
-        if start is None:
-            self._join()
+    def start(self, offsets: Mapping[int, int] | None = None) -> None:
+        """Join the group, or read every partition from its offset: 0 where it has none in `offsets`."""
+        if offsets is None:
+            self._join_group()
             return
-        self._by_hand = True
-        self._add({partition: start.get(partition, 0) for partition in self.log.partitions})
+        self._is_assigned_by_hand = True
+        self._add_partitions({partition: offsets.get(partition, 0) for partition in self.topic.partitions})
 
-    def _add(self, wanted: Mapping[int, int]) -> None:
-        """Read partitions too, each from the offset that is wanted unless that is gone."""
-        held = self.log.hold(wanted)
-        self._next |= held
-        self._consumer.incremental_assign([self._place(partition, offset) for partition, offset in held.items()])
-
-    def _join(self) -> None:
-        """Join the group and wait to be given partitions: until then nothing that is there can come."""
+    def _join_group(self) -> None:
+        """Join the group and wait to be assigned partitions: no message can be fetched before that."""
         joined = threading.Event()
 
-        def assigned(_: Consumer, given: list[TopicPartition]) -> None:
+        def on_assign(_: Consumer, assigned: list[TopicPartition]) -> None:
             try:
-                self._take_up([each.partition for each in given])
+                self._start_assigned([each.partition for each in assigned])
             except BaseException as error:  # noqa: BLE001 - raised to the caller of `fetch`, not to the library
-                self._failed = error
+                self._assign_error = error
             joined.set()
 
-        self._consumer.subscribe([self._address.topic], on_assign=assigned)
+        self._consumer.subscribe([self._address.topic], on_assign=on_assign)
         while not joined.is_set():
             self._check()
-            self._early += self._consumer.consume(1, LOOK_SECONDS)
+            self._early += self._consumer.consume(1, POLL_SECONDS)
         self._check()
 
     def _check(self) -> None:
-        self._voice.look()
-        if self._failed is not None:
-            raise self._failed
+        self._errors.check()
+        if self._assign_error is not None:
+            raise self._assign_error
 
-    def _take_up(self, partitions: Sequence[int]) -> None:
-        """Read the partitions that the group gave from where it stands; where it never stood is committed at once."""
-        committed = self._committed()
+    def _start_assigned(self, partitions: Sequence[int]) -> None:
+        """Read assigned partitions from their committed offsets, and commit a first offset where there is none."""
+        committed = self._read_committed()
         wanted = {partition: committed[partition].offset for partition in partitions if partition in committed}
         new = [partition for partition in partitions if partition not in committed]
-        # A partition that was there when the group began, and was not read, has begun where it begins.
-        known = max((_Note.read(each.metadata).partitions for each in committed.values()), default=0)
-        low = {partition: reach[0] for partition, reach in self.log.reach(new).items()}
-        begun = {partition: 0 if 0 < known <= partition else low[partition] for partition in new}
-        self._add(wanted | begun)
-        self._commit(begun)
+        # A partition that was added after the group began is read from 0, an older one from where it begins now.
+        known = max((_CommitMetadata.parse(each.metadata).partitions for each in committed.values()), default=0)
+        low = {partition: bounds[0] for partition, bounds in self.topic.read_bounds(new).items()}
+        first = {partition: 0 if 0 < known <= partition else low[partition] for partition in new}
+        self._add_partitions(wanted | first)
+        self._commit(first)
 
-    def _committed(self) -> dict[int, TopicPartition]:
-        """Return where the group stands; raises StreamReplaced where that is another topic of this name."""
-        asked = [self._place(partition) for partition in self.log.partitions]
+    def _read_committed(self) -> dict[int, TopicPartition]:
+        """Return the committed offsets of the group; raises StreamReplaced where they are of an earlier topic."""
+        asked = [self._at_offset(partition) for partition in self.topic.partitions]
         while True:
             try:
-                found = self._consumer.committed(asked, timeout=_ASK_SECONDS)
+                found = self._consumer.committed(asked, timeout=ANSWER_SECONDS)
                 break
             except KafkaException as error:
-                self._voice.faulty(error.args[0])
+                self._errors.handle(error.args[0])
         committed = {each.partition: each for each in found if each.offset >= 0}
-        others = {_Note.read(each.metadata).topic_id for each in committed.values()} - {self.log.id, ""}
+        others = {_CommitMetadata.parse(each.metadata).topic_id for each in committed.values()} - {self.topic.id, ""}
         if others:
             message = (
-                f"The {self.log.reader} must go on in the topic {self._address.topic!r} that it has read (id "
-                f"{others.pop()}), but that was deleted and made again (id {self.log.id}). Read the new one with "
-                f"{self.log.instead}, or delete the group."
+                f"The {self.topic.reader} must go on in the topic {self._address.topic!r} that it has read (id "
+                f"{others.pop()}), but that was deleted and made again (id {self.topic.id}). Read the new one with "
+                f"{self.topic.alternative}, or delete the group."
             )
             raise StreamReplaced(message)
         return committed
 
-    def _place(self, partition: int, offset: int = OFFSET_INVALID) -> TopicPartition:
-        note = _Note(topic_id=self.log.id, partitions=len(self.log.partitions))
-        return TopicPartition(self._address.topic, partition, offset, note.model_dump_json())
+    def _add_partitions(self, wanted: Mapping[int, int]) -> None:
+        """Read more partitions, each from the wanted offset, or from its first where that is gone."""
+        offsets = self.topic.check_offsets(wanted)
+        self._next |= offsets
+        self._consumer.incremental_assign([self._at_offset(partition, offset) for partition, offset in offsets.items()])
 
-    def fetch(self, most: int, enough: int, seconds: float) -> list[Message]:
-        """Return up to `most` messages as soon as `enough` are there, or what there is after `seconds`."""
+    def _at_offset(self, partition: int, offset: int = OFFSET_INVALID) -> TopicPartition:
+        metadata = _CommitMetadata(topic_id=self.topic.id, partitions=len(self.topic.partitions))
+        return TopicPartition(self._address.topic, partition, offset, metadata.model_dump_json())
+
+    def fetch(self, messages_max: int, messages_min: int, timeout_seconds: float) -> list[Message]:
+        """Return up to `messages_max` messages once `messages_min` are there, or fewer at the time-out."""
         self._check()
-        self.log.look()
-        if self._by_hand and (new := [each for each in self.log.partitions if each not in self._next]):
-            self._add(dict.fromkeys(new, 0))
-        got, self._early = self._early[:most], self._early[most:]
-        if len(got) < enough:
-            got += self._consumer.consume(min(enough, most) - len(got), seconds)
-        if got and len(got) < most:
-            got += self._consumer.consume(most - len(got), 0.0)
+        self.topic.refresh()
+        if self._is_assigned_by_hand and (new := [each for each in self.topic.partitions if each not in self._next]):
+            self._add_partitions(dict.fromkeys(new, 0))
+        fetched, self._early = self._early[:messages_max], self._early[messages_max:]
+        if len(fetched) < messages_min:
+            fetched += self._consumer.consume(min(messages_min, messages_max) - len(fetched), timeout_seconds)
+        if fetched and len(fetched) < messages_max:
+            fetched += self._consumer.consume(messages_max - len(fetched), 0.0)
         now = time.monotonic()
-        return [found for each in got if (found := self._message(each, now)) is not None]
+        return [message for each in fetched if (message := self._convert(each, now)) is not None]
 
-    def acknowledge(self, done: Sequence[Message], buried: Sequence[Message]) -> None:
-        """Commit the offsets behind the messages; what can't be committed comes again."""
-        behind: dict[int, int] = {}
-        for message in (*done, *buried):
-            partition, number = message.place
-            behind[partition] = max(behind.get(partition, 0), number + 1)
-        self._commit(behind)
+    def acknowledge(self, done: Sequence[Message], dead_lettered: Sequence[Message]) -> None:
+        """Commit the offsets after the messages. Where that fails they are delivered again."""
+        offsets: dict[int, int] = {}
+        for message in (*done, *dead_lettered):
+            partition, number = message.position
+            offsets[partition] = max(offsets.get(partition, 0), number + 1)
+        self._commit(offsets)
 
-    def _commit(self, behind: Mapping[int, int]) -> None:
-        if not behind:
+    def _commit(self, offsets: Mapping[int, int]) -> None:
+        if not offsets:
             return
-        offsets = [self._place(partition, offset) for partition, offset in behind.items()]
+        partitions = [self._at_offset(partition, offset) for partition, offset in offsets.items()]
         try:
-            self._consumer.commit(offsets=offsets, asynchronous=False)
+            self._consumer.commit(offsets=partitions, asynchronous=False)
         except KafkaException as error:
-            if error.args[0].code() not in _MOVED:
-                self._voice.faulty(error.args[0])
-            self._voice.once("commit", f"Offsets of {self._address.topic!r} were not committed: {error.args[0].str()}.")
+            if error.args[0].code() not in _REBALANCED_CODES:
+                self._errors.handle(error.args[0])
+            self._errors.warn_once(
+                "commit", f"Offsets of {self._address.topic!r} were not committed: {error.args[0].str()}."
+            )
 
     def lag(self) -> int | None:
-        """Return how many messages wait in the partitions of this member, as the last fetch told; None before that."""
-        if self._closed:
+        """Return how many messages wait in this member's partitions, as last fetched; None before that."""
+        if self._is_closed:
             return None
-        lag, known = 0, False
+        lag, is_known = 0, False
         try:
             for each in self._consumer.position(self._consumer.assignment()):
-                # To ask the brokers takes half a second a partition, behind the fetch that waits there.
+                # Without `cached` this would wait half a second per partition behind the fetch in progress.
                 _, high = self._consumer.get_watermark_offsets(each, cached=True)
                 if each.offset >= 0 and high >= 0:
-                    lag, known = lag + max(0, high - each.offset), True
+                    lag, is_known = lag + max(0, high - each.offset), True
         except (KafkaException, RuntimeError):
             return None
-        return lag if known else None
+        return lag if is_known else None
 
     def close(self) -> None:
         """Leave the group."""
-        if not self._closed:
-            self._closed = True
+        if not self._is_closed:
+            self._is_closed = True
             self._consumer.close()
 
-    def _message(self, each: KafkaMessage, now: float) -> Message | None:
+    def _convert(self, each: KafkaMessage, now: float) -> Message | None:
+        """Return a message of the library as ours; None where it reports an error."""
         error, partition = each.error(), each.partition()
         if error is not None:
             if error.code() == KafkaError._AUTO_OFFSET_RESET and partition in self._next:  # noqa: SLF001
-                self._go_behind(partition)
+                self._restart_partition(partition)
             else:
-                self._voice.faulty(error)
+                self._errors.handle(error)
             return None
         offset = each.offset()
-        assert partition is not None and offset is not None, "what was consumed has a place"  # noqa: S101, PT018
+        assert partition is not None and offset is not None, "a consumed message has both"  # noqa: S101, PT018
         self._next[partition] = offset + 1
         return Message(
-            place=Place(partition, offset), payload=each.value() or b"", event_time=_event_time(each), arrived=now
+            position=Position(partition, offset),
+            payload=each.value() or b"",
+            event_time=_find_event_time(each),
+            arrived=now,
         )
 
-    def _go_behind(self, partition: int) -> None:
-        """Read a partition on, whose next offset the broker does not have: behind what is gone, if that is accepted."""
-        self._consumer.incremental_unassign([self._place(partition)])
-        self._add({partition: self._next[partition]})
+    def _restart_partition(self, partition: int) -> None:
+        """Read a partition on whose next offset is gone: from its first message, where loss is accepted."""
+        self._consumer.incremental_unassign([self._at_offset(partition)])
+        self._add_partitions({partition: self._next[partition]})
 
 
-class _Note(Frozen):
-    """What is committed beside an offset: the id of the topic, and how many partitions it had."""
+class _CommitMetadata(Frozen):
+    """The metadata of a committed offset: the id of the topic, and how many partitions it had."""
 
     topic_id: str = ""
     partitions: int = 0
 
     @classmethod
-    def read(cls, text: str | None) -> _Note:
-        """Return what was committed; empty where that was by an earlier version, or by somebody else."""
+    def parse(cls, text: str | None) -> _CommitMetadata:
+        """Return the metadata; empty where an earlier version or another client committed the offset."""
         try:
             return cls.model_validate_json(text or "{}")
         except ValidationError:
             return cls()
 
 
-def _event_time(each: KafkaMessage) -> float:
-    """Return when the event was, by its header, or by Kafka's own timestamp."""
-    return event_time(dict(each.headers() or []).get(HEADER_EVENT_TIME), each.timestamp()[1] / 1000)
+def _find_event_time(each: KafkaMessage) -> float:
+    """Return the time of an event, by its header, otherwise by Kafka's timestamp."""
+    return choose_event_time(dict(each.headers() or []).get(HEADER_EVENT_TIME), each.timestamp()[1] / 1000)

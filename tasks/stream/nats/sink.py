@@ -1,4 +1,8 @@
-"""NATS JetStream as a sink, and for dead letters: each input is there once, by an id made of the input's own place."""
+"""NATS JetStream as a sink, and for dead letters: each input is there once.
+
+A message is published with an id made of the input's position, again and again until the server has acknowledged it.
+The server keeps the first message of an id.
+"""
 
 from __future__ import annotations
 
@@ -17,180 +21,58 @@ from nats.js.errors import APIError, NotFoundError
 
 from serving.errors import BrokerFault, StreamUnfit
 from serving.model.contract import Contract
-from tasks.stream.connections import Abandoned
-from tasks.stream.message import HEADER_MODEL, HEADER_SOURCE, Message, Place, Poison, poison_headers
+from tasks.stream.connections import StreamAbandoned
+from tasks.stream.message import HEADER_MODEL, HEADER_SOURCE, Message, Poison, Position, build_poison_headers
 from tasks.stream.nats.connection import (
     ANSWER_SECONDS,
     BACKOFF_SECONDS_MAX,
     BACKOFF_SECONDS_MIN,
-    LOOK_SECONDS,
-    NatsLink,
+    POLL_SECONDS,
+    NatsConnection,
 )
-from tasks.stream.nats.consumer import overlap
+from tasks.stream.nats.consumer import subjects_overlap
 from tasks.stream.options import FromKafka, FromNats, ToNats
-from tasks.stream.score import Scored, answers
+from tasks.stream.score import ScoredBatch, build_answers
 
-_TOO_LARGE = 10054
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outgoing:
-    """A message to publish: whatever is published twice with one `id` is kept once."""
-
-    subject: str
-    payload: bytes
-    id: str
-    headers: Mapping[str, str]
-
-    @property
-    def all_headers(self) -> dict[str, str]:
-        """The headers as they go out, with the id among them."""
-        return {"Nats-Msg-Id": self.id, **self.headers}
-
-
-class Publisher:
-    """Publishes over one connection, except ids that are `known` to be in the stream when it is asked before a try."""
-
-    def __init__(self, link: NatsLink, known: Callable[[], set[str]] = set) -> None:
-        self._link, self._known = link, known
-        self._inbox, self._numbers = link.client.new_inbox(), itertools.count()
-        self._sent: dict[int, tuple[_Flight, Outgoing]] = {}
-        link.run(self._listen())
-
-    async def _listen(self) -> None:
-        await self._link.client.subscribe(
-            f"{self._inbox}.*", cb=self._answer, pending_msgs_limit=-1, pending_bytes_limit=-1
-        )
-
-    def publish(self, outgoing: Sequence[Outgoing]) -> list[Outgoing]:
-        """Publish messages and wait until the server has acknowledged each, however often it goes meanwhile.
-
-        Returns those that it refuses for their size. A stream that is full, or gone for now, is waited for.
-        """
-        refused: list[Outgoing] = []
-        pause = BACKOFF_SECONDS_MIN
-        left = list(outgoing)
-        while left:
-            # Whether the server was away for long is known once it is back.
-            self._link.run(self._link.connected())
-            if known := self._known():
-                left = [each for each in left if each.id not in known]
-            left = self._link.run(self._publish_once(left, refused))
-            if left:
-                self._link.run(self._link.sleep(pause))
-                pause = min(2 * pause, BACKOFF_SECONDS_MAX)
-        return refused
-
-    async def _publish_once(self, outgoing: Sequence[Outgoing], refused: list[Outgoing]) -> list[Outgoing]:
-        """Publish each once; return those that are to be published again."""
-        if not outgoing:
-            return []
-        client, flight = self._link.client, _Flight(messages=len(outgoing), refused=refused)
-        numbers = []
-        for each in outgoing:
-            headers = each.all_headers
-            # The library looks at the payload alone, and the server hangs up on what is too large with its headers.
-            if len(each.payload) + headers_size(headers) > client.max_payload:
-                flight.settle(each, refused)
-                continue
-            number = next(self._numbers)
-            self._sent[number] = flight, each
-            numbers.append(number)
-            try:
-                await client.publish(each.subject, each.payload, reply=f"{self._inbox}.{number}", headers=headers)
-            except (nats.errors.OutboundBufferLimitError, nats.errors.ConnectionClosedError):
-                flight.settle(self._sent.pop(number)[1], flight.again)
-        await self._answered(flight)
-        return flight.again + [self._sent.pop(number)[1] for number in numbers if number in self._sent]
-
-    async def _answered(self, flight: _Flight) -> None:
-        until = time.monotonic() + ANSWER_SECONDS
-        while not flight.over.is_set() and time.monotonic() < until:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(flight.over.wait(), LOOK_SECONDS)
-            self._link.check()
-            if self._link.given_up:
-                raise Abandoned
-
-    async def _answer(self, msg: Msg) -> None:
-        """Take the answer to a publish. The library's own publish_async never tells of one that is an error."""
-        number = int(msg.subject.rpartition(".")[2])
-        # One that comes after its message was published again is no news.
-        flight, each = self._sent.pop(number, (None, None))
-        if flight is None or each is None:
-            return
-        error = {"description": "no stream takes it"} if msg.headers else orjson.loads(msg.data).get("error")
-        if not error:
-            flight.settle(each)
-            return
-        if error.get("err_code") == _TOO_LARGE:
-            flight.settle(each, flight.refused)
-            return
-        words = f"A stream must take the subject {each.subject!r}, got: {error.get('description')}."
-        self._link.say("refused", f"{words} Publishing again until it does.")
-        flight.settle(each, flight.again)
-
-
-@dataclass(slots=True)
-class _Flight:
-    """Messages that were published together and wait for their answers."""
-
-    messages: int
-    refused: list[Outgoing]
-    again: list[Outgoing] = field(default_factory=list)
-    over: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def settle(self, each: Outgoing, among: list[Outgoing] | None = None) -> None:
-        """Take note of an answer."""
-        self.messages -= 1
-        if among is not None:
-            among.append(each)
-        if not self.messages:
-            self.over.set()
-
-
-def headers_size(headers: Mapping[str, str]) -> int:
-    """Return the bytes that headers take of a message's size."""
-    return 12 + sum(len(name) + len(value.encode()) + 4 for name, value in headers.items())
-
-
-DEAD_STREAM = "OVERNIGHT_DEAD"
+DEAD_LETTER_STREAM = "OVERNIGHT_DEAD"
 HEADER_LEFT_OUT = "Overnight-Original"
 _WINDOW_SECONDS_MIN = 120.0
+_ERROR_TOO_LARGE = 10054
 
 
 class NatsSink:
-    """Publishes one score message for each message; `origin` names the log that message ids count in.
+    """Publishes one score message for each input message.
 
-    `known` tells the ids that the stream holds, though it may not know them any more.
+    `origin` names the log whose positions are in the message ids. `find_known` returns ids that the stream holds, but
+    that the server may not refuse any more.
     """
 
     def __init__(
         self,
-        link: NatsLink,
+        connection: NatsConnection,
         address: ToNats,
         origin: str,
         *,
         contract: Contract,
         keys: tuple[str, ...],
         model: str,
-        known: Callable[[], set[str]],
+        find_known: Callable[[], set[str]],
     ) -> None:
-        self._link, self._address, self._origin = link, address, origin
-        self._publisher = Publisher(link, known)
+        self._connection, self._address, self._origin = connection, address, origin
+        self._publisher = Publisher(connection, find_known)
         self._contract, self._keys, self._headers = contract, keys, {HEADER_MODEL: model}
 
-    def emit(self, scored: Sequence[Scored]) -> list[Poison]:
-        """Publish the scores and wait until the stream has taken each; return those that are too large for it."""
-        found = [answer for each in scored for answer in answers(each, self._contract, self._keys)]
+    def emit(self, scored: Sequence[ScoredBatch]) -> list[Poison]:
+        """Publish the scores and wait until the stream has all of them; return those that are too large for it."""
+        answers = [answer for each in scored for answer in build_answers(each, self._contract, self._keys)]
         outgoing = [
-            Outgoing(
+            OutgoingMessage(
                 subject=self._address.subject,
                 payload=answer.payload,
-                id=message_id(self._origin, answer.message),
+                id=format_message_id(self._origin, answer.message),
                 headers=self._headers,
             )
-            for answer in found
+            for answer in answers
         ]
         refused = {each.id: each for each in self._publisher.publish(outgoing)}
         return [
@@ -199,76 +81,209 @@ class NatsSink:
                 column="",
                 reason="a score that is too large",
                 detail=f"{len(each.payload):,} bytes must fit the limits of the server "
-                f"({self._link.client.max_payload:,} bytes) and of the stream",
+                f"({self._connection.client.max_payload:,} bytes) and of the stream",
             )
-            for answer, each in zip(found, outgoing, strict=True)
+            for answer, each in zip(answers, outgoing, strict=True)
             if each.id in refused
         ]
 
 
 class NatsDeadLetters:
-    """Publishes poison as it came, with its reason and where it stood as headers.
+    """Publishes poison unchanged, with the reason and its position as headers.
 
-    `known` tells the ids that the stream holds, though it may not know them any more, and `already` which of messages
-    that have come before are among them.
+    `find_known` returns ids that the stream holds, though the server may not refuse them any more, and `find_emitted`
+    which of some messages that were delivered before are among them.
     """
 
     def __init__(
         self,
-        link: NatsLink,
+        connection: NatsConnection,
         address: FromNats,
         origin: str,
         *,
-        known: Callable[[], set[str]] = set,
-        already: Callable[[Sequence[Message]], set[Place]] = lambda _: set(),
+        find_known: Callable[[], set[str]] = set,
+        find_emitted: Callable[[Sequence[Message]], set[Position]] = lambda _: set(),
     ) -> None:
-        self._link, self._address, self._origin = link, address, origin
-        self._publisher = Publisher(link, known)
-        self._already = already
+        self._connection, self._address, self._origin = connection, address, origin
+        self._publisher = Publisher(connection, find_known)
+        self._find_emitted = find_emitted
 
-    def bury(self, poison: Sequence[Poison]) -> None:
-        """Publish poison and wait until the stream has taken each; one that is too large goes without its original.
+    def send(self, poison: Sequence[Poison]) -> None:
+        """Publish poison and wait until the stream has all of it; what is too large is sent without its payload.
 
-        Raises BrokerFault where the stream does not take that either.
+        Raises:
+            BrokerFault: The stream does not take that either.
         """
-        there = self._already([each.message for each in poison if each.message.deliveries > 1])
-        refused = self._publisher.publish([self._letter(each) for each in poison if each.message.place not in there])
-        if refused and self._publisher.publish([_without_original(each) for each in refused]):
+        emitted = self._find_emitted([each.message for each in poison if each.message.deliveries > 1])
+        letters = [self._build_letter(each) for each in poison if each.message.position not in emitted]
+        refused = self._publisher.publish(letters)
+        if refused and self._publisher.publish([_drop_payload(each) for each in refused]):
             message = (
-                f"The stream of {self._address.dead_subject!r} at {self._link.url} must take dead letters of some "
-                "kilobytes, but refuses them for their size. Let it take larger ones, then call again: it resumes."
+                f"The stream of {self._address.dead_letter_subject!r} at {self._connection.url} must take dead letters "
+                "of some kilobytes, but refuses them for their size. Let it take larger ones, then call again: it "
+                "resumes."
             )
             raise BrokerFault(message)
 
-    def _letter(self, poison: Poison) -> Outgoing:
-        place = f"{self._address.stream}/{poison.message.place.number}"
-        return Outgoing(
-            subject=self._address.dead_subject,
+    def _build_letter(self, poison: Poison) -> OutgoingMessage:
+        origin = f"{self._address.stream}/{poison.message.position.number}"
+        return OutgoingMessage(
+            subject=self._address.dead_letter_subject,
             payload=poison.message.payload,
-            id=f"dead.{message_id(self._origin, poison.message)}",
-            headers={**poison_headers(poison), HEADER_SOURCE: place},
+            id=f"dead.{format_message_id(self._origin, poison.message)}",
+            headers={**build_poison_headers(poison), HEADER_SOURCE: origin},
         )
 
 
-def _without_original(letter: Outgoing) -> Outgoing:
+def _drop_payload(letter: OutgoingMessage) -> OutgoingMessage:
     headers = {**letter.headers, HEADER_LEFT_OUT: "too large to go along; it is where it came from"}
-    return Outgoing(subject=letter.subject, payload=b"", id=letter.id, headers=headers)
+    return OutgoingMessage(subject=letter.subject, payload=b"", id=letter.id, headers=headers)
 
 
-def message_id(origin: str, message: Message) -> str:
-    """Return the id of what goes out for a message: of the input's place alone, since a redelivered batch regroups."""
-    return f"{origin}.{message.place.partition}.{message.place.number}"
+def format_message_id(origin: str, message: Message) -> str:
+    """Return the id of a message's score: of its position alone, since a message may be scored in another batch."""
+    return f"{origin}.{message.position.partition}.{message.position.number}"
 
 
-async def open_sink(link: NatsLink, address: ToNats, source: FromNats | FromKafka) -> StreamInfo:
-    """Return the stream that takes the subject and remembers ids for long enough; raises StreamUnfit."""
-    window = source.worst_redelivery_seconds if isinstance(source, FromNats) else _WINDOW_SECONDS_MIN
-    info = await _stream_of(link, address.stream, address.subject, window, "sink")
-    _must_remember(info, window, address.subject)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutgoingMessage:
+    """A message to publish; the server keeps one message of each `id`."""
+
+    subject: str
+    payload: bytes
+    id: str
+    headers: Mapping[str, str]
+
+    @property
+    def all_headers(self) -> dict[str, str]:
+        """The headers with the id among them."""
+        return {"Nats-Msg-Id": self.id, **self.headers}
+
+
+class Publisher:
+    """Publishes over one connection, except ids that `find_known` returns before each attempt."""
+
+    def __init__(self, connection: NatsConnection, find_known: Callable[[], set[str]] = set) -> None:
+        self._connection, self._find_known = connection, find_known
+        self._inbox, self._numbers = connection.client.new_inbox(), itertools.count()
+        self._sent: dict[int, tuple[_Publication, OutgoingMessage]] = {}
+        connection.run(self._subscribe())
+
+    async def _subscribe(self) -> None:
+        await self._connection.client.subscribe(
+            f"{self._inbox}.*", cb=self._on_answer, pending_msgs_limit=-1, pending_bytes_limit=-1
+        )
+
+    def publish(self, outgoing: Sequence[OutgoingMessage]) -> list[OutgoingMessage]:
+        """Publish messages until the server has acknowledged each, or refused it for its size.
+
+        A stream that is full, or gone for now, is waited for.
+
+        Returns:
+            The messages that are too large.
+        """
+        refused: list[OutgoingMessage] = []
+        pause = BACKOFF_SECONDS_MIN
+        left = list(outgoing)
+        while left:
+            # The length of an outage is known once the server is back.
+            self._connection.run(self._connection.wait_until_connected())
+            if known := self._find_known():
+                left = [each for each in left if each.id not in known]
+            left = self._connection.run(self._publish_once(left, refused))
+            if left:
+                self._connection.run(self._connection.sleep(pause))
+                pause = min(2 * pause, BACKOFF_SECONDS_MAX)
+        return refused
+
+    async def _publish_once(
+        self, outgoing: Sequence[OutgoingMessage], refused: list[OutgoingMessage]
+    ) -> list[OutgoingMessage]:
+        """Publish each message once; return those to publish again."""
+        if not outgoing:
+            return []
+        client, publication = self._connection.client, _Publication(unanswered=len(outgoing), refused=refused)
+        numbers = []
+        for each in outgoing:
+            headers = each.all_headers
+            # The library checks the payload alone. The server closes the connection if it is too large with headers.
+            if len(each.payload) + count_header_bytes(headers) > client.max_payload:
+                publication.settle(each, refused)
+                continue
+            number = next(self._numbers)
+            self._sent[number] = publication, each
+            numbers.append(number)
+            try:
+                await client.publish(each.subject, each.payload, reply=f"{self._inbox}.{number}", headers=headers)
+            except (nats.errors.OutboundBufferLimitError, nats.errors.ConnectionClosedError):
+                publication.settle(self._sent.pop(number)[1], publication.retry)
+        await self._wait_for_answers(publication)
+        return publication.retry + [self._sent.pop(number)[1] for number in numbers if number in self._sent]
+
+    async def _wait_for_answers(self, publication: _Publication) -> None:
+        until = time.monotonic() + ANSWER_SECONDS
+        while not publication.answered.is_set() and time.monotonic() < until:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(publication.answered.wait(), POLL_SECONDS)
+            self._connection.check()
+            if self._connection.is_given_up:
+                raise StreamAbandoned
+
+    async def _on_answer(self, msg: Msg) -> None:
+        """Take the answer to a publication. The library's own publish_async does not report errors."""
+        number = int(msg.subject.rpartition(".")[2])
+        # An answer may be late: its message was published again since.
+        publication, each = self._sent.pop(number, (None, None))
+        if publication is None or each is None:
+            return
+        error = {"description": "no stream takes it"} if msg.headers else orjson.loads(msg.data).get("error")
+        if not error:
+            publication.settle(each)
+            return
+        if error.get("err_code") == _ERROR_TOO_LARGE:
+            publication.settle(each, publication.refused)
+            return
+        words = f"A stream must take the subject {each.subject!r}, got: {error.get('description')}."
+        self._connection.warn_once("refused", f"{words} Publishing again until it does.")
+        publication.settle(each, publication.retry)
+
+
+@dataclass(slots=True)
+class _Publication:
+    """Messages that were published together, and wait for their answers."""
+
+    unanswered: int
+    refused: list[OutgoingMessage]
+    retry: list[OutgoingMessage] = field(default_factory=list)
+    answered: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def settle(self, each: OutgoingMessage, failed: list[OutgoingMessage] | None = None) -> None:
+        """Count an answer, and add the message to the failed ones where there are any."""
+        self.unanswered -= 1
+        if failed is not None:
+            failed.append(each)
+        if not self.unanswered:
+            self.answered.set()
+
+
+def count_header_bytes(headers: Mapping[str, str]) -> int:
+    """Return the bytes that headers take of a message's size."""
+    return 12 + sum(len(name) + len(value.encode()) + 4 for name, value in headers.items())
+
+
+async def ensure_sink_stream(connection: NatsConnection, address: ToNats, source: FromNats | FromKafka) -> StreamInfo:
+    """Return the stream that takes the scores, and create it where it is missing and named.
+
+    Raises:
+        StreamUnfit: No stream takes the subject, or it forgets message ids too early, or it is what is read.
+    """
+    window = source.redelivery_seconds_max if isinstance(source, FromNats) else _WINDOW_SECONDS_MIN
+    info = await _ensure_stream(connection, address.stream, address.subject, window, "sink")
+    _check_window(info, window, address.subject)
     if (
         isinstance(source, FromNats)
         and info.config.name == source.stream
-        and overlap(source.subject or ">", address.subject)
+        and subjects_overlap(source.subject or ">", address.subject)
     ):
         message = (
             f"The scores must not go into what the stream is read from, got {address.subject!r}, a subject of "
@@ -278,52 +293,59 @@ async def open_sink(link: NatsLink, address: ToNats, source: FromNats | FromKafk
     return info
 
 
-async def open_dead_letters(link: NatsLink, address: FromNats) -> StreamInfo:
-    """Return the stream that takes the dead letters and remembers ids for long enough; raises StreamUnfit."""
-    made = DEAD_STREAM if address.dead_letters is None else None
-    window = address.worst_redelivery_seconds
-    info = await _stream_of(link, made, address.dead_subject, window, "dead letters", taking="overnight.dead.>")
-    if made == info.config.name and (info.config.duplicate_window or 0.0) < window:
-        # It is shared: whoever made it first may have needed less.
+async def ensure_dead_letter_stream(connection: NatsConnection, address: FromNats) -> StreamInfo:
+    """Return the stream that takes the dead letters, and create it where it is missing.
+
+    Raises:
+        StreamUnfit: No stream takes the subject, or it forgets message ids too early.
+    """
+    name = DEAD_LETTER_STREAM if address.dead_letters is None else None
+    window = address.redelivery_seconds_max
+    subjects = "overnight.dead.>" if name else address.dead_letter_subject
+    info = await _ensure_stream(
+        connection, name, address.dead_letter_subject, window, "dead letters", subjects=subjects
+    )
+    if name == info.config.name and (info.config.duplicate_window or 0.0) < window:
+        # It is shared, and may have been created for a source that needs less.
         wider = info.config.evolve(duplicate_window=window)
-        # Where it may not, it is told below what must hold.
+        # Where it can't be changed, the check below says what must hold.
         with contextlib.suppress(APIError):
-            info = await link.ask(f"stream {made}", lambda: link.js.update_stream(wider))
-    _must_remember(info, window, address.dead_subject)
+            info = await connection.request(f"stream {name}", lambda: connection.js.update_stream(wider))
+    _check_window(info, window, address.dead_letter_subject)
     return info
 
 
-async def _stream_of(
-    link: NatsLink, name: str | None, subject: str, window: float, what: str, *, taking: str | None = None
+async def _ensure_stream(
+    connection: NatsConnection, name: str | None, subject: str, window: float, what: str, *, subjects: str | None = None
 ) -> StreamInfo:
-    """Return the stream that takes a subject; make it where it has a name and none does."""
+    """Return the stream that takes a subject, or create one of that name, for `subjects` or the subject."""
     try:
-        found = await link.ask(f"the {what}", lambda: link.js.find_stream_name_by_subject(subject))
+        found = await connection.request(f"the {what}", lambda: connection.js.find_stream_name_by_subject(subject))
     except NotFoundError:
         if name is None:
             message = (
-                f"A stream must take the subject {subject!r} of the {what}, but none at {link.url} does. Make one "
-                f"(nats stream add --subjects={subject} --dupe-window={window:.0f}s), or name one in `stream`: it is "
-                "then made."
+                f"A stream must take the subject {subject!r} of the {what}, but none at {connection.url} does. Make "
+                f"one (nats stream add --subjects={subject} --dupe-window={window:.0f}s), or name one in `stream`: it "
+                "is then made."
             )
             raise StreamUnfit(message) from None
-        return await _make(link, name, taking or subject, window)
+        return await _create_stream(connection, name, subjects or subject, window)
     if name not in (None, found):
         message = f"The subject {subject!r} of the {what} must be one of stream {name!r}, but {found!r} takes it."
         raise StreamUnfit(message)
-    return await link.ask(f"stream {found}", lambda: link.js.stream_info(found))
+    return await connection.request(f"stream {found}", lambda: connection.js.stream_info(found))
 
 
-async def _make(link: NatsLink, name: str, subject: str, window: float) -> StreamInfo:
+async def _create_stream(connection: NatsConnection, name: str, subject: str, window: float) -> StreamInfo:
     config = StreamConfig(name=name, subjects=[subject], duplicate_window=max(window, _WINDOW_SECONDS_MIN))
     try:
-        return await link.ask(f"stream {name}", lambda: link.js.add_stream(config))
+        return await connection.request(f"stream {name}", lambda: connection.js.add_stream(config))
     except APIError as error:
         message = f"The stream {name!r} must be made for the subject {subject!r}, got: {error.description}."
         raise StreamUnfit(message) from error
 
 
-def _must_remember(info: StreamInfo, seconds: float, subject: str) -> None:
+def _check_window(info: StreamInfo, seconds: float, subject: str) -> None:
     window = info.config.duplicate_window or 0.0
     if window < seconds:
         message = (

@@ -123,20 +123,22 @@ SHAPES: dict[str, Callable[[int], bytes]] = {
 
 TEXTS_IN_BYTES = b'{"inputs":[{"name":"text","datatype":"BYTES","shape":[%d,1],"parameters":{"binary_data_size":%s}}]}'
 BINARY: dict[str, Callable[[int], tuple[bytes, str]]] = {
-    "empty texts": lambda size: behind(TEXTS_IN_BYTES % (size // 4, b"%d" % size), b"\0" * size),
-    "texts of wild lengths": lambda size: behind(TEXTS_IN_BYTES % (size // 4, b"%d" % size), b"\xff" * size),
-    "one text": lambda size: behind(TEXTS_IN_BYTES % (1, b"%d" % size), (size - 4).to_bytes(4, "little") + b"a" * size),
-    "a wild size": lambda size: behind(TEXTS_IN_BYTES % (1, b"9" * 18), b"\0" * size),
-    "a wild shape": lambda size: behind(TEXTS_IN_BYTES % (10**18, b"%d" % size), b"\0" * size),
-    "a size of ones": lambda size: behind(filled(size, b"[", b"1", b"]"), b""),
-    "a size that is a text": lambda size: behind(TEXTS_IN_BYTES % (1, b'"' + b"9" * size + b'"'), b""),
+    "empty texts": lambda size: with_values(TEXTS_IN_BYTES % (size // 4, b"%d" % size), b"\0" * size),
+    "texts of wild lengths": lambda size: with_values(TEXTS_IN_BYTES % (size // 4, b"%d" % size), b"\xff" * size),
+    "one text": lambda size: with_values(
+        TEXTS_IN_BYTES % (1, b"%d" % size), (size - 4).to_bytes(4, "little") + b"a" * size
+    ),
+    "a wild size": lambda size: with_values(TEXTS_IN_BYTES % (1, b"9" * 18), b"\0" * size),
+    "a wild shape": lambda size: with_values(TEXTS_IN_BYTES % (10**18, b"%d" % size), b"\0" * size),
+    "a size of ones": lambda size: with_values(filled(size, b"[", b"1", b"]"), b""),
+    "a size that is a text": lambda size: with_values(TEXTS_IN_BYTES % (1, b'"' + b"9" * size + b'"'), b""),
     "a wild header": lambda size: (filled(size, b'{"inputs":[', b"1", b"]}"), "9" * 18),
     "a header that is no number": lambda size: (filled(size, b'{"inputs":[', b"1", b"]}"), "9" * 4000),
     "a header of one byte": lambda size: (filled(size, b'{"inputs":[', b"1", b"]}"), "1"),
 }
 
 
-def behind(head: bytes, values: bytes) -> tuple[bytes, str]:
+def with_values(head: bytes, values: bytes) -> tuple[bytes, str]:
     return head + values, str(len(head))
 
 
@@ -259,7 +261,7 @@ def test_no_binary_data_holds_the_event_loop(tmp_path: Path, app: str, shape: st
     assert len(answer) < 1 << 13
 
 
-def test_what_is_large_and_well_made_goes_on_to_the_server(tmp_path: Path) -> None:
+def test_a_large_valid_request_is_forwarded_to_the_server(tmp_path: Path) -> None:
     many = rows_of(8 << 20, b"0.12345678901234567", b'"abcdefghijklmnop"')
     text = one_row(8 << 20, b'{\\"a\\":[1,2]},')
     answers = [gateway_pause(tmp_path, body, None) for body in (many, text)]

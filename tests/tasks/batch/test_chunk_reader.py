@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from serving.errors import SourceChanged, SourceCorrupt
 from tasks.batch.chunk_layout import BLOCK_BYTES, Chunk, Piece, cut_chunks
-from tasks.batch.chunk_reader import Reader, ahead, block_rows, open_reader
+from tasks.batch.chunk_reader import Reader, block_rows, open_reader, read_ahead
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, open_dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.source import pin_source
@@ -270,7 +270,7 @@ def test_a_corrupt_page_is_source_corrupt_by_name(place: str, checksums: bool) -
     data[at : at + 8] = bytes(0xFF ^ byte for byte in data[at : at + 8])
     put(place, {"good.parquet": numbers(0, 5), "sub/bad.parquet": bytes(data)})
     reader, chunks = a_reader(place, 100, ("id",))
-    with pytest.raises(SourceCorrupt, match=r"sub/bad\.parquet must be readable, got: .*Mend or remove the file"):
+    with pytest.raises(SourceCorrupt, match=r"sub/bad\.parquet must be readable, got: .*Repair or remove the file"):
         read_all(reader, chunks)
 
 
@@ -363,9 +363,9 @@ def readers() -> list[threading.Thread]:
 
 
 def test_ahead_gives_every_item_in_order() -> None:
-    assert list(range(1000)) == list(ahead(range(1000), 3))
-    assert list(ahead([], 3)) == []
-    assert [None, None] == list(ahead([None, None], 1))
+    assert list(range(1000)) == list(read_ahead(range(1000), 3))
+    assert list(read_ahead([], 3)) == []
+    assert [None, None] == list(read_ahead([None, None], 1))
     assert readers() == []
 
 
@@ -375,7 +375,7 @@ def test_ahead_passes_an_error_on_after_the_items_before_it() -> None:
         message = "made by the reader"
         raise SourceChanged(message)
 
-    stream = ahead(items(), 3)
+    stream = read_ahead(items(), 3)
 
     assert next(stream) == 1
     with pytest.raises(SourceChanged, match="made by the reader"):
@@ -392,7 +392,7 @@ def test_a_consumer_that_stops_early_leaves_no_thread_and_closes_the_items() -> 
         finally:
             closed.set()
 
-    with closing(ahead(items(), 2)) as stream:
+    with closing(read_ahead(items(), 2)) as stream:
         assert next(stream) == 0
         assert len(readers()) == 1
 
@@ -401,14 +401,14 @@ def test_a_consumer_that_stops_early_leaves_no_thread_and_closes_the_items() -> 
 
 
 def test_a_consumer_that_never_starts_starts_no_thread() -> None:
-    ahead(range(3), 2).close()
+    read_ahead(range(3), 2).close()
 
     assert readers() == []
 
 
 def test_a_consumer_that_raises_leaves_no_thread() -> None:
     def divide() -> None:
-        with closing(ahead(range(100), 2)) as stream:
+        with closing(read_ahead(range(100), 2)) as stream:
             for item in stream:
                 assert 1 // item
 
@@ -427,7 +427,7 @@ def test_ahead_makes_no_more_than_its_depth_and_the_one_in_hand(depth: int) -> N
             made.append(at)
             yield at
 
-    with closing(ahead(items(), depth)) as stream:
+    with closing(read_ahead(items(), depth)) as stream:
         for taken in range(1, 6):
             next(stream)
             time.sleep(0.05)
@@ -443,14 +443,14 @@ def test_the_items_are_made_in_another_thread_while_one_is_worked_on() -> None:
             made_by.add(threading.current_thread().name)
             yield at
 
-    list(ahead(items(), 1))
+    list(read_ahead(items(), 1))
 
     assert made_by == {"read-ahead"}
 
 
 def test_ahead_by_nothing_makes_each_item_when_it_is_asked_for() -> None:
     made: list[int] = []
-    items = ahead((made.append(at) or at for at in range(3)), 0)
+    items = read_ahead((made.append(at) or at for at in range(3)), 0)
 
     assert [0, [0]] == [next(items), list(made)]
     assert not readers()

@@ -1,4 +1,4 @@
-"""Of many workers each begins where no other is, and leaves to others what they have in hand."""
+"""Each of many workers begins where no other is, and leaves the chunks of others to them."""
 
 from __future__ import annotations
 

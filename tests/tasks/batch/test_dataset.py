@@ -275,7 +275,7 @@ def whole() -> bytes:
 )
 def test_a_broken_footer_is_source_corrupt_by_name(place: str, data: bytes) -> None:
     put(place, {"a.parquet": numbers(0, 1), "sub/broken.parquet": data})
-    with pytest.raises(SourceCorrupt, match=r"sub/broken\.parquet must be readable, got: .*Mend or remove the file"):
+    with pytest.raises(SourceCorrupt, match=r"sub/broken\.parquet must be readable, got: .*Repair or remove the file"):
         opened(place)
 
 

@@ -1,4 +1,4 @@
-"""Delta Lake as the output: one commit adds exactly the parts, once, whoever commits."""
+"""Delta Lake as the output: one commit adds exactly the parts, once, whichever worker commits."""
 
 from __future__ import annotations
 

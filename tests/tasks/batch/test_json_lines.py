@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from serving.model.encoding import encode
 from tasks.batch.json_lines import NotJsonLines, parse_lines, quote_numbers, read_object, written_values
-from tasks.stream.score import answers
+from tasks.stream.score import build_answers
 from tests.tasks.stream.messages import CONTRACT, KEYS, message, score
 
 NUMBERS = st.from_regex(r"-?(0|[1-9][0-9]{0,24})(\.[0-9]{1,24})?([eE][+-]?[0-9]{1,3})?", fullmatch=True)
@@ -75,7 +75,7 @@ def test_lists_hold_their_numbers_as_they_are_written(numbers: list[str]) -> Non
 def test_a_key_of_a_stream_is_answered_as_it_is_written(literal: str, deep: str) -> None:
     payload = f'{{"a": 1.5,{deep} "id": {literal}, "b": 2}}'.encode()
     scored = score([message(payload)])
-    (answer,) = answers(scored, CONTRACT, KEYS)
+    (answer,) = build_answers(scored, CONTRACT, KEYS)
     (key,) = written_values(answer.payload, KEYS).values()
     table = scored.groups[0].group.table
 
@@ -89,7 +89,7 @@ def test_a_key_of_a_stream_is_answered_as_it_is_written(literal: str, deep: str)
 def test_of_a_name_that_stands_twice_the_first_counts_in_batch_and_in_streams() -> None:
     line = b'{"id": 1.50, "a": 1, "b": 2, "a": 3, "id": 7}'
     scored = score([message(line)])
-    (answer,) = answers(scored, CONTRACT, KEYS)
+    (answer,) = build_answers(scored, CONTRACT, KEYS)
 
     assert [("1.50", "1")] == parse_lines(line, {"id": pl.String(), "a": pl.String()}).rows()
     assert b'{"id":1.50,"score":5.0}' == answer.payload

@@ -1,4 +1,4 @@
-"""The plan: every row once, whatever the files; one plan a key, whoever writes it first."""
+"""The plan: every row once, whatever the files; one plan a key, whichever worker writes it first."""
 
 from __future__ import annotations
 

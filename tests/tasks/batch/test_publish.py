@@ -1,4 +1,4 @@
-"""Publishing: everything or nothing, once, whoever comes first."""
+"""Publishing: everything or nothing, once, whichever worker comes first."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ class Full(Counting):
         self.send_response(503 if next(self.counted) > 20 else 200)
         self.send_header("Content-Length", "10")
         self.end_headers()
-        self.wfile.write(b"no room..!")
+        self.wfile.write(b"too busy.!")
 
 
 class Closing(Counting):
@@ -163,7 +163,7 @@ def test_every_caller_has_its_answers_however_few_the_seconds_are(serve: Callabl
 
 @pytest.mark.parametrize(
     ("handler", "words"),
-    [(Full, r"with 200, got: HTTP/1\.1 503 .*no room"), (Closing, "must keep connections open")],
+    [(Full, r"with 200, got: HTTP/1\.1 503 .*too busy"), (Closing, "must keep connections open")],
 )
 def test_an_invalid_answer_is_an_error_with_its_text(
     serve: Callable[[type[Counting]], Address], handler: type[Counting], words: str

@@ -14,10 +14,10 @@ import torch
 
 from serving.model.contract import Column, Contract, Input, Output
 from serving.model.torch_model import TorchModel
-from tasks.stream.connections import Ends
+from tasks.stream.connections import Connections
 from tasks.stream.decode import Decoder
-from tasks.stream.message import Message, Place
-from tasks.stream.score import MicroScorer, Scored, write_arrow
+from tasks.stream.message import Message, Position
+from tasks.stream.score import MicroScorer, ScoredBatch, write_arrow
 
 CONTRACT = Contract(
     inputs=(
@@ -48,7 +48,7 @@ def model() -> TorchModel:
 
 
 def message(payload: bytes, number: int = 1, **fields: Any) -> Message:
-    known = {"place": Place(0, number), "event_time": 0.0, "arrived": 0.0} | fields
+    known = {"position": Position(0, number), "event_time": 0.0, "arrived": 0.0} | fields
     return Message(payload=payload, **known)
 
 
@@ -69,10 +69,10 @@ def arrow_rows(number: int, values: Sequence[object], /, **columns: Any) -> Mess
 
 
 def decoder(keys: tuple[str, ...] = KEYS) -> Decoder:
-    return Decoder(CONTRACT, keys, one_type=True)
+    return Decoder(CONTRACT, keys, fix_key_types=True)
 
 
-def score(messages: Sequence[Message], decode: Decoder | None = None) -> Scored:
+def score(messages: Sequence[Message], decode: Decoder | None = None) -> ScoredBatch:
     """Score messages with the sum."""
     summing = model()
     with summing.slot():
@@ -97,14 +97,14 @@ def scores(values: npt.NDArray[Any] | Sequence[float]) -> list[float]:
 Wait = Callable[[Callable[[], bool], str], None]
 
 
-def emit_messages(ends: Ends, count: int, seconds: float = 60.0) -> list[Message]:
+def emit_messages(connections: Connections, count: int, seconds: float = 60.0) -> list[Message]:
     """Fetch so many messages, emit them and acknowledge them."""
     found: list[Message] = []
     until = time.monotonic() + seconds
     while len(found) < count and time.monotonic() < until:
-        got = ends.source.fetch(count - len(found), 1, 0.2)
+        got = connections.source.fetch(count - len(found), 1, 0.2)
         if got:
-            ends.sink.emit([score(got)])
-            ends.receipts.acknowledge(got, [])
+            connections.sink.emit([score(got)])
+            connections.acknowledger.acknowledge(got, [])
         found += got
     return found

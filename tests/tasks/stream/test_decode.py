@@ -40,7 +40,7 @@ def test_what_is_no_row_is_poison_with_its_reason_and_the_others_are_read(payloa
     groups, poison = decoder().decode([json_row(1), bad, json_row(3)])
 
     assert [(bad, reason)] == [(each.message, each.reason) for each in poison]
-    assert [[1, 3]] == [[each.place.number for each in group.messages] for group in groups]
+    assert [[1, 3]] == [[each.position.number for each in group.messages] for group in groups]
 
 
 def test_rows_of_json_are_read_as_the_batch_path_reads_json_lines(tmp_path: Path) -> None:
@@ -74,8 +74,8 @@ def test_arrow_messages_of_one_schema_are_one_group_and_another_schema_is_anothe
     groups, poison = decoder().decode([arrow_rows(1, [1.0, 2.0]), arrow_rows(2, [3.0]), wide, json_row(4)])
 
     assert [] == poison
-    assert [[4], [1, 2], [3]] == [[each.place.number for each in group.messages] for group in groups]
-    assert [[0, 1], [0, 2, 3], [0, 1]] == [group.edges.tolist() for group in groups]
+    assert [[4], [1, 2], [3]] == [[each.position.number for each in group.messages] for group in groups]
+    assert [[0, 1], [0, 2, 3], [0, 1]] == [group.row_offsets.tolist() for group in groups]
 
 
 def test_a_schema_that_stops_fitting_in_the_middle_is_poison_and_names_the_column() -> None:
@@ -83,10 +83,10 @@ def test_a_schema_that_stops_fitting_in_the_middle_is_poison_and_names_the_colum
     gone = message(write_arrow(pa.table({"id": [1], "a": pa.array([1.0], pa.float32())})), 3)
     groups, poison = decoder().decode([arrow_rows(1, [1.0]), changed, gone, arrow_rows(4, [1.0])])
 
-    assert [[1, 4]] == [[each.place.number for each in group.messages] for group in groups]
+    assert [[1, 4]] == [[each.position.number for each in group.messages] for group in groups]
     assert [Reason.UNFIT, Reason.UNFIT] == [each.reason for each in poison]
-    assert "column 'a' must be float32, got double" in poison[0].words
-    assert "column 'b' (float32) is missing" in poison[1].words
+    assert "column 'a' must be float32, got double" in poison[0].description
+    assert "column 'b' (float32) is missing" in poison[1].description
 
 
 def test_a_key_keeps_the_type_of_the_first_message_where_it_can() -> None:
@@ -98,7 +98,7 @@ def test_a_key_keeps_the_type_of_the_first_message_where_it_can() -> None:
 
     assert 2 == len(Decoder(CONTRACT, KEYS).decode([narrow, text])[0])
     assert pa.int64() == groups[0].table.schema.field("id").type
-    assert [(3, "id", Reason.KEY_CHANGES)] == [(p.message.place.number, p.column, p.reason) for p in poison]
+    assert [(3, "id", Reason.KEY_CHANGES)] == [(p.message.position.number, p.column, p.reason) for p in poison]
 
 
 def test_one_key_of_another_type_takes_none_of_its_neighbours_with_it() -> None:
@@ -108,8 +108,8 @@ def test_one_key_of_another_type_takes_none_of_its_neighbours_with_it() -> None:
     sent[3], sent[8] = message(b'{"id": "five", "a": 1, "b": 2}', 5), message(b'{"id": "ten", "a": 1, "b": 2}', 10)
     groups, poison = decode.decode(sent)
 
-    assert [5, 10] == [each.message.place.number for each in poison]
-    assert [2, 3, 4, 6, 7, 8, 9, 11] == [each.place.number for group in groups for each in group.messages]
+    assert [5, 10] == [each.message.position.number for each in poison]
+    assert [2, 3, 4, 6, 7, 8, 9, 11] == [each.position.number for group in groups for each in group.messages]
     assert [2, 3, 4, 6, 7, 8, 9, 11] == [key for group in groups for key in group.table["id"].to_pylist()]
     assert [2, 3, 4, 6, 7, 8, 9, 11] == [row["id"] for group in groups for row in group.rows or ()]
 
@@ -121,7 +121,7 @@ def test_an_arrow_message_has_rows_and_not_too_many(rows: int) -> None:
 
 
 @given(st.binary(max_size=200), st.integers(0, 400), st.integers(0, 255))
-def test_no_bytes_whatever_get_past_the_decoder_as_an_error_of_a_library(noise: bytes, at: int, byte: int) -> None:
+def test_no_bytes_make_the_decoder_raise_the_error_of_a_library(noise: bytes, at: int, byte: int) -> None:
     whole = bytearray(arrow_rows(1, [1.0, 2.0]).payload)
     whole[at % len(whole)] = byte
     sent = [message(noise, 1), message(bytes(whole), 2), message(bytes(whole[: at % len(whole)]), 3)]

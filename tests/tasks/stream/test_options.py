@@ -15,7 +15,7 @@ def test_every_field_is_described(kind: type[BaseModel]) -> None:
     assert [] == [name for name, field in kind.model_fields.items() if not field.description]
 
 
-def test_an_end_is_told_by_its_kind() -> None:
+def test_sources_and_sinks_are_parsed_by_their_kind() -> None:
     source: Any = TypeAdapter(AnySource).validate_python({"kind": "kafka", "topic": "events"})
     sink: Any = TypeAdapter(AnySink).validate_python({"kind": "parts", "destination": "s3://lake/scores"})
 
@@ -23,7 +23,7 @@ def test_an_end_is_told_by_its_kind() -> None:
     assert ToParts(destination="s3://lake/scores") == sink
 
 
-def test_a_password_in_an_address_is_refused_and_told_where_it_goes() -> None:
+def test_a_password_in_an_address_is_refused_with_where_to_set_it() -> None:
     with pytest.raises(ValidationError, match=r"must not hold a user or a password.*NATS_USER and NATS_PASSWORD"):
         FromNats(url="nats://me:secret@127.0.0.1:4222", stream="events")
 
@@ -44,11 +44,11 @@ def test_names_and_numbers_that_can_t_be_are_refused(wrong: dict[str, Any]) -> N
         FromNats(**wrong)
 
 
-def test_a_message_may_come_again_for_as_long_as_it_is_waited_for_each_time() -> None:
-    assert 60.0 == FromNats(stream="events", ack_wait_seconds=20, max_deliver=3).worst_redelivery_seconds
+def test_the_longest_redelivery_is_the_ack_wait_of_all_deliveries() -> None:
+    assert 60.0 == FromNats(stream="events", ack_wait_seconds=20, max_deliver=3).redelivery_seconds_max
 
 
-def test_dead_letters_have_a_place_of_their_own() -> None:
-    assert "overnight.dead.events.overnight" == FromNats(stream="events").dead_subject
-    assert "mine" == FromNats(stream="events", dead_letters="mine").dead_subject
-    assert "events.dead" == FromKafka(topic="events").dead_topic
+def test_dead_letters_have_a_subject_or_topic_of_their_own() -> None:
+    assert "overnight.dead.events.overnight" == FromNats(stream="events").dead_letter_subject
+    assert "mine" == FromNats(stream="events", dead_letters="mine").dead_letter_subject
+    assert "events.dead" == FromKafka(topic="events").dead_letter_topic

@@ -22,9 +22,9 @@ from tasks.batch.manifest import open_predictions, open_rejects
 from tasks.batch.parts import REJECT_REASON
 from tasks.storage import Entry, LocalStorage, Storage, open_storage
 from tasks.stream.decode import Decoder, Reason
-from tasks.stream.message import Message, Place
+from tasks.stream.message import Message, Position
 from tasks.stream.options import ToParts
-from tasks.stream.parts_sink import NUMBER, PARTITION, ROW, PartsSink, table_plan
+from tasks.stream.parts_sink import NUMBER, PARTITION, ROW, PartsSink, build_table_plan
 from tests.overwriting_store import overwriting_store
 from tests.tasks.stream.messages import CONTRACT, KEYS, arrow_rows, decoder, json_row, message, score
 
@@ -35,7 +35,9 @@ def opened(
     place: str | Storage, decode: Decoder | None = None, identity: str = "a stream", name: str = "t"
 ) -> PartsSink:
     storage = open_storage(place) if isinstance(place, str) else place
-    plan = table_plan(ToParts(destination=storage.url, name=name), identity, model=PIN, contract=CONTRACT, keys=KEYS)
+    plan = build_table_plan(
+        ToParts(destination=storage.url, name=name), identity, model=PIN, contract=CONTRACT, keys=KEYS
+    )
     return PartsSink(storage, plan, PIN, (decode or decoder()).key_types)
 
 
@@ -60,7 +62,7 @@ def test_a_table_has_a_row_for_every_message_as_batch_runs_have_it(place: str) -
     assert ["1", "2", None, "4"] == table["id"].to_list()
     assert [None, "null", Reason.NOT_JSON, None] == table[REJECT_REASON].to_list()
     assert 2 == open_rejects(place).collect().height
-    assert {0: 5} == sink.positions
+    assert {0: 5} == sink.next_numbers
 
 
 def test_what_is_emitted_twice_or_cut_otherwise_is_there_once(place: str) -> None:
@@ -70,12 +72,12 @@ def test_what_is_emitted_twice_or_cut_otherwise_is_there_once(place: str) -> Non
     emit(again, [json_row(number) for number in (3, 4, 5)])
 
     assert [1, 2, 3, 4, 5] == numbers(place)
-    assert {0: 6} == opened(place).positions
+    assert {0: 6} == opened(place).next_numbers
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_whatever_two_scorers_emit_from_where_they_stand_each_message_is_there_once(
+def test_two_scorers_in_any_order_write_each_message_once(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     place = str(tmp_path_factory.mktemp("race"))
@@ -87,7 +89,7 @@ def test_whatever_two_scorers_emit_from_where_they_stand_each_message_is_there_o
         if data.draw(st.integers(0, 4)) == 0:
             # It was killed: the next one begins where the table ends.
             sinks[who] = opened(place)
-            at[who] = max(0, sinks[who].positions.get(0, 1) - 1)
+            at[who] = max(0, sinks[who].next_numbers.get(0, 1) - 1)
         stop = min(len(rows), at[who] + data.draw(st.integers(1, 9)))
         emit(sinks[who], rows[at[who] : stop])
         at[who] = stop
@@ -155,7 +157,7 @@ def test_a_part_that_is_not_there_once_written_ends_the_stream_and_no_message_is
     assert [1, 2, 3] == numbers(str(tmp_path))
 
 
-def test_a_part_that_was_deleted_and_written_again_is_told_to_who_has_read_the_first(tmp_path: Path) -> None:
+def test_a_part_that_was_deleted_and_written_again_is_refused_by_a_scorer_that_read_the_first(tmp_path: Path) -> None:
     sink = opened(str(tmp_path))
     emit(sink, [json_row(number) for number in range(1, 10)])
     (part,) = (tmp_path / "run=t").glob("*.parquet")
@@ -189,16 +191,16 @@ def test_no_message_is_passed_over_where_a_part_that_was_lost_is_another_scorers
     assert [1, 2, 3] == numbers(str(tmp_path))
 
 
-def test_numbers_may_have_gaps_and_partitions_are_apart(place: str) -> None:
+def test_numbers_may_have_gaps_and_each_partition_has_its_own(place: str) -> None:
     sink = opened(place)
-    emit(sink, [message(json_row(1).payload, place=Place(1, 7))])
-    emit(sink, [json_row(10), message(json_row(2).payload, place=Place(1, 9)), json_row(20)])
+    emit(sink, [message(json_row(1).payload, position=Position(1, 7))])
+    emit(sink, [json_row(10), message(json_row(2).payload, position=Position(1, 9)), json_row(20)])
 
-    assert {0: 21, 1: 10} == sink.positions == opened(place).positions
+    assert {0: 21, 1: 10} == sink.next_numbers == opened(place).next_numbers
     assert [10, 20, 7, 9] == numbers(place)
 
 
-def test_rows_of_one_message_are_told_apart_and_keys_keep_the_type_of_the_table(place: str) -> None:
+def test_rows_of_one_message_are_numbered_and_keys_keep_the_type_of_the_table(place: str) -> None:
     decode = decoder()
     emit(opened(place, decode), [arrow_rows(1, [1.0, 2.0]), arrow_rows(2, [3.0])], decode)
     decode = decoder()
@@ -235,7 +237,7 @@ def test_a_part_without_its_commit_is_committed_when_the_table_is_opened_again(
     assert [1, 2] == numbers(str(tmp_path))
 
 
-def test_a_later_commit_is_the_newest_whatever_the_clock_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_commit_is_the_newest_with_any_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     emit(opened(str(tmp_path)), [json_row(1)])
     (manifest,) = tmp_path.rglob("manifest.json")
     manifest.write_text(manifest.read_text().replace('"planned_at":"20', '"planned_at":"21'))
@@ -244,7 +246,7 @@ def test_a_later_commit_is_the_newest_whatever_the_clock_says(tmp_path: Path, mo
     assert [1, 2] == numbers(str(tmp_path))
 
 
-def test_a_table_belongs_to_one_stream_and_says_so(place: str) -> None:
+def test_a_table_of_another_stream_is_refused(place: str) -> None:
     opened(place)
 
     with pytest.raises(RunNameTaken, match="'t' already holds a run of another plan"):
@@ -292,7 +294,7 @@ def test_a_clock_that_goes_back_hides_no_commit(tmp_path: Path) -> None:
     assert [1, 2] == numbers(str(tmp_path))
 
 
-def test_a_part_that_was_deleted_or_spoilt_is_told_by_name(tmp_path: Path) -> None:
+def test_a_part_that_was_deleted_or_damaged_is_named(tmp_path: Path) -> None:
     sink = opened(str(tmp_path))
     for number in (1, 2, 3):
         emit(sink, [json_row(number)])

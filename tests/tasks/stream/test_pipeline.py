@@ -12,12 +12,13 @@ import orjson
 import pytest
 
 from serving.errors import StorageFull, TooManyRejects
-from tasks.stream.batcher import Dial, Terms
-from tasks.stream.connections import Cadence, Ends
+from serving.model.batching import BatchingConfig
+from tasks.stream.batcher import StreamLimits
+from tasks.stream.connections import Connections, EmitPolicy
 from tasks.stream.message import Message, Poison
 from tasks.stream.pipeline import Pipeline
-from tasks.stream.report import Meter
-from tasks.stream.score import MicroScorer, Scored, answers
+from tasks.stream.report import StreamMetrics
+from tasks.stream.score import MicroScorer, ScoredBatch, build_answers
 from tests.tasks.stream.messages import CONTRACT, KEYS, Clock, decoder, json_row, message, model
 
 
@@ -29,53 +30,59 @@ class Memory:
     emitted: list[Any] = field(default_factory=list)
     batches: list[list[int]] = field(default_factory=list)
     done: list[int] = field(default_factory=list)
-    buried: list[tuple[int, str]] = field(default_factory=list)
+    dead_lettered: list[tuple[int, str]] = field(default_factory=list)
     fetched: int = 0
     slow: Callable[[], Any] = lambda: None
 
-    def fetch(self, most: int, enough: int, seconds: float) -> list[Message]:
+    def fetch(self, messages_max: int, messages_min: int, seconds: float) -> list[Message]:
         until = time.monotonic() + seconds
-        while len(self.waiting) < enough and time.monotonic() < until:
+        while len(self.waiting) < messages_min and time.monotonic() < until:
             time.sleep(0.005)
-        got, self.waiting = self.waiting[:most], self.waiting[most:]
+        got, self.waiting = self.waiting[:messages_max], self.waiting[messages_max:]
         self.fetched += len(got)
         return [replace(each, arrived=time.monotonic()) for each in got]
 
-    def acknowledge(self, done: Sequence[Message], buried: Sequence[Message]) -> None:
-        self.done += [each.place.number for each in (*done, *buried)]
+    def acknowledge(self, done: Sequence[Message], dead_lettered: Sequence[Message]) -> None:
+        self.done += [each.position.number for each in (*done, *dead_lettered)]
 
-    def emit(self, scored: Sequence[Scored]) -> list[Poison]:
+    def emit(self, scored: Sequence[ScoredBatch]) -> list[Poison]:
         self.slow()
-        self.batches.append([each.place.number for batch in scored for each in batch.messages])
-        self.emitted += [orjson.loads(a.payload)["id"] for batch in scored for a in answers(batch, CONTRACT, KEYS)]
+        self.batches.append([each.position.number for batch in scored for each in batch.messages])
+        self.emitted += [
+            orjson.loads(a.payload)["id"] for batch in scored for a in build_answers(batch, CONTRACT, KEYS)
+        ]
         return []
 
-    def bury(self, poison: Sequence[Poison]) -> None:
-        self.buried += [(each.message.place.number, each.reason) for each in poison]
+    def send(self, poison: Sequence[Poison]) -> None:
+        self.dead_lettered += [(each.message.position.number, each.reason) for each in poison]
 
 
 def rows(numbers: Iterable[int]) -> list[Message]:
     return [json_row(number) for number in numbers]
 
 
-def pipeline(memory: Memory, *, dial: Dial | None = None, cadence: Cadence | None = None, **terms: Any) -> Pipeline:
-    ends = Ends(
+def pipeline(
+    memory: Memory, *, batching: BatchingConfig | None = None, emit_policy: EmitPolicy | None = None, **limits: Any
+) -> Pipeline:
+    connections = Connections(
         source=memory,
-        receipts=memory,
+        acknowledger=memory,
         sink=memory,
         dead_letters=memory,
         lag=lambda: len(memory.waiting),
-        cadence=cadence or Cadence(),
+        emit_policy=emit_policy or EmitPolicy(),
     )
     summing = model()
     return Pipeline(
-        ends=ends,
+        connections=connections,
         model=summing,
         scorer=lambda: MicroScorer(summing, CONTRACT, decoder(), 64, Clock()),
-        dial=lambda: dial or Dial(rows=10, wait_seconds=0.02),
-        terms=Terms(**{"in_flight": 1000, "in_flight_bytes": 32 << 20, "slots": 2, "idle_seconds": 0.3} | terms),
-        meter=Meter(lag=lambda: None),
-        rests=lambda: False,
+        batching=lambda: batching or BatchingConfig(batch_size_max=10, wait_ms_max=20),
+        limits=StreamLimits(
+            **{"in_flight": 1000, "in_flight_bytes": 32 << 20, "slots": 2, "idle_seconds": 0.3} | limits
+        ),
+        metrics=StreamMetrics(lag=lambda: None),
+        is_stopping=lambda: False,
         give_up=threading.Event(),
     )
 
@@ -108,24 +115,24 @@ def test_it_ends_at_its_limit_to_the_message_and_leaves_the_rest() -> None:
 
 def test_a_batch_is_not_waited_for_beyond_its_time() -> None:
     memory = Memory(rows(range(3)))
-    run(pipeline(memory, dial=Dial(rows=1000, wait_seconds=0.05)))
+    run(pipeline(memory, batching=BatchingConfig(batch_size_max=1000, wait_ms_max=50)))
 
     assert [[0, 1, 2]] == memory.batches
 
 
-def test_poison_is_buried_before_its_batch_is_acknowledged_and_the_rest_is_emitted() -> None:
+def test_poison_is_dead_lettered_before_its_batch_is_acknowledged_and_the_rest_is_emitted() -> None:
     memory = Memory([json_row(1), message(b"no", 2), json_row(3, a=666), json_row(4)])
-    memory.slow = lambda: memory.batches.append([len(memory.buried), len(memory.done)])
+    memory.slow = lambda: memory.batches.append([len(memory.dead_lettered), len(memory.done)])
     made = run(pipeline(memory))
 
     assert [1, 4] == memory.emitted
-    assert [2, 3] == [number for number, _ in memory.buried]
+    assert [2, 3] == [number for number, _ in memory.dead_lettered]
     assert [2, 0] == memory.batches[0]
     assert {1, 2, 3, 4} == set(memory.done)
-    assert (4, 2) == (made.meter.totals.messages, made.meter.totals.buried)
+    assert (4, 2) == (made.metrics.totals.messages, made.metrics.totals.dead_lettered)
 
 
-def test_a_slow_sink_holds_the_source_within_what_may_be_in_flight() -> None:
+def test_a_slow_sink_keeps_the_source_within_the_messages_in_flight() -> None:
     memory = Memory(rows(range(10_000)))
     let_go = threading.Event()
     memory.slow = lambda: let_go.wait(20)
@@ -143,7 +150,7 @@ def test_a_slow_sink_holds_the_source_within_what_may_be_in_flight() -> None:
 
 def test_a_table_has_its_rows_by_so_many_or_when_the_first_is_old() -> None:
     memory = Memory(rows(range(35)))
-    run(pipeline(memory, cadence=Cadence(rows=20, seconds=0.2), idle_seconds=0.6))
+    run(pipeline(memory, emit_policy=EmitPolicy(rows=20, seconds=0.2), idle_seconds=0.6))
 
     assert [20, 15] == [len(batch) for batch in memory.batches]
 
@@ -162,23 +169,23 @@ def test_a_sink_that_fails_ends_the_stream_with_its_error_and_nothing_is_acknowl
     assert [] == memory.done
 
 
-def test_a_stream_of_nothing_but_poison_ends_and_says_what_it_was() -> None:
+def test_a_stream_of_poison_alone_ends_with_the_reason_of_the_last() -> None:
     memory = Memory([message(b"no", number) for number in range(1000)])
 
     with pytest.raises(TooManyRejects, match=r"At least one of 40 messages in a row.*JSON that does not parse"):
         run(pipeline(memory, poison_in_a_row=40))
 
-    assert 40 <= len(memory.buried) == len(memory.done) < 100
+    assert 40 <= len(memory.dead_lettered) == len(memory.done) < 100
 
 
-def test_a_message_that_came_too_often_is_buried_unscored_and_one_under_suspicion_goes_alone() -> None:
+def test_a_message_on_its_last_delivery_is_dead_lettered_unscored_and_a_suspect_is_scored_alone() -> None:
     memory = Memory([json_row(1), json_row(2), json_row(3), json_row(4)])
     memory.waiting[1] = message(memory.waiting[1].payload, 2, deliveries=4)
     memory.waiting[3] = message(b'{"id": 4, "a": 666, "b": 1}', 4, deliveries=5)
     run(pipeline(memory, max_deliver=5))
 
     assert [1, 2, 3] == sorted(memory.emitted)
-    assert [(4, "a message that was never finished")] == memory.buried
+    assert [(4, "a message that was never finished")] == memory.dead_lettered
     assert [[1, 3], [2], [4]] == sorted(memory.batches)
 
 
@@ -187,28 +194,28 @@ def test_a_last_delivery_takes_none_with_it_that_comes_for_the_first_time() -> N
     run(pipeline(memory, max_deliver=3))
 
     assert [2, 3] == sorted(memory.emitted)
-    assert [1] == [number for number, _ in memory.buried]
+    assert [1] == [number for number, _ in memory.dead_lettered]
 
 
-def test_what_is_not_scored_any_more_is_buried_before_anything_is_scored_that_may_end_the_process() -> None:
+def test_messages_on_their_last_delivery_are_dead_lettered_before_any_suspect_is_scored() -> None:
     memory = Memory([*rows(range(1, 4)), *(json_row(at, deliveries=at) for at in (4, 5, 9))])
     scored_before: list[list[int]] = []
 
-    def bury(poison: Sequence[Poison]) -> None:
-        scored_before.append([each.message.place.number for each in poison] + memory.emitted)
+    def send(poison: Sequence[Poison]) -> None:
+        scored_before.append([each.message.position.number for each in poison] + memory.emitted)
 
-    memory.bury = bury  # type: ignore[method-assign]
+    memory.send = send  # type: ignore[method-assign]
     run(pipeline(memory, max_deliver=5))
 
     assert [[5, 9]] == scored_before
     assert [1, 2, 3, 4] == sorted(memory.emitted)
 
 
-def test_what_is_held_for_a_table_is_without_the_messages_themselves() -> None:
+def test_batches_that_wait_for_a_part_have_no_payloads() -> None:
     memory = Memory(rows(range(20)))
-    held: list[Scored] = []
-    made = pipeline(memory, cadence=Cadence(rows=20, seconds=5.0))
-    made.ends = replace(made.ends, keep=lambda scored: scored.light(()), sink=memory)
+    held: list[ScoredBatch] = []
+    made = pipeline(memory, emit_policy=EmitPolicy(rows=20, seconds=5.0))
+    made.connections = replace(made.connections, compact=lambda scored: scored.compact(()), sink=memory)
     memory.emit = lambda scored: held.extend(scored) or []  # type: ignore[method-assign]
     run(made)
 
@@ -217,13 +224,13 @@ def test_what_is_held_for_a_table_is_without_the_messages_themselves() -> None:
     assert list(range(20)) == memory.done
 
 
-def test_a_message_on_its_last_delivery_that_has_gone_out_is_done_and_not_buried() -> None:
+def test_an_emitted_message_on_its_last_delivery_is_acknowledged_and_no_dead_letter() -> None:
     memory = Memory([message(b'{"id": 1, "a": 666, "b": 1}', 1, deliveries=5)])
     made = pipeline(memory, max_deliver=5)
-    made.ends = replace(made.ends, already=lambda messages: {each.place for each in messages})
+    made.connections = replace(made.connections, find_emitted=lambda messages: {each.position for each in messages})
     run(made)
 
-    assert ([], [1], []) == (memory.buried, memory.done, memory.emitted)
+    assert ([], [1], []) == (memory.dead_lettered, memory.done, memory.emitted)
 
 
 def test_giving_up_ends_every_thread_and_acknowledges_nothing_more() -> None:

@@ -9,47 +9,46 @@ from confluent_kafka import KafkaError, Producer
 
 from infra.local.process import free_ports
 from serving.errors import BrokerDenied, BrokerFault
-from tasks.stream.connections import Abandoned
-from tasks.stream.kafka.client import KafkaVoice, find_topic, kafka_settings
+from tasks.stream.connections import StreamAbandoned
+from tasks.stream.kafka.client import KafkaErrorHandler, build_settings, find_topic
 
 
-def voice(said: list[str], servers: str = "127.0.0.1:9092") -> KafkaVoice:
-    return KafkaVoice(servers, said.append, threading.Event())
+def errors(warnings: list[str], servers: str = "127.0.0.1:9092") -> KafkaErrorHandler:
+    return KafkaErrorHandler(servers, warnings.append, threading.Event())
 
 
-def test_brokers_that_are_absent_are_waited_for_and_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.stream.kafka.client._ASK_SECONDS", 0.5)
-    said: list[str] = []
+def test_brokers_that_are_absent_are_waited_for_and_it_is_said_once() -> None:
+    warnings: list[str] = []
     (port,) = free_ports(1)
-    waiting = voice(said, f"127.0.0.1:{port}")
-    client = Producer(kafka_settings(waiting.servers, waiting))
+    waiting = errors(warnings, f"127.0.0.1:{port}")
+    client = Producer(build_settings(waiting.servers, waiting))
     # The wait ends here for good once it has been told of.
-    waiting.say = lambda words: (said.append(words), waiting.give_up.set())[0]
+    waiting.warn = lambda words: (warnings.append(words), waiting.give_up.set())[0]
 
-    with pytest.raises(Abandoned):
-        find_topic(client, "any", waiting)
-    assert said
-    assert all(words.startswith(f"Kafka at 127.0.0.1:{port} must answer, got: ") for words in said)
-    assert all(words.endswith("Waiting for it.") for words in said)
+    with pytest.raises(StreamAbandoned):
+        find_topic(client, "any", waiting, answer_seconds=0.5)
+    assert warnings
+    assert all(words.startswith(f"Kafka at 127.0.0.1:{port} must answer, got: ") for words in warnings)
+    assert all(words.endswith("Waiting for it.") for words in warnings)
 
 
 @pytest.mark.parametrize("code", [KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.SASL_AUTHENTICATION_FAILED])
-def test_a_user_who_may_not_is_told_what_to_mend(code: int) -> None:
-    said: list[str] = []
-    refused = voice(said)
+def test_a_user_who_is_denied_gets_what_to_correct(code: int) -> None:
+    warnings: list[str] = []
+    refused = errors(warnings)
     refused.on_error(KafkaError(code))
 
     with pytest.raises(BrokerDenied, match=r"must allow this user what the stream needs.*OVERNIGHT_KAFKA_CONFIG names"):
-        refused.look()
-    assert [] == said
+        refused.check()
+    assert [] == warnings
 
 
 def test_an_error_that_may_pass_is_said_once_in_a_while_and_one_that_may_not_is_raised() -> None:
-    said: list[str] = []
-    passing = voice(said)
+    warnings: list[str] = []
+    passing = errors(warnings)
     for _ in range(3):
-        passing.faulty(KafkaError(KafkaError.LEADER_NOT_AVAILABLE))
+        passing.handle(KafkaError(KafkaError.LEADER_NOT_AVAILABLE))
 
-    assert 1 == len(said)
+    assert 1 == len(warnings)
     with pytest.raises(BrokerFault, match=r"refuses for good.*Call again: it resumes\."):
-        passing.faulty(KafkaError(KafkaError._FATAL, "no more", fatal=True))
+        passing.handle(KafkaError(KafkaError._FATAL, "no more", fatal=True))

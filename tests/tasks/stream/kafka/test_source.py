@@ -15,9 +15,9 @@ from serving.errors import MessagesLost, StreamReplaced, StreamUnfit
 from serving.model.registry import ModelPin
 from tasks.batch.manifest import open_predictions
 from tasks.storage import open_storage
-from tasks.stream.opener import Opener
+from tasks.stream.opener import ConnectionOpener
 from tasks.stream.options import AnySink, FromKafka, StreamOptions, ToKafka, ToParts
-from tasks.stream.parts_sink import NUMBER, PARTITION, PartsSink, table_plan
+from tasks.stream.parts_sink import NUMBER, PARTITION, PartsSink, build_table_plan
 from tests.kafka_brokers import KafkaBrokers
 from tests.tasks.stream.messages import CONTRACT, KEYS, decoder, emit_messages, json_row, score
 
@@ -51,16 +51,16 @@ def append(brokers: KafkaBrokers, topic: str, rows: Sequence[int], partitions: i
 
 
 @contextmanager
-def opened(brokers: KafkaBrokers, topic: str, sink: AnySink, say: Callable[[str], Any] = str, **source: Any) -> Any:
-    opener = Opener(
+def opened(brokers: KafkaBrokers, topic: str, sink: AnySink, warn: Callable[[str], Any] = str, **source: Any) -> Any:
+    opener = ConnectionOpener(
         decoder=decoder(),
         model=PIN,
         options=StreamOptions(key_columns=KEYS),
-        say=say,
+        warn=warn,
         give_up=threading.Event(),
     )
-    with opener.opened(FromKafka(servers=brokers.servers, topic=topic, **source), sink) as ends:
-        yield ends
+    with opener.open(FromKafka(servers=brokers.servers, topic=topic, **source), sink) as connections:
+        yield connections
 
 
 def table(folder: Path, **fields: Any) -> ToParts:
@@ -80,8 +80,8 @@ def test_a_topic_that_was_made_again_is_refused_and_fills_another_table(
     brokers: KafkaBrokers, fresh: str, tmp_path: Path
 ) -> None:
     make(brokers, fresh, 600)
-    with opened(brokers, fresh, table(tmp_path)) as ends:
-        emit_messages(ends, 600)
+    with opened(brokers, fresh, table(tmp_path)) as connections:
+        emit_messages(connections, 600)
     brokers.delete(fresh)
     brokers.create(fresh)
     append(brokers, fresh, range(600, 1_700))
@@ -92,16 +92,16 @@ def test_a_topic_that_was_made_again_is_refused_and_fills_another_table(
     ):
         pass
     assert list(range(600)) == ids(tmp_path)
-    with opened(brokers, fresh, table(tmp_path / "other")) as ends:
-        emit_messages(ends, 1_100)
+    with opened(brokers, fresh, table(tmp_path / "other")) as connections:
+        emit_messages(connections, 1_100)
     assert list(range(600, 1_700)) == ids(tmp_path / "other")
 
 
 def test_a_group_does_not_go_on_in_a_topic_that_was_made_again(brokers: KafkaBrokers, fresh: str) -> None:
     make(brokers, fresh, 40)
     scores = ToKafka(topic=f"{fresh}.scores")
-    with opened(brokers, fresh, scores) as ends:
-        emit_messages(ends, 40)
+    with opened(brokers, fresh, scores) as connections:
+        emit_messages(connections, 40)
     (note,) = {each.metadata for each in committed(brokers, fresh)}
     brokers.delete(fresh)
     brokers.create(fresh)
@@ -114,8 +114,8 @@ def test_a_group_does_not_go_on_in_a_topic_that_was_made_again(brokers: KafkaBro
         opened(brokers, fresh, scores, group=f"{fresh}-late"),
     ):
         pass
-    with opened(brokers, fresh, scores, group="another") as ends:
-        assert 100 == len(emit_messages(ends, 100))
+    with opened(brokers, fresh, scores, group="another") as connections:
+        assert 100 == len(emit_messages(connections, 100))
 
 
 def committed(brokers: KafkaBrokers, topic: str) -> list[TopicPartition]:
@@ -135,26 +135,26 @@ def test_a_topic_that_is_made_again_while_it_is_read_puts_no_row_into_the_table(
     brokers: KafkaBrokers, fresh: str, tmp_path: Path
 ) -> None:
     make(brokers, fresh, 40)
-    with opened(brokers, fresh, table(tmp_path)) as ends:
-        emit_messages(ends, 40)
+    with opened(brokers, fresh, table(tmp_path)) as connections:
+        emit_messages(connections, 40)
         brokers.delete(fresh)
         brokers.create(fresh)
         append(brokers, fresh, range(1_000, 1_200))
 
         with pytest.raises(StreamReplaced, match="made again"):
-            emit_messages(ends, 200)
+            emit_messages(connections, 200)
     assert list(range(40)) == ids(tmp_path)
 
 
-def test_a_group_hears_of_a_topic_that_is_made_again_while_it_is_read(brokers: KafkaBrokers, fresh: str) -> None:
+def test_a_group_fails_where_its_topic_is_made_again_while_it_is_read(brokers: KafkaBrokers, fresh: str) -> None:
     make(brokers, fresh, 40)
-    with opened(brokers, fresh, ToKafka(topic=f"{fresh}.scores")) as ends:
-        emit_messages(ends, 40)
+    with opened(brokers, fresh, ToKafka(topic=f"{fresh}.scores")) as connections:
+        emit_messages(connections, 40)
         brokers.delete(fresh)
         brokers.create(fresh)
 
         with pytest.raises(StreamReplaced, match="made again"):
-            emit_messages(ends, 1, seconds=60)
+            emit_messages(connections, 1, seconds=60)
 
 
 def test_a_score_names_the_topic_by_its_id_so_that_no_other_of_its_name_has_the_same(
@@ -163,8 +163,8 @@ def test_a_score_names_the_topic_by_its_id_so_that_no_other_of_its_name_has_the_
     make(brokers, fresh, 4)
     origins = []
     for group in ("one", "two"):
-        with opened(brokers, fresh, ToKafka(topic=f"{fresh}.scores"), group=group) as ends:
-            emit_messages(ends, 4)
+        with opened(brokers, fresh, ToKafka(topic=f"{fresh}.scores"), group=group) as connections:
+            emit_messages(connections, 4)
         reader = Consumer({"bootstrap.servers": brokers.servers, "group.id": "reader", "log_level": 0})
         reader.assign([TopicPartition(f"{fresh}.scores", at, 0) for at in range(4)])
         found = reader.consume(4 * (len(origins) + 1), 30)
@@ -184,18 +184,18 @@ def test_partitions_that_are_added_are_read_from_their_beginning(
     brokers.tell_topic_ids(told=False)
     make(brokers, fresh, 40)
     try:
-        with opened(brokers, fresh, sink, topic_id="first") as ends:
-            found = emit_messages(ends, 40)
+        with opened(brokers, fresh, sink, topic_id="first") as connections:
+            found = emit_messages(connections, 40)
             brokers.delete(fresh)
             brokers.create(fresh, 6)
             append(brokers, fresh, range(40))
             append(brokers, fresh, range(40, 60), partitions=2, first=4)
-            found += emit_messages(ends, 20)
+            found += emit_messages(connections, 20)
         if isinstance(sink, ToParts):
             # What groups have committed went with the topic; a table knows by itself where it goes on.
-            with opened(brokers, fresh, sink, topic_id="first") as ends:
+            with opened(brokers, fresh, sink, topic_id="first") as connections:
                 append(brokers, fresh, range(60, 66), partitions=6)
-                found += emit_messages(ends, 6)
+                found += emit_messages(connections, 6)
     finally:
         brokers.tell_topic_ids(told=True)
 
@@ -208,42 +208,42 @@ def test_what_retention_took_before_it_was_read_is_an_error_that_counts_it(
     brokers: KafkaBrokers, fresh: str, sink: AnySink
 ) -> None:
     make(brokers, fresh, 80)
-    with opened(brokers, fresh, sink) as ends:
-        emit_messages(ends, 80)
+    with opened(brokers, fresh, sink) as connections:
+        emit_messages(connections, 80)
     append(brokers, fresh, range(80, 160))
     brokers.delete_before(fresh, 1, 30)
     brokers.delete_before(fresh, 2, 25)
 
     with (
         pytest.raises(MessagesLost, match=r"15 messages.*partition 1 from 20 to 29.*accept_loss") as raised,
-        opened(brokers, fresh, sink) as ends,
+        opened(brokers, fresh, sink) as connections,
     ):
-        emit_messages(ends, 80)
+        emit_messages(connections, 80)
     assert "partition 2 from 20 to 24" in str(raised.value)
-    said: list[str] = []
-    with opened(brokers, fresh, sink, said.append, accept_loss=True) as ends:
-        assert 65 == len(emit_messages(ends, 65))
-    assert any("15 messages" in words for words in said)
+    warnings: list[str] = []
+    with opened(brokers, fresh, sink, warnings.append, accept_loss=True) as connections:
+        assert 65 == len(emit_messages(connections, 65))
+    assert any("15 messages" in words for words in warnings)
 
 
 def test_retention_that_passes_a_reader_while_it_waits_is_an_error_too(
     brokers: KafkaBrokers, fresh: str, sink: AnySink
 ) -> None:
     make(brokers, fresh, 8)
-    with opened(brokers, fresh, sink) as ends:
-        emit_messages(ends, 8)
+    with opened(brokers, fresh, sink) as connections:
+        emit_messages(connections, 8)
         cut(brokers, fresh)
 
         # A reader on a busy machine may come in time for some of the 4,000.
         with pytest.raises(MessagesLost, match=r"messages.*partition 0 from \d+ to "):
-            emit_messages(ends, 4_001, seconds=60)
-    said: list[str] = []
-    with opened(brokers, fresh, sink, said.append, accept_loss=True) as ends:
-        emit_messages(ends, 1, seconds=1)
+            emit_messages(connections, 4_001, seconds=60)
+    warnings: list[str] = []
+    with opened(brokers, fresh, sink, warnings.append, accept_loss=True) as connections:
+        emit_messages(connections, 1, seconds=1)
         cut(brokers, fresh)
         append(brokers, fresh, range(4), partitions=1)
-        assert 4 == len(emit_messages(ends, 4))
-    assert any("Going on behind them" in words for words in said)
+        assert 4 == len(emit_messages(connections, 4))
+    assert any("Going on behind them" in words for words in warnings)
 
 
 def cut(brokers: KafkaBrokers, topic: str) -> None:
@@ -272,9 +272,9 @@ def test_a_first_reader_begins_with_what_there_is_and_is_missed_nothing_of_it_la
 
     with (
         pytest.raises(MessagesLost, match=r"4 messages.*partition 0 from 5 to 8"),
-        opened(brokers, fresh, sink) as ends,
+        opened(brokers, fresh, sink) as connections,
     ):
-        emit_messages(ends, 80)
+        emit_messages(connections, 80)
 
 
 def test_brokers_that_tell_no_id_of_a_topic_need_one_from_the_caller(
@@ -286,15 +286,15 @@ def test_brokers_that_tell_no_id_of_a_topic_need_one_from_the_caller(
     try:
         with pytest.raises(StreamUnfit, match=r"tell the id of topic.*topic_id"), opened(brokers, fresh, sink):
             pass
-        with opened(brokers, fresh, sink, topic_id="first") as ends:
-            assert 8 == len(emit_messages(ends, 8))
+        with opened(brokers, fresh, sink, topic_id="first") as connections:
+            assert 8 == len(emit_messages(connections, 8))
         brokers.delete(fresh)
         brokers.create(fresh)
         with (
             pytest.raises(StreamReplaced, match=r"partition 0 .*must reach to 2.*ends at 0"),
-            opened(brokers, fresh, sink, topic_id="first") as ends,
+            opened(brokers, fresh, sink, topic_id="first") as connections,
         ):
-            emit_messages(ends, 1)
+            emit_messages(connections, 1)
     finally:
         brokers.tell_topic_ids(told=True)
 
@@ -309,13 +309,13 @@ def test_an_id_that_the_caller_names_must_be_that_of_the_brokers(brokers: KafkaB
         pass
 
 
-def test_a_table_of_an_earlier_version_goes_on_once_the_caller_has_named_the_topic(
+def test_a_table_of_an_earlier_version_continues_once_the_caller_has_named_the_topic(
     brokers: KafkaBrokers, fresh: str, tmp_path: Path
 ) -> None:
     make(brokers, fresh, 8)
     cluster = Consumer({"bootstrap.servers": brokers.servers, "group.id": "x"}).list_topics(timeout=30).cluster_id
     storage = open_storage(str(tmp_path / "table"))
-    plan = table_plan(table(tmp_path), f"kafka {cluster} {fresh}", model=PIN, contract=CONTRACT, keys=KEYS)
+    plan = build_table_plan(table(tmp_path), f"kafka {cluster} {fresh}", model=PIN, contract=CONTRACT, keys=KEYS)
     PartsSink(storage, plan, PIN, decoder().key_types).emit([score([json_row(0)], decoder())])
 
     with (
@@ -324,11 +324,11 @@ def test_a_table_of_an_earlier_version_goes_on_once_the_caller_has_named_the_top
     ):
         pass
     told = str(raised.value).split("topic_id='")[1].split("'")[0]
-    with opened(brokers, fresh, table(tmp_path), topic_id=told) as ends:
-        emit_messages(ends, 7)
-    with opened(brokers, fresh, table(tmp_path)) as ends:
+    with opened(brokers, fresh, table(tmp_path), topic_id=told) as connections:
+        emit_messages(connections, 7)
+    with opened(brokers, fresh, table(tmp_path)) as connections:
         append(brokers, fresh, [8])
-        emit_messages(ends, 1)
+        emit_messages(connections, 1)
     found = open_predictions(str(tmp_path / "table")).collect()
     assert 9 == found.select(PARTITION, NUMBER).unique().height == found.height
     brokers.delete(fresh)
@@ -337,10 +337,10 @@ def test_a_table_of_an_earlier_version_goes_on_once_the_caller_has_named_the_top
         pass
 
 
-def test_a_group_of_an_earlier_version_goes_on_where_it_was(brokers: KafkaBrokers, fresh: str) -> None:
+def test_a_group_of_an_earlier_version_continues_where_it_was(brokers: KafkaBrokers, fresh: str) -> None:
     make(brokers, fresh, 80)
     commit(brokers, fresh, f"{fresh}-old")
     brokers.delete_before(fresh, 3, 5)
 
-    with opened(brokers, fresh, ToKafka(topic=f"{fresh}.scores"), group=f"{fresh}-old") as ends:
-        assert 65 == len(emit_messages(ends, 65))
+    with opened(brokers, fresh, ToKafka(topic=f"{fresh}.scores"), group=f"{fresh}-old") as connections:
+        assert 65 == len(emit_messages(connections, 65))

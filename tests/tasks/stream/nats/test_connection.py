@@ -10,42 +10,39 @@ import pytest
 
 from infra.local.nats import nats_server
 from infra.local.process import free_ports
-from tasks.stream.connections import Abandoned
-from tasks.stream.nats.connection import NatsLink
+from tasks.stream.connections import StreamAbandoned
+from tasks.stream.nats.connection import NatsConnection
 from tests.flows.streams import kill_server, wait_until
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.stream.nats.connection._TRY_SECONDS", 0.5)
-
-
-def test_a_server_that_is_absent_goes_and_comes_back_is_told_of_each_time(tmp_path: Path) -> None:
+def test_there_is_a_warning_when_a_server_is_absent_is_gone_and_is_back(tmp_path: Path) -> None:
     (port,) = free_ports(1)
-    said: list[str] = []
-    links: list[NatsLink] = []
+    warnings: list[str] = []
+    connections: list[NatsConnection] = []
     url = f"nats://127.0.0.1:{port}"
-    opening = threading.Thread(target=lambda: links.append(NatsLink(url, said.append, threading.Event())))
+    opening = threading.Thread(
+        target=lambda: connections.append(NatsConnection(url, warnings.append, threading.Event(), connect_seconds=0.5))
+    )
     opening.start()
-    wait_until(lambda: bool(said), "a word of the absent server")
+    wait_until(lambda: bool(warnings), "a word of the absent server")
     with nats_server(tmp_path, port=port) as server:
         opening.join(20)
-        (link,) = links
+        (connection,) = connections
         kill_server(server)
-        wait_until(lambda: len(said) > 1, "a word of its end")
+        wait_until(lambda: len(warnings) > 1, "a word of its end")
     with nats_server(tmp_path, port=port):
-        wait_until(lambda: len(said) > 2, "a word of its return")
-        link.close()
+        wait_until(lambda: len(warnings) > 2, "a word of its return")
+        connection.close()
 
-    assert f"{url} must answer, got: no answer. Waiting for it." == said[0]
-    assert said[1].startswith(f"{url} is gone: waiting for it")
-    assert f"{url} is back: going on." == said[-1]
+    assert f"{url} must answer, got: no answer. Waiting for it." == warnings[0]
+    assert warnings[1].startswith(f"{url} is gone: waiting for it")
+    assert f"{url} is back: going on." == warnings[-1]
 
 
 def test_the_wait_for_a_server_may_be_given_up() -> None:
     (port,) = free_ports(1)
     give_up = threading.Event()
-    say: Callable[[str], None] = lambda _: give_up.set()
+    warn: Callable[[str], None] = lambda _: give_up.set()
 
-    with pytest.raises(Abandoned):
-        NatsLink(f"nats://127.0.0.1:{port}", say, give_up)
+    with pytest.raises(StreamAbandoned):
+        NatsConnection(f"nats://127.0.0.1:{port}", warn, give_up, connect_seconds=0.5)

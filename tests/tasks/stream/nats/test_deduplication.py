@@ -9,30 +9,37 @@ from pathlib import Path
 
 from infra.local.nats import NatsClient, nats_server
 from tasks.stream.message import Message
-from tasks.stream.nats.connection import NatsLink
-from tasks.stream.nats.deduplication import Recall
-from tasks.stream.nats.sink import Outgoing, Publisher
+from tasks.stream.nats.connection import NatsConnection
+from tasks.stream.nats.deduplication import EmittedIds
+from tasks.stream.nats.sink import OutgoingMessage, Publisher
 from tasks.stream.nats.source import NatsSource
 from tasks.stream.options import FromNats
 from tests.flows.streams import kill_server, wait_until
 
 
-def test_a_server_that_was_away_for_longer_than_it_remembers_ids_is_told_nothing_twice(tmp_path: Path) -> None:
+def test_a_server_that_was_gone_for_longer_than_its_window_gets_no_score_twice(tmp_path: Path) -> None:
     source = FromNats(stream="ROWS")
     server = nats_server(tmp_path)
-    link = NatsLink(server.url, lambda _: None, threading.Event())
-    sink_link = NatsLink(server.url, lambda _: None, threading.Event())
+    connection = NatsConnection(server.url, lambda _: None, threading.Event())
+    sink_connection = NatsConnection(server.url, lambda _: None, threading.Event())
     with NatsClient(server.url) as client:
         client.make("ROWS", "rows")
         client.make("SCORES", "scores", duplicate_window=1.0)
         client.publish("rows", [b"1", b"2", b"3"])
-    reader = NatsSource(link, source, in_flight=10, bytes_max=1 << 20, start=None)
+    reader = NatsSource(connection, source, in_flight=10, bytes_max=1 << 20, start=None)
     messages: list[object] = []
     wait_until(lambda: messages.extend(reader.fetch(3, 1, 0.1)) or len(messages) == 3, "three messages")
-    recall = Recall(link=link, source=source, sink_link=sink_link, sink="SCORES", origin="o", window_seconds=1.0)
-    recall.begin()
-    publisher = Publisher(sink_link, recall.known)
-    scores = [Outgoing(subject="scores", payload=b"%d" % at, id=f"o.0.{at}", headers={}) for at in (1, 2, 3)]
+    emitted_ids = EmittedIds(
+        connection=connection,
+        source=source,
+        sink_connection=sink_connection,
+        sink_stream="SCORES",
+        origin="o",
+        window_seconds=1.0,
+    )
+    emitted_ids.read_after_pause()
+    publisher = Publisher(sink_connection, emitted_ids.find_known)
+    scores = [OutgoingMessage(subject="scores", payload=b"%d" % at, id=f"o.0.{at}", headers={}) for at in (1, 2, 3)]
     publisher.publish(scores[:2])
     # The third has not gone out, and none of them is acknowledged.
     kill_server(server)
@@ -43,34 +50,41 @@ def test_a_server_that_was_away_for_longer_than_it_remembers_ids_is_told_nothing
         with NatsClient(again.url) as client:
             stored = Counter(each.payload for each in client.read("SCORES"))
         reader.close()
-        sink_link.close()
-        link.close()
+        sink_connection.close()
+        connection.close()
 
     assert Counter([b"1", b"2", b"3"]) == stored
 
 
-def test_a_score_is_known_however_long_ago_it_went_out_and_however_often_it_is_asked_for(tmp_path: Path) -> None:
+def test_an_emitted_score_is_found_long_after_the_window_and_repeatedly(tmp_path: Path) -> None:
     source = FromNats(stream="ROWS", ack_wait_seconds=1.0, max_deliver=3)
     with nats_server(tmp_path) as server:
-        link = NatsLink(server.url, lambda _: None, threading.Event())
+        connection = NatsConnection(server.url, lambda _: None, threading.Event())
         with NatsClient(server.url) as client:
             client.make("ROWS", "rows")
             client.make("SCORES", "scores", duplicate_window=1.0)
             client.publish("rows", [b"1", b"2", b"3", b"4"])
-            reader = NatsSource(link, source, in_flight=10, bytes_max=1 << 20, start=None)
+            reader = NatsSource(connection, source, in_flight=10, bytes_max=1 << 20, start=None)
             messages: list[Message] = []
             wait_until(lambda: messages.extend(reader.fetch(4, 1, 0.1)) or len(messages) == 4, "four messages")
-            recall = Recall(link=link, source=source, sink_link=link, sink="SCORES", origin="o", window_seconds=1.0)
-            found = [recall.already(messages)]
+            emitted_ids = EmittedIds(
+                connection=connection,
+                source=source,
+                sink_connection=connection,
+                sink_stream="SCORES",
+                origin="o",
+                window_seconds=1.0,
+            )
+            found = [emitted_ids.find_emitted(messages)]
             client.publish("scores", [b"1"], [{"Nats-Msg-Id": "o.0.1"}])
             # Longer than three deliveries take.
             time.sleep(4)
             client.publish("scores", [b"3"], [{"Nats-Msg-Id": "o.0.3"}])
-            found.append(recall.already(messages))
+            found.append(emitted_ids.find_emitted(messages))
             time.sleep(1.5)
             client.publish("scores", [b"4"], [{"Nats-Msg-Id": "o.0.4"}])
-            found.append(recall.already(messages))
+            found.append(emitted_ids.find_emitted(messages))
         reader.close()
-        link.close()
+        connection.close()
 
     assert [[], [1, 3], [1, 3, 4]] == [sorted(place.number for place in each) for each in found]

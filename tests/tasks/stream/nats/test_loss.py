@@ -16,11 +16,11 @@ from infra.local.nats import NatsClient, NatsServer
 from serving.errors import MessagesLost, StreamReplaced, StreamUnfit
 from serving.model.registry import ModelPin
 from tasks.batch.manifest import open_predictions
-from tasks.stream.connections import Ends
+from tasks.stream.connections import Connections
 from tasks.stream.message import Message, Poison
-from tasks.stream.nats.connection import NatsLink
-from tasks.stream.nats.source import InHand, NatsSource
-from tasks.stream.opener import Opener
+from tasks.stream.nats.connection import NatsConnection
+from tasks.stream.nats.source import AckTracker, NatsSource
+from tasks.stream.opener import ConnectionOpener
 from tasks.stream.options import AnySink, FromNats, StreamOptions, ToNats, ToParts
 from tests.tasks.stream.messages import KEYS, decoder, emit_messages, json_row
 
@@ -32,19 +32,21 @@ def opened(
     nats: NatsServer,
     stream: str,
     sink: AnySink,
-    say: Callable[[str], Any] = str,
+    warn: Callable[[str], Any] = str,
     in_flight: int = 64,
+    lag_seconds: float = 2.0,
     **source: Any,
 ) -> Any:
-    opener = Opener(
+    opener = ConnectionOpener(
         decoder=decoder(),
         model=PIN,
         options=StreamOptions(key_columns=KEYS, in_flight=in_flight),
-        say=say,
+        warn=warn,
         give_up=threading.Event(),
+        lag_seconds=lag_seconds,
     )
-    with opener.opened(FromNats(url=nats.url, stream=stream, **source), sink) as ends:
-        yield ends
+    with opener.open(FromNats(url=nats.url, stream=stream, **source), sink) as connections:
+        yield connections
 
 
 def publish(client: NatsClient, stream: str, rows: range) -> None:
@@ -70,12 +72,12 @@ def test_a_stream_that_was_made_again_fills_no_table_of_the_one_before(
     sink = ToParts(destination=str(tmp_path))
     nats_client.make(fresh, fresh)
     publish(nats_client, fresh, range(20))
-    with opened(nats, fresh, sink) as ends:
-        emit_messages(ends, 20)
+    with opened(nats, fresh, sink) as connections:
+        emit_messages(connections, 20)
         make_again(nats_client, fresh, range(100, 150))
 
         with pytest.raises(StreamReplaced, match=r"must stay the one that was opened.*made again"):
-            emit_messages(ends, 50)
+            emit_messages(connections, 50)
     with pytest.raises(StreamReplaced, match=r"table 'stream'.*made again.*another name"), opened(nats, fresh, sink):
         pass
 
@@ -88,11 +90,11 @@ def test_scores_of_a_stream_that_was_made_again_are_no_doubles_of_those_before(
     sink = ToNats(subject=f"{fresh}-scores", stream=f"{fresh}-scores")
     nats_client.make(fresh, fresh)
     publish(nats_client, fresh, range(20))
-    with opened(nats, fresh, sink) as ends:
-        emit_messages(ends, 20)
+    with opened(nats, fresh, sink) as connections:
+        emit_messages(connections, 20)
     make_again(nats_client, fresh, range(20, 50))
-    with opened(nats, fresh, sink) as ends:
-        emit_messages(ends, 30)
+    with opened(nats, fresh, sink) as connections:
+        emit_messages(connections, 30)
 
     assert 50 == nats_client.info(f"{fresh}-scores").state.messages
 
@@ -102,49 +104,47 @@ def test_what_retention_took_before_it_was_read_is_an_error_that_counts_it(
 ) -> None:
     nats_client.make(fresh, fresh, max_msgs=30)
     publish(nats_client, fresh, range(20))
-    with opened(nats, fresh, sink) as ends:
-        emit_messages(ends, 20)
+    with opened(nats, fresh, sink) as connections:
+        emit_messages(connections, 20)
     publish(nats_client, fresh, range(20, 60))
 
     with (
         pytest.raises(MessagesLost, match=r"10 messages are gone.*from 21 to 30.*accept_loss"),
-        opened(nats, fresh, sink) as ends,
+        opened(nats, fresh, sink) as connections,
     ):
-        emit_messages(ends, 30)
-    said: list[str] = []
-    with opened(nats, fresh, sink, said.append, accept_loss=True) as ends:
-        assert 30 == len(emit_messages(ends, 30))
-    assert any("10 messages are gone" in words for words in said)
+        emit_messages(connections, 30)
+    warnings: list[str] = []
+    with opened(nats, fresh, sink, warnings.append, accept_loss=True) as connections:
+        assert 30 == len(emit_messages(connections, 30))
+    assert any("10 messages are gone" in words for words in warnings)
 
 
 def test_retention_that_passes_a_reader_is_an_error_too(
-    nats: NatsServer, nats_client: NatsClient, fresh: str, sink: AnySink, monkeypatch: pytest.MonkeyPatch
+    nats: NatsServer, nats_client: NatsClient, fresh: str, sink: AnySink
 ) -> None:
-    monkeypatch.setattr("tasks.stream.nats.source._LAG_SECONDS", 0.1)
     nats_client.make(fresh, fresh, max_msgs=100)
     publish(nats_client, fresh, range(20))
-    with opened(nats, fresh, sink, in_flight=8) as ends:
-        emit_messages(ends, 20)
+    with opened(nats, fresh, sink, in_flight=8, lag_seconds=0.1) as connections:
+        emit_messages(connections, 20)
         # It asks for eight at most, and takes no more of them until they are fetched.
         publish(nats_client, fresh, range(20, 1_000))
         time.sleep(0.5)
 
         with pytest.raises(MessagesLost, match="messages are gone"):
-            emit_messages(ends, 980)
+            emit_messages(connections, 980)
 
 
 def test_a_first_reader_begins_with_what_there_is(
-    nats: NatsServer, nats_client: NatsClient, fresh: str, sink: AnySink, monkeypatch: pytest.MonkeyPatch
+    nats: NatsServer, nats_client: NatsClient, fresh: str, sink: AnySink
 ) -> None:
-    monkeypatch.setattr("tasks.stream.nats.source._LAG_SECONDS", 0.05)
     nats_client.make(fresh, fresh, max_msgs=30)
     publish(nats_client, fresh, range(100))
-    with opened(nats, fresh, sink) as ends:
-        assert 30 == len(emit_messages(ends, 30))
+    with opened(nats, fresh, sink, lag_seconds=0.05) as connections:
+        assert 30 == len(emit_messages(connections, 30))
         # What it has read may go, however much of it.
         publish(nats_client, fresh, range(100, 120))
-        assert 20 == len(emit_messages(ends, 20))
-        assert [] == emit_messages(ends, 1, seconds=1)
+        assert 20 == len(emit_messages(connections, 20))
+        assert [] == emit_messages(connections, 1, seconds=1)
 
 
 def test_of_messages_with_a_subject_at_most_so_many_are_gone(
@@ -152,8 +152,8 @@ def test_of_messages_with_a_subject_at_most_so_many_are_gone(
 ) -> None:
     nats_client.make(fresh, f"{fresh}.>", max_msgs=30)
     nats_client.publish(f"{fresh}.a", [json_row(1).payload])
-    with opened(nats, fresh, sink, subject=f"{fresh}.a") as ends:
-        emit_messages(ends, 1)
+    with opened(nats, fresh, sink, subject=f"{fresh}.a") as connections:
+        emit_messages(connections, 1)
     nats_client.publish(f"{fresh}.b", [b"1"] * 100)
 
     with (
@@ -165,10 +165,10 @@ def test_of_messages_with_a_subject_at_most_so_many_are_gone(
 
 def take_and_die(nats: NatsServer, stream: str, count: int, seconds: float = 0.0, **address: Any) -> list[Message]:
     """Fetch so many messages, hold them for a while and go as a killed scorer does: nothing is given back."""
-    link = NatsLink(nats.url, str, threading.Event())
+    connection = NatsConnection(nats.url, str, threading.Event())
     try:
         source = NatsSource(
-            link, FromNats(url=nats.url, stream=stream, **address), in_flight=64, bytes_max=1 << 22, start=None
+            connection, FromNats(url=nats.url, stream=stream, **address), in_flight=64, bytes_max=1 << 22, start=None
         )
         found: list[Message] = []
         until = time.monotonic() + 20
@@ -177,10 +177,10 @@ def take_and_die(nats: NatsServer, stream: str, count: int, seconds: float = 0.0
         time.sleep(seconds)
         return found
     finally:
-        link.close()
+        connection.close()
 
 
-def test_a_message_comes_again_however_many_scorers_have_died_with_it(
+def test_a_message_is_redelivered_after_any_number_of_dead_scorers(
     nats: NatsServer, nats_client: NatsClient, fresh: str
 ) -> None:
     nats_client.make(fresh, fresh)
@@ -188,11 +188,11 @@ def test_a_message_comes_again_however_many_scorers_have_died_with_it(
     settings = {"ack_wait_seconds": 1.0, "max_deliver": 3}
     came = [take_and_die(nats, fresh, 3, **settings) for _ in range(5)]
 
-    assert [[1, 2, 3]] * 5 == [sorted(each.place.number for each in found) for found in came]
+    assert [[1, 2, 3]] * 5 == [sorted(each.position.number for each in found) for found in came]
     assert all(least <= each.deliveries for least, found in enumerate(came, 1) for each in found)
 
 
-def test_what_a_slow_scorer_held_for_longer_than_all_deliveries_take_comes_again_when_it_is_dead(
+def test_messages_of_a_slow_scorer_are_redelivered_once_it_is_dead(
     nats: NatsServer, nats_client: NatsClient, fresh: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nats_client.make(fresh, fresh)
@@ -200,12 +200,12 @@ def test_what_a_slow_scorer_held_for_longer_than_all_deliveries_take_comes_again
     settings = {"ack_wait_seconds": 1.0, "max_deliver": 3}
     # As on a machine that leaves it no time to say that it works on them.
     with monkeypatch.context() as patch:
-        patch.setattr(InHand, "due", lambda *_: [])
+        patch.setattr(AckTracker, "extend_due", lambda *_: [])
         first = take_and_die(nats, fresh, 3, seconds=6.0, **settings)
     second = take_and_die(nats, fresh, 3, **settings)
 
     assert [1, 1, 1] == [each.deliveries for each in first]
-    assert [1, 2, 3] == sorted(each.place.number for each in second)
+    assert [1, 2, 3] == sorted(each.position.number for each in second)
 
 
 def test_a_consumer_that_an_earlier_version_made_gives_nothing_up_any_more(
@@ -221,10 +221,10 @@ def test_a_consumer_that_an_earlier_version_made_gives_nothing_up_any_more(
         take_and_die(nats, fresh, 3, ack_wait_seconds=1.0, max_deliver=4)
     came = [take_and_die(nats, fresh, 3, ack_wait_seconds=1.0, max_deliver=3) for _ in range(5)]
 
-    assert [[1, 2, 3]] * 5 == [sorted(each.place.number for each in found) for found in came]
+    assert [[1, 2, 3]] * 5 == [sorted(each.position.number for each in found) for found in came]
 
 
-def test_messages_that_the_consumer_of_an_earlier_version_gave_up_are_told_of(
+def test_there_is_a_warning_of_messages_that_the_consumer_of_an_earlier_version_gave_up(
     nats: NatsServer, nats_client: NatsClient, fresh: str
 ) -> None:
     nats_client.make(fresh, fresh)
@@ -244,15 +244,15 @@ def test_messages_that_the_consumer_of_an_earlier_version_gave_up_are_told_of(
 
     nats_client.call(let_come())
     nats_client.call(nats_client.js.add_consumer(fresh, config=earlier.evolve(ack_wait=1.0)))
-    said: list[str] = []
+    warnings: list[str] = []
     sink = ToNats(subject=f"{fresh}-scores", stream=f"{fresh}-scores")
-    with opened(nats, fresh, sink, said.append, ack_wait_seconds=1.0, max_deliver=3):
+    with opened(nats, fresh, sink, warnings.append, ack_wait_seconds=1.0, max_deliver=3):
         pass
 
-    assert any("2 messages between 1 and 5 were given up" in words for words in said), said
+    assert any("2 messages between 1 and 5 were given up" in words for words in warnings), warnings
 
 
-def test_a_message_that_was_buried_and_comes_again_after_the_window_of_the_dead_letters_is_there_once(
+def test_a_dead_letter_that_is_redelivered_after_the_window_is_there_once(
     nats: NatsServer, nats_client: NatsClient, fresh: str
 ) -> None:
     nats_client.make(fresh, fresh)
@@ -262,18 +262,18 @@ def test_a_message_that_was_buried_and_comes_again_after_the_window_of_the_dead_
     settings = {"ack_wait_seconds": 1.0, "max_deliver": 3, "dead_letters": f"{fresh}-dead"}
     came = []
     for _ in range(3):
-        with opened(nats, fresh, sink, **settings) as ends:
-            came.append(fetch(ends, 3))
-            ends.dead_letters.bury([Poison(message=each, column="", reason="bad") for each in came[-1]])
+        with opened(nats, fresh, sink, **settings) as connections:
+            came.append(fetch(connections, 3))
+            connections.dead_letters.send([Poison(message=each, column="", reason="bad") for each in came[-1]])
         time.sleep(4)
 
     assert [3, 3, 3] == list(map(len, came))
     assert 3 == nats_client.info(f"{fresh}-dead").state.messages
 
 
-def fetch(ends: Ends, count: int, seconds: float = 60.0) -> list[Message]:
+def fetch(connections: Connections, count: int, seconds: float = 60.0) -> list[Message]:
     found: list[Message] = []
     until = time.monotonic() + seconds
     while len(found) < count and time.monotonic() < until:
-        found += ends.source.fetch(count - len(found), 1, 0.2)
+        found += connections.source.fetch(count - len(found), 1, 0.2)
     return found

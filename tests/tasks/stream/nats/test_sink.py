@@ -12,66 +12,74 @@ from nats.js.errors import ServiceUnavailableError
 from infra.local.nats import NatsClient, NatsServer, nats_server
 from serving.errors import BrokerFault, StreamUnfit
 from tasks.stream.message import Poison
-from tasks.stream.nats.connection import NatsLink
-from tasks.stream.nats.sink import NatsDeadLetters, Outgoing, Publisher, headers_size, open_dead_letters
+from tasks.stream.nats.connection import NatsConnection
+from tasks.stream.nats.sink import (
+    NatsDeadLetters,
+    OutgoingMessage,
+    Publisher,
+    count_header_bytes,
+    ensure_dead_letter_stream,
+)
 from tasks.stream.options import FromNats
 from tests.tasks.stream.messages import message
 
 
 @pytest.fixture
-def link(nats: NatsServer) -> Generator[NatsLink]:
-    link = NatsLink(nats.url, lambda _: None, threading.Event())
-    yield link
-    link.close()
+def connection(nats: NatsServer) -> Generator[NatsConnection]:
+    connection = NatsConnection(nats.url, lambda _: None, threading.Event())
+    yield connection
+    connection.close()
 
 
-def outgoing(subject: str, payload: bytes, **headers: str) -> Outgoing:
-    return Outgoing(subject=subject, payload=payload, id=f"{subject}.{len(payload)}", headers=headers)
+def outgoing(subject: str, payload: bytes, **headers: str) -> OutgoingMessage:
+    return OutgoingMessage(subject=subject, payload=payload, id=f"{subject}.{len(payload)}", headers=headers)
 
 
-def test_a_stream_may_have_any_name_even_that_of_a_failure(link: NatsLink, nats_client: NatsClient, fresh: str) -> None:
+def test_a_stream_may_have_any_name_even_that_of_a_failure(
+    connection: NatsConnection, nats_client: NatsClient, fresh: str
+) -> None:
     nats_client.make("error", fresh)
 
-    assert [] == Publisher(link).publish([outgoing(fresh, b"1"), outgoing(fresh, b"22")])
+    assert [] == Publisher(connection).publish([outgoing(fresh, b"1"), outgoing(fresh, b"22")])
     assert [b"1", b"22"] == [each.payload for each in nats_client.read("error")]
 
 
 def test_what_is_too_large_with_its_headers_is_refused_and_the_others_are_kept(
-    link: NatsLink, nats_client: NatsClient, fresh: str
+    connection: NatsConnection, nats_client: NatsClient, fresh: str
 ) -> None:
     nats_client.make(fresh, fresh)
     words = {"Overnight-Reason": "größer"}
-    spare = headers_size(outgoing(fresh, bytes(link.client.max_payload - 100), **words).all_headers)
-    fits = outgoing(fresh, bytes(link.client.max_payload - spare), **words)
-    large = outgoing(fresh, bytes(link.client.max_payload - spare + 1), **words)
+    spare = count_header_bytes(outgoing(fresh, bytes(connection.client.max_payload - 100), **words).all_headers)
+    fits = outgoing(fresh, bytes(connection.client.max_payload - spare), **words)
+    large = outgoing(fresh, bytes(connection.client.max_payload - spare + 1), **words)
 
-    assert [large] == Publisher(link).publish([large, fits, outgoing(fresh, b"1")])
+    assert [large] == Publisher(connection).publish([large, fits, outgoing(fresh, b"1")])
     assert [fits.payload, b"1"] == [each.payload for each in nats_client.read(fresh)]
 
 
 def test_dead_letters_that_nothing_takes_end_the_stream_and_are_not_forgotten(
-    nats: NatsServer, link: NatsLink, nats_client: NatsClient, fresh: str
+    nats: NatsServer, connection: NatsConnection, nats_client: NatsClient, fresh: str
 ) -> None:
     nats_client.make(fresh, fresh, max_msg_size=80, duplicate_window=600)
     address = FromNats(url=nats.url, stream="any", dead_letters=fresh)
     poison = Poison(message=message(bytes(100)), column="", reason="no")
 
     with pytest.raises(BrokerFault, match=rf"'{fresh}' .*must take dead letters of some kilobytes"):
-        NatsDeadLetters(link, address, "origin").bury([poison])
+        NatsDeadLetters(connection, address, "origin").send([poison])
 
 
 def test_a_stream_of_dead_letters_that_may_not_remember_for_longer_is_named(tmp_path: Path) -> None:
     with nats_server(tmp_path) as server, NatsClient(server.url) as client:
         client.make("OVERNIGHT_DEAD", "overnight.dead.>", max_age=100, duplicate_window=100)
-        link = NatsLink(server.url, lambda _: None, threading.Event())
+        connection = NatsConnection(server.url, lambda _: None, threading.Event())
         with pytest.raises(StreamUnfit, match=r"'OVERNIGHT_DEAD' must remember the message ids .* 600 s.*got 100 s"):
-            link.run(open_dead_letters(link, FromNats(url=server.url, stream="any")))
-        link.close()
+            connection.run(ensure_dead_letter_stream(connection, FromNats(url=server.url, stream="any")))
+        connection.close()
 
 
 def test_a_server_without_jetstream_is_named_and_asked_again(nats: NatsServer) -> None:
-    said: list[str] = []
-    link = NatsLink(nats.url, said.append, threading.Event())
+    warnings: list[str] = []
+    connection = NatsConnection(nats.url, warnings.append, threading.Event())
     told: list[Exception | int] = [ServiceUnavailableError(), 7]
 
     async def question() -> int:
@@ -80,6 +88,6 @@ def test_a_server_without_jetstream_is_named_and_asked_again(nats: NatsServer) -
             raise answer
         return answer
 
-    assert 7 == link.run(link.ask("a stream", question))
-    link.close()
-    assert [f"{nats.url} must have JetStream (nats-server -js), but nothing answers for it; asking again."] == said
+    assert 7 == connection.run(connection.request("a stream", question))
+    connection.close()
+    assert [f"{nats.url} must have JetStream (nats-server -js), but nothing answers for it; asking again."] == warnings

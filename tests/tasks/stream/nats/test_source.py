@@ -14,47 +14,47 @@ from hypothesis import strategies as st
 
 from infra.local.nats import NatsClient, NatsServer
 from serving.errors import BrokerFault, StreamUnfit
-from tasks.stream.message import Message, Place
-from tasks.stream.nats.connection import NatsLink
-from tasks.stream.nats.consumer import overlap
-from tasks.stream.nats.source import InHand, NatsSource
+from tasks.stream.message import Message, Position
+from tasks.stream.nats.connection import NatsConnection
+from tasks.stream.nats.consumer import subjects_overlap
+from tasks.stream.nats.source import AckTracker, NatsSource
 from tasks.stream.options import FromNats
 from tests.tasks.stream.messages import message
 
 
-def test_what_is_in_hand_is_told_of_each_half_wait_until_it_is_done() -> None:
-    hand = InHand(10.0)
-    hand.take(1, "one", 0.0)
-    hand.take(2, "two", 3.0)
+def test_a_tracked_message_is_extended_at_half_of_the_ack_wait_until_it_is_done() -> None:
+    tracker = AckTracker(10.0)
+    tracker.track(1, "one", 0.0)
+    tracker.track(2, "two", 3.0)
 
-    assert [] == hand.due(4.9)
-    assert ["one"] == hand.due(5.0)
-    assert ["two"] == hand.due(8.0)
-    hand.drop([message(b"", 1)])
-    assert ["two"] == hand.due(20.0)
+    assert [] == tracker.extend_due(4.9)
+    assert ["one"] == tracker.extend_due(5.0)
+    assert ["two"] == tracker.extend_due(8.0)
+    tracker.forget([message(b"", 1)])
+    assert ["two"] == tracker.extend_due(20.0)
 
 
-def test_a_copy_of_what_is_in_hand_is_told_apart_and_its_receipt_is_the_one_that_counts() -> None:
-    hand = InHand(10.0)
+def test_a_copy_of_a_tracked_message_is_no_new_one_but_its_receipt_is_used() -> None:
+    tracker = AckTracker(10.0)
 
-    assert [True, False] == [hand.take(1, "first", 0.0), hand.take(1, "again", 2.0)]
-    assert ["again"] == hand.due(7.0)
-    hand.drop([message(b"", 1)])
-    assert hand.take(1, "third", 8.0)
+    assert [True, False] == [tracker.track(1, "first", 0.0), tracker.track(1, "again", 2.0)]
+    assert ["again"] == tracker.extend_due(7.0)
+    tracker.forget([message(b"", 1)])
+    assert tracker.track(1, "third", 8.0)
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.booleans(), st.floats(0, 3)), max_size=60))
-def test_no_message_in_hand_waits_for_longer_than_half_and_a_look(steps: list[tuple[int, bool, float]]) -> None:
-    hand, told, now = InHand(8.0), dict[int, float](), 0.0
+def test_no_tracked_message_waits_for_longer_than_half_of_the_ack_wait(steps: list[tuple[int, bool, float]]) -> None:
+    tracker, told, now = AckTracker(8.0), dict[int, float](), 0.0
     for number, done, pause in steps:
         now += pause
         if done:
-            hand.drop([message(b"", place=Place(0, number))])
+            tracker.forget([message(b"", position=Position(0, number))])
             told.pop(number, None)
         else:
-            hand.take(number, str(number), now)
+            tracker.track(number, str(number), now)
             told[number] = now
-        for receipt in hand.due(now):
+        for receipt in tracker.extend_due(now):
             told[int(receipt)] = now
 
         assert all(now - last < 4.0 for last in told.values())
@@ -69,23 +69,25 @@ def reading(
     in_flight: int = 100,
     bytes_max: int = 4 << 20,
     limit: int | None = None,
+    lag_seconds: float = 2.0,
     **address: Any,
 ) -> Generator[NatsSource]:
-    said: list[str] = []
-    link = NatsLink(server.url, said.append, threading.Event())
+    warnings: list[str] = []
+    connection = NatsConnection(server.url, warnings.append, threading.Event())
     try:
         source = NatsSource(
-            link,
+            connection,
             FromNats(stream=stream, **address),
             in_flight=in_flight,
             bytes_max=bytes_max,
             start=start,
             limit=limit,
+            lag_seconds=lag_seconds,
         )
         yield source
         source.close()
     finally:
-        link.close()
+        connection.close()
 
 
 def take(source: NatsSource, count: int) -> list[Message]:
@@ -98,7 +100,7 @@ def take(source: NatsSource, count: int) -> list[Message]:
 
 
 def numbers(messages: list[Message]) -> list[int]:
-    return [message.place.number for message in messages]
+    return [message.position.number for message in messages]
 
 
 @pytest.mark.parametrize(
@@ -116,10 +118,10 @@ def numbers(messages: list[Message]) -> list[int]:
     ],
 )
 def test_two_patterns_overlap_where_a_subject_can_fit_both(one: str, other: str, fits: bool) -> None:  # noqa: FBT001
-    assert fits == overlap(one, other) == overlap(other, one)
+    assert fits == subjects_overlap(one, other) == subjects_overlap(other, one)
 
 
-def test_no_more_is_taken_than_may_be_in_flight_and_what_was_not_fetched_comes_again_at_once(
+def test_messages_in_flight_are_bounded_and_unfetched_ones_are_redelivered_at_once(
     nats: NatsServer, nats_client: NatsClient, fresh: str
 ) -> None:
     nats_client.make(fresh, fresh)
@@ -175,13 +177,10 @@ def test_no_more_is_taken_than_the_limit_so_that_what_is_left_has_not_come_in_va
     assert (210, 0) == (state.delivered.consumer_seq if state.delivered else 0, state.num_redelivered)
 
 
-def test_the_lag_grows_while_nothing_is_taken(
-    nats: NatsServer, nats_client: NatsClient, fresh: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tasks.stream.nats.source._LAG_SECONDS", 0.1)
+def test_the_lag_grows_while_nothing_is_taken(nats: NatsServer, nats_client: NatsClient, fresh: str) -> None:
     nats_client.make(fresh, fresh)
     nats_client.publish(fresh, [b"1"] * 100)
-    with reading(nats, fresh, in_flight=40) as source:
+    with reading(nats, fresh, in_flight=40, lag_seconds=0.1) as source:
         take(source, 1)
         nats_client.publish(fresh, [b"1"] * 500)
         until = time.monotonic() + 10
