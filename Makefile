@@ -143,7 +143,7 @@ bench-stream: $(STAMP)
 bench-modes: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.modes
 
-# The memory that a run states beside what it takes, over rows of seven shapes. SCALE=0.2 for a quick look, SHAPES="wide".
+# The memory that a run states beside what it takes, over rows of nine shapes. SCALE=0.2 for a quick look, SHAPES="wide".
 bench-memory: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.memory
 
