@@ -1,1 +1,5 @@
-"""The stations of each way of consuming predictions, in the order in which data passes them."""
+"""The steps of each mode, by topic.
+
+`batch`, `endpoint` and `stream` score; `scheduler` chooses between them; `spot` is about machines that may vanish;
+`storage` reads and writes; `common` is what several topics share.
+"""

@@ -30,7 +30,7 @@ from serving.gateway.routes import (
 )
 from serving.gateway.upstreams import Reply
 from serving.model.contract import Frozen
-from serving.protocol.oip import error_body
+from serving.protocol.oip import encode_error
 
 _JSON = {"Content-Type": "application/json"}
 
@@ -125,7 +125,7 @@ async def _answer_http_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101 - see above
     headers = {**_JSON, **(error.headers or {})}
     message = f"{error.detail}. The page at /docs lists the paths and methods."
-    return build_response(Reply(status=error.status_code, content=error_body(message), headers=headers))
+    return build_response(Reply(status=error.status_code, content=encode_error(message), headers=headers))
 
 
 async def _answer_own_error(_request: Request, error: Exception) -> Response:
@@ -143,7 +143,7 @@ async def _answer_invalid_request(_request: Request, error: Exception) -> Respon
 async def _answer_unexpected_error(_request: Request, _error: Exception) -> Response:
     """Answer for a mistake of the gateway's own; its traceback is in the log."""
     message = "The gateway failed on this request because of an error of its own. Its log has the traceback."
-    return build_response(Reply(status=HTTPStatus.INTERNAL_SERVER_ERROR, content=error_body(message), headers=_JSON))
+    return build_response(Reply(status=HTTPStatus.INTERNAL_SERVER_ERROR, content=encode_error(message), headers=_JSON))
 
 
 def _add_body_schemas(app: FastAPI) -> None:

@@ -15,7 +15,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from serving.errors import BadRequest, Unanswered
-from serving.protocol.oip import error_body
+from serving.protocol.oip import encode_error
 
 # Bytes around a chunked body that are accepted for each byte of the body.
 _CHUNK_OVERHEAD = 16
@@ -170,7 +170,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             # The request has an answer already, or gets one.
             self.transport.abort()
             return
-        content = error_body(message)
+        content = encode_error(message)
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(content)
         self.transport.write(STATUS_LINE[status] + head + content)
         self.transport.close()

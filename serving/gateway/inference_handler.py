@@ -22,7 +22,7 @@ from serving.protocol.oip import (
     Body,
     decode_request_to_forward,
     decode_without_blocking,
-    error_body,
+    encode_error,
     read_header_length,
 )
 
@@ -100,7 +100,7 @@ def build_error_reply(error: BadRequest | Unanswered) -> Reply:
     if error.status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE):
         # The rest of the body is not read.
         headers["Connection"] = "close"
-    return Reply(status=error.status, content=error_body(str(error)), headers=headers)
+    return Reply(status=error.status, content=encode_error(str(error)), headers=headers)
 
 
 def build_response(reply: Reply) -> Response:

@@ -20,7 +20,7 @@ from serving.gateway.inference_handler import handle_inference
 from serving.gateway.keys import Digest
 from serving.gateway.route import ENDPOINT_PATTERN, KEY_PATTERN, EndpointState, Route
 from serving.model.contract import Frozen
-from serving.protocol.oip import ModelMetadata, RequestDocument, ServerMetadata, model_metadata
+from serving.protocol.oip import ModelMetadata, RequestDocument, ServerMetadata, make_model_metadata
 
 SERVER_VERSION = "0.1.0"
 SCHEMA_REFERENCE = "#/components/schemas/{model}"
@@ -103,7 +103,7 @@ async def get_model(name: str, gateway: Opened, _: Bearer) -> ModelMetadata:
     """Return the inputs, outputs and versions of a model."""
     route = gateway.endpoint(name).route
     versions = [served.version for served in route.versions]
-    return model_metadata(name, route.contract, versions=versions, platform=_PLATFORM)
+    return make_model_metadata(name, route.contract, versions=versions, platform=_PLATFORM)
 
 
 @v2_router.get("/v2/models/{name}/versions/{version}", dependencies=[Depends(_check_api_key)])
@@ -111,7 +111,7 @@ async def get_version(name: str, version: str, gateway: Opened, _: Bearer) -> Mo
     """Return the inputs and outputs of a version of a model."""
     endpoint = gateway.endpoint(name)
     versions = [endpoint.find_version(version).version]
-    return model_metadata(name, endpoint.route.contract, versions=versions, platform=_PLATFORM)
+    return make_model_metadata(name, endpoint.route.contract, versions=versions, platform=_PLATFORM)
 
 
 @v2_router.get("/v2/models/{name}/ready", dependencies=[Depends(_check_api_key)])

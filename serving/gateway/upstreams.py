@@ -23,7 +23,7 @@ import orjson
 
 from serving.errors import Unanswered
 from serving.gateway.route import ServedVersion
-from serving.protocol.oip import HEADER_LENGTH, Body, InferRequest, error_body, read_header_length
+from serving.protocol.oip import HEADER_LENGTH, Body, InferRequest, encode_error, read_header_length
 
 _ANSWER_BYTES_MAX = 256 << 20
 _CONNECT_S_MAX, _HEALTH_S_MAX = 5.0, 5.0
@@ -231,7 +231,7 @@ def convert_error(response: HttpResponse, url: str) -> Reply:
     headers = {"Content-Type": "application/json"}
     if seconds := response.headers.get("Retry-After"):
         headers["Retry-After"] = seconds
-    return Reply(status=status, content=error_body(message), headers=headers)
+    return Reply(status=status, content=encode_error(message), headers=headers)
 
 
 def _read_reason(content: bytes) -> str:

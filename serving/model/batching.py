@@ -126,23 +126,23 @@ def choose_batching(
     rows = _find_largest_batch(cost, budget_ms, rows_per_second / replicas, rows_max)
     if cost.rows_per_second(rows) <= rows_per_second / replicas:
         raise _rate_too_high(cost, budget_ms, rows_per_second, replicas, rows_max)
-    return BatchingConfig(batch_size_max=rows, wait_ms_max=wait_ms(rows, rows_per_second / replicas))
+    return BatchingConfig(batch_size_max=rows, wait_ms_max=estimate_wait_ms(rows, rows_per_second / replicas))
 
 
-def wait_ms(rows: int, rows_per_second: float) -> float:
+def estimate_wait_ms(rows: int, rows_per_second: float) -> float:
     """Return the milliseconds until so many rows have arrived, counted from the first."""
     return 1000 * (rows - 1) / rows_per_second
 
 
-def latency_ms(cost: CostModel, rows: int, rows_per_second: float) -> float:
+def estimate_latency_ms(cost: CostModel, rows: int, rows_per_second: float) -> float:
     """Return the milliseconds within which a request is answered: the wait, and two passes."""
-    return wait_ms(rows, rows_per_second) + 2000 * cost.seconds(rows)
+    return estimate_wait_ms(rows, rows_per_second) + 2000 * cost.seconds(rows)
 
 
 def _find_largest_batch(cost: CostModel, budget_ms: float, rows_per_second: float, rows_max: int) -> int:
     """Return the most rows that are answered within the budget; latency and throughput both grow with the rows."""
     sizes = range(1, rows_max + 1)
-    return bisect_right(sizes, budget_ms, key=lambda rows: latency_ms(cost, rows, rows_per_second))
+    return bisect_right(sizes, budget_ms, key=lambda rows: estimate_latency_ms(cost, rows, rows_per_second))
 
 
 def _rate_too_high(

@@ -212,11 +212,11 @@ def casts_safely(source: pa.DataType, dtype: str) -> bool:
 
     Stricter than numpy in one point: 64-bit integers above 2**53 do not fit float64.
     """
-    given = np.dtype(source.to_pandas_dtype())
-    wanted = np.dtype(dtype)
-    if wanted.kind == "f" and given.kind in "iu" and given.itemsize >= wanted.itemsize:
+    source_dtype = np.dtype(source.to_pandas_dtype())
+    target = np.dtype(dtype)
+    if target.kind == "f" and source_dtype.kind in "iu" and source_dtype.itemsize >= target.itemsize:
         return False
-    return bool(np.can_cast(given, wanted, "safe"))
+    return bool(np.can_cast(source_dtype, target, "safe"))
 
 
 def find_fill_problem(column: Column) -> str | None:

@@ -45,7 +45,7 @@ def load_model(resolved: Resolved, contract: Contract, *, allow_pickle: bool = F
         ModelUnfit: The model is pickled and `allow_pickle` is not set, since unpickling runs any code in the file; or a
             file changed between hashing and loading; or the model does not load here.
     """
-    with _loading:
+    with _load_lock:
         files = resolved.files or _hash_files(resolved)
         loaded = _load_cached(resolved.folder, resolved.pin, files, resolved.is_torch, allow_pickle)
         if not resolved.is_torch:
@@ -58,9 +58,9 @@ def load_model(resolved: Resolved, contract: Contract, *, allow_pickle: bool = F
 
         return CudaModel(loaded, contract) if torch.cuda.is_available() else TorchModel(loaded, contract)
     if resolved.is_text:
-        from serving.model.text import text_model  # noqa: PLC0415 - the same
+        from serving.model.text import make_text_model  # noqa: PLC0415 - the same
 
-        return text_model(loaded, contract) or PyfuncModel(loaded, contract)
+        return make_text_model(loaded, contract) or PyfuncModel(loaded, contract)
     return PyfuncModel(loaded, contract)
 
 
@@ -92,7 +92,7 @@ def _hash_files(resolved: Resolved) -> FileStates:
 # MLflow reads this variable at every load; without it, unpickling is allowed.
 _ALLOW_PICKLE = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"
 
-_loading = threading.Lock()
+_load_lock = threading.Lock()
 
 
 @functools.lru_cache(maxsize=2)
@@ -165,7 +165,7 @@ def _make_unfit(folder: Path, error: Exception, *, allow_pickle: bool) -> ModelU
         loader = MLmodel.load(str(folder / "MLmodel")).flavors.get("python_function", {}).get("loader_module")
         return ModelUnfit(
             f"A model must not need unpickling, which runs any code in its files, unless asked for; got: {error} "
-            f"{_ADVICE_BY_LOADER.get(str(loader), 'Pass')} allow_pickle=True if you trust whoever logged it."
+            f"{_ADVICE_BY_LOADER.get(str(loader), 'Pass')} allow_pickle=True if you trust its author."
         )
     return ModelUnfit(f"The model in {folder} must load here, got {type(error).__name__}: {error}.")
 

@@ -29,7 +29,7 @@ _END, _LOCATOR, _END_64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sLQL"), st
 _FOUR_BYTES, _TWO_BYTES = 0xFFFFFFFF, 0xFFFF
 
 # The types of LightGBM that MLflow trusts, beside those of skops. A list in the model itself does not count, since
-# whoever wrote the model wrote the list.
+# the author of the model wrote the list.
 _TRUSTED_TYPES = {
     "collections.OrderedDict",
     "lightgbm.basic.Booster",
@@ -97,7 +97,7 @@ def _is_skops(folder: Path, mlmodel: MLmodel) -> bool:
         message = (
             "A model saved by skops must be made of types that skops and MLflow trust, unless asked for; got: "
             f"{shown}. The model's own list of trusted types (skops_trusted_types) is no reason to trust them. Pass "
-            "allow_pickle=True if you trust whoever logged it."
+            "allow_pickle=True if you trust its author."
         )
         raise ModelUnfit(message)
     return True
@@ -142,5 +142,5 @@ def _unsafe_archive(path: Path, got: str) -> ModelUnfit:
     return ModelUnfit(
         f"An exported model must hold what torch.export.save writes of tensors and nothing else, got {got} in "
         f"{path.name}: reading it might unpickle, which runs any code in it. Log it again with "
-        'serialization_format="pt2", or pass allow_pickle=True if you trust whoever logged it.'
+        'serialization_format="pt2", or pass allow_pickle=True if you trust its author.'
     )

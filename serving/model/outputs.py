@@ -110,24 +110,24 @@ def _is_valid_shape(shape: tuple[int, ...], output: Output, rows: int) -> bool:
     if rows == 1:
         return math.prod(shape) == output.width
     inner = [size for size in shape[1:] if size != 1]
-    wanted = [size for size in output.shape if size != 1]
-    return bool(shape) and shape[0] == rows and inner in (wanted, [output.width])
+    expected = [size for size in output.shape if size != 1]
+    return bool(shape) and shape[0] == rows and inner in (expected, [output.width])
 
 
 def _cast_numbers(value: npt.NDArray[Any], output: Output) -> npt.NDArray[Any]:
     """Cast to the output's dtype; floats are rounded, other values must stay the same."""
-    wanted = np.dtype(output.dtype)
+    dtype = np.dtype(output.dtype)
     with np.errstate(over="ignore", invalid="ignore"):
-        if wanted.kind == "f" or np.can_cast(value.dtype, wanted, "safe"):
-            return value.astype(wanted, copy=False)
+        if dtype.kind == "f" or np.can_cast(value.dtype, dtype, "safe"):
+            return value.astype(dtype, copy=False)
         given = value.astype(np.float64) if value.dtype.kind == "O" else value
         if not np.isfinite(given).all():
-            message = f"output {output.name!r} must be finite to be {wanted}"
+            message = f"output {output.name!r} must be finite to be {dtype}"
             raise ValueError(message)
-        cast = given.astype(wanted)
+        cast = given.astype(dtype)
     if (changed := cast != given).any():
         message = (
-            f"Output {output.name!r} must be {wanted}, as the signature says, got {value.dtype} such as "
+            f"Output {output.name!r} must be {dtype}, as the signature says, got {value.dtype} such as "
             f"{given[changed][0]}. {_LOG_AGAIN}"
         )
         raise ModelFailed(message)
@@ -140,7 +140,7 @@ def _convert_text(value: npt.NDArray[Any], output: Output) -> npt.NDArray[Any]:
 
     text = value.astype(object)
     text[pd.isna(text)] = None
-    if strange := [item for item in text.flat if item is not None and not isinstance(item, str)]:
-        message = f"Output {output.name!r} must be text, as the signature says, got {strange[0]!r}. {_LOG_AGAIN}"
+    if invalid := [item for item in text.flat if item is not None and not isinstance(item, str)]:
+        message = f"Output {output.name!r} must be text, as the signature says, got {invalid[0]!r}. {_LOG_AGAIN}"
         raise ModelFailed(message)
     return text

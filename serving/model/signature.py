@@ -76,8 +76,8 @@ def _find_missing_part(signature: Any) -> str:
 
 
 def _check_keys(what: str, given: set[str], known: set[str]) -> None:
-    if strange := sorted(given - known):
-        message = f"Each key of {what} must be one of {sorted(known)}, got {strange}. Correct it there."
+    if unknown := sorted(given - known):
+        message = f"Each key of {what} must be one of {sorted(known)}, got {unknown}. Correct it there."
         raise ModelUnfit(message)
 
 

@@ -22,7 +22,7 @@ from serving.model.contract import Contract
 from serving.model.encoding import Array, BatchUnit, Encoded
 from serving.model.interface import Engine, TuningLimits
 from serving.model.outputs import name_outputs
-from serving.model.torch_model import engine_module, torch_engines, torch_slot
+from serving.model.torch_model import enter_slot, list_engines, prepare_module
 
 _TOKENS = "tokens"
 _PADDED = ("input_ids", "token_type_ids")
@@ -57,7 +57,7 @@ class Network(Protocol):
         ...
 
 
-def text_model(loaded: Any, contract: Contract) -> TextModel | None:
+def make_text_model(loaded: Any, contract: Contract) -> TextModel | None:
     """Return a loaded pyfunc model as a text model, None where it must run through pyfunc.
 
     A text model turns one text into embeddings or classes. A model with parameters runs through pyfunc, which applies
@@ -85,7 +85,7 @@ class TextModel:
 
     def __init__(self, network: Network, contract: Contract, engine: Engine = _DEFAULT_ENGINE) -> None:
         self._network, self._contract, self._engine = network, contract, engine
-        self._passes = network.with_module(engine_module(network.module, engine))
+        self._passes = network.with_module(prepare_module(network.module, engine))
         tokenizer = network.tokenizer
         pads = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
         self._pad_K = np.array([pads[key] for key in network.keys])
@@ -127,7 +127,7 @@ class TextModel:
 
     def slot(self) -> AbstractContextManager[None]:
         """Return the context of the engine, as for any torch module."""
-        return torch_slot(self._engine)
+        return enter_slot(self._engine)
 
     @property
     def slots(self) -> int:
@@ -138,7 +138,7 @@ class TextModel:
 
     def engines(self, limits: TuningLimits) -> list[Engine]:
         """Return the engines worth trying, as for any torch module."""
-        return torch_engines(self._network.module, limits)
+        return list_engines(self._network.module, limits)
 
     def with_engine(self, engine: Engine) -> Self:
         """Return the same model on another engine; the weights are shared."""
@@ -155,7 +155,7 @@ def _make_embeddings(module: Any, contract: Contract) -> _EmbeddingNetwork | Non
         return None
     tensors = {key: features.pop(key) for key in (*keys, _MASK)}
     network = _EmbeddingNetwork(module, prompt, keys, rest=features)
-    with torch_slot(_DEFAULT_ENGINE):
+    with enter_slot(_DEFAULT_ENGINE):
         width = network.forward(tensors).shape[1]
     if [output.width for output in contract.outputs] != [width]:
         found = {output.name: output.shape for output in contract.outputs}

@@ -47,7 +47,7 @@ class TorchModel:
 
     def __init__(self, module: Any, contract: Contract, engine: Engine = _DEFAULT_ENGINE) -> None:
         self._module, self._contract, self._engine = module, contract, engine
-        self._passes = engine_module(module, engine)
+        self._passes = prepare_module(module, engine)
 
     def prepare(self, encoded: Encoded) -> Encoded:
         """Return the inputs as they are."""
@@ -61,7 +61,7 @@ class TorchModel:
 
     def slot(self) -> AbstractContextManager[None]:
         """Return the context of the engine: inference mode, intra-op threads and precision are set for each thread."""
-        return torch_slot(self._engine)
+        return enter_slot(self._engine)
 
     @property
     def slots(self) -> int:
@@ -69,8 +69,8 @@ class TorchModel:
         return max(1, count_cores() // self._engine.threads)
 
     def engines(self, limits: TuningLimits) -> list[Engine]:
-        """Return the engines worth trying, as `torch_engines` does."""
-        return torch_engines(self._module, limits)
+        """Return the engines worth trying, as `list_engines` does."""
+        return list_engines(self._module, limits)
 
     def with_engine(self, engine: Engine) -> Self:
         """Return the same model on another engine; the weights are shared."""
@@ -82,7 +82,7 @@ def to_numpy(tensor: Any) -> npt.NDArray[Any]:
     return np.asarray((tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy())
 
 
-def torch_engines(module: Any, limits: TuningLimits) -> list[Engine]:
+def list_engines(module: Any, limits: TuningLimits) -> list[Engine]:
     """Return the engines worth trying for a module: torch's own kernels, then others, then what the limits allow."""
     found = [Engine()]
     if has_onednn() and copy_with_onednn(module) is not None:
@@ -100,7 +100,7 @@ def torch_engines(module: Any, limits: TuningLimits) -> list[Engine]:
 
 
 @functools.lru_cache(maxsize=8)
-def engine_module(module: Any, engine: Engine) -> Any:
+def prepare_module(module: Any, engine: Engine) -> Any:
     """Return what to call for a pass on an engine.
 
     A plan made on a machine with oneDNN runs through torch's own kernels on one without.
@@ -111,7 +111,7 @@ def engine_module(module: Any, engine: Engine) -> Any:
 
 
 @contextmanager
-def torch_slot(engine: Engine) -> Generator[None]:
+def enter_slot(engine: Engine) -> Generator[None]:
     """Enter what an engine needs in the thread of one slot, and leave the thread as it was."""
     reduced = engine.precision == "bfloat16"
     before = torch.get_num_threads()

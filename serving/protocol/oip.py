@@ -49,10 +49,10 @@ __all__ = (
     "decode_request_to_forward",
     "decode_response",
     "decode_without_blocking",
+    "encode_error",
     "encode_request",
     "encode_response",
-    "error_body",
-    "model_metadata",
+    "make_model_metadata",
     "read_header_length",
 )
 
@@ -103,13 +103,13 @@ class ModelMetadata(Frozen):
     outputs: tuple[TensorMetadata, ...] = Field(description="The output tensors.")
 
 
-def model_metadata(name: str, contract: Contract, *, versions: Sequence[str], platform: str) -> ModelMetadata:
+def make_model_metadata(name: str, contract: Contract, *, versions: Sequence[str], platform: str) -> ModelMetadata:
     """Return the metadata of a model with this contract."""
     inputs, outputs = describe_tensors(contract)
     return ModelMetadata(name=name, versions=tuple(versions), platform=platform, inputs=inputs, outputs=outputs)
 
 
-def error_body(message: str) -> bytes:
+def encode_error(message: str) -> bytes:
     """Return the body of an error response."""
     return orjson.dumps({"error": message})
 
@@ -191,9 +191,9 @@ def _check_parameters(request: RequestDocument) -> None:
     for given in request.inputs:
         if given.parameters:
             check_parameters(repr(given.name[:_SHOWN]), given.parameters, "binary_data_size", int)
-    for wanted in request.outputs:
-        if wanted.parameters:
-            check_parameters(repr(wanted.name[:_SHOWN]), wanted.parameters, "binary_data", bool)
+    for output in request.outputs:
+        if output.parameters:
+            check_parameters(repr(output.name[:_SHOWN]), output.parameters, "binary_data", bool)
 
 
 def _count_keys(document: Mapping[str, Any]) -> int:
@@ -214,14 +214,14 @@ def encode_response(
     Raises ModelFailed where JSON can't hold an output: a number that is not finite, bytes that are not text.
     """
     known = {value.name: value for value in contract.outputs}
-    wanted = [(known[each.name], outputs[each.name], each.binary) for each in request.outputs]
+    chosen = [(known[each.name], outputs[each.name], each.binary) for each in request.outputs]
     head: dict[str, Any] = {"model_name": model}
     if version is not None:
         head["model_version"] = version
     if request.id is not None:
         head["id"] = request.id
     try:
-        return write_body(head, "outputs", wanted)
+        return write_body(head, "outputs", chosen)
     except ValueError as error:
         message = f"Output {error}"
         raise ModelFailed(message) from None

@@ -212,8 +212,8 @@ def describe_problems(error: ValidationError) -> str:
 
 def check_names(what: str, given: Sequence[str], known: Mapping[str, Any]) -> None:
     """Check names against those of a contract. Raises BadRequest where one is unknown, or occurs twice."""
-    if strange := [name for name in given if name not in known]:
-        message = f"The {what} must be {list(known)}, got {strange[0][:_SHOWN]!r}."
+    if unknown := [name for name in given if name not in known]:
+        message = f"The {what} must be {list(known)}, got {unknown[0][:_SHOWN]!r}."
         raise BadRequest(message)
     if len({*given}) < len(given):
         message = f"Each of the {what} may occur once in a request, got {list(given)}."
@@ -230,9 +230,9 @@ def check_parameters(where: str, given: Mapping[str, Any], taken: str, kind: typ
     """
     if len(given) == 1 and type(given.get(taken)) is kind:
         return
-    if strange := [name for name in given if name != taken]:
+    if unknown := [name for name in given if name != taken]:
         message = (
-            f"The only parameter of {where} that is taken is {taken!r}, got {strange[0][:_SHOWN]!r}; leave it out."
+            f"The only parameter of {where} that is taken is {taken!r}, got {unknown[0][:_SHOWN]!r}; leave it out."
         )
         raise BadRequest(message)
     message = f"The {taken} of {where} must be {_KIND_WORDS[kind]}, got {shorten(given[taken])}."
@@ -284,8 +284,8 @@ def _check_tensor(value: Input | Output, given: RequestTensor, rows_max: int | N
         message = f"The datatype of {value.name!r} must be {get_datatype(value)}, got {given.datatype[:_SHOWN]!r}."
         raise BadRequest(message)
     if not given.shape or tuple(given.shape[1:]) != get_row_shape(value) or given.shape[0] < 1:
-        wanted = ", ".join(["N", *map(str, get_row_shape(value))])
-        message = f"The shape of {value.name!r} must be [{wanted}] with at least one row, got {given.shape[:20]}."
+        expected = ", ".join(["N", *map(str, get_row_shape(value))])
+        message = f"The shape of {value.name!r} must be [{expected}] with at least one row, got {given.shape[:20]}."
         raise BadRequest(message)
     if rows_max is not None and given.shape[0] > rows_max:
         message = f"A request must have at most {rows_max} rows, got {given.shape[0]} in {value.name!r}; send several."

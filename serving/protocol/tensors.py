@@ -93,8 +93,8 @@ def decode_json(value: Input | Output, shape: Sequence[int], data: Any) -> Array
     flat = _flatten(value, shape, data)
     name = get_datatype(value)
     kinds, words = _JSON_TYPES[name]
-    if strange := {*map(type, flat)} - kinds:
-        at = next(at for at, item in enumerate(flat) if type(item) in strange)
+    if invalid := {*map(type, flat)} - kinds:
+        at = next(at for at, item in enumerate(flat) if type(item) in invalid)
         message = f"The data of {value.name!r} must be {words} ({name}), got {shorten(flat[at])} at place {at}."
         raise BadRequest(message)
     if name == "BYTES":

@@ -23,7 +23,7 @@ from serving.protocol.oip import (
     decode_request,
     decode_without_blocking,
     encode_response,
-    model_metadata,
+    make_model_metadata,
     read_header_length,
 )
 
@@ -83,7 +83,7 @@ class _Routes:
     metadata: ModelMetadata = field(init=False)
 
     def __post_init__(self) -> None:
-        metadata = model_metadata(
+        metadata = make_model_metadata(
             *(self.release.endpoint, self.release.contract),
             versions=[self.release.version],
             platform=self.server.name,

@@ -141,7 +141,7 @@ def measure_profile(
         return known
     stated, batch_options = options.stated_figures, options.batch_options
     with tempfile.TemporaryDirectory(prefix="overnight-profile-") as scratch:
-        rows = _MeasuredRows.of(subject, options, Path(scratch))
+        rows = _MeasuredRows.from_options(subject, options, Path(scratch))
         tuning = _tune(subject, rows.sample, batch_options, clock)
         slots = tuning.slots if tuning else batch_options.slots or subject.model.slots
         passes = measure_passes(subject.model, subject.contract, rows.sample, _PASS_MS_MAX, slots=slots, clock=clock)
@@ -227,7 +227,7 @@ class _MeasuredRows:
     write: Callable[[int], int]
 
     @classmethod
-    def of(cls, subject: LoadedModel, options: ProfileOptions, scratch: Path) -> _MeasuredRows:
+    def from_options(cls, subject: LoadedModel, options: ProfileOptions, scratch: Path) -> _MeasuredRows:
         folder, contract, batch_options = scratch / "rows", subject.contract, options.batch_options
         if options.source is None:
             table = make_table(contract, subject.sample.inputs)

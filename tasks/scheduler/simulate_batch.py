@@ -43,7 +43,7 @@ class CumulativeArrivals:
     sum_T: NDArray[np.int64]
 
     @classmethod
-    def of(cls, scenario: Scenario, instance_type: InstanceType) -> CumulativeArrivals:
+    def from_scenario(cls, scenario: Scenario, instance_type: InstanceType) -> CumulativeArrivals:
         """Return the arrivals of a scenario, for machines of an instance type."""
         return cls(
             scenario=scenario,
@@ -59,7 +59,7 @@ class CumulativeArrivals:
 
 def choose_batch_runs(scenario: Scenario, instance_type: InstanceType) -> Candidate:
     """Return runs on on-demand machines: the longest period that keeps the promise, on the cheapest number of them."""
-    arrivals = CumulativeArrivals.of(scenario, instance_type)
+    arrivals = CumulativeArrivals.from_scenario(scenario, instance_type)
     if scenario.consumer == "requests":
         candidate = simulate_batch_runs(arrivals, 1, PERIOD_SECONDS_MIN, with_ages=True)
         return replace(candidate, violation=BATCH_GIVES_NO_ANSWER)
@@ -169,7 +169,7 @@ def choose_batch_runs_on_spot(
     """Return runs on spot machines, with a shorter period than on on-demand ones: the slack is what spot needs."""
     if not scenario.counts_T.any():
         return None
-    arrivals = CumulativeArrivals.of(scenario, instance_type)
+    arrivals = CumulativeArrivals.from_scenario(scenario, instance_type)
     counts = {on_demand.machines}
     if not scenario.is_coarse:
         counts.add(min(2 * on_demand.machines, scenario.machines_max))

@@ -165,7 +165,7 @@ def _machines_at_least(rate: float, capacity: ServingCapacity) -> int:
 
 def _runs(scenario: Scenario, kind: InstanceType, limit: float) -> Iterator[Candidate]:
     """Yield batch runs on every number of machines, on demand and on spot."""
-    line, start = CumulativeArrivals.of(scenario, kind), scenario.profile.start_seconds
+    line, start = CumulativeArrivals.from_scenario(scenario, kind), scenario.profile.start_seconds
     work = float(scenario.counts_T.sum()) * scenario.rows_per_arrival / line.rows_per_second
     ratio = kind.price_ratio or 1.0
     for machines in range(1, min(scenario.machines_max, 24) + 1):

@@ -250,7 +250,7 @@ def test_a_canary_without_requests_is_rolled_back_with_an_error(
     assert churn.version == score(gateway, "churn", np.ones((1, 3)), churn.now)["model_version"]
 
 
-def test_a_shadow_answers_nobody_stays_where_a_trial_fails_and_is_given_its_traffic_by_a_later_call(
+def test_a_shadow_gets_copies_is_kept_where_a_canary_fails_and_gets_its_traffic_by_a_later_call(
     triton: TritonServer, gateway: GatewayServer, client: GatewayClient, churn: DeployedEndpoint, put: Put
 ) -> None:
     put("churn", churn.other, rollout=Shadow())
@@ -260,7 +260,7 @@ def test_a_shadow_answers_nobody_stays_where_a_trial_fails_and_is_given_its_traf
     assert {churn.version} == answers
     assert ["1", "2"] == loaded(triton, "churn")
 
-    with pytest.raises(RolledBack, match=rf"the shadow that it was, and version {churn.version} serves on"):
+    with pytest.raises(RolledBack, match=rf"is a shadow as before, and version {churn.version} serves on"):
         put("churn", churn.other, rollout=UNASKED)
     after = client.get("churn")
 

@@ -26,5 +26,5 @@ def test_a_callers_mistake_is_a_value_error_and_nothing_else_is() -> None:
     }
 
 
-def test_every_error_says_what_it_is() -> None:
+def test_every_error_has_a_docstring() -> None:
     assert all(kind.__doc__ for kind in KINDS.values())

@@ -225,7 +225,7 @@ def test_any_other_error_is_that_of_a_row(error: BaseException) -> None:
     assert not is_dependency_fault(error)
 
 
-def test_an_error_that_is_its_own_cause_comes_to_an_end() -> None:
+def test_an_error_that_is_its_own_cause_is_handled() -> None:
     first, second = ValueError("a"), KeyError("b")
     first.__context__, second.__context__ = second, first
 

@@ -16,7 +16,7 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 
 from serving.model.contract import Column, Contract, Input, Output
-from serving.protocol.oip import HEADER_LENGTH, decode_request, encode_response, error_body
+from serving.protocol.oip import HEADER_LENGTH, decode_request, encode_error, encode_response
 
 CONTRACT = Contract(
     inputs=(
@@ -40,7 +40,7 @@ loaded: set[str] = {"toy", "steady"}
 
 
 def _refuse(status: int, message: str) -> Response:
-    return Response(error_body(message), status, media_type="application/json")
+    return Response(encode_error(message), status, media_type="application/json")
 
 
 @app.get("/v2/health/ready")

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from serving.errors import LatencyImpossible
-from serving.model.batching import CostModel, choose_batching, fit_cost_model, latency_ms, wait_ms
+from serving.model.batching import CostModel, choose_batching, estimate_latency_ms, estimate_wait_ms, fit_cost_model
 from serving.model.tuner import measure_passes
 from tests.serving.model.test_tuner import PLAIN, Clock, Timed, X, matrix, rows
 
@@ -21,7 +21,7 @@ REPLICAS = st.integers(1, 8)
 
 def keeps(cost: CostModel, budget_ms: float, rate: float, size: int) -> bool:
     """The rule itself: answered within the budget, and faster than rows come."""
-    return latency_ms(cost, size, rate) <= budget_ms and rate < cost.rows_per_second(size)
+    return estimate_latency_ms(cost, size, rate) <= budget_ms and rate < cost.rows_per_second(size)
 
 
 @given(cost=COSTS, budget_ms=BUDGETS, rate=RATES, replicas=REPLICAS)
@@ -78,7 +78,7 @@ def test_one_row_waits_for_nobody() -> None:
     batching = choose_batching(CostModel(fixed_seconds=0.004, row_seconds=0.001), 10, 10)
 
     assert (1, 0) == (batching.batch_size_max, batching.wait_ms_max)
-    assert 0 == wait_ms(1, 5)
+    assert 0 == estimate_wait_ms(1, 5)
 
 
 def test_no_more_rows_are_collected_than_callers_wait_at_a_time() -> None:
@@ -97,7 +97,7 @@ def test_the_fit_finds_the_line_that_the_times_lie_on(cost: CostModel, sizes: li
 @given(
     samples=st.lists(st.tuples(st.integers(1, 1024), st.floats(1e-3, 1e3)), min_size=1, max_size=20),
 )
-def test_whatever_was_measured_a_pass_takes_time_and_no_part_of_it_is_negative(
+def test_for_any_measurements_a_pass_takes_time_and_no_term_is_negative(
     samples: list[tuple[int, float]],
 ) -> None:
     found = fit_cost_model(samples)
@@ -132,7 +132,7 @@ def test_no_more_rows_are_measured_than_the_sample_has() -> None:
     assert [1, 2, 4] == [n for n, _ in measure_passes(model, matrix(4), sample, 1e3, slots=1, clock=model.clock)]
 
 
-def test_times_that_do_not_grow_are_the_batches_own_or_their_rows_as_asked() -> None:
+def test_times_that_do_not_grow_are_fixed_or_per_row_as_the_caller_chooses() -> None:
     assert CostModel(fixed_seconds=3, row_seconds=0) == fit_cost_model([(2, 3.0)])
     assert CostModel(fixed_seconds=0, row_seconds=1.5) == fit_cost_model([(2, 3.0)], if_flat="per_row")
 

@@ -55,7 +55,7 @@ def test_every_problem_of_a_table_is_in_one_message_that_lists_what_there_is() -
     ("shape", "names"),
     [((3,), "the 3 columns that fill it, or one of lists"), ((2, 3), "the column of lists or tensors")],
 )
-def test_a_tensor_that_nobody_mapped_to_columns_says_how_to_map_it(shape: tuple[int, ...], names: str) -> None:
+def test_the_message_for_a_tensor_without_columns_explains_how_to_map_it(shape: tuple[int, ...], names: str) -> None:
     message = problems(alone(column("float32", "x", shape=shape)), pa.schema([("age", pa.float32())]))
 
     assert (
@@ -79,7 +79,7 @@ def test_a_refused_cast_names_the_policy_that_allows_it() -> None:
 
 @pytest.mark.parametrize("cast", ["exact", "round"])
 @pytest.mark.parametrize("dtype", NUMBERS)
-def test_any_number_may_be_cast_to_any_other_where_the_policy_says_so(cast: str, dtype: str) -> None:
+def test_any_number_may_be_cast_to_any_other_where_the_policy_allows_it(cast: str, dtype: str) -> None:
     contract = alone(column(dtype, policy=ColumnPolicy(cast=cast)))
 
     assert all(accepts(contract, pa.from_numpy_dtype(np.dtype(given))) for given in NUMBERS)
@@ -227,7 +227,7 @@ def test_a_long_list_of_columns_is_cut_short() -> None:
         ("datetime64[ns]", 0.0, False),
     ],
 )
-def test_what_takes_a_nulls_place_must_be_a_value_of_the_column(dtype: str, null: float | str, suits: bool) -> None:  # noqa: FBT001
+def test_what_replaces_nulls_must_be_a_value_of_the_column(dtype: str, null: float | str, *, suits: bool) -> None:
     assert suits == (find_fill_problem(column(dtype, policy=ColumnPolicy(null=null))) is None)
 
 

@@ -128,7 +128,7 @@ def test_encoding_a_table_is_encoding_its_values_one_by_one(cases: list[Case]) -
 
 @settings(deadline=None, max_examples=100)
 @given(tables())
-def test_stacked_columns_hold_what_they_hold_alone(cases: list[Case]) -> None:
+def test_stacked_columns_have_the_values_of_separate_ones(cases: list[Case]) -> None:
     columns = [column("float64", f"c{at}", policy=case.policy) for at, case in enumerate(cases)]
     table = pa.table({f"c{at}": in_pieces(case.values, TYPES[case.kind], case.cuts) for at, case in enumerate(cases)})
     together, apart = encode(stacked(*columns), table), encode(alone(*columns), table)
@@ -280,7 +280,7 @@ def test_times_and_dates_are_nanoseconds_in_utc(kind: pa.DataType, value: Any, s
 
 
 @pytest.mark.parametrize("kind", [pa.timestamp("us"), pa.timestamp("s", "UTC"), pa.date32()])
-def test_a_time_too_far_away_for_nanoseconds_rejects_its_row_alone(kind: pa.DataType) -> None:
+def test_a_time_that_does_not_fit_nanoseconds_rejects_only_its_row(kind: pa.DataType) -> None:
     days = [
         dt.date(9999, 12, 31),
         dt.date(2020, 1, 1),
@@ -357,7 +357,7 @@ def test_one_column_may_feed_two_inputs() -> None:
     assert [1, 2] == encoded.inputs["id"].tolist()
 
 
-def test_encoding_leaves_the_table_as_it_was() -> None:
+def test_encoding_does_not_change_the_table() -> None:
     table = pa.table({"a": pa.array([1.0, None, 3.0], pa.float32()), "b": pa.array([["1"], None, ["x"]])})
     before = table.to_pydict()
     encode(alone(column("float32", policy=ColumnPolicy(null=9.0)), column("float32", "b", shape=(1,))), table)
@@ -395,7 +395,7 @@ def test_the_flags_of_consecutive_rows_join_into_those_of_all(rows: list[list[tu
     assert len(whole.reasons) == len(set(whole.reasons))
 
 
-def test_the_first_mark_of_a_row_stands() -> None:
+def test_a_row_keeps_its_first_reason() -> None:
     flags = Flags.all_good(4)
     flags.mark(np.array([True, True]), "a", "null", start=1)
     flags.mark(np.ones(4, dtype=np.bool_), "b", "null")

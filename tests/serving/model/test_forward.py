@@ -73,7 +73,7 @@ def beginning_with(first: float, rows: Any) -> np.ndarray:
     return x
 
 
-def test_rows_that_are_not_to_be_gone_on_with_end_before_the_next_batch() -> None:
+def test_scoring_that_may_not_continue_ends_before_the_next_batch() -> None:
     model = Plain(lambda inputs: inputs["x"][:, 0])
     forward = Forward(model, matrix(4), 30, may_continue=lambda: len(model.rows_seen) < 2)
 
@@ -87,7 +87,7 @@ sets_of_rows = st.sets(st.integers(0, 99), max_size=30)
 
 @settings(deadline=None, max_examples=150)
 @given(st.sets(st.integers(1, 99), max_size=30), sets_of_rows, sets_of_rows, st.integers(1, 120))
-def test_exactly_the_bad_rows_are_rejected_and_no_bit_of_the_others_moves(
+def test_exactly_the_bad_rows_are_rejected_and_no_bit_of_the_others_changes(
     raising: set[int], undefined: set[int], broken: set[int], batch_size: int
 ) -> None:
     # The first row is good, so that a first batch of one does not fail the model.
@@ -216,7 +216,7 @@ def test_labels_of_batches_that_never_reach_the_model_are_none() -> None:
     assert [None, None] == found["label"].tolist()
 
 
-def test_a_number_that_is_no_integer_rejects_its_row_alone() -> None:
+def test_a_number_that_is_not_an_integer_rejects_only_its_row() -> None:
     output = Output(name="count", dtype="int64")
     x = X.copy()
     x[:, 0] = np.arange(100)
@@ -282,7 +282,7 @@ def test_the_error_of_torchs_own_allocator_is_out_of_memory() -> None:
     assert np.array_equal(X[:, 0], found)
 
 
-def test_a_row_that_alone_takes_too_much_memory_is_a_reject() -> None:
+def test_a_row_that_does_not_fit_in_memory_is_a_reject() -> None:
     def answer(inputs: Arrays) -> Any:
         if (inputs["x"][:, 0] == 1).any():
             raise MemoryError
@@ -539,7 +539,7 @@ def test_a_pass_is_begun_before_the_one_ahead_of_it_is_waited_for() -> None:
 
 @settings(deadline=None)
 @given(failing=sets_of_rows, flagged=sets_of_rows, size=st.integers(1, 60))
-def test_passes_begun_ahead_find_the_rows_that_passes_alone_find(
+def test_overlapping_passes_reject_the_same_rows_as_single_ones(
     failing: set[int], flagged: set[int], size: int
 ) -> None:
     x = beginning_with(1, sorted(failing - {0}))
@@ -593,7 +593,7 @@ def test_a_connection_that_fails_for_a_while_rejects_no_row_and_is_tried_again_a
     assert (0.1 + 0.2 + 0.5 + 1 + 2) * 0.75 <= sum(slept) <= (0.1 + 0.2 + 0.5 + 1 + 2) * 1.25
 
 
-def test_a_connection_that_stays_away_fails_the_chunk_and_rejects_no_row() -> None:
+def test_a_connection_that_does_not_return_fails_the_chunk_and_rejects_no_row() -> None:
     model, rows, slept = failing_for(range(1, 1000), lambda: TimeoutError("no answer")), encoded(X), list[float]()
     with pytest.raises(DependencyFault) as caught:
         Forward(model, matrix(4), 50, sleep=slept.append).score(rows)
@@ -614,7 +614,7 @@ def test_nothing_is_waited_for_where_nothing_fails_or_a_row_does() -> None:
     assert [] == slept
 
 
-def test_a_wait_ends_within_a_tenth_of_a_second_of_being_told_to_stop() -> None:
+def test_a_wait_ends_within_a_tenth_of_a_second_once_scoring_must_stop() -> None:
     slept: list[float] = []
     model = failing_for(range(1000), ConnectionResetError)
     forward = Forward(model, matrix(4), 50, may_continue=lambda: sum(slept) < 1, sleep=slept.append)
@@ -625,7 +625,7 @@ def test_a_wait_ends_within_a_tenth_of_a_second_of_being_told_to_stop() -> None:
     assert max(slept) <= 0.1 + 1e-9
 
 
-def test_a_connection_that_fails_while_bad_rows_are_looked_for_rejects_the_bad_rows_alone() -> None:
+def test_a_connection_that_fails_during_the_bisection_rejects_only_the_bad_rows() -> None:
     def answer(inputs: Arrays) -> Any:
         if len(model.rows_seen) in (2, 4, 5, 9):
             raise ConnectionResetError

@@ -87,16 +87,16 @@ def test_columns_side_by_side_in_memory_are_the_same_rows(pt2: str) -> None:
     assert np.array_equal(predict(pt2, x=X)["score"], predict(pt2, x=np.asfortranarray(X))["score"])
 
 
-def test_a_pickled_network_is_refused_and_the_message_says_how_to_go_on(pickled: str) -> None:
+def test_a_pickled_network_is_refused_with_what_to_do(pickled: str) -> None:
     message = refusal(pickled)
 
     assert "must not need unpickling, which runs any code in its files" in message
     assert message.endswith(
-        'Log it with serialization_format="pt2", or pass allow_pickle=True if you trust whoever logged it.'
+        'Log it with serialization_format="pt2", or pass allow_pickle=True if you trust its author.'
     )
 
 
-def test_a_pickled_network_works_once_it_is_asked_for_and_only_then(pickled: str) -> None:
+def test_a_pickled_network_loads_only_with_allow_pickle(pickled: str) -> None:
     with torch.inference_mode():
         expected = network()(torch.from_numpy(X)).numpy()[:, 0]
 
@@ -175,7 +175,7 @@ def test_a_network_may_answer_with_several_outputs_as_a_tuple_or_by_name(log_net
     assert np.array_equal(np.concatenate([X, -X], axis=1), found["wide"])
 
 
-def test_a_network_of_another_width_than_it_was_logged_with_fails_and_says_so(log_network: Log) -> None:
+def test_a_network_of_another_width_than_its_signature_fails_by_name(log_network: Log) -> None:
     uri = log_network(
         "too-wide", Several(named=False), Schema([tensor("float32", 1, name="a"), tensor("float32", 3, name="b")])
     )
@@ -272,7 +272,7 @@ UNNAMED = Schema([ColSpec("string")])
 FRAME = Schema([ColSpec("double", "a"), ColSpec("string", "s")])
 
 
-def test_a_python_model_is_refused_as_an_object_and_told_to_be_logged_as_code(log: Log) -> None:
+def test_a_pickled_python_model_is_refused_with_the_advice_to_log_it_as_code(log: Log) -> None:
     class Doubled(mlflow.pyfunc.PythonModel):
         def predict(self, context: object, model_input: pd.DataFrame, params: object = None) -> Any:
             return model_input["a"].to_numpy() * 2
@@ -294,7 +294,7 @@ def test_a_model_logged_as_code_needs_no_pickle_and_may_answer_with_a_frame(log_
     assert {"double": [1.0, 2.0], "label": ["X", "Y"]} == {name: value.tolist() for name, value in found.items()}
 
 
-def test_a_null_text_reaches_the_model_as_a_missing_value_and_comes_back_as_none(log_code: Log) -> None:
+def test_a_null_text_reaches_the_model_as_a_missing_value_and_is_returned_as_none(log_code: Log) -> None:
     uri = log_code("nulls", 'x["s"].where(x["s"].notna() & (x["a"] > 0))', FRAME, Schema([ColSpec("string", "label")]))
     texts = np.array(["x", "y", None], dtype=object)
 
@@ -302,7 +302,7 @@ def test_a_null_text_reaches_the_model_as_a_missing_value_and_comes_back_as_none
     assert [None] == predict(uri, a=np.ones(1), s=np.array([None], dtype=object))["label"].tolist()
 
 
-def test_every_type_of_column_reaches_the_model_as_it_is(log_code: Log) -> None:
+def test_every_type_of_column_reaches_the_model_unchanged(log_code: Log) -> None:
     kinds = ["boolean", "integer", "long", "float", "double", "string", "binary", "datetime"]
     inputs = Schema([ColSpec(kind, kind) for kind in kinds])
     uri = log_code(
@@ -336,7 +336,7 @@ def test_every_type_of_column_reaches_the_model_as_it_is(log_code: Log) -> None:
     assert found in (expected, expected.replace("str s", "object s"))
 
 
-def test_tensors_reach_a_model_by_name_and_a_lone_one_without_a_name_as_it_is(log_code: Log) -> None:
+def test_tensors_reach_a_model_by_name_and_a_single_unnamed_one_as_an_array(log_code: Log) -> None:
     score = Schema([tensor("float64")])
     two = log_code(
         "two", 'x["x"][:, 0] + x["y"]', Schema([tensor("float32", 2, name="x"), tensor("float64", name="y")]), score
@@ -348,7 +348,7 @@ def test_tensors_reach_a_model_by_name_and_a_lone_one_without_a_name_as_it_is(lo
     assert [2.0, 4.0] == predict(lone, input_0=x)["prediction"].tolist()
 
 
-def test_a_lone_column_without_a_name_reaches_a_model_as_mlflow_hands_on_a_list(log_code: Log) -> None:
+def test_a_single_unnamed_column_reaches_a_model_as_mlflow_passes_a_list(log_code: Log) -> None:
     uri = log_code("unnamed", "[f'{x.columns[0]} {text}' for text in x.iloc[:, 0]]", UNNAMED, UNNAMED)
     model, contract = load(uri, columns={"text": ("gloss",)})
     encoded = encode(contract, pa.table({"gloss": ["a", "b"]}))
@@ -374,7 +374,7 @@ def test_a_tensor_of_fixed_width_text_takes_no_null(log_code: Log) -> None:
         predict(uri, x=np.array(["a", None], dtype=object))
 
 
-def test_a_model_that_does_not_load_here_is_unfit_and_says_why(log_code: Log) -> None:
+def test_a_model_that_does_not_load_here_is_unfit_with_the_reason(log_code: Log) -> None:
     uri = log_code("broken", "x", FRAME, Schema([tensor("float64")]))
     script = next(resolve_model(uri).folder.glob("script.py"))
     script.write_text("import a_library_that_nobody_has\n")

@@ -153,7 +153,7 @@ def test_an_exported_model_with_code_in_it_is_refused_and_its_code_has_not_run(
     place(records, pickled(Written(tmp_path / "written")))
     write_records(archive, records)
 
-    assert "allow_pickle=True if you trust whoever logged it" in refusal(reopened(model, model.folder))
+    assert "allow_pickle=True if you trust its author" in refusal(reopened(model, model.folder))
     assert not (tmp_path / "written").exists()
 
 
@@ -196,7 +196,7 @@ def test_an_archive_with_two_directories_is_refused(
 
 
 @pytest.mark.parametrize("more", [b"a comment", b"PK\5\6" + bytes(18)])
-def test_an_archive_that_goes_on_after_its_end_is_refused(
+def test_an_archive_with_bytes_after_its_end_is_refused(
     pt2: str, copied: Callable[[str], Resolved], more: bytes
 ) -> None:
     model = copied(pt2)
@@ -240,7 +240,7 @@ def test_what_skops_trusts_needs_no_allow_pickle_and_answers_as_itself(log: Log,
         assert np.array_equal(model.predict(frame), found["prediction"])
 
 
-def test_what_skops_does_not_trust_is_refused_by_its_types_whatever_the_model_says_of_them(
+def test_types_that_skops_does_not_trust_are_refused_even_where_the_model_lists_them(
     log: Log, frame: pd.DataFrame
 ) -> None:
     tree = DecisionTreeRegressor(max_depth=2).fit(frame, frame.a)
@@ -268,7 +268,7 @@ def test_a_model_that_lists_the_functions_to_be_called_as_trusted_is_refused(log
 
 
 @pytest.mark.parametrize("change", ["loader", "data"])
-def test_a_model_that_says_skops_and_is_read_otherwise_is_not_unpickled(
+def test_a_model_that_is_marked_as_skops_and_read_otherwise_is_not_unpickled(
     log: Log, frame: pd.DataFrame, copied: Callable[[str], Resolved], tmp_path: Path, change: str
 ) -> None:
     model = LinearRegression().fit(frame, frame.a)

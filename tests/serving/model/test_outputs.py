@@ -101,7 +101,7 @@ def test_a_wide_output_may_be_flat_or_a_frame() -> None:
         (np.array([0.5, 1.0, 2.0]), (COUNT,), "must be int64, as the signature says, got float64 such as 0.5"),
     ],
 )
-def test_an_answer_that_the_signature_does_not_promise_fails_the_model_and_says_what(
+def test_a_result_that_does_not_fit_the_signature_fails_the_model_by_name(
     raw: Any, outputs: tuple[Output, ...], got: str
 ) -> None:
     message = refusal(raw, *outputs)
@@ -164,7 +164,7 @@ def relabelled(values: list[float], labels: list[int]) -> pd.Series:
 
 
 @given(st.permutations(range(20)))
-def test_an_answer_in_another_order_is_put_back_by_its_index(order: list[int]) -> None:
+def test_rows_in_another_order_are_restored_by_their_index(order: list[int]) -> None:
     series = pd.Series(np.arange(20.0)).iloc[order]
     frame = pd.DataFrame({"more": "x", "score": series, "label": series.astype(str)})
     numbers, words = np.arange(20.0).tolist(), [str(at) for at in np.arange(20.0)]
@@ -177,13 +177,13 @@ def test_an_answer_in_another_order_is_put_back_by_its_index(order: list[int]) -
     assert {"score": numbers, "label": words} == named((series, series[::-1].astype(str)), SCORE, LABEL, rows=20)
 
 
-def test_each_column_of_a_dict_is_put_back_by_its_own_index() -> None:
+def test_each_column_of_a_dict_is_restored_by_its_own_index() -> None:
     score, label = relabelled([3, 1, 2], [2, 0, 1]), pd.Series(["a", "c", "b"], index=[0, 2, 1])
 
     assert {"score": [1, 2, 3], "label": ["a", "b", "c"]} == named({"score": score, "label": label}, SCORE, LABEL)
 
 
-def test_a_wide_output_is_put_back_by_the_index_of_its_frame() -> None:
+def test_a_wide_output_is_restored_by_the_index_of_its_frame() -> None:
     x = np.arange(18.0).reshape(3, 6)
     frame = pd.DataFrame(x[[2, 0, 1]], index=[2, 0, 1])
 

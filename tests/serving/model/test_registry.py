@@ -86,7 +86,7 @@ def test_a_copied_version_has_the_files_of_the_one_that_it_is_a_copy_of(log_netw
         assert copied == open_model(name=name, version="1", source=copied.pin.source)
 
 
-def test_a_copy_whose_original_is_gone_says_so(log_network: Log) -> None:
+def test_a_copy_without_its_original_is_reported(log_network: Log) -> None:
     log_network("to-go", network(seed=4))
     mlflow.MlflowClient().copy_model_version("models:/to-go/1", "left")
     mlflow.MlflowClient().delete_model_version("to-go", "1")
@@ -108,7 +108,7 @@ def test_a_promoted_alias_resolves_to_another_version_and_the_old_pin_stays() ->
 
 
 @pytest.mark.usefixtures("pair")
-def test_an_unknown_version_or_alias_is_told_which_there_are() -> None:
+def test_the_message_for_an_unknown_version_or_alias_lists_those_that_exist() -> None:
     have = "which has versions [1, 2] and aliases {'champion': 1}."
 
     assert not_found("models:/a-pair/9") == f"models:/a-pair/9 must name a version or an alias of 'a-pair', {have}"
@@ -119,7 +119,7 @@ def test_an_unknown_version_or_alias_is_told_which_there_are() -> None:
 @pytest.mark.parametrize(
     "uri", ["models:/absent/1", "models:/absent@champion", "models:/absent/latest", "models:/it's/1"]
 )
-def test_an_unknown_model_is_told_which_there_are_and_where(registry: Path, uri: str) -> None:
+def test_the_message_for_an_unknown_model_lists_those_that_exist_and_the_registry(registry: Path, uri: str) -> None:
     message = not_found(uri)
 
     assert "'a-pair'" in message
@@ -129,7 +129,7 @@ def test_an_unknown_model_is_told_which_there_are_and_where(registry: Path, uri:
 @pytest.mark.parametrize(
     "uri", ["", "models:/", "models:/a-pair", "models:/a-pair/champion", "runs:/1/model", "s3://lake/model", "a/b/1"]
 )
-def test_what_is_no_address_of_a_version_is_told_what_is(uri: str) -> None:
+def test_the_message_for_an_invalid_address_explains_valid_ones(uri: str) -> None:
     assert "must be models:/NAME@ALIAS, models:/NAME/VERSION or models:/NAME/latest" in not_found(uri)
 
 
@@ -213,7 +213,7 @@ def test_resolving_loading_and_running_a_model_writes_nothing_into_the_registry(
     assert resolved.pin == resolve_model(uri).pin
 
 
-def test_a_version_without_its_files_is_unfit_and_says_so(log_network: Log) -> None:
+def test_a_version_without_its_files_is_unfit(log_network: Log) -> None:
     uri = log_network("emptied", network(), form="pickle")
     resolved = resolve_model(uri)
     (resolved.folder / "MLmodel").unlink()
@@ -222,7 +222,7 @@ def test_a_version_without_its_files_is_unfit_and_says_so(log_network: Log) -> N
         resolve_model(uri)
 
 
-def test_a_version_whose_model_was_deleted_is_unfit_and_says_so(log_network: Log) -> None:
+def test_a_version_whose_model_was_deleted_is_unfit(log_network: Log) -> None:
     uri = log_network("deleted", network(), form="pickle")
     mlflow.MlflowClient().delete_logged_model(str(resolve_model(uri).pin.model_id))
 
@@ -300,7 +300,7 @@ def test_the_loser_of_a_download_race_uses_the_winners_files(
 
 
 @pytest.mark.usefixtures("s3")
-def test_files_that_are_not_where_the_registry_says_are_unfit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_are_not_at_their_source_are_unfit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for source in ("s3://absent-bucket/model", "s3://lake/absent"):
         with pytest.raises(ModelUnfit, match="gone version 3 must"):
@@ -365,7 +365,7 @@ def test_a_loaded_model_that_may_still_read_its_files_is_held_to_them(log_code: 
         check_model_unchanged(resolved.pin)
 
 
-def test_a_loaded_model_whose_files_are_gone_is_held_to_them(log_code: Log) -> None:
+def test_a_loaded_model_whose_files_were_deleted_is_unfit(log_code: Log) -> None:
     resolved = resolve_model(log_doubler(log_code, "deleted-later"))
     load_model(resolved, resolved.contract({}, {}))
     shutil.rmtree(resolved.folder)

@@ -83,7 +83,7 @@ def test_each_request_gets_its_own_rows(runtime: Runtime) -> None:
     assert [] == runtime.predict_requests([])
 
 
-def test_a_row_that_fails_or_has_no_finite_prediction_takes_only_its_own_request_along(runtime: Runtime) -> None:
+def test_a_row_that_fails_or_has_no_finite_prediction_fails_only_its_own_request(runtime: Runtime) -> None:
     first, unlucky, infinite, last = runtime.predict_requests([a(1), a(2, 13), a(7), a(3)])
 
     assert "got none for row 1: ValueError: unlucky." in str(unlucky)
@@ -93,7 +93,7 @@ def test_a_row_that_fails_or_has_no_finite_prediction_takes_only_its_own_request
     assert ([2], [6]) == (first["prediction"].tolist(), last["prediction"].tolist())
 
 
-def test_requests_that_all_fail_are_told_each_and_the_next_is_answered(runtime: Runtime) -> None:
+def test_requests_that_all_fail_get_an_error_each_and_the_next_is_answered(runtime: Runtime) -> None:
     assert all(isinstance(answer, ModelFailed) for answer in runtime.predict_requests([a(13), a(13, 13)]))
     assert [2] == runtime.predict(a(1))["prediction"].tolist()
 
@@ -103,9 +103,7 @@ def test_one_request_raises_what_it_fails_on(runtime: Runtime) -> None:
         runtime.predict(a(13))
 
 
-def test_what_the_model_calls_being_away_is_told_at_once_and_is_no_fault_of_a_row(
-    registry: Path, tmp_path: Path
-) -> None:
+def test_a_dependency_that_fails_is_reported_at_once_and_not_as_a_bad_row(registry: Path, tmp_path: Path) -> None:
     line = "if (model_input['a'] == 13).any(): raise ConnectionRefusedError('nobody listens')"
     with open_release(folder_of(register_script("cut-off", line), tmp_path / "release")) as runtime:
         start = time.monotonic()
@@ -119,7 +117,7 @@ def test_what_the_model_calls_being_away_is_told_at_once_and_is_no_fault_of_a_ro
         assert [2] == runtime.predict(a(1))["prediction"].tolist()
 
 
-def test_the_callers_arrays_stay_as_they_are(runtime: Runtime) -> None:
+def test_the_callers_arrays_are_not_changed(runtime: Runtime) -> None:
     rows = a(1, 13)
     runtime.predict_requests([rows])
 
@@ -153,7 +151,7 @@ def test_requests_are_passed_together_up_to_the_rows_of_the_batching_and_a_large
     assert all(each.max() <= max(16, count) for count, each in zip(rows, together, strict=True))
 
 
-def test_requests_are_passed_in_their_order_as_many_at_a_time_as_the_batching_has_room_for(counting: Runtime) -> None:
+def test_requests_are_passed_in_order_with_as_many_rows_as_the_batching_allows(counting: Runtime) -> None:
     answers = counting.predict_requests([a(*range(count)) for count in (8, 8, 1, 20, 3, 13, 1)])
 
     assert [16, 16, 1, 20, 16, 16, 1] == [answer["prediction"][0] for answer in answers if isinstance(answer, dict)]
@@ -182,7 +180,7 @@ def test_a_folder_whose_model_does_not_load_is_refused(sleepy: str, tmp_path: Pa
         open_release(folder)
 
 
-def test_a_folder_whose_model_is_another_than_its_release_says_is_refused(sleepy: str, tmp_path: Path) -> None:
+def test_a_folder_with_another_model_than_its_release_is_refused(sleepy: str, tmp_path: Path) -> None:
     folder = folder_of(sleepy, tmp_path / "release")
     script = folder / MODEL_FOLDER / "scripted.py"
     script.write_text(script.read_text().replace("* 2", "* 3"))
@@ -235,7 +233,7 @@ def test_every_pass_is_made_in_one_thread_inside_the_slot() -> None:
     assert {("predict_0", True, 1)} == seen
 
 
-def test_a_device_that_is_lost_is_told_from_then_on() -> None:
+def test_a_device_that_is_lost_is_reported_from_then_on() -> None:
     class Lost(torch.nn.Module):
         def forward(self, _x: torch.Tensor) -> torch.Tensor:
             message = "CUDA error: an illegal memory access was encountered"

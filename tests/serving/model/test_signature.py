@@ -89,7 +89,7 @@ UNNAMED = Schema([ColSpec("string")])
         ({"text": ["gloss"]}, {"text": ("title",)}, {"text": ["title"]}),
     ],
 )
-def test_a_lone_column_without_a_name_is_named_by_the_call_else_by_the_model(
+def test_a_single_unnamed_column_is_named_by_the_call_else_by_the_model(
     stated: dict[str, list[str]], columns: dict[str, tuple[str, ...]], fed: dict[str, list[str]]
 ) -> None:
     contract = contract_of(logged(UNNAMED, metadata=stating(**stated)), columns=columns)
@@ -100,7 +100,7 @@ def test_a_lone_column_without_a_name_is_named_by_the_call_else_by_the_model(
 
 
 @pytest.mark.parametrize("columns", [{}, {"text": ("a", "b")}, {"text": ()}, {"text": ("a",), "more": ("b",)}])
-def test_a_lone_column_without_a_name_that_is_not_told_one_column_says_how(
+def test_the_message_for_a_single_unnamed_column_explains_how_to_name_it(
     columns: dict[str, tuple[str, ...]],
 ) -> None:
     message = refusal(logged(UNNAMED), columns=columns)
@@ -109,7 +109,7 @@ def test_a_lone_column_without_a_name_that_is_not_told_one_column_says_how(
     assert 'Pass input_columns={"input": ("description",)}' in message
 
 
-def test_an_optional_column_keeps_its_nulls_unless_a_value_takes_their_place() -> None:
+def test_an_optional_column_keeps_its_nulls_unless_a_value_replaces_them() -> None:
     schema = Schema(
         [ColSpec("double", "a", required=False), ColSpec("double", "b"), ColSpec("double", "c", required=False)]
     )
@@ -126,7 +126,7 @@ def test_an_optional_column_keeps_its_nulls_unless_a_value_takes_their_place() -
         (logged(None, SCORE), "a signature without inputs"),
     ],
 )
-def test_a_model_without_a_whole_signature_is_told_how_to_log_one(model: Model, found: str) -> None:
+def test_the_message_for_an_incomplete_signature_explains_how_to_log_one(model: Model, found: str) -> None:
     message = refusal(model)
 
     assert f"got {found}." in message
@@ -176,7 +176,7 @@ def test_each_of_several_inputs_is_fed_in_its_own_way() -> None:
     assert {"x": ["a", "b"], "id": ["key"], "vector": ["vector"]} == feeds(contract_of(model, columns={"id": ("key",)}))
 
 
-def test_a_lone_input_without_a_name_takes_the_one_it_is_given_the_calls_first() -> None:
+def test_a_single_unnamed_input_is_named_by_the_call_else_by_the_model() -> None:
     schema = Schema([tensor("float32", 2)])
 
     assert {"features": ["a", "b"]} == feeds(contract_of(logged(schema, metadata=stating(features=["a", "b"]))))
@@ -233,7 +233,7 @@ def test_policies_for_unknown_columns_are_refused_by_name() -> None:
     )
 
 
-def test_the_star_policy_stands_for_every_column_without_its_own() -> None:
+def test_the_star_policy_applies_to_every_column_without_its_own() -> None:
     model = logged(Schema([ColSpec("double", "a"), ColSpec("double", "b")]))
     policies = {"*": ColumnPolicy(cast="round"), "b": ColumnPolicy(cast="exact")}
 

@@ -245,7 +245,7 @@ def test_weights_in_a_pickle_run_no_code(registry: Path, tmp_path: Path) -> None
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_pipeline_answers_with_label_and_score_as_it_does_when_called(
+def test_a_pipeline_gives_the_label_and_score_that_it_gives_when_called(
     classes: str, classify: Any, glosses: list[str]
 ) -> None:
     texts = [*glosses, "", "a person of any place"]

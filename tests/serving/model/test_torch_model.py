@@ -244,7 +244,7 @@ def test_the_module_keeps_its_checks_and_its_weights_are_shared() -> None:
         module(ROWS[:51], ROWS[:51, :2])
 
 
-def test_what_is_no_exported_graph_over_tensors_is_left_as_it_is() -> None:
+def test_a_module_that_is_not_an_exported_graph_over_tensors_is_returned_unchanged() -> None:
     plain = torch.nn.Linear(4, 1)
     traced = torch.fx.symbolic_trace(plain)
 

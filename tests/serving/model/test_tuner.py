@@ -125,7 +125,7 @@ def test_a_kernel_that_is_off_by_more_than_rounding_is_not_chosen() -> None:
     assert PLAIN == chosen(model)[0]
 
 
-def test_what_was_measured_is_told_with_how_far_it_is_off() -> None:
+def test_trials_have_their_difference_from_the_default_engine() -> None:
     model = Timed(Clock(), {PLAIN: cached(2e-5), HALF: cached(1e-5)}, off={HALF: 0.25})
     tuning = tuned(model, TuningLimits(bfloat16_tolerance=0.5))
 
@@ -157,7 +157,7 @@ def test_a_sample_with_bad_rows_is_measured_and_one_without_good_rows_is_not() -
     assert tuned(model, sample=rows(bad=range(8192))) is None
 
 
-def test_a_tuning_is_remembered_for_its_machine_and_wish_alone() -> None:
+def test_a_tuning_is_kept_for_its_machine_and_limits_only() -> None:
     tuning = tuned(Timed(Clock(), {PLAIN: cached(1e-5)}))
     assert tuning is not None
     tags = {tuning_tag("a machine", TuningLimits()): tuning.model_dump_json()}

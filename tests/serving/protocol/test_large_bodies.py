@@ -123,20 +123,22 @@ SHAPES: dict[str, Callable[[int], bytes]] = {
 
 TEXTS_IN_BYTES = b'{"inputs":[{"name":"text","datatype":"BYTES","shape":[%d,1],"parameters":{"binary_data_size":%s}}]}'
 BINARY: dict[str, Callable[[int], tuple[bytes, str]]] = {
-    "empty texts": lambda size: behind(TEXTS_IN_BYTES % (size // 4, b"%d" % size), b"\0" * size),
-    "texts of wild lengths": lambda size: behind(TEXTS_IN_BYTES % (size // 4, b"%d" % size), b"\xff" * size),
-    "one text": lambda size: behind(TEXTS_IN_BYTES % (1, b"%d" % size), (size - 4).to_bytes(4, "little") + b"a" * size),
-    "a wild size": lambda size: behind(TEXTS_IN_BYTES % (1, b"9" * 18), b"\0" * size),
-    "a wild shape": lambda size: behind(TEXTS_IN_BYTES % (10**18, b"%d" % size), b"\0" * size),
-    "a size of ones": lambda size: behind(filled(size, b"[", b"1", b"]"), b""),
-    "a size that is a text": lambda size: behind(TEXTS_IN_BYTES % (1, b'"' + b"9" * size + b'"'), b""),
+    "empty texts": lambda size: with_values(TEXTS_IN_BYTES % (size // 4, b"%d" % size), b"\0" * size),
+    "texts of wild lengths": lambda size: with_values(TEXTS_IN_BYTES % (size // 4, b"%d" % size), b"\xff" * size),
+    "one text": lambda size: with_values(
+        TEXTS_IN_BYTES % (1, b"%d" % size), (size - 4).to_bytes(4, "little") + b"a" * size
+    ),
+    "a wild size": lambda size: with_values(TEXTS_IN_BYTES % (1, b"9" * 18), b"\0" * size),
+    "a wild shape": lambda size: with_values(TEXTS_IN_BYTES % (10**18, b"%d" % size), b"\0" * size),
+    "a size of ones": lambda size: with_values(filled(size, b"[", b"1", b"]"), b""),
+    "a size that is a text": lambda size: with_values(TEXTS_IN_BYTES % (1, b'"' + b"9" * size + b'"'), b""),
     "a wild header": lambda size: (filled(size, b'{"inputs":[', b"1", b"]}"), "9" * 18),
     "a header that is no number": lambda size: (filled(size, b'{"inputs":[', b"1", b"]}"), "9" * 4000),
     "a header of one byte": lambda size: (filled(size, b'{"inputs":[', b"1", b"]}"), "1"),
 }
 
 
-def behind(head: bytes, values: bytes) -> tuple[bytes, str]:
+def with_values(head: bytes, values: bytes) -> tuple[bytes, str]:
     return head + values, str(len(head))
 
 
@@ -234,12 +236,21 @@ APPS = {"gateway": gateway_pause, "v2_app": v2_app_pause}
 SIZES = {"64 KiB": 1 << 16, "8 MiB": 8 << 20}
 
 
+def ask_for_pause(app: str, folder: Path, body: bytes, header_length: str | None) -> tuple[float, int, bytes]:
+    """Return the longest pause of an app and its answer; a busy machine may spoil two of three measurements."""
+    for attempt in range(3):
+        found = APPS[app](folder / str(attempt), body, header_length)
+        if found[0] < PAUSE_S_MAX:
+            break
+    return found
+
+
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("app", APPS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_json_holds_the_event_loop(tmp_path: Path, app: str, shape: str, size: int) -> None:
     body = SHAPES[shape](size)
-    pause_s, status, answer = APPS[app](tmp_path, body, None)
+    pause_s, status, answer = ask_for_pause(app, tmp_path, body, None)
 
     assert size // 2 < len(body) <= size
     assert pause_s < PAUSE_S_MAX
@@ -252,14 +263,14 @@ def test_no_json_holds_the_event_loop(tmp_path: Path, app: str, shape: str, size
 @pytest.mark.parametrize("shape", BINARY)
 def test_no_binary_data_holds_the_event_loop(tmp_path: Path, app: str, shape: str, size: int) -> None:
     body, header_length = BINARY[shape](size - 300)
-    pause_s, status, answer = APPS[app](tmp_path, body, header_length)
+    pause_s, status, answer = ask_for_pause(app, tmp_path, body, header_length)
 
     assert pause_s < PAUSE_S_MAX
     assert status in (200, 400, 413, 503)
     assert len(answer) < 1 << 13
 
 
-def test_what_is_large_and_well_made_goes_on_to_the_server(tmp_path: Path) -> None:
+def test_a_large_valid_request_is_forwarded_to_the_server(tmp_path: Path) -> None:
     many = rows_of(8 << 20, b"0.12345678901234567", b'"abcdefghijklmnop"')
     text = one_row(8 << 20, b'{\\"a\\":[1,2]},')
     answers = [gateway_pause(tmp_path, body, None) for body in (many, text)]

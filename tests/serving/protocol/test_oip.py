@@ -37,7 +37,7 @@ def decode(document: Any, header_length: int | None = None, behind: bytes = b"")
 
 
 @given(st.booleans())
-def test_a_request_comes_out_as_it_went_in(binary: bool) -> None:  # noqa: FBT001 - hypothesis draws it
+def test_a_request_is_decoded_to_what_was_encoded(binary: bool) -> None:  # noqa: FBT001 - hypothesis draws it
     body = oip.encode_request(CONTRACT, INPUTS, identity="7", binary=binary)
     request = oip.decode_request(body.content, CONTRACT, header_length=body.header_length, rows_max=1)
 
@@ -52,7 +52,7 @@ def test_a_request_comes_out_as_it_went_in(binary: bool) -> None:  # noqa: FBT00
         assert request.inputs[name].flags.writeable
 
 
-def test_an_answer_comes_out_as_it_went_in_each_output_in_the_form_that_was_wanted() -> None:
+def test_a_response_is_decoded_to_what_was_encoded_in_the_requested_form() -> None:
     wanted = (oip.OutputChoice(name="label", binary=True), oip.OutputChoice(name="score"))
     body = oip.encode_request(CONTRACT, INPUTS, identity="7", outputs=wanted)
     request = oip.decode_request(body.content, CONTRACT, header_length=None, rows_max=1)
@@ -67,7 +67,7 @@ def test_an_answer_comes_out_as_it_went_in_each_output_in_the_form_that_was_want
     assert str(answer.header_length) == answer.headers[oip.HEADER_LENGTH]
 
 
-def test_json_and_binary_data_may_stand_in_one_request() -> None:
+def test_json_and_binary_data_may_be_mixed_in_one_request() -> None:
     binary = {"name": "x", "shape": [1, 2], "datatype": "FP32", "parameters": {"binary_data_size": 8}}
     request = decode({"inputs": [binary, TEXT]}, behind=np.array([1, 2.5], "<f4").tobytes())
 
@@ -164,7 +164,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def test_a_body_without_a_second_meaning_is_forwarded_as_it_came() -> None:
+def test_an_unambiguous_body_is_forwarded_unchanged() -> None:
     content = json.dumps({"inputs": [X, TEXT], "outputs": [{"name": "score"}]}, indent=1).encode()
 
     assert content is forward(content)[1].content
@@ -184,7 +184,7 @@ def test_a_body_without_a_second_meaning_is_forwarded_as_it_came() -> None:
         ("", ""),
     ],
 )
-def test_a_key_that_stands_twice_is_forwarded_once_with_the_value_that_was_checked(
+def test_a_key_that_occurs_twice_is_forwarded_once_with_the_value_that_was_checked(
     text: str, said: str, instead: str
 ) -> None:
     document = {
@@ -229,7 +229,7 @@ def doubled(draw: st.DrawFn, value: Any) -> str:
 
 
 @given(st.data())
-def test_whichever_of_two_keys_a_server_takes_it_is_asked_what_was_checked(data: st.DataObject) -> None:
+def test_a_server_gets_what_was_checked_whichever_of_two_equal_keys_it_reads(data: st.DataObject) -> None:
     document = {
         "inputs": [X, {**TEXT, "data": [data.draw(st.text(':\\"a', max_size=3))]}],
         "outputs": [{"name": "score"}],
@@ -273,7 +273,7 @@ def test_a_prediction_that_json_can_not_hold_is_the_models_failure() -> None:
     "body",
     [b"<html>", b"{}", b'{"outputs": [{"name": "z", "shape": [1, 1], "datatype": "FP32", "data": [1]}]}'],
 )
-def test_what_is_no_answer_of_the_model_is_told_as_the_servers_fault(body: bytes) -> None:
+def test_a_response_that_is_not_of_the_model_is_the_servers_fault(body: bytes) -> None:
     with pytest.raises(BadRequest, match="server must answer") as refused:
         oip.decode_response(body, CONTRACT, header_length=None)
 
@@ -287,11 +287,11 @@ def test_an_error_keeps_its_status_between_processes() -> None:
 
 
 def test_metadata_and_errors_are_documents() -> None:
-    metadata = oip.model_metadata("m", CONTRACT, versions=["1", "2"], platform="overnight")
+    metadata = oip.make_model_metadata("m", CONTRACT, versions=["1", "2"], platform="overnight")
 
     assert {"name": "text", "datatype": "BYTES", "shape": (-1, 1)} == metadata.inputs[1].model_dump()
     assert ("1", "2") == metadata.versions
     assert ["binary_tensor_data"] == json.loads(oip.ServerMetadata(name="o", version="1").model_dump_json())[
         "extensions"
     ]
-    assert {"error": "no"} == json.loads(oip.error_body("no"))
+    assert {"error": "no"} == json.loads(oip.encode_error("no"))

@@ -79,7 +79,7 @@ def test_times_are_nanoseconds_since_1970() -> None:
     assert array == decode_json(value, [1, 1], [1767225600000000001])
 
 
-def test_a_contract_is_told_in_tensors_where_a_scalar_is_a_row_of_one() -> None:
+def test_a_contract_is_described_in_tensors_with_a_scalar_as_a_row_of_one() -> None:
     contract = Contract(inputs=(tensor("float32", (3,)), tensor("str")), outputs=(Output(name="y", dtype="bool"),))
     inputs, outputs = describe_tensors(contract)
 
@@ -136,7 +136,7 @@ def test_bytes_that_the_datatype_or_shape_does_not_take_are_refused_by_name(dtyp
     assert said in str(refused.value)
 
 
-def test_a_shape_that_lies_about_texts_is_refused_without_a_list_of_that_size() -> None:
+def test_a_false_count_of_texts_is_refused_without_a_list_of_that_size() -> None:
     with pytest.raises(BadRequest, match="must be 1000000000000 items"):
         decode_bytes(tensor("str"), [10**12, 1], memoryview(b"\0\0\0\0"))
 

@@ -107,7 +107,7 @@ BAD: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("request_", BAD.values(), ids=BAD)
-def test_a_bad_request_is_400_and_says_why(ask: Ask, request_: dict[str, Any]) -> None:
+def test_a_bad_request_is_400_with_the_reason(ask: Ask, request_: dict[str, Any]) -> None:
     answer = ask("POST", INFER, **request_)
 
     assert 400 == answer.status_code
@@ -155,7 +155,7 @@ def test_bodies_and_rows_have_a_limit() -> None:
         (DependencyFault("What the model calls must answer, got ConnectionError."), 503),
     ],
 )
-def test_what_the_model_raises_is_told(error: Exception, status: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_the_model_raises_is_reported(error: Exception, status: int, caplog: pytest.LogCaptureFixture) -> None:
     async def fail(_inputs: Arrays) -> Predictions:
         raise error
 
@@ -165,7 +165,7 @@ def test_what_the_model_raises_is_told(error: Exception, status: int, caplog: py
     assert str(error) in answer.json()["error"]
 
 
-def test_a_prediction_that_json_has_not_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_prediction_that_json_cannot_express_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     async def broken(inputs: Arrays) -> Predictions:
         return {"score": np.full(len(inputs["x"]), np.nan, dtype=np.float32)}
 

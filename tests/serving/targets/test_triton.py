@@ -194,7 +194,7 @@ def test_tritonclient_understands_the_server(fraud: Served, at: Address) -> None
     np.testing.assert_allclose(fraud.predict(rows)["score"][:, None], answer.as_numpy("score"), rtol=0, atol=1e-6)
     assert "7" == answer.get_response()["id"]
     inputs, outputs = (metadata[key] for key in ("inputs", "outputs"))
-    metadata = oip.model_metadata(at.model, fraud.release.contract, versions=["1"], platform="python")
+    metadata = oip.make_model_metadata(at.model, fraud.release.contract, versions=["1"], platform="python")
     assert [each.model_dump(mode="json") for each in (*metadata.inputs, *metadata.outputs)] == [*inputs, *outputs]
 
 

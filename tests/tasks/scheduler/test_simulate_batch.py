@@ -50,7 +50,7 @@ def test_cost_and_late_rows_of_runs_are_those_counted_row_by_row(
 ) -> None:
     asked = events(np.array(counts), deadline_seconds=float(within))
 
-    found = simulate_batch_runs(CumulativeArrivals.of(asked, THIS), machines, every)
+    found = simulate_batch_runs(CumulativeArrivals.from_scenario(asked, THIS), machines, every)
 
     paid, late = row_by_row(asked, machines, every)
     assert paid == pytest.approx(found.paid_seconds)
@@ -66,7 +66,8 @@ def test_runs_have_the_longest_period_that_keeps_the_promise() -> None:
     assert found.period_seconds is not None
     assert 1 == found.machines
     assert (
-        simulate_batch_runs(CumulativeArrivals.of(asked, THIS), 1, int(found.period_seconds) + 1).violation is not None
+        simulate_batch_runs(CumulativeArrivals.from_scenario(asked, THIS), 1, int(found.period_seconds) + 1).violation
+        is not None
     )
     assert found.period_seconds / 2 < found.age_p50 < found.age_p99 <= asked.deadline_seconds
 
@@ -80,7 +81,9 @@ def test_runs_that_start_too_slowly_for_a_short_period_have_a_long_one() -> None
     assert found.violation is None
     assert found.period_seconds is not None
     assert found.period_seconds > HOUR
-    assert simulate_batch_runs(CumulativeArrivals.of(asked, THIS), 1, PERIOD_SECONDS_MIN).violation is not None
+    assert (
+        simulate_batch_runs(CumulativeArrivals.from_scenario(asked, THIS), 1, PERIOD_SECONDS_MIN).violation is not None
+    )
 
 
 def test_a_promise_that_is_shorter_than_a_run_is_broken() -> None:
