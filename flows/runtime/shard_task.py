@@ -58,7 +58,7 @@ def open_shard_tasks(scorer: Scorer, *, allow_pickle: bool) -> Generator[ShardTa
 @task(name="score-shard", task_run_name="score-shard-{shard}", cache_policy=NO_CACHE, persist_result=False)
 def score_shard(shard_task: ShardTask, shard: int) -> Any:
     """Score one shard in this thread, then help with what is left. Return a ScoringResult, or Cancelled if stopped."""
-    scorer = _scorers.get(shard_task.attempt) or _open_scorer(shard_task)
+    scorer = _find_scorer(shard_task)
     try:
         result = scorer.score_shard(shard)
     except KeyboardInterrupt:
@@ -71,6 +71,11 @@ def score_shard(shard_task: ShardTask, shard: int) -> Any:
             # The result goes with it: after a notice that is withdrawn, the run goes on and counts it.
             return Cancelled(message=f"Stopped after {done} of {chunks} chunks; their parts stay.", data=result)
     return result
+
+
+def _find_scorer(shard_task: ShardTask) -> Scorer:
+    """Return the scorer of a pass. Ray pickles the globals that the task itself uses, and a scorer can't be pickled."""
+    return _scorers.get(shard_task.attempt) or _open_scorer(shard_task)
 
 
 def _open_scorer(shard_task: ShardTask) -> Scorer:

@@ -6,8 +6,9 @@ import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 from uuid import uuid4
 
 from prefect import task
@@ -16,6 +17,8 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
 
 T = TypeVar("T")
+
+_work: ContextVar[Callable[[], Any]] = ContextVar("work")
 
 
 @dataclass(slots=True)
@@ -40,12 +43,19 @@ class Steps:
             persist_result=False,
             retries=1,
             retry_condition_fn=lambda *_: False,
-        )
+        )(_do_work)
+        token = _work.set(work)
         try:
             with keep_torch_threads():
-                return step(work)()
+                return cast("T", step())
         finally:
+            _work.reset(token)
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _do_work() -> Any:
+    """Do the work of the step that runs. Ray pickles the task that its own tasks run in, and work can't be pickled."""
+    return _work.get()()
 
 
 @contextmanager
