@@ -15,6 +15,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
+from prefect.transactions import CommitMode, transaction
 
 T = TypeVar("T")
 
@@ -55,7 +56,10 @@ class Steps:
 
 def _do_work() -> Any:
     """Do the work of the step that runs. Ray pickles the task that its own tasks run in, and work can't be pickled."""
-    return _work.get()()
+    # Each task within a step commits for itself. In the step's own transaction, Prefect would roll them back where the
+    # step fails or is interrupted, and show them as completed.
+    with transaction(commit_mode=CommitMode.EAGER, write_on_commit=False):
+        return _work.get()()
 
 
 @contextmanager
