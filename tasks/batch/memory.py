@@ -14,8 +14,9 @@ from tasks.batch.options import BatchOptions, Ray
 from tasks.batch.plan import Plan
 
 # What mimalloc, Arrow's allocator, keeps of what a slot's three threads have freed until it is purged: fitted to the
-# peaks of ten runs over small shapes, which kept 45 to 83 MiB. With jemalloc they kept 8 to 15; asking mimalloc to give
-# it back after each chunk keeps 20, but takes up to twice the time where the model takes none.
+# peaks of six to twenty runs over small shapes by a model that takes no time, which kept 40 to 83 MiB. One shape was run
+# with jemalloc, and kept 16 at most. Asking mimalloc to give it back after each chunk keeps about 20, but takes up to
+# 1.8 times the CPU time where the model takes none.
 SLOT_BYTES = 66 << 20
 # A page of a part ends after so many rows or bytes, whichever are more.
 _PAGE_BYTES, _PAGE_ROWS = 1 << 20, 1024
@@ -49,9 +50,9 @@ def memory_bytes(plan: Plan, slots: int) -> int:
       one piece, and as Parquet: as gathered and as encoded for a page, compressed, and in the file;
     - SLOT_BYTES for what the allocators of its three threads keep.
 
-    Measured over the shapes of tests/benchmarks/memory.py, what is used is within 20 % of this, or 32 MiB a slot where
-    that is more. A slow model may use less, since the allocator then has time to purge, and so may a run so short that
-    slots never peak together. What the model itself takes for a pass is not counted.
+    Measured over the shapes of tests/benchmarks/memory.py by a fast model, what is used is within 20 % of this, or
+    32 MiB a slot where that is more. By a slow model alone it was 48 to 99 %: the allocator then has time to purge, and
+    slots seldom read at once. What the model itself takes for a pass is not counted.
     """
     chunks = plan.chunks.values()
     needed = max(_block_bytes(plan, chunk) + _out_bytes(plan, chunk) for chunk in chunks)
