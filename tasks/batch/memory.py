@@ -14,8 +14,8 @@ from tasks.batch.options import BatchOptions, Ray
 from tasks.batch.plan import Plan
 
 # What mimalloc, Arrow's allocator, keeps of what a slot's three threads have freed until it is purged: fitted to the
-# peaks of six to twenty runs over small shapes by a model that takes no time, which kept 40 to 83 MiB. One shape was run
-# with jemalloc, and kept 16 at most. Asking mimalloc to give it back after each chunk keeps about 20, but takes up to
+# peaks of six to twenty runs over small shapes by a model that takes no time, which kept 40 to 83 MiB. One shape
+# kept 16 at most with jemalloc. Asking mimalloc to give it back after each chunk keeps about 20, but takes up to
 # 1.8 times the CPU time where the model takes none.
 SLOT_BYTES = 66 << 20
 # A page of a part ends after so many rows or bytes, whichever are more.
