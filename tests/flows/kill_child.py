@@ -87,7 +87,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "after the plan": lambda: _after(_local, "put_new", _is("plan.json")),
     "after the start": lambda: _after(tasks.batch.resolve, "save_start"),
     "reading": lambda: _before(tasks.batch.chunk_reader.Reader, "read"),
-    "before a batch": lambda: _before(serving.model.forward.Forward, "_begin"),
+    "before a batch": lambda: _before(serving.model.forward.Forward, "_begin_batch"),
     "forward": lambda: _after(tasks.batch.score.Forward, "score"),
     "encoding a part": lambda: _after(tasks.batch.score, "encode_part"),
     "a part half written": lambda: setattr(tasks.storage.local, "_write_synced", _half_written),

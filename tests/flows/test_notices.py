@@ -186,9 +186,7 @@ def test_a_metadata_service_that_never_answers_does_not_hold_up_a_run(
     from flows.batch import batch_inference
 
     warned: list[str] = []
-    monkeypatch.setattr(
-        "flows.runtime.interruption.poll_notices", lambda drain, wanted, _: poll_notices(drain, wanted, warned.append)
-    )
+    monkeypatch.setattr("flows.batch.poll_notices", lambda drain, wanted, _: poll_notices(drain, wanted, warned.append))
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv(METADATA_URL, f"http://127.0.0.1:{silent.getsockname()[1]}")
         small = OPTIONS.model_copy(update={"batch_size": CHUNK})

@@ -75,13 +75,13 @@ def _within(board: Board, phase: str, owner: Any, name: str, first: str | None =
 
 def _count_rows(board: Board) -> None:
     """Count the rows of each batch as it begins: those of a pass that is cut off are work lost too."""
-    inner = serving.model.forward.Forward._begin
+    inner = serving.model.forward.Forward._begin_batch
 
     def begin(self: Any, batch: Any, *args: Any) -> Any:
         board.add("rows", batch.rows)
         return inner(self, batch, *args)
 
-    serving.model.forward.Forward._begin = begin  # type: ignore[method-assign]
+    serving.model.forward.Forward._begin_batch = begin  # type: ignore[method-assign]
 
 
 def _watch_reading(board: Board) -> None:
