@@ -34,7 +34,7 @@ def gateway_figures(models: list[Served], folder: Path, *, seconds: int, rounds:
             assert up.address is not None
             with GatewayClient(gateway.url, gateway.admin_key) as client:
                 client.put_key("bench", KEY)
-                served = Version.at(up.address, version=model.release.version, weight=100)
+                served = Version.from_address(up.address, version=model.release.version, weight=100)
                 limits = Limits(in_flight_max=64, queue_max=256)
                 client.put(
                     model.release.endpoint,

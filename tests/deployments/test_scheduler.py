@@ -109,7 +109,7 @@ def test_a_night_on_spot_is_scheduled_with_its_deadline_and_what_machines_cost(
     current = find_current_deployment(NAME)
 
     assert {f"nightly-inference/{NAME}"} == deployments()
-    assert ((), ()) == (first.retired + again.retired, first.left + again.left)
+    assert ((), ()) == (first.retired + again.retired, first.to_do + again.to_do)
     assert f"{linear} takes the 2 files" in first.verified
     assert ("06:00", 2) == (night.parameters["deadline"], night.parameters["options"]["workers"])
     assert isinstance(schedule.schedule, CronSchedule)
@@ -121,7 +121,7 @@ def test_a_night_on_spot_is_scheduled_with_its_deadline_and_what_machines_cost(
     with pytest.raises(SourceNotFound):
         applied(decided, ApplyConfig(batch=batch(tmp_path / "nothing", tmp_path / "scores")))
     assert night.parameters == find_deployments(NAME)[0].parameters
-    assert remove_deployment(night, end=False)
+    assert remove_deployment(night, end_runs=False)
 
 
 def test_an_endpoint_serves_until_its_replacement_is_verified(
@@ -234,7 +234,7 @@ def test_a_workload_goes_from_online_to_a_stream_to_batches_and_each_failure_lea
     done = applied(table, ApplyConfig(batch=batch(customers, tmp_path / "scores", first_run_seconds=400)))
 
     assert {f"batch-inference/{NAME}"} == deployments()
-    assert ("a first run is complete", ()) == (done.verified.rpartition(", ")[2], done.left)
+    assert ("a first run is complete", ()) == (done.verified.rpartition(", ")[2], done.to_do)
     assert list(range(10_000)) == sorted(open_predictions(str(tmp_path / "scores")).collect()["customer"])
     assert [] == unfinished()
 
