@@ -14,8 +14,11 @@ from tests.support import write_customers
 @pytest.fixture(scope="session")
 def prefect(tmp_path_factory: pytest.TempPathFactory) -> Generator[PrefectServer]:
     """A real Prefect server that this process and its children talk to."""
+    from prefect.events.worker import EventsWorker
     from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, temporary_settings
 
+    # The worker that sends the states of task runs may belong to a server that other tests have stopped.
+    EventsWorker.drain_all(timeout=10)
     with prefect_server(tmp_path_factory.mktemp("prefect")) as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment.items():
             patch.setenv(name, value)

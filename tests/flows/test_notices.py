@@ -318,7 +318,7 @@ def test_a_supervisor_that_reschedules_a_run_lets_it_finish_its_chunks_and_settl
     assert state is not None
     assert ("AwaitingRetry", None) == (state.name, state.message)
     assert "Flow run successfully rescheduled." in deployed.log
-    assert "are left; who sent the signal says what becomes of the run." in deployed.log
+    assert "are left; the sender of the signal decides what becomes of the run." in deployed.log
 
 
 @pytest.mark.machines
@@ -331,4 +331,4 @@ def test_a_run_that_is_cancelled_stays_cancelled(deployed: Deployed, tmp_path: P
 
     assert 0 == code, deployed.log
     assert "CANCELLED" == deployed.run.state_type
-    assert "are left; who sent the signal says what becomes of the run." in deployed.log
+    assert "are left; the sender of the signal decides what becomes of the run." in deployed.log
