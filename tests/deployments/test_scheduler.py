@@ -19,6 +19,7 @@ from infra.local.nats import NatsClient, NatsServer
 from infra.local.prefect_server import PrefectServer, PrefectWorker
 from infra.local.triton import TritonServer
 from serving.errors import ApplyFailed, SourceNotFound
+from serving.model.batching import BatchingConfig
 from serving.model.registry import resolve_model
 from serving.protocol.oip import encode_request
 from tasks.batch.manifest import open_predictions
@@ -193,7 +194,8 @@ def test_a_workload_goes_from_online_to_a_stream_to_batches_and_each_failure_lea
     customers: Path,
     tmp_path: Path,
 ) -> None:
-    asked = decision(of(FRAUD, linear), alternative("online", "always-on", 1.0, batch_size_max=4, wait_ms_max=1.0))
+    batching = BatchingConfig(batch_size_max=4, wait_ms_max=1.0)
+    asked = decision(of(FRAUD, linear), alternative("online", "always-on", 1.0, batching=batching))
     event = decision(of(EVENTS, linear), alternative("streaming", "micro-batches", 1.0))
     source = FromNats(url=nats.url, stream=fresh)
     sink = ToNats(subject=f"{fresh}.scores", stream=f"{fresh}-scores")
