@@ -29,6 +29,14 @@ MODULES = {
 }
 
 
+def list_tracked_files() -> list[str]:
+    """Return the files of the checkout, or skip the test in a tree that is none, such as an unpacked archive."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    if not tracked:
+        pytest.skip("no git checkout here: the list of files comes from git")
+    return tracked
+
+
 def imports_of(path: Path) -> Iterator[str]:
     """Yield every module that a file imports when it runs, at its top or inside a function."""
     tree = ast.parse(path.read_text())
@@ -118,8 +126,6 @@ def test_finding_a_run_complete_imports_neither_prefect_nor_torch() -> None:
 
 
 def test_the_top_level_is_the_packages_and_a_few_files() -> None:
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
-    if not tracked:
-        pytest.skip("no git checkout here: the list of files comes from git")
+    tracked = list_tracked_files()
 
     assert set() == {path.split("/")[0] for path in tracked if not path.startswith(".")} - TOP_LEVEL

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.language import find_bare_names, find_private_words
+from tests.test_architecture import ROOT, list_tracked_files
 
-ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "tasks", "serving", "deployments", "infra")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "docs").glob("*.md")]
 SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
@@ -34,9 +33,7 @@ def test_functions_and_classes_have_names_that_say_what_they_are(path: Path) -> 
 
 
 def test_the_project_names_no_folder_beside_itself() -> None:
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
-    if not tracked:
-        pytest.skip("no git checkout here: the list of files comes from git")
+    tracked = list_tracked_files()
     texts = [ROOT / name for name in tracked if (ROOT / name).suffix in {".py", ".md", ".yaml", ".yml", ".toml", ""}]
     beside = "../" + "shared"
 
