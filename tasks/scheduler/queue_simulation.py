@@ -123,8 +123,7 @@ def simulate_latency(
     late_share = min(late / total, 1.0)
     if not with_ages:
         return LatencyStats(late_share=late_share, age_p50=0.0, age_p99=0.0, late_episodes=episodes)
-    weight_U = np.maximum(_weigh_utilisations(used_B, count_B) - _weigh_utilisations(used, count), 0.0)
-    age_p50, age_p99 = _compute_ages(waits, weight_U, delay, count)
+    age_p50, age_p99 = _compute_ages(waits, used_B, count_B, used, count, delay)
     return LatencyStats(
         late_share=late_share,
         age_p50=age_p50 + overhead_seconds,
@@ -211,14 +210,30 @@ def _weigh_utilisations(used_B: NDArray[np.float64], count_B: NDArray[np.int64])
 
 
 def _compute_ages(
-    waits: WaitTimes, weight_U: NDArray[np.float64], delay_B: NDArray[np.float64], count_B: NDArray[np.int64]
+    waits: WaitTimes,
+    used_B: NDArray[np.float64],
+    count_B: NDArray[np.int64],
+    used_D: NDArray[np.float64],
+    count_D: NDArray[np.int64],
+    delay_D: NDArray[np.float64],
 ) -> tuple[float, float]:
+    """Return the age of half and of 99 of 100 answers; D seconds of the pieces B have a backlog."""
     step = max(1, waits.waits_UN.shape[1] // _QUANTILES)
     some_UQ = waits.waits_UN[:, step // 2 :: step]
-    weight_UQ = np.broadcast_to(weight_U[:, None] / some_UQ.shape[1], some_UQ.shape)
-    base = float(waits.waits_UN[0, waits.waits_UN.shape[1] // 2])
-    ages = np.concatenate([some_UQ.ravel(), delay_B + base])
-    return compute_weighted_quantiles(ages, np.concatenate([weight_UQ.ravel(), count_B]))
+    levels, quantiles = some_UQ.shape
+    weight_UQ = np.repeat(_weigh_utilisations(used_B, count_B)[:, None] / quantiles, quantiles, axis=1)
+    behind_D = delay_D + float(waits.waits_UN[0, waits.waits_UN.shape[1] // 2])
+    # Who waits less at the server than in the backlog waits as long as the backlog.
+    shorter_D = np.zeros(len(behind_D))
+    place_D = np.interp(used_D, UTILISATIONS, np.arange(levels))
+    for level in np.unique(np.concatenate([np.floor(place_D), np.ceil(place_D)])).astype(np.int64):
+        share_D = np.maximum(1 - np.abs(place_D - level), 0) * count_D / quantiles
+        shorter_at_D = np.searchsorted(some_UQ[level], behind_D)
+        shorter_D += share_D * shorter_at_D
+        ending_Q = np.bincount(shorter_at_D, share_D, quantiles + 1)
+        weight_UQ[level] -= np.cumsum(ending_Q[::-1])[::-1][1:]
+    ages = np.concatenate([some_UQ.ravel(), behind_D])
+    return compute_weighted_quantiles(ages, np.concatenate([np.maximum(weight_UQ, 0.0).ravel(), shorter_D]))
 
 
 def compute_weighted_quantiles(values: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[float, float]:
