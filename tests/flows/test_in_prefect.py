@@ -19,6 +19,7 @@ from prefect.client.schemas.objects import FlowRun
 from infra.local.prefect_server import PrefectServer
 from serving.errors import ModelNotFound, TooManyRejects
 from tasks.batch.options import BatchOptions
+from tests.prefect_events import find_events
 from tests.support import write_customers
 
 OPTIONS = BatchOptions(key_columns=("customer",), batch_size=128, rows_per_chunk=1024, experiment=None)
@@ -48,17 +49,6 @@ def artifacts_of(server: PrefectServer, run: FlowRun) -> dict[str, str]:
     by_key = {each["key"]: each["data"] for each in keyed}
     assert len(by_key) == len(keyed)
     return by_key
-
-
-def find_events(server: PrefectServer, name: str, related: str) -> list[dict[str, Any]]:
-    """The events of a name that concern a resource, once there is one."""
-    until = time.monotonic() + 60
-    while True:
-        body = {"filter": {"event": {"name": [name]}, "any_resource": {"id": [related]}}, "limit": 50}
-        found = ask(server, "events/filter", body)["events"]
-        if found or time.monotonic() > until:
-            return list(found)
-        time.sleep(0.1)
 
 
 class TestTheName:
