@@ -15,7 +15,7 @@ from flows.runtime.joining import check_workers, find_start, is_beside_another, 
 from flows.runtime.steps import Steps, flow_run_id
 from flows.runtime.task_runners import check_runner, score_missing
 from tasks.batch.artifacts import ProgressWatch, publish_artifacts, publish_interrupted
-from tasks.batch.lineage import record_failure, record_lineage
+from tasks.batch.lineage import record_failure, record_lineage, record_start
 from tasks.batch.manifest import find_intact_manifest
 from tasks.batch.memory import check_memory
 from tasks.batch.options import BatchOptions
@@ -89,6 +89,7 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
         joined=is_beside_another(options),
     )
     watch = ProgressWatch(plan.rows, lambda: count_rows_done(storage, plan), logger)
+    record_start(plan, storage.url, logger)
     with report_failure(lambda end, why: record_failure(plan, storage.url, options.experiment, end, why, logger)):
         scoring = steps.run("score", lambda: _score(scorer, slots, options, watch, logger))
         if isinstance(scoring, _Interrupted):
