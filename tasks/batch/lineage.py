@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
+import mlflow
 import pyarrow as pa
 from mlflow import MlflowClient, MlflowException
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Metric, Param, Run, RunTag
@@ -39,19 +41,20 @@ def record_start(plan: Plan, destination: str, logger: Logger) -> None:
     open_lineage.send_start(plan, destination, logger)
 
 
-def record_lineage(plan: Plan, report: BatchReport, experiment: str | None, logger: Logger) -> None:
-    """Write the MLflow run of a published run, once: a second call finds the first one's and adds nothing.
+def record_lineage(plan: Plan, report: BatchReport, experiment: str | None, logger: Logger) -> str | None:
+    """Write the MLflow run of a published run, once, and return its address: a second call adds nothing.
 
     The MLflow run of an earlier call that failed is continued. What the tracking server refuses, or does not take
     within some seconds, is logged: the predictions are published all the same. Does nothing without an experiment.
     """
     open_lineage.send_complete(plan, report, logger)
     if experiment is None:
-        return
+        return None
+    addresses: list[str] = []
 
     def record() -> None:
         try:
-            _write_run(MlflowClient(), plan, report, experiment)
+            addresses.append(_make_address(_write_run(MlflowClient(), plan, report, experiment)))
         except Exception as error:  # noqa: BLE001 - whatever a tracking server does, the predictions are published
             logger.warning("MLflow must take the run's lineage, got: %s. The predictions are published.", error)
 
@@ -62,13 +65,23 @@ def record_lineage(plan: Plan, report: BatchReport, experiment: str | None, logg
             "MLflow must take the run's lineage within %g s, and has not. The predictions are published.",
             _RECORD_SECONDS_MAX,
         )
+    return next(iter(addresses), None)
 
 
-def _write_run(client: MlflowClient, plan: Plan, report: BatchReport, experiment: str) -> None:
+def _make_address(run: Run) -> str:
+    """Return the page of a run on a tracking server, else the run as MLflow names it."""
+    parts = urlsplit(mlflow.get_tracking_uri())
+    if parts.scheme not in ("http", "https"):
+        return f"runs:/{run.info.run_id}"
+    server = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
+    return f"{server}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+
+
+def _write_run(client: MlflowClient, plan: Plan, report: BatchReport, experiment: str) -> Run:
     run = _find_or_create(client, plan, experiment, report.destination)
     run_id = str(run.info.run_id)
     if run.info.status == "FINISHED":
-        return
+        return run
     source, output = describe_input(plan), describe_output(plan, report.destination, report)
     given, made = _make_dataset(source), _make_dataset(output)
     model_id = _find_logged_model(client, plan.model.model_id)
@@ -89,6 +102,7 @@ def _write_run(client: MlflowClient, plan: Plan, report: BatchReport, experiment
     if ERROR_TAG in run.data.tags:
         client.delete_tag(run_id, ERROR_TAG)
     client.set_terminated(run_id)
+    return run
 
 
 def _find_logged_model(client: MlflowClient, model_id: str | None) -> str | None:

@@ -53,6 +53,7 @@ class TestMlflow:
         given, made = run.inputs.dataset_inputs
         contexts = [{tag.key: tag.value for tag in each.tags}["mlflow.data.context"] for each in (given, made)]
 
+        assert f"runs:/{run.info.run_id}" == report.mlflow_run
         assert ["input", "output"] == contexts
         assert (str(customers), "local") == (given.dataset.name, given.dataset.source_type)
         assert str(customers) == mlflow.data.get_source(given.dataset).uri
