@@ -251,6 +251,20 @@ class TestEvents:
             *(event["resource"]["prefect.resource.id"], event["payload"]["error"]),
         )
 
+    def test_workers_of_one_run_that_end_for_the_same_reason_are_one_event(
+        self, prefect: PrefectServer, registry: Path
+    ) -> None:
+        from tasks.batch.events import RunCall, emit_refusal
+
+        first, destination = str(uuid.uuid4()), f"/data/{uuid.uuid4()}"
+        for kind in (TooManyRejects, TooManyRejects, ModelNotFound):
+            call = RunCall(model="models:/m/1", source="/data", destination=destination, key="k", first_worker=first)
+            with pytest.raises(kind), emit_refusal(call):
+                raise kind
+        found = find_events(prefect, "overnight.run.refused", f"overnight.destination.{destination}", count=2)
+
+        assert ["TooManyRejects", "ModelNotFound"] == [each["payload"]["error"] for each in found]
+
     def test_a_server_that_takes_none_holds_nothing_up(self, linear: str, customers: Path, tmp_path: Path) -> None:
         from prefect.settings import PREFECT_API_URL, temporary_settings
 
