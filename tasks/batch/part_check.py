@@ -6,7 +6,7 @@ import functools
 import io
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -105,16 +105,20 @@ class PartReader:
         if part.bytes is not None and part.bytes != entry.size:
             size = [("size", describe_size(part.bytes, entry.size))]
         try:
-            with self._storage.open_pinned(entry) as stream:
-                data = stream.read()
-            parquet = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-            metadata, table = parquet.metadata, parquet.read(use_threads=False)
-            footer = parse_footer(entry, metadata)
+            found = self._read(part, entry)
         except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, SourceChanged, FormatTooNew) as error:
-            found = " ".join(f"{type(error).__name__}: {error}".split())[:_CHARACTERS_SHOWN]
-            message = f"The part must read as it was written, with its checksums, got {found}"
+            got = " ".join(f"{type(error).__name__}: {error}".split())[:_CHARACTERS_SHOWN]
+            message = f"The part must read as it was written, with its checksums, got {got}"
             return PartCheck(footer=None, keys=None, damages=_name_damages(part, [*size, ("unreadable", message)]))
-        problems = [*size, *self._check_identity(part, metadata), *self._check_rows(part, footer)]
+        return replace(found, damages=_name_damages(part, size) + found.damages)
+
+    def _read(self, part: ExpectedPart, entry: Entry) -> PartCheck:
+        with self._storage.open_pinned(entry) as stream:
+            data = stream.read()
+        parquet = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        metadata, table = parquet.metadata, parquet.read(use_threads=False)
+        footer = parse_footer(entry, metadata)
+        problems = [*self._check_identity(part, metadata), *self._check_rows(part, footer)]
         schema = self._check_schema(table.schema)
         problems += schema or [
             *self._check_rejects(footer, table),

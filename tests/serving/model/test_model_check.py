@@ -43,7 +43,7 @@ def test_a_model_that_loads_is_told_in_full(linear: str) -> None:
     assert ["a", "b", "c"] == [column.name for column in found.contract.columns]
     assert ["score"] == [output.name for output in found.contract.outputs]
     assert (platform.python_version(), platform.python_version()) == (found.python_logged, found.python_here)
-    assert [("torch", True)] == [(each.name, each.fits) for each in found.requirements]
+    assert ("torch", True) in [(each.name, each.fits) for each in found.requirements]
     assert () == found.pickles
     assert Path(found.folder).is_dir()
     assert ("loads here", "yes") in found.list_figures()
