@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -56,7 +56,7 @@ def score(  # noqa: PLR0913 - each is an option of the command
     destination: Destination,
     *,
     key: Key = None,
-    output: Annotated[Literal["parquet", "delta"] | None, typer.Option()] = None,
+    output: Annotated[str | None, typer.Option()] = None,
     name: Annotated[str | None, typer.Option()] = None,
     rescore: Annotated[str | None, typer.Option()] = None,
     batch_size: Annotated[int | None, typer.Option()] = None,
