@@ -12,7 +12,7 @@ from abc import ABC
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from prefect.blocks.core import Block
 from prefect.client.orchestration import get_client
@@ -27,16 +27,21 @@ from tasks.common.names import BLOCK
 _TRACKING_URI = "MLFLOW_TRACKING_URI"
 
 
+_ENVIRONMENT: Any = Field(
+    default=SecretDict({}),
+    description="Further environment variables that the libraries take, as a JSON object by name: "
+    "GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME and the like.",
+)
+
+
 class _CredentialsBlock(Block, ABC):
     """What all of these blocks have in common: environment variables with the credentials."""
 
     variables_by_field: ClassVar[Mapping[str, str]] = {}
 
-    environment: SecretDict = Field(
-        default=SecretDict({}),
-        description="Further environment variables that the libraries take, by name: GOOGLE_APPLICATION_CREDENTIALS, "
-        "AZURE_STORAGE_ACCOUNT_NAME and the like.",
-    )
+    if TYPE_CHECKING:
+        # A field of each kind of block, since a form shows the fields of a base class first.
+        environment: SecretDict
 
     def read_variables(self) -> dict[str, str]:
         """Return the environment variables that the block stands for, with their secrets in plain text."""
@@ -65,6 +70,7 @@ class _StorageBlock(_CredentialsBlock, ABC):
     aws_session_token: SecretStr | None = Field(default=None, description="The token of temporary credentials.")
     aws_region: str | None = Field(default=None, description="The region of the bucket.")
     aws_endpoint_url: str | None = Field(default=None, description="For an S3 server other than AWS's own.")
+    environment: SecretDict = _ENVIRONMENT
 
 
 class OvernightSource(_StorageBlock):
@@ -98,6 +104,7 @@ class OvernightRegistry(_CredentialsBlock):
     username: str | None = Field(default=None, description="The user's name, where the server asks for one.")
     password: SecretStr | None = Field(default=None, description="The user's password.")
     token: SecretStr | None = Field(default=None, description="A bearer token instead of name and password.")
+    environment: SecretDict = _ENVIRONMENT
 
     @field_validator("tracking_uri")
     @classmethod
