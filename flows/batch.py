@@ -51,8 +51,9 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
 
     Args:
         model: models:/NAME@ALIAS or models:/NAME/VERSION, resolved once.
-        source: A file, folder, glob or s3:// prefix of Parquet, Arrow IPC, CSV or JSON lines.
-        destination: A folder or s3:// prefix outside the source.
+        source: A file, folder, glob or prefix (s3://, gs://, az://) of Parquet, Arrow IPC, CSV or JSON lines; a Delta
+            table; an Iceberg table as iceberg:CATALOG.NAMESPACE.TABLE; an Overnight destination.
+        destination: A folder or prefix outside the source.
         options: Keys, casts, sizes and limits; each has a default.
 
     Returns:
