@@ -68,8 +68,8 @@ def _must_hold_no_credentials(url: str) -> None:
         raise BadInput(message)
     if url.startswith(("az://", "abfss://", "abfs://")) and ("?" in url or ":" in urlsplit(url).netloc):
         message = (
-            f"An address of Azure must hold no credentials, got one with {'a query' if '?' in url else 'a colon'}. Give "
-            "them in the environment, such as AZURE_STORAGE_SAS_TOKEN."
+            f"An address of Azure must hold no credentials, got one with {'a query' if '?' in url else 'a colon'}. "
+            "Give them in the environment, such as AZURE_STORAGE_SAS_TOKEN."
         )
         raise BadInput(message)
 
