@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from prefect import Flow
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+from prefect.types.entrypoint import EntrypointType
 from pydantic import BaseModel
 
 from flows.runtime.interruption import InterruptedExit, start_server_shielded
+from flows.runtime.names import NameMaker, keep_chosen_name
 from serving.errors import SecretExposed
 from serving.redaction import hide_secrets_in_exception, hide_secrets_in_logs, holds_secret
 
@@ -20,19 +22,27 @@ hide_secrets_in_logs()
 
 _INTERRUPTED = "Interrupted. The same call starts again, or resumes where it had begun to score."
 
+_BY_MODULE = {"entrypoint_type": EntrypointType.MODULE_PATH}
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def adhoc_flow(name: str) -> Callable[[Callable[P, R]], Flow[P, R]]:
+def adhoc_flow(name: str, *, run_name: NameMaker) -> Callable[[Callable[P, R]], Flow[P, R]]:
     """Make a function a Prefect flow that has no heartbeat where it is called as a function.
 
     Prefect ends a flow run by joining its heartbeat thread, which sleeps whole seconds: every call
     would take up to a second more. A heartbeat lets automations resume the runs of a deployment; those
     are not started by a call, and keep it. Ctrl-C comes out as a KeyboardInterrupt that says what to do next, a notice
-    as Interrupted.
+    as Interrupted. Deployments name the flow by its module: it is installed wherever it runs.
+
+    Args:
+        name: The flow's name.
+        run_name: Makes the name of a flow run of its parameters; see keep_chosen_name.
     """
-    return lambda function: _AdHocFlow(function, name=name, persist_result=False)
+    return lambda function: _AdHocFlow(
+        function, name=name, flow_run_name=keep_chosen_name(run_name), persist_result=False
+    )
 
 
 class _AdHocFlow(Flow[P, R]):
@@ -61,6 +71,17 @@ class _AdHocFlow(Flow[P, R]):
                     if left.notice.is_sigterm:
                         _pass_on_sigterm()
                     raise left.interrupted from None
+
+        # By a path, which is Prefect's default, the folder of the flow would come first among those that are imported
+        # from, and its module would be another one than the installed one.
+        def to_deployment(self, *args: Any, **options: Any) -> Any:
+            return super().to_deployment(*args, **_BY_MODULE | options)
+
+        def serve(self, *args: Any, **options: Any) -> Any:
+            return super().serve(*args, **_BY_MODULE | options)
+
+        def deploy(self, *args: Any, **options: Any) -> Any:
+            return super().deploy(*args, **_BY_MODULE | options)
 
 
 def refuse_secrets(parameters: Mapping[Any, Any]) -> None:

@@ -12,7 +12,7 @@ from serving.model.contract import ColumnPolicy, Frozen
 # These decide how a run is carried out, never what it puts out: a later call may change them and still resume.
 _NOT_IN_KEY = {
     *("name", "slots", "memory_mb", "max_reject_fraction", "allow_pickle", "experiment"),
-    *("runner", "workers", "joins", "notices", "notice_seconds"),
+    *("runner", "workers", "joins", "notices", "notice_seconds", "sample_rows"),
     # The version that they name is part of the source.
     *("source_version", "source_timestamp"),
 }
@@ -133,6 +133,13 @@ class BatchOptions(Frozen):
     )
     experiment: str | None = Field(
         default="overnight", description="The MLflow experiment that gets the run's lineage; null for none."
+    )
+    sample_rows: int = Field(
+        default=10,
+        ge=0,
+        le=100,
+        description="Rows with their predictions that Prefect shows, beside a picture of how the predictions are "
+        "distributed; 0 sends nothing of the predictions to Prefect.",
     )
 
     notices: Literal["none", "interruption", "rebalance"] = Field(
