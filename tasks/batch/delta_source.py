@@ -92,10 +92,11 @@ def _find_version(table: DeltaTable, timestamp: dt.datetime) -> int | None:
     deltalake itself goes by the times of the log's files, which a copy changes, and which stores round.
     """
     times = {each["version"]: each.get("inCommitTimestamp") or each.get("timestamp") for each in table.history()}
+    known = sorted((version, int(time)) for version, time in times.items() if time is not None)
     found, latest = None, 0
-    for version in sorted(version for version, time in times.items() if time is not None):
+    for version, time in known:
         # A writer's clock that is behind does not make its version an earlier one.
-        latest = max(latest, times[version])
+        latest = max(latest, time)
         if latest <= timestamp.timestamp() * 1000:
             found = version
     return found

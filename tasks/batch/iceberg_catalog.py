@@ -65,7 +65,7 @@ def open_catalog(name: TableName) -> Catalog:
     Raises BadInput where it is not configured, StorageFault where it does not answer.
     """
     try:
-        return load_catalog(name.catalog, **{**(Config().get_catalog_config(name.catalog) or {}), **_IO})  # type: ignore[dict-item]  # a configuration may hold maps
+        return load_catalog(name.catalog, **{**(Config().get_catalog_config(name.catalog) or {}), **_IO})  # type: ignore[arg-type]  # a configuration may hold maps
     except (ValueError, KeyError, ImportError) as error:
         message = (
             f"The catalog {name.catalog!r} must be configured for pyiceberg, got: {first_line(error)}. Set "

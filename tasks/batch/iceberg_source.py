@@ -255,7 +255,7 @@ class SnapshotRows:
         self._arrow = schema_to_pyarrow(self._schema, include_field_ids=False)
         tasks = _plan_tasks(self._table, pin.snapshot_id)
         self._tasks = {split_location(task.file.file_path)[1]: task for task in tasks}
-        self._root = snapshot.root
+        self._root, self._snapshot_id = snapshot.root, pin.snapshot_id
 
     def read(self, file: SourceFile) -> Generator[pa.Table]:
         """Yield the rows of one data file in order; the columns of one file are in memory at once.
@@ -270,7 +270,7 @@ class SnapshotRows:
             for batch in scan.to_record_batches([task]):
                 yield pa.Table.from_batches([batch]).cast(self._arrow)
         except FileNotFoundError as error:
-            raise _lost_metadata(self._table, self._table.metadata.last_sequence_number, error) from error
+            raise _lost_metadata(self._table, self._snapshot_id, error) from error
 
     def _check_size(self, deletes: DataFile) -> None:
         found = self._table.io.new_input(deletes.file_path)

@@ -13,7 +13,7 @@ from serving.model.registry import ModelPin
 from tasks.batch.dataset import map_parallel
 from tasks.batch.parts import REJECT_REASON, list_parts
 from tasks.batch.plan import FORMAT_VERSION, ROOT, Plan, load_plan, read_record
-from tasks.storage import Storage, open_storage, reader_options
+from tasks.storage import AzureStorage, GcsStorage, Storage, open_storage, reader_options
 
 
 class ManifestPart(Frozen):
@@ -140,7 +140,11 @@ def _scan(storage: Storage, paths: Sequence[str]) -> pl.LazyFrame:
     options = reader_options(storage)
     # Addresses are meant as they stand, brackets and stars too.
     addresses = [storage.address(path) for path in paths]
-    return pl.scan_parquet(addresses, storage_options=options, hive_partitioning=False, glob=False)
+    # Of the others polars asks what obstore asks, unless it is told to look for a provider of its own.
+    provider = None if isinstance(storage, GcsStorage | AzureStorage) else "auto"
+    return pl.scan_parquet(
+        addresses, storage_options=options, credential_provider=provider, hive_partitioning=False, glob=False
+    )
 
 
 def read_manifests(storage: Storage, paths: Sequence[str]) -> list[Manifest]:

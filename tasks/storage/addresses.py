@@ -25,6 +25,8 @@ _openers: dict[str, Callable[[str], Storage]] = {
 }
 # As Hadoop's file systems are called, which writers of tables use.
 _SCHEMES_OF_HADOOP = {"s3a": "s3", "s3n": "s3"}
+# The signature of a SAS token.
+_SIGNED = re.compile("[?&]sig=")
 _FILE_URL = re.compile(r"file:(?://(?:localhost)?)?(/(?!/).*)", re.DOTALL)
 _WILD = re.compile(r"[*?\[]")
 
@@ -66,9 +68,9 @@ def _must_hold_no_credentials(url: str) -> None:
         )
         message = f"{kind} must hold no credentials, got {url}. Give them {way}."
         raise BadInput(message)
-    if url.startswith(("az://", "abfss://", "abfs://")) and ("?" in url or ":" in urlsplit(url).netloc):
+    if url.startswith(("az://", "abfss://", "abfs://")) and (_SIGNED.search(url) or ":" in urlsplit(url).netloc):
         message = (
-            f"An address of Azure must hold no credentials, got one with {'a query' if '?' in url else 'a colon'}. "
+            f"An address of Azure must hold no credentials, got one with {'a signature' if _SIGNED.search(url) else 'a colon'}. "
             "Give them in the environment, such as AZURE_STORAGE_SAS_TOKEN."
         )
         raise BadInput(message)

@@ -27,7 +27,7 @@ _READS_AT_ONCE = 16
 _DENIED = re.compile(
     "AccessDenied|InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken|Access Denied|"
     "AuthenticationFailed|AuthorizationFailure|AuthorizationPermissionMismatch|InvalidAuthenticationInfo|"
-    "PERMISSION_DENIED|UserProjectAccess"
+    r"PERMISSION_DENIED|AuthenticationRequired|InvalidSecurity|status: 40[13]\b"
 )
 _FULL = re.compile("QuotaExceeded|AccountStorageCapacityExceeded|XMinioStorageFull|InsufficientStorage|<Code>.*Quota")
 _NO_BUCKET = re.compile("NoSuchBucket|ContainerNotFound|The specified bucket does not exist")
@@ -124,7 +124,10 @@ class ObjectStorage(ABC):
         with self._errors(address):
             try:
                 return bytes(obstore.get(self._store, entry.path, options=options).bytes())
-            except FileNotFoundError:
+            except (FileNotFoundError, PreconditionError) as error:
+                # Azure answers that the condition does not hold of an object that is gone, too.
+                if isinstance(error, PreconditionError) and self.exists(entry.path):
+                    raise
                 message = f"{address} must be there for the whole run, but is gone. Put it back, or start a new run."
                 raise SourceChanged(message) from None
 

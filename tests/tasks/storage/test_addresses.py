@@ -56,7 +56,7 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     "address", ["", "gcs://bucket/x", "https://host/x", "s3a://bucket/x", "file://host/x", "file:relative", "S3://b"]
 )
 def test_any_other_address_is_bad_input(address: str) -> None:
-    with pytest.raises(BadInput, match=r"must be a path, file:///path or s3://bucket/prefix, got "):
+    with pytest.raises(BadInput, match=r"must be a path, file:///path or s3://bucket/prefix, gs://.* or az://.*, got "):
         open_storage(address)
 
 
