@@ -97,7 +97,7 @@ async def _apply_block_type(client: PrefectClient, block: type[Block]) -> Change
         await client.read_block_schema_by_checksum(block._calculate_schema_checksum())  # noqa: SLF001 - as Prefect asks
     except ObjectNotFound:
         what = "created"
-    await block.aregister_type_and_schema(client)
+    await block.aregister_type_and_schema()
     return Change(kind="block type", name=block.get_block_type_name(), what=what)
 
 

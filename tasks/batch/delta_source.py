@@ -52,9 +52,11 @@ def pin_delta(storage: Storage, *, version: int | None = None, timestamp: dt.dat
 
 
 def _open_delta(storage: Storage) -> DeltaTable:
-    table_class = import_deltalake().DeltaTable
+    import_deltalake()
+    from deltalake import DeltaTable  # noqa: PLC0415 - only for Delta sources
+
     try:
-        return table_class(storage.url, storage_options=delta_options(storage))
+        return DeltaTable(storage.url, storage_options=delta_options(storage))
     except Exception as error:
         message = (
             f"The log of the Delta table at {storage.url} must be one that can be read here, got: "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, Self
 from uuid import UUID
 
-from pydantic import AwareDatetime, Field, model_validator
+from pydantic import AwareDatetime, Field, JsonValue, model_validator
 
 from serving.model.contract import ColumnPolicy, Frozen
 
@@ -54,6 +54,10 @@ class BatchOptions(Frozen):
     policies: dict[str, ColumnPolicy] = Field(
         default_factory=dict,
         description="How columns are cast and what becomes of nulls, by column name; '*' stands for every other.",
+    )
+    params: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="Values of params in the model's signature, by name. One that is not given has its default there.",
     )
     source_version: int | None = Field(
         default=None,
@@ -200,6 +204,6 @@ class BatchOptions(Frozen):
     def key_fields(self) -> dict[str, object]:
         """Return what the run key is made of: the options that change the output."""
         # Without them a call keeps the key that it has had before there were such options.
-        unset = {"rescore"} if self.rescore is None else set()
+        unset = {name for name in ("rescore", "params") if not getattr(self, name)}
         unset |= {"iceberg_table", "iceberg_mode"} if self.output != "iceberg" else {"delta_mode"}
         return self.model_dump(mode="json", exclude=_NOT_IN_KEY | unset)

@@ -106,7 +106,7 @@ def resolve_request(model: str, source: str, destination: str, options: BatchOpt
         BadInput: The source or the options can't be used; its kinds say why.
     """
     resolved = resolve_model(model)
-    contract = resolved.contract(options.input_columns, options.policies)
+    contract = resolved.contract(options.input_columns, options.policies, options.params)
     columns = [*(column.name for column in contract.columns), *options.key_columns]
     version = TableVersion(number=options.source_version, timestamp=options.source_timestamp)
     snapshot = pin_source(source, destination, columns, version)

@@ -69,9 +69,10 @@ def _must_hold_no_credentials(url: str) -> None:
         message = f"{kind} must hold no credentials, got {url}. Give them {way}."
         raise BadInput(message)
     if url.startswith(("az://", "abfss://", "abfs://")) and (_SIGNED.search(url) or ":" in urlsplit(url).netloc):
+        got = "a signature" if _SIGNED.search(url) else "a colon"
         message = (
-            f"An address of Azure must hold no credentials, got one with {'a signature' if _SIGNED.search(url) else 'a colon'}. "
-            "Give them in the environment, such as AZURE_STORAGE_SAS_TOKEN."
+            f"An address of Azure must hold no credentials, got one with {got}. Give them in the environment, such as "
+            "AZURE_STORAGE_SAS_TOKEN."
         )
         raise BadInput(message)
 
