@@ -151,8 +151,9 @@ def _handler(served: GcsServer) -> type[BaseHTTPRequestHandler]:  # noqa: C901 -
             if self.command == "HEAD":
                 self.answer(200, Content_Length=str(len(data)), **told)
             elif asked := self.headers.get("Range"):
-                start, stop = (int(at) for at in asked.removeprefix("bytes=").split("-"))
-                part = data[start : stop + 1]
+                first, _, last = asked.removeprefix("bytes=").partition("-")
+                start = int(first) if first else max(0, len(data) - int(last))
+                part = data[start : int(last) + 1] if first and last else data[start:]
                 told["Content_Range"] = f"bytes {start}-{start + len(part) - 1}/{len(data)}"
                 self.answer(206, part, **told)
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Literal
 
 import polars as pl
 
@@ -141,7 +142,7 @@ def _scan(storage: Storage, paths: Sequence[str]) -> pl.LazyFrame:
     # Addresses are meant as they stand, brackets and stars too.
     addresses = [storage.address(path) for path in paths]
     # Of the others polars asks what obstore asks, unless it is told to look for a provider of its own.
-    provider = None if isinstance(storage, GcsStorage | AzureStorage) else "auto"
+    provider: Literal["auto"] | None = None if isinstance(storage, GcsStorage | AzureStorage) else "auto"
     return pl.scan_parquet(
         addresses, storage_options=options, credential_provider=provider, hive_partitioning=False, glob=False
     )
