@@ -25,6 +25,7 @@ from sqlalchemy.exc import OperationalError
 
 from serving.errors import DestinationUnusable, OvernightError, PublishRefused
 from tasks.batch.dataset import map_parallel
+from tasks.batch.delta import TableState
 from tasks.batch.iceberg_catalog import TableName, catalog_error, find_table, first_line, open_catalog, parse_table_name
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import PartFooter
@@ -292,6 +293,27 @@ def _replace_files(
             overwrite.delete_data_file(held)
         for file in added:
             overwrite.append_data_file(file)
+
+
+def read_table(storage: Storage, plan: Plan) -> TableState | None:
+    """Return the current snapshot of the table that a run went into, with its files at the destination.
+
+    None where the catalog has no such table. Raises BadInput, StorageFault.
+    """
+    name = parse_table_name(plan.options.iceberg_table or "")
+    with open_catalog(name) as catalog:
+        table = find_table(catalog, name)
+    if table is None:
+        return None
+    below = f"{_locate(storage, '').rstrip('/')}/"
+    files = [file for file in _list_data_files(table) if file.file_path.startswith(below)]
+    current, held_plan = table.current_snapshot(), table.properties.get(_RUN + plan.key)
+    return TableState(
+        version=0 if current is None else current.snapshot_id,
+        files={file.file_path.removeprefix(below): (file.file_size_in_bytes, file.record_count) for file in files},
+        holds_run=held_plan is not None,
+        holds_plan=held_plan == plan.digest,
+    )
 
 
 def _list_data_files(table: Table) -> Iterable[DataFile]:

@@ -25,6 +25,7 @@ from tasks.batch.parts import PartFooter, part_schema
 from tasks.batch.plan import Plan, save_plan
 from tasks.batch.publish import audit_parts, claim_order_number, publish
 from tasks.batch.source import pin_source
+from tasks.batch.verify import verify_run
 from tasks.storage import Storage, open_storage
 from tests.tasks.batch.iceberg_tables import configure, delete_rows, open_lake
 from tests.tasks.batch.small import a_contract, a_plan, numbers, put, put_parts
@@ -374,6 +375,24 @@ def test_the_table_of_a_run_is_a_source(lake: Catalog, destination: Storage, pla
     dataset = open_dataset(snapshot, ["score"], ["id"])
 
     assert ("parquet", 25) == (snapshot.format, dataset.rows)
+
+
+def test_a_run_is_verified_against_its_table(lake: Catalog, destination: Storage, place: str) -> None:
+    first, second = numbered(a_run(place), 1), numbered(a_run(place, range(25, 40), REPLACE), 2)
+    for plan in (first, second):
+        save_plan(destination, plan)
+        publish(destination, plan, audit_parts(destination, plan))
+    tables = [
+        [damage for damage in verify_run(destination, plan.run).damages if damage.kind == "table"]
+        for plan in (first, second)
+    ]
+    replaced = verify_run(destination, first.run).notes
+    with the_table(lake).transaction() as transaction:
+        transaction.remove_properties(f"overnight.run.{second.key}")
+
+    assert [[], []] == tables
+    assert any("3 of 3 parts are not in version" in note for note in replaced)
+    assert ["table"] == [d.kind for d in verify_run(destination, second.run).damages if d.path == "snapshots"]
 
 
 # At each of these a process is killed; see iceberg_kill_child.py.
