@@ -391,7 +391,7 @@ def test_a_run_is_verified_against_its_table(lake: Catalog, destination: Storage
         transaction.remove_properties(f"overnight.run.{second.key}")
 
     assert [[], []] == tables
-    assert any("3 of 3 parts are not in version" in note for note in replaced)
+    assert any("parts are not in version" in note for note in replaced), replaced
     assert ["table"] == [d.kind for d in verify_run(destination, second.run).damages if d.path == "snapshots"]
 
 
