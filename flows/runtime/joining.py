@@ -45,8 +45,8 @@ def check_workers(source: str, destination: str, options: BatchOptions) -> None:
     elif options.workers > 1:
         message = (
             f"Several workers are flow runs of one deployment, but this call, for {options.workers} workers, is of "
-            "none. Run a deployment (`make deploy` makes some), or make this same call in each of several processes, "
-            "with one worker each: they share the run."
+            "none. Run a deployment (`overnight deploy` makes some), or make this same call in each of several "
+            "processes, with one worker each: they share the run."
         )
         raise RunnerUnusable(message)
 
