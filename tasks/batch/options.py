@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, Self
 from uuid import UUID
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from serving.model.contract import ColumnPolicy, Frozen
 
@@ -52,6 +52,10 @@ class BatchOptions(Frozen):
     policies: dict[str, ColumnPolicy] = Field(
         default_factory=dict,
         description="How columns are cast and what becomes of nulls, by column name; '*' stands for every other.",
+    )
+    params: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="Values of params in the model's signature, by name. One that is not given has its default there.",
     )
     output: Literal["parquet", "delta"] = Field(
         default="parquet", description="parquet: parts and a manifest. delta: the same parts added to a Delta table."
@@ -161,6 +165,6 @@ class BatchOptions(Frozen):
 
     def key_fields(self) -> dict[str, object]:
         """Return what the run key is made of: the options that change the output."""
-        # Without it a call keeps the key that it has had before there was such an option.
-        unset = {"rescore"} if self.rescore is None else set()
+        # Without them a call keeps the key that it has had before there were such options.
+        unset = {name for name in ("rescore", "params") if not getattr(self, name)}
         return self.model_dump(mode="json", exclude=_NOT_IN_KEY | unset)
