@@ -67,7 +67,13 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
     Raises:
         OvernightError: One of its kinds (serving.errors), each named for what to do next.
     """
-    call = RunCall(model=model, source=source, destination=destination)
+    first_worker = options.joins or (flow_run_id() if options.workers > 1 else None)
+    call = RunCall(
+        model=model,
+        source=source,
+        destination=destination,
+        first_worker=str(first_worker) if first_worker else None,
+    )
     with emit_refusal(call), open_addresses(model, source, destination) as addresses:
         return _infer(addresses, options, call)
 
