@@ -57,8 +57,9 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
 
     Args:
         model: models:/NAME@ALIAS or models:/NAME/VERSION, resolved once; block:REGISTRY/NAME@ALIAS for one of a block.
-        source: A file, folder, glob or s3:// prefix of Parquet, Arrow IPC, CSV or JSON lines, or block:NAME.
-        destination: A folder or s3:// prefix outside the source, or block:NAME.
+        source: A file, folder, glob or prefix (s3://, gs://, az://) of Parquet, Arrow IPC, CSV or JSON lines; a Delta
+            table; an Iceberg table as iceberg:CATALOG.NAMESPACE.TABLE; an Overnight destination; or block:NAME.
+        destination: A folder or prefix outside the source, or block:NAME.
         options: Keys, casts, sizes and limits; each has a default.
 
     Returns:
