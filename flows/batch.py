@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -16,7 +17,7 @@ from flows.runtime.steps import Steps, flow_run_id
 from flows.runtime.task_runners import check_runner, score_missing
 from tasks.batch.artifacts import ProgressWatch, publish_artifacts, publish_interrupted
 from tasks.batch.lineage import record_failure, record_lineage
-from tasks.batch.manifest import find_intact_manifest
+from tasks.batch.manifest import find_intact_manifest, list_foreign_files
 from tasks.batch.memory import check_memory
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_rows_done
@@ -36,14 +37,16 @@ from tasks.batch.resolve import (
 from tasks.batch.score import Scorer, ScoringResult, check_rejects
 from tasks.common.artifacts import Logger
 from tasks.spot.notice_poller import poll_notices
-from tasks.storage import Storage, check_create_only, open_storage
+from tasks.storage import Address, Addresses, Storage, as_texts, check_create_only, open_storage
 
 _DEFAULTS = BatchOptions()
-_PASSES_MAX = 3
+_PASSES_MAX, _FOREIGN_SHOWN = 3, 3
 
 
 @adhoc_flow("batch-inference")
-def batch_inference(model: str, source: str, destination: str, options: BatchOptions = _DEFAULTS) -> BatchReport:
+def batch_inference(
+    model: str, source: Addresses, destination: Address, options: BatchOptions = _DEFAULTS
+) -> BatchReport:
     """Score every row of a dataset with a registered model, and publish the predictions in one commit.
 
     The same call made again over the same model and files is the same run: it resumes, or finds itself complete.
@@ -51,7 +54,8 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
 
     Args:
         model: models:/NAME@ALIAS or models:/NAME/VERSION, resolved once.
-        source: A file, folder, glob or s3:// prefix of Parquet, Arrow IPC, CSV or JSON lines.
+        source: A file, folder, glob or s3:// prefix of Parquet, Arrow IPC, CSV or JSON lines (text may be compressed);
+            from Python also a list of these.
         destination: A folder or s3:// prefix outside the source.
         options: Keys, casts, sizes and limits; each has a default.
 
@@ -63,12 +67,12 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
     """
     logger, steps = get_run_logger(), Steps()
     check_runner(options)
-    check_workers(source, destination, options)
-    storage, this = open_storage(destination), flow_run_id()
+    sources, storage, this = as_texts(source), open_storage(str(destination)), flow_run_id()
+    check_workers(sources, str(destination), options)
 
     request = steps.run(
         "resolve",
-        lambda: find_start(storage, this, options.joins) or resolve_request(model, source, storage.url, options),
+        lambda: find_start(storage, this, options.joins) or resolve_request(model, sources, storage.url, options),
     )
     run = steps.run("plan", lambda: find_run(request, storage, this))
     if isinstance(run, CompleteRun):
@@ -150,13 +154,21 @@ def _score(
         if not audit.missing:
             break
     check_rows_add_up(plan, audit)
-    check_rejects(sum(count.rows for count in count_rejects(audit)), plan, options.max_reject_fraction)
+    rejects = Counter({(count.column, count.reason): count.rows for count in count_rejects(audit)})
+    check_rejects(rejects, plan, options.max_reject_fraction, scorer.samples)
     return _AllScored(result=result, audit=audit)
 
 
 def _prepare(run: NewRun | ResumedRun, storage: Storage, logger: Logger) -> Plan:
     """Return the plan to score by, with its staged copies in place where parts of a published run were lost."""
     check_create_only(storage)
+    is_folder = isinstance(run, NewRun) and run.plan.options.output == "parquet"
+    if is_folder and (foreign := list_foreign_files(storage)):
+        logger.warning(
+            "%s has files that are not Overnight's, such as %s: readers of the whole folder take them for predictions. "
+            "open_predictions reads the run alone. A destination of its own is safer.",
+            *(storage.url, ", ".join(foreign[:_FOREIGN_SHOWN])),
+        )
     if isinstance(run, NewRun) or not run.damaged:
         return run.plan
     logger.warning(

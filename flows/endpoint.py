@@ -84,7 +84,7 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
     return endpoint
 
 
-@adhoc_flow("retire-endpoint")
+@adhoc_flow("retire-endpoint", uses_registry=False)
 def retire_endpoint(
     name: str,
     target: Annotated[AnyTarget, Field(discriminator="kind")],

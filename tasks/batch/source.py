@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import pyarrow as pa
 
-from serving.errors import NoCompleteRun, SourceChanged, SourceFormat
+from serving.errors import NoCompleteRun, SourceChanged, SourceFormat, SourceNotFound
 from tasks.batch.dataset import Snapshot, SourceFile, check_outside_source, parse_hive_values, pin_entries, pin_files
 from tasks.batch.delta import delta_options
 from tasks.batch.manifest import find_damaged_parts, find_manifest, find_newest_run
-from tasks.storage import Entry, Storage, open_storage, select
+from tasks.storage import Entry, Storage, join_selections, open_storage, select
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
@@ -32,12 +33,15 @@ from tasks.storage import LocalStorage, Selection
 # name of its own in the files; both are looked at.
 _FEATURES_READ = {"timestampNtz", "vacuumProtocolCheck", "v2Checkpoint", "deletionVectors", "columnMapping"}
 
+_SOURCES_SHOWN = 3
 
-def pin_source(source: str, destination: str) -> Snapshot:
+
+def pin_source(source: str | Sequence[str], destination: str, *, csv: bool = False) -> Snapshot:
     """Pin what a source holds now: loose files, the current version of a Delta table, or an Overnight run.
 
     A folder that holds a Delta table is read through the table's log, and an Overnight destination by the manifest of
     its newest complete run; `DESTINATION/run=NAME` is that run. Names that begin with `_` or `.` are passed over.
+    Several addresses are those of loose files, in one store. With `csv` files of unknown names are CSV.
 
     Raises:
         SourceNotFound: No file is there.
@@ -47,12 +51,39 @@ def pin_source(source: str, destination: str) -> Snapshot:
         SourceChanged: A file that a log lists is gone.
         BadInput: The destination's parts would be taken for the source's files.
     """
+    if not isinstance(source, str):
+        return _pin_several(source, destination, csv=csv)
     selected = select(source)
     log = find_commit_log(selected, source)
     check_outside_source(selected, destination, source)
     if log is None:
-        return pin_files(selected, source)
+        return pin_files(selected, source, csv=csv)
     return _read_delta(log) if log.kind == "Delta" else _read_run(log)
+
+
+def _pin_several(sources: Sequence[str], destination: str, *, csv: bool) -> Snapshot:
+    """Pin the loose files that several addresses select, in the order of their paths."""
+    if len(sources) == 1:
+        return pin_source(sources[0], destination, csv=csv)
+    selections = []
+    for source in sources:
+        selected = select(source)
+        if (log := find_commit_log(selected, source)) is not None:
+            message = (
+                f"A list of sources must be one of loose files, got the {log.kind} table {log.table} in it, which its "
+                "own log describes. Score it in a call of its own."
+            )
+            raise SourceFormat(message)
+        check_outside_source(selected, destination, source)
+        if not selected.entries:
+            # Raises the error that says which of them is not there.
+            pin_files(selected, source, csv=csv)
+        selections.append(selected)
+    if not selections:
+        message = "The source must name at least one file, got an empty list. Name files, folders or globs."
+        raise SourceNotFound(message)
+    more = f" and {len(sources) - _SOURCES_SHOWN} more" if len(sources) > _SOURCES_SHOWN else ""
+    return pin_files(join_selections(selections), f"{', '.join(sources[:_SOURCES_SHOWN])}{more}", csv=csv)
 
 
 def _read_run(log: CommitLog) -> Snapshot:
