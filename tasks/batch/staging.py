@@ -134,7 +134,7 @@ def _requested_columns(contract: Contract, keys: tuple[str, ...]) -> RequestedCo
     return RequestedColumns(names=names, lists=frozenset(column.name for column in contract.columns if column.shape))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Staging:
     """What the files of a snapshot are copied by, and where to."""
 
@@ -145,6 +145,7 @@ class _Staging:
     source: Storage
     destination: Storage
     folder: str
+    is_tried: bool = False
 
     def convert(self, file: SourceFile) -> _Listing:
         """Copy a file, and return the list of its copies."""
@@ -157,9 +158,10 @@ class _Staging:
         with _local_copy(self.source, file) as raw, name_corrupt_file(self.source, file.entry):
             tables = read_tables(raw, self.snapshot.format, wanted, where, self.csv)
             for rows, data in _write_copies(_check_columns(tables, self._find_required(file), where)):
-                if not row:
-                    # Nothing is written before the file has been found fit.
+                if not self.is_tried:
+                    # Nothing is written before the first file has been found fit.
                     check_create_only(self.destination)
+                    self.is_tried = True
                 # Named by its content: copies that an attempt before this one cut elsewhere are never mixed with these.
                 digest = hashlib.blake2b(data, digest_size=8).hexdigest()
                 path = f"{self.folder}/staged/{file.path}/{row:012d}-{digest}.parquet"
