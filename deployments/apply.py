@@ -1,4 +1,4 @@
-"""Create the work pools, deployments and automations of this project on a Prefect server: `make deploy`.
+"""Create the block types, work pools, deployments and automations of this project on a Prefect server: `make deploy`.
 
 Idempotent. prefect.yaml has the last word: a schedule or a parameter that was changed in the UI is set back, by name.
 A work pool that exists stays as it is, whatever its type.
@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import yaml
 from prefect.automations import AutomationCore
+from prefect.blocks.core import Block
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.responses import DeploymentResponse
@@ -27,6 +28,7 @@ from prefect.utilities.callables import parameter_schema
 from prefect.workers.process import ProcessWorker
 
 from deployments.automations import make_automations
+from tasks.common.blocks import BLOCKS
 
 PREFECT_FILE = Path(__file__).with_name("prefect.yaml")
 
@@ -77,13 +79,26 @@ async def deploy(file: Path = PREFECT_FILE, automations: Iterable[AutomationCore
         raise DeployFailed(message)
     try:
         async with get_client() as client:
-            changes = [await _apply_pool(client, pool) for pool in make_work_pools()]
+            changes = [await _apply_block_type(client, each) for each in BLOCKS]
+            changes += [await _apply_pool(client, pool) for pool in make_work_pools()]
             changes += await _apply_deployments(client, file, read_deployments(file))
             return changes + [await _apply_automation(client, each) for each in automations or make_automations()]
     except httpx.TransportError as error:
         address = PREFECT_API_URL.value()
         message = f"The Prefect server at {address} must answer, got: {error!r}. Start it, or correct the address."
         raise DeployFailed(message) from error
+
+
+async def _apply_block_type(client: PrefectClient, block: type[Block]) -> Change:
+    """Register a block type and its fields, which changes nothing where the server has both."""
+    what = "unchanged"
+    try:
+        await client.read_block_type_by_slug(block.get_block_type_slug())
+        await client.read_block_schema_by_checksum(block._calculate_schema_checksum())  # noqa: SLF001 - as Prefect asks
+    except ObjectNotFound:
+        what = "created"
+    await block.aregister_type_and_schema()
+    return Change(kind="block type", name=block.get_block_type_name(), what=what)
 
 
 async def _apply_pool(client: PrefectClient, pool: WorkPoolCreate) -> Change:

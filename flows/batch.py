@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NoReturn
 
 import matplotlib.figure  # noqa: F401 - half a second that would else fall into the first call, for its plot
@@ -13,11 +13,13 @@ from prefect.exceptions import TerminationSignal
 from flows.runtime.flow_decorator import adhoc_flow
 from flows.runtime.interruption import exit_interrupted, report_failure
 from flows.runtime.joining import check_workers, find_start, is_beside_another, start_workers
+from flows.runtime.names import rename_flow_run
 from flows.runtime.steps import Steps, flow_run_id
 from flows.runtime.task_runners import check_runner, score_missing
-from tasks.batch.artifacts import ProgressWatch, publish_artifacts, publish_interrupted
+from tasks.batch.artifacts import ProgressWatch, find_sample, publish_artifacts, publish_interrupted
+from tasks.batch.events import RunCall, emit_published, emit_refusal
 from tasks.batch.lineage import record_failure, record_lineage
-from tasks.batch.manifest import find_intact_manifest, list_foreign_files
+from tasks.batch.manifest import Manifest, find_intact_manifest, list_foreign_files
 from tasks.batch.memory import check_memory
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_rows_done
@@ -36,16 +38,21 @@ from tasks.batch.resolve import (
 )
 from tasks.batch.score import Scorer, ScoringResult, check_rejects
 from tasks.common.artifacts import Logger
+from tasks.common.blocks import Addresses, open_addresses
+from tasks.common.names import name_batch_run
+from tasks.common.server_checks import check_servers, list_checks
 from tasks.spot.notice_poller import poll_notices
-from tasks.storage import Address, Addresses, Storage, as_texts, check_create_only, open_storage
+from tasks.storage import Address, SourceAddress, Storage, as_texts, check_create_only, open_storage
 
 _DEFAULTS = BatchOptions()
 _PASSES_MAX, _FOREIGN_SHOWN = 3, 3
 
 
-@adhoc_flow("batch-inference")
+@adhoc_flow(
+    "batch-inference", run_name=lambda parameters: name_batch_run(parameters["model"], parameters["destination"])
+)
 def batch_inference(
-    model: str, source: Addresses, destination: Address, options: BatchOptions = _DEFAULTS
+    model: str, source: SourceAddress, destination: Address, options: BatchOptions = _DEFAULTS
 ) -> BatchReport:
     """Score every row of a dataset with a registered model, and publish the predictions in one commit.
 
@@ -53,10 +60,10 @@ def batch_inference(
     Every input row is in the output, with predictions or with the reason why not.
 
     Args:
-        model: models:/NAME@ALIAS or models:/NAME/VERSION, resolved once.
-        source: A file, folder, glob or s3:// prefix of Parquet, Arrow IPC, CSV or JSON lines (text may be compressed);
-            from Python also a list of these.
-        destination: A folder or s3:// prefix outside the source.
+        model: models:/NAME@ALIAS or models:/NAME/VERSION, resolved once; block:REGISTRY/NAME@ALIAS for one of a block.
+        source: A file, folder, glob or s3:// prefix of Parquet, Arrow IPC, CSV or JSON lines (text may be compressed),
+            or block:NAME; from Python also a list of files, folders and globs.
+        destination: A folder or s3:// prefix outside the source, or block:NAME.
         options: Keys, casts, sizes and limits; each has a default.
 
     Returns:
@@ -65,16 +72,31 @@ def batch_inference(
     Raises:
         OvernightError: One of its kinds (serving.errors), each named for what to do next.
     """
+    sources, to = as_texts(source), str(destination)
+    call = RunCall(model=model, source=sources if isinstance(sources, str) else ", ".join(sources), destination=to)
+    with emit_refusal(call), open_addresses(model, sources, to) as addresses:
+        if addresses != Addresses(model=model, source=sources, destination=to):
+            # What blocks name was not asked for an answer before, as the rest was.
+            check_servers(list_checks(asdict(addresses), uses_registry=True))
+        return _infer(addresses, options, call)
+
+
+def _infer(addresses: Addresses, options: BatchOptions, call: RunCall) -> BatchReport:
+    """Go through the steps of a run, from its addresses to its report; `call` gets what becomes known of the run."""
     logger, steps = get_run_logger(), Steps()
     check_runner(options)
-    sources, storage, this = as_texts(source), open_storage(str(destination)), flow_run_id()
-    check_workers(sources, str(destination), options)
+    check_workers(addresses.source, addresses.destination, options)
+    storage, this = open_storage(addresses.destination), flow_run_id()
 
     request = steps.run(
         "resolve",
-        lambda: find_start(storage, this, options.joins) or resolve_request(model, sources, storage.url, options),
+        lambda: (
+            find_start(storage, this, options.joins)
+            or resolve_request(addresses.model, addresses.source, storage.url, options)
+        ),
     )
     run = steps.run("plan", lambda: find_run(request, storage, this))
+    _name_run(run.plan, storage, call, logger)
     if isinstance(run, CompleteRun):
         return _report_complete(run, storage, options, steps, logger)
     plan = _prepare(run, storage, logger)
@@ -107,12 +129,17 @@ def batch_inference(
         memory=memory,
         seconds=steps.seconds,
     )
-    png = steps.run("report", lambda: _record(plan, storage, report, watch.samples, options, logger))
-    report = report.model_copy(update={"seconds": steps.seconds})
     watch.show()
-    publish_artifacts(report, png, logger)
+    report = steps.run("report", lambda: _record(plan, storage, manifest, report, watch.samples, options, logger))
     logger.info("Run %s is complete: %s rows, %s rejects.", plan.run, f"{report.rows:,}", f"{report.rows_rejected:,}")
-    return report
+    return report.model_copy(update={"seconds": steps.seconds})
+
+
+def _name_run(plan: Plan, storage: Storage, call: RunCall, logger: Logger) -> None:
+    """Name flow run and events after the resolved run: the model's version, and where the predictions go."""
+    provisional = name_batch_run(call.model, call.destination)
+    rename_flow_run(name_batch_run(plan.model.uri, storage.url), provisional, logger)
+    call.key, call.model, call.source, call.destination = plan.key, plan.model.uri, plan.source.title, storage.url
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,25 +219,30 @@ def _report_complete(
     plan = run.plan
     logger.info("Run %s is complete: %s rows. Nothing to score.", plan.run, f"{plan.rows:,}")
     report = report_complete(run.manifest, plan, storage, steps.seconds)
-    if not storage.exists(page_path(plan)):
-        # The call that published the run was ended before it could record it.
-        _record(plan, storage, report, [(0.0, plan.rows)], options, logger)
-    return report
+    if storage.exists(page_path(plan)):
+        publish_artifacts(report, None, 0, logger)
+        return report
+    # The call that published the run was ended before it could record it.
+    return _record(plan, storage, run.manifest, report, [(0.0, plan.rows)], options, logger)
 
 
 def _record(
     plan: Plan,
     storage: Storage,
+    manifest: Manifest,
     report: BatchReport,
     samples: list[tuple[float, int]],
     options: BatchOptions,
     logger: Logger,
-) -> bytes:
-    """Write the lineage of a published run, then its page: a run that has its page is recorded. Return the plot."""
+) -> BatchReport:
+    """Write the lineage of a published run, then its page: a run that has its page is recorded. Then show it."""
     png = plot(report, samples)
     record_lineage(plan, report, options.experiment, logger)
     save_page(storage, plan, report, png)
-    return png
+    emit_published(plan, report)
+    sample = find_sample(storage, manifest, plan, logger) if options.sample_rows else None
+    publish_artifacts(report, sample, options.sample_rows, logger)
+    return report
 
 
 def _describe_interrupt(plan: Plan, watch: ProgressWatch) -> str:

@@ -11,20 +11,21 @@ from pydantic import Field
 from flows.runtime.flow_decorator import adhoc_flow
 from flows.runtime.steps import Steps
 from serving.gateway.client import GatewayClient
+from serving.gateway.route import Route
 from serving.targets import Address
 from tasks.endpoint.batching import BatchingChoice, resolve_batching, save_settings
 from tasks.endpoint.change import Change, find_serving_address, plan_change, remove_endpoint
 from tasks.endpoint.client import InferClient, infer_path
 from tasks.endpoint.deploy import make_host
 from tasks.endpoint.load import Latency, measure_latency
-from tasks.endpoint.report import Endpoint, publish_endpoint
+from tasks.endpoint.report import Endpoint, emit_endpoint_changed, emit_endpoint_retired, publish_endpoint
 from tasks.endpoint.resolve import LoadedModel, load_endpoint_model
 from tasks.endpoint.spec import GATEWAY, AnyTarget, EndpointSpec, Shadow, read_admin_key, read_keys
 from tasks.endpoint.traffic import check_gateway, find_route_to_restore, shift_traffic, validate_rollout
 from tasks.endpoint.verify import Verification, verify_endpoint
 
 
-@adhoc_flow("online-endpoint")
+@adhoc_flow("online-endpoint", run_name=lambda parameters: f"endpoint {parameters['spec'].name}")
 def online_endpoint(spec: EndpointSpec) -> Endpoint:
     """Serve a registered model online: deploy it beside what serves, compare its answers with the model, shift traffic.
 
@@ -61,6 +62,7 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
                 logger.warning("The registry must take a tag of %s, and did not.", loaded.resolved.pin.uri)
             rollout = timer.run("traffic", lambda: _shift_traffic(change, spec, loaded, address, keys))
         removed = change.remove_idle_versions(address)
+        is_changed = change.is_deployed or bool(removed) or _find_route(gateway, spec) != (status and status.route)
     endpoint = Endpoint(
         name=spec.name,
         url=f"{spec.gateway.rstrip('/')}/v2/models/{spec.name}/infer",
@@ -80,11 +82,13 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
         seconds=timer.seconds,
     )
     publish_endpoint(endpoint, logger)
+    if is_changed:
+        emit_endpoint_changed(endpoint)
     logger.info("%s", endpoint.summary)
     return endpoint
 
 
-@adhoc_flow("retire-endpoint", uses_registry=False)
+@adhoc_flow("retire-endpoint", run_name=lambda parameters: f"retire endpoint {parameters['name']}", uses_registry=False)
 def retire_endpoint(
     name: str,
     target: Annotated[AnyTarget, Field(discriminator="kind")],
@@ -103,9 +107,17 @@ def retire_endpoint(
     """
     logger = get_run_logger()
     with GatewayClient(gateway, read_admin_key(admin_secret)) as client:
+        there = client.get(name) is not None
         versions = remove_endpoint(client, make_host(target), name)
+    if there or versions:
+        emit_endpoint_retired(name, versions)
     logger.info("%s is retired: %s.", name, f"took down {', '.join(versions)}" if versions else "there was none")
     return versions
+
+
+def _find_route(gateway: GatewayClient, spec: EndpointSpec) -> Route | None:
+    status = gateway.get(spec.name)
+    return status.route if status else None
 
 
 def _verify_release(spec: EndpointSpec, loaded: LoadedModel, choice: BatchingChoice, address: Address) -> Verification:

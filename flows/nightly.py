@@ -15,6 +15,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import TerminationSignal
 
 from flows.runtime.flow_decorator import adhoc_flow
+from flows.runtime.names import rename_flow_run
 from flows.runtime.steps import flow_run, flow_run_id
 from serving.errors import OvernightError, SourceFormat
 from serving.machine import count_cores
@@ -25,6 +26,7 @@ from tasks.batch.plan import Plan, load_plan, load_start
 from tasks.batch.resolve import RunRequest, find_complete_run, resolve_request
 from tasks.common.artifacts import Logger, server_may_fail
 from tasks.common.formatting import in_words
+from tasks.common.names import name_batch_run
 from tasks.spot import work_pools
 from tasks.spot.night import MACHINE_KINDS, PLACEMENT_NAMES, Machine, Night
 from tasks.spot.night_report import NightProgress, publish_night, report_night
@@ -36,7 +38,15 @@ from tasks.storage import Address, Storage, open_storage
 _DEFAULTS = BatchOptions()
 
 
-@adhoc_flow("nightly-inference")
+def _name_run(model: str, destination: str, deadline: str) -> str:
+    """Return the name of a night: churn v3 → scores by 06:00."""
+    return f"{name_batch_run(model, destination)} by {deadline}"
+
+
+@adhoc_flow(
+    "nightly-inference",
+    run_name=lambda parameters: _name_run(parameters["model"], parameters["destination"], parameters["deadline"]),
+)
 def nightly_inference(
     model: str,
     source: Address,
@@ -72,6 +82,13 @@ def nightly_inference(
         earlier = find_sent_runs(client, flow_run_id())
     pinned = earlier[0][1].parameters["model"] if earlier else model
     call = resolve_request(pinned, str(source), storage.url, options)
+    rename_flow_run(
+        *(
+            _name_run(call.resolved.pin.uri, str(destination), deadline),
+            _name_run(model, str(destination), deadline),
+            logger,
+        )
+    )
     manifest = find_complete_run(storage, call)
     rows = manifest.rows if manifest else _count_rows(call)
     workers = options.workers if earlier or manifest else _choose_workers(rows, due, buying, options)
@@ -220,8 +237,9 @@ class _Deployments:
         """Start a run of the kind's deployment."""
         name = self.buying.spot if kind == "spot" else self.buying.on_demand
         key = make_idempotency_key(self.night, len(self._sent), kind)
+        run_name = f"{name_batch_run(self.call.resolved.pin.uri, self.storage.url)} ({kind} {len(self._sent) + 1})"
         with get_client(sync_client=True) as client:
-            run = work_pools.submit_flow_run(client, name, self._parameters(), key)
+            run = work_pools.submit_flow_run(client, name, self._parameters(), key, run_name)
         self._sent.append(run.id)
         return run.id
 

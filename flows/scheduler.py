@@ -39,7 +39,7 @@ from tasks.scheduler.workload import Table, Workload
 _PROFILE_OPTIONS, _APPLY_CONFIG, _HYSTERESIS = ProfileOptions(), ApplyConfig(), Hysteresis()
 
 
-@adhoc_flow("choose-mode")
+@adhoc_flow("choose-mode", run_name=lambda parameters: f"choose {parameters['workload'].name}")
 def choose_mode(
     workload: Workload,
     apply: bool = False,  # noqa: FBT001, FBT002 - a switch of a form
@@ -83,7 +83,7 @@ def choose_mode(
     return decision
 
 
-@adhoc_flow("review-modes")
+@adhoc_flow("review-modes", run_name=lambda parameters: f"review {parameters['workload'].name}")
 def review_modes(
     workload: Workload,
     apply_config: ApplyConfig = _APPLY_CONFIG,

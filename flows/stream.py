@@ -6,9 +6,11 @@ from prefect import get_run_logger
 
 from flows.runtime.flow_decorator import adhoc_flow
 from flows.runtime.interruption import exit_interrupted
+from flows.runtime.names import rename_flow_run
 from flows.runtime.stream_run import StreamRun, handle_early_sigterm
 from serving.model.loading import load_model
 from serving.model.registry import resolve_model
+from tasks.common.names import describe_model, find_last_folder, shorten_name
 from tasks.spot.notice_poller import poll_notices
 from tasks.stream.decode import Decoder
 from tasks.stream.opener import ConnectionOpener, check_column_names
@@ -18,7 +20,16 @@ from tasks.stream.report import StreamMetrics, StreamReport, publish_report
 _DEFAULTS = StreamOptions()
 
 
-@adhoc_flow("stream-inference")
+def _name_run(model: str, source: AnySource, sink: AnySink) -> str:
+    """Return the name of a stream's flow run: churn v3: EVENTS → PREDICTIONS."""
+    ends = f"{find_last_folder(_find_place(source))} → {find_last_folder(_find_place(sink))}"
+    return shorten_name(f"{describe_model(model)}: {ends}")
+
+
+@adhoc_flow(
+    "stream-inference",
+    run_name=lambda parameters: _name_run(parameters["model"], parameters["source"], parameters["sink"]),
+)
 def stream_inference(model: str, source: AnySource, sink: AnySink, options: StreamOptions = _DEFAULTS) -> StreamReport:
     """Score every message of a stream with a registered model, and emit each score once.
 
@@ -41,6 +52,7 @@ def stream_inference(model: str, source: AnySource, sink: AnySink, options: Stre
     """
     logger = get_run_logger()
     resolved = resolve_model(model)
+    rename_flow_run(_name_run(resolved.pin.uri, source, sink), _name_run(model, source, sink), logger)
     contract = resolved.contract(options.input_columns, options.policies)
     check_column_names(contract, options.key_columns, parts=sink.kind == "parts")
     loaded = load_model(resolved, contract, allow_pickle=options.allow_pickle)
@@ -76,10 +88,13 @@ def _describe_done(metrics: StreamMetrics) -> str:
 
 def _name_connection(address: AnySource | AnySink) -> str:
     """Return a source or a sink in two words."""
-    for field in ("stream", "subject", "topic", "destination"):
-        if name := getattr(address, field, None):
-            return f"{address.kind} {name}"
-    return address.kind
+    return f"{address.kind} {place}" if (place := _find_place(address)) else address.kind
+
+
+def _find_place(address: AnySource | AnySink) -> str:
+    """Return the stream, topic or folder of a source or a sink."""
+    names = (getattr(address, field, None) for field in ("stream", "subject", "topic", "destination"))
+    return next((str(name) for name in names if name), "")
 
 
 def _build_report(run: StreamRun, model: str, source: AnySource, sink: AnySink) -> StreamReport:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,6 +33,7 @@ from tasks.scheduler.deployment_plan import (
     plan_stream_deployment,
     read_current_deployment,
 )
+from tasks.scheduler.report import emit_mode_changed
 from tasks.storage import open_storage
 
 
@@ -67,7 +68,7 @@ def apply_decision(steps: Steps, decision: Decision, config: ApplyConfig, logger
     deployed = steps.run("apply", deploy[decision.chosen.mode])
     old = [each for each in before if each.id != deployed.id]
     retired, to_do = steps.run("retire", lambda: _retire_all(old, logger))
-    return AppliedDecision(
+    applied = AppliedDecision(
         workload=decision.workload.name,
         mode=decision.chosen.mode,
         summary=deployed.summary,
@@ -75,11 +76,19 @@ def apply_decision(steps: Steps, decision: Decision, config: ApplyConfig, logger
         retired=retired,
         to_do=to_do,
     )
+    current = _find_newest(before)
+    if current is None or current.mode != applied.mode:
+        emit_mode_changed(decision, applied, current.mode if current else None)
+    return applied
 
 
 def find_current_deployment(workload: str) -> CurrentDeployment | None:
     """Return how a workload is served now, None where choose_mode has deployed nothing for it."""
-    found = [each for each in deployment_store.find_deployments(workload) if not each.paused]
+    return _find_newest(deployment_store.find_deployments(workload))
+
+
+def _find_newest(deployments: Sequence[DeploymentResponse]) -> CurrentDeployment | None:
+    found = [each for each in deployments if not each.paused]
     return read_current_deployment(max(found, key=lambda each: str(each.updated)).tags) if found else None
 
 

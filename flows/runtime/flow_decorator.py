@@ -16,10 +16,12 @@ from prefect import Flow
 from prefect.exceptions import ParameterTypeError, SignatureMismatchError
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.states import Failed
+from prefect.types.entrypoint import EntrypointType
 from pydantic import ValidationError
 
 from flows.runtime.error_output import log_errors_shortly, log_failure
 from flows.runtime.interruption import InterruptedExit, start_server_shielded
+from flows.runtime.names import NameMaker, keep_chosen_name
 from flows.runtime.parameters import bind_parameters, explain_invalid, refuse_secrets
 from flows.runtime.steps import flow_run
 from flows.runtime.uncaught import show_uncaught_shortly, shows_frames
@@ -35,27 +37,33 @@ _INTERRUPTED = "Interrupted. The same call starts again, or resumes where it had
 # Set while a call from Python runs, whose servers were asked before there was a flow run.
 _servers_checked: ContextVar[bool] = ContextVar("servers_checked", default=False)
 
+_BY_MODULE = {"entrypoint_type": EntrypointType.MODULE_PATH}
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def adhoc_flow(name: str, *, uses_registry: bool = True) -> Callable[[Callable[P, R]], Flow[P, R]]:
+def adhoc_flow(name: str, *, run_name: NameMaker, uses_registry: bool = True) -> Callable[[Callable[P, R]], Flow[P, R]]:
     """Make a function a Prefect flow that has no heartbeat where it is called as a function.
 
     Prefect ends a flow run by joining its heartbeat thread, which sleeps whole seconds: every call
     would take up to a second more. A heartbeat lets automations resume the runs of a deployment; those
     are not started by a call, and keep it. Ctrl-C comes out as a KeyboardInterrupt that says what to do next, a notice
-    as Interrupted.
+    as Interrupted. Deployments name the flow by its module: it is installed wherever it runs.
 
     An OvernightError comes out as it is, without the frames of Prefect's engine. The flow run is Failed with its
     message. The servers that a call needs are asked for an answer before anything else.
 
     Args:
         name: The flow's name in Prefect.
+        run_name: Makes the name of a flow run of its parameters; see keep_chosen_name.
         uses_registry: Whether the flow reads models from MLflow.
     """
     return lambda function: _AdHocFlow(
-        _end_with_message(function, uses_registry=uses_registry), name=name, persist_result=False
+        _end_with_message(function, uses_registry=uses_registry),
+        name=name,
+        flow_run_name=keep_chosen_name(run_name),
+        persist_result=False,
     )
 
 
@@ -113,6 +121,17 @@ class _AdHocFlow(Flow[P, R]):
                     raise
                 # The frames of Prefect's engine and what an error was caused by say nothing beside its message.
                 raise error.with_traceback(None) from None
+
+        # By a path, which is Prefect's default, the folder of the flow would come first among those that are imported
+        # from, and its module would be another one than the installed one.
+        def to_deployment(self, *args: Any, **options: Any) -> Any:
+            return super().to_deployment(*args, **_BY_MODULE | options)
+
+        def serve(self, *args: Any, **options: Any) -> Any:
+            return super().serve(*args, **_BY_MODULE | options)
+
+        def deploy(self, *args: Any, **options: Any) -> Any:
+            return super().deploy(*args, **_BY_MODULE | options)
 
 
 @contextmanager

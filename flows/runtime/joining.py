@@ -92,7 +92,7 @@ def start_workers(options: BatchOptions, logger: Logger) -> list[FlowRun]:
             run_deployment(
                 this.deployment_id,
                 parameters=parameters,
-                flow_run_name=f"{this.name}-worker-{at}",
+                flow_run_name=f"{this.name} (worker {at})",
                 # It is not waited for: it may outlive this flow run, or start when all is done.
                 timeout=0,
                 idempotency_key=f"{this.id}/worker-{at}",

@@ -14,12 +14,13 @@ from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from prefect import Task
 from prefect.client.orchestration import get_client
 from prefect.exceptions import TerminationSignal
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.runtime.interruption import ignore_repeated_sigint, take_sigterm_as_notice
-from flows.runtime.shard_task import ShardTask, score_shard
+from flows.runtime.shard_task import ShardTask
 from serving.errors import RunnerUnusable
 from serving.machine import count_cores, set_variable
 from tasks.batch.options import Ray
@@ -53,7 +54,13 @@ def check_usable(where: Ray) -> None:
 
 
 def score_shards(
-    where: Ray, slots: int, shard_task: ShardTask, shards: list[int], scorer: Scorer, notice_seconds: float
+    where: Ray,
+    slots: int,
+    task: Task[..., Any],
+    shard_task: ShardTask,
+    shards: list[int],
+    scorer: Scorer,
+    notice_seconds: float,
 ) -> ScoringResult:
     """Score shards, at most `slots` of them at once; return their results, added up.
 
@@ -69,7 +76,7 @@ def score_shards(
                     _add_next(pending, scored, scorer)
                 if scorer.scheduler.is_stopping():
                     break
-                future = runner.submit(score_shard, {"shard_task": shard_task, "shard": shard})
+                future = runner.submit(task, {"shard_task": shard_task, "shard": shard})
                 pending[future.wrapped_future] = future
             while pending and not scorer.scheduler.is_stopping():
                 _add_next(pending, scored, scorer)

@@ -10,8 +10,9 @@ from typing import Any
 from uuid import uuid4
 
 import mlflow
-from prefect import task
+from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.states import Cancelled
 
 from serving.errors import OvernightError
@@ -20,7 +21,13 @@ from tasks.batch.parts import list_parts
 from tasks.batch.plan import Plan, load_plan
 from tasks.batch.resolve import load_planned_model
 from tasks.batch.score import Scorer, ScoringResult
+from tasks.common.artifacts import Logger, server_may_fail
 from tasks.storage import Storage, open_storage
+
+# `prefect concurrency-limit create overnight-shard 4` bounds the shards of all runs that are scored at once, and
+# `overnight-shard-churn` those of one model.
+SHARD_TAG = "overnight-shard"
+_LIMITS_PER_PAGE = 200
 
 _scorers: dict[str, Scorer] = {}
 
@@ -32,6 +39,7 @@ class ShardTask:
     attempt: str
     destination: str
     run: str
+    shards: int
     registry: str
     allow_pickle: bool
     max_reject_fraction: float
@@ -47,6 +55,7 @@ def open_shard_tasks(scorer: Scorer, *, allow_pickle: bool) -> Generator[ShardTa
             attempt=attempt,
             destination=scorer.destination.url,
             run=scorer.plan.run,
+            shards=len(scorer.plan.shards),
             registry=mlflow.get_tracking_uri(),
             allow_pickle=allow_pickle,
             max_reject_fraction=scorer.max_reject_fraction,
@@ -55,7 +64,16 @@ def open_shard_tasks(scorer: Scorer, *, allow_pickle: bool) -> Generator[ShardTa
         del _scorers[attempt]
 
 
-@task(name="score-shard", task_run_name="score-shard-{shard}", cache_policy=NO_CACHE, persist_result=False)
+def _name_shard(parameters: dict[str, Any]) -> str:
+    return f"shard {parameters['shard'] + 1} of {parameters['shard_task'].shards}"
+
+
+@task(
+    name="score-shard",
+    task_run_name=_name_shard,  # type: ignore[arg-type]  # Prefect's protocol has a method that no function has
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
 def score_shard(shard_task: ShardTask, shard: int) -> Any:
     """Score one shard in this thread, then help with what is left. Return a ScoringResult, or Cancelled if stopped."""
     scorer = _find_scorer(shard_task)
@@ -71,6 +89,25 @@ def score_shard(shard_task: ShardTask, shard: int) -> Any:
             # The result goes with it: after a notice that is withdrawn, the run goes on and counts it.
             return Cancelled(message=f"Stopped after {done} of {chunks} chunks; their parts stay.", data=result)
     return result
+
+
+def apply_limits(model_name: str, logger: Logger) -> Task[..., Any]:
+    """Return the task of a shard with those of its two tags that have a concurrency limit in Prefect now.
+
+    Prefect asks its server about the tags of each task that begins, and a task whose server does not answer fails.
+    Without a limit a shard has no tags, and depends on no server.
+    """
+    tags: set[str] = set()
+    with server_may_fail(logger, "question for concurrency limits"), get_client(sync_client=True) as client:
+        offset = 0
+        while found := client.read_global_concurrency_limits(_LIMITS_PER_PAGE, offset):
+            offset += len(found)
+            tags |= {each.name.removeprefix("tag:") for each in found if each.active and each.name.startswith("tag:")}
+    tags &= {SHARD_TAG, f"{SHARD_TAG}-{model_name}"}
+    if not tags:
+        return score_shard
+    logger.info("Shards of this run wait for the concurrency limits of Prefect on %s.", " and ".join(sorted(tags)))
+    return score_shard.with_options(tags=tags)
 
 
 def _find_scorer(shard_task: ShardTask) -> Scorer:

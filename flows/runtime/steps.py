@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import FlowRun
-from prefect.context import FlowRunContext
+from prefect.client.schemas.objects import FlowRun, State, StateDetails
+from prefect.context import FlowRunContext, TaskRunContext
+from prefect.states import Completed
 from prefect.transactions import CommitMode, transaction
 
 T = TypeVar("T")
@@ -24,9 +25,13 @@ _work: ContextVar[Callable[[], Any]] = ContextVar("work")
 
 @dataclass(slots=True)
 class Steps:
-    """Runs the steps of a flow as task runs, and adds up the seconds that each took."""
+    """Runs the steps of a flow as task runs, and adds up the seconds that each took.
+
+    Prefect's graph links each step to the one before it.
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
+    _previous: UUID | None = field(default=None, init=False)
 
     def run(self, name: str, work: Callable[[], T]) -> T:
         """Return what a step returns, or raise what it raises.
@@ -45,13 +50,24 @@ class Steps:
             retries=1,
             retry_condition_fn=lambda *_: False,
         )(_do_work)
-        token = _work.set(work)
+        token = _work.set(lambda: self._work_as_next(work))
         try:
             with keep_torch_threads():
-                return cast("T", step())
+                return cast("T", step(wait_for=self._wait_for_previous()))
         finally:
             _work.reset(token)
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def _work_as_next(self, work: Callable[[], T]) -> T:
+        """Do the work of a step, and have the next step follow it in the graph."""
+        context = TaskRunContext.get()
+        self._previous = context.task_run.id if context else None
+        return work()
+
+    def _wait_for_previous(self) -> list[State[bool]]:
+        """Return the end of the step before, as Prefect takes what a task depends on."""
+        details = StateDetails(task_run_id=self._previous)
+        return [Completed(data=True, state_details=details)] if self._previous else []
 
 
 def _do_work() -> Any:

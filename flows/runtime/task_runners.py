@@ -8,12 +8,13 @@ from concurrent.futures import wait
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from prefect import Task, get_run_logger
 from prefect.exceptions import CancelledRun, TerminationSignal
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.runtime import ray_runner
 from flows.runtime.interruption import ignore_repeated_sigint, take_sigterm_as_notice
-from flows.runtime.shard_task import ShardTask, open_shard_tasks, score_shard
+from flows.runtime.shard_task import ShardTask, apply_limits, open_shard_tasks
 from tasks.batch.options import BatchOptions, Ray
 from tasks.batch.score import Scorer, ScoringResult
 
@@ -37,23 +38,29 @@ def score_missing(scorer: Scorer, slots: int, options: BatchOptions) -> ScoringR
     batch; the parts that were written stay. SIGTERM does so too, as Prefect's TerminationSignal, when its time has run
     out or it comes a second time.
     """
-    scored = ScoringResult()
+    scored, task = ScoringResult(), apply_limits(scorer.plan.model.name, get_run_logger())
     while True:
         shards = scorer.scheduler.begin()
         with open_shard_tasks(scorer, allow_pickle=options.allow_pickle) as shard_task:
             if isinstance(options.runner, Ray):
-                scored.add(
-                    ray_runner.score_shards(options.runner, slots, shard_task, shards, scorer, options.notice_seconds)
+                result = ray_runner.score_shards(
+                    *(options.runner, slots, task, shard_task, shards, scorer, options.notice_seconds)
                 )
             else:
-                scored.add(_score_in_threads(scorer, slots, shard_task, shards, options.notice_seconds))
+                result = _score_in_threads(scorer, slots, task, shard_task, shards, options.notice_seconds)
+            scored.add(result)
         # After a notice that was withdrawn, slots have stopped that have work again.
         if scorer.drain.notice is not None or not scorer.scheduler.cut_short:
             return scored
 
 
 def _score_in_threads(
-    scorer: Scorer, slots: int, shard_task: ShardTask, shards: list[int], notice_seconds: float
+    scorer: Scorer,
+    slots: int,
+    task: Task[..., Any],
+    shard_task: ShardTask,
+    shards: list[int],
+    notice_seconds: float,
 ) -> ScoringResult:
     futures: list[Any] = []
     with ExitStack() as stack:
@@ -61,7 +68,7 @@ def _score_in_threads(
         runner: ThreadPoolTaskRunner[ScoringResult] = stack.enter_context(ThreadPoolTaskRunner(max_workers=slots))
         try:
             try:
-                futures += (runner.submit(score_shard, {"shard_task": shard_task, "shard": at}) for at in shards)
+                futures += (runner.submit(task, {"shard_task": shard_task, "shard": at}) for at in shards)
                 stopped = _wait_for_slots(scorer, futures)
             except TerminationSignal:
                 take_sigterm_as_notice(scorer.drain, notice_seconds)

@@ -8,15 +8,26 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
-from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from serving.errors import StorageFault
+from serving.errors import OvernightError, StorageFault
+from tasks.batch.manifest import Manifest
+from tasks.batch.plan import Plan
+from tasks.batch.prediction_sample import PredictionSample, draw_distributions, read_sample
 from tasks.batch.report import BatchReport, Sample
-from tasks.common.artifacts import Logger, ProgressArtifact, server_may_fail, start_thread
-from tasks.common.formatting import data_uri
+from tasks.common.artifacts import (
+    Logger,
+    ProgressArtifact,
+    make_image,
+    make_markdown,
+    make_table,
+    put_artifacts,
+    start_thread,
+)
+from tasks.storage import Storage
 
+SUMMARY_KEY = "batch-summary"
 _ARTIFACT_SECONDS = 5.0
 _LOG_SECONDS = 30.0
 _JOIN_SECONDS = 1.0
@@ -106,16 +117,39 @@ class ProgressWatch:
         self._artifact.show(min(100.0, 100.0 * self.rows_done / self._rows))
 
 
-def publish_artifacts(report: BatchReport, png: bytes, logger: Logger) -> None:
-    """Put the report among the flow run's artifacts: table, markdown and plot."""
-    with server_may_fail(logger):
-        create_table_artifact(report.table(), key="batch-table", description=f"Run {report.run}")
-        create_markdown_artifact(report.markdown(), key="batch-report", description=f"Run {report.run}")
-        create_image_artifact(data_uri(png), key="batch-plot", description="Rows done over time")
+def publish_artifacts(report: BatchReport, sample: PredictionSample | None, sample_rows: int, logger: Logger) -> None:
+    """Put a published run among the flow run's artifacts, each fact once.
+
+    Args:
+        report: What the run came to: the summary, and the rejects by reason where there are any.
+        sample: Predictions, for some rows and a picture of their distribution. None shows neither.
+        sample_rows: How many rows are shown.
+        logger: That of the flow run.
+    """
+    artifacts = [make_markdown(SUMMARY_KEY, report.summary(), f"Run {report.run}")]
+    if sample is not None and (rows := sample.list_rows(sample_rows)):
+        artifacts.append(make_table("batch-sample", rows, f"{len(rows)} of {report.rows:,} rows"))
+    if sample is not None and (png := draw_distributions(sample)) is not None:
+        artifacts.append(make_image("batch-distributions", png, "How the predictions are distributed"))
+    if report.rejects:
+        rejects = [
+            {"column": count.column or "(the model)", "reason": count.reason, "rows": count.rows}
+            for count in report.rejects
+        ]
+        artifacts.append(make_table("batch-rejects", rejects, f"{report.rows_rejected:,} rows without a prediction"))
+    put_artifacts(artifacts, logger)
+
+
+def find_sample(storage: Storage, manifest: Manifest, plan: Plan, logger: Logger) -> PredictionSample | None:
+    """Read the sample of a published run; None, with a warning, where its parts can't be read now."""
+    try:
+        return read_sample(storage, manifest, plan.contract)
+    except OvernightError as error:
+        logger.warning("The parts of run %s must be readable for a sample, got: %s", plan.run, error)
+        return None
 
 
 def publish_interrupted(run: str, rows_done: int, rows: int, message: str, logger: Logger) -> None:
-    """Publish what ended the flow run early, and what is left, where the report takes its place later."""
+    """Publish what ended the flow run early, and what is left, where the summary takes its place later."""
     table = f"| | |\n| --- | --- |\n| rows done | {rows_done:,} |\n| rows left | {rows - rows_done:,} |"
-    with server_may_fail(logger):
-        create_markdown_artifact(f"# Run {run}\n\n{message}\n\n{table}\n", key="batch-report", description=f"Run {run}")
+    put_artifacts([make_markdown(SUMMARY_KEY, f"# Run {run}\n\n{message}\n\n{table}\n", f"Run {run}")], logger)

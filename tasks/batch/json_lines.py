@@ -45,27 +45,38 @@ class Number(str):
     __slots__ = ()
 
 
-def parse_lines(block: bytes, types: dict[str, pl.DataType]) -> pl.DataFrame:
+def parse_lines(block: bytes, types: dict[str, pl.DataType], *, is_valid: bool = False) -> pl.DataFrame:
     """Return lines of JSON objects as a table of text columns, or columns of lists of text.
 
     Strings are what they stand for; numbers, booleans, objects and arrays are the text that is written. A field that a
     line lacks, or that is null, is null. Of a name that stands twice in an object the first counts.
-    Raises NotJsonLines where a line is no JSON object.
+
+    Args:
+        block: Whole lines.
+        types: Text, or lists of text, by the names of the fields.
+        is_valid: Whether `read_object` has read each line: what it refuses is not looked for again.
+
+    Raises:
+        NotJsonLines: A line is no JSON object.
     """
     try:
-        frame = pl.read_ndjson(io.BytesIO(quote_numbers(block)), schema=types)
+        frame = pl.read_ndjson(io.BytesIO(quote_numbers(block, is_valid=is_valid)), schema=types)
     except pl.exceptions.PolarsError as error:
         raise NotJsonLines(str(error).splitlines()[0]) from error
-    _refuse_lone_surrogates(block)
+    if not is_valid:
+        _refuse_lone_surrogates(block)
     return _with_nested_text(frame, block)
 
 
-def quote_numbers(block: bytes) -> memoryview:
+def quote_numbers(block: bytes, *, is_valid: bool = False) -> memoryview:
     """Return whole lines of JSON with every number that is a value in quotes.
 
-    What is no JSON stays none: a number that JSON does not know, or that stands for a name, is left as it is.
+    What is no JSON stays none: a number that JSON does not know, or that stands for a name, is left as it is. With
+    `is_valid`, which says that all of it is JSON, there is nothing to look for.
     """
     starts, stops = _find_numbers(block)
+    if not is_valid:
+        starts, stops = _only_values(block, starts, stops)
     edges = np.empty(2 * len(starts) + 2, dtype=np.int64)
     edges[0], edges[1:-1:2], edges[2:-1:2], edges[-1] = 0, starts, stops, len(block)
     pieces = _between(block, edges, pa.large_binary())
@@ -79,7 +90,7 @@ def _between(block: bytes, edges: Positions, kind: pa.DataType) -> pa.Array:
 
 
 def _find_numbers(block: bytes) -> tuple[Positions, Positions]:
-    """Return where the numbers of a block begin and end that are values."""
+    """Return where the numbers of a block begin and end, if it is JSON."""
     bytes_n = np.frombuffer(block, dtype=np.uint8)
     classes_n = np.frombuffer(block.translate(_CLASSES), dtype=np.uint8)
     quotes_n = classes_n == _MARK
@@ -94,7 +105,7 @@ def _find_numbers(block: bytes) -> tuple[Positions, Positions]:
     starts, stops = edges[::2], edges[1::2]
     # "e" is part of true and false too, but begins no number.
     begins_n = _BEGINS[bytes_n[starts]]
-    return _only_values(block, starts[begins_n], stops[begins_n])
+    return starts[begins_n], stops[begins_n]
 
 
 def _only_values(block: bytes, starts: Positions, stops: Positions) -> tuple[Positions, Positions]:

@@ -13,7 +13,7 @@ from serving.model.contract import ColumnNames, ColumnPolicy, Frozen
 # These decide how a run is carried out, never what it puts out: a later call may change them and still resume.
 _NOT_IN_KEY = {
     *("name", "slots", "memory_mb", "max_reject_fraction", "allow_pickle", "experiment"),
-    *("runner", "workers", "joins", "notices", "notice_seconds"),
+    *("runner", "workers", "joins", "notices", "notice_seconds", "sample_rows"),
 }
 
 
@@ -170,6 +170,13 @@ class BatchOptions(Frozen):
     csv: CsvOptions | None = Field(
         default=None,
         description="How the CSV files of the source are written. With it, files of any other name are taken as CSV.",
+    )
+    sample_rows: int = Field(
+        default=10,
+        ge=0,
+        le=100,
+        description="Rows with their predictions that Prefect shows, beside a picture of how the predictions are "
+        "distributed; 0 sends nothing of the predictions to Prefect.",
     )
 
     notices: Literal["none", "interruption", "rebalance"] = Field(

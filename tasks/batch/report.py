@@ -17,6 +17,7 @@ from tasks.batch.plan import Plan
 from tasks.batch.publish import Audit, count_rejects
 from tasks.batch.score import ScoringResult
 from tasks.common.formatting import data_uri
+from tasks.common.names import describe_model, find_last_folder
 from tasks.storage import Storage
 
 REPORT = "report.html"
@@ -48,6 +49,9 @@ class BatchReport(Frozen):
     seconds: dict[str, float] = Field(description="Wall-clock seconds by step.")
     thread_seconds: dict[str, float] = Field(description="Seconds of scoring by stage, over all threads.")
     report: str = Field(description="Where the page with the plot is.")
+    mlflow_run: str | None = Field(
+        default=None, description="Where the MLflow run with the lineage is, if there is one."
+    )
 
     @property
     def rows_rejected(self) -> int:
@@ -95,6 +99,23 @@ class BatchReport(Frozen):
         """Return the report as Markdown."""
         rows = "\n".join(f"| {row['']} | {row['value']} |" for row in self.table())
         return f"# Run {self.run}\n\n| | |\n| --- | --- |\n{rows}\n\nRead it with\n\n```python\n{self.read_with}\n```\n"
+
+    def summary(self) -> str:
+        """Return the figures of the call and links to everything else, as Markdown; details are in the page."""
+        rows = "\n".join(f"| {row['']} | {row['value']} |" for row in self.table() if not row[""].startswith(" "))
+        links = {"predictions": self.destination, "page with the plot and all details": self.report}
+        links |= {"MLflow run": self.mlflow_run} if self.mlflow_run else {}
+        lines = "\n".join(f"- {name}: {_link(address)}" for name, address in links.items())
+        title = f"{describe_model(self.model)} → {find_last_folder(self.destination)}"
+        return (
+            f"# {title}\n\n| | |\n| --- | --- |\n{rows}\n\n{lines}\n\nRead the predictions with\n\n"
+            f"```python\n{self.read_with}\n```\n"
+        )
+
+
+def _link(address: str) -> str:
+    """Return an address as Markdown: one that a browser opens is a link, any other is shown as it is."""
+    return f"[{address}]({address})" if address.startswith(("http://", "https://")) else f"`{address}`"
 
 
 def _tuning_table(tuning: Tuning) -> dict[str, str]:

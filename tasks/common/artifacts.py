@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextvars
+import json
 import logging
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 from uuid import UUID
 
 import httpx
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
 from prefect.exceptions import PrefectHTTPStatusError
+from prefect.utilities.context import get_task_and_flow_run_ids
+
+from tasks.common.formatting import data_uri
 
 Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
@@ -29,6 +36,46 @@ def server_may_fail(logger: Logger, what: str = "artifacts") -> Generator[None]:
             raise
 
 
+def make_markdown(key: str, markdown: str, description: str) -> ArtifactCreate:
+    """Return an artifact of Markdown."""
+    return ArtifactCreate(type="markdown", key=key, data=markdown, description=description)
+
+
+def make_table(key: str, rows: Sequence[Mapping[str, Any]], description: str) -> ArtifactCreate:
+    """Return an artifact that is a table; the values of its rows must be ones that JSON has."""
+    return ArtifactCreate(type="table", key=key, data=json.dumps(rows, allow_nan=False), description=description)
+
+
+def make_image(key: str, png: bytes, description: str) -> ArtifactCreate:
+    """Return an artifact that is a picture."""
+    return ArtifactCreate(type="image", key=key, data=data_uri(png), description=description)
+
+
+def put_artifacts(artifacts: Sequence[ArtifactCreate], logger: Logger) -> None:
+    """Put artifacts on the flow run: each replaces the one of its key that an earlier attempt of the run has put."""
+    with server_may_fail(logger), get_client(sync_client=True) as client:
+        for artifact in artifacts:
+            _put_artifact(client, artifact)
+
+
+def _put_artifact(client: SyncPrefectClient, artifact: ArtifactCreate) -> UUID:
+    task_run_id, flow_run_id = get_task_and_flow_run_ids()
+    ids = {"flow_run_id": flow_run_id, "task_run_id": task_run_id}
+    earlier = _find_artifact(client, artifact.key, flow_run_id)
+    if earlier is None:
+        return client.create_artifact(artifact.model_copy(update={k: v for k, v in ids.items() if v})).id
+    client.update_artifact(earlier, ArtifactUpdate(data=artifact.data, description=artifact.description))
+    return earlier
+
+
+def _find_artifact(client: SyncPrefectClient, key: str | None, flow_run_id: UUID | None) -> UUID | None:
+    """Return the artifact of this key that the flow run has already, None outside of one."""
+    if flow_run_id is None or key is None:
+        return None
+    wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]), key=ArtifactFilterKey(any_=[key]))
+    return next((each.id for each in client.read_artifacts(artifact_filter=wanted)), None)
+
+
 class ProgressArtifact:
     """A progress bar among the flow run's artifacts: created by the first `show`, updated by later ones."""
 
@@ -38,12 +85,12 @@ class ProgressArtifact:
 
     def show(self, percent: float) -> None:
         """Set the bar to a percentage."""
-        with server_may_fail(self._logger):
+        with server_may_fail(self._logger), get_client(sync_client=True) as client:
             if self._id is None:
-                made = create_progress_artifact(percent, key=self._key, description=self._description)
-                self._id = made if isinstance(made, UUID) else None
+                bar = ArtifactCreate(type="progress", key=self._key, data=percent, description=self._description)
+                self._id = _put_artifact(client, bar)
             else:
-                update_progress_artifact(self._id, progress=percent)
+                client.update_artifact(self._id, ArtifactUpdate(data=percent))
 
 
 def start_thread(name: str, work: Callable[[], None]) -> threading.Thread:

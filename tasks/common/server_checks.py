@@ -25,6 +25,7 @@ from prefect.client.base import ServerType, determine_server_type
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
 
 from serving.errors import DestinationUnusable, OvernightError, ServerUnreachable, StorageDenied, StorageFault
+from tasks.common.names import BLOCK
 from tasks.storage import LocalStorage, open_storage
 from tasks.storage.s3 import s3_endpoint
 
@@ -89,7 +90,9 @@ def _ask(check: ServerCheck, found: list[OvernightError | None], at: int) -> Non
 def list_checks(parameters: Mapping[str, Any], *, uses_registry: bool) -> list[ServerCheck]:
     """Return the checks of a flow's parameters: of the registry, and of the stores that its addresses lie in."""
     addresses = [_list_texts(parameters.get(name)) for name in ("destination", "source")]
-    checks = _list_registry_checks() if uses_registry else []
+    # What a block names is known once it is loaded.
+    has_block = str(parameters.get("model", "")).startswith(BLOCK)
+    checks = _list_registry_checks() if uses_registry and not has_block else []
     for at, places in enumerate(addresses):
         checks += [check for place in places for check in _list_storage_checks(place, writes=at == 0)]
     # Many addresses lie in one store.
@@ -98,7 +101,8 @@ def list_checks(parameters: Mapping[str, Any], *, uses_registry: bool) -> list[S
 
 def _list_texts(value: object) -> list[str]:
     values = value if isinstance(value, list | tuple) else [value]
-    return [os.fspath(each) for each in values if isinstance(each, str | os.PathLike)]
+    texts = [os.fspath(each) for each in values if isinstance(each, str | os.PathLike)]
+    return [text for text in texts if not text.startswith(BLOCK)]
 
 
 def list_prefect_checks() -> list[ServerCheck]:

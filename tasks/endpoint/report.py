@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from pydantic import Field
 
 from serving.model.batching import BatchingConfig, CostModel
 from serving.model.contract import Frozen
-from tasks.common.artifacts import Logger, server_may_fail
-from tasks.common.formatting import data_uri
+from serving.redaction import hide_secrets
+from tasks.common.artifacts import Logger, make_image, make_markdown, put_artifacts
+from tasks.common.events import ENDPOINT_CHANGED, describe_model_resource, describe_resource, send_event
 from tasks.endpoint.batching import BatchingChoice
 from tasks.endpoint.load import Latency
 from tasks.endpoint.spec import Budget
@@ -107,14 +107,34 @@ def _describe_latency(latency: Latency) -> str:
 
 
 def publish_endpoint(endpoint: Endpoint, logger: Logger) -> None:
-    """Put the endpoint among the flow run's artifacts: table, markdown, and the plot where anything was measured."""
-    with server_may_fail(logger):
-        create_table_artifact(endpoint.table(), key="endpoint-table", description=endpoint.summary)
-        create_markdown_artifact(endpoint.markdown(), key="endpoint-report", description=endpoint.summary)
-        if endpoint.latencies():
-            create_image_artifact(
-                data_uri(draw_plot(endpoint)), key="endpoint-plot", description="What requests waited"
-            )
+    """Put the endpoint among the flow run's artifacts: its report, and the plot where anything was measured."""
+    artifacts = [make_markdown("endpoint-report", endpoint.markdown(), endpoint.summary)]
+    if endpoint.latencies():
+        artifacts.append(make_image("endpoint-plot", draw_plot(endpoint), "What requests waited"))
+    put_artifacts(artifacts, logger)
+
+
+def emit_endpoint_changed(endpoint: Endpoint) -> None:
+    """Send the event that an endpoint serves another release, or other traffic, than before."""
+    payload = {
+        "endpoint": endpoint.name,
+        "url": hide_secrets(endpoint.url),
+        "model": endpoint.model,
+        "version": endpoint.version,
+        "target": endpoint.target,
+        "rollout": endpoint.rollout,
+        "removed": list(endpoint.removed),
+    }
+    resource = describe_resource(
+        "endpoint", endpoint.name, role=False, version=endpoint.version, target=endpoint.target
+    )
+    send_event(ENDPOINT_CHANGED, resource, [describe_model_resource(endpoint.model)], payload)
+
+
+def emit_endpoint_retired(name: str, versions: tuple[str, ...]) -> None:
+    """Send the event that an endpoint is out of service."""
+    resource = describe_resource("endpoint", name, role=False)
+    send_event(ENDPOINT_CHANGED, resource, [], {"endpoint": name, "version": None, "removed": list(versions)})
 
 
 def draw_plot(endpoint: Endpoint) -> bytes:

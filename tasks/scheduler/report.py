@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 
-from tasks.common.artifacts import Logger, server_may_fail
-from tasks.common.formatting import data_uri
+from tasks.common.artifacts import Logger, make_image, make_markdown, make_table, put_artifacts
+from tasks.common.events import MODE_CHANGED, describe_model_resource, describe_resource, send_event
 from tasks.scheduler.decision import Alternative, BreakEven, Decision, Mode, Policy, Profile
 from tasks.scheduler.prices import format_usd
 from tasks.scheduler.workload import Events, Requests, Table, Workload
@@ -317,21 +316,35 @@ def _draw_costs(axes: Axes, decision: Decision, costs: CostCurves) -> None:
 
 def publish_decision(decision: Decision, words: str, png: bytes, logger: Logger) -> None:
     """Put a decision among the artifacts: markdown, the alternatives as a table, and the plot."""
-    with server_may_fail(logger):
-        create_markdown_artifact(words, key="mode-decision", description=summarize_decision(decision))
-        create_table_artifact(
-            list_alternatives(decision), key="mode-alternatives", description=summarize_decision(decision)
-        )
-        create_image_artifact(data_uri(png), key="mode-plot", description="Costs, arrivals, and other traffic")
+    summary = summarize_decision(decision)
+    artifacts = [
+        make_markdown("mode-decision", words, summary),
+        make_table("mode-alternatives", list_alternatives(decision), summary),
+        make_image("mode-plot", png, "Costs, arrivals, and other traffic"),
+    ]
+    put_artifacts(artifacts, logger)
 
 
 def publish_applied(applied: AppliedDecision, logger: Logger) -> None:
     """Put what was put into effect among the artifacts."""
-    with server_may_fail(logger):
-        create_markdown_artifact(applied.markdown(), key="mode-applied", description=applied.summary)
+    put_artifacts([make_markdown("mode-applied", applied.markdown(), applied.summary)], logger)
 
 
 def publish_review(review: Review, logger: Logger) -> None:
     """Put a review among the artifacts."""
-    with server_may_fail(logger):
-        create_markdown_artifact(review.markdown(), key="mode-review", description=review.verdict.reason)
+    put_artifacts([make_markdown("mode-review", review.markdown(), review.verdict.reason)], logger)
+
+
+def emit_mode_changed(decision: Decision, applied: AppliedDecision, mode_before: str | None) -> None:
+    """Send the event that a workload is served in another mode than before, or for the first time."""
+    payload = {
+        "workload": applied.workload,
+        "mode": applied.mode,
+        "mode_before": mode_before,
+        "model": decision.workload.model,
+        "summary": applied.summary,
+        "retired": list(applied.retired),
+        "usd": decision.chosen.usd,
+    }
+    resource = describe_resource("workload", applied.workload, role=False, mode=applied.mode)
+    send_event(MODE_CHANGED, resource, [describe_model_resource(decision.workload.model)], payload)

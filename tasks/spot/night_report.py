@@ -5,20 +5,11 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from uuid import UUID
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from prefect.artifacts import (
-    create_image_artifact,
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
 
-from tasks.common.artifacts import Logger, server_may_fail
-from tasks.common.formatting import data_uri
+from tasks.common.artifacts import Logger, ProgressArtifact, make_image, make_markdown, make_table, put_artifacts
 from tasks.spot.night import Night
 from tasks.spot.purchase import MachineStay, NightlyReport, sum_cost, sum_seconds
 
@@ -29,18 +20,15 @@ class NightProgress:
     """The share of rows that have their part, as an artifact of the flow run."""
 
     def __init__(self, rows: int, logger: Logger) -> None:
-        self._rows, self._logger, self._shown = rows, logger, -1
-        self._artifact: UUID | None = None
-        with server_may_fail(logger):
-            made = create_progress_artifact(0.0, key="night-progress", description="Rows with a part")
-            self._artifact = made if isinstance(made, UUID) else None
+        self._rows, self._shown = rows, -1
+        self._artifact = ProgressArtifact("night-progress", "Rows with a part", logger)
+        self._artifact.show(0.0)
 
     def show(self, rows_done: int) -> None:
         """Update the artifact where rows were done since the last time."""
-        if self._artifact is not None and rows_done != self._shown:
+        if rows_done != self._shown:
             self._shown = rows_done
-            with server_may_fail(self._logger):
-                update_progress_artifact(self._artifact, progress=min(100.0, 100.0 * rows_done / self._rows))
+            self._artifact.show(min(100.0, 100.0 * rows_done / self._rows))
 
 
 def report_night(night: Night, run: str, due: datetime, seconds: float, rows_in_flight_max: int) -> NightlyReport:
@@ -69,11 +57,13 @@ def report_night(night: Night, run: str, due: datetime, seconds: float, rows_in_
 
 def publish_night(report: NightlyReport, night: Night, logger: Logger) -> None:
     """Publish moves, figures and plot of the night as artifacts of the flow run."""
-    with server_may_fail(logger):
-        create_table_artifact(report.table(), key="night-moves", description=f"Run {report.run}")
-        create_markdown_artifact(report.markdown(), key="night-report", description=f"Run {report.run}")
-        png = plot_night(night.samples, night.stays, night.rows, report.seconds + report.slack_seconds)
-        create_image_artifact(data_uri(png), key="night-plot", description="Rows done, and on which machines")
+    png = plot_night(night.samples, night.stays, night.rows, report.seconds + report.slack_seconds)
+    artifacts = [
+        make_table("night-moves", report.table(), f"Run {report.run}"),
+        make_markdown("night-report", report.markdown(), f"Run {report.run}"),
+        make_image("night-plot", png, "Rows done, and on which machines"),
+    ]
+    put_artifacts(artifacts, logger)
 
 
 def plot_night(samples: Sequence[tuple[float, int]], stays: Sequence[MachineStay], rows: int, deadline: float) -> bytes:

@@ -105,10 +105,12 @@ def _find_deployment(client: SyncPrefectClient, deployment: str) -> tuple[UUID, 
     return found.id, found.work_pool_name
 
 
-def submit_flow_run(client: SyncPrefectClient, deployment: str, parameters: Mapping[str, Any], key: str) -> FlowRun:
+def submit_flow_run(
+    client: SyncPrefectClient, deployment: str, parameters: Mapping[str, Any], key: str, name: str | None = None
+) -> FlowRun:
     """Start a flow run of a deployment, or return the one that was started with the same key before."""
     found, _ = _find_deployment(client, deployment)
-    return client.create_flow_run_from_deployment(found, parameters=dict(parameters), idempotency_key=key)
+    return client.create_flow_run_from_deployment(found, parameters=dict(parameters), name=name, idempotency_key=key)
 
 
 def find_flow_run(client: SyncPrefectClient, keys: Sequence[str]) -> FlowRun | None:

@@ -5,8 +5,8 @@
 
 from tasks.storage.addresses import (
     Address,
-    Addresses,
     Selection,
+    SourceAddress,
     as_texts,
     join_selections,
     open_storage,
@@ -19,11 +19,11 @@ from tasks.storage.s3 import S3Storage, s3_options
 
 __all__ = [
     "Address",
-    "Addresses",
     "Entry",
     "LocalStorage",
     "S3Storage",
     "Selection",
+    "SourceAddress",
     "Storage",
     "as_texts",
     "check_create_only",

@@ -32,9 +32,11 @@ def _to_text(given: Any) -> Any:
     return os.fspath(given) if isinstance(given, os.PathLike) else given
 
 
-# Addresses as a person gives them, which are texts once they are checked. Forms ask for one text.
+# SourceAddress as a person gives them, which are texts once they are checked. Forms ask for one text.
 Address = Annotated[str | Path, BeforeValidator(_to_text), WithJsonSchema({"type": "string"})]
-Addresses = Annotated[str | Path | Sequence[str | Path], BeforeValidator(_to_text), WithJsonSchema({"type": "string"})]
+SourceAddress = Annotated[
+    str | Path | Sequence[str | Path], BeforeValidator(_to_text), WithJsonSchema({"type": "string"})
+]
 
 
 def as_texts(given: str | Path | Sequence[str | Path]) -> str | tuple[str, ...]:

@@ -149,7 +149,7 @@ class Decoder:
         # A line break within a message can only be between its tokens.
         lines = b"\n".join(message.payload.replace(b"\n", b" ") for message in messages)
         try:
-            frame = parse_lines(lines, self._text_types)
+            frame = parse_lines(lines, self._text_types, is_valid=True)
         except NotJsonLines:
             return None
         return frame.to_arrow(compat_level=pl.CompatLevel.oldest()) if frame.height == len(messages) else None

@@ -13,11 +13,9 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
-from uuid import UUID
 
 import numpy as np
 import numpy.typing as npt
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -26,7 +24,7 @@ from pydantic import Field
 from serving.errors import BadInput
 from serving.model.batching import BatchingConfig
 from serving.model.contract import Frozen
-from tasks.common.artifacts import Logger, server_may_fail
+from tasks.common.artifacts import Logger, ProgressArtifact, make_markdown, put_artifacts
 from tasks.stream.score import ScoredBatch
 
 # Twenty bins per decade, from a tenth of a millisecond to more than a day: a quantile is right within 6 %.
@@ -176,7 +174,7 @@ class ProgressReporter:
 
     def __init__(self, metrics: StreamMetrics, batching: Callable[[], BatchingConfig], logger: Logger) -> None:
         self._metrics, self._batching, self._logger = metrics, batching, logger
-        self._artifact: UUID | None = None
+        self._artifact = ProgressArtifact("stream-progress", "Messages scored of those there", logger)
 
     @contextmanager
     def report_progress(self) -> Generator[None]:
@@ -206,14 +204,7 @@ class ProgressReporter:
     def _update_artifact(self) -> None:
         done, lag = self._metrics.totals.messages, self._metrics.lag() or 0
         percent = 100.0 * done / (done + lag) if done + lag else 0.0
-        with server_may_fail(self._logger):
-            if self._artifact is None:
-                made = create_progress_artifact(
-                    percent, key="stream-progress", description="Messages scored of those there"
-                )
-                self._artifact = made if isinstance(made, UUID) else None
-            else:
-                update_progress_artifact(self._artifact, progress=percent)
+        self._artifact.show(percent)
 
 
 def format_progress(before: Totals, metrics: StreamMetrics, seconds: float, config: BatchingConfig) -> str:
@@ -274,5 +265,4 @@ def _format_value(value: object) -> str:
 
 def publish_report(source: str, markdown: str, logger: Logger) -> None:
     """Create the report among the flow run's artifacts."""
-    with server_may_fail(logger):
-        create_markdown_artifact(markdown, key="stream-report", description=f"Stream {source}")
+    put_artifacts([make_markdown("stream-report", markdown, f"Stream {source}")], logger)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -82,11 +81,11 @@ def workers_of(flow_run: UUID) -> list[FlowRun]:
 
 
 def table(server: PrefectServer, flow_run: UUID) -> dict[str, str]:
-    """The report of a flow run, as its artifact shows it; nothing for one that found all done."""
-    wanted = {"artifacts": {"flow_run_id": {"any_": [str(flow_run)]}, "key": {"any_": ["batch-table"]}}}
+    """The table of a flow run's summary, as its artifact shows it; nothing for one that found all done."""
+    wanted = {"artifacts": {"flow_run_id": {"any_": [str(flow_run)]}, "key": {"any_": ["batch-summary"]}}}
     found = httpx.post(f"{server.api_url}/artifacts/filter", json=wanted).json()
     if not found:
         return {}
-    (data,) = (artifact["data"] for artifact in found)
-    rows = json.loads(data) if isinstance(data, str) else data
-    return {row[""].strip(): row["value"] for row in rows}
+    (data,) = (str(artifact["data"]) for artifact in found)
+    rows = (line.strip("| ").split(" | ") for line in data.splitlines() if line.startswith("| ") and "---" not in line)
+    return {row[0].strip(): row[1] for row in rows if len(row) > 1}

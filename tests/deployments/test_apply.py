@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,9 @@ def test_applied_again_it_changes_nothing(deployed: PrefectServer) -> None:
     changes = asyncio.run(deploy(automations=AUTOMATIONS))
 
     assert {} == changed(changes)
-    assert {"work pool": 3, "deployment": 12, "automation": 3} == {
-        kind: sum(change.kind == kind for change in changes) for kind in ("work pool", "deployment", "automation")
-    }
+    assert {"block type": 3, "work pool": 3, "deployment": 12, "automation": 3} == Counter(
+        change.kind for change in changes
+    )
 
 
 def test_what_was_changed_in_the_ui_is_named_and_set_back(deployed: PrefectServer) -> None:

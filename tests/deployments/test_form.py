@@ -84,7 +84,7 @@ def test_a_run_is_started_from_the_form_which_describes_every_field_and_shows_it
     page.get_by_text("Completed", exact=True).first.wait_for()
     show(page, "run")
     page.get_by_role("tab", name="Artifacts").click()
-    for key in ("batch-progress", "batch-table", "batch-report", "batch-plot"):
+    for key in ("batch-progress", "batch-summary", "batch-sample", "batch-distributions"):
         page.get_by_text(key).first.wait_for()
     show(page, "artifacts")
 

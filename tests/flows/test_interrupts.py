@@ -89,8 +89,8 @@ def shard_states(server: PrefectServer, destination: Path) -> dict[int, str]:
     while "RUNNING" in states.values():
         found = ask("task_runs", {"flow_runs": {"id": {"any_": [run["id"]]}}})
         states = {task["name"]: task["state_type"] for task in found}
-    shards = {name: state for name, state in states.items() if name.startswith("score-shard-")}
-    return {int(name.removeprefix("score-shard-")): state for name, state in shards.items()}
+    shards = {tuple(name.split()): state for name, state in states.items() if name.startswith("shard ")}
+    return {int(number) - 1: state for (_, number, *_), state in shards.items()}
 
 
 @pytest.mark.parametrize("times", [1, 2])

@@ -112,8 +112,8 @@ def test_an_interruption_by_aws_drains_a_run_and_the_same_call_completes_it_to_t
     assert left.items() <= undisturbed.items()
     assert f"{CHUNK * len(left):,} of 3,200 rows" in str(caught.value)
     assert ("CRASHED", str(caught.value)) == (run["state_type"], run["state"]["message"])
-    assert str(caught.value) in artifacts["batch-report"]
-    assert f"| rows left | {ROWS - CHUNK * len(left):,} |" in artifacts["batch-report"]
+    assert str(caught.value) in artifacts["batch-summary"]
+    assert f"| rows left | {ROWS - CHUNK * len(left):,} |" in artifacts["batch-summary"]
     assert 100 * CHUNK * len(left) / ROWS == pytest.approx(float(artifacts["batch-progress"]))
     assert ROWS - CHUNK * len(left) == report.rows_scored
     assert undisturbed == digests(tmp_path)

@@ -134,10 +134,10 @@ class TestStarting:
             started = joining.start_workers(options, log)  # type: ignore[arg-type]
             again = joining.start_workers(options, log)  # type: ignore[arg-type]
 
-        assert ["night-worker-2", "night-worker-3"] == [each.name for each in started]
+        assert ["night (worker 2)", "night (worker 3)"] == [each.name for each in started]
         assert [each.id for each in started] == [each.id for each in again]
         assert {first.deployment_id} == {each.deployment_id for each in started}
-        assert ["More workers score this run: night-worker-2, night-worker-3."] * 2 == log.lines
+        assert ["More workers score this run: night (worker 2), night (worker 3)."] * 2 == log.lines
         asked = BatchOptions.model_validate(started[0].parameters["options"])
         assert OPTIONS.model_copy(update={"joins": first.id}) == asked
         assert "models:/m/1" == started[0].parameters["model"]

@@ -1,0 +1,86 @@
+"""The events of a batch run: published, or refused. Each concerns its destination, its source and its model."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from uuid import NAMESPACE_URL, uuid5
+
+from serving.errors import Interrupted, OvernightError
+from serving.redaction import hide_secrets
+from tasks.batch.plan import Plan
+from tasks.batch.report import BatchReport
+from tasks.common.events import (
+    RUN_PUBLISHED,
+    RUN_REFUSED,
+    Labels,
+    describe_model_resource,
+    describe_resource,
+    send_event,
+)
+
+_MESSAGE_CHARACTERS_MAX = 1_000
+
+
+@dataclass(slots=True, kw_only=True)
+class RunCall:
+    """The call of a run, as its events tell it: the key of the run once it is planned, and what the run concerns."""
+
+    model: str
+    source: str
+    destination: str
+    key: str = ""
+
+    def describe_run(self, **labels: str) -> Labels:
+        """Return the labels of the run; one that was not planned has no key."""
+        return describe_resource("run", self.key or "unplanned", role=False, **labels)
+
+    def list_related(self) -> list[Labels]:
+        """Return the labels of destination, source and model."""
+        return [
+            describe_resource("destination", self.destination.rstrip("/")),
+            describe_resource("source", self.source.rstrip("/")),
+            describe_model_resource(self.model),
+        ]
+
+
+def emit_published(plan: Plan, report: BatchReport) -> None:
+    """Send the event that a run is published. Sent by two workers, or again by a later call, it is one event."""
+    call = RunCall(model=report.model, source=report.source, destination=report.destination, key=plan.key)
+    payload = {
+        "run": report.run,
+        "model": report.model,
+        "model_digest": report.model_digest,
+        "source": hide_secrets(report.source),
+        "destination": hide_secrets(report.destination),
+        "output": report.output,
+        "rows": report.rows,
+        "rows_rejected": report.rows_rejected,
+        "rows_scored": report.rows_scored,
+    }
+    event_id = uuid5(NAMESPACE_URL, f"{RUN_PUBLISHED}/{report.destination}/{report.run}/{report.plan_digest}")
+    send_event(RUN_PUBLISHED, call.describe_run(output=report.output), call.list_related(), payload, event_id)
+
+
+@contextmanager
+def emit_refusal(call: RunCall) -> Generator[RunCall]:
+    """Send the event that a run is refused where an error of Overnight ends the block; one of an interruption is none.
+
+    The block may set what becomes known of the call: its key, its resolved model.
+    """
+    try:
+        yield call
+    except Interrupted:
+        raise
+    except OvernightError as error:
+        kind = type(error).__name__
+        payload = {
+            "error": kind,
+            "message": hide_secrets(str(error))[:_MESSAGE_CHARACTERS_MAX],
+            "model": call.model,
+            "source": hide_secrets(call.source),
+            "destination": hide_secrets(call.destination),
+        }
+        send_event(RUN_REFUSED, call.describe_run(error=kind), call.list_related(), payload)
+        raise
