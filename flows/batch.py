@@ -18,7 +18,7 @@ from flows.runtime.steps import Steps, flow_run_id
 from flows.runtime.task_runners import check_runner, score_missing
 from tasks.batch.artifacts import ProgressWatch, find_sample, publish_artifacts, publish_interrupted
 from tasks.batch.events import RunCall, emit_published, emit_refusal
-from tasks.batch.lineage import record_failure, record_lineage
+from tasks.batch.lineage import record_failure, record_lineage, record_start
 from tasks.batch.manifest import Manifest, find_intact_manifest, list_foreign_files
 from tasks.batch.memory import check_memory
 from tasks.batch.options import BatchOptions
@@ -115,6 +115,7 @@ def _infer(addresses: Addresses, options: BatchOptions, call: RunCall) -> BatchR
         joined=is_beside_another(options),
     )
     watch = ProgressWatch(plan.rows, lambda: count_rows_done(storage, plan), logger)
+    record_start(plan, storage.url, logger)
     with report_failure(lambda end, why: record_failure(plan, storage.url, options.experiment, end, why, logger)):
         scoring = steps.run("score", lambda: _score(scorer, slots, options, watch, logger))
         if isinstance(scoring, _Interrupted):
@@ -237,7 +238,8 @@ def _record(
 ) -> BatchReport:
     """Write the lineage of a published run, then its page: a run that has its page is recorded. Then show it."""
     png = plot(report, samples)
-    record_lineage(plan, report, options.experiment, logger)
+    mlflow_run = record_lineage(plan, report, options.experiment, logger)
+    report = report.model_copy(update={"mlflow_run": mlflow_run})
     save_page(storage, plan, report, png)
     emit_published(plan, report)
     sample = find_sample(storage, manifest, plan, logger) if options.sample_rows else None

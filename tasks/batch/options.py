@@ -6,7 +6,7 @@ import codecs
 from typing import Literal, Self
 from uuid import UUID
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from serving.model.contract import ColumnNames, ColumnPolicy, Frozen
 
@@ -105,6 +105,10 @@ class BatchOptions(Frozen):
     policies: dict[str, ColumnPolicy] = Field(
         default_factory=dict,
         description="How columns are cast and what becomes of nulls, by column name; '*' stands for every other.",
+    )
+    params: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="Values of params in the model's signature, by name. One that is not given has its default there.",
     )
     output: Literal["parquet", "delta"] = Field(
         default="parquet", description="parquet: parts and a manifest. delta: the same parts added to a Delta table."
@@ -219,5 +223,5 @@ class BatchOptions(Frozen):
     def key_fields(self) -> dict[str, object]:
         """Return what the run key is made of: the options that change the output."""
         # Without them a call keeps the key that it has had before there were such options.
-        unset = {name for name in ("rescore", "csv") if getattr(self, name) is None}
+        unset = {name for name in ("rescore", "params", "csv") if not getattr(self, name)}
         return self.model_dump(mode="json", exclude=_NOT_IN_KEY | unset)

@@ -105,7 +105,7 @@ def resolve_request(model: str, source: str | Sequence[str], destination: str, o
         BadInput: The source or the options can't be used; its kinds say why.
     """
     resolved = resolve_model(model)
-    contract = resolved.contract(options.input_columns, options.policies)
+    contract = resolved.contract(options.input_columns, options.policies, options.params)
     snapshot = pin_source(source, destination, csv=options.csv is not None)
     key = run_key(resolved.pin, snapshot, contract, options)
     return RunRequest(resolved=resolved, snapshot=snapshot, contract=contract, options=options, key=key)
