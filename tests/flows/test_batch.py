@@ -540,11 +540,9 @@ class TestBadInput:
     def test_unknown_options_are_refused_by_name_when_they_come_as_json(
         self, linear: str, customers: Path, tmp_path: Path
     ) -> None:
-        from prefect.exceptions import ParameterTypeError
-
         from flows.batch import batch_inference
 
-        with pytest.raises(ParameterTypeError, match="rows_per_chunks"):
+        with pytest.raises(BadInput, match=r"rows_per_chunks: there is no such field; did you mean 'rows_per_chunk'\?"):
             batch_inference(linear, str(customers), str(tmp_path / "scores"), {"rows_per_chunks": 5})  # type: ignore[arg-type]
 
     def test_a_destination_that_can_not_hold_files(self, linear: str, customers: Path, tmp_path: Path) -> None:
