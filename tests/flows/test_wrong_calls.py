@@ -33,6 +33,8 @@ from infra.local.process import free_ports
 from serving.errors import OvernightError
 from serving.model.registry import resolve_model
 from tasks.batch.options import BatchOptions, CsvOptions
+from tasks.spot.purchase import PurchaseOptions
+from tasks.stream.options import FromNats, ToNats
 from tests.support import register_script, write_customers
 
 if TYPE_CHECKING:
@@ -454,6 +456,20 @@ class TestAFlowRun:
             lines = [line["message"] for line in logs if line["level"] >= 40]
         assert 1 == sum(expected in line for line in lines)
         assert not any("Traceback" in line for line in lines)
+
+    def test_of_another_flow_is_failed_with_the_message_too(self, place: Place) -> None:
+        from flows.nightly import nightly_inference
+        from flows.stream import stream_inference
+
+        wrong: Any = "models:/linaer/1"
+        streamed = stream_inference(wrong, FromNats(stream="events"), ToNats(subject="scores"), return_state=True)
+        night = nightly_inference(
+            *(wrong, place.customers, place.scores, "06:00", PurchaseOptions(spot_price=1, on_demand_price=2)),
+            return_state=True,
+        )
+
+        for state in (streamed, night):
+            assert str(state.message).startswith("ModelNotFound: models:/linaer/1 must be registered")
 
     def test_is_retried_where_it_is_asked_for(self, place: Place) -> None:
         from flows.batch import batch_inference
