@@ -60,7 +60,7 @@ test-machines: $(STAMP)
 	@$(MAKE) test-nights
 
 MACHINES := $(BIN)/python -m pytest -m machines --timeout 1200 --durations=10
-SERVERS := tests/serving tests/infra tests/flows/test_same_score.py
+SERVERS := tests/serving tests/infra tests/test_ray_cluster.py tests/flows/test_same_score.py
 NIGHTS := tests/deployments/test_nightly.py
 
 # BentoML, KServe, MLServer and Ray Serve, the former three in environments of their own, which the first run makes.

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from pydantic import BaseModel
+
+from deployments.command_line import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -102,6 +106,28 @@ def test_every_module_that_the_docs_run_explains_itself(module: str) -> None:
     options = set(re.findall(rf"python -m {re.escape(module)}((?: --?[a-z][a-z-]*(?: [A-Z\w.\-/:]+)?)+)", TEXT))
     for option in {name for found in options for name in re.findall(r"--[a-z-]+", found)}:
         assert option in done.stdout
+
+
+COMMANDS = sorted(
+    {
+        line.partition(" #")[0].strip()
+        for page in PAGES
+        for block in read_blocks(page)
+        for line in block.text.splitlines()
+        if line.startswith("overnight ")
+    }
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_line_in_the_docs_reads(command: str) -> None:
+    _, *arguments = shlex.split(command.partition(" && ")[0])
+    context: Any = typer.main.get_command(app).make_context("overnight", arguments)
+    while rest := [*getattr(context, "_protected_args", ()), *context.args]:
+        name, found, rest = context.command.resolve_command(context, rest)
+        context = found.make_context(name, rest, parent=context)
+
+    assert "overnight" != context.info_name
 
 
 def test_every_deployment_in_the_docs_is_there() -> None:

@@ -6,8 +6,9 @@ import json
 import random
 import re
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -213,6 +214,36 @@ def _commit(storage: Storage, table: DeltaTable | None, plan: Plan, schema: Delt
     _check_columns(table, schema, storage)
     mode = "append" if plan.options.delta_mode == "append" else "overwrite"
     table.create_write_transaction([*adds], mode, schema, commit_properties=properties)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableState:
+    """The current version of a Delta table: its files with their bytes and rows, and what it holds of one run.
+
+    `rows` of a file is None where the log does not tell.
+    """
+
+    version: int
+    files: Mapping[str, tuple[int, int | None]]
+    holds_run: bool
+    holds_plan: bool
+
+
+def read_table(storage: Storage, plan: Plan) -> TableState | None:
+    """Return the current version of the Delta table at a destination, None where there is none.
+
+    Raises DestinationUnusable where its log does not read.
+    """
+    table = _delta_table(storage)
+    if table is None:
+        return None
+    actions = pa.table(table.get_add_actions(flatten=True)).to_pylist()
+    return TableState(
+        version=table.version(),
+        files={each["path"]: (each["size_bytes"], each.get("num_records")) for each in actions},
+        holds_run=table.transaction_version(_run_app(plan.key)) is not None,
+        holds_plan=table.transaction_version(_plan_app(plan)) is not None,
+    )
 
 
 def _part_schema(storage: Storage, parts: Sequence[PartFooter]) -> pa.Schema:

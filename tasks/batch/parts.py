@@ -174,7 +174,12 @@ def encode_part(
     columns = {name: keys.column(name) for name in keys.column_names}
     columns |= output_columns(plan.contract, predictions, flags)
     columns = {name: values.cast(stored_type(values.type, plan.options.output)) for name, values in columns.items()}
-    table = pa.table(columns, metadata=_metadata(plan, chunk, keys, flags, batch_size)).combine_chunks()
+    table = pa.table(columns, metadata=_metadata(plan, chunk, keys, flags, batch_size))
+    return write_part(table.combine_chunks())
+
+
+def write_part(table: pa.Table) -> memoryview:
+    """Return a table, with its metadata, as the bytes of a part: the same for the same table and version of pyarrow."""
     sink = pa.BufferOutputStream()
     texts = [field.name for field in table.schema if is_text(field.type)]
     pq.write_table(table, sink, compression="zstd", use_dictionary=texts, write_page_checksum=True)
@@ -214,7 +219,7 @@ def _metadata(plan: Plan, chunk: Chunk | None, keys: pa.Table, flags: Flags, bat
         "overnight.model_digest": plan.model.digest,
         "overnight.batch_size": str(batch_size),
         "overnight.rejects": json.dumps(sorted([*pair, count] for pair, count in counts.items())),
-        "overnight.rows_key_null": str(_count_null_keys(keys)),
+        "overnight.rows_key_null": str(count_null_keys(keys)),
     }
 
 
@@ -232,7 +237,8 @@ def is_part_of(metadata: pq.FileMetaData, plan: Plan, chunk: Chunk | None) -> bo
     return all(told.get(name.encode()) == value.encode() for name, value in _identity(plan, chunk).items())
 
 
-def _count_null_keys(keys: pa.Table) -> int:
+def count_null_keys(keys: pa.Table) -> int:
+    """Return how many rows hold a null in one of their keys."""
     nulls = [column.is_null() for column in keys.columns if column.null_count]
     return int(pc.sum(functools.reduce(pc.or_, nulls)).as_py()) if nulls else 0
 

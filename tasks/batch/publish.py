@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -76,20 +77,7 @@ def publish(storage: Storage, plan: Plan, audit: Audit) -> Manifest:
     RunDamaged where what is published already has parts of other sizes.
     """
     check_rows_add_up(plan, audit)
-    manifest = Manifest(
-        key=plan.key,
-        run=plan.run,
-        plan_digest=plan.digest,
-        order=plan.order,
-        planned_at=plan.planned_at,
-        model=plan.model,
-        source=plan.source.title,
-        output=plan.options.output,
-        rows=plan.rows,
-        rejects=count_rejects(audit),
-        rows_key_null=audit.rows_key_null,
-        parts=tuple(ManifestPart(path=f.path, rows=f.rows, bytes=f.bytes) for f in audit.footers),
-    )
+    manifest = make_manifest(plan, audit.footers)
     if plan.options.output == "delta":
         commit_delta(storage, plan, audit.footers)
     storage.put_new(manifest_path(plan.run), manifest.model_dump_json().encode())
@@ -106,9 +94,32 @@ def publish(storage: Storage, plan: Plan, audit: Audit) -> Manifest:
     return standing
 
 
+def make_manifest(plan: Plan, footers: Sequence[PartFooter]) -> Manifest:
+    """Return the manifest of a run whose parts have these footers, in the order of the plan's chunks."""
+    return Manifest(
+        key=plan.key,
+        run=plan.run,
+        plan_digest=plan.digest,
+        order=plan.order,
+        planned_at=plan.planned_at,
+        model=plan.model,
+        source=plan.source.title,
+        output=plan.options.output,
+        rows=plan.rows,
+        rejects=sum_rejects(footers),
+        rows_key_null=sum(footer.rows_key_null for footer in footers),
+        parts=tuple(ManifestPart(path=f.path, rows=f.rows, bytes=f.bytes) for f in footers),
+    )
+
+
 def count_rejects(audit: Audit) -> tuple[RejectCount, ...]:
     """Return the rejects of a run by column and reason."""
-    rejects: Reasons = sum((footer.rejects for footer in audit.footers), Counter())
+    return sum_rejects(audit.footers)
+
+
+def sum_rejects(footers: Sequence[PartFooter]) -> tuple[RejectCount, ...]:
+    """Return the rejects of parts together, by column and reason."""
+    rejects: Reasons = sum((footer.rejects for footer in footers), Counter())
     return tuple(
         RejectCount(column=column, reason=reason, rows=rows) for (column, reason), rows in sorted(rejects.items())
     )
