@@ -386,9 +386,7 @@ def test_too_many_rejects_show_a_value_that_was_refused(tmp_path: Path) -> None:
     put(f"{tmp_path}/in", {"a.parquet": table})
     plan, destination = a_plan(f"{tmp_path}/in", f"{tmp_path}/out"), open_storage(f"{tmp_path}/out")
 
-    with pytest.raises(
-        TooManyRejects, match=r"a: text that does not parse as float32 \(\d+ rows, such as '(n/a|unknown)"
-    ):
+    with pytest.raises(TooManyRejects, match=r"a: text that does not parse as \w+ \(\d+ rows, such as '(n/a|unknown)"):
         score(plan, destination, Adder(), slots=1, fraction=0.1)
 
 
