@@ -181,7 +181,7 @@ async def start_run(deployment: str, parameters: Mapping[str, JsonValue], key: s
             )
             return str(run.id)
     except ObjectNotFound:
-        message = f"The deployment {deployment} must exist on the Prefect server, but does not: make deploy."
+        message = f"The deployment {deployment} must exist on the Prefect server, but does not: overnight deploy."
     except (PrefectHTTPStatusError, httpx.HTTPError) as error:
         message = f"The Prefect server must take a run of {deployment}, got {type(error).__name__}: {error}."
     raise Unanswered(message, retry_after_s=_RETRY_AFTER_S)

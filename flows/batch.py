@@ -61,9 +61,10 @@ def batch_inference(
 
     Args:
         model: models:/NAME@ALIAS or models:/NAME/VERSION, resolved once; block:REGISTRY/NAME@ALIAS for one of a block.
-        source: A file, folder, glob or s3:// prefix of Parquet, Arrow IPC, CSV or JSON lines (text may be compressed),
-            or block:NAME; from Python also a list of files, folders and globs.
-        destination: A folder or s3:// prefix outside the source, or block:NAME.
+        source: A file, folder, glob or prefix (s3://, gs://, az://) of Parquet, Arrow IPC, CSV or JSON lines; a Delta
+            table; an Iceberg table as iceberg:CATALOG.NAMESPACE.TABLE; an Overnight destination; or block:NAME. Text may
+            be compressed. From Python also a list of files, folders and globs.
+        destination: A folder or prefix outside the source, or block:NAME.
         options: Keys, casts, sizes and limits; each has a default.
 
     Returns:
@@ -73,7 +74,13 @@ def batch_inference(
         OvernightError: One of its kinds (serving.errors), each named for what to do next.
     """
     sources, to = as_texts(source), str(destination)
-    call = RunCall(model=model, source=sources if isinstance(sources, str) else ", ".join(sources), destination=to)
+    first_worker = options.joins or (flow_run_id() if options.workers > 1 else None)
+    call = RunCall(
+        model=model,
+        source=sources if isinstance(sources, str) else ", ".join(sources),
+        destination=to,
+        first_worker=str(first_worker) if first_worker else None,
+    )
     with emit_refusal(call), open_addresses(model, sources, to) as addresses:
         if addresses != Addresses(model=model, source=sources, destination=to):
             # What blocks name was not asked for an answer before, as the rest was.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import signal
+import sys
 import threading
 import typing
 from collections.abc import Callable, Generator
@@ -121,6 +122,12 @@ class _AdHocFlow(Flow[P, R]):
                     raise
                 # The frames of Prefect's engine and what an error was caused by say nothing beside its message.
                 raise error.with_traceback(None) from None
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            # A runner sends the flow to the process of a run. By value it would lack the types of its parameters.
+            if getattr(sys.modules.get(self.__module__), self.__name__, None) is self:
+                return self.__name__
+            return super().__reduce_ex__(protocol)
 
         # By a path, which is Prefect's default, the folder of the flow would come first among those that are imported
         # from, and its module would be another one than the installed one.

@@ -23,19 +23,19 @@ class MlflowServer(RunningServer):
     environment: Mapping[str, str]
 
 
-def mlflow_server(folder: Path) -> MlflowServer:
+def mlflow_server(folder: Path, environment: Mapping[str, str] | None = None) -> MlflowServer:
     """Start an MLflow server that keeps its database and files in `folder`, and return once it answers.
 
-    Raises ServerFailed.
+    `environment` goes to it beside the few variables that servers inherit. Raises ServerFailed.
     """
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    process, (port,) = start_on_free_ports(1, lambda ports: _make_command(folder, ports[0]))
+    process, (port,) = start_on_free_ports(1, lambda ports: _make_command(folder, ports[0], environment or {}))
     url = f"http://{HOST}:{port}"
     return MlflowServer(process=process, url=url, environment={"MLFLOW_TRACKING_URI": url})
 
 
-def _make_command(folder: Path, port: int) -> ServerCommand:
+def _make_command(folder: Path, port: int, given: Mapping[str, str]) -> ServerCommand:
     return ServerCommand(
         argv=(
             *(sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"),
@@ -48,6 +48,7 @@ def _make_command(folder: Path, port: int) -> ServerCommand:
             "DO_NOT_TRACK": "true",
             # Its runner of jobs, which nothing here sends, would be more processes.
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            **given,
         },
         folder=folder,
         log_path=folder / "server.log",

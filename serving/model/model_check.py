@@ -127,7 +127,8 @@ def _check_requirement(wanted: Requirement) -> RequirementCheck:
         installed = version(wanted.name)
     except PackageNotFoundError:
         return RequirementCheck(name=wanted.name, wanted=str(wanted), installed=None, fits=False)
-    fits = wanted.specifier.contains(installed, prereleases=True)
+    # Any version of MLflow reads the models of others.
+    fits = wanted.name == "mlflow" or wanted.specifier.contains(installed, prereleases=True)
     return RequirementCheck(name=wanted.name, wanted=str(wanted), installed=installed, fits=fits)
 
 

@@ -64,7 +64,7 @@ def describe_output(plan: Plan, destination: str, report: BatchReport | None = N
     digest = report.plan_digest if report else plan.digest
     return DescribedDataset(
         address=storage.url,
-        kind="delta" if plan.options.output == "delta" else "overnight",
+        kind="overnight" if plan.options.output == "parquet" else plan.options.output,
         version=plan.run,
         digest=(digest or plan.key)[:_DIGEST_LENGTH],
         format="parquet",
@@ -78,6 +78,8 @@ def describe_output(plan: Plan, destination: str, report: BatchReport | None = N
 def _find_kind(source: Snapshot) -> TableKind:
     if source.version is None:
         return "files"
+    if source.iceberg is not None:
+        return "iceberg"
     return "overnight" if all(file.path.startswith(f"run={source.version}/") for file in source.files) else "delta"
 
 

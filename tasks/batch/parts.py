@@ -147,12 +147,19 @@ def part_schema(contract: Contract, options: BatchOptions, dataset: Dataset) -> 
 
 _SIGNED = {pa.uint8(): pa.int16(), pa.uint16(): pa.int32(), pa.uint32(): pa.int64(), pa.float16(): pa.float32()}
 
+_OF_ICEBERG = {
+    **_SIGNED,
+    **dict.fromkeys((pa.int8(), pa.int16(), pa.uint8(), pa.uint16()), pa.int32()),
+    **dict.fromkeys((pa.time32("s"), pa.time32("ms")), pa.time64("us")),
+}
+
 
 def stored_type(given: pa.DataType, output: str) -> pa.DataType:
-    """Return the type in which a part holds a column, so that pyarrow, polars and, where asked for, Delta read it.
+    """Return the type in which a part holds a column, so that pyarrow, polars and, where asked for, a table read it.
 
     pyarrow can't read back a fixed-size list that is null, polars takes a dictionary for a category,
-    and Delta has neither unsigned integers nor half floats.
+    Delta and Iceberg have neither unsigned integers nor half floats, and Iceberg has no integers of fewer than 32 bits
+    and no times in seconds or milliseconds.
     """
     if isinstance(given, pa.BaseExtensionType):
         return stored_type(given.storage_type, output)
@@ -160,6 +167,10 @@ def stored_type(given: pa.DataType, output: str) -> pa.DataType:
         return stored_type(given.value_type, output)
     if pa.types.is_fixed_size_list(given):
         return pa.list_(stored_type(given.value_type, output))
+    if output == "iceberg":
+        if pa.types.is_timestamp(given) and given.unit in ("s", "ms"):
+            return pa.timestamp("us", given.tz)
+        return _OF_ICEBERG.get(given, given)
     return _SIGNED.get(given, given) if output == "delta" else given
 
 

@@ -1,4 +1,4 @@
-"""Publishing: the parts of a run are counted, then committed to a Delta table where asked for, then by the manifest."""
+"""Publishing: the parts of a run are counted, then committed to a table where asked for, then by the manifest."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from tasks.batch.manifest import (
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import ChunkId, PartFooter, Reasons, list_parts, read_footer
 from tasks.batch.plan import ROOT, OrderNumber, Plan, order_path, read_record
+from tasks.common.extras import import_extra
 from tasks.storage import Storage
 
 _SHOWN = 10
@@ -67,12 +68,12 @@ def audit_parts(storage: Storage, plan: Plan) -> Audit:
 
 
 def publish(storage: Storage, plan: Plan, audit: Audit) -> Manifest:
-    """Commit a run: one Delta commit where asked for, then the manifest, create-only.
+    """Commit a run: one commit to a Delta or Iceberg table where asked for, then the manifest, create-only.
 
     Called again, or by two workers at once, it publishes once. Where the run was published meanwhile from another
     plan of the same call (its records below _overnight were deleted, and it was planned again), that stands.
 
-    Raises PublishRefused where the parts do not add up to the rows of the dataset, or a Delta table holds a run that
+    Raises PublishRefused where the parts do not add up to the rows of the dataset, or a table holds a run that
     was planned later; nothing is published then. RunNameTaken where the name holds a run of another call by now,
     RunDamaged where what is published already has parts of other sizes.
     """
@@ -80,6 +81,8 @@ def publish(storage: Storage, plan: Plan, audit: Audit) -> Manifest:
     manifest = make_manifest(plan, audit.footers)
     if plan.options.output == "delta":
         commit_delta(storage, plan, audit.footers)
+    if plan.options.output == "iceberg":
+        import_extra("tasks.batch.iceberg_table", "iceberg").commit_iceberg(storage, plan, audit.footers)
     storage.put_new(manifest_path(plan.run), manifest.model_dump_json().encode())
     storage.delete_torn_writes(f"run={plan.run}")
     storage.delete([entry.path for entry in storage.entries(f"{plan.folder}/staged")])

@@ -1,6 +1,7 @@
 """CSV, JSON lines and Arrow IPC become Parquet once, file by file, under the run's own folder.
 
-These formats have no row groups to read at random, and a run that resumes needs them. The copy is
+These formats have no row groups to read at random, and a run that resumes needs them. So do the files of an Iceberg
+table from which rows were deleted, or which hold columns otherwise than the table does now. The copy is
 create-only and pinned like any source; it is deleted once the run is published. Values of text
 formats stay text: the contract parses them, and a value that does not parse rejects its row.
 """
@@ -13,6 +14,7 @@ import tempfile
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +25,7 @@ from serving.model.contract import Contract, Frozen
 from tasks.batch.dataset import Snapshot, SourceFile, name_corrupt_file
 from tasks.batch.formats import RequestedColumns, read_tables
 from tasks.batch.options import CsvOptions
+from tasks.common.extras import import_extra
 from tasks.storage import LocalStorage, Storage, check_create_only, copy_pinned, local_errors, open_storage
 
 _ROWS_PER_GROUP = 1 << 16
@@ -55,7 +58,9 @@ def stage(
     found = [_read_listing(destination, folder, path) for path in listings]
     copies = [copy for each in found for copy in each.copies]
     if not copies:
-        message = f"The source must hold at least one row, got none in {len(snapshot.files)} files below {source.url}."
+        message = (
+            f"The source must hold at least one row, got none in {len(snapshot.files)} files below {snapshot.root}."
+        )
         raise SourceEmpty(message)
     missing = _find_missing(snapshot, found, _requested_columns(contract, keys)) if snapshot.format == "jsonl" else ()
     files = _pin_copies(copies, destination, folder)
@@ -145,7 +150,12 @@ class _Staging:
     source: Storage
     destination: Storage
     folder: str
+    iceberg_rows: Any = None
     is_tried: bool = False
+
+    def __post_init__(self) -> None:
+        if self.snapshot.format == "iceberg":
+            self.iceberg_rows = import_extra("tasks.batch.iceberg_source", "iceberg").SnapshotRows(self.snapshot)
 
     def convert(self, file: SourceFile) -> _Listing:
         """Copy a file, and return the list of its copies."""
@@ -154,10 +164,9 @@ class _Staging:
         return _Listing(copies=copies, columns=tuple(name for name in wanted.names if name in wanted.found))
 
     def _copy(self, file: SourceFile, wanted: RequestedColumns) -> Generator[_Copy]:
-        row, where = 0, self.source.address(file.path)
-        with _local_copy(self.source, file) as raw, name_corrupt_file(self.source, file.entry):
-            tables = read_tables(raw, self.snapshot.format, wanted, where, self.csv)
-            for rows, data in _write_copies(_check_columns(tables, self._find_required(file), where)):
+        row = 0
+        with name_corrupt_file(self.source, file.entry), self._open_tables(file, wanted) as tables:
+            for rows, data in _write_copies(tables):
                 if not self.is_tried:
                     # Nothing is written before the first file has been found fit.
                     check_create_only(self.destination)
@@ -168,6 +177,19 @@ class _Staging:
                 self.destination.put_new(path, data)
                 yield _Copy(path=path, origin=file.path, origin_row=row)
                 row += rows
+
+    @contextlib.contextmanager
+    def _open_tables(self, file: SourceFile, wanted: RequestedColumns) -> Generator[Iterable[pa.Table]]:
+        """Yield the rows of a file, which must be the same one before and after they are read."""
+        if self.iceberg_rows is not None:
+            self.source.check_unchanged(file.entry)
+            yield self.iceberg_rows.read(file)
+            self.source.check_unchanged(file.entry)
+            return
+        where = self.source.address(file.path)
+        with _local_copy(self.source, file) as raw:
+            tables = read_tables(raw, self.snapshot.format, wanted, where, self.csv)
+            yield _check_columns(tables, self._find_required(file), where)
 
     def _find_required(self, file: SourceFile) -> frozenset[str]:
         """Return the columns that a file must have itself; JSON lines may leave out any."""

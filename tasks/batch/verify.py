@@ -17,6 +17,7 @@ from tasks.batch.parts import PartFooter, part_path
 from tasks.batch.plan import ROOT, OrderNumber, Plan, load_plan, order_path, read_record
 from tasks.batch.publish import make_manifest
 from tasks.batch.runs import RunState, choose_newest, list_runs
+from tasks.common.extras import import_extra
 from tasks.storage import Entry, Storage
 
 _RUNS_SHOWN = 10
@@ -67,14 +68,14 @@ def verify_run(storage: Storage, run: str) -> RunVerification:
     Of each part: that it is there, its size, its checksums, the digests of its plan and its chunk, its rows, its
     columns and their types, its rejects, and without keys of the caller's own the place of each row. Of the whole: the
     manifest is the one that plan and parts make; nothing else lies in the run's folder; the run holds its number in
-    the order of runs; a Delta table has the run once, and the files that its log lists.
+    the order of runs; a Delta or Iceberg table has the run once, and the files that its log lists.
     """
     findings = _Findings(storage)
     manifest = findings.read_manifest(run)
     plan = findings.read_plan(run, manifest)
     if plan is None:
         return _verify_without_plan(findings, run, manifest)
-    table = findings.read_delta(plan, manifest)
+    table = findings.read_table_state(plan, manifest)
     parts = _list_expected(plan, manifest)
     entries = {entry.path: entry for entry in storage.entries(f"run={plan.run}")}
     checks = _check_parts(findings, plan, parts, entries, table, is_published=manifest is not None)
@@ -130,7 +131,7 @@ def _check_parts(
     if missing and not is_published:
         findings.notes.append(f"{len(missing)} of {len(parts)} parts are not scored yet.")
     for part in missing:
-        # A Delta table may have rewritten or replaced its parts, and removed them then.
+        # A table may have rewritten or replaced its parts, and removed them then.
         if is_published and (table is None or part.path in table.files):
             findings.add("missing", part.path, "The part must be there, but is gone.")
     for check in checks:
@@ -268,29 +269,33 @@ class _Findings:
             whose = "of another plan, or of none" if manifest is None else "not in the manifest"
             self.add("extra", path, f"Nothing but the parts of the run must lie in its folder; this file is {whose}.")
 
-    def read_delta(self, plan: Plan, manifest: Manifest | None) -> TableState | None:
-        """Hold the Delta table at the destination against its own log and the run; None where none is asked for."""
-        if plan.options.output != "delta" or manifest is None:
+    def read_table_state(self, plan: Plan, manifest: Manifest | None) -> TableState | None:
+        """Hold the table that the run went into against its own log and the run; None where none is asked for."""
+        if plan.options.output == "parquet" or manifest is None:
             return None
+        kind, log = ("Delta", "_delta_log") if plan.options.output == "delta" else ("Iceberg", "snapshots")
         try:
-            table = read_table(self.storage, plan)
+            if kind == "Delta":
+                table = read_table(self.storage, plan)
+            else:
+                table = import_extra("tasks.batch.iceberg_table", "iceberg").read_table(self.storage, plan)
         except DestinationUnusable as error:
-            self.add("table", "_delta_log", str(error))
+            self.add("table", log, str(error))
             return None
         if table is None or not table.holds_run:
             got = "there is no table" if table is None else "its log has no commit of it"
-            self.add("table", "_delta_log", f"The Delta table must hold run {plan.run}, but {got}.")
+            self.add("table", log, f"The {kind} table must hold run {plan.run}, but {got}.")
             return table
         if not table.holds_plan:
-            message = f"The Delta table must hold run {plan.run} by the parts of this plan, got those of another plan."
-            self.add("table", "_delta_log", message)
+            message = f"The {kind} table must hold run {plan.run} by the parts of this plan, got those of another plan."
+            self.add("table", log, message)
         self._check_table_files(table, manifest)
         return table
 
     def _check_table_files(self, table: TableState, manifest: Manifest) -> None:
         listed = {part.path: part for part in manifest.parts}
         if replaced := listed.keys() - table.files.keys():
-            words = f"{len(replaced)} of {len(listed)} parts are not in version {table.version} of the Delta table"
+            words = f"{len(replaced)} of {len(listed)} parts are not in version {table.version} of the table"
             self.notes.append(f"{words}: it has replaced or rewritten them since.")
         folders = {path.rpartition("/")[0] for path in table.files}
         entries = {entry.path: entry.size for folder in folders for entry in self.storage.entries(folder, depth=1)}

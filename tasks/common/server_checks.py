@@ -31,6 +31,8 @@ from tasks.storage.s3 import s3_endpoint
 
 _SECONDS_MAX, _ANSWER_SECONDS = 9.0, 7.0
 _DATABASE_PORTS = {"postgresql": 5432, "postgres": 5432, "mysql": 3306, "mssql": 1433}
+# The catalog says where such a table is.
+_ICEBERG = "iceberg:"
 _SQLITE = re.compile(r"sqlite(?:\+\w+)?:///(?P<path>[^?]+)")
 
 
@@ -102,7 +104,7 @@ def list_checks(parameters: Mapping[str, Any], *, uses_registry: bool) -> list[S
 def _list_texts(value: object) -> list[str]:
     values = value if isinstance(value, list | tuple) else [value]
     texts = [os.fspath(each) for each in values if isinstance(each, str | os.PathLike)]
-    return [text for text in texts if not text.startswith(BLOCK)]
+    return [text for text in texts if not text.startswith((BLOCK, _ICEBERG))]
 
 
 def list_prefect_checks() -> list[ServerCheck]:

@@ -37,8 +37,9 @@ from deployments.webhooks import (
     run,
     sign,
 )
+from infra.local.mlflow_server import mlflow_server
 from infra.local.prefect_server import PrefectServer
-from infra.local.process import HOST, RunningServer, ServerCommand, base_environment, send_request, start_on_free_ports
+from infra.local.process import HOST
 from serving.errors import BadInput, Unanswered
 
 KEY = "the-secret-of-the-tests"
@@ -237,36 +238,15 @@ def serving(app: FastAPI) -> Iterator[int]:
 
 
 @pytest.fixture(scope="module")
-def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
+def tracking(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
     """A real tracking server of MLflow, which may send webhooks to loopback by http."""
-    folder = tmp_path_factory.mktemp("mlflow")
     environment = {
-        **base_environment(),
-        "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": Fernet.generate_key().decode(),
         "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http",
         "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
     }
-
-    def command(ports: Any) -> ServerCommand:
-        import sys
-
-        options = {"--backend-store-uri": f"sqlite:///{folder}/mlflow.db", "--artifacts-destination": str(folder)}
-        return ServerCommand(
-            argv=(
-                *(sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(ports[0]), "--workers", "1"),
-                *(part for option in options.items() for part in option),
-            ),
-            environment=environment,
-            folder=folder,
-            log_path=folder / "mlflow.log",
-            ready=lambda: send_request("GET", ports[0], "/health").ok,
-            ready_s_max=120,
-        )
-
-    process, (port,) = start_on_free_ports(1, command)
-    with RunningServer(process=process):
-        yield f"http://{HOST}:{port}"
+    with mlflow_server(tmp_path_factory.mktemp("mlflow"), environment) as server:
+        yield server.url
 
 
 @pytest.fixture
@@ -285,10 +265,10 @@ def runs_of_webhooks() -> list[FlowRun]:
 
 
 def test_a_real_mlflow_starts_a_run_on_a_real_prefect_when_an_alias_moves(
-    mlflow_server: str, deployment: str, caplog: pytest.LogCaptureFixture
+    tracking: str, deployment: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     secret = secrets.token_hex(32)
-    client = MlflowClient(tracking_uri=mlflow_server, registry_uri=mlflow_server)
+    client = MlflowClient(tracking_uri=tracking, registry_uri=tracking)
     client.create_registered_model("churn")
     logged = client.create_run("0")
     for _ in range(2):

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
+import orjson
 import pandas as pd
 import polars as pl
 import pytest
 
+from infra.local.nats import NatsClient, NatsServer
 from serving.errors import BadInput
 from serving.model.batching import BatchingConfig
 from serving.model.release import MODEL_FOLDER, RELEASE_FILE, open_release
@@ -20,6 +22,8 @@ from tasks.batch.report import BatchReport
 from tasks.endpoint.deploy import make_release
 from tasks.endpoint.resolve import load_endpoint_model
 from tasks.endpoint.spec import EndpointSpec
+from tests.flows.streams import OPTIONS, as_json, fill_stream, source_and_sink
+from tests.flows.streams import customers as make_customers
 from tests.support import register_with_params
 
 pytestmark = pytest.mark.usefixtures("prefect")
@@ -77,3 +81,21 @@ def test_wrong_params_are_refused_before_anything_is_written(weighted: str, cust
         infer(weighted, customers, tmp_path / "scores", params={"wait": 3})
 
     assert not (tmp_path / "scores").exists()
+
+
+def test_a_stream_gives_the_same_scores(
+    weighted: str, nats: NatsServer, nats_client: NatsClient, fresh: str, tmp_path: Path
+) -> None:
+    from flows.stream import stream_inference
+
+    rows = make_customers(200)
+    rows.write_parquet(tmp_path / "customers.parquet")
+    infer(weighted, tmp_path / "customers.parquet", tmp_path / "scores", params=PARAMS)
+    fill_stream(nats_client, fresh, as_json(rows))
+    stream_inference(weighted, *source_and_sink(nats, fresh), OPTIONS.model_copy(update={"params": PARAMS}))
+    streamed = [orjson.loads(each.payload) for each in nats_client.read(f"{fresh}-scores")]
+    batch = open_predictions(str(tmp_path / "scores")).collect()
+
+    assert dict(zip(batch["customer"], batch["prediction"], strict=True)) == {
+        each["customer"]: pytest.approx(each["prediction"], rel=1e-6) for each in streamed
+    }

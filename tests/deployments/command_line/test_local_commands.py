@@ -101,7 +101,8 @@ def test_all_servers_start_and_a_model_is_registered_scored_and_served_by_them(t
         assert {"PREFECT_API_URL", "MLFLOW_TRACKING_URI", "OVERNIGHT_TARGET", "OVERNIGHT_GATEWAY"} < set(exports)
         assert httpx.get(f"{exports['PREFECT_API_URL']}/health").json() is True
         assert "OK" == httpx.get(f"{exports['MLFLOW_TRACKING_URI']}/health").text
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")} | exports
+        others = ("PREFECT_", "MLFLOW_EXPERIMENT")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(others)} | exports
         code = "from tests.support import register_network, write_customers; from pathlib import Path; "
         code += f"write_customers(Path({str(tmp_path / 'in')!r}), rows=1000, files=1, rows_per_group=500); "
         code += "print(register_network('churn', seed=0))"
