@@ -62,8 +62,8 @@ def batch_inference(
     Args:
         model: models:/NAME@ALIAS or models:/NAME/VERSION, resolved once; block:REGISTRY/NAME@ALIAS for one of a block.
         source: A file, folder, glob or prefix (s3://, gs://, az://) of Parquet, Arrow IPC, CSV or JSON lines; a Delta
-            table; an Iceberg table as iceberg:CATALOG.NAMESPACE.TABLE; an Overnight destination; or block:NAME. Text may
-            be compressed. From Python also a list of files, folders and globs.
+            table; an Iceberg table as iceberg:CATALOG.NAMESPACE.TABLE; an Overnight destination; or block:NAME. Text
+            may be compressed. From Python also a list of files, folders and globs.
         destination: A folder or prefix outside the source, or block:NAME.
         options: Keys, casts, sizes and limits; each has a default.
 
