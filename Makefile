@@ -8,8 +8,8 @@ STAMP := $(VENV)/.installed
 MAKEFLAGS += --no-print-directory
 .PHONY: demo demo-endpoint demo-modes demo-stream deploy lint types check format clean
 .PHONY: test test-flows test-stations test-kills test-machines test-servers test-workers test-nights
-.PHONY: simulate chaos bench-batch bench-peers bench-resume bench-gpu bench-spot bench-nightly bench-workers bench-endpoint bench-stream
-.PHONY: bench-modes bench-memory bench-start size pictures
+.PHONY: bench-modes bench-memory bench-start size pictures docs diagrams notebooks
+.PHONY: bench-modes bench-memory size pictures docs diagrams notebooks
 
 $(STAMP): pyproject.toml constraints.txt infra/local/wheels.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got %d.%d; set PYTHON=" % sys.version_info[:2])'
@@ -60,7 +60,7 @@ test-machines: $(STAMP)
 	@$(MAKE) test-nights
 
 MACHINES := $(BIN)/python -m pytest -m machines --timeout 1200 --durations=10
-SERVERS := tests/serving tests/infra tests/flows/test_same_score.py
+SERVERS := tests/serving tests/infra tests/test_ray_cluster.py tests/flows/test_same_score.py
 NIGHTS := tests/deployments/test_nightly.py
 
 # BentoML, KServe, MLServer and Ray Serve, the former three in environments of their own, which the first run makes.
@@ -159,5 +159,18 @@ size: $(STAMP)
 pictures: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.pictures
 
+# The site of the documentation in .site, without a network; a broken link fails it.
+docs: $(STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file docs/site/mkdocs.yml
+	@echo "Open .site/index.html, or serve it: $(BIN)/python -m http.server --bind 127.0.0.1 --directory .site"
+
+# The Mermaid diagrams of docs/ as pictures for the site, where one has changed. Needs npm and chromium.
+diagrams: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.diagrams
+
+# What the notebooks of docs/ print, from a run as it is now.
+notebooks: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.notebook
+
 clean:
-	rm -rf $(VENV) .venv-* .demo .bench
+	rm -rf $(VENV) .venv-* .demo .bench .site

@@ -1,7 +1,8 @@
-"""Create the block types, work pools, deployments and automations of this project on a Prefect server: `make deploy`.
+"""Create block types, work pools, deployments and automations on a Prefect server: `overnight deploy`, `make deploy`.
 
-Idempotent. prefect.yaml has the last word: a schedule or a parameter that was changed in the UI is set back, by name.
-A work pool that exists stays as it is, whatever its type.
+Idempotent. `deploy` creates all of prefect.yaml, which has the last word: a schedule or a parameter that was changed in
+the UI is set back, by name. `deploy_call` creates one deployment of batch_inference from what a person says, without
+any file. A work pool that exists stays as it is, whatever its type.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +21,18 @@ import yaml
 from prefect.automations import AutomationCore
 from prefect.blocks.core import Block
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
 from prefect.client.schemas.responses import DeploymentResponse
-from prefect.exceptions import ObjectNotFound
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.settings import PREFECT_API_URL
 from prefect.utilities.callables import parameter_schema
 from prefect.workers.process import ProcessWorker
 
 from deployments.automations import make_automations
+from flows.runtime.flow_decorator import refuse_secrets
+from serving.errors import OvernightError
 from tasks.common.blocks import BLOCKS
 
 PREFECT_FILE = Path(__file__).with_name("prefect.yaml")
@@ -37,7 +42,7 @@ Fields = Mapping[str, Any]
 FLOW_RUNS_PER_POOL_MAX = 64
 
 
-class DeployFailed(RuntimeError):
+class DeployFailed(OvernightError):
     """The server could not be brought to the configuration; the message states what to do."""
 
 
@@ -56,10 +61,15 @@ def main() -> None:
         changes = asyncio.run(deploy())
     except DeployFailed as failure:
         sys.exit(str(failure))
-    for change in changes:
-        sys.stdout.write(f"{change.kind:<12}{change.name:<42}{change.what}\n")
+    sys.stdout.write(describe_changes(changes))
+
+
+def describe_changes(changes: Sequence[Change]) -> str:
+    """Return what was changed, a line for each object, and how much that is together."""
+    lines = [f"{change.kind:<12}{change.name:<42}{change.what}\n" for change in changes]
     changed = sum(change.what != "unchanged" for change in changes)
-    sys.stdout.write(f"{changed} changes at {PREFECT_API_URL.value()}.\n" if changed else "Nothing has changed.\n")
+    lines.append(f"{changed} changes at {PREFECT_API_URL.value()}.\n" if changed else "Nothing has changed.\n")
+    return "".join(lines)
 
 
 async def deploy(file: Path = PREFECT_FILE, automations: Iterable[AutomationCore] | None = None) -> list[Change]:
@@ -71,18 +81,102 @@ async def deploy(file: Path = PREFECT_FILE, automations: Iterable[AutomationCore
         DeployFailed: There is no server, a work pool does not exist that is not made here, or the server refuses
             something.
     """
+    async with _connect() as client:
+        changes = [await _apply_block_type(client, each) for each in BLOCKS]
+        changes += [await _apply_pool(client, pool) for pool in make_work_pools()]
+        changes += await _apply_deployments(client, file, read_deployments(file))
+        return changes + [await _apply_automation(client, each) for each in automations or make_automations()]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallDeployment:
+    """A call of batch_inference that a person deploys, on a schedule or not.
+
+    Its other settings are those of the deployment `adhoc` of prefect.yaml.
+    """
+
+    name: str
+    parameters: Mapping[str, Any]
+    pool: str = "overnight"
+    cron: str | None = None
+    timezone: str = "UTC"
+
+
+async def deploy_call(call: CallDeployment, automations: Iterable[AutomationCore] | None = None) -> list[Change]:
+    """Create the deployment of a call, or change what differs; with its pool, and the automations that resume its runs.
+
+    The call has the last word: a schedule that it does not name is removed.
+
+    Raises:
+        DeployFailed: There is no server, the work pool does not exist, the name is one of prefect.yaml's, or the server
+            refuses something.
+        SecretExposed: A parameter holds a password or token.
+    """
+    refuse_secrets(call.parameters)
+    content = yaml.safe_load(PREFECT_FILE.read_text())
+    if call.name in {each["name"] for each in content["deployments"]}:
+        message = (
+            f"The name of a deployment must be none of those that `overnight deploy` creates alone, got {call.name!r}: "
+            "that command would set it back. Choose another name."
+        )
+        raise DeployFailed(message)
+    (adhoc,) = (each for each in content["deployments"] if each["name"] == "adhoc")
+    name, fields = _read_deployment({**adhoc, "name": call.name}, content["pull"])
+    schedule = {"slug": call.name, "cron": call.cron, "timezone": call.timezone, "active": True}
+    fields = {
+        **fields,
+        "description": "Scores a dataset with a registered model. The same parameters again are the same run.",
+        "parameters": dict(call.parameters),
+        "schedules": [schedule] if call.cron else [],
+        "work_pool_name": call.pool,
+    }
+    async with _connect() as client:
+        pools = [pool for pool in make_work_pools() if pool.name == call.pool]
+        changes = [await _apply_pool(client, pool) for pool in pools]
+        changes.append(await _apply_call(client, name, fields))
+        return changes + [await _apply_automation(client, each) for each in automations or make_automations()]
+
+
+async def _apply_call(client: PrefectClient, name: str, fields: Fields) -> Change:
+    await _check_pools(client, {name: fields["work_pool_name"]}, "--pool")
+    change = await _compare_deployment(client, name, fields)
+    if change.what == "unchanged":
+        return change
+    flow_name, _, short_name = name.partition("/")
+    schedules = [
+        DeploymentScheduleCreate(
+            schedule=CronSchedule(cron=each["cron"], timezone=each["timezone"]),
+            active=each["active"],
+            slug=each["slug"],
+        )
+        for each in fields["schedules"]
+    ]
+    others = {key: value for key, value in fields.items() if key != "schedules"}
+    try:
+        flow_id = await client.create_flow_from_name(flow_name)
+        await client.create_deployment(flow_id=flow_id, name=short_name, schedules=schedules, paused=False, **others)
+    except PrefectHTTPStatusError as error:
+        message = f"The Prefect server must take the deployment {name}, got: {error}"
+        raise DeployFailed(message) from error
+    remaining = await _compare_deployment(client, name, fields)
+    if remaining.what != "unchanged":
+        message = f"Deployment {name} must be as it was sent, but the server has it {remaining.what}. Look at it there."
+        raise DeployFailed(message)
+    return change
+
+
+@asynccontextmanager
+async def _connect() -> AsyncGenerator[PrefectClient]:
+    """Yield a client of the Prefect server; raises DeployFailed where none is named, or it does not answer."""
     if not PREFECT_API_URL.value():
         message = (
-            "PREFECT_API_URL must name the Prefect server to deploy to, got none. `python -m infra.local` starts one "
-            "and prints what to export; `prefect config set PREFECT_API_URL=http://HOST:4200/api` names your own."
+            "PREFECT_API_URL must name the Prefect server to deploy to, got none. `overnight local up` starts one and "
+            "prints what to export; `prefect config set PREFECT_API_URL=http://HOST:4200/api` names your own."
         )
         raise DeployFailed(message)
     try:
         async with get_client() as client:
-            changes = [await _apply_block_type(client, each) for each in BLOCKS]
-            changes += [await _apply_pool(client, pool) for pool in make_work_pools()]
-            changes += await _apply_deployments(client, file, read_deployments(file))
-            return changes + [await _apply_automation(client, each) for each in automations or make_automations()]
+            yield client
     except httpx.TransportError as error:
         address = PREFECT_API_URL.value()
         message = f"The Prefect server at {address} must answer, got: {error!r}. Start it, or correct the address."
@@ -97,7 +191,7 @@ async def _apply_block_type(client: PrefectClient, block: type[Block]) -> Change
         await client.read_block_schema_by_checksum(block._calculate_schema_checksum())  # noqa: SLF001 - as Prefect asks
     except ObjectNotFound:
         what = "created"
-    await block.aregister_type_and_schema(client)
+    await block.aregister_type_and_schema()
     return Change(kind="block type", name=block.get_block_type_name(), what=what)
 
 
@@ -123,7 +217,7 @@ def make_process_pool(name: str = "overnight", machines: str = "Machines that ar
     """Return a pool of machines whose workers start flow runs as processes."""
     return WorkPoolCreate(
         name=name,
-        description=f"{machines}. On each runs: python -m infra.worker --pool {name}",
+        description=f"{machines}. On each runs: overnight worker --pool {name}",
         type=ProcessWorker.type,
         base_job_template=ProcessWorker.get_default_base_job_template(),
         concurrency_limit=FLOW_RUNS_PER_POOL_MAX,
@@ -132,7 +226,7 @@ def make_process_pool(name: str = "overnight", machines: str = "Machines that ar
 
 async def _apply_deployments(client: PrefectClient, file: Path, deployments: Mapping[str, Fields]) -> list[Change]:
     """Have Prefect deploy those that differ from the file."""
-    await _check_pools(client, file, {name: fields["work_pool_name"] for name, fields in deployments.items()})
+    await _check_pools(client, {name: fields["work_pool_name"] for name, fields in deployments.items()}, str(file))
     changes = [await _compare_deployment(client, name, fields) for name, fields in deployments.items()]
     names = [change.name for change in changes if change.what != "unchanged"]
     if names:
@@ -167,14 +261,14 @@ def _read_deployment(each: Mapping[str, Any], pull: list[dict[str, Any]]) -> tup
     }
 
 
-async def _check_pools(client: PrefectClient, file: Path, names: Mapping[str, str]) -> None:
+async def _check_pools(client: PrefectClient, names: Mapping[str, str], where: str) -> None:
     for deployment, pool in names.items():
         try:
             await client.read_work_pool(pool)
         except ObjectNotFound:
             message = (
                 f"The work pool {pool!r} of deployment {deployment} must exist, but the server has none of that "
-                f"name. Create it (`prefect work-pool create {pool} --type process`), or name another in {file}."
+                f"name. Create it (`prefect work-pool create {pool} --type process`), or name another in {where}."
             )
             raise DeployFailed(message) from None
 
@@ -200,7 +294,8 @@ def find_differences(fields: Fields, deployed: DeploymentResponse) -> list[str]:
 
 
 def _run_prefect_deploy(file: Path, names: list[str]) -> None:
-    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--prefect-file", str(file)]
+    # Without the working folder, whose own `flows` or `tasks` would hide those of this project.
+    command = [sys.executable, "-P", "-m", "prefect", "--no-prompt", "deploy", "--prefect-file", str(file)]
     done = subprocess.run(  # noqa: S603 - Prefect's own program, on a file of this project
         [*command, *(part for name in names for part in ("--name", name.rpartition("/")[2]))],
         capture_output=True,

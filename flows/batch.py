@@ -17,7 +17,7 @@ from flows.runtime.steps import Steps, flow_run_id
 from flows.runtime.task_runners import check_runner, score_missing
 from tasks.batch.artifacts import ProgressWatch, find_sample, publish_artifacts, publish_interrupted
 from tasks.batch.events import RunCall, emit_published, emit_refusal
-from tasks.batch.lineage import record_failure, record_lineage
+from tasks.batch.lineage import record_failure, record_lineage, record_start
 from tasks.batch.manifest import Manifest, find_intact_manifest
 from tasks.batch.memory import check_memory
 from tasks.batch.options import BatchOptions
@@ -57,8 +57,9 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
 
     Args:
         model: models:/NAME@ALIAS or models:/NAME/VERSION, resolved once; block:REGISTRY/NAME@ALIAS for one of a block.
-        source: A file, folder, glob or s3:// prefix of Parquet, Arrow IPC, CSV or JSON lines, or block:NAME.
-        destination: A folder or s3:// prefix outside the source, or block:NAME.
+        source: A file, folder, glob or prefix (s3://, gs://, az://) of Parquet, Arrow IPC, CSV or JSON lines; a Delta
+            table; an Iceberg table as iceberg:CATALOG.NAMESPACE.TABLE; an Overnight destination; or block:NAME.
+        destination: A folder or prefix outside the source, or block:NAME.
         options: Keys, casts, sizes and limits; each has a default.
 
     Returns:
@@ -67,7 +68,13 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
     Raises:
         OvernightError: One of its kinds (serving.errors), each named for what to do next.
     """
-    call = RunCall(model=model, source=source, destination=destination)
+    first_worker = options.joins or (flow_run_id() if options.workers > 1 else None)
+    call = RunCall(
+        model=model,
+        source=source,
+        destination=destination,
+        first_worker=str(first_worker) if first_worker else None,
+    )
     with emit_refusal(call), open_addresses(model, source, destination) as addresses:
         return _infer(addresses, options, call)
 
@@ -106,6 +113,7 @@ def _infer(addresses: Addresses, options: BatchOptions, call: RunCall) -> BatchR
         joined=is_beside_another(options),
     )
     watch = ProgressWatch(plan.rows, lambda: count_rows_done(storage, plan), logger)
+    record_start(plan, storage.url, logger)
     with report_failure(lambda end, why: record_failure(plan, storage.url, options.experiment, end, why, logger)):
         scoring = steps.run("score", lambda: _score(scorer, slots, options, watch, logger))
         if isinstance(scoring, _Interrupted):
@@ -220,7 +228,8 @@ def _record(
 ) -> BatchReport:
     """Write the lineage of a published run, then its page: a run that has its page is recorded. Then show it."""
     png = plot(report, samples)
-    record_lineage(plan, report, options.experiment, logger)
+    mlflow_run = record_lineage(plan, report, options.experiment, logger)
+    report = report.model_copy(update={"mlflow_run": mlflow_run})
     save_page(storage, plan, report, png)
     emit_published(plan, report)
     sample = find_sample(storage, manifest, plan, logger) if options.sample_rows else None

@@ -53,7 +53,7 @@ def stream_inference(model: str, source: AnySource, sink: AnySink, options: Stre
     logger = get_run_logger()
     resolved = resolve_model(model)
     rename_flow_run(_name_run(resolved.pin.uri, source, sink), _name_run(model, source, sink), logger)
-    contract = resolved.contract(options.input_columns, options.policies)
+    contract = resolved.contract(options.input_columns, options.policies, options.params)
     check_column_names(contract, options.key_columns, parts=sink.kind == "parts")
     loaded = load_model(resolved, contract, allow_pickle=options.allow_pickle)
     decoder = Decoder(contract, options.key_columns, fix_key_types=sink.kind == "parts")

@@ -1,9 +1,10 @@
 """A Prefect process worker whose flow runs get time to drain when their machine is to end.
 
-`python -m infra.worker --pool overnight-spot` runs `prefect worker start`, one flow run at a time. On SIGTERM or
-SIGINT, Prefect's own worker kills its flow runs at once, and their state stays Running. This one takes no more work,
-passes the signal on to the flow runs only, waits until each has drained and is scheduled again, and then ends. It must
-be the process that gets the signal: `KillMode=mixed` under systemd, the first process of a container.
+`overnight worker --pool overnight-spot`, or `python -m infra.worker` with the same options, runs Prefect's own worker,
+one flow run at a time. On SIGTERM or SIGINT, that worker kills its flow runs at once, and their state stays
+Running. This one takes no more work, passes the signal on to the flow runs only, waits until each has drained and is
+scheduled again, and then ends. It must be the process that gets the signal: `KillMode=mixed` under systemd, the first
+process of a container.
 
 The pool's `command` must be `prefect flow-run execute`, which obeys the signal, as in deployments/prefect.yaml.
 """
@@ -25,6 +26,7 @@ from pathlib import Path
 _PROC = Path("/proc")
 _POLL_S = 0.2
 _KILL_POLL_S = 0.02
+_LINES_SHOWN = 3
 # What Prefect itself allows a run between SIGTERM and SIGKILL, and as much again to notify the server.
 GRACE_S = 60.0
 
@@ -74,9 +76,10 @@ def _describe_missing_pool(pool: str) -> str:
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     if not found.returncode:
         return ""
+    answer = [line.strip() for line in (found.stdout + found.stderr).splitlines() if line.strip()]
     return (
-        f"The work pool {pool!r} must exist on the Prefect server, which answers: {found.stdout}{found.stderr}"
-        f"`make deploy` creates those of Overnight, `prefect work-pool create {pool} --type process` any other.\n"
+        f"The work pool {pool!r} must exist on the Prefect server, which answers: {' '.join(answer[-_LINES_SHOWN:])}\n"
+        f"`overnight deploy` creates those of Overnight, `prefect work-pool create {pool} --type process` any other.\n"
     )
 
 

@@ -31,7 +31,7 @@ OvernightError
 +-- StreamFault              a stream is not the one that was read before; what is in the sink stays
 |   +-- StreamReplaced       it was deleted and created again, so its numbers start over
 |   +-- MessagesLost         messages were deleted before they were read
-+-- DeploymentMissing        a Prefect deployment or work pool that is named does not exist: make deploy
++-- DeploymentMissing        a Prefect deployment or work pool that is named does not exist: overnight deploy
 +-- RunnerUnusable           the requested workers can't be started or don't survive; fix it and call again, it resumes
 +-- NightFailed              the batch run of a night failed: fix the cause and call again, it resumes
 +-- ProfileFailed            a figure of a model could not be measured: fix the cause, or state the figure

@@ -149,7 +149,32 @@ def register_slow(name: str, features: Sequence[str], seconds: float) -> str:
     return _register_code(name, _SLOW.format(seconds=seconds, features=list(features)), features)
 
 
-def _register_code(name: str, code: str, features: Sequence[str]) -> str:
+_WITH_PARAMS = """
+import mlflow
+
+
+class Weighted(mlflow.pyfunc.PythonModel):
+    def predict(self, context, model_input{argument}):
+        {line}
+        return model_input["a"].to_numpy() * 2
+
+
+mlflow.models.set_model(Weighted())
+"""
+PARAMS: dict[str, Any] = {"weight": 2.0, "steps": 1, "label": "none", "offsets": [0.0]}
+
+
+def register_with_params(name: str, *, takes_them: bool = True) -> str:
+    """Register a model that gives a * weight * steps + the sum of offsets, by params; return its address.
+
+    One that does not take them has them in its signature alone.
+    """
+    line = "return model_input['a'].to_numpy() * params['weight'] * params['steps'] + sum(params.pop('offsets'))"
+    given = {"argument": ", params=None", "line": line} if takes_them else {"argument": "", "line": "pass"}
+    return _register_code(name, _WITH_PARAMS.format(**given), ("a",), params=PARAMS)
+
+
+def _register_code(name: str, code: str, features: Sequence[str], params: dict[str, Any] | None = None) -> str:
     inputs = pd.DataFrame({feature: np.zeros(2, dtype=np.float32) for feature in features})
     with tempfile.TemporaryDirectory() as folder, mlflow.start_run(), warnings.catch_warnings():
         # MLflow advises on type hints and examples, which this model has no use for.
@@ -159,7 +184,7 @@ def _register_code(name: str, code: str, features: Sequence[str]) -> str:
         logged = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(script),
-            signature=infer_signature(inputs, np.zeros(2, dtype=np.float32)),
+            signature=infer_signature(inputs, np.zeros(2, dtype=np.float32), params),
             pip_requirements=["mlflow"],
             registered_model_name=name,
         )

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from pydantic import BaseModel
 
+from deployments.command_line import app
+
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OURS = ("flows", "tasks", "serving", "deployments", "infra")
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
@@ -33,9 +37,10 @@ class Block:
     text: str
 
 
-def read_blocks(page: Path) -> list[Block]:
-    """Return the fenced blocks of a page, in order."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+def read_blocks(page: Path, text: str | None = None) -> list[Block]:
+    """Return the fenced blocks of a page, or of a text of it, in order."""
+    content = page.read_text() if text is None else text
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", content, flags=re.MULTILINE | re.DOTALL)
     return [Block(page=page, language=language, text=text) for language, text in found]
 
 
@@ -102,6 +107,28 @@ def test_every_module_that_the_docs_run_explains_itself(module: str) -> None:
     options = set(re.findall(rf"python -m {re.escape(module)}((?: --?[a-z][a-z-]*(?: [A-Z\w.\-/:]+)?)+)", TEXT))
     for option in {name for found in options for name in re.findall(r"--[a-z-]+", found)}:
         assert option in done.stdout
+
+
+COMMANDS = sorted(
+    {
+        line.partition(" #")[0].strip()
+        for page in PAGES
+        for block in read_blocks(page)
+        for line in block.text.splitlines()
+        if line.startswith("overnight ")
+    }
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_line_in_the_docs_reads(command: str) -> None:
+    _, *arguments = shlex.split(command.partition(" && ")[0])
+    context: Any = typer.main.get_command(app).make_context("overnight", arguments)
+    while rest := [*getattr(context, "_protected_args", ()), *context.args]:
+        name, found, rest = context.command.resolve_command(context, rest)
+        context = found.make_context(name, rest, parent=context)
+
+    assert "overnight" != context.info_name
 
 
 def test_every_deployment_in_the_docs_is_there() -> None:

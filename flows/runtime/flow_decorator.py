@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -71,6 +72,12 @@ class _AdHocFlow(Flow[P, R]):
                     if left.notice.is_sigterm:
                         _pass_on_sigterm()
                     raise left.interrupted from None
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            # A runner sends the flow to the process of a run. By value it would lack the types of its parameters.
+            if getattr(sys.modules.get(self.__module__), self.__name__, None) is self:
+                return self.__name__
+            return super().__reduce_ex__(protocol)
 
         # By a path, which is Prefect's default, the folder of the flow would come first among those that are imported
         # from, and its module would be another one than the installed one.

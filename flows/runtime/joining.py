@@ -20,6 +20,7 @@ from flows.runtime.steps import flow_run
 from serving.errors import BadInput, RunnerUnusable
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import RunStart, load_start, save_start
+from tasks.batch.source import ICEBERG_SCHEME
 from tasks.common.artifacts import Logger
 from tasks.storage import Storage
 
@@ -35,7 +36,7 @@ def check_workers(source: str, destination: str, options: BatchOptions) -> None:
     this = flow_run()
     if this is not None and this.deployment_id is not None:
         for name, path in (("source", source), ("destination", destination)):
-            if not path.startswith("/") and "://" not in path:
+            if not path.startswith(("/", ICEBERG_SCHEME)) and "://" not in path:
                 message = (
                     f"The {name} of a deployment's run must be an absolute path or an address, got {path!r}: each "
                     "worker runs in a folder of its own. Say where it is, from / or s3:// on."
@@ -44,8 +45,8 @@ def check_workers(source: str, destination: str, options: BatchOptions) -> None:
     elif options.workers > 1:
         message = (
             f"Several workers are flow runs of one deployment, but this call, for {options.workers} workers, is of "
-            "none. Run a deployment (`make deploy` makes some), or make this same call in each of several processes, "
-            "with one worker each: they share the run."
+            "none. Run a deployment (`overnight deploy` makes some), or make this same call in each of several "
+            "processes, with one worker each: they share the run."
         )
         raise RunnerUnusable(message)
 

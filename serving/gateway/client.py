@@ -8,6 +8,7 @@ from http import HTTPStatus
 from typing import Any, Self
 
 import httpx
+import orjson
 from pydantic import BaseModel
 
 from serving.errors import EndpointFailed
@@ -49,6 +50,11 @@ class GatewayClient:
         if response.status_code == HTTPStatus.NOT_FOUND:
             return None
         return EndpointState.model_validate_json(self._check(response))
+
+    def list_endpoints(self) -> list[str]:
+        """Return the names of all endpoints."""
+        response = self._request("GET", "/admin/endpoints")
+        return [str(name) for name in orjson.loads(self._check(response))["endpoints"]]
 
     def delete(self, name: str) -> None:
         """Delete an endpoint, and return once its requests are answered, or after 20 s."""

@@ -6,12 +6,13 @@ Shapes: N rows, F features; an input is [N, *shape], an output is [N, *shape].
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from serving.errors import SchemaMismatch
 
@@ -87,10 +88,14 @@ class Output(Frozen):
 
 
 class Contract(Frozen):
-    """The inputs and outputs of a model, column by column."""
+    """The inputs and outputs of a model, column by column, and the params that a call gives it.
+
+    A contract without params has the JSON, and its calls the run keys, that it had before there were any.
+    """
 
     inputs: tuple[Input, ...]
     outputs: tuple[Output, ...]
+    params: dict[str, JsonValue] = Field(default_factory=dict, exclude_if=operator.not_)
 
     @property
     def columns(self) -> tuple[Column, ...]:

@@ -6,15 +6,18 @@ Shapes: every input is [N, *shape] and every output [N, *shape] of the contract.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+from mlflow import MlflowException
 from mlflow.models import Model as MLmodel
 
 from serving.errors import ModelUnfit
@@ -171,7 +174,11 @@ def _make_unfit(folder: Path, error: Exception, *, allow_pickle: bool) -> ModelU
 
 
 class PyfuncModel:
-    """Any other flavour, through mlflow.pyfunc: a DataFrame or arrays in, any form of outputs."""
+    """Any other flavour, through mlflow.pyfunc: a DataFrame or arrays in, any form of outputs.
+
+    Raises ModelUnfit where the contract has params that the model's own `predict` has no argument for: MLflow would
+    leave them out without a word.
+    """
 
     # The checks of each call take longer than many models do, so batches are larger than torch's.
     batch_size, batch_sizes = 1024, (64, 1024, 4096, 16384, 65536)
@@ -186,6 +193,8 @@ class PyfuncModel:
         self._unnamed = schema.inputs[0].name is None
         specs = zip(contract.inputs, schema.inputs, strict=True) if self._tensors else ()
         self._texts = {value.name: spec.type.kind for value, spec in specs if spec.type.kind in "US"}
+        if contract.params:
+            _check_takes_params(model, contract)
 
     def prepare(self, encoded: Encoded) -> Encoded:
         """Return the inputs as they are."""
@@ -201,7 +210,9 @@ class PyfuncModel:
             (given,) = given.values()
         if not self._tensors:
             given = pd.DataFrame({0: given} if self._unnamed else given, copy=False)
-        return name_outputs(self._model.predict(given), self._contract.outputs, rows, np.asarray)
+        # A copy, since a model may change what it is given.
+        raw = self._model.predict(given, params=deepcopy(self._contract.params) or None)
+        return name_outputs(raw, self._contract.outputs, rows, np.asarray)
 
     @contextmanager
     def slot(self) -> Generator[None]:
@@ -220,6 +231,17 @@ class PyfuncModel:
     def with_engine(self, engine: Engine) -> Self:  # noqa: ARG002
         """Return the model itself."""
         return self
+
+
+def _check_takes_params(model: Any, contract: Contract) -> None:
+    with suppress(MlflowException):  # of another flavour, all of which take them
+        predict = model.unwrap_python_model().predict
+        if "params" not in inspect.signature(predict).parameters:
+            message = (
+                f"The model's predict must take an argument `params` to be given {sorted(contract.params)}, got "
+                f"predict{inspect.signature(predict)}. Add it and log the model again, or leave the params out."
+            )
+            raise ModelUnfit(message)
 
 
 def _to_fixed_width(text_N: npt.NDArray[Any], kind: str) -> npt.NDArray[Any]:

@@ -21,7 +21,7 @@ from mlflow.store.artifact.models_artifact_repo import REGISTERED_MODEL_META_FIL
 
 from serving.errors import ModelNotFound, ModelUnfit
 from serving.model.contract import Contract, Frozen
-from serving.model.signature import Names, Policies, read_contract
+from serving.model.signature import Names, Params, Policies, read_contract
 
 _URI = re.compile(r"(?:models:/)?(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+|latest))")
 _COPIED = re.compile(r"models:/(?P<name>[^/@]+)/(?P<version>\d+)")
@@ -73,9 +73,9 @@ class Resolved:
         """Whether it may run as a text model rather than through pyfunc."""
         return not {"sentence_transformers", "transformers"}.isdisjoint(self.mlmodel.flavors)
 
-    def contract(self, columns: Names, policies: Policies) -> Contract:
-        """Return the contract of the model. Raises ModelUnfit where its signature does not suffice."""
-        return read_contract(self.mlmodel, stack=self.is_torch, columns=columns, policies=policies)
+    def contract(self, columns: Names, policies: Policies, params: Params | None = None) -> Contract:
+        """Return the contract of the model. Raises ModelUnfit where its signature does not suffice, BadInput."""
+        return read_contract(self.mlmodel, stack=self.is_torch, columns=columns, policies=policies, params=params)
 
 
 def resolve_model(uri: str) -> Resolved:

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mlflow import MlflowException
 from mlflow.models import Model as MLmodel
-from mlflow.types import ColSpec, Schema, TensorSpec
+from mlflow.types import ColSpec, ParamSpec, Schema, TensorSpec
 from mlflow.types.schema import DataType
-from pydantic import TypeAdapter, ValidationError
+from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from serving.errors import BadInput, ModelUnfit
 from serving.model.contract import OPAQUE_DTYPES, Column, ColumnPolicy, Contract, Input, Output, find_fill_problem
@@ -40,9 +41,12 @@ _SCALARS = {
 
 Names = Mapping[str, tuple[str, ...]]
 Policies = Mapping[str, ColumnPolicy]
+Params = Mapping[str, JsonValue]
 
 
-def read_contract(mlmodel: MLmodel, *, stack: bool, columns: Names, policies: Policies) -> Contract:
+def read_contract(
+    mlmodel: MLmodel, *, stack: bool, columns: Names, policies: Policies, params: Params | None = None
+) -> Contract:
     """Build the contract of a logged model.
 
     Args:
@@ -51,10 +55,11 @@ def read_contract(mlmodel: MLmodel, *, stack: bool, columns: Names, policies: Po
             tensor, as in MLflow's pytorch flavour.
         columns: The columns of each tensor input, by input, where the caller names them.
         policies: How columns are cast and what becomes of nulls, by column or "*".
+        params: Values of the signature's params, by name. One that is not given has its default there.
 
     Raises:
         ModelUnfit: The signature is missing, or does not suffice.
-        BadInput: A policy does not suit its column.
+        BadInput: A policy does not suit its column, or a param is not one of the signature's.
     """
     signature = mlmodel.signature
     if signature is None or signature.inputs is None or signature.outputs is None:
@@ -68,7 +73,8 @@ def read_contract(mlmodel: MLmodel, *, stack: bool, columns: Names, policies: Po
         listed = "; ".join(dict.fromkeys(misfits))
         message = f"The value that replaces nulls must be a value of its column, got {listed}. Correct policies."
         raise BadInput(message)
-    return Contract(inputs=inputs, outputs=_read_outputs(signature.outputs))
+    outputs = _read_outputs(signature.outputs)
+    return Contract(inputs=inputs, outputs=outputs, params=_read_params(mlmodel, params or {}, is_torch=stack))
 
 
 def _find_missing_part(signature: Any) -> str:
@@ -194,6 +200,42 @@ def _read_unnamed_input(spec: Any, named: Names, policies: Policies) -> Input:
     ((name, (source,)),) = named.items()
     column = _read_column(spec, source, policies)
     return _make_input(column).model_copy(update={"name": name})
+
+
+def _read_params(mlmodel: MLmodel, given: Params, *, is_torch: bool) -> dict[str, JsonValue]:
+    """Return the given params as the model gets them. Raises BadInput, with the names and types that there are."""
+    known = {} if is_torch else {spec.name: spec for spec in mlmodel.signature.params or ()}
+    if given and not known:
+        why = "that runs as a torch module" if is_torch else "whose signature has none"
+        message = (
+            f"params must be left out for a model {why}, got {sorted(given)}. Leave them out, or log the model through "
+            "pyfunc with infer_signature(inputs, predictions, params={...})."
+        )
+        raise BadInput(message)
+    problems = [f"{name!r}" for name in sorted(given.keys() - known.keys())]
+    values: dict[str, JsonValue] = {}
+    for name, value in given.items():
+        if name in known:
+            try:
+                values[name] = _convert_param(known[name], value)
+            except MlflowException:
+                problems.append(f"{name}={value!r}")
+    if problems:
+        listed = ", ".join(f"{name} ({_describe_param(spec)})" for name, spec in known.items())
+        message = f"params must be of the model's signature, which has {listed}; got {', '.join(problems)}. Correct it."
+        raise BadInput(message)
+    return values
+
+
+def _convert_param(spec: ParamSpec, value: JsonValue) -> JsonValue:
+    """Return a value of a param in the signature's type; times stay text, since JSON has none."""
+    converted: Any = ParamSpec.validate_param_spec(value, spec)
+    return value if spec.dtype == DataType.datetime else converted
+
+
+def _describe_param(spec: ParamSpec) -> str:
+    dtype = spec.dtype.name if isinstance(spec.dtype, DataType) else "object"
+    return f"{'a list of ' if spec.shape else ''}{dtype}, by default {spec.default!r}"
 
 
 def _stack_inputs(inputs: tuple[Input, ...]) -> tuple[Input, ...]:

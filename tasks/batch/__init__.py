@@ -4,7 +4,8 @@
 - plan: what a run is tied to, by `chunk_layout`, `memory`, `footer` and `tuning`;
 - score: `chunk_scheduler` hands out chunks, `chunk_reader` reads them, `parts` writes what they are scored to;
 - publish: the audit of the parts and the commits, to `delta` and by the `manifest`, which readers go by;
-- report: the figures, shown by `artifacts` and kept in MLflow by `lineage`.
+- report: the figures, shown by `artifacts`, kept in MLflow by `lineage` and sent to collectors by `open_lineage`; both
+  describe input and output by `described_datasets`.
 
 What a caller may choose is in `options`.
 """

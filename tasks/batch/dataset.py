@@ -14,11 +14,13 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from serving.errors import (
     BadInput,
     OvernightError,
     SchemaMismatch,
+    SourceChanged,
     SourceCorrupt,
     SourceEmpty,
     SourceFormat,
@@ -45,6 +47,8 @@ _FORMATS = {
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _UNDECODED = re.compile("[\ud800-\udfff]")
 _PROBLEMS_SHOWN = 20
+# Where pyarrow keeps the number that Parquet gives a column, which Iceberg knows it by.
+_FIELD_ID = b"PARQUET:field_id"
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -88,11 +92,26 @@ class SourceFile(Frozen):
         return Entry(path=self.path, size=self.size, tag=self.tag)
 
 
+class IcebergPin(Frozen):
+    """What ties a snapshot to one of an Iceberg table: the metadata file that lists it, its id, and its schema's.
+
+    `field_ids` are those of the columns that are used. `named` says that files without field ids hold these columns
+    under their names.
+    """
+
+    metadata: str
+    snapshot_id: int
+    schema_id: int
+    field_ids: dict[str, int]
+    named: bool
+
+
 class Snapshot(Frozen):
     """The files that a run is tied to, in order; `root` is the address that their paths lie below.
 
-    `version` is that of a Delta table, and the run of an Overnight destination; None for loose files.
-    `columns_missing` are columns of staged copies that nothing in the source has: they are null throughout.
+    `version` is that of a Delta table, the snapshot of an Iceberg table, and the run of an Overnight destination; None
+    for loose files. `columns_missing` are columns of staged copies that nothing in the source has: they are null
+    throughout. `iceberg` is given for files of an Iceberg table alone, and left out of what is written otherwise.
     """
 
     root: str
@@ -100,6 +119,7 @@ class Snapshot(Frozen):
     files: tuple[SourceFile, ...]
     version: str | None = None
     columns_missing: tuple[str, ...] = ()
+    iceberg: IcebergPin | None = Field(default=None, exclude_if=lambda value: value is None)
 
     @property
     def title(self) -> str:
@@ -144,6 +164,28 @@ def pin_entries(storage: Storage, entries: Sequence[Entry]) -> list[Entry]:
     return storage.pin(entries) if isinstance(storage, LocalStorage) else list(entries)
 
 
+def pin_listed_files(storage: Storage, sizes: dict[str, int], listed_by: str, *, listed: bool = True) -> list[Entry]:
+    """Return the pinned entries of the files that a log lists, sorted by path.
+
+    `listed` says that the storage holds little else, so that one listing finds them; else each is looked for by its
+    name. Raises SourceChanged where one is gone or of another size.
+    """
+    if listed:
+        there = {entry.path: entry for entry in storage.entries()}
+    else:
+        found = map_parallel(storage, storage.find, list(sizes))
+        there = {entry.path: entry for entry in found if entry is not None}
+    wrong = [path for path, size in sizes.items() if path not in there or there[path].size != size]
+    if wrong:
+        message = (
+            f"Every file that {listed_by} at {storage.url} lists must be there as it was written, but {len(wrong)} are "
+            f"gone or of another size, the first {wrong[0]}. Call again: a newer version may have taken its place; if "
+            "this stays, restore the files."
+        )
+        raise SourceChanged(message)
+    return pin_entries(storage, [there[path] for path in sorted(sizes)])
+
+
 def check_outside_source(selected: Selection, destination: str, source: str) -> None:
     """Raise BadInput where the parts of a destination would be taken for the files of a source."""
     target = open_storage(destination)
@@ -179,7 +221,7 @@ def open_dataset(snapshot: Snapshot, columns: Sequence[str], keys: Sequence[str]
         raise SourceEmpty(message)
     storage = open_storage(snapshot.root)
     used = dict.fromkeys([*columns, *keys])
-    read = _Footers(storage, used.keys(), set(keys)).read
+    read = _Footers(storage, used.keys(), set(keys), snapshot.iceberg).read
     footers = [read(snapshot.files[0]), *map_parallel(storage, read, snapshot.files[1:])]
     with_rows = [(file, schema) for file, schema in footers if sum(file.row_groups)]
     if not with_rows:
@@ -212,8 +254,10 @@ def map_parallel(storage: Storage, work: Callable[[T], R], items: Sequence[T]) -
 class _Footers:
     """Reads footers, and keeps a schema that many files have, and what it tells of sizes, once: that of the first."""
 
-    def __init__(self, storage: Storage, used: Collection[str], keys: Collection[str]) -> None:
-        self._storage, self._used, self._keys = storage, used, keys
+    def __init__(
+        self, storage: Storage, used: Collection[str], keys: Collection[str], iceberg: IcebergPin | None
+    ) -> None:
+        self._storage, self._used, self._keys, self._iceberg = storage, used, keys, iceberg
         self._first: tuple[pa.Schema, FooterReader] | None = None
 
     def read(self, file: SourceFile) -> tuple[SourceFile, pa.Schema]:
@@ -222,12 +266,32 @@ class _Footers:
             metadata = pq.read_metadata(stream)
             groups = tuple(metadata.row_group(at).num_rows for at in range(metadata.num_row_groups))
             schema = metadata.schema.to_arrow_schema()
+            if self._iceberg is not None:
+                _check_field_ids(schema, self._iceberg, self._storage.address(file.path))
             first = self._first
             if first is None or not schema.equals(first[0]):
                 first = (schema, FooterReader(metadata, schema, self._used, self._keys))
                 self._first = self._first or first
             sizes = first[1].read(metadata, lambda **options: pq.ParquetFile(stream, **options))
         return file.model_copy(update={"row_groups": groups, "group_bytes": sizes}), first[0]
+
+
+def _check_field_ids(schema: pa.Schema, pin: IcebergPin, where: str) -> None:
+    """Raise SourceFormat where a data file of an Iceberg table holds another field under the name of a column."""
+    found = {field.name: (field.metadata or {}).get(_FIELD_ID) for field in schema}
+    numbered = any(value is not None for value in found.values())
+    others = [
+        name
+        for name, number in pin.field_ids.items()
+        if (numbered and found.get(name) != str(number).encode()) or not (numbered or pin.named)
+    ]
+    if others:
+        message = (
+            f"Every data file of an Iceberg table must hold the columns that are used under their present names and "
+            f"field ids, but {where} does not hold {', '.join(others[:3])} so, though no schema of the table says why. "
+            "Rewrite the table's data files (Spark: CALL system.rewrite_data_files), then call again."
+        )
+        raise SourceFormat(message)
 
 
 class name_corrupt_file:  # noqa: N801 - a context manager reads as a verb

@@ -6,9 +6,10 @@ import json
 import random
 import re
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +17,8 @@ import pyarrow.parquet as pq
 from serving.errors import DestinationUnusable, PublishRefused, StorageDenied, StorageFault
 from tasks.batch.parts import PartFooter
 from tasks.batch.plan import Plan
-from tasks.storage import LocalStorage, Storage, s3_options
+from tasks.common.extras import import_extra
+from tasks.storage import S3Storage, Storage, reader_options
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
@@ -32,6 +34,11 @@ _UNREADABLE = ("timestamp_nanos", "timestamp_nanos_ntz", "void")
 _DENIED = re.compile("AccessDenied|lacked the necessary privileges|[Pp]ermission denied|Read-only file system")
 
 
+def import_deltalake() -> Any:
+    """Import deltalake. Raises BadInput where it is not installed."""
+    return import_extra("deltalake", "delta")
+
+
 def check_delta(storage: Storage, contract_schema: pa.Schema, run_key: str, earlier_keys: Sequence[str] = ()) -> int:
     """Hold a run that is to be planned against Delta's types, and against the table that stands at the destination.
 
@@ -39,6 +46,7 @@ def check_delta(storage: Storage, contract_schema: pa.Schema, run_key: str, earl
     Returns the highest number, in the order of runs, of those that the table holds; 0 where there is none.
     Raises DestinationUnusable before anything is scored, also where the table holds this very run already.
     """
+    import_deltalake()
     if "%" in storage.url:
         message = (
             f"The address of a Delta table must not hold %, which its readers take for an escape, got {storage.url}. "
@@ -215,6 +223,36 @@ def _commit(storage: Storage, table: DeltaTable | None, plan: Plan, schema: Delt
     table.create_write_transaction([*adds], mode, schema, commit_properties=properties)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableState:
+    """The current version of a Delta table: its files with their bytes and rows, and what it holds of one run.
+
+    `rows` of a file is None where the log does not tell.
+    """
+
+    version: int
+    files: Mapping[str, tuple[int, int | None]]
+    holds_run: bool
+    holds_plan: bool
+
+
+def read_table(storage: Storage, plan: Plan) -> TableState | None:
+    """Return the current version of the Delta table at a destination, None where there is none.
+
+    Raises DestinationUnusable where its log does not read.
+    """
+    table = _delta_table(storage)
+    if table is None:
+        return None
+    actions = pa.table(table.get_add_actions(flatten=True)).to_pylist()
+    return TableState(
+        version=table.version(),
+        files={each["path"]: (each["size_bytes"], each.get("num_records")) for each in actions},
+        holds_run=table.transaction_version(_run_app(plan.key)) is not None,
+        holds_plan=table.transaction_version(_plan_app(plan)) is not None,
+    )
+
+
 def _part_schema(storage: Storage, parts: Sequence[PartFooter]) -> pa.Schema:
     """Return the schema of a run's parts, as its first part has it."""
     data = storage.read(parts[0].path)
@@ -253,12 +291,13 @@ def _delta_errors(storage: Storage) -> Generator[None]:
 
 def delta_options(storage: Storage) -> dict[str, str] | None:
     """Return what deltalake needs to read and write below a storage."""
-    if isinstance(storage, LocalStorage):
-        return None
+    options = reader_options(storage)
+    if not isinstance(storage, S3Storage):
+        return options
     from boto3 import Session  # noqa: PLC0415 - only for S3
 
     found = Session().get_credentials()
-    options = {**s3_options(), "conditional_put": "etag"}
+    options = {**(options or {}), "conditional_put": "etag"}
     if found is not None:
         frozen = found.get_frozen_credentials()
         options |= {"aws_access_key_id": frozen.access_key or "", "aws_secret_access_key": frozen.secret_key or ""}

@@ -25,12 +25,16 @@ _MESSAGE_CHARACTERS_MAX = 1_000
 
 @dataclass(slots=True, kw_only=True)
 class RunCall:
-    """The call of a run, as its events tell it: the key of the run once it is planned, and what the run concerns."""
+    """The call of a run, as its events tell it: the key of the run once it is planned, and what the run concerns.
+
+    `first_worker` is the flow run that has started or is joined by others on the same run, None where there is one.
+    """
 
     model: str
     source: str
     destination: str
     key: str = ""
+    first_worker: str | None = None
 
     def describe_run(self, **labels: str) -> Labels:
         """Return the labels of the run; one that was not planned has no key."""
@@ -67,7 +71,8 @@ def emit_published(plan: Plan, report: BatchReport) -> None:
 def emit_refusal(call: RunCall) -> Generator[RunCall]:
     """Send the event that a run is refused where an error of Overnight ends the block; one of an interruption is none.
 
-    The block may set what becomes known of the call: its key, its resolved model.
+    The block may set what becomes known of the call: its key, its resolved model. Several workers of one run that end
+    for the same reason are one event, so that what it starts is started once.
     """
     try:
         yield call
@@ -82,5 +87,7 @@ def emit_refusal(call: RunCall) -> Generator[RunCall]:
             "source": hide_secrets(call.source),
             "destination": hide_secrets(call.destination),
         }
-        send_event(RUN_REFUSED, call.describe_run(error=kind), call.list_related(), payload)
+        one = f"{RUN_REFUSED}/{call.first_worker}/{kind}"
+        event_id = uuid5(NAMESPACE_URL, one) if call.first_worker else None
+        send_event(RUN_REFUSED, call.describe_run(error=kind), call.list_related(), payload, event_id)
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Literal
 
 import polars as pl
 
@@ -13,7 +14,7 @@ from serving.model.registry import ModelPin
 from tasks.batch.dataset import map_parallel
 from tasks.batch.parts import REJECT_REASON, list_parts
 from tasks.batch.plan import FORMAT_VERSION, ROOT, Plan, load_plan, read_record
-from tasks.storage import LocalStorage, Storage, open_storage, s3_options
+from tasks.storage import AzureStorage, GcsStorage, Storage, open_storage, reader_options
 
 
 class ManifestPart(Frozen):
@@ -85,9 +86,9 @@ def find_newest_run(storage: Storage) -> Manifest | None:
 def find_damaged_parts(storage: Storage, manifest: Manifest) -> tuple[str, ...]:
     """Return the parts of a published run that are gone, or of another size, by now; one listing, nothing opened.
 
-    None of a Delta table: it may have rewritten and vacuumed them, and its own log says what it holds.
+    None of a Delta or Iceberg table: it may have rewritten and removed them, and its own log says what it holds.
     """
-    if manifest.output == "delta":
+    if manifest.output in ("delta", "iceberg"):
         return ()
     folders = {part.path.rpartition("/")[0] for part in manifest.parts}
     sizes = {entry.path: entry.size for folder in folders for entry in storage.entries(folder, depth=1)}
@@ -137,10 +138,14 @@ def open_rejects(destination: str, run: str | None = None) -> pl.LazyFrame:
 
 
 def _scan(storage: Storage, paths: Sequence[str]) -> pl.LazyFrame:
-    options = None if isinstance(storage, LocalStorage) else s3_options()
+    options = reader_options(storage)
     # Addresses are meant as they stand, brackets and stars too.
     addresses = [storage.address(path) for path in paths]
-    return pl.scan_parquet(addresses, storage_options=options, hive_partitioning=False, glob=False)
+    # Of the others polars asks what obstore asks, unless it is told to look for a provider of its own.
+    provider: Literal["auto"] | None = None if isinstance(storage, GcsStorage | AzureStorage) else "auto"
+    return pl.scan_parquet(
+        addresses, storage_options=options, credential_provider=provider, hive_partitioning=False, glob=False
+    )
 
 
 def read_manifests(storage: Storage, paths: Sequence[str]) -> list[Manifest]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, Self
 from uuid import UUID
 
-from pydantic import Field, model_validator
+from pydantic import AwareDatetime, Field, JsonValue, model_validator
 
 from serving.model.contract import ColumnPolicy, Frozen
 
@@ -13,6 +13,8 @@ from serving.model.contract import ColumnPolicy, Frozen
 _NOT_IN_KEY = {
     *("name", "slots", "memory_mb", "max_reject_fraction", "allow_pickle", "experiment"),
     *("runner", "workers", "joins", "notices", "notice_seconds", "sample_rows"),
+    # The version that they name is part of the source.
+    *("source_version", "source_timestamp"),
 }
 
 
@@ -53,11 +55,33 @@ class BatchOptions(Frozen):
         default_factory=dict,
         description="How columns are cast and what becomes of nulls, by column name; '*' stands for every other.",
     )
-    output: Literal["parquet", "delta"] = Field(
-        default="parquet", description="parquet: parts and a manifest. delta: the same parts added to a Delta table."
+    params: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="Values of params in the model's signature, by name. One that is not given has its default there.",
+    )
+    source_version: int | None = Field(
+        default=None,
+        ge=0,
+        description="The version of a Delta table, or the id of a snapshot of an Iceberg table, that is read. Without: "
+        "the current one.",
+    )
+    source_timestamp: AwareDatetime | None = Field(
+        default=None, description="Reads the version of a table that was the current one then, time zone included."
+    )
+    output: Literal["parquet", "delta", "iceberg"] = Field(
+        default="parquet",
+        description="parquet: parts and a manifest. delta, iceberg: the same parts added to a Delta or Iceberg table.",
     )
     delta_mode: Literal["append", "replace"] = Field(
         default="append", description="Whether the run's rows are added to the Delta table, or replace what it holds."
+    )
+    iceberg_table: str | None = Field(
+        default=None,
+        description="The Iceberg table that the rows go into, as CATALOG.NAMESPACE.TABLE: the catalog is one of "
+        "pyiceberg's configuration. It is made at the destination where there is none.",
+    )
+    iceberg_mode: Literal["append", "replace"] = Field(
+        default="append", description="Whether the run's rows are added to the Iceberg table, or replace what it holds."
     )
     rescore: str | None = Field(
         default=None,
@@ -144,10 +168,28 @@ class BatchOptions(Frozen):
 
     @model_validator(mode="after")
     def _rows_once(self) -> Self:
-        if self.rescore is not None and self.output == "delta" and self.delta_mode == "append":
+        modes = {"delta": self.delta_mode, "iceberg": self.iceberg_mode}
+        if self.rescore is not None and modes.get(self.output) == "append":
             message = (
-                "delta_mode must be 'replace' where rescore is given, got 'append': the rows of the earlier run would "
-                "be in the table twice."
+                f"{self.output}_mode must be 'replace' where rescore is given, got 'append': the rows of the earlier "
+                "run would be in the table twice."
+            )
+            raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _one_version(self) -> Self:
+        if self.source_version is not None and self.source_timestamp is not None:
+            message = "source_version or source_timestamp must say which version of the source is read, got both."
+            raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _table_has_name(self) -> Self:
+        if (self.output == "iceberg") != (self.iceberg_table is not None):
+            message = (
+                "iceberg_table must name the table, as CATALOG.NAMESPACE.TABLE, where output is 'iceberg', and only "
+                f"there; got output={self.output!r} and iceberg_table={self.iceberg_table!r}."
             )
             raise ValueError(message)
         return self
@@ -161,6 +203,7 @@ class BatchOptions(Frozen):
 
     def key_fields(self) -> dict[str, object]:
         """Return what the run key is made of: the options that change the output."""
-        # Without it a call keeps the key that it has had before there was such an option.
-        unset = {"rescore"} if self.rescore is None else set()
+        # Without them a call keeps the key that it has had before there were such options.
+        unset = {name for name in ("rescore", "params") if not getattr(self, name)}
+        unset |= {"iceberg_table", "iceberg_mode"} if self.output != "iceberg" else {"delta_mode"}
         return self.model_dump(mode="json", exclude=_NOT_IN_KEY | unset)

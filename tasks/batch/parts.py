@@ -143,12 +143,19 @@ def part_schema(contract: Contract, options: BatchOptions, dataset: Dataset) -> 
 
 _SIGNED = {pa.uint8(): pa.int16(), pa.uint16(): pa.int32(), pa.uint32(): pa.int64(), pa.float16(): pa.float32()}
 
+_OF_ICEBERG = {
+    **_SIGNED,
+    **dict.fromkeys((pa.int8(), pa.int16(), pa.uint8(), pa.uint16()), pa.int32()),
+    **dict.fromkeys((pa.time32("s"), pa.time32("ms")), pa.time64("us")),
+}
+
 
 def stored_type(given: pa.DataType, output: str) -> pa.DataType:
-    """Return the type in which a part holds a column, so that pyarrow, polars and, where asked for, Delta read it.
+    """Return the type in which a part holds a column, so that pyarrow, polars and, where asked for, a table read it.
 
     pyarrow can't read back a fixed-size list that is null, polars takes a dictionary for a category,
-    and Delta has neither unsigned integers nor half floats.
+    Delta and Iceberg have neither unsigned integers nor half floats, and Iceberg has no integers of fewer than 32 bits
+    and no times in seconds or milliseconds.
     """
     if isinstance(given, pa.BaseExtensionType):
         return stored_type(given.storage_type, output)
@@ -156,6 +163,10 @@ def stored_type(given: pa.DataType, output: str) -> pa.DataType:
         return stored_type(given.value_type, output)
     if pa.types.is_fixed_size_list(given):
         return pa.list_(stored_type(given.value_type, output))
+    if output == "iceberg":
+        if pa.types.is_timestamp(given) and given.unit in ("s", "ms"):
+            return pa.timestamp("us", given.tz)
+        return _OF_ICEBERG.get(given, given)
     return _SIGNED.get(given, given) if output == "delta" else given
 
 
@@ -170,7 +181,12 @@ def encode_part(
     columns = {name: keys.column(name) for name in keys.column_names}
     columns |= output_columns(plan.contract, predictions, flags)
     columns = {name: values.cast(stored_type(values.type, plan.options.output)) for name, values in columns.items()}
-    table = pa.table(columns, metadata=_metadata(plan, chunk, keys, flags, batch_size)).combine_chunks()
+    table = pa.table(columns, metadata=_metadata(plan, chunk, keys, flags, batch_size))
+    return write_part(table.combine_chunks())
+
+
+def write_part(table: pa.Table) -> memoryview:
+    """Return a table, with its metadata, as the bytes of a part: the same for the same table and version of pyarrow."""
     sink = pa.BufferOutputStream()
     texts = [field.name for field in table.schema if is_text(field.type)]
     pq.write_table(table, sink, compression="zstd", use_dictionary=texts, write_page_checksum=True)
@@ -210,7 +226,7 @@ def _metadata(plan: Plan, chunk: Chunk | None, keys: pa.Table, flags: Flags, bat
         "overnight.model_digest": plan.model.digest,
         "overnight.batch_size": str(batch_size),
         "overnight.rejects": json.dumps(sorted([*pair, count] for pair, count in counts.items())),
-        "overnight.rows_key_null": str(_count_null_keys(keys)),
+        "overnight.rows_key_null": str(count_null_keys(keys)),
     }
 
 
@@ -228,7 +244,8 @@ def is_part_of(metadata: pq.FileMetaData, plan: Plan, chunk: Chunk | None) -> bo
     return all(told.get(name.encode()) == value.encode() for name, value in _identity(plan, chunk).items())
 
 
-def _count_null_keys(keys: pa.Table) -> int:
+def count_null_keys(keys: pa.Table) -> int:
+    """Return how many rows hold a null in one of their keys."""
     nulls = [column.is_null() for column in keys.columns if column.null_count]
     return int(pc.sum(functools.reduce(pc.or_, nulls)).as_py()) if nulls else 0
 

@@ -1,9 +1,10 @@
-"""Publishing: the parts of a run are counted, then committed to a Delta table where asked for, then by the manifest."""
+"""Publishing: the parts of a run are counted, then committed to a table where asked for, then by the manifest."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ from tasks.batch.manifest import (
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import ChunkId, PartFooter, Reasons, list_parts, read_footer
 from tasks.batch.plan import ROOT, OrderNumber, Plan, order_path, read_record
+from tasks.common.extras import import_extra
 from tasks.storage import Storage
 
 _SHOWN = 10
@@ -66,32 +68,21 @@ def audit_parts(storage: Storage, plan: Plan) -> Audit:
 
 
 def publish(storage: Storage, plan: Plan, audit: Audit) -> Manifest:
-    """Commit a run: one Delta commit where asked for, then the manifest, create-only.
+    """Commit a run: one commit to a Delta or Iceberg table where asked for, then the manifest, create-only.
 
     Called again, or by two workers at once, it publishes once. Where the run was published meanwhile from another
     plan of the same call (its records below _overnight were deleted, and it was planned again), that stands.
 
-    Raises PublishRefused where the parts do not add up to the rows of the dataset, or a Delta table holds a run that
+    Raises PublishRefused where the parts do not add up to the rows of the dataset, or a table holds a run that
     was planned later; nothing is published then. RunNameTaken where the name holds a run of another call by now,
     RunDamaged where what is published already has parts of other sizes.
     """
     check_rows_add_up(plan, audit)
-    manifest = Manifest(
-        key=plan.key,
-        run=plan.run,
-        plan_digest=plan.digest,
-        order=plan.order,
-        planned_at=plan.planned_at,
-        model=plan.model,
-        source=plan.source.title,
-        output=plan.options.output,
-        rows=plan.rows,
-        rejects=count_rejects(audit),
-        rows_key_null=audit.rows_key_null,
-        parts=tuple(ManifestPart(path=f.path, rows=f.rows, bytes=f.bytes) for f in audit.footers),
-    )
+    manifest = make_manifest(plan, audit.footers)
     if plan.options.output == "delta":
         commit_delta(storage, plan, audit.footers)
+    if plan.options.output == "iceberg":
+        import_extra("tasks.batch.iceberg_table", "iceberg").commit_iceberg(storage, plan, audit.footers)
     storage.put_new(manifest_path(plan.run), manifest.model_dump_json().encode())
     storage.delete_torn_writes(f"run={plan.run}")
     storage.delete([entry.path for entry in storage.entries(f"{plan.folder}/staged")])
@@ -106,9 +97,32 @@ def publish(storage: Storage, plan: Plan, audit: Audit) -> Manifest:
     return standing
 
 
+def make_manifest(plan: Plan, footers: Sequence[PartFooter]) -> Manifest:
+    """Return the manifest of a run whose parts have these footers, in the order of the plan's chunks."""
+    return Manifest(
+        key=plan.key,
+        run=plan.run,
+        plan_digest=plan.digest,
+        order=plan.order,
+        planned_at=plan.planned_at,
+        model=plan.model,
+        source=plan.source.title,
+        output=plan.options.output,
+        rows=plan.rows,
+        rejects=sum_rejects(footers),
+        rows_key_null=sum(footer.rows_key_null for footer in footers),
+        parts=tuple(ManifestPart(path=f.path, rows=f.rows, bytes=f.bytes) for f in footers),
+    )
+
+
 def count_rejects(audit: Audit) -> tuple[RejectCount, ...]:
     """Return the rejects of a run by column and reason."""
-    rejects: Reasons = sum((footer.rejects for footer in audit.footers), Counter())
+    return sum_rejects(audit.footers)
+
+
+def sum_rejects(footers: Sequence[PartFooter]) -> tuple[RejectCount, ...]:
+    """Return the rejects of parts together, by column and reason."""
+    rejects: Reasons = sum((footer.rejects for footer in footers), Counter())
     return tuple(
         RejectCount(column=column, reason=reason, rows=rows) for (column, reason), rows in sorted(rejects.items())
     )

@@ -31,9 +31,10 @@ from tasks.batch.plan import (
     save_start,
 )
 from tasks.batch.publish import claim_order_number, find_earlier_keys
-from tasks.batch.source import pin_source
+from tasks.batch.source import TableVersion, pin_source
 from tasks.batch.staging import stage
 from tasks.batch.tuning import choose_sizes
+from tasks.common.extras import import_extra
 from tasks.storage import Storage, check_create_only
 
 
@@ -105,8 +106,10 @@ def resolve_request(model: str, source: str, destination: str, options: BatchOpt
         BadInput: The source or the options can't be used; its kinds say why.
     """
     resolved = resolve_model(model)
-    contract = resolved.contract(options.input_columns, options.policies)
-    snapshot = pin_source(source, destination)
+    contract = resolved.contract(options.input_columns, options.policies, options.params)
+    columns = [*(column.name for column in contract.columns), *options.key_columns]
+    version = TableVersion(number=options.source_version, timestamp=options.source_timestamp)
+    snapshot = pin_source(source, destination, columns, version)
     key = run_key(resolved.pin, snapshot, contract, options)
     return RunRequest(resolved=resolved, snapshot=snapshot, contract=contract, options=options, key=key)
 
@@ -169,11 +172,7 @@ def _plan_run(request: RunRequest, storage: Storage, load: ModelLoader, clock: C
     dataset = _open_dataset(request, storage)
     request.contract.check(dataset.schema, f"The dataset at {request.snapshot.title}")
     check_names(dataset, request.contract, request.options)
-    order_min = 0
-    if request.options.output == "delta":
-        appends = request.options.delta_mode == "append"
-        earlier = find_earlier_keys(storage, request.resolved.pin, request.snapshot, request.options) if appends else ()
-        order_min = check_delta(storage, part_schema(request.contract, request.options, dataset), request.key, earlier)
+    order_min = _check_table(request, storage, dataset)
     model = load(request.resolved, request.contract, allow_pickle=request.options.allow_pickle)
     plan = make_plan(
         key=request.key,
@@ -189,6 +188,20 @@ def _plan_run(request: RunRequest, storage: Storage, load: ModelLoader, clock: C
     check_create_only(storage)
     order = claim_order_number(storage, plan.run, above=order_min)
     return save_plan(storage, plan.model_copy(update={"order": order}))
+
+
+def _check_table(request: RunRequest, storage: Storage, dataset: Dataset) -> int:
+    """Hold a request against the table that its rows go into; return the highest order number that it holds, or 0."""
+    options = request.options
+    if options.output == "parquet":
+        return 0
+    schema = part_schema(request.contract, options, dataset)
+    if options.output == "iceberg":
+        writing = import_extra("tasks.batch.iceberg_table", "iceberg")
+        return int(writing.check_iceberg(storage, schema, request.key, options))
+    appends = options.delta_mode == "append"
+    earlier = find_earlier_keys(storage, request.resolved.pin, request.snapshot, options) if appends else ()
+    return check_delta(storage, schema, request.key, earlier)
 
 
 def _open_dataset(request: RunRequest, storage: Storage) -> Dataset:

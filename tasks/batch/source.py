@@ -3,115 +3,103 @@
 from __future__ import annotations
 
 import datetime as dt
-from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
-
-import pyarrow as pa
-
-from serving.errors import NoCompleteRun, SourceChanged, SourceFormat
-from tasks.batch.dataset import Snapshot, SourceFile, check_outside_source, parse_hive_values, pin_entries, pin_files
-from tasks.batch.delta import delta_options
-from tasks.batch.manifest import find_damaged_parts, find_manifest, find_newest_run
-from tasks.storage import Entry, Storage, open_storage, select
-
-if TYPE_CHECKING:
-    from deltalake import DeltaTable
-
-
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from serving.errors import StorageDenied
-from tasks.storage import LocalStorage, Selection
+from serving.errors import BadInput, NoCompleteRun, SourceChanged, SourceFormat, StorageDenied
+from tasks.batch.dataset import Snapshot, SourceFile, check_outside_source, pin_files, pin_listed_files
+from tasks.batch.delta_source import pin_delta
+from tasks.batch.manifest import find_damaged_parts, find_manifest, find_newest_run
+from tasks.common.extras import import_extra
+from tasks.storage import LocalStorage, Selection, Storage, join_location, open_storage, select, split_location
 
-# With these a table's Parquet files alone say what it holds, as long as no file has a deletion vector and no column a
-# name of its own in the files; both are looked at.
-_FEATURES_READ = {"timestampNtz", "vacuumProtocolCheck", "v2Checkpoint", "deletionVectors", "columnMapping"}
+if TYPE_CHECKING:
+    from pyiceberg.table import Table
+
+ICEBERG_SCHEME = "iceberg:"
+_METADATA_FILE = re.compile(r".+\.metadata\.json")
+_TABLES = ("Delta", "Iceberg")
 
 
-def pin_source(source: str, destination: str) -> Snapshot:
-    """Pin what a source holds now: loose files, the current version of a Delta table, or an Overnight run.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableVersion:
+    """Which version of a table is asked for: its number or snapshot id, that of a time, or the current one."""
+
+    number: int | None = None
+    timestamp: dt.datetime | None = None
+
+    @property
+    def is_current(self) -> bool:
+        """Whether none is asked for by name."""
+        return self.number is None and self.timestamp is None
+
+
+def pin_source(
+    source: str, destination: str, columns: Sequence[str] | None = None, version: TableVersion | None = None
+) -> Snapshot:
+    """Pin what a source holds: loose files, one version of a Delta or Iceberg table, or an Overnight run.
 
     A folder that holds a Delta table is read through the table's log, and an Overnight destination by the manifest of
-    its newest complete run; `DESTINATION/run=NAME` is that run. Names that begin with `_` or `.` are passed over.
+    its newest complete run; `DESTINATION/run=NAME` is that run. An Iceberg table is named by its catalog
+    (`iceberg:CATALOG.NAMESPACE.TABLE`), by one of its metadata files, or by its folder where that says which metadata
+    file is the current one. Names that begin with `_` or `.` are passed over.
+
+    Args:
+        source: The address.
+        destination: Where the run goes, which must lie elsewhere.
+        columns: The columns that the run uses; all of them where none are given.
+        version: The version of a table; its current one where none is given.
 
     Raises:
-        SourceNotFound: No file is there.
+        SourceNotFound: No file is there, or no table of that name.
         SourceFormat: The files are of several formats, of none that is known, or those of a table that can't be read
             through its log.
         NoCompleteRun: No run of the destination, or not the one named, is complete.
         SourceChanged: A file that a log lists is gone.
-        BadInput: The destination's parts would be taken for the source's files.
+        BadInput: The destination's parts would be taken for the source's files, or the table has no such version.
     """
+    version = version or TableVersion()
+    if source.startswith(ICEBERG_SCHEME) or _METADATA_FILE.fullmatch(source):
+        return _read_iceberg(source, destination, columns, version)
     selected = select(source)
     log = find_commit_log(selected, source)
     check_outside_source(selected, destination, source)
+    if not version.is_current and (log is None or log.kind not in _TABLES):
+        message = (
+            f"source_version and source_timestamp must go with a Delta or Iceberg table, got {source}, which is none. "
+            "Leave them out; a run of an Overnight destination is named as DESTINATION/run=NAME."
+        )
+        raise BadInput(message)
     if log is None:
         return pin_files(selected, source)
-    return _read_delta(log) if log.kind == "Delta" else _read_run(log)
+    if log.kind == "Iceberg":
+        return _read_iceberg(log.table, destination, columns, version)
+    return _read_delta(log, version) if log.kind == "Delta" else _read_run(log)
 
 
-def _read_run(log: CommitLog) -> Snapshot:
-    """Pin the parts of a published run, exactly those that its manifest lists."""
+def _read_iceberg(source: str, destination: str, columns: Sequence[str] | None, version: TableVersion) -> Snapshot:
+    """Pin the files of a snapshot of an Iceberg table, which its catalog or one of its metadata files names."""
+    reading = import_extra("tasks.batch.iceberg_source", "iceberg")
+    if source.startswith(ICEBERG_SCHEME):
+        table: Table = reading.open_named_table(source.removeprefix(ICEBERG_SCHEME))
+    else:
+        table = reading.open_located_table(source)
+    home = open_storage(join_location(*split_location(table.location())))
+    check_outside_source(Selection(storage=home, globs=("**",), entries=[], listed=[]), destination, source)
+    pinned: Snapshot = reading.pin_iceberg(table, columns, version=version.number, timestamp=version.timestamp)
+    return pinned
+
+
+def _read_delta(log: CommitLog, version: TableVersion) -> Snapshot:
+    """Pin the files of a version of a Delta table."""
     storage = open_storage(log.table)
-    manifest = find_manifest(storage, log.run) if log.run else find_newest_run(storage)
-    if manifest is None:
-        wanted = f"Run {log.run}" if log.run else "A run"
-        message = (
-            f"{wanted} of the Overnight destination {log.table} must be complete to be read as a source, but none is. "
-            "Wait for it or resume it, or name loose files beside it by a glob."
-        )
-        raise NoCompleteRun(message)
-    if manifest.output == "delta":
-        message = (
-            f"Run {manifest.run} went to the Delta table at {log.table}, and the table's log must say what it holds of "
-            f"the run, but that log is gone. Put {log.table}/_delta_log back, or choose another source."
-        )
-        raise SourceFormat(message)
-    if damaged := find_damaged_parts(storage, manifest):
-        message = (
-            f"Every part of run {manifest.run} at {log.table} must be as it was published, but {len(damaged)} are gone "
-            f"or of another size, the first {damaged[0]}. Repeat the call that made the run: it scores them again."
-        )
-        raise SourceChanged(message)
-    sizes = {part.path: part.bytes for part in manifest.parts}
-    files = _pin_listed_files(storage, sizes, f"the manifest of run {manifest.run}")
-    # The folder of a run has the form of a partition, and is none.
-    return Snapshot(
-        root=storage.url,
-        format="parquet",
-        files=tuple(SourceFile(path=e.path, size=e.size, tag=e.tag, partitions={}) for e in files),
-        version=manifest.run,
-    )
-
-
-def _read_delta(log: CommitLog) -> Snapshot:
-    """Pin the files of the current version of a Delta table, with the partitions that its log gives them."""
-    storage = open_storage(log.table)
-    _check_newest(storage)
-    table = _open_delta(storage)
-    _check_plain_files(table, storage.url)
-    version = str(table.version())
-    actions = pa.table(table.get_add_actions(flatten=True)).to_pylist()
-    columns = table.metadata().partition_columns
-    kinds = {field.name: str(field.type) for field in table.schema().fields}
-    by_path: dict[str, dict[str, str | None]] = {}
-    for action in actions:
-        path = _path_below(str(action["path"]), storage.url)
-        values = {name: action[f"partition.{name}"] for name in columns}
-        by_path[path] = {name: _partition_text(name, value, path, kinds[name]) for name, value in values.items()}
-    sizes = {_path_below(str(action["path"]), storage.url): int(action["size_bytes"]) for action in actions}
-    files = _pin_listed_files(storage, sizes, f"version {version} of the Delta table")
-    return Snapshot(
-        root=storage.url,
-        format="parquet",
-        files=tuple(SourceFile(path=e.path, size=e.size, tag=e.tag, partitions=by_path[e.path]) for e in files),
-        version=version,
-    )
+    if version.is_current:
+        _check_newest(storage)
+    return pin_delta(storage, version=version.number, timestamp=version.timestamp)
 
 
 def _check_newest(storage: Storage) -> None:
@@ -125,92 +113,44 @@ def _check_newest(storage: Storage) -> None:
         raise SourceFormat(message)
 
 
-def _open_delta(storage: Storage) -> DeltaTable:
-    from deltalake import DeltaTable  # noqa: PLC0415 - only for Delta sources
-
-    try:
-        return DeltaTable(storage.url, storage_options=delta_options(storage))
-    except Exception as error:
+def _read_run(log: CommitLog) -> Snapshot:
+    """Pin the parts of a published run, exactly those that its manifest lists."""
+    storage = open_storage(log.table)
+    manifest = find_manifest(storage, log.run) if log.run else find_newest_run(storage)
+    if manifest is None:
+        wanted = f"Run {log.run}" if log.run else "A run"
         message = (
-            f"The log of the Delta table at {storage.url} must be one that can be read here, got: "
-            f"{_first_line(error)}. Repair the table, or write what it holds to a folder of Parquet and name that."
+            f"{wanted} of the Overnight destination {log.table} must be complete to be read as a source, but none is. "
+            "Wait for it or resume it, or name loose files beside it by a glob."
         )
-        raise SourceFormat(message) from error
-
-
-def _check_plain_files(table: DeltaTable, address: str) -> None:
-    """Raise SourceFormat where a table's Parquet files alone do not say what the table holds."""
-    protocol, properties = table.protocol(), table.metadata().configuration
-    features = set(protocol.reader_features or ())
-    unread = sorted(features - _FEATURES_READ)
-    if (mode := properties.get("delta.columnMapping.mode", "none")) != "none":
-        unread.append(f"columnMapping by {mode}")
-    if "deletionVectors" in features and (found := _deletion_vectors(table)):
-        unread.append(f"deletionVectors ({found})")
-    if unread:
+        raise NoCompleteRun(message)
+    if manifest.output == "iceberg":
         message = (
-            f"The Parquet files of a Delta table must hold its rows as they are, but the table {address} (version "
-            f"{table.version()}) has {', '.join(unread)}, which can't be read yet. Rewrite it without (REORG TABLE ... "
-            "APPLY (PURGE) takes out deletion vectors), or write what it holds to a folder of Parquet and name that."
+            f"Run {manifest.run} at {log.table} went to an Iceberg table, and its catalog must say what the table "
+            "holds of the run. Name the table as iceberg:CATALOG.NAMESPACE.TABLE."
         )
         raise SourceFormat(message)
-
-
-def _deletion_vectors(table: DeltaTable) -> str:
-    """Say which deletion vectors a version has, nothing where it has none."""
-    try:
-        files = sum(batch.num_rows for batch in pa.RecordBatchReader.from_stream(table.deletion_vectors()))
-    except Exception as error:  # noqa: BLE001 - deltalake can't say; what can't be ruled out is refused
-        return f"unreadable: {_first_line(error)}"
-    return f"of {files} files" if files else ""
-
-
-def _path_below(path: str, address: str) -> str:
-    """Return the path of a file below its table, as the log's escaped one means it."""
-    if "://" in path or path.startswith("/"):
+    if manifest.output == "delta":
         message = (
-            f"The files of a Delta table must lie below it, got {path} in the log of {address}: a clone that shares "
-            "the files of another table can't be read yet. Make a deep clone, and name that."
+            f"Run {manifest.run} went to the Delta table at {log.table}, and the table's log must say what it holds of "
+            f"the run, but that log is gone. Put {log.table}/_delta_log back, or choose another source."
         )
         raise SourceFormat(message)
-    return unquote(path)
-
-
-def _partition_text(name: str, value: Any, path: str, kind: str) -> str | None:
-    """Return the value of a partition in the text form that its log has."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int) or type(value) is dt.date:
-        return str(value)
-    # The log's own text is not to be had from deltalake, and there are several for one such value.
-    found = parse_hive_values(path).get(name)
-    if found is None:
+    if damaged := find_damaged_parts(storage, manifest):
         message = (
-            f"A partition of a Delta table must be text, a whole number, a date or a truth value, or be written in the "
-            f"path, got {name} ({kind}) of {path}. Write what the table holds to a folder of Parquet, and name that."
-        )
-        raise SourceFormat(message)
-    return found
-
-
-def _pin_listed_files(storage: Storage, sizes: dict[str, int], listed_by: str) -> list[Entry]:
-    """Return the pinned entries of the files that a log lists, sorted by path. Raises SourceChanged by file name."""
-    there = {entry.path: entry for entry in storage.entries()}
-    wrong = [path for path, size in sizes.items() if path not in there or there[path].size != size]
-    if wrong:
-        message = (
-            f"Every file that {listed_by} at {storage.url} lists must be there as it was written, but {len(wrong)} are "
-            f"gone or of another size, the first {wrong[0]}. Call again: a newer version may have taken its place; if "
-            "this stays, restore the files."
+            f"Every part of run {manifest.run} at {log.table} must be as it was published, but {len(damaged)} are gone "
+            f"or of another size, the first {damaged[0]}. Repeat the call that made the run: it scores them again."
         )
         raise SourceChanged(message)
-    return pin_entries(storage, [there[path] for path in sorted(sizes)])
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".")
+    sizes = {part.path: part.bytes for part in manifest.parts}
+    files = pin_listed_files(storage, sizes, f"the manifest of run {manifest.run}")
+    # The folder of a run has the form of a partition, and is none.
+    return Snapshot(
+        root=storage.url,
+        format="parquet",
+        files=tuple(SourceFile(path=e.path, size=e.size, tag=e.tag, partitions={}) for e in files),
+        version=manifest.run,
+    )
 
 
 LogKind = Literal["Delta", "Iceberg", "Hudi", "Spark", "Overnight"]
@@ -251,7 +191,7 @@ def find_commit_log(selected: Selection, source: str) -> CommitLog | None:
     logs = _logs_below(selected)
     if whole and (kinds := {kind for kind, folder in logs if not folder}):
         log = CommitLog(kind="Delta" if "Delta" in kinds else min(kinds), table=root)
-        if log.kind in ("Delta", "Overnight"):
+        if log.kind in ("Delta", "Iceberg", "Overnight"):
             return log
         raise _make_log_error(source, log)
     for kind, folder in logs:
@@ -334,10 +274,12 @@ def _ancestors(storage: Storage) -> Iterable[tuple[str, str]]:
 
 
 def _make_log_error(source: str, log: CommitLog) -> SourceFormat:
-    if log.kind in ("Delta", "Overnight"):
+    if log.kind in ("Delta", "Iceberg", "Overnight"):
         noun, more = "table", ""
         if log.kind == "Overnight":
             noun, more = "destination", f", or one of its runs as {log.table}/run=NAME"
+        if log.kind == "Iceberg":
+            more = ", or iceberg:CATALOG.NAMESPACE.TABLE"
         return SourceFormat(
             f"Which files belong to a {noun} must come from its log, since its folder holds others too, but {source} "
             f"takes files of the {log.kind} {noun} {log.table} past its log. Name {log.table} itself{more}, or one "

@@ -1,6 +1,7 @@
 """CSV, JSON lines and Arrow IPC become Parquet once, file by file, under the run's own folder.
 
-These formats have no row groups to read at random, and a run that resumes needs them. The copy is
+These formats have no row groups to read at random, and a run that resumes needs them. So do the files of an Iceberg
+table from which rows were deleted, or which hold columns otherwise than the table does now. The copy is
 create-only and pinned like any source; it is deleted once the run is published. Values of text
 formats stay text: the contract parses them, and a value that does not parse rejects its row.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import tempfile
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,6 +22,7 @@ from serving.errors import SchemaMismatch, SourceEmpty, StorageFault
 from serving.model.contract import Contract, Frozen
 from tasks.batch.dataset import Snapshot, SourceFile, name_corrupt_file
 from tasks.batch.formats import RequestedColumns, read_tables
+from tasks.common.extras import import_extra
 from tasks.storage import LocalStorage, Storage, copy_pinned, local_errors, open_storage
 
 _ROWS_PER_GROUP = 1 << 16
@@ -40,20 +42,22 @@ def stage(
     memory is bounded whatever the size of the file. Raises SourceCorrupt by file name, SourceEmpty
     where there are no rows.
     """
-    source = open_storage(snapshot.root)
+    convert = _make_converter(snapshot, destination, folder)
     listed = {entry.path for entry in destination.entries(f"{folder}/staged")}
     made_for = _digest(snapshot, contract, keys)
     listings = {f"{folder}/staged/{file.path}/listing-{made_for}.json": file for file in snapshot.files}
     for path, file in listings.items():
         if path not in listed:
             wanted = _requested_columns(contract, keys)
-            made = tuple(_convert(source, file, snapshot.format, wanted, destination, folder))
+            made = tuple(convert(file, wanted))
             listing = _Listing(copies=made, columns=tuple(name for name in wanted.names if name in wanted.found))
             destination.put_new(path, listing.model_dump_json().encode())
     found = [_read_listing(destination, folder, path) for path in listings]
     copies = [copy for each in found for copy in each.copies]
     if not copies:
-        message = f"The source must hold at least one row, got none in {len(snapshot.files)} files below {source.url}."
+        message = (
+            f"The source must hold at least one row, got none in {len(snapshot.files)} files below {snapshot.root}."
+        )
         raise SourceEmpty(message)
     missing = _find_missing(snapshot, found, _requested_columns(contract, keys)) if snapshot.format == "jsonl" else ()
     files = _pin_copies(copies, destination, folder)
@@ -131,18 +135,40 @@ def _requested_columns(contract: Contract, keys: tuple[str, ...]) -> RequestedCo
     return RequestedColumns(names=names, lists=frozenset(column.name for column in contract.columns if column.shape))
 
 
-def _convert(
-    source: Storage, file: SourceFile, kind: str, wanted: RequestedColumns, destination: Storage, folder: str
-) -> Generator[_Copy]:
+_Converter = Callable[[SourceFile, RequestedColumns], Iterable[_Copy]]
+
+
+def _make_converter(snapshot: Snapshot, destination: Storage, folder: str) -> _Converter:
+    """Return what makes the copies of one file of a snapshot."""
+    source = open_storage(snapshot.root)
+    if snapshot.format == "iceberg":
+        rows = import_extra("tasks.batch.iceberg_source", "iceberg").SnapshotRows(snapshot)
+
+        def convert_rows(file: SourceFile, _: RequestedColumns) -> Iterable[_Copy]:
+            with name_corrupt_file(source, file.entry):
+                source.check_unchanged(file.entry)
+                yield from _put_copies(file, rows.read(file), destination, folder)
+                source.check_unchanged(file.entry)
+
+        return convert_rows
+
+    def convert_text(file: SourceFile, wanted: RequestedColumns) -> Iterable[_Copy]:
+        with _local_copy(source, file) as raw, name_corrupt_file(source, file.entry):
+            tables = read_tables(raw, snapshot.format, wanted, source.address(file.path))
+            yield from _put_copies(file, tables, destination, folder)
+
+    return convert_text
+
+
+def _put_copies(file: SourceFile, tables: Iterable[pa.Table], destination: Storage, folder: str) -> Generator[_Copy]:
     row = 0
-    with _local_copy(source, file) as raw, name_corrupt_file(source, file.entry):
-        for rows, data in _write_copies(read_tables(raw, kind, wanted, source.address(file.path))):
-            # Named by its content: copies that an attempt before this one cut elsewhere are never mixed with these.
-            digest = hashlib.blake2b(data, digest_size=8).hexdigest()
-            path = f"{folder}/staged/{file.path}/{row:012d}-{digest}.parquet"
-            destination.put_new(path, data)
-            yield _Copy(path=path, origin=file.path, origin_row=row)
-            row += rows
+    for rows, data in _write_copies(tables):
+        # Named by its content: copies that an attempt before this one cut elsewhere are never mixed with these.
+        digest = hashlib.blake2b(data, digest_size=8).hexdigest()
+        path = f"{folder}/staged/{file.path}/{row:012d}-{digest}.parquet"
+        destination.put_new(path, data)
+        yield _Copy(path=path, origin=file.path, origin_row=row)
+        row += rows
 
 
 @contextlib.contextmanager

@@ -168,7 +168,7 @@ def _load(kind: type[B], parameter: str, name: str) -> B:
         message = (
             f"{parameter} must name a block of the type {kind.get_block_type_name()}, got {BLOCK}{name}. "
             + (f"The Prefect server has {', '.join(names)}." if names else "The Prefect server has none.")
-            + f" Save it in the UI under Blocks (`make deploy` puts the type there), or by {kind.__name__}.save."
+            + f" Save it in the UI under Blocks (`overnight deploy` puts the type there), or by {kind.__name__}.save."
         )
         raise BadInput(message) from error
     return found  # type: ignore[no-any-return]  # load is typed for both ways to call it

@@ -197,7 +197,14 @@ def plan_change(
         raise BadInput(message)
     previous_release = None
     if before is not None:
-        previous_release = release.model_copy(update={"batching": before.chosen.batching, "scaling": before.scaling})
+        params = current_route.contract.params if current_route else release.contract.params
+        previous_release = release.model_copy(
+            update={
+                "batching": before.chosen.batching,
+                "scaling": before.scaling,
+                "contract": release.contract.model_copy(update={"params": params}),
+            }
+        )
     return Change(
         spec=spec,
         gateway=gateway,

@@ -62,7 +62,7 @@ def load_endpoint_model(spec: EndpointSpec) -> LoadedModel:
     Raises ModelNotFound, ModelUnfit, and ModelFailed where it answers none of them.
     """
     resolved = resolve_model(spec.model)
-    contract = resolved.contract(spec.input_columns, spec.policies)
+    contract = resolved.contract(spec.input_columns, spec.policies, spec.params)
     model = load_model(resolved, contract, allow_pickle=spec.allow_pickle)
     with model.slot():
         example = keep_answered_rows(model, read_example_rows(resolved, contract))

@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import AliasChoices, Field, JsonValue, model_validator
 
 from serving.errors import BadInput
 from serving.gateway.keys import ADMIN_KEY, KEY_LENGTH_MIN
@@ -193,6 +193,10 @@ Policies = Annotated[
     dict[str, ColumnPolicy],
     Field(description="How columns are cast and what becomes of nulls, as in a batch run."),
 ]
+Params = Annotated[
+    dict[str, JsonValue],
+    Field(description="Values of params in the model's signature, the same for every request, as in a batch run."),
+]
 AllowPickle = Annotated[
     bool, Field(description="Load a pickled model. Unpickling runs any code in it: only for models you trust.")
 ]
@@ -236,6 +240,7 @@ class EndpointSpec(Frozen):
     limits: Limits = Field(default=Limits(), description="What one request may be, and how many at once.")
     input_columns: InputColumns = Field(default_factory=dict)
     policies: Policies = Field(default_factory=dict)
+    params: Params = Field(default_factory=dict)
     allow_pickle: AllowPickle = False
     tolerance: Tolerance = 1e-5
     measure_seconds: float = Field(

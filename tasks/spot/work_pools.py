@@ -57,7 +57,7 @@ class PrefectWorkerPool:
         except PrefectHTTPStatusError as error:
             if error.response.status_code != HTTPStatus.NOT_FOUND:
                 raise
-            message = f"The work pool {self.pool} must exist, got none of that name. Create it: make deploy."
+            message = f"The work pool {self.pool} must exist, got none of that name. Create it: overnight deploy."
             raise DeploymentMissing(message) from error
         return filter_live_workers(workers, datetime.now(UTC))
 
@@ -92,15 +92,17 @@ def _find_deployment(client: SyncPrefectClient, deployment: str) -> tuple[UUID, 
     try:
         found = client.read_deployment_by_name(deployment)
     except ObjectNotFound as error:
-        message = f"The deployment {deployment} must exist, got none of that name. Create it: make deploy."
+        message = f"The deployment {deployment} must exist, got none of that name. Create it: overnight deploy."
         raise DeploymentMissing(message) from error
     if found.work_pool_name is None:
-        message = f"The deployment {deployment} must have a work pool, got none. Give it one: make deploy."
+        message = f"The deployment {deployment} must have a work pool, got none. Give it one: overnight deploy."
         raise DeploymentMissing(message)
     try:
         client.read_work_pool(found.work_pool_name)
     except ObjectNotFound as error:
-        message = f"The work pool {found.work_pool_name} of {deployment} must exist, got none. Create it: make deploy."
+        message = (
+            f"The work pool {found.work_pool_name} of {deployment} must exist, got none. Create it: overnight deploy."
+        )
         raise DeploymentMissing(message) from error
     return found.id, found.work_pool_name
 

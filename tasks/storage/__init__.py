@@ -1,24 +1,41 @@
-"""Where bytes live: a local folder or an S3 prefix, written create-only and read as pinned.
+"""Where bytes live: a local folder, or a prefix of S3, Google Cloud Storage or Azure Blob Storage.
+
+All are written create-only and read as pinned.
 
 `put_new` is the only write. An object that exists is whole and stays: its existence is a commit.
 """
 
-from tasks.storage.addresses import Selection, open_storage, register_scheme, select
+from tasks.storage.addresses import (
+    Selection,
+    join_location,
+    open_storage,
+    reader_options,
+    register_scheme,
+    select,
+    split_location,
+)
+from tasks.storage.azure import AzureStorage
 from tasks.storage.base import Entry, Storage, check_create_only, copy_pinned
+from tasks.storage.gcs import GcsStorage
 from tasks.storage.local import LocalStorage, local_errors
 from tasks.storage.s3 import S3Storage, s3_options
 
 __all__ = [
+    "AzureStorage",
     "Entry",
+    "GcsStorage",
     "LocalStorage",
     "S3Storage",
     "Selection",
     "Storage",
     "check_create_only",
     "copy_pinned",
+    "join_location",
     "local_errors",
     "open_storage",
+    "reader_options",
     "register_scheme",
     "s3_options",
     "select",
+    "split_location",
 ]

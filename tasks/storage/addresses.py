@@ -11,32 +11,40 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from serving.errors import BadInput
+from tasks.storage.azure import AzureStorage, azure_options
 from tasks.storage.base import Entry, Storage
+from tasks.storage.gcs import GcsStorage, gcs_options
 from tasks.storage.local import LocalStorage
-from tasks.storage.s3 import S3Storage
+from tasks.storage.s3 import S3Storage, s3_options
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_openers: dict[str, Callable[[str], Storage]] = {"s3": S3Storage}
+_openers: dict[str, Callable[[str], Storage]] = {
+    "s3": S3Storage,
+    "gs": GcsStorage,
+    **dict.fromkeys(("az", "abfss", "abfs"), AzureStorage),
+}
+# As Hadoop's file systems are called, which writers of tables use.
+_SCHEMES_OF_HADOOP = {"s3a": "s3", "s3n": "s3"}
+# The signature of a SAS token.
+_SIGNED = re.compile("[?&]sig=")
 _FILE_URL = re.compile(r"file:(?://(?:localhost)?)?(/(?!/).*)", re.DOTALL)
 _WILD = re.compile(r"[*?\[]")
 
 
 def open_storage(url: str) -> Storage:
-    """Open a local folder (a path or file://) or an S3 prefix (s3://bucket/prefix).
+    """Open a local folder (a path or file://), or a prefix of S3, Google Cloud Storage or Azure Blob Storage.
 
-    On S3 the endpoint comes from the environment (AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL) and the
-    credentials from the boto3 chain. Raises BadInput for any other scheme that is not registered, and for control
-    characters.
+    Those are s3://bucket/prefix, gs://bucket/prefix and az://container/prefix, or abfss://container@account.dfs....
+    Endpoints and credentials come from the environment and from what each cloud's own tools look at; see the modules.
+
+    Raises:
+        BadInput: Any other scheme that is not registered, control characters, credentials in the address.
+        StorageDenied: There are no credentials.
     """
     if _CONTROL.search(unquote(url) if url.startswith("file:") else url):
         message = f"An address must hold no control characters, such as tabs and newlines, got {url!r}. Rename it."
         raise BadInput(message)
-    if url.startswith("s3://") and "@" in urlsplit(url).netloc:
-        message = (
-            f"An S3 address must hold no credentials, got {url}. Give them as boto3 takes them: a role, a profile or "
-            "the environment."
-        )
-        raise BadInput(message)
+    _must_hold_no_credentials(url)
     scheme, separator, _ = url.partition("://")
     if separator and scheme in _openers:
         return _openers[scheme](url)
@@ -44,8 +52,55 @@ def open_storage(url: str) -> Storage:
         return LocalStorage(Path(unquote(file[1])))
     if url and not url.startswith("file:") and "://" not in url:
         return LocalStorage(Path(url).expanduser().absolute())
-    message = f"An address must be a path, file:///path or s3://bucket/prefix, got {url!r}."
+    message = (
+        "An address must be a path, file:///path or s3://bucket/prefix, gs://bucket/prefix or az://container/prefix, "
+        f"got {url!r}."
+    )
     raise BadInput(message)
+
+
+def _must_hold_no_credentials(url: str) -> None:
+    if url.startswith(("s3://", "gs://")) and "@" in urlsplit(url).netloc:
+        kind, way = (
+            ("An S3 address", "as boto3 takes them: a role, a profile or the environment")
+            if url.startswith("s3://")
+            else ("A gs:// address", "by GOOGLE_APPLICATION_CREDENTIALS")
+        )
+        message = f"{kind} must hold no credentials, got {url}. Give them {way}."
+        raise BadInput(message)
+    if url.startswith(("az://", "abfss://", "abfs://")) and (_SIGNED.search(url) or ":" in urlsplit(url).netloc):
+        got = "a signature" if _SIGNED.search(url) else "a colon"
+        message = (
+            f"An address of Azure must hold no credentials, got one with {got}. Give them in the environment, such as "
+            "AZURE_STORAGE_SAS_TOKEN."
+        )
+        raise BadInput(message)
+
+
+def reader_options(storage: Storage) -> dict[str, str] | None:
+    """Return where a storage is, as polars and Delta take it, and no credentials; None for a local folder."""
+    if isinstance(storage, S3Storage):
+        return s3_options()
+    if isinstance(storage, GcsStorage):
+        return gcs_options()
+    return azure_options(storage) if isinstance(storage, AzureStorage) else None
+
+
+def split_location(location: str) -> tuple[str, str]:
+    """Cut the location of a file, as the metadata of a table has it, into an address to open and the path below that.
+
+    What is opened is a bucket, or / for a local file. Locations are taken literally: nothing in them is an escape.
+    """
+    scheme, separator, rest = location.partition("://")
+    if not separator or scheme == "file":
+        return "/", (rest if separator else location.removeprefix("file:")).lstrip("/")
+    bucket, _, path = rest.partition("/")
+    return f"{_SCHEMES_OF_HADOOP.get(scheme, scheme)}://{bucket}", path.rstrip("/")
+
+
+def join_location(root: str, path: str) -> str:
+    """Put the two parts of a location together again."""
+    return f"{root.rstrip('/')}/{path}".rstrip("/") or "/"
 
 
 def register_scheme(scheme: str, opener: Callable[[str], Storage]) -> None:
@@ -88,7 +143,7 @@ def select(address: str) -> Selection:
     """
     root, globs = _split_at_glob(address)
     storage = open_storage(root)
-    # S3 is listed to its end whatever the depth.
+    # An object store is listed to its end whatever the depth.
     entries = storage.entries(depth=len(globs) if "**" not in globs and isinstance(storage, LocalStorage) else None)
     if not entries and globs == ("**",):
         return _select_one_file(storage)
@@ -126,7 +181,7 @@ def _select_one_file(storage: Storage) -> Selection:
     """Read an address as one file, which is below the folder above it."""
     above, _, name = storage.url.rpartition("/")
     found = None
-    if name and above != "s3:/":
+    if name and not above.endswith(":/"):
         storage = open_storage(above or "/")
         found = storage.find(name)
     one = [] if found is None else [found]

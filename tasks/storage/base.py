@@ -15,8 +15,8 @@ from serving.errors import DestinationUnusable
 class Entry:
     """One file or object: its path below the root, its size in bytes, and what tells it from another.
 
-    The tag is the ETag on S3. On a local disk it is the modification time in nanoseconds and, for the file of a source,
-    the time of change and the inode: see LocalStorage.pin.
+    The tag is the ETag in an object store. On a local disk it is the modification time in nanoseconds and, for the
+    file of a source, the time of change and the inode: see LocalStorage.pin.
     """
 
     path: str
@@ -96,7 +96,7 @@ def check_create_only(storage: Storage) -> None:
         message = (
             f"{storage.url} must create an object only where none of its name stands, but took a second one for "
             f"{storage.address(_PROBE)}: the store ignores `If-None-Match: *`. Nothing was scored. Use a store that "
-            "honours it (AWS S3 and SeaweedFS do), or a local disk."
+            "honours it (AWS S3, Google Cloud Storage, Azure and SeaweedFS do), or a local disk."
         )
         raise DestinationUnusable(message)
 

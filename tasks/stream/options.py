@@ -6,7 +6,7 @@ import re
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, JsonValue
 
 from serving.model.contract import ColumnPolicy, Frozen
 from serving.redaction import holds_secret
@@ -191,6 +191,10 @@ class StreamOptions(Frozen):
     policies: dict[str, ColumnPolicy] = Field(
         default_factory=dict,
         description="How columns are cast, and what is done with nulls, by column name; '*' is every other column.",
+    )
+    params: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="Values of params in the model's signature, by name. One that is not given has its default there.",
     )
     freshness_seconds: float = Field(
         default=1.0,

@@ -153,8 +153,8 @@ def _triton(release: Release, served: Served, folder: Path) -> Generator[Up]:
 @contextmanager
 def ray_serve(served: Served, folder: Path) -> Generator[Up]:
     """Ray Serve with the batching."""
-    from infra.local.ray_cluster import ray_cluster
     from serving.targets.ray_serve import RayServe, RayServeHost
+    from tests.ray_cluster import ray_cluster
 
     began = time.perf_counter()
     environment = {"PYTHONPATH": os.pathsep.join(sys.path)}

@@ -14,6 +14,7 @@ import pytest
 from infra.local.prefect_server import PrefectServer, PrefectWorker
 from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
+from tasks.common.blocks import BLOCKS
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -89,3 +90,16 @@ def test_a_run_is_started_from_the_form_which_describes_every_field_and_shows_it
     show(page, "artifacts")
 
     assert list(range(10_000)) == sorted(open_predictions(str(tmp_path / "scores")).collect()["customer"])
+
+
+def test_the_types_of_blocks_have_forms_that_describe_every_field(page: Page, deployed: PrefectServer) -> None:
+    for block in BLOCKS:
+        page.goto(f"{deployed.ui_url}/v2/blocks/catalog/{block.get_block_type_slug()}/create")
+        page.get_by_text("Environment").first.wait_for()
+        form = " ".join(page.inner_text("body").split())
+        show(page, block.get_block_type_slug())
+
+        assert block.get_block_type_name() in form
+        assert [] == [
+            name for name, field in block.model_fields.items() if field.description and field.description not in form
+        ]

@@ -24,6 +24,7 @@ from serving.model.registry import resolve_model
 from serving.protocol.oip import encode_request
 from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
+from tasks.common.events import MODE_CHANGED
 from tasks.endpoint.spec import Triton
 from tasks.scheduler.decision import Decision
 from tasks.scheduler.deployment_plan import ApplyConfig, BatchApplyConfig, OnlineApplyConfig, StreamApplyConfig
@@ -32,6 +33,7 @@ from tasks.scheduler.review import Hysteresis
 from tasks.scheduler.workload import Events, Machine, MeteredArrivals, Prices, Workload
 from tasks.stream.options import FromNats, StreamOptions, ToNats
 from tests.deployments.flow_runs import wait_until
+from tests.prefect_events import find_events
 from tests.servers import triton_or_skip
 from tests.tasks.scheduler.decisions import EVENTS, FRAUD, NIGHTLY, alternative, decision
 
@@ -110,6 +112,12 @@ def test_a_night_on_spot_is_scheduled_with_its_deadline_and_what_machines_cost(
     current = find_current_deployment(NAME)
 
     assert {f"nightly-inference/{NAME}"} == deployments()
+    changes = [each["payload"] for each in find_events(deployed, MODE_CHANGED, f"overnight.workload.{NAME}")]
+    assert [("batch", None, linear)] == [
+        tuple(each[name] for name in ("mode", "mode_before", "model"))
+        for each in changes
+        if each["summary"] == first.summary
+    ]
     assert ((), ()) == (first.retired + again.retired, first.to_do + again.to_do)
     assert f"{linear} takes the 2 files" in first.verified
     assert ("06:00", 2) == (night.parameters["deadline"], night.parameters["options"]["workers"])

@@ -616,7 +616,7 @@ class TestReports:
         assert 1 == len(runs)
         run = client.get_run(runs[0].info.run_id)
         assert (linear, 10_000.0) == (run.data.tags["overnight.model"], run.data.metrics["rows"])
-        assert str(customers) == run.inputs.dataset_inputs[0].dataset.source
+        assert str(customers) == run.inputs.dataset_inputs[0].dataset.name
         assert 1 == len(run.inputs.model_inputs)
 
     def test_mlflows_run_ends_as_the_run_did_and_is_gone_on_with(

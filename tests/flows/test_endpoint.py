@@ -22,7 +22,9 @@ from serving.errors import BadInput, EndpointFailed, LatencyImpossible, RolledBa
 from serving.gateway.client import GatewayClient
 from serving.model.registry import resolve_model
 from serving.protocol.oip import encode_request
+from tasks.common.events import ENDPOINT_CHANGED
 from tasks.endpoint.spec import Canary, EndpointSpec, RayServe, Shadow, Triton
+from tests.prefect_events import find_events
 from tests.servers import triton_or_skip
 
 if TYPE_CHECKING:
@@ -187,6 +189,11 @@ def test_a_model_goes_online_with_batching_verified_measured_and_reported(
     assert again.after is None  # nothing was deployed: the release is up already
     assert endpoint.batching == again.batching
     assert ("1",) == retire_endpoint("online", target(triton), gateway.url)
+
+    made, retired = find_events(prefect, ENDPOINT_CHANGED, "overnight.endpoint.online", count=2)
+    assert (network, "1", []) == tuple(made["payload"][name] for name in ("model", "version", "removed"))
+    assert (None, ["1"]) == (retired["payload"]["version"], retired["payload"]["removed"])
+    assert {"model", "flow-run"} <= {each["prefect.resource.role"] for each in made["related"]}
 
 
 def test_a_request_without_a_key_is_refused(gateway: GatewayServer, churn: DeployedEndpoint) -> None:

@@ -19,6 +19,7 @@ from prefect.client.schemas.objects import FlowRun
 from infra.local.prefect_server import PrefectServer
 from serving.errors import ModelNotFound, TooManyRejects
 from tasks.batch.options import BatchOptions
+from tests.prefect_events import find_events
 from tests.support import write_customers
 
 OPTIONS = BatchOptions(key_columns=("customer",), batch_size=128, rows_per_chunk=1024, experiment=None)
@@ -48,17 +49,6 @@ def artifacts_of(server: PrefectServer, run: FlowRun) -> dict[str, str]:
     by_key = {each["key"]: each["data"] for each in keyed}
     assert len(by_key) == len(keyed)
     return by_key
-
-
-def find_events(server: PrefectServer, name: str, related: str) -> list[dict[str, Any]]:
-    """The events of a name that concern a resource, once there is one."""
-    until = time.monotonic() + 60
-    while True:
-        body = {"filter": {"event": {"name": [name]}, "any_resource": {"id": [related]}}, "limit": 50}
-        found = ask(server, "events/filter", body)["events"]
-        if found or time.monotonic() > until:
-            return list(found)
-        time.sleep(0.1)
 
 
 class TestTheName:
@@ -260,6 +250,20 @@ class TestEvents:
         assert ("overnight.run.unplanned", ModelNotFound.__name__) == (
             *(event["resource"]["prefect.resource.id"], event["payload"]["error"]),
         )
+
+    def test_workers_of_one_run_that_end_for_the_same_reason_are_one_event(
+        self, prefect: PrefectServer, registry: Path
+    ) -> None:
+        from tasks.batch.events import RunCall, emit_refusal
+
+        first, destination = str(uuid.uuid4()), f"/data/{uuid.uuid4()}"
+        for kind in (TooManyRejects, TooManyRejects, ModelNotFound):
+            call = RunCall(model="models:/m/1", source="/data", destination=destination, key="k", first_worker=first)
+            with pytest.raises(kind), emit_refusal(call):
+                raise kind
+        found = find_events(prefect, "overnight.run.refused", f"overnight.destination.{destination}", count=2)
+
+        assert ["TooManyRejects", "ModelNotFound"] == [each["payload"]["error"] for each in found]
 
     def test_a_server_that_takes_none_holds_nothing_up(self, linear: str, customers: Path, tmp_path: Path) -> None:
         from prefect.settings import PREFECT_API_URL, temporary_settings

@@ -94,13 +94,13 @@ class TestMissing:
 
         elsewhere = BUYING.model_copy(update={"on_demand": "batch-inference/nowhere"})
 
-        with pytest.raises(DeploymentMissing, match=r"batch-inference/nowhere must exist, got none.*make deploy"):
+        with pytest.raises(DeploymentMissing, match=r"batch-inference/nowhere must exist, got none.*overnight deploy"):
             nightly_inference(linear, str(customers), str(tmp_path / "scores"), soon(3600), elsewhere)
 
     def test_the_work_pool_of_a_deployment_is_named(self, client: SyncPrefectClient) -> None:
         name = deploy(client, None)
 
-        with pytest.raises(DeploymentMissing, match=f"{name} must have a work pool, got none.*make deploy"):
+        with pytest.raises(DeploymentMissing, match=f"{name} must have a work pool, got none.*overnight deploy"):
             work_pools.find_pool(client, name)
 
     def test_a_work_pool_that_was_deleted_since_is_named(self, client: SyncPrefectClient) -> None:

@@ -12,7 +12,6 @@ import pytest
 
 from infra.local.controller import local_controller
 from infra.local.prefect_server import PrefectServer
-from infra.local.ray_cluster import ray_cluster
 from serving.model.batching import BatchingConfig
 from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
@@ -20,6 +19,7 @@ from tasks.endpoint.client import InferClient
 from tasks.endpoint.deploy import make_host, make_release
 from tasks.endpoint.resolve import load_endpoint_model
 from tasks.endpoint.spec import AnyTarget, BentoML, EndpointSpec, KServe, RayServe, Seldon, Triton
+from tests.ray_cluster import ray_cluster
 from tests.servers import triton_or_skip
 from tests.serving.targets.folder_servers import python_of
 from tests.support import write_customers

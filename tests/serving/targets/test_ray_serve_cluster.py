@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 from infra.local.process import free_ports
-from infra.local.ray_cluster import RayCluster, ray_cluster
 from infra.worker import list_process_tree
 from serving.errors import EndpointFailed
 from serving.model.batching import BatchingConfig
@@ -26,6 +25,7 @@ from serving.model.registry import digest_folder
 from serving.model.release import Release, Scaling
 from serving.targets import Address
 from serving.targets.ray_serve import RayServe, RayServeHost, make_application_name
+from tests.ray_cluster import RayCluster, ray_cluster
 from tests.releases import TOLERANCE, Put, document, infer, model_url, release_of, rows
 from tests.support import register_mlp, register_network, register_slow
 

@@ -43,6 +43,13 @@ def test_every_option_has_a_default_and_a_description() -> None:
         {"rescore": ""},
         {"rescore": "a b"},
         {"rescore": "again", "output": "delta"},
+        {"rescore": "again", "output": "iceberg", "iceberg_table": "lake.sales.scores"},
+        {"output": "iceberg"},
+        {"iceberg_table": "lake.sales.scores"},
+        {"output": "iceberg", "iceberg_table": "lake.sales.scores", "iceberg_mode": "merge"},
+        {"source_version": -1},
+        {"source_version": 1, "source_timestamp": "2024-01-01T00:00:00Z"},
+        {"source_timestamp": "2024-01-01T00:00:00"},
     ],
 )
 def test_what_makes_no_sense_is_refused(given: dict[str, object]) -> None:
@@ -72,3 +79,17 @@ def test_rescoring_into_a_delta_table_replaces_its_rows() -> None:
     assert "again" == BatchOptions(rescore="again", output="delta", delta_mode="replace").rescore
     with pytest.raises(ValidationError, match="the earlier run would be in the table twice"):
         BatchOptions(rescore="again", output="delta")
+
+
+def test_which_version_of_a_source_is_asked_for_is_no_part_of_the_key_since_the_version_is() -> None:
+    assert BatchOptions().key_fields() == BatchOptions(source_version=3).key_fields()
+    assert (
+        BatchOptions().key_fields()
+        == BatchOptions.model_validate({"source_timestamp": "2024-01-01T00:00Z"}).key_fields()
+    )
+
+
+def test_the_table_that_rows_go_into_is_part_of_the_key() -> None:
+    told = BatchOptions(output="iceberg", iceberg_table="lake.sales.scores").key_fields()
+
+    assert set(BatchOptions().key_fields()) - {"delta_mode"} | {"iceberg_table", "iceberg_mode"} == set(told)

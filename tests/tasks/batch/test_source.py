@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime as dt
 import json
 import re
+import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from tasks.batch.options import BatchOptions
 from tasks.batch.parts import part_path
 from tasks.batch.plan import Plan, run_key, save_plan
 from tasks.batch.publish import audit_parts, publish
-from tasks.batch.source import pin_source
+from tasks.batch.source import TableVersion, pin_source
 from tasks.storage import open_storage
 from tests.tasks.batch.small import PIN, a_contract, a_plan, numbers, put, put_parts
 
@@ -82,6 +84,52 @@ def test_each_version_of_a_delta_table_is_another_run(place: str) -> None:
     )
     assert [0, 1, 2] == ids(first)
     assert f"{place} (version 1)" == second.title
+
+
+def test_a_delta_table_is_read_at_a_version_or_as_of_a_time(place: str) -> None:
+    write(place, numbers(0, 3))
+    first = pin_source(place, ELSEWHERE)
+    between = dt.datetime.now(dt.UTC)
+    time.sleep(0.05)
+    write(place, numbers(3, 5))
+    by_number = pin_source(place, ELSEWHERE, None, TableVersion(number=0))
+    by_time = pin_source(place, ELSEWHERE, None, TableVersion(timestamp=between))
+    newest = pin_source(place, ELSEWHERE, None, TableVersion(timestamp=dt.datetime.now(dt.UTC) + timedelta(hours=1)))
+
+    assert first == by_number == by_time
+    assert [0, 1, 2] == ids(by_number)
+    # A version is the same run, by whichever of its names.
+    assert pin_source(place, ELSEWHERE) == newest == pin_source(place, ELSEWHERE, None, TableVersion(number=1))
+
+
+@pytest.mark.parametrize(
+    ("version", "told"),
+    [
+        (TableVersion(number=7), "must still have version 7, but its newest version is 0"),
+        (TableVersion(timestamp=dt.datetime(2001, 1, 1, tzinfo=dt.UTC)), "a version of 2001-01-01T00:00:00"),
+    ],
+)
+def test_a_version_that_a_delta_table_does_not_have_is_refused(
+    tmp_path: Path, version: TableVersion, told: str
+) -> None:
+    write(str(tmp_path), numbers(0, 3))
+    with pytest.raises(BadInput, match=told):
+        pin_source(str(tmp_path), ELSEWHERE, None, version)
+
+
+def test_a_version_whose_files_were_removed_is_told(tmp_path: Path) -> None:
+    write(str(tmp_path), numbers(0, 3))
+    write(str(tmp_path), numbers(3, 5), mode="overwrite")
+    DeltaTable(str(tmp_path)).vacuum(0, dry_run=False, enforce_retention_duration=False)
+    with pytest.raises(SourceChanged, match=r"version 0 of the Delta table at .* 1 are gone"):
+        pin_source(str(tmp_path), ELSEWHERE, None, TableVersion(number=0))
+
+
+def test_without_deltalake_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(str(tmp_path), numbers(0, 3))
+    monkeypatch.setitem(sys.modules, "deltalake", None)
+    with pytest.raises(BadInput, match=r"find the package deltalake, got none\. Run: pip install 'overnight\[delta\]'"):
+        pin_source(str(tmp_path), ELSEWHERE)
 
 
 def test_a_delta_table_that_was_deleted_from_is_what_is_left(tmp_path: Path) -> None:
@@ -302,7 +350,6 @@ def test_one_file_by_its_full_name_is_that_file_wherever_it_lies(place: str) -> 
 
 
 LOGS = {
-    "Iceberg": "metadata/00000-7f.metadata.json",
     "Hudi": ".hoodie/hoodie.properties",
     "Spark": "_spark_metadata/0",
 }

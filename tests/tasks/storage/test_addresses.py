@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from serving.errors import BadInput
-from tasks.storage import LocalStorage, Storage, open_storage, register_scheme, select
+from tasks.storage import (
+    LocalStorage,
+    Storage,
+    join_location,
+    open_storage,
+    register_scheme,
+    select,
+    split_location,
+)
 
 
 @pytest.mark.parametrize(
@@ -45,10 +53,10 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    "address", ["", "gs://bucket/x", "https://host/x", "s3a://bucket/x", "file://host/x", "file:relative", "S3://b"]
+    "address", ["", "gcs://bucket/x", "https://host/x", "s3a://bucket/x", "file://host/x", "file:relative", "S3://b"]
 )
 def test_any_other_address_is_bad_input(address: str) -> None:
-    with pytest.raises(BadInput, match=r"must be a path, file:///path or s3://bucket/prefix, got "):
+    with pytest.raises(BadInput, match=r"must be a path, file:///path or s3://bucket/prefix, gs://.* or az://.*, got "):
         open_storage(address)
 
 
@@ -251,3 +259,21 @@ def test_a_link_does_not_hide_that_a_destination_lies_inside(tmp_path: Path) -> 
     assert found.would_select(open_storage(str(tmp_path / "link/scores")), "part.parquet")
     assert found.would_select(open_storage(str(tmp_path / "data/../data/scores")), "part.parquet")
     assert not found.would_select(open_storage(str(tmp_path / "database")), "part.parquet")
+
+
+@pytest.mark.parametrize(
+    ("location", "expected"),
+    [
+        ("s3://lake/a/b.parquet", ("s3://lake", "a/b.parquet")),
+        ("s3a://lake/city=New%20York/b", ("s3://lake", "city=New%20York/b")),
+        ("gs://lake/a/", ("gs://lake", "a")),
+        ("abfss://lake@someone.dfs.core.windows.net/a", ("abfss://lake@someone.dfs.core.windows.net", "a")),
+        ("/data/a b/c", ("/", "data/a b/c")),
+        ("file:/data/a%20b", ("/", "data/a%20b")),
+        ("file:///data/a", ("/", "data/a")),
+        ("s3://lake", ("s3://lake", "")),
+    ],
+)
+def test_a_location_is_a_bucket_and_a_literal_path_below_it(location: str, expected: tuple[str, str]) -> None:
+    assert expected == split_location(location)
+    assert split_location(join_location(*expected)) == expected

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from infra.local.process import send_request
-from infra.local.ray_cluster import RayCluster, ray_cluster
 from infra.worker import list_process_tree
+from tests.ray_cluster import RayCluster, ray_cluster
 
 pytest.importorskip("ray", reason="Ray is an extra: pip install 'overnight[ray]'")
 
@@ -78,7 +78,7 @@ def test_a_cluster_is_on_loopback_for_those_with_its_token_and_leaves_nothing_be
 _STARTER = """
 import sys, time
 from pathlib import Path
-from infra.local.ray_cluster import ray_cluster
+from tests.ray_cluster import ray_cluster
 
 cluster = ray_cluster(Path(sys.argv[1]))
 print(cluster.process.pid, cluster._session, flush=True)
@@ -88,7 +88,7 @@ time.sleep(600)
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="Linux lists its processes there")
 def test_a_cluster_whose_starter_is_killed_ends(tmp_path: Path) -> None:
-    root = str(Path(__file__).parents[3])
+    root = str(Path(__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": root}
     command = [sys.executable, "-c", _STARTER, str(tmp_path / "cluster")]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as starter:

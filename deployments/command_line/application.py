@@ -1,0 +1,116 @@
+"""The program `overnight`: its commands, and how each of them ends.
+
+A command that fails for a reason that is known ends with the message alone, on stderr, and exit code 1; Ctrl-C ends it
+with one line and 130; a command line that does not read ends with 2.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from deployments.command_line import batch_commands, deployment_commands, local_commands, serving_commands
+from deployments.command_line.console import say, shorten
+
+_INTERRUPTED = 130
+_ERRORS_SHOWN = 8
+
+
+class _Application(TyperGroup):
+    """The commands, all of which end here."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, typer.TyperException, BrokenPipeError):
+            # Typer shows these itself.
+            raise
+        except KeyboardInterrupt as interrupt:
+            say(" ".join(str(interrupt).split()) or "Interrupted.")
+            raise typer.Exit(_INTERRUPTED) from None
+        except Exception as error:  # noqa: BLE001 - all of them end a command, those that nobody expected too
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            say(shorten(describe_error(error)))
+            raise typer.Exit(1) from None
+
+
+def describe_error(error: Exception) -> str:
+    """Return what a person reads where a command fails: what must hold, what arrived, and what to do next."""
+    from pydantic import ValidationError  # noqa: PLC0415 - a command that does well needs none
+
+    from serving.errors import OvernightError  # noqa: PLC0415 - the same
+    from serving.redaction import hide_secrets  # noqa: PLC0415 - the same
+
+    if isinstance(error, OvernightError):
+        return str(error)
+    if isinstance(error, ValidationError):
+        return hide_secrets(_describe_validation(error))
+    message = " ".join(str(error).split())[:600]
+    return hide_secrets(
+        f"{type(error).__name__}: {message}\nThis error was not expected. `overnight --debug ...` shows where it is "
+        "from; where that is in Overnight, please report it."
+    )
+
+
+def _describe_validation(error: Any) -> str:
+    problems = error.errors(include_url=False)
+    lines = [f"{error.title} must have fields that fit, got {len(problems)} that do not:"]
+    for problem in problems[:_ERRORS_SHOWN]:
+        place = ".".join(str(each) for each in problem["loc"]) or "it"
+        got = "" if problem["type"] in ("missing", "extra_forbidden") else f", got {str(problem['input'])[:80]}"
+        lines.append(f"  {place}: {problem['msg']}{got}")
+    if len(problems) > _ERRORS_SHOWN:
+        lines.append(f"  and {len(problems) - _ERRORS_SHOWN} more")
+    return "\n".join([*lines, "`--help` describes the options."])
+
+
+app = typer.Typer(
+    name="overnight",
+    cls=_Application,
+    help="Score a table, a stream or a request with a registered MLflow model: complete, exact, resumable.",
+    epilog="Score a table with a registered model, and look at what came of it:\n\n"
+    "  overnight score models:/churn@champion customers/ scores/ --key customer\n"
+    "  overnight runs scores/",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(asked: bool) -> None:  # noqa: FBT001 - as Typer calls it
+    if not asked:
+        return
+    try:
+        sys.stdout.write(f"overnight {version('overnight')}\n")
+    except PackageNotFoundError:
+        sys.stdout.write("overnight, not installed\n")
+    raise typer.Exit
+
+
+@app.callback()
+def _set_up(
+    *,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where an error comes from, with all of its message.")
+    ] = False,
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version of Overnight.", is_eager=True, callback=_show_version),
+    ] = False,
+) -> None:
+    """Take the options that stand before the command."""
+
+
+for _commands in (batch_commands, deployment_commands, serving_commands, local_commands):
+    _commands.add_commands(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command that the command line names, and exit with its code."""
+    app(arguments, prog_name="overnight")

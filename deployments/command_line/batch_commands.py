@@ -1,0 +1,171 @@
+"""Commands about batch runs: score a table, list the runs of a destination, verify one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deployments.command_line.console import (
+    AsJson,
+    Key,
+    Options,
+    build_model,
+    describe_by,
+    keep_stdout,
+    print_json,
+    print_table,
+    print_text,
+    say,
+)
+
+if TYPE_CHECKING:
+    from tasks.batch.report import BatchReport
+    from tasks.batch.runs import RunSummary
+    from tasks.batch.verify import RunVerification
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="models:/NAME@ALIAS or models:/NAME/VERSION of the registry of MLFLOW_TRACKING_URI.", metavar="MODEL"
+    ),
+]
+Source = Annotated[
+    str,
+    typer.Argument(help="A file, folder, glob or address of Parquet, Arrow, CSV or JSON lines.", metavar="SOURCE"),
+]
+Destination = Annotated[
+    str, typer.Argument(help="The folder or address that has the predictions.", metavar="DESTINATION")
+]
+_DAMAGES_SHOWN = 20
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command(
+        cls=describe_by("tasks.batch.options:BatchOptions"),
+        epilog="Example:\n\n  overnight score models:/churn@champion s3://lake/in/ s3://lake/scores/ --key customer",
+    )(score)
+    app.command(epilog="Example:\n\n  overnight runs s3://lake/scores/")(runs)
+    app.command(epilog="Example:\n\n  overnight verify s3://lake/scores/ && echo whole")(verify)
+
+
+def score(  # noqa: PLR0913 - each is an option of the command
+    model: Model,
+    source: Source,
+    destination: Destination,
+    *,
+    key: Key = None,
+    output: Annotated[str | None, typer.Option()] = None,
+    name: Annotated[str | None, typer.Option()] = None,
+    rescore: Annotated[str | None, typer.Option()] = None,
+    batch_size: Annotated[int | None, typer.Option()] = None,
+    slots: Annotated[int | None, typer.Option()] = None,
+    memory_mb: Annotated[int | None, typer.Option()] = None,
+    max_reject_fraction: Annotated[float | None, typer.Option()] = None,
+    allow_pickle: Annotated[bool | None, typer.Option("--allow-pickle")] = None,
+    experiment: Annotated[str | None, typer.Option()] = None,
+    options: Options = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score every row of a table with a registered model, and publish the predictions in one commit.
+
+    The same call again is the same run: it resumes, or finds itself complete.
+    """
+    with keep_stdout(for_json=as_json):
+        from tasks.batch.options import BatchOptions  # noqa: PLC0415 - help needs none
+
+        given = {
+            "key_columns": key,
+            "output": output,
+            "name": name,
+            "rescore": rescore,
+            "batch_size": batch_size,
+            "slots": slots,
+            "memory_mb": memory_mb,
+            "max_reject_fraction": max_reject_fraction,
+            "allow_pickle": allow_pickle,
+            "experiment": experiment,
+        }
+        chosen = build_model(BatchOptions, given, options, "--options")
+        from flows.batch import batch_inference  # noqa: PLC0415 - seconds of imports
+
+        report = batch_inference(model, source, destination, chosen)
+    _print_report(report, as_json=as_json)
+
+
+def _print_report(report: BatchReport, *, as_json: bool) -> None:
+    if as_json:
+        print_json({**report.model_dump(mode="json"), "rows_rejected": report.rows_rejected})
+        return
+    print_table(report.table(), f"Run {report.run}", header=False)
+    print_text(f"Read the predictions:  {report.read_with}\nThe report with its plot:  {report.report}")
+
+
+def runs(destination: Destination, *, as_json: AsJson = False) -> None:
+    """List the runs of a destination, the newest first, with what each has come to."""
+    from tasks.batch.runs import list_runs  # noqa: PLC0415 - help needs none
+    from tasks.storage import open_storage  # noqa: PLC0415 - the same
+
+    storage = open_storage(destination)
+    found = list_runs(storage)
+    if as_json:
+        print_json({"destination": storage.url, "runs": [each.model_dump(mode="json") for each in found]})
+    elif not found:
+        say(f"{storage.url} has no run. `overnight score MODEL SOURCE DESTINATION` makes one.")
+    else:
+        print_table([_list_figures(each) for each in found])
+        for each in found:
+            if each.note:
+                say(f"{each.run}: {each.note}")
+
+
+def _list_figures(run: RunSummary) -> dict[str, str]:
+    is_whole = run.rows_done == run.rows
+    return {
+        "run": run.run,
+        "model": run.model or "",
+        "rows": f"{run.rows:,}" if is_whole else f"{run.rows_done:,} of {run.rows:,}",
+        "rejects": "" if run.rows_rejected is None else f"{run.rows_rejected:,}",
+        "parts": f"{run.parts:,}" if run.parts == run.parts_planned else f"{run.parts:,} of {run.parts_planned:,}",
+        "state": run.state,
+        "planned (UTC)": f"{run.planned_at:%Y-%m-%d %H:%M}" if run.planned_at else "",
+        "order": str(run.order or ""),
+    }
+
+
+def verify(
+    destination: Destination,
+    *,
+    run: Annotated[str | None, typer.Option(help="The run to verify. Without: the newest that was published.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Verify every run of the destination.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Open every part of a run and hold it against the manifest and the plan; name all that is damaged.
+
+    The exit code is 0 only where what was verified is complete, and nothing of it is damaged.
+    """
+    from tasks.batch.verify import choose_runs, verify_run  # noqa: PLC0415 - help needs none
+    from tasks.storage import open_storage  # noqa: PLC0415 - the same
+
+    storage = open_storage(destination)
+    verified = []
+    for each in choose_runs(storage, run, every=every):
+        say(f"Reading run {each}")
+        verified.append(verify_run(storage, each))
+    if as_json:
+        print_json({"destination": storage.url, "runs": [each.model_dump(mode="json") for each in verified]})
+    else:
+        for result in verified:
+            _print_verification(result)
+    if any(result.state != "complete" for result in verified):
+        raise typer.Exit(1)
+
+
+def _print_verification(result: RunVerification) -> None:
+    counts = f"{result.rows_read:,} of {result.rows:,} rows in {result.parts_read:,} of {result.parts:,} parts"
+    lines = [f"Run {result.run} is {result.state}: {counts} are as they must be."]
+    lines += [f"  {damage.kind}: {damage.path}: {damage.message}" for damage in result.damages[:_DAMAGES_SHOWN]]
+    if len(result.damages) > _DAMAGES_SHOWN:
+        lines.append(f"  and {len(result.damages) - _DAMAGES_SHOWN} more; --json has all of them.")
+    print_text("\n".join([*lines, *(f"  note: {note}" for note in result.notes)]))

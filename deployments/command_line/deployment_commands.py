@@ -1,0 +1,162 @@
+"""Commands about a Prefect server: deploy calls and everything that they need, and take up their runs."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deployments.command_line.console import AsJson, Key, Options, build_model, keep_stdout, print_json, say
+from serving.errors import BadInput
+
+if TYPE_CHECKING:
+    from deployments.apply import Change
+
+_POOL = "overnight"
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command(
+        epilog="Examples:\n\n"
+        "  overnight deploy\n"
+        "  overnight deploy models:/churn@champion s3://lake/customers/ s3://lake/scores/ --key customer "
+        '--schedule "0 1 * * *"'
+    )(deploy)
+    app.command(epilog="Example:\n\n  overnight worker --pool overnight-spot")(worker)
+
+
+def deploy(  # noqa: PLR0913 - each is an option of the command
+    model: Annotated[str | None, typer.Argument(help="The model, as `overnight score` takes it.")] = None,
+    source: Annotated[str | None, typer.Argument(help="What is scored. A local path must be there on workers.")] = None,
+    destination: Annotated[str | None, typer.Argument(help="Where the predictions go.")] = None,
+    *,
+    name: Annotated[str | None, typer.Option(help="The deployment's name. Without: that of the model.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="When it runs, as cron: '0 1 * * *' is every night at one.", metavar="CRON")
+    ] = None,
+    timezone: Annotated[str, typer.Option(help="The time zone of the schedule, such as Europe/Berlin.")] = "UTC",
+    pool: Annotated[str, typer.Option(help="The work pool whose workers run it.")] = _POOL,
+    key: Key = None,
+    options: Options = None,
+    show: Annotated[
+        str | None,
+        typer.Option(
+            help="Print a file and do nothing: prefect.yaml with all deployments, or work-pool.json, the base job "
+            "template of a Kubernetes pool.",
+            metavar="FILE",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Deploy a call of `overnight score` to the Prefect server of PREFECT_API_URL, on a schedule or not.
+
+    Without arguments it creates every work pool, deployment and automation of Overnight. Twice changes nothing.
+    """
+    if show is not None:
+        sys.stdout.write(read_packaged_file(show))
+        return
+    given = [each for each in (model, source, destination) if each is not None]
+    if len(given) not in (0, 3):
+        message = "MODEL, SOURCE and DESTINATION must all be given, or none of them for all of Overnight's deployments."
+        raise typer.BadParameter(message)
+    if not given and (name or schedule or key or options or pool != _POOL):
+        message = "The options belong to a call, got no MODEL, SOURCE and DESTINATION."
+        raise typer.BadParameter(message)
+    with keep_stdout(for_json=as_json):
+        import asyncio  # noqa: PLC0415 - help needs none
+
+        from deployments.apply import CallDeployment, deploy_call  # noqa: PLC0415 - seconds of imports
+        from deployments.apply import deploy as deploy_all  # noqa: PLC0415 - the same
+
+        if model is None or source is None or destination is None:
+            changes = asyncio.run(deploy_all())
+            _print_changes(changes, None, pool, as_json=as_json)
+            return
+        call = CallDeployment(
+            name=name or choose_name(model),
+            parameters=_make_parameters(model, source, destination, key, options),
+            pool=pool,
+            cron=schedule,
+            timezone=timezone,
+        )
+        changes = asyncio.run(deploy_call(call))
+    _print_changes(changes, f"batch-inference/{call.name}", pool, as_json=as_json)
+
+
+def choose_name(model: str) -> str:
+    """Return the name of a model without its registry's scheme, its alias and its version."""
+    return re.split(r"[@/]", model.removeprefix("models:/"), maxsplit=1)[0] or "call"
+
+
+def _make_parameters(
+    model: str, source: str, destination: str, key: list[str] | None, options: str | None
+) -> dict[str, Any]:
+    from tasks.batch.options import BatchOptions  # noqa: PLC0415 - help needs none
+
+    chosen = build_model(BatchOptions, {"key_columns": key}, options, "--options")
+    parameters = {"model": model, "source": make_absolute(source), "destination": make_absolute(destination)}
+    return {**parameters, "options": chosen.model_dump(mode="json", exclude_unset=True)}
+
+
+def make_absolute(address: str) -> str:
+    """Return a local path as an absolute one, since a worker has a working folder of its own; an address as it is."""
+    if _ADDRESS.match(address):
+        return address
+    absolute = str(Path(address).expanduser().absolute())
+    return absolute + "/" * (address.endswith("/") and not absolute.endswith("/"))
+
+
+def _print_changes(changes: list[Change], deployment: str | None, pool: str, *, as_json: bool) -> None:
+    from prefect.settings import PREFECT_API_URL  # noqa: PLC0415 - help needs none
+
+    from deployments.apply import describe_changes  # noqa: PLC0415 - the same
+
+    if as_json:
+        server = str(PREFECT_API_URL.value())
+        print_json({"server": server, "deployment": deployment, "changes": [asdict(change) for change in changes]})
+        return
+    sys.stdout.write(describe_changes(changes))
+    if deployment is not None:
+        say(f"A worker takes up its runs:  overnight worker --pool {pool}")
+        say(f"Start one now:  prefect deployment run '{deployment}'")
+
+
+def read_packaged_file(name: str) -> str:
+    """Return a file for other programs out of the installed package. Raises BadInput for an unknown name."""
+    known = {
+        "prefect.yaml": files("deployments") / "prefect.yaml",
+        "work-pool.json": files("infra") / "kubernetes" / "work-pool.json",
+        "overnight-worker@.service": files("infra") / "systemd" / "overnight-worker@.service",
+    }
+    if name not in known:
+        message = f"A packaged file must be one of {', '.join(known)}, got {name!r}."
+        raise BadInput(message)
+    return known[name].read_text()
+
+
+def worker(
+    *,
+    pool: Annotated[str, typer.Option(help="The work pool to take flow runs from.")] = _POOL,
+    name: Annotated[str | None, typer.Option(help="The worker's name in Prefect's pages.")] = None,
+    limit: Annotated[int, typer.Option(help="Flow runs side by side; a run takes every core.", min=1)] = 1,
+    grace: Annotated[float, typer.Option(help="Seconds that runs get to drain.", min=0)] = 60.0,
+    systemd: Annotated[
+        bool, typer.Option("--systemd", help="Print the systemd unit of such a worker, and do nothing.")
+    ] = False,
+) -> None:
+    """Take up flow runs of a work pool until Ctrl-C or SIGTERM, which lets them drain and be scheduled again."""
+    if systemd:
+        unit = read_packaged_file("overnight-worker@.service")
+        sys.stdout.write(unit.replace("/opt/overnight/bin/python", sys.executable))
+        return
+    from infra.worker import main  # noqa: PLC0415 - help needs none
+
+    named = ["--name", name] if name else []
+    raise typer.Exit(main(["--pool", pool, "--limit", str(limit), "--grace", str(grace), *named]))

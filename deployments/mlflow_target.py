@@ -1,0 +1,424 @@
+"""The target `overnight` of mlflow.deployments: a deployment is an endpoint of this project.
+
+MLflow loads this module by its entry point. The gateway and the keys come from the environment, never from a config.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from mlflow import MlflowClient, MlflowException
+from mlflow.deployments import BaseDeploymentClient, PredictionsResponse
+from mlflow.models import Model as MLmodel
+from mlflow.protos.databricks_pb2 import (
+    INVALID_PARAMETER_VALUE,
+    RESOURCE_ALREADY_EXISTS,
+    RESOURCE_DOES_NOT_EXIST,
+    TEMPORARILY_UNAVAILABLE,
+)
+from pydantic import JsonValue, ValidationError
+
+from serving.errors import BadInput, EndpointFailed, OvernightError
+from serving.gateway.client import GatewayClient
+from serving.gateway.route import EndpointState
+from serving.model.contract import ColumnPolicy, Contract, Frozen
+from serving.targets import Address
+
+if TYPE_CHECKING:
+    from tasks.endpoint.spec import EndpointSpec
+
+GATEWAY = "OVERNIGHT_GATEWAY"
+API_KEY = "OVERNIGHT_API_KEY"
+TAG = "overnight.deployment"
+FLAVOR = "python_function"
+_FROM_ELSEWHERE = {"name": "the deployment's name", "model": "the model's URI", "gateway": f"the variable {GATEWAY}"}
+_MODEL = re.compile(r"models:/(?P<name>[^/@]+)[/@][^/@]+")
+
+Config = Mapping[str, Any]
+
+
+class _Record(Frozen):
+    """What a deployment was created with, kept as a tag of its registered model, so that an update changes a part."""
+
+    model: str
+    config: dict[str, JsonValue]
+
+
+class OvernightDeploymentClient(BaseDeploymentClient):
+    """Creates, updates, asks and deletes endpoints behind the gateway that OVERNIGHT_GATEWAY names.
+
+    Every method raises MlflowException, with the message of what went wrong.
+    """
+
+    def __init__(self, target_uri: str) -> None:
+        super().__init__(target_uri)  # type: ignore[no-untyped-call] # MLflow's own has no types
+        if target_uri not in ("overnight", "overnight:", "overnight:/"):
+            message = f"The target must be `overnight`, got {target_uri!r}. The gateway's URL goes into {GATEWAY}."
+            raise MlflowException(message, INVALID_PARAMETER_VALUE)
+
+    def create_deployment(
+        self,
+        name: str,
+        model_uri: str,
+        flavor: str | None = None,
+        config: Config | None = None,
+        endpoint: str | None = None,
+    ) -> dict[str, Any]:
+        """Put a registered model online, and return once the gateway answers with it.
+
+        Args:
+            name: The endpoint's name.
+            model_uri: models:/NAME@ALIAS or models:/NAME/VERSION.
+            flavor: None: the model's own flavour runs.
+            config: Fields of EndpointSpec, such as target, budget, rollout and access. Texts may be JSON.
+            endpoint: None.
+        """
+        with _as_mlflow_errors():
+            _check_unused(flavor, endpoint)
+            with _open_gateway() as gateway:
+                if gateway.get(name) is not None:
+                    message = f"The name of a deployment must be free, but {name!r} serves already. Update it instead."
+                    raise MlflowException(message, RESOURCE_ALREADY_EXISTS)
+            record = _Record(model=model_uri, config=_read_config(config))
+            return self._deploy(name, record, None)
+
+    def update_deployment(
+        self,
+        name: str,
+        model_uri: str | None = None,
+        flavor: str | None = None,
+        config: Config | None = None,
+        endpoint: str | None = None,
+    ) -> dict[str, Any]:
+        """Change the model or parts of the config of a deployment; what is not given stays as it was.
+
+        The rollout of the config says how a new version gets its traffic. The arguments are those of
+        create_deployment.
+        """
+        with _as_mlflow_errors():
+            _check_unused(flavor, endpoint)
+            before = _find_record(name)
+            if before is None:
+                raise _make_missing(name)
+            changed = {**before.config, **_read_config(config)}
+            return self._deploy(name, _Record(model=model_uri or before.model, config=changed), before)
+
+    def _deploy(self, name: str, record: _Record, before: _Record | None) -> dict[str, Any]:
+        from flows import online_endpoint  # noqa: PLC0415 - Prefect, which asking a deployment does not need
+
+        _read_name(record.model)
+        made = online_endpoint(_make_spec(name, record))
+        _save_record(name, record)
+        if before is not None and _read_name(before.model) != _read_name(record.model):
+            _delete_record(name, before.model)
+        return {"name": name, "flavor": FLAVOR, **made.model_dump(mode="json", include={"url", "model", "version"})}
+
+    def delete_deployment(self, name: str, config: Config | None = None, endpoint: str | None = None) -> None:
+        """Take a deployment out of service and its versions off their model server. Idempotent.
+
+        `config` gives the target where the registry does not know it: for an endpoint that was not created by this
+        client.
+        """
+        with _as_mlflow_errors():
+            _check_unused(None, endpoint)
+            from flows import retire_endpoint  # noqa: PLC0415 - the same
+
+            record = _find_record(name)
+            if record is None and not (config or {}).get("target"):
+                with _open_gateway() as gateway:
+                    if gateway.get(name) is None:
+                        return
+                message = (
+                    f"The registry must know {name!r} to say which target it is on; give config={{'target': ...}}."
+                )
+                raise MlflowException(message, INVALID_PARAMETER_VALUE)
+            known = record.config if record else {}
+            model = record.model if record else "models:/unknown/1"
+            spec = _make_spec(name, _Record(model=model, config={**known, **_read_config(config)}))
+            retire_endpoint(name, spec.target, spec.gateway, spec.admin_secret)
+            if record is not None:
+                _delete_record(name, record.model)
+
+    def list_deployments(self, endpoint: str | None = None) -> list[dict[str, Any]]:
+        """Return every endpoint of the gateway, as get_deployment does."""
+        with _as_mlflow_errors():
+            _check_unused(None, endpoint)
+            with _open_gateway() as gateway:
+                states = [(name, gateway.get(name)) for name in gateway.list_endpoints()]
+            return [_describe(name, state) for name, state in states if state is not None]
+
+    def get_deployment(self, name: str, endpoint: str | None = None) -> dict[str, Any]:
+        """Return name, URL, versions with their shares of the traffic, and, where it is known, model and config."""
+        with _as_mlflow_errors():
+            _check_unused(None, endpoint)
+            with _open_gateway() as gateway:
+                state = gateway.get(name)
+            if state is None:
+                raise _make_missing(name)
+            return _describe(name, state)
+
+    def predict(
+        self, deployment_name: str | None = None, inputs: Any = None, endpoint: str | None = None
+    ) -> PredictionsResponse:
+        """Return a deployment's predictions for a DataFrame, a mapping of columns, or an array, through the gateway.
+
+        The key of the variable OVERNIGHT_API_KEY is sent with the request. Numbers are rounded to the model's types.
+        """
+        with _as_mlflow_errors():
+            from tasks.endpoint.client import InferClient  # noqa: PLC0415 - pandas and others, for this alone
+
+            _check_unused(None, endpoint)
+            if deployment_name is None or inputs is None:
+                message = "deployment_name and inputs must be given, got one of them at most."
+                raise MlflowException(message, INVALID_PARAMETER_VALUE)
+            record = _find_record(deployment_name)
+            if record is None:
+                raise _make_missing(deployment_name)
+            contract = _read_contract(record)
+            arrays = _encode_inputs(contract, inputs)
+            address = Address(url=_find_gateway(), model=deployment_name, version=None)
+            with InferClient(address, contract, _make_headers()) as client:
+                outputs = client(arrays)
+            values = {name: value.tolist() for name, value in outputs.items()}
+            return PredictionsResponse({"predictions": next(iter(values.values())) if len(values) == 1 else values})
+
+
+def run_local(name: str, model_uri: str, flavor: str | None = None, config: Config | None = None) -> None:
+    """Serve a model on a Triton and a gateway of this machine, for a test; returns on Ctrl-C, and stops everything."""
+    with _as_mlflow_errors(), serve_locally(name, model_uri, flavor, config) as url:
+        print(f"{name} answers at {url}. Ctrl-C stops it.")  # noqa: T201 - what `mlflow deployments run-local` shows
+        try:
+            while True:
+                time.sleep(3600)
+        except KeyboardInterrupt:
+            return
+
+
+@contextmanager
+def serve_locally(name: str, model_uri: str, flavor: str | None = None, config: Config | None = None) -> Generator[str]:
+    """Serve a model on servers of this machine for the block; yields the URL of the endpoint."""
+    from flows import online_endpoint  # noqa: PLC0415 - servers and Prefect, for this alone
+    from infra.local.gateway import gateway_server  # noqa: PLC0415 - the same
+    from infra.local.triton import triton_server  # noqa: PLC0415 - the same
+
+    _check_unused(flavor, None)
+    given = _read_config(config)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overnight-")))
+        triton = stack.enter_context(triton_server(folder / "repository", folder / "triton"))
+        gateway = stack.enter_context(gateway_server(folder / "gateway"))
+        target = {"kind": "triton", "repository": str(triton.repository), "url": triton.url, "grpc": triton.grpc}
+        given = {"target": target, **given}
+        stack.enter_context(_set_variables({GATEWAY: gateway.url, "OVERNIGHT_ADMIN_KEY": gateway.admin_key}))
+        yield online_endpoint(_make_spec(name, _Record(model=model_uri, config=given))).url
+
+
+@contextmanager
+def _set_variables(variables: Mapping[str, str]) -> Generator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def target_help() -> str:
+    """Return what `mlflow deployments help -t overnight` shows."""
+    return f"""The target `overnight` serves registered models behind the gateway of Overnight.
+
+Environment:
+  {GATEWAY}      the gateway's URL (http://127.0.0.1:8080)
+  OVERNIGHT_ADMIN_KEY    the gateway's administrator key, to create, update, list and delete
+  {API_KEY}      the key that is sent with requests for predictions
+  MLFLOW_TRACKING_URI    the registry; models are models:/NAME@ALIAS or models:/NAME/VERSION
+  PREFECT_API_URL        the Prefect server that shows each change as a flow run
+
+Config: the fields of EndpointSpec but name, model and gateway; a text may be JSON. For example
+  mlflow deployments create -t overnight --name churn -m models:/churn@champion \\
+    -C 'target={{"kind": "triton"}}' -C 'budget={{"latency_ms": 20, "rate": 500}}' -C 'rollout={{"kind": "canary"}}' \\
+    -C 'access={{"environment": ["CHURN_API_KEY"]}}'
+  mlflow deployments update -t overnight --name churn -m models:/churn/4
+  mlflow deployments predict -t overnight --name churn -I rows.json
+An update keeps what it does not give. Keys are never part of a config: access names the variables or Prefect Secret
+blocks that hold them.
+"""
+
+
+@contextmanager
+def _as_mlflow_errors() -> Generator[None]:
+    """Raise the errors of this project as MLflow's clients expect them."""
+    try:
+        yield
+    except OvernightError as error:
+        code = INVALID_PARAMETER_VALUE if isinstance(error, BadInput) else TEMPORARILY_UNAVAILABLE
+        raise MlflowException(str(error), code) from error
+
+
+def _check_unused(flavor: str | None, endpoint: str | None) -> None:
+    if endpoint is not None:
+        message = f"endpoint must be left out, got {endpoint!r}: a deployment is an endpoint here."
+        raise MlflowException(message, INVALID_PARAMETER_VALUE)
+    if flavor not in (None, FLAVOR):
+        message = f"flavor must be left out, got {flavor!r}: a model runs by the flavour that it was logged with."
+        raise MlflowException(message, INVALID_PARAMETER_VALUE)
+
+
+def _find_gateway() -> str:
+    from tasks.endpoint.spec import GATEWAY as DEFAULT  # noqa: PLC0415 - one constant of a module that few calls need
+
+    return os.environ.get(GATEWAY) or DEFAULT
+
+
+def _open_gateway() -> GatewayClient:
+    from tasks.endpoint.spec import read_admin_key  # noqa: PLC0415 - the same
+
+    return GatewayClient(_find_gateway(), read_admin_key(None))
+
+
+def _make_headers() -> dict[str, str]:
+    key = os.environ.get(API_KEY)
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _make_missing(name: str) -> MlflowException:
+    message = f"The deployment {name!r} must exist, but does not. List those that there are, or create it."
+    return MlflowException(message, RESOURCE_DOES_NOT_EXIST)
+
+
+def _read_config(config: Config | None) -> dict[str, Any]:
+    """Return a config with its texts parsed, as the command line gives them. Raises MlflowException."""
+    if taken := sorted(set(config or {}) & set(_FROM_ELSEWHERE)):
+        listed = ", ".join(f"{name} is {_FROM_ELSEWHERE[name]}" for name in taken)
+        message = f"The config must hold fields of EndpointSpec but those that come from elsewhere: {listed}."
+        raise MlflowException(message, INVALID_PARAMETER_VALUE)
+    return {key: _parse_text(value) for key, value in (config or {}).items()}
+
+
+def _parse_text(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _make_spec(name: str, record: _Record) -> EndpointSpec:
+    from tasks.endpoint.spec import EndpointSpec  # noqa: PLC0415 - the same
+
+    try:
+        return EndpointSpec.model_validate(
+            {**record.config, "name": name, "model": record.model, "gateway": _find_gateway()}
+        )
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=False, include_input=False)[:5]
+        found = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in problems)
+        message = f"The config must be fields of EndpointSpec, got {found}. `mlflow deployments help -t overnight`."
+        raise MlflowException(message, INVALID_PARAMETER_VALUE) from None
+
+
+def _read_name(model_uri: str) -> str:
+    """Return the name of a registered model. Raises MlflowException for any other URI."""
+    match = _MODEL.fullmatch(model_uri)
+    if match is None:
+        message = (
+            f"The model must be models:/NAME@ALIAS or models:/NAME/VERSION, got {model_uri!r}. Register it first: "
+            "mlflow.register_model(uri, name)."
+        )
+        raise MlflowException(message, INVALID_PARAMETER_VALUE)
+    return match["name"]
+
+
+def _find_record(name: str) -> _Record | None:
+    """Return what a deployment was created with, by the tags of the registered models; None where none has it."""
+    tag = f"{TAG}.{name}"
+    for model in MlflowClient().search_registered_models(f"tags.`{tag}` LIKE '%'", max_results=1):
+        try:
+            return _Record.model_validate_json(model.tags[tag])
+        except ValidationError:
+            return None
+    return None
+
+
+def _save_record(name: str, record: _Record) -> None:
+    model = _read_name(record.model)
+    MlflowClient().set_registered_model_tag(model, f"{TAG}.{name}", record.model_dump_json())
+
+
+def _delete_record(name: str, model_uri: str) -> None:
+    MlflowClient().delete_registered_model_tag(_read_name(model_uri), f"{TAG}.{name}")
+
+
+def _describe(name: str, state: EndpointState) -> dict[str, Any]:
+    record = _find_record(name)
+    return {
+        "name": name,
+        "flavor": FLAVOR,
+        "url": f"{_find_gateway().rstrip('/')}/v2/models/{name}/infer",
+        "versions": {served.version: served.weight for served in state.route.versions},
+        "models": state.models,
+        **({"model_uri": record.model, "config": dict(record.config)} if record else {}),
+    }
+
+
+def _read_contract(record: _Record) -> Contract:
+    """Return the contract of the model, by its description in the registry; numbers are rounded to its types."""
+    from serving.model.signature import read_contract  # noqa: PLC0415 - for predictions alone
+
+    try:
+        mlmodel = MLmodel.load(record.model)
+    except OSError as error:
+        message = f"The description of {record.model} must be readable, got: {error}. Check the artifact store."
+        raise EndpointFailed(message) from error
+    columns: Any = record.config.get("input_columns", {})
+    return read_contract(
+        mlmodel,
+        stack="pytorch" in mlmodel.flavors,
+        columns={value: tuple(names) for value, names in columns.items()},
+        policies={"*": ColumnPolicy(cast="round")},
+    )
+
+
+def _encode_inputs(contract: Contract, inputs: Any) -> dict[str, Any]:
+    """Return the model's inputs out of a table, or out of arrays by input. Raises MlflowException, BadInput."""
+    import pandas as pd  # noqa: PLC0415 - for predictions alone
+    import pyarrow as pa  # noqa: PLC0415 - the same
+
+    from serving.model.encoding import encode  # noqa: PLC0415 - the same
+
+    names = {value.name for value in contract.inputs}
+    if not isinstance(inputs, Mapping | pd.DataFrame) and len(contract.inputs) == 1:
+        inputs = {contract.inputs[0].name: inputs}
+    if isinstance(inputs, Mapping) and set(inputs) == names:
+        return {value.name: _shape_array(value, inputs[value.name]) for value in contract.inputs}
+    table = pa.Table.from_pandas(pd.DataFrame(inputs), preserve_index=False)
+    contract.check(table.schema, "The table of inputs")
+    encoded = encode(contract, table)
+    if (bad_n := np.flatnonzero(encoded.flags.code_N)).size:
+        column, reason = encoded.flags.reasons[encoded.flags.code_N[bad_n[0]] - 1]
+        message = f"Every row must fit the model, got row {bad_n[0]} with {column}: {reason}. Correct it."
+        raise MlflowException(message, INVALID_PARAMETER_VALUE)
+    return encoded.inputs
+
+
+def _shape_array(value: Any, given: Any) -> Any:
+    dtype = object if value.dtype in ("str", "binary") else value.dtype
+    try:
+        return np.asarray(given, dtype=dtype).reshape(-1, *value.shape)
+    except (ValueError, TypeError) as error:
+        message = f"Input {value.name!r} must be {value.dtype} of the shape {('N', *value.shape)}, got: {error}."
+        raise MlflowException(message, INVALID_PARAMETER_VALUE) from None

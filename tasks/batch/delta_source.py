@@ -1,0 +1,165 @@
+"""A Delta table as a source: the files of one version, pinned, with the partitions that its log gives them."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+import pyarrow as pa
+
+from serving.errors import BadInput, SourceFormat
+from tasks.batch.dataset import Snapshot, SourceFile, parse_hive_values, pin_listed_files
+from tasks.batch.delta import delta_options, import_deltalake
+from tasks.storage import Storage
+
+if TYPE_CHECKING:
+    from deltalake import DeltaTable
+
+# With these a table's Parquet files alone say what it holds, as long as no file has a deletion vector and no column a
+# name of its own in the files; both are looked at.
+_FEATURES_READ = {"timestampNtz", "vacuumProtocolCheck", "v2Checkpoint", "deletionVectors", "columnMapping"}
+
+
+def pin_delta(storage: Storage, *, version: int | None = None, timestamp: dt.datetime | None = None) -> Snapshot:
+    """Pin the files of one version of a table: the current one, one by its number, or that of a time.
+
+    Raises:
+        BadInput: The table has no such version any more.
+        SourceFormat: The Parquet files alone do not say what the table holds, or its log can't be read.
+        SourceChanged: A file of the version is gone.
+    """
+    table = _open_delta(storage)
+    _go_to_version(table, storage, version, timestamp)
+    _check_plain_files(table, storage.url)
+    told = str(table.version())
+    actions = pa.table(table.get_add_actions(flatten=True)).to_pylist()
+    columns = table.metadata().partition_columns
+    kinds = {field.name: str(field.type) for field in table.schema().fields}
+    by_path: dict[str, dict[str, str | None]] = {}
+    for action in actions:
+        path = _path_below(str(action["path"]), storage.url)
+        values = {name: action[f"partition.{name}"] for name in columns}
+        by_path[path] = {name: _partition_text(name, value, path, kinds[name]) for name, value in values.items()}
+    sizes = {_path_below(str(action["path"]), storage.url): int(action["size_bytes"]) for action in actions}
+    files = pin_listed_files(storage, sizes, f"version {told} of the Delta table")
+    return Snapshot(
+        root=storage.url,
+        format="parquet",
+        files=tuple(SourceFile(path=e.path, size=e.size, tag=e.tag, partitions=by_path[e.path]) for e in files),
+        version=told,
+    )
+
+
+def _open_delta(storage: Storage) -> DeltaTable:
+    import_deltalake()
+    from deltalake import DeltaTable  # noqa: PLC0415 - only for Delta sources
+
+    try:
+        return DeltaTable(storage.url, storage_options=delta_options(storage))
+    except Exception as error:
+        message = (
+            f"The log of the Delta table at {storage.url} must be one that can be read here, got: "
+            f"{_first_line(error)}. Repair the table, or write what it holds to a folder of Parquet and name that."
+        )
+        raise SourceFormat(message) from error
+
+
+def _go_to_version(table: DeltaTable, storage: Storage, version: int | None, timestamp: dt.datetime | None) -> None:
+    """Load the version that is asked for into a table. Raises BadInput where its log does not have it."""
+    if version is None and timestamp is None:
+        return
+    newest = table.version()
+    wanted, got = f"version {version}", "it does not go that far back"
+    if timestamp is not None:
+        wanted = f"a version of {timestamp.isoformat()} or before"
+        version = _find_version(table, timestamp)
+    try:
+        if version is not None:
+            table.load_as_version(version)
+            if table.version() == version:
+                return
+    except Exception as error:  # noqa: BLE001 - deltalake has several errors for a version that is not there
+        got = _first_line(error)
+    message = (
+        f"The log of the Delta table at {storage.url} must still have {wanted}, but its newest version is {newest}, "
+        f"and: {got}. Name a version that it has."
+    )
+    raise BadInput(message)
+
+
+def _find_version(table: DeltaTable, timestamp: dt.datetime) -> int | None:
+    """Return the version that was the current one at a time, by what the commits say of themselves; None before all.
+
+    deltalake itself goes by the times of the log's files, which a copy changes, and which stores round.
+    """
+    times = {each["version"]: each.get("inCommitTimestamp") or each.get("timestamp") for each in table.history()}
+    known = sorted((version, int(time)) for version, time in times.items() if time is not None)
+    found, latest = None, 0
+    for version, time in known:
+        # A writer's clock that is behind does not make its version an earlier one.
+        latest = max(latest, time)
+        if latest <= timestamp.timestamp() * 1000:
+            found = version
+    return found
+
+
+def _check_plain_files(table: DeltaTable, address: str) -> None:
+    """Raise SourceFormat where a table's Parquet files alone do not say what the table holds."""
+    protocol, properties = table.protocol(), table.metadata().configuration
+    features = set(protocol.reader_features or ())
+    unread = sorted(features - _FEATURES_READ)
+    if (mode := properties.get("delta.columnMapping.mode", "none")) != "none":
+        unread.append(f"columnMapping by {mode}")
+    if "deletionVectors" in features and (found := _deletion_vectors(table)):
+        unread.append(f"deletionVectors ({found})")
+    if unread:
+        message = (
+            f"The Parquet files of a Delta table must hold its rows as they are, but the table {address} (version "
+            f"{table.version()}) has {', '.join(unread)}, which can't be read yet. Rewrite it without (REORG TABLE ... "
+            "APPLY (PURGE) takes out deletion vectors), or write what it holds to a folder of Parquet and name that."
+        )
+        raise SourceFormat(message)
+
+
+def _deletion_vectors(table: DeltaTable) -> str:
+    """Say which deletion vectors a version has, nothing where it has none."""
+    try:
+        files = sum(batch.num_rows for batch in pa.RecordBatchReader.from_stream(table.deletion_vectors()))
+    except Exception as error:  # noqa: BLE001 - deltalake can't say; what can't be ruled out is refused
+        return f"unreadable: {_first_line(error)}"
+    return f"of {files} files" if files else ""
+
+
+def _path_below(path: str, address: str) -> str:
+    """Return the path of a file below its table, as the log's escaped one means it."""
+    if "://" in path or path.startswith("/"):
+        message = (
+            f"The files of a Delta table must lie below it, got {path} in the log of {address}: a clone that shares "
+            "the files of another table can't be read yet. Make a deep clone, and name that."
+        )
+        raise SourceFormat(message)
+    return unquote(path)
+
+
+def _partition_text(name: str, value: Any, path: str, kind: str) -> str | None:
+    """Return the value of a partition in the text form that its log has."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) or type(value) is dt.date:
+        return str(value)
+    # The log's own text is not to be had from deltalake, and there are several for one such value.
+    found = parse_hive_values(path).get(name)
+    if found is None:
+        message = (
+            f"A partition of a Delta table must be text, a whole number, a date or a truth value, or be written in the "
+            f"path, got {name} ({kind}) of {path}. Write what the table holds to a folder of Parquet, and name that."
+        )
+        raise SourceFormat(message)
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".")

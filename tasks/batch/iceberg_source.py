@@ -1,0 +1,284 @@
+"""An Iceberg table as a source: the files of one snapshot, pinned, and those with deletes or older schemas as rows.
+
+pyiceberg is imported here, so this module is only imported where a source is an Iceberg table.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import posixpath
+from collections.abc import Generator, Sequence
+
+import pyarrow as pa
+from pyiceberg.expressions import AlwaysTrue
+from pyiceberg.io.pyarrow import ArrowScan, schema_to_pyarrow
+from pyiceberg.manifest import DataFile, FileFormat
+from pyiceberg.schema import Schema
+from pyiceberg.table import FileScanTask, Table
+from pyiceberg.table.snapshots import Snapshot as TableSnapshot
+from pyiceberg.transforms import IdentityTransform
+from pyiceberg.types import NestedField
+
+from serving.errors import BadInput, OvernightError, SourceChanged, SourceFormat, SourceNotFound
+from tasks.batch.dataset import IcebergPin, Snapshot, SourceFile, pin_listed_files
+from tasks.batch.iceberg_catalog import (
+    describe_tables,
+    find_table,
+    first_line,
+    open_catalog,
+    open_metadata,
+    parse_table_name,
+)
+from tasks.storage import join_location, open_storage, split_location
+
+# Where a table without a catalog says which of its metadata files is the current one.
+_HINT = "metadata/version-hint.text"
+
+
+def open_named_table(name: str) -> Table:
+    """Open CATALOG.NAMESPACE.TABLE. Raises SourceNotFound, BadInput, StorageFault."""
+    named = parse_table_name(name)
+    with open_catalog(named) as catalog:
+        table = find_table(catalog, named)
+        if table is None:
+            message = (
+                f"The catalog {named.catalog!r} must have the table {'.'.join(named.identifier)}, but has none of that "
+                f"name.{describe_tables(catalog, named)} Correct the name."
+            )
+            raise SourceNotFound(message)
+    return table
+
+
+def open_located_table(location: str) -> Table:
+    """Open a table by one of its metadata files, or by its folder where a version hint names the current one.
+
+    Raises SourceFormat where nothing in the folder says which of its metadata files is the current one.
+    """
+    if not location.endswith(".metadata.json"):
+        storage = open_storage(location)
+        if not storage.exists(_HINT):
+            message = (
+                f"Which metadata file of an Iceberg table is the current one must come from its catalog, and the "
+                f"folder {location} does not say it (it has no {_HINT}). Name the table as "
+                f"iceberg:CATALOG.NAMESPACE.TABLE, or the very file: {location}/metadata/*.metadata.json."
+            )
+            raise SourceFormat(message)
+        location = storage.url
+    return open_metadata(location)
+
+
+def pin_iceberg(
+    table: Table,
+    columns: Sequence[str] | None = None,
+    *,
+    version: int | None = None,
+    timestamp: dt.datetime | None = None,
+) -> Snapshot:
+    """Pin the data files of one snapshot of a table: the current one, one by its id, or that of a time.
+
+    The current snapshot is read by the table's current schema, an earlier one by the schema that it was written with.
+    Files are read in place where each has the columns that are used as the schema has them, by field ids; where rows
+    were deleted from a file, or a column was renamed, added or widened since, the snapshot is one of rows that are to
+    be staged (its format is "iceberg").
+
+    Args:
+        table: The table.
+        columns: The columns that are used; those that the table lacks are passed over. None: all of them.
+        version: The id of a snapshot.
+        timestamp: The snapshot that was current then.
+
+    Raises:
+        BadInput: There is no such snapshot.
+        SourceFormat: The table holds files or deletes that can't be read.
+        SourceChanged: A file of the snapshot is gone.
+    """
+    where = table.location()
+    chosen = _choose_snapshot(table, version, timestamp)
+    if chosen is None:
+        return Snapshot(root=_folder(where), format="parquet", files=(), version="0")
+    schema_id = table.schema().schema_id
+    if (version is not None or timestamp is not None) and chosen.schema_id is not None:
+        schema_id = chosen.schema_id
+    schema = table.schemas()[schema_id]
+    used = [field for field in schema.fields if columns is None or field.name in columns]
+    tasks = _plan_tasks(table, chosen.snapshot_id)
+    title = str(chosen.snapshot_id) + ("" if schema_id == chosen.schema_id else f", schema {schema_id}")
+    pin = IcebergPin(
+        metadata=table.metadata_location,
+        snapshot_id=chosen.snapshot_id,
+        schema_id=schema_id,
+        field_ids={field.name: field.field_id for field in used},
+        named=_is_mapped(table, used),
+    )
+    root, files = _pin_files(tasks, where, title)
+    return Snapshot(
+        root=root,
+        format="parquet" if not used or _are_plain(table, tasks, used) else "iceberg",
+        files=files,
+        version=title,
+        iceberg=pin,
+    )
+
+
+def _choose_snapshot(table: Table, version: int | None, timestamp: dt.datetime | None) -> TableSnapshot | None:
+    if version is None and timestamp is None:
+        return table.current_snapshot()
+    if version is not None:
+        wanted, found = f"snapshot {version}", table.snapshot_by_id(version)
+    else:
+        assert timestamp is not None  # noqa: S101 - for mypy; one of the two is given
+        wanted = f"a snapshot of {timestamp.isoformat()} or before"
+        found = table.snapshot_as_of_timestamp(int(timestamp.timestamp() * 1000))
+    if found is None:
+        kept = sorted(table.snapshots(), key=lambda each: each.timestamp_ms)
+        listed = ", ".join(f"{each.snapshot_id} of {_time(each.timestamp_ms)}" for each in kept[-5:]) or "none at all"
+        message = (
+            f"The Iceberg table at {table.location()} must still have {wanted}, but has {listed}. Name one of those: "
+            "what was expired can't be read any more."
+        )
+        raise BadInput(message)
+    return found
+
+
+def _time(milliseconds: int) -> str:
+    return dt.datetime.fromtimestamp(milliseconds / 1000, dt.UTC).isoformat(timespec="seconds")
+
+
+def _plan_tasks(table: Table, snapshot_id: int) -> list[FileScanTask]:
+    """Return the data files of a snapshot and the delete files of each. Raises SourceFormat for what can't be read."""
+    try:
+        tasks = list(table.scan(snapshot_id=snapshot_id).plan_files())
+    except OvernightError:
+        raise
+    except FileNotFoundError as error:
+        raise _lost_metadata(table, snapshot_id, error) from error
+    except Exception as error:
+        unread = "deletes by equality" if "equality delete" in str(error).lower() else first_line(error)
+        message = (
+            f"Every file of an Iceberg table must be one that can be read here, but snapshot {snapshot_id} of "
+            f"{table.location()} has {unread}, which can't be read yet. Rewrite its data files (Spark: CALL "
+            "system.rewrite_data_files), or write what it holds to a folder of Parquet and name that."
+        )
+        raise SourceFormat(message) from error
+    for task in tasks:
+        if task.file.file_format != FileFormat.PARQUET or task.file.key_metadata:
+            kind = "an encrypted one" if task.file.key_metadata else f"one in {task.file.file_format.value}"
+            message = (
+                f"Every data file of an Iceberg table must be Parquet that is not encrypted, got {kind} in snapshot "
+                f"{snapshot_id} of {table.location()}: {task.file.file_path}. Rewrite the table's data files as such."
+            )
+            raise SourceFormat(message)
+    return tasks
+
+
+def _lost_metadata(table: Table, snapshot_id: int, error: Exception) -> SourceChanged:
+    return SourceChanged(
+        f"Every manifest of snapshot {snapshot_id} of the Iceberg table at {table.location()} must be there, got: "
+        f"{first_line(error)}. Call again: a newer snapshot may have taken its place; if this stays, restore the files."
+    )
+
+
+def _are_plain(table: Table, tasks: Sequence[FileScanTask], used: Sequence[NestedField]) -> bool:
+    """Whether every data file holds the columns that are used as the table has them now, and no row was deleted.
+
+    No file is opened: what the table's schemas have been says how its files were written. Readers hold each file
+    against the field ids once more, see dataset.py.
+    """
+    if any(task.delete_files for task in tasks):
+        return False
+    if any(_differs(schema, field) for schema in table.schemas().values() for field in used):
+        return False
+    # Files that were not written by Iceberg may leave out what their partition says already.
+    ids = {field.field_id for field in used}
+    identities = (
+        each.source_id
+        for spec in table.specs().values()
+        for each in spec.fields
+        if isinstance(each.transform, IdentityTransform)
+    )
+    return table.name_mapping() is None or not ids.intersection(identities)
+
+
+def _differs(schema: Schema, field: NestedField) -> bool:
+    """Whether files that were written with a schema hold a column otherwise than it is now, or not at all."""
+    return not any(
+        (each.field_id, each.name, each.field_type) == (field.field_id, field.name, field.field_type)
+        for each in schema.fields
+    )
+
+
+def _is_mapped(table: Table, used: Sequence[NestedField]) -> bool:
+    """Whether files without field ids hold the columns under their present names, by the table's name mapping."""
+    mapping = table.name_mapping()
+    if mapping is None:
+        return False
+    ids = {name: each.field_id for each in mapping for name in each.names}
+    return all(ids.get(field.name) == field.field_id for field in used)
+
+
+def _pin_files(tasks: Sequence[FileScanTask], where: str, title: str) -> tuple[str, tuple[SourceFile, ...]]:
+    """Return the folder that the files of a snapshot lie below, and the files as they are pinned."""
+    places = {split_location(task.file.file_path): task.file for task in tasks}
+    home = split_location(where)
+    roots = {root for root, _ in places} or {home[0]}
+    if len(roots) > 1:
+        message = (
+            f"The files of an Iceberg table must lie in one bucket, got some in each of {sorted(roots)} for {where}. "
+            "Rewrite its data files into one, or write what it holds to a folder of Parquet and name that."
+        )
+        raise SourceFormat(message)
+    (root,) = roots
+    below_home = root == home[0] and all(path.startswith(f"{home[1]}/") for _, path in places)
+    folder = home[1] if below_home or not places else posixpath.commonpath([posixpath.dirname(p) for _, p in places])
+    storage = open_storage(join_location(root, folder))
+    cut = len(f"{folder}/") if folder else 0
+    sizes = {path[cut:]: file.file_size_in_bytes for (_, path), file in places.items()}
+    entries = pin_listed_files(storage, sizes, f"snapshot {title} of the Iceberg table", listed=below_home)
+    # The folders of a path may have the form of partitions; what a column holds is in the files.
+    return storage.url, tuple(SourceFile(path=e.path, size=e.size, tag=e.tag, partitions={}) for e in entries)
+
+
+def _folder(location: str) -> str:
+    return open_storage(join_location(*split_location(location))).url
+
+
+class SnapshotRows:
+    """The rows of the data files of a pinned snapshot, but those that were deleted, in the columns of its schema."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        if snapshot.iceberg is None:
+            message = f"Only rows of a snapshot of an Iceberg table can be read so, got {snapshot.title}."
+            raise SourceFormat(message)
+        pin = snapshot.iceberg
+        self._table = open_metadata(pin.metadata)
+        self._schema = self._table.schemas()[pin.schema_id].select(*pin.field_ids)
+        self._arrow = schema_to_pyarrow(self._schema, include_field_ids=False)
+        tasks = _plan_tasks(self._table, pin.snapshot_id)
+        self._tasks = {split_location(task.file.file_path)[1]: task for task in tasks}
+        self._root, self._snapshot_id = snapshot.root, pin.snapshot_id
+
+    def read(self, file: SourceFile) -> Generator[pa.Table]:
+        """Yield the rows of one data file in order; the columns of one file are in memory at once.
+
+        Raises SourceChanged where a delete file is gone or of another size.
+        """
+        task = self._tasks[split_location(f"{self._root}/{file.path}")[1]]
+        for deletes in task.delete_files:
+            self._check_size(deletes)
+        scan = ArrowScan(self._table.metadata, self._table.io, self._schema, AlwaysTrue())
+        try:
+            for batch in scan.to_record_batches([task]):
+                yield pa.Table.from_batches([batch]).cast(self._arrow)
+        except FileNotFoundError as error:
+            raise _lost_metadata(self._table, self._snapshot_id, error) from error
+
+    def _check_size(self, deletes: DataFile) -> None:
+        found = self._table.io.new_input(deletes.file_path)
+        if not found.exists() or (
+            deletes.file_format == FileFormat.PARQUET and len(found) != deletes.file_size_in_bytes
+        ):
+            message = (
+                f"Every delete file of the Iceberg table at {self._table.location()} must be there as it was written, "
+                f"but {deletes.file_path} is gone or of another size. Restore it, or name a newer snapshot."
+            )
+            raise SourceChanged(message)

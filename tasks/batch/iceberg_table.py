@@ -1,0 +1,323 @@
+"""Iceberg as the output: the same parts, added to a table in one commit.
+
+pyiceberg is imported here, so this module is only imported where rows go into an Iceberg table.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterable, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyiceberg.catalog import Catalog
+from pyiceberg.exceptions import (
+    CommitFailedException,
+    CommitStateUnknownException,
+    ServiceUnavailableError,
+    TableAlreadyExistsError,
+)
+from pyiceberg.io.pyarrow import parquet_files_to_data_files, schema_to_pyarrow
+from pyiceberg.manifest import DataFile, ManifestContent
+from pyiceberg.table import Table, Transaction
+from sqlalchemy.exc import OperationalError
+
+from serving.errors import DestinationUnusable, OvernightError, PublishRefused
+from tasks.batch.dataset import map_parallel
+from tasks.batch.delta import TableState
+from tasks.batch.iceberg_catalog import TableName, catalog_error, find_table, first_line, open_catalog, parse_table_name
+from tasks.batch.options import BatchOptions
+from tasks.batch.parts import PartFooter
+from tasks.batch.plan import Plan
+from tasks.storage import LocalStorage, Storage
+
+_TRIES = 20
+_PAUSE_SECONDS = 0.05
+# Properties of a table: for each run that it holds, the plan that its rows are of; the highest number, in the order of
+# runs, that it holds, and that of the run that last replaced its rows. They outlive the snapshots that set them.
+_RUN, _ORDER, _REPLACED = "overnight.run.", "overnight.order", "overnight.replaced"
+_FORMAT_MAX = 2  # what pyiceberg writes
+_MAPPING = "schema.name-mapping.default"
+_UTC = {"UTC", "Etc/UTC", "+00:00", "Z"}
+# The outcome of a commit that ends so is unknown, or it lost against another: the table itself says which.
+_UNDECIDED = (CommitFailedException, CommitStateUnknownException, ServiceUnavailableError, OperationalError)
+
+
+def check_iceberg(storage: Storage, contract_schema: pa.Schema, run_key: str, options: BatchOptions) -> int:
+    """Hold a run that is to be planned against Iceberg's types, and against the table that its rows go into.
+
+    Args:
+        storage: The destination.
+        contract_schema: The schema that the parts will have.
+        run_key: The key of the run.
+        options: Those of the run, with the name of the table.
+
+    Returns:
+        The highest number, in the order of runs, of those that the table holds; 0 where there is no table.
+
+    Raises:
+        DestinationUnusable: The table can't hold the run, or holds it already.
+        BadInput: The catalog is not configured.
+        StorageFault: The catalog does not answer.
+    """
+    if "%" in storage.url:
+        message = (
+            f"The address of an Iceberg table must not hold %, which some readers take for an escape, got "
+            f"{storage.url}. Choose another destination."
+        )
+        raise DestinationUnusable(message)
+    _check_types(contract_schema)
+    name = parse_table_name(options.iceberg_table or "")
+    with open_catalog(name) as catalog:
+        table = find_table(catalog, name)
+    if table is None:
+        return 0
+    _check_columns(table, contract_schema, name)
+    if _RUN + run_key in table.properties:
+        message = (
+            f"The Iceberg table {name.title} must not hold the run that is to be planned, but holds run {run_key} "
+            "already, whose plan below _overnight is gone. Its rows are in the table, once: there is nothing to do. To "
+            "score them again all the same, choose another destination and table."
+        )
+        raise DestinationUnusable(message)
+    return int(table.properties.get(_ORDER, 0))
+
+
+def _check_types(schema: pa.Schema) -> None:
+    unfit = [f"{field.name} ({field.type})" for field in schema if not _fits_iceberg(field.type)]
+    if unfit:
+        message = (
+            f"An Iceberg table must have columns of types that Iceberg has, got {', '.join(unfit)}. Cast them in the "
+            'source, choose other key columns, or output="parquet".'
+        )
+        raise DestinationUnusable(message)
+
+
+def _fits_iceberg(given: pa.DataType) -> bool:
+    """Whether a part's column of a type is read by every reader of Iceberg tables of format version 2."""
+    if pa.types.is_struct(given):
+        return all(_fits_iceberg(given.field(at).type) for at in range(given.num_fields))
+    if pa.types.is_list(given) or pa.types.is_large_list(given):
+        return _fits_iceberg(given.value_type)
+    if pa.types.is_timestamp(given):
+        return given.unit == "us" and (given.tz is None or given.tz in _UTC)
+    simple = (pa.bool_(), pa.int32(), pa.int64(), pa.float32(), pa.float64(), pa.date32(), pa.time64("us"))
+    texts = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
+    return given in simple + texts or pa.types.is_decimal128(given) or pa.types.is_fixed_size_binary(given)
+
+
+def _check_columns(table: Table, schema: pa.Schema, name: TableName) -> None:
+    """Raise DestinationUnusable where a table has other columns than the parts, or partitions."""
+    ours, theirs = _describe_columns(schema), _describe_columns(schema_to_pyarrow(table.schema()))
+    told = str(theirs)
+    if table.format_version > _FORMAT_MAX:
+        told += f", in format version {table.format_version}"
+    elif not table.spec().is_unpartitioned():
+        told += f", partitioned by {[each.name for each in table.spec().fields]}"
+    elif ours == theirs:
+        _check_names_mapped(table, name)
+        return
+    message = (
+        f"The Iceberg table {name.title} must have the run's columns {ours}, unpartitioned, in format version "
+        f"{_FORMAT_MAX} at most, got {told}. Choose another table."
+    )
+    raise DestinationUnusable(message)
+
+
+def _check_names_mapped(table: Table, name: TableName) -> None:
+    """Raise DestinationUnusable where readers would not find the columns of parts, which have no field ids."""
+    mapping = table.name_mapping()
+    ids = None if mapping is None else {each: field.field_id for field in mapping for each in field.names}
+    lost = [] if ids is None else [f.name for f in table.schema().fields if ids.get(f.name) != f.field_id]
+    if lost:
+        message = (
+            f"The property {_MAPPING} of the Iceberg table {name.title} must name every column, since parts have no "
+            f"field ids, but does not have {', '.join(lost)} right. Add them, or remove the property."
+        )
+        raise DestinationUnusable(message)
+
+
+def _describe_columns(schema: pa.Schema) -> dict[str, str]:
+    return {field.name: f"{_plain_type(field.type)}{'' if field.nullable else ' not null'}" for field in schema}
+
+
+def _plain_type(given: pa.DataType) -> str:
+    """Return a type in words that are the same for what Iceberg takes for the same."""
+    if pa.types.is_list(given) or pa.types.is_large_list(given):
+        return f"list<{_plain_type(given.value_type)}>"
+    if pa.types.is_struct(given):
+        fields = [given.field(at) for at in range(given.num_fields)]
+        return f"struct<{', '.join(f'{field.name}: {_plain_type(field.type)}' for field in fields)}>"
+    if pa.types.is_timestamp(given) and given.tz in _UTC:
+        return "timestamp[us, tz=UTC]"
+    return str(given).removeprefix("large_")
+
+
+def commit_iceberg(storage: Storage, plan: Plan, parts: Sequence[PartFooter]) -> None:
+    """Add a run's parts to the Iceberg table in one commit, once: a second call finds the run in the table.
+
+    Which runs a table holds is looked up on the very metadata that the commit is based on, so that of two workers one
+    commits, and the other's commit fails and finds it done. pyiceberg itself tries no commit again: it would not look.
+
+    Raises:
+        DestinationUnusable: The table has other columns by now.
+        PublishRefused: The table takes no commit, or holds a run that was planned after this one: nothing goes back to
+            an older run.
+        StorageFault: The catalog does not answer.
+    """
+    name = parse_table_name(plan.options.iceberg_table or "")
+    schema = pq.read_schema(pa.BufferReader(storage.read(parts[0].path))).remove_metadata()
+    paths = [part.path for part in parts]
+    with open_catalog(name) as catalog:
+        failed = _try_to_commit(catalog, name, storage, plan, schema, paths)
+    if failed is not None:
+        message = (
+            f"The Iceberg table {name.title} must take a commit, got: {first_line(failed)}. Call again: the parts are "
+            "all there."
+        )
+        raise PublishRefused(message) from failed
+
+
+def _try_to_commit(
+    catalog: Catalog, name: TableName, storage: Storage, plan: Plan, schema: pa.Schema, paths: Sequence[str]
+) -> Exception | None:
+    """Commit a run unless the table holds it; return what the last of all tries failed by, None where it holds it."""
+    failed: Exception | None = None
+    for attempt in range(_TRIES):
+        time.sleep(random.uniform(0, _PAUSE_SECONDS) * attempt)  # noqa: S311 - keeps workers from trying in step
+        try:
+            table = find_table(catalog, name) or _create_table(catalog, name, storage, schema)
+            if _holds_run(table, plan, name):
+                return None
+            # pyiceberg takes files that lack columns too.
+            _check_columns(table, schema, name)
+            _commit(table, storage, plan, paths)
+        except _UNDECIDED as error:
+            failed = error
+        except OvernightError:
+            raise
+        except Exception as error:
+            raise _name_error(name, error) from error
+        else:
+            return None
+    return failed
+
+
+def _name_error(name: TableName, error: Exception) -> OvernightError:
+    if "already referenced" in str(error):
+        return PublishRefused(
+            f"The Iceberg table {name.title} must not get the parts of a run twice, but has some of them, though its "
+            "properties do not name the run: they were changed. Nothing was added."
+        )
+    return catalog_error(name, error)
+
+
+def _create_table(catalog: Catalog, name: TableName, storage: Storage, schema: pa.Schema) -> Table:
+    """Create an empty table at the destination, or return the one that another worker has just created."""
+    try:
+        catalog.create_namespace_if_not_exists(name.identifier[:-1])
+        return catalog.create_table(name.identifier, schema, location=_locate(storage, ""))
+    except TableAlreadyExistsError:
+        return catalog.load_table(name.identifier)
+
+
+def _locate(storage: Storage, path: str) -> str:
+    """Return the location of an object as the metadata of a table has it."""
+    address = storage.address(path)
+    return f"file://{address}" if isinstance(storage, LocalStorage) else address
+
+
+def _holds_run(table: Table, plan: Plan, name: TableName) -> bool:
+    """Return whether a table holds the parts of a plan; raises PublishRefused where it may not take them."""
+    held_plan = table.properties.get(_RUN + plan.key)
+    if held_plan == plan.digest:
+        return True
+    if held_plan is not None:
+        message = (
+            f"The Iceberg table {name.title} must hold run {plan.run} by the parts of this plan, but holds those of "
+            "another plan of the run, whose records below _overnight were deleted. Its rows are in the table, once, "
+            "and nothing was added: there is nothing left to do."
+        )
+        raise PublishRefused(message)
+    held = int(table.properties.get(_ORDER if plan.options.iceberg_mode == "replace" else _REPLACED, 0))
+    if held > plan.order:
+        message = (
+            f"An Iceberg table must not go back to an older run, but {name.title} holds run number {held} of its "
+            f"destination, and run {plan.run} is number {plan.order}: it was planned before. Nothing was published. To "
+            f"publish it as the newest, delete {plan.folder} below the destination and call again; its parts stay and "
+            "are not scored again where the plan comes out the same."
+        )
+        raise PublishRefused(message)
+    return False
+
+
+def _commit(table: Table, storage: Storage, plan: Plan, paths: Sequence[str]) -> None:
+    """Add parts to a table as it was loaded, and say of which run they are; fails where it is another by now."""
+    # This copy alone says so, and the catalog's own does not: see commit_iceberg.
+    properties = {**table.metadata.properties, "commit.retry.num-retries": "0"}
+    table.metadata = table.metadata.model_copy(update={"properties": properties})
+    files = [_locate(storage, path) for path in paths]
+    told = {"overnight.run": plan.run, "overnight.model": plan.model.uri}
+    with table.transaction() as transaction:
+        transaction.set_properties(_record_run(table, plan))
+        if plan.options.iceberg_mode == "append":
+            transaction.add_files(files, snapshot_properties=told)
+        else:
+            _replace_files(table, transaction, storage, files, told)
+
+
+def _record_run(table: Table, plan: Plan) -> dict[str, str]:
+    """Return what a commit says of itself in the properties of a table: the run, its plan, and the run's number."""
+    record = {_RUN + plan.key: plan.digest}
+    if table.name_mapping() is None:
+        # Parts have names and no field ids.
+        record[_MAPPING] = table.schema().name_mapping.model_dump_json()
+    for number in [_ORDER] if plan.options.iceberg_mode == "append" else [_ORDER, _REPLACED]:
+        record[number] = str(max(plan.order, int(table.properties.get(number, 0))))
+    return record
+
+
+def _replace_files(
+    table: Table, transaction: Transaction, storage: Storage, files: Sequence[str], told: dict[str, str]
+) -> None:
+    """Put files in the place of every data file of a table, in one snapshot."""
+    metadata = transaction.table_metadata
+
+    def describe(file: str) -> DataFile:
+        return next(parquet_files_to_data_files(table.io, metadata, iter([file])))
+
+    added = map_parallel(storage, describe, files)
+    with transaction.update_snapshot(snapshot_properties=told).overwrite() as overwrite:
+        for held in _list_data_files(table):
+            overwrite.delete_data_file(held)
+        for file in added:
+            overwrite.append_data_file(file)
+
+
+def read_table(storage: Storage, plan: Plan) -> TableState | None:
+    """Return the current snapshot of the table that a run went into, with its files at the destination.
+
+    None where the catalog has no such table. Raises BadInput, StorageFault.
+    """
+    name = parse_table_name(plan.options.iceberg_table or "")
+    with open_catalog(name) as catalog:
+        table = find_table(catalog, name)
+    if table is None:
+        return None
+    below = f"{_locate(storage, '').rstrip('/')}/"
+    files = [file for file in _list_data_files(table) if file.file_path.startswith(below)]
+    current, held_plan = table.current_snapshot(), table.properties.get(_RUN + plan.key)
+    return TableState(
+        version=0 if current is None else current.snapshot_id,
+        files={file.file_path.removeprefix(below): (file.file_size_in_bytes, file.record_count) for file in files},
+        holds_run=held_plan is not None,
+        holds_plan=held_plan == plan.digest,
+    )
+
+
+def _list_data_files(table: Table) -> Iterable[DataFile]:
+    current = table.current_snapshot()
+    for manifest in [] if current is None else current.manifests(table.io):
+        if manifest.content == ManifestContent.DATA:
+            yield from (entry.data_file for entry in manifest.fetch_manifest_entry(table.io, discard_deleted=True))

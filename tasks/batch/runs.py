@@ -1,0 +1,128 @@
+"""The runs of a destination: which there are, how far each has come, and how they follow one another."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Literal
+
+from pydantic import Field
+
+from serving.errors import DestinationUnusable, FormatTooNew
+from serving.model.contract import Frozen
+from tasks.batch.dataset import map_parallel
+from tasks.batch.manifest import Manifest, find_damaged_parts, manifest_path
+from tasks.batch.parts import list_parts
+from tasks.batch.plan import ROOT, load_plan, read_record
+from tasks.storage import Storage
+
+RunState = Literal["complete", "incomplete", "damaged"]
+
+_RECORD = re.compile(rf"{ROOT}/([^/]+)/(plan|manifest)\.json")
+# A commit of a stream's table is called by the table and its number.
+_COMMIT = re.compile(r"(.+)-(\d{8})")
+
+
+class RunSummary(Frozen):
+    """One run of a destination, as its records and one listing tell of it; no part is opened."""
+
+    run: str = Field(description="The run's key, or its explicit name; of a stream's table the name and the commit.")
+    state: RunState = Field(
+        description="complete: published, and all parts are there. incomplete: not published yet. damaged: a record "
+        "does not read, or parts are gone or of another size."
+    )
+    model: str | None = Field(default=None, description="The model version that scores it.")
+    source: str | None = Field(default=None, description="What it was scored from.")
+    rows: int = Field(default=0, description="Rows of the run.")
+    rows_done: int = Field(default=0, description="Rows that have their part.")
+    rows_rejected: int | None = Field(default=None, description="Rows without a prediction; null while incomplete.")
+    parts: int = Field(default=0, description="Parts that are there.")
+    parts_planned: int = Field(default=0, description="Parts that the complete run has.")
+    planned_at: datetime | None = Field(default=None, description="When it was planned.")
+    order: int = Field(default=0, description="Its number among the runs planned at the destination.")
+    commit: int = Field(default=0, description="The number of the commit, of a stream's table.")
+    note: str = Field(default="", description="What is wrong with it, in words.")
+
+    @property
+    def position(self) -> tuple[int, int, float]:
+        """Its position among the runs of a destination: the highest is the newest."""
+        return self.order, self.commit, self.planned_at.timestamp() if self.planned_at else 0.0
+
+
+def list_runs(storage: Storage) -> list[RunSummary]:
+    """Return every run of a destination, the newest first; of a stream's table its newest commit.
+
+    A record that does not read makes its run a damaged one, and is no error.
+    """
+    found = (_RECORD.fullmatch(entry.path) for entry in storage.entries(ROOT, depth=2))
+    records = {(match[1], match[2]) for match in found if match}
+    published = {run for run, kind in records if kind == "manifest"}
+    planned = {run for run, kind in records if kind == "plan"}
+    commits = {run: split for run in published - planned if (split := _split_commit(run, planned))}
+    newest = dict(sorted(commits.values()))
+    names = [run for run in published if run not in commits]
+    names += [f"{table}-{number:08d}" for table, number in newest.items()]
+    unpublished = planned - published - newest.keys()
+    runs = map_parallel(storage, lambda run: _summarize_published(storage, run), sorted(names))
+    runs += map_parallel(storage, lambda run: _summarize_planned(storage, run), sorted(unpublished))
+    return sorted(runs, key=lambda run: run.position, reverse=True)
+
+
+def _split_commit(run: str, tables: set[str]) -> tuple[str, int] | None:
+    """Return the table of a stream and the number of its commit; None for another run."""
+    match = _COMMIT.fullmatch(run)
+    return (match[1], int(match[2])) if match and match[1] in tables else None
+
+
+def _summarize_published(storage: Storage, run: str) -> RunSummary:
+    try:
+        manifest = read_record(storage, manifest_path(run), Manifest)
+    except (DestinationUnusable, FormatTooNew) as error:
+        return RunSummary(run=run, state="damaged", note=str(error))
+    if manifest is None:
+        return RunSummary(run=run, state="incomplete", note="It was deleted while the runs were listed.")
+    damaged = find_damaged_parts(storage, manifest)
+    return RunSummary(
+        run=run,
+        state="damaged" if damaged else "complete",
+        model=manifest.model.uri,
+        source=manifest.source,
+        rows=manifest.rows,
+        rows_done=manifest.rows - sum(part.rows for part in manifest.parts if part.path in damaged),
+        rows_rejected=manifest.rows_rejected,
+        parts=len(manifest.parts) - len(damaged),
+        parts_planned=len(manifest.parts),
+        planned_at=manifest.planned_at,
+        order=manifest.order,
+        commit=manifest.commit,
+        note=f"{len(damaged)} parts are gone or of another size, the first {damaged[0]}." if damaged else "",
+    )
+
+
+def _summarize_planned(storage: Storage, run: str) -> RunSummary:
+    try:
+        plan = load_plan(storage, run)
+    except (DestinationUnusable, FormatTooNew) as error:
+        return RunSummary(run=run, state="damaged", note=str(error))
+    if plan is None:
+        return RunSummary(run=run, state="incomplete", note="It was deleted while the runs were listed.")
+    chunks = plan.chunks
+    done = [chunk for chunk in list_parts(storage, plan) if chunk in chunks]
+    return RunSummary(
+        run=run,
+        state="incomplete",
+        model=plan.model.uri,
+        source=plan.source.title,
+        rows=plan.rows,
+        rows_done=sum(chunks[chunk].rows for chunk in done),
+        parts=len(done),
+        parts_planned=len(chunks),
+        planned_at=plan.planned_at,
+        order=plan.order,
+    )
+
+
+def choose_newest(runs: Sequence[RunSummary]) -> RunSummary | None:
+    """Return the newest run that was published, which is the one that readers open; None where there is none."""
+    return next((run for run in runs if run.state != "incomplete" and run.planned_at is not None), None)

@@ -1,0 +1,156 @@
+"""Score, runs and verify: in this process for what they print, as real processes for how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from deployments.command_line import app
+from infra.local.prefect_server import PrefectServer
+from tasks.batch.manifest import open_predictions
+
+PROGRAM = [sys.executable, "-m", "deployments.command_line"]
+PATIENCE_SECONDS = 120.0
+
+
+@pytest.fixture(scope="module")
+def scored(
+    server: PrefectServer, linear: str, customers: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, object]]:
+    """A destination with a run that a real process has scored, and what it printed."""
+    destination = tmp_path_factory.mktemp("scores") / "scores"
+    done = subprocess.run(
+        [*PROGRAM, "score", linear, str(customers), str(destination), "--key", "customer", "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert 0 == done.returncode, done.stderr
+    (line,) = done.stdout.splitlines()
+    return destination, json.loads(line)
+
+
+def test_score_prints_one_json_object_and_all_rows_are_there(scored: tuple[Path, dict[str, object]]) -> None:
+    destination, report = scored
+
+    assert ("scored", 10_000, 0) == tuple(report[name] for name in ("status", "rows", "rows_rejected"))
+    assert list(range(10_000)) == sorted(open_predictions(str(destination)).collect()["customer"])
+
+
+def test_score_again_finds_the_run_complete_and_shows_a_table(
+    scored: tuple[Path, dict[str, object]], linear: str, customers: Path
+) -> None:
+    destination, report = scored
+    result = CliRunner().invoke(app, ["score", linear, str(customers), str(destination), "-k", "customer"])
+
+    assert 0 == result.exit_code, result.output
+    assert f"Run {report['run']}" in result.stdout
+    assert "already complete" in result.stdout
+    assert "Read the predictions:" in result.stdout
+
+
+def test_runs_are_listed(scored: tuple[Path, dict[str, object]], linear: str) -> None:
+    destination, report = scored
+    table = CliRunner().invoke(app, ["runs", str(destination)])
+    listed = json.loads(CliRunner().invoke(app, ["runs", str(destination), "--json"]).stdout)
+
+    assert 0 == table.exit_code
+    for text in (report["run"], linear, "10,000", "complete", "planned (UTC)"):
+        assert str(text) in table.stdout
+    assert [(report["run"], "complete", 10_000)] == [(r["run"], r["state"], r["rows"]) for r in listed["runs"]]
+
+
+def test_a_destination_without_runs_says_how_to_make_one(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["runs", str(tmp_path)])
+
+    assert (0, "") == (result.exit_code, result.stdout)
+    assert "overnight score MODEL SOURCE DESTINATION" in result.stderr
+
+
+def test_verify_finds_a_whole_run_whole_and_a_damaged_one_damaged(
+    scored: tuple[Path, dict[str, object]], tmp_path: Path
+) -> None:
+    destination = tmp_path / "copy"
+    shutil.copytree(scored[0], destination)
+    whole = CliRunner().invoke(app, ["verify", str(destination)])
+    part = next(destination.glob("run=*/part-*.parquet"))
+    part.write_bytes(part.read_bytes()[:-7])
+    damaged = CliRunner().invoke(app, ["verify", str(destination)])
+    told = CliRunner().invoke(app, ["verify", str(destination), "--run", str(scored[1]["run"]), "--json"])
+    (run,) = json.loads(told.stdout)["runs"]
+
+    assert 0 == whole.exit_code
+    assert "is complete: 10,000 of 10,000 rows" in whole.stdout
+    assert (1, 1) == (damaged.exit_code, told.exit_code)
+    assert f"size: {part.relative_to(destination)}" in damaged.stdout
+    assert ("damaged", ["size", "unreadable"]) == (run["state"], [damage["kind"] for damage in run["damages"]])
+    assert f"Reading run {scored[1]['run']}" in damaged.stderr
+
+
+def test_what_a_model_prints_is_not_on_stdout_beside_json(
+    server: PrefectServer, registry: Path, customers: Path, tmp_path: Path
+) -> None:
+    from tests.support import register_script
+
+    chatty = register_script("chatty", "print('so many rows')")
+    result = CliRunner().invoke(app, ["score", chatty, str(customers), str(tmp_path / "scores"), "--json"])
+
+    assert 0 == result.exit_code, result.output
+    assert 10_000 == json.loads(result.stdout)["rows"]
+    assert "so many rows" in result.stderr
+
+
+def test_a_model_that_is_not_there_ends_with_its_message_alone(
+    server: PrefectServer, registry: Path, customers: Path, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [*PROGRAM, "score", "models:/nobody/1", str(customers), str(tmp_path / "scores")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PREFECT_LOGGING_LEVEL": "CRITICAL"},
+    )
+
+    assert (1, "") == (done.returncode, done.stdout)
+    assert "models:/nobody/1 must be registered" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "scores").exists()
+
+
+def test_ctrl_c_ends_score_with_130_and_one_line_and_the_same_command_resumes(
+    server: PrefectServer, sleepy: str, customers: Path, tmp_path: Path
+) -> None:
+    destination = tmp_path / "scores"
+    options = '{"rows_per_chunk": 100, "experiment": null}'
+    command = [*PROGRAM, "score", sleepy, str(customers), str(destination), "-k", "customer", "--batch-size", "100"]
+    command += ["--slots", "1", "--options", options, "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + PATIENCE_SECONDS
+        while len(list(destination.glob("run=*/part-*"))) < 3:
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=PATIENCE_SECONDS)
+    kept = len(list(destination.glob("run=*/part-*")))
+
+    assert (130, "") == (process.returncode, stdout)
+    assert "are done and stay; the same call resumes." in stderr.splitlines()[-1]
+    assert "Traceback" not in stderr
+    assert 3 <= kept < 100
+
+    resumed = subprocess.run(command, capture_output=True, text=True, check=False)
+    report = json.loads(resumed.stdout)
+
+    assert 0 == resumed.returncode, resumed.stderr
+    assert report["rows_scored"] <= 10_000 - kept * 100
+    assert list(range(10_000)) == sorted(open_predictions(str(destination)).collect()["customer"])

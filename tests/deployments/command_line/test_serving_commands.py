@@ -1,0 +1,85 @@
+"""Commands about models and endpoints: what they hand to the flows, and what they print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from deployments.command_line import app
+from infra.local.gateway import gateway_server
+from infra.local.prefect_server import PrefectServer
+from infra.local.triton import triton_server
+from serving.gateway.client import GatewayClient
+
+WORKLOAD = """
+name: churn
+model: {model}
+consumer: {{kind: requests, latency_ms: 50}}
+arrivals: {{kind: rate, per_second: 5}}
+machines: [{{kind: here, speed: 1, prices: {{on_demand: 0.1, spot: 0.04}}}}]
+"""
+
+
+def test_a_model_that_loads_is_shown_with_inputs_outputs_and_packages(linear: str) -> None:
+    table = CliRunner().invoke(app, ["model", "check", linear])
+    found = json.loads(CliRunner().invoke(app, ["model", "check", linear, "--json"]).stdout)
+
+    assert 0 == table.exit_code, table.output
+    for text in ("loads here", "yes", "a (float32), b (float32), c (float32)", "score (float32)", "pytorch"):
+        assert text in table.stdout
+    assert (linear, True, []) == (found["model"], found["loads"], found["problems"])
+
+
+def test_a_model_that_does_not_load_ends_with_one_and_the_reason(registry: Path) -> None:
+    from tests.serving.model.test_model_check import register_pickled
+
+    uri = register_pickled("pickled-for-the-command-line")
+    refused = CliRunner().invoke(app, ["model", "check", uri])
+    allowed = CliRunner().invoke(app, ["model", "check", uri, "--allow-pickle"])
+
+    assert (1, 0) == (refused.exit_code, allowed.exit_code), refused.output + allowed.output
+    assert "must not need unpickling" in refused.stdout
+    assert ".pkl" in allowed.stdout
+
+
+@pytest.mark.machines
+def test_an_endpoint_is_put_online_asked_and_retired(
+    server: PrefectServer, linear: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        triton_server(tmp_path / "models", tmp_path / "triton") as triton,
+        gateway_server(tmp_path / "gateway") as gateway,
+    ):
+        target = {"kind": "triton", "repository": str(triton.repository), "url": triton.url, "grpc": triton.grpc}
+        monkeypatch.setenv("OVERNIGHT_TARGET", json.dumps(target))
+        monkeypatch.setenv("OVERNIGHT_GATEWAY", gateway.url)
+        monkeypatch.setenv("OVERNIGHT_ADMIN_KEY", gateway.admin_key)
+        put = CliRunner().invoke(app, ["endpoint", "--name", "churn", "--model", linear, "--json"])
+        assert 0 == put.exit_code, put.output
+        with GatewayClient(gateway.url, gateway.admin_key) as client:
+            served = client.get("churn")
+        retired = CliRunner().invoke(app, ["endpoint", "retire", "churn"])
+        again = CliRunner().invoke(app, ["endpoint", "retire", "churn", "--json"])
+
+    assert served is not None
+    assert f"{gateway.url}/v2/models/churn/infer" == json.loads(put.stdout)["url"]
+    assert "churn is retired: took down" in retired.stdout
+    assert {"name": "churn", "versions": []} == json.loads(again.stdout)
+
+
+@pytest.mark.machines
+def test_a_workload_is_decided_on(
+    server: PrefectServer, linear: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "workload.yaml").write_text(WORKLOAD.format(model=linear))
+    words = CliRunner().invoke(app, ["choose", "workload.yaml", "--plot", "plot.png"])
+    figures = CliRunner().invoke(app, ["choose", "@workload.yaml", "--json"])
+
+    assert (0, 0) == (words.exit_code, figures.exit_code), words.output + figures.output
+    assert "churn" in words.stdout
+    assert (tmp_path / "plot.png").exists()
+    assert json.loads(figures.stdout)["chosen"]["mode"] in {"online", "batch", "streaming"}

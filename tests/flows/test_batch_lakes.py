@@ -1,0 +1,75 @@
+"""Whole runs from one lake table into another: rows that were deleted stay out, and every other one is there once."""
+
+from __future__ import annotations
+
+import datetime as dt
+from pathlib import Path
+
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+
+from infra.local.prefect_server import PrefectServer
+from tasks.batch.options import BatchOptions
+from tests.support import digests, write_customers
+from tests.tasks.batch.iceberg_tables import configure, delete_rows, open_lake
+
+OPTIONS = BatchOptions(key_columns=("customer",), batch_size=64, rows_per_chunk=512, experiment=None)
+
+
+def test_a_run_from_an_iceberg_table_into_another_leaves_out_deleted_rows_and_is_published_once(
+    linear: str, prefect: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.batch import batch_inference
+
+    configure(monkeypatch, str(tmp_path))
+    lake = open_lake(str(tmp_path))
+    folder = write_customers(tmp_path / "files", rows=4_000, files=2, rows_per_group=1_000)
+    files = [pq.read_table(path) for path in sorted(folder.glob("*.parquet"))]
+    table = lake.create_table("sales.customers", files[0].schema)
+    for each in files:
+        table.append(each)
+    path = next(iter(table.scan().plan_files())).file.file_path
+    delete_rows(table, path, range(0, 2_000, 10))
+    kept = sorted(table.refresh().scan().to_arrow()["customer"].to_pylist())
+    options = OPTIONS.model_copy(update={"output": "iceberg", "iceberg_table": "lake.sales.scores"})
+
+    def run() -> tuple[str, int]:
+        report = batch_inference(linear, "iceberg:lake.sales.customers", str(tmp_path / "scores"), options)
+        return report.status, report.rows
+
+    before = run()
+    parts = digests(tmp_path / "scores")
+    again = run()
+    scores = lake.load_table("sales.scores")
+    loose = batch_inference(linear, f"{folder}/*.parquet", str(tmp_path / "plain"), OPTIONS)
+    expected = pl.read_parquet(f"{tmp_path}/plain/run={loose.run}/*.parquet").filter(pl.col("customer").is_in(kept))
+    found = pl.DataFrame(scores.scan().to_arrow())
+
+    assert 3_800 == len(kept)
+    assert (("scored", 3_800), ("already complete", 3_800)) == (before, again)
+    assert parts == digests(tmp_path / "scores")
+    assert 1 == len(scores.snapshots())
+    assert kept == found["customer"].sort().to_list()
+    assert (expected.sort("customer")["score"] - found.sort("customer")["score"]).abs().max() < 1e-5
+
+
+def test_a_delta_table_is_scored_as_it_was(linear: str, prefect: PrefectServer, tmp_path: Path) -> None:
+    from flows.batch import batch_inference
+
+    folder = write_customers(tmp_path / "files", rows=400, files=2, rows_per_group=100)
+    first, second = (pl.read_parquet(path) for path in sorted(folder.glob("*.parquet")))
+    first.write_delta(str(tmp_path / "table"))
+    then = dt.datetime.now(dt.UTC)
+    second.write_delta(str(tmp_path / "table"), mode="overwrite")
+    runs = [
+        batch_inference(
+            linear, str(tmp_path / "table"), str(tmp_path / "scores"), OPTIONS.model_copy(update={name: value})
+        )
+        for name, value in (("source_version", 0), ("source_timestamp", then), ("source_version", None))
+    ]
+
+    assert ["scored", "already complete", "scored"] == [run.status for run in runs]
+    assert runs[0].run == runs[1].run != runs[2].run
+    found = pl.read_parquet(f"{tmp_path}/scores/run={runs[0].run}/*.parquet")
+    assert first["customer"].to_list() == found["customer"].sort().to_list()
