@@ -111,7 +111,7 @@ def shell(tmp_path: Path) -> dict[str, str]:
 
 @pytest.mark.machines
 def test_an_endpoint_answers_as_its_recipe_says(shell: dict[str, str], tmp_path: Path) -> None:
-    with triton_or_skip(tmp_path / "triton"):
+    with triton_or_skip(tmp_path / "probe"):
         pass
     start, *blocks = [block for each in read_sections(RECIPES / "endpoint.md").values() for block in each]
     lines = [f"python - <<'END'\n{each.text}END" if each.language == "python" else each.text for each in blocks]
