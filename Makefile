@@ -9,7 +9,7 @@ MAKEFLAGS += --no-print-directory
 .PHONY: demo demo-endpoint demo-modes demo-stream deploy lint types check format clean
 .PHONY: test test-flows test-stations test-kills test-machines test-servers test-workers test-nights
 .PHONY: simulate chaos bench-batch bench-peers bench-resume bench-gpu bench-spot bench-nightly bench-workers bench-endpoint bench-stream
-.PHONY: bench-modes bench-memory size pictures
+.PHONY: bench-modes bench-memory bench-start size pictures docs diagrams notebooks
 
 $(STAMP): pyproject.toml constraints.txt infra/local/wheels.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got %d.%d; set PYTHON=" % sys.version_info[:2])'
@@ -147,6 +147,10 @@ bench-modes: $(STAMP)
 bench-memory: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.memory
 
+# Seconds of imports and of whole scripts, from the start of a process to its exit. ROUNDS=2 for a quick look.
+bench-start: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.start
+
 # Modules and lines by package, and words that stop a reader. The last line is one JSON object.
 size: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.size
@@ -155,5 +159,18 @@ size: $(STAMP)
 pictures: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.pictures
 
+# The site of the documentation in .site, without a network; a broken link fails it.
+docs: $(STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file docs/site/mkdocs.yml
+	@echo "Open .site/index.html, or serve it: $(BIN)/python -m http.server --bind 127.0.0.1 --directory .site"
+
+# The Mermaid diagrams of docs/ as pictures for the site, where one has changed. Needs npm and chromium.
+diagrams: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.diagrams
+
+# What the notebooks of docs/ print, from a run as it is now.
+notebooks: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.notebook
+
 clean:
-	rm -rf $(VENV) .venv-* .demo .bench
+	rm -rf $(VENV) .venv-* .demo .bench .site

@@ -31,7 +31,7 @@ from prefect.utilities.callables import parameter_schema
 from prefect.workers.process import ProcessWorker
 
 from deployments.automations import make_automations
-from flows.runtime.flow_decorator import refuse_secrets
+from flows.runtime.parameters import refuse_secrets
 from serving.errors import OvernightError
 from tasks.common.blocks import BLOCKS
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from flows.runtime.uncaught import show_uncaught_shortly
+
 if TYPE_CHECKING:
     from flows.batch import batch_inference
     from flows.endpoint import online_endpoint, retire_endpoint
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from serving.model.contract import ColumnPolicy
     from serving.model.release import Scaling
     from tasks.batch.manifest import open_predictions, open_rejects
-    from tasks.batch.options import BatchOptions, Ray, Threads
+    from tasks.batch.options import BatchOptions, CsvOptions, Ray, Threads
     from tasks.endpoint.spec import (
         Access,
         AllAtOnce,
@@ -68,6 +70,7 @@ __all__ = [
     "Budget",
     "Canary",
     "ColumnPolicy",
+    "CsvOptions",
     "EndpointSpec",
     "Events",
     "FromKafka",
@@ -119,7 +122,7 @@ _MODULES = {
     "serving.model.batching": ("BatchingConfig",),
     "serving.model.contract": ("ColumnPolicy",),
     "serving.model.release": ("Scaling",),
-    "tasks.batch.options": ("BatchOptions", "Ray", "Threads"),
+    "tasks.batch.options": ("BatchOptions", "CsvOptions", "Ray", "Threads"),
     "tasks.batch.manifest": ("open_predictions", "open_rejects"),
     "tasks.endpoint.spec": (
         "Access",
@@ -159,6 +162,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_BY_NAME:
         message = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(message)
+    show_uncaught_shortly()
     value = globals()[name] = getattr(import_module(_MODULE_BY_NAME[name]), name)
     return value
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass
 from typing import NoReturn
 
 import matplotlib.figure  # noqa: F401 - half a second that would else fall into the first call, for its plot
@@ -18,7 +19,7 @@ from flows.runtime.task_runners import check_runner, score_missing
 from tasks.batch.artifacts import ProgressWatch, find_sample, publish_artifacts, publish_interrupted
 from tasks.batch.events import RunCall, emit_published, emit_refusal
 from tasks.batch.lineage import record_failure, record_lineage, record_start
-from tasks.batch.manifest import Manifest, find_intact_manifest
+from tasks.batch.manifest import Manifest, find_intact_manifest, list_foreign_files
 from tasks.batch.memory import check_memory
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_rows_done
@@ -39,17 +40,20 @@ from tasks.batch.score import Scorer, ScoringResult, check_rejects
 from tasks.common.artifacts import Logger
 from tasks.common.blocks import Addresses, open_addresses
 from tasks.common.names import name_batch_run
+from tasks.common.server_checks import check_servers, list_checks
 from tasks.spot.notice_poller import poll_notices
-from tasks.storage import Storage, check_create_only, open_storage
+from tasks.storage import Address, SourceAddress, Storage, as_texts, check_create_only, open_storage
 
 _DEFAULTS = BatchOptions()
-_PASSES_MAX = 3
+_PASSES_MAX, _FOREIGN_SHOWN = 3, 3
 
 
 @adhoc_flow(
     "batch-inference", run_name=lambda parameters: name_batch_run(parameters["model"], parameters["destination"])
 )
-def batch_inference(model: str, source: str, destination: str, options: BatchOptions = _DEFAULTS) -> BatchReport:
+def batch_inference(
+    model: str, source: SourceAddress, destination: Address, options: BatchOptions = _DEFAULTS
+) -> BatchReport:
     """Score every row of a dataset with a registered model, and publish the predictions in one commit.
 
     The same call made again over the same model and files is the same run: it resumes, or finds itself complete.
@@ -58,7 +62,8 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
     Args:
         model: models:/NAME@ALIAS or models:/NAME/VERSION, resolved once; block:REGISTRY/NAME@ALIAS for one of a block.
         source: A file, folder, glob or prefix (s3://, gs://, az://) of Parquet, Arrow IPC, CSV or JSON lines; a Delta
-            table; an Iceberg table as iceberg:CATALOG.NAMESPACE.TABLE; an Overnight destination; or block:NAME.
+            table; an Iceberg table as iceberg:CATALOG.NAMESPACE.TABLE; an Overnight destination; or block:NAME. Text
+            may be compressed. From Python also a list of files, folders and globs.
         destination: A folder or prefix outside the source, or block:NAME.
         options: Keys, casts, sizes and limits; each has a default.
 
@@ -68,14 +73,18 @@ def batch_inference(model: str, source: str, destination: str, options: BatchOpt
     Raises:
         OvernightError: One of its kinds (serving.errors), each named for what to do next.
     """
+    sources, to = as_texts(source), str(destination)
     first_worker = options.joins or (flow_run_id() if options.workers > 1 else None)
     call = RunCall(
         model=model,
-        source=source,
-        destination=destination,
+        source=sources if isinstance(sources, str) else ", ".join(sources),
+        destination=to,
         first_worker=str(first_worker) if first_worker else None,
     )
-    with emit_refusal(call), open_addresses(model, source, destination) as addresses:
+    with emit_refusal(call), open_addresses(model, sources, to) as addresses:
+        if addresses != Addresses(model=model, source=sources, destination=to):
+            # What blocks name was not asked for an answer before, as the rest was.
+            check_servers(list_checks(asdict(addresses), uses_registry=True))
         return _infer(addresses, options, call)
 
 
@@ -180,13 +189,21 @@ def _score(
         if not audit.missing:
             break
     check_rows_add_up(plan, audit)
-    check_rejects(sum(count.rows for count in count_rejects(audit)), plan, options.max_reject_fraction)
+    rejects = Counter({(count.column, count.reason): count.rows for count in count_rejects(audit)})
+    check_rejects(rejects, plan, options.max_reject_fraction, scorer.samples)
     return _AllScored(result=result, audit=audit)
 
 
 def _prepare(run: NewRun | ResumedRun, storage: Storage, logger: Logger) -> Plan:
     """Return the plan to score by, with its staged copies in place where parts of a published run were lost."""
     check_create_only(storage)
+    is_folder = isinstance(run, NewRun) and run.plan.options.output == "parquet"
+    if is_folder and (foreign := list_foreign_files(storage)):
+        logger.warning(
+            "%s has files that are not Overnight's, such as %s: readers of the whole folder take them for predictions. "
+            "open_predictions reads the run alone. A destination of its own is safer.",
+            *(storage.url, ", ".join(foreign[:_FOREIGN_SHOWN])),
+        )
     if isinstance(run, NewRun) or not run.damaged:
         return run.plan
     logger.warning(

@@ -88,7 +88,7 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
     return endpoint
 
 
-@adhoc_flow("retire-endpoint", run_name=lambda parameters: f"retire endpoint {parameters['name']}")
+@adhoc_flow("retire-endpoint", run_name=lambda parameters: f"retire endpoint {parameters['name']}", uses_registry=False)
 def retire_endpoint(
     name: str,
     target: Annotated[AnyTarget, Field(discriminator="kind")],

@@ -33,7 +33,7 @@ from tasks.spot.night_report import NightProgress, publish_night, report_night
 from tasks.spot.policy import count_workers_needed
 from tasks.spot.purchase import MachineKind, NightlyReport, PurchaseOptions, parse_deadline
 from tasks.spot.work_pools import FlowRunStatus, PrefectWorkerPool
-from tasks.storage import Storage, open_storage
+from tasks.storage import Address, Storage, open_storage
 
 _DEFAULTS = BatchOptions()
 
@@ -48,7 +48,12 @@ def _name_run(model: str, destination: str, deadline: str) -> str:
     run_name=lambda parameters: _name_run(parameters["model"], parameters["destination"], parameters["deadline"]),
 )
 def nightly_inference(
-    model: str, source: str, destination: str, deadline: str, buying: PurchaseOptions, options: BatchOptions = _DEFAULTS
+    model: str,
+    source: Address,
+    destination: Address,
+    deadline: str,
+    buying: PurchaseOptions,
+    options: BatchOptions = _DEFAULTS,
 ) -> NightlyReport:
     """Have every row of a dataset scored by a deadline, for as little as the machines allow.
 
@@ -72,18 +77,22 @@ def nightly_inference(
     """
     logger = get_run_logger()
     due = parse_deadline(deadline, _first_start())
-    storage = open_storage(destination)
+    storage = open_storage(str(destination))
     with get_client(sync_client=True) as client:
         earlier = find_sent_runs(client, flow_run_id())
     pinned = earlier[0][1].parameters["model"] if earlier else model
-    call = resolve_request(pinned, source, storage.url, options)
+    call = resolve_request(pinned, str(source), storage.url, options)
     rename_flow_run(
-        *(_name_run(call.resolved.pin.uri, destination, deadline), _name_run(model, destination, deadline), logger)
+        *(
+            _name_run(call.resolved.pin.uri, str(destination), deadline),
+            _name_run(model, str(destination), deadline),
+            logger,
+        )
     )
     manifest = find_complete_run(storage, call)
     rows = manifest.rows if manifest else _count_rows(call)
     workers = options.workers if earlier or manifest else _choose_workers(rows, due, buying, options)
-    deployments = _Deployments(buying=buying, call=call, source=source, storage=storage, night=flow_run_id())
+    deployments = _Deployments(buying=buying, call=call, source=str(source), storage=storage, night=flow_run_id())
     night = Night(
         rows=rows,
         buying=buying,

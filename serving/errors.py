@@ -31,6 +31,7 @@ OvernightError
 +-- StreamFault              a stream is not the one that was read before; what is in the sink stays
 |   +-- StreamReplaced       it was deleted and created again, so its numbers start over
 |   +-- MessagesLost         messages were deleted before they were read
++-- ServerUnreachable        MLflow, Prefect or a store does not answer: start it, or correct the setting that names it
 +-- DeploymentMissing        a Prefect deployment or work pool that is named does not exist: overnight deploy
 +-- RunnerUnusable           the requested workers can't be started or don't survive; fix it and call again, it resumes
 +-- NightFailed              the batch run of a night failed: fix the cause and call again, it resumes
@@ -50,7 +51,13 @@ OvernightError
 +-- DeviceLost               the accelerator failed: this process must end, another may resume
 """
 
+import difflib
+from collections.abc import Iterable, Sequence
+
 from serving.redaction import hide_secrets
+
+_LINES_MAX = 8
+_CUTOFF = 0.6
 
 
 class OvernightError(Exception):
@@ -58,6 +65,30 @@ class OvernightError(Exception):
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(hide_secrets(arg) if isinstance(arg, str) else arg for arg in args))
+
+    def _render_traceback_(self) -> list[str]:
+        """Return what a notebook shows of it: IPython asks an exception for this method before it lists frames."""
+        return describe_error(self).split("\n")
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an error as a person reads it: its kind and its message, of a long one the first lines."""
+    lines = f"{type(error).__name__}: {error}".split("\n")
+    more = len(lines) - _LINES_MAX
+    return "\n".join(lines[:_LINES_MAX] + ([f"... and {more} lines more"] if more > 0 else []))
+
+
+def suggest_name(name: str, known: Iterable[str]) -> str:
+    """Return a question with the known name that is nearest to an unknown one; nothing where none is near it."""
+    by_form = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(name.lower(), list(by_form), n=1, cutoff=_CUTOFF)
+    return f"; did you mean {by_form[near[0]]!r}?" if near else ""
+
+
+def list_shortly(items: Sequence[str], shown_max: int = 5) -> str:
+    """Return indented lines of at most so many items, and how many there are more."""
+    more = len(items) - shown_max
+    return "\n".join([f"  - {item}" for item in items[:shown_max]] + ([f"  - and {more} more"] if more > 0 else []))
 
 
 class BadInput(OvernightError, ValueError):
@@ -182,6 +213,10 @@ class StreamReplaced(StreamFault):
 
 class MessagesLost(StreamFault):
     """Messages were deleted, by retention or by hand, before they were read."""
+
+
+class ServerUnreachable(OvernightError):
+    """MLflow, Prefect or a store that the call needs does not answer."""
 
 
 class DeploymentMissing(OvernightError):

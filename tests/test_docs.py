@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from deployments.command_line import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OURS = ("flows", "tasks", "serving", "deployments", "infra")
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
@@ -37,9 +37,10 @@ class Block:
     text: str
 
 
-def read_blocks(page: Path) -> list[Block]:
-    """Return the fenced blocks of a page, in order."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+def read_blocks(page: Path, text: str | None = None) -> list[Block]:
+    """Return the fenced blocks of a page, or of a text of it, in order."""
+    content = page.read_text() if text is None else text
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", content, flags=re.MULTILINE | re.DOTALL)
     return [Block(page=page, language=language, text=text) for language, text in found]
 
 

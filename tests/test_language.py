@@ -10,7 +10,7 @@ from tests.language import find_bare_names, find_private_words
 from tests.test_architecture import ROOT, list_tracked_files
 
 PACKAGES = ("flows", "tasks", "serving", "deployments", "infra")
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "docs").glob("*.md")]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "docs").rglob("*.md")]
 SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
 

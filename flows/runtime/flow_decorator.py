@@ -1,27 +1,42 @@
-"""A flow that returns at once when it is called from Python."""
+"""A flow that returns at once when it is called from Python, and ends with the message of its error."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+import typing
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from prefect import Flow
+from prefect.exceptions import ParameterTypeError, SignatureMismatchError
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+from prefect.states import Failed
 from prefect.types.entrypoint import EntrypointType
-from pydantic import BaseModel
+from pydantic import ValidationError
 
+from flows.runtime.error_output import log_errors_shortly, log_failure
 from flows.runtime.interruption import InterruptedExit, start_server_shielded
 from flows.runtime.names import NameMaker, keep_chosen_name
-from serving.errors import SecretExposed
-from serving.redaction import hide_secrets_in_exception, hide_secrets_in_logs, holds_secret
+from flows.runtime.parameters import bind_parameters, explain_invalid, refuse_secrets
+from flows.runtime.steps import flow_run
+from flows.runtime.uncaught import show_uncaught_shortly, shows_frames
+from serving.errors import BadInput, OvernightError, describe_error
+from serving.redaction import hide_secrets_in_exception, hide_secrets_in_logs
+from tasks.common.server_checks import check_servers, list_checks, list_prefect_checks
 
 hide_secrets_in_logs()
+log_errors_shortly()
+show_uncaught_shortly()
 
 _INTERRUPTED = "Interrupted. The same call starts again, or resumes where it had begun to score."
+# Set while a call from Python runs, whose servers were asked before there was a flow run.
+_servers_checked: ContextVar[bool] = ContextVar("servers_checked", default=False)
 
 _BY_MODULE = {"entrypoint_type": EntrypointType.MODULE_PATH}
 
@@ -29,7 +44,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def adhoc_flow(name: str, *, run_name: NameMaker) -> Callable[[Callable[P, R]], Flow[P, R]]:
+def adhoc_flow(name: str, *, run_name: NameMaker, uses_registry: bool = True) -> Callable[[Callable[P, R]], Flow[P, R]]:
     """Make a function a Prefect flow that has no heartbeat where it is called as a function.
 
     Prefect ends a flow run by joining its heartbeat thread, which sleeps whole seconds: every call
@@ -37,13 +52,43 @@ def adhoc_flow(name: str, *, run_name: NameMaker) -> Callable[[Callable[P, R]], 
     are not started by a call, and keep it. Ctrl-C comes out as a KeyboardInterrupt that says what to do next, a notice
     as Interrupted. Deployments name the flow by its module: it is installed wherever it runs.
 
+    An OvernightError comes out as it is, without the frames of Prefect's engine. The flow run is Failed with its
+    message. The servers that a call needs are asked for an answer before anything else.
+
     Args:
-        name: The flow's name.
+        name: The flow's name in Prefect.
         run_name: Makes the name of a flow run of its parameters; see keep_chosen_name.
+        uses_registry: Whether the flow reads models from MLflow.
     """
     return lambda function: _AdHocFlow(
-        function, name=name, flow_run_name=keep_chosen_name(run_name), persist_result=False
+        _end_with_message(function, uses_registry=uses_registry),
+        name=name,
+        flow_run_name=keep_chosen_name(run_name),
+        persist_result=False,
     )
+
+
+def _end_with_message(function: Callable[P, R], *, uses_registry: bool) -> Callable[P, R]:
+    """Return the function as a flow run calls it: an OvernightError becomes the state of the run, message and all."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if flow_run() is None:
+            return function(*args, **kwargs)
+        try:
+            if not _servers_checked.get():
+                check_servers(list_checks(bind_parameters(function, args, kwargs), uses_registry=uses_registry))
+            return function(*args, **kwargs)
+        except OvernightError as error:
+            log_failure(error)
+            # Prefect's engine would log the frames of an exception, and put words before its message.
+            return cast("R", Failed(data=error, message=describe_error(error)))
+
+    # Prefect resolves annotations that are texts by the names of the module that the wrapper lies in.
+    run.__signature__ = inspect.signature(function, eval_str=True)  # type: ignore[attr-defined]  # inspect reads it
+    run.__annotations__ = typing.get_type_hints(function, include_extras=True)
+    run.uses_registry = uses_registry  # type: ignore[attr-defined]  # the flow reads it, and its copies do
+    return run
 
 
 class _AdHocFlow(Flow[P, R]):
@@ -53,25 +98,30 @@ class _AdHocFlow(Flow[P, R]):
             refuse_secrets(parameters)
             try:
                 return super().validate_parameters(parameters)
+            except (ParameterTypeError, SignatureMismatchError) as error:
+                if isinstance(error.__context__, ValidationError):
+                    raise explain_invalid(self.fn, error.__context__) from None
+                raise BadInput(str(error)) from None
             except Exception as error:
                 # Pydantic quotes the value that it refuses.
                 hide_secrets_in_exception(error)
                 raise
 
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            # Before there is a flow run, which would keep them.
-            refuse_secrets(dict(enumerate(args)) | kwargs)
-            with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-                try:
+        def __call__(self, *args: Any, return_state: bool = False, wait_for: Any = None, **kwargs: Any) -> Any:
+            try:
+                with _end_as_asked():
+                    # Before there is a flow run, which would keep them.
+                    refuse_secrets(dict(enumerate(args)) | kwargs)
+                    parameters = self.validate_parameters(bind_parameters(self.fn, args, kwargs))
+                    checks = list_checks(parameters, uses_registry=self.fn.uses_registry)
+                    check_servers([*list_prefect_checks(), *checks])
                     start_server_shielded()
-                    return super().__call__(*args, **kwargs)
-                except KeyboardInterrupt as interrupt:
-                    # Without its cause: the frames of Prefect's engine say nothing to a person who pressed Ctrl-C.
-                    raise KeyboardInterrupt(*interrupt.args or [_INTERRUPTED]) from None
-                except InterruptedExit as left:
-                    if left.notice.is_sigterm:
-                        _pass_on_sigterm()
-                    raise left.interrupted from None
+                    return super().__call__(return_state=return_state, wait_for=wait_for, **parameters)
+            except OvernightError as error:
+                if shows_frames():
+                    raise
+                # The frames of Prefect's engine and what an error was caused by say nothing beside its message.
+                raise error.with_traceback(None) from None
 
         def __reduce_ex__(self, protocol: Any) -> Any:
             # A runner sends the flow to the process of a run. By value it would lack the types of its parameters.
@@ -91,24 +141,22 @@ class _AdHocFlow(Flow[P, R]):
             return super().deploy(*args, **_BY_MODULE | options)
 
 
-def refuse_secrets(parameters: Mapping[Any, Any]) -> None:
-    """Raise SecretExposed where a parameter holds a password or a token, however deep within it."""
-    left = [(str(name), value) for name, value in parameters.items()]
-    while left:
-        name, value = left.pop()
-        if isinstance(value, BaseModel):
-            value = dict(value)
-        if isinstance(value, Mapping):
-            left += [(f"{name}.{key}", inner) for key, inner in value.items()]
-        elif isinstance(value, list | tuple | set | frozenset):
-            left += [(f"{name}.{at}", inner) for at, inner in enumerate(value)]
-        elif isinstance(value, str | Path) and holds_secret(str(value)):
-            message = (
-                f"The parameter {name} must hold no password, token or key, got {value}: parameters are kept with the "
-                "flow run, and shown to everyone who sees it. Give it in the environment, in a credentials file or "
-                "in a Prefect Secret block. Where a deployment holds it, change the password too."
-            )
-            raise SecretExposed(message)
+@contextmanager
+def _end_as_asked() -> Generator[None]:
+    """Let a call from Python end by Ctrl-C or by a notice with what its caller needs."""
+    token = _servers_checked.set(True)
+    try:
+        with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+            yield
+    except KeyboardInterrupt as interrupt:
+        # Without its cause: the frames of Prefect's engine say nothing to a person who pressed Ctrl-C.
+        raise KeyboardInterrupt(*interrupt.args or [_INTERRUPTED]) from None
+    except InterruptedExit as left:
+        if left.notice.is_sigterm:
+            _pass_on_sigterm()
+        raise left.interrupted from None
+    finally:
+        _servers_checked.reset(token)
 
 
 def _pass_on_sigterm() -> None:

@@ -7,6 +7,7 @@ Any worker that finds every part there publishes. A worker that fails does not a
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import cast
 from uuid import UUID
 
@@ -28,14 +29,15 @@ _START_SECONDS_MAX = 120.0
 _POLL_SECONDS = 1.0
 
 
-def check_workers(source: str, destination: str, options: BatchOptions) -> None:
+def check_workers(source: str | Sequence[str], destination: str, options: BatchOptions) -> None:
     """Raise RunnerUnusable where there is no deployment that more workers could be started of.
 
     Raises BadInput where a run of a deployment is given a path that means another folder on every machine.
     """
     this = flow_run()
     if this is not None and this.deployment_id is not None:
-        for name, path in (("source", source), ("destination", destination)):
+        sources = (source,) if isinstance(source, str) else source
+        for name, path in (*(("source", each) for each in sources), ("destination", destination)):
             if not path.startswith(("/", ICEBERG_SCHEME)) and "://" not in path:
                 message = (
                     f"The {name} of a deployment's run must be an absolute path or an address, got {path!r}: each "

@@ -8,16 +8,16 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
-from serving.errors import SchemaMismatch
+from serving.errors import SchemaMismatch, list_shortly, suggest_name
 
 TEXT_DTYPES = ("str", "binary")
-_NAMES_SHOWN = 40
+_NAMES_SHOWN, _PROBLEMS_SHOWN = 20, 4
 OPAQUE_DTYPES = (*TEXT_DTYPES, "datetime64[ns]")
 
 
@@ -26,6 +26,10 @@ class Frozen(BaseModel):
 
     # Without the last, NaN and infinity would become null in JSON, and could not be read back.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+# Names of columns as a person gives them: a text alone is one name.
+ColumnNames = Annotated[tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
 
 
 class ColumnPolicy(Frozen):
@@ -113,12 +117,12 @@ class Contract(Frozen):
         """Check the schema of a dataset, which messages call `where`.
 
         Raises:
-            SchemaMismatch: Columns are missing or have wrong types; the message lists all of them.
+            SchemaMismatch: Columns are missing or have wrong types; the message lists the first of them.
         """
         pairs = [(value, column) for value in self.inputs for column in value.columns]
         problems = [problem for value, column in pairs if (problem := _find_problem(value, column, schema))]
         if problems:
-            listed = "\n".join(f"  - {problem}" for problem in dict.fromkeys(problems))
+            listed = list_shortly(list(dict.fromkeys(problems)), _PROBLEMS_SHOWN)
             message = f"{where} does not fit the model's signature:\n{listed}\nColumns found: {_list_columns(schema)}."
             raise SchemaMismatch(message)
 
@@ -134,7 +138,7 @@ def _find_problem(value: Input, column: Column, schema: pa.Schema) -> str | None
     if len(found) > 1:
         return f"column {column.name!r} is in the schema {len(found)} times; rename all but one"
     if not found:
-        return _describe_missing(value, column) if column.required else None
+        return _describe_missing(value, column) + suggest_name(column.name, schema.names) if column.required else None
     source = schema.field(found[0]).type
     if column.shape:
         return _find_tensor_problem(column, source)

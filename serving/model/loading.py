@@ -25,6 +25,7 @@ from serving.machine import set_variable
 from serving.model.contract import Contract
 from serving.model.encoding import BatchUnit, Encoded
 from serving.model.interface import Arrays, Engine, Tunable, TuningLimits
+from serving.model.load_errors import explain_load_error
 from serving.model.model_files import check_files
 from serving.model.outputs import name_outputs
 from serving.model.registry import (
@@ -113,7 +114,7 @@ def _load_cached(folder: Path, pin: ModelPin, files: FileStates, is_torch: bool,
     except ModelUnfit:
         raise
     except Exception as error:  # a flavour's loader may raise anything; it all means the same here
-        raise _make_unfit(folder, error, allow_pickle=allow_pickle) from error
+        raise explain_load_error(folder, error, allow_pickle=allow_pickle) from error
     check_files_unchanged(pin, folder, files)
     return model
 
@@ -153,24 +154,6 @@ def _is_training(node: Any) -> bool:
         return False
     given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
     return bool((given.get("train") or given.get("training")) and given.get("p") != 0)
-
-
-_ADVICE_BY_LOADER = {
-    "mlflow.pytorch": 'Log it with serialization_format="pt2", or pass',
-    "mlflow.lightgbm": 'Log its Booster (model.booster_), or with serialization_format="skops", or pass',
-    "mlflow.pyfunc.model": 'Log it as code (python_model="model.py"), or pass',
-    "mlflow.sklearn": 'Log it with serialization_format="skops", or pass',
-}
-
-
-def _make_unfit(folder: Path, error: Exception, *, allow_pickle: bool) -> ModelUnfit:
-    if not allow_pickle and "pickle" in str(error).lower():
-        loader = MLmodel.load(str(folder / "MLmodel")).flavors.get("python_function", {}).get("loader_module")
-        return ModelUnfit(
-            f"A model must not need unpickling, which runs any code in its files, unless asked for; got: {error} "
-            f"{_ADVICE_BY_LOADER.get(str(loader), 'Pass')} allow_pickle=True if you trust its author."
-        )
-    return ModelUnfit(f"The model in {folder} must load here, got {type(error).__name__}: {error}.")
 
 
 class PyfuncModel:

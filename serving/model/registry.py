@@ -19,14 +19,15 @@ from mlflow.artifacts import download_artifacts
 from mlflow.models import Model as MLmodel
 from mlflow.store.artifact.models_artifact_repo import REGISTERED_MODEL_META_FILE_NAME
 
-from serving.errors import ModelNotFound, ModelUnfit
+from serving.errors import ModelNotFound, ModelUnfit, suggest_name
 from serving.model.contract import Contract, Frozen
 from serving.model.signature import Names, Params, Policies, read_contract
 
 _URI = re.compile(r"(?:models:/)?(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+|latest))")
 _COPIED = re.compile(r"models:/(?P<name>[^/@]+)/(?P<version>\d+)")
 _BLOCK = 1 << 20
-_MODELS_SHOWN = 20
+# Enough to find the name that was meant; few of them are shown.
+_MODELS_SEARCHED, _MODELS_SHOWN = 1000, 10
 # The clock of a file system may tick only this often.
 _TICK_NS = 20_000_000
 
@@ -87,6 +88,8 @@ def resolve_model(uri: str) -> Resolved:
     match = _URI.fullmatch(uri)
     if match is None:
         message = f"A model must be models:/NAME@ALIAS, models:/NAME/VERSION or models:/NAME/latest, got {uri!r}."
+        if name_only := re.fullmatch(r"(?:models:/)?([^/@:]+)", uri):
+            message += f" Say which version: models:/{name_only[1]}/latest, for one."
         raise ModelNotFound(message)
     client = MlflowClient()
     name, version = match["name"], _find_version(client, uri, match)
@@ -146,19 +149,21 @@ def _find_version(client: MlflowClient, uri: str, match: re.Match[str]) -> str:
 def _not_found(client: MlflowClient, uri: str, name: str, error: MlflowException | None) -> ModelNotFound:
     try:
         versions = client.search_model_versions(f"name = '{name}'") if re.fullmatch(r"[^']+", name) else []
-        models = client.search_registered_models(max_results=_MODELS_SHOWN)
+        models = [model.name for model in client.search_registered_models(max_results=_MODELS_SEARCHED)]
         aliases = dict(client.get_registered_model(name).aliases) if versions else {}
     except MlflowException:
         return ModelNotFound(f"The registry must answer for {uri}, got: {error}. Check MLFLOW_TRACKING_URI.")
     if versions:
-        have = f"versions {sorted(int(found.version) for found in versions)} and aliases {aliases or 'none'}"
-        return ModelNotFound(f"{uri} must name a version or an alias of {name!r}, which has {have}.")
-    known = ", ".join(repr(model.name) for model in models) or "none"
-    more = " and more" if models.token else ""
+        numbers = sorted(int(found.version) for found in versions)
+        meant = suggest_name(uri.partition("@")[2], aliases)
+        have = f"versions {numbers} and aliases {aliases or 'none'}"
+        return ModelNotFound(f"{uri} must name a version or an alias of {name!r}, which has {have}{meant or '.'}")
+    known = ", ".join(map(repr, models[:_MODELS_SHOWN])) or "none"
+    more = " and more" if len(models) > _MODELS_SHOWN else ""
     where = mlflow.get_registry_uri()
     return ModelNotFound(
-        f"{uri} must be registered, but {where} has no model {name!r}. Registered are: {known}{more}. "
-        "Register it, or set MLFLOW_TRACKING_URI to the registry that has it."
+        f"{uri} must be registered, but {where} has no model {name!r}{suggest_name(name, models) or '.'} Registered "
+        f"are: {known}{more}. Register it, or set MLFLOW_TRACKING_URI to the registry that has it."
     )
 
 

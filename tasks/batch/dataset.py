@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote
 
@@ -26,27 +26,18 @@ from serving.errors import (
     SourceFormat,
     SourceNotFound,
     StorageFault,
+    list_shortly,
+    suggest_name,
 )
 from serving.model.contract import Frozen
 from tasks.batch.footer import FooterReader, GroupBytes
+from tasks.batch.formats import find_format, list_suffixes
 from tasks.storage import Entry, LocalStorage, Selection, Storage, open_storage
 
 SOURCE_FILE, SOURCE_ROW = "source_file", "source_row"
 
-_FORMATS = {
-    ".parquet": "parquet",
-    ".pq": "parquet",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-    ".ipc": "arrow",
-    ".arrows": "arrow",
-    ".csv": "csv",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-}
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _UNDECODED = re.compile("[\ud800-\udfff]")
-_PROBLEMS_SHOWN = 20
 # Where pyarrow keeps the number that Parquet gives a column, which Iceberg knows it by.
 _FIELD_ID = b"PARQUET:field_id"
 
@@ -141,12 +132,15 @@ class Dataset:
         return sum(sum(file.row_groups) for file in self.snapshot.files)
 
 
-def pin_files(selected: Selection, source: str) -> Snapshot:
-    """Return the snapshot of the loose files that a source selects. Raises SourceNotFound, SourceFormat, BadInput."""
+def pin_files(selected: Selection, source: str, *, csv: bool = False) -> Snapshot:
+    """Return the snapshot of the loose files that a source selects. Raises SourceNotFound, SourceFormat, BadInput.
+
+    With `csv` files whose names do not say their format are CSV.
+    """
     if not selected.entries:
         message = (
-            f"The source must name at least one file, got none at {source}. Check the path; names that begin with "
-            "_ or . are passed over, and * stays within a folder where ** does not."
+            f"The source must name at least one file, got none at {source}{_suggest_path(selected, source)} Check the "
+            "path; names that begin with _ or . are passed over, and * stays within a folder where ** does not."
         )
         raise SourceNotFound(message)
     if undecoded := [entry.path for entry in selected.entries if _UNDECODED.search(entry.path)]:
@@ -156,7 +150,15 @@ def pin_files(selected: Selection, source: str) -> Snapshot:
         SourceFile(path=entry.path, size=entry.size, tag=entry.tag)
         for entry in pin_entries(selected.storage, selected.entries)
     )
-    return Snapshot(root=selected.storage.url, format=_detect_format(selected.entries, source), files=files)
+    return Snapshot(root=selected.storage.url, format=_detect_format(selected.entries, source, csv=csv), files=files)
+
+
+def _suggest_path(selected: Selection, source: str) -> str:
+    """Return the local path that may have been meant by one that is not there: another name in the folder above it."""
+    given = Path(source)
+    if not isinstance(selected.storage, LocalStorage) or not given.parent.is_dir() or given.exists():
+        return "."
+    return suggest_name(given.name, (path.name for path in given.parent.iterdir())) or "."
 
 
 def pin_entries(storage: Storage, entries: Sequence[Entry]) -> list[Entry]:
@@ -197,16 +199,22 @@ def check_outside_source(selected: Selection, destination: str, source: str) -> 
         raise BadInput(message)
 
 
-def _detect_format(entries: list[Entry], source: str) -> str:
+def _detect_format(entries: list[Entry], source: str, *, csv: bool) -> str:
     by_format: dict[str | None, list[str]] = {}
     for entry in entries:
-        by_format.setdefault(_FORMATS.get(PurePosixPath(entry.path).suffix.lower()), []).append(entry.path)
+        found = find_format(entry.path) or ("csv" if csv else None)
+        by_format.setdefault(found, []).append(entry.path)
+    if csv and "csv" not in by_format:
+        message = (
+            f"The options say by csv how CSV files are written, but {source} has none, got such as {entries[0].path}. "
+            "Leave csv out, or name CSV files."
+        )
+        raise BadInput(message)
     if len(by_format) == 1 and None not in by_format:
         return str(next(iter(by_format)))
-    found = "; ".join(f"{name or 'unknown'}: {len(paths)}, e.g. {paths[0]}" for name, paths in by_format.items())
-    message = (
-        f"All files of {source} must be of one format out of {sorted(_FORMATS)}, got {found}. Narrow it by a glob."
-    )
+    listed = "; ".join(f"{name or 'unknown'}: {len(paths)}, e.g. {paths[0]}" for name, paths in by_format.items())
+    advice = "Narrow it by a glob." if len(by_format) > 1 else "Where it is CSV by another name, give csv=CsvOptions()."
+    message = f"All files of {source} must be of one format out of {list_suffixes()}, got {listed}. {advice}"
     raise SourceFormat(message)
 
 
@@ -328,14 +336,10 @@ def _require_one_schema(footers: list[tuple[SourceFile, pa.Schema]], used: Seque
             ours, theirs = _column_type(first, name), _column_type(schema, name)
             if ours != theirs:
                 here, there = theirs or "missing", ours or "missing"
-                differing.append(
-                    f"  - {_user_path(file)}: column {name!r} is {here}, in {_user_path(first_file)} {there}"
-                )
+                differing.append(f"{_user_path(file)}: column {name!r} is {here}, in {_user_path(first_file)} {there}")
     if differing:
-        more = len(differing) - _PROBLEMS_SHOWN
-        listed = "\n".join(differing[:_PROBLEMS_SHOWN]) + (f"\n  and {more} more" if more > 0 else "")
         message = (
-            f"Every file must hold the columns that are used in the same type, got:\n{listed}\n"
+            f"Every file must hold the columns that are used in the same type, got:\n{list_shortly(differing)}\n"
             "Rewrite them, or narrow the source by a glob."
         )
         raise SchemaMismatch(message)

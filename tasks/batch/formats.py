@@ -1,26 +1,68 @@
 """CSV, JSON lines and Arrow IPC as tables, read from front to back in blocks.
 
-Values of text formats stay text: the contract parses them, and a value that does not parse rejects its row.
+Values of text formats stay text: the contract parses them, and a value that does not parse rejects its row. Text may be
+compressed: it is decompressed as it is read, block by block, so that memory is bounded whatever it comes to.
 """
 
 from __future__ import annotations
 
 import codecs
 from collections.abc import Generator, Iterable
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.ipc
 
-from serving.errors import SchemaMismatch, SourceCorrupt
+from serving.errors import SchemaMismatch, SourceCorrupt, SourceFormat
 from tasks.batch.json_lines import NotJsonLines, find_fields, parse_lines
+from tasks.batch.options import CsvOptions
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsRead
 
 _BLOCK = 16 << 20
+# A line of compressed text may be no longer: decompressed, it could be of any length.
+_LINE_BYTES_MAX = 256 << 20
 _SHOWN = 200
+_CSV = CsvOptions()
+_COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+_FORMATS = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".ipc": "arrow",
+    ".arrows": "arrow",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+}
+_DELIMITERS = ";\t|"
+
+
+def find_format(path: str) -> str | None:
+    """Return the format of a file by its name, None for another; only text is read where it is compressed."""
+    suffix, compression = _split_suffixes(path)
+    found = _FORMATS.get(suffix)
+    return found if compression is None or found in ("csv", "jsonl") else None
+
+
+def list_suffixes() -> list[str]:
+    """Return the endings of names that are known."""
+    return [*sorted(_FORMATS), *(f"{text}{packed}" for text in (".csv", ".jsonl") for packed in _COMPRESSIONS)]
+
+
+def _split_suffixes(path: str) -> tuple[str, str | None]:
+    """Return the ending of a name without that of its compression, and the compression."""
+    name = PurePosixPath(path.lower())
+    compression = _COMPRESSIONS.get(name.suffix)
+    return (PurePosixPath(name.stem).suffix if compression else name.suffix), compression
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,10 +77,13 @@ class RequestedColumns:
     found: set[str] = field(default_factory=set)
 
 
-def read_tables(raw: Path, kind: str, wanted: RequestedColumns, where: str) -> Iterable[pa.Table]:
+def read_tables(
+    raw: Path, kind: str, wanted: RequestedColumns, where: str, csv: CsvOptions = _CSV
+) -> Iterable[pa.Table]:
     """Return the rows of a file as tables of one schema, each at most about 16 MiB of text or one Arrow batch.
 
-    `where` is the file's address for messages. JSON lines have the wanted columns, which may be null throughout.
+    `where` is the file's address, for messages; its ending says whether the text is compressed. JSON lines have the
+    wanted columns, which may be null throughout.
     Raises SourceCorrupt for lines that are not JSON objects, SchemaMismatch where no column is wanted of JSON
     lines; Arrow's own errors come through.
     """
@@ -46,9 +91,18 @@ def read_tables(raw: Path, kind: str, wanted: RequestedColumns, where: str) -> I
         return []
     if kind == "arrow":
         return _read_arrow(raw)
+    _check_uncompressed(raw, where)
     if kind == "csv":
-        return _read_csv(raw, where)
+        return _read_csv(raw, wanted, where, csv)
     return _read_jsonl(raw, wanted, where)
+
+
+def _check_uncompressed(raw: Path, where: str) -> None:
+    with raw.open("rb") as stream:
+        is_gzip = stream.read(2) == b"\x1f\x8b"
+    if is_gzip and _split_suffixes(where)[1] is None:
+        message = f"{where} must be text, got a file that gzip has compressed. Name it with .gz at its end."
+        raise SourceFormat(message)
 
 
 def _read_arrow(raw: Path) -> Generator[pa.Table]:
@@ -73,36 +127,99 @@ def _decode_dictionaries(table: pa.Table) -> pa.Table:
     return table.cast(pa.schema(fields))
 
 
-def _read_csv(raw: Path, where: str) -> Generator[pa.Table]:
-    read = pa.csv.ReadOptions(block_size=_BLOCK)
-    parse = pa.csv.ParseOptions(newlines_in_values=True)
-    try:
-        with pa.csv.open_csv(str(raw), read_options=read, parse_options=parse) as reader:
-            names = reader.schema.names
-    except pa.ArrowInvalid as error:
-        if "Empty CSV" not in str(error):
-            raise
-        return
-    text = pa.csv.ConvertOptions(
-        column_types=dict.fromkeys(names, pa.string()),
-        null_values=[""],
-        strings_can_be_null=True,
-        quoted_strings_can_be_null=False,
+@contextmanager
+def _open_text(raw: Path, where: str, encoding: str = "utf-8") -> Generator[pa.NativeFile]:
+    """Open a file of text as UTF-8, decompressed as its name says."""
+    _, compression = _split_suffixes(where)
+    with ExitStack() as stack:
+        stream: pa.NativeFile = stack.enter_context(pa.OSFile(str(raw), "rb"))
+        if compression is not None:
+            stream = stack.enter_context(pa.CompressedInputStream(stream, compression))
+        if encoding != "utf-8":
+            stream = stack.enter_context(pa.transcoding_input_stream(stream, encoding, "utf-8"))
+        yield stream
+
+
+def _read_csv(raw: Path, wanted: RequestedColumns, where: str, csv: CsvOptions) -> Generator[pa.Table]:
+    read = pa.csv.ReadOptions(block_size=_BLOCK, column_names=list(csv.column_names) or None)
+    suffix, _ = _split_suffixes(where)
+    parse = pa.csv.ParseOptions(
+        delimiter=csv.delimiter or ("\t" if suffix == ".tsv" else ","),
+        quote_char=csv.quote or False,
+        newlines_in_values=True,
     )
-    with pa.csv.open_csv(str(raw), read_options=read, parse_options=parse, convert_options=text) as reader:
+    try:
+        names = _read_names(raw, where, csv, read, parse)
+        _check_delimiter(names, wanted, where, csv)
+        text = pa.csv.ConvertOptions(
+            column_types=dict.fromkeys(names, pa.string()),
+            null_values=["", *csv.null_values],
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
+        )
         last = ""
-        for batch in reader:
-            yield pa.Table.from_batches([batch])
-            last = (batch.column(batch.num_columns - 1)[-1].as_py() or "") if batch.num_rows else last
-    if "\n" in last and _quotes_are_odd(raw):
+        with (
+            _open_text(raw, where, csv.encoding) as stream,
+            pa.csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=text) as reader,
+        ):
+            for batch in reader if names else ():
+                yield pa.Table.from_batches([batch])
+                last = (batch.column(batch.num_columns - 1)[-1].as_py() or "") if batch.num_rows else last
+    except (pa.ArrowInvalid, UnicodeError) as error:
+        if "Empty CSV" in str(error):
+            return
+        if isinstance(error, UnicodeError) or "UTF8" in str(error):
+            raise SourceCorrupt(_explain_encoding(raw, where, csv)) from error
+        raise
+    if csv.quote is not None and "\n" in last and _quotes_are_odd(raw, where, csv):
         # Arrow takes all that follows an open quote for one value, whatever rows are in it.
-        message = f"{where} must close every quote, got one that stays open at {last[:_SHOWN]!r}. Repair the file."
+        message = (
+            f"{where} must close every quote, got one that stays open at {last[:_SHOWN]!r}. Repair the file; where "
+            "quotes have no meaning in it, give csv=CsvOptions(quote=None)."
+        )
         raise SourceCorrupt(message)
 
 
-def _quotes_are_odd(raw: Path) -> bool:
+def _read_names(
+    raw: Path, where: str, csv: CsvOptions, read: pa.csv.ReadOptions, parse: pa.csv.ParseOptions
+) -> list[str]:
+    with (
+        _open_text(raw, where, csv.encoding) as stream,
+        pa.csv.open_csv(stream, read_options=read, parse_options=parse) as reader,
+    ):
+        return list(reader.schema.names)
+
+
+def _check_delimiter(names: list[str], wanted: RequestedColumns, where: str, csv: CsvOptions) -> None:
+    """Raise SourceFormat where a file has one column, whose name looks like several, and none that the run reads."""
+    if len(names) != 1 or set(names) & set(wanted.names):
+        return
+    found = next((each for each in _DELIMITERS if each in names[0]), None)
+    if found is not None and csv.delimiter is None:
+        message = (
+            f"{where} must have its values parted by commas, got a first line that is parted by {found!r}: "
+            f"{names[0][:_SHOWN]!r}. Give csv=CsvOptions(delimiter={found!r}) in the options."
+        )
+        raise SourceFormat(message)
+
+
+def _explain_encoding(raw: Path, where: str, csv: CsvOptions) -> str:
     with raw.open("rb") as stream:
-        return sum(block.count(b'"') for block in iter(lambda: stream.read(_BLOCK), b"")) % 2 == 1
+        first = stream.read(4)
+    likely = "utf-16" if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "cp1252"
+    likely = "utf-8" if csv.encoding == likely else likely
+    return (
+        f"{where} must be text in {csv.encoding}, got bytes that are none. Say how it is encoded, by "
+        f"csv=CsvOptions(encoding={likely!r}) in the options, for one, or repair it."
+    )
+
+
+def _quotes_are_odd(raw: Path, where: str, csv: CsvOptions) -> bool:
+    quote, quotes = str(csv.quote).encode(), 0
+    with _open_text(raw, where, csv.encoding) as stream:
+        while block := stream.read(_BLOCK):
+            quotes += block.count(quote)
+    return quotes % 2 == 1
 
 
 def _read_jsonl(raw: Path, wanted: RequestedColumns, where: str) -> Generator[pa.Table]:
@@ -110,8 +227,9 @@ def _read_jsonl(raw: Path, wanted: RequestedColumns, where: str) -> Generator[pa
         name: pl.List(pl.String) if name in wanted.lists else pl.String() for name in wanted.names
     }
     line = 1
-    with raw.open("rb") as stream:
-        for block in line_blocks(stream):
+    compressed = _split_suffixes(where)[1] is not None
+    with _open_text(raw, where) as stream:
+        for block in line_blocks(stream, _LINE_BYTES_MAX if compressed else None):
             if types:
                 frame = _parse_json(block, types, where, line)
                 _note_found(frame, block, wanted)
@@ -129,8 +247,8 @@ def _note_found(frame: pl.DataFrame, block: bytes, wanted: RequestedColumns) -> 
     wanted.found.update(filled, find_fields(block, [name for name in missing if name not in filled]))
 
 
-def line_blocks(stream: IO[bytes]) -> Generator[bytes]:
-    """Yield blocks of whole lines, about 16 MiB each."""
+def line_blocks(stream: SupportsRead[bytes], line_bytes_max: int | None = None) -> Generator[bytes]:
+    """Yield blocks of whole lines, about 16 MiB each. Raises ValueError where a line is longer than is allowed."""
     rest = stream.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8)
     while block := stream.read(_BLOCK):
         cut = block.rfind(b"\n") + 1
@@ -139,6 +257,9 @@ def line_blocks(stream: IO[bytes]) -> Generator[bytes]:
             rest = block[cut:]
         else:
             rest += block
+            if line_bytes_max is not None and len(rest) > line_bytes_max:
+                message = f"a line of more than {line_bytes_max >> 20} MiB, which no row has"
+                raise ValueError(message)
     if rest.strip():
         yield rest
 

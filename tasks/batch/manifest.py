@@ -95,6 +95,16 @@ def find_damaged_parts(storage: Storage, manifest: Manifest) -> tuple[str, ...]:
     return tuple(part.path for part in manifest.parts if sizes.get(part.path) != part.bytes)
 
 
+def list_foreign_files(storage: Storage) -> list[str]:
+    """Return the files right in a destination, by one listing: Overnight keeps its own in folders.
+
+    In a Delta table they may be the table's.
+    """
+    return [
+        entry.path for entry in storage.entries(depth=1) if "/" not in entry.path and not entry.path.startswith(".")
+    ]
+
+
 def check_manifest_key(manifest: Manifest, plan: Plan) -> None:
     """Raise RunNameTaken where the manifest below a run's name is of another call than the plan there."""
     if manifest.key != plan.key:

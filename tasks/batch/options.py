@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import Literal, Self
 from uuid import UUID
 
-from pydantic import AwareDatetime, Field, JsonValue, model_validator
+from pydantic import AwareDatetime, Field, JsonValue, field_validator, model_validator
 
-from serving.model.contract import ColumnPolicy, Frozen
+from serving.model.contract import ColumnNames, ColumnPolicy, Frozen
 
 # These decide how a run is carried out, never what it puts out: a later call may change them and still resume.
 _NOT_IN_KEY = {
@@ -40,14 +41,66 @@ class Ray(Frozen):
     )
 
 
+class CsvOptions(Frozen):
+    """How CSV files are written, where not with commas, in UTF-8 and with a line of names."""
+
+    delimiter: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=1,
+        description="The character between two values. Without: a comma, and a tab in files named .tsv.",
+    )
+    quote: str | None = Field(
+        default='"',
+        min_length=1,
+        max_length=1,
+        description="The character around values that hold delimiters or line ends; null where there is none.",
+    )
+    encoding: str = Field(
+        default="utf-8", description="The encoding of the text as Python names it, such as cp1252, latin-1 or utf-16."
+    )
+    null_values: ColumnNames = Field(
+        default=(), description="Texts without quotes that stand for null, such as NA or NULL, beside the empty one."
+    )
+    column_names: ColumnNames = Field(
+        default=(), description="The names of the columns, where files have no first line that says them."
+    )
+
+    @field_validator("delimiter", "quote")
+    @classmethod
+    def _is_one_byte(cls, value: str | None) -> str | None:
+        if value is not None and (not value.isascii() or value in "\r\n"):
+            message = f"must be one ASCII character and no line end, got {value!r}"
+            raise ValueError(message)
+        return value
+
+    @field_validator("encoding")
+    @classmethod
+    def _is_encoding_of_text(cls, value: str) -> str:
+        try:
+            found = codecs.lookup(value)
+            "".encode(value)
+        except LookupError:
+            message = f"must be an encoding of text that Python knows, such as utf-8, cp1252 or utf-16, got {value!r}"
+            raise ValueError(message) from None
+        return found.name
+
+    @model_validator(mode="after")
+    def _marks_differ(self) -> Self:
+        if self.quote is not None and self.quote == (self.delimiter or ","):
+            message = f"delimiter and quote must be different characters, got {self.quote!r} for both"
+            raise ValueError(message)
+        return self
+
+
 class BatchOptions(Frozen):
     """Everything about a batch run that has a default."""
 
-    key_columns: tuple[str, ...] = Field(
+    key_columns: ColumnNames = Field(
         default=(),
         description="Columns of the dataset that name a row in the output. Without any: source_file and source_row.",
     )
-    input_columns: dict[str, tuple[str, ...]] = Field(
+    input_columns: dict[str, ColumnNames] = Field(
         default_factory=dict,
         description="Which columns feed a tensor input of the model, by input name, where the model does not say it.",
     )
@@ -138,6 +191,10 @@ class BatchOptions(Frozen):
     experiment: str | None = Field(
         default="overnight", description="The MLflow experiment that gets the run's lineage; null for none."
     )
+    csv: CsvOptions | None = Field(
+        default=None,
+        description="How the CSV files of the source are written. With it, files of any other name are taken as CSV.",
+    )
     sample_rows: int = Field(
         default=10,
         ge=0,
@@ -204,6 +261,6 @@ class BatchOptions(Frozen):
     def key_fields(self) -> dict[str, object]:
         """Return what the run key is made of: the options that change the output."""
         # Without them a call keeps the key that it has had before there were such options.
-        unset = {name for name in ("rescore", "params") if not getattr(self, name)}
+        unset = {name for name in ("rescore", "params", "csv") if not getattr(self, name)}
         unset |= {"iceberg_table", "iceberg_mode"} if self.output != "iceberg" else {"delta_mode"}
         return self.model_dump(mode="json", exclude=_NOT_IN_KEY | unset)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from serving.errors import BadInput, SchemaMismatch, SourceChanged
+from serving.errors import BadInput, SchemaMismatch, SourceChanged, suggest_name
 from serving.model.contract import Contract, Output, is_text
 from serving.model.encoding import Flags
 from serving.model.interface import Predictions
@@ -84,7 +84,11 @@ def check_names(dataset: Dataset, contract: Contract, options: BatchOptions) -> 
     not be read back from a part.
     """
     if missing := [key for key in options.key_columns if dataset.schema.names.count(key) != 1]:
-        message = f"Each key must be one column of the dataset, got {missing}. Columns found: {dataset.schema.names}."
+        names = dataset.schema.names
+        meant = suggest_name(missing[0], names)
+        message = (
+            f"Each key must be one column of the dataset, got {missing}{meant or '.'} Columns found: {names[:40]}."
+        )
         raise SchemaMismatch(message)
     if not options.key_columns and (taken := {SOURCE_FILE, SOURCE_ROW} & {column.name for column in contract.columns}):
         message = (

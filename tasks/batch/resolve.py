@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Protocol
@@ -98,7 +98,7 @@ class CompleteRun:
 RunState = NewRun | ResumedRun | CompleteRun
 
 
-def resolve_request(model: str, source: str, destination: str, options: BatchOptions) -> RunRequest:
+def resolve_request(model: str, source: str | Sequence[str], destination: str, options: BatchOptions) -> RunRequest:
     """Resolve the model's alias and list the source, once. Nothing is written.
 
     Raises:
@@ -109,7 +109,7 @@ def resolve_request(model: str, source: str, destination: str, options: BatchOpt
     contract = resolved.contract(options.input_columns, options.policies, options.params)
     columns = [*(column.name for column in contract.columns), *options.key_columns]
     version = TableVersion(number=options.source_version, timestamp=options.source_timestamp)
-    snapshot = pin_source(source, destination, columns, version)
+    snapshot = pin_source(source, destination, columns, version, csv=options.csv is not None)
     key = run_key(resolved.pin, snapshot, contract, options)
     return RunRequest(resolved=resolved, snapshot=snapshot, contract=contract, options=options, key=key)
 
@@ -208,9 +208,8 @@ def _open_dataset(request: RunRequest, storage: Storage) -> Dataset:
     names = [column.name for column in request.contract.columns]
     snapshot = request.snapshot
     if snapshot.format != "parquet":
-        check_create_only(storage)
         folder = f"{ROOT}/{request.run}"
-        snapshot = stage(snapshot, storage, folder, request.contract, request.options.key_columns)
+        snapshot = stage(snapshot, storage, folder, request.contract, request.options.key_columns, request.options.csv)
     return open_dataset(snapshot, names, request.options.key_columns)
 
 
@@ -245,7 +244,7 @@ def restage_plan(plan: Plan, storage: Storage) -> Plan:
     """
     if plan.source.format == "parquet":
         return plan
-    copies = stage(plan.source, storage, plan.folder, plan.contract, plan.options.key_columns)
+    copies = stage(plan.source, storage, plan.folder, plan.contract, plan.options.key_columns, plan.options.csv)
     tags = {file.path: file.tag for file in copies.files}
     if lost := [file.path for file in plan.snapshot.files if file.path not in tags]:
         message = (

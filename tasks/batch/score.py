@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from serving.errors import SourceFault, TooManyRejects
+from serving.errors import SourceFault, TooManyRejects, list_shortly
 from serving.model.encoding import Encoded, Flags, encode
 from serving.model.forward import Forward, Halted, iter_retry_delays
 from serving.model.interface import Model, Predictions
@@ -26,6 +26,10 @@ from tasks.spot.drain import Drain
 from tasks.storage import Storage
 
 STAGES = ("read", "encode", "forward", "write")
+_FAULTS_SHOWN, _REASONS_SHOWN, _SAMPLE_CHARACTERS = 4, 3, 40
+
+# A value of the column that a reject of this column and reason had.
+Samples = dict[tuple[str, str], str]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -52,7 +56,7 @@ class ScoringResult:
 
     def faults_error(self) -> SourceFault:
         """Return one error that lists the faults of all chunks, of the kind of the first."""
-        listed = "\n".join(f"  - {fault}" for fault in list(dict.fromkeys(map(str, self.faults.values())))[:10])
+        listed = list_shortly(list(dict.fromkeys(map(str, self.faults.values()))), _FAULTS_SHOWN)
         return type(next(iter(self.faults.values())))(
             f"Every source file must be readable and unchanged; {len(self.faults)} chunks could not be scored:\n"
             f"{listed}\nThe parts of all other chunks are there, and nothing is published."
@@ -93,7 +97,8 @@ class Scorer:
         self.max_reject_fraction = max_reject_fraction
         self.pauses = pauses
         self._lock = threading.Lock()
-        self._rejects = 0
+        self._rejects: Reasons = Counter()
+        self.samples: Samples = {}
 
     def score_shard(self, shard: int) -> ScoringResult:
         """Score what is missing of a shard, then help with what is left of the others.
@@ -120,11 +125,21 @@ class Scorer:
             self.scheduler.stop.set()
             raise
 
-    def count_rejects(self, rejects: int) -> None:
+    def count_rejects(self, rejects: Reasons) -> None:
         """Add rejects to those of all slots; raises TooManyRejects."""
         with self._lock:
-            self._rejects += rejects
-        check_rejects(self._rejects, self.plan, self.max_reject_fraction)
+            self._rejects.update(rejects)
+            so_far = Counter(self._rejects)
+        check_rejects(so_far, self.plan, self.max_reject_fraction, self.samples)
+
+    def keep_samples(self, table: pa.Table, flags: Flags) -> None:
+        """Keep one value of each kind of reject that is new in a block: an error shows it."""
+        for code, (column, reason) in enumerate(flags.reasons, start=1):
+            if (column, reason) in self.samples or column not in table.column_names:
+                continue
+            rows = np.flatnonzero(flags.code_N == code)
+            if len(rows):
+                self.samples[column, reason] = _show_value(table.column(column)[int(rows[0])])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,6 +236,8 @@ class _Slot:
                         break
                     with self.result.timed("encode"):
                         encoded = self._scorer.model.prepare(encode(self._plan.contract, table))
+                        if encoded.flags.reasons:
+                            self._scorer.keep_samples(table, encoded.flags)
                         block = _Block(encoded=encoded, keys=table.select(keys))
                     # Only keys and inputs are needed from here on. The rest is freed before the next block is read.
                     del table, encoded
@@ -261,17 +278,42 @@ class _Slot:
         if won:
             rejects = count_reasons(flags)
             self.result.rejects += rejects
-            self._scorer.count_rejects(rejects.total())
+            self._scorer.count_rejects(rejects)
         else:
             self.result.rows_recomputed += len(flags.code_N)
 
 
-def check_rejects(rejects: int, plan: Plan, fraction_max: float) -> None:
-    """Raise TooManyRejects where the rejects so far are more than the fraction of all rows allows."""
-    if rejects > fraction_max * plan.rows:
+def _show_value(value: pa.Scalar) -> str:
+    """Return a value as an error shows it: short, and nothing for a null, which its reason names."""
+    if not value.is_valid:
+        return ""
+    text = repr(str(value))
+    return text if len(text) <= _SAMPLE_CHARACTERS else f"{text[:_SAMPLE_CHARACTERS]}..."
+
+
+def check_rejects(rejects: Reasons, plan: Plan, fraction_max: float, samples: Samples | None = None) -> None:
+    """Raise TooManyRejects where the rejects so far are more than the fraction of all rows allows.
+
+    Args:
+        rejects: How many rows were rejected, by column and reason.
+        plan: Whose rows they are.
+        fraction_max: How many of its rows may be rejects.
+        samples: A value for each kind of reject that is known.
+    """
+    if rejects.total() > fraction_max * plan.rows:
         message = (
-            f"At most {fraction_max:.4g} of {plan.rows:,} rows may be rejects, got {rejects:,} so far; nothing is "
-            f"published. See why with open_rejects(destination, run={plan.run!r}), correct the data, or raise "
+            f"At most {fraction_max:.4g} of {plan.rows:,} rows may be rejects, got {rejects.total():,} so far; nothing "
+            f"is published. Most are:\n{_list_reasons(rejects, samples or {})}\n"
+            f"See all with open_rejects(destination, run={plan.run!r}), correct the data, or raise "
             "max_reject_fraction and call again. Where it was no fault of the rows, call again with another rescore."
         )
         raise TooManyRejects(message)
+
+
+def _list_reasons(rejects: Reasons, samples: Samples) -> str:
+    lines = []
+    for (column, reason), rows in rejects.most_common():
+        where = f"{column}: {reason}" if column else reason
+        such = f", such as {samples[column, reason]}" if samples.get((column, reason)) else ""
+        lines.append(f"{where} ({rows:,} rows{such})")
+    return list_shortly(lines, _REASONS_SHOWN)

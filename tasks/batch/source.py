@@ -10,12 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from serving.errors import BadInput, NoCompleteRun, SourceChanged, SourceFormat, StorageDenied
+from serving.errors import BadInput, NoCompleteRun, SourceChanged, SourceFormat, SourceNotFound, StorageDenied
 from tasks.batch.dataset import Snapshot, SourceFile, check_outside_source, pin_files, pin_listed_files
 from tasks.batch.delta_source import pin_delta
 from tasks.batch.manifest import find_damaged_parts, find_manifest, find_newest_run
 from tasks.common.extras import import_extra
-from tasks.storage import LocalStorage, Selection, Storage, join_location, open_storage, select, split_location
+from tasks.storage import (
+    LocalStorage,
+    Selection,
+    Storage,
+    join_location,
+    join_selections,
+    open_storage,
+    select,
+    split_location,
+)
 
 if TYPE_CHECKING:
     from pyiceberg.table import Table
@@ -23,6 +32,8 @@ if TYPE_CHECKING:
 ICEBERG_SCHEME = "iceberg:"
 _METADATA_FILE = re.compile(r".+\.metadata\.json")
 _TABLES = ("Delta", "Iceberg")
+
+_SOURCES_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +50,12 @@ class TableVersion:
 
 
 def pin_source(
-    source: str, destination: str, columns: Sequence[str] | None = None, version: TableVersion | None = None
+    source: str | Sequence[str],
+    destination: str,
+    columns: Sequence[str] | None = None,
+    version: TableVersion | None = None,
+    *,
+    csv: bool = False,
 ) -> Snapshot:
     """Pin what a source holds: loose files, one version of a Delta or Iceberg table, or an Overnight run.
 
@@ -49,10 +65,11 @@ def pin_source(
     file is the current one. Names that begin with `_` or `.` are passed over.
 
     Args:
-        source: The address.
+        source: The address; several are those of loose files, in one store.
         destination: Where the run goes, which must lie elsewhere.
         columns: The columns that the run uses; all of them where none are given.
         version: The version of a table; its current one where none is given.
+        csv: Whether files of unknown names are CSV.
 
     Raises:
         SourceNotFound: No file is there, or no table of that name.
@@ -63,6 +80,8 @@ def pin_source(
         BadInput: The destination's parts would be taken for the source's files, or the table has no such version.
     """
     version = version or TableVersion()
+    if not isinstance(source, str):
+        return _pin_several(source, destination, columns, version, csv=csv)
     if source.startswith(ICEBERG_SCHEME) or _METADATA_FILE.fullmatch(source):
         return _read_iceberg(source, destination, columns, version)
     selected = select(source)
@@ -75,10 +94,37 @@ def pin_source(
         )
         raise BadInput(message)
     if log is None:
-        return pin_files(selected, source)
+        return pin_files(selected, source, csv=csv)
     if log.kind == "Iceberg":
         return _read_iceberg(log.table, destination, columns, version)
     return _read_delta(log, version) if log.kind == "Delta" else _read_run(log)
+
+
+def _pin_several(
+    sources: Sequence[str], destination: str, columns: Sequence[str] | None, version: TableVersion, *, csv: bool
+) -> Snapshot:
+    """Pin the loose files that several addresses select, in the order of their paths."""
+    if len(sources) == 1:
+        return pin_source(sources[0], destination, columns, version, csv=csv)
+    selections = []
+    for source in sources:
+        selected = select(source)
+        if (log := find_commit_log(selected, source)) is not None:
+            message = (
+                f"A list of sources must be one of loose files, got the {log.kind} table {log.table} in it, which its "
+                "own log describes. Score it in a call of its own."
+            )
+            raise SourceFormat(message)
+        check_outside_source(selected, destination, source)
+        if not selected.entries:
+            # Raises the error that says which of them is not there.
+            pin_files(selected, source, csv=csv)
+        selections.append(selected)
+    if not selections:
+        message = "The source must name at least one file, got an empty list. Name files, folders or globs."
+        raise SourceNotFound(message)
+    more = f" and {len(sources) - _SOURCES_SHOWN} more" if len(sources) > _SOURCES_SHOWN else ""
+    return pin_files(join_selections(selections), f"{', '.join(sources[:_SOURCES_SHOWN])}{more}", csv=csv)
 
 
 def _read_iceberg(source: str, destination: str, columns: Sequence[str] | None, version: TableVersion) -> Snapshot:

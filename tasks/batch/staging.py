@@ -11,22 +11,26 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from serving.errors import SchemaMismatch, SourceEmpty, StorageFault
+from serving.errors import SchemaMismatch, SourceEmpty, StorageFault, suggest_name
 from serving.model.contract import Contract, Frozen
 from tasks.batch.dataset import Snapshot, SourceFile, name_corrupt_file
 from tasks.batch.formats import RequestedColumns, read_tables
+from tasks.batch.options import CsvOptions
 from tasks.common.extras import import_extra
-from tasks.storage import LocalStorage, Storage, copy_pinned, local_errors, open_storage
+from tasks.storage import LocalStorage, Storage, check_create_only, copy_pinned, local_errors, open_storage
 
 _ROWS_PER_GROUP = 1 << 16
 _COPY_BYTES = 64 << 20
+_NAMES_SHOWN = 20
 
 
 def stage(
@@ -35,6 +39,7 @@ def stage(
     folder: str,
     contract: Contract,
     keys: tuple[str, ...],
+    csv: CsvOptions | None = None,
 ) -> Snapshot:
     """Return a snapshot of Parquet copies of every file, each made unless it is there already.
 
@@ -42,16 +47,14 @@ def stage(
     memory is bounded whatever the size of the file. Raises SourceCorrupt by file name, SourceEmpty
     where there are no rows.
     """
-    convert = _make_converter(snapshot, destination, folder)
+    source = open_storage(snapshot.root)
     listed = {entry.path for entry in destination.entries(f"{folder}/staged")}
-    made_for = _digest(snapshot, contract, keys)
+    made_for = _digest(snapshot, contract, keys, csv)
+    work = _Staging(snapshot, contract, keys, csv or CsvOptions(), source, destination, folder)
     listings = {f"{folder}/staged/{file.path}/listing-{made_for}.json": file for file in snapshot.files}
     for path, file in listings.items():
         if path not in listed:
-            wanted = _requested_columns(contract, keys)
-            made = tuple(convert(file, wanted))
-            listing = _Listing(copies=made, columns=tuple(name for name in wanted.names if name in wanted.found))
-            destination.put_new(path, listing.model_dump_json().encode())
+            destination.put_new(path, work.convert(file).model_dump_json().encode())
     found = [_read_listing(destination, folder, path) for path in listings]
     copies = [copy for each in found for copy in each.copies]
     if not copies:
@@ -64,9 +67,10 @@ def stage(
     return Snapshot(root=destination.url, format="parquet", files=files, columns_missing=missing)
 
 
-def _digest(snapshot: Snapshot, contract: Contract, keys: tuple[str, ...]) -> str:
+def _digest(snapshot: Snapshot, contract: Contract, keys: tuple[str, ...], csv: CsvOptions | None) -> str:
     """Return what a list of copies is tied to: a call under the same name over other files has lists of its own."""
     told = f"{snapshot.model_dump_json()}\n{contract.model_dump_json()}\n{keys}"
+    told += "" if csv is None else f"\n{csv.model_dump_json()}"
     return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
 
 
@@ -135,40 +139,79 @@ def _requested_columns(contract: Contract, keys: tuple[str, ...]) -> RequestedCo
     return RequestedColumns(names=names, lists=frozenset(column.name for column in contract.columns if column.shape))
 
 
-_Converter = Callable[[SourceFile, RequestedColumns], Iterable[_Copy]]
+@dataclass(slots=True)
+class _Staging:
+    """What the files of a snapshot are copied by, and where to."""
+
+    snapshot: Snapshot
+    contract: Contract
+    keys: tuple[str, ...]
+    csv: CsvOptions
+    source: Storage
+    destination: Storage
+    folder: str
+    iceberg_rows: Any = None
+    is_tried: bool = False
+
+    def __post_init__(self) -> None:
+        if self.snapshot.format == "iceberg":
+            self.iceberg_rows = import_extra("tasks.batch.iceberg_source", "iceberg").SnapshotRows(self.snapshot)
+
+    def convert(self, file: SourceFile) -> _Listing:
+        """Copy a file, and return the list of its copies."""
+        wanted = _requested_columns(self.contract, self.keys)
+        copies = tuple(self._copy(file, wanted))
+        return _Listing(copies=copies, columns=tuple(name for name in wanted.names if name in wanted.found))
+
+    def _copy(self, file: SourceFile, wanted: RequestedColumns) -> Generator[_Copy]:
+        row = 0
+        with name_corrupt_file(self.source, file.entry), self._open_tables(file, wanted) as tables:
+            for rows, data in _write_copies(tables):
+                if not self.is_tried:
+                    # Nothing is written before the first file has been found fit.
+                    check_create_only(self.destination)
+                    self.is_tried = True
+                # Named by its content: copies that an attempt before this one cut elsewhere are never mixed with these.
+                digest = hashlib.blake2b(data, digest_size=8).hexdigest()
+                path = f"{self.folder}/staged/{file.path}/{row:012d}-{digest}.parquet"
+                self.destination.put_new(path, data)
+                yield _Copy(path=path, origin=file.path, origin_row=row)
+                row += rows
+
+    @contextlib.contextmanager
+    def _open_tables(self, file: SourceFile, wanted: RequestedColumns) -> Generator[Iterable[pa.Table]]:
+        """Yield the rows of a file, which must be the same one before and after they are read."""
+        if self.iceberg_rows is not None:
+            self.source.check_unchanged(file.entry)
+            yield self.iceberg_rows.read(file)
+            self.source.check_unchanged(file.entry)
+            return
+        where = self.source.address(file.path)
+        with _local_copy(self.source, file) as raw:
+            tables = read_tables(raw, self.snapshot.format, wanted, where, self.csv)
+            yield _check_columns(tables, self._find_required(file), where)
+
+    def _find_required(self, file: SourceFile) -> frozenset[str]:
+        """Return the columns that a file must have itself; JSON lines may leave out any."""
+        if self.snapshot.format == "jsonl":
+            return frozenset()
+        required = {column.name for column in self.contract.columns if column.required} | set(self.keys)
+        return frozenset(required - file.partition_values.keys())
 
 
-def _make_converter(snapshot: Snapshot, destination: Storage, folder: str) -> _Converter:
-    """Return what makes the copies of one file of a snapshot."""
-    source = open_storage(snapshot.root)
-    if snapshot.format == "iceberg":
-        rows = import_extra("tasks.batch.iceberg_source", "iceberg").SnapshotRows(snapshot)
-
-        def convert_rows(file: SourceFile, _: RequestedColumns) -> Iterable[_Copy]:
-            with name_corrupt_file(source, file.entry):
-                source.check_unchanged(file.entry)
-                yield from _put_copies(file, rows.read(file), destination, folder)
-                source.check_unchanged(file.entry)
-
-        return convert_rows
-
-    def convert_text(file: SourceFile, wanted: RequestedColumns) -> Iterable[_Copy]:
-        with _local_copy(source, file) as raw, name_corrupt_file(source, file.entry):
-            tables = read_tables(raw, snapshot.format, wanted, source.address(file.path))
-            yield from _put_copies(file, tables, destination, folder)
-
-    return convert_text
-
-
-def _put_copies(file: SourceFile, tables: Iterable[pa.Table], destination: Storage, folder: str) -> Generator[_Copy]:
-    row = 0
-    for rows, data in _write_copies(tables):
-        # Named by its content: copies that an attempt before this one cut elsewhere are never mixed with these.
-        digest = hashlib.blake2b(data, digest_size=8).hexdigest()
-        path = f"{folder}/staged/{file.path}/{row:012d}-{digest}.parquet"
-        destination.put_new(path, data)
-        yield _Copy(path=path, origin=file.path, origin_row=row)
-        row += rows
+def _check_columns(tables: Iterable[pa.Table], required: frozenset[str], where: str) -> Generator[pa.Table]:
+    """Yield tables, and raise SchemaMismatch before the first one where columns are missing."""
+    for at, table in enumerate(tables):
+        missing = sorted(required - set(table.column_names)) if at == 0 and table.num_rows else ()
+        if missing:
+            found = ", ".join(table.column_names[:_NAMES_SHOWN])
+            message = (
+                f"{where} must have every column that the run reads, but {missing} are missing"
+                f"{suggest_name(missing[0], table.column_names) or '.'} Columns found: {found}. Rename them, or say "
+                "how the file is written by the option csv."
+            )
+            raise SchemaMismatch(message)
+        yield table
 
 
 @contextlib.contextmanager

@@ -118,12 +118,12 @@ class Addresses:
     """The addresses of a call, none of them a block's name."""
 
     model: str
-    source: str
+    source: str | tuple[str, ...]
     destination: str
 
 
 @contextmanager
-def open_addresses(model: str, source: str, destination: str) -> Generator[Addresses]:
+def open_addresses(model: str, source: str | tuple[str, ...], destination: str) -> Generator[Addresses]:
     """Yield the addresses of a call. Variables of the blocks that it names are in the environment while the block runs.
 
     Raises:
@@ -134,7 +134,7 @@ def open_addresses(model: str, source: str, destination: str) -> Generator[Addre
         name, model = _split(model)
         _add_variables(variables, f"model={BLOCK}{name}", _load(OvernightRegistry, "model", name))
         model = f"models:/{model}"
-    if source.startswith(BLOCK):
+    if isinstance(source, str) and source.startswith(BLOCK):
         name, below = _split(source)
         found = _load(OvernightSource, "source", name)
         _add_variables(variables, f"source={BLOCK}{name}", found)

@@ -6,8 +6,12 @@ All are written create-only and read as pinned.
 """
 
 from tasks.storage.addresses import (
+    Address,
     Selection,
+    SourceAddress,
+    as_texts,
     join_location,
+    join_selections,
     open_storage,
     reader_options,
     register_scheme,
@@ -21,16 +25,20 @@ from tasks.storage.local import LocalStorage, local_errors
 from tasks.storage.s3 import S3Storage, s3_options
 
 __all__ = [
+    "Address",
     "AzureStorage",
     "Entry",
     "GcsStorage",
     "LocalStorage",
     "S3Storage",
     "Selection",
+    "SourceAddress",
     "Storage",
+    "as_texts",
     "check_create_only",
     "copy_pinned",
     "join_location",
+    "join_selections",
     "local_errors",
     "open_storage",
     "reader_options",

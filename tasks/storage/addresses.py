@@ -6,9 +6,13 @@ import fnmatch
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
+from typing import Annotated, Any
 from urllib.parse import unquote, urlsplit
+
+from pydantic import BeforeValidator, WithJsonSchema
 
 from serving.errors import BadInput
 from tasks.storage.azure import AzureStorage, azure_options
@@ -29,6 +33,25 @@ _SCHEMES_OF_HADOOP = {"s3a": "s3", "s3n": "s3"}
 _SIGNED = re.compile("[?&]sig=")
 _FILE_URL = re.compile(r"file:(?://(?:localhost)?)?(/(?!/).*)", re.DOTALL)
 _WILD = re.compile(r"[*?\[]")
+
+
+def _to_text(given: Any) -> Any:
+    """Return a path as its text, and those of a list as theirs, in a tuple."""
+    if isinstance(given, list | tuple):
+        return tuple(_to_text(each) for each in given)
+    return os.fspath(given) if isinstance(given, os.PathLike) else given
+
+
+# SourceAddress as a person gives them, which are texts once they are checked. Forms ask for one text.
+Address = Annotated[str | Path, BeforeValidator(_to_text), WithJsonSchema({"type": "string"})]
+SourceAddress = Annotated[
+    str | Path | Sequence[str | Path], BeforeValidator(_to_text), WithJsonSchema({"type": "string"})
+]
+
+
+def as_texts(given: str | Path | Sequence[str | Path]) -> str | tuple[str, ...]:
+    """Return an address as its text, and several as theirs."""
+    return str(given) if isinstance(given, str | Path) else tuple(map(str, given))
 
 
 def open_storage(url: str) -> Storage:
@@ -149,6 +172,31 @@ def select(address: str) -> Selection:
         return _select_one_file(storage)
     fitting = [entry for entry in entries if _matches(entry.path.split("/"), globs)]
     return Selection(storage=storage, globs=globs, entries=fitting, listed=entries)
+
+
+def join_selections(selections: Sequence[Selection]) -> Selection:
+    """Return several selections of one store as one, below the folder that they share; a file counts once.
+
+    Raises BadInput where they lie in different stores.
+    """
+    scheme, sep, _ = selections[0].storage.url.rpartition("://")
+    if any(each.storage.url.rpartition("://")[0] != scheme for each in selections):
+        message = f"All files of a source must lie in one store, got {sorted({e.storage.url for e in selections})}."
+        raise BadInput(message)
+    folders = [each.storage.url.removeprefix(f"{scheme}{sep}").strip("/").split("/") for each in selections]
+    shared = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False))]
+    if sep and not shared:
+        message = f"All files of a source must lie in one bucket, got {sorted({folder[0] for folder in folders})}."
+        raise BadInput(message)
+    below = {id(each): "/".join(folder[len(shared) :]) for each, folder in zip(selections, folders, strict=True)}
+
+    def rebase(each: Selection, entry: Entry) -> Entry:
+        return replace(entry, path=f"{below[id(each)]}/{entry.path}".lstrip("/"))
+
+    entries = {path.path: path for each in selections for path in (rebase(each, entry) for entry in each.entries)}
+    root = f"{scheme}{sep}{'/'.join(shared)}" if sep else f"/{'/'.join(shared)}"
+    found = [entries[path] for path in sorted(entries)]
+    return Selection(storage=open_storage(root), globs=(), entries=found, listed=found)
 
 
 def _split_at_glob(address: str) -> tuple[str, tuple[str, ...]]:

@@ -10,7 +10,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlflow
 import numpy as np
@@ -18,6 +18,7 @@ import polars as pl
 import pytest
 import torch
 from deltalake import DeltaTable
+from prefect.settings import PREFECT_LOGGING_LEVEL, temporary_settings
 
 from serving.errors import (
     BadInput,
@@ -395,6 +396,44 @@ class TestTheSameRun:
         assert kept.items() <= run_parts(tmp_path / "scores").items()
 
 
+class TestHowACallMayBeWritten:
+    def test_paths_and_texts_a_list_of_one_and_options_as_a_mapping_are_the_same_run(
+        self, linear: str, customers: Path, tmp_path: Path
+    ) -> None:
+        from flows.batch import batch_inference
+
+        first = infer(linear, customers, tmp_path / "scores")
+        options: Any = {"key_columns": "customer", "batch_size": 128, "rows_per_chunk": 1024, "experiment": None}
+        second = batch_inference(linear, customers, tmp_path / "scores", options)
+        third = batch_inference(linear, [customers], str(tmp_path / "scores"), options)
+
+        assert first.run == second.run == third.run
+        assert {"already complete"} == {second.status, third.status}
+
+    def test_a_list_of_files_is_scored_as_their_folder_is(self, linear: str, customers: Path, tmp_path: Path) -> None:
+        from flows.batch import batch_inference
+
+        batch_inference(linear, sorted(customers.iterdir()), tmp_path / "scores", OPTIONS)
+        infer(linear, customers, tmp_path / "folder")
+
+        listed, folder = (open_predictions(str(tmp_path / name)).collect() for name in ("scores", "folder"))
+        assert folder.equals(listed)
+
+    def test_a_destination_with_files_of_others_is_warned_about_once(
+        self, linear: str, customers: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (tmp_path / "scores").mkdir()
+        for name in ("a.csv", "b.parquet", ".hidden"):
+            (tmp_path / "scores" / name).touch()
+        with temporary_settings({PREFECT_LOGGING_LEVEL: "WARNING"}):
+            infer(linear, customers, tmp_path / "scores")
+            infer(linear, customers, tmp_path / "scores")
+
+        warnings = [line.getMessage() for line in caplog.records if "files that are not Overnight's" in line.msg]
+        assert 1 == len(warnings)
+        assert "such as a.csv, b.parquet:" in warnings[0]
+
+
 class TestBadRows:
     def test_each_is_in_the_output_with_its_reason_and_can_be_opened(self, linear: str, tmp_path: Path) -> None:
         def edit(table: pl.DataFrame) -> pl.DataFrame:
@@ -501,11 +540,9 @@ class TestBadInput:
     def test_unknown_options_are_refused_by_name_when_they_come_as_json(
         self, linear: str, customers: Path, tmp_path: Path
     ) -> None:
-        from prefect.exceptions import ParameterTypeError
-
         from flows.batch import batch_inference
 
-        with pytest.raises(ParameterTypeError, match="rows_per_chunks"):
+        with pytest.raises(BadInput, match=r"rows_per_chunks: there is no such field; did you mean 'rows_per_chunk'\?"):
             batch_inference(linear, str(customers), str(tmp_path / "scores"), {"rows_per_chunks": 5})  # type: ignore[arg-type]
 
     def test_a_destination_that_can_not_hold_files(self, linear: str, customers: Path, tmp_path: Path) -> None:

@@ -1,30 +1,28 @@
+"""What errors look like: short, and with the name that was meant."""
+
 from __future__ import annotations
 
-import inspect
-import re
+import pytest
 
-from serving import errors
-
-KINDS = {name: kind for name, kind in vars(errors).items() if inspect.isclass(kind)}
+from serving.errors import BadInput, describe_error, list_shortly, suggest_name
 
 
-def test_the_tree_in_the_docstring_is_the_tree_of_the_classes() -> None:
-    drawn, path = {}, ["OvernightError"]
-    for line in (errors.__doc__ or "").splitlines():
-        if match := re.match(r"([| ]*)\+-- (\w+)", line):
-            path[len(match[1]) // 4 + 1 :] = [match[2]]
-            drawn[match[2]] = path[-2]
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("custommer", "customer"), ("CUSTOMER", "customer"), ("ammount", "Amount"), ("zebra", None), ("", None)],
+)
+def test_the_nearest_name_is_suggested(name: str, expected: str | None) -> None:
+    found = suggest_name(name, ["customer", "Amount", "id"])
 
-    assert {name: kind.__base__.__name__ for name, kind in KINDS.items() if name != "OvernightError"} == drawn | {
-        name: "OvernightError" for name in drawn if drawn[name] == "OvernightError"
-    }
+    assert (f"; did you mean {expected!r}?" if expected else "") == found
 
 
-def test_a_callers_mistake_is_a_value_error_and_nothing_else_is() -> None:
-    assert {name for name, kind in KINDS.items() if issubclass(kind, errors.BadInput)} == {
-        name for name, kind in KINDS.items() if issubclass(kind, ValueError)
-    }
+def test_a_long_list_says_how_many_more_there_are() -> None:
+    assert "  - a\n  - b\n  - and 2 more" == list_shortly(["a", "b", "c", "d"], 2)
+    assert "  - a" == list_shortly(["a"])
 
 
-def test_every_error_has_a_docstring() -> None:
-    assert all(kind.__doc__ for kind in KINDS.values())
+def test_an_error_is_its_kind_and_the_first_lines_of_its_message() -> None:
+    assert "BadInput: no" == describe_error(BadInput("no"))
+    assert 9 == len(describe_error(BadInput("x\n" * 50)).split("\n"))
+    assert ["BadInput: no"] == BadInput("no")._render_traceback_(), "as a notebook shows it"

@@ -217,7 +217,8 @@ class BatchWorld:
             if not audit.missing:
                 break
         check_rows_add_up(plan, audit)
-        check_rejects(sum(count.rows for count in count_rejects(audit)), plan, fraction)
+        rejects = Counter({(count.column, count.reason): count.rows for count in count_rejects(audit)})
+        check_rejects(rejects, plan, fraction)
         return audit
 
     def _score_pass(self, scorer: Scorer, slots: int, process: Process) -> ScoringResult:

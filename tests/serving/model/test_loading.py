@@ -92,7 +92,7 @@ def test_a_pickled_network_is_refused_with_what_to_do(pickled: str) -> None:
 
     assert "must not need unpickling, which runs any code in its files" in message
     assert message.endswith(
-        'Log it with serialization_format="pt2", or pass allow_pickle=True if you trust its author.'
+        'Log it with serialization_format="pt2", or pass allow_pickle=True in the options if you trust its author.'
     )
 
 
@@ -218,7 +218,7 @@ def test_a_pickled_scikit_learn_model_needs_allow_pickle_and_answers_as_itself(l
     signature = signature_of(frame, model.predict(frame))
     uri = log("sklearn", mlflow.sklearn.log_model, model, signature=signature, serialization_format="cloudpickle")
 
-    assert 'Log it with serialization_format="skops", or pass allow_pickle=True' in refusal(uri)
+    assert "(mlflow.sklearn). Pass allow_pickle=True in the options if you trust its author." in refusal(uri)
     assert np.array_equal(model.predict(frame), predict_frame(uri, frame, allow_pickle=True)["prediction"])
 
 
@@ -254,7 +254,7 @@ def test_a_pickled_lightgbm_classifier_needs_allow_pickle_and_answers_as_itself(
         signature=signature_of(frame, model.predict_proba(frame)),
     )
 
-    assert 'Log its Booster (model.booster_), or with serialization_format="skops", or pass allow' in refusal(uri)
+    assert 'Log its Booster (model.booster_), or it with serialization_format="skops", or pass allow' in refusal(uri)
     assert np.array_equal(model.predict(frame), predict_frame(uri, frame, allow_pickle=True)["prediction"])
     assert (200, 3) == predict_frame(booster, frame, allow_pickle=False)["prediction"].shape
 

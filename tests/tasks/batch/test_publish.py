@@ -209,7 +209,7 @@ def test_the_copies_that_were_staged_are_deleted_and_the_plan_stays(destination:
     put_parts(plan, destination)
     publish(destination, plan, audit_parts(destination, plan))
 
-    assert ["_overnight/key/manifest.json", "_overnight/key/plan.json"] == [
+    assert ["_overnight/create-only.json", "_overnight/key/manifest.json", "_overnight/key/plan.json"] == [
         entry.path for entry in destination.entries("_overnight")
     ]
     assert plan == load_plan(destination, "key")

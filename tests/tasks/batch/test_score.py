@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -363,14 +364,30 @@ def test_a_fraction_of_rejects_is_of_all_rows(plan: Plan, rejects: int, refused:
     plan = plan.model_copy(update={"rows": 100})
     if refused:
         with pytest.raises(TooManyRejects, match=r"At most 0\.1 of 100 rows"):
-            check_rejects(rejects, plan, 0.1)
+            check_rejects(Counter({("a", "null"): rejects}), plan, 0.1)
     else:
-        check_rejects(rejects, plan, 0.1)
+        check_rejects(Counter({("a", "null"): rejects}), plan, 0.1)
 
 
 def test_too_many_rejects_name_the_run_that_shows_them(plan: Plan) -> None:
-    with pytest.raises(TooManyRejects, match=rf"See why with open_rejects\(destination, run='{plan.run}'\)"):
-        check_rejects(plan.rows, plan, 0.1)
+    rejects = Counter({("a", "null"): 1, ("b", "text that does not parse as float32"): plan.rows, ("", "no"): 2})
+    with pytest.raises(TooManyRejects, match=rf"See all with open_rejects\(destination, run='{plan.run}'\)") as refused:
+        check_rejects(rejects, plan, 0.1, {("b", "text that does not parse as float32"): "'n/a'"})
+
+    assert [
+        f"  - b: text that does not parse as float32 ({plan.rows} rows, such as 'n/a')",
+        "  - no (2 rows)",
+        "  - a: null (1 rows)",
+    ] == str(refused.value).split("\n")[1:4]
+
+
+def test_too_many_rejects_show_a_value_that_was_refused(tmp_path: Path) -> None:
+    table = pa.table({"id": list(range(20)), "a": ["1"] * 5 + ["n/a"] * 10 + ["unknown " * 20] * 5, "b": ["2"] * 20})
+    put(f"{tmp_path}/in", {"a.parquet": table})
+    plan, destination = a_plan(f"{tmp_path}/in", f"{tmp_path}/out"), open_storage(f"{tmp_path}/out")
+
+    with pytest.raises(TooManyRejects, match=r"a: text that does not parse as \w+ \(\d+ rows, such as '(n/a|unknown)"):
+        score(plan, destination, Adder(), slots=1, fraction=0.1)
 
 
 def test_no_part_is_written_once_the_files_of_a_model_that_reads_them_later_were_changed(

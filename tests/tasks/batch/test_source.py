@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
-from serving.errors import BadInput, NoCompleteRun, SourceChanged, SourceEmpty, SourceFormat
+from serving.errors import BadInput, NoCompleteRun, SourceChanged, SourceEmpty, SourceFormat, SourceNotFound
 from tasks.batch.chunk_layout import Piece
 from tasks.batch.chunk_reader import Reader
 from tasks.batch.dataset import Snapshot, open_dataset
@@ -496,3 +496,36 @@ def test_a_part_rewritten_since_the_snapshot_is_source_changed(place: str) -> No
     put(place, {snapshot.files[0].path: numbers(5, 8)})
     with pytest.raises(SourceChanged):
         ids(snapshot)
+
+
+class TestSeveralAddresses:
+    """A list of files, folders and globs is one source."""
+
+    def test_is_the_files_of_each_once_by_their_paths(self, place: str) -> None:
+        put(place, {"a/x.parquet": numbers(0, 2), "b/day=1/y.parquet": numbers(2, 4), "b/z.parquet": numbers(4, 5)})
+        sources = [f"{place}/b", f"{place}/a/x.parquet", f"{place}/b/*.parquet"]
+        snapshot = pin_source(sources, ELSEWHERE)
+
+        assert ["a/x.parquet", "b/day=1/y.parquet", "b/z.parquet"] == [file.path for file in snapshot.files]
+        assert [0, 1, 2, 3, 4] == ids(snapshot)
+        assert snapshot == pin_source(sources[::-1], ELSEWHERE)
+
+    def test_of_one_is_that_one(self, place: str) -> None:
+        put(place, {"a.parquet": numbers(0, 2)})
+
+        assert pin_source(f"{place}/a.parquet", ELSEWHERE) == pin_source((f"{place}/a.parquet",), ELSEWHERE)
+
+    def test_must_each_be_there(self, place: str) -> None:
+        put(place, {"a.parquet": numbers(0, 2)})
+        with pytest.raises(SourceNotFound, match=r"got none at .*/b\.parquet"):
+            pin_source([f"{place}/a.parquet", f"{place}/b.parquet"], ELSEWHERE)
+        with pytest.raises(SourceNotFound, match="got an empty list"):
+            pin_source([], ELSEWHERE)
+
+    def test_must_lie_in_one_store_outside_of_tables_and_beside_the_destination(self, place: str) -> None:
+        put(place, {"a.parquet": numbers(0, 2), "t/_delta_log/0.json": b"{}", "t/b.parquet": numbers(2, 3)})
+        with pytest.raises(SourceFormat, match="got the Delta table"):
+            pin_source([f"{place}/a.parquet", f"{place}/t"], ELSEWHERE)
+        put(f"{place}/in", {"c.parquet": numbers(3, 4)})
+        with pytest.raises(BadInput, match="must lie outside the source"):
+            pin_source([f"{place}/*.parquet", f"{place}/in"], f"{place}/in/out")
