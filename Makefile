@@ -9,7 +9,7 @@ MAKEFLAGS += --no-print-directory
 .PHONY: demo demo-endpoint demo-modes demo-stream deploy lint types check format clean
 .PHONY: test test-flows test-stations test-kills test-machines test-servers test-workers test-nights
 .PHONY: simulate chaos bench-batch bench-peers bench-resume bench-gpu bench-spot bench-nightly bench-workers bench-endpoint bench-stream
-.PHONY: bench-modes bench-memory size pictures docs diagrams notebooks
+.PHONY: bench-modes bench-memory bench-start size pictures docs diagrams notebooks
 
 $(STAMP): pyproject.toml constraints.txt infra/local/wheels.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got %d.%d; set PYTHON=" % sys.version_info[:2])'
@@ -146,6 +146,10 @@ bench-modes: $(STAMP)
 # The memory that a run states beside what it takes, over rows of nine shapes. SCALE=0.2 for a quick look, SHAPES="wide".
 bench-memory: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.memory
+
+# Seconds of imports and of whole scripts, from the start of a process to its exit. ROUNDS=2 for a quick look.
+bench-start: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.start
 
 # Modules and lines by package, and words that stop a reader. The last line is one JSON object.
 size: $(STAMP)
