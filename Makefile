@@ -38,9 +38,9 @@ demo-modes: $(STAMP)
 deploy: $(STAMP)
 	@$(BIN)/python -m deployments.apply
 
-# Two processes at a time, since tests wait for servers more than they compute; those of one share its Prefect servers.
+# Three processes at a time, since tests wait for servers more than they compute; those of one share its Prefect servers.
 test: lint $(STAMP)
-	@$(MAKE) -j 2 test-flows types test-stations test-kills
+	@$(MAKE) -j 3 test-flows test-stations types test-kills
 
 KILLS := $(wildcard tests/flows/test_*kills.py) tests/flows/test_stream_kafka.py
 

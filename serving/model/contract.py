@@ -101,6 +101,10 @@ class Contract(Frozen):
     outputs: tuple[Output, ...]
     params: dict[str, JsonValue] = Field(default_factory=dict, exclude_if=operator.not_)
 
+    def __hash__(self) -> int:
+        # Values of params may be lists and objects, which have no hash.
+        return hash((self.inputs, self.outputs, frozenset(self.params)))
+
     @property
     def columns(self) -> tuple[Column, ...]:
         """Every source column that the model reads, once each."""

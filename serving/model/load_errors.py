@@ -49,12 +49,12 @@ def explain_load_error(folder: Path, error: Exception, *, allow_pickle: bool) ->
 
 
 def _refuse_pickle(mlmodel: MLmodel) -> ModelUnfit:
-    loader = str(mlmodel.flavors.get("python_function", {}).get("loader_module"))
+    loader = str(mlmodel.flavors.get("python_function", {}).get("loader_module") or "")
     advice = _ADVICE_BY_LOADER.get(loader)
     what_to_do = f"{advice} {_ALLOW}" if advice else f"{_ALLOW[0].upper()}{_ALLOW[1:]}"
     return ModelUnfit(
-        "A model must not need unpickling, which runs any code in its files, unless asked for; got one that was logged "
-        f"as a pickle ({loader}). {what_to_do}."
+        "A model must not need unpickling, which runs any code in its files, unless asked for; got one with a pickle "
+        f"in it ({loader or ', '.join(mlmodel.flavors)}). {what_to_do}."
     )
 
 

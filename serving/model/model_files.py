@@ -97,7 +97,7 @@ def _is_skops(folder: Path, mlmodel: MLmodel) -> bool:
         message = (
             "A model saved by skops must be made of types that skops and MLflow trust, unless asked for; got: "
             f"{shown}. The model's own list of trusted types (skops_trusted_types) is no reason to trust them. Pass "
-            "allow_pickle=True if you trust its author."
+            "allow_pickle=True in the options if you trust its author."
         )
         raise ModelUnfit(message)
     return True
@@ -142,5 +142,5 @@ def _unsafe_archive(path: Path, got: str) -> ModelUnfit:
     return ModelUnfit(
         f"An exported model must hold what torch.export.save writes of tensors and nothing else, got {got} in "
         f"{path.name}: reading it might unpickle, which runs any code in it. Log it again with "
-        'serialization_format="pt2", or pass allow_pickle=True if you trust its author.'
+        'serialization_format="pt2", or pass allow_pickle=True in the options if you trust its author.'
     )

@@ -78,7 +78,7 @@ def test_the_deployments_name_these_pools_and_no_others() -> None:
 
 
 def test_the_description_of_a_pool_states_how_a_machine_takes_work_from_it() -> None:
-    assert all(f"python -m infra.worker --pool {pool.name}" in str(pool.description) for pool in make_work_pools())
+    assert all(f"overnight worker --pool {pool.name}" in str(pool.description) for pool in make_work_pools())
 
 
 def test_the_template_for_kubernetes_is_prefects_own_with_time_to_drain_and_no_second_pod() -> None:

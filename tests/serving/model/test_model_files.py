@@ -153,7 +153,7 @@ def test_an_exported_model_with_code_in_it_is_refused_and_its_code_has_not_run(
     place(records, pickled(Written(tmp_path / "written")))
     write_records(archive, records)
 
-    assert "allow_pickle=True if you trust its author" in refusal(reopened(model, model.folder))
+    assert "allow_pickle=True in the options if you trust its author" in refusal(reopened(model, model.folder))
     assert not (tmp_path / "written").exists()
 
 

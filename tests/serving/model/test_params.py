@@ -95,3 +95,9 @@ def test_without_params_contract_and_run_key_are_as_before_there_were_any(weight
     assert "params" not in contract.model_dump_json()
     assert "params" not in BatchOptions().key_fields()
     assert {"weight": 3.0} == BatchOptions(params={"weight": 3.0}).key_fields()["params"]
+
+
+def test_a_contract_with_params_can_be_a_key() -> None:
+    contract = Contract(inputs=(), outputs=(), params={"sizes": [1, 2]})
+
+    assert {contract: 1} == {contract.model_copy(): 1}
