@@ -93,6 +93,7 @@ def test_the_template_for_kubernetes_is_prefects_own_with_time_to_drain_and_no_s
     assert ours["variables"]["properties"]["env"]["default"] == read_job_variables()["env"]
 
 
+@pytest.mark.usefixtures("deployed")  # Prefect fills no template without the address of a server
 def test_the_template_for_kubernetes_makes_a_job_that_is_never_run_twice() -> None:
     template = json.loads(TEMPLATE.read_text())
     # The manifest is what the worker of prefect-kubernetes adds to the base configuration.
