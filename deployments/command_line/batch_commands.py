@@ -20,6 +20,7 @@ from deployments.command_line.console import (
 )
 
 if TYPE_CHECKING:
+    from tasks.batch.part_check import DamageKind
     from tasks.batch.report import BatchReport
     from tasks.batch.runs import RunSummary
     from tasks.batch.verify import RunVerification
@@ -162,10 +163,21 @@ def verify(
         raise typer.Exit(1)
 
 
+def _advise_repair(kinds: set[DamageKind]) -> str:
+    if kinds <= {"manifest", "plan", "order"}:
+        return "  Put the record back as it was written. Where that can't be done, score again with --rescore TEXT."
+    return (
+        "  Delete the damaged parts that are named, then make the call again that scored the run: it scores those "
+        "parts again, and publishes what was there before."
+    )
+
+
 def _print_verification(result: RunVerification) -> None:
-    counts = f"{result.rows_read:,} of {result.rows:,} rows in {result.parts_read:,} of {result.parts:,} parts"
-    lines = [f"Run {result.run} is {result.state}: {counts} are as they must be."]
+    counts = f"{result.parts_read:,} of {result.parts:,} parts were read, {result.rows_read:,} of {result.rows:,} rows"
+    lines = [f"Run {result.run} is {result.state}: {counts} are in parts that are as they must be."]
     lines += [f"  {damage.kind}: {damage.path}: {damage.message}" for damage in result.damages[:_DAMAGES_SHOWN]]
     if len(result.damages) > _DAMAGES_SHOWN:
         lines.append(f"  and {len(result.damages) - _DAMAGES_SHOWN} more; --json has all of them.")
+    if result.damages:
+        lines.append(_advise_repair({damage.kind for damage in result.damages}))
     print_text("\n".join([*lines, *(f"  note: {note}" for note in result.notes)]))

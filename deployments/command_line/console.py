@@ -46,15 +46,24 @@ def build_model(kind: type[M], given: Mapping[str, object], document: str | None
         option: How messages call the document.
 
     Raises:
-        BadInput: The document does not read as an object, or names a field that the command line has too.
-        ValidationError: A field is unknown, or has no value that fits.
+        BadInput: The document does not read as an object, or names a field that the command line has too; or a field is
+            unknown, or has no value that fits.
     """
+    from pydantic import ValidationError  # noqa: PLC0415 - help needs none
+
+    from flows.runtime.parameters import describe_invalid  # noqa: PLC0415 - the same
+
     fields = {} if document is None else read_document(document, option)
     said = {name: value for name, value in given.items() if value not in (None, [], ())}
     if twice := sorted(fields.keys() & said.keys()):
         message = f"Each option must be given once, got {', '.join(twice)} in {option} and by name. Leave one out."
         raise BadInput(message)
-    return kind.model_validate({**fields, **said})
+    try:
+        return kind.model_validate({**fields, **said})
+    except ValidationError as error:
+        problems = "\n".join(f"  {problem}" for problem in describe_invalid(error, kind))
+        message = f"The options must be fields of {kind.__name__} with values that fit, got:\n{problems}"
+        raise BadInput(message) from None
 
 
 def read_document(document: str, option: str) -> dict[str, Any]:
@@ -72,8 +81,8 @@ def read_document(document: str, option: str) -> dict[str, Any]:
             raise BadInput(message) from None
     try:
         # JSON is YAML too.
-        found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        found = yaml.safe_load(text) if document.startswith("@") else json.loads(text)
+    except (yaml.YAMLError, ValueError) as error:
         message = f"{where} must be JSON, or YAML in a file, got: {' '.join(str(error).split())[:300]}. Correct it."
         raise BadInput(message) from None
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):

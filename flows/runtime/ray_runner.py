@@ -101,7 +101,7 @@ def _add_next(pending: dict[Any, PrefectRayFuture[Any]], scored: ScoringResult, 
     if done:
         result = _get_result(pending.pop(done[0]))
         scored.add(result)
-        scorer.count_rejects(result.rejects.total())
+        scorer.count_rejects(result.rejects)
 
 
 def _get_result(future: PrefectRayFuture[Any]) -> Any:

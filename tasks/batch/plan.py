@@ -253,10 +253,12 @@ def read_record(storage: Storage, path: str, kind: type[R]) -> R | None:
     except ValidationError as error:
         with suppress(ValueError, AttributeError):
             check_format_version(json.loads(data).get("format_version"), storage.address(path))
+        problem = error.errors()[0]
+        where = f" at {'.'.join(map(str, problem['loc']))}" if problem["loc"] else ""
         message = (
             f"{storage.address(path)} must be a {_in_words(kind)} that this version of Overnight reads, got: "
-            f"{error.errors()[0]['msg']} at {error.errors()[0]['loc']}. Use the version that wrote it, or another name "
-            "or destination."
+            f"{problem['msg']}{where}. Put it back as it was written, or use the version that wrote it, or another "
+            "name or destination."
         )
         raise DestinationUnusable(message) from error
     check_format_version(getattr(record, "format_version", None), storage.address(path))

@@ -53,11 +53,9 @@ def choose_runs(storage: Storage, run: str | None, *, every: bool = False) -> li
     unreadable = [each.run for each in runs if each.planned_at is None]
     chosen = [each.run for each in runs] if every else [*([newest.run] if newest else []), *unreadable]
     if not chosen:
-        begun = f"; {runs[0].run} is incomplete" if runs else ""
-        message = (
-            f"{storage.url} must hold a run that was published, got none{begun}. Name a run that is incomplete to have "
-            "its parts verified all the same."
-        )
+        begun = f"; {runs[0].run} is incomplete. Name that run" if runs else ". Correct the address, or score into it"
+        also = " to have its parts verified all the same." if runs else " first."
+        message = f"{storage.url} must hold a run that was published, got none{begun}{also}"
         raise NoCompleteRun(message)
     return list(dict.fromkeys(chosen))
 

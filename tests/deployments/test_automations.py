@@ -119,6 +119,7 @@ def test_the_run_of_a_worker_that_is_stopped_is_completed_by_another_to_the_same
     assert digests(undisturbed) == digests(drained.destination)
 
 
+@pytest.mark.machines
 def test_a_run_that_is_killed_with_its_worker_is_completed_by_another_to_the_same_bytes(
     deployed: PrefectServer, befallen: Befallen, undisturbed: Path
 ) -> None:

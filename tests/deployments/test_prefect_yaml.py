@@ -33,6 +33,7 @@ def test_prefects_own_command_deploys_all_from_the_root(deployed: PrefectServer)
     assert (0, 12) == (done.returncode, done.stdout.count("successfully created with id")), done.stderr
 
 
+@pytest.mark.machines
 def test_two_workers_share_a_run_that_one_of_them_started(
     deployed: PrefectServer, two_workers: list[PrefectWorker], sleepy: str, customers: Path, tmp_path: Path
 ) -> None:

@@ -58,6 +58,7 @@ def serving(deployed: PrefectServer, linear: str, customers: Path, tmp_path: Pat
         child.wait(60)
 
 
+@pytest.mark.machines
 def test_served_from_a_folder_of_ones_own_it_scores(
     serving: subprocess.Popen[str], deployed: PrefectServer, tmp_path: Path
 ) -> None:
@@ -77,6 +78,7 @@ def test_served_from_a_folder_of_ones_own_it_scores(
     assert list(range(10_000)) == sorted(open_predictions(str(tmp_path / "scores")).collect()["customer"])
 
 
+@pytest.mark.machines
 def test_deployed_to_a_pool_its_worker_scores(
     deployed: PrefectServer, two_workers: list[PrefectWorker], linear: str, customers: Path, tmp_path: Path
 ) -> None:

@@ -40,7 +40,7 @@ from tests.tasks.scheduler.decisions import EVENTS, FRAUD, NIGHTLY, alternative,
 if TYPE_CHECKING:
     from tasks.scheduler.deployment_plan import AppliedDecision
 
-NAME = "churn"
+NAME = "workload"
 OPTIONS = BatchOptions(key_columns=("customer",), batch_size=512, rows_per_chunk=5_000, slots=1, experiment=None)
 STREAM = StreamOptions(key_columns=("customer",), batch_size=64, slots=1, rows_per_batch=100, wait_seconds=0.02)
 BATCH = alternative("batch", "on-demand", 1.0)
@@ -159,6 +159,7 @@ def test_an_endpoint_serves_until_its_replacement_is_verified(
     assert f"online, deployment online-endpoint/{NAME}, with versions 1 of its endpoint" in done.retired[0]
 
 
+@pytest.mark.machines
 def test_a_review_of_metered_traffic_changes_the_mode_after_enough_proposals(
     deployed: PrefectServer,
     gateway: GatewayServer,

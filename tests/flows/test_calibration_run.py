@@ -71,6 +71,7 @@ def test_stated_figures_are_not_measured_and_have_a_profile_of_their_own(spec: E
     )
 
 
+@pytest.mark.machines
 def test_start_and_requests_are_measured_on_a_model_server_which_is_left_as_it_was(
     spec: EndpointSpec, tmp_path: Path
 ) -> None:

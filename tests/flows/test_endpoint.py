@@ -257,6 +257,7 @@ def test_a_canary_without_requests_is_rolled_back_with_an_error(
     assert churn.version == score(gateway, "churn", np.ones((1, 3)), churn.now)["model_version"]
 
 
+@pytest.mark.machines
 def test_a_shadow_gets_copies_is_kept_where_a_canary_fails_and_gets_its_traffic_by_a_later_call(
     triton: TritonServer, gateway: GatewayServer, client: GatewayClient, churn: DeployedEndpoint, put: Put
 ) -> None:

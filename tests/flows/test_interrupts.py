@@ -117,6 +117,7 @@ def test_ctrl_c_ends_a_run_with_a_sentence_and_the_same_call_completes_it_to_the
     assert undisturbed == digests(tmp_path)
 
 
+@pytest.mark.machines
 def test_ctrl_c_ends_a_run_on_ray_the_same_way_and_leaves_no_process_behind(
     sleepy: str, source: Path, undisturbed: dict[str, str], prefect: PrefectServer, tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ from tests.support import register_slow, write_customers
 SECONDS_MAX = 250.0
 
 
+@pytest.mark.machines
 def test_a_run_of_two_workers_that_are_killed_three_times_is_complete_and_the_same(
     registry: Path, prefect: PrefectServer, tmp_path: Path
 ) -> None:

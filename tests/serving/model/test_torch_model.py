@@ -57,6 +57,7 @@ def test_an_engine_gives_the_same_predictions_within_its_precision() -> None:
     assert 0 < np.abs(plain - reduced).max() < 0.05
 
 
+@pytest.mark.machines
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++, which torch.compile calls")
 def test_a_compiled_model_takes_batches_of_any_size() -> None:
     model = TorchModel(network(), matrix(4)).with_engine(Engine(compiled=True))

@@ -327,6 +327,7 @@ with open_release(Path()) as runtime:
 """
 
 
+@pytest.mark.machines
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_release_predicts_with_nothing_of_this_project_but_what_it_brings(
     target: str, linear: str, tmp_path: Path

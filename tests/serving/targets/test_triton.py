@@ -240,6 +240,7 @@ def test_a_version_is_added_and_removed_while_the_others_lose_no_request(
     assert ["LONG"] == words.ask(words_at, word_rows("long"))["upper"].tolist()
 
 
+@pytest.mark.machines
 def test_a_version_that_takes_other_tensors_is_deployed_as_a_model_of_its_own(
     host: TritonHost, fraud: Served, at: Address
 ) -> None:
@@ -278,6 +279,7 @@ def test_an_endpoint_is_unloaded_and_loaded_again_while_others_serve(
     assert load.answered > 0
 
 
+@pytest.mark.machines
 def test_a_release_that_is_deployed_again_takes_its_new_batching(host: TritonHost, fraud: Served, at: Address) -> None:
     other = fraud.release.model_copy(update={"batching": BatchingConfig(batch_size_max=3, wait_ms_max=0.5)})
     with SteadyLoad(fraud, at) as load:
@@ -289,6 +291,7 @@ def test_a_release_that_is_deployed_again_takes_its_new_batching(host: TritonHos
     assert ([3], 500) == (batching["preferred_batch_size"], batching["max_queue_delay_microseconds"])
 
 
+@pytest.mark.machines
 def test_a_pickled_version_is_refused_with_the_reason_and_the_others_of_its_endpoint_keep_serving(
     host: TritonHost, fraud: Served, at: Address
 ) -> None:
@@ -330,6 +333,7 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.machines
 def test_a_queue_that_grows_gets_an_instance_and_gives_it_back_when_it_is_calm(
     host: TritonHost, triton: TritonServer, sleepy: str, tmp_path: Path
 ) -> None:

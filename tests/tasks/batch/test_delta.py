@@ -215,6 +215,7 @@ def commit_in_child(address: str, plan: str, start: float) -> str:
     return "done"
 
 
+@pytest.mark.machines
 def test_processes_that_race_commit_each_run_once(destination: Storage, place: str) -> None:
     plans = [a_run(place), a_run(place, range(25, 40))]
     given = [plan.model_dump_json() for plan in plans for _ in range(2)]

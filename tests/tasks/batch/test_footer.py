@@ -157,6 +157,7 @@ def test_bytes_of_row_groups_come_back_from_json(tmp_path: Path) -> None:
     assert isinstance(back.files[0].group_bytes[0], GroupBytes)
 
 
+@pytest.mark.machines
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
 @pytest.mark.parametrize("shape", ["large_at_the_end", "repeated", "between_short_ends", "wide"])
 def test_a_run_takes_no_more_memory_than_it_states(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,6 +211,7 @@ def commit_in_child(address: str, plan: str, start: float) -> str:
     return "done"
 
 
+@pytest.mark.machines
 def test_processes_that_race_commit_each_run_once(lake: Catalog, tmp_path: Path) -> None:
     plans = [a_run(str(tmp_path)), a_run(str(tmp_path), range(25, 40))]
     given = [plan.model_dump_json() for plan in plans for _ in range(2)]
@@ -402,6 +403,7 @@ POINTS = [
 ]
 
 
+@pytest.mark.machines
 @pytest.mark.parametrize("options", [APPEND, REPLACE], ids=["append", "replace"])
 def test_a_publication_killed_between_any_two_steps_ends_in_exactly_one_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: BatchOptions

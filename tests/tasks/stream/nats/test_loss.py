@@ -252,6 +252,7 @@ def test_there_is_a_warning_of_messages_that_the_consumer_of_an_earlier_version_
     assert any("2 messages between 1 and 5 were given up" in words for words in warnings), warnings
 
 
+@pytest.mark.machines
 def test_a_dead_letter_that_is_redelivered_after_the_window_is_there_once(
     nats: NatsServer, nats_client: NatsClient, fresh: str
 ) -> None:
