@@ -89,9 +89,11 @@ def test_verify_finds_a_whole_run_whole_and_a_damaged_one_damaged(
     (run,) = json.loads(told.stdout)["runs"]
 
     assert 0 == whole.exit_code
-    assert "is complete: 10,000 of 10,000 rows" in whole.stdout
+    assert "10,000 of 10,000 rows are in parts that are as they must be" in whole.stdout
+    assert "Delete" not in whole.stdout
     assert (1, 1) == (damaged.exit_code, told.exit_code)
     assert f"size: {part.relative_to(destination)}" in damaged.stdout
+    assert "Delete the damaged parts that are named, then make the call again" in " ".join(damaged.stdout.split())
     assert ("damaged", ["size", "unreadable"]) == (run["state"], [damage["kind"] for damage in run["damages"]])
     assert f"Reading run {scored[1]['run']}" in damaged.stderr
 
