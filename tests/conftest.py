@@ -26,6 +26,7 @@ os.environ["OVERNIGHT_METADATA_URL"] = "off"
 if TYPE_CHECKING:
     from infra.local.nats import NatsClient, NatsServer
     from infra.local.s3 import S3Server
+    from infra.local.triton import TritonServer
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +55,15 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Generator[S3Server]:
         for name, value in server.environment.items():
             patch.setenv(name, value)
         server.create_bucket("lake")
+        yield server
+
+
+@pytest.fixture(scope="module")
+def triton(tmp_path_factory: pytest.TempPathFactory) -> Generator[TritonServer]:
+    """A real Triton of the module's own, or a skip that names what brings it."""
+    from tests.servers import triton_or_skip
+
+    with triton_or_skip(tmp_path_factory.mktemp("triton")) as server:
         yield server
 
 

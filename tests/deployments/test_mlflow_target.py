@@ -21,17 +21,10 @@ from deployments.mlflow_target import OvernightDeploymentClient, serve_locally, 
 from infra.local.gateway import GatewayServer, gateway_server
 from infra.local.prefect_server import PrefectServer
 from infra.local.triton import TritonServer
-from tests.servers import triton_or_skip
 from tests.support import register_with_params
 
 KEY = "a-key-of-the-tests-0123456789abcdef"
 ROWS = pd.DataFrame({"a": [1.0, 2.0, 3.0], "unused": ["x", "y", "z"]})
-
-
-@pytest.fixture(scope="module")
-def triton(tmp_path_factory: pytest.TempPathFactory) -> Generator[TritonServer]:
-    with triton_or_skip(tmp_path_factory.mktemp("triton")) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

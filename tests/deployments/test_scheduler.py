@@ -34,7 +34,6 @@ from tasks.scheduler.workload import Events, Machine, MeteredArrivals, Prices, W
 from tasks.stream.options import FromNats, StreamOptions, ToNats
 from tests.deployments.flow_runs import wait_until
 from tests.prefect_events import find_events
-from tests.servers import triton_or_skip
 from tests.tasks.scheduler.decisions import EVENTS, FRAUD, NIGHTLY, alternative, decision
 
 if TYPE_CHECKING:
@@ -48,12 +47,6 @@ STATED = ProfileOptions(
     batch_options=OPTIONS,
     stated_figures=StatedFigures(batch_rows_per_second=100_000, start_seconds=10, cold_start_seconds=4, request_ms=2),
 )
-
-
-@pytest.fixture(scope="module")
-def triton(tmp_path_factory: pytest.TempPathFactory) -> Generator[TritonServer]:
-    with triton_or_skip(tmp_path_factory.mktemp("triton")) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,6 @@ from serving.protocol.oip import encode_request
 from tasks.common.events import ENDPOINT_CHANGED
 from tasks.endpoint.spec import Canary, EndpointSpec, RayServe, Shadow, Triton
 from tests.prefect_events import find_events
-from tests.servers import triton_or_skip
 
 if TYPE_CHECKING:
     from tasks.endpoint.report import Endpoint
@@ -35,12 +34,6 @@ FEATURES = ("late", "b", "c")
 CANARY = Canary(percent=50, requests_min=20, error_rate_max=0.01, seconds_max=60)
 UNASKED = CANARY.model_copy(update={"seconds_max": 0.5})
 Put = Callable[..., "Endpoint"]
-
-
-@pytest.fixture(scope="module")
-def triton(tmp_path_factory: pytest.TempPathFactory) -> Generator[TritonServer]:
-    with triton_or_skip(tmp_path_factory.mktemp("triton")) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
