@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mlflow.models import Model as MLmodel
 from packaging.requirements import InvalidRequirement, Requirement
+from pydantic import Field
 
 from serving.errors import ModelUnfit
+from serving.model.contract import Frozen
 
 _ALLOW = "pass allow_pickle=True in the options if you trust its author"
 # How a model of each flavour is logged so that nothing in it needs unpickling.
@@ -60,9 +63,9 @@ def _refuse_pickle(mlmodel: MLmodel) -> ModelUnfit:
 
 def _advise_packages(folder: Path, error: Exception) -> str:
     """Return the line that installs what the model's own requirements name and this environment lacks."""
-    missing = find_missing_requirements(folder)
-    if missing:
-        return f"Its requirements name what is not here: pip install {shlex.join(missing)}"
+    install = make_install_command(list(check_requirements(folder)))
+    if install:
+        return f"Its requirements name what is not here: {install}"
     if isinstance(error, ModuleNotFoundError):
         return (
             f"Its requirements.txt does not name a package for {error.name!r}: install it, and log the model again "
@@ -71,32 +74,43 @@ def _advise_packages(folder: Path, error: Exception) -> str:
     return ""
 
 
-def find_missing_requirements(folder: Path) -> list[str]:
-    """Return the requirements of a model that are not installed here, or in another version, as they are written.
+class RequirementCheck(Frozen):
+    """One package that a model asks for, beside what is installed here."""
 
-    Those of a model are in its requirements.txt. MLflow itself counts only where it is missing: any of its versions
-    reads the models of others.
+    name: str
+    wanted: str = Field(description="As the model's requirements have it.")
+    installed: str | None = Field(description="The version here, null where there is none.")
+    fits: bool = Field(description="Whether the version here is one that is wanted.")
+
+
+def make_install_command(requirements: Sequence[RequirementCheck]) -> str | None:
+    """Return the pip command that installs what is missing here or differs, None where nothing does."""
+    wanted = [each.wanted for each in requirements if not each.fits]
+    return f"pip install {shlex.join(wanted)}" if wanted else None
+
+
+def check_requirements(folder: Path) -> Iterator[RequirementCheck]:
+    """Yield each package of a model's requirements.txt; lines that name none, such as options and paths, are left out.
+
+    MLflow itself counts only where it is missing: any of its versions reads the models of others.
     """
     try:
         lines = (folder / "requirements.txt").read_text().splitlines()
     except (OSError, UnicodeDecodeError):
-        return []
-    return [line for line in (line.partition(" #")[0].strip() for line in lines) if _is_missing(line)]
-
-
-def _is_missing(line: str) -> bool:
-    """Return whether a line names a package that is not installed as it says; options, comments and paths do not."""
-    try:
-        asked = Requirement(line)
-    except InvalidRequirement:
-        return False
-    if asked.marker is not None and not asked.marker.evaluate():
-        return False
-    try:
-        found = version(asked.name)
-    except PackageNotFoundError:
-        return True
-    return asked.name != "mlflow" and not asked.specifier.contains(found, prereleases=True)
+        return
+    for line in (line.partition(" #")[0].strip() for line in lines):
+        try:
+            asked = Requirement(line)
+        except InvalidRequirement:
+            continue
+        if asked.marker is not None and not asked.marker.evaluate():
+            continue
+        try:
+            found = version(asked.name)
+        except PackageNotFoundError:
+            found = None
+        fits = found is not None and (asked.name == "mlflow" or asked.specifier.contains(found, prereleases=True))
+        yield RequirementCheck(name=asked.name, wanted=line, installed=found, fits=fits)
 
 
 def _shorten(error: Exception) -> str:

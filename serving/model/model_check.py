@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import platform
-import shlex
-from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
-from packaging.requirements import InvalidRequirement, Requirement
 from pydantic import Field
 
 from serving.errors import BadInput, ModelUnfit
 from serving.model.contract import Contract, Frozen
+from serving.model.load_errors import RequirementCheck, check_requirements, make_install_command
 from serving.model.loading import load_model
 from serving.model.registry import Resolved, resolve_model
 
 # Files that Python or torch unpickle, by what those who write them call them.
 _PICKLED = {".pkl", ".pickle", ".joblib", ".pth", ".pt"}
 _FLAVORS_COMMON = {"python_function"}
-
-
-class RequirementCheck(Frozen):
-    """One package that a model asks for, beside what is installed here."""
-
-    name: str
-    wanted: str = Field(description="As the model's requirements have it.")
-    installed: str | None = Field(description="The version here, null where there is none.")
-    fits: bool = Field(description="Whether the version here is one that is wanted.")
 
 
 class ModelCheck(Frozen):
@@ -85,7 +73,7 @@ def check_model(uri: str, *, allow_pickle: bool = False) -> ModelCheck:
         load_model(resolved, contract, allow_pickle=allow_pickle)
     except (ModelUnfit, BadInput) as error:
         problems.append(str(error))
-    requirements = tuple(_check_requirements(resolved.folder))
+    requirements = tuple(check_requirements(resolved.folder))
     return ModelCheck(
         model=resolved.pin.uri,
         digest=resolved.pin.digest,
@@ -101,35 +89,6 @@ def check_model(uri: str, *, allow_pickle: bool = False) -> ModelCheck:
         pickles=tuple(_list_files(resolved.folder, _PICKLED)),
         code=tuple(_list_files(resolved.folder, {".py"})),
     )
-
-
-def make_install_command(requirements: tuple[RequirementCheck, ...]) -> str | None:
-    """Return the pip command that installs what is missing here or differs, None where nothing does."""
-    wanted = [each.wanted for each in requirements if not each.fits]
-    return f"pip install {' '.join(shlex.quote(each) for each in wanted)}" if wanted else None
-
-
-def _check_requirements(folder: Path) -> Iterator[RequirementCheck]:
-    """Yield each package of a model's requirements; lines that name no package, such as options, are passed over."""
-    file = folder / "requirements.txt"
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        text = line.split(" #")[0].strip()
-        try:
-            wanted = Requirement(text)
-        except InvalidRequirement:
-            continue
-        if wanted.marker is None or wanted.marker.evaluate():
-            yield _check_requirement(wanted)
-
-
-def _check_requirement(wanted: Requirement) -> RequirementCheck:
-    try:
-        installed = version(wanted.name)
-    except PackageNotFoundError:
-        return RequirementCheck(name=wanted.name, wanted=str(wanted), installed=None, fits=False)
-    # Any version of MLflow reads the models of others.
-    fits = wanted.name == "mlflow" or wanted.specifier.contains(installed, prereleases=True)
-    return RequirementCheck(name=wanted.name, wanted=str(wanted), installed=installed, fits=fits)
 
 
 def _describe_packages(requirements: tuple[RequirementCheck, ...], unfit: list[RequirementCheck]) -> str:

@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from serving.model.load_errors import explain_load_error, find_missing_requirements
+from serving.model.load_errors import check_requirements, explain_load_error
 
 NUMPY = version("numpy")
+
+
+def find_missing_requirements(folder: Path) -> list[str]:
+    return [each.wanted for each in check_requirements(folder) if not each.fits]
 
 
 def a_model(folder: Path, *requirements: str, loader: str = "mlflow.sklearn") -> Path:

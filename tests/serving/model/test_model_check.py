@@ -13,7 +13,8 @@ import pytest
 from mlflow.models import infer_signature
 
 from serving.errors import ModelNotFound
-from serving.model.model_check import RequirementCheck, check_model, make_install_command
+from serving.model.load_errors import RequirementCheck, make_install_command
+from serving.model.model_check import check_model
 
 
 class Doubles(mlflow.pyfunc.PythonModel):
