@@ -15,11 +15,13 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from deployments.command_line import batch_commands, deployment_commands, local_commands, serving_commands
+from deployments.command_line.batch_commands import add_commands as add_batch_commands
 from deployments.command_line.console import say, shorten
+from deployments.command_line.deployment_commands import add_commands as add_deployment_commands
+from deployments.command_line.local_commands import add_commands as add_local_commands
+from deployments.command_line.serving_commands import add_commands as add_serving_commands
 
 _INTERRUPTED = 130
-_ERRORS_SHOWN = 8
 
 
 class _Application(TyperGroup):
@@ -51,24 +53,14 @@ def describe_error(error: Exception) -> str:
     if isinstance(error, OvernightError):
         return str(error)
     if isinstance(error, ValidationError):
-        return hide_secrets(_describe_validation(error))
+        from flows.runtime.parameters import describe_invalid_model  # noqa: PLC0415 - the same
+
+        return describe_invalid_model(error)
     message = " ".join(str(error).split())[:600]
     return hide_secrets(
         f"{type(error).__name__}: {message}\nThis error was not expected. `overnight --debug ...` shows where it is "
         "from; where that is in Overnight, please report it."
     )
-
-
-def _describe_validation(error: Any) -> str:
-    problems = error.errors(include_url=False)
-    lines = [f"{error.title} must have fields that fit, got {len(problems)} that do not:"]
-    for problem in problems[:_ERRORS_SHOWN]:
-        place = ".".join(str(each) for each in problem["loc"]) or "it"
-        got = "" if problem["type"] in ("missing", "extra_forbidden") else f", got {str(problem['input'])[:80]}"
-        lines.append(f"  {place}: {problem['msg']}{got}")
-    if len(problems) > _ERRORS_SHOWN:
-        lines.append(f"  and {len(problems) - _ERRORS_SHOWN} more")
-    return "\n".join([*lines, "`--help` describes the options."])
 
 
 app = typer.Typer(
@@ -107,8 +99,8 @@ def _set_up(
     """Take the options that stand before the command."""
 
 
-for _commands in (batch_commands, deployment_commands, serving_commands, local_commands):
-    _commands.add_commands(app)
+for _add_commands in (add_batch_commands, add_deployment_commands, add_serving_commands, add_local_commands):
+    _add_commands(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -46,24 +46,15 @@ def build_model(kind: type[M], given: Mapping[str, object], document: str | None
         option: How messages call the document.
 
     Raises:
-        BadInput: The document does not read as an object, or names a field that the command line has too; or a field is
-            unknown, or has no value that fits.
+        BadInput: The document does not read as an object, or names a field that the command line has too.
+        ValidationError: A field is unknown, or has no value that fits.
     """
-    from pydantic import ValidationError  # noqa: PLC0415 - help needs none
-
-    from flows.runtime.parameters import describe_invalid  # noqa: PLC0415 - the same
-
     fields = {} if document is None else read_document(document, option)
     said = {name: value for name, value in given.items() if value not in (None, [], ())}
     if twice := sorted(fields.keys() & said.keys()):
         message = f"Each option must be given once, got {', '.join(twice)} in {option} and by name. Leave one out."
         raise BadInput(message)
-    try:
-        return kind.model_validate({**fields, **said})
-    except ValidationError as error:
-        problems = "\n".join(f"  {problem}" for problem in describe_invalid(error, kind))
-        message = f"The options must be fields of {kind.__name__} with values that fit, got:\n{problems}"
-        raise BadInput(message) from None
+    return kind.model_validate({**fields, **said})
 
 
 def read_document(document: str, option: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from serving.errors import BadInput, SecretExposed, list_shortly, suggest_name
 from serving.model.contract import Frozen
-from serving.redaction import holds_secret
+from serving.redaction import hide_secrets, holds_secret
 
 _PROBLEMS_SHOWN, _CHARACTERS_SHOWN = 5, 60
 
@@ -111,6 +111,12 @@ def describe_invalid(error: ValidationError, given: Any) -> list[str]:
             f"{place}: {said}" if each["type"] in ("value_error", "missing") else f"{place}: {said}, got {got}"
         )
     return list_shortly(list(dict.fromkeys(problem.lstrip(": ") for problem in problems)), _PROBLEMS_SHOWN).split("\n")
+
+
+def describe_invalid_model(error: ValidationError) -> str:
+    """Return what is wrong with the fields of one model, with the names that were meant where it is Overnight's own."""
+    problems = "\n".join(describe_invalid(error, find_option_type(error.title)))
+    return hide_secrets(f"{error.title} must have valid fields, got:\n{problems}")
 
 
 def _find_fields(given: Any, path: Sequence[int | str]) -> set[str]:

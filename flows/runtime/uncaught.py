@@ -31,14 +31,9 @@ def describe_uncaught(error: BaseException) -> str | None:
 
     if not isinstance(error, ValidationError):
         return None
-    from flows.runtime.parameters import describe_invalid, find_option_type  # noqa: PLC0415 - the same
-    from serving.redaction import hide_secrets  # noqa: PLC0415 - the same
+    from flows.runtime.parameters import describe_invalid_model, find_option_type  # noqa: PLC0415 - the same
 
-    given = find_option_type(error.title)
-    if given is None:
-        return None
-    problems = "\n".join(describe_invalid(error, given))
-    return hide_secrets(f"{error.title} must have valid fields, got:\n{problems}")
+    return describe_invalid_model(error) if find_option_type(error.title) else None
 
 
 def _show_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
