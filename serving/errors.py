@@ -78,6 +78,11 @@ def describe_error(error: BaseException) -> str:
     return "\n".join(lines[:_LINES_MAX] + ([f"... and {more} lines more"] if more > 0 else []))
 
 
+def shorten_error(error: Exception, characters_max: int = 300) -> str:
+    """Return what an error says on one line, without a full stop; its kind where it says nothing."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:characters_max].rstrip(".")
+
+
 def suggest_name(name: str, known: Iterable[str]) -> str:
     """Return a question with the known name that is nearest to an unknown one; nothing where none is near it."""
     by_form = {each.lower(): each for each in known}

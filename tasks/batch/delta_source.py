@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
-from serving.errors import BadInput, SourceFormat
+from serving.errors import BadInput, SourceFormat, shorten_error
 from tasks.batch.dataset import Snapshot, SourceFile, parse_hive_values, pin_listed_files
 from tasks.batch.delta import delta_options, import_deltalake
 from tasks.storage import Storage
@@ -60,7 +60,7 @@ def _open_delta(storage: Storage) -> DeltaTable:
     except Exception as error:
         message = (
             f"The log of the Delta table at {storage.url} must be one that can be read here, got: "
-            f"{_first_line(error)}. Repair the table, or write what it holds to a folder of Parquet and name that."
+            f"{shorten_error(error)}. Repair the table, or write what it holds to a folder of Parquet and name that."
         )
         raise SourceFormat(message) from error
 
@@ -80,7 +80,7 @@ def _go_to_version(table: DeltaTable, storage: Storage, version: int | None, tim
             if table.version() == version:
                 return
     except Exception as error:  # noqa: BLE001 - deltalake has several errors for a version that is not there
-        got = _first_line(error)
+        got = shorten_error(error)
     message = (
         f"The log of the Delta table at {storage.url} must still have {wanted}, but its newest version is {newest}, "
         f"and: {got}. Name a version that it has."
@@ -127,7 +127,7 @@ def _deletion_vectors(table: DeltaTable) -> str:
     try:
         files = sum(batch.num_rows for batch in pa.RecordBatchReader.from_stream(table.deletion_vectors()))
     except Exception as error:  # noqa: BLE001 - deltalake can't say; what can't be ruled out is refused
-        return f"unreadable: {_first_line(error)}"
+        return f"unreadable: {shorten_error(error)}"
     return f"of {files} files" if files else ""
 
 
@@ -159,7 +159,3 @@ def _partition_text(name: str, value: Any, path: str, kind: str) -> str | None:
         )
         raise SourceFormat(message)
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".")

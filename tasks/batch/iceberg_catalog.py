@@ -24,7 +24,7 @@ from pyiceberg.io import FileIO, InputFile, OutputFile
 from pyiceberg.table import StaticTable, Table
 from pyiceberg.utils.config import Config
 
-from serving.errors import BadInput, OvernightError, SourceFormat, StorageDenied, StorageFault
+from serving.errors import BadInput, OvernightError, SourceFormat, StorageDenied, StorageFault, shorten_error
 from tasks.storage import Entry, Storage, open_storage, split_location
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def open_catalog(name: TableName) -> Catalog:
         return load_catalog(name.catalog, **{**(Config().get_catalog_config(name.catalog) or {}), **_IO})  # type: ignore[arg-type]  # a configuration may hold maps
     except (ValueError, KeyError, ImportError) as error:
         message = (
-            f"The catalog {name.catalog!r} must be configured for pyiceberg, got: {first_line(error)}. Set "
+            f"The catalog {name.catalog!r} must be configured for pyiceberg, got: {shorten_error(error)}. Set "
             f"PYICEBERG_CATALOG__{name.catalog.upper()}__URI, or name it in ~/.pyiceberg.yaml."
         )
         raise BadInput(message) from error
@@ -94,11 +94,11 @@ def catalog_error(name: TableName, error: Exception) -> OvernightError:
         return error
     if isinstance(error, _DENIED):
         return StorageDenied(
-            f"The catalog of {name.title} must allow these credentials, got: {first_line(error)}. Allow them, or "
+            f"The catalog of {name.title} must allow these credentials, got: {shorten_error(error)}. Allow them, or "
             f"correct PYICEBERG_CATALOG__{name.catalog.upper()}__CREDENTIAL, then call again."
         )
     return StorageFault(
-        f"The catalog of {name.title} must answer, got: {first_line(error)}. Check "
+        f"The catalog of {name.title} must answer, got: {shorten_error(error)}. Check "
         f"PYICEBERG_CATALOG__{name.catalog.upper()}__URI and its server, then call again."
     )
 
@@ -121,15 +121,10 @@ def open_metadata(location: str) -> Table:
         raise
     except Exception as error:
         message = (
-            f"{location} must be the metadata of an Iceberg table that can be read here, got: {first_line(error)}. "
+            f"{location} must be the metadata of an Iceberg table that can be read here, got: {shorten_error(error)}. "
             "Name another *.metadata.json, or the table by its catalog as iceberg:CATALOG.NAMESPACE.TABLE."
         )
         raise SourceFormat(message) from error
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error says, in one line."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:300].rstrip(".")
 
 
 class StorageIO(FileIO):

@@ -19,12 +19,11 @@ from pyiceberg.table.snapshots import Snapshot as TableSnapshot
 from pyiceberg.transforms import IdentityTransform
 from pyiceberg.types import NestedField
 
-from serving.errors import BadInput, OvernightError, SourceChanged, SourceFormat, SourceNotFound
+from serving.errors import BadInput, OvernightError, SourceChanged, SourceFormat, SourceNotFound, shorten_error
 from tasks.batch.dataset import IcebergPin, Snapshot, SourceFile, pin_listed_files
 from tasks.batch.iceberg_catalog import (
     describe_tables,
     find_table,
-    first_line,
     open_catalog,
     open_metadata,
     parse_table_name,
@@ -153,7 +152,7 @@ def _plan_tasks(table: Table, snapshot_id: int) -> list[FileScanTask]:
     except FileNotFoundError as error:
         raise _lost_metadata(table, snapshot_id, error) from error
     except Exception as error:
-        unread = "deletes by equality" if "equality delete" in str(error).lower() else first_line(error)
+        unread = "deletes by equality" if "equality delete" in str(error).lower() else shorten_error(error)
         message = (
             f"Every file of an Iceberg table must be one that can be read here, but snapshot {snapshot_id} of "
             f"{table.location()} has {unread}, which can't be read yet. Rewrite its data files (Spark: CALL "
@@ -174,7 +173,8 @@ def _plan_tasks(table: Table, snapshot_id: int) -> list[FileScanTask]:
 def _lost_metadata(table: Table, snapshot_id: int, error: Exception) -> SourceChanged:
     return SourceChanged(
         f"Every manifest of snapshot {snapshot_id} of the Iceberg table at {table.location()} must be there, got: "
-        f"{first_line(error)}. Call again: a newer snapshot may have taken its place; if this stays, restore the files."
+        f"{shorten_error(error)}. Call again: a newer snapshot may have taken its place; if this stays, restore the "
+        "files."
     )
 
 

@@ -23,10 +23,10 @@ from pyiceberg.manifest import DataFile, ManifestContent
 from pyiceberg.table import Table, Transaction
 from sqlalchemy.exc import OperationalError
 
-from serving.errors import DestinationUnusable, OvernightError, PublishRefused
+from serving.errors import DestinationUnusable, OvernightError, PublishRefused, shorten_error
 from tasks.batch.dataset import map_parallel
 from tasks.batch.delta import TableState
-from tasks.batch.iceberg_catalog import TableName, catalog_error, find_table, first_line, open_catalog, parse_table_name
+from tasks.batch.iceberg_catalog import TableName, catalog_error, find_table, open_catalog, parse_table_name
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import PartFooter
 from tasks.batch.plan import Plan
@@ -173,8 +173,8 @@ def commit_iceberg(storage: Storage, plan: Plan, parts: Sequence[PartFooter]) ->
         failed = _try_to_commit(catalog, name, storage, plan, schema, paths)
     if failed is not None:
         message = (
-            f"The Iceberg table {name.title} must take a commit, got: {first_line(failed)}. Call again: the parts are "
-            "all there."
+            f"The Iceberg table {name.title} must take a commit, got: {shorten_error(failed)}. Call again: the parts "
+            "are all there."
         )
         raise PublishRefused(message) from failed
 

@@ -250,7 +250,7 @@ def _draw_bars(axes: Axes, decision: Decision) -> None:
 
 
 def _scale_axis(axes: Axes, costs: Sequence[float]) -> None:
-    """Leave room for the figures beside the bars; costs that are far apart go on a logarithmic axis."""
+    """Leave space for the figures beside the bars; costs that are far apart go on a logarithmic axis."""
     least, most = min((each for each in costs if each > 0), default=1.0), max(costs, default=0.0) or 1.0
     if most / least < _LOG_FACTOR:
         axes.set_xlim(0, most * 1.2)

@@ -134,7 +134,7 @@ def simulate_spot_run(
         )
     except DeadlineImpossible:
         return None
-    # With less than two changeovers and a tick of slack, the policy has no room to wait and may be late.
+    # With less than two changeovers and a tick of slack, the policy has no time to wait and may be late.
     if deadline_seconds - work_seconds < 2 * changeover_seconds + tick:
         return None
     spot_NT = cut_windows(availability, tick, math.ceil(deadline_seconds / tick))
