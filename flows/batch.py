@@ -16,7 +16,7 @@ from flows.runtime.joining import check_workers, find_start, is_beside_another, 
 from flows.runtime.names import rename_flow_run
 from flows.runtime.steps import Steps, flow_run_id
 from flows.runtime.task_runners import check_runner, score_missing
-from tasks.batch.artifacts import ProgressWatch, find_sample, publish_artifacts, publish_interrupted
+from tasks.batch.artifacts import ProgressWatch, find_sample, publish_artifacts, publish_complete, publish_interrupted
 from tasks.batch.events import RunCall, emit_published, emit_refusal
 from tasks.batch.lineage import record_failure, record_lineage, record_start
 from tasks.batch.manifest import Manifest, find_intact_manifest, list_foreign_files
@@ -228,7 +228,7 @@ def _report_complete(
     logger.info("Run %s is complete: %s rows. Nothing to score.", plan.run, f"{plan.rows:,}")
     report = report_complete(run.manifest, plan, storage, steps.seconds)
     if storage.exists(page_path(plan)):
-        publish_artifacts(report, None, 0, logger)
+        publish_complete(report, logger)
         return report
     # The call that published the run was ended before it could record it.
     return _record(plan, storage, run.manifest, report, [(0.0, plan.rows)], options, logger)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,11 +14,14 @@ from deployments.command_line.console import (
     build_model,
     describe_by,
     keep_stdout,
+    make_flags,
     print_json,
     print_table,
     print_text,
     say,
+    show_status,
 )
+from serving.option_words import name_options_by_flags
 
 if TYPE_CHECKING:
     from tasks.batch.part_check import DamageKind
@@ -73,24 +77,30 @@ def score(  # noqa: PLR0913 - each is an option of the command
 
     The same call again is the same run: it resumes, or finds itself complete.
     """
-    with keep_stdout(for_json=as_json):
+    given = {
+        "key_columns": key,
+        "output": output,
+        "name": name,
+        "rescore": rescore,
+        "batch_size": batch_size,
+        "slots": slots,
+        "memory_mb": memory_mb,
+        "max_reject_fraction": max_reject_fraction,
+        "allow_pickle": allow_pickle,
+        "experiment": experiment,
+    }
+    flags = make_flags(given, "--options", key_columns="--key")
+    with keep_stdout(for_json=as_json), name_options_by_flags(flags):
         from tasks.batch.options import BatchOptions  # noqa: PLC0415 - help needs none
 
-        given = {
-            "key_columns": key,
-            "output": output,
-            "name": name,
-            "rescore": rescore,
-            "batch_size": batch_size,
-            "slots": slots,
-            "memory_mb": memory_mb,
-            "max_reject_fraction": max_reject_fraction,
-            "allow_pickle": allow_pickle,
-            "experiment": experiment,
-        }
         chosen = build_model(BatchOptions, given, options, "--options")
-        from flows.batch import batch_inference  # noqa: PLC0415 - seconds of imports
+        with show_status("Checking model, source and destination"):
+            from deployments.command_line.prefect_output import show_own_lines  # noqa: PLC0415 - seconds of imports
+            from tasks.batch.call_check import check_call  # noqa: PLC0415 - the same
 
+            check_call(model, source, destination, chosen)
+            from flows.batch import batch_inference  # noqa: PLC0415 - the same
+        show_own_lines()
         report = batch_inference(model, source, destination, chosen)
     _print_report(report, as_json=as_json)
 
@@ -104,7 +114,10 @@ def _print_report(report: BatchReport, *, as_json: bool) -> None:
 
 
 def runs(destination: Destination, *, as_json: AsJson = False) -> None:
-    """List the runs of a destination, the newest first, with what each has come to."""
+    """List the runs of a destination, the newest first, with what each has come to.
+
+    The exit code is 0 only where none of them is damaged.
+    """
     from tasks.batch.runs import list_runs  # noqa: PLC0415 - help needs none
     from tasks.storage import open_storage  # noqa: PLC0415 - the same
 
@@ -118,7 +131,16 @@ def runs(destination: Destination, *, as_json: AsJson = False) -> None:
         print_table([_list_figures(each) for each in found])
         for each in found:
             if each.note:
-                say(f"{each.run}: {each.note}")
+                say(f"Run {each.run} is {each.state}: {each.note}")
+    if damaged := [each for each in found if each.state == "damaged"]:
+        say(_advise_verification(destination, [each.run for each in damaged]))
+        raise typer.Exit(1)
+
+
+def _advise_verification(destination: str, damaged: list[str]) -> str:
+    command = shlex.join(["overnight", "verify", destination, "--run", damaged[0]])
+    more = f" So it does of the {len(damaged) - 1} others." if len(damaged) > 1 else ""
+    return f"See what of it is damaged, and how to repair it:  {command}{more}"
 
 
 def _list_figures(run: RunSummary) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from serving.errors import BadInput
+from serving.option_words import Flags
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -47,14 +48,32 @@ def build_model(kind: type[M], given: Mapping[str, object], document: str | None
 
     Raises:
         BadInput: The document does not read as an object, or names a field that the command line has too.
-        ValidationError: A field is unknown, or has no value that fits.
+            Or a field is unknown, or has no value that fits; the message calls it as the command line does.
     """
+    from pydantic import ValidationError  # noqa: PLC0415 - help needs none
+
     fields = {} if document is None else read_document(document, option)
     said = {name: value for name, value in given.items() if value not in (None, [], ())}
     if twice := sorted(fields.keys() & said.keys()):
         message = f"Each option must be given once, got {', '.join(twice)} in {option} and by name. Leave one out."
         raise BadInput(message)
-    return kind.model_validate({**fields, **said})
+    try:
+        return kind.model_validate({**fields, **said})
+    except ValidationError as error:
+        from flows.runtime.parameters import describe_invalid_model  # noqa: PLC0415 - help needs none
+
+        raise BadInput(describe_invalid_model(error)) from None
+
+
+def make_flags(options: Iterable[str], document: str | None = None, **others: str) -> Flags:
+    """Return the flags of a command, by which its messages name options.
+
+    Args:
+        options: The fields whose flags have their names.
+        document: The flag that takes all other fields.
+        others: The flags of further fields.
+    """
+    return Flags(by_option={**{name: f"--{name.replace('_', '-')}" for name in options}, **others}, document=document)
 
 
 def read_document(document: str, option: str) -> dict[str, Any]:
@@ -116,6 +135,18 @@ def print_text(value: object) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else _WIDTH_PIPED)
     console.print(value, markup=False, highlight=False, soft_wrap=isinstance(value, str))
+
+
+@contextmanager
+def show_status(text: str) -> Generator[None]:
+    """Show on a terminal what a command does while the block runs, and nothing of it afterwards."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console  # noqa: PLC0415 - few commands take seconds
+
+    with Console(stderr=True).status(text):
+        yield
 
 
 def say(text: str) -> None:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deployments.command_line.console import AsJson, Key, Options, build_model, keep_stdout, print_json, say
+from deployments.command_line.console import AsJson, Key, Options, build_model, keep_stdout, make_flags, print_json, say
 from serving.errors import BadInput
+from serving.option_words import name_options_by_flags
 
 if TYPE_CHECKING:
     from deployments.apply import Change
@@ -79,9 +80,11 @@ def deploy(  # noqa: PLR0913 - each is an option of the command
             changes = asyncio.run(deploy_all())
             _print_changes(changes, None, pool, as_json=as_json)
             return
+        with name_options_by_flags(make_flags((), "--options", key_columns="--key")):
+            parameters = _make_parameters(model, source, destination, key, options)
         call = CallDeployment(
             name=name or choose_name(model),
-            parameters=_make_parameters(model, source, destination, key, options),
+            parameters=parameters,
             pool=pool,
             cron=schedule,
             timezone=timezone,

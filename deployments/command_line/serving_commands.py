@@ -10,13 +10,16 @@ from deployments.command_line.console import (
     AsJson,
     build_model,
     keep_stdout,
+    make_flags,
     print_json,
     print_table,
     print_text,
     read_document,
     say,
+    show_status,
 )
 from serving.errors import BadInput
+from serving.option_words import name_options_by_flags
 
 if TYPE_CHECKING:
     from serving.model.model_check import ModelCheck
@@ -102,7 +105,8 @@ def endpoint(  # noqa: PLR0913 - each is an option of the command
     if name is None and spec is None:
         message = "An endpoint needs --name and --model, or --spec with both of them."
         raise typer.BadParameter(message)
-    with keep_stdout(for_json=as_json):
+    flags = make_flags(("name", "model", "keep_warm", "gateway", "target"), "--spec")
+    with keep_stdout(for_json=as_json), name_options_by_flags(flags):
         from tasks.endpoint.spec import EndpointSpec  # noqa: PLC0415 - help needs none
 
         document = {} if spec is None else read_document(spec, "--spec")
@@ -121,8 +125,11 @@ def endpoint(  # noqa: PLR0913 - each is an option of the command
             **{field: value for field, value in surroundings.items() if field not in document},
         }
         chosen = build_model(EndpointSpec, given, spec, "--spec")
-        from flows.endpoint import online_endpoint  # noqa: PLC0415 - seconds of imports
+        with show_status("Loading Prefect and MLflow"):
+            from deployments.command_line.prefect_output import show_own_lines  # noqa: PLC0415 - seconds of imports
+            from flows.endpoint import online_endpoint  # noqa: PLC0415 - the same
 
+        show_own_lines()
         served = online_endpoint(chosen)
     if as_json:
         print_json(served.model_dump(mode="json"))
@@ -156,9 +163,12 @@ def retire(
 ) -> None:
     """Take an endpoint out of service, and all of its versions off their model server."""
     with keep_stdout(for_json=as_json):
-        from flows.endpoint import retire_endpoint  # noqa: PLC0415 - seconds of imports
-        from tasks.endpoint.spec import GATEWAY  # noqa: PLC0415 - the same
+        with show_status("Loading Prefect and MLflow"):
+            from deployments.command_line.prefect_output import show_own_lines  # noqa: PLC0415 - seconds of imports
+            from flows.endpoint import retire_endpoint  # noqa: PLC0415 - the same
+            from tasks.endpoint.spec import GATEWAY  # noqa: PLC0415 - the same
 
+        show_own_lines()
         versions = retire_endpoint(name, _read_target(target), gateway or GATEWAY)
     if as_json:
         print_json({"name": name, "versions": list(versions)})
@@ -199,9 +209,12 @@ def choose(
         document = workload if workload.lstrip().startswith(("{", "@")) else f"@{workload}"
         described = build_model(Workload, {}, document, "the workload")
         config = build_model(ApplyConfig, {}, apply, "--apply")
-        from flows.scheduler import choose_mode  # noqa: PLC0415 - seconds of imports
-        from tasks.scheduler.report import render_decision  # noqa: PLC0415 - the same
+        with show_status("Loading Prefect and MLflow"):
+            from deployments.command_line.prefect_output import show_own_lines  # noqa: PLC0415 - seconds of imports
+            from flows.scheduler import choose_mode  # noqa: PLC0415 - the same
+            from tasks.scheduler.report import render_decision  # noqa: PLC0415 - the same
 
+        show_own_lines()
         decision = choose_mode(described, apply=apply is not None, apply_config=config, plot_file=plot)
     if as_json:
         print_json(decision.model_dump(mode="json"))
@@ -223,7 +236,7 @@ def check(
 
     The exit code is 0 only where it loads.
     """
-    with keep_stdout(for_json=as_json):
+    with keep_stdout(for_json=as_json), name_options_by_flags(make_flags(["allow_pickle"])):
         from serving.model.model_check import check_model  # noqa: PLC0415 - seconds of imports
 
         say(f"Loading {model}")

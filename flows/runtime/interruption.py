@@ -24,6 +24,7 @@ from prefect.exceptions import Pause, PrefectHTTPStatusError, TerminationSignal
 from prefect.states import AwaitingRetry, Crashed
 
 from flows.runtime.steps import flow_run
+from flows.runtime.uncaught import shows_frames
 from serving.errors import Interrupted
 from tasks.common.artifacts import Logger, server_may_fail
 from tasks.spot.drain import Drain, Notice, sigterm_notice
@@ -32,6 +33,8 @@ from tasks.spot.notice_poller import describe_notice
 # Prefect's workers take up a run ten seconds before its time.
 _RESUME_SECONDS = 15.0
 _SIGTERM_BEHAVIOR = "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"
+# What a process of Prefect's logs to its stderr is of this level or above.
+_CONSOLE_LEVEL = "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"
 
 
 class InterruptedExit(Pause):
@@ -171,13 +174,30 @@ def start_server_shielded() -> None:
     A terminal sends Ctrl-C to every process at once: the server would be gone before it has the state of the
     interrupted run, and each request to it would cost seconds. A child inherits the signals that the thread which
     starts it has blocked. That thread is a new one, so that this one stays interruptible.
+
+    The server shares the terminal of the call, where tracebacks such as "database is locked" say nothing of the run:
+    it keeps them to itself, unless frames are asked for.
     """
     if determine_server_type() is not ServerType.EPHEMERAL:
         return
     thread = threading.Thread(target=contextvars.copy_context().run, args=(_start_server,), daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(_POLL_SECONDS)
+    with _set_variable(_CONSOLE_LEVEL, None if shows_frames() else "CRITICAL"):
+        thread.start()
+        while thread.is_alive():
+            thread.join(_POLL_SECONDS)
+
+
+@contextmanager
+def _set_variable(name: str, value: str | None) -> Generator[None]:
+    """Set a variable of the environment for the children that the block starts; nothing where it is set, or None."""
+    if value is None or name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
 
 
 def _start_server() -> None:

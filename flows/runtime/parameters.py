@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from serving.errors import BadInput, SecretExposed, list_shortly, suggest_name
 from serving.model.contract import Frozen
+from serving.option_words import has_flags, name_option
 from serving.redaction import hide_secrets, holds_secret
 
 _PROBLEMS_SHOWN, _CHARACTERS_SHOWN = 5, 60
@@ -99,6 +100,7 @@ def describe_invalid(error: ValidationError, given: Any) -> list[str]:
     problems = []
     for each in error.errors(include_url=False, include_context=False):
         place = ".".join(map(str, each["loc"]))
+        place = name_option(place) if place and has_flags() else place
         if each["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             name = str(each["loc"][-1])
             known = _find_fields(given, each["loc"][:-1])
@@ -116,7 +118,8 @@ def describe_invalid(error: ValidationError, given: Any) -> list[str]:
 def describe_invalid_model(error: ValidationError) -> str:
     """Return what is wrong with the fields of one model, with the names that were meant where it is Overnight's own."""
     problems = "\n".join(describe_invalid(error, find_option_type(error.title)))
-    return hide_secrets(f"{error.title} must have valid fields, got:\n{problems}")
+    head = "The options must be valid" if has_flags() else f"{error.title} must have valid fields"
+    return hide_secrets(f"{head}, got:\n{problems}")
 
 
 def _find_fields(given: Any, path: Sequence[int | str]) -> set[str]:

@@ -15,6 +15,7 @@ import pyarrow as pa
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 from serving.errors import SchemaMismatch, list_shortly, suggest_name
+from serving.option_words import give_option
 
 TEXT_DTYPES = ("str", "binary")
 _NAMES_SHOWN, _PROBLEMS_SHOWN = 20, 4
@@ -158,8 +159,8 @@ def _describe_missing(value: Input, column: Column) -> str:
     flat = len(column.shape) == 1
     names = f"the {column.shape[0]} columns that fill it, or one of lists" if flat else "the column of lists or tensors"
     return (
-        f"{missing}; name {names} in the option input_columns={{{value.name!r}: [...]}}, or when the model is logged, "
-        f"metadata={{'overnight': {{'columns': {{{value.name!r}: [...]}}}}}}"
+        f"{missing}; name {names} by {give_option('input_columns', {value.name: ['...']})}, or when the model is "
+        f"logged, metadata={{'overnight': {{'columns': {{{value.name!r}: [...]}}}}}}"
     )
 
 
@@ -216,7 +217,8 @@ def _find_scalar_problem(column: Column, source: pa.DataType) -> str | None:
         return f"{must}; cast it in the table first"
     if column.policy.cast != "safe" or casts_safely(source, column.dtype):
         return None
-    return f'{must}, which may lose digits; allow it with policies={{"{column.name}": {{"cast": "round"}}}}'
+    allow = give_option("policies", {column.name: {"cast": "round"}})
+    return f"{must}, which may lose digits; allow it with {allow}"
 
 
 @functools.lru_cache(maxsize=256)

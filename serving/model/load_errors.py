@@ -18,8 +18,8 @@ from pydantic import Field
 
 from serving.errors import ModelUnfit
 from serving.model.contract import Frozen
+from serving.option_words import give_option
 
-_ALLOW = "pass allow_pickle=True in the options if you trust its author"
 # How a model of each flavour is logged so that nothing in it needs unpickling.
 _ADVICE_BY_LOADER = {
     "mlflow.pytorch": 'Log it with serialization_format="pt2", or',
@@ -45,7 +45,8 @@ def explain_load_error(folder: Path, error: Exception, *, allow_pickle: bool) ->
     if _UNTRUSTED.search(f"{type(error).__name__} {error}"):
         return ModelUnfit(
             "A model saved by skops must be logged with the types that it is made of (skops_trusted_types), got others "
-            f"in {folder}: {_shorten(error)}. Log it again with serialization_format='cloudpickle', and {_ALLOW}."
+            f"in {folder}: {_shorten(error)}. Log it again with serialization_format='cloudpickle', and "
+            f"{_advise_pickle()}."
         )
     got = f"The model in {folder} must load here, got {type(error).__name__}: {_shorten(error)}."
     return ModelUnfit(f"{got} {_advise_packages(folder, error)}".rstrip())
@@ -54,11 +55,16 @@ def explain_load_error(folder: Path, error: Exception, *, allow_pickle: bool) ->
 def _refuse_pickle(mlmodel: MLmodel) -> ModelUnfit:
     loader = str(mlmodel.flavors.get("python_function", {}).get("loader_module") or "")
     advice = _ADVICE_BY_LOADER.get(loader)
-    what_to_do = f"{advice} {_ALLOW}" if advice else f"{_ALLOW[0].upper()}{_ALLOW[1:]}"
+    allow = _advise_pickle()
+    what_to_do = f"{advice} {allow}" if advice else f"{allow[0].upper()}{allow[1:]}"
     return ModelUnfit(
         "A model must not need unpickling, which runs any code in its files, unless asked for; got one with a pickle "
         f"in it ({loader or ', '.join(mlmodel.flavors)}). {what_to_do}."
     )
+
+
+def _advise_pickle() -> str:
+    return f"pass {give_option('allow_pickle', value=True)} if you trust its author"
 
 
 def _advise_packages(folder: Path, error: Exception) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from mlflow.models import Model as MLmodel
 
 from serving.errors import ModelUnfit
+from serving.option_words import give_option
 
 _RECORDS = re.compile(
     r"archive_format|archive_version|byteorder|version|\.data/(version|serialization_id)|models/model\.json"
@@ -97,7 +98,7 @@ def _is_skops(folder: Path, mlmodel: MLmodel) -> bool:
         message = (
             "A model saved by skops must be made of types that skops and MLflow trust, unless asked for; got: "
             f"{shown}. The model's own list of trusted types (skops_trusted_types) is no reason to trust them. Pass "
-            "allow_pickle=True in the options if you trust its author."
+            f"{give_option('allow_pickle', value=True)} if you trust its author."
         )
         raise ModelUnfit(message)
     return True
@@ -142,5 +143,5 @@ def _unsafe_archive(path: Path, got: str) -> ModelUnfit:
     return ModelUnfit(
         f"An exported model must hold what torch.export.save writes of tensors and nothing else, got {got} in "
         f"{path.name}: reading it might unpickle, which runs any code in it. Log it again with "
-        'serialization_format="pt2", or pass allow_pickle=True in the options if you trust its author.'
+        f'serialization_format="pt2", or pass {give_option("allow_pickle", value=True)} if you trust its author.'
     )

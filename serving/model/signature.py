@@ -17,8 +17,9 @@ from mlflow.types import ColSpec, ParamSpec, Schema, TensorSpec
 from mlflow.types.schema import DataType
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
-from serving.errors import BadInput, ModelUnfit
+from serving.errors import BadInput, ModelUnfit, suggest_name
 from serving.model.contract import OPAQUE_DTYPES, Column, ColumnPolicy, Contract, Input, Output, find_fill_problem
+from serving.option_words import give_option, name_option
 
 _HOW_TO_LOG = (
     "Log it with one, for example:\n"
@@ -70,8 +71,11 @@ def read_contract(
     read = [column for value in inputs for column in value.columns]
     _check_keys("policies", set(policies) - {_ALL_COLUMNS}, {column.name for column in read})
     if misfits := [problem for column in read if (problem := find_fill_problem(column))]:
-        listed = "; ".join(dict.fromkeys(misfits))
-        message = f"The value that replaces nulls must be a value of its column, got {listed}. Correct policies."
+        meant = (suggest_name(str(column.policy.null), ("reject", "keep")) for column in read)
+        message = (
+            f"null in {name_option('policies')} must be 'reject', 'keep' or a value of its column, which replaces its "
+            f"nulls; got {'; '.join(dict.fromkeys(misfits))}{next(filter(None, meant), '. Correct it.')}"
+        )
         raise BadInput(message)
     outputs = _read_outputs(signature.outputs)
     return Contract(inputs=inputs, outputs=outputs, params=_read_params(mlmodel, params or {}, is_torch=stack))
@@ -96,8 +100,8 @@ def _read_inputs(
         inputs = (_read_unnamed_input(schema.inputs[0], columns or _read_metadata_columns(mlmodel), policies),)
     elif columns:
         message = (
-            f"A model whose signature names its columns takes no input_columns, got {sorted(columns)}. "
-            "Leave the option out, and rename the columns of the table where they differ."
+            f"A model whose signature names its columns takes no {name_option('input_columns')}, got "
+            f"{sorted(columns)}. Leave the option out, and rename the columns of the table where they differ."
         )
         raise ModelUnfit(message)
     else:
@@ -153,7 +157,7 @@ def _read_tensor_input(spec: TensorSpec, name: str, named: Names, policies: Poli
         if len(sources) != shape[0]:
             message = (
                 f"Input {name!r} must be fed by {shape[0]} columns, got {len(sources)}: {list(sources)}. "
-                "Correct input_columns in the options, or the model's metadata."
+                f"Correct {name_option('input_columns')}, or the model's metadata."
             )
             raise ModelUnfit(message)
         each = tuple(Column(name=source, dtype=dtype, policy=_find_policy(policies, source)) for source in sources)
@@ -162,7 +166,7 @@ def _read_tensor_input(spec: TensorSpec, name: str, named: Names, policies: Poli
         message = (
             f"Input {name!r} of {dtype} and shape {shape} must be fed by "
             f"{'a column for each value' if dtype in OPAQUE_DTYPES else 'one column'}, got {list(sources)}. "
-            "Correct input_columns in the options, or the model's metadata."
+            f"Correct {name_option('input_columns')}, or the model's metadata."
         )
         raise ModelUnfit(message)
     column = Column(name=sources[0], dtype=dtype, shape=shape, policy=_find_policy(policies, sources[0]))
@@ -193,8 +197,8 @@ def _read_unnamed_input(spec: Any, named: Names, policies: Policies) -> Input:
     if [len(sources) for sources in named.values()] != [1]:
         message = (
             "A model whose signature has one input without a name needs the one column that feeds it, got "
-            f'{dict(named)}. Pass input_columns={{"input": ("description",)}}, with the name of the column, or log the '
-            'model with metadata={"overnight": {"columns": {"input": ["description"]}}}.'
+            f"{dict(named)}. Pass {give_option('input_columns', {'input': ['description']})}, by its own name, or log "
+            'the model with metadata={"overnight": {"columns": {"input": ["description"]}}}.'
         )
         raise ModelUnfit(message)
     ((name, (source,)),) = named.items()
@@ -208,8 +212,8 @@ def _read_params(mlmodel: MLmodel, given: Params, *, is_torch: bool) -> dict[str
     if given and not known:
         why = "that runs as a torch module" if is_torch else "whose signature has none"
         message = (
-            f"params must be left out for a model {why}, got {sorted(given)}. Leave them out, or log the model through "
-            "pyfunc with infer_signature(inputs, predictions, params={...})."
+            f"{name_option('params')} must be left out for a model {why}, got {sorted(given)}. Leave them "
+            "out, or log the model through pyfunc with infer_signature(inputs, predictions, params={...})."
         )
         raise BadInput(message)
     problems = [f"{name!r}" for name in sorted(given.keys() - known.keys())]
@@ -222,7 +226,10 @@ def _read_params(mlmodel: MLmodel, given: Params, *, is_torch: bool) -> dict[str
                 problems.append(f"{name}={value!r}")
     if problems:
         listed = ", ".join(f"{name} ({_describe_param(spec)})" for name, spec in known.items())
-        message = f"params must be of the model's signature, which has {listed}; got {', '.join(problems)}. Correct it."
+        message = (
+            f"{name_option('params')} must be of the model's signature, which has {listed}; got {', '.join(problems)}. "
+            "Correct it."
+        )
         raise BadInput(message)
     return values
 

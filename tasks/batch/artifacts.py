@@ -23,11 +23,14 @@ from tasks.common.artifacts import (
     make_markdown,
     make_table,
     put_artifacts,
+    read_artifact,
     start_thread,
 )
 from tasks.storage import Storage
 
 SUMMARY_KEY = "batch-summary"
+# In the summary of a flow run that has scored what is published.
+_PUBLISHED = "| status | scored |"
 _ARTIFACT_SECONDS = 5.0
 _LOG_SECONDS = 30.0
 _JOIN_SECONDS = 1.0
@@ -138,6 +141,15 @@ def publish_artifacts(report: BatchReport, sample: PredictionSample | None, samp
         ]
         artifacts.append(make_table("batch-rejects", rejects, f"{report.rows_rejected:,} rows without a prediction"))
     put_artifacts(artifacts, logger)
+
+
+def publish_complete(report: BatchReport, logger: Logger) -> None:
+    """Put a run that was found complete among the flow run's artifacts.
+
+    A retry may find the run that an earlier attempt of the same flow run has published: the summary of that stays.
+    """
+    if (shown := read_artifact(SUMMARY_KEY, logger)) is None or _PUBLISHED not in shown:
+        publish_artifacts(report, None, 0, logger)
 
 
 def find_sample(storage: Storage, manifest: Manifest, plan: Plan, logger: Logger) -> PredictionSample | None:

@@ -30,8 +30,10 @@ from serving.errors import (
     suggest_name,
 )
 from serving.model.contract import Frozen
+from serving.option_words import give_option, name_option
 from tasks.batch.footer import FooterReader, GroupBytes
 from tasks.batch.formats import find_format, list_suffixes
+from tasks.batch.options import CsvOptions
 from tasks.storage import Entry, LocalStorage, Selection, Storage, open_storage
 
 SOURCE_FILE, SOURCE_ROW = "source_file", "source_row"
@@ -206,14 +208,15 @@ def _detect_format(entries: list[Entry], source: str, *, csv: bool) -> str:
         by_format.setdefault(found, []).append(entry.path)
     if csv and "csv" not in by_format:
         message = (
-            f"The options say by csv how CSV files are written, but {source} has none, got such as {entries[0].path}. "
-            "Leave csv out, or name CSV files."
+            f"{name_option('csv')} must go with CSV files, which it describes, but {source} has none, got such as "
+            f"{entries[0].path}. Leave it out, or name CSV files."
         )
         raise BadInput(message)
     if len(by_format) == 1 and None not in by_format:
         return str(next(iter(by_format)))
     listed = "; ".join(f"{name or 'unknown'}: {len(paths)}, e.g. {paths[0]}" for name, paths in by_format.items())
-    advice = "Narrow it by a glob." if len(by_format) > 1 else "Where it is CSV by another name, give csv=CsvOptions()."
+    by_another_name = f"Where it is CSV by another name, give {give_option('csv', CsvOptions())}."
+    advice = "Narrow it by a glob." if len(by_format) > 1 else by_another_name
     message = f"All files of {source} must be of one format out of {list_suffixes()}, got {listed}. {advice}"
     raise SourceFormat(message)
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from serving.errors import DestinationUnusable, PublishRefused, StorageDenied, StorageFault
+from serving.option_words import give_option
 from tasks.batch.parts import PartFooter
 from tasks.batch.plan import Plan
 from tasks.common.extras import import_extra
@@ -69,7 +70,8 @@ def check_delta(storage: Storage, contract_schema: pa.Schema, run_key: str, earl
         message = (
             f"The Delta table at {storage.url} must not get the rows of a call twice, but holds run {held[0]}, which "
             "an earlier release made of the same model, files and options. Its rows are in the table, once: there is "
-            'nothing to do. To score them again all the same, choose another destination, or delta_mode="replace".'
+            "nothing to do. To score them again all the same, choose another destination, or give "
+            f"{give_option('delta_mode', 'replace')}."
         )
         raise DestinationUnusable(message)
     return table.transaction_version(_ORDER_APP) or 0

@@ -19,6 +19,7 @@ import pyarrow.csv
 import pyarrow.ipc
 
 from serving.errors import SchemaMismatch, SourceCorrupt, SourceFormat
+from serving.option_words import give_option
 from tasks.batch.json_lines import NotJsonLines, find_fields, parse_lines
 from tasks.batch.options import CsvOptions
 
@@ -175,7 +176,7 @@ def _read_csv(raw: Path, wanted: RequestedColumns, where: str, csv: CsvOptions) 
         # Arrow takes all that follows an open quote for one value, whatever rows are in it.
         message = (
             f"{where} must close every quote, got one that stays open at {last[:_SHOWN]!r}. Repair the file; where "
-            "quotes have no meaning in it, give csv=CsvOptions(quote=None)."
+            f"quotes have no meaning in it, give {give_option('csv', CsvOptions(quote=None))}."
         )
         raise SourceCorrupt(message)
 
@@ -198,7 +199,7 @@ def _check_delimiter(names: list[str], wanted: RequestedColumns, where: str, csv
     if found is not None and csv.delimiter is None:
         message = (
             f"{where} must have its values parted by commas, got a first line that is parted by {found!r}: "
-            f"{names[0][:_SHOWN]!r}. Give csv=CsvOptions(delimiter={found!r}) in the options."
+            f"{names[0][:_SHOWN]!r}. Give {give_option('csv', CsvOptions(delimiter=found))}."
         )
         raise SourceFormat(message)
 
@@ -210,7 +211,7 @@ def _explain_encoding(raw: Path, where: str, csv: CsvOptions) -> str:
     likely = "utf-8" if csv.encoding == likely else likely
     return (
         f"{where} must be text in {csv.encoding}, got bytes that are none. Say how it is encoded, by "
-        f"csv=CsvOptions(encoding={likely!r}) in the options, for one, or repair it."
+        f"{give_option('csv', CsvOptions(encoding=likely))}, for one, or repair it."
     )
 
 

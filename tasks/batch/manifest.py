@@ -11,6 +11,7 @@ import polars as pl
 from serving.errors import NoCompleteRun, RunNameTaken
 from serving.model.contract import Frozen
 from serving.model.registry import ModelPin
+from serving.option_words import name_option
 from tasks.batch.dataset import map_parallel
 from tasks.batch.parts import REJECT_REASON, list_parts
 from tasks.batch.plan import FORMAT_VERSION, ROOT, Plan, load_plan, read_record
@@ -110,7 +111,8 @@ def check_manifest_key(manifest: Manifest, plan: Plan) -> None:
     if manifest.key != plan.key:
         message = (
             f"The run name {plan.run!r} must hold one run, but a run of another call was published there (key "
-            f"{manifest.key}, model {manifest.model.uri}); this call's key is {plan.key}. Choose another name, or none."
+            f"{manifest.key}, model {manifest.model.uri}); this call's key is {plan.key}. Choose another "
+            f"{name_option('name')}, or none."
         )
         raise RunNameTaken(message)
 

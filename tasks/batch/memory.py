@@ -9,6 +9,7 @@ import numpy as np
 
 from serving.errors import PlanTooLarge
 from serving.model.contract import TEXT_DTYPES, Output
+from serving.option_words import name_option
 from tasks.batch.chunk_layout import Chunk
 from tasks.batch.options import BatchOptions, Ray
 from tasks.batch.plan import Plan
@@ -90,7 +91,8 @@ def check_fits(needed: int, allowed: int, plan: Plan, slots: int) -> None:
         largest = max(chunk.rows for chunk in plan.chunks.values())
         message = (
             f"The run must fit in {allowed >> 20} MiB, but {slots} slots over chunks of {largest:,} rows need "
-            f"{needed >> 20} MiB. Lower rows_per_chunk or slots, or raise memory_mb."
+            f"{needed >> 20} MiB. Lower {name_option('rows_per_chunk')} or {name_option('slots')}, or raise "
+            f"{name_option('memory_mb')}."
         )
         raise PlanTooLarge(message)
 

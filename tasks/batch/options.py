@@ -9,6 +9,7 @@ from uuid import UUID
 from pydantic import AwareDatetime, Field, JsonValue, field_validator, model_validator
 
 from serving.model.contract import ColumnNames, ColumnPolicy, Frozen
+from serving.option_words import name_option
 
 # These decide how a run is carried out, never what it puts out: a later call may change them and still resume.
 _NOT_IN_KEY = {
@@ -219,7 +220,9 @@ class BatchOptions(Frozen):
     @model_validator(mode="after")
     def _cluster_has_slots(self) -> Self:
         if isinstance(self.runner, Ray) and self.runner.address is not None and self.slots is None:
-            message = "slots must say how many forward passes the Ray cluster runs side by side, got none."
+            message = (
+                f"{name_option('slots')} must say how many forward passes the Ray cluster runs side by side, got none."
+            )
             raise ValueError(message)
         return self
 
@@ -228,8 +231,8 @@ class BatchOptions(Frozen):
         modes = {"delta": self.delta_mode, "iceberg": self.iceberg_mode}
         if self.rescore is not None and modes.get(self.output) == "append":
             message = (
-                f"{self.output}_mode must be 'replace' where rescore is given, got 'append': the rows of the earlier "
-                "run would be in the table twice."
+                f"{name_option(f'{self.output}_mode')} must be 'replace' where rescore is given, got 'append': the rows "
+                "of the earlier run would be in the table twice."
             )
             raise ValueError(message)
         return self
@@ -237,7 +240,10 @@ class BatchOptions(Frozen):
     @model_validator(mode="after")
     def _one_version(self) -> Self:
         if self.source_version is not None and self.source_timestamp is not None:
-            message = "source_version or source_timestamp must say which version of the source is read, got both."
+            message = (
+                f"{name_option('source_version')} or {name_option('source_timestamp')} must say which version of the "
+                "source is read, got both."
+            )
             raise ValueError(message)
         return self
 
@@ -245,8 +251,8 @@ class BatchOptions(Frozen):
     def _table_has_name(self) -> Self:
         if (self.output == "iceberg") != (self.iceberg_table is not None):
             message = (
-                "iceberg_table must name the table, as CATALOG.NAMESPACE.TABLE, where output is 'iceberg', and only "
-                f"there; got output={self.output!r} and iceberg_table={self.iceberg_table!r}."
+                f"{name_option('iceberg_table')} must name the table, as CATALOG.NAMESPACE.TABLE, where output is "
+                f"'iceberg', and only there; got output={self.output!r} and iceberg_table={self.iceberg_table!r}."
             )
             raise ValueError(message)
         return self
@@ -254,7 +260,10 @@ class BatchOptions(Frozen):
     @model_validator(mode="after")
     def _one_way_to_spread(self) -> Self:
         if isinstance(self.runner, Ray) and self.workers > 1:
-            message = f"workers must be 1 where Ray spreads the work, got {self.workers}; raise slots instead."
+            message = (
+                f"{name_option('workers')} must be 1 where Ray spreads the work, got {self.workers}; raise "
+                f"{name_option('slots')} instead."
+            )
             raise ValueError(message)
         return self
 

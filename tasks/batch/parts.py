@@ -19,6 +19,7 @@ from serving.errors import BadInput, SchemaMismatch, SourceChanged, suggest_name
 from serving.model.contract import Contract, Output, is_text
 from serving.model.encoding import Flags
 from serving.model.interface import Predictions
+from serving.option_words import name_option
 from tasks.batch.chunk_layout import Chunk
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Dataset
 from tasks.batch.options import BatchOptions
@@ -92,7 +93,8 @@ def check_names(dataset: Dataset, contract: Contract, options: BatchOptions) -> 
         raise SchemaMismatch(message)
     if not options.key_columns and (taken := {SOURCE_FILE, SOURCE_ROW} & {column.name for column in contract.columns}):
         message = (
-            f"Without key columns {sorted(taken)} name a row, got columns of the model called so. Choose key_columns."
+            f"Without key columns {sorted(taken)} name a row, got columns of the model called so. Choose "
+            f"{name_option('key_columns')}."
         )
         raise BadInput(message)
     names = [*key_names(options), *(o.name for o in contract.outputs), REJECT_COLUMN, REJECT_REASON]

@@ -19,6 +19,7 @@ from serving.model.encoding import BatchUnit
 from serving.model.interface import Engine
 from serving.model.registry import ModelPin
 from serving.model.tuner import Tuning
+from serving.option_words import name_option
 from tasks.batch.chunk_layout import (
     BLOCK_BYTES,
     CHUNK_BYTES_MAX,
@@ -284,7 +285,8 @@ def check_plan_key(plan: Plan, key: str) -> Plan:
     if plan.key != key:
         message = (
             f"The run name {plan.run!r} already holds a run of another plan (key {plan.key}, model {plan.model.uri}, "
-            f"planned {plan.planned_at:%Y-%m-%d %H:%M} UTC); this call's key is {key}. Choose another name, or none."
+            f"planned {plan.planned_at:%Y-%m-%d %H:%M} UTC); this call's key is {key}. Choose another "
+            f"{name_option('name')}, or none."
         )
         raise RunNameTaken(message)
     return plan

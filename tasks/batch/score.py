@@ -18,6 +18,7 @@ from serving.model.encoding import Encoded, Flags, encode
 from serving.model.forward import Forward, Halted, iter_retry_delays
 from serving.model.interface import Model, Predictions
 from serving.model.loading import check_model_unchanged
+from serving.option_words import name_option
 from tasks.batch.chunk_reader import open_reader, read_ahead
 from tasks.batch.chunk_scheduler import ChunkClaim, ChunkScheduler, Host
 from tasks.batch.parts import ChunkId, Reasons, count_reasons, encode_part, key_names, part_path
@@ -305,7 +306,8 @@ def check_rejects(rejects: Reasons, plan: Plan, fraction_max: float, samples: Sa
             f"At most {fraction_max:.4g} of {plan.rows:,} rows may be rejects, got {rejects.total():,} so far; nothing "
             f"is published. Most are:\n{_list_reasons(rejects, samples or {})}\n"
             f"See all with open_rejects(destination, run={plan.run!r}), correct the data, or raise "
-            "max_reject_fraction and call again. Where it was no fault of the rows, call again with another rescore."
+            f"{name_option('max_reject_fraction')} and call again. Where it was no fault of the rows, call again with "
+            f"another {name_option('rescore')}."
         )
         raise TooManyRejects(message)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from serving.errors import BadInput, NoCompleteRun, SourceChanged, SourceFormat, SourceNotFound, StorageDenied
+from serving.option_words import name_option
 from tasks.batch.dataset import Snapshot, SourceFile, check_outside_source, pin_files, pin_listed_files
 from tasks.batch.delta_source import pin_delta
 from tasks.batch.manifest import find_damaged_parts, find_manifest, find_newest_run
@@ -89,8 +90,9 @@ def pin_source(
     check_outside_source(selected, destination, source)
     if not version.is_current and (log is None or log.kind not in _TABLES):
         message = (
-            f"source_version and source_timestamp must go with a Delta or Iceberg table, got {source}, which is none. "
-            "Leave them out; a run of an Overnight destination is named as DESTINATION/run=NAME."
+            f"{name_option('source_version')} and {name_option('source_timestamp')} must go with a Delta or "
+            f"Iceberg table, got {source}, which is none. Leave them out; a run of an Overnight "
+            "destination is named as DESTINATION/run=NAME."
         )
         raise BadInput(message)
     if log is None:

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from serving.errors import SchemaMismatch, SourceEmpty, StorageFault, suggest_name
 from serving.model.contract import Contract, Frozen
+from serving.option_words import name_option
 from tasks.batch.dataset import Snapshot, SourceFile, name_corrupt_file
 from tasks.batch.formats import RequestedColumns, read_tables
 from tasks.batch.options import CsvOptions
@@ -208,7 +209,7 @@ def _check_columns(tables: Iterable[pa.Table], required: frozenset[str], where: 
             message = (
                 f"{where} must have every column that the run reads, but {missing} are missing"
                 f"{suggest_name(missing[0], table.column_names) or '.'} Columns found: {found}. Rename them, or say "
-                "how the file is written by the option csv."
+                f"how the file is written by {name_option('csv')}."
             )
             raise SchemaMismatch(message)
         yield table

@@ -15,6 +15,7 @@ import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
+from prefect.client.schemas.objects import Artifact
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.utilities.context import get_task_and_flow_run_ids
 
@@ -58,22 +59,31 @@ def put_artifacts(artifacts: Sequence[ArtifactCreate], logger: Logger) -> None:
             _put_artifact(client, artifact)
 
 
+def read_artifact(key: str, logger: Logger) -> str | None:
+    """Return what an artifact of this flow run holds that an earlier attempt of it has put, None without one."""
+    _, flow_run_id = get_task_and_flow_run_ids()
+    with server_may_fail(logger), get_client(sync_client=True) as client:
+        found = _find_artifact(client, key, flow_run_id)
+        return None if found is None else str(found.data)
+    return None
+
+
 def _put_artifact(client: SyncPrefectClient, artifact: ArtifactCreate) -> UUID:
     task_run_id, flow_run_id = get_task_and_flow_run_ids()
     ids = {"flow_run_id": flow_run_id, "task_run_id": task_run_id}
     earlier = _find_artifact(client, artifact.key, flow_run_id)
     if earlier is None:
         return client.create_artifact(artifact.model_copy(update={k: v for k, v in ids.items() if v})).id
-    client.update_artifact(earlier, ArtifactUpdate(data=artifact.data, description=artifact.description))
-    return earlier
+    client.update_artifact(earlier.id, ArtifactUpdate(data=artifact.data, description=artifact.description))
+    return earlier.id
 
 
-def _find_artifact(client: SyncPrefectClient, key: str | None, flow_run_id: UUID | None) -> UUID | None:
+def _find_artifact(client: SyncPrefectClient, key: str | None, flow_run_id: UUID | None) -> Artifact | None:
     """Return the artifact of this key that the flow run has already, None outside of one."""
     if flow_run_id is None or key is None:
         return None
     wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]), key=ArtifactFilterKey(any_=[key]))
-    return next((each.id for each in client.read_artifacts(artifact_filter=wanted)), None)
+    return next((each for each in client.read_artifacts(artifact_filter=wanted)), None)
 
 
 class ProgressArtifact:

@@ -7,9 +7,11 @@ answer will do: what the answer says is for the call itself to find out. No chec
 from __future__ import annotations
 
 import base64
+import errno
 import os
 import re
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +35,13 @@ _SECONDS_MAX, _ANSWER_SECONDS = 9.0, 7.0
 _DATABASE_PORTS = {"postgresql": 5432, "postgres": 5432, "mysql": 3306, "mssql": 1433}
 # The catalog says where such a table is.
 _ICEBERG = "iceberg:"
+# Why a folder takes no file, and what to do about it.
+_FOLDER_PROBLEMS = {
+    errno.EACCES: ("does not let this user write", "Give this user the right to write there, or choose another path"),
+    errno.EPERM: ("does not let this user write", "Give this user the right to write there, or choose another path"),
+    errno.EROFS: ("is on a read-only file system", "Mount it for writing, or choose another path"),
+    errno.ENOSPC: ("has no space left", "Free some, or choose another path"),
+}
 _SQLITE = re.compile(r"sqlite(?:\+\w+)?:///(?P<path>[^?]+)")
 
 
@@ -222,7 +231,7 @@ def _ask_storage(address: str, *, writes: bool) -> None:
     storage = open_storage(re.split(r"[*?\[]", address)[0] if not writes else address)
     if isinstance(storage, LocalStorage):
         exists = storage.root.exists()
-        if writes and (problem := _find_folder_problem(storage.root, exists=exists)):
+        if writes and (problem := _find_folder_problem(address, storage.root, exists=exists)):
             raise problem
         return
     try:
@@ -234,19 +243,30 @@ def _ask_storage(address: str, *, writes: bool) -> None:
         raise OSError(str(error)) from error
 
 
-def _find_folder_problem(folder: Path, *, exists: bool) -> OvernightError | None:
-    """Return why a folder can't be made or written to, None where it can; nothing is written."""
+def _find_folder_problem(address: str, folder: Path, *, exists: bool) -> OvernightError | None:
+    """Return why a folder can't be made or written to, None where it can. A file without a name is opened and closed.
+
+    Args:
+        address: The folder as the caller named it.
+        folder: Its path.
+        exists: Whether it is there.
+    """
     nearest = folder if exists else next((above for above in folder.parents if above.exists()), Path("/"))
     if not nearest.is_dir():
         return DestinationUnusable(
-            f"The destination {folder} must be a folder, or one that can be made, but {nearest} is a file. Choose "
+            f"The destination {address} must be a folder, or one that can be made, but {nearest} is a file. Choose "
             "another path."
         )
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        return StorageDenied(
-            f"The destination {folder} must be accessible for writing, but {nearest} is not to this user. Allow it, or "
-            "choose another path."
+    try:
+        # Rights alone do not say it: root has all of them, and a file system may be read-only or hold no files.
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        why, advice = _FOLDER_PROBLEMS.get(
+            error.errno or 0, (f"takes no new files ({os.strerror(error.errno or errno.EIO)})", "Choose another path")
         )
+        must = "be accessible for writing" if exists else "be there already, or one that can be made"
+        message = f"The destination {address} must {must}, but {nearest} {why}. {advice}."
+        return StorageDenied(message)
     return None
 
 

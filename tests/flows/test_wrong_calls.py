@@ -189,7 +189,7 @@ CALLS = {
         arrange=edit_customers(lambda table: table.with_columns(a=pl.lit("2024-01-01").str.to_date())),
     ),
     "a column that would lose digits": WrongCall(
-        advice='allow it with policies={"a": {"cast": "round"}}',
+        advice="allow it with policies={'a': {'cast': 'round'}} in the options",
         arrange=edit_customers(lambda table: table.with_columns(a=pl.col("customer").cast(pl.Int64))),
     ),
     "a key that is called as a prediction": WrongCall(
@@ -199,6 +199,11 @@ CALLS = {
     ),
     "a value for nulls that is no number": WrongCall(
         options=OPTIONS | {"policies": {"a": {"null": "none"}}}, advice="'none' for column 'a'"
+    ),
+    "a misspelt policy for nulls": WrongCall(
+        options=OPTIONS | {"policies": {"a": {"null": "kep"}}},
+        advice="null in policies must be 'reject', 'keep' or a value of its column, which replaces its nulls; got "
+        "'kep' for column 'a' (float32); did you mean 'keep'?",
     ),
     "too many rows that are rejects": WrongCall(
         advice="a: text that does not parse as float32 (100 rows, such as 'n/a')",
@@ -253,7 +258,7 @@ CALLS = {
         **CSV, advice="got in line 2", arrange=write_csv('{"a": 1}\n{"a": \n', "rows.jsonl")
     ),
     "how CSV is written, of Parquet": WrongCall(
-        options=BatchOptions(csv=CsvOptions(delimiter=";")), advice="Leave csv out, or name CSV files"
+        options=BatchOptions(csv=CsvOptions(delimiter=";")), advice="Leave it out, or name CSV files"
     ),
     # Options.
     "an option of a similar name": WrongCall(options={"key_colums": "customer"}, advice="did you mean 'key_columns'?"),
@@ -281,6 +286,11 @@ CALLS = {
     ),
     "a destination below a file": WrongCall(
         destination="{folder}/file/scores", advice="Choose another path", arrange=lambda place: place.put("file", "")
+    ),
+    "a destination that takes no files": WrongCall(
+        destination="/proc/scores",
+        advice="The destination /proc/scores must be there already, or one that can be made, but /proc takes no new "
+        "files (No such file or directory). Choose another path.",
     ),
     "a password in an address": WrongCall(destination="s3://me:pa55word@lake/scores", advice="in the environment"),
     "a store that does not run": WrongCall(

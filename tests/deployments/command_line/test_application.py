@@ -102,9 +102,14 @@ def test_a_command_line_that_does_not_read_ends_with_two_and_says_why(arguments:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["score", "m", "a", "b", "--output", "csv"], "output: Input should be 'parquet'"),
-        (["score", "m", "a", "b", "--slots", "0"], "slots: Input should be greater than or equal to 1, got 0"),
-        (["score", "m", "a", "b", "--options", '{"slotz": 1}'], "slotz: there is no such field; did you mean"),
+        (["score", "m", "a", "b", "--output", "csv"], "--output: Input should be 'parquet'"),
+        (["score", "m", "a", "b", "--slots", "0"], "--slots: Input should be greater than or equal to 1, got 0"),
+        (["score", "m", "a", "b", "--options", '{"csv": {"quote": "||"}}'], "csv.quote of --options: String should"),
+        (["score", "m", "a", "b", "--rescore", "x", "--output", "delta"], "delta_mode of --options must be 'replace'"),
+        (
+            ["score", "m", "a", "b", "--options", '{"slotz": 1}'],
+            "slotz of --options: there is no such field; did you mean",
+        ),
         (["score", "m", "a", "b", "--options", "[1]"], "--options must be an object"),
         (["score", "m", "a", "b", "--options", "{"], "--options must be JSON"),
         (["score", "m", "a", "b", "--options", "@nowhere.yaml"], "nowhere.yaml, which --options names, must be a file"),
@@ -113,8 +118,11 @@ def test_a_command_line_that_does_not_read_ends_with_two_and_says_why(arguments:
         (["verify", "nowhere/"], "must hold a run that was published, got none"),
         (["verify", "nowhere/", "--run", "x"], "must hold a run 'x', got: none"),
         (["deploy", "--show", "setup.py"], "must be one of prefect.yaml"),
-        (["deploy", "m", "a", "b", "--options", '{"slotz": 1}'], "slotz: there is no such field; did you mean"),
-        (["endpoint", "--name", "churn"], "model: Field required"),
+        (
+            ["deploy", "m", "a", "b", "--options", '{"slotz": 1}'],
+            "slotz of --options: there is no such field; did you mean",
+        ),
+        (["endpoint", "--name", "churn"], "--model: Field required"),
         (["endpoint", "--name", "churn", "--model", "m", "--rate", "3"], "needs both --latency-ms and --rate"),
         (["endpoint", "--name", "churn", "--model", "m", "--keep-warm", "long"], "must be seconds, or auto"),
         (["endpoint", "retire", "churn", "--target", '{"kind": "tritn"}'], "tritn"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import threading
 import time
@@ -143,7 +144,24 @@ def test_a_destination_must_be_a_folder_or_become_one(
 
 
 def test_a_folder_that_may_not_be_written_to_is_no_destination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse_file(**_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
     # A test that runs as root may write everywhere.
-    monkeypatch.setattr(server_checks.os, "access", lambda *_: False)
-    with pytest.raises(StorageDenied, match="must be accessible for writing"):
+    monkeypatch.setattr(server_checks.tempfile, "TemporaryFile", refuse_file)
+    with pytest.raises(StorageDenied) as refused:
         check_servers(list_checks({"destination": str(tmp_path)}, uses_registry=False))
+
+    assert str(refused.value) == (
+        f"The destination {tmp_path} must be accessible for writing, but {tmp_path} does not let this user write. Give "
+        "this user the right to write there, or choose another path."
+    )
+
+
+def test_a_file_system_that_is_read_only_is_no_destination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse_file(**_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(server_checks.tempfile, "TemporaryFile", refuse_file)
+    with pytest.raises(StorageDenied, match=r"is on a read-only file system\. Mount it for writing, or choose another"):
+        check_servers(list_checks({"destination": str(tmp_path / "new")}, uses_registry=False))
