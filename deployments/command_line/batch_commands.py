@@ -24,10 +24,10 @@ from deployments.command_line.console import (
 from serving.option_words import name_options_by_flags
 
 if TYPE_CHECKING:
-    from tasks.batch.part_check import DamageKind
     from tasks.batch.report import BatchReport
     from tasks.batch.runs import RunSummary
     from tasks.batch.verify import RunVerification
+    from tasks.storage import Storage
 
 Model = Annotated[
     str,
@@ -43,6 +43,8 @@ Destination = Annotated[
     str, typer.Argument(help="The folder or address that has the predictions.", metavar="DESTINATION")
 ]
 _DAMAGES_SHOWN = 20
+# Damages of what is not to be deleted, or is gone.
+_KEPT_KINDS = ("manifest", "plan", "order", "table", "missing")
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -180,26 +182,40 @@ def verify(
         print_json({"destination": storage.url, "runs": [each.model_dump(mode="json") for each in verified]})
     else:
         for result in verified:
-            _print_verification(result)
+            _print_verification(result, storage)
     if any(result.state != "complete" for result in verified):
         raise typer.Exit(1)
 
 
-def _advise_repair(kinds: set[DamageKind]) -> str:
+def _advise_repair(result: RunVerification, storage: Storage) -> list[str]:
+    """Return the lines that say how a damaged run is repaired, with the command that deletes its damaged files."""
+    from tasks.storage import LocalStorage  # noqa: PLC0415 - help needs none
+
+    kinds = {damage.kind for damage in result.damages}
     if kinds <= {"manifest", "plan", "order"}:
-        return "  Put the record back as it was written. Where that can't be done, score again with --rescore TEXT."
-    return (
-        "  Delete the damaged parts that are named, then make the call again that scored the run: it scores those "
-        "parts again, and publishes what was there before."
-    )
+        return ["  Put the record back as it was written. Where that can't be done, score again with --rescore TEXT."]
+    again = f"make the call again that scored the run, with {result.model}" if result.model else "make the call again"
+    then = f"{again}: it scores those parts again, and publishes what was there before."
+    paths = (damage.path for damage in result.damages if damage.kind not in _KEPT_KINDS)
+    files = [storage.address(path) for path in dict.fromkeys(paths)]
+    if not files:
+        return [f"  {then[0].upper()}{then[1:]}"]
+    if isinstance(storage, LocalStorage):
+        left = f" and so on for {len(files) - _DAMAGES_SHOWN} more" if len(files) > _DAMAGES_SHOWN else ""
+        return [
+            f"  Delete the damaged files:  {shlex.join(['rm', *files[:_DAMAGES_SHOWN]])}{left}",
+            f"  Then {then}",
+        ]
+    listed = ", ".join(files[:_DAMAGES_SHOWN]) + (" and more" if len(files) > _DAMAGES_SHOWN else "")
+    return [f"  Delete the damaged objects {listed}.", f"  Then {then}"]
 
 
-def _print_verification(result: RunVerification) -> None:
+def _print_verification(result: RunVerification, storage: Storage) -> None:
     counts = f"{result.parts_read:,} of {result.parts:,} parts were read, {result.rows_read:,} of {result.rows:,} rows"
     lines = [f"Run {result.run} is {result.state}: {counts} are in parts that are as they must be."]
     lines += [f"  {damage.kind}: {damage.path}: {damage.message}" for damage in result.damages[:_DAMAGES_SHOWN]]
     if len(result.damages) > _DAMAGES_SHOWN:
         lines.append(f"  and {len(result.damages) - _DAMAGES_SHOWN} more; --json has all of them.")
     if result.damages:
-        lines.append(_advise_repair({damage.kind for damage in result.damages}))
+        lines += _advise_repair(result, storage)
     print_text("\n".join([*lines, *(f"  note: {note}" for note in result.notes)]))

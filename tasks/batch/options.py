@@ -231,8 +231,8 @@ class BatchOptions(Frozen):
         modes = {"delta": self.delta_mode, "iceberg": self.iceberg_mode}
         if self.rescore is not None and modes.get(self.output) == "append":
             message = (
-                f"{name_option(f'{self.output}_mode')} must be 'replace' where rescore is given, got 'append': the rows "
-                "of the earlier run would be in the table twice."
+                f"{name_option(f'{self.output}_mode')} must be 'replace' where rescore is given, got 'append': the "
+                "rows of the earlier run would be in the table twice."
             )
             raise ValueError(message)
         return self

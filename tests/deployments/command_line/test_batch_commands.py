@@ -15,8 +15,10 @@ import pytest
 from typer.testing import CliRunner
 
 from deployments.command_line import app
+from deployments.command_line.console import LINES_MAX
 from infra.local.prefect_server import PrefectServer
 from tasks.batch.manifest import open_predictions
+from tests.support import write_customers
 
 PROGRAM = [sys.executable, "-m", "deployments.command_line"]
 PATIENCE_SECONDS = 120.0
@@ -93,9 +95,26 @@ def test_verify_finds_a_whole_run_whole_and_a_damaged_one_damaged(
     assert "Delete" not in whole.stdout
     assert (1, 1) == (damaged.exit_code, told.exit_code)
     assert f"size: {part.relative_to(destination)}" in damaged.stdout
-    assert "Delete the damaged parts that are named, then make the call again" in " ".join(damaged.stdout.split())
+    assert f"Delete the damaged files:  rm {part}\n  Then make the call again that scored the run" in damaged.stdout
     assert ("damaged", ["size", "unreadable"]) == (run["state"], [damage["kind"] for damage in run["damages"]])
     assert f"Reading run {scored[1]['run']}" in damaged.stderr
+
+
+def test_runs_ends_with_one_where_a_run_is_damaged_and_says_what_to_do(
+    scored: tuple[Path, dict[str, object]], tmp_path: Path
+) -> None:
+    destination = tmp_path / "copy"
+    shutil.copytree(scored[0], destination)
+    part = next(destination.glob("run=*/part-*.parquet"))
+    part.unlink()
+    run = scored[1]["run"]
+    listed = CliRunner().invoke(app, ["runs", str(destination)])
+    as_json = CliRunner().invoke(app, ["runs", str(destination), "--json"])
+
+    assert (1, 1) == (listed.exit_code, as_json.exit_code)
+    assert f"Run {run} is damaged: 1 parts are gone or of another size" in listed.stderr
+    assert f"overnight verify {destination} --run {run}" in listed.stderr
+    assert ["damaged"] == [each["state"] for each in json.loads(as_json.stdout)["runs"]]
 
 
 def test_what_a_model_prints_is_not_on_stdout_beside_json(
@@ -119,13 +138,59 @@ def test_a_model_that_is_not_there_ends_with_its_message_alone(
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PREFECT_LOGGING_LEVEL": "CRITICAL"},
     )
 
     assert (1, "") == (done.returncode, done.stdout)
-    assert "models:/nobody/1 must be registered" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("models:/nobody/1 must be registered")
+    assert 1 == len(done.stderr.splitlines())
     assert not (tmp_path / "scores").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["models:/linaer/1", "{customers}", "{folder}/scores"], "did you mean 'linear'?"),
+        (["models:/linear/1", "{folder}/wrong", "{folder}/scores"], "column 'b' (float32) is missing; did you mean 'bb'"),
+        (["models:/linear/1", "{customers}", "{folder}/scores", "-k", "custmer"], "did you mean 'customer'?"),
+        (["models:/linear/1", "{customers}", "/proc/scores"], "The destination /proc/scores must be there already"),
+        (["models:/linear/1", "{folder}/text", "{folder}/scores"], """--options '{"csv": {"delimiter": ";"}}'"""),
+    ],
+)
+def test_a_wrong_call_is_told_before_a_temporary_server_is_started(
+    arguments: list[str], said: str, linear: str, customers: Path, tmp_path: Path
+) -> None:
+    write_customers(tmp_path / "wrong", rows=10, files=1, rows_per_group=10, edit=lambda each: each.rename({"b": "bb"}))
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "rows.csv").write_text("customer;a;b;c\n1;2;3;4\n")
+    arguments = [each.format(customers=customers, folder=tmp_path) if "--" not in each else each for each in arguments]
+    home = {"PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true", "PREFECT_HOME": str(tmp_path / "prefect")}
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"} | home
+    done = subprocess.run(
+        [*PROGRAM, "score", *arguments], capture_output=True, text=True, check=False, env=environment
+    )
+
+    assert (1, "") == (done.returncode, done.stdout)
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) <= LINES_MAX
+    assert "Traceback" not in done.stderr
+    # Text is read within the flow; all else is told before there is a server.
+    assert ("temporary Prefect server" in done.stderr) == (arguments[1] == f"{tmp_path}/text")
+    assert not (tmp_path / "scores" / "_overnight" / "plan.json").exists()
+
+
+def test_prefect_s_lines_are_shown_where_they_are_asked_for(
+    server: PrefectServer, registry: Path, customers: Path, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [*PROGRAM, "score", "models:/nobody/1", str(customers), str(tmp_path / "scores")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PREFECT_LOGGING_LEVEL": "DEBUG"},
+    )
+
+    assert 1 == done.returncode
+    assert "Beginning flow run" in done.stderr
 
 
 def test_ctrl_c_ends_score_with_130_and_one_line_and_the_same_command_resumes(
