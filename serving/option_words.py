@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import BaseModel
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flags:
@@ -77,11 +75,12 @@ def give_option(name: str, value: object) -> str:
 
 
 def _list_fields(value: Any) -> Any:
-    return value.model_dump(mode="json", exclude_unset=True) if isinstance(value, BaseModel) else list(value)
+    return value.model_dump(mode="json", exclude_unset=True) if hasattr(value, "model_dump") else list(value)
 
 
-def _write_python(value: object) -> str:
-    if isinstance(value, BaseModel):
-        given = value.model_dump(exclude_unset=True)
-        return f"{type(value).__name__}({', '.join(f'{name}={each!r}' for name, each in given.items())})"
-    return repr(value)
+def _write_python(value: Any) -> str:
+    # Asked for by its method: the help of the command line imports this module, and pydantic takes its time.
+    if not hasattr(value, "model_dump"):
+        return repr(value)
+    given = value.model_dump(exclude_unset=True)
+    return f"{type(value).__name__}({', '.join(f'{name}={each!r}' for name, each in given.items())})"

@@ -98,8 +98,10 @@ def score(  # noqa: PLR0913 - each is an option of the command
         chosen = build_model(BatchOptions, given, options, "--options")
         with show_status("Checking model, source and destination"):
             from deployments.command_line.prefect_output import show_own_lines  # noqa: PLC0415 - seconds of imports
+            from flows.runtime.parameters import refuse_secrets  # noqa: PLC0415 - the same
             from tasks.batch.call_check import check_call  # noqa: PLC0415 - the same
 
+            refuse_secrets({"model": model, "source": source, "destination": destination})
             check_call(model, source, destination, chosen)
             from flows.batch import batch_inference  # noqa: PLC0415 - the same
         show_own_lines()
@@ -141,8 +143,8 @@ def runs(destination: Destination, *, as_json: AsJson = False) -> None:
 
 def _advise_verification(destination: str, damaged: list[str]) -> str:
     command = shlex.join(["overnight", "verify", destination, "--run", damaged[0]])
-    more = f" So it does of the {len(damaged) - 1} others." if len(damaged) > 1 else ""
-    return f"See what of it is damaged, and how to repair it:  {command}{more}"
+    which = f"the first of {len(damaged)} damaged runs" if len(damaged) > 1 else "it"
+    return f"See what of {which} is damaged, and how to repair it:  {command}"
 
 
 def _list_figures(run: RunSummary) -> dict[str, str]:

@@ -53,8 +53,10 @@ def memory_bytes(plan: Plan, slots: int) -> int:
 
     Measured over the shapes of tests/benchmarks/memory.py by a fast model, what is used is within 20 % of this, or
     32 MiB a slot where that is more. By a slow model alone it was 48 to 99 %: the allocator then has time to purge, and
-    slots seldom read at once. What the model itself takes for a pass is not counted. Nor is what copying takes that comes
-    before: text and Arrow in bounded blocks, but of an Iceberg table with deletes the columns of one data file at once.
+    slots seldom read at once. What the model itself takes for a pass is not counted.
+
+    Nor is what copying takes before: text and Arrow go in bounded blocks, but of an Iceberg table with deletes the used
+    columns of one data file are in memory at once.
     """
     chunks = plan.chunks.values()
     needed = max(_block_bytes(plan, chunk) + _out_bytes(plan, chunk) for chunk in chunks)

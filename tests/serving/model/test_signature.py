@@ -106,7 +106,7 @@ def test_the_message_for_a_single_unnamed_column_explains_how_to_name_it(
     message = refusal(logged(UNNAMED), columns=columns)
 
     assert f"needs the one column that feeds it, got {columns}" in message
-    assert 'Pass input_columns={"input": ("description",)}' in message
+    assert "Pass input_columns={'input': ['description']} in the options" in message
 
 
 def test_an_optional_column_keeps_its_nulls_unless_a_value_replaces_them() -> None:
