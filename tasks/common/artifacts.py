@@ -62,10 +62,10 @@ def put_artifacts(artifacts: Sequence[ArtifactCreate], logger: Logger) -> None:
 def read_artifact(key: str, logger: Logger) -> str | None:
     """Return what an artifact of this flow run holds that an earlier attempt of it has put, None without one."""
     _, flow_run_id = get_task_and_flow_run_ids()
+    found = None
     with server_may_fail(logger), get_client(sync_client=True) as client:
         found = _find_artifact(client, key, flow_run_id)
-        return None if found is None else str(found.data)
-    return None
+    return None if found is None else str(found.data)
 
 
 def _put_artifact(client: SyncPrefectClient, artifact: ArtifactCreate) -> UUID:

@@ -170,9 +170,7 @@ def test_a_wrong_call_is_told_before_a_temporary_server_is_started(
     arguments = [each.format(customers=customers, folder=tmp_path) for each in arguments]
     home = {"PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true", "PREFECT_HOME": str(tmp_path / "prefect")}
     environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"} | home
-    done = subprocess.run(
-        [*PROGRAM, "score", *arguments], capture_output=True, text=True, check=False, env=environment
-    )
+    done = subprocess.run([*PROGRAM, "score", *arguments], capture_output=True, text=True, check=False, env=environment)
 
     assert (1, "") == (done.returncode, done.stdout)
     assert said in done.stderr

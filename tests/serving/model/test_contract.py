@@ -58,9 +58,7 @@ def test_every_problem_of_a_table_is_in_one_message_that_lists_what_there_is() -
 def test_the_message_for_a_tensor_without_columns_explains_how_to_map_it(shape: tuple[int, ...], names: str) -> None:
     message = problems(alone(column("float32", "x", shape=shape)), pa.schema([("age", pa.float32())]))
 
-    assert (
-        f"column 'x' (float32 {shape}) is missing; name {names} by input_columns={{'x': ['...']}} in the" in message
-    )
+    assert f"column 'x' (float32 {shape}) is missing; name {names} by input_columns={{'x': ['...']}} in the" in message
     assert "or when the model is logged, metadata={'overnight': {'columns': {'x': [...]}}}" in message
 
 
