@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from flows.runtime.uncaught import show_uncaught_shortly
+from serving.machine import pause_garbage_collection
 
 if TYPE_CHECKING:
     from flows.batch import batch_inference
@@ -163,7 +164,8 @@ def __getattr__(name: str) -> Any:
         message = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(message)
     show_uncaught_shortly()
-    value = globals()[name] = getattr(import_module(_MODULE_BY_NAME[name]), name)
+    with pause_garbage_collection():
+        value = globals()[name] = getattr(import_module(_MODULE_BY_NAME[name]), name)
     return value
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import platform
 import sys
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -57,3 +59,35 @@ def set_variable(name: str, value: str) -> Generator[None]:
         del os.environ[name]
         if before is not None:
             os.environ[name] = before
+
+
+class _Pauses:
+    """How many blocks keep the collector off now, and whether it was on before the first of them."""
+
+    def __init__(self) -> None:
+        self.lock, self.count, self.was_on = threading.Lock(), 0, False
+
+
+_PAUSES = _Pauses()
+
+
+@contextmanager
+def pause_garbage_collection() -> Generator[None]:
+    """Keep Python's cyclic garbage collector off while the block imports large packages.
+
+    Importing Prefect, MLflow and torch adds more than a million objects that stay; the collector goes through them
+    again and again, for a quarter of the time of the imports. Blocks may overlap, in several threads too: the last
+    one that ends puts the collector back to what it was before the first.
+    """
+    with _PAUSES.lock:
+        if _PAUSES.count == 0:
+            _PAUSES.was_on = gc.isenabled()
+            gc.disable()
+        _PAUSES.count += 1
+    try:
+        yield
+    finally:
+        with _PAUSES.lock:
+            _PAUSES.count -= 1
+            if _PAUSES.count == 0 and _PAUSES.was_on:
+                gc.enable()

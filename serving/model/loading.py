@@ -21,7 +21,7 @@ from mlflow import MlflowException
 from mlflow.models import Model as MLmodel
 
 from serving.errors import ModelUnfit
-from serving.machine import set_variable
+from serving.machine import pause_garbage_collection, set_variable
 from serving.model.contract import Contract
 from serving.model.encoding import BatchUnit, Encoded
 from serving.model.interface import Arrays, Engine, Tunable, TuningLimits
@@ -40,6 +40,7 @@ from serving.model.registry import (
 _DEFAULT_ENGINE = Engine()
 
 
+@pause_garbage_collection()
 def load_model(resolved: Resolved, contract: Contract, *, allow_pickle: bool = False) -> Tunable:
     """Load a resolved model, once in each process.
 

@@ -20,6 +20,7 @@ from mlflow.models import Model as MLmodel
 from mlflow.store.artifact.models_artifact_repo import REGISTERED_MODEL_META_FILE_NAME
 
 from serving.errors import ModelNotFound, ModelUnfit, suggest_name
+from serving.machine import pause_garbage_collection
 from serving.model.contract import Contract, Frozen
 from serving.model.signature import Names, Params, Policies, read_contract
 
@@ -79,6 +80,7 @@ class Resolved:
         return read_contract(self.mlmodel, stack=self.is_torch, columns=columns, policies=policies, params=params)
 
 
+@pause_garbage_collection()
 def resolve_model(uri: str) -> Resolved:
     """Resolve models:/NAME@ALIAS, models:/NAME/VERSION or models:/NAME/latest.
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.machine import count_cores, describe_machine, set_variable
+from serving.machine import count_cores, describe_machine, pause_garbage_collection, set_variable
 
 NAME = "OVERNIGHT_TEST_VARIABLE"
 
@@ -45,3 +46,28 @@ def test_a_variable_is_put_back_also_after_an_error(before: str | None, monkeypa
         raise RuntimeError(os.environ[NAME])
 
     assert os.environ.get(NAME) == before
+
+
+def test_the_collector_is_on_again_after_the_last_of_overlapping_pauses() -> None:
+    assert gc.isenabled()
+    with pause_garbage_collection():
+        with pause_garbage_collection():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+
+def test_a_collector_that_was_off_stays_off() -> None:
+    gc.disable()
+    try:
+        with pause_garbage_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_a_block_that_fails_puts_the_collector_back() -> None:
+    with pytest.raises(ZeroDivisionError), pause_garbage_collection():
+        assert 1 / 0
+    assert gc.isenabled()
