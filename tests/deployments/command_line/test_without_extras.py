@@ -27,7 +27,9 @@ INSTALL = "Run: pip install 'overnight[serve]'"
 CALLS = """
 import json, sys
 import flows
-from deployments.mlflow_target import OvernightDeploymentClient, serve_locally
+from deployments.command_line import app
+from deployments.mlflow_target import OvernightDeploymentClient, run_local
+from typer.testing import CliRunner
 
 model, customers, scores, plot, gateway = sys.argv[1:]
 # Every flow and every type of a parameter is there, so that `overnight deploy` can deploy them all.
@@ -53,21 +55,20 @@ def refusal(call):
         return f"{type(error).__name__}: {error}"
 
 
-def serve():
-    with serve_locally("churn", model):
-        pass
-
-
 spec = flows.EndpointSpec(name="churn", model=model, gateway=gateway, target=flows.Triton(repository="/nowhere"))
 stated = flows.StatedFigures(batch_rows_per_second=1e5, start_seconds=10)
 on_triton = flows.ProfileOptions(batch_options=options, target=spec.target, stated_figures=stated)
+target = spec.target.model_dump(mode="json")
 client = OvernightDeploymentClient("overnight")
+told = CliRunner().invoke(app, ["--help"])
+given = ("endpoint", "--name", "churn", "--model", model, "--target", json.dumps(target))
+refused = CliRunner().invoke(app, [*given, "--gateway", gateway])
 refusals = {
     "online_endpoint": refusal(lambda: flows.online_endpoint(spec)),
     "retire_endpoint": refusal(lambda: flows.retire_endpoint("churn", spec.target, gateway)),
     "measured on Triton": refusal(lambda: flows.choose_mode(workload, profile_options=on_triton, plot_file=plot)),
-    "mlflow create": refusal(lambda: client.create_deployment("churn", model, config={"target": spec.target})),
-    "mlflow run-local": refusal(serve),
+    "mlflow create": refusal(lambda: client.create_deployment("churn", model, config={"target": target})),
+    "mlflow run-local": refusal(lambda: run_local("churn", model)),
     "stream_inference": refusal(
         lambda: flows.stream_inference(
             model,
@@ -77,7 +78,8 @@ refusals = {
         )
     ),
 }
-print(json.dumps({"rows": report.rows, "mode": decision.chosen.mode, "refusals": refusals}))
+commands = {"help": told.exit_code, "endpoint": [refused.exit_code, refused.stdout, refused.stderr.splitlines()[-1]]}
+print(json.dumps({"rows": report.rows, "mode": decision.chosen.mode, "refusals": refusals, "commands": commands}))
 """
 
 
@@ -115,24 +117,7 @@ def test_batch_runs_and_decisions_need_no_extra_and_each_flow_that_does_names_it
         "stream_inference": "BadInput: This call must find the package nats, got none. "
         "Run: pip install 'overnight[stream]'",
     } == found["refusals"]
-
-
-def test_the_command_line_scores_and_an_endpoint_names_the_extra(
-    server: PrefectServer, linear: str, without_extras: dict[str, str], tmp_path: Path
-) -> None:
-    customers = write_customers(tmp_path / "customers", rows=1000, files=1, rows_per_group=1000)
-    told = run(without_extras, [*COMMAND, "--help"])
-    score = ("score", linear, str(customers), str(tmp_path / "scores"), "-k", "customer", "--json")
-    scored = run(without_extras, [*COMMAND, *score])
-    environment = {**without_extras, "OVERNIGHT_ADMIN_KEY": "a-key-of-the-tests-0123456789abcdef"}
-    refused = run(environment, [*COMMAND, "endpoint", "--name", "churn", "--model", linear])
-
-    assert 0 == told.returncode, told.stderr
-    assert 0 == scored.returncode, scored.stderr
-    assert 1000 == json.loads(scored.stdout)["rows"]
-    assert 1 == refused.returncode
-    assert f"This call must find the package grpc, got none. {INSTALL}" == refused.stderr.splitlines()[-1]
-    assert "Traceback" not in refused.stderr
+    assert {"help": 0, "endpoint": [1, "", no_grpc]} == found["commands"]
 
 
 @pytest.mark.parametrize(
