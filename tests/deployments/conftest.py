@@ -27,6 +27,7 @@ StartWorkers = Callable[..., list[PrefectWorker]]
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Generator[PrefectServer]:
     """A real Prefect server that this process and its children talk to, with nothing deployed yet."""
+    from prefect.logging.handlers import APILogWorker
     from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, temporary_settings
 
     with prefect_server(tmp_path_factory.mktemp("prefect")) as server, pytest.MonkeyPatch.context() as patch:
@@ -34,6 +35,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Generator[PrefectServer]
             patch.setenv(name, value)
         with temporary_settings({PREFECT_API_URL: server.api_url, PREFECT_LOGGING_LEVEL: "CRITICAL"}):
             yield server
+            # What is left to log has no server afterwards.
+            APILogWorker.drain_all(timeout=10)
 
 
 @pytest.fixture(scope="session")

@@ -132,6 +132,7 @@ def test_a_run_that_is_killed_with_its_worker_is_completed_by_another_to_the_sam
     assert digests(undisturbed) == digests(lost.destination)
 
 
+@pytest.mark.machines
 def test_a_run_that_always_kills_its_process_is_given_up(deployed: PrefectServer, befallen: Befallen) -> None:
     run = befallen.poisoned.id
     wait_until(lambda: read(run).run_count == ATTEMPTS_MAX, "the last attempt began")

@@ -53,6 +53,7 @@ def submit(page: Page) -> None:
         page.wait_for_timeout(3000)
 
 
+@pytest.mark.machines
 def test_a_run_is_started_from_the_form_which_describes_every_field_and_shows_its_artifacts(
     page: Page,
     deployed: PrefectServer,

@@ -126,6 +126,7 @@ def test_a_night_on_spot_is_scheduled_with_its_deadline_and_what_machines_cost(
     assert remove_deployment(night, end_runs=False)
 
 
+@pytest.mark.machines
 def test_an_endpoint_serves_until_its_replacement_is_verified(
     deployed: PrefectServer, online: OnlineApplyConfig, linear: str, customers: Path, tmp_path: Path
 ) -> None:

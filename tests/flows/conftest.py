@@ -15,6 +15,7 @@ from tests.support import write_customers
 def prefect(tmp_path_factory: pytest.TempPathFactory) -> Generator[PrefectServer]:
     """A real Prefect server that this process and its children talk to."""
     from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
     from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, temporary_settings
 
     # The worker that sends the states of task runs may belong to a server that other tests have stopped.
@@ -24,6 +25,8 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Generator[PrefectServer
             patch.setenv(name, value)
         with temporary_settings({PREFECT_API_URL: server.api_url, PREFECT_LOGGING_LEVEL: "CRITICAL"}):
             yield server
+            # What is left to log has no server afterwards.
+            APILogWorker.drain_all(timeout=10)
 
 
 @pytest.fixture

@@ -60,6 +60,7 @@ def run_child(
     return subprocess.CompletedProcess(child.args, child.returncode, stdout, stderr)
 
 
+@pytest.mark.machines
 def test_a_run_killed_at_any_step_is_completed_to_the_same_bytes(
     linear: str, source: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

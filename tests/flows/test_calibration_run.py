@@ -31,6 +31,7 @@ def never(*_: object) -> NoReturn:
     pytest.fail("nothing is to be measured")
 
 
+@pytest.mark.machines
 def test_a_model_is_measured_once_and_its_profile_kept_with_its_version(
     prefect: PrefectServer, spec: EndpointSpec, customers: Path
 ) -> None:

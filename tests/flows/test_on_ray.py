@@ -115,6 +115,7 @@ def test_a_slot_that_no_node_has_room_for_is_refused(
         infer(linear, customers, tmp_path / "scores", options)
 
 
+@pytest.mark.machines
 def test_a_tasks_file_in_the_callers_folder_is_named_as_what_hides_the_packages(
     linear: str, customers: Path, prefect: PrefectServer, tmp_path: Path
 ) -> None:

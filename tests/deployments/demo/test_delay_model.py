@@ -63,11 +63,13 @@ def registered(flights_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         )
 
 
+@pytest.mark.machines
 def test_the_alias_resolves_to_the_new_version(registered: Registered) -> None:
     assert registered.uri == "models:/flight-delay@champion"
     assert str(registered.version.version) == "1"
 
 
+@pytest.mark.machines
 def test_the_model_beats_arriving_as_late_as_it_left(registered: Registered) -> None:
     metrics = registered.metrics
 
@@ -75,6 +77,7 @@ def test_the_model_beats_arriving_as_late_as_it_left(registered: Registered) -> 
     assert metrics["test_r2"] > 0.89 > metrics["baseline_r2"]
 
 
+@pytest.mark.machines
 def test_the_signature_names_the_tensors_and_leaves_the_batch_open(registered: Registered) -> None:
     signature = registered.info.signature
     inputs = [(spec.name, spec.type, spec.shape) for spec in signature.inputs]
@@ -84,11 +87,13 @@ def test_the_signature_names_the_tensors_and_leaves_the_batch_open(registered: R
     assert [("arr_delay_predicted", np.float32, (-1,))] == outputs
 
 
+@pytest.mark.machines
 def test_the_model_carries_the_names_of_its_columns(registered: Registered) -> None:
     assert {"overnight": {"columns": {"features": list(FEATURES)}}} == registered.info.metadata
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 4_096])
+@pytest.mark.machines
 def test_it_loads_without_pickle_and_predicts_the_same(
     registered: Registered, unseen_flights: Flights, rows: int
 ) -> None:
