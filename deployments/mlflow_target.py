@@ -28,6 +28,7 @@ from mlflow.protos.databricks_pb2 import (
 from pydantic import JsonValue, ValidationError
 
 from serving.errors import BadInput, EndpointFailed, OvernightError
+from serving.extras import import_extra
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import EndpointState
 from serving.model.contract import ColumnPolicy, Contract, Frozen
@@ -211,6 +212,8 @@ def serve_locally(name: str, model_uri: str, flavor: str | None = None, config: 
     from infra.local.triton import triton_server  # noqa: PLC0415 - the same
 
     _check_unused(flavor, None)
+    # Raises where a package is missing, before a server is started that lacks it.
+    import_extra("serving.gateway.server", "serve")
     given = _read_config(config)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overnight-")))

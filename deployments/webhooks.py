@@ -33,7 +33,8 @@ from prefect.settings import PREFECT_API_URL
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from serving.errors import BadInput, BadRequest, Unanswered
-from serving.gateway.connection import BodyMemory, ConnectionLimits, build_protocol, read_body
+from serving.extras import import_extra
+from serving.gateway.request_body import BodyMemory, read_body
 from serving.model.contract import Frozen
 from serving.redaction import hide_secrets_in_logs
 
@@ -308,8 +309,9 @@ def run(config: Path, *, host: str = "127.0.0.1", port: int = 8085) -> None:
         port: The port; 0 for any free one.
 
     Raises:
-        BadInput: The config can't be read, or the secret or the address of the Prefect server is missing.
+        BadInput: The config can't be read, or the secret, the address of the Prefect server or a package is missing.
     """
+    connection = import_extra("serving.gateway.connection", "serve")
     app = build_app(read_config(config), read_secret())
     if not PREFECT_API_URL.value():
         message = (
@@ -319,7 +321,7 @@ def run(config: Path, *, host: str = "127.0.0.1", port: int = 8085) -> None:
         raise BadInput(message)
     hide_secrets_in_logs()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    protocol = build_protocol(ConnectionLimits(connections_max=256))
+    protocol = connection.build_protocol(connection.ConnectionLimits(connections_max=256))
     uvicorn.run(app, host=host, port=port, http=protocol, access_log=False, server_header=False)
 
 

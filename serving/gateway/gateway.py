@@ -9,11 +9,11 @@ from http import HTTPStatus
 from typing import Self
 
 from serving.errors import BadRequest
-from serving.gateway.connection import BodyMemory
 from serving.gateway.endpoint import Endpoint
 from serving.gateway.keys import Keys
 from serving.gateway.metering import MeteringLog
 from serving.gateway.metrics import Metrics
+from serving.gateway.request_body import BodyMemory
 from serving.gateway.route import EndpointState, Route, SavedEndpoint
 from serving.gateway.store import Store
 from serving.gateway.upstreams import HttpClient

@@ -12,10 +12,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serving.errors import BadRequest, Unanswered
-from serving.gateway.connection import read_body
 from serving.gateway.endpoint import Endpoint
 from serving.gateway.gateway import Gateway
 from serving.gateway.metering import MeteredRequest
+from serving.gateway.request_body import read_body
 from serving.gateway.upstreams import CheckedRequest, Reply
 from serving.protocol.oip import (
     HEADER_LENGTH,

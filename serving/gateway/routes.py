@@ -14,10 +14,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, Field, ValidationError
 
 from serving.errors import BadRequest, Unanswered
-from serving.gateway.connection import read_body
 from serving.gateway.gateway import Gateway
 from serving.gateway.inference_handler import handle_inference
 from serving.gateway.keys import Digest
+from serving.gateway.request_body import read_body
 from serving.gateway.route import ENDPOINT_PATTERN, KEY_PATTERN, EndpointState, Route
 from serving.model.contract import Frozen
 from serving.protocol.oip import ModelMetadata, RequestDocument, ServerMetadata, make_model_metadata

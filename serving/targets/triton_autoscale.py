@@ -10,18 +10,23 @@ import argparse
 import logging
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 
-from serving.errors import EndpointFailed
+from serving.errors import BadInput, EndpointFailed
+from serving.extras import import_extra
 from serving.model.batching import BatchingConfig
 from serving.model.release import Release, Scaling
-from serving.targets.triton import TritonHost
+
+if TYPE_CHECKING:
+    from serving.targets.triton import TritonHost
 
 _EVERY_S = 5.0
 # An instance is added where more than this share of them is busy and requests wait, and removed where less than that
@@ -36,7 +41,7 @@ _log = logging.getLogger("serving.targets.triton_autoscale")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Scale the endpoints of one Triton until SIGTERM or Ctrl-C."""
+    """Scale the endpoints of one Triton until SIGTERM or Ctrl-C; exit with 1 where a package is missing."""
     parser = argparse.ArgumentParser(prog="python -m serving.targets.triton_autoscale", description=__doc__)
     parser.add_argument("--repository", type=Path, required=True, help="Triton's model repository")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the URL of its HTTP port")
@@ -49,7 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     over = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: over.set())
-    host = TritonHost(repository=options.repository, url=options.url, grpc=options.grpc)
+    try:
+        triton = import_extra("serving.targets.triton", "serve")
+    except BadInput as error:
+        sys.exit(str(error))
+    host = triton.TritonHost(repository=options.repository, url=options.url, grpc=options.grpc)
     autoscale(host, options.metrics, over, every_s=options.seconds)
 
 

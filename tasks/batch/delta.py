@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from serving.errors import DestinationUnusable, PublishRefused, StorageDenied, StorageFault
+from serving.extras import import_extra
 from serving.option_words import give_option
 from tasks.batch.parts import PartFooter
 from tasks.batch.plan import Plan
-from tasks.common.extras import import_extra
 from tasks.storage import S3Storage, Storage, reader_options
 
 if TYPE_CHECKING:

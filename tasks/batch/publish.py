@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from serving.errors import DestinationUnusable, PublishRefused, RunDamaged, StorageFault
+from serving.extras import import_extra
 from serving.model.registry import ModelPin
 from tasks.batch.dataset import Snapshot, map_parallel
 from tasks.batch.delta import commit_delta
@@ -26,7 +27,6 @@ from tasks.batch.manifest import (
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import ChunkId, PartFooter, Reasons, list_parts, read_footer
 from tasks.batch.plan import ROOT, OrderNumber, Plan, order_path, read_record
-from tasks.common.extras import import_extra
 from tasks.storage import Storage
 
 _SHOWN = 10

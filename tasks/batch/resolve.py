@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 from serving.errors import ModelUnfit, RunDamaged
+from serving.extras import import_extra
 from serving.model.contract import Contract
 from serving.model.interface import Model, Tunable
 from serving.model.loading import load_model
@@ -34,7 +35,6 @@ from tasks.batch.publish import claim_order_number, find_earlier_keys
 from tasks.batch.source import TableVersion, pin_source
 from tasks.batch.staging import stage
 from tasks.batch.tuning import choose_sizes
-from tasks.common.extras import import_extra
 from tasks.storage import Storage, check_create_only
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from serving.errors import BadInput, NoCompleteRun, SourceChanged, SourceFormat, SourceNotFound, StorageDenied
+from serving.extras import import_extra
 from serving.option_words import name_option
 from tasks.batch.dataset import Snapshot, SourceFile, check_outside_source, pin_files, pin_listed_files
 from tasks.batch.delta_source import pin_delta
 from tasks.batch.manifest import find_damaged_parts, find_manifest, find_newest_run
-from tasks.common.extras import import_extra
 from tasks.storage import (
     LocalStorage,
     Selection,

@@ -21,12 +21,12 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from serving.errors import SchemaMismatch, SourceEmpty, StorageFault, suggest_name
+from serving.extras import import_extra
 from serving.model.contract import Contract, Frozen
 from serving.option_words import name_option
 from tasks.batch.dataset import Snapshot, SourceFile, name_corrupt_file
 from tasks.batch.formats import RequestedColumns, read_tables
 from tasks.batch.options import CsvOptions
-from tasks.common.extras import import_extra
 from tasks.storage import LocalStorage, Storage, check_create_only, copy_pinned, local_errors, open_storage
 
 _ROWS_PER_GROUP = 1 << 16

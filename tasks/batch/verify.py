@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import Field
 
 from serving.errors import DestinationUnusable, FormatTooNew, NoCompleteRun
+from serving.extras import import_extra
 from serving.model.contract import Frozen
 from tasks.batch.dataset import map_parallel
 from tasks.batch.delta import TableState, read_table
@@ -17,7 +18,6 @@ from tasks.batch.parts import PartFooter, part_path
 from tasks.batch.plan import ROOT, OrderNumber, Plan, load_plan, order_path, read_record
 from tasks.batch.publish import make_manifest
 from tasks.batch.runs import RunState, choose_newest, list_runs
-from tasks.common.extras import import_extra
 from tasks.storage import Entry, Storage
 
 _RUNS_SHOWN = 10

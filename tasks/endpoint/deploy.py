@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import assert_never
 
+from serving.extras import import_extra
 from serving.model.batching import BatchingConfig
 from serving.model.contract import Contract
 from serving.model.registry import ModelPin
@@ -21,7 +22,8 @@ _RAY_TOKEN = "RAY_AUTH_TOKEN"  # noqa: S105 - the name of a variable
 def make_host(target: AnyTarget, keep_warm_seconds: float | None = None) -> Host:
     """Return the host of a target, which deploys and removes releases. Only the target that is asked for is imported.
 
-    `keep_warm_seconds` is for a target that scales to zero by itself.
+    `keep_warm_seconds` is for a target that scales to zero by itself. No server is asked. Raises BadInput where a
+    package that the target needs is missing.
     """
     match target:
         case specs.Triton():
@@ -35,13 +37,13 @@ def make_host(target: AnyTarget, keep_warm_seconds: float | None = None) -> Host
 
 
 def _make_triton_host(target: specs.Triton) -> Host:
-    from serving.targets.triton import TritonHost  # noqa: PLC0415 - an endpoint needs one target of five
-
-    return TritonHost(repository=Path(target.repository), url=target.url, grpc=target.grpc)
+    triton = import_extra("serving.targets.triton", "serve")
+    host: Host = triton.TritonHost(repository=Path(target.repository), url=target.url, grpc=target.grpc)
+    return host
 
 
 def _make_ray_serve_host(target: specs.RayServe, keep_warm_seconds: float | None) -> Host:
-    from serving.targets.ray_serve import RayServe, RayServeHost  # noqa: PLC0415 - the same
+    from serving.targets.ray_serve import RayServe, RayServeHost  # noqa: PLC0415 - an endpoint needs one target of five
 
     token = read_secret(target.token_secret) if target.token_secret else read_variable(_RAY_TOKEN)
     ray_serve = RayServe(folder=target.folder)

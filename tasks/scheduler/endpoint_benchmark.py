@@ -18,6 +18,7 @@ from typing import IO
 import httpx
 
 from serving.errors import EndpointFailed, ProfileFailed
+from serving.extras import import_extra
 from serving.model.batching import BatchingConfig, CostModel
 from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Scaling
 from serving.targets import Address
@@ -26,7 +27,6 @@ from tasks.endpoint.deploy import make_host, make_release
 from tasks.endpoint.load import LoopStats, run_closed_loop
 from tasks.endpoint.resolve import LoadedModel
 from tasks.endpoint.spec import AnyTarget, EndpointSpec
-from tasks.scheduler.endpoint_process import BUSY_SECONDS_PATH
 
 _CHILD = "tasks.scheduler.endpoint_process"
 _WARM_REQUESTS = 20
@@ -125,15 +125,17 @@ def measure_in_process(
 ) -> EndpointTimings:
     """Measure an endpoint in a process of its own, by single rows one after the other, and end it.
 
-    Raises ProfileFailed with the end of the process's log where it does not answer.
+    Raises ProfileFailed with the end of the process's log where it does not answer, and BadInput where a package that
+    it needs is missing.
     """
+    busy_path = import_extra(_CHILD, "serve").BUSY_SECONDS_PATH
     with tempfile.TemporaryDirectory(prefix="overnight-profile-") as scratch:
         folder = Path(scratch)
         (folder / RELEASE_FILE).write_text(make_release(spec, subject, BatchingConfig()).model_dump_json())
         (folder / MODEL_FOLDER).symlink_to(subject.resolved.folder, target_is_directory=True)
         with (folder / "log").open("w") as log, _run_child(folder, log) as (child, start):
             try:
-                return _measure_child(child, spec, subject, start, clock)
+                return _measure_child(child, spec, subject, busy_path, start, clock)
             except EndpointFailed as error:
                 said = (folder / "log").read_text()[-_TAIL:].strip()
                 where = f"a process of its own, which said: {said}"
@@ -163,7 +165,12 @@ def _run_child(folder: Path, log: IO[str]) -> Generator[tuple[subprocess.Popen[s
 
 
 def _measure_child(
-    child: subprocess.Popen[str], spec: EndpointSpec, subject: LoadedModel, start: float, clock: Callable[[], float]
+    child: subprocess.Popen[str],
+    spec: EndpointSpec,
+    subject: LoadedModel,
+    busy_path: str,
+    start: float,
+    clock: Callable[[], float],
 ) -> EndpointTimings:
     port = child.stdout.readline().strip() if child.stdout else ""
     if not port:
@@ -172,7 +179,7 @@ def _measure_child(
     url = f"http://127.0.0.1:{port}"
     with httpx.Client(trust_env=False) as http:
         address = Address(url=url, model=spec.name, version=None)
-        return _measure_requests(address, subject, start, lambda: _read_busy_seconds(http, url), clock)
+        return _measure_requests(address, subject, start, lambda: _read_busy_seconds(http, url + busy_path), clock)
 
 
 def _measure_requests(
@@ -201,7 +208,7 @@ def _measure_requests(
 
 def _read_busy_seconds(http: httpx.Client, url: str) -> float:
     try:
-        return float(http.get(url + BUSY_SECONDS_PATH).raise_for_status().json())
+        return float(http.get(url).raise_for_status().json())
     except httpx.HTTPError as error:
         message = f"it must return its processor time, got {error!r}"
         raise EndpointFailed(message) from error

@@ -1,4 +1,4 @@
-"""Metrics of a stream for Prometheus, its progress in the log and among the artifacts, and the report at its end.
+"""The counts of a stream, its progress in the log and among the artifacts, and the report at its end.
 
 Shapes: N messages, B micro-batches.
 """
@@ -16,12 +16,8 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
 from pydantic import Field
 
-from serving.errors import BadInput
 from serving.model.batching import BatchingConfig
 from serving.model.contract import Frozen
 from tasks.common.artifacts import Logger, ProgressArtifact, make_markdown, put_artifacts
@@ -51,9 +47,19 @@ class Totals:
     events_ahead: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamCounts:
+    """Counts since the stream began, of one moment. Buckets say of how many the value was at most their bound."""
+
+    totals: Totals
+    latency_sum: float
+    latency_buckets: tuple[tuple[str, float], ...]
+    rows_buckets: tuple[tuple[str, float], ...]
+
+
 @dataclass(eq=False)
-class StreamMetrics(Collector):
-    """Counts what is emitted, and is collected by Prometheus. Its methods may be called from any thread.
+class StreamMetrics:
+    """Counts what is emitted. Its methods may be called from any thread.
 
     `batch_timings` holds the rows and seconds of recent micro-batches.
     """
@@ -107,66 +113,23 @@ class StreamMetrics(Collector):
         index = int(np.searchsorted(cumulated, quantile * cumulated[-1]))
         return float(_BIN_EDGES[min(index, len(_BIN_EDGES) - 1)])
 
-    def collect(self) -> list[Metric]:
-        """Return everything as metrics of Prometheus."""
+    def read_counts(self) -> StreamCounts:
+        """Return the counts of this moment."""
         with self._lock:
             totals, latency_sum = self.totals, self._latency_sum
             latency_bins, rows_bins = self._latency_bins.copy(), self._rows_bins.copy()
-        counters = [
-            ("messages", totals.messages, "Messages that were scored and emitted, or went to the dead letters."),
-            ("rows", totals.rows, "Rows that were read from them."),
-            ("rejects", totals.rejects, "Rows without a prediction."),
-            ("dead_letters", totals.dead_lettered, "Messages that went to the dead letters."),
-            ("events_ahead", totals.events_ahead, "Messages whose event is ahead of this machine's clock."),
-        ]
         # A bucket's bound may be a rounding error below the edge of a bin.
         ends = np.searchsorted(_BIN_EDGES, _LATENCY_BUCKETS * 1.0001)
         latency = [
             (f"{bound:g}", float(latency_bins[:end].sum())) for bound, end in zip(_LATENCY_BUCKETS, ends, strict=True)
         ]
-        latency.append(("+Inf", float(latency_bins.sum())))
         rows = [(f"{bound:g}", float(rows_bins[: index + 1].sum())) for index, bound in enumerate(_ROWS_BUCKETS)]
-        rows.append(("+Inf", float(rows_bins.sum())))
-        lag = self.lag()
-        return [
-            *(CounterMetricFamily(f"overnight_stream_{name}", words, value=value) for name, value, words in counters),
-            HistogramMetricFamily(
-                "overnight_stream_latency_seconds", "From event to emit.", buckets=latency, sum_value=latency_sum
-            ),
-            HistogramMetricFamily(
-                "overnight_stream_batch_rows", "Rows of a micro-batch.", buckets=rows, sum_value=float(totals.rows)
-            ),
-            GaugeMetricFamily(
-                "overnight_stream_lag_messages",
-                "Messages that wait in the source; -1 while that is not known.",
-                value=-1 if lag is None else lag,
-            ),
-        ]
-
-
-@contextmanager
-def serve_metrics(metrics: StreamMetrics, port: int | None) -> Generator[int | None]:
-    """Serve the metrics for Prometheus on loopback while the block runs; yields the port.
-
-    Raises:
-        BadInput: The port is taken.
-    """
-    if port is None:
-        yield None
-        return
-    registry = CollectorRegistry()
-    registry.register(metrics)
-    try:
-        server, thread = start_http_server(port, addr="127.0.0.1", registry=registry)
-    except OSError as error:
-        message = f"metrics_port must be free on loopback, got {port}: {error.strerror}. Choose another one, or 0."
-        raise BadInput(message) from error
-    try:
-        yield int(server.server_port)
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        return StreamCounts(
+            totals=totals,
+            latency_sum=latency_sum,
+            latency_buckets=(*latency, ("+Inf", float(latency_bins.sum()))),
+            rows_buckets=(*rows, ("+Inf", float(rows_bins.sum()))),
+        )
 
 
 class ProgressReporter:

@@ -20,6 +20,7 @@ from serving.gateway.__main__ import main
 from serving.gateway.client import GatewayClient
 from serving.gateway.metering import read_metering
 from serving.gateway.route import Rollout
+from tests.blocked import block_packages
 from tests.serving.gateway.support import EndpointClient, V2Server, route, wait_for, wait_for_verdict
 
 
@@ -151,3 +152,21 @@ def test_the_api_pages_load_nothing_from_other_servers(gateway: GatewayServer) -
     assert scripts
     assert {200} == {browser.get(f"{gateway.url}{path}").status_code for path in scripts}
     browser.close()
+
+
+@pytest.mark.parametrize(
+    "package", ["aiohttp", "fastapi", "fastapi_offline", "httptools", "prometheus_client", "uvicorn"]
+)
+def test_without_a_package_of_its_extra_the_gateway_names_it(tmp_path: Path, package: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "serving.gateway", "--folder", str(tmp_path / "gateway"), "--port", "0"],
+        env=block_packages(tmp_path / "blocked", [package]),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    said = f"This call must find the package {package}, got none. Run: pip install 'overnight[serve]'"
+    assert (1, said) == (done.returncode, done.stderr.strip())
+    assert not (tmp_path / "gateway").exists()
