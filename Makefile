@@ -7,7 +7,8 @@ STAMP := $(VENV)/.installed
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 .PHONY: demo demo-endpoint demo-modes demo-stream deploy lint types check format clean
-.PHONY: test test-flows test-stations test-kills test-machines test-servers test-workers test-nights
+.PHONY: test test-flows test-stations test-kills
+.PHONY: test-machines test-servers test-workers test-deployments test-nights
 .PHONY: simulate chaos bench-batch bench-peers bench-resume bench-gpu bench-spot bench-nightly bench-workers bench-endpoint bench-stream
 .PHONY: bench-modes bench-memory bench-start size pictures docs diagrams notebooks
 
@@ -53,10 +54,10 @@ test-stations: $(STAMP)
 test-kills: $(STAMP)
 	$(BIN)/python -m pytest $(KILLS)
 
-# What takes minutes of real servers and workers, in two processes again; the output of each comes once it has ended.
+# What takes minutes of real servers and workers, in three processes again; the output of each comes once it has ended.
 # Nights have deadlines to keep, and have the machine for themselves.
 test-machines: $(STAMP)
-	@$(MAKE) -j 2 --output-sync=target test-servers test-workers
+	@$(MAKE) -j 3 --output-sync=target test-servers test-workers test-deployments
 	@$(MAKE) test-nights
 
 MACHINES := $(BIN)/python -m pytest -m machines --timeout 1200 --durations=10
@@ -67,9 +68,13 @@ NIGHTS := tests/deployments/test_nightly.py
 test-servers: $(STAMP)
 	$(MACHINES) $(SERVERS)
 
-# Every point of a drain, runs of supervisors, scorers of streams that are killed, a workload that changes its mode.
+# Every point of a drain and of a kill, scorers of streams that are killed, defects that the simulation is to find.
 test-workers: $(STAMP)
-	$(MACHINES) $(SERVERS:%=--ignore=%) $(NIGHTS:%=--ignore=%)
+	$(MACHINES) --ignore=tests/deployments $(SERVERS:%=--ignore=%)
+
+# Workers and schedules of Prefect, the command line, recipes, a workload that changes its mode.
+test-deployments: $(STAMP)
+	$(MACHINES) tests/deployments $(NIGHTS:%=--ignore=%)
 
 # A night whose spot machine is taken, and one whose own worker ends.
 test-nights: $(STAMP)
