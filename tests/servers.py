@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from infra.local.prefect_server import PrefectServer, prefect_server
 from infra.local.triton import TritonServer, triton_server
 
 
@@ -15,3 +18,17 @@ def triton_or_skip(folder: Path) -> TritonServer:
         return triton_server(folder / "repository", folder / "server")
     except FileNotFoundError as error:
         pytest.skip(str(error))
+
+
+@contextmanager
+def use_prefect(folder: Path, *, services: bool = True) -> Generator[PrefectServer]:
+    """Run a real Prefect server that this process and its children talk to; it has all log lines before it stops."""
+    from prefect.logging.handlers import APILogWorker
+    from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, temporary_settings
+
+    with prefect_server(folder, services=services) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        with temporary_settings({PREFECT_API_URL: server.api_url, PREFECT_LOGGING_LEVEL: "CRITICAL"}):
+            yield server
+            APILogWorker.drain_all(timeout=10)

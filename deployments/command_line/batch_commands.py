@@ -19,11 +19,13 @@ from deployments.command_line.console import (
     print_table,
     print_text,
     say,
+    show_own_lines,
     show_status,
 )
 from serving.option_words import name_options_by_flags
 
 if TYPE_CHECKING:
+    from tasks.batch.options import BatchOptions
     from tasks.batch.report import BatchReport
     from tasks.batch.runs import RunSummary
     from tasks.batch.verify import RunVerification
@@ -97,16 +99,34 @@ def score(  # noqa: PLR0913 - each is an option of the command
 
         chosen = build_model(BatchOptions, given, options, "--options")
         with show_status("Checking model, source and destination"):
-            from deployments.command_line.prefect_output import show_own_lines  # noqa: PLC0415 - seconds of imports
-            from flows.runtime.parameters import refuse_secrets  # noqa: PLC0415 - the same
-            from tasks.batch.call_check import check_call  # noqa: PLC0415 - the same
-
-            refuse_secrets({"model": model, "source": source, "destination": destination})
-            check_call(model, source, destination, chosen)
-            from flows.batch import batch_inference  # noqa: PLC0415 - the same
+            _check_call(model, source, destination, chosen)
+            from flows.batch import batch_inference  # noqa: PLC0415 - seconds of imports
         show_own_lines()
         report = batch_inference(model, source, destination, chosen)
     _print_report(report, as_json=as_json)
+
+
+def _check_call(model: str, source: str, destination: str, options: BatchOptions) -> None:
+    """Raise what the flow would raise at its start, before a temporary server is started for it.
+
+    Registry, Prefect, destination and source are asked side by side. Where a temporary server is to be started, model,
+    source and columns are looked at too: a server that runs lets the flow say the same within a second, and keeps it.
+    """
+    from prefect.client.base import ServerType, determine_server_type  # noqa: PLC0415 - seconds of imports
+
+    from flows.runtime.parameters import refuse_secrets  # noqa: PLC0415 - the same
+    from tasks.batch.resolve import check_columns, resolve_request  # noqa: PLC0415 - the same
+    from tasks.common.names import BLOCK  # noqa: PLC0415 - the same
+    from tasks.common.server_checks import check_servers, list_checks, list_prefect_checks  # noqa: PLC0415 - the same
+    from tasks.storage import open_storage  # noqa: PLC0415 - the same
+
+    parameters = {"model": model, "source": source, "destination": destination}
+    refuse_secrets(parameters)
+    check_servers([*list_prefect_checks(), *list_checks(parameters, uses_registry=True)])
+    # What a block names, and what a run that is joined has resolved, is known within the flow.
+    has_block = any(address.startswith(BLOCK) for address in parameters.values())
+    if determine_server_type() is ServerType.EPHEMERAL and not has_block and options.joins is None:
+        check_columns(resolve_request(model, source, open_storage(destination).url, options))
 
 
 def _print_report(report: BatchReport, *, as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -35,6 +36,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 
 LINES_MAX = 12
 _WIDTH_PIPED = 200
+_PREFECT = "prefect"
+_ROOT = Path(__file__).parents[2]
+_PACKAGES = tuple(f"{_ROOT / name}/" for name in ("deployments", "flows", "serving", "tasks"))
 
 
 def build_model(kind: type[M], given: Mapping[str, object], document: str | None, option: str) -> M:
@@ -147,6 +151,36 @@ def show_status(text: str) -> Generator[None]:
 
     with Console(stderr=True).status(text):
         yield
+
+
+def show_own_lines() -> None:
+    """Keep lines that Prefect itself logs from the terminal from now on, in this process. Idempotent.
+
+    Those of Overnight stay, and PREFECT_LOGGING_LEVEL=DEBUG shows all. The server gets every line all the same. That a
+    temporary server is to be started, which takes its time, is said in their place.
+    """
+    from prefect.client.base import ServerType, determine_server_type  # noqa: PLC0415 - help needs none
+
+    from flows.runtime.uncaught import shows_frames  # noqa: PLC0415 - the same
+
+    if shows_frames():
+        return
+    if determine_server_type() is ServerType.EPHEMERAL:
+        say("Starting a temporary Prefect server, which takes some 10 s. PREFECT_API_URL names one that runs already.")
+    # Prefect writes "Error logging to API" to stderr by itself where this is set, for as long as its server is away.
+    logging.raiseExceptions = False
+    for name in ("", _PREFECT, f"{_PREFECT}._internal"):
+        for handler in logging.getLogger(name).handlers:
+            if not any(isinstance(each, _OwnLines) for each in handler.filters):
+                handler.addFilter(_OwnLines())
+
+
+class _OwnLines(logging.Filter):
+    """Passes on what modules of Overnight log through Prefect's loggers, and all that others log."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether a record is shown."""
+        return record.name.split(".")[0] != _PREFECT or record.pathname.startswith(_PACKAGES)
 
 
 def say(text: str) -> None:

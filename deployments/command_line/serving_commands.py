@@ -16,6 +16,7 @@ from deployments.command_line.console import (
     print_text,
     read_document,
     say,
+    show_own_lines,
     show_status,
 )
 from serving.errors import BadInput
@@ -126,8 +127,7 @@ def endpoint(  # noqa: PLR0913 - each is an option of the command
         }
         chosen = build_model(EndpointSpec, given, spec, "--spec")
         with show_status("Loading Prefect and MLflow"):
-            from deployments.command_line.prefect_output import show_own_lines  # noqa: PLC0415 - seconds of imports
-            from flows.endpoint import online_endpoint  # noqa: PLC0415 - the same
+            from flows.endpoint import online_endpoint  # noqa: PLC0415 - seconds of imports
 
         show_own_lines()
         served = online_endpoint(chosen)
@@ -164,8 +164,7 @@ def retire(
     """Take an endpoint out of service, and all of its versions off their model server."""
     with keep_stdout(for_json=as_json):
         with show_status("Loading Prefect and MLflow"):
-            from deployments.command_line.prefect_output import show_own_lines  # noqa: PLC0415 - seconds of imports
-            from flows.endpoint import retire_endpoint  # noqa: PLC0415 - the same
+            from flows.endpoint import retire_endpoint  # noqa: PLC0415 - seconds of imports
             from tasks.endpoint.spec import GATEWAY  # noqa: PLC0415 - the same
 
         show_own_lines()
@@ -210,8 +209,7 @@ def choose(
         described = build_model(Workload, {}, document, "the workload")
         config = build_model(ApplyConfig, {}, apply, "--apply")
         with show_status("Loading Prefect and MLflow"):
-            from deployments.command_line.prefect_output import show_own_lines  # noqa: PLC0415 - seconds of imports
-            from flows.scheduler import choose_mode  # noqa: PLC0415 - the same
+            from flows.scheduler import choose_mode  # noqa: PLC0415 - seconds of imports
             from tasks.scheduler.report import render_decision  # noqa: PLC0415 - the same
 
         show_own_lines()

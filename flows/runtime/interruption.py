@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import FrameType
@@ -26,6 +26,7 @@ from prefect.states import AwaitingRetry, Crashed
 from flows.runtime.steps import flow_run
 from flows.runtime.uncaught import shows_frames
 from serving.errors import Interrupted
+from serving.machine import set_variable
 from tasks.common.artifacts import Logger, server_may_fail
 from tasks.spot.drain import Drain, Notice, sigterm_notice
 from tasks.spot.notice_poller import describe_notice
@@ -181,23 +182,11 @@ def start_server_shielded() -> None:
     if determine_server_type() is not ServerType.EPHEMERAL:
         return
     thread = threading.Thread(target=contextvars.copy_context().run, args=(_start_server,), daemon=True)
-    with _set_variable(_CONSOLE_LEVEL, None if shows_frames() else "CRITICAL"):
+    is_shown = shows_frames() or _CONSOLE_LEVEL in os.environ
+    with nullcontext() if is_shown else set_variable(_CONSOLE_LEVEL, "CRITICAL"):
         thread.start()
         while thread.is_alive():
             thread.join(_POLL_SECONDS)
-
-
-@contextmanager
-def _set_variable(name: str, value: str | None) -> Generator[None]:
-    """Set a variable of the environment for the children that the block starts; nothing where it is set, or None."""
-    if value is None or name in os.environ:
-        yield
-        return
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        os.environ.pop(name, None)
 
 
 def _start_server() -> None:

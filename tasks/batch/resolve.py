@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Protocol
 
-from serving.errors import ModelUnfit, RunDamaged
+from serving.errors import ModelUnfit, RunDamaged, SourceEmpty
 from serving.extras import import_extra
 from serving.model.contract import Contract
 from serving.model.interface import Model, Tunable
@@ -114,6 +115,27 @@ def resolve_request(model: str, source: str | Sequence[str], destination: str, o
     return RunRequest(resolved=resolved, snapshot=snapshot, contract=contract, options=options, key=key)
 
 
+def check_columns(request: RunRequest) -> None:
+    """Hold the columns of a Parquet source against a request, by the footer of its first file. Nothing is written.
+
+    Raises SchemaMismatch or BadInput, as planning does, which reads every footer.
+    """
+    snapshot = request.snapshot
+    if snapshot.format != "parquet" or any(file.partition_values for file in snapshot.files):
+        # Text is read as it is staged, and the types of partitions are those of all files together.
+        return
+    first = snapshot.model_copy(update={"files": snapshot.files[:1]})
+    names = [column.name for column in request.contract.columns]
+    with suppress(SourceEmpty):
+        _check_dataset(request, open_dataset(first, names, request.options.key_columns))
+
+
+def _check_dataset(request: RunRequest, dataset: Dataset) -> None:
+    """Raise SchemaMismatch or BadInput where the columns of a dataset are not those that a request needs."""
+    request.contract.check(dataset.schema, f"The dataset at {request.snapshot.title}")
+    check_names(dataset, request.contract, request.options)
+
+
 def find_complete_run(storage: Storage, request: RunRequest) -> Manifest | None:
     """Return the manifest of a request whose run is published and has all its parts; None otherwise.
 
@@ -170,8 +192,7 @@ def _find_state(storage: Storage, plan: Plan, resolved: Resolved | None, *, is_n
 def _plan_run(request: RunRequest, storage: Storage, load: ModelLoader, clock: Callable[[], datetime]) -> Plan:
     """Make and write the plan of a request. What can be refused is refused here, before anything is scored."""
     dataset = _open_dataset(request, storage)
-    request.contract.check(dataset.schema, f"The dataset at {request.snapshot.title}")
-    check_names(dataset, request.contract, request.options)
+    _check_dataset(request, dataset)
     order_min = _check_table(request, storage, dataset)
     model = load(request.resolved, request.contract, allow_pickle=request.options.allow_pickle)
     plan = make_plan(

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from deployments.automations import make_automations
-from infra.local.prefect_server import PrefectServer, PrefectWorker, prefect_server, prefect_worker
+from infra.local.prefect_server import PrefectServer, PrefectWorker, prefect_worker
+from tests.servers import use_prefect
 from tests.support import write_customers
 
 ATTEMPTS_MAX = 2
@@ -27,16 +28,8 @@ StartWorkers = Callable[..., list[PrefectWorker]]
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Generator[PrefectServer]:
     """A real Prefect server that this process and its children talk to, with nothing deployed yet."""
-    from prefect.logging.handlers import APILogWorker
-    from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, temporary_settings
-
-    with prefect_server(tmp_path_factory.mktemp("prefect")) as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
-        with temporary_settings({PREFECT_API_URL: server.api_url, PREFECT_LOGGING_LEVEL: "CRITICAL"}):
-            yield server
-            # What is left to log has no server afterwards.
-            APILogWorker.drain_all(timeout=10)
+    with use_prefect(tmp_path_factory.mktemp("prefect")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

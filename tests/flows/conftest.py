@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from infra.local.prefect_server import PrefectServer, prefect_server
+from infra.local.prefect_server import PrefectServer
+from tests.servers import use_prefect
 from tests.support import write_customers
 
 
@@ -15,18 +16,11 @@ from tests.support import write_customers
 def prefect(tmp_path_factory: pytest.TempPathFactory) -> Generator[PrefectServer]:
     """A real Prefect server that this process and its children talk to."""
     from prefect.events.worker import EventsWorker
-    from prefect.logging.handlers import APILogWorker
-    from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, temporary_settings
 
     # The worker that sends the states of task runs may belong to a server that other tests have stopped.
     EventsWorker.drain_all(timeout=10)
-    with prefect_server(tmp_path_factory.mktemp("prefect")) as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
-        with temporary_settings({PREFECT_API_URL: server.api_url, PREFECT_LOGGING_LEVEL: "CRITICAL"}):
-            yield server
-            # What is left to log has no server afterwards.
-            APILogWorker.drain_all(timeout=10)
+    with use_prefect(tmp_path_factory.mktemp("prefect")) as server:
+        yield server
 
 
 @pytest.fixture

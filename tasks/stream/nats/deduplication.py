@@ -52,8 +52,9 @@ class EmittedIds:
     def read_after_pause(self) -> None:
         """Read the ids that an earlier scorer has left, unless the output still refuses them."""
         consumer = self.connection.run(self._find_consumer())
-        unacknowledged = consumer is not None and consumer.num_ack_pending
-        if consumer is not None and unacknowledged and _seconds_since_delivery(consumer) >= self.window_seconds / 2:
+        if consumer is None or not consumer.num_ack_pending:
+            return
+        if _seconds_since_delivery(consumer) >= self.window_seconds / 2:
             self._read_back()
 
     def find_known(self) -> set[str]:

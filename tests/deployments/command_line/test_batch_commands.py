@@ -21,6 +21,13 @@ from tasks.batch.manifest import open_predictions
 from tests.support import write_customers
 
 PROGRAM = [sys.executable, "-m", "deployments.command_line"]
+
+
+def run_program(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own, to its end."""
+    return subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, check=False, env=environment)
+
+
 PATIENCE_SECONDS = 120.0
 
 
@@ -30,12 +37,7 @@ def scored(
 ) -> tuple[Path, dict[str, object]]:
     """A destination with a run that a real process has scored, and what it printed."""
     destination = tmp_path_factory.mktemp("scores") / "scores"
-    done = subprocess.run(
-        [*PROGRAM, "score", linear, str(customers), str(destination), "--key", "customer", "--json"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_program("score", linear, str(customers), str(destination), "--key", "customer", "--json")
     assert 0 == done.returncode, done.stderr
     (line,) = done.stdout.splitlines()
     return destination, json.loads(line)
@@ -133,12 +135,7 @@ def test_what_a_model_prints_is_not_on_stdout_beside_json(
 def test_a_model_that_is_not_there_ends_with_its_message_alone(
     server: PrefectServer, registry: Path, customers: Path, tmp_path: Path
 ) -> None:
-    done = subprocess.run(
-        [*PROGRAM, "score", "models:/nobody/1", str(customers), str(tmp_path / "scores")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_program("score", "models:/nobody/1", str(customers), str(tmp_path / "scores"))
 
     assert (1, "") == (done.returncode, done.stdout)
     assert done.stderr.startswith("models:/nobody/1 must be registered")
@@ -170,7 +167,7 @@ def test_a_wrong_call_is_told_before_a_temporary_server_is_started(
     arguments = [each.format(customers=customers, folder=tmp_path) for each in arguments]
     home = {"PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true", "PREFECT_HOME": str(tmp_path / "prefect")}
     environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"} | home
-    done = subprocess.run([*PROGRAM, "score", *arguments], capture_output=True, text=True, check=False, env=environment)
+    done = run_program("score", *arguments, environment=environment)
 
     assert (1, "") == (done.returncode, done.stdout)
     assert said in done.stderr
@@ -183,13 +180,8 @@ def test_a_wrong_call_is_told_before_a_temporary_server_is_started(
 def test_prefect_s_lines_are_shown_where_they_are_asked_for(
     server: PrefectServer, registry: Path, customers: Path, tmp_path: Path
 ) -> None:
-    done = subprocess.run(
-        [*PROGRAM, "score", "models:/nobody/1", str(customers), str(tmp_path / "scores")],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PREFECT_LOGGING_LEVEL": "DEBUG"},
-    )
+    environment = {**os.environ, "PREFECT_LOGGING_LEVEL": "DEBUG"}
+    done = run_program("score", "models:/nobody/1", str(customers), str(tmp_path / "scores"), environment=environment)
 
     assert 1 == done.returncode
     assert "Beginning flow run" in done.stderr

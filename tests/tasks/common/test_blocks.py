@@ -10,27 +10,22 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, temporary_settings
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.types import SecretDict
 from pydantic import SecretStr, ValidationError
 
-from infra.local.prefect_server import PrefectServer, prefect_server
+from infra.local.prefect_server import PrefectServer
 from serving.errors import BadInput
 from tasks.common.blocks import BLOCKS, OvernightDestination, OvernightRegistry, OvernightSource, open_addresses
+from tests.servers import use_prefect
 
 KEY, OTHER = "verysecretkey1", "verysecretkey2"
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Generator[PrefectServer]:
-    with (
-        prefect_server(tmp_path_factory.mktemp("prefect"), services=False) as server,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
-        with temporary_settings({PREFECT_API_URL: server.api_url, PREFECT_LOGGING_LEVEL: "CRITICAL"}):
-            yield server
+    with use_prefect(tmp_path_factory.mktemp("prefect"), services=False) as server:
+        yield server
 
 
 @pytest.fixture(scope="module", autouse=True)
