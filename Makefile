@@ -3,20 +3,24 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# What installs packages; `INSTALL="uv pip install --python .venv" make test` takes a third of the time.
+INSTALL ?= $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check
 
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
+# Without bytecode, which pip does not make either, each of hundreds of processes would compile what it imports.
+unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo demo-endpoint demo-modes demo-stream deploy lint types check format clean
 .PHONY: test test-flows test-stations test-kills
-.PHONY: test-machines test-servers test-workers test-deployments test-nights
-.PHONY: simulate chaos bench-batch bench-peers bench-resume bench-gpu bench-spot bench-nightly bench-workers bench-endpoint bench-stream
-.PHONY: bench-modes bench-memory bench-start size pictures docs diagrams notebooks
+.PHONY: test-machines test-servers test-workers test-deployments test-nights test-image
+.PHONY: simulate simulate-fleet chaos bench-batch bench-peers bench-resume bench-generation bench-gpu bench-spot bench-nightly bench-workers bench-endpoint bench-stream
+.PHONY: lock audit sbom image bench-modes bench-memory bench-keys bench-isolation bench-start bench-triton-starts size pictures docs diagrams notebooks
 
-$(STAMP): pyproject.toml constraints.txt infra/local/wheels.txt
+$(STAMP): pyproject.toml constraints.txt infra/local/wheels.txt tests/wheels.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got %d.%d; set PYTHON=" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r infra/local/wheels.txt
+	$(INSTALL) --no-deps --require-hashes -r infra/local/wheels.txt -r tests/wheels.txt
+	$(INSTALL) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 # The main job on real flights; KILL=1 kills a run twice and compares its bytes with an undisturbed one.
@@ -39,21 +43,28 @@ demo-modes: $(STAMP)
 deploy: $(STAMP)
 	@$(BIN)/python -m deployments.apply
 
-# Three processes at a time, since tests wait for servers more than they compute; those of one share its Prefect servers.
+# Three processes of tests at a time, since they wait for servers more than they compute; those of one share its Prefect
+# servers.
 test: lint $(STAMP)
-	@$(MAKE) -j 3 test-flows test-stations types test-kills
+	@$(MAKE) -j 4 types test-kills test-stations test-flows
 
+# The three that test take about as long as one another.
 KILLS := $(wildcard tests/flows/test_*kills.py) tests/flows/test_stream_kafka.py
+ENDPOINTS := $(wildcard tests/flows/test_endpoint*.py) tests/tasks/endpoint
+TARGETS := tests/serving/targets
+GATEWAY := tests/serving/gateway
+STATIONS_NOT := tests/deployments tests/flows tests/infra $(TARGETS) $(GATEWAY) tests/tasks/endpoint
 
 test-flows: $(STAMP)
-	$(BIN)/python -m pytest tests/flows $(KILLS:%=--ignore=%)
+	$(BIN)/python -m pytest tests/flows $(TARGETS) $(foreach path,$(KILLS) $(ENDPOINTS),--ignore=$(path))
 
 test-stations: $(STAMP)
-	$(BIN)/python -m pytest --ignore=tests/deployments --ignore=tests/flows
+	$(BIN)/python -m pytest $(foreach path,$(STATIONS_NOT),--ignore=$(path))
 
-# Deployments come first: Prefect's worker of events stays with the first server of a process.
+# Deployments come before flows: Prefect's worker of events stays with the first server of a process. What is tested of
+# infra has its servers in processes of their own.
 test-kills: $(STAMP)
-	$(BIN)/python -m pytest tests/deployments $(KILLS)
+	$(BIN)/python -m pytest tests/infra $(GATEWAY) tests/deployments $(KILLS) $(ENDPOINTS)
 
 # What takes minutes of real servers and workers, in three processes again; the output of each comes once it has ended.
 # Nights have deadlines to keep, and have the machine for themselves.
@@ -62,20 +73,26 @@ test-machines: $(STAMP)
 	@$(MAKE) test-nights
 
 MACHINES := $(BIN)/python -m pytest -m machines --timeout 1200 --durations=10
-SERVERS := tests/serving tests/infra tests/test_ray_cluster.py tests/flows/test_same_score.py
+IMAGE := tests/infra/test_docker.py
 NIGHTS := tests/deployments/test_nightly.py
 
-# BentoML, KServe, MLServer and Ray Serve, the former three in environments of their own, which the first run makes.
+# BentoML, KServe, MLServer and Ray Serve, the former three in environments of their own, which the first run makes; and
+# what no other group has, such as defects that the simulation is to find.
 test-servers: $(STAMP)
-	$(MACHINES) $(SERVERS)
+	$(MACHINES) $(foreach path,tests/deployments tests/flows $(IMAGE),--ignore=$(path))
 
-# Every point of a drain and of a kill, scorers of streams that are killed, defects that the simulation is to find.
+# The image of a worker, built from an empty Debian and put to work: some ten minutes for itself, and no part of the above.
+test-image: $(STAMP)
+	$(MACHINES) $(IMAGE)
+
+# Every point of a drain and of a kill, workers and scorers of streams that are killed, environments of models, traces.
 test-workers: $(STAMP)
-	$(MACHINES) --ignore=tests/deployments $(SERVERS:%=--ignore=%)
+	$(MACHINES) tests/flows
 
-# Workers and schedules of Prefect, the command line, recipes, a workload that changes its mode.
+# Workers and schedules of Prefect, nights that start their machines, the command line, recipes, a workload that changes
+# its mode.
 test-deployments: $(STAMP)
-	$(MACHINES) tests/deployments $(NIGHTS:%=--ignore=%)
+	$(MACHINES) tests/deployments $(foreach path,$(NIGHTS),--ignore=$(path))
 
 # A night whose spot machine is taken, and one whose own worker ends.
 test-nights: $(STAMP)
@@ -99,6 +116,11 @@ format: $(STAMP)
 simulate: $(STAMP)
 	@$(BIN)/python -m tests.simulation
 
+# Ten billion rows on a thousand spot workers, planned and published for real, scored in simulated time: some
+# twenty minutes.
+simulate-fleet: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.fleet
+
 # Two workers under SIGKILL at random times, on the disk and on S3, held against an undisturbed run. SEED=1 for other
 # kills, ROWS=10000000 for the synthetic table instead of the flights.
 chaos: $(STAMP)
@@ -108,6 +130,27 @@ chaos: $(STAMP)
 bench-batch: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.batch
 
+.PHONY: bench-models
+# scikit-learn, XGBoost, LightGBM, random forest, ONNX and CatBoost: loops by hand, `predict` alone, scoring, whole calls:
+# some fifteen minutes. ROWS=200000 ROUNDS=1 for a quick look, MODELS=xgboost,onnx for some.
+bench-models: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.models
+
+.PHONY: bench-changed
+# What a run costs where 1, 10 or none of 100 files changed, and whether its table is that of a full run: some ten minutes.
+bench-changed: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.changed
+
+.PHONY: bench-challengers
+# What a challenger costs in a run over its forward passes alone, and the comparison: some two minutes.
+bench-challengers: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.challengers
+
+.PHONY: bench-features
+# What joining features of 10,000,000 rows costs, in memory and from files, beside polars' join of all: some five minutes.
+bench-features: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.features
+
 # The same beside Ray Data, Daft, Spark, sentence-transformers and a loop by hand, each in an environment of its own.
 bench-peers: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.peers
@@ -115,6 +158,11 @@ bench-peers: $(STAMP)
 # What a resume reads after a kill at 99 %, on the disk (needs strace) and on S3. ROWS=1000000 for a quick look.
 bench-resume: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.resume
+
+# Tokens a second of text generation beside transformers' own generate: some ten minutes on two free cores. PROMPTS=48 ROUNDS=1
+# SIZES=16,32 for a quick look.
+bench-generation: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.generation
 
 # Whole runs over passes alone on the card; says so where there is none.
 bench-gpu: $(STAMP)
@@ -134,8 +182,9 @@ bench-workers: $(STAMP)
 bench-spot: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.spot
 
-# Every model server behind the same client (needs wrk), the gateway's cost, wakes, lost requests: some twenty minutes.
-# SECONDS=2 ROUNDS=1 for a quick look, PARTS=gateway for one of servers, gateway, lost.
+# Every model server behind the same client (needs wrk), the gateway's cost, abuse, loads from zero, lost requests: some
+# forty minutes. SECONDS=2 ROUNDS=1 for a quick look, PARTS=gateway for one of servers, gateway, abuse,
+# latency, lost.
 bench-endpoint: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.endpoint
 
@@ -145,7 +194,8 @@ bench-stream: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.stream
 
 # The choice of a mode: its regret on 200 workloads and the real traces of TRACES=FOLDER, keep-warm, speed, and
-# predictions against what happens here. CASES=20 ROWS=1000000 ROUNDS=1 for a quick look, PARTS="regret" for one figure.
+# predictions against what happens here. CASES=20 ROWS=1000000 ROUNDS=1 for a quick look, PARTS="regret" for one figure,
+# SEEDS=7101-7110 for other workloads.
 bench-modes: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.modes
 
@@ -153,9 +203,27 @@ bench-modes: $(STAMP)
 bench-memory: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.memory
 
+# The check of 10 and of 100 million keys, and upserts into ROWS rows beside deltalake's merge. KEYS=10000000 for less.
+bench-keys: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.keys
+
+# Twenty segfaults, five passes that take too much memory and five that hang, in one run. ROWS=100000 for a quick look.
+bench-isolation: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.isolation
+
+# What statistics of columns cost in a run, and how near their quantiles are. ROWS=10000000 for more than 2,000,000.
+.PHONY: bench-statistics
+bench-statistics: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.statistics
+
 # Seconds of imports and of whole scripts, from the start of a process to its exit. ROUNDS=2 for a quick look.
 bench-start: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.start
+
+# Starts of Triton, and how often a process of its Python backend dies in one, by which signal: some fifteen minutes.
+# STARTS=20 for a quick look, BUSY=0 without other processes beside.
+bench-triton-starts: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.triton_starts
 
 # Modules and lines by package, and words that stop a reader. The last line is one JSON object.
 size: $(STAMP)
@@ -178,5 +246,39 @@ diagrams: $(STAMP)
 notebooks: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.notebook
 
+# The image of a worker, by Docker; BASE_IMAGE=NAME@sha256:DIGEST, TORCH=cuda, BUILD="--build-context wheels=FOLDER".
+image:
+	docker build -f infra/docker/Dockerfile $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \
+	  $(if $(TORCH),--build-arg TORCH=$(TORCH)) $(if $(TORCH_INDEX_URL),--build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL)) \
+	  $(BUILD) -t overnight-worker .
+
+# Programs that look at packages, in an environment of their own.
+TOOLS := .venv-tools
+$(TOOLS)/.installed: infra/docker/sbom.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r infra/docker/sbom.txt
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.9,<3' 'uv>=0.9'
+	@touch $@
+
+# What the image installs, with hashes, from pyproject.toml and constraints.txt. Hashes of torch-cpu.txt are PyTorch's:
+# its index of CPU wheels lists them, and no resolver sees that index here.
+IMAGE_EXTRAS := delta environments iceberg openlineage serve stream
+COMPILE := $(TOOLS)/bin/uv pip compile --quiet --constraints constraints.txt --generate-hashes --universal \
+  --python-version 3.11 --no-header --no-annotate --no-emit-index-url
+lock: $(TOOLS)/.installed
+	$(COMPILE) pyproject.toml $(IMAGE_EXTRAS:%=--extra %) -o $(TOOLS)/all.txt
+	echo cyclonedx-bom | $(COMPILE) - -o infra/docker/sbom.txt
+	awk '/^[a-z]/ {cuda = /^(torch|triton|nvidia-|cuda-)/} !cuda' $(TOOLS)/all.txt > infra/docker/requirements.txt
+	awk '/^[a-z]/ {cuda = /^(torch|triton|nvidia-|cuda-)/} cuda' $(TOOLS)/all.txt > infra/docker/torch-cuda.txt
+
+# Known vulnerabilities of what the image installs. It asks the database of PyPI, and fails for what that does not know.
+audit: $(TOOLS)/.installed
+	$(TOOLS)/bin/pip-audit --strict --require-hashes --disable-pip $(foreach lock,requirements torch-cuda sbom,-r infra/docker/$(lock).txt)
+
+# An inventory of .venv as CycloneDX in .sbom.json; that of the image is in it, as /opt/overnight/sbom.cdx.json.
+sbom: $(STAMP) $(TOOLS)/.installed
+	$(TOOLS)/bin/cyclonedx-py environment --validate --output-reproducible --spec-version 1.6 --of JSON -o .sbom.json $(BIN)/python
+	@echo "The inventory is in .sbom.json."
+
 clean:
-	rm -rf $(VENV) .venv-* .demo .bench .site
+	rm -rf $(VENV) .venv-* .demo .bench .site .sbom.json

@@ -21,7 +21,7 @@ import yaml
 from prefect.automations import AutomationCore
 from prefect.blocks.core import Block
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
+from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
@@ -72,18 +72,29 @@ def describe_changes(changes: Sequence[Change]) -> str:
     return "".join(lines)
 
 
-async def deploy(file: Path = PREFECT_FILE, automations: Iterable[AutomationCore] | None = None) -> list[Change]:
+async def deploy(
+    file: Path = PREFECT_FILE,
+    automations: Iterable[AutomationCore] | None = None,
+    pools: Sequence[WorkPoolCreate] = (),
+) -> list[Change]:
     """Create or change what differs from `file` and `automations`; return every object with its change.
 
     Two calls at the same time may both create an automation.
 
+    Args:
+        file: The deployments.
+        automations: The automations; None for those of Overnight.
+        pools: Work pools that come before those of Overnight, and are changed to what they are here where they exist.
+
     Raises:
-        DeployFailed: There is no server, a work pool does not exist that is not made here, or the server refuses
-            something.
+        DeployFailed: There is no server, a work pool does not exist that is not made here, one exists of another type
+            than it has in `pools`, or the server refuses something.
     """
     async with _connect() as client:
         changes = [await _apply_block_type(client, each) for each in BLOCKS]
-        changes += [await _apply_pool(client, pool) for pool in make_work_pools()]
+        changes += [await _update_pool(client, pool) for pool in pools]
+        named = {pool.name for pool in pools}
+        changes += [await _apply_pool(client, pool) for pool in make_work_pools() if pool.name not in named]
         changes += await _apply_deployments(client, file, read_deployments(file))
         return changes + [await _apply_automation(client, each) for each in automations or make_automations()]
 
@@ -202,6 +213,26 @@ async def _apply_pool(client: PrefectClient, pool: WorkPoolCreate) -> Change:
         await client.create_work_pool(pool)
         return Change(kind="work pool", name=pool.name, what="created")
     return Change(kind="work pool", name=pool.name)
+
+
+async def _update_pool(client: PrefectClient, pool: WorkPoolCreate) -> Change:
+    """Create a work pool, or change its template and its description to what they are here."""
+    change = await _apply_pool(client, pool)
+    if change.what == "created":
+        return change
+    has = await client.read_work_pool(pool.name)
+    if has.type != pool.type:
+        message = (
+            f"The work pool {pool.name} must be of type {pool.type}, but the server has one of type {has.type}. Delete "
+            f"it, with what is scheduled in it: prefect work-pool delete {pool.name}"
+        )
+        raise DeployFailed(message)
+    wants = WorkPoolUpdate(description=pool.description, base_job_template=pool.base_job_template)
+    differ = [name for name in sorted(wants.model_fields_set) if getattr(has, name) != getattr(wants, name)]
+    if not differ:
+        return change
+    await client.update_work_pool(pool.name, wants)
+    return Change(kind="work pool", name=pool.name, what=f"changed: {', '.join(differ)}")
 
 
 def make_work_pools() -> list[WorkPoolCreate]:

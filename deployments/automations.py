@@ -47,7 +47,7 @@ def make_automations(
 def report_lost_runs(*, silent_seconds: float = SILENT_SECONDS) -> AutomationCore:
     """Return the automation that makes a run Crashed once it has been silent: its machine is gone.
 
-    It watches every run that has begun, until it ends or is scheduled again.
+    It watches every run that has begun, until it ends, is suspended or is scheduled again.
     """
     return AutomationCore(
         name="overnight: report lost runs",
@@ -59,6 +59,8 @@ def report_lost_runs(*, silent_seconds: float = SILENT_SECONDS) -> AutomationCor
             after={"prefect.flow-run.Running", "prefect.flow-run.heartbeat"},
             expect={
                 *("prefect.flow-run.heartbeat", "prefect.flow-run.AwaitingRetry", "prefect.flow-run.Cancelling"),
+                # It has left its worker to wait for a person.
+                "prefect.flow-run.Suspended",
                 *(f"prefect.flow-run.{state}" for state in _FINAL),
             },
             posture=Posture.Proactive,

@@ -311,7 +311,7 @@ def run(config: Path, *, host: str = "127.0.0.1", port: int = 8085) -> None:
     Raises:
         BadInput: The config can't be read, or the secret, the address of the Prefect server or a package is missing.
     """
-    connection = import_extra("serving.gateway.connection", "serve")
+    connection = import_extra("serving.protocol.connection", "serve")
     app = build_app(read_config(config), read_secret())
     if not PREFECT_API_URL.value():
         message = (

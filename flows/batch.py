@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import NoReturn
 
 import matplotlib.figure  # noqa: F401 - half a second that would else fall into the first call, for its plot
@@ -14,17 +14,37 @@ from flows.runtime.flow_decorator import adhoc_flow
 from flows.runtime.interruption import exit_interrupted, report_failure
 from flows.runtime.joining import check_workers, find_start, is_beside_another, start_workers
 from flows.runtime.names import rename_flow_run
+from flows.runtime.run_gate import open_gate
+from flows.runtime.run_record import CallRecord, record_call
 from flows.runtime.steps import Steps, flow_run_id
 from flows.runtime.task_runners import check_runner, score_missing
-from tasks.batch.artifacts import ProgressWatch, find_sample, publish_artifacts, publish_complete, publish_interrupted
-from tasks.batch.events import RunCall, emit_published, emit_refusal
+from flows.runtime.tracing import describe_run_span, describe_span
+from tasks.batch.artifacts import (
+    ProgressWatch,
+    find_sample,
+    publish_artifacts,
+    publish_comparison,
+    publish_complete,
+    publish_interrupted,
+)
+from tasks.batch.comparison_plot import draw_comparison
+from tasks.batch.comparison_records import (
+    audit_challengers,
+    compare_published,
+    find_comparison,
+    list_missing_chunks,
+    save_challenger_parts,
+)
+from tasks.batch.events import RunCall, emit_promotion, emit_published, emit_refusal
+from tasks.batch.feature_pins import describe_features
+from tasks.batch.key_check import KeyCheck, check_run_keys, describe_doubled
 from tasks.batch.lineage import record_failure, record_lineage, record_start
 from tasks.batch.manifest import Manifest, find_intact_manifest, list_foreign_files
 from tasks.batch.memory import check_memory
 from tasks.batch.options import BatchOptions
-from tasks.batch.parts import count_rows_done
-from tasks.batch.plan import Plan, confirm_plan
-from tasks.batch.publish import Audit, audit_parts, check_rows_add_up, count_rejects, publish
+from tasks.batch.parts import count_done, part_path
+from tasks.batch.plan import Plan
+from tasks.batch.publish import Audit, audit_parts, check_rows_add_up, count_rejects, publish, wait_for_publisher
 from tasks.batch.report import BatchReport, page_path, plot, report_complete, report_scored, save_page
 from tasks.batch.resolve import (
     CompleteRun,
@@ -32,11 +52,15 @@ from tasks.batch.resolve import (
     ResumedRun,
     choose_slots,
     find_run,
+    load_planned_challengers,
     load_planned_model,
     resolve_request,
     restage_plan,
 )
-from tasks.batch.score import Scorer, ScoringResult, check_rejects
+from tasks.batch.run_records import confirm_plan
+from tasks.batch.score import Scorer
+from tasks.batch.scoring_result import ScoringResult, check_rejects
+from tasks.batch.tuning import forget_slow_tuning
 from tasks.common.artifacts import Logger
 from tasks.common.blocks import Addresses, open_addresses
 from tasks.common.names import name_batch_run
@@ -81,16 +105,26 @@ def batch_inference(
         destination=to,
         first_worker=str(first_worker) if first_worker else None,
     )
-    with emit_refusal(call), open_addresses(model, sources, to) as addresses:
+    logger = get_run_logger()
+    with (
+        emit_refusal(call),
+        record_call(call, options, logger) as record,
+        open_addresses(model, sources, to) as addresses,
+    ):
         if addresses != Addresses(model=model, source=sources, destination=to):
             # What blocks name was not asked for an answer before, as the rest was.
             check_servers(list_checks(asdict(addresses), uses_registry=True))
-        return _infer(addresses, options, call)
+        return _infer(addresses, options, call, record, logger)
 
 
-def _infer(addresses: Addresses, options: BatchOptions, call: RunCall) -> BatchReport:
-    """Go through the steps of a run, from its addresses to its report; `call` gets what becomes known of the run."""
-    logger, steps = get_run_logger(), Steps()
+def _infer(
+    addresses: Addresses, options: BatchOptions, call: RunCall, record: CallRecord, logger: Logger
+) -> BatchReport:
+    """Go through the steps of a run, from its addresses to its report.
+
+    `call` gets what becomes known of the run, and `record` what is done.
+    """
+    steps = Steps(observe=record.metrics.note_step)
     check_runner(options)
     check_workers(addresses.source, addresses.destination, options)
     storage, this = open_storage(addresses.destination), flow_run_id()
@@ -104,41 +138,62 @@ def _infer(addresses: Addresses, options: BatchOptions, call: RunCall) -> BatchR
     )
     run = steps.run("plan", lambda: find_run(request, storage, this))
     _name_run(run.plan, storage, call, logger)
+    record.begin(run.plan, storage)
     if isinstance(run, CompleteRun):
+        record.complete_before = True
         return _report_complete(run, storage, options, steps, logger)
     plan = _prepare(run, storage, logger)
+    gate = open_gate(plan, storage, options, steps, logger)
     start_workers(options, logger)
 
-    loaded = steps.run("load", lambda: load_planned_model(plan, run.resolved, options))
+    loaded, challengers = steps.run(
+        "load",
+        lambda: (
+            load_planned_model(plan, run.resolved, options),
+            load_planned_challengers(plan, options, storage),
+        ),
+    )
     slots = choose_slots(options, loaded)
-    memory = check_memory(plan, slots, options)
+    memory = check_memory(plan, slots, options, [loaded, *challengers])
     _log_plan(plan, slots, memory, logger)
 
     scorer = Scorer(
         plan=plan,
         destination=storage,
         model=loaded,
+        challengers=challengers,
         max_reject_fraction=options.max_reject_fraction,
         joined=is_beside_another(options),
+        observe=record.note_scored,
     )
-    watch = ProgressWatch(plan.rows, lambda: count_rows_done(storage, plan), logger)
+    watch = ProgressWatch(plan.rows, lambda: record.note_progress(count_done(storage, plan)), logger)
     record_start(plan, storage.url, logger)
     with report_failure(lambda end, why: record_failure(plan, storage.url, options.experiment, end, why, logger)):
         scoring = steps.run("score", lambda: _score(scorer, slots, options, watch, logger))
         if isinstance(scoring, _Interrupted):
+            record.note_interruption(scorer.drain)
             _exit_interrupted(scorer, scoring, watch, logger)
-        audit = scoring.audit
-        manifest = steps.run("publish", lambda: publish(storage, confirm_plan(storage, plan), audit))
+        parts = scoring.parts
+        keys = _check_keys(plan, storage, parts, steps, logger)
+        findings = gate.pass_run(parts) if gate else ()
+        manifest = steps.run(
+            "publish",
+            lambda: parts if isinstance(parts, Manifest) else _publish(plan, storage, parts, scoring.challengers),
+        )
 
+    if slower := forget_slow_tuning(plan, scoring.result):
+        logger.info("This run made %s: the next one measures again.", slower)
     report = report_scored(
-        *(plan, storage, scoring.result, audit),
-        plan_digest=manifest.plan_digest,
+        *(plan, storage, scoring.result, manifest),
         slots=slots,
         memory=memory,
         seconds=steps.seconds,
     )
+    report = report.model_copy(update={"findings": findings, "keys_doubled": keys.doubled if keys else None})
     watch.show()
+    report = _compare(plan, storage, manifest, report, options, steps, logger)
     report = steps.run("report", lambda: _record(plan, storage, manifest, report, watch.samples, options, logger))
+    describe_span({"overnight.rows_scored": report.rows_scored, "overnight.rows_rejected": report.rows_rejected})
     logger.info("Run %s is complete: %s rows, %s rejects.", plan.run, f"{report.rows:,}", f"{report.rows_rejected:,}")
     return report.model_copy(update={"seconds": steps.seconds})
 
@@ -147,15 +202,17 @@ def _name_run(plan: Plan, storage: Storage, call: RunCall, logger: Logger) -> No
     """Name flow run and events after the resolved run: the model's version, and where the predictions go."""
     provisional = name_batch_run(call.model, call.destination)
     rename_flow_run(name_batch_run(plan.model.uri, storage.url), provisional, logger)
+    describe_run_span(plan, storage)
     call.key, call.model, call.source, call.destination = plan.key, plan.model.uri, plan.source.title, storage.url
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _AllScored:
-    """Every part of the run is there."""
+    """Every part of the run is there: this worker has read all footers, or another has published the run."""
 
     result: ScoringResult
-    audit: Audit
+    parts: Audit | Manifest
+    challengers: dict[int, Audit] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,14 +241,60 @@ def _score(
         # Another worker may have published the run meanwhile, and deleted the staged copies that this one read.
         if result.faults and find_intact_manifest(storage, plan.run) is None:
             raise result.faults_error()
-        audit = audit_parts(storage, plan)
+        if options.workers > 1 or options.joins is not None:
+            published = wait_for_publisher(storage, plan, may_wait=lambda: scorer.drain.notice is None)
+            if published is not None:
+                return _AllScored(result=result, parts=published)
+        audit, others = audit_parts(storage, plan), audit_challengers(storage, plan)
         result.rows_recomputed += audit.rows_set_aside
-        if not audit.missing:
+        if lost := [part_path(plan, chunk) for chunk in audit.missing if chunk in plan.reused_parts]:
+            logger.warning(
+                "%s parts that earlier runs had made are gone or damaged by now, the first %s; they are scored again.",
+                *(len(lost), lost[0]),
+            )
+        if not audit.missing and not list_missing_chunks(others):
             break
     check_rows_add_up(plan, audit)
     rejects = Counter({(count.column, count.reason): count.rows for count in count_rejects(audit)})
     check_rejects(rejects, plan, options.max_reject_fraction, scorer.samples)
-    return _AllScored(result=result, audit=audit)
+    return _AllScored(result=result, parts=audit, challengers=others)
+
+
+def _publish(plan: Plan, storage: Storage, parts: Audit, challengers: dict[int, Audit]) -> Manifest:
+    """Commit a run. The list of its challengers' parts is there before the manifest is."""
+    confirmed = confirm_plan(storage, plan)
+    save_challenger_parts(storage, plan, challengers)
+    return publish(storage, confirmed, parts)
+
+
+def _compare(
+    plan: Plan,
+    storage: Storage,
+    manifest: Manifest,
+    report: BatchReport,
+    options: BatchOptions,
+    steps: Steps,
+    logger: Logger,
+) -> BatchReport:
+    """Return the report of a published run with its challengers beside its model; promote one where a rule holds."""
+    if not plan.challengers:
+        return report
+    found = steps.run("compare", lambda: compare_published(storage, plan, manifest, options.promote_if))
+    if found.promotion is not None:
+        emit_promotion(plan, storage.url, found.promotion)
+        say = logger.info if found.promotion.outcome == "promoted" else logger.warning
+        say("%s, %s: %s", found.promotion.alias, found.promotion.outcome, found.promotion.why)
+    return report.model_copy(update={"challengers": found.challengers, "promotion": found.promotion})
+
+
+def _check_keys(plan: Plan, storage: Storage, parts: Audit | Manifest, steps: Steps, logger: Logger) -> KeyCheck | None:
+    """Check the keys of a run that names key columns, unless another worker has published it. Raises KeysUnfit."""
+    if isinstance(parts, Manifest) or not plan.options.key_columns:
+        return None
+    check = steps.run("check keys", lambda: check_run_keys(storage, plan, parts.footers))
+    if check.doubled:
+        logger.warning("The keys of run %s do not name one row each: %s", plan.run, describe_doubled(check))
+    return check
 
 
 def _prepare(run: NewRun | ResumedRun, storage: Storage, logger: Logger) -> Plan:
@@ -219,6 +322,13 @@ def _log_plan(plan: Plan, slots: int, memory: int, logger: Logger) -> None:
         *(plan.run, f"{plan.rows:,}", len(plan.chunks), len(plan.shards), slots),
         *(plan.batch_size, plan.batch_unit, plan.engine, memory >> 20),
     )
+    for pin in plan.features:
+        logger.info("%s", describe_features(pin))
+    if plan.reused:
+        logger.info(
+            "%s of its rows are in parts that earlier runs have made of the same. %s",
+            *(f"{plan.rows_reused:,}", f"The rest is scored: {plan.reuse_note}" if plan.reuse_note else ""),
+        )
 
 
 def _report_complete(
@@ -228,9 +338,12 @@ def _report_complete(
     logger.info("Run %s is complete: %s rows. Nothing to score.", plan.run, f"{plan.rows:,}")
     report = report_complete(run.manifest, plan, storage, steps.seconds)
     if storage.exists(page_path(plan)):
+        if plan.challengers and (found := find_comparison(storage, plan.run)) is not None:
+            report = report.model_copy(update={"challengers": found.challengers, "promotion": found.promotion})
         publish_complete(report, logger)
         return report
     # The call that published the run was ended before it could record it.
+    report = _compare(plan, storage, run.manifest, report, options, steps, logger)
     return _record(plan, storage, run.manifest, report, [(0.0, plan.rows)], options, logger)
 
 
@@ -245,12 +358,15 @@ def _record(
 ) -> BatchReport:
     """Write the lineage of a published run, then its page: a run that has its page is recorded. Then show it."""
     png = plot(report, samples)
+    comparison = draw_comparison(report.model, report.challengers) if report.challengers else None
     mlflow_run = record_lineage(plan, report, options.experiment, logger)
     report = report.model_copy(update={"mlflow_run": mlflow_run})
-    save_page(storage, plan, report, png)
+    save_page(storage, plan, report, png, comparison)
     emit_published(plan, report)
     sample = find_sample(storage, manifest, plan, logger) if options.sample_rows else None
     publish_artifacts(report, sample, options.sample_rows, logger)
+    if report.challengers:
+        publish_comparison(report, comparison, logger)
     return report
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Annotated
 
 from prefect import get_run_logger
@@ -12,15 +15,17 @@ from flows.runtime.flow_decorator import adhoc_flow
 from flows.runtime.steps import Steps
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import Route
+from serving.model.batching import BatchingConfig
 from serving.targets import Address
 from tasks.endpoint.batching import BatchingChoice, resolve_batching, save_settings
-from tasks.endpoint.change import Change, find_serving_address, plan_change, remove_endpoint
+from tasks.endpoint.budget import BudgetCheck, check_budget, explain_broken_budget
+from tasks.endpoint.change import Change, find_serving_address, make_chosen_release, plan_change, remove_endpoint
 from tasks.endpoint.client import InferClient, infer_path
-from tasks.endpoint.deploy import make_host
+from tasks.endpoint.deploy import make_graph_host, make_host, write_rollout
 from tasks.endpoint.load import Latency, measure_latency
 from tasks.endpoint.report import Endpoint, emit_endpoint_changed, emit_endpoint_retired, publish_endpoint
-from tasks.endpoint.resolve import LoadedModel, load_endpoint_model
-from tasks.endpoint.spec import GATEWAY, AnyTarget, EndpointSpec, Shadow, read_admin_key, read_keys
+from tasks.endpoint.resolve import Loaded, LoadedGraph, LoadedModel, load_endpoint
+from tasks.endpoint.spec import GATEWAY, AnyTarget, Budget, EndpointSpec, Shadow, read_admin_key, read_keys
 from tasks.endpoint.traffic import check_gateway, find_route_to_restore, shift_traffic, validate_rollout
 from tasks.endpoint.verify import Verification, verify_endpoint
 
@@ -30,46 +35,51 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
     """Serve a registered model online: deploy it beside what serves, compare its answers with the model, shift traffic.
 
     Args:
-        spec: The endpoint in full: model, target, batching, scaling, rollout and access.
+        spec: The endpoint in full: model or graph of models, target, batching, scaling, rollout and access.
 
     The same call again changes nothing where nothing has changed. On any failure the new release is taken down and
     the earlier version keeps serving; the error says why: LatencyImpossible before anything is deployed, EndpointFailed
-    by the server, VerifyFailed by the answers, RolledBack by the traffic.
+    by the server, VerifyFailed by the answers, BudgetBroken by the load, RolledBack by the traffic.
     """
     logger = get_run_logger()
     timer = Steps()
     # Raises where a package of the target is missing, before anything is measured.
-    make_host(spec.target)
+    (make_graph_host if spec.graph_steps else make_host)(spec.target)
     keys = read_keys(spec.access)
     with GatewayClient(spec.gateway, read_admin_key(spec.admin_secret)) as gateway:
-        loaded = timer.run("resolve", lambda: load_endpoint_model(spec))
+        loaded = timer.run("resolve", lambda: load_endpoint(spec))
         status = gateway.get(spec.name)
         current_route = find_route_to_restore(status.route if status else None, loaded.version)
         validate_rollout(spec, current_route, loaded.contract, loaded.version)
-        choice = timer.run("tune", lambda: resolve_batching(spec, loaded))
-        change = plan_change(spec, loaded, choice, gateway, current_route, logger)
+        choices = resolve_batching(spec, loaded)
+        first = timer.run("tune", lambda: next(choices))
+        change = plan_change(spec, loaded, first, gateway, current_route, logger)
         before = (
             None
             if change.find_current_address()
             else _measure_latency(timer, spec, loaded, find_serving_address(current_route))
         )
         with change.undo_on_failure():
-            if current_route is None and choice.cost is not None and spec.measure_seconds:
+            if current_route is None and first.cost is not None and first.batching != BatchingConfig():
                 # With no earlier release to compare with, this one is measured without batching first.
                 before = _measure_latency(timer, spec, loaded, timer.run("deploy", change.without_batching().deploy))
-            address = timer.run("deploy", change.deploy)
-            verification = timer.run("verify", lambda: _verify_release(spec, loaded, choice, address))
-            after = _measure_latency(timer, spec, loaded, address) if change.is_deployed else None
-            if not save_settings(spec, loaded.resolved.pin, choice):
-                logger.warning("The registry must take a tag of %s, and did not.", loaded.resolved.pin.uri)
+            deployed = _deploy_within_budget(timer, change, loaded, chain([first], choices))
+            choice, address = deployed.choice, deployed.address
+            pin = loaded.sources[-1].pin
+            if not save_settings(spec, pin, choice, loaded.settings_name(spec.name)):
+                logger.warning("The registry must take a tag of %s, and did not.", pin.uri)
             rollout = timer.run("traffic", lambda: _shift_traffic(change, spec, loaded, address, keys))
         removed = change.remove_idle_versions(address)
-        is_changed = change.is_deployed or bool(removed) or _find_route(gateway, spec) != (status and status.route)
+        route = _find_route(gateway, spec)
+        if route is not None:
+            write_rollout(spec.target, spec.name, route)
+        is_changed = change.is_deployed or bool(removed) or route != (status and status.route)
     endpoint = Endpoint(
         name=spec.name,
         url=f"{spec.gateway.rstrip('/')}/v2/models/{spec.name}/infer",
-        model=loaded.resolved.pin.uri,
-        model_digest=loaded.resolved.pin.digest,
+        model=loaded.description,
+        models=() if isinstance(loaded, LoadedModel) else tuple(source.pin.uri for source in loaded.sources),
+        model_digest=loaded.digest,
         version=loaded.version,
         target=spec.target.kind,
         server=f"{address.url}{infer_path(address)}",
@@ -78,9 +88,9 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
         chosen=choice,
         budget=spec.budget,
         keep_warm_seconds=change.keep_warm,
-        verification=verification,
+        verification=deployed.verification,
         before=before,
-        after=after,
+        checked=deployed.checked,
         seconds=timer.seconds,
     )
     publish_endpoint(endpoint, logger)
@@ -123,13 +133,46 @@ def _find_route(gateway: GatewayClient, spec: EndpointSpec) -> Route | None:
     return status.route if status else None
 
 
-def _verify_release(spec: EndpointSpec, loaded: LoadedModel, choice: BatchingChoice, address: Address) -> Verification:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Deployed:
+    """A release that is up, with the batching that keeps its budget. checked: None where nothing was measured."""
+
+    choice: BatchingChoice
+    address: Address
+    verification: Verification
+    checked: BudgetCheck | None
+
+
+def _deploy_within_budget(
+    timer: Steps, change: Change, loaded: LoadedModel | LoadedGraph, choices: Iterable[BatchingChoice]
+) -> _Deployed:
+    """Deploy with the first batching that keeps the budget under load. Raises BudgetBroken where none does."""
+    spec, budget, tried = change.spec, change.spec.budget, []
+    for choice in choices:
+        change.release = make_chosen_release(spec, loaded, choice, keep_warm=change.keep_warm)
+        address = timer.run("deploy", change.deploy)
+        verification = timer.run("verify", partial(_verify_release, spec, loaded, choice, address))
+        checked = None
+        if budget is not None and spec.measure_seconds and change.is_deployed:
+            checked = timer.run("measure", partial(_check_budget, budget, spec.measure_seconds, loaded, address))
+        if checked is None or checked.is_kept:
+            return _Deployed(choice=choice, address=address, verification=verification, checked=checked)
+        tried.append((choice, checked))
+        change.logger.warning("The budget must be kept, got %s with %s.", checked.describe(), choice.describe())
+    raise explain_broken_budget(tried, is_explicit=spec.batching is not None)
+
+
+def _check_budget(budget: Budget, seconds: float, loaded: LoadedModel | LoadedGraph, address: Address) -> BudgetCheck:
+    return check_budget(address, loaded.contract, loaded.sample, budget, seconds=seconds)
+
+
+def _verify_release(spec: EndpointSpec, loaded: Loaded, choice: BatchingChoice, address: Address) -> Verification:
     rows_max = min(spec.limits.rows_max, choice.batching.batch_size_max)
     with InferClient(address, loaded.contract) as client:
         return verify_endpoint(client, loaded, rows_max=rows_max, tolerance=spec.tolerance)
 
 
-def _measure_latency(timer: Steps, spec: EndpointSpec, loaded: LoadedModel, address: Address | None) -> Latency | None:
+def _measure_latency(timer: Steps, spec: EndpointSpec, loaded: Loaded, address: Address | None) -> Latency | None:
     budget, seconds = spec.budget, spec.measure_seconds
     if budget is None or not seconds or address is None:
         return None
@@ -138,11 +181,13 @@ def _measure_latency(timer: Steps, spec: EndpointSpec, loaded: LoadedModel, addr
 
 
 def _shift_traffic(
-    change: Change, spec: EndpointSpec, loaded: LoadedModel, address: Address, keys: Mapping[str, str]
+    change: Change, spec: EndpointSpec, loaded: Loaded, address: Address, keys: Mapping[str, str]
 ) -> str:
     for name, key in keys.items():
         change.gateway.put_key(name, key)
-    outcome = shift_traffic(change.gateway, spec, change.plan_route(address), loaded.version)
+    route = change.plan_route(address)
+    write_rollout(spec.target, spec.name, route)
+    outcome = shift_traffic(change.gateway, spec, route, loaded.version)
     if not isinstance(spec.rollout, Shadow):
         check_gateway(spec.gateway, spec, loaded.contract, loaded.sample, next(iter(keys.values()), None))
     return outcome

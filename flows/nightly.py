@@ -16,18 +16,24 @@ from prefect.exceptions import TerminationSignal
 
 from flows.runtime.flow_decorator import adhoc_flow
 from flows.runtime.names import rename_flow_run
+from flows.runtime.run_record import record_deadline, record_night
 from flows.runtime.steps import flow_run, flow_run_id
-from serving.errors import OvernightError, SourceFormat
-from serving.machine import count_cores
+from flows.runtime.tracing import make_trace_labels
+from serving.errors import BadInput, OvernightError, SourceFormat
+from serving.machine import count_cores, utc_now
+from serving.option_words import give_option
 from tasks.batch.dataset import open_dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_rows_done
-from tasks.batch.plan import Plan, load_plan, load_start
+from tasks.batch.plan import Plan
 from tasks.batch.resolve import RunRequest, find_complete_run, resolve_request
+from tasks.batch.run_records import load_plan, load_start
 from tasks.common.artifacts import Logger, server_may_fail
 from tasks.common.formatting import in_words
+from tasks.common.metrics import expose_run_metrics
 from tasks.common.names import name_batch_run
 from tasks.spot import work_pools
+from tasks.spot.capacity import Buyer, open_capacity
 from tasks.spot.night import MACHINE_KINDS, PLACEMENT_NAMES, Machine, Night
 from tasks.spot.night_report import NightProgress, publish_night, report_night
 from tasks.spot.policy import count_workers_needed
@@ -62,6 +68,9 @@ def nightly_inference(
     allowed where their speed is unknown. Whatever happens to it or to them, the same call resumes. A retry of the same
     flow run keeps deadline and model, and takes over the runs that it has sent.
 
+    Where it starts the machines itself (`buying.machines`), it asks for spot machines as long as the deadline allows
+    them, for on-demand machines when it must, and gives all of them back at its end, also where it fails.
+
     Args:
         model: models:/NAME@ALIAS or models:/NAME/VERSION, resolved once.
         source: Parquet, as batch_inference takes it.
@@ -72,53 +81,85 @@ def nightly_inference(
 
     Raises:
         DeadlineImpossible: Even on-demand machines would be late.
+        BadInput: A gate is to wait for a person.
         DeploymentMissing: One of the deployments or its work pool does not exist.
+        CapacityUnusable: The machines that the night is to start can't be had.
         NightFailed: The batch run itself fails.
     """
     logger = get_run_logger()
+    with expose_run_metrics(logger):
+        return _score_by_deadline(model, str(source), open_storage(str(destination)), deadline, buying, options, logger)
+
+
+def _score_by_deadline(
+    model: str,
+    source: str,
+    storage: Storage,
+    deadline: str,
+    buying: PurchaseOptions,
+    options: BatchOptions,
+    logger: Logger,
+) -> NightlyReport:
+    """Go through a night, from its deadline to its report."""
     due = parse_deadline(deadline, _first_start())
-    storage = open_storage(str(destination))
+    _check_gate(options)
     with get_client(sync_client=True) as client:
         earlier = find_sent_runs(client, flow_run_id())
     pinned = earlier[0][1].parameters["model"] if earlier else model
-    call = resolve_request(pinned, str(source), storage.url, options)
+    if earlier and options.challengers:
+        versions = earlier[0][1].parameters["options"]["challengers"]
+        options = options.model_copy(update={"challengers": tuple(versions)})
+    call = resolve_request(pinned, source, storage.url, options)
     rename_flow_run(
         *(
-            _name_run(call.resolved.pin.uri, str(destination), deadline),
-            _name_run(model, str(destination), deadline),
+            _name_run(call.resolved.pin.uri, storage.url, deadline),
+            _name_run(model, storage.url, deadline),
             logger,
         )
     )
+    recorder = record_deadline(call.resolved.pin, storage, due)
     manifest = find_complete_run(storage, call)
     rows = manifest.rows if manifest else _count_rows(call)
     workers = options.workers if earlier or manifest else _choose_workers(rows, due, buying, options)
-    deployments = _Deployments(buying=buying, call=call, source=str(source), storage=storage, night=flow_run_id())
+    deployments = _Deployments(buying=buying, call=call, source=source, storage=storage, night=flow_run_id())
+    pools = _find_pools(buying)
     night = Night(
         rows=rows,
         buying=buying,
-        spot_pool=_find_spot_pool(buying),
+        spot_pool=PrefectWorkerPool(pool=pools["spot"]),
         dispatcher=deployments,
         count_rows_done=deployments.count_rows_done,
         workers=workers,
+        spot_wait_seconds=buying.spot_wait_seconds,
     )
     night.finished = manifest is not None
     deployments.take_over(earlier, night)
+    capacity = open_capacity(buying, owner=flow_run_id(), pools=pools, workers=workers) if not night.finished else None
+    buyer = Buyer(capacity=capacity, logger=logger) if capacity else None
     progress = NightProgress(night.rows, logger)
-    seconds = run_night(night, due, logger, progress.show, is_cancelled=deployments.is_night_lost)
-    report = report_night(night, call.run, due, seconds, deployments.rows_in_flight_max)
+    seconds = run_night(night, due, logger, progress.show, is_cancelled=deployments.is_night_lost, buyer=buyer)
+    report = report_night(night, call.run, due, seconds, deployments.rows_in_flight_max, buyer)
     publish_night(report, night, logger)
+    record_night(recorder, report, buying, storage, logger)
     logger.info("%s", report.summary)
     return report
 
 
-def _utc_now() -> datetime:
-    return datetime.now(UTC)
+def _check_gate(options: BatchOptions) -> None:
+    """Raise BadInput where a gate would have the night wait for a person."""
+    if options.gate is not None and options.gate.on_refusal == "pause":
+        message = (
+            "The gate of a night must fail a run that it refuses, since a night has a deadline and machines to give "
+            f"back, got {give_option('gate', {'on_refusal': 'pause'})}. Leave it out, and approve a run by "
+            "`overnight approve`."
+        )
+        raise BadInput(message)
 
 
 def _first_start() -> datetime:
     """Return when the first attempt of this flow run began: its retries keep the deadline."""
     run = flow_run()
-    return datetime.fromtimestamp(run.start_time.timestamp(), UTC) if run and run.start_time else _utc_now()
+    return datetime.fromtimestamp(run.start_time.timestamp(), UTC) if run and run.start_time else utc_now()
 
 
 def find_sent_runs(client: SyncPrefectClient, night: str) -> list[tuple[MachineKind, FlowRun]]:
@@ -132,11 +173,11 @@ def find_sent_runs(client: SyncPrefectClient, night: str) -> list[tuple[MachineK
         found.append((keys[str(run.idempotency_key)], run))
 
 
-def _find_spot_pool(buying: PurchaseOptions) -> PrefectWorkerPool:
-    """Return the pool of spot machines. Raises DeploymentMissing where it or the other one does not exist."""
+def _find_pools(buying: PurchaseOptions) -> dict[MachineKind, str]:
+    """Return the work pools of both deployments. Raises DeploymentMissing where one of them does not exist."""
     with get_client(sync_client=True) as client:
-        work_pools.find_pool(client, buying.on_demand)
-        return PrefectWorkerPool(pool=work_pools.find_pool(client, buying.spot))
+        on_demand = work_pools.find_pool(client, buying.on_demand)
+        return {"spot": work_pools.find_pool(client, buying.spot), "on-demand": on_demand}
 
 
 def make_idempotency_key(night: str, index: int, kind: MachineKind) -> str:
@@ -148,7 +189,7 @@ def _choose_workers(rows: int, due: datetime, buying: PurchaseOptions, options: 
     """Return how many machines the run uses at a time. Raises DeadlineImpossible."""
     if buying.rows_per_second is None:
         return options.workers
-    work, left = rows / buying.rows_per_second, (due - _utc_now()).total_seconds()
+    work, left = rows / buying.rows_per_second, (due - utc_now()).total_seconds()
     return count_workers_needed(work, left, buying.changeover_seconds, workers_max=options.workers)
 
 
@@ -170,15 +211,17 @@ def run_night(
     show_progress: Callable[[int], None],
     *,
     is_cancelled: Callable[[], bool],
-    now: Callable[[], datetime] = _utc_now,
+    buyer: Buyer | None = None,
+    now: Callable[[], datetime] = utc_now,
     sleep: Callable[[float], None] = time.sleep,
 ) -> float:
     """Observe and decide, once an interval, until the run is published; return the seconds that it took.
 
-    The flow runs that it has sent end where the night fails or is cancelled. Where its own machine goes, they go on,
-    and a later attempt takes them over.
+    The flow runs that it has sent end where the night fails or is cancelled, and the machines that it has started are
+    given back. Where its own machine goes, they go on, and a later attempt takes them over.
     """
     start = time.monotonic()
+    goes_on = False
     # The deadline is a time of day, and the night uses a monotonic clock: the wall clock is read once, here.
     limit = (due - now()).total_seconds()
     try:
@@ -188,6 +231,8 @@ def run_night(
                 night.observe(elapsed)
                 for machine in () if night.finished else night.machines:
                     _move_machine(night, machine, elapsed, limit - elapsed, logger)
+                if buyer and not night.finished:
+                    buyer.buy(night, elapsed, limit - elapsed)
             show_progress(night.rows_done)
             if not night.finished:
                 sleep(night.buying.interval_seconds)
@@ -196,10 +241,15 @@ def run_night(
             night.end_runs("The night was given up.")
         raise
     except TerminationSignal:
+        goes_on = True
         with server_may_fail(logger, "end"):
             if is_cancelled():
+                goes_on = False
                 night.end_runs("The night was cancelled.")
         raise
+    finally:
+        if buyer and not goes_on:
+            buyer.close(time.monotonic() - start)
     return time.monotonic() - start
 
 
@@ -239,7 +289,7 @@ class _Deployments:
         key = make_idempotency_key(self.night, len(self._sent), kind)
         run_name = f"{name_batch_run(self.call.resolved.pin.uri, self.storage.url)} ({kind} {len(self._sent) + 1})"
         with get_client(sync_client=True) as client:
-            run = work_pools.submit_flow_run(client, name, self._parameters(), key, run_name)
+            run = work_pools.submit_flow_run(client, name, self._parameters(), key, run_name, make_trace_labels())
         self._sent.append(run.id)
         return run.id
 

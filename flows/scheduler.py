@@ -66,6 +66,7 @@ def choose_mode(
         ModelNotFound: There is no such model.
         ProfileFailed: The model could not be measured.
         ApplyFailed: The decision could not be put into effect.
+        BudgetBroken: The endpoint that was chosen breaks the promise under load. What served before serves on.
     """
     logger, steps = get_run_logger(), Steps()
     inputs = _read_inputs(steps, workload, profile_options)

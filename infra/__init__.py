@@ -1,5 +1,6 @@
-"""Where Overnight runs: the worker of a machine, files for systemd and Kubernetes, and a local stack of real servers.
+"""Where Overnight runs: the worker of a machine, AWS, files for systemd and Kubernetes, a local stack of real servers.
 
-`worker` takes flow runs from a Prefect work pool and lets them drain when its machine ends. `local` starts real servers
-on this machine. It imports nothing of the other packages.
+`worker` takes flow runs from a Prefect work pool and lets them drain when its machine ends. `aws` is a stack in an AWS
+account, and how many machines it has. `local` starts real servers and workers on this machine. It imports nothing of
+the other packages.
 """

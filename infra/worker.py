@@ -6,12 +6,15 @@ Running. This one takes no more work, passes the signal on to the flow runs only
 scheduled again, and then ends. It must be the process that gets the signal: `KillMode=mixed` under systemd, the first
 process of a container.
 
+It takes work only from a server that it reaches by https or on this machine: what the server sends is run.
+
 The pool's `command` must be `prefect flow-run execute`, which obeys the signal, as in deployments/prefect.yaml.
 """
 
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
 import signal
 import subprocess
@@ -22,8 +25,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 _PROC = Path("/proc")
+_LOOPBACK = "127.0.0.1"
 _POLL_S = 0.2
 _KILL_POLL_S = 0.02
 _LINES_SHOWN = 3
@@ -35,17 +40,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the worker until it ends or a signal arrives; return the exit code."""
     options = parse_arguments(arguments)
     stopping = _catch_signals()
-    if missing := _describe_missing_pool(options.pool):
-        sys.stderr.write(missing)
+    refused = "" if options.plain_http else describe_open_connection(_read_api_url())
+    if refusal := refused or _describe_missing_pool(options.pool):
+        sys.stderr.write(refusal)
         return 1
     worker = subprocess.Popen(
-        _make_command(options.pool, options.name, options.limit),
-        env=_make_environment(),
+        _make_command(options),
+        env=_make_environment(options.health_port),
         # Ctrl-C in a terminal goes to every process of its group; the worker must not get it.
         start_new_session=True,
     )
+    first = os.getpid() == 1
     while worker.poll() is None:
-        if stopping.wait(_POLL_S):
+        if first:
+            _reap_orphans(worker.pid)
+        if stopping.wait(_POLL_S) or options.parent not in (None, os.getppid()):
             drain_runs(worker, options.grace)
             return 0
     return worker.returncode
@@ -58,7 +67,39 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--name", help="the worker's name in the UI")
     parser.add_argument("--limit", type=int, default=1, help="flow runs side by side (1: a run takes every core)")
     parser.add_argument("--grace", type=float, default=GRACE_S, help="seconds that runs get to drain")
+    parser.add_argument("--parent", type=int, help="the process that has started it, without which it ends as well")
+    parser.add_argument("--health-port", type=int, help="answer GET /health here, 503 once no work has been asked for")
+    parser.add_argument("--plain-http", action="store_true", help="take work from another machine without TLS too")
     return parser.parse_args(arguments)
+
+
+def describe_open_connection(api_url: str) -> str:
+    """Return an error message where others on the way could read or change what the Prefect server sends, else "".
+
+    Only http to another machine is open. An address without a host is left to Prefect, whose message names it.
+    """
+    parts = urlsplit(api_url)
+    host = parts.hostname
+    if parts.scheme != "http" or host is None or host == "localhost" or _is_loopback(host):
+        return ""
+    return (
+        "A worker runs what its Prefect server sends, and must reach it by https or on this machine; got http to "
+        f"{host}.\nGive the server TLS, or pass --plain-http where the network between them is yours alone.\n"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return False
+
+
+def _read_api_url() -> str:
+    """Return the address of the Prefect server, of the environment or of Prefect's profile."""
+    if url := os.environ.get("PREFECT_API_URL"):
+        return url
+    code = "from prefect.settings import get_current_settings; print(get_current_settings().api.url or '')"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _catch_signals() -> threading.Event:
@@ -83,17 +124,32 @@ def _describe_missing_pool(pool: str) -> str:
     )
 
 
-def _make_command(pool: str, name: str | None, limit: int) -> list[str]:
-    named = ["--name", name] if name else []
+def _reap_orphans(worker: int) -> None:
+    """Take the exit codes of processes whose parents have ended, which the first process of a container inherits."""
+    with suppress(ChildProcessError):
+        while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if ended.si_pid == worker:
+                return
+            os.waitpid(ended.si_pid, 0)
+
+
+def _make_command(options: argparse.Namespace) -> list[str]:
+    named = ["--name", options.name] if options.name else []
+    watched = ["--with-healthcheck"] if options.health_port else []
     return [
-        *(sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"),
-        *("--limit", str(limit), "--no-create-pool-if-not-found", *named),
+        *(sys.executable, "-m", "prefect", "worker", "start", "--pool", options.pool, "--type", "process"),
+        *("--limit", str(options.limit), "--no-create-pool-if-not-found", *named, *watched),
     ]
 
 
-def _make_environment() -> dict[str, str]:
-    """Return this environment with this interpreter's programs first, since the pool's command names `prefect`."""
-    return {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
+def _make_environment(health_port: int | None) -> dict[str, str]:
+    """Return this environment with this interpreter's programs first, since the pool's command names `prefect`.
+
+    The health endpoint listens on loopback unless the environment says otherwise; by Prefect's default, everywhere.
+    """
+    health = {"PREFECT_WORKER_WEBSERVER_PORT": str(health_port)} if health_port else {}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {"PREFECT_WORKER_WEBSERVER_HOST": _LOOPBACK, **os.environ, **health, "PATH": path}
 
 
 def drain_runs(worker: subprocess.Popen[bytes], grace_s: float) -> None:

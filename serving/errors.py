@@ -8,6 +8,7 @@ OvernightError
 |   +-- SchemaMismatch       columns missing, of the wrong type, or different between files
 |   +-- ModelNotFound        no such registered model, version or alias
 |   +-- ModelUnfit           the model can't be run as it was logged (no signature, pickled, ...)
+|   +-- EnvironmentUnusable  the Python environment of a model can't be made here: uv, Python, the index or space
 |   +-- PlanTooLarge         the plan does not fit in the memory allowed
 |   +-- RunNameTaken         the explicit run name already holds a run of another plan
 |   +-- DestinationUnusable  the destination can't hold this run
@@ -34,10 +35,15 @@ OvernightError
 +-- ServerUnreachable        MLflow, Prefect or a store does not answer: start it, or correct the setting that names it
 +-- DeploymentMissing        a Prefect deployment or work pool that is named does not exist: overnight deploy
 +-- RunnerUnusable           the requested workers can't be started or don't survive; fix it and call again, it resumes
++-- CapacityUnusable         machines can't be asked for or counted: fix the cause and call again, the run resumes
++-- ReleaseMismatch          a worker is of another release than the run that it joins: install that release there
++-- AlreadyRunning           another call does this work now: wait until it has ended, or stop it
++-- BackfillFailed           pieces of a backfill failed: fix their causes and call again, complete ones are passed over
 +-- NightFailed              the batch run of a night failed: fix the cause and call again, it resumes
 +-- ProfileFailed            a figure of a model could not be measured: fix the cause, or state the figure
 +-- ApplyFailed              a decision can't be applied; what served the workload before still serves it
 +-- EndpointFailed           a release can't be deployed or removed; what served before still serves
+|   +-- BudgetBroken         it answers later than its budget allows, measured under load; it was removed
 |   +-- VerifyFailed         its predictions differ from the model's, or it does not answer; it was removed
 |   +-- RolledBack           it failed its rollout rule; the earlier version has all traffic again
 +-- Unanswered               an endpoint can't answer a request now: send it again later; `status` is the HTTP status
@@ -45,6 +51,8 @@ OvernightError
 +-- ModelFailed              the model fails on every row, or on batches: fix the model, not the rows
 +-- TooManyRejects           more rows were rejected than max_reject_fraction allows
 +-- PublishRefused           the parts do not add up to the dataset; nothing was published
+|   +-- KeysUnfit            rows are to replace others by key, and keys are doubled or null: correct the source
++-- ApprovalNeeded           the run breaks a rule of its gate; nothing was published until it is approved
 +-- RunDamaged               parts of a published run are lost or changed, and scoring again gives other bytes
 +-- FormatTooNew             a plan, manifest or part was written by a newer Overnight: update Overnight
 +-- Interrupted              this process or its machine was told to stop; the same call resumes
@@ -122,6 +130,10 @@ class ModelNotFound(BadInput):
 
 class ModelUnfit(BadInput):
     """The model can't be run as it was logged."""
+
+
+class EnvironmentUnusable(BadInput):
+    """The Python environment of a model can't be made here: uv, a version of Python, the index or space is missing."""
 
 
 class PlanTooLarge(BadInput):
@@ -232,8 +244,24 @@ class RunnerUnusable(OvernightError):
     """The requested workers can't be started or don't survive; once that is fixed, the same call resumes."""
 
 
+class AlreadyRunning(OvernightError):
+    """Another call does this work at the same destination."""
+
+
+class BackfillFailed(OvernightError):
+    """Pieces of a backfill failed; the others are complete, and the same call goes on with what is left."""
+
+
 class NightFailed(OvernightError):
     """The batch run of a night failed."""
+
+
+class CapacityUnusable(OvernightError):
+    """Machines can't be asked for, or counted; once that is fixed, the same call resumes."""
+
+
+class ReleaseMismatch(OvernightError):
+    """A worker is of another release of Overnight than the run that it joins."""
 
 
 class ProfileFailed(OvernightError):
@@ -246,6 +274,10 @@ class ApplyFailed(OvernightError):
 
 class EndpointFailed(OvernightError):
     """A release can't be deployed or removed; what served before still serves."""
+
+
+class BudgetBroken(EndpointFailed):
+    """A release answers later than its budget allows, measured under load; it was removed, and what served serves."""
 
 
 class VerifyFailed(EndpointFailed):
@@ -279,6 +311,14 @@ class TooManyRejects(OvernightError):
 
 class PublishRefused(OvernightError):
     """The parts do not add up to the dataset."""
+
+
+class KeysUnfit(PublishRefused):
+    """Rows are to be put into a table by their keys, but keys occur more than once or hold nulls."""
+
+
+class ApprovalNeeded(OvernightError):
+    """The run breaks a rule of its gate; nothing is published until somebody approves it."""
 
 
 class RunDamaged(OvernightError):

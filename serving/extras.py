@@ -9,8 +9,9 @@ from serving.errors import BadInput
 
 # Modules of the extras, by which a missing one is told from an error inside of a module that is there.
 _PACKAGES = {
-    "delta": ("deltalake",),
-    "iceberg": ("pyiceberg", "sqlalchemy"),
+    "delta": ("deltalake", "duckdb"),
+    "environments": ("uv",),
+    "iceberg": ("duckdb", "pyiceberg", "sqlalchemy"),
     "serve": ("aiohttp", "fastapi", "fastapi_offline", "grpc", "httptools", "prometheus_client", "uvicorn"),
     "stream": ("confluent_kafka", "nats", "prometheus_client"),
 }

@@ -17,12 +17,15 @@ the error is about the rows. A model that means a row, though the operating syst
 
 from __future__ import annotations
 
+import builtins
 import re
 import signal
 import threading
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
+
+FaultKind = Literal["row", "dependency", "memory", "device", "exit"]
 
 # Classes by their full names, since none of these libraries need be installed.
 _LIBRARY_ERRORS = {
@@ -46,10 +49,77 @@ _ROW_STATUSES = {400, 413, 415, 422}
 _STATUS_MIN, _STATUS_MAX = 100, 599
 _ROW_GRPC_CODES = {"INVALID_ARGUMENT", "OUT_OF_RANGE"}
 _ROW_AWS_CODES = {"ValidationError", "ValidationException"}
+_TEXT_LENGTH_MAX = 200
+# The environment of a model may have Python 3.10, which has no groups.
+_GROUPS: Any = getattr(builtins, "BaseExceptionGroup", ())
+# Cases without an OutOfMemoryError: torch's CPU allocator, allocations outside its CUDA cache, and cuBLAS.
+_MEMORY_WORDS = ("can't allocate memory", "out of memory", "cublas_status_alloc_failed")
+_DEVICE_WORDS = ("cuda error", "hip error", "device-side assert", "cublas_status", "cudnn_status")
+
+
+# How a failure begins that says how the model's process ended, and one that says how long a pass took.
+PROCESS_ENDED, TOOK_LONGER = "the model's process ", "the model took longer than "
+
+
+class ProcessFailure(Exception):
+    """What a model raised in a process of its own, or how that process ended; `kind` says what it is about."""
+
+    def __init__(self, text: str, kind: FaultKind) -> None:
+        super().__init__(text)
+        self.kind: FaultKind = kind
+
+
+def classify_error(error: BaseException) -> FaultKind:
+    """Return what an error of a model is about."""
+    if isinstance(error, ProcessFailure):
+        return error.kind
+    if not isinstance(error, Exception):
+        return "exit"
+    if is_out_of_memory(error):
+        return "memory"
+    if is_device_lost(error):
+        return "device"
+    return "dependency" if is_dependency_fault(error) else "row"
+
+
+def describe_error(error: BaseException) -> str:
+    """Describe an exception in words that are the same in every attempt, without memory addresses."""
+    if isinstance(error, ProcessFailure):
+        return str(error)
+    text = re.sub(r"0[xX][0-9a-fA-F]+", "0x...", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {text}"[:_TEXT_LENGTH_MAX]
+
+
+def describe_failure(error: BaseException) -> ProcessFailure:
+    """Return what a model raised in its process as what its parent raises."""
+    text, kind = describe_error(error), classify_error(error)
+    if isinstance(error, SystemExit | KeyboardInterrupt):
+        text = f"it must return, got {text}"
+    return ProcessFailure(f"ModelExit: {text}" if kind == "exit" else text, kind)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a pass ended for lack of memory."""
+    if isinstance(error, ProcessFailure):
+        return error.kind == "memory"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _MEMORY_WORDS)
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Return whether a torch error means that the device failed, not the rows."""
+    if isinstance(error, ProcessFailure):
+        return error.kind == "device"
+    if is_out_of_memory(error) or not isinstance(error, RuntimeError):
+        return False
+    return type(error).__name__ == "AcceleratorError" or any(word in str(error).lower() for word in _DEVICE_WORDS)
 
 
 def is_dependency_fault(error: BaseException) -> bool:
     """Return whether an error comes from what a model calls or runs on, and so says nothing about its rows."""
+    if isinstance(error, ProcessFailure):
+        return error.kind == "dependency"
     return any(_is_fault(each) for each in _iter_causes(error))
 
 
@@ -76,7 +146,7 @@ def _iter_causes(error: BaseException) -> Iterator[BaseException]:
         yield each
         behind = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
         left += [behind] if behind is not None else []
-        left += each.exceptions if isinstance(each, BaseExceptionGroup) else ()
+        left += each.exceptions if isinstance(each, _GROUPS) else ()
 
 
 def _is_fault(error: BaseException) -> bool:

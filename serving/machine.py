@@ -1,4 +1,4 @@
-"""The machine and the process: cores, the kind of machine that figures are kept for, environment variables."""
+"""The machine and the process: cores, the kind of machine that figures are kept for, clock, release, environment."""
 
 from __future__ import annotations
 
@@ -10,8 +10,22 @@ import sys
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
-from importlib.metadata import version
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+
+def utc_now() -> datetime:
+    """Return the time by this machine's clock, in UTC."""
+    return datetime.now(UTC)
+
+
+def find_release() -> str:
+    """Return the release of Overnight that runs here; 0 where it is not installed."""
+    try:
+        return version("overnight")
+    except PackageNotFoundError:
+        return "0"
 
 
 def count_cores() -> int:
@@ -30,6 +44,13 @@ def describe_machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     cards = torch.cuda.device_count() if torch else 0
     card = f"{cards} x {torch.cuda.get_device_name(0)}, " if torch and cards else ""
     return f"{card}{_describe_processor(cpuinfo)}, {count_cores()} cores, torch {version('torch')}"
+
+
+def describe_arithmetic(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return what of this machine decides the last bits of results: the kind of GPU, or the processor."""
+    torch = sys.modules.get("torch")
+    has_card = torch is not None and torch.cuda.device_count()
+    return str(torch.cuda.get_device_name(0)) if torch is not None and has_card else _describe_processor(cpuinfo)
 
 
 @functools.cache

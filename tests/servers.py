@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,22 +12,45 @@ import pytest
 from infra.local.prefect_server import PrefectServer, prefect_server
 from infra.local.triton import TritonServer, triton_server
 
+_tritons: list[TritonServer] = []
+# As a shell would say it: 128 + SIGABRT, with which Triton ends after a SIGSEGV of its own, and 128 + SIGSEGV.
+_CRASHED = (134, 139)
+_END_SECONDS = 10.0
+
 
 def triton_or_skip(folder: Path) -> TritonServer:
     """Start a real Triton below a folder, or skip; what is raised names the command that brings the wheel."""
     try:
-        return triton_server(folder / "repository", folder / "server")
+        server = triton_server(folder / "repository", folder / "server")
     except FileNotFoundError as error:
         pytest.skip(str(error))
+    _tritons.append(server)
+    return server
+
+
+def has_triton_crashed() -> bool:
+    """Return whether the Triton that was started last has ended by a fault of its own, or does within some seconds.
+
+    It closes its connections first, then writes its stack into its log, and then ends.
+    """
+    if not _tritons or "Signal (" not in _tritons[-1].process.log_text():
+        return False
+    until = time.monotonic() + _END_SECONDS
+    while _tritons[-1].running and time.monotonic() < until:
+        time.sleep(0.1)
+    return _tritons[-1].process.exit_code in _CRASHED
 
 
 @contextmanager
-def use_prefect(folder: Path, *, services: bool = True) -> Generator[PrefectServer]:
+def use_prefect(folder: Path, template_folder: Path, *, services: bool = True) -> Generator[PrefectServer]:
     """Run a real Prefect server that this process and its children talk to; it has all log lines before it stops."""
     from prefect.logging.handlers import APILogWorker
     from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, temporary_settings
 
-    with prefect_server(folder, services=services) as server, pytest.MonkeyPatch.context() as patch:
+    with (
+        prefect_server(folder, services=services, template_folder=template_folder) as server,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         for name, value in server.environment.items():
             patch.setenv(name, value)
         with temporary_settings({PREFECT_API_URL: server.api_url, PREFECT_LOGGING_LEVEL: "CRITICAL"}):

@@ -14,6 +14,8 @@ import mlflow
 import numpy as np
 import pandas as pd
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from mlflow.models import ModelSignature, infer_signature
@@ -121,9 +123,9 @@ def register_sleepy(name: str, seconds: float) -> str:
     return register_script(name, f"time.sleep({seconds})")
 
 
-def register_script(name: str, line: str) -> str:
+def register_script(name: str, line: str, requirements: Sequence[str] = ("mlflow",)) -> str:
     """Register a pyfunc model that runs one line, then doubles the column a; return its address."""
-    return _register_code(name, _SCRIPT.format(line=line), ("a",))
+    return _register_code(name, _SCRIPT.format(line=line), ("a",), requirements=requirements)
 
 
 _SLOW = """
@@ -147,6 +149,18 @@ mlflow.models.set_model(Slow())
 def register_slow(name: str, features: Sequence[str], seconds: float) -> str:
     """Register a model that gives a score out of all of its features, and sleeps for each batch; return its address."""
     return _register_code(name, _SLOW.format(seconds=seconds, features=list(features)), features)
+
+
+def log_training_dataset(frame: pd.DataFrame, source: str | None, name: str, context: str = "training") -> None:
+    """Log a dataset with the active MLflow run, as somebody does who trains a model.
+
+    An experiment keeps one dataset of each name and digest, with the source that it was first logged with.
+    """
+    with warnings.catch_warnings():
+        # MLflow's, of its own calls of pandas, and of sources that several kinds may stand for.
+        warnings.simplefilter("ignore")
+        dataset = mlflow.data.from_pandas(frame, source=source, name=name)  # type: ignore[attr-defined]  # made lazily
+    mlflow.log_input(dataset, context=context)
 
 
 _WITH_PARAMS = """
@@ -174,7 +188,13 @@ def register_with_params(name: str, *, takes_them: bool = True) -> str:
     return _register_code(name, _WITH_PARAMS.format(**given), ("a",), params=PARAMS)
 
 
-def _register_code(name: str, code: str, features: Sequence[str], params: dict[str, Any] | None = None) -> str:
+def _register_code(
+    name: str,
+    code: str,
+    features: Sequence[str],
+    params: dict[str, Any] | None = None,
+    requirements: Sequence[str] = ("mlflow",),
+) -> str:
     inputs = pd.DataFrame({feature: np.zeros(2, dtype=np.float32) for feature in features})
     with tempfile.TemporaryDirectory() as folder, mlflow.start_run(), warnings.catch_warnings():
         # MLflow advises on type hints and examples, which this model has no use for.
@@ -185,7 +205,7 @@ def _register_code(name: str, code: str, features: Sequence[str], params: dict[s
             name="model",
             python_model=str(script),
             signature=infer_signature(inputs, np.zeros(2, dtype=np.float32), params),
-            pip_requirements=["mlflow"],
+            pip_requirements=list(requirements),
             registered_model_name=name,
         )
     return f"models:/{name}/{logged.registered_model_version}"
@@ -209,4 +229,14 @@ def write_customers(
     for at in range(files):
         part = table[rows * at // files : rows * (at + 1) // files]
         part.write_parquet(folder / f"customers-{at:02d}.parquet", row_group_size=rows_per_group)
+    return folder
+
+
+def write_moved(folder: Path, shift: float, rows: int = 2_000, rows_per_group: int | None = None) -> Path:
+    """Write one file of customers whose three features are normal around a mean, always the same; return the folder."""
+    random = np.random.default_rng(7)
+    columns = {"customer": np.arange(rows)}
+    columns |= {name: (random.standard_normal(rows) + shift).astype(np.float32) for name in "abc"}
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), folder / "customers.parquet", row_group_size=rows_per_group)
     return folder

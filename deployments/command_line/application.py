@@ -15,9 +15,15 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from deployments.command_line.aws import add_commands as add_aws_commands
+from deployments.command_line.backfill_command import add_commands as add_backfill_command
 from deployments.command_line.batch_commands import add_commands as add_batch_commands
+from deployments.command_line.clean_command import add_commands as add_clean_command
+from deployments.command_line.compare_command import add_commands as add_compare_command
 from deployments.command_line.console import say, shorten
 from deployments.command_line.deployment_commands import add_commands as add_deployment_commands
+from deployments.command_line.environment_commands import add_commands as add_environment_commands
+from deployments.command_line.kubernetes import add_commands as add_kubernetes_commands
 from deployments.command_line.local_commands import add_commands as add_local_commands
 from deployments.command_line.serving_commands import add_commands as add_serving_commands
 
@@ -99,7 +105,18 @@ def _set_up(
     """Take the options that stand before the command."""
 
 
-for _add_commands in (add_batch_commands, add_deployment_commands, add_serving_commands, add_local_commands):
+for _add_commands in (
+    add_batch_commands,
+    add_backfill_command,
+    add_clean_command,
+    add_compare_command,
+    add_deployment_commands,
+    add_serving_commands,
+    add_environment_commands,
+    add_kubernetes_commands,
+    add_aws_commands,
+    add_local_commands,
+):
     _add_commands(app)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deployments.command_line.console import (
     AsJson,
+    Challengers,
     Key,
     Options,
     build_model,
@@ -56,6 +58,8 @@ def add_commands(app: typer.Typer) -> None:
         epilog="Example:\n\n  overnight score models:/churn@champion s3://lake/in/ s3://lake/scores/ --key customer",
     )(score)
     app.command(epilog="Example:\n\n  overnight runs s3://lake/scores/")(runs)
+    app.command(epilog="Example:\n\n  overnight costs s3://lake/scores/ --output costs.html")(costs)
+    app.command(epilog="Example:\n\n  overnight approve s3://lake/scores/ RUN --reason 'prices were raised'")(approve)
     app.command(epilog="Example:\n\n  overnight verify s3://lake/scores/ && echo whole")(verify)
 
 
@@ -74,6 +78,7 @@ def score(  # noqa: PLR0913 - each is an option of the command
     max_reject_fraction: Annotated[float | None, typer.Option()] = None,
     allow_pickle: Annotated[bool | None, typer.Option("--allow-pickle")] = None,
     experiment: Annotated[str | None, typer.Option()] = None,
+    challenger: Challengers = None,
     options: Options = None,
     as_json: AsJson = False,
 ) -> None:
@@ -92,8 +97,9 @@ def score(  # noqa: PLR0913 - each is an option of the command
         "max_reject_fraction": max_reject_fraction,
         "allow_pickle": allow_pickle,
         "experiment": experiment,
+        "challengers": challenger,
     }
-    flags = make_flags(given, "--options", key_columns="--key")
+    flags = make_flags(given, "--options", key_columns="--key", challengers="--challenger")
     with keep_stdout(for_json=as_json), name_options_by_flags(flags):
         from tasks.batch.options import BatchOptions  # noqa: PLC0415 - help needs none
 
@@ -115,7 +121,7 @@ def _check_call(model: str, source: str, destination: str, options: BatchOptions
     from prefect.client.base import ServerType, determine_server_type  # noqa: PLC0415 - seconds of imports
 
     from flows.runtime.parameters import refuse_secrets  # noqa: PLC0415 - the same
-    from tasks.batch.resolve import check_columns, resolve_request  # noqa: PLC0415 - the same
+    from tasks.batch.resolve import check_columns, prepare_model_process, resolve_request  # noqa: PLC0415 - the same
     from tasks.common.names import BLOCK  # noqa: PLC0415 - the same
     from tasks.common.server_checks import check_servers, list_checks, list_prefect_checks  # noqa: PLC0415 - the same
     from tasks.storage import open_storage  # noqa: PLC0415 - the same
@@ -126,7 +132,10 @@ def _check_call(model: str, source: str, destination: str, options: BatchOptions
     # What a block names, and what a run that is joined has resolved, is known within the flow.
     has_block = any(address.startswith(BLOCK) for address in parameters.values())
     if determine_server_type() is ServerType.EPHEMERAL and not has_block and options.joins is None:
-        check_columns(resolve_request(model, source, open_storage(destination).url, options))
+        request = resolve_request(model, source, open_storage(destination).url, options)
+        check_columns(request)
+        # While a temporary server starts.
+        prepare_model_process(request)
 
 
 def _print_report(report: BatchReport, *, as_json: bool) -> None:
@@ -181,25 +190,88 @@ def _list_figures(run: RunSummary) -> dict[str, str]:
     }
 
 
+def costs(
+    destinations: Annotated[
+        list[str], typer.Argument(help="The folders or addresses that have predictions.", metavar="DESTINATION...")
+    ],
+    *,
+    output: Annotated[
+        Path | None, typer.Option(help="Write a page with table and plot to this file, as HTML.", metavar="FILE")
+    ] = None,
+    prefect: Annotated[
+        bool, typer.Option("--prefect", help="Show the table among the artifacts of the Prefect server too.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List what the published runs of destinations cost, beside on-demand machines alone and an always-on endpoint.
+
+    A cost is known where nights were given prices, or where OVERNIGHT_DOLLARS_PER_HOUR was set on the machine.
+    """
+    from tasks.batch.cost_report import (  # noqa: PLC0415 - help needs none
+        DestinationCosts,
+        list_notes,
+        make_cost_page,
+        publish_costs,
+        sum_costs,
+        tabulate_costs,
+    )
+    from tasks.batch.costs import read_run_costs  # noqa: PLC0415 - the same
+    from tasks.storage import open_storage  # noqa: PLC0415 - the same
+
+    storages = [open_storage(each) for each in destinations]
+    found = [DestinationCosts(destination=each.url, runs=read_run_costs(each)) for each in storages]
+    with_runs = [each for each in found if each.runs]
+    for each in found:
+        if not each.runs:
+            say(f"{each.destination} has no published run. `overnight runs` lists the others.")
+        elif not as_json:
+            print_table(tabulate_costs(each.runs), each.destination)
+            print_text("\n".join([sum_costs(each.runs), *(f"  {note}" for note in list_notes(each.runs))]))
+    if output is not None and with_runs:
+        output.write_bytes(make_cost_page(with_runs))
+        say(f"The page with the plot:  {output}")
+    if prefect and with_runs:
+        publish_costs(with_runs)
+    if as_json:
+        by_destination = {each.destination: [run.model_dump(mode="json") for run in each.runs] for each in found}
+        print_json({"destinations": by_destination})
+
+
 def verify(
     destination: Destination,
     *,
     run: Annotated[str | None, typer.Option(help="The run to verify. Without: the newest that was published.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Verify every run of the destination.")] = False,
+    sample: Annotated[
+        str | None,
+        typer.Option(
+            help="Score some of the parts that the run has from earlier runs again, such as 1%, 100% or 20, and "
+            "compare the bytes.",
+            metavar="PERCENT|COUNT",
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Chooses the same parts again. Without: others each time.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Open every part of a run and hold it against the manifest and the plan; name all that is damaged.
+
+    With --sample, parts of earlier runs are scored again with the model of the plan, which must load here.
 
     The exit code is 0 only where what was verified is complete, and nothing of it is damaged.
     """
     from tasks.batch.verify import choose_runs, verify_run  # noqa: PLC0415 - help needs none
     from tasks.storage import open_storage  # noqa: PLC0415 - the same
 
+    if sample is not None:
+        from tasks.batch.part_proof import count_sample  # noqa: PLC0415 - the same
+
+        count_sample(sample, 1)
     storage = open_storage(destination)
     verified = []
     for each in choose_runs(storage, run, every=every):
         say(f"Reading run {each}")
-        verified.append(verify_run(storage, each))
+        result = verify_run(storage, each)
+        verified.append(result if sample is None else _prove(storage, result, sample, seed, for_json=as_json))
     if as_json:
         print_json({"destination": storage.url, "runs": [each.model_dump(mode="json") for each in verified]})
     else:
@@ -207,6 +279,46 @@ def verify(
             _print_verification(result, storage)
     if any(result.state != "complete" for result in verified):
         raise typer.Exit(1)
+
+
+def approve(
+    destination: Destination,
+    run: Annotated[str, typer.Argument(help="The run that its gate has refused, as `overnight runs` lists it.")],
+    *,
+    by: Annotated[str, typer.Option(help="Who approves it; kept beside the run.")] = "",
+    reason: Annotated[str, typer.Option(help="Why; kept beside the run.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Approve a run that its gate has refused: the same call then publishes it, and scores nothing again.
+
+    What is approved is exactly what it was refused for last. With other figures it is refused again.
+    """
+    from tasks.batch.gate_records import approve_run  # noqa: PLC0415 - help needs none
+    from tasks.storage import open_storage  # noqa: PLC0415 - the same
+
+    storage = open_storage(destination)
+    refusal = approve_run(storage, run, by, reason)
+    if as_json:
+        print_json({"destination": storage.url, **refusal.model_dump(mode="json")})
+        return
+    say(f"Run {run} is approved although, beside {refusal.baseline}:")
+    for finding in refusal.findings:
+        say(f"  {finding}")
+    say("Make the call again that scored it, or resume its flow run where that waits: it publishes the run.")
+
+
+def _prove(
+    storage: Storage, result: RunVerification, sample: str, seed: int | None, *, for_json: bool
+) -> RunVerification:
+    """Score some parts of earlier runs again; a model may print, too."""
+    import secrets  # noqa: PLC0415 - help needs none
+
+    say(f"Scoring {sample} of the parts that run {result.run} has from earlier runs")
+    chosen = secrets.randbelow(1 << 32) if seed is None else seed
+    with keep_stdout(for_json=for_json):
+        from tasks.batch.part_proof import prove_reused_parts  # noqa: PLC0415 - a model's libraries
+
+        return prove_reused_parts(storage, result, sample, seed=chosen)
 
 
 def _advise_repair(result: RunVerification, storage: Storage) -> list[str]:

@@ -26,6 +26,10 @@ Key = Annotated[
     list[str] | None,
     typer.Option("--key", "-k", help="A column that names a row in the output; again for each further one."),
 ]
+Challengers = Annotated[
+    list[str] | None,
+    typer.Option("--challenger", help="Another model that scores the same rows, for a comparison; again for each."),
+]
 Options = Annotated[
     str | None,
     typer.Option(

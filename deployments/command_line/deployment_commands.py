@@ -150,6 +150,12 @@ def worker(
     name: Annotated[str | None, typer.Option(help="The worker's name in Prefect's pages.")] = None,
     limit: Annotated[int, typer.Option(help="Flow runs side by side; a run takes every core.", min=1)] = 1,
     grace: Annotated[float, typer.Option(help="Seconds that runs get to drain.", min=0)] = 60.0,
+    health_port: Annotated[
+        int | None, typer.Option(help="Answer GET /health on this port of loopback.", min=1, max=65535)
+    ] = None,
+    plain_http: Annotated[
+        bool, typer.Option("--plain-http", help="Take work from another machine without TLS too.")
+    ] = False,
     systemd: Annotated[
         bool, typer.Option("--systemd", help="Print the systemd unit of such a worker, and do nothing.")
     ] = False,
@@ -162,4 +168,6 @@ def worker(
     from infra.worker import main  # noqa: PLC0415 - help needs none
 
     named = ["--name", name] if name else []
-    raise typer.Exit(main(["--pool", pool, "--limit", str(limit), "--grace", str(grace), *named]))
+    watched = ["--health-port", str(health_port)] if health_port else []
+    plain = ["--plain-http"] if plain_http else []
+    raise typer.Exit(main(["--pool", pool, "--limit", str(limit), "--grace", str(grace), *named, *watched, *plain]))

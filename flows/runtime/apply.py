@@ -15,9 +15,10 @@ from flows.endpoint import online_endpoint, retire_endpoint
 from flows.runtime import deployment_store, flow_runs
 from flows.runtime.deployment_store import DeploymentChange
 from flows.runtime.steps import Steps
-from serving.errors import ApplyFailed, OvernightError
+from serving.errors import ApplyFailed, BudgetBroken, OvernightError
 from tasks.batch.resolve import resolve_request
 from tasks.common.artifacts import Logger
+from tasks.endpoint.report import Endpoint
 from tasks.endpoint.spec import EndpointSpec
 from tasks.scheduler.decision import Decision
 from tasks.scheduler.deployment_plan import (
@@ -56,7 +57,7 @@ def apply_decision(steps: Steps, decision: Decision, config: ApplyConfig, logger
         BadInput: The configuration lacks the mode, or does not fit; or one of its kinds.
         ApplyFailed: The new deployment was not verified.
         DeploymentMissing: A template or its work pool is missing.
-        EndpointFailed: The model server did not answer as it must.
+        EndpointFailed: The model server did not answer as it must. BudgetBroken, a kind of it: not within the promise.
     """
     check_apply_config(decision, config)
     before = deployment_store.find_deployments(decision.workload.name)
@@ -137,14 +138,33 @@ def _deploy_online(decision: Decision, config: ApplyConfig) -> _Deployed:
     spec = make_endpoint_spec(decision, config)
     desired = plan_online_deployment(decision, config, spec)
     deployment_store.check_deployments({f"the template of {desired.name}": desired.template})
-    endpoint = online_endpoint(spec)
+    try:
+        endpoint = online_endpoint(spec)
+    except BudgetBroken as error:
+        message = (
+            f"{error} The simulation had expected that this batching keeps the budget: have the model measured on this "
+            "model server, by ProfileOptions(target=...), and decide again."
+        )
+        raise BudgetBroken(message) from error
     change = deployment_store.put_deployment(desired)
-    rows = endpoint.verification.rows_example + endpoint.verification.rows_random
     return _Deployed(
         id=change.id,
         summary=endpoint.summary,
-        verified=f"{rows} rows are answered as the model itself answers them",
+        verified=f"{_describe_verified_rows(endpoint)}, {_describe_checked_budget(endpoint)}",
     )
+
+
+def _describe_verified_rows(endpoint: Endpoint) -> str:
+    rows = endpoint.verification.rows_example + endpoint.verification.rows_random
+    return f"{rows} rows are answered as the model itself answers them"
+
+
+def _describe_checked_budget(endpoint: Endpoint) -> str:
+    if endpoint.budget is None:
+        return "no latency is promised"
+    promised = f"{endpoint.budget.latency_ms:g} ms are promised"
+    # A release that served already gets no load beside its traffic.
+    return f"{promised}: {endpoint.checked.describe() if endpoint.checked else 'not measured this time'}"
 
 
 def _deploy_stream(decision: Decision, config: ApplyConfig, logger: Logger) -> _Deployed:

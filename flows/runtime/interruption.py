@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import os
 import signal
@@ -21,9 +20,11 @@ from prefect.client.base import ServerType, determine_server_type
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.exceptions import Pause, PrefectHTTPStatusError, TerminationSignal
+from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS
 from prefect.states import AwaitingRetry, Crashed
 
 from flows.runtime.steps import flow_run
+from flows.runtime.tracing import end_span_interrupted
 from flows.runtime.uncaught import shows_frames
 from serving.errors import Interrupted
 from serving.machine import set_variable
@@ -87,6 +88,7 @@ def exit_interrupted(drain: Drain, done: str, publish: Callable[[str], None], lo
     with server_may_fail(logger, "state"), get_client(sync_client=True) as client:
         if end.run is not None:
             state = client.set_flow_run_state(end.run.id, state).state or state
+    end_span_interrupted(str(interrupted))
     raise InterruptedExit(interrupted, notice, state)
 
 
@@ -145,6 +147,8 @@ def _is_decided_by_sender(run: FlowRun) -> bool:
 
 
 _IGNORE_SECONDS = 10.0
+# Prefect's own 20 s are not enough on a busy machine.
+_SERVER_SECONDS_MIN = 60
 _POLL_SECONDS = 0.2
 
 
@@ -191,6 +195,11 @@ def start_server_shielded() -> None:
 
 def _start_server() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    # Where this failed, Prefect starts the server itself, and reports what is wrong.
-    with contextlib.suppress(Exception):
-        get_client(sync_client=True)
+    from prefect.server.api.server import SubprocessASGIServer  # noqa: PLC0415 - seconds that other calls do not need
+
+    server = SubprocessASGIServer()
+    try:
+        server.start(timeout=max(_SERVER_SECONDS_MIN, PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value()))
+    except (RuntimeError, OSError, httpx.HTTPError):
+        # Prefect starts one itself then, and reports what is wrong. It forgets one that was too slow, which would stay.
+        server.stop()

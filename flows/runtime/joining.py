@@ -6,6 +6,7 @@ Any worker that finds every part there publishes. A worker that fails does not a
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Sequence
 from typing import cast
@@ -18,9 +19,10 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 
 from flows.runtime.steps import flow_run
-from serving.errors import BadInput, RunnerUnusable
+from serving.errors import BadInput, ReleaseMismatch, RunnerUnusable
+from serving.machine import find_release
 from tasks.batch.options import BatchOptions
-from tasks.batch.plan import RunStart, load_start, save_start
+from tasks.batch.run_records import RunStart, load_start, save_start
 from tasks.batch.source import ICEBERG_SCHEME
 from tasks.common.artifacts import Logger
 from tasks.storage import Storage
@@ -37,7 +39,8 @@ def check_workers(source: str | Sequence[str], destination: str, options: BatchO
     this = flow_run()
     if this is not None and this.deployment_id is not None:
         sources = (source,) if isinstance(source, str) else source
-        for name, path in (*(("source", each) for each in sources), ("destination", destination)):
+        tables = [("feature table", table.source) for table in options.features]
+        for name, path in (*(("source", each) for each in sources), *tables, ("destination", destination)):
             if not path.startswith(("/", ICEBERG_SCHEME)) and "://" not in path:
                 message = (
                     f"The {name} of a deployment's run must be an absolute path or an address, got {path!r}: each "
@@ -56,12 +59,17 @@ def check_workers(source: str | Sequence[str], destination: str, options: BatchO
 def find_start(storage: Storage, flow_run_id: str, joins: UUID | None) -> RunStart | None:
     """Return the run that a flow run is tied to: by its earlier attempt, or by the flow run that it joins.
 
-    None where it begins a run itself. Waits for the one that it joins to have resolved its call. Raises
-    BadInput where that one has begun no run at this destination by then.
+    None where it begins a run itself. Waits for the one that it joins to have resolved its call.
+
+    Raises:
+        BadInput: That one has begun no run at this destination by then.
+        ReleaseMismatch: It was begun by another release of Overnight than runs here.
     """
     start = load_start(storage, flow_run_id)
-    if start is not None or joins is None:
+    if joins is None:
         return start
+    if start is not None:
+        return _check_release(start)
     until = time.monotonic() + _START_SECONDS_MAX
     while (joined := load_start(storage, str(joins))) is None:
         if time.monotonic() > until:
@@ -71,7 +79,20 @@ def find_start(storage: Storage, flow_run_id: str, joins: UUID | None) -> RunSta
             )
             raise BadInput(message)
         time.sleep(_POLL_SECONDS)
-    return save_start(storage, flow_run_id, joined)
+    return save_start(storage, flow_run_id, _check_release(joined))
+
+
+def _check_release(start: RunStart) -> RunStart:
+    """Return the start of a run that this release may join: two of them need not give the same bytes."""
+    release = find_release()
+    if start.release and start.release != release:
+        message = (
+            f"A worker must be of the release of Overnight that began the run which it joins, {start.release}, but the "
+            f"one on {socket.gethostname()} is of {release}. Install {start.release} there, or have all of them on one "
+            "release and call again. What is scored stays."
+        )
+        raise ReleaseMismatch(message)
+    return start
 
 
 def start_workers(options: BatchOptions, logger: Logger) -> list[FlowRun]:

@@ -21,13 +21,17 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.runtime.interruption import ignore_repeated_sigint, take_sigterm_as_notice
 from flows.runtime.shard_task import ShardTask
+from flows.runtime.tracing import send_trace_along
 from serving.errors import RunnerUnusable
 from serving.machine import count_cores, set_variable
 from tasks.batch.options import Ray
-from tasks.batch.score import Scorer, ScoringResult
+from tasks.batch.score import Scorer
+from tasks.batch.scoring_result import ScoringResult
 
 if TYPE_CHECKING:
-    from prefect_ray.task_runners import PrefectRayFuture, RayTaskRunner
+    from prefect_ray.task_runners import PrefectRayFuture
+
+    from flows.runtime.traced_ray import TracedRayTaskRunner
 
 
 _POLL_SECONDS = 0.2
@@ -69,6 +73,7 @@ def score_shards(
     """
     scored = ScoringResult()
     pending: dict[Any, PrefectRayFuture[Any]] = {}
+    send_trace_along()
     with _connect(where, slots) as runner:
         try:
             for shard in shards:
@@ -101,6 +106,7 @@ def _add_next(pending: dict[Any, PrefectRayFuture[Any]], scored: ScoringResult, 
     if done:
         result = _get_result(pending.pop(done[0]))
         scored.add(result)
+        scorer.observe(result)
         scorer.count_rejects(result.rejects)
 
 
@@ -143,14 +149,15 @@ def _cancel_tasks(refs: list[Any], wait_seconds: float) -> None:
 
 
 @contextmanager
-def _connect(where: Ray, slots: int) -> Generator[RayTaskRunner[Any]]:
+def _connect(where: Ray, slots: int) -> Generator[TracedRayTaskRunner]:
     """Start or reach the cluster, and have tasks sent out as the options say."""
     from prefect_ray.context import remote_options  # noqa: PLC0415
-    from prefect_ray.task_runners import RayTaskRunner  # noqa: PLC0415
+
+    from flows.runtime.traced_ray import TracedRayTaskRunner  # noqa: PLC0415
 
     here = count_cores()
     cpus = where.cpus_per_slot or (1 if where.address else max(1, here // slots))
-    runner: RayTaskRunner[Any] = RayTaskRunner(init_kwargs=_ray_arguments(where, max(here, cpus * slots)))
+    runner = TracedRayTaskRunner(init_kwargs=_ray_arguments(where, max(here, cpus * slots)))
     # A temporary Prefect server has no address in the settings; each process of Ray would start one of its own.
     server = {PREFECT_API_URL: str(get_client(sync_client=True).api_url)}
     with ExitStack() as stack:

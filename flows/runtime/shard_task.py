@@ -15,12 +15,16 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.states import Cancelled
 
+from flows.runtime.tracing import describe_span, start_tracing
 from serving.errors import OvernightError
 from serving.model.interface import Model
-from tasks.batch.parts import list_parts
-from tasks.batch.plan import Plan, load_plan
-from tasks.batch.resolve import load_planned_model
-from tasks.batch.score import Scorer, ScoringResult
+from tasks.batch.feature_lookup import FeatureLookup
+from tasks.batch.parts import list_parts_from
+from tasks.batch.plan import Plan
+from tasks.batch.resolve import load_planned_challengers, load_planned_model
+from tasks.batch.run_records import load_plan
+from tasks.batch.score import Scorer
+from tasks.batch.scoring_result import ScoringResult
 from tasks.common.artifacts import Logger, server_may_fail
 from tasks.storage import Storage, open_storage
 
@@ -28,6 +32,9 @@ from tasks.storage import Storage, open_storage
 # `overnight-shard-churn` those of one model.
 SHARD_TAG = "overnight-shard"
 _LIMITS_PER_PAGE = 200
+
+# A process of Ray's imports this module before it makes the span of a shard.
+start_tracing()
 
 _scorers: dict[str, Scorer] = {}
 
@@ -82,9 +89,21 @@ def score_shard(shard_task: ShardTask, shard: int) -> Any:
     except KeyboardInterrupt:
         # Ray cancels a task in this way. The parts that it has written count.
         result = ScoringResult()
+    describe_span(
+        {
+            "overnight.run": scorer.plan.run,
+            "overnight.model": scorer.plan.model.uri,
+            "overnight.shard": shard,
+            "overnight.rows_scored": result.rows,
+            "overnight.rows_rejected": result.rejects.total(),
+            "overnight.chunks_scored": result.chunks,
+            **{f"overnight.seconds.{stage}": seconds for stage, seconds in result.seconds.items()},
+        }
+    )
     if scorer.scheduler.is_stopping():
         chunks = len(scorer.plan.shards[shard])
-        done = sum(at == shard for at, _ in list_parts(scorer.destination, scorer.plan))
+        there = {chunk for chunk in list_parts_from(scorer.destination, scorer.plan, shard)[1] if chunk[0] == shard}
+        done = len(there | {chunk for chunk in scorer.plan.reused_parts if chunk[0] == shard})
         if done < chunks:
             # The result goes with it: after a notice that is withdrawn, the run goes on and counts it.
             return Cancelled(message=f"Stopped after {done} of {chunks} chunks; their parts stay.", data=result)
@@ -117,21 +136,35 @@ def _find_scorer(shard_task: ShardTask) -> Scorer:
 
 def _open_scorer(shard_task: ShardTask) -> Scorer:
     """Make a scorer for one task in another process than the flow's. It lists the parts again."""
-    storage, plan, model = _load_run(
+    storage, plan, model, challengers, features = _load_run(
         shard_task.destination, shard_task.run, shard_task.registry, shard_task.allow_pickle
     )
-    scorer = Scorer(plan=plan, destination=storage, model=model, max_reject_fraction=shard_task.max_reject_fraction)
+    scorer = Scorer(
+        plan=plan,
+        destination=storage,
+        model=model,
+        challengers=challengers,
+        max_reject_fraction=shard_task.max_reject_fraction,
+        features=features,
+    )
     scorer.scheduler.begin()
     return scorer
 
 
 @functools.lru_cache(maxsize=1)
-def _load_run(destination: str, run: str, registry: str, allow_pickle: bool) -> tuple[Storage, Plan, Model]:  # noqa: FBT001 - a key of the cache
-    """Load plan and model, once in each process."""
+def _load_run(
+    destination: str,
+    run: str,
+    registry: str,
+    allow_pickle: bool,  # noqa: FBT001 - a key of the cache
+) -> tuple[Storage, Plan, Model, list[Model | None], FeatureLookup]:
+    """Load plan, model and challengers, once in each process, and what keeps the feature tables."""
     mlflow.set_tracking_uri(registry)
     storage = open_storage(destination)
     plan = load_plan(storage, run)
     if plan is None:
         message = f"The plan of run {run} must be readable by every worker, but {storage.url} has none here."
         raise OvernightError(message)
-    return storage, plan, load_planned_model(plan, None, plan.options.model_copy(update={"allow_pickle": allow_pickle}))
+    options = plan.options.model_copy(update={"allow_pickle": allow_pickle})
+    model, challengers = load_planned_model(plan, None, options), load_planned_challengers(plan, options, storage)
+    return storage, plan, model, challengers, FeatureLookup(plan.features)

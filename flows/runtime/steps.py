@@ -27,9 +27,10 @@ _work: ContextVar[Callable[[], Any]] = ContextVar("work")
 class Steps:
     """Runs the steps of a flow as task runs, and adds up the seconds that each took.
 
-    Prefect's graph links each step to the one before it.
+    Prefect's graph links each step to the one before it. `observe` is told of each step that ends, with its seconds.
     """
 
+    observe: Callable[[str, float], None] = lambda *_: None
     seconds: dict[str, float] = field(default_factory=dict)
     _previous: UUID | None = field(default=None, init=False)
 
@@ -56,7 +57,9 @@ class Steps:
                 return cast("T", step(wait_for=self._wait_for_previous()))
         finally:
             _work.reset(token)
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            taken = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + taken
+            self.observe(name, taken)
 
     def _work_as_next(self, work: Callable[[], T]) -> T:
         """Do the work of a step, and have the next step follow it in the graph."""

@@ -15,8 +15,7 @@ from prefect.exceptions import TerminationSignal
 from flows.runtime.interruption import ignore_repeated_sigint, take_sigterm_as_notice
 from flows.runtime.steps import keep_torch_threads
 from serving.extras import import_extra
-from serving.model.forward import Halted
-from serving.model.interface import Tunable
+from serving.model.interface import Halted, Tunable
 from serving.model.registry import Resolved
 from tasks.common.artifacts import Logger
 from tasks.spot.drain import Drain

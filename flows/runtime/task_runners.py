@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator
-from concurrent.futures import wait
+from collections.abc import Callable, Generator
+from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from prefect import Task, get_run_logger
@@ -16,7 +17,8 @@ from flows.runtime import ray_runner
 from flows.runtime.interruption import ignore_repeated_sigint, take_sigterm_as_notice
 from flows.runtime.shard_task import ShardTask, apply_limits, open_shard_tasks
 from tasks.batch.options import BatchOptions, Ray
-from tasks.batch.score import Scorer, ScoringResult
+from tasks.batch.score import Scorer
+from tasks.batch.scoring_result import ScoringResult
 
 # Ctrl-C does not end a wait without a time limit: with Polars' signal handler the kernel restarts such waits.
 _POLL_SECONDS = 0.2
@@ -47,7 +49,7 @@ def score_missing(scorer: Scorer, slots: int, options: BatchOptions) -> ScoringR
                     *(options.runner, slots, task, shard_task, shards, scorer, options.notice_seconds)
                 )
             else:
-                result = _score_in_threads(scorer, slots, task, shard_task, shards, options.notice_seconds)
+                result = _score_in_threads(scorer, slots, task, shard_task, options.notice_seconds)
             scored.add(result)
         # After a notice that was withdrawn, slots have stopped that have work again.
         if scorer.drain.notice is not None or not scorer.scheduler.cut_short:
@@ -59,20 +61,22 @@ def _score_in_threads(
     slots: int,
     task: Task[..., Any],
     shard_task: ShardTask,
-    shards: list[int],
     notice_seconds: float,
 ) -> ScoringResult:
     futures: list[Any] = []
+
     with ExitStack() as stack:
         stack.enter_context(_switch_threads_quickly())
         runner: ThreadPoolTaskRunner[ScoringResult] = stack.enter_context(ThreadPoolTaskRunner(max_workers=slots))
+        run_shards = partial(
+            _run_shards, scorer, slots, lambda shard: runner.submit(task, {"shard_task": shard_task, "shard": shard})
+        )
         try:
             try:
-                futures += (runner.submit(task, {"shard_task": shard_task, "shard": at}) for at in shards)
-                stopped = _wait_for_slots(scorer, futures)
+                stopped = run_shards(futures)
             except TerminationSignal:
                 take_sigterm_as_notice(scorer.drain, notice_seconds)
-                stopped = _wait_for_slots(scorer, futures)
+                stopped = run_shards(futures)
                 if not stopped:
                     raise
         except TerminationSignal:
@@ -104,15 +108,30 @@ def _switch_threads_quickly() -> Generator[None]:
         sys.setswitchinterval(before)
 
 
-def _wait_for_slots(scorer: Scorer, futures: list[Any]) -> bool:
-    """Wait until every slot has stopped, at the end of the pass or after a notice; False where one takes too long."""
-    waiting = {future.wrapped_future for future in futures}
-    while waiting and not scorer.drain.is_over:
+def _run_shards(scorer: Scorer, slots: int, submit: Callable[[int], Any], futures: list[Any]) -> bool:
+    """Begin shards as slots become free; return whether every slot has stopped, False where one takes too long.
+
+    A shard gets its task once a slot is free for it: a thousand workers would else tell Prefect of two million.
+    """
+    waiting = {future.wrapped_future for future in futures if not future.wrapped_future.done()}
+    while not scorer.drain.is_over:
         if scorer.scheduler.is_stopping():
-            for future in waiting:
-                future.cancel()
-        waiting = wait(waiting, timeout=_POLL_SECONDS).not_done
+            for each in waiting:
+                each.cancel()
+        elif not _has_failed(futures):
+            while len(waiting) < slots and (shard := scorer.scheduler.next_shard()) is not None:
+                futures.append(submit(shard))
+                waiting.add(futures[-1].wrapped_future)
+        if not waiting:
+            return True
+        waiting = wait(waiting, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED).not_done
     return not waiting
+
+
+def _has_failed(futures: list[Any]) -> bool:
+    """Return whether a shard has ended in another way than by being scored: no more are begun then."""
+    done = [future.wrapped_future for future in futures if future.wrapped_future.done()]
+    return any(each.cancelled() or each.exception() or not each.result().is_completed() for each in done)
 
 
 def _add_results(futures: list[Any]) -> ScoringResult:

@@ -30,30 +30,52 @@ class GatewayServer(RunningServer):
     admin_key: str = field(repr=False)
 
 
-def gateway_server(folder: Path, environment: Mapping[str, str] | None = None) -> GatewayServer:
+def gateway_server(
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    *,
+    port: int | None = None,
+    certificate: Path | None = None,
+    private_key: Path | None = None,
+) -> GatewayServer:
     """Start a gateway that keeps its routes in `folder`, and return once it answers.
 
-    Raises ServerFailed, and FileNotFoundError where a package of the extra `serve` is missing.
+    Args:
+        folder: The gateway's folder.
+        environment: What it gets beside the few variables that servers inherit, for OVERNIGHT_API_KEYS and the like.
+        port: The port, None for a free one.
+        certificate: A file in PEM format, with which the gateway speaks TLS.
+        private_key: The private key of the certificate.
 
-    `environment` goes to it beside the few variables that servers inherit, for OVERNIGHT_API_KEYS and the like.
+    Raises:
+        ServerFailed: It does not start.
+        FileNotFoundError: A package of the extra `serve` is missing.
     """
     check_packages("The gateway", _PACKAGES, "serve")
     folder = folder.resolve()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     given = dict(environment or {})
     given.setdefault(_ADMIN_KEY, secrets.token_urlsafe(32))
-    process, (port,) = start_on_free_ports(1, lambda ports: _make_command(folder, ports[0], given))
-    return GatewayServer(process=process, folder=folder, url=f"http://{HOST}:{port}", admin_key=given[_ADMIN_KEY])
+    tls = ("--certificate", str(certificate), "--private-key", str(private_key)) if certificate else ()
+    # An earlier gateway's.
+    (folder / "gateway.log").unlink(missing_ok=True)
+    process, (free,) = start_on_free_ports(1, lambda ports: _make_command(folder, port or ports[0], given, tls))
+    url = f"{'https' if certificate else 'http'}://{HOST}:{port or free}"
+    return GatewayServer(process=process, folder=folder, url=url, admin_key=given[_ADMIN_KEY])
 
 
-def _make_command(folder: Path, port: int, given: Mapping[str, str]) -> ServerCommand:
+def _make_command(folder: Path, port: int, given: Mapping[str, str], tls: tuple[str, ...]) -> ServerCommand:
+    def is_ready() -> bool:
+        if tls:
+            return f":{port}/v2;" in (folder / "gateway.log").read_text()
+        headers = {"Authorization": f"Bearer {given[_ADMIN_KEY]}"}
+        return send_request("GET", port, "/admin/endpoints", headers).ok
+
     return ServerCommand(
-        argv=(sys.executable, "-m", "serving.gateway", "--folder", str(folder), "--port", str(port)),
+        argv=(sys.executable, "-m", "serving.gateway", "--folder", str(folder), "--port", str(port), *tls),
         environment={**base_environment(), **given},
         folder=folder,
         log_path=folder / "gateway.log",
-        ready=lambda: (
-            send_request("GET", port, "/admin/endpoints", {"Authorization": f"Bearer {given[_ADMIN_KEY]}"}).ok
-        ),
+        ready=is_ready,
         ready_s_max=_READY_S_MAX,
     )

@@ -13,9 +13,10 @@ import shutil
 import sqlite3
 import sys
 import tempfile
+from base64 import b64encode
 from collections.abc import Mapping
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -46,15 +47,18 @@ class PrefectServer(RunningServer):
     home: Path
     api_url: str
     ui_url: str
-    environment: Mapping[str, str]
+    environment: Mapping[str, str] = field(repr=False)
 
 
-def prefect_server(home: Path, *, services: bool = True, template_folder: Path | None = None) -> PrefectServer:
+def prefect_server(
+    home: Path, *, services: bool = True, template_folder: Path | None = None, auth: str | None = None
+) -> PrefectServer:
     """Start a Prefect server whose database and profiles live in `home`, and return once it answers.
 
-    Without `services` nothing schedules, runs automations or records task runs and events; that saves 0.6 % of a core
-    and no start time. With `template_folder` the migrated database is kept there, once for each version of Prefect, and
-    later servers on new homes start from it. Raises ServerFailed.
+    With `auth`, as USER:PASSWORD, it answers no other user of this machine; clients find it in `environment`. Without
+    `services` nothing schedules, runs automations or records task runs and events; that saves 0.6 % of a core and no
+    start time. With `template_folder` the migrated database is kept there, once for each version of Prefect, and later
+    servers on new homes start from it. Raises ServerFailed.
     """
     home = home.resolve()
     home.mkdir(parents=True, exist_ok=True)
@@ -62,7 +66,9 @@ def prefect_server(home: Path, *, services: bool = True, template_folder: Path |
     new_home = not (home / DATABASE_FILE).exists()
     if template and new_home:
         restore_template(template, home)
-    process, (port,) = start_on_free_ports(1, lambda ports: _make_server_command(home, ports[0], services=services))
+    process, (port,) = start_on_free_ports(
+        1, lambda ports: _make_server_command(home, ports[0], services=services, auth=auth)
+    )
     with ExitStack() as undo:
         undo.callback(process.stop)
         if template and new_home:
@@ -73,11 +79,11 @@ def prefect_server(home: Path, *, services: bool = True, template_folder: Path |
         home=home,
         api_url=_api_url(port),
         ui_url=_ui_url(port),
-        environment=_client_environment(home, port),
+        environment={**_client_environment(home, port), **({"PREFECT_API_AUTH_STRING": auth} if auth else {})},
     )
 
 
-def _make_server_command(home: Path, port: int, *, services: bool) -> ServerCommand:
+def _make_server_command(home: Path, port: int, *, services: bool, auth: str | None) -> ServerCommand:
     # What `prefect server start --background` runs, without half a second for the command line.
     return ServerCommand(
         argv=(
@@ -86,11 +92,14 @@ def _make_server_command(home: Path, port: int, *, services: bool) -> ServerComm
             # A client that holds a websocket open would otherwise hold the server as well.
             *("--timeout-graceful-shutdown", "3"),
         ),
-        environment=_server_environment(home, port, services=services),
+        environment={
+            **_server_environment(home, port, services=services),
+            **({"PREFECT_SERVER_API_AUTH_STRING": auth} if auth else {}),
+        },
         # Prefect reads .env, prefect.toml and pyproject.toml from the working directory: keep it ours.
         folder=home,
         log_path=home / "server.log",
-        ready=lambda: _is_server_of(home, port),
+        ready=lambda: _is_server_of(home, port, auth),
         ready_s_max=_READY_S_MAX,
     )
 
@@ -135,9 +144,10 @@ def _shared_environment(home: Path) -> dict[str, str]:
     }
 
 
-def _is_server_of(home: Path, port: int) -> bool:
+def _is_server_of(home: Path, port: int, auth: str | None) -> bool:
     """Return whether the server on `port` is the one with this home, not another that took the port."""
-    answer = send_request("GET", port, "/api/admin/settings")
+    headers = {"Authorization": f"Basic {b64encode(auth.encode()).decode()}"} if auth else {}
+    answer = send_request("GET", port, "/api/admin/settings", headers)
     return answer.ok and json.dumps(str(home), ensure_ascii=False) in answer.text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shlex
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -37,8 +38,10 @@ class StartedServer:
 
 
 def _start_prefect(folder: Path) -> StartedServer:
-    server = prefect_server(folder)
-    return StartedServer(server=server, where=f"Prefect's pages: {server.ui_url}", exports=server.environment)
+    # Whoever may create a flow run on it has its workers run code: not for every user of this machine.
+    server = prefect_server(folder, auth=f"overnight:{secrets.token_urlsafe(24)}")
+    where = f"Prefect's pages: {server.ui_url}, which ask for what PREFECT_API_AUTH_STRING holds"
+    return StartedServer(server=server, where=where, exports=server.environment)
 
 
 def _start_mlflow(folder: Path) -> StartedServer:

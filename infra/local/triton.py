@@ -29,6 +29,7 @@ _PACKAGE = "pytriton"
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 _STUB = "triton_python_backend_stub"
 _LOG = "server.log"
+_STUB_SECONDS_MAX = 120
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the server and its models share memory, by names of this start
 
 
@@ -135,6 +136,8 @@ def _make_command(package: Path, repository: Path, folder: Path, ports: Sequence
             "--strict-readiness=false",
             "--exit-timeout-secs=5",
             f"--backend-config=python,shm-region-prefix-name={identity}",
+            # A process of Python takes longer than Triton's 30 s to start where many others start.
+            f"--backend-config=python,stub-timeout-seconds={_STUB_SECONDS_MAX}",
         ),
         environment=_make_environment(package),
         folder=folder,

@@ -69,7 +69,8 @@ def make_venv(requirements: Path, folder: Path | None = None) -> Path:
             # The pip of this interpreter installs there; one in each environment takes seconds more.
             _run_python(requirements, "-m", "venv", "--clear", "--without-pip", str(venv))
             pip = ("-m", "pip", "--python", str(venv / "bin/python"), "--disable-pip-version-check", "--no-input")
-            _run_python(requirements, *pip, "install", "--quiet", "-r", str(requirements.absolute()))
+            # Most modules are never imported: those that are get compiled then.
+            _run_python(requirements, *pip, "install", "--no-compile", "--quiet", "-r", str(requirements.absolute()))
             _run_python(requirements, *pip, "check")
             (venv / _STAMP).write_text(digest)
     return venv

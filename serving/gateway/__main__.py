@@ -14,6 +14,9 @@ from pathlib import Path
 
 from serving.errors import BadInput, EndpointFailed
 from serving.extras import import_extra
+from serving.gateway.envoy.bootstrap import BootstrapOptions
+from serving.gateway.supervisor import run_gateway
+from serving.machine import count_cores
 from serving.redaction import hide_secrets_in_logs
 
 _BYTES_MAX = 1 << 30
@@ -35,22 +38,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=_default_connections_max(),
         help="maximum connections of clients; further ones are closed",
     )
-    options = parser.parse_args(arguments)
+    parser.add_argument("--threads", type=int, default=_default_threads(), help="threads of Envoy")
+    parser.add_argument("--certificate", type=Path, help="a file in PEM format: the gateway speaks TLS")
+    parser.add_argument("--private-key", type=Path, help="its private key, a file in PEM format")
+    given = parser.parse_args(arguments)
+    if (given.certificate is None) != (given.private_key is None):
+        parser.error("--certificate and --private-key must be given together, got one of them.")
     hide_secrets_in_logs()
+    options = BootstrapOptions(
+        folder=given.folder.resolve(),
+        host=given.host,
+        port=given.port,
+        bytes_max=given.bytes_max,
+        connections_max=given.connections_max,
+        certificate=given.certificate and given.certificate.resolve(),
+        private_key=given.private_key and given.private_key.resolve(),
+    )
     try:
-        import_extra("serving.gateway.server", "serve").run_gateway(
-            options.folder,
-            options.host,
-            options.port,
-            bytes_max=options.bytes_max,
-            connections_max=options.connections_max,
-        )
+        import_extra("serving.gateway.server", "serve")
+        run_gateway(options, threads=given.threads)
     except (BadInput, EndpointFailed) as error:
         sys.exit(str(error))
     except OSError as error:
         sys.exit(
-            f"The gateway must be able to use {options.folder}, got: {error}. Grant access, or pass another --folder."
+            f"The gateway must be able to use {given.folder}, got: {error}. Grant access, or pass another --folder."
         )
+
+
+def _default_threads() -> int:
+    """Return half of the cores: the model servers need the others."""
+    return max(1, count_cores() // 2)
 
 
 def _default_connections_max() -> int:

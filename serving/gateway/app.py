@@ -17,8 +17,14 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.errors import BadRequest, Unanswered
+from serving.gateway.envoy.messages import ENDPOINT_HEADER, SHADOW_HEADER
 from serving.gateway.gateway import Gateway
-from serving.gateway.inference_handler import build_error_reply, build_response, handle_inference
+from serving.gateway.inference_handler import (
+    activate_endpoint,
+    build_error_reply,
+    build_response,
+    compare_copy,
+)
 from serving.gateway.routes import (
     BODY_MODELS,
     PROBLEMS_SHOWN,
@@ -68,32 +74,35 @@ def build_app(gateway: Gateway) -> FastAPI:
     app.add_exception_handler(Unanswered, _answer_own_error)
     app.add_exception_handler(Exception, _answer_unexpected_error)
     app.add_middleware(AdminPagesMiddleware)
-    app.add_middleware(InferenceMiddleware)
+    app.add_middleware(EnvoyMiddleware)
     _add_body_schemas(app)
     return app
 
 
-class InferenceMiddleware:
-    """Sends inference requests to their handler, before the router.
+class EnvoyMiddleware:
+    """Answers what Envoy itself asks: to load models for a request that it holds, and to compare a copy of one.
 
-    The router tries its routes one by one. That and its handling of parameters would take as long as everything else
-    that the gateway does for a request.
+    Envoy removes the headers by which they are known from the requests of clients.
     """
-
-    _PATH = re.compile(r"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer an inference request; pass on all others."""
-        match = self._PATH.fullmatch(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
-        if match is None:
-            await self._app(scope, receive, send)
+        """Answer Envoy; pass on the requests of clients."""
+        if scope["type"] == "http":
+            request = Request(scope, receive)
+            name = request.headers.get(ENDPOINT_HEADER)
+            if name is not None and scope["path"].startswith("/activator/"):
+                response = await activate_endpoint(get_gateway(request), name)
+            elif name is not None and SHADOW_HEADER in request.headers:
+                response = await compare_copy(get_gateway(request), request, name)
+            else:
+                await self._app(scope, receive, send)
+                return
+            await response(scope, receive, send)
             return
-        request = Request(scope, receive)
-        response = await handle_inference(get_gateway(request), request, match["name"], match["version"])
-        await response(scope, receive, send)
+        await self._app(scope, receive, send)
 
 
 class AdminPagesMiddleware:

@@ -1,27 +1,37 @@
-"""A running gateway: its endpoints, and what it does without a request (judging, unloading, writing files)."""
+"""The control plane of a gateway: its endpoints, what Envoy is told of them, and what Envoy's log tells of requests."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from http import HTTPStatus
 from typing import Self
 
-from serving.errors import BadRequest
+from serving.errors import BadRequest, EndpointFailed
+from serving.gateway.access_log import AccessLogReader
 from serving.gateway.endpoint import Endpoint
+from serving.gateway.envoy.admin import EnvoyAdmin, EnvoyGone
+from serving.gateway.envoy.bootstrap import BootstrapOptions
+from serving.gateway.envoy.files import ClusterRequests, ConfigurationFiles
+from serving.gateway.envoy.messages import RoutedEndpoint
 from serving.gateway.keys import Keys
-from serving.gateway.metering import MeteringLog
 from serving.gateway.metrics import Metrics
 from serving.gateway.request_body import BodyMemory
 from serving.gateway.route import EndpointState, Route, SavedEndpoint
 from serving.gateway.store import Store
 from serving.gateway.upstreams import HttpClient
 
-_INTERVAL_S = 1.0
+_INTERVAL_S = 0.25
 # Less than the time-out of the administrator's client.
 _DRAIN_S_MAX = 20.0
+# An idle endpoint has no requests; one that came in the last moment is soon answered.
+_IDLE_S_MAX = 10.0
+_POLL_S = 0.01
 _NAMES_SHOWN = 20
+_SAVE_TURNS = 4
 
 _log = logging.getLogger(__name__)
 
@@ -29,37 +39,40 @@ _log = logging.getLogger(__name__)
 class Gateway:
     """All endpoints of one folder; an async context manager that runs the periodic work."""
 
-    def __init__(self, store: Store, keys: Keys, *, bytes_max: int) -> None:
+    def __init__(self, store: Store, keys: Keys, options: BootstrapOptions) -> None:
         self.keys = keys
         self.metrics = Metrics()
-        self.memory = BodyMemory(bytes_max)
-        self.metering_log = MeteringLog(store.folder)
+        self.memory = BodyMemory(options.bytes_max)
+        self._admin = EnvoyAdmin(options.admin_socket)
+        self._files = ConfigurationFiles(options)
+        self._log_reader = AccessLogReader(store.folder, self._admin)
         self._store = store
         self._written = store.load_all()
         self._endpoints: dict[str, Endpoint] = {}
-        self._changed = asyncio.Event()
-        self._write_lock = asyncio.Lock()
-        self._unloading: set[asyncio.Task[None]] = set()
+        self._routed: dict[str, RoutedEndpoint] = {}
+        self._apply_lock = asyncio.Lock()
+        self._write_lock, self._read_lock = asyncio.Lock(), asyncio.Lock()
+        self._unloading: dict[str, asyncio.Task[None]] = {}
+        self._has_work = asyncio.Event()
         self._is_closing = False
 
     async def __aenter__(self) -> Self:
-        """Open the connections, and put the stored routes in force."""
+        """Open the connections, and write the stored routes for Envoy."""
         self._http = HttpClient()
         for name, saved in self._written.items():
             self._endpoints[name] = self._make_endpoint(name, saved)
+        await self._apply()
         self._periodic_work = asyncio.create_task(self._work_periodically())
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        """Write all files. All requests are answered by now."""
+        """Write all files. Envoy serves on by the routes that it has."""
         # The task is not cancelled: a thread of it would go on writing beside what follows.
         self._is_closing = True
-        self._changed.set()
-        await asyncio.gather(self._periodic_work, *self._unloading, return_exceptions=True)
+        self._has_work.set()
+        await asyncio.gather(self._periodic_work, *self._unloading.values(), return_exceptions=True)
         await self._save_all()
-        self._flush_metering_log()
-        with suppress(OSError):
-            self.metering_log.close()
+        self._log_reader.close()
         await self._http.close()
 
     @property
@@ -74,18 +87,59 @@ class Gateway:
         message = f"The model must be an endpoint of this gateway, got {name[:100]!r}."
         raise BadRequest(message, status=HTTPStatus.NOT_FOUND)
 
+    async def describe(self, name: str) -> EndpointState:
+        """Return the route of an endpoint, its canary, and the requests and models of the moment.
+
+        A verdict is returned once requests are routed by it.
+        """
+        endpoint = self.endpoint(name)
+        await self._read_log()
+        # Canaries are judged while this waits. Their verdicts are for the next description.
+        saved = endpoint.saved
+        if not self._is_routed(endpoint):
+            # The periodic work tries again, and logs what fails.
+            with suppress(EndpointFailed, OSError):
+                await self._apply()
+        clusters = await asyncio.to_thread(self._read_requests, name)
+        in_flight: Counter[str] = Counter()
+        for cluster, requests in clusters.items():
+            in_flight[cluster.split("|")[1]] += requests.active
+        return EndpointState(
+            route=saved.route,
+            trial=saved.trial,
+            verdict=saved.verdict,
+            in_flight={version: count for version, count in in_flight.items() if count},
+            waiting=sum(each.waiting for each in clusters.values()) + endpoint.models.waiting,
+            models=endpoint.models.state,
+        )
+
     async def put(self, name: str, route: Route) -> EndpointState:
-        """Put a route in force and store it. Idempotent. Raises BadRequest, with 409, where it has an unknown key."""
+        """Put a route in force and store it. Idempotent.
+
+        Raises:
+            BadRequest: with 409 where it has an unknown key, with 422 where Envoy rejects it; the earlier route stays
+                in force.
+        """
         if unknown := sorted({*route.keys} - self.keys.names):
             message = (
                 f"Each key of a route must be known to the gateway, got {unknown[:_NAMES_SHOWN]}. Put the key first."
             )
             raise BadRequest(message, status=HTTPStatus.CONFLICT)
-        if name not in self._endpoints:
-            self._endpoints[name] = self._make_endpoint(name, SavedEndpoint(route=route))
-        self._endpoints[name].put(route)
+        endpoint = self._endpoints.get(name)
+        before = None if endpoint is None else endpoint.saved
+        if endpoint is None:
+            endpoint = self._endpoints[name] = self._make_endpoint(name, SavedEndpoint(route=route))
+        endpoint.put(route)
+        try:
+            await self._apply()
+        except EndpointFailed as error:
+            if before is None:
+                self._endpoints.pop(name, None)
+            else:
+                endpoint.restore(before)
+            raise BadRequest(str(error), status=HTTPStatus.UNPROCESSABLE_ENTITY) from None
         await self._save(name)
-        return self.endpoint(name).state
+        return await self.describe(name)
 
     async def delete(self, name: str) -> None:
         """Delete an endpoint, and return once its requests are answered, or after 20 s. Idempotent."""
@@ -99,43 +153,127 @@ class Gateway:
                 self._endpoints.setdefault(name, endpoint)
                 raise
             self._written.pop(name, None)
-        await endpoint.wait_until_drained(_DRAIN_S_MAX)
+        await self._apply()
+        await self._wait_until_idle(name, _DRAIN_S_MAX)
         if name not in self._endpoints:
+            await self._read_log()
             self.metrics.remove_endpoint(name)
 
-    def render_metrics(self) -> bytes:
+    async def put_key(self, name: str, digest: str) -> None:
+        """Store the digest of an API key, and have Envoy accept it."""
+        self.keys.put(name, digest)
+        await self._apply()
+
+    async def delete_key(self, name: str) -> None:
+        """Delete an API key, and have Envoy refuse it. Idempotent."""
+        self.keys.delete(name)
+        await self._apply()
+
+    async def activate(self, name: str) -> None:
+        """Return once the models of an endpoint are loaded. Raises Unanswered, or BadRequest for an unknown name."""
+        endpoint = self.endpoint(name)
+        await endpoint.activate()
+        # Envoy is told at once, but the request need not wait for it.
+        self._has_work.set()
+
+    async def render_metrics(self) -> bytes:
         """Return the page that Prometheus scrapes."""
+        await self._read_log()
         for name, endpoint in self._endpoints.items():
-            self.metrics.in_flight.labels(name).set(endpoint.queue.running)
-            self.metrics.queued.labels(name).set(endpoint.queue.waiting)
+            clusters = (await asyncio.to_thread(self._read_requests, name)).values()
+            self.metrics.in_flight.labels(name).set(sum(each.active for each in clusters))
+            self.metrics.queued.labels(name).set(sum(each.waiting for each in clusters) + endpoint.models.waiting)
+            endpoint.observe_dropped_copies(await asyncio.to_thread(self._count_dropped_copies, name))
             self.metrics.loaded.labels(name).set(endpoint.route.sleep is None or endpoint.models.state == "awake")
-        self.metrics.metering_lost.set(self.metering_log.lost)
+        self.metrics.metering_lost.set(self._log_reader.unreadable)
         return self.metrics.render()
 
     def _make_endpoint(self, name: str, saved: SavedEndpoint) -> Endpoint:
-        return Endpoint(name, saved, http=self._http, metrics=self.metrics, on_change=self._changed.set)
+        return Endpoint(name, saved, http=self._http, metrics=self.metrics)
+
+    def _is_routed(self, endpoint: Endpoint) -> bool:
+        return endpoint.describe_routing(self.keys) == self._routed.get(endpoint.name)
+
+    async def _apply(self) -> None:
+        """Have Envoy route by what is known now. Raises EndpointFailed where it rejects that."""
+        async with self._apply_lock:
+            routed = {name: endpoint.describe_routing(self.keys) for name, endpoint in self._endpoints.items()}
+            await asyncio.to_thread(self._files.apply, routed.values(), self.keys.list_digests(self.keys.names))
+            self._routed = routed
 
     async def _work_periodically(self) -> None:
-        """Judge canaries, unload idle models and write files: every second, and at once when a canary ends."""
+        """Read the log, judge canaries, unload idle models and write files, four times a second and when asked."""
+        turn = 0
         while not self._is_closing:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_INTERVAL_S):
-                    await self._changed.wait()
-            self._changed.clear()
-            for endpoint in [*self._endpoints.values()]:
-                endpoint.decide_canary()
-                if endpoint.has_idle_models():
-                    task = asyncio.create_task(endpoint.unload_models())
-                    self._unloading.add(task)
-                    task.add_done_callback(self._unloading.discard)
-            await self._save_all()
-            await asyncio.to_thread(self._flush_metering_log)
+                    await self._has_work.wait()
+            self._has_work.clear()
+            turn += 1
+            try:
+                await self._work(is_saving=turn % _SAVE_TURNS == 0)
+            except (OSError, EndpointFailed, EnvoyGone) as error:
+                _log.warning("The gateway's files must be readable and writable, got: %s. It tries again.", error)
 
-    def _flush_metering_log(self) -> None:
+    async def _work(self, *, is_saving: bool) -> None:
+        await self._read_log()
+        for name, endpoint in [*self._endpoints.items()]:
+            if endpoint.has_idle_models() and name not in self._unloading:
+                task = asyncio.create_task(self._unload(endpoint))
+                self._unloading[name] = task
+                task.add_done_callback(lambda _, name=name: self._unloading.pop(name, None))  # type: ignore[misc]
+        if any(not self._is_routed(endpoint) for endpoint in self._endpoints.values()):
+            await self._apply()
+        if is_saving:
+            await self._save_all()
+            await asyncio.to_thread(self._log_reader.rotate)
+            # Not while routes are put: their clusters come first.
+            async with self._apply_lock:
+                await asyncio.to_thread(self._files.remove_unused_clusters, self._routed.values())
+
+    async def _read_log(self) -> None:
+        async with self._read_lock:
+            for request in await asyncio.to_thread(self._log_reader.read):
+                if endpoint := self._endpoints.get(request.endpoint):
+                    endpoint.observe(request)
+        for endpoint in self._endpoints.values():
+            endpoint.decide_canary()
+
+    async def _unload(self, endpoint: Endpoint) -> None:
+        """Unload the models of an endpoint, whose requests wait for the next load from then on."""
+
+        async def hold_requests() -> bool:
+            await self._apply()
+            await self._wait_until_idle(endpoint.name, _IDLE_S_MAX, stop=lambda: bool(endpoint.models.waiting))
+            await self._read_log()
+            return not endpoint.models.waiting and not await asyncio.to_thread(self._has_requests, endpoint.name)
+
         try:
-            self.metering_log.flush()
-        except OSError as error:
-            _log.warning("The metering log must be writable, got: %s. Its lines stay in memory for now.", error)
+            await endpoint.models.unload(endpoint.route.versions, hold_requests=hold_requests)
+        except (EndpointFailed, OSError) as error:
+            _log.warning("%s", error)
+
+    async def _wait_until_idle(self, name: str, seconds_max: float, *, stop: Callable[[], bool] | None = None) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds_max):
+                # Envoy tells it only when asked.
+                while not (stop and stop()) and await asyncio.to_thread(self._has_requests, name):  # noqa: ASYNC110
+                    await asyncio.sleep(_POLL_S)
+
+    def _has_requests(self, name: str) -> bool:
+        return any(each.active or each.waiting for each in self._read_requests(name).values())
+
+    def _read_requests(self, name: str) -> dict[str, ClusterRequests]:
+        try:
+            return self._files.read_requests(name)
+        except EnvoyGone:
+            return {}
+
+    def _count_dropped_copies(self, name: str) -> int:
+        try:
+            return self._files.count_dropped_copies(name)
+        except EnvoyGone:
+            return 0
 
     async def _save_all(self) -> None:
         for name in [*self._endpoints]:
@@ -143,6 +281,10 @@ class Gateway:
                 await self._save(name)
             except OSError as error:
                 _log.warning("The route of %s must be writable, got: %s. The gateway tries again.", name, error)
+        try:
+            await asyncio.to_thread(self._log_reader.save_position)
+        except OSError as error:
+            _log.warning("The position in the access log must be writable, got: %s.", error)
 
     async def _save(self, name: str) -> None:
         async with self._write_lock:

@@ -1,20 +1,20 @@
-"""The handler of inference requests: authentication, limits, contract, then the endpoint; every request is metered."""
+"""What Envoy asks the control plane in the course of an inference: to load models, to compare a copy, to answer.
+
+Most requests never come here. Envoy has checked the key, the rate and the size of those that do.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import time
-from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from serving.errors import BadRequest, Unanswered
 from serving.gateway.endpoint import Endpoint
+from serving.gateway.envoy.messages import ACTIVATOR_REFUSED, CHOSEN_HEADER, ENDPOINT_HEADER
 from serving.gateway.gateway import Gateway
-from serving.gateway.metering import MeteredRequest
 from serving.gateway.request_body import read_body
 from serving.gateway.upstreams import CheckedRequest, Reply
 from serving.protocol.oip import (
@@ -29,65 +29,60 @@ from serving.protocol.oip import (
 _VERSION_HEADER = "Overnight-Version"
 
 
-@dataclass(slots=True, kw_only=True)
-class _RequestSize:
-    """What is known of a request's size so far."""
+async def activate_endpoint(gateway: Gateway, name: str) -> Response:
+    """Answer once the models of an endpoint are loaded: 200 has Envoy send the request to them, an error refuse it."""
+    try:
+        await gateway.activate(name)
+    except (BadRequest, Unanswered) as error:
+        seconds = error.retry_after_s if isinstance(error, Unanswered) else None
+        headers = {} if seconds is None else {"Retry-After": str(seconds)}
+        # Envoy makes {"error": ...} of it.
+        status = ACTIVATOR_REFUSED if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else error.status
+        return PlainTextResponse(str(error), status, headers)
+    return Response()
 
-    rows: int = 0
-    bytes: int = 0
 
-
-async def handle_inference(gateway: Gateway, request: Request, name: str, version: str | None) -> Response:
-    """Answer POST /v2/models/NAME[/versions/VERSION]/infer; every error is {"error": ...} with its status."""
-    at_us, began = time.time_ns() // 1000, time.perf_counter()
+async def compare_copy(gateway: Gateway, request: Request, name: str) -> Response:
+    """Compare the answers of the shadow and of the version that served a request, of which Envoy sent a copy."""
     try:
         endpoint = gateway.endpoint(name)
-    except BadRequest as error:
-        return build_response(build_error_reply(error))
-    size = _RequestSize()
+        checked = await _read_request(gateway, endpoint, request)
+        await endpoint.compare_shadow(checked, request.headers.get(CHOSEN_HEADER, ""))
+    except (BadRequest, Unanswered):
+        # The caller has the same answer from the version that serves.
+        return Response(status_code=HTTPStatus.NO_CONTENT)
+    return Response(status_code=HTTPStatus.NO_CONTENT)
+
+
+async def answer_inference(gateway: Gateway, request: Request, name: str, version: str | None) -> Response:
+    """Answer a request that Envoy can't send to a model server; every error is {"error": ...} with its status."""
     try:
-        reply = await _answer(gateway, endpoint, request, version, size)
+        endpoint = gateway.endpoint(name)
+        _check_path(request, endpoint, version)
+        reply = await endpoint.infer(await _read_request(gateway, endpoint, request), version)
     except (BadRequest, Unanswered) as error:
         reply = build_error_reply(error)
-    seconds = time.perf_counter() - began
-    gateway.metrics.requests.labels(name, reply.status).inc()
-    gateway.metrics.seconds.labels(name).observe(seconds)
-    gateway.metering_log.add(
-        MeteredRequest(
-            at_us=at_us,
-            endpoint=name,
-            version=reply.version,
-            rows=size.rows,
-            size=size.bytes,
-            status=reply.status,
-            latency_ms=round(seconds * 1000, 3),
-        )
-    )
     return build_response(reply)
 
 
-async def _answer(
-    gateway: Gateway, endpoint: Endpoint, request: Request, version: str | None, size: _RequestSize
-) -> Reply:
-    # The checks come in the order of their cost, the cheapest first.
-    route = endpoint.route
-    if route.keys:
-        gateway.keys.check_api_key(request.headers.get("authorization"), route.keys)
+def _check_path(request: Request, endpoint: Endpoint, version: str | None) -> None:
+    """Raise BadRequest for a request that Envoy has not checked, since its path names no version as routes have it."""
+    if request.headers.get(ENDPOINT_HEADER) == endpoint.name:
+        return
+    if version is not None:
+        endpoint.find_version(version)
+    message = f"A request must be a POST to /v2/models/{endpoint.name}/infer, exactly so written, got another path."
+    raise BadRequest(message, status=HTTPStatus.NOT_FOUND)
+
+
+async def _read_request(gateway: Gateway, endpoint: Endpoint, request: Request) -> CheckedRequest:
+    limits = endpoint.route.limits
     header_length = read_header_length(request.headers.get(HEADER_LENGTH))
-    with endpoint.admit_request():
-        body_timeout = asyncio.timeout(route.limits.timeout_s)
-        try:
-            async with body_timeout, read_body(request, gateway.memory, bytes_max=route.limits.bytes_max) as content:
-                body_timeout.reschedule(None)
-                size.bytes = len(content)
-                body = Body(content=content, header_length=header_length)
-                decode = partial(decode_request_to_forward, body, route.contract, rows_max=route.limits.rows_max)
-                decoded, forwarded = await decode_without_blocking(decode, len(content))
-                size.rows = decoded.rows
-                return await endpoint.infer(CheckedRequest(body=forwarded, request=decoded), version)
-        except TimeoutError:
-            message = f"The body must be complete within {route.limits.timeout_s:g} s, but is not."
-            raise BadRequest(message, status=HTTPStatus.REQUEST_TIMEOUT) from None
+    async with read_body(request, gateway.memory, bytes_max=limits.bytes_max) as content:
+        body = Body(content=content, header_length=header_length)
+        decode = partial(decode_request_to_forward, body, endpoint.route.contract, rows_max=limits.rows_max)
+        decoded, forwarded = await decode_without_blocking(decode, len(content))
+        return CheckedRequest(body=forwarded, request=decoded)
 
 
 def build_error_reply(error: BadRequest | Unanswered) -> Reply:

@@ -50,6 +50,11 @@ class Keys:
         """The names of all keys."""
         return {*self._from_environment, *self._added}
 
+    def list_digests(self, names: Iterable[str]) -> list[str]:
+        """Return the digests of these keys, without those that are not known."""
+        known = {**self._added, **self._from_environment}
+        return [known[name] for name in names if name in known]
+
     def put(self, name: str, key_digest: str) -> None:
         """Add or replace a key."""
         self._write({**self._added, name: key_digest})

@@ -1,42 +1,31 @@
-"""How requests are divided among versions: by weight, with a canary that is judged, and with copies to a shadow."""
+"""The judgement of a canary by its requests, and the comparison of a shadow's answers."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Literal
 
 import numpy as np
 
-from serving.errors import BadRequest, Unanswered
-from serving.gateway.route import CanaryTally, Outcome, Rollout, Shadow
-from serving.gateway.upstreams import CheckedRequest, Reply, Upstream
+from serving.errors import BadRequest
+from serving.gateway.access_log import LoggedRequest
+from serving.gateway.route import CanaryTally, Outcome, Rollout
+from serving.gateway.upstreams import Reply
 from serving.model.contract import Contract
 from serving.protocol.oip import decode_response
 from serving.protocol.tensors import Array
 
-# The golden ratio as a fraction of 2**64.
-_GOLDEN_RATIO = 0x9E3779B97F4A7C15
-_MODULUS = 1 << 64
 
+def tally_request(rule: Rollout, tally: CanaryTally, request: LoggedRequest) -> CanaryTally:
+    """Return the tally after one more request, which counts where the canary was asked and a version answered.
 
-def choose_version(weights: Sequence[float], count: int) -> int:
-    """Return the index of the version that answers request number `count`.
-
-    Multiples of the golden ratio, modulo 1, are evenly distributed in every interval of them (Weyl's sequence, here
-    in integers). Promises: a weight of 0 is never chosen; of any n consecutive requests a version gets its share,
-    give or take a few. At least one weight must be above 0.
+    The canary has failed where another version answered in its place. Where that one failed too, the request is to
+    blame.
     """
-    point = (count * _GOLDEN_RATIO) % _MODULUS / _MODULUS * sum(weights)
-    chosen = 0
-    for index, weight in enumerate(weights):
-        if weight > 0:
-            chosen = index
-            if point < weight:
-                break
-            point -= weight
-    return chosen
+    if not request.is_canary or request.status != HTTPStatus.OK:
+        return tally
+    return tally.add(rule, failed=request.attempts > 1, latency_ms=request.latency_ms)
 
 
 def judge_canary(rule: Rollout, tally: CanaryTally, *, age_s: float) -> tuple[Outcome, str] | None:
@@ -58,58 +47,6 @@ def judge_canary(rule: Rollout, tally: CanaryTally, *, age_s: float) -> tuple[Ou
 
 
 ShadowOutcome = Literal["equal", "different", "failed", "dropped"]
-
-
-class ShadowTraffic:
-    """The copies of one endpoint's requests that are sent to its shadow."""
-
-    def __init__(self, count: Callable[[ShadowOutcome], None]) -> None:
-        self._count = count
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    @property
-    def in_flight(self) -> int:
-        """How many copies have no answer yet."""
-        return len(self._tasks)
-
-    def send_copy(
-        self,
-        rule: Shadow,
-        upstream: Upstream,
-        contract: Contract,
-        request: CheckedRequest,
-        reply: Reply,
-        *,
-        is_busy: bool,
-        timeout_s: float,
-    ) -> None:
-        """Send a copy in a background task. Drop it while requests wait, or where in_flight_max are under way."""
-        if is_busy or len(self._tasks) >= rule.in_flight_max:
-            self._count("dropped")
-            return
-        task = asyncio.create_task(self._compare(rule, upstream, contract, request, reply, timeout_s))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _compare(
-        self,
-        rule: Shadow,
-        upstream: Upstream,
-        contract: Contract,
-        request: CheckedRequest,
-        reply: Reply,
-        timeout_s: float,
-    ) -> None:
-        try:
-            async with asyncio.timeout(timeout_s):
-                other = await upstream.infer(request)
-        except (Unanswered, BadRequest, TimeoutError):
-            self._count("failed")
-            return
-        if other.status != HTTPStatus.OK:
-            self._count("failed")
-            return
-        self._count(compare_replies(reply, other, contract, rule.tolerance))
 
 
 def compare_replies(reply: Reply, other: Reply, contract: Contract, tolerance: float) -> ShadowOutcome:

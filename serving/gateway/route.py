@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import AwareDatetime, Field, model_validator
+from pydantic import AwareDatetime, Field, field_validator, model_validator
 
 from serving.model.contract import Contract, Frozen
 
@@ -28,6 +29,9 @@ class ServedVersion(Frozen):
         pattern=r"^https?://[^/\s?#@]+(/[^\s?#]*)?$", max_length=2048, description="The base URL of its model server."
     )
     upstream_model: str = Field(min_length=1, max_length=256, description="The model's name on that server.")
+    grpc: Annotated[str, Field(pattern=HOST_PORT)] | None = Field(
+        default=None, description="The gRPC address of its model server, HOST:PORT; none: callers use HTTP alone."
+    )
     upstream_version: str | None = Field(
         default=None,
         max_length=256,
@@ -42,12 +46,26 @@ class ServedVersion(Frozen):
         default=0, ge=0, le=1e6, description="Its share of the requests that name no version, over the sum of weights."
     )
 
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, url: str) -> str:
+        try:
+            parts = urlsplit(url)
+            is_complete = bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            is_complete = False
+        if not is_complete:
+            message = f"The URL must be http://HOST:PORT or https://HOST:PORT, got {url!r}."
+            raise ValueError(message)
+        return url
+
     @classmethod
     def from_address(cls, address: Address, *, version: str, weight: float) -> Self:
         """Return a version that a V2 server has at this address."""
         return cls(
             version=version,
             url=address.url.rstrip("/"),
+            grpc=address.grpc,
             upstream_model=address.model,
             upstream_version=address.version,
             weight=weight,

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from serving.errors import BadRequest, Unanswered
 from serving.gateway.gateway import Gateway
-from serving.gateway.inference_handler import handle_inference
+from serving.gateway.inference_handler import answer_inference
 from serving.gateway.keys import Digest
 from serving.gateway.request_body import read_body
 from serving.gateway.route import ENDPOINT_PATTERN, KEY_PATTERN, EndpointState, Route
@@ -134,19 +134,19 @@ def _set_ready(name: str, response: Response, *, ready: bool) -> ModelReady:
 @v2_router.post("/v2/models/{name}/infer", openapi_extra=_describe_body(RequestDocument))
 async def infer(name: str, request: Request) -> Response:
     """Predict with a version that the gateway chooses."""
-    return await handle_inference(get_gateway(request), request, name, None)
+    return await answer_inference(get_gateway(request), request, name, None)
 
 
 @v2_router.post("/v2/models/{name}/versions/{version}/infer", openapi_extra=_describe_body(RequestDocument))
 async def infer_version(name: str, version: str, request: Request) -> Response:
     """Predict with this version."""
-    return await handle_inference(get_gateway(request), request, name, version)
+    return await answer_inference(get_gateway(request), request, name, version)
 
 
 @v2_router.get("/metrics", tags=["Operations"], response_class=PlainTextResponse, dependencies=[_admin_bearer])
 async def get_metrics(gateway: Opened) -> Response:
     """Return the metrics in Prometheus's text format, to the administrator only."""
-    return Response(gateway.render_metrics(), media_type=CONTENT_TYPE_LATEST)
+    return Response(await gateway.render_metrics(), media_type=CONTENT_TYPE_LATEST)
 
 
 EndpointPath = Annotated[str, Path(pattern=ENDPOINT_PATTERN, description="The endpoint's name.")]
@@ -190,7 +190,7 @@ async def put_endpoint(name: EndpointPath, gateway: Opened, request: Request) ->
 @admin_router.get("/endpoints/{name}")
 async def get_endpoint(name: str, gateway: Opened) -> EndpointState:
     """Return a route, its canary, and the requests and models of the moment."""
-    return gateway.endpoint(name).state
+    return await gateway.describe(name)
 
 
 @admin_router.delete("/endpoints/{name}", status_code=HTTPStatus.NO_CONTENT)
@@ -205,14 +205,14 @@ async def put_key(name: KeyPath, gateway: Opened, request: Request) -> None:
     """Store the digest of an API key under a name."""
     key = await _read_model(request, KeyDigest)
     with _answer_write_errors():
-        gateway.keys.put(name, key.sha256)
+        await gateway.put_key(name, key.sha256)
 
 
 @admin_router.delete("/keys/{name}", status_code=HTTPStatus.NO_CONTENT)
 async def delete_key(name: str, gateway: Opened) -> None:
     """Delete an API key. Idempotent."""
     with _answer_write_errors():
-        gateway.keys.delete(name)
+        await gateway.delete_key(name)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
 from typing import Protocol
 from urllib.parse import quote
@@ -19,11 +19,6 @@ _LOAD_S_MAX, _UNLOAD_S_MAX = 600.0, 60.0
 _ERROR_CHARACTERS_MAX = 2000
 
 _log = logging.getLogger(__name__)
-
-
-def is_unload_due(*, keep_warm_s: float, idle_s: float, requests: int) -> bool:
-    """Return whether models are to be unloaded: no request is there, and none came for the keep-warm time."""
-    return requests == 0 and idle_s >= keep_warm_s
 
 
 class ModelLoader(Protocol):
@@ -46,8 +41,8 @@ class ModelLifecycle:
     """Loads and unloads the models of one endpoint. To be used in one event loop.
 
     A gateway that starts does not know whether the models are loaded, so that the first request asks their server.
-    A loaded model is never loaded again, because its server would do the work twice. Promises: no request is sent to
-    models while they load or unload, and one load serves all requests that wait for it.
+    A loaded model is never loaded again, because its server would do the work twice. Promises: no model is loaded and
+    unloaded at once, and one load serves all requests that wait for it.
 
     Args:
         choose_loader: Returns what loads and unloads; called for each model, since the route may change.
@@ -65,6 +60,7 @@ class ModelLifecycle:
         unload_s_max: float = _UNLOAD_S_MAX,
     ) -> None:
         self.state: ModelState = "unknown"
+        self.waiting = 0
         self._choose_loader = choose_loader
         self._observe_load = observe_load
         self._load_s_max, self._unload_s_max = load_s_max, unload_s_max
@@ -80,24 +76,36 @@ class ModelLifecycle:
         if self.state == "awake" or rule is None:
             return
         if self._loading is None or self._loading.done():
-            self.state = "waking"
             self._loading = asyncio.create_task(self._load(versions))
             # Requests that wait get the error. Reading it here avoids asyncio's warning where none waits any more.
             self._loading.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self.waiting += 1
         try:
             async with asyncio.timeout(rule.hold_s_max):
                 await asyncio.shield(self._loading)
         except TimeoutError:
             message = f"The model must be loaded within {rule.hold_s_max:g} s, but is still loading. Try again later."
             raise Unanswered(message, retry_after_s=1) from None
+        finally:
+            self.waiting -= 1
 
-    async def unload(self, versions: Sequence[ServedVersion], *, count_requests: Callable[[], int]) -> bool:
-        """Unload the models, unless a request came in the meantime. Return whether all were; log what fails."""
+    async def unload(self, versions: Sequence[ServedVersion], *, hold_requests: Callable[[], Awaitable[bool]]) -> bool:
+        """Unload the models, and return whether all were; log what fails.
+
+        Args:
+            versions: What is unloaded.
+            hold_requests: Called first, once `state` is not awake: has further requests wait for a load, and returns
+                whether no request is on its way to the models. They stay loaded where it returns False.
+        """
         async with self._changing:
-            if count_requests():
+            before, self.state = self.state, "unknown"
+            if not await hold_requests():
+                self.state = before
                 return False
-            self.state = "asleep"
-            return all([await self._unload(served) for served in _list_models(versions)])
+            try:
+                return all([await self._unload(served) for served in _list_models(versions)])
+            finally:
+                self.state = "asleep"
 
     def mark_lost(self) -> None:
         """Note that the server no longer has the models, for example after a restart: the next request loads them."""
@@ -107,6 +115,10 @@ class ModelLifecycle:
     async def _load(self, versions: Sequence[ServedVersion]) -> None:
         began = asyncio.get_running_loop().time()
         async with self._changing:
+            if self.state == "awake":
+                # An unload was given up.
+                return
+            self.state = "waking"
             try:
                 async with asyncio.timeout(self._load_s_max):
                     missing = [served for served in versions if not await self._choose_loader().is_loaded(served)]

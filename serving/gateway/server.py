@@ -1,7 +1,8 @@
-"""The server of a gateway: its folder, its socket, and uvicorn with the limits of connections."""
+"""The control plane as a process: `python -m serving.gateway.server FOLDER BYTES_MAX`, which the supervisor starts."""
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import signal
@@ -13,75 +14,86 @@ from typing import NoReturn
 
 import uvicorn
 
-from serving.errors import EndpointFailed
+from serving.errors import BadInput, EndpointFailed
 from serving.gateway.app import build_app
-from serving.gateway.connection import ConnectionLimits, build_protocol
+from serving.gateway.envoy.bootstrap import BootstrapOptions
 from serving.gateway.gateway import Gateway
 from serving.gateway.keys import Keys
 from serving.gateway.store import Store
+from serving.redaction import hide_secrets_in_logs
 
+# An earlier control plane that lost its supervisor is ending.
+_LOCK_S_MAX = 10.0
 _DRAIN_S_MAX = 60
-_IDLE_S_MAX = 75
 
 
-def run_gateway(folder: Path, host: str, port: int, *, bytes_max: int, connections_max: int) -> None:
-    """Serve until SIGTERM or Ctrl-C.
-
-    Args:
-        folder: Where routes, digests of keys and the metering log are stored.
-        host: The address to listen on.
-        port: The port; 0 for any free one.
-        bytes_max: Maximum bytes of all requests at once.
-        connections_max: Maximum connections of clients; further ones are closed.
+def run_control_plane(options: BootstrapOptions) -> None:
+    """Serve the control plane on its Unix socket until SIGTERM, or until the supervisor is gone.
 
     Raises:
-        EndpointFailed: Another gateway uses the folder, a file can't be read, or the port is taken.
+        EndpointFailed: Another gateway uses the folder, or a file can't be read.
         OSError: The folder can't be used.
     """
-    with Store(folder) as store, _open_socket(host, port) as listening:
-        keys = Keys(folder, os.environ)
-        gateway = Gateway(store, keys, bytes_max=bytes_max)
-        host, port = listening.getsockname()[:2]
-        sys.stdout.write(f"The gateway answers at http://{host}:{port}/v2; /docs describes it to the administrator.\n")
-        sys.stdout.flush()
-        _serve(gateway, listening, ConnectionLimits(connections_max=connections_max))
-
-
-def _open_socket(host: str, port: int) -> socket.socket:
-    listening = socket.socket()
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-    except OSError as error:
-        listening.close()
-        message = (
-            f"The gateway must be able to listen on {host}:{port}, got: {error.strerror}. Stop the server that listens "
-            "there, or pass --port."
+    with Store(options.folder, lock_s_max=_LOCK_S_MAX) as store, _listen(options.control_socket) as listening:
+        gateway = Gateway(store, Keys(options.folder, os.environ), options)
+        config = uvicorn.Config(
+            build_app(gateway),
+            http="httptools",
+            access_log=False,
+            log_level="warning",
+            # Longer than Envoy keeps a connection idle.
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=_DRAIN_S_MAX,
+            server_header=False,
+            date_header=False,
+            ws="none",
         )
-        raise EndpointFailed(message) from None
+        # The objects of now stay for good. The garbage collector would delay requests by examining them.
+        gc.collect()
+        gc.freeze()
+        server = _Server(config)
+        # Uvicorn drains, and then raises the signal again for the previous handler.
+        signal.signal(signal.SIGTERM, _exit)
+        server.run(sockets=[listening])
+
+
+class _Server(uvicorn.Server):
+    """Ends as well when the supervisor closes the other end of standard input."""
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().add_reader(sys.stdin.fileno(), self._read_end)
+        await super().serve(sockets)
+
+    def _read_end(self) -> None:
+        if not os.read(sys.stdin.fileno(), 1):
+            asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+            self.should_exit = True
+
+
+def _listen(path: Path) -> socket.socket:
+    listening = socket.socket(socket.AF_UNIX)
+    path.unlink(missing_ok=True)
+    listening.bind(str(path))
+    path.chmod(0o600)
+    listening.listen(2048)
     return listening
-
-
-def _serve(gateway: Gateway, listening: socket.socket, limits: ConnectionLimits) -> None:
-    config = uvicorn.Config(
-        build_app(gateway),
-        http=build_protocol(limits),
-        access_log=False,
-        log_level="warning",
-        backlog=2048,
-        timeout_keep_alive=_IDLE_S_MAX,
-        timeout_graceful_shutdown=_DRAIN_S_MAX,
-        server_header=False,
-        date_header=False,
-        ws="none",
-    )
-    # The objects of now stay for good. The garbage collector would delay requests by examining them.
-    gc.collect()
-    gc.freeze()
-    # Uvicorn drains, and then raises the signal again for the previous handler.
-    signal.signal(signal.SIGTERM, _exit)
-    uvicorn.Server(config).run(sockets=[listening])
 
 
 def _exit(_number: int, _frame: FrameType | None) -> NoReturn:
     sys.exit(0)
+
+
+def main() -> None:
+    """Run the control plane; exit with 1 and the reason where it cannot start."""
+    folder, bytes_max = Path(sys.argv[1]), int(sys.argv[2])
+    hide_secrets_in_logs()
+    try:
+        run_control_plane(BootstrapOptions(folder=folder, bytes_max=bytes_max))
+    except (BadInput, EndpointFailed) as error:
+        sys.exit(str(error))
+    except OSError as error:
+        sys.exit(f"The gateway must be able to use {folder}, got: {error}. Grant access, or pass another --folder.")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -13,29 +16,28 @@ from pydantic import ValidationError
 from serving.errors import EndpointFailed
 from serving.gateway.route import SavedEndpoint
 
-_LOCK = "gateway.lock"
+_LOCK, _SUPERVISOR_LOCK = "gateway.lock", "supervisor.lock"
+_LOCK_POLL_S = 0.05
 _ROUTES = "routes"
 
 
 class Store:
-    """The folder of one gateway.
+    """The folder of one gateway, as its control plane uses it.
+
+    Args:
+        folder: The folder, which is created where it is missing.
+        lock_s_max: Seconds to wait for an earlier control plane that is ending.
 
     Raises:
         EndpointFailed: where another gateway uses the folder, or a file cannot be read.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, lock_s_max: float = 0.0) -> None:
         self.folder = folder
         self._routes = folder / _ROUTES
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         make_private_folder(self._routes)
-        self._lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            message = f"Only one gateway may use a folder, got a second for {folder}. Stop the first, or pass --folder."
-            raise EndpointFailed(message) from None
+        self._lock = _lock(folder, _LOCK, lock_s_max)
 
     def __enter__(self) -> Self:
         """Return the store."""
@@ -57,6 +59,33 @@ class Store:
         """Delete a route. Idempotent."""
         (self._routes / f"{endpoint}.json").unlink(missing_ok=True)
         _fsync_folder(self._routes)
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Generator[None]:
+    """Hold a gateway's folder, which it creates, for the supervisor. Raises EndpointFailed where another one has it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = _lock(folder, _SUPERVISOR_LOCK, 0.0)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(folder: Path, name: str, seconds_max: float) -> int:
+    descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + seconds_max
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(_LOCK_POLL_S)
+                continue
+            os.close(descriptor)
+            message = f"Only one gateway may use a folder, got a second for {folder}. Stop the first, or pass --folder."
+            raise EndpointFailed(message) from None
+        return descriptor
 
 
 def _read_route(path: Path) -> SavedEndpoint:

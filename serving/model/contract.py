@@ -168,15 +168,22 @@ def _find_tensor_problem(column: Column, source: pa.DataType) -> str | None:
     width = int(np.prod(column.shape))
     storage = source.storage_type if isinstance(source, pa.BaseExtensionType) else source
     must = f"column {column.name!r} must hold {width} {column.dtype} values a row"
+    value = Column(name=column.name, dtype=column.dtype, policy=column.policy)
     if isinstance(source, pa.FixedShapeTensorType) and _find_tensor_shape(source) != column.shape:
         return f"{must} in the shape {column.shape}, got {source}"
     if pa.types.is_fixed_size_list(storage):
         if storage.list_size != width:
             return f"{must}, got {source}"
-    elif not (pa.types.is_list(storage) or pa.types.is_large_list(storage)):
-        return f"{must}, got {source}"
-    value = Column(name=column.name, dtype=column.dtype, policy=column.policy)
+    elif not is_list(storage):
+        if width > 1:
+            return f"{must}, got {source}"
+        return _find_scalar_problem(value, source)
     return _find_scalar_problem(value, storage.value_type)
+
+
+def is_list(source: pa.DataType) -> bool:
+    """Return whether a type is a list, of any length or of one that is fixed."""
+    return bool(pa.types.is_list(source) or pa.types.is_large_list(source) or pa.types.is_fixed_size_list(source))
 
 
 def _find_tensor_shape(tensor: pa.FixedShapeTensorType) -> tuple[int, ...] | None:

@@ -10,7 +10,7 @@ rejects the same rows.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -20,7 +20,17 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from serving.model.contract import OPAQUE_DTYPES, Column, Contract, Input, casts_safely, convert_fill_value, is_text
+from serving.model.contract import (
+    OPAQUE_DTYPES,
+    Column,
+    Contract,
+    Input,
+    casts_safely,
+    convert_fill_value,
+    is_list,
+    is_text,
+)
+from serving.model.shared_memory import Allocate
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
@@ -112,6 +122,10 @@ class Encoded:
             length_N=None if self.length_N is None else self.length_N[start:stop],
         )
 
+    def with_own_flags(self) -> Encoded:
+        """Return the same rows with flags of their own: what a model adds to those is not seen elsewhere."""
+        return replace(self, flags=Flags(self.flags.code_N.copy(), list(self.flags.reasons)))
+
     def repeat(self, times: int) -> Encoded:
         """Return copies of the rows, several times over, in the same memory layout."""
         return Encoded(
@@ -122,19 +136,24 @@ class Encoded:
         )
 
 
-def encode(contract: Contract, table: pa.Table) -> Encoded:
+def encode(contract: Contract, table: pa.Table, allocate: Allocate = np.empty) -> Encoded:
     """Turn N rows of a table into the model's inputs.
 
     Rows that break the contract are flagged and keep their place, with any value in it; the caller overwrites
     such a row with a good one before a pass. An optional column that is missing is a column of nulls.
+
+    Args:
+        contract: What the model takes.
+        table: The rows.
+        allocate: Makes the arrays of columns of numbers, each of a column or of lists.
     """
     flags = Flags.all_good(table.num_rows)
     columns = dict(zip(table.column_names, table.columns, strict=True))
-    inputs = {value.name: _encode_input(value, columns, flags) for value in contract.inputs}
+    inputs = {value.name: _encode_input(value, columns, flags, allocate) for value in contract.inputs}
     return Encoded(inputs=inputs, flags=flags, rows=table.num_rows)
 
 
-def _encode_input(value: Input, columns: Columns, flags: Flags) -> Array:
+def _encode_input(value: Input, columns: Columns, flags: Flags, allocate: Allocate) -> Array:
     rows = len(flags.code_N)
     if value.dtype in OPAQUE_DTYPES:
         arrays = [_encode_opaque(column, _find_chunks(column, columns, rows), flags) for column in value.columns]
@@ -145,7 +164,7 @@ def _encode_input(value: Input, columns: Columns, flags: Flags) -> Array:
             _fill_scalars(out_N, column, _find_chunks(column, columns, rows), flags)
         return buffer_FN.T
     (column,) = value.columns
-    out = np.empty((rows, *column.shape), dtype=value.dtype)
+    out = allocate((rows, *column.shape), value.dtype)
     chunks = _find_chunks(column, columns, rows)
     if column.shape:
         _fill_lists(out.reshape(rows, math.prod(column.shape)), column, chunks, flags)
@@ -161,6 +180,15 @@ def _repeat_array(value: Array, times: int) -> Array:
         buffer[:] = np.tile(value.T, times)
         return buffer.T
     return np.concatenate([value] * times)
+
+
+def copy_array(value: Array) -> Array:
+    """Return a copy of an array of rows, in the memory layout that inputs are made in."""
+    if value.ndim > 1 and not value.flags.c_contiguous:
+        buffer = np.empty((*value.shape[:0:-1], len(value) + _PAD), dtype=value.dtype)[..., : len(value)]
+        buffer[:] = value.T
+        return buffer.T
+    return value.copy()
 
 
 def _find_chunks(column: Column, columns: Columns, rows: int) -> list[pa.Array]:
@@ -256,12 +284,15 @@ def _to_nanoseconds(chunk: pa.Array) -> tuple[pa.Array, Mask]:
 
 
 def _fill_lists(out_NW: Array, column: Column, chunks: list[pa.Array], flags: Flags) -> None:
-    """Fill [N, W] from a column of lists by one copy an Arrow chunk."""
+    """Fill [N, W] from a column of lists by one copy an Arrow chunk; lists of one value may be values."""
     start = 0
     for chunk in chunks:
         storage = chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk
         stop = start + len(storage)
-        _fill_lists_chunk(out_NW[start:stop], column, storage, flags, start)
+        if out_NW.shape[1] == 1 and not is_list(storage.type):
+            _fill_chunk(out_NW[start:stop, 0], column, storage, flags, start)
+        else:
+            _fill_lists_chunk(out_NW[start:stop], column, storage, flags, start)
         start = stop
 
 

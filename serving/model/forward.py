@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import logging
 import random
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -21,27 +20,19 @@ import numpy as np
 import numpy.typing as npt
 
 from serving.errors import DependencyFault, DeviceLost, ModelFailed, OvernightError
-from serving.faults import is_dependency_fault, is_own_exit
+from serving.faults import describe_error, is_dependency_fault, is_device_lost, is_out_of_memory, is_own_exit
 from serving.model.contract import Contract
-from serving.model.encoding import Encoded, Flags
-from serving.model.interface import Arrays, Model, Overlapping, Predictions
+from serving.model.encoding import Encoded, Flags, copy_array
+from serving.model.interface import Arrays, Halted, Isolated, Model, Overlapping, Predictions
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-_REASON_LENGTH_MAX = 200
-# Cases without an OutOfMemoryError: torch's CPU allocator, allocations outside its CUDA cache, and cuBLAS.
-_MEMORY_WORDS = ("can't allocate memory", "out of memory", "cublas_status_alloc_failed")
-_DEVICE_WORDS = ("cuda error", "hip error", "device-side assert", "cublas_status", "cudnn_status")
 # About 39 s in all: long enough for a service to restart.
 _DELAYS_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 _CHECK_SECONDS = 0.1
 
 _log = logging.getLogger(__name__)
-
-
-class Halted(Exception):
-    """Scoring stopped because `may_continue` returned False."""
 
 
 class ModelExit(Exception):
@@ -73,6 +64,7 @@ class Forward:
         safe_batch_size: The largest batch that fits in memory, in the same unit. None until a batch did not fit.
         proven: Whether a row has had a prediction. Until then a batch whose rows all fail raises ModelFailed.
         may_continue: Called before each batch and while waiting; where it returns False, scoring ends with Halted.
+        keeps_inputs: Whether each pass is made over a copy of its inputs, so that others find them as they were.
         delays: Gives the seconds to wait before each retry of a pass that failed by a dependency (serving.faults).
     """
 
@@ -82,6 +74,7 @@ class Forward:
     safe_batch_size: int | None = None
     proven: bool = field(default=False)
     may_continue: Callable[[], bool] = field(default=lambda: True, repr=False)
+    keeps_inputs: bool = False
     delays: Callable[[], Iterator[float]] = field(default=iter_retry_delays, repr=False)
     sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
     _overlapping: Overlapping | None = field(init=False, repr=False)
@@ -94,7 +87,7 @@ class Forward:
 
         Rows that have lengths are passed in order of length, in batches of at most `batch_size` tokens with padding.
         Predictions and flags are returned in the order of the rows. Flags the rows that the model fails on, and those
-        whose predictions are not finite. The inputs of every flagged row are overwritten.
+        whose predictions are not finite. The inputs of every flagged row are overwritten, unless they are kept.
 
         Raises:
             ModelFailed: Every row of the first batch fails, or a batch fails whose rows are good.
@@ -122,7 +115,8 @@ class Forward:
         for start, stop in itertools.pairwise(rows.find_edges(self.batch_size)):
             if not self.may_continue():
                 raise Halted
-            waiting.append(self._begin_batch(rows.cut(start, stop), flags, start))
+            batch = rows.cut(start, stop)
+            waiting.append(self._begin_batch(batch.copy() if self.keeps_inputs else batch, flags, start))
             if len(waiting) > ahead:
                 self._finish_batch(waiting.popleft(), flags, out)
         for each in waiting:
@@ -187,7 +181,7 @@ class Forward:
         except Exception as again:
             message = (
                 "A batch must pass once its failing rows are replaced, got "
-                f"{_describe_error(again)} with {len(bad)} of {rows} rows replaced. "
+                f"{describe_error(again)} with {len(bad)} of {rows} rows replaced. "
                 "The model fails on batches, not on rows."
             )
             raise ModelFailed(message) from again
@@ -195,7 +189,7 @@ class Forward:
     def _find_bad_rows(self, batch: _Batch, low: int, high: int, error: Exception, bad: dict[int, str]) -> None:
         """Add to `bad` each failing row of [low, high), which fails as a whole with `error`."""
         if high - low == 1:
-            bad[low] = _describe_error(error)
+            bad[low] = describe_error(error)
             return
         middle = (low + high) // 2
         for start, stop in ((low, middle), (middle, high)):
@@ -215,38 +209,43 @@ class Forward:
         except (OvernightError, Halted):
             raise
         except Exception as error:
-            if _is_device_lost(error):
+            if is_device_lost(error):
                 message = (
-                    f"The device must answer, got {_describe_error(error)}. This process ends; call again to resume."
+                    f"The device must answer, got {describe_error(error)}. This process ends; call again to resume."
                 )
                 raise DeviceLost(message) from error
-            if not _is_out_of_memory(error) or batch.rows == 1:
+            if not is_out_of_memory(error) or batch.rows == 1:
                 raise
-        self.safe_batch_size = max(1, batch.size // 2)
-        return self._predict_in_pieces(batch, self.safe_batch_size)
+        # What fits is known once all of it has: where one row alone does not, it is the row's fault, not the batch's.
+        size = max(1, batch.size // 2)
+        predictions = self._predict_in_pieces(batch, size)
+        self.safe_batch_size = min(size, self.safe_batch_size or size)
+        return predictions
 
     def _predict(self, batch: _Batch) -> Predictions:
         """Call the model, and again after each delay where a dependency fails.
 
-        The model gets a copy each time, since it may write to its inputs.
+        The model gets a copy each time, since it may write to its inputs; one in another process gets its own anyway.
         """
         delays: Iterator[float] | None = None
         tries = 0
         while True:
             tries += 1
             try:
+                if isinstance(self.model, Isolated):
+                    return self.model.predict_while(batch.inputs, self.may_continue)
                 inputs = {name: value.copy(order="K") for name, value in batch.inputs.items()}
                 return _call_model(self.model.predict, inputs)
             except OvernightError:
                 raise
             except Exception as error:
-                if _is_out_of_memory(error) or _is_device_lost(error) or not is_dependency_fault(error):
+                if is_out_of_memory(error) or is_device_lost(error) or not is_dependency_fault(error):
                     raise
                 delays = delays or self.delays()
                 seconds = next(delays, None)
                 if seconds is None:
                     raise _make_dependency_fault(error, tries) from error
-                _log.warning("The model failed with %s. It is called again in %.1f s.", _describe_error(error), seconds)
+                _log.warning("The model failed with %s. It is called again in %.1f s.", describe_error(error), seconds)
             self._wait(seconds)
 
     def _wait(self, seconds: float) -> None:
@@ -295,6 +294,10 @@ class _Batch:
     def cut(self, start: int, stop: int) -> _Batch:
         length_n = None if self.length_n is None else self.length_n[start:stop]
         return _Batch({name: value[start:stop] for name, value in self.inputs.items()}, length_n)
+
+    def copy(self) -> _Batch:
+        """Return the batch in memory of its own: small enough for the cache, where the pass then finds it."""
+        return _Batch({name: copy_array(value) for name, value in self.inputs.items()}, self.length_n)
 
     def fill(self, bad_n: npt.NDArray[np.bool_], good: int) -> None:
         """Replace bad rows by copies of a good one, in place; nothing else in the batch changes."""
@@ -352,37 +355,18 @@ def _call_model(call: Callable[[T], R], argument: T) -> R:
     except (SystemExit, KeyboardInterrupt) as error:
         if not is_own_exit(error):
             raise
-        message = f"it must return, got {_describe_error(error)}"
+        message = f"it must return, got {describe_error(error)}"
         raise ModelExit(message) from None
     except BaseException as error:
         # Libraries in Rust raise this where they panic; it is not an Exception.
         if type(error).__name__ != "PanicException":
             raise
-        raise ModelExit(_describe_error(error)) from None
+        raise ModelExit(describe_error(error)) from None
 
 
 def _make_dependency_fault(error: Exception, tries: int) -> DependencyFault:
     return DependencyFault(
-        f"What the model calls and runs on must answer, got {_describe_error(error)} (tries: {tries}). No row is "
+        f"What the model calls and runs on must answer, got {describe_error(error)} (tries: {tries}). No row is "
         "rejected for that. Fix the connection, the service or the file and call again; the run resumes. Where the "
         "error is about a row, have the model raise ValueError(...) from None."
     )
-
-
-def _describe_error(error: BaseException) -> str:
-    """Describe an exception in words that are the same in every attempt, without memory addresses."""
-    text = re.sub(r"0[xX][0-9a-fA-F]+", "0x...", " ".join(str(error).split()))
-    return f"{type(error).__name__}: {text}"[:_REASON_LENGTH_MAX]
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _MEMORY_WORDS)
-
-
-def _is_device_lost(error: Exception) -> bool:
-    """Return whether a torch error means that the device failed, not the rows."""
-    if _is_out_of_memory(error) or not isinstance(error, RuntimeError):
-        return False
-    return type(error).__name__ == "AcceleratorError" or any(word in str(error).lower() for word in _DEVICE_WORDS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
@@ -11,6 +11,7 @@ from pydantic import Field
 
 from serving.model.contract import Frozen
 from serving.model.encoding import BatchUnit, Encoded
+from serving.model.shared_memory import Allocate
 
 
 class Engine(Frozen):
@@ -34,7 +35,7 @@ class Engine(Frozen):
             self.precision: self.precision != "float32",
             "compiled": self.compiled,
         }
-        return ", ".join(words for words, differs in parts.items() if differs) or "torch (default kernels)"
+        return ", ".join(words for words, differs in parts.items() if differs) or "one thread a slot"
 
 
 class TuningLimits(Frozen):
@@ -90,6 +91,35 @@ class Overlapping(Protocol):
 
     def finish(self, begun: Any) -> dict[str, npt.NDArray[Any]]:
         """Wait for a pass and return its outputs, as `predict` would."""
+        ...
+
+
+class Halted(Exception):
+    """Scoring stopped because `may_continue` returned False."""
+
+
+@runtime_checkable
+class Isolated(Protocol):
+    """A model whose passes are made in a process of its own, so that one can be ended before it is finished."""
+
+    def predict_while(self, inputs: Arrays, may_continue: Callable[[], bool]) -> dict[str, npt.NDArray[Any]]:
+        """Return the outputs as `predict` would; the inputs are not written to.
+
+        Raises Halted where `may_continue`, which is asked a few times a second, returns False.
+        """
+        ...
+
+    def lend_memory(self, rows: int) -> Allocate:
+        """Return what makes the arrays that so many rows are encoded into."""
+        ...
+
+
+@runtime_checkable
+class SlotMemory(Protocol):
+    """A model whose slots take memory of their own that is known before: processes, or the keys and values of texts."""
+
+    def count_slot_bytes(self, slots: int, batch_size: int) -> int:
+        """Return what so many slots take, with passes of so many rows or tokens."""
         ...
 
 

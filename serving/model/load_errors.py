@@ -7,17 +7,12 @@ each load, so that setting it changes nothing.
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mlflow.models import Model as MLmodel
-from packaging.requirements import InvalidRequirement, Requirement
-from pydantic import Field
 
 from serving.errors import ModelUnfit
-from serving.model.contract import Frozen
+from serving.model.requirements import check_requirements, make_install_command, read_model_environment
 from serving.option_words import give_option
 
 # How a model of each flavour is logged so that nothing in it needs unpickling.
@@ -69,7 +64,7 @@ def _advise_pickle() -> str:
 
 def _advise_packages(folder: Path, error: Exception) -> str:
     """Return the line that installs what the model's own requirements name and this environment lacks."""
-    install = make_install_command(list(check_requirements(folder)))
+    install = make_install_command(check_requirements(read_model_environment(folder)))
     if install:
         return f"Its requirements name what is not here: {install}"
     if isinstance(error, ModuleNotFoundError):
@@ -78,45 +73,6 @@ def _advise_packages(folder: Path, error: Exception) -> str:
             "with extra_pip_requirements, or with code_paths where it is a module of yours."
         )
     return ""
-
-
-class RequirementCheck(Frozen):
-    """One package that a model asks for, beside what is installed here."""
-
-    name: str
-    wanted: str = Field(description="As the model's requirements have it.")
-    installed: str | None = Field(description="The version here, null where there is none.")
-    fits: bool = Field(description="Whether the version here is one that is wanted.")
-
-
-def make_install_command(requirements: Sequence[RequirementCheck]) -> str | None:
-    """Return the pip command that installs what is missing here or differs, None where nothing does."""
-    wanted = [each.wanted for each in requirements if not each.fits]
-    return f"pip install {shlex.join(wanted)}" if wanted else None
-
-
-def check_requirements(folder: Path) -> Iterator[RequirementCheck]:
-    """Yield each package of a model's requirements.txt; lines that name none, such as options and paths, are left out.
-
-    MLflow itself counts only where it is missing: any of its versions reads the models of others.
-    """
-    try:
-        lines = (folder / "requirements.txt").read_text().splitlines()
-    except (OSError, UnicodeDecodeError):
-        return
-    for line in (line.partition(" #")[0].strip() for line in lines):
-        try:
-            asked = Requirement(line)
-        except InvalidRequirement:
-            continue
-        if asked.marker is not None and not asked.marker.evaluate():
-            continue
-        try:
-            found = version(asked.name)
-        except PackageNotFoundError:
-            found = None
-        fits = found is not None and (asked.name == "mlflow" or asked.specifier.contains(found, prereleases=True))
-        yield RequirementCheck(name=asked.name, wanted=line, installed=found, fits=fits)
 
 
 def _shorten(error: Exception) -> str:

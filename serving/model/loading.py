@@ -6,28 +6,24 @@ Shapes: every input is [N, *shape] and every output [N, *shape] of the contract.
 from __future__ import annotations
 
 import functools
-import inspect
-import sys
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
-from copy import deepcopy
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import numpy.typing as npt
-from mlflow import MlflowException
 from mlflow.models import Model as MLmodel
 
-from serving.errors import ModelUnfit
+from serving.errors import ModelUnfit, OvernightError
 from serving.machine import pause_garbage_collection, set_variable
 from serving.model.contract import Contract
 from serving.model.encoding import BatchUnit, Encoded
 from serving.model.interface import Arrays, Engine, Tunable, TuningLimits
 from serving.model.load_errors import explain_load_error
 from serving.model.model_files import check_files
-from serving.model.outputs import name_outputs
+from serving.model.processes import ModelFiles, ProcessModel, ProcessOptions
+from serving.model.python_model import ALLOW_PICKLE, CallForm, OutputForm, PythonModel, suppress_bytecode
 from serving.model.registry import (
     FileStates,
     ModelPin,
@@ -36,15 +32,27 @@ from serving.model.registry import (
     digest_folder,
     read_file_states,
 )
+from serving.model.requirements import list_libraries
 
 _DEFAULT_ENGINE = Engine()
+# The model of a run, and its challengers.
+_MODELS_KEPT = 5
 
 
 @pause_garbage_collection()
-def load_model(resolved: Resolved, contract: Contract, *, allow_pickle: bool = False) -> Tunable:
+def load_model(
+    resolved: Resolved, contract: Contract, *, allow_pickle: bool = False, processes: ProcessOptions | None = None
+) -> Tunable:
     """Load a resolved model, once in each process.
 
     A model that was logged as code runs its code, whatever `allow_pickle` says.
+
+    Args:
+        resolved: The model.
+        contract: What it takes and returns.
+        allow_pickle: Whether it may be unpickled.
+        processes: Run a model of Python in processes of its own, so. Without, it runs in this process, as torch
+            modules and text models always do.
 
     Raises:
         ModelUnfit: The model is pickled and `allow_pickle` is not set, since unpickling runs any code in the file; or a
@@ -52,6 +60,8 @@ def load_model(resolved: Resolved, contract: Contract, *, allow_pickle: bool = F
     """
     with _load_lock:
         files = resolved.files or _hash_files(resolved)
+        if processes and not resolved.is_torch and not resolved.is_text:
+            return _load_in_processes(resolved, files, contract, allow_pickle=allow_pickle, options=processes)
         loaded = _load_cached(resolved.folder, resolved.pin, files, resolved.is_torch, allow_pickle)
         if not resolved.is_torch:
             _models_that_read_files[resolved.pin.digest] = (resolved.folder, files)
@@ -67,6 +77,36 @@ def load_model(resolved: Resolved, contract: Contract, *, allow_pickle: bool = F
 
         return make_text_model(loaded, contract) or PyfuncModel(loaded, contract)
     return PyfuncModel(loaded, contract)
+
+
+def _load_in_processes(
+    resolved: Resolved, files: FileStates, contract: Contract, *, allow_pickle: bool, options: ProcessOptions
+) -> ProcessModel:
+    """Load a model in a process; the latest five are kept, with their processes, for the next call."""
+    folder = resolved.folder
+    form = make_call_form(resolved.mlmodel, contract)
+    key = (resolved.pin, files, allow_pickle, contract.model_dump_json(), options)
+    _models_that_read_files[resolved.pin.digest] = (folder, files)
+    model = _models_in_processes.pop(key, None)
+    if model is None:
+        try:
+            allowed = allow_pickle or check_files(folder, resolved.mlmodel)
+            libraries = tuple(list_libraries(folder))
+            loaded = ModelFiles(folder=folder, form=form, allow_pickle=allowed, libraries=libraries)
+            model = ProcessModel(loaded, contract, options)
+            model.processes.load()
+        except OvernightError:
+            raise
+        except Exception as error:
+            raise explain_load_error(folder, error, allow_pickle=allow_pickle) from error
+        check_files_unchanged(resolved.pin, folder, files)
+    _models_in_processes[key] = model
+    while len(_models_in_processes) > _MODELS_KEPT:
+        del _models_in_processes[next(iter(_models_in_processes))]
+    return model
+
+
+_models_in_processes: dict[Any, ProcessModel] = {}
 
 
 def check_model_unchanged(pin: ModelPin) -> None:
@@ -94,41 +134,27 @@ def _hash_files(resolved: Resolved) -> FileStates:
     return files
 
 
-# MLflow reads this variable at every load; without it, unpickling is allowed.
-_ALLOW_PICKLE = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"
-
 _load_lock = threading.Lock()
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=_MODELS_KEPT)
 def _load_cached(folder: Path, pin: ModelPin, files: FileStates, is_torch: bool, allow_pickle: bool) -> Any:  # noqa: FBT001 - keys of the cache
     import mlflow.pyfunc  # noqa: PLC0415 - seconds of imports that a finished run does not need
 
     try:
         # MLflow refuses skops files as it does pickles, unless this says that they were checked.
         allowed = allow_pickle or check_files(folder, MLmodel.load(str(folder / "MLmodel")))
-        with set_variable(_ALLOW_PICKLE, str(allowed).lower()), _suppress_bytecode():
+        with set_variable(ALLOW_PICKLE, str(allowed).lower()), suppress_bytecode():
             if is_torch:
                 model = _load_torch(folder, allow_pickle=allow_pickle)
             else:
-                model = mlflow.pyfunc.load_model(str(folder))
+                model = mlflow.pyfunc.load_model(str(folder), suppress_warnings=True)
     except ModelUnfit:
         raise
     except Exception as error:  # a flavour's loader may raise anything; it all means the same here
         raise explain_load_error(folder, error, allow_pickle=allow_pickle) from error
     check_files_unchanged(pin, folder, files)
     return model
-
-
-@contextmanager
-def _suppress_bytecode() -> Generator[None]:
-    """Keep Python from writing bytecode caches into a model's folder, which belongs to the registry."""
-    before = sys.dont_write_bytecode
-    sys.dont_write_bytecode = True
-    try:
-        yield
-    finally:
-        sys.dont_write_bytecode = before
 
 
 def _load_torch(folder: Path, *, allow_pickle: bool) -> Any:
@@ -158,10 +184,9 @@ def _is_training(node: Any) -> bool:
 
 
 class PyfuncModel:
-    """Any other flavour, through mlflow.pyfunc: a DataFrame or arrays in, any form of outputs.
+    """Any other flavour, through mlflow.pyfunc in this process: a DataFrame or arrays in, any form of outputs.
 
-    Raises ModelUnfit where the contract has params that the model's own `predict` has no argument for: MLflow would
-    leave them out without a word.
+    Raises ModelUnfit where the contract has params that the model's own `predict` has no argument for.
     """
 
     # The checks of each call take longer than many models do, so batches are larger than torch's.
@@ -170,15 +195,7 @@ class PyfuncModel:
     batch_unit: BatchUnit = "rows"
 
     def __init__(self, model: Any, contract: Contract) -> None:
-        self._model = model
-        self._contract = contract
-        schema = model.metadata.signature.inputs
-        self._tensors = schema.is_tensor_spec()
-        self._unnamed = schema.inputs[0].name is None
-        specs = zip(contract.inputs, schema.inputs, strict=True) if self._tensors else ()
-        self._texts = {value.name: spec.type.kind for value, spec in specs if spec.type.kind in "US"}
-        if contract.params:
-            _check_takes_params(model, contract)
+        self._model = PythonModel(model, make_call_form(model.metadata, contract))
 
     def prepare(self, encoded: Encoded) -> Encoded:
         """Return the inputs as they are."""
@@ -186,17 +203,7 @@ class PyfuncModel:
 
     def predict(self, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
         """Run the model on N rows."""
-        import pandas as pd  # noqa: PLC0415
-
-        rows = len(next(iter(inputs.values())))
-        given: Any = dict(inputs) | {name: _to_fixed_width(inputs[name], kind) for name, kind in self._texts.items()}
-        if self._unnamed:
-            (given,) = given.values()
-        if not self._tensors:
-            given = pd.DataFrame({0: given} if self._unnamed else given, copy=False)
-        # A copy, since a model may change what it is given.
-        raw = self._model.predict(given, params=deepcopy(self._contract.params) or None)
-        return name_outputs(raw, self._contract.outputs, rows, np.asarray)
+        return self._model.predict(inputs)
 
     @contextmanager
     def slot(self) -> Generator[None]:
@@ -217,20 +224,15 @@ class PyfuncModel:
         return self
 
 
-def _check_takes_params(model: Any, contract: Contract) -> None:
-    with suppress(MlflowException):  # of another flavour, all of which take them
-        predict = model.unwrap_python_model().predict
-        if "params" not in inspect.signature(predict).parameters:
-            message = (
-                f"The model's predict must take an argument `params` to be given {sorted(contract.params)}, got "
-                f"predict{inspect.signature(predict)}. Add it and log the model again, or leave the params out."
-            )
-            raise ModelUnfit(message)
-
-
-def _to_fixed_width(text_N: npt.NDArray[Any], kind: str) -> npt.NDArray[Any]:
-    """Return text as numpy's fixed-width kind, which MLflow requires for tensors of text."""
-    if any(item is None for item in text_N.flat):
-        message = f"a tensor of {np.dtype(kind).name} can't hold a null"
-        raise ValueError(message)
-    return text_N.astype(kind)
+def make_call_form(mlmodel: MLmodel, contract: Contract) -> CallForm:
+    """Return how a model is called, by its signature and its contract."""
+    schema = mlmodel.signature.inputs
+    tensors = schema.is_tensor_spec()
+    specs = zip(contract.inputs, schema.inputs, strict=True) if tensors else ()
+    return CallForm(
+        tensors=tensors,
+        unnamed=schema.inputs[0].name is None,
+        fixed_texts={value.name: spec.type.kind for value, spec in specs if spec.type.kind in "US"},
+        outputs=tuple(OutputForm(each.name, each.dtype, each.shape) for each in contract.outputs),
+        params=dict(contract.params),
+    )

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
-from typing import Any
 
-import yaml
 from pydantic import Field
 
 from serving.errors import BadInput, ModelUnfit
 from serving.model.contract import Contract, Frozen
-from serving.model.load_errors import RequirementCheck, check_requirements, make_install_command
 from serving.model.loading import load_model
-from serving.model.registry import Resolved, resolve_model
+from serving.model.registry import resolve_model
+from serving.model.requirements import (
+    RequirementCheck,
+    check_requirements,
+    make_install_command,
+    read_model_environment,
+)
 
 # Files that Python or torch unpickle, by what those who write them call them.
 _PICKLED = {".pkl", ".pickle", ".joblib", ".pth", ".pt"}
@@ -73,7 +76,8 @@ def check_model(uri: str, *, allow_pickle: bool = False) -> ModelCheck:
         load_model(resolved, contract, allow_pickle=allow_pickle)
     except (ModelUnfit, BadInput) as error:
         problems.append(str(error))
-    requirements = tuple(check_requirements(resolved.folder))
+    environment = read_model_environment(resolved.folder)
+    requirements = tuple(check_requirements(environment))
     return ModelCheck(
         model=resolved.pin.uri,
         digest=resolved.pin.digest,
@@ -82,7 +86,7 @@ def check_model(uri: str, *, allow_pickle: bool = False) -> ModelCheck:
         loads=not problems,
         problems=tuple(problems),
         contract=contract,
-        python_logged=_read_python(resolved),
+        python_logged=environment.python,
         python_here=platform.python_version(),
         requirements=requirements,
         install=make_install_command(requirements),
@@ -100,15 +104,6 @@ def _describe_packages(requirements: tuple[RequirementCheck, ...], unfit: list[R
         f"{each.wanted} ({'is missing' if each.installed is None else f'{each.installed} here'})" for each in unfit
     ]
     return f"{len(unfit)} of {len(requirements)} differ: {', '.join(differ)}"
-
-
-def _read_python(resolved: Resolved) -> str | None:
-    """Return the version of Python that a model was logged with, where its description tells."""
-    pyfunc: Any = resolved.mlmodel.flavors.get("python_function", {})
-    told = pyfunc.get("python_version")
-    if told is None and (file := resolved.folder / "python_env.yaml").is_file():
-        told = (yaml.safe_load(file.read_text()) or {}).get("python")
-    return None if told is None else str(told)
 
 
 def _list_files(folder: Path, suffixes: set[str]) -> list[str]:

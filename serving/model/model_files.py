@@ -8,6 +8,7 @@ the records that torch.export.save writes are accepted, in a zip that all reader
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 import zipfile
@@ -38,6 +39,9 @@ _TRUSTED_TYPES = {
     "lightgbm.sklearn.LGBMRegressor",
 }
 _TYPES_SHOWN = 10
+# What skops writes of a numpy dtype, as fitted imputers hold one: an empty array in numpy's own format, which is read
+# without unpickling. skops has yet to decide whether to trust it, and MLflow logs no such model unless it is listed.
+_DTYPE, _DTYPE_LOADER = "numpy.dtype", "DTypeNode"
 _BOOSTER = "lightgbm.basic.Booster"
 
 
@@ -107,7 +111,24 @@ def _is_skops(folder: Path, mlmodel: MLmodel) -> bool:
 def _untrusted_types(path: Path) -> list[str]:
     import skops.io  # noqa: PLC0415 - few models need it
 
-    return sorted(set(skops.io.get_untrusted_types(file=path)) - _TRUSTED_TYPES)
+    untrusted = set(skops.io.get_untrusted_types(file=path)) - _TRUSTED_TYPES
+    if _DTYPE in untrusted:
+        with zipfile.ZipFile(path) as archive:
+            if _are_dtypes_arrays(json.loads(archive.read("schema.json"))):
+                untrusted.remove(_DTYPE)
+    return sorted(untrusted)
+
+
+def _are_dtypes_arrays(state: Any) -> bool:
+    """Return whether every numpy dtype in what skops keeps of a model is read from an empty array, and not made."""
+    if isinstance(state, list):
+        return all(map(_are_dtypes_arrays, state))
+    if not isinstance(state, dict):
+        return True
+    name = f"{state.get('__module__')}.{state.get('__class__')}"
+    if name == _DTYPE and state.get("__loader__") != _DTYPE_LOADER:
+        return False
+    return all(map(_are_dtypes_arrays, state.values()))
 
 
 def _is_unambiguous_zip(file: Any, size: int) -> bool:

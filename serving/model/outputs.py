@@ -6,21 +6,45 @@ Shapes: N rows; every output is [N, *shape].
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from serving.errors import ModelFailed
-from serving.model.contract import Output
+
+
+class Output(Protocol):
+    """An output as a contract has it."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """The name of its type in numpy, or `str`."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a row."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """The number of values of a row."""
+        ...
+
 
 _LABELS_SHOWN = 3
 _LOG_AGAIN = "Log the model again with the signature of what it returns."
 
 
 def name_outputs(
-    raw: Any, outputs: tuple[Output, ...], rows: int, to_numpy: Callable[[Any], npt.NDArray[Any]]
+    raw: Any, outputs: Sequence[Output], rows: int, to_numpy: Callable[[Any], npt.NDArray[Any]]
 ) -> dict[str, npt.NDArray[Any]]:
     """Return what a model returned as outputs by name, each in its shape and dtype.
 
@@ -63,11 +87,14 @@ def _restore_order(value: Any, rows: int) -> Any:
     raise ModelFailed(message)
 
 
-def _select_by_name(raw: Any, outputs: tuple[Output, ...]) -> dict[str, Any]:
+def _select_by_name(raw: Any, outputs: Sequence[Output]) -> dict[str, Any]:
     names = [output.name for output in outputs]
     if hasattr(raw, "columns") and hasattr(raw, "iloc"):
         return _select_by_column(raw, outputs)
     if isinstance(raw, Mapping):
+        if len(names) == len(raw) == 1:
+            # A signature of an array names no output, and the model may.
+            return dict(zip(names, raw.values(), strict=True))
         if missing := [name for name in names if name not in raw]:
             message = f"The model must return {names}, got {sorted(map(str, raw))}: {missing} missing. {_LOG_AGAIN}"
             raise ModelFailed(message)
@@ -80,7 +107,7 @@ def _select_by_name(raw: Any, outputs: tuple[Output, ...]) -> dict[str, Any]:
     return dict(zip(names, raw, strict=True))
 
 
-def _select_by_column(frame: Any, outputs: tuple[Output, ...]) -> dict[str, Any]:
+def _select_by_column(frame: Any, outputs: Sequence[Output]) -> dict[str, Any]:
     """Take the outputs from a DataFrame by name, else by position; no column may be left over."""
     names = [output.name for output in outputs]
     if all(name in frame.columns for name in names):

@@ -20,17 +20,21 @@ import numpy as np
 from mlflow.models import Model as MLmodel
 from pydantic import AliasChoices, Field
 
-from serving.errors import DependencyFault, DeviceLost, ModelFailed
+from serving.errors import DependencyFault, DeviceLost, ModelFailed, ModelUnfit
 from serving.model.batching import BatchingConfig
 from serving.model.contract import Contract, Frozen
 from serving.model.encoding import Encoded, Flags
+from serving.model.environment_choice import OwnEnvironment, restore_own_environment
 from serving.model.forward import Forward
 from serving.model.interface import Arrays, Engine, Predictions, Tunable
 from serving.model.loading import load_model
+from serving.model.processes import ProcessOptions
 from serving.model.registry import ModelPin, Resolved
 
 RELEASE_FILE = "release.json"
 MODEL_FOLDER = "model"
+# As long as model servers wait for an answer.
+_PASS_SECONDS_MAX = 60.0
 
 # Why a request has no predictions: its rows and the model, or what the model calls, which is worth another try.
 PredictionError = ModelFailed | DependencyFault
@@ -54,6 +58,12 @@ class Release(Frozen):
     scaling: Scaling = Scaling()
     allow_pickle: bool = Field(default=False, description="Load a model that needs unpickling, which runs its code.")
     rows_max: int = Field(default=4096, ge=1, le=1 << 16, description="Rows of one request, at most.")
+    environment: OwnEnvironment | None = Field(
+        default=None,
+        description="The model's own Python environment; null: that of the server.",
+        # Servers of an earlier release of Overnight know of none, and refuse what they don't know.
+        exclude_if=lambda value: value is None,
+    )
 
     @property
     def version(self) -> str:
@@ -109,6 +119,9 @@ class Runtime:
             predictions = self._forward.score(encoded)
         except (ModelFailed, DependencyFault) as error:
             return [error] * len(requests)
+        except ModelUnfit as error:
+            # It did load once: its process was ended, and another one did not come up. The next request tries again.
+            return [DependencyFault(str(error))] * len(requests)
         return [_slice_predictions(predictions, encoded.flags, *between) for between in itertools.pairwise(edges)]
 
     def __enter__(self) -> Self:
@@ -122,12 +135,22 @@ class Runtime:
 
 
 def open_release(folder: Path) -> Runtime:
-    """Load the release in a folder. Raises ModelUnfit where the model does not load here."""
+    """Load the release in a folder, in a process of the model's own environment where it has one.
+
+    Raises ModelUnfit where the model does not load here, and EnvironmentUnusable where its own environment is lost and
+    can't be made here.
+    """
     release = Release.model_validate_json((folder / RELEASE_FILE).read_text())
     # MLflow does not recognise the files through a link.
     files = (folder / MODEL_FOLDER).resolve()
     resolved = Resolved(pin=release.pin, folder=files, mlmodel=MLmodel.load(str(files / "MLmodel")))
-    model = load_model(resolved, release.contract, allow_pickle=release.allow_pickle).with_engine(release.engine)
+    processes = None
+    if release.environment is not None:
+        # The server has other packages: the model runs in a process beside it, which ends with the server's.
+        python = restore_own_environment(release.environment, release.pin, files)
+        processes = ProcessOptions(python=python, seconds_max=_PASS_SECONDS_MAX)
+    loaded = load_model(resolved, release.contract, allow_pickle=release.allow_pickle, processes=processes)
+    model = loaded.with_engine(release.engine)
     # A request of more rows than a batch goes in passes of the model's own size.
     size = max(model.batch_size, release.batching.batch_size_max) if model.batch_unit == "rows" else model.batch_size
     # Proven: a request whose rows all fail is no reason to give the model up.

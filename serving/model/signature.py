@@ -153,7 +153,9 @@ def _read_tensor_input(spec: TensorSpec, name: str, named: Names, policies: Poli
         raise ModelUnfit(message)
     dtype = _read_tensor_dtype(spec, f"Input {name!r}")
     sources = named.get(name, (name,))
-    if len(shape) == 1 and (len(sources) > 1 or (name in named and shape == (1,))):
+    # Text is in no list. A number may be in a list of one, which the table says.
+    is_scalar = shape == (1,) and (name in named or dtype in OPAQUE_DTYPES)
+    if len(shape) == 1 and (len(sources) > 1 or is_scalar):
         if len(sources) != shape[0]:
             message = (
                 f"Input {name!r} must be fed by {shape[0]} columns, got {len(sources)}: {list(sources)}. "
@@ -281,7 +283,7 @@ def _read_output(spec: ColSpec | TensorSpec, at: int, total: int) -> Output:
     name = spec.name if isinstance(spec.name, str) else "prediction" if total == 1 else f"prediction_{at}"
     if isinstance(spec, ColSpec):
         if not isinstance(spec.type, DataType) or _SCALARS[spec.type] in ("binary", "datetime64[ns]"):
-            message = f"Output {name!r} must be numbers or text, got {spec.type}. Log the model with another signature."
+            message = f"Output {name!r} must be numbers or text, got {spec.type}. {_advise_output(spec)}"
             raise ModelUnfit(message)
         return Output(name=name, dtype=_SCALARS[spec.type])
     shape = tuple(int(size) for size in spec.shape[1:])
@@ -293,3 +295,12 @@ def _read_output(spec: ColSpec | TensorSpec, at: int, total: int) -> Output:
         message = f"Output {name!r} must be numbers or text, got {spec.type}. Log the model with another signature."
         raise ModelUnfit(message)
     return Output(name=name, dtype=dtype, shape=() if shape == (1,) else shape)
+
+
+def _advise_output(spec: ColSpec) -> str:
+    if isinstance(spec.type, DataType):
+        return "Log the model with another signature."
+    return (
+        "Log a mlflow.pyfunc.PythonModel around it, with the model as an artifact, that returns a DataFrame with each "
+        "value as a column of its own."
+    )

@@ -20,7 +20,7 @@ from serving.errors import ModelUnfit
 from serving.machine import count_cores
 from serving.model.contract import Contract
 from serving.model.encoding import Array, BatchUnit, Encoded
-from serving.model.interface import Engine, TuningLimits
+from serving.model.interface import Engine, Tunable, TuningLimits
 from serving.model.outputs import name_outputs
 from serving.model.torch_model import enter_slot, list_engines, prepare_module
 
@@ -57,13 +57,18 @@ class Network(Protocol):
         ...
 
 
-def make_text_model(loaded: Any, contract: Contract) -> TextModel | None:
+def make_text_model(loaded: Any, contract: Contract) -> Tunable | None:
     """Return a loaded pyfunc model as a text model, None where it must run through pyfunc.
 
-    A text model turns one text into embeddings or classes. A model with parameters runs through pyfunc, which applies
-    them. Raises ModelUnfit where the signature has other outputs than the model.
+    A text model turns one text into embeddings, classes or a completion. A model of embeddings or classes with
+    parameters runs through pyfunc, which applies them. Raises ModelUnfit where the signature has other outputs than the
+    model, BadInput where a parameter of a model that generates text has an invalid value.
     """
     flavors = loaded.metadata.flavors
+    if flavors.get("transformers", {}).get("task") == "text-generation":
+        from serving.model.generation import make_generation_model  # noqa: PLC0415 - seconds of imports of transformers
+
+        return make_generation_model(loaded, contract)
     one_text = [(value.dtype, value.shape) for value in contract.inputs] == [("str", ())]
     if not one_text or loaded.metadata.signature.params or loaded.model_config:
         return None

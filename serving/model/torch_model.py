@@ -135,13 +135,38 @@ def copy_with_onednn(module: nn.Module) -> nn.Module | None:
 
     None where it has no such layer.
     """
+    copied = _copy_sharing_weights(module)
+    replaced = _replace_in_graph(copied) if isinstance(copied, fx.GraphModule) else _replace_in_modules(copied)
+    return copied if replaced else None
+
+
+def _copy_sharing_weights(module: nn.Module) -> nn.Module:
     shared = {id(value): value for value in (*module.parameters(), *module.buffers())}
     with warnings.catch_warnings():
         # torch deprecates a check that its own copying makes.
         warnings.simplefilter("ignore", FutureWarning)
-        copied = copy.deepcopy(module, shared)
-    replaced = _replace_in_graph(copied) if isinstance(copied, fx.GraphModule) else _replace_in_modules(copied)
-    return copied if replaced else None
+        return copy.deepcopy(module, shared)
+
+
+def copy_with_packed_weights(module: nn.Module, rows: int) -> nn.Module | None:
+    """Return a copy of a module whose linear layers keep their weights in the layout that oneDNN computes with.
+
+    That takes the memory of those weights once more. It pays where passes have few rows, as those of a decode loop do:
+    without it the layout is made in each pass. `rows` is how many a pass is expected to have.
+
+    None where the module has no linear layer of float32 or bfloat16.
+    """
+    copied = _copy_sharing_weights(module)
+    places = [
+        (parent, name)
+        for parent in copied.modules()
+        for name, child in parent.named_children()
+        if _is_unhooked_linear(child) and child.weight.dtype in (torch.float32, torch.bfloat16)
+    ]
+    with torch.inference_mode():
+        for parent, name in places:
+            setattr(parent, name, _PackedLinear(getattr(parent, name), rows))
+    return copied if places else None
 
 
 def _replace_in_graph(module: fx.GraphModule) -> bool:
@@ -200,8 +225,12 @@ def _is_intermediate(parent: nn.Module) -> bool:
 
 
 def _is_plain_linear(child: nn.Module) -> bool:
+    return _is_unhooked_linear(child) and child.weight.dtype is torch.float32
+
+
+def _is_unhooked_linear(child: nn.Module) -> bool:
     hooked = child._forward_hooks or child._forward_pre_hooks  # noqa: SLF001 - a hook wants torch's own call
-    return type(child) is nn.Linear and child.weight.dtype is torch.float32 and not hooked
+    return type(child) is nn.Linear and not hooked
 
 
 class _OneDnnLinear(nn.Module):
@@ -227,6 +256,20 @@ class _OneDnnLinear(nn.Module):
             bias = self.bias
             self._bfloat16 = self.weight.detach().bfloat16(), None if bias is None else bias.detach().bfloat16()
         return self._bfloat16
+
+
+class _PackedLinear(nn.Module):
+    """A linear layer through oneDNN, whose weight is in oneDNN's own layout."""
+
+    def __init__(self, linear: nn.Linear, rows: int) -> None:
+        super().__init__()
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)  # noqa: SLF001 - as above
+        self._bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        values: Any = (x, self._weight, self._bias, "none", [], "none")
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(*values)  # noqa: SLF001
+        return out
 
 
 def check_inputs_once(module: Any) -> Any:

@@ -21,10 +21,10 @@ from serving.model.batching import BATCH_ROWS_MAX
 from serving.model.contract import Contract, Frozen
 from serving.model.encoding import Encoded
 from serving.model.forward import Forward
-from serving.model.interface import Engine, Model, Predictions, Tunable, TuningLimits
+from serving.model.interface import Engine, Isolated, Model, Predictions, Tunable, TuningLimits
 
 _WINDOW_SECONDS = 0.06
-_BUDGET_SECONDS = 4.0
+BUDGET_SECONDS = 4.0
 _PASS_SECONDS_MAX = 0.5
 _FINAL_ROUNDS = 3
 _FINALISTS = 3
@@ -50,7 +50,7 @@ class Trial(Frozen):
 
 
 class Tuning(Frozen):
-    """The chosen setting, and the best of those that were measured."""
+    """The chosen setting, the best of those that were measured, and the seconds that measuring might take."""
 
     machine: str
     limits: TuningLimits = Field(validation_alias=AliasChoices("limits", "wish"))
@@ -59,6 +59,7 @@ class Tuning(Frozen):
     slots: int
     rows_per_second: float
     trials: tuple[Trial, ...]
+    seconds_max: float = BUDGET_SECONDS
 
 
 def tune(
@@ -69,19 +70,21 @@ def tune(
     *,
     machine: str,
     clock: Callable[[], float],
+    seconds_max: float = BUDGET_SECONDS,
 ) -> Tuning | None:
     """Measure engines and batch sizes on prepared rows with all slots running, and choose.
 
-    Takes about four seconds, more where one pass does. Sizes are tried from the smallest, slow engines are dropped, and
-    the best settings are measured again in turn. An engine whose bits differ from torch's default kernels is chosen
-    only where it is at least 1.1 times as fast and its predictions stay within 1e-5 (relative, for float32) or within
-    the caller's tolerance (absolute, for bfloat16).
+    Takes about so many seconds, more where one pass does, beside what loading the model for each slot takes. Sizes are
+    tried from the smallest, slow engines are dropped, and the best settings are measured again in turn. In less than
+    four seconds only the default engine is tried: to prepare another may take longer than it gains. An engine whose
+    bits differ from torch's default kernels is chosen only where it is at least 1.1 times as fast and its predictions
+    stay within 1e-5 (relative, for float32) or within the caller's tolerance (absolute, for bfloat16).
 
     Returns None where no row of the sample can be scored. Raises what the model raises.
     """
     if (sample.flags.code_N != 0).all():
         return None
-    run = _TuningRun(model, contract, sample, limits, clock)
+    run = _TuningRun(model, contract, sample, limits, clock, seconds_max)
     run.measure_sizes()
     best = run.choose()
     return Tuning(
@@ -92,6 +95,7 @@ def tune(
         slots=limits.slots or run.models[best.engine].slots,
         rows_per_second=best.rows_per_second,
         trials=tuple(run.rank()[:_TRIALS_KEPT]),
+        seconds_max=seconds_max,
     )
 
 
@@ -119,21 +123,32 @@ class _TuningRun:
     sample: Encoded
     limits: TuningLimits
     clock: Callable[[], float]
+    seconds_max: float
     until: float = field(init=False)
     models: dict[Engine, Tunable] = field(init=False)
     differences: dict[Engine, float] = field(init=False)
     trials: dict[tuple[Engine, int], Trial] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.models = {engine: self.model.with_engine(engine) for engine in self.model.engines(self.limits)}
+        engines = self.model.engines(self.limits)
+        kept = engines if self.seconds_max >= BUDGET_SECONDS else engines[:1]
+        self.models = {engine: self.model.with_engine(engine) for engine in kept}
         self.differences = self._compare_engines()
-        self.until = self.clock() + _BUDGET_SECONDS
+        self._warm_up()
+        self.until = self.clock() + self.seconds_max
+
+    def _warm_up(self) -> None:
+        """Have the process of every slot, which is no part of what is measured."""
+        for engine in self.differences if isinstance(self.model, Isolated) else ():
+            self._measure_rate(engine, self.limits.batch_size or self.model.batch_sizes[0])
 
     def _compare_engines(self) -> dict[Engine, float]:
         """Return the engines whose predictions of the sample are near enough to the default's, with the differences."""
         size = self.limits.batch_size or self.model.batch_sizes[0]
         few = self.sample.slice_rows(0, _count_rows_to_score(self.sample, size))
         plain, *others = self.models
+        if not others:
+            return {plain: 0.0}
         expected = self._predict(plain, few, size)
         kept = {plain: 0.0}
         for engine in others:
@@ -164,7 +179,7 @@ class _TuningRun:
         engines = list(self.differences)
         for size in [self.limits.batch_size] if self.limits.batch_size else self.model.batch_sizes:
             for engine in engines:
-                if self.trials and self.clock() > self.until:
+                if self.trials and self.clock() + self._expect_seconds(size) > self.until:
                     return
                 self._measure_trial(engine, size)
             rates = {engine: self.trials[engine, size].rows_per_second for engine in engines}
@@ -175,6 +190,12 @@ class _TuningRun:
             rows = _estimate_rows_per_pass(self.sample, size)
             if best < _SLOW_RATIO * fastest or rows >= self.sample.rows or rows / best > _PASS_SECONDS_MAX:
                 return
+
+    def _expect_seconds(self, size: int) -> float:
+        """Return what a trial of a size takes: each slot makes a pass to warm up, and one or more that count."""
+        fastest = max(trial.rows_per_second for trial in self.trials.values())
+        slots = self.limits.slots or self.model.slots
+        return max(_WINDOW_SECONDS, 2 * slots * _estimate_rows_per_pass(self.sample, size) / fastest)
 
     def _measure_trial(self, engine: Engine, size: int) -> None:
         self.trials[engine, size] = Trial(
@@ -199,7 +220,7 @@ class _TuningRun:
         finalists = list({(t.engine, t.batch_size): t for t in (*ranked[:_FINALISTS], *plain[:1])})
         rates: dict[tuple[Engine, int], list[float]] = {at: [self.trials[at].rows_per_second] for at in finalists}
         for _, (engine, size) in itertools.product(range(_FINAL_ROUNDS), finalists):
-            if len(finalists) > 1 and self.clock() < self.until + _BUDGET_SECONDS / 2:
+            if len(finalists) > 1 and self.clock() < self.until + self.seconds_max / 2:
                 rates[engine, size].append(self._measure_rate(engine, size))
         for at, measured in rates.items():
             self.trials[at] = self.trials[at].model_copy(update={"rows_per_second": statistics.median(measured)})
@@ -215,9 +236,19 @@ def _choose_trial(trials: Sequence[Trial], *, plain: Engine) -> Trial:
 
 
 def measure_throughput(
-    model: Model, contract: Contract, sample: Encoded, batch_size: int, slots: int, clock: Callable[[], float]
+    model: Model,
+    contract: Contract,
+    sample: Encoded,
+    batch_size: int,
+    slots: int,
+    clock: Callable[[], float],
+    *,
+    pass_seconds_max: float = _PASS_SECONDS_MAX,
 ) -> float:
-    """Return the rows a second of all slots together on prepared rows, after one pass each to warm up."""
+    """Return the rows a second of all slots together on prepared rows, after one pass each to warm up.
+
+    A first pass that takes longer than `pass_seconds_max` is the measurement itself.
+    """
     ready = threading.Barrier(slots)
 
     def run() -> float:
@@ -229,7 +260,7 @@ def measure_throughput(
                 forward.score(first)
                 warm = clock() - start
                 ready.wait()
-                if warm > _PASS_SECONDS_MAX:
+                if warm > pass_seconds_max:
                     return first.rows / warm
                 return _measure_steady_rate(forward, mine, first.rows, clock)
         except BaseException:

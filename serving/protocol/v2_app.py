@@ -13,8 +13,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from serving.errors import BadRequest, DependencyFault, ModelFailed
+from serving.model.graph import AnyRelease
 from serving.model.interface import Arrays, Predictions
-from serving.model.release import Release
 from serving.protocol.oip import (
     HEADER_LENGTH,
     ModelMetadata,
@@ -46,7 +46,7 @@ async def _is_always_ready() -> bool:
 
 
 def create_v2_app(
-    release: Release,
+    release: AnyRelease,
     predict: Predict,
     server: ServerMetadata,
     *,
@@ -75,7 +75,7 @@ def create_v2_app(
 
 @dataclass(frozen=True, slots=True)
 class _Routes:
-    release: Release
+    release: AnyRelease
     predict: Predict
     server: ServerMetadata
     is_ready: Ready

@@ -5,6 +5,7 @@ Rendered as service.py beside release.json and the model's files, and run by Ben
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import math
 import sys
@@ -16,14 +17,14 @@ import numpy as np
 from aiohttp import ClientConnectionError
 from bentoml.exceptions import ServiceUnavailable
 
-from serving.errors import DependencyFault, ModelFailed
 from serving.model.interface import Arrays, Predictions
-from serving.model.release import RELEASE_FILE, Release, open_predictor
+from serving.model.release import RELEASE_FILE, PredictionError, Release, open_predictor, unwrap_prediction
 from serving.protocol.oip import ServerMetadata
 from serving.protocol.v2_app import Overloaded, create_v2_app
 
 FOLDER = Path(__file__).parent
 RELEASE = Release.model_validate_json((FOLDER / RELEASE_FILE).read_text())
+_PAUSES_SECONDS = (0.0, 0.02, 0.1, 0.5)
 NO_ACCESS_LOG = {"access": {"enabled": False}}
 
 
@@ -52,13 +53,10 @@ class Model:
         max_latency_ms=60_000,
     )
     async def predict_requests(self, requests: list[Any]) -> list[Any]:
-        """Return the outputs of each request, or the reason why it has none."""
+        """Return the outputs of each request, or the error that it has instead: BentoML hides what is raised."""
         # What comes from another process lies in memory that can't be written to.
         owned = [{name: np.require(values, requirements="W") for name, values in each.items()} for each in requests]
-        predictions = await self._predictor.predict_requests(owned)
-        if fault := next((each for each in predictions if isinstance(each, DependencyFault)), None):
-            raise ServiceUnavailable(str(fault))
-        return [str(each) if isinstance(each, ModelFailed) else each for each in predictions]
+        return await self._predictor.predict_requests(owned)
 
 
 @bentoml.service(name=RELEASE.endpoint, traffic={"timeout": 60, "max_concurrency": 1024}, logging=NO_ACCESS_LOG)
@@ -71,22 +69,28 @@ class Endpoint:
 async def predict(inputs: Arrays) -> Predictions:
     """Have the model predict the rows of one request."""
     try:
-        try:
-            prediction = await _ask_model(inputs)
-        except ClientConnectionError:
-            # The model's process closes connections that were idle for 5 s, which can't be set in BentoML, and its
-            # client goes on using them for 15 s: one may be closed just as it is used again. Asked twice, the answer
-            # is the same.
-            prediction = await _ask_model(inputs)
+        return unwrap_prediction(await _ask_patiently(inputs))
     except ServiceUnavailable as error:
         message = f"The model must be able to take another request, got {error}. Try again in a second."
         raise Overloaded(message) from error
-    if isinstance(prediction, str):
-        raise ModelFailed(prediction)
-    return dict(prediction)
 
 
-async def _ask_model(inputs: Arrays) -> Any:
+async def _ask_patiently(inputs: Arrays) -> Predictions | PredictionError:
+    """Ask the model, and again where the connection was closed: asked twice, its answer is the same.
+
+    The model's process closes connections that were idle for 5 s, which can't be set in BentoML, and its client goes on
+    using them for 15 s: several in a row may be closed just as they are used again.
+    """
+    for pause in _PAUSES_SECONDS:
+        try:
+            return await _ask_model(inputs)
+        except ClientConnectionError:
+            await asyncio.sleep(pause)
+    return await _ask_model(inputs)
+
+
+async def _ask_model(inputs: Arrays) -> Predictions | PredictionError:
+    prediction: Predictions | PredictionError
     (prediction,) = await bentoml.get_current_service().model.to_async.predict_requests([dict(inputs)])
     return prediction
 

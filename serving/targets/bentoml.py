@@ -6,15 +6,19 @@ package inside, for `bentoml containerize` and whatever runs containers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from serving.gateway.route import Route
 from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Release
 from serving.targets import ReleaseFiles
 from serving.targets.folder import SERVE_FILE, render_folder, resolve_interpreter
+from serving.targets.kubernetes_cluster import Cluster, Manifest, place_versions
+from serving.targets.kubernetes_routes import render_gateway_api
 
 SERVICE = "service:Endpoint"
 _SOURCE = Path(__file__).with_name("bento_service.py")
@@ -68,6 +72,19 @@ class BentoML:
             "python": python,
             "envs": [{"name": name, "value": value} for name, value in _ENVIRONMENT.items()],
         }
+
+    def render_rollout(
+        self,
+        endpoint: str,
+        route: Route,
+        releases: Mapping[str, Release],  # noqa: ARG002 - the Services of containers are those who run them make
+        cluster: Cluster,
+    ) -> tuple[Manifest, ...]:
+        """Return what divides requests among Services NAME-vVERSION, port 80, of the containers that were built.
+
+        Raises BadInput for a route that a cluster's Envoy cannot have.
+        """
+        return render_gateway_api(endpoint, place_versions(route, endpoint, cluster.namespace), cluster)
 
 
 _ENVIRONMENT = {"BENTOML_DO_NOT_TRACK": "True", "MLFLOW_DISABLE_TELEMETRY": "true"}

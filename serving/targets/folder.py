@@ -7,6 +7,8 @@ A release lies in FOLDER/<endpoint>/<version>/, with two files for the controlle
   stands for the folder of the release, and {port}, {port2} and so on for free ports on loopback.
 - status.json, which the controller writes and `FolderHost` reads: the fields of `Status`.
 
+FOLDER/<endpoint>/kubernetes is no release. It has the endpoint's manifests for a cluster, where those are asked for.
+
 infra/local/controller.py is a controller for one machine. Its `Serve` is the schema of serve.json.
 """
 
@@ -36,6 +38,7 @@ from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Release
 from serving.targets import Address, ReleaseFiles, Target
 
 SERVE_FILE, STATUS_FILE = "serve.json", "status.json"
+_CLUSTER_FOLDER, ROLLOUT_FILE = "kubernetes", "rollout.yaml"
 _LOCK_FILE = ".controller.lock"
 _POLL_S = 0.05
 _END_S_MAX = 30.0
@@ -184,17 +187,29 @@ class FolderHost:
         folder, rendered = self._release_folder(release), self.target.render(release, model)
         status = _read_status(folder)
         if not _has_files(folder, rendered) or (status is not None and status.state in ("failed", "ended")):
-            self.remove(release)
+            self._take_down(folder)
             write_folder(rendered, folder)
         try:
             return Address(url=self._wait_until_ready(folder, release), model=release.endpoint, version=None)
         except EndpointFailed:
-            self.remove(release)
+            self._take_down(folder)
             raise
 
     def remove(self, release: Release) -> None:
-        """Take a release down: its server ends what it has begun, then its files are removed. Idempotent."""
+        """Take a release down: its server ends what it has begun, then its files are removed. Idempotent.
+
+        With the last release of an endpoint go its manifests.
+        """
         folder = self._release_folder(release)
+        self._take_down(folder)
+        manifests = folder.parent / _CLUSTER_FOLDER
+        with suppress(OSError):
+            if [manifests] == list(folder.parent.iterdir()):
+                remove_folder(manifests)
+                folder.parent.rmdir()
+
+    def _take_down(self, folder: Path) -> None:
+        """Have the server in a folder end, and remove the folder."""
         with suppress(NotADirectoryError):
             (folder / SERVE_FILE).unlink(missing_ok=True)
         # Another call that removed serve.json may still wait for the server to end, which needs its files until then.
@@ -204,6 +219,23 @@ class FolderHost:
         remove_folder(folder)
         with suppress(OSError):  # Other versions may be there, or on their way: write_folder makes it again.
             folder.parent.rmdir()
+
+    def read_release(self, endpoint: str, version: str) -> Release | None:
+        """Return a release of the folder, None where it is not there. Raises EndpointFailed where it is damaged."""
+        path = self.folder / endpoint / version / RELEASE_FILE
+        try:
+            return Release.model_validate_json(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except ValidationError as error:
+            message = f"{path} must be a release that this package wrote, got {error}. Deploy the version again."
+            raise EndpointFailed(message) from None
+
+    def write_rollout(self, endpoint: str, manifests: bytes) -> None:
+        """Put the manifests of an endpoint's rollout beside its releases; others than these are replaced at once."""
+        folder, rendered = self.folder / endpoint / _CLUSTER_FOLDER, ReleaseFiles(files={ROLLOUT_FILE: manifests})
+        if not _has_files(folder, rendered):
+            write_folder(rendered, folder)
 
     def status(self, release: Release) -> Status | None:
         """Return what the controller wrote of a release, None where it wrote nothing yet."""

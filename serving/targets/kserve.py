@@ -3,22 +3,34 @@
 On a cluster Triton serves the model, and batches by the configuration in its repository. KServe's own batcher is never
 asked for: it speaks version 1 of the protocol alone. KServe's Python server has no versions in its routes, and does not
 batch.
+
+A rollout on a cluster is an InferenceService with a predictor for each version, and HTTPRoutes of this project's own
+before their Services: KServe 0.20 makes the predictors of `canary`, but its own HTTPRoute has no weights before the
+release after that, and none copies requests to a shadow.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from serving.errors import BadInput
+from serving.gateway.route import Route
 from serving.model.release import Release
 from serving.targets import ReleaseFiles
 from serving.targets.folder import render_folder, resolve_interpreter
+from serving.targets.kubernetes_cluster import Cluster, Manifest, make_metadata, place_versions
+from serving.targets.kubernetes_routes import render_gateway_api
 
 _HOST = "127.0.0.1"
 _REQUIREMENTS = "infra/local/kserve.txt"
+# KServe takes a list of canaries in this mode alone, in which plain Deployments serve.
+_PERCENT_ERROR_MAX = 1e-6
+_STANDARD = {"serving.kserve.io/deploymentMode": "Standard"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,21 +97,73 @@ class KServe:
         )
 
     def render_inference_service(self, release: Release, canary: Canary | None = None) -> dict[str, Any]:
-        """Return the InferenceService of an endpoint at a release, with a canary of another one where there is one."""
-        spec: dict[str, Any] = {"predictor": self._predictor(release)}
+        """Return the InferenceService of an endpoint at a release, with a canary of another one where there is one.
+
+        Raises BadInput where the canaries are a list and the release may have no replica: KServe's have a fixed number.
+        """
         if canary is not None and self.canary_as == "list":
-            named = {"name": f"v{canary.release.version}", **self._predictor(canary.release)}
-            spec["canary"] = [{"trafficPercent": canary.percent, "predictor": named}]
-        elif canary is not None:
-            spec["predictor"] = {"canaryTrafficPercent": canary.percent, **self._predictor(canary.release)}
+            return self._render_versions(release, [canary], {})
+        predictor = self._render_predictor(release)
+        if canary is not None:
+            predictor = {"canaryTrafficPercent": canary.percent, **self._render_predictor(canary.release)}
         return {
             "apiVersion": "serving.kserve.io/v1beta1",
             "kind": "InferenceService",
             "metadata": {"name": release.endpoint, "namespace": self.namespace},
+            "spec": {"predictor": predictor},
+        }
+
+    def render_rollout(
+        self, endpoint: str, route: Route, releases: Mapping[str, Release], cluster: Cluster
+    ) -> tuple[Manifest, ...]:
+        """Return the InferenceService with a predictor for each version, and what divides the requests among them.
+
+        KServe itself exposes none of it, since nothing there would ask for a key. Raises BadInput for a route that
+        KServe or a cluster's Envoy cannot have.
+        """
+        placed = place_versions(route, endpoint, cluster.namespace, "{endpoint}-v{version}-predictor")
+        divided = render_gateway_api(endpoint, placed, cluster)
+        stable = _find_stable(route)
+        canaries = [
+            Canary(release=releases[version], percent=percent)
+            for version, percent in _count_percents(route).items()
+            if version != stable
+        ]
+        metadata = make_metadata(endpoint, endpoint, cluster.namespace)
+        metadata["labels"]["networking.kserve.io/visibility"] = "cluster-local"
+        return (self._render_versions(releases[stable], canaries, metadata), *divided)
+
+    def _render_versions(
+        self, stable: Release, canaries: Sequence[Canary], metadata: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return an InferenceService whose predictors are named by versions, so that a promotion restarts none."""
+        if canaries and not stable.scaling.replicas_min:
+            message = (
+                f"KServe gives canaries a fixed number of replicas, at most that of the version beside them, but "
+                f"version {stable.version} of {stable.endpoint} may have none. Set replicas_min to 1."
+            )
+            raise BadInput(message)
+        spec: dict[str, Any] = {"predictor": self._render_named(stable)}
+        for canary in canaries:
+            predictor = self._render_named(canary.release)
+            # KServe refuses both: a canary that scales, and one with more replicas than the version beside it.
+            del predictor["maxReplicas"]
+            predictor["minReplicas"] = max(1, min(predictor["minReplicas"], stable.scaling.replicas_min))
+            spec.setdefault("canary", []).append({"trafficPercent": canary.percent, "predictor": predictor})
+        return {
+            "apiVersion": "serving.kserve.io/v1beta1",
+            "kind": "InferenceService",
+            "metadata": {
+                **(metadata or {"name": stable.endpoint, "namespace": self.namespace}),
+                "annotations": dict(_STANDARD),
+            },
             "spec": spec,
         }
 
-    def _predictor(self, release: Release) -> dict[str, Any]:
+    def _render_named(self, release: Release) -> dict[str, Any]:
+        return {"name": f"v{release.version}", **self._render_predictor(release)}
+
+    def _render_predictor(self, release: Release) -> dict[str, Any]:
         return {
             "minReplicas": release.scaling.replicas_min,
             "maxReplicas": release.scaling.replicas_max,
@@ -113,6 +177,26 @@ class KServe:
                 "resources": self.resources.manifest(),
             },
         }
+
+
+def _find_stable(route: Route) -> str:
+    """Return the version that a canary stands beside: of those that are none, the one with the most requests."""
+    canary = None if route.rollout is None else route.rollout.version
+    return max((served for served in route.versions if served.version != canary), key=lambda each: each.weight).version
+
+
+def _count_percents(route: Route) -> dict[str, int]:
+    """Return the shares of versions in percent. Raises BadInput where one is not whole, which KServe could not take."""
+    total = sum(served.weight for served in route.versions)
+    percents = {served.version: 100 * served.weight / total for served in route.versions}
+    for version, percent in percents.items():
+        if abs(percent - round(percent)) > _PERCENT_ERROR_MAX:
+            message = (
+                f"A version on KServe must get a whole percentage of the requests, got {percent:g} for version "
+                f"{version}. Give the canary another share."
+            )
+            raise BadInput(message)
+    return {version: round(percent) for version, percent in percents.items()}
 
 
 _PREDICTOR = '''"""The model of this folder under KServe's server: `python predictor.py --http_port 8080` serves it."""

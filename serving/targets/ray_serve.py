@@ -1,4 +1,4 @@
-"""Ray Serve: one application a release, side by side on one cluster, each behind a route of its own.
+"""Ray Serve: one application a release or a graph, side by side on one cluster, each behind a route of its own.
 
 A release lies in a folder that every node of the cluster sees at the same path (the cluster's image, a shared volume,
 or this machine), and Ray runs it in place. The folder has the modules of this package that the release needs, so that
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -21,12 +21,13 @@ import httpx
 import yaml
 
 from serving.errors import EndpointFailed
+from serving.model.graph import AnyRelease, Graph
 from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Release
 from serving.targets import Address, ReleaseFiles
 from serving.targets.folder import read_imported_modules, remove_folder, write_folder
 
 MODULE = "application"
-DEPLOYMENT = "Endpoint"
+DEPLOYMENT, COMPOSITION = "Endpoint", "Composition"
 _DIGEST_LENGTH = 12
 _SOURCE = Path(__file__).with_name("ray_application.py")
 _GPUS = {"cpu": 0, "cuda": 1}
@@ -58,21 +59,35 @@ class RayServe:
 
     def render(self, release: Release, model: Path) -> ReleaseFiles:
         """Return the application, its config for Ray's REST API and `serve deploy`, and the RayService."""
+        return ReleaseFiles(files=self._render_files(release), trees={MODEL_FOLDER: model})
+
+    def render_graph(self, graph: Graph, models: Sequence[Path]) -> ReleaseFiles:
+        """Return the same of a graph, whose application has a deployment for each step and one that calls them."""
+        steps = [*zip(graph.steps, models, strict=True)]
+        releases = {
+            f"{number}/{RELEASE_FILE}": release.model_dump_json(indent=2).encode()
+            for number, (release, _) in enumerate(steps, start=1)
+        }
+        return ReleaseFiles(
+            files={**self._render_files(graph), **releases},
+            trees={f"{number}/{MODEL_FOLDER}": model for number, (_, model) in enumerate(steps, start=1)},
+        )
+
+    def _render_files(self, release: AnyRelease) -> dict[str, bytes]:
         application = self.render_application(release)
         serve_config = {
             "proxy_location": "EveryNode",
             "http_options": {"host": "127.0.0.1", "port": 8000},
             "applications": [application],
         }
-        files = {
+        return {
             **_read_code(),
             RELEASE_FILE: release.model_dump_json(indent=2).encode(),
             "serve.yaml": _yaml(serve_config),
             "rayservice.yaml": _yaml(self._render_ray_service(release, application)),
         }
-        return ReleaseFiles(files=files, trees={MODEL_FOLDER: model})
 
-    def render_application(self, release: Release) -> dict[str, Any]:
+    def render_application(self, release: AnyRelease) -> dict[str, Any]:
         """Return the application as an entry of a Serve config."""
         return {
             "name": make_application_name(release),
@@ -80,13 +95,23 @@ class RayServe:
             "import_path": f"{MODULE}:application",
             "args": release.batching.model_dump(mode="json"),
             "runtime_env": {"working_dir": f"local://{self.folder.rstrip('/')}/{make_folder_name(release)}"},
-            "deployments": [self._render_deployment(release)],
+            "deployments": self._render_deployments(release),
         }
 
-    def _render_deployment(self, release: Release) -> dict[str, Any]:
+    def _render_deployments(self, release: AnyRelease) -> list[dict[str, Any]]:
+        if isinstance(release, Release):
+            return [self._render_deployment(DEPLOYMENT, release)]
+        steps = [self._render_deployment(f"Step{number}", step) for number, step in enumerate(release.steps, start=1)]
+        composition = self._render_deployment(COMPOSITION, release.steps[0])
+        # It has no model, and waits for those that have one. Each request waits there from its first step to its last.
+        composition["ray_actor_options"] = {"num_cpus": 0, "num_gpus": 0}
+        composition["max_ongoing_requests"] = sum(step["max_ongoing_requests"] for step in steps)
+        return [*steps, composition]
+
+    def _render_deployment(self, name: str, release: Release) -> dict[str, Any]:
         size = release.batching.batch_size_max
         return {
-            "name": DEPLOYMENT,
+            "name": name,
             **self._render_replicas(release),
             # One batch in the model, another that fills.
             "max_ongoing_requests": max(8, 2 * size),
@@ -119,22 +144,23 @@ class RayServe:
         }
         return {"autoscaling_config": autoscaling}
 
-    def _render_ray_service(self, release: Release, application: dict[str, Any]) -> dict[str, Any]:
+    def _render_ray_service(self, release: AnyRelease, application: dict[str, Any]) -> dict[str, Any]:
         serve_config = {
             # Inside of a pod; who reaches it is for the cluster's network policies.
             "http_options": {"host": "0.0.0.0", "port": 8000},  # noqa: S104 - the same
             "applications": [application],
         }
+        steps = (release,) if isinstance(release, Release) else release.steps
         # Every replica may land on a worker of its own.
         worker = {
             "groupName": "replicas",
-            "replicas": max(1, release.scaling.replicas_min),
-            "minReplicas": release.scaling.replicas_min,
-            "maxReplicas": release.scaling.replicas_max,
+            "replicas": len(steps) * max(1, release.scaling.replicas_min),
+            "minReplicas": len(steps) * release.scaling.replicas_min,
+            "maxReplicas": len(steps) * release.scaling.replicas_max,
             "rayStartParams": {},
-            "template": self._render_pod("ray-worker", release),
+            "template": self._render_pod("ray-worker", max(steps, key=_count_resources)),
         }
-        head = {"rayStartParams": {"num-cpus": "0"}, "template": self._render_pod("ray-head", release)}
+        head = {"rayStartParams": {"num-cpus": "0"}, "template": self._render_pod("ray-head", steps[0])}
         return {
             "apiVersion": "ray.io/v1",
             "kind": "RayService",
@@ -165,12 +191,16 @@ class RayServe:
         return {"spec": {"containers": [container], "volumes": [releases]}}
 
 
-def make_application_name(release: Release) -> str:
+def _count_resources(release: Release) -> tuple[int, int]:
+    return _GPUS[release.engine.device], release.engine.threads
+
+
+def make_application_name(release: AnyRelease) -> str:
     """Return the name of a release's application, which is its route too."""
     return f"{release.endpoint}-{release.version}"
 
 
-def make_folder_name(release: Release) -> str:
+def make_folder_name(release: AnyRelease) -> str:
     """Return the name of a release's folder: it changes with whatever is changed about the release.
 
     Replicas of one application read one folder for as long as it runs, so that no folder's contents may change.
@@ -217,13 +247,20 @@ class RayServeHost:
         One that is there under the same name and version is replaced while it serves. Raises EndpointFailed with what
         Ray says, and then what was there before serves on.
         """
+        return self._deploy(release, lambda: self.target.render(release, model))
+
+    def deploy_graph(self, graph: Graph, models: Sequence[Path]) -> Address:
+        """Put a graph up, as `deploy` does a release; `models` has the files of each step."""
+        return self._deploy(graph, lambda: self.target.render_graph(graph, models))
+
+    def _deploy(self, release: AnyRelease, render: Callable[[], ReleaseFiles]) -> Address:
         name, folder = make_application_name(release), self.folder / make_folder_name(release)
         application = self.target.render_application(release)
         address = Address(url=f"{self.serve_url}/{name}", model=release.endpoint, version=release.version)
         with self._open_api() as api:
             before = api.read_status().get(name, {}).get("deployed_app_config")
             if not folder.exists():
-                write_folder(self.target.render(release, model), folder)
+                write_folder(render(), folder)
             try:
                 self._start(api, application, address)
             except EndpointFailed:

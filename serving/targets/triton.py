@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,23 @@ import numpy as np
 import numpy.typing as npt
 
 from serving.errors import EndpointFailed
+from serving.model.graph import AnyRelease, Graph
 from serving.model.release import MODEL_FOLDER, RELEASE_FILE, Release
 from serving.protocol.oip import encode_request
 from serving.protocol.tensors import describe_tensors
 from serving.targets import Address, ReleaseFiles
-from serving.targets.triton_control import TritonControl
+from serving.targets.triton_control import DEAD_PROCESS, TritonControl
 from serving.targets.triton_repository import (
     CONFIG_FILE,
+    MEAN,
+    MEAN_VERSION,
+    is_ensemble,
+    is_served_as,
+    name_graph,
     parse_instances,
     read_releases,
     render_config,
+    render_graph_configs,
     replace_file,
     replace_version,
     set_instances,
@@ -31,8 +38,8 @@ from serving.targets.triton_repository import (
 
 _MODEL_FILE = "model.py"
 _MODEL_PY = Path(__file__).with_name("triton_model.py")
-# What Triton answers for an instance whose process is gone, from then on.
-_DEAD_INSTANCE = "is not healthy"
+_MEAN_PY = Path(__file__).with_name("triton_mean.py")
+_DOTS_OF_A_PART = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +65,26 @@ class TritonTarget:
             trees={f"{version}/{MODEL_FOLDER}": model},
         )
 
+    def render_graph(self, graph: Graph, models: Sequence[Path]) -> ReleaseFiles:
+        """Return the repository of a graph alone: each step as `render` has it, and the ensemble that chains them."""
+        name = name_graph(graph.endpoint, graph.version)
+        steps = [
+            TritonTarget(model=f"{name}.{number}").render(step, model)
+            for number, (step, model) in enumerate(zip(graph.steps, models, strict=True), start=1)
+        ]
+        files = {path: content for step in steps for path, content in step.files.items()}
+        if graph.combine == "mean":
+            files[f"{name}.{MEAN}/{MEAN_VERSION}/{_MODEL_FILE}"] = _MEAN_PY.read_bytes()
+        configs = render_graph_configs(graph)
+        return ReleaseFiles(
+            files={
+                **files,
+                **{f"{each}/{CONFIG_FILE}": config.encode() for each, config in configs.items()},
+                f"{name}/{graph.version}/{RELEASE_FILE}": graph.model_dump_json(indent=1).encode(),
+            },
+            trees={path: tree for step in steps for path, tree in step.trees.items()},
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TritonHost:
@@ -68,6 +95,9 @@ class TritonHost:
     Triton loads all versions of a model again before it lets go of those that serve: no request is lost, and none
     waits for that, since loads go through its gRPC port, at HOST:PORT. Changes to one repository wait for each other,
     from any process. Raises EndpointFailed with Triton's own reason.
+
+    A graph is a model of its own, an ensemble, and so is each of its steps, which no other graph uses. Triton loads and
+    unloads the steps with the ensemble.
     """
 
     repository: Path
@@ -85,18 +115,41 @@ class TritonHost:
             folder = self.repository / name
             with replace_version(folder, release.version, TritonTarget(model=name).render(release, model)):
                 versions = {*read_releases(folder), release.version}
-                self._load_with_config(
-                    folder, render_config(name, release, versions, instances=_read_instances(folder))
+                self._load_with_configs(
+                    folder, {folder: render_config(name, release, versions, instances=_read_instances(folder))}
                 )
-            for other in self._list_models(release.endpoint):
+            for other in self._list_folders(release.endpoint):
                 if other != folder and release.version in read_releases(other):
                     self._remove_version(other, release.version)
-        return Address(url=self.url, model=name, version=release.version)
+        return Address(url=self.url, model=name, version=release.version, grpc=self.grpc)
+
+    def deploy_graph(self, graph: Graph, models: Sequence[Path]) -> Address:
+        """Put a graph up beside what is there, or again where it is there already; `models` has the files of each step.
+
+        Returns once it answers. Where Triton does not load it, the repository and what serves are as before.
+        """
+        name = name_graph(graph.endpoint, graph.version)
+        folder, rendered = self.repository / name, TritonTarget().render_graph(graph, models)
+        with self._lock_repository():
+            instances = self._count_graph_instances(folder)
+            configs = render_graph_configs(graph, instances=instances)
+            try:
+                with ExitStack() as replaced:
+                    for part, version in _list_versions(graph):
+                        replaced.enter_context(replace_version(self.repository / part, version, rendered))
+                    self._load_with_configs(folder, {self.repository / part: text for part, text in configs.items()})
+            except EndpointFailed:
+                if instances is not None:
+                    # Some of its steps may have been loaded already as they were to be.
+                    with suppress(EndpointFailed):
+                        self._control.load(name)
+                raise
+        return Address(url=self.url, model=name, version=graph.version, grpc=self.grpc)
 
     def remove(self, release: Release) -> None:
         """Take a version down and forget its files; others serve on. Idempotent."""
         with self._lock_repository():
-            for folder in self._list_models(release.endpoint):
+            for folder in self._list_folders(release.endpoint):
                 if release.version in read_releases(folder):
                     self._remove_version(folder, release.version)
 
@@ -112,55 +165,75 @@ class TritonHost:
             for folder in self._find_models(endpoint):
                 self._control.unload(folder.name)
 
-    def restart_dead_instances(self, endpoint: str) -> bool:
+    def restart_dead_instances(self, endpoint: str, known: Collection[str] = ()) -> bool:
         """Load an endpoint again where one of its instances has died, which Triton does not restart by itself.
 
-        Asks each version for one row of zeros as often as reaches every instance, and returns whether one was dead.
+        `known` are models of which the caller knows that they have dead instances. Without any, each version is asked
+        for one row of zeros as often as reaches every instance. Returns whether one was dead.
         """
-        dead = [folder for folder in self._find_models(endpoint) if self._has_dead_instance(folder)]
+        dead = [
+            folder
+            for folder in self._find_models(endpoint)
+            if (not {part.name for part in self._list_parts(folder)}.isdisjoint(known))
+            or (not known and self._has_dead_instance(folder))
+        ]
         with self._lock_repository():
             for folder in dead:
-                releases = read_releases(folder)
-                for version in releases:
-                    # Triton keeps the instances that it has, dead ones too, unless the model itself is newer.
-                    (folder / version / _MODEL_FILE).touch()
-                self._control.load(folder.name, releases)
+                # Triton keeps the instances that it has, dead ones too, unless the model itself is newer.
+                for part in self._list_parts(folder):
+                    for file in part.glob(f"*/{_MODEL_FILE}"):
+                        file.touch()
+                self._control.load(folder.name, read_releases(folder))
         return bool(dead)
 
     def scale(self, endpoint: str, instances: int) -> None:
-        """Set how many instances each version of an endpoint runs; those that stay serve on."""
+        """Set how many instances each version of an endpoint, or step of a graph, runs; those that stay serve on."""
         with self._lock_repository():
             for folder in self._find_models(endpoint):
-                before = (folder / CONFIG_FILE).read_text()
-                config = set_instances(before, instances)
-                if config != before and self._control.is_loaded(folder.name):
-                    self._load_with_config(folder, config)
-                elif config != before:
-                    # The next load reads it.
-                    replace_file(folder / CONFIG_FILE, config)
+                before = {part: (part / CONFIG_FILE).read_text() for part in self._list_scaled_parts(folder)}
+                configs = {part: set_instances(config, instances) for part, config in before.items()}
+                if configs == before:
+                    continue
+                if self._control.is_loaded(folder.name):
+                    self._load_with_configs(folder, configs)
+                else:
+                    # The next load reads them.
+                    for part, config in configs.items():
+                        replace_file(part / CONFIG_FILE, config)
 
     def count_instances(self, endpoint: str) -> int:
-        """Return how many instances each version of an endpoint runs while it is loaded."""
-        return max(parse_instances((folder / CONFIG_FILE).read_text()) for folder in self._find_models(endpoint))
+        """Return how many instances each version of an endpoint, or each step of a graph, runs while it is loaded."""
+        parts = [part for folder in self._find_models(endpoint) for part in self._list_scaled_parts(folder)]
+        return max(parse_instances((part / CONFIG_FILE).read_text()) for part in parts)
+
+    def list_models(self, endpoint: str) -> set[str]:
+        """Return the models of an endpoint that have instances: its versions, and the parts of its graphs."""
+        parts = [part for folder in self._list_folders(endpoint) for part in self._list_parts(folder)]
+        return {part.name for part in parts if not _is_graph(part)}
+
+    def list_scaled_models(self, endpoint: str) -> set[str]:
+        """Return the models whose instances pass an endpoint's requests: its versions, or the steps of its graphs."""
+        return {part.name for folder in self._list_folders(endpoint) for part in self._list_scaled_parts(folder)}
 
     def list_endpoints(self) -> dict[str, tuple[Address, ...]]:
         """Return every endpoint in the repository, and where each of its versions answers while it is loaded."""
         found: dict[str, list[Address]] = {}
         for model, release in self._iterate_releases():
-            address = Address(url=self.url, model=model, version=release.version)
+            address = Address(url=self.url, model=model, version=release.version, grpc=self.grpc)
             found.setdefault(release.endpoint, []).append(address)
         return {endpoint: tuple(addresses) for endpoint, addresses in found.items()}
 
-    def find_newest_releases(self) -> dict[str, Release]:
-        """Return the newest release of every endpoint in the repository."""
+    def find_newest_releases(self) -> dict[str, AnyRelease]:
+        """Return the release of every endpoint in the repository that has the highest version."""
         releases = sorted((release for _, release in self._iterate_releases()), key=lambda each: int(each.version))
         return {release.endpoint: release for release in releases}
 
-    def _iterate_releases(self) -> Iterator[tuple[str, Release]]:
-        """Yield every release in the repository, with the model that it is a version of."""
+    def _iterate_releases(self) -> Iterator[tuple[str, AnyRelease]]:
+        """Yield every release and graph in the repository, with the model that it is a version of."""
         for config in sorted(self.repository.glob(f"*/{CONFIG_FILE}")):
-            for release in read_releases(config.parent).values():
-                yield config.parent.name, release
+            if not _is_part_of_graph(config.parent):
+                for release in read_releases(config.parent).values():
+                    yield config.parent.name, release
 
     @property
     def _control(self) -> TritonControl:
@@ -168,44 +241,87 @@ class TritonHost:
 
     def _choose_model(self, release: Release) -> str:
         """Return the model that a release is a version of: the first whose versions take the same tensors."""
-        for folder in self._list_models(release.endpoint):
+        for folder in self._list_folders(release.endpoint):
+            if _is_graph(folder):
+                continue
             others = [other for version, other in read_releases(folder).items() if version != release.version]
             if all(describe_tensors(other.contract) == describe_tensors(release.contract) for other in others):
                 return folder.name
         taken = (self.repository / release.endpoint / CONFIG_FILE).exists()
         return f"{release.endpoint}.v{release.version}" if taken else release.endpoint
 
-    def _list_models(self, endpoint: str) -> list[Path]:
+    def _list_folders(self, endpoint: str) -> list[Path]:
         folders = [self.repository / endpoint, *sorted(self.repository.glob(f"{endpoint}.v*"))]
-        return [folder for folder in folders if (folder / CONFIG_FILE).exists()]
+        return [folder for folder in folders if (folder / CONFIG_FILE).exists() and not _is_part_of_graph(folder)]
+
+    def _list_parts(self, folder: Path) -> list[Path]:
+        """Return the models that a model consists of: itself, or a graph's steps, its mean, and the graph, last."""
+        return [*sorted(self.repository.glob(f"{folder.name}.*")), folder] if _is_graph(folder) else [folder]
+
+    def _list_scaled_parts(self, folder: Path) -> list[Path]:
+        """Return those of the parts whose instances are scaled: they load a model of the user's."""
+        return [part for part in self._list_parts(folder) if part.suffix != f".{MEAN}" and not _is_graph(part)]
+
+    def _count_graph_instances(self, folder: Path) -> int | None:
+        """Return how many instances each step of a graph runs, None where it is not there."""
+        if not (folder / CONFIG_FILE).exists():
+            return None
+        return max(parse_instances((part / CONFIG_FILE).read_text()) for part in self._list_scaled_parts(folder))
 
     def _find_models(self, endpoint: str) -> list[Path]:
-        folders = self._list_models(endpoint)
+        folders = self._list_folders(endpoint)
         if not folders:
             message = f"The endpoint must be one of {sorted(self.list_endpoints())}, got {endpoint!r}; deploy it first."
             raise EndpointFailed(message)
         return folders
 
-    def _load_with_config(self, folder: Path, config: str) -> None:
-        """Have Triton load a model under another config; put the earlier one back where it does not."""
-        path = folder / CONFIG_FILE
-        before = path.read_text() if path.exists() else None
-        replace_file(path, config)
+    def _load_with_configs(self, folder: Path, configs: Mapping[Path, str]) -> None:
+        """Have Triton load a model under other configs, its own or its parts'; put the earlier ones back where not."""
+        before = {part: path.read_text() for part in configs if (path := part / CONFIG_FILE).exists()}
+        for part, config in configs.items():
+            replace_file(part / CONFIG_FILE, config)
         try:
             self._control.load(folder.name, read_releases(folder))
+            if _is_graph(folder):
+                self._check_served(configs)
         except BaseException:
-            if before is None:
-                path.unlink()
-            else:
-                replace_file(path, before)
+            for part in configs:
+                if part in before:
+                    replace_file(part / CONFIG_FILE, before[part])
+                else:
+                    (part / CONFIG_FILE).unlink()
+            self._unload_new(configs.keys() - before.keys())
             raise
 
+    def _check_served(self, configs: Mapping[Path, str]) -> None:
+        """Check that the steps of a graph are served as their configs say.
+
+        Where a step does not load again, Triton keeps the one of before, and takes the load of the graph for a success.
+        """
+        for part, config in configs.items():
+            if not is_served_as(self._control.read_config(part.name), config):
+                message = (
+                    f"Triton must load {part.name!r} again under its new config, but serves on under the one of "
+                    "before. Read in its log why."
+                )
+                raise EndpointFailed(message)
+
+    def _unload_new(self, parts: Iterable[Path]) -> None:
+        """Unload models of a graph that did not load as a whole, the graph first."""
+        for part in sorted(parts, key=lambda part: len(part.name)):
+            with suppress(EndpointFailed):
+                self._control.unload(part.name)
+
     def _remove_version(self, folder: Path, version: str) -> None:
+        if _is_graph(folder):
+            self._remove_graph(folder)
+            return
         others = {number: release for number, release in read_releases(folder).items() if number != version}
         if others:
             release = others[max(others, key=int)]
-            self._load_with_config(
-                folder, render_config(folder.name, release, [*others], instances=_read_instances(folder))
+            assert isinstance(release, Release), "no graph is a version of a model"  # noqa: S101 - our own mistake
+            self._load_with_configs(
+                folder, {folder: render_config(folder.name, release, [*others], instances=_read_instances(folder))}
             )
             shutil.rmtree(folder / version)
         else:
@@ -213,10 +329,21 @@ class TritonHost:
             (folder / CONFIG_FILE).unlink()
             shutil.rmtree(folder)
 
+    def _remove_graph(self, folder: Path) -> None:
+        """Take a graph down, then its steps, and forget their files."""
+        *steps, _ = self._list_parts(folder)
+        for part in (folder, *steps):
+            self._control.unload(part.name)
+        # The graph goes last: a call after one that was killed finds what is left by it.
+        for part in (*steps, folder):
+            (part / CONFIG_FILE).unlink(missing_ok=True)
+            shutil.rmtree(part)
+
     def _has_dead_instance(self, folder: Path) -> bool:
-        requests = 2 * parse_instances((folder / CONFIG_FILE).read_text())
+        configs = [(part / CONFIG_FILE).read_text() for part in self._list_parts(folder)]
+        requests = 2 * max(map(parse_instances, configs))
         return any(
-            _DEAD_INSTANCE in self._control.infer(folder.name, version, _make_probe(release)).text
+            DEAD_PROCESS in self._control.infer(folder.name, version, _make_probe(release)).text
             for version, release in read_releases(folder).items()
             for _ in range(requests)
         )
@@ -237,12 +364,30 @@ class TritonHost:
             raise EndpointFailed(message) from error
 
 
+def _is_graph(folder: Path) -> bool:
+    path = folder / CONFIG_FILE
+    return path.exists() and is_ensemble(path.read_text())
+
+
+def _is_part_of_graph(folder: Path) -> bool:
+    """Whether a model is a step or the mean of a graph: names of endpoints have no dots."""
+    return folder.name.count(".") == _DOTS_OF_A_PART
+
+
+def _list_versions(graph: Graph) -> list[tuple[str, str]]:
+    """Return the models of a graph in a repository, each with the one version that it has there, the graph last."""
+    name = name_graph(graph.endpoint, graph.version)
+    steps = [(f"{name}.{number}", step.version) for number, step in enumerate(graph.steps, start=1)]
+    mean = [(f"{name}.{MEAN}", MEAN_VERSION)] if graph.combine == "mean" else []
+    return [*steps, *mean, (name, graph.version)]
+
+
 def _read_instances(folder: Path) -> int | None:
     path = folder / CONFIG_FILE
     return parse_instances(path.read_text()) if path.exists() else None
 
 
-def _make_probe(release: Release) -> bytes:
+def _make_probe(release: AnyRelease) -> bytes:
     """Return a request for the prediction of one row of zeros, and of no text."""
     nothing = {"str": "", "binary": b""}
     zeros: dict[str, npt.NDArray[Any]] = {

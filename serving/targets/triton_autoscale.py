@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,19 +23,23 @@ import httpx
 from serving.errors import BadInput, EndpointFailed
 from serving.extras import import_extra
 from serving.model.batching import BatchingConfig
-from serving.model.release import Release, Scaling
+from serving.model.release import Scaling
 
 if TYPE_CHECKING:
+    from serving.model.graph import AnyRelease
     from serving.targets.triton import TritonHost
 
 _EVERY_S = 5.0
+# Triton itself takes a second to find that an instance is dead.
+_CHECK_EVERY_S = 0.25
 # An instance is added where more than this share of them is busy and requests wait, and removed where less than that
 # share of the remaining ones would be.
 _BUSY_MIN, _IDLE_MAX = 0.7, 0.5
 # An instance is added at once, since requests wait, and removed after this many idle measurements in a row.
 _IDLE_CHECKS_MIN = 3
 _TIMEOUT_S = 10.0
-_SAMPLE = re.compile(r'^(nv_inference_\w+)\{[^}]*\bmodel="([^"]*)"[^}]*\}\s+(\S+)$', re.MULTILINE)
+_SAMPLE = re.compile(r"^(nv_inference_\w+)\{([^}]*)\}\s+(\S+)$", re.MULTILINE)
+_MODEL, _REASON = re.compile(r'\bmodel="([^"]*)"'), re.compile(r'\breason="([^"]*)"')
 # The module's name also where it is run as a program, whose name is __main__.
 _log = logging.getLogger("serving.targets.triton_autoscale")
 
@@ -69,21 +73,44 @@ def autoscale(host: TritonHost, metrics_url: str, over: threading.Event, *, ever
     """
     scalers: dict[str, InstanceScaler] = {}
     _log.info("scaling the endpoints of %s", host.repository)
-    while not over.wait(every_s):
-        scalers = {
-            endpoint: _make_scaler(scalers.get(endpoint), host, metrics_url, release)
-            for endpoint, release in _find_newest_releases(host).items()
-        }
-        for endpoint, scaler in [*scalers.items()]:
-            try:
-                scaler.adjust()
-            except (EndpointFailed, OSError) as error:
-                _log.warning("%s: its instances stay as they are: %s", endpoint, error)
-                # The next measurement starts over.
-                del scalers[endpoint]
+    measured_at = time.monotonic() - every_s
+    while not over.wait(min(every_s, _CHECK_EVERY_S)):
+        _restart_dead_instances(scalers.values(), metrics_url)
+        if time.monotonic() - measured_at >= every_s:
+            measured_at = time.monotonic()
+            scalers = {
+                endpoint: _make_scaler(scalers.get(endpoint), host, metrics_url, release)
+                for endpoint, release in _find_newest_releases(host).items()
+            }
+            _adjust_instances(scalers)
 
 
-def _find_newest_releases(host: TritonHost) -> dict[str, Release]:
+def _restart_dead_instances(scalers: Iterable[InstanceScaler], metrics_url: str) -> None:
+    """Restart the dead instances of every endpoint; a failure is logged."""
+    try:
+        metrics = fetch_metrics(metrics_url)
+    except EndpointFailed:
+        # The next measurement says so, and often enough.
+        return
+    for scaler in scalers:
+        try:
+            scaler.restart_dead(metrics)
+        except (EndpointFailed, OSError) as error:
+            _log.warning("%s: a dead instance must be restarted, got: %s", scaler.endpoint, error)
+
+
+def _adjust_instances(scalers: dict[str, InstanceScaler]) -> None:
+    """Adjust the instances of every endpoint; one that can't be adjusted is logged, and leaves the scalers."""
+    for endpoint, scaler in [*scalers.items()]:
+        try:
+            scaler.adjust()
+        except (EndpointFailed, OSError) as error:
+            _log.warning("%s: its instances stay as they are: %s", endpoint, error)
+            # The next measurement starts over.
+            del scalers[endpoint]
+
+
+def _find_newest_releases(host: TritonHost) -> dict[str, AnyRelease]:
     try:
         return host.find_newest_releases()
     except OSError as error:
@@ -92,7 +119,9 @@ def _find_newest_releases(host: TritonHost) -> dict[str, Release]:
         return {}
 
 
-def _make_scaler(known: InstanceScaler | None, host: TritonHost, metrics_url: str, release: Release) -> InstanceScaler:
+def _make_scaler(
+    known: InstanceScaler | None, host: TritonHost, metrics_url: str, release: AnyRelease
+) -> InstanceScaler:
     if known is not None:
         return replace(known, scaling=release.scaling, batching=release.batching)
     return InstanceScaler(
@@ -129,8 +158,10 @@ class QueueStats:
 def parse_counters(metrics: str, models: Collection[str]) -> TritonCounters:
     """Return the counters of these models out of the answer of Triton's metrics endpoint."""
     sums: dict[str, float] = {}
-    for name, model, value in _SAMPLE.findall(metrics):
-        if model in models:
+    for name, labels, value in _SAMPLE.findall(metrics):
+        model, reason = _MODEL.search(labels), _REASON.search(labels)
+        # Other requests that fail were cancelled, or refused before they reached the model.
+        if model and model[1] in models and (reason is None or reason[1] == "BACKEND"):
             sums[name] = sums.get(name, 0.0) + float(value)
     return TritonCounters(
         requests=sums.get("nv_inference_request_success", 0.0),
@@ -187,32 +218,51 @@ def choose_instance_count(
 
 @dataclass(slots=True, kw_only=True)
 class InstanceScaler:
-    """Keeps the instances of one endpoint between its bounds, by what Triton measures, and restarts dead ones."""
+    """Keeps the instances of one endpoint between its bounds, by what Triton measures, and restarts dead ones.
+
+    `restarts` is how often it has restarted some.
+    """
 
     host: TritonHost
     metrics_url: str
     endpoint: str
     scaling: Scaling
     batching: BatchingConfig
+    restarts: int = 0
+    _counted: dict[str, TritonCounters] = field(default_factory=dict)
     _before: TritonCounters | None = None
     _measured_at: float = 0.0
     _idle_checks: int = field(default=0)
 
+    def restart_dead(self, metrics: str) -> bool:
+        """Restart dead instances where requests have failed since the last call; return whether there were any.
+
+        `metrics` is the answer of Triton's metrics endpoint. The first call only counts what has failed. Raises
+        EndpointFailed where Triton does not answer.
+        """
+        counted = {model: parse_counters(metrics, {model}) for model in self.host.list_models(self.endpoint)}
+        before, self._counted = self._counted, counted
+        failing = {model for model, now in counted.items() if model in before and now.failed > before[model].failed}
+        # A model's own error ends a pass. Where none has ended, every instance that was asked is dead.
+        dead = {model for model in failing if counted[model].passes <= before[model].passes}
+        if not failing or not self.host.restart_dead_instances(self.endpoint, dead):
+            return False
+        self.restarts += 1
+        _log.warning("%s: an instance had died, and was restarted (%d so far)", self.endpoint, self.restarts)
+        # The counters of a model that was loaded again start from zero.
+        self._counted, self._before = {}, None
+        return True
+
     def adjust(self) -> int:
         """Measure, change the number of instances where it should be another, and return it.
 
-        The first call only measures. Where requests have failed since the last one, dead instances are restarted.
-        Raises EndpointFailed where Triton does not answer or does not follow.
+        The first call only measures. Raises EndpointFailed where Triton does not answer or does not follow.
         """
-        models = {address.model for address in self.host.list_endpoints().get(self.endpoint, ())}
-        now, at = parse_counters(self._fetch_metrics(), models), time.monotonic()
+        models = self.host.list_scaled_models(self.endpoint)
+        now, at = parse_counters(fetch_metrics(self.metrics_url), models), time.monotonic()
         before, self._before, since, self._measured_at = self._before, now, self._measured_at, at
         instances = self.host.count_instances(self.endpoint)
         if before is None:
-            return instances
-        if now.failed > before.failed and self.host.restart_dead_instances(self.endpoint):
-            _log.warning("%s: an instance had died, and was restarted", self.endpoint)
-            self._before = None
             return instances
         queue = measure_queue(before, now, at - since)
         self._idle_checks = 0 if queue.pending or queue.busy > _IDLE_MAX * (instances - 1) else self._idle_checks + 1
@@ -226,13 +276,14 @@ class InstanceScaler:
             self._before, self._idle_checks = None, 0
         return target
 
-    def _fetch_metrics(self) -> str:
-        try:
-            response = httpx.get(self.metrics_url, timeout=_TIMEOUT_S, trust_env=False)
-        except httpx.HTTPError as error:
-            message = f"Triton must answer at {self.metrics_url}, got {type(error).__name__}: {error}."
-            raise EndpointFailed(message) from None
-        return response.text
+
+def fetch_metrics(metrics_url: str) -> str:
+    """Return the answer of Triton's metrics endpoint. Raises EndpointFailed where there is none."""
+    try:
+        return httpx.get(metrics_url, timeout=_TIMEOUT_S, trust_env=False).text
+    except httpx.HTTPError as error:
+        message = f"Triton must answer at {metrics_url}, got {type(error).__name__}: {error}."
+        raise EndpointFailed(message) from None
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ every other connection of that thread waits for as long as the load takes: calle
 
 from __future__ import annotations
 
+import itertools
+import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import quote
 
 import grpc
@@ -27,7 +29,13 @@ _SERVICE = "/inference.GRPCInferenceService/RepositoryModel"
 _OPTIONS = (("grpc.enable_http_proxy", 0),)
 # The field model_name of both requests (grpc_service.proto): number 2, of text.
 _MODEL_NAME = 0x12
+# An entry of the field parameters, number 3: {"unload_dependents": true}.
+_UNLOAD_DEPENDENTS = b"\x1a\x17\x0a\x11unload_dependents\x12\x02\x08\x01"
 _LENGTH_MAX = 127
+# What Triton says of a process of a Python model that is gone: when it loads the model, and to each request later.
+DEAD_PROCESS = "is not healthy"
+_ATTEMPTS_MAX = 3
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,13 +56,18 @@ class TritonControl:
             self._wait_until(partial(self._is_ready, model, version), f"{model!r} version {version} be ready")
 
     def unload(self, model: str) -> None:
-        """Unload every version of a model; requests under way are answered. Idempotent."""
+        """Unload every version of a model, and the steps of a graph; requests under way are answered. Idempotent."""
         self._control(model, "unload")
         self._wait_until(lambda: not self._read_states(model) - {"UNAVAILABLE"}, f"{model!r} be unloaded")
 
     def is_loaded(self, model: str) -> bool:
         """Whether any version of a model answers."""
         return "READY" in self._read_states(model)
+
+    def read_config(self, model: str) -> dict[str, Any]:
+        """Return the config that a model is served with."""
+        config: dict[str, Any] = self._request("GET", f"/v2/models/{quote(model)}/config").json()
+        return config
 
     def infer(self, model: str, version: str, content: bytes) -> httpx.Response:
         """Ask a version for predictions, and return the HTTP response whatever its status."""
@@ -113,34 +126,54 @@ class ControlRefused(Exception):
 def control_model(address: str, verb: Verb, model: str, *, timeout_s: float) -> None:
     """Load a model, or unload it, and return once that is done. Raises ControlRefused.
 
-    A model that is loaded is loaded again from its files, and serves on until the new one is ready.
+    A model that is loaded is loaded again from its files, and serves on until the new one is ready. With a graph its
+    steps are loaded and unloaded. A load during which a process of the model dies is tried again, twice at most.
     """
     with grpc.insecure_channel(address, options=_OPTIONS) as channel:
-        try:
-            channel.unary_unary(_method_path(verb))(_encode_request(model), timeout=timeout_s)
-        except grpc.RpcError as error:
-            raise _make_refusal(error) from None
+        call = channel.unary_unary(_method_path(verb))
+        for attempt in itertools.count(1):
+            try:
+                call(_encode_request(verb, model), timeout=timeout_s)
+            except grpc.RpcError as error:
+                _check_may_retry(_make_refusal(error), model, attempt)
+            else:
+                return
 
 
 async def control_model_async(address: str, verb: Verb, model: str) -> None:
     """Do the same as `control_model`, in an event loop. The caller bounds the time."""
     async with grpc.aio.insecure_channel(address, options=_OPTIONS) as channel:
-        try:
-            await channel.unary_unary(_method_path(verb))(_encode_request(model))
-        except grpc.aio.AioRpcError as error:
-            raise _make_refusal(error) from None
+        call = channel.unary_unary(_method_path(verb))
+        for attempt in itertools.count(1):
+            try:
+                await call(_encode_request(verb, model))
+            except grpc.aio.AioRpcError as error:
+                _check_may_retry(_make_refusal(error), model, attempt)
+            else:
+                return
+
+
+def _check_may_retry(refused: ControlRefused, model: str, attempt: int) -> None:
+    """Raise the refusal, unless a process of the model died while it started, and there are attempts left.
+
+    A process may die by a signal in Triton's own code, before it has read the model; the next one then starts.
+    """
+    if DEAD_PROCESS not in str(refused) or attempt == _ATTEMPTS_MAX:
+        raise refused
+    _log.warning("%s: a process died while it started; loaded again (%d of %d)", model, attempt, _ATTEMPTS_MAX - 1)
 
 
 def _method_path(verb: Verb) -> str:
     return f"{_SERVICE}{verb.capitalize()}"
 
 
-def _encode_request(model: str) -> bytes:
+def _encode_request(verb: Verb, model: str) -> bytes:
     name = model.encode()
     if len(name) > _LENGTH_MAX:
         message = f"A model's name must have at most {_LENGTH_MAX} bytes, got {len(name)}."
         raise ControlRefused(message, reached=True)
-    return bytes((_MODEL_NAME, len(name))) + name
+    # Triton loads the steps of a graph together with it, and unloads them where it is told to.
+    return bytes((_MODEL_NAME, len(name))) + name + (_UNLOAD_DEPENDENTS if verb == "unload" else b"")
 
 
 def _make_refusal(error: grpc.RpcError) -> ControlRefused:

@@ -7,17 +7,22 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Generator, Iterable
+from collections.abc import Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from serving.errors import EndpointFailed
 from serving.model.batching import BatchingConfig
-from serving.model.release import RELEASE_FILE, Release
+from serving.model.graph import AnyRelease, Graph, read_release
+from serving.model.release import Release
 from serving.protocol.tensors import TensorMetadata, describe_tensors
 from serving.targets import ReleaseFiles
 
 CONFIG_FILE = "config.pbtxt"
+# The model that averages what those of an ensemble answer.
+MEAN, MEAN_VERSION = "mean", "1"
+_ENSEMBLE = 'platform: "ensemble"'
 # Triton ignores folders of a model whose name is not a number.
 _STAGING, _BEFORE = ".staging-", "before-"
 _REPLACED_S_MAX, _POLL_S = 2.0, 0.01
@@ -52,8 +57,8 @@ def replace_version(folder: Path, version: str, rendered: ReleaseFiles) -> Gener
             shutil.rmtree(folder)
 
 
-def read_releases(folder: Path) -> dict[str, Release]:
-    """Return the releases that a model's config serves, by their version, in order.
+def read_releases(folder: Path) -> dict[str, AnyRelease]:
+    """Return the releases that a model's config serves, or the graph, by their version, in order.
 
     Another process may add or remove one meanwhile: the result was served at some moment. Raises EndpointFailed
     where the config names a release that is not there.
@@ -66,7 +71,7 @@ def read_releases(folder: Path) -> dict[str, Release]:
         except FileNotFoundError:
             return {}
         try:
-            return {version: _read_release(folder / version) for version in versions}
+            return {version: read_release(folder / version) for version in versions}
         except FileNotFoundError as error:
             if time.monotonic() > deadline:
                 message = (
@@ -75,10 +80,6 @@ def read_releases(folder: Path) -> dict[str, Release]:
                 )
                 raise EndpointFailed(message) from None
         time.sleep(_POLL_S)
-
-
-def _read_release(folder: Path) -> Release:
-    return Release.model_validate_json((folder / RELEASE_FILE).read_text())
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -131,6 +132,97 @@ def render_config(model: str, release: Release, versions: Collection[str], *, in
     return "\n".join(lines) + "\n"
 
 
+def name_graph(endpoint: str, version: str) -> str:
+    """Return the name of a graph among the models; those of its steps have their number, from 1, behind it."""
+    return f"{endpoint}.v{version}"
+
+
+def render_graph_configs(graph: Graph, *, instances: int | None = None) -> dict[str, str]:
+    """Return the configs of a graph by model: each step's, the mean's where there is one, and the ensemble's, last.
+
+    Triton calls ensemble what chains models by their tensors, whether they run one after the other or side by side. A
+    tensor between models is named after the number of the step that gives it, as in "1.score".
+    """
+    name = name_graph(graph.endpoint, graph.version)
+    configs = {
+        f"{name}.{number}": render_config(f"{name}.{number}", step, [step.version], instances=instances)
+        for number, step in enumerate(graph.steps, start=1)
+    }
+    if graph.combine == "mean":
+        configs[f"{name}.{MEAN}"] = _render_mean(f"{name}.{MEAN}", graph)
+    return {**configs, name: _render_ensemble(name, graph)}
+
+
+def _render_mean(name: str, graph: Graph) -> str:
+    _, outputs = describe_tensors(graph.contract)
+    inputs = [
+        each.model_copy(update={"name": f"{number}.{each.name}"})
+        for number in range(1, len(graph.steps) + 1)
+        for each in outputs
+    ]
+    lines = (
+        f"name: {_quote(name)}",
+        'backend: "python"',
+        f"max_batch_size: {graph.rows_max}",
+        *(f"input {_render_tensor(each)}" for each in inputs),
+        *(f"output {_render_tensor(each)}" for each in outputs),
+        f"version_policy {{ specific {{ versions: [{MEAN_VERSION}] }} }}",
+        "instance_group { count: 1 kind: KIND_CPU }",
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _render_ensemble(name: str, graph: Graph) -> str:
+    inputs, outputs = describe_tensors(graph.contract)
+    lines = (
+        f"name: {_quote(name)}",
+        _ENSEMBLE,
+        f"max_batch_size: {graph.rows_max}",
+        *(f"input {_render_tensor(each)}" for each in inputs),
+        *(f"output {_render_tensor(each)}" for each in outputs),
+        f"version_policy {{ specific {{ versions: [{graph.version}] }} }}",
+        "ensemble_scheduling {",
+        *_render_steps(name, graph),
+        "}",
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _render_steps(name: str, graph: Graph) -> Iterable[str]:
+    """Yield the steps of an ensemble, and which of its tensors are the inputs and outputs of each."""
+    outputs = [each.name for each in graph.contract.outputs]
+    last = len(graph.steps)
+    for number, step in enumerate(graph.steps, start=1):
+        taken = [each.name for each in step.contract.inputs]
+        given = [each.name for each in step.contract.outputs]
+        is_inner = graph.combine == "mean" or number < last
+        yield _render_step(
+            f"{name}.{number}",
+            step.version,
+            {each: each if graph.combine == "mean" or number == 1 else f"{number - 1}.{each}" for each in taken},
+            {each: f"{number}.{each}" if is_inner else each for each in given},
+        )
+    if graph.combine == "mean":
+        between = [f"{number}.{each}" for number in range(1, last + 1) for each in outputs]
+        yield _render_step(
+            f"{name}.{MEAN}", MEAN_VERSION, {each: each for each in between}, {each: each for each in outputs}
+        )
+
+
+def _render_step(model: str, version: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> str:
+    maps = [
+        f"{kind}_map {{ key: {_quote(theirs)} value: {_quote(ours)} }}"
+        for kind, tensors in (("input", inputs), ("output", outputs))
+        for theirs, ours in tensors.items()
+    ]
+    return f"  step {{ model_name: {_quote(model)} model_version: {version} {' '.join(maps)} }}"
+
+
+def is_ensemble(config: str) -> bool:
+    """Whether a config that was written here is that of a graph."""
+    return _ENSEMBLE in config
+
+
 def parse_versions(config: str) -> tuple[str, ...]:
     """Return the versions that a config which was written here serves, in order."""
     found = _VERSIONS.search(config)
@@ -146,6 +238,22 @@ def parse_instances(config: str) -> int:
 def set_instances(config: str, instances: int) -> str:
     """Return the same config with another number of instances."""
     return _INSTANCES.sub(rf"\g<1>{instances}", config)
+
+
+def is_served_as(served: Mapping[str, Any], config: str) -> bool:
+    """Whether Triton serves a model as a config says that was written here: its instances and its batching.
+
+    `served` is the config as Triton gives it; an ensemble has neither.
+    """
+    batching = served.get("dynamic_batching", {})
+    found = {
+        "count": [str(each["count"]) for each in served.get("instance_group", [])],
+        "preferred_batch_size": [str(each) for each in batching.get("preferred_batch_size", [])],
+        "max_queue_delay_microseconds": [
+            str(batching[name]) for name in batching if name.startswith("max_queue_delay")
+        ],
+    }
+    return found == {name: re.findall(rf"\b{name}: \[?(\d+)", config) for name in found}
 
 
 def _render_batching(batching: BatchingConfig) -> Iterable[str]:

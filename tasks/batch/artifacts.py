@@ -12,6 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from serving.errors import OvernightError, StorageFault
+from tasks.batch.comparison_plot import tabulate_comparison
+from tasks.batch.drift import compare_tables, tabulate_drift
+from tasks.batch.drift_plot import draw_drift
+from tasks.batch.gate_records import FoundBaseline, JudgedRun
 from tasks.batch.manifest import Manifest
 from tasks.batch.plan import Plan
 from tasks.batch.prediction_sample import PredictionSample, draw_distributions, read_sample
@@ -31,10 +35,13 @@ from tasks.storage import Storage
 SUMMARY_KEY = "batch-summary"
 # In the summary of a flow run that has scored what is published.
 _PUBLISHED = "| status | scored |"
+_FINDING_SHOWN = {"severity", "outcome", "subject", "text", "rule"}
 _ARTIFACT_SECONDS = 5.0
 _LOG_SECONDS = 30.0
 _JOIN_SECONDS = 1.0
 _POLL_SECONDS_MIN, _POLL_SECONDS_MAX = 0.05, 2.0
+# A count lists all parts. Of a large run that takes seconds, and a thousand workers may count.
+_COUNT_SECONDS_SHORT, _COUNTING_SHARE_MAX = 0.25, 1 / 60
 
 
 class ProgressWatch:
@@ -48,6 +55,7 @@ class ProgressWatch:
         self._rows_before = count_rows_done()
         self._start = self._shown = self._logged = time.perf_counter()
         self.samples: list[Sample] = [(0.0, self._rows_before)]
+        self._count_seconds = 0.0
         self._bar: Progress | None = None
         self._artifact = ProgressArtifact("batch-progress", "Rows with a part", logger)
         self.show()
@@ -75,7 +83,9 @@ class ProgressWatch:
 
     def _pause(self) -> float:
         elapsed = time.perf_counter() - self._start
-        return min(max(elapsed / 50, _POLL_SECONDS_MIN), _POLL_SECONDS_MAX)
+        pause = min(max(elapsed / 50, _POLL_SECONDS_MIN), _POLL_SECONDS_MAX)
+        is_short = self._count_seconds < _COUNT_SECONDS_SHORT
+        return pause if is_short else max(pause, self._count_seconds / _COUNTING_SHARE_MAX)
 
     @contextmanager
     def _show_bar(self) -> Generator[None]:
@@ -95,12 +105,14 @@ class ProgressWatch:
         self._bar = None
 
     def _update(self) -> None:
+        began = time.perf_counter()
         try:
             rows_done = self._count_rows_done()
         except StorageFault as error:
             self._logger.warning("Progress is not known for now: %s", error)
             return
         now = time.perf_counter()
+        self._count_seconds = now - began
         if rows_done != self.rows_done:
             self.samples.append((now - self._start, rows_done))
         rate = f"{(rows_done - self._rows_before) / max(now - self._start, 1e-9):,.0f} rows/s"
@@ -140,6 +152,29 @@ def publish_artifacts(report: BatchReport, sample: PredictionSample | None, samp
             for count in report.rejects
         ]
         artifacts.append(make_table("batch-rejects", rejects, f"{report.rows_rejected:,} rows without a prediction"))
+    put_artifacts(artifacts, logger)
+
+
+def publish_drift(judged: JudgedRun, run: str, logger: Logger) -> None:
+    """Put what a gate says among the flow run's artifacts, and the columns beside the baseline's as table and plot."""
+    artifacts, title = [], judged.title
+    if judged.findings:
+        rows = [each.model_dump(mode="json", include=_FINDING_SHOWN) for each in judged.findings]
+        artifacts.append(make_table("batch-gate", rows, f"What the gate says of run {run}, beside {title}"))
+    if isinstance(judged.baseline, FoundBaseline):
+        drifts = compare_tables(judged.statistics, judged.baseline.statistics)
+        artifacts.append(make_table("batch-drift", tabulate_drift(drifts), f"Columns of run {run} beside {title}"))
+        if (png := draw_drift(drifts, run, title)) is not None:
+            artifacts.append(make_image("batch-drift-plot", png, f"The columns that moved most since {title}"))
+    put_artifacts(artifacts, logger)
+
+
+def publish_comparison(report: BatchReport, png: bytes | None, logger: Logger) -> None:
+    """Put the challengers of a run among the flow run's artifacts, beside its model: a table and a picture."""
+    title = f"{report.model} and its challengers"
+    artifacts = [make_table("batch-challengers", tabulate_comparison(report.challengers), title)]
+    if png is not None:
+        artifacts.append(make_image("batch-challengers-plot", png, title))
     put_artifacts(artifacts, logger)
 
 

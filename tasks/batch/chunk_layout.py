@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from serving.model.contract import Frozen
@@ -21,6 +22,16 @@ CHUNKS_PER_SLOT_MIN = 8
 SHARD_SECONDS = 60.0
 SHARDS_PER_SLOT_MIN = 2
 SHARDS_MAX = 1000
+# The plan of so many chunks takes some 30 MB as JSON and 350 MiB in memory; each chunk costs an object.
+CHUNKS_MAX = 100_000
+# So long a chunk may take in a run that would else have more of them: clouds give two minutes' notice.
+CHUNK_SECONDS_LARGE = 100.0
+# Names of parts have five digits for the shard, and are listed in their order.
+_SHARDS_NAMED = 99_999
+# A chunk of less than this part of its rows, or of so few, does not end with a file before it is full.
+_LEAST_OF_CHUNK, _LEAST_ROWS = 8, 1024
+# Of files that are smaller, one in so many ends a chunk.
+_FILES_PER_END = 4
 # Averages of row groups differ a little; only rows that are larger than that get blocks of their own size.
 ROW_BYTES_OFF = 1.25
 
@@ -54,7 +65,9 @@ class Chunk(Frozen):
 class Sizes:
     """What shapes a plan: size of a batch, slots, bytes of a decoded row, rows a second of one slot, the engine.
 
-    The rate is None where nothing needed to be measured, the tuning where none was made.
+    The rate is None where nothing needed to be measured, the tuning where none was made. `rows_per_pass` is how many
+    rows a batch of tokens has on average, 0 where batches count rows. `rows_per_chunk` is that of an earlier run whose
+    boundaries are kept.
     """
 
     batch_size: int
@@ -64,6 +77,8 @@ class Sizes:
     engine: Engine = field(default_factory=Engine)
     tuning: Tuning | None = None
     batch_unit: BatchUnit = "rows"
+    rows_per_pass: float = 0.0
+    rows_per_chunk: int | None = None
 
     @property
     def step(self) -> int:
@@ -74,15 +89,33 @@ class Sizes:
 def choose_chunk_rows(rows: int, sizes: Sizes) -> int:
     """Return the rows of a chunk: min(10 s of work, 64 MiB decoded, 1/8 of a slot's rows).
 
-    Rounded down to a batch times a power of two, so that only the last batch of a piece is short.
+    A model that takes longer for a batch of tokens, as one that generates text does, gets chunks of that batch. Rounded
+    down to a batch times a power of two, so that only the last batch of a piece is short. Where a run of that
+    would have more than 100,000 chunks they take up to 100 s, as far as bytes and slots allow.
     """
-    most = min(
-        CHUNK_SECONDS_MAX * sizes.rows_per_second if sizes.rows_per_second else math.inf,
-        CHUNK_BYTES_MAX / max(sizes.row_bytes, 1),
-        rows / (sizes.slots * CHUNKS_PER_SLOT_MIN),
-    )
-    batches = max(most, sizes.step) / sizes.step
-    return int(sizes.step * 2 ** math.floor(math.log2(batches)))
+    of_bytes, of_slots = CHUNK_BYTES_MAX / max(sizes.row_bytes, 1), rows / (sizes.slots * CHUNKS_PER_SLOT_MIN)
+    of_time = CHUNK_SECONDS_MAX * sizes.rows_per_second if sizes.rows_per_second else math.inf
+    if of_time < sizes.rows_per_pass:
+        # The next power of two, since half a batch is far slower.
+        of_time = 2.0 ** math.ceil(math.log2(sizes.rows_per_pass))
+    power = _floor_power(min(of_time, of_bytes, of_slots), sizes.step)
+    if rows > CHUNKS_MAX * sizes.step * 2**power:
+        enough = math.ceil(math.log2(rows / CHUNKS_MAX / sizes.step))
+        longer = of_time * CHUNK_SECONDS_LARGE / CHUNK_SECONDS_MAX
+        power = max(power, min(enough, _floor_power(min(longer, of_bytes, of_slots), sizes.step)))
+    return int(sizes.step * 2**power)
+
+
+def _floor_power(rows: float, step: int) -> int:
+    return math.floor(math.log2(max(rows, step) / step))
+
+
+def list_row_groups(files: Sequence[SourceFile]) -> Iterator[Piece]:
+    """Yield the row groups of files that have rows, in order, each as one piece."""
+    for at, file in enumerate(files):
+        for group, rows in enumerate(file.row_groups):
+            if rows:
+                yield Piece(file=at, row_group=group, row_start=0, row_stop=rows)
 
 
 def cut_chunks(
@@ -92,8 +125,13 @@ def cut_chunks(
 
     Every row of every file is in exactly one chunk, in the order of the dataset. A row group of more bytes than a chunk
     may have is cut by what its own rows take on average, if need be below a batch.
+
+    A chunk of at least an eighth of its rows, and 1,024, ends with a file that has so many, and with one in four of
+    others, as their marks say. Chunks depend so on the files near them alone: where a file is added, changed or
+    removed, those of others stay as they are.
     """
     chunks: list[Chunk] = []
+    least = _find_least(sum(sum(file.row_groups) for file in files), rows_per_chunk)
     held: list[Piece] = []
     held_rows, held_bytes = 0, 0
     for at, file in enumerate(files):
@@ -108,9 +146,24 @@ def cut_chunks(
             elif rows:
                 held.append(Piece(file=at, row_group=group, row_start=0, row_stop=rows))
                 held_rows, held_bytes = held_rows + rows, held_bytes + size
+        if held_rows >= least and (sum(file.row_groups) >= least or _ends_chunk(file)):
+            chunks.append(Chunk(pieces=tuple(held)))
+            held, held_rows, held_bytes = [], 0, 0
     if held:
         chunks.append(Chunk(pieces=tuple(held)))
     return chunks
+
+
+def _find_least(rows: int, rows_per_chunk: int) -> float:
+    """Return the rows from which on a chunk may end with a file: an eighth of its rows, or more in a large run."""
+    least = min(max(rows_per_chunk / _LEAST_OF_CHUNK, _LEAST_ROWS), rows_per_chunk)
+    while least < rows_per_chunk and rows > least * CHUNKS_MAX:
+        least *= 2
+    return least
+
+
+def _ends_chunk(file: SourceFile) -> bool:
+    return hashlib.blake2b(file.mark.encode(), digest_size=1).digest()[0] % _FILES_PER_END == 0
 
 
 def _rows_within(most: float, size: int, rows: int, batch_size: int) -> int:
@@ -133,10 +186,10 @@ def _slice_row_group(file: int, group: int, rows: int, rows_per_chunk: int, batc
 
 
 def cut_shards(chunks: Sequence[Chunk], rows: int, sizes: Sizes) -> tuple[tuple[Chunk, ...], ...]:
-    """Cut chunks into runs of about 60 s of work: at least two a slot, at most 1,000 a run."""
+    """Cut chunks into runs of about 60 s of work: at most 1,000 a run, or two a slot where that is more."""
     seconds = rows / sizes.rows_per_second if sizes.rows_per_second else len(chunks) * CHUNK_SECONDS_MAX / 2
     least = SHARDS_PER_SLOT_MIN * sizes.slots if sizes.slots > 1 else 1
-    count = min(max(least, math.ceil(seconds / SHARD_SECONDS)), len(chunks), SHARDS_MAX)
+    count = min(max(least, min(math.ceil(seconds / SHARD_SECONDS), SHARDS_MAX)), len(chunks), _SHARDS_NAMED)
     edges = [len(chunks) * at // count for at in range(count + 1)]
     return tuple(tuple(chunks[start:stop]) for start, stop in itertools.pairwise(edges))
 

@@ -152,10 +152,11 @@ class _Cursor:
 
 
 def open_reader(plan: Plan) -> Reader:
-    """Return a reader over the dataset of a plan, for one thread."""
+    """Return a reader over the dataset of a plan, for one thread, with the columns of its challengers too."""
     rows = block_rows(plan.step, plan.row_bytes)
+    columns = (*plan.columns, *plan.columns_beside)
     # A key of the caller's own needs no places.
-    return Reader(plan.snapshot, plan.columns, plan.partitions, rows, places=not plan.options.key_columns)
+    return Reader(plan.snapshot, columns, plan.partitions, rows, places=not plan.options.key_columns)
 
 
 _END = object()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +50,9 @@ R = TypeVar("R")
 class SourceFile(Frozen):
     """One pinned file: path below the root, size in bytes, ETag or local times, and rows and bytes of each row group.
 
-    A file that is a staged copy says of which file (`origin`) and of which of its rows it is the first. One of a table
-    has the partitions that the table's log gives it, in place of those in its path.
+    A file that is a staged copy says of which file (`origin`) and of which of its rows it is the first, and has the
+    digest of its bytes (`content`). One of a table has the partitions that the table's log gives it, in place of those
+    in its path.
     """
 
     path: str
@@ -61,6 +62,7 @@ class SourceFile(Frozen):
     group_bytes: tuple[GroupBytes, ...] = ()
     origin: str | None = None
     origin_row: int = 0
+    content: str | None = Field(default=None, exclude_if=lambda value: value is None)
     partitions: dict[str, str | None] | None = None
 
     @property
@@ -78,6 +80,11 @@ class SourceFile(Frozen):
         rows = self.row_groups[group]
         size = self.group_bytes[group].decoded if self.group_bytes else 0
         return rows if size <= bytes_max else max(1, rows * bytes_max // size)
+
+    @property
+    def mark(self) -> str:
+        """What changes where the bytes do: the digest of them, or the size with the ETag or the local times."""
+        return self.content or f"{self.size}/{self.tag}"
 
     @property
     def entry(self) -> Entry:
@@ -118,6 +125,15 @@ class Snapshot(Frozen):
     def title(self) -> str:
         """What messages and reports call it: its root and, of a table, the version."""
         return self.root if self.version is None else f"{self.root} (version {self.version})"
+
+    def identify(self, file: SourceFile) -> tuple[str, ...]:
+        """Return what tells the bytes of a file from those of all others.
+
+        Of a staged copy the digest of its bytes, and in S3 the ETag, which a copy of the object keeps. Elsewhere the
+        file's place too: on a local disk and in other clouds only the same file has the same mark for certain.
+        """
+        is_content = file.content is not None or self.root.startswith("s3://")
+        return (file.mark,) if is_content else (file.mark, self.root, file.path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,6 +276,14 @@ def map_parallel(storage: Storage, work: Callable[[T], R], items: Sequence[T]) -
     runs = [items[start:stop] for start, stop in itertools.pairwise(edges)]
     with ThreadPoolExecutor(readers, thread_name_prefix="footers") as pool:
         return [found for run in pool.map(lambda run: [work(item) for item in run], runs) for found in run]
+
+
+def list_entries_at(storage: Storage, paths: Iterable[str]) -> dict[str, Entry]:
+    """Return the objects that stand at some paths, by their paths; one listing of each folder, several at once."""
+    wanted = set(paths)
+    folders = sorted({path.rpartition("/")[0] for path in wanted})
+    listed = map_parallel(storage, lambda folder: storage.entries(folder, depth=1), folders)
+    return {entry.path: entry for entries in listed for entry in entries if entry.path in wanted}
 
 
 class _Footers:

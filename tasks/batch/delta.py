@@ -6,7 +6,7 @@ import json
 import random
 import re
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,22 +14,36 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from serving.errors import DestinationUnusable, PublishRefused, StorageDenied, StorageFault
+from serving.errors import (
+    DestinationUnusable,
+    PublishRefused,
+    SourceChanged,
+    StorageDenied,
+    StorageFault,
+    shorten_error,
+)
 from serving.extras import import_extra
 from serving.option_words import give_option
+from tasks.batch.options import TableMode
 from tasks.batch.parts import PartFooter
 from tasks.batch.plan import Plan
+from tasks.batch.upsert import Rewrites, RewrittenFile, find_changes
 from tasks.storage import S3Storage, Storage, reader_options
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
     from deltalake import Schema as DeltaSchema
-    from deltalake.transaction import AddAction, Transaction
+    from deltalake.transaction import AddAction, RemoveAction, Transaction
 
 _TRIES = 20
 _PAUSE_SECONDS = 0.05
 # The highest number, in the order of runs, that the table holds, and that of the run that last replaced its rows.
 _ORDER_APP, _REPLACED_APP = "overnight-order", "overnight-replaced"
+# With these a table's Parquet files alone say what it holds, as long as no file has a deletion vector and no column a
+# name of its own in the files; both are looked at.
+_FEATURES_READ = {"timestampNtz", "vacuumProtocolCheck", "v2Checkpoint", "deletionVectors", "columnMapping"}
+# A table whose readers follow its changes row by row, and one that takes no removals.
+_UNFIT_PROPERTIES = ("delta.enableChangeDataFeed", "delta.appendOnly")
 # Delta's readers don't have them, though its schema does.
 _UNREADABLE = ("timestamp_nanos", "timestamp_nanos_ntz", "void")
 _DENIED = re.compile("AccessDenied|lacked the necessary privileges|[Pp]ermission denied|Read-only file system")
@@ -40,7 +54,13 @@ def import_deltalake() -> Any:
     return import_extra("deltalake", "delta")
 
 
-def check_delta(storage: Storage, contract_schema: pa.Schema, run_key: str, earlier_keys: Sequence[str] = ()) -> int:
+def check_delta(
+    storage: Storage,
+    contract_schema: pa.Schema,
+    run_key: str,
+    earlier_keys: Sequence[str] = (),
+    mode: TableMode = "append",
+) -> int:
     """Hold a run that is to be planned against Delta's types, and against the table that stands at the destination.
 
     `earlier_keys` are those that earlier releases gave to the same call; the table must not hold a run of one either.
@@ -59,6 +79,8 @@ def check_delta(storage: Storage, contract_schema: pa.Schema, run_key: str, earl
     if table is None:
         return 0
     _check_columns(table, schema, storage)
+    if mode == "upsert":
+        _check_upsertable(table, storage)
     if table.transaction_version(_run_app(run_key)) is not None:
         message = (
             f"The Delta table at {storage.url} must not hold the run that is to be planned, but holds run {run_key} "
@@ -114,6 +136,44 @@ def _check_columns(table: DeltaTable, schema: DeltaSchema, storage: Storage) -> 
         raise DestinationUnusable(message)
 
 
+def _check_upsertable(table: DeltaTable, storage: Storage) -> None:
+    """Raise DestinationUnusable where rows of a table can't be replaced by writing its files again."""
+    properties = table.metadata().configuration
+    unfit = [f"{name}=true" for name in _UNFIT_PROPERTIES if str(properties.get(name)).lower() == "true"]
+    unfit += find_unread_features(table)
+    unfit += [f"a file {path}" for path in _list_files(table) if "://" in path or path.startswith("/") or "%" in path][
+        :1
+    ]
+    if unfit:
+        message = (
+            f"A Delta table must let its files be written again where rows are put into it by their keys, but the one "
+            f"at {storage.url} (version {table.version()}) has {', '.join(unfit)}. Take that from the table (REORG "
+            "TABLE ... APPLY (PURGE) takes out deletion vectors), or choose another destination."
+        )
+        raise DestinationUnusable(message)
+
+
+def find_unread_features(table: DeltaTable) -> list[str]:
+    """Return what of a table says that its Parquet files do not hold its rows as they are."""
+    protocol, properties = table.protocol(), table.metadata().configuration
+    features = set(protocol.reader_features or ())
+    unread = sorted(features - _FEATURES_READ)
+    if (mode := properties.get("delta.columnMapping.mode", "none")) != "none":
+        unread.append(f"columnMapping by {mode}")
+    if "deletionVectors" in features and (found := _deletion_vectors(table)):
+        unread.append(f"deletionVectors ({found})")
+    return unread
+
+
+def _deletion_vectors(table: DeltaTable) -> str:
+    """Say which deletion vectors a version has, nothing where it has none."""
+    try:
+        files = sum(batch.num_rows for batch in pa.RecordBatchReader.from_stream(table.deletion_vectors()))
+    except Exception as error:  # noqa: BLE001 - deltalake can't say; what can't be ruled out is refused
+        return f"unreadable: {shorten_error(error)}"
+    return f"of {files} files" if files else ""
+
+
 def _columns(schema: DeltaSchema) -> dict[str, str]:
     return {field.name: f"{field.type}{'' if field.nullable else ' not null'}" for field in schema.fields}
 
@@ -129,7 +189,7 @@ def commit_delta(storage: Storage, plan: Plan, parts: Sequence[PartFooter]) -> N
     from deltalake.exceptions import DeltaError  # noqa: PLC0415
 
     schema = _delta_schema(_part_schema(storage, parts))
-    adds = _adds(parts)
+    rewrites: Rewrites = {}
     for attempt in range(_TRIES):
         time.sleep(random.uniform(0, _PAUSE_SECONDS) * attempt)  # noqa: S311 - keeps workers from trying in step
         with _delta_errors(storage):
@@ -137,8 +197,8 @@ def commit_delta(storage: Storage, plan: Plan, parts: Sequence[PartFooter]) -> N
             if table is not None and _holds_run(table, plan, storage):
                 return
             try:
-                _commit(storage, table, plan, schema, adds)
-            except DeltaError as error:
+                _commit(storage, table, plan, schema, parts, rewrites)
+            except (DeltaError, SourceChanged) as error:
                 failed = error
             else:
                 return
@@ -148,14 +208,21 @@ def commit_delta(storage: Storage, plan: Plan, parts: Sequence[PartFooter]) -> N
     raise PublishRefused(message) from failed
 
 
-def _adds(parts: Sequence[PartFooter]) -> list[AddAction]:
+def _adds(files: Iterable[PartFooter | RewrittenFile]) -> list[AddAction]:
     from deltalake.transaction import AddAction  # noqa: PLC0415
 
     now = int(time.time() * 1000)
     return [
-        AddAction(part.path, part.bytes, {}, now, data_change=True, stats=json.dumps({"numRecords": part.rows}))
-        for part in parts
+        AddAction(file.path, file.bytes, {}, now, data_change=True, stats=json.dumps({"numRecords": file.rows}))
+        for file in files
     ]
+
+
+def _removes(paths: Iterable[str], files: Mapping[str, tuple[int, int | None]]) -> list[RemoveAction]:
+    from deltalake.transaction import RemoveAction  # noqa: PLC0415
+
+    now = int(time.time() * 1000)
+    return [RemoveAction(path, True, now, files[path][0], {}) for path in paths]  # noqa: FBT003 - it takes no names
 
 
 def _run_app(run_key: str) -> str:
@@ -177,8 +244,8 @@ def _holds_run(table: DeltaTable, plan: Plan, storage: Storage) -> bool:
             "in the table, once, and nothing was added: there is nothing left to do."
         )
         raise PublishRefused(message)
-    replaces = plan.options.delta_mode == "replace"
-    held = table.transaction_version(_ORDER_APP if replaces else _REPLACED_APP) or 0
+    adds_only = plan.options.delta_mode == "append"
+    held = table.transaction_version(_REPLACED_APP if adds_only else _ORDER_APP) or 0
     if held > plan.order:
         message = (
             f"A Delta table must not go back to an older run, but the one at {storage.url} holds run number {held} of "
@@ -203,26 +270,45 @@ def _transactions(table: DeltaTable | None, plan: Plan) -> list[Transaction]:
     ]
 
 
-def _commit(storage: Storage, table: DeltaTable | None, plan: Plan, schema: DeltaSchema, adds: list[AddAction]) -> None:
+def _commit(
+    storage: Storage,
+    table: DeltaTable | None,
+    plan: Plan,
+    schema: DeltaSchema,
+    parts: Sequence[PartFooter],
+    rewrites: Rewrites,
+) -> None:
+    """Commit a run to a table as it was loaded. `rewrites` is what earlier tries of an upsert found, and gets more."""
     from deltalake import CommitProperties  # noqa: PLC0415
     from deltalake.transaction import create_table_with_add_actions  # noqa: PLC0415
 
+    held = {} if table is None else _list_files(table)
+    # Delta's own overwrite would take out the parts that the table holds already.
+    swaps = plan.options.upserts or (plan.options.delta_mode == "replace" and any(part.path in held for part in parts))
     properties = CommitProperties(
         custom_metadata={"overnight.run": plan.run, "overnight.model": plan.model.uri},
         app_transactions=_transactions(table, plan),
-        # Tried again, delta-rs would make this creation the second version of a table that another has just created.
-        max_commit_retries=0 if table is None else None,
+        # Tried again, delta-rs would make this creation the second version of a table that another has just created,
+        # and put an upsert beside rows of the same keys that another has just added.
+        max_commit_retries=0 if table is None or swaps else None,
     )
     if table is None:
         options = delta_options(storage)
         create_table_with_add_actions(
-            storage.address(""), schema, adds, "error", storage_options=options, commit_properties=properties
+            storage.address(""), schema, _adds(parts), "error", storage_options=options, commit_properties=properties
         )
         return
     # Delta itself takes files of any columns into any table.
     _check_columns(table, schema, storage)
+    if swaps:
+        if plan.options.upserts:
+            _check_upsertable(table, storage)
+        changes = find_changes(storage, plan, parts, held, rewrites)
+        actions: list[AddAction | RemoveAction] = [*_removes(changes.removed, held), *_adds(changes.added)]
+        table.create_write_transaction(actions, "append", schema, commit_properties=properties)
+        return
     mode = "append" if plan.options.delta_mode == "append" else "overwrite"
-    table.create_write_transaction([*adds], mode, schema, commit_properties=properties)
+    table.create_write_transaction([*_adds(parts)], mode, schema, commit_properties=properties)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,13 +332,18 @@ def read_table(storage: Storage, plan: Plan) -> TableState | None:
     table = _delta_table(storage)
     if table is None:
         return None
-    actions = pa.table(table.get_add_actions(flatten=True)).to_pylist()
     return TableState(
         version=table.version(),
-        files={each["path"]: (each["size_bytes"], each.get("num_records")) for each in actions},
+        files=_list_files(table),
         holds_run=table.transaction_version(_run_app(plan.key)) is not None,
         holds_plan=table.transaction_version(_plan_app(plan)) is not None,
     )
+
+
+def _list_files(table: DeltaTable) -> dict[str, tuple[int, int | None]]:
+    """Return the files of a table with their bytes and rows, None where the log does not tell the rows."""
+    actions = pa.table(table.get_add_actions(flatten=True)).to_pylist()
+    return {each["path"]: (each["size_bytes"], each.get("num_records")) for each in actions}
 
 
 def _part_schema(storage: Storage, parts: Sequence[PartFooter]) -> pa.Schema:

@@ -10,15 +10,11 @@ import pyarrow as pa
 
 from serving.errors import BadInput, SourceFormat, shorten_error
 from tasks.batch.dataset import Snapshot, SourceFile, parse_hive_values, pin_listed_files
-from tasks.batch.delta import delta_options, import_deltalake
+from tasks.batch.delta import delta_options, find_unread_features, import_deltalake
 from tasks.storage import Storage
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
-
-# With these a table's Parquet files alone say what it holds, as long as no file has a deletion vector and no column a
-# name of its own in the files; both are looked at.
-_FEATURES_READ = {"timestampNtz", "vacuumProtocolCheck", "v2Checkpoint", "deletionVectors", "columnMapping"}
 
 
 def pin_delta(storage: Storage, *, version: int | None = None, timestamp: dt.datetime | None = None) -> Snapshot:
@@ -106,29 +102,13 @@ def _find_version(table: DeltaTable, timestamp: dt.datetime) -> int | None:
 
 def _check_plain_files(table: DeltaTable, address: str) -> None:
     """Raise SourceFormat where a table's Parquet files alone do not say what the table holds."""
-    protocol, properties = table.protocol(), table.metadata().configuration
-    features = set(protocol.reader_features or ())
-    unread = sorted(features - _FEATURES_READ)
-    if (mode := properties.get("delta.columnMapping.mode", "none")) != "none":
-        unread.append(f"columnMapping by {mode}")
-    if "deletionVectors" in features and (found := _deletion_vectors(table)):
-        unread.append(f"deletionVectors ({found})")
-    if unread:
+    if unread := find_unread_features(table):
         message = (
             f"The Parquet files of a Delta table must hold its rows as they are, but the table {address} (version "
             f"{table.version()}) has {', '.join(unread)}, which can't be read yet. Rewrite it without (REORG TABLE ... "
             "APPLY (PURGE) takes out deletion vectors), or write what it holds to a folder of Parquet and name that."
         )
         raise SourceFormat(message)
-
-
-def _deletion_vectors(table: DeltaTable) -> str:
-    """Say which deletion vectors a version has, nothing where it has none."""
-    try:
-        files = sum(batch.num_rows for batch in pa.RecordBatchReader.from_stream(table.deletion_vectors()))
-    except Exception as error:  # noqa: BLE001 - deltalake can't say; what can't be ruled out is refused
-        return f"unreadable: {shorten_error(error)}"
-    return f"of {files} files" if files else ""
 
 
 def _path_below(path: str, address: str) -> str:

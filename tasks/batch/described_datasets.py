@@ -1,4 +1,4 @@
-"""The input and the output of a batch run as lineage describes them: address, version, digest, columns and sizes."""
+"""The inputs and the output of a batch run as lineage describes them: address, version, digest, columns and sizes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.batch.dataset import Snapshot
+from tasks.batch.feature_pins import FeaturePin
 from tasks.batch.parts import part_path
 from tasks.batch.plan import Plan
 from tasks.batch.report import BatchReport
@@ -55,6 +56,30 @@ def describe_input(plan: Plan) -> DescribedDataset:
         rows=plan.rows,
         files=len(files),
         bytes=sum(file.size for file in files),
+    )
+
+
+def describe_feature_tables(plan: Plan) -> list[DescribedDataset]:
+    """Return the feature tables that a plan joins to its source, in its order. Reads one footer of each."""
+    return [_describe_table(pin) for pin in plan.features]
+
+
+def _describe_table(pin: FeaturePin) -> DescribedDataset:
+    snapshot, used = pin.snapshot, (*pin.table.join_keys, pin.table.time, *pin.columns)
+    storage = open_storage(snapshot.root)
+    schema = _try_reading(lambda: _read_schema(storage, snapshot.files[0].path))
+    fields = [] if schema is None else [field for field in schema if field.name in used]
+    parted = [pa.field(name, kind) for name, kind in pin.partitions.items()]
+    return DescribedDataset(
+        address=snapshot.root,
+        kind=_find_kind(snapshot),
+        version=snapshot.version,
+        digest=hashlib.sha256(snapshot.model_dump_json().encode()).hexdigest()[:_DIGEST_LENGTH],
+        format=snapshot.format,
+        schema=None if schema is None else pa.schema([*fields, *parted]),
+        rows=pin.rows,
+        files=len(snapshot.files),
+        bytes=sum(file.size for file in snapshot.files),
     )
 
 

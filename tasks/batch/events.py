@@ -1,17 +1,22 @@
-"""The events of a batch run: published, or refused. Each concerns its destination, its source and its model."""
+"""The events of a batch run: published, refused, a challenger promoted or not. Each concerns its model and data."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from uuid import NAMESPACE_URL, uuid5
 
 from serving.errors import Interrupted, OvernightError
 from serving.redaction import hide_secrets
+from tasks.batch.comparison import Promotion
+from tasks.batch.gate import Finding
 from tasks.batch.plan import Plan
 from tasks.batch.report import BatchReport
 from tasks.common.events import (
+    MODEL_NOT_PROMOTED,
+    MODEL_PROMOTED,
+    RUN_DRIFTED,
     RUN_PUBLISHED,
     RUN_REFUSED,
     Labels,
@@ -65,6 +70,34 @@ def emit_published(plan: Plan, report: BatchReport) -> None:
     }
     event_id = uuid5(NAMESPACE_URL, f"{RUN_PUBLISHED}/{report.destination}/{report.run}/{report.plan_digest}")
     send_event(RUN_PUBLISHED, call.describe_run(output=report.output), call.list_related(), payload, event_id)
+
+
+def emit_findings(plan: Plan, destination: str, baseline: str, findings: Sequence[Finding]) -> None:
+    """Send an event for each rule of the gate that a run breaks. Sent by two workers, each is one event."""
+    call = RunCall(model=plan.model.uri, source=plan.source.title, destination=destination, key=plan.key)
+    for finding in findings:
+        if finding.outcome != "broken":
+            continue
+        payload = {
+            "run": plan.run,
+            "baseline": hide_secrets(baseline),
+            **finding.model_dump(mode="json", include={"rule", "severity", "subject", "text"}),
+        }
+        event_id = uuid5(NAMESPACE_URL, f"{RUN_DRIFTED}/{destination}/{plan.run}/{plan.digest}/{finding}")
+        resource = call.describe_run(rule=finding.rule, severity=finding.severity)
+        send_event(RUN_DRIFTED, resource, call.list_related(), payload, event_id)
+
+
+def emit_promotion(plan: Plan, destination: str, promotion: Promotion) -> None:
+    """Send the event that a challenger was promoted, or not. Sent by two workers, it is one event."""
+    call = RunCall(model=plan.model.uri, source=plan.source.title, destination=destination, key=plan.key)
+    event = MODEL_PROMOTED if promotion.outcome == "promoted" else MODEL_NOT_PROMOTED
+    payload = {"run": plan.run, "destination": hide_secrets(destination), **promotion.model_dump(mode="json")}
+    payload["why"] = hide_secrets(promotion.why)[:_MESSAGE_CHARACTERS_MAX]
+    event_id = uuid5(NAMESPACE_URL, f"{event}/{destination}/{plan.run}/{plan.digest}/{promotion.alias}")
+    resource = describe_resource("model", plan.model.name, role=False, alias=promotion.alias, model=plan.model.uri)
+    related = [call.describe_run() | {"prefect.resource.role": "run"}, *call.list_related()[:2]]
+    send_event(event, resource, related, payload, event_id)
 
 
 @contextmanager

@@ -23,13 +23,14 @@ from pyiceberg.manifest import DataFile, ManifestContent
 from pyiceberg.table import Table, Transaction
 from sqlalchemy.exc import OperationalError
 
-from serving.errors import DestinationUnusable, OvernightError, PublishRefused, shorten_error
+from serving.errors import DestinationUnusable, OvernightError, PublishRefused, SourceChanged, shorten_error
 from tasks.batch.dataset import map_parallel
 from tasks.batch.delta import TableState
 from tasks.batch.iceberg_catalog import TableName, catalog_error, find_table, open_catalog, parse_table_name
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import PartFooter
 from tasks.batch.plan import Plan
+from tasks.batch.upsert import Rewrites, find_changes
 from tasks.storage import LocalStorage, Storage
 
 _TRIES = 20
@@ -74,6 +75,8 @@ def check_iceberg(storage: Storage, contract_schema: pa.Schema, run_key: str, op
     if table is None:
         return 0
     _check_columns(table, contract_schema, name)
+    if options.upserts:
+        _check_upsertable(table, storage, name)
     if _RUN + run_key in table.properties:
         message = (
             f"The Iceberg table {name.title} must not hold the run that is to be planned, but holds run {run_key} "
@@ -168,9 +171,8 @@ def commit_iceberg(storage: Storage, plan: Plan, parts: Sequence[PartFooter]) ->
     """
     name = parse_table_name(plan.options.iceberg_table or "")
     schema = pq.read_schema(pa.BufferReader(storage.read(parts[0].path))).remove_metadata()
-    paths = [part.path for part in parts]
     with open_catalog(name) as catalog:
-        failed = _try_to_commit(catalog, name, storage, plan, schema, paths)
+        failed = _try_to_commit(catalog, name, storage, plan, schema, parts)
     if failed is not None:
         message = (
             f"The Iceberg table {name.title} must take a commit, got: {shorten_error(failed)}. Call again: the parts "
@@ -180,10 +182,16 @@ def commit_iceberg(storage: Storage, plan: Plan, parts: Sequence[PartFooter]) ->
 
 
 def _try_to_commit(
-    catalog: Catalog, name: TableName, storage: Storage, plan: Plan, schema: pa.Schema, paths: Sequence[str]
+    catalog: Catalog,
+    name: TableName,
+    storage: Storage,
+    plan: Plan,
+    schema: pa.Schema,
+    parts: Sequence[PartFooter],
 ) -> Exception | None:
     """Commit a run unless the table holds it; return what the last of all tries failed by, None where it holds it."""
     failed: Exception | None = None
+    rewrites: Rewrites = {}
     for attempt in range(_TRIES):
         time.sleep(random.uniform(0, _PAUSE_SECONDS) * attempt)  # noqa: S311 - keeps workers from trying in step
         try:
@@ -192,8 +200,8 @@ def _try_to_commit(
                 return None
             # pyiceberg takes files that lack columns too.
             _check_columns(table, schema, name)
-            _commit(table, storage, plan, paths)
-        except _UNDECIDED as error:
+            _commit(table, name, storage, plan, parts, rewrites)
+        except (*_UNDECIDED, SourceChanged) as error:
             failed = error
         except OvernightError:
             raise
@@ -240,7 +248,7 @@ def _holds_run(table: Table, plan: Plan, name: TableName) -> bool:
             "and nothing was added: there is nothing left to do."
         )
         raise PublishRefused(message)
-    held = int(table.properties.get(_ORDER if plan.options.iceberg_mode == "replace" else _REPLACED, 0))
+    held = int(table.properties.get(_REPLACED if plan.options.iceberg_mode == "append" else _ORDER, 0))
     if held > plan.order:
         message = (
             f"An Iceberg table must not go back to an older run, but {name.title} holds run number {held} of its "
@@ -252,19 +260,46 @@ def _holds_run(table: Table, plan: Plan, name: TableName) -> bool:
     return False
 
 
-def _commit(table: Table, storage: Storage, plan: Plan, paths: Sequence[str]) -> None:
-    """Add parts to a table as it was loaded, and say of which run they are; fails where it is another by now."""
+def _commit(
+    table: Table, name: TableName, storage: Storage, plan: Plan, parts: Sequence[PartFooter], rewrites: Rewrites
+) -> None:
+    """Add parts to a table as it was loaded, and say of which run they are; fails where it is another by now.
+
+    `rewrites` is what earlier tries of an upsert found, and gets more.
+    """
     # This copy alone says so, and the catalog's own does not: see commit_iceberg.
     properties = {**table.metadata.properties, "commit.retry.num-retries": "0"}
     table.metadata = table.metadata.model_copy(update={"properties": properties})
-    files = [_locate(storage, path) for path in paths]
     told = {"overnight.run": plan.run, "overnight.model": plan.model.uri}
+    if plan.options.iceberg_mode == "append":
+        with table.transaction() as transaction:
+            transaction.set_properties(_record_run(table, plan))
+            transaction.add_files([_locate(storage, part.path) for part in parts], snapshot_properties=told)
+        return
+    if plan.options.upserts:
+        _check_upsertable(table, storage, name)
+    held = _list_files(table, storage)
+    changes = find_changes(storage, plan, parts, held, rewrites)
+    removed, added = [held[path] for path in changes.removed], [_locate(storage, file.path) for file in changes.added]
     with table.transaction() as transaction:
         transaction.set_properties(_record_run(table, plan))
-        if plan.options.iceberg_mode == "append":
-            transaction.add_files(files, snapshot_properties=told)
-        else:
-            _replace_files(table, transaction, storage, files, told)
+        _swap_files(table, transaction, storage, removed, added, told)
+
+
+def _check_upsertable(table: Table, storage: Storage, name: TableName) -> None:
+    """Raise DestinationUnusable where rows of a table can't be replaced by writing its files again."""
+    outside = [path for path, file in _list_files(table, storage).items() if path == file.file_path]
+    current = table.current_snapshot()
+    manifests = [] if current is None else current.manifests(table.io)
+    has_deletes = any(manifest.content == ManifestContent.DELETES for manifest in manifests)
+    if outside or has_deletes:
+        got = f"data files elsewhere, the first {outside[0]}" if outside else "row-level deletes beside its data files"
+        message = (
+            f"The Iceberg table {name.title} must have all its files below {storage.url}, and no deletes beside them, "
+            f"where rows are put into it by their keys, got {got}. Rewrite its data files there, or choose another "
+            "table."
+        )
+        raise DestinationUnusable(message)
 
 
 def _record_run(table: Table, plan: Plan) -> dict[str, str]:
@@ -278,10 +313,15 @@ def _record_run(table: Table, plan: Plan) -> dict[str, str]:
     return record
 
 
-def _replace_files(
-    table: Table, transaction: Transaction, storage: Storage, files: Sequence[str], told: dict[str, str]
+def _swap_files(
+    table: Table,
+    transaction: Transaction,
+    storage: Storage,
+    removed: Sequence[DataFile],
+    files: Sequence[str],
+    told: dict[str, str],
 ) -> None:
-    """Put files in the place of every data file of a table, in one snapshot."""
+    """Put files in the place of data files of a table, in one snapshot."""
     metadata = transaction.table_metadata
 
     def describe(file: str) -> DataFile:
@@ -289,7 +329,7 @@ def _replace_files(
 
     added = map_parallel(storage, describe, files)
     with transaction.update_snapshot(snapshot_properties=told).overwrite() as overwrite:
-        for held in _list_data_files(table):
+        for held in removed:
             overwrite.delete_data_file(held)
         for file in added:
             overwrite.append_data_file(file)
@@ -305,15 +345,20 @@ def read_table(storage: Storage, plan: Plan) -> TableState | None:
         table = find_table(catalog, name)
     if table is None:
         return None
-    below = f"{_locate(storage, '').rstrip('/')}/"
-    files = [file for file in _list_data_files(table) if file.file_path.startswith(below)]
+    files = {path: file for path, file in _list_files(table, storage).items() if path != file.file_path}
     current, held_plan = table.current_snapshot(), table.properties.get(_RUN + plan.key)
     return TableState(
         version=0 if current is None else current.snapshot_id,
-        files={file.file_path.removeprefix(below): (file.file_size_in_bytes, file.record_count) for file in files},
+        files={path: (file.file_size_in_bytes, file.record_count) for path, file in files.items()},
         holds_run=held_plan is not None,
         holds_plan=held_plan == plan.digest,
     )
+
+
+def _list_files(table: Table, storage: Storage) -> dict[str, DataFile]:
+    """Return the data files of a table by their paths below the destination; those elsewhere by their locations."""
+    below = f"{_locate(storage, '').rstrip('/')}/"
+    return {file.file_path.removeprefix(below): file for file in _list_data_files(table)}
 
 
 def _list_data_files(table: Table) -> Iterable[DataFile]:

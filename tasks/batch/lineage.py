@@ -21,7 +21,12 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from serving.redaction import hide_secrets
 from tasks.batch import open_lineage
-from tasks.batch.described_datasets import DescribedDataset, describe_input, describe_output
+from tasks.batch.described_datasets import (
+    DescribedDataset,
+    describe_feature_tables,
+    describe_input,
+    describe_output,
+)
 from tasks.batch.plan import Plan
 from tasks.batch.report import BatchReport
 from tasks.common.artifacts import Logger, start_thread
@@ -96,7 +101,11 @@ def _write_run(client: MlflowClient, plan: Plan, report: BatchReport, experiment
     )
     client.log_inputs(
         run_id,
-        datasets=[_tag_dataset(given, "input", source), _tag_dataset(made, "output", output)],
+        datasets=[
+            _tag_dataset(given, "input", source),
+            *(_tag_dataset(_make_dataset(table), "features", table) for table in describe_feature_tables(plan)),
+            _tag_dataset(made, "output", output),
+        ],
         models=[LoggedModelInput(model_id)] if model_id else None,
     )
     if ERROR_TAG in run.data.tags:
@@ -133,7 +142,9 @@ def _make_metrics(
     return [metric for metric in metrics if metric.key not in there]
 
 
-def _tag_dataset(dataset: Dataset, context: Literal["input", "output"], described: DescribedDataset) -> DatasetInput:
+def _tag_dataset(
+    dataset: Dataset, context: Literal["input", "features", "output"], described: DescribedDataset
+) -> DatasetInput:
     tags = [InputTag(MLFLOW_DATASET_CONTEXT, context)]
     if described.version is not None:
         tags.append(InputTag("overnight.version", described.version[:_TEXT_MAX]))

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Literal
 
 import polars as pl
+from pydantic import Field
 
 from serving.errors import NoCompleteRun, RunNameTaken
 from serving.model.contract import Frozen
 from serving.model.registry import ModelPin
 from serving.option_words import name_option
-from tasks.batch.dataset import map_parallel
+from tasks.batch.dataset import list_entries_at, map_parallel
 from tasks.batch.parts import REJECT_REASON, list_parts
-from tasks.batch.plan import FORMAT_VERSION, ROOT, Plan, load_plan, read_record
+from tasks.batch.plan import FORMAT_VERSION, ROOT, Plan
+from tasks.batch.run_records import load_plan, read_record
 from tasks.storage import AzureStorage, GcsStorage, Storage, open_storage, reader_options
 
 
 class ManifestPart(Frozen):
-    """One part of a published run."""
+    """One part of a published run, and the digest of what it is made of, which a later run may be made of too."""
 
     path: str
     rows: int
     bytes: int
+    chunk: str = Field(default="", exclude_if=operator.not_)
 
 
 class RejectCount(Frozen):
@@ -38,7 +42,8 @@ class Manifest(Frozen):
     """What a published run consists of.
 
     `order` is the run's number among those planned at the destination, `commit` that of a commit of one stream's
-    table. Manifests of earlier releases have neither, and are told apart by when they were planned.
+    table. Manifests of earlier releases have neither, and are told apart by when they were planned. `shape` and
+    `made_with` are those of the plan.
     """
 
     format_version: int = FORMAT_VERSION
@@ -54,6 +59,8 @@ class Manifest(Frozen):
     rows: int
     rejects: tuple[RejectCount, ...]
     rows_key_null: int = 0
+    shape: str = Field(default="", exclude_if=operator.not_)
+    made_with: tuple[str, ...] = Field(default=(), exclude_if=operator.not_)
     parts: tuple[ManifestPart, ...]
 
     @property
@@ -78,22 +85,25 @@ def find_intact_manifest(storage: Storage, run: str) -> Manifest | None:
     return None if manifest is None or find_damaged_parts(storage, manifest) else manifest
 
 
-def find_newest_run(storage: Storage) -> Manifest | None:
-    """Return the manifest of the complete run of a destination that was planned last, None where there is none."""
+def find_newest_run(storage: Storage, other_than: str | None = None) -> Manifest | None:
+    """Return the manifest of the complete run of a destination that was planned last, None where there is none.
+
+    `other_than` is a run that is left out.
+    """
     manifests = read_manifests(storage, [entry.path for entry in storage.entries(ROOT, depth=2)])
+    manifests = [manifest for manifest in manifests if manifest.run != other_than]
     return max(manifests, key=lambda manifest: manifest.position, default=None)
 
 
 def find_damaged_parts(storage: Storage, manifest: Manifest) -> tuple[str, ...]:
-    """Return the parts of a published run that are gone, or of another size, by now; one listing, nothing opened.
+    """Return the parts of a published run that are gone, or of another size, by now, by listings alone.
 
     None of a Delta or Iceberg table: it may have rewritten and removed them, and its own log says what it holds.
     """
     if manifest.output in ("delta", "iceberg"):
         return ()
-    folders = {part.path.rpartition("/")[0] for part in manifest.parts}
-    sizes = {entry.path: entry.size for folder in folders for entry in storage.entries(folder, depth=1)}
-    return tuple(part.path for part in manifest.parts if sizes.get(part.path) != part.bytes)
+    there = list_entries_at(storage, (part.path for part in manifest.parts))
+    return tuple(p.path for p in manifest.parts if p.path not in there or there[p.path].size != p.bytes)
 
 
 def list_foreign_files(storage: Storage) -> list[str]:
@@ -124,12 +134,21 @@ def open_predictions(destination: str, run: str | None = None) -> pl.LazyFrame:
     reject_reason. The newest run is the one that was planned last. Raises NoCompleteRun.
     """
     storage = open_storage(destination)
+    manifest = find_complete_manifest(storage, run, "Call batch_inference first.")
+    return scan_parts(storage, [part.path for part in manifest.parts])
+
+
+def find_complete_manifest(storage: Storage, run: str | None, advice: str) -> Manifest:
+    """Return the manifest of a run that is named, else of the newest complete run.
+
+    Raises NoCompleteRun where there is none, with the advice as what to do next.
+    """
     manifest = find_manifest(storage, run) if run else find_newest_run(storage)
     if manifest is None:
         wanted = f"run {run}" if run else "a run"
-        message = f"{storage.url} must hold {wanted} that is complete, got none. Call batch_inference first."
+        message = f"{storage.url} must hold {wanted} that is complete, got none. {advice}"
         raise NoCompleteRun(message)
-    return _scan(storage, [part.path for part in manifest.parts])
+    return manifest
 
 
 def open_rejects(destination: str, run: str | None = None) -> pl.LazyFrame:
@@ -146,10 +165,13 @@ def open_rejects(destination: str, run: str | None = None) -> pl.LazyFrame:
     if not parts:
         message = f"{storage.url} must hold parts of run {run}, got none. Check the run's name."
         raise NoCompleteRun(message)
-    return _scan(storage, sorted(entry.path for entry in parts.values())).filter(pl.col(REJECT_REASON).is_not_null())
+    return scan_parts(storage, sorted(entry.path for entry in parts.values())).filter(
+        pl.col(REJECT_REASON).is_not_null()
+    )
 
 
-def _scan(storage: Storage, paths: Sequence[str]) -> pl.LazyFrame:
+def scan_parts(storage: Storage, paths: Sequence[str]) -> pl.LazyFrame:
+    """Open Parquet files of a destination as one LazyFrame."""
     options = reader_options(storage)
     # Addresses are meant as they stand, brackets and stars too.
     addresses = [storage.address(path) for path in paths]

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import pyarrow as pa
 from prefect.context import FlowRunContext
 
+from serving.machine import find_release
 from serving.redaction import hide_secrets
-from tasks.batch.described_datasets import DescribedDataset, describe_input, describe_output
+from tasks.batch.described_datasets import (
+    DescribedDataset,
+    describe_feature_tables,
+    describe_input,
+    describe_output,
+)
 from tasks.batch.parts import REJECT_COLUMN, REJECT_REASON
 from tasks.batch.plan import Plan
 from tasks.batch.report import BatchReport
@@ -144,26 +149,19 @@ def build_event(event: _Event, time: datetime) -> event_v2.RunEvent:
     from openlineage.client.facet_v2 import job_type_job  # noqa: PLC0415 - the same
 
     plan = event.plan
-    source = describe_input(plan)
+    source, tables = describe_input(plan), describe_feature_tables(plan)
     output = describe_output(plan, event.destination, event.report)
     namespace = os.environ.get("OPENLINEAGE_NAMESPACE", "overnight")
     job_type = job_type_job.JobTypeJobFacet(processingType="BATCH", integration="OVERNIGHT", jobType="JOB")
     return event_v2.RunEvent(
         eventTime=time.isoformat(),
         eventType=event_v2.RunState[event.moment],
-        producer=f"urn:overnight:{_version()}",
+        producer=f"urn:overnight:{find_release()}",
         run=event_v2.Run(runId=_run_id(event), facets=_run_facets(event)),
         job=event_v2.Job(namespace=namespace, name=_name_job(plan, output), facets={"jobType": job_type}),
-        inputs=[_make_input(source)],
-        outputs=[_make_output(plan, source, output)],
+        inputs=[_make_input(each) for each in (source, *tables)],
+        outputs=[_make_output(plan, source, tables, output)],
     )
-
-
-def _version() -> str:
-    try:
-        return metadata.version("overnight")
-    except metadata.PackageNotFoundError:
-        return "0"
 
 
 def _run_id(event: _Event) -> str:
@@ -188,7 +186,7 @@ def _run_facets(event: _Event) -> dict[str, Any]:
     plan = event.plan
     tags = {"model": plan.model.uri, "model_digest": plan.model.digest, "run": plan.run}
     facets: dict[str, Any] = {
-        "processing_engine": processing_engine_run.ProcessingEngineRunFacet(version=_version(), name="Overnight"),
+        "processing_engine": processing_engine_run.ProcessingEngineRunFacet(version=find_release(), name="Overnight"),
         "tags": tags_run.TagsRunFacet(
             tags=[tags_run.TagsRunFacetFields(key=key, value=value, source="OVERNIGHT") for key, value in tags.items()]
         ),
@@ -226,7 +224,9 @@ def _make_input(source: DescribedDataset) -> event_v2.InputDataset:
     )
 
 
-def _make_output(plan: Plan, source: DescribedDataset, output: DescribedDataset) -> event_v2.OutputDataset:
+def _make_output(
+    plan: Plan, source: DescribedDataset, tables: Sequence[DescribedDataset], output: DescribedDataset
+) -> event_v2.OutputDataset:
     from openlineage.client import event_v2  # noqa: PLC0415 - the same
     from openlineage.client.facet_v2 import output_statistics_output_dataset as statistics  # noqa: PLC0415 - the same
 
@@ -234,7 +234,7 @@ def _make_output(plan: Plan, source: DescribedDataset, output: DescribedDataset)
     facets = _dataset_facets(output)
     made: dict[str, Any] = {}
     if output.rows is not None:
-        facets["columnLineage"] = _make_column_lineage(plan, source)
+        facets["columnLineage"] = _make_column_lineage(plan, source, tables)
         made["outputStatistics"] = statistics.OutputStatisticsOutputDatasetFacet(
             rowCount=output.rows, size=output.bytes, fileCount=output.files
         )
@@ -272,19 +272,22 @@ def _make_field(name: str, kind: pa.DataType) -> Any:
     return schema_dataset.SchemaDatasetFacetFields(name=name, type=str(kind), fields=inner)
 
 
-def _make_column_lineage(plan: Plan, source: DescribedDataset) -> Any:
+def _make_column_lineage(plan: Plan, source: DescribedDataset, tables: Sequence[DescribedDataset]) -> Any:
     """Return which input columns made each output column: keys are copied, all else is made of what the model reads."""
     from openlineage.client.facet_v2 import column_lineage_dataset as columns  # noqa: PLC0415 - the same
 
-    namespace, name = name_dataset(source.address)
-
-    def read_from(column: str, kind: str, subtype: str, description: str) -> Any:
+    def read_from(column: tuple[str, str], kind: str, subtype: str, description: str) -> Any:
+        namespace, name = name_dataset(column[0])
         step = columns.Transformation(type=kind, subtype=subtype, description=description, masking=False)
-        return columns.InputField(namespace=namespace, name=name, field=column, transformations=[step])
+        return columns.InputField(namespace=namespace, name=name, field=column[1], transformations=[step])
 
-    read = [column.name for column in plan.contract.columns if column.name in plan.columns]
+    # Each by the address of its table and its name there.
+    names = [column.name for column in plan.contract.columns if column.name in plan.columns]
+    read = [(source.address, name) for name in names]
+    pairs = zip(tables, plan.features, strict=True)
+    read += [(table.address, name) for table, pin in pairs for name in pin.columns]
     fields = {
-        key: columns.Fields(inputFields=[read_from(key, "DIRECT", "IDENTITY", "copied")])
+        key: columns.Fields(inputFields=[read_from((source.address, key), "DIRECT", "IDENTITY", "copied")])
         for key in plan.options.key_columns
     }
     predictions = [output.name for output in plan.contract.outputs]

@@ -9,15 +9,27 @@ from uuid import UUID
 from pydantic import AwareDatetime, Field, JsonValue, field_validator, model_validator
 
 from serving.model.contract import ColumnNames, ColumnPolicy, Frozen
-from serving.option_words import name_option
+from serving.model.environment_choice import EnvironmentOption, PackagesOption
+from serving.option_words import give_option, name_option
+from tasks.batch.challenger_rules import CHALLENGERS_MAX, Labels, PromoteIf
+from tasks.batch.feature_table import FEATURE_TABLES_MAX, FeatureTable
+from tasks.batch.gate_rules import Gate
 
 # These decide how a run is carried out, never what it puts out: a later call may change them and still resume.
 _NOT_IN_KEY = {
     *("name", "slots", "memory_mb", "max_reject_fraction", "allow_pickle", "experiment"),
-    *("runner", "workers", "joins", "notices", "notice_seconds", "sample_rows"),
+    *("pass_seconds_max", "pass_memory_mb", "packages"),
+    *("reuse", "gate", "runner", "workers", "joins", "notices", "notice_seconds", "sample_rows"),
     # The version that they name is part of the source.
     *("source_version", "source_timestamp"),
+    # The versions of challengers and the columns kept beside their predictions are in the key apart from these: a part
+    # of the champion is the same without them.
+    *("challengers", "segment_columns", "labels", "promote_if"),
 }
+
+
+Reuse = Literal["same", "any", "none"]
+TableMode = Literal["append", "replace", "upsert"]
 
 
 class Threads(Frozen):
@@ -122,20 +134,37 @@ class BatchOptions(Frozen):
     source_timestamp: AwareDatetime | None = Field(
         default=None, description="Reads the version of a table that was the current one then, time zone included."
     )
+    features: tuple[FeatureTable, ...] = Field(
+        default=(),
+        max_length=FEATURE_TABLES_MAX,
+        description="Tables of features over time that are joined to the source: each of its rows gets the latest row "
+        "of each table that is not later than its own time.",
+    )
+    spine_time: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The column of the source that says as of when a row is scored: a date or a timestamp. With "
+        "features, and only with them.",
+    )
     output: Literal["parquet", "delta", "iceberg"] = Field(
         default="parquet",
         description="parquet: parts and a manifest. delta, iceberg: the same parts added to a Delta or Iceberg table.",
     )
-    delta_mode: Literal["append", "replace"] = Field(
-        default="append", description="Whether the run's rows are added to the Delta table, or replace what it holds."
+    delta_mode: TableMode = Field(
+        default="append",
+        description="Whether the run's rows are added to the Delta table, replace what it holds, or (upsert) replace "
+        "the rows that have the same keys and are added beside the others.",
     )
     iceberg_table: str | None = Field(
         default=None,
         description="The Iceberg table that the rows go into, as CATALOG.NAMESPACE.TABLE: the catalog is one of "
         "pyiceberg's configuration. It is made at the destination where there is none.",
     )
-    iceberg_mode: Literal["append", "replace"] = Field(
-        default="append", description="Whether the run's rows are added to the Iceberg table, or replace what it holds."
+    iceberg_mode: TableMode = Field(default="append", description="As delta_mode, of the Iceberg table.")
+    missing_keys: Literal["keep", "delete", "mark"] = Field(
+        default="keep",
+        description="What an upsert does with rows of the table whose keys the run does not have. keep: nothing. "
+        "delete: they are taken out. mark: they stay without predictions, with the reason 'not in source'.",
     )
     rescore: str | None = Field(
         default=None,
@@ -143,6 +172,12 @@ class BatchOptions(Frozen):
         description="Asks for another scoring of the same model and files, such as 'after-the-outage': a run of its "
         "own that scores every row again, rejects too, and leaves the earlier run as it is. The same text is the same "
         "run.",
+    )
+    reuse: Reuse = Field(
+        default="same",
+        description="Whether a run has the parts that an earlier run of the destination has made of the same model, "
+        "options and rows. same: where versions and processor are the same too, and so is every byte. any: also where "
+        "they are not, and last digits may differ. none: every row is scored.",
     )
     name: str | None = Field(
         default=None,
@@ -169,6 +204,21 @@ class BatchOptions(Frozen):
     memory_mb: int | None = Field(
         default=None, ge=1, description="Memory that the run may take, in MiB. Without: what this machine has free."
     )
+    environment: EnvironmentOption = None
+    packages: PackagesOption = None
+    pass_seconds_max: float = Field(
+        default=600.0,
+        gt=0,
+        le=86_400,
+        description="Seconds that one pass of a model of Python may take, a batch or a row. A row that takes longer is "
+        "a reject. Torch modules have no such limit.",
+    )
+    pass_memory_mb: int | None = Field(
+        default=None,
+        ge=16,
+        description="Memory that the passes of a model of Python may take in each of its processes, in MiB, over what "
+        "it has once it is loaded. A row that takes more is a reject. Without: what the machine has.",
+    )
     runner: Threads | Ray = Field(
         default=Threads(), discriminator="kind", description="Where shards are scored: in threads, or on a Ray cluster."
     )
@@ -185,6 +235,28 @@ class BatchOptions(Frozen):
     )
     max_reject_fraction: float = Field(
         default=0.1, ge=0, le=1, description="The run stops, unpublished, when more of its rows than this are rejects."
+    )
+    gate: Gate | None = Field(
+        default=None,
+        description="What the statistics of the run's columns are held against before it is published. Without: "
+        "nothing, and no statistics are kept.",
+    )
+    challengers: ColumnNames = Field(
+        default=(),
+        max_length=CHALLENGERS_MAX,
+        description="Other models that score the same rows in the same read, as addresses like that of the model. "
+        "Their predictions lie apart, and are compared with the model's.",
+    )
+    segment_columns: ColumnNames = Field(
+        default=(),
+        max_length=8,
+        description="Columns of the source by whose values challengers are compared once more.",
+    )
+    labels: Labels | None = Field(
+        default=None, description="What the rows turned out to be, by which model and challengers are measured."
+    )
+    promote_if: PromoteIf | None = Field(
+        default=None, description="When a challenger takes the alias of the model, once the run is published."
     )
     allow_pickle: bool = Field(
         default=False, description="Load a pickled model. Unpickling runs any code in it: only for models you trust."
@@ -228,11 +300,36 @@ class BatchOptions(Frozen):
 
     @model_validator(mode="after")
     def _rows_once(self) -> Self:
-        modes = {"delta": self.delta_mode, "iceberg": self.iceberg_mode}
-        if self.rescore is not None and modes.get(self.output) == "append":
+        if self.rescore is not None and self.table_mode == "append":
             message = (
-                f"{name_option(f'{self.output}_mode')} must be 'replace' where rescore is given, got 'append': the "
-                "rows of the earlier run would be in the table twice."
+                f"{name_option(f'{self.output}_mode')} must be 'replace' or 'upsert' where rescore is given, got "
+                "'append': the rows of the earlier run would be in the table twice."
+            )
+            raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _rows_have_keys(self) -> Self:
+        if self.upserts and not self.key_columns:
+            message = (
+                f"{name_option('key_columns')} must name the columns by which rows of the table are replaced where "
+                f"{name_option(f'{self.output}_mode')} is 'upsert', got none."
+            )
+            raise ValueError(message)
+        if self.missing_keys != "keep" and not self.upserts:
+            message = (
+                f"{name_option('missing_keys')} must be 'keep' unless rows are put into a table by their keys, "
+                f"got {self.missing_keys!r}. Give {give_option('delta_mode', 'upsert')}."
+            )
+            raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _features_have_time(self) -> Self:
+        if bool(self.features) != (self.spine_time is not None):
+            message = (
+                f"{name_option('spine_time')} must name the source's column of time where {name_option('features')} "
+                f"are given, and only there; got spine_time={self.spine_time!r} and {len(self.features)} tables."
             )
             raise ValueError(message)
         return self
@@ -258,6 +355,35 @@ class BatchOptions(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _challengers_can_be_compared(self) -> Self:
+        beside = [name for name in ("segment_columns", "labels", "promote_if") if getattr(self, name)]
+        if beside and not self.challengers:
+            message = f"{name_option('challengers')} must name a model where {beside[0]} is given, got none."
+            raise ValueError(message)
+        if self.challengers and self.bfloat16_tolerance is not None:
+            message = (
+                "bfloat16_tolerance must be unset where there are challengers, got "
+                f"{self.bfloat16_tolerance:g}: differences would be those of the precision too."
+            )
+            raise ValueError(message)
+        if self.promote_if is not None and self.labels is None:
+            message = f"labels must be given where promote_if is, got none: they measure {self.promote_if.metric}."
+            raise ValueError(message)
+        if self.labels is not None and self.labels.source is not None and not self.key_columns:
+            message = (
+                f"{name_option('key_columns')} must name the columns by which labels of another table are found, got "
+                "none."
+            )
+            raise ValueError(message)
+        return self
+
+    @property
+    def columns_kept(self) -> tuple[str, ...]:
+        """The columns of the source that challengers' parts hold beside the predictions, to be compared by."""
+        labels = (self.labels.column,) if self.labels is not None and self.labels.source is None else ()
+        return tuple(dict.fromkeys([*self.segment_columns, *labels]))
+
+    @model_validator(mode="after")
     def _one_way_to_spread(self) -> Self:
         if isinstance(self.runner, Ray) and self.workers > 1:
             message = (
@@ -267,9 +393,36 @@ class BatchOptions(Frozen):
             raise ValueError(message)
         return self
 
+    @property
+    def table_mode(self) -> TableMode | None:
+        """How rows go into the table that is the output, None where it is no table."""
+        return {"delta": self.delta_mode, "iceberg": self.iceberg_mode}.get(self.output)
+
+    @property
+    def upserts(self) -> bool:
+        """Whether rows replace those of a table that have the same keys."""
+        return self.table_mode == "upsert"
+
+    @property
+    def join_columns(self) -> tuple[str, ...]:
+        """The columns of the source by which features are joined to it: the keys of their tables, then the time."""
+        names = [key for table in self.features for key in table.join_keys]
+        return tuple(dict.fromkeys([*names, *([self.spine_time] if self.spine_time else [])]))
+
+    @property
+    def copied_columns(self) -> tuple[str, ...]:
+        """The columns of the source that are read as they are, whatever the model takes: keys, and what joins."""
+        return tuple(dict.fromkeys([*self.key_columns, *self.join_columns]))
+
     def key_fields(self) -> dict[str, object]:
         """Return what the run key is made of: the options that change the output."""
         # Without them a call keeps the key that it has had before there were such options.
-        unset = {name for name in ("rescore", "params", "csv") if not getattr(self, name)}
+        unset = {name for name in ("rescore", "params", "csv", "environment") if not getattr(self, name)}
+        unset |= {"missing_keys"} if self.missing_keys == "keep" else set()
+        unset |= set() if self.features else {"features", "spine_time"}
         unset |= {"iceberg_table", "iceberg_mode"} if self.output != "iceberg" else {"delta_mode"}
-        return self.model_dump(mode="json", exclude=_NOT_IN_KEY | unset)
+        fields = self.model_dump(mode="json", exclude=_NOT_IN_KEY | unset)
+        if self.features:
+            # Where features come from is in the snapshots of their tables.
+            fields["features"] = [table.model_dump(mode="json", exclude={"source"}) for table in self.features]
+        return fields

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,8 +19,10 @@ from serving.model.contract import Frozen
 from tasks.batch.chunk_layout import Chunk
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW
 from tasks.batch.parts import (
+    CHUNK_DIGEST,
     REJECT_COLUMN,
     REJECT_REASON,
+    STATISTICS,
     PartFooter,
     Reasons,
     count_null_keys,
@@ -48,6 +50,7 @@ DamageKind = Literal[
     "statistics",
     "row order",
     "extra",
+    "bytes",
 ]
 _CHARACTERS_SHOWN = 300
 _Problem = tuple[DamageKind, str]
@@ -132,6 +135,8 @@ class PartReader:
 
     def _check_identity(self, part: ExpectedPart, metadata: pq.FileMetaData) -> list[_Problem]:
         plan, told = self._plan, _decode_metadata(metadata)
+        if part.chunk is not None and plan.has_content_parts:
+            return self._check_chunk(part.chunk, told)
         if told.get("overnight.run_key") != plan.key:
             return [("identity", f"It must be a part of the run with key {plan.key}, got one of another run.")]
         if part.chunk is None or not plan.digest:
@@ -140,8 +145,13 @@ class PartReader:
         if told.get("overnight.plan_digest") != plan.digest:
             got = told.get("overnight.plan_digest", "none")[:12]
             return [("identity", f"It must be a part of plan {plan.digest[:12]}, got one of plan {got}.")]
-        if told.get("overnight.chunk_digest") != digest_chunk(plan, part.chunk):
-            whose = self._paths_by_digest.get(told.get("overnight.chunk_digest", ""), "no chunk of the plan")
+        return self._check_chunk(part.chunk, told)
+
+    def _check_chunk(self, chunk: Chunk, told: Mapping[str, str]) -> list[_Problem]:
+        """Hold what a part says that it is made of against its chunk, and the model that it names against the plan."""
+        plan = self._plan
+        if told.get(CHUNK_DIGEST) != digest_chunk(plan, chunk):
+            whose = self._paths_by_digest.get(told.get(CHUNK_DIGEST, ""), "no chunk of the plan")
             return [("identity", f"It must be the part of its own chunk, got that of {whose}.")]
         others = sorted(name for name, field in _PINNED.items() if told.get(name) != getattr(plan.model, field))
         message = f"It must be scored by the model of the plan, {plan.model.uri}, got another {', '.join(others)}."
@@ -231,7 +241,9 @@ def _check_bytes(data: bytes, metadata: pq.FileMetaData, table: pa.Table) -> lis
     Checksums cover the pages of a Parquet file, and nothing covers its footer. The same rows written again by the same
     version of pyarrow are the same bytes; where they are not, the footer must still tell types and ranges of the rows.
     """
-    again = write_part(table.combine_chunks())
+    told = dict(table.schema.metadata or {})
+    statistics = told.pop(STATISTICS.encode(), None) or (metadata.metadata or {}).get(STATISTICS.encode(), b"")
+    again = write_part(table.replace_schema_metadata(told).combine_chunks(), statistics.decode())
     if again == data:
         return []
     fresh = pq.read_metadata(pa.BufferReader(again))

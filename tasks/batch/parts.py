@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,9 +22,12 @@ from serving.model.encoding import Flags
 from serving.model.interface import Predictions
 from serving.option_words import name_option
 from tasks.batch.chunk_layout import Chunk
-from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Dataset
+from tasks.batch.chunk_statistics import collect_statistics
+from tasks.batch.column_statistics import ColumnStatistics, TableStatistics, pack_statistics, unpack_statistics
+from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Dataset, list_entries_at
 from tasks.batch.options import BatchOptions
-from tasks.batch.plan import FORMAT_VERSION, Plan, check_format_version, digest_chunk
+from tasks.batch.plan import Plan, digest_chunk
+from tasks.batch.run_records import check_format_version
 from tasks.storage import Entry, Storage
 
 REJECT_COLUMN, REJECT_REASON = "reject_column", "reject_reason"
@@ -31,25 +35,37 @@ REJECT_COLUMN, REJECT_REASON = "reject_column", "reject_reason"
 # Of polars and of Delta; pyarrow's decimal256 has more.
 _DECIMAL_DIGITS_MAX = 38
 
-_NAME = re.compile(r"part-(\d{5,})-(\d{4,})(?:-([0-9a-f]{12}))?\.parquet")
+_NAME = re.compile(r"part-([0-9]{5}|[1-9][0-9]{5,})-([0-9]{4}|[1-9][0-9]{4,})(?:-([0-9a-f]{12}))?\.parquet")
 _DIGEST_SHOWN = 12
+# Says why a challenger was given up, beside its parts.
+_GIVEN_UP = "given-up.txt"
+# The keys that S3 lists in one call.
+_PAGE = 1000
 _FORMAT_VERSION_KEY = "overnight.format_version"
+CHUNK_DIGEST, STATISTICS = "overnight.chunk_digest", "overnight.statistics"
 
 ChunkId = tuple[int, int]
 Reasons = Counter[tuple[str, str]]
 
 
 def part_path(plan: Plan, chunk: ChunkId) -> str:
-    """Return where the part of a chunk lies below the destination.
+    """Return where the part of a chunk lies below the destination: in the folder of the run that first had it.
 
     The name holds the digest of the plan: parts of two plans of one run never have the same name.
     """
-    return f"run={plan.run}/part-{chunk[0]:05d}-{chunk[1]:04d}{_suffix(plan.digest)}"
+    if (reused := plan.reused_parts.get(chunk)) is not None:
+        return reused.path
+    return f"{plan.parts_folder}/part-{chunk[0]:05d}-{chunk[1]:04d}{_suffix(plan.digest)}"
 
 
 def part_glob(run: str, plan_digest: str) -> str:
     """Return the glob, below the destination, that fits the parts of one plan of a run and no others."""
     return f"run={run}/part-*{_suffix(plan_digest)}"
+
+
+def is_part_name(name: str) -> bool:
+    """Return whether a file is named as parts are, whichever plan it is of."""
+    return _NAME.fullmatch(name) is not None
 
 
 def _suffix(plan_digest: str) -> str:
@@ -58,19 +74,87 @@ def _suffix(plan_digest: str) -> str:
 
 def list_parts(storage: Storage, plan: Plan) -> dict[ChunkId, Entry]:
     """Return the parts of a plan that exist, by their chunks; opens none of them."""
-    parts = {}
-    for entry in storage.entries(f"run={plan.run}", depth=1):
-        if match := _NAME.fullmatch(entry.path.rpartition("/")[2]):
-            chunk = int(match[1]), int(match[2])
-            if entry.path == part_path(plan, chunk):
-                parts[chunk] = entry
-    return parts
+    entries = storage.entries(plan.parts_folder, depth=1)
+    own = {chunk: entry for entry in entries if (chunk := _find_chunk(plan, entry.path)) is not None}
+    return own | list_reused_parts(storage, plan)
+
+
+def list_reused_parts(storage: Storage, plan: Plan) -> dict[ChunkId, Entry]:
+    """Return the parts of earlier runs that a plan has and that are there, by their chunks; opens none of them.
+
+    One of another size than it had is there too: it is found out by its footer, and set aside.
+    """
+    there = list_entries_at(storage, (part.path for part in plan.reused))
+    return {chunk: there[part.path] for chunk, part in plan.reused_parts.items() if part.path in there}
+
+
+def _find_chunk(plan: Plan, path: str) -> ChunkId | None:
+    """Return the chunk that a file is named for, None where it is none of this plan's."""
+    folder, _, name = path.rpartition("/")
+    match = _NAME.fullmatch(name)
+    if match is None or (match[3] or "") != plan.digest[:_DIGEST_SHOWN] or folder != plan.parts_folder:
+        return None
+    return int(match[1]), int(match[2])
+
+
+def list_parts_from(storage: Storage, plan: Plan, shard: int) -> tuple[range, list[ChunkId]]:
+    """Return some shards, from this one on, and all their parts in the run's own folder; by one page of a listing.
+
+    By more than one where the shard itself has more parts than a page holds.
+    """
+    folder, parts, after = plan.parts_folder, list[ChunkId](), f"part-{shard:05d}"
+    while True:
+        page = storage.entries_after(folder, after, _PAGE)
+        parts += (chunk for entry in page if (chunk := _find_chunk(plan, entry.path)) is not None)
+        after = page[-1].path.rpartition("/")[2] if page else ""
+        # A page may end in the middle of a shard.
+        last = _NAME.fullmatch(after)
+        stop = len(plan.shards) if len(page) < _PAGE else int(last[1]) if last else shard
+        if stop > shard:
+            stop = min(stop, len(plan.shards))
+            return range(shard, stop), [chunk for chunk in parts if shard <= chunk[0] < stop]
+
+
+def count_done(storage: Storage, plan: Plan) -> tuple[int, int]:
+    """Return how many rows and how many chunks of a plan have all their parts, whichever worker wrote them.
+
+    Those of earlier runs are taken to be there: before the run is published they are looked at.
+    """
+    chunks, own = plan.chunks, plan.model_copy(update={"reused": ()})
+    done = {chunk for chunk in list_parts(storage, own) if chunk in chunks} | plan.reused_parts.keys()
+    done = _keep_whole(storage, plan, done)
+    return sum(chunks[chunk].rows for chunk in done), len(done)
+
+
+def list_done(storage: Storage, plan: Plan) -> set[ChunkId]:
+    """Return the chunks of a plan that have all their parts, by listings."""
+    return _keep_whole(storage, plan, set(list_parts(storage, plan)))
+
+
+def _keep_whole(storage: Storage, plan: Plan, chunks: set[ChunkId]) -> set[ChunkId]:
+    """Return those chunks that have the parts of challengers too."""
+    return chunks.intersection(*(list_parts(storage, each) for each in list_followed(storage, plan)))
+
+
+def give_up_challenger(storage: Storage, plan: Plan, why: str) -> None:
+    """Note that a challenger, by its plan, is scored no further in its run; the first reason stands."""
+    storage.put_new(f"{plan.parts_folder}/{_GIVEN_UP}", why.encode())
+
+
+def read_given_up(storage: Storage, plan: Plan) -> str | None:
+    """Return why a challenger was given up, None where it was not."""
+    data = storage.read(f"{plan.parts_folder}/{_GIVEN_UP}")
+    return None if data is None else data.decode(errors="replace")
+
+
+def list_followed(storage: Storage, plan: Plan) -> tuple[Plan, ...]:
+    """Return the plans of the challengers that were not given up; a run without challengers asks for nothing."""
+    return tuple(each for each in plan.challenger_plans if read_given_up(storage, each) is None)
 
 
 def count_rows_done(storage: Storage, plan: Plan) -> int:
     """Return how many rows of a plan have their part, whichever worker wrote it."""
-    chunks = plan.chunks
-    return sum(chunks[chunk].rows for chunk in list_parts(storage, plan) if chunk in chunks)
+    return count_done(storage, plan)[0]
 
 
 def key_names(options: BatchOptions) -> list[str]:
@@ -177,25 +261,57 @@ def stored_type(given: pa.DataType, output: str) -> pa.DataType:
 
 
 def encode_part(
-    plan: Plan, chunk: Chunk | None, keys: pa.Table, predictions: Predictions, flags: Flags, batch_size: int
+    plan: Plan,
+    chunk: Chunk | None,
+    keys: pa.Table,
+    predictions: Predictions,
+    flags: Flags,
+    batch_size: int,
+    inputs: Mapping[str, ColumnStatistics] | None = None,
+    kept: pa.Table | None = None,
 ) -> memoryview:
     """Return the bytes of a part: the same in every attempt, since nothing of the attempt is in them.
 
     `chunk` is what the part holds of the plan, None for a part of a stream's table. `batch_size` is the plan's, or
-    what was left of it where memory ran out.
+    what was left of it where memory ran out. With the statistics of the inputs, the part has those of the outputs too.
+    The part of a challenger has the columns of the source that are `kept`, under names of their own.
     """
     columns = {name: keys.column(name) for name in keys.column_names}
-    columns |= output_columns(plan.contract, predictions, flags)
+    outputs = output_columns(plan.contract, predictions, flags)
+    columns |= outputs
+    columns |= {name_kept(name): kept.column(name) for name in kept.column_names} if kept is not None else {}
     columns = {name: values.cast(stored_type(values.type, plan.options.output)) for name, values in columns.items()}
     table = pa.table(columns, metadata=_metadata(plan, chunk, keys, flags, batch_size))
-    return write_part(table.combine_chunks())
+    if inputs is None:
+        return write_part(table.combine_chunks())
+    scored = pa.table({output.name: outputs[output.name] for output in plan.contract.outputs})
+    statistics = TableStatistics(
+        rows=table.num_rows,
+        rejects=int(np.count_nonzero(flags.code_N)),
+        inputs=dict(inputs),
+        outputs=collect_statistics(scored),
+    )
+    return write_part(table.combine_chunks(), pack_statistics(statistics))
 
 
-def write_part(table: pa.Table) -> memoryview:
-    """Return a table, with its metadata, as the bytes of a part: the same for the same table and version of pyarrow."""
+def name_kept(column: str) -> str:
+    """Return the name that a column of the source has in the part of a challenger."""
+    return f"source.{column}"
+
+
+def write_part(table: pa.Table, statistics: str = "") -> memoryview:
+    """Return a table, with its metadata, as the bytes of a part: the same for the same table and version of pyarrow.
+
+    Statistics are in the footer alone: pyarrow keeps the metadata of a table in a file twice.
+    """
     sink = pa.BufferOutputStream()
     texts = [field.name for field in table.schema if is_text(field.type)]
-    pq.write_table(table, sink, compression="zstd", use_dictionary=texts, write_page_checksum=True)
+    with pq.ParquetWriter(
+        sink, table.schema, compression="zstd", use_dictionary=texts, write_page_checksum=True
+    ) as writer:
+        writer.write_table(table)
+        if statistics:
+            writer.add_key_value_metadata({STATISTICS: statistics})
     return memoryview(sink.getvalue())
 
 
@@ -225,7 +341,7 @@ def _reject_column(flags: Flags, at: int) -> pa.Array:
 def _metadata(plan: Plan, chunk: Chunk | None, keys: pa.Table, flags: Flags, batch_size: int) -> dict[str, str]:
     counts = count_reasons(flags)
     return {
-        _FORMAT_VERSION_KEY: str(FORMAT_VERSION),
+        _FORMAT_VERSION_KEY: str(plan.format_version),
         **_identity(plan, chunk),
         "overnight.model": plan.model.name,
         "overnight.model_version": plan.model.version,
@@ -237,15 +353,17 @@ def _metadata(plan: Plan, chunk: Chunk | None, keys: pa.Table, flags: Flags, bat
 
 
 def _identity(plan: Plan, chunk: Chunk | None) -> dict[str, str]:
-    """Return what a part says of the plan and the chunk that it was made for."""
-    identity = {"overnight.run_key": plan.key}
-    if chunk is not None:
-        identity |= {"overnight.plan_digest": plan.digest, "overnight.chunk_digest": digest_chunk(plan, chunk)}
-    return identity
+    """Return what a part says of what it is made of; one of format version 1 also of the plan that it was made for."""
+    if chunk is None:
+        return {"overnight.run_key": plan.key}
+    made_of = {CHUNK_DIGEST: digest_chunk(plan, chunk)}
+    if plan.has_content_parts:
+        return made_of
+    return {"overnight.run_key": plan.key, "overnight.plan_digest": plan.digest, **made_of}
 
 
 def is_part_of(metadata: pq.FileMetaData, plan: Plan, chunk: Chunk | None) -> bool:
-    """Return whether a part says that it was made for this plan, and for this chunk of it."""
+    """Return whether a part says that it is made of what this chunk of the plan is."""
     told = metadata.metadata or {}
     return all(told.get(name.encode()) == value.encode() for name, value in _identity(plan, chunk).items())
 
@@ -264,9 +382,13 @@ def count_reasons(flags: Flags) -> Reasons:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartFooter:
-    """What the footer of a part says: its rows, its bytes, its rejects, and its rows whose key holds a null."""
+    """What the footer of a part says: its rows, its bytes, its rejects, and its rows whose key holds a null.
+
+    `chunk` is the digest of what it is made of, empty for a part of a stream's table.
+    """
 
     path: str
+    chunk: str
     rows: int
     bytes: int
     rejects: Reasons
@@ -296,11 +418,23 @@ def parse_footer(entry: Entry, metadata: pq.FileMetaData) -> PartFooter:
     rejects = Counter({(column, reason): count for column, reason, count in json.loads(told[b"overnight.rejects"])})
     return PartFooter(
         path=entry.path,
+        chunk=told.get(CHUNK_DIGEST.encode(), b"").decode(),
         rows=metadata.num_rows,
         bytes=entry.size,
         rejects=rejects,
         rows_key_null=int(told.get(b"overnight.rows_key_null", 0)),
     )
+
+
+def read_part_statistics(storage: Storage, entry: Entry) -> TableStatistics | None:
+    """Return the statistics that a part holds, None where it has none or can't be read."""
+    try:
+        with storage.open_pinned(entry) as stream:
+            told = pq.read_metadata(stream).metadata or {}
+    except (pa.ArrowException, OSError, ValueError, SourceChanged):
+        return None
+    text = told.get(STATISTICS.encode())
+    return None if text is None else unpack_statistics(text.decode(), storage.address(entry.path))
 
 
 def _check_part_version(metadata: pq.FileMetaData, address: str) -> None:

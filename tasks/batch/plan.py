@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-import re
-from contextlib import suppress
-from dataclasses import replace
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import Any
 
 import pyarrow as pa
-from pydantic import ValidationError
+from pydantic import Field
 
-from serving.errors import DestinationUnusable, FormatTooNew, OvernightError, PublishRefused, RunNameTaken
 from serving.model.contract import Contract, Frozen
 from serving.model.encoding import BatchUnit
+from serving.model.environment_choice import Environment
 from serving.model.interface import Engine
 from serving.model.registry import ModelPin
 from serving.model.tuner import Tuning
-from serving.option_words import name_option
 from tasks.batch.chunk_layout import (
     BLOCK_BYTES,
     CHUNK_BYTES_MAX,
@@ -34,16 +34,52 @@ from tasks.batch.chunk_layout import (
     cut_shards,
 )
 from tasks.batch.dataset import Dataset, Snapshot
+from tasks.batch.feature_pins import FeaturePin
 from tasks.batch.footer import GroupBytes
 from tasks.batch.options import BatchOptions
-from tasks.storage import Storage
 
 ROOT = "_overnight"
-# Of plans, manifests and parts. Those of releases before there were versions have none, and are of version 1.
-FORMAT_VERSION = 1
+# Where the parts of challengers lie in the folder of a run.
+CHALLENGERS = "challengers"
+# The newest of plans, manifests and parts. Those of releases before there were versions have none, and are of version
+# 1, as those of streams are. From 2 on a part bears what it is made of, whichever run it was made for.
+FORMAT_VERSION = 2
+_PARTS_BY_CONTENT = 2
 
 # Of a row without keys of its own: the number, and where the file's name begins.
 _PLACE_BYTES = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Versions:
+    """The Python environment that a model runs in, and versions and processor that predictions are made with."""
+
+    environment: Environment = "caller"
+    made_with: tuple[str, ...] = ()
+
+
+class ReusedPart(Frozen):
+    """The part of an earlier run that a chunk of this one has, since it is made of the same."""
+
+    shard: int
+    place: int
+    path: str
+
+
+class Challenger(Frozen):
+    """Another model that scores the rows of a plan: its pinned version, and how its passes are made.
+
+    `columns` are those that it reads, without the keys. Batches are counted within the blocks of the plan.
+    """
+
+    model: ModelPin
+    contract: Contract
+    columns: tuple[str, ...]
+    batch_size: int
+    batch_unit: BatchUnit
+    engine: Engine
+    environment: Environment = "caller"
+    made_with: tuple[str, ...] = ()
 
 
 class Plan(Frozen):
@@ -52,9 +88,17 @@ class Plan(Frozen):
     `digest` tells it from other plans of the same run, and is part of the names of its parts. `order` is the run's
     number among those planned at the destination, whatever clocks said. A table of a stream has no digest: its parts
     follow one another, and each says its own range.
+
+    `shape` is the digest of model, contract and options, without the source. `made_with` names the versions and the
+    processor that decide the last bits of a prediction. `reused` are chunks whose parts an earlier run has made, and
+    `reuse_note` says why not more of them are. `features` are the feature tables that are joined to the dataset.
+
+    `challengers` score the same rows. `columns_beside` are read for them alone: `beside_bytes` are those of a decoded
+    row, `beside_reading` what is held of a row group as it is read. Those of `columns_kept` are in their parts. `place`
+    is 0 in the plan of a run, and n in that of its n-th challenger.
     """
 
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
     key: str
     run: str
     digest: str = ""
@@ -65,20 +109,88 @@ class Plan(Frozen):
     options: BatchOptions
     source: Snapshot
     snapshot: Snapshot
+    features: tuple[FeaturePin, ...] = Field(default=(), exclude_if=operator.not_)
     columns: tuple[str, ...]
     partitions: dict[str, str]
     batch_size: int
     batch_unit: BatchUnit
     engine: Engine
+    environment: Environment = "caller"
     tuning: Tuning | None
     row_bytes: float
     rows: int
+    rows_per_chunk: int = 0
+    shape: str = ""
+    made_with: tuple[str, ...] = ()
+    reused: tuple[ReusedPart, ...] = ()
+    reuse_note: str = ""
+    challengers: tuple[Challenger, ...] = Field(default=(), exclude_if=operator.not_)
+    columns_beside: tuple[str, ...] = Field(default=(), exclude_if=operator.not_)
+    columns_kept: tuple[str, ...] = Field(default=(), exclude_if=operator.not_)
+    beside_bytes: float = Field(default=0.0, exclude_if=operator.not_)
+    beside_reading: int = Field(default=0, exclude_if=operator.not_)
+    place: int = Field(default=0, exclude_if=operator.not_)
     shards: tuple[tuple[Chunk, ...], ...]
 
     @property
     def chunks(self) -> dict[tuple[int, int], Chunk]:
         """Every chunk by its shard and its place in it."""
         return {(s, c): chunk for s, shard in enumerate(self.shards) for c, chunk in enumerate(shard)}
+
+    def chunk(self, at: tuple[int, int]) -> Chunk:
+        """Return a chunk by its shard and its place in it."""
+        return self.shards[at[0]][at[1]]
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Plan:
+        """Return a copy with other values, which keeps nothing that was worked out from those before."""
+        copied = super().model_copy(update=update, deep=deep)
+        for name in ("reused_parts", "making", "challenger_plans"):
+            copied.__dict__.pop(name, None)
+        return copied
+
+    @functools.cached_property
+    def reused_parts(self) -> dict[tuple[int, int], ReusedPart]:
+        """The parts of earlier runs by the chunks that have them."""
+        return {(part.shard, part.place): part for part in self.reused}
+
+    @functools.cached_property
+    def challenger_plans(self) -> tuple[Plan, ...]:
+        """A plan for each challenger: of the same chunks, whose parts lie apart and have a digest of their own."""
+        return tuple(_plan_challenger(self, place, each) for place, each in enumerate(self.challengers, start=1))
+
+    @property
+    def parts_folder(self) -> str:
+        """Where the parts of this plan lie below the destination."""
+        return f"{self.folder}/{CHALLENGERS}/{self.place}" if self.place else f"run={self.run}"
+
+    @property
+    def rows_reused(self) -> int:
+        """How many rows are in parts of earlier runs."""
+        return sum(self.chunk(at).rows for at in self.reused_parts)
+
+    @property
+    def has_content_parts(self) -> bool:
+        """Whether a part bears what it is made of, and no run."""
+        return self.format_version >= _PARTS_BY_CONTENT
+
+    @functools.cached_property
+    def making(self) -> str:
+        """The digest of all that decides the bytes of a part but the rows that go into it."""
+        shared = {"batch_size", "batch_unit", "engine", "environment", "columns", "partitions", "shape", "made_with"}
+        told: list[object] = [self.model_dump(mode="json", include=shared), self.snapshot.columns_missing]
+        told += [_identify_features(pin, self.contract) for pin in self.features]
+        return _digest_json(told)
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """The columns that the model gets from feature tables."""
+        return tuple(name for pin in self.features for name in pin.names)
+
+    @property
+    def input_columns(self) -> tuple[str, ...]:
+        """The columns that the model gets, of the source or of a feature table, each once."""
+        there = {*self.columns, *self.feature_names}
+        return tuple(column.name for column in self.contract.columns if column.name in there)
 
     @property
     def step(self) -> int:
@@ -123,6 +235,25 @@ class Plan(Frozen):
         return f"{ROOT}/{self.run}"
 
 
+def _plan_challenger(plan: Plan, place: int, challenger: Challenger) -> Plan:
+    """Return the plan of a challenger, which takes nothing from earlier runs."""
+    shape = _digest_json([digest_shape(challenger.model, challenger.contract, plan.options), plan.columns_kept])
+    derived = plan.model_copy(
+        update={
+            **{name: getattr(challenger, name) for name in Challenger.model_fields if name != "columns"},
+            "columns": tuple(dict.fromkeys([*challenger.columns, *plan.options.key_columns])),
+            "shape": shape[:32],
+            "place": place,
+            "challengers": (),
+            "columns_beside": (),
+            "reused": (),
+            "reuse_note": "",
+            "tuning": None,
+        }
+    )
+    return derived.model_copy(update={"digest": digest_plan(derived)})
+
+
 def digest_plan(plan: Plan) -> str:
     """Return the SHA-256, in hexadecimal, of all that shapes the parts of a plan.
 
@@ -133,12 +264,21 @@ def digest_plan(plan: Plan) -> str:
         mode="json", include={"key", "columns", "partitions", "batch_size", "batch_unit", "engine", "shards"}
     )
     files = [(file.path, file.origin, file.origin_row, file.row_groups) for file in plan.snapshot.files]
-    return _digest_json({**shape, "files": files})
+    # Plans had no environment once.
+    own: dict[str, object] = {"environment": plan.environment} if plan.environment != "caller" else {}
+    own |= {"made_with": plan.made_with, "shape": plan.shape} if plan.has_content_parts else {}
+    return _digest_json({**shape, **own, "files": files})
 
 
 def digest_chunk(plan: Plan, chunk: Chunk) -> str:
-    """Return the SHA-256, in hexadecimal, of what a part is made of: rows of files, model, batches and engine."""
+    """Return the SHA-256, in hexadecimal, of what a part is made of: rows of files, model, batches and engine.
+
+    Two chunks of two runs that have the same digest have the same part, byte for byte. Where rows have no keys of their
+    own, the part holds the names of their files.
+    """
     files = plan.snapshot.files
+    if plan.has_content_parts:
+        return _digest_json([plan.making, [_identify_piece(plan, piece) for piece in chunk.pieces]])
     pieces = [
         (files[p.file].path, files[p.file].origin, files[p.file].origin_row, p.row_group, p.row_start, p.row_stop)
         for p in chunk.pieces
@@ -146,19 +286,61 @@ def digest_chunk(plan: Plan, chunk: Chunk) -> str:
     return _digest_json([plan.key, pieces, plan.batch_size, plan.batch_unit, plan.engine.model_dump(mode="json")])
 
 
+def _identify_piece(plan: Plan, piece: Piece) -> list[object]:
+    file = plan.snapshot.files[piece.file]
+    told: list[object] = [plan.snapshot.identify(file), piece.row_group, piece.row_start, piece.row_stop]
+    if not plan.options.key_columns:
+        told += [file.origin or file.path, file.origin_row]
+    if plan.partitions:
+        values = file.partition_values
+        told.append([values.get(name) for name in plan.partitions])
+    return told
+
+
+def _identify_features(pin: FeaturePin, contract: Contract) -> list[object]:
+    """Return what tells the rows of a feature table, and what a model reads of them, from those of others."""
+    files = [[*pin.snapshot.identify(file), file.partition_values] for file in pin.snapshot.files]
+    read = {column.name for column in contract.columns}
+    # Others may be read for another model of the run.
+    others = {name for name in pin.columns if pin.table.name_column(name) not in read}
+    columns = [name for name in pin.columns if name not in others]
+    return [columns, {name: kind for name, kind in pin.partitions.items() if name not in others}, files]
+
+
+def digest_shape(model: ModelPin, contract: Contract, options: BatchOptions) -> str:
+    """Return the digest of all that decides predictions but the source and the machine: 32 hexadecimal digits."""
+    told: list[object] = [model.name, model.version, model.digest, contract.model_dump(mode="json")]
+    # Parts hold statistics where there is a gate.
+    told += [options.key_fields(), options.gate is not None]
+    return _digest_json(told)[:32]
+
+
 def _digest_json(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def run_key(model: ModelPin, snapshot: Snapshot, contract: Contract, options: BatchOptions) -> str:
+def run_key(
+    model: ModelPin,
+    snapshot: Snapshot,
+    contract: Contract,
+    options: BatchOptions,
+    features: Sequence[Snapshot] = (),
+    challengers: Sequence[tuple[ModelPin, Contract]] = (),
+) -> str:
     """Return the digest of all that decides the output: 32 hexadecimal digits.
 
-    The same call made again over the same model and files has the same key: it is the same run.
+    The same call made again over the same models and files has the same key: it is the same run.
     """
     chosen = json.dumps(options.key_fields(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     # A table's metadata is written again when it changes in other ways than its rows.
-    pinned = snapshot.model_dump_json(exclude={"iceberg": {"metadata", "named"}})
-    text = f"{model.digest}\n{pinned}\n{contract.model_dump_json()}\n{chosen}"
+    pinned, *others = (
+        each.model_dump_json(exclude={"iceberg": {"metadata", "named"}}) for each in (snapshot, *features)
+    )
+    text = "\n".join([model.digest, pinned, contract.model_dump_json(), chosen, *others])
+    if challengers:
+        # A run without any has the key that it has had before there were challengers.
+        compared = [(pin.uri, pin.digest, given.model_dump_json()) for pin, given in challengers]
+        text += f"\n{json.dumps([compared, options.columns_kept])}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -171,6 +353,7 @@ def make_plan(
     source: Snapshot,
     dataset: Dataset,
     sizes: Sizes,
+    versions: Versions | None = None,
     planned_at: datetime | None = None,
 ) -> Plan:
     """Cut a dataset into chunks and shards.
@@ -178,16 +361,19 @@ def make_plan(
     Measured sizes only shape the plan: once it is written, every attempt reads it. Flow runs that score it together
     have slots of their own: what they score twice at the end is a chunk of each, and there are to be many of those.
     """
+    versions = versions or Versions()
     sizes = replace(sizes, slots=sizes.slots * options.workers)
-    rows_per_chunk = options.rows_per_chunk or choose_chunk_rows(dataset.rows, sizes)
+    rows_per_chunk = options.rows_per_chunk or sizes.rows_per_chunk or choose_chunk_rows(dataset.rows, sizes)
     chunks = cut_chunks(dataset.snapshot.files, rows_per_chunk, sizes.step, CHUNK_BYTES_MAX)
     plan = Plan(
+        format_version=FORMAT_VERSION,
         key=key,
         run=options.name or key,
         planned_at=planned_at or datetime.now(UTC),
         model=model,
         contract=contract,
-        options=options,
+        # The address of an index may have a login in it, and a worker that resumes is told its own.
+        options=options.model_copy(update={"packages": None}),
         source=source,
         snapshot=dataset.snapshot,
         columns=tuple(used_columns(contract, options, dataset.schema)),
@@ -195,178 +381,19 @@ def make_plan(
         batch_size=sizes.batch_size,
         batch_unit=sizes.batch_unit,
         engine=sizes.engine,
+        environment=versions.environment,
         tuning=sizes.tuning,
         row_bytes=sizes.row_bytes,
         rows=dataset.rows,
+        rows_per_chunk=rows_per_chunk,
+        shape=digest_shape(model, contract, options),
+        made_with=versions.made_with,
         shards=cut_shards(chunks, dataset.rows, sizes),
     )
     return plan.model_copy(update={"digest": digest_plan(plan)})
 
 
-def save_plan(storage: Storage, plan: Plan) -> Plan:
-    """Write the plan, or return the one that was written first.
-
-    Raises RunNameTaken where the explicit name holds a run of another plan.
-    """
-    storage.put_new(f"{plan.folder}/plan.json", plan.model_dump_json().encode())
-    standing = load_plan(storage, plan.run)
-    if standing is None:
-        message = f"The plan of run {plan.run} must be readable once written, but is gone from {storage.url}."
-        raise OvernightError(message)
-    return check_plan_key(standing, plan.key)
-
-
-def load_plan(storage: Storage, run: str) -> Plan | None:
-    """Read the plan of a run, None where there is none.
-
-    One of an earlier release has no digest and gets it here; its parts of then bear none, and are scored again.
-    Raises DestinationUnusable where the plan is not what its digest says.
-    """
-    plan = read_record(storage, f"{ROOT}/{run}/plan.json", Plan)
-    if plan is None or not plan.shards:
-        return plan
-    digest = digest_plan(plan)
-    if plan.digest and plan.digest != digest:
-        message = (
-            f"{storage.address(f'{plan.folder}/plan.json')} must be as it was written, with the digest "
-            f"{plan.digest[:12]}, but its content has {digest[:12]}. Put it back, or delete {plan.folder} below the "
-            "destination, and call again for all of the run."
-        )
-        raise DestinationUnusable(message)
-    return plan.model_copy(update={"digest": digest})
-
-
-R = TypeVar("R", bound=Frozen)
-
-
-def read_record(storage: Storage, path: str, kind: type[R]) -> R | None:
-    """Read a plan, start or manifest; None where there is none.
-
-    Raises:
-        FormatTooNew: A newer Overnight has written it.
-        DestinationUnusable: It does not read as such a record.
-    """
-    data = storage.read(path)
-    if data is None:
-        return None
-    try:
-        record = kind.model_validate_json(data)
-    except ValidationError as error:
-        with suppress(ValueError, AttributeError):
-            check_format_version(json.loads(data).get("format_version"), storage.address(path))
-        problem = error.errors()[0]
-        where = f" at {'.'.join(map(str, problem['loc']))}" if problem["loc"] else ""
-        message = (
-            f"{storage.address(path)} must be a {_in_words(kind)} that this version of Overnight reads, got: "
-            f"{problem['msg']}{where}. Put it back as it was written, or use the version that wrote it, or another "
-            "name or destination."
-        )
-        raise DestinationUnusable(message) from error
-    check_format_version(getattr(record, "format_version", None), storage.address(path))
-    return record
-
-
-def _in_words(kind: type[Frozen]) -> str:
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind.__name__).lower()
-
-
-def check_format_version(version: object, address: str) -> None:
-    """Raise FormatTooNew where the format version that a file states is newer than the one that is read here."""
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        message = (
-            f"{address} must be of format version {FORMAT_VERSION} or lower to be read by this version of Overnight, "
-            f"got version {version}: a newer Overnight has written it. Update Overnight, then call again."
-        )
-        raise FormatTooNew(message)
-
-
-def check_plan_key(plan: Plan, key: str) -> Plan:
-    """Return the plan if it has this key; raises RunNameTaken otherwise."""
-    if plan.key != key:
-        message = (
-            f"The run name {plan.run!r} already holds a run of another plan (key {plan.key}, model {plan.model.uri}, "
-            f"planned {plan.planned_at:%Y-%m-%d %H:%M} UTC); this call's key is {key}. Choose another "
-            f"{name_option('name')}, or none."
-        )
-        raise RunNameTaken(message)
-    return plan
-
-
-class RunStart(Frozen):
-    """What ties the attempts of one flow run to one run: its name, and the key that it was planned with.
-
-    Those of earlier releases have no key.
-    """
-
-    run: str
-    key: str = ""
-
-
-def save_start(storage: Storage, flow_run_id: str, start: RunStart) -> RunStart:
-    """Tie a flow run to a run, create-only; return what it is tied to."""
-    path = f"{ROOT}/starts/{flow_run_id}.json"
-    storage.put_new(path, start.model_dump_json().encode())
-    return load_start(storage, flow_run_id) or start
-
-
-def load_start(storage: Storage, flow_run_id: str) -> RunStart | None:
-    """Return what an earlier attempt of this flow run was tied to, None for a first attempt."""
-    return read_record(storage, f"{ROOT}/starts/{flow_run_id}.json", RunStart)
-
-
-def load_started_plan(storage: Storage, start: RunStart) -> Plan:
-    """Return the plan that an earlier attempt of a flow run has begun.
-
-    Raises OvernightError where it is gone, RunNameTaken where another call was planned in its place since.
-    """
-    plan = load_plan(storage, start.run)
-    if plan is None:
-        message = (
-            f"The plan of run {start.run} must be there, since this flow run began it, but is gone from {storage.url}."
-        )
-        raise OvernightError(message)
-    return check_plan_key(plan, start.key) if start.key else plan
-
-
-class OrderNumber(Frozen):
-    """The run that holds a number in the order of runs."""
-
-    run: str
-
-
-def order_path(number: int) -> str:
-    """Return where a number in the order of runs lies below the destination."""
-    return f"{ROOT}/order/{number:08d}.json"
-
-
-def confirm_plan(storage: Storage, plan: Plan) -> Plan:
-    """Return the plan with the number in the order of runs that its record has now, just before it is published.
-
-    Raises PublishRefused where the record was deleted while the run went on, or is that of another plan by now, and
-    where the number is another run's or nobody's: runs that were planned since could not be told from this one.
-    """
-    stored = load_plan(storage, plan.run)
-    if stored is not None and stored.order:
-        holder = read_record(storage, order_path(stored.order), OrderNumber)
-        if holder is None or holder.run != plan.run:
-            message = (
-                f"{storage.address(order_path(stored.order))} must hold run {plan.run}, which was planned under that "
-                f"number, but {'is gone' if holder is None else f'holds run {holder.run}'}: records were deleted. "
-                f"Nothing was published. Delete {plan.folder} below the destination and call again: the run is planned "
-                "once more, and parts that are there are taken where that plan comes out the same."
-            )
-            raise PublishRefused(message)
-    if stored is None or (stored.key, stored.digest) != (plan.key, plan.digest):
-        message = (
-            f"{storage.address(f'{plan.folder}/plan.json')} must stand until run {plan.run} is published, but "
-            f"{'is gone' if stored is None else 'is another by now'}. Nothing was published; call again: the run is "
-            "planned once more, and parts that are there are taken where that plan comes out the same."
-        )
-        raise PublishRefused(message)
-    return plan.model_copy(update={"order": stored.order})
-
-
 def used_columns(contract: Contract, options: BatchOptions, schema: pa.Schema) -> list[str]:
-    """Return the columns to read, in the file's order of use: the model's, then the keys, each once."""
-    wanted = [column.name for column in contract.columns] + list(options.key_columns)
+    """Return the columns to read, in the file's order of use: the model's, then keys and what joins, each once."""
+    wanted = [column.name for column in contract.columns] + list(options.copied_columns)
     return [name for name in dict.fromkeys(wanted) if name in schema.names]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 from serving.model.contract import Contract
 from tasks.batch.manifest import Manifest
 from tasks.batch.parts import REJECT_COLUMN, REJECT_REASON
+from tasks.common.formatting import encode_png
 from tasks.storage import Storage
 
 if TYPE_CHECKING:
@@ -124,9 +124,7 @@ def draw_distributions(sample: PredictionSample) -> bytes | None:
     left_out = f"; {len(sample.outputs) - len(shown)} outputs are not shown" if len(sample.outputs) > len(shown) else ""
     title = f"{sample.table.num_rows:,} of {sample.rows:,} rows{left_out}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=9, color=_INK)
-    sink = io.BytesIO()
-    figure.savefig(sink, format="png")
-    return sink.getvalue()
+    return encode_png(figure)
 
 
 def _is_drawable(column: pa.ChunkedArray) -> bool:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import re
+import itertools
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from serving.errors import DestinationUnusable, PublishRefused, RunDamaged, StorageFault
 from serving.extras import import_extra
 from serving.model.registry import ModelPin
+from tasks.batch.chunk_scheduler import MARKS
 from tasks.batch.dataset import Snapshot, map_parallel
 from tasks.batch.delta import commit_delta
 from tasks.batch.manifest import (
@@ -19,6 +21,7 @@ from tasks.batch.manifest import (
     RejectCount,
     check_manifest_key,
     find_damaged_parts,
+    find_intact_manifest,
     find_manifest,
     find_newest_run,
     manifest_path,
@@ -26,11 +29,16 @@ from tasks.batch.manifest import (
 )
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import ChunkId, PartFooter, Reasons, list_parts, read_footer
-from tasks.batch.plan import ROOT, OrderNumber, Plan, order_path, read_record
+from tasks.batch.plan import ROOT, Plan
+from tasks.batch.run_records import OrderNumber, list_order_numbers, order_path, parse_order_number, read_record
 from tasks.storage import Storage
 
 _SHOWN = 10
-_ORDER = re.compile(rf"{ROOT}/order/(\d{{8,}})\.json")
+# From so many chunks on a run of several workers is published by one of them.
+_LARGE_CHUNKS = 10_000
+# How long the others wait for it: several times what footers take from a store that answers in 30 ms.
+_PUBLISH_SECONDS_MIN, _PUBLISH_SECONDS_PER_CHUNK, _POLL_SECONDS = 120.0, 0.005, 2.0
+_PUBLISHERS = "publishers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +75,32 @@ def audit_parts(storage: Storage, plan: Plan) -> Audit:
     )
 
 
+def wait_for_publisher(storage: Storage, plan: Plan, *, may_wait: Callable[[], bool]) -> Manifest | None:
+    """Return the manifest of a large run once another worker has published it; None where this one is to publish.
+
+    The publisher reads the footer of every part first: of a thousand workers one does, and the others wait. The
+    first to create an object is the one; where it does not come to its end in time, another follows. Two that publish
+    at once do no harm. A run of fewer than 10,000 chunks is published by each worker as soon as it can.
+
+    Args:
+        storage: The destination.
+        plan: The run's plan, all of whose parts are there.
+        may_wait: Whether this worker may wait any longer; it publishes where not.
+    """
+    chunks = len(plan.chunks)
+    for number in itertools.count(1) if chunks >= _LARGE_CHUNKS else ():
+        if storage.put_new(f"{plan.folder}/{_PUBLISHERS}/{number:03d}.json", b"{}"):
+            break
+        until = time.monotonic() + max(_PUBLISH_SECONDS_MIN, chunks * _PUBLISH_SECONDS_PER_CHUNK)
+        while time.monotonic() < until:
+            if not may_wait():
+                return None
+            if storage.exists(manifest_path(plan.run)):
+                return find_intact_manifest(storage, plan.run)
+            time.sleep(_POLL_SECONDS)
+    return None
+
+
 def publish(storage: Storage, plan: Plan, audit: Audit) -> Manifest:
     """Commit a run: one commit to a Delta or Iceberg table where asked for, then the manifest, create-only.
 
@@ -85,7 +119,8 @@ def publish(storage: Storage, plan: Plan, audit: Audit) -> Manifest:
         import_extra("tasks.batch.iceberg_table", "iceberg").commit_iceberg(storage, plan, audit.footers)
     storage.put_new(manifest_path(plan.run), manifest.model_dump_json().encode())
     storage.delete_torn_writes(f"run={plan.run}")
-    storage.delete([entry.path for entry in storage.entries(f"{plan.folder}/staged")])
+    beside = (entry.path for kind in ("staged", MARKS) for entry in storage.entries(f"{plan.folder}/{kind}"))
+    storage.delete(list(beside))
     storage.delete_torn_writes(plan.folder)
     standing = find_manifest(storage, plan.run)
     if standing is None:
@@ -100,6 +135,7 @@ def publish(storage: Storage, plan: Plan, audit: Audit) -> Manifest:
 def make_manifest(plan: Plan, footers: Sequence[PartFooter]) -> Manifest:
     """Return the manifest of a run whose parts have these footers, in the order of the plan's chunks."""
     return Manifest(
+        format_version=plan.format_version,
         key=plan.key,
         run=plan.run,
         plan_digest=plan.digest,
@@ -111,7 +147,12 @@ def make_manifest(plan: Plan, footers: Sequence[PartFooter]) -> Manifest:
         rows=plan.rows,
         rejects=sum_rejects(footers),
         rows_key_null=sum(footer.rows_key_null for footer in footers),
-        parts=tuple(ManifestPart(path=f.path, rows=f.rows, bytes=f.bytes) for f in footers),
+        shape=plan.shape,
+        made_with=plan.made_with,
+        parts=tuple(
+            ManifestPart(path=f.path, rows=f.rows, bytes=f.bytes, chunk=f.chunk if plan.has_content_parts else "")
+            for f in footers
+        ),
     )
 
 
@@ -192,8 +233,7 @@ def claim_order_number(storage: Storage, run: str, *, above: int = 0) -> int:
     Numbers are objects that are created once, so no clock decides, and no two plans have the same; a number whose
     plan was never written is passed over. `above` is one that is known to be taken.
     """
-    names = (_ORDER.fullmatch(entry.path) for entry in storage.entries(f"{ROOT}/order", depth=1))
-    taken = max((int(name[1]) for name in names if name), default=0)
+    taken = max(map(parse_order_number, list_order_numbers(storage)), default=0)
     if not taken and (newest := find_newest_run(storage)) is not None:
         # The numbers were deleted, or are none of this release's yet.
         taken = newest.order

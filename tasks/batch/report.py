@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,12 +10,13 @@ from pydantic import Field
 
 from serving.model.contract import Frozen
 from serving.model.tuner import Tuning
+from tasks.batch.comparison import ChallengerComparison, Promotion
+from tasks.batch.comparison_plot import describe_challenger, describe_promotion
 from tasks.batch.manifest import Manifest, RejectCount
 from tasks.batch.parts import part_glob
 from tasks.batch.plan import Plan
-from tasks.batch.publish import Audit, count_rejects
-from tasks.batch.score import ScoringResult
-from tasks.common.formatting import data_uri
+from tasks.batch.scoring_result import ScoringResult
+from tasks.common.formatting import data_uri, encode_png
 from tasks.common.names import describe_model, find_last_folder
 from tasks.storage import Storage
 
@@ -36,9 +36,21 @@ class BatchReport(Frozen):
     destination: str
     output: str
     rows: int = Field(description="Rows of the dataset, all of them in the output.")
+    findings: tuple[str, ...] = Field(default=(), description="What the gate says of the run, where it has one.")
+    challengers: tuple[ChallengerComparison, ...] = Field(
+        default=(), description="Each challenger beside the model, where the run has any."
+    )
+    promotion: Promotion | None = Field(
+        default=None, description="Whether a challenger took the alias of the model, where that was asked for."
+    )
     rejects: tuple[RejectCount, ...] = Field(description="Rows without a prediction, by column and reason.")
     rows_key_null: int = Field(default=0, description="Rows whose key columns hold a null, in the output as they are.")
+    keys_doubled: int | None = Field(
+        default=None, description="Keys that occur more than once; None where this call did not look."
+    )
     rows_scored: int = Field(description="Rows that this call scored.")
+    rows_reused: int = Field(default=0, description="Rows whose parts an earlier run has made of the same.")
+    reuse_note: str = Field(default="", description="Why not more of the rows are in parts of earlier runs.")
     rows_recomputed: int = Field(description="Rows scored again, since another worker was first or a part was torn.")
     parts: int
     slots: int
@@ -66,6 +78,8 @@ class BatchReport(Frozen):
     @property
     def read_with(self) -> str:
         """The line of polars that reads the predictions."""
+        if self.rows_reused:
+            return f'flows.open_predictions("{self.destination}", "{self.run}").collect()'
         return f'pl.read_parquet("{self.destination}/{part_glob(self.run, self.plan_digest)}")'
 
     def table(self) -> list[dict[str, str]]:
@@ -76,7 +90,11 @@ class BatchReport(Frozen):
             "rows": f"{self.rows:,}",
             "rejects": f"{self.rows_rejected:,}",
             **{f"  {count.column or 'model'}: {count.reason}": f"{count.rows:,}" for count in self.rejects},
+            **{f"  gate, {at}": finding for at, finding in enumerate(self.findings, start=1)},
+            **{name: line for each in self.challengers for name, line in describe_challenger(each).items()},
+            **(describe_promotion(self.promotion) if self.promotion else {}),
             **({"rows with a null key": f"{self.rows_key_null:,}"} if self.rows_key_null else {}),
+            **({"keys that occur more than once": f"{self.keys_doubled:,}"} if self.keys_doubled else {}),
             **(self._scoring_table() if self.status == "scored" else {}),
             **{f"seconds: {stage}": f"{seconds:.2f}" for stage, seconds in self.seconds.items()},
             **{f"thread seconds: {stage}": f"{seconds:.2f}" for stage, seconds in self.thread_seconds.items()},
@@ -87,6 +105,8 @@ class BatchReport(Frozen):
     def _scoring_table(self) -> dict[str, str]:
         return {
             "rows scored by this call": f"{self.rows_scored:,}",
+            **({"rows of earlier runs": f"{self.rows_reused:,}"} if self.rows_reused or self.reuse_note else {}),
+            **({"  why the rest was scored": self.reuse_note} if self.reuse_note else {}),
             "rows scored twice": f"{self.rows_recomputed:,}",
             "rows a second": f"{self.rows_per_second:,.0f}",
             "slots x batch size": f"{self.slots} x {self.batch_size:,}",
@@ -132,9 +152,8 @@ def report_scored(
     plan: Plan,
     storage: Storage,
     result: ScoringResult,
-    audit: Audit,
+    manifest: Manifest,
     *,
-    plan_digest: str,
     slots: int,
     memory: int,
     seconds: dict[str, float],
@@ -145,8 +164,7 @@ def report_scored(
         plan: The plan that this call scored by.
         storage: The destination.
         result: What this call scored.
-        audit: The parts of the run, whichever worker wrote them.
-        plan_digest: That of the published plan.
+        manifest: What was published, whichever worker wrote its parts.
         slots: How many forward passes were made side by side.
         memory: Bytes that the run's data was stated to take.
         seconds: Wall-clock seconds by step.
@@ -154,18 +172,20 @@ def report_scored(
     return BatchReport(
         status="scored",
         run=plan.run,
-        plan_digest=plan_digest,
+        plan_digest=manifest.plan_digest,
         model=plan.model.uri,
         model_digest=plan.model.digest,
         source=plan.source.title,
         destination=storage.url,
         output=plan.options.output,
         rows=plan.rows,
-        rejects=count_rejects(audit),
-        rows_key_null=audit.rows_key_null,
+        rejects=manifest.rejects,
+        rows_key_null=manifest.rows_key_null,
         rows_scored=result.rows,
+        rows_reused=plan.rows_reused,
+        reuse_note=plan.reuse_note,
         rows_recomputed=result.rows_recomputed,
-        parts=len(audit.footers),
+        parts=len(manifest.parts),
         slots=slots,
         batch_size=plan.batch_size,
         engine=str(plan.engine),
@@ -192,6 +212,8 @@ def report_complete(manifest: Manifest, plan: Plan, storage: Storage, seconds: d
         rejects=manifest.rejects,
         rows_key_null=manifest.rows_key_null,
         rows_scored=0,
+        rows_reused=plan.rows_reused,
+        reuse_note=plan.reuse_note,
         rows_recomputed=0,
         parts=len(manifest.parts),
         slots=0,
@@ -215,8 +237,10 @@ def plot(report: BatchReport, samples: Sequence[Sample]) -> bytes:
     """
     from matplotlib.figure import Figure  # noqa: PLC0415 - half a second that a finished run does not need
 
-    figure = Figure(figsize=(9, 3.4), dpi=110, layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    figure = Figure(figsize=(9, 3.4), dpi=110)
+    # Every run draws it. A layout that measures the texts would take as long again as the drawing.
+    margins = {"left": 0.16, "right": 0.97, "bottom": 0.17, "top": 0.9, "wspace": 0.45}
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2), gridspec_kw=margins)
     left.plot([at for at, _ in samples], [rows for _, rows in samples], color=_BAR, marker=".", markersize=3)
     left.axhline(report.rows, color=_INK, linewidth=0.8, linestyle=":")
     left.set(xlabel="seconds", ylabel="rows with a part", ylim=(0, report.rows * 1.05))
@@ -230,23 +254,22 @@ def plot(report: BatchReport, samples: Sequence[Sample]) -> bytes:
     right.set_title("where the threads were", loc="left", fontsize=10)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    sink = io.BytesIO()
-    figure.savefig(sink, format="png")
-    return sink.getvalue()
+    return encode_png(figure)
 
 
-def page(report: BatchReport, png: bytes) -> bytes:
-    """Return the report as one HTML page that needs nothing else."""
+def page(report: BatchReport, png: bytes, comparison: bytes | None = None) -> bytes:
+    """Return the report as one HTML page that needs nothing else; with the picture of a comparison, if there is one."""
     rows = "".join(
         f"<tr><td>{html.escape(row['']).replace('  ', '&emsp;', 1)}</td><td>{html.escape(row['value'])}</td></tr>"
         for row in report.table()
     )
+    beside = f'<img alt="the model and its challengers" src="{data_uri(comparison)}">' if comparison else ""
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Run {html.escape(report.run)}</title>
 <style>body{{font:15px/1.5 system-ui,sans-serif;color:{_INK};max-width:62rem;margin:2rem auto;padding:0 1rem}}
 td{{padding:.15rem 1.5rem .15rem 0;border-bottom:1px solid #e4e7eb}}img{{max-width:100%}}
 pre{{background:#f5f7fa;padding:.8rem;overflow:auto}}</style>
 <h1>Run {html.escape(report.run)}</h1><img alt="rows done over time" src="{data_uri(png)}">
-<table>{rows}</table><p>Read the predictions with</p><pre>{html.escape(report.read_with)}</pre></html>
+<table>{rows}</table>{beside}<p>Read the predictions with</p><pre>{html.escape(report.read_with)}</pre></html>
 """.encode()
 
 
@@ -255,6 +278,6 @@ def page_path(plan: Plan) -> str:
     return f"{plan.folder}/{REPORT}"
 
 
-def save_page(storage: Storage, plan: Plan, report: BatchReport, png: bytes) -> None:
+def save_page(storage: Storage, plan: Plan, report: BatchReport, png: bytes, comparison: bytes | None = None) -> None:
     """Write the page beside the plan; the first one stands."""
-    storage.put_new(page_path(plan), page(report, png))
+    storage.put_new(page_path(plan), page(report, png, comparison))

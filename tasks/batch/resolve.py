@@ -2,70 +2,107 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Protocol
 
-from serving.errors import ModelUnfit, RunDamaged, SourceEmpty
+import pyarrow as pa
+
+from serving.errors import ModelUnfit, OvernightError, RunDamaged, SourceEmpty
 from serving.extras import import_extra
+from serving.machine import find_release, utc_now
 from serving.model.contract import Contract
+from serving.model.environment_choice import (
+    Environment,
+    MadeEnvironment,
+    choose_model_environment,
+    make_own_environment,
+)
 from serving.model.interface import Model, Tunable
 from serving.model.loading import load_model
+from serving.model.process_handle import FIRST_PROCESSES
+from serving.model.processes import ProcessOptions
 from serving.model.registry import Resolved, open_model, resolve_model
+from serving.model.requirements import list_libraries
+from tasks.batch.challengers import (
+    RequestedChallenger,
+    check_kept_columns,
+    choose_copied,
+    find_label_kind,
+    list_columns_beside,
+    list_copied,
+    merge_contracts,
+    pin_challengers,
+    resolve_challengers,
+)
 from tasks.batch.dataset import Dataset, Snapshot, open_dataset
 from tasks.batch.delta import check_delta
-from tasks.batch.manifest import Manifest, check_manifest_key, find_damaged_parts, find_intact_manifest, find_manifest
-from tasks.batch.memory import check_memory
-from tasks.batch.options import BatchOptions
-from tasks.batch.parts import check_names, part_schema
-from tasks.batch.plan import (
-    ROOT,
-    Plan,
-    RunStart,
-    check_plan_key,
-    load_plan,
-    load_started_plan,
-    make_plan,
-    run_key,
-    save_plan,
-    save_start,
+from tasks.batch.feature_pins import remove_features
+from tasks.batch.feature_sources import (
+    OpenFeatures,
+    check_spine,
+    make_feature_pins,
+    narrow_features,
+    open_features,
+    pin_features,
 )
+from tasks.batch.labels import open_label_table
+from tasks.batch.manifest import Manifest, check_manifest_key, find_damaged_parts, find_intact_manifest, find_manifest
+from tasks.batch.memory import check_memory, use_jemalloc
+from tasks.batch.options import BatchOptions
+from tasks.batch.parts import check_names, give_up_challenger, part_schema, read_given_up
+from tasks.batch.plan import ROOT, Challenger, Plan, Versions, digest_shape, make_plan, run_key, used_columns
+from tasks.batch.promotion import check_alias
 from tasks.batch.publish import claim_order_number, find_earlier_keys
+from tasks.batch.reuse import describe_making, find_earlier_plan, find_earlier_runs, keep_sizes, refer_to_parts
+from tasks.batch.run_records import RunStart, check_plan_key, load_plan, load_started_plan, save_plan, save_start
 from tasks.batch.source import TableVersion, pin_source
 from tasks.batch.staging import stage
 from tasks.batch.tuning import choose_sizes
 from tasks.storage import Storage, check_create_only
 
+_log = logging.getLogger(__name__)
+
 
 class ModelLoader(Protocol):
     """Loads a resolved model, as load_model does."""
 
-    def __call__(self, resolved: Resolved, contract: Contract, *, allow_pickle: bool) -> Tunable:
+    def __call__(
+        self, resolved: Resolved, contract: Contract, *, allow_pickle: bool, processes: ProcessOptions
+    ) -> Tunable:
         """Return the model; raises ModelUnfit."""
         ...
 
 
-def utc_now() -> datetime:
-    """Return the time by this machine's clock."""
-    return datetime.now(UTC)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRequest:
-    """A call, resolved: the model version, the files, the contract between them, and the run key of all that."""
+    """A call, resolved: the model version, the files, the contract between them, and the run key of all that.
+
+    `features` are the snapshots of the feature tables, in the order of the options, which name challengers by their
+    versions.
+    """
 
     resolved: Resolved
     snapshot: Snapshot
     contract: Contract
     options: BatchOptions
     key: str
+    features: tuple[Snapshot, ...] = ()
+    challengers: tuple[RequestedChallenger, ...] = ()
 
     @property
     def run(self) -> str:
         """The name of the run's folders."""
         return self.options.name or self.key
+
+    @property
+    def contract_of_all(self) -> Contract:
+        """The contract of the model with the inputs of its challengers too."""
+        return merge_contracts(self.contract, [each.contract for each in self.challengers])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,11 +145,34 @@ def resolve_request(model: str, source: str | Sequence[str], destination: str, o
     """
     resolved = resolve_model(model)
     contract = resolved.contract(options.input_columns, options.policies, options.params)
-    columns = [*(column.name for column in contract.columns), *options.key_columns]
+    return make_request(resolved, contract, source, destination, options)
+
+
+def make_request(
+    resolved: Resolved, contract: Contract, source: str | Sequence[str], destination: str, options: BatchOptions
+) -> RunRequest:
+    """List the source of a call whose model is resolved, and return the request. Nothing is written.
+
+    Raises BadInput where the source or the options can't be used; its kinds say why.
+    """
+    challengers = resolve_challengers(resolved, contract, options)
+    options = pin_challengers(options, challengers) if options.challengers else options
+    columns = [*(column.name for column in contract.columns), *options.copied_columns]
+    columns += list_columns_beside(contract, challengers, options)
     version = TableVersion(number=options.source_version, timestamp=options.source_timestamp)
     snapshot = pin_source(source, destination, columns, version, csv=options.csv is not None)
-    key = run_key(resolved.pin, snapshot, contract, options)
-    return RunRequest(resolved=resolved, snapshot=snapshot, contract=contract, options=options, key=key)
+    features = pin_features(options, destination, merge_contracts(contract, [each.contract for each in challengers]))
+    compared = [(each.pin, each.contract) for each in challengers]
+    key = run_key(resolved.pin, snapshot, contract, options, features, compared)
+    return RunRequest(
+        resolved=resolved,
+        snapshot=snapshot,
+        contract=contract,
+        options=options,
+        key=key,
+        features=features,
+        challengers=challengers,
+    )
 
 
 def check_columns(request: RunRequest) -> None:
@@ -120,20 +180,41 @@ def check_columns(request: RunRequest) -> None:
 
     Raises SchemaMismatch or BadInput, as planning does, which reads every footer.
     """
-    snapshot = request.snapshot
-    if snapshot.format != "parquet" or any(file.partition_values for file in snapshot.files):
+    snapshots = request.snapshot, *request.features
+    if any(each.format != "parquet" or any(file.partition_values for file in each.files) for each in snapshots):
         # Text is read as it is staged, and the types of partitions are those of all files together.
         return
-    first = snapshot.model_copy(update={"files": snapshot.files[:1]})
-    names = [column.name for column in request.contract.columns]
+    first, *others = (each.model_copy(update={"files": each.files[:1]}) for each in snapshots)
     with suppress(SourceEmpty):
-        _check_dataset(request, open_dataset(first, names, request.options.key_columns))
+        features = open_features(request.options, others, request.contract_of_all)
+        _check_dataset(request, _open_columns(request, first, features), features)
 
 
-def _check_dataset(request: RunRequest, dataset: Dataset) -> None:
+def _open_columns(request: RunRequest, snapshot: Snapshot, features: Sequence[OpenFeatures]) -> Dataset:
+    """Read the footers of Parquet files for the columns that the source must have itself."""
+    names = [column.name for column in remove_features(request.contract, _list_names(features)).columns]
+    return open_dataset(snapshot, [*names, *request.options.join_columns], request.options.key_columns)
+
+
+def _list_names(features: Sequence[OpenFeatures]) -> list[str]:
+    """Return the columns that models get from feature tables."""
+    return [field.name for each in features for field in each.fields]
+
+
+def _check_dataset(request: RunRequest, dataset: Dataset, features: Sequence[OpenFeatures]) -> None:
     """Raise SchemaMismatch or BadInput where the columns of a dataset are not those that a request needs."""
-    request.contract.check(dataset.schema, f"The dataset at {request.snapshot.title}")
-    check_names(dataset, request.contract, request.options)
+    check_spine(dataset, request.options, features)
+    fields = [field for each in features for field in each.fields]
+    schema = pa.schema([*dataset.schema, *fields])
+    where = f"The dataset at {request.snapshot.title}" + (" with its features" if features else "")
+    options = request.options
+    for contract in (request.contract, *(each.contract for each in request.challengers)):
+        contract.check(schema, where)
+        check_names(dataset, contract, options)
+    check_kept_columns(schema, options, where)
+    if (labels := options.labels) is not None and labels.source is None:
+        kind = schema.field(labels.column).type
+        find_label_kind(labels, request.contract, kind, options.promote_if)
 
 
 def find_complete_run(storage: Storage, request: RunRequest) -> Manifest | None:
@@ -171,7 +252,7 @@ def find_run(
     standing = load_plan(storage, request.run)
     plan = _plan_run(request, storage, load, clock) if standing is None else check_plan_key(standing, request.key)
     run = _find_state(storage, plan, request.resolved, is_new=standing is None)
-    planned = RunStart(run=plan.run, key=plan.key)
+    planned = RunStart(run=plan.run, key=plan.key, release=find_release())
     start = planned if isinstance(run, CompleteRun) else save_start(storage, flow_run_id, planned)
     # An earlier attempt of this flow run may have written its start meanwhile: that is the one that counts.
     return run if start == planned else find_run(start, storage, flow_run_id)
@@ -191,24 +272,102 @@ def _find_state(storage: Storage, plan: Plan, resolved: Resolved | None, *, is_n
 
 def _plan_run(request: RunRequest, storage: Storage, load: ModelLoader, clock: Callable[[], datetime]) -> Plan:
     """Make and write the plan of a request. What can be refused is refused here, before anything is scored."""
-    dataset = _open_dataset(request, storage)
-    _check_dataset(request, dataset)
+    options = request.options
+    use_jemalloc()
+    prepare_model_process(request)
+    opened = open_features(options, request.features, request.contract_of_all)
+    dataset = _open_dataset(request, storage, opened)
+    _check_dataset(request, dataset, opened)
+    features, own = make_feature_pins(opened), narrow_features(opened, request.contract)
+    own_features = features if own == opened else make_feature_pins(own)
+    if options.promote_if is not None:
+        check_alias(request.resolved.pin, options.promote_if)
+    if options.labels is not None and options.labels.source is not None:
+        labels = open_label_table(options.labels, options.key_columns, dataset.schema, storage.url)
+        find_label_kind(options.labels, request.contract, labels.label_type, options.promote_if)
     order_min = _check_table(request, storage, dataset)
-    model = load(request.resolved, request.contract, allow_pickle=request.options.allow_pickle)
+    environment, processes = choose_environment(request.resolved, options)
+    model = load(request.resolved, request.contract, allow_pickle=options.allow_pickle, processes=processes)
+    made_with = describe_making(request.resolved, environment)
+    shape = digest_shape(request.resolved.pin, request.contract, options)
+    runs = find_earlier_runs(storage, shape, made_with, request.resolved.pin.uri, options)
+    earlier = find_earlier_plan(storage, runs)
+    kept = keep_sizes(earlier, model, options, dataset.rows) if earlier else None
     plan = make_plan(
         key=request.key,
         model=request.resolved.pin,
         contract=request.contract,
-        options=request.options,
+        options=options,
         source=request.snapshot,
         dataset=dataset,
-        sizes=choose_sizes(request.resolved, model, request.contract, request.options, dataset),
+        sizes=kept or choose_sizes(request.resolved, model, request.contract, options, dataset, own_features),
+        versions=Versions(environment=environment, made_with=runs.made_with),
         planned_at=clock(),
     )
-    check_memory(plan, choose_slots(request.options, model.with_engine(plan.engine)), request.options)
+    plan = refer_to_parts(storage, plan.model_copy(update={"features": features}), runs)
+    model = model.with_engine(plan.engine)
+    slots = choose_slots(options, model)
+    plan, challengers = _plan_challengers(request, plan, dataset, load, slots)
+    more = sum(pin.row_bytes for pin in features) - sum(pin.row_bytes for pin in own_features)
+    plan = plan.model_copy(update={"beside_bytes": plan.beside_bytes + more})
+    check_memory(plan, slots, options, [model, *challengers])
     check_create_only(storage)
     order = claim_order_number(storage, plan.run, above=order_min)
     return save_plan(storage, plan.model_copy(update={"order": order}))
+
+
+def _plan_challengers(
+    request: RunRequest, plan: Plan, dataset: Dataset, load: ModelLoader, slots: int
+) -> tuple[Plan, list[Model]]:
+    """Return the plan with its challengers, and these, loaded. The chunks stay those of a run without."""
+    if not request.challengers:
+        return plan, []
+    options = request.options
+    found = list_columns_beside(request.contract, request.challengers, options)
+    beside = [name for name in found if name not in plan.feature_names]
+    names = [*plan.columns, *options.join_columns, *beside]
+    with_beside = open_dataset(dataset.snapshot, names, options.key_columns) if beside else dataset
+    # As many passes are made side by side as the model makes, each by as many threads.
+    limited = options.model_copy(update={"slots": slots})
+    planned, models = [], list[Model]()
+    for each in request.challengers:
+        environment, processes = choose_environment(each.resolved, options)
+        model = load(each.resolved, each.contract, allow_pickle=options.allow_pickle, processes=processes)
+        sizes = choose_sizes(each.resolved, model, each.contract, limited, with_beside, plan.features)
+        engine = sizes.engine.model_copy(update={"threads": plan.engine.threads})
+        planned.append(
+            Challenger(
+                model=each.pin,
+                contract=each.contract,
+                columns=tuple(used_columns(each.contract, BatchOptions(), with_beside.schema)),
+                batch_size=sizes.batch_size,
+                batch_unit=sizes.batch_unit,
+                engine=engine,
+                environment=environment,
+                made_with=describe_making(each.resolved, environment),
+            )
+        )
+        models.append(model.with_engine(engine))
+    read = tuple(name for name in beside if name in with_beside.schema.names)
+    update = {"challengers": tuple(planned), "columns_beside": read, "columns_kept": options.columns_kept}
+    groups = [_find_largest(each) for each in (with_beside, dataset)]
+    row, reading = (max(0, more - own) for more, own in zip(*groups, strict=True))
+    return plan.model_copy(update={**update, "beside_bytes": row, "beside_reading": int(reading)}), models
+
+
+def _find_largest(dataset: Dataset) -> tuple[float, float]:
+    """Return the most bytes of a decoded row, and of what is held of a row group as it is read, of the columns used."""
+    groups = [(size, rows) for file in dataset.snapshot.files for size, rows in file.sized_groups if rows]
+    row = max((size.decoded / rows for size, rows in groups), default=0.0)
+    return row, max((float(size.reading) for size, _ in groups), default=0.0)
+
+
+def prepare_model_process(request: RunRequest) -> None:
+    """Start the process that those of a model are copied from, where it has any: it imports while others work."""
+    resolved = request.resolved
+    if not (resolved.is_torch or resolved.is_text) and request.options.environment != "model":
+        libraries = list_libraries(resolved.folder)
+        FIRST_PROCESSES.prepare(sys.executable, libraries)
 
 
 def _check_table(request: RunRequest, storage: Storage, dataset: Dataset) -> int:
@@ -222,16 +381,15 @@ def _check_table(request: RunRequest, storage: Storage, dataset: Dataset) -> int
         return int(writing.check_iceberg(storage, schema, request.key, options))
     appends = options.delta_mode == "append"
     earlier = find_earlier_keys(storage, request.resolved.pin, request.snapshot, options) if appends else ()
-    return check_delta(storage, schema, request.key, earlier)
+    return check_delta(storage, schema, request.key, earlier, options.delta_mode)
 
 
-def _open_dataset(request: RunRequest, storage: Storage) -> Dataset:
-    names = [column.name for column in request.contract.columns]
-    snapshot = request.snapshot
+def _open_dataset(request: RunRequest, storage: Storage, features: Sequence[OpenFeatures]) -> Dataset:
+    snapshot, options = request.snapshot, request.options
     if snapshot.format != "parquet":
-        folder = f"{ROOT}/{request.run}"
-        snapshot = stage(snapshot, storage, folder, request.contract, request.options.key_columns, request.options.csv)
-    return open_dataset(snapshot, names, request.options.key_columns)
+        copied = choose_copied(request.contract_of_all, _list_names(features), options)
+        snapshot = stage(snapshot, storage, f"{ROOT}/{request.run}", *copied, options.csv)
+    return _open_columns(request, snapshot, features)
 
 
 def choose_slots(options: BatchOptions, model: Model) -> int:
@@ -239,10 +397,50 @@ def choose_slots(options: BatchOptions, model: Model) -> int:
     return options.slots or model.slots
 
 
+def choose_environment(resolved: Resolved, options: BatchOptions) -> tuple[Environment, ProcessOptions]:
+    """Return the Python environment that a model runs in, and how its processes run there; the plan keeps which.
+
+    Raises BadInput as `choose_model_environment` does.
+    """
+    made = choose_model_environment(resolved, options.environment, options.packages)
+    return ("caller" if made is None else "model"), _make_process_options(made, options)
+
+
+def _make_process_options(made: MadeEnvironment | None, options: BatchOptions) -> ProcessOptions:
+    memory = options.pass_memory_mb
+    passes = ProcessOptions(seconds_max=options.pass_seconds_max, bytes_max=memory << 20 if memory else None)
+    return passes if made is None else replace(passes, python=made.interpreter)
+
+
 def load_planned_model(plan: Plan, resolved: Resolved | None, options: BatchOptions) -> Model:
-    """Load the model of a plan on the engine that the plan is tied to, from its files if they are open already."""
-    model = load_model(resolved or open_planned_model(plan), plan.contract, allow_pickle=options.allow_pickle)
+    """Load the model of a plan on the engine that the plan is tied to, from its files if they are open already.
+
+    Raises ModelUnfit and EnvironmentUnusable where the environment that the plan has can't be made here.
+    """
+    resolved = resolved or open_planned_model(plan)
+    made = None if plan.environment == "caller" else make_own_environment(resolved, options.packages)
+    processes = _make_process_options(made, options)
+    model = load_model(resolved, plan.contract, allow_pickle=options.allow_pickle, processes=processes)
     return model.with_engine(plan.engine)
+
+
+def load_planned_challengers(plan: Plan, options: BatchOptions, storage: Storage) -> list[Model | None]:
+    """Load the challengers of a plan, None in the place of one that was given up.
+
+    One that loaded when the run was planned, and does not now, is given up: the run goes on without it.
+    """
+    found: list[Model | None] = []
+    for each in plan.challenger_plans:
+        if read_given_up(storage, each) is not None:
+            found.append(None)
+            continue
+        try:
+            found.append(load_planned_model(each, None, options))
+        except OvernightError as error:
+            _log.warning("The challenger %s is given up, and the run goes on: %s", each.model.uri, error)
+            give_up_challenger(storage, each, str(error))
+            found.append(None)
+    return found
 
 
 def open_planned_model(plan: Plan) -> Resolved:
@@ -265,7 +463,7 @@ def restage_plan(plan: Plan, storage: Storage) -> Plan:
     """
     if plan.source.format == "parquet":
         return plan
-    copies = stage(plan.source, storage, plan.folder, plan.contract, plan.options.key_columns, plan.options.csv)
+    copies = stage(plan.source, storage, plan.folder, *list_copied(plan), plan.options.csv)
     tags = {file.path: file.tag for file in copies.files}
     if lost := [file.path for file in plan.snapshot.files if file.path not in tags]:
         message = (

@@ -13,8 +13,9 @@ from serving.errors import DestinationUnusable, FormatTooNew
 from serving.model.contract import Frozen
 from tasks.batch.dataset import map_parallel
 from tasks.batch.manifest import Manifest, find_damaged_parts, manifest_path
-from tasks.batch.parts import list_parts
-from tasks.batch.plan import ROOT, load_plan, read_record
+from tasks.batch.parts import list_done
+from tasks.batch.plan import ROOT
+from tasks.batch.run_records import load_plan, read_record
 from tasks.storage import Storage
 
 RunState = Literal["complete", "incomplete", "damaged"]
@@ -108,7 +109,7 @@ def _summarize_planned(storage: Storage, run: str) -> RunSummary:
     if plan is None:
         return RunSummary(run=run, state="incomplete", note="It was deleted while the runs were listed.")
     chunks = plan.chunks
-    done = [chunk for chunk in list_parts(storage, plan) if chunk in chunks]
+    done = [chunk for chunk in list_done(storage, plan) if chunk in chunks]
     return RunSummary(
         run=run,
         state="incomplete",

@@ -1,104 +1,104 @@
-"""Score the chunks of a plan: a slot is a thread that reads ahead and writes behind its forward passes."""
+"""Score the chunks of a plan: a slot is a thread that reads ahead and writes behind its forward passes.
+
+Where there are challengers, a block is read once, and encoded once for all models that take the same inputs.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
-from serving.errors import SourceFault, TooManyRejects, list_shortly
+from serving.errors import DeviceLost, ModelUnfit, OvernightError, SourceFault
+from serving.faults import describe_error
+from serving.model.contract import Input
 from serving.model.encoding import Encoded, Flags, encode
-from serving.model.forward import Forward, Halted, iter_retry_delays
-from serving.model.interface import Model, Predictions
+from serving.model.forward import Forward, iter_retry_delays
+from serving.model.interface import Halted, Isolated, Model, Predictions
 from serving.model.loading import check_model_unchanged
-from serving.option_words import name_option
-from tasks.batch.chunk_reader import open_reader, read_ahead
+from tasks.batch.chunk_reader import Reader, read_ahead
 from tasks.batch.chunk_scheduler import ChunkClaim, ChunkScheduler, Host
-from tasks.batch.parts import ChunkId, Reasons, count_reasons, encode_part, key_names, part_path
+from tasks.batch.chunk_statistics import StatisticsCollector
+from tasks.batch.column_statistics import ColumnStatistics
+from tasks.batch.feature_lookup import FeatureLookup, JoinedReader, open_joined_reader
+from tasks.batch.memory import use_jemalloc
+from tasks.batch.parts import (
+    Reasons,
+    count_reasons,
+    encode_part,
+    give_up_challenger,
+    key_names,
+    list_followed,
+    part_path,
+)
 from tasks.batch.plan import Plan
+from tasks.batch.scoring_result import Samples, ScoringResult, check_rejects, list_reasons, show_value
 from tasks.spot.drain import Drain
 from tasks.storage import Storage
 
-STAGES = ("read", "encode", "forward", "write")
-_FAULTS_SHOWN, _REASONS_SHOWN, _SAMPLE_CHARACTERS = 4, 3, 40
+_CHALLENGERS = "challengers"
 
-# A value of the column that a reject of this column and reason had.
-Samples = dict[tuple[str, str], str]
+_log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True, kw_only=True)
-class ScoringResult:
-    """The result of scoring: rows, rejects, faults of the source by chunk, seconds by stage over all threads."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedModel:
+    """A model, and the plan that its parts are of: that of the run, or that of a challenger."""
 
-    rows: int = 0
-    rows_recomputed: int = 0
-    chunks: int = 0
-    chunks_dropped: int = 0
-    rejects: Reasons = field(default_factory=Counter)
-    faults: dict[ChunkId, SourceFault] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
-
-    def add(self, other: ScoringResult) -> None:
-        """Add what another slot has done."""
-        self.rows += other.rows
-        self.rows_recomputed += other.rows_recomputed
-        self.chunks += other.chunks
-        self.chunks_dropped += other.chunks_dropped
-        self.rejects += other.rejects
-        self.faults |= other.faults
-        self.seconds = {stage: self.seconds[stage] + other.seconds[stage] for stage in STAGES}
-
-    def faults_error(self) -> SourceFault:
-        """Return one error that lists the faults of all chunks, of the kind of the first."""
-        listed = list_shortly(list(dict.fromkeys(map(str, self.faults.values()))), _FAULTS_SHOWN)
-        return type(next(iter(self.faults.values())))(
-            f"Every source file must be readable and unchanged; {len(self.faults)} chunks could not be scored:\n"
-            f"{listed}\nThe parts of all other chunks are there, and nothing is published."
-        )
-
-    @contextmanager
-    def timed(self, stage: str) -> Generator[None]:
-        """Count the seconds of a block of code towards a stage."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] += time.perf_counter() - start
+    plan: Plan
+    model: Model
 
 
 class Scorer:
     """Scores shards of one plan for one process; its methods may be called from many threads at once.
 
     It obeys its drain, which others tell of notices: a slot then finishes its chunk where that fits.
-    `pauses` gives the seconds between the tries of a pass that failed by what the model calls or runs on.
+    `challengers` are those of the plan, in its order, None for one that was given up. One that fails in another way
+    than by rows, or that rejects more rows than the model of the run may, is given up: the run goes on without it.
+    `pauses` gives the seconds between the tries of a pass that failed by what the model calls or runs on. `observe` is
+    told of what was done as it goes on: each part, then what the slot took. `features` is that of another scorer of the
+    same plan in this process, which may have read feature tables already.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - by name, and most have a default
         self,
         *,
         plan: Plan,
         destination: Storage,
         model: Model,
         max_reject_fraction: float,
+        challengers: Sequence[Model | None] = (),
         joined: bool = False,
         pauses: Callable[[], Iterator[float]] = iter_retry_delays,
         host: Host | None = None,
+        observe: Callable[[ScoringResult], None] = lambda _: None,
+        features: FeatureLookup | None = None,
     ) -> None:
+        use_jemalloc()
+        self.features = features or FeatureLookup(plan.features)
         self.plan, self.destination, self.model = plan, destination, model
         self.host = host or Host()
         self.drain = Drain(self.host.clock)
         self.scheduler = ChunkScheduler(plan, destination, self.drain, joined=joined, host=self.host)
+        followed = {each.place for each in list_followed(destination, plan)}
+        self.models = {0: PlannedModel(plan=plan, model=model)} | {
+            each.place: PlannedModel(plan=each, model=loaded)
+            for each, loaded in zip(plan.challenger_plans, challengers, strict=True)
+            if loaded is not None and each.place in followed
+        }
         self.max_reject_fraction = max_reject_fraction
         self.pauses = pauses
+        self.observe = observe
         self._lock = threading.Lock()
         self._rejects: Reasons = Counter()
+        self._rejects_of_challengers: Counter[int] = Counter()
         self.samples: Samples = {}
 
     def score_shard(self, shard: int) -> ScoringResult:
@@ -107,21 +107,33 @@ class Scorer:
         Runs one slot in the calling thread. Source faults are collected, not raised; any other error stops the other
         slots too.
         """
+        with self._stopped_by_error(), ExitStack() as stack, self.host.writer() as writer:
+            # One within the other: all have the threads of the run's engine, and full precision.
+            for each in self.models.values():
+                stack.enter_context(each.model.slot())
+            slot = _Slot(self, writer)
+            with (
+                closing(read_ahead(slot.read(shard), self.host.blocks_ahead)) as items,
+                slot.dropped_if_halted(),
+                # Before the thread that reads ahead is waited for, which would wait for more to score.
+                self._stopped_by_error(),
+            ):
+                for item in items:
+                    if (slot.chunk is None or isinstance(item, ChunkClaim)) and self.scheduler.is_stopping():
+                        break
+                    if isinstance(item, ChunkClaim):
+                        slot.open(item)
+                    elif slot.chunk is not None:
+                        slot.score(item)
+            return slot.finish()
+
+    @contextmanager
+    def _stopped_by_error(self) -> Generator[None]:
+        """Stop the other slots where this one fails; one that is halted has only run out of time."""
         try:
-            with self.model.slot(), self.host.writer() as writer:
-                slot = _Slot(self, writer)
-                with closing(read_ahead(slot.read(shard), self.host.blocks_ahead)) as items, slot.dropped_if_halted():
-                    for item in items:
-                        if (slot.chunk is None or isinstance(item, ChunkClaim)) and self.scheduler.is_stopping():
-                            break
-                        if isinstance(item, ChunkClaim):
-                            slot.open(item)
-                        elif slot.chunk is not None:
-                            with slot.result.timed("forward"):
-                                predictions = slot.forward.score(item.encoded)
-                            slot.add(item, predictions)
-                            del predictions
-                return slot.finish()
+            yield
+        except Halted:
+            raise
         except BaseException:
             self.scheduler.stop.set()
             raise
@@ -133,6 +145,27 @@ class Scorer:
             so_far = Counter(self._rejects)
         check_rejects(so_far, self.plan, self.max_reject_fraction, self.samples)
 
+    def give_up(self, place: int, why: str) -> None:
+        """Go on without a challenger, in this process and in others, and say why."""
+        with self._lock:
+            given_up = self.models.get(place)
+            # Other threads may be going through those of before.
+            self.models = {at: each for at, each in self.models.items() if at != place}
+        if given_up is None:
+            return
+        _log.warning("The challenger %s is given up, and the run goes on: %s", given_up.plan.model.uri, why)
+        give_up_challenger(self.destination, given_up.plan, why)
+        self.scheduler.follow_no_longer(given_up.plan)
+
+    def count_challenger_rejects(self, place: int, rejects: Reasons) -> None:
+        """Add rejects to those of a challenger, which is given up where it has too many."""
+        with self._lock:
+            self._rejects_of_challengers[place] += rejects.total()
+            so_far = self._rejects_of_challengers[place]
+        if so_far > self.max_reject_fraction * self.plan.rows:
+            why = f"at most {self.max_reject_fraction:.4g} of {self.plan.rows:,} rows may be rejects, got {so_far:,}"
+            self.give_up(place, f"{why}. Most are:\n{list_reasons(rejects, {})}")
+
     def keep_samples(self, table: pa.Table, flags: Flags) -> None:
         """Keep one value of each kind of reject that is new in a block: an error shows it."""
         for code, (column, reason) in enumerate(flags.reasons, start=1):
@@ -140,13 +173,22 @@ class Scorer:
                 continue
             rows = np.flatnonzero(flags.code_N == code)
             if len(rows):
-                self.samples[column, reason] = _show_value(table.column(column)[int(rows[0])])
+                self.samples[column, reason] = show_value(table.column(column)[int(rows[0])])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Block:
-    encoded: Encoded
+    """Rows of a chunk, for each model that lacks its part, by the places of their plans.
+
+    `kept` are columns for the parts of challengers. The last block has the statistics of the chunk's inputs, where
+    they are kept.
+    """
+
+    rows: int
+    encoded: dict[int, Encoded]
     keys: pa.Table
+    kept: pa.Table
+    statistics: dict[str, ColumnStatistics] | None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -157,16 +199,25 @@ class _OpenChunk:
     rows_left: int
     started: float
     keys: list[pa.Table] = field(default_factory=list)
-    predictions: list[Predictions] = field(default_factory=list)
-    flags: list[Flags] = field(default_factory=list)
+    kept: list[pa.Table] = field(default_factory=list)
+    predictions: dict[int, list[Predictions]] = field(default_factory=dict)
+    flags: dict[int, list[Flags]] = field(default_factory=dict)
+    statistics: dict[str, ColumnStatistics] | None = None
 
-    def add(self, block: _Block, predictions: Predictions) -> bool:
-        """Add a scored block; return whether the chunk is whole."""
+    def add(self, block: _Block, predictions: Mapping[int, Predictions]) -> bool:
+        """Add a block that was scored by each model; return whether the chunk is whole."""
         self.keys.append(block.keys)
-        self.predictions.append(predictions)
-        self.flags.append(block.encoded.flags)
-        self.rows_left -= block.encoded.rows
+        self.kept.append(block.kept)
+        for place, values in predictions.items():
+            self.predictions.setdefault(place, []).append(values)
+            self.flags.setdefault(place, []).append(block.encoded[place].flags)
+        self.statistics = block.statistics
+        self.rows_left -= block.rows
         return self.rows_left == 0
+
+    def list_whole(self) -> list[int]:
+        """Return the places of the models that have scored every block, those of challengers first."""
+        return sorted((at for at, some in self.predictions.items() if len(some) == len(self.keys)), reverse=True)
 
 
 class _Slot:
@@ -174,12 +225,17 @@ class _Slot:
 
     def __init__(self, scorer: Scorer, writer: Executor) -> None:
         self._scorer, self._plan, self._scheduler, self._writer = scorer, scorer.plan, scorer.scheduler, writer
-        self._chunks, self._host = scorer.plan.chunks, scorer.host
-        self.forward = Forward(
-            *(scorer.model, scorer.plan.contract, scorer.plan.batch_size),
-            may_continue=self._may_continue,
-            delays=scorer.pauses,
-        )
+        self._host = scorer.host
+        self._forwards = {
+            place: Forward(
+                *(each.model, each.plan.contract, each.plan.batch_size),
+                may_continue=self._may_continue,
+                # A challenger is passed before the model of the run, which finds the inputs as they were encoded.
+                keeps_inputs=place > 0,
+                delays=scorer.pauses,
+            )
+            for place, each in scorer.models.items()
+        }
         self.chunk: _OpenChunk | None = None
         self._writing: Future[None] | None = None
         self._idle = threading.Semaphore(1)
@@ -197,23 +253,47 @@ class _Slot:
         """Begin a chunk, unless another worker has scored it since it was read ahead."""
         self.chunk = None
         if self._scheduler.is_still_missing(claim):
-            rows = self._chunks[claim.chunk].rows
+            rows = self._plan.chunk(claim.chunk).rows
             self.chunk = _OpenChunk(claim=claim, rows_left=rows, started=self._host.clock())
         else:
             self._release(claim)
 
-    def add(self, block: _Block, predictions: Predictions) -> None:
-        """Add a scored block to the chunk, and have the chunk written once it has all its rows."""
+    def score(self, block: _Block) -> None:
+        """Score a block by each model, add it to the chunk, and have the chunk written once it has all its rows."""
+        found = {place: self._predict(place, block.encoded[place]) for place in sorted(block.encoded, reverse=True)}
+        predictions = {place: values for place, values in found.items() if values is not None}
         chunk = self.chunk
         if chunk is not None and chunk.add(block, predictions):
             self._submit_write(chunk)
             self.chunk = None
 
+    def _predict(self, place: int, encoded: Encoded) -> Predictions | None:
+        """Return the predictions of a model; None of a challenger that is given up."""
+        if not place:
+            with self.result.timed("forward"):
+                return self._forwards[place].score(encoded)
+        if place not in self._scorer.models:
+            return None
+        try:
+            with self.result.timed(_CHALLENGERS):
+                return self._forwards[place].score(encoded)
+        except DeviceLost:
+            raise
+        except OvernightError as error:
+            self._scorer.give_up(place, str(error))
+            return None
+
     def finish(self) -> ScoringResult:
         """Wait until the last part is durable; return what the slot has done."""
         if self._writing is not None:
             self._writing.result()
-        return self.result
+        result = self.result
+        self._scorer.observe(
+            ScoringResult(
+                chunks_dropped=result.chunks_dropped, bytes_read=result.bytes_read, seconds=dict(result.seconds)
+            )
+        )
+        return result
 
     def _may_continue(self) -> bool:
         """Return whether to go on with the open chunk; asked before each batch."""
@@ -224,31 +304,76 @@ class _Slot:
 
     def read(self, shard: int) -> Generator[ChunkClaim | _Block]:
         """Yield each claim, then its blocks; runs in the read-ahead thread."""
-        reader, keys = open_reader(self._plan), key_names(self._plan.options)
+        reader, keys = self._open_reader(), key_names(self._plan.options)
+        inputs = list(self._plan.input_columns)
         for claim in self._scheduler.claim_chunks(shard, self._idle):
             yield claim
-            chunk = self._chunks[claim.chunk]
-            blocks = reader.blocks(chunk, self._plan.block_rows(chunk))
+            chunk = self._plan.chunk(claim.chunk)
+            missing = self._scheduler.list_missing(claim.chunk)
+            blocks, rows_left = reader.blocks(chunk, self._plan.block_rows(chunk)), chunk.rows
+            keeps_statistics = self._plan.options.gate is not None and 0 in missing
+            collector = StatisticsCollector(chunk.rows) if keeps_statistics else None
             try:
                 while True:
                     with self.result.timed("read"):
                         table = next(blocks, None)
                     if table is None:
                         break
+                    self.result.bytes_read += table.nbytes
                     with self.result.timed("encode"):
-                        encoded = self._scorer.model.prepare(encode(self._plan.contract, table))
-                        if encoded.flags.reasons:
-                            self._scorer.keep_samples(table, encoded.flags)
-                        block = _Block(encoded=encoded, keys=table.select(keys))
+                        encoded = self._encode(table, missing)
+                        rows_left -= table.num_rows
+                        statistics = None
+                        if collector is not None:
+                            collector.add(table.select(inputs))
+                            statistics = None if rows_left else collector.finish()
+                        block = _Block(
+                            rows=table.num_rows,
+                            encoded=encoded,
+                            keys=table.select(keys),
+                            kept=table.select(self._plan.columns_kept),
+                            statistics=statistics,
+                        )
                     # Only keys and inputs are needed from here on. The rest is freed before the next block is read.
                     del table, encoded
                     yield block
                     del block
             except SourceFault as fault:
-                reader = open_reader(self._plan)
+                reader = self._open_reader()
                 self._scheduler.note_fault(claim.chunk)
                 self.result.faults[claim.chunk] = fault
                 self._release(claim)
+
+    def _encode(self, table: pa.Table, missing: Sequence[int]) -> dict[int, Encoded]:
+        """Return the inputs of each model that lacks its part: encoded once for those that take the same."""
+        found: dict[int, Encoded] = {}
+        by_inputs: dict[tuple[Input, ...], Encoded] = {}
+        for place in missing:
+            if (each := self._scorer.models.get(place)) is None:
+                continue
+            inputs = each.plan.contract.inputs
+            if inputs not in by_inputs:
+                # What another model's process has to itself is copied on the way to this one's.
+                lend = each.model.lend_memory(table.num_rows) if isinstance(each.model, Isolated) else np.empty
+                by_inputs[inputs] = encode(each.plan.contract, table, lend)
+            encoded = by_inputs[inputs].with_own_flags()
+            if not place and encoded.flags.reasons:
+                self._scorer.keep_samples(table, encoded.flags)
+            if (prepared := self._prepare(place, each.model, encoded)) is not None:
+                found[place] = prepared
+        return found
+
+    def _prepare(self, place: int, model: Model, encoded: Encoded) -> Encoded | None:
+        try:
+            return model.prepare(encoded)
+        except Exception as error:
+            if not place:
+                raise
+            self._scorer.give_up(place, describe_error(error))
+            return None
+
+    def _open_reader(self) -> Reader | JoinedReader:
+        return open_joined_reader(self._plan, self._scorer.features)
 
     def _release(self, claim: ChunkClaim) -> None:
         if claim.helping:
@@ -258,64 +383,69 @@ class _Slot:
         """Give a whole chunk to the writer, after the one before it is durable."""
         if self._writing is not None:
             self._writing.result()
-        batch_size = self.forward.safe_batch_size or self._plan.batch_size
-        self._writing = self._writer.submit(self._write, open_chunk, batch_size)
+        sizes = {place: each.safe_batch_size or each.batch_size for place, each in self._forwards.items()}
+        self._writing = self._writer.submit(self._write, open_chunk, sizes)
         self._release(open_chunk.claim)
 
-    def _write(self, open_chunk: _OpenChunk, batch_size: int) -> None:
-        chunk = open_chunk.claim.chunk
-        with self.result.timed("write"):
-            flags = Flags.concat(open_chunk.flags)
-            predictions = {
-                name: np.concatenate([p[name] for p in open_chunk.predictions]) for name in open_chunk.predictions[0]
-            }
-            keys = pa.concat_tables(open_chunk.keys)
-            data = encode_part(self._plan, self._chunks[chunk], keys, predictions, flags, batch_size)
-            check_model_unchanged(self._plan.model)
-            won = self._scorer.destination.put_new(part_path(self._plan, chunk), data)
+    def _write(self, open_chunk: _OpenChunk, batch_sizes: Mapping[int, int]) -> None:
+        chunk, result = open_chunk.claim.chunk, self.result
+        found = {place: self._put_part(open_chunk, place, batch_sizes[place]) for place in open_chunk.list_whole()}
+        written = {place: each for place, each in found.items() if each is not None}
+        won = all(each.won for each in written.values())
         self._scheduler.note_scored(chunk, self._host.clock() - open_chunk.started, won=won)
-        self.result.rows += len(flags.code_N)
-        self.result.chunks += 1
-        if won:
-            rejects = count_reasons(flags)
-            self.result.rejects += rejects
-            self._scorer.count_rejects(rejects)
-        else:
-            self.result.rows_recomputed += len(flags.code_N)
-
-
-def _show_value(value: pa.Scalar) -> str:
-    """Return a value as an error shows it: short, and nothing for a null, which its reason names."""
-    if not value.is_valid:
-        return ""
-    text = repr(str(value))
-    return text if len(text) <= _SAMPLE_CHARACTERS else f"{text[:_SAMPLE_CHARACTERS]}..."
-
-
-def check_rejects(rejects: Reasons, plan: Plan, fraction_max: float, samples: Samples | None = None) -> None:
-    """Raise TooManyRejects where the rejects so far are more than the fraction of all rows allows.
-
-    Args:
-        rejects: How many rows were rejected, by column and reason.
-        plan: Whose rows they are.
-        fraction_max: How many of its rows may be rejects.
-        samples: A value for each kind of reject that is known.
-    """
-    if rejects.total() > fraction_max * plan.rows:
-        message = (
-            f"At most {fraction_max:.4g} of {plan.rows:,} rows may be rejects, got {rejects.total():,} so far; nothing "
-            f"is published. Most are:\n{_list_reasons(rejects, samples or {})}\n"
-            f"See all with open_rejects(destination, run={plan.run!r}), correct the data, or raise "
-            f"{name_option('max_reject_fraction')} and call again. Where it was no fault of the rows, call again with "
-            f"another {name_option('rescore')}."
+        # Where a challenger alone lacked its part, the rows count as those of the earlier run that scored them.
+        rows = self._plan.chunk(chunk).rows if 0 in written else 0
+        size = sum(each.bytes for each in written.values())
+        rejects = written[0].rejects if 0 in written else Counter()
+        result.rows += rows
+        result.chunks += 1
+        result.rejects += rejects
+        result.parts_put += sum(each.won for each in written.values())
+        result.bytes_written += size
+        result.rows_recomputed += 0 if won else rows
+        self._scorer.observe(
+            ScoringResult(
+                rows=rows,
+                chunks=1,
+                rejects=rejects,
+                parts_put=sum(each.won for each in written.values()),
+                bytes_written=size,
+            )
         )
-        raise TooManyRejects(message)
+        for place, each in written.items():
+            if place and each.won:
+                self._scorer.count_challenger_rejects(place, each.rejects)
+        if 0 in written and written[0].won:
+            self._scorer.count_rejects(rejects)
+
+    def _put_part(self, open_chunk: _OpenChunk, place: int, batch_size: int) -> _PutPart | None:
+        """Write the part of one model, unless another worker has; None for a challenger whose files were changed."""
+        chunk = open_chunk.claim.chunk
+        # A challenger that was given up meanwhile is known by its plan.
+        plan = self._plan.challenger_plans[place - 1] if place else self._plan
+        with self.result.timed("write"):
+            flags, some = Flags.concat(open_chunk.flags[place]), open_chunk.predictions[place]
+            predictions = {name: np.concatenate([each[name] for each in some]) for name in some[0]}
+            data = encode_part(
+                *(plan, plan.chunk(chunk), pa.concat_tables(open_chunk.keys), predictions, flags, batch_size),
+                None if place else open_chunk.statistics,
+                pa.concat_tables(open_chunk.kept) if place else None,
+            )
+            try:
+                check_model_unchanged(plan.model)
+            except ModelUnfit as error:
+                if not place:
+                    raise
+                self._scorer.give_up(place, str(error))
+                return None
+            won = self._scorer.destination.put_new(part_path(plan, chunk), data)
+        return _PutPart(won=won, bytes=data.nbytes if won else 0, rejects=count_reasons(flags) if won else Counter())
 
 
-def _list_reasons(rejects: Reasons, samples: Samples) -> str:
-    lines = []
-    for (column, reason), rows in rejects.most_common():
-        where = f"{column}: {reason}" if column else reason
-        such = f", such as {samples[column, reason]}" if samples.get((column, reason)) else ""
-        lines.append(f"{where} ({rows:,} rows{such})")
-    return list_shortly(lines, _REASONS_SHOWN)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PutPart:
+    """A part that was written, or that another worker had written before: that one has no bytes and no rejects."""
+
+    won: bool
+    bytes: int
+    rejects: Reasons

@@ -121,8 +121,16 @@ def _pin_copies(copies: Sequence[_Copy], destination: Storage, folder: str) -> t
         entry = found.get(copy.path)
         if entry is None:
             raise _missing_copy_error(destination, folder, copy.path)
+        content = Path(copy.path).stem.rpartition("-")[2]
         files.append(
-            SourceFile(path=copy.path, size=entry.size, tag=entry.tag, origin=copy.origin, origin_row=copy.origin_row)
+            SourceFile(
+                path=copy.path,
+                size=entry.size,
+                tag=entry.tag,
+                origin=copy.origin,
+                origin_row=copy.origin_row,
+                content=content,
+            )
         )
     return tuple(files)
 
@@ -167,13 +175,13 @@ class _Staging:
     def _copy(self, file: SourceFile, wanted: RequestedColumns) -> Generator[_Copy]:
         row = 0
         with name_corrupt_file(self.source, file.entry), self._open_tables(file, wanted) as tables:
-            for rows, data in _write_copies(tables):
+            for rows, data in write_copies(tables):
                 if not self.is_tried:
                     # Nothing is written before the first file has been found fit.
                     check_create_only(self.destination)
                     self.is_tried = True
                 # Named by its content: copies that an attempt before this one cut elsewhere are never mixed with these.
-                digest = hashlib.blake2b(data, digest_size=8).hexdigest()
+                digest = hashlib.blake2b(data, digest_size=16).hexdigest()
                 path = f"{self.folder}/staged/{file.path}/{row:012d}-{digest}.parquet"
                 self.destination.put_new(path, data)
                 yield _Copy(path=path, origin=file.path, origin_row=row)
@@ -221,7 +229,7 @@ def _local_copy(source: Storage, file: SourceFile) -> Generator[Path]:
     if isinstance(source, LocalStorage):
         source.check_unchanged(file.entry)
         try:
-            yield source.root / file.path
+            yield source.locate(file.path)
         except Exception:
             # What does not parse since it was changed is SourceChanged.
             source.check_unchanged(file.entry)
@@ -235,7 +243,7 @@ def _local_copy(source: Storage, file: SourceFile) -> Generator[Path]:
         yield raw
 
 
-def _write_copies(tables: Iterable[pa.Table]) -> Generator[tuple[int, memoryview]]:
+def write_copies(tables: Iterable[pa.Table]) -> Generator[tuple[int, memoryview]]:
     """Yield Parquet files of at most about 64 MiB, and the rows of each; none where there are no rows."""
     sink, writer, rows = pa.BufferOutputStream(), None, 0
     for table in _group_tables(tables):

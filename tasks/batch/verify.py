@@ -10,13 +10,14 @@ from pydantic import Field
 from serving.errors import DestinationUnusable, FormatTooNew, NoCompleteRun
 from serving.extras import import_extra
 from serving.model.contract import Frozen
-from tasks.batch.dataset import map_parallel
+from tasks.batch.dataset import list_entries_at, map_parallel
 from tasks.batch.delta import TableState, read_table
 from tasks.batch.manifest import Manifest, manifest_path
 from tasks.batch.part_check import Damage, DamageKind, ExpectedPart, PartCheck, PartReader, describe_size
-from tasks.batch.parts import PartFooter, part_path
-from tasks.batch.plan import ROOT, OrderNumber, Plan, load_plan, order_path, read_record
+from tasks.batch.parts import PartFooter, list_reused_parts, part_path
+from tasks.batch.plan import ROOT, Plan
 from tasks.batch.publish import make_manifest
+from tasks.batch.run_records import OrderNumber, load_plan, order_path, read_record
 from tasks.batch.runs import RunState, choose_newest, list_runs
 from tasks.storage import Entry, Storage
 
@@ -33,6 +34,7 @@ class RunVerification(Frozen):
     rows_read: int = Field(default=0, description="Rows that were read, in parts that are as they must be.")
     parts: int = Field(default=0, description="Parts that the run has by its records.")
     parts_read: int = Field(default=0, description="Parts that were read.")
+    parts_proved: int = Field(default=0, description="Parts of earlier runs that were scored again to the same bytes.")
     damages: tuple[Damage, ...] = ()
     notes: tuple[str, ...] = Field(default=(), description="What is worth knowing, and no damage.")
 
@@ -75,8 +77,10 @@ def verify_run(storage: Storage, run: str) -> RunVerification:
         return _verify_without_plan(findings, run, manifest)
     table = findings.read_table_state(plan, manifest)
     parts = _list_expected(plan, manifest)
-    entries = {entry.path: entry for entry in storage.entries(f"run={plan.run}")}
-    checks = _check_parts(findings, plan, parts, entries, table, is_published=manifest is not None)
+    folder = f"run={plan.run}"
+    entries = {entry.path: entry for entry in storage.entries(folder)}
+    reused = {entry.path: entry for entry in list_reused_parts(storage, plan).values()}
+    checks = _check_parts(findings, plan, parts, entries | reused, table, is_published=manifest is not None)
     findings.check_extra(plan, manifest, entries, {part.path for part in parts})
     if manifest is not None:
         footers = [check.footer for check in checks if check and check.footer and not check.damages]
@@ -150,16 +154,12 @@ def _check_keys(findings: _Findings, parts: Sequence[ExpectedPart], checks: Sequ
 def _verify_without_plan(findings: _Findings, run: str, manifest: Manifest | None) -> RunVerification:
     """Return what can be said of a run whose plan does not read: which parts of the manifest are there."""
     if manifest is not None:
-        sizes = {
-            entry.path: entry.size
-            for folder in {part.path.rpartition("/")[0] for part in manifest.parts}
-            for entry in findings.storage.entries(folder, depth=1)
-        }
+        there = list_entries_at(findings.storage, (part.path for part in manifest.parts))
         for part in manifest.parts:
-            if part.path not in sizes:
+            if part.path not in there:
                 findings.add("missing", part.path, "The part must be there, but is gone.")
-            elif sizes[part.path] != part.bytes:
-                findings.add("size", part.path, describe_size(part.bytes, sizes[part.path]))
+            elif there[part.path].size != part.bytes:
+                findings.add("size", part.path, describe_size(part.bytes, there[part.path].size))
         findings.notes.append("Without its plan the parts of the run were not opened.")
     return RunVerification(
         run=run,
@@ -295,15 +295,15 @@ class _Findings:
         if replaced := listed.keys() - table.files.keys():
             words = f"{len(replaced)} of {len(listed)} parts are not in version {table.version} of the table"
             self.notes.append(f"{words}: it has replaced or rewritten them since.")
-        folders = {path.rpartition("/")[0] for path in table.files}
-        entries = {entry.path: entry.size for folder in folders for entry in self.storage.entries(folder, depth=1)}
+        entries = list_entries_at(self.storage, table.files)
         for path, (size, rows) in table.files.items():
             part = listed.get(path)
             if part is not None and (part.bytes, part.rows) != (size, rows if rows is not None else part.rows):
                 told = f"{part.bytes:,} bytes and {part.rows:,} rows, got {size:,} and {rows}"
                 self.add("table", path, f"The table's log must say of the part what the manifest says, {told}.")
-            if entries.get(path) != size and part is None:
-                got = f"{entries[path]:,} bytes" if path in entries else "no such file"
+            found = entries.get(path)
+            if part is None and (found is None or found.size != size):
+                got = "no such file" if found is None else f"{found.size:,} bytes"
                 self.add("table", path, f"A file of the table must have the {size:,} bytes of its log, got {got}.")
 
 

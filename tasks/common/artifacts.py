@@ -23,6 +23,9 @@ from tasks.common.formatting import data_uri
 
 Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
+# What httpx and Prefect say, without types of their own, of a client that the flow's end closed under a late thread.
+_CLOSED = ("client has been closed", "cannot be started again after closing")
+
 
 @contextmanager
 def server_may_fail(logger: Logger, what: str = "artifacts") -> Generator[None]:
@@ -32,8 +35,7 @@ def server_may_fail(logger: Logger, what: str = "artifacts") -> Generator[None]:
     except (PrefectHTTPStatusError, httpx.HTTPError) as error:
         logger.warning("The Prefect server must take the run's %s, got: %s. The run goes on without.", what, error)
     except RuntimeError as error:
-        # httpx has no type of its own for a client that the flow's end has closed under a thread that is late.
-        if "client has been closed" not in str(error):
+        if not any(reason in str(error) for reason in _CLOSED):
             raise
 
 

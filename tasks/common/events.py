@@ -18,6 +18,9 @@ from tasks.common.names import find_model_name
 
 RUN_PUBLISHED = "overnight.run.published"
 RUN_REFUSED = "overnight.run.refused"
+RUN_DRIFTED = "overnight.run.drifted"
+MODEL_PROMOTED = "overnight.model.promoted"
+MODEL_NOT_PROMOTED = "overnight.model.not-promoted"
 ENDPOINT_CHANGED = "overnight.endpoint.changed"
 MODE_CHANGED = "overnight.mode.changed"
 

@@ -1,9 +1,14 @@
-"""How reports show values: durations in words, images as data URIs."""
+"""How reports show values: durations in words, texts of plots, plots as PNG, and these as data URIs."""
 
 from __future__ import annotations
 
 import base64
+import io
 import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _MINUTE, _HOUR = 60, 3600
 
@@ -31,3 +36,16 @@ def in_fine_words(seconds: float) -> str:
 def data_uri(png: bytes) -> str:
     """Return a PNG as a data URI."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def shorten_label(text: str, characters: int) -> str:
+    """Return text as a plot shows it: cut, on one line, and with no formula between two dollars."""
+    cut = text if len(text) <= characters else f"{text[: characters - 1]}…"
+    return " ".join(cut.split()).replace("$", r"\$")
+
+
+def encode_png(figure: Figure, **options: Any) -> bytes:
+    """Return a figure as a PNG; the options are those of its `savefig`."""
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png", **options)
+    return sink.getvalue()

@@ -14,13 +14,21 @@ from serving.errors import BadInput, EndpointFailed
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import Route, ScaleToZero
 from serving.model.batching import BatchingConfig
+from serving.model.graph import AnyRelease, Graph
 from serving.model.release import Release
 from serving.targets import Address, Host
 from tasks.common.artifacts import Logger
-from tasks.endpoint.batching import BatchingChoice, read_settings
+from tasks.endpoint.batching import BatchingChoice, ServedSettings, read_settings
 from tasks.endpoint.client import is_ready
-from tasks.endpoint.deploy import make_host, make_release, make_release_to_remove
-from tasks.endpoint.resolve import LoadedModel
+from tasks.endpoint.deploy import (
+    deploy_release,
+    make_endpoint_release,
+    make_host,
+    make_release_to_remove,
+    render_rollout,
+    write_rollout,
+)
+from tasks.endpoint.resolve import LoadedGraph, LoadedModel
 from tasks.endpoint.spec import EndpointSpec, RayServe, Triton
 from tasks.endpoint.traffic import (
     choose_keep_warm_seconds,
@@ -36,42 +44,49 @@ from tasks.endpoint.traffic import (
 
 @dataclass(slots=True, kw_only=True)
 class Change:
-    """One release, the host that it goes to, and the route that was there before.
+    """One release or graph, the host that it goes to, and the route that was there before.
 
+    `models` has the folder of the model's files, of a graph one for each step.
     `previous_release` is the same version as it was served before this change, None where that is not known.
     `is_deployed` says whether this change has deployed anything.
     """
 
     spec: EndpointSpec
     gateway: GatewayClient
-    release: Release
-    model: Path
+    release: AnyRelease
+    models: tuple[Path, ...]
     current_route: Route | None
-    previous_release: Release | None
+    previous_release: AnyRelease | None
     logger: Logger
     keep_warm: float | None = None
     is_deployed: bool = field(default=False, init=False)
 
     def find_current_address(self) -> Address | None:
         """Return where this very release answers already; None where it is not up, or was served otherwise."""
-        if self.current_route is None or self.previous_release != self.release:
+        if self.is_deployed or self.current_route is None or self.previous_release != self.release:
             return None
+        if self.current_route.sleep is not None:
+            status = self.gateway.get(self.spec.name)
+            if status is None or status.models != "awake":
+                # It may be on its way out of the server.
+                return None
         address = find_address(self.current_route, self.release.version)
         return address if address and is_ready(address) else None
 
     def without_batching(self) -> Self:
         """Return the same change with each request passed alone, to be measured before the batching is set."""
-        return replace(self, release=self.release.model_copy(update={"batching": BatchingConfig()}))
+        return replace(self, release=remove_batching(self.release))
 
     def deploy(self) -> Address:
         """Deploy the release, unless it is up already, and return where it answers. Raises EndpointFailed."""
+        if self.current_route is not None and (awake := keep_awake(self.current_route)) != self.current_route:
+            # First: a model that is found up could else be unloaded before it has its new route.
+            self.gateway.put(self.spec.name, awake)
         if address := self.find_current_address():
             sleep = self.current_route.sleep if self.current_route else None
             self.keep_warm = sleep.keep_warm_s if sleep and self.spec.keep_warm == "auto" else self.keep_warm
             return address
         self.is_deployed = True
-        if self.current_route is not None and (awake := keep_awake(self.current_route)) != self.current_route:
-            self.gateway.put(self.spec.name, awake)
         start = time.monotonic()
         address = self._deploy_release()
         if self.spec.keep_warm == "auto":
@@ -82,7 +97,7 @@ class Change:
         return address
 
     def _deploy_release(self) -> Address:
-        return make_host(self.spec.target, self.keep_warm).deploy(self.release, self.model)
+        return deploy_release(self.spec.target, self.release, self.models, self.keep_warm)
 
     def plan_route(self, address: Address) -> Route:
         """Return the route by which the release gets its traffic."""
@@ -123,12 +138,17 @@ class Change:
             self._set_route(self.current_route and keep_awake(self.current_route))
             if self.release.version not in list_used_versions(self.current_route):
                 wait_until_idle(self.gateway, self.spec.name, (self.release.version,))
-                make_host(self.spec.target).remove(self.release)
+                make_host(self.spec.target).remove(self._make_release_to_remove())
             elif self.is_deployed and self.previous_release is not None:
-                make_host(self.spec.target, self.keep_warm).deploy(self.previous_release, self.model)
+                deploy_release(self.spec.target, self.previous_release, self.models, self.keep_warm)
             self._set_route(self.current_route)
-        except EndpointFailed as error:
+            if self.current_route is not None:
+                write_rollout(self.spec.target, self.spec.name, self.current_route)
+        except (EndpointFailed, BadInput) as error:
             self.logger.warning("The change must be undone, got: %s. Look at version %s.", error, self.release.version)
+
+    def _make_release_to_remove(self) -> Release:
+        return make_release_to_remove(self.spec.name, self.release.version, self.release.contract)
 
     def _set_route(self, route: Route | None) -> None:
         now = self.gateway.get(self.spec.name)
@@ -173,7 +193,7 @@ class Change:
 
 def plan_change(
     spec: EndpointSpec,
-    loaded: LoadedModel,
+    loaded: LoadedModel | LoadedGraph,
     choice: BatchingChoice,
     gateway: GatewayClient,
     current_route: Route | None,
@@ -181,45 +201,70 @@ def plan_change(
 ) -> Change:
     """Return the change that a spec asks for. Nothing is deployed yet.
 
-    Raises BadInput where the version that serves under this number is not known to be of this model.
+    Raises BadInput where the version that serves under this number is not known to be of this model, or where the
+    target names a cluster that cannot have the rollout.
     """
-    release = make_release(spec, loaded, choice.batching)
     keep_warm = None if spec.keep_warm == "auto" else spec.keep_warm
-    if isinstance(spec.target, RayServe) and keep_warm is not None:
-        release = scale_to_zero(release)
-    before = read_settings(spec.name, loaded.resolved.tags)
-    if before is None and loaded.version in list_serving_versions(current_route):
+    release = make_chosen_release(spec, loaded, choice, keep_warm=keep_warm)
+    before = read_settings(loaded.settings_name(spec.name), loaded.sources[-1].tags)
+    is_served = loaded.version in list_serving_versions(current_route)
+    if before is None and is_served and isinstance(loaded, LoadedModel):
         message = (
             f"The versions of an endpoint must be those of one registered model, but version {loaded.version} of "
             f"{spec.name} serves already, and {loaded.resolved.pin.uri} does not know of it. Give the endpoint "
             "another name, or retire it first."
         )
         raise BadInput(message)
-    previous_release = None
-    if before is not None:
-        params = current_route.contract.params if current_route else release.contract.params
-        previous_release = release.model_copy(
-            update={
-                "batching": before.chosen.batching,
-                "scaling": before.scaling,
-                "contract": release.contract.model_copy(update={"params": params}),
-            }
-        )
-    return Change(
+    change = Change(
         spec=spec,
         gateway=gateway,
         release=release,
-        model=loaded.resolved.folder,
+        models=tuple(source.folder for source in loaded.sources),
         current_route=current_route,
-        previous_release=previous_release,
+        previous_release=None if before is None else make_previous_release(spec, loaded, before, current_route),
         logger=logger,
         keep_warm=keep_warm,
     )
+    nowhere = Address(url="http://localhost", model=spec.name, version=None)
+    if isinstance(release, Release):  # no target with a cluster takes a graph
+        render_rollout(spec.target, spec.name, change.plan_route(nowhere), release)
+    return change
 
 
-def scale_to_zero(release: Release) -> Release:
+def make_previous_release(
+    spec: EndpointSpec, loaded: LoadedModel | LoadedGraph, before: ServedSettings, route: Route | None
+) -> AnyRelease:
+    """Return the release as it was served before, by the settings of then and the params of its route."""
+    spec = spec.model_copy(update={"scaling": before.chosen.choose_scaling(before.scaling)})
+    release = make_endpoint_release(spec, loaded, before.chosen.batching)
+    if isinstance(release, Graph) or route is None:
+        return release
+    contract = release.contract.model_copy(update={"params": route.contract.params})
+    return release.model_copy(update={"contract": contract})
+
+
+def remove_batching(release: AnyRelease) -> AnyRelease:
+    """Return the release with each request passed alone."""
+    if isinstance(release, Graph):
+        return release.without_batching()
+    return release.model_copy(update={"batching": BatchingConfig()})
+
+
+def make_chosen_release(
+    spec: EndpointSpec, loaded: LoadedModel | LoadedGraph, choice: BatchingChoice, *, keep_warm: float | None
+) -> AnyRelease:
+    """Return the release with a batching and the replicas for it; on Ray Serve one that sleeps has none while idle."""
+    scaled = spec.model_copy(update={"scaling": choice.choose_scaling(spec.scaling)})
+    release = make_endpoint_release(scaled, loaded, choice.batching)
+    return scale_to_zero(release) if isinstance(spec.target, RayServe) and keep_warm is not None else release
+
+
+def scale_to_zero(release: AnyRelease) -> AnyRelease:
     """Return the release with no replica while it is idle."""
-    return release.model_copy(update={"scaling": release.scaling.model_copy(update={"replicas_min": 0})})
+    scaling = release.scaling.model_copy(update={"replicas_min": 0})
+    if isinstance(release, Graph):
+        return release.with_scaling(scaling)
+    return release.model_copy(update={"scaling": scaling})
 
 
 def find_address(route: Route, version: str) -> Address | None:
@@ -227,7 +272,7 @@ def find_address(route: Route, version: str) -> Address | None:
     served = route.find_version(version)
     if served is None:
         return None
-    return Address(url=served.url, model=served.upstream_model, version=served.upstream_version)
+    return Address(url=served.url, model=served.upstream_model, version=served.upstream_version, grpc=served.grpc)
 
 
 def find_serving_address(route: Route | None) -> Address | None:

@@ -13,13 +13,10 @@ import re
 import selectors
 import socket
 import ssl
-import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from http import HTTPStatus
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -33,8 +30,8 @@ from tasks.endpoint.client import infer_path
 from tasks.endpoint.resolve import Sample
 
 # One Python process sends no more. A higher rate is measured at this one, and the report has the rate.
-RATE_MAX = 400.0
-_THREADS = 16
+RATE_MAX = 5000.0
+_CONNECTIONS_MAX = 256
 _TIMEOUT_SECONDS = 30.0
 _BODIES_MAX = 64
 _SEED = 7
@@ -44,8 +41,6 @@ _READ_BYTES = 1 << 16
 _SHOWN = 400
 _LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)")
 _HEAD_END, _LAST_CHUNK = b"\r\n\r\n", b"\r\n0\r\n\r\n"
-
-_Body = tuple[bytes, dict[str, str]]
 
 
 class Latency(Frozen):
@@ -73,14 +68,9 @@ def measure_latency(
     A request that could not be sent in time has waited since it was due, so that a slow server is not asked less.
     Returns None where no request was answered.
     """
-    rate = min(rate, RATE_MAX)
-    due_s = draw_arrivals(rate, seconds)
-    bodies = [encode_request(contract, row.inputs) for row in itertools.islice(sample.split(1), _BODIES_MAX)]
-    schedule = _RequestSchedule(address, [(b.content, {**b.headers, **(headers or {})}) for b in bodies], due_s)
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="load") as pool:
-        runs = [pool.submit(schedule.send_requests) for _ in range(_THREADS)]
-        waited_ms = [each for run in runs for each in run.result()]
-    answered_ms = sorted(each for each in waited_ms if each is not None)
+    due_s = draw_arrivals(min(rate, RATE_MAX), seconds)
+    loop = _OpenLoop(address, _encode_requests(address, contract, sample, headers))
+    answered_ms = sorted(loop.send_requests(due_s))
     if not answered_ms:
         return None
     p50, p99 = np.percentile(answered_ms, (50, 99))
@@ -103,38 +93,77 @@ def draw_arrivals(rate: float, seconds: float) -> Sequence[float]:
     return [float(each) for each in due_s * (seconds / due_s[-1])]
 
 
-class _RequestSchedule:
-    """Requests and the times at which they are due; several threads take them in turn."""
+class _OpenLoop:
+    """Requests that are sent when they are due, each by a caller that waits for nothing else."""
 
-    def __init__(self, address: Address, bodies: Sequence[_Body], due_s: Sequence[float]) -> None:
-        self._address, self._bodies = address, bodies
-        self._due, self._lock, self._start = iter(enumerate(due_s)), threading.Lock(), time.perf_counter()
+    def __init__(self, address: Address, requests: Sequence[bytes]) -> None:
+        self._address, self._requests = address, itertools.cycle(requests)
+        self._idle: list[_Caller] = []
+        self._asking: dict[_Caller, float] = {}
 
-    def send_requests(self) -> list[float | None]:
-        """Send the next request when it is due until none is left; return their milliseconds, None for a failure."""
-        parts, path = urlsplit(self._address.url), infer_path(self._address)
-        connect = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-        connection = connect(parts.hostname or "", parts.port, timeout=_TIMEOUT_SECONDS)
-        waited: list[float | None] = []
-        while (at := self._take_next()) is not None:
-            number, due_s = at
-            time.sleep(max(0.0, self._start + due_s - time.perf_counter()))
-            content, headers = self._bodies[number % len(self._bodies)]
+    def send_requests(self, due_s: Sequence[float]) -> list[float]:
+        """Send all requests, and return the milliseconds from when each was due until its answer.
+
+        Those that fail, or are silent for half a minute, have none.
+        """
+        # Unlike poll and epoll, select waits for less than a millisecond.
+        with selectors.SelectSelector() as selector:
             try:
-                connection.request("POST", parts.path.rstrip("/") + path, content, headers)
-                response = connection.getresponse()
-                response.read()
-                ok = response.status == HTTPStatus.OK
-            except (OSError, HTTPException):
-                connection.close()
-                ok = False
-            waited.append(1000 * (time.perf_counter() - self._start - due_s) if ok else None)
-        connection.close()
-        return waited
+                return self._follow_schedule(selector, deque(due_s))
+            finally:
+                for caller in (*self._idle, *self._asking):
+                    caller.connection.close()
 
-    def _take_next(self) -> tuple[int, float] | None:
-        with self._lock:
-            return next(self._due, None)
+    def _follow_schedule(self, selector: selectors.BaseSelector, due_s: deque[float]) -> list[float]:
+        start, waited_ms = time.perf_counter(), list[float]()
+        while due_s or self._asking:
+            now_s = time.perf_counter() - start
+            while due_s and due_s[0] <= now_s and (self._idle or len(self._asking) < _CONNECTIONS_MAX):
+                self._send_request(selector, due_s.popleft())
+            if not due_s and not self._asking:
+                break
+            timeout = due_s[0] - now_s if due_s and due_s[0] > now_s else _TIMEOUT_SECONDS
+            found = selector.select(timeout)
+            if not found and timeout == _TIMEOUT_SECONDS:
+                return waited_ms
+            for key, _ in found:
+                waited_ms += self._receive_answer(selector, key.data, start)
+        return waited_ms
+
+    def _send_request(self, selector: selectors.BaseSelector, due_s: float) -> None:
+        try:
+            caller = self._idle.pop() if self._idle else self._connect(selector)
+        except OSError:
+            return
+        self._asking[caller] = due_s
+        try:
+            caller.send(next(self._requests))
+        except OSError:
+            self._drop(selector, caller)
+
+    def _connect(self, selector: selectors.BaseSelector) -> _Caller:
+        caller = _Caller.connect(self._address)
+        selector.register(caller.connection, selectors.EVENT_READ, caller)
+        return caller
+
+    def _receive_answer(self, selector: selectors.BaseSelector, caller: _Caller, start: float) -> list[float]:
+        """Return the milliseconds of a complete answer, or nothing."""
+        try:
+            if not caller.receive():
+                return []
+        except (EndpointFailed, OSError):
+            self._drop(selector, caller)
+            return []
+        due_s = self._asking.pop(caller)
+        self._idle.append(caller)
+        return [1000 * (time.perf_counter() - start - due_s)]
+
+    def _drop(self, selector: selectors.BaseSelector, caller: _Caller) -> None:
+        self._asking.pop(caller, None)
+        if caller in self._idle:
+            self._idle.remove(caller)
+        selector.unregister(caller.connection)
+        caller.connection.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +234,7 @@ def _measure_loop(
             )
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Caller:
     """One connection, and when its request was sent."""
 
@@ -259,13 +288,20 @@ class _Caller:
         return is_complete
 
 
-def _encode_requests(address: Address, contract: Contract, sample: Sample) -> list[bytes]:
+def _encode_requests(
+    address: Address, contract: Contract, sample: Sample, more_headers: Mapping[str, str] | None = None
+) -> list[bytes]:
     parts = urlsplit(address.url)
     path = parts.path.rstrip("/") + infer_path(address)
     found = []
     for row in itertools.islice(sample.split(1), _BODIES_MAX):
         body = encode_request(contract, row.inputs)
-        headers = {"Host": parts.netloc, **body.headers, "Content-Length": str(len(body.content))}
+        headers = {
+            "Host": parts.netloc,
+            **body.headers,
+            **(more_headers or {}),
+            "Content-Length": str(len(body.content)),
+        }
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         found.append(f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + body.content)
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 
@@ -11,17 +10,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pydantic import Field
 
-from serving.model.batching import BatchingConfig, CostModel
+from serving.model.batching import BatchingConfig, BatchingSetting, CostModel
 from serving.model.contract import Frozen
 from serving.redaction import hide_secrets
 from tasks.common.artifacts import Logger, make_image, make_markdown, put_artifacts
 from tasks.common.events import ENDPOINT_CHANGED, describe_model_resource, describe_resource, send_event
+from tasks.common.formatting import encode_png
 from tasks.endpoint.batching import BatchingChoice
+from tasks.endpoint.budget import BudgetCheck
 from tasks.endpoint.load import Latency
 from tasks.endpoint.spec import Budget
 from tasks.endpoint.verify import Verification
 
-_INK, _BEFORE, _AFTER, _LIMIT = "#1f2933", "#c9a227", "#2f6f9f", "#b3261e"
+_INK, _AFTER, _LIMIT = "#1f2933", "#2f6f9f", "#b3261e"
+_COLOURS = {"before the batching": "#c9a227", "with the batching": _AFTER, "in a burst": "#7a9a4f"}
 
 
 class Endpoint(Frozen):
@@ -29,19 +31,20 @@ class Endpoint(Frozen):
 
     name: str = Field(description="The endpoint's name, by which callers ask for its model.")
     url: str = Field(description="Where predictions are asked: POST a request of the Open Inference Protocol (V2).")
-    model: str = Field(description="The pinned model version.")
-    model_digest: str = Field(description="SHA-256 over the model's files.")
-    version: str = Field(description="The model version that this call deployed.")
+    model: str = Field(description="The pinned model version; of a graph those of its steps, in words.")
+    models: tuple[str, ...] = Field(default=(), description="The pinned model versions of a graph's steps.")
+    model_digest: str = Field(description="SHA-256 over the model's files, or over the digests of a graph's models.")
+    version: str = Field(description="The model version that this call deployed, or the number of the graph.")
     target: str = Field(description="The model server.")
     server: str = Field(description="Where the model server itself answers.")
     rollout: str = Field(description="The outcome of shifting traffic to it, in words.")
     removed: tuple[str, ...] = Field(default=(), description="Earlier versions that were taken down.")
     chosen: BatchingChoice = Field(description="The batching, and what it was chosen by.")
-    budget: Budget | None = Field(default=None, description="The budget that it was chosen for.")
+    budget: Budget | None = Field(default=None, description="The budget that it is held against.")
     keep_warm_seconds: float | None = Field(default=None, description="Seconds until it is unloaded; null: never.")
     verification: Verification = Field(description="The comparison of its answers with the model's own.")
     before: Latency | None = Field(default=None, description="How long requests waited without batching.")
-    after: Latency | None = Field(default=None, description="How long they waited with it.")
+    checked: BudgetCheck | None = Field(default=None, description="How long they waited with it, under load.")
     seconds: dict[str, float] = Field(description="Wall-clock seconds by stage.")
 
     @property
@@ -63,9 +66,10 @@ class Endpoint(Frozen):
             "asked at": self.url,
             "traffic": self.rollout,
             **({"taken down": ", ".join(f"version {each}" for each in self.removed)} if self.removed else {}),
-            "batching": describe_batching(self.batching),
+            "batching": self.chosen.describe(),
             **(_describe_passes(self.chosen.cost) if self.chosen.cost else {}),
-            **(_describe_budget(self.budget, self.after) if self.budget else {}),
+            **(_describe_setting(self.chosen.setting) if self.chosen.setting else {}),
+            **(_describe_budget(self.budget, self.checked) if self.budget else {}),
             **{f"waited {when}": _describe_latency(each) for when, each in self.latencies().items()},
             "unloaded": f"after {self.keep_warm_seconds:g} s without a request" if self.keep_warm_seconds else "never",
             "verified": f"{verified.rows_example} rows of the model's example, {verified.rows_random} random rows",
@@ -76,8 +80,11 @@ class Endpoint(Frozen):
 
     def latencies(self) -> dict[str, Latency]:
         """Return what was measured, by when."""
-        both = {"before the batching": self.before, "with the batching": self.after}
-        return {when: each for when, each in both.items() if each is not None}
+        checked = (self.checked.steady, self.checked.burst) if self.checked else (None, None)
+        measured = dict(
+            zip(("before the batching", "with the batching", "in a burst"), (self.before, *checked), strict=True)
+        )
+        return {when: each for when, each in measured.items() if each is not None}
 
     def markdown(self) -> str:
         """Return the report as Markdown."""
@@ -85,19 +92,17 @@ class Endpoint(Frozen):
         return f"# Endpoint {self.name}\n\n{self.summary}\n\n| | |\n| --- | --- |\n{rows}\n"
 
 
-def describe_batching(batching: BatchingConfig) -> str:
-    """Return a batching in words."""
-    if batching.batch_size_max == 1:
-        return "each request alone"
-    return f"up to {batching.batch_size_max:,} rows a pass, waiting {batching.wait_ms_max:.3g} ms at most"
-
-
 def _describe_passes(cost: CostModel) -> dict[str, str]:
     return {"a pass of b rows": f"{cost.describe()}, as measured"}
 
 
-def _describe_budget(budget: Budget, after: Latency | None) -> dict[str, str]:
-    kept = "" if after is None else ", kept" if after.p99_ms <= budget.latency_ms else ", NOT kept by p99"
+def _describe_setting(setting: BatchingSetting) -> dict[str, str]:
+    simulated = f"p99 {setting.p99_ms:.3g} ms, in a burst of twice the rate {setting.burst_p99_ms:.3g} ms"
+    return {"expected": f"{setting.utilisation:.0%} of what full passes take; {simulated}, by simulation"}
+
+
+def _describe_budget(budget: Budget, checked: BudgetCheck | None) -> dict[str, str]:
+    kept = ", not measured this time" if checked is None else ", kept" if checked.is_kept else ", NOT kept by p99"
     return {"budget": f"{budget.latency_ms:g} ms at {budget.rate:g} rows a second{kept}"}
 
 
@@ -128,7 +133,8 @@ def emit_endpoint_changed(endpoint: Endpoint) -> None:
     resource = describe_resource(
         "endpoint", endpoint.name, role=False, version=endpoint.version, target=endpoint.target
     )
-    send_event(ENDPOINT_CHANGED, resource, [describe_model_resource(endpoint.model)], payload)
+    models = endpoint.models or (endpoint.model,)
+    send_event(ENDPOINT_CHANGED, resource, [describe_model_resource(model) for model in models], payload)
 
 
 def emit_endpoint_retired(name: str, versions: tuple[str, ...]) -> None:
@@ -145,14 +151,13 @@ def draw_plot(endpoint: Endpoint) -> bytes:
     _draw_passes(right, endpoint.chosen)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    sink = io.BytesIO()
-    figure.savefig(sink, format="png")
-    return sink.getvalue()
+    return encode_png(figure)
 
 
 def _draw_latencies(axes: Axes, endpoint: Endpoint) -> None:
     measured = endpoint.latencies()
-    for (when, latency), colour in zip(measured.items(), (_BEFORE, _AFTER)[-len(measured) :], strict=True):
+    for when, latency in measured.items():
+        colour = _COLOURS[when]
         share = np.arange(1, len(latency.samples_ms) + 1) / len(latency.samples_ms)
         label = f"{when}: p50 {latency.p50_ms:.3g} ms, p99 {latency.p99_ms:.3g} ms"
         axes.plot(latency.samples_ms, 100 * share, color=colour, label=label)

@@ -1,10 +1,12 @@
-"""The model of an endpoint, resolved once and loaded here, and rows that it answers: its example and random ones.
+"""The model or the graph of an endpoint, resolved once and loaded here, and rows that it answers.
 
 Shapes: N rows; every input is [N, *shape] of the contract.
 """
 
 from __future__ import annotations
 
+import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +16,16 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
-from serving.errors import ModelFailed, SchemaMismatch
+from serving.errors import BadInput, ModelFailed, SchemaMismatch
 from serving.model.contract import Contract, Input
 from serving.model.encoding import Encoded, Flags, encode
+from serving.model.environment_choice import OwnEnvironment
+from serving.model.graph import Combine, GraphModel, check_steps_fit, join_contracts, number_graph
 from serving.model.interface import Model, Tunable
 from serving.model.loading import load_model
+from serving.model.processes import ProcessOptions
 from serving.model.registry import Resolved, resolve_model
+from tasks.endpoint.environment import choose_endpoint_environment
 from tasks.endpoint.spec import EndpointSpec
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -34,14 +40,53 @@ _WORDS = np.array(["a", "the", "night", "model", "rows", "answers", "quick", "la
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedModel:
-    """A pinned model version, its contract, the model itself, and rows to compare its endpoint with."""
+class Loaded(ABC):
+    """What an endpoint answers by, loaded: its contract, the model itself, and rows to compare its endpoint with."""
 
-    resolved: Resolved
     contract: Contract
-    model: Tunable
+    model: Model
     example: Sample | None
     random: Sample | None
+
+    @property
+    @abstractmethod
+    def version(self) -> str:
+        """The version of the endpoint, a whole number from 1."""
+
+    @property
+    @abstractmethod
+    def sources(self) -> tuple[Resolved, ...]:
+        """The pinned model, or those of the steps of a graph."""
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """The pinned models, in words."""
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """SHA-256 over the files of the models."""
+
+    @abstractmethod
+    def settings_name(self, endpoint: str) -> str:
+        """Return the name under which the last of the models keeps, as a tag, how an endpoint serves this version."""
+
+    @property
+    def sample(self) -> Sample:
+        """The rows to measure with: random ones, which differ, where the model answers any."""
+        sample = self.random or self.example
+        assert sample is not None, "load_endpoint makes none without"  # noqa: S101 - our own mistake, not a caller's
+        return sample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel(Loaded):
+    """A pinned model version, and the environment of its own that it runs in, if any."""
+
+    resolved: Resolved
+    model: Tunable
+    environment: OwnEnvironment | None = None
 
     @property
     def version(self) -> str:
@@ -49,31 +94,139 @@ class LoadedModel:
         return self.resolved.pin.version
 
     @property
-    def sample(self) -> Sample:
-        """The rows to measure with: random ones, which differ, where the model answers any."""
-        sample = self.random or self.example
-        assert sample is not None, "load_endpoint_model makes none without"  # noqa: S101 - our own mistake, not a caller's
-        return sample
+    def sources(self) -> tuple[Resolved, ...]:
+        """The model version alone."""
+        return (self.resolved,)
+
+    @property
+    def description(self) -> str:
+        """Its address."""
+        return self.resolved.pin.uri
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over its files."""
+        return self.resolved.pin.digest
+
+    def settings_name(self, endpoint: str) -> str:
+        """Return the endpoint's name: the tag is the version's own."""
+        return endpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedGraph(Loaded):
+    """The pinned model versions of a graph, their contracts and environments, in the order of its steps."""
+
+    combine: Combine
+    steps: tuple[Resolved, ...]
+    contracts: tuple[Contract, ...]
+    environments: tuple[OwnEnvironment | None, ...]
+    number: str
+
+    @property
+    def version(self) -> str:
+        """The number that is made of the steps."""
+        return self.number
+
+    @property
+    def sources(self) -> tuple[Resolved, ...]:
+        """The model versions of the steps."""
+        return self.steps
+
+    @property
+    def description(self) -> str:
+        """The addresses of the steps."""
+        uris = [step.pin.uri for step in self.steps]
+        return ", then ".join(uris) if self.combine == "chain" else f"the mean of {', '.join(uris[:-1])} and {uris[-1]}"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the digests of the steps."""
+        return hashlib.sha256("".join(step.pin.digest for step in self.steps).encode()).hexdigest()
+
+    def settings_name(self, endpoint: str) -> str:
+        """Return the endpoint's name with the number of the graph: the last step may be one of several graphs."""
+        return f"{endpoint}.{self.number}"
+
+
+def load_endpoint(spec: EndpointSpec) -> LoadedModel | LoadedGraph:
+    """Resolve and load a spec's model, or the steps of its graph, and have it answer its own example and random rows.
+
+    Raises ModelNotFound, ModelUnfit, SchemaMismatch where the steps of a graph do not fit together, and ModelFailed
+    where none of the rows is answered.
+    """
+    return load_endpoint_graph(spec) if spec.graph_steps else load_endpoint_model(spec)
 
 
 def load_endpoint_model(spec: EndpointSpec) -> LoadedModel:
-    """Resolve and load a spec's model, and have it answer its own example and random rows.
-
-    Raises ModelNotFound, ModelUnfit, and ModelFailed where it answers none of them.
-    """
+    """Resolve and load the one model of a spec, as `load_endpoint` does. Raises BadInput for a graph too."""
+    if spec.model is None:
+        message = f"The endpoint {spec.name} must answer by one model here, got a graph. Name one model as `model`."
+        raise BadInput(message)
     resolved = resolve_model(spec.model)
     contract = resolved.contract(spec.input_columns, spec.policies, spec.params)
-    model = load_model(resolved, contract, allow_pickle=spec.allow_pickle)
+    model, environment = _load_step(spec, resolved, contract)
+    example, random = _answer_samples(model, contract, resolved)
+    return LoadedModel(
+        resolved=resolved, contract=contract, model=model, example=example, random=random, environment=environment
+    )
+
+
+def _load_step(spec: EndpointSpec, resolved: Resolved, contract: Contract) -> tuple[Tunable, OwnEnvironment | None]:
+    """Load a model as its server does: in a process of its own environment, which is returned too, or in this one."""
+    made = choose_endpoint_environment(spec, resolved)
+    processes = None if made is None else ProcessOptions(python=made.interpreter)
+    model = load_model(resolved, contract, allow_pickle=spec.allow_pickle, processes=processes)
+    return model, None if made is None else made.own
+
+
+def load_endpoint_graph(spec: EndpointSpec) -> LoadedGraph:
+    """Resolve and load the steps of a spec, as `load_endpoint` does.
+
+    The spec's input_columns and policies are for what a caller sends: for the first step, or for each of an ensemble.
+    """
+    combine: Combine = "chain" if spec.steps else "mean"
+    steps = tuple(resolve_model(step.model) for step in spec.graph_steps)
+    contracts = tuple(_read_step_contract(spec, combine, position, step) for position, step in enumerate(steps))
+    check_steps_fit(combine, [(step.pin.uri, contract) for step, contract in zip(steps, contracts, strict=True)])
+    loaded = [_load_step(spec, step, contract) for step, contract in zip(steps, contracts, strict=True)]
+    model = GraphModel(
+        combine=combine, steps=tuple((contract, model) for contract, (model, _) in zip(contracts, loaded, strict=True))
+    )
+    contract = join_contracts(contracts)
+    example, random = _answer_samples(model, contract, steps[0])
+    terms = [step.model_dump(mode="json", include={"params", "batching"}) for step in spec.graph_steps]
+    return LoadedGraph(
+        contract=contract,
+        model=model,
+        example=example,
+        random=random,
+        combine=combine,
+        steps=steps,
+        contracts=contracts,
+        environments=tuple(environment for _, environment in loaded),
+        number=number_graph(combine, [(step.pin, given) for step, given in zip(steps, terms, strict=True)]),
+    )
+
+
+def _read_step_contract(spec: EndpointSpec, combine: Combine, position: int, step: Resolved) -> Contract:
+    is_first = combine == "mean" or position == 0
+    columns, policies = (spec.input_columns, spec.policies) if is_first else ({}, {})
+    return step.contract(columns, policies, spec.graph_steps[position].params)
+
+
+def _answer_samples(model: Model, contract: Contract, first: Resolved) -> tuple[Sample | None, Sample | None]:
+    """Return those rows that a model answers of its input example, and of random ones. Raises ModelFailed for none."""
     with model.slot():
-        example = keep_answered_rows(model, read_example_rows(resolved, contract))
+        example = keep_answered_rows(model, read_example_rows(first, contract))
         random = keep_answered_rows(model, draw_random_rows(contract, _RANDOM_ROWS))
     if example is None and random is None:
         message = (
-            f"{resolved.pin.uri} must answer its own input example, or random rows, in finite numbers, to be "
+            f"{first.pin.uri} must answer its own input example, or random rows, in finite numbers, to be "
             "compared with its endpoint; it answers none. Log it with an input_example that it answers."
         )
         raise ModelFailed(message)
-    return LoadedModel(resolved=resolved, contract=contract, model=model, example=example, random=random)
+    return example, random
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,14 +7,18 @@ import platform
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, Field, JsonValue, model_validator
+from pydantic import AliasChoices, BeforeValidator, Field, JsonValue, model_validator
 
 from serving.errors import BadInput
 from serving.gateway.keys import ADMIN_KEY, KEY_LENGTH_MIN
 from serving.gateway.route import ENDPOINT_PATTERN, HOST_PORT, KeyName, Limits
 from serving.model.batching import BatchingConfig
 from serving.model.contract import ColumnPolicy, Frozen
+from serving.model.environment_choice import EnvironmentOption, PackagesOption
+from serving.model.graph import STEPS_MAX, STEPS_MIN
 from serving.model.release import Scaling
+from serving.option_words import give_option
+from serving.targets.kubernetes_cluster import Cluster
 
 URL = r"^https?://[^\s@]+$"
 GATEWAY = "http://127.0.0.1:8080"
@@ -64,6 +68,10 @@ class FolderTarget(Frozen):
     """A folder that a controller watches: it starts and stops a server for each release that lies in it."""
 
     folder: str = Field(min_length=1, description="The folder, of this machine or one that both have mounted.")
+    cluster: Cluster | None = Field(
+        default=None,
+        description="A Kubernetes cluster to render the rollout for too, in FOLDER/NAME/kubernetes/rollout.yaml.",
+    )
 
 
 class BentoML(FolderTarget):
@@ -109,7 +117,7 @@ def _data_folder() -> Path:
 
 
 class Budget(Frozen):
-    """How fast answers must be, and how many are expected: the batching is chosen from it, on the measured model."""
+    """How fast answers must be, and how many are expected. Without explicit batching, the batching is chosen for it."""
 
     latency_ms: float = Field(gt=0, le=60_000, description="Milliseconds within which a request is to be answered.")
     rate: float = Field(gt=0, le=1e6, description="Rows a second that are expected, of all callers together.")
@@ -209,23 +217,64 @@ Tolerance = Annotated[
     ),
 ]
 
+MeasureSeconds = Annotated[
+    float,
+    Field(
+        ge=0,
+        le=60,
+        description="Seconds of requests at the budget's rate, and as many at twice that rate: the release must keep "
+        "the budget under both before it gets traffic. 0 deploys without that check.",
+    ),
+]
+
+
+class Step(Frozen):
+    """One model of several that an endpoint answers by; its address alone, as text, is a step too."""
+
+    model: str = Field(description="models:/NAME@ALIAS or models:/NAME/VERSION, resolved once.")
+    batching: BatchingConfig | None = Field(
+        default=None, description="Explicit batching of this step. Without: what follows from that of the endpoint."
+    )
+    params: Params = Field(default_factory=dict)
+
+
+def _read_step(given: object) -> object:
+    return {"model": given} if isinstance(given, str) else given
+
+
+Steps = Annotated[
+    tuple[Annotated[Step, BeforeValidator(_read_step, json_schema_input_type=str | Step)], ...], Field(max_length=8)
+]
+
 
 class EndpointSpec(Frozen):
-    """An online endpoint, in full."""
+    """An online endpoint, in full. It answers by one model, or by two or three: as steps, or as an ensemble."""
 
     name: str = Field(pattern=ENDPOINT_PATTERN, description="The endpoint's name, by which callers ask for its model.")
-    model: str = Field(description="models:/NAME@ALIAS or models:/NAME/VERSION, resolved once.")
+    model: str | None = Field(
+        default=None, description="models:/NAME@ALIAS or models:/NAME/VERSION, resolved once. Or steps, or ensemble."
+    )
+    steps: Steps = Field(
+        default=(),
+        description="In place of a model two or three, each of which takes what the one before it gives, such as "
+        "preprocessing, a model and postprocessing.",
+    )
+    ensemble: Steps = Field(
+        default=(),
+        description="In place of a model two or three that take and give the same; the answer is their outputs' mean.",
+    )
     gateway: Gateway = GATEWAY
     admin_secret: AdminSecret = None
     target: Target = Field(default_factory=default_target)
     budget: Budget | None = Field(
         default=None,
-        description="Latency and rate that the batching is chosen for. Without it and without `batching`: no batching.",
+        description="Latency and rate that the endpoint is held against, and that its batching is chosen for. Without "
+        "it and without `batching`: no batching.",
     )
     batching: BatchingConfig | None = Field(
         default=None,
         validation_alias=AliasChoices("batching", "dial"),
-        description="Explicit batching, in place of a budget.",
+        description="Explicit batching. Beside a budget it is held against it, and nothing else is tried.",
     )
     scaling: Scaling = Field(default=Scaling(), description="How many replicas the model server has.")
     keep_warm: float | Literal["auto"] | None = Field(
@@ -242,18 +291,57 @@ class EndpointSpec(Frozen):
     policies: Policies = Field(default_factory=dict)
     params: Params = Field(default_factory=dict)
     allow_pickle: AllowPickle = False
+    environment: EnvironmentOption = None
+    packages: PackagesOption = None
     tolerance: Tolerance = 1e-5
-    measure_seconds: float = Field(
-        default=2.0,
-        ge=0,
-        le=60,
-        description="Seconds of requests at the budget's rate, without and with the batching; 0 measures nothing.",
-    )
+    measure_seconds: MeasureSeconds = 2.0
+
+    @property
+    def graph_steps(self) -> tuple[Step, ...]:
+        """The steps or the models of the ensemble; none where the endpoint answers by one model."""
+        return self.steps or self.ensemble
 
     @model_validator(mode="after")
-    def _allow_budget_or_batching(self) -> Self:
-        if self.budget is not None and self.batching is not None:
-            message = "An endpoint must have a budget or batching, got both; leave one out."
+    def _validate_models(self) -> Self:
+        given = [name for name in ("model", "steps", "ensemble") if getattr(self, name)]
+        if len(given) != 1:
+            message = (
+                "An endpoint must have a model, steps or an ensemble, and one of these three, got "
+                f"{' and '.join(given) or 'none'}. Give one of them."
+            )
+            raise ValueError(message)
+        if self.model is None:
+            self._validate_graph(given[0])
+        return self
+
+    def _validate_graph(self, field: str) -> None:
+        count = len(self.graph_steps)
+        if not STEPS_MIN <= count <= STEPS_MAX:
+            message = (
+                f"{field} must name {STEPS_MIN} or {STEPS_MAX} models, got {count}. Give one model as `model`, and log "
+                "what more of them do as fewer models."
+            )
+            raise ValueError(message)
+        if not isinstance(self.target, Triton | RayServe | Seldon):
+            message = (
+                f"{field} must be served by triton, ray-serve or seldon, got {self.target.kind}, which chains no "
+                "models. Choose one of those targets, or log what the models do together as one model."
+            )
+            raise ValueError(message)  # noqa: TRY004 - pydantic reports this kind
+        if self.params:
+            message = (
+                f"params must be those of a step beside {field}, got {sorted(self.params)} for all. Move them there."
+            )
+            raise ValueError(message)
+
+    @model_validator(mode="after")
+    def _validate_environment(self) -> Self:
+        if self.environment == "model" and (obstacle := find_environment_obstacle(self.target)):
+            message = (
+                f"{give_option('environment', 'model')} must have a target that runs a model in an environment of its "
+                f"own, got {self.target.kind}: {obstacle}. Choose ray-serve, or bentoml, kserve or seldon without a "
+                "cluster, or give the server the model's versions and leave it out."
+            )
             raise ValueError(message)
         return self
 
@@ -269,6 +357,15 @@ class EndpointSpec(Frozen):
             message = f"keep_warm must be left out on {self.target.kind}: only triton and ray-serve unload models."
             raise ValueError(message)
         return self
+
+
+def find_environment_obstacle(target: AnyTarget) -> str | None:
+    """Return why a model can't run in an environment of its own on a target, None where it can."""
+    if isinstance(target, Triton):
+        return "Triton's backend runs the model in its own process"
+    if isinstance(target, FolderTarget) and target.cluster is not None:
+        return "the pods of a cluster run the model with the packages of their image"
+    return None
 
 
 def read_keys(access: Access) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from serving.errors import VerifyFailed
 from serving.model.contract import Contract, Frozen, Output
-from tasks.endpoint.resolve import Arrays, LoadedModel, Sample
+from tasks.endpoint.resolve import Arrays, Loaded, Sample
 
 Ask = Callable[[Arrays], Arrays]
 
@@ -24,7 +24,7 @@ class Verification(Frozen):
     tolerance: float = Field(description="What it may be at most.")
 
 
-def verify_endpoint(ask: Ask, loaded: LoadedModel, *, rows_max: int, tolerance: float) -> Verification:
+def verify_endpoint(ask: Ask, loaded: Loaded, *, rows_max: int, tolerance: float) -> Verification:
     """Ask for every row of the samples, alone and in requests of `rows_max` rows, and compare with the model's answers.
 
     Raises VerifyFailed with the first row that differs by more than the tolerance, and whatever `ask` raises.

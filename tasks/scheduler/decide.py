@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from serving.model.batching import BURST_FACTOR
 from tasks.common.formatting import in_fine_words
 from tasks.scheduler.candidates import Choice, rank_choice, simulate_candidates
 from tasks.scheduler.decision import Alternative, Decision
 from tasks.scheduler.prices import format_usd
-from tasks.scheduler.scenario import DecisionInputs, Scenario, build_scenario, list_instance_types
+from tasks.scheduler.scenario import Candidate, DecisionInputs, Scenario, build_scenario, list_instance_types
 from tasks.scheduler.sensitivity import explain_infeasibility, find_break_evens
 
 
@@ -68,6 +69,7 @@ def _make_alternative(scenario: Scenario, choice: Choice, reason: str) -> Altern
         machines_min=candidate.machines_min,
         target_utilisation=candidate.target_utilisation,
         batching=candidate.batching,
+        checked_rate=_choose_checked_rate(scenario, candidate),
         keep_warm_seconds=candidate.keep_warm_seconds,
         period_seconds=candidate.period_seconds,
         usd=choice.usd * scenario.scale,
@@ -79,6 +81,13 @@ def _make_alternative(scenario: Scenario, choice: Choice, reason: str) -> Altern
         is_feasible=candidate.violation is None,
         reason=reason,
     )
+
+
+def _choose_checked_rate(scenario: Scenario, candidate: Candidate) -> float | None:
+    """Return the rate at which an endpoint is checked. The check has bursts of twice that rate."""
+    if candidate.mode != "online" or scenario.consumer == "table":
+        return None
+    return min(float(scenario.counts_T.sum()) / scenario.seconds, candidate.carried_per_second / BURST_FACTOR)
 
 
 def _explain_choice(scenario: Scenario, ordered: Sequence[Choice]) -> str:

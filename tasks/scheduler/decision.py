@@ -83,6 +83,12 @@ class Alternative(Frozen):
     batching: BatchingConfig = Field(
         default=BatchingConfig(), description="Rows of a forward pass, and how long a row waits for others, at most."
     )
+    checked_rate: float | None = Field(
+        default=None,
+        ge=0,
+        description="Requests a second at which an endpoint is held against the promise when it is deployed, and then "
+        "at twice that rate: the mean, or half of what its fewest machines carry where that is less. Null otherwise.",
+    )
     keep_warm_seconds: float | None = Field(default=None, description="Seconds from the last request to zero.")
     period_seconds: float | None = Field(default=None, description="Seconds from one batch run to the next.")
     usd: float = Field(ge=0, description="What the machines cost over the horizon.")

@@ -25,22 +25,27 @@ from tasks.endpoint.spec import (
     AdminSecret,
     AllAtOnce,
     AllowPickle,
+    Budget,
     Canary,
     EndpointSpec,
     Gateway,
     InputColumns,
+    MeasureSeconds,
     Policies,
     Target,
     Tolerance,
     default_target,
 )
 from tasks.scheduler.decision import Alternative, Decision, Mode
-from tasks.scheduler.workload import Events, Table, Workload
+from tasks.scheduler.workload import Events, Requests, Table, Workload
 from tasks.spot.purchase import PurchaseOptions
 from tasks.stream.options import AnySink, AnySource, StreamOptions
 
 _FRESHNESS_SECONDS_MAX = 3600.0
 _KEEP_WARM_SECONDS_MIN = 1.0
+# The bounds of an endpoint's budget.
+_BUDGET_MS_MAX = 60_000.0
+_RATE_MIN, _RATE_MAX = 0.01, 1e6
 _DAY = 86_400
 _DEPLOYMENT_NAME = r"^[^/]+/[^/]+$"
 
@@ -96,6 +101,7 @@ class OnlineApplyConfig(Frozen):
     policies: Policies = Field(default_factory=dict)
     allow_pickle: AllowPickle = False
     tolerance: Tolerance = 1e-5
+    measure_seconds: MeasureSeconds = 2.0
     template: str = Field(
         default="online-endpoint/online",
         pattern=_DEPLOYMENT_NAME,
@@ -300,8 +306,9 @@ def plan_stream_deployment(decision: Decision, config: ApplyConfig) -> DesiredDe
 def make_endpoint_spec(decision: Decision, config: ApplyConfig) -> EndpointSpec:
     """Return the spec of an endpoint with the batching, the replicas and the keep-warm time that were decided.
 
-    A machine counts as many replicas as the model was measured with side by side. Raises BadInput without a
-    configuration for online, and where the target does not support the spec.
+    Its budget is the promise of the workload, which the batching of the simulation is held against. A machine counts as
+    many replicas as the model was measured with side by side. Raises BadInput without a configuration for online, and
+    where the target does not support the spec.
     """
     workload, chosen, online = decision.workload, decision.chosen, _require_config(config.online, decision, "online")
     slots, machines = decision.profile.slots, max(1, chosen.machines)
@@ -311,6 +318,7 @@ def make_endpoint_spec(decision: Decision, config: ApplyConfig) -> EndpointSpec:
         return EndpointSpec(
             name=workload.name,
             model=workload.model,
+            budget=_make_budget(decision),
             batching=chosen.batching,
             scaling=Scaling(replicas_min=machines_min * slots, replicas_max=machines * slots),
             keep_warm=None if keep_warm is None else max(_KEEP_WARM_SECONDS_MIN, keep_warm),
@@ -320,6 +328,20 @@ def make_endpoint_spec(decision: Decision, config: ApplyConfig) -> EndpointSpec:
         reasons = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
         message = f"The target must support the endpoint that was chosen for {workload.name}, got: {reasons}"
         raise BadInput(message) from None
+
+
+def _make_budget(decision: Decision) -> Budget | None:
+    """Return the latency that was promised, at the rate that the choice carries; None for a table, which has none."""
+    match decision.workload.consumer:
+        case Requests(latency_ms=latency_ms):
+            pass
+        case Events(within_seconds=within_seconds):
+            latency_ms = min(1000 * within_seconds, _BUDGET_MS_MAX)
+        case Table():
+            return None
+    # By three digits, so that the same traffic, metered again, gives the same spec more often.
+    rate = float(f"{decision.chosen.checked_rate or 0.0:.3g}")
+    return Budget(latency_ms=latency_ms, rate=min(max(rate, _RATE_MIN), _RATE_MAX))
 
 
 def plan_online_deployment(decision: Decision, config: ApplyConfig, spec: EndpointSpec) -> DesiredDeployment:

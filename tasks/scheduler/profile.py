@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from serving.errors import ModelFailed, ProfileFailed, SourceFormat
 from serving.machine import describe_machine
@@ -31,6 +31,7 @@ from serving.model.contract import Contract, Frozen, Input
 from serving.model.encoding import Encoded, encode
 from serving.model.registry import save_tag
 from serving.model.tuner import Tuning, measure_passes, measure_throughput, read_tuning
+from tasks.batch.chunk_layout import list_row_groups
 from tasks.batch.chunk_reader import Reader
 from tasks.batch.dataset import Dataset, open_dataset
 from tasks.batch.options import BatchOptions
@@ -39,7 +40,6 @@ from tasks.batch.source import pin_source
 from tasks.batch.tuning import (
     SAMPLE_ROWS,
     enlarge_sample,
-    list_row_groups,
     make_tuning_wish,
     read_first_rows,
     tune_and_keep,
@@ -100,6 +100,17 @@ class ProfileOptions(Frozen):
     stated_figures: StatedFigures = Field(
         default=StatedFigures(), description="Figures that are stated, and so not measured."
     )
+
+    @field_validator("batch_options")
+    @classmethod
+    def _has_no_features(cls, value: BatchOptions) -> BatchOptions:
+        if value.features:
+            message = (
+                f"must have no features, since joining them is not measured, got {len(value.features)} feature tables; "
+                "name a source that has their columns"
+            )
+            raise ValueError(message)
+        return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,7 +304,7 @@ def write_measured_rows(dataset: Dataset, contract: Contract, options: BatchOpti
     reader = Reader(dataset.snapshot, columns, partitions, _BLOCK_ROWS, places=False)
     taken: list[pa.Table] = []
     count, group = 0, 0
-    for piece in list_row_groups(dataset):
+    for piece in list_row_groups(dataset.snapshot.files):
         if count >= rows or sum(table.nbytes for table in taken) >= _BYTES_MAX:
             break
         group = max(group, piece.rows)

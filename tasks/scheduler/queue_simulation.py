@@ -1,14 +1,10 @@
-"""Requests at batching model servers: what they wait in a queue, simulated over one server or over days of traffic.
-
-A server has K slots, each of which runs one forward pass at a time. Requests stand in one queue. When a slot is free, a
-pass begins as soon as q requests are there or the first has waited w, and takes up to q of them. k requests take
-a + c * k.
+"""Requests over days of traffic: what they wait at model servers whose queues `serving.model.queueing` simulates.
 
 Days of traffic are simulated by the second. Within a second, arrivals are random, and wait what they wait at a server
 with that utilisation. Where a second brings more than the machines take, the rest waits in a backlog. A request waits
 the longer of the two. Arrivals are shared among machines at random.
 
-Shapes: L servers, N requests of each, K slots, P passes; T seconds, B pieces of time, U utilisations.
+Shapes: S servers, L of them at each utilisation, N requests of each; T seconds, B pieces of time, U utilisations.
 """
 
 from __future__ import annotations
@@ -22,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.model.batching import CostModel
+from serving.model.queueing import BatchingServer, simulate_servers
 
 UTILISATIONS = (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.84, 0.88, 0.91, 0.94, 0.96, 0.98)
 _REQUESTS, _WARM_UP = 8000, 1000
@@ -34,31 +31,6 @@ _SECONDS_PER_PIECE_MAX = 600
 _QUANTILES = 512
 _EPISODE_GAP_SECONDS = 60
 _COUNT_MAX = 1 << 22
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchingServer:
-    """A model server that collects requests into forward passes.
-
-    cost: what a pass of so many requests takes in a slot. requests_max: q. wait_seconds: w. jitter: the standard
-    deviation of the logarithm of a pass's time.
-    """
-
-    slots: int
-    cost: CostModel
-    requests_max: int
-    wait_seconds: float = 0.0
-    jitter: float = 0.0
-
-    @property
-    def requests_per_second(self) -> float:
-        """What it takes with all slots at full passes."""
-        return self.slots * self.requests_max / self.full_pass_seconds
-
-    @property
-    def full_pass_seconds(self) -> float:
-        """How long a pass of as many requests as allowed takes."""
-        return self.cost.seconds(self.requests_max)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,13 +49,13 @@ class WaitTimes:
 class LatencyStats:
     """The latency of requests: the share that was late, and the age of half and of 99 of 100 answers, in seconds.
 
-    late_episodes: how often a backlog made requests late, a minute or more apart.
+    late_deviation: the standard deviation of how many are late from one replay of such traffic to another.
     """
 
     late_share: float
     age_p50: float
     age_p99: float
-    late_episodes: int = 0
+    late_deviation: float = 0.0
 
 
 def simulate_latency(
@@ -119,17 +91,29 @@ def simulate_latency(
     # All requests behind a long backlog are late, not only the share that was late already.
     missed = delay + overhead_seconds + waits.waits_UN[0, 0] > deadline_seconds
     late += float(count[missed] @ (1 - np.interp(used[missed], UTILISATIONS, late_U)))
-    episodes = int(missed.any()) + int((np.diff(behind[missed]) > _EPISODE_GAP_SECONDS).sum())
+    deviation = _estimate_deviation(late, count[missed], behind[missed])
     late_share = min(late / total, 1.0)
     if not with_ages:
-        return LatencyStats(late_share=late_share, age_p50=0.0, age_p99=0.0, late_episodes=episodes)
+        return LatencyStats(late_share=late_share, age_p50=0.0, age_p99=0.0, late_deviation=deviation)
     age_p50, age_p99 = _compute_ages(waits, used_B, count_B, used, count, delay)
     return LatencyStats(
         late_share=late_share,
         age_p50=age_p50 + overhead_seconds,
         age_p99=age_p99 + overhead_seconds,
-        late_episodes=episodes,
+        late_deviation=deviation,
     )
+
+
+def _estimate_deviation(late: float, count_D: NDArray[np.int64], second_D: NDArray[np.int64]) -> float:
+    """Return the standard deviation of the number of late requests, of which those of D seconds are behind a backlog.
+
+    The others are late one by one. Those behind a backlog are late in episodes of very different sizes, a minute or
+    more apart. Where episodes are as random as arrivals, the variance is the sum of their squared sizes (a compound
+    Poisson process).
+    """
+    episode_D = np.cumsum(np.diff(second_D, prepend=second_D[:1]) > _EPISODE_GAP_SECONDS)
+    late_E = np.bincount(episode_D, count_D)
+    return math.sqrt(max(late - float(late_E.sum()), 0.0) + float(np.square(late_E).sum()))
 
 
 def _compute_utilisation(
@@ -275,51 +259,3 @@ def _simulate_scaled_waits(servers: tuple[BatchingServer, ...]) -> NDArray[np.fl
     shape = len(servers), len(UTILISATIONS), _REQUESTS
     waits_SUN = simulate_servers(repeated, at_LN).reshape(shape)[:, :, _WARM_UP:]
     return np.asarray(np.maximum.accumulate(np.sort(waits_SUN, axis=2), axis=1))
-
-
-def simulate_servers(servers: Sequence[BatchingServer], at_LN: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Simulate independent servers side by side, exactly, one event after another.
-
-    Args:
-        servers: They have the same slots.
-        at_LN: When the requests of each server come, in order, from 0 on.
-
-    Returns:
-        How long each request waits until its pass is over. The random times of passes are drawn once for all servers.
-    """
-    count, length = at_LN.shape
-    lane_L = np.arange(count)
-    slots = servers[0].slots
-    a_L, c_L, w_L, jitter_L = np.array(
-        [(each.cost.fixed_seconds, each.cost.row_seconds, each.wait_seconds, each.jitter) for each in servers]
-    ).T
-    drawn_N = np.random.default_rng([_SEED, 1]).standard_normal(length + 1) if jitter_L.any() else np.zeros(length + 1)
-    q_L = np.array([server.requests_max for server in servers])
-    # The arrivals of all servers are one sorted array, far apart, so that one search finds who has come.
-    shift_L = lane_L * (2 * float(at_LN[:, -1].max()) + 2 * float(w_L.max()) + 1)
-    flat = (at_LN + shift_L[:, None]).ravel()
-    padded_LN = np.concatenate([at_LN, np.full((count, 1), np.inf)], axis=1)
-    free_LK = np.zeros((count, slots))
-    next_L = np.zeros(count, dtype=np.int64)
-    taken, ends = [], []
-    while (next_L < length).any():
-        slot_L = free_LK.argmin(axis=1)
-        first_L = padded_LN[lane_L, next_L]
-        full_L = padded_LN[lane_L, np.minimum(next_L + q_L - 1, length)]
-        begin_L = np.maximum(free_LK[lane_L, slot_L], np.minimum(first_L + w_L, full_L))
-        sought_L = np.minimum(begin_L, at_LN[:, -1]) + shift_L
-        come_L = np.searchsorted(flat, sought_L, side="right") - lane_L * length - next_L
-        count_L = np.where(next_L < length, np.clip(come_L, 1, q_L), 0)
-        end_L = begin_L + (a_L + c_L * count_L) * draw_lognormal(jitter_L, drawn_N[np.minimum(next_L, length)])
-        free_LK[lane_L, slot_L] = np.where(count_L > 0, end_L, np.inf)
-        taken.append(count_L)
-        ends.append(end_L)
-        next_L += count_L
-    taken_LP, ends_LP = np.array(taken).T, np.array(ends).T
-    done_LN = np.repeat(ends_LP.ravel(), taken_LP.ravel()).reshape(count, length)
-    return done_LN - at_LN
-
-
-def draw_lognormal(jitter: NDArray[np.float64] | float, drawn: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return factors with a mean of 1 from standard normal draws; jitter: the standard deviation of their logarithm."""
-    return np.asarray(np.exp(jitter * drawn - np.square(jitter) / 2))

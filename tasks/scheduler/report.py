@@ -5,7 +5,6 @@ Shapes: T seconds, B bins of the plot.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from datetime import UTC
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from tasks.common.artifacts import Logger, make_image, make_markdown, make_table, put_artifacts
 from tasks.common.events import MODE_CHANGED, describe_model_resource, describe_resource, send_event
+from tasks.common.formatting import encode_png
 from tasks.scheduler.decision import Alternative, BreakEven, Decision, Mode, Policy, Profile
 from tasks.scheduler.prices import format_usd
 from tasks.scheduler.workload import Events, Requests, Table, Workload
@@ -218,9 +218,7 @@ def draw_decision(decision: Decision, counts_T: NDArray[np.int64] | None, costs:
     _draw_costs(right, decision, costs)
     for axes in (bars, left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    sink = io.BytesIO()
-    figure.savefig(sink, format="png")
-    return sink.getvalue()
+    return encode_png(figure)
 
 
 def _draw_bars(axes: Axes, decision: Decision) -> None:

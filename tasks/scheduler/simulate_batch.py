@@ -172,7 +172,8 @@ def choose_batch_runs_on_spot(
     arrivals = CumulativeArrivals.from_scenario(scenario, instance_type)
     counts = {on_demand.machines}
     if not scenario.is_coarse:
-        counts.add(min(2 * on_demand.machines, scenario.machines_max))
+        # Spot has shorter periods, for which half of the machines may be enough.
+        counts |= {math.ceil(on_demand.machines / 2), min(2 * on_demand.machines, scenario.machines_max)}
     longest = on_demand.period_seconds or scenario.deadline_seconds
     found = [
         simulate_batch_runs_on_spot(arrivals, instance_type, machines, max(PERIOD_SECONDS_MIN, int(share * longest)))

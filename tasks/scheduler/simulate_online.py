@@ -19,9 +19,9 @@ import polars as pl
 from numpy.typing import NDArray
 
 from serving.model.batching import BATCH_ROWS_MAX, BatchingConfig, CostModel
+from serving.model.queueing import BatchingServer
 from tasks.scheduler.queue_simulation import (
     UTILISATIONS,
-    BatchingServer,
     LatencyStats,
     WaitTimes,
     simulate_latency,
@@ -38,6 +38,8 @@ SCALE_DOWN_SECONDS = 300
 TARGETS = tuple(share / 100 for share in range(96, 18, -2))
 # Rows of a stream wait for others this share of the time that they have, at most, and never longer than a second.
 _WAIT_SHARE, _WAIT_SECONDS_MAX = 0.1, 1.0
+# Of the requests by which a deployed endpoint is held against its budget, so many must be in time.
+_CHECKED_SHARE = 0.99
 STREAM_GIVES_NO_ANSWER = "a stream gives no answer to one who waits for it"
 
 
@@ -66,6 +68,11 @@ class ServingCapacity:
         good = int(np.argmax(late_U)) if late_U.any() else len(late_U)
         return 0.0 if good == 0 else UTILISATIONS[good - 1] * self.waits.server.requests_per_second
 
+    def requests_per_second_checked_max(self, scenario: Scenario) -> float:
+        """Return what a machine takes where 99 of 100 must be in time, as an endpoint is checked, or more of them."""
+        share = max(scenario.share_in_time, _CHECKED_SHARE)
+        return self.requests_per_second_max(replace(scenario, share_in_time=share))
+
 
 def list_serving_capacities(
     scenario: Scenario, instance_type: InstanceType, batch_sizes: Iterable[int] | None = None
@@ -75,7 +82,8 @@ def list_serving_capacities(
     cost, overhead_seconds = split_serving_cost(profile, rows)
     smallest = math.ceil(rows)
     largest = max(BATCH_ROWS_MAX, smallest)
-    sizes = sorted(set(batch_sizes or (smallest << power for power in range(11) if smallest << power <= largest)))
+    steps = (round(smallest * 2 ** (step / 2)) for step in range(21))
+    sizes = sorted(set(batch_sizes or (size for size in steps if size <= largest)))
     servers = [
         BatchingServer(
             slots=profile.slots,
@@ -156,12 +164,13 @@ def make_online_candidate(
     """Return an endpoint that pays for so many machine seconds."""
     server = capacity.waits.server
     work = float(scenario.counts_T.sum()) * server.full_pass_seconds / server.requests_max / server.slots
-    late_violation = find_late_violation(scenario, latency.late_share, episodes=cold_starts or latency.late_episodes)
+    late_violation = find_late_violation(scenario, latency.late_share, deviation=latency.late_deviation)
     return Candidate(
         mode="online",
         policy=policy,
         machines=machines,
         batching=capacity.batching,
+        carried_per_second=machines * capacity.requests_per_second_checked_max(scenario),
         paid_seconds=seconds,
         busy_seconds=min(work, seconds),
         age_p50=latency.age_p50,
@@ -178,7 +187,7 @@ def simulate_always_on(scenario: Scenario, capacity: ServingCapacity) -> Candida
 
     def keeps_promise(machines: int) -> bool:
         tried[machines] = latency = simulate_capacity(scenario, capacity, machines)
-        return find_late_violation(scenario, latency.late_share, episodes=latency.late_episodes) is None
+        return find_late_violation(scenario, latency.late_share, deviation=latency.late_deviation) is None
 
     least = max(1, math.ceil(scenario.counts_T.mean() / capacity.waits.server.requests_per_second))
     allowed = range(min(least, scenario.machines_max), scenario.machines_max)
@@ -236,7 +245,14 @@ def simulate_autoscaler(
     paid_seconds = float(paid_I.sum()) * SCALE_INTERVAL_SECONDS
     seconds = paid_seconds * scenario.seconds / (len(paid_I) * SCALE_INTERVAL_SECONDS)
     candidate = make_online_candidate(scenario, capacity, "autoscaled", int(paid_I.max()), seconds, latency)
-    return replace(candidate, machines_min=machines_min, target_utilisation=target_utilisation)
+    aimed_at = target_utilisation * capacity.waits.server.requests_per_second
+    return replace(
+        candidate,
+        machines_min=machines_min,
+        target_utilisation=target_utilisation,
+        # Under more than it aims at, the scaler has more machines than the fewest.
+        carried_per_second=machines_min * min(aimed_at, capacity.requests_per_second_checked_max(scenario)),
+    )
 
 
 def scale_machines(

@@ -7,7 +7,7 @@ make up for what one of them loses. All times are seconds since the night began,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 from uuid import UUID
 
@@ -112,6 +112,8 @@ class Night:
     dispatcher: Dispatcher
     count_rows_done: Callable[[], int]
     workers: int = 1
+    # How long spot machines that have been asked for may take to come, before the speed of the run is known.
+    spot_wait_seconds: float = 0.0
     stays: list[MachineStay] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
     samples: list[tuple[float, int]] = field(default_factory=list)
@@ -166,6 +168,8 @@ class Night:
             return machine.placement, "All rows are done, and the run publishes."
         situation = self.describe_situation(machine, left)
         if situation is None:
+            if machine.placement == Placement.IDLE and self._waits_for_first_spot(machine, left):
+                return Placement.IDLE, "Spot machines have been asked for, and are on their way."
             available = Placement.SPOT if self.is_spot_up(machine) else Placement.ON_DEMAND
             return machine.placement or available, "Nothing is known of its speed yet."
         decision = policy.decide(situation, self.parameters)
@@ -190,6 +194,23 @@ class Night:
     def is_spot_up(self, machine: Machine) -> bool:
         """Return whether a spot machine is available: its own, or one that the run does not use."""
         return machine.placement == Placement.SPOT or len(self._live_workers) > len(self._find_machines(Placement.SPOT))
+
+    def count_wanted(self, left: float) -> dict[MachineKind, int]:
+        """Return how many machines of each kind are to be there, `left` seconds before the deadline.
+
+        A spot machine for each that is on spot, or would go there if one were up now; an on-demand machine for each
+        that is on one. None once the run is complete.
+        """
+        if self.finished:
+            return dict.fromkeys(MACHINE_KINDS.values(), 0)
+        return {
+            "spot": sum(self._wants_spot(machine, left) for machine in self.machines),
+            "on-demand": len(self._find_machines(Placement.ON_DEMAND)),
+        }
+
+    def list_busy_workers(self) -> frozenset[str]:
+        """Return the names of the workers that have a flow run of this night."""
+        return frozenset(machine.worker for machine in self.machines if machine.worker is not None)
 
     def observe(self, now: float) -> None:
         """Read how far the run is, and which spot machines are available. Raises NightFailed where the run failed."""
@@ -225,6 +246,26 @@ class Night:
         for machine in self.machines:
             if machine.flow_run_id is not None:
                 self.dispatcher.end(machine.flow_run_id, why, lost=False)
+
+    def _wants_spot(self, machine: Machine, left: float) -> bool:
+        if machine.placement == Placement.SPOT:
+            return True
+        if self.rows_done >= self.rows and machine.placement:
+            return False
+        situation = self.describe_situation(machine, left)
+        if situation is None:
+            return machine.placement == Placement.IDLE
+        if_up = replace(situation, spot_up=True, spell_seconds=0.0)
+        return policy.decide(if_up, self.parameters).placement == Placement.SPOT
+
+    def _waits_for_first_spot(self, machine: Machine, left: float) -> bool:
+        """Return whether a run of unknown speed waits for the first spot machines: while little time is gone."""
+        waited = self._observed_at or 0.0
+        return (
+            not self.is_spot_up(machine)
+            and waited < self.spot_wait_seconds
+            and left > 2 * (self.changeover_seconds + self.spot_wait_seconds)
+        )
 
     def _observe_machine(self, machine: Machine, now: float, rows_before: int) -> None:
         assert machine.flow_run_id is not None, machine  # noqa: S101 - a machine that is not idle has a flow run

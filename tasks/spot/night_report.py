@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -10,6 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from tasks.common.artifacts import Logger, ProgressArtifact, make_image, make_markdown, make_table, put_artifacts
+from tasks.common.formatting import encode_png
+from tasks.spot.capacity import Buyer
 from tasks.spot.night import Night
 from tasks.spot.purchase import MachineStay, NightlyReport, sum_cost, sum_seconds
 
@@ -31,8 +32,14 @@ class NightProgress:
             self._artifact.show(min(100.0, 100.0 * rows_done / self._rows))
 
 
-def report_night(night: Night, run: str, due: datetime, seconds: float, rows_in_flight_max: int) -> NightlyReport:
-    """Return the report of a night; a machine that is taken was scoring at most `rows_in_flight_max` rows."""
+def report_night(
+    night: Night, run: str, due: datetime, seconds: float, rows_in_flight_max: int, buyer: Buyer | None = None
+) -> NightlyReport:
+    """Return the report of a night; a machine that is taken was scoring at most `rows_in_flight_max` rows.
+
+    `buyer` has started the machines, where the night did that.
+    """
+    bought = buyer.seconds if buyer else {}
     spent = sum_cost(night.stays, night.buying)
     rate = night.rate
     on_demand_seconds = (night.rows / rate if rate else seconds) + night.workers * night.changeover_seconds
@@ -52,6 +59,10 @@ def report_night(night: Night, run: str, due: datetime, seconds: float, rows_in_
         cost_on_demand=on_demand_seconds * night.buying.on_demand_price / 3600,
         rows_recomputed_max=sum(stay.lost for stay in night.stays) * rows_in_flight_max,
         moves=tuple(night.moves),
+        purchases=tuple(buyer.purchases) if buyer else (),
+        spot_seconds_bought=bought.get("spot", 0.0),
+        on_demand_seconds_bought=bought.get("on-demand", 0.0),
+        cost_bought=sum(seconds * night.buying.price(kind) / 3600 for kind, seconds in bought.items()),
     )
 
 
@@ -61,6 +72,7 @@ def publish_night(report: NightlyReport, night: Night, logger: Logger) -> None:
     artifacts = [
         make_table("night-moves", report.table(), f"Run {report.run}"),
         make_markdown("night-report", report.markdown(), f"Run {report.run}"),
+        *([make_table("night-purchases", bought, f"Run {report.run}")] if (bought := report.purchase_table()) else []),
         make_image("night-plot", png, "Rows done, and on which machines"),
     ]
     put_artifacts(artifacts, logger)
@@ -98,6 +110,4 @@ def plot_night(samples: Sequence[tuple[float, int]], stays: Sequence[MachineStay
     axes.legend(handles=shades, loc="upper left", framealpha=1, edgecolor="white")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    sink = io.BytesIO()
-    figure.savefig(sink, format="png", dpi=130)
-    return sink.getvalue()
+    return encode_png(figure, dpi=130)

@@ -20,6 +20,26 @@ PlacementName = Literal["spot", "on-demand", "nowhere"]
 _TIME_OF_DAY = re.compile(r"(\d{1,2}):(\d{2})")
 
 
+class StandingMachines(Frozen):
+    """Machines that are there by themselves, or come and go by somebody else's doing: a night starts none."""
+
+    kind: Literal["standing"] = "standing"
+
+
+class LocalMachines(Frozen):
+    """Workers as processes of the machine that the night runs on, started and ended by the night."""
+
+    kind: Literal["local"] = "local"
+
+
+class AwsMachines(Frozen):
+    """Machines of a stack in AWS, started and ended by the night: `overnight aws deploy` makes one."""
+
+    kind: Literal["aws"] = "aws"
+    stack: str = Field(default="overnight", description="The stack's name.")
+    region: str | None = Field(default=None, description="Its region. Without: that of AWS_REGION, or of the profile.")
+
+
 class PurchaseOptions(Frozen):
     """The deployments that machines are bought by, their prices, and how often a night decides."""
 
@@ -28,6 +48,12 @@ class PurchaseOptions(Frozen):
     )
     on_demand: str = Field(
         default="batch-inference/on-demand", description="The deployment whose runs go to machines that stay."
+    )
+    machines: StandingMachines | LocalMachines | AwsMachines = Field(
+        default=StandingMachines(),
+        discriminator="kind",
+        description="Who starts the machines: nobody, since they are there (standing); or the night, which ends them "
+        "too: workers on this machine (local), or those of a stack in AWS (aws).",
     )
     spot_price: float = Field(gt=0, description="Price of a spot machine for an hour, in any currency.")
     on_demand_price: float = Field(gt=0, description="Price of an on-demand machine for an hour, in the same currency.")
@@ -43,6 +69,17 @@ class PurchaseOptions(Frozen):
         "Measured as the night goes on.",
     )
     interval_seconds: float = Field(default=30.0, gt=0, le=3600, description="Seconds from one decision to the next.")
+    start_seconds: float = Field(
+        default=300.0,
+        ge=0,
+        description="How long a spot machine that the night starts may take to come, before the night turns to "
+        "on-demand machines without knowing its speed.",
+    )
+
+    @property
+    def spot_wait_seconds(self) -> float:
+        """How long a night of unknown speed waits for its first spot machine: not at all where it starts none."""
+        return 0.0 if self.machines.kind == "standing" else self.start_seconds
 
     @property
     def price_ratio(self) -> float:
@@ -78,6 +115,17 @@ class Move(Frozen):
     why: str
 
 
+class Purchase(Frozen):
+    """What a night asked for, and what there was, each time that one of them changed."""
+
+    at: datetime
+    seconds: float = Field(description="Seconds since the night began.")
+    kind: MachineKind
+    wanted: int = Field(description="Machines asked for.")
+    standing: int = Field(description="Machines that there were, those that started up included.")
+    problem: str | None = Field(default=None, description="Why there were fewer, where that is known.")
+
+
 class NightlyReport(Frozen):
     """The result of a batch run under a deadline."""
 
@@ -100,6 +148,12 @@ class NightlyReport(Frozen):
     cost_on_demand: float = Field(description="Price of the same work without a move, on an on-demand machine.")
     rows_recomputed_max: int = Field(description="Rows that were being scored when machines were taken, at most.")
     moves: tuple[Move, ...]
+    purchases: tuple[Purchase, ...] = Field(default=(), description="The machines that were asked for, and that came.")
+    spot_seconds_bought: float = Field(
+        default=0.0, description="Seconds of spot machines that there were, idle and starting up included, as counted."
+    )
+    on_demand_seconds_bought: float = Field(default=0.0, description="The same of on-demand machines.")
+    cost_bought: float = Field(default=0.0, description="Their price, where the night started them; else 0.")
 
     @property
     def cost_fraction(self) -> float:
@@ -118,6 +172,10 @@ class NightlyReport(Frozen):
     def markdown(self) -> str:
         """Return the night in a few lines."""
         rate = f"{self.rows_per_second:,.0f} rows/s" if self.rows_per_second else "too short to tell"
+        bought = (
+            f"- bought, with starting up: {self.spot_seconds_bought:,.0f} s of spot machines, "
+            f"{self.on_demand_seconds_bought:,.0f} s on-demand, for {self.cost_bought:.4g}"
+        )
         return "\n".join(
             [
                 self.summary,
@@ -127,8 +185,23 @@ class NightlyReport(Frozen):
                 f"- one machine: {rate}; a changeover takes {self.changeover_seconds:,.1f} s",
                 f"- scored again after a machine was taken: at most {self.rows_recomputed_max:,} rows",
                 f"- {len(self.moves)} moves, {self.workers} machines at a time",
+                *([bought] if self.purchases else []),
             ]
         )
+
+    def purchase_table(self) -> list[dict[str, str]]:
+        """Return the purchases in order."""
+        return [
+            {
+                "at (UTC)": f"{each.at:%Y-%m-%d %H:%M:%S}",
+                "after": f"{each.seconds:,.0f} s",
+                "kind": each.kind,
+                "asked for": str(each.wanted),
+                "there": str(each.standing),
+                "problem": each.problem or "",
+            }
+            for each in self.purchases
+        ]
 
     def table(self) -> list[dict[str, str]]:
         """Return the moves in order, and the result."""

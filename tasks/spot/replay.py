@@ -103,7 +103,7 @@ def replay(
     A job that is not done by the deadline is late and stops there; its cost is what was spent by then.
     """
     replayed = _Replay(len(spot_NT), job)
-    for tick in range(math.ceil(job.deadline_seconds / job.tick_seconds - _SECONDS_MIN)):
+    for tick in range(math.ceil((job.deadline_seconds - _SECONDS_MIN) / job.tick_seconds)):
         on_demand_N = np.True_ if on_demand_NT is None else _select_tick(on_demand_NT, tick)
         replayed.take_machines(_select_tick(spot_NT, tick))
         if tick % job.ticks_per_decision == 0:

@@ -10,7 +10,14 @@ from typing import Any, Literal, Protocol
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterIdempotencyKey
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterIdempotencyKey,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
 from prefect.client.schemas.objects import FlowRun, State, StateType, Worker
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelled, Cancelling
@@ -108,11 +115,18 @@ def _find_deployment(client: SyncPrefectClient, deployment: str) -> tuple[UUID, 
 
 
 def submit_flow_run(
-    client: SyncPrefectClient, deployment: str, parameters: Mapping[str, Any], key: str, name: str | None = None
+    client: SyncPrefectClient,
+    deployment: str,
+    parameters: Mapping[str, Any],
+    key: str,
+    name: str | None = None,
+    labels: Mapping[str, str] | None = None,
 ) -> FlowRun:
     """Start a flow run of a deployment, or return the one that was started with the same key before."""
     found, _ = _find_deployment(client, deployment)
-    return client.create_flow_run_from_deployment(found, parameters=dict(parameters), name=name, idempotency_key=key)
+    return client.create_flow_run_from_deployment(
+        found, parameters=dict(parameters), name=name, idempotency_key=key, labels=dict(labels or {})
+    )
 
 
 def find_flow_run(client: SyncPrefectClient, keys: Sequence[str]) -> FlowRun | None:
@@ -151,3 +165,13 @@ def end_flow_run(client: SyncPrefectClient, flow_run_id: UUID, why: str, *, lost
     drains = stage == "running" and not lost
     state: State[Any] = Cancelling(message=why) if drains else Cancelled(message=why)
     client.set_flow_run_state(flow_run_id, state, force=not drains)
+
+
+def list_runs_in_progress(client: SyncPrefectClient, pools: Sequence[str]) -> list[str]:
+    """Return the names of the flow runs that workers of these pools have taken up and not ended yet."""
+    in_progress = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+    runs = client.read_flow_runs(
+        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=list(pools))),
+        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=in_progress))),
+    )
+    return [run.name for run in runs]

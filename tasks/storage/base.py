@@ -8,7 +8,7 @@ from typing import IO, Protocol
 
 import pyarrow as pa
 
-from serving.errors import DestinationUnusable
+from serving.errors import BadInput, DestinationUnusable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +57,13 @@ class Storage(Protocol):
         """
         ...
 
+    def entries_after(self, folder: str, name: str, count: int) -> list[Entry]:
+        """Return the first objects right in a folder whose names come after this one, sorted by path, at most `count`.
+
+        In an object store of names that sort by their bytes it is one call for each 1,000.
+        """
+        ...
+
     def open_pinned(self, entry: Entry) -> pa.NativeFile:
         """Open an object for reading at random; raises SourceChanged where it is another by now."""
         ...
@@ -73,6 +80,10 @@ class Storage(Protocol):
         """Delete objects; one that is gone already is no error."""
         ...
 
+    def torn_writes(self, prefix: str) -> list[Entry]:
+        """Return what torn writes left below a prefix, which `entries` leaves out; none in an object store."""
+        ...
+
     def delete_torn_writes(self, prefix: str) -> None:
         """Delete what torn writes left below a prefix."""
         ...
@@ -80,6 +91,19 @@ class Storage(Protocol):
     def address(self, path: str) -> str:
         """Return the full address of an object, as polars and Delta take it."""
         ...
+
+
+def leads_up(path: str) -> bool:
+    """Whether a part of a path is `..`, by which it may lead out of the root that it is relative to."""
+    return ".." in path and ".." in path.split("/")
+
+
+def make_outside_error(root: str, path: str) -> BadInput:
+    """Return the error for a path that leads out of the root."""
+    return BadInput(
+        f"A path in storage must be relative to {root} and have no part '..', got {path!r}. Where a plan or a manifest "
+        "has it, Overnight did not write it there: look at who may write to that folder."
+    )
 
 
 _PROBE = "_overnight/create-only.json"

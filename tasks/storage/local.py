@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import stat
 import time
@@ -17,7 +18,7 @@ import pyarrow as pa
 
 from serving.errors import BadInput, DestinationUnusable, SourceChanged, StorageDenied, StorageFault, StorageFull
 from serving.machine import count_cores
-from tasks.storage.base import Entry
+from tasks.storage.base import Entry, leads_up, make_outside_error
 
 # The clock that file systems take their times from may tick this seldom.
 _TICK_NS = 20_000_000
@@ -38,9 +39,18 @@ class LocalStorage:
         """One for each core: a read keeps a core busy."""
         return count_cores()
 
+    def locate(self, path: str) -> Path:
+        """Return where a path lies on this machine. Raises BadInput where that is outside of the root.
+
+        Only the path itself is looked at: links below the root are followed. Nothing is outside of /.
+        """
+        if (path.startswith("/") or leads_up(path)) and self.url != "/":
+            raise make_outside_error(self.url, path)
+        return self.root / path
+
     def put_new(self, path: str, data: bytes | memoryview) -> bool:
         """Create a file durably: fsync, link without replace, fsync the folder."""
-        target = self.root / path
+        target = self.locate(path)
         with local_errors(target):
             if target.exists():
                 return False
@@ -64,9 +74,10 @@ class LocalStorage:
 
     def read(self, path: str) -> bytes | None:
         """Return the bytes of a file, None where there is none."""
-        with local_errors(self.root / path):
+        file = self.locate(path)
+        with local_errors(file):
             try:
-                return (self.root / path).read_bytes()
+                return file.read_bytes()
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
@@ -80,9 +91,10 @@ class LocalStorage:
         return None if status is None else Entry(path=path, size=status.st_size, tag=str(status.st_mtime_ns))
 
     def _status(self, path: str) -> os.stat_result | None:
-        with local_errors(self.root / path):
+        file = self.locate(path)
+        with local_errors(file):
             try:
-                status = (self.root / path).stat()
+                status = file.stat()
             except (FileNotFoundError, NotADirectoryError):
                 return None
         return status if stat.S_ISREG(status.st_mode) else None
@@ -99,7 +111,7 @@ class LocalStorage:
         for entry in entries:
             status = self._status(entry.path)
             if status is None:
-                raise _missing_file_error(self.root / entry.path)
+                raise _missing_file_error(self.locate(entry.path))
             marks = _marks(status)
             if kinds.get(status.st_dev, "").split(".")[0] in _UNSTEADY_INODES:
                 marks = marks[:-1]
@@ -113,15 +125,26 @@ class LocalStorage:
         """Return every file below a prefix, sorted by path; unfinished writes are left out, links are followed."""
         root = str(self.root).rstrip("/") + "/"
         found = []
-        with local_errors(self.root / prefix):
+        with local_errors(self.locate(prefix)):
             for path in _files_below(f"{root}{prefix}".rstrip("/") or "/", depth):
                 entry = self.find(path.removeprefix(root))
                 if entry is not None:
                     found.append(entry)
                 elif os.path.lexists(path):
-                    message = f"{path} must be a file, got a link that leads nowhere, or a device. Mend or remove it."
+                    message = f"{path} must be a file, got a link that leads nowhere, or a device. Repair or remove it."
                     raise StorageFault(message)
         return sorted(found, key=lambda entry: entry.path)
+
+    def entries_after(self, folder: str, name: str, count: int) -> list[Entry]:
+        """Return the first files right in a folder whose names come after this one, sorted by path, at most `count`."""
+        top = self.locate(folder)
+        with local_errors(top):
+            try:
+                names = sorted(path.name for path in top.iterdir() if path.name > name)
+            except FileNotFoundError:
+                return []
+            found = (self.find(f"{folder}/{each}") for each in names if not _is_unfinished(each))
+            return list(itertools.islice((entry for entry in found if entry is not None), count))
 
     def open_pinned(self, entry: Entry) -> pa.NativeFile:
         """Open a file that is the entry's by all that its tag holds.
@@ -129,7 +152,7 @@ class LocalStorage:
         Read by read(2), not by memory map: a file cut short while it is mapped ends the process.
         """
         self.check_unchanged(entry)
-        path = self.root / entry.path
+        path = self.locate(entry.path)
         with local_errors(path):
             try:
                 return pa.OSFile(str(path), "rb")
@@ -139,7 +162,7 @@ class LocalStorage:
     def check_unchanged(self, entry: Entry) -> None:
         """Raise SourceChanged where the file's size, or what its tag holds, is not the entry's."""
         status = self._status(entry.path)
-        path = self.root / entry.path
+        path = self.locate(entry.path)
         if status is None:
             raise _missing_file_error(path)
         held = entry.tag.split("/")
@@ -155,7 +178,7 @@ class LocalStorage:
 
     def set_aside(self, entry: Entry) -> str | None:
         """Rename a file to a name that starts with a dot; None where it is another by now."""
-        source = self.root / entry.path
+        source = self.locate(entry.path)
         aside = source.parent / f".{source.name}.{uuid.uuid4().hex[:8]}.aside"
         if self.find(entry.path) != entry:
             return None
@@ -170,13 +193,26 @@ class LocalStorage:
     def delete(self, paths: list[str]) -> None:
         """Delete files; one that is gone already is no error."""
         for path in paths:
-            with local_errors(self.root / path):
-                (self.root / path).unlink(missing_ok=True)
+            file = self.locate(path)
+            with local_errors(file):
+                file.unlink(missing_ok=True)
+
+    def torn_writes(self, prefix: str) -> list[Entry]:
+        """Return the unfinished writes below a prefix, sorted by path; links to folders are not followed."""
+        found = []
+        with local_errors(self.locate(prefix)):
+            for folder, _, names in os.walk(self.locate(prefix)):
+                paths = (
+                    (Path(folder) / name).relative_to(self.root).as_posix() for name in names if _is_unfinished(name)
+                )
+                found += [entry for path in paths if (entry := self.find(path)) is not None]
+        return sorted(found, key=lambda entry: entry.path)
 
     def delete_torn_writes(self, prefix: str) -> None:
         """Delete unfinished writes below a prefix, and the empty folders that deleting has left."""
-        with local_errors(self.root / prefix):
-            for folder, _, names in os.walk(self.root / prefix, topdown=False):
+        top = self.locate(prefix)
+        with local_errors(top):
+            for folder, _, names in os.walk(top, topdown=False):
                 for name in names:
                     if _is_unfinished(name):
                         (Path(folder) / name).unlink(missing_ok=True)
@@ -185,7 +221,7 @@ class LocalStorage:
 
     def address(self, path: str) -> str:
         """Return the absolute path."""
-        return str(self.root / path)
+        return str(self.locate(path))
 
 
 def _marks(status: os.stat_result) -> list[str]:

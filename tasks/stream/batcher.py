@@ -40,6 +40,10 @@ class StreamLimits:
     limit: int | None = None
     poison_in_a_row: int = 1000
 
+    def is_suspect(self, message: Message) -> bool:
+        """Return whether a message may be what ended the process that scored it, by its deliveries."""
+        return quarantine_size(message.deliveries, self.max_deliver) is not None
+
     @property
     def messages_per_batch(self) -> int:
         """The most messages of one micro-batch, so that those of all slots and queues are within `in_flight`."""
@@ -74,7 +78,7 @@ class Batcher:
             messages_left: The most messages to take; None for no bound.
 
         Returns:
-            The messages; none where none comes within 0.2 s.
+            The messages; none where none comes within 0.2 s. Where a suspect is among them, all that wait here.
         """
         bound = self.limits.messages_per_batch
         messages_max = bound if messages_left is None else min(bound, messages_left)
@@ -91,10 +95,21 @@ class Batcher:
             messages += fetched
             if not messages:
                 break
+            if any(map(self.limits.is_suspect, fetched)):
+                return messages + self._fetch_waiting(messages_left, len(messages))
             rows += sum(count_rows(message.payload) for message in fetched)
             size += sum(len(message.payload) for message in fetched)
             self._rows_per_message, self._bytes_per_message = rows / len(messages), size / len(messages)
         return messages
+
+    def _fetch_waiting(self, messages_left: int | None, taken: int) -> list[Message]:
+        """Return what waits here, up to `in_flight` messages in all, and wait for no more.
+
+        Nothing else is requested while suspects are in flight. What waits here was delivered with them: a suspect that
+        ends the process uses up a delivery of each, so that all must have their turn before it in some process.
+        """
+        bound = self.limits.in_flight if messages_left is None else min(self.limits.in_flight, messages_left)
+        return self.source.fetch(bound - taken, 0, 0.0) if bound > taken else []
 
     def _estimate_messages(self, rows: int, size: int) -> int:
         """Return how many messages have so many rows and bytes, judged by those before; at least one."""

@@ -13,7 +13,7 @@ from serving.errors import BadInput, StreamReplaced, StreamUnfit
 from serving.model.contract import Contract
 from serving.model.registry import ModelPin
 from tasks.batch.parts import REJECT_COLUMN, REJECT_REASON
-from tasks.batch.plan import load_plan, read_record
+from tasks.batch.run_records import load_plan, read_record
 from tasks.storage import Storage, open_storage
 from tasks.stream.connections import Connections, DeadLetters, EmitPolicy, Sink
 from tasks.stream.decode import Decoder

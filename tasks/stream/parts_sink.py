@@ -31,8 +31,9 @@ from tasks.batch.dataset import Snapshot, map_parallel
 from tasks.batch.manifest import Manifest, ManifestPart, RejectCount
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import ChunkId, PartFooter, Reasons, encode_part, is_part_of, list_parts, parse_footer, part_path
-from tasks.batch.plan import ROOT, Plan, load_plan, read_record, save_plan
+from tasks.batch.plan import ROOT, Plan
 from tasks.batch.publish import claim_order_number
+from tasks.batch.run_records import load_plan, read_record, save_plan
 from tasks.storage import Entry, Storage, check_create_only
 from tasks.stream.message import Poison
 from tasks.stream.options import ToParts

@@ -16,9 +16,9 @@ from typing import TypeVar
 from serving.errors import TooManyRejects
 from serving.model.batching import BatchingConfig
 from serving.model.interface import Model
-from tasks.stream.batcher import POLL_SECONDS, Batch, Batcher, StreamLimits, quarantine_size
+from tasks.stream.batcher import POLL_SECONDS, Batch, Batcher, StreamLimits
 from tasks.stream.connections import Connections
-from tasks.stream.message import Message, Poison, Position
+from tasks.stream.message import Poison, Position
 from tasks.stream.report import StreamMetrics
 from tasks.stream.score import MicroScorer, ScoredBatch
 
@@ -101,7 +101,8 @@ class Pipeline:
             check_running=self._check_running,
         )
         while not self._is_over(last):
-            messages = self._take_messages(batcher)
+            messages = batcher.next_batch(None if self.limits.limit is None else self.limits.limit - self.taken)
+            self.taken += len(messages)
             if messages:
                 for batch in batcher.split_suspects(messages):
                     self._dispatch(batch)
@@ -120,26 +121,8 @@ class Pipeline:
             self.ended = "stopped"
         return bool(self.ended)
 
-    def _take_messages(self, batcher: Batcher) -> list[Message]:
-        """Take a micro-batch; where it has suspects, also what follows, up to `in_flight` messages.
-
-        Otherwise a suspect that ends the process would be in the first micro-batch each time, and the messages after
-        it would never be scored.
-        """
-        messages: list[Message] = []
-        while len(messages) < self.limits.in_flight:
-            more = batcher.next_batch(None if self.limits.limit is None else self.limits.limit - self.taken)
-            self.taken += len(more)
-            messages += more
-            if not more or not any(map(self._is_suspect, messages)):
-                break
-        return messages
-
-    def _is_suspect(self, message: Message) -> bool:
-        return quarantine_size(message.deliveries, self.limits.max_deliver) is not None
-
     def _dispatch(self, batch: Batch) -> None:
-        self._has_suspects = self._is_suspect(batch[0])
+        self._has_suspects = self.limits.is_suspect(batch[0])
         if self._has_suspects:
             self._wait_until_emitted()
         future: Future[ScoredBatch] = Future()

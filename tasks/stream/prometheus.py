@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from serving.errors import BadInput
+from tasks.common.metrics import serve_registry
 from tasks.stream.report import StreamMetrics
 
 
@@ -61,14 +61,5 @@ def serve_metrics(metrics: StreamMetrics, port: int) -> Generator[int]:
     """
     registry = CollectorRegistry()
     registry.register(StreamCollector(metrics))
-    try:
-        server, thread = start_http_server(port, addr="127.0.0.1", registry=registry)
-    except OSError as error:
-        message = f"metrics_port must be free on loopback, got {port}: {error.strerror}. Choose another one, or 0."
-        raise BadInput(message) from error
-    try:
-        yield int(server.server_port)
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serve_registry(registry, port, "metrics_port") as served:
+        yield served

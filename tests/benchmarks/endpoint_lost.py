@@ -1,4 +1,9 @@
-"""Requests that are lost while a version is switched, one is rolled back, one is woken, and how long a wake takes."""
+"""Requests that are lost while an endpoint changes and processes are killed, and how long a load from zero takes.
+
+The first changes are made by the flow: a version is switched, a canary promoted, another rolled back, and a load begins
+while nothing is loaded. Twenty more, four of them with a kill -9, are those of `endpoint_kills`. A load from zero is
+also measured for a request that comes while Triton is unloading the model.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +23,7 @@ from deployments.demo.endpoint_faulty import LATE_MINUTES
 from infra.local.triton import TritonServer, triton_server
 from serving.errors import RolledBack
 from serving.protocol.oip import encode_request
+from tests.benchmarks.endpoint_kills import kill_figures
 from tests.benchmarks.endpoint_servers import Served
 from tests.benchmarks.shared import FEATURES, console, prefect
 
@@ -40,9 +46,21 @@ def lost_figures(served: Served, folder: Path) -> dict[str, Any]:
         os.environ["OVERNIGHT_ADMIN_KEY"] = gateway.admin_key
         life = _Life(served, gateway.url, gateway.admin_key, triton)
         lost = life.lost()
-        wake = {"triton": life.wake_seconds()}
+        wake: dict[str, float | str] = {
+            "triton": life.wake_seconds(),
+            "triton_mid_unload": life.wake_seconds_mid_unload(),
+        }
+        killed = kill_figures(_versions(), served.batching, _bodies(served), gateway, triton)
+        lost["changes and kills"] = killed["lost"]
         wake["ray_serve"] = _ray_wake_seconds(served, folder / "lost-ray")
-    return {"requests_lost": sum(lost.values()), "requests_lost_while": lost, "wake_seconds": wake}
+    return {
+        "requests_lost": sum(lost.values()),
+        "requests_lost_while": lost,
+        "requests_sent_again_after_a_kill": killed["sent_again_after_a_kill"],
+        "longest_gap_ms": killed["longest_gap_ms"],
+        "changes_and_kills": killed,
+        "wake_seconds": wake,
+    }
 
 
 class _Life:
@@ -104,8 +122,19 @@ class _Life:
         """Return the median seconds of a request that finds nothing loaded."""
         return round(statistics.median(self._wake() for _ in range(WAKES)), 3)
 
+    def wake_seconds_mid_unload(self) -> float:
+        """Return the median seconds of a request that comes while Triton is unloading the model."""
+        return round(statistics.median(self._wake_mid_unload() for _ in range(WAKES)), 3)
+
     def _wake(self) -> float:
         self.wait_asleep()
+        return _ask(self.url, self.served.bodies()[0])
+
+    def _wake_mid_unload(self) -> float:
+        until = time.monotonic() + _ASLEEP_SECONDS_MAX
+        while "UNLOADING" not in _read_states(self.triton.url):
+            assert time.monotonic() < until
+            time.sleep(0.005)
         return _ask(self.url, self.served.bodies()[0])
 
 
@@ -115,6 +144,12 @@ def _wait_asleep(gateway: str, admin_key: str, name: str) -> None:
     with GatewayClient(gateway, admin_key) as client:
         client.wait_until(name, lambda state: state.models == "asleep", timeout_s=_ASLEEP_SECONDS_MAX)
     time.sleep(0.5)
+
+
+def _read_states(triton: str) -> set[str]:
+    """Return the states of Triton's models."""
+    listed = httpx.post(f"{triton}/v2/repository/index", content=b"{}", trust_env=False).json()
+    return {each["state"] for each in listed if "state" in each}
 
 
 def _ask(url: str, body: bytes) -> float:
@@ -142,14 +177,14 @@ def _versions() -> list[str]:
 
 
 def _bodies(served: Served) -> list[bytes]:
-    """Return requests of one row, one in ten of which the faulty version fails on."""
+    """Return requests of one row, one in four of which the faulty version fails on."""
     x_NF = served.rows()
-    x_NF[::10, 0] = 2 * LATE_MINUTES
+    x_NF[::4, 0] = 2 * LATE_MINUTES
     return [encode_request(served.release.contract, {"x": row[None]}).content for row in x_NF]
 
 
 def _ray_wake_seconds(served: Served, folder: Path) -> float | str:
-    """Return the seconds of a request that finds no replica, at Ray Serve's own door."""
+    """Return the seconds of a request that finds no replica, at Ray Serve's own address."""
     from serving.targets.ray_serve import RayServe, RayServeHost
     from tasks.endpoint.change import scale_to_zero
     from tasks.endpoint.client import infer_path

@@ -15,8 +15,9 @@ import numpy as np
 
 from tasks.scheduler.scenario import Candidate, InstanceType, Scenario
 
-ARRIVALS_MAX, WAKING_ARRIVALS_MAX = 1_000_000, 3_000_000
-_WINDOWS = 12
+ARRIVALS_MAX = 3_000_000
+# Of bursts that come now and then, few windows would tell little. Those of a scaler need half an hour before each.
+_WINDOWS, _SCALER_WINDOWS = 60, 12
 _WARM_UP = 60.0
 _SCALE_SECONDS, _SCALE_DOWN = 15, 300
 
@@ -54,7 +55,7 @@ def late_share(scenario: Scenario, kind: InstanceType, candidate: Candidate, see
     if candidate.policy.startswith("keep-warm") and candidate.machines:
         # All of them, as far as that can be: it wakes now and then, and most often where little comes.
         late_count = count = 0
-        for start, stop in _pieces(scenario, total, WAKING_ARRIVALS_MAX):
+        for start, stop in _pieces(scenario, total, _WINDOWS):
             warm = max(
                 0, start - math.ceil(2 * (candidate.keep_warm_seconds or 0) + scenario.profile.cold_start_seconds)
             )
@@ -64,7 +65,8 @@ def late_share(scenario: Scenario, kind: InstanceType, candidate: Candidate, see
             late_count, count = late_count + sum(late[first:]), count + len(late) - first
         return late_count / max(count, 1)
     late_count, count = 0, 0
-    for start, stop in _pieces(scenario, total, ARRIVALS_MAX):
+    windows = _SCALER_WINDOWS if candidate.policy == "autoscaled" else _WINDOWS
+    for start, stop in _pieces(scenario, total, windows):
         warm = max(0, start - int(_WARM_UP if candidate.policy != "autoscaled" else 1800))
         at = _moments(scenario, warm, stop, random)
         if candidate.policy == "autoscaled":
@@ -97,13 +99,13 @@ def _pass(scenario: Scenario, kind: InstanceType, candidate: Candidate) -> Pass:
     )
 
 
-def _pieces(scenario: Scenario, total: int, most: int) -> list[tuple[int, int]]:
+def _pieces(scenario: Scenario, total: int, windows: int) -> list[tuple[int, int]]:
     """Return windows of the horizon, evenly spaced, with about as many arrivals as can be followed."""
     seconds = len(scenario.counts_T)
-    if total <= most:
+    if total <= ARRIVALS_MAX:
         return [(0, seconds)]
-    length = max(1, int(seconds * most / total / _WINDOWS))
-    return [(start, start + length) for start in np.linspace(0, seconds - length, _WINDOWS).astype(int).tolist()]
+    length = max(1, int(seconds * ARRIVALS_MAX / total / windows))
+    return [(start, start + length) for start in np.linspace(0, seconds - length, windows).astype(int).tolist()]
 
 
 def _moments(scenario: Scenario, start: int, stop: int, random: np.random.Generator) -> list[float]:

@@ -13,13 +13,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from serving.model.queueing import BatchingServer, draw_lognormal
 from tasks.batch.options import BatchOptions
 from tasks.endpoint.client import infer_path
 from tasks.endpoint.resolve import load_endpoint_model
 from tasks.endpoint.spec import EndpointSpec, Triton
 from tasks.scheduler.decision import Profile
 from tasks.scheduler.profile import ProfileOptions, StatedFigures, measure_profile
-from tasks.scheduler.queue_simulation import BatchingServer, draw_lognormal
 from tasks.scheduler.simulate_online import split_serving_cost
 from tests.benchmarks.shared import FOLDER, ROUNDS, ROWS, child, console, make_customers, make_models, prefect
 
@@ -38,7 +38,7 @@ def endpoint_figures() -> dict[str, Any]:
     triton = next(each for each in contenders() if each.name == "Triton, tuned")
     if reason := triton.missing or missing():
         return {"endpoint": f"missing here: {reason}"}
-    served = make_served("small", 256)
+    served = make_served("small", 256, FOLDER / "modes-choice")
     folder = FOLDER / "modes"
     shutil.rmtree(folder, ignore_errors=True)
     with triton_server(folder / "repository", folder / "server") as running:

@@ -36,7 +36,7 @@ from tasks.scheduler.simulate_online import (
 from tasks.spot.policy import decide_placements
 from tasks.spot.replay import Job, replay
 from tests.benchmarks.modes_exact import late_share
-from tests.benchmarks.modes_workloads import Case
+from tests.benchmarks.modes_workloads import Case, generate_case
 
 _TARGETS = tuple(share / 100 for share in range(99, 9, -1))
 _KEEP_STEP, _KEEP_STEPS = 1.1, 110
@@ -57,6 +57,12 @@ class Found:
     late_allowed: float
     broken: bool
     missed: bool
+
+
+def judge_generated(seed: int, at: int) -> Found:
+    """Make a workload, and judge the choice for it."""
+    found = judge(generate_case(seed, at))
+    return replace(found, name=f"seed {seed} {found.name}")
 
 
 def judge(case: Case) -> Found:

@@ -52,10 +52,9 @@ class Case:
         )
 
 
-def generated(count: int, seed: int = 0) -> Iterator[Case]:
-    """Yield so many workloads, the same for the same seed."""
-    for at in range(count):
-        yield _case(np.random.default_rng([seed, at]), at)
+def generate_case(seed: int, at: int) -> Case:
+    """Return one of the workloads of a seed."""
+    return _case(np.random.default_rng([seed, at]), at)
 
 
 def from_traces() -> Iterator[Case]:

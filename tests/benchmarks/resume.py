@@ -159,7 +159,7 @@ def worker(case: Case, model: str, flow_run: Sequence[str]) -> list[str]:
 
 def killed(command: Sequence[str], log: Path, case: Case) -> Any:
     """Run a worker that kills itself once 99 % of the parts stand, and return the plan."""
-    from tasks.batch.plan import load_plan
+    from tasks.batch.run_records import load_plan
     from tasks.storage import open_storage
 
     Board(log)

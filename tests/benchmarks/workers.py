@@ -86,7 +86,7 @@ class Bench:
         workers: int,
         meanwhile: Callable[[Sequence[UUID], str, BatchOptions], Sequence[UUID]] | None = None,
     ) -> Trial:
-        from tasks.batch.plan import load_plan
+        from tasks.batch.run_records import load_plan
         from tasks.storage import open_storage
         from tests.deployments.flow_runs import start, table, wait_for, workers_of
         from tests.support import digests

@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,9 +26,9 @@ StartWorkers = Callable[..., list[PrefectWorker]]
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Generator[PrefectServer]:
+def server(tmp_path_factory: pytest.TempPathFactory, prefect_templates: Path) -> Generator[PrefectServer]:
     """A real Prefect server that this process and its children talk to, with nothing deployed yet."""
-    with use_prefect(tmp_path_factory.mktemp("prefect")) as server:
+    with use_prefect(tmp_path_factory.mktemp("prefect"), prefect_templates) as server:
         yield server
 
 
@@ -41,23 +41,20 @@ def deployed(server: PrefectServer) -> PrefectServer:
     return server
 
 
-@pytest.fixture(scope="session")
-def start_workers(
-    deployed: PrefectServer, registry: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Generator[StartWorkers]:
-    """Start workers of these names for a pool, at once; all are stopped at the end."""
+@contextmanager
+def keep_workers(server: PrefectServer, folder: Path) -> Generator[StartWorkers]:
+    """Yield what starts workers of some names for a pool, at once; all are stopped at the end."""
     environment = {
         "MLFLOW_TRACKING_URI": os.environ["MLFLOW_TRACKING_URI"],
         "MLFLOW_DISABLE_TELEMETRY": "true",
         # A machine that is gone is seen to be after three.
         "PREFECT_WORKER_HEARTBEAT_SECONDS": "2",
     }
-    folder = tmp_path_factory.mktemp("workers")
     with ExitStack() as stack:
 
         def start(pool: str, *names: str) -> list[PrefectWorker]:
             def one(name: str) -> PrefectWorker:
-                return prefect_worker(deployed, pool, folder / name, environment=environment)
+                return prefect_worker(server, pool, folder / name, environment=environment)
 
             with ThreadPoolExecutor() as threads:
                 return [stack.enter_context(worker) for worker in threads.map(one, names)]
@@ -65,18 +62,40 @@ def start_workers(
         yield start
 
 
+@pytest.fixture(scope="module")
+def start_workers(
+    deployed: PrefectServer, registry: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Generator[StartWorkers]:
+    """Start workers for a pool; they are stopped with the module, since each asks the server every two seconds."""
+    with keep_workers(deployed, tmp_path_factory.mktemp("workers")) as start:
+        yield start
+
+
 @pytest.fixture(scope="session")
-def two_workers(start_workers: StartWorkers) -> list[PrefectWorker]:
+def two_workers(
+    deployed: PrefectServer, registry: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Generator[list[PrefectWorker]]:
     """Two workers of the pool of machines that are there anyway."""
-    return start_workers("overnight", "one", "two")
+    with keep_workers(deployed, tmp_path_factory.mktemp("workers")) as start:
+        yield start("overnight", "one", "two")
+
+
+# From the model's own process up to the one that all of those come from, and to its parent.
+_KILL_FLOW = """
+        import os, pathlib
+        at = os.getpid()
+        while b"process_program" in pathlib.Path(f"/proc/{at}/cmdline").read_bytes():
+            at = int(pathlib.Path(f"/proc/{at}/stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(at, 9)
+"""
 
 
 @pytest.fixture(scope="session")
 def poison(registry: Path) -> str:
-    """A registered model that kills its process, as one does that takes more memory than there is."""
+    """A registered model that kills the process of its flow, as the system does where memory is short."""
     from tests.support import register_script
 
-    return register_script("poison", "__import__('os').kill(__import__('os').getpid(), 9)")
+    return register_script("poison", _KILL_FLOW.strip())
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ def test_applied_again_it_changes_nothing(deployed: PrefectServer) -> None:
     changes = asyncio.run(deploy(automations=AUTOMATIONS))
 
     assert {} == changed(changes)
-    assert {"block type": 3, "work pool": 3, "deployment": 12, "automation": 3} == Counter(
+    assert {"block type": 3, "work pool": 3, "deployment": 13, "automation": 3} == Counter(
         change.kind for change in changes
     )
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +10,7 @@ from pathlib import Path
 import pytest
 from prefect.client.schemas.objects import FlowRun
 
-from infra.local.prefect_server import PrefectServer
+from infra.local.prefect_server import PrefectServer, PrefectWorker
 from tasks.batch.options import BatchOptions
 from tests.deployments.conftest import ATTEMPTS_MAX, SETTLE_SECONDS, StartWorkers
 from tests.deployments.flow_runs import machine_of, read, start, start_with, state_of, states, wait_for, wait_until
@@ -25,6 +23,10 @@ OPTIONS = BatchOptions(
 PARTS = 200
 
 
+# Workers whose runs are stopped and killed.
+pytestmark = pytest.mark.machines
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Disturbed:
     """A run that something has happened to, and how many of its parts stood then."""
@@ -35,62 +37,69 @@ class Disturbed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Befallen:
-    """Runs that something happens to, all at once, since most of it is waiting."""
+class Stopped:
+    """A run whose worker was told to go, and one that can't take its parameters, which waits for the other worker."""
 
-    lost: Disturbed
-    drained: Disturbed
-    poisoned: FlowRun
+    disturbed: Disturbed
     bad: FlowRun
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Killed:
+    """A run that was killed with its worker, and one that kills its process, both for the worker that is left."""
+
+    lost: Disturbed
+    poisoned: FlowRun
+
+
+def start_pair(start_workers: StartWorkers, pool: str) -> dict[str, PrefectWorker]:
+    """Start two workers of a pool: one for what is to happen, and one that goes on."""
+    names = (f"{pool}-1", f"{pool}-2")
+    return dict(zip(names, start_workers(pool, *names), strict=True))
+
+
+def disturb(
+    workers: dict[str, PrefectWorker], deployment: str, act: str, model: str, source: Path, destination: Path
+) -> Disturbed:
+    """Start a run, and have the worker that took it do something once a tenth of its parts are written."""
+    run = start(deployment, model, source, destination, OPTIONS)
+    wait_until(lambda: parts(destination) > PARTS // 10, f"{PARTS // 10} parts are written")
+    getattr(workers[machine_of(run.id)], act)()
+    return Disturbed(run=run, destination=destination, parts=parts(destination))
+
+
 @pytest.fixture(scope="module")
-def befallen(
+def stopped(
     start_workers: StartWorkers, sleepy: str, poison: str, customers: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Befallen:
-    """Start the runs, kill the machine of one, tell that of another to go, and let the others end by themselves."""
-    folder = tmp_path_factory.mktemp("befallen")
-    names = {pool: (f"{pool}-1", f"{pool}-2") for pool in ("overnight-spot", "overnight-on-demand")}
-    with ThreadPoolExecutor() as threads:
-        started = list(threads.map(lambda pool: start_workers(pool, *names[pool]), names))
-    workers = {
-        name: worker
-        for pool, found in zip(names, started, strict=True)
-        for name, worker in zip(names[pool], found, strict=True)
-    }
-
-    def disturbed(deployment: str, act: str) -> Disturbed:
-        run = start(deployment, sleepy, customers, folder / act, OPTIONS)
-        wait_until(lambda: parts(folder / act) > PARTS // 10, f"{PARTS // 10} parts are written")
-        getattr(workers[machine_of(run.id)], act)()
-        return Disturbed(run=run, destination=folder / act, parts=parts(folder / act))
-
-    with ThreadPoolExecutor() as threads:
-        # In threads that know this one's server.
-        lost, drained = (
-            future.result()
-            for future in [
-                threads.submit(copy_context().run, disturbed, deployment, act)
-                for deployment, act in (("spot", "kill"), ("on-demand", "stop"))
-            ]
-        )
+) -> Stopped:
+    folder = tmp_path_factory.mktemp("stopped")
+    workers = start_pair(start_workers, "overnight-on-demand")
+    disturbed = disturb(workers, "on-demand", "stop", sleepy, customers, folder / "stop")
     ray = {"key_columns": ["customer"], "runner": {"kind": "ray", "address": "10.0.0.1:6379"}}
-    return Befallen(
-        lost=lost,
-        drained=drained,
-        poisoned=start("on-demand", poison, customers, folder / "poison", OPTIONS),
-        bad=start_with(
-            "batch-inference/on-demand",
-            model=poison,
-            source=str(customers),
-            destination=str(folder / "bad"),
-            options=ray,
-        ),
+    bad = start_with(
+        "batch-inference/on-demand",
+        model=poison,
+        source=str(customers),
+        destination=str(folder / "bad"),
+        options=ray,
     )
+    return Stopped(disturbed=disturbed, bad=bad)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(befallen: Befallen, sleepy: str, customers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed(
+    start_workers: StartWorkers, sleepy: str, poison: str, customers: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Killed:
+    folder = tmp_path_factory.mktemp("killed")
+    workers = start_pair(start_workers, "overnight-spot")
+    lost = disturb(workers, "spot", "kill", sleepy, customers, folder / "kill")
+    return Killed(lost=lost, poisoned=start("spot", poison, customers, folder / "poison", OPTIONS))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    deployed: PrefectServer, sleepy: str, customers: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     from flows.batch import batch_inference
 
     destination = tmp_path_factory.mktemp("undisturbed")
@@ -109,21 +118,20 @@ def course(server: PrefectServer, run: FlowRun) -> list[str]:
 
 
 def test_the_run_of_a_worker_that_is_stopped_is_completed_by_another_to_the_same_bytes(
-    deployed: PrefectServer, befallen: Befallen, undisturbed: Path
+    deployed: PrefectServer, stopped: Stopped, undisturbed: Path
 ) -> None:
-    drained = befallen.drained
-    wait_for(drained.run.id, "Completed", "Failed")
+    disturbed = stopped.disturbed
+    wait_for(disturbed.run.id, "Completed", "Failed")
 
-    assert ["Running", "AwaitingRetry", "Running", "Completed"] == course(deployed, drained.run)
-    assert drained.parts < PARTS
-    assert digests(undisturbed) == digests(drained.destination)
+    assert ["Running", "AwaitingRetry", "Running", "Completed"] == course(deployed, disturbed.run)
+    assert disturbed.parts < PARTS
+    assert digests(undisturbed) == digests(disturbed.destination)
 
 
-@pytest.mark.machines
 def test_a_run_that_is_killed_with_its_worker_is_completed_by_another_to_the_same_bytes(
-    deployed: PrefectServer, befallen: Befallen, undisturbed: Path
+    deployed: PrefectServer, killed: Killed, undisturbed: Path
 ) -> None:
-    lost = befallen.lost
+    lost = killed.lost
     done = wait_for(lost.run.id, "Completed", "Failed")
 
     assert ["Running", "Crashed", "AwaitingRetry", "Running", "Completed"] == course(deployed, lost.run)
@@ -132,9 +140,8 @@ def test_a_run_that_is_killed_with_its_worker_is_completed_by_another_to_the_sam
     assert digests(undisturbed) == digests(lost.destination)
 
 
-@pytest.mark.machines
-def test_a_run_that_always_kills_its_process_is_given_up(deployed: PrefectServer, befallen: Befallen) -> None:
-    run = befallen.poisoned.id
+def test_a_run_that_always_kills_its_process_is_given_up(deployed: PrefectServer, killed: Killed) -> None:
+    run = killed.poisoned.id
     wait_until(lambda: read(run).run_count == ATTEMPTS_MAX, "the last attempt began")
     crashed = wait_for(run, "Crashed").state
     assert crashed is not None
@@ -146,9 +153,9 @@ def test_a_run_that_always_kills_its_process_is_given_up(deployed: PrefectServer
     assert ATTEMPTS_MAX == [name for name, _ in states(deployed, run)].count("Running")
 
 
-def test_a_run_that_can_not_take_its_parameters_is_not_run_again(deployed: PrefectServer, befallen: Befallen) -> None:
-    # By now all others have been run again that are to be.
-    ended = wait_for(befallen.bad.id, "Crashed", "Failed")
+def test_a_run_that_can_not_take_its_parameters_is_not_run_again(deployed: PrefectServer, stopped: Stopped) -> None:
+    # By now the other has been run again.
+    ended = wait_for(stopped.bad.id, "Crashed", "Failed")
 
     assert ended.state is not None
     assert "slots must say how many forward passes the Ray cluster runs" in str(ended.state.message)

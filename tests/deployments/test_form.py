@@ -78,8 +78,9 @@ def test_a_run_is_started_from_the_form_which_describes_every_field_and_shows_it
     page.get_by_label("model", exact=True).fill(linear)
     page.get_by_label("source", exact=True).fill(str(customers))
     page.get_by_label("destination", exact=True).fill(str(tmp_path / "scores"))
-    page.get_by_role("button", name="Add item").click()
-    page.locator("xpath=//button[contains(., 'Add item')]/preceding::textarea[1]").fill("customer")
+    keys = "//*[contains(text(), 'Key Columns')]"
+    page.locator(f"xpath=({keys}/following::button[contains(., 'Add item')])[1]").click()
+    page.locator(f"xpath=({keys}/following::textarea)[1]").fill("customer")
     show(page, "form")
     submit(page)
     page.get_by_role("link", name="from-the-form").first.click()

@@ -15,7 +15,7 @@ from tasks.batch.options import BatchOptions
 from tests.deployments.flow_runs import read, start, table, wait_for, workers_of
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = BatchOptions(key_columns=("customer",), batch_size=20, rows_per_chunk=20, slots=1, experiment=None)
+OPTIONS = BatchOptions(key_columns=("customer",), batch_size=10, rows_per_chunk=10, slots=1, experiment=None)
 
 
 @pytest.mark.machines
@@ -30,7 +30,7 @@ def test_prefects_own_command_deploys_all_from_the_root(deployed: PrefectServer)
         env={**os.environ, "PREFECT_CLIENT_MAX_RETRIES": "20"},
     )
 
-    assert (0, 12) == (done.returncode, done.stdout.count("successfully created with id")), done.stderr
+    assert (0, 13) == (done.returncode, done.stdout.count("successfully created with id")), done.stderr
 
 
 @pytest.mark.machines

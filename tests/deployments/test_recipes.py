@@ -45,10 +45,10 @@ def runs_of(deployment: str) -> list[FlowRun]:
 
 
 @pytest.fixture
-def serving(deployed: PrefectServer, linear: str, customers: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def serving(deployed: PrefectServer, doubling: str, customers: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """The recipe of serve as a program that runs in a folder of its own."""
     script = tmp_path / "served.py"
-    script.write_text(localize(".serve(", linear, customers, tmp_path / "scores"))
+    script.write_text(localize(".serve(", doubling, customers, tmp_path / "scores"))
     environment = {**os.environ, **deployed.environment, "PYTHONPATH": str(ROOT), "PREFECT_RUNNER_POLL_FREQUENCY": "2"}
     with (tmp_path / "log").open("w") as log, subprocess.Popen(
         [sys.executable, script.name], cwd=tmp_path, env=environment, stdout=log, stderr=log, text=True
@@ -73,16 +73,17 @@ def test_served_from_a_folder_of_ones_own_it_scores(
     ended = wait_for(run.id, "Completed", "Failed", "Crashed")
 
     assert "Completed" == state_of(ended), (tmp_path / "log").read_text()
-    assert ended.name.startswith("linear v")
+    assert ended.name.startswith("doubling v")
     assert ended.name.endswith("→ scores")
     assert list(range(10_000)) == sorted(open_predictions(str(tmp_path / "scores")).collect()["customer"])
 
 
 @pytest.mark.machines
 def test_deployed_to_a_pool_its_worker_scores(
-    deployed: PrefectServer, two_workers: list[PrefectWorker], linear: str, customers: Path, tmp_path: Path
+    deployed: PrefectServer, two_workers: list[PrefectWorker], doubling: str, customers: Path, tmp_path: Path
 ) -> None:
-    exec(compile(localize('.deploy(\n    name="deployed"', linear, customers, tmp_path / "scores"), "docs", "exec"), {})  # noqa: S102 - the recipe of the page
+    recipe = localize('.deploy(\n    name="deployed"', doubling, customers, tmp_path / "scores")
+    exec(compile(recipe, "docs", "exec"), {})  # noqa: S102 - the recipe of the page
 
     run = run_deployment("batch-inference/deployed", timeout=0)
     assert isinstance(run, FlowRun)
@@ -95,9 +96,9 @@ def test_deployed_to_a_pool_its_worker_scores(
 
 
 def test_a_run_starts_when_its_table_is_ready(
-    deployed: PrefectServer, linear: str, customers: Path, tmp_path: Path
+    deployed: PrefectServer, doubling: str, customers: Path, tmp_path: Path
 ) -> None:
-    recipe = localize("table_is_ready", linear, customers, tmp_path / "scores")
+    recipe = localize("table_is_ready", doubling, customers, tmp_path / "scores")
     exec(compile(recipe.replace("s3://lake/features", str(tmp_path / "features")), "docs", "exec"), {})  # noqa: S102
     assert [] == runs_of("batch-inference/when-ready")
 

@@ -18,7 +18,7 @@ from infra.local.gateway import GatewayServer, gateway_server
 from infra.local.nats import NatsClient, NatsServer
 from infra.local.prefect_server import PrefectServer, PrefectWorker
 from infra.local.triton import TritonServer
-from serving.errors import ApplyFailed, SourceNotFound
+from serving.errors import ApplyFailed, BudgetBroken, SourceNotFound
 from serving.model.batching import BatchingConfig
 from serving.model.registry import resolve_model
 from serving.protocol.oip import encode_request
@@ -30,7 +30,7 @@ from tasks.scheduler.decision import Decision
 from tasks.scheduler.deployment_plan import ApplyConfig, BatchApplyConfig, OnlineApplyConfig, StreamApplyConfig
 from tasks.scheduler.profile import ProfileOptions, StatedFigures
 from tasks.scheduler.review import Hysteresis
-from tasks.scheduler.workload import Events, Machine, MeteredArrivals, Prices, Workload
+from tasks.scheduler.workload import Events, Machine, MeteredArrivals, Prices, Requests, Workload
 from tasks.stream.options import FromNats, StreamOptions, ToNats
 from tests.deployments.flow_runs import wait_until
 from tests.prefect_events import find_events
@@ -136,6 +136,7 @@ def test_an_endpoint_serves_until_its_replacement_is_verified(
 
     assert 200 == answer(online, linear)
     assert "answered as the model itself" in endpoint.verified
+    assert "50 ms are promised: p99 " in endpoint.verified
     assert {f"online-endpoint/{NAME}"} == deployments()
 
     stream = StreamApplyConfig(source=FromNats(stream="NONE"), sink=ToNats(subject="none"), start_seconds_max=0.1)
@@ -151,6 +152,20 @@ def test_an_endpoint_serves_until_its_replacement_is_verified(
     assert 404 == answer(online, linear)
     assert {f"batch-inference/{NAME}"} == deployments()
     assert f"online, deployment online-endpoint/{NAME}, with versions 1 of its endpoint" in done.retired[0]
+
+
+@pytest.mark.machines
+def test_an_endpoint_that_breaks_the_promise_under_load_is_refused_and_nothing_is_left(
+    deployed: PrefectServer, online: OnlineApplyConfig, linear: str
+) -> None:
+    workload = of(FRAUD, linear).model_copy(update={"consumer": Requests(latency_ms=0.01)})
+    asked = decision(workload, alternative("online", "always-on", 1.0, checked_rate=20.0))
+    before = deployments()
+    with pytest.raises(BudgetBroken, match=r"within 0\.01 ms, at 20 rows a second.*by ProfileOptions\(target=\.\.\.\)"):
+        applied(asked, ApplyConfig(online=online))
+
+    assert before == deployments()
+    assert 404 == answer(online, linear)
 
 
 @pytest.mark.machines

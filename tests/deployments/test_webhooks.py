@@ -264,6 +264,7 @@ def runs_of_webhooks() -> list[FlowRun]:
         return client.read_flow_runs(flow_run_filter=wanted)
 
 
+@pytest.mark.machines
 def test_a_real_mlflow_starts_a_run_on_a_real_prefect_when_an_alias_moves(
     tracking: str, deployment: str, caplog: pytest.LogCaptureFixture
 ) -> None:

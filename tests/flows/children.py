@@ -9,10 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
+
+from infra.local.prefect_server import PrefectServer
 from tasks.batch.options import BatchOptions
 from tests.support import digests
 
 ROOT = Path(__file__).parents[2]
+# Of deployments that tests make: without them Prefect would copy the whole folder for each flow run, packages and all.
+PULL_STEPS = [{"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}]
 
 
 def start_child(
@@ -39,3 +44,9 @@ def score(model: str, source: Path, destination: Path, options: BatchOptions) ->
 
     batch_inference(model, str(source), str(destination), options)
     return digests(destination)
+
+
+def list_flow_runs(server: PrefectServer, destination: Path) -> list[dict[str, Any]]:
+    """Return the flow runs into a destination, of the newest 200: a page has no more, and other tests make many."""
+    runs = httpx.post(f"{server.api_url}/flow_runs/filter", json={"sort": "EXPECTED_START_TIME_DESC"}).json()
+    return [run for run in runs if run["parameters"].get("destination") == str(destination)]

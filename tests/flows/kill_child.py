@@ -94,9 +94,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "before the link": lambda: _before(os, "link", _part_link),
     "after the link": lambda: _after(os, "link", _part_link),
     "after a part": lambda: _after(_local, "put_new", lambda _self, path, *_: "part-" in path),
-    "rows are done": lambda: _after(
-        flows.batch, "count_rows_done", lambda storage, plan: bool(list_parts(storage, plan))
-    ),
+    "rows are done": lambda: _after(flows.batch, "count_done", lambda storage, plan: bool(list_parts(storage, plan))),
     "before the audit": lambda: _before(flows.batch, "audit_parts"),
     "before the page": lambda: _before(flows.batch, "save_page"),
     "before the manifest": lambda: _before(_local, "put_new", _is("manifest.json")),

@@ -20,9 +20,11 @@ import torch
 from deltalake import DeltaTable
 from prefect.settings import PREFECT_LOGGING_LEVEL, temporary_settings
 
+import flows
 from serving.errors import (
     BadInput,
     DestinationUnusable,
+    KeysUnfit,
     ModelFailed,
     ModelNotFound,
     PlanTooLarge,
@@ -36,6 +38,7 @@ from serving.errors import (
     StorageFull,
     TooManyRejects,
 )
+from serving.machine import find_release
 from tasks.batch import resolve
 from tasks.batch.manifest import open_predictions, open_rejects
 from tasks.batch.options import BatchOptions
@@ -203,6 +206,29 @@ class TestARun:
         )
 
 
+class TestUpsert:
+    def test_rows_are_replaced_by_their_keys_and_doubled_keys_are_refused(
+        self, linear: str, customers: Path, tmp_path: Path
+    ) -> None:
+        options = OPTIONS.model_copy(update={"output": "delta", "delta_mode": "upsert"})
+        destination = tmp_path / "table"
+        infer(linear, customers, destination, options)
+        later = write_customers(tmp_path / "later", rows=500, files=1, rows_per_group=500)
+        report = infer(linear, later, destination, options)
+        assert (1, 10_000) == (DeltaTable(destination).version(), pl.read_delta(str(destination)).height)
+        assert 0 == report.keys_doubled
+        assert "check keys" in report.seconds
+
+        write_customers(customers / "more", rows=500, files=1, rows_per_group=500)
+        with pytest.raises(KeysUnfit, match=r"500 keys occur more than once in customer: .* \(2 rows\)"):
+            infer(linear, customers, destination, options)
+        assert (1, 10_000) == (DeltaTable(destination).version(), pl.read_delta(str(destination)).height)
+        # Rows that are only added may have any keys.
+        added = infer(linear, customers, tmp_path / "scores")
+        assert 500 == added.keys_doubled
+        assert {"": "keys that occur more than once", "value": "500"} in added.table()
+
+
 class TestTheSameRun:
     def test_a_retry_stays_with_the_version_it_began_with(
         self, customers: Path, registry: Path, tmp_path: Path
@@ -273,7 +299,7 @@ class TestTheSameRun:
         assert rows["customer"].to_list() == table["customer"].to_list()
         torch.testing.assert_close(direct[:, 0], table["score"].to_torch(), rtol=1e-6, atol=1e-6)
         assert before == {name: data for name, data in run_parts(tmp_path / "scores").items() if name in before}
-        assert 10_000 == eval(again.read_with, {"pl": pl}).height  # noqa: S307 - the line that the report tells people to run
+        assert 10_000 == eval(again.read_with, {"pl": pl, "flows": flows}).height  # noqa: S307 - the line that the report tells people to run
         assert "already complete" == infer(linear, customers, tmp_path / "scores", options).status
 
     def test_a_delta_table_whose_records_were_deleted_does_not_get_its_run_twice(
@@ -380,7 +406,7 @@ class TestTheSameRun:
         report = infer(linear, customers, tmp_path / "scores")
         (tmp_path / "scores" / "_overnight" / report.run / "manifest.json").unlink()
         start = next((tmp_path / "scores" / "_overnight" / "starts").iterdir())
-        assert json.loads(start.read_text()) == {"run": report.run, "key": report.run}
+        assert json.loads(start.read_text()) == {"run": report.run, "key": report.run, "release": find_release()}
         for part in (tmp_path / "scores").glob("run=*/part-00000-*"):
             part.unlink()
         kept = run_parts(tmp_path / "scores")
@@ -425,6 +451,8 @@ class TestHowACallMayBeWritten:
         (tmp_path / "scores").mkdir()
         for name in ("a.csv", "b.parquet", ".hidden"):
             (tmp_path / "scores" / name).touch()
+        # Prefect sets the levels once a process, by what the first flow of any test asked for.
+        caplog.set_level("WARNING", logger="prefect.flow_runs")
         with temporary_settings({PREFECT_LOGGING_LEVEL: "WARNING"}):
             infer(linear, customers, tmp_path / "scores")
             infer(linear, customers, tmp_path / "scores")
@@ -629,7 +657,7 @@ class TestReports:
 
         state = batch_inference(linear, str(customers), str(tmp_path / "scores"), OPTIONS, return_state=True)
         asked = {"flow_runs": {"id": {"any_": [str(state.state_details.flow_run_id)]}}}
-        steps = {"resolve", "plan", "load", "score", "publish", "report"}
+        steps = {"resolve", "plan", "load", "score", "check keys", "publish", "report"}
         states: dict[str, str] = {}
         until = time.monotonic() + 60
         # Prefect's client sends the states of task runs from a thread of its own.

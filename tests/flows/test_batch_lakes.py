@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.local.prefect_server import PrefectServer
+from tasks.batch.comparison_records import compare_challengers, open_challenger
 from tasks.batch.options import BatchOptions
-from tests.support import digests, write_customers
+from tasks.batch.report import BatchReport
+from tests.support import digests, register_script, write_customers
 from tests.tasks.batch.iceberg_tables import configure, delete_rows, open_lake
 
 OPTIONS = BatchOptions(key_columns=("customer",), batch_size=64, rows_per_chunk=512, experiment=None)
@@ -73,3 +75,41 @@ def test_a_delta_table_is_scored_as_it_was(linear: str, prefect: PrefectServer, 
     assert runs[0].run == runs[1].run != runs[2].run
     found = pl.read_parquet(f"{tmp_path}/scores/run={runs[0].run}/*.parquet")
     assert first["customer"].to_list() == found["customer"].sort().to_list()
+
+
+@pytest.mark.parametrize(
+    ("output", "mode"), [("delta", "append"), ("delta", "replace"), ("delta", "upsert"), ("iceberg", "upsert")]
+)
+def test_challengers_lie_beside_a_table_which_is_that_of_the_model_alone(
+    output: str, mode: str, registry: Path, prefect: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.batch import batch_inference
+
+    configure(monkeypatch, str(tmp_path))
+    lake = open_lake(str(tmp_path))
+    model, challenger = (register_script("beside-a-table", f"time.sleep({at} / 1000)") for at in range(2))
+    source = write_customers(tmp_path / "in", rows=2_000, files=2, rows_per_group=500)
+
+    def run(to: str, night: int, *challengers: str) -> BatchReport:
+        table = f"lake.sales.{to}" if output == "iceberg" else None
+        into = {"output": output, "delta_mode": mode, "iceberg_table": table}
+        options = OPTIONS.model_copy(update={**into, "challengers": challengers})
+        return batch_inference(model, f"{source}/customers-{night:02d}.parquet", str(tmp_path / to), options)
+
+    def read(to: str) -> pl.DataFrame:
+        if output == "delta":
+            return pl.read_delta(str(tmp_path / to)).sort("customer")
+        return pl.DataFrame(lake.load_table(f"sales.{to}").scan().to_arrow()).sort("customer")
+
+    for night in range(2):
+        run("alone", night)
+        report = run("both", night, challenger)
+    again = run("both", 1, challenger)
+    theirs = open_challenger(str(tmp_path / "both"), challenger).collect().sort("customer")
+    later = compare_challengers(str(tmp_path / "both")).challengers
+
+    assert read("alone").equals(read("both"))
+    assert (2_000 if mode != "replace" else 1_000) == read("both").height
+    assert read("both").tail(1_000)["prediction"].equals(theirs["prediction"])
+    assert [(1_000, 1_000)] == [(each.rows, each.outputs[0].equal) for each in report.challengers]
+    assert ("already complete", report.challengers, report.challengers) == (again.status, again.challengers, later)

@@ -82,20 +82,27 @@ def told_to_end(
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("seconds", [30, pytest.param(120, marks=pytest.mark.machines)])
+@pytest.mark.parametrize(
+    ("seconds", "points"), [(30, POINTS[1::2]), pytest.param(120, POINTS, marks=pytest.mark.machines)], ids=[30, 120]
+)
 def test_it_finishes_the_chunks_in_hand_at_every_point_of_one_and_leaves_within_the_notice(
-    sleepy: str, source: Path, undisturbed: dict[str, str], tmp_path: Path, seconds: int
+    sleepy: str,
+    source: Path,
+    undisturbed: dict[str, str],
+    tmp_path: Path,
+    seconds: int,
+    points: list[tuple[str, int]],
 ) -> None:
     from flows.batch import batch_inference
 
     options = OPTIONS.model_copy(update={"notice_seconds": seconds})
     with ThreadPoolExecutor(2) as pool:
         ended = list(
-            pool.map(lambda point: told_to_end("1", point, (sleepy, source, tmp_path / point[0]), options), POINTS)
+            pool.map(lambda point: told_to_end("1", point, (sleepy, source, tmp_path / point[0]), options), points)
         )
 
     assert len(undisturbed) == ROWS // CHUNK
-    for point, end in zip(POINTS, ended, strict=True):
+    for point, end in zip(points, ended, strict=True):
         rows_done, rows_left, dropped = end.said.groups()
         parts = {name for name in end.left if name.startswith("part-")}
         assert (1, None) == (end.code, dropped), (point, end.stderr)
@@ -133,15 +140,16 @@ def test_it_drops_chunks_that_do_not_fit_in_the_time_left(
     assert end.left.items() <= undisturbed.items()
 
 
-def test_a_pass_that_outlasts_the_notice_is_left_as_it_is(
+def test_a_pass_that_outlasts_the_notice_is_ended_with_its_process(
     registry: Path, source: Path, prefect: PrefectServer, tmp_path: Path
 ) -> None:
     endless = register_sleepy("endless", seconds=600)
     options = OPTIONS.model_copy(update={"notice_seconds": 2.0})
     end = told_to_end("1", ("before a batch", 2), (endless, source, tmp_path), options, killed_after=60)
 
-    assert -signal.SIGTERM == end.code, end.stderr
-    assert "Interrupted: 0 of 4,000 rows" in end.stderr
+    # Both passes are ended when the notice is over, and by a moment the call ends before or after its threads.
+    assert end.code in {1, -signal.SIGTERM}, end.stderr
+    assert re.search(r"Interrupted( by SIGTERM)?: 0 of 4,000 rows", end.stderr), end.stderr
     assert {} == end.left
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import threading
 import time
 import uuid
 from itertools import pairwise
@@ -15,10 +17,12 @@ import pytest
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
+from prefect.context import SyncClientContext
 
 from infra.local.prefect_server import PrefectServer
 from serving.errors import ModelNotFound, TooManyRejects
 from tasks.batch.options import BatchOptions
+from tasks.common.artifacts import ProgressArtifact, start_thread
 from tests.prefect_events import find_events
 from tests.support import write_customers
 
@@ -120,7 +124,7 @@ class TestTheGraph:
         self, linear: str, customers: Path, tmp_path: Path, prefect: PrefectServer
     ) -> None:
         run = infer(linear, customers, tmp_path / "scores")
-        steps = ["resolve", "plan", "load", "score", "publish", "report"]
+        steps = ["resolve", "plan", "load", "score", "check keys", "publish", "report"]
         nodes: dict[str, dict[str, Any]] = {}
         until = time.monotonic() + 60
         # Prefect's client sends the states of task runs from a thread of its own.
@@ -312,3 +316,23 @@ class TestLimits:
         assert "COMPLETED" == (run.state_type.value if run.state_type else "")
         assert all(before[1] <= after[0] for before, after in pairwise(shards))
         assert all(SHARD_TAG in each["tags"] for each in tasks if each["name"].startswith("shard "))
+
+
+def test_a_bar_that_is_late_passes_over_a_client_that_the_flow_has_closed(prefect: PrefectServer) -> None:
+    bar = ProgressArtifact("late", "A bar", logging.getLogger("bar"))
+    ended = threading.Event()
+    failed: list[Exception] = []
+
+    def show_late() -> None:
+        ended.wait(30)
+        try:
+            bar.show(50)
+        except RuntimeError as error:
+            failed.append(error)
+
+    with SyncClientContext.get_or_create():
+        thread = start_thread("late-bar", show_late)
+    ended.set()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert [] == failed

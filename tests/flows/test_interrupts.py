@@ -13,17 +13,16 @@ from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
-from infra.local.prefect_server import PrefectServer
+from infra.local.prefect_server import PrefectServer, restore_template, template_path
 from tasks.batch.options import BatchOptions, Ray
 from tasks.batch.parts import list_parts
-from tasks.batch.plan import load_plan
+from tasks.batch.run_records import load_plan
 from tasks.storage import open_storage
-from tests.flows.children import call, score, start_child
+from tests.flows.children import call, list_flow_runs, score, start_child
 from tests.support import digests, write_customers
 
 CHUNKS = 120
@@ -80,28 +79,50 @@ def interrupted(
 def shard_states(server: PrefectServer, destination: Path) -> dict[int, str]:
     """What the server says of each shard of the run into a destination, once it has taken note of all."""
 
-    def ask(kind: str, body: dict[str, Any]) -> Any:
-        return httpx.post(f"{server.api_url}/{kind}/filter", json=body).json()
-
-    (run,) = [run for run in ask("flow_runs", {}) if run["parameters"].get("destination") == str(destination)]
+    (run,) = list_flow_runs(server, destination)
     assert "CRASHED" == run["state_type"]
     states = {"": "RUNNING"}
     while "RUNNING" in states.values():
-        found = ask("task_runs", {"flow_runs": {"id": {"any_": [run["id"]]}}})
+        of_run = {"flow_runs": {"id": {"any_": [run["id"]]}}}
+        found = httpx.post(f"{server.api_url}/task_runs/filter", json=of_run).json()
         states = {task["name"]: task["state_type"] for task in found}
     shards = {tuple(name.split()): state for name, state in states.items() if name.startswith("shard ")}
     return {int(number) - 1: state for (_, number, *_), state in shards.items()}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Left:
+    """What an interrupted child left: its files, the states of its shards, and those that have all their parts."""
+
+    ended: Ended
+    destination: Path
+    states: dict[int, str]
+    complete: set[int]
+
+
+@pytest.fixture(scope="module")
+def left_by_one(sleepy: str, source: Path, prefect: PrefectServer, tmp_path_factory: pytest.TempPathFactory) -> Left:
+    destination = tmp_path_factory.mktemp("interrupted")
+    ended = interrupted(sleepy, source, destination, os.environ)
+    (run,) = destination.glob("run=*")
+    storage = open_storage(str(destination))
+    plan = load_plan(storage, run.name.removeprefix("run="))
+    assert plan is not None
+    parts = Counter(shard for shard, _ in list_parts(storage, plan))
+    complete = {shard for shard, chunks in enumerate(plan.shards) if parts[shard] == len(chunks)}
+    return Left(ended=ended, destination=destination, states=shard_states(prefect, destination), complete=complete)
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_ends_a_run_with_a_sentence_and_the_same_call_completes_it_to_the_same_bytes(
-    sleepy: str, source: Path, undisturbed: dict[str, str], prefect: PrefectServer, tmp_path: Path, times: int
+    sleepy: str, source: Path, undisturbed: dict[str, str], left_by_one: Left, tmp_path: Path, times: int
 ) -> None:
     from flows.batch import batch_inference
 
-    ended = interrupted(sleepy, source, tmp_path, os.environ, times=times)
-    left = digests(tmp_path)
-    report = batch_inference(sleepy, str(source), str(tmp_path), OPTIONS)
+    destination = left_by_one.destination if times == 1 else tmp_path
+    ended = left_by_one.ended if times == 1 else interrupted(sleepy, source, destination, os.environ, times=times)
+    left = digests(destination)
+    report = batch_inference(sleepy, str(source), str(destination), OPTIONS)
 
     assert -signal.SIGINT == ended.code
     assert 1 == ended.stderr.count("Traceback"), ended.stderr
@@ -114,7 +135,7 @@ def test_ctrl_c_ends_a_run_with_a_sentence_and_the_same_call_completes_it_to_the
     assert 5 <= len(left) < CHUNKS
     assert left.items() <= undisturbed.items()
     assert 6_000 - 50 * len(left) == report.rows_scored
-    assert undisturbed == digests(tmp_path)
+    assert undisturbed == digests(destination)
 
 
 @pytest.mark.machines
@@ -146,28 +167,24 @@ def of_session(session: int) -> set[int]:
     return found
 
 
-def test_only_a_shard_with_all_its_parts_shows_as_completed(
-    sleepy: str, source: Path, prefect: PrefectServer, tmp_path: Path
-) -> None:
-    interrupted(sleepy, source, tmp_path, os.environ)
+def test_only_a_shard_with_all_its_parts_shows_as_completed(left_by_one: Left) -> None:
+    states = left_by_one.states
 
-    (run,) = tmp_path.glob("run=*")
-    plan = load_plan(open_storage(str(tmp_path)), run.name.removeprefix("run="))
-    assert plan is not None
-    parts = Counter(shard for shard, _ in list_parts(open_storage(str(tmp_path)), plan))
-    states = shard_states(prefect, tmp_path)
     assert "CANCELLED" in states.values()
-    assert states == {
-        shard: "COMPLETED" if parts[shard] == len(plan.shards[shard]) else "CANCELLED" for shard in states
-    }
+    assert states == {shard: "COMPLETED" if shard in left_by_one.complete else "CANCELLED" for shard in states}
 
 
+@pytest.mark.machines
 def test_ctrl_c_does_not_reach_the_temporary_server_and_leaves_no_process_behind(
-    sleepy: str, source: Path, tmp_path: Path
+    sleepy: str, source: Path, prefect_templates: Path, tmp_path: Path
 ) -> None:
     home = tmp_path / "home"
+    home.mkdir()
+    restore_template(template_path(prefect_templates), home)
     own = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    environment = {**own, "PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    # On a busy machine a server takes longer than Prefect waits for it.
+    slow = {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "1"}
+    environment = {**own, **slow, "PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     ended = interrupted(sleepy, source, tmp_path / "scores", environment)
 
     assert -signal.SIGINT == ended.code

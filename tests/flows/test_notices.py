@@ -28,7 +28,7 @@ from tasks.batch.chunk_scheduler import ChunkScheduler
 from tasks.batch.options import BatchOptions
 from tasks.spot.cloud_notices import METADATA_URL, Aws
 from tasks.spot.notice_poller import poll_notices
-from tests.flows.children import ROOT, score
+from tests.flows.children import PULL_STEPS, ROOT, list_flow_runs, score
 from tests.metadata import Imds, serving
 from tests.support import digests, write_customers
 
@@ -83,8 +83,7 @@ def meanwhile(act: Callable[[], None], destination: Path) -> Generator[None]:
 
 def ask(server: PrefectServer, kind: str, destination: Path) -> list[dict[str, Any]]:
     """What the server has of the only flow run into a destination."""
-    runs = httpx.post(f"{server.api_url}/flow_runs/filter", json={}).json()
-    found = [run for run in runs if run["parameters"].get("destination") == str(destination)]
+    found = list_flow_runs(server, destination)
     if kind == "flow_runs":
         return found
     body = {"flow_runs": {"id": {"any_": [run["id"] for run in found]}}}
@@ -203,12 +202,11 @@ class Deployed:
         from flows.batch import batch_inference
 
         self._client, self._log = client, log
-        folder = {"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}
         deployment = client.create_deployment(
             flow_id=client.create_flow(batch_inference),
             name=log.parent.name,
             entrypoint="flows.batch.batch_inference",
-            pull_steps=[folder],
+            pull_steps=PULL_STEPS,
         )
         self.id: UUID = client.create_flow_run_from_deployment(deployment, parameters=parameters).id
 

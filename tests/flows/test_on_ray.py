@@ -51,6 +51,7 @@ def run_parts(destination: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in destination.glob("run=*/*")}
 
 
+@pytest.mark.machines
 def test_a_process_of_ray_killed_in_the_middle_changes_nothing_in_the_output(cluster: None, tmp_path: Path) -> None:
     seen = tmp_path / "processes"
     seen.mkdir()

@@ -38,7 +38,14 @@ def run_python(code: str) -> str:
 
 def test_the_flows_and_readers_are_public() -> None:
     assert {
-        *("batch_inference", "nightly_inference", "online_endpoint", "retire_endpoint", "stream_inference"),
+        *(
+            "batch_inference",
+            "backfill_inference",
+            "nightly_inference",
+            "online_endpoint",
+            "retire_endpoint",
+            "stream_inference",
+        ),
         *("choose_mode", "review_modes"),
     } == set(FLOWS)
     assert {"open_predictions", "open_rejects"} <= set(flows.__all__)

@@ -163,7 +163,7 @@ def test_metrics_and_artifacts_show_a_running_stream(
     thread.start()
     report = stream(linear, *source_and_sink(nats, fresh), OPTIONS.model_copy(update={"metrics_port": port}))
     thread.join(10)
-    artifacts = httpx.post(f"{prefect.api_url}/artifacts/latest/filter", json={}).json()
+    artifacts = httpx.post(f"{prefect.api_url}/artifacts/latest/filter", json={"sort": "UPDATED_DESC"}).json()
     data = {artifact["key"]: artifact["data"] for artifact in artifacts}
 
     for name in ("rows_total 200.0", "dead_letters_total 0.0", "lag_messages 0.0", "latency_seconds_count 200.0"):

@@ -107,16 +107,16 @@ def test_each_message_is_scored_or_dead_lettered_and_its_offset_committed(
     assert 300 == committed(brokers, fresh)
 
 
-def test_a_killed_scorer_doubles_at_most_one_batch(linear: str, brokers: str, fresh: str, tmp_path: Path) -> None:
+def test_a_killed_scorer_doubles_at_most_one_batch(doubling: str, brokers: str, fresh: str, tmp_path: Path) -> None:
     filled(brokers, fresh, as_json(customers(ROWS)))
     source, sink = FromKafka(servers=brokers, topic=fresh), ToKafka(topic=f"{fresh}.scores")
     options = OPTIONS.model_copy(update={"idle_seconds": 1.5, "rows_per_batch": 40})
     kills = 1
     for at in range(kills):
-        scorer = start(linear, source, sink, options, tmp_path / "log")
+        scorer = start(doubling, source, sink, options, tmp_path / "log")
         wait_until(lambda at=at: committed(brokers, fresh) > (at + 1) * 200, "commits", scorer)
         kill(scorer)
-    last = start(linear, source, sink, options, tmp_path / "log")
+    last = start(doubling, source, sink, options, tmp_path / "log")
     assert last.wait(200) == 0, (tmp_path / "log").read_text()[-3000:]
     scored = count_customers([each.value() for each in read(brokers, f"{fresh}.scores")])
 
@@ -127,16 +127,16 @@ def test_a_killed_scorer_doubles_at_most_one_batch(linear: str, brokers: str, fr
 
 @pytest.mark.machines
 def test_a_table_is_exact_over_kills_and_resumes_from_its_own_parts(
-    linear: str, brokers: str, fresh: str, tmp_path: Path
+    doubling: str, brokers: str, fresh: str, tmp_path: Path
 ) -> None:
     filled(brokers, fresh, as_json(customers(ROWS)))
     source = FromKafka(servers=brokers, topic=fresh)
     table = ToParts(destination=str(tmp_path / "table"), rows_per_part=150, seconds_per_part=0.3)
     options = OPTIONS.model_copy(update={"idle_seconds": 3.0, "rows_per_batch": 40})
-    scorer = start(linear, source, table, options, tmp_path / "log")
+    scorer = start(doubling, source, table, options, tmp_path / "log")
     wait_until(lambda: len(list(tmp_path.glob("table/run=*/*.parquet"))) >= 6, "six parts", scorer)
     kill(scorer)
-    report = stream(linear, source, table)
+    report = stream(doubling, source, table)
     found = open_predictions(str(tmp_path / "table")).collect()
 
     assert 0 < report.messages < ROWS

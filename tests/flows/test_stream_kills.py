@@ -119,19 +119,19 @@ def dead_letters(client: NatsClient, source: FromNats) -> list[Stored]:
 
 @pytest.mark.machines
 def test_a_table_is_exact_over_kills_of_its_scorers(
-    linear: str, nats: NatsServer, nats_client: NatsClient, fresh: str, tmp_path: Path
+    doubling: str, nats: NatsServer, nats_client: NatsClient, fresh: str, tmp_path: Path
 ) -> None:
     fill_stream(nats_client, fresh, as_json(customers(ROWS)))
     source = FromNats(url=nats.url, stream=fresh)
     table = ToParts(destination=str(tmp_path / "table"), rows_per_part=97, seconds_per_part=0.2)
     for parts in (5, 20):
-        scorer = start(linear, source, table, SLOW, tmp_path / "log")
+        scorer = start(doubling, source, table, SLOW, tmp_path / "log")
         wait_until(
             lambda parts=parts: len(list(tmp_path.glob("table/run=*/*.parquet"))) >= parts, f"{parts} parts", scorer
         )
         kill(scorer)
     before = open_predictions(str(tmp_path / "table")).collect().height
-    both = [start(linear, source, table, SLOW, tmp_path / "log") for _ in range(2)]
+    both = [start(doubling, source, table, SLOW, tmp_path / "log") for _ in range(2)]
     codes = [scorer.wait(200) for scorer in both]
     found = open_predictions(str(tmp_path / "table")).collect()
 
@@ -203,8 +203,8 @@ def test_a_message_that_ends_the_scorer_is_among_the_dead_letters_in_the_end_and
     assert came is not None, reason
     # Each scorer that it ended was one of its deliveries; a busy machine may use up more of them.
     assert 1 <= len(codes) - 1 < 8 <= int(came[1])
+    assert Counter([7]) == dead_lettered
     assert Counter(range(30)) == scored + dead_lettered
-    assert scored.total() > 15
 
 
 @pytest.mark.machines

@@ -11,7 +11,7 @@ import pytest
 from serving.errors import ModelUnfit
 from tasks.batch.manifest import open_predictions, open_rejects
 from tasks.batch.options import BatchOptions
-from tasks.batch.plan import load_plan
+from tasks.batch.run_records import load_plan
 from tasks.storage import open_storage
 from tests.support import load_minilm, register_minilm
 

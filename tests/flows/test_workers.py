@@ -17,7 +17,7 @@ from prefect.states import Crashed, Running
 
 from flows.runtime import joining
 from infra.local.prefect_server import PrefectServer
-from serving.errors import BadInput, RunnerUnusable
+from serving.errors import BadInput, ReleaseMismatch, RunnerUnusable
 from tasks.batch.options import BatchOptions
 from tasks.batch.report import BatchReport
 from tests.support import write_customers
@@ -95,6 +95,30 @@ class TestJoining:
         assert begun == joining.find_start(storage, "second", uuid.uuid4())
         assert joining.find_start(storage, "third", None) is None
 
+    def test_a_worker_of_another_release_is_refused_with_both_and_nothing_is_scored(
+        self, linear: str, customers: Path, tmp_path: Path
+    ) -> None:
+        from serving.machine import find_release
+        from tasks.batch.run_records import load_start, save_start
+        from tasks.storage import open_storage
+
+        first = infer(linear, customers, tmp_path / "scores")
+        (started,) = (tmp_path / "scores/_overnight/starts").iterdir()
+        storage = open_storage(str(tmp_path / "scores"))
+        begun = load_start(storage, started.stem)
+        older = uuid.uuid4()
+        assert begun is not None
+        save_start(storage, str(older), begun.model_copy(update={"release": "0.0.9"}))
+        before = sorted(path for path in (tmp_path / "scores").rglob("*"))
+
+        with pytest.raises(ReleaseMismatch) as refused:
+            infer(linear, customers, tmp_path / "scores", OPTIONS.model_copy(update={"joins": older}))
+
+        assert (first.run, find_release()) == (begun.run, begun.release)
+        assert "that began the run which it joins, 0.0.9, but the one on " in str(refused.value)
+        assert f" is of {find_release()}. Install 0.0.9 there, or have all of them on one release" in str(refused.value)
+        assert before == sorted(path for path in (tmp_path / "scores").rglob("*"))
+
     def test_a_flow_run_that_began_nothing_there_is_named(
         self, linear: str, customers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -164,3 +188,7 @@ class TestStarting:
             joining.check_workers("s3://lake/customers", "/data/scores", OPTIONS)
             with pytest.raises(BadInput, match="destination of a deployment's run must be an absolute path"):
                 joining.check_workers("s3://lake/customers", "scores", OPTIONS)
+            table = {"source": "features", "join_keys": "customer", "time": "at"}
+            joined = BatchOptions.model_validate({"spine_time": "as_of", "features": [table]})
+            with pytest.raises(BadInput, match="feature table of a deployment's run must be an absolute path"):
+                joining.check_workers("s3://lake/customers", "/data/scores", joined)

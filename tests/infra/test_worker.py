@@ -1,14 +1,26 @@
 from __future__ import annotations
 
 import configparser
+import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from infra.worker import drain_runs, kill_process_tree, list_children, list_process_tree, parse_arguments, send_signal
+import pytest
+
+from infra.worker import (
+    describe_open_connection,
+    drain_runs,
+    kill_process_tree,
+    list_children,
+    list_process_tree,
+    parse_arguments,
+    send_signal,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,3 +118,73 @@ def test_a_signal_to_a_process_that_is_gone_is_passed_over() -> None:
     send_signal([gone.pid], signal.SIGTERM)
 
     assert [gone.pid] == list_process_tree(gone.pid)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "https://prefect.example/api",
+            "http://127.0.0.1:4200/api",
+            "http://localhost:4200/api",
+            "http://[::1]:4200/api",
+        ),
+        *("http://127.8.8.8/api", "", "not an address"),
+    ],
+)
+def test_a_worker_takes_work_by_https_and_on_its_own_machine(url: str) -> None:
+    assert "" == describe_open_connection(url)
+
+
+@pytest.mark.parametrize("host", ["prefect.example", "10.0.0.7", "localhost.example", "127.0.0.1.example"])
+def test_a_worker_takes_no_work_from_another_machine_by_http_and_tells_no_password(host: str) -> None:
+    said = describe_open_connection(f"http://me:secret@{host}:4200/api")
+
+    assert f"got http to {host}." in said
+    assert "--plain-http" in said
+    assert "secret" not in said
+
+
+def test_a_worker_with_an_open_connection_in_its_profile_ends_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "profiles.toml").write_text(
+        'active = "far"\n[profiles.far]\nPREFECT_API_URL = "http://prefect.invalid:4200/api"\n'
+    )
+    without = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "infra.worker", "--pool", "overnight"],
+        env={**without, "PREFECT_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (1, "") == (done.returncode, done.stdout)
+    assert "must reach it by https or on this machine; got http to prefect.invalid" in done.stderr
+
+
+# The first process of a namespace: infra.worker, with a program in Prefect's place whose grandchild ends.
+FIRST = """
+import os, signal, subprocess, sys, time
+import infra.worker as worker
+worker._describe_missing_pool = lambda pool: ""
+child = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', '']); import os; os._exit(0)"
+code = f"import subprocess, sys, time; subprocess.run([sys.executable, '-c', {child!r}]); time.sleep(3)"
+worker._make_command = lambda options: [sys.executable, "-c", code]
+status = worker.main(["--pool", "any", "--plain-http"])
+left = [each for each in os.listdir("/proc") if each.isdigit() and each != "1"]
+print(os.getpid(), status, left)
+"""
+
+
+def test_as_the_first_process_of_a_container_it_leaves_no_ended_process_behind() -> None:
+    if not shutil.which("unshare") or os.geteuid() != 0:
+        pytest.skip("a namespace of processes needs root and unshare, of Debian's util-linux")
+    done = subprocess.run(
+        ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", FIRST],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert "1 0 []" == done.stdout.strip(), done.stderr

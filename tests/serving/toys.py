@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from mlflow.models import Model, ModelSignature
@@ -88,3 +90,34 @@ class Picky(torch.nn.Module):
             message = f"no row may begin with 1 <{object()!r}>"
             raise ValueError(message)
         return torch.where(x_NF[:, :1] == 2, torch.nan, self.inner(x_NF))
+
+
+_UNKNOWN = "[UNK]"
+_WORDS = ["[PAD]", _UNKNOWN, "[CLS]", "[SEP]", "a", "of", "the", "or", "in", "small", "large", "used", "person", "any"]
+
+
+def tiny_bert(padding_side: str) -> Any:
+    """A text-classification pipeline over a tiny BERT with random weights, which reads 32 tokens."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, pipeline
+
+    words = Tokenizer(models.WordLevel({word: at for at, word in enumerate(_WORDS)}, unk_token=_UNKNOWN))
+    words.normalizer = normalizers.Lowercase()
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    special = {"pad_token": "[PAD]", "unk_token": _UNKNOWN, "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, model_max_length=32, padding_side=padding_side, **special
+    )
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(_WORDS),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        id2label={0: "thing", 1: "person", 2: "place"},
+        initializer_range=1.0,
+    )
+    return pipeline("text-classification", model=BertForSequenceClassification(config).eval(), tokenizer=tokenizer)

@@ -12,27 +12,32 @@ from typing import Any, Literal
 
 from serving.errors import BadInput, Interrupted, OvernightError
 from tasks.batch.chunk_scheduler import Host
+from tasks.batch.key_check import check_run_keys
 from tasks.batch.manifest import Manifest, find_intact_manifest
 from tasks.batch.memory import check_memory
-from tasks.batch.options import BatchOptions
+from tasks.batch.options import BatchOptions, TableMode
 from tasks.batch.parts import count_rows_done
-from tasks.batch.plan import Plan, RunStart, confirm_plan, load_start, run_key, save_start
+from tasks.batch.plan import Plan, run_key
 from tasks.batch.publish import Audit, audit_parts, check_rows_add_up, count_rejects, publish
 from tasks.batch.resolve import CompleteRun, ResumedRun, RunRequest, choose_slots, find_run, restage_plan
-from tasks.batch.score import Scorer, ScoringResult, check_rejects
+from tasks.batch.run_records import RunStart, confirm_plan, load_start, save_start
+from tasks.batch.score import Scorer
+from tasks.batch.scoring_result import ScoringResult, check_rejects
 from tasks.batch.source import pin_source
 from tasks.spot.drain import Drain, sigterm_notice
 from tasks.storage import Storage, check_create_only, open_storage
+from tests.simulation.cleaning import CleaningWorld
 from tests.simulation.data import CONTRACT, Source, ToyModel, ToyResolved, expected, load_toy
 from tests.simulation.delta import DeltaOracle
+from tests.simulation.gates import GateWorld, make_gate
 from tests.simulation.oracle import Oracle
 from tests.simulation.scheduler import Actor, ActorExecutor, Killed, Process, Scheduler, Stuck
 from tests.simulation.storage import SimulatedStorage
 
 SOURCE, DESTINATION = "sim://source", "sim://destination"
 _PASSES_MAX = 3
-_MISCHIEF_SECONDS, _PAUSE_SECONDS = 4.0, 2.0
-_RESUMES, _JOINS = 0.5, 0.2
+_PAUSE_SECONDS = 2.0
+_RESUMES, _JOINS, _APPROVALS, _UPSERTS = 0.5, 0.2, 0.3, 0.6
 
 
 @dataclass(kw_only=True)
@@ -56,8 +61,11 @@ class BatchWorld:
     destination: SimulatedStorage
     oracle: Oracle
     delta: DeltaOracle | None
+    cleaning: CleaningWorld
+    gates: GateWorld
     menu: list[BatchOptions]
     mischief: list[str]
+    mischief_seconds: float
     callers: int
     calls: int
     refusals: Counter[str] = field(default_factory=Counter)
@@ -77,6 +85,8 @@ class BatchWorld:
     def run(self) -> None:
         """Let callers call while things go wrong; on a calm day make each call once more, and end what was begun."""
         self.destination.on_put = self._see_put
+        self.destination.on_list = self.cleaning.see_list
+        self.destination.on_delete = self.cleaning.see_delete
         self.source.write_some()
         self.scheduler.kill_rate = self.destination.weather.kill
         actors = [self._spawn(f"caller-{at}", self._call_often) for at in range(self.callers)]
@@ -85,21 +95,38 @@ class BatchWorld:
             self.scheduler.join(actor).value()
         self.is_over = True
         self.scheduler.join(fiend).value()
+        self.cleaning.wait()
         self.scheduler.kill_rate = 0.0
         for storage in (self.source_storage, self.destination):
             storage.weather = storage.weather.without_faults()
         # Then come those that were left, behind runs that are newer by now.
         for flow_run in [self._new_flow_run(options) for options in self.menu] + self.unfinished:
+            self.gates.refused.clear()
             self._attempt_apart(flow_run)
+            self._approve_at_last(flow_run)
         while self.destination.has_late:
             self.destination.deliver()
         self.oracle.check_newest(self.scheduler.steps)
+        self._clean_at_last()
+
+    def _clean_at_last(self) -> None:
+        """Mend what a cleaning has taken, and drop older runs; a call that finds its run dropped scores it again."""
+        for plan in self.cleaning.list_mendable(self.source_storage):
+            start = RunStart(run=plan.run, key=plan.key)
+            self.destination.write(f"_overnight/starts/mend-{plan.run}.json", start.model_dump_json().encode())
+            mended = self._attempt_apart(FlowRun(id=f"mend-{plan.run}", options=self.menu[0], keys=[plan.key]))
+            self.cleaning.check_mended(plan.run, mended=mended)
+        self.cleaning.clean_at_last(self.chance.randint(1, 3))
+        self.oracle.check_newest(self.scheduler.steps)
+        self._attempt_apart(self._new_flow_run(self.menu[-1]))
 
     def _spawn(self, name: str, run: Callable[[], Any]) -> Actor:
         return self.scheduler.spawn(Process(name), name, run)
 
     def _see_put(self, path: str, is_late: bool) -> None:  # noqa: FBT001 - as the storage calls it
         began = float("-inf") if is_late else self.began.get(self.scheduler.process, float("-inf"))
+        self.cleaning.see_put(path)
+        self.gates.see_put(path)
         self.oracle.see_put(path, self.scheduler.steps, began)
 
     def _call_often(self) -> None:
@@ -110,6 +137,8 @@ class BatchWorld:
                 self.unfinished.append(flow_run)
             if self._attempt_apart(flow_run) and flow_run in self.unfinished:
                 self.unfinished.remove(flow_run)
+            if self.gates.refused and self.chance.random() < _APPROVALS:
+                self._approve_apart(self.chance.choice(sorted(self.gates.refused)))
             self.scheduler.sleep(self.chance.expovariate(1 / _PAUSE_SECONDS))
 
     def _new_flow_run(self, options: BatchOptions | None = None) -> FlowRun:
@@ -119,6 +148,31 @@ class BatchWorld:
             other = self.chance.choice(self.unfinished)
             return FlowRun(id=name, options=other.options, joins=other.id, keys=other.keys)
         return FlowRun(id=name, options=options or self.chance.choice(self.menu))
+
+    def _approve_apart(self, run: str) -> bool:
+        """Approve a run in a process of its own; return whether that is done."""
+        process = Process(f"approver.{self.scheduler.steps}")
+
+        def approve() -> bool:
+            try:
+                self.gates.approve(open_storage(DESTINATION), run)
+            except OvernightError as error:
+                self.scheduler.tell(f"the approval is refused: {type(error).__name__}: {error}")
+                return False
+            return True
+
+        actor = self.scheduler.spawn(process, process.name, approve)
+        self.scheduler.join(actor)
+        return not isinstance(actor.error, Killed) and bool(actor.value())
+
+    def _approve_at_last(self, flow_run: FlowRun) -> None:
+        """Approve what was refused when nobody else calls: the same call then publishes it."""
+        for run in sorted(self.gates.refused):
+            approved = self._approve_apart(run)
+            self.gates.refused.clear()
+            self._attempt_apart(flow_run)
+            if approved and self.gates.refused:
+                self.oracle.violations.append(f"gate: run {run} is refused again, though it was approved")
 
     def _attempt_apart(self, flow_run: FlowRun) -> bool:
         """Make an attempt in a process of its own; return whether it came to its end."""
@@ -131,7 +185,7 @@ class BatchWorld:
         # Whatever it had running besides ends with it.
         process.alive = False
         if self.delta is not None:
-            self.delta.check()
+            self.gates.check_committed(self.delta.check())
         try:
             actor.value()
         except Killed:
@@ -159,9 +213,22 @@ class BatchWorld:
         else:
             check_create_only(storage)
             plan = restage_plan(plan, storage) if isinstance(run, ResumedRun) and run.damaged else plan
+            self.gates.open_baseline(storage, plan)
             audit = self._score(plan, storage, flow_run.options, process)
+            self._check_keys(storage, plan, audit)
+            self.gates.pass_run(storage, plan, self.began[process])
             manifest = publish(storage, confirm_plan(storage, plan), audit)
         self._check(flow_run, plan, manifest, process)
+
+    def _check_keys(self, storage: Storage, plan: Plan, audit: Audit) -> None:
+        """Look for doubled keys, as flows.batch does it. Raises KeysUnfit."""
+        if not plan.options.key_columns:
+            return
+        found = check_run_keys(storage, plan, audit.footers)
+        times = Counter(key for key, _, _ in self.oracle.wanted[plan.key])
+        doubled = sum(rows > 1 for rows in times.values())
+        if (times.total(), doubled) != (found.rows, found.doubled):
+            self.oracle.violations.append(f"run {plan.run} has {doubled} doubled keys, and the check says {found}")
 
     def _check(self, flow_run: FlowRun, plan: Plan, manifest: Manifest, process: Process) -> None:
         self.scheduler.tell(f"{flow_run.id} returns run {manifest.run}")
@@ -238,7 +305,7 @@ class BatchWorld:
 
     def _do_mischief(self) -> None:
         while not self.is_over:
-            self.scheduler.sleep(self.chance.expovariate(1 / _MISCHIEF_SECONDS))
+            self.scheduler.sleep(self.chance.expovariate(1 / self.mischief_seconds))
             if self.mischief:
                 what = self.chance.choice(self.mischief)
                 self.scheduler.tell(f"mischief: {what}")
@@ -284,15 +351,22 @@ class BatchWorld:
         if self.drains:
             self.chance.choice(self.drains).add_notice(sigterm_notice(self.chance.uniform(0.1, 5)))
 
+    def _clean(self) -> None:
+        self.cleaning.start()
+
     def _erase(self, pattern: str) -> None:
         paths = [path for path in self.destination.objects if re.fullmatch(pattern, path)]
         self.destination.erase(paths)
         self.oracle.damaged_at = self.scheduler.steps
 
 
-def make_menu(chance: random.Random, output: Literal["parquet", "delta"]) -> list[BatchOptions]:
+def make_menu(
+    chance: random.Random, output: Literal["parquet", "delta"], *, is_gated: bool = False
+) -> list[BatchOptions]:
     """Return the options that calls choose from: the same call with other slots, and one or two others."""
-    keys = chance.choice([("id",), ()])
+    upserts = output == "delta" and chance.random() < _UPSERTS
+    keys = ("id",) if upserts else chance.choice([("id",), ()])
+    mode: TableMode = "upsert" if upserts else chance.choice(["append", "replace"])
     name = chance.choice([None, None, "nightly"]) if output == "parquet" else None
     base = BatchOptions(
         key_columns=keys,
@@ -303,7 +377,9 @@ def make_menu(chance: random.Random, output: Literal["parquet", "delta"]) -> lis
         memory_mb=1024,
         max_reject_fraction=1.0,
         output=output,
-        delta_mode=chance.choice(["append", "replace"]),
+        delta_mode=mode,
+        missing_keys=chance.choice(["keep", "keep", "delete", "mark"]) if upserts else "keep",
+        gate=make_gate(chance) if is_gated else None,
     )
     menu = [base, base.model_copy(update={"slots": chance.choice([n for n in (1, 2, 3, 4) if n != base.slots])})]
     if chance.random() < 0.6:

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from serving.model.contract import Column, Contract, Input, Output
 from serving.model.encoding import BatchUnit, Encoded
 from serving.model.interface import Engine, TuningLimits
+from serving.model.processes import ProcessOptions
 from serving.model.registry import ModelPin
 from tasks.storage import Entry
 from tests.simulation.storage import SimulatedStorage
@@ -85,6 +86,9 @@ class ToyResolved:
     """A pinned version of the model, as serving.model.registry.Resolved is one."""
 
     version: int
+    # It runs in this process, as torch modules do.
+    is_torch = True
+    is_text = False
 
     @property
     def pin(self) -> ModelPin:
@@ -98,7 +102,7 @@ class ToyResolved:
         return {}
 
 
-def load_toy(resolved: ToyResolved, contract: Contract, *, allow_pickle: bool) -> ToyModel:
+def load_toy(resolved: ToyResolved, contract: Contract, *, allow_pickle: bool, processes: ProcessOptions) -> ToyModel:
     """Load the model of a version."""
     return ToyModel(resolved.version)
 
@@ -117,13 +121,18 @@ class Source:
             self._write_new()
 
     def change(self) -> None:
-        """Write another version of a file, put an earlier one back, add a file, or delete one."""
+        """Write another version of a file, put an earlier one back, add a file, rename or delete one."""
         paths = sorted(self._storage.objects)
-        what = self._chance.choice(["another", "back", "add", "delete"])
+        what = self._chance.choice(["another", "back", "add", "rename", "delete"])
         if what == "add":
             self._write_new()
         elif what == "delete" and len(paths) > 1:
             self._storage.erase([self._chance.choice(paths)])
+        elif what == "rename":
+            path = self._chance.choice(paths)
+            entry = next(entry for entry in reversed(self._rows) if entry.path == path)
+            self._storage.erase([path])
+            self._write_new(self._rows[entry])
         elif what == "back":
             entry = self._chance.choice(list(self._rows))
             self._write(entry.path, self._rows[entry])
@@ -134,9 +143,9 @@ class Source:
         """Return the rows of one version of a file."""
         return self._rows[entry]
 
-    def _write_new(self) -> None:
+    def _write_new(self, rows: list[Row] | None = None) -> None:
         self._next += 1
-        self._write(f"f{self._next}.{self._kind}", self._some_rows())
+        self._write(f"f{self._next}.{self._kind}", rows or self._some_rows())
 
     def _some_rows(self) -> list[Row]:
         rows = []

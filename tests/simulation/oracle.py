@@ -36,6 +36,7 @@ class Oracle:
     planned: dict[str, Planned] = field(default_factory=dict)
     violations: list[str] = field(default_factory=list)
     damaged_at: int = -1
+    dropped_at: dict[str, int] = field(default_factory=dict)
 
     def ask(self, key: str, answers: list[Answered]) -> None:
         """Take note of what the table of a run with this key must hold."""
@@ -52,6 +53,12 @@ class Oracle:
     def forget_order(self) -> None:
         """Take note that all records were deleted: runs that were planned before have no order any more."""
         self.planned = {run: Planned(began=float("-inf"), written=float("inf")) for run in self.planned}
+
+    def forget_run(self, run: str, step: int) -> None:
+        """Take note that the records of a run were deleted on purpose: planned again, it has no order any more."""
+        self.dropped_at[run] = step
+        if run in self.planned:
+            self.planned[run] = Planned(began=float("-inf"), written=float("inf"))
 
     def check_returned(self, run: str, key: str, allowed: Sequence[str], began: int) -> None:
         """Check what a call that returned has published; `allowed` are the keys that its flow run has asked for."""
@@ -95,7 +102,8 @@ class Oracle:
         try:
             return open_predictions(str(self.folder), run).collect()
         except OvernightError as error:
-            if is_returned and began > self.damaged_at:
+            is_dropped = run is not None and self.dropped_at.get(run, -1) >= began
+            if is_returned and began > self.damaged_at and not is_dropped:
                 self.violations.append(f"run {run} was published, but opening it is refused: {error}")
         except (OSError, pl.exceptions.PolarsError) as error:
             if began > self.damaged_at and (run is not None or self.damaged_at < 0):

@@ -6,13 +6,19 @@ import hashlib
 import random
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
+from unittest.mock import patch
 
+from tasks.batch import key_check, upsert
 from tasks.storage import register_scheme
 from tests.simulation.batch import DESTINATION, SOURCE, BatchWorld, make_menu
+from tests.simulation.cleaning import CleaningWorld
 from tests.simulation.data import Source
 from tests.simulation.delta import DeltaOracle
+from tests.simulation.gates import GateWorld
 from tests.simulation.oracle import Oracle
 from tests.simulation.scheduler import Scheduler, Stuck
 from tests.simulation.storage import SimulatedDisk, SimulatedStorage, Weather
@@ -27,7 +33,7 @@ _MISCHIEF = (
 )
 _STREAM_MISCHIEF = ("promote_model", "delete_everything", "delete_plan", "damage_part")
 _DELIVERY_RATE = 0.1
-_STREAM_SHARE, _DELTA_SHARE = 0.2, 0.5
+_STREAM_SHARE, _DELTA_SHARE, _CLEANING_SHARE, _GATE_SHARE = 0.2, 0.5, 0.6, 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +57,9 @@ def simulate(seed: int) -> Outcome:
         world = make(chance, Path(scratch))
         violations = world.violations
         try:
-            world.scheduler.run(world.run)
+            # Threads of a pool would take steps side by side.
+            with patch.object(key_check, "map_ahead", _map_in_order), patch.object(upsert, "map_ahead", _map_in_order):
+                world.scheduler.run(world.run)
         except Stuck:
             violations.append(f"no end within {STEPS_MAX} steps")
     # The folder has another name each time.
@@ -71,16 +79,33 @@ def simulate_briefly(seed: int) -> Outcome:
     return replace(simulate(seed), trace=())
 
 
+def _map_in_order(work: Callable[[Any], Any], items: Iterable[Any], _threads: int) -> Generator[Any]:
+    yield from map(work, items)
+
+
 def _make_batch(chance: random.Random, scratch: Path) -> BatchWorld:
     scheduler, storages = _make_storages(chance, scratch)
     destination = storages[DESTINATION]
     if chance.random() < 0.3:
         storages[SOURCE].weather = Weather(error=0.02, lag=0.2)
     oracle = Oracle(destination.root)
-    menu = make_menu(chance, "delta" if destination.is_disk and chance.random() < _DELTA_SHARE else "parquet")
+    output: Literal["parquet", "delta"] = "parquet"
+    if destination.is_disk and chance.random() < _DELTA_SHARE:
+        output = "delta"
+    menu = make_menu(chance, output, is_gated=chance.random() < _GATE_SHARE)
     is_delta = menu[0].output == "delta"
     # Without other rows or another model there is one run alone.
     mischief = [what for what in _CHANGES if chance.random() < 0.7] + [w for w in _MISCHIEF if chance.random() < 0.4]
+    cleaning = CleaningWorld(
+        scheduler=scheduler, url=DESTINATION, storage=destination, oracle=oracle, is_table=is_delta
+    )
+    gates = GateWorld(gate=menu[0].gate, storage=destination, oracle=oracle)
+    is_cleaned = chance.random() < _CLEANING_SHARE
+    if is_cleaned:
+        # More of what makes runs of many that have parts of one another, and less of what takes them all.
+        mischief = [what for what in mischief if chance.random() < 0.5] + ["clean", "clean", "change_source"]
+        # A cleaning goes by what is there now, and has no other way to know of it than listings.
+        destination.weather = replace(destination.weather, lag=0.0)
     return BatchWorld(
         scheduler=scheduler,
         chance=chance,
@@ -88,11 +113,14 @@ def _make_batch(chance: random.Random, scratch: Path) -> BatchWorld:
         source_storage=storages[SOURCE],
         destination=destination,
         oracle=oracle,
-        delta=DeltaOracle(oracle, menu[0].delta_mode == "replace") if is_delta else None,
+        delta=DeltaOracle(oracle, menu[0]) if is_delta else None,
+        cleaning=cleaning,
+        gates=gates,
         menu=menu,
         mischief=[what for what in mischief if not (is_delta and what == "damage_part")],
         callers=chance.randint(1, 3),
-        calls=chance.randint(2, 5),
+        mischief_seconds=1.5 if is_cleaned else 4.0,
+        calls=chance.randint(2, 5) + 3 * is_cleaned,
     )
 
 

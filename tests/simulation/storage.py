@@ -17,6 +17,7 @@ from tasks.storage import Entry, LocalStorage
 from tests.simulation.scheduler import Scheduler
 
 _LISTINGS_KEPT = 12
+_DELTA_LOG = "_delta_log"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,8 @@ class SimulatedStorage:
         self.weather = weather
         self.objects: dict[str, tuple[bytes, Entry]] = {}
         self.on_put: Callable[[str, bool], None] = lambda _path, _is_late: None
+        self.on_list: Callable[[str], None] = lambda _prefix: None
+        self.on_delete: Callable[[str], None] = lambda _path: None
         self._scheduler = scheduler
         self._late: list[tuple[str, bytes]] = []
         self._listings: list[list[Entry]] = [[]]
@@ -96,15 +99,27 @@ class SimulatedStorage:
 
     def entries(self, prefix: str = "", depth: int | None = None) -> list[Entry]:
         """Return what lies below a prefix, perhaps as it was a few writes ago."""
-        self._step(f"list {prefix}")
-        listing = self._listings[-1]
-        if self._draw(self.weather.lag):
-            listing = self._scheduler.chance.choice(self._listings)
-            self._scheduler.tell("lags")
         base = prefix.rstrip("/")
         levels = len(base.split("/")) if base else 0
-        below = (entry for entry in listing if not base or entry.path.startswith(f"{base}/"))
+        below = (entry for entry in self._list(prefix) if not base or entry.path.startswith(f"{base}/"))
         return [entry for entry in below if depth is None or entry.path.count("/") < levels + depth]
+
+    def entries_after(self, folder: str, name: str, count: int) -> list[Entry]:
+        """Return a page of what lies right in a folder, perhaps as it was a few writes ago."""
+        below = [entry for entry in self._list(folder) if entry.path.rpartition("/")[0] == folder]
+        if folder == _DELTA_LOG and (self.root / folder).is_dir():
+            # What deltalake writes lies on the disk alone.
+            names = sorted(path.name for path in (self.root / folder).iterdir())
+            below = [Entry(path=f"{folder}/{name}", size=0, tag="") for name in names]
+        return [entry for entry in below if entry.path.rpartition("/")[2] > name][:count]
+
+    def _list(self, told: str) -> list[Entry]:
+        self._step(f"list {told}")
+        self.on_list(told)
+        if not self._draw(self.weather.lag):
+            return self._listings[-1]
+        self._scheduler.tell("lags")
+        return self._scheduler.chance.choice(self._listings)
 
     def open_pinned(self, entry: Entry) -> pa.NativeFile:
         """Open an object as it is now, where it is the entry."""
@@ -139,7 +154,12 @@ class SimulatedStorage:
         """Delete objects, one a step."""
         for path in paths:
             self._step(f"delete {path}")
+            self.on_delete(path)
             self.erase([path])
+
+    def torn_writes(self, prefix: str) -> list[Entry]:
+        """Return none: a torn write leaves half an object here, not one beside it."""
+        return []
 
     def delete_torn_writes(self, prefix: str) -> None:
         """Nothing to do: a torn write leaves half an object here, not one beside it."""

@@ -1,4 +1,4 @@
-"""Whatever happens to storage, workers and records, nothing wrong is published: a hundred seeds of the simulation."""
+"""Whatever happens to storage, workers and records, nothing wrong is published: sixty seeds of the simulation."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import pytest
 from tests.simulation.simulate import Outcome, simulate
 
 ROOT = Path(__file__).parents[2]
-SEEDS = range(100)
+SEEDS = range(60)
 HAPPENINGS = (
     *("killed", "is refused", "is unanswered", "is doubled", "is late", "is torn", "is lost", "arrives: ", "lags"),
     *("mischief: change_source", "mischief: promote_model", "mischief: delete_everything", "mischief: delete_run"),
     *("mischief: delete_plan", "mischief: delete_starts", "mischief: damage_part", "mischief: move_clocks"),
+    *("mischief: clean", "the cleaning drops (", "ApprovalNeeded", "approver", "rewritten/"),
 )
 
 
@@ -40,10 +41,10 @@ def test_everything_happens_and_calls_come_to_their_ends(outcomes: list[Outcome]
 
 
 def test_a_seed_takes_the_same_steps_in_another_process(outcomes: list[Outcome]) -> None:
-    code = "from tests.simulation.simulate import simulate; print(*(simulate(seed).digest for seed in range(20)))"
+    code = "from tests.simulation.simulate import simulate; print(*(simulate(seed).digest for seed in range(8)))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
 
-    assert [outcome.digest for outcome in outcomes[:20]] == done.stdout.split()
+    assert [outcome.digest for outcome in outcomes[:8]] == done.stdout.split()

@@ -18,6 +18,7 @@ from nats.js.api import ConsumerInfo
 from nats.js.errors import NotFoundError
 
 from serving.errors import BrokerFault, MessagesLost, OvernightError, StreamFault
+from tasks.stream.batcher import quarantine_size
 from tasks.stream.message import HEADER_EVENT_TIME, Message, Position, choose_event_time
 from tasks.stream.nats.connection import NatsConnection, find_stream
 from tasks.stream.nats.consumer import (
@@ -87,6 +88,10 @@ class _PullRequest:
 class NatsSource:
     """The messages of one stream.
 
+    Every message that is delivered to a process that ends uses up a delivery, whether it was scored or not. While
+    suspects are in flight, no more are requested, and few at a time after them: what ends the process takes no others
+    along to the dead letters. The first request is of one message, which says whether suspects wait.
+
     Args:
         connection: The connection to the server.
         address: Stream, subject and consumer.
@@ -125,6 +130,9 @@ class NatsSource:
         self._available = threading.Condition()
         self._requests: dict[int, _PullRequest] = {}
         self._requested_at = 0.0
+        # None for no bound of its own.
+        self._next_request_max: int | None = 1 if start is None else None
+        self._suspects: set[int] = set()
         self._numbers = itertools.count()
         self._error: OvernightError | None = None
         self._identity = identity
@@ -213,6 +221,7 @@ class NatsSource:
     async def _acknowledge(self, done: Sequence[Message], dead_lettered: Sequence[Message]) -> None:
         for messages, word in ((done, b"+ACK"), (dead_lettered, b"+TERM")):
             self._tracker.forget(messages)
+            self._suspects.difference_update(message.position.number for message in messages)
             for message in messages:
                 while True:
                     try:
@@ -221,6 +230,10 @@ class NatsSource:
                     except nats.errors.OutboundBufferLimitError:
                         # Messages that are not acknowledged come again; their scores are there once all the same.
                         await self._connection.wait_until_connected()
+        # The last of the suspects may be done, for which requests have waited.
+        if self._next_request_max is not None:
+            with contextlib.suppress(nats.errors.Error):
+                await self._request_more()
 
     async def _keep_requesting(self) -> None:
         """Request messages as soon as there is space, and extend the time of those that wait here."""
@@ -283,10 +296,12 @@ class NatsSource:
             self._requests.clear()
         requested = self._count_requested()
         limit = self._limit
-        count = self._request_messages_max if limit is None else min(self._request_messages_max, limit - requested)
+        count = min(self._next_request_max or self._request_messages_max, self._request_messages_max)
+        count = count if limit is None else min(count, limit - requested)
         free = self._messages_max - len(self._buffer) - requested
         has_space = free >= self._request_messages_max and self._buffer_bytes <= self._bytes_quarter
-        if len(self._requests) > 1 or count < 1 or not has_space:
+        is_waiting = bool(self._suspects) or (self._next_request_max is not None and bool(self._requests))
+        if is_waiting or len(self._requests) > 1 or count < 1 or not has_space:
             return
         number = next(self._numbers)
         self._requests[number], self._requested_at = _PullRequest(count, count), now
@@ -328,6 +343,10 @@ class NatsSource:
             deliveries=deliveries,
             receipt=msg.reply,
         )
+        if not self._is_ordered:
+            self._next_request_max = quarantine_size(deliveries, self._address.max_deliver)
+            if self._next_request_max is not None:
+                self._suspects.add(sequence)
         if self._limit is not None:
             self._limit -= 1
         with self._available:

@@ -19,8 +19,10 @@ from serving.errors import BadInput
 from tasks.batch.options import BatchOptions
 
 COMMANDS = [
-    *(["score"], ["runs"], ["verify"], ["deploy"], ["worker"], ["endpoint"], ["endpoint", "retire"]),
-    *(["choose"], ["model", "check"], ["local", "up"]),
+    *(["score"], ["runs"], ["costs"], ["verify"], ["deploy"], ["worker"], ["endpoint"], ["endpoint", "retire"]),
+    *(["choose"], ["model", "check"], ["local", "up"], ["kubernetes", "render"], ["kubernetes", "deploy"]),
+    *(["environments", "list"], ["environments", "remove"]),
+    *(["aws", "plan"], ["aws", "deploy"], ["aws", "status"], ["aws", "destroy"]),
 ]
 HEAVY = "{'torch', 'prefect', 'mlflow', 'pyarrow', 'polars', 'numpy', 'pandas'}"
 
@@ -64,7 +66,7 @@ def test_options_of_score_are_described_by_the_fields_of_the_options() -> None:
         assert " ".join(str(BatchOptions.model_fields[name].description).split()) in told
 
 
-@pytest.mark.parametrize("arguments", [[], ["endpoint"], ["model"], ["local"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [[], ["endpoint"], ["model"], ["local"], ["kubernetes"], ["aws"]], ids=" ".join)
 def test_a_group_alone_shows_what_it_has(arguments: list[str]) -> None:
     result = CliRunner().invoke(app, arguments)
 
@@ -122,7 +124,7 @@ def test_a_command_line_that_does_not_read_ends_with_two_and_says_why(arguments:
             ["deploy", "m", "a", "b", "--options", '{"slotz": 1}'],
             "slotz of --options: there is no such field; did you mean",
         ),
-        (["endpoint", "--name", "churn"], "--model: Field required"),
+        (["endpoint", "--name", "churn"], "must have a model, steps or an ensemble, and one of these three, got none"),
         (["endpoint", "--name", "churn", "--model", "m", "--rate", "3"], "needs both --latency-ms and --rate"),
         (["endpoint", "--name", "churn", "--model", "m", "--keep-warm", "long"], "must be seconds, or auto"),
         (["endpoint", "retire", "churn", "--target", '{"kind": "tritn"}'], "tritn"),

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from prefect.client.orchestration import get_client
 from typer.testing import CliRunner
 
 from deployments.command_line import app
@@ -33,11 +34,11 @@ PATIENCE_SECONDS = 120.0
 
 @pytest.fixture(scope="module")
 def scored(
-    server: PrefectServer, linear: str, customers: Path, tmp_path_factory: pytest.TempPathFactory
+    server: PrefectServer, doubling: str, customers: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, object]]:
     """A destination with a run that a real process has scored, and what it printed."""
     destination = tmp_path_factory.mktemp("scores") / "scores"
-    done = run_program("score", linear, str(customers), str(destination), "--key", "customer", "--json")
+    done = run_program("score", doubling, str(customers), str(destination), "--key", "customer", "--json")
     assert 0 == done.returncode, done.stderr
     (line,) = done.stdout.splitlines()
     return destination, json.loads(line)
@@ -51,10 +52,10 @@ def test_score_prints_one_json_object_and_all_rows_are_there(scored: tuple[Path,
 
 
 def test_score_again_finds_the_run_complete_and_shows_a_table(
-    scored: tuple[Path, dict[str, object]], linear: str, customers: Path
+    scored: tuple[Path, dict[str, object]], doubling: str, customers: Path
 ) -> None:
     destination, report = scored
-    result = CliRunner().invoke(app, ["score", linear, str(customers), str(destination), "-k", "customer"])
+    result = CliRunner().invoke(app, ["score", doubling, str(customers), str(destination), "-k", "customer"])
 
     assert 0 == result.exit_code, result.output
     assert f"Run {report['run']}" in result.stdout
@@ -62,15 +63,65 @@ def test_score_again_finds_the_run_complete_and_shows_a_table(
     assert "Read the predictions:" in result.stdout
 
 
-def test_runs_are_listed(scored: tuple[Path, dict[str, object]], linear: str) -> None:
+def test_runs_are_listed(scored: tuple[Path, dict[str, object]], doubling: str) -> None:
     destination, report = scored
     table = CliRunner().invoke(app, ["runs", str(destination)])
     listed = json.loads(CliRunner().invoke(app, ["runs", str(destination), "--json"]).stdout)
 
     assert 0 == table.exit_code
-    for text in (report["run"], linear, "10,000", "complete", "planned (UTC)"):
+    for text in (report["run"], doubling, "10,000", "complete", "planned (UTC)"):
         assert str(text) in table.stdout
     assert [(report["run"], "complete", 10_000)] == [(r["run"], r["state"], r["rows"]) for r in listed["runs"]]
+
+
+def test_parts_of_an_earlier_run_are_proved_by_scoring_them_again(
+    server: PrefectServer, doubling: str, tmp_path: Path
+) -> None:
+    source, out = write_customers(tmp_path / "in", rows=4_000, files=4, rows_per_group=500), str(tmp_path / "out")
+    score = ["score", doubling, str(source), out, "-k", "customer", "--options", '{"rows_per_chunk": 500}']
+    assert 0 == CliRunner().invoke(app, score).exit_code
+    write_customers(tmp_path / "new", rows=1_000, files=1, rows_per_group=500)
+    (tmp_path / "new/customers-00.parquet").rename(source / "customers-04.parquet")
+    assert 0 == CliRunner().invoke(app, score).exit_code
+    proved = CliRunner().invoke(app, ["verify", out, "--sample", "50%", "--seed", "3", "--json"])
+    refused = CliRunner().invoke(app, ["verify", out, "--sample", "half"])
+
+    assert 0 == proved.exit_code, proved.output
+    assert [("complete", 4, [])] == [
+        (run["state"], run["parts_proved"], run["damages"]) for run in json.loads(proved.stdout)["runs"]
+    ]
+    assert 1 == refused.exit_code
+    assert "A sample must be a percentage such as 1% or 100%" in refused.stderr
+
+
+def test_costs_of_runs_are_a_table_a_page_and_an_artifact_and_unknown_prices_are_said_to_be(
+    scored: tuple[Path, dict[str, object]], server: PrefectServer, tmp_path: Path
+) -> None:
+    destination, report = scored
+    page = tmp_path / "costs.html"
+    shown = CliRunner().invoke(app, ["costs", str(destination), "--output", str(page), "--prefect"])
+    told = json.loads(CliRunner().invoke(app, ["costs", str(destination), str(tmp_path), "--json"]).stdout)
+    with get_client(sync_client=True) as client:
+        artifacts = [each for each in client.read_artifacts() if str(each.key).startswith("costs-scores-")]
+    (run,) = told["destinations"][str(destination)]
+
+    assert 0 == shown.exit_code, shown.output
+    assert "not known" in shown.stdout
+    assert "OVERNIGHT_DOLLARS_PER_HOUR was not set" in shown.stdout
+    assert str(report["run"]) in shown.stdout
+    assert str(report["run"])[:12] in page.read_text()
+    assert (report["run"], 10_000, None) == (run["run"], run["rows"], run["spent"])
+    assert run["machine_seconds"] > 0
+    assert [] == told["destinations"][str(tmp_path)]
+    assert 1 == len(artifacts)
+
+
+def test_costs_of_a_destination_without_runs_write_no_page(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["costs", str(tmp_path), "--output", str(tmp_path / "costs.html")])
+
+    assert (0, "") == (result.exit_code, result.stdout)
+    assert f"{tmp_path} has no published run." in result.stderr
+    assert not (tmp_path / "costs.html").exists()
 
 
 def test_a_destination_without_runs_says_how_to_make_one(tmp_path: Path) -> None:
@@ -120,7 +171,7 @@ def test_runs_ends_with_one_where_a_run_is_damaged_and_says_what_to_do(
 
 
 def test_what_a_model_prints_is_not_on_stdout_beside_json(
-    server: PrefectServer, registry: Path, customers: Path, tmp_path: Path
+    server: PrefectServer, registry: Path, customers: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from tests.support import register_script
 
@@ -129,7 +180,9 @@ def test_what_a_model_prints_is_not_on_stdout_beside_json(
 
     assert 0 == result.exit_code, result.output
     assert 10_000 == json.loads(result.stdout)["rows"]
-    assert "so many rows" in result.stderr
+    assert "so many rows" not in result.stdout
+    # It is printed by a process, to this one's standard error.
+    assert "so many rows" in capfd.readouterr().err
 
 
 def test_a_model_that_is_not_there_ends_with_its_message_alone(
@@ -143,37 +196,64 @@ def test_a_model_that_is_not_there_ends_with_its_message_alone(
     assert not (tmp_path / "scores").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["models:/linaer/1", "{customers}", "{folder}/scores"], "did you mean 'linear'?"),
-        (["models:/linear/1", "{folder}/wrong", "{folder}/scores"], "is missing; did you mean 'bb'?"),
-        (["models:/linear/1", "{customers}", "{folder}/scores", "-k", "custmer"], "did you mean 'customer'?"),
-        (["models:/linear/1", "{customers}", "/proc/scores"], "The destination /proc/scores must be there already"),
-        # Text is read within the flow.
-        pytest.param(
-            ["models:/linear/1", "{folder}/text", "{folder}/scores"],
-            """Give --options '{"csv": {"delimiter": ";"}}'.""",
-            marks=pytest.mark.machines,
-        ),
-    ],
+WRONG_CALLS = (
+    (["models:/linaer/1", "{customers}", "{folder}/scores"], "did you mean 'linear'?"),
+    (["models:/linear/1", "{folder}/wrong", "{folder}/scores"], "is missing; did you mean 'bb'?"),
+    (["models:/linear/1", "{customers}", "{folder}/scores", "-k", "custmer"], "did you mean 'customer'?"),
+    (["models:/linear/1", "{customers}", "/proc/scores"], "The destination /proc/scores must be there already"),
 )
+# In one process: to import the command line takes each of them longer than its call.
+SCORE_IN_TURN = """
+import json, sys
+from typer.testing import CliRunner
+from deployments.command_line import app
+
+done = [CliRunner().invoke(app, ["score", *arguments]) for arguments in json.loads(sys.argv[1])]
+print(json.dumps([[each.exit_code, each.stdout, each.stderr] for each in done]))
+"""
+
+
+@pytest.fixture
+def serverless(tmp_path: Path) -> dict[str, str]:
+    """The environment of a process that has no Prefect server at hand, and may start one."""
+    home = {"PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true", "PREFECT_HOME": str(tmp_path / "prefect")}
+    return {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"} | home
+
+
 def test_a_wrong_call_is_told_before_a_temporary_server_is_started(
-    arguments: list[str], said: str, linear: str, customers: Path, tmp_path: Path
+    linear: str, customers: Path, serverless: dict[str, str], tmp_path: Path
 ) -> None:
     write_customers(tmp_path / "wrong", rows=10, files=1, rows_per_group=10, edit=lambda each: each.rename({"b": "bb"}))
+    calls = [[each.format(customers=customers, folder=tmp_path) for each in arguments] for arguments, _ in WRONG_CALLS]
+    command = [sys.executable, "-c", SCORE_IN_TURN, json.dumps(calls)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=serverless)
+    results = json.loads(done.stdout)
+
+    assert len(WRONG_CALLS) == len(results)
+    for (code, stdout, stderr), (_, said) in zip(results, WRONG_CALLS, strict=True):
+        assert (1, "") == (code, stdout)
+        assert said in stderr
+        assert len(stderr.splitlines()) <= LINES_MAX
+        assert "Traceback" not in stderr
+        assert "temporary Prefect server" not in stderr + done.stderr
+    assert not (tmp_path / "prefect" / "prefect.db").exists()
+    assert not (tmp_path / "scores" / "_overnight" / "plan.json").exists()
+
+
+@pytest.mark.machines
+def test_a_wrong_call_that_only_the_flow_can_tell_is_told_by_it(
+    linear: str, serverless: dict[str, str], tmp_path: Path
+) -> None:
+    # Text is read within the flow.
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "rows.csv").write_text("customer;a;b;c\n1;2;3;4\n")
-    arguments = [each.format(customers=customers, folder=tmp_path) for each in arguments]
-    home = {"PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true", "PREFECT_HOME": str(tmp_path / "prefect")}
-    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"} | home
-    done = run_program("score", *arguments, environment=environment)
+    done = run_program("score", linear, str(tmp_path / "text"), str(tmp_path / "scores"), environment=serverless)
 
     assert (1, "") == (done.returncode, done.stdout)
-    assert said in done.stderr
+    assert """Give --options '{"csv": {"delimiter": ";"}}'.""" in done.stderr
     assert len(done.stderr.splitlines()) <= LINES_MAX
     assert "Traceback" not in done.stderr
-    assert ("temporary Prefect server" in done.stderr) == (arguments[1] == f"{tmp_path}/text")
+    assert "temporary Prefect server" in done.stderr
     assert not (tmp_path / "scores" / "_overnight" / "plan.json").exists()
 
 
@@ -209,9 +289,11 @@ def test_ctrl_c_ends_score_with_130_and_one_line_and_the_same_command_resumes(
     assert "Traceback" not in stderr
     assert 3 <= kept < 100
 
-    resumed = subprocess.run(command, capture_output=True, text=True, check=False)
+    resumed = CliRunner().invoke(app, command[len(PROGRAM) :])
+
+    assert 0 == resumed.exit_code, resumed.stderr
+
     report = json.loads(resumed.stdout)
 
-    assert 0 == resumed.returncode, resumed.stderr
     assert report["rows_scored"] <= 10_000 - kept * 100
     assert list(range(10_000)) == sorted(open_predictions(str(destination)).collect()["customer"])

@@ -135,9 +135,9 @@ def test_no_server_is_an_error_that_says_how_to_get_one(tmp_path: Path) -> None:
 
 @pytest.mark.machines
 def test_a_deployed_call_is_scored_by_a_worker_of_the_command_line(
-    deployed: PrefectServer, linear: str, customers: Path, tmp_path: Path
+    deployed: PrefectServer, doubling: str, customers: Path, tmp_path: Path
 ) -> None:
-    call = ["deploy", linear, str(customers), str(tmp_path / "scores"), "-k", "customer", "--name", "by-worker"]
+    call = ["deploy", doubling, str(customers), str(tmp_path / "scores"), "-k", "customer", "--name", "by-worker"]
     result = CliRunner().invoke(app, [*call, "--options", '{"experiment": null}'])
     assert 0 == result.exit_code, result.output
     assert "overnight worker --pool overnight" in result.stderr
@@ -186,7 +186,7 @@ def test_packaged_files_are_printed() -> None:
     unit.read_string(CliRunner().invoke(app, ["worker", "--systemd"]).stdout)
     program, *arguments = shlex.split(unit["Service"]["ExecStart"].replace("%i", "overnight").replace("%H", "host"))
 
-    assert 12 == len(content["deployments"])
+    assert 13 == len(content["deployments"])
     assert "job_configuration" in template
     assert (sys.executable, ["-m", "infra.worker"]) == (program, arguments[:2])
     assert "overnight" == parse_arguments(arguments[2:]).pool

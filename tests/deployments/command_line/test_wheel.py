@@ -44,17 +44,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def program(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]]:
-    """The program out of the installed wheel, and an environment in which no checkout is found before it."""
+    """The program out of the installed wheel, and the variables with which no checkout is found before it."""
     target = tmp_path_factory.mktemp("installed")
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target", str(target)]
     done = subprocess.run([*command, str(wheel)], capture_output=True, text=True, check=False)
     assert 0 == done.returncode, done.stderr
-    return str(target / "bin/overnight"), {**os.environ, "PYTHONPATH": str(target)}
+    return str(target / "bin/overnight"), {"PYTHONPATH": str(target)}
 
 
 def run(program: tuple[str, dict[str, str]], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     path, environment = program
-    return subprocess.run([path, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    env = {**os.environ, **environment}
+    return subprocess.run([path, *arguments], cwd=folder, env=env, capture_output=True, text=True, check=False)
 
 
 def test_the_wheel_has_files_for_other_programs_and_no_demo_or_tests(wheel: Path) -> None:
@@ -64,6 +65,10 @@ def test_the_wheel_has_files_for_other_programs_and_no_demo_or_tests(wheel: Path
         "deployments/prefect.yaml",
         "infra/systemd/overnight-worker@.service",
         "infra/kubernetes/work-pool.json",
+        "infra/kubernetes/base/kustomization.yaml",
+        "infra/kubernetes/base/pools/overnight-spot.yaml",
+        "infra/kubernetes/overlays/gpu-spot/kustomization.yaml",
+        "infra/kubernetes/components/endpoints/kustomization.yaml",
         "infra/local/wheels.txt",
         "infra/local/stack.py",
         "flows/py.typed",
@@ -90,7 +95,7 @@ def test_help_runs_and_files_and_verify_work_from_another_folder(
     assert "job_configuration" in json.loads(shown.stdout)
     where = subprocess.run(
         [sys.executable, "-c", "import deployments; print(deployments.__file__)"],
-        env=program[1],
+        env={**os.environ, **program[1]},
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -100,9 +105,9 @@ def test_help_runs_and_files_and_verify_work_from_another_folder(
 
 
 def test_score_from_another_folder_makes_a_run_that_is_whole(
-    program: tuple[str, dict[str, str]], server: PrefectServer, linear: str, customers: Path, tmp_path: Path
+    program: tuple[str, dict[str, str]], server: PrefectServer, doubling: str, customers: Path, tmp_path: Path
 ) -> None:
-    scored = run(program, tmp_path, "score", linear, str(customers), "scores", "-k", "customer", "--json")
+    scored = run(program, tmp_path, "score", doubling, str(customers), "scores", "-k", "customer", "--json")
     assert 0 == scored.returncode, scored.stderr
     verified = run(program, tmp_path, "verify", "scores", "--json")
 

@@ -19,7 +19,7 @@ from tests.support import write_customers
 EXTRAS = (
     *("aiohttp", "fastapi_offline", "grpc", "httptools", "uvloop"),
     *("confluent_kafka", "nats"),
-    *("deltalake", "pyiceberg", "openlineage", "prefect_ray", "ray"),
+    *("deltalake", "duckdb", "pyiceberg", "openlineage", "prefect_ray", "ray"),
 )
 COMMAND = ("-m", "deployments.command_line")
 INSTALL = "Run: pip install 'overnight[serve]'"
@@ -95,13 +95,14 @@ def run(environment: Mapping[str, str], arguments: Sequence[str]) -> subprocess.
     )
 
 
+@pytest.mark.machines
 def test_batch_runs_and_decisions_need_no_extra_and_each_flow_that_does_names_it(
-    server: PrefectServer, linear: str, without_extras: dict[str, str], tmp_path: Path
+    server: PrefectServer, doubling: str, without_extras: dict[str, str], tmp_path: Path
 ) -> None:
     customers = write_customers(tmp_path / "customers", rows=2000, files=1, rows_per_group=1000)
     with gateway_server(tmp_path / "gateway") as gateway:
         environment = {**without_extras, "OVERNIGHT_ADMIN_KEY": gateway.admin_key, "OVERNIGHT_GATEWAY": gateway.url}
-        arguments = ("-c", CALLS, linear, str(customers), str(tmp_path / "scores"), str(tmp_path / "a.png"))
+        arguments = ("-c", CALLS, doubling, str(customers), str(tmp_path / "scores"), str(tmp_path / "a.png"))
         done = run(environment, [*arguments, gateway.url])
 
     assert 0 == done.returncode, done.stderr

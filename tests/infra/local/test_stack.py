@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx
 import pytest
 
 from infra.local import stack
+from infra.local.prefect_server import restore_template, template_path
 from infra.local.process import ServerFailed
 from infra.local.stack import local_stack, render_exports, write_exports
 
@@ -85,3 +89,34 @@ def test_an_mlflow_server_keeps_models_across_a_restart(tmp_path: Path) -> None:
 
         assert 200 == made.status_code
         assert [f"m{at}" for at in range(count + 1)] == sorted(each["name"] for each in found["registered_models"])
+
+
+def test_prefect_answers_only_whoever_has_the_exports_and_runs_flows_for_them(
+    prefect_templates: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "stack/prefect").mkdir(parents=True)
+    restore_template(template_path(prefect_templates), tmp_path / "stack/prefect")
+    flow = "from prefect import flow\n@flow\ndef double(x: int) -> int:\n    return 2 * x\nassert double(21) == 42\n"
+    (tmp_path / "double.py").write_text(flow)
+    told: list[str] = []
+    with local_stack(tmp_path / "stack", ["prefect"], told.append) as started:
+        exports = started["prefect"].exports
+        auth = exports["PREFECT_API_AUTH_STRING"]
+        call = {"url": f"{exports['PREFECT_API_URL']}/flow_runs/filter", "json": {}}
+        refused = [httpx.post(**call).status_code, httpx.post(**call, auth=("overnight", "guess")).status_code]
+        done = subprocess.run(
+            [sys.executable, "double.py"],
+            cwd=tmp_path,
+            env={**os.environ, **exports},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        user, password = auth.split(":")
+        found = httpx.post(**call, auth=(user, password)).json()
+
+    assert 0 == done.returncode, done.stderr
+    assert [401, 401] == refused
+    assert ["COMPLETED"] == [run["state_type"] for run in found]
+    assert len(password) >= 32
+    assert auth not in " ".join(told) + repr(started["prefect"]) + done.stdout + done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -115,3 +116,24 @@ def wait_for(condition: Callable[[], bool], *, timeout_s: float = 20) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def write_access_line(folder: Path, **fields: Any) -> None:
+    """Add a line to the access log of a gateway's folder, as Envoy writes it."""
+    line = {
+        "at_us": 0,
+        "attempts": 1,
+        "endpoint": "churn",
+        "flags": "-",
+        "grpc_status": None,
+        "is_canary": None,
+        "latency_us": 2000,
+        "rows": None,
+        "size": 99,
+        "status": 200,
+        "version": None,
+        **fields,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "access.jsonl").open("a") as log:
+        log.write(json.dumps({**line, "at_us": str(line["at_us"])}) + "\n")

@@ -192,9 +192,12 @@ def test_the_gateways_files_are_readable_only_by_their_owner(tmp_path: Path, v2:
         os.umask(umask)
     modes = {str(path.relative_to(folder)): path.stat().st_mode & 0o777 for path in [folder, *folder.rglob("*")]}
 
-    (log,) = [name for name in modes if name.endswith(".jsonl")]
+    (log,) = [name for name in modes if name.endswith("access.jsonl")]
     assert {0o700} == {modes[name] for name in (".", "routes", "metering")}
-    assert {0o600} == {modes[name] for name in ("admin.key", "keys.json", "gateway.lock", "routes/toy.json", log)}
+    assert {0o600} == {
+        modes[name]
+        for name in ("admin.key", "keys.json", "gateway.lock", "routes/toy.json", "routes.json", "envoy.log", log)
+    }
 
 
 def test_no_key_is_written_to_a_file_or_the_log(

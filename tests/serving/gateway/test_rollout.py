@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,39 +15,19 @@ from hypothesis import strategies as st
 
 from infra.local.gateway import GatewayServer
 from serving.errors import EndpointFailed
+from serving.gateway.access_log import LoggedRequest
 from serving.gateway.client import GatewayClient
-from serving.gateway.rollout import choose_version, compare_replies, judge_canary
+from serving.gateway.envoy.bootstrap import BootstrapOptions
+from serving.gateway.gateway import Gateway
+from serving.gateway.keys import Keys
+from serving.gateway.rollout import compare_replies, judge_canary
 from serving.gateway.route import CanaryTally, Limits, Rollout, Shadow
+from serving.gateway.store import Store
 from serving.gateway.upstreams import Reply
 from serving.protocol.oip import InferRequest, OutputChoice, encode_response
 from tests.serving.gateway.conftest import Put
 from tests.serving.gateway.support import EndpointClient, V2Server, read_metrics, route, wait_for, wait_for_verdict
 from tests.serving.gateway.v2_child import CONTRACT
-
-weight_lists = st.lists(st.floats(0, 100), min_size=1, max_size=8).filter(lambda weights: sum(weights) > 1e-3)
-
-
-@given(weight_lists, st.integers(0, 1 << 50))
-def test_a_version_without_weight_is_never_chosen(weights: list[float], count: int) -> None:
-    assert weights[choose_version(weights, count)] > 0
-
-
-@given(weight_lists, st.integers(0, 1 << 40), st.integers(1, 500))
-def test_of_any_consecutive_requests_each_version_gets_its_share_within_a_few(
-    weights: list[float], first: int, requests: int
-) -> None:
-    chosen = [choose_version(weights, first + index) for index in range(requests)]
-    errors = [abs(chosen.count(index) - requests * weight / sum(weights)) for index, weight in enumerate(weights)]
-
-    assert max(errors) <= 4
-
-
-def test_a_weight_of_a_tenth_is_never_chosen_twice_in_a_row() -> None:
-    chosen = [choose_version([90, 10], count) for count in range(1000)]
-
-    assert 100 == chosen.count(1)
-    assert "1" * 2 not in "".join(map(str, chosen))
-
 
 answers = st.lists(st.tuples(st.booleans(), st.floats(0, 100)), max_size=300)
 rules = st.builds(
@@ -138,19 +121,71 @@ def read_weights(admin: GatewayClient, endpoint: EndpointClient) -> dict[str, fl
 
 
 def test_two_versions_share_the_requests_by_weight(put: Put, v2: V2Server) -> None:
-    answered = ask(put(route(v2.url, ("1", 3), ("2", 1))), 80)
+    answered = ask(put(route(v2.url, ("1", 3), ("2", 1))), 400)
 
-    assert 18 <= answered.count("2") <= 22
+    # Five standard deviations.
+    assert 57 <= answered.count("2") <= 143
 
 
 def test_a_good_version_is_promoted(put: Put, v2: V2Server, admin: GatewayClient) -> None:
     endpoint = put(route(v2.url, ("1", 75), ("2", 25), rollout=Rollout(version="2", requests_min=10)))
-    ask(endpoint, 60)
+    ask(endpoint, 100)
     verdict = wait_for_verdict(admin, endpoint.name, timeout_s=10)
 
-    assert ("2", "promoted", "0 of 10 requests failed") == (verdict.version, verdict.outcome, verdict.reason)
+    assert ("2", "promoted", 0) == (verdict.version, verdict.outcome, verdict.tally.errors)
+    assert verdict.tally.requests >= 10
     assert {"1": 0, "2": 100} == read_weights(admin, endpoint)
     assert {"2"} == {*ask(endpoint, 10)}
+
+
+def test_a_verdict_is_returned_once_requests_are_routed_by_it(put: Put, v2: V2Server, admin: GatewayClient) -> None:
+    def is_decided(endpoint: EndpointClient) -> bool:
+        state = admin.get(endpoint.name)
+        return state is not None and state.verdict is not None
+
+    for _ in range(3):
+        endpoint = put(route(v2.url, ("1", 80), ("2", 20), rollout=Rollout(version="2", requests_min=5)))
+        while not is_decided(endpoint):
+            endpoint.infer()
+
+        assert ["2"] * 10 == [endpoint.infer().headers["Overnight-Version"] for _ in range(10)]
+
+
+def test_a_verdict_that_comes_while_an_endpoint_is_described_is_returned_once_requests_are_routed_by_it(
+    tmp_path: Path,
+) -> None:
+    options = BootstrapOptions(folder=tmp_path)
+    canary = route("http://127.0.0.1:9", ("1", 80), ("2", 20), rollout=Rollout(version="2", requests_min=1))
+
+    async def decide_during_description(gateway: Gateway, name: str, turns: int) -> bool:
+        await gateway.put(name, canary)
+        before = options.routes_file.read_bytes()
+        describing = asyncio.create_task(gateway.describe(name))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        endpoint = gateway.endpoint(name)
+        endpoint.observe(
+            LoggedRequest(
+                at_us=time.time_ns() // 1000,
+                endpoint=name,
+                version="2",
+                rows=1,
+                size=1,
+                status=200,
+                latency_ms=1,
+                is_canary=True,
+            )
+        )
+        assert endpoint.decide_canary()
+        state = await describing
+        return state.verdict is None or options.routes_file.read_bytes() != before
+
+    async def decide_at_every_turn() -> list[bool]:
+        with Store(tmp_path) as store:
+            async with Gateway(store, Keys(tmp_path, {}), options) as gateway:
+                return [await decide_during_description(gateway, f"e{turns}", turns) for turns in range(60)]
+
+    assert {True} == {*asyncio.run(decide_at_every_turn())}
 
 
 @pytest.mark.parametrize("bad", ["broken", "html"])
@@ -162,7 +197,8 @@ def test_a_version_that_fails_is_rolled_back_and_no_request_is_lost(
 
     assert {"1"} == {*ask(endpoint, 60)}
     verdict = wait_for_verdict(admin, endpoint.name, timeout_s=10)
-    assert ("rolled back", 3) == (verdict.outcome, verdict.tally.errors)
+    assert "rolled back" == verdict.outcome
+    assert verdict.tally.errors >= 3
     assert {"1": 75, bad: 0} == read_weights(admin, endpoint)
 
 
@@ -182,7 +218,7 @@ def test_a_version_that_cannot_be_reached_is_rolled_back_and_no_request_is_lost(
 def test_a_version_that_is_slow_is_rolled_back(put: Put, v2: V2Server, admin: GatewayClient) -> None:
     rule = Rollout(version="slow", requests_min=5, p99_ms_max=200)
     endpoint = put(route(v2.url, ("1", 50), ("slow", 50), rollout=rule))
-    ask(endpoint, 8)
+    ask(endpoint, 30)
 
     assert "took over 200 ms" in wait_for_verdict(admin, endpoint.name, timeout_s=10).reason
 
@@ -193,7 +229,7 @@ def test_a_version_that_answers_too_late_is_rolled_back_and_no_request_is_lost(
     rule = Rollout(version="slow", requests_min=5, error_rate_max=0)
     endpoint = put(route(v2.url, ("1", 50), ("slow", 50), rollout=rule, limits=Limits(timeout_s=0.6)))
 
-    assert {"1"} == {*ask(endpoint, 8)}
+    assert {"1"} == {*ask(endpoint, 20)}
     assert "rolled back" == wait_for_verdict(admin, endpoint.name, timeout_s=10).outcome
 
 
@@ -227,13 +263,15 @@ def test_putting_the_same_route_again_keeps_the_tally_of_its_canary(
     canary = route(v2.url, ("1", 50), ("2", 50), rollout=Rollout(version="2"))
     endpoint = put(canary)
     ask(endpoint, 10)
-    before = admin.get(endpoint.name)
+    before = admin.wait_until(
+        endpoint.name, lambda state: bool(state.trial and state.trial.tally.requests), timeout_s=9
+    )
     after = admin.put(endpoint.name, canary)
 
-    assert before is not None
     assert before.trial is not None
-    assert 5 == before.trial.tally.requests
-    assert before.trial == after.trial
+    assert after.trial is not None
+    assert before.trial.began == after.trial.began
+    assert before.trial.tally.requests <= after.trial.tally.requests
 
 
 def test_a_request_that_names_the_canary_does_not_count(put: Put, v2: V2Server, admin: GatewayClient) -> None:
@@ -290,16 +328,18 @@ def test_a_slow_shadow_delays_no_request_and_its_excess_copies_are_dropped(
     assert count_shadows(endpoint, "dropped") > 0
 
 
-def test_the_shadow_gets_no_copies_while_requests_wait(
-    put: Put, v2: V2Server, count_shadows: Callable[[EndpointClient, str], int]
+def test_a_copy_is_compared_where_the_shadow_leaves_the_route_meanwhile(
+    put: Put, v2: V2Server, admin: GatewayClient, count_shadows: Callable[[EndpointClient, str], int]
 ) -> None:
-    endpoint = put(
-        route(v2.url, ("slow", 1), ("1", 0), shadow=Shadow(version="1"), limits=Limits(in_flight_max=1, queue_max=9))
-    )
-    with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda _: endpoint.score(), range(3)))
+    endpoint, before = put(route(v2.url, ("slow", 1), ("same", 0), shadow=Shadow(version="same"))), v2.seen("slow")
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(endpoint.infer)
+        # The request, and the comparator's.
+        wait_for(lambda: v2.seen("slow") == before + 2)
+        admin.put(endpoint.name, route(v2.url, ("slow", 1)))
+        assert 200 == answer.result().status_code
 
-    assert 1 <= count_shadows(endpoint, "dropped") <= 2
+    wait_for(lambda: count_shadows(endpoint, "equal") == 1)
 
 
 @pytest.mark.parametrize(("difference", "binary", "outcome"), [(1e-7, True, "equal"), (1e-3, False, "different")])

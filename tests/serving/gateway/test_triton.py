@@ -7,6 +7,7 @@ import signal
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -21,8 +22,8 @@ from serving.model.registry import resolve_model
 from serving.model.release import Release
 from serving.targets.triton import TritonHost
 from tests.servers import triton_or_skip
-from tests.serving.gateway.conftest import Put
-from tests.serving.gateway.support import EndpointClient
+from tests.serving.gateway.conftest import FIXED_KEY, Put
+from tests.serving.gateway.support import EndpointClient, read_metrics, wait_for
 
 X = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
 ROWS = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [5, 3], "data": X.ravel().tolist()}]}
@@ -96,12 +97,75 @@ def test_tritonclient_understands_the_errors(put: Put, deployed: Deployed, gatew
     with client.InferenceServerClient(gateway.url.removeprefix("http://")) as triton:
         x = client.InferInput("x", [1, 4], "FP32")
         x.set_data_from_numpy(np.zeros((1, 4), np.float32))
-        with pytest.raises(InferenceServerException, match=r"\[400\] The shape of 'x' must be \[N, 3\]"):
+        with pytest.raises(InferenceServerException, match=r"\[400\] .*unexpected shape for input 'x'"):
             triton.infer(endpoint.name, [x])
         with pytest.raises(InferenceServerException, match=r"\[404\] The model must be an endpoint"):
             triton.infer("strange", [x])
         with pytest.raises(InferenceServerException, match=r"\[404\] The version of"):
             triton.get_model_metadata(endpoint.name, "99")
+
+
+def infer_by_grpc(gateway: GatewayServer, endpoint: str, model: str, rows: np.ndarray, **options: Any) -> Any:
+    client = pytest.importorskip("tritonclient.grpc")
+    address = gateway.url.removeprefix("http://")
+    headers = {"overnight-endpoint": endpoint, **options.pop("headers", {})}
+    with client.InferenceServerClient(address) as triton:
+        x = client.InferInput("x", list(rows.shape), "FP32")
+        x.set_data_from_numpy(rows)
+        return triton.infer(model, [x], headers=headers, **options)
+
+
+def test_a_grpc_caller_names_the_endpoint_by_metadata(put: Put, deployed: Deployed, gateway: GatewayServer) -> None:
+    client = pytest.importorskip("tritonclient.grpc")
+    endpoint = put(deployed.route)
+    answer = infer_by_grpc(gateway, endpoint.name, endpoint.name, X, request_id="r-7")
+
+    assert "r-7" == answer.get_response().id
+    np.testing.assert_allclose(answer.as_numpy("score").ravel(), deployed.scores.ravel(), atol=1e-6)
+    headers = {"overnight-endpoint": endpoint.name}
+    with client.InferenceServerClient(gateway.url.removeprefix("http://")) as triton:
+        assert triton.is_server_ready(headers=headers)
+        assert triton.is_model_ready(endpoint.name, headers=headers)
+        assert "x" == triton.get_model_metadata(endpoint.name, headers=headers).inputs[0].name
+
+
+def test_grpc_requests_are_metered_with_their_rows(
+    put: Put, deployed: Deployed, gateway: GatewayServer, admin: GatewayClient
+) -> None:
+    endpoint = put(deployed.route)
+    infer_by_grpc(gateway, endpoint.name, "any name", X)
+    series = f'overnight_rows_total{{endpoint="{endpoint.name}",version="{deployed.route.versions[0].version}"}} 5.0'
+
+    wait_for(lambda: series in read_metrics(gateway))
+
+
+def test_a_grpc_caller_reaches_only_the_endpoint_that_its_key_is_for(
+    put: Put, deployed: Deployed, gateway: GatewayServer
+) -> None:
+    from tritonclient.utils import InferenceServerException
+
+    closed = put(deployed.route.model_copy(update={"keys": ("fixed",)}))
+    bearer = {"authorization": f"Bearer {FIXED_KEY}"}
+
+    with pytest.raises(InferenceServerException, match="UNAUTHENTICATED"):
+        infer_by_grpc(gateway, closed.name, closed.name, X)
+    assert 5 == len(infer_by_grpc(gateway, closed.name, closed.name, X, headers=bearer).as_numpy("score"))
+
+
+def test_grpc_calls_that_the_gateway_does_not_have_are_refused(
+    put: Put, deployed: Deployed, gateway: GatewayServer
+) -> None:
+    client = pytest.importorskip("tritonclient.grpc")
+    from tritonclient.utils import InferenceServerException
+
+    endpoint = put(deployed.route)
+    with client.InferenceServerClient(gateway.url.removeprefix("http://")) as triton:
+        with pytest.raises(InferenceServerException, match="must name an endpoint of this gateway"):
+            triton.is_model_ready(endpoint.name)
+        with pytest.raises(InferenceServerException, match="UNIMPLEMENTED"):
+            triton.unload_model("churn", headers={"overnight-endpoint": endpoint.name})
+    with pytest.raises(InferenceServerException, match="named by the metadata overnight-version"):
+        infer_by_grpc(gateway, endpoint.name, endpoint.name, X, model_version="99")
 
 
 def is_ready(deployed: Deployed) -> bool:
@@ -119,9 +183,28 @@ def test_triton_unloads_an_idle_model_and_a_request_loads_it(
     np.testing.assert_allclose(infer_scores(endpoint), deployed.scores.ravel(), atol=1e-6)
     admin.wait_until(endpoint.name, lambda state: state.models == "asleep", timeout_s=60)
 
-    assert not is_ready(deployed)
+    # Triton answers an unload before it has ended.
+    wait_for(lambda: not is_ready(deployed))
     np.testing.assert_allclose(infer_scores(endpoint), deployed.scores.ravel(), atol=1e-6)
-    assert is_ready(deployed)
+    admin.put(endpoint.name, deployed.route)
+
+
+def read_states(deployed: Deployed) -> set[str]:
+    return {each.get("state", "") for each in httpx.post(f"{deployed.server.url}/v2/repository/index").json()}
+
+
+def test_a_request_in_the_middle_of_an_unload_waits_for_the_next_load(
+    put: Put, deployed: Deployed, admin: GatewayClient
+) -> None:
+    endpoint = put(
+        deployed.route.model_copy(
+            update={"sleep": ScaleToZero(keep_warm_s=0.3, hold_s_max=120, grpc=deployed.server.grpc)}
+        )
+    )
+    np.testing.assert_allclose(infer_scores(endpoint), deployed.scores.ravel(), atol=1e-6)
+    wait_for(lambda: "READY" not in read_states(deployed), timeout_s=60)
+
+    np.testing.assert_allclose(infer_scores(endpoint), deployed.scores.ravel(), atol=1e-6)
     admin.put(endpoint.name, deployed.route)
 
 

@@ -15,8 +15,9 @@ import numpy as np
 import uvicorn
 from fastapi import FastAPI, Request, Response
 
+from serving.errors import BadRequest
 from serving.model.contract import Column, Contract, Input, Output
-from serving.protocol.oip import HEADER_LENGTH, decode_request, encode_error, encode_response
+from serving.protocol.oip import HEADER_LENGTH, decode_request, encode_error, encode_response, read_header_length
 
 CONTRACT = Contract(
     inputs=(
@@ -37,6 +38,11 @@ app = FastAPI()
 seen: Counter[str] = Counter()
 last: dict[str, bytes] = {}
 loaded: set[str] = {"toy", "steady"}
+
+
+@app.exception_handler(BadRequest)
+async def refuse_bad_request(_request: Request, error: BadRequest) -> Response:
+    return _refuse(error.status, str(error))
 
 
 def _refuse(status: int, message: str) -> Response:
@@ -79,7 +85,7 @@ async def infer(model: str, version: str, request: Request) -> Response:
         await asyncio.sleep(SLOW_S)
     body, length = await request.body(), request.headers.get(HEADER_LENGTH)
     last["body"] = body
-    decoded = decode_request(body, CONTRACT, header_length=None if length is None else int(length), rows_max=1 << 20)
+    decoded = decode_request(body, CONTRACT, header_length=read_header_length(length), rows_max=1 << 20)
     scores = FACTORS[version] * decoded.inputs["x"].sum(axis=1) + decoded.inputs["n"]
     if version == "wrong":
         return Response(b'{"outputs":[]}', media_type="application/json")

@@ -357,6 +357,19 @@ def test_one_column_may_feed_two_inputs() -> None:
     assert [1, 2] == encoded.inputs["id"].tolist()
 
 
+def test_a_tensor_of_one_value_a_row_takes_values_as_it_takes_lists_of_one() -> None:
+    values = pa.array([1.5, None, 3.0])
+    lists = pa.array([[1.5], None, [3.0]])
+    for policy, expected in ((REJECT, [None, ("a", "null"), None]), (ColumnPolicy(null=9.0), [None] * 3)):
+        contract = alone(column("float64", shape=(1,), policy=policy))
+        found = [encode(contract, pa.table({"a": given})) for given in (values, lists)]
+        contract.check(pa.schema([("a", pa.float64())]), "The table")
+
+        assert expected == rejects(found[0]) == rejects(found[1])
+        assert [[1.5], [3.0]] == found[0].inputs["a"][[0, 2]].tolist() == found[1].inputs["a"][[0, 2]].tolist()
+        assert policy == REJECT or [9.0] == found[0].inputs["a"][1].tolist() == found[1].inputs["a"][1].tolist()
+
+
 def test_encoding_does_not_change_the_table() -> None:
     table = pa.table({"a": pa.array([1.0, None, 3.0], pa.float32()), "b": pa.array([["1"], None, ["x"]])})
     before = table.to_pydict()

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from serving.errors import DependencyFault, DeviceLost, ModelFailed
 from serving.model.contract import Output
 from serving.model.encoding import Encoded, Flags, encode
-from serving.model.forward import Forward, Halted
-from serving.model.interface import Arrays, Predictions
+from serving.model.forward import Forward
+from serving.model.interface import Arrays, Halted, Predictions
 from serving.model.outputs import name_outputs
 from serving.model.torch_model import TorchModel
 from tests.serving.toys import Picky, alone, column, matrix, network

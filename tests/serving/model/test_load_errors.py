@@ -8,47 +8,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from serving.model.load_errors import check_requirements, explain_load_error
+from serving.model.load_errors import explain_load_error
 
 NUMPY = version("numpy")
-
-
-def find_missing_requirements(folder: Path) -> list[str]:
-    return [each.wanted for each in check_requirements(folder) if not each.fits]
 
 
 def a_model(folder: Path, *requirements: str, loader: str = "mlflow.sklearn") -> Path:
     (folder / "MLmodel").write_text(yaml.safe_dump({"flavors": {"python_function": {"loader_module": loader}}}))
     (folder / "requirements.txt").write_text("\n".join(requirements))
     return folder
-
-
-@pytest.mark.parametrize(
-    ("line", "missing"),
-    [
-        (f"numpy=={NUMPY}", False),
-        ("numpy", False),
-        ("NumPy>=1", False),
-        ("numpy==1.0.1", True),
-        ("numpy>=99", True),
-        ("no-such-package", True),
-        ("no-such-package[extra]>=1,<2 # why", True),
-        ("no-such-package; python_version < '3'", False),
-        ("mlflow==1.0", False),
-        ("# a comment", False),
-        ("-r other.txt", False),
-        ("./wheels/own.whl", False),
-        ("", False),
-    ],
-)
-def test_only_what_is_not_here_as_it_is_asked_for_is_missing(tmp_path: Path, line: str, missing: bool) -> None:  # noqa: FBT001
-    found = find_missing_requirements(a_model(tmp_path, line))
-
-    assert ([line.partition(" #")[0]] if missing else []) == found
-
-
-def test_a_model_without_requirements_lacks_none(tmp_path: Path) -> None:
-    assert [] == find_missing_requirements(tmp_path)
 
 
 def test_a_missing_package_names_the_line_that_installs_what_the_model_asks_for(tmp_path: Path) -> None:

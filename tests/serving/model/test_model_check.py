@@ -13,7 +13,6 @@ import pytest
 from mlflow.models import infer_signature
 
 from serving.errors import ModelNotFound
-from serving.model.load_errors import RequirementCheck, make_install_command
 from serving.model.model_check import check_model
 
 
@@ -88,7 +87,3 @@ def test_code_in_a_model_is_told(sleepy: str) -> None:
 def test_a_model_that_is_not_there_is_an_error(registry: Path) -> None:
     with pytest.raises(ModelNotFound, match="models:/nobody/1 must be registered"):
         check_model("models:/nobody/1")
-
-
-def test_nothing_is_to_be_installed_where_everything_fits() -> None:
-    assert make_install_command((RequirementCheck(name="a", wanted="a", installed="1", fits=True),)) is None

@@ -25,6 +25,7 @@ import torch
 import yaml
 from mlflow.models import Model as MLmodel
 from mlflow.models import ModelSignature, infer_signature
+from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
@@ -253,6 +254,34 @@ def test_types_that_skops_does_not_trust_are_refused_even_where_the_model_lists_
     assert "(skops_trusted_types) is no reason to trust them. Pass allow_pickle=True" in message
     found = load(resolved, allow_pickle=True).predict({name: frame[name].to_numpy() for name in frame.columns})
     assert np.array_equal(tree.predict(frame), found["prediction"])
+
+
+def change_schema(path: Path, change: Callable[[str], str]) -> None:
+    """Rewrite the description of the objects in a file of skops."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    schema = records["schema.json"].decode()
+    records["schema.json"] = change(schema).encode()
+    assert schema != records["schema.json"].decode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, record in records.items():
+            archive.writestr(name, record)
+
+
+def test_a_dtype_of_numpy_is_trusted_in_the_form_that_skops_writes_alone(
+    log: Log, frame: pd.DataFrame, copied: Callable[[str], Resolved]
+) -> None:
+    model = make_pipeline(SimpleImputer(), LinearRegression()).fit(frame, frame.a)
+    signature = signature_of(frame, model.predict(frame))
+    options = {"serialization_format": "skops", "skops_trusted_types": ["numpy.dtype"]}
+    uri = log("imputed", mlflow.sklearn.log_model, model, signature=signature, **options)
+    found = load(resolve_model(uri)).predict({name: frame[name].to_numpy() for name in frame.columns})
+    changed = copied(uri)
+    (file,) = changed.folder.rglob("model.skops")
+    change_schema(file, lambda schema: schema.replace('"DTypeNode"', '"ObjectNode"'))
+
+    assert np.array_equal(model.predict(frame), found["prediction"])
+    assert "got: numpy.dtype." in refusal(reopened(changed, changed.folder))
 
 
 def test_a_model_that_lists_the_functions_to_be_called_as_trusted_is_refused(log: Log, frame: pd.DataFrame) -> None:

@@ -40,6 +40,7 @@ def refusal(raw: Any, *outputs: Output, rows: int = 3) -> str:
         (np.array([[1.0], [2.0], [3.0]]),),
         [np.array([1.0, 2.0, 3.0])],
         {"score": [1, 2, 3], "more": "of it"},
+        {"anything": [1.0, 2.0, 3.0]},
         pd.Series([1.0, 2.0, 3.0]),
         pl.Series([1.0, 2.0, 3.0]),
         pl.DataFrame({"anything": [1.0, 2.0, 3.0]}),

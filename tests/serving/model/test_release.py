@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import platform
 import shutil
 import threading
 import time
 from collections.abc import Generator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.errors import DependencyFault, DeviceLost, ModelFailed, ModelUnfit
+from serving.errors import DependencyFault, DeviceLost, EnvironmentUnusable, ModelFailed, ModelUnfit
 from serving.model.batching import BatchingConfig
 from serving.model.contract import Contract
+from serving.model.environment_choice import OwnEnvironment
 from serving.model.forward import Forward
 from serving.model.interface import Predictions
 from serving.model.registry import ModelPin, digest_folder, resolve_model
@@ -33,8 +37,10 @@ from serving.model.release import (
     unwrap_prediction,
 )
 from serving.model.torch_model import TorchModel
+from serving.model.uv import PackageSource
 from serving.targets import ReleaseFiles
 from serving.targets.folder import write_folder
+from tests.model_wheels import OLD_VERSION, PACKAGE, write_model_wheels
 from tests.releases import release_of, rows
 from tests.serving.toys import Picky, matrix
 from tests.support import register_script
@@ -258,3 +264,63 @@ def test_a_folder_that_holds_a_release_predicts_as_its_model(linear: str, tmp_pa
 
     assert put.release == predictor.release
     np.testing.assert_allclose(unwrap_prediction(prediction)["score"], put.predict(x_NF), rtol=0, atol=1e-6)
+
+
+def test_a_release_without_an_environment_of_its_own_is_written_as_servers_of_earlier_releases_read_it(
+    runtime: Runtime,
+) -> None:
+    assert runtime.release.environment is None
+    assert "environment" not in runtime.release.model_dump()
+
+
+class TestOwnEnvironment:
+    @pytest.fixture
+    def folder(self, registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A release whose model gives 5 a by a version of a package that is not here."""
+        monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "uv"))
+        line = f"import {PACKAGE}; return model_input['a'].to_numpy() * {PACKAGE}.SCALE"
+        uri = register_script("release-own", line, requirements=(f"{PACKAGE}=={OLD_VERSION}", "mlflow-skinny"))
+        (tmp_path / "release").mkdir()
+        folder = folder_of(uri, tmp_path / "release")
+        own = OwnEnvironment(
+            python=platform.python_version(),
+            packages=PackageSource(wheels=write_model_wheels(tmp_path / "wheels"), offline=True),
+            folder=tmp_path / "environments",
+        )
+        release = Release.model_validate_json((folder / RELEASE_FILE).read_text())
+        (folder / RELEASE_FILE).write_text(release.model_copy(update={"environment": own}).model_dump_json())
+        return folder
+
+    @pytest.mark.machines
+    def test_an_environment_that_is_lost_is_made_again_and_one_that_can_not_be_is_told(
+        self, folder: Path, tmp_path: Path
+    ) -> None:
+        for _ in range(2):
+            with open_release(folder) as runtime:
+                assert [10.0] == runtime.predict(ask(2.0))["prediction"].reshape(-1).tolist()
+            for each in (tmp_path / "environments").glob("[0-9a-f]*"):
+                shutil.rmtree(each)
+        shutil.rmtree(tmp_path / "wheels")
+        with pytest.raises(EnvironmentUnusable, match=r"Wheels must be in a folder, got .*wheels, which is none"):
+            open_release(folder)
+
+    def test_a_model_process_that_does_not_come_up_again_is_told_and_the_next_request_tries_again(
+        self, folder: Path, tmp_path: Path
+    ) -> None:
+        with open_release(folder) as runtime:
+            runtime.predict(ask(2.0))
+            (made,) = (tmp_path / "environments").glob("[0-9a-f]*")
+            made.rename(tmp_path / "aside")
+            for child in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):  # one that has ended already
+                    if child.cmdline()[:1] == [str(made / "bin/python")]:
+                        child.kill()
+            with pytest.raises(DependencyFault, match=r"must start on .*bin/python, got FileNotFoundError"):
+                runtime.predict(ask(2.0))
+            (tmp_path / "aside").rename(made)
+
+            assert [15.0] == runtime.predict(ask(3.0))["prediction"].reshape(-1).tolist()
+
+
+def ask(value: float) -> dict[str, np.ndarray]:
+    return {"a": np.array([value], dtype=np.float32)}

@@ -275,6 +275,12 @@ def test_a_tensor_of_text_is_fed_by_columns_of_text_but_not_by_one_of_lists(dtyp
     assert "a column for each value" in refusal(model)
 
 
+def test_a_tensor_of_one_text_a_row_is_fed_by_the_column_of_its_name() -> None:
+    (value,) = contract_of(logged(Schema([tensor("str", 1, name="city")]))).inputs
+
+    assert ("city", (), (1,)) == (value.columns[0].name, value.columns[0].shape, value.shape)
+
+
 @pytest.mark.parametrize("dtype", ["complex64", "datetime64[s]", "timedelta64[ns]"])
 def test_tensors_of_other_types_are_refused_both_ways(dtype: str) -> None:
     assert "Input 'x' must be of numbers" in refusal(logged(Schema([tensor(dtype, name="x")])))
@@ -316,6 +322,14 @@ def test_outputs_that_are_neither_numbers_nor_text_are_refused(kind: Any) -> Non
     outputs = Schema([ColSpec(kind, "y")])
 
     assert "Output 'y' must be numbers or text" in refusal(logged(Schema([ColSpec("double", "a")]), outputs))
+
+
+def test_the_message_for_an_output_of_objects_says_how_to_return_columns() -> None:
+    outputs = Schema([ColSpec(Object([Property("good", DataType.double)]), "y")])
+
+    assert "a DataFrame with each value as a column of its own" in refusal(
+        logged(Schema([ColSpec("double", "a")]), outputs)
+    )
 
 
 def test_an_output_of_unknown_width_is_refused() -> None:

@@ -25,6 +25,7 @@ from serving.model.loading import PyfuncModel, load_model
 from serving.model.registry import resolve_model
 from serving.model.text import TextModel
 from serving.model.torch_model import has_onednn
+from tests.serving.toys import tiny_bert
 from tests.support import load_minilm, register_minilm, register_sentence_transformer
 
 transformers = pytest.importorskip("transformers", reason="pip install -e '.[dev]' brings transformers")
@@ -32,8 +33,6 @@ transformers = pytest.importorskip("transformers", reason="pip install -e '.[dev
 Log = Callable[..., str]
 Columns = dict[str, tuple[str, ...]]
 
-UNKNOWN = "[UNK]"
-WORDS = ["[PAD]", UNKNOWN, "[CLS]", "[SEP]", "a", "of", "the", "or", "in", "small", "large", "used", "person", "any"]
 LONG = "many words that no model reads to their end " * 100
 
 
@@ -52,33 +51,6 @@ def prepared(model: Model, contract: Contract, texts: list[str | None]) -> Encod
 def score(model: Model, contract: Contract, texts: list[str | None], tokens: int = 512) -> dict[str, np.ndarray]:
     with model.slot():
         return Forward(model, contract, tokens).score(prepared(model, contract, texts))
-
-
-def tiny_bert(padding_side: str) -> Any:
-    """A text-classification pipeline over a tiny BERT with random weights, which reads 32 tokens."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, pipeline
-
-    words = Tokenizer(models.WordLevel({word: at for at, word in enumerate(WORDS)}, unk_token=UNKNOWN))
-    words.normalizer = normalizers.Lowercase()
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    special = {"pad_token": "[PAD]", "unk_token": UNKNOWN, "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, model_max_length=32, padding_side=padding_side, **special
-    )
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        id2label={0: "thing", 1: "person", 2: "place"},
-        initializer_range=1.0,
-    )
-    return pipeline("text-classification", model=BertForSequenceClassification(config).eval(), tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="module")

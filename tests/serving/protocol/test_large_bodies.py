@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from serving.gateway.app import build_app
+from serving.gateway.envoy.bootstrap import BootstrapOptions
 from serving.gateway.gateway import Gateway
 from serving.gateway.keys import Keys
 from serving.gateway.route import Limits, Route, ServedVersion
@@ -145,7 +146,8 @@ def with_values(head: bytes, values: bytes) -> tuple[bytes, str]:
 async def asked(app: App, path: str, body: bytes, header_length: str | None) -> tuple[int, bytes]:
     """Ask an application as a server does that reads from a socket."""
     chunks = [body[at : at + CHUNK] for at in range(0, len(body), CHUNK)]
-    headers = [(b"content-length", str(len(body)).encode())]
+    # As Envoy marks a request that it has checked.
+    headers = [(b"content-length", str(len(body)).encode()), (b"overnight-endpoint", b"toy")]
     if header_length is not None:
         headers.append((HEADER_LENGTH.lower().encode(), header_length.encode()))
     sent: list[MutableMapping[str, Any]] = []
@@ -203,7 +205,7 @@ def gateway_pause(folder: Path, body: bytes, header_length: str | None) -> tuple
 
     async def run() -> tuple[float, int, bytes]:
         with Store(folder) as store:
-            gateway = Gateway(store, Keys(folder, {}), bytes_max=1 << 30)
+            gateway = Gateway(store, Keys(folder, {}), BootstrapOptions(folder=folder))
             app = build_app(gateway)
             async with app.router.lifespan_context(app):
                 await gateway.put("toy", route)

@@ -270,6 +270,39 @@ def test_the_error_for_a_folder_without_a_controller_has_the_command_that_starts
     assert [] == list((tmp_path / "releases").glob("[!.]*"))
 
 
+def test_manifests_lie_beside_the_releases_and_go_with_the_last_of_them(folder: Path, model: Path) -> None:
+    host = FolderHost(folder=folder, target=Files())
+    for version in "12":
+        host.deploy(release(version, "clustered"), model)
+    place = folder / "clustered/kubernetes"
+    host.write_rollout("clustered", b"kind: HTTPRoute\n")
+    written = (place / "rollout.yaml").stat()
+    host.write_rollout("clustered", b"kind: HTTPRoute\n")
+
+    assert written == (place / "rollout.yaml").stat()
+
+    host.write_rollout("clustered", b"kind: GRPCRoute\n")
+    host.remove(release("1", "clustered"))
+    # For a moment there is no release at all.
+    host.deploy(release("2", "clustered", BatchingConfig(batch_size_max=64)), model)
+
+    assert ["rollout.yaml"] == [path.name for path in place.iterdir()]
+    assert b"kind: GRPCRoute\n" == (place / "rollout.yaml").read_bytes()
+    host.remove(release("2", "clustered"))
+    assert not (folder / "clustered").exists()
+
+
+def test_a_release_is_read_where_it_lies_and_a_damaged_one_is_an_error(tmp_path: Path, model: Path) -> None:
+    host = FolderHost(folder=tmp_path / "releases", target=Files())
+    write_folder(host.target.render(release("1"), model), host.folder / "scores/1")
+
+    assert release("1") == host.read_release("scores", "1")
+    assert host.read_release("scores", "2") is None
+    (host.folder / "scores/1/release.json").write_text("{}")
+    with pytest.raises(EndpointFailed, match="must be a release that this package wrote"):
+        host.read_release("scores", "1")
+
+
 def test_a_status_that_no_controller_wrote_is_an_error(folder: Path, model: Path) -> None:
     (folder / "odd/1").mkdir(parents=True)
     (folder / "odd/1/status.json").write_text('{"state": "fine"}')

@@ -1,11 +1,10 @@
-"""What a cluster with KServe is given, held against a schema of the fields that are used."""
+"""What a cluster with KServe is given for a release, held against a schema of the fields that are used."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 import pytest
@@ -13,55 +12,7 @@ import yaml
 
 from serving.model.release import Scaling
 from serving.targets.kserve import Canary, KServe, Resources
-from tests.serving.targets.manifests import KUBERNETES_NAME, NEW, STABLE, closed, quantities
-
-PREDICTOR = {
-    "name": KUBERNETES_NAME,
-    "minReplicas": {"type": "integer", "minimum": 0},
-    "maxReplicas": {"type": "integer", "minimum": 1},
-    "canaryTrafficPercent": {"type": "integer", "minimum": 0, "maximum": 100},
-    "model": closed(
-        {
-            "name": KUBERNETES_NAME,
-            "modelFormat": closed({"name": {"const": "triton"}, "version": {"type": "string"}}, "name"),
-            "runtime": KUBERNETES_NAME,
-            "protocolVersion": {"const": "v2"},
-            "storageUri": {"type": "string", "pattern": r"^(s3|gs|pvc|https?)://\S+$"},
-            "resources": closed({"requests": quantities(), "limits": quantities()}, "requests", "limits"),
-        },
-        *("modelFormat", "protocolVersion", "storageUri"),
-    ),
-}
-CANARY_PREDICTOR = closed(
-    PREDICTOR | {"model": PREDICTOR["model"] | {"required": ["name", "modelFormat"]}}, "name", "model"
-)
-INFERENCE_SERVICE = closed(
-    {
-        "apiVersion": {"const": "serving.kserve.io/v1beta1"},
-        "kind": {"const": "InferenceService"},
-        "metadata": closed({"name": KUBERNETES_NAME, "namespace": KUBERNETES_NAME}, "name"),
-        "spec": closed(
-            {
-                "predictor": closed(PREDICTOR, "model"),
-                "canary": {
-                    "type": "array",
-                    "minItems": 1,
-                    "items": closed(
-                        {"predictor": CANARY_PREDICTOR, "trafficPercent": {"type": "integer", "minimum": 0}},
-                        *("predictor", "trafficPercent"),
-                    ),
-                },
-            },
-            "predictor",
-        ),
-    },
-    *("apiVersion", "kind", "metadata", "spec"),
-)
-
-
-def check(manifest: dict[str, Any]) -> dict[str, Any]:
-    jsonschema.validate(manifest, INFERENCE_SERVICE)
-    return manifest
+from tests.serving.targets.manifests import NEW, STABLE, check
 
 
 def test_the_service_has_tritons_runtime_the_releases_files_its_replicas_and_no_batcher() -> None:
@@ -110,3 +61,21 @@ def test_a_typo_in_the_manifest_is_caught(right: str, wrong: str) -> None:
 
     with pytest.raises(jsonschema.ValidationError, match=re.escape(wrong)):
         check(json.loads(manifest.replace(f'"{right}"', f'"{wrong}"')))
+
+
+def test_a_canary_has_what_kserves_webhook_asks_for() -> None:
+    scaled = {
+        release.version: release.model_copy(update={"scaling": Scaling(replicas_min=least, replicas_max=8)})
+        for release, least in ((STABLE, 2), (NEW, 4))
+    }
+    target = KServe(python=Path("python"))
+    service = check(
+        target.render_inference_service(scaled[STABLE.version], Canary(release=scaled[NEW.version], percent=10))
+    )
+    predictor = service["spec"]["canary"][0]["predictor"]
+
+    assert {"serving.kserve.io/deploymentMode": "Standard"} == service["metadata"]["annotations"]
+    # A canary does not scale, and has no more replicas than the version beside it.
+    assert "maxReplicas" not in predictor
+    assert 2 == predictor["minReplicas"]
+    assert (2, 8) == tuple(service["spec"]["predictor"][name] for name in ("minReplicas", "maxReplicas"))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Generator
+from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -27,8 +30,10 @@ from serving.model.registry import resolve_model
 from serving.model.release import Release, Scaling
 from serving.protocol import oip, oip_body
 from serving.targets import Address
+from serving.targets.folder import write_folder
 from serving.targets.triton import TritonHost, TritonTarget
-from serving.targets.triton_autoscale import InstanceScaler
+from serving.targets.triton_autoscale import InstanceScaler, fetch_metrics
+from serving.targets.triton_control import ControlRefused, control_model
 from tests.serving.targets.triton_models import (
     Served,
     SteadyLoad,
@@ -393,13 +398,13 @@ def test_an_instance_that_is_killed_is_loaded_again_while_others_serve(
     scaler = InstanceScaler(
         host=host, metrics_url=triton.metrics_url, endpoint="words", scaling=Scaling(), batching=words.release.batching
     )
-    scaler.adjust()
+    scaler.restart_dead(fetch_metrics(triton.metrics_url))
     with SteadyLoad(fraud, at) as load:
         os.kill(_instance(triton, "words"), signal.SIGKILL)
         dead = words.post(words_at, word_rows("a"))
         # Triton counts a request as failed a moment after it has answered.
         for _ in range(20):
-            scaler.adjust()
+            scaler.restart_dead(fetch_metrics(triton.metrics_url))
             if words.post(words_at, word_rows("a")).status_code == HTTPStatus.OK:
                 break
             time.sleep(0.25)
@@ -407,8 +412,61 @@ def test_an_instance_that_is_killed_is_loaded_again_while_others_serve(
 
     assert (500, True) == (dead.status_code, "is not healthy" in dead.text)
     assert ["A"] == alive["upper"].tolist()
+    assert 1 == scaler.restarts
     assert [] == load.lost
     assert not host.restart_dead_instances("words")
+
+
+_TRAP_ONCE = """
+import os
+import signal
+from pathlib import Path
+
+trapped = Path(__file__).with_name("trapped")
+if len(list(Path(__file__).parent.glob("trapped*"))) < {times}:
+    Path(f"{{trapped}}{{os.getpid()}}").touch()
+    os.kill(os.getpid(), signal.{name})
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGILL", "SIGTRAP", "SIGSEGV"])
+def test_a_load_whose_process_dies_by_a_signal_is_tried_again(
+    triton: TritonServer, fraud: Served, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        trapping_model(triton, fraud, name, times=1) as model,
+        caplog.at_level(logging.WARNING, "serving.targets.triton_control"),
+    ):
+        control_model(triton.grpc, "load", model, timeout_s=60)
+        ready = httpx.get(f"{triton.url}/v2/models/{model}/ready").status_code
+
+    assert 200 == ready
+    assert [f"{model}: a process died while it started; loaded again (1 of 2)"] == caplog.messages
+
+
+def test_a_load_whose_process_always_dies_is_refused_after_three_tries(triton: TritonServer, fraud: Served) -> None:
+    with trapping_model(triton, fraud, "SIGILL", times=99) as model:
+        with pytest.raises(ControlRefused, match="is not healthy"):
+            control_model(triton.grpc, "load", model, timeout_s=60)
+        trapped = list((triton.repository / model / fraud.release.version).glob("trapped*"))
+
+    assert 3 == len(trapped)
+
+
+@contextmanager
+def trapping_model(triton: TritonServer, like: Served, name: str, *, times: int) -> Generator[str]:
+    """Have a release in the repository whose process dies by a signal as often as this, when it starts."""
+    model = f"traps.{name.lower()}{times}"
+    write_folder(TritonTarget(model=model).render(like.release, like.model), triton.repository / ".new")
+    (triton.repository / ".new" / model).rename(triton.repository / model)
+    file = triton.repository / model / like.release.version / "model.py"
+    file.write_text(_TRAP_ONCE.format(name=name, times=times) + file.read_text())
+    try:
+        yield model
+    finally:
+        control_model(triton.grpc, "unload", model, timeout_s=60)
+        shutil.rmtree(triton.repository / model)
+        shutil.rmtree(triton.repository / ".new")
 
 
 def _instance(triton: TritonServer, model: str) -> int:

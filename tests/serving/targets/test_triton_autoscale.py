@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from serving.model.batching import BatchingConfig
 from serving.model.release import Scaling
 from serving.targets.triton_autoscale import (
+    InstanceScaler,
     QueueStats,
     TritonCounters,
     choose_instance_count,
@@ -95,3 +98,47 @@ def test_there_are_never_more_or_less_than_the_bounds(
     expected = choose_instance_count(measured, instances, scaling=scaling, batching=BATCHING)
 
     assert max(1, low) <= expected <= max(1, low, high)
+
+
+class Asked:
+    """A host of one model that keeps which instances it was to restart."""
+
+    def __init__(self) -> None:
+        self.known: list[set[str]] = []
+
+    def list_models(self, _endpoint: str) -> set[str]:
+        return {"words"}
+
+    def restart_dead_instances(self, _endpoint: str, known: set[str]) -> bool:
+        self.known.append(known)
+        return bool(known)
+
+
+def failures(backend: int, cancelled: int, passes: int) -> str:
+    return (
+        f'nv_inference_request_failure{{model="words",reason="BACKEND",version="1"}} {backend}\n'
+        f'nv_inference_request_failure{{model="words",reason="CANCELED",version="1"}} {cancelled}\n'
+        f'nv_inference_exec_count{{model="words",version="1"}} {passes}\n'
+    )
+
+
+@pytest.mark.parametrize(
+    ("metrics", "known", "restarts"),
+    [
+        (failures(1, 0, 7), [], 0),
+        (failures(1, 9, 7), [], 0),
+        (failures(2, 0, 8), [set()], 0),
+        (failures(2, 0, 7), [{"words"}], 1),
+    ],
+    ids=["nothing failed", "requests were cancelled", "the model failed", "no pass ended"],
+)
+def test_an_instance_is_dead_where_requests_fail_and_no_pass_ends(
+    metrics: str, known: list[set[str]], restarts: int
+) -> None:
+    host: Any = Asked()
+    scaler = InstanceScaler(host=host, metrics_url="", endpoint="words", scaling=SCALING, batching=BATCHING)
+    first, second = scaler.restart_dead(failures(1, 0, 7)), scaler.restart_dead(metrics)
+
+    assert (False, bool(restarts)) == (first, second)
+    assert known == host.known
+    assert restarts == scaler.restarts

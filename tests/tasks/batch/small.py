@@ -67,8 +67,9 @@ def a_plan(
     batch_size: int = 4,
     slots: int = 1,
     pin: ModelPin = PIN,
+    sizes: Sizes | None = None,
 ) -> Plan:
-    """Plan a run over Parquet files, ten rows a chunk unless the options say otherwise."""
+    """Plan a run over Parquet files, ten rows a chunk unless the options say otherwise; `sizes` overrule the others."""
     options = options or BatchOptions(rows_per_chunk=10)
     contract = contract or a_contract("a", "b")
     snapshot = pin_source(source, destination)
@@ -80,7 +81,7 @@ def a_plan(
         options=options,
         source=snapshot,
         dataset=dataset,
-        sizes=Sizes(batch_size=batch_size, slots=slots, row_bytes=8.0, rows_per_second=None),
+        sizes=sizes or Sizes(batch_size=batch_size, slots=slots, row_bytes=8.0, rows_per_second=None),
     )
 
 

@@ -22,8 +22,9 @@ from tasks.batch.iceberg_table import check_iceberg, commit_iceberg
 from tasks.batch.manifest import find_manifest, open_predictions
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import PartFooter, part_schema
-from tasks.batch.plan import Plan, save_plan
+from tasks.batch.plan import Plan
 from tasks.batch.publish import audit_parts, claim_order_number, publish
+from tasks.batch.run_records import save_plan
 from tasks.batch.source import pin_source
 from tasks.batch.verify import verify_run
 from tasks.storage import Storage, open_storage

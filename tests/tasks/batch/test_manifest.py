@@ -13,8 +13,9 @@ from serving.errors import NoCompleteRun
 from serving.model.contract import Output
 from tasks.batch.manifest import find_newest_run, open_predictions, open_rejects
 from tasks.batch.options import BatchOptions
-from tasks.batch.plan import Plan, save_plan
+from tasks.batch.plan import Plan
 from tasks.batch.publish import audit_parts, claim_order_number, publish
+from tasks.batch.run_records import save_plan
 from tasks.storage import Storage, open_storage
 from tests.tasks.batch.small import a_contract, a_part, a_plan, numbers, put, put_parts
 

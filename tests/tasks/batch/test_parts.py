@@ -134,14 +134,12 @@ def test_polars_pandas_and_arrow_read_the_same_rows(plan: Plan, keys: pa.Table) 
     assert frame["grid"][2] is None
 
 
-def test_the_metadata_name_model_and_run_and_nothing_of_the_attempt(plan: Plan, keys: pa.Table) -> None:
+def test_the_metadata_name_model_and_chunk_and_nothing_of_the_attempt(plan: Plan, keys: pa.Table) -> None:
     flags = flagged([(3, "b", "null"), (0, "a", "null"), (1, "b", "null")])
     metadata = read(encode_part(plan, CHUNK, keys, PREDICTIONS, flags, 2)).schema.metadata
 
     assert {
-        b"overnight.format_version": b"1",
-        b"overnight.run_key": plan.key.encode(),
-        b"overnight.plan_digest": plan.digest.encode(),
+        b"overnight.format_version": b"2",
         b"overnight.chunk_digest": digest_chunk(plan, CHUNK).encode(),
         b"overnight.model": b"churn",
         b"overnight.model_version": b"3",
@@ -172,7 +170,7 @@ def test_what_the_model_left_in_a_rejects_place_does_not_show(plan: Plan, keys: 
 
 CHILD = """
 import hashlib, sys
-from tasks.batch.plan import load_plan
+from tasks.batch.run_records import load_plan
 from tasks.storage import open_storage
 from tests.tasks.batch.small import a_part
 plan = load_plan(open_storage(sys.argv[1]), sys.argv[2])
@@ -476,8 +474,8 @@ def test_a_footer_counts_the_rows_whose_key_holds_a_null(
 
 def test_a_part_that_is_torn_or_a_strangers_has_no_footer(storage: Storage, plan: Plan) -> None:
     chunk, good = plan.chunks[0, 0], bytes(a_part(plan, (0, 0)))
-    stranger = plan.model_copy(update={"key": "0" * 32})
-    replanned = plan.model_copy(update={"digest": "0" * 64})
+    stranger = plan.model_copy(update={"shape": "0" * 32})
+    elsewhere = plan.model_copy(update={"made_with": ("another processor",)})
     flipped = bytearray(good)
     footer = len(good) - 8 - int.from_bytes(good[-8:-4], "little")
     flipped[footer : footer + 20] = bytes(0xFF ^ byte for byte in good[footer : footer + 20])
@@ -487,8 +485,8 @@ def test_a_part_that_is_torn_or_a_strangers_has_no_footer(storage: Storage, plan
         "half": good[: len(good) // 2],
         "garbage": b"PAR1" + bytes(1000) + b"PAR1",
         "flipped": bytes(flipped),
-        "another run's": bytes(a_part(stranger, (0, 0))),
-        "another plan's": bytes(a_part(replanned, (0, 0))),
+        "another model's": bytes(a_part(stranger, (0, 0))),
+        "another machine's": bytes(a_part(elsewhere, (0, 0))),
         "another chunk's": bytes(a_part(plan, (0, 1))),
         "other rows": bytes(a_part(plan, (0, 3))),
         "no metadata": parquet(numbers(0, 8)),

@@ -30,21 +30,16 @@ from tasks.batch.dataset import Dataset, Snapshot, SourceFile
 from tasks.batch.footer import GroupBytes
 from tasks.batch.memory import check_fits, memory_bytes
 from tasks.batch.options import BatchOptions
-from tasks.batch.plan import (
-    Plan,
+from tasks.batch.plan import Plan, digest_chunk, digest_plan, make_plan, run_key, used_columns
+from tasks.batch.run_records import (
     RunStart,
     check_plan_key,
     confirm_plan,
-    digest_chunk,
-    digest_plan,
     load_plan,
     load_start,
     load_started_plan,
-    make_plan,
-    run_key,
     save_plan,
     save_start,
-    used_columns,
 )
 from tasks.storage import Storage
 from tests.tasks.batch.small import PIN, a_contract, a_plan, numbers, parquet, put
@@ -158,7 +153,25 @@ def test_a_chunk_is_a_batch_times_a_power_of_two_within_its_limits(rows: int, si
     if batches > 1:
         assert most * sizes.row_bytes <= 64 << 20
         assert most * sizes.slots * 8 <= rows
-        assert sizes.rows_per_second is None or most <= 10 * sizes.rows_per_second
+        is_of_time = sizes.rows_per_second is None or most <= 10 * sizes.rows_per_second
+        assert is_of_time or rows > 100_000 * most / 2
+
+
+def test_a_large_run_has_chunks_that_take_longer_rather_than_more_than_a_hundred_thousand() -> None:
+    sizes = Sizes(batch_size=512, slots=1000, row_bytes=256, rows_per_second=3000)
+    wide = Sizes(batch_size=512, slots=1000, row_bytes=1024, rows_per_second=3000)
+
+    assert 16_384 == choose_chunk_rows(10**9, sizes)
+    assert 131_072 == choose_chunk_rows(10**10, sizes)
+    # 64 MiB of rows are not exceeded.
+    assert 65_536 == choose_chunk_rows(10**10, wide)
+
+
+def test_a_run_of_many_slots_has_two_shards_for_each() -> None:
+    chunks = [Chunk(pieces=(Piece(file=0, row_group=at, row_start=0, row_stop=5),)) for at in range(10_000)]
+    sizes = Sizes(batch_size=1, slots=2000, row_bytes=8, rows_per_second=0.001)
+
+    assert 4000 == len(cut_shards(chunks, 50_000, sizes))
 
 
 @pytest.mark.parametrize(("rows_per_second", "expected"), [(400.0, 2048), (5.0, 32), (0.01, 1), (None, 65_536)])
@@ -168,6 +181,15 @@ def test_a_chunk_of_texts_is_ten_seconds_of_work_whatever_the_tokens_of_a_batch(
     sizes = Sizes(batch_size=1024, slots=2, row_bytes=100, rows_per_second=rows_per_second, batch_unit="tokens")
 
     assert expected == choose_chunk_rows(1_500_000, sizes)
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(1_500_000, 64), (400, 16)])
+def test_a_chunk_holds_a_batch_of_tokens_that_takes_longer_where_a_slot_has_rows_enough(
+    rows: int, expected: int
+) -> None:
+    sizes = Sizes(batch_size=8192, slots=2, row_bytes=100, rows_per_second=0.8, batch_unit="tokens", rows_per_pass=50.3)
+
+    assert expected == choose_chunk_rows(rows, sizes)
 
 
 def test_a_plan_holds_what_it_was_made_of(place: str) -> None:
@@ -338,7 +360,12 @@ def test_a_chunks_digest_tells_file_rows_batches_and_engine(made: Plan) -> None:
         made,
         *(
             made.model_copy(update=update)
-            for update in ({"batch_size": 5}, {"engine": Engine(threads=2)}, {"key": "0"})
+            for update in (
+                {"batch_size": 5},
+                {"engine": Engine(threads=2)},
+                {"shape": "0"},
+                {"made_with": ("numpy 1",)},
+            )
         ),
     ]
     digests = {digest_chunk(plan, chunk) for plan in plans for chunk in plan.chunks.values()}

@@ -12,12 +12,21 @@ import pyarrow as pa
 import pytest
 
 from serving.errors import DestinationUnusable, PublishRefused, RunDamaged, RunNameTaken, StorageFault
+from tasks.batch.chunk_scheduler import MARKS
 from tasks.batch.dataset import Snapshot
-from tasks.batch.manifest import find_damaged_parts, find_intact_manifest, find_manifest
+from tasks.batch.manifest import find_damaged_parts, find_intact_manifest, find_manifest, manifest_path
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import part_path
-from tasks.batch.plan import Plan, load_plan, save_plan
-from tasks.batch.publish import audit_parts, claim_order_number, count_rejects, publish
+from tasks.batch.plan import Plan
+from tasks.batch.publish import (
+    audit_parts,
+    claim_order_number,
+    count_rejects,
+    make_manifest,
+    publish,
+    wait_for_publisher,
+)
+from tasks.batch.run_records import load_plan, save_plan
 from tasks.batch.source import pin_source
 from tasks.batch.staging import stage
 from tasks.storage import LocalStorage, Storage, open_storage
@@ -112,9 +121,9 @@ def test_a_plan_that_disagrees_with_its_own_snapshot_is_refused(destination: Sto
         lambda plan: bytes(a_part(plan, (1, 0)))[:-1],
         lambda _: b"PAR1 nonsense PAR1",
         lambda plan: a_part(plan, (0, 0))[:200],
-        lambda plan: a_part(plan.model_copy(update={"key": "0" * 32}), (1, 0)),
+        lambda plan: a_part(plan.model_copy(update={"shape": "0" * 32}), (1, 0)),
     ],
-    ids=["no bytes", "a byte short", "nonsense", "cut", "another run's"],
+    ids=["no bytes", "a byte short", "nonsense", "cut", "another model's"],
 )
 def test_a_torn_part_is_set_aside_where_no_reader_looks_and_is_missing(
     destination: Storage, plan: Plan, tear: Callable[[Plan], bytes]
@@ -327,3 +336,40 @@ def test_a_manifest_of_another_version_is_told_by_its_address(destination: Stora
     destination.put_new("_overnight/x/manifest.json", b'{"parts": "many"}')
     with pytest.raises(DestinationUnusable, match=r"_overnight/x/manifest\.json must be a manifest that this version"):
         find_manifest(destination, "x")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """A plan of 10,000 chunks, of which one worker publishes for all."""
+    folder = tmp_path_factory.mktemp("large")
+    put(f"{folder}/in", {"a.parquet": numbers(0, 10_000)})
+    return a_plan(f"{folder}/in", f"{folder}/out", BatchOptions(rows_per_chunk=1), batch_size=1)
+
+
+def test_of_the_workers_of_a_large_run_one_publishes_and_the_others_get_its_manifest(
+    destination: Storage, large: Plan
+) -> None:
+    manifest = make_manifest(large, ())
+    assert wait_for_publisher(destination, large, may_wait=lambda: True) is None
+
+    with ThreadPoolExecutor(2) as pool:
+        others = [pool.submit(wait_for_publisher, destination, large, may_wait=lambda: True) for _ in range(2)]
+        destination.put_new(manifest_path(large.run), manifest.model_dump_json().encode())
+
+        assert [manifest, manifest] == [other.result(60) for other in others]
+
+
+def test_a_worker_that_must_leave_or_whose_run_is_small_waits_for_no_publisher(
+    destination: Storage, plan: Plan, large: Plan
+) -> None:
+    for _ in range(2):
+        assert wait_for_publisher(destination, plan, may_wait=lambda: True) is None
+        assert wait_for_publisher(destination, large, may_wait=lambda: False) is None
+
+
+def test_marks_of_helpers_are_gone_once_a_run_is_published(destination: Storage, plan: Plan) -> None:
+    put_parts(plan, destination)
+    destination.put_new(f"{plan.folder}/{MARKS}/00000-0001-001", b"{}")
+    publish(destination, plan, audit_parts(destination, plan))
+
+    assert [] == destination.entries(f"{plan.folder}/{MARKS}")

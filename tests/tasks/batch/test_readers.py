@@ -15,8 +15,9 @@ from serving.model.contract import Output
 from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import part_glob
-from tasks.batch.plan import Plan, save_plan
+from tasks.batch.plan import Plan
 from tasks.batch.publish import audit_parts, publish
+from tasks.batch.run_records import save_plan
 from tasks.storage import open_storage
 from tests.tasks.batch.iceberg_tables import configure, open_lake
 from tests.tasks.batch.small import a_contract, a_plan, numbers, put, put_parts

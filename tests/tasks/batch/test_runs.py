@@ -7,8 +7,9 @@ from pathlib import Path
 from tasks.batch.manifest import Manifest, find_manifest, manifest_path
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import part_path
-from tasks.batch.plan import Plan, save_plan
+from tasks.batch.plan import Plan
 from tasks.batch.publish import audit_parts, claim_order_number, publish
+from tasks.batch.run_records import save_plan
 from tasks.batch.runs import choose_newest, list_runs
 from tasks.storage import Storage, open_storage
 from tests.tasks.batch.small import a_plan, numbers, put, put_parts

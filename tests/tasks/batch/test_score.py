@@ -26,7 +26,8 @@ from serving.model.registry import resolve_model
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import list_parts, part_path
 from tasks.batch.plan import Plan
-from tasks.batch.score import Scorer, ScoringResult, check_rejects
+from tasks.batch.score import Scorer
+from tasks.batch.scoring_result import ScoringResult, check_rejects
 from tasks.spot.drain import Notice, sigterm_notice
 from tasks.storage import Storage, open_storage
 from tests.support import register_script
@@ -127,6 +128,20 @@ def plan(tmp_path: Path) -> Plan:
 @pytest.fixture
 def destination(tmp_path: Path) -> Storage:
     return open_storage(str(tmp_path / "scores"))
+
+
+def test_an_error_in_a_chunk_that_a_slot_helps_with_ends_the_slot(plan: Plan, destination: Storage) -> None:
+    score(plan, destination, Adder())
+    destination.delete([part_path(plan, (1, 0))])
+    model = Adder(fails_at=float(sum(chunk.rows for chunk in plan.shards[0])))
+    scorer = Scorer(plan=plan, destination=destination, model=model, max_reject_fraction=1.0)
+    unfinished = scorer.scheduler.begin()
+    taken = scorer.scheduler.next_shard()
+    with pytest.raises(OutOfInk):
+        scorer.score_shard(0)
+
+    assert ([1], 1) == (unfinished, taken)
+    assert scorer.scheduler.is_stopping()
 
 
 def test_only_missing_chunks_are_scored(plan: Plan, destination: Storage) -> None:

@@ -23,8 +23,9 @@ from tasks.batch.delta import delta_options
 from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import part_path
-from tasks.batch.plan import Plan, run_key, save_plan
+from tasks.batch.plan import Plan, run_key
 from tasks.batch.publish import audit_parts, publish
+from tasks.batch.run_records import save_plan
 from tasks.batch.source import TableVersion, pin_source
 from tasks.storage import open_storage
 from tests.tasks.batch.small import PIN, a_contract, a_plan, numbers, put, put_parts

@@ -129,7 +129,7 @@ def test_a_second_call_stages_nothing_again(place: str, monkeypatch: pytest.Monk
 @contextlib.contextmanager
 def killed_after(count: int) -> Generator[None]:
     """Make the block fall over once so many copies are there, and the list of them is not."""
-    real = staging._write_copies
+    real = staging.write_copies
 
     def written(tables: Iterable[pa.Table]) -> Generator[tuple[int, memoryview]]:
         for at, made in enumerate(real(tables)):
@@ -138,7 +138,7 @@ def killed_after(count: int) -> Generator[None]:
             yield made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(staging, "_write_copies", written)
+        patch.setattr(staging, "write_copies", written)
         with pytest.raises(KeyboardInterrupt):
             yield
 

@@ -22,8 +22,9 @@ from tasks.batch.manifest import manifest_path
 from tasks.batch.options import BatchOptions
 from tasks.batch.part_check import ExpectedPart, PartReader
 from tasks.batch.parts import part_path
-from tasks.batch.plan import Plan, order_path, save_plan
+from tasks.batch.plan import Plan
 from tasks.batch.publish import audit_parts, claim_order_number, publish
+from tasks.batch.run_records import order_path, save_plan
 from tasks.batch.verify import RunVerification, choose_runs, verify_run
 from tasks.storage import LocalStorage, Storage, open_storage
 from tests.tasks.batch.small import a_contract, a_part, a_plan, numbers, put, put_parts
@@ -155,14 +156,14 @@ def test_parts_under_each_others_names_are_named_with_whose_they_are(plan: Plan,
     assert one in told[other]
 
 
-def test_a_part_of_another_plan_is_named(tmp_path: Path, plan: Plan, storage: Storage) -> None:
+def test_a_part_that_is_made_of_something_else_is_named(tmp_path: Path, plan: Plan, storage: Storage) -> None:
     other = publish_run(str(tmp_path), BatchOptions(rows_per_chunk=10, rescore="again"))
     chunk = next(iter(plan.chunks))
     shutil.copyfile(Path(storage.url) / part_path(other, chunk), Path(storage.url) / part_path(plan, chunk))
     result = verify_run(storage, plan.run)
 
     assert {"identity"} == kinds_of(result)[part_path(plan, chunk)]
-    assert "one of another run" in result.damages[0].message
+    assert "got that of no chunk of the plan" in result.damages[0].message
 
 
 def rewrite(path: Path, edit: Callable[[pa.Table], pa.Table]) -> None:

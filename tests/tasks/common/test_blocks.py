@@ -23,8 +23,8 @@ KEY, OTHER = "verysecretkey1", "verysecretkey2"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Generator[PrefectServer]:
-    with use_prefect(tmp_path_factory.mktemp("prefect"), services=False) as server:
+def server(tmp_path_factory: pytest.TempPathFactory, prefect_templates: Path) -> Generator[PrefectServer]:
+    with use_prefect(tmp_path_factory.mktemp("prefect"), prefect_templates, services=False) as server:
         yield server
 
 

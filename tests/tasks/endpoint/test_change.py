@@ -48,7 +48,7 @@ def test_a_version_whose_requests_never_end_is_logged_and_left_to_the_next_call(
         spec=spec(),
         gateway=gateway,
         release=make_release_to_remove("churn", "2", matrix(4)),
-        model=Path("model"),
+        models=(Path("model"),),
         current_route=None,
         previous_release=None,
         logger=logger,

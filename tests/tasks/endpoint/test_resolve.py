@@ -9,16 +9,30 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serving.errors import BadInput, ModelNotFound, SchemaMismatch
+from serving.model.batching import BatchingConfig
 from serving.model.contract import Contract, Input, Output
 from serving.model.encoding import Encoded
 from serving.model.registry import resolve_model
-from tasks.endpoint.resolve import draw_random_rows, keep_answered_rows, read_example_rows
+from tasks.endpoint.deploy import make_graph, make_graph_host, write_graph_manifests
+from tasks.endpoint.resolve import (
+    LoadedGraph,
+    draw_random_rows,
+    keep_answered_rows,
+    load_endpoint,
+    load_endpoint_graph,
+    load_endpoint_model,
+    read_example_rows,
+)
+from tasks.endpoint.spec import EndpointSpec
+from tests.graphs import graph_of, register_chain
 from tests.serving.toys import alone, column, matrix
-from tests.support import register_torch
-from tests.tasks.endpoint.values import sample
+from tests.support import register_network, register_torch
+from tests.tasks.endpoint.values import sample, spec
 
 DTYPES = ("float32", "float64", "int8", "int64", "uint8", "bool", "str", "binary", "datetime64[ns]")
 
@@ -160,3 +174,72 @@ def test_an_example_that_mlflow_keeps_is_found_and_one_that_it_does_not_keep_is_
     assert found is not None
     assert X_KEPT.tolist() == found["x"].tolist()
     assert read_example_rows(without, without.contract({}, {})) is None
+
+
+def graph_spec(**changes: Any) -> EndpointSpec:
+    return spec(model=None, **changes)
+
+
+def test_a_graph_is_resolved_step_by_step_and_answers_as_its_models_do(registry: Path) -> None:
+    uris = register_chain()
+    found = load_endpoint(graph_spec(steps=uris))
+    again = load_endpoint(graph_spec(steps=uris))
+    chain = graph_of(uris, "churn")
+
+    assert isinstance(found, LoadedGraph)
+    assert chain.graph.contract == found.contract
+    assert ", then ".join(uris) == found.description
+    assert (found.version, found.digest) == (again.version, again.digest)
+    assert found.random is not None
+    expected = chain.predict(found.random.inputs)
+    for name, answer in found.random.outputs.items():
+        assert np.array_equal(expected[name], answer)
+
+
+def test_a_step_of_another_batching_or_param_is_another_graph(registry: Path) -> None:
+    uris = register_chain()
+    steps = [{"model": uris[0]}, {"model": uris[1], "batching": {"batch_size_max": 4}}, {"model": uris[2]}]
+    first, other = load_endpoint(graph_spec(steps=uris)), load_endpoint_graph(graph_spec(steps=steps))
+    graph = make_graph(graph_spec(steps=steps), other, BatchingConfig(batch_size_max=8, wait_ms_max=2))
+
+    assert first.version != other.version
+    assert [(8, 2), (4, 0), (8, 0)] == [
+        (each.batching.batch_size_max, each.batching.wait_ms_max) for each in graph.steps
+    ]
+    assert other.version == graph.version
+
+
+def test_an_ensemble_answers_with_the_mean(registry: Path) -> None:
+    uris = [register_network("resolve-mean", seed=seed) for seed in (0, 1)]
+    found = load_endpoint(graph_spec(ensemble=uris))
+
+    assert found.random is not None
+    expected = graph_of(uris, "churn", combine="mean").predict(found.random.inputs)["score"]
+    np.testing.assert_allclose(expected, found.random.outputs["score"], rtol=0, atol=1e-6)
+    assert f"the mean of {uris[0]} and {uris[1]}" == found.description
+
+
+def test_steps_that_do_not_fit_or_are_not_there_are_refused_before_any_is_loaded(registry: Path) -> None:
+    prep, network, post = register_chain()
+    with pytest.raises(SchemaMismatch, match=f"{post} must take what {prep}, the step before it, gives"):
+        load_endpoint(graph_spec(steps=[prep, post]))
+    with pytest.raises(SchemaMismatch, match=f"{network} must take what {prep} takes"):
+        load_endpoint(graph_spec(ensemble=[prep, network]))
+    with pytest.raises(ModelNotFound, match="models:/graph-prep/99"):
+        load_endpoint(graph_spec(steps=["models:/graph-prep/99", network]))
+    with pytest.raises(BadInput, match="must answer by one model here, got a graph"):
+        load_endpoint_model(graph_spec(steps=[prep, network]))
+
+
+def test_seldon_gets_manifests_of_a_graph_and_no_flow_deploys_them(registry: Path, tmp_path: Path) -> None:
+    target = {"kind": "seldon", "folder": str(tmp_path), "python": "python"}
+    uris = register_chain()
+    written = write_graph_manifests(graph_spec(steps=uris, target=target), tmp_path / "manifests")
+    pipeline = yaml.safe_load((written / "pipeline.yaml").read_text())
+
+    assert 3 == len(pipeline["spec"]["steps"])
+    assert (written / "2/model/MLmodel").exists()
+    with pytest.raises(BadInput, match=r"on triton or ray-serve, got seldon\. Only a cluster chains its models"):
+        make_graph_host(graph_spec(steps=uris, target=target).target)
+    with pytest.raises(BadInput, match="must be those of a graph on seldon, got the target triton and 3 steps"):
+        write_graph_manifests(graph_spec(steps=uris, target={"kind": "triton"}), tmp_path)

@@ -19,6 +19,7 @@ from tasks.endpoint.spec import (
     RayServe,
     Seldon,
     Shadow,
+    Step,
     Triton,
     default_target,
     read_admin_key,
@@ -57,7 +58,6 @@ def test_a_spec_of_0_1_is_read_under_its_field_name_of_then() -> None:
     ("changes", "said"),
     [
         ({"name": "No Spaces"}, "name"),
-        ({"budget": {"latency_ms": 50, "rate": 9}, "batching": {"batch_size_max": 4}}, "a budget or batching"),
         ({"keep_warm": "auto"}, "only beside a budget"),
         ({"keep_warm": 0.1}, "from 1 second to a week, got 0.1"),
         (
@@ -74,6 +74,24 @@ def test_a_spec_of_0_1_is_read_under_its_field_name_of_then() -> None:
         ({"access": {"keys": ["a-secret"]}}, "keys"),
         ({"budget": {"latency_ms": 0, "rate": 9}}, "latency_ms"),
         ({"tolerance": 0}, "tolerance"),
+        ({"model": None}, "a model, steps or an ensemble, and one of these three, got none"),
+        ({"steps": ["models:/a/1", "models:/b/1"]}, "one of these three, got model and steps"),
+        ({"model": None, "steps": ["models:/a/1"]}, "steps must name 2 or 3 models, got 1"),
+        ({"model": None, "ensemble": ["models:/a/1"] * 4}, "ensemble must name 2 or 3 models, got 4"),
+        ({"model": None, "steps": [{"model": "models:/a/1", "rows": 1}] * 2}, "rows"),
+        (
+            {"model": None, "steps": ["models:/a/1"] * 2, "target": {"kind": "bentoml", "folder": "f", "python": "p"}},
+            "triton, ray-serve or seldon, got bentoml, which chains no models. Choose one of those",
+        ),
+        (
+            {
+                "model": None,
+                "ensemble": ["models:/a/1"] * 2,
+                "target": {"kind": "kserve", "folder": "f", "python": "p"},
+            },
+            "ensemble must be served by triton, ray-serve or seldon, got kserve",
+        ),
+        ({"model": None, "steps": ["models:/a/1"] * 2, "params": {"a": 1}}, r"of a step beside steps, got \['a'\]"),
     ],
 )
 def test_an_invalid_spec_is_refused_and_the_error_names_the_field(changes: dict[str, Any], said: str) -> None:
@@ -81,8 +99,19 @@ def test_an_invalid_spec_is_refused_and_the_error_names_the_field(changes: dict[
         spec(**changes)
 
 
+def test_the_address_of_a_model_is_a_step() -> None:
+    found = spec(model=None, steps=["models:/a/1", {"model": "models:/b@best", "batching": {"batch_size_max": 4}}])
+
+    assert (Step(model="models:/a/1"), Step(model="models:/b@best", batching=BatchingConfig(batch_size_max=4))) == (
+        found.graph_steps
+    )
+    assert found == EndpointSpec.model_validate_json(found.model_dump_json())
+    assert () == spec().graph_steps
+
+
 @pytest.mark.parametrize(
-    "model", [EndpointSpec, Triton, RayServe, BentoML, KServe, Seldon, Budget, Canary, Shadow, Access, BatchingConfig]
+    "model",
+    [EndpointSpec, Step, Triton, RayServe, BentoML, KServe, Seldon, Budget, Canary, Shadow, Access, BatchingConfig],
 )
 def test_every_field_of_the_form_is_described(model: type[BaseModel]) -> None:
     assert [] == [name for name, field in model.model_fields.items() if not field.description]

@@ -10,8 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.errors import BadWorkload
-from serving.gateway.metering import MeteredRequest as Line
-from serving.gateway.metering import MeteringLog
 from tasks.scheduler.arrivals import (
     DAY_SECONDS,
     compute_day_shape,
@@ -21,6 +19,7 @@ from tasks.scheduler.arrivals import (
     spread_counts,
 )
 from tasks.scheduler.workload import ArrivalRate, ArrivalTrace, MeteredArrivals, Table
+from tests.serving.gateway.support import write_access_line
 from tests.tasks.scheduler.values import workload
 
 
@@ -86,14 +85,8 @@ def test_a_year_is_replayed_for_thirty_days() -> None:
 
 
 def meter(folder: Path, *lines: tuple[float, str, int, int]) -> None:
-    log = MeteringLog(folder)
     for at, endpoint, rows, status in lines:
-        log.add(
-            Line(
-                at_us=round(at * 1e6), endpoint=endpoint, version="1", rows=rows, size=1, status=status, latency_ms=1.0
-            )
-        )
-    log.close()
+        write_access_line(folder, at_us=round(at * 1e6), endpoint=endpoint, rows=rows, status=status)
 
 
 def test_metered_requests_are_arrivals_but_for_those_that_were_turned_away_as_wrong(tmp_path: Path) -> None:

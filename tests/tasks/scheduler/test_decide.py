@@ -84,6 +84,21 @@ def test_requests_with_a_short_latency_are_served_by_an_endpoint(fraud: Decision
     assert fraud.chosen.late_share <= 0.01
 
 
+def test_endpoints_are_held_against_the_mean_rate_and_twice_of_it_where_their_fewest_machines_carry_that() -> None:
+    low, high = (decided(workload(arrivals=ArrivalRate(per_second=rate, peak=1))).chosen for rate in (20, 150))
+
+    assert 20 == pytest.approx(low.checked_rate, rel=0.01)
+    # One machine carries this rate, but not twice of it.
+    assert (1, "always-on") == (high.machines, high.policy)
+    assert high.checked_rate is not None
+    assert 75 < high.checked_rate < 100
+
+
+def test_what_is_no_endpoint_is_held_against_no_rate(hourly: Decision, nightly: Decision) -> None:
+    assert {"online"} == {each.mode for each in hourly.alternatives if each.checked_rate is not None}
+    assert all(each.checked_rate is None for each in nightly.alternatives)
+
+
 def test_events_that_have_an_hour_are_scored_by_batch_runs(hourly: Decision) -> None:
     assert "batch" == hourly.chosen.mode
     assert hourly.chosen.age_seconds_p99 <= HOUR

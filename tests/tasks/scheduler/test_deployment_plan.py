@@ -7,7 +7,7 @@ from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 
 from serving.errors import BadInput
 from serving.model.batching import BatchingConfig
-from tasks.endpoint.spec import BentoML
+from tasks.endpoint.spec import BentoML, Budget, EndpointSpec
 from tasks.scheduler.deployment_plan import (
     ApplyConfig,
     BatchApplyConfig,
@@ -21,7 +21,7 @@ from tasks.scheduler.deployment_plan import (
     plan_stream_deployment,
     read_current_deployment,
 )
-from tasks.scheduler.workload import Table
+from tasks.scheduler.workload import Events, Table, Workload
 from tasks.spot.purchase import PurchaseOptions
 from tasks.stream.options import FromNats, ToParts
 from tests.tasks.scheduler.decisions import BACKFILL, EVENTS, FRAUD, MACHINE, NIGHTLY, NOW, alternative, decision
@@ -91,6 +91,40 @@ def test_an_endpoint_has_the_batching_the_replicas_and_the_keep_warm_time_that_w
     assert (4, 4) == (always_on.scaling.replicas_min, always_on.scaling.replicas_max)
     assert (2, 4) == (autoscaled.scaling.replicas_min, autoscaled.scaling.replicas_max)
     assert [None, None, 1.0] == [spec.keep_warm for spec in (always_on, autoscaled, warm)]
+
+
+@pytest.mark.parametrize(
+    ("workload", "latency_ms"),
+    [(FRAUD, 50), (EVENTS, 30_000), (EVENTS.model_copy(update={"consumer": Events(within_seconds=3600)}), 60_000)],
+)
+def test_an_endpoint_is_held_against_the_promise_at_the_rate_that_was_decided_for(
+    workload: Workload, latency_ms: float
+) -> None:
+    chosen = alternative("online", "always-on", 1, checked_rate=12.3456)
+    spec = make_endpoint_spec(decision(workload, chosen), CONFIG)
+
+    assert Budget(latency_ms=latency_ms, rate=12.3) == spec.budget
+    assert chosen.batching == spec.batching
+    assert spec == EndpointSpec.model_validate_json(spec.model_dump_json())
+
+
+@pytest.mark.parametrize("rate", [None, 0.0, 1e-9])
+def test_an_endpoint_that_hardly_anyone_asks_is_held_against_the_promise_by_one_request(rate: float | None) -> None:
+    chosen = alternative("online", "always-on", 1, checked_rate=rate)
+
+    assert Budget(latency_ms=50, rate=0.01) == make_endpoint_spec(decision(FRAUD, chosen), CONFIG).budget
+
+
+def test_an_endpoint_of_a_table_promises_no_latency() -> None:
+    chosen = alternative("online", "always-on", 1)
+
+    assert make_endpoint_spec(decision(NIGHTLY, chosen), CONFIG).budget is None
+
+
+def test_the_time_that_an_endpoint_is_measured_for_can_be_chosen() -> None:
+    config = ApplyConfig(online=OnlineApplyConfig(measure_seconds=0))
+
+    assert 0 == make_endpoint_spec(decision(FRAUD, alternative("online", "always-on", 1)), config).measure_seconds
 
 
 def test_a_target_without_scale_to_zero_is_refused_with_its_message() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import replace
 from typing import Any
@@ -11,15 +12,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from serving.model.batching import CostModel
+from serving.model.queueing import BatchingServer, simulate_servers
 from tasks.scheduler.queue_simulation import (
     UTILISATIONS,
-    BatchingServer,
     WaitTimes,
     compute_backlog,
     compute_delays,
     compute_weighted_quantiles,
     simulate_latency,
-    simulate_servers,
     simulate_waits,
 )
 
@@ -121,12 +121,17 @@ def test_a_burst_that_takes_a_minute_to_serve_is_late() -> None:
     assert 59 == pytest.approx(latency.age_p99, abs=1)
 
 
-def test_every_late_burst_is_counted_once() -> None:
-    counts_T = np.zeros(1000, dtype=np.int64)
-    counts_T[[10, 12, 500]] = 300
+def test_a_large_late_burst_varies_more_than_the_same_requests_in_small_ones() -> None:
+    large_T, small_T = np.zeros((2, 3000), dtype=np.int64)
+    large_T[[10, 12]] = 300
+    small_T[[10, 500, 1000, 1500, 2000, 2500]] = 100
+    large, small = (simulate_latency(each_T, 1, waits(), 0.0, 1.0) for each_T in (large_T, small_T))
 
-    assert 2 == simulate_latency(counts_T, 1, waits(), 0.0, 5.0).late_episodes
-    assert 0 == simulate_latency(np.full(1000, 2), 1, waits(), 0.0, 5.0).late_episodes
+    assert (600, 600) == (large_T.sum(), small_T.sum())
+    # Bursts that are a minute or more apart are episodes of their own.
+    assert large.late_share * 600 == pytest.approx(large.late_deviation)
+    assert small.late_share * 600 == pytest.approx(math.sqrt(6) * small.late_deviation)
+    assert 0 == simulate_latency(np.full(1000, 2), 1, waits(), 0.0, 5.0).late_deviation
 
 
 def test_quantiles_count_the_weights_of_their_values() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -25,9 +26,9 @@ def test_a_promise_is_kept_with_a_margin(late: float, violation: str | None) -> 
 
 def test_rows_that_are_late_together_need_a_larger_margin() -> None:
     # Forty rows at once may be eighty another time; forty one by one are forty or so.
-    assert find_late_violation(scenario(), 40 / 7200, episodes=1) is not None
-    assert find_late_violation(scenario(), 40 / 7200, episodes=40) is None
-    assert find_late_violation(replace(scenario(), deviations=0.0), 40 / 7200, episodes=1) is None
+    assert find_late_violation(scenario(), 40 / 7200, deviation=40) is not None
+    assert find_late_violation(scenario(), 40 / 7200, deviation=math.sqrt(40)) is None
+    assert find_late_violation(replace(scenario(), deviations=0.0), 40 / 7200, deviation=40) is None
 
 
 def test_candidates_that_keep_the_promise_come_first_the_cheapest_before_others() -> None:

@@ -24,6 +24,17 @@ from tasks.scheduler.simulate_online import (
 from tests.tasks.scheduler.values import HOUR, THIS, profile, scenario
 
 
+def test_an_endpoint_carries_a_rate_at_which_99_of_100_requests_are_in_time_on_its_fewest_machines() -> None:
+    loose, usual = scenario(share_in_time=0.5), scenario()
+    capacity = list_serving_capacities(usual, THIS)[0]
+    always_on, never_mind = (simulate_always_on(each, capacity) for each in (usual, loose))
+    scaled = simulate_autoscaler(usual, capacity, 3, 0.5)
+
+    assert 1 == always_on.machines == never_mind.machines
+    assert capacity.requests_per_second_max(usual) == always_on.carried_per_second == never_mind.carried_per_second
+    assert 3 * 0.5 * capacity.waits.server.requests_per_second == scaled.carried_per_second
+
+
 @pytest.mark.parametrize("within", [0.05, 0.2, 5.0])
 def test_a_pass_takes_at_most_half_of_the_time(within: float) -> None:
     found = list_serving_capacities(scenario(deadline_seconds=within), THIS)

@@ -71,6 +71,12 @@ def test_neither_is_late_on_any_trace(data: st.DataObject, job: Job) -> None:
     assert not replay(uniform, spot_NT, job).late_N.any()
 
 
+def test_the_last_moments_before_a_deadline_are_worked_in_too() -> None:
+    job = Job(work_seconds=6e-5, deadline_seconds=100.00006, changeover_seconds=0, tick_seconds=100)
+
+    assert not replay(greedy, np.zeros((1, 2), dtype=bool), job).late_N.any()
+
+
 PLAIN = Job(work_seconds=6, deadline_seconds=10, changeover_seconds=1, tick_seconds=1)
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from serving.errors import SourceChanged
+from serving.errors import BadInput, SourceChanged
 from tasks.storage import Entry, Storage, check_create_only, copy_pinned, open_storage
 
 NAMES = [
@@ -94,6 +94,32 @@ def test_a_name_comes_back_as_it_was_given(storage: Storage, name: str) -> None:
     assert name.encode() == storage.read(name) == pinned
     assert not storage.put_new(name, b"again")
     assert storage.address(name) == f"{storage.url}/{name}"
+
+
+@pytest.mark.parametrize("path", ["../beside", "a/../../beside", "a/..", ".."])
+def test_a_path_that_leads_out_of_the_root_is_refused(storage: Storage, path: str) -> None:
+    inner = open_storage(f"{storage.url}/inner")
+    assert storage.put_new("beside", b"not inner's")
+    before = storage.entries()
+
+    for refused in (
+        lambda: inner.put_new(path, b"1"),
+        lambda: inner.read(path),
+        lambda: inner.exists(path),
+        lambda: inner.find(path),
+        lambda: inner.entries(path),
+        lambda: inner.entries_after(path, "", 1),
+        lambda: inner.delete([path]),
+        lambda: inner.set_aside(Entry(path=path, size=1, tag="1")),
+        lambda: inner.open_pinned(Entry(path=path, size=11, tag="1")).read(),
+        lambda: inner.address(path),
+    ):
+        with pytest.raises(BadInput, match="must"):
+            refused()
+    with pytest.raises(BadInput, match=r"must be relative to .*/inner and have no part '\.\.', got "):
+        inner.read(path)
+
+    assert before == storage.entries()
 
 
 @pytest.mark.parametrize("name", ["a b", "ümläut", "p%20q", "k=v", "hash#mark", "what?", "[set]"])
@@ -226,3 +252,20 @@ def test_a_copy_is_made_in_blocks_and_reports_each(storage: Storage) -> None:
 
     assert data == sink.getvalue()
     assert [8 << 20, len(data) - (8 << 20)] == seen
+
+
+def test_objects_after_a_name_are_listed_in_order_and_no_more_than_asked_for(storage: Storage) -> None:
+    for name in ("a", "b/x", "c", "d", "deep/c", ".d"):
+        storage.put_new(f"run=1/{name}", b"x")
+    storage.put_new("run=10/z", b"x")
+
+    def list_after(name: str, count: int) -> list[str]:
+        return [entry.path for entry in storage.entries_after("run=1", name, count)]
+
+    assert ["run=1/.d", "run=1/a", "run=1/c", "run=1/d"] == list_after("", 10)
+    assert ["run=1/c", "run=1/d"] == list_after("a", 10)
+    assert ["run=1/c"] == list_after("a", 1)
+    assert ["run=1/c"] == list_after("b", 1)
+    assert [] == list_after("d", 10)
+    assert [] == storage.entries_after("run=2", "", 10)
+    assert storage.find("run=1/c") == storage.entries_after("run=1", "a", 1)[0]

@@ -55,6 +55,24 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     return seen
 
 
+def test_an_absolute_path_is_refused(folder: LocalStorage, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"1")
+
+    with pytest.raises(BadInput, match=f"must be relative to {folder.url} .*, got '{outside}'"):
+        folder.read(str(outside))
+    with pytest.raises(BadInput, match="must be relative"):
+        folder.delete_torn_writes("..")
+    assert b"1" == outside.read_bytes()
+
+
+def test_nothing_leads_out_of_the_root_of_the_file_system(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").write_bytes(b"1")
+
+    assert b"1" == LocalStorage(Path("/")).read(f"{tmp_path}/a/../b".lstrip("/"))
+
+
 def inode(path: Path) -> int:
     return path.stat().st_ino
 

@@ -235,3 +235,4 @@ def test_more_objects_than_one_page_at_one_level_are_all_listed(store: Storage) 
     store.put_new("run=a/deep/x", b"x")
 
     assert names == [entry.path for entry in store.entries("run=a", depth=1)]
+    assert names[50:1060] == [entry.path for entry in store.entries_after("run=a", "0049", 1010)]

@@ -121,6 +121,26 @@ def test_two_patterns_overlap_where_a_subject_can_fit_both(one: str, other: str,
     assert fits == subjects_overlap(one, other) == subjects_overlap(other, one)
 
 
+def test_suspects_are_delivered_few_at_a_time_and_the_next_ones_once_those_are_done(
+    nats: NatsServer, nats_client: NatsClient, fresh: str
+) -> None:
+    nats_client.make(fresh, fresh)
+    nats_client.publish(fresh, [b"%d" % at for at in range(100)])
+    for _ in range(3):
+        with reading(nats, fresh, in_flight=200, ack_wait_seconds=1.0) as source:
+            assert 100 == len(take(source, 100))
+        time.sleep(1.2)
+    with reading(nats, fresh, in_flight=200, ack_wait_seconds=1.0) as source:
+        steps = []
+        while found := source.fetch(100, 1, 1.0):
+            time.sleep(0.3)
+            found += source.fetch(100, 0, 0.0)
+            steps.append([message.deliveries for message in found])
+            source.acknowledge(found, [])
+
+    assert [[4], [4] * 64, [4] * 35] == steps
+
+
 def test_messages_in_flight_are_bounded_and_unfetched_ones_are_redelivered_at_once(
     nats: NatsServer, nats_client: NatsClient, fresh: str
 ) -> None:
