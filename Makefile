@@ -11,7 +11,7 @@ MAKEFLAGS += --no-print-directory
 # Without bytecode, which pip does not make either, each of hundreds of processes would compile what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo demo-endpoint demo-modes demo-stream deploy lint types check format clean
-.PHONY: test test-flows test-stations test-kills
+.PHONY: ci test test-flows test-stations test-kills
 .PHONY: test-machines test-servers test-workers test-deployments test-nights test-image
 .PHONY: simulate simulate-fleet chaos bench-batch bench-peers bench-resume bench-generation bench-gpu bench-spot bench-nightly bench-workers bench-endpoint bench-stream
 .PHONY: lock audit sbom image bench-modes bench-memory bench-keys bench-isolation bench-start bench-triton-starts size pictures docs diagrams notebooks
@@ -43,6 +43,14 @@ demo-modes: $(STAMP)
 deploy: $(STAMP)
 	@$(BIN)/python -m deployments.apply
 
+# The whole of CI on HEAD, in a fresh clone with a new environment: some 40 minutes on two cores that do nothing else. A
+# commit that passes is written into .git/ci-passed.
+ci:
+	@.ci/run-clean
+
+# A group of tests. Each one that fails is run once more in a process of its own, and is unstable where it passes then.
+TESTS := $(BIN)/python -m tests.second_look
+
 # Three processes of tests at a time, since they wait for servers more than they compute; those of one share its Prefect
 # servers.
 test: lint $(STAMP)
@@ -56,15 +64,15 @@ GATEWAY := tests/serving/gateway
 STATIONS_NOT := tests/deployments tests/flows tests/infra $(TARGETS) $(GATEWAY) tests/tasks/endpoint
 
 test-flows: $(STAMP)
-	$(BIN)/python -m pytest tests/flows $(TARGETS) $(foreach path,$(KILLS) $(ENDPOINTS),--ignore=$(path))
+	$(TESTS) flows -- tests/flows $(TARGETS) $(foreach path,$(KILLS) $(ENDPOINTS),--ignore=$(path))
 
 test-stations: $(STAMP)
-	$(BIN)/python -m pytest $(foreach path,$(STATIONS_NOT),--ignore=$(path))
+	$(TESTS) stations -- tests $(foreach path,$(STATIONS_NOT),--ignore=$(path))
 
 # Deployments come before flows: Prefect's worker of events stays with the first server of a process. What is tested of
 # infra has its servers in processes of their own.
 test-kills: $(STAMP)
-	$(BIN)/python -m pytest tests/infra $(GATEWAY) tests/deployments $(KILLS) $(ENDPOINTS)
+	$(TESTS) kills -- tests/infra $(GATEWAY) tests/deployments $(KILLS) $(ENDPOINTS)
 
 # What takes minutes of real servers and workers, in three processes again; the output of each comes once it has ended.
 # Nights have deadlines to keep, and have the machine for themselves.
@@ -72,31 +80,31 @@ test-machines: $(STAMP)
 	@$(MAKE) -j 3 --output-sync=target test-servers test-workers test-deployments
 	@$(MAKE) test-nights
 
-MACHINES := $(BIN)/python -m pytest -m machines --timeout 1200 --durations=10
+MACHINES := -m machines --timeout 1200 --durations=10 --
 IMAGE := tests/infra/test_docker.py
 NIGHTS := tests/deployments/test_nightly.py
 
 # BentoML, KServe, MLServer and Ray Serve, the former three in environments of their own, which the first run makes; and
 # what no other group has, such as defects that the simulation is to find.
 test-servers: $(STAMP)
-	$(MACHINES) $(foreach path,tests/deployments tests/flows $(IMAGE),--ignore=$(path))
+	$(TESTS) servers $(MACHINES) tests $(foreach path,tests/deployments tests/flows $(IMAGE),--ignore=$(path))
 
 # The image of a worker, built from an empty Debian and put to work: some ten minutes for itself, and no part of the above.
 test-image: $(STAMP)
-	$(MACHINES) $(IMAGE)
+	$(TESTS) image $(MACHINES) $(IMAGE)
 
 # Every point of a drain and of a kill, workers and scorers of streams that are killed, environments of models, traces.
 test-workers: $(STAMP)
-	$(MACHINES) tests/flows
+	$(TESTS) workers $(MACHINES) tests/flows
 
 # Workers and schedules of Prefect, nights that start their machines, the command line, recipes, a workload that changes
 # its mode.
 test-deployments: $(STAMP)
-	$(MACHINES) tests/deployments $(foreach path,$(NIGHTS),--ignore=$(path))
+	$(TESTS) deployments $(MACHINES) tests/deployments $(foreach path,$(NIGHTS),--ignore=$(path))
 
 # A night whose spot machine is taken, and one whose own worker ends.
 test-nights: $(STAMP)
-	$(MACHINES) $(NIGHTS)
+	$(TESTS) nights $(MACHINES) $(NIGHTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -281,4 +289,4 @@ sbom: $(STAMP) $(TOOLS)/.installed
 	@echo "The inventory is in .sbom.json."
 
 clean:
-	rm -rf $(VENV) .venv-* .demo .bench .site .sbom.json
+	rm -rf $(VENV) .venv-* .demo .bench .site .sbom.json .tests

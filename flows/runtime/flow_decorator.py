@@ -155,7 +155,8 @@ def _end_as_asked() -> Generator[None]:
             yield
     except KeyboardInterrupt as interrupt:
         # Without its cause: the frames of Prefect's engine say nothing to a person who pressed Ctrl-C.
-        raise KeyboardInterrupt(*interrupt.args or [_INTERRUPTED]) from None
+        # Polars raises it with an empty message.
+        raise KeyboardInterrupt(str(interrupt) or _INTERRUPTED) from None
     except InterruptedExit as left:
         if left.notice.is_sigterm:
             _pass_on_sigterm()

@@ -145,10 +145,22 @@ class Pipeline:
             while (work := self._get(self._work)) is not None:
                 future, batch = work
                 try:
-                    future.set_result(scorer.score(batch))
+                    future.set_result(self._score_batch(scorer, batch))
                 except BaseException as error:
                     future.set_exception(error)
                     raise
+
+    def _score_batch(self, scorer: MicroScorer, batch: Batch) -> ScoredBatch:
+        """Score a micro-batch, and once more where Ctrl-C has ended a call of Polars in it.
+
+        Polars raises KeyboardInterrupt in every thread that computes then. Python raises it in the main thread too,
+        which decides how the stream ends.
+        """
+        while True:
+            try:
+                return scorer.score(batch)
+            except KeyboardInterrupt:
+                self._check_running()
 
     def _emit(self) -> None:
         pending: list[ScoredBatch] = []

@@ -132,6 +132,41 @@ def test_poison_is_dead_lettered_before_its_batch_is_acknowledged_and_the_rest_i
     assert (4, 2) == (made.metrics.totals.messages, made.metrics.totals.dead_lettered)
 
 
+def test_a_batch_whose_scoring_polars_ends_for_a_ctrl_c_is_scored_again() -> None:
+    memory = Memory(rows(range(50)))
+    made = pipeline(memory)
+    interrupts = iter([1, 2, 3])
+    summing = model()
+
+    class Interrupted(MicroScorer):
+        def score(self, messages: Sequence[Message]) -> ScoredBatch:
+            if next(interrupts, None):
+                raise KeyboardInterrupt
+            return super().score(messages)
+
+    made.scorer = lambda: Interrupted(summing, CONTRACT, decoder(), 64, Clock())
+    run(made)
+
+    assert next(interrupts, None) is None
+    assert list(range(50)) == memory.emitted == memory.done
+
+
+def test_a_batch_that_ctrl_c_ends_in_polars_is_left_where_no_time_is_left() -> None:
+    memory = Memory(rows(range(50)))
+    made = pipeline(memory)
+
+    class Interrupted(MicroScorer):
+        def score(self, messages: Sequence[Message]) -> ScoredBatch:
+            made.give_up.set()
+            raise KeyboardInterrupt
+
+    summing = model()
+    made.scorer = lambda: Interrupted(summing, CONTRACT, decoder(), 64, Clock())
+    run(made)
+
+    assert [] == memory.emitted == memory.done
+
+
 def test_a_slow_sink_keeps_the_source_within_the_messages_in_flight() -> None:
     memory = Memory(rows(range(10_000)))
     let_go = threading.Event()

@@ -1,0 +1,154 @@
+"""Runs a group of tests, and each of those that fail once more, alone, in a new process with servers of its own.
+
+    python -m tests.second_look GROUP [OPTIONS OF PYTEST] -- PATHS
+    python -m tests.second_look --summary
+
+A test that passes the second time is unstable: its group passes, and the summary names it. A group fails where a test
+fails twice, where pytest ends by anything but failed tests, and where more tests fail than may be unstable. Tests of
+the simulation have no second look: they use no clock, so a seed that fails once has found a defect.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+
+RECORDS = Path(".tests")
+UNSTABLE_MAX = 5
+_OPTION = "--failed-tests"
+_WITHOUT_SECOND_LOOK = "tests/simulation/"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupRecord:
+    """How a group of tests ended: in seconds, and by name the tests that failed once, and those that failed for good.
+
+    `problem` says what ended the group where that was no failed test.
+    """
+
+    group: str
+    seconds: float
+    unstable: list[str]
+    failed: list[str]
+    problem: str = ""
+
+
+def run_group(group: str, options: Sequence[str], paths: Sequence[str]) -> GroupRecord:
+    """Run a group of tests in the current folder, and look twice at those that fail.
+
+    Args:
+        group: Its name.
+        options: Those of pytest, for both looks.
+        paths: What is collected: files, folders and `--ignore=` of some of them.
+
+    Returns:
+        What is kept of it in `.tests/GROUP.json` too.
+    """
+    RECORDS.mkdir(exist_ok=True)
+    report, start = RECORDS / f"{group}.failed", time.monotonic()
+    report.unlink(missing_ok=True)
+    code = _run_pytest([f"{_OPTION}={report}", *options, *paths])
+    failed = report.read_text().splitlines() if report.exists() else None
+    problem = find_problem(code, failed)
+    unstable = [] if problem else [test for test in failed or [] if _passes_alone(test, options)]
+    record = GroupRecord(
+        group=group,
+        seconds=round(time.monotonic() - start, 1),
+        unstable=unstable,
+        failed=[test for test in failed or [] if test not in unstable],
+        problem=problem,
+    )
+    (RECORDS / f"{group}.json").write_text(json.dumps(asdict(record), indent=1))
+    return record
+
+
+def find_problem(code: int, failed: Sequence[str] | None) -> str:
+    """Return why a second look can't tell anything, in words; nothing where it can, or where all tests passed.
+
+    Args:
+        code: The exit code of pytest; negative where a signal has ended it.
+        failed: The tests that failed; None where pytest did not come to its end.
+    """
+    if code not in (0, 1):
+        return f"pytest must end with 0 or 1, got {code}: it crashed, was stopped or found no test"
+    if failed is None or (code == 1 and not failed):
+        return f"pytest must name the tests that failed, got none at exit code {code}: it did not come to its end"
+    if len(failed) > UNSTABLE_MAX:
+        return f"at most {UNSTABLE_MAX} tests may be unstable, got {len(failed)} that failed"
+    return ""
+
+
+def summarize(records: Sequence[GroupRecord]) -> tuple[str, bool]:
+    """Return what is said of all groups at the end, and whether they pass."""
+    unstable = [test for record in records for test in record.unstable]
+    lines = ["", "seconds  unstable  failed  group"]
+    lines += [f"{each.seconds:7.0f}{len(each.unstable):10}{len(each.failed):8}  {each.group}" for each in records]
+    for record in records:
+        lines += [f"{record.group}: {record.problem}."] if record.problem else []
+        lines += [f"FAILED {test}" for test in record.failed]
+    lines += [f"UNSTABLE {test} (failed, and passed alone)" for test in unstable]
+    if len(unstable) > UNSTABLE_MAX:
+        lines.append(f"At most {UNSTABLE_MAX} tests may be unstable, got {len(unstable)}. Find out why, each of them.")
+    passed = bool(records) and len(unstable) <= UNSTABLE_MAX
+    return "\n".join(lines), passed and not any(record.problem or record.failed for record in records)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let pytest, which loads this module as a plugin, take the file for the names of failed tests."""
+    parser.addoption(_OPTION, type=Path, help="the file for the names of the tests that failed, written at the end")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Keep the name of a test that failed, in its body, set-up or tear-down."""
+    if report.failed and report.nodeid not in _failed_here:
+        _failed_here.append(report.nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the names of the tests that failed: where there is no file, pytest did not come so far."""
+    if path := session.config.getoption(_OPTION):
+        path.write_text("".join(f"{test}\n" for test in _failed_here))
+
+
+_failed_here: list[str] = []
+
+
+def _run_pytest(arguments: Sequence[str]) -> int:
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "tests.second_look", *arguments], check=False
+    ).returncode
+
+
+def _passes_alone(test: str, options: Sequence[str]) -> bool:
+    if test.startswith(_WITHOUT_SECOND_LOOK):
+        return False
+    print(f"A second look at {test}", flush=True)
+    return _run_pytest([*options, test]) == 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a group, or print the summary of all that were run; return the exit code."""
+    if list(arguments) == ["--summary"]:
+        records = [GroupRecord(**json.loads(path.read_text())) for path in sorted(RECORDS.glob("*.json"))]
+        words, passed = summarize(records)
+        print(words)
+        unstable = [test for record in records for test in record.unstable]
+        (RECORDS / "unstable.txt").write_text("".join(f"{test}\n" for test in unstable))
+        return int(not passed)
+    group, *rest = arguments
+    split = rest.index("--")
+    record = run_group(group, rest[:split], rest[split + 1 :])
+    words, passed = summarize([record])
+    print(words, flush=True)
+    return int(not passed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
