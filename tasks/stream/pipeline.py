@@ -151,7 +151,7 @@ class Pipeline:
                     raise
 
     def _score_batch(self, scorer: MicroScorer, batch: Batch) -> ScoredBatch:
-        """Score a micro-batch, and once more where Ctrl-C has ended a call of Polars in it.
+        """Score a micro-batch, and again each time that Ctrl-C has ended a call of Polars in it.
 
         Polars raises KeyboardInterrupt in every thread that computes then. Python raises it in the main thread too,
         which decides how the stream ends.
