@@ -222,7 +222,16 @@ def serve_locally(name: str, model_uri: str, flavor: str | None = None, config: 
         target = {"kind": "triton", "repository": str(triton.repository), "url": triton.url, "grpc": triton.grpc}
         given = {"target": target, **given}
         stack.enter_context(_set_variables({GATEWAY: gateway.url, "OVERNIGHT_ADMIN_KEY": gateway.admin_key}))
-        yield online_endpoint(_make_spec(name, _Record(model=model_uri, config=given))).url
+        spec = _make_spec(name, _Record(model=model_uri, config=given))
+        try:
+            url = online_endpoint(spec).url
+        except OvernightError:
+            if not triton.has_crashed():
+                raise
+            # It is the Triton of this very block: nobody else starts it again.
+            stack.enter_context(triton.restart())
+            url = online_endpoint(spec).url
+        yield url
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +12,6 @@ from infra.local.prefect_server import PrefectServer, prefect_server
 from infra.local.triton import TritonServer, triton_server
 
 _tritons: list[TritonServer] = []
-# As a shell would say it: 128 + SIGABRT, with which Triton ends after a SIGSEGV of its own, and 128 + SIGSEGV.
-_CRASHED = (134, 139)
-_END_SECONDS = 10.0
 
 
 def triton_or_skip(folder: Path) -> TritonServer:
@@ -29,16 +25,8 @@ def triton_or_skip(folder: Path) -> TritonServer:
 
 
 def has_triton_crashed() -> bool:
-    """Return whether the Triton that was started last has ended by a fault of its own, or does within some seconds.
-
-    It closes its connections first, then writes its stack into its log, and then ends.
-    """
-    if not _tritons or "Signal (" not in _tritons[-1].process.log_text():
-        return False
-    until = time.monotonic() + _END_SECONDS
-    while _tritons[-1].running and time.monotonic() < until:
-        time.sleep(0.1)
-    return _tritons[-1].process.exit_code in _CRASHED
+    """Return whether the Triton that was started last has ended by a fault of its own, or does within some seconds."""
+    return bool(_tritons) and _tritons[-1].has_crashed()
 
 
 @contextmanager

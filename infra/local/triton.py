@@ -9,6 +9,7 @@ import secrets
 import socket
 import sys
 import sysconfig
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,11 @@ _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 _STUB = "triton_python_backend_stub"
 _LOG = "server.log"
 _STUB_SECONDS_MAX = 120
+# How the stack of a fault begins in the log, how long a server that closed its connections takes to write it, and then
+# to end: with 128 + SIGABRT after a SIGSEGV of its own, or with 128 + SIGSEGV.
+_STACK = "Signal ("
+_STACK_SECONDS, _END_SECONDS = 1.0, 10.0
+_CRASHED = (134, 139)
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the server and its models share memory, by names of this start
 
 
@@ -50,6 +56,20 @@ class TritonServer(RunningServer):
     def running(self) -> bool:
         """Whether the server still runs."""
         return self.process.running
+
+    def has_crashed(self) -> bool:
+        """Return whether the server has ended by a fault of its own, or does within some seconds.
+
+        It closes its connections first, then writes its stack into its log, and then ends. Triton 2.51 does so now and
+        then while it loads a model.
+        """
+        asked = time.monotonic()
+        while self.running:
+            seconds_max = _END_SECONDS if _STACK in self.process.log_text() else _STACK_SECONDS
+            if time.monotonic() - asked > seconds_max:
+                return False
+            time.sleep(0.1)
+        return self.process.exit_code in _CRASHED
 
     def restart(self) -> "TritonServer":
         """Start the server again on the same ports, whether it has ended or not; no model is loaded yet.
@@ -188,8 +208,3 @@ def _make_environment(package: Path) -> Mapping[str, str]:
         "DO_NOT_TRACK": "true",
         "HF_HUB_OFFLINE": "1",
     }
-
-
-def _is_ready(http: int, identity: str) -> bool:
-    answers = identity in send_request("GET", http, "/v2").text
-    return answers and send_request("GET", http, "/v2/health/ready").ok

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Generator
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -18,9 +20,10 @@ from mlflow.deployments import BaseDeploymentClient, get_deploy_client
 
 from deployments import mlflow_target
 from deployments.mlflow_target import OvernightDeploymentClient, serve_locally, target_help
+from flows import EndpointSpec, online_endpoint
 from infra.local.gateway import GatewayServer, gateway_server
 from infra.local.prefect_server import PrefectServer
-from infra.local.triton import TritonServer
+from infra.local.triton import TritonServer, triton_server
 from tests.support import register_with_params
 
 KEY = "a-key-of-the-tests-0123456789abcdef"
@@ -158,7 +161,38 @@ def test_a_model_is_served_locally_for_as_long_as_asked(
     server: PrefectServer, triton: TritonServer, gateway: GatewayServer, weighted: list[str]
 ) -> None:
     with serve_locally("local", weighted[0], config={"params": {"weight": 4}}) as url:
-        document = {"inputs": [{"name": "a", "datatype": "FP32", "shape": [2, 1], "data": [1, 2]}]}
-        answer = httpx.post(url, json=document).json()
+        answer = ask_two_rows(url)
 
-    assert [4.0, 8.0] == answer["outputs"][0]["data"]
+    assert [4.0, 8.0] == answer
+
+
+def ask_two_rows(url: str) -> list[float]:
+    document = {"inputs": [{"name": "a", "datatype": "FP32", "shape": [2, 1], "data": [1, 2]}]}
+    return list(httpx.post(url, json=document).json()["outputs"][0]["data"])
+
+
+def test_a_triton_that_ends_by_a_fault_of_its_own_is_started_again_once(
+    server: PrefectServer,
+    triton: TritonServer,
+    gateway: GatewayServer,
+    weighted: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[TritonServer] = []
+
+    def start(repository: Path, folder: Path) -> TritonServer:
+        started.append(triton_server(repository, folder))
+        return started[-1]
+
+    def serve(spec: EndpointSpec) -> Any:
+        if started[0].running:
+            os.kill(started[0].process.pid, signal.SIGSEGV)
+        return online_endpoint(spec)
+
+    monkeypatch.setattr("infra.local.triton.triton_server", start)
+    monkeypatch.setattr("flows.online_endpoint", serve)
+    with serve_locally("crashed", weighted[0], config={"params": {"weight": 4}}) as url:
+        answer = ask_two_rows(url)
+
+    assert [4.0, 8.0] == answer
+    assert started[0].process.exit_code in (134, 139)
