@@ -48,7 +48,7 @@ Destination = Annotated[
 ]
 _DAMAGES_SHOWN = 20
 # Damages of what is not to be deleted, or is gone.
-_KEPT_KINDS = ("manifest", "plan", "order", "table", "missing")
+_KEPT_KINDS = ("manifest", "plan", "order", "table", "missing", "challenger")
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -328,6 +328,9 @@ def _advise_repair(result: RunVerification, storage: Storage) -> list[str]:
     kinds = {damage.kind for damage in result.damages}
     if kinds <= {"manifest", "plan", "order"}:
         return ["  Put the record back as it was written. Where that can't be done, score again with --rescore TEXT."]
+    if kinds == {"challenger"}:
+        stands = "The run itself is whole, and the comparison that was made of its challengers stands."
+        return [f"  {stands} To compare once more, score again with --rescore TEXT."]
     again = f"make the call again that scored the run, with {result.model}" if result.model else "make the call again"
     then = f"{again}: it scores those parts again, and publishes what was there before."
     paths = (damage.path for damage in result.damages if damage.kind not in _KEPT_KINDS)

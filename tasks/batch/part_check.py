@@ -27,6 +27,7 @@ from tasks.batch.parts import (
     Reasons,
     count_null_keys,
     key_names,
+    name_kept,
     parse_footer,
     part_path,
     stored_type,
@@ -51,6 +52,7 @@ DamageKind = Literal[
     "row order",
     "extra",
     "bytes",
+    "challenger",
 ]
 _CHARACTERS_SHOWN = 300
 _Problem = tuple[DamageKind, str]
@@ -96,6 +98,8 @@ class PartReader:
     def __init__(self, storage: Storage, plan: Plan) -> None:
         self._storage, self._plan = storage, plan
         self._keys = key_names(plan.options)
+        # Parts of challengers alone hold what models are compared by.
+        self._kept = [name_kept(column) for column in plan.columns_kept] if plan.place else []
         self._outputs = {
             output.name: stored_type(output.arrow_type, plan.options.output) for output in plan.contract.outputs
         }
@@ -131,7 +135,8 @@ class PartReader:
 
     def _key_columns(self, schema: pa.Schema) -> list[str]:
         """Return the columns of a part that are keys: those before its outputs."""
-        return [name for name in schema.names if name not in (*self._outputs, REJECT_COLUMN, REJECT_REASON)]
+        others = {*self._outputs, REJECT_COLUMN, REJECT_REASON, *self._kept}
+        return [name for name in schema.names if name not in others]
 
     def _check_identity(self, part: ExpectedPart, metadata: pq.FileMetaData) -> list[_Problem]:
         plan, told = self._plan, _decode_metadata(metadata)
@@ -162,7 +167,8 @@ class PartReader:
         return {digest_chunk(self._plan, chunk): part_path(self._plan, at) for at, chunk in self._plan.chunks.items()}
 
     def _check_rows(self, part: ExpectedPart, footer: PartFooter) -> list[_Problem]:
-        told = {"its chunk": None if part.chunk is None else part.chunk.rows, "the manifest": part.rows}
+        listed = "challengers.json" if self._plan.place else "the manifest"
+        told = {"its chunk": None if part.chunk is None else part.chunk.rows, listed: part.rows}
         return [
             ("rows", f"It must hold the {rows:,} rows that {whose} has, got {footer.rows:,}.")
             for whose, rows in told.items()
@@ -171,7 +177,7 @@ class PartReader:
 
     def _check_schema(self, schema: pa.Schema) -> list[_Problem]:
         keys = self._keys if self._plan.shards else self._key_columns(schema)
-        names = [*keys, *self._outputs, REJECT_COLUMN, REJECT_REASON]
+        names = [*keys, *self._outputs, REJECT_COLUMN, REJECT_REASON, *self._kept]
         if schema.names != names:
             return [("schema", f"Its columns must be {names}, got {schema.names}.")]
         types = self._outputs | {REJECT_COLUMN: pa.string(), REJECT_REASON: pa.string()}

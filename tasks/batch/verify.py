@@ -10,6 +10,7 @@ from pydantic import Field
 from serving.errors import DestinationUnusable, FormatTooNew, NoCompleteRun
 from serving.extras import import_extra
 from serving.model.contract import Frozen
+from tasks.batch.challenger_check import check_challengers
 from tasks.batch.dataset import list_entries_at, map_parallel
 from tasks.batch.delta import TableState, read_table
 from tasks.batch.manifest import Manifest, manifest_path
@@ -34,6 +35,7 @@ class RunVerification(Frozen):
     rows_read: int = Field(default=0, description="Rows that were read, in parts that are as they must be.")
     parts: int = Field(default=0, description="Parts that the run has by its records.")
     parts_read: int = Field(default=0, description="Parts that were read.")
+    challenger_parts_read: int = Field(default=0, description="Parts of challengers that were read.")
     parts_proved: int = Field(default=0, description="Parts of earlier runs that were scored again to the same bytes.")
     damages: tuple[Damage, ...] = ()
     notes: tuple[str, ...] = Field(default=(), description="What is worth knowing, and no damage.")
@@ -68,7 +70,8 @@ def verify_run(storage: Storage, run: str) -> RunVerification:
     Of each part: that it is there, its size, its checksums, the digests of its plan and its chunk, its rows, its
     columns and their types, its rejects, and without keys of the caller's own the place of each row. Of the whole: the
     manifest is the one that plan and parts make; nothing else lies in the run's folder; the run holds its number in
-    the order of runs; a Delta or Iceberg table has the run once, and the files that its log lists.
+    the order of runs; a Delta or Iceberg table has the run once, and the files that its log lists. The parts of
+    challengers are read as well, and held against the list beside the manifest.
     """
     findings = _Findings(storage)
     manifest = findings.read_manifest(run)
@@ -86,6 +89,9 @@ def verify_run(storage: Storage, run: str) -> RunVerification:
         footers = [check.footer for check in checks if check and check.footer and not check.damages]
         findings.check_manifest(manifest, plan, footers if len(footers) == len(parts) else None)
     findings.check_order(plan)
+    challengers = check_challengers(storage, plan, is_published=manifest is not None)
+    findings.damages += challengers.damages
+    findings.notes += challengers.notes
     whole = [check for check in checks if check is not None and not check.damages]
     return RunVerification(
         run=run,
@@ -95,6 +101,7 @@ def verify_run(storage: Storage, run: str) -> RunVerification:
         rows_read=sum(check.footer.rows for check in whole if check.footer),
         parts=len(parts),
         parts_read=sum(check is not None for check in checks),
+        challenger_parts_read=challengers.parts_read,
         damages=tuple(findings.damages),
         notes=tuple(findings.notes),
     )

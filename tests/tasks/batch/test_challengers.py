@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,7 +35,14 @@ from tasks.batch.challenger_rules import Labels, PromoteIf
 from tasks.batch.challengers import find_label_kind, resolve_challengers
 from tasks.batch.clean import clean
 from tasks.batch.compare import compare_challenger
-from tasks.batch.comparison import ChallengerComparison, LabelComparison, Promotion, RunComparison, judge_promotion
+from tasks.batch.comparison import (
+    ChallengerComparison,
+    LabelComparison,
+    Promotion,
+    RunComparison,
+    judge_promotion,
+    record_path,
+)
 from tasks.batch.comparison_plot import describe_challenger, draw_comparison, tabulate_comparison
 from tasks.batch.comparison_records import (
     audit_challengers,
@@ -48,7 +57,7 @@ from tasks.batch.labels import join_labels, open_label_table
 from tasks.batch.manifest import Manifest, open_predictions
 from tasks.batch.memory import memory_bytes
 from tasks.batch.options import BatchOptions
-from tasks.batch.parts import count_done, list_done, list_parts, part_path, read_given_up
+from tasks.batch.parts import count_done, list_done, list_parts, part_path, read_given_up, write_part
 from tasks.batch.plan import Challenger, Plan, run_key
 from tasks.batch.promotion import check_alias
 from tasks.batch.publish import audit_parts, publish
@@ -155,7 +164,7 @@ def destination(tmp_path: Path) -> Storage:
     return open_storage(str(tmp_path / "scores"))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     groups=st.lists(st.lists(st.integers(1, 23), min_size=1, max_size=3), min_size=1, max_size=3),
     rows_per_chunk=st.integers(1, 30),
@@ -319,6 +328,92 @@ def test_a_part_of_a_challenger_that_was_cut_is_found_and_scored_again(plan: Pla
     assert 0 == champion.rows
 
 
+def rewrite_part(path: Path, table: pa.Table) -> None:
+    path.write_bytes(write_part(table))
+
+
+def damage_page(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    column = pq.read_metadata(path).row_group(0).column(0)
+    data[(column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size - 2] ^= 1
+    path.write_bytes(data)
+
+
+def swap_rows(path: Path) -> None:
+    table = pq.read_table(path)
+    order = [1, 0, *range(2, table.num_rows)]
+    write = table.take(order).replace_schema_metadata(pq.read_schema(path).metadata)
+    rewrite_part(path, write.set_column(1, "score", pa.nulls(table.num_rows, pa.float32())))
+
+
+def drop_segment(path: Path) -> None:
+    rewrite_part(path, pq.read_table(path).drop_columns(["source.region"]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (Path.unlink, "The part must be there, but is gone"),
+        (damage_page, "unreadable: The part must read as it was written"),
+        (swap_rows, "rejects: Its column 'score' must be null in rejects and nowhere else"),
+        (drop_segment, "schema: Its columns must be"),
+    ],
+)
+def test_a_damaged_part_of_a_challenger_is_named_by_a_verification(
+    plan: Plan, destination: Storage, damage: Callable[[Path], None], told: str
+) -> None:
+    both = challenge(plan, a_contract("a", "b"), a_contract("a"), kept=("region",))
+    publish_run(both, destination, Formula(fails=lambda a: a == 7), Formula(2.0, fails=lambda a: a == 9), Formula(3.0))
+    before = verify_run(destination, plan.run)
+    path = part_path(both.challenger_plans[0], (0, 1))
+    damage(Path(destination.url) / path)
+    found = verify_run(destination, plan.run)
+
+    assert ("complete", 2 * len(both.chunks), ()) == (before.state, before.challenger_parts_read, before.damages)
+    assert ("damaged", len(both.chunks)) == (found.state, found.parts_read)
+    assert {("challenger", path)} == {(each.kind, each.path) for each in found.damages}
+    assert any(told in each.message and "models:/churn/4" in each.message for each in found.damages)
+
+
+def test_a_list_of_the_parts_of_challengers_that_was_edited_or_is_gone_is_named(
+    plan: Plan, destination: Storage
+) -> None:
+    both = challenge(plan, a_contract("a", "b"))
+    publish_run(both, destination, Formula(), Formula(2.0))
+    path = Path(destination.url) / record_path(plan.run)
+    record = json.loads(path.read_text())
+    edited = json.loads(path.read_text())
+    edited["challengers"][0]["parts"][1]["rows"] += 1
+    other = {**record, "plan_digest": "0" * 64}
+    unnamed = {**record, "challengers": []}
+    told = []
+    for each in (edited, other, unnamed, {}, None):
+        path.unlink() if each is None else path.write_text(json.dumps(each))
+        found = verify_run(destination, plan.run)
+        assert "damaged" == found.state
+        assert {"challenger"} == {damage.kind for damage in found.damages}
+        told.append(" ".join(damage.message for damage in found.damages))
+
+    assert "It must hold the 11 rows that challengers.json has, got 10" in told[0]
+    assert "It must be of plan" in told[1]
+    assert "It must name this challenger as number 1, got nothing" in told[2]
+    assert "must be there once their run is published, but is gone" in told[4]
+
+
+def test_challengers_that_were_given_up_or_are_not_done_are_told_and_are_no_damage(
+    plan: Plan, destination: Storage
+) -> None:
+    both = challenge(plan, a_contract("a", "b"), a_contract("a"))
+    save_plan(destination, both)
+    score(both, destination, Formula(), Formula(2.0), Formula(fails=lambda a: a >= 0))
+    Path(destination.url, part_path(both.challenger_plans[0], (0, 0))).unlink()
+    found = verify_run(destination, plan.run)
+
+    assert ("incomplete", ()) == (found.state, found.damages)
+    assert any("models:/churn/5 was given up, and its parts were not read: " in note for note in found.notes)
+    assert f"1 of {len(both.chunks)} parts of models:/churn/4 are not scored yet." in found.notes
+
+
 def test_two_workers_on_one_run_leave_one_part_of_each_model_for_each_chunk(
     plan: Plan, destination: Storage, tmp_path: Path
 ) -> None:
@@ -451,7 +546,7 @@ def test_labels_of_another_table_are_found_by_key_in_any_order(
     assert compared.champion["mae"] == pytest.approx(np.mean([0.5 * row for row in known]))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     left=st.lists(st.one_of(st.none(), st.integers(-5, 40)), max_size=60),
     right=st.sets(st.integers(-5, 40), max_size=40),
@@ -497,7 +592,7 @@ def test_a_table_of_labels_that_does_not_fit_is_refused_by_name(
         open_label_table(labels, ["id"], pa.schema([("id", pa.int64())]), str(tmp_path / "scores"))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     values=st.lists(st.floats(allow_nan=False, allow_infinity=False, width=32), max_size=70),
     size=st.integers(1, 20),
