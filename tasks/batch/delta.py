@@ -136,6 +136,18 @@ def _check_columns(table: DeltaTable, schema: DeltaSchema, storage: Storage) -> 
         raise DestinationUnusable(message)
 
 
+def _check_whole_files(table: DeltaTable, storage: Storage, plan: Plan) -> None:
+    """Raise DestinationUnusable where files that a run keeps may not be what the table holds of them."""
+    if unread := find_unread_features(table):
+        message = (
+            f"A Delta table must hold its files as they were added where a run keeps some of them, but the one at "
+            f"{storage.url} (version {table.version()}) has {', '.join(unread)} by now. Take that from the table "
+            f"(REORG TABLE ... APPLY (PURGE) takes out deletion vectors), or delete {plan.folder} below the "
+            "destination, and call again."
+        )
+        raise DestinationUnusable(message)
+
+
 def _check_upsertable(table: DeltaTable, storage: Storage) -> None:
     """Raise DestinationUnusable where rows of a table can't be replaced by writing its files again."""
     properties = table.metadata().configuration
@@ -284,7 +296,8 @@ def _commit(
 
     held = {} if table is None else _list_files(table)
     # Delta's own overwrite would take out the parts that the table holds already.
-    swaps = plan.options.upserts or (plan.options.delta_mode == "replace" and any(part.path in held for part in parts))
+    keeps = bool(plan.reused) or any(part.path in held for part in parts)
+    swaps = plan.options.upserts or (plan.options.delta_mode == "replace" and keeps)
     properties = CommitProperties(
         custom_metadata={"overnight.run": plan.run, "overnight.model": plan.model.uri},
         app_transactions=_transactions(table, plan),
@@ -303,6 +316,8 @@ def _commit(
     if swaps:
         if plan.options.upserts:
             _check_upsertable(table, storage)
+        elif plan.reused:
+            _check_whole_files(table, storage, plan)
         changes = find_changes(storage, plan, parts, held, rewrites)
         actions: list[AddAction | RemoveAction] = [*_removes(changes.removed, held), *_adds(changes.added)]
         table.create_write_transaction(actions, "append", schema, commit_properties=properties)
@@ -338,6 +353,17 @@ def read_table(storage: Storage, plan: Plan) -> TableState | None:
         holds_run=table.transaction_version(_run_app(plan.key)) is not None,
         holds_plan=table.transaction_version(_plan_app(plan)) is not None,
     )
+
+
+def list_whole_files(storage: Storage) -> dict[str, int]:
+    """Return the files of the Delta table at a destination whose rows it holds as they are, and their bytes.
+
+    None where there is no table, and none of one with deletion vectors or columns under other names.
+    """
+    table = _delta_table(storage)
+    if table is None or find_unread_features(table):
+        return {}
+    return {path: size for path, (size, _) in _list_files(table).items()}
 
 
 def _list_files(table: DeltaTable) -> dict[str, tuple[int, int | None]]:

@@ -8,7 +8,7 @@ that this run would make, byte for byte, and the plan refers to it.
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -24,7 +24,8 @@ from serving.model.registry import Resolved
 from serving.model.requirements import check_requirements, read_model_environment
 from tasks.batch.chunk_layout import Sizes, choose_chunk_rows
 from tasks.batch.dataset import map_parallel
-from tasks.batch.manifest import Manifest, manifest_path
+from tasks.batch.delta import list_whole_files
+from tasks.batch.manifest import Manifest, ManifestPart, manifest_path
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import ChunkId, list_reused_parts, read_footer
 from tasks.batch.plan import Plan, ReusedPart, digest_chunk
@@ -84,9 +85,9 @@ def find_earlier_runs(
     nothing = EarlierRuns(made_with=made_with, note="")
     if options.reuse == "none":
         return replace(nothing, note="reuse is 'none'.")
-    if options.output != "parquet":
-        return replace(nothing, note=f"the rows go into a table of {options.output.title()}, by files of their own.")
-    runs = _list_newest(storage)
+    if note := _describe_unfit_table(options):
+        return replace(nothing, note=note)
+    runs = _list_newest(storage, options.output)
     if not runs:
         return nothing
     alike = [run for run in runs if run.shape == shape]
@@ -103,13 +104,24 @@ def find_earlier_runs(
     return EarlierRuns(manifests=same, made_with=kept, note="")
 
 
-def _list_newest(storage: Storage) -> list[Manifest]:
-    """Return the manifests of the newest complete runs of parts that read, the newest first."""
+def _describe_unfit_table(options: BatchOptions) -> str:
+    """Say why a run can't refer to files that are in its table already; nothing where it can."""
+    if options.output == "iceberg":
+        return "its rows go into an Iceberg table, by files of their own."
+    if options.table_mode == "append":
+        return (
+            "its rows are appended to a Delta table, which can't have a file twice; delta_mode 'replace' reuses parts."
+        )
+    return ""
+
+
+def _list_newest(storage: Storage, output: str) -> list[Manifest]:
+    """Return the manifests of the newest complete runs of a kind of output that read, the newest first."""
     paths = list_order_numbers(storage)[-_RUNS_MAX:]
     holders = map_parallel(storage, lambda path: _read_if_whole(storage, path, OrderNumber), paths)
     names = list(dict.fromkeys(holder.run for holder in reversed(holders) if holder is not None))
     manifests = map_parallel(storage, lambda run: _read_if_whole(storage, manifest_path(run), Manifest), names)
-    found = [manifest for manifest in manifests if manifest is not None and manifest.output == "parquet"]
+    found = [manifest for manifest in manifests if manifest is not None and manifest.output == output]
     return sorted(found, key=lambda manifest: manifest.position, reverse=True)
 
 
@@ -150,19 +162,41 @@ def find_earlier_plan(storage: Storage, runs: EarlierRuns) -> Plan | None:
 
 
 def refer_to_parts(storage: Storage, plan: Plan, runs: EarlierRuns) -> Plan:
-    """Return a plan that refers to the parts that earlier runs have made of the same, where they are there."""
+    """Return a plan that refers to the parts that earlier runs have made of the same, where they are there.
+
+    One whose rows go into a Delta table refers to files of the table's current version alone, and to each once.
+    """
     if not runs.manifests:
         return plan.model_copy(update={"reuse_note": runs.note})
     made = {part.chunk: part for run in reversed(runs.manifests) for part in run.parts if part.chunk}
     digests = {at: digest_chunk(plan, chunk) for at, chunk in plan.chunks.items()}
     found = {at: made[digest] for at, digest in digests.items() if digest in made}
-    reused = tuple(ReusedPart(shard=at[0], place=at[1], path=p.path) for at, p in found.items())
+    held = _keep_held(storage, found) if plan.options.output == "delta" else found
+    reused = tuple(ReusedPart(shard=at[0], place=at[1], path=p.path) for at, p in held.items())
     referring = plan.model_copy(update={"reused": reused})
-    there = {at: e for at, e in list_reused_parts(storage, referring).items() if e.size == found[at].bytes}
+    there = {at: e for at, e in list_reused_parts(storage, referring).items() if e.size == held[at].bytes}
     doubtful = _find_doubtful(storage, referring, there, runs)
     standing = tuple(part for part in reused if (at := (part.shard, part.place)) in there and at not in doubtful)
-    note = _describe_rest(len(digests), len(found), len(found) - len(there), len(doubtful), runs.manifests)
+    told = [
+        (len(digests) - len(found), "the files of {:,} chunks are new or changed"),
+        (len(found) - len(held), "{:,} parts are no files of the Delta table any more, or another chunk's"),
+        (len(held) - len(there), "{:,} parts are gone or cut short"),
+        (len(doubtful), "{:,} parts have rows that ended the model's process, or took too long"),
+    ]
+    reasons = ", and ".join(words.format(count) for count, words in told if count)
+    names = ", ".join(run.run for run in runs.manifests[:_SHOWN])
+    note = f"since {names}, {reasons}." if reasons else ""
     return plan.model_copy(update={"reused": standing, "reuse_note": note})
+
+
+def _keep_held(storage: Storage, found: Mapping[ChunkId, ManifestPart]) -> dict[ChunkId, ManifestPart]:
+    """Return those of the parts that the Delta table has as they were made, each for one chunk.
+
+    The file of a part that the table has given up may be deleted by a vacuum at any time. Two chunks have the same part
+    where a file of the source is a copy of another; a table has a file once.
+    """
+    free = list_whole_files(storage)
+    return {at: part for at, part in found.items() if free.pop(part.path, None) == part.bytes}
 
 
 def _find_doubtful(
@@ -182,11 +216,3 @@ def _find_doubtful(
 
 def _may_pass_again(reason: str) -> bool:
     return reason.startswith(_OF_THE_MACHINE)
-
-
-def _describe_rest(chunks: int, found: int, lost: int, doubtful: int, runs: Sequence[Manifest]) -> str:
-    names = ", ".join(run.run for run in runs[:_SHOWN])
-    told = [f"the files of {chunks - found:,} chunks are new or changed"] if chunks > found else []
-    told += [f"{lost:,} parts are gone or cut short"] if lost else []
-    told += [f"{doubtful:,} parts have rows that ended the model's process, or took too long"] if doubtful else []
-    return f"since {names}, {', and '.join(told)}." if told else ""

@@ -63,17 +63,30 @@ def find_changes(
 ) -> FileChanges:
     """Return what a run that replaces all rows of a table, or those of its keys, changes of the files of one version.
 
-    Parts that the table holds already stay. `rewrites` is what was found of earlier versions, and gets what is found
-    now. Raises as rewrite_files does.
+    Parts that the table holds already stay. Those of earlier runs that it has given up since the run was planned are
+    added under names of their own: a vacuum may be about to delete the files that it has given up. `rewrites` is what
+    was found of earlier versions, and gets what is found now. Raises as rewrite_files does.
     """
-    ours = {part.path for part in parts}
+    ours, reused = {part.path for part in parts}, {part.path for part in plan.reused}
     theirs = [path for path in held if path not in ours]
-    added = [part for part in parts if part.path not in held]
+    new = [part for part in parts if part.path not in held]
+    added = [_copy_part(storage, plan, part) if part.path in reused else part for part in new]
     if not plan.options.upserts:
         return FileChanges(removed=tuple(theirs), added=tuple(added))
     rewrites |= rewrite_files(storage, plan, parts, [path for path in theirs if path not in rewrites])
     left = {path: files for path in theirs if (files := rewrites[path]) is not None}
     return FileChanges(removed=tuple(left), added=(*(file for files in left.values() for file in files), *added))
+
+
+def _copy_part(storage: Storage, plan: Plan, part: PartFooter) -> RewrittenFile:
+    data = storage.read(part.path)
+    if data is None or len(data) != part.bytes:
+        message = (
+            f"{storage.address(part.path)} must be there with its {part.bytes:,} bytes, since the run has it from an "
+            "earlier one. Nothing was published; call again to score it."
+        )
+        raise SourceChanged(message)
+    return _put_rewritten(storage, plan, part.path, 0, part.rows, memoryview(data))
 
 
 def rewrite_files(storage: Storage, plan: Plan, parts: Sequence[PartFooter], paths: Sequence[str]) -> Rewrites:
@@ -248,14 +261,18 @@ def _rewrite_file(storage: Storage, plan: Plan, entry: Entry, matched: np.ndarra
             if left.num_rows:
                 yield _mark_rows(left, keys) if marks else left
 
-    source = hashlib.sha256(entry.path.encode()).hexdigest()[:12]
-    written = []
-    for number, (rows, data) in enumerate(write_copies(tables())):
-        content = hashlib.sha256(data).hexdigest()[:16]
-        path = f"{REWRITTEN}/{plan.run}/{source}-{number:04d}-{content}.parquet"
-        _put_whole(storage, path, data)
-        written.append(RewrittenFile(path=path, bytes=len(data), rows=rows))
-    return tuple(written)
+    written = enumerate(write_copies(tables()))
+    return tuple(_put_rewritten(storage, plan, entry.path, number, rows, data) for number, (rows, data) in written)
+
+
+def _put_rewritten(
+    storage: Storage, plan: Plan, source: str, number: int, rows: int, data: memoryview
+) -> RewrittenFile:
+    """Write a file of a table, or a piece of it, again, under a name that tells its source and its content."""
+    told, content = hashlib.sha256(source.encode()).hexdigest()[:12], hashlib.sha256(data).hexdigest()[:16]
+    path = f"{REWRITTEN}/{plan.run}/{told}-{number:04d}-{content}.parquet"
+    _put_whole(storage, path, data)
+    return RewrittenFile(path=path, bytes=len(data), rows=rows)
 
 
 def _put_whole(storage: Storage, path: str, data: memoryview) -> None:
