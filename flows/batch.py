@@ -174,7 +174,7 @@ def _infer(
             record.note_interruption(scorer.drain)
             _exit_interrupted(scorer, scoring, watch, logger)
         parts = scoring.parts
-        keys = _check_keys(plan, storage, parts, steps, logger)
+        keys = _check_keys(plan, storage, parts, steps, logger) if options.check_keys else None
         findings = gate.pass_run(parts) if gate else ()
         manifest = steps.run(
             "publish",

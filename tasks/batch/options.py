@@ -19,7 +19,7 @@ from tasks.batch.gate_rules import Gate
 _NOT_IN_KEY = {
     *("name", "slots", "memory_mb", "max_reject_fraction", "allow_pickle", "experiment"),
     *("pass_seconds_max", "pass_memory_mb", "packages"),
-    *("reuse", "gate", "runner", "workers", "joins", "notices", "notice_seconds", "sample_rows"),
+    *("check_keys", "reuse", "gate", "runner", "workers", "joins", "notices", "notice_seconds", "sample_rows"),
     # The version that they name is part of the source.
     *("source_version", "source_timestamp"),
     # The versions of challengers and the columns kept beside their predictions are in the key apart from these: a part
@@ -179,6 +179,11 @@ class BatchOptions(Frozen):
         "options and rows. same: where versions and processor are the same too, and so is every byte. any: also where "
         "they are not, and last digits may differ. none: every row is scored.",
     )
+    check_keys: bool = Field(
+        default=True,
+        description="Whether the key columns of a run are read again before it is published, to count keys that "
+        "several rows have. Only a run that needs unique keys, an upsert, is refused for doubled ones.",
+    )
     name: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$",
@@ -314,6 +319,12 @@ class BatchOptions(Frozen):
             message = (
                 f"{name_option('key_columns')} must name the columns by which rows of the table are replaced where "
                 f"{name_option(f'{self.output}_mode')} is 'upsert', got none."
+            )
+            raise ValueError(message)
+        if self.upserts and not self.check_keys:
+            message = (
+                f"{name_option('check_keys')} must be true where rows are put into a table by their keys, got false: "
+                "a key that two rows have would put both there."
             )
             raise ValueError(message)
         if self.missing_keys != "keep" and not self.upserts:

@@ -70,18 +70,22 @@ def best_loop_batch(source: Path, models: dict[str, str]) -> int:
 
 def against_the_loop(source: Path, less: Path, models: dict[str, str], batch: int) -> dict[str, float]:
     """Compare whole calls with the loop's, and with the four kernels that no run can do without."""
-    found: dict[str, list[dict[str, float]]] = {"overnight": [], "loop": [], "limit": []}
+    found: dict[str, list[dict[str, float]]] = {"overnight": [], "unchecked": [], "loop": [], "limit": []}
     kernels = [sys.executable, "-m", "tests.benchmarks.limit", models["mlp"], str(less)]
     for _ in track(range(ROUNDS), "overnight, the loop and the limit", console=console):
         found["overnight"].append(child("overnight", models["mlp"], source))
+        found["unchecked"].append(child("overnight", models["mlp"], source, check_keys=False))
         found["loop"].append(child("loop", models["mlp"], source, batch_size=batch))
         found["limit"].append(measure(kernels))
-    overnight, loop = (statistics.median(run["seconds"] for run in found[name]) for name in ("overnight", "loop"))
+    names = ("overnight", "unchecked", "loop")
+    overnight, unchecked, loop = (statistics.median(run["seconds"] for run in found[name]) for name in names)
     limit = {name: statistics.median(run[name] for run in found["limit"]) for name in found["limit"][0]}
     return {
         "rows_per_second": round(ROWS / overnight),
         "loop_rows_per_second": round(ROWS / loop),
         "vs_loop": round(loop / overnight, 3),
+        "without_key_check_rows_per_second": round(ROWS / unchecked),
+        "without_key_check_vs_loop": round(loop / unchecked, 3),
         **{f"limit_{name}_rows_per_second": round(1 / seconds) for name, seconds in limit.items()},
         "mlp_of_limit": round(ROWS / overnight * sum(limit.values()), 3),
     }

@@ -227,6 +227,8 @@ class TestUpsert:
         added = infer(linear, customers, tmp_path / "scores")
         assert 500 == added.keys_doubled
         assert {"": "keys that occur more than once", "value": "500"} in added.table()
+        unchecked = infer(linear, customers, tmp_path / "fast", OPTIONS.model_copy(update={"check_keys": False}))
+        assert (None, False) == (unchecked.keys_doubled, "check keys" in unchecked.seconds)
 
 
 class TestTheSameRun:

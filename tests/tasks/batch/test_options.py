@@ -85,6 +85,14 @@ def test_rescoring_into_a_delta_table_replaces_its_rows() -> None:
         BatchOptions(rescore="again", output="delta")
 
 
+def test_keys_may_go_unchecked_but_not_where_rows_are_replaced_by_them() -> None:
+    unchecked = BatchOptions(key_columns=("id",), check_keys=False)
+
+    assert BatchOptions(key_columns=("id",)).key_fields() == unchecked.key_fields()
+    with pytest.raises(ValidationError, match="check_keys must be true where rows are put into a table by their keys"):
+        BatchOptions(key_columns=("id",), check_keys=False, output="delta", delta_mode="upsert")
+
+
 def test_which_version_of_a_source_is_asked_for_is_no_part_of_the_key_since_the_version_is() -> None:
     assert BatchOptions().key_fields() == BatchOptions(source_version=3).key_fields()
     assert (
