@@ -10,6 +10,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 from _pytest.runner import runtestprotocol
 
@@ -29,6 +30,11 @@ os.environ["OVERNIGHT_METADATA_URL"] = "off"
 # A shell that starts the tests in the background has them ignore Ctrl-C, and what they start too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# No example has a deadline: a busy machine breaks any. In CI the examples are the same in each run; elsewhere they are
+# others, and what fails is printed so that it can be run again.
+hypothesis.settings.register_profile("overnight", deadline=None, derandomize="CI" in os.environ, print_blob=True)
+hypothesis.settings.load_profile("overnight")
 
 if TYPE_CHECKING:
     from infra.local.nats import NatsClient, NatsServer

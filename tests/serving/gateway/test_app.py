@@ -242,7 +242,7 @@ _bodies = st.binary(max_size=200) | st.builds(lambda value: json.dumps(value).en
 _lengths = st.none() | st.integers(-1, 300).map(str) | st.text("0123456789 +_", min_size=1, max_size=5)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=_bodies, length=_lengths, tail=st.binary(max_size=40))
 def test_no_body_breaks_the_gateway(endpoint: EndpointClient, body: bytes, length: str | None, tail: bytes) -> None:
     headers = {} if length is None else {"Inference-Header-Content-Length": length.strip() or "0"}
@@ -252,7 +252,7 @@ def test_no_body_breaks_the_gateway(endpoint: EndpointClient, body: bytes, lengt
     assert answer.status_code == 200 or error(answer)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(x=st.lists(st.floats(-1e6, 1e6, width=32), min_size=3, max_size=3), n=st.integers(-1000, 1000))
 def test_every_row_that_satisfies_the_contract_gets_its_score(endpoint: EndpointClient, x: list[float], n: int) -> None:
     inputs = {"x": np.array([x], np.float32), "n": np.array([n])}

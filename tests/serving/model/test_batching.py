@@ -18,7 +18,7 @@ BUDGETS = st.floats(0.1, 1000)
 RATES = st.floats(0.1, 1e4)
 REPLICAS = st.integers(1, 6)
 # Each example simulates queues.
-FEW = settings(max_examples=8, deadline=None)
+FEW = settings(max_examples=8)
 
 
 def find_settings(cost: CostModel, budget_ms: float, rate: float, replicas_max: int) -> tuple[BatchingSetting, ...]:

@@ -108,7 +108,7 @@ def expected_value(case: Case, value: Any) -> Any:
     return f"a {source} that does not fit {case.dtype}" if found is LOST else found
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(tables())
 @example([Case("string", ["1e300", "inf", " 7 ", None], [2], "float32", KEEP)])
 @example([Case("uint64", [2**64 - 1, 2**63, 2**53 + 1], [], "float64", ColumnPolicy(cast="exact"))])
@@ -126,7 +126,7 @@ def test_encoding_a_table_is_encoding_its_values_one_by_one(cases: list[Case]) -
             assert isinstance(one, str) or np.array_equal(one, encoded.inputs[f"c{at}"][row].item(), equal_nan=True)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(tables())
 def test_stacked_columns_have_the_values_of_separate_ones(cases: list[Case]) -> None:
     columns = [column("float64", f"c{at}", policy=case.policy) for at, case in enumerate(cases)]
@@ -151,7 +151,7 @@ lists = st.none() | st.lists(st.none() | st.integers(-(2**31), 2**31 - 1), min_s
 ragged = lists | st.lists(st.integers(0, 9), max_size=4)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.sampled_from([pa.list_(pa.int32(), 2), pa.list_(pa.int32()), pa.large_list(pa.int32())]).flatmap(
         lambda kind: st.tuples(
@@ -451,7 +451,7 @@ casts = st.tuples(
 ).flatmap(lambda pick: st.tuples(*map(st.just, pick), st.lists(numbers_of(pick[0]), min_size=1, max_size=8)))
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(casts)
 @example(("int64", "float64", "exact", [2**53, 2**53 + 1, -(2**53) - 1, 2**63 - 1, -(2**63)]))
 @example(("uint64", "float64", "exact", [2**63, 2**64 - 1, 2**64 - 2**11]))
@@ -494,7 +494,7 @@ texts = st.one_of(
 ).flatmap(lambda text: st.sampled_from([text, f" {text}", f"{text}\t"]))
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(
     st.sampled_from(("bool", *WHOLE, "float32", "float64")),
     st.lists(st.none() | texts, max_size=8),

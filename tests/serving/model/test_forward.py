@@ -85,7 +85,7 @@ def test_scoring_that_may_not_continue_ends_before_the_next_batch() -> None:
 sets_of_rows = st.sets(st.integers(0, 99), max_size=30)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.sets(st.integers(1, 99), max_size=30), sets_of_rows, sets_of_rows, st.integers(1, 120))
 def test_exactly_the_bad_rows_are_rejected_and_no_bit_of_the_others_changes(
     raising: set[int], undefined: set[int], broken: set[int], batch_size: int
@@ -444,7 +444,6 @@ class Padded(Plain):
         return super().predict(inputs)
 
 
-@settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60), bad=sets_of_rows, tokens=st.integers(1, 120))
 def test_rows_with_lengths_pass_in_batches_of_few_tokens_and_come_back_in_order(
     lengths: list[int], bad: set[int], tokens: int
@@ -537,7 +536,6 @@ def test_a_pass_is_begun_before_the_one_ahead_of_it_is_waited_for() -> None:
     assert np.array_equal(score(network(), encoded(x), 40), found)
 
 
-@settings(deadline=None)
 @given(failing=sets_of_rows, flagged=sets_of_rows, size=st.integers(1, 60))
 def test_overlapping_passes_reject_the_same_rows_as_single_ones(
     failing: set[int], flagged: set[int], size: int

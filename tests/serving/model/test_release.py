@@ -145,7 +145,7 @@ def counting(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Genera
         yield runtime
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(rows=st.lists(st.integers(1, 40), max_size=20))
 def test_requests_are_passed_together_up_to_the_rows_of_the_batching_and_a_larger_one_alone(
     counting: Runtime, rows: list[int]

@@ -10,7 +10,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.errors import BadInput
@@ -305,7 +305,6 @@ def routes(draw: st.DrawFn) -> Route:
     )
 
 
-@settings(deadline=None)
 @given(routes())
 def test_every_version_with_weight_answers_once_in_its_share_and_a_shadow_never(rendered: Route) -> None:
     found = render(rendered)
@@ -334,7 +333,6 @@ def test_every_version_with_weight_answers_once_in_its_share_and_a_shadow_never(
     assert bool(rendered.keys) == ("SecurityPolicy" in found)
 
 
-@settings(deadline=None)
 @given(routes())
 def test_policies_hold_for_every_route_and_the_file_reads_back(rendered: Route) -> None:
     manifests = render_gateway_api("scores", rendered, CLUSTER)
@@ -348,7 +346,6 @@ def test_policies_hold_for_every_route_and_the_file_reads_back(rendered: Route) 
     assert b"&id" not in written
 
 
-@settings(deadline=None)
 @given(routes())
 def test_seldon_divides_the_same_requests_by_its_experiment(rendered: Route) -> None:
     found = render_on("seldon", rendered)
@@ -421,7 +418,6 @@ def test_a_shadow_on_kserve_is_a_canary_without_requests_that_gets_copies() -> N
     assert "scores-v2-predictor" == mirror["requestMirror"]["backendRef"]["name"]
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=5).filter(any), st.integers(1, 4), st.integers(1, 4))
 def test_kserves_percents_are_those_of_the_weights(shares: list[int], stable: int, canary: int) -> None:
     # In percent: the first has what the others leave.

@@ -87,7 +87,7 @@ def at(host: RayServeHost, chain: PutGraph) -> Address:
 
 @pytest.mark.timeout(1500)
 @pytest.mark.machines
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st_numpy.arrays(np.float64, st.tuples(st.integers(1, 40), st.just(3)), elements=st.floats(-50, 50)),
     binary=st.booleans(),

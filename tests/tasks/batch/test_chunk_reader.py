@@ -101,7 +101,7 @@ def a_reader(folder: Path | str, block: int, columns: Sequence[str] = COLUMNS) -
 
 
 @given(layout=LAYOUTS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_blocks_of_all_chunks_are_the_rows_of_the_dataset(layout: Layout) -> None:
     with tempfile.TemporaryDirectory() as folder:
         expected = write(Path(folder), layout.files)
@@ -135,7 +135,7 @@ def test_large_rows_are_decoded_a_few_at_once_and_come_in_whole_blocks(tmp_path:
 
 
 @given(layout=LAYOUTS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_chunks_may_be_read_in_any_order_and_again(layout: Layout) -> None:
     with tempfile.TemporaryDirectory() as folder:
         expected = write(Path(folder), layout.files)

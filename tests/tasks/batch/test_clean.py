@@ -410,7 +410,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(steps=STEPS)
 def test_after_any_runs_cleanings_and_kills_every_manifest_that_is_left_is_whole(
     steps: list[tuple[str, int, int | None, int]], tmp_path_factory: pytest.TempPathFactory

@@ -49,7 +49,7 @@ def table(**columns: ColumnStatistics) -> TableStatistics:
     return TableStatistics(rows=1, inputs=columns)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.lists(FLOATS, min_size=1), st.lists(TEXTS, min_size=1)), min_size=1, max_size=6), st.randoms()
 )
@@ -74,7 +74,7 @@ def test_chunks_added_in_any_order_and_in_any_groups_give_the_same_bytes(chunks,
     assert grouped == unpack_statistics(pack_statistics(grouped), "here")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.integers(3, 9))
 def test_sketches_that_must_be_cut_are_the_same_in_any_order_and_in_any_groups(seed, count) -> None:
     random = np.random.default_rng(seed)
@@ -90,7 +90,6 @@ def test_sketches_that_must_be_cut_are_the_same_in_any_order_and_in_any_groups(s
     assert sum(expected.weights) == sum(sum(part.weights) for part in parts)
 
 
-@settings(deadline=None)
 @given(st.lists(FLOATS, min_size=1, max_size=200), st.data())
 def test_blocks_of_a_chunk_make_no_difference(values, data) -> None:
     edges = sorted(data.draw(st.sets(st.integers(1, len(values)), max_size=3)) | {0, len(values)})
@@ -117,7 +116,6 @@ def test_blocks_of_a_sampled_chunk_give_the_same_bytes() -> None:
     assert 1 == len(written)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(-200_000, 200_000), min_size=2, max_size=300), st.data())
 def test_integers_are_summed_exactly_however_they_are_cut_into_chunks(values, data) -> None:
     cut = data.draw(st.integers(1, len(values) - 1))
@@ -130,7 +128,6 @@ def test_integers_are_summed_exactly_however_they_are_cut_into_chunks(values, da
     assert (len(values), min(values), max(values)) == (found.finite, found.minimum, found.maximum)
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=300))
 def test_a_mean_of_floats_is_within_a_small_part_of_the_range(values) -> None:
     found, exact = column(values, pa.float64()), [Fraction(value) for value in values]
@@ -187,7 +184,6 @@ def test_few_different_values_are_counted_exactly() -> None:
     assert math.isnan(sketch_sorted(np.empty(0)).quantile(0.5))
 
 
-@settings(deadline=None)
 @given(st.integers(1, 200_000))
 def test_a_sample_is_of_all_rows_or_of_one_in_each_k(rows) -> None:
     sampled, step = sample_rows(rows), choose_step(rows)
@@ -300,7 +296,6 @@ def test_an_extension_type_is_counted_as_what_it_stores() -> None:
     assert ("other", 3) == (find_kind(tensors.type), collect_statistics(pa.table({"a": tensors}))["a"].rows)
 
 
-@settings(deadline=None)
 @given(st.lists(FLOATS, min_size=1, max_size=100), st.booleans())
 def test_nulls_and_what_is_not_finite_leave_no_trace_in_the_rest(values, sums_all) -> None:
     finite = [value for value in values if value is not None and math.isfinite(value)]
@@ -324,7 +319,6 @@ def test_values_that_are_not_finite_are_counted_apart() -> None:
     assert 2 / 6 == found.null_rate
 
 
-@settings(deadline=None)
 @given(st.integers(), st.integers(-2_000, 2_000), st.integers(), st.integers(-2_000, 2_000))
 def test_exact_sums_are_exact_and_have_one_form(first, exponent, second, other) -> None:
     total = ExactSum.normalize(first, exponent) + ExactSum.normalize(second, other)
@@ -333,7 +327,6 @@ def test_exact_sums_are_exact_and_have_one_form(first, exponent, second, other) 
     assert total == ExactSum.parse(total.as_text())
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1))
 def test_the_numbers_of_a_sketch_keep_their_order_and_stay_in_the_range(values) -> None:
     ordered = np.sort(np.array(values))

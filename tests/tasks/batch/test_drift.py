@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -36,7 +36,6 @@ def psi_of_rows(now: np.ndarray, then: np.ndarray, edges: np.ndarray) -> float:
 SMALL = st.lists(st.integers(-8, 8), min_size=1, max_size=60)
 
 
-@settings(deadline=None)
 @given(SMALL, SMALL)
 def test_of_few_values_they_are_exactly_those_of_the_rows(now, then) -> None:
     drift = compare_column("input", "a", column(now, pa.int64()), column(then, pa.int64()))

@@ -94,7 +94,7 @@ def sides(draw: st.DrawFn, rows: int) -> tuple[list[Any], list[Any], list[Any], 
     return first, second, times, draw(st.sampled_from(list(UNITS)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(spine=sides(12), features=sides(30), age=st.sampled_from([None, 0, 1, 3]), cuts=st.integers(1, 12))
 def test_a_row_gets_what_looking_at_all_rows_finds_and_never_a_later_one(
     spine: Any, features: Any, age: int | None, cuts: int

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from serving.errors import SchemaMismatch, SourceCorrupt
@@ -189,7 +189,6 @@ def escaped(name: str, how: str) -> str:
     return json.dumps(name, ensure_ascii=how == "ascii")
 
 
-@settings(deadline=None)
 @given(name=st.text(st.characters(exclude_categories=["Cs"]), min_size=1), how=st.sampled_from(["raw", "ascii", "all"]))
 @example(name="gr\u00f6\u00dfe", how="ascii")
 @example(name='"/\\', how="all")

@@ -138,7 +138,7 @@ def test_fewer_rejects_are_no_fault() -> None:
     assert [] == find(RejectRateRule(max_change=0.0), a_run(rejects=0))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 60))
 def test_a_small_run_is_not_refused_for_what_chance_gives(seed, rows) -> None:
     random = np.random.default_rng(seed)

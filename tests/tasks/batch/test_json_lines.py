@@ -10,7 +10,7 @@ import numpy as np
 import orjson
 import polars as pl
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from serving.model.encoding import encode
@@ -47,7 +47,6 @@ def as_text(literal: str) -> str:
     return str(json.loads(literal)) if literal.startswith('"') else literal
 
 
-@settings(deadline=None)
 @given(values=st.lists(st.tuples(NESTED, NESTED, BLANKS), min_size=1, max_size=5))
 @example(values=[("1.10", "1e2", ""), ("9007199254740993.0", "-0", " "), ("36893488147419103232", "1E+400", "")])
 @example(values=[('"1.10"', '"\\\\"', ""), ('"{\\"a\\": 1}"', '[1.10, {"b" : 2.0}]', "\t")])
@@ -58,7 +57,6 @@ def test_every_value_is_read_as_it_is_written(values: list[tuple[str, str, str]]
     assert [(as_text(first), as_text(second), None) for first, second, _ in values] == frame.rows()
 
 
-@settings(deadline=None)
 @given(numbers=st.lists(NUMBERS, max_size=5))
 def test_lists_hold_their_numbers_as_they_are_written(numbers: list[str]) -> None:
     frame = parse_lines(('{"v":[' + ", ".join(numbers) + "]}").encode(), {"v": pl.List(pl.String)})
@@ -66,7 +64,6 @@ def test_lists_hold_their_numbers_as_they_are_written(numbers: list[str]) -> Non
     assert [(numbers,)] == frame.rows()
 
 
-@settings(deadline=None)
 @given(literal=NESTED, deep=BLANKS)
 @example(literal="36893488147419103232", deep="")
 @example(literal="1.10", deep="")
@@ -95,7 +92,6 @@ def test_of_a_name_that_stands_twice_the_first_counts_in_batch_and_in_streams() 
     assert b'{"id":1.50,"score":5.0}' == answer.payload
 
 
-@settings(deadline=None)
 @given(
     numbers=st.lists(
         st.tuples(NUMBERS, st.floats(width=32, allow_nan=False, allow_infinity=False)), min_size=1, max_size=5
@@ -120,7 +116,6 @@ def test_a_number_is_parsed_once_into_the_nearest_float_of_the_contract(numbers:
         assert all(off <= abs(Fraction(float(each)) - exact) for each in neighbours if np.isfinite(each))
 
 
-@settings(deadline=None)
 @given(value=st.floats(width=32, allow_nan=False, allow_infinity=False), other=st.integers(-(2**24), 2**24))
 def test_a_row_from_json_has_the_prediction_of_its_values(value: float, other: int) -> None:
     payload = json.dumps({"id": 1, "a": value, "b": other}).encode()
@@ -148,7 +143,6 @@ def test_what_is_no_json_stays_none_in_batch_and_in_streams(value: str) -> None:
         read_object(line)
 
 
-@settings(deadline=None)
 @given(noise=st.text('{}[]":,\\ \n0123456789.-+eEtrufalsn', max_size=40))
 def test_numbers_in_quotes_are_json_where_the_line_was_and_only_there(noise: str) -> None:
     def parsed(text: bytes) -> object:

@@ -95,7 +95,7 @@ def test_keys_of_several_columns_are_compared_together(tmp_path: Path) -> None:
 FILES = st.lists(st.lists(st.one_of(st.none(), st.integers(-9, 40)), min_size=1, max_size=30), min_size=1, max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(files=FILES, memory_bytes=st.sampled_from([24, 240, 2400, 1 << 20]))
 def test_what_is_found_is_what_a_counter_says_however_little_memory_there_is(
     files: list[list[int | None]], memory_bytes: int

@@ -288,7 +288,7 @@ def key_types(draw: st.DrawFn) -> pa.DataType:
     return draw(st.sampled_from(nested))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(kind=key_types())
 def test_a_key_of_any_type_is_refused_or_read_back(kind: pa.DataType) -> None:
     dataset = Dataset(

@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.errors import DestinationUnusable, OvernightError, PlanTooLarge, PublishRefused, RunNameTaken
@@ -554,7 +554,6 @@ def test_used_columns_are_the_models_then_the_keys_each_once() -> None:
     )
 
 
-@settings(deadline=None)
 @given(files=FILES.filter(lambda files: any(sum(file.row_groups) for file in files)), sizes=SIZES)
 def test_a_plan_depends_on_nothing_but_its_arguments(files: list[SourceFile], sizes: Sizes) -> None:
     snapshot = Snapshot(root="/in", format="parquet", files=tuple(files))

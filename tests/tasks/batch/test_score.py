@@ -78,7 +78,7 @@ def scored_rows(plan: Plan, destination: Storage) -> pl.DataFrame:
     return pl.concat([pl.read_parquet(destination.address(path)) for path in parts])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     groups=st.lists(st.lists(st.integers(0, 23), min_size=1, max_size=4), min_size=1, max_size=4).filter(
         lambda files: any(map(sum, files))

@@ -122,7 +122,7 @@ def test_text_that_decompresses_without_end_takes_little_memory_and_is_refused(
 TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")) | st.sampled_from('\n\t,;|"'), max_size=8)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     rows=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=6),
     delimiter=st.sampled_from(",;\t|^"),

@@ -159,7 +159,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(steps=STEPS)
 def test_a_sequence_of_upserts_is_a_dictionary(steps: list[tuple[str, list[int], BatchOptions]]) -> None:
     model: Scores = {}

@@ -79,7 +79,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(steps=STEPS)
 def test_a_sequence_of_upserts_is_a_dictionary(steps: list[tuple[list[int], BatchOptions | None]]) -> None:
     model: dict[int, float | None] = {}

@@ -242,9 +242,7 @@ def one_part(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Storage, b
     return plan, open_storage(f"{place}/out"), data, pq.read_table(pa.BufferReader(data)).replace_schema_metadata(None)
 
 
-@settings(
-    derandomize=True, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
-)
+@settings(derandomize=True, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_changed_byte_changes_what_is_read_unnoticed(
     one_part: tuple[Plan, Storage, bytes, pa.Table], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -66,7 +66,6 @@ def test_the_last_of_a_second_waits_until_those_before_it_are_served(counts: lis
             assert done[at] - at == pytest.approx(found[at] + 1, abs=1 + 1e-6)
 
 
-@settings(deadline=None)
 @given(counts, st.integers(1, 4))
 def test_more_traffic_never_lowers_the_latency(counts: list[int], machines: int) -> None:
     latency, more = (
@@ -81,7 +80,6 @@ def test_more_traffic_never_lowers_the_latency(counts: list[int], machines: int)
 short_counts = st.lists(st.integers(0, 20), min_size=1, max_size=10)
 
 
-@settings(deadline=None)
 @given(short_counts, st.integers(1, 3))
 @example([19, 20, 20], 1)
 def test_fewer_machines_never_lower_the_latency(counts: list[int], machines: int) -> None:
@@ -93,7 +91,6 @@ def test_fewer_machines_never_lower_the_latency(counts: list[int], machines: int
     assert latency.age_p99 <= fewer.age_p99 + 1e-9
 
 
-@settings(deadline=None)
 @given(counts)
 def test_a_number_of_machines_gives_the_same_latency_as_an_array_of_it(counts: list[int]) -> None:
     counts_T = np.array(counts)
@@ -163,7 +160,6 @@ servers = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(
     st.lists(servers, min_size=1, max_size=4),
     st.lists(st.integers(0, 64).map(lambda gap: gap / 64), min_size=12, max_size=12),

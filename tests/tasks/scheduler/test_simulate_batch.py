@@ -38,7 +38,7 @@ def row_by_row(asked: Scenario, machines: int, every: int) -> tuple[float, float
     return paid, late / max(int(asked.counts_T.sum()), 1)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.integers(0, 400), min_size=1, max_size=300),
     st.integers(60, 200),

@@ -102,7 +102,7 @@ def test_an_endpoint_has_as_many_machines_as_the_promise_needs_and_no_more() -> 
     assert 500 * 2 * HOUR / capacity.waits.server.requests_per_second == pytest.approx(found.busy_seconds, rel=0.01)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.floats(0.1, 300), st.floats(1.1, 4))
 def test_more_traffic_never_costs_less(rate: float, more: float) -> None:
     one, other = poisson(rate), poisson(rate)

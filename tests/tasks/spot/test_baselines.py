@@ -61,7 +61,7 @@ def test_both_stop_when_the_work_is_done() -> None:
     assert [Placement.IDLE, Placement.IDLE] == [int(greedy(done, PARAMETERS)), int(UNIFORM(done, PARAMETERS))]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.data(), jobs())
 def test_neither_is_late_on_any_trace(data: st.DataObject, job: Job) -> None:
     spot_NT: NDArray[np.bool_] = data.draw(traces(ticks=40))
@@ -120,7 +120,7 @@ def test_a_coarser_unit_never_makes_it_dearer() -> None:
     assert optimum(spot_T, job, 100) <= optimum(spot_T, job) + 1e-12
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(st.booleans(), min_size=1, max_size=12), st.integers(1, 8), st.integers(0, 3), st.sampled_from([1.0, 2, 8])
 )
@@ -163,7 +163,7 @@ def _by_trying_all(spot: tuple[bool, ...], work: int, changeover: int, ratio: fl
     return least(0, work, "idle", 0)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.data(), jobs(whole=True))
 def test_no_policy_is_cheaper_on_any_trace(data: st.DataObject, job: Job) -> None:
     spot_NT: NDArray[np.bool_] = data.draw(traces(ticks=40))
@@ -173,7 +173,7 @@ def test_no_policy_is_cheaper_on_any_trace(data: st.DataObject, job: Job) -> Non
         assert (replay(policy, spot_NT, job).cost_N >= least_N - 1e-6).all()
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.data(), jobs(whole=True), st.integers(0, 3000))
 def test_more_time_never_costs_more(data: st.DataObject, job: Job, more: int) -> None:
     spot_T = data.draw(traces(ticks=30))[0]
@@ -182,7 +182,7 @@ def test_more_time_never_costs_more(data: st.DataObject, job: Job, more: int) ->
     assert optimum(spot_T, later, 10) <= optimum(spot_T, job, 10) + 1e-9
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.data(), jobs(whole=True))
 def test_more_spot_never_costs_more(data: st.DataObject, job: Job) -> None:
     spot_NT = data.draw(traces(ticks=30))

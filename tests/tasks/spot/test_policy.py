@@ -193,7 +193,7 @@ moving_parameters = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(situations, any_parameters)
 def test_any_reading_of_the_clock_leads_to_a_decision_with_a_reason(
     situation: Situation, parameters: PolicyParameters
@@ -209,7 +209,7 @@ def test_any_reading_of_the_clock_leads_to_a_decision_with_a_reason(
     )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.lists(situations, min_size=1, max_size=8), any_parameters)
 def test_many_machines_are_decided_as_each_alone(several: list[Situation], parameters: PolicyParameters) -> None:
     together = Situation(**{name: np.array([getattr(one, name) for one in several]) for name in figures})
@@ -218,7 +218,7 @@ def test_many_machines_are_decided_as_each_alone(several: list[Situation], param
     assert [decide(one, parameters).placement for one in several] == list(decide_placements(together, parameters))
 
 
-@settings(deadline=None, max_examples=1500)
+@settings(max_examples=1500)
 @given(situations, moving_parameters, st.floats(0, 2))
 def test_no_decision_lets_the_last_moment_pass(
     situation: Situation, parameters: PolicyParameters, beyond: float
@@ -254,7 +254,7 @@ def test_spot_that_was_taken_counts_as_idle() -> None:
         assert decide(nowhere, PARAMETERS).rule == decide(taken, PARAMETERS).rule
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data(), st.floats(0, 3000), st.floats(0, 3000), st.floats(0, 9000))
 def test_workers_that_share_their_work_are_not_late(
     data: st.DataObject, changeover: float, each: float, slack_seconds: float
@@ -424,7 +424,7 @@ def test_there_must_be_a_worker() -> None:
         count_workers_needed(1, 1, 0, workers_max=0)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(spans.filter(bool), spans.filter(bool), st.floats(0, 1e5), st.integers(1, 50))
 def test_one_worker_less_would_leave_too_little_slack(work: int, left: int, changeover: float, most: int) -> None:
     try:

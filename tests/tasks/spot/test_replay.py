@@ -109,13 +109,13 @@ def test_a_policy_that_asks_for_spot_that_is_gone_is_mistaken() -> None:
         replay(always(Placement.SPOT), on("011111111111"), JOB)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.data(), jobs())
 def test_it_is_not_late_on_any_trace(data: st.DataObject, job: Job) -> None:
     assert not replay(decide_placements, data.draw(traces(ticks=60)), job).late_N.any()
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.data(), jobs(), st.integers(2, 5))
 def test_it_is_not_late_where_machines_are_taken_between_decisions(data: st.DataObject, job: Job, ticks: int) -> None:
     unnoticed = (ticks - 1) * job.tick_seconds
@@ -124,7 +124,7 @@ def test_it_is_not_late_where_machines_are_taken_between_decisions(data: st.Data
     assert not replay(decide_placements, data.draw(traces(ticks=60)), rarely).late_N.any()
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.data(), jobs(), st.integers(1, 20), st.integers(0, 60))
 def test_a_reserve_keeps_the_promise_where_on_demand_is_refused_once(
     data: st.DataObject, job: Job, ticks: int, start: int

@@ -75,7 +75,7 @@ def test_what_is_emitted_twice_or_cut_otherwise_is_there_once(place: str) -> Non
     assert {0: 6} == opened(place).next_numbers
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_two_scorers_in_any_order_write_each_message_once(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

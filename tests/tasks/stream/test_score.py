@@ -6,7 +6,7 @@ import orjson
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.model.contract import Contract
@@ -104,7 +104,6 @@ def test_a_connection_that_fails_for_a_while_makes_poison_of_no_message() -> Non
     assert 100 < sum(slept)
 
 
-@settings(deadline=None)
 @given(st.lists(st.one_of(st.none(), st.floats(-1e3, 1e3, width=32), st.just(666.0)), min_size=1, max_size=40))
 def test_a_row_has_the_same_score_in_any_micro_batch(values: list[float | None]) -> None:
     sent = [json_row(at, a=value) for at, value in enumerate(values)]
