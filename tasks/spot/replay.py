@@ -177,7 +177,7 @@ class _Replay:
         self._cost_N += used_N * self._price[self._placement_N]
         self._lease_N += used_N
         left_N = self.left_N - np.maximum(used_N - self._boot_N, 0.0)
-        self.left_N = np.where(left_N < _SECONDS_MIN, 0.0, left_N)
+        self.left_N = np.where(left_N <= _SECONDS_MIN, 0.0, left_N)
         self._boot_N = np.maximum(self._boot_N - used_N, 0.0)
         self._spell_N = self._spell_N + seconds
         self._switch(np.where(self.left_N > 0, self._placement_N, Placement.IDLE))

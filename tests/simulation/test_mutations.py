@@ -97,8 +97,15 @@ UPSERT_KEEPS_OLD_ROWS = (
 REWRITTEN_FILES_NOT_LOOKED_AT = (
     Edit(
         file="tasks/batch/upsert.py",
-        old="        _put_whole(storage, path, data)\n",
-        new="        storage.put_new(path, data)\n",
+        old="    _put_whole(storage, path, data)\n",
+        new="    storage.put_new(path, data)\n",
+    ),
+    # The storage seldom loses what an upsert has written of all that is written.
+    Edit(
+        file="tests/simulation/storage.py",
+        old="        if fault is None:\n",
+        new='        if path.startswith("rewritten/") and self._draw(0.3):\n'
+        '            fault = "lost"\n        if fault is None:\n',
     ),
 )
 UPSERT_OF_DOUBLED_KEYS = (
@@ -123,7 +130,7 @@ UPSERT_OF_DOUBLED_KEYS = (
         pytest.param(APPROVED_BY_A_REFUSAL, 5, "nobody has approved it", id="what was refused once is approved"),
         pytest.param(UPSERT_KEEPS_OLD_ROWS, 26, "do not make", id="an upsert leaves a row beside the new one"),
         pytest.param(
-            *(REWRITTEN_FILES_NOT_LOOKED_AT, 551, "the table can't be read"), id="a file of an upsert is lost or torn"
+            *(REWRITTEN_FILES_NOT_LOOKED_AT, 26, "the table can't be read"), id="a file of an upsert is lost or torn"
         ),
         pytest.param(UPSERT_OF_DOUBLED_KEYS, 325, "has a key twice", id="keys of an upsert are not checked"),
     ],

@@ -71,6 +71,12 @@ def test_neither_is_late_on_any_trace(data: st.DataObject, job: Job) -> None:
     assert not replay(uniform, spot_NT, job).late_N.any()
 
 
+def test_work_of_no_more_than_a_rounding_error_is_done() -> None:
+    job = Job(work_seconds=1e-6, deadline_seconds=100.0, changeover_seconds=0.0, tick_seconds=100.0, price_ratio=2.0)
+
+    assert not replay(greedy, np.zeros((1, 1), np.bool_), job).late_N.any()
+
+
 def test_the_last_moments_before_a_deadline_are_worked_in_too() -> None:
     job = Job(work_seconds=6e-5, deadline_seconds=100.00006, changeover_seconds=0, tick_seconds=100)
 
