@@ -11,8 +11,8 @@ MAKEFLAGS += --no-print-directory
 # Without bytecode, which pip does not make either, each of hundreds of processes would compile what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo demo-endpoint demo-modes demo-stream deploy lint types check format clean
-.PHONY: ci test test-flows test-stations test-kills
-.PHONY: test-machines test-servers test-workers test-deployments test-nights test-image
+.PHONY: ci test test-batch test-tasks test-rest test-all test-servers test-endpoints test-flows test-serving
+.PHONY: test-machines test-targets test-workers test-deployments test-nights test-image
 .PHONY: simulate simulate-fleet chaos bench-batch bench-peers bench-resume bench-generation bench-gpu bench-spot bench-nightly bench-workers bench-endpoint bench-stream
 .PHONY: lock audit sbom image bench-modes bench-memory bench-keys bench-isolation bench-start bench-triton-starts size pictures docs diagrams notebooks
 
@@ -43,7 +43,7 @@ demo-modes: $(STAMP)
 deploy: $(STAMP)
 	@$(BIN)/python -m deployments.apply
 
-# The whole of CI on HEAD, in a fresh clone with a new environment: 52 minutes on two cores that do nothing else. A
+# The whole of CI on HEAD, in a fresh clone with a new environment: some 50 minutes on two cores that do nothing else. A
 # commit that passes is written into .git/ci-passed.
 ci:
 	@.ci/run-clean
@@ -51,33 +51,51 @@ ci:
 # A group of tests. Each one that fails is run once more in a process of its own, and is unstable where it passes then.
 TESTS := $(BIN)/python -m tests.second_look
 
-# Three processes of tests at a time, since they wait for servers more than they compute; those of one share its Prefect
-# servers.
+# What a newcomer runs: lint, types, every test of values, the simulation, and one whole run of each mode on real servers.
 test: lint $(STAMP)
-	@$(MAKE) -j 4 types test-kills test-stations test-flows
+	@$(MAKE) -j 4 types test-batch test-tasks test-rest
 
-# The three that test take about as long as one another.
+VALUES := -m "not machines and (not servers or whole)" --
+
+test-batch: $(STAMP)
+	$(TESTS) batch $(VALUES) tests/tasks/batch tests/simulation
+
+test-tasks: $(STAMP)
+	$(TESTS) tasks $(VALUES) tests/tasks tests/deployments tests/infra --ignore=tests/tasks/batch
+
+test-rest: $(STAMP)
+	$(TESTS) rest $(VALUES) tests --ignore=tests/tasks --ignore=tests/deployments --ignore=tests/infra --ignore=tests/simulation
+
+# Everything: what `make test` has, then tests with real servers, then real workers and machines.
+test-all:
+	@$(MAKE) test
+	@$(MAKE) test-servers
+	@$(MAKE) test-machines
+
+# Three processes of tests at a time, since they wait for servers more than they compute; those of one share its Prefect
+# servers. Each takes about as long as the others.
+test-servers: $(STAMP)
+	@$(MAKE) -j 3 test-endpoints test-flows test-serving
+
+SERVERS := -m "servers and not machines and not whole" --
 KILLS := $(wildcard tests/flows/test_*kills.py) tests/flows/test_stream_kafka.py
 ENDPOINTS := $(wildcard tests/flows/test_endpoint*.py) tests/tasks/endpoint
-TARGETS := tests/serving/targets
-GATEWAY := tests/serving/gateway
-STATIONS_NOT := tests/deployments tests/flows tests/infra $(TARGETS) $(GATEWAY) tests/tasks/endpoint
-
-test-flows: $(STAMP)
-	$(TESTS) flows -- tests/flows $(TARGETS) $(foreach path,$(KILLS) $(ENDPOINTS),--ignore=$(path))
-
-test-stations: $(STAMP)
-	$(TESTS) stations -- tests $(foreach path,$(STATIONS_NOT),--ignore=$(path))
 
 # Deployments come before flows: Prefect's worker of events stays with the first server of a process. What is tested of
 # infra has its servers in processes of their own.
-test-kills: $(STAMP)
-	$(TESTS) kills -- tests/infra $(GATEWAY) tests/deployments $(KILLS) $(ENDPOINTS)
+test-endpoints: $(STAMP)
+	$(TESTS) endpoints $(SERVERS) tests/deployments $(KILLS) $(ENDPOINTS)
+
+test-flows: $(STAMP)
+	$(TESTS) flows $(SERVERS) tests/flows $(foreach path,$(KILLS) $(ENDPOINTS),--ignore=$(path))
+
+test-serving: $(STAMP)
+	$(TESTS) serving $(SERVERS) tests $(foreach path,tests/flows tests/deployments tests/tasks/endpoint,--ignore=$(path))
 
 # What takes minutes of real servers and workers, in three processes again; the output of each comes once it has ended.
 # Nights have deadlines to keep, and have the machine for themselves.
 test-machines: $(STAMP)
-	@$(MAKE) -j 3 --output-sync=target test-servers test-workers test-deployments
+	@$(MAKE) -j 3 --output-sync=target test-targets test-workers test-deployments
 	@$(MAKE) test-nights
 
 MACHINES := -m machines --timeout 1200 --durations=10 --
@@ -86,8 +104,8 @@ NIGHTS := tests/deployments/test_nightly.py
 
 # BentoML, KServe, MLServer and Ray Serve, the former three in environments of their own, which the first run makes; and
 # what no other group has, such as defects that the simulation is to find.
-test-servers: $(STAMP)
-	$(TESTS) servers $(MACHINES) tests $(foreach path,tests/deployments tests/flows $(IMAGE),--ignore=$(path))
+test-targets: $(STAMP)
+	$(TESTS) targets $(MACHINES) tests $(foreach path,tests/deployments tests/flows $(IMAGE),--ignore=$(path))
 
 # The image of a worker, built from an empty Debian and put to work: some ten minutes for itself, and no part of the above.
 test-image: $(STAMP)

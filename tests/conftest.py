@@ -42,6 +42,19 @@ if TYPE_CHECKING:
     from infra.local.triton import TritonServer
 
 
+# Fixtures that start a real server of Prefect, Triton, NATS, Kafka, AWS, the gateway or the wire protocol. S3's is left
+# out: it starts in a second, and answers as a disk does.
+_OF_PREFECT, _OF_STREAMS = {"prefect", "server", "deployed"}, {"nats", "nats_client", "brokers"}
+_SERVERS = _OF_PREFECT | _OF_STREAMS | {"triton", "gateway", "admin", "v2", "running_aws"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that have a real server, which `make test` leaves to `make test-all`."""
+    for item in items:
+        if _SERVERS.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker("servers")
+
+
 def pytest_collection_finish() -> None:
     """Leave what is imported by now out of garbage collections: they would look through all of it, again and again."""
     gc.collect()

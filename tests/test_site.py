@@ -15,6 +15,8 @@ import flows
 import serving.errors
 from tests.test_docs import ROOT
 
+pytestmark = pytest.mark.servers
+
 # What a browser loads by itself; links that a reader may follow are no such thing.
 LOADED = {("script", "src"), ("img", "src"), ("link", "href"), ("iframe", "src"), ("source", "src"), ("object", "data")}
 

@@ -77,6 +77,7 @@ def interrupt(*_: object) -> None:
 
 
 class TestARun:
+    @pytest.mark.whole
     def test_scores_every_row_as_the_model_itself_does(self, linear: str, customers: Path, tmp_path: Path) -> None:
         report = infer(linear, customers, tmp_path / "scores")
 

@@ -17,6 +17,8 @@ from tasks.endpoint.spec import EndpointSpec, Triton
 from tasks.scheduler.profile import ProfileOptions, StatedFigures, measure_profile, read_profile
 from tests.servers import triton_or_skip
 
+pytestmark = pytest.mark.servers
+
 OPTIONS = BatchOptions(key_columns=("customer",), batch_size=512)
 
 

@@ -159,6 +159,7 @@ def artifacts(prefect: PrefectServer, key: str) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.whole
 def test_a_model_goes_online_with_batching_verified_measured_and_reported(
     prefect: PrefectServer, triton: TritonServer, gateway: GatewayServer, network: str, put: Put
 ) -> None:

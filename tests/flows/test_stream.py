@@ -56,6 +56,7 @@ def batch_scores(linear: str, prefect: PrefectServer, tmp_path_factory: pytest.T
     return dict(zip(table["customer"], table["score"], strict=True))
 
 
+@pytest.mark.whole
 def test_one_row_gives_one_score_in_batch_and_stream(
     linear: str, nats: NatsServer, nats_client: NatsClient, fresh: str, batch_scores: dict[int, float]
 ) -> None:

@@ -22,6 +22,8 @@ from infra.worker import (
     send_signal,
 )
 
+pytestmark = pytest.mark.servers
+
 ROOT = Path(__file__).parents[2]
 
 # A worker with two runs: one drains and says so in a file, the other does not listen.

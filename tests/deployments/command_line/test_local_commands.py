@@ -14,6 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+pytestmark = pytest.mark.servers
+
 COMMAND = [sys.executable, "-m", "deployments.command_line", "local", "up"]
 PATIENCE_SECONDS = 180.0
 OWN_KEYS = {"AWS_ACCESS_KEY_ID": "mine", "AWS_SECRET_ACCESS_KEY": "my-secret"}

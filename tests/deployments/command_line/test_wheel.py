@@ -14,6 +14,8 @@ import pytest
 
 from infra.local.prefect_server import PrefectServer
 
+pytestmark = pytest.mark.servers
+
 ROOT = Path(__file__).parents[3]
 
 

@@ -16,6 +16,8 @@ from infra.local.controller import Controller, local_controller, run_controller
 from infra.local.process import ServerFailed, send_request
 from serving.targets.folder import remove_folder
 
+pytestmark = pytest.mark.servers
+
 SERVER = """
 import http.server, sys
 

@@ -14,6 +14,8 @@ from obstore.store import S3Store
 
 from infra.local.s3 import S3Server, s3_server
 
+pytestmark = pytest.mark.servers
+
 WRITERS = 20
 
 

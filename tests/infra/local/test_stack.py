@@ -16,6 +16,8 @@ from infra.local.prefect_server import restore_template, template_path
 from infra.local.process import ServerFailed
 from infra.local.stack import local_stack, render_exports, write_exports
 
+pytestmark = pytest.mark.servers
+
 
 def test_servers_start_side_by_side_and_stop_together(tmp_path: Path) -> None:
     told: list[str] = []

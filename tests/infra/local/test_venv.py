@@ -9,6 +9,8 @@ import pytest
 from infra.local.process import free_ports
 from infra.local.venv import RegistryUnreachable, VenvFailed, make_venv, venv_folder
 
+pytestmark = pytest.mark.servers
+
 
 def write_wheel(folder: Path, version: str, needs: str = "") -> Path:
     """Write a package of one module, said, whose requirements pip can read."""

@@ -27,6 +27,8 @@ from serving.model.requirements import ModelEnvironment, read_model_environment
 from serving.model.uv import PackageSource
 from tests.model_wheels import write_wheel
 
+pytestmark = pytest.mark.servers
+
 LINES_MAX = 12
 HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
 LOGIN = "reader:pw-of-reader"

@@ -38,6 +38,8 @@ from serving.model.registry import resolve_model
 from serving.model.shared_memory import OwnRegion, RegionPool, count_bytes, put_arrays
 from tests.support import register_script
 
+pytestmark = pytest.mark.servers
+
 # What a row asks for by the value of its column a; all others are doubled.
 SEGFAULT, EXIT, SLEEP, EAT, PRINT, FORK, THREAD, RAISE, QUIT, REFUSED, NAP = range(-1, -12, -1)
 _LINE = f"""

@@ -36,6 +36,8 @@ from serving.targets.seldon import Seldon
 from tests.releases import release_of
 from tests.serving.toys import matrix
 
+pytestmark = pytest.mark.servers
+
 CONTRACT: Contract = matrix(3)
 # The release that its server reads out of its folder, over HTTP.
 SERVER = """

@@ -24,6 +24,8 @@ from tasks.endpoint.spec import BentoML, EndpointSpec, KServe, RayServe, Seldon,
 from tests.model_wheels import OLD_VERSION, PACKAGE, write_model_wheels, write_wheel
 from tests.support import register_script
 
+pytestmark = pytest.mark.servers
+
 LINES_MAX = 12
 RAY = RayServe(folder="releases")
 _LINE = f"import {PACKAGE}; return model_input['a'].to_numpy() * getattr({PACKAGE}, 'SCALE', 2)"

@@ -16,6 +16,8 @@ from infra.local.s3 import S3Server
 from serving.errors import BadInput, SourceChanged, StorageDenied, StorageFault
 from tasks.storage import Entry, Storage, open_storage, s3_options
 
+pytestmark = pytest.mark.servers
+
 
 @pytest.fixture
 def store(s3: S3Server) -> Storage:

@@ -18,6 +18,8 @@ from tasks.stream.nats.source import NatsSource
 from tasks.stream.options import FromNats
 from tests.flows.streams import kill_server, wait_until
 
+pytestmark = pytest.mark.servers
+
 
 @pytest.mark.parametrize("remembered", [3, 1])
 def test_a_server_that_was_gone_for_longer_than_its_window_gets_no_score_twice(tmp_path: Path, remembered: int) -> None:
