@@ -323,22 +323,6 @@ def read_parts(destination: str) -> dict[str, str]:
     return {each["Key"].removeprefix(destination): each["ETag"] for page in pages for each in page.get("Contents", [])}
 
 
-def score_here(model: str, source: str, destination: str, options: Any, outside: Outside) -> dict[str, Any]:
-    """Score by the command line on this machine, without the image; return the report."""
-    call = ["score", model, source, destination, "--key", KEY, "--json"]
-    given = options.model_dump_json(exclude_unset=True, exclude={"key_columns"})
-    done = subprocess.run(
-        [sys.executable, "-m", "deployments.command_line", *call, "--options", given],
-        env={**os.environ, **outside.environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert 0 == done.returncode, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
 def test_a_worker_in_the_image_scores_drains_on_sigterm_and_another_finishes_the_same_table(
     image: Image, outside: Outside, container: str, tmp_path: Path
 ) -> None:
@@ -377,7 +361,9 @@ def test_a_worker_in_the_image_scores_drains_on_sigterm_and_another_finishes_the
             unhealthy = run(image, container, *health)
         with start_worker(image, outside, "second", other_port, tmp_path / "second.log"):
             wait_for(flow_run.id, "Completed", "Failed", "Crashed")
-        undisturbed = score_here(*call, "s3://lake/undisturbed/", options, outside)
+            # Parts have the versions in their names that they were made with: Python's here may be another.
+            undisturbed = start("adhoc", *call, "s3://lake/undisturbed/", options)
+            wait_for(undisturbed.id, "Completed", "Failed", "Crashed")
         machine = machine_of(flow_run.id)
     log = (tmp_path / "first.log").read_text()
 
@@ -387,7 +373,6 @@ def test_a_worker_in_the_image_scores_drains_on_sigterm_and_another_finishes_the
     assert "Ending: 1 flow runs" in log
     assert 5 <= left < count_parts("undisturbed")
     assert "second" == machine
-    assert ROWS == undisturbed["rows"]
     assert count_parts("undisturbed") > ROWS // ROWS_PER_CHUNK
     assert read_parts("undisturbed") == read_parts("drained")
     assert list(range(ROWS)) == open_predictions("s3://lake/drained/").select(KEY).collect()[KEY].sort().to_list()
