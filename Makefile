@@ -81,8 +81,7 @@ SERVERS := -m "servers and not machines and not whole" --
 KILLS := $(wildcard tests/flows/test_*kills.py) tests/flows/test_stream_kafka.py
 ENDPOINTS := $(wildcard tests/flows/test_endpoint*.py) tests/tasks/endpoint
 
-# Deployments come before flows: Prefect's worker of events stays with the first server of a process. What is tested of
-# infra has its servers in processes of their own.
+# Deployments come before flows: Prefect's worker of events stays with the first server of a process.
 test-endpoints: $(STAMP)
 	$(TESTS) endpoints $(SERVERS) tests/deployments $(KILLS) $(ENDPOINTS)
 

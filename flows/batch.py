@@ -174,7 +174,7 @@ def _infer(
             record.note_interruption(scorer.drain)
             _exit_interrupted(scorer, scoring, watch, logger)
         parts = scoring.parts
-        keys = _check_keys(plan, storage, parts, steps, logger) if options.check_keys else None
+        keys = _check_keys(plan, storage, parts, options, steps, logger)
         findings = gate.pass_run(parts) if gate else ()
         manifest = steps.run(
             "publish",
@@ -287,9 +287,11 @@ def _compare(
     return report.model_copy(update={"challengers": found.challengers, "promotion": found.promotion})
 
 
-def _check_keys(plan: Plan, storage: Storage, parts: Audit | Manifest, steps: Steps, logger: Logger) -> KeyCheck | None:
+def _check_keys(
+    plan: Plan, storage: Storage, parts: Audit | Manifest, options: BatchOptions, steps: Steps, logger: Logger
+) -> KeyCheck | None:
     """Check the keys of a run that names key columns, unless another worker has published it. Raises KeysUnfit."""
-    if isinstance(parts, Manifest) or not plan.options.key_columns:
+    if isinstance(parts, Manifest) or not plan.options.key_columns or not options.check_keys:
         return None
     check = steps.run("check keys", lambda: check_run_keys(storage, plan, parts.footers))
     if check.doubled:

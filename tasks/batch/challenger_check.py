@@ -6,10 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from serving.errors import DestinationUnusable, FormatTooNew
-from tasks.batch.comparison import ChallengerParts, ChallengersRecord, record_path
+from tasks.batch.comparison import ChallengerParts, ChallengersRecord, list_parts_made, record_path
 from tasks.batch.dataset import map_parallel
-from tasks.batch.manifest import ManifestPart
-from tasks.batch.part_check import Damage, ExpectedPart, PartCheck, PartReader
+from tasks.batch.part_check import Damage, PartCheck, PartReader, expect_part
 from tasks.batch.parts import list_parts, part_path, read_given_up
 from tasks.batch.plan import Plan
 from tasks.batch.run_records import read_record
@@ -81,12 +80,8 @@ def _check_parts(storage: Storage, plan: Plan, listed: ChallengerParts | None) -
     """Read the parts of one challenger by its plan; return the checks, and the paths of those that are not there."""
     entries = {entry.path: entry for entry in list_parts(storage, plan).values()}
     published = {part.path: part for part in listed.parts} if listed is not None else {}
-    expected = []
-    for at, chunk in plan.chunks.items():
-        path = part_path(plan, at)
-        part = published.get(path)
-        sizes = (None, None) if part is None else (part.rows, part.bytes)
-        expected.append(ExpectedPart(path=path, chunk=chunk, rows=sizes[0], bytes=sizes[1]))
+    chunks = {part_path(plan, at): chunk for at, chunk in plan.chunks.items()}
+    expected = [expect_part(path, chunk, published.get(path)) for path, chunk in chunks.items()]
     reader = PartReader(storage, plan)
     there = [part for part in expected if part.path in entries]
     checks = map_parallel(storage, lambda part: reader.check(part, entries[part.path]), there)
@@ -102,7 +97,7 @@ def _check_listing(plan: Plan, checks: Sequence[PartCheck], listed: ChallengerPa
         return
     told = set(listed.parts)
     read = [check.footer for check in checks if check.footer is not None and not check.damages]
-    made = {ManifestPart(path=f.path, rows=f.rows, bytes=f.bytes, chunk=f.chunk) for f in read}
+    made = set(list_parts_made(read))
     known = {part_path(plan, at) for at in plan.chunks}
     if wrong := sorted({part.path for part in made - told} | {part.path for part in told if part.path not in known}):
         message = f"It must say of each part what the part says itself, but does not of {len(wrong)}, as {wrong[0]}."

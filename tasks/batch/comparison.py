@@ -7,6 +7,7 @@ and sketches is kept.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field
@@ -14,6 +15,7 @@ from pydantic import Field
 from serving.model.contract import Frozen
 from tasks.batch.challenger_rules import GREATER_IS_BETTER, LabelKind, Metric, PromoteIf
 from tasks.batch.manifest import ManifestPart
+from tasks.batch.parts import PartFooter
 from tasks.batch.plan import CHALLENGERS, FORMAT_VERSION, ROOT
 
 QUANTILE_RANKS_OFF = 1 / 256
@@ -147,6 +149,11 @@ class Promotion(Frozen):
     model: str = Field(description="The version that the alias named when the run was planned.")
     to: str | None = Field(default=None, description="The version that it names since, where it was moved.")
     why: str
+
+
+def list_parts_made(footers: Iterable[PartFooter]) -> tuple[ManifestPart, ...]:
+    """Return how the parts of a challenger that have these footers are listed."""
+    return tuple(ManifestPart(path=f.path, rows=f.rows, bytes=f.bytes, chunk=f.chunk) for f in footers)
 
 
 def record_path(run: str) -> str:

@@ -18,10 +18,11 @@ from tasks.batch.comparison import (
     Promotion,
     RunComparison,
     comparison_path,
+    list_parts_made,
     promotion_path,
     record_path,
 )
-from tasks.batch.manifest import Manifest, ManifestPart, find_complete_manifest, scan_parts
+from tasks.batch.manifest import Manifest, find_complete_manifest, scan_parts
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import ChunkId, give_up_challenger, list_followed, read_given_up
 from tasks.batch.plan import Plan
@@ -60,14 +61,13 @@ def save_challenger_parts(storage: Storage, plan: Plan, audits: Mapping[int, Aud
             why = f"{len(audit.missing)} of its parts could not be read back after they were written"
             _log.warning("The challenger %s is given up, and the run goes on: %s", each.model.uri, why)
             give_up_challenger(storage, each, why)
-        footers = audit.footers if audit is not None else ()
         found.append(
             ChallengerParts(
                 place=each.place,
                 model=each.model.uri,
                 model_digest=each.model.digest,
                 given_up=read_given_up(storage, each),
-                parts=tuple(ManifestPart(path=f.path, rows=f.rows, bytes=f.bytes, chunk=f.chunk) for f in footers),
+                parts=list_parts_made(audit.footers if audit is not None else ()),
             )
         )
     record = ChallengersRecord(run=plan.run, plan_digest=plan.digest, challengers=tuple(found))

@@ -18,6 +18,7 @@ from serving.errors import FormatTooNew, SourceChanged
 from serving.model.contract import Frozen
 from tasks.batch.chunk_layout import Chunk
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW
+from tasks.batch.manifest import ManifestPart
 from tasks.batch.parts import (
     CHUNK_DIGEST,
     REJECT_COLUMN,
@@ -85,6 +86,12 @@ class PartCheck:
     footer: PartFooter | None
     keys: str | None
     damages: tuple[Damage, ...]
+
+
+def expect_part(path: str, chunk: Chunk | None, listed: ManifestPart | None) -> ExpectedPart:
+    """Return what a part must be: by its chunk, if it has one, and by what a list of parts says of it, if any."""
+    sizes = (None, None) if listed is None else (listed.rows, listed.bytes)
+    return ExpectedPart(path=path, chunk=chunk, rows=sizes[0], bytes=sizes[1])
 
 
 def describe_size(expected: int, found: int) -> str:

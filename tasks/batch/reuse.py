@@ -195,7 +195,7 @@ def _keep_held(storage: Storage, found: Mapping[ChunkId, ManifestPart]) -> dict[
     The file of a part that the table has given up may be deleted by a vacuum at any time. Two chunks have the same part
     where a file of the source is a copy of another; a table has a file once.
     """
-    free = list_whole_files(storage)
+    free = list_whole_files(storage) if found else {}
     return {at: part for at, part in found.items() if free.pop(part.path, None) == part.bytes}
 
 

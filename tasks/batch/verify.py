@@ -14,7 +14,7 @@ from tasks.batch.challenger_check import check_challengers
 from tasks.batch.dataset import list_entries_at, map_parallel
 from tasks.batch.delta import TableState, read_table
 from tasks.batch.manifest import Manifest, manifest_path
-from tasks.batch.part_check import Damage, DamageKind, ExpectedPart, PartCheck, PartReader, describe_size
+from tasks.batch.part_check import Damage, DamageKind, ExpectedPart, PartCheck, PartReader, describe_size, expect_part
 from tasks.batch.parts import PartFooter, list_reused_parts, part_path
 from tasks.batch.plan import ROOT, Plan
 from tasks.batch.publish import make_manifest
@@ -111,15 +111,8 @@ def _list_expected(plan: Plan, manifest: Manifest | None) -> list[ExpectedPart]:
     """Return the parts of the plan's chunks, and those that the manifest alone names."""
     chunks = {part_path(plan, at): chunk for at, chunk in plan.chunks.items()}
     listed = {} if manifest is None else {part.path: part for part in manifest.parts}
-    return [
-        ExpectedPart(
-            path=path,
-            chunk=chunks.get(path),
-            rows=listed[path].rows if path in listed else None,
-            bytes=listed[path].bytes if path in listed else None,
-        )
-        for path in [*chunks, *(path for path in listed if path not in chunks)]
-    ]
+    paths = [*chunks, *(path for path in listed if path not in chunks)]
+    return [expect_part(path, chunks.get(path), listed.get(path)) for path in paths]
 
 
 def _check_parts(

@@ -326,6 +326,15 @@ def read_full(source: Path, destination: Path) -> list[tuple[Any, ...]]:
     return sorted(open_predictions(str(destination), plan.run).collect().rows(), key=lambda row: row[0])
 
 
+def score_changed_file(source: Path, destination: Path, options: BatchOptions) -> tuple[Plan, Storage]:
+    """Publish a run, and score another one after a file of ten has changed; it is not published yet."""
+    call(source, destination, options)
+    write(source / "f4.parquet", 400, 24, group=12)
+    plan, storage = plan_call(source, destination, options).plan, open_storage(str(destination))
+    score_plan(plan, storage)
+    return plan, storage
+
+
 def read_actions(destination: Path, version: int) -> dict[str, list[str]]:
     """Return the paths that a commit of a Delta table adds and removes."""
     lines = (destination / "_delta_log" / f"{version:020d}.json").read_text().splitlines()
@@ -382,11 +391,8 @@ def test_parts_that_a_delta_table_gives_up_after_planning_are_added_under_other_
     source: Path, tmp_path: Path, options: BatchOptions
 ) -> None:
     out = tmp_path / "out"
-    call(source, out, options)
-    write(source / "f4.parquet", 400, 24, group=12)
-    plan, storage = plan_call(source, out, options).plan, open_storage(str(out))
+    plan, storage = score_changed_file(source, out, options)
     DeltaTable(out).optimize.compact()
-    score_plan(plan, storage)
     publish(storage, confirm_plan(storage, plan), audit_parts(storage, plan))
     changes = read_actions(out, 2)
     # A vacuum that began before the commit deletes what the table had given up by then.
@@ -402,11 +408,8 @@ def test_a_part_that_is_deleted_between_its_audit_and_the_commit_is_never_commit
     source: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    call(source, out, REPLACE)
-    write(source / "f4.parquet", 400, 24, group=12)
-    plan, storage = plan_call(source, out, REPLACE).plan, open_storage(str(out))
+    plan, storage = score_changed_file(source, out, REPLACE)
     DeltaTable(out).optimize.compact()
-    score_plan(plan, storage)
     audit = audit_parts(storage, plan)
     (out / plan.reused[5].path).unlink()
     with pytest.raises(PublishRefused, match="since the run has it from an earlier one"):
@@ -451,10 +454,7 @@ def test_other_tables_get_every_row_scored_and_the_plan_says_why(
 
 def test_no_part_is_kept_of_a_delta_table_with_deleted_rows(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    call(source, out, REPLACE)
-    write(source / "f4.parquet", 400, 24, group=12)
-    plan, storage = plan_call(source, out, REPLACE).plan, open_storage(str(out))
-    score_plan(plan, storage)
+    plan, storage = score_changed_file(source, out, REPLACE)
     log = out / "_delta_log" / f"{0:020d}.json"
     log.write_text("\n".join(json.dumps(delete_rows(json.loads(line))) for line in log.read_text().splitlines()))
     with pytest.raises(DestinationUnusable, match="must hold its files as they were added where a run keeps some"):
