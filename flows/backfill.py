@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
-from prefect import get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.exceptions import TerminationSignal
 
@@ -18,7 +17,7 @@ from flows.batch import batch_inference
 from flows.runtime.flow_decorator import adhoc_flow
 from flows.runtime.joining import check_workers
 from flows.runtime.names import rename_flow_run
-from flows.runtime.steps import flow_run, flow_run_id
+from flows.runtime.steps import find_logger, flow_run, flow_run_id
 from serving.errors import BackfillFailed, DeviceLost, Interrupted, shorten_error
 from serving.model.contract import Contract
 from serving.model.registry import Resolved, resolve_model
@@ -42,6 +41,7 @@ from tasks.batch.options import BatchOptions
 from tasks.batch.ownership import Owner, Ownership, find_owner, name_machine, own_destination
 from tasks.common.artifacts import Logger, server_may_fail
 from tasks.common.names import name_batch_run
+from tasks.common.prefect_server import require_prefect_server
 from tasks.spot import work_pools
 from tasks.spot.work_pools import FlowRunStatus
 from tasks.storage import Address, open_storage
@@ -82,7 +82,9 @@ def backfill_inference(
         AlreadyRunning: Another backfill goes on at the destination.
         OvernightError: Its other kinds, where no piece can be scored.
     """
-    logger, to, this = get_run_logger(), str(destination), flow_run_id()
+    if backfilling.deployment is not None:
+        require_prefect_server("A backfill by a deployment")
+    logger, to, this = find_logger(), str(destination), flow_run_id()
     check_workers(str(source), to, _DEFAULTS)
     storage = open_storage(to)
     earlier = find_owner(storage, _PURPOSE)

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from typing import NoReturn
 
 import matplotlib.figure  # noqa: F401 - half a second that would else fall into the first call, for its plot
-from prefect import get_run_logger
 from prefect.exceptions import TerminationSignal
 
 from flows.runtime.flow_decorator import adhoc_flow
@@ -16,7 +15,7 @@ from flows.runtime.joining import check_workers, find_start, is_beside_another, 
 from flows.runtime.names import rename_flow_run
 from flows.runtime.run_gate import open_gate
 from flows.runtime.run_record import CallRecord, record_call
-from flows.runtime.steps import Steps, flow_run_id
+from flows.runtime.steps import Steps, find_logger, flow_run_id
 from flows.runtime.task_runners import check_runner, score_missing
 from flows.runtime.tracing import describe_run_span, describe_span
 from tasks.batch.artifacts import (
@@ -105,7 +104,7 @@ def batch_inference(
         destination=to,
         first_worker=str(first_worker) if first_worker else None,
     )
-    logger = get_run_logger()
+    logger = find_logger()
     with (
         emit_refusal(call),
         record_call(call, options, logger) as record,

@@ -8,11 +8,10 @@ from functools import partial
 from itertools import chain
 from typing import Annotated
 
-from prefect import get_run_logger
 from pydantic import Field
 
 from flows.runtime.flow_decorator import adhoc_flow
-from flows.runtime.steps import Steps
+from flows.runtime.steps import Steps, find_logger
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import Route
 from serving.model.batching import BatchingConfig
@@ -41,7 +40,7 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
     the earlier version keeps serving; the error says why: LatencyImpossible before anything is deployed, EndpointFailed
     by the server, VerifyFailed by the answers, BudgetBroken by the load, RolledBack by the traffic.
     """
-    logger = get_run_logger()
+    logger = find_logger()
     timer = Steps()
     # Raises where a package of the target is missing, before anything is measured.
     (make_graph_host if spec.graph_steps else make_host)(spec.target)
@@ -117,7 +116,7 @@ def retire_endpoint(
 
     Requests under way are answered, later ones find no such endpoint. An endpoint that does not exist is no error.
     """
-    logger = get_run_logger()
+    logger = find_logger()
     host = make_host(target)
     with GatewayClient(gateway, read_admin_key(admin_secret)) as client:
         there = client.get(name) is not None

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
-from prefect import get_run_logger
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import TerminationSignal
@@ -17,7 +16,7 @@ from prefect.exceptions import TerminationSignal
 from flows.runtime.flow_decorator import adhoc_flow
 from flows.runtime.names import rename_flow_run
 from flows.runtime.run_record import record_deadline, record_night
-from flows.runtime.steps import flow_run, flow_run_id
+from flows.runtime.steps import find_logger, flow_run, flow_run_id
 from flows.runtime.tracing import make_trace_labels
 from serving.errors import BadInput, OvernightError, SourceFormat
 from serving.machine import count_cores, utc_now
@@ -32,6 +31,7 @@ from tasks.common.artifacts import Logger, server_may_fail
 from tasks.common.formatting import in_words
 from tasks.common.metrics import expose_run_metrics
 from tasks.common.names import name_batch_run
+from tasks.common.prefect_server import require_prefect_server
 from tasks.spot import work_pools
 from tasks.spot.capacity import Buyer, open_capacity
 from tasks.spot.night import MACHINE_KINDS, PLACEMENT_NAMES, Machine, Night
@@ -86,7 +86,8 @@ def nightly_inference(
         CapacityUnusable: The machines that the night is to start can't be had.
         NightFailed: The batch run itself fails.
     """
-    logger = get_run_logger()
+    require_prefect_server("A night, which sends runs to work pools,")
+    logger = find_logger()
     with expose_run_metrics(logger):
         return _score_by_deadline(model, str(source), open_storage(str(destination)), deadline, buying, options, logger)
 

@@ -6,14 +6,14 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
-from prefect import get_run_logger
 from prefect.variables import Variable
 
 from flows.runtime.apply import apply_decision, find_current_deployment
 from flows.runtime.calibration_run import run_calibration
 from flows.runtime.flow_decorator import adhoc_flow
-from flows.runtime.steps import Steps, flow_run
+from flows.runtime.steps import Steps, find_logger, flow_run
 from tasks.common.artifacts import Logger
+from tasks.common.prefect_server import require_prefect_server
 from tasks.endpoint.resolve import load_endpoint_model
 from tasks.endpoint.spec import EndpointSpec
 from tasks.scheduler.arrivals import read_arrivals
@@ -68,7 +68,9 @@ def choose_mode(
         ApplyFailed: The decision could not be put into effect.
         BudgetBroken: The endpoint that was chosen breaks the promise under load. What served before serves on.
     """
-    logger, steps = get_run_logger(), Steps()
+    if apply:
+        require_prefect_server("A decision that is put into effect")
+    logger, steps = find_logger(), Steps()
     inputs = _read_inputs(steps, workload, profile_options)
     decision = steps.run("decide", lambda: decide(inputs))
     costs = steps.run("sweep", lambda: compute_cost_curves(inputs, decision))
@@ -105,7 +107,8 @@ def review_modes(
     Raises:
         OvernightError: The same kinds as choose_mode.
     """
-    logger, steps = get_run_logger(), Steps()
+    require_prefect_server("A review, which keeps what it proposes,")
+    logger, steps = find_logger(), Steps()
     inputs = _read_inputs(steps, workload, profile_options)
     decision = steps.run("decide", lambda: decide(inputs))
     current = find_current_deployment(workload.name)

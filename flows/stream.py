@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from prefect import get_run_logger
-
 from flows.runtime.flow_decorator import adhoc_flow
 from flows.runtime.interruption import exit_interrupted
 from flows.runtime.names import rename_flow_run
+from flows.runtime.steps import find_logger
 from flows.runtime.stream_run import StreamRun, handle_early_sigterm
 from serving.extras import import_extra
 from serving.model.loading import load_model
@@ -50,7 +49,7 @@ def stream_inference(model: str, source: AnySource, sink: AnySink, options: Stre
     Raises:
         OvernightError: Its kinds, in serving.errors, are named for what to do next.
     """
-    logger = get_run_logger()
+    logger = find_logger()
     opening = import_extra("tasks.stream.opener", "stream")
     resolved = resolve_model(model)
     rename_flow_run(_name_run(resolved.pin.uri, source, sink), _name_run(model, source, sink), logger)

@@ -27,7 +27,6 @@ from deployments.command_line.console import (
 from serving.option_words import name_options_by_flags
 
 if TYPE_CHECKING:
-    from tasks.batch.options import BatchOptions
     from tasks.batch.report import BatchReport
     from tasks.batch.runs import RunSummary
     from tasks.batch.verify import RunVerification
@@ -105,37 +104,21 @@ def score(  # noqa: PLR0913 - each is an option of the command
 
         chosen = build_model(BatchOptions, given, options, "--options")
         with show_status("Checking model, source and destination"):
-            _check_call(model, source, destination, chosen)
+            _check_call(model, source, destination)
             from flows.batch import batch_inference  # noqa: PLC0415 - seconds of imports
         show_own_lines()
         report = batch_inference(model, source, destination, chosen)
     _print_report(report, as_json=as_json)
 
 
-def _check_call(model: str, source: str, destination: str, options: BatchOptions) -> None:
-    """Raise what the flow would raise at its start, before a temporary server is started for it.
-
-    Registry, Prefect, destination and source are asked side by side. Where a temporary server is to be started, model,
-    source and columns are looked at too: a server that runs lets the flow say the same within a second, and keeps it.
-    """
-    from prefect.client.base import ServerType, determine_server_type  # noqa: PLC0415 - seconds of imports
-
-    from flows.runtime.parameters import refuse_secrets  # noqa: PLC0415 - the same
-    from tasks.batch.resolve import check_columns, prepare_model_process, resolve_request  # noqa: PLC0415 - the same
-    from tasks.common.names import BLOCK  # noqa: PLC0415 - the same
+def _check_call(model: str, source: str, destination: str) -> None:
+    """Raise what the flow would raise at its start, before it is imported: registry, Prefect and stores must answer."""
+    from flows.runtime.parameters import refuse_secrets  # noqa: PLC0415 - seconds of imports
     from tasks.common.server_checks import check_servers, list_checks, list_prefect_checks  # noqa: PLC0415 - the same
-    from tasks.storage import open_storage  # noqa: PLC0415 - the same
 
     parameters = {"model": model, "source": source, "destination": destination}
     refuse_secrets(parameters)
     check_servers([*list_prefect_checks(), *list_checks(parameters, uses_registry=True)])
-    # What a block names, and what a run that is joined has resolved, is known within the flow.
-    has_block = any(address.startswith(BLOCK) for address in parameters.values())
-    if determine_server_type() is ServerType.EPHEMERAL and not has_block and options.joins is None:
-        request = resolve_request(model, source, open_storage(destination).url, options)
-        check_columns(request)
-        # While a temporary server starts.
-        prepare_model_process(request)
 
 
 def _print_report(report: BatchReport, *, as_json: bool) -> None:

@@ -160,17 +160,12 @@ def show_status(text: str) -> Generator[None]:
 def show_own_lines() -> None:
     """Keep lines that Prefect itself logs from the terminal from now on, in this process. Idempotent.
 
-    Those of Overnight stay, and PREFECT_LOGGING_LEVEL=DEBUG shows all. The server gets every line all the same. That a
-    temporary server is to be started, which takes its time, is said in their place.
+    Those of Overnight stay, and PREFECT_LOGGING_LEVEL=DEBUG shows all. The server gets every line all the same.
     """
-    from prefect.client.base import ServerType, determine_server_type  # noqa: PLC0415 - help needs none
-
-    from flows.runtime.uncaught import shows_frames  # noqa: PLC0415 - the same
+    from flows.runtime.uncaught import shows_frames  # noqa: PLC0415 - help needs none
 
     if shows_frames():
         return
-    if determine_server_type() is ServerType.EPHEMERAL:
-        say("Starting a temporary Prefect server, which takes some 10 s. PREFECT_API_URL names one that runs already.")
     # Prefect writes "Error logging to API" to stderr by itself where this is set, for as long as its server is away.
     logging.raiseExceptions = False
     for name in ("", _PREFECT, f"{_PREFECT}._internal"):

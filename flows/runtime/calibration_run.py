@@ -18,6 +18,7 @@ from prefect.client.orchestration import get_client
 
 from serving.errors import OvernightError
 from tasks.batch.options import BatchOptions
+from tasks.common.prefect_server import has_prefect_server
 from tasks.scheduler.profile import Calibration, calibration_failure
 
 _SECONDS_MAX = 3600.0
@@ -27,11 +28,12 @@ _TAIL = 1500
 def run_calibration(model: str, source: Path, destination: Path, options: BatchOptions) -> Calibration:
     """Score a dataset in a new process, and return how long a run takes to start, and its speed from then on.
 
-    It is a run of this Prefect server, without lineage. Raises ProfileFailed with the output of the process.
+    It is a run of this Prefect server, where there is one, without lineage. Raises ProfileFailed with the output of the
+    process.
     """
     options = options.model_copy(update={"experiment": None, "workers": 1, "joins": None, "name": None})
     call = {"model": model, "source": str(source), "destination": str(destination)}
-    server = {"PREFECT_API_URL": str(get_client(sync_client=True).api_url)}
+    server = {"PREFECT_API_URL": str(get_client(sync_client=True).api_url)} if has_prefect_server() else {}
     begun = time.time()
     try:
         done = subprocess.run(

@@ -11,9 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from prefect import get_run_logger
-
-from flows.runtime.steps import flow_run
+from flows.runtime.steps import find_logger, flow_run
 from serving.errors import OvernightError, describe_error
 
 _LOGGERS = ("prefect.engine", "prefect.flow_runs", "prefect.flows", "prefect.task_engine", "prefect.task_runs")
@@ -58,7 +56,7 @@ def log_failure(error: OvernightError) -> None:
 
     The caller of a flow gets the error itself, so only the server gets the line: a terminal would show it twice.
     """
-    logger, run = get_run_logger(), flow_run()
+    logger, run = find_logger(), flow_run()
     logger.debug("The frames of the error:", exc_info=error)
     if run is not None and run.deployment_id is not None:
         logger.error("%s", describe_error(error))

@@ -17,19 +17,21 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 from prefect import Flow
 from prefect.exceptions import ParameterTypeError, SignatureMismatchError
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-from prefect.states import Failed
+from prefect.states import Completed, Failed
 from prefect.types.entrypoint import EntrypointType
+from prefect.utilities.engine import capture_sigterm
 from pydantic import ValidationError
 
 from flows.runtime.error_output import log_errors_shortly, log_failure
-from flows.runtime.interruption import InterruptedExit, start_server_shielded
+from flows.runtime.interruption import InterruptedExit
 from flows.runtime.names import NameMaker, keep_chosen_name
 from flows.runtime.parameters import bind_parameters, explain_invalid, refuse_secrets
-from flows.runtime.steps import flow_run
+from flows.runtime.steps import find_logger, flow_run, name_call
 from flows.runtime.tracing import note_error, start_tracing
 from flows.runtime.uncaught import show_uncaught_shortly, shows_frames
 from serving.errors import BadInput, OvernightError, describe_error
 from serving.redaction import hide_secrets_in_exception, hide_secrets_in_logs
+from tasks.common.prefect_server import has_prefect_server
 from tasks.common.server_checks import check_servers, list_checks, list_prefect_checks
 
 hide_secrets_in_logs()
@@ -39,6 +41,10 @@ show_uncaught_shortly()
 start_tracing()
 
 _INTERRUPTED = "Interrupted. The same call starts again, or resumes where it had begun to score."
+_NOTHING_KEPT = (
+    "PREFECT_API_URL names no Prefect server, so this call has no flow run, artifacts or events. `prefect server "
+    "start` starts one."
+)
 # Set while a call from Python runs, whose servers were asked before there was a flow run.
 _servers_checked: ContextVar[bool] = ContextVar("servers_checked", default=False)
 
@@ -55,6 +61,8 @@ def adhoc_flow(name: str, *, run_name: NameMaker, uses_registry: bool = True) ->
     would take up to a second more. A heartbeat lets automations resume the runs of a deployment; those
     are not started by a call, and keep it. Ctrl-C comes out as a KeyboardInterrupt that says what to do next, a notice
     as Interrupted. Deployments name the flow by its module: it is installed wherever it runs.
+
+    Without a Prefect server a call is one of a function: nothing of it is kept in Prefect, and no server is started.
 
     An OvernightError comes out as it is, without the frames of Prefect's engine. The flow run is Failed with its
     message. The servers that a call needs are asked for an answer before anything else.
@@ -120,13 +128,27 @@ class _AdHocFlow(Flow[P, R]):
                     parameters = self.validate_parameters(bind_parameters(self.fn, args, kwargs))
                     checks = list_checks(parameters, uses_registry=self.fn.uses_registry)
                     check_servers([*list_prefect_checks(), *checks])
-                    start_server_shielded()
-                    return super().__call__(return_state=return_state, wait_for=wait_for, **parameters)
+                    if has_prefect_server():
+                        return super().__call__(return_state=return_state, wait_for=wait_for, **parameters)
+                    return self._call_as_function(parameters, return_state=return_state)
             except OvernightError as error:
                 if shows_frames():
                     raise
                 # The frames of Prefect's engine and what an error was caused by say nothing beside its message.
                 raise error.with_traceback(None) from None
+
+        def _call_as_function(self, parameters: dict[str, Any], *, return_state: bool) -> Any:
+            """Call the flow without a Prefect server, which SIGTERM ends as it ends a flow run."""
+            try:
+                with name_call(self.name) as is_outermost, capture_sigterm():
+                    if is_outermost:
+                        find_logger().info(_NOTHING_KEPT)
+                    result = self.fn(**parameters)
+            except OvernightError as error:
+                if return_state:
+                    return Failed(data=error, message=describe_error(error))
+                raise
+            return Completed(data=result) if return_state else result
 
         def __reduce_ex__(self, protocol: Any) -> Any:
             # A runner sends the flow to the process of a run. By value it would lack the types of its parameters.

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import contextvars
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import FrameType
 from typing import Literal, NoReturn
 
 import httpx
-from prefect import get_run_logger
-from prefect.client.base import ServerType, determine_server_type
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.exceptions import Pause, PrefectHTTPStatusError, TerminationSignal
-from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS
 from prefect.states import AwaitingRetry, Crashed
 
-from flows.runtime.steps import flow_run
+from flows.runtime.steps import find_logger, flow_run
 from flows.runtime.tracing import end_span_interrupted
-from flows.runtime.uncaught import shows_frames
 from serving.errors import Interrupted
-from serving.machine import set_variable
 from tasks.common.artifacts import Logger, server_may_fail
 from tasks.spot.drain import Drain, Notice, sigterm_notice
 from tasks.spot.notice_poller import describe_notice
@@ -35,8 +29,6 @@ from tasks.spot.notice_poller import describe_notice
 # Prefect's workers take up a run ten seconds before its time.
 _RESUME_SECONDS = 15.0
 _SIGTERM_BEHAVIOR = "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"
-# What a process of Prefect's logs to its stderr is of this level or above.
-_CONSOLE_LEVEL = "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"
 
 
 class InterruptedExit(Pause):
@@ -56,7 +48,7 @@ def take_sigterm_as_notice(drain: Drain, seconds: float) -> None:
     Prefect's handler stays installed: by it the engine tells a cancelled run from a machine that goes.
     """
     drain.add_notice(sigterm_notice(seconds))
-    get_run_logger().warning(describe_notice(sigterm_notice(seconds)))
+    find_logger().warning(describe_notice(sigterm_notice(seconds)))
 
 
 def exit_interrupted(drain: Drain, done: str, publish: Callable[[str], None], logger: Logger) -> NoReturn:
@@ -85,8 +77,8 @@ def exit_interrupted(drain: Drain, done: str, publish: Callable[[str], None], lo
     if end.state is None:
         raise TerminationSignal(signal.SIGTERM)
     state = end.state.model_copy(update={"message": str(interrupted)})
-    with server_may_fail(logger, "state"), get_client(sync_client=True) as client:
-        if end.run is not None:
+    if end.run is not None:
+        with server_may_fail(logger, "state"), get_client(sync_client=True) as client:
             state = client.set_flow_run_state(end.run.id, state).state or state
     end_span_interrupted(str(interrupted))
     raise InterruptedExit(interrupted, notice, state)
@@ -147,9 +139,6 @@ def _is_decided_by_sender(run: FlowRun) -> bool:
 
 
 _IGNORE_SECONDS = 10.0
-# Prefect's own 20 s are not enough on a busy machine.
-_SERVER_SECONDS_MIN = 60
-_POLL_SECONDS = 0.2
 
 
 def ignore_repeated_sigint(error: BaseException) -> None:
@@ -171,35 +160,3 @@ def ignore_repeated_sigint(error: BaseException) -> None:
             before(number, frame)
 
     signal.signal(signal.SIGINT, ignore)
-
-
-def start_server_shielded() -> None:
-    """Start Prefect's temporary server, where there is to be one, so that Ctrl-C does not reach it.
-
-    A terminal sends Ctrl-C to every process at once: the server would be gone before it has the state of the
-    interrupted run, and each request to it would cost seconds. A child inherits the signals that the thread which
-    starts it has blocked. That thread is a new one, so that this one stays interruptible.
-
-    The server shares the terminal of the call, where tracebacks such as "database is locked" say nothing of the run:
-    it keeps them to itself, unless frames are asked for.
-    """
-    if determine_server_type() is not ServerType.EPHEMERAL:
-        return
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(_start_server,), daemon=True)
-    is_shown = shows_frames() or _CONSOLE_LEVEL in os.environ
-    with nullcontext() if is_shown else set_variable(_CONSOLE_LEVEL, "CRITICAL"):
-        thread.start()
-        while thread.is_alive():
-            thread.join(_POLL_SECONDS)
-
-
-def _start_server() -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    from prefect.server.api.server import SubprocessASGIServer  # noqa: PLC0415 - seconds that other calls do not need
-
-    server = SubprocessASGIServer()
-    try:
-        server.start(timeout=max(_SERVER_SECONDS_MIN, PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value()))
-    except (RuntimeError, OSError, httpx.HTTPError):
-        # Prefect starts one itself then, and reports what is wrong. It forgets one that was too slow, which would stay.
-        server.stop()

@@ -25,6 +25,7 @@ from tasks.batch.options import BatchOptions
 from tasks.batch.run_records import RunStart, load_start, save_start
 from tasks.batch.source import ICEBERG_SCHEME
 from tasks.common.artifacts import Logger
+from tasks.common.prefect_server import require_prefect_server
 from tasks.storage import Storage
 
 _START_SECONDS_MAX = 120.0
@@ -34,8 +35,11 @@ _POLL_SECONDS = 1.0
 def check_workers(source: str | Sequence[str], destination: str, options: BatchOptions) -> None:
     """Raise RunnerUnusable where there is no deployment that more workers could be started of.
 
-    Raises BadInput where a run of a deployment is given a path that means another folder on every machine.
+    Raises BadInput where a run of a deployment is given a path that means another folder on every machine, and
+    ServerUnreachable where a flow run is to be joined without a Prefect server.
     """
+    if options.joins is not None:
+        require_prefect_server("A call that joins a flow run")
     this = flow_run()
     if this is not None and this.deployment_id is not None:
         sources = (source,) if isinstance(source, str) else source

@@ -27,6 +27,7 @@ from serving.machine import count_cores, set_variable
 from tasks.batch.options import Ray
 from tasks.batch.score import Scorer
 from tasks.batch.scoring_result import ScoringResult
+from tasks.common.prefect_server import require_prefect_server
 
 if TYPE_CHECKING:
     from prefect_ray.task_runners import PrefectRayFuture
@@ -46,6 +47,7 @@ def check_usable(where: Ray) -> None:
     if missing := [name for name in ("ray", "prefect_ray") if find_spec(name) is None]:
         message = f"runner=Ray() must find {' and '.join(missing)}, got none. Run: pip install 'overnight[ray]'"
         raise RunnerUnusable(message)
+    require_prefect_server("runner=Ray()")
     host, _, port = (where.address or "").removeprefix("ray://").rpartition(":")
     if not port.isdigit():
         return
@@ -158,7 +160,7 @@ def _connect(where: Ray, slots: int) -> Generator[TracedRayTaskRunner]:
     here = count_cores()
     cpus = where.cpus_per_slot or (1 if where.address else max(1, here // slots))
     runner = TracedRayTaskRunner(init_kwargs=_ray_arguments(where, max(here, cpus * slots)))
-    # A temporary Prefect server has no address in the settings; each process of Ray would start one of its own.
+    # A temporary server of the caller's own flow has no address in the settings: each process would start another.
     server = {PREFECT_API_URL: str(get_client(sync_client=True).api_url)}
     with ExitStack() as stack:
         try:

@@ -153,16 +153,16 @@ def open_gate(plan: Plan, storage: Storage, options: BatchOptions, steps: Steps,
     """Return the gate of a run, None where it has none. What can't work is refused here, before anything is scored.
 
     Raises:
-        BadInput: The run is to ask in Prefect, and there is only a server that ends with this process.
+        BadInput: The run is to ask in Prefect, and PREFECT_API_URL names no server.
         OvernightError: The baseline can't be used, as `open_baseline` says.
     """
     gate = options.gate
     if gate is None:
         return None
-    if gate.on_refusal == "pause" and flow_run() is not None and determine_server_type() is ServerType.EPHEMERAL:
+    if gate.on_refusal == "pause" and determine_server_type() not in (ServerType.SERVER, ServerType.CLOUD):
         message = (
-            f"A run that asks for approval must have a Prefect server that people can reach, got the temporary one of "
-            f"this process. Set PREFECT_API_URL, or leave {give_option('gate', {'on_refusal': 'pause'})} out and use "
+            f"A run that asks for approval must have a Prefect server that people can reach, but PREFECT_API_URL names "
+            f"none. Set PREFECT_API_URL, or leave {give_option('gate', {'on_refusal': 'pause'})} out and use "
             "`overnight approve`."
         )
         raise BadInput(message)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
 import mlflow
+from opentelemetry import trace
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
@@ -26,6 +27,7 @@ from tasks.batch.run_records import load_plan
 from tasks.batch.score import Scorer
 from tasks.batch.scoring_result import ScoringResult
 from tasks.common.artifacts import Logger, server_may_fail
+from tasks.common.prefect_server import has_prefect_server
 from tasks.storage import Storage, open_storage
 
 # `prefect concurrency-limit create overnight-shard 4` bounds the shards of all runs that are scored at once, and
@@ -75,6 +77,11 @@ def _name_shard(parameters: dict[str, Any]) -> str:
     return f"shard {parameters['shard'] + 1} of {parameters['shard_task'].shards}"
 
 
+def start_shard_span(parameters: dict[str, Any]) -> AbstractContextManager[Any]:
+    """Have the block be a span of the name that Prefect gives the task run of a shard."""
+    return trace.get_tracer("overnight").start_as_current_span(_name_shard(parameters))
+
+
 @task(
     name="score-shard",
     task_run_name=_name_shard,  # type: ignore[arg-type]  # Prefect's protocol has a method that no function has
@@ -116,6 +123,8 @@ def apply_limits(model_name: str, logger: Logger) -> Task[..., Any]:
     Prefect asks its server about the tags of each task that begins, and a task whose server does not answer fails.
     Without a limit a shard has no tags, and depends on no server.
     """
+    if not has_prefect_server():
+        return score_shard
     tags: set[str] = set()
     with server_may_fail(logger, "question for concurrency limits"), get_client(sync_client=True) as client:
         offset = 0

@@ -1,4 +1,7 @@
-"""The steps of a flow, each a task run that Prefect shows; the flow run that they are part of; torch's threads."""
+"""The steps of a flow, each a task run that Prefect shows; the run that they are part of, and its logger.
+
+Without a Prefect server a flow is called as a function: its steps are functions too, and its lines go to the terminal.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,28 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 from uuid import UUID, uuid4
 
-from prefect import task
+from opentelemetry import trace
+from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import FlowRun, State, StateDetails
 from prefect.context import FlowRunContext, TaskRunContext
+from prefect.logging import get_logger
 from prefect.states import Completed
 from prefect.transactions import CommitMode, transaction
+
+from tasks.common.artifacts import Logger
+from tasks.common.prefect_server import is_in_prefect_run
 
 T = TypeVar("T")
 
 _work: ContextVar[Callable[[], Any]] = ContextVar("work")
+# What a call without a Prefect server has in place of the id of a flow run.
+_call_id: ContextVar[str | None] = ContextVar("call_id", default=None)
 
 
 @dataclass(slots=True)
 class Steps:
-    """Runs the steps of a flow as task runs, and adds up the seconds that each took.
+    """Runs the steps of a flow, as task runs within a flow run, and adds up the seconds that each took.
 
     Prefect's graph links each step to the one before it. `observe` is told of each step that ends, with its seconds.
     """
@@ -42,6 +52,15 @@ class Steps:
             work: Takes no arguments: Prefect searches those of a task for futures, through all of a plan.
         """
         start = time.perf_counter()
+        try:
+            with keep_torch_threads():
+                return self._run_as_task(name, work) if is_in_prefect_run() else _run_in_span(name, work)
+        finally:
+            taken = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + taken
+            self.observe(name, taken)
+
+    def _run_as_task(self, name: str, work: Callable[[], T]) -> T:
         # A task that may be retried, and then is not, leaves the traceback of its failure to the flow's own log line.
         step = task(
             name=name,
@@ -53,13 +72,9 @@ class Steps:
         )(_do_work)
         token = _work.set(lambda: self._work_as_next(work))
         try:
-            with keep_torch_threads():
-                return cast("T", step(wait_for=self._wait_for_previous()))
+            return cast("T", step(wait_for=self._wait_for_previous()))
         finally:
             _work.reset(token)
-            taken = time.perf_counter() - start
-            self.seconds[name] = self.seconds.get(name, 0.0) + taken
-            self.observe(name, taken)
 
     def _work_as_next(self, work: Callable[[], T]) -> T:
         """Do the work of a step, and have the next step follow it in the graph."""
@@ -71,6 +86,11 @@ class Steps:
         """Return the end of the step before, as Prefect takes what a task depends on."""
         details = StateDetails(task_run_id=self._previous)
         return [Completed(data=True, state_details=details)] if self._previous else []
+
+
+def _run_in_span(name: str, work: Callable[[], T]) -> T:
+    with trace.get_tracer("overnight").start_as_current_span(name):
+        return work()
 
 
 def _do_work() -> Any:
@@ -100,6 +120,25 @@ def flow_run() -> FlowRun | None:
 
 
 def flow_run_id() -> str:
-    """Return the id of the flow run that this is called in, or a new one outside of one."""
+    """Return the id of the flow run that this is called in; that of the call without a server, or a new one."""
     run = flow_run()
-    return str(uuid4()) if run is None else str(run.id)
+    return (_call_id.get() or str(uuid4())) if run is None else str(run.id)
+
+
+def find_logger() -> Logger:
+    """Return the logger of the run that this is called in; outside of one, Prefect's for Overnight, which prints."""
+    return get_run_logger() if is_in_prefect_run() else get_logger("overnight")
+
+
+@contextmanager
+def name_call(name: str) -> Generator[bool]:
+    """Have the block be a call without a Prefect server: with an id of its own, and a span of this name.
+
+    Yields whether it is the outermost: a backfill calls the flow of each run.
+    """
+    is_outermost, token = _call_id.get() is None, _call_id.set(str(uuid4()))
+    try:
+        with trace.get_tracer("overnight").start_as_current_span(name):
+            yield is_outermost
+    finally:
+        _call_id.reset(token)

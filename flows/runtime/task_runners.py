@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Generator
-from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from contextvars import copy_context
 from functools import partial
 from typing import Any
+from uuid import uuid4
 
-from prefect import Task, get_run_logger
+from prefect import Task
+from prefect.client.schemas.objects import State
 from prefect.exceptions import CancelledRun, TerminationSignal
+from prefect.futures import PrefectConcurrentFuture
+from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.runtime import ray_runner
 from flows.runtime.interruption import ignore_repeated_sigint, take_sigterm_as_notice
-from flows.runtime.shard_task import ShardTask, apply_limits, open_shard_tasks
+from flows.runtime.shard_task import ShardTask, apply_limits, open_shard_tasks, start_shard_span
+from flows.runtime.steps import find_logger
 from tasks.batch.options import BatchOptions, Ray
 from tasks.batch.score import Scorer
 from tasks.batch.scoring_result import ScoringResult
+from tasks.common.prefect_server import is_in_prefect_run
 
 # Ctrl-C does not end a wait without a time limit: with Polars' signal handler the kernel restarts such waits.
 _POLL_SECONDS = 0.2
@@ -40,7 +47,7 @@ def score_missing(scorer: Scorer, slots: int, options: BatchOptions) -> ScoringR
     batch; the parts that were written stay. SIGTERM does so too, as Prefect's TerminationSignal, when its time has run
     out or it comes a second time.
     """
-    scored, task = ScoringResult(), apply_limits(scorer.plan.model.name, get_run_logger())
+    scored, task = ScoringResult(), apply_limits(scorer.plan.model.name, find_logger())
     while True:
         shards = scorer.scheduler.begin()
         with open_shard_tasks(scorer, allow_pickle=options.allow_pickle) as shard_task:
@@ -67,9 +74,9 @@ def _score_in_threads(
 
     with ExitStack() as stack:
         stack.enter_context(_switch_threads_quickly())
-        runner: ThreadPoolTaskRunner[ScoringResult] = stack.enter_context(ThreadPoolTaskRunner(max_workers=slots))
+        submit = stack.enter_context(_open_threads(slots))
         run_shards = partial(
-            _run_shards, scorer, slots, lambda shard: runner.submit(task, {"shard_task": shard_task, "shard": shard})
+            _run_shards, scorer, slots, lambda shard: submit(task, {"shard_task": shard_task, "shard": shard})
         )
         try:
             try:
@@ -96,6 +103,29 @@ def _score_in_threads(
             scorer.scheduler.stop.set()
             stack.pop_all()
     return _add_results(futures)
+
+
+@contextmanager
+def _open_threads(slots: int) -> Generator[Callable[[Task[..., Any], dict[str, Any]], Any]]:
+    """Yield what starts the task of a shard in a thread: as a task run within a flow run, else as a function."""
+    if is_in_prefect_run():
+        with ThreadPoolTaskRunner[ScoringResult](max_workers=slots) as runner:
+            yield runner.submit
+        return
+    with ThreadPoolExecutor(max_workers=slots, thread_name_prefix="shard") as pool:
+        yield lambda task, parameters: PrefectConcurrentFuture(
+            uuid4(), pool.submit(copy_context().run, _call_task, task, parameters)
+        )
+
+
+def _call_task(task: Task[..., Any], parameters: dict[str, Any]) -> State[Any]:
+    """Call a task as a function, and return the state that Prefect's engine would give its run."""
+    try:
+        with start_shard_span(parameters):
+            result = task.fn(**parameters)
+    except Exception as error:  # noqa: BLE001 - its caller raises it, once every slot has stopped
+        return Failed(data=error, message=str(error))
+    return result if isinstance(result, State) else Completed(data=result)
 
 
 @contextmanager

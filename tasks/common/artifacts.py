@@ -20,6 +20,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.utilities.context import get_task_and_flow_run_ids
 
 from tasks.common.formatting import data_uri
+from tasks.common.prefect_server import has_prefect_server
 
 Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
@@ -55,7 +56,12 @@ def make_image(key: str, png: bytes, description: str) -> ArtifactCreate:
 
 
 def put_artifacts(artifacts: Sequence[ArtifactCreate], logger: Logger) -> None:
-    """Put artifacts on the flow run: each replaces the one of its key that an earlier attempt of the run has put."""
+    """Put artifacts on the flow run: each replaces the one of its key that an earlier attempt of the run has put.
+
+    Without a Prefect server nothing is put.
+    """
+    if not has_prefect_server():
+        return
     with server_may_fail(logger), get_client(sync_client=True) as client:
         for artifact in artifacts:
             _put_artifact(client, artifact)
@@ -65,6 +71,8 @@ def read_artifact(key: str, logger: Logger) -> str | None:
     """Return what an artifact of this flow run holds that an earlier attempt of it has put, None without one."""
     _, flow_run_id = get_task_and_flow_run_ids()
     found = None
+    if flow_run_id is None:
+        return None
     with server_may_fail(logger), get_client(sync_client=True) as client:
         found = _find_artifact(client, key, flow_run_id)
     return None if found is None else str(found.data)
@@ -96,7 +104,9 @@ class ProgressArtifact:
         self._id: UUID | None = None
 
     def show(self, percent: float) -> None:
-        """Set the bar to a percentage."""
+        """Set the bar to a percentage, where there is a Prefect server."""
+        if not has_prefect_server():
+            return
         with server_may_fail(self._logger), get_client(sync_client=True) as client:
             if self._id is None:
                 bar = ArtifactCreate(type="progress", key=self._key, data=percent, description=self._description)

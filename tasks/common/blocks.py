@@ -23,6 +23,7 @@ from serving.errors import BadInput
 from serving.machine import set_variable
 from serving.redaction import holds_secret
 from tasks.common.names import BLOCK
+from tasks.common.prefect_server import require_prefect_server
 
 _TRACKING_URI = "MLFLOW_TRACKING_URI"
 
@@ -166,6 +167,7 @@ def _join(address: str, below: str) -> str:
 
 def _load(kind: type[B], parameter: str, name: str) -> B:
     """Return a block of this kind by its name. Raises BadInput where there is none."""
+    require_prefect_server(f"The block {BLOCK}{name}")
     try:
         found: Any = kind.load(name)
     except ValueError as error:

@@ -15,6 +15,7 @@ from prefect.logging import get_logger
 
 from serving.redaction import hide_secrets
 from tasks.common.names import find_model_name
+from tasks.common.prefect_server import has_prefect_server
 
 RUN_PUBLISHED = "overnight.run.published"
 RUN_REFUSED = "overnight.run.refused"
@@ -36,6 +37,8 @@ def send_event(
 ) -> None:
     """Send an event to Prefect, which adds the flow run, its deployment and their tags to what is related.
 
+    Without a Prefect server nothing is sent.
+
     Args:
         event: Its name, one of those above.
         resource: The labels of what the event is about; `prefect.resource.id` is one of them.
@@ -43,6 +46,8 @@ def send_event(
         payload: Further values, which JSON can hold; a few hundred bytes.
         event_id: Events with the same id are one event. Without: a new one.
     """
+    if not has_prefect_server():
+        return
     try:
         emit_event(event, resource, related=list(related), payload=dict(payload), id=event_id)
     except EventTooLarge as error:

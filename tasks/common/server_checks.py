@@ -117,24 +117,15 @@ def _list_texts(value: object) -> list[str]:
 
 
 def list_prefect_checks() -> list[ServerCheck]:
-    """Return the check of the Prefect server, none where a temporary one is to be started.
-
-    Raises ServerUnreachable where there is neither.
-    """
+    """Return the check of the Prefect server, none where PREFECT_API_URL names no server."""
     kind = determine_server_type()
-    if kind is ServerType.EPHEMERAL:
+    if kind not in (ServerType.SERVER, ServerType.CLOUD):
         return []
-    if kind is ServerType.UNCONFIGURED:
-        message = (
-            "PREFECT_API_URL must name a Prefect server where temporary ones are switched off, got none. Set it, or "
-            "set PREFECT_SERVER_ALLOW_EPHEMERAL_MODE=true."
-        )
-        raise ServerUnreachable(message)
     url = str(PREFECT_API_URL.value())
     check = ServerCheck(
         server=f"The Prefect server at {url}",
         advice="Start it (prefect server start), or correct PREFECT_API_URL: `prefect config view` says where it is "
-        "set. Without it a temporary server is started.",
+        "set. Without it a call needs no server.",
         ask=lambda: _ask_prefect(url, is_cloud=kind is ServerType.CLOUD),
     )
     return [check]

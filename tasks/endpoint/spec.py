@@ -401,6 +401,10 @@ def read_secret(name: str) -> str | None:
     """Return the value of a Prefect Secret block, None where there is none of that name."""
     from prefect.blocks.system import Secret  # noqa: PLC0415 - most uses of a spec need no Prefect
 
+    from tasks.common.prefect_server import require_prefect_server  # noqa: PLC0415 - the same
+
+    require_prefect_server(f"The Prefect Secret block {name!r}")
+
     try:
         block: Any = Secret.load(name)
     except ValueError:
