@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 # Fixtures that start a real server of Prefect, Triton, NATS, Kafka, AWS, the gateway or the wire protocol. S3's is left
 # out: it starts in a second, and answers as a disk does.
 _OF_PREFECT, _OF_STREAMS = {"prefect", "server", "deployed"}, {"nats", "nats_client", "brokers"}
-_SERVERS = _OF_PREFECT | _OF_STREAMS | {"triton", "gateway", "admin", "v2", "running_aws"}
+# Flows that are called without one take a second each, and are kept with these.
+_SERVERS = _OF_PREFECT | _OF_STREAMS | {"triton", "gateway", "admin", "v2", "running_aws", "serverless"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -107,6 +108,19 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Generator[Path]:
 def prefect_templates(request: pytest.FixtureRequest) -> Path:
     """Where servers of Prefect find their database migrated, which takes five seconds, once one has done so."""
     return request.config.cache.mkdir("prefect")
+
+
+@pytest.fixture
+def serverless(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+    """No Prefect server for a test that asks for none itself: its flows are called as functions."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    if "prefect" in request.fixturenames:
+        yield
+        return
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Protocol
 
 import pyarrow as pa
 
-from serving.errors import ModelUnfit, OvernightError, RunDamaged, SourceEmpty
+from serving.errors import ModelUnfit, OvernightError, RunDamaged
 from serving.extras import import_extra
 from serving.machine import find_release, utc_now
 from serving.model.contract import Contract
@@ -173,21 +172,6 @@ def make_request(
         features=features,
         challengers=challengers,
     )
-
-
-def check_columns(request: RunRequest) -> None:
-    """Hold the columns of a Parquet source against a request, by the footer of its first file. Nothing is written.
-
-    Raises SchemaMismatch or BadInput, as planning does, which reads every footer.
-    """
-    snapshots = request.snapshot, *request.features
-    if any(each.format != "parquet" or any(file.partition_values for file in each.files) for each in snapshots):
-        # Text is read as it is staged, and the types of partitions are those of all files together.
-        return
-    first, *others = (each.model_copy(update={"files": each.files[:1]}) for each in snapshots)
-    with suppress(SourceEmpty):
-        features = open_features(request.options, others, request.contract_of_all)
-        _check_dataset(request, _open_columns(request, first, features), features)
 
 
 def _open_columns(request: RunRequest, snapshot: Snapshot, features: Sequence[OpenFeatures]) -> Dataset:

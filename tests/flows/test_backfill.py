@@ -38,7 +38,7 @@ from tasks.storage import open_storage
 from tests.flows.children import start_child
 from tests.support import write_customers
 
-pytestmark = pytest.mark.usefixtures("prefect")
+pytestmark = pytest.mark.usefixtures("serverless")
 
 OPTIONS = BatchOptions(key_columns=("customer",), batch_size=128, rows_per_chunk=256, experiment=None)
 ALL = Partitions(column="date")

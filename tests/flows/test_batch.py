@@ -22,18 +22,14 @@ from prefect.settings import PREFECT_LOGGING_LEVEL, temporary_settings
 
 import flows
 from serving.errors import (
-    BadInput,
     DestinationUnusable,
     KeysUnfit,
     ModelFailed,
-    ModelNotFound,
-    PlanTooLarge,
     PublishRefused,
     RunNameTaken,
     SchemaMismatch,
     SourceChanged,
     SourceCorrupt,
-    SourceNotFound,
     StorageDenied,
     StorageFull,
     TooManyRejects,
@@ -53,7 +49,7 @@ if TYPE_CHECKING:
     from infra.local.prefect_server import PrefectServer
     from infra.local.s3 import S3Server
 
-pytestmark = pytest.mark.usefixtures("prefect")
+pytestmark = pytest.mark.usefixtures("serverless")
 
 OPTIONS = BatchOptions(key_columns=("customer",), batch_size=128, rows_per_chunk=1024, experiment=None)
 
@@ -233,6 +229,7 @@ class TestUpsert:
 
 
 class TestTheSameRun:
+    @pytest.mark.usefixtures("prefect")
     def test_a_retry_stays_with_the_version_it_began_with(
         self, customers: Path, registry: Path, tmp_path: Path
     ) -> None:
@@ -521,28 +518,7 @@ class TestBadRows:
 
 
 class TestBadInput:
-    """A clear error before any scoring: nothing is written and nothing is lost."""
-
-    @pytest.mark.parametrize(
-        ("model", "error", "words"),
-        [
-            ("models:/nobody@champion", ModelNotFound, "has no model 'nobody'"),
-            ("models:/linear@nobody", ModelNotFound, "must name a version or an alias of 'linear'"),
-            ("models:/linear/99", ModelNotFound, "must name a version or an alias of 'linear'"),
-            ("linear", ModelNotFound, "must be models:/NAME@ALIAS"),
-        ],
-    )
-    def test_a_model_that_does_not_exist(
-        self, model: str, error: type[BadInput], words: str, linear: str, customers: Path, tmp_path: Path
-    ) -> None:
-        with pytest.raises(error, match=words):
-            infer(model, customers, tmp_path / "scores")
-        assert set() == files_of(tmp_path / "scores")
-
-    def test_a_path_that_does_not_exist(self, linear: str, tmp_path: Path) -> None:
-        with pytest.raises(SourceNotFound, match="must name at least one file"):
-            infer(linear, tmp_path / "nowhere", tmp_path / "scores")
-        assert set() == files_of(tmp_path / "scores")
+    """A clear error before any scoring; test_wrong_calls has a table of others."""
 
     def test_columns_missing_and_of_the_wrong_type_are_all_named_at_once(self, linear: str, tmp_path: Path) -> None:
         (tmp_path / "customers").mkdir()
@@ -556,35 +532,6 @@ class TestBadInput:
             for words in ("'a' must be float32, got double", "'b' must", "'c' (float32) is missing")
         )
         assert set() == files_of(tmp_path / "scores")
-
-    def test_a_corrupt_file_is_named(self, linear: str, customers: Path, tmp_path: Path) -> None:
-        (customers / "customers-02.parquet").write_bytes(b"this is no Parquet")
-
-        with pytest.raises(SourceCorrupt, match=r"customers-02\.parquet must be readable"):
-            infer(linear, customers, tmp_path / "scores")
-        assert set() == files_of(tmp_path / "scores")
-
-    def test_unknown_options_are_refused_by_name(self) -> None:
-        with pytest.raises(ValueError, match="rows_per_chunks"):
-            BatchOptions.model_validate({"rows_per_chunks": 5})
-
-    def test_unknown_options_are_refused_by_name_when_they_come_as_json(
-        self, linear: str, customers: Path, tmp_path: Path
-    ) -> None:
-        from flows.batch import batch_inference
-
-        with pytest.raises(BadInput, match=r"rows_per_chunks: there is no such field; did you mean 'rows_per_chunk'\?"):
-            batch_inference(linear, str(customers), str(tmp_path / "scores"), {"rows_per_chunks": 5})  # type: ignore[arg-type]
-
-    def test_a_destination_that_can_not_hold_files(self, linear: str, customers: Path, tmp_path: Path) -> None:
-        (tmp_path / "file").write_text("in the way")
-
-        with pytest.raises(DestinationUnusable, match="Choose another path"):
-            infer(linear, customers, tmp_path / "file" / "scores")
-
-    def test_a_destination_inside_the_source(self, linear: str, customers: Path) -> None:
-        with pytest.raises(BadInput, match="must lie outside the source"):
-            infer(linear, customers, customers / "scores")
 
     def test_a_store_that_overwrites(
         self, linear: str, customers: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
@@ -604,11 +551,6 @@ class TestBadInput:
                 patch.setenv(name, value)
             with pytest.raises(StorageDenied, match="s3://lake/denied"):
                 infer(linear, customers, "s3://lake/denied/scores")
-
-    def test_a_plan_that_does_not_fit_in_memory(self, linear: str, customers: Path, tmp_path: Path) -> None:
-        with pytest.raises(PlanTooLarge, match="Lower rows_per_chunk or slots, or raise memory_mb"):
-            infer(linear, customers, tmp_path / "scores", OPTIONS.model_copy(update={"memory_mb": 1, "slots": 64}))
-        assert set() == files_of(tmp_path / "scores")
 
     def test_a_full_disk_ends_the_run_and_space_resumes_it(self, linear: str, customers: Path, tmp_path: Path) -> None:
         disk = tmp_path / "disk"
@@ -768,23 +710,3 @@ class TestReports:
         assert report.run in page
         assert "data:image/png;base64," in page
         assert 10_000 == eval(report.read_with, {"pl": pl}).height  # noqa: S307 - the line that the report tells people to run
-
-
-def test_runs_ad_hoc_with_no_server_at_hand(linear: str, customers: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys; from flows.batch import batch_inference; from tasks.batch.options import BatchOptions\n"
-        "print(batch_inference(*sys.argv[1:4], BatchOptions(experiment=None)).model_dump_json())"
-    )
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    done = subprocess.run(
-        [sys.executable, "-c", code, linear, str(customers), str(tmp_path / "scores")],
-        cwd=Path(__file__).parents[2],
-        env={**environment, "PREFECT_HOME": str(tmp_path / "home"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-
-    assert 0 == done.returncode, done.stderr[-3000:]
-    assert 10_000 == json.loads(done.stdout.splitlines()[-1])["rows_scored"]

@@ -9,18 +9,19 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from infra.local.prefect_server import PrefectServer
 from tasks.batch.comparison_records import compare_challengers, open_challenger
 from tasks.batch.options import BatchOptions
 from tasks.batch.report import BatchReport
 from tests.support import digests, register_script, write_customers
 from tests.tasks.batch.iceberg_tables import configure, delete_rows, open_lake
 
+pytestmark = pytest.mark.usefixtures("serverless")
+
 OPTIONS = BatchOptions(key_columns=("customer",), batch_size=64, rows_per_chunk=512, experiment=None)
 
 
 def test_a_run_from_an_iceberg_table_into_another_leaves_out_deleted_rows_and_is_published_once(
-    linear: str, prefect: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    linear: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flows.batch import batch_inference
 
@@ -56,7 +57,7 @@ def test_a_run_from_an_iceberg_table_into_another_leaves_out_deleted_rows_and_is
     assert (expected.sort("customer")["score"] - found.sort("customer")["score"]).abs().max() < 1e-5
 
 
-def test_a_delta_table_is_scored_as_it_was(linear: str, prefect: PrefectServer, tmp_path: Path) -> None:
+def test_a_delta_table_is_scored_as_it_was(linear: str, tmp_path: Path) -> None:
     from flows.batch import batch_inference
 
     folder = write_customers(tmp_path / "files", rows=400, files=2, rows_per_group=100)
@@ -81,7 +82,7 @@ def test_a_delta_table_is_scored_as_it_was(linear: str, prefect: PrefectServer, 
     ("output", "mode"), [("delta", "append"), ("delta", "replace"), ("delta", "upsert"), ("iceberg", "upsert")]
 )
 def test_challengers_lie_beside_a_table_which_is_that_of_the_model_alone(
-    output: str, mode: str, registry: Path, prefect: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    output: str, mode: str, registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flows.batch import batch_inference
 

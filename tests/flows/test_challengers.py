@@ -28,7 +28,7 @@ from tests.flows.children import call, start_child
 from tests.prefect_events import find_events
 from tests.support import register_network, register_script, write_customers
 
-pytestmark = pytest.mark.usefixtures("prefect")
+pytestmark = pytest.mark.usefixtures("serverless")
 
 OPTIONS = BatchOptions(key_columns=("customer",), batch_size=128, rows_per_chunk=1024, experiment=None)
 

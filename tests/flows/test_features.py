@@ -13,13 +13,14 @@ import pytest
 from typer.testing import CliRunner
 
 from deployments.command_line import app
-from infra.local.prefect_server import PrefectServer
 from tasks.batch.comparison_records import open_challenger
 from tasks.batch.feature_table import FeatureTable
 from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
 from tests.flows.children import call, score, start_child
 from tests.support import digests, register_slow, write_customers
+
+pytestmark = pytest.mark.usefixtures("serverless")
 
 ROWS = 6_000
 NOON = dt.datetime(2026, 3, 1, 12, tzinfo=dt.UTC)
@@ -62,7 +63,7 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_killed_run_over_a_join_is_completed_to_the_bytes_of_an_undisturbed_one_and_to_the_join_by_hand(
-    doubling: str, lake: Path, prefect: PrefectServer, tmp_path: Path
+    doubling: str, lake: Path, tmp_path: Path
 ) -> None:
     table = {"source": f"{lake}/features", "join_keys": ["account"], "time": "at"}
     document = {**PLAIN, "spine_time": "as_of", "features": [table], "max_reject_fraction": 0.5}
@@ -97,7 +98,7 @@ def test_a_killed_run_over_a_join_is_completed_to_the_bytes_of_an_undisturbed_on
 
 @pytest.mark.parametrize("others", [("b",), ("c",), ("b", "c")])
 def test_a_challenger_may_read_features_that_the_model_does_not(
-    doubling: str, lake: Path, prefect: PrefectServer, tmp_path: Path, others: tuple[str, ...]
+    doubling: str, lake: Path, tmp_path: Path, others: tuple[str, ...]
 ) -> None:
     table = pl.read_parquet(lake / "features").with_columns(b=pl.col("a") / 3, c=pl.col("a") / 7)
     for name, columns in (("both", ["a", "b"]), ("more", ["c"])):

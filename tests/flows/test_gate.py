@@ -23,7 +23,7 @@ from tasks.batch.verify import verify_run
 from tasks.storage import open_storage
 from tests.support import log_training_dataset, register_network, write_moved
 
-pytestmark = pytest.mark.usefixtures("prefect")
+pytestmark = pytest.mark.usefixtures("serverless")
 
 OPTIONS = BatchOptions(key_columns=("customer",), batch_size=128, rows_per_chunk=1024, experiment=None, gate=Gate())
 
@@ -53,6 +53,7 @@ def list_artifacts(run: str) -> set[str]:
     return asyncio.run(read())
 
 
+@pytest.mark.usefixtures("prefect")
 def test_a_run_that_moved_is_refused_with_all_its_parts_and_published_once_it_is_approved(
     linear: str, tmp_path: Path
 ) -> None:

@@ -232,7 +232,7 @@ def test_a_run_that_is_to_ask_needs_a_server_that_stays(tmp_path: Path) -> None:
     with (
         FlowRunContext.model_construct(flow=batch_inference, flow_run=run, parameters={}),
         temporary_settings({PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: True}, restore_defaults={PREFECT_API_URL}),
-        pytest.raises(BadInput, match="must have a Prefect server that people can reach, got the temporary one"),
+        pytest.raises(BadInput, match="a Prefect server that people can reach, but PREFECT_API_URL names none"),
     ):
         open_gate(plan, storage, OPTIONS, Steps(), None)  # type: ignore[arg-type]  # it logs nothing before that
 

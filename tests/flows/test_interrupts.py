@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 import re
 import signal
-import sqlite3
 import subprocess
 import time
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
 
-from infra.local.prefect_server import PrefectServer, restore_template, template_path
+from infra.local.prefect_server import PrefectServer
 from tasks.batch.options import BatchOptions, Ray
 from tasks.batch.parts import list_parts
 from tasks.batch.run_records import load_plan
@@ -172,27 +171,6 @@ def test_only_a_shard_with_all_its_parts_shows_as_completed(left_by_one: Left) -
 
     assert "CANCELLED" in states.values()
     assert states == {shard: "COMPLETED" if shard in left_by_one.complete else "CANCELLED" for shard in states}
-
-
-@pytest.mark.machines
-def test_ctrl_c_does_not_reach_the_temporary_server_and_leaves_no_process_behind(
-    sleepy: str, source: Path, prefect_templates: Path, tmp_path: Path
-) -> None:
-    home = tmp_path / "home"
-    home.mkdir()
-    restore_template(template_path(prefect_templates), home)
-    own = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    # On a busy machine a server takes longer than Prefect waits for it.
-    slow = {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "1"}
-    environment = {**own, **slow, "PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
-    ended = interrupted(sleepy, source, tmp_path / "scores", environment)
-
-    assert -signal.SIGINT == ended.code
-    assert 1 == ended.stderr.count("Traceback"), ended.stderr
-    with closing(sqlite3.connect(home / "prefect.db")) as database:
-        assert [("CRASHED",)] == database.execute("select state_type from flow_run").fetchall()
-    with pytest.raises(ProcessLookupError):
-        os.killpg(ended.group, 0)
 
 
 def test_an_impatient_second_ctrl_c_is_ignored_and_a_later_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

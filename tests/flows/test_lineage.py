@@ -25,7 +25,7 @@ from tasks.batch.options import BatchOptions
 from tasks.batch.report import BatchReport
 from tests.support import register_network, write_customers
 
-pytestmark = pytest.mark.usefixtures("prefect")
+pytestmark = pytest.mark.usefixtures("serverless")
 
 OPTIONS = BatchOptions(key_columns=("customer",), batch_size=128, rows_per_chunk=1024, experiment="overnight")
 QUIET = OPTIONS.model_copy(update={"experiment": None})
@@ -227,6 +227,7 @@ def check_against_facet_classes(event: dict[str, Any]) -> set[str]:
 
 
 class TestOpenLineage:
+    @pytest.mark.usefixtures("prefect")
     def test_a_run_tells_of_its_start_and_of_what_it_read_and_wrote(
         self, collector: Collector, linear: str, customers: Path, tmp_path: Path
     ) -> None:

@@ -26,7 +26,7 @@ from tests.flows.streams import OPTIONS, as_json, fill_stream, source_and_sink
 from tests.flows.streams import customers as make_customers
 from tests.support import register_with_params
 
-pytestmark = pytest.mark.usefixtures("prefect")
+pytestmark = pytest.mark.usefixtures("serverless")
 
 PARAMS = {"weight": 3, "offsets": [0.5, 0.25]}
 

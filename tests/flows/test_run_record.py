@@ -30,7 +30,7 @@ from tests.support import write_customers
 from tests.tasks.batch.small import PIN
 from tests.tasks.common.test_metrics import read_samples
 
-pytestmark = pytest.mark.usefixtures("prefect")
+pytestmark = pytest.mark.usefixtures("serverless")
 
 # A busy machine takes its time.
 SECONDS_MAX = 600

@@ -16,6 +16,8 @@ from tasks.scheduler.profile import ProfileOptions, StatedFigures
 from tasks.scheduler.review import Hysteresis
 from tasks.scheduler.workload import ArrivalRate, Machine, Prices, Requests, Table, Workload
 
+pytestmark = pytest.mark.usefixtures("serverless")
+
 # test_calibration_run measures a model; here any figures do.
 STATED = StatedFigures(batch_rows_per_second=100_000, start_seconds=10, cold_start_seconds=4, request_ms=2)
 PROFILE_OPTIONS = ProfileOptions(batch_options=BatchOptions(batch_size=512, slots=2), stated_figures=STATED)
@@ -50,7 +52,7 @@ def test_a_nightly_table_is_a_batch_and_the_artifacts_show_other_costs(
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
-def test_requests_with_a_short_latency_are_served_online(prefect: PrefectServer, linear: str, tmp_path: Path) -> None:
+def test_requests_with_a_short_latency_are_served_online(linear: str, tmp_path: Path) -> None:
     from flows.scheduler import choose_mode
 
     workload = nightly(
@@ -73,14 +75,14 @@ def test_a_decision_is_published_before_a_missing_configuration_is_refused(
     assert png.exists()
 
 
-def test_a_model_that_does_not_exist_is_named(prefect: PrefectServer, linear: str) -> None:
+def test_a_model_that_does_not_exist_is_named(linear: str) -> None:
     from flows.scheduler import choose_mode
 
     with pytest.raises(ModelNotFound, match="no-such-model"):
         choose_mode(nightly("models:/no-such-model@champion"), profile_options=PROFILE_OPTIONS)
 
 
-def test_a_deadline_that_is_over_is_refused_before_anything_is_measured(prefect: PrefectServer) -> None:
+def test_a_deadline_that_is_over_is_refused_before_anything_is_measured() -> None:
     from flows.scheduler import choose_mode
 
     late = nightly("models:/no-such-model@champion", consumer=Table(rows=1, once_by=datetime(2026, 1, 1, tzinfo=UTC)))
@@ -88,7 +90,7 @@ def test_a_deadline_that_is_over_is_refused_before_anything_is_measured(prefect:
         choose_mode(late, profile_options=PROFILE_OPTIONS)
 
 
-def test_a_machine_without_a_price_is_named_before_anything_is_measured(prefect: PrefectServer, linear: str) -> None:
+def test_a_machine_without_a_price_is_named_before_anything_is_measured(linear: str) -> None:
     from flows.scheduler import choose_mode
 
     with pytest.raises(PricesMissing, match="'this' must have prices"):

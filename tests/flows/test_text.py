@@ -15,7 +15,7 @@ from tasks.batch.run_records import load_plan
 from tasks.storage import open_storage
 from tests.support import load_minilm, register_minilm
 
-pytestmark = pytest.mark.usefixtures("prefect")
+pytestmark = pytest.mark.usefixtures("serverless")
 
 OPTIONS = BatchOptions(key_columns=("noun",), experiment=None)
 

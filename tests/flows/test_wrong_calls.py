@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from infra.local.prefect_server import PrefectServer
     from infra.local.s3 import S3Server
 
-pytestmark = pytest.mark.usefixtures("prefect")
+pytestmark = pytest.mark.usefixtures("serverless")
 
 ROOT = Path(__file__).parents[2]
 LINES_MAX, SECONDS_MAX = 12, 15.0
@@ -232,6 +232,10 @@ CALLS = {
     "a file that is cut short": WrongCall(
         source="{folder}/customers", advice="Repair or remove the file", arrange=cut_a_file
     ),
+    "a file of another format than its name says": WrongCall(
+        advice="x.parquet must be readable",
+        arrange=lambda place: place.put("customers/x.parquet", "no Parquet"),
+    ),
     "values parted by semicolons": WrongCall(
         **CSV, advice="csv=CsvOptions(delimiter=';')", arrange=write_csv(GOOD_ROWS.replace(",", ";"))
     ),
@@ -272,7 +276,9 @@ CALLS = {
         more={"keycolumns": ["customer"]}, advice="did you mean options=BatchOptions(key_columns=...)?"
     ),
     "a misspelt parameter": WrongCall(more={"destinaton": "out"}, advice="did you mean 'destination'?"),
-    "memory for nothing": WrongCall(options=OPTIONS | {"memory_mb": 1}, advice="memory"),
+    "memory for nothing": WrongCall(
+        options=OPTIONS | {"memory_mb": 1, "slots": 64}, advice="Lower rows_per_chunk or slots, or raise memory_mb"
+    ),
     "rows that would be there twice": WrongCall(
         options={"rescore": "again", "output": "delta"}, advice="delta_mode must be 'replace'"
     ),
@@ -388,12 +394,6 @@ class TestPrefect:
         assert "correct PREFECT_API_URL" in message
         assert f"The Prefect server at {url} must answer" in message
 
-    def test_that_is_not_named(self, place: Place) -> None:
-        with temporary_settings(restore_defaults={PREFECT_API_URL}):
-            message = run_wrong_call(WrongCall(advice=""), place)
-
-        assert "PREFECT_API_URL must name a Prefect server" in message
-
     def test_whose_address_lacks_the_api(self, prefect: PrefectServer, place: Place) -> None:
         with temporary_settings({PREFECT_API_URL: f"{prefect.api_url}/v9"}):
             message = run_wrong_call(WrongCall(advice=""), place)
@@ -441,6 +441,7 @@ def test_servers_that_accept_and_never_answer_are_named_together_within_ten_seco
         assert words in message
 
 
+@pytest.mark.usefixtures("prefect")
 class TestAFlowRun:
     """What Prefect keeps of a call that failed."""
 

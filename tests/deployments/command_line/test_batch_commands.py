@@ -201,59 +201,27 @@ WRONG_CALLS = (
     (["models:/linear/1", "{folder}/wrong", "{folder}/scores"], "is missing; did you mean 'bb'?"),
     (["models:/linear/1", "{customers}", "{folder}/scores", "-k", "custmer"], "did you mean 'customer'?"),
     (["models:/linear/1", "{customers}", "/proc/scores"], "The destination /proc/scores must be there already"),
+    (
+        ["models:/linear/1", "{folder}/text", "{folder}/scores"],
+        """Give --options '{"csv": {"delimiter": ";"}}'.""",
+    ),
 )
-# In one process: to import the command line takes each of them longer than its call.
-SCORE_IN_TURN = """
-import json, sys
-from typer.testing import CliRunner
-from deployments.command_line import app
-
-done = [CliRunner().invoke(app, ["score", *arguments]) for arguments in json.loads(sys.argv[1])]
-print(json.dumps([[each.exit_code, each.stdout, each.stderr] for each in done]))
-"""
 
 
-@pytest.fixture
-def serverless(tmp_path: Path) -> dict[str, str]:
-    """The environment of a process that has no Prefect server at hand, and may start one."""
-    home = {"PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true", "PREFECT_HOME": str(tmp_path / "prefect")}
-    return {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"} | home
-
-
-def test_a_wrong_call_is_told_before_a_temporary_server_is_started(
-    linear: str, customers: Path, serverless: dict[str, str], tmp_path: Path
+@pytest.mark.parametrize(("arguments", "said"), WRONG_CALLS)
+def test_a_wrong_call_is_told_without_a_prefect_server(
+    arguments: list[str], said: str, serverless: None, linear: str, customers: Path, tmp_path: Path
 ) -> None:
     write_customers(tmp_path / "wrong", rows=10, files=1, rows_per_group=10, edit=lambda each: each.rename({"b": "bb"}))
-    calls = [[each.format(customers=customers, folder=tmp_path) for each in arguments] for arguments, _ in WRONG_CALLS]
-    command = [sys.executable, "-c", SCORE_IN_TURN, json.dumps(calls)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=serverless)
-    results = json.loads(done.stdout)
-
-    assert len(WRONG_CALLS) == len(results)
-    for (code, stdout, stderr), (_, said) in zip(results, WRONG_CALLS, strict=True):
-        assert (1, "") == (code, stdout)
-        assert said in stderr
-        assert len(stderr.splitlines()) <= LINES_MAX
-        assert "Traceback" not in stderr
-        assert "temporary Prefect server" not in stderr + done.stderr
-    assert not (tmp_path / "prefect" / "prefect.db").exists()
-    assert not (tmp_path / "scores" / "_overnight" / "plan.json").exists()
-
-
-@pytest.mark.machines
-def test_a_wrong_call_that_only_the_flow_can_tell_is_told_by_it(
-    linear: str, serverless: dict[str, str], tmp_path: Path
-) -> None:
-    # Text is read within the flow.
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "rows.csv").write_text("customer;a;b;c\n1;2;3;4\n")
-    done = run_program("score", linear, str(tmp_path / "text"), str(tmp_path / "scores"), environment=serverless)
+    given = [each.format(customers=customers, folder=tmp_path) for each in arguments]
+    done = CliRunner().invoke(app, ["score", *given])
 
-    assert (1, "") == (done.returncode, done.stdout)
-    assert """Give --options '{"csv": {"delimiter": ";"}}'.""" in done.stderr
+    assert (1, "") == (done.exit_code, done.stdout)
+    assert said in done.stderr
     assert len(done.stderr.splitlines()) <= LINES_MAX
     assert "Traceback" not in done.stderr
-    assert "temporary Prefect server" in done.stderr
     assert not (tmp_path / "scores" / "_overnight" / "plan.json").exists()
 
 

@@ -44,7 +44,7 @@ from tasks.batch.part_proof import ProvingModel, prove_reused_parts
 from tasks.batch.parts import list_parts, part_path
 from tasks.batch.plan import Plan
 from tasks.batch.publish import audit_parts, publish
-from tasks.batch.resolve import CompleteRun, RunRequest, check_columns, find_run, make_request
+from tasks.batch.resolve import CompleteRun, RunRequest, find_run, make_request
 from tasks.batch.run_records import confirm_plan
 from tasks.batch.score import Scorer
 from tasks.batch.scoring_result import ScoringResult
@@ -654,8 +654,6 @@ def test_keys_and_times_that_can_not_be_compared_are_refused(
     cast(source if side == "source" else features, column, kind)
     with pytest.raises(SchemaMismatch, match=words):
         make_plan(source, tmp_path / "out", make_options(features))
-    with pytest.raises(SchemaMismatch, match=words):
-        check_columns(resolve(source, tmp_path / "out", make_options(features)))
 
 
 def test_a_column_of_two_tables_and_a_table_without_rows_are_refused(
