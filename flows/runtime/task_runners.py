@@ -74,7 +74,7 @@ def _score_in_threads(
 
     with ExitStack() as stack:
         stack.enter_context(_switch_threads_quickly())
-        submit = stack.enter_context(_open_threads(slots))
+        submit = _open_threads(stack, slots)
         run_shards = partial(
             _run_shards, scorer, slots, lambda shard: submit(task, {"shard_task": shard_task, "shard": shard})
         )
@@ -105,17 +105,19 @@ def _score_in_threads(
     return _add_results(futures)
 
 
-@contextmanager
-def _open_threads(slots: int) -> Generator[Callable[[Task[..., Any], dict[str, Any]], Any]]:
-    """Yield what starts the task of a shard in a thread: as a task run within a flow run, else as a function."""
+def _open_threads(stack: ExitStack, slots: int) -> Callable[[Task[..., Any], dict[str, Any]], Any]:
+    """Return what starts the task of a shard in a thread: as a task run within a flow run, else as a function.
+
+    The stack holds the threads themselves: where it lets go of them, nothing waits for their end.
+    """
     if is_in_prefect_run():
-        with ThreadPoolTaskRunner[ScoringResult](max_workers=slots) as runner:
-            yield runner.submit
-        return
-    with ThreadPoolExecutor(max_workers=slots, thread_name_prefix="shard") as pool:
-        yield lambda task, parameters: PrefectConcurrentFuture(
-            uuid4(), pool.submit(copy_context().run, _call_task, task, parameters)
-        )
+        return stack.enter_context(ThreadPoolTaskRunner[ScoringResult](max_workers=slots)).submit
+    pool = stack.enter_context(ThreadPoolExecutor(max_workers=slots, thread_name_prefix="shard"))
+
+    def submit(task: Task[..., Any], parameters: dict[str, Any]) -> PrefectConcurrentFuture[Any]:
+        return PrefectConcurrentFuture(uuid4(), pool.submit(copy_context().run, _call_task, task, parameters))
+
+    return submit
 
 
 def _call_task(task: Task[..., Any], parameters: dict[str, Any]) -> State[Any]:

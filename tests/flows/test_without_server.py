@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
+from prefect.exceptions import TerminationSignal
 
 from flows import (
     BackfillOptions,
@@ -26,6 +29,8 @@ from flows import (
     review_modes,
 )
 from serving.errors import BadInput, Interrupted, ModelNotFound, OvernightError, ServerUnreachable
+from tasks.batch.score import Scorer
+from tasks.batch.scoring_result import ScoringResult
 from tasks.scheduler.workload import Machine, Prices, Table, Workload
 from tasks.spot.purchase import PurchaseOptions
 from tests.flows.children import call, score, start_child
@@ -101,33 +106,47 @@ def test_a_call_that_a_signal_ends_leaves_no_process_and_the_same_call_completes
     assert undisturbed == score(sleepy, source, destination, OPTIONS)
 
 
-def test_sigterm_is_a_notice_that_the_caller_s_own_handler_hears_too(
-    sleepy: str, source: Path, undisturbed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import flows.runtime.task_runners as runners
-
-    heard: list[int] = []
-    wait = runners.wait
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> Generator[list[int]]:
+    """SIGTERM comes once, when scoring has begun; the program's own handler keeps what it hears."""
+    numbers: list[int] = []
+    signals = iter([signal.SIGTERM])
 
     def wait_and_signal(*arguments: Any, **options: Any) -> Any:
         found = wait(*arguments, **options)
-        if list(tmp_path.glob("run=*/part-*")) and not sent:
-            sent.append(1)
-            signal.raise_signal(signal.SIGTERM)
+        if (number := next(signals, None)) is not None:
+            signal.raise_signal(number)
         return found
 
-    sent: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
-    try:
-        monkeypatch.setattr(runners, "wait", wait_and_signal)
-        with pytest.raises(Interrupted, match="the same call resumes"):
-            batch_inference(sleepy, str(source), str(tmp_path), OPTIONS)
-    finally:
-        monkeypatch.setattr(runners, "wait", wait)
-        signal.signal(signal.SIGTERM, before)
+    monkeypatch.setattr("flows.runtime.task_runners.wait", wait_and_signal)
+    before = signal.signal(signal.SIGTERM, lambda number, _: numbers.append(number))
+    yield numbers
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_is_a_notice_that_the_caller_s_own_handler_hears_too(
+    sleepy: str, source: Path, undisturbed: dict[str, str], heard: list[int], tmp_path: Path
+) -> None:
+    with pytest.raises(Interrupted, match="the same call resumes"):
+        batch_inference(sleepy, str(source), str(tmp_path), OPTIONS)
 
     assert [signal.SIGTERM] == heard
     assert undisturbed == score(sleepy, source, tmp_path, OPTIONS)
+
+
+def test_a_thread_that_outlasts_the_notice_does_not_hold_up_the_end(
+    linear: str, source: Path, heard: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(Scorer, "score_shard", lambda *_: (release.wait(), ScoringResult())[1])
+    try:
+        with pytest.raises(TerminationSignal):
+            batch_inference(linear, str(source), str(tmp_path), OPTIONS.model_copy(update={"notice_seconds": 1.0}))
+
+        assert [signal.SIGTERM] == heard
+        assert not release.is_set()
+    finally:
+        release.set()
 
 
 def test_a_call_may_return_its_state_as_within_prefect(linear: str, customers: Path, tmp_path: Path) -> None:
