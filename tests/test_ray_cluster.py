@@ -6,13 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from infra.local.process import send_request
 from infra.worker import list_process_tree
+from tests.eventually import eventually
 from tests.ray_cluster import RayCluster, ray_cluster
 
 pytest.importorskip("ray", reason="Ray is an extra: pip install 'overnight[ray]'")
@@ -96,10 +96,7 @@ def test_a_cluster_whose_starter_is_killed_ends(tmp_path: Path) -> None:
         pid, session = starter.stdout.readline().split()
         pids = set(list_process_tree(int(pid)))
         starter.kill()
-    deadline = time.monotonic() + 180
-    while alive(pids):
-        assert time.monotonic() < deadline, "the cluster must end with its starter"
-        time.sleep(0.1)
+    eventually(lambda: alive(pids), lambda left: not left, seconds=180)
     shutil.rmtree(session)
 
     assert len(pids) > 5

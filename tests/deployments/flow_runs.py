@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -16,6 +14,7 @@ from prefect.deployments import run_deployment
 
 from infra.local.prefect_server import PrefectServer
 from tasks.batch.options import BatchOptions
+from tests.eventually import eventually
 
 SECONDS_MAX = 400.0
 
@@ -43,19 +42,9 @@ def read(flow_run: UUID) -> FlowRun:
         return client.read_flow_run(flow_run)
 
 
-def wait_until(happened: Callable[[], bool], what: str) -> float:
-    """Wait, and return the seconds that it took."""
-    began = time.monotonic()
-    while not happened():
-        assert time.monotonic() < began + SECONDS_MAX, f"{what} within {SECONDS_MAX:g} s"
-        time.sleep(0.2)
-    return time.monotonic() - began
-
-
 def wait_for(flow_run: UUID, *names: str) -> FlowRun:
     """Wait until a flow run is in a state of one of these names."""
-    wait_until(lambda: state_of(read(flow_run)) in names, f"{flow_run} is {names}")
-    return read(flow_run)
+    return eventually(lambda: read(flow_run), lambda run: state_of(run) in names, seconds=SECONDS_MAX)
 
 
 def machine_of(flow_run: UUID) -> str:

@@ -13,7 +13,8 @@ from prefect.client.schemas.objects import FlowRun
 from infra.local.prefect_server import PrefectServer, PrefectWorker
 from tasks.batch.options import BatchOptions
 from tests.deployments.conftest import ATTEMPTS_MAX, SETTLE_SECONDS, StartWorkers
-from tests.deployments.flow_runs import machine_of, read, start, start_with, state_of, states, wait_for, wait_until
+from tests.deployments.flow_runs import machine_of, read, start, start_with, state_of, states, wait_for
+from tests.eventually import eventually
 from tests.support import digests
 
 # 200 chunks of a batch of 50 ms, two at a time: five seconds.
@@ -63,7 +64,7 @@ def disturb(
 ) -> Disturbed:
     """Start a run, and have the worker that took it do something once a tenth of its parts are written."""
     run = start(deployment, model, source, destination, OPTIONS)
-    wait_until(lambda: parts(destination) > PARTS // 10, f"{PARTS // 10} parts are written")
+    eventually(lambda: parts(destination), lambda seen: seen > PARTS // 10, seconds=400)
     getattr(workers[machine_of(run.id)], act)()
     return Disturbed(run=run, destination=destination, parts=parts(destination))
 
@@ -142,7 +143,7 @@ def test_a_run_that_is_killed_with_its_worker_is_completed_by_another_to_the_sam
 
 def test_a_run_that_always_kills_its_process_is_given_up(deployed: PrefectServer, killed: Killed) -> None:
     run = killed.poisoned.id
-    wait_until(lambda: read(run).run_count == ATTEMPTS_MAX, "the last attempt began")
+    eventually(lambda: read(run).run_count, lambda seen: seen == ATTEMPTS_MAX, seconds=400)
     crashed = wait_for(run, "Crashed").state
     assert crashed is not None
     # Long enough for another attempt, if there were to be one.

@@ -16,7 +16,8 @@ from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
 from tasks.spot.purchase import PurchaseOptions
 from tests.deployments.conftest import StartWorkers
-from tests.deployments.flow_runs import machine_of, start_with, state_of, wait_for, wait_until
+from tests.deployments.flow_runs import machine_of, start_with, state_of, wait_for
+from tests.eventually import eventually
 from tests.support import digests
 
 pytestmark = pytest.mark.machines
@@ -97,7 +98,7 @@ def test_a_night_on_two_machines_takes_over_its_flow_runs_after_its_own_worker_w
         buying=BUYING.model_dump(mode="json"),
         options=OPTIONS.model_copy(update={"workers": 2}).model_dump(mode="json"),
     )
-    wait_until(lambda: len(list(destination.glob("run=*/part-*"))) > 20, "20 parts are written")
+    eventually(lambda: len(list(destination.glob("run=*/part-*"))), lambda seen: seen > 20, seconds=400)
     watchers[machine_of(night.id)].stop()
     ended = wait_for(night.id, "Completed", "Failed")
     for worker in (*watchers.values(), *spot):

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 
 from infra.local.nats import NatsServer
 from infra.local.prefect_server import PrefectServer
+from tests.eventually import eventually
 from tests.servers import triton_or_skip
 from tests.test_docs import ROOT, Block, read_blocks
 
@@ -133,19 +133,10 @@ def start_servers(command: str, shell: dict[str, str], folder: Path) -> Iterator
         ["bash", "-c", f"exec {command}"], cwd=folder, env=shell, stdout=log, stderr=log
     ) as child:  # fmt: skip
         try:
-            wait_for_file(folder / "servers" / "env.sh", child)
+            eventually((folder / "servers" / "env.sh").exists, process=child)
             yield
         finally:
             child.terminate()
-
-
-def wait_for_file(path: Path, child: subprocess.Popen[bytes]) -> None:
-    """Return once a file is there; fails where the program that writes it ends."""
-    until = time.monotonic() + SECONDS_MAX
-    while not path.exists():
-        assert child.poll() is None, "the servers ended"
-        assert time.monotonic() < until
-        time.sleep(0.2)
 
 
 @pytest.mark.machines

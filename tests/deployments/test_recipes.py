@@ -19,7 +19,8 @@ from prefect.events import emit_event
 
 from infra.local.prefect_server import PrefectServer, PrefectWorker
 from tasks.batch.manifest import open_predictions
-from tests.deployments.flow_runs import state_of, wait_for, wait_until
+from tests.deployments.flow_runs import state_of, wait_for
+from tests.eventually import eventually
 from tests.test_docs import ROOT, read_blocks
 
 SECONDS_MAX = 120.0
@@ -67,7 +68,7 @@ def test_served_from_a_folder_of_ones_own_it_scores(
         name = "batch-inference/served"
         return httpx.get(f"{deployed.api_url}/deployments/name/{name}").status_code == httpx.codes.OK
 
-    wait_until(is_there, "the deployment is there")
+    eventually(is_there)
     run = run_deployment("batch-inference/served", timeout=0)
     assert isinstance(run, FlowRun)
     ended = wait_for(run.id, "Completed", "Failed", "Crashed")
@@ -113,7 +114,7 @@ def test_a_run_starts_when_its_table_is_ready(
         [describe_resource("destination", str(tmp_path / "features"))],
         {"rows": 1},
     )
-    wait_until(lambda: len(runs_of("batch-inference/when-ready")) > before, "a run of the published features")
+    eventually(lambda: len(runs_of("batch-inference/when-ready")), lambda seen: seen > before, seconds=400)
     cancel(runs_of("batch-inference/when-ready"))
 
 

@@ -32,7 +32,7 @@ from tasks.scheduler.profile import ProfileOptions, StatedFigures
 from tasks.scheduler.review import Hysteresis
 from tasks.scheduler.workload import Events, Machine, MeteredArrivals, Prices, Requests, Workload
 from tasks.stream.options import FromNats, StreamOptions, ToNats
-from tests.deployments.flow_runs import wait_until
+from tests.eventually import eventually
 from tests.prefect_events import find_events
 from tests.tasks.scheduler.decisions import EVENTS, FRAUD, NIGHTLY, alternative, decision
 
@@ -239,7 +239,7 @@ def test_a_workload_goes_from_online_to_a_stream_to_batches_and_each_failure_lea
     assert {f"stream-inference/{NAME}"} == deployments()
     assert 404 == answer(online, linear)
     assert f"online, deployment online-endpoint/{NAME}, with versions 1 of its endpoint" in streamed.retired[0]
-    wait_until(lambda: len(nats_client.read(f"{fresh}-scores")) == 1, "the event's score")
+    eventually(lambda: len(nats_client.read(f"{fresh}-scores")), lambda seen: seen == 1, seconds=400)
     (running,) = unfinished()
 
     # Batches that are not complete in time leave the stream.

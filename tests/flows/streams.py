@@ -7,9 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from infra.local.nats import NatsClient, NatsServer
 from serving.model.contract import Frozen
 from tasks.stream.options import FromNats, StreamOptions, ToNats
 from tasks.stream.score import write_arrow
+from tests.eventually import eventually
 
 ROOT = Path(__file__).parents[2]
 CHILD = Path(__file__).with_name("stream_child.py")
@@ -84,17 +84,6 @@ def start(model: str, source: Frozen, sink: Frozen, options: StreamOptions, log:
         )
 
 
-def wait_until(
-    holds: Callable[[], bool], what: str, scorer: subprocess.Popen[bytes] | None = None, seconds: float = 200.0
-) -> None:
-    """Wait until something holds, or fail by name, at once where the scorer has ended."""
-    until = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < until, f"{what} must happen within {seconds:g} s"
-        assert scorer is None or scorer.poll() is None, f"{what} must happen while the scorer lives"
-        time.sleep(0.02)
-
-
 def kill(process: subprocess.Popen[bytes]) -> None:
     """Kill a process as a lost machine does."""
     process.send_signal(signal.SIGKILL)
@@ -104,4 +93,4 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 def kill_server(server: NatsServer) -> None:
     """Kill a server as a lost machine does."""
     os.kill(server.process.pid, signal.SIGKILL)
-    wait_until(lambda: not server.process.running, "the server's end")
+    eventually(lambda: not server.process.running)

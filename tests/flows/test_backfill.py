@@ -35,6 +35,7 @@ from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
 from tasks.batch.ownership import Owner, own_destination
 from tasks.storage import open_storage
+from tests.eventually import eventually
 from tests.flows.children import start_child
 from tests.support import write_customers
 
@@ -170,9 +171,7 @@ def test_a_backfill_that_is_told_to_end_drains_its_run_and_goes_on_with_the_next
     options = OPTIONS.model_copy(update={"batch_size": 4, "rows_per_chunk": 4, "slots": 1})
     asked = (ALL.model_dump_json(), options.model_dump_json())
     with start_child("backfill_child.py", "99", sleepy, str(source), str(tmp_path / "out"), *asked) as child:
-        until = time.monotonic() + 120
-        while not list((tmp_path / "out").glob("date=*/run=*/part-*")) and time.monotonic() < until:
-            time.sleep(0.05)
+        eventually(lambda: list((tmp_path / "out").glob("date=*/run=*/part-*")), process=child)
         child.send_signal(signal.SIGTERM)
         child.communicate(timeout=120)
     parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("date=*/run=*/part-*")}

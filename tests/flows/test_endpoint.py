@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from serving.model.registry import resolve_model
 from serving.protocol.oip import encode_request
 from tasks.common.events import ENDPOINT_CHANGED
 from tasks.endpoint.spec import Canary, EndpointSpec, RayServe, Shadow, Triton
+from tests.eventually import eventually
 from tests.graphs import PutGraph, graph_of, raw_rows, register_chain, register_prep, register_step, tensor
 from tests.prefect_events import find_events
 
@@ -513,7 +513,7 @@ def test_a_graph_goes_online_changes_one_step_sleeps_and_is_retired(
 
     assert (first.version,) == second.removed
     assert [] == list(triton.repository.glob(f"graph.v{first.version}*"))
-    wait_until(lambda: not loaded(triton, f"graph.v{second.version}.2"))
+    eventually(lambda: not loaded(triton, f"graph.v{second.version}.2"))
     check_graph(gateway, changed)
 
     assert (second.version,) == retire_endpoint("graph", target(triton), gateway.url)
@@ -533,13 +533,6 @@ def test_a_graph_with_a_step_that_answers_differently_each_time_is_taken_down(
 
     assert client.get("moody") is None
     assert [] == list(triton.repository.glob("moody*"))
-
-
-def wait_until(reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 @pytest.mark.machines

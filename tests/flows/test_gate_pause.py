@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from tasks.batch.manifest import find_manifest
 from tasks.batch.options import BatchOptions
 from tasks.batch.report import BatchReport
 from tasks.storage import open_storage
+from tests.eventually import eventually
 from tests.support import write_moved
 from tests.tasks.batch.small import a_plan, numbers, put
 
@@ -64,19 +64,18 @@ def find_paused(client: SyncPrefectClient, destination: Path) -> FlowRun | None:
 def answering(destination: Path, *answers: Answer) -> Generator[list[FlowRun]]:
     """Resume the run of a destination once for each answer, as a person does; yield the flow runs as they waited."""
     asked: list[FlowRun] = []
-    until = time.monotonic() + SECONDS_MAX
 
     def answer_all() -> None:
         with get_client(sync_client=True) as client:
             for answer in answers:
-                while (run := find_paused(client, destination)) is None:
-                    assert time.monotonic() < until, f"a run to {destination} waits within {SECONDS_MAX:g} s"
-                    time.sleep(0.1)
+                run = eventually(lambda: find_paused(client, destination), seconds=SECONDS_MAX)
+                assert run is not None
                 given = answer(run)
                 # Prefect takes no answer before it has the form, which follows the state.
-                while (resumed := client.resume_flow_run(run.id, run_input=given)).status != SetStateStatus.ACCEPT:
-                    assert time.monotonic() < until, resumed
-                    time.sleep(0.1)
+                eventually(
+                    lambda run=run, given=given: client.resume_flow_run(run.id, run_input=given),
+                    lambda resumed: resumed.status == SetStateStatus.ACCEPT,
+                )
                 asked.append(run)
 
     with ThreadPoolExecutor(1) as threads:
@@ -94,12 +93,8 @@ def read_question(run: FlowRun) -> str:
     assert run.state is not None
     keys = run.state.state_details.run_input_keyset
     assert keys is not None
-    until = time.monotonic() + SECONDS_MAX
     # The question follows the state, too.
-    while (question := read_flow_run_input(keys["description"], run.id)) is None:
-        assert time.monotonic() < until, keys
-        time.sleep(0.1)
-    return str(question)
+    return str(eventually(lambda: read_flow_run_input(keys["description"], run.id), lambda found: found is not None))
 
 
 def list_states(flow_run: UUID) -> list[str]:

@@ -23,6 +23,7 @@ from infra.local.prefect_server import PrefectServer
 from serving.errors import ModelNotFound, TooManyRejects
 from tasks.batch.options import BatchOptions
 from tasks.common.artifacts import ProgressArtifact, start_thread
+from tests.eventually import eventually
 from tests.prefect_events import find_events
 from tests.support import write_customers
 
@@ -125,14 +126,13 @@ class TestTheGraph:
     ) -> None:
         run = infer(linear, customers, tmp_path / "scores")
         steps = ["resolve", "plan", "load", "score", "check keys", "publish", "report"]
-        nodes: dict[str, dict[str, Any]] = {}
-        until = time.monotonic() + 60
-        # Prefect's client sends the states of task runs from a thread of its own.
-        while time.monotonic() < until and not nodes.keys() >= {*steps, "shard 1"}:
-            graph = httpx.get(f"{prefect.api_url}/flow_runs/{run.id}/graph-v2").json()
-            nodes = {node["label"].partition(" of ")[0]: node for _, node in graph["nodes"]}
-            time.sleep(0.1)
 
+        def read_nodes() -> dict[str, dict[str, Any]]:
+            graph = httpx.get(f"{prefect.api_url}/flow_runs/{run.id}/graph-v2").json()
+            return {node["label"].partition(" of ")[0]: node for _, node in graph["nodes"]}
+
+        # Prefect's client sends the states of task runs from a thread of its own.
+        nodes = eventually(read_nodes, lambda found: found.keys() >= {*steps, "shard 1"})
         names = {node["id"]: name for name, node in nodes.items()}
         after = {name: [names[each["id"]] for each in nodes[name]["parents"]] for name in steps}
         assert {name: [before] for before, name in pairwise(steps)} | {"resolve": []} == after

@@ -23,6 +23,7 @@ from mlflow.entities import Run
 from serving.errors import TooManyRejects
 from tasks.batch.options import BatchOptions
 from tasks.batch.report import BatchReport
+from tests.eventually import eventually
 from tests.support import register_network, write_customers
 
 pytestmark = pytest.mark.usefixtures("serverless")
@@ -144,10 +145,7 @@ class Collector:
         return event
 
     def wait_for(self, *moments: str) -> None:
-        deadline = time.monotonic() + 10
-        while (seen := sorted(each["eventType"] for each in self.events)) != sorted(moments):
-            assert time.monotonic() < deadline, seen
-            time.sleep(0.05)
+        eventually(lambda: sorted(each["eventType"] for each in self.events), lambda seen: seen == sorted(moments))
 
 
 @contextmanager

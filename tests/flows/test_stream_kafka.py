@@ -18,7 +18,8 @@ from serving.errors import BadInput, StreamUnfit
 from tasks.batch.manifest import open_predictions
 from tasks.stream.options import FromKafka, ToKafka, ToNats, ToParts
 from tasks.stream.report import StreamReport
-from tests.flows.streams import OPTIONS, as_json, count_customers, customers, kill, start, wait_until
+from tests.eventually import eventually
+from tests.flows.streams import OPTIONS, as_json, count_customers, customers, kill, start
 from tests.kafka_brokers import KafkaBrokers
 
 ROWS = 3_000
@@ -114,7 +115,7 @@ def test_a_killed_scorer_doubles_at_most_one_batch(doubling: str, brokers: str, 
     kills = 1
     for at in range(kills):
         scorer = start(doubling, source, sink, options, tmp_path / "log")
-        wait_until(lambda at=at: committed(brokers, fresh) > (at + 1) * 200, "commits", scorer)
+        eventually(lambda: committed(brokers, fresh), lambda seen, at=at: seen > (at + 1) * 200, process=scorer)
         kill(scorer)
     last = start(doubling, source, sink, options, tmp_path / "log")
     assert last.wait(200) == 0, (tmp_path / "log").read_text()[-3000:]
@@ -134,7 +135,7 @@ def test_a_table_is_exact_over_kills_and_resumes_from_its_own_parts(
     table = ToParts(destination=str(tmp_path / "table"), rows_per_part=150, seconds_per_part=0.3)
     options = OPTIONS.model_copy(update={"idle_seconds": 3.0, "rows_per_batch": 40})
     scorer = start(doubling, source, table, options, tmp_path / "log")
-    wait_until(lambda: len(list(tmp_path.glob("table/run=*/*.parquet"))) >= 6, "six parts", scorer)
+    eventually(lambda: len(list(tmp_path.glob("table/run=*/*.parquet"))), lambda seen: seen >= 6, process=scorer)
     kill(scorer)
     report = stream(doubling, source, table)
     found = open_predictions(str(tmp_path / "table")).collect()
@@ -160,7 +161,7 @@ def test_sigterm_drains_a_consumer_of_kafka(sleepy: str, brokers: str, fresh: st
     filled(brokers, fresh, as_json(customers(ROWS)))
     source, sink = FromKafka(servers=brokers, topic=fresh), ToKafka(topic=f"{fresh}.scores")
     scorer = start(sleepy, source, sink, OPTIONS.model_copy(update={"rows_per_batch": 40}), tmp_path / "log")
-    wait_until(lambda: committed(brokers, fresh) > 100, "commits", scorer)
+    eventually(lambda: committed(brokers, fresh), lambda seen: seen > 100, process=scorer)
     os.kill(scorer.pid, signal.SIGTERM)
     scorer.wait(200)
     done = committed(brokers, fresh)

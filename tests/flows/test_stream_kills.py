@@ -16,6 +16,7 @@ import pytest
 from infra.local.nats import NatsClient, NatsServer, Stored, nats_server
 from tasks.batch.manifest import open_predictions
 from tasks.stream.options import FromNats, ToParts
+from tests.eventually import eventually
 from tests.flows.streams import (
     OPTIONS,
     as_json,
@@ -26,7 +27,6 @@ from tests.flows.streams import (
     kill_server,
     source_and_sink,
     start,
-    wait_until,
 )
 from tests.support import register_script
 
@@ -51,15 +51,13 @@ def test_scorers_and_the_server_are_killed_and_each_message_is_scored_once(
         done = 0
         for at in range(2):
             scorer = start(sleepy, source, sink, SLOW, tmp_path / "log")
-            wait_until(lambda before=done: scores(client, fresh) > before, "some more scores", scorer)
+            eventually(lambda: scores(client, fresh), lambda seen, before=done: seen > before, process=scorer)
             if at == 1:
                 kill_server(server)
                 time.sleep(random.uniform(0, 0.3))
                 server.stop()
                 server = nats_server(tmp_path / "nats", port=server.port)
-                wait_until(
-                    lambda before=done: scores(client, fresh) > before + 200, "scores after the server is back", scorer
-                )
+                eventually(lambda: scores(client, fresh), lambda seen, before=done: seen > before + 200, process=scorer)
             kill(scorer)
             done = scores(client, fresh)
         assert done < ROWS
@@ -91,7 +89,7 @@ def test_a_scorer_that_comes_back_after_the_window_of_its_output_doubles_nothing
     source, sink = source_and_sink(nats, fresh, ack_wait_seconds=1.0, max_deliver=3)
     nats_client.make(f"{fresh}-scores", f"{fresh}.scores", duplicate_window=3)
     scorer = start(sleepy, source, sink, SLOW, tmp_path / "log")
-    wait_until(lambda: scores(nats_client, fresh) > 200, "some scores", scorer)
+    eventually(lambda: scores(nats_client, fresh), lambda seen: seen > 200, process=scorer)
     kill(scorer)
     # Scores that went out, and of which no acknowledgement came back.
     state = nats_client.call(nats_client.js.consumer_info(fresh, "overnight"))
@@ -126,8 +124,10 @@ def test_a_table_is_exact_over_kills_of_its_scorers(
     table = ToParts(destination=str(tmp_path / "table"), rows_per_part=97, seconds_per_part=0.2)
     for parts in (5, 20):
         scorer = start(doubling, source, table, SLOW, tmp_path / "log")
-        wait_until(
-            lambda parts=parts: len(list(tmp_path.glob("table/run=*/*.parquet"))) >= parts, f"{parts} parts", scorer
+        eventually(
+            lambda: len(list(tmp_path.glob("table/run=*/*.parquet"))),
+            lambda seen, parts=parts: seen >= parts,
+            process=scorer,
         )
         kill(scorer)
     before = open_predictions(str(tmp_path / "table")).collect().height
@@ -147,7 +147,7 @@ def test_sigterm_drains_the_taken_messages_and_the_same_call_continues(
     fill_stream(nats_client, fresh, as_json(customers(3_000)))
     source, sink = source_and_sink(nats, fresh)
     scorer = start(sleepy, source, sink, OPTIONS.model_copy(update={"rows_per_batch": 50}), tmp_path / "log")
-    wait_until(lambda: scores(nats_client, fresh) > 100, "some scores", scorer)
+    eventually(lambda: scores(nats_client, fresh), lambda seen: seen > 100, process=scorer)
     scorer.send_signal(signal.SIGTERM)
     code = scorer.wait(200)
     left = scores(nats_client, fresh)
@@ -169,7 +169,7 @@ def test_ctrl_c_drains_too_and_reports_what_is_done(
     fill_stream(nats_client, fresh, as_json(customers(3_000)))
     source, sink = source_and_sink(nats, fresh)
     scorer = start(sleepy, source, sink, OPTIONS.model_copy(update={"rows_per_batch": 50}), tmp_path / "log")
-    wait_until(lambda: scores(nats_client, fresh) > 100, "some scores", scorer)
+    eventually(lambda: scores(nats_client, fresh), lambda seen: seen > 100, process=scorer)
     os.kill(scorer.pid, signal.SIGINT)
     scorer.wait(200)
     left = scores(nats_client, fresh)
@@ -217,7 +217,7 @@ def test_an_outage_of_what_the_model_calls_uses_up_no_deliveries_of_good_message
     fill_stream(nats_client, fresh, as_json(customers(200)))
     source, sink = source_and_sink(nats, fresh, ack_wait_seconds=1.0, max_deliver=3)
     both = [start(model, source, sink, SLOW, tmp_path / "log") for _ in range(2)]
-    wait_until(lambda: count_in_flight(nats_client, fresh) == 200, "all messages in flight", both[0])
+    eventually(lambda: count_in_flight(nats_client, fresh), lambda seen: seen == 200, process=both[0])
     # Twice as long as all deliveries would take.
     time.sleep(6)
     during = scores(nats_client, fresh), count_in_flight(nats_client, fresh)

@@ -25,7 +25,8 @@ from infra.local.prefect_server import PrefectServer, prefect_server
 from infra.local.process import free_ports
 from infra.local.s3 import s3_server
 from infra.worker import list_process_tree
-from tests.deployments.flow_runs import machine_of, read, start, state_of, wait_for, wait_until
+from tests.deployments.flow_runs import machine_of, read, start, state_of, wait_for
+from tests.eventually import eventually
 from tests.infra.buildah import (
     Buildah,
     download_wheels,
@@ -283,11 +284,7 @@ def start_worker(image: Image, outside: Outside, name: str, port: int, log: Path
     environment = image.buildah.environment(outside.environment)
     with log.open("wb") as stream, subprocess.Popen(line, stdout=stream, stderr=stream, env=environment) as started:
         try:
-            wait_until(
-                lambda: "started!" in log.read_text() or started.poll() is not None,
-                f"a worker starts: {log.read_text()}",
-            )
-            assert started.poll() is None, log.read_text()
+            eventually(log.read_text, lambda words: "started!" in words, process=started, seconds=400)
             yield started
         finally:
             for pid in reversed(list_process_tree(started.pid)):
@@ -353,7 +350,7 @@ def test_a_worker_in_the_image_scores_drains_on_sigterm_and_another_finishes_the
             pid = first_process(first)
             users = {line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("Uid:")}
             healthy = run(image, container, *health)
-            wait_until(lambda: count_parts("drained") >= 5, "five parts are written")
+            eventually(lambda: count_parts("drained"), lambda count: count >= 5, seconds=400)
             os.kill(pid, signal.SIGTERM)
             ended = first.wait(90)
             left = count_parts("drained")

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from infra.worker import (
     parse_arguments,
     send_signal,
 )
+from tests.eventually import eventually
 
 pytestmark = pytest.mark.servers
 
@@ -107,10 +107,7 @@ def test_a_process_tree_is_listed_parents_first_and_killed_across_sessions() -> 
         kill_process_tree(parent.pid)
 
         assert -signal.SIGKILL == parent.wait()
-        until = time.monotonic() + 30
-        while (left := set(list_process_tree(1)) & {child, grandchild}) and time.monotonic() < until:
-            time.sleep(0.05)
-        assert set() == left
+        eventually(lambda: set(list_process_tree(1)) & {child, grandchild}, lambda left: not left)
 
 
 def test_a_signal_to_a_process_that_is_gone_is_passed_over() -> None:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from deployments.command_line import app
 from deployments.command_line.console import LINES_MAX
 from infra.local.prefect_server import PrefectServer
 from tasks.batch.manifest import open_predictions
+from tests.eventually import eventually
 from tests.support import write_customers
 
 PROGRAM = [sys.executable, "-m", "deployments.command_line"]
@@ -243,11 +243,7 @@ def test_ctrl_c_ends_score_with_130_and_one_line_and_the_same_command_resumes(
     command = [*PROGRAM, "score", sleepy, str(customers), str(destination), "-k", "customer", "--batch-size", "100"]
     command += ["--slots", "1", "--options", options, "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        until = time.monotonic() + PATIENCE_SECONDS
-        while len(list(destination.glob("run=*/part-*"))) < 3:
-            assert process.poll() is None
-            assert time.monotonic() < until
-            time.sleep(0.02)
+        eventually(lambda: list(destination.glob("run=*/part-*")), lambda found: len(found) >= 3, process=process)
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=PATIENCE_SECONDS)
     kept = len(list(destination.glob("run=*/part-*")))

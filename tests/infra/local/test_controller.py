@@ -15,6 +15,7 @@ import pytest
 from infra.local.controller import Controller, local_controller, run_controller
 from infra.local.process import ServerFailed, send_request
 from serving.targets.folder import remove_folder
+from tests.eventually import eventually
 
 pytestmark = pytest.mark.servers
 
@@ -52,15 +53,13 @@ def put(controller: Controller, name: str, code: str = SERVER, **changes: Any) -
     return place
 
 
-def wait_for(place: Path, wanted: Callable[[dict[str, Any]], object], seconds: float = 30) -> dict[str, Any]:
-    deadline = time.monotonic() + seconds
-    told: Any = None
-    while time.monotonic() < deadline:
-        if (place / "status.json").exists() and wanted(told := json.loads((place / "status.json").read_text())):
-            return told
-        time.sleep(0.02)
-    message = f"{place} never came to what is wanted: {told}"
-    raise AssertionError(message)
+def wait_for(place: Path, wanted: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    def look() -> dict[str, Any] | None:
+        return json.loads((place / "status.json").read_text()) if (place / "status.json").exists() else None
+
+    told = eventually(look, lambda told: told is not None and wanted(told))
+    assert told is not None
+    return told
 
 
 def ready(place: Path) -> dict[str, Any]:
@@ -182,10 +181,7 @@ def test_every_server_ends_with_a_controller_that_is_killed(tmp_path: Path) -> N
     with local_controller(tmp_path) as controller:
         told = ready(put(controller, "scores/1"))
         os.kill(controller.process.pid, signal.SIGKILL)
-        deadline = time.monotonic() + 20
-        while alive(told["pid"]):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        eventually(lambda: not alive(told["pid"]))
 
     with local_controller(tmp_path) as controller:
         again = wait_for(controller.folder / "scores/1", lambda now: now["url"] and now["pid"] != told["pid"])

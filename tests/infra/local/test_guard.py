@@ -3,13 +3,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from infra.local.process import ServerCommand, ServerProcess
+from tests.eventually import eventually
 
 PS = shutil.which("ps") or "ps"
 ROOT = Path(__file__).parents[3]
@@ -43,13 +43,6 @@ def alive(pid: int) -> bool:
     return not ps("stat", pid).startswith("Z") and ps("pid", pid) == str(pid)
 
 
-def wait_until_gone(pid: int) -> bool:
-    deadline = time.monotonic() + 10
-    while alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return not alive(pid)
-
-
 def start_starter(folder: Path, code: str, *, before: str = "", after: str = "") -> tuple[subprocess.Popen[str], int]:
     script = STARTER.format(folder=str(folder), code=code, before=before, after=after)
     starter = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -70,7 +63,7 @@ def test_killing_the_starter_leaves_no_server_alive(tmp_path: Path) -> None:
 
     kill(starter)
 
-    assert wait_until_gone(server)
+    eventually(lambda: not alive(server))
 
 
 def test_killing_the_starter_leaves_no_server_alive_though_its_forked_child_lives_on(tmp_path: Path) -> None:
@@ -80,7 +73,7 @@ def test_killing_the_starter_leaves_no_server_alive_though_its_forked_child_live
 
     kill(starter)
 
-    assert wait_until_gone(server)
+    eventually(lambda: not alive(server))
 
 
 def test_a_forked_child_of_the_starter_cannot_stop_the_server(tmp_path: Path) -> None:
@@ -130,14 +123,14 @@ def test_children_of_the_server_end_with_it(python_server: PythonServer, child: 
 
     server.stop()
 
-    assert wait_until_gone(child_pid)
+    eventually(lambda: not alive(child_pid))
 
 
 def test_a_server_that_ends_by_itself_takes_its_children_along(python_server: PythonServer) -> None:
     with ServerProcess(python_server(parent_of(SLEEPER, then="time.sleep(0.5)"))) as server:
         guard = int(ps("ppid", server.pid))
-        assert wait_until_gone(child_in(server.log_text()))
-        assert wait_until_gone(guard)
+        eventually(lambda: not alive(child_in(server.log_text())))
+        eventually(lambda: not alive(guard))
         assert server.exit_code == 0
 
 
@@ -147,14 +140,14 @@ def test_stop_ends_the_server_even_after_its_guard_was_killed(python_server: Pyt
     os.kill(int(ps("ppid", server.pid)), signal.SIGKILL)
     server.stop()
 
-    assert wait_until_gone(server.pid)
+    eventually(lambda: not alive(server.pid))
 
 
 def test_a_guard_that_gets_sigterm_ends_its_server(python_server: PythonServer) -> None:
     with ServerProcess(python_server(SLEEPER)) as server:
         os.kill(int(ps("ppid", server.pid)), signal.SIGTERM)
 
-        assert wait_until_gone(server.pid)
+        eventually(lambda: not alive(server.pid))
 
 
 LEAVER = """
@@ -177,7 +170,7 @@ def test_what_a_server_started_in_a_group_of_its_own_ends_with_it(
         os.kill(server.pid, ending)
 
         assert started
-        assert wait_until_gone(left)
+        eventually(lambda: not alive(left))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives orphans to the one who asked for them")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,15 +15,9 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from infra.local.prefect_server import PrefectServer
 from infra.local.workers import LocalWorkers, MachineKind, open_capacity
+from tests.eventually import eventually
 
 POOLS: Mapping[MachineKind, str] = {"spot": "local-spot", "on-demand": "local-on-demand"}
-
-
-def wait_until(happened: Callable[[], bool], what: str) -> None:
-    until = time.monotonic() + 120
-    while not happened():
-        assert time.monotonic() < until, what
-        time.sleep(0.2)
 
 
 @pytest.fixture
@@ -48,8 +41,8 @@ def list_workers(prefect: PrefectServer, pool: str) -> set[str]:
 def test_workers_of_both_pools_start_and_end(workers: LocalWorkers, prefect: PrefectServer, tmp_path: Path) -> None:
     workers.set_workers("spot", 2)
     workers.set_workers("on-demand", 1)
-    wait_until(lambda: len(list_workers(prefect, "local-spot")) == 2, "both spot workers ask for work")
-    wait_until(lambda: len(list_workers(prefect, "local-on-demand")) == 1, "the on-demand worker asks for work")
+    eventually(lambda: len(list_workers(prefect, "local-spot")), lambda count: count == 2, seconds=120)
+    eventually(lambda: len(list_workers(prefect, "local-on-demand")), lambda count: count == 1, seconds=120)
     busy = min(list_workers(prefect, "local-spot"))
     workers.set_workers("spot", 1, busy=frozenset({busy}))
 
@@ -66,7 +59,7 @@ def test_workers_of_both_pools_start_and_end(workers: LocalWorkers, prefect: Pre
 def test_a_worker_that_ends_by_itself_is_told_and_started_again(workers: LocalWorkers) -> None:
     workers.pools = {**POOLS, "spot": "no-such-pool"}
     workers.set_workers("spot", 1)
-    wait_until(lambda: workers.count_workers("spot") == 0, "the worker finds no pool, and ends")
+    eventually(lambda: workers.count_workers("spot") == 0, seconds=120)
     problem = workers.find_problem("spot")
     workers.set_workers("spot", 1)
 
@@ -95,13 +88,11 @@ def test_workers_end_where_the_process_that_started_them_is_killed(
         assert night.stdout
         assert night.stdin
         worker = int(night.stdout.readline())
-        wait_until(
-            lambda: any("started!" in log.read_text() for log in tmp_path.glob("*.log")), "the worker asks for work"
-        )
+        eventually(lambda: any("started!" in log.read_text() for log in tmp_path.glob("*.log")), seconds=120)
         night.stdin.write("x")
         night.stdin.flush()
         night.wait()
-        wait_until(lambda: not Path(f"/proc/{worker}/exe").exists(), "the worker has ended")
+        eventually(lambda: not Path(f"/proc/{worker}/exe").exists(), seconds=120)
 
     assert any("Ending: 0 flow runs" in log.read_text() for log in tmp_path.glob("*.log"))
 

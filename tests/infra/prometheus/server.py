@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +12,7 @@ import httpx
 import yaml
 
 from infra.local.process import ServerCommand, base_environment, send_request, start_on_free_ports
+from tests.eventually import eventually
 
 _SECONDS_MAX = 60.0
 
@@ -84,11 +84,8 @@ def prometheus_server(program: Path, pages: Sequence[str], rules: Path, folder: 
 
 
 def _wait_for_scrapes(url: str, targets: int) -> None:
-    until = time.monotonic() + _SECONDS_MAX
-    while True:
-        query = {"query": "count(count_over_time(up[1m]) > 2 and up == 1)"}
-        result = httpx.get(f"{url}/api/v1/query", params=query, timeout=30).json()["data"]["result"]
-        if result and int(result[0]["value"][1]) == targets:
-            return
-        assert time.monotonic() < until, "Prometheus has scraped every page"
-        time.sleep(0.2)
+    query = {"query": "count(count_over_time(up[1m]) > 2 and up == 1)"}
+    eventually(
+        lambda: httpx.get(f"{url}/api/v1/query", params=query, timeout=30).json()["data"]["result"],
+        lambda result: result and int(result[0]["value"][1]) == targets,
+    )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,14 +107,6 @@ def wait_for_verdict(admin: GatewayClient, name: str, *, timeout_s: float) -> Ve
     verdict = admin.wait_until(name, lambda state: state.verdict is not None, timeout_s=timeout_s).verdict
     assert verdict is not None
     return verdict
-
-
-def wait_for(condition: Callable[[], bool], *, timeout_s: float = 20) -> None:
-    """Return once the condition holds, and fail where it does not in time."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def write_access_line(folder: Path, **fields: Any) -> None:

@@ -10,8 +10,9 @@ import httpx
 from infra.local.gateway import GatewayServer
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import Limits
+from tests.eventually import eventually
 from tests.serving.gateway.conftest import Put
-from tests.serving.gateway.support import EndpointClient, V2Server, error, route, wait_for
+from tests.serving.gateway.support import EndpointClient, V2Server, error, route
 
 
 def infer_at_once(endpoint: EndpointClient, count: int) -> list[httpx.Response]:
@@ -177,4 +178,4 @@ def test_a_client_gets_a_place_again_once_others_are_gone(put: Put, v2: V2Server
     endpoint = put(route(v2.url, ("slow", 1), limits=Limits(in_flight_max=1, queue_max=0)))
     infer_at_once(endpoint, 8)
 
-    wait_for(lambda: endpoint.infer().status_code == 200)
+    eventually(lambda: endpoint.infer().status_code == 200)

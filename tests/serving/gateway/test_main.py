@@ -25,7 +25,8 @@ from serving.gateway.client import GatewayClient
 from serving.gateway.metering import read_metering
 from serving.gateway.route import Rollout, ScaleToZero
 from tests.blocked import block_packages
-from tests.serving.gateway.support import ROW, EndpointClient, V2Server, route, wait_for, wait_for_verdict
+from tests.eventually import eventually
+from tests.serving.gateway.support import ROW, EndpointClient, V2Server, route, wait_for_verdict
 
 
 def ask(server: GatewayServer, name: str, requests: int) -> list[int]:
@@ -73,7 +74,7 @@ def test_sigterm_lets_requests_finish(tmp_path: Path, v2: V2Server) -> None:
             admin.wait_until("churn", lambda state: state.in_flight == {"slow": 4}, timeout_s=20)
             os.kill(server.process.pid, signal.SIGTERM)
             assert [[200]] * 4 == [request.result() for request in pending]
-        wait_for(lambda: not server.process.running)
+        eventually(lambda: not server.process.running)
 
         assert 0 == server.process.exit_code
     assert [200] * 4 == read_metering(tmp_path).collect()["status"].to_list()
@@ -111,7 +112,7 @@ def steady_load(url: str) -> Generator[list[int]]:
 
 def wait_for_more(statuses: list[int], count: int = 20) -> None:
     start = len(statuses)
-    wait_for(lambda: len(statuses) >= start + count, timeout_s=60)
+    eventually(lambda: len(statuses) >= start + count)
 
 
 def test_envoy_serves_on_while_the_control_plane_is_killed_and_started_again(tmp_path: Path, v2: V2Server) -> None:
@@ -122,7 +123,7 @@ def test_envoy_serves_on_while_the_control_plane_is_killed_and_started_again(tmp
             before = read_pid(server, "control_plane")
             os.kill(before, signal.SIGKILL)
             wait_for_more(statuses)
-            wait_for(lambda: read_pid(server, "control_plane") != before)
+            eventually(lambda: read_pid(server, "control_plane") != before)
             # The next control plane answers as soon as it is up.
             assert admin.get("churn") is not None
             admin.put("churn", route(v2.url, ("2", 1)))
@@ -136,7 +137,7 @@ def test_a_request_that_waits_for_a_load_outlives_the_control_plane(tmp_path: Pa
         admin.put("sleepy", route(v2.url, model="dreamy", sleep=ScaleToZero(keep_warm_s=60)))
         with ThreadPoolExecutor(4) as pool:
             pending = [pool.submit(ask, server, "sleepy", 1) for _ in range(4)]
-            wait_for(lambda: v2.seen("dreamy load") == 1)
+            eventually(lambda: v2.seen("dreamy load") == 1)
             os.kill(read_pid(server, "control_plane"), signal.SIGKILL)
             assert [[200]] * 4 == [request.result() for request in pending]
 
@@ -149,7 +150,7 @@ def test_a_killed_envoy_is_started_again_with_every_route(tmp_path: Path, v2: V2
                 wait_for_more(statuses)
                 before = read_pid(server, "envoy")
                 os.kill(before, signal.SIGKILL)
-                wait_for(lambda before=before: read_pid(server, "envoy") != before)  # type: ignore[misc]
+                eventually(lambda before=before: read_pid(server, "envoy") != before)  # type: ignore[misc]
             wait_for_more(statuses)
 
         assert {200} == {*statuses}
@@ -281,7 +282,7 @@ def test_a_route_that_cannot_be_written_is_503_and_written_as_soon_as_possible(
             admin.put("unwritten", route(v2.url))
     finally:
         aside.rename(routes)
-    wait_for((routes / "unwritten.json").exists)
+    eventually((routes / "unwritten.json").exists)
     routes.rename(aside)
     try:
         with pytest.raises(EndpointFailed, match="must be able to write"):

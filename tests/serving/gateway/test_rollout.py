@@ -25,8 +25,9 @@ from serving.gateway.route import CanaryTally, Limits, Rollout, Shadow
 from serving.gateway.store import Store
 from serving.gateway.upstreams import Reply
 from serving.protocol.oip import InferRequest, OutputChoice, encode_response
+from tests.eventually import eventually
 from tests.serving.gateway.conftest import Put
-from tests.serving.gateway.support import EndpointClient, V2Server, read_metrics, route, wait_for, wait_for_verdict
+from tests.serving.gateway.support import EndpointClient, V2Server, read_metrics, route, wait_for_verdict
 from tests.serving.gateway.v2_child import CONTRACT
 
 answers = st.lists(st.tuples(st.booleans(), st.floats(0, 100)), max_size=300)
@@ -313,7 +314,7 @@ def test_the_shadow_gets_copies_and_its_answers_are_only_counted(
     endpoint = put(route(v2.url, ("1", 1), (shadow, 0), shadow=Shadow(version=shadow)))
 
     assert [10] * 3 == [endpoint.score() for _ in range(3)]
-    wait_for(lambda: count_shadows(endpoint, outcome) + count_shadows(endpoint, "dropped") == 3)
+    eventually(lambda: count_shadows(endpoint, outcome) + count_shadows(endpoint, "dropped") == 3)
     assert v2.seen(shadow) == before + count_shadows(endpoint, outcome)
     assert count_shadows(endpoint, outcome) >= 1
 
@@ -324,7 +325,7 @@ def test_a_slow_shadow_delays_no_request_and_its_excess_copies_are_dropped(
     endpoint = put(route(v2.url, ("1", 1), ("slow", 0), shadow=Shadow(version="slow", in_flight_max=1)))
     assert [10] * 10 == [endpoint.score() for _ in range(10)]
 
-    wait_for(lambda: count_shadows(endpoint, "equal") + count_shadows(endpoint, "dropped") == 10)
+    eventually(lambda: count_shadows(endpoint, "equal") + count_shadows(endpoint, "dropped") == 10)
     assert count_shadows(endpoint, "dropped") > 0
 
 
@@ -335,11 +336,11 @@ def test_a_copy_is_compared_where_the_shadow_leaves_the_route_meanwhile(
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(endpoint.infer)
         # The request, and the comparator's.
-        wait_for(lambda: v2.seen("slow") == before + 2)
+        eventually(lambda: v2.seen("slow") == before + 2)
         admin.put(endpoint.name, route(v2.url, ("slow", 1)))
         assert 200 == answer.result().status_code
 
-    wait_for(lambda: count_shadows(endpoint, "equal") == 1)
+    eventually(lambda: count_shadows(endpoint, "equal") == 1)
 
 
 @pytest.mark.parametrize(("difference", "binary", "outcome"), [(1e-7, True, "equal"), (1e-3, False, "different")])

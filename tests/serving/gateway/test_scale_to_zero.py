@@ -15,8 +15,9 @@ from serving.errors import Unanswered
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import Limits, ScaleToZero, ServedVersion
 from serving.gateway.scale_to_zero import ModelLifecycle
+from tests.eventually import eventually
 from tests.serving.gateway.conftest import Put
-from tests.serving.gateway.support import EndpointClient, V2Server, error, read_metrics, route, served, wait_for
+from tests.serving.gateway.support import EndpointClient, V2Server, error, read_metrics, route, served
 
 RULE_SHORT = ScaleToZero(keep_warm_s=0.2)
 
@@ -69,7 +70,7 @@ def test_a_request_waits_at_most_hold_s_max_and_the_load_goes_on(put: Put, v2: V
     assert (503, "The model must be loaded within 0.1 s, but is still loading. Try again later.") == error(
         endpoint.infer()
     )
-    wait_for(lambda: endpoint.infer().status_code == 200)
+    eventually(lambda: endpoint.infer().status_code == 200)
     assert 1 == v2.seen("late load")
 
 

@@ -21,9 +21,10 @@ from serving.model.batching import BatchingConfig
 from serving.model.registry import resolve_model
 from serving.model.release import Release
 from serving.targets.triton import TritonHost
+from tests.eventually import eventually
 from tests.servers import triton_or_skip
 from tests.serving.gateway.conftest import FIXED_KEY, Put
-from tests.serving.gateway.support import EndpointClient, read_metrics, wait_for
+from tests.serving.gateway.support import EndpointClient, read_metrics
 
 X = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
 ROWS = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [5, 3], "data": X.ravel().tolist()}]}
@@ -136,7 +137,7 @@ def test_grpc_requests_are_metered_with_their_rows(
     infer_by_grpc(gateway, endpoint.name, "any name", X)
     series = f'overnight_rows_total{{endpoint="{endpoint.name}",version="{deployed.route.versions[0].version}"}} 5.0'
 
-    wait_for(lambda: series in read_metrics(gateway))
+    eventually(lambda: series in read_metrics(gateway))
 
 
 def test_a_grpc_caller_reaches_only_the_endpoint_that_its_key_is_for(
@@ -184,7 +185,7 @@ def test_triton_unloads_an_idle_model_and_a_request_loads_it(
     admin.wait_until(endpoint.name, lambda state: state.models == "asleep", timeout_s=60)
 
     # Triton answers an unload before it has ended.
-    wait_for(lambda: not is_ready(deployed))
+    eventually(lambda: not is_ready(deployed))
     np.testing.assert_allclose(infer_scores(endpoint), deployed.scores.ravel(), atol=1e-6)
     admin.put(endpoint.name, deployed.route)
 
@@ -202,7 +203,7 @@ def test_a_request_in_the_middle_of_an_unload_waits_for_the_next_load(
         )
     )
     np.testing.assert_allclose(infer_scores(endpoint), deployed.scores.ravel(), atol=1e-6)
-    wait_for(lambda: "READY" not in read_states(deployed), timeout_s=60)
+    eventually(lambda: "READY" not in read_states(deployed))
 
     np.testing.assert_allclose(infer_scores(endpoint), deployed.scores.ravel(), atol=1e-6)
     admin.put(endpoint.name, deployed.route)

@@ -18,8 +18,9 @@ import pytest
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import Limits
 from serving.gateway.upstreams import HttpClient, remove_addresses
+from tests.eventually import eventually
 from tests.serving.gateway.conftest import Put
-from tests.serving.gateway.support import EndpointClient, V2Server, error, route, v2_server, wait_for
+from tests.serving.gateway.support import EndpointClient, V2Server, error, route, v2_server
 
 CUT_OFF = 0
 
@@ -56,7 +57,7 @@ def steady_load(endpoint: EndpointClient, threads: int = 4) -> Generator[list[tu
 
 def wait_for_answer(answers: list[tuple[int, str]], expected: tuple[int, str]) -> None:
     start = len(answers)
-    wait_for(lambda: expected in answers[start:])
+    eventually(lambda: expected in answers[start:])
 
 
 def test_a_killed_server_is_503_with_the_reason_until_it_is_restarted(put: Put, tmp_path: Path) -> None:
@@ -66,7 +67,7 @@ def test_a_killed_server_is_503_with_the_reason_until_it_is_restarted(put: Put, 
         with steady_load(endpoint) as answers:
             wait_for_answer(answers, (200, "1"))
             os.kill(server.process.pid, signal.SIGKILL)
-            wait_for(lambda: any(status == 503 for status, _ in answers))
+            eventually(lambda: any(status == 503 for status, _ in answers))
             server.process.stop()
             assert {"name": endpoint.name, "ready": False} == endpoint.get("/ready").json()
             assert 503 == endpoint.get("/versions/1/ready").status_code

@@ -36,6 +36,7 @@ from serving.model.process_protocol import VERSION, pack_opaque, unpack_opaque
 from serving.model.processes import ProcessModel, ProcessOptions
 from serving.model.registry import resolve_model
 from serving.model.shared_memory import OwnRegion, RegionPool, count_bytes, put_arrays
+from tests.eventually import eventually
 from tests.support import register_script
 
 pytestmark = pytest.mark.servers
@@ -135,7 +136,7 @@ def test_a_model_that_prints_forks_and_starts_threads_scores_and_leaves_nothing(
     assert (predictions[0], predictions[80], predictions[160]) == (2 * PRINT, 2 * FORK, 2 * THREAD)
     assert ("", True) == (captured.out, "a model says this" in captured.err)
     # The first process and one with the model stay for the next slot.
-    assert _wait_until(lambda: len(_list_descendants() - before) <= 2)
+    eventually(lambda: _list_descendants() - before, lambda added: len(added) <= 2)
 
 
 def test_a_pass_is_ended_when_scoring_must_stop(acting: str) -> None:
@@ -287,7 +288,7 @@ with loaded({acting!r}) as (model, _):
         parent.kill()
 
     assert len(children) >= 3
-    assert _wait_until(lambda: not any(each.is_running() and each.status() != "zombie" for each in children))
+    eventually(lambda: not any(each.is_running() and each.status() != "zombie" for each in children))
 
 
 def test_a_child_of_another_version_of_the_protocol_is_refused(acting: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,15 +450,6 @@ def _make_frame() -> pd.DataFrame:
 
 def _list_descendants() -> set[int]:
     return {each.pid for each in psutil.Process().children(recursive=True) if each.status() != "zombie"}
-
-
-def _wait_until(holds: Any, seconds: float = 20.0) -> bool:
-    until = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def count_threads(model: ProcessModel) -> int:

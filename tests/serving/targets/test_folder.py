@@ -5,8 +5,7 @@ import os
 import random
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from serving.targets.folder import (
 from serving.targets.kserve import KServe
 from serving.targets.ray_serve import RayServe
 from serving.targets.seldon import Seldon
+from tests.eventually import eventually
 from tests.releases import release_of
 from tests.serving.toys import matrix
 
@@ -184,7 +184,7 @@ def test_a_release_that_another_removes_before_it_answers_is_reported_as_removed
     place = folder / "fleeting/1"
     with ThreadPoolExecutor(1) as threads:
         deployed = threads.submit(host.deploy, release("1", "fleeting"), model)
-        wait_for((place / "status.json").exists)
+        eventually((place / "status.json").exists)
         host.remove(release("1", "fleeting"))
 
         with pytest.raises(EndpointFailed, match=r"^Version 1 of fleeting must stay.* was removed meanwhile\."):
@@ -214,18 +214,11 @@ def test_of_two_that_remove_a_release_both_wait_until_its_server_has_ended(folde
     (folder / "slow/1/ended").touch()
     with ThreadPoolExecutor(1) as threads:
         first = threads.submit(host.remove, release("1", "slow"))
-        wait_for(lambda: not (folder / "slow/1/serve.json").exists())
+        eventually(lambda: not (folder / "slow/1/serve.json").exists())
         host.remove(release("1", "slow"))
 
         assert (folder / ".ended-well").exists()
         first.result()
-
-
-def wait_for(met: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not met():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.01)
 
 
 def test_a_release_that_is_up_is_kept_and_one_with_another_batching_replaces_it(folder: Path, model: Path) -> None:

@@ -29,6 +29,7 @@ from serving.targets.kserve import KServe
 from serving.targets.seldon import Seldon
 from tasks.endpoint.load import run_closed_loop
 from tasks.endpoint.resolve import Sample
+from tests.eventually import eventually
 from tests.serving.targets.folder_servers import (
     BAD_REQUESTS,
     BATCHING,
@@ -258,10 +259,7 @@ def test_a_killed_server_comes_back_at_its_address_while_another_serves(serving:
     os.kill(serving.pid(0), signal.SIGKILL)
 
     serving.check(1, rows(1))
-    deadline = time.monotonic() + 120
-    while (status := serving.status(0)).pid in (None, before.pid):
-        assert time.monotonic() < deadline, "the server must be back"
-        time.sleep(0.1)
+    status = eventually(lambda: serving.status(0), lambda now: now.pid not in (None, before.pid), seconds=120)
 
     assert (before.starts + 1, serving.addresses[0].url) == (status.starts, status.url)
     serving.check(0, rows(3))

@@ -28,6 +28,7 @@ from serving.targets import Address, Host
 from tasks.endpoint.deploy import make_host, make_release
 from tasks.endpoint.resolve import LoadedModel, load_endpoint_model
 from tasks.endpoint.spec import AnyTarget, BentoML, EndpointSpec, RayServe, Seldon
+from tests.eventually import eventually
 from tests.model_wheels import OLD_VERSION, PACKAGE, write_model_wheels
 from tests.ray_cluster import ray_cluster
 from tests.serving.targets.folder_servers import python_of
@@ -83,13 +84,6 @@ def read_program(pid: int) -> str:
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
     return ""
-
-
-def wait_until(met: Callable[[], bool], words: str) -> None:
-    deadline = time.monotonic() + _SECONDS_MAX
-    while not met():
-        assert time.monotonic() < deadline, words
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -206,12 +200,12 @@ def test_no_model_process_outlives_its_server(serving: Serving) -> None:
     servers = {pid for pid in list_process_tree(serving.find_pid()) if pid not in before and has_child(pid, before)}
     for pid in servers:
         os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not any(map(psutil.pid_exists, before)), "the killed server's model processes must end")
-    wait_until(lambda: bool(serving.list_model_processes()), "the server must be started again")
-    wait_until(lambda: is_answered(serving), "it must answer again")
+    eventually(lambda: not any(map(psutil.pid_exists, before)))
+    eventually(lambda: bool(serving.list_model_processes()))
+    eventually(lambda: is_answered(serving))
     again = serving.list_model_processes()
     serving.host.remove(serving.release)
-    wait_until(lambda: not any(map(psutil.pid_exists, again)), "the removed server's model processes must end")
+    eventually(lambda: not any(map(psutil.pid_exists, again)))
 
     assert before
     assert not set(before) & set(again)

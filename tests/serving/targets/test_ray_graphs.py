@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,6 +23,7 @@ from serving.model.release import Release, Scaling
 from serving.targets import Address
 from serving.targets.ray_serve import RayServe, RayServeHost, make_application_name
 from tasks.endpoint.deploy import make_release_to_remove
+from tests.eventually import eventually
 from tests.graphs import PutGraph, graph_of, raw_rows, register_chain
 from tests.ray_cluster import ray_cluster
 from tests.releases import model_url
@@ -159,10 +159,7 @@ def test_a_graph_goes_to_zero_and_the_next_request_starts_it_again(host: RayServ
     graph = chain.graph.with_scaling(Scaling(replicas_min=0, replicas_max=1)).model_copy(update={"endpoint": "sleeper"})
     put = replace(chain, graph=graph)
     address = host.deploy_graph(put.graph, put.models)
-    deadline = time.monotonic() + 600
-    while count_replicas(host, make_application_name(graph)):
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
+    eventually(lambda: count_replicas(host, make_application_name(graph)), lambda count: count == 0, seconds=600)
     put.check_answers(address, raw_rows(2))
 
     assert 4 == count_replicas(host, make_application_name(graph))

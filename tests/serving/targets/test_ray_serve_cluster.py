@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +24,7 @@ from serving.model.registry import digest_folder
 from serving.model.release import Release, Scaling
 from serving.targets import Address
 from serving.targets.ray_serve import RayServe, RayServeHost, make_application_name
+from tests.eventually import eventually
 from tests.ray_cluster import RayCluster, ray_cluster
 from tests.releases import TOLERANCE, Put, document, infer, model_url, release_of, rows
 from tests.support import register_mlp, register_network, register_slow
@@ -237,15 +237,15 @@ def test_a_replica_that_is_killed_is_started_again(
 ) -> None:
     replica = replica_pid(cluster, "mlp")
     os.kill(replica, signal.SIGKILL)
-    wait_for(lambda: replica_pid(cluster, "mlp") not in (0, replica), _START_S_MAX)
-    wait_for(lambda: is_ready(address), _START_S_MAX)
+    eventually(lambda: replica_pid(cluster, "mlp") not in (0, replica), seconds=_START_S_MAX)
+    eventually(lambda: is_ready(address), seconds=_START_S_MAX)
     check_scores(mlp, address)
 
 
 def test_a_release_goes_to_zero_and_the_next_request_starts_it_again(
     cluster: RayCluster, sleeper: Put, addresses: dict[str, Address]
 ) -> None:
-    wait_for(lambda: replica_pid(cluster, "sleeper") == 0, _START_S_MAX)
+    eventually(lambda: replica_pid(cluster, "sleeper") == 0, seconds=_START_S_MAX)
     x_NF = rows(2, FEATURES)
     scores = infer(addresses["sleeper-1"], sleeper, x_NF)
 
@@ -289,10 +289,3 @@ def replica_pid(cluster: RayCluster, endpoint: str) -> int:
         if title.startswith("ray::ServeReplica:") and f":{endpoint}-" in title:
             return pid
     return 0
-
-
-def wait_for(met: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.1)

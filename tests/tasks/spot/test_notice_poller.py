@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Callable, Generator
 
 import pytest
@@ -13,14 +12,8 @@ from infra.local.process import free_ports
 from tasks.spot.cloud_notices import CLOUDS, METADATA_URL, Aws, detect_source, open_metadata
 from tasks.spot.drain import Drain, Notice
 from tasks.spot.notice_poller import NoticeLevel, NoticePoller, poll_notices, requires_drain
+from tests.eventually import eventually
 from tests.metadata import AzureMetadata, GcpMetadata, Imds, Service
-
-
-def until(true: Callable[[], bool]) -> None:
-    stop = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < stop
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -150,12 +143,12 @@ def test_the_thread_polls_until_the_block_ends(imds: Imds, logged: list[str], mo
     monkeypatch.setattr(Aws, "poll_seconds", 0.02)
     drain = Drain()
     with poll_notices(drain, "interruption", logged.append):
-        until(lambda: imds.answers("/latest/meta-data/spot/instance-action", 404) > 1)
+        eventually(lambda: imds.answers("/latest/meta-data/spot/instance-action", 404) > 1)
         imds.interrupt("terminate", 60)
-        until(lambda: drain.notice is not None)
+        eventually(lambda: drain.notice is not None)
         imds.action = None
-        until(lambda: drain.notice is None)
-    until(lambda: "notices" not in {thread.name for thread in threading.enumerate()})
+        eventually(lambda: drain.notice is None)
+    eventually(lambda: "notices" not in {thread.name for thread in threading.enumerate()})
 
     assert 2 == len(logged)
 
@@ -170,7 +163,7 @@ def test_a_machine_without_a_service_costs_a_thread_for_a_moment_and_logs_nothin
         monkeypatch.setenv(METADATA_URL, "off" if kind == "off" else f"http://127.0.0.1:{address}")
         drain = Drain()
         with poll_notices(drain, "none" if kind == "none" else "interruption", logged.append):
-            until(lambda: "notices" not in {thread.name for thread in threading.enumerate()})
+            eventually(lambda: "notices" not in {thread.name for thread in threading.enumerate()})
 
     assert drain.notice is None
     assert [] == logged
@@ -179,7 +172,7 @@ def test_a_machine_without_a_service_costs_a_thread_for_a_moment_and_logs_nothin
 def test_an_address_that_is_none_is_logged(logged: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(METADATA_URL, "metadata.local")
     with poll_notices(Drain(), "interruption", logged.append):
-        until(lambda: logged != [])
+        eventually(lambda: logged != [])
 
     assert logged == [
         "OVERNIGHT_METADATA_URL must be an http:// address or 'off', got 'metadata.local'. No notices are read."

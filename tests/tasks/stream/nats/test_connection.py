@@ -12,7 +12,8 @@ from infra.local.nats import nats_server
 from infra.local.process import free_ports
 from tasks.stream.connections import StreamAbandoned
 from tasks.stream.nats.connection import NatsConnection
-from tests.flows.streams import kill_server, wait_until
+from tests.eventually import eventually
+from tests.flows.streams import kill_server
 
 
 def test_there_is_a_warning_when_a_server_is_absent_is_gone_and_is_back(tmp_path: Path) -> None:
@@ -24,14 +25,14 @@ def test_there_is_a_warning_when_a_server_is_absent_is_gone_and_is_back(tmp_path
         target=lambda: connections.append(NatsConnection(url, warnings.append, threading.Event(), connect_seconds=0.5))
     )
     opening.start()
-    wait_until(lambda: bool(warnings), "a word of the absent server")
+    eventually(lambda: warnings)
     with nats_server(tmp_path, port=port) as server:
         opening.join(20)
         (connection,) = connections
         kill_server(server)
-        wait_until(lambda: len(warnings) > 1, "a word of its end")
+        eventually(lambda: warnings, lambda seen: len(seen) > 1)
     with nats_server(tmp_path, port=port):
-        wait_until(lambda: len(warnings) > 2, "a word of its return")
+        eventually(lambda: warnings, lambda seen: len(seen) > 2)
         connection.close()
 
     assert f"{url} must answer, got: no answer. Waiting for it." == warnings[0]

@@ -16,7 +16,8 @@ from tasks.stream.nats.deduplication import EmittedIds
 from tasks.stream.nats.sink import OutgoingMessage, Publisher
 from tasks.stream.nats.source import NatsSource
 from tasks.stream.options import FromNats
-from tests.flows.streams import kill_server, wait_until
+from tests.eventually import eventually
+from tests.flows.streams import kill_server
 
 pytestmark = pytest.mark.servers
 
@@ -34,7 +35,9 @@ def test_a_server_that_was_gone_for_longer_than_its_window_gets_no_score_twice(t
         client.publish("rows", [b"1", b"2", b"3"])
     reader = NatsSource(connection, source, in_flight=remembered, bytes_max=1 << 20, start=None)
     messages: list[object] = []
-    wait_until(lambda: messages.extend(reader.fetch(remembered, 1, 0.1)) or len(messages) == remembered, "messages")
+    eventually(
+        lambda: messages.extend(reader.fetch(remembered, 1, 0.1)) or messages, lambda seen: len(seen) == remembered
+    )
     emitted_ids = EmittedIds(
         connection=connection,
         source=source,
@@ -72,7 +75,7 @@ def test_an_emitted_score_is_found_long_after_the_window_and_repeatedly(tmp_path
             client.publish("rows", [b"1", b"2", b"3", b"4"])
             reader = NatsSource(connection, source, in_flight=10, bytes_max=1 << 20, start=None)
             messages: list[Message] = []
-            wait_until(lambda: messages.extend(reader.fetch(4, 1, 0.1)) or len(messages) == 4, "four messages")
+            eventually(lambda: messages.extend(reader.fetch(4, 1, 0.1)) or messages, lambda seen: len(seen) == 4)
             emitted_ids = EmittedIds(
                 connection=connection,
                 source=source,
