@@ -20,8 +20,7 @@ from tasks.endpoint.deploy import make_host, make_release
 from tasks.endpoint.resolve import load_endpoint_model
 from tasks.endpoint.spec import AnyTarget, BentoML, EndpointSpec, KServe, RayServe, Seldon, Triton
 from tests.ray_cluster import ray_cluster
-from tests.servers import triton_or_skip
-from tests.serving.targets.folder_servers import python_of
+from tests.servers import python_or_skip, triton_or_skip
 from tests.support import write_customers
 
 # Sums of the same float32 products in another order, as batches of other sizes make them; scores here are below 1.
@@ -64,7 +63,7 @@ def running(kind: str, folder: Path) -> Generator[AnyTarget]:
 
 def _by_folder(kind: str, folder: str) -> AnyTarget:
     name, make = {"bentoml": ("bentoml", BentoML), "kserve": ("kserve", KServe), "seldon": ("mlserver", Seldon)}[kind]
-    return make(folder=folder, python=str(python_of(name)))
+    return make(folder=folder, python=str(python_or_skip(name)))
 
 
 @pytest.mark.parametrize("kind", TARGETS)
