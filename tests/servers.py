@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from uv import find_uv_bin
 
 from infra.local.prefect_server import PrefectServer, prefect_server
 from infra.local.triton import TritonServer, triton_server
+from infra.local.venv import RegistryUnreachable, make_venv
 
 _tritons: list[TritonServer] = []
 
@@ -27,6 +29,14 @@ def triton_or_skip(folder: Path) -> TritonServer:
 def has_triton_crashed() -> bool:
     """Return whether the Triton that was started last has ended by a fault of its own, or does within some seconds."""
     return bool(_tritons) and _tritons[-1].has_crashed()
+
+
+def python_or_skip(name: str) -> Path:
+    """Return the interpreter of what infra/local/NAME.txt pins, installed where it is not there yet, or skip."""
+    try:
+        return make_venv(Path(__file__).parents[1] / f"infra/local/{name}.txt", uv=find_uv_bin()) / "bin/python"
+    except RegistryUnreachable as failure:
+        pytest.skip(f"What infra/local/{name}.txt pins must be had from a registry: {failure}")
 
 
 @contextmanager

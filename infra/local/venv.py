@@ -19,8 +19,13 @@ from pathlib import Path
 _STAMP = ".complete"
 _DIGEST_LENGTH = 12
 _LINES_SHOWN = 12
-# How pip reports that a registry did not answer.
-_UNREACHABLE = ("after connection broken by", "Max retries exceeded", "Temporary failure in name resolution")
+# How pip reports that a registry did not answer, and how uv does.
+_UNREACHABLE = (
+    *("after connection broken by", "Max retries exceeded", "Temporary failure in name resolution"),
+    *("Failed to fetch", "error sending request"),
+)
+# Settings of pip that uv knows by other names.
+_SETTINGS = {"PIP_FIND_LINKS": "UV_FIND_LINKS", "PIP_INDEX_URL": "UV_DEFAULT_INDEX"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,7 +47,7 @@ class RegistryUnreachable(VenvFailed):
     """An environment could not be created since the registry of pip did not answer."""
 
 
-def make_venv(requirements: Path, folder: Path | None = None) -> Path:
+def make_venv(requirements: Path, folder: Path | None = None, *, uv: str | None = None) -> Path:
     """Return a virtual environment that holds what a requirements file pins, in `folder`, else in the user's cache.
 
     Its interpreter is bin/python in it, of the version that runs this. Atomic: an environment counts once its stamp,
@@ -53,10 +58,11 @@ def make_venv(requirements: Path, folder: Path | None = None) -> Path:
     Args:
         requirements: What to install, as pip takes it.
         folder: Where to make it; by default `venv_folder(requirements)`.
+        uv: The program uv, to install with it in a tenth of the time; by default pip installs.
 
     Raises:
-        RegistryUnreachable: pip could not reach its registry.
-        VenvFailed: Anything else failed; the message has pip's output.
+        RegistryUnreachable: The registry could not be reached.
+        VenvFailed: Anything else failed; the message has the output of pip or uv.
     """
     digest = _digest_requirements(requirements)
     venv = (folder or venv_folder(requirements)).absolute()
@@ -67,11 +73,16 @@ def make_venv(requirements: Path, folder: Path | None = None) -> Path:
     with _lock_folder(venv):
         if _read_stamp(venv) != digest:
             # The pip of this interpreter installs there; one in each environment takes seconds more.
-            _run_python(requirements, "-m", "venv", "--clear", "--without-pip", str(venv))
-            pip = ("-m", "pip", "--python", str(venv / "bin/python"), "--disable-pip-version-check", "--no-input")
-            # Most modules are never imported: those that are get compiled then.
-            _run_python(requirements, *pip, "install", "--no-compile", "--quiet", "-r", str(requirements.absolute()))
-            _run_python(requirements, *pip, "check")
+            python, listed = str(venv / "bin/python"), str(requirements.absolute())
+            _run(requirements, sys.executable, "-m", "venv", "--clear", "--without-pip", str(venv))
+            if uv is not None:
+                _run(requirements, uv, "pip", "install", "--quiet", "--python", python, "-r", listed)
+                _run(requirements, uv, "pip", "check", "--python", python)
+            else:
+                pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", "--no-input")
+                # Most modules are never imported: those that are get compiled then.
+                _run(requirements, *pip, "install", "--no-compile", "--quiet", "-r", listed)
+                _run(requirements, *pip, "check")
             (venv / _STAMP).write_text(digest)
     return venv
 
@@ -114,10 +125,10 @@ def _lock_folder(folder: Path) -> Generator[None]:
         os.close(descriptor)
 
 
-def _run_python(requirements: Path, *arguments: str) -> None:
+def _run(requirements: Path, *command: str) -> None:
     # With PYTHONPATH pip takes the packages there for installed ones.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    command = (sys.executable, *arguments)
+    environment = {_SETTINGS[name]: value for name, value in os.environ.items() if name in _SETTINGS} | environment
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         output = done.stdout + done.stderr

@@ -70,9 +70,25 @@ def disturb(
 
 
 @pytest.fixture(scope="module")
-def stopped(
+def killed(
     start_workers: StartWorkers, sleepy: str, poison: str, customers: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Killed:
+    folder = tmp_path_factory.mktemp("killed")
+    workers = start_pair(start_workers, "overnight-spot")
+    lost = disturb(workers, "spot", "kill", sleepy, customers, folder / "kill")
+    return Killed(lost=lost, poisoned=start("spot", poison, customers, folder / "poison", OPTIONS))
+
+
+@pytest.fixture(scope="module")
+def stopped(
+    killed: Killed,
+    start_workers: StartWorkers,
+    sleepy: str,
+    poison: str,
+    customers: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Stopped:
+    # Meanwhile the killed run is silent for long enough to be seen as lost.
     folder = tmp_path_factory.mktemp("stopped")
     workers = start_pair(start_workers, "overnight-on-demand")
     disturbed = disturb(workers, "on-demand", "stop", sleepy, customers, folder / "stop")
@@ -85,16 +101,6 @@ def stopped(
         options=ray,
     )
     return Stopped(disturbed=disturbed, bad=bad)
-
-
-@pytest.fixture(scope="module")
-def killed(
-    start_workers: StartWorkers, sleepy: str, poison: str, customers: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Killed:
-    folder = tmp_path_factory.mktemp("killed")
-    workers = start_pair(start_workers, "overnight-spot")
-    lost = disturb(workers, "spot", "kill", sleepy, customers, folder / "kill")
-    return Killed(lost=lost, poisoned=start("spot", poison, customers, folder / "poison", OPTIONS))
 
 
 @pytest.fixture(scope="module")

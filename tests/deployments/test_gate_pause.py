@@ -46,49 +46,45 @@ class Moved:
         return refusal.parent.name
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A run that asked at a time, the parts that stood then, and one that its worker ran after it."""
+
+    moved: Moved
+    run: UUID
+    since: float
+    parts: dict[str, str]
+    other: UUID
+
+
+def make_moved(model: str, folder: Path) -> Moved:
+    from flows.batch import batch_inference
+
+    batch_inference(model, str(write_moved(folder / "in", 0.0)), str(folder / "scores"), OPTIONS)
+    return Moved(model=model, source=write_moved(folder / "in", 5.0), destination=folder / "scores")
+
+
 @pytest.fixture(scope="module")
-def one_worker(start_workers: StartWorkers) -> None:
-    """One worker, which runs one flow run at a time."""
+def asked(start_workers: StartWorkers, doubling: str, tmp_path_factory: pytest.TempPathFactory) -> Asked:
+    """A run that nobody answers while other tests have its worker, which runs one flow run at a time."""
     start_workers("overnight", "gate")
+    moved = make_moved(doubling, tmp_path_factory.mktemp("asked"))
+    run = moved.start(ASKS)
+    wait_for(run, "Suspended", "Failed", "Crashed", "Completed")
+    since, parts = time.monotonic(), digests(moved.destination)
+    other = start("adhoc", moved.model, write_moved(moved.source.parent / "other", 0.0), moved.destination, OPTIONS)
+    wait_for(other.id, "Completed", "Failed", "Crashed")
+    return Asked(moved=moved, run=run, since=since, parts=parts, other=other.id)
 
 
 @pytest.fixture
-def moved(one_worker: None, linear: str, tmp_path: Path) -> Moved:
-    from flows.batch import batch_inference
-
-    batch_inference(linear, str(write_moved(tmp_path / "in", 0.0)), str(tmp_path / "scores"), OPTIONS)
-    return Moved(model=linear, source=write_moved(tmp_path / "in", 5.0), destination=tmp_path / "scores")
+def moved(asked: Asked, doubling: str, tmp_path: Path) -> Moved:
+    return make_moved(doubling, tmp_path)
 
 
 def list_course(server: PrefectServer, run: UUID) -> list[str]:
     """The states of a flow run in order, without those on the way to Running."""
     return [name for name, _ in states(server, run) if name not in {"Scheduled", "Late", "Pending", "Submitting"}]
-
-
-def test_it_is_suspended_for_as_long_as_nobody_answers_and_published_once_it_is_approved(
-    deployed: PrefectServer, moved: Moved
-) -> None:
-    run = moved.start(ASKS)
-    wait_for(run, "Suspended", "Failed", "Crashed", "Completed")
-    parts = digests(moved.destination)
-    other = start("adhoc", moved.model, write_moved(moved.source.parent / "other", 0.0), moved.destination, OPTIONS)
-    wait_for(other.id, "Completed", "Failed", "Crashed")
-    # Longer than a run may be silent before it counts as lost.
-    time.sleep(SILENT_SECONDS + 2 * SETTLE_SECONDS)
-
-    assert "Completed" == state_of(read(other.id))
-    assert ["Running", "Suspended"] == list_course(deployed, run)
-    resume_flow_run(run, run_input={"approve": True, "approved_by": "ada", "reason": "a new market"})
-    wait_for(run, "Completed", "Failed", "Crashed")
-    (record,) = (moved.destination / "_overnight" / moved.refused).glob("approved-*.json")
-    approval = Approval.model_validate_json(record.read_bytes())
-    calls = (moved.destination / "_overnight" / moved.refused / "costs").iterdir()
-
-    assert ["complete", "paused"] == sorted(json.loads(call.read_bytes())["state"] for call in calls)
-    assert ["Running", "Suspended", "Resuming", "Running", "Completed"] == list_course(deployed, run)
-    assert ("ada", "a new market") == (approval.approved_by, approval.reason)
-    assert "0" == table(deployed, run)["rows scored by this call"]
-    assert parts.items() <= digests(moved.destination).items()
 
 
 def test_it_is_refused_where_it_is_declined_and_where_it_was_approved_by_the_command_it_needs_no_answer(
@@ -118,3 +114,25 @@ def test_it_fails_where_nobody_answers_in_time_and_the_refusal_stays(deployed: P
     approve_run(open_storage(str(moved.destination)), moved.refused)
     again = moved.start(ASKS)
     assert "Completed" == state_of(wait_for(again, "Suspended", "Failed", "Crashed", "Completed"))
+
+
+def test_it_is_suspended_for_as_long_as_nobody_answers_and_published_once_it_is_approved(
+    deployed: PrefectServer, asked: Asked
+) -> None:
+    run, moved = asked.run, asked.moved
+    # Longer than a run may be silent before it counts as lost.
+    time.sleep(max(0.0, asked.since + SILENT_SECONDS + 2 * SETTLE_SECONDS - time.monotonic()))
+
+    assert "Completed" == state_of(read(asked.other))
+    assert ["Running", "Suspended"] == list_course(deployed, run)
+    resume_flow_run(run, run_input={"approve": True, "approved_by": "ada", "reason": "a new market"})
+    wait_for(run, "Completed", "Failed", "Crashed")
+    (record,) = (moved.destination / "_overnight" / moved.refused).glob("approved-*.json")
+    approval = Approval.model_validate_json(record.read_bytes())
+    calls = (moved.destination / "_overnight" / moved.refused / "costs").iterdir()
+
+    assert ["complete", "paused"] == sorted(json.loads(call.read_bytes())["state"] for call in calls)
+    assert ["Running", "Suspended", "Resuming", "Running", "Completed"] == list_course(deployed, run)
+    assert ("ada", "a new market") == (approval.approved_by, approval.reason)
+    assert "0" == table(deployed, run)["rows scored by this call"]
+    assert asked.parts.items() <= digests(moved.destination).items()

@@ -72,10 +72,10 @@ def test_an_endpoint_is_put_online_asked_and_retired(
 
 @pytest.mark.machines
 def test_a_workload_is_decided_on(
-    server: PrefectServer, linear: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: PrefectServer, doubling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "workload.yaml").write_text(WORKLOAD.format(model=linear))
+    (tmp_path / "workload.yaml").write_text(WORKLOAD.format(model=doubling))
     words = CliRunner().invoke(app, ["choose", "workload.yaml", "--plot", "plot.png"])
     figures = CliRunner().invoke(app, ["choose", "@workload.yaml", "--json"])
 

@@ -13,9 +13,9 @@ import yaml
 
 from deployments.apply import PREFECT_FILE
 from deployments.kubernetes_pools import read_kubernetes_pools
-from infra.local.venv import RegistryUnreachable, make_venv
 from tests.infra.kubernetes.cluster import FOLDER, is_selected
 from tests.infra.kubernetes.schemas import KUBERNETES
+from tests.servers import python_or_skip
 
 CHILD = Path(__file__).with_name("job_child.py")
 AUTH = "user:hunter2"
@@ -24,10 +24,7 @@ AUTH = "user:hunter2"
 @pytest.fixture(scope="module")
 def python() -> Path:
     """The interpreter of an environment with prefect-kubernetes, made where it is not there yet."""
-    try:
-        return make_venv(FOLDER.parent / "local/prefect-kubernetes.txt") / "bin/python"
-    except RegistryUnreachable as failure:
-        pytest.skip(f"pip install -r infra/local/prefect-kubernetes.txt must reach its registry: {failure}")
+    return python_or_skip("prefect-kubernetes")
 
 
 def read_worker_settings() -> dict[str, str]:

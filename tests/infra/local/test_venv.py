@@ -5,11 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from uv import find_uv_bin
 
 from infra.local.process import free_ports
 from infra.local.venv import RegistryUnreachable, VenvFailed, make_venv, venv_folder
 
 pytestmark = pytest.mark.servers
+
+BY_PIP_AND_UV = pytest.mark.parametrize("uv", [None, find_uv_bin()], ids=["pip", "uv"])
 
 
 def write_wheel(folder: Path, version: str, needs: str = "") -> Path:
@@ -29,20 +32,21 @@ def says(venv: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_an_environment_is_created_once_and_again_when_its_requirements_change(tmp_path: Path) -> None:
+@BY_PIP_AND_UV
+def test_an_environment_is_created_once_and_again_when_its_requirements_change(uv: str | None, tmp_path: Path) -> None:
     requirements, folder = tmp_path / "said.txt", tmp_path / "environments/said"
     requirements.write_text(f"{write_wheel(tmp_path, '1.0')}\n")
 
-    venv = make_venv(requirements, folder)
+    venv = make_venv(requirements, folder, uv=uv)
     made = (venv / "pyvenv.cfg").stat().st_ino
-    again = make_venv(requirements, folder)
+    again = make_venv(requirements, folder, uv=uv)
 
     assert (folder, folder) == (venv, again)
     assert (made, "1.0") == ((venv / "pyvenv.cfg").stat().st_ino, says(venv))
 
     requirements.write_text(f"{write_wheel(tmp_path, '2.0')}\n")
     (venv / "left-over").touch()
-    make_venv(requirements, folder)
+    make_venv(requirements, folder, uv=uv)
 
     assert ("2.0", False) == (says(venv), (venv / "left-over").exists())
     assert [venv] == list(folder.parent.iterdir())
@@ -105,21 +109,23 @@ def test_one_of_several_callers_creates_an_environment_and_a_half_made_one_is_cr
     assert not (folder / "lib/half").exists()
 
 
+@BY_PIP_AND_UV
 def test_a_registry_that_does_not_answer_is_distinguished_from_requirements_that_do_not_exist(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    uv: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requirements = tmp_path / "said.txt"
     requirements.write_text("said==1.0\n")
     (port,) = free_ports(1)
     monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{port}/simple")
     monkeypatch.setenv("PIP_RETRIES", "1")
+    monkeypatch.setenv("UV_HTTP_RETRIES", "0")
     with pytest.raises(RegistryUnreachable, match=r"said\.txt pins must install"):
-        make_venv(requirements, tmp_path / "said")
+        make_venv(requirements, tmp_path / "said", uv=uv)
 
     (tmp_path / "empty").mkdir()
     requirements.write_text(f"--no-index\n--find-links {tmp_path}/empty\nsaid==1.0\n")
-    with pytest.raises(VenvFailed, match="No matching distribution") as failed:
-        make_venv(requirements, tmp_path / "said")
+    with pytest.raises(VenvFailed, match=r"No matching distribution|was not found") as failed:
+        make_venv(requirements, tmp_path / "said", uv=uv)
 
     assert VenvFailed is failed.type
 

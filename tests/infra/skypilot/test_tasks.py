@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from deployments.apply import make_work_pools
-from infra.local.venv import RegistryUnreachable, make_venv
 from infra.worker import parse_arguments
+from tests.servers import python_or_skip
 
 ROOT = Path(__file__).parents[3]
 TASKS = sorted((ROOT / "infra/skypilot").glob("*.yaml"))
@@ -75,10 +75,7 @@ def test_the_tasks_differ_in_their_machines_alone() -> None:
 @pytest.fixture(scope="module")
 def python() -> Path:
     """The interpreter of an environment with SkyPilot, made where it is not there yet."""
-    try:
-        return make_venv(ROOT / "infra/local/skypilot.txt") / "bin/python"
-    except RegistryUnreachable as failure:
-        pytest.skip(f"pip install -r infra/local/skypilot.txt must reach its registry: {failure}")
+    return python_or_skip("skypilot")
 
 
 def write_catalog(folder: Path, vms: str) -> Path:

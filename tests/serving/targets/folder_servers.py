@@ -12,7 +12,6 @@ import httpx
 import numpy as np
 import pytest
 
-from infra.local.venv import RegistryUnreachable, make_venv
 from serving.model.batching import BatchingConfig
 from serving.model.encoding import Encoded, Flags
 from serving.model.loading import load_model
@@ -24,14 +23,6 @@ from serving.targets.folder import FolderHost
 
 Served = tuple[Release, Path]
 Arrays = Mapping[str, np.ndarray]
-
-
-def python_of(name: str) -> Path:
-    """The interpreter of a server's environment, made where it is not there yet; skips where no registry answers."""
-    try:
-        return make_venv(Path(__file__).parents[3] / f"infra/local/{name}.txt") / "bin/python"
-    except RegistryUnreachable as failure:
-        pytest.skip(f"pip install -r infra/local/{name}.txt must reach its registry: {failure}")
 
 
 def release_of(uri: str, endpoint: str, **changes: Any) -> Served:

@@ -30,6 +30,7 @@ from serving.targets.seldon import Seldon
 from tasks.endpoint.load import run_closed_loop
 from tasks.endpoint.resolve import Sample
 from tests.eventually import eventually
+from tests.servers import python_or_skip
 from tests.serving.targets.folder_servers import (
     BAD_REQUESTS,
     BATCHING,
@@ -41,7 +42,6 @@ from tests.serving.targets.folder_servers import (
     expected_of,
     listening,
     post,
-    python_of,
     release_of,
     rows,
 )
@@ -101,7 +101,7 @@ def serving(
 ) -> Generator[Serving]:
     """Two versions of a network, MiniLM where the server takes text, and `partial` on MLServer."""
     server = request.param
-    target = TARGETS[server](python_of(server))
+    target = TARGETS[server](python_or_skip(server))
     served = two_versions(server)
     if server != "bentoml":
         served.append(release_of(request.getfixturevalue("minilm"), "glosses"))
@@ -276,7 +276,7 @@ def test_one_that_is_removed_leaves_the_others_serving(serving: Serving) -> None
 
 
 def test_a_bento_is_built_from_the_folder_and_served(registry: Path, tmp_path: Path) -> None:
-    target, (served, _) = BentoML(python=python_of("bentoml")), two_versions("bentoml")
+    target, (served, _) = BentoML(python=python_or_skip("bentoml")), two_versions("bentoml")
     folder = tmp_path / "release"
     write_folder(target.render(*served), folder)
     (port,) = free_ports(1)

@@ -31,7 +31,7 @@ from tasks.endpoint.spec import AnyTarget, BentoML, EndpointSpec, RayServe, Seld
 from tests.eventually import eventually
 from tests.model_wheels import OLD_VERSION, PACKAGE, write_model_wheels
 from tests.ray_cluster import ray_cluster
-from tests.serving.targets.folder_servers import python_of
+from tests.servers import python_or_skip
 from tests.support import register_script
 
 # The first run makes the environment of each server, which takes minutes.
@@ -119,7 +119,7 @@ def serving(
         else:
             kinds: dict[str, type[BentoML | Seldon]] = {"bentoml": BentoML, "mlserver": Seldon}
             controller = stack.enter_context(local_controller(folder))
-            target = kinds[server](folder=str(controller.folder), python=str(python_of(server)))
+            target = kinds[server](folder=str(controller.folder), python=str(python_or_skip(server)))
         spec = EndpointSpec(name="own", model=model, target=target, packages=packages)
         loaded = load_endpoint_model(spec)
         release = make_release(spec, loaded, BatchingConfig(batch_size_max=16))

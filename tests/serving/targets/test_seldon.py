@@ -19,7 +19,7 @@ from serving.model.contract import Contract, Input, Output
 from serving.model.graph import Combine, Graph
 from serving.model.release import Scaling
 from serving.targets.seldon import Seldon, make_mean_settings, make_model_settings
-from tests.serving.targets.folder_servers import python_of
+from tests.servers import python_or_skip
 from tests.serving.targets.manifests import KUBERNETES_NAME, NEW, QUANTITY, STABLE, closed
 from tests.serving.toys import column
 
@@ -221,7 +221,7 @@ def test_a_typo_in_the_pipeline_is_caught(right: str, wrong: str) -> None:
 @pytest.mark.machines
 @pytest.mark.timeout(1200)
 def test_the_mean_under_the_real_mlserver_is_that_of_the_models_outputs(tmp_path: Path) -> None:
-    python = python_of("mlserver")
+    python = python_or_skip("mlserver")
     for name, content in SELDON.render_graph(chained("mean"), [Path("one"), Path("two")]).files.items():
         if name.startswith("mean/"):
             (tmp_path / name.removeprefix("mean/")).write_bytes(content)
