@@ -280,6 +280,7 @@ class TestWithDeployment:
         assert again[1] not in first
         assert again[1] == Deployment(name=deployment[0], model="m", backfill=name).submit(pieces[1])
 
+    @pytest.mark.usefixtures("prefect")
     def test_a_deployment_that_does_not_exist_is_refused(self, doubling: str, source: Path, tmp_path: Path) -> None:
         with pytest.raises(DeploymentMissing, match="The deployment nobodys/any must exist"):
             fill(doubling, source, tmp_path / "out", BackfillOptions(deployment="nobodys/any"))

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Generator
 from concurrent.futures import wait
 from pathlib import Path
@@ -33,6 +32,7 @@ from tasks.batch.score import Scorer
 from tasks.batch.scoring_result import ScoringResult
 from tasks.scheduler.workload import Machine, Prices, Table, Workload
 from tasks.spot.purchase import PurchaseOptions
+from tests.eventually import eventually
 from tests.flows.children import call, score, start_child
 from tests.flows.test_interrupts import of_session
 from tests.support import digests, write_customers
@@ -87,14 +87,12 @@ def test_a_call_that_a_signal_ends_leaves_no_process_and_the_same_call_completes
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     ) as child:
-        while len(list(destination.glob("run=*/part-*"))) < 5 and child.poll() is None:
-            time.sleep(0.02)
+        eventually(lambda: list(destination.glob("run=*/part-*")), lambda parts: len(parts) >= 5, process=child)
         if number is not None:
             child.send_signal(number)
         stderr = child.communicate()[1]
     left = {name: digest for name, digest in digests(destination).items() if not name.startswith(".")}
-    while of_session(child.pid):
-        time.sleep(0.02)
+    eventually(lambda: of_session(child.pid), lambda alive: not alive)
 
     assert code == child.returncode, stderr
     assert end in stderr
