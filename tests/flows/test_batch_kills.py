@@ -55,7 +55,7 @@ def run_child(
 
 @pytest.mark.machines
 def test_a_run_killed_at_any_step_is_completed_to_the_same_bytes(
-    doubling: str, source: Path, prefect: PrefectServer, tmp_path: Path
+    doubling: str, source: Path, serverless: None, tmp_path: Path
 ) -> None:
     def killed(point: str, times: int) -> int:
         return run_child(point, times, doubling, source, tmp_path / point).returncode
@@ -85,7 +85,7 @@ def test_a_run_killed_again_and_again_is_completed_to_the_same_bytes(
 
 
 def test_two_processes_on_one_run_end_in_one_exact_output_and_share_the_work(
-    sleepy: str, prefect: PrefectServer, tmp_path: Path
+    sleepy: str, serverless: None, tmp_path: Path
 ) -> None:
     source = write_customers(tmp_path / "customers", rows=10_000, files=2, rows_per_group=5_000)
     destination = tmp_path / "scores"

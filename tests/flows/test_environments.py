@@ -14,7 +14,7 @@ from serving.model.uv import PackageSource
 from tasks.batch.options import BatchOptions
 from tests.support import register_script, write_customers
 
-pytestmark = [pytest.mark.usefixtures("prefect"), pytest.mark.machines]
+pytestmark = [pytest.mark.usefixtures("serverless"), pytest.mark.machines]
 
 # The second version of scikit-learn's minor number, in place of the doubled column.
 LINE = "import sklearn; return model_input['a'].to_numpy() * 0 + int(sklearn.__version__.split('.')[1])"

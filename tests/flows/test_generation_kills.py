@@ -8,7 +8,6 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from infra.local.prefect_server import PrefectServer
 from tasks.batch.manifest import open_predictions, open_rejects
 from tasks.batch.options import BatchOptions
 from tests.flows.children import call, score, start_child
@@ -45,7 +44,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.machines
 def test_a_run_killed_within_a_chunk_is_completed_to_the_same_bytes(
-    generator: str, source: Path, prefect: PrefectServer, tmp_path: Path
+    generator: str, source: Path, serverless: None, tmp_path: Path
 ) -> None:
     expected = score(generator, source, tmp_path / "undisturbed", OPTIONS)
     with start_child(
