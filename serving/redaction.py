@@ -17,8 +17,8 @@ from urllib.parse import unquote
 HIDDEN = "***"
 
 _WORDS = (
-    r"(?:password|passwd|passphrase|pwd|secret|secret[_-]?(?:access[_-]?)?key|token|api[_-]?key|access[_-]?key(?:[_-]?id)?"
-    r"|account[_-]?key|credential|[a-z]+-signature|sasl\.jaas\.config)"
+    r"(?:(?:pg)?password|passwd|passphrase|pwd|secret|secret[_-]?(?:access[_-]?)?key|token|api[_-]?key"
+    r"|access[_-]?key(?:[_-]?id)?|account[_-]?key|credential|[a-z]+-signature|sasl\.jaas\.config)"
 )
 # A name counts where it ends with one of the words, so max_tokens does not.
 _NAME = rf"(?<![A-Za-z])(?:[A-Za-z0-9_.\-]*[_.\-])?{_WORDS}"
@@ -39,9 +39,18 @@ _PATTERNS = (
         r"(?P<name>authorization['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|apikey)\s+)?)[^\s,'\"]+", re.IGNORECASE
     ),
     re.compile(r"(?P<name>bearer\s+)(?=\S*\d)[\w.~+/=\-]{8,}", re.IGNORECASE),
+    # A flag of a command, and a setting of YAML whose value ends its line: no sentence is meant.
+    re.compile(rf"(?P<name>--{_NAME}\s+)(?=\S*\d)[^\s'\")]+", re.IGNORECASE),
+    re.compile(rf"(?P<name>{_NAME}:\s+)[^\s'\",;{{}}\[\]]+(?=\s*(?:$|[,;}}\n]))", re.IGNORECASE | re.MULTILINE),
 )
 # Most log lines have none of these, and cost no more than this one search.
-_MAY_HOLD = re.compile(r"[@=]|%40|%3D|['\"]\s*:|authorization|bearer", re.IGNORECASE)
+_MAY_HOLD = re.compile(r"[@=]|%40|%3D|['\"]\s*:|authorization|bearer|--[a-z]|[a-z]:\s", re.IGNORECASE)
+# Tokenizers have parameters such as pad_token, so a token must be one that signs in.
+_NAMES_SECRET = re.compile(
+    r"(?i:token)|(?:.*(?:[_.\-]|(?<=[a-z])(?=[A-Z])))?(?i:password|passwd|passphrase|pwd|secret|secret[_-]?key|api[_-]?key"
+    r"|access[_-]?key|account[_-]?key|credentials?|authorization"
+    r"|(?:access|api|auth|bearer|hf|refresh|security|session)[_-]?token)"
+)
 _SECRET_NAMES = re.compile(r"(?:PASSWORD|PASSWD|SECRET|TOKEN|SECRET_ACCESS_KEY|API_KEY|ADMIN_KEY|AUTH_STRING)$")
 _IN_ADDRESS = re.compile(r"://[^\s/?#:@]*:(?!\d{1,5}/)(?P<password>[^\s]+)@|://(?P<token>[^\s/?#:@]+)@")
 # Shorter values may be words of any message.
@@ -58,6 +67,11 @@ def hide_secrets(text: str) -> str:
 def holds_secret(text: str) -> bool:
     """Return whether a text contains a password, token, key or signature that the patterns recognise."""
     return _hide_patterns(text) != text
+
+
+def names_secret(name: str) -> bool:
+    """Return whether a name is that of a setting that holds a secret: api_key, OPENAI_API_KEY, dbPassword, token."""
+    return _NAMES_SECRET.fullmatch(name) is not None
 
 
 def _hide_patterns(text: str) -> str:

@@ -13,13 +13,16 @@ from pydantic import BaseModel, ValidationError
 from serving.errors import BadInput, SecretExposed, list_shortly, suggest_name
 from serving.model.contract import Frozen
 from serving.option_words import has_flags, name_option
-from serving.redaction import hide_secrets, holds_secret
+from serving.redaction import HIDDEN, hide_secrets, holds_secret, names_secret
 
 _PROBLEMS_SHOWN, _CHARACTERS_SHOWN = 5, 60
 
 
 def refuse_secrets(parameters: Mapping[Any, Any]) -> None:
-    """Raise SecretExposed where a parameter holds a password or a token, however deep within it."""
+    """Raise SecretExposed where a parameter holds a password or a token, however deep within it.
+
+    A secret is known by how it is written, and among the parameters of a model by its name too.
+    """
     left = [(str(name), value) for name, value in parameters.items()]
     while left:
         name, value = left.pop()
@@ -29,13 +32,20 @@ def refuse_secrets(parameters: Mapping[Any, Any]) -> None:
             left += [(f"{name}.{key}", inner) for key, inner in value.items()]
         elif isinstance(value, list | tuple | set | frozenset):
             left += [(f"{name}.{at}", inner) for at, inner in enumerate(value)]
-        elif isinstance(value, str | Path) and holds_secret(str(value)):
+        elif isinstance(value, str | Path) and (holds_secret(str(value)) or (value and _is_secret_param(name))):
+            shown = HIDDEN if _is_secret_param(name) else value
             message = (
-                f"The parameter {name} must hold no password, token or key, got {value}: parameters are kept with the "
+                f"The parameter {name} must hold no password, token or key, got {shown}: parameters are kept with the "
                 "flow run, and shown to everyone who sees it. Give it in the environment, in a credentials file or "
                 "in a Prefect Secret block. Where a deployment holds it, change the password too."
             )
             raise SecretExposed(message)
+
+
+def _is_secret_param(name: str) -> bool:
+    """Return whether a name is that of a secret among the parameters of a model: options.params.api_key."""
+    place, _, last = name.rpartition(".")
+    return place.rpartition(".")[2] == "params" and names_secret(last)
 
 
 def bind_parameters(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

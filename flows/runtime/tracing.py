@@ -1,9 +1,9 @@
 """Traces of runs by OpenTelemetry: from the flow over its steps to its shards, where an exporter is set.
 
 Prefect makes a span of each flow run and each task run, so of each step and each shard, and sends their context along
-with tasks on Ray and with flow runs that a flow starts. Without a Prefect server the steps make these spans. This module
-has them exported, adds what they are about, and hides secrets in them. Without an exporter in the environment nothing
-is imported, and the spans are empty.
+with tasks on Ray and with flow runs that a flow starts. Without a Prefect server the steps make these spans. This
+module has them exported, adds what they are about, and hides secrets in them. Without an exporter in the environment
+nothing is imported, and the spans are empty.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from flows.batch import batch_inference
 from flows.endpoint import online_endpoint, retire_endpoint
 from flows.nightly import nightly_inference
+from flows.runtime.parameters import refuse_secrets
 from flows.scheduler import choose_mode
 from flows.stream import stream_inference
 from infra.local.process import free_ports
@@ -78,6 +79,23 @@ def test_no_text_of_any_parameter_of_any_flow_may_hold_a_secret(flow: Flow[..., 
             flow.validate_parameters({path[0]: nested(path[1:], address)})
 
         assert SECRET not in str(refused.value)
+
+
+@pytest.mark.parametrize("place", ["options", "spec"])
+@pytest.mark.parametrize(
+    "name", ["api_key", "OPENAI_API_KEY", "dbPassword", "password", "token", "auth_token", "secret"]
+)
+def test_a_parameter_of_the_model_that_is_named_as_a_secret_is_refused(name: str, place: str) -> None:
+    with pytest.raises(SecretExposed, match=rf"The parameter {place}\.params\.{name} must hold no password") as refused:
+        refuse_secrets({place: {"params": {"temperature": 0.5, name: "hunter2"}}})
+
+    assert "hunter2" not in str(refused.value)
+
+
+def test_other_parameters_of_the_model_are_taken() -> None:
+    refuse_secrets(
+        {"options": {"params": {"max_tokens": 64, "pad_token": "[PAD]", "token": None, "key": "id", "secrets": 3}}}
+    )
 
 
 def test_a_call_with_a_secret_makes_no_flow_run_that_would_keep_it() -> None:

@@ -45,6 +45,10 @@ SECRET = "s3cr3t-0f-mine"  # noqa: S105 - of nothing
         "Authorization: Bearer {}",
         "headers={{'authorization': 'Basic {}'}}",
         "with Bearer {} it was refused",
+        "PGPASSWORD={} psql",
+        "psql --password {} -h db",
+        "user: me\npassword: {}\nhost: db",
+        "{{user: me, password: {}}}",
     ],
 )
 def test_a_secret_is_hidden_however_it_is_written(written: str) -> None:
@@ -74,6 +78,8 @@ def test_a_secret_is_hidden_however_it_is_written(written: str) -> None:
         "s3://lake/country=DE/api_key=7/signature=v1/*.parquet",
         "data/session_token=7/",
         "mlflow.log_model(model, name=..., signature=signature, input_example=inputs)",
+        "must hold no password, token or key: parameters are kept with the flow run",
+        "give --api-key in the environment",
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:
