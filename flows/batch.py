@@ -18,6 +18,7 @@ from flows.runtime.run_record import CallRecord, record_call
 from flows.runtime.steps import Steps, find_logger, flow_run_id
 from flows.runtime.task_runners import check_runner, score_missing
 from flows.runtime.tracing import describe_run_span, describe_span
+from serving.errors import StorageFault
 from tasks.batch.artifacts import (
     ProgressWatch,
     find_sample,
@@ -362,7 +363,11 @@ def _record(
     comparison = draw_comparison(report.model, report.challengers) if report.challengers else None
     mlflow_run = record_lineage(plan, report, options.experiment, logger)
     report = report.model_copy(update={"mlflow_run": mlflow_run})
-    save_page(storage, plan, report, png, comparison)
+    try:
+        save_page(storage, plan, report, png, comparison)
+    except StorageFault as error:
+        # The predictions are published, and stay so. A run without its page is recorded by the next call.
+        logger.warning("Run %s is published, but its page could not be written: %s", plan.run, error)
     emit_published(plan, report)
     sample = find_sample(storage, manifest, plan, logger) if options.sample_rows else None
     publish_artifacts(report, sample, options.sample_rows, logger)

@@ -8,11 +8,14 @@ import os
 import platform
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
 
 
 def utc_now() -> datetime:
@@ -82,14 +85,34 @@ def set_variable(name: str, value: str) -> Generator[None]:
             os.environ[name] = before
 
 
-class _Pauses:
-    """How many blocks keep the collector off now, and whether it was on before the first of them."""
+class SharedSetting(Generic[T]):
+    """A setting of the process that blocks change for as long as they run, in several threads too.
 
-    def __init__(self) -> None:
-        self.lock, self.count, self.was_on = threading.Lock(), 0, False
+    Blocks may overlap: the last one that ends puts the setting back to what it was before the first.
+    """
+
+    def __init__(self, read: Callable[[], T], write: Callable[[T], object]) -> None:
+        self._read, self._write = read, write
+        self._lock, self._before = threading.Lock(), list[T]()
+        self._blocks = 0
+
+    @contextmanager
+    def keep(self) -> Generator[None]:
+        """Let the block change the setting."""
+        with self._lock:
+            if self._blocks == 0:
+                self._before = [self._read()]
+            self._blocks += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._blocks -= 1
+                if self._blocks == 0:
+                    self._write(self._before.pop())
 
 
-_PAUSES = _Pauses()
+_COLLECTOR = SharedSetting(gc.isenabled, lambda was_on: gc.enable() if was_on else gc.disable())
 
 
 @contextmanager
@@ -97,18 +120,8 @@ def pause_garbage_collection() -> Generator[None]:
     """Keep Python's cyclic garbage collector off while the block imports large packages.
 
     Importing Prefect, MLflow and torch adds more than a million objects that stay; the collector goes through them
-    again and again, for a quarter of the time of the imports. Blocks may overlap, in several threads too: the last
-    one that ends puts the collector back to what it was before the first.
+    again and again, for a quarter of the time of the imports.
     """
-    with _PAUSES.lock:
-        if _PAUSES.count == 0:
-            _PAUSES.was_on = gc.isenabled()
-            gc.disable()
-        _PAUSES.count += 1
-    try:
+    with _COLLECTOR.keep():
+        gc.disable()
         yield
-    finally:
-        with _PAUSES.lock:
-            _PAUSES.count -= 1
-            if _PAUSES.count == 0 and _PAUSES.was_on:
-                gc.enable()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -23,6 +23,7 @@ from prefect.logging import get_logger
 from prefect.states import Completed
 from prefect.transactions import CommitMode, transaction
 
+from serving.machine import SharedSetting
 from tasks.common.artifacts import Logger
 from tasks.common.prefect_server import is_in_prefect_run
 
@@ -101,16 +102,22 @@ def _do_work() -> Any:
         return _work.get()()
 
 
-@contextmanager
-def keep_torch_threads() -> Generator[None]:
-    """Put torch's thread count back after the block: slots set it to one, also for threads that start later."""
+def _read_torch_threads() -> int | None:
     torch = sys.modules.get("torch")  # loaded with the model, if at all
-    before = torch.get_num_threads() if torch else None
-    try:
-        yield
-    finally:
-        if torch:
-            torch.set_num_threads(before)
+    return torch.get_num_threads() if torch else None
+
+
+def _write_torch_threads(count: int | None) -> None:
+    if count is not None:
+        sys.modules["torch"].set_num_threads(count)
+
+
+_TORCH_THREADS = SharedSetting(_read_torch_threads, _write_torch_threads)
+
+
+def keep_torch_threads() -> AbstractContextManager[None]:
+    """Put torch's thread count back after the block: slots set it to one, also for threads that start later."""
+    return _TORCH_THREADS.keep()
 
 
 def flow_run() -> FlowRun | None:

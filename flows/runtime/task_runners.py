@@ -22,6 +22,7 @@ from flows.runtime import ray_runner
 from flows.runtime.interruption import ignore_repeated_sigint, take_sigterm_as_notice
 from flows.runtime.shard_task import ShardTask, apply_limits, open_shard_tasks, start_shard_span
 from flows.runtime.steps import find_logger
+from serving.machine import SharedSetting
 from tasks.batch.options import BatchOptions, Ray
 from tasks.batch.score import Scorer
 from tasks.batch.scoring_result import ScoringResult
@@ -32,6 +33,7 @@ _POLL_SECONDS = 0.2
 # After which a thread that waits for the interpreter asks for it. Python's own 5 ms is longer than many a forward pass;
 # measured with two slots of the network 32-256-256-1: 5 % more rows a second.
 _SWITCH_SECONDS = 0.0002
+_SWITCH_INTERVAL = SharedSetting(sys.getswitchinterval, sys.setswitchinterval)
 
 
 def check_runner(options: BatchOptions) -> None:
@@ -132,12 +134,9 @@ def _call_task(task: Task[..., Any], parameters: dict[str, Any]) -> State[Any]:
 
 @contextmanager
 def _switch_threads_quickly() -> Generator[None]:
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(min(before, _SWITCH_SECONDS))
-    try:
+    with _SWITCH_INTERVAL.keep():
+        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))
         yield
-    finally:
-        sys.setswitchinterval(before)
 
 
 def _run_shards(scorer: Scorer, slots: int, submit: Callable[[int], Any], futures: list[Any]) -> bool:

@@ -30,8 +30,11 @@ class ManifestPart(Frozen):
     chunk: str = Field(default="", exclude_if=operator.not_)
 
 
+OTHER_REASONS = "other reasons, which the parts have"
+
+
 class RejectCount(Frozen):
-    """How many rows were rejected for one column and reason."""
+    """How many rows were rejected for one column and reason, or for all those that are not listed: OTHER_REASONS."""
 
     column: str
     reason: str

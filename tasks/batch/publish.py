@@ -16,6 +16,7 @@ from tasks.batch.chunk_scheduler import MARKS
 from tasks.batch.dataset import Snapshot, map_parallel
 from tasks.batch.delta import commit_delta
 from tasks.batch.manifest import (
+    OTHER_REASONS,
     Manifest,
     ManifestPart,
     RejectCount,
@@ -33,7 +34,7 @@ from tasks.batch.plan import ROOT, Plan
 from tasks.batch.run_records import OrderNumber, list_order_numbers, order_path, parse_order_number, read_record
 from tasks.storage import Storage
 
-_SHOWN = 10
+_SHOWN, _REASONS_MAX = 10, 100
 # From so many chunks on a run of several workers is published by one of them.
 _LARGE_CHUNKS = 10_000
 # How long the others wait for it: several times what footers take from a store that answers in 30 ms.
@@ -162,11 +163,17 @@ def count_rejects(audit: Audit) -> tuple[RejectCount, ...]:
 
 
 def sum_rejects(footers: Sequence[PartFooter]) -> tuple[RejectCount, ...]:
-    """Return the rejects of parts together, by column and reason."""
+    """Return the rejects of parts together, by column and reason; those of rare reasons are one kind.
+
+    A model may name the row in its error: every row would be a kind of its own, in the manifest and all reports.
+    """
     rejects: Reasons = sum((footer.rejects for footer in footers), Counter())
-    return tuple(
-        RejectCount(column=column, reason=reason, rows=rows) for (column, reason), rows in sorted(rejects.items())
-    )
+    by_rows = sorted(rejects.items(), key=lambda each: (-each[1], each[0]))
+    kept, others = by_rows[:_REASONS_MAX], by_rows[_REASONS_MAX:]
+    counts = [RejectCount(column=column, reason=reason, rows=rows) for (column, reason), rows in sorted(kept)]
+    if others:
+        counts.append(RejectCount(column="", reason=OTHER_REASONS, rows=sum(rows for _, rows in others)))
+    return tuple(counts)
 
 
 def check_rows_add_up(plan: Plan, audit: Audit) -> None:

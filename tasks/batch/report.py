@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -16,7 +16,7 @@ from tasks.batch.manifest import Manifest, RejectCount
 from tasks.batch.parts import part_glob
 from tasks.batch.plan import Plan
 from tasks.batch.scoring_result import ScoringResult
-from tasks.common.formatting import data_uri, encode_png
+from tasks.common.formatting import data_uri, encode_png, escape_markdown
 from tasks.common.names import describe_model, find_last_folder
 from tasks.storage import Storage
 
@@ -117,20 +117,25 @@ class BatchReport(Frozen):
 
     def markdown(self) -> str:
         """Return the report as Markdown."""
-        rows = "\n".join(f"| {row['']} | {row['value']} |" for row in self.table())
+        rows = _tabulate(self.table())
         return f"# Run {self.run}\n\n| | |\n| --- | --- |\n{rows}\n\nRead it with\n\n```python\n{self.read_with}\n```\n"
 
     def summary(self) -> str:
         """Return the figures of the call and links to everything else, as Markdown; details are in the page."""
-        rows = "\n".join(f"| {row['']} | {row['value']} |" for row in self.table() if not row[""].startswith(" "))
+        rows = _tabulate([row for row in self.table() if not row[""].startswith(" ")])
         links = {"predictions": self.destination, "page with the plot and all details": self.report}
         links |= {"MLflow run": self.mlflow_run} if self.mlflow_run else {}
         lines = "\n".join(f"- {name}: {_link(address)}" for name, address in links.items())
-        title = f"{describe_model(self.model)} → {find_last_folder(self.destination)}"
+        title = escape_markdown(f"{describe_model(self.model)} → {find_last_folder(self.destination)}")
         return (
             f"# {title}\n\n| | |\n| --- | --- |\n{rows}\n\n{lines}\n\nRead the predictions with\n\n"
             f"```python\n{self.read_with}\n```\n"
         )
+
+
+def _tabulate(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return rows of two columns as the lines of a table in Markdown."""
+    return "\n".join(f"| {escape_markdown(row[''])} | {escape_markdown(row['value'])} |" for row in rows)
 
 
 def _link(address: str) -> str:

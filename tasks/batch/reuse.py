@@ -25,7 +25,7 @@ from serving.model.requirements import check_requirements, read_model_environmen
 from tasks.batch.chunk_layout import Sizes, choose_chunk_rows
 from tasks.batch.dataset import map_parallel
 from tasks.batch.delta import list_whole_files
-from tasks.batch.manifest import Manifest, ManifestPart, manifest_path
+from tasks.batch.manifest import OTHER_REASONS, Manifest, ManifestPart, manifest_path
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import ChunkId, list_reused_parts, read_footer
 from tasks.batch.plan import Plan, ReusedPart, digest_chunk
@@ -203,7 +203,8 @@ def _find_doubtful(
     storage: Storage, plan: Plan, there: Mapping[ChunkId, Entry], runs: EarlierRuns
 ) -> frozenset[ChunkId]:
     """Return the chunks whose parts have rejects that another try may not have, by what the machine did."""
-    if not any(_may_pass_again(count.reason) for run in runs.manifests for count in run.rejects):
+    reasons = {count.reason for run in runs.manifests for count in run.rejects}
+    if OTHER_REASONS not in reasons and not any(map(_may_pass_again, reasons)):
         return frozenset()
     chunks = list(there)
     footers = map_parallel(storage, lambda at: read_footer(storage, plan, plan.chunk(at), there[at]), chunks)

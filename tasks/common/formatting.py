@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MINUTE, _HOUR = 60, 3600
+# What is markup within a line. Underscores within words are none.
+_MARKUP = re.compile(r"[\\`*|<\[\]]|(?<!\w)_|_(?!\w)")
 
 
 def in_words(seconds: float) -> str:
@@ -31,6 +34,11 @@ def in_words(seconds: float) -> str:
 def in_fine_words(seconds: float) -> str:
     """Return seconds as `in_words` does, and what is less than one in milliseconds."""
     return in_words(seconds) if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def escape_markdown(text: str) -> str:
+    """Return a text as a cell of a table in Markdown shows it, on one line and without markup of its own."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
 
 
 def data_uri(png: bytes) -> str:

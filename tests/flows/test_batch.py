@@ -572,6 +572,31 @@ class TestBadInput:
             subprocess.run(["umount", str(disk)], check=True)
 
 
+def test_a_page_that_can_not_be_written_does_not_end_a_run_that_is_published(
+    linear: str, customers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    put_new = LocalStorage.put_new
+
+    def put_all_but_the_page(self: LocalStorage, path: str, data: Any) -> bool:
+        if path.endswith("report.html"):
+            message = "No space is left."
+            raise StorageFull(message)
+        return put_new(self, path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStorage, "put_new", put_all_but_the_page)
+        report = infer(linear, customers, tmp_path / "scores")
+    page = Path(report.report)
+    lacked = not page.exists()
+    again = infer(linear, customers, tmp_path / "scores")
+
+    assert "is published, but its page could not be written: No space is left." in caplog.text
+    assert ("scored", "already complete") == (report.status, again.status)
+    assert lacked
+    assert page.exists()
+    assert 10_000 == open_predictions(str(tmp_path / "scores")).collect().height
+
+
 class TestReports:
     def test_the_flow_run_has_progress_table_markdown_and_plot(
         self, linear: str, customers: Path, tmp_path: Path, prefect: PrefectServer

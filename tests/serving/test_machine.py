@@ -4,12 +4,15 @@ import gc
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from serving.machine import count_cores, describe_machine, pause_garbage_collection, set_variable
+from serving.machine import SharedSetting, count_cores, describe_machine, pause_garbage_collection, set_variable
 
 NAME = "OVERNIGHT_TEST_VARIABLE"
 
@@ -55,6 +58,22 @@ def test_the_collector_is_on_again_after_the_last_of_overlapping_pauses() -> Non
             assert not gc.isenabled()
         assert not gc.isenabled()
     assert gc.isenabled()
+
+
+@given(st.permutations([0, 0, 1, 1, 2, 2]))
+def test_blocks_that_overlap_put_a_setting_back_to_what_it_was_before_the_first(order: list[int]) -> None:
+    values = ["before"]
+    setting = SharedSetting(lambda: values[0], lambda value: values.__setitem__(0, value))
+    blocks: dict[int, ExitStack] = {}
+    for block in order:
+        if block in blocks:
+            blocks[block].close()
+            continue
+        blocks[block] = ExitStack()
+        blocks[block].enter_context(setting.keep())
+        values[0] = f"of block {block}"
+
+    assert ["before"] == values
 
 
 def test_a_collector_that_was_off_stays_off() -> None:

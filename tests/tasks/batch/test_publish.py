@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace as replace_fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 from serving.errors import DestinationUnusable, PublishRefused, RunDamaged, RunNameTaken, StorageFault
 from tasks.batch.chunk_scheduler import MARKS
 from tasks.batch.dataset import Snapshot
-from tasks.batch.manifest import find_damaged_parts, find_intact_manifest, find_manifest, manifest_path
+from tasks.batch.manifest import OTHER_REASONS, find_damaged_parts, find_intact_manifest, find_manifest, manifest_path
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import part_path
 from tasks.batch.plan import Plan
@@ -24,6 +26,7 @@ from tasks.batch.publish import (
     count_rejects,
     make_manifest,
     publish,
+    sum_rejects,
     wait_for_publisher,
 )
 from tasks.batch.run_records import load_plan, save_plan
@@ -249,6 +252,24 @@ def test_rejects_are_counted_over_all_parts_by_column_and_reason(destination: St
     counts = count_rejects(audit_parts(destination, plan))
 
     assert [("a", "null", 34)] == [(count.column, count.reason, count.rows) for count in counts]
+
+
+def test_rare_reasons_are_counted_together_and_the_frequent_ones_by_themselves(
+    destination: Storage, plan: Plan
+) -> None:
+    for chunk in plan.chunks:
+        destination.put_new(part_path(plan, chunk), a_part(plan, chunk))
+    footers = audit_parts(destination, plan).footers
+    of_a_row = Counter({("", f"no row {row:05}"): 1 for row in range(3_000)})
+    rejects = [of_a_row | Counter({("a", "null"): 7}), Counter({("a", "null"): 2})]
+    counts = sum_rejects([replace_fields(footers[0], rejects=each) for each in rejects])
+    again = sum_rejects([replace_fields(footers[0], rejects=each) for each in reversed(rejects)])
+
+    assert 3_009 == sum(count.rows for count in counts)
+    assert ("a", "null", 9) in [(count.column, count.reason, count.rows) for count in counts]
+    assert ("", OTHER_REASONS, 2_901) == (counts[-1].column, counts[-1].reason, counts[-1].rows)
+    assert 101 == len(counts)
+    assert counts == again
 
 
 def test_rows_whose_key_holds_a_null_are_counted_over_all_parts(place: str, destination: Storage) -> None:

@@ -219,6 +219,18 @@ def test_parts_with_rows_that_the_machine_may_have_failed_on_are_scored_again(so
     assert "1 parts have rows that ended the model's process, or took too long" in second.reuse_note
 
 
+def test_where_not_all_reasons_are_listed_the_parts_tell_those_of_the_machine(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.batch.publish._REASONS_MAX", 0)
+    plan, storage = plan_call(source, tmp_path / "out").plan, open_storage(str(tmp_path / "out"))
+    score_plan(plan, storage, kind=DyingModel)
+    publish(storage, confirm_plan(storage, plan), audit_parts(storage, plan))
+    write(source / "f4.parquet", 5000, 24, group=12)
+
+    assert 24 + 12 == call(source, tmp_path / "out")[1]
+
+
 @pytest.mark.parametrize("damage", ["gone", "cut", "other bytes"])
 def test_a_reused_part_that_is_damaged_after_planning_is_scored_again_where_it_was(
     source: Path, tmp_path: Path, damage: str
