@@ -182,10 +182,11 @@ def check_names(dataset: Dataset, contract: Contract, options: BatchOptions) -> 
         )
         raise BadInput(message)
     names = [*key_names(options), *(o.name for o in contract.outputs), REJECT_COLUMN, REJECT_REASON]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        message = (
-            f"A part's columns must have different names, got {twice} twice. Choose other keys, or rename the output."
-        )
+    # Delta takes names that differ by case alone for one.
+    spelt = [name.lower() if options.output == "delta" else name for name in names]
+    counts = Counter(spelt)
+    if twice := [name for name, as_taken in zip(names, spelt, strict=True) if counts[as_taken] > 1]:
+        message = f"A part's columns must have different names, got {twice}. Choose other keys, or rename the output."
         raise BadInput(message)
     for key in options.key_columns:
         _check_readable_key(key, dataset.schema.field(key).type, options)

@@ -393,6 +393,13 @@ def test_columns_of_a_part_that_clash_are_told(contract: Contract, keys: tuple[s
         check_names(a_dataset("id"), contract, BatchOptions(key_columns=keys))
 
 
+def test_names_that_differ_by_case_alone_are_told_for_a_delta_table_which_takes_them_for_one() -> None:
+    keys = ("Y",)
+    with pytest.raises(BadInput, match=r"must have different names, got \['Y', 'y'\]"):
+        check_names(a_dataset("Y"), clashing("y"), BatchOptions(key_columns=keys, output="delta"))
+    check_names(a_dataset("Y"), clashing("y"), BatchOptions(key_columns=keys))
+
+
 def test_a_feature_named_like_the_key_is_told() -> None:
     contract = a_contract("source_row")
     with pytest.raises(BadInput, match=r"\['source_row'\] name a row, got columns of the model called so"):

@@ -53,6 +53,15 @@ def test_a_call_that_scored_nothing_claims_no_speed() -> None:
     assert "rows a second" not in complete.markdown()
 
 
+def test_a_name_with_markup_is_shown_as_it_is() -> None:
+    named = REPORT.model_copy(update={"model": "models:/a|b <i>*x* [y](http://z)/3", "source": "my_lake/x_1"})
+
+    for text in (named.markdown(), named.summary()):
+        assert r"| model | models:/a\|b \<i>\*x\* \[y\](http://z)/3 |" in text
+    assert named.summary().startswith(r"# a\|b \<i>\*x\* \[y\](http://z)")
+    assert r"\_" not in named.markdown()
+
+
 def test_the_page_holds_its_plot_and_escapes_what_models_say() -> None:
     png = plot(REPORT, [(0.0, 200), (1.0, 600), (2.0, 1_000)])
     text = page(REPORT, png).decode()
