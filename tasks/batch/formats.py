@@ -91,7 +91,7 @@ def read_tables(
     if not raw.stat().st_size:
         return []
     if kind == "arrow":
-        return _read_arrow(raw)
+        return _read_arrow(raw, where)
     _check_uncompressed(raw, where)
     if kind == "csv":
         return _read_csv(raw, wanted, where, csv)
@@ -106,7 +106,7 @@ def _check_uncompressed(raw: Path, where: str) -> None:
         raise SourceFormat(message)
 
 
-def _read_arrow(raw: Path) -> Generator[pa.Table]:
+def _read_arrow(raw: Path, where: str) -> Generator[pa.Table]:
     with pa.OSFile(str(raw), "rb") as stream:
         is_file = stream.read(6) == b"ARROW1"
         stream.seek(0)
@@ -114,9 +114,28 @@ def _read_arrow(raw: Path) -> Generator[pa.Table]:
             reader = pa.ipc.open_file(stream)
             batches = (reader.get_batch(at) for at in range(reader.num_record_batches))
         else:
-            batches = iter(pa.ipc.open_stream(stream))
+            batches = _iter_stream(stream, where)
         for batch in batches:
             yield _decode_dictionaries(pa.Table.from_batches([batch]))
+
+
+def _iter_stream(stream: pa.NativeFile, where: str) -> Generator[pa.RecordBatch]:
+    """Yield the batches of an Arrow stream. Raises SourceCorrupt where it does not end with its mark, or goes on after.
+
+    A file whose writer died between two batches has whole batches, and Arrow itself takes its end for the stream's.
+    """
+    reader = pa.ipc.open_stream(stream)
+    while True:
+        end = stream.tell()
+        try:
+            batch = reader.read_next_batch()
+        except StopIteration:
+            break
+        yield batch
+    if stream.tell() == end or stream.tell() < stream.size():
+        found = "none: its writer ended before it had written all" if stream.tell() == end else "more bytes after it"
+        message = f"{where} must end with the mark of an Arrow stream, got {found}. Write the file again."
+        raise SourceCorrupt(message)
 
 
 def _decode_dictionaries(table: pa.Table) -> pa.Table:

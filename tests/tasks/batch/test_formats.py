@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -284,6 +285,14 @@ def test_arrow_keeps_types_and_order(tmp_path: Path, stream: bool) -> None:  # n
 
     assert [pa.int64(), pa.string(), table.schema.types[2]] == found.schema.types
     assert table.to_pylist() == found.to_pylist()
+
+
+@pytest.mark.parametrize("edit", [lambda data: data[:-8], lambda data: data + bytes(8), lambda data: data + data])
+def test_an_arrow_stream_whose_end_is_not_the_file_s_is_corrupt(tmp_path: Path, edit: Callable[[bytes], bytes]) -> None:
+    # The last value has the bytes of the mark.
+    data = ipc(pa.table({"a": [1, 2, 2**32 - 1]}), stream=True, batch_rows=2)
+    with pytest.raises(SourceCorrupt, match="must end with the mark of an Arrow stream, got"):
+        rows(tmp_path, "arrow", edit(data))
 
 
 def test_an_arrow_dictionary_that_holds_a_null_gives_nulls(tmp_path: Path) -> None:
