@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
+import re
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import pyarrow as pa
 
 from serving.errors import BadInput, SourceFormat, shorten_error
-from tasks.batch.dataset import Snapshot, SourceFile, parse_hive_values, pin_listed_files
+from serving.option_words import name_option
+from tasks.batch.dataset import Snapshot, SourceFile, map_parallel, parse_hive_values, pin_listed_files
 from tasks.batch.delta import delta_options, find_unread_features, import_deltalake
 from tasks.storage import Storage
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
+
+
+_LOG = "_delta_log"
+_COMMIT = re.compile(rf"{_LOG}/(\d{{20}})\.json")
 
 
 def pin_delta(storage: Storage, *, version: int | None = None, timestamp: dt.datetime | None = None) -> Snapshot:
@@ -69,7 +76,7 @@ def _go_to_version(table: DeltaTable, storage: Storage, version: int | None, tim
     wanted, got = f"version {version}", "it does not go that far back"
     if timestamp is not None:
         wanted = f"a version of {timestamp.isoformat()} or before"
-        version = _find_version(table, timestamp)
+        version = _find_version(storage, timestamp)
     try:
         if version is not None:
             table.load_as_version(version)
@@ -84,20 +91,46 @@ def _go_to_version(table: DeltaTable, storage: Storage, version: int | None, tim
     raise BadInput(message)
 
 
-def _find_version(table: DeltaTable, timestamp: dt.datetime) -> int | None:
+def _find_version(storage: Storage, timestamp: dt.datetime) -> int | None:
     """Return the version that was the current one at a time, by what the commits say of themselves; None before all.
 
-    deltalake itself goes by the times of the log's files, which a copy changes, and which stores round.
+    deltalake itself goes by the times of the log's files, which a copy changes, and which stores round. Its history
+    lacks commits that say nothing of themselves, and numbers the others as if these were not there.
+
+    Raises BadInput where a commit that says no time may have made the version.
     """
-    times = {each["version"]: each.get("inCommitTimestamp") or each.get("timestamp") for each in table.history()}
-    known = sorted((version, int(time)) for version, time in times.items() if time is not None)
-    found, latest = None, 0
-    for version, time in known:
+    commits = {int(found[1]): entry.path for entry in storage.entries(_LOG) if (found := _COMMIT.fullmatch(entry.path))}
+    versions = sorted(commits)
+    times = map_parallel(storage, lambda version: _read_commit_time(storage, commits[version]), versions)
+    current: int | None = None
+    latest, silent = 0, list[int]()
+    for version, time in zip(versions, times, strict=True):
+        if time is None:
+            silent.append(version)
+            continue
         # A writer's clock that is behind does not make its version an earlier one.
         latest = max(latest, time)
-        if latest <= timestamp.timestamp() * 1000:
-            found = version
-    return found
+        if latest > timestamp.timestamp() * 1000:
+            break
+        current, silent = version, []
+    if silent:
+        message = (
+            f"The commits of the Delta table at {storage.url} must say when they were made for its version of "
+            f"{timestamp.isoformat()} to be known, but version {silent[0]} does not. Give the version itself, by "
+            f"{name_option('source_version')}."
+        )
+        raise BadInput(message)
+    return current
+
+
+def _read_commit_time(storage: Storage, path: str) -> int | None:
+    """Return when a commit says that it was made, in milliseconds of Unix time; None where it says nothing."""
+    # One that was cleaned away since it was listed says nothing either.
+    for line in (storage.read(path) or b"").splitlines():
+        if b'"commitInfo"' in line and (told := json.loads(line).get("commitInfo")):
+            time = told.get("inCommitTimestamp") or told.get("timestamp")
+            return None if time is None else int(time)
+    return None
 
 
 def _check_plain_files(table: DeltaTable, address: str) -> None:

@@ -16,7 +16,7 @@ def is_in_prefect_run() -> bool:
 def has_prefect_server() -> bool:
     """Return whether there is a Prefect server: PREFECT_API_URL names one, or a run that Prefect keeps calls this.
 
-    Prefect would else start a temporary server for whoever asks for a client, which takes some 10 s.
+    Prefect would start a temporary server for a client without one, which takes some 10 s.
     """
     return determine_server_type() in (ServerType.SERVER, ServerType.CLOUD) or is_in_prefect_run()
 

@@ -103,6 +103,30 @@ def test_a_delta_table_is_read_at_a_version_or_as_of_a_time(place: str) -> None:
     assert pin_source(place, ELSEWHERE) == newest == pin_source(place, ELSEWHERE, None, TableVersion(number=1))
 
 
+@pytest.mark.parametrize("silent", [(), (0,), (1,), (2,), (4,), (1, 2), (0, 1, 2, 3, 4)])
+def test_a_commit_that_says_no_time_makes_no_other_version_that_of_a_time(
+    tmp_path: Path, silent: tuple[int, ...]
+) -> None:
+    for at in range(5):
+        write(str(tmp_path), numbers(at, at + 1))
+        rewrite_commit(tmp_path, at, None if at in silent else 1_000_000 * (at + 1))
+    for at in range(5):
+        version = TableVersion(timestamp=dt.datetime.fromtimestamp(1_000 * (at + 1) + 1, dt.UTC))
+        if at in silent or at + 1 in silent:
+            with pytest.raises(BadInput, match=r"must say when they were made .* but version \d does not"):
+                pin_source(str(tmp_path), ELSEWHERE, None, version)
+        else:
+            assert list(range(at + 1)) == ids(pin_source(str(tmp_path), ELSEWHERE, None, version))
+
+
+def rewrite_commit(table: Path, version: int, milliseconds: int | None) -> None:
+    """Have a commit say when it was made, or nothing of itself, as the protocol of Delta allows."""
+    path = table / "_delta_log" / f"{version:020}.json"
+    actions = [each for each in map(json.loads, path.read_text().splitlines()) if "commitInfo" not in each]
+    info = [] if milliseconds is None else [{"commitInfo": {"timestamp": milliseconds}}]
+    path.write_text("".join(f"{json.dumps(each)}\n" for each in [*info, *actions]))
+
+
 @pytest.mark.parametrize(
     ("version", "told"),
     [
