@@ -9,14 +9,26 @@ from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from serving.errors import SourceFormat
 from tasks.batch.chunk_layout import BLOCK_BYTES, Chunk, Piece, block_rows
-from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Snapshot, SourceFile, name_corrupt_file
+from tasks.batch.dataset import (
+    INT96,
+    SOURCE_FILE,
+    SOURCE_ROW,
+    Snapshot,
+    SourceFile,
+    list_int96_columns,
+    name_corrupt_file,
+)
 from tasks.batch.plan import Plan
 from tasks.storage import LocalStorage, Storage, open_storage
 
 T = TypeVar("T")
+
+_INT96_ROWS = 65_536
 
 
 class Reader:
@@ -83,7 +95,10 @@ class Reader:
         if cursor is None or not cursor.is_at_or_before(piece):
             # What is decoded at once grows as it is, each time into twice the memory: of large rows only a few are.
             rows = min(rows, file.rows_within(BLOCK_BYTES, piece.row_group))
-            cursor = self._cursor = _Cursor(self._parquet(piece.file, file), piece, self._physical(), rows)
+            parquet = self._parquet(piece.file, file)
+            if pa.timestamp("us") in parquet.schema_arrow.types:
+                self._check_int96(file, piece.row_group, parquet)
+            cursor = self._cursor = _Cursor(parquet, piece, self._physical(), rows)
         cursor.skip_to(piece.row_start)
         yield from cursor.take(piece.rows)
 
@@ -92,8 +107,34 @@ class Reader:
             local = isinstance(self._storage, LocalStorage)
             stream = self._storage.open_pinned(file.entry)
             # Without pre-buffering a remote column is read page by page; with it a local one is copied twice.
-            self._open = (at, pq.ParquetFile(stream, pre_buffer=not local, page_checksum_verification=True))
+            self._open = (at, pq.ParquetFile(stream, pre_buffer=not local, page_checksum_verification=True, **INT96))
         return self._open[1]
+
+    def _check_int96(self, file: SourceFile, row_group: int, parquet: pq.ParquetFile) -> None:
+        """Raise SourceFormat where times in INT96, which are read in microseconds, are finer than that.
+
+        Their nanoseconds wrap around by 2^64, as a thousand times their microseconds do: both differ where digits are
+        lost, whatever the year.
+        """
+        names = [name for name in list_int96_columns(parquet.metadata) if name in self._columns]
+        if not names:
+            return
+        with self._storage.open_pinned(file.entry) as stream:
+            units = (
+                pq.ParquetFile(stream, coerce_int96_timestamp_unit=unit).iter_batches(
+                    _INT96_ROWS, [row_group], names, use_threads=False
+                )
+                for unit in ("us", "ns")
+            )
+            for coarse, fine in zip(*units, strict=True):
+                for name in names:
+                    read, exact = (batch.column(name).cast(pa.int64()) for batch in (coarse, fine))
+                    if pc.any(pc.not_equal(pc.multiply(read, 1000), exact)).as_py():
+                        message = (
+                            f"{self._storage.address(file.path)} must hold whole microseconds in column {name!r}, as "
+                            "times in INT96 are read, got a finer time. Write the column as TIMESTAMP(NANOS)."
+                        )
+                        raise SourceFormat(message)
 
     def _physical(self) -> list[str]:
         return [name for name in self._columns if name not in self._partitions]

@@ -286,6 +286,10 @@ def list_entries_at(storage: Storage, paths: Iterable[str]) -> dict[str, Entry]:
     return {entry.path: entry for entries in listed for entry in entries if entry.path in wanted}
 
 
+# Arrow takes INT96 for nanoseconds, which end in 2262 and go on in 1677: 9999-12-31 would become 1816-03-30.
+INT96 = {"coerce_int96_timestamp_unit": "us"}
+
+
 class _Footers:
     """Reads footers, and keeps a schema that many files have, and what it tells of sizes, once: that of the first."""
 
@@ -300,7 +304,7 @@ class _Footers:
         with self._storage.open_pinned(file.entry) as stream, name_corrupt_file(self._storage, file.entry):
             metadata = pq.read_metadata(stream)
             groups = tuple(metadata.row_group(at).num_rows for at in range(metadata.num_row_groups))
-            schema = metadata.schema.to_arrow_schema()
+            schema = read_parquet_schema(stream, metadata)
             if self._iceberg is not None:
                 _check_field_ids(schema, self._iceberg, self._storage.address(file.path))
             first = self._first
@@ -309,6 +313,21 @@ class _Footers:
                 self._first = self._first or first
             sizes = first[1].read(metadata, lambda **options: pq.ParquetFile(stream, **options))
         return file.model_copy(update={"row_groups": groups, "group_bytes": sizes}), first[0]
+
+
+def read_parquet_schema(stream: pa.NativeFile, metadata: pq.FileMetaData) -> pa.Schema:
+    """Return the schema of a Parquet file as its rows are read: times in INT96 count microseconds."""
+    schema = metadata.schema.to_arrow_schema()
+    # Most files have no such times, and are not looked through column by column.
+    if pa.timestamp("ns") in schema.types and list_int96_columns(metadata):
+        return pq.ParquetFile(stream, metadata=metadata, **INT96).schema_arrow
+    return schema
+
+
+def list_int96_columns(metadata: pq.FileMetaData) -> list[str]:
+    """Return the columns whose times are INT96, as Spark, Hive and Impala write them by default."""
+    columns = (metadata.schema.column(at) for at in range(metadata.num_columns))
+    return [column.path for column in columns if column.physical_type == "INT96"]
 
 
 def _check_field_ids(schema: pa.Schema, pin: IcebergPin, where: str) -> None:

@@ -21,7 +21,7 @@ from serving.errors import SourceFault
 from tasks.batch.as_of_join import FeatureRows, LatestRows, SortedFeatures, SpineRows
 from tasks.batch.chunk_layout import Chunk, Piece, block_rows, list_row_groups
 from tasks.batch.chunk_reader import Reader, open_reader
-from tasks.batch.dataset import SourceFile, map_parallel, name_corrupt_file
+from tasks.batch.dataset import SourceFile, map_parallel, name_corrupt_file, read_parquet_schema
 from tasks.batch.feature_pins import FeaturePin, choose_joined_rows
 from tasks.batch.join_types import DAY_SECONDS, count_ticks, normalize_keys
 from tasks.batch.plan import Plan
@@ -181,8 +181,8 @@ def _read_footers(pin: FeaturePin) -> _Footers:
 def _read_ranges(storage: Storage, file: SourceFile, pin: FeaturePin) -> tuple[list[GroupRanges], pa.Schema]:
     """Return the ranges in each row group of a file, and its schema."""
     with storage.open_pinned(file.entry) as stream, name_corrupt_file(storage, file.entry):
-        parquet = pq.ParquetFile(stream)
-        metadata, schema = parquet.metadata, parquet.schema_arrow
+        metadata = pq.read_metadata(stream)
+        schema = read_parquet_schema(stream, metadata)
     storage.check_unchanged(file.entry)
     places = {metadata.schema.column(at).path: at for at in range(metadata.num_columns)}
     groups = []

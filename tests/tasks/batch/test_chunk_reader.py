@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import os
 import tempfile
 import threading
@@ -19,14 +20,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.errors import SourceChanged, SourceCorrupt
+from serving.errors import SourceChanged, SourceCorrupt, SourceFormat
 from tasks.batch.chunk_layout import BLOCK_BYTES, Chunk, Piece, cut_chunks
 from tasks.batch.chunk_reader import Reader, block_rows, open_reader, read_ahead
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, open_dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.source import pin_source
 from tasks.storage import open_storage
-from tests.tasks.batch.small import a_plan, numbers, parquet, put
+from tests.tasks.batch.small import a_plan, numbers, parquet, put, read_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +242,32 @@ def test_rows_need_no_column_of_the_file(tmp_path: Path) -> None:
 
     assert ["1"] * 5 == pa.concat_tables(tables)["p"].to_pylist()
     assert [0, 1, 2, 3, 4] == pa.concat_tables(tables)[SOURCE_ROW].to_pylist()
+
+
+def write_int96(folder: Path, times: list[dt.datetime | int], unit: str) -> None:
+    folder.mkdir()
+    table = numbers(0, len(times)).append_column("at", pa.array(times, pa.timestamp(unit)))
+    pq.write_table(table, folder / "a.parquet", use_deprecated_int96_timestamps=True, row_group_size=2)
+
+
+def test_times_in_int96_are_those_that_were_written_whatever_the_year(tmp_path: Path) -> None:
+    times = [dt.datetime(*day) for day in ((9999, 12, 31, 23, 59, 59, 999_999), (1, 1, 1), (2026, 1, 2, 3, 4, 5, 6))]  # noqa: DTZ001 - as they are written
+    write_int96(tmp_path / "in", [*times, times[0]], "us")
+    plan = a_plan(f"{tmp_path}/in", f"{tmp_path}/out", BatchOptions(rows_per_chunk=2, key_columns=("at",)))
+    keys = pa.concat_tables(read_keys(plan, chunk) for chunk in plan.chunks)
+
+    assert [*times, times[0]] == keys["at"].to_pylist()
+
+
+@pytest.mark.parametrize("nanoseconds", [1_577_836_801_000_000_001, 1, -1, 2**63 - 1])
+def test_times_in_int96_that_are_finer_than_they_can_be_read_are_refused(tmp_path: Path, nanoseconds: int) -> None:
+    write_int96(tmp_path / "in", [0, 1_000, nanoseconds, 0], "ns")
+    plan = a_plan(f"{tmp_path}/in", f"{tmp_path}/out", BatchOptions(rows_per_chunk=4, key_columns=("at",)))
+
+    with pytest.raises(
+        SourceFormat, match=r"a\.parquet must hold whole microseconds in column 'at', as times in INT96"
+    ):
+        list(open_reader(plan).blocks(next(iter(plan.chunks.values()))))
 
 
 def test_files_that_differ_in_nothing_but_nulls_allowed_are_joined(tmp_path: Path) -> None:
