@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from infra.local.process import free_ports
 from infra.local.venv import RegistryUnreachable, VenvFailed, make_venv, venv_folder
 
 pytestmark = pytest.mark.servers
@@ -106,12 +105,11 @@ def test_one_of_several_callers_creates_an_environment_and_a_half_made_one_is_cr
 
 
 def test_a_registry_that_does_not_answer_is_distinguished_from_requirements_that_do_not_exist(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_port: int
 ) -> None:
     requirements = tmp_path / "said.txt"
     requirements.write_text("said==1.0\n")
-    (port,) = free_ports(1)
-    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{port}/simple")
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{held_port}/simple")
     monkeypatch.setenv("PIP_RETRIES", "1")
     with pytest.raises(RegistryUnreachable, match=r"said\.txt pins must install"):
         make_venv(requirements, tmp_path / "said")
