@@ -81,7 +81,6 @@ SERVERS := -m "servers and not machines and not whole" --
 KILLS := $(wildcard tests/flows/test_*kills.py) tests/flows/test_stream_kafka.py
 ENDPOINTS := $(wildcard tests/flows/test_endpoint*.py) tests/tasks/endpoint
 
-# Deployments come before flows: Prefect's worker of events stays with the first server of a process.
 test-endpoints: $(STAMP)
 	$(TESTS) endpoints $(SERVERS) tests/deployments $(KILLS) $(ENDPOINTS)
 
@@ -188,6 +187,11 @@ bench-resume: $(STAMP)
 # SIZES=16,32 for a quick look.
 bench-generation: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks.generation
+
+# How long the body of a request holds up an event loop, by its shape: some two minutes.
+.PHONY: bench-pauses
+bench-pauses: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.pauses
 
 # Whole runs over passes alone on the card; says so where there is none.
 bench-gpu: $(STAMP)

@@ -14,6 +14,9 @@ import hypothesis
 import pytest
 from _pytest.runner import runtestprotocol
 
+from tests import leftovers
+from tests.servers import has_triton_crashed, hold_port, set_environment, triton_or_skip
+
 # MLflow decides on telemetry, and Prefect on its home and server, when they are first imported.
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["DO_NOT_TRACK"] = "true"
@@ -49,6 +52,11 @@ _OF_PREFECT, _OF_STREAMS = {"prefect", "server", "deployed"}, {"nats", "nats_cli
 _SERVERS = _OF_PREFECT | _OF_STREAMS | {"triton", "gateway", "admin", "v2", "running_aws", "serverless"}
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Have no test leave threads or processes behind. What a conftest.py has is not told of fixtures of the session."""
+    config.pluginmanager.register(leftovers)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that have a real server, which `make test` leaves to `make test-all`."""
     for item in items:
@@ -72,8 +80,6 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     """
     if "triton" not in getattr(item, "fixturenames", ()):
         return None
-    from tests.servers import has_triton_crashed
-
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     reports = runtestprotocol(item, log=False, nextitem=nextitem)
     module = item.getparent(pytest.Module)
@@ -124,22 +130,25 @@ def serverless(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Generator[S3Server]:
-    """The real S3 server, with a bucket named lake, and the environment that points at it."""
+def running_s3(tmp_path_factory: pytest.TempPathFactory) -> Generator[S3Server]:
+    """The real S3 server, with a bucket named lake; a test that works with it asks for `s3`."""
     from infra.local.s3 import s3_server
 
-    with s3_server(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
         server.create_bucket("lake")
         yield server
+
+
+@pytest.fixture
+def s3(running_s3: S3Server) -> Generator[S3Server]:
+    """That server, and for this test the environment that points at it."""
+    with set_environment(running_s3.environment):
+        yield running_s3
 
 
 @pytest.fixture(scope="module")
 def triton(tmp_path_factory: pytest.TempPathFactory) -> Generator[TritonServer]:
     """A real Triton of the module's own, or a skip that names what brings it."""
-    from tests.servers import triton_or_skip
-
     with triton_or_skip(tmp_path_factory.mktemp("triton")) as server:
         yield server
 
@@ -160,6 +169,22 @@ def nats_client(nats: NatsServer) -> Generator[NatsClient]:
 
     with NatsClient(nats.url) as client:
         yield client
+
+
+@pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """What is logged. Prefect sets up its logging before: whoever does so takes away the handlers that are there."""
+    from prefect.logging.configuration import setup_logging
+
+    setup_logging()
+    return caplog
+
+
+@pytest.fixture
+def held_port() -> Generator[int]:
+    """A port of loopback that refuses connections until a server of the test listens there."""
+    with hold_port() as held:
+        yield held.getsockname()[1]
 
 
 @pytest.fixture

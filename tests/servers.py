@@ -1,8 +1,9 @@
-"""Real servers that tests start, or skip where they are missing."""
+"""Real servers that tests start, or skip where they are missing; their variables and their ports."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import socket
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,15 +43,37 @@ def python_or_skip(name: str) -> Path:
 @contextmanager
 def use_prefect(folder: Path, template_folder: Path, *, services: bool = True) -> Generator[PrefectServer]:
     """Run a real Prefect server that this process and its children talk to; it has all log lines before it stops."""
+    from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
     from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, temporary_settings
 
+    # The worker that sends events stays with the server that was there when it began.
+    EventsWorker.drain_all(timeout=10)
     with (
         prefect_server(folder, services=services, template_folder=template_folder) as server,
-        pytest.MonkeyPatch.context() as patch,
+        set_environment(server.environment),
+        temporary_settings({PREFECT_API_URL: server.api_url, PREFECT_LOGGING_LEVEL: "CRITICAL"}),
     ):
-        for name, value in server.environment.items():
+        yield server
+        APILogWorker.drain_all(timeout=10)
+
+
+@contextmanager
+def set_environment(variables: Mapping[str, str]) -> Generator[None]:
+    """Set variables while the block runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
             patch.setenv(name, value)
-        with temporary_settings({PREFECT_API_URL: server.api_url, PREFECT_LOGGING_LEVEL: "CRITICAL"}):
-            yield server
-            APILogWorker.drain_all(timeout=10)
+        yield
+
+
+def hold_port() -> socket.socket:
+    """Return a socket on a port of loopback that nobody else gets while it is open.
+
+    Connections are refused there. On Linux a server that reuses addresses, as nearly all do, may listen there all the
+    same, and again once it has ended.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    return held

@@ -62,7 +62,9 @@ class ServerCheck:
         return ServerUnreachable(f"{self.server} must answer, got: {str(got).rstrip('. ')}. {self.advice}")
 
 
-def check_servers(checks: Sequence[ServerCheck], *, seconds_max: float = _SECONDS_MAX) -> None:
+def check_servers(
+    checks: Sequence[ServerCheck], *, seconds_max: float = _SECONDS_MAX, clock: Callable[[], float] = time.monotonic
+) -> None:
     """Ask all servers at once and return when all have answered.
 
     Raises the error of the one that fails, within `seconds_max`; where several do, one error that names each.
@@ -75,9 +77,9 @@ def check_servers(checks: Sequence[ServerCheck], *, seconds_max: float = _SECOND
     ]
     for thread in threads:
         thread.start()
-    until = time.monotonic() + seconds_max
+    until = clock() + seconds_max
     for at, (thread, check) in enumerate(zip(threads, checks, strict=True)):
-        thread.join(max(until - time.monotonic(), 0.0))
+        thread.join(max(until - clock(), 0.0))
         if thread.is_alive():
             found[at] = check.explain(f"no answer within {seconds_max:g} s")
     errors = list({str(error): error for error in found if error is not None}.values())

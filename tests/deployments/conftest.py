@@ -13,6 +13,7 @@ import pytest
 
 from deployments.automations import make_automations
 from infra.local.prefect_server import PrefectServer, PrefectWorker, prefect_worker
+from tests.leftovers import keep_running
 from tests.servers import use_prefect
 from tests.support import write_customers
 
@@ -56,7 +57,7 @@ def keep_workers(server: PrefectServer, folder: Path) -> Generator[StartWorkers]
             def one(name: str) -> PrefectWorker:
                 return prefect_worker(server, pool, folder / name, environment=environment)
 
-            with ThreadPoolExecutor() as threads:
+            with keep_running(), ThreadPoolExecutor() as threads:
                 return [stack.enter_context(worker) for worker in threads.map(one, names)]
 
         yield start

@@ -6,7 +6,6 @@ import contextvars
 import json
 import secrets
 import threading
-import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -231,8 +230,7 @@ def serving(app: FastAPI) -> Iterator[int]:
     # Of this thread are the settings by which Prefect's client finds its server.
     thread = threading.Thread(target=contextvars.copy_context().run, args=(server.run,), daemon=True)
     thread.start()
-    while not server.started:
-        time.sleep(0.02)
+    eventually(lambda: server.started)
     yield server.servers[0].sockets[0].getsockname()[1]
     server.should_exit = True
     thread.join()

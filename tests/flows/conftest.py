@@ -12,21 +12,9 @@ from tests.servers import use_prefect
 from tests.support import write_customers
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _logging() -> None:
-    """Have Prefect set up its logging before a test listens: whoever does so takes away the handlers that are there."""
-    from prefect.logging.configuration import setup_logging
-
-    setup_logging()
-
-
 @pytest.fixture(scope="session")
 def prefect(tmp_path_factory: pytest.TempPathFactory, prefect_templates: Path) -> Generator[PrefectServer]:
     """A real Prefect server that this process and its children talk to."""
-    from prefect.events.worker import EventsWorker
-
-    # The worker that sends the states of task runs may belong to a server that other tests have stopped.
-    EventsWorker.drain_all(timeout=10)
     with use_prefect(tmp_path_factory.mktemp("prefect"), prefect_templates) as server:
         yield server
 

@@ -65,15 +65,16 @@ def told_to_end(
     where: tuple[str, Path, Path],
     options: BatchOptions = OPTIONS,
     *,
-    killed_after: float | None = None,
+    clock: str = "real",
+    killed_after: float = 240,
 ) -> Ended:
-    """Run a child that gets SIGTERM at a point, and kill it at the end of its notice, as who sent it would."""
-    arguments = (signals, point[0], str(point[1]), *call(*where, options))
+    """Run a child that gets SIGTERM at a point, and kill it some time after, as who sent it would."""
+    arguments = (clock, signals, point[0], str(point[1]), *call(*where, options))
     with start_child("notice_child.py", *arguments, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         told = child.stdout.readline()
         try:
-            stdout, stderr = child.communicate(timeout=killed_after or options.notice_seconds)
+            stdout, stderr = child.communicate(timeout=killed_after)
         except subprocess.TimeoutExpired:
             child.kill()
             stdout, stderr = child.communicate()
@@ -83,7 +84,9 @@ def told_to_end(
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("seconds", "points"), [(30, POINTS[1::2]), pytest.param(120, POINTS, marks=pytest.mark.machines)], ids=[30, 120]
+    ("seconds", "clock", "points"),
+    [(30, "batches", POINTS[1::2]), pytest.param(120, "real", POINTS, marks=pytest.mark.machines)],
+    ids=["batches", "real"],
 )
 def test_it_finishes_the_chunks_in_hand_at_every_point_of_one_and_leaves_within_the_notice(
     sleepy: str,
@@ -91,15 +94,20 @@ def test_it_finishes_the_chunks_in_hand_at_every_point_of_one_and_leaves_within_
     undisturbed: dict[str, str],
     tmp_path: Path,
     seconds: int,
+    clock: str,
     points: list[tuple[str, int]],
 ) -> None:
     from flows.batch import batch_inference
 
     options = OPTIONS.model_copy(update={"notice_seconds": seconds})
+    killed_after = seconds if clock == "real" else 240
+
+    def end_at(point: tuple[str, int]) -> Ended:
+        where = sleepy, source, tmp_path / point[0]
+        return told_to_end("1", point, where, options, clock=clock, killed_after=killed_after)
+
     with ThreadPoolExecutor(2) as pool:
-        ended = list(
-            pool.map(lambda point: told_to_end("1", point, (sleepy, source, tmp_path / point[0]), options), points)
-        )
+        ended = list(pool.map(end_at, points))
 
     assert len(undisturbed) == ROWS // CHUNK
     for point, end in zip(points, ended, strict=True):
@@ -128,16 +136,15 @@ def test_it_ends_at_once_where_no_chunk_is_in_hand(
 
 
 def test_it_drops_chunks_that_do_not_fit_in_the_time_left(
-    sleepy: str, source: Path, undisturbed: dict[str, str], tmp_path: Path
+    sleepy: str, source: Path, prefect: PrefectServer, tmp_path: Path
 ) -> None:
-    options = OPTIONS.model_copy(update={"notice_seconds": 1.0})
-    # A few batches into each slot's second chunk, the first having been measured.
-    end = told_to_end("1", ("before a batch", 45), (sleepy, source, tmp_path), options, killed_after=60)
+    options = OPTIONS.model_copy(update={"notice_seconds": 1.0, "slots": 1})
+    # A few batches into the second chunk, which takes two seconds as the first one did.
+    end = told_to_end("1", ("before a batch", 25), (sleepy, source, tmp_path), options, clock="batches")
 
-    assert 1 == end.code, end.stderr
-    assert end.said[3] in {"1", "2"}
-    assert 2 == len(end.left)
-    assert end.left.items() <= undisturbed.items()
+    assert (1, "1") == (end.code, end.said[3]), end.stderr
+    assert 1 == len(end.left)
+    assert end.left.items() <= score(sleepy, source, tmp_path, COMPLETE).items()
 
 
 def test_a_pass_that_outlasts_the_notice_is_ended_with_its_process(
@@ -145,7 +152,7 @@ def test_a_pass_that_outlasts_the_notice_is_ended_with_its_process(
 ) -> None:
     endless = register_sleepy("endless", seconds=600)
     options = OPTIONS.model_copy(update={"notice_seconds": 2.0})
-    end = told_to_end("1", ("before a batch", 2), (endless, source, tmp_path), options, killed_after=60)
+    end = told_to_end("1", ("before a batch", 2), (endless, source, tmp_path), options)
 
     # Both passes are ended when the notice is over, and by a moment the call ends before or after its threads.
     assert end.code in {1, -signal.SIGTERM}, end.stderr
@@ -157,7 +164,7 @@ def test_a_pass_that_outlasts_the_notice_is_ended_with_its_process(
 def test_a_second_sigterm_ends_it_at_once(registry: Path, source: Path, prefect: PrefectServer, tmp_path: Path) -> None:
     endless = register_sleepy("endless", seconds=600)
     options = OPTIONS.model_copy(update={"notice_seconds": 600.0})
-    end = told_to_end("2", ("before a batch", 2), (endless, source, tmp_path), options, killed_after=60)
+    end = told_to_end("2", ("before a batch", 2), (endless, source, tmp_path), options)
 
     assert -signal.SIGTERM == end.code, end.stderr
     assert "SIGTERM: this process is to end within 600 s: chunks in progress are finished where they fit" in end.stderr

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -24,17 +22,19 @@ from prefect.states import Cancelling, Scheduled
 
 from infra.local.prefect_server import PrefectServer
 from serving.errors import Interrupted
+from serving.model.forward import Forward
 from tasks.batch.chunk_scheduler import ChunkScheduler
 from tasks.batch.options import BatchOptions
 from tasks.spot.cloud_notices import METADATA_URL, Aws
 from tasks.spot.notice_poller import poll_notices
+from tests.eventually import eventually
 from tests.flows.children import PULL_STEPS, ROOT, list_flow_runs, score
 from tests.metadata import Imds, serving
 from tests.support import digests, write_customers
 
-ROWS, CHUNK = 3_200, 200
+ROWS, CHUNK, BATCH = 3_200, 200, 20
 # Ten batches of a twentieth of a second: a chunk takes half a second at least.
-OPTIONS = BatchOptions(key_columns=("customer",), batch_size=20, rows_per_chunk=CHUNK, slots=2, experiment=None)
+OPTIONS = BatchOptions(key_columns=("customer",), batch_size=BATCH, rows_per_chunk=CHUNK, slots=2, experiment=None)
 
 # Long enough for a process of its own to ask at the provider's rate, every five seconds.
 LONG = OPTIONS.model_copy(update={"batch_size": 10})
@@ -62,23 +62,19 @@ def imds(monkeypatch: pytest.MonkeyPatch) -> Generator[Imds]:
         yield service
 
 
-def parts_left(destination: Path) -> int:
-    return len(list(destination.glob("run=*/part-*")))
+def announce_at_batch(number: int, imds: Imds, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have an interruption announced as a batch of the run begins, which goes on once the run has read it."""
+    begin, numbers = Forward._begin_batch, itertools.count(1)
 
+    def announce(*arguments: Any) -> Any:
+        if next(numbers) == number:
+            imds.interrupt("terminate", 120)
+            # An answer has been taken when the next question comes.
+            path = "/latest/meta-data/spot/instance-action"
+            eventually(lambda: (path, 200) in [each for each in imds.asked if each[0] == path][:-1])
+        return begin(*arguments)
 
-@contextmanager
-def meanwhile(act: Callable[[], None], destination: Path) -> Generator[None]:
-    """Act from a thread once two parts are there."""
-
-    def wait() -> None:
-        while parts_left(destination) < 2:
-            time.sleep(0.02)
-        act()
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    yield
-    thread.join()
+    monkeypatch.setattr(Forward, "_begin_batch", announce)
 
 
 def ask(server: PrefectServer, kind: str, destination: Path) -> list[dict[str, Any]]:
@@ -91,14 +87,19 @@ def ask(server: PrefectServer, kind: str, destination: Path) -> list[dict[str, A
 
 
 def test_an_interruption_by_aws_drains_a_run_and_the_same_call_completes_it_to_the_same_bytes(
-    sleepy: str, source: Path, undisturbed: dict[str, str], prefect: PrefectServer, imds: Imds, tmp_path: Path
+    sleepy: str,
+    source: Path,
+    undisturbed: dict[str, str],
+    prefect: PrefectServer,
+    imds: Imds,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from flows.batch import batch_inference
 
-    with (
-        meanwhile(lambda: imds.interrupt("terminate", 120), tmp_path),
-        pytest.raises(Interrupted, match=r"^Interrupted by AWS \(terminate\): .* the same call resumes\.$") as caught,
-    ):
+    # Two slots have finished two chunks at least by then.
+    announce_at_batch(45, imds, monkeypatch)
+    with pytest.raises(Interrupted, match=r"^Interrupted by AWS \(terminate\): .* the same call resumes\.$") as caught:
         batch_inference(sleepy, str(source), str(tmp_path), OPTIONS)
     left = digests(tmp_path)
     (run,) = ask(prefect, "flow_runs", tmp_path)
@@ -136,13 +137,12 @@ def test_an_interruption_that_is_withdrawn_lets_the_run_go_on_to_its_end(
             # A slot comes to rest, and only then is the notice withdrawn.
             stopped.append(scheduler)
             imds.action = None
-            while scheduler._drain.notice is not None:
-                time.sleep(0.01)
+            eventually(lambda: scheduler._drain.notice is None)
         return found
 
     monkeypatch.setattr(ChunkScheduler, "is_stopping", stop_and_withdraw)
-    with meanwhile(lambda: imds.interrupt("terminate", 120), tmp_path):
-        report = batch_inference(sleepy, str(source), str(tmp_path), OPTIONS)
+    announce_at_batch(45, imds, monkeypatch)
+    report = batch_inference(sleepy, str(source), str(tmp_path), OPTIONS)
 
     assert 1 == len(stopped)
     assert ("scored", ROWS, ROWS) == (report.status, report.rows, report.rows_scored)
@@ -150,17 +150,18 @@ def test_an_interruption_that_is_withdrawn_lets_the_run_go_on_to_its_end(
 
 
 def test_a_notice_in_the_last_chunk_does_not_keep_the_run_from_its_end(
-    sleepy: str, source: Path, undisturbed: dict[str, str], imds: Imds, tmp_path: Path
+    sleepy: str,
+    source: Path,
+    undisturbed: dict[str, str],
+    imds: Imds,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from flows.batch import batch_inference
 
-    def announce_at_the_end() -> None:
-        while parts_left(tmp_path) < ROWS // CHUNK - 1:
-            time.sleep(0.005)
-        imds.interrupt("terminate", 120)
-
-    with meanwhile(announce_at_the_end, tmp_path):
-        report = batch_inference(sleepy, str(source), str(tmp_path), OPTIONS)
+    # Every chunk has been begun by then.
+    announce_at_batch((ROWS - CHUNK) // BATCH + 1, imds, monkeypatch)
+    report = batch_inference(sleepy, str(source), str(tmp_path), OPTIONS)
 
     assert "scored" == report.status
     assert undisturbed == digests(tmp_path)
@@ -202,6 +203,7 @@ class Deployed:
         from flows.batch import batch_inference
 
         self._client, self._log = client, log
+        self.children: list[subprocess.Popen[bytes]] = []
         deployment = client.create_deployment(
             flow_id=client.create_flow(batch_inference),
             name=log.parent.name,
@@ -223,12 +225,14 @@ class Deployed:
 
     def _start(self, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
         with self._log.open("ab") as log:
-            return subprocess.Popen(
+            child = subprocess.Popen(
                 [sys.executable, *arguments],
                 env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+        self.children.append(child)
+        return child
 
     @property
     def run(self) -> FlowRun:
@@ -248,13 +252,18 @@ def deployed(sleepy: str, source: Path, prefect: PrefectServer, tmp_path: Path) 
         "options": LONG.model_dump(mode="json"),
     }
     with get_client(sync_client=True) as client:
-        yield Deployed(client, parameters, tmp_path / "log")
+        run = Deployed(client, parameters, tmp_path / "log")
+        yield run
+        for child in run.children:
+            child.kill()
+            child.wait()
 
 
 def ended(child: subprocess.Popen[bytes], destination: Path, act: Callable[[], None]) -> int:
     """Act once two parts are there, and return how the child ended."""
-    with meanwhile(act, destination):
-        return child.wait(200)
+    eventually(lambda: len(list(destination.glob("run=*/part-*"))), lambda count: count >= 2, process=child)
+    act()
+    return child.wait(200)
 
 
 @pytest.mark.machines

@@ -15,7 +15,6 @@ import polars as pl
 import pytest
 
 from infra.local.prefect_server import PrefectServer
-from infra.local.process import free_ports
 from serving.errors import RunnerUnusable, SourceCorrupt, TooManyRejects
 from tasks.batch.options import BatchOptions, Ray
 from tasks.batch.report import BatchReport
@@ -152,13 +151,11 @@ def test_without_the_package_the_error_says_how_to_install_it(
 
 
 def test_a_cluster_that_does_not_answer_is_refused_before_anything_is_written(
-    linear: str, customers: Path, prefect: PrefectServer, tmp_path: Path
+    linear: str, customers: Path, prefect: PrefectServer, tmp_path: Path, held_port: int
 ) -> None:
-    (port,) = free_ports(1)
-
-    with pytest.raises(RunnerUnusable, match=f"must answer at 127.0.0.1:{port}, got: .*refused"):
+    with pytest.raises(RunnerUnusable, match=f"must answer at 127.0.0.1:{held_port}, got: .*refused"):
         infer(
             *(linear, customers, tmp_path / "scores"),
-            ON_RAY.model_copy(update={"runner": Ray(address=f"127.0.0.1:{port}")}),
+            ON_RAY.model_copy(update={"runner": Ray(address=f"127.0.0.1:{held_port}")}),
         )
     assert not (tmp_path / "scores").exists()

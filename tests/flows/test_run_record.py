@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 from prometheus_client import generate_latest
 
-from infra.local.process import free_ports
 from serving.errors import BadInput, ModelFailed, ModelNotFound
 from tasks.batch.costs import read_run_costs
 from tasks.batch.manifest import Manifest, manifest_path
@@ -69,17 +68,16 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_a_run_has_its_metrics_on_a_port_while_it_goes_on(
-    sleepy: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sleepy: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_port: int
 ) -> None:
-    (port,) = free_ports(1)
-    monkeypatch.setenv("OVERNIGHT_METRICS_PORT", str(port))
+    monkeypatch.setenv("OVERNIGHT_METRICS_PORT", str(held_port))
     pages: list[str] = []
     done = threading.Event()
 
     def scrape() -> None:
         while not done.wait(0.05):
             try:
-                pages.append(urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode())
+                pages.append(urllib.request.urlopen(f"http://127.0.0.1:{held_port}/metrics", timeout=5).read().decode())
             except (OSError, HTTPException):
                 time.sleep(0.05)
 
@@ -105,7 +103,7 @@ def test_calls_of_a_machine_add_up_in_a_file_through_notices_and_resumes_and_lea
     folder, scores = tmp_path / "textfile", tmp_path / "scores"
     folder.mkdir()
     killed = run_child("kill_child.py", ("after a part", "2"), doubling, source, scores, folder)
-    interrupted = run_child("notice_child.py", ("1", "after a part", "2"), doubling, source, scores, folder)
+    interrupted = run_child("notice_child.py", ("real", "1", "after a part", "2"), doubling, source, scores, folder)
     complete = run_child("kill_child.py", ("never", "1"), doubling, source, scores, folder)
     again = run_child("kill_child.py", ("never", "1"), doubling, source, scores, folder)
     found = read_samples((folder / FILE).read_text())

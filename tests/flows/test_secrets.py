@@ -20,7 +20,6 @@ from flows.nightly import nightly_inference
 from flows.runtime.parameters import refuse_secrets
 from flows.scheduler import choose_mode
 from flows.stream import stream_inference
-from infra.local.process import free_ports
 from serving.errors import ModelNotFound, OvernightError, SecretExposed
 from serving.model.registry import resolve_model
 from tasks.storage import open_storage
@@ -123,11 +122,10 @@ def places_of_addresses(kind: type[BaseModel]) -> list[str]:
 
 
 def test_what_servers_that_do_not_answer_are_said_to_be_has_no_secret(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, held_port: int
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    (port,) = free_ports(1)
-    host = f"127.0.0.1:{port}"
+    host = f"127.0.0.1:{held_port}"
     config = tmp_path / "kafka"
     config.write_text(
         f"security.protocol=SASL_PLAINTEXT\nsasl.mechanism=PLAIN\nsasl.username=me\nsasl.password={SECRET}\n"

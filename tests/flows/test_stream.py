@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
 import urllib.request
 from collections import Counter
 from collections.abc import Generator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import pytest
 
 from infra.local.nats import NatsClient, NatsServer, nats_server
 from infra.local.prefect_server import PrefectServer
-from infra.local.process import free_ports
 from serving.errors import BrokerDenied, StreamUnfit, TooManyRejects
 from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
@@ -26,6 +25,7 @@ from tasks.stream.decode import read_arrow
 from tasks.stream.message import HEADER_COLUMN, HEADER_EVENT_TIME, HEADER_MODEL, HEADER_REASON, HEADER_SOURCE
 from tasks.stream.options import FromNats, StreamOptions, ToNats, ToParts
 from tasks.stream.report import StreamReport
+from tests.eventually import eventually
 from tests.flows.streams import OPTIONS, as_arrow, as_json, count_customers, customers, fill_stream, source_and_sink
 
 ROWS = 2_000
@@ -146,32 +146,40 @@ def test_an_event_ahead_of_the_clock_is_counted_and_changes_nothing_else(
 
 
 def test_metrics_and_artifacts_show_a_running_stream(
-    linear: str, nats: NatsServer, nats_client: NatsClient, prefect: PrefectServer, fresh: str
+    linear: str, nats: NatsServer, nats_client: NatsClient, prefect: PrefectServer, fresh: str, held_port: int
 ) -> None:
-    fill_stream(nats_client, fresh, as_json(customers(200)))
-    (port,) = free_ports(1)
-    seen: list[str] = []
+    first, last = as_json(customers(201))[:200], as_json(customers(201))[200:]
+    fill_stream(nats_client, fresh, first)
+    shown = [f"overnight_stream_{name}" for name in ("messages_total 200.0", "rows_total 200.0", "lag_messages 0.0")]
+    shown += [f"overnight_stream_{name}" for name in ("dead_letters_total 0.0", "latency_seconds_count 200.0")]
+    shown.append('overnight_stream_batch_rows_bucket{le="256"}')
 
-    def look() -> None:
-        address = f"http://127.0.0.1:{port}/metrics"
-        while "overnight_stream_messages_total 200.0" not in "".join(seen):
-            try:
-                seen.append(urllib.request.urlopen(address, timeout=5).read().decode())
-            except OSError:
-                time.sleep(0.02)
+    def read_page() -> str:
+        with suppress(OSError):
+            return str(urllib.request.urlopen(f"http://127.0.0.1:{held_port}/metrics", timeout=5).read(), "utf-8")
+        return ""
 
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    report = stream(linear, *source_and_sink(nats, fresh), OPTIONS.model_copy(update={"metrics_port": port}))
-    thread.join(10)
-    artifacts = httpx.post(f"{prefect.api_url}/artifacts/latest/filter", json={"sort": "UPDATED_DESC"}).json()
+    def look_and_end() -> None:
+        try:
+            eventually(read_page, lambda page: all(line in page for line in shown))
+        finally:
+            nats_client.publish(f"{fresh}.in.a", last)
+
+    # It goes on until one has looked.
+    options = OPTIONS.model_copy(update={"metrics_port": held_port, "limit": 201, "idle_seconds": 240.0})
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(look_and_end)
+        report = stream(linear, *source_and_sink(nats, fresh), options)
+        looking.result()
+    named = {"flows": {"name": {"any_": ["stream-inference"]}}}
+    runs = httpx.post(f"{prefect.api_url}/flow_runs/filter", json=named).json()
+    (run,) = (each["id"] for each in runs if each["parameters"]["source"]["stream"] == fresh)
+    wanted = {"artifacts": {"flow_run_id": {"any_": [run]}}}
+    artifacts = httpx.post(f"{prefect.api_url}/artifacts/filter", json=wanted).json()
     data = {artifact["key"]: artifact["data"] for artifact in artifacts}
 
-    for name in ("rows_total 200.0", "dead_letters_total 0.0", "lag_messages 0.0", "latency_seconds_count 200.0"):
-        assert f"overnight_stream_{name}" in seen[-1]
-    assert 'overnight_stream_batch_rows_bucket{le="256"}' in seen[-1]
     assert 100.0 == data["stream-progress"]
-    assert "| messages | 200 |" in data["stream-report"]
+    assert "| messages | 201 |" in data["stream-report"]
     assert 0 < report.latency_seconds_p50 <= report.latency_seconds_p99
 
 
@@ -192,21 +200,23 @@ def test_batching_is_tuned_to_the_freshness_and_the_tuning_kept_with_the_model(
     assert any(tag.startswith("overnight.tuning.") for tag in resolve_model(model).tags)
 
 
-def test_a_server_that_is_absent_is_waited_for(linear: str, fresh: str, tmp_path: Path) -> None:
-    (port,) = free_ports(1)
-    source = FromNats(url=f"nats://127.0.0.1:{port}", stream=fresh)
+def test_a_server_that_is_absent_is_waited_for(
+    linear: str, fresh: str, tmp_path: Path, held_port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = FromNats(url=f"nats://127.0.0.1:{held_port}", stream=fresh)
     sink = ToNats(subject=f"{fresh}.scores", stream=f"{fresh}-scores")
-    reports: list[StreamReport] = []
 
-    with nats_server(tmp_path, port=port) as server, NatsClient(server.url) as client:
+    with nats_server(tmp_path, port=held_port) as server, NatsClient(server.url) as client:
         fill_stream(client, fresh, as_json(customers(30)))
-    thread = threading.Thread(target=lambda: reports.append(stream(linear, source, sink)))
-    thread.start()
-    time.sleep(1.5)
-    with nats_server(tmp_path, port=port):
-        thread.join(60)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(stream, linear, source, sink)
+        try:
+            eventually(lambda: "Waiting for it." in caplog.text)
+        finally:
+            with nats_server(tmp_path, port=held_port):
+                report = running.result()
 
-        assert [30] == [report.messages for report in reports]
+    assert 30 == report.messages
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 
 from flows.runtime.tracing import choose_exporter
-from infra.local.process import free_ports
 from tasks.batch.options import BatchOptions, Ray
 from tests.flows.children import PULL_STEPS, ROOT, call, start_child
 from tests.otlp_receiver import OtlpReceiver, ReceivedSpan, otlp_receiver
@@ -130,7 +129,8 @@ def test_a_run_that_a_notice_ends_sends_its_span_and_says_so(
     doubling: str, customers: Path, receiver: OtlpReceiver, tmp_path: Path
 ) -> None:
     with start_child(
-        *("notice_child.py", "1", "after a part", "3", *call(doubling, customers, tmp_path / "scores", OPTIONS)),
+        *("notice_child.py", "real", "1", "after a part", "3"),
+        *call(doubling, customers, tmp_path / "scores", OPTIONS),
         environment={**os.environ, "PREFECT_LOGGING_LEVEL": "CRITICAL", **receiver.environment},
         stdout=subprocess.PIPE,
     ) as child:
@@ -205,8 +205,10 @@ def execute_flow_run(flow_run: UUID, receiver: OtlpReceiver) -> None:
 
 
 @pytest.mark.machines
-def test_a_receiver_that_is_not_there_never_ends_a_run(doubling: str, customers: Path, tmp_path: Path) -> None:
-    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{free_ports(1)[0]}"}
+def test_a_receiver_that_is_not_there_never_ends_a_run(
+    doubling: str, customers: Path, tmp_path: Path, held_port: int
+) -> None:
+    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{held_port}"}
     done = run_child("never", 1, doubling, customers, tmp_path / "scores", environment)
 
     assert done.returncode == 0, done.stderr

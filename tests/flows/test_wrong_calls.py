@@ -29,12 +29,12 @@ from pydantic import ValidationError
 from sklearn.linear_model import LinearRegression
 
 from flows.runtime.uncaught import describe_uncaught
-from infra.local.process import free_ports
 from serving.errors import OvernightError
 from serving.model.registry import resolve_model
 from tasks.batch.options import BatchOptions, CsvOptions
 from tasks.spot.purchase import PurchaseOptions
 from tasks.stream.options import FromNats, ToNats
+from tests.servers import hold_port
 from tests.support import register_script, write_customers
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ pytestmark = pytest.mark.usefixtures("serverless")
 ROOT = Path(__file__).parents[2]
 LINES_MAX, SECONDS_MAX = 12, 15.0
 OPTIONS: dict[str, Any] = {"key_columns": "customer", "experiment": None}
-CLOSED = f"http://127.0.0.1:{free_ports(1)[0]}"
+HELD = hold_port()
+CLOSED = f"http://127.0.0.1:{HELD.getsockname()[1]}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,7 +316,7 @@ CALLS = {
 
 
 @pytest.fixture(scope="module")
-def models(linear: str, s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> None:
+def models(linear: str) -> None:
     """The models that wrong calls name."""
     mlflow.MlflowClient().set_registered_model_alias("linear", "champion", "1")
     frame = pl.DataFrame({name: np.zeros(4, dtype=np.float32) for name in "abc"}).to_pandas()
@@ -338,7 +339,7 @@ def models(linear: str, s3: S3Server, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture
-def place(tmp_path: Path, models: None) -> Generator[Place]:
+def place(tmp_path: Path, models: None, s3: S3Server) -> Generator[Place]:
     """A folder with customers; environment and registry are put back afterwards."""
     write_customers(tmp_path / "customers", rows=100, files=1, rows_per_group=100)
     before = mlflow.get_tracking_uri()

@@ -9,7 +9,7 @@ import json
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import nats.errors
@@ -101,6 +101,7 @@ class NatsSource:
         limit: The most messages to take; None for no bound.
         identity: The identity that the stream must keep; None: not checked.
         lag_seconds: How often the server is asked how many messages wait.
+        clock: Counts the seconds after which the server hears of messages that wait here.
 
     Raises:
         StreamUnfit: Stream, subject or consumer are not as the address says.
@@ -117,6 +118,7 @@ class NatsSource:
         limit: int | None = None,
         identity: str | None = None,
         lag_seconds: float = 2.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._connection, self._address = connection, address
         self._messages_max, self._limit = in_flight, limit
@@ -137,6 +139,7 @@ class NatsSource:
         self._error: OvernightError | None = None
         self._identity = identity
         self._lag_seconds = lag_seconds
+        self._clock = clock
         self._last_info: ConsumerInfo | None = None
         self._pending: int | None = None
         self._position, self._is_ordered = start or 0, start is not None
@@ -246,7 +249,7 @@ class NatsSource:
 
     async def _extend_waiting(self) -> None:
         if not self._is_ordered and self._connection.client.is_connected:
-            for receipt in self._tracker.extend_due(time.monotonic()):
+            for receipt in self._tracker.extend_due(self._clock()):
                 await self._connection.client.publish(receipt, b"+WPI")
 
     async def _keep_watching(self) -> None:
@@ -332,7 +335,7 @@ class NatsSource:
         if self._is_ordered:
             is_wanted = tokens[at] == self._consumer and await self._is_next(sequence, delivery)
         else:
-            is_wanted = self._tracker.track(sequence, msg.reply, now)
+            is_wanted = self._tracker.track(sequence, msg.reply, self._clock())
         if not is_wanted:
             return
         message = Message(

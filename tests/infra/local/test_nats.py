@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import nats.errors
 import pytest
 
 from infra.local.nats import NatsClient, nats_server
+from tests.eventually import eventually
 
 
 def test_what_was_acknowledged_survives_a_kill_and_is_there_on_the_same_port(tmp_path: Path) -> None:
@@ -19,8 +19,7 @@ def test_what_was_acknowledged_survives_a_kill_and_is_there_on_the_same_port(tmp
         client.make("KEPT", "kept.>")
         client.publish("kept.a", [b"1", b"2"], [{"Nats-Msg-Id": "one"}, {"Nats-Msg-Id": "two"}])
         os.kill(server.process.pid, signal.SIGKILL)
-        while server.process.running:
-            time.sleep(0.01)
+        eventually(lambda: not server.process.running)
         with nats_server(tmp_path, port=server.port) as again:
             client.publish("kept.a", [b"2", b"3"], [{"Nats-Msg-Id": "two"}, {"Nats-Msg-Id": "three"}])
 

@@ -5,7 +5,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -22,6 +21,7 @@ from infra.local.process import (
     send_request,
     start_on_free_ports,
 )
+from tests.eventually import eventually
 
 SLEEPER = "import time; print('ready', flush=True); time.sleep(60)"
 PythonServer = Callable[..., ServerCommand]
@@ -63,9 +63,21 @@ def test_a_server_that_dies_at_start_raises_with_its_exit_code_and_its_log(pytho
     assert str(failed.value.log_path) in str(failed.value)
 
 
-def test_a_server_that_is_not_ready_in_time_is_stopped(python_server: PythonServer) -> None:
+STARTS_SLOWLY = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+
+
+def test_a_server_that_is_not_ready_in_time_is_stopped(tmp_path: Path) -> None:
+    command = ServerCommand(
+        argv=(sys.executable, "-c", STARTS_SLOWLY),
+        environment={},
+        folder=tmp_path,
+        log_path=tmp_path / "log",
+        # Python itself may take longer to start than the server may.
+        ready=lambda: not eventually((tmp_path / "log").read_text),
+        ready_s_max=1,
+    )
     with pytest.raises(ServerFailed, match="still not ready, and is stopped") as failed:
-        ServerProcess(python_server("import os, time; print(os.getpid(), flush=True); time.sleep(60)", ready_s_max=0.5))
+        ServerProcess(command)
 
     assert not alive(int(failed.value.log))
     assert failed.value.exit_code is None
@@ -84,14 +96,12 @@ def test_a_program_that_does_not_exist_is_named(tmp_path: Path) -> None:
 
 def test_a_readiness_check_that_raises_stops_the_server(tmp_path: Path) -> None:
     def broken() -> bool:
-        while not log_path.read_text():
-            time.sleep(0.01)
+        eventually(log_path.read_text)
         raise KeyError
 
     log_path = tmp_path / "log"
-    code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
     command = ServerCommand(
-        argv=(sys.executable, "-c", code), environment={}, folder=tmp_path, log_path=log_path, ready=broken
+        argv=(sys.executable, "-c", STARTS_SLOWLY), environment={}, folder=tmp_path, log_path=log_path, ready=broken
     )
 
     with pytest.raises(KeyError):
@@ -243,8 +253,8 @@ def test_a_users_proxy_is_not_asked(echo_port: int, monkeypatch: pytest.MonkeyPa
     assert send_request("GET", echo_port, "/here").ok
 
 
-def test_a_server_that_is_not_there_yet_is_an_answer_too() -> None:
-    answer = send_request("GET", free_ports(1)[0], "/")
+def test_a_server_that_is_not_there_yet_is_an_answer_too(held_port: int) -> None:
+    answer = send_request("GET", held_port, "/")
 
     assert answer.status == 0
     assert "ConnectionRefusedError" in answer.text

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import Generator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from infra.local import triton
 from infra.local.process import ServerFailed
 from infra.local.triton import TritonServer, triton_server
 from infra.worker import list_process_tree
+from tests.eventually import eventually
 
 _CONFIG = """
 name: "{name}"
@@ -109,8 +109,7 @@ def test_a_server_that_is_killed_is_noticed_leaves_nothing_and_starts_again_wher
     before = list_process_tree(server.process.pid)
     shared = shared_memory(server)
     os.kill(server.process.pid, signal.SIGKILL)
-    while server.running:
-        time.sleep(0.05)
+    eventually(lambda: not server.running)
 
     assert 128 + signal.SIGKILL == server.process.exit_code
     with pytest.raises(httpx.ConnectError):

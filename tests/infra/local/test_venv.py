@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from uv import find_uv_bin
 
-from infra.local.process import free_ports
 from infra.local.venv import RegistryUnreachable, VenvFailed, make_venv, venv_folder
 
 pytestmark = pytest.mark.servers
@@ -111,12 +110,11 @@ def test_one_of_several_callers_creates_an_environment_and_a_half_made_one_is_cr
 
 @BY_PIP_AND_UV
 def test_a_registry_that_does_not_answer_is_distinguished_from_requirements_that_do_not_exist(
-    uv: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    uv: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_port: int
 ) -> None:
     requirements = tmp_path / "said.txt"
     requirements.write_text("said==1.0\n")
-    (port,) = free_ports(1)
-    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{port}/simple")
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{held_port}/simple")
     monkeypatch.setenv("PIP_RETRIES", "1")
     monkeypatch.setenv("UV_HTTP_RETRIES", "0")
     with pytest.raises(RegistryUnreachable, match=r"said\.txt pins must install"):

@@ -28,6 +28,7 @@ from serving.gateway.upstreams import CheckedRequest, HttpClient, HttpResponse
 from serving.model.contract import Column, Contract, Input, Output
 from serving.model.registry import Resolved, resolve_model
 from serving.protocol.oip import Body, InferRequest, OutputChoice, decode_response, encode_request
+from tests.leftovers import keep_running
 from tests.serving.gateway.conftest import Put
 from tests.serving.gateway.support import EndpointClient, error
 
@@ -108,7 +109,8 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Generator[Serve]:
 
         def serve(model: Resolved) -> str:
             if model.pin.name not in urls:
-                process, url = scoring_server(model, tmp_path_factory.mktemp("scoring") / model.pin.name)
+                with keep_running():
+                    process, url = scoring_server(model, tmp_path_factory.mktemp("scoring") / model.pin.name)
                 stack.callback(process.stop)
                 urls[model.pin.name] = url
             return urls[model.pin.name]

@@ -20,7 +20,6 @@ import pytest
 from filelock import FileLock
 from pydantic import ValidationError
 
-from infra.local.process import free_ports
 from serving.errors import EnvironmentUnusable, ModelUnfit
 from serving.model.environment import find_environments, make_environment
 from serving.model.requirements import ModelEnvironment, read_model_environment
@@ -314,10 +313,11 @@ class TestIndex:
         assert "pw-that-is-wrong" not in str(refused.value)
         assert_short(refused.value)
 
-    def test_one_that_can_not_be_reached_is_told_without_its_password(self, make: Callable[..., Path]) -> None:
-        (port,) = free_ports(1)
+    def test_one_that_can_not_be_reached_is_told_without_its_password(
+        self, make: Callable[..., Path], held_port: int
+    ) -> None:
         with pytest.raises(EnvironmentUnusable, match=r"(?s)The index must answer .*Connection refused") as refused:
-            make(ONE, packages=PackageSource(index=f"http://{LOGIN}@127.0.0.1:{port}/simple"))
+            make(ONE, packages=PackageSource(index=f"http://{LOGIN}@127.0.0.1:{held_port}/simple"))
 
         assert "pw-of-reader" not in str(refused.value)
         assert_short(refused.value)

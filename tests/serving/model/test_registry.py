@@ -19,6 +19,7 @@ from mlflow.types import ColSpec, Schema
 from serving.errors import ModelNotFound, ModelUnfit
 from serving.model.loading import check_model_unchanged, load_model
 from serving.model.registry import _download, digest_folder, open_model, resolve_model
+from tests.servers import set_environment
 from tests.serving.toys import SCORE, network, tensor
 from tests.support import register_network
 
@@ -242,11 +243,10 @@ def test_files_are_found_in_folders_of_any_name(
 
 
 @pytest.fixture(scope="module")
-def remote(s3: S3Server, registry: Path) -> str:
-    """A network whose files are on S3."""
+def stored(running_s3: S3Server, registry: Path) -> str:
     experiment = mlflow.MlflowClient().create_experiment("remote", artifact_location="s3://lake/mlflow")
     signature = ModelSignature(Schema([tensor("float32", 4, name="x")]), SCORE)
-    with mlflow.start_run(experiment_id=experiment):
+    with set_environment(running_s3.environment), mlflow.start_run(experiment_id=experiment):
         logged = mlflow.pytorch.log_model(
             network(),
             name="model",
@@ -256,6 +256,12 @@ def remote(s3: S3Server, registry: Path) -> str:
             registered_model_name="remote",
         )
     return f"models:/remote/{logged.registered_model_version}"
+
+
+@pytest.fixture
+def remote(stored: str, s3: S3Server) -> str:
+    """A network whose files are on S3."""
+    return stored
 
 
 def test_files_on_s3_are_downloaded_once_and_used_again(

@@ -6,7 +6,6 @@ import asyncio
 import platform
 import shutil
 import threading
-import time
 from collections.abc import Generator
 from contextlib import suppress
 from pathlib import Path
@@ -112,14 +111,11 @@ def test_one_request_raises_what_it_fails_on(runtime: Runtime) -> None:
 def test_a_dependency_that_fails_is_reported_at_once_and_not_as_a_bad_row(registry: Path, tmp_path: Path) -> None:
     line = "if (model_input['a'] == 13).any(): raise ConnectionRefusedError('nobody listens')"
     with open_release(folder_of(register_script("cut-off", line), tmp_path / "release")) as runtime:
-        start = time.monotonic()
         answers = runtime.predict_requests([a(1), a(13)])
-        took = time.monotonic() - start
         with pytest.raises(DependencyFault, match=r"got ConnectionRefusedError: nobody listens \(tries: 1\)"):
             runtime.predict(a(13))
 
         assert [DependencyFault] * 2 == [type(answer) for answer in answers]
-        assert took < 5
         assert [2] == runtime.predict(a(1))["prediction"].tolist()
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import errno
 import socket
 import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlflow
 import pytest
 
-from infra.local.process import free_ports
 from serving.errors import BadInput, DestinationUnusable, OvernightError, ServerUnreachable, StorageDenied
 from tasks.common import server_checks
 from tasks.common.server_checks import ServerCheck, ask_http, check_servers, list_checks
 from tasks.storage import LocalStorage
+from tests.eventually import eventually
 
 if TYPE_CHECKING:
     from infra.local.s3 import S3Server
@@ -29,32 +29,46 @@ def refuse(error: Exception) -> ServerCheck:
     return ServerCheck(server=f"The server of {type(error).__name__}", advice="Start it.", ask=ask)
 
 
-def wait(seconds: float) -> ServerCheck:
-    return ServerCheck(server="The slow one", advice="Wake it.", ask=lambda: time.sleep(seconds))
+def wait(over: Callable[[], object]) -> ServerCheck:
+    def ask() -> None:
+        over()
+
+    return ServerCheck(server="The slow one", advice="Wake it.", ask=ask)
 
 
 def test_all_are_asked_at_once() -> None:
-    start = time.monotonic()
-    check_servers([wait(0.3) for _ in range(8)])
+    # None of them answers before all are asked.
+    met = threading.Barrier(8, timeout=60)
+    check_servers([wait(met.wait) for _ in range(8)], seconds_max=60)
 
-    assert time.monotonic() - start < 0.6
+    assert (0, False) == (met.n_waiting, met.broken)
 
 
 def test_one_that_fails_is_raised_as_it_is() -> None:
     with pytest.raises(BadInput, match=r"^no$"):
-        check_servers([wait(0), refuse(BadInput("no"))])
+        check_servers([wait(bool), refuse(BadInput("no"))])
     with pytest.raises(ServerUnreachable, match=r"^The server of OSError must answer, got: away\. Start it\.$"):
         check_servers([refuse(OSError("away."))])
 
 
 def test_several_that_fail_are_named_together_and_one_that_waits_too() -> None:
+    over, times = threading.Event(), iter([0.0])
+
+    def read_clock() -> float:
+        """Say that the time is up once all but the slow one have answered."""
+        if (now := next(times, None)) is not None:
+            return now
+        eventually(lambda: [each.name for each in threading.enumerate()].count("check-server") == 1)
+        return 9.0
+
     with pytest.raises(ServerUnreachable) as refused:
-        check_servers([refuse(OSError("away")), wait(5), refuse(BadInput("no"))], seconds_max=0.2)
+        check_servers([refuse(OSError("away")), wait(over.wait), refuse(BadInput("no"))], clock=read_clock)
+    over.set()
 
     assert [
         "Every server that the call needs must answer, got 3 that do not:",
         "  - The server of OSError must answer, got: away. Start it.",
-        "  - The slow one must answer, got: no answer within 0.2 s. Wake it.",
+        "  - The slow one must answer, got: no answer within 9 s. Wake it.",
         "  - no",
     ] == str(refused.value).split("\n")
 
@@ -113,9 +127,9 @@ def test_a_registry_that_is_named_twice_is_asked_once(registry: Path) -> None:
         "mysql://me:pa55word@127.0.0.1:{port}/m",
     ],
 )
-def test_a_registry_that_does_not_run_is_named_without_its_password(uri: str, registry: Path) -> None:
+def test_a_registry_that_does_not_run_is_named_without_its_password(uri: str, registry: Path, held_port: int) -> None:
     before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(uri.format(port=free_ports(1)[0]))
+    mlflow.set_tracking_uri(uri.format(port=held_port))
     try:
         with pytest.raises(ServerUnreachable, match="set MLFLOW_TRACKING_URI") as refused:
             check_servers(list_checks({}, uses_registry=True))

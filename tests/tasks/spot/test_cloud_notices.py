@@ -10,7 +10,6 @@ from datetime import UTC, datetime, timedelta
 import httpx
 import pytest
 
-from infra.local.process import free_ports
 from tasks.spot.cloud_notices import (
     CLOUDS,
     METADATA_URL,
@@ -58,10 +57,8 @@ def test_a_server_of_another_kind_is_none(imds: Imds) -> None:
     assert found(imds.url) is None
 
 
-def test_a_port_where_nothing_listens_is_no_service_and_no_error() -> None:
-    (port,) = free_ports(1)
-
-    assert found(f"http://127.0.0.1:{port}") is None
+def test_a_port_where_nothing_listens_is_no_service_and_no_error(held_port: int) -> None:
+    assert found(f"http://127.0.0.1:{held_port}") is None
 
 
 def test_a_service_that_takes_connections_and_never_answers_is_given_up() -> None:
@@ -71,10 +68,9 @@ def test_a_service_that_takes_connections_and_never_answers_is_given_up() -> Non
         assert found(url) is None
 
 
-def test_no_proxy_is_asked_in_its_place(imds: Imds, monkeypatch: pytest.MonkeyPatch) -> None:
-    (port,) = free_ports(1)
+def test_no_proxy_is_asked_in_its_place(imds: Imds, monkeypatch: pytest.MonkeyPatch, held_port: int) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
-        monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
+        monkeypatch.setenv(name, f"http://127.0.0.1:{held_port}")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Generator
 
 import pytest
 
-from infra.local.process import free_ports
 from tasks.spot.cloud_notices import CLOUDS, METADATA_URL, Aws, detect_source, open_metadata
 from tasks.spot.drain import Drain, Notice
 from tasks.spot.notice_poller import NoticeLevel, NoticePoller, poll_notices, requires_drain
@@ -155,11 +154,10 @@ def test_the_thread_polls_until_the_block_ends(imds: Imds, logged: list[str], mo
 
 @pytest.mark.parametrize("kind", ["closed", "silent", "off", "none"])
 def test_a_machine_without_a_service_costs_a_thread_for_a_moment_and_logs_nothing(
-    kind: str, logged: list[str], monkeypatch: pytest.MonkeyPatch
+    kind: str, logged: list[str], monkeypatch: pytest.MonkeyPatch, held_port: int
 ) -> None:
-    (port,) = free_ports(1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        address = silent.getsockname()[1] if kind == "silent" else port
+        address = silent.getsockname()[1] if kind == "silent" else held_port
         monkeypatch.setenv(METADATA_URL, "off" if kind == "off" else f"http://127.0.0.1:{address}")
         drain = Drain()
         with poll_notices(drain, "none" if kind == "none" else "interruption", logged.append):

@@ -10,29 +10,40 @@ import pytest
 
 from tests.azurite import AzuriteServer, azurite_server
 from tests.gcs_server import GcsServer, gcs_server
+from tests.servers import set_environment
 
 
 @pytest.fixture(scope="session")
-def gcs() -> Generator[GcsServer]:
-    """A server that speaks Google Cloud Storage's XML API, and the environment that points at it."""
-    with gcs_server() as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
+def running_gcs() -> Generator[GcsServer]:
+    """A server that speaks Google Cloud Storage's XML API."""
+    with gcs_server() as server:
         yield server
 
 
+@pytest.fixture
+def gcs(running_gcs: GcsServer) -> Generator[GcsServer]:
+    """That server, and for this test the environment that points at it."""
+    with set_environment(running_gcs.environment):
+        yield running_gcs
+
+
 @pytest.fixture(scope="session")
-def azure(tmp_path_factory: pytest.TempPathFactory) -> Generator[AzuriteServer]:
-    """A real Azurite with a container named lake, and the environment that points at it; skipped without Azurite."""
+def running_azure(tmp_path_factory: pytest.TempPathFactory) -> Generator[AzuriteServer]:
+    """A real Azurite with a container named lake; skipped without Azurite."""
     try:
         started = azurite_server(tmp_path_factory.mktemp("azurite"))
     except FileNotFoundError as error:
         pytest.skip(str(error))
-    with started as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
+    with started as server:
         server.create_container("lake")
         yield server
+
+
+@pytest.fixture
+def azure(running_azure: AzuriteServer) -> Generator[AzuriteServer]:
+    """That server, and for this test the environment that points at it."""
+    with set_environment(running_azure.environment):
+        yield running_azure
 
 
 @pytest.fixture(params=["local", "s3", "gcs", "azure"])

@@ -14,10 +14,11 @@ import torch
 
 from serving.model.contract import Column, Contract, Input, Output
 from serving.model.torch_model import TorchModel
-from tasks.stream.connections import Connections
+from tasks.stream.connections import Connections, Source
 from tasks.stream.decode import Decoder
 from tasks.stream.message import Message, Position
 from tasks.stream.score import MicroScorer, ScoredBatch, write_arrow
+from tests.eventually import eventually
 
 CONTRACT = Contract(
     inputs=(
@@ -95,6 +96,14 @@ def scores(values: npt.NDArray[Any] | Sequence[float]) -> list[float]:
 
 
 Wait = Callable[[Callable[[], bool], str], None]
+
+
+def take(source: Source, count: int) -> list[Message]:
+    """Fetch so many messages."""
+    found: list[Message] = []
+    return eventually(
+        lambda: found.extend(source.fetch(count - len(found), 1, 0.2)) or found, lambda seen: len(seen) == count
+    )
 
 
 def emit_messages(connections: Connections, count: int, seconds: float = 60.0) -> list[Message]:

@@ -7,7 +7,6 @@ import threading
 import pytest
 from confluent_kafka import KafkaError, Producer
 
-from infra.local.process import free_ports
 from serving.errors import BrokerDenied, BrokerFault
 from tasks.stream.connections import StreamAbandoned
 from tasks.stream.kafka.client import KafkaErrorHandler, build_settings, find_topic
@@ -17,10 +16,9 @@ def errors(warnings: list[str], servers: str = "127.0.0.1:9092") -> KafkaErrorHa
     return KafkaErrorHandler(servers, warnings.append, threading.Event())
 
 
-def test_brokers_that_are_absent_are_waited_for_and_it_is_said_once() -> None:
+def test_brokers_that_are_absent_are_waited_for_and_it_is_said_once(held_port: int) -> None:
     warnings: list[str] = []
-    (port,) = free_ports(1)
-    waiting = errors(warnings, f"127.0.0.1:{port}")
+    waiting = errors(warnings, f"127.0.0.1:{held_port}")
     client = Producer(build_settings(waiting.servers, waiting))
     # The wait ends here for good once it has been told of.
     waiting.warn = lambda words: (warnings.append(words), waiting.give_up.set())[0]
@@ -28,7 +26,7 @@ def test_brokers_that_are_absent_are_waited_for_and_it_is_said_once() -> None:
     with pytest.raises(StreamAbandoned):
         find_topic(client, "any", waiting, answer_seconds=0.5)
     assert warnings
-    assert all(words.startswith(f"Kafka at 127.0.0.1:{port} must answer, got: ") for words in warnings)
+    assert all(words.startswith(f"Kafka at 127.0.0.1:{held_port} must answer, got: ") for words in warnings)
     assert all(words.endswith("Waiting for it.") for words in warnings)
 
 

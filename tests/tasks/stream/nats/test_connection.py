@@ -9,29 +9,27 @@ from pathlib import Path
 import pytest
 
 from infra.local.nats import nats_server
-from infra.local.process import free_ports
 from tasks.stream.connections import StreamAbandoned
 from tasks.stream.nats.connection import NatsConnection
 from tests.eventually import eventually
 from tests.flows.streams import kill_server
 
 
-def test_there_is_a_warning_when_a_server_is_absent_is_gone_and_is_back(tmp_path: Path) -> None:
-    (port,) = free_ports(1)
+def test_there_is_a_warning_when_a_server_is_absent_is_gone_and_is_back(tmp_path: Path, held_port: int) -> None:
     warnings: list[str] = []
     connections: list[NatsConnection] = []
-    url = f"nats://127.0.0.1:{port}"
+    url = f"nats://127.0.0.1:{held_port}"
     opening = threading.Thread(
         target=lambda: connections.append(NatsConnection(url, warnings.append, threading.Event(), connect_seconds=0.5))
     )
     opening.start()
     eventually(lambda: warnings)
-    with nats_server(tmp_path, port=port) as server:
+    with nats_server(tmp_path, port=held_port) as server:
         opening.join(20)
         (connection,) = connections
         kill_server(server)
         eventually(lambda: warnings, lambda seen: len(seen) > 1)
-    with nats_server(tmp_path, port=port):
+    with nats_server(tmp_path, port=held_port):
         eventually(lambda: warnings, lambda seen: len(seen) > 2)
         connection.close()
 
@@ -40,10 +38,9 @@ def test_there_is_a_warning_when_a_server_is_absent_is_gone_and_is_back(tmp_path
     assert f"{url} is back: going on." == warnings[-1]
 
 
-def test_the_wait_for_a_server_may_be_given_up() -> None:
-    (port,) = free_ports(1)
+def test_the_wait_for_a_server_may_be_given_up(held_port: int) -> None:
     give_up = threading.Event()
     warn: Callable[[str], None] = lambda _: give_up.set()
 
     with pytest.raises(StreamAbandoned):
-        NatsConnection(f"nats://127.0.0.1:{port}", warn, give_up, connect_seconds=0.5)
+        NatsConnection(f"nats://127.0.0.1:{held_port}", warn, give_up, connect_seconds=0.5)

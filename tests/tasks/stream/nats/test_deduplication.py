@@ -10,23 +10,24 @@ from pathlib import Path
 import pytest
 
 from infra.local.nats import NatsClient, nats_server
-from tasks.stream.message import Message
 from tasks.stream.nats.connection import NatsConnection
 from tasks.stream.nats.deduplication import EmittedIds
 from tasks.stream.nats.sink import OutgoingMessage, Publisher
 from tasks.stream.nats.source import NatsSource
 from tasks.stream.options import FromNats
-from tests.eventually import eventually
 from tests.flows.streams import kill_server
+from tests.tasks.stream.messages import take
 
 pytestmark = pytest.mark.servers
 
 
 @pytest.mark.parametrize("remembered", [3, 1])
-def test_a_server_that_was_gone_for_longer_than_its_window_gets_no_score_twice(tmp_path: Path, remembered: int) -> None:
+def test_a_server_that_was_gone_for_longer_than_its_window_gets_no_score_twice(
+    tmp_path: Path, remembered: int, held_port: int
+) -> None:
     """A server that is killed may remember fewer deliveries than there were: those whose scores it has already."""
     source = FromNats(stream="ROWS")
-    server = nats_server(tmp_path)
+    server = nats_server(tmp_path, port=held_port)
     connection = NatsConnection(server.url, lambda _: None, threading.Event())
     sink_connection = NatsConnection(server.url, lambda _: None, threading.Event())
     with NatsClient(server.url) as client:
@@ -34,10 +35,7 @@ def test_a_server_that_was_gone_for_longer_than_its_window_gets_no_score_twice(t
         client.make("SCORES", "scores", duplicate_window=1.0)
         client.publish("rows", [b"1", b"2", b"3"])
     reader = NatsSource(connection, source, in_flight=remembered, bytes_max=1 << 20, start=None)
-    messages: list[object] = []
-    eventually(
-        lambda: messages.extend(reader.fetch(remembered, 1, 0.1)) or messages, lambda seen: len(seen) == remembered
-    )
+    take(reader, remembered)
     emitted_ids = EmittedIds(
         connection=connection,
         source=source,
@@ -74,8 +72,7 @@ def test_an_emitted_score_is_found_long_after_the_window_and_repeatedly(tmp_path
             client.make("SCORES", "scores", duplicate_window=1.0)
             client.publish("rows", [b"1", b"2", b"3", b"4"])
             reader = NatsSource(connection, source, in_flight=10, bytes_max=1 << 20, start=None)
-            messages: list[Message] = []
-            eventually(lambda: messages.extend(reader.fetch(4, 1, 0.1)) or messages, lambda seen: len(seen) == 4)
+            messages = take(reader, 4)
             emitted_ids = EmittedIds(
                 connection=connection,
                 source=source,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,8 @@ from tasks.stream.nats.connection import NatsConnection
 from tasks.stream.nats.consumer import subjects_overlap
 from tasks.stream.nats.source import AckTracker, NatsSource
 from tasks.stream.options import FromNats
-from tests.tasks.stream.messages import message
+from tests.eventually import eventually
+from tests.tasks.stream.messages import message, take
 
 
 def test_a_tracked_message_is_extended_at_half_of_the_ack_wait_until_it_is_done() -> None:
@@ -70,6 +71,7 @@ def reading(
     bytes_max: int = 4 << 20,
     limit: int | None = None,
     lag_seconds: float = 2.0,
+    clock: Callable[[], float] = time.monotonic,
     **address: Any,
 ) -> Generator[NatsSource]:
     warnings: list[str] = []
@@ -83,20 +85,12 @@ def reading(
             start=start,
             limit=limit,
             lag_seconds=lag_seconds,
+            clock=clock,
         )
         yield source
         source.close()
     finally:
         connection.close()
-
-
-def take(source: NatsSource, count: int) -> list[Message]:
-    """Fetch so many messages, for at most ten seconds."""
-    found: list[Message] = []
-    until = time.monotonic() + 10
-    while len(found) < count and time.monotonic() < until:
-        found += source.fetch(count - len(found), 1, 0.5)
-    return found
 
 
 def numbers(messages: list[Message]) -> list[int]:
@@ -128,17 +122,21 @@ def test_suspects_are_delivered_few_at_a_time_and_the_next_ones_once_those_are_d
     nats_client.publish(fresh, [b"%d" % at for at in range(100)])
     for _ in range(3):
         with reading(nats, fresh, in_flight=200, ack_wait_seconds=1.0) as source:
-            assert 100 == len(take(source, 100))
-        time.sleep(1.2)
+            take(source, 100)
     with reading(nats, fresh, in_flight=200, ack_wait_seconds=1.0) as source:
-        steps = []
-        while found := source.fetch(100, 1, 1.0):
+        steps: list[list[int]] = []
+        while sum(map(len, steps)) < 100:
+            found = take(source, 1)
+            # Whatever else comes before these are done.
             time.sleep(0.3)
             found += source.fetch(100, 0, 0.0)
             steps.append([message.deliveries for message in found])
             source.acknowledge(found, [])
 
-    assert [[4], [4] * 64, [4] * 35] == steps
+    # How many of the others are due again at once is up to the server.
+    assert [4] == steps[0]
+    assert {4} == {each for step in steps for each in step}
+    assert max(map(len, steps)) <= 64
 
 
 def test_messages_in_flight_are_bounded_and_unfetched_ones_are_redelivered_at_once(
@@ -148,8 +146,10 @@ def test_messages_in_flight_are_bounded_and_unfetched_ones_are_redelivered_at_on
     nats_client.publish(fresh, [b"%d" % at for at in range(300)])
     with reading(nats, fresh, in_flight=50) as source:
         first = take(source, 20)
-        time.sleep(0.5)
-        state = nats_client.call(nats_client.js.consumer_info(fresh, "overnight"))
+        eventually(
+            lambda: nats_client.call(nats_client.js.consumer_info(fresh, "overnight")).num_ack_pending,
+            lambda pending: pending == 50,
+        )
         source.acknowledge(first[:10], first[10:])
         lag = source.lag()
     with reading(nats, fresh, in_flight=50) as source:
@@ -157,7 +157,6 @@ def test_messages_in_flight_are_bounded_and_unfetched_ones_are_redelivered_at_on
         second = take(source, 50)
 
     assert list(range(1, 21)) == numbers(first)
-    assert 50 == state.num_ack_pending
     assert lag is not None
     assert 200 <= lag <= 280
     assert set(range(21, 51)) <= set(numbers(second))
@@ -168,9 +167,10 @@ def test_what_is_scored_for_longer_than_the_wait_for_its_acknowledgement_does_no
 ) -> None:
     nats_client.make(fresh, fresh)
     nats_client.publish(fresh, [b"%d" % at for at in range(30)])
-    with reading(nats, fresh, ack_wait_seconds=1.0) as source:
+    # Its clock is so fast that it finds the time due whenever it looks, which a busy machine may keep it from.
+    with reading(nats, fresh, ack_wait_seconds=3.0, clock=lambda: 100 * time.monotonic()) as source:
         first = take(source, 20)
-        time.sleep(2.5)
+        time.sleep(4)
         rest = take(source, 10)
         state = nats_client.call(nats_client.js.consumer_info(fresh, "overnight"))
         source.acknowledge([*first, *rest], [])
@@ -203,12 +203,7 @@ def test_the_lag_grows_while_nothing_is_taken(nats: NatsServer, nats_client: Nat
     with reading(nats, fresh, in_flight=40, lag_seconds=0.1) as source:
         take(source, 1)
         nats_client.publish(fresh, [b"1"] * 500)
-        until = time.monotonic() + 10
-        while source.lag() != 599 and time.monotonic() < until:
-            time.sleep(0.05)
-        lag = source.lag()
-
-    assert 599 == lag
+        eventually(source.lag, lambda lag: lag == 599)
 
 
 def test_bytes_are_bounded_too(nats: NatsServer, nats_client: NatsClient, fresh: str) -> None:

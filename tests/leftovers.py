@@ -1,0 +1,80 @@
+"""Threads and processes that outlive the test that started them."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+import traceback
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.eventually import eventually
+
+# What is started once in a process and kept: helpers of multiprocessing, Prefect's threads, and the first of the
+# processes that models run in.
+_KEPT = (
+    "resource_tracker",
+    "forkserver",
+    "serving.model.process_program",
+    "AnyIO worker thread",
+    "model-process-starter",
+)
+_ROOT = Path(__file__).parents[1]
+
+_kept: set[int] = set()
+
+
+def _runs_our_code(thread: threading.Thread) -> bool:
+    """Return whether a thread is within a function of this project, not of a package that it uses."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    names = (
+        [each.f_code.co_filename.removeprefix(f"{_ROOT}/") for each, _ in traceback.walk_stack(frame)] if frame else []
+    )
+    return any(not name.startswith(("/", ".", "<")) for name in names)
+
+
+def list_running() -> dict[int, str]:
+    """Return the processes that this one has started, and its threads that hold it up or run this project's code.
+
+    Those that are kept are left out.
+    """
+    found = {
+        id(each): f"thread {each.name}" for each in threading.enumerate() if not each.daemon or _runs_our_code(each)
+    }
+    # Only Linux names children without a look at each process of the machine.
+    for path in Path("/proc/self/task").glob("*/children"):
+        # A thread or a child may end at any moment; one that was not waited for has no command line.
+        with suppress(OSError):
+            for pid in path.read_text().split():
+                if command := Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode():
+                    found[int(pid)] = f"process {pid}: {command[:300]}"
+    return {key: words for key, words in found.items() if key not in _kept and not any(each in words for each in _KEPT)}
+
+
+@contextmanager
+def keep_running() -> Generator[None]:
+    """Let what the block starts outlive a test: a fixture of a module or of the session ends it."""
+    before = list_running()
+    yield
+    _kept.update(list_running().keys() - before)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> Generator[None, object, object]:
+    """Keep what fixtures of a module or of the session start, also where a test is the first that asks for them."""
+    with nullcontext() if fixturedef.scope == "function" else keep_running():
+        return (yield)
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing_behind() -> Generator[None]:
+    """Fail a test after which a thread or a process runs that did not before."""
+    before = list_running()
+    yield
+    if any(key not in before for key in list_running()):
+        gc.collect()
+        eventually(list_running, lambda running: running.keys() <= before.keys())
