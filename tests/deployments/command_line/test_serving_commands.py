@@ -20,6 +20,7 @@ name: churn
 model: {model}
 consumer: {{kind: requests, latency_ms: 50}}
 arrivals: {{kind: rate, per_second: 5}}
+horizon_days: 1
 machines: [{{kind: here, speed: 1, prices: {{on_demand: 0.1, spot: 0.04}}}}]
 """
 
