@@ -206,7 +206,8 @@ def execute_flow_run(flow_run: UUID, receiver: OtlpReceiver) -> None:
 
 @pytest.mark.machines
 def test_a_receiver_that_is_not_there_never_ends_a_run(doubling: str, customers: Path, tmp_path: Path) -> None:
-    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{free_ports(1)[0]}"}
+    nowhere = f"http://127.0.0.1:{free_ports(1)[0]}"
+    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": nowhere, "OTEL_EXPORTER_OTLP_TIMEOUT": "1"}
     done = run_child("never", 1, doubling, customers, tmp_path / "scores", environment)
 
     assert done.returncode == 0, done.stderr
