@@ -99,11 +99,14 @@ test-machines: $(STAMP)
 MACHINES := -m machines --timeout 1200 --durations=10 --
 IMAGE := tests/infra/test_docker.py
 NIGHTS := tests/deployments/test_nightly.py
+# The files that have such tests: to import all others takes a group half a minute.
+MARKED = $(sort $(shell grep -rl --include='test_*.py' mark.machines tests))
+ON_SERVERS := $(addprefix tests/flows/test_,calibration_run.py endpoint_rollout.py on_ray.py)
 
-# BentoML, KServe, MLServer and Ray Serve, the former three in environments of their own, which the first run makes; and
-# what no other group has, such as defects that the simulation is to find.
+# BentoML, KServe, MLServer and Ray Serve, the former three in environments of their own, which the first run makes;
+# flows on Ray and of endpoints, and what no other group has, such as defects that the simulation is to find.
 test-targets: $(STAMP)
-	$(TESTS) targets $(MACHINES) tests $(foreach path,tests/deployments tests/flows $(IMAGE),--ignore=$(path))
+	$(TESTS) targets $(MACHINES) $(filter-out tests/deployments/% tests/flows/% $(IMAGE),$(MARKED)) $(ON_SERVERS)
 
 # The image of a worker, built from an empty Debian and put to work: some ten minutes for itself, and no part of the above.
 test-image: $(STAMP)
@@ -111,12 +114,12 @@ test-image: $(STAMP)
 
 # Every point of a drain and of a kill, workers and scorers of streams that are killed, environments of models, traces.
 test-workers: $(STAMP)
-	$(TESTS) workers $(MACHINES) tests/flows
+	$(TESTS) workers $(MACHINES) $(filter-out $(ON_SERVERS),$(filter tests/flows/%,$(MARKED)))
 
 # Workers and schedules of Prefect, nights that start their machines, the command line, recipes, a workload that changes
 # its mode.
 test-deployments: $(STAMP)
-	$(TESTS) deployments $(MACHINES) tests/deployments $(foreach path,$(NIGHTS),--ignore=$(path))
+	$(TESTS) deployments $(MACHINES) $(filter-out $(NIGHTS),$(filter tests/deployments/%,$(MARKED)))
 
 # A night whose spot machine is taken, and one whose own worker ends.
 test-nights: $(STAMP)

@@ -30,6 +30,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # No test asks the machine's own metadata service for notices; those about them name one on loopback.
 os.environ["OVERNIGHT_METADATA_URL"] = "off"
 
+# Threads of OpenMP, which torch and trees compute with, spin while they wait for one another. Where several processes
+# of tests share the processors, that takes more of them than the work itself.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 # A shell that starts the tests in the background has them ignore Ctrl-C, and what they start too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

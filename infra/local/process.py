@@ -30,7 +30,10 @@ _GUARD = Path(__file__).with_name("guard.py")
 _GUARD_MARGIN_S = 5.0
 _READY_POLL_S = 0.05
 _LOG_LINES_SHOWN = 20
-_INHERITED = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "PYTHONPATH")
+_INHERITED = (
+    *("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "PYTHONPATH"),
+    "OMP_WAIT_POLICY",
+)
 _REQUEST_TIMEOUT_S = 10.0
 _ATTEMPTS_MAX = 4
 _TAKEN = ("already in use", "is not available on 127.0.0.1")

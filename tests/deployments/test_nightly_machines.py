@@ -28,7 +28,7 @@ pytestmark = pytest.mark.machines
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = BatchOptions(
-    key_columns=("customer",), batch_size=10, rows_per_chunk=50, slots=2, max_reject_fraction=1, experiment=None
+    key_columns=("customer",), batch_size=50, rows_per_chunk=50, slots=2, max_reject_fraction=1, experiment=None
 )
 BUYING = PurchaseOptions(spot_price=1, on_demand_price=3, changeover_seconds=20, interval_seconds=1, start_seconds=60)
 

@@ -208,7 +208,7 @@ def execute_flow_run(flow_run: UUID, receiver: OtlpReceiver) -> None:
 def test_a_receiver_that_is_not_there_never_ends_a_run(
     doubling: str, customers: Path, tmp_path: Path, held_port: int
 ) -> None:
-    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{held_port}"}
+    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{held_port}", "OTEL_EXPORTER_OTLP_TIMEOUT": "1"}
     done = run_child("never", 1, doubling, customers, tmp_path / "scores", environment)
 
     assert done.returncode == 0, done.stderr

@@ -13,12 +13,14 @@ from infra.local.gateway import gateway_server
 from infra.local.prefect_server import PrefectServer
 from infra.local.triton import triton_server
 from serving.gateway.client import GatewayClient
+from tests.support import register_script
 
 WORKLOAD = """
 name: churn
 model: {model}
 consumer: {{kind: requests, latency_ms: 50}}
 arrivals: {{kind: rate, per_second: 5}}
+horizon_days: 1
 machines: [{{kind: here, speed: 1, prices: {{on_demand: 0.1, spot: 0.04}}}}]
 """
 
@@ -72,10 +74,12 @@ def test_an_endpoint_is_put_online_asked_and_retired(
 
 @pytest.mark.machines
 def test_a_workload_is_decided_on(
-    server: PrefectServer, doubling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: PrefectServer, registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # It is measured for three seconds of scoring, which are few rows of a slow model.
+    slow = register_script("slow-rows", "time.sleep(len(model_input) / 100_000)")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "workload.yaml").write_text(WORKLOAD.format(model=doubling))
+    (tmp_path / "workload.yaml").write_text(WORKLOAD.format(model=slow))
     words = CliRunner().invoke(app, ["choose", "workload.yaml", "--plot", "plot.png"])
     figures = CliRunner().invoke(app, ["choose", "@workload.yaml", "--json"])
 
