@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from prefect import Flow
 from prefect.exceptions import ParameterTypeError, SignatureMismatchError
+from prefect.logging.configuration import ensure_logging_setup
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.states import Completed, Failed
 from prefect.types.entrypoint import EntrypointType
@@ -139,6 +140,7 @@ class _AdHocFlow(Flow[P, R]):
 
         def _call_as_function(self, parameters: dict[str, Any], *, return_state: bool) -> Any:
             """Call the flow without a Prefect server, which SIGTERM ends as it ends a flow run."""
+            ensure_logging_setup()
             try:
                 with name_call(self.name) as is_outermost, capture_sigterm():
                     if is_outermost:

@@ -452,7 +452,7 @@ class TestHowACallMayBeWritten:
         for name in ("a.csv", "b.parquet", ".hidden"):
             (tmp_path / "scores" / name).touch()
         # Prefect sets the levels once a process, by what the first flow of any test asked for.
-        caplog.set_level("WARNING", logger="prefect.flow_runs")
+        caplog.set_level("WARNING", logger="prefect.overnight")
         with temporary_settings({PREFECT_LOGGING_LEVEL: "WARNING"}):
             infer(linear, customers, tmp_path / "scores")
             infer(linear, customers, tmp_path / "scores")
@@ -576,6 +576,7 @@ def test_a_page_that_can_not_be_written_does_not_end_a_run_that_is_published(
     linear: str, customers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     put_new = LocalStorage.put_new
+    caplog.set_level("WARNING", logger="prefect.overnight")
 
     def put_all_but_the_page(self: LocalStorage, path: str, data: Any) -> bool:
         if path.endswith("report.html"):

@@ -291,6 +291,7 @@ class TestOpenLineage:
     ) -> None:
         monkeypatch.setattr("tasks.batch.open_lineage._SECONDS_MAX", 0.5 if hangs else 60)
         collector.status, collector.hangs = 500, hangs
+        caplog.set_level("WARNING", logger="prefect.overnight")
         report = infer(linear, customers, tmp_path / "scores", QUIET)
 
         assert "scored" == report.status

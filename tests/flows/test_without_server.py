@@ -160,6 +160,7 @@ def test_a_call_may_return_its_state_as_within_prefect(linear: str, customers: P
 def test_the_flow_runs_of_a_backfill_say_once_that_there_is_no_server(
     linear: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", logger="prefect.overnight")
     for day in (1, 2):
         write_customers(tmp_path / f"in/date=2026-11-0{day}", rows=100, files=1, rows_per_group=100)
     report = backfill_inference(
