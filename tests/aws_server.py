@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import http.client
 import logging
-import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qs
 
 import boto3
 import pytest
+
+from tests.servers import serve_http
 
 REGION = "eu-central-1"
 _KEYS = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing"}
@@ -115,17 +116,10 @@ def aws_server() -> Generator[AwsServer]:
 
         do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = forward
 
-        def log_message(self, *_: object) -> None:
-            """Say nothing."""
-
     try:
-        with ThreadingHTTPServer(("127.0.0.1", 0), Front) as front:
-            server.url = f"http://127.0.0.1:{front.server_address[1]}"
-            thread = threading.Thread(target=front.serve_forever)
-            thread.start()
+        with serve_http(Front) as port:
+            server.url = f"http://127.0.0.1:{port}"
             yield server
-            front.shutdown()
-            thread.join()
     finally:
         behind.stop()
         images.undo()

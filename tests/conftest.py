@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import uuid
@@ -175,12 +176,20 @@ def nats_client(nats: NatsServer) -> Generator[NatsClient]:
         yield client
 
 
-@pytest.fixture
-def caplog(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """What is logged. Prefect sets up its logging before: whoever does so takes away the handlers that are there."""
-    from prefect.logging.configuration import setup_logging
+@pytest.fixture(scope="session")
+def prefect_logging() -> None:
+    """Prefect's logging is set up, before a test listens: whoever does so takes away the handlers that are there."""
+    from prefect.logging import configuration
 
-    setup_logging()
+    if not configuration.PROCESS_LOGGING_CONFIG:
+        configuration.setup_logging()
+    # As Python has it; MLflow's import may have raised it.
+    logging.getLogger().setLevel(logging.WARNING)
+
+
+@pytest.fixture
+def caplog(prefect_logging: None, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """What is logged."""
     return caplog
 
 

@@ -12,9 +12,11 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+from tests.servers import serve_http
 
 _PAGE = 1000
 
@@ -41,16 +43,9 @@ class GcsServer:
 def gcs_server() -> Generator[GcsServer]:
     """Start the server on a free port, with an empty bucket named lake."""
     served = GcsServer(endpoint="")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(served))
-    served.endpoint = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    try:
+    with serve_http(_handler(served)) as port:
+        served.endpoint = f"http://127.0.0.1:{port}"
         yield served
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def _etag(data: bytes) -> str:
@@ -61,9 +56,6 @@ def _handler(served: GcsServer) -> type[BaseHTTPRequestHandler]:  # noqa: C901 -
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True
-
-        def log_message(self, *_: object) -> None:
-            pass
 
         def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
             self.send_response(status)

@@ -42,8 +42,11 @@ def list_running() -> dict[int, str]:
 
     Those that are kept are left out.
     """
+    # Packages such as pyiceberg keep pools of threads for the process, and leave their threads the default name.
     found = {
-        id(each): f"thread {each.name}" for each in threading.enumerate() if not each.daemon or _runs_our_code(each)
+        id(each): f"thread {each.name}"
+        for each in threading.enumerate()
+        if not (each.daemon or each.name.startswith("ThreadPoolExecutor-")) or _runs_our_code(each)
     }
     # Only Linux names children without a look at each process of the machine.
     for path in Path("/proc/self/task").glob("*/children"):
@@ -75,6 +78,6 @@ def _leaves_nothing_behind() -> Generator[None]:
     """Fail a test after which a thread or a process runs that did not before."""
     before = list_running()
     yield
-    if any(key not in before for key in list_running()):
+    if not list_running().keys() <= before.keys():
         gc.collect()
-        eventually(list_running, lambda running: running.keys() <= before.keys())
+        eventually(lambda: [words for key, words in list_running().items() if key not in before], lambda left: not left)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 import uuid
 from collections.abc import Generator, Mapping
@@ -11,9 +10,11 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any, ClassVar
 from urllib.parse import parse_qs, urlsplit
+
+from tests.servers import serve_http
 
 _TOKEN_SECONDS_MAX = 21_600
 
@@ -152,16 +153,6 @@ def serving(service: Service) -> Generator[None]:
         def date_time_string(self, timestamp: float | None = None) -> str:
             return super().date_time_string((timestamp or time.time()) + service.clock_off)
 
-        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name is the standard library's
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    service.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    try:
+    with serve_http(Handler) as port:
+        service.url = f"http://127.0.0.1:{port}"
         yield
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

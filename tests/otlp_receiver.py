@@ -7,12 +7,14 @@ import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+
+from tests.servers import serve_http
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,16 +114,6 @@ def otlp_receiver() -> Generator[OtlpReceiver]:
             self.send_header("Content-Length", "0")
             self.end_headers()
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    received.endpoint = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with serve_http(Handler) as port:
+        received.endpoint = f"http://127.0.0.1:{port}"
         yield received
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

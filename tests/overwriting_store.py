@@ -6,15 +6,15 @@ Clients sign that header, so it can't be taken out on the way.
 from __future__ import annotations
 
 import http.client
-import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote, urlsplit
 
 import boto3
 
 from infra.local.s3 import S3Server
+from tests.servers import serve_http
 
 
 @contextmanager
@@ -33,15 +33,8 @@ def overwriting_store(server: S3Server) -> Generator[str]:
 
 @contextmanager
 def _proxy(upstream: str, delete: Callable[[str], None]) -> Generator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(upstream, delete))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serve_http(_handler(upstream, delete)) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 def _handler(upstream: str, delete: Callable[[str], None]) -> type[BaseHTTPRequestHandler]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,20 @@ def set_environment(variables: Mapping[str, str]) -> Generator[None]:
         for name, value in variables.items():
             patch.setenv(name, value)
         yield
+
+
+@contextmanager
+def serve_http(handler: type[BaseHTTPRequestHandler]) -> Generator[int]:
+    """Have a handler answer on a free port of loopback, which is yielded, while the block runs; it logs nothing."""
+    handler.log_message = lambda *_: None  # type: ignore[method-assign]
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def hold_port() -> socket.socket:

@@ -13,7 +13,9 @@ from tests.support import write_customers
 
 
 @pytest.fixture(scope="session")
-def prefect(tmp_path_factory: pytest.TempPathFactory, prefect_templates: Path) -> Generator[PrefectServer]:
+def prefect(
+    prefect_logging: None, tmp_path_factory: pytest.TempPathFactory, prefect_templates: Path
+) -> Generator[PrefectServer]:
     """A real Prefect server that this process and its children talk to."""
     with use_prefect(tmp_path_factory.mktemp("prefect"), prefect_templates) as server:
         yield server

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from serving.errors import TooManyRejects
 from tasks.batch.options import BatchOptions
 from tasks.batch.report import BatchReport
 from tests.eventually import eventually
+from tests.servers import serve_http
 from tests.support import register_network, write_customers
 
 pytestmark = pytest.mark.usefixtures("serverless")
@@ -160,20 +161,12 @@ def collecting(collector: Collector) -> Iterator[Collector]:
             self.send_response(collector.status)
             self.end_headers()
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    collector.url = f"http://127.0.0.1:{server.server_port}"
-    try:
-        yield collector
-    finally:
-        collector.over.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serve_http(Handler) as port:
+        collector.url = f"http://127.0.0.1:{port}"
+        try:
+            yield collector
+        finally:
+            collector.over.set()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator
 from email.message import Message
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import boto3
@@ -28,6 +28,7 @@ from botocore.config import Config
 from botocore.exceptions import ClientError, EndpointConnectionError
 
 from serving.faults import is_dependency_fault, is_own_exit
+from tests.servers import serve_http
 
 
 class Answering(BaseHTTPRequestHandler):
@@ -38,26 +39,11 @@ class Answering(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
-
 
 @pytest.fixture(scope="module")
 def server() -> Generator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as answering:
-        thread = threading.Thread(target=answering.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{answering.server_port}"
-        answering.shutdown()
-        thread.join()
-
-
-@pytest.fixture(scope="module")
-def nobody() -> str:
-    """The address of a port at which nothing listens."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{taken.getsockname()[1]}"
+    with serve_http(Answering) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 def caught(call: Callable[[], object]) -> BaseException:
@@ -114,8 +100,8 @@ CLIENTS: list[Callable[[str], None]] = [get_requests, get_httpx, get_urllib]
 
 
 @pytest.mark.parametrize("get", CLIENTS)
-def test_a_connection_that_is_refused_is_no_error_of_a_row(get: Callable[[str], None], nobody: str) -> None:
-    assert is_dependency_fault(caught(lambda: get(f"http://{nobody}/")))
+def test_a_connection_that_is_refused_is_no_error_of_a_row(get: Callable[[str], None], held_port: int) -> None:
+    assert is_dependency_fault(caught(lambda: get(f"http://127.0.0.1:{held_port}/")))
 
 
 @pytest.mark.parametrize("get", CLIENTS)
@@ -134,18 +120,18 @@ def test_a_service_that_refuses_what_it_was_sent_tells_of_the_row(
     assert not is_dependency_fault(caught(lambda: get(f"{server}/{status}")))
 
 
-def test_the_errors_of_urllib3_botocore_and_grpc_are_known_though_they_are_no_os_errors(nobody: str) -> None:
+def test_the_errors_of_urllib3_botocore_and_grpc_are_known_though_they_are_no_os_errors(held_port: int) -> None:
     s3 = boto3.client(
         "s3",
-        endpoint_url=f"http://{nobody}",
+        endpoint_url=f"http://127.0.0.1:{held_port}",
         region_name="eu-central-1",
         aws_access_key_id="a",
         aws_secret_access_key="b",  # noqa: S106 - nobody's
         config=Config(retries={"max_attempts": 0}, connect_timeout=5),
     )
-    with grpc.insecure_channel(nobody) as channel:
+    with grpc.insecure_channel(f"127.0.0.1:{held_port}") as channel:
         refused = [
-            caught(lambda: urllib3.PoolManager(retries=False).request("GET", f"http://{nobody}/")),
+            caught(lambda: urllib3.PoolManager(retries=False).request("GET", f"http://127.0.0.1:{held_port}/")),
             caught(s3.list_buckets),
             caught(lambda: channel.unary_unary("/a/b")(b"", timeout=5)),
         ]

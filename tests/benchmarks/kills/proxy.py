@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote, urlsplit
 
 from tests.benchmarks.kills.reads import Read
+from tests.servers import serve_http
 
 _RANGE = re.compile(r"bytes=(\d+)-")
 # These are of one connection, not of what travels over it.
@@ -72,19 +73,9 @@ def counting_proxy(server: str) -> Generator[Proxy]:
 
         do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = pass_on
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listener:
-        listener.daemon_threads = True
-        proxy.url = f"http://127.0.0.1:{listener.server_address[1]}"
-        thread = threading.Thread(target=listener.serve_forever, name="proxy")
-        thread.start()
-        try:
-            yield proxy
-        finally:
-            listener.shutdown()
-            thread.join()
+    with serve_http(Handler) as port:
+        proxy.url = f"http://127.0.0.1:{port}"
+        yield proxy
 
 
 def _count(proxy: Proxy, method: str, target: str, range_: str | None, status: int, size: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
@@ -49,10 +48,8 @@ def test_credentials_that_aws_does_not_take_say_so(aws: Aws, server: AwsServer) 
         find_stack(aws, "overnight")
 
 
-def test_aws_that_does_not_answer_is_told(server: AwsServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+def test_aws_that_does_not_answer_is_told(server: AwsServer, monkeypatch: pytest.MonkeyPatch, held_port: int) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{held_port}")
 
     with pytest.raises(AwsRefused, match=r"AWS must answer, got: .*Check the network, the region, and AWS_ENDPOINT"):
         find_stack(open_aws(), "overnight")

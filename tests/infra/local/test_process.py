@@ -4,9 +4,8 @@ import os
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from infra.local.process import (
     start_on_free_ports,
 )
 from tests.eventually import eventually
+from tests.servers import serve_http
 
 SLEEPER = "import time; print('ready', flush=True); time.sleep(60)"
 PythonServer = Callable[..., ServerCommand]
@@ -219,18 +219,11 @@ class Echo(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 @pytest.fixture
 def echo_port() -> Iterator[int]:
-    with HTTPServer(("127.0.0.1", 0), Echo) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server.server_port
-        server.shutdown()
-        thread.join()
+    with serve_http(Echo) as port:
+        yield port
 
 
 def test_an_answer_carries_status_and_text(echo_port: int) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import httpx
@@ -13,6 +12,7 @@ import yaml
 
 from infra.local.process import ServerCommand, base_environment, send_request, start_on_free_ports
 from tests.eventually import eventually
+from tests.servers import serve_http
 
 _SECONDS_MAX = 60.0
 
@@ -30,18 +30,8 @@ def serve_pages(pages: Sequence[str]) -> Generator[list[str]]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield [f"127.0.0.1:{server.server_port}/{at}" for at in range(len(pages))]
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serve_http(Handler) as port:
+        yield [f"127.0.0.1:{port}/{at}" for at in range(len(pages))]
 
 
 @contextmanager

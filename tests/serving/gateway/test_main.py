@@ -99,15 +99,14 @@ def steady_load(url: str) -> Generator[list[int]]:
                     # It was with the process that was killed, or none listens for a moment.
                     time.sleep(0.05)
 
-    workers = [threading.Thread(target=ask_steadily) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    try:
-        yield statuses
-    finally:
-        over.set()
-        for worker in workers:
-            worker.join()
+    with ThreadPoolExecutor(4) as workers:
+        asking = [workers.submit(ask_steadily) for _ in range(4)]
+        try:
+            yield statuses
+        finally:
+            over.set()
+    for each in asking:
+        each.result()
 
 
 def wait_for_more(statuses: list[int], count: int = 20) -> None:
@@ -171,19 +170,17 @@ def abandoned_gateway(folder: Path, port: int, admin_key: str) -> Generator[subp
             process.kill()
 
 
-def test_the_next_gateway_adopts_the_envoy_that_a_killed_one_left(tmp_path: Path, v2: V2Server) -> None:
+def test_the_next_gateway_adopts_the_envoy_that_a_killed_one_left(tmp_path: Path, v2: V2Server, held_port: int) -> None:
     key = "the-key-of-the-administrator"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    with abandoned_gateway(tmp_path, port, key) as first, GatewayClient(url, key) as admin:
+    url = f"http://127.0.0.1:{held_port}"
+    with abandoned_gateway(tmp_path, held_port, key) as first, GatewayClient(url, key) as admin:
         admin.put("churn", route(v2.url))
         envoy = (tmp_path / "envoy.pid").read_text()
         with steady_load(f"{url}/v2/models/churn/infer") as statuses:
             wait_for_more(statuses)
             first.kill()
             wait_for_more(statuses)
-            with gateway_server(tmp_path, {"OVERNIGHT_ADMIN_KEY": key}, port=port):
+            with gateway_server(tmp_path, {"OVERNIGHT_ADMIN_KEY": key}, port=held_port):
                 assert envoy == (tmp_path / "envoy.pid").read_text()
                 admin.put("churn", route(v2.url, ("2", 1)))
                 wait_for_more(statuses)

@@ -44,15 +44,14 @@ def steady_load(endpoint: EndpointClient, threads: int = 4) -> Generator[list[tu
             text = answer.headers.get("Overnight-Version") or error(answer)[1]
             answers.append((answer.status_code, text))
 
-    workers = [threading.Thread(target=ask) for _ in range(threads)]
-    for worker in workers:
-        worker.start()
-    try:
-        yield answers
-    finally:
-        done.set()
-        for worker in workers:
-            worker.join()
+    with ThreadPoolExecutor(threads) as workers:
+        asking = [workers.submit(ask) for _ in range(threads)]
+        try:
+            yield answers
+        finally:
+            done.set()
+    for each in asking:
+        each.result()
 
 
 def wait_for_answer(answers: list[tuple[int, str]], expected: tuple[int, str]) -> None:

@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from serving.model.environment import find_environments, make_environment
 from serving.model.requirements import ModelEnvironment, read_model_environment
 from serving.model.uv import PackageSource
 from tests.model_wheels import write_wheel
+from tests.servers import serve_http
 
 pytestmark = pytest.mark.servers
 
@@ -276,16 +277,11 @@ def serve_index(wheels: Path, *, answers: bool = True) -> Generator[str]:
 
         do_HEAD = do_GET
 
-        def log_message(self, *_: object) -> None:
-            """Say nothing."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serve_http(Handler) as port:
         try:
-            yield f"127.0.0.1:{server.server_port}/simple"
+            yield f"127.0.0.1:{port}/simple"
         finally:
             ended.set()
-            server.shutdown()
 
 
 class TestIndex:

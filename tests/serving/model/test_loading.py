@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import os
-import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import lightgbm
@@ -126,14 +126,9 @@ def test_the_environment_is_put_back_whether_loading_works_or_not(
 
 
 def test_a_model_is_loaded_once_in_a_process_however_many_ask(pt2: str) -> None:
-    found: list[Any] = []
-    threads = [threading.Thread(target=lambda: found.append(load(pt2)[0]._module)) for _ in range(4)]  # type: ignore[attr-defined]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: load(pt2)[0]._module, range(4)))  # type: ignore[attr-defined]
 
-    assert 4 == len(found)
     assert all(module is found[0] for module in found)
 
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -187,21 +188,13 @@ def test_an_error_of_a_pass_that_is_not_the_models_ends_its_process(acting: str)
 
 
 def test_passes_of_many_threads_at_once_do_not_meet(acting: str) -> None:
-    found: dict[int, bool] = {}
-
-    def run(at: int, model: ProcessModel) -> None:
+    def run(at: int) -> bool:
         with model.slot():
             values = np.arange(1000, dtype=np.float32) + at
-            found[at] = all(np.array_equal(2 * values, model.predict({"a": values})["prediction"]) for _ in range(20))
+            return all(np.array_equal(2 * values, model.predict({"a": values})["prediction"]) for _ in range(20))
 
-    with loaded(acting) as (model, _):
-        threads = [threading.Thread(target=run, args=(at, model)) for at in range(4)]
-        for each in threads:
-            each.start()
-        for each in threads:
-            each.join()
-
-    assert dict.fromkeys(range(4), True) == found
+    with loaded(acting) as (model, _), ThreadPoolExecutor(4) as threads:
+        assert [True] * 4 == list(threads.map(run, range(4)))
 
 
 def test_processes_with_more_threads_give_the_same_predictions(log_pipeline: str) -> None:

@@ -211,9 +211,7 @@ def test_headers_that_arrive_too_slowly_are_408(port: int, server: uvicorn.Serve
     with connect(port) as client:
         client.sendall(GET[:-2] + b"a: b")
         # Not before the server has read them: it would find that nothing came.
-        eventually(
-            lambda: [(b"host", b"x")] == [each for one in server.server_state.connections for each in one.headers]
-        )
+        eventually(lambda: any(getattr(each, "headers", None) for each in list(server.server_state.connections)))
         loop.advance(LIMITS.head_s_max)
 
         assert read_to_end(client).startswith(b"HTTP/1.1 408 ")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ast
-import threading
 import warnings
 from collections.abc import Generator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from serving.model.registry import ModelPin
 from serving.model.release import Release, Scaling
 from serving.targets.ray_serve import RayServe, RayServeHost, make_folder_name
 from tests.releases import Put, release_of
+from tests.servers import serve_http
 from tests.serving.toys import matrix
 
 TARGET = RayServe(folder="/releases", image="registry.example/overnight:1", keep_warm_seconds=40)
@@ -250,18 +250,11 @@ class Idle(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b'{"applications": {}}')
 
-    def log_message(self, *_arguments: object) -> None:
-        pass
-
 
 @pytest.fixture
 def dashboard() -> Generator[str]:
-    with HTTPServer(("127.0.0.1", 0), Idle) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with serve_http(Idle) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 def test_a_proxy_of_the_environment_never_sees_the_token(

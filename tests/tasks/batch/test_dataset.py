@@ -321,6 +321,7 @@ def test_a_thousand_files_keep_their_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("items", [0, 1, 2, 7, 100])
 @pytest.mark.parametrize("address", ["/a-folder", "s3://a-bucket/"])
+@pytest.mark.usefixtures("s3")
 def test_in_parallel_keeps_the_order_and_raises_what_is_raised(address: str, items: int) -> None:
     storage = open_storage(address)
 

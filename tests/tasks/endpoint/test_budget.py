@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Generator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 
@@ -12,6 +11,7 @@ from serving.targets import Address
 from tasks.endpoint.batching import BatchingChoice
 from tasks.endpoint.budget import BudgetCheck, check_budget, explain_broken_budget
 from tasks.endpoint.spec import Budget
+from tests.servers import serve_http
 from tests.serving.toys import matrix
 from tests.tasks.endpoint.values import sample
 
@@ -31,18 +31,11 @@ class Slow(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b"{}")
 
-    def log_message(self, *_arguments: object) -> None:
-        pass
-
 
 @pytest.fixture(scope="module")
 def server() -> Generator[Address]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield Address(url=f"http://127.0.0.1:{server.server_port}", model="churn", version=None)
-        server.shutdown()
-        thread.join()
+    with serve_http(Slow) as port:
+        yield Address(url=f"http://127.0.0.1:{port}", model="churn", version=None)
 
 
 def check(address: Address, budget: Budget) -> BudgetCheck:

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from serving.errors import EndpointFailed
 from serving.targets import Address
 from tasks.endpoint.client import InferClient, infer_path, is_ready
+from tests.servers import serve_http
 from tests.serving.toys import matrix
 
 NOWHERE = Address(url="http://127.0.0.1:9", model="churn", version="2")
@@ -28,17 +28,8 @@ def serving(answer: Callable[[BaseHTTPRequestHandler], None]) -> Generator[Addre
 
         do_GET = do_POST
 
-        def log_message(self, *_arguments: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield Address(url=f"http://127.0.0.1:{server.server_port}/", model="churn", version="2")
-        finally:
-            server.shutdown()
-            thread.join()
+    with serve_http(Handler) as port:
+        yield Address(url=f"http://127.0.0.1:{port}/", model="churn", version="2")
 
 
 def answers(status: int, content: bytes, **headers: str) -> Callable[[BaseHTTPRequestHandler], None]:

@@ -3,7 +3,8 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Generator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from serving.errors import EndpointFailed
 from serving.protocol.oip import decode_request
 from serving.targets import Address
 from tasks.endpoint.load import draw_arrivals, measure_latency, run_closed_loop
+from tests.servers import serve_http
 from tests.serving.toys import matrix
 from tests.tasks.endpoint.values import sample
 
@@ -40,18 +42,11 @@ class Sometimes(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b"{}")
 
-    def log_message(self, *_arguments: object) -> None:
-        pass
-
 
 @pytest.fixture
 def server() -> Generator[Address]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Sometimes) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield Address(url=f"http://127.0.0.1:{server.server_port}", model="churn", version=None)
-        server.shutdown()
-        thread.join()
+    with serve_http(Sometimes) as port:
+        yield Address(url=f"http://127.0.0.1:{port}", model="churn", version=None)
 
 
 def test_what_has_no_answer_is_counted_apart(server: Address) -> None:
@@ -95,9 +90,6 @@ class Counting(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b"{}")
 
-    def log_message(self, *_arguments: object) -> None:
-        pass
-
 
 class Chunked(Counting):
     def answer(self) -> None:
@@ -121,28 +113,16 @@ class Closing(Counting):
     protocol_version = "HTTP/1.0"
 
 
-class Quiet(ThreadingHTTPServer):
-    def handle_error(self, *_arguments: object) -> None:
-        """Say nothing of callers that leave in the middle."""
-
-
 @pytest.fixture
 def serve() -> Generator[Callable[[type[Counting]], Address]]:
     """Start servers that answer in these ways."""
-    started: list[tuple[ThreadingHTTPServer, threading.Thread]] = []
+    with ExitStack() as stack:
 
-    def start(handler: type[Counting]) -> Address:
-        server = Quiet(("127.0.0.1", 0), handler)
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        started.append((server, thread))
-        return Address(url=f"http://127.0.0.1:{server.server_port}", model="churn", version=None)
+        def start(handler: type[Counting]) -> Address:
+            port = stack.enter_context(serve_http(handler))
+            return Address(url=f"http://127.0.0.1:{port}", model="churn", version=None)
 
-    yield start
-    for server, thread in started:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        yield start
 
 
 @pytest.mark.parametrize("handler", [Counting, Chunked])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from serving.errors import PricesMissing
 from tasks.scheduler.prices import find_prices, format_usd
 from tasks.scheduler.workload import Machine, Prices, Table, Workload
+from tests.servers import serve_http
 
 GIVEN = Prices(on_demand=0.2, spot=0.07)
 
@@ -83,19 +83,12 @@ class PriceList(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
-
 
 @pytest.fixture(scope="module")
 def price_list() -> Generator[str]:
     """The address of a server of the pricing API."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), PriceList) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
+    with serve_http(PriceList) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -104,11 +104,8 @@ def test_two_at_once_leave_one_exact_table(tmp_path: Path) -> None:
         for start in range(1, 200, step):
             emit(sink, [json_row(number) for number in range(start, min(start + step, 200))])
 
-    threads = [threading.Thread(target=write, args=each) for each in zip(sinks, (7, 11), strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(write, sinks, (7, 11)))
 
     assert list(range(1, 200)) == numbers(str(tmp_path))
 
