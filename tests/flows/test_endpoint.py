@@ -330,9 +330,9 @@ def test_a_setting_that_breaks_its_budget_under_load_is_replaced_by_one_that_kee
 ) -> None:
     from flows.endpoint import retire_endpoint
 
-    # In passes of one or four rows it takes 66 rows a second at most; in a burst, the last waits for seconds.
-    budget = {"latency_ms": 1500, "rate": 120, "callers": 64}
-    endpoint = put("replaced", slow_served, budget=budget, measure_seconds=1)
+    # In passes of one or four rows it takes 66 rows a second at most; in a burst, the last waits for 1.6 s.
+    budget = {"latency_ms": 900, "rate": 120, "callers": 64}
+    endpoint = put("replaced", slow_served, budget=budget, measure_seconds=0.6)
 
     assert endpoint.chosen.setting is not None
     assert 32 == endpoint.batching.batch_size_max
@@ -357,7 +357,7 @@ def test_an_explicit_batching_that_breaks_its_budget_is_refused_and_one_that_kee
     triton: TritonServer, client: GatewayClient, slow_served: str, put: Put
 ) -> None:
     # Passes of one row take 16 rows a second at most; those of 32 rows take hundreds.
-    terms = {"budget": {"latency_ms": 1000, "rate": 40}, "measure_seconds": 1}
+    terms = {"budget": {"latency_ms": 1000, "rate": 40}, "measure_seconds": 0.5}
     with pytest.raises(BudgetBroken, match=r"got each request alone: .*leave batching out.*nothing served before"):
         put("explicit", slow_served, batching={"batch_size_max": 1}, **terms)
 
