@@ -205,6 +205,8 @@ def test_a_server_that_is_absent_is_waited_for(
 ) -> None:
     source = FromNats(url=f"nats://127.0.0.1:{held_port}", stream=fresh)
     sink = ToNats(subject=f"{fresh}.scores", stream=f"{fresh}-scores")
+    # The first flow of a process sets the levels of Prefect's loggers.
+    caplog.set_level("INFO", logger="prefect.flow_runs")
 
     with nats_server(tmp_path, port=held_port) as server, NatsClient(server.url) as client:
         fill_stream(client, fresh, as_json(customers(30)))
