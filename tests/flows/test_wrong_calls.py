@@ -519,6 +519,7 @@ PROGRAMS = {
 
 
 @pytest.mark.machines
+@pytest.mark.usefixtures("prefect")
 def test_a_script_ends_with_the_message_on_its_screen_and_at_most_twelve_lines(place: Place) -> None:
     place.put("text/rows.csv", "a,b,c\n" + "n/a,1,2\n" * 100)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_API_URL": str(PREFECT_API_URL.value())}
