@@ -22,6 +22,7 @@ from serving.model.registry import resolve_model
 from serving.model.release import Release
 from serving.targets.triton import TritonHost
 from tests.eventually import eventually
+from tests.leftovers import keep_running
 from tests.servers import triton_or_skip
 from tests.serving.gateway.conftest import FIXED_KEY, Put
 from tests.serving.gateway.support import EndpointClient, read_metrics
@@ -217,6 +218,8 @@ def test_the_gateway_loads_its_model_into_a_restarted_triton(put: Put, deployed:
 
     assert 503 == refused.status_code
     assert "The model server of the endpoint" in refused.json()["error"]
-    deployed.server = deployed.server.restart()
+    # The fixture of the module ends it.
+    with keep_running():
+        deployed.server = deployed.server.restart()
     assert not is_ready(deployed)
     np.testing.assert_allclose(infer_scores(endpoint), deployed.scores.ravel(), atol=1e-6)
