@@ -39,7 +39,7 @@ def python_or_skip(name: str) -> Path:
     try:
         return make_venv(Path(__file__).parents[1] / f"infra/local/{name}.txt", uv=find_uv_bin()) / "bin/python"
     except RegistryUnreachable as failure:
-        pytest.skip(f"What infra/local/{name}.txt pins must be had from a registry: {failure}")
+        pytest.skip(f"The packages of infra/local/{name}.txt are not here, and no registry has answered: {failure}")
 
 
 @contextmanager

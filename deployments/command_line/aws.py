@@ -293,13 +293,13 @@ def _refuse_where_in_use(aws: Aws, stack: Stack, verb: str) -> None:
 def _list_runs(pools: Sequence[str]) -> list[str]:
     """Return the flow runs of work pools that go on, nothing where no Prefect server is named."""
     import httpx  # noqa: PLC0415 - help needs none
-    from prefect.client.base import ServerType, determine_server_type  # noqa: PLC0415 - the same
     from prefect.client.orchestration import get_client  # noqa: PLC0415 - the same
     from prefect.exceptions import PrefectHTTPStatusError  # noqa: PLC0415 - the same
 
+    from tasks.common.prefect_server import is_server_named  # noqa: PLC0415 - the same
     from tasks.spot.work_pools import list_runs_in_progress  # noqa: PLC0415 - the same
 
-    if determine_server_type() not in (ServerType.SERVER, ServerType.CLOUD):
+    if not is_server_named():
         say("PREFECT_API_URL names no server: only the machines tell whether runs are in progress.")
         return []
     try:

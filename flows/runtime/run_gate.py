@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from prefect.client.base import ServerType, determine_server_type
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import FlowPauseTimeout, Pause
@@ -42,6 +41,7 @@ from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Plan
 from tasks.batch.publish import Audit
 from tasks.common.artifacts import Logger
+from tasks.common.prefect_server import is_server_named
 from tasks.storage import Storage
 
 _POLL_SECONDS = 2
@@ -159,7 +159,7 @@ def open_gate(plan: Plan, storage: Storage, options: BatchOptions, steps: Steps,
     gate = options.gate
     if gate is None:
         return None
-    if gate.on_refusal == "pause" and determine_server_type() not in (ServerType.SERVER, ServerType.CLOUD):
+    if gate.on_refusal == "pause" and not is_server_named():
         message = (
             f"A run that asks for approval must have a Prefect server that people can reach, but PREFECT_API_URL names "
             f"none. Set PREFECT_API_URL, or leave {give_option('gate', {'on_refusal': 'pause'})} out and use "

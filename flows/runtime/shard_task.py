@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
 import mlflow
-from opentelemetry import trace
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
@@ -73,18 +72,14 @@ def open_shard_tasks(scorer: Scorer, *, allow_pickle: bool) -> Generator[ShardTa
         del _scorers[attempt]
 
 
-def _name_shard(parameters: dict[str, Any]) -> str:
+def name_shard(parameters: dict[str, Any]) -> str:
+    """Return what the task run of a shard is called, by the parameters of the task: shard 1 of 4."""
     return f"shard {parameters['shard'] + 1} of {parameters['shard_task'].shards}"
-
-
-def start_shard_span(parameters: dict[str, Any]) -> AbstractContextManager[Any]:
-    """Have the block be a span of the name that Prefect gives the task run of a shard."""
-    return trace.get_tracer("overnight").start_as_current_span(_name_shard(parameters))
 
 
 @task(
     name="score-shard",
-    task_run_name=_name_shard,  # type: ignore[arg-type]  # Prefect's protocol has a method that no function has
+    task_run_name=name_shard,  # type: ignore[arg-type]  # Prefect's protocol has a method that no function has
     cache_policy=NO_CACHE,
     persist_result=False,
 )

@@ -89,8 +89,13 @@ class Steps:
         return [Completed(data=True, state_details=details)] if self._previous else []
 
 
+def open_span(name: str) -> AbstractContextManager[Any]:
+    """Have the block be a span, as Prefect's engine has one for each flow run and each task run."""
+    return trace.get_tracer("overnight").start_as_current_span(name)
+
+
 def _run_in_span(name: str, work: Callable[[], T]) -> T:
-    with trace.get_tracer("overnight").start_as_current_span(name):
+    with open_span(name):
         return work()
 
 
@@ -145,7 +150,7 @@ def name_call(name: str) -> Generator[bool]:
     """
     is_outermost, token = _call_id.get() is None, _call_id.set(str(uuid4()))
     try:
-        with trace.get_tracer("overnight").start_as_current_span(name):
+        with open_span(name):
             yield is_outermost
     finally:
         _call_id.reset(token)

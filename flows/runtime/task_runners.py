@@ -20,8 +20,8 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.runtime import ray_runner
 from flows.runtime.interruption import ignore_repeated_sigint, take_sigterm_as_notice
-from flows.runtime.shard_task import ShardTask, apply_limits, open_shard_tasks, start_shard_span
-from flows.runtime.steps import find_logger
+from flows.runtime.shard_task import ShardTask, apply_limits, name_shard, open_shard_tasks
+from flows.runtime.steps import find_logger, open_span
 from serving.machine import SharedSetting
 from tasks.batch.options import BatchOptions, Ray
 from tasks.batch.score import Scorer
@@ -125,7 +125,7 @@ def _open_threads(stack: ExitStack, slots: int) -> Callable[[Task[..., Any], dic
 def _call_task(task: Task[..., Any], parameters: dict[str, Any]) -> State[Any]:
     """Call a task as a function, and return the state that Prefect's engine would give its run."""
     try:
-        with start_shard_span(parameters):
+        with open_span(name_shard(parameters)):
             result = task.fn(**parameters)
     except Exception as error:  # noqa: BLE001 - its caller raises it, once every slot has stopped
         return Failed(data=error, message=str(error))

@@ -13,12 +13,17 @@ def is_in_prefect_run() -> bool:
     return FlowRunContext.get() is not None or TaskRunContext.get() is not None
 
 
+def is_server_named() -> bool:
+    """Return whether PREFECT_API_URL names a Prefect server, of one's own or in the cloud."""
+    return determine_server_type() in (ServerType.SERVER, ServerType.CLOUD)
+
+
 def has_prefect_server() -> bool:
     """Return whether there is a Prefect server: PREFECT_API_URL names one, or a run that Prefect keeps calls this.
 
     Prefect would start a temporary server for a client without one, which takes some 10 s.
     """
-    return determine_server_type() in (ServerType.SERVER, ServerType.CLOUD) or is_in_prefect_run()
+    return is_server_named() or is_in_prefect_run()
 
 
 def require_prefect_server(what: str) -> None:

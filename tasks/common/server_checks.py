@@ -28,6 +28,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
 
 from serving.errors import DestinationUnusable, OvernightError, ServerUnreachable, StorageDenied, StorageFault
 from tasks.common.names import BLOCK
+from tasks.common.prefect_server import is_server_named
 from tasks.storage import LocalStorage, open_storage
 from tasks.storage.s3 import s3_endpoint
 
@@ -120,15 +121,14 @@ def _list_texts(value: object) -> list[str]:
 
 def list_prefect_checks() -> list[ServerCheck]:
     """Return the check of the Prefect server, none where PREFECT_API_URL names no server."""
-    kind = determine_server_type()
-    if kind not in (ServerType.SERVER, ServerType.CLOUD):
+    if not is_server_named():
         return []
     url = str(PREFECT_API_URL.value())
     check = ServerCheck(
         server=f"The Prefect server at {url}",
         advice="Start it (prefect server start), or correct PREFECT_API_URL: `prefect config view` says where it is "
         "set. Without it a call needs no server.",
-        ask=lambda: _ask_prefect(url, is_cloud=kind is ServerType.CLOUD),
+        ask=lambda: _ask_prefect(url, is_cloud=determine_server_type() is ServerType.CLOUD),
     )
     return [check]
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,14 @@ def list_flow_runs(server: PrefectServer, destination: Path) -> list[dict[str, A
     """Return the flow runs into a destination, of the newest 200: a page has no more, and other tests make many."""
     runs = httpx.post(f"{server.api_url}/flow_runs/filter", json={"sort": "EXPECTED_START_TIME_DESC"}).json()
     return [run for run in runs if run["parameters"].get("destination") == str(destination)]
+
+
+def of_session(session: int) -> set[int]:
+    """Every process of a session that is left; Ray gives its processes groups of their own."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, of = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(of) == session and state != "Z":
+                found.add(int(stat.parent.name))
+    return found

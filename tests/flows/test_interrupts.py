@@ -9,7 +9,6 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from tasks.batch.options import BatchOptions, Ray
 from tasks.batch.parts import list_parts
 from tasks.batch.run_records import load_plan
 from tasks.storage import open_storage
-from tests.flows.children import call, list_flow_runs, score, start_child
+from tests.flows.children import call, list_flow_runs, of_session, score, start_child
 from tests.support import digests, write_customers
 
 CHUNKS = 120
@@ -153,17 +152,6 @@ def test_ctrl_c_ends_a_run_on_ray_the_same_way_and_leaves_no_process_behind(
     assert 5 <= len(left) < CHUNKS
     assert set() == of_session(ended.group)
     assert undisturbed == completed
-
-
-def of_session(session: int) -> set[int]:
-    """Every process of a session that is left; Ray gives its processes groups of their own."""
-    found = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            state, _, _, of = stat.read_text().rpartition(")")[2].split()[:4]
-            if int(of) == session and state != "Z":
-                found.add(int(stat.parent.name))
-    return found
 
 
 def test_only_a_shard_with_all_its_parts_shows_as_completed(left_by_one: Left) -> None:

@@ -33,8 +33,7 @@ from tasks.batch.scoring_result import ScoringResult
 from tasks.scheduler.workload import Machine, Prices, Table, Workload
 from tasks.spot.purchase import PurchaseOptions
 from tests.eventually import eventually
-from tests.flows.children import call, score, start_child
-from tests.flows.test_interrupts import of_session
+from tests.flows.children import call, of_session, score, start_child
 from tests.support import digests, write_customers
 
 pytestmark = pytest.mark.usefixtures("serverless")
