@@ -109,7 +109,7 @@ def batch_inference(
     with (
         emit_refusal(call),
         record_call(call, options, logger) as record,
-        open_addresses(model, sources, to) as addresses,
+        open_addresses(model, sources, to, logger) as addresses,
     ):
         if addresses != Addresses(model=model, source=sources, destination=to):
             # What blocks name was not asked for an answer before, as the rest was.

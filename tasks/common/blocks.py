@@ -3,11 +3,15 @@
 A flow is given `block:NAME` in place of an address. It loads the block, and sets the block's variables in its own
 environment while it runs, as a person would export them: every library that reads or writes finds them there. So the
 credentials are in the block alone, encrypted by Prefect, and never among the parameters of a flow run.
+
+A process has one environment. Calls of one process that want other variables than the calls that run wait for their
+end, and so do calls without a block, which would read a block's registry in place of their own.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from abc import ABC
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -22,11 +26,12 @@ from pydantic import Field, SecretStr, field_validator
 from serving.errors import BadInput
 from serving.machine import set_variable
 from serving.redaction import holds_secret
+from tasks.common.artifacts import Logger
 from tasks.common.names import BLOCK
 from tasks.common.prefect_server import require_prefect_server
 
 _TRACKING_URI = "MLFLOW_TRACKING_URI"
-
+_NAMES_SHOWN = 10
 
 _ENVIRONMENT: Any = Field(
     default=SecretDict({}),
@@ -131,8 +136,10 @@ class Addresses:
 
 
 @contextmanager
-def open_addresses(model: str, source: str | tuple[str, ...], destination: str) -> Generator[Addresses]:
+def open_addresses(model: str, source: str | tuple[str, ...], destination: str, logger: Logger) -> Generator[Addresses]:
     """Yield the addresses of a call. Variables of the blocks that it names are in the environment while the block runs.
+
+    Waits for the calls of this process that have other variables there.
 
     Raises:
         BadInput: There is no such block, or two of them want different values of one variable.
@@ -152,7 +159,7 @@ def open_addresses(model: str, source: str | tuple[str, ...], destination: str) 
         to = _load(OvernightDestination, "destination", name)
         _add_variables(variables, f"destination={BLOCK}{name}", to)
         destination = _join(to.address, below)
-    with _set_variables(variables):
+    with _PROCESS.share(variables, logger):
         yield Addresses(model=model, source=source, destination=destination)
 
 
@@ -174,9 +181,10 @@ def _load(kind: type[B], parameter: str, name: str) -> B:
         slug = kind.get_block_type_slug()
         with get_client(sync_client=True) as client:
             names = [str(each.name) for each in client.read_block_documents_by_type(slug)]
+        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
         message = (
             f"{parameter} must name a block of the type {kind.get_block_type_name()}, got {BLOCK}{name}. "
-            + (f"The Prefect server has {', '.join(names)}." if names else "The Prefect server has none.")
+            + (f"The Prefect server has {', '.join(names[:_NAMES_SHOWN])}{more}." if names else "The server has none.")
             + f" Save it in the UI under Blocks (`overnight deploy` puts the type there), or by {kind.__name__}.save."
         )
         raise BadInput(message) from error
@@ -193,12 +201,40 @@ def _add_variables(variables: dict[str, str], place: str, block: _CredentialsBlo
             raise BadInput(message)
 
 
-@contextmanager
-def _set_variables(variables: Mapping[str, str]) -> Generator[None]:
-    with ExitStack() as stack:
-        for name, value in variables.items():
-            stack.enter_context(_use_registry(value) if name == _TRACKING_URI else set_variable(name, value))
-        yield
+class _ProcessVariables:
+    """The variables of blocks in the environment of this process: the calls that run all want the same."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._calls, self._variables, self._restore = 0, dict[str, str](), ExitStack()
+
+    @contextmanager
+    def share(self, variables: Mapping[str, str], logger: Logger) -> Generator[None]:
+        """Have these variables set while the block runs, beside calls that want the same and no others."""
+        with self._changed:
+            if not self._may_start(variables):
+                logger.info("This call waits for another one of this process, whose blocks hold other credentials.")
+                self._changed.wait_for(lambda: self._may_start(variables))
+            if not self._calls:
+                self._variables = dict(variables)
+                for name, value in variables.items():
+                    one = _use_registry(value) if name == _TRACKING_URI else set_variable(name, value)
+                    self._restore.enter_context(one)
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._calls -= 1
+                if not self._calls:
+                    self._restore.close()
+                    self._changed.notify_all()
+
+    def _may_start(self, variables: Mapping[str, str]) -> bool:
+        return not self._calls or self._variables == variables
+
+
+_PROCESS = _ProcessVariables()
 
 
 @contextmanager

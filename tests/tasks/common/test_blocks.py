@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from contextvars import copy_context
 from pathlib import Path
 
 import mlflow
@@ -16,10 +20,22 @@ from pydantic import SecretStr, ValidationError
 
 from infra.local.prefect_server import PrefectServer
 from serving.errors import BadInput
-from tasks.common.blocks import BLOCKS, OvernightDestination, OvernightRegistry, OvernightSource, open_addresses
+from tasks.common.blocks import (
+    BLOCKS,
+    Addresses,
+    OvernightDestination,
+    OvernightRegistry,
+    OvernightSource,
+    open_addresses,
+)
+from tests.eventually import eventually
 from tests.servers import use_prefect
 
 KEY, OTHER = "verysecretkey1", "verysecretkey2"
+
+
+def open_blocks(model: str, source: str, destination: str) -> AbstractContextManager[Addresses]:
+    return open_addresses(model, source, destination, logging.getLogger(__name__))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +65,7 @@ def test_names_become_addresses_and_the_credentials_are_in_the_environment_meanw
     monkeypatch.setenv("AWS_REGION", "us-east-2")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY", raising=False)
     names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION")
-    with open_addresses("models:/churn/3", "block:customers", "block:scores") as opened:
+    with open_blocks("models:/churn/3", "block:customers", "block:scores") as opened:
         inside = [os.environ.get(name) for name in names]
 
     assert ("models:/churn/3", "s3://lake/customers/", "s3://lake/scores") == (
@@ -63,7 +79,7 @@ def test_addresses_that_name_no_block_ask_no_server(monkeypatch: pytest.MonkeyPa
     before = dict(os.environ)
     with (
         temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}),
-        open_addresses("models:/churn/3", "s3://lake/customers/", "/data/scores") as opened,
+        open_blocks("models:/churn/3", "s3://lake/customers/", "/data/scores") as opened,
     ):
         assert before == dict(os.environ)
 
@@ -71,16 +87,16 @@ def test_addresses_that_name_no_block_ask_no_server(monkeypatch: pytest.MonkeyPa
 
 
 def test_what_follows_the_name_is_below_its_address() -> None:
-    with open_addresses("models:/churn/3", "block:customers/2026/*.parquet", "block:scores/march") as opened:
+    with open_blocks("models:/churn/3", "block:customers/2026/*.parquet", "block:scores/march") as opened:
         assert ("s3://lake/customers/2026/*.parquet", "s3://lake/scores/march") == (opened.source, opened.destination)
-    with open_addresses("models:/churn/3", "block:gs/customers", "/data") as opened:
+    with open_blocks("models:/churn/3", "block:gs/customers", "/data") as opened:
         assert ("gs://lake/customers", "/k.json") == (opened.source, os.environ["GOOGLE_APPLICATION_CREDENTIALS"])
     assert "GOOGLE_APPLICATION_CREDENTIALS" not in os.environ
 
 
 def test_a_model_of_a_registrys_block_is_looked_up_there(registry: Path) -> None:
     before = mlflow.get_tracking_uri()
-    with open_addresses("block:central/churn@champion", "/data/customers", "/data/scores") as opened:
+    with open_blocks("block:central/churn@champion", "/data/customers", "/data/scores") as opened:
         inside = (opened.model, mlflow.get_tracking_uri(), os.environ["MLFLOW_TRACKING_PASSWORD"])
 
     assert ("models:/churn@champion", "http://127.0.0.1:9", "letmeinplease") == inside
@@ -88,14 +104,33 @@ def test_a_model_of_a_registrys_block_is_looked_up_there(registry: Path) -> None
     assert "MLFLOW_TRACKING_PASSWORD" not in os.environ
 
 
+@pytest.mark.parametrize("other", ["block:other", "/data/scores"])
+def test_a_call_that_wants_other_variables_waits_and_one_that_wants_the_same_does_not(
+    other: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def read_secret(destination: str) -> str | None:
+        with open_blocks("models:/churn/3", "/data/customers", destination):
+            return os.environ.get("AWS_SECRET_ACCESS_KEY")
+
+    before = os.environ.get("AWS_SECRET_ACCESS_KEY")
+    with ThreadPoolExecutor(1) as pool, caplog.at_level("INFO"):
+        with open_blocks("models:/churn/3", "/data/customers", "block:scores"):
+            waiting = pool.submit(copy_context().run, read_secret, other)
+            eventually(lambda: "waits for another one of this process" in caplog.text)
+            assert KEY == read_secret("block:scores") == os.environ["AWS_SECRET_ACCESS_KEY"]
+            assert not waiting.done()
+        assert (OTHER if other == "block:other" else before) == waiting.result()
+    assert before == os.environ.get("AWS_SECRET_ACCESS_KEY")
+
+
 def test_a_missing_block_is_named_with_those_that_there_are() -> None:
     with pytest.raises(BadInput, match=r"source must name a block of the type Overnight Source, got block:custmers\. .*"
-        r"has customers, gs\."), open_addresses("models:/churn/3", "block:custmers", "/data/scores"):  # fmt: skip
+        r"has customers, gs\."), open_blocks("models:/churn/3", "block:custmers", "/data/scores"):  # fmt: skip
         pass
 
 
 def test_blocks_that_disagree_on_a_variable_are_refused_without_its_values() -> None:
-    with pytest.raises(BadInput, match="agree on AWS_SECRET_ACCESS_KEY") as refused, open_addresses(
+    with pytest.raises(BadInput, match="agree on AWS_SECRET_ACCESS_KEY") as refused, open_blocks(
         "models:/churn/3", "block:customers", "block:other"
     ):  # fmt: skip
         pass
