@@ -133,7 +133,7 @@ def _handler(served: GcsServer) -> type[BaseHTTPRequestHandler]:  # noqa: C901 -
             data = served.objects.get(key)
             if data is None:
                 self.refuse(404, "NoSuchKey", "The specified key does not exist.")
-            elif self.headers.get("If-Match", _etag(data)) != _etag(data):
+            elif self.headers.get("If-Match", _etag(data)) != _etag(data) and not served.ignores_conditions:
                 self.refuse(412, "PreconditionFailed", "At least one of the pre-conditions did not hold.")
             else:
                 self.give(data)

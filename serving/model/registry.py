@@ -18,6 +18,7 @@ from mlflow import MlflowClient, MlflowException
 from mlflow.artifacts import download_artifacts
 from mlflow.models import Model as MLmodel
 from mlflow.store.artifact.models_artifact_repo import REGISTERED_MODEL_META_FILE_NAME
+from mlflow.store.artifact.s3_artifact_repo import S3ArtifactRepository
 
 from serving.errors import ModelNotFound, ModelUnfit, suggest_name
 from serving.machine import pause_garbage_collection
@@ -177,7 +178,7 @@ def _resolve_copies(source: str) -> str:
 
 
 def _fetch_folder(source: str, model_id: str | None) -> Path:
-    """Return the folder of the files: in place where they are local, else downloaded once into a cache."""
+    """Return the folder of the files: in place where they are local, else in a cache that goes by their content."""
     location = source
     if model_id is not None:
         location = str(MlflowClient().get_logged_model(model_id).artifact_location)
@@ -186,24 +187,53 @@ def _fetch_folder(source: str, model_id: str | None) -> Path:
         return Path(location)
     if parts.scheme == "file":
         return Path(unquote(parts.path))
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "overnight" / "models"
-    folder = cache / (model_id or hashlib.sha256(location.encode()).hexdigest()[:32])
-    if not folder.is_dir():
-        _download(location, folder)
+    # The files of a logged model stay. At another address there may be others by now.
+    name = model_id or _fingerprint(location)
+    folder = _cache() / name if name else None
+    if folder is None or not folder.is_dir():
+        folder = _download(location, name)
+        if name not in (model_id, _fingerprint(location)):
+            message = f"{location} must stay as it is while it is read, but was written meanwhile. Call again."
+            raise ModelUnfit(message)
     return folder
 
 
-def _download(location: str, folder: Path) -> None:
-    """Download into a temporary folder, then rename it: a folder that exists is complete."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as part:
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "overnight" / "models"
+
+
+def _fingerprint(location: str) -> str | None:
+    """Return the SHA-256 over names, sizes and ETags of what is at an address of S3, None for one elsewhere."""
+    if urlsplit(location).scheme != "s3":
+        return None
+    repository = S3ArtifactRepository(location)
+    bucket, prefix = repository.parse_s3_compliant_uri(location)  # type: ignore[no-untyped-call]
+    client = repository._get_s3_client()  # type: ignore[no-untyped-call]  # noqa: SLF001 - as MLflow itself signs in
+    listed = [
+        f"{each['Key']}\0{each['Size']}\0{each['ETag']}\n"
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix.rstrip('/')}/")
+        for each in page.get("Contents", [])
+    ]
+    return hashlib.sha256("".join(listed).encode()).hexdigest()
+
+
+def _download(location: str, name: str | None) -> Path:
+    """Download into a temporary folder, then rename it, to its digest where it has no name, and return it.
+
+    A folder that exists is complete.
+    """
+    cache = _cache()
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as part:
         got = Path(download_artifacts(artifact_uri=location, dst_path=part))
+        folder = cache / (name or digest_folder(got))
         try:
             got.rename(folder)
         except OSError:
             # Another process has downloaded it meanwhile.
             if not folder.is_dir():
                 raise
+    return folder
 
 
 def digest_folder(folder: Path) -> str:

@@ -128,7 +128,7 @@ class ObjectStorage(ABC):
         return found[:count]
 
     def open_pinned(self, entry: Entry) -> pa.NativeFile:
-        """Open an object; every read sends If-Match with the entry's ETag."""
+        """Open an object; every read sends If-Match with the entry's ETag, and holds the answer's against it."""
         return pa.PythonFile(_PinnedObject(self, entry), mode="r")
 
     def read_range(self, entry: Entry, start: int, stop: int) -> bytes:
@@ -137,7 +137,11 @@ class ObjectStorage(ABC):
         address = self.address(entry.path)
         with self._errors(address):
             try:
-                return bytes(obstore.get(self._store, entry.path, options=options).bytes())
+                found = obstore.get(self._store, entry.path, options=options)
+                # Not every server that speaks S3 heeds If-Match.
+                if str(found.meta["e_tag"]) != entry.tag:
+                    raise _make_changed_error(address)
+                return bytes(found.bytes())
             except (FileNotFoundError, PreconditionError) as error:
                 # Azure answers that the condition does not hold of an object that is gone, too.
                 if isinstance(error, PreconditionError) and self.exists(entry.path):
@@ -186,11 +190,7 @@ class ObjectStorage(ABC):
         try:
             yield
         except PreconditionError:
-            message = (
-                f"{address} must be the object that the plan was made for, but its ETag is another by now. "
-                "Put the old object back and call again, or start a new run over the new data."
-            )
-            raise SourceChanged(message) from None
+            raise _make_changed_error(address) from None
         except (BaseError, FileNotFoundError, ValueError) as error:
             if isinstance(error, OvernightError):
                 raise
@@ -244,6 +244,13 @@ class _PinnedObject(io.RawIOBase):
         data = self._storage.read_range(self._pinned, self._at, self._at + wanted)
         self._at += len(data)
         return data
+
+
+def _make_changed_error(address: str) -> SourceChanged:
+    return SourceChanged(
+        f"{address} must be the object that the plan was made for, but its ETag is another by now. Put the old object "
+        "back and call again, or start a new run over the new data."
+    )
 
 
 def _unfit_name(address: str, name: str) -> BadInput:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,9 @@ from obstore.store import S3Store
 from serving.errors import BadInput, StorageDenied
 from tasks.storage.objects import ObjectStorage, split_bucket
 
+# boto3 renews those of a role ten minutes before they end at the latest
+# (https://github.com/boto/botocore/blob/1.40.0/botocore/credentials.py, _mandatory_refresh_timeout).
+_CREDENTIALS_KEPT = timedelta(minutes=9)
 _NEEDED = "needs AWS credentials, and the boto3 chain"
 
 
@@ -72,7 +76,7 @@ def _open_prefix(bucket: str, prefix: str, session: Session, endpoint: str | Non
         bucket,
         prefix=prefix or None,
         region=session.region_name or "us-east-1",
-        credential_provider=Boto3CredentialProvider(session),
+        credential_provider=Boto3CredentialProvider(session, ttl=_CREDENTIALS_KEPT),
         client_options={"allow_http": bool(endpoint and endpoint.startswith("http://"))},
         **options,
     )

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from mlflow.models import ModelSignature
+from mlflow.store.artifact.s3_artifact_repo import S3ArtifactRepository
 from mlflow.types import ColSpec, Schema
 
 from serving.errors import ModelNotFound, ModelUnfit
 from serving.model.loading import check_model_unchanged, load_model
 from serving.model.registry import _download, digest_folder, open_model, resolve_model
+from tasks.storage import open_storage
 from tests.servers import set_environment
 from tests.serving.toys import SCORE, network, tensor
 from tests.support import register_network
@@ -300,9 +302,30 @@ def test_the_loser_of_a_download_race_uses_the_winners_files(
     resolved = resolve_model(remote)
     before = listing(tmp_path)
     location = mlflow.MlflowClient().get_logged_model(str(resolved.pin.model_id)).artifact_location
-    _download(str(location), resolved.folder)
+    assert resolved.folder == _download(str(location), resolved.pin.model_id)
 
     assert before == listing(tmp_path)
+
+
+@pytest.mark.usefixtures("s3")
+def test_versions_of_one_address_have_the_files_that_are_there_when_they_are_resolved(
+    pt2: str, log_network: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where each training writes over the last one's files, and registers their address again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    address = "s3://lake/rewritten/model"
+    models = [resolve_model(uri) for uri in (pt2, log_network("rewritten", network(seed=3)), pt2)]
+    found = []
+    for version, model in enumerate(models):
+        for file in open_storage(address).entries():
+            open_storage(address).delete([file.path])
+        S3ArtifactRepository(address).log_artifacts(str(model.folder))
+        found.append(open_model(name="rewritten", version=str(version), source=address))
+        # What has no ETags is downloaded for each run, and kept by its digest.
+        assert model.pin.digest == _download(address, None).name
+
+    assert [model.pin.digest for model in models] == [each.pin.digest for each in found]
+    assert found[0].folder == found[2].folder != found[1].folder
 
 
 @pytest.mark.usefixtures("s3")

@@ -42,6 +42,19 @@ def test_a_read_is_held_against_the_tag_of_a_listing(cloud: Storage) -> None:
         cloud.open_pinned(entry).read()
 
 
+def test_a_read_is_held_against_the_tag_where_a_store_ignores_the_condition(
+    gcs: GcsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gcs, "ignores_conditions", True)
+    store = open_storage(f"gs://lake/{uuid.uuid4().hex}")
+    store.put_new("a", b"0123456789")
+    (entry,) = store.entries()
+    store.delete(["a"])
+    store.put_new("a", b"9876543210")
+    with pytest.raises(SourceChanged, match="its ETag is another by now"):
+        store.open_pinned(entry).read_at(3, 3)
+
+
 def test_a_bucket_or_container_that_is_not_there_is_bad_input_by_name(cloud: Storage) -> None:
     missing = open_storage(f"{cloud.url.partition('://')[0]}://no-such-one/x")
     for refused in (lambda: missing.put_new("a", b""), missing.entries):

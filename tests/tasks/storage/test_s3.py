@@ -5,16 +5,20 @@ from __future__ import annotations
 import io
 import uuid
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import boto3
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from botocore.credentials import RefreshableCredentials
 
 from infra.local.s3 import S3Server
 from serving.errors import BadInput, SourceChanged, StorageDenied, StorageFault
 from tasks.storage import Entry, Storage, open_storage, s3_options
+from tasks.storage.s3 import _open_prefix
 
 pytestmark = pytest.mark.servers
 
@@ -150,6 +154,27 @@ def test_an_unknown_profile_is_storage_denied(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(StorageDenied, match=r"boto3 chain fails: .*nobody"):
         open_storage("s3://lake/x")
+
+
+@pytest.mark.parametrize("minutes", [1, 9, 11, 14, 16, 20, 29, 59])
+def test_credentials_of_a_role_are_never_used_beyond_their_end(minutes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store takes a key until the time that it is given with; that may not come after the role's own end."""
+
+    def make(key: str, lifetime: timedelta) -> dict[str, str]:
+        ends[key] = datetime.now(UTC) + lifetime
+        return {"access_key": key, "secret_key": "s", "token": "t", "expiry_time": ends[key].isoformat()}
+
+    ends: dict[str, datetime] = {}
+    role = RefreshableCredentials.create_from_metadata(
+        make("old", timedelta(minutes=minutes)), lambda: make("new", timedelta(hours=1)), "sts"
+    )
+    session = boto3.Session()
+    monkeypatch.setattr(session, "get_credentials", lambda: role)
+    given: Any = _open_prefix("lake", f"minutes-{minutes}", session, None).credential_provider
+
+    found = given()
+
+    assert ends[found["access_key_id"]] >= found["expires_at"]
 
 
 @pytest.mark.usefixtures("s3")
