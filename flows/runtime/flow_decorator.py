@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import inspect
+import os
 import signal
 import sys
 import threading
@@ -48,6 +49,9 @@ _NOTHING_KEPT = (
 )
 # Set while a call from Python runs, whose servers were asked before there was a flow run.
 _servers_checked: ContextVar[bool] = ContextVar("servers_checked", default=False)
+
+# The processes that have made calls: this one, or those that it was forked from.
+_callers = set[int]()
 
 _BY_MODULE = {"entrypoint_type": EntrypointType.MODULE_PATH}
 
@@ -123,6 +127,7 @@ class _AdHocFlow(Flow[P, R]):
 
         def __call__(self, *args: Any, return_state: bool = False, wait_for: Any = None, **kwargs: Any) -> Any:
             try:
+                _refuse_fork(os.getpid())
                 with _end_as_asked():
                     # Before there is a flow run, which would keep them.
                     refuse_secrets(dict(enumerate(args)) | kwargs)
@@ -168,6 +173,18 @@ class _AdHocFlow(Flow[P, R]):
 
         def deploy(self, *args: Any, **options: Any) -> Any:
             return super().deploy(*args, **_BY_MODULE | options)
+
+
+def _refuse_fork(process: int) -> None:
+    """Raise BadInput in a process that was forked from one that has made calls: it would wait for ever."""
+    _callers.add(process)
+    if len(_callers) > 1:
+        message = (
+            "A call must be made in a process that was not forked from one that had made calls: it lacks the threads "
+            'of Prefect, polars and the stores. Start it by multiprocessing.get_context("spawn"), or as a program of '
+            "its own."
+        )
+        raise BadInput(message)
 
 
 @contextmanager

@@ -219,3 +219,26 @@ def test_ray_needs_a_server(linear: str, customers: Path, tmp_path: Path) -> Non
     pytest.importorskip("prefect_ray", reason="Ray is an extra: pip install 'overnight[ray]'")
     with pytest.raises(ServerUnreachable, match="needs a Prefect server, but PREFECT_API_URL names none"):
         infer(linear, customers, tmp_path / "scores", runner=Ray())
+
+
+def test_a_process_that_was_forked_after_a_call_is_told_so(registry: Path, tmp_path: Path) -> None:
+    def fail() -> str:
+        with pytest.raises(BadInput) as refused:
+            batch_inference("models:/nobody/1", tmp_path, tmp_path / "scores", OPTIONS)
+        return str(refused.value)
+
+    fail()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.write(writer, fail().encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as answer:
+        said = answer.read()
+    os.waitpid(child, 0)
+
+    assert 'Start it by multiprocessing.get_context("spawn")' in said
+    assert "nobody" in fail()
