@@ -15,7 +15,9 @@ from tasks.batch.challenger_rules import CHALLENGERS_MAX, Labels, PromoteIf
 from tasks.batch.feature_table import FEATURE_TABLES_MAX, FeatureTable
 from tasks.batch.gate_rules import Gate
 
-# These decide how a run is carried out, never what it puts out: a later call may change them and still resume.
+# These decide how a run is carried out: a later call may change them and still resume. Of what it puts out they decide
+# nothing but last digits, where a model's depend on what else is in a batch: without sizes given, a plan takes those of
+# its batches and chunks by the slots, and keeps them.
 _NOT_IN_KEY = {
     *("name", "slots", "memory_mb", "max_reject_fraction", "allow_pickle", "experiment"),
     *("pass_seconds_max", "pass_memory_mb", "packages"),
@@ -196,7 +198,13 @@ class BatchOptions(Frozen):
         description="Rows of one forward pass; for text models tokens, padding included (512).",
     )
     rows_per_chunk: int | None = Field(default=None, ge=1, le=1 << 32, description="Rows that one checkpoint covers.")
-    slots: int | None = Field(default=None, ge=1, le=1024, description="Streams of forward passes side by side.")
+    slots: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="Streams of forward passes side by side. "
+        "They have a part in the sizes of batches and chunks that are chosen, and so in last digits of text models.",
+    )
     bfloat16_tolerance: float | None = Field(
         default=None,
         gt=0,

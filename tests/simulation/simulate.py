@@ -104,8 +104,6 @@ def _make_batch(chance: random.Random, scratch: Path) -> BatchWorld:
     if is_cleaned:
         # More of what makes runs of many that have parts of one another, and less of what takes them all.
         mischief = [what for what in mischief if chance.random() < 0.5] + ["clean", "clean", "change_source"]
-        # A cleaning goes by what is there now, and has no other way to know of it than listings.
-        destination.weather = replace(destination.weather, lag=0.0)
     return BatchWorld(
         scheduler=scheduler,
         chance=chance,

@@ -16,7 +16,6 @@ from serving.errors import SourceChanged, StorageFault
 from tasks.storage import Entry, LocalStorage
 from tests.simulation.scheduler import Scheduler
 
-_LISTINGS_KEPT = 12
 _DELTA_LOG = "_delta_log"
 
 
@@ -26,7 +25,8 @@ class Weather:
 
     A put that is refused changes nothing. One that is unanswered is done, and raises; a doubled one is sent twice, and
     the second answer is the one that counts. One that is late raises, and is done some time afterwards. One that is
-    torn leaves half an object; one that is lost is answered, and leaves none.
+    torn leaves half an object; one that is lost is answered, and leaves none. A listing that lags is answered after
+    others have written.
     """
 
     kill: float = 0.0
@@ -63,7 +63,7 @@ class SimulatedStorage:
         self.on_delete: Callable[[str], None] = lambda _path: None
         self._scheduler = scheduler
         self._late: list[tuple[str, bytes]] = []
-        self._listings: list[list[Entry]] = [[]]
+        self._listed: list[Entry] = []
         self._writes = 0
 
     @property
@@ -98,14 +98,14 @@ class SimulatedStorage:
         return None if found is None else found[1]
 
     def entries(self, prefix: str = "", depth: int | None = None) -> list[Entry]:
-        """Return what lies below a prefix, perhaps as it was a few writes ago."""
+        """Return what lies below a prefix, perhaps as it was when that was asked."""
         base = prefix.rstrip("/")
         levels = len(base.split("/")) if base else 0
         below = (entry for entry in self._list(prefix) if not base or entry.path.startswith(f"{base}/"))
         return [entry for entry in below if depth is None or entry.path.count("/") < levels + depth]
 
     def entries_after(self, folder: str, name: str, count: int) -> list[Entry]:
-        """Return a page of what lies right in a folder, perhaps as it was a few writes ago."""
+        """Return a page of what lies right in a folder, perhaps as it was when that was asked."""
         below = [entry for entry in self._list(folder) if entry.path.rpartition("/")[0] == folder]
         if folder == _DELTA_LOG and (self.root / folder).is_dir():
             # What deltalake writes lies on the disk alone.
@@ -116,10 +116,12 @@ class SimulatedStorage:
     def _list(self, told: str) -> list[Entry]:
         self._step(f"list {told}")
         self.on_list(told)
-        if not self._draw(self.weather.lag):
-            return self._listings[-1]
-        self._scheduler.tell("lags")
-        return self._scheduler.chance.choice(self._listings)
+        listed = self._listed
+        if self._draw(self.weather.lag):
+            # Others write meanwhile. S3, GCS, Azure and disks list all that was there when they were asked.
+            self._scheduler.tell("lags")
+            self._scheduler.step("list answers")
+        return listed
 
     def open_pinned(self, entry: Entry) -> pa.NativeFile:
         """Open an object as it is now, where it is the entry."""
@@ -237,8 +239,7 @@ class SimulatedStorage:
         self._keep_listing()
 
     def _keep_listing(self) -> None:
-        self._listings.append(sorted((entry for _, entry in self.objects.values()), key=lambda entry: entry.path))
-        del self._listings[:-_LISTINGS_KEPT]
+        self._listed = sorted((entry for _, entry in self.objects.values()), key=lambda entry: entry.path)
 
     def _hidden(self, path: str) -> str:
         folder, _, name = path.rpartition("/")
