@@ -1,10 +1,10 @@
 """A Prefect process worker whose flow runs get time to drain when their machine is to end.
 
 `overnight worker --pool overnight-spot`, or `python -m infra.worker` with the same options, runs Prefect's own worker,
-one flow run at a time. On SIGTERM or SIGINT, that worker kills its flow runs at once, and their state stays
-Running. This one takes no more work, passes the signal on to the flow runs only, waits until each has drained and is
-scheduled again, and then ends. It must be the process that gets the signal: `KillMode=mixed` under systemd, the first
-process of a container.
+one flow run at a time. On SIGTERM or SIGINT, that worker kills its flow runs at once, and their state stays Running.
+This one takes no more work, passes the signal on to the flow runs only, waits until each has drained and is scheduled
+again, and then ends. Where it is killed by SIGKILL, a process that it has started does so. It must be the process that
+gets the signal: `KillMode=mixed` under systemd, the first process of a container.
 
 It takes work only from a server that it reaches by https or on this machine: what the server sends is run.
 
@@ -21,8 +21,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -51,12 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start_new_session=True,
     )
     first = os.getpid() == 1
-    while worker.poll() is None:
-        if first:
-            _reap_orphans(worker.pid)
-        if stopping.wait(_POLL_S) or options.parent not in (None, os.getppid()):
-            drain_runs(worker, options.grace)
-            return 0
+    with drain_if_killed(worker, options.grace):
+        while worker.poll() is None:
+            if first:
+                _reap_orphans(worker.pid)
+            if stopping.wait(_POLL_S) or options.parent not in (None, os.getppid()):
+                drain_runs(worker, options.grace)
+                return 0
     return worker.returncode
 
 
@@ -152,13 +153,39 @@ def _make_environment(health_port: int | None) -> dict[str, str]:
     return {"PREFECT_WORKER_WEBSERVER_HOST": _LOOPBACK, **os.environ, **health, "PATH": path}
 
 
+@contextmanager
+def drain_if_killed(worker: subprocess.Popen[bytes], grace_s: float) -> Generator[None]:
+    """Have the flow runs drain if this process is killed in the block: a second process waits for its end."""
+    end_of_this, kept_open = os.pipe()
+    second = os.fork()
+    if not second:
+        try:
+            os.close(kept_open)
+            # Neither Ctrl-C nor the end of a terminal is meant for it.
+            os.setsid()
+            if not os.read(end_of_this, 1):
+                drain_runs(worker, grace_s)
+        finally:
+            os._exit(0)
+    os.close(end_of_this)
+    try:
+        yield
+    finally:
+        os.write(kept_open, b".")
+        os.close(kept_open)
+        with suppress(ChildProcessError):
+            os.waitpid(second, 0)
+
+
 def drain_runs(worker: subprocess.Popen[bytes], grace_s: float) -> None:
     """Let the flow runs drain, then end the worker, which is stopped meanwhile so that it takes up no run."""
     until = time.monotonic() + grace_s
     send_signal([worker.pid], signal.SIGSTOP)
     runs = list_children(worker.pid)
-    sys.stdout.write(f"Ending: {len(runs)} flow runs have {grace_s:g} s to drain.\n")
-    sys.stdout.flush()
+    # Who read the output may be gone too.
+    with suppress(OSError):
+        sys.stdout.write(f"Ending: {len(runs)} flow runs have {grace_s:g} s to drain.\n")
+        sys.stdout.flush()
     send_signal(runs, signal.SIGTERM)
     while set(list_children(worker.pid)) & set(runs) and time.monotonic() < until:
         time.sleep(_POLL_S)

@@ -65,6 +65,25 @@ def test_a_run_that_does_not_listen_ends_with_the_grace_and_the_worker(tmp_path:
         assert set() == set(list_process_tree(1)) & set(pids[1:])
 
 
+def test_runs_drain_where_a_worker_is_killed(tmp_path: Path) -> None:
+    program = (
+        "import subprocess, sys, time; from infra.worker import drain_if_killed;"
+        "worker = subprocess.Popen([sys.executable, '-c', *sys.argv[1:]]);"
+        "block = drain_if_killed(worker, 60); block.__enter__(); print('held', flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", program, WORKER, str(tmp_path / "drained"), "good", "good"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout
+        assert {"held", "up"} == {first.stdout.readline().strip() for _ in range(3)}
+        pids = list_process_tree(first.pid)
+        first.kill()
+        first.wait()
+        eventually(lambda: not set(list_process_tree(1)) & set(pids))
+
+    assert 5 == len(pids)
+    assert (tmp_path / "drained").exists()
+
+
 def test_the_systemd_unit_signals_only_this_worker_and_waits_longer_than_its_grace() -> None:
     unit = configparser.ConfigParser(interpolation=None)
     unit.optionxform = str  # type: ignore[assignment,method-assign] # the names of systemd have capitals
