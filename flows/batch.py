@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import NoReturn
 
 import matplotlib.figure  # noqa: F401 - half a second that would else fall into the first call, for its plot
@@ -35,6 +36,7 @@ from tasks.batch.comparison_records import (
     list_missing_chunks,
     save_challenger_parts,
 )
+from tasks.batch.disclosure import shorten_counts, withhold_values
 from tasks.batch.events import RunCall, emit_promotion, emit_published, emit_refusal
 from tasks.batch.feature_pins import describe_features
 from tasks.batch.key_check import KeyCheck, check_run_keys, describe_doubled
@@ -109,6 +111,7 @@ def batch_inference(
     with (
         emit_refusal(call),
         record_call(call, options, logger) as record,
+        withhold_values(options.disclose),
         open_addresses(model, sources, to, logger) as addresses,
     ):
         if addresses != Addresses(model=model, source=sources, destination=to):
@@ -124,7 +127,7 @@ def _infer(
 
     `call` gets what becomes known of the run, and `record` what is done.
     """
-    steps = Steps(observe=record.metrics.note_step)
+    steps = Steps(observe=record.metrics.note_step, guard=partial(withhold_values, options.disclose))
     check_runner(options)
     check_workers(addresses.source, addresses.destination, options)
     storage, this = open_storage(addresses.destination), flow_run_id()
@@ -164,6 +167,7 @@ def _infer(
         challengers=challengers,
         max_reject_fraction=options.max_reject_fraction,
         joined=is_beside_another(options),
+        disclose=options.disclose,
         observe=record.note_scored,
     )
     watch = ProgressWatch(plan.rows, lambda: record.note_progress(count_done(storage, plan)), logger)
@@ -189,6 +193,7 @@ def _infer(
         memory=memory,
         seconds=steps.seconds,
     )
+    report = _withhold(report, options)
     report = report.model_copy(update={"findings": findings, "keys_doubled": keys.doubled if keys else None})
     watch.show()
     report = _compare(plan, storage, manifest, report, options, steps, logger)
@@ -256,7 +261,7 @@ def _score(
             break
     check_rows_add_up(plan, audit)
     rejects = Counter({(count.column, count.reason): count.rows for count in count_rejects(audit)})
-    check_rejects(rejects, plan, options.max_reject_fraction, scorer.samples)
+    check_rejects(rejects, plan, options.max_reject_fraction, scorer.samples, options.disclose)
     return _AllScored(result=result, parts=audit, challengers=others)
 
 
@@ -295,6 +300,7 @@ def _check_keys(
         return None
     check = steps.run("check keys", lambda: check_run_keys(storage, plan, parts.footers))
     if check.doubled:
+        check = check if options.disclose == "values" else replace(check, examples=())
         logger.warning("The keys of run %s do not name one row each: %s", plan.run, describe_doubled(check))
     return check
 
@@ -338,7 +344,7 @@ def _report_complete(
 ) -> BatchReport:
     plan = run.plan
     logger.info("Run %s is complete: %s rows. Nothing to score.", plan.run, f"{plan.rows:,}")
-    report = report_complete(run.manifest, plan, storage, steps.seconds)
+    report = _withhold(report_complete(run.manifest, plan, storage, steps.seconds), options)
     if storage.exists(page_path(plan)):
         if plan.challengers and (found := find_comparison(storage, plan.run)) is not None:
             report = report.model_copy(update={"challengers": found.challengers, "promotion": found.promotion})
@@ -347,6 +353,13 @@ def _report_complete(
     # The call that published the run was ended before it could record it.
     report = _compare(plan, storage, run.manifest, report, options, steps, logger)
     return _record(plan, storage, run.manifest, report, [(0.0, plan.rows)], options, logger)
+
+
+def _withhold(report: BatchReport, options: BatchOptions) -> BatchReport:
+    """Return a report as it may leave the destination."""
+    if options.disclose == "values":
+        return report
+    return report.model_copy(update={"rejects": shorten_counts(report.rejects)})
 
 
 def _record(
@@ -369,8 +382,8 @@ def _record(
         # The predictions are published, and stay so. A run without its page is recorded by the next call.
         logger.warning("Run %s is published, but its page could not be written: %s", plan.run, error)
     emit_published(plan, report)
-    sample = find_sample(storage, manifest, plan, logger) if options.sample_rows else None
-    publish_artifacts(report, sample, options.sample_rows, logger)
+    sample = find_sample(storage, manifest, plan, logger) if options.rows_shown else None
+    publish_artifacts(report, sample, options.rows_shown, logger)
     if report.challengers:
         publish_comparison(report, comparison, logger)
     return report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
@@ -21,6 +21,7 @@ from serving.errors import BadInput
 from serving.option_words import give_option
 from tasks.batch.artifacts import publish_drift
 from tasks.batch.column_statistics import TableStatistics
+from tasks.batch.disclosure import shorten_finding
 from tasks.batch.events import emit_findings
 from tasks.batch.gate import describe_question
 from tasks.batch.gate_records import (
@@ -95,7 +96,13 @@ class RunGate:
             if denial is not None:
                 self._check(judged, denial)
         save_statistics(self.storage, self.plan.run, judged.statistics)
-        return tuple(map(str, judged.findings))
+        return tuple(map(str, self._disclose(judged).findings))
+
+    def _disclose(self, judged: JudgedRun) -> JudgedRun:
+        """Return what a gate says as it may leave the destination."""
+        if self.options.disclose == "values":
+            return judged
+        return replace(judged, findings=tuple(map(shorten_finding, judged.findings)))
 
     def _judge_scored(self) -> JudgedRun:
         """Judge the run by the statistics in its parts, and show what the gate says."""
@@ -112,14 +119,15 @@ class RunGate:
         )
 
     def _show(self, judged: JudgedRun) -> None:
+        judged = self._disclose(judged)
         for finding in judged.findings:
             self.logger.warning("The gate says of run %s beside %s: %s", self.plan.run, judged.title, finding)
         emit_findings(self.plan, self.storage.url, judged.title, judged.findings)
-        publish_drift(judged, self.plan.run, self.logger)
+        publish_drift(judged, self.plan.run, self.logger, is_drawn=self.options.disclose == "values")
 
     def _check(self, judged: JudgedRun, answer: str | None) -> None:
         command = shlex.join(["overnight", "approve", self.storage.url, self.plan.run])
-        check_approved(self.plan.run, judged, command, answer)
+        check_approved(self.plan.run, self._disclose(judged), command, answer)
 
     def _ask(self, judged: JudgedRun) -> str | None:
         """Ask for approval in Prefect, and keep it; return why it is not approved, None where it is."""
@@ -131,7 +139,7 @@ class RunGate:
         )
         # It names exactly what is asked for: a flow run that was suspended asks the same again, and has the answer.
         name = name_refusal(self.plan.digest, judged.findings)
-        question = describe_question(judged.findings, self.plan.run, judged.title)
+        question = describe_question(self._disclose(judged).findings, self.plan.run, judged.title)
         answer = _wait_for_answer(run, question, name, max(1, round(hours * 3600)))
         if answer is None:
             return f"It has asked for approval in Prefect, and had no answer within {hours:g} h."

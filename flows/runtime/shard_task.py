@@ -19,6 +19,7 @@ from flows.runtime.tracing import describe_span, start_tracing
 from serving.errors import OvernightError
 from serving.model.interface import Model
 from tasks.batch.feature_lookup import FeatureLookup
+from tasks.batch.options import Disclose
 from tasks.batch.parts import list_parts_from
 from tasks.batch.plan import Plan
 from tasks.batch.resolve import load_planned_challengers, load_planned_model
@@ -51,6 +52,7 @@ class ShardTask:
     registry: str
     allow_pickle: bool
     max_reject_fraction: float
+    disclose: Disclose
 
 
 @contextmanager
@@ -67,6 +69,7 @@ def open_shard_tasks(scorer: Scorer, *, allow_pickle: bool) -> Generator[ShardTa
             registry=mlflow.get_tracking_uri(),
             allow_pickle=allow_pickle,
             max_reject_fraction=scorer.max_reject_fraction,
+            disclose=scorer.disclose,
         )
     finally:
         del _scorers[attempt]
@@ -149,6 +152,7 @@ def _open_scorer(shard_task: ShardTask) -> Scorer:
         model=model,
         challengers=challengers,
         max_reject_fraction=shard_task.max_reject_fraction,
+        disclose=shard_task.disclose,
         features=features,
     )
     scorer.scheduler.begin()

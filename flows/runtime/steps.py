@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -39,9 +39,11 @@ class Steps:
     """Runs the steps of a flow, as task runs within a flow run, and adds up the seconds that each took.
 
     Prefect's graph links each step to the one before it. `observe` is told of each step that ends, with its seconds.
+    A step does its work within a `guard`, so that Prefect sees the errors that come out of that.
     """
 
     observe: Callable[[str, float], None] = lambda *_: None
+    guard: Callable[[], AbstractContextManager[None]] = nullcontext
     seconds: dict[str, float] = field(default_factory=dict)
     _previous: UUID | None = field(default=None, init=False)
 
@@ -52,10 +54,15 @@ class Steps:
             name: What the task run is called.
             work: Takes no arguments: Prefect searches those of a task for futures, through all of a plan.
         """
+
+        def do_guarded() -> T:
+            with self.guard():
+                return work()
+
         start = time.perf_counter()
         try:
             with keep_torch_threads():
-                return self._run_as_task(name, work) if is_in_prefect_run() else _run_in_span(name, work)
+                return (_run_in_span, self._run_as_task)[is_in_prefect_run()](name, do_guarded)
         finally:
             taken = time.perf_counter() - start
             self.seconds[name] = self.seconds.get(name, 0.0) + taken

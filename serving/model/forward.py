@@ -245,7 +245,8 @@ class Forward:
                 seconds = next(delays, None)
                 if seconds is None:
                     raise _make_dependency_fault(error, tries) from error
-                _log.warning("The model failed with %s. It is called again in %.1f s.", describe_error(error), seconds)
+                # Its message may quote a row; where no try passes, it is that of the run.
+                _log.warning("The model failed with %s. It is called again in %.1f s.", type(error).__name__, seconds)
             self._wait(seconds)
 
     def _wait(self, seconds: float) -> None:

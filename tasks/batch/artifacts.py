@@ -155,8 +155,11 @@ def publish_artifacts(report: BatchReport, sample: PredictionSample | None, samp
     put_artifacts(artifacts, logger)
 
 
-def publish_drift(judged: JudgedRun, run: str, logger: Logger) -> None:
-    """Put what a gate says among the flow run's artifacts, and the columns beside the baseline's as table and plot."""
+def publish_drift(judged: JudgedRun, run: str, logger: Logger, *, is_drawn: bool = True) -> None:
+    """Put what a gate says among the flow run's artifacts, and the columns beside the baseline's as table and plot.
+
+    A plot names frequent values of columns.
+    """
     artifacts, title = [], judged.title
     if judged.findings:
         rows = [each.model_dump(mode="json", include=_FINDING_SHOWN) for each in judged.findings]
@@ -164,7 +167,7 @@ def publish_drift(judged: JudgedRun, run: str, logger: Logger) -> None:
     if isinstance(judged.baseline, FoundBaseline):
         drifts = compare_tables(judged.statistics, judged.baseline.statistics)
         artifacts.append(make_table("batch-drift", tabulate_drift(drifts), f"Columns of run {run} beside {title}"))
-        if (png := draw_drift(drifts, run, title)) is not None:
+        if is_drawn and (png := draw_drift(drifts, run, title)) is not None:
             artifacts.append(make_image("batch-drift-plot", png, f"The columns that moved most since {title}"))
     put_artifacts(artifacts, logger)
 

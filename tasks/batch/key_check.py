@@ -140,11 +140,14 @@ def require_unique(check: KeyCheck, run: str) -> None:
 
 def describe_doubled(check: KeyCheck) -> str:
     """Return in words which keys occur more than once."""
+    many = "1 key occurs" if check.doubled == 1 else f"{check.doubled:,} keys occur"
+    words = f"{many} more than once in {', '.join(check.columns)}"
+    if not check.examples:
+        return f"{words}."
     listed = [f"{_show_key(each)} ({each.rows:,} rows)" for each in check.examples]
     more = check.doubled - len(check.examples)
     listed += [f"and {more:,} more"] if more else []
-    many = "1 key occurs" if check.doubled == 1 else f"{check.doubled:,} keys occur"
-    return f"{many} more than once in {', '.join(check.columns)}: {', '.join(listed)}."
+    return f"{words}: {', '.join(listed)}."
 
 
 def _show_key(key: DoubledKey) -> str:

@@ -22,6 +22,7 @@ _NOT_IN_KEY = {
     *("name", "slots", "memory_mb", "max_reject_fraction", "allow_pickle", "experiment"),
     *("pass_seconds_max", "pass_memory_mb", "packages"),
     *("check_keys", "reuse", "gate", "runner", "workers", "joins", "notices", "notice_seconds", "sample_rows"),
+    "disclose",
     # The version that they name is part of the source.
     *("source_version", "source_timestamp"),
     # The versions of challengers and the columns kept beside their predictions are in the key apart from these: a part
@@ -31,6 +32,7 @@ _NOT_IN_KEY = {
 
 
 Reuse = Literal["same", "any", "none"]
+Disclose = Literal["values", "nothing"]
 TableMode = Literal["append", "replace", "upsert"]
 
 
@@ -289,6 +291,11 @@ class BatchOptions(Frozen):
         "distributed; 0 sends nothing of the predictions to Prefect.",
     )
 
+    disclose: Disclose = Field(
+        default="values",
+        description="What reports, messages, Prefect, MLflow and OpenLineage are told of rows. values: what errors and "
+        "rejects quote, and sample_rows. nothing: kinds of errors, columns and counts; no value of any row.",
+    )
     notices: Literal["none", "interruption", "rebalance"] = Field(
         default="interruption",
         description="Which notices of the machine's cloud (AWS, GCP, Azure) end the run early, to be resumed: "
@@ -301,6 +308,21 @@ class BatchOptions(Frozen):
         description="Seconds from SIGTERM until the process is killed, by the rule of who sends it: "
         "terminationGracePeriodSeconds on Kubernetes, TimeoutStopSec under systemd, 30 for Prefect's workers.",
     )
+
+    @property
+    def rows_shown(self) -> int:
+        """How many rows with their predictions Prefect shows."""
+        return self.sample_rows if self.disclose == "values" else 0
+
+    @model_validator(mode="after")
+    def _discloses_no_comparison(self) -> Self:
+        if self.disclose == "nothing" and self.challengers:
+            message = (
+                "challengers must be left out where nothing of the rows is disclosed, since they are compared by "
+                f"values of rows; got disclose='nothing' and {len(self.challengers)} challengers"
+            )
+            raise ValueError(message)
+        return self
 
     @model_validator(mode="after")
     def _cluster_has_slots(self) -> Self:

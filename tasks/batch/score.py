@@ -27,8 +27,10 @@ from tasks.batch.chunk_reader import Reader, read_ahead
 from tasks.batch.chunk_scheduler import ChunkClaim, ChunkScheduler, Host
 from tasks.batch.chunk_statistics import StatisticsCollector
 from tasks.batch.column_statistics import ColumnStatistics
+from tasks.batch.disclosure import withhold_values
 from tasks.batch.feature_lookup import FeatureLookup, JoinedReader, open_joined_reader
 from tasks.batch.memory import use_jemalloc
+from tasks.batch.options import Disclose
 from tasks.batch.parts import (
     Reasons,
     count_reasons,
@@ -64,7 +66,7 @@ class Scorer:
     than by rows, or that rejects more rows than the model of the run may, is given up: the run goes on without it.
     `pauses` gives the seconds between the tries of a pass that failed by what the model calls or runs on. `observe` is
     told of what was done as it goes on: each part, then what the slot took. `features` is that of another scorer of the
-    same plan in this process, which may have read feature tables already.
+    same plan in this process, which may have read feature tables already. Errors may quote rows as `disclose` says.
     """
 
     def __init__(  # noqa: PLR0913 - by name, and most have a default
@@ -80,6 +82,7 @@ class Scorer:
         host: Host | None = None,
         observe: Callable[[ScoringResult], None] = lambda _: None,
         features: FeatureLookup | None = None,
+        disclose: Disclose = "values",
     ) -> None:
         use_jemalloc()
         self.features = features or FeatureLookup(plan.features)
@@ -93,7 +96,7 @@ class Scorer:
             for each, loaded in zip(plan.challenger_plans, challengers, strict=True)
             if loaded is not None and each.place in followed
         }
-        self.max_reject_fraction = max_reject_fraction
+        self.max_reject_fraction, self.disclose = max_reject_fraction, disclose
         self.pauses = pauses
         self.observe = observe
         self._lock = threading.Lock()
@@ -107,7 +110,12 @@ class Scorer:
         Runs one slot in the calling thread. Source faults are collected, not raised; any other error stops the other
         slots too.
         """
-        with self._stopped_by_error(), ExitStack() as stack, self.host.writer() as writer:
+        with (
+            withhold_values(self.disclose),
+            self._stopped_by_error(),
+            ExitStack() as stack,
+            self.host.writer() as writer,
+        ):
             # One within the other: all have the threads of the run's engine, and full precision.
             for each in self.models.values():
                 stack.enter_context(each.model.slot())
@@ -143,7 +151,7 @@ class Scorer:
         with self._lock:
             self._rejects.update(rejects)
             so_far = Counter(self._rejects)
-        check_rejects(so_far, self.plan, self.max_reject_fraction, self.samples)
+        check_rejects(so_far, self.plan, self.max_reject_fraction, self.samples, self.disclose)
 
     def give_up(self, place: int, why: str) -> None:
         """Go on without a challenger, in this process and in others, and say why."""
@@ -167,7 +175,9 @@ class Scorer:
             self.give_up(place, f"{why}. Most are:\n{list_reasons(rejects, {})}")
 
     def keep_samples(self, table: pa.Table, flags: Flags) -> None:
-        """Keep one value of each kind of reject that is new in a block: an error shows it."""
+        """Keep one value of each kind of reject that is new in a block, if an error may show it."""
+        if self.disclose == "nothing":
+            return
         for code, (column, reason) in enumerate(flags.reasons, start=1):
             if (column, reason) in self.samples or column not in table.column_names:
                 continue

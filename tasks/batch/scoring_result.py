@@ -12,6 +12,8 @@ import pyarrow as pa
 
 from serving.errors import SourceFault, TooManyRejects, list_shortly
 from serving.option_words import name_option
+from tasks.batch.disclosure import shorten_reasons
+from tasks.batch.options import Disclose
 from tasks.batch.parts import ChunkId, Reasons
 from tasks.batch.plan import Plan
 
@@ -77,7 +79,13 @@ def show_value(value: pa.Scalar) -> str:
     return text if len(text) <= _SAMPLE_CHARACTERS else f"{text[:_SAMPLE_CHARACTERS]}..."
 
 
-def check_rejects(rejects: Reasons, plan: Plan, fraction_max: float, samples: Samples | None = None) -> None:
+def check_rejects(
+    rejects: Reasons,
+    plan: Plan,
+    fraction_max: float,
+    samples: Samples | None = None,
+    disclose: Disclose = "values",
+) -> None:
     """Raise TooManyRejects where the rejects so far are more than the fraction of all rows allows.
 
     Args:
@@ -85,11 +93,13 @@ def check_rejects(rejects: Reasons, plan: Plan, fraction_max: float, samples: Sa
         plan: Whose rows they are.
         fraction_max: How many of its rows may be rejects.
         samples: A value for each kind of reject that is known.
+        disclose: Whether the error may quote values of rows.
     """
     if rejects.total() > fraction_max * plan.rows:
+        listed = list_reasons(shorten_reasons(rejects) if disclose == "nothing" else rejects, samples or {})
         message = (
             f"At most {fraction_max:.4g} of {plan.rows:,} rows may be rejects, got {rejects.total():,} so far; nothing "
-            f"is published. Most are:\n{list_reasons(rejects, samples or {})}\n"
+            f"is published. Most are:\n{listed}\n"
             f"See all with open_rejects(destination, run={plan.run!r}), correct the data, or raise "
             f"{name_option('max_reject_fraction')} and call again. Where it was no fault of the rows, call again with "
             f"another {name_option('rescore')}."
