@@ -2,6 +2,7 @@
 
 A request counts where its signature is that of the shared secret, and it is fresh. The flow run is created under the id
 of the delivery, which Prefect keeps: one delivery starts one run, however often it comes, and also after a restart.
+A run asks the registry for its alias when it begins, so that it does not matter in which order events arrive.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import json
 import logging
 import os
 import re
@@ -29,7 +31,7 @@ from fastapi.responses import JSONResponse
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from serving.errors import BadInput, BadRequest, Unanswered
 from serving.extras import import_extra
@@ -43,7 +45,7 @@ _SECRET_LENGTH_MIN = 16
 _BODIES_BYTES_MAX = 16 << 20
 _DELIVERY = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TIMESTAMP = re.compile(r"[0-9]{1,12}")
-_PLACEHOLDER = re.compile(r"\{(name|alias|version)\}")
+_PLACEHOLDER = re.compile(r"\{(name|alias)\}")
 _SIGNATURE_VERSION = "v1"
 _RETRY_AFTER_S = 5
 _BODY_S_MAX = 10.0
@@ -61,9 +63,20 @@ class AliasTrigger(Frozen):
     )
     parameters: dict[str, JsonValue] = Field(
         default_factory=dict,
-        description="Parameters of the run beside those of the deployment. {name}, {alias} and {version} in a text "
-        "stand for those of the event.",
+        description="Parameters of the run beside those of the deployment. {name} and {alias} in a text stand for "
+        "those of the event.",
     )
+
+    @field_validator("parameters")
+    @classmethod
+    def _check_no_version(cls, parameters: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if "{version}" in json.dumps(parameters):
+            message = (
+                "Parameters must name the model by its alias, got {version}. Events may arrive in another order than "
+                "the alias moved: give models:/{name}@{alias}, which the run asks the registry for when it begins."
+            )
+            raise ValueError(message)
+        return parameters
 
 
 class WebhookConfig(Frozen):
@@ -219,7 +232,7 @@ def _read_alias(body: bytes) -> _Alias | None:
 
 
 def _fill_in(value: Any, alias: _Alias | None) -> Any:
-    """Return parameters with the event's name, alias and version in place of their placeholders."""
+    """Return parameters with the event's name and alias in place of their placeholders."""
     if isinstance(value, str) and alias is not None:
         return _PLACEHOLDER.sub(lambda match: str(getattr(alias, match[1])), value)
     if isinstance(value, dict):

@@ -49,7 +49,7 @@ TRIGGER = AliasTrigger(
     model="churn",
     alias="champion",
     deployment="webhook-test/alias",
-    parameters={"model": "models:/{name}/{version}", "options": {"name": "by-{alias}", "slots": 1}},
+    parameters={"model": "models:/{name}@{alias}", "options": {"name": "by-{alias}", "slots": 1}},
 )
 CONFIG = WebhookConfig(triggers=(TRIGGER,))
 
@@ -103,7 +103,7 @@ def test_an_alias_that_moves_starts_its_deployment_with_the_events_values(client
     answer = send(client, event())
 
     assert (200, {"started": ["run-1"]}) == (answer.status_code, answer.json())
-    parameters = {"model": "models:/churn/7", "options": {"name": "by-champion", "slots": 1}}
+    parameters = {"model": "models:/churn@champion", "options": {"name": "by-champion", "slots": 1}}
     assert {"d-1:webhook-test/alias": ("webhook-test/alias", parameters)} == started.runs
 
 
@@ -204,6 +204,18 @@ def test_a_delivery_that_comes_again_while_prefect_hangs_waits_for_its_run(
     assert [(200, ["run-1"])] * 2 == [(each.status_code, each.json().get("started")) for each in answers]
 
 
+@pytest.mark.parametrize("arrivals", [("2", "3"), ("3", "2")])
+def test_every_run_of_a_move_scores_what_the_alias_names_when_it_begins(
+    client: TestClient, started: Started, arrivals: tuple[str, str]
+) -> None:
+    for version in arrivals:
+        send(client, event(version=version), delivery=f"moved-to-{version}")
+    # Both moves were made before either run begins.
+    registry = {"models:/churn@champion": "3", "models:/churn/2": "2", "models:/churn/3": "3"}
+
+    assert ["3", "3"] == [registry[parameters["model"]] for _, parameters in started.runs.values()]
+
+
 def test_a_delivery_that_prefect_did_not_take_may_come_again(client: TestClient, started: Started) -> None:
     started.error = Unanswered("The Prefect server must answer.", retry_after_s=5)
     refused = send(client, event())
@@ -223,6 +235,10 @@ def test_a_config_says_what_is_wrong_with_it(tmp_path: Path) -> None:
         read_config(file)
     file.write_text("triggers: [" + "{model: churn, alias: champion, deployment: batch-inference/adhoc}," * 2 + "]")
     with pytest.raises(BadInput, match="twice"):
+        read_config(file)
+    pinned = "parameters: {model: 'models:/{name}/{version}'}"
+    file.write_text("triggers: [{model: churn, alias: champion, deployment: batch-inference/adhoc, " + pinned + "}]")
+    with pytest.raises(BadInput, match=r"must name the model by its alias.*models:/\{name\}@\{alias\}"):
         read_config(file)
     file.write_text("triggers: [{model: churn, alias: champion, deployment: batch-inference/adhoc}]")
 
@@ -310,7 +326,7 @@ def test_a_real_mlflow_starts_a_run_on_a_real_prefect_when_an_alias_moves(
 
     (flow_run,) = runs
     assert (True, 200) == (tested.success, tested.response_status)
-    assert {"model": "models:/churn/2", "options": {"name": "by-champion", "slots": 1}} == flow_run.parameters
+    assert {"model": "models:/churn@champion", "options": {"name": "by-champion", "slots": 1}} == flow_run.parameters
     assert [[str(flow_run.id)]] * 2 == [each.json()["started"] for each in (replayed, restarted)]
     assert [flow_run.id] == [each.id for each in runs_of_webhooks()]
 
