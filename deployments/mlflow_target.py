@@ -121,7 +121,11 @@ class OvernightDeploymentClient(BaseDeploymentClient):
         _save_record(name, record)
         if before is not None and _read_name(before.model) != _read_name(record.model):
             _delete_record(name, before.model)
-        return {"name": name, "flavor": FLAVOR, **made.model_dump(mode="json", include={"url", "model", "version"})}
+        return {
+            "name": name,
+            "flavor": FLAVOR,
+            **made.model_dump(mode="json", include={"url", "model", "version", "callers"}),
+        }
 
     def delete_deployment(self, name: str, config: Config | None = None, endpoint: str | None = None) -> None:
         """Take a deployment out of service and its versions off their model server. Idempotent.

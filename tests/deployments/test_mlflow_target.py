@@ -80,6 +80,7 @@ def test_a_deployment_from_its_creation_to_its_end(
     made = client.create_deployment("weighted", one, config=config)
 
     assert {"name": "weighted", "flavor": "python_function", "version": one[-1]}.items() <= made.items()
+    assert "Callers need the key WEIGHTED_KEY." == made["callers"]
     assert [3.0, 6.0, 9.0] == client.predict("weighted", ROWS)["predictions"]
     assert [3.0, 6.0, 9.0] == client.predict("weighted", {"a": [1, 2, 3]}).get_predictions("ndarray").tolist()
     direct = mlflow.pyfunc.load_model(one).predict(ROWS[["a"]].astype(np.float32), params={"weight": 3})
