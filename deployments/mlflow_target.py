@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from mlflow import MlflowClient, MlflowException
 from mlflow.deployments import BaseDeploymentClient, PredictionsResponse
+from mlflow.entities.model_registry import RegisteredModel
 from mlflow.models import Model as MLmodel
 from mlflow.protos.databricks_pb2 import (
     INVALID_PARAMETER_VALUE,
@@ -25,7 +26,7 @@ from mlflow.protos.databricks_pb2 import (
     RESOURCE_DOES_NOT_EXIST,
     TEMPORARILY_UNAVAILABLE,
 )
-from pydantic import JsonValue, ValidationError
+from pydantic import ValidationError
 
 from serving.errors import BadInput, EndpointFailed, OvernightError
 from serving.extras import import_extra
@@ -48,10 +49,13 @@ Config = Mapping[str, Any]
 
 
 class _Record(Frozen):
-    """What a deployment was created with, kept as a tag of its registered model, so that an update changes a part."""
+    """How the inputs of a deployment are laid out, as a tag of its registered model: callers can't ask the gateway.
+
+    Nothing is deployed by it: who may set a tag would then choose what runs.
+    """
 
     model: str
-    config: dict[str, JsonValue]
+    input_columns: dict[str, tuple[str, ...]]
 
 
 class OvernightDeploymentClient(BaseDeploymentClient):
@@ -89,8 +93,7 @@ class OvernightDeploymentClient(BaseDeploymentClient):
                 if gateway.get(name) is not None:
                     message = f"The name of a deployment must be free, but {name!r} serves already. Update it instead."
                     raise MlflowException(message, RESOURCE_ALREADY_EXISTS)
-            record = _Record(model=model_uri, config=_read_config(config))
-            return self._deploy(name, record, None)
+            return _deploy(name, model_uri, _read_config(config))
 
     def update_deployment(
         self,
@@ -100,54 +103,46 @@ class OvernightDeploymentClient(BaseDeploymentClient):
         config: Config | None = None,
         endpoint: str | None = None,
     ) -> dict[str, Any]:
-        """Change the model or parts of the config of a deployment; what is not given stays as it was.
+        """Change the model or parts of the config of a deployment; what is not given stays as the gateway has it.
 
-        The rollout of the config says how a new version gets its traffic. The arguments are those of
-        create_deployment.
+        The rollout of the config says how a new version gets its traffic. `allow_pickle` alone never stays: each call
+        says which model it trusts. The arguments are those of create_deployment.
         """
         with _as_mlflow_errors():
             _check_unused(flavor, endpoint)
-            before = _find_record(name)
-            if before is None:
+            with _open_gateway() as gateway:
+                state = gateway.get(name)
+            if state is None:
                 raise _make_missing(name)
-            changed = {**before.config, **_read_config(config)}
-            return self._deploy(name, _Record(model=model_uri or before.model, config=changed), before)
-
-    def _deploy(self, name: str, record: _Record, before: _Record | None) -> dict[str, Any]:
-        from flows import online_endpoint  # noqa: PLC0415 - Prefect, which asking a deployment does not need
-
-        _read_name(record.model)
-        made = online_endpoint(_make_spec(name, record))
-        _save_record(name, record)
-        if before is not None and _read_name(before.model) != _read_name(record.model):
-            _delete_record(name, before.model)
-        return {"name": name, "flavor": FLAVOR, **made.model_dump(mode="json", include={"url", "model", "version"})}
+            kept = state.route.spec
+            model = model_uri or kept.get("model")
+            if not isinstance(model, str):
+                message = f"The model must be given: the gateway knows none that {name!r} was deployed with."
+                raise MlflowException(message, INVALID_PARAMETER_VALUE)
+            rollout = {"rollout": kept["rollout"]} if "rollout" in kept else {}
+            return _deploy(name, model, {**rollout, **_read_config(config)})
 
     def delete_deployment(self, name: str, config: Config | None = None, endpoint: str | None = None) -> None:
         """Take a deployment out of service and its versions off their model server. Idempotent.
 
-        `config` gives the target where the registry does not know it: for an endpoint that was not created by this
-        client.
+        `config` gives the target where the gateway does not know it: for an endpoint that an earlier release deployed.
         """
         with _as_mlflow_errors():
             _check_unused(None, endpoint)
             from flows import retire_endpoint  # noqa: PLC0415 - the same
 
-            record = _find_record(name)
-            if record is None and not (config or {}).get("target"):
-                with _open_gateway() as gateway:
-                    if gateway.get(name) is None:
-                        return
-                message = (
-                    f"The registry must know {name!r} to say which target it is on; give config={{'target': ...}}."
-                )
+            with _open_gateway() as gateway:
+                state = gateway.get(name)
+            if state is None:
+                return
+            given = {"target": state.route.spec.get("target"), **_read_config(config)}
+            if given["target"] is None:
+                message = f"The gateway must know the target of {name!r}, and does not; give config={{'target': ...}}."
                 raise MlflowException(message, INVALID_PARAMETER_VALUE)
-            known = record.config if record else {}
-            model = record.model if record else "models:/unknown/1"
-            spec = _make_spec(name, _Record(model=model, config={**known, **_read_config(config)}))
+            # The name of the model does not matter: all of its versions go.
+            spec = _make_spec(name, "models:/any/1", given)
             retire_endpoint(name, spec.target, spec.gateway, spec.admin_secret)
-            if record is not None:
-                _delete_record(name, record.model)
+            _delete_records(name)
 
     def list_deployments(self, endpoint: str | None = None) -> list[dict[str, Any]]:
         """Return every endpoint of the gateway, as get_deployment does."""
@@ -158,7 +153,7 @@ class OvernightDeploymentClient(BaseDeploymentClient):
             return [_describe(name, state) for name, state in states if state is not None]
 
     def get_deployment(self, name: str, endpoint: str | None = None) -> dict[str, Any]:
-        """Return name, URL, versions with their shares of the traffic, and, where it is known, model and config."""
+        """Return name, URL, versions with their shares of the traffic, who may call, model and config."""
         with _as_mlflow_errors():
             _check_unused(None, endpoint)
             with _open_gateway() as gateway:
@@ -222,7 +217,7 @@ def serve_locally(name: str, model_uri: str, flavor: str | None = None, config: 
         target = {"kind": "triton", "repository": str(triton.repository), "url": triton.url, "grpc": triton.grpc}
         given = {"target": target, **given}
         stack.enter_context(_set_variables({GATEWAY: gateway.url, "OVERNIGHT_ADMIN_KEY": gateway.admin_key}))
-        spec = _make_spec(name, _Record(model=model_uri, config=given))
+        spec = _make_spec(name, model_uri, given)
         try:
             url = online_endpoint(spec).url
         except OvernightError:
@@ -265,8 +260,9 @@ Config: the fields of EndpointSpec but name, model and gateway; a text may be JS
     -C 'access={{"environment": ["CHURN_API_KEY"]}}'
   mlflow deployments update -t overnight --name churn -m models:/churn/4
   mlflow deployments predict -t overnight --name churn -I rows.json
-An update keeps what it does not give. Keys are never part of a config: access names the variables or Prefect Secret
-blocks that hold them.
+An update keeps what it does not give, but for allow_pickle, which each call gives for its own model. Without access a
+new deployment is open to all who reach the gateway, and access={{"anyone": true}} takes the keys of one off. Keys are
+never part of a config: access names the variables or Prefect Secret blocks that hold them.
 """
 
 
@@ -329,13 +325,26 @@ def _parse_text(value: Any) -> Any:
         return value
 
 
-def _make_spec(name: str, record: _Record) -> EndpointSpec:
+def _deploy(name: str, model: str, config: Config) -> dict[str, Any]:
+    from flows import online_endpoint  # noqa: PLC0415 - Prefect, which asking a deployment does not need
+
+    registered = _read_name(model)
+    made = online_endpoint(_make_spec(name, model, config))
+    with _open_gateway() as gateway:
+        state = gateway.get(name)
+    columns: Any = state.route.spec.get("input_columns", {}) if state else {}
+    record = _Record(model=model, input_columns=columns)
+    MlflowClient().set_registered_model_tag(registered, f"{TAG}.{name}", record.model_dump_json())
+    _delete_records(name, but=registered)
+    answer = made.model_dump(mode="json", include={"url", "model", "version", "callers"})
+    return {"name": name, "flavor": FLAVOR, **answer}
+
+
+def _make_spec(name: str, model: str, config: Config) -> EndpointSpec:
     from tasks.endpoint.spec import EndpointSpec  # noqa: PLC0415 - the same
 
     try:
-        return EndpointSpec.model_validate(
-            {**record.config, "name": name, "model": record.model, "gateway": _find_gateway()}
-        )
+        return EndpointSpec.model_validate({**config, "name": name, "model": model, "gateway": _find_gateway()})
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False, include_input=False)[:5]
         found = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in problems)
@@ -355,35 +364,40 @@ def _read_name(model_uri: str) -> str:
     return match["name"]
 
 
+def _find_tagged(name: str) -> list[RegisteredModel]:
+    """Return the registered models that have the tag of a deployment."""
+    return list(MlflowClient().search_registered_models(f"tags.`{TAG}.{name}` LIKE '%'"))
+
+
 def _find_record(name: str) -> _Record | None:
-    """Return what a deployment was created with, by the tags of the registered models; None where none has it."""
-    tag = f"{TAG}.{name}"
-    for model in MlflowClient().search_registered_models(f"tags.`{tag}` LIKE '%'", max_results=1):
+    """Return how the inputs of a deployment are laid out, None where no registered model says it."""
+    for model in _find_tagged(name):
         try:
-            return _Record.model_validate_json(model.tags[tag])
+            return _Record.model_validate_json(model.tags[f"{TAG}.{name}"])
         except ValidationError:
             return None
     return None
 
 
-def _save_record(name: str, record: _Record) -> None:
-    model = _read_name(record.model)
-    MlflowClient().set_registered_model_tag(model, f"{TAG}.{name}", record.model_dump_json())
-
-
-def _delete_record(name: str, model_uri: str) -> None:
-    MlflowClient().delete_registered_model_tag(_read_name(model_uri), f"{TAG}.{name}")
+def _delete_records(name: str, but: str | None = None) -> None:
+    for model in _find_tagged(name):
+        if model.name != but:
+            MlflowClient().delete_registered_model_tag(model.name, f"{TAG}.{name}")
 
 
 def _describe(name: str, state: EndpointState) -> dict[str, Any]:
-    record = _find_record(name)
+    from tasks.endpoint.traffic import describe_callers  # noqa: PLC0415 - the same
+
+    config = dict(state.route.spec)
+    model = {"model_uri": config.pop("model", None), "config": config} if config else {}
     return {
         "name": name,
         "flavor": FLAVOR,
         "url": f"{_find_gateway().rstrip('/')}/v2/models/{name}/infer",
         "versions": {served.version: served.weight for served in state.route.versions},
         "models": state.models,
-        **({"model_uri": record.model, "config": dict(record.config)} if record else {}),
+        "callers": describe_callers(state.route.keys),
+        **model,
     }
 
 
@@ -396,11 +410,10 @@ def _read_contract(record: _Record) -> Contract:
     except OSError as error:
         message = f"The description of {record.model} must be readable, got: {error}. Check the artifact store."
         raise EndpointFailed(message) from error
-    columns: Any = record.config.get("input_columns", {})
     return read_contract(
         mlmodel,
         stack="pytorch" in mlmodel.flavors,
-        columns={value: tuple(names) for value, names in columns.items()},
+        columns=record.input_columns,
         policies={"*": ColumnPolicy(cast="round")},
     )
 

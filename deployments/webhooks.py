@@ -1,7 +1,8 @@
 """Receive MLflow's registry webhooks, and start a Prefect deployment when an alias moves.
 
-A request counts where its signature is that of the shared secret, it is fresh, and its delivery was not seen before.
-The flow run is created under the id of the delivery, so that one delivery starts one run, also after a restart.
+A request counts where its signature is that of the shared secret, and it is fresh. The flow run is created under the id
+of the delivery, which Prefect keeps: one delivery starts one run, however often it comes, and also after a restart.
+A run asks the registry for its alias when it begins, so that it does not matter in which order events arrive.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import json
 import logging
 import os
 import re
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from pathlib import Path
@@ -30,7 +31,7 @@ from fastapi.responses import JSONResponse
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from serving.errors import BadInput, BadRequest, Unanswered
 from serving.extras import import_extra
@@ -44,7 +45,7 @@ _SECRET_LENGTH_MIN = 16
 _BODIES_BYTES_MAX = 16 << 20
 _DELIVERY = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TIMESTAMP = re.compile(r"[0-9]{1,12}")
-_PLACEHOLDER = re.compile(r"\{(name|alias|version)\}")
+_PLACEHOLDER = re.compile(r"\{(name|alias)\}")
 _SIGNATURE_VERSION = "v1"
 _RETRY_AFTER_S = 5
 _BODY_S_MAX = 10.0
@@ -62,9 +63,20 @@ class AliasTrigger(Frozen):
     )
     parameters: dict[str, JsonValue] = Field(
         default_factory=dict,
-        description="Parameters of the run beside those of the deployment. {name}, {alias} and {version} in a text "
-        "stand for those of the event.",
+        description="Parameters of the run beside those of the deployment. {name} and {alias} in a text stand for "
+        "those of the event.",
     )
+
+    @field_validator("parameters")
+    @classmethod
+    def _check_no_version(cls, parameters: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if "{version}" in json.dumps(parameters):
+            message = (
+                "Parameters must name the model by its alias, got {version}. Events may arrive in another order than "
+                "the alias moved: give models:/{name}@{alias}, which the run asks the registry for when it begins."
+            )
+            raise ValueError(message)
+        return parameters
 
 
 class WebhookConfig(Frozen):
@@ -75,12 +87,6 @@ class WebhookConfig(Frozen):
         default=300.0, gt=0, le=3600, description="How old, or ahead of this machine's clock, a request may be."
     )
     bytes_max: int = Field(default=65_536, ge=1024, le=1 << 20, description="Maximum number of bytes of a request.")
-    deliveries_max: int = Field(
-        default=10_000,
-        ge=1,
-        le=1_000_000,
-        description="Deliveries that are remembered until they are too old to count.",
-    )
 
     @model_validator(mode="after")
     def _check_distinct(self) -> Self:
@@ -106,36 +112,6 @@ class _Event(BaseModel):
     entity: str
     action: str
     data: dict[str, JsonValue]
-
-
-class Deliveries:
-    """The deliveries that were accepted, until they are too old to be accepted again."""
-
-    def __init__(self, count_max: int, seconds: float) -> None:
-        self._count_max, self._seconds = count_max, seconds
-        self._until: OrderedDict[str, float] = OrderedDict()
-
-    def __contains__(self, delivery: str) -> bool:
-        """Whether a delivery was accepted before."""
-        return delivery in self._until
-
-    def __len__(self) -> int:
-        """Return how many are remembered."""
-        return len(self._until)
-
-    def add(self, delivery: str, now: float) -> None:
-        """Remember a delivery. Raises Unanswered where too many are remembered: none may be forgotten while fresh."""
-        while self._until and next(iter(self._until.values())) < now:
-            self._until.popitem(last=False)
-        if len(self._until) >= self._count_max:
-            message = f"The receiver must remember each delivery, and has {self._count_max} that are fresh. Send later."
-            raise Unanswered(message, retry_after_s=_RETRY_AFTER_S)
-        # One that is stamped ahead of the clock is fresh for twice as long.
-        self._until[delivery] = now + 2 * self._seconds
-
-    def discard(self, delivery: str) -> None:
-        """Forget a delivery that started nothing, so that MLflow may send it again."""
-        self._until.pop(delivery, None)
 
 
 StartRun = Callable[[str, Mapping[str, JsonValue], str], Any]
@@ -200,7 +176,6 @@ def build_app(
         clock: Returns the time in seconds since 1970.
     """
     app = FastAPI(title="Overnight webhooks", openapi_url=None, docs_url=None, redoc_url=None)
-    deliveries = Deliveries(config.deliveries_max, config.fresh_seconds)
     memory = BodyMemory(_BODIES_BYTES_MAX)
 
     @app.get("/health")
@@ -212,7 +187,7 @@ def build_app(
         try:
             body, now = await _read_body(request, memory, config.bytes_max), clock()
             delivery = check_request(secret, request.headers, body, now=now, fresh_seconds=config.fresh_seconds)
-            started = await _handle(config, deliveries, delivery, body, now=now, start=start)
+            started = await _start_runs(config, delivery, body, start)
         except (BadRequest, Unanswered) as error:
             logger.warning("Refused a webhook with %d: %s", error.status, error)
             retry = getattr(error, "retry_after_s", None)
@@ -232,24 +207,15 @@ async def _read_body(request: Request, memory: BodyMemory, bytes_max: int) -> by
         raise BadRequest(message, status=HTTPStatus.REQUEST_TIMEOUT) from None
 
 
-async def _handle(
-    config: WebhookConfig, deliveries: Deliveries, delivery: str, body: bytes, *, now: float, start: StartRun
-) -> list[str]:
-    """Start what an event starts, and return the ids of the runs. Raises BadRequest for a delivery that was seen."""
-    if delivery in deliveries:
-        message = f"A delivery must come once, got {delivery} again. Nothing was started by it."
-        raise BadRequest(message, status=HTTPStatus.CONFLICT)
+async def _start_runs(config: WebhookConfig, delivery: str, body: bytes, start: StartRun) -> list[str]:
+    """Start what an event starts, once for each delivery, and return the ids of the runs. Raises BadRequest."""
     alias = _read_alias(body)
-    deliveries.add(delivery, now)
-    try:
-        return [
-            await start(each.deployment, _fill_in(each.parameters, alias), f"{delivery}:{each.deployment}")
-            for each in config.triggers
-            if alias is not None and (each.model, each.alias) == (alias.name, alias.alias)
-        ]
-    except BaseException:
-        deliveries.discard(delivery)
-        raise
+    # Nothing is remembered here: a delivery that came again while Prefect hangs would else be taken for a started one.
+    return [
+        await start(each.deployment, _fill_in(each.parameters, alias), f"{delivery}:{each.deployment}")
+        for each in config.triggers
+        if alias is not None and (each.model, each.alias) == (alias.name, alias.alias)
+    ]
 
 
 def _read_alias(body: bytes) -> _Alias | None:
@@ -266,7 +232,7 @@ def _read_alias(body: bytes) -> _Alias | None:
 
 
 def _fill_in(value: Any, alias: _Alias | None) -> Any:
-    """Return parameters with the event's name, alias and version in place of their placeholders."""
+    """Return parameters with the event's name and alias in place of their placeholders."""
     if isinstance(value, str) and alias is not None:
         return _PLACEHOLDER.sub(lambda match: str(getattr(alias, match[1])), value)
     if isinstance(value, dict):

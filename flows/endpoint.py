@@ -25,7 +25,14 @@ from tasks.endpoint.load import Latency, measure_latency
 from tasks.endpoint.report import Endpoint, emit_endpoint_changed, emit_endpoint_retired, publish_endpoint
 from tasks.endpoint.resolve import Loaded, LoadedGraph, LoadedModel, load_endpoint
 from tasks.endpoint.spec import GATEWAY, AnyTarget, Budget, EndpointSpec, Shadow, read_admin_key, read_keys
-from tasks.endpoint.traffic import check_gateway, find_route_to_restore, shift_traffic, validate_rollout
+from tasks.endpoint.traffic import (
+    check_gateway,
+    complete_spec,
+    describe_callers,
+    find_route_to_restore,
+    shift_traffic,
+    validate_rollout,
+)
 from tasks.endpoint.verify import Verification, verify_endpoint
 
 
@@ -34,7 +41,8 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
     """Serve a registered model online: deploy it beside what serves, compare its answers with the model, shift traffic.
 
     Args:
-        spec: The endpoint in full: model or graph of models, target, batching, scaling, rollout and access.
+        spec: The endpoint: model or graph of models, target, batching, scaling, rollout and access. What it leaves out
+            stays as the endpoint has it, API keys included; the model, the rollout and allow_pickle are of each call.
 
     The same call again changes nothing where nothing has changed. On any failure the new release is taken down and
     the earlier version keeps serving; the error says why: LatencyImpossible before anything is deployed, EndpointFailed
@@ -42,10 +50,11 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
     """
     logger = find_logger()
     timer = Steps()
-    # Raises where a package of the target is missing, before anything is measured.
-    (make_graph_host if spec.graph_steps else make_host)(spec.target)
-    keys = read_keys(spec.access)
     with GatewayClient(spec.gateway, read_admin_key(spec.admin_secret)) as gateway:
+        spec = complete_spec(spec, _find_route(gateway, spec))
+        # Raises where a package of the target is missing, before anything is measured.
+        (make_graph_host if spec.graph_steps else make_host)(spec.target)
+        keys = read_keys(spec.access)
         loaded = timer.run("resolve", lambda: load_endpoint(spec))
         status = gateway.get(spec.name)
         current_route = find_route_to_restore(status.route if status else None, loaded.version)
@@ -83,6 +92,7 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
         target=spec.target.kind,
         server=f"{address.url}{infer_path(address)}",
         rollout=rollout,
+        callers=describe_callers(spec.access.names),
         removed=removed,
         chosen=choice,
         budget=spec.budget,

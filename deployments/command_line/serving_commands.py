@@ -89,6 +89,9 @@ def endpoint(  # noqa: PLR0913 - each is an option of the command
         list[str] | None,
         typer.Option(help="An environment variable that holds a key of callers; again for each further one."),
     ] = None,
+    no_api_key: Annotated[
+        bool, typer.Option("--no-api-key", help="Take the keys off: all who reach the gateway may call the endpoint.")
+    ] = False,
     gateway: Gateway = None,
     target: Target = None,
     spec: Annotated[
@@ -98,6 +101,8 @@ def endpoint(  # noqa: PLR0913 - each is an option of the command
     as_json: AsJson = False,
 ) -> None:
     """Put a registered model behind an endpoint, or another version of it; twice changes nothing.
+
+    What is not given stays as the endpoint has it, keys of callers included.
 
     The key of the gateway's administrator comes from OVERNIGHT_ADMIN_KEY.
     """
@@ -122,7 +127,7 @@ def endpoint(  # noqa: PLR0913 - each is an option of the command
             "budget": _make_budget(latency_ms, rate),
             "keep_warm": _parse_keep_warm(keep_warm),
             "rollout": None if canary is None else {"kind": "canary", "percent": canary},
-            "access": {"environment": api_key} if api_key else None,
+            "access": {"environment": api_key or (), "anyone": no_api_key} if api_key or no_api_key else None,
             **{field: value for field, value in surroundings.items() if field not in document},
         }
         chosen = build_model(EndpointSpec, given, spec, "--spec")

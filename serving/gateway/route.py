@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AwareDatetime, Field, field_validator, model_validator
+from pydantic import AwareDatetime, Field, JsonValue, field_validator, model_validator
 
 from serving.model.contract import Contract, Frozen
 
@@ -146,6 +146,11 @@ class Route(Frozen):
     rollout: Rollout | None = Field(default=None, description="The rule of a canary.")
     shadow: Shadow | None = Field(default=None, description="A version whose answers are only compared.")
     sleep: ScaleToZero | None = Field(default=None, description="When the models are unloaded; none: never.")
+    spec: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="What the endpoint was put online with, for a later call that leaves a part of it out. The gateway "
+        "only keeps it.",
+    )
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:

@@ -88,20 +88,41 @@ def resolve_model(uri: str) -> Resolved:
     Returns the pinned version with a SHA-256 over its files. The registry is that of MLFLOW_TRACKING_URI or
     MLFLOW_REGISTRY_URI. Raises ModelNotFound, whose message says what the registry has.
     """
-    match = _URI.fullmatch(uri)
-    if match is None:
-        message = f"A model must be models:/NAME@ALIAS, models:/NAME/VERSION or models:/NAME/latest, got {uri!r}."
-        if name_only := re.fullmatch(r"(?:models:/)?([^/@:]+)", uri):
-            message += f" Say which version: models:/{name_only[1]}/latest, for one."
-        raise ModelNotFound(message)
+    name, version = _parse_uri(uri)["name"], find_version(uri)
     client = MlflowClient()
-    name, version = match["name"], _find_version(client, uri, match)
     try:
         found = client.get_model_version(name, version)
     except MlflowException as error:
         raise _not_found(client, uri, name, error) from None
     resolved = open_model(name=name, version=str(found.version), source=str(found.source))
     return replace(resolved, tags=dict(found.tags))
+
+
+def find_version(uri: str) -> str:
+    """Return the version that the address of a model names at this moment. Raises ModelNotFound."""
+    match, client = _parse_uri(uri), MlflowClient()
+    name = match["name"]
+    try:
+        if match["alias"]:
+            return str(client.get_model_version_by_alias(name, match["alias"]).version)
+        if match["version"] != "latest":
+            return str(int(match["version"]))
+        versions = [int(found.version) for found in client.search_model_versions(f"name = '{name}'")]
+    except MlflowException as error:
+        raise _not_found(client, uri, name, error) from None
+    if not versions:
+        raise _not_found(client, uri, name, None)
+    return str(max(versions))
+
+
+def _parse_uri(uri: str) -> re.Match[str]:
+    match = _URI.fullmatch(uri)
+    if match is None:
+        message = f"A model must be models:/NAME@ALIAS, models:/NAME/VERSION or models:/NAME/latest, got {uri!r}."
+        if name_only := re.fullmatch(r"(?:models:/)?([^/@:]+)", uri):
+            message += f" Say which version: models:/{name_only[1]}/latest, for one."
+        raise ModelNotFound(message)
+    return match
 
 
 def save_tag(pin: ModelPin, key: str, value: str) -> bool:
@@ -132,21 +153,6 @@ def open_model(*, name: str, version: str, source: str) -> Resolved:
     files = read_file_states(folder)
     pin = ModelPin(name=name, version=version, model_id=model_id, source=source, digest=digest_folder(folder))
     return Resolved(pin=pin, folder=folder, mlmodel=MLmodel.load(str(mlmodel_file)), files=files)
-
-
-def _find_version(client: MlflowClient, uri: str, match: re.Match[str]) -> str:
-    name = match["name"]
-    try:
-        if match["alias"]:
-            return str(client.get_model_version_by_alias(name, match["alias"]).version)
-        if match["version"] != "latest":
-            return match["version"]
-        versions = [int(found.version) for found in client.search_model_versions(f"name = '{name}'")]
-    except MlflowException as error:
-        raise _not_found(client, uri, name, error) from None
-    if not versions:
-        raise _not_found(client, uri, name, None)
-    return str(max(versions))
 
 
 def _not_found(client: MlflowClient, uri: str, name: str, error: MlflowException | None) -> ModelNotFound:

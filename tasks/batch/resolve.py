@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Protocol
 
@@ -25,7 +25,7 @@ from serving.model.interface import Model, Tunable
 from serving.model.loading import load_model
 from serving.model.process_handle import FIRST_PROCESSES
 from serving.model.processes import ProcessOptions
-from serving.model.registry import Resolved, open_model, resolve_model
+from serving.model.registry import Resolved, find_version, open_model, resolve_model
 from serving.model.requirements import list_libraries
 from tasks.batch.challengers import (
     RequestedChallenger,
@@ -82,7 +82,7 @@ class RunRequest:
     """A call, resolved: the model version, the files, the contract between them, and the run key of all that.
 
     `features` are the snapshots of the feature tables, in the order of the options, which name challengers by their
-    versions.
+    versions. `ask_again` resolves the call once more where its alias names another version by then, else returns None.
     """
 
     resolved: Resolved
@@ -92,6 +92,7 @@ class RunRequest:
     key: str
     features: tuple[Snapshot, ...] = ()
     challengers: tuple[RequestedChallenger, ...] = ()
+    ask_again: Callable[[], RunRequest | None] = field(default=lambda: None, compare=False)
 
     @property
     def run(self) -> str:
@@ -136,7 +137,7 @@ RunState = NewRun | ResumedRun | CompleteRun
 
 
 def resolve_request(model: str, source: str | Sequence[str], destination: str, options: BatchOptions) -> RunRequest:
-    """Resolve the model's alias and list the source, once. Nothing is written.
+    """Resolve the model's alias and list the source. Nothing is written.
 
     Raises:
         ModelNotFound: The registry has no such model, version or alias.
@@ -144,7 +145,12 @@ def resolve_request(model: str, source: str | Sequence[str], destination: str, o
     """
     resolved = resolve_model(model)
     contract = resolved.contract(options.input_columns, options.policies, options.params)
-    return make_request(resolved, contract, source, destination, options)
+
+    def ask_again() -> RunRequest | None:
+        is_same = find_version(model) == resolved.pin.version
+        return None if is_same else resolve_request(model, source, destination, options)
+
+    return replace(make_request(resolved, contract, source, destination, options), ask_again=ask_again)
 
 
 def make_request(
@@ -234,7 +240,14 @@ def find_run(
     if isinstance(request, RunStart):
         return _find_state(storage, load_started_plan(storage, request), None, is_new=False)
     standing = load_plan(storage, request.run)
-    plan = _plan_run(request, storage, load, clock) if standing is None else check_plan_key(standing, request.key)
+    if standing is not None:
+        plan = check_plan_key(standing, request.key)
+    else:
+        made = _plan_run(request, storage, load, clock)
+        # Now that the run has its number: one of a later move of the alias gets a higher one.
+        if (moved := request.ask_again()) is not None:
+            return find_run(moved, storage, flow_run_id, load=load, clock=clock)
+        plan = save_plan(storage, made)
     run = _find_state(storage, plan, request.resolved, is_new=standing is None)
     planned = RunStart(run=plan.run, key=plan.key, release=find_release())
     start = planned if isinstance(run, CompleteRun) else save_start(storage, flow_run_id, planned)
@@ -255,7 +268,7 @@ def _find_state(storage: Storage, plan: Plan, resolved: Resolved | None, *, is_n
 
 
 def _plan_run(request: RunRequest, storage: Storage, load: ModelLoader, clock: Callable[[], datetime]) -> Plan:
-    """Make and write the plan of a request. What can be refused is refused here, before anything is scored."""
+    """Make the plan of a request, with its number. What can be refused is refused here, before anything is scored."""
     options = request.options
     use_jemalloc()
     prepare_model_process(request)
@@ -297,7 +310,7 @@ def _plan_run(request: RunRequest, storage: Storage, load: ModelLoader, clock: C
     check_memory(plan, slots, options, [model, *challengers])
     check_create_only(storage)
     order = claim_order_number(storage, plan.run, above=order_min)
-    return save_plan(storage, plan.model_copy(update={"order": order}))
+    return plan.model_copy(update={"order": order})
 
 
 def _plan_challengers(

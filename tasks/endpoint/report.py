@@ -38,6 +38,7 @@ class Endpoint(Frozen):
     target: str = Field(description="The model server.")
     server: str = Field(description="Where the model server itself answers.")
     rollout: str = Field(description="The outcome of shifting traffic to it, in words.")
+    callers: str = Field(description="Who may call it, in a sentence.")
     removed: tuple[str, ...] = Field(default=(), description="Earlier versions that were taken down.")
     chosen: BatchingChoice = Field(description="The batching, and what it was chosen by.")
     budget: Budget | None = Field(default=None, description="The budget that it is held against.")
@@ -54,8 +55,8 @@ class Endpoint(Frozen):
 
     @property
     def summary(self) -> str:
-        """The endpoint in a sentence."""
-        return f"{self.name} serves {self.model} on {self.target} at {self.url}: {self.rollout}."
+        """The endpoint in two sentences: what serves, and who may call it."""
+        return f"{self.name} serves {self.model} on {self.target} at {self.url}: {self.rollout}. {self.callers}"
 
     def table(self) -> list[dict[str, str]]:
         """Return the report as rows of two columns, in reading order."""
@@ -65,6 +66,7 @@ class Endpoint(Frozen):
             "target": f"{self.target} at {self.server}",
             "asked at": self.url,
             "traffic": self.rollout,
+            "callers": self.callers,
             **({"taken down": ", ".join(f"version {each}" for each in self.removed)} if self.removed else {}),
             "batching": self.chosen.describe(),
             **(_describe_passes(self.chosen.cost) if self.chosen.cost else {}),

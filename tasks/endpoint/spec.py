@@ -170,7 +170,10 @@ class Shadow(Frozen):
 
 
 class Access(Frozen):
-    """Who may send requests, by names of API keys, never the keys. Without any name, all who reach the gateway may."""
+    """Who may send requests, by names of API keys, never the keys.
+
+    Without any name an endpoint keeps the keys that it has. Where it has none, all who reach the gateway may.
+    """
 
     environment: tuple[KeyName, ...] = Field(
         default=(), max_length=64, description="Environment variables of the machine this runs on that hold a key."
@@ -178,6 +181,22 @@ class Access(Frozen):
     secrets: tuple[KeyName, ...] = Field(
         default=(), max_length=64, description="Prefect Secret blocks that hold a key."
     )
+    anyone: bool = Field(
+        default=False,
+        description="Take off the keys that the endpoint has: all who reach the gateway may send requests.",
+    )
+
+    @property
+    def names(self) -> tuple[KeyName, ...]:
+        """The names of all keys."""
+        return (*self.environment, *self.secrets)
+
+    @model_validator(mode="after")
+    def _validate_anyone(self) -> Self:
+        if self.anyone and self.names:
+            message = f"Access must be by keys or for anyone, got both: {', '.join(self.names)}. Leave out one of them."
+            raise ValueError(message)
+        return self
 
 
 # Fields that the spec of an endpoint has in common with the terms of a workload.
@@ -242,13 +261,20 @@ def _read_step(given: object) -> object:
     return {"model": given} if isinstance(given, str) else given
 
 
+# What a call does not say is not taken from an earlier one: who calls whom, what gets traffic and how, and the trust
+# that runs the code in a pickle.
+OF_EACH_CALL = frozenset({"name", "model", "steps", "ensemble", "gateway", "admin_secret", "rollout", "allow_pickle"})
+
 Steps = Annotated[
     tuple[Annotated[Step, BeforeValidator(_read_step, json_schema_input_type=str | Step)], ...], Field(max_length=8)
 ]
 
 
 class EndpointSpec(Frozen):
-    """An online endpoint, in full. It answers by one model, or by two or three: as steps, or as an ensemble."""
+    """An online endpoint. It answers by one model, or by two or three: as steps, or as an ensemble.
+
+    What a spec leaves out stays as the endpoint of that name has it, but for the fields in `OF_EACH_CALL`.
+    """
 
     name: str = Field(pattern=ENDPOINT_PATTERN, description="The endpoint's name, by which callers ask for its model.")
     model: str | None = Field(
@@ -386,7 +412,7 @@ def _validate_key(name: str, what: str, key: str | None) -> str:
         found = "nothing" if not key else f"{len(key)} characters"
         message = (
             f"The {what} {name!r} must hold a key of at least {KEY_LENGTH_MIN} characters on this machine, "
-            f"got {found}. Make one with: openssl rand -hex 32"
+            f"got {found}. Give it the key that is in use, or make one with: openssl rand -hex 32"
         )
         raise BadInput(message)
     return key

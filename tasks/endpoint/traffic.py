@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+
+from pydantic import ValidationError
 
 from serving.errors import BadInput, EndpointFailed, RolledBack
 from serving.gateway.client import GatewayClient
@@ -14,7 +16,7 @@ from serving.targets import Address
 from tasks.endpoint import spec as specs
 from tasks.endpoint.client import InferClient
 from tasks.endpoint.resolve import Sample
-from tasks.endpoint.spec import EndpointSpec
+from tasks.endpoint.spec import OF_EACH_CALL, EndpointSpec
 from tasks.endpoint.verify import compare_answers
 
 _POLL_SECONDS = 0.2
@@ -146,11 +148,43 @@ def make_route(
         ),
         contract=contract,
         limits=spec.limits,
-        keys=(*spec.access.environment, *spec.access.secrets),
+        keys=spec.access.names,
         rollout=rollout,
         shadow=shadow,
         sleep=sleep,
+        spec=spec.model_dump(mode="json", exclude={"name", "gateway", "admin_secret", "allow_pickle"}),
     )
+
+
+def complete_spec(spec: EndpointSpec, route: Route | None) -> EndpointSpec:
+    """Return a spec with what it leaves out as the endpoint has it; a field that it names is taken whole.
+
+    Keys stay until the spec names others, or says that anyone may call. Raises BadInput where the parts do not fit.
+    """
+    if route is None:
+        return spec
+    named = {name: getattr(spec, name) for name in spec.model_fields_set}
+    if not spec.access.names and not spec.access.anyone:
+        named.pop("access", None)
+    # Of an endpoint that an earlier release has put online, the route says this much.
+    kept: Mapping[str, object] = route.spec or {"access": {"environment": route.keys}, "limits": route.limits}
+    left_out = {name: value for name, value in kept.items() if name in EndpointSpec.model_fields.keys() - OF_EACH_CALL}
+    try:
+        return EndpointSpec.model_validate({**left_out, **named})
+    except ValidationError as error:
+        found = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
+        message = (
+            f"What a call for {spec.name} leaves out stays as it was, and must fit what it names, got: {found} Give "
+            "that field too: null or {} takes its value off."
+        )
+        raise BadInput(message) from None
+
+
+def describe_callers(keys: Sequence[str]) -> str:
+    """Return in a sentence who may call an endpoint with these keys."""
+    if not keys:
+        return "Anyone who reaches the gateway may call it, without a key."
+    return f"Callers need the key {keys[0]}." if len(keys) == 1 else f"Callers need one of the keys {', '.join(keys)}."
 
 
 def _scale_weights(served: list[ServedVersion], total: float) -> list[ServedVersion]:

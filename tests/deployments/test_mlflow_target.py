@@ -15,7 +15,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-from mlflow import MlflowException
+from mlflow import MlflowClient, MlflowException
 from mlflow.deployments import BaseDeploymentClient, get_deploy_client
 
 from deployments import mlflow_target
@@ -24,7 +24,10 @@ from flows import EndpointSpec, online_endpoint
 from infra.local.gateway import GatewayServer, gateway_server
 from infra.local.prefect_server import PrefectServer
 from infra.local.triton import TritonServer, triton_server
+from serving.errors import BadInput
+from serving.gateway.client import GatewayClient
 from tests.support import register_with_params
+from tests.tasks.endpoint.values import route, served
 
 KEY = "a-key-of-the-tests-0123456789abcdef"
 ROWS = pd.DataFrame({"a": [1.0, 2.0, 3.0], "unused": ["x", "y", "z"]})
@@ -80,6 +83,7 @@ def test_a_deployment_from_its_creation_to_its_end(
     made = client.create_deployment("weighted", one, config=config)
 
     assert {"name": "weighted", "flavor": "python_function", "version": one[-1]}.items() <= made.items()
+    assert "Callers need the key WEIGHTED_KEY." == made["callers"]
     assert [3.0, 6.0, 9.0] == client.predict("weighted", ROWS)["predictions"]
     assert [3.0, 6.0, 9.0] == client.predict("weighted", {"a": [1, 2, 3]}).get_predictions("ndarray").tolist()
     direct = mlflow.pyfunc.load_model(one).predict(ROWS[["a"]].astype(np.float32), params={"weight": 3})
@@ -113,6 +117,40 @@ def test_a_deployment_from_its_creation_to_its_end(
         client.get_deployment("weighted")
     with pytest.raises(MlflowException, match="must exist"):
         client.update_deployment("weighted", one)
+
+
+@pytest.mark.parametrize("trust", [{}, {"allow_pickle": True}])
+def test_an_update_trusts_its_caller_and_no_tag_of_the_registry(
+    client: OvernightDeploymentClient,
+    gateway: GatewayServer,
+    registry: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trust: dict[str, bool],
+) -> None:
+    deployed: list[EndpointSpec] = []
+
+    def deploy(spec: EndpointSpec) -> Any:
+        deployed.append(spec)
+        message = "nothing is deployed in this test"
+        raise BadInput(message)
+
+    monkeypatch.setattr("flows.online_endpoint", deploy)
+    kept = {"model": "models:/mine/1", "rollout": {"kind": "canary", "percent": 20}, "allow_pickle": True}
+    name = f"trusting-{len(trust)}"
+    planted = MlflowClient().create_registered_model(f"planted-for-{name}").name
+    config = {"allow_pickle": True, "target": {"kind": "bentoml", "folder": "f", "python": "code-of-another"}}
+    tag = json.dumps({"model": f"models:/{planted}/1", "config": config})
+    MlflowClient().set_registered_model_tag(planted, f"{mlflow_target.TAG}.{name}", tag)
+    with GatewayClient(gateway.url, gateway.admin_key) as admin:
+        admin.put(name, route(served("1", 100), spec=kept))
+
+    with pytest.raises(MlflowException, match="nothing is deployed"):
+        client.update_deployment(name, config={"tolerance": "0.1", **trust})
+
+    assert [
+        {"name": name, "model": "models:/mine/1", "gateway": gateway.url, "tolerance": 0.1, **trust}
+        | {"rollout": {"kind": "canary", "percent": 20}}
+    ] == [each.model_dump(exclude_unset=True) for each in deployed]
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import json
 import secrets
 import threading
 from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,6 @@ from deployments.webhooks import (
     PATH,
     SECRET,
     AliasTrigger,
-    Deliveries,
     WebhookConfig,
     build_app,
     read_config,
@@ -48,23 +49,28 @@ TRIGGER = AliasTrigger(
     model="churn",
     alias="champion",
     deployment="webhook-test/alias",
-    parameters={"model": "models:/{name}/{version}", "options": {"name": "by-{alias}", "slots": 1}},
+    parameters={"model": "models:/{name}@{alias}", "options": {"name": "by-{alias}", "slots": 1}},
 )
 CONFIG = WebhookConfig(triggers=(TRIGGER,))
 
 
 class Started:
-    """Stands for Prefect: what was started, or an error."""
+    """Stands for Prefect: one run for each key, once it answers; or an error."""
 
     def __init__(self, error: Exception | None = None) -> None:
-        self.calls: list[tuple[str, Any, str]] = []
+        self.runs: dict[str, tuple[str, Any]] = {}
         self.error = error
+        self.asked = 0
+        self.answers = threading.Event()
+        self.answers.set()
 
     async def __call__(self, deployment: str, parameters: Mapping[str, Any], key: str) -> str:
+        self.asked += 1
         if self.error is not None:
             raise self.error
-        self.calls.append((deployment, parameters, key))
-        return f"run-{len(self.calls)}"
+        await asyncio.to_thread(self.answers.wait)
+        self.runs.setdefault(key, (deployment, parameters))
+        return f"run-{list(self.runs).index(key) + 1}"
 
 
 def event(entity: str = "model_version_alias", action: str = "created", **data: Any) -> bytes:
@@ -97,8 +103,8 @@ def test_an_alias_that_moves_starts_its_deployment_with_the_events_values(client
     answer = send(client, event())
 
     assert (200, {"started": ["run-1"]}) == (answer.status_code, answer.json())
-    parameters = {"model": "models:/churn/7", "options": {"name": "by-champion", "slots": 1}}
-    assert [("webhook-test/alias", parameters, "d-1:webhook-test/alias")] == started.calls
+    parameters = {"model": "models:/churn@champion", "options": {"name": "by-champion", "slots": 1}}
+    assert {"d-1:webhook-test/alias": ("webhook-test/alias", parameters)} == started.runs
 
 
 def test_the_signature_is_mlflows_own() -> None:
@@ -121,7 +127,7 @@ def test_other_events_are_taken_and_start_nothing(client: TestClient, started: S
     answer = send(client, body)
 
     assert (200, []) == (answer.status_code, answer.json()["started"])
-    assert [] == started.calls
+    assert 0 == started.asked
 
 
 @pytest.mark.parametrize(
@@ -148,7 +154,7 @@ def test_a_request_that_is_not_mlflows_or_not_fresh_is_refused(
     assert status == answer.status_code
     assert said in answer.json()["error"]
     assert KEY not in answer.text
-    assert [] == started.calls
+    assert 0 == started.asked
 
 
 def test_a_changed_body_is_refused_before_it_is_parsed(client: TestClient, started: Started) -> None:
@@ -157,13 +163,13 @@ def test_a_changed_body_is_refused_before_it_is_parsed(client: TestClient, start
     answer = send(client, b"{" * 1000, **{name.replace("-", "_"): value for name, value in headers.items()})
 
     assert 401 == answer.status_code
-    assert [] == started.calls
+    assert 0 == started.asked
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"entity": 1}', event(version=7), event(name=None), b"\xff"])
 def test_a_body_that_is_no_event_is_refused(client: TestClient, started: Started, body: bytes) -> None:
     assert 422 == send(client, body).status_code
-    assert [] == started.calls
+    assert 0 == started.asked
 
 
 def test_a_large_body_is_refused_before_it_is_parsed(client: TestClient, started: Started) -> None:
@@ -171,34 +177,53 @@ def test_a_large_body_is_refused_before_it_is_parsed(client: TestClient, started
     stated, unstated = send(client, body), client.post(PATH, content=iter([body[:1000], body[1000:]]))
 
     assert (413, 413) == (stated.status_code, unstated.status_code)
-    assert [] == started.calls
+    assert 0 == started.asked
 
 
-def test_a_delivery_counts_once(client: TestClient, started: Started) -> None:
-    assert [200, 409, 200] == [send(client, event(), delivery=each).status_code for each in ("d-1", "d-1", "d-2")]
-    assert 2 == len(started.calls)
+def test_a_delivery_that_comes_again_has_the_run_that_it_started(client: TestClient, started: Started) -> None:
+    answers = [send(client, event(), delivery=each) for each in ("d-1", "d-1", "d-2")]
+
+    assert [(200, ["run-1"]), (200, ["run-1"]), (200, ["run-2"])] == [
+        (each.status_code, each.json()["started"]) for each in answers
+    ]
 
 
-def test_a_delivery_that_prefect_did_not_take_may_come_again() -> None:
-    prefect = Started(Unanswered("The Prefect server must answer.", retry_after_s=5))
-    client = TestClient(build_app(CONFIG, KEY, start=prefect, clock=lambda: float(NOW)))
+def test_a_delivery_that_comes_again_while_prefect_hangs_waits_for_its_run(
+    client: TestClient, started: Started
+) -> None:
+    started.answers.clear()
+    with client, ThreadPoolExecutor() as threads:
+        # MLflow gives a request up after 30 s, and sends it again; another answer than 429 and 5xx ends its tries.
+        sent = [threads.submit(send, client, event()) for _ in range(2)]
+        try:
+            eventually(lambda: started.asked + sum(each.done() for each in sent) == len(sent))
+        finally:
+            started.answers.set()
+        answers = [each.result() for each in sent]
+
+    assert [(200, ["run-1"])] * 2 == [(each.status_code, each.json().get("started")) for each in answers]
+
+
+@pytest.mark.parametrize("arrivals", [("2", "3"), ("3", "2")])
+def test_every_run_of_a_move_scores_what_the_alias_names_when_it_begins(
+    client: TestClient, started: Started, arrivals: tuple[str, str]
+) -> None:
+    for version in arrivals:
+        send(client, event(version=version), delivery=f"moved-to-{version}")
+    # Both moves were made before either run begins.
+    registry = {"models:/churn@champion": "3", "models:/churn/2": "2", "models:/churn/3": "3"}
+
+    assert ["3", "3"] == [registry[parameters["model"]] for _, parameters in started.runs.values()]
+
+
+def test_a_delivery_that_prefect_did_not_take_may_come_again(client: TestClient, started: Started) -> None:
+    started.error = Unanswered("The Prefect server must answer.", retry_after_s=5)
     refused = send(client, event())
-    prefect.error = None
+    started.error = None
     taken = send(client, event())
 
     assert (503, "5", 200) == (refused.status_code, refused.headers["Retry-After"], taken.status_code)
-    assert ["d-1:webhook-test/alias"] == [key for _, _, key in prefect.calls]
-
-
-def test_memory_of_deliveries_is_bounded_and_none_is_forgotten_while_it_is_fresh() -> None:
-    deliveries = Deliveries(2, seconds=300)
-    deliveries.add("a", 0)
-    deliveries.add("b", 100)
-    with pytest.raises(Unanswered, match="Send later"):
-        deliveries.add("c", 500)
-    deliveries.add("c", 601)
-
-    assert ("a" in deliveries, "b" in deliveries, len(deliveries)) == (False, True, 2)
+    assert ["d-1:webhook-test/alias"] == list(started.runs)
 
 
 def test_a_config_says_what_is_wrong_with_it(tmp_path: Path) -> None:
@@ -210,6 +235,10 @@ def test_a_config_says_what_is_wrong_with_it(tmp_path: Path) -> None:
         read_config(file)
     file.write_text("triggers: [" + "{model: churn, alias: champion, deployment: batch-inference/adhoc}," * 2 + "]")
     with pytest.raises(BadInput, match="twice"):
+        read_config(file)
+    pinned = "parameters: {model: 'models:/{name}/{version}'}"
+    file.write_text("triggers: [{model: churn, alias: champion, deployment: batch-inference/adhoc, " + pinned + "}]")
+    with pytest.raises(BadInput, match=r"must name the model by its alias.*models:/\{name\}@\{alias\}"):
         read_config(file)
     file.write_text("triggers: [{model: churn, alias: champion, deployment: batch-inference/adhoc}]")
 
@@ -297,9 +326,8 @@ def test_a_real_mlflow_starts_a_run_on_a_real_prefect_when_an_alias_moves(
 
     (flow_run,) = runs
     assert (True, 200) == (tested.success, tested.response_status)
-    assert {"model": "models:/churn/2", "options": {"name": "by-champion", "slots": 1}} == flow_run.parameters
-    assert 409 == replayed.status_code
-    assert [str(flow_run.id)] == restarted.json()["started"]
+    assert {"model": "models:/churn@champion", "options": {"name": "by-champion", "slots": 1}} == flow_run.parameters
+    assert [[str(flow_run.id)]] * 2 == [each.json()["started"] for each in (replayed, restarted)]
     assert [flow_run.id] == [each.id for each in runs_of_webhooks()]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import httpx
 import pytest
 from typer.testing import CliRunner
 
@@ -12,7 +13,6 @@ from deployments.command_line import app
 from infra.local.gateway import gateway_server
 from infra.local.prefect_server import PrefectServer
 from infra.local.triton import triton_server
-from serving.gateway.client import GatewayClient
 from tests.support import register_script
 
 WORKLOAD = """
@@ -59,15 +59,20 @@ def test_an_endpoint_is_put_online_asked_and_retired(
         monkeypatch.setenv("OVERNIGHT_TARGET", json.dumps(target))
         monkeypatch.setenv("OVERNIGHT_GATEWAY", gateway.url)
         monkeypatch.setenv("OVERNIGHT_ADMIN_KEY", gateway.admin_key)
-        put = CliRunner().invoke(app, ["endpoint", "--name", "churn", "--model", linear, "--json"])
-        assert 0 == put.exit_code, put.output
-        with GatewayClient(gateway.url, gateway.admin_key) as client:
-            served = client.get("churn")
+        monkeypatch.setenv("CHURN_KEY", "a-key-of-the-tests-0123456789abcdef")
+        seen = []
+        for flags in (["--api-key", "CHURN_KEY"], [], ["--no-api-key"]):
+            put = CliRunner().invoke(app, ["endpoint", "--name", "churn", "--model", linear, *flags, "--json"])
+            assert 0 == put.exit_code, put.output
+            answer = json.loads(put.stdout)
+            without_key = httpx.get(f"{gateway.url}/v2/models/churn/ready").status_code
+            seen.append((answer["url"], answer["callers"], without_key))
         retired = CliRunner().invoke(app, ["endpoint", "retire", "churn"])
         again = CliRunner().invoke(app, ["endpoint", "retire", "churn", "--json"])
 
-    assert served is not None
-    assert f"{gateway.url}/v2/models/churn/infer" == json.loads(put.stdout)["url"]
+    url = f"{gateway.url}/v2/models/churn/infer"
+    with_key, anyone = "Callers need the key CHURN_KEY.", "Anyone who reaches the gateway may call it, without a key."
+    assert [(url, with_key, 401), (url, with_key, 401), (url, anyone, 200)] == seen
     assert "churn is retired: took down" in retired.stdout
     assert {"name": "churn", "versions": []} == json.loads(again.stdout)
 

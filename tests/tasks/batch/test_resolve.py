@@ -7,17 +7,19 @@ import sys
 import uuid
 from decimal import Decimal
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import polars as pl
 import pyarrow as pa
 import pytest
 import torch
 from deltalake import write_deltalake
+from mlflow import MlflowClient
 
 from serving.errors import BadInput, DestinationUnusable, ModelUnfit, RunDamaged, SchemaMismatch, SourceChanged
 from serving.model.contract import ColumnPolicy
 from serving.model.interface import Engine
+from serving.model.loading import load_model
 from serving.model.registry import resolve_model
 from serving.model.uv import PackageSource
 from tasks.batch import tuning
@@ -309,3 +311,30 @@ def test_a_model_that_is_to_run_with_the_versions_here_does_and_a_warning_names_
     (message,) = (record.getMessage() for record in caplog.records if record.name == "serving.model.environment_choice")
     assert "was logged with other versions than those here: scikit-learn==0.1 (" in message
     assert message.endswith("It runs with these, as was asked for.")
+
+
+def test_a_run_whose_alias_moves_while_it_is_planned_is_of_what_the_alias_names_then(
+    registry: Path, source: str, tmp_path: Path
+) -> None:
+    one, two = (register_script("moved-while-planned", "pass") for _ in range(2))
+    destination = open_storage(str(tmp_path / "scores"))
+    point_alias(one)
+    request = resolve_request("models:/moved-while-planned@champion", source, destination.url, BatchOptions())
+    later: list[Plan] = []
+
+    def load_slowly(*args: Any, **options: Any) -> Any:
+        if not later:
+            # Meanwhile the alias moves, and the run of that move is planned.
+            point_alias(two)
+            later.append(plan_run(resolve_request(two, source, destination.url, BatchOptions()), destination))
+        return load_model(*args, **options)
+
+    run = find_run(request, destination, str(uuid.uuid4()), load=load_slowly)
+
+    assert [two, two] == [later[0].model.uri, run.plan.model.uri]
+    assert (later[0].run, later[0].order) == (run.plan.run, run.plan.order)
+
+
+def point_alias(uri: str) -> None:
+    _, name, version = uri.split("/")
+    MlflowClient().set_registered_model_alias(name, "champion", version)

@@ -47,6 +47,7 @@ def endpoint(**changes: Any) -> Endpoint:
         "target": "triton",
         "server": "http://127.0.0.1:8000",
         "rollout": "version 2 has all traffic",
+        "callers": "Callers need the key CHURN_KEY.",
         "chosen": CHOSEN,
         "budget": BUDGET,
         "verification": Verification(rows_example=2, rows_random=32, difference_max=1e-7, tolerance=1e-5),

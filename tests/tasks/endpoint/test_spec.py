@@ -72,6 +72,7 @@ def test_a_spec_of_0_1_is_read_under_its_field_name_of_then() -> None:
         ({"rollout": {"kind": "canary", "percents": 9}}, "percents"),
         ({"scaling": {"replicas_max": 0}}, "replicas_max"),
         ({"access": {"keys": ["a-secret"]}}, "keys"),
+        ({"access": {"environment": ["A_KEY"], "anyone": True}}, "by keys or for anyone, got both: A_KEY"),
         ({"budget": {"latency_ms": 0, "rate": 9}}, "latency_ms"),
         ({"tolerance": 0}, "tolerance"),
         ({"model": None}, "a model, steps or an ensemble, and one of these three, got none"),

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from serving.errors import BadInput
 from serving.gateway.route import Rollout, Route, ScaleToZero, Shadow
 from serving.targets import Address
-from tasks.endpoint.spec import EndpointSpec
+from tasks.endpoint.spec import OF_EACH_CALL, EndpointSpec
 from tasks.endpoint.traffic import (
     choose_keep_warm_seconds,
+    complete_spec,
+    describe_callers,
     describe_share,
     find_route_to_restore,
     keep_awake,
@@ -166,3 +168,76 @@ def test_what_has_no_traffic_can_go() -> None:
     assert ("2", "3") == list_used_versions(current)
     assert () == list_used_versions(None)
     assert route(served("2", 5)) == remove_versions(current, ("1", "3"))
+
+
+# For every field of a spec what makes it another than its default.
+CHANGES: dict[str, dict[str, Any]] = {
+    "name": {"name": "another"},
+    "model": {"model": "models:/churn/1"},
+    "steps": {"model": None, "steps": ["models:/a/1", "models:/b/1"]},
+    "ensemble": {"model": None, "ensemble": ["models:/a/1", "models:/b/1"]},
+    "gateway": {"gateway": "http://127.0.0.1:9"},
+    "admin_secret": {"admin_secret": "admin"},
+    "target": {"target": {"kind": "seldon", "folder": "f", "python": "p"}},
+    "budget": {"budget": BUDGET},
+    "batching": {"batching": {"batch_size_max": 4}},
+    "scaling": {"scaling": {"replicas_max": 3}},
+    "keep_warm": {"keep_warm": "auto", "budget": BUDGET},
+    "rollout": {"rollout": CANARY},
+    "access": {"access": {"environment": ["A_KEY"], "secrets": ["b-key"]}},
+    "limits": {"limits": {"rows_max": 7, "requests_per_second": 5}},
+    "input_columns": {"input_columns": {"x": ["a", "b"]}},
+    "policies": {"policies": {"a": {"cast": "round"}}},
+    "params": {"params": {"weight": 3}},
+    "allow_pickle": {"allow_pickle": True},
+    "environment": {"environment": "model", "target": {"kind": "seldon", "folder": "f", "python": "p"}},
+    "packages": {"packages": {"offline": True}},
+    "tolerance": {"tolerance": 0.25},
+    "measure_seconds": {"measure_seconds": 0},
+}
+
+
+@pytest.mark.parametrize("field", EndpointSpec.model_fields)
+def test_what_a_call_leaves_out_stays_but_for_what_is_of_each_call(field: str) -> None:
+    before, call = spec(**CHANGES[field]), spec()
+    found = complete_spec(call, roll_out(before, None))
+
+    assert getattr(before, field) != getattr(call, field)
+    assert getattr(call if field in OF_EACH_CALL else before, field) == getattr(found, field)
+
+
+def test_a_field_that_a_call_names_is_taken_whole() -> None:
+    before = roll_out(spec(budget=BUDGET, limits={"rows_max": 7}, access={"environment": ["A_KEY"]}), None)
+    found = complete_spec(
+        spec(budget=None, limits={"bytes_max": 5}, access={"secrets": ["b-key"]}, allow_pickle=True), before
+    )
+
+    assert spec(limits={"bytes_max": 5}, access={"secrets": ["b-key"]}, allow_pickle=True) == found
+
+
+@pytest.mark.parametrize(
+    ("access", "names"), [({}, ("A_KEY",)), ({"anyone": False}, ("A_KEY",)), ({"anyone": True}, ())]
+)
+def test_keys_are_taken_off_by_a_word_of_its_own_alone(access: dict[str, Any], names: tuple[str, ...]) -> None:
+    keyed = roll_out(spec(access={"environment": ["A_KEY"]}), None)
+    of_an_earlier_release = keyed.model_copy(update={"spec": {}})
+
+    for before in (keyed, of_an_earlier_release):
+        assert names == complete_spec(spec(access=access), before).access.names
+
+
+def test_what_stays_must_fit_what_a_call_names() -> None:
+    before = roll_out(spec(keep_warm=60), None)
+    bento = {"kind": "bentoml", "folder": "f", "python": "p"}
+
+    with pytest.raises(BadInput, match=r"leaves out stays.*keep_warm must be left out on bentoml.*Give that field too"):
+        complete_spec(spec(target=bento), before)
+    assert complete_spec(spec(target=bento, keep_warm=None), before).keep_warm is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [((), "Anyone who reaches the gateway"), (("A",), "need the key A."), (("A", "B"), "need one of the keys A, B.")],
+)
+def test_who_may_call_is_said(keys: tuple[str, ...], said: str) -> None:
+    assert said in describe_callers(keys)
