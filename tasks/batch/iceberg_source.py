@@ -100,7 +100,7 @@ def pin_iceberg(
         schema_id = chosen.schema_id
     schema = table.schemas()[schema_id]
     used = [field for field in schema.fields if columns is None or field.name in columns]
-    tasks = _plan_tasks(table, chosen.snapshot_id)
+    tasks = plan_tasks(table, chosen.snapshot_id)
     title = str(chosen.snapshot_id) + ("" if schema_id == chosen.schema_id else f", schema {schema_id}")
     pin = IcebergPin(
         metadata=table.metadata_location,
@@ -143,7 +143,7 @@ def _time(milliseconds: int) -> str:
     return dt.datetime.fromtimestamp(milliseconds / 1000, dt.UTC).isoformat(timespec="seconds")
 
 
-def _plan_tasks(table: Table, snapshot_id: int) -> list[FileScanTask]:
+def plan_tasks(table: Table, snapshot_id: int) -> list[FileScanTask]:
     """Return the data files of a snapshot and the delete files of each. Raises SourceFormat for what can't be read."""
     try:
         tasks = list(table.scan(snapshot_id=snapshot_id).plan_files())
@@ -253,7 +253,7 @@ class SnapshotRows:
         self._table = open_metadata(pin.metadata)
         self._schema = self._table.schemas()[pin.schema_id].select(*pin.field_ids)
         self._arrow = schema_to_pyarrow(self._schema, include_field_ids=False)
-        tasks = _plan_tasks(self._table, pin.snapshot_id)
+        tasks = plan_tasks(self._table, pin.snapshot_id)
         self._tasks = {split_location(task.file.file_path)[1]: task for task in tasks}
         self._root, self._snapshot_id = snapshot.root, pin.snapshot_id
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,10 +24,18 @@ from pyiceberg.manifest import DataFile, ManifestContent
 from pyiceberg.table import Table, Transaction
 from sqlalchemy.exc import OperationalError
 
-from serving.errors import DestinationUnusable, OvernightError, PublishRefused, SourceChanged, shorten_error
+from serving.errors import (
+    DestinationUnusable,
+    OvernightError,
+    PublishRefused,
+    SourceChanged,
+    SourceFormat,
+    shorten_error,
+)
 from tasks.batch.dataset import map_parallel
-from tasks.batch.delta import TableState
+from tasks.batch.delta import TableFiles, TableState
 from tasks.batch.iceberg_catalog import TableName, catalog_error, find_table, open_catalog, parse_table_name
+from tasks.batch.iceberg_source import plan_tasks
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import PartFooter
 from tasks.batch.plan import Plan
@@ -353,6 +362,27 @@ def read_table(storage: Storage, plan: Plan) -> TableState | None:
         holds_run=held_plan is not None,
         holds_plan=held_plan == plan.digest,
     )
+
+
+def list_table_files(storage: Storage, table: str) -> TableFiles:
+    """Return the files of an Iceberg table that lie at a destination, none where the catalog has no such table.
+
+    A file counts as whole where no deletes belong to it, and none where some are by equality. Raises BadInput,
+    StorageFault.
+    """
+    name = parse_table_name(table)
+    with open_catalog(name) as catalog:
+        found = find_table(catalog, name)
+    current = None if found is None else found.current_snapshot()
+    if found is None or current is None:
+        return TableFiles(named={}, whole={})
+    files = {path: file for path, file in _list_files(found, storage).items() if path != file.file_path}
+    deleted_from: set[str] | None = None
+    with suppress(SourceFormat):
+        deleted_from = {task.file.file_path for task in plan_tasks(found, current.snapshot_id) if task.delete_files}
+    whole = [path for path, file in files.items() if deleted_from is not None and file.file_path not in deleted_from]
+    named = {path: file.file_size_in_bytes for path, file in files.items()}
+    return TableFiles(named=named, whole={path: named[path] for path in whole})
 
 
 def _list_files(table: Table, storage: Storage) -> dict[str, DataFile]:

@@ -15,9 +15,11 @@ from serving.model.contract import Frozen
 from serving.model.registry import ModelPin
 from serving.option_words import name_option
 from tasks.batch.dataset import list_entries_at, map_parallel
+from tasks.batch.delta import TableFiles
 from tasks.batch.parts import REJECT_REASON, list_parts
 from tasks.batch.plan import FORMAT_VERSION, ROOT, Plan
 from tasks.batch.run_records import load_plan, read_record
+from tasks.batch.run_tables import find_table_name, read_table_files
 from tasks.storage import AzureStorage, GcsStorage, Storage, open_storage, reader_options
 
 
@@ -101,12 +103,18 @@ def find_newest_run(storage: Storage, other_than: str | None = None) -> Manifest
 def find_damaged_parts(storage: Storage, manifest: Manifest) -> tuple[str, ...]:
     """Return the parts of a published run that are gone, or of another size, by now, by listings alone.
 
-    None of a Delta or Iceberg table: it may have rewritten and removed them, and its own log says what it holds.
+    Of a Delta or Iceberg table those that its log names: it may have rewritten or replaced the others, and removed
+    them. Raises as read_table_files does.
     """
-    if manifest.output in ("delta", "iceberg"):
-        return ()
-    there = list_entries_at(storage, (part.path for part in manifest.parts))
-    return tuple(p.path for p in manifest.parts if p.path not in there or there[p.path].size != p.bytes)
+    table = find_table_name(storage, manifest.run, manifest.output)
+    return list_damaged_parts(storage, manifest, None if table is None else read_table_files(storage, table))
+
+
+def list_damaged_parts(storage: Storage, manifest: Manifest, table: TableFiles | None) -> tuple[str, ...]:
+    """Return the parts that find_damaged_parts does, of a run whose table is read already."""
+    parts = [part for part in manifest.parts if table is None or part.path in table.named]
+    there = list_entries_at(storage, (part.path for part in parts))
+    return tuple(p.path for p in parts if p.path not in there or there[p.path].size != p.bytes)
 
 
 def list_foreign_files(storage: Storage) -> list[str]:

@@ -24,7 +24,7 @@ from serving.faults import ProcessFailure
 from tasks.batch import reuse
 from tasks.batch.chunk_layout import cut_chunks
 from tasks.batch.dataset import SourceFile
-from tasks.batch.delta import list_whole_files
+from tasks.batch.delta import list_table_files
 from tasks.batch.manifest import Manifest, find_damaged_parts, find_manifest, open_predictions
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Plan, run_key
@@ -473,7 +473,7 @@ def test_no_part_is_kept_of_a_delta_table_with_deleted_rows(source: Path, tmp_pa
         publish(storage, confirm_plan(storage, plan), audit_parts(storage, plan))
 
     assert 216 == plan.rows_reused
-    assert {} == list_whole_files(storage)
+    assert {} == list_table_files(storage).whole
 
 
 def delete_rows(action: dict[str, Any]) -> dict[str, Any]:
