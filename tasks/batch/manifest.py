@@ -20,6 +20,7 @@ from tasks.batch.parts import REJECT_REASON, list_parts
 from tasks.batch.plan import FORMAT_VERSION, ROOT, Plan
 from tasks.batch.run_records import load_plan, read_record
 from tasks.batch.run_tables import find_table_name, read_table_files
+from tasks.batch.upsert import REWRITTEN, name_rewritten
 from tasks.storage import AzureStorage, GcsStorage, Storage, open_storage, reader_options
 
 
@@ -142,11 +143,40 @@ def open_predictions(destination: str, run: str | None = None) -> pl.LazyFrame:
     """Open the newest complete run of a destination, or a named one, as a LazyFrame.
 
     Every row of the dataset is in it: key columns, predictions (null for rejects), reject_column and
-    reject_reason. The newest run is the one that was planned last. Raises NoCompleteRun.
+    reject_reason. The newest run is the one that was planned last. Where its rows went into a Delta or Iceberg table,
+    the files are those that the table has of it now.
+
+    Raises NoCompleteRun where there is no such run, or where its table does not have all of its parts any more as they
+    were written: it has replaced or rewritten some, or rows were deleted.
     """
     storage = open_storage(destination)
     manifest = find_complete_manifest(storage, run, "Call batch_inference first.")
-    return scan_parts(storage, [part.path for part in manifest.parts])
+    table = find_table_name(storage, manifest.run, manifest.output)
+    if table is None:
+        return scan_parts(storage, [part.path for part in manifest.parts])
+    held = locate_parts(manifest, read_table_files(storage, table))
+    if len(held) < len(manifest.parts):
+        where = f"Iceberg table {table}" if manifest.output == "iceberg" else f"Delta table at {storage.url}"
+        message = (
+            f"The {where} must have the {len(manifest.parts):,} parts of run {manifest.run} as they were written for "
+            f"the run to be read, but has {len(held):,} of them: it has replaced or rewritten the others since, or "
+            "rows of them were deleted. Read the table itself, by polars.scan_delta or polars.scan_iceberg: as it is "
+            "now, or in the version whose commit says overnight.run."
+        )
+        raise NoCompleteRun(message)
+    return scan_parts(storage, list(held.values()))
+
+
+def locate_parts(manifest: Manifest, table: TableFiles) -> dict[str, str]:
+    """Return the parts of a run that its table has as they were written, and where: a copied one is at its copy."""
+    begin = f"{REWRITTEN}/{manifest.run}/"
+    copies = {path.rpartition("-")[0]: path for path in table.whole if path.startswith(begin)}
+    held = dict[str, str]()
+    for part in manifest.parts:
+        for path in (part.path, copies.get(name_rewritten(manifest.run, part.path), "")):
+            if table.whole.get(path) == part.bytes:
+                held[part.path] = path
+    return held
 
 
 def find_complete_manifest(storage: Storage, run: str | None, advice: str) -> Manifest:

@@ -414,6 +414,7 @@ def test_parts_that_a_delta_table_gives_up_after_planning_are_added_under_other_
     assert 216 == plan.rows_reused
     assert 18 == len([path for path in changes["add"] if path.startswith(f"rewritten/{plan.run}/")])
     assert read_full(source, tmp_path / "full") == read_delta(out)
+    assert read_delta(out) == sorted(open_predictions(str(out), plan.run).collect().rows(), key=lambda row: row[0])
 
 
 def test_a_part_that_is_deleted_between_its_audit_and_the_commit_is_never_committed(
