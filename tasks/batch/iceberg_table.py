@@ -22,7 +22,7 @@ from pyiceberg.exceptions import (
 from pyiceberg.io.pyarrow import parquet_files_to_data_files, schema_to_pyarrow
 from pyiceberg.manifest import DataFile, ManifestContent
 from pyiceberg.table import Table, Transaction
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError
 
 from serving.errors import (
     DestinationUnusable,
@@ -40,7 +40,7 @@ from tasks.batch.options import BatchOptions
 from tasks.batch.parts import PartFooter
 from tasks.batch.plan import Plan
 from tasks.batch.upsert import Rewrites, find_changes
-from tasks.storage import LocalStorage, Storage
+from tasks.storage import LocalStorage, Storage, check_create_only, join_location, open_storage, split_location
 
 _TRIES = 20
 _PAUSE_SECONDS = 0.05
@@ -96,6 +96,25 @@ def check_iceberg(storage: Storage, contract_schema: pa.Schema, run_key: str, op
     return int(table.properties.get(_ORDER, 0))
 
 
+def open_table_folder(storage: Storage, contract_schema: pa.Schema, options: BatchOptions) -> Storage:
+    """Open where the table of a run that is to be planned lies; the table is created, empty, where there is none.
+
+    The order of runs is that of the table, whichever destinations feed it, so its numbers lie with the table. Raises
+    as check_iceberg does.
+    """
+    name = parse_table_name(options.iceberg_table or "")
+    with open_catalog(name) as catalog:
+        try:
+            table = find_table(catalog, name) or _create_table(catalog, name, storage, contract_schema)
+        except OvernightError:
+            raise
+        except Exception as error:
+            raise catalog_error(name, error) from error
+    folder = open_storage(join_location(*split_location(table.location())))
+    check_create_only(folder)
+    return folder
+
+
 def _check_types(schema: pa.Schema) -> None:
     unfit = [f"{field.name} ({field.type})" for field in schema if not _fits_iceberg(field.type)]
     if unfit:
@@ -130,9 +149,10 @@ def _check_columns(table: Table, schema: pa.Schema, name: TableName) -> None:
     elif ours == theirs:
         _check_names_mapped(table, name)
         return
+    then = "Choose another table" + ("" if table.current_snapshot() else ", or drop this one, which is empty")
     message = (
         f"The Iceberg table {name.title} must have the run's columns {ours}, unpartitioned, in format version "
-        f"{_FORMAT_MAX} at most, got {told}. Choose another table."
+        f"{_FORMAT_MAX} at most, got {told}. {then}."
     )
     raise DestinationUnusable(message)
 
@@ -233,7 +253,9 @@ def _name_error(name: TableName, error: Exception) -> OvernightError:
 def _create_table(catalog: Catalog, name: TableName, storage: Storage, schema: pa.Schema) -> Table:
     """Create an empty table at the destination, or return the one that another worker has just created."""
     try:
-        catalog.create_namespace_if_not_exists(name.identifier[:-1])
+        # pyiceberg passes this error of a database on where another worker has just created the namespace.
+        with suppress(IntegrityError):
+            catalog.create_namespace_if_not_exists(name.identifier[:-1])
         return catalog.create_table(name.identifier, schema, location=_locate(storage, ""))
     except TableAlreadyExistsError:
         return catalog.load_table(name.identifier)
@@ -258,12 +280,13 @@ def _holds_run(table: Table, plan: Plan, name: TableName) -> bool:
         )
         raise PublishRefused(message)
     held = int(table.properties.get(_REPLACED if plan.options.iceberg_mode == "append" else _ORDER, 0))
-    if held > plan.order:
+    # Two runs have one number where records were deleted between their plans: nobody knows then which is the older one.
+    if held >= max(plan.order, 1):
         message = (
-            f"An Iceberg table must not go back to an older run, but {name.title} holds run number {held} of its "
-            f"destination, and run {plan.run} is number {plan.order}: it was planned before. Nothing was published. To "
-            f"publish it as the newest, delete {plan.folder} below the destination and call again; its parts stay and "
-            "are not scored again where the plan comes out the same."
+            f"An Iceberg table must not go back to an older run, but {name.title} holds run number {held}, and run "
+            f"{plan.run} is number {plan.order}: it was planned before. Nothing was published. To publish it as the "
+            f"newest, delete {plan.folder} below the destination and call again; its parts stay and are not scored "
+            "again where the plan comes out the same."
         )
         raise PublishRefused(message)
     return False
@@ -377,12 +400,11 @@ def list_table_files(storage: Storage, table: str) -> TableFiles:
     if found is None or current is None:
         return TableFiles(named={}, whole={})
     files = {path: file for path, file in _list_files(found, storage).items() if path != file.file_path}
-    deleted_from: set[str] | None = None
+    whole = set[str]()
     with suppress(SourceFormat):
-        deleted_from = {task.file.file_path for task in plan_tasks(found, current.snapshot_id) if task.delete_files}
-    whole = [path for path, file in files.items() if deleted_from is not None and file.file_path not in deleted_from]
+        whole = {task.file.file_path for task in plan_tasks(found, current.snapshot_id) if not task.delete_files}
     named = {path: file.file_size_in_bytes for path, file in files.items()}
-    return TableFiles(named=named, whole={path: named[path] for path in whole})
+    return TableFiles(named=named, whole={path: named[path] for path in files if files[path].file_path in whole})
 
 
 def _list_files(table: Table, storage: Storage) -> dict[str, DataFile]:

@@ -25,7 +25,7 @@ from serving.errors import (
 )
 from serving.model.contract import Output
 from tasks.batch.dataset import open_dataset
-from tasks.batch.iceberg_table import check_iceberg, commit_iceberg
+from tasks.batch.iceberg_table import check_iceberg, commit_iceberg, open_table_folder
 from tasks.batch.manifest import find_manifest, open_predictions
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import PartFooter, part_schema
@@ -238,6 +238,23 @@ def test_threads_that_race_commit_a_run_once(
     assert 1 + standing == len(the_table(lake).snapshots())
 
 
+def test_plans_that_race_make_one_table_in_one_namespace(lake: Catalog, tmp_path: Path) -> None:
+    destinations, schema = [open_storage(f"{tmp_path}/{at}") for at in range(4)], pa.schema([("id", pa.int64())])
+    for attempt in range(5):
+        options = APPEND.model_copy(update={"iceberg_table": f"lake.space{attempt}.scores"})
+        barrier = threading.Barrier(4)
+
+        def race(destination: Storage, options: BatchOptions, barrier: threading.Barrier) -> str:
+            barrier.wait()
+            return open_table_folder(destination, schema, options).url
+
+        with ThreadPoolExecutor(4) as pool:
+            places = set(pool.map(race, destinations, [options] * 4, [barrier] * 4))
+        (table,) = lake.list_tables(f"space{attempt}")
+
+        assert {lake.load_table(table).location().removeprefix("file://")} == places
+
+
 def commit_in_child(address: str, plan: str, start: float) -> str:
     """Commit a run in a process of its own, all at one time."""
     destination = open_storage(address)
@@ -269,6 +286,9 @@ def test_an_older_run_does_not_replace_a_newer_one(lake: Catalog, destination: S
     commit(destination, newer)
     with pytest.raises(PublishRefused, match=r"must not go back to an older run.*number 2.*number 1: it was planned"):
         publish(destination, older, audit_parts(destination, older))
+
+    with pytest.raises(PublishRefused, match=r"number 2, and run .* is number 2"):
+        commit(destination, numbered(older, 2))
 
     assert list(range(25, 40)) == ids(lake)
     assert find_manifest(destination, older.run) is None
@@ -372,7 +392,7 @@ def test_a_partitioned_table_is_refused(lake: Catalog, tmp_path: Path) -> None:
     table = lake.create_table("sales.scores", pa.schema(FIELDS))
     with table.update_spec() as update:
         update.add_identity("label")
-    with pytest.raises(DestinationUnusable, match=r"partitioned by \['label'\]"):
+    with pytest.raises(DestinationUnusable, match=r"partitioned by \['label'\]\..*or drop this one, which is empty"):
         check_iceberg(open_storage(f"{tmp_path}/out"), a_schema(plan, str(tmp_path)), NEW, APPEND)
 
 
