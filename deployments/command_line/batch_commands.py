@@ -314,6 +314,8 @@ def _advise_repair(result: RunVerification, storage: Storage) -> list[str]:
     if kinds == {"challenger"}:
         stands = "The run itself is whole, and the comparison that was made of its challengers stands."
         return [f"  {stands} To compare once more, score again with --rescore TEXT."]
+    if kinds <= {"manifest", "plan", "order", "table"}:
+        return ["  Repair the table as is said above, and put the other records back as they were written."]
     again = f"make the call again that scored the run, with {result.model}" if result.model else "make the call again"
     then = f"{again}: it scores those parts again, and publishes what was there before."
     paths = (damage.path for damage in result.damages if damage.kind not in _KEPT_KINDS)

@@ -355,15 +355,29 @@ def read_table(storage: Storage, plan: Plan) -> TableState | None:
     )
 
 
-def list_whole_files(storage: Storage) -> dict[str, int]:
-    """Return the files of the Delta table at a destination whose rows it holds as they are, and their bytes.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableFiles:
+    """The files of the current version of a table that lie at a destination, and their bytes.
 
-    None where there is no table, and none of one with deletion vectors or columns under other names.
+    `named` are all that the log names, `whole` those of them that no row was deleted from.
     """
+
+    named: Mapping[str, int]
+    whole: Mapping[str, int]
+
+
+def list_table_files(storage: Storage) -> TableFiles:
+    """Return the files of the Delta table at a destination, none where there is no table.
+
+    None of a table with deletion vectors, or with columns under other names, counts as whole. Raises
+    DestinationUnusable where its log does not read.
+    """
+    import_deltalake()
     table = _delta_table(storage)
-    if table is None or find_unread_features(table):
-        return {}
-    return {path: size for path, (size, _) in _list_files(table).items()}
+    if table is None:
+        return TableFiles(named={}, whole={})
+    named = {path: size for path, (size, _) in _list_files(table).items()}
+    return TableFiles(named=named, whole={} if find_unread_features(table) else named)
 
 
 def _list_files(table: DeltaTable) -> dict[str, tuple[int, int | None]]:

@@ -40,8 +40,11 @@ def _pin_table(table: FeatureTable, destination: str, contract: Contract) -> Sna
         wanted = [*table.join_keys, table.time, *_list_wanted(table, contract)]
         snapshot = pin_source(table.source, destination, wanted)
         if snapshot.format != "parquet":
-            deletes = "an Iceberg table whose files must be copied first, since rows were deleted or columns changed"
-            got = deletes if snapshot.format == "iceberg" else f"files of {snapshot.format}"
+            copied = (
+                "an Iceberg table whose files must be copied first, since rows were deleted or columns changed, or "
+                "names have more than letters, digits and _"
+            )
+            got = copied if snapshot.format == "iceberg" else f"files of {snapshot.format}"
             message = (
                 f"It must be Parquet files, a Delta or Iceberg table, or an Overnight destination, whose files can be "
                 f"read in place; got {got}. Write what it holds to Parquet, or rewrite the table's data files."

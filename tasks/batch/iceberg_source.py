@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import datetime as dt
 import posixpath
+from collections import Counter
 from collections.abc import Generator, Sequence
 
 import pyarrow as pa
 from pyiceberg.expressions import AlwaysTrue
 from pyiceberg.io.pyarrow import ArrowScan, schema_to_pyarrow
 from pyiceberg.manifest import DataFile, FileFormat
-from pyiceberg.schema import Schema
+from pyiceberg.schema import Schema, sanitize_column_names
 from pyiceberg.table import FileScanTask, Table
 from pyiceberg.table.snapshots import Snapshot as TableSnapshot
 from pyiceberg.transforms import IdentityTransform
@@ -77,8 +78,8 @@ def pin_iceberg(
 
     The current snapshot is read by the table's current schema, an earlier one by the schema that it was written with.
     Files are read in place where each has the columns that are used as the schema has them, by field ids; where rows
-    were deleted from a file, or a column was renamed, added or widened since, the snapshot is one of rows that are to
-    be staged (its format is "iceberg").
+    were deleted from a file, or a column was renamed, added or widened since, or has a name that files can't have, the
+    snapshot is one of rows that are to be staged (its format is "iceberg").
 
     Args:
         table: The table.
@@ -100,7 +101,7 @@ def pin_iceberg(
         schema_id = chosen.schema_id
     schema = table.schemas()[schema_id]
     used = [field for field in schema.fields if columns is None or field.name in columns]
-    tasks = _plan_tasks(table, chosen.snapshot_id)
+    tasks = plan_tasks(table, chosen.snapshot_id)
     title = str(chosen.snapshot_id) + ("" if schema_id == chosen.schema_id else f", schema {schema_id}")
     pin = IcebergPin(
         metadata=table.metadata_location,
@@ -143,7 +144,7 @@ def _time(milliseconds: int) -> str:
     return dt.datetime.fromtimestamp(milliseconds / 1000, dt.UTC).isoformat(timespec="seconds")
 
 
-def _plan_tasks(table: Table, snapshot_id: int) -> list[FileScanTask]:
+def plan_tasks(table: Table, snapshot_id: int) -> list[FileScanTask]:
     """Return the data files of a snapshot and the delete files of each. Raises SourceFormat for what can't be read."""
     try:
         tasks = list(table.scan(snapshot_id=snapshot_id).plan_files())
@@ -159,6 +160,14 @@ def _plan_tasks(table: Table, snapshot_id: int) -> list[FileScanTask]:
             "system.rewrite_data_files), or write what it holds to a folder of Parquet and name that."
         )
         raise SourceFormat(message) from error
+    paths = Counter(task.file.file_path for task in tasks)
+    if twice := [path for path, count in paths.items() if count > 1]:
+        message = (
+            f"Every data file of an Iceberg table must be listed once, but snapshot {snapshot_id} of "
+            f"{table.location()} lists {len(twice)} more often, the first {twice[0]}: readers give its rows each time. "
+            "Delete those rows and append them once, or write what it holds to a folder of Parquet and name that."
+        )
+        raise SourceFormat(message)
     for task in tasks:
         if task.file.file_format != FileFormat.PARQUET or task.file.key_metadata:
             kind = "an encrypted one" if task.file.key_metadata else f"one in {task.file.file_format.value}"
@@ -187,6 +196,9 @@ def _are_plain(table: Table, tasks: Sequence[FileScanTask], used: Sequence[Neste
     if any(task.delete_files for task in tasks):
         return False
     if any(_differs(schema, field) for schema in table.schemas().values() for field in used):
+        return False
+    # Writers of Iceberg give such columns other names in the files, which their field ids alone lead to.
+    if sanitize_column_names(Schema(*used)).column_names != Schema(*used).column_names:
         return False
     # Files that were not written by Iceberg may leave out what their partition says already.
     ids = {field.field_id for field in used}
@@ -253,7 +265,7 @@ class SnapshotRows:
         self._table = open_metadata(pin.metadata)
         self._schema = self._table.schemas()[pin.schema_id].select(*pin.field_ids)
         self._arrow = schema_to_pyarrow(self._schema, include_field_ids=False)
-        tasks = _plan_tasks(self._table, pin.snapshot_id)
+        tasks = plan_tasks(self._table, pin.snapshot_id)
         self._tasks = {split_location(task.file.file_path)[1]: task for task in tasks}
         self._root, self._snapshot_id = snapshot.root, pin.snapshot_id
 

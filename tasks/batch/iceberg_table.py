@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,17 +22,25 @@ from pyiceberg.exceptions import (
 from pyiceberg.io.pyarrow import parquet_files_to_data_files, schema_to_pyarrow
 from pyiceberg.manifest import DataFile, ManifestContent
 from pyiceberg.table import Table, Transaction
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError
 
-from serving.errors import DestinationUnusable, OvernightError, PublishRefused, SourceChanged, shorten_error
+from serving.errors import (
+    DestinationUnusable,
+    OvernightError,
+    PublishRefused,
+    SourceChanged,
+    SourceFormat,
+    shorten_error,
+)
 from tasks.batch.dataset import map_parallel
-from tasks.batch.delta import TableState
+from tasks.batch.delta import TableFiles, TableState
 from tasks.batch.iceberg_catalog import TableName, catalog_error, find_table, open_catalog, parse_table_name
+from tasks.batch.iceberg_source import plan_tasks
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import PartFooter
 from tasks.batch.plan import Plan
 from tasks.batch.upsert import Rewrites, find_changes
-from tasks.storage import LocalStorage, Storage
+from tasks.storage import LocalStorage, Storage, check_create_only, join_location, open_storage, split_location
 
 _TRIES = 20
 _PAUSE_SECONDS = 0.05
@@ -87,6 +96,25 @@ def check_iceberg(storage: Storage, contract_schema: pa.Schema, run_key: str, op
     return int(table.properties.get(_ORDER, 0))
 
 
+def open_table_folder(storage: Storage, contract_schema: pa.Schema, options: BatchOptions) -> Storage:
+    """Open where the table of a run that is to be planned lies; the table is created, empty, where there is none.
+
+    The order of runs is that of the table, whichever destinations feed it, so its numbers lie with the table. Raises
+    as check_iceberg does.
+    """
+    name = parse_table_name(options.iceberg_table or "")
+    with open_catalog(name) as catalog:
+        try:
+            table = find_table(catalog, name) or _create_table(catalog, name, storage, contract_schema)
+        except OvernightError:
+            raise
+        except Exception as error:
+            raise catalog_error(name, error) from error
+    folder = open_storage(join_location(*split_location(table.location())))
+    check_create_only(folder)
+    return folder
+
+
 def _check_types(schema: pa.Schema) -> None:
     unfit = [f"{field.name} ({field.type})" for field in schema if not _fits_iceberg(field.type)]
     if unfit:
@@ -121,9 +149,10 @@ def _check_columns(table: Table, schema: pa.Schema, name: TableName) -> None:
     elif ours == theirs:
         _check_names_mapped(table, name)
         return
+    then = "Choose another table" + ("" if table.current_snapshot() else ", or drop this one, which is empty")
     message = (
         f"The Iceberg table {name.title} must have the run's columns {ours}, unpartitioned, in format version "
-        f"{_FORMAT_MAX} at most, got {told}. Choose another table."
+        f"{_FORMAT_MAX} at most, got {told}. {then}."
     )
     raise DestinationUnusable(message)
 
@@ -224,7 +253,9 @@ def _name_error(name: TableName, error: Exception) -> OvernightError:
 def _create_table(catalog: Catalog, name: TableName, storage: Storage, schema: pa.Schema) -> Table:
     """Create an empty table at the destination, or return the one that another worker has just created."""
     try:
-        catalog.create_namespace_if_not_exists(name.identifier[:-1])
+        # pyiceberg passes this error of a database on where another worker has just created the namespace.
+        with suppress(IntegrityError):
+            catalog.create_namespace_if_not_exists(name.identifier[:-1])
         return catalog.create_table(name.identifier, schema, location=_locate(storage, ""))
     except TableAlreadyExistsError:
         return catalog.load_table(name.identifier)
@@ -249,12 +280,13 @@ def _holds_run(table: Table, plan: Plan, name: TableName) -> bool:
         )
         raise PublishRefused(message)
     held = int(table.properties.get(_REPLACED if plan.options.iceberg_mode == "append" else _ORDER, 0))
-    if held > plan.order:
+    # Two runs have one number where records were deleted between their plans: nobody knows then which is the older one.
+    if held >= max(plan.order, 1):
         message = (
-            f"An Iceberg table must not go back to an older run, but {name.title} holds run number {held} of its "
-            f"destination, and run {plan.run} is number {plan.order}: it was planned before. Nothing was published. To "
-            f"publish it as the newest, delete {plan.folder} below the destination and call again; its parts stay and "
-            "are not scored again where the plan comes out the same."
+            f"An Iceberg table must not go back to an older run, but {name.title} holds run number {held}, and run "
+            f"{plan.run} is number {plan.order}: it was planned before. Nothing was published. To publish it as the "
+            f"newest, delete {plan.folder} below the destination and call again; its parts stay and are not scored "
+            "again where the plan comes out the same."
         )
         raise PublishRefused(message)
     return False
@@ -353,6 +385,26 @@ def read_table(storage: Storage, plan: Plan) -> TableState | None:
         holds_run=held_plan is not None,
         holds_plan=held_plan == plan.digest,
     )
+
+
+def list_table_files(storage: Storage, table: str) -> TableFiles:
+    """Return the files of an Iceberg table that lie at a destination, none where the catalog has no such table.
+
+    A file counts as whole where no deletes belong to it, and none where some are by equality. Raises BadInput,
+    StorageFault.
+    """
+    name = parse_table_name(table)
+    with open_catalog(name) as catalog:
+        found = find_table(catalog, name)
+    current = None if found is None else found.current_snapshot()
+    if found is None or current is None:
+        return TableFiles(named={}, whole={})
+    files = {path: file for path, file in _list_files(found, storage).items() if path != file.file_path}
+    whole = set[str]()
+    with suppress(SourceFormat):
+        whole = {task.file.file_path for task in plan_tasks(found, current.snapshot_id) if not task.delete_files}
+    named = {path: file.file_size_in_bytes for path, file in files.items()}
+    return TableFiles(named=named, whole={path: named[path] for path in files if files[path].file_path in whole})
 
 
 def _list_files(table: Table, storage: Storage) -> dict[str, DataFile]:

@@ -15,9 +15,12 @@ from serving.model.contract import Frozen
 from serving.model.registry import ModelPin
 from serving.option_words import name_option
 from tasks.batch.dataset import list_entries_at, map_parallel
+from tasks.batch.delta import TableFiles
 from tasks.batch.parts import REJECT_REASON, list_parts
 from tasks.batch.plan import FORMAT_VERSION, ROOT, Plan
 from tasks.batch.run_records import load_plan, read_record
+from tasks.batch.run_tables import find_table_name, read_table_files
+from tasks.batch.upsert import REWRITTEN, name_rewritten
 from tasks.storage import AzureStorage, GcsStorage, Storage, open_storage, reader_options
 
 
@@ -101,12 +104,18 @@ def find_newest_run(storage: Storage, other_than: str | None = None) -> Manifest
 def find_damaged_parts(storage: Storage, manifest: Manifest) -> tuple[str, ...]:
     """Return the parts of a published run that are gone, or of another size, by now, by listings alone.
 
-    None of a Delta or Iceberg table: it may have rewritten and removed them, and its own log says what it holds.
+    Of a Delta or Iceberg table those that its log names: it may have rewritten or replaced the others, and removed
+    them. Raises as read_table_files does.
     """
-    if manifest.output in ("delta", "iceberg"):
-        return ()
-    there = list_entries_at(storage, (part.path for part in manifest.parts))
-    return tuple(p.path for p in manifest.parts if p.path not in there or there[p.path].size != p.bytes)
+    table = find_table_name(storage, manifest.run, manifest.output)
+    return list_damaged_parts(storage, manifest, None if table is None else read_table_files(storage, table))
+
+
+def list_damaged_parts(storage: Storage, manifest: Manifest, table: TableFiles | None) -> tuple[str, ...]:
+    """Return the parts that find_damaged_parts does, of a run whose table is read already."""
+    parts = [part for part in manifest.parts if table is None or part.path in table.named]
+    there = list_entries_at(storage, (part.path for part in parts))
+    return tuple(p.path for p in parts if p.path not in there or there[p.path].size != p.bytes)
 
 
 def list_foreign_files(storage: Storage) -> list[str]:
@@ -134,11 +143,40 @@ def open_predictions(destination: str, run: str | None = None) -> pl.LazyFrame:
     """Open the newest complete run of a destination, or a named one, as a LazyFrame.
 
     Every row of the dataset is in it: key columns, predictions (null for rejects), reject_column and
-    reject_reason. The newest run is the one that was planned last. Raises NoCompleteRun.
+    reject_reason. The newest run is the one that was planned last. Where its rows went into a Delta or Iceberg table,
+    the files are those that the table has of it now.
+
+    Raises NoCompleteRun where there is no such run, or where its table does not have all of its parts any more as they
+    were written: it has replaced or rewritten some, or rows were deleted.
     """
     storage = open_storage(destination)
     manifest = find_complete_manifest(storage, run, "Call batch_inference first.")
-    return scan_parts(storage, [part.path for part in manifest.parts])
+    table = find_table_name(storage, manifest.run, manifest.output)
+    if table is None:
+        return scan_parts(storage, [part.path for part in manifest.parts])
+    held = locate_parts(manifest, read_table_files(storage, table))
+    if len(held) < len(manifest.parts):
+        where = f"Iceberg table {table}" if manifest.output == "iceberg" else f"Delta table at {storage.url}"
+        message = (
+            f"The {where} must have the {len(manifest.parts):,} parts of run {manifest.run} as they were written for "
+            f"the run to be read, but has {len(held):,} of them: it has replaced or rewritten the others since, or "
+            "rows of them were deleted. Read the table itself, by polars.scan_delta or polars.scan_iceberg: as it is "
+            "now, or in the version whose commit says overnight.run."
+        )
+        raise NoCompleteRun(message)
+    return scan_parts(storage, list(held.values()))
+
+
+def locate_parts(manifest: Manifest, table: TableFiles) -> dict[str, str]:
+    """Return the parts of a run that its table has as they were written, and where: a copied one is at its copy."""
+    begin = f"{REWRITTEN}/{manifest.run}/"
+    copies = {path.rpartition("-")[0]: path for path in table.whole if path.startswith(begin)}
+    held = dict[str, str]()
+    for part in manifest.parts:
+        for path in (part.path, copies.get(name_rewritten(manifest.run, part.path), "")):
+            if table.whole.get(path) == part.bytes:
+                held[part.path] = path
+    return held
 
 
 def find_complete_manifest(storage: Storage, run: str | None, advice: str) -> Manifest:

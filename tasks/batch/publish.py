@@ -31,7 +31,15 @@ from tasks.batch.manifest import (
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import ChunkId, PartFooter, Reasons, list_parts, read_footer
 from tasks.batch.plan import ROOT, Plan
-from tasks.batch.run_records import OrderNumber, list_order_numbers, order_path, parse_order_number, read_record
+from tasks.batch.run_records import (
+    ORDER,
+    TABLE_ORDER,
+    OrderNumber,
+    list_order_numbers,
+    order_path,
+    parse_order_number,
+    read_record,
+)
 from tasks.storage import Storage
 
 _SHOWN, _REASONS_MAX = 10, 100
@@ -234,17 +242,25 @@ def _is_same_call(plan: Plan, model: ModelPin, source: Snapshot, options: BatchO
     return same_model and plan.options.key_fields() == options.key_fields() and ours == theirs
 
 
-def claim_order_number(storage: Storage, run: str, *, above: int = 0) -> int:
+def claim_order_number(storage: Storage, run: str, *, above: int = 0, table: Storage | None = None) -> int:
     """Return the next number in the order of the runs planned at a destination, which is then this run's alone.
 
     Numbers are objects that are created once, so no clock decides, and no two plans have the same; a number whose
-    plan was never written is passed over. `above` is one that is known to be taken.
+    plan was never written is passed over.
+
+    Args:
+        storage: The destination.
+        run: The run.
+        above: A number that is known to be taken.
+        table: Where the table lies that the run goes into, if several destinations may feed it: the number is then the
+            next one, and this run's alone, among the runs planned at all of them.
     """
-    taken = max(map(parse_order_number, list_order_numbers(storage)), default=0)
-    if not taken and (newest := find_newest_run(storage)) is not None:
+    places = [(storage, ORDER)] if table is None else [(table, TABLE_ORDER), (storage, ORDER)]
+    taken = [max(map(parse_order_number, list_order_numbers(*place)), default=0) for place in places]
+    if not taken[-1] and (newest := find_newest_run(storage)) is not None:
         # The numbers were deleted, or are none of this release's yet.
-        taken = newest.order
-    number = max(taken, above) + 1
-    while not storage.put_new(order_path(number), OrderNumber(run=run).model_dump_json().encode()):
+        taken.append(newest.order)
+    number, record = max(*taken, above) + 1, OrderNumber(run=run).model_dump_json().encode()
+    while not all(place.put_new(order_path(number, folder), record) for place, folder in places):
         number += 1
     return number

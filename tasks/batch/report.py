@@ -77,8 +77,8 @@ class BatchReport(Frozen):
 
     @property
     def read_with(self) -> str:
-        """The line of polars that reads the predictions."""
-        if self.rows_reused:
+        """The line of Python that reads the predictions."""
+        if self.rows_reused or self.output != "parquet":
             return f'flows.open_predictions("{self.destination}", "{self.run}").collect()'
         return f'pl.read_parquet("{self.destination}/{part_glob(self.run, self.plan_digest)}")'
 

@@ -309,7 +309,8 @@ def _plan_run(request: RunRequest, storage: Storage, load: ModelLoader, clock: C
     plan = plan.model_copy(update={"beside_bytes": plan.beside_bytes + more})
     check_memory(plan, slots, options, [model, *challengers])
     check_create_only(storage)
-    order = claim_order_number(storage, plan.run, above=order_min)
+    table = _open_table_folder(request, storage, dataset)
+    order = claim_order_number(storage, plan.run, above=order_min, table=table)
     return plan.model_copy(update={"order": order})
 
 
@@ -379,6 +380,16 @@ def _check_table(request: RunRequest, storage: Storage, dataset: Dataset) -> int
     appends = options.delta_mode == "append"
     earlier = find_earlier_keys(storage, request.resolved.pin, request.snapshot, options) if appends else ()
     return check_delta(storage, schema, request.key, earlier, options.delta_mode)
+
+
+def _open_table_folder(request: RunRequest, storage: Storage, dataset: Dataset) -> Storage | None:
+    """Open where the table lies that a run goes into, None where that is the destination, and no other feeds it."""
+    if request.options.output != "iceberg":
+        return None
+    schema = part_schema(request.contract, request.options, dataset)
+    writing = import_extra("tasks.batch.iceberg_table", "iceberg")
+    folder: Storage = writing.open_table_folder(storage, schema, request.options)
+    return folder
 
 
 def _open_dataset(request: RunRequest, storage: Storage, features: Sequence[OpenFeatures]) -> Dataset:

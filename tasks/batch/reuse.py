@@ -24,7 +24,7 @@ from serving.model.registry import Resolved
 from serving.model.requirements import check_requirements, read_model_environment
 from tasks.batch.chunk_layout import Sizes, choose_chunk_rows
 from tasks.batch.dataset import map_parallel
-from tasks.batch.delta import list_whole_files
+from tasks.batch.delta import list_table_files
 from tasks.batch.manifest import OTHER_REASONS, Manifest, ManifestPart, manifest_path
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import ChunkId, list_reused_parts, read_footer
@@ -195,7 +195,7 @@ def _keep_held(storage: Storage, found: Mapping[ChunkId, ManifestPart]) -> dict[
     The file of a part that the table has given up may be deleted by a vacuum at any time. Two chunks have the same part
     where a file of the source is a copy of another; a table has a file once.
     """
-    free = list_whole_files(storage) if found else {}
+    free = dict(list_table_files(storage).whole) if found else {}
     return {at: part for at, part in found.items() if free.pop(part.path, None) == part.bytes}
 
 

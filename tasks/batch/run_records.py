@@ -15,7 +15,9 @@ from serving.option_words import name_option
 from tasks.batch.plan import FORMAT_VERSION, ROOT, Plan, digest_plan
 from tasks.storage import Storage
 
-_ORDER = re.compile(rf"{ROOT}/order/(\d{{8,}})\.json")
+# The numbers in the order of runs of a destination, and those of an Iceberg table, where the table lies.
+ORDER, TABLE_ORDER = f"{ROOT}/order", f"{ROOT}/order/table"
+_ORDER = re.compile(rf"(?:{ORDER}|{TABLE_ORDER})/(\d{{8,}})\.json")
 
 
 def save_plan(storage: Storage, plan: Plan) -> Plan:
@@ -151,9 +153,9 @@ class OrderNumber(Frozen):
     run: str
 
 
-def list_order_numbers(storage: Storage) -> list[str]:
+def list_order_numbers(storage: Storage, folder: str = ORDER) -> list[str]:
     """Return where the numbers in the order of runs lie that are taken, from the lowest."""
-    paths = [entry.path for entry in storage.entries(f"{ROOT}/order", depth=1) if _ORDER.fullmatch(entry.path)]
+    paths = [entry.path for entry in storage.entries(folder, depth=1) if _ORDER.fullmatch(entry.path)]
     return sorted(paths, key=parse_order_number)
 
 
@@ -163,9 +165,9 @@ def parse_order_number(path: str) -> int:
     return int(match[1]) if match else 0
 
 
-def order_path(number: int) -> str:
-    """Return where a number in the order of runs lies below the destination."""
-    return f"{ROOT}/order/{number:08d}.json"
+def order_path(number: int, folder: str = ORDER) -> str:
+    """Return where a number in the order of runs lies below the destination, or below the folder of a table."""
+    return f"{folder}/{number:08d}.json"
 
 
 def confirm_plan(storage: Storage, plan: Plan) -> Plan:

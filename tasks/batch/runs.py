@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
 from pydantic import Field
 
-from serving.errors import DestinationUnusable, FormatTooNew
+from serving.errors import DestinationUnusable, FormatTooNew, OvernightError
 from serving.model.contract import Frozen
 from tasks.batch.dataset import map_parallel
-from tasks.batch.manifest import Manifest, find_damaged_parts, manifest_path
+from tasks.batch.delta import TableFiles
+from tasks.batch.manifest import Manifest, list_damaged_parts, locate_parts, manifest_path
 from tasks.batch.parts import list_done
 from tasks.batch.plan import ROOT
 from tasks.batch.run_records import load_plan, read_record
+from tasks.batch.run_tables import find_table_name, read_table_files
 from tasks.storage import Storage
 
 RunState = Literal["complete", "incomplete", "damaged"]
@@ -26,7 +29,7 @@ _COMMIT = re.compile(r"(.+)-(\d{8})")
 
 
 class RunSummary(Frozen):
-    """One run of a destination, as its records and one listing tell of it; no part is opened."""
+    """One run of a destination, as its records, one listing and the log of its table tell of it; no part is opened."""
 
     run: str = Field(description="The run's key, or its explicit name; of a stream's table the name and the commit.")
     state: RunState = Field(
@@ -36,9 +39,11 @@ class RunSummary(Frozen):
     model: str | None = Field(default=None, description="The model version that scores it.")
     source: str | None = Field(default=None, description="What it was scored from.")
     rows: int = Field(default=0, description="Rows of the run.")
-    rows_done: int = Field(default=0, description="Rows that have their part.")
+    rows_done: int = Field(
+        default=0, description="Rows that have their part; of a table, in parts that it has as they were written."
+    )
     rows_rejected: int | None = Field(default=None, description="Rows without a prediction; null while incomplete.")
-    parts: int = Field(default=0, description="Parts that are there.")
+    parts: int = Field(default=0, description="Parts that are there, and in the table as they were written.")
     parts_planned: int = Field(default=0, description="Parts that the complete run has.")
     planned_at: datetime | None = Field(default=None, description="When it was planned.")
     order: int = Field(default=0, description="Its number among the runs planned at the destination.")
@@ -56,8 +61,8 @@ def list_runs(storage: Storage) -> list[RunSummary]:
 
     A record that does not read makes its run a damaged one, and is no error.
     """
-    found = (_RECORD.fullmatch(entry.path) for entry in storage.entries(ROOT, depth=2))
-    records = {(match[1], match[2]) for match in found if match}
+    matches = (_RECORD.fullmatch(entry.path) for entry in storage.entries(ROOT, depth=2))
+    records = {(match[1], match[2]) for match in matches if match}
     published = {run for run, kind in records if kind == "manifest"}
     planned = {run for run, kind in records if kind == "plan"}
     commits = {run: split for run in published - planned if (split := _split_commit(run, planned))}
@@ -65,7 +70,9 @@ def list_runs(storage: Storage) -> list[RunSummary]:
     names = [run for run in published if run not in commits]
     names += [f"{table}-{number:08d}" for table, number in newest.items()]
     unpublished = planned - published - newest.keys()
-    runs = map_parallel(storage, lambda run: _summarize_published(storage, run), sorted(names))
+    found = map_parallel(storage, lambda run: _read_published(storage, run), sorted(names))
+    tables = _read_tables(storage, {each.table for each in found if isinstance(each, _Published) and each.table})
+    runs = map_parallel(storage, lambda each: _summarize_published(storage, each, tables), found)
     runs += map_parallel(storage, lambda run: _summarize_planned(storage, run), sorted(unpublished))
     return sorted(runs, key=lambda run: run.position, reverse=True)
 
@@ -76,29 +83,79 @@ def _split_commit(run: str, tables: set[str]) -> tuple[str, int] | None:
     return (match[1], int(match[2])) if match and match[1] in tables else None
 
 
-def _summarize_published(storage: Storage, run: str) -> RunSummary:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Published:
+    """The manifest of a run, and the table that the run went into, if any."""
+
+    manifest: Manifest
+    table: str | None
+
+
+def _read_published(storage: Storage, run: str) -> _Published | RunSummary:
     try:
         manifest = read_record(storage, manifest_path(run), Manifest)
+        if manifest is None:
+            return RunSummary(run=run, state="incomplete", note="It was deleted while the runs were listed.")
+        return _Published(manifest=manifest, table=find_table_name(storage, run, manifest.output))
     except (DestinationUnusable, FormatTooNew) as error:
         return RunSummary(run=run, state="damaged", note=str(error))
-    if manifest is None:
-        return RunSummary(run=run, state="incomplete", note="It was deleted while the runs were listed.")
-    damaged = find_damaged_parts(storage, manifest)
+
+
+def _read_tables(storage: Storage, names: Iterable[str]) -> dict[str, TableFiles | OvernightError]:
+    """Return what each table has now, or why that can't be said: each is looked at once, however many runs it has."""
+    tables: dict[str, TableFiles | OvernightError] = {}
+    for name in names:
+        try:
+            tables[name] = read_table_files(storage, name)
+        except OvernightError as error:
+            tables[name] = error
+    return tables
+
+
+def _summarize_published(
+    storage: Storage, found: _Published | RunSummary, tables: Mapping[str, TableFiles | OvernightError]
+) -> RunSummary:
+    if isinstance(found, RunSummary):
+        return found
+    manifest, table = found.manifest, tables[found.table] if found.table else None
+    damaged: tuple[str, ...] = ()
+    lost = set[str]()
+    if isinstance(table, OvernightError):
+        note = f"What its table has of it is not known: {table}"
+    else:
+        damaged = list_damaged_parts(storage, manifest, table)
+        lost = {*damaged, *(set() if table is None else _find_lost_parts(manifest, table))}
+        note = _describe_loss(manifest, damaged, lost)
     return RunSummary(
-        run=run,
-        state="damaged" if damaged else "complete",
+        run=manifest.run,
+        state="damaged" if damaged or isinstance(table, DestinationUnusable) else "complete",
         model=manifest.model.uri,
         source=manifest.source,
         rows=manifest.rows,
-        rows_done=manifest.rows - sum(part.rows for part in manifest.parts if part.path in damaged),
+        rows_done=manifest.rows - sum(part.rows for part in manifest.parts if part.path in lost),
         rows_rejected=manifest.rows_rejected,
-        parts=len(manifest.parts) - len(damaged),
+        parts=len(manifest.parts) - len(lost),
         parts_planned=len(manifest.parts),
         planned_at=manifest.planned_at,
         order=manifest.order,
         commit=manifest.commit,
-        note=f"{len(damaged)} parts are gone or of another size, the first {damaged[0]}." if damaged else "",
+        note=note,
     )
+
+
+def _find_lost_parts(manifest: Manifest, table: TableFiles) -> set[str]:
+    return {part.path for part in manifest.parts} - locate_parts(manifest, table).keys()
+
+
+def _describe_loss(manifest: Manifest, damaged: Sequence[str], lost: Collection[str]) -> str:
+    if damaged:
+        return f"{len(damaged)} parts are gone or of another size, the first {damaged[0]}."
+    if lost:
+        return (
+            f"{len(lost)} of its {len(manifest.parts)} parts are not in its table any more as they were written: it "
+            "has replaced or rewritten them, or rows of them were deleted."
+        )
+    return ""
 
 
 def _summarize_planned(storage: Storage, run: str) -> RunSummary:

@@ -269,10 +269,15 @@ def _put_rewritten(
     storage: Storage, plan: Plan, source: str, number: int, rows: int, data: memoryview
 ) -> RewrittenFile:
     """Write a file of a table, or a piece of it, again, under a name that tells its source and its content."""
-    told, content = hashlib.sha256(source.encode()).hexdigest()[:12], hashlib.sha256(data).hexdigest()[:16]
-    path = f"{REWRITTEN}/{plan.run}/{told}-{number:04d}-{content}.parquet"
+    content = hashlib.sha256(data).hexdigest()[:16]
+    path = f"{name_rewritten(plan.run, source, number)}-{content}.parquet"
     _put_whole(storage, path, data)
     return RewrittenFile(path=path, bytes=len(data), rows=rows)
+
+
+def name_rewritten(run: str, source: str, number: int = 0) -> str:
+    """Return how the path begins of a file that a run has written in the place of another, up to its content."""
+    return f"{REWRITTEN}/{run}/{hashlib.sha256(source.encode()).hexdigest()[:12]}-{number:04d}"
 
 
 def _put_whole(storage: Storage, path: str, data: memoryview) -> None:

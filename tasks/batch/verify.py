@@ -83,7 +83,9 @@ def verify_run(storage: Storage, run: str) -> RunVerification:
     folder = f"run={plan.run}"
     entries = {entry.path: entry for entry in storage.entries(folder)}
     reused = {entry.path: entry for entry in list_reused_parts(storage, plan).values()}
-    checks = _check_parts(findings, plan, parts, entries | reused, table, is_published=manifest is not None)
+    # No reader of a table opens what it has rewritten or replaced, nor does a call score that again.
+    expected = [part for part in parts if table is None or part.path in table.files]
+    checks = _check_parts(findings, plan, expected, entries | reused, is_published=manifest is not None)
     findings.check_extra(plan, manifest, entries, {part.path for part in parts})
     if manifest is not None:
         footers = [check.footer for check in checks if check and check.footer and not check.damages]
@@ -120,7 +122,6 @@ def _check_parts(
     plan: Plan,
     parts: Sequence[ExpectedPart],
     entries: Mapping[str, Entry],
-    table: TableState | None,
     *,
     is_published: bool,
 ) -> list[PartCheck | None]:
@@ -132,10 +133,8 @@ def _check_parts(
     missing = [part for part, check in zip(parts, checks, strict=True) if check is None]
     if missing and not is_published:
         findings.notes.append(f"{len(missing)} of {len(parts)} parts are not scored yet.")
-    for part in missing:
-        # A table may have rewritten or replaced its parts, and removed them then.
-        if is_published and (table is None or part.path in table.files):
-            findings.add("missing", part.path, "The part must be there, but is gone.")
+    for part in missing if is_published else ():
+        findings.add("missing", part.path, "The part must be there, but is gone.")
     for check in checks:
         findings.damages += () if check is None else check.damages
     _check_keys(findings, parts, checks)
@@ -282,7 +281,11 @@ class _Findings:
             return None
         if table is None or not table.holds_run:
             got = "there is no table" if table is None else "its log has no commit of it"
-            self.add("table", log, f"The {kind} table must hold run {plan.run}, but {got}.")
+            message = (
+                f"The {kind} table must hold run {plan.run}, but {got}. Delete {manifest_path(plan.run)} below the "
+                "destination and make the call again that scored the run: it commits the parts that are there."
+            )
+            self.add("table", log, message)
             return table
         if not table.holds_plan:
             message = f"The {kind} table must hold run {plan.run} by the parts of this plan, got those of another plan."
@@ -300,11 +303,18 @@ class _Findings:
             part = listed.get(path)
             if part is not None and (part.bytes, part.rows) != (size, rows if rows is not None else part.rows):
                 told = f"{part.bytes:,} bytes and {part.rows:,} rows, got {size:,} and {rows}"
-                self.add("table", path, f"The table's log must say of the part what the manifest says, {told}.")
+                message = f"The table's log must say of the part what the manifest says, {told}. Restore the log."
+                self.add("table", path, message)
             found = entries.get(path)
             if part is None and (found is None or found.size != size):
                 got = "no such file" if found is None else f"{found.size:,} bytes"
-                self.add("table", path, f"A file of the table must have the {size:,} bytes of its log, got {got}.")
+                owner = path.partition("/")[0].removeprefix("run=")
+                then = f"Verify run {owner}, which scored it" if path.startswith("run=") else "Put it back"
+                message = (
+                    f"A file of the table must have the {size:,} bytes of its log, got {got}. {then}, or go back to a "
+                    "version of the table that is whole."
+                )
+                self.add("table", path, message)
 
 
 def _describe_difference(must: object, got: object) -> str:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import datetime as dt
+import shlex
+import subprocess
 from pathlib import Path
 
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
+from deployments.command_line import app
 from tasks.batch.comparison_records import compare_challengers, open_challenger
+from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
 from tasks.batch.report import BatchReport
 from tests.support import digests, register_script, write_customers
@@ -114,3 +119,39 @@ def test_challengers_lie_beside_a_table_which_is_that_of_the_model_alone(
     assert read("both").tail(1_000)["prediction"].equals(theirs["prediction"])
     assert [(1_000, 1_000)] == [(each.rows, each.outputs[0].equal) for each in report.challengers]
     assert ("already complete", report.challengers, report.challengers) == (again.status, again.challengers, later)
+
+
+@pytest.mark.parametrize("output", ["parquet", "delta", "iceberg"])
+def test_what_verify_says_of_a_damaged_run_repairs_it(
+    output: str, linear: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.batch import batch_inference
+
+    configure(monkeypatch, str(tmp_path))
+    lake = open_lake(str(tmp_path))
+    source, scores = write_customers(tmp_path / "in", rows=2_000, files=1, rows_per_group=500), tmp_path / "scores"
+    table = "lake.sales.scores" if output == "iceberg" else None
+    options = OPTIONS.model_copy(update={"output": output, "iceberg_table": table})
+
+    def score() -> str:
+        return batch_inference(linear, str(source), str(scores), options).status
+
+    def read() -> pl.DataFrame:
+        if output == "iceberg":
+            return pl.DataFrame(lake.load_table("sales.scores").scan().to_arrow()).sort("customer")
+        opened = pl.scan_delta(str(scores)) if output == "delta" else open_predictions(str(scores))
+        return opened.collect().sort("customer")
+
+    score()
+    before, parts = read(), digests(scores)
+    changed, gone, *_ = sorted(scores.glob("run=*/*.parquet"))
+    changed.write_bytes(changed.read_bytes()[:60] + b"x" * 20 + changed.read_bytes()[80:])
+    gone.unlink()
+    told = CliRunner().invoke(app, ["verify", str(scores)])
+    (advice,) = (line for line in told.stdout.splitlines() if "Delete the damaged files:" in line)
+    subprocess.run(shlex.split(advice.partition(":")[2]), check=True)
+
+    assert ("scored", "already complete") == (score(), score())
+    assert parts == digests(scores)
+    assert before.equals(read())
+    assert 0 == CliRunner().invoke(app, ["verify", str(scores)]).exit_code

@@ -7,8 +7,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import polars as pl
+from deltalake import DeltaTable
 
 from serving.errors import OvernightError
 from tasks.batch.manifest import open_predictions
@@ -102,13 +104,21 @@ class Oracle:
         try:
             return open_predictions(str(self.folder), run).collect()
         except OvernightError as error:
-            is_dropped = run is not None and self.dropped_at.get(run, -1) >= began
-            if is_returned and began > self.damaged_at and not is_dropped:
+            is_gone = run is not None and (self.dropped_at.get(run, -1) >= began or self._is_replaced(run))
+            if is_returned and began > self.damaged_at and not is_gone:
                 self.violations.append(f"run {run} was published, but opening it is refused: {error}")
         except (OSError, pl.exceptions.PolarsError) as error:
             if began > self.damaged_at and (run is not None or self.damaged_at < 0):
                 self.violations.append(f"run {run} can't be read: {type(error).__name__}: {error}")
         return None
+
+    def _is_replaced(self, run: str) -> bool:
+        """Whether another run has taken parts of a run out of their Delta table since, as the log itself says."""
+        manifest: Any = self._manifest(run)
+        if manifest is None or manifest["output"] != "delta":
+            return False
+        held = set(DeltaTable(str(self.folder)).file_uris())
+        return any(f"{self.folder}/{part['path']}" not in held for part in manifest["parts"])
 
     def _manifest(self, run: str) -> dict[str, str] | None:
         path = self.folder / "_overnight" / run / "manifest.json"

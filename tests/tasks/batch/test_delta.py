@@ -20,7 +20,14 @@ from deltalake import DeltaTable, write_deltalake
 from deltalake.exceptions import CommitFailedError
 
 from infra.local.s3 import S3Server
-from serving.errors import DestinationUnusable, OvernightError, PublishRefused, StorageDenied, StorageFault
+from serving.errors import (
+    DestinationUnusable,
+    NoCompleteRun,
+    OvernightError,
+    PublishRefused,
+    StorageDenied,
+    StorageFault,
+)
 from serving.model.contract import Output
 from tasks.batch import delta
 from tasks.batch.dataset import open_dataset
@@ -30,6 +37,7 @@ from tasks.batch.options import BatchOptions
 from tasks.batch.parts import PartFooter, part_schema
 from tasks.batch.plan import Plan
 from tasks.batch.publish import audit_parts, claim_order_number, publish
+from tasks.batch.runs import list_runs
 from tasks.batch.source import pin_source
 from tasks.storage import Storage, open_storage
 from tests.tasks.batch.small import a_contract, a_plan, numbers, put, put_parts
@@ -134,13 +142,36 @@ def test_another_run_replaces_the_rows_of_the_first(destination: Storage, place:
     assert list(range(25, 40)) == ids(destination)
 
 
-def test_the_parts_of_a_run_that_was_replaced_are_there_for_its_readers(destination: Storage, place: str) -> None:
-    first, second = a_run(place, options=REPLACE), a_run(place, range(25, 40), REPLACE)
-    for plan in (first, second):
-        publish(destination, plan, audit_parts(destination, plan))
+def delete_a_row(destination: Storage, _: str) -> None:
+    the_table(destination).delete("id = 3")
 
-    assert list(range(25)) == open_predictions(destination.url, first.run).collect()["id"].sort().to_list()
-    assert list(range(25, 40)) == open_predictions(destination.url, second.run).collect()["id"].sort().to_list()
+
+def compact(destination: Storage, _: str) -> None:
+    the_table(destination).optimize.compact()
+
+
+def replace_all(destination: Storage, place: str) -> None:
+    commit(destination, a_run(place, range(25, 40), REPLACE))
+
+
+@pytest.mark.parametrize(("change", "parts"), [(delete_a_row, 3), (compact, 0), (replace_all, 0)])
+def test_a_run_is_read_through_the_log_and_refused_where_the_table_has_not_all_of_it(
+    destination: Storage, place: str, change: Callable[[Storage, str], None], parts: int
+) -> None:
+    plan = a_run(place)
+    publish(destination, plan, audit_parts(destination, plan))
+    whole = (list_runs(destination), sorted(open_predictions(destination.url).collect()["id"]))
+    change(destination, place)
+    for is_vacuumed in (False, True):
+        if is_vacuumed:
+            the_table(destination).vacuum(retention_hours=0, enforce_retention_duration=False, dry_run=False)
+        with pytest.raises(NoCompleteRun, match=rf"4 parts of run {plan.run} as they were .* but has {parts} of them"):
+            open_predictions(destination.url, plan.run)
+        (told,) = list_runs(destination)
+        assert ("complete", parts, 4, 25) == (told.state, told.parts, told.parts_planned, told.rows)
+        assert f"{4 - parts} of its 4 parts are not in its table any more" in told.note
+
+    assert ([("complete", 4, "")], list(range(25))) == ([(r.state, r.parts, r.note) for r in whole[0]], whole[1])
 
 
 @pytest.mark.parametrize("options", [APPEND, REPLACE], ids=["append", "replace"])

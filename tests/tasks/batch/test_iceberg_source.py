@@ -228,6 +228,27 @@ def test_a_renamed_column_has_its_values_under_the_new_name(lake: Catalog, place
     assert [0.0, 1.0, 2.0] == read(earlier, staged_at=f"{place}/earlier")["b"].to_pylist()
 
 
+def test_columns_whose_names_files_do_not_have_are_found_by_their_field_ids(lake: Catalog, place: str) -> None:
+    names = ("id", "net.worth", "churn-risk", "last visit", "90d")
+    values = pa.table({name: pa.array([at, at + 10], pa.float32()) for at, name in enumerate(names)})
+    lake.create_table("sales.customers", values.schema).append(values)
+    snapshot = pin(columns=names)
+
+    assert "iceberg" == snapshot.format
+    assert values.equals(read(snapshot, names, f"{place}/staged"))
+
+
+def test_a_data_file_that_is_listed_twice_is_refused(local_lake: Catalog) -> None:
+    table = customers(local_lake, (0, 3), (3, 6))
+    (_, again) = (task.file for task in table.scan().plan_files())
+    with table.transaction() as transaction, transaction.update_snapshot().fast_append() as append:
+        append.append_data_file(again)
+    with pytest.raises(SourceFormat, match=r"must be listed once, but snapshot [0-9]+ of .* lists 1 more often"):
+        pin()
+
+    assert 9 == table.refresh().scan().to_arrow().num_rows
+
+
 def test_two_columns_that_changed_names_are_not_taken_for_each_other(lake: Catalog, place: str) -> None:
     table = customers(lake)
     table.append(rows(0, 3).set_column(2, "b", pa.array([7.0, 8.0, 9.0], pa.float32())))

@@ -15,16 +15,24 @@ import pytest
 from pyiceberg.catalog import Catalog
 from pyiceberg.table import Table
 
-from serving.errors import BadInput, DestinationUnusable, OvernightError, PublishRefused, StorageFault
+from serving.errors import (
+    BadInput,
+    DestinationUnusable,
+    NoCompleteRun,
+    OvernightError,
+    PublishRefused,
+    StorageFault,
+)
 from serving.model.contract import Output
 from tasks.batch.dataset import open_dataset
-from tasks.batch.iceberg_table import check_iceberg, commit_iceberg
+from tasks.batch.iceberg_table import check_iceberg, commit_iceberg, open_table_folder
 from tasks.batch.manifest import find_manifest, open_predictions
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import PartFooter, part_schema
 from tasks.batch.plan import Plan
 from tasks.batch.publish import audit_parts, claim_order_number, publish
 from tasks.batch.run_records import save_plan
+from tasks.batch.runs import list_runs
 from tasks.batch.source import pin_source
 from tasks.batch.verify import verify_run
 from tasks.storage import Storage, open_storage
@@ -90,7 +98,7 @@ def a_schema(plan: Plan, place: str) -> pa.Schema:
 
 
 def test_every_reader_sees_the_same_rows(lake: Catalog, destination: Storage, place: str) -> None:
-    plan = a_run(place)
+    plan = save_plan(destination, a_run(place))
     publish(destination, plan, audit_parts(destination, plan))
     expected = open_predictions(destination.url).collect().sort("id")
     found = the_table(lake).scan().to_arrow().sort_by("id")
@@ -153,6 +161,37 @@ def test_another_run_replaces_the_rows_of_the_first_in_one_snapshot(
     assert list(range(25, 40)) == ids(lake)
 
 
+@pytest.mark.parametrize(("by_equality", "parts"), [(None, 3), (False, 0), (True, 0)])
+def test_a_run_is_read_through_the_table_and_refused_where_the_table_has_not_all_of_it(
+    lake: Catalog,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    by_equality: bool | None,  # noqa: FBT001
+    parts: int,
+) -> None:
+    place, destination = str(tmp_path), open_storage(f"{tmp_path}/out")
+    plan = save_plan(destination, a_run(place))
+    publish(destination, plan, audit_parts(destination, plan))
+    whole = (list_runs(destination), sorted(open_predictions(destination.url).collect()["id"]))
+    table = the_table(lake)
+    if by_equality is None:
+        table.delete("id = 3")
+    else:
+        # Such deletes do not say which of the files they belong to.
+        path = next(iter(table.scan().plan_files())).file.file_path
+        delete_rows(table, path, [0, 1], by_equality=by_equality)
+    with pytest.raises(NoCompleteRun, match=rf"4 parts of run {plan.run} as they were .* but has {parts} of them"):
+        open_predictions(destination.url)
+    (told,) = list_runs(destination)
+    monkeypatch.setenv("PYICEBERG_CATALOG__LAKE__TYPE", "none")
+    (unasked,) = list_runs(destination)
+
+    assert ("complete", parts, 4) == (told.state, told.parts, told.parts_planned)
+    assert "complete" == unasked.state
+    assert "What its table has of it is not known: The catalog 'lake' must be configured" in unasked.note
+    assert ([("complete", 4, "")], list(range(25))) == ([(r.state, r.parts, r.note) for r in whole[0]], whole[1])
+
+
 @pytest.mark.parametrize("by_equality", [False, True])
 def test_deletes_of_others_go_with_the_rows_that_are_replaced(
     lake: Catalog,
@@ -199,6 +238,23 @@ def test_threads_that_race_commit_a_run_once(
     assert 1 + standing == len(the_table(lake).snapshots())
 
 
+def test_plans_that_race_make_one_table_in_one_namespace(lake: Catalog, tmp_path: Path) -> None:
+    destinations, schema = [open_storage(f"{tmp_path}/{at}") for at in range(4)], pa.schema([("id", pa.int64())])
+    for attempt in range(5):
+        options = APPEND.model_copy(update={"iceberg_table": f"lake.space{attempt}.scores"})
+        barrier = threading.Barrier(4)
+
+        def race(destination: Storage, options: BatchOptions, barrier: threading.Barrier) -> str:
+            barrier.wait()
+            return open_table_folder(destination, schema, options).url
+
+        with ThreadPoolExecutor(4) as pool:
+            places = set(pool.map(race, destinations, [options] * 4, [barrier] * 4))
+        (table,) = lake.list_tables(f"space{attempt}")
+
+        assert {lake.load_table(table).location().removeprefix("file://")} == places
+
+
 def commit_in_child(address: str, plan: str, start: float) -> str:
     """Commit a run in a process of its own, all at one time."""
     destination = open_storage(address)
@@ -230,6 +286,9 @@ def test_an_older_run_does_not_replace_a_newer_one(lake: Catalog, destination: S
     commit(destination, newer)
     with pytest.raises(PublishRefused, match=r"must not go back to an older run.*number 2.*number 1: it was planned"):
         publish(destination, older, audit_parts(destination, older))
+
+    with pytest.raises(PublishRefused, match=r"number 2, and run .* is number 2"):
+        commit(destination, numbered(older, 2))
 
     assert list(range(25, 40)) == ids(lake)
     assert find_manifest(destination, older.run) is None
@@ -315,7 +374,7 @@ def test_a_table_with_the_same_columns_in_another_order_takes_the_parts(
     lake: Catalog, destination: Storage, place: str
 ) -> None:
     lake.create_table("sales.scores", pa.schema(FIELDS[::-1]))
-    plan = a_run(place)
+    plan = save_plan(destination, a_run(place))
     assert 0 == check_iceberg(destination, a_schema(plan, place), NEW, APPEND)
     commit(destination, plan)
     expected = open_table(destination, plan)
@@ -333,7 +392,7 @@ def test_a_partitioned_table_is_refused(lake: Catalog, tmp_path: Path) -> None:
     table = lake.create_table("sales.scores", pa.schema(FIELDS))
     with table.update_spec() as update:
         update.add_identity("label")
-    with pytest.raises(DestinationUnusable, match=r"partitioned by \['label'\]"):
+    with pytest.raises(DestinationUnusable, match=r"partitioned by \['label'\]\..*or drop this one, which is empty"):
         check_iceberg(open_storage(f"{tmp_path}/out"), a_schema(plan, str(tmp_path)), NEW, APPEND)
 
 

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from deltalake import DeltaTable
 
 from serving.errors import DestinationUnusable, PublishRefused, RunDamaged, RunNameTaken, StorageFault
 from tasks.batch.chunk_scheduler import MARKS
 from tasks.batch.dataset import Snapshot
+from tasks.batch.delta import delta_options
 from tasks.batch.manifest import OTHER_REASONS, find_damaged_parts, find_intact_manifest, find_manifest, manifest_path
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import part_path
@@ -295,13 +297,20 @@ def test_parts_that_are_gone_or_of_another_size_are_told_from_a_listing(destinat
     )
 
 
-def test_the_parts_of_a_delta_table_are_the_tables_own_to_rewrite(destination: Storage, plan: Plan) -> None:
+def test_a_part_that_a_delta_table_names_is_missed_and_one_that_it_has_rewritten_is_not(
+    destination: Storage, plan: Plan
+) -> None:
     plan = plan.model_copy(update={"options": plan.options.model_copy(update={"output": "delta"})})
     put_parts(plan, destination)
     manifest = publish(destination, plan, audit_parts(destination, plan))
-    destination.delete([part_path(plan, (1, 0))])
+    gone, data = part_path(plan, (1, 0)), bytes(a_part(plan, (1, 0), [0]))
+    destination.delete([gone])
+    named = find_damaged_parts(destination, manifest)
+    destination.put_new(gone, data)
+    DeltaTable(destination.url, storage_options=delta_options(destination)).optimize.compact()
+    destination.delete([gone])
 
-    assert () == find_damaged_parts(destination, manifest)
+    assert ((gone,), ()) == (named, find_damaged_parts(destination, manifest))
 
 
 def test_a_part_that_is_not_the_one_published_is_told_with_both_sizes(destination: Storage, plan: Plan) -> None:

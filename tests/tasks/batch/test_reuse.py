@@ -24,7 +24,7 @@ from serving.faults import ProcessFailure
 from tasks.batch import reuse
 from tasks.batch.chunk_layout import cut_chunks
 from tasks.batch.dataset import SourceFile
-from tasks.batch.delta import list_whole_files
+from tasks.batch.delta import list_table_files
 from tasks.batch.manifest import Manifest, find_damaged_parts, find_manifest, open_predictions
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Plan, run_key
@@ -414,6 +414,7 @@ def test_parts_that_a_delta_table_gives_up_after_planning_are_added_under_other_
     assert 216 == plan.rows_reused
     assert 18 == len([path for path in changes["add"] if path.startswith(f"rewritten/{plan.run}/")])
     assert read_full(source, tmp_path / "full") == read_delta(out)
+    assert read_delta(out) == sorted(open_predictions(str(out), plan.run).collect().rows(), key=lambda row: row[0])
 
 
 def test_a_part_that_is_deleted_between_its_audit_and_the_commit_is_never_committed(
@@ -473,7 +474,7 @@ def test_no_part_is_kept_of_a_delta_table_with_deleted_rows(source: Path, tmp_pa
         publish(storage, confirm_plan(storage, plan), audit_parts(storage, plan))
 
     assert 216 == plan.rows_reused
-    assert {} == list_whole_files(storage)
+    assert {} == list_table_files(storage).whole
 
 
 def delete_rows(action: dict[str, Any]) -> dict[str, Any]:
