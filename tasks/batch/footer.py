@@ -87,7 +87,7 @@ def check_columns(metadata: pq.FileMetaData, columns: Sequence[int], size: int) 
         next(parquet.reader.iter_batches(1, range(len(rows)), columns, use_threads=False), None)
 
 
-def _check_chunk(chunk: pq.ColumnChunkMetaData, column: pq.ColumnSchema, rows: int) -> None:
+def check_chunk(chunk: pq.ColumnChunkMetaData, column: pq.ColumnSchema, rows: int) -> None:
     """Raise ValueError where a footer says of a column of a row group what its schema and the group do not."""
     is_flat = column.max_repetition_level == 0
     if (
@@ -155,7 +155,7 @@ class FooterReader:
         decoded, keys = self._fixed * group.num_rows, self._fixed_keys * group.num_rows
         for leaf in self._leaves:
             chunk = group.column(leaf.at)
-            _check_chunk(chunk, metadata.schema.column(leaf.at), group.num_rows)
+            check_chunk(chunk, metadata.schema.column(leaf.at), group.num_rows)
             found = chunk.num_values * leaf.width if leaf.width else _text_bytes(chunk, at, leaf, texts)
             found += leaf.offset * group.num_rows if leaf.nested else 0
             decoded, keys = decoded + found, keys + (found if leaf.is_key else 0)
