@@ -228,8 +228,8 @@ def verify(
     sample: Annotated[
         str | None,
         typer.Option(
-            help="Score some of the parts that the run has from earlier runs again, such as 1%, 100% or 20, and "
-            "compare the bytes.",
+            help="Score some of the parts again that the run has from earlier runs, or that bear no digest, such as "
+            "1%, 100% or 20, and compare the bytes.",
             metavar="PERCENT|COUNT",
         ),
     ] = None,
@@ -238,7 +238,8 @@ def verify(
 ) -> None:
     """Open every part of a run and hold it against the manifest and the plan; name all that is damaged.
 
-    With --sample, parts of earlier runs are scored again with the model of the plan, which must load here.
+    With --sample, parts of earlier runs, and those of earlier releases, which bear no digest of their bytes, are scored
+    again with the model of the plan, which must load here.
 
     The exit code is 0 only where what was verified is complete, and nothing of it is damaged.
     """
@@ -293,10 +294,10 @@ def approve(
 def _prove(
     storage: Storage, result: RunVerification, sample: str, seed: int | None, *, for_json: bool
 ) -> RunVerification:
-    """Score some parts of earlier runs again; a model may print, too."""
+    """Score some parts again; a model may print, too."""
     import secrets  # noqa: PLC0415 - help needs none
 
-    say(f"Scoring {sample} of the parts that run {result.run} has from earlier runs")
+    say(f"Scoring {sample} of the parts that run {result.run} has from earlier runs, or that bear no digest")
     chosen = secrets.randbelow(1 << 32) if seed is None else seed
     with keep_stdout(for_json=for_json):
         from tasks.batch.part_proof import prove_reused_parts  # noqa: PLC0415 - a model's libraries

@@ -153,7 +153,7 @@ class Promotion(Frozen):
 
 def list_parts_made(footers: Iterable[PartFooter]) -> tuple[ManifestPart, ...]:
     """Return how the parts of a challenger that have these footers are listed."""
-    return tuple(ManifestPart(path=f.path, rows=f.rows, bytes=f.bytes, chunk=f.chunk) for f in footers)
+    return tuple(ManifestPart(path=f.path, rows=f.rows, bytes=f.bytes, digest=f.digest, chunk=f.chunk) for f in footers)
 
 
 def record_path(run: str) -> str:

@@ -31,7 +31,7 @@ from serving.errors import (
 )
 from serving.model.contract import Frozen
 from serving.option_words import give_option, name_option
-from tasks.batch.footer import FooterReader, GroupBytes
+from tasks.batch.footer import FooterReader, GroupBytes, read_tail
 from tasks.batch.formats import find_format, list_suffixes
 from tasks.batch.options import CsvOptions
 from tasks.storage import Entry, LocalStorage, Selection, Storage, open_storage
@@ -302,7 +302,8 @@ class _Footers:
     def read(self, file: SourceFile) -> tuple[SourceFile, pa.Schema]:
         """Return a file with its row groups, and its schema."""
         with self._storage.open_pinned(file.entry) as stream, name_corrupt_file(self._storage, file.entry):
-            metadata = pq.read_metadata(stream)
+            tail = read_tail(stream)
+            metadata = pq.read_metadata(pa.BufferReader(tail))
             groups = tuple(metadata.row_group(at).num_rows for at in range(metadata.num_row_groups))
             schema = read_parquet_schema(stream, metadata)
             if self._iceberg is not None:
@@ -311,7 +312,8 @@ class _Footers:
             if first is None or not schema.equals(first[0]):
                 first = (schema, FooterReader(metadata, schema, self._used, self._keys))
                 self._first = self._first or first
-            sizes = first[1].read(metadata, lambda **options: pq.ParquetFile(stream, **options))
+            size = file.entry.size
+            sizes = first[1].read(metadata, tail, size, lambda **options: pq.ParquetFile(stream, **options))
         return file.model_copy(update={"row_groups": groups, "group_bytes": sizes}), first[0]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -14,6 +15,8 @@ import pyarrow.parquet as pq
 _TEXT_SHORT = 64
 _MEASURED_MAX = 64 << 20
 _MEASURED_ROWS = 4096
+# What pyarrow reads of a file's end at once.
+_TAIL = 64 << 10
 # The bytes of a page, and of a dictionary, at which writers end them.
 _PAGE = 1 << 20
 # Allocators have eight sizes to a doubling, and round up to one; what is larger than the greatest has its own.
@@ -46,6 +49,54 @@ class GroupBytes(NamedTuple):
     keys: int
     keys_encoded: int
     reading: int
+
+
+def read_tail(stream: pa.NativeFile) -> bytes:
+    """Return the end of a Parquet file, from where its footer begins, by one read of most files."""
+    size = stream.size()
+    tail: bytes = stream.read_at(min(_TAIL, size), max(size - _TAIL, 0))
+    length = int.from_bytes(tail[-8:-4], "little") + 8
+    if len(tail) < length <= size:
+        tail = stream.read_at(length, size - length)
+    return tail[-length:]
+
+
+def check_columns(metadata: pq.FileMetaData, columns: Sequence[int], size: int) -> None:
+    """Hold what a footer says of row groups and columns against each other and the size of its file.
+
+    pyarrow's classes for columns end the process over what its reader of rows raises as an error. So that is called
+    first, over a file that is closed: it goes through all columns before it asks for the bytes of the first.
+
+    Args:
+        metadata: What the footer says.
+        columns: The leaf columns that are looked at, by their places in the schema.
+        size: The bytes of the file.
+
+    Raises:
+        OSError, ValueError: They do not agree.
+    """
+    rows = [metadata.row_group(at).num_rows for at in range(metadata.num_row_groups)]
+    if sum(rows) != metadata.num_rows or min(rows, default=0) < 0:
+        message = f"the footer says {metadata.num_rows:,} rows, and its row groups {sum(rows):,}"
+        raise ValueError(message)
+    # No byte is at that address, and none is read.
+    closed = pa.BufferReader(pa.foreign_buffer(1, size))
+    parquet = pq.ParquetFile(closed, metadata=metadata, pre_buffer=True)
+    closed.close()
+    with suppress(pa.ArrowInvalid):
+        next(parquet.reader.iter_batches(1, range(len(rows)), columns, use_threads=False), None)
+
+
+def check_chunk(chunk: pq.ColumnChunkMetaData, column: pq.ColumnSchema, rows: int) -> None:
+    """Raise ValueError where a footer says of a column of a row group what its schema and the group do not."""
+    is_flat = column.max_repetition_level == 0
+    if (
+        chunk.physical_type != column.physical_type
+        or chunk.total_uncompressed_size < 0
+        or (is_flat and chunk.num_values != rows)
+    ):
+        message = f"the footer says of column {column.path!r} what its schema and its row groups do not"
+        raise ValueError(message)
 
 
 class FooterReader:
@@ -81,9 +132,22 @@ class FooterReader:
             if name in used:
                 self._read.append(at)
 
-    def read(self, metadata: pq.FileMetaData, open_file: Callable[..., pq.ParquetFile]) -> tuple[GroupBytes, ...]:
-        """Return what each row group of a file takes; `open_file` opens it, with options of pyarrow's."""
-        texts = _TextLengths(metadata, open_file)
+    def read(
+        self, metadata: pq.FileMetaData, tail: bytes, size: int, open_file: Callable[..., pq.ParquetFile]
+    ) -> tuple[GroupBytes, ...]:
+        """Return what each row group of a file takes.
+
+        Args:
+            metadata: What its footer says.
+            tail: Its end, from where the footer begins.
+            size: Its bytes.
+            open_file: Opens it, with options of pyarrow's.
+
+        Raises:
+            OSError, ValueError: The footer does not agree with itself.
+        """
+        check_columns(metadata, self._read, size)
+        texts = _TextLengths(tail, metadata, open_file)
         return tuple(self._group(metadata, at, texts) for at in range(metadata.num_row_groups))
 
     def _group(self, metadata: pq.FileMetaData, at: int, texts: _TextLengths) -> GroupBytes:
@@ -91,6 +155,7 @@ class FooterReader:
         decoded, keys = self._fixed * group.num_rows, self._fixed_keys * group.num_rows
         for leaf in self._leaves:
             chunk = group.column(leaf.at)
+            check_chunk(chunk, metadata.schema.column(leaf.at), group.num_rows)
             found = chunk.num_values * leaf.width if leaf.width else _text_bytes(chunk, at, leaf, texts)
             found += leaf.offset * group.num_rows if leaf.nested else 0
             decoded, keys = decoded + found, keys + (found if leaf.is_key else 0)
@@ -179,10 +244,9 @@ def _text_bytes(chunk: pq.ColumnChunkMetaData, group: int, leaf: _Leaf, texts: _
 class _TextLengths:
     """How long the texts of a file are: as its footer tells, or as they are read."""
 
-    def __init__(self, metadata: pq.FileMetaData, open_file: Callable[..., pq.ParquetFile]) -> None:
-        self._metadata, self._open_file = metadata, open_file
-        self._footer = b""
-        self._footer_at = 0
+    def __init__(self, tail: bytes, metadata: pq.FileMetaData, open_file: Callable[..., pq.ParquetFile]) -> None:
+        self._tail, self._metadata, self._open_file = tail, metadata, open_file
+        self._tail_at = 0
 
     def find_total(self, chunk: pq.ColumnChunkMetaData) -> int | None:
         """Return how long all texts of a column of a row group are together; None where the footer does not tell.
@@ -190,19 +254,18 @@ class _TextLengths:
         pyarrow reads and writes this field of the format, unencoded_byte_array_data_bytes, but has no name for it: it
         is looked for behind those that it has. Ask for columns in the order of the file: the search goes on from there.
         """
-        if not self._footer:
-            sink = pa.BufferOutputStream()
-            self._metadata.write_metadata_file(sink)
-            self._footer = sink.getvalue().to_pybytes()
         dictionary = chunk.dictionary_page_offset
         known = b"\x16" + _varint(chunk.total_compressed_size) + b"\x26" + _varint(chunk.data_page_offset)
         known += b"" if dictionary is None else b"\x26" + _varint(dictionary)
-        at = self._footer.find(known, self._footer_at)
+        at = self._tail.find(known, self._tail_at)
         if at < 0:
             return None
-        self._footer_at = at + len(known)
+        self._tail_at = at + len(known)
         last = _DATA_PAGE if dictionary is None else _DICTIONARY_PAGE
-        return _find_text_total(self._footer, self._footer_at, last)
+        # The same bytes may stand elsewhere in a footer, before what is no column's metadata.
+        with suppress(IndexError, RecursionError):
+            return _find_text_total(self._tail, self._tail_at, last)
+        return None
 
     def read_dictionary(self, group: int, leaf: _Leaf) -> pa.Array | None:
         """Return the length of each text of a dictionary; None where pyarrow has none of it."""
@@ -231,7 +294,10 @@ class _TextLengths:
 
 
 def _varint(value: int) -> bytes:
-    """Return a number that is not negative as Thrift's compact protocol has it."""
+    """Return a number as Thrift's compact protocol has it. Raises ValueError where it is negative."""
+    if value < 0:
+        message = f"the footer has an offset or a size of {value}"
+        raise ValueError(message)
     value <<= 1
     out = bytearray()
     while value >> 7:
@@ -277,7 +343,7 @@ def _skip_value(data: bytes, at: int, kind: int) -> int:
     if kind == _LIST:
         count, inner = data[at] >> 4, data[at] & 0xF
         count, at = _read_varint(data, at + 1) if count == _LONG_LIST else (count, at + 1)
-        for _ in range(count):
+        for _ in range(min(count, len(data))):
             at = _skip_value(data, at, inner)
         return at
     # What else the format has is one byte, or a number of eight.

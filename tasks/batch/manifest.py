@@ -25,11 +25,15 @@ from tasks.storage import AzureStorage, GcsStorage, Storage, open_storage, reade
 
 
 class ManifestPart(Frozen):
-    """One part of a published run, and the digest of what it is made of, which a later run may be made of too."""
+    """One part of a published run, and the digest of what it is made of, which a later run may be made of too.
+
+    `digest` is the one that the part bears of its own bytes; those of earlier releases bear none.
+    """
 
     path: str
     rows: int
     bytes: int
+    digest: str = Field(default="", exclude_if=operator.not_)
     chunk: str = Field(default="", exclude_if=operator.not_)
 
 

@@ -1,4 +1,7 @@
-"""The check of one part: all of its bytes are read, and held against its chunk, its plan and its own footer."""
+"""The check of one part: its bytes are held against their digest, and what its footer says against chunk and plan.
+
+Parts of earlier releases bear no digest of their bytes: their rows are read, and held against the footer.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,9 @@ from serving.errors import FormatTooNew, SourceChanged
 from serving.model.contract import Frozen
 from tasks.batch.chunk_layout import Chunk
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW
+from tasks.batch.footer import check_chunk, check_columns
 from tasks.batch.manifest import ManifestPart
+from tasks.batch.part_digest import PART_DIGEST, read_digests
 from tasks.batch.parts import (
     CHUNK_DIGEST,
     REJECT_COLUMN,
@@ -77,6 +82,7 @@ class ExpectedPart:
     chunk: Chunk | None
     rows: int | None
     bytes: int | None
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +96,9 @@ class PartCheck:
 
 def expect_part(path: str, chunk: Chunk | None, listed: ManifestPart | None) -> ExpectedPart:
     """Return what a part must be: by its chunk, if it has one, and by what a list of parts says of it, if any."""
-    sizes = (None, None) if listed is None else (listed.rows, listed.bytes)
-    return ExpectedPart(path=path, chunk=chunk, rows=sizes[0], bytes=sizes[1])
+    if listed is None:
+        return ExpectedPart(path=path, chunk=chunk, rows=None, bytes=None)
+    return ExpectedPart(path=path, chunk=chunk, rows=listed.rows, bytes=listed.bytes, digest=listed.digest)
 
 
 def describe_size(expected: int, found: int) -> str:
@@ -127,18 +134,32 @@ class PartReader:
     def _read(self, part: ExpectedPart, entry: Entry) -> PartCheck:
         with self._storage.open_pinned(entry) as stream:
             data = stream.read()
+        borne, found = read_digests(data)
+        if borne != found:
+            message = (
+                f"The part must have the bytes that it was written with, of digest {borne[:12]}, got {found[:12]}."
+            )
+            return PartCheck(footer=None, keys=None, damages=_name_damages(part, [("bytes", message)]))
         parquet = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-        metadata, table = parquet.metadata, parquet.read(use_threads=False)
+        metadata, schema = parquet.metadata, parquet.schema_arrow
         footer = parse_footer(entry, metadata)
         problems = [*self._check_identity(part, metadata), *self._check_rows(part, footer)]
-        schema = self._check_schema(table.schema)
-        problems += schema or [
-            *self._check_rejects(footer, table),
-            *self._check_places(part, table),
-            *_check_bytes(data, metadata, table),
-        ]
-        keys = ", ".join(f"{name} ({table.schema.field(name).type})" for name in self._key_columns(table.schema))
-        return PartCheck(footer=footer, keys=None if schema else keys, damages=_name_damages(part, problems))
+        wrong = self._check_schema(schema)
+        problems += wrong
+        is_other = part.digest not in ("", borne)
+        if is_other:
+            got = borne[:12] or "one without a digest"
+            problems.append(("bytes", f"The part must be that which was published, {part.digest[:12]}, got {got}."))
+        if not wrong and (is_other or not borne):
+            # Of others the bytes are those that were written, and so are the rows.
+            table = parquet.read(use_threads=False)
+            problems += [
+                *self._check_rejects(footer, table),
+                *self._check_places(part, table),
+                *_check_bytes(data, metadata, table),
+            ]
+        keys = ", ".join(f"{name} ({schema.field(name).type})" for name in self._key_columns(schema))
+        return PartCheck(footer=footer, keys=None if wrong else keys, damages=_name_damages(part, problems))
 
     def _key_columns(self, schema: pa.Schema) -> list[str]:
         """Return the columns of a part that are keys: those before its outputs."""
@@ -249,16 +270,15 @@ def _count_rejects(table: pa.Table) -> Reasons:
 
 
 def _check_bytes(data: bytes, metadata: pq.FileMetaData, table: pa.Table) -> list[_Problem]:
-    """Hold the bytes of a part against those that its rows are written as, or else its footer against theirs.
+    """Hold the bytes of a part of an earlier release against those that its rows are written as, or else its footer.
 
-    Checksums cover the pages of a Parquet file, and nothing covers its footer. The same rows written again by the same
+    Checksums cover the pages of such a part, and nothing covers its footer. The same rows written again by the same
     version of pyarrow are the same bytes; where they are not, the footer must still tell types and ranges of the rows.
     """
-    told = dict(table.schema.metadata or {})
-    statistics = told.pop(STATISTICS.encode(), None) or (metadata.metadata or {}).get(STATISTICS.encode(), b"")
-    again = write_part(table.replace_schema_metadata(told).combine_chunks(), statistics.decode())
+    again = write_undigested(metadata, table)
     if again == data:
         return []
+    check_columns(metadata, range(metadata.num_columns), len(data))
     fresh = pq.read_metadata(pa.BufferReader(again))
     if (fresh.created_by, fresh.num_row_groups) != (metadata.created_by, metadata.num_row_groups):
         # Another version of the writer may write otherwise.
@@ -268,13 +288,29 @@ def _check_bytes(data: bytes, metadata: pq.FileMetaData, table: pa.Table) -> lis
     return _check_statistics(metadata, fresh)
 
 
+def write_undigested(metadata: pq.FileMetaData, table: pa.Table) -> memoryview:
+    """Return the bytes that a part of these rows has where it bears no digest.
+
+    Args:
+        metadata: The metadata of its file.
+        table: Its rows, as they are read from it.
+    """
+    told = dict(table.schema.metadata or {})
+    told.pop(PART_DIGEST.encode(), None)
+    statistics = told.pop(STATISTICS.encode(), None) or (metadata.metadata or {}).get(STATISTICS.encode(), b"")
+    return write_part(table.replace_schema_metadata(told).combine_chunks(), statistics.decode(), bears_digest=False)
+
+
 def _check_statistics(metadata: pq.FileMetaData, fresh: pq.FileMetaData) -> list[_Problem]:
     """Hold the least and greatest values in a footer, by which readers pass over rows, against those of the rows."""
-    wrong = {
-        metadata.schema.column(column).path
-        for group in range(metadata.num_row_groups)
-        for column in range(metadata.num_columns)
-        if metadata.row_group(group).column(column).statistics != fresh.row_group(group).column(column).statistics
-    }
+    wrong = set()
+    for group in range(metadata.num_row_groups):
+        for at in range(metadata.num_columns):
+            column, chunk = metadata.schema.column(at), metadata.row_group(group).column(at)
+            check_chunk(chunk, column, metadata.row_group(group).num_rows)
+            told, true = chunk.statistics, fresh.row_group(group).column(at).statistics
+            # To compare statistics with None ends the process.
+            if (told is None) != (true is None) or (told is not None and told != true):
+                wrong.add(column.path)
     message = f"Its footer must tell the least and the greatest value of each column, got others of {sorted(wrong)}."
     return [("statistics", message)] if wrong else []

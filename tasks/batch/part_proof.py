@@ -18,7 +18,9 @@ from serving.model.interface import Model
 from tasks.batch.challengers import list_copied
 from tasks.batch.chunk_layout import Chunk
 from tasks.batch.dataset import SourceFile
-from tasks.batch.part_check import Damage
+from tasks.batch.manifest import find_manifest, manifest_path
+from tasks.batch.part_check import Damage, write_undigested
+from tasks.batch.part_digest import read_digests
 from tasks.batch.parts import ChunkId, part_path
 from tasks.batch.plan import Plan
 from tasks.batch.resolve import load_planned_model, open_planned_model
@@ -76,6 +78,7 @@ def prove_reused_parts(
 ) -> RunVerification:
     """Score a sample of the parts that a run has from earlier ones again, and return its verification with the result.
 
+    Of a run that was published by an earlier release, parts that bear no digest of their bytes are among them.
     The same seed chooses the same parts. Nothing is written at the destination. A part whose source is gone or was
     changed since can't be proved: a note says so, and it is no damage.
 
@@ -93,15 +96,17 @@ def prove_reused_parts(
     count_sample(sample, 1)
     has_plan = all(damage.kind != "plan" for damage in verification.damages)
     plan = load_plan(storage, verification.run) if has_plan else None
-    if plan is None or not plan.reused:
+    undigested = [] if plan is None else _list_undigested(storage, plan, verification)
+    if plan is None or not (plan.reused or undigested):
         note = "It has no part of an earlier run: nothing was scored again."
         return verification.model_copy(update={"notes": (*verification.notes, note)})
-    reused = sorted(plan.reused_parts)
-    chosen = sorted(random.Random(seed).sample(reused, count_sample(sample, len(reused))))  # noqa: S311 - no secret
+    doubtful = sorted({*plan.reused_parts, *undigested})
+    chosen = sorted(random.Random(seed).sample(doubtful, count_sample(sample, len(doubtful))))  # noqa: S311 - no secret
     loaded = load(plan)
     with tempfile.TemporaryDirectory(prefix="overnight-") as scratch:
         proof = _prove(storage, plan, chosen, loaded, LocalStorage(Path(scratch)))
-    told = f"{proof.proved:,} of {len(chosen):,} parts, chosen of {len(reused):,} of earlier runs with seed {seed},"
+    whose = "of earlier runs" + (" or without a digest" if undigested else "")
+    told = f"{proof.proved:,} of {len(chosen):,} parts, chosen of {len(doubtful):,} {whose} with seed {seed},"
     notes = [f"{told} were scored again to the same bytes.", *proof.notes]
     if differ := sorted(set(loaded.made_with) ^ set(plan.made_with)):
         words = "They were made with other versions, or on another processor, so last digits may differ"
@@ -115,6 +120,14 @@ def prove_reused_parts(
             "state": "damaged" if damages else verification.state,
         }
     )
+
+
+def _list_undigested(storage: Storage, plan: Plan, verification: RunVerification) -> list[ChunkId]:
+    """Return the chunks of a published run whose parts bear no digest of their bytes."""
+    is_read = all(damage.path != manifest_path(plan.run) for damage in verification.damages)
+    manifest = find_manifest(storage, plan.run) if is_read else None
+    paths = set() if manifest is None else {part.path for part in manifest.parts if not part.digest}
+    return [at for at in plan.chunks if part_path(plan, at) in paths]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,9 +163,18 @@ def _prove(
         if made is None or stands is None:
             # One that is gone from the destination is a damage of the verification already.
             continue
-        proved += made == stands
-        damages += [] if made == stands else [_describe_damage(part_path(plan, at), stands, made)]
+        is_same = _is_same(stands, made)
+        proved += is_same
+        damages += [] if is_same else [_describe_damage(part_path(plan, at), stands, made)]
     return _Proof(proved=proved, damages=tuple(damages), notes=tuple(_describe_lost(lost)))
+
+
+def _is_same(stands: bytes, made: bytes) -> bool:
+    """Whether a part has the bytes that were made now, without the digest where it bears none."""
+    if read_digests(stands)[0]:
+        return stands == made
+    parquet = pq.ParquetFile(pa.BufferReader(made))
+    return bool(stands == write_undigested(parquet.metadata, parquet.read(use_threads=False)))
 
 
 def _score(plan: Plan, model: Model, scratch: LocalStorage) -> ScoringResult:

@@ -26,6 +26,7 @@ from tasks.batch.chunk_statistics import collect_statistics
 from tasks.batch.column_statistics import ColumnStatistics, TableStatistics, pack_statistics, unpack_statistics
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Dataset, list_entries_at
 from tasks.batch.options import BatchOptions
+from tasks.batch.part_digest import NO_DIGEST, PART_DIGEST, write_digest
 from tasks.batch.plan import Plan, digest_chunk
 from tasks.batch.run_records import check_format_version
 from tasks.storage import Entry, Storage
@@ -300,10 +301,11 @@ def name_kept(column: str) -> str:
     return f"source.{column}"
 
 
-def write_part(table: pa.Table, statistics: str = "") -> memoryview:
+def write_part(table: pa.Table, statistics: str = "", *, bears_digest: bool = True) -> memoryview:
     """Return a table, with its metadata, as the bytes of a part: the same for the same table and version of pyarrow.
 
-    Statistics are in the footer alone: pyarrow keeps the metadata of a table in a file twice.
+    Statistics and the digest are in the footer alone: pyarrow keeps the metadata of a table in a file twice. Without
+    the digest it is a part as earlier releases have written it.
     """
     sink = pa.BufferOutputStream()
     texts = [field.name for field in table.schema if is_text(field.type)]
@@ -313,7 +315,12 @@ def write_part(table: pa.Table, statistics: str = "") -> memoryview:
         writer.write_table(table)
         if statistics:
             writer.add_key_value_metadata({STATISTICS: statistics})
-    return memoryview(sink.getvalue())
+        if bears_digest:
+            writer.add_key_value_metadata({PART_DIGEST: NO_DIGEST})
+    data = memoryview(sink.getvalue()).cast("B")
+    if bears_digest:
+        write_digest(data)
+    return data
 
 
 def output_columns(contract: Contract, predictions: Predictions, flags: Flags) -> dict[str, pa.Array]:
@@ -385,11 +392,13 @@ def count_reasons(flags: Flags) -> Reasons:
 class PartFooter:
     """What the footer of a part says: its rows, its bytes, its rejects, and its rows whose key holds a null.
 
-    `chunk` is the digest of what it is made of, empty for a part of a stream's table.
+    `chunk` is the digest of what it is made of, empty for a part of a stream's table. `digest` is that of its bytes,
+    empty for a part of an earlier release.
     """
 
     path: str
     chunk: str
+    digest: str
     rows: int
     bytes: int
     rejects: Reasons
@@ -404,12 +413,12 @@ def read_footer(storage: Storage, plan: Plan, chunk: Chunk, entry: Entry) -> Par
     try:
         with storage.open_pinned(entry) as stream:
             metadata = pq.read_metadata(stream)
-    except (pa.ArrowException, OSError, ValueError, SourceChanged):
+        _check_part_version(metadata, storage.address(entry.path))
+        if metadata.num_rows != chunk.rows or not is_part_of(metadata, plan, chunk):
+            return None
+        return parse_footer(entry, metadata)
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, SourceChanged):
         return None
-    _check_part_version(metadata, storage.address(entry.path))
-    if metadata.num_rows != chunk.rows or not is_part_of(metadata, plan, chunk):
-        return None
-    return parse_footer(entry, metadata)
 
 
 def parse_footer(entry: Entry, metadata: pq.FileMetaData) -> PartFooter:
@@ -420,6 +429,7 @@ def parse_footer(entry: Entry, metadata: pq.FileMetaData) -> PartFooter:
     return PartFooter(
         path=entry.path,
         chunk=told.get(CHUNK_DIGEST.encode(), b"").decode(),
+        digest=told.get(PART_DIGEST.encode(), b"").decode(),
         rows=metadata.num_rows,
         bytes=entry.size,
         rejects=rejects,

@@ -159,7 +159,13 @@ def make_manifest(plan: Plan, footers: Sequence[PartFooter]) -> Manifest:
         shape=plan.shape,
         made_with=plan.made_with,
         parts=tuple(
-            ManifestPart(path=f.path, rows=f.rows, bytes=f.bytes, chunk=f.chunk if plan.has_content_parts else "")
+            ManifestPart(
+                path=f.path,
+                rows=f.rows,
+                bytes=f.bytes,
+                digest=f.digest,
+                chunk=f.chunk if plan.has_content_parts else "",
+            )
             for f in footers
         ),
     )
@@ -198,11 +204,13 @@ def check_rows_add_up(plan: Plan, audit: Audit) -> None:
 
 
 def _check_published_parts(standing: Manifest, manifest: Manifest) -> None:
-    published = {part.path: part.bytes for part in standing.parts}
-    others = [part for part in manifest.parts if part.bytes != published.get(part.path)]
+    published = {part.path: (part.bytes, part.digest) for part in standing.parts}
+    others = [part for part in manifest.parts if (part.bytes, part.digest) != published.get(part.path)]
     if others:
         listed = ", ".join(
-            f"{p.path} ({p.bytes} bytes, published with {published.get(p.path)})" for p in others[:_SHOWN]
+            f"{p.path} ({_describe_bytes(p.bytes, p.digest)}, published with "
+            f"{_describe_bytes(*published.get(p.path, (None, '')))})"
+            for p in others[:_SHOWN]
         )
         message = (
             f"The parts of run {manifest.run} must be those that it was published with, got {len(others)} others: "
@@ -210,6 +218,10 @@ def _check_published_parts(standing: Manifest, manifest: Manifest) -> None:
             f"delete run={manifest.run} and {ROOT}/{manifest.run} below the destination, and call again for all of it."
         )
         raise RunDamaged(message)
+
+
+def _describe_bytes(size: int | None, digest: str) -> str:
+    return f"{size} bytes" + (f" of digest {digest[:12]}" if digest else "")
 
 
 def find_earlier_keys(storage: Storage, model: ModelPin, source: Snapshot, options: BatchOptions) -> list[str]:

@@ -67,11 +67,12 @@ def choose_runs(storage: Storage, run: str | None, *, every: bool = False) -> li
 def verify_run(storage: Storage, run: str) -> RunVerification:
     """Open every part of a run and hold it against the records; nothing is changed.
 
-    Of each part: that it is there, its size, its checksums, the digests of its plan and its chunk, its rows, its
-    columns and their types, its rejects, and without keys of the caller's own the place of each row. Of the whole: the
-    manifest is the one that plan and parts make; nothing else lies in the run's folder; the run holds its number in
-    the order of runs; a Delta or Iceberg table has the run once, and the files that its log lists. The parts of
-    challengers are read as well, and held against the list beside the manifest.
+    Of each part: that it is there, its size, the digest of its bytes, the digests of its plan and its chunk, its rows,
+    and its columns and their types. Of one that bears no digest of its bytes the rows are read: checksums, rejects, and
+    without keys of the caller's own the place of each row. Of the whole: the manifest is the one that plan and parts
+    make; nothing else lies in the run's folder; the run holds its number in the order of runs; a Delta or Iceberg table
+    has the run once, and the files that its log lists. The parts of challengers are read as well, and held against the
+    list beside the manifest.
     """
     findings = _Findings(storage)
     manifest = findings.read_manifest(run)
@@ -95,6 +96,9 @@ def verify_run(storage: Storage, run: str) -> RunVerification:
     findings.damages += challengers.damages
     findings.notes += challengers.notes
     whole = [check for check in checks if check is not None and not check.damages]
+    if old := sum(check.footer is not None and not check.footer.digest for check in whole):
+        words = f"{old:,} parts are of a release before parts bore a digest of their bytes"
+        findings.notes.append(f"{words}: only a sample that is scored again shows that no bit of them has changed.")
     return RunVerification(
         run=run,
         state="damaged" if findings.damages else "incomplete" if manifest is None else "complete",

@@ -300,7 +300,7 @@ class PartsSink:
                 # Another scorer wrote them since the parts were listed. A newer manifest must list them too.
                 self._read_parts(others)
             parts = [self._parts[chunk].footer for chunk in sorted(self._parts)]
-            listed = tuple(ManifestPart(path=f.path, rows=f.rows, bytes=f.bytes) for f in parts)
+            listed = tuple(ManifestPart(path=f.path, rows=f.rows, bytes=f.bytes, digest=f.digest) for f in parts)
             if not parts or (newest is not None and newest.parts == listed):
                 return
             number = numbers[-1] + 1 if numbers else 1

@@ -149,7 +149,7 @@ def test_verify_finds_a_whole_run_whole_and_a_damaged_one_damaged(
     assert (1, 1) == (damaged.exit_code, told.exit_code)
     assert f"size: {part.relative_to(destination)}" in damaged.stdout
     assert f"Delete the damaged files:  rm {part}\n  Then make the call again that scored the run" in damaged.stdout
-    assert ("damaged", ["size", "unreadable"]) == (run["state"], [damage["kind"] for damage in run["damages"]])
+    assert ("damaged", ["size", "bytes"]) == (run["state"], [damage["kind"] for damage in run["damages"]])
     assert f"Reading run {scored[1]['run']}" in damaged.stderr
 
 

@@ -348,7 +348,7 @@ def drop_segment(path: Path) -> None:
     ("damage", "told"),
     [
         (Path.unlink, "The part must be there, but is gone"),
-        (damage_page, "unreadable: The part must read as it was written"),
+        (damage_page, "bytes: The part must have the bytes that it was written with"),
         (blank_scores, "rejects: Its column 'score' must be null in rejects and nowhere else"),
         (drop_segment, "schema: Its columns must be"),
     ],

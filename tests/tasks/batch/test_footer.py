@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
+import subprocess
 import sys
+from collections import Counter
 from decimal import Decimal
 from pathlib import Path
 
@@ -155,6 +158,51 @@ def test_bytes_of_row_groups_come_back_from_json(tmp_path: Path) -> None:
 
     assert snapshot == back
     assert isinstance(back.files[0].group_bytes[0], GroupBytes)
+
+
+FLIPPED = {
+    "numbers": pa.table({"a": np.arange(50, dtype=np.float32), "k": np.arange(50)}),
+    "texts": pa.table({"a": np.arange(50, dtype=np.float32), "k": ["Rome", "Oslo"] * 25}),
+    "lists": pa.table({"a": [["x"] * (at % 3) for at in range(50)], "k": np.arange(50)}),
+}
+# A process of its own: what pyarrow makes of a footer may end it.
+FLIP_EVERY_BIT = """
+import json, resource, sys
+from pathlib import Path
+from serving.errors import SourceCorrupt
+from tasks.batch.dataset import Snapshot, SourceFile, open_dataset
+
+path = Path(sys.argv[1])
+whole = path.read_bytes()
+footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for bit in range(8 * footer, 8 * len(whole)):
+    data = bytearray(whole)
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+    file = SourceFile(path=path.name, size=len(data), tag=str(path.stat().st_mtime_ns))
+    print(bit, file=sys.stderr)
+    try:
+        dataset = open_dataset(Snapshot(root=str(path.parent), format="parquet", files=(file,)), ["a"], ["k"])
+        print(json.dumps(dataset.rows))
+    except SourceCorrupt as error:
+        print(json.dumps(str(error).partition(" must be readable, got: ")[0]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("name", FLIPPED)
+def test_any_flipped_bit_of_a_footer_is_source_corrupt_by_name_or_leaves_the_rows(tmp_path: Path, name: str) -> None:
+    file = tmp_path / f"{name}.parquet"
+    file.write_bytes(parquet(FLIPPED[name], store_schema=False, row_group_size=40))
+    command = [sys.executable, "-c", FLIP_EVERY_BIT, str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    *found, kilobytes = map(json.loads, done.stdout.splitlines())
+
+    assert done.returncode == 0, done.stderr[-300:]
+    assert {50, str(file)} == set(found)
+    assert Counter(found)[str(file)] > len(found) / 3
+    assert kilobytes < 200 << 10
 
 
 @pytest.mark.machines

@@ -18,6 +18,7 @@ from tasks.batch.plan import Plan
 from tasks.batch.verify import RunVerification, verify_run
 from tasks.storage import open_storage
 from tests.simulation.data import ToyModel
+from tests.tasks.batch.small import forget_digests
 from tests.tasks.batch.test_reuse import OPTIONS, call, write
 
 
@@ -77,16 +78,18 @@ def change_value(path: Path) -> None:
     path.write_bytes(write_part(changed.replace_schema_metadata(table.schema.metadata).combine_chunks()))
 
 
-def test_a_part_of_other_predictions_is_found_by_scoring_alone(plan: Plan, tmp_path: Path) -> None:
+def test_a_part_of_other_predictions_that_bears_no_digest_is_found_by_scoring_alone(plan: Plan, tmp_path: Path) -> None:
     path = plan.reused[3].path
     change_value(tmp_path / "out" / path)
+    forget_digests(tmp_path / "out")
     read = verify_run(open_storage(str(tmp_path / "out")), plan.run)
     assert {"size"} >= {damage.kind for damage in read.damages}
     result = prove(tmp_path / "out", plan)
 
     assert [("bytes", path)] == [(each.kind, each.path) for each in result.damages if each.kind == "bytes"]
     assert "y in 1 rows" in result.damages[-1].message
-    assert ("damaged", 7) == (result.state, result.parts_proved)
+    assert ("damaged", 9) == (result.state, result.parts_proved)
+    assert "9 of 10 parts, chosen of 10 of earlier runs or without a digest with seed 7," in result.notes[-1]
 
 
 def test_the_same_seed_chooses_the_same_parts(plan: Plan, tmp_path: Path) -> None:

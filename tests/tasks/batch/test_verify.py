@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -18,16 +19,16 @@ from hypothesis import strategies as st
 
 from serving.errors import NoCompleteRun
 from serving.model.contract import Output
-from tasks.batch.manifest import manifest_path
+from tasks.batch.manifest import find_manifest, manifest_path
 from tasks.batch.options import BatchOptions
-from tasks.batch.part_check import ExpectedPart, PartReader
+from tasks.batch.part_check import ExpectedPart, PartReader, expect_part
 from tasks.batch.parts import part_path
 from tasks.batch.plan import Plan
 from tasks.batch.publish import audit_parts, claim_order_number, publish
 from tasks.batch.run_records import order_path, save_plan
 from tasks.batch.verify import RunVerification, choose_runs, verify_run
 from tasks.storage import LocalStorage, Storage, open_storage
-from tests.tasks.batch.small import a_contract, a_part, a_plan, numbers, put, put_parts
+from tests.tasks.batch.small import a_contract, a_part, a_plan, forget_digests, numbers, put, put_parts
 
 OUTPUTS = (
     Output(name="score", dtype="float32"),
@@ -123,10 +124,10 @@ def change_a_page(paths: list[Path]) -> None:
 @pytest.mark.parametrize(
     ("damage", "kinds"),
     [
-        (cut_short, {"size", "unreadable"}),
+        (cut_short, {"size", "bytes"}),
         (empty, {"size", "unreadable"}),
         (remove, {"missing"}),
-        (change_a_page, {"unreadable"}),
+        (change_a_page, {"bytes"}),
     ],
 )
 @pytest.mark.parametrize("output", ["parquet", "delta"])
@@ -162,7 +163,7 @@ def test_a_part_that_is_made_of_something_else_is_named(tmp_path: Path, plan: Pl
     shutil.copyfile(Path(storage.url) / part_path(other, chunk), Path(storage.url) / part_path(plan, chunk))
     result = verify_run(storage, plan.run)
 
-    assert {"identity"} == kinds_of(result)[part_path(plan, chunk)]
+    assert {"bytes", "identity"} == kinds_of(result)[part_path(plan, chunk)]
     assert "got that of no chunk of the plan" in result.damages[0].message
 
 
@@ -177,6 +178,10 @@ def rewrite(path: Path, edit: Callable[[pa.Table], pa.Table]) -> None:
 
 def swap_rows(table: pa.Table) -> pa.Table:
     return table.take([1, 0, *range(2, table.num_rows)])
+
+
+def swap_scores(table: pa.Table) -> pa.Table:
+    return table.set_column(2, "score", table.column("score").take([1, 0, *range(2, table.num_rows)]))
 
 
 def fill_reject(table: pa.Table) -> pa.Table:
@@ -199,6 +204,7 @@ def widen(table: pa.Table) -> pa.Table:
     ("edit", "kind"),
     [
         (swap_rows, "row order"),
+        (swap_scores, "bytes"),
         (fill_reject, "rejects"),
         (blank_prediction, "rejects"),
         (forget_reason, "rejects"),
@@ -261,6 +267,62 @@ def test_no_changed_byte_changes_what_is_read_unnoticed(
 
     if not check.damages:
         assert rows.equals(pq.read_table(pa.BufferReader(bytes(changed))).replace_schema_metadata(None))
+
+
+def test_the_footer_of_a_part_without_digest_that_lacks_ranges_is_named(plan: Plan, storage: Storage) -> None:
+    forget_digests(Path(storage.url))
+    path = paths_of(storage, plan)[1]
+    pq.write_table(pq.read_table(path), path, compression="zstd", write_page_checksum=True, write_statistics=False)
+
+    assert {"size", "statistics"} == kinds_of(verify_run(storage, plan.run))[part_path(plan, list(plan.chunks)[1])]
+
+
+LISTS = (Output(name="embedding", dtype="float64", shape=(3,)),)
+TEXTS = (Output(name="label", dtype="str"),)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "keys"), [(TEXTS, ()), (LISTS, ()), (TEXTS, ("k",))], ids=["texts", "lists", "keys of a dictionary"]
+)
+def test_every_flipped_bit_of_a_part_is_found(
+    tmp_path: Path, outputs: tuple[Output, ...], keys: tuple[str, ...]
+) -> None:
+    put(f"{tmp_path}/in", {"a.parquet": {"a": [1.0, 2.0, 3.0, 4.0], "k": ["x", "y"] * 2}})
+    options = BatchOptions(rows_per_chunk=10, key_columns=keys)
+    plan = publish_run(str(tmp_path), options, contract=a_contract("a", outputs=outputs))
+    storage = open_storage(f"{tmp_path}/out")
+    manifest = find_manifest(storage, plan.run)
+    assert manifest is not None
+    (listed,) = manifest.parts
+    (path,) = paths_of(storage, plan)
+    whole = path.read_bytes()
+    reader, part = PartReader(storage, plan), expect_part(listed.path, plan.chunks[0, 0], listed)
+    entry = storage.find(listed.path)
+    assert entry is not None
+    unnoticed = []
+    with path.open("r+b", buffering=0) as file:
+        for bit in range(8 * len(whole)):
+            at, changed = bit // 8, bytes([whole[bit // 8] ^ 1 << bit % 8])
+            os.pwrite(file.fileno(), changed, at)
+            os.utime(path, ns=(int(entry.tag), int(entry.tag)))
+            damages = reader.check(part, entry).damages
+            if not damages or "SourceChanged" in damages[0].message:
+                unnoticed.append(bit)
+            os.pwrite(file.fileno(), whole[at : at + 1], at)
+        os.utime(path, ns=(int(entry.tag), int(entry.tag)))
+
+    assert () == reader.check(part, entry).damages
+    assert [] == unnoticed
+
+
+def test_parts_of_a_release_whose_parts_bore_no_digest_are_noted(tmp_path: Path, plan: Plan, storage: Storage) -> None:
+    forget_digests(tmp_path / "out")
+    result = verify_run(storage, plan.run)
+
+    assert ("complete", ()) == (result.state, result.damages)
+    assert ["5 parts are of a release before parts bore a digest of their bytes"] == [
+        note.partition(":")[0] for note in result.notes
+    ]
 
 
 def edit_json(storage: Storage, path: str, edit: Callable[[dict[str, Any]], None]) -> None:
