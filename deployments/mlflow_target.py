@@ -32,6 +32,7 @@ from serving.errors import BadInput, EndpointFailed, OvernightError
 from serving.extras import import_extra
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import EndpointState
+from serving.machine import set_variable
 from serving.model.contract import ColumnPolicy, Contract, Frozen
 from serving.targets import Address
 
@@ -216,7 +217,8 @@ def serve_locally(name: str, model_uri: str, flavor: str | None = None, config: 
         gateway = stack.enter_context(gateway_server(folder / "gateway"))
         target = {"kind": "triton", "repository": str(triton.repository), "url": triton.url, "grpc": triton.grpc}
         given = {"target": target, **given}
-        stack.enter_context(_set_variables({GATEWAY: gateway.url, "OVERNIGHT_ADMIN_KEY": gateway.admin_key}))
+        stack.enter_context(set_variable(GATEWAY, gateway.url))
+        stack.enter_context(set_variable("OVERNIGHT_ADMIN_KEY", gateway.admin_key))
         spec = _make_spec(name, model_uri, given)
         try:
             url = online_endpoint(spec).url
@@ -227,20 +229,6 @@ def serve_locally(name: str, model_uri: str, flavor: str | None = None, config: 
             stack.enter_context(triton.restart())
             url = online_endpoint(spec).url
         yield url
-
-
-@contextmanager
-def _set_variables(variables: Mapping[str, str]) -> Generator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def target_help() -> str:

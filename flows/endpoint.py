@@ -56,8 +56,8 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
         (make_graph_host if spec.graph_steps else make_host)(spec.target)
         keys = read_keys(spec.access)
         loaded = timer.run("resolve", lambda: load_endpoint(spec))
-        status = gateway.get(spec.name)
-        current_route = find_route_to_restore(status.route if status else None, loaded.version)
+        standing = _find_route(gateway, spec)
+        current_route = find_route_to_restore(standing, loaded.version)
         validate_rollout(spec, current_route, loaded.contract, loaded.version)
         choices = resolve_batching(spec, loaded)
         first = timer.run("tune", lambda: next(choices))
@@ -81,7 +81,7 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
         route = _find_route(gateway, spec)
         if route is not None:
             write_rollout(spec.target, spec.name, route)
-        is_changed = change.is_deployed or bool(removed) or route != (status and status.route)
+        is_changed = change.is_deployed or bool(removed) or route != standing
     endpoint = Endpoint(
         name=spec.name,
         url=f"{spec.gateway.rstrip('/')}/v2/models/{spec.name}/infer",

@@ -62,7 +62,8 @@ class Steps:
         start = time.perf_counter()
         try:
             with keep_torch_threads():
-                return (_run_in_span, self._run_as_task)[is_in_prefect_run()](name, do_guarded)
+                run = self._run_as_task if is_in_prefect_run() else _run_in_span
+                return run(name, do_guarded)
         finally:
             taken = time.perf_counter() - start
             self.seconds[name] = self.seconds.get(name, 0.0) + taken

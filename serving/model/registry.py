@@ -198,7 +198,7 @@ def _fetch_folder(source: str, model_id: str | None) -> Path:
     folder = _cache() / name if name else None
     if folder is None or not folder.is_dir():
         folder = _download(location, name)
-        if name not in (model_id, _fingerprint(location)):
+        if model_id is None and name != _fingerprint(location):
             message = f"{location} must stay as it is while it is read, but was written meanwhile. Call again."
             raise ModelUnfit(message)
     return folder

@@ -314,11 +314,11 @@ def test_versions_of_one_address_have_the_files_that_are_there_when_they_are_res
     """As where each training writes over the last one's files, and registers their address again."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     address = "s3://lake/rewritten/model"
+    store = open_storage(address)
     models = [resolve_model(uri) for uri in (pt2, log_network("rewritten", network(seed=3)), pt2)]
     found = []
     for version, model in enumerate(models):
-        for file in open_storage(address).entries():
-            open_storage(address).delete([file.path])
+        store.delete([file.path for file in store.entries()])
         S3ArtifactRepository(address).log_artifacts(str(model.folder))
         found.append(open_model(name="rewritten", version=str(version), source=address))
         # What has no ETags is downloaded for each run, and kept by its digest.
