@@ -242,9 +242,13 @@ def _use_registry(uri: str) -> Generator[None]:
     """Have MLflow use a registry while the block runs. It sets the variable itself, and unsets it for None."""
     import mlflow  # noqa: PLC0415 - Prefect's server loads this module for its blocks, and needs no MLflow
 
-    before = os.environ.get(_TRACKING_URI)
+    before, registry = os.environ.get(_TRACKING_URI), mlflow.get_registry_uri()
+    is_apart = registry != mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(uri)
+    # Else a registry that the process has named would be asked in place of the block's.
+    mlflow.set_registry_uri("")
     try:
         yield
     finally:
+        mlflow.set_registry_uri(registry if is_apart else None)  # type: ignore[arg-type]  # as below
         mlflow.set_tracking_uri(before)  # type: ignore[arg-type]  # None is meant, and not in the annotation

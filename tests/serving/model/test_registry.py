@@ -140,12 +140,12 @@ def test_the_message_for_an_invalid_address_explains_valid_ones(uri: str) -> Non
 def test_a_registry_that_does_not_answer_is_not_a_registry_without_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    before = mlflow.get_registry_uri()
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "")
     mlflow.set_registry_uri("http://somebody:secret@127.0.0.1:9")
     try:
         message = not_found("models:/a-pair/1")
     finally:
-        mlflow.set_registry_uri(before)
+        mlflow.set_registry_uri(None)
 
     assert message.startswith("The registry must answer for models:/a-pair/1, got: ")
     assert "secret" not in message

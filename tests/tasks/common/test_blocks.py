@@ -123,6 +123,18 @@ def test_a_call_that_wants_other_variables_waits_and_one_that_wants_the_same_doe
     assert before == os.environ.get("AWS_SECRET_ACCESS_KEY")
 
 
+@pytest.mark.usefixtures("registry")
+def test_the_registry_of_a_block_is_asked_where_the_process_has_named_another() -> None:
+    mlflow.set_registry_uri("http://127.0.0.1:8")
+    try:
+        with open_blocks("block:central/churn@champion", "/data/customers", "/data/scores"):
+            assert "http://127.0.0.1:9" == mlflow.get_registry_uri()
+        assert "http://127.0.0.1:8" == mlflow.get_registry_uri()
+    finally:
+        mlflow.set_registry_uri(None)  # type: ignore[arg-type]  # that of the session, which is the tracking server's
+        os.environ.pop("MLFLOW_REGISTRY_URI")
+
+
 def test_a_missing_block_is_named_with_those_that_there_are() -> None:
     with pytest.raises(BadInput, match=r"source must name a block of the type Overnight Source, got block:custmers\. .*"
         r"has customers, gs\."), open_blocks("models:/churn/3", "block:custmers", "/data/scores"):  # fmt: skip
