@@ -36,6 +36,7 @@ from tasks.batch.comparison_records import (
     list_missing_chunks,
     save_challenger_parts,
 )
+from tasks.batch.destination_source import claim_source
 from tasks.batch.disclosure import shorten_counts, withhold_values
 from tasks.batch.events import RunCall, emit_promotion, emit_published, emit_refusal
 from tasks.batch.feature_pins import describe_features
@@ -182,7 +183,9 @@ def _infer(
         findings = gate.pass_run(parts) if gate else ()
         manifest = steps.run(
             "publish",
-            lambda: parts if isinstance(parts, Manifest) else _publish(plan, storage, parts, scoring.challengers),
+            lambda: (
+                parts if isinstance(parts, Manifest) else _publish(plan, storage, parts, scoring.challengers, options)
+            ),
         )
 
     if slower := forget_slow_tuning(plan, scoring.result):
@@ -265,10 +268,13 @@ def _score(
     return _AllScored(result=result, parts=audit, challengers=others)
 
 
-def _publish(plan: Plan, storage: Storage, parts: Audit, challengers: dict[int, Audit]) -> Manifest:
+def _publish(
+    plan: Plan, storage: Storage, parts: Audit, challengers: dict[int, Audit], options: BatchOptions
+) -> Manifest:
     """Commit a run. The list of its challengers' parts is there before the manifest is."""
     confirmed = confirm_plan(storage, plan)
     save_challenger_parts(storage, plan, challengers)
+    claim_source(storage, confirmed, options)
     return publish(storage, confirmed, parts)
 
 

@@ -110,9 +110,21 @@ def open_table_folder(storage: Storage, contract_schema: pa.Schema, options: Bat
             raise
         except Exception as error:
             raise catalog_error(name, error) from error
-    folder = open_storage(join_location(*split_location(table.location())))
+    folder = _open_folder(table)
     check_create_only(folder)
     return folder
+
+
+def find_table_folder(options: BatchOptions) -> Storage | None:
+    """Open where the table that options name lies, None where there is none. Raises as check_iceberg does."""
+    name = parse_table_name(options.iceberg_table or "")
+    with open_catalog(name) as catalog:
+        table = find_table(catalog, name)
+    return None if table is None else _open_folder(table)
+
+
+def _open_folder(table: Table) -> Storage:
+    return open_storage(join_location(*split_location(table.location())))
 
 
 def _check_types(schema: pa.Schema) -> None:

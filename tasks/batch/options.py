@@ -21,7 +21,18 @@ from tasks.batch.gate_rules import Gate
 _NOT_IN_KEY = {
     *("name", "slots", "memory_mb", "max_reject_fraction", "allow_pickle", "experiment"),
     *("pass_seconds_max", "pass_memory_mb", "packages"),
-    *("check_keys", "reuse", "gate", "runner", "workers", "joins", "notices", "notice_seconds", "sample_rows"),
+    *(
+        "check_keys",
+        "reuse",
+        "other_source",
+        "gate",
+        "runner",
+        "workers",
+        "joins",
+        "notices",
+        "notice_seconds",
+        "sample_rows",
+    ),
     "disclose",
     # The version that they name is part of the source.
     *("source_version", "source_timestamp"),
@@ -32,6 +43,7 @@ _NOT_IN_KEY = {
 
 
 Reuse = Literal["same", "any", "none"]
+OtherSource = Literal["refuse", "replace"]
 Disclose = Literal["values", "nothing"]
 TableMode = Literal["append", "replace", "upsert"]
 
@@ -182,6 +194,12 @@ class BatchOptions(Frozen):
         description="Whether a run has the parts that an earlier run of the destination has made of the same model, "
         "options and rows. same: where versions and processor are the same too, and so is every byte. any: also where "
         "they are not, and last digits may differ. none: every row is scored.",
+    )
+    other_source: OtherSource = Field(
+        default="refuse",
+        description="What becomes of a run over another source than the one that the destination has predictions of, "
+        "whose rows would take the place of all of these. Dates in an address may differ. refuse: it is refused. "
+        "replace: it takes their place.",
     )
     check_keys: bool = Field(
         default=True,

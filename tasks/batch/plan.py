@@ -86,7 +86,8 @@ class Plan(Frozen):
     """Everything a run is tied to. Whoever holds it can score any of its chunks and get the same bytes.
 
     `digest` tells it from other plans of the same run, and is part of the names of its parts. `order` is the run's
-    number among those planned at the destination, whatever clocks said. A table of a stream has no digest: its parts
+    number among those planned at the destination, whatever clocks said. `addresses` are those that the source was
+    called by; plans of earlier releases have none. A table of a stream has no digest: its parts
     follow one another, and each says its own range.
 
     `shape` is the digest of model, contract and options, without the source. `made_with` names the versions and the
@@ -108,6 +109,7 @@ class Plan(Frozen):
     contract: Contract
     options: BatchOptions
     source: Snapshot
+    addresses: tuple[str, ...] = Field(default=(), exclude_if=operator.not_)
     snapshot: Snapshot
     features: tuple[FeaturePin, ...] = Field(default=(), exclude_if=operator.not_)
     columns: tuple[str, ...]

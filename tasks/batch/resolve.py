@@ -40,6 +40,7 @@ from tasks.batch.challengers import (
 )
 from tasks.batch.dataset import Dataset, Snapshot, open_dataset
 from tasks.batch.delta import check_delta
+from tasks.batch.destination_source import check_source, list_addresses
 from tasks.batch.feature_pins import remove_features
 from tasks.batch.feature_sources import (
     OpenFeatures,
@@ -81,8 +82,9 @@ class ModelLoader(Protocol):
 class RunRequest:
     """A call, resolved: the model version, the files, the contract between them, and the run key of all that.
 
-    `features` are the snapshots of the feature tables, in the order of the options, which name challengers by their
-    versions. `ask_again` resolves the call once more where its alias names another version by then, else returns None.
+    `addresses` are those of the source in full. `features` are the snapshots of the feature tables, in the order of the
+    options, which name challengers by their versions. `ask_again` resolves the call once more where its alias names
+    another version by then, else returns None.
     """
 
     resolved: Resolved
@@ -90,6 +92,7 @@ class RunRequest:
     contract: Contract
     options: BatchOptions
     key: str
+    addresses: tuple[str, ...] = ()
     features: tuple[Snapshot, ...] = ()
     challengers: tuple[RequestedChallenger, ...] = ()
     ask_again: Callable[[], RunRequest | None] = field(default=lambda: None, compare=False)
@@ -175,6 +178,7 @@ def make_request(
         contract=contract,
         options=options,
         key=key,
+        addresses=list_addresses(source),
         features=features,
         challengers=challengers,
     )
@@ -270,6 +274,7 @@ def _find_state(storage: Storage, plan: Plan, resolved: Resolved | None, *, is_n
 def _plan_run(request: RunRequest, storage: Storage, load: ModelLoader, clock: Callable[[], datetime]) -> Plan:
     """Make the plan of a request, with its number. What can be refused is refused here, before anything is scored."""
     options = request.options
+    check_source(storage, options, request.addresses)
     use_jemalloc()
     prepare_model_process(request)
     opened = open_features(options, request.features, request.contract_of_all)
@@ -301,7 +306,8 @@ def _plan_run(request: RunRequest, storage: Storage, load: ModelLoader, clock: C
         versions=Versions(environment=environment, made_with=runs.made_with),
         planned_at=clock(),
     )
-    plan = refer_to_parts(storage, plan.model_copy(update={"features": features}), runs)
+    plan = plan.model_copy(update={"features": features, "addresses": request.addresses})
+    plan = refer_to_parts(storage, plan, runs)
     model = model.with_engine(plan.engine)
     slots = choose_slots(options, model)
     plan, challengers = _plan_challengers(request, plan, dataset, load, slots)

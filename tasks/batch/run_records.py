@@ -15,8 +15,9 @@ from serving.option_words import name_option
 from tasks.batch.plan import FORMAT_VERSION, ROOT, Plan, digest_plan
 from tasks.storage import Storage
 
-# The numbers in the order of runs of a destination, and those of an Iceberg table, where the table lies.
-ORDER, TABLE_ORDER = f"{ROOT}/order", f"{ROOT}/order/table"
+# The numbers in the order of runs of a destination, and those of an Iceberg table, where the table lies. The sources
+# that either has had the predictions of, one after another.
+ORDER, TABLE_ORDER, SOURCES = f"{ROOT}/order", f"{ROOT}/order/table", f"{ROOT}/order/source"
 _ORDER = re.compile(rf"(?:{ORDER}|{TABLE_ORDER})/(\d{{8,}})\.json")
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import polars as pl
+import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
 from deltalake import DeltaTable
@@ -21,6 +23,7 @@ from tasks.batch.run_records import save_plan
 from tasks.storage import open_storage
 from tests.tasks.batch.iceberg_tables import configure, open_lake
 from tests.tasks.batch.small import a_contract, a_plan, numbers, put, put_parts
+from tests.test_docs import ROOT, read_blocks
 
 NAME = "lake.sales.scores"
 OUTPUTS = (
@@ -75,6 +78,24 @@ def test_parts_are_read(tmp_path: Path, reader: str) -> None:
 
     assert 25 == len(expected)
     assert expected == by_id([{name: row[name] for name in expected[0]} for row in PARQUET[reader](tmp_path, plan)])
+
+
+def test_what_the_docs_say_of_other_readers_gives_the_newest_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = ours(tmp_path, published(tmp_path, "parquet"))
+    (tmp_path / "out").rename(tmp_path / "scores")
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "batch.md"
+    section = page.read_text().partition("## Read it elsewhere")[2].partition("\n## ")[0]
+    in_sql, in_python = (block.text for block in read_blocks(page, section))
+    with duckdb.connect() as connection:
+        connection.execute(in_sql)
+        assert expected == by_id(connection.sql("FROM predictions").arrow().read_all().to_pylist())
+    found: dict[str, Any] = {}
+    exec(in_python, found)  # noqa: S102 - it is the text of our own page
+
+    assert expected == by_id(pa.Table.from_pandas(found["predictions"], preserve_index=False).to_pylist())
 
 
 DELTA: dict[str, Callable[[str], Rows]] = {
