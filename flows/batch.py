@@ -20,6 +20,7 @@ from flows.runtime.steps import Steps, find_logger, flow_run_id
 from flows.runtime.task_runners import check_runner, score_missing
 from flows.runtime.tracing import describe_run_span, describe_span
 from serving.errors import StorageFault
+from serving.option_words import give_option
 from tasks.batch.artifacts import (
     ProgressWatch,
     find_sample,
@@ -42,7 +43,7 @@ from tasks.batch.events import RunCall, emit_promotion, emit_published, emit_ref
 from tasks.batch.feature_pins import describe_features
 from tasks.batch.key_check import KeyCheck, check_run_keys, describe_doubled
 from tasks.batch.lineage import record_failure, record_lineage, record_start
-from tasks.batch.manifest import Manifest, find_intact_manifest, list_foreign_files
+from tasks.batch.manifest import Manifest, find_intact_manifest, find_newer_run, list_foreign_files
 from tasks.batch.memory import check_memory
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_done, part_path
@@ -350,6 +351,13 @@ def _report_complete(
 ) -> BatchReport:
     plan = run.plan
     logger.info("Run %s is complete: %s rows. Nothing to score.", plan.run, f"{plan.rows:,}")
+    newer = find_newer_run(storage, run.manifest) if plan.options.table_mode in (None, "replace") else None
+    if newer is not None:
+        logger.warning(
+            "Readers of %s get run %s, which was planned after this one. If they are to get this model and source "
+            "again, call with %s.",
+            *(storage.url, newer, give_option("rescore", "a text of your own")),
+        )
     report = _withhold(report_complete(run.manifest, plan, storage, steps.seconds), options)
     if storage.exists(page_path(plan)):
         if plan.challengers and (found := find_comparison(storage, plan.run)) is not None:

@@ -18,7 +18,7 @@ from tasks.batch.dataset import list_entries_at, map_parallel
 from tasks.batch.delta import TableFiles
 from tasks.batch.parts import REJECT_REASON, list_parts
 from tasks.batch.plan import FORMAT_VERSION, ROOT, Plan
-from tasks.batch.run_records import load_plan, read_record
+from tasks.batch.run_records import OrderNumber, list_order_numbers, load_plan, parse_order_number, read_record
 from tasks.batch.run_tables import find_table_name, read_table_files
 from tasks.batch.upsert import REWRITTEN, name_rewritten
 from tasks.storage import AzureStorage, GcsStorage, Storage, open_storage, reader_options
@@ -103,6 +103,16 @@ def find_newest_run(storage: Storage, other_than: str | None = None) -> Manifest
     manifests = read_manifests(storage, [entry.path for entry in storage.entries(ROOT, depth=2)])
     manifests = [manifest for manifest in manifests if manifest.run != other_than]
     return max(manifests, key=lambda manifest: manifest.position, default=None)
+
+
+def find_newer_run(storage: Storage, manifest: Manifest) -> str | None:
+    """Return the newest complete run that was planned after another one of a destination, None where there is none."""
+    later = (path for path in list_order_numbers(storage) if parse_order_number(path) > manifest.order)
+    for path in sorted(later, key=parse_order_number, reverse=True):
+        holder = read_record(storage, path, OrderNumber)
+        if holder is not None and holder.run != manifest.run and storage.exists(manifest_path(holder.run)):
+            return holder.run
+    return None
 
 
 def find_damaged_parts(storage: Storage, manifest: Manifest) -> tuple[str, ...]:

@@ -117,7 +117,7 @@ class TestARun:
         assert 10_000 == open_predictions(str(tmp_path / "scores"), first.run).collect().height
 
     def test_rows_that_were_mended_do_not_take_the_place_of_the_whole_table_unasked(
-        self, linear: str, customers: Path, tmp_path: Path
+        self, linear: str, customers: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         infer(linear, customers, tmp_path / "scores")
         mended = write_customers(tmp_path / "mended", rows=70, files=1, rows_per_group=70)
@@ -125,8 +125,10 @@ class TestARun:
             infer(linear, mended, tmp_path / "scores")
         assert 10_000 == open_predictions(str(tmp_path / "scores")).collect().height
 
-        infer(linear, mended, tmp_path / "scores", OPTIONS.model_copy(update={"other_source": "replace"}))
+        replacing = infer(linear, mended, tmp_path / "scores", OPTIONS.model_copy(update={"other_source": "replace"}))
         assert 70 == open_predictions(str(tmp_path / "scores")).collect().height
+        assert "already complete" == infer(linear, customers, tmp_path / "scores").status
+        assert f"get run {replacing.run}, which was planned after this one" in caplog.text
 
     def test_without_keys_a_row_is_named_by_file_and_number(self, linear: str, customers: Path, tmp_path: Path) -> None:
         infer(linear, customers, tmp_path / "scores", OPTIONS.model_copy(update={"key_columns": ()}))
