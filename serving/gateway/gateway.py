@@ -202,8 +202,11 @@ class Gateway:
             self._routed = routed
 
     async def _work_periodically(self) -> None:
-        """Read the log, judge canaries, unload idle models and write files, four times a second and when asked."""
-        turn = 0
+        """Read the log, judge canaries, unload idle models and write files, four times a second and when asked.
+
+        Whatever fails, the next turn tries again; an error that stays is logged once.
+        """
+        turn, told = 0, ""
         while not self._is_closing:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_INTERVAL_S):
@@ -214,6 +217,12 @@ class Gateway:
                 await self._work(is_saving=turn % _SAVE_TURNS == 0)
             except (OSError, EndpointFailed, EnvoyGone) as error:
                 _log.warning("The gateway's files must be readable and writable, got: %s. It tries again.", error)
+            except Exception as error:  # noqa: BLE001 - verdicts and unloading must go on
+                if told != repr(error):
+                    _log.exception("The gateway's periodic work has failed. It tries again.")
+                told = repr(error)
+            else:
+                told = ""
 
     async def _work(self, *, is_saving: bool) -> None:
         await self._read_log()
@@ -252,6 +261,10 @@ class Gateway:
             await endpoint.models.unload(endpoint.route.versions, hold_requests=hold_requests)
         except (EndpointFailed, OSError) as error:
             _log.warning("%s", error)
+        except Exception:  # noqa: BLE001 - it is tried again
+            _log.exception(
+                "The models of endpoint %s must be unloaded while it is idle, but that failed.", endpoint.name
+            )
 
     async def _wait_until_idle(self, name: str, seconds_max: float, *, stop: Callable[[], bool] | None = None) -> None:
         with suppress(TimeoutError):

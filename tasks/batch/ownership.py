@@ -212,5 +212,5 @@ def _beat_until(ownership: Ownership, stop: threading.Event, seconds: float) -> 
     while not stop.wait(seconds):
         try:
             ownership.beat()
-        except StorageFault as error:
+        except Exception as error:  # noqa: BLE001 - an owner whose heart stops is taken to be dead, whatever stopped it
             _log.warning("The heartbeat must be written for no other call to take over, got: %s", error)

@@ -67,6 +67,9 @@ class NoticePoller:
             notice = self._source.read_notice()
         except (httpx.HTTPError, ValueError):
             return
+        except Exception as error:  # noqa: BLE001 - a thread that ended would see no notice any more
+            self._log(f"{self._source.name} must answer as its documentation says, got {error!r}. It is asked again.")
+            return
         if notice is None:
             if self._logged:
                 self._log(f"{self._source.name} has withdrawn its notice.")

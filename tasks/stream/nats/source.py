@@ -165,6 +165,8 @@ class NatsSource:
             f"{self._inbox}.*", cb=self._on_message, pending_msgs_limit=-1, pending_bytes_limit=-1
         )
         self._tasks = [asyncio.create_task(self._keep_requesting()), asyncio.create_task(self._keep_watching())]
+        for task in self._tasks:
+            task.add_done_callback(self._fail_with)
 
     async def _start_ordered(self) -> None:
         if self._identity is not None:
@@ -284,6 +286,16 @@ class NatsSource:
         except MessagesLost as error:
             self._fail(error)
         return self._error is None
+
+    def _fail_with(self, task: asyncio.Task[None]) -> None:
+        """Have `fetch` raise what has ended a task that goes on until the source is closed."""
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        message = (
+            f"Messages of {self._address.stream!r} must be requested until the stream is left, but that ended with "
+            f"{error!r}. Call again: it resumes."
+        )
+        self._fail(error if isinstance(error, OvernightError) else BrokerFault(message))
 
     def _fail(self, error: OvernightError) -> None:
         self._error = error

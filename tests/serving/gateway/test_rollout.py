@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -187,6 +188,30 @@ def test_a_verdict_that_comes_while_an_endpoint_is_described_is_returned_once_re
                 return [await decide_during_description(gateway, f"e{turns}", turns) for turns in range(60)]
 
     assert {True} == {*asyncio.run(decide_at_every_turn())}
+
+
+def test_an_error_that_nobody_foresaw_does_not_end_the_periodic_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = BootstrapOptions(folder=tmp_path)
+    turns, has_gone_on = itertools.count(), asyncio.Event()
+
+    async def work(_gateway: Gateway, *, is_saving: bool) -> None:
+        if next(turns) < 3:
+            message = "no such key"
+            raise KeyError(message)
+        has_gone_on.set()
+
+    async def wait_for_turns() -> None:
+        with Store(tmp_path) as store:
+            async with Gateway(store, Keys(tmp_path, {}), options), asyncio.timeout(60):
+                await has_gone_on.wait()
+
+    monkeypatch.setattr(Gateway, "_work", work)
+    asyncio.run(wait_for_turns())
+
+    # An error that stays is told once, with where it came from.
+    assert 1 == caplog.text.count("KeyError: 'no such key'") == caplog.text.count("Traceback")
 
 
 @pytest.mark.parametrize("bad", ["broken", "html"])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from serving.errors import AlreadyRunning
-from tasks.batch.ownership import Owner, find_owner, name_machine, own_destination
+from tasks.batch.ownership import Owner, Ownership, find_owner, name_machine, own_destination
 from tasks.storage import LocalStorage
 
 
@@ -146,3 +146,18 @@ def test_of_many_that_begin_at_once_one_owns_the_destination(storage: LocalStora
         results = list(pool.map(own, [f"call {at}" for at in range(6)]))
 
     assert 1 == sum(results)
+
+
+def test_the_heart_beats_on_after_any_error(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    beats = iter([KeyError("no such key"), None, None])
+    has_gone_on = threading.Event()
+
+    def beat(_ownership: Ownership) -> None:
+        error = next(beats, None)
+        if error is not None:
+            raise error
+        has_gone_on.set()
+
+    monkeypatch.setattr(Ownership, "beat", beat)
+    with own_destination(storage, "backfill", an_owner("first"), beat_seconds=0.001):
+        assert has_gone_on.wait(60)

@@ -75,7 +75,7 @@ def test_a_notice_and_its_withdrawal_are_logged_once(
 
 
 def test_the_last_answer_holds_while_the_service_fails(
-    imds: Imds, make_poller: Callable[..., NoticePoller], logged: list[str]
+    imds: Imds, make_poller: Callable[..., NoticePoller], logged: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drain = Drain()
     aws = make_poller(imds, drain)
@@ -83,9 +83,16 @@ def test_the_last_answer_holds_while_the_service_fails(
     aws.poll()
     imds.failing = True
     aws.poll()
-
-    assert drain.notice is not None
     assert 1 == len(logged)
+
+    def answer_oddly(_: Aws) -> Notice:
+        message = "no such key"
+        raise KeyError(message)
+
+    monkeypatch.setattr(Aws, "read_notice", answer_oddly)
+    aws.poll()
+    assert "KeyError('no such key')" in logged[-1]
+    assert drain.notice is not None
 
 
 def test_a_rebalance_recommendation_starts_no_drain_unless_forecasts_count(

@@ -162,6 +162,22 @@ def test_messages_in_flight_are_bounded_and_unfetched_ones_are_redelivered_at_on
     assert set(range(21, 51)) <= set(numbers(second))
 
 
+@pytest.mark.parametrize("work", ["_request_more", "_look_for_loss"])
+def test_an_error_that_ends_the_work_behind_a_source_is_raised_where_messages_are_fetched(
+    work: str, nats: NatsServer, nats_client: NatsClient, fresh: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> None:
+        raise KeyError(work)
+
+    nats_client.make(fresh, fresh)
+    with reading(nats, fresh, lag_seconds=0.01) as source:
+        monkeypatch.setattr(source, work, fail)
+        with pytest.raises(
+            BrokerFault, match=rf"requested until the stream is left, but that ended with KeyError\('{work}"
+        ):
+            source.fetch(1, 1, 60)
+
+
 def test_what_is_scored_for_longer_than_the_wait_for_its_acknowledgement_does_not_come_again(
     nats: NatsServer, nats_client: NatsClient, fresh: str
 ) -> None:
