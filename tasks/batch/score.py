@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from serving.errors import DeviceLost, ModelUnfit, OvernightError, SourceFault
+from serving.errors import DependencyFault, DeviceLost, ModelUnfit, OvernightError, SourceFault
 from serving.faults import describe_error
 from serving.model.contract import Input
 from serving.model.encoding import Encoded, Flags, encode
@@ -46,6 +46,8 @@ from tasks.spot.drain import Drain
 from tasks.storage import Storage
 
 _CHALLENGERS = "challengers"
+# A service that is away should not be asked for every chunk, each of which waits for it.
+_FAILED_IN_A_ROW_MAX = 3
 
 _log = logging.getLogger(__name__)
 
@@ -102,13 +104,14 @@ class Scorer:
         self._lock = threading.Lock()
         self._rejects: Reasons = Counter()
         self._rejects_of_challengers: Counter[int] = Counter()
+        self._failed_in_a_row = 0
         self.samples: Samples = {}
 
     def score_shard(self, shard: int) -> ScoringResult:
         """Score what is missing of a shard, then help with what is left of the others.
 
-        Runs one slot in the calling thread. Source faults are collected, not raised; any other error stops the other
-        slots too.
+        Runs one slot in the calling thread. Chunks that can't be read, or whose passes fail by what the model calls,
+        are left out and collected; three of the latter in a row, and any other error, stop the other slots too.
         """
         with (
             withhold_values(self.disclose),
@@ -152,6 +155,12 @@ class Scorer:
             self._rejects.update(rejects)
             so_far = Counter(self._rejects)
         check_rejects(so_far, self.plan, self.max_reject_fraction, self.samples, self.disclose)
+
+    def count_failed(self, *, failed: bool) -> int:
+        """Count a chunk whose passes failed by what the model calls, or went well; return how many failed in a row."""
+        with self._lock:
+            self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
+            return self._failed_in_a_row
 
     def give_up(self, place: int, why: str) -> None:
         """Go on without a challenger, in this process and in others, and say why."""
@@ -270,12 +279,25 @@ class _Slot:
 
     def score(self, block: _Block) -> None:
         """Score a block by each model, add it to the chunk, and have the chunk written once it has all its rows."""
-        found = {place: self._predict(place, block.encoded[place]) for place in sorted(block.encoded, reverse=True)}
+        try:
+            found = {place: self._predict(place, block.encoded[place]) for place in sorted(block.encoded, reverse=True)}
+        except DependencyFault as fault:
+            self._leave_out(fault)
+            return
         predictions = {place: values for place, values in found.items() if values is not None}
         chunk = self.chunk
         if chunk is not None and chunk.add(block, predictions):
             self._submit_write(chunk)
             self.chunk = None
+
+    def _leave_out(self, fault: DependencyFault) -> None:
+        """Go on with the next chunk; raises the fault where it is not the first in a row."""
+        if self.chunk is None or self._scorer.count_failed(failed=True) >= _FAILED_IN_A_ROW_MAX:
+            raise fault
+        claim, self.chunk = self.chunk.claim, None
+        self._scheduler.note_fault(claim.chunk)
+        self.result.faults[claim.chunk] = fault
+        self._release(claim)
 
     def _predict(self, place: int, encoded: Encoded) -> Predictions | None:
         """Return the predictions of a model; None of a challenger that is given up."""
@@ -402,6 +424,7 @@ class _Slot:
         found = {place: self._put_part(open_chunk, place, batch_sizes[place]) for place in open_chunk.list_whole()}
         written = {place: each for place, each in found.items() if each is not None}
         won = all(each.won for each in written.values())
+        self._scorer.count_failed(failed=False)
         self._scheduler.note_scored(chunk, self._host.clock() - open_chunk.started, won=won)
         # Where a challenger alone lacked its part, the rows count as those of the earlier run that scored them.
         rows = self._plan.chunk(chunk).rows if 0 in written else 0

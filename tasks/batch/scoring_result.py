@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from serving.errors import SourceFault, TooManyRejects, list_shortly
+from serving.errors import DependencyFault, SourceFault, TooManyRejects, list_shortly
 from serving.option_words import name_option
 from tasks.batch.disclosure import shorten_reasons
 from tasks.batch.options import Disclose
@@ -26,7 +26,7 @@ Samples = dict[tuple[str, str], str]
 
 @dataclass(slots=True, kw_only=True)
 class ScoringResult:
-    """The result of scoring: rows, rejects, faults of the source by chunk, seconds by stage over all threads."""
+    """The result of scoring: rows, rejects, what failed by chunk, seconds by stage over all threads."""
 
     rows: int = 0
     rows_recomputed: int = 0
@@ -36,7 +36,7 @@ class ScoringResult:
     bytes_read: int = 0
     bytes_written: int = 0
     rejects: Reasons = field(default_factory=Counter)
-    faults: dict[ChunkId, SourceFault] = field(default_factory=dict)
+    faults: dict[ChunkId, SourceFault | DependencyFault] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
     def add(self, other: ScoringResult) -> None:
@@ -53,11 +53,14 @@ class ScoringResult:
         stages = dict.fromkeys([*self.seconds, *other.seconds])
         self.seconds = {stage: self.seconds.get(stage, 0.0) + other.seconds.get(stage, 0.0) for stage in stages}
 
-    def faults_error(self) -> SourceFault:
+    def faults_error(self) -> SourceFault | DependencyFault:
         """Return one error that lists the faults of all chunks, of the kind of the first."""
         listed = list_shortly(list(dict.fromkeys(map(str, self.faults.values()))), _FAULTS_SHOWN)
-        return type(next(iter(self.faults.values())))(
-            f"Every source file must be readable and unchanged; {len(self.faults)} chunks could not be scored:\n"
+        kind = type(next(iter(self.faults.values())))
+        must = "Every source file must be readable and unchanged"
+        return kind(
+            f"{'What the model calls must answer' if issubclass(kind, DependencyFault) else must}; "
+            f"{len(self.faults)} chunks could not be scored:\n"
             f"{listed}\nThe parts of all other chunks are there, and nothing is published."
         )
 

@@ -238,6 +238,32 @@ def test_a_connection_that_is_away_for_a_while_leaves_no_row_without_its_predict
     assert (rows["score"] == 2.0 * rows["id"]).all()
 
 
+class Picky(Adder):
+    """An adder whose calls of a service fail for some rows, whenever they are made."""
+
+    slots = 1
+
+    def predict(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if np.isin([3_500, 9_500, 9_999], inputs["x"][:, 0]).any():
+            raise ConnectionError
+        return super().predict(inputs)
+
+
+def test_a_chunk_that_a_connection_fails_is_left_out_and_the_others_are_scored(
+    large: Callable[[str], Plan], destination: Storage
+) -> None:
+    plan = large(destination.url)
+    scorer = Scorer(plan=plan, destination=destination, model=Picky(), max_reject_fraction=1.0, pauses=lambda: iter(()))
+    done = ScoringResult()
+    for shard in scorer.scheduler.begin():
+        done.add(scorer.score_shard(shard))
+
+    assert (2, 18, 18_000) == (len(done.faults), done.chunks, scored_rows(plan, destination).height)
+    with pytest.raises(DependencyFault, match=r"must answer; 2 chunks could not be scored:\n.*ConnectionError"):
+        raise done.faults_error()
+    assert 2_000 == score(plan, destination, Adder(), slots=1).rows
+
+
 def test_a_connection_that_stays_away_ends_the_run_without_a_reject_and_the_next_call_resumes(
     large: Callable[[str], Plan], destination: Storage
 ) -> None:
