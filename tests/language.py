@@ -7,8 +7,8 @@ import re
 
 # Metaphors, old-fashioned words and names of a project's own making. docs/architecture.md has the words to use instead.
 PRIVATE_WORDS = re.compile(
-    r"\b(anew|mend(?:ed|s)?|dearest|whoever|hush|bur(?:y|ied)|heeding|peek(?:ed)?|recall(?:ed)?|flips?|flaws?|[Ff]elt|feel"
-    r"|[Ee]rrand|Standing|Wanted|company|in_hand|doors?|Ear|stations?|as it comes|in hand|the house|rooms)\b"
+    r"\b((?i:anew|mend(?:ed|s)?|dearest|whoever|hush|bur(?:y|ied)|heeding|peek(?:ed)?|recall(?:ed)?|flips?|flaws?|felt|feel"
+    r"|errand|doors?|stations?|as it comes|in hand|the house|rooms)|Standing|Wanted|company|in_hand|Ear)\b"
 )
 BARE_NAMES = {
     *("at", "on", "of", "by", "in", "to", "with", "without", "behind", "before", "after", "apart", "alone", "again"),

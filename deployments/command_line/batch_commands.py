@@ -46,7 +46,7 @@ Destination = Annotated[
     str, typer.Argument(help="The folder or address that has the predictions.", metavar="DESTINATION")
 ]
 _DAMAGES_SHOWN = 20
-# Damages of what is not to be deleted, or is gone.
+# The kinds of damage that no advice to delete a file fits: the file must stay, or is gone already.
 _KEPT_KINDS = ("manifest", "plan", "order", "table", "missing", "challenger")
 
 

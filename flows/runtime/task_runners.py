@@ -30,8 +30,8 @@ from tasks.common.prefect_server import is_in_prefect_run
 
 # Ctrl-C does not end a wait without a time limit: with Polars' signal handler the kernel restarts such waits.
 _POLL_SECONDS = 0.2
-# After which a thread that waits for the interpreter asks for it. Python's own 5 ms is longer than many a forward pass;
-# measured with two slots of the network 32-256-256-1: 5 % more rows a second.
+# A thread that waits for the interpreter asks for it after so long. Python's own 5 ms is longer than many a forward
+# pass; measured with two slots of the network 32-256-256-1: 5 % more rows a second.
 _SWITCH_SECONDS = 0.0002
 _SWITCH_INTERVAL = SharedSetting(sys.getswitchinterval, sys.setswitchinterval)
 

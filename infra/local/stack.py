@@ -38,7 +38,7 @@ class StartedServer:
 
 
 def _start_prefect(folder: Path) -> StartedServer:
-    # Whoever may create a flow run on it has its workers run code: not for every user of this machine.
+    # A user who may create a flow run on it can have its workers run any code: not for every user of this machine.
     server = prefect_server(folder, auth=f"overnight:{secrets.token_urlsafe(24)}")
     where = f"Prefect's pages: {server.ui_url}, which ask for what PREFECT_API_AUTH_STRING holds"
     return StartedServer(server=server, where=where, exports=server.environment)

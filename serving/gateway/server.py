@@ -48,7 +48,7 @@ def run_control_plane(options: BootstrapOptions) -> None:
             date_header=False,
             ws="none",
         )
-        # The objects of now stay for good. The garbage collector would delay requests by examining them.
+        # Objects that exist now live as long as the process. Examining them again would only delay requests.
         gc.collect()
         gc.freeze()
         server = _Server(config)

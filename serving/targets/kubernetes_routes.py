@@ -4,8 +4,8 @@ The Gateway API (v1) has the weights, the paths, the mirror of a shadow and the 
 have the keys, by the name of their Secret, and the limits. A `Route` has more than an Envoy can do:
 `render_gateway_api` refuses by name what it cannot render.
 
-Nothing on the cluster judges a canary. Whoever renders the manifests does: the next step of a rollout is the manifests
-of the next route.
+Nothing on the cluster judges a canary. The user who renders the manifests does: the next step of a rollout is the
+manifests of the next route.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which source a destination has the predictions of: a run over another one would take their place.
 
-Readers open the newest run. So one over a file of mended rows would leave them these rows alone, where they had a whole
+Readers open the newest run. One over a file of corrected rows would leave them these rows alone, where they had a whole
 table. A source that differs from the last one by dates in its address is the next edition of the same.
 """
 
@@ -120,8 +120,8 @@ def _describe(storage: Storage, options: BatchOptions, standing: SourceRecord, a
     into = "" if options.output == "iceberg" else "output 'delta' with "
     return (
         f"A run must have the source that {storage.url} has predictions of, {show(standing.addresses)}, got "
-        f"{show(addresses)}: readers would have these rows alone, in place of all that they had. For mended or new "
-        f"rows, mend the source itself and call again, or put them into a table by {into}mode 'upsert', which replaces "
-        "the rows of the same keys. For rows of another kind choose another destination. If they are to take the "
-        f"place of the others, give {give_option('other_source', 'replace')}."
+        f"{show(addresses)}: readers would have these rows alone, in place of all that they had. For corrected or new "
+        f"rows, correct the source itself and call again, or put them into a table by {into}mode 'upsert', which "
+        "replaces the rows of the same keys. For rows of another kind choose another destination. If they are to take "
+        f"the place of the others, give {give_option('other_source', 'replace')}."
     )

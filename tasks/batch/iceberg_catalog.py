@@ -215,6 +215,6 @@ class _NewObject(io.BytesIO):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            # Half of a manifest is none.
+            # What was written before the error is not a whole manifest, and must not be stored.
             super().close()
         self.close()

@@ -83,7 +83,7 @@ class Challenger(Frozen):
 
 
 class Plan(Frozen):
-    """Everything a run is tied to. Whoever holds it can score any of its chunks and get the same bytes.
+    """Everything a run is tied to. Any process that has it can score any of its chunks, and gets the same bytes.
 
     `digest` tells it from other plans of the same run, and is part of the names of its parts. `order` is the run's
     number among those planned at the destination, whatever clocks said. `addresses` are those that the source was

@@ -296,7 +296,7 @@ def _log_above(storage: Storage) -> CommitLog | None:
         # Credentials may be for the source alone: what lies above it is then none of its readers' business.
         with suppress(StorageDenied):
             first = inside.split("/")[0]
-            # What else lies in a destination is none of its runs'.
+            # Other folders of a destination hold loose files, which its manifests do not describe.
             of_runs = _RUN.fullmatch(first) or first == _LOGS["Overnight"][0]
             kinds = _kinds_at(ancestor, "", but=None if of_runs else "Overnight")
             if "Overnight" in kinds:

@@ -44,7 +44,7 @@ class S3Storage(ObjectStorage):
             message = f"{self.url} {_NEEDED} finds none. Set AWS_ACCESS_KEY_ID, a profile or a role."
             raise StorageDenied(message) from error
         except BotoCoreError as error:
-            message = f"{self.url} {_NEEDED} fails: {error}. Mend the profile or the role."
+            message = f"{self.url} {_NEEDED} fails: {error}. Correct the profile or the role."
             raise StorageDenied(message) from error
         return _open_prefix(bucket, prefix, session, s3_endpoint())
 

@@ -116,16 +116,20 @@ class TestARun:
         assert 10_500 == open_predictions(str(tmp_path / "scores")).collect().height
         assert 10_000 == open_predictions(str(tmp_path / "scores"), first.run).collect().height
 
-    def test_rows_that_were_mended_do_not_take_the_place_of_the_whole_table_unasked(
+    def test_rows_that_were_corrected_do_not_take_the_place_of_the_whole_table_unasked(
         self, linear: str, customers: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         infer(linear, customers, tmp_path / "scores")
-        mended = write_customers(tmp_path / "mended", rows=70, files=1, rows_per_group=70)
-        with pytest.raises(DestinationUnusable, match=f"predictions of, {customers}, got {mended}: readers would have"):
-            infer(linear, mended, tmp_path / "scores")
+        corrected = write_customers(tmp_path / "corrected", rows=70, files=1, rows_per_group=70)
+        with pytest.raises(
+            DestinationUnusable, match=f"predictions of, {customers}, got {corrected}: readers would have"
+        ):
+            infer(linear, corrected, tmp_path / "scores")
         assert 10_000 == open_predictions(str(tmp_path / "scores")).collect().height
 
-        replacing = infer(linear, mended, tmp_path / "scores", OPTIONS.model_copy(update={"other_source": "replace"}))
+        replacing = infer(
+            linear, corrected, tmp_path / "scores", OPTIONS.model_copy(update={"other_source": "replace"})
+        )
         assert 70 == open_predictions(str(tmp_path / "scores")).collect().height
         assert "already complete" == infer(linear, customers, tmp_path / "scores").status
         assert f"get run {replacing.run}, which was planned after this one" in caplog.text

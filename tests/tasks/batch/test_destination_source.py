@@ -47,14 +47,14 @@ def test_the_same_address_at_another_date_is_an_edition_of_the_source(
 @pytest.mark.parametrize(
     ("source", "earlier"),
     [
-        ("/lake/mended.csv", "/lake/customers.csv"),
-        ("/lake/customers-2026-11-29-mended.csv", "/lake/customers-2026-11-29.csv"),
+        ("/lake/corrected.csv", "/lake/customers.csv"),
+        ("/lake/customers-2026-11-29-corrected.csv", "/lake/customers-2026-11-29.csv"),
         ("/lake/customers-2.csv", "/lake/customers-1.csv"),
         ("s3://lake/in/country=de", "s3://lake/in/country=fr"),
         ("s3://lake/in/a.csv", "s3://other/in/a.csv"),
         ("/lake/in/*.csv", "/lake/in"),
         ("/lake/north.csv", ["/lake/north.csv", "/lake/south.csv"]),
-        ("iceberg:lake.sales.mended", "iceberg:lake.sales.customers"),
+        ("iceberg:lake.sales.corrected", "iceberg:lake.sales.customers"),
     ],
 )
 def test_any_other_address_is_another_source(source: str | list[str], earlier: str | list[str]) -> None:
@@ -88,10 +88,10 @@ def test_a_run_over_another_source_is_refused_when_it_is_planned_and_when_it_is_
 
     check_source(storage, OPTIONS, ["/in"])
     claim(storage, plan, "/in")
-    with pytest.raises(DestinationUnusable, match=r"predictions of, /in, got /mended: .*other_source='replace'"):
-        check_source(storage, OPTIONS, ["/mended"])
-    with pytest.raises(PublishRefused, match=r"got /mended: .* Nothing was published\."):
-        claim(storage, plan, "/mended")
+    with pytest.raises(DestinationUnusable, match=r"predictions of, /in, got /corrected: .*other_source='replace'"):
+        check_source(storage, OPTIONS, ["/corrected"])
+    with pytest.raises(PublishRefused, match=r"got /corrected: .* Nothing was published\."):
+        claim(storage, plan, "/corrected")
 
 
 def test_a_run_that_is_to_replace_another_source_is_the_one_that_others_are_held_against(
@@ -99,11 +99,11 @@ def test_a_run_that_is_to_replace_another_source_is_the_one_that_others_are_held
 ) -> None:
     storage = open_storage(str(tmp_path / "out"))
     claim(storage, plan, "/in")
-    check_source(storage, REPLACES, ["/mended"])
-    claim(storage, plan, "/mended", REPLACES)
+    check_source(storage, REPLACES, ["/corrected"])
+    claim(storage, plan, "/corrected", REPLACES)
 
-    check_source(storage, OPTIONS, ["/mended"])
-    with pytest.raises(DestinationUnusable, match="predictions of, /mended, got /in"):
+    check_source(storage, OPTIONS, ["/corrected"])
+    with pytest.raises(DestinationUnusable, match="predictions of, /corrected, got /in"):
         check_source(storage, OPTIONS, ["/in"])
 
 
@@ -122,7 +122,7 @@ def test_of_runs_over_many_sources_that_are_published_at_once_one_is_published(p
 def test_a_published_run_that_has_lost_parts_is_scored_again_whoever_has_followed(tmp_path: Path, plan: Plan) -> None:
     storage = open_storage(str(tmp_path / "out"))
     claim(storage, plan, "/in")
-    claim(storage, plan, "/mended", REPLACES)
+    claim(storage, plan, "/corrected", REPLACES)
     storage.put_new(manifest_path("in"), b"{}")
 
     claim(storage, plan, "/in")
@@ -145,10 +145,10 @@ def test_a_run_that_leaves_the_rows_of_others_in_a_table_may_have_any_source(
     claim(storage, plan, "/in")
     if is_checked:
         with pytest.raises(DestinationUnusable):
-            check_source(storage, chosen, ["/mended"])
+            check_source(storage, chosen, ["/corrected"])
     else:
-        check_source(storage, chosen, ["/mended"])
-        claim(storage, plan, "/mended", chosen)
+        check_source(storage, chosen, ["/corrected"])
+        claim(storage, plan, "/corrected", chosen)
     check_source(storage, OPTIONS, ["/in"])
 
 
@@ -162,5 +162,5 @@ def test_an_iceberg_table_has_one_source_whichever_destinations_feed_it(
     call(tmp_path / "in", tmp_path / "one", options)
     claim(open_storage(str(tmp_path / "one")), plan, "/in", options)
 
-    with pytest.raises(DestinationUnusable, match="predictions of, /in, got /mended"):
-        check_source(open_storage(str(tmp_path / "two")), options, ["/mended"])
+    with pytest.raises(DestinationUnusable, match="predictions of, /in, got /corrected"):
+        check_source(open_storage(str(tmp_path / "two")), options, ["/corrected"])
