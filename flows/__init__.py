@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     )
     from tasks.batch.manifest import open_predictions, open_rejects
     from tasks.batch.options import BatchOptions, CsvOptions, Ray, Threads
+    from tasks.batch.reject_rows import write_rejects
     from tasks.batch.training_set import log_training_statistics
     from tasks.endpoint.spec import (
         Access,
@@ -169,6 +170,7 @@ __all__ = [
     "retire_endpoint",
     "review_modes",
     "stream_inference",
+    "write_rejects",
 ]
 
 _MODULES = {
@@ -207,6 +209,7 @@ _MODULES = {
     "tasks.batch.training_set": ("log_training_statistics",),
     "tasks.batch.backfill": ("BackfillOptions", "Partitions", "TableTimes", "TableVersions", "open_backfill"),
     "tasks.batch.manifest": ("open_predictions", "open_rejects"),
+    "tasks.batch.reject_rows": ("write_rejects",),
     "tasks.endpoint.spec": (
         "Access",
         "AllAtOnce",

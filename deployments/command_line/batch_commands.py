@@ -1,4 +1,4 @@
-"""Commands about batch runs: score a table, list the runs of a destination, verify one."""
+"""Commands about batch runs: score a table, list the runs of a destination and their rejects, verify one."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ def add_commands(app: typer.Typer) -> None:
         epilog="Example:\n\n  overnight score models:/churn@champion s3://lake/in/ s3://lake/scores/ --key customer",
     )(score)
     app.command(epilog="Example:\n\n  overnight runs s3://lake/scores/")(runs)
+    app.command(epilog="Example:\n\n  overnight rejects s3://lake/scores/ --output rejects.parquet")(rejects)
     app.command(epilog="Example:\n\n  overnight costs s3://lake/scores/ --output costs.html")(costs)
     app.command(epilog="Example:\n\n  overnight approve s3://lake/scores/ RUN --reason 'prices were raised'")(approve)
     app.command(epilog="Example:\n\n  overnight verify s3://lake/scores/ && echo whole")(verify)
@@ -171,6 +172,48 @@ def _list_figures(run: RunSummary) -> dict[str, str]:
         "planned (UTC)": f"{run.planned_at:%Y-%m-%d %H:%M}" if run.planned_at else "",
         "order": str(run.order or ""),
     }
+
+
+def rejects(
+    destination: Destination,
+    *,
+    run: Annotated[
+        str | None, typer.Option(help="The run, which need not be complete. Without: the newest complete one.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the rows to this new file, with their columns in the source, to correct and score them.",
+            metavar="FILE.parquet|FILE.csv",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Count the rows that a run has rejected by column and reason, and write them as the source has them with --output.
+
+    Such a row has the columns that the run reads, keys first, then reject_column and reject_reason.
+    """
+    from tasks.batch.reject_rows import list_rejects, write_rejects  # noqa: PLC0415 - help needs none
+    from tasks.storage import open_storage  # noqa: PLC0415 - the same
+
+    found = list_rejects(destination, run)
+    rows = write_rejects(destination, output, found.run) if output is not None and found.rejects else 0
+    if as_json:
+        figures = {**found.model_dump(mode="json"), "rows_rejected": found.rows_rejected}
+        print_json({"destination": open_storage(destination).url, **figures, "output": str(output) if rows else None})
+        return
+    if not found.rejects:
+        print_text(f"Run {found.run} has no rejects.")
+        return
+    print_table(
+        [{"column": each.column or "model", "reason": each.reason, "rows": f"{each.rows:,}"} for each in found.rejects]
+    )
+    print_text(f"Of the {found.rows:,} rows in the parts of run {found.run}, {found.rows_rejected:,} are rejects.")
+    if rows:
+        print_text(f"{rows:,} rows are in {output} as the source has them. Correct them there, and score that file.")
+        return
+    command = ["overnight", "rejects", destination, "--run", found.run, "--output", "rejects.parquet"]
+    print_text(f"Write these rows as the source has them:  {shlex.join(command)}")
 
 
 def costs(

@@ -37,6 +37,7 @@ class ManifestPart(Frozen):
     chunk: str = Field(default="", exclude_if=operator.not_)
 
 
+_SCORE_FIRST = "Call batch_inference first."
 OTHER_REASONS = "other reasons, which the parts have"
 
 
@@ -164,10 +165,16 @@ def open_predictions(destination: str, run: str | None = None) -> pl.LazyFrame:
     were written: it has replaced or rewritten some, or rows were deleted.
     """
     storage = open_storage(destination)
-    manifest = find_complete_manifest(storage, run, "Call batch_inference first.")
+    manifest = find_complete_manifest(storage, run, _SCORE_FIRST)
+    held = _locate_all_parts(storage, manifest)
+    return scan_parts(storage, [held[part.path] for part in manifest.parts])
+
+
+def _locate_all_parts(storage: Storage, manifest: Manifest) -> dict[str, str]:
+    """Return the parts of a published run, and where each is. Raises NoCompleteRun where its table lacks some."""
     table = find_table_name(storage, manifest.run, manifest.output)
     if table is None:
-        return scan_parts(storage, [part.path for part in manifest.parts])
+        return {part.path: part.path for part in manifest.parts}
     held = locate_parts(manifest, read_table_files(storage, table))
     if len(held) < len(manifest.parts):
         where = f"Iceberg table {table}" if manifest.output == "iceberg" else f"Delta table at {storage.url}"
@@ -178,7 +185,7 @@ def open_predictions(destination: str, run: str | None = None) -> pl.LazyFrame:
             "now, or in the version whose commit says overnight.run."
         )
         raise NoCompleteRun(message)
-    return scan_parts(storage, list(held.values()))
+    return held
 
 
 def locate_parts(manifest: Manifest, table: TableFiles) -> dict[str, str]:
@@ -213,16 +220,40 @@ def open_rejects(destination: str, run: str | None = None) -> pl.LazyFrame:
     Raises NoCompleteRun where there is no such run.
     """
     storage = open_storage(destination)
-    if run is None or find_manifest(storage, run) is not None:
-        return open_predictions(destination, run).filter(pl.col(REJECT_REASON).is_not_null())
+    manifest = find_run_manifest(storage, run)
+    if manifest is not None:
+        rows = open_predictions(destination, manifest.run)
+    else:
+        rows = scan_parts(storage, _list_unpublished_parts(storage, str(run)))
+    return rows.filter(pl.col(REJECT_REASON).is_not_null())
+
+
+def locate_run_parts(storage: Storage, run: str | None) -> tuple[str, dict[str, str]]:
+    """Return the name of the newest complete run, or of a named one, with its parts, and where each is.
+
+    Of a run that is not complete they are those that are there. Raises NoCompleteRun as open_rejects does.
+    """
+    manifest = find_run_manifest(storage, run)
+    if manifest is not None:
+        return manifest.run, _locate_all_parts(storage, manifest)
+    return str(run), {path: path for path in _list_unpublished_parts(storage, str(run))}
+
+
+def _list_unpublished_parts(storage: Storage, run: str) -> list[str]:
     plan = load_plan(storage, run)
     parts = {} if plan is None else list_parts(storage, plan)
     if not parts:
         message = f"{storage.url} must hold parts of run {run}, got none. Check the run's name."
         raise NoCompleteRun(message)
-    return scan_parts(storage, sorted(entry.path for entry in parts.values())).filter(
-        pl.col(REJECT_REASON).is_not_null()
-    )
+    return sorted(entry.path for entry in parts.values())
+
+
+def find_run_manifest(storage: Storage, run: str | None) -> Manifest | None:
+    """Return the manifest of the newest complete run, or of a named one; None where that is not complete.
+
+    Raises NoCompleteRun where none is named, and none is complete.
+    """
+    return find_manifest(storage, run) if run else find_complete_manifest(storage, None, _SCORE_FIRST)
 
 
 def scan_parts(storage: Storage, paths: Sequence[str]) -> pl.LazyFrame:

@@ -13,11 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from serving.errors import BadInput, SourceFault, StorageFault, shorten_error
+from serving.errors import BadInput, shorten_error
 from serving.model.interface import Model
-from tasks.batch.challengers import list_copied
-from tasks.batch.chunk_layout import Chunk
-from tasks.batch.dataset import SourceFile
 from tasks.batch.manifest import find_manifest, manifest_path
 from tasks.batch.part_check import Damage, write_undigested
 from tasks.batch.part_digest import read_digests
@@ -28,7 +25,7 @@ from tasks.batch.reuse import describe_making
 from tasks.batch.run_records import load_plan
 from tasks.batch.score import Scorer
 from tasks.batch.scoring_result import ScoringResult
-from tasks.batch.staging import stage
+from tasks.batch.staging import stage_again
 from tasks.batch.verify import RunVerification
 from tasks.storage import LocalStorage, Storage
 
@@ -141,10 +138,8 @@ def _prove(
     storage: Storage, plan: Plan, chosen: Sequence[ChunkId], loaded: ProvingModel, scratch: LocalStorage
 ) -> _Proof:
     """Score chunks of a plan into a folder of their own, and compare each part with the one that stands."""
-    lost: dict[ChunkId, str] = {}
-    source = plan
-    if plan.source.format != "parquet":
-        source, lost = _copy_sources(plan, chosen, scratch)
+    source, unread = stage_again(plan, chosen, scratch)
+    lost = {at: shorten_error(error) for at, error in unread.items()}
     left = [at for at in chosen if at not in lost]
     again = source.model_copy(
         update={
@@ -183,43 +178,6 @@ def _score(plan: Plan, model: Model, scratch: LocalStorage) -> ScoringResult:
     for shard in scorer.scheduler.begin():
         result.add(scorer.score_shard(shard))
     return result
-
-
-def _copy_sources(plan: Plan, chosen: Sequence[ChunkId], scratch: LocalStorage) -> tuple[Plan, dict[ChunkId, str]]:
-    """Return a plan over copies of its text files that are made again, and the chunks whose files can't be.
-
-    Only files that chunks of the sample are of are copied. The copies of the run went once it was published.
-    """
-    files = plan.snapshot.files
-    wanted = {files[piece.file].origin for at in chosen for piece in plan.chunk(at).pieces}
-    copies: dict[str, SourceFile] = {}
-    problems: dict[str | None, str] = {}
-    for file in plan.source.files:
-        if file.path not in wanted:
-            continue
-        one = plan.source.model_copy(update={"files": (file,)})
-        try:
-            made = stage(one, scratch, plan.folder, *list_copied(plan), plan.options.csv)
-        except (SourceFault, StorageFault, BadInput) as error:
-            problems[file.path] = shorten_error(error)
-        else:
-            copies |= {copy.path: copy for copy in made.files}
-    # A copy is named by its content: one of the same name holds the same bytes, whenever it was made.
-    tags = {path: copy.tag for path, copy in copies.items()}
-    again = tuple(file.model_copy(update={"tag": tags.get(file.path, file.tag)}) for file in files)
-    snapshot = plan.snapshot.model_copy(update={"root": scratch.url, "files": again})
-    lost = {at: why for at in chosen if (why := _find_problem(plan, plan.chunk(at), copies, problems))}
-    return plan.model_copy(update={"snapshot": snapshot}), lost
-
-
-def _find_problem(
-    plan: Plan, chunk: Chunk, copies: dict[str, SourceFile], problems: dict[str | None, str]
-) -> str | None:
-    for piece in chunk.pieces:
-        file = plan.snapshot.files[piece.file]
-        if file.path not in copies:
-            return problems.get(file.origin) or f"the copy of {file.origin} comes out otherwise than it did"
-    return None
 
 
 def _describe_lost(lost: dict[ChunkId, str]) -> list[str]:

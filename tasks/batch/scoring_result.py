@@ -103,7 +103,8 @@ def check_rejects(
         message = (
             f"At most {fraction_max:.4g} of {plan.rows:,} rows may be rejects, got {rejects.total():,} so far; nothing "
             f"is published. Most are:\n{listed}\n"
-            f"See all with open_rejects(destination, run={plan.run!r}), correct the data, or raise "
+            f"See all with open_rejects(destination, run={plan.run!r}); `overnight rejects DESTINATION --run {plan.run}"
+            " --output rejects.parquet` writes these rows as the source has them. Correct the data, or raise "
             f"{name_option('max_reject_fraction')} and call again. Where it was no fault of the rows, call again with "
             f"another {name_option('rescore')}."
         )

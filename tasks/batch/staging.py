@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import tempfile
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Container, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from serving.errors import SchemaMismatch, SourceEmpty, StorageFault, suggest_name
+from serving.errors import (
+    BadInput,
+    OvernightError,
+    SchemaMismatch,
+    SourceChanged,
+    SourceEmpty,
+    SourceFault,
+    StorageFault,
+    suggest_name,
+)
 from serving.extras import import_extra
 from serving.model.contract import Contract, Frozen
 from serving.option_words import name_option
+from tasks.batch.challengers import list_copied
+from tasks.batch.chunk_layout import Chunk
 from tasks.batch.dataset import Snapshot, SourceFile, name_corrupt_file
 from tasks.batch.formats import RequestedColumns, read_tables
 from tasks.batch.options import CsvOptions
+from tasks.batch.parts import ChunkId
+from tasks.batch.plan import Plan
 from tasks.storage import LocalStorage, Storage, check_create_only, copy_pinned, local_errors, open_storage
 
 _ROWS_PER_GROUP = 1 << 16
@@ -48,15 +61,7 @@ def stage(
     memory is bounded whatever the size of the file. Raises SourceCorrupt by file name, SourceEmpty
     where there are no rows.
     """
-    source = open_storage(snapshot.root)
-    listed = {entry.path for entry in destination.entries(f"{folder}/staged")}
-    made_for = _digest(snapshot, contract, keys, csv)
-    work = _Staging(snapshot, contract, keys, csv or CsvOptions(), source, destination, folder)
-    listings = {f"{folder}/staged/{file.path}/listing-{made_for}.json": file for file in snapshot.files}
-    for path, file in listings.items():
-        if path not in listed:
-            destination.put_new(path, work.convert(file).model_dump_json().encode())
-    found = [_read_listing(destination, folder, path) for path in listings]
+    found = _copy_files(snapshot, destination, folder, contract, keys, csv)
     copies = [copy for each in found for copy in each.copies]
     if not copies:
         message = (
@@ -66,6 +71,76 @@ def stage(
     missing = _find_missing(snapshot, found, _requested_columns(contract, keys)) if snapshot.format == "jsonl" else ()
     files = _pin_copies(copies, destination, folder)
     return Snapshot(root=destination.url, format="parquet", files=files, columns_missing=missing)
+
+
+def stage_again(
+    plan: Plan, chunks: Sequence[ChunkId], destination: Storage
+) -> tuple[Plan, dict[ChunkId, OvernightError]]:
+    """Return a plan over copies of its source that are made again, and the chunks that they lack, with the errors.
+
+    The copies of a run are deleted once it is published. Only files that the chunks are of are copied. A plan over
+    Parquet files is returned as it is.
+
+    Args:
+        plan: The plan of the run.
+        chunks: The chunks that are to be read.
+        destination: Where the copies go.
+    """
+    if plan.source.format == "parquet":
+        return plan, {}
+    files = plan.snapshot.files
+    origins = {files[piece.file].origin for at in chunks for piece in plan.chunk(at).pieces}
+    tags: dict[str, str] = {}
+    problems: dict[str | None, OvernightError] = {}
+    for file in plan.source.files:
+        if file.path not in origins:
+            continue
+        one = plan.source.model_copy(update={"files": (file,)})
+        try:
+            (made,) = _copy_files(one, destination, plan.folder, *list_copied(plan), plan.options.csv)
+        except (SourceFault, StorageFault, BadInput) as error:
+            problems[file.path] = error
+        else:
+            # A copy is named by its content: one of the same name holds the same bytes, whenever it was made.
+            tags |= {copy.path: copy.tag for copy in _pin_copies(made.copies, destination, plan.folder)}
+    again = tuple(file.model_copy(update={"tag": tags.get(file.path, file.tag)}) for file in files)
+    snapshot = plan.snapshot.model_copy(update={"root": destination.url, "files": again})
+    lost = {at: why for at in chunks if (why := _find_problem(plan, plan.chunk(at), tags, problems)) is not None}
+    return plan.model_copy(update={"snapshot": snapshot}), lost
+
+
+def _find_problem(
+    plan: Plan, chunk: Chunk, copied: Container[str], problems: Mapping[str | None, OvernightError]
+) -> OvernightError | None:
+    for piece in chunk.pieces:
+        file = plan.snapshot.files[piece.file]
+        if file.path not in copied:
+            message = (
+                f"The copy of {file.origin} that run {plan.run} was scored from must come out the same again, got "
+                "another. Call again with the versions that made the run."
+            )
+            return problems.get(file.origin) or SourceChanged(message)
+    return None
+
+
+def _copy_files(
+    snapshot: Snapshot,
+    destination: Storage,
+    folder: str,
+    contract: Contract,
+    keys: tuple[str, ...],
+    csv: CsvOptions | None,
+) -> list[_Listing]:
+    """Copy every file of a snapshot, unless it is copied already, and return the lists of their copies."""
+    source = open_storage(snapshot.root)
+    listed = {entry.path for entry in destination.entries(f"{folder}/staged")}
+    made_for = _digest(snapshot, contract, keys, csv)
+    work = _Staging(snapshot, contract, keys, csv or CsvOptions(), source, destination, folder)
+    listings = {f"{folder}/staged/{file.path}/listing-{made_for}.json": file for file in snapshot.files}
+    for path, file in listings.items():
+        if path not in listed:
+            destination.put_new(path, work.convert(file).model_dump_json().encode())
+    return [_read_listing(destination, folder, path) for path in listings]
 
 
 def _digest(snapshot: Snapshot, contract: Contract, keys: tuple[str, ...], csv: CsvOptions | None) -> str:
@@ -246,7 +321,7 @@ def _local_copy(source: Storage, file: SourceFile) -> Generator[Path]:
 def write_copies(tables: Iterable[pa.Table]) -> Generator[tuple[int, memoryview]]:
     """Yield Parquet files of at most about 64 MiB, and the rows of each; none where there are no rows."""
     sink, writer, rows = pa.BufferOutputStream(), None, 0
-    for table in _group_tables(tables):
+    for table in group_tables(tables):
         writer = writer or pq.ParquetWriter(sink, table.schema, compression="zstd")
         writer.write_table(table, row_group_size=_ROWS_PER_GROUP)
         rows += table.num_rows
@@ -259,7 +334,7 @@ def write_copies(tables: Iterable[pa.Table]) -> Generator[tuple[int, memoryview]
         yield rows, memoryview(sink.getvalue())
 
 
-def _group_tables(tables: Iterable[pa.Table]) -> Generator[pa.Table]:
+def group_tables(tables: Iterable[pa.Table]) -> Generator[pa.Table]:
     """Join tables until they are a row group, by rows or by bytes, and cut those that are larger."""
     held: list[pa.Table] = []
     rows = size = 0

@@ -48,7 +48,7 @@ def test_the_flows_and_readers_are_public() -> None:
         ),
         *("choose_mode", "review_modes"),
     } == set(FLOWS)
-    assert {"open_predictions", "open_rejects"} <= set(flows.__all__)
+    assert {"open_predictions", "open_rejects", "write_rejects"} <= set(flows.__all__)
 
 
 def test_every_type_that_a_flow_takes_is_public() -> None:

@@ -20,6 +20,7 @@ from infra.local.prefect_server import PrefectServer
 from tasks.batch.manifest import open_predictions
 from tests.eventually import eventually
 from tests.support import write_customers
+from tests.tasks.batch.test_reuse import call, write
 
 PROGRAM = [sys.executable, "-m", "deployments.command_line"]
 
@@ -92,6 +93,36 @@ def test_parts_of_an_earlier_run_are_proved_by_scoring_them_again(
     ]
     assert 1 == refused.exit_code
     assert "A sample must be a percentage such as 1% or 100%" in refused.stderr
+
+
+def test_rejects_are_counted_and_written_for_a_person_to_correct(tmp_path: Path) -> None:
+    out, file = str(tmp_path / "out"), tmp_path / "rejects.csv"
+    write(tmp_path / "in/f0.parquet", 1, 20)
+    plan, _ = call(tmp_path / "in", tmp_path / "out")
+    listed = CliRunner().invoke(app, ["rejects", out])
+    told = json.loads(CliRunner().invoke(app, ["rejects", out, "--output", str(file), "--json"]).stdout)
+    again = CliRunner().invoke(app, ["rejects", out, "--run", plan.run, "--output", str(file)])
+
+    assert 0 == listed.exit_code, listed.output
+    assert f"Of the 20 rows in the parts of run {plan.run}, 2 are rejects." in listed.stdout
+    assert f"overnight rejects {out} --run {plan.run} --output rejects.parquet" in listed.stdout
+    assert [{"column": "a", "reason": "null", "rows": 2}] == told["rejects"]
+    assert (plan.run, 20, 2, str(file)) == tuple(told[name] for name in ("run", "rows", "rows_rejected", "output"))
+    assert "id,a,b,reject_column,reject_reason\n7,,0.875,a,null\n14,,1.75,a,null\n" == file.read_text()
+    assert (1, "") == (again.exit_code, again.stdout)
+    assert f"must be a new one, but {file} is there already" in again.stderr
+
+
+def test_a_run_without_rejects_writes_no_file_and_one_that_is_not_there_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "in/f0.parquet", 1, 6)
+    plan, _ = call(tmp_path / "in", tmp_path / "out")
+    done = CliRunner().invoke(app, ["rejects", str(tmp_path / "out"), "--output", str(tmp_path / "rejects.csv")])
+    missing = CliRunner().invoke(app, ["rejects", str(tmp_path / "in")])
+
+    assert (0, f"Run {plan.run} has no rejects.\n") == (done.exit_code, done.stdout)
+    assert not (tmp_path / "rejects.csv").exists()
+    assert 1 == missing.exit_code
+    assert "must hold a run that is complete, got none" in missing.stderr
 
 
 def test_costs_of_runs_are_a_table_a_page_and_an_artifact_and_unknown_prices_are_said_to_be(

@@ -44,6 +44,7 @@ from tasks.batch.part_proof import ProvingModel, prove_reused_parts
 from tasks.batch.parts import list_parts, part_path
 from tasks.batch.plan import Plan
 from tasks.batch.publish import audit_parts, publish
+from tasks.batch.reject_rows import write_rejects
 from tasks.batch.resolve import CompleteRun, RunRequest, find_run, make_request
 from tasks.batch.run_records import confirm_plan
 from tasks.batch.score import Scorer
@@ -370,6 +371,10 @@ def test_rows_without_key_time_or_match_get_nulls_which_the_contract_rejects_by_
 
     assert set(blank["id"]) <= set(rejects["id"])
     assert {("a", "null")} == set(rejects.select("reject_column", "reject_reason").rows())
+    # What a person corrects is the spine: joined features are none of its columns.
+    write_rejects(str(tmp_path / "out"), tmp_path / "rejects.parquet")
+    written = pl.read_parquet(tmp_path / "rejects.parquet").drop("reject_column", "reject_reason")
+    assert spine.filter(pl.col("id").is_in(rejects["id"])).select("id", "b", "customer", "as_of").equals(written)
     nulls = pl.read_parquet(features / "*.parquet")
     counts = {"customer": nulls["customer"].null_count(), "updated_at": nulls["updated_at"].null_count()}
     assert counts == plan.features[0].null_rows
