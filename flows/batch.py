@@ -48,6 +48,7 @@ from tasks.batch.memory import check_memory
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_done, part_path
 from tasks.batch.plan import Plan
+from tasks.batch.prediction_sample import draw_distributions
 from tasks.batch.publish import Audit, audit_parts, check_rows_add_up, count_rejects, publish, wait_for_publisher
 from tasks.batch.report import BatchReport, page_path, plot, report_complete, report_scored, save_page
 from tasks.batch.resolve import (
@@ -386,18 +387,20 @@ def _record(
     logger: Logger,
 ) -> BatchReport:
     """Write the lineage of a published run, then its page: a run that has its page is recorded. Then show it."""
-    png = plot(report, samples)
+    progress = plot(report, samples)
+    sample = find_sample(storage, manifest, plan, logger) if options.rows_shown else None
+    distributions = draw_distributions(sample) if sample else None
     comparison = draw_comparison(report.model, report.challengers) if report.challengers else None
+    pictures = {"how the predictions are distributed": distributions, "the model and its challengers": comparison}
     mlflow_run = record_lineage(plan, report, options.experiment, logger)
     report = report.model_copy(update={"mlflow_run": mlflow_run})
     try:
-        save_page(storage, plan, report, png, comparison)
+        save_page(storage, plan, report, progress, {what: png for what, png in pictures.items() if png})
     except StorageFault as error:
         # The predictions are published, and stay so. A run without its page is recorded by the next call.
         logger.warning("Run %s is published, but its page could not be written: %s", plan.run, error)
     emit_published(plan, report)
-    sample = find_sample(storage, manifest, plan, logger) if options.rows_shown else None
-    publish_artifacts(report, sample, options.rows_shown, logger)
+    publish_artifacts(report, sample.list_rows(options.rows_shown) if sample else [], distributions, logger)
     if report.challengers:
         publish_comparison(report, comparison, logger)
     return report

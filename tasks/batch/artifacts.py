@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -18,7 +19,7 @@ from tasks.batch.drift_plot import draw_drift
 from tasks.batch.gate_records import FoundBaseline, JudgedRun
 from tasks.batch.manifest import Manifest
 from tasks.batch.plan import Plan
-from tasks.batch.prediction_sample import PredictionSample, draw_distributions, read_sample
+from tasks.batch.prediction_sample import PredictionSample, read_sample
 from tasks.batch.report import BatchReport, Sample
 from tasks.common.artifacts import (
     Logger,
@@ -132,20 +133,22 @@ class ProgressWatch:
         self._artifact.show(min(100.0, 100.0 * self.rows_done / self._rows))
 
 
-def publish_artifacts(report: BatchReport, sample: PredictionSample | None, sample_rows: int, logger: Logger) -> None:
+def publish_artifacts(
+    report: BatchReport, rows: Sequence[dict[str, Any]], distributions: bytes | None, logger: Logger
+) -> None:
     """Put a published run among the flow run's artifacts, each fact once.
 
     Args:
         report: What the run came to: the summary, and the rejects by reason where there are any.
-        sample: Predictions, for some rows and a picture of their distribution. None shows neither.
-        sample_rows: How many rows are shown.
+        rows: Some rows with their predictions.
+        distributions: The picture of how the predictions are distributed, if there is one.
         logger: That of the flow run.
     """
     artifacts = [make_markdown(SUMMARY_KEY, report.summary(), f"Run {report.run}")]
-    if sample is not None and (rows := sample.list_rows(sample_rows)):
+    if rows:
         artifacts.append(make_table("batch-sample", rows, f"{len(rows)} of {report.rows:,} rows"))
-    if sample is not None and (png := draw_distributions(sample)) is not None:
-        artifacts.append(make_image("batch-distributions", png, "How the predictions are distributed"))
+    if distributions is not None:
+        artifacts.append(make_image("batch-distributions", distributions, "How the predictions are distributed"))
     if report.rejects:
         rejects = [
             {"column": count.column or "(the model)", "reason": count.reason, "rows": count.rows}
@@ -187,7 +190,7 @@ def publish_complete(report: BatchReport, logger: Logger) -> None:
     A retry may find the run that an earlier attempt of the same flow run has published: the summary of that stays.
     """
     if (shown := read_artifact(SUMMARY_KEY, logger)) is None or _PUBLISHED not in shown:
-        publish_artifacts(report, None, 0, logger)
+        publish_artifacts(report, [], None, logger)
 
 
 def find_sample(storage: Storage, manifest: Manifest, plan: Plan, logger: Logger) -> PredictionSample | None:

@@ -76,6 +76,11 @@ class BatchReport(Frozen):
         return self.rows_scored / max(self.seconds.get("score", 0.0), 1e-9) if self.rows_scored else 0.0
 
     @property
+    def title(self) -> str:
+        """What is scored, and where it goes: churn v3 → predictions."""
+        return f"{describe_model(self.model)} → {find_last_folder(self.destination)}"
+
+    @property
     def read_with(self) -> str:
         """The line of Python that reads the predictions."""
         if self.rows_reused or self.output != "parquet":
@@ -126,10 +131,9 @@ class BatchReport(Frozen):
         links = {"predictions": self.destination, "page with the plot and all details": self.report}
         links |= {"MLflow run": self.mlflow_run} if self.mlflow_run else {}
         lines = "\n".join(f"- {name}: {_link(address)}" for name, address in links.items())
-        title = escape_markdown(f"{describe_model(self.model)} → {find_last_folder(self.destination)}")
         return (
-            f"# {title}\n\n| | |\n| --- | --- |\n{rows}\n\n{lines}\n\nRead the predictions with\n\n"
-            f"```python\n{self.read_with}\n```\n"
+            f"# {escape_markdown(self.title)}\n\n| | |\n| --- | --- |\n{rows}\n\n{lines}\n\n"
+            f"Read the predictions with\n\n```python\n{self.read_with}\n```\n"
         )
 
 
@@ -262,20 +266,37 @@ def plot(report: BatchReport, samples: Sequence[Sample]) -> bytes:
     return encode_png(figure)
 
 
-def page(report: BatchReport, png: bytes, comparison: bytes | None = None) -> bytes:
-    """Return the report as one HTML page that needs nothing else; with the picture of a comparison, if there is one."""
-    rows = "".join(
-        f"<tr><td>{html.escape(row['']).replace('  ', '&emsp;', 1)}</td><td>{html.escape(row['value'])}</td></tr>"
-        for row in report.table()
-    )
-    beside = f'<img alt="the model and its challengers" src="{data_uri(comparison)}">' if comparison else ""
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Run {html.escape(report.run)}</title>
+def page(report: BatchReport, progress: bytes, pictures: Mapping[str, bytes]) -> bytes:
+    """Return the report as one HTML page that needs nothing else.
+
+    Args:
+        report: The report.
+        progress: The picture of how the call went on, which `plot` draws.
+        pictures: Those of the predictions, by what each shows.
+    """
+    table = {"run": report.run, **{row[""]: row["value"] for row in report.table()}}
+    of_scoring = {name: table.pop(name) for name in [*table] if "seconds" in name}
+    title = html.escape(report.title)
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>body{{font:15px/1.5 system-ui,sans-serif;color:{_INK};max-width:62rem;margin:2rem auto;padding:0 1rem}}
 td{{padding:.15rem 1.5rem .15rem 0;border-bottom:1px solid #e4e7eb}}img{{max-width:100%}}
-pre{{background:#f5f7fa;padding:.8rem;overflow:auto}}</style>
-<h1>Run {html.escape(report.run)}</h1><img alt="rows done over time" src="{data_uri(png)}">
-<table>{rows}</table>{beside}<p>Read the predictions with</p><pre>{html.escape(report.read_with)}</pre></html>
+pre{{background:#f5f7fa;padding:.8rem;overflow:auto}}table{{margin:1rem 0}}</style>
+<h1>{title}</h1>{"".join(_show(*each) for each in pictures.items())}{_tabulate_html(table)}
+<p>Read the predictions with</p><pre>{html.escape(report.read_with)}</pre>
+{_show("rows done over time", progress)}{_tabulate_html(of_scoring)}</html>
 """.encode()
+
+
+def _show(what: str, png: bytes) -> str:
+    return f'<img alt="{html.escape(what)}" src="{data_uri(png)}">'
+
+
+def _tabulate_html(table: Mapping[str, str]) -> str:
+    rows = (
+        f"<tr><td>{html.escape(name).replace('  ', '&emsp;', 1)}</td><td>{html.escape(value)}</td></tr>"
+        for name, value in table.items()
+    )
+    return f"<table>{''.join(rows)}</table>"
 
 
 def page_path(plan: Plan) -> str:
@@ -283,6 +304,8 @@ def page_path(plan: Plan) -> str:
     return f"{plan.folder}/{REPORT}"
 
 
-def save_page(storage: Storage, plan: Plan, report: BatchReport, png: bytes, comparison: bytes | None = None) -> None:
+def save_page(
+    storage: Storage, plan: Plan, report: BatchReport, progress: bytes, pictures: Mapping[str, bytes]
+) -> None:
     """Write the page beside the plan; the first one stands."""
-    storage.put_new(page_path(plan), page(report, png, comparison))
+    storage.put_new(page_path(plan), page(report, progress, pictures))

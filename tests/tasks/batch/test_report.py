@@ -64,9 +64,18 @@ def test_a_name_with_markup_is_shown_as_it_is() -> None:
 
 def test_the_page_holds_its_plot_and_escapes_what_models_say() -> None:
     png = plot(REPORT, [(0.0, 200), (1.0, 600), (2.0, 1_000)])
-    text = page(REPORT, png).decode()
+    text = page(REPORT, png, {"how the predictions are distributed": png}).decode()
 
     assert png.startswith(b"\x89PNG")
     assert "data:image/png;base64," in text
     assert "&lt;b&gt;no&lt;/b&gt;" in text
     assert "<b>no</b>" not in text
+    # What the run says of the rows comes before what it took.
+    told = (
+        "<title>churn v3 → scores</title>",
+        "are distributed",
+        "&lt;b&gt;no",
+        "rows done over time",
+        "seconds:",
+    )
+    assert sorted(told, key=text.index) == [*told]
