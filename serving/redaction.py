@@ -43,7 +43,7 @@ _PATTERNS = (
     re.compile(rf"(?P<name>--{_NAME}\s+)(?=\S*\d)[^\s'\")]+", re.IGNORECASE),
     re.compile(rf"(?P<name>{_NAME}:\s+)[^\s'\",;{{}}\[\]]+(?=\s*(?:$|[,;}}\n]))", re.IGNORECASE | re.MULTILINE),
 )
-# Most log lines have none of these, and cost no more than this one search.
+# Most log lines have none of these, and none of the patterns is tried on them.
 _MAY_HOLD = re.compile(r"[@=]|%40|%3D|['\"]\s*:|authorization|bearer|--[a-z]|[a-z]:\s", re.IGNORECASE)
 # Tokenizers have parameters such as pad_token, so a token must be one that signs in.
 _NAMES_SECRET = re.compile(
