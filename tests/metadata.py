@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from email.utils import format_datetime
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
@@ -20,13 +20,13 @@ _TOKEN_SECONDS_MAX = 21_600
 
 
 class Service:
-    """One metadata service; `clock_off` is how many seconds its clock is ahead of this machine's."""
+    """One metadata service; `clock` is its own, which need not be this machine's."""
 
     signature: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self) -> None:
         self.url = ""
-        self.clock_off = 0.0
+        self.clock: Callable[[], float] = time.time
         self.failing = False
         self.asked: list[tuple[str, int]] = []
 
@@ -36,7 +36,7 @@ class Service:
 
     def in_seconds(self, seconds: float) -> datetime:
         """Return a time so many seconds from now, by the service's clock."""
-        return datetime.now(UTC) + timedelta(seconds=seconds + self.clock_off)
+        return datetime.fromtimestamp(self.clock() + seconds, UTC)
 
     def answers(self, path: str, status: int = 200) -> int:
         """Return how often a path was answered so."""
@@ -151,7 +151,7 @@ def serving(service: Service) -> Generator[None]:
         do_PUT = do_GET
 
         def date_time_string(self, timestamp: float | None = None) -> str:
-            return super().date_time_string((timestamp or time.time()) + service.clock_off)
+            return super().date_time_string(timestamp or service.clock())
 
     with serve_http(Handler) as port:
         service.url = f"http://127.0.0.1:{port}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from infra.local.prefect_server import PrefectServer, PrefectWorker
 from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
 from tasks.common.blocks import BLOCKS
+from tests.eventually import eventually
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -46,11 +46,14 @@ def show(page: Page, name: str) -> None:
 
 def submit(page: Page) -> None:
     """Press the button until the page takes it: it does not while it still checks what was typed."""
-    form, until = page.url, time.monotonic() + SECONDS_MAX
-    while page.url == form:
-        assert time.monotonic() < until, page.inner_text("body")
+    form = page.url
+
+    def press() -> str:
         page.get_by_role("button", name="Submit").click()
         page.wait_for_timeout(3000)
+        return page.inner_text("body") if page.url == form else ""
+
+    eventually(press, lambda left: not left, seconds=SECONDS_MAX)
 
 
 @pytest.mark.machines

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -101,9 +101,9 @@ def test_a_run_starts_when_its_table_is_ready(
 ) -> None:
     recipe = localize("table_is_ready", doubling, customers, tmp_path / "scores")
     exec(compile(recipe.replace("s3://lake/features", str(tmp_path / "features")), "docs", "exec"), {})  # noqa: S102
-    assert [] == runs_of("batch-inference/when-ready")
 
-    send_until_run("batch-inference/when-ready", "lake.table.ready", {"prefect.resource.id": "lake.table.customers"})
+    table = {"prefect.resource.id": "lake.table.customers"}
+    send_until_run("batch-inference/when-ready", lambda: emit_event("lake.table.ready", resource=table))
 
     from tasks.common.events import RUN_PUBLISHED, describe_resource, send_event
 
@@ -127,27 +127,29 @@ def test_a_model_is_trained_again_when_a_run_of_it_is_refused(
     monkeypatch.syspath_prepend(tmp_path)
     recipe = find_recipe("train_churn.deploy")
     exec(compile(recipe.replace('"SchemaMismatch"', '"ModelNotFound"'), "docs", "exec"), {})  # noqa: S102
-    assert [] == runs_of("train-churn/when-refused")
 
     from flows.batch import batch_inference
 
-    until = time.monotonic() + SECONDS_MAX
-    # The server may load a new automation some seconds after it has it.
-    while not (found := runs_of("train-churn/when-refused")) and time.monotonic() < until:
-        batch_inference("models:/churn@champion", str(customers), str(tmp_path / "scores"), return_state=True)
-        time.sleep(3)
+    found = send_until_run(
+        "train-churn/when-refused",
+        lambda: batch_inference("models:/churn@champion", str(customers), str(tmp_path / "scores"), return_state=True),
+    )
 
     assert "churn" in found[0].parameters["reason"]
     cancel(found)
 
 
-def send_until_run(deployment: str, event: str, resource: dict[str, str]) -> None:
-    """Send an event until the deployment has a run: the server may load a new automation some seconds late."""
-    until = time.monotonic() + SECONDS_MAX
-    while not runs_of(deployment) and time.monotonic() < until:
-        emit_event(event, resource=resource)
+def send_until_run(deployment: str, send: Callable[[], object]) -> list[FlowRun]:
+    """Send an event until the deployment has runs: the server may load a new automation some seconds late."""
+
+    def send_and_look() -> list[FlowRun]:
+        send()
+        # Each event that is heard starts a run.
         time.sleep(3)
-    assert runs_of(deployment)
+        return runs_of(deployment)
+
+    assert [] == runs_of(deployment)
+    return eventually(send_and_look, seconds=SECONDS_MAX)
 
 
 def cancel(runs: list[FlowRun]) -> None:

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +41,7 @@ from tasks.batch.plan import Plan
 from tasks.batch.publish import Audit
 from tasks.batch.report import BatchReport
 from tasks.storage import LocalStorage, open_storage
+from tests.eventually import eventually
 from tests.overwriting_store import overwriting_store
 from tests.support import register_network, write_customers
 
@@ -647,15 +647,13 @@ class TestReports:
         state = batch_inference(linear, str(customers), str(tmp_path / "scores"), OPTIONS, return_state=True)
         asked = {"flow_runs": {"id": {"any_": [str(state.state_details.flow_run_id)]}}}
         steps = {"resolve", "plan", "load", "score", "check keys", "publish", "report"}
-        states: dict[str, str] = {}
-        until = time.monotonic() + 60
-        # Prefect's client sends the states of task runs from a thread of its own.
-        while time.monotonic() < until and steps != {name for name, kind in states.items() if kind == "COMPLETED"}:
-            runs = httpx.post(f"{prefect.api_url}/task_runs/filter", json=asked).json()
-            states = {run["name"]: run["state_type"] for run in runs if not run["name"].startswith("shard ")}
-            time.sleep(0.1)
 
-        assert dict.fromkeys(steps, "COMPLETED") == states
+        def read_states() -> dict[str, str]:
+            runs = httpx.post(f"{prefect.api_url}/task_runs/filter", json=asked).json()
+            return {run["name"]: run["state_type"] for run in runs if not run["name"].startswith("shard ")}
+
+        # Prefect's client sends the states of task runs from a thread of its own.
+        eventually(read_states, lambda states: states == dict.fromkeys(steps, "COMPLETED"))
 
     def test_mlflow_has_one_run_with_the_lineage(self, linear: str, customers: Path, tmp_path: Path) -> None:
         options = OPTIONS.model_copy(update={"experiment": "overnight"})

@@ -44,13 +44,11 @@ def test_a_model_is_measured_once_and_its_profile_kept_with_its_version(
     again = measure_profile(spec, load_endpoint_model(spec), options, never)
 
     assert again == profile
-    assert 1000 < profile.batch_rows_per_second
-    # Each is a process that imports torch and loads the model.
-    assert 0.5 < profile.start_seconds < 120
-    assert 0.5 < profile.cold_start_seconds < 120
-    assert 0 < profile.request_ms < 1000
+    # A start is a process that imports torch and loads the model.
+    assert 1 / profile.batch_rows_per_second < profile.start_seconds
+    assert 0 < profile.request_ms < 1000 * profile.cold_start_seconds
     assert profile.request_busy_ms is not None
-    assert 0 < profile.pass_time.seconds(1) < 0.1
+    assert 0 < profile.pass_time.seconds(1) < profile.start_seconds
     assert (
         read_profile(load_endpoint_model(spec), ProfileOptions(batch_options=OPTIONS.model_copy(update={"slots": 1})))
         is None
@@ -88,8 +86,7 @@ def test_start_and_requests_are_measured_on_a_model_server_which_is_left_as_it_w
         assert read_profile(load_endpoint_model(spec), options.model_copy(update={"target": None})) is None
         assert {} == make_host(target).list_endpoints()
 
-    assert 0.1 < profile.cold_start_seconds < 120
-    assert 0 < profile.request_ms < 1000
+    assert 0 < profile.request_ms < 1000 * profile.cold_start_seconds
     assert (7.0, 1.0) == (profile.batch_rows_per_second, profile.start_seconds)
 
 

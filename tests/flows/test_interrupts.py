@@ -20,6 +20,7 @@ from tasks.batch.options import BatchOptions, Ray
 from tasks.batch.parts import list_parts
 from tasks.batch.run_records import load_plan
 from tasks.storage import open_storage
+from tests.eventually import eventually
 from tests.flows.children import call, list_flow_runs, of_session, score, start_child
 from tests.support import digests, write_customers
 
@@ -65,8 +66,7 @@ def interrupted(
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     ) as child:
-        while len(list(destination.glob("run=*/part-*"))) < 5 and child.poll() is None:
-            time.sleep(0.02)
+        eventually(lambda: len(list(destination.glob("run=*/part-*"))), lambda count: count >= 5, process=child)
         for _ in range(times):
             os.killpg(child.pid, signal.SIGINT)
             time.sleep(0.3)

@@ -208,9 +208,9 @@ def test_a_clock_that_jumps_after_the_begin_does_not_move_the_deadline(
     seconds = run_night(night, due, logging.getLogger(), lambda _: None, is_cancelled=lambda: False, now=jumping)
 
     assert 5 == len(left)
-    assert all(0 < before - after < 60 for before, after in pairwise(left))
-    assert 500 < left[-1] < 600
-    assert 0 < seconds <= time.monotonic() - began
+    assert all(before > after for before, after in pairwise(left))
+    # By a clock that does not jump, the night has gone on for no longer than this test.
+    assert 0 < max(seconds, 600 - left[-1]) <= time.monotonic() - began
     assert ["spot"] == market.sent
 
 

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Generator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from infra.local.prefect_server import PrefectServer
 from serving.errors import RunnerUnusable, SourceCorrupt, TooManyRejects
 from tasks.batch.options import BatchOptions, Ray
 from tasks.batch.report import BatchReport
+from tests.eventually import eventually
 from tests.support import register_script, write_customers
 
 pytest.importorskip("prefect_ray", reason="Ray is an extra: pip install 'overnight[ray]'")
@@ -61,8 +61,7 @@ def test_a_process_of_ray_killed_in_the_middle_changes_nothing_in_the_output(clu
     killed: list[int] = []
 
     def kill() -> None:
-        while not (others := {int(path.name) for path in seen.iterdir()} - {os.getpid()}):
-            time.sleep(0.01)
+        others = eventually(lambda: {int(path.name) for path in seen.iterdir()} - {os.getpid()}, seconds=240)
         killed.append(others.pop())
         os.kill(killed[0], signal.SIGKILL)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -28,17 +27,14 @@ HEAVY = "{'torch', 'prefect', 'mlflow', 'pyarrow', 'polars', 'numpy', 'pandas'}"
 
 
 def test_help_names_every_command_and_loads_nothing_heavy() -> None:
-    code = f"import sys; from deployments.command_line import main; print(sorted({HEAVY} & set(sys.modules))); main()"
-    started = time.perf_counter()
+    code = "import atexit, sys; from deployments.command_line import main; "
+    code += f"atexit.register(lambda: print(sorted({HEAVY} & set(sys.modules)))); main()"
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - started
 
     assert 0 == done.returncode, done.stderr
-    assert done.stdout.startswith("[]\n")
+    assert done.stdout.endswith("\n[]\n")
     for command in COMMANDS:
         assert command[0] in done.stdout
-    # Well under a second where the machine has nothing else to do.
-    assert seconds < 5
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

@@ -10,7 +10,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Generator
 from pathlib import Path
 
@@ -165,7 +164,6 @@ def test_a_deployed_call_is_scored_by_a_worker_of_the_command_line(
 
 
 def test_a_worker_of_a_pool_that_is_not_there_says_so(deployed: PrefectServer) -> None:
-    started = time.monotonic()
     result = subprocess.run(
         [sys.executable, "-m", "deployments.command_line", "worker", "--pool", "nowhere"],
         capture_output=True,
@@ -176,7 +174,6 @@ def test_a_worker_of_a_pool_that_is_not_there_says_so(deployed: PrefectServer) -
     assert 1 == result.returncode
     assert "The work pool 'nowhere' must exist" in result.stderr
     assert len(result.stderr.splitlines()) <= 12
-    assert time.monotonic() - started < 60
 
 
 def test_packaged_files_are_printed() -> None:

@@ -8,7 +8,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -123,9 +122,7 @@ def test_all_servers_start_and_a_model_is_registered_and_scored_by_them(tmp_path
             if command[0] == "score":
                 assert 1000 == json.loads(done.stdout)["rows"]
     finally:
-        started = time.monotonic()
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=PATIENCE_SECONDS)
 
     assert 0 == process.returncode
-    assert time.monotonic() - started < 60

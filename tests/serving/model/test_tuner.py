@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import threading
-import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -188,17 +188,19 @@ def test_texts_are_compared_and_measured_on_a_few_passes_of_their_tokens() -> No
     assert 20 > model.clock.now
 
 
-class Sleeps(Timed):
-    def predict(self, inputs: Arrays) -> dict[str, Any]:
-        time.sleep(0.02)
-        return {"score": inputs["x"][:, 0]}
-
-
 def test_all_slots_are_measured_together() -> None:
-    model = Sleeps(Clock(), {})
-    rates = [measure_throughput(model, matrix(4), rows(X[:100]), 10, slots, time.perf_counter) for slots in (1, 4)]
+    clock, passes, met = Clock(), Counter[int](), threading.Barrier(4, timeout=60)
 
-    assert rates[0] * 2 < rates[1]
+    class Meets(Timed):
+        def predict(self, inputs: Arrays) -> dict[str, Any]:
+            passes[threading.get_ident()] += 1
+            # The second pass is the first that counts.
+            if passes[threading.get_ident()] == 2:
+                met.wait()
+                clock.now = 1.0
+            return {"score": inputs["x"][:, 0]}
+
+    assert 4 * 10 == measure_throughput(Meets(clock, {}), matrix(4), rows(X[:100]), 10, 4, clock)
 
 
 class OutOfInk(BaseException):
@@ -215,4 +217,4 @@ class Breaks(Timed):
 
 def test_what_one_slot_raises_ends_the_measuring_of_all() -> None:
     with pytest.raises(OutOfInk, match="out of ink"):
-        measure_throughput(Breaks(Clock(), {}), matrix(4), rows(X[:100]), 10, 2, time.perf_counter)
+        measure_throughput(Breaks(Clock(), {}), matrix(4), rows(X[:100]), 10, 2, Clock())

@@ -130,9 +130,8 @@ def serving(
             if server == "ray-serve":
                 return cluster.process.pid
             # A server that is started again answers for a moment before its controller says so.
-            while (status := host.status(release)) is None or status.pid is None:  # type: ignore[attr-defined]
-                time.sleep(0.1)
-            return int(status.pid)
+            pid = eventually(lambda: getattr(host.status(release), "pid", None))  # type: ignore[attr-defined]
+            return int(pid)
 
         yield Serving(host=host, loaded=loaded, release=release, address=address, find_pid=find_pid)
 

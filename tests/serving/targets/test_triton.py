@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -398,12 +397,13 @@ def test_an_instance_that_is_killed_is_loaded_again_while_others_serve(
     with SteadyLoad(fraud, at) as load:
         os.kill(_instance(triton, "words"), signal.SIGKILL)
         dead = words.post(words_at, word_rows("a"))
-        # Triton counts a request as failed a moment after it has answered.
-        for _ in range(20):
+
+        def restart_and_ask() -> int:
             scaler.restart_dead(fetch_metrics(triton.metrics_url))
-            if words.post(words_at, word_rows("a")).status_code == HTTPStatus.OK:
-                break
-            time.sleep(0.25)
+            return words.post(words_at, word_rows("a")).status_code
+
+        # Triton counts a request as failed a moment after it has answered.
+        eventually(restart_and_ask, lambda status: status == 200)
         alive = words.ask(words_at, word_rows("a"))
 
     assert (500, True) == (dead.status_code, "is not healthy" in dead.text)

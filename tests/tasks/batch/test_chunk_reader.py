@@ -27,6 +27,7 @@ from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, open_dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.source import pin_source
 from tasks.storage import open_storage
+from tests.eventually import eventually
 from tests.tasks.batch.small import a_plan, numbers, parquet, put, read_keys
 
 
@@ -455,11 +456,13 @@ def test_ahead_makes_no_more_than_its_depth_and_the_one_in_hand(depth: int) -> N
             yield at
 
     with closing(read_ahead(items(), depth)) as stream:
-        for taken in range(1, 6):
+        for _ in range(5):
             next(stream)
-            time.sleep(0.05)
+        eventually(lambda: len(made) > 5 + depth)
+        # Long enough for one more, if there were to be one.
+        time.sleep(0.1)
 
-            assert taken < len(made) <= taken + depth + 1
+        assert 5 + depth + 1 == len(made)
 
 
 def test_the_items_are_made_in_another_thread_while_one_is_worked_on() -> None:

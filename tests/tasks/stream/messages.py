@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -106,14 +105,17 @@ def take(source: Source, count: int) -> list[Message]:
     )
 
 
-def emit_messages(connections: Connections, count: int, seconds: float = 60.0) -> list[Message]:
+def emit_messages(connections: Connections, count: int) -> list[Message]:
     """Fetch so many messages, emit them and acknowledge them."""
     found: list[Message] = []
-    until = time.monotonic() + seconds
-    while len(found) < count and time.monotonic() < until:
-        got = connections.source.fetch(count - len(found), 1, 0.2)
-        if got:
-            connections.sink.emit([score(got)])
-            connections.acknowledger.acknowledge(got, [])
-        found += got
-    return found
+    return eventually(
+        lambda: found.extend(emit_next(connections, count - len(found))) or found, lambda seen: len(seen) == count
+    )
+
+
+def emit_next(connections: Connections, messages_max: int, seconds: float = 0.2) -> list[Message]:
+    """Fetch the messages that are there or come in some seconds, emit them and acknowledge them."""
+    if got := connections.source.fetch(messages_max, 1, seconds):
+        connections.sink.emit([score(got)])
+        connections.acknowledger.acknowledge(got, [])
+    return got
