@@ -8,28 +8,38 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 from serving.errors import BadInput, Interrupted, OvernightError
 from tasks.batch.chunk_scheduler import Host
+from tasks.batch.comparison_records import audit_challengers, list_missing_chunks, save_challenger_parts
 from tasks.batch.key_check import check_run_keys
 from tasks.batch.manifest import Manifest, find_intact_manifest
 from tasks.batch.memory import check_memory
-from tasks.batch.options import BatchOptions, TableMode
+from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_rows_done
-from tasks.batch.plan import Plan, run_key
+from tasks.batch.plan import Plan
 from tasks.batch.publish import Audit, audit_parts, check_rows_add_up, count_rejects, publish
-from tasks.batch.resolve import CompleteRun, ResumedRun, RunRequest, choose_slots, find_run, restage_plan
+from tasks.batch.resolve import (
+    CompleteRun,
+    ResumedRun,
+    RunRequest,
+    choose_slots,
+    find_run,
+    load_planned_challengers,
+    make_request,
+    restage_plan,
+)
 from tasks.batch.run_records import RunStart, confirm_plan, load_start, save_start
 from tasks.batch.score import Scorer
 from tasks.batch.scoring_result import ScoringResult, check_rejects
-from tasks.batch.source import pin_source
 from tasks.spot.drain import Drain, sigterm_notice
 from tasks.storage import Storage, check_create_only, open_storage
+from tests.simulation.challengers import ChallengerOracle
 from tests.simulation.cleaning import CleaningWorld
 from tests.simulation.data import CONTRACT, Source, ToyModel, ToyResolved, expected, load_toy
 from tests.simulation.delta import DeltaOracle
-from tests.simulation.gates import GateWorld, make_gate
+from tests.simulation.gates import GateWorld
 from tests.simulation.oracle import Oracle
 from tests.simulation.scheduler import Actor, ActorExecutor, Killed, Process, Scheduler, Stuck
 from tests.simulation.storage import SimulatedStorage
@@ -37,7 +47,7 @@ from tests.simulation.storage import SimulatedStorage
 SOURCE, DESTINATION = "sim://source", "sim://destination"
 _PASSES_MAX = 3
 _PAUSE_SECONDS = 2.0
-_RESUMES, _JOINS, _APPROVALS, _UPSERTS = 0.5, 0.2, 0.3, 0.6
+_RESUMES, _JOINS, _APPROVALS = 0.5, 0.2, 0.3
 
 
 @dataclass(kw_only=True)
@@ -63,6 +73,7 @@ class BatchWorld:
     delta: DeltaOracle | None
     cleaning: CleaningWorld
     gates: GateWorld
+    challengers: ChallengerOracle
     menu: list[BatchOptions]
     mischief: list[str]
     mischief_seconds: float
@@ -127,6 +138,7 @@ class BatchWorld:
         began = float("-inf") if is_late else self.began.get(self.scheduler.process, float("-inf"))
         self.cleaning.see_put(path)
         self.gates.see_put(path)
+        self.challengers.see_put(path, began)
         self.oracle.see_put(path, self.scheduler.steps, began)
 
     def _call_often(self) -> None:
@@ -214,10 +226,12 @@ class BatchWorld:
             check_create_only(storage)
             plan = restage_plan(plan, storage) if isinstance(run, ResumedRun) and run.damaged else plan
             self.gates.open_baseline(storage, plan)
-            audit = self._score(plan, storage, flow_run.options, process)
+            audit, others = self._score(plan, storage, flow_run.options, process)
             self._check_keys(storage, plan, audit)
             self.gates.pass_run(storage, plan, self.began[process])
-            manifest = publish(storage, confirm_plan(storage, plan), audit)
+            confirmed = confirm_plan(storage, plan)
+            save_challenger_parts(storage, plan, others)
+            manifest = publish(storage, confirmed, audit)
         self._check(flow_run, plan, manifest, process)
 
     def _check_keys(self, storage: Storage, plan: Plan, audit: Audit) -> None:
@@ -237,6 +251,7 @@ class BatchWorld:
         if self.delta is not None:
             self.delta.check(manifest.key)
         self.oracle.check_returned(manifest.run, manifest.key, flow_run.keys, self.began[process])
+        self.challengers.check_returned(manifest, self.began[process])
 
     def _find_start(self, flow_run: FlowRun, storage: Storage) -> RunStart | None:
         """Return what a flow run is tied to, as flows.runtime.joining does it, but for the wait."""
@@ -251,18 +266,23 @@ class BatchWorld:
 
     def _resolve_request(self, flow_run: FlowRun) -> RunRequest:
         resolved: Any = ToyResolved(self.version)
-        options = flow_run.options
-        snapshot = pin_source(SOURCE, DESTINATION)
-        key = run_key(resolved.pin, snapshot, CONTRACT, options)
-        rows = {file.path: self.source.rows_of(file.entry) for file in snapshot.files}
-        self.oracle.ask(key, expected(rows, resolved.version, options.key_columns))
-        flow_run.keys.append(key)
-        return RunRequest(resolved=resolved, snapshot=snapshot, contract=CONTRACT, options=options, key=key)
+        request = make_request(resolved, CONTRACT, SOURCE, DESTINATION, flow_run.options)
+        rows = {file.path: self.source.rows_of(file.entry) for file in request.snapshot.files}
+        keys = flow_run.options.key_columns
+        self.oracle.ask(request.key, expected(rows, resolved.version, keys))
+        versions = [int(each.pin.version) for each in request.challengers]
+        self.challengers.ask(request.key, {version: expected(rows, version, keys) for version in versions})
+        flow_run.keys.append(request.key)
+        return request
 
-    def _score(self, plan: Plan, storage: Storage, options: BatchOptions, process: Process) -> Audit:
+    def _score(
+        self, plan: Plan, storage: Storage, options: BatchOptions, process: Process
+    ) -> tuple[Audit, dict[int, Audit]]:
+        """Score what is missing, as flows.batch does it; return the audits of the model and of its challengers."""
         model = ToyModel(int(plan.model.version))
+        challengers = load_planned_challengers(plan, options, storage)
         slots = choose_slots(options, model)
-        check_memory(plan, slots, options)
+        check_memory(plan, slots, options, [model, *challengers])
         host = Host(
             clock=lambda: self.scheduler.now,
             wait=self.scheduler.wait,
@@ -271,7 +291,14 @@ class BatchWorld:
             writer=lambda: ActorExecutor(self.scheduler),
         )
         fraction = options.max_reject_fraction
-        scorer = Scorer(plan=plan, destination=storage, model=model, max_reject_fraction=fraction, host=host)
+        scorer = Scorer(
+            plan=plan,
+            destination=storage,
+            model=model,
+            challengers=challengers,
+            max_reject_fraction=fraction,
+            host=host,
+        )
         self.drains.append(scorer.drain)
         for _ in range(_PASSES_MAX):
             scored = self._score_pass(scorer, slots, process)
@@ -280,13 +307,13 @@ class BatchWorld:
                 raise Interrupted(message)
             if scored.faults and find_intact_manifest(storage, plan.run) is None:
                 raise next(iter(scored.faults.values()))
-            audit = audit_parts(storage, plan)
-            if not audit.missing:
+            audit, others = audit_parts(storage, plan), audit_challengers(storage, plan)
+            if not audit.missing and not list_missing_chunks(others):
                 break
         check_rows_add_up(plan, audit)
         rejects = Counter({(count.column, count.reason): count.rows for count in count_rejects(audit)})
         check_rejects(rejects, plan, fraction)
-        return audit
+        return audit, others
 
     def _score_pass(self, scorer: Scorer, slots: int, process: Process) -> ScoringResult:
         """Score shards side by side in slots, as flows.runtime.task_runners does it."""
@@ -358,32 +385,3 @@ class BatchWorld:
         paths = [path for path in self.destination.objects if re.fullmatch(pattern, path)]
         self.destination.erase(paths)
         self.oracle.damaged_at = self.scheduler.steps
-
-
-def make_menu(
-    chance: random.Random, output: Literal["parquet", "delta"], *, is_gated: bool = False
-) -> list[BatchOptions]:
-    """Return the options that calls choose from: the same call with other slots, and one or two others."""
-    upserts = output == "delta" and chance.random() < _UPSERTS
-    keys = ("id",) if upserts else chance.choice([("id",), ()])
-    mode: TableMode = "upsert" if upserts else chance.choice(["append", "replace"])
-    name = chance.choice([None, None, "nightly"]) if output == "parquet" else None
-    base = BatchOptions(
-        key_columns=keys,
-        name=name,
-        batch_size=chance.choice([2, 4]),
-        rows_per_chunk=chance.choice([4, 8, 12]),
-        slots=chance.randint(1, 4),
-        memory_mb=1024,
-        max_reject_fraction=1.0,
-        output=output,
-        delta_mode=mode,
-        missing_keys=chance.choice(["keep", "keep", "delete", "mark"]) if upserts else "keep",
-        gate=make_gate(chance) if is_gated else None,
-    )
-    menu = [base, base.model_copy(update={"slots": chance.choice([n for n in (1, 2, 3, 4) if n != base.slots])})]
-    if chance.random() < 0.6:
-        menu.append(base.model_copy(update={"rows_per_chunk": chance.choice([4, 8, 12]), "name": None}))
-    if chance.random() < 0.4:
-        menu.append(base.model_copy(update={"batch_size": chance.choice([2, 4]), "workers": 2}))
-    return menu

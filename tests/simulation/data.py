@@ -10,6 +10,7 @@ import io
 import random
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, Self
 
 import numpy.typing as npt
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from serving.errors import ModelUnfit
 from serving.model.contract import Column, Contract, Input, Output
 from serving.model.encoding import BatchUnit, Encoded
 from serving.model.interface import Engine, TuningLimits
@@ -37,6 +39,11 @@ CONTRACT = Contract(
     outputs=(Output(name="y", dtype="float64"),),
 )
 
+# Versions from the fifth on are challengers alone. One writes over its inputs, one fails on some rows, and one for good
+# where it meets such a row.
+_WRITES_OVER, _FAILS_ON_ROWS, _FAILS = 5, 6, 7
+_B_MAX = 7.5
+
 Row = tuple[int, float | None, float]
 # The key of a row as text, its prediction, and whether it is a reject.
 Answered = tuple[tuple[str, ...], float | None, bool]
@@ -44,7 +51,13 @@ Answered = tuple[tuple[str, ...], float | None, bool]
 
 def answer(version: int, a: float | None, b: float) -> float | None:
     """Return the model's own answer to a row, None for a reject."""
-    return None if a is None else a * version + b
+    is_reject = a is None or (version in (_FAILS_ON_ROWS, _FAILS) and b > _B_MAX)
+    return None if a is None or is_reject else a * version + b
+
+
+def may_fail(version: int) -> bool:
+    """Return whether the model may be given up: also where it fails on each row of its first batch."""
+    return version in (_FAILS_ON_ROWS, _FAILS)
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,16 @@ class ToyModel:
     def predict(self, inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """Return y of N rows."""
         x_NF = inputs["x"]
-        return {"y": x_NF[:, 0] * self.version + x_NF[:, 1]}
+        if self.version == _FAILS and (x_NF[:, 1] > _B_MAX).any():
+            message = "A model must be whole, but this one is not."
+            raise ModelUnfit(message)
+        if self.version == _FAILS_ON_ROWS and (x_NF[:, 1] > _B_MAX).any():
+            message = "too large"
+            raise ValueError(message)
+        y_N = x_NF[:, 0] * self.version + x_NF[:, 1]
+        if self.version == _WRITES_OVER:
+            x_NF[:] = 0
+        return {"y": y_N}
 
     @contextlib.contextmanager
     def slot(self) -> Generator[None]:
@@ -89,6 +111,7 @@ class ToyResolved:
     # It runs in this process, as torch modules do.
     is_torch = True
     is_text = False
+    mlmodel = SimpleNamespace(flavors={})
 
     @property
     def pin(self) -> ModelPin:
@@ -100,6 +123,20 @@ class ToyResolved:
     def tags(self) -> dict[str, str]:
         """None: nothing is tuned."""
         return {}
+
+    def contract(self, *_options: object) -> Contract:
+        """Return the contract, which no option changes."""
+        return CONTRACT
+
+
+def resolve_toy(address: str) -> ToyResolved:
+    """Return the version that an address names, as serving.model.registry.resolve_model does."""
+    return ToyResolved(int(address.rpartition("/")[2]))
+
+
+def open_toy(*, version: str, **_told: str) -> ToyResolved:
+    """Open a version, as serving.model.registry.open_model does."""
+    return ToyResolved(int(version))
 
 
 def load_toy(resolved: ToyResolved, contract: Contract, *, allow_pickle: bool, processes: ProcessOptions) -> ToyModel:
