@@ -35,6 +35,7 @@ from tasks.batch.score import Scorer
 from tasks.batch.scoring_result import ScoringResult, check_rejects
 from tasks.spot.drain import Drain, sigterm_notice
 from tasks.storage import Storage, check_create_only, open_storage
+from tests.simulation.bits import BitWorld
 from tests.simulation.challengers import ChallengerOracle
 from tests.simulation.cleaning import CleaningWorld
 from tests.simulation.data import CONTRACT, Source, ToyModel, ToyResolved, expected, load_toy
@@ -58,6 +59,7 @@ class FlowRun:
     options: BatchOptions
     joins: str | None = None
     keys: list[str] = field(default_factory=list)
+    error: OvernightError | None = None
 
 
 @dataclass(kw_only=True)
@@ -74,6 +76,7 @@ class BatchWorld:
     cleaning: CleaningWorld
     gates: GateWorld
     challengers: ChallengerOracle
+    bits: BitWorld
     menu: list[BatchOptions]
     mischief: list[str]
     mischief_seconds: float
@@ -106,18 +109,22 @@ class BatchWorld:
             self.scheduler.join(actor).value()
         self.is_over = True
         self.scheduler.join(fiend).value()
+        self.bits.restore_source()
         self.cleaning.wait()
         self.scheduler.kill_rate = 0.0
         for storage in (self.source_storage, self.destination):
             storage.weather = storage.weather.without_faults()
         # Then come those that were left, behind runs that are newer by now.
-        for flow_run in [self._new_flow_run(options) for options in self.menu] + self.unfinished:
+        begun_last = [self._new_flow_run(options) for options in self.menu]
+        for flow_run in begun_last + self.unfinished:
             self.gates.refused.clear()
             self._attempt_apart(flow_run)
             self._approve_at_last(flow_run)
+        self.bits.check_restored(flow_run.error for flow_run in begun_last)
         while self.destination.has_late:
             self.destination.deliver()
         self.oracle.check_newest(self.scheduler.steps)
+        self.bits.check_verified()
         self._clean_at_last()
 
     def _clean_at_last(self) -> None:
@@ -136,6 +143,7 @@ class BatchWorld:
 
     def _see_put(self, path: str, is_late: bool) -> None:  # noqa: FBT001 - as the storage calls it
         began = float("-inf") if is_late else self.began.get(self.scheduler.process, float("-inf"))
+        self.bits.see_put(path)
         self.cleaning.see_put(path)
         self.gates.see_put(path)
         self.challengers.see_put(path, began)
@@ -203,7 +211,9 @@ class BatchWorld:
         except Killed:
             self.refusals["killed"] += 1
         except OvernightError as error:
+            flow_run.error = error
             self.refusals[type(error).__name__] += 1
+            self.bits.check_refusal(flow_run.keys, error)
             self.scheduler.tell(f"{flow_run.id} is refused: {type(error).__name__}: {error}")
         except Stuck:
             raise
@@ -239,6 +249,8 @@ class BatchWorld:
         if not plan.options.key_columns:
             return
         found = check_run_keys(storage, plan, audit.footers)
+        if self.oracle.wrong_parts:
+            return
         times = Counter(key for key, _, _ in self.oracle.wanted[plan.key])
         doubled = sum(rows > 1 for rows in times.values())
         if (times.total(), doubled) != (found.rows, found.doubled):
@@ -272,6 +284,7 @@ class BatchWorld:
         self.oracle.ask(request.key, expected(rows, resolved.version, keys))
         versions = [int(each.pin.version) for each in request.challengers]
         self.challengers.ask(request.key, {version: expected(rows, version, keys) for version in versions})
+        self.bits.ask(request.key, request.snapshot)
         flow_run.keys.append(request.key)
         return request
 
@@ -377,6 +390,12 @@ class BatchWorld:
     def _give_notice(self) -> None:
         if self.drains:
             self.chance.choice(self.drains).add_notice(sigterm_notice(self.chance.uniform(0.1, 5)))
+
+    def _flip_part(self) -> None:
+        self.bits.flip_part()
+
+    def _flip_source(self) -> None:
+        self.bits.flip_source()
 
     def _clean(self) -> None:
         self.cleaning.start()

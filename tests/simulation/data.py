@@ -180,6 +180,12 @@ class Source:
         """Return the rows of one version of a file."""
         return self._rows[entry]
 
+    def replace(self, entry: Entry, data: bytes) -> Entry:
+        """Write other bytes over a version of a file, which hold the same rows or can't be read; return the new one."""
+        written = self._storage.write(entry.path, data)
+        self._rows[written] = self._rows[entry]
+        return written
+
     def _write_new(self, rows: list[Row] | None = None) -> None:
         self._next += 1
         self._write(f"f{self._next}.{self._kind}", rows or self._some_rows())

@@ -18,6 +18,7 @@ from unittest.mock import patch
 from tasks.batch import challengers, key_check, resolve, upsert
 from tasks.storage import register_scheme
 from tests.simulation.batch import DESTINATION, SOURCE, BatchWorld
+from tests.simulation.bits import BitWorld
 from tests.simulation.challengers import ChallengerOracle
 from tests.simulation.cleaning import CleaningWorld
 from tests.simulation.data import Source, load_toy, open_toy, resolve_toy
@@ -39,7 +40,7 @@ _MISCHIEF = (
 _STREAM_MISCHIEF = ("promote_model", "delete_everything", "delete_plan", "damage_part")
 _DELIVERY_RATE = 0.1
 _STREAM_SHARE, _DELTA_SHARE, _CLEANING_SHARE, _GATE_SHARE = 0.2, 0.5, 0.6, 0.3
-_CHALLENGER_SHARE = 0.12
+_CHALLENGER_SHARE, _FLIP_SHARE = 0.12, 0.12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,8 @@ def _make_batch(chance: random.Random, more: random.Random, scratch: Path) -> Ba
     if destination.is_disk and chance.random() < _DELTA_SHARE:
         output = "delta"
     menu = make_menu(chance, output, is_gated=chance.random() < _GATE_SHARE)
-    if more.random() < _CHALLENGER_SHARE:
+    is_challenged, is_flipped = (more.random() < share for share in (_CHALLENGER_SHARE, _FLIP_SHARE))
+    if is_challenged:
         menu = add_challengers(more, menu)
     is_delta = menu[0].output == "delta"
     # Without other rows or another model there is one run alone.
@@ -130,10 +132,14 @@ def _make_batch(chance: random.Random, more: random.Random, scratch: Path) -> Ba
     if is_cleaned:
         # More of what makes runs of many that have parts of one another, and less of what takes them all.
         mischief = [what for what in mischief if chance.random() < 0.5] + ["clean", "clean", "change_source"]
+    source = Source(storages[SOURCE], chance, chance.choice(["parquet", "parquet", "csv"]))
+    if is_flipped:
+        # A gate judges by what footers say, and a table is rewritten from rows: a wrong bit goes on there.
+        mischief += ["flip_source"] if is_delta or menu[0].gate else ["flip_source", "flip_part", "flip_part"]
     return BatchWorld(
         scheduler=scheduler,
         chance=chance,
-        source=Source(storages[SOURCE], chance, chance.choice(["parquet", "parquet", "csv"])),
+        source=source,
         source_storage=storages[SOURCE],
         destination=destination,
         oracle=oracle,
@@ -141,6 +147,13 @@ def _make_batch(chance: random.Random, more: random.Random, scratch: Path) -> Ba
         cleaning=cleaning,
         gates=gates,
         challengers=ChallengerOracle(destination, oracle, loses_parts=bool(weather.torn or weather.lost)),
+        bits=BitWorld(
+            scheduler=scheduler,
+            source=source,
+            source_storage=storages[SOURCE],
+            destination=destination,
+            oracle=oracle,
+        ),
         menu=menu,
         mischief=[what for what in mischief if not (is_delta and what == "damage_part")],
         callers=chance.randint(1, 3),

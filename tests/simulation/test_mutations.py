@@ -18,6 +18,7 @@ from tasks.batch import (
     gate_records,
     key_check,
     manifest,
+    part_digest,
     parts,
     plan,
     publish,
@@ -173,6 +174,11 @@ def lend_inputs_to_challengers(patch: pytest.MonkeyPatch) -> None:
     put_back(patch, make, lambda *given, **named: make(*given, **{**named, "keeps_inputs": False}))
 
 
+def believe_the_digest_of_a_part(patch: pytest.MonkeyPatch) -> None:
+    read = part_digest.read_digests
+    put_back(patch, read, lambda data: (read(data)[0],) * 2)
+
+
 @pytest.mark.machines
 @pytest.mark.parametrize(
     ("mutation", "first", "seen"),
@@ -193,7 +199,8 @@ def lend_inputs_to_challengers(patch: pytest.MonkeyPatch) -> None:
             trust_in_rewritten_files, 175, "the table can't be read", id="a file of an upsert is lost or torn"
         ),
         pytest.param(list_challengers_last, 9, "list of its challengers", id="challengers are listed last"),
-        pytest.param(lend_inputs_to_challengers, 25, "is published with", id="a challenger writes over the inputs"),
+        pytest.param(lend_inputs_to_challengers, 39, "is published with", id="a challenger writes over the inputs"),
+        pytest.param(believe_the_digest_of_a_part, 59, "does not find", id="a verification reads no bytes of parts"),
         pytest.param(upsert_doubled_keys, 197, "has a key twice", id="keys of an upsert are not checked"),
     ],
 )
