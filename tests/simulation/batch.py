@@ -4,49 +4,43 @@ from __future__ import annotations
 
 import random
 import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from serving.errors import BadInput, Interrupted, OvernightError
-from tasks.batch.chunk_scheduler import Host
-from tasks.batch.comparison_records import audit_challengers, list_missing_chunks, save_challenger_parts
+from serving.errors import BadInput, OvernightError
+from tasks.batch.comparison_records import save_challenger_parts
 from tasks.batch.key_check import check_run_keys
-from tasks.batch.manifest import Manifest, find_intact_manifest
-from tasks.batch.memory import check_memory
+from tasks.batch.manifest import Manifest
 from tasks.batch.options import BatchOptions
-from tasks.batch.parts import count_rows_done
 from tasks.batch.plan import Plan
-from tasks.batch.publish import Audit, audit_parts, check_rows_add_up, count_rejects, publish
+from tasks.batch.publish import Audit, publish
 from tasks.batch.resolve import (
     CompleteRun,
     ResumedRun,
     RunRequest,
-    choose_slots,
     find_run,
-    load_planned_challengers,
     make_request,
     restage_plan,
 )
 from tasks.batch.run_records import RunStart, confirm_plan, load_start, save_start
-from tasks.batch.score import Scorer
-from tasks.batch.scoring_result import ScoringResult, check_rejects
 from tasks.spot.drain import Drain, sigterm_notice
 from tasks.storage import Storage, check_create_only, open_storage
 from tests.simulation.bits import BitWorld
 from tests.simulation.challengers import ChallengerOracle
 from tests.simulation.cleaning import CleaningWorld
-from tests.simulation.data import CONTRACT, Source, ToyModel, ToyResolved, expected, load_toy
+from tests.simulation.data import Source, ToyResolved, expected, load_toy
 from tests.simulation.delta import DeltaOracle
+from tests.simulation.features import Features, choose_contract
 from tests.simulation.gates import GateWorld
 from tests.simulation.oracle import Oracle
-from tests.simulation.scheduler import Actor, ActorExecutor, Killed, Process, Scheduler, Stuck
+from tests.simulation.scheduler import Actor, Killed, Process, Scheduler, Stuck
+from tests.simulation.scoring import score_plan
 from tests.simulation.storage import SimulatedStorage
 
-SOURCE, DESTINATION = "sim://source", "sim://destination"
-_PASSES_MAX = 3
+SOURCE, FEATURES, DESTINATION = "sim://source", "sim://features", "sim://destination"
 _PAUSE_SECONDS = 2.0
 _RESUMES, _JOINS, _APPROVALS = 0.5, 0.2, 0.3
 
@@ -69,7 +63,9 @@ class BatchWorld:
     scheduler: Scheduler
     chance: random.Random
     source: Source
-    source_storage: SimulatedStorage
+    features: Features | None
+    # What runs read, by their addresses.
+    inputs: dict[str, SimulatedStorage]
     destination: SimulatedStorage
     oracle: Oracle
     delta: DeltaOracle | None
@@ -102,6 +98,8 @@ class BatchWorld:
         self.destination.on_list = self.cleaning.see_list
         self.destination.on_delete = self.cleaning.see_delete
         self.source.write_some()
+        if self.features is not None:
+            self.features.write_some()
         self.scheduler.kill_rate = self.destination.weather.kill
         actors = [self._spawn(f"caller-{at}", self._call_often) for at in range(self.callers)]
         fiend = self._spawn("fiend", self._do_mischief)
@@ -112,7 +110,7 @@ class BatchWorld:
         self.bits.restore_source()
         self.cleaning.wait()
         self.scheduler.kill_rate = 0.0
-        for storage in (self.source_storage, self.destination):
+        for storage in (*self.inputs.values(), self.destination):
             storage.weather = storage.weather.without_faults()
         # Then come those that were left, behind runs that are newer by now.
         begun_last = [self._new_flow_run(options) for options in self.menu]
@@ -129,7 +127,7 @@ class BatchWorld:
 
     def _clean_at_last(self) -> None:
         """Mend what a cleaning has taken, and drop older runs; a call that finds its run dropped scores it again."""
-        for plan in self.cleaning.list_mendable(self.source_storage):
+        for plan in self.cleaning.list_mendable(self.inputs):
             start = RunStart(run=plan.run, key=plan.key)
             self.destination.write(f"_overnight/starts/mend-{plan.run}.json", start.model_dump_json().encode())
             mended = self._attempt_apart(FlowRun(id=f"mend-{plan.run}", options=self.menu[0], keys=[plan.key]))
@@ -236,7 +234,7 @@ class BatchWorld:
             check_create_only(storage)
             plan = restage_plan(plan, storage) if isinstance(run, ResumedRun) and run.damaged else plan
             self.gates.open_baseline(storage, plan)
-            audit, others = self._score(plan, storage, flow_run.options, process)
+            audit, others = score_plan(self.scheduler, process, plan, storage, flow_run.options, self.drains)
             self._check_keys(storage, plan, audit)
             self.gates.pass_run(storage, plan, self.began[process])
             confirmed = confirm_plan(storage, plan)
@@ -278,70 +276,17 @@ class BatchWorld:
 
     def _resolve_request(self, flow_run: FlowRun) -> RunRequest:
         resolved: Any = ToyResolved(self.version)
-        request = make_request(resolved, CONTRACT, SOURCE, DESTINATION, flow_run.options)
+        options, keys = flow_run.options, flow_run.options.key_columns
+        request = make_request(resolved, choose_contract(options.features), SOURCE, DESTINATION, options)
         rows = {file.path: self.source.rows_of(file.entry) for file in request.snapshot.files}
-        keys = flow_run.options.key_columns
-        self.oracle.ask(request.key, expected(rows, resolved.version, keys))
+        is_joined = self.features is not None and options.features
+        own = self.features.join(rows, request.features[0], options.features[0]) if is_joined else rows
+        self.oracle.ask(request.key, expected(own, resolved.version, keys))
         versions = [int(each.pin.version) for each in request.challengers]
         self.challengers.ask(request.key, {version: expected(rows, version, keys) for version in versions})
         self.bits.ask(request.key, request.snapshot)
         flow_run.keys.append(request.key)
         return request
-
-    def _score(
-        self, plan: Plan, storage: Storage, options: BatchOptions, process: Process
-    ) -> tuple[Audit, dict[int, Audit]]:
-        """Score what is missing, as flows.batch does it; return the audits of the model and of its challengers."""
-        model = ToyModel(int(plan.model.version))
-        challengers = load_planned_challengers(plan, options, storage)
-        slots = choose_slots(options, model)
-        check_memory(plan, slots, options, [model, *challengers])
-        host = Host(
-            clock=lambda: self.scheduler.now,
-            wait=self.scheduler.wait,
-            random=random.Random(self.chance.random()),
-            blocks_ahead=0,
-            writer=lambda: ActorExecutor(self.scheduler),
-        )
-        fraction = options.max_reject_fraction
-        scorer = Scorer(
-            plan=plan,
-            destination=storage,
-            model=model,
-            challengers=challengers,
-            max_reject_fraction=fraction,
-            host=host,
-        )
-        self.drains.append(scorer.drain)
-        for _ in range(_PASSES_MAX):
-            scored = self._score_pass(scorer, slots, process)
-            if scorer.drain.notice is not None and count_rows_done(storage, plan) < plan.rows:
-                message = "This process was told to go."
-                raise Interrupted(message)
-            if scored.faults and find_intact_manifest(storage, plan.run) is None:
-                raise next(iter(scored.faults.values()))
-            audit, others = audit_parts(storage, plan), audit_challengers(storage, plan)
-            if not audit.missing and not list_missing_chunks(others):
-                break
-        check_rows_add_up(plan, audit)
-        rejects = Counter({(count.column, count.reason): count.rows for count in count_rejects(audit)})
-        check_rejects(rejects, plan, fraction)
-        return audit, others
-
-    def _score_pass(self, scorer: Scorer, slots: int, process: Process) -> ScoringResult:
-        """Score shards side by side in slots, as flows.runtime.task_runners does it."""
-        scored, shards = ScoringResult(), deque(scorer.scheduler.begin())
-
-        def work() -> None:
-            while shards and not scorer.scheduler.is_stopping():
-                scored.add(scorer.score_shard(shards.popleft()))
-
-        actors = [self.scheduler.spawn(process, f"{process.name}/slot-{at}", work) for at in range(slots)]
-        for actor in actors:
-            self.scheduler.join(actor)
-        for actor in actors:
-            actor.value()
-        return scored
 
     def _do_mischief(self) -> None:
         while not self.is_over:
@@ -353,6 +298,10 @@ class BatchWorld:
 
     def _change_source(self) -> None:
         self.source.change()
+
+    def _change_features(self) -> None:
+        if self.features is not None:
+            self.features.change()
 
     def _promote_model(self) -> None:
         self.version = self.chance.randint(1, 4)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import random
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Self
@@ -44,15 +44,16 @@ CONTRACT = Contract(
 _WRITES_OVER, _FAILS_ON_ROWS, _FAILS = 5, 6, 7
 _B_MAX = 7.5
 
-Row = tuple[int, float | None, float]
+Row = tuple[int, float | None, float | None]
 # The key of a row as text, its prediction, and whether it is a reject.
 Answered = tuple[tuple[str, ...], float | None, bool]
 
 
-def answer(version: int, a: float | None, b: float) -> float | None:
+def answer(version: int, a: float | None, b: float | None) -> float | None:
     """Return the model's own answer to a row, None for a reject."""
-    is_reject = a is None or (version in (_FAILS_ON_ROWS, _FAILS) and b > _B_MAX)
-    return None if a is None or is_reject else a * version + b
+    if a is None or b is None or (version in (_FAILS_ON_ROWS, _FAILS) and b > _B_MAX):
+        return None
+    return a * version + b
 
 
 def may_fail(version: int) -> bool:
@@ -147,8 +148,15 @@ def load_toy(resolved: ToyResolved, contract: Contract, *, allow_pickle: bool, p
 class Source:
     """Files of rows in a simulated storage, and every version of each that there has been."""
 
-    def __init__(self, storage: SimulatedStorage, chance: random.Random, kind: str) -> None:
-        self._storage, self._chance, self._kind = storage, chance, kind
+    def __init__(
+        self,
+        storage: SimulatedStorage,
+        chance: random.Random,
+        kind: str,
+        more_columns: Callable[[Sequence[int]], dict[str, pa.Array]] = lambda _ids: {},
+    ) -> None:
+        self.kind = kind
+        self._storage, self._chance, self._more_columns = storage, chance, more_columns
         self._rows: dict[Entry, list[Row]] = {}
         self._next = 0
 
@@ -188,7 +196,7 @@ class Source:
 
     def _write_new(self, rows: list[Row] | None = None) -> None:
         self._next += 1
-        self._write(f"f{self._next}.{self._kind}", rows or self._some_rows())
+        self._write(f"f{self._next}.{self.kind}", rows or self._some_rows())
 
     def _some_rows(self) -> list[Row]:
         rows = []
@@ -199,13 +207,15 @@ class Source:
         return rows
 
     def _write(self, path: str, rows: list[Row]) -> None:
-        entry = self._storage.write(path, _file_bytes(rows, self._kind, self._chance.choice([5, 9, 50])))
+        more = self._more_columns([number for number, _, _ in rows])
+        entry = self._storage.write(path, _file_bytes(rows, more, self.kind, self._chance.choice([5, 9, 50])))
         self._rows[entry] = rows
 
 
-def _file_bytes(rows: Sequence[Row], kind: str, rows_per_group: int) -> bytes:
+def _file_bytes(rows: Sequence[Row], more: dict[str, pa.Array], kind: str, rows_per_group: int) -> bytes:
     ids, a, b = zip(*rows, strict=True)
-    table = pa.table({"id": pa.array(ids, pa.int64()), "a": pa.array(a, pa.float64()), "b": pa.array(b, pa.float64())})
+    own = {"id": pa.array(ids, pa.int64()), "a": pa.array(a, pa.float64()), "b": pa.array(b, pa.float64())}
+    table = pa.table(own | more)
     sink = io.BytesIO()
     if kind == "parquet":
         pq.write_table(table, sink, row_group_size=rows_per_group)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 from typing import Literal
 
+from tasks.batch.feature_table import FeatureTable
 from tasks.batch.options import BatchOptions, Reuse, TableMode
 from tests.simulation.gates import make_gate
 
-_UPSERTS, _CHALLENGED, _SCORED_AGAIN = 0.6, 0.7, 0.5
+_UPSERTS, _CHALLENGED, _SCORED_AGAIN, _JOINED = 0.6, 0.7, 0.5, 0.6
 # The first two may be the model of a run too: such a call is refused.
 _CHALLENGER_VERSIONS = range(3, 8)
 
@@ -52,3 +53,11 @@ def _add_challengers(chance: random.Random, options: BatchOptions) -> BatchOptio
     addresses = tuple(f"models:/toy/{version}" for version in versions)
     reuse: Reuse = "none" if chance.random() < _SCORED_AGAIN else "same"
     return options.model_copy(update={"challengers": addresses, "reuse": reuse})
+
+
+def add_features(chance: random.Random, menu: list[BatchOptions], source: str) -> list[BatchOptions]:
+    """Return the options with a feature table at an address in some of them."""
+    age = chance.choice([None, "20m"])
+    table = FeatureTable(source=source, join_keys=("entity",), time="known", max_age=age)
+    joined = {"features": (table,), "spine_time": "t"}
+    return [options.model_copy(update=joined) if chance.random() < _JOINED else options for options in menu]

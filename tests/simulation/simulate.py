@@ -17,14 +17,15 @@ from unittest.mock import patch
 
 from tasks.batch import challengers, key_check, resolve, upsert
 from tasks.storage import register_scheme
-from tests.simulation.batch import DESTINATION, SOURCE, BatchWorld
+from tests.simulation.batch import DESTINATION, FEATURES, SOURCE, BatchWorld
 from tests.simulation.bits import BitWorld
 from tests.simulation.challengers import ChallengerOracle
 from tests.simulation.cleaning import CleaningWorld
 from tests.simulation.data import Source, load_toy, open_toy, resolve_toy
 from tests.simulation.delta import DeltaOracle
+from tests.simulation.features import Features, make_spine
 from tests.simulation.gates import GateWorld
-from tests.simulation.menu import add_challengers, make_menu
+from tests.simulation.menu import add_challengers, add_features, make_menu
 from tests.simulation.oracle import Oracle
 from tests.simulation.scheduler import Scheduler, Stuck
 from tests.simulation.storage import SimulatedDisk, SimulatedStorage, Weather
@@ -40,7 +41,7 @@ _MISCHIEF = (
 _STREAM_MISCHIEF = ("promote_model", "delete_everything", "delete_plan", "damage_part")
 _DELIVERY_RATE = 0.1
 _STREAM_SHARE, _DELTA_SHARE, _CLEANING_SHARE, _GATE_SHARE = 0.2, 0.5, 0.6, 0.3
-_CHALLENGER_SHARE, _FLIP_SHARE = 0.12, 0.12
+_CHALLENGER_SHARE, _FLIP_SHARE, _FEATURE_SHARE = 0.12, 0.12, 0.12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +119,8 @@ def _make_batch(chance: random.Random, more: random.Random, scratch: Path) -> Ba
     if destination.is_disk and chance.random() < _DELTA_SHARE:
         output = "delta"
     menu = make_menu(chance, output, is_gated=chance.random() < _GATE_SHARE)
-    is_challenged, is_flipped = (more.random() < share for share in (_CHALLENGER_SHARE, _FLIP_SHARE))
+    shares = (_CHALLENGER_SHARE, _FLIP_SHARE, _FEATURE_SHARE)
+    is_challenged, is_flipped, is_joined = (more.random() < share for share in shares)
     if is_challenged:
         menu = add_challengers(more, menu)
     is_delta = menu[0].output == "delta"
@@ -132,7 +134,12 @@ def _make_batch(chance: random.Random, more: random.Random, scratch: Path) -> Ba
     if is_cleaned:
         # More of what makes runs of many that have parts of one another, and less of what takes them all.
         mischief = [what for what in mischief if chance.random() < 0.5] + ["clean", "clean", "change_source"]
-    source = Source(storages[SOURCE], chance, chance.choice(["parquet", "parquet", "csv"]))
+    kind = chance.choice(["parquet", "parquet", "csv"])
+    source, features = Source(storages[SOURCE], chance, kind), None
+    if is_joined and kind == "parquet":
+        source = Source(storages[SOURCE], chance, kind, make_spine)
+        features, menu = Features(storages[FEATURES], chance), add_features(more, menu, FEATURES)
+        mischief.append("change_features")
     if is_flipped:
         # A gate judges by what footers say, and a table is rewritten from rows: a wrong bit goes on there.
         mischief += ["flip_source"] if is_delta or menu[0].gate else ["flip_source", "flip_part", "flip_part"]
@@ -140,7 +147,8 @@ def _make_batch(chance: random.Random, more: random.Random, scratch: Path) -> Ba
         scheduler=scheduler,
         chance=chance,
         source=source,
-        source_storage=storages[SOURCE],
+        features=features,
+        inputs={url: storages[url] for url in (SOURCE, FEATURES)},
         destination=destination,
         oracle=oracle,
         delta=DeltaOracle(oracle, menu[0]) if is_delta else None,
@@ -176,17 +184,17 @@ def _make_stream(chance: random.Random, scratch: Path) -> StreamWorld:
 
 
 def _make_storages(chance: random.Random, scratch: Path) -> tuple[Scheduler, dict[str, SimulatedStorage]]:
-    """Return two storages of one kind, which open_storage opens by their addresses, the destination with its faults."""
+    """Return storages of one kind, which open_storage opens by their addresses, the destination with its faults."""
     storages: dict[str, SimulatedStorage] = {}
 
     def deliver() -> None:
         if chance.random() < _DELIVERY_RATE:
-            for storage in storages.values():
-                storage.deliver(int(chance.random() * 10))
+            for url in (SOURCE, DESTINATION):
+                storages[url].deliver(int(chance.random() * 10))
 
     scheduler = Scheduler(chance, steps_max=STEPS_MAX, on_step=deliver)
     kind = chance.choice([SimulatedDisk, SimulatedStorage])
-    for url in (SOURCE, DESTINATION):
+    for url in (SOURCE, FEATURES, DESTINATION):
         folder = scratch / url.rpartition("/")[2]
         folder.mkdir()
         storages[url] = kind(scheduler, url, folder, Weather())

@@ -179,6 +179,12 @@ def believe_the_digest_of_a_part(patch: pytest.MonkeyPatch) -> None:
     put_back(patch, read, lambda data: (read(data)[0],) * 2)
 
 
+def take_parts_of_other_features(patch: pytest.MonkeyPatch) -> None:
+    identify = plan._identify_features
+    # All but which files they are of.
+    put_back(patch, identify, lambda pin, contract: identify(pin, contract)[:-1])
+
+
 @pytest.mark.machines
 @pytest.mark.parametrize(
     ("mutation", "first", "seen"),
@@ -201,6 +207,7 @@ def believe_the_digest_of_a_part(patch: pytest.MonkeyPatch) -> None:
         pytest.param(list_challengers_last, 9, "list of its challengers", id="challengers are listed last"),
         pytest.param(lend_inputs_to_challengers, 39, "is published with", id="a challenger writes over the inputs"),
         pytest.param(believe_the_digest_of_a_part, 59, "does not find", id="a verification reads no bytes of parts"),
+        pytest.param(take_parts_of_other_features, 315, "is published with", id="a run has parts of other features"),
         pytest.param(upsert_doubled_keys, 197, "has a key twice", id="keys of an upsert are not checked"),
     ],
 )

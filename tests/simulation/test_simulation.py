@@ -20,6 +20,7 @@ HAPPENINGS = (
     *("mischief: delete_plan", "mischief: delete_starts", "mischief: damage_part", "mischief: move_clocks"),
     *("mischief: clean", "the cleaning drops (", "ApprovalNeeded", "approver", "rewritten/"),
     *("mischief: flip_part", "mischief: flip_source", "is put right", "a verification finds the wrong bits"),
+    *("mischief: change_features", "sim://features open"),
     *("/challengers.json: True", "/given-up-", "/challengers/2/part-"),
 )
 
