@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from tasks.batch.parts import ChunkId, list_followed, list_parts, list_parts_from, part_path
@@ -59,6 +60,7 @@ class Host:
     random: random.Random = field(default_factory=random.Random)
     blocks_ahead: int = 2
     writer: Callable[[], Executor] = _open_writer
+    lock: Callable[[], AbstractContextManager[object]] = threading.Lock
 
 
 class ChunkScheduler:

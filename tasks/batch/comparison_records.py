@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import polars as pl
 
-from serving.errors import BadInput, NoCompleteRun, OvernightError
+from serving.errors import BadInput, NoCompleteRun, OvernightError, PublishRefused, StorageFault
 from serving.model.contract import Frozen
 from tasks.batch.challenger_rules import Labels, PromoteIf
 from tasks.batch.compare import compare_challenger
@@ -51,6 +51,11 @@ def save_challenger_parts(storage: Storage, plan: Plan, audits: Mapping[int, Aud
     """Write the list of all parts of challengers, just before their run is published; the first one stands.
 
     A challenger that still lacks parts is given up.
+
+    Raises:
+        StorageFault: The list can't be read back.
+        DestinationUnusable: What stands there does not read.
+        PublishRefused: What stands there is the list of another plan.
     """
     if not plan.challengers:
         return
@@ -71,7 +76,19 @@ def save_challenger_parts(storage: Storage, plan: Plan, audits: Mapping[int, Aud
             )
         )
     record = ChallengersRecord(run=plan.run, plan_digest=plan.digest, challengers=tuple(found))
-    storage.put_new(record_path(plan.run), record.model_dump_json().encode())
+    path = record_path(plan.run)
+    storage.put_new(path, record.model_dump_json().encode())
+    standing = read_record(storage, path, ChallengersRecord)
+    if standing is None:
+        message = f"The list of the challengers' parts must be readable once written, but is gone from {path}."
+        raise StorageFault(message)
+    if standing.plan_digest != plan.digest:
+        message = (
+            f"{storage.address(path)} must list the parts of plan {plan.digest[:12]}, got those of plan "
+            f"{standing.plan_digest[:12]}: a run of this name was planned before, and some of its records were deleted."
+            f" Nothing was published. Delete {path} below the destination, and call again."
+        )
+        raise PublishRefused(message)
 
 
 class ComparedRun(Frozen):

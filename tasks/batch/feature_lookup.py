@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 import json
 import threading
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -35,10 +36,17 @@ Range = tuple[Any, Any]
 
 
 class FeatureLookup:
-    """Finds the features of rows for all slots of a process; its methods may be called from many threads at once."""
+    """Finds the features of rows for all slots of a process; its methods may be called from many threads at once.
 
-    def __init__(self, features: Sequence[FeaturePin]) -> None:
-        self._tables = [_KeptTable(pin) if pin.is_kept else _FilesTable(pin) for pin in features]
+    Each table is read under a lock of its own.
+    """
+
+    def __init__(
+        self,
+        features: Sequence[FeaturePin],
+        make_lock: Callable[[], AbstractContextManager[object]] = threading.Lock,
+    ) -> None:
+        self._tables = [(_KeptTable if pin.is_kept else _FilesTable)(pin, make_lock()) for pin in features]
 
     def find(self, spine: pa.Table, time: str) -> pa.Table:
         """Return the features of the rows of a chunk, by the names that the model has for them, in its order.
@@ -72,7 +80,7 @@ class _KeptTable:
     """A feature table that is read once, when the first chunk needs it, and kept sorted in memory."""
 
     pin: FeaturePin
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _lock: AbstractContextManager[object]
     _sorted: SortedFeatures | None = None
 
     def find(self, spine: SpineRows, _keys: pa.Table, _time: str) -> pa.Table:
@@ -90,7 +98,7 @@ class _FilesTable:
     """A feature table that is read from its files for each chunk, as far as footers say that rows may match."""
 
     pin: FeaturePin
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _lock: AbstractContextManager[object]
     _footers: _Footers | None = None
 
     def find(self, spine: SpineRows, keys: pa.Table, time: str) -> pa.Table:

@@ -38,8 +38,6 @@ _DECIMAL_DIGITS_MAX = 38
 
 _NAME = re.compile(r"part-([0-9]{5}|[1-9][0-9]{5,})-([0-9]{4}|[1-9][0-9]{4,})(?:-([0-9a-f]{12}))?\.parquet")
 _DIGEST_SHOWN = 12
-# Says why a challenger was given up, beside its parts.
-_GIVEN_UP = "given-up.txt"
 # The keys that S3 lists in one call.
 _PAGE = 1000
 _FORMAT_VERSION_KEY = "overnight.format_version"
@@ -139,13 +137,18 @@ def _keep_whole(storage: Storage, plan: Plan, chunks: set[ChunkId]) -> set[Chunk
 
 def give_up_challenger(storage: Storage, plan: Plan, why: str) -> None:
     """Note that a challenger, by its plan, is scored no further in its run; the first reason stands."""
-    storage.put_new(f"{plan.parts_folder}/{_GIVEN_UP}", why.encode())
+    storage.put_new(_given_up_path(plan), why.encode())
 
 
 def read_given_up(storage: Storage, plan: Plan) -> str | None:
     """Return why a challenger was given up, None where it was not."""
-    data = storage.read(f"{plan.parts_folder}/{_GIVEN_UP}")
+    data = storage.read(_given_up_path(plan))
     return None if data is None else data.decode(errors="replace")
+
+
+def _given_up_path(plan: Plan) -> str:
+    """Return where it says that a challenger was given up: as a part, by its plan, since a name may have another."""
+    return f"{plan.parts_folder}/given-up-{plan.digest[:_DIGEST_SHOWN]}.txt"
 
 
 def list_followed(storage: Storage, plan: Plan) -> tuple[Plan, ...]:

@@ -87,9 +87,9 @@ class Scorer:
         disclose: Disclose = "values",
     ) -> None:
         use_jemalloc()
-        self.features = features or FeatureLookup(plan.features)
         self.plan, self.destination, self.model = plan, destination, model
         self.host = host or Host()
+        self.features = features or FeatureLookup(plan.features, self.host.lock)
         self.drain = Drain(self.host.clock)
         self.scheduler = ChunkScheduler(plan, destination, self.drain, joined=joined, host=self.host)
         followed = {each.place for each in list_followed(destination, plan)}

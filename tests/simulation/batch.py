@@ -4,40 +4,45 @@ from __future__ import annotations
 
 import random
 import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
-from serving.errors import BadInput, Interrupted, OvernightError
-from tasks.batch.chunk_scheduler import Host
+from serving.errors import BadInput, OvernightError
+from tasks.batch.comparison_records import save_challenger_parts
 from tasks.batch.key_check import check_run_keys
-from tasks.batch.manifest import Manifest, find_intact_manifest
-from tasks.batch.memory import check_memory
-from tasks.batch.options import BatchOptions, TableMode
-from tasks.batch.parts import count_rows_done
-from tasks.batch.plan import Plan, run_key
-from tasks.batch.publish import Audit, audit_parts, check_rows_add_up, count_rejects, publish
-from tasks.batch.resolve import CompleteRun, ResumedRun, RunRequest, choose_slots, find_run, restage_plan
+from tasks.batch.manifest import Manifest
+from tasks.batch.options import BatchOptions
+from tasks.batch.plan import Plan
+from tasks.batch.publish import Audit, publish
+from tasks.batch.resolve import (
+    CompleteRun,
+    ResumedRun,
+    RunRequest,
+    find_run,
+    make_request,
+    restage_plan,
+)
 from tasks.batch.run_records import RunStart, confirm_plan, load_start, save_start
-from tasks.batch.score import Scorer
-from tasks.batch.scoring_result import ScoringResult, check_rejects
-from tasks.batch.source import pin_source
 from tasks.spot.drain import Drain, sigterm_notice
 from tasks.storage import Storage, check_create_only, open_storage
+from tests.simulation.bits import BitWorld
+from tests.simulation.challengers import ChallengerOracle
 from tests.simulation.cleaning import CleaningWorld
-from tests.simulation.data import CONTRACT, Source, ToyModel, ToyResolved, expected, load_toy
+from tests.simulation.data import Source, ToyResolved, expected, load_toy
 from tests.simulation.delta import DeltaOracle
-from tests.simulation.gates import GateWorld, make_gate
+from tests.simulation.features import Features, choose_contract
+from tests.simulation.gates import GateWorld
 from tests.simulation.oracle import Oracle
-from tests.simulation.scheduler import Actor, ActorExecutor, Killed, Process, Scheduler, Stuck
+from tests.simulation.scheduler import Actor, Killed, Process, Scheduler, Stuck
+from tests.simulation.scoring import score_plan
 from tests.simulation.storage import SimulatedStorage
 
-SOURCE, DESTINATION = "sim://source", "sim://destination"
-_PASSES_MAX = 3
+SOURCE, FEATURES, DESTINATION = "sim://source", "sim://features", "sim://destination"
 _PAUSE_SECONDS = 2.0
-_RESUMES, _JOINS, _APPROVALS, _UPSERTS = 0.5, 0.2, 0.3, 0.6
+_RESUMES, _JOINS, _APPROVALS = 0.5, 0.2, 0.3
 
 
 @dataclass(kw_only=True)
@@ -48,6 +53,7 @@ class FlowRun:
     options: BatchOptions
     joins: str | None = None
     keys: list[str] = field(default_factory=list)
+    error: OvernightError | None = None
 
 
 @dataclass(kw_only=True)
@@ -57,12 +63,16 @@ class BatchWorld:
     scheduler: Scheduler
     chance: random.Random
     source: Source
-    source_storage: SimulatedStorage
+    features: Features | None
+    # What runs read, by their addresses.
+    inputs: dict[str, SimulatedStorage]
     destination: SimulatedStorage
     oracle: Oracle
     delta: DeltaOracle | None
     cleaning: CleaningWorld
     gates: GateWorld
+    challengers: ChallengerOracle
+    bits: BitWorld
     menu: list[BatchOptions]
     mischief: list[str]
     mischief_seconds: float
@@ -88,6 +98,8 @@ class BatchWorld:
         self.destination.on_list = self.cleaning.see_list
         self.destination.on_delete = self.cleaning.see_delete
         self.source.write_some()
+        if self.features is not None:
+            self.features.write_some()
         self.scheduler.kill_rate = self.destination.weather.kill
         actors = [self._spawn(f"caller-{at}", self._call_often) for at in range(self.callers)]
         fiend = self._spawn("fiend", self._do_mischief)
@@ -95,23 +107,27 @@ class BatchWorld:
             self.scheduler.join(actor).value()
         self.is_over = True
         self.scheduler.join(fiend).value()
+        self.bits.restore_source()
         self.cleaning.wait()
         self.scheduler.kill_rate = 0.0
-        for storage in (self.source_storage, self.destination):
+        for storage in (*self.inputs.values(), self.destination):
             storage.weather = storage.weather.without_faults()
         # Then come those that were left, behind runs that are newer by now.
-        for flow_run in [self._new_flow_run(options) for options in self.menu] + self.unfinished:
+        begun_last = [self._new_flow_run(options) for options in self.menu]
+        for flow_run in begun_last + self.unfinished:
             self.gates.refused.clear()
             self._attempt_apart(flow_run)
             self._approve_at_last(flow_run)
+        self.bits.check_restored(flow_run.error for flow_run in begun_last)
         while self.destination.has_late:
             self.destination.deliver()
         self.oracle.check_newest(self.scheduler.steps)
+        self.bits.check_verified()
         self._clean_at_last()
 
     def _clean_at_last(self) -> None:
         """Mend what a cleaning has taken, and drop older runs; a call that finds its run dropped scores it again."""
-        for plan in self.cleaning.list_mendable(self.source_storage):
+        for plan in self.cleaning.list_mendable(self.inputs):
             start = RunStart(run=plan.run, key=plan.key)
             self.destination.write(f"_overnight/starts/mend-{plan.run}.json", start.model_dump_json().encode())
             mended = self._attempt_apart(FlowRun(id=f"mend-{plan.run}", options=self.menu[0], keys=[plan.key]))
@@ -125,8 +141,10 @@ class BatchWorld:
 
     def _see_put(self, path: str, is_late: bool) -> None:  # noqa: FBT001 - as the storage calls it
         began = float("-inf") if is_late else self.began.get(self.scheduler.process, float("-inf"))
+        self.bits.see_put(path)
         self.cleaning.see_put(path)
         self.gates.see_put(path)
+        self.challengers.see_put(path, began)
         self.oracle.see_put(path, self.scheduler.steps, began)
 
     def _call_often(self) -> None:
@@ -191,7 +209,9 @@ class BatchWorld:
         except Killed:
             self.refusals["killed"] += 1
         except OvernightError as error:
+            flow_run.error = error
             self.refusals[type(error).__name__] += 1
+            self.bits.check_refusal(flow_run.keys, error)
             self.scheduler.tell(f"{flow_run.id} is refused: {type(error).__name__}: {error}")
         except Stuck:
             raise
@@ -214,10 +234,12 @@ class BatchWorld:
             check_create_only(storage)
             plan = restage_plan(plan, storage) if isinstance(run, ResumedRun) and run.damaged else plan
             self.gates.open_baseline(storage, plan)
-            audit = self._score(plan, storage, flow_run.options, process)
+            audit, others = score_plan(self.scheduler, process, plan, storage, flow_run.options, self.drains)
             self._check_keys(storage, plan, audit)
             self.gates.pass_run(storage, plan, self.began[process])
-            manifest = publish(storage, confirm_plan(storage, plan), audit)
+            confirmed = confirm_plan(storage, plan)
+            save_challenger_parts(storage, plan, others)
+            manifest = publish(storage, confirmed, audit)
         self._check(flow_run, plan, manifest, process)
 
     def _check_keys(self, storage: Storage, plan: Plan, audit: Audit) -> None:
@@ -225,6 +247,8 @@ class BatchWorld:
         if not plan.options.key_columns:
             return
         found = check_run_keys(storage, plan, audit.footers)
+        if self.oracle.wrong_parts:
+            return
         times = Counter(key for key, _, _ in self.oracle.wanted[plan.key])
         doubled = sum(rows > 1 for rows in times.values())
         if (times.total(), doubled) != (found.rows, found.doubled):
@@ -237,6 +261,7 @@ class BatchWorld:
         if self.delta is not None:
             self.delta.check(manifest.key)
         self.oracle.check_returned(manifest.run, manifest.key, flow_run.keys, self.began[process])
+        self.challengers.check_returned(manifest, self.began[process])
 
     def _find_start(self, flow_run: FlowRun, storage: Storage) -> RunStart | None:
         """Return what a flow run is tied to, as flows.runtime.joining does it, but for the wait."""
@@ -251,57 +276,17 @@ class BatchWorld:
 
     def _resolve_request(self, flow_run: FlowRun) -> RunRequest:
         resolved: Any = ToyResolved(self.version)
-        options = flow_run.options
-        snapshot = pin_source(SOURCE, DESTINATION)
-        key = run_key(resolved.pin, snapshot, CONTRACT, options)
-        rows = {file.path: self.source.rows_of(file.entry) for file in snapshot.files}
-        self.oracle.ask(key, expected(rows, resolved.version, options.key_columns))
-        flow_run.keys.append(key)
-        return RunRequest(resolved=resolved, snapshot=snapshot, contract=CONTRACT, options=options, key=key)
-
-    def _score(self, plan: Plan, storage: Storage, options: BatchOptions, process: Process) -> Audit:
-        model = ToyModel(int(plan.model.version))
-        slots = choose_slots(options, model)
-        check_memory(plan, slots, options)
-        host = Host(
-            clock=lambda: self.scheduler.now,
-            wait=self.scheduler.wait,
-            random=random.Random(self.chance.random()),
-            blocks_ahead=0,
-            writer=lambda: ActorExecutor(self.scheduler),
-        )
-        fraction = options.max_reject_fraction
-        scorer = Scorer(plan=plan, destination=storage, model=model, max_reject_fraction=fraction, host=host)
-        self.drains.append(scorer.drain)
-        for _ in range(_PASSES_MAX):
-            scored = self._score_pass(scorer, slots, process)
-            if scorer.drain.notice is not None and count_rows_done(storage, plan) < plan.rows:
-                message = "This process was told to go."
-                raise Interrupted(message)
-            if scored.faults and find_intact_manifest(storage, plan.run) is None:
-                raise next(iter(scored.faults.values()))
-            audit = audit_parts(storage, plan)
-            if not audit.missing:
-                break
-        check_rows_add_up(plan, audit)
-        rejects = Counter({(count.column, count.reason): count.rows for count in count_rejects(audit)})
-        check_rejects(rejects, plan, fraction)
-        return audit
-
-    def _score_pass(self, scorer: Scorer, slots: int, process: Process) -> ScoringResult:
-        """Score shards side by side in slots, as flows.runtime.task_runners does it."""
-        scored, shards = ScoringResult(), deque(scorer.scheduler.begin())
-
-        def work() -> None:
-            while shards and not scorer.scheduler.is_stopping():
-                scored.add(scorer.score_shard(shards.popleft()))
-
-        actors = [self.scheduler.spawn(process, f"{process.name}/slot-{at}", work) for at in range(slots)]
-        for actor in actors:
-            self.scheduler.join(actor)
-        for actor in actors:
-            actor.value()
-        return scored
+        options, keys = flow_run.options, flow_run.options.key_columns
+        request = make_request(resolved, choose_contract(options.features), SOURCE, DESTINATION, options)
+        rows = {file.path: self.source.rows_of(file.entry) for file in request.snapshot.files}
+        is_joined = self.features is not None and options.features
+        own = self.features.join(rows, request.features[0], options.features[0]) if is_joined else rows
+        self.oracle.ask(request.key, expected(own, resolved.version, keys))
+        versions = [int(each.pin.version) for each in request.challengers]
+        self.challengers.ask(request.key, {version: expected(rows, version, keys) for version in versions})
+        self.bits.ask(request.key, request.snapshot)
+        flow_run.keys.append(request.key)
+        return request
 
     def _do_mischief(self) -> None:
         while not self.is_over:
@@ -313,6 +298,10 @@ class BatchWorld:
 
     def _change_source(self) -> None:
         self.source.change()
+
+    def _change_features(self) -> None:
+        if self.features is not None:
+            self.features.change()
 
     def _promote_model(self) -> None:
         self.version = self.chance.randint(1, 4)
@@ -351,6 +340,12 @@ class BatchWorld:
         if self.drains:
             self.chance.choice(self.drains).add_notice(sigterm_notice(self.chance.uniform(0.1, 5)))
 
+    def _flip_part(self) -> None:
+        self.bits.flip_part()
+
+    def _flip_source(self) -> None:
+        self.bits.flip_source()
+
     def _clean(self) -> None:
         self.cleaning.start()
 
@@ -358,32 +353,3 @@ class BatchWorld:
         paths = [path for path in self.destination.objects if re.fullmatch(pattern, path)]
         self.destination.erase(paths)
         self.oracle.damaged_at = self.scheduler.steps
-
-
-def make_menu(
-    chance: random.Random, output: Literal["parquet", "delta"], *, is_gated: bool = False
-) -> list[BatchOptions]:
-    """Return the options that calls choose from: the same call with other slots, and one or two others."""
-    upserts = output == "delta" and chance.random() < _UPSERTS
-    keys = ("id",) if upserts else chance.choice([("id",), ()])
-    mode: TableMode = "upsert" if upserts else chance.choice(["append", "replace"])
-    name = chance.choice([None, None, "nightly"]) if output == "parquet" else None
-    base = BatchOptions(
-        key_columns=keys,
-        name=name,
-        batch_size=chance.choice([2, 4]),
-        rows_per_chunk=chance.choice([4, 8, 12]),
-        slots=chance.randint(1, 4),
-        memory_mb=1024,
-        max_reject_fraction=1.0,
-        output=output,
-        delta_mode=mode,
-        missing_keys=chance.choice(["keep", "keep", "delete", "mark"]) if upserts else "keep",
-        gate=make_gate(chance) if is_gated else None,
-    )
-    menu = [base, base.model_copy(update={"slots": chance.choice([n for n in (1, 2, 3, 4) if n != base.slots])})]
-    if chance.random() < 0.6:
-        menu.append(base.model_copy(update={"rows_per_chunk": chance.choice([4, 8, 12]), "name": None}))
-    if chance.random() < 0.4:
-        menu.append(base.model_copy(update={"batch_size": chance.choice([2, 4]), "workers": 2}))
-    return menu

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -77,15 +77,16 @@ class CleaningWorld:
         if self._last is not None:
             self._end(self._last)
 
-    def list_mendable(self, source: SimulatedStorage) -> list[Plan]:
+    def list_mendable(self, inputs: Mapping[str, SimulatedStorage]) -> list[Plan]:
         """Return the plans of published runs that a cleaning took parts of, and whose sources are as they were."""
         found: list[Plan] = []
         for run in sorted(self.lost):
             plan, manifest = self._read_plan(run), self._read_manifest(run)
             if plan is None or manifest is None or plan.digest != manifest.plan_digest:
                 continue
-            there = {entry.path: entry for _, entry in source.objects.values()}
-            if all((at := there.get(file.path)) and at == file.entry for file in plan.source.files):
+            pinned = [plan.source, *(pin.snapshot for pin in plan.features)]
+            files = [(inputs[each.root].objects.get(file.path), file) for each in pinned for file in each.files]
+            if all(at is not None and at[1] == file.entry for at, file in files):
                 found.append(plan)
         return found
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import io
 import random
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, Self
 
 import numpy.typing as npt
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from serving.errors import ModelUnfit
 from serving.model.contract import Column, Contract, Input, Output
 from serving.model.encoding import BatchUnit, Encoded
 from serving.model.interface import Engine, TuningLimits
@@ -37,14 +39,26 @@ CONTRACT = Contract(
     outputs=(Output(name="y", dtype="float64"),),
 )
 
-Row = tuple[int, float | None, float]
+# Versions from the fifth on are challengers alone. One writes over its inputs, one fails on some rows, and one for good
+# where it meets such a row.
+_WRITES_OVER, _FAILS_ON_ROWS, _FAILS = 5, 6, 7
+_B_MAX = 7.5
+
+Row = tuple[int, float | None, float | None]
 # The key of a row as text, its prediction, and whether it is a reject.
 Answered = tuple[tuple[str, ...], float | None, bool]
 
 
-def answer(version: int, a: float | None, b: float) -> float | None:
+def answer(version: int, a: float | None, b: float | None) -> float | None:
     """Return the model's own answer to a row, None for a reject."""
-    return None if a is None else a * version + b
+    if a is None or b is None or (version in (_FAILS_ON_ROWS, _FAILS) and b > _B_MAX):
+        return None
+    return a * version + b
+
+
+def may_fail(version: int) -> bool:
+    """Return whether the model may be given up: also where it fails on each row of its first batch."""
+    return version in (_FAILS_ON_ROWS, _FAILS)
 
 
 @dataclass(frozen=True)
@@ -65,7 +79,16 @@ class ToyModel:
     def predict(self, inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """Return y of N rows."""
         x_NF = inputs["x"]
-        return {"y": x_NF[:, 0] * self.version + x_NF[:, 1]}
+        if self.version == _FAILS and (x_NF[:, 1] > _B_MAX).any():
+            message = "A model must be whole, but this one is not."
+            raise ModelUnfit(message)
+        if self.version == _FAILS_ON_ROWS and (x_NF[:, 1] > _B_MAX).any():
+            message = "too large"
+            raise ValueError(message)
+        y_N = x_NF[:, 0] * self.version + x_NF[:, 1]
+        if self.version == _WRITES_OVER:
+            x_NF[:] = 0
+        return {"y": y_N}
 
     @contextlib.contextmanager
     def slot(self) -> Generator[None]:
@@ -89,6 +112,7 @@ class ToyResolved:
     # It runs in this process, as torch modules do.
     is_torch = True
     is_text = False
+    mlmodel = SimpleNamespace(flavors={})
 
     @property
     def pin(self) -> ModelPin:
@@ -101,6 +125,20 @@ class ToyResolved:
         """None: nothing is tuned."""
         return {}
 
+    def contract(self, *_options: object) -> Contract:
+        """Return the contract, which no option changes."""
+        return CONTRACT
+
+
+def resolve_toy(address: str) -> ToyResolved:
+    """Return the version that an address names, as serving.model.registry.resolve_model does."""
+    return ToyResolved(int(address.rpartition("/")[2]))
+
+
+def open_toy(*, version: str, **_told: str) -> ToyResolved:
+    """Open a version, as serving.model.registry.open_model does."""
+    return ToyResolved(int(version))
+
 
 def load_toy(resolved: ToyResolved, contract: Contract, *, allow_pickle: bool, processes: ProcessOptions) -> ToyModel:
     """Load the model of a version."""
@@ -110,8 +148,15 @@ def load_toy(resolved: ToyResolved, contract: Contract, *, allow_pickle: bool, p
 class Source:
     """Files of rows in a simulated storage, and every version of each that there has been."""
 
-    def __init__(self, storage: SimulatedStorage, chance: random.Random, kind: str) -> None:
-        self._storage, self._chance, self._kind = storage, chance, kind
+    def __init__(
+        self,
+        storage: SimulatedStorage,
+        chance: random.Random,
+        kind: str,
+        more_columns: Callable[[Sequence[int]], dict[str, pa.Array]] = lambda _ids: {},
+    ) -> None:
+        self.kind = kind
+        self._storage, self._chance, self._more_columns = storage, chance, more_columns
         self._rows: dict[Entry, list[Row]] = {}
         self._next = 0
 
@@ -143,9 +188,15 @@ class Source:
         """Return the rows of one version of a file."""
         return self._rows[entry]
 
+    def replace(self, entry: Entry, data: bytes) -> Entry:
+        """Write other bytes over a version of a file, which hold the same rows or can't be read; return the new one."""
+        written = self._storage.write(entry.path, data)
+        self._rows[written] = self._rows[entry]
+        return written
+
     def _write_new(self, rows: list[Row] | None = None) -> None:
         self._next += 1
-        self._write(f"f{self._next}.{self._kind}", rows or self._some_rows())
+        self._write(f"f{self._next}.{self.kind}", rows or self._some_rows())
 
     def _some_rows(self) -> list[Row]:
         rows = []
@@ -156,13 +207,15 @@ class Source:
         return rows
 
     def _write(self, path: str, rows: list[Row]) -> None:
-        entry = self._storage.write(path, _file_bytes(rows, self._kind, self._chance.choice([5, 9, 50])))
+        more = self._more_columns([number for number, _, _ in rows])
+        entry = self._storage.write(path, _file_bytes(rows, more, self.kind, self._chance.choice([5, 9, 50])))
         self._rows[entry] = rows
 
 
-def _file_bytes(rows: Sequence[Row], kind: str, rows_per_group: int) -> bytes:
+def _file_bytes(rows: Sequence[Row], more: dict[str, pa.Array], kind: str, rows_per_group: int) -> bytes:
     ids, a, b = zip(*rows, strict=True)
-    table = pa.table({"id": pa.array(ids, pa.int64()), "a": pa.array(a, pa.float64()), "b": pa.array(b, pa.float64())})
+    own = {"id": pa.array(ids, pa.int64()), "a": pa.array(a, pa.float64()), "b": pa.array(b, pa.float64())}
+    table = pa.table(own | more)
     sink = io.BytesIO()
     if kind == "parquet":
         pq.write_table(table, sink, row_group_size=rows_per_group)

@@ -38,6 +38,8 @@ class Oracle:
     planned: dict[str, Planned] = field(default_factory=dict)
     violations: list[str] = field(default_factory=list)
     damaged_at: int = -1
+    # Parts that have a wrong bit: what readers get of their runs is not looked at.
+    wrong_parts: set[str] = field(default_factory=set)
     dropped_at: dict[str, int] = field(default_factory=dict)
 
     def ask(self, key: str, answers: list[Answered]) -> None:
@@ -72,8 +74,10 @@ class Oracle:
     def _check_run(self, run: str, began: float, key: str | None = None) -> None:
         """Check the table of one run; where a call returned it, with a key, a reader must not be refused."""
         manifest = self._manifest(run)
+        if manifest is None or self._is_wrong(manifest):
+            return
         table = self._read(run, began, is_returned=key is not None)
-        if manifest is None or table is None:
+        if table is None:
             return
         if key is not None and manifest["key"] != key:
             self.violations.append(f"run {run} holds key {manifest['key']}, not {key} as the call said")
@@ -85,12 +89,12 @@ class Oracle:
         """Check that the table without a run's name is that of a run that no newer one is complete beside."""
         complete = [run for run in self.planned if self._manifest(run) is not None]
         newest = [run for run in complete if not any(self.is_newer(other, run) for other in complete)]
-        if not newest:
+        manifests = [self._manifest(run) for run in newest]
+        if not newest or any(manifest and self._is_wrong(manifest) for manifest in manifests):
             return
         table = self._read(None, began)
         if table is None:
             return
-        manifests = [self._manifest(run) for run in newest]
         if all(compare(table, self.wanted.get(manifest["key"])) for manifest in manifests if manifest):
             self.violations.append(f"the newest table is none of the newest runs: {newest}")
 
@@ -114,13 +118,16 @@ class Oracle:
 
     def _is_replaced(self, run: str) -> bool:
         """Whether another run has taken parts of a run out of their Delta table since, as the log itself says."""
-        manifest: Any = self._manifest(run)
+        manifest = self._manifest(run)
         if manifest is None or manifest["output"] != "delta":
             return False
         held = set(DeltaTable(str(self.folder)).file_uris())
         return any(f"{self.folder}/{part['path']}" not in held for part in manifest["parts"])
 
-    def _manifest(self, run: str) -> dict[str, str] | None:
+    def _is_wrong(self, manifest: dict[str, Any]) -> bool:
+        return any(part["path"] in self.wrong_parts for part in manifest["parts"])
+
+    def _manifest(self, run: str) -> dict[str, Any] | None:
         path = self.folder / "_overnight" / run / "manifest.json"
         try:
             return dict(json.loads(path.read_text()))

@@ -18,6 +18,7 @@ _EPOCH = datetime(2030, 1, 1, tzinfo=UTC)
 # An actor goes on at a step with this probability: runs of steps by one alone are as likely as quick changes.
 _GOES_ON = 0.4
 _THREAD_BYTES = 1 << 20
+_LOCK_SECONDS = 0.05
 
 
 class Killed(BaseException):
@@ -207,6 +208,22 @@ class Scheduler:
         if actor.waits_for is not None:
             return actor.waits_for.done
         return actor.resumes_at <= self.now
+
+
+class ActorLock:
+    """A lock for the actors of one process, who wait by the scheduler."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._is_held = False
+
+    def __enter__(self) -> None:
+        while self._is_held:
+            self._scheduler.sleep(_LOCK_SECONDS)
+        self._is_held = True
+
+    def __exit__(self, *_error: object) -> None:
+        self._is_held = False
 
 
 class ActorExecutor(Executor):

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 from unittest.mock import patch
 
-from tasks.batch import key_check, upsert
+from tasks.batch import challengers, key_check, resolve, upsert
 from tasks.storage import register_scheme
-from tests.simulation.batch import DESTINATION, SOURCE, BatchWorld, make_menu
+from tests.simulation.batch import DESTINATION, FEATURES, SOURCE, BatchWorld
+from tests.simulation.bits import BitWorld
+from tests.simulation.challengers import ChallengerOracle
 from tests.simulation.cleaning import CleaningWorld
-from tests.simulation.data import Source
+from tests.simulation.data import Source, load_toy, open_toy, resolve_toy
 from tests.simulation.delta import DeltaOracle
+from tests.simulation.features import Features, make_spine
 from tests.simulation.gates import GateWorld
+from tests.simulation.menu import add_challengers, add_features, make_menu
 from tests.simulation.oracle import Oracle
 from tests.simulation.scheduler import Scheduler, Stuck
 from tests.simulation.storage import SimulatedDisk, SimulatedStorage, Weather
@@ -34,6 +41,7 @@ _MISCHIEF = (
 _STREAM_MISCHIEF = ("promote_model", "delete_everything", "delete_plan", "damage_part")
 _DELIVERY_RATE = 0.1
 _STREAM_SHARE, _DELTA_SHARE, _CLEANING_SHARE, _GATE_SHARE = 0.2, 0.5, 0.6, 0.3
+_CHALLENGER_SHARE, _FLIP_SHARE, _FEATURE_SHARE = 0.12, 0.12, 0.12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +58,14 @@ class Outcome:
 
 def simulate(seed: int) -> Outcome:
     """Simulate what a seed says; the same seed takes the same steps."""
-    chance = random.Random(seed)
+    chance, more = random.Random(seed), random.Random(f"more of {seed}")
     memory = Path("/dev/shm")  # noqa: S108 - only to be quicker than a disk
     with tempfile.TemporaryDirectory(prefix="simulation-", dir=memory if memory.is_dir() else None) as scratch:
-        make = _make_stream if chance.random() < _STREAM_SHARE else _make_batch
-        world = make(chance, Path(scratch))
+        is_stream = chance.random() < _STREAM_SHARE
+        world = _make_stream(chance, Path(scratch)) if is_stream else _make_batch(chance, more, Path(scratch))
         violations = world.violations
         try:
-            # Threads of a pool would take steps side by side.
-            with patch.object(key_check, "map_ahead", _map_in_order), patch.object(upsert, "map_ahead", _map_in_order):
+            with _toys_for_models():
                 world.scheduler.run(world.run)
         except Stuck:
             violations.append(f"no end within {STEPS_MAX} steps")
@@ -79,20 +86,43 @@ def simulate_briefly(seed: int) -> Outcome:
     return replace(simulate(seed), trace=())
 
 
+@contextmanager
+def _toys_for_models() -> Generator[None]:
+    """Have models out of no registry, and no threads of a pool, which would take steps side by side."""
+    replaced: list[tuple[ModuleType, str, object]] = [
+        # The warnings of calls would go to the terminal.
+        (logging, "lastResort", logging.NullHandler()),
+        (key_check, "map_ahead", _map_in_order),
+        (upsert, "map_ahead", _map_in_order),
+        (challengers, "resolve_model", resolve_toy),
+        (resolve, "open_model", open_toy),
+        (resolve, "load_model", load_toy),
+    ]
+    with ExitStack() as stack:
+        for module, name, toy in replaced:
+            stack.enter_context(patch.object(module, name, toy))
+        yield
+
+
 def _map_in_order(work: Callable[[Any], Any], items: Iterable[Any], _threads: int) -> Generator[Any]:
     yield from map(work, items)
 
 
-def _make_batch(chance: random.Random, scratch: Path) -> BatchWorld:
+def _make_batch(chance: random.Random, more: random.Random, scratch: Path) -> BatchWorld:
+    """Return a world of batch calls; what `more` draws makes no seed another one that it draws nothing for."""
     scheduler, storages = _make_storages(chance, scratch)
     destination = storages[DESTINATION]
     if chance.random() < 0.3:
         storages[SOURCE].weather = Weather(error=0.02, lag=0.2)
-    oracle = Oracle(destination.root)
+    oracle, weather = Oracle(destination.root), destination.weather
     output: Literal["parquet", "delta"] = "parquet"
     if destination.is_disk and chance.random() < _DELTA_SHARE:
         output = "delta"
     menu = make_menu(chance, output, is_gated=chance.random() < _GATE_SHARE)
+    shares = (_CHALLENGER_SHARE, _FLIP_SHARE, _FEATURE_SHARE)
+    is_challenged, is_flipped, is_joined = (more.random() < share for share in shares)
+    if is_challenged:
+        menu = add_challengers(more, menu)
     is_delta = menu[0].output == "delta"
     # Without other rows or another model there is one run alone.
     mischief = [what for what in _CHANGES if chance.random() < 0.7] + [w for w in _MISCHIEF if chance.random() < 0.4]
@@ -104,16 +134,34 @@ def _make_batch(chance: random.Random, scratch: Path) -> BatchWorld:
     if is_cleaned:
         # More of what makes runs of many that have parts of one another, and less of what takes them all.
         mischief = [what for what in mischief if chance.random() < 0.5] + ["clean", "clean", "change_source"]
+    kind = chance.choice(["parquet", "parquet", "csv"])
+    source, features = Source(storages[SOURCE], chance, kind), None
+    if is_joined and kind == "parquet":
+        source = Source(storages[SOURCE], chance, kind, make_spine)
+        features, menu = Features(storages[FEATURES], chance), add_features(more, menu, FEATURES)
+        mischief.append("change_features")
+    if is_flipped:
+        # A gate judges by what footers say, and a table is rewritten from rows: a wrong bit goes on there.
+        mischief += ["flip_source"] if is_delta or menu[0].gate else ["flip_source", "flip_part", "flip_part"]
     return BatchWorld(
         scheduler=scheduler,
         chance=chance,
-        source=Source(storages[SOURCE], chance, chance.choice(["parquet", "parquet", "csv"])),
-        source_storage=storages[SOURCE],
+        source=source,
+        features=features,
+        inputs={url: storages[url] for url in (SOURCE, FEATURES)},
         destination=destination,
         oracle=oracle,
         delta=DeltaOracle(oracle, menu[0]) if is_delta else None,
         cleaning=cleaning,
         gates=gates,
+        challengers=ChallengerOracle(destination, oracle, loses_parts=bool(weather.torn or weather.lost)),
+        bits=BitWorld(
+            scheduler=scheduler,
+            source=source,
+            source_storage=storages[SOURCE],
+            destination=destination,
+            oracle=oracle,
+        ),
         menu=menu,
         mischief=[what for what in mischief if not (is_delta and what == "damage_part")],
         callers=chance.randint(1, 3),
@@ -136,17 +184,17 @@ def _make_stream(chance: random.Random, scratch: Path) -> StreamWorld:
 
 
 def _make_storages(chance: random.Random, scratch: Path) -> tuple[Scheduler, dict[str, SimulatedStorage]]:
-    """Return two storages of one kind, which open_storage opens by their addresses, the destination with its faults."""
+    """Return storages of one kind, which open_storage opens by their addresses, the destination with its faults."""
     storages: dict[str, SimulatedStorage] = {}
 
     def deliver() -> None:
         if chance.random() < _DELIVERY_RATE:
-            for storage in storages.values():
-                storage.deliver(int(chance.random() * 10))
+            for url in (SOURCE, DESTINATION):
+                storages[url].deliver(int(chance.random() * 10))
 
     scheduler = Scheduler(chance, steps_max=STEPS_MAX, on_step=deliver)
     kind = chance.choice([SimulatedDisk, SimulatedStorage])
-    for url in (SOURCE, DESTINATION):
+    for url in (SOURCE, FEATURES, DESTINATION):
         folder = scratch / url.rpartition("/")[2]
         folder.mkdir()
         storages[url] = kind(scheduler, url, folder, Weather())

@@ -10,7 +10,21 @@ from typing import Any
 
 import pytest
 
-from tasks.batch import clean, delta, gate_records, key_check, manifest, parts, plan, survey, upsert
+from serving.model import forward
+from tasks.batch import (
+    clean,
+    comparison_records,
+    delta,
+    gate_records,
+    key_check,
+    manifest,
+    part_digest,
+    parts,
+    plan,
+    publish,
+    survey,
+    upsert,
+)
 from tasks.batch.chunk_scheduler import ChunkScheduler
 from tasks.batch.column_statistics import add_tables
 from tasks.storage import base
@@ -143,11 +157,39 @@ def upsert_doubled_keys(patch: pytest.MonkeyPatch) -> None:
     put_back(patch, key_check.require_unique, lambda _check, _run: None)
 
 
+def list_challengers_last(patch: pytest.MonkeyPatch) -> None:
+    save, commit = comparison_records.save_challenger_parts, publish.publish
+
+    def publish_first(storage: base.Storage, of: plan.Plan, audit: publish.Audit) -> manifest.Manifest:
+        published = commit(storage, of, audit)
+        save(storage, of, comparison_records.audit_challengers(storage, of))
+        return published
+
+    put_back(patch, save, lambda *_given: None)
+    put_back(patch, commit, publish_first)
+
+
+def lend_inputs_to_challengers(patch: pytest.MonkeyPatch) -> None:
+    make = forward.Forward
+    put_back(patch, make, lambda *given, **named: make(*given, **{**named, "keeps_inputs": False}))
+
+
+def believe_the_digest_of_a_part(patch: pytest.MonkeyPatch) -> None:
+    read = part_digest.read_digests
+    put_back(patch, read, lambda data: (read(data)[0],) * 2)
+
+
+def take_parts_of_other_features(patch: pytest.MonkeyPatch) -> None:
+    identify = plan._identify_features
+    # All but which files they are of.
+    put_back(patch, identify, lambda pin, contract: identify(pin, contract)[:-1])
+
+
 @pytest.mark.machines
 @pytest.mark.parametrize(
     ("mutation", "first", "seen"),
     [
-        pytest.param(take_parts_of_any_plan, 112, "rows missing", id="parts of one plan count for another"),
+        pytest.param(take_parts_of_any_plan, 93, "rows missing", id="parts of one plan count for another"),
         pytest.param(take_parts_of_other_rows, 65, "rows missing", id="a run has parts of other rows"),
         pytest.param(probe_no_store, 373, "", id="a store that overwrites is not found out"),
         pytest.param(find_newest_by_clock, 93, "none of the newest runs", id="the newest run is so by a clock"),
@@ -162,6 +204,10 @@ def upsert_doubled_keys(patch: pytest.MonkeyPatch) -> None:
         pytest.param(
             trust_in_rewritten_files, 175, "the table can't be read", id="a file of an upsert is lost or torn"
         ),
+        pytest.param(list_challengers_last, 9, "list of its challengers", id="challengers are listed last"),
+        pytest.param(lend_inputs_to_challengers, 39, "is published with", id="a challenger writes over the inputs"),
+        pytest.param(believe_the_digest_of_a_part, 59, "does not find", id="a verification reads no bytes of parts"),
+        pytest.param(take_parts_of_other_features, 315, "is published with", id="a run has parts of other features"),
         pytest.param(upsert_doubled_keys, 197, "has a key twice", id="keys of an upsert are not checked"),
     ],
 )

@@ -19,6 +19,9 @@ HAPPENINGS = (
     *("mischief: change_source", "mischief: promote_model", "mischief: delete_everything", "mischief: delete_run"),
     *("mischief: delete_plan", "mischief: delete_starts", "mischief: damage_part", "mischief: move_clocks"),
     *("mischief: clean", "the cleaning drops (", "ApprovalNeeded", "approver", "rewritten/"),
+    *("mischief: flip_part", "mischief: flip_source", "is put right", "a verification finds the wrong bits"),
+    *("mischief: change_features", "sim://features open"),
+    *("/challengers.json: True", "/given-up-", "/challengers/2/part-"),
 )
 
 

@@ -25,7 +25,17 @@ from pydantic import ValidationError
 from sklearn import metrics
 from sklearn.dummy import DummyClassifier
 
-from serving.errors import BadInput, KeysUnfit, ModelFailed, ModelNotFound, SchemaMismatch
+from serving.errors import (
+    BadInput,
+    DestinationUnusable,
+    KeysUnfit,
+    ModelFailed,
+    ModelNotFound,
+    OvernightError,
+    PublishRefused,
+    SchemaMismatch,
+    StorageFault,
+)
 from serving.model.contract import Contract, Output
 from serving.model.encoding import Encoded
 from serving.model.interface import Engine
@@ -57,7 +67,15 @@ from tasks.batch.labels import join_labels, open_label_table
 from tasks.batch.manifest import Manifest, open_predictions
 from tasks.batch.memory import memory_bytes
 from tasks.batch.options import BatchOptions
-from tasks.batch.parts import count_done, list_done, list_parts, part_path, read_given_up, write_part
+from tasks.batch.parts import (
+    count_done,
+    give_up_challenger,
+    list_done,
+    list_parts,
+    part_path,
+    read_given_up,
+    write_part,
+)
 from tasks.batch.plan import Challenger, Plan, run_key
 from tasks.batch.promotion import check_alias
 from tasks.batch.publish import audit_parts, publish
@@ -66,7 +84,7 @@ from tasks.batch.run_records import save_plan
 from tasks.batch.score import Scorer
 from tasks.batch.scoring_result import ScoringResult
 from tasks.batch.verify import verify_run
-from tasks.storage import Storage, open_storage
+from tasks.storage import LocalStorage, Storage, open_storage
 from tests.support import register_script
 from tests.tasks.batch.small import PIN, a_contract, a_plan, numbers, put
 
@@ -392,6 +410,40 @@ def test_a_list_of_the_parts_of_challengers_that_was_edited_or_is_gone_is_named(
     assert "It must be of plan" in told[1]
     assert "It must name this challenger as number 1, got nothing" in told[2]
     assert "must be there once their run is published, but is gone" in told[4]
+
+
+class ForgetfulStorage(LocalStorage):
+    """Says that it has stored what it has not."""
+
+    def put_new(self, path: str, data: bytes | memoryview) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("standing", "error"), [("none", StorageFault), ("torn", DestinationUnusable), ("of another plan", PublishRefused)]
+)
+def test_a_run_is_not_published_without_its_own_list_of_the_parts_of_challengers(
+    plan: Plan, destination: Storage, standing: str, error: type[OvernightError]
+) -> None:
+    both, other = challenge(plan, a_contract("a", "b")), challenge(plan, a_contract("a"))
+    score(both, destination, Formula(), Formula(2.0))
+    storage = ForgetfulStorage(Path(destination.url)) if standing == "none" else destination
+    if standing == "torn":
+        storage.put_new(record_path(plan.run), b'{"run"')
+    elif standing == "of another plan":
+        save_challenger_parts(storage, other.model_copy(update={"digest": "0" * 64}), {})
+
+    with pytest.raises(error, match="challengers"):
+        save_challenger_parts(storage, both, audit_challengers(storage, both))
+
+
+def test_a_challenger_is_not_given_up_for_one_of_another_plan_of_the_same_name(
+    plan: Plan, destination: Storage
+) -> None:
+    before, now = challenge(plan, a_contract("a", "b")), challenge(plan, a_contract("a"))
+    give_up_challenger(destination, before.challenger_plans[0], "no such thing")
+
+    assert read_given_up(destination, now.challenger_plans[0]) is None
 
 
 def test_challengers_that_were_given_up_or_are_not_done_are_told_and_are_no_damage(
