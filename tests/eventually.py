@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 Seen = TypeVar("Seen")
+# How long a process gets to start and do its work: it imports for half a minute on a machine that others use as well.
+PROCESS_SECONDS = 240.0
 
 
 def eventually(
@@ -22,7 +24,7 @@ def eventually(
     It has a minute, and four where a process has to start and bring it about, whose end is a failure at once. Only
     whole runs on machines and clusters that start need other seconds.
     """
-    limit = seconds or (60.0 if process is None else 240.0)
+    limit = seconds or (60.0 if process is None else PROCESS_SECONDS)
     until, pause = time.monotonic() + limit, 0.005
     while True:
         has_ended = process is not None and process.poll() is not None

@@ -35,7 +35,7 @@ from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
 from tasks.batch.ownership import Owner, own_destination
 from tasks.storage import open_storage
-from tests.eventually import eventually
+from tests.eventually import PROCESS_SECONDS, eventually
 from tests.flows.children import start_child
 from tests.support import write_customers
 
@@ -157,7 +157,7 @@ def test_a_backfill_that_was_killed_goes_on_at_once_with_what_is_left(
 ) -> None:
     options = (ALL.model_dump_json(), OPTIONS.model_dump_json())
     with start_child("backfill_child.py", "2", doubling, str(source), str(tmp_path / "out"), *options) as child:
-        child.communicate(timeout=120)
+        child.communicate(timeout=PROCESS_SECONDS)
     report = fill(doubling, source, tmp_path / "out")
 
     assert -9 == child.returncode
@@ -173,7 +173,7 @@ def test_a_backfill_that_is_told_to_end_drains_its_run_and_goes_on_with_the_next
     with start_child("backfill_child.py", "99", sleepy, str(source), str(tmp_path / "out"), *asked) as child:
         eventually(lambda: list((tmp_path / "out").glob("date=*/run=*/part-*")), process=child)
         child.send_signal(signal.SIGTERM)
-        child.communicate(timeout=120)
+        child.communicate(timeout=PROCESS_SECONDS)
     parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("date=*/run=*/part-*")}
     from flows.backfill import backfill_inference
 

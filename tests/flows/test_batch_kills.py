@@ -13,6 +13,7 @@ import pytest
 from infra.local.prefect_server import PrefectServer
 from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
+from tests.eventually import PROCESS_SECONDS
 from tests.flows.children import call, score, start_child
 from tests.support import digests, write_customers
 
@@ -49,7 +50,7 @@ def run_child(
         environment={**os.environ, "PREFECT_LOGGING_LEVEL": "CRITICAL"},
         stdout=subprocess.PIPE,
     ) as child:
-        stdout, stderr = child.communicate(timeout=120)
+        stdout, stderr = child.communicate(timeout=PROCESS_SECONDS)
     return subprocess.CompletedProcess(child.args, child.returncode, stdout, stderr)
 
 

@@ -24,6 +24,7 @@ from tasks.batch.comparison_records import open_challenger
 from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
 from tasks.batch.report import BatchReport
+from tests.eventually import PROCESS_SECONDS
 from tests.flows.children import call, start_child
 from tests.prefect_events import find_events
 from tests.support import register_network, register_script, write_customers
@@ -205,7 +206,7 @@ def test_a_run_killed_with_a_part_of_one_model_alone_resumes_with_the_same_versi
     with start_child(
         "kill_child.py", "after a part", "8", *arguments, environment=environment, stdout=subprocess.PIPE
     ) as child:
-        child.communicate(timeout=120)
+        child.communicate(timeout=PROCESS_SECONDS)
     found = [len(list((tmp_path / "scores").glob(pattern))) for pattern in PATTERNS]
     report = infer(scripts[0], source, tmp_path / "scores", options)
     infer(scripts[0], source, tmp_path / "undisturbed", options)

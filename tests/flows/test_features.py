@@ -17,6 +17,7 @@ from tasks.batch.comparison_records import open_challenger
 from tasks.batch.feature_table import FeatureTable
 from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
+from tests.eventually import PROCESS_SECONDS
 from tests.flows.children import call, score, start_child
 from tests.support import digests, register_slow, write_customers
 
@@ -73,7 +74,7 @@ def test_a_killed_run_over_a_join_is_completed_to_the_bytes_of_an_undisturbed_on
         *("kill_child.py", "after a part", "4", *arguments),
         environment={**os.environ, "PREFECT_LOGGING_LEVEL": "CRITICAL"},
     ) as child:
-        child.communicate(timeout=120)
+        child.communicate(timeout=PROCESS_SECONDS)
     done = len(digests(tmp_path / "killed"))
     resumed = score(doubling, lake / "spine", tmp_path / "killed", options)
     undisturbed = score(doubling, lake / "spine", tmp_path / "undisturbed", options)

@@ -20,7 +20,7 @@ from tasks.batch.options import BatchOptions, Ray
 from tasks.batch.parts import list_parts
 from tasks.batch.run_records import load_plan
 from tasks.storage import open_storage
-from tests.eventually import eventually
+from tests.eventually import PROCESS_SECONDS, eventually
 from tests.flows.children import call, list_flow_runs, of_session, score, start_child
 from tests.support import digests, write_customers
 
@@ -70,7 +70,7 @@ def interrupted(
         for _ in range(times):
             os.killpg(child.pid, signal.SIGINT)
             time.sleep(0.3)
-        stderr = child.communicate(timeout=120)[1]
+        stderr = child.communicate(timeout=PROCESS_SECONDS)[1]
     return Ended(code=child.returncode, stderr=stderr, group=child.pid)
 
 

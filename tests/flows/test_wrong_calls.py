@@ -33,7 +33,7 @@ from serving.model.registry import resolve_model
 from tasks.batch.options import BatchOptions, CsvOptions
 from tasks.spot.purchase import PurchaseOptions
 from tasks.stream.options import FromNats, ToNats
-from tests.eventually import eventually
+from tests.eventually import PROCESS_SECONDS, eventually
 from tests.servers import hold_port
 from tests.support import register_script, write_customers
 
@@ -524,7 +524,9 @@ def test_a_script_ends_with_the_message_on_its_screen_and_at_most_twelve_lines(p
         )
         for line, _ in PROGRAMS.values()
     ]
-    screens = {name: process.communicate(timeout=100)[0] for name, process in zip(PROGRAMS, started, strict=True)}
+    screens = {
+        name: process.communicate(timeout=PROCESS_SECONDS)[0] for name, process in zip(PROGRAMS, started, strict=True)
+    }
 
     assert {1} == {process.returncode for process in started}
     for name, (_, expected) in PROGRAMS.items():

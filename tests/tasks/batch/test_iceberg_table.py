@@ -36,6 +36,7 @@ from tasks.batch.runs import list_runs
 from tasks.batch.source import pin_source
 from tasks.batch.verify import verify_run
 from tasks.storage import Storage, open_storage
+from tests.eventually import PROCESS_SECONDS
 from tests.tasks.batch.iceberg_tables import configure, delete_rows, open_lake
 from tests.tasks.batch.small import a_contract, a_plan, numbers, put, put_parts
 
@@ -474,7 +475,7 @@ def test_a_publication_killed_between_any_two_steps_ends_in_exactly_one_copy(
         folder = tmp_path / point.replace(" ", "-")
         child = [sys.executable, "tests/tasks/batch/iceberg_kill_child.py", point, str(folder)]
         return subprocess.run(
-            child, cwd=Path(__file__).parents[3], check=False, capture_output=True, timeout=60
+            child, cwd=Path(__file__).parents[3], check=False, capture_output=True, timeout=PROCESS_SECONDS
         ).returncode
 
     with pytest.MonkeyPatch.context() as patch:
