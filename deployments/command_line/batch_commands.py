@@ -133,7 +133,7 @@ def _print_report(report: BatchReport, *, as_json: bool) -> None:
 def runs(destination: Destination, *, as_json: AsJson = False) -> None:
     """List the runs of a destination, the newest first, with what each has come to.
 
-    The exit code is 0 only where none of them is damaged.
+    The exit code is 0 only where there is one, and none is damaged.
     """
     from tasks.batch.runs import list_runs  # noqa: PLC0415 - help needs none
     from tasks.storage import open_storage  # noqa: PLC0415 - the same
@@ -143,7 +143,7 @@ def runs(destination: Destination, *, as_json: AsJson = False) -> None:
     if as_json:
         print_json({"destination": storage.url, "runs": [each.model_dump(mode="json") for each in found]})
     elif not found:
-        say(f"{storage.url} has no run. `overnight score MODEL SOURCE DESTINATION` makes one.")
+        say(f"{storage.url} has no run. Correct the address, or make one:  overnight score MODEL SOURCE DESTINATION")
     else:
         print_table([_list_figures(each) for each in found])
         for each in found:
@@ -151,6 +151,7 @@ def runs(destination: Destination, *, as_json: AsJson = False) -> None:
                 say(f"Run {each.run} is {each.state}: {each.note}")
     if damaged := [each for each in found if each.state == "damaged"]:
         say(_advise_verification(destination, [each.run for each in damaged]))
+    if damaged or not found:
         raise typer.Exit(1)
 
 

@@ -158,7 +158,7 @@ def test_costs_of_a_destination_without_runs_write_no_page(tmp_path: Path) -> No
 def test_a_destination_without_runs_says_how_to_make_one(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["runs", str(tmp_path)])
 
-    assert (0, "") == (result.exit_code, result.stdout)
+    assert (1, "") == (result.exit_code, result.stdout)
     assert "overnight score MODEL SOURCE DESTINATION" in result.stderr
 
 
