@@ -211,7 +211,10 @@ def rejects(
     )
     print_text(f"Of the {found.rows:,} rows in the parts of run {found.run}, {found.rows_rejected:,} are rejects.")
     if rows:
-        print_text(f"{rows:,} rows are in {output} as the source has them. Correct them there, and score that file.")
+        print_text(
+            f"{rows:,} rows are in {output} as the source has them. Correct them in the source itself, or there, and "
+            "upsert that file into a table."
+        )
         return
     command = ["overnight", "rejects", destination, "--run", found.run, "--output", "rejects.parquet"]
     print_text(f"Write these rows as the source has them:  {shlex.join(command)}")
