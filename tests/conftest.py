@@ -56,6 +56,10 @@ _OF_PREFECT, _OF_STREAMS = {"prefect", "server", "deployed"}, {"nats", "nats_cli
 # Flows that are called without one take a second each, and are kept with these.
 _SERVERS = _OF_PREFECT | _OF_STREAMS | {"triton", "gateway", "admin", "v2", "running_aws", "serverless"}
 
+# The address of the registry once it is made, and what a test that does not ask for it has in its place.
+_registries: list[str] = []
+_hidden = pytest.MonkeyPatch()
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Have no test leave threads or processes behind. What a conftest.py has is not told of fixtures of the session."""
@@ -98,13 +102,26 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     return True
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Hide the registry from a test that does not ask for it, also from its fixtures of a module or of the session."""
+    if "registry" in getattr(item, "fixturenames", ()):
+        _hidden.undo()
+    elif os.environ.get("MLFLOW_TRACKING_URI") in _registries:
+        _hidden.delenv("MLFLOW_TRACKING_URI")
+        _hidden.delenv("MLFLOW_EXPERIMENT_ID")
+        _hidden.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", None)
+        _hidden.setattr("mlflow.tracking.fluent._active_experiment_id", None)
+
+
 @pytest.fixture(scope="session")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Generator[Path]:
-    """An MLflow registry on sqlite with local artifacts, for the whole session."""
+    """An MLflow registry on sqlite with local artifacts, made once; only tests that ask for it see it."""
     import mlflow
 
     folder = tmp_path_factory.mktemp("registry")
     uri = f"sqlite:///{folder}/mlflow.db"
+    _registries.append(uri)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", uri)
         mlflow.set_tracking_uri(uri)

@@ -1,8 +1,10 @@
-"""Threads and processes that outlive the test that started them."""
+"""Threads, processes and servers that outlive the test that started them."""
 
 from __future__ import annotations
 
 import gc
+import socket
+import stat
 import sys
 import threading
 import traceback
@@ -38,7 +40,7 @@ def _runs_our_code(thread: threading.Thread) -> bool:
 
 
 def list_running() -> dict[int, str]:
-    """Return the processes that this one has started, and its threads that hold it up or run this project's code.
+    """Return the processes that this one has started, its threads that hold it up or run our code, and its servers.
 
     Those that are kept are left out.
     """
@@ -55,7 +57,23 @@ def list_running() -> dict[int, str]:
             for pid in path.read_text().split():
                 if command := Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode():
                     found[int(pid)] = f"process {pid}: {command[:300]}"
+    for path in Path("/proc/self/fd").iterdir():
+        # Another thread may close it at any moment.
+        with suppress(OSError):
+            state = path.stat()
+            if stat.S_ISSOCK(state.st_mode) and (port := _find_port(int(path.name))):
+                found[-state.st_ino] = f"port {port}, where this process listens"
     return {key: words for key, words in found.items() if key not in _kept and not any(each in words for each in _KEPT)}
+
+
+def _find_port(fd: int) -> int | None:
+    """Return the TCP port that a socket listens at, None where it does not."""
+    each = socket.socket(fileno=fd)
+    try:
+        is_tcp = each.family in (socket.AF_INET, socket.AF_INET6)
+        return each.getsockname()[1] if is_tcp and each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) else None
+    finally:
+        each.detach()
 
 
 @contextmanager
@@ -75,7 +93,7 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> Generator[Non
 
 @pytest.fixture(autouse=True)
 def _leaves_nothing_behind() -> Generator[None]:
-    """Fail a test after which a thread or a process runs that did not before."""
+    """Fail a test after which a thread or a process runs, or a port is listened at, that did not before."""
     before = list_running()
     yield
     if not list_running().keys() <= before.keys():

@@ -26,7 +26,7 @@ from tests.eventually import eventually
 from tests.servers import serve_http
 from tests.support import register_network, write_customers
 
-pytestmark = pytest.mark.usefixtures("serverless")
+pytestmark = pytest.mark.usefixtures("serverless", "registry")
 
 OPTIONS = BatchOptions(key_columns=("customer",), batch_size=128, rows_per_chunk=1024, experiment="overnight")
 QUIET = OPTIONS.model_copy(update={"experiment": None})

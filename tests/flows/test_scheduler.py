@@ -16,7 +16,7 @@ from tasks.scheduler.profile import ProfileOptions, StatedFigures
 from tasks.scheduler.review import Hysteresis
 from tasks.scheduler.workload import ArrivalRate, Machine, Prices, Requests, Table, Workload
 
-pytestmark = pytest.mark.usefixtures("serverless")
+pytestmark = pytest.mark.usefixtures("serverless", "registry")
 
 # test_calibration_run measures a model; here any figures do.
 STATED = StatedFigures(batch_rows_per_second=100_000, start_seconds=10, cold_start_seconds=4, request_ms=2)

@@ -181,13 +181,12 @@ def _told_by(fail: Callable[[Callable[[str], None]], object], name: str) -> str:
 
 
 def _resolve(uri: str) -> None:
-    before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(uri)
     try:
         with pytest.raises(ModelNotFound) as failed:
             resolve_model("models:/any@champion")
     finally:
-        mlflow.set_tracking_uri(before)
+        mlflow.set_tracking_uri(None)
     raise failed.value
 
 

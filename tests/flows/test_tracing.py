@@ -22,7 +22,7 @@ from tests.support import register_script
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="traces are an extra: pip install -e '.[traces]'")
 
-pytestmark = pytest.mark.usefixtures("prefect")
+pytestmark = pytest.mark.usefixtures("prefect", "registry")
 
 # A busy machine takes its time.
 SECONDS_MAX = 600
