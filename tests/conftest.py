@@ -108,8 +108,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if "registry" in getattr(item, "fixturenames", ()):
         _hidden.undo()
     elif os.environ.get("MLFLOW_TRACKING_URI") in _registries:
-        _hidden.delenv("MLFLOW_TRACKING_URI")
-        _hidden.delenv("MLFLOW_EXPERIMENT_ID")
+        _hidden.delenv("MLFLOW_TRACKING_URI", raising=False)
+        _hidden.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
         _hidden.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", None)
         _hidden.setattr("mlflow.tracking.fluent._active_experiment_id", None)
 
