@@ -86,8 +86,8 @@ def claim_source(storage: Storage, plan: Plan, options: BatchOptions) -> None:
             raise PublishRefused(message)
         if standing is not None and is_edition(standing.addresses, plan.addresses):
             return
-        if home.put_new(f"{SOURCES}/{number + 1:08d}.json", record):
-            return
+        # Whoever created it, the next look says whose it is; and what storage has lost is written again.
+        home.put_new(f"{SOURCES}/{number + 1:08d}.json", record)
 
 
 def _open_home(storage: Storage, options: BatchOptions) -> Storage | None:

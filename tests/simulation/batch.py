@@ -30,6 +30,7 @@ from tasks.spot.drain import Drain, sigterm_notice
 from tasks.storage import Storage, check_create_only, open_storage
 from tests.simulation.bits import BitWorld
 from tests.simulation.challengers import ChallengerOracle
+from tests.simulation.claims import ClaimOracle
 from tests.simulation.cleaning import CleaningWorld
 from tests.simulation.data import Source, ToyResolved, expected, load_toy
 from tests.simulation.delta import DeltaOracle
@@ -40,7 +41,8 @@ from tests.simulation.scheduler import Actor, Killed, Process, Scheduler, Stuck
 from tests.simulation.scoring import score_plan
 from tests.simulation.storage import SimulatedStorage
 
-SOURCE, FEATURES, DESTINATION = "sim://source", "sim://features", "sim://destination"
+SOURCE, OTHER_SOURCE, FEATURES = "sim://source", "sim://other", "sim://features"
+DESTINATION = "sim://destination"
 _PAUSE_SECONDS = 2.0
 _RESUMES, _JOINS, _APPROVALS = 0.5, 0.2, 0.3
 
@@ -51,6 +53,7 @@ class FlowRun:
 
     id: str
     options: BatchOptions
+    source: str = SOURCE
     joins: str | None = None
     keys: list[str] = field(default_factory=list)
     error: OvernightError | None = None
@@ -62,7 +65,8 @@ class BatchWorld:
 
     scheduler: Scheduler
     chance: random.Random
-    source: Source
+    # By their addresses.
+    sources: dict[str, Source]
     features: Features | None
     # What runs read, by their addresses.
     inputs: dict[str, SimulatedStorage]
@@ -73,6 +77,7 @@ class BatchWorld:
     gates: GateWorld
     challengers: ChallengerOracle
     bits: BitWorld
+    claims: ClaimOracle
     menu: list[BatchOptions]
     mischief: list[str]
     mischief_seconds: float
@@ -97,7 +102,8 @@ class BatchWorld:
         self.destination.on_put = self._see_put
         self.destination.on_list = self.cleaning.see_list
         self.destination.on_delete = self.cleaning.see_delete
-        self.source.write_some()
+        for source in self.sources.values():
+            source.write_some()
         if self.features is not None:
             self.features.write_some()
         self.scheduler.kill_rate = self.destination.weather.kill
@@ -145,6 +151,7 @@ class BatchWorld:
         self.cleaning.see_put(path)
         self.gates.see_put(path)
         self.challengers.see_put(path, began)
+        self.claims.see_put(path, is_late=is_late)
         self.oracle.see_put(path, self.scheduler.steps, began)
 
     def _call_often(self) -> None:
@@ -164,8 +171,12 @@ class BatchWorld:
         name = f"flow-{self._ids}"
         if options is None and self.unfinished and self.chance.random() < _JOINS:
             other = self.chance.choice(self.unfinished)
-            return FlowRun(id=name, options=other.options, joins=other.id, keys=other.keys)
-        return FlowRun(id=name, options=options or self.chance.choice(self.menu))
+            return FlowRun(id=name, options=other.options, source=other.source, joins=other.id, keys=other.keys)
+        return FlowRun(id=name, options=options or self.chance.choice(self.menu), source=self._choose_source())
+
+    def _choose_source(self) -> str:
+        """Return the address of a source; nothing is drawn where there is one alone."""
+        return SOURCE if len(self.sources) == 1 else self.chance.choice(sorted(self.sources))
 
     def _approve_apart(self, run: str) -> bool:
         """Approve a run in a process of its own; return whether that is done."""
@@ -212,10 +223,11 @@ class BatchWorld:
             flow_run.error = error
             self.refusals[type(error).__name__] += 1
             self.bits.check_refusal(flow_run.keys, error)
+            self.claims.check_refusal(flow_run.options, error)
             self.scheduler.tell(f"{flow_run.id} is refused: {type(error).__name__}: {error}")
         except Stuck:
             raise
-        except Exception as error:  # noqa: BLE001 - nobody else's error may come out of a call
+        except BaseException as error:  # noqa: BLE001 - nobody else's error may come out of a call, no panic of polars
             self.oracle.violations.append(f"a call ended in {type(error).__name__}: {error}")
         else:
             self.refusals["none"] += 1
@@ -239,6 +251,7 @@ class BatchWorld:
             self.gates.pass_run(storage, plan, self.began[process])
             confirmed = confirm_plan(storage, plan)
             save_challenger_parts(storage, plan, others)
+            self.claims.claim(storage, confirmed, flow_run.options)
             manifest = publish(storage, confirmed, audit)
         self._check(flow_run, plan, manifest, process)
 
@@ -277,8 +290,9 @@ class BatchWorld:
     def _resolve_request(self, flow_run: FlowRun) -> RunRequest:
         resolved: Any = ToyResolved(self.version)
         options, keys = flow_run.options, flow_run.options.key_columns
-        request = make_request(resolved, choose_contract(options.features), SOURCE, DESTINATION, options)
-        rows = {file.path: self.source.rows_of(file.entry) for file in request.snapshot.files}
+        request = make_request(resolved, choose_contract(options.features), flow_run.source, DESTINATION, options)
+        source = self.sources[flow_run.source]
+        rows = {file.path: source.rows_of(file.entry) for file in request.snapshot.files}
         is_joined = self.features is not None and options.features
         own = self.features.join(rows, request.features[0], options.features[0]) if is_joined else rows
         self.oracle.ask(request.key, expected(own, resolved.version, keys))
@@ -297,7 +311,7 @@ class BatchWorld:
                 getattr(self, f"_{what}")()
 
     def _change_source(self) -> None:
-        self.source.change()
+        self.sources[self._choose_source()].change()
 
     def _change_features(self) -> None:
         if self.features is not None:

@@ -13,7 +13,7 @@ from tasks.batch.clean import CleanReport, clean
 from tasks.batch.manifest import Manifest
 from tasks.batch.parts import is_part_name
 from tasks.batch.plan import Plan
-from tasks.batch.run_records import OrderNumber, RunStart
+from tasks.batch.run_records import SOURCES, OrderNumber, RunStart
 from tasks.storage import open_storage
 from tests.simulation.oracle import Oracle
 from tests.simulation.scheduler import Actor, Killed, Process, Scheduler, Stuck
@@ -177,6 +177,8 @@ class CleaningWorld:
             self._check_drop(cleaning, match[1], match[2])
         elif _START.fullmatch(path):
             self._check_beside(cleaning, path, RunStart.model_validate_json(self.storage.objects[path][0]).run)
+        elif path.startswith(f"{SOURCES}/"):
+            self._violate(f"it deletes {path}, which says whose predictions these are")
         elif match := _ORDER.fullmatch(path):
             self._check_order(cleaning, path, int(match[1]))
         elif match := _BESIDE.fullmatch(path):

@@ -153,10 +153,9 @@ class Source:
         storage: SimulatedStorage,
         chance: random.Random,
         kind: str,
-        more_columns: Callable[[Sequence[int]], dict[str, pa.Array]] = lambda _ids: {},
+        more_columns: Callable[[Sequence[int]], dict[str, pa.Array]],
     ) -> None:
-        self.kind = kind
-        self._storage, self._chance, self._more_columns = storage, chance, more_columns
+        self._storage, self._chance, self._kind, self._more_columns = storage, chance, kind, more_columns
         self._rows: dict[Entry, list[Row]] = {}
         self._next = 0
 
@@ -196,7 +195,7 @@ class Source:
 
     def _write_new(self, rows: list[Row] | None = None) -> None:
         self._next += 1
-        self._write(f"f{self._next}.{self.kind}", rows or self._some_rows())
+        self._write(f"f{self._next}.{self._kind}", rows or self._some_rows())
 
     def _some_rows(self) -> list[Row]:
         rows = []
@@ -208,7 +207,7 @@ class Source:
 
     def _write(self, path: str, rows: list[Row]) -> None:
         more = self._more_columns([number for number, _, _ in rows])
-        entry = self._storage.write(path, _file_bytes(rows, more, self.kind, self._chance.choice([5, 9, 50])))
+        entry = self._storage.write(path, _file_bytes(rows, more, self._kind, self._chance.choice([5, 9, 50])))
         self._rows[entry] = rows
 
 

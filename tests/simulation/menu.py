@@ -9,7 +9,7 @@ from tasks.batch.feature_table import FeatureTable
 from tasks.batch.options import BatchOptions, Reuse, TableMode
 from tests.simulation.gates import make_gate
 
-_UPSERTS, _CHALLENGED, _SCORED_AGAIN, _JOINED = 0.6, 0.7, 0.5, 0.6
+_UPSERTS, _CHALLENGED, _SCORED_AGAIN, _JOINED, _REPLACED = 0.6, 0.7, 0.5, 0.6, 0.3
 # The first two may be the model of a run too: such a call is refused.
 _CHALLENGER_VERSIONS = range(3, 8)
 
@@ -61,3 +61,9 @@ def add_features(chance: random.Random, menu: list[BatchOptions], source: str) -
     table = FeatureTable(source=source, join_keys=("entity",), time="known", max_age=age)
     joined = {"features": (table,), "spine_time": "t"}
     return [options.model_copy(update=joined) if chance.random() < _JOINED else options for options in menu]
+
+
+def replace_sources(chance: random.Random, menu: list[BatchOptions]) -> list[BatchOptions]:
+    """Return the options, of which some are to replace the predictions of another source."""
+    replaces = {"other_source": "replace"}
+    return [options.model_copy(update=replaces) if chance.random() < _REPLACED else options for options in menu]

@@ -16,16 +16,18 @@ from typing import Any, Literal
 from unittest.mock import patch
 
 from tasks.batch import challengers, key_check, resolve, upsert
+from tasks.batch.options import BatchOptions
 from tasks.storage import register_scheme
-from tests.simulation.batch import DESTINATION, FEATURES, SOURCE, BatchWorld
+from tests.simulation.batch import DESTINATION, FEATURES, OTHER_SOURCE, SOURCE, BatchWorld
 from tests.simulation.bits import BitWorld
 from tests.simulation.challengers import ChallengerOracle
+from tests.simulation.claims import ClaimOracle
 from tests.simulation.cleaning import CleaningWorld
 from tests.simulation.data import Source, load_toy, open_toy, resolve_toy
 from tests.simulation.delta import DeltaOracle
 from tests.simulation.features import Features, make_spine
 from tests.simulation.gates import GateWorld
-from tests.simulation.menu import add_challengers, add_features, make_menu
+from tests.simulation.menu import add_challengers, add_features, make_menu, replace_sources
 from tests.simulation.oracle import Oracle
 from tests.simulation.scheduler import Scheduler, Stuck
 from tests.simulation.storage import SimulatedDisk, SimulatedStorage, Weather
@@ -41,7 +43,7 @@ _MISCHIEF = (
 _STREAM_MISCHIEF = ("promote_model", "delete_everything", "delete_plan", "damage_part")
 _DELIVERY_RATE = 0.1
 _STREAM_SHARE, _DELTA_SHARE, _CLEANING_SHARE, _GATE_SHARE = 0.2, 0.5, 0.6, 0.3
-_CHALLENGER_SHARE, _FLIP_SHARE, _FEATURE_SHARE = 0.12, 0.12, 0.12
+_MORE_SHARE = 0.12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +121,7 @@ def _make_batch(chance: random.Random, more: random.Random, scratch: Path) -> Ba
     if destination.is_disk and chance.random() < _DELTA_SHARE:
         output = "delta"
     menu = make_menu(chance, output, is_gated=chance.random() < _GATE_SHARE)
-    shares = (_CHALLENGER_SHARE, _FLIP_SHARE, _FEATURE_SHARE)
-    is_challenged, is_flipped, is_joined = (more.random() < share for share in shares)
+    is_challenged, is_flipped, is_joined, has_two_sources = (more.random() < _MORE_SHARE for _ in range(4))
     if is_challenged:
         menu = add_challengers(more, menu)
     is_delta = menu[0].output == "delta"
@@ -135,20 +136,25 @@ def _make_batch(chance: random.Random, more: random.Random, scratch: Path) -> Ba
         # More of what makes runs of many that have parts of one another, and less of what takes them all.
         mischief = [what for what in mischief if chance.random() < 0.5] + ["clean", "clean", "change_source"]
     kind = chance.choice(["parquet", "parquet", "csv"])
-    source, features = Source(storages[SOURCE], chance, kind), None
-    if is_joined and kind == "parquet":
-        source = Source(storages[SOURCE], chance, kind, make_spine)
+    is_joined = is_joined and kind == "parquet"
+    sources = {
+        url: Source(storages[url], chance, kind, make_spine if is_joined else lambda _ids: {})
+        for url in ([SOURCE, OTHER_SOURCE] if has_two_sources else [SOURCE])
+    }
+    menu = replace_sources(more, menu) if has_two_sources else menu
+    features = None
+    if is_joined:
         features, menu = Features(storages[FEATURES], chance), add_features(more, menu, FEATURES)
         mischief.append("change_features")
     if is_flipped:
         # A gate judges by what footers say, and a table is rewritten from rows: a wrong bit goes on there.
-        mischief += ["flip_source"] if is_delta or menu[0].gate else ["flip_source", "flip_part", "flip_part"]
+        mischief += ["flip_source"] + ([] if is_delta or menu[0].gate else ["flip_part"] * 2)
     return BatchWorld(
         scheduler=scheduler,
         chance=chance,
-        source=source,
+        sources=sources,
         features=features,
-        inputs={url: storages[url] for url in (SOURCE, FEATURES)},
+        inputs={url: storages[url] for url in storages if url != DESTINATION},
         destination=destination,
         oracle=oracle,
         delta=DeltaOracle(oracle, menu[0]) if is_delta else None,
@@ -157,16 +163,25 @@ def _make_batch(chance: random.Random, more: random.Random, scratch: Path) -> Ba
         challengers=ChallengerOracle(destination, oracle, loses_parts=bool(weather.torn or weather.lost)),
         bits=BitWorld(
             scheduler=scheduler,
-            source=source,
+            source=sources[SOURCE],
             source_storage=storages[SOURCE],
             destination=destination,
             oracle=oracle,
+            turns_parts="flip_part" in mischief,
         ),
+        claims=ClaimOracle(scheduler=scheduler, oracle=oracle, takes_place=_takes_place(menu[0])),
         menu=menu,
         mischief=[what for what in mischief if not (is_delta and what == "damage_part")],
         callers=chance.randint(1, 3),
         mischief_seconds=1.5 if is_cleaned else 4.0,
         calls=chance.randint(2, 5) + 3 * is_cleaned,
+    )
+
+
+def _takes_place(options: BatchOptions) -> bool:
+    """Whether a run takes rows of others out of what readers open, and so must have their source."""
+    return options.output == "parquet" or not (
+        options.delta_mode == "append" or (options.upserts and options.missing_keys == "keep")
     )
 
 
@@ -194,7 +209,7 @@ def _make_storages(chance: random.Random, scratch: Path) -> tuple[Scheduler, dic
 
     scheduler = Scheduler(chance, steps_max=STEPS_MAX, on_step=deliver)
     kind = chance.choice([SimulatedDisk, SimulatedStorage])
-    for url in (SOURCE, FEATURES, DESTINATION):
+    for url in (SOURCE, OTHER_SOURCE, FEATURES, DESTINATION):
         folder = scratch / url.rpartition("/")[2]
         folder.mkdir()
         storages[url] = kind(scheduler, url, folder, Weather())

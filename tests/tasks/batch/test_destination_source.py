@@ -13,7 +13,7 @@ from tasks.batch.destination_source import check_source, claim_source, is_editio
 from tasks.batch.manifest import manifest_path
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Plan
-from tasks.storage import Storage, open_storage
+from tasks.storage import LocalStorage, Storage, open_storage
 from tests.tasks.batch.iceberg_tables import configure, open_lake
 from tests.tasks.batch.test_reuse import OPTIONS, call, plan_call, write
 
@@ -117,6 +117,24 @@ def test_of_runs_over_many_sources_that_are_published_at_once_one_is_published(p
 
     with ThreadPoolExecutor(8) as pool:
         assert 1 == sum(pool.map(publish, range(16)))
+
+
+class ForgetfulStorage(LocalStorage):
+    """Says that it has stored the first object, and has not."""
+
+    puts = 0
+
+    def put_new(self, path: str, data: bytes | memoryview) -> bool:
+        self.puts += 1
+        return self.puts == 1 or super().put_new(path, data)
+
+
+def test_a_claim_that_storage_has_lost_is_made_again(tmp_path: Path, plan: Plan) -> None:
+    storage = ForgetfulStorage(tmp_path / "out")
+    claim(storage, plan, "/in")
+
+    with pytest.raises(DestinationUnusable, match="predictions of, /in, got /mended"):
+        check_source(storage, OPTIONS, ["/mended"])
 
 
 def test_a_published_run_that_has_lost_parts_is_scored_again_whoever_has_followed(tmp_path: Path, plan: Plan) -> None:

@@ -63,6 +63,16 @@ def test_unique_keys_are_found_so(place: str) -> None:
     assert (1000, 0, 0, ()) == (check.rows, check.rows_key_null, check.doubled, check.examples)
 
 
+def test_a_wrong_bit_in_the_footer_of_a_part_is_passed_over_or_named_for_the_part(tmp_path: Path) -> None:
+    # Names and texts of a footer are UTF-8 until a bit of them turns over.
+    told = pa.table({"id": [1, 2]}, metadata={b"overnight.model": b"\xe3hurn"})
+    storage, paths = put_keys(str(tmp_path), told, pa.table({"hd": [3]}))
+
+    assert 2 == check_keys(storage, paths[:1], ["id"]).rows
+    with pytest.raises(SourceCorrupt, match=r"1\.parquet must be readable, got: .*none called 'id'"):
+        check_keys(storage, paths, ["id"])
+
+
 def test_of_many_doubled_keys_ten_are_named(tmp_path: Path) -> None:
     storage, paths = put_keys(str(tmp_path), *(pa.table({"id": [f"{at:03d}" for at in range(100)]}),) * 2)
     check = check_keys(storage, paths, ["id"])
