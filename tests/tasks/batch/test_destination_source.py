@@ -133,8 +133,8 @@ def test_a_claim_that_storage_has_lost_is_made_again(tmp_path: Path, plan: Plan)
     storage = ForgetfulStorage(tmp_path / "out")
     claim(storage, plan, "/in")
 
-    with pytest.raises(DestinationUnusable, match="predictions of, /in, got /mended"):
-        check_source(storage, OPTIONS, ["/mended"])
+    with pytest.raises(DestinationUnusable, match="predictions of, /in, got /corrected"):
+        check_source(storage, OPTIONS, ["/corrected"])
 
 
 def test_a_published_run_that_has_lost_parts_is_scored_again_whoever_has_followed(tmp_path: Path, plan: Plan) -> None:
