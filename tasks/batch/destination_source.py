@@ -86,7 +86,7 @@ def claim_source(storage: Storage, plan: Plan, options: BatchOptions) -> None:
             raise PublishRefused(message)
         if standing is not None and is_edition(standing.addresses, plan.addresses):
             return
-        # Whoever created it, the next look says whose it is; and what storage has lost is written again.
+        # The next look says whose record stands there, and what storage has lost is written again.
         home.put_new(f"{SOURCES}/{number + 1:08d}.json", record)
 
 
