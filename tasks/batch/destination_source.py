@@ -50,8 +50,11 @@ def _complete(address: str) -> str:
 
 def is_edition(addresses: Sequence[str], of: Sequence[str]) -> bool:
     """Return whether a source has all that an earlier one has, by their addresses, which may be of other dates."""
-    now, then = ({_EDITION.sub("*", address) for address in each} for each in (addresses, of))
-    return then <= now
+    return _omit_dates(of) <= _omit_dates(addresses)
+
+
+def _omit_dates(addresses: Sequence[str]) -> set[str]:
+    return {_EDITION.sub("*", address) for address in addresses}
 
 
 def check_source(storage: Storage, options: BatchOptions, addresses: Sequence[str]) -> None:
@@ -84,7 +87,7 @@ def claim_source(storage: Storage, plan: Plan, options: BatchOptions) -> None:
         if standing is not None and not _may_follow(options, standing, plan.addresses):
             message = f"{_describe(storage, options, standing, plan.addresses)} Nothing was published."
             raise PublishRefused(message)
-        if standing is not None and is_edition(standing.addresses, plan.addresses):
+        if standing is not None and _omit_dates(standing.addresses) == _omit_dates(plan.addresses):
             return
         # The next look says whose record stands there, and what storage has lost is written again.
         home.put_new(f"{SOURCES}/{number + 1:08d}.json", record)

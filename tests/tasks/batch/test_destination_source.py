@@ -107,6 +107,18 @@ def test_a_run_that_is_to_replace_another_source_is_the_one_that_others_are_held
         check_source(storage, OPTIONS, ["/in"])
 
 
+def test_a_run_that_is_to_replace_two_sources_by_one_of_them_is_the_one_that_others_are_held_against(
+    tmp_path: Path, plan: Plan
+) -> None:
+    storage = open_storage(str(tmp_path / "out"))
+    both = plan.model_copy(update={"addresses": ("/north", "/south")})
+    claim_source(storage, both, OPTIONS)
+    claim(storage, plan, "/north", REPLACES)
+
+    claim(storage, plan, "/north")
+    check_source(storage, OPTIONS, ["/north"])
+
+
 def test_of_runs_over_many_sources_that_are_published_at_once_one_is_published(place: str, plan: Plan) -> None:
     def publish(number: int) -> bool:
         try:
