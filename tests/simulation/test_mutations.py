@@ -212,7 +212,7 @@ def claim_no_source(patch: pytest.MonkeyPatch) -> None:
         pytest.param(believe_the_digest_of_a_part, 59, "does not find", id="a verification reads no bytes of parts"),
         pytest.param(take_parts_of_other_features, 315, "is published with", id="a run has parts of other features"),
         pytest.param(claim_no_source, 7, "takes the place of", id="a run takes the place of one of another source"),
-        pytest.param(upsert_doubled_keys, 197, "has a key twice", id="keys of an upsert are not checked"),
+        pytest.param(upsert_doubled_keys, 381, "has a key twice", id="keys of an upsert are not checked"),
     ],
 )
 def test_the_simulation_finds_a_defect_that_is_put_back(
