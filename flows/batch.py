@@ -274,9 +274,10 @@ def _publish(
     plan: Plan, storage: Storage, parts: Audit, challengers: dict[int, Audit], options: BatchOptions
 ) -> Manifest:
     """Commit a run. The list of its challengers' parts is there before the manifest is."""
+    claim_source(storage, plan, options)
+    # Little lies between this and the manifest: a cleaning may be taking the run for one that was given up.
     confirmed = confirm_plan(storage, plan)
     save_challenger_parts(storage, plan, challengers)
-    claim_source(storage, confirmed, options)
     return publish(storage, confirmed, parts)
 
 

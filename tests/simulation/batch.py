@@ -249,9 +249,9 @@ class BatchWorld:
             audit, others = score_plan(self.scheduler, process, plan, storage, flow_run.options, self.drains)
             self._check_keys(storage, plan, audit)
             self.gates.pass_run(storage, plan, self.began[process])
+            self.claims.claim(storage, plan, flow_run.options)
             confirmed = confirm_plan(storage, plan)
             save_challenger_parts(storage, plan, others)
-            self.claims.claim(storage, confirmed, flow_run.options)
             manifest = publish(storage, confirmed, audit)
         self._check(flow_run, plan, manifest, process)
 
