@@ -72,7 +72,8 @@ def asked(start_workers: StartWorkers, doubling: str, tmp_path_factory: pytest.T
     run = moved.start(ASKS)
     wait_for(run, "Suspended", "Failed", "Crashed", "Completed")
     since, parts = time.monotonic(), digests(moved.destination)
-    other = start("adhoc", moved.model, write_moved(moved.source.parent / "other", 0.0), moved.destination, OPTIONS)
+    source = write_moved(moved.source.parent / "other", 0.0)
+    other = start("adhoc", moved.model, source, moved.source.parent / "other-scores", OPTIONS)
     wait_for(other.id, "Completed", "Failed", "Crashed")
     return Asked(moved=moved, run=run, since=since, parts=parts, other=other.id)
 
