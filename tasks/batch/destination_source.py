@@ -16,7 +16,7 @@ from serving.option_words import give_option
 from tasks.batch.manifest import manifest_path
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Plan
-from tasks.batch.run_records import SOURCES, read_record
+from tasks.batch.run_records import SOURCES, list_order_numbers, order_path, parse_order_number, read_record
 from tasks.batch.source import ICEBERG_SCHEME
 from tasks.storage import Storage, open_storage
 
@@ -90,7 +90,7 @@ def claim_source(storage: Storage, plan: Plan, options: BatchOptions) -> None:
         if standing is not None and _omit_dates(standing.addresses) == _omit_dates(plan.addresses):
             return
         # The next look says whose record stands there, and what storage has lost is written again.
-        home.put_new(f"{SOURCES}/{number + 1:08d}.json", record)
+        home.put_new(order_path(number + 1, SOURCES), record)
 
 
 def _open_home(storage: Storage, options: BatchOptions) -> Storage | None:
@@ -106,10 +106,8 @@ def _open_home(storage: Storage, options: BatchOptions) -> Storage | None:
 
 def _read_records(home: Storage) -> tuple[int, SourceRecord | None]:
     """Return the number and the content of the newest record; 0 and None where there is none."""
-    paths = sorted(entry.path for entry in home.entries(SOURCES, depth=1) if entry.path.endswith(".json"))
-    if not paths:
-        return 0, None
-    return int(paths[-1].rpartition("/")[2].removesuffix(".json")), read_record(home, paths[-1], SourceRecord)
+    paths = list_order_numbers(home, SOURCES)
+    return (parse_order_number(paths[-1]), read_record(home, paths[-1], SourceRecord)) if paths else (0, None)
 
 
 def _may_follow(options: BatchOptions, standing: SourceRecord, addresses: Sequence[str]) -> bool:

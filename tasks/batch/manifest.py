@@ -108,8 +108,8 @@ def find_newest_run(storage: Storage, other_than: str | None = None) -> Manifest
 
 def find_newer_run(storage: Storage, manifest: Manifest) -> str | None:
     """Return the newest complete run that was planned after another one of a destination, None where there is none."""
-    later = (path for path in list_order_numbers(storage) if parse_order_number(path) > manifest.order)
-    for path in sorted(later, key=parse_order_number, reverse=True):
+    later = [path for path in list_order_numbers(storage) if parse_order_number(path) > manifest.order]
+    for path in reversed(later):
         holder = read_record(storage, path, OrderNumber)
         if holder is not None and holder.run != manifest.run and storage.exists(manifest_path(holder.run)):
             return holder.run
@@ -166,12 +166,14 @@ def open_predictions(destination: str, run: str | None = None) -> pl.LazyFrame:
     """
     storage = open_storage(destination)
     manifest = find_complete_manifest(storage, run, _SCORE_FIRST)
-    held = _locate_all_parts(storage, manifest)
-    return scan_parts(storage, [held[part.path] for part in manifest.parts])
+    return scan_parts(storage, list(_locate_all_parts(storage, manifest).values()))
 
 
 def _locate_all_parts(storage: Storage, manifest: Manifest) -> dict[str, str]:
-    """Return the parts of a published run, and where each is. Raises NoCompleteRun where its table lacks some."""
+    """Return the parts of a published run in order, and where each is.
+
+    Raises NoCompleteRun where its table lacks some.
+    """
     table = find_table_name(storage, manifest.run, manifest.output)
     if table is None:
         return {part.path: part.path for part in manifest.parts}
@@ -220,12 +222,8 @@ def open_rejects(destination: str, run: str | None = None) -> pl.LazyFrame:
     Raises NoCompleteRun where there is no such run.
     """
     storage = open_storage(destination)
-    manifest = find_run_manifest(storage, run)
-    if manifest is not None:
-        rows = open_predictions(destination, manifest.run)
-    else:
-        rows = scan_parts(storage, _list_unpublished_parts(storage, str(run)))
-    return rows.filter(pl.col(REJECT_REASON).is_not_null())
+    _, held = locate_run_parts(storage, run)
+    return scan_parts(storage, list(held.values())).filter(pl.col(REJECT_REASON).is_not_null())
 
 
 def locate_run_parts(storage: Storage, run: str | None) -> tuple[str, dict[str, str]]:

@@ -21,19 +21,8 @@ from tasks.batch.gate_rules import Gate
 _NOT_IN_KEY = {
     *("name", "slots", "memory_mb", "max_reject_fraction", "allow_pickle", "experiment"),
     *("pass_seconds_max", "pass_memory_mb", "packages"),
-    *(
-        "check_keys",
-        "reuse",
-        "other_source",
-        "gate",
-        "runner",
-        "workers",
-        "joins",
-        "notices",
-        "notice_seconds",
-        "sample_rows",
-    ),
-    "disclose",
+    *("check_keys", "reuse", "other_source", "gate"),
+    *("runner", "workers", "joins", "notices", "notice_seconds", "sample_rows", "disclose"),
     # The version that they name is part of the source.
     *("source_version", "source_timestamp"),
     # The versions of challengers and the columns kept beside their predictions are in the key apart from these: a part

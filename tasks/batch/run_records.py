@@ -18,7 +18,7 @@ from tasks.storage import Storage
 # The numbers in the order of runs of a destination, and those of an Iceberg table, where the table lies. The sources
 # that either has had the predictions of, one after another.
 ORDER, TABLE_ORDER, SOURCES = f"{ROOT}/order", f"{ROOT}/order/table", f"{ROOT}/order/source"
-_ORDER = re.compile(rf"(?:{ORDER}|{TABLE_ORDER})/(\d{{8,}})\.json")
+_NUMBERED = re.compile(rf"(?:{ORDER}|{TABLE_ORDER}|{SOURCES})/(\d{{8,}})\.json")
 
 
 def save_plan(storage: Storage, plan: Plan) -> Plan:
@@ -155,19 +155,19 @@ class OrderNumber(Frozen):
 
 
 def list_order_numbers(storage: Storage, folder: str = ORDER) -> list[str]:
-    """Return where the numbers in the order of runs lie that are taken, from the lowest."""
-    paths = [entry.path for entry in storage.entries(folder, depth=1) if _ORDER.fullmatch(entry.path)]
+    """Return where the numbers lie that are taken, from the lowest: in the order of runs, or in that of SOURCES."""
+    paths = [entry.path for entry in storage.entries(folder, depth=1) if _NUMBERED.fullmatch(entry.path)]
     return sorted(paths, key=parse_order_number)
 
 
 def parse_order_number(path: str) -> int:
-    """Return the number in the order of runs that lies at a path, 0 where none does."""
-    match = _ORDER.fullmatch(path)
+    """Return the number in the order of runs, or of SOURCES, that lies at a path, 0 where none does."""
+    match = _NUMBERED.fullmatch(path)
     return int(match[1]) if match else 0
 
 
 def order_path(number: int, folder: str = ORDER) -> str:
-    """Return where a number in the order of runs lies below the destination, or below the folder of a table."""
+    """Return where a number in the order of runs, or of SOURCES, lies below a destination or the folder of a table."""
     return f"{folder}/{number:08d}.json"
 
 

@@ -295,6 +295,10 @@ class _Slot:
         if self.chunk is None or self._scorer.count_failed(failed=True) >= _FAILED_IN_A_ROW_MAX:
             raise fault
         claim, self.chunk = self.chunk.claim, None
+        self._note_fault(claim, fault)
+
+    def _note_fault(self, claim: ChunkClaim, fault: SourceFault | DependencyFault) -> None:
+        """Leave a chunk out of this pass, with the reason."""
         self._scheduler.note_fault(claim.chunk)
         self.result.faults[claim.chunk] = fault
         self._release(claim)
@@ -372,9 +376,7 @@ class _Slot:
                     del block
             except SourceFault as fault:
                 reader = self._open_reader()
-                self._scheduler.note_fault(claim.chunk)
-                self.result.faults[claim.chunk] = fault
-                self._release(claim)
+                self._note_fault(claim, fault)
 
     def _encode(self, table: pa.Table, missing: Sequence[int]) -> dict[int, Encoded]:
         """Return the inputs of each model that lacks its part: encoded once for those that take the same."""

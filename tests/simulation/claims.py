@@ -68,15 +68,16 @@ class ClaimOracle:
         if claim is None or claim.ended is None:
             return
         # Without the records that were deleted nobody knows what was there.
-        known = [each for each in [*self._published, claim] if each.began > self.oracle.damaged_at]
-        for other in known[:-1] if known[-1:] == [claim] else ():
-            self._check_pair(other, claim)
+        if claim.began > self.oracle.damaged_at:
+            for other in self._published:
+                if other.began > self.oracle.damaged_at:
+                    self._check_pair(other, claim)
         self._published.append(claim)
 
     def check_refusal(self, options: BatchOptions, error: OvernightError) -> None:
         """Check that a call which is refused for its source was not to replace another, and that there was another."""
         is_refused = _REFUSED in str(error)
-        if is_refused and (options.other_source == "replace" or len({c.source for c in self._claims.values()}) == 0):
+        if is_refused and (options.other_source == "replace" or not self._claims):
             self._violate(f"a call that may replace another source is refused: {error}")
 
     def _check_pair(self, one: Claim, other: Claim) -> None:
