@@ -30,6 +30,7 @@ from serving.model.registry import ModelPin
 from tasks.batch.dataset import Snapshot, map_parallel
 from tasks.batch.manifest import Manifest, ManifestPart, RejectCount
 from tasks.batch.options import BatchOptions
+from tasks.batch.part_digest import read_digests
 from tasks.batch.parts import ChunkId, PartFooter, Reasons, encode_part, is_part_of, list_parts, parse_footer, part_path
 from tasks.batch.plan import ROOT, Plan
 from tasks.batch.publish import claim_order_number
@@ -170,6 +171,7 @@ class PartsSink:
         self._plan = save_plan(storage, plan).model_copy(update={"model": model, "contract": plan.contract})
         self._key_types = key_types
         self._parts: dict[ChunkId, _Part] = {}
+        self._written: ChunkId | None = None
         self.next_numbers: dict[int, int] = {}
         self._read_parts()
         if last := max(self._parts, default=None, key=lambda chunk: chunk[1]):
@@ -213,7 +215,8 @@ class PartsSink:
                 return
             path = part_path(self._plan, (partition, start))
             data = encode_part(self._plan, None, rows.keys, rows.predictions, rows.flags, self._plan.batch_size)
-            self._storage.put_new(path, data)
+            if self._storage.put_new(path, data):
+                self._written = partition, start
             # Whether this scorer or another one wrote it: its rows are left out in the next round.
             self._read_parts([(partition, start)])
             if (partition, start) not in self._parts:
@@ -226,7 +229,8 @@ class PartsSink:
     def _read_parts(self, known: Iterable[ChunkId] = ()) -> None:
         """Read the footers of new parts, and find where each partition ends.
 
-        A listing may be out of date, so parts that are known to be written are looked up by name.
+        A listing may be out of date, so parts that are known to be written are looked up by name. The last part of a
+        partition says what is scored next, so all of its bytes are read, unless this scorer wrote it.
         """
         found = list_parts(self._storage, self._plan)
         for chunk in known:
@@ -245,18 +249,31 @@ class PartsSink:
             new, map_parallel(self._storage, lambda chunk: self._read_part(found[chunk]), new), strict=True
         ):
             self._parts[chunk] = part
-        for partition in {partition for partition, _ in self._parts}:
-            end = self.next_numbers.get(partition, 0)
-            while (following := self._parts.get((partition, end))) is not None:
-                end = following.next_number
-            self.next_numbers[partition] = end
-            if later := sorted(start for p, start in self._parts if p == partition and start >= end):
-                message = (
-                    f"The parts of table {self._plan.run} must follow one another without a gap, got none that begins "
-                    f"at {end} of partition {partition}, but one at {later[0]}. Put back what was deleted, or begin "
-                    "another table."
-                )
-                raise RunDamaged(message)
+        last: dict[int, ChunkId] = {}
+        for partition, start in sorted(self._parts):
+            end = self._parts[last[partition]].next_number if partition in last else 0
+            if start != end:
+                raise RunDamaged(self._describe_break(last.get(partition), end, (partition, start)))
+            last[partition] = partition, start
+        for partition, chunk in last.items():
+            if chunk in new and chunk != self._written:
+                self._check_bytes(found[chunk])
+            self.next_numbers[partition] = self._parts[chunk].next_number
+
+    def _describe_break(self, last: ChunkId | None, end: int, found: ChunkId) -> str:
+        """Say what must hold where a part does not begin where the one before it, if there is one, ends."""
+        must = f"The parts of table {self._plan.run} must follow one another"
+        if last is None or found[1] > end:
+            return (
+                f"{must} without a gap, got none that begins at {end} of partition {found[0]}, but one at {found[1]}. "
+                "Put back what was deleted, or begin another table."
+            )
+        path, before = (self._storage.address(part_path(self._plan, chunk)) for chunk in (found, last))
+        return (
+            f"{must}, but {path} begins at message {found[1]} of partition {found[0]}, within {before}, which has "
+            f"messages up to {end - 1}: that was deleted, and written again, while a stream went on. Delete "
+            f"{path}: messages that no other part has are scored again."
+        )
 
     def _read_part(self, entry: Entry) -> _Part:
         try:
@@ -268,12 +285,7 @@ class PartsSink:
             highest = max(group.statistics.max for group in groups)
             part = _Part(entry=entry, footer=parse_footer(entry, metadata), next_number=int(highest) + 1, keys=schema)
         except (pa.ArrowException, OSError, ValueError, KeyError, SourceChanged) as error:
-            message = (
-                f"{self._storage.address(entry.path)} must be a part of table {self._plan.run} that can be read, got: "
-                f"{error}. Without it the stream can't know where to continue: put it back as it was, or choose "
-                "another name for the table."
-            )
-            raise RunDamaged(message) from error
+            raise RunDamaged(self._describe_unreadable(entry, str(error))) from error
         if not is_part_of(metadata, self._plan, None):
             message = (
                 f"{self._storage.address(entry.path)} must be a part of table {self._plan.run} as it is planned, got "
@@ -282,6 +294,24 @@ class PartsSink:
             )
             raise RunDamaged(message)
         return part
+
+    def _check_bytes(self, entry: Entry) -> None:
+        """Hold the bytes of a part against the digest that it bears. Raises RunDamaged."""
+        try:
+            with self._storage.open_pinned(entry) as stream:
+                borne, found = read_digests(stream.read())
+        except (OSError, SourceChanged) as error:
+            raise RunDamaged(self._describe_unreadable(entry, str(error))) from error
+        if borne != found:
+            got = f"bytes of digest {found[:12]} where {borne[:12]} was written"
+            raise RunDamaged(self._describe_unreadable(entry, got))
+
+    def _describe_unreadable(self, entry: Entry, got: str) -> str:
+        return (
+            f"{self._storage.address(entry.path)} must be a part of table {self._plan.run} that can be read, got: "
+            f"{got}. Without it the stream can't know where to continue: put it back as it was, or choose "
+            "another name for the table."
+        )
 
     def _build_rows(self, scored: Sequence[ScoredBatch]) -> PartRows:
         pieces = [build_rows(group, self._plan.options.key_columns) for each in scored for group in each.groups]

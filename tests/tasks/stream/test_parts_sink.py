@@ -166,22 +166,48 @@ def test_a_part_that_was_deleted_and_written_again_is_refused_by_a_scorer_that_r
 
 
 class Overtaken(LocalStorage):
-    """A folder that says that it has written a part, where another scorer's is there by then."""
+    """A folder to which another scorer writes right before a part; a part that gets lost counts as written."""
 
     other: Callable[[], None] | None = None
+    loses: bool = False
 
     def put_new(self, path: str, data: bytes | memoryview) -> bool:
         if path.endswith(".parquet") and self.other is not None:
             other, self.other = self.other, None
             other()
-            return True
+            if self.loses:
+                return True
         return super().put_new(path, data)
+
+
+def test_parts_that_overlap_after_one_was_written_again_are_refused_and_no_message_is_listed_twice(
+    tmp_path: Path,
+) -> None:
+    def write_again() -> None:
+        (tmp_path / "run=t" / "part-00000-0000.parquet").unlink()
+        emit(opened(str(tmp_path)), [json_row(number) for number in range(1, 6)])
+
+    storage = Overtaken(tmp_path)
+    sink = opened(storage)
+    emit(sink, [json_row(number) for number in (1, 2, 3)])
+    storage.other = write_again
+    with pytest.raises(RunDamaged, match="but is another by now"):
+        emit(sink, [json_row(number) for number in (4, 5, 6)])
+
+    message = r"part-00000-0004\.parquet begins at message 4 .* which has messages up to 5.*Delete"
+    with pytest.raises(RunDamaged, match=message):
+        opened(str(tmp_path))
+    assert [1, 2, 3, 4, 5] == numbers(str(tmp_path))
+
+    (tmp_path / "run=t" / "part-00000-0004.parquet").unlink()
+    emit(opened(str(tmp_path)), [json_row(number) for number in (4, 5, 6)])
+    assert [1, 2, 3, 4, 5, 6] == numbers(str(tmp_path))
 
 
 def test_no_message_is_passed_over_where_a_part_that_was_lost_is_another_scorers_by_then(tmp_path: Path) -> None:
     storage = Overtaken(tmp_path)
     sink, quick = opened(storage), opened(str(tmp_path))
-    storage.other = lambda: emit(quick, [json_row(1)])
+    storage.other, storage.loses = lambda: emit(quick, [json_row(1)]), True
     emit(sink, [json_row(1), json_row(2)])
     emit(sink, [json_row(3)])
 
@@ -304,6 +330,23 @@ def test_a_part_that_was_deleted_or_damaged_is_named(tmp_path: Path) -> None:
     second.write_bytes(data[:100])
     with pytest.raises(RunDamaged, match=r"part-00000-0002\.parquet must be a part of table t that can be read"):
         opened(str(tmp_path))
+
+
+def test_a_stream_continues_after_no_part_whose_end_has_a_wrong_bit(tmp_path: Path) -> None:
+    highest = 0x1122334455
+    emit(opened(str(tmp_path)), [json_row(1), json_row(highest)])
+    (part,) = (tmp_path / "run=t").glob("*.parquet")
+    data = part.read_bytes()
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    places = [at for at in range(footer, len(data)) if data.startswith(highest.to_bytes(8, "little"), at)]
+    assert places
+
+    for at in places:
+        part.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+        with pytest.raises(RunDamaged, match=r"part-00000-0000\.parquet .* that can be read, got: .* digest"):
+            opened(str(tmp_path))
+    part.write_bytes(data)
+    assert {0: highest + 1} == opened(str(tmp_path)).next_numbers
 
 
 def test_scores_are_those_that_the_model_gave(tmp_path: Path) -> None:
