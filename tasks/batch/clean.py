@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
@@ -35,8 +35,8 @@ _LEFTOVER = re.compile(
     rf"((costs|publishers|{MARKS}|{CHALLENGERS})/.+|(?!plan\.|manifest\.|log\.|owner-|beat-|ended-)[^/]+\.(json|html))"
 )
 _ASIDE = re.compile(r"\..+\.aside")
-# Records are listed again before each batch of parts: one that was planned meanwhile keeps what it has.
-_PARTS_PER_BATCH = 500
+# Records are listed again before each batch of objects: a run that came meanwhile keeps what it has.
+_OBJECTS_PER_BATCH = 500
 
 
 class CleanedRun(Frozen):
@@ -89,8 +89,8 @@ def clean(
     """Find what no run of a destination has any more, and delete it where that is asked for.
 
     These are parts that no manifest names and no unfinished run has, files set aside, torn writes, and staged copies
-    and marks of published runs. Plans and manifests of dropped runs go first, the oldest run first, and only then the
-    parts that none of the others names. Ended at any point, it has taken nothing that a manifest still names, and the
+    and marks of published runs. Plans and manifests of dropped runs go first, the oldest run first, and only then what
+    lies beside them, and the parts that none of the others names. Ended at any point, it has taken nothing that a manifest still names, and the
     same call goes on.
 
     Nothing in the folders of streams, of unfinished and of damaged runs is touched, and no file of a Delta or Iceberg
@@ -257,30 +257,35 @@ def _delete(
     storage: Storage, survey: Survey, choice: Choice, removable: Sequence[Removable]
 ) -> tuple[list[Removable], list[str]]:
     """Delete what goes, in its order; return what went, and notes of what stays for a run that came meanwhile."""
-    parts = [each for each in removable if each.kind == "part"]
-    others = [each for each in removable if each.kind != "part"]
     one_by_one = {path for run in choice.dropped for path in _name_records(run)}
-    _delete_all(storage, [each for each in others if each.kind != "record"])
-    for each in others:
+    last = [each for each in removable if each.kind in ("part", "record") and each.entry.path not in one_by_one]
+    _delete_all(storage, [each for each in removable if each.kind not in ("part", "record")])
+    for each in removable:
         if each.entry.path in one_by_one:
             storage.delete([each.entry.path])
-    _delete_all(storage, [each for each in others if each.kind == "record" and each.entry.path not in one_by_one])
     records, stay = survey.records.leave_out(choice.dropped), list[Removable]()
     gone = set[str]()
-    for start in range(0, len(parts), _PARTS_PER_BATCH):
+    for start in range(0, len(last), _OBJECTS_PER_BATCH):
         records = read_records(storage, records)
-        needed, busy = records.list_needed(), records.plans.keys()
-        batch = parts[start : start + _PARTS_PER_BATCH]
-        going = [each for each in batch if each.entry.path not in needed and each.run not in busy]
+        needed = records.list_needed()
+        batch = last[start : start + _OBJECTS_PER_BATCH]
+        going = [each for each in batch if not _is_kept(each, records, needed)]
         stay += [each for each in batch if each not in going]
         _delete_all(storage, going)
         gone |= {each.entry.path for each in going}
     records = read_records(storage, records)
     _delete_empty_folders(storage, survey, records, sorted({each.run for each in removable}))
-    notes = [f"{len(stay):,} parts stay, since a run that was planned meanwhile has them."] if stay else []
+    notes = [f"{len(stay):,} objects stay, since a run that came meanwhile has them."] if stay else []
     lost = [run for run, each in records.manifests.items() if any(part.path in gone for part in each.parts)]
     notes += [f"Run {run} was published meanwhile with parts that went: make its call again." for run in lost]
     return [each for each in removable if each not in stay], notes
+
+
+def _is_kept(each: Removable, records: Records, needed: Collection[str]) -> bool:
+    """Return whether a part, or what lies beside a run, is of a run that was planned or published meanwhile."""
+    if each.entry.path.startswith(f"{ROOT}/"):
+        return each.run in records.manifests or each.run in records.planned
+    return each.entry.path in needed or each.run in records.plans
 
 
 def _delete_all(storage: Storage, removable: Sequence[Removable]) -> None:

@@ -21,7 +21,7 @@ from tasks.batch.manifest import Manifest, find_damaged_parts, find_manifest, fi
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Plan
 from tasks.batch.publish import audit_parts, claim_order_number, publish
-from tasks.batch.run_records import save_plan
+from tasks.batch.run_records import order_path, save_plan
 from tasks.batch.runs import list_runs
 from tasks.batch.verify import verify_run
 from tasks.storage import Entry, LocalStorage, Storage, open_storage
@@ -250,6 +250,35 @@ def test_copies_of_text_go_once_their_run_is_published(tmp_path: Path) -> None:
     assert not (tmp_path / "out/_overnight/text/staged").exists()
 
 
+def test_what_a_run_keeps_beside_it_stays_where_it_is_published_while_a_destination_is_cleaned(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its plan was confirmed before the cleaning took that, and its manifest comes after it."""
+    storage = storage_of(tmp_path / "out")
+    plan, _ = call(source, tmp_path / "out")
+    claim_order_number(storage, "next")
+    manifest = tmp_path / "out/_overnight" / plan.run / "manifest.json"
+    data = manifest.read_bytes()
+    manifest.unlink()
+    names = ("challengers.json", "challengers/1/part-00000-0000-0123456789ab.parquet", "statistics.json")
+    kept = [*(f"_overnight/{plan.run}/{name}" for name in names), order_path(plan.order)]
+    for path in kept[:-1]:
+        storage.put_new(path, b"{}")
+    inner = cleaning.read_records
+
+    def read_late(storage: Storage, known: Any = None) -> Any:
+        if known is not None:
+            manifest.write_bytes(data)
+        return inner(storage, known)
+
+    monkeypatch.setattr(cleaning, "read_records", read_late)
+    report = clean(storage, unfinished_before=LATER, delete=True)
+
+    assert (plan.run,) == report.runs_dropped
+    assert all(storage.exists(path) for path in kept)
+    assert any("objects stay, since a run that came meanwhile has them." in note for note in report.notes)
+
+
 @pytest.mark.parametrize("record", ["plan", "manifest"])
 def test_nothing_goes_while_a_record_does_not_read(runs: list[str], source: Path, tmp_path: Path, record: str) -> None:
     write(source / "f3.parquet", 9000, 24, group=12)
@@ -329,7 +358,8 @@ def test_what_a_run_has_that_is_planned_while_a_destination_is_cleaned_stays(
     report = clean(storage_of(out), keep=1, delete=True)
 
     assert (out / orphan).exists()
-    assert any("1 parts stay, since a run that was planned meanwhile has them." in note for note in report.notes)
+    assert plan.run in {json.loads(path.read_text())["run"] for path in (out / "_overnight/starts").iterdir()}
+    assert any("2 objects stay, since a run that came meanwhile has them." in note for note in report.notes)
 
 
 class BusyStorage(LocalStorage):
