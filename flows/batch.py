@@ -362,7 +362,7 @@ def _report_complete(
         )
     report = _withhold(report_complete(run.manifest, plan, storage, steps.seconds), options)
     if storage.exists(page_path(plan)):
-        if plan.challengers and (found := find_comparison(storage, plan.run)) is not None:
+        if plan.challengers and (found := find_comparison(storage, plan)) is not None:
             report = report.model_copy(update={"challengers": found.challengers, "promotion": found.promotion})
         publish_complete(report, logger)
         return report

@@ -95,7 +95,7 @@ class RunGate:
                 self._show(judged)
             if denial is not None:
                 self._check(judged, denial)
-        save_statistics(self.storage, self.plan.run, judged.statistics)
+        save_statistics(self.storage, self.plan.run, self.plan.digest, judged.statistics)
         return tuple(map(str, self._disclose(judged).findings))
 
     def _disclose(self, judged: JudgedRun) -> JudgedRun:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from serving.errors import DestinationUnusable, FormatTooNew
-from tasks.batch.comparison import ChallengerParts, ChallengersRecord, list_parts_made, record_path
+from tasks.batch.comparison import ChallengerParts, ChallengersRecord, challengers_path, list_parts_made
 from tasks.batch.dataset import map_parallel
 from tasks.batch.part_check import Damage, PartCheck, PartReader, expect_part
 from tasks.batch.parts import list_parts, part_path, read_given_up
@@ -62,7 +62,7 @@ def check_challengers(storage: Storage, plan: Plan, *, is_published: bool) -> Ch
 
 def _read_record(storage: Storage, plan: Plan) -> tuple[ChallengersRecord | None, list[Damage]]:
     """Read the list of the parts of challengers; one that is not there, or is of another plan, is a damage."""
-    path = record_path(plan.run)
+    path = challengers_path(plan.run, plan.digest)
     try:
         record = read_record(storage, path, ChallengersRecord)
     except (DestinationUnusable, FormatTooNew) as error:
@@ -90,7 +90,7 @@ def _check_parts(storage: Storage, plan: Plan, listed: ChallengerParts | None) -
 
 def _check_listing(plan: Plan, checks: Sequence[PartCheck], listed: ChallengerParts | None) -> Iterable[Damage]:
     """Yield what the list says of one challenger otherwise than its plan and its parts."""
-    path, pin = record_path(plan.run), plan.model
+    path, pin = challengers_path(plan.run, plan.digest), plan.model
     if listed is None or (listed.model, listed.model_digest) != (pin.uri, pin.digest):
         got = "nothing" if listed is None else listed.model
         yield _make_damage(plan, path, f"It must name this challenger as number {plan.place}, got {got}.")

@@ -90,8 +90,8 @@ def clean(
 
     These are parts that no manifest names and no unfinished run has, files set aside, torn writes, and staged copies
     and marks of published runs. Plans and manifests of dropped runs go first, the oldest run first, and only then what
-    lies beside them, and the parts that none of the others names. Ended at any point, it has taken nothing that a manifest still names, and the
-    same call goes on.
+    lies beside them, and the parts that none of the others names. Ended at any point, it has taken nothing that a
+    manifest still names, and the same call goes on.
 
     Nothing in the folders of streams, of unfinished and of damaged runs is touched, and no file of a Delta or Iceberg
     table.

@@ -16,7 +16,7 @@ from serving.model.contract import Frozen
 from tasks.batch.challenger_rules import GREATER_IS_BETTER, LabelKind, Metric, PromoteIf
 from tasks.batch.manifest import ManifestPart
 from tasks.batch.parts import PartFooter
-from tasks.batch.plan import CHALLENGERS, FORMAT_VERSION, ROOT
+from tasks.batch.plan import CHALLENGERS, FORMAT_VERSION, record_path
 
 QUANTILE_RANKS_OFF = 1 / 256
 DIFFERENCES = (1e-6, 1e-4, 1e-2, 0.1, 1.0)
@@ -156,19 +156,19 @@ def list_parts_made(footers: Iterable[PartFooter]) -> tuple[ManifestPart, ...]:
     return tuple(ManifestPart(path=f.path, rows=f.rows, bytes=f.bytes, digest=f.digest, chunk=f.chunk) for f in footers)
 
 
-def record_path(run: str) -> str:
+def challengers_path(run: str, plan_digest: str) -> str:
     """Return where the list of the challengers' parts of a run lies below the destination."""
-    return f"{ROOT}/{run}/{CHALLENGERS}.json"
+    return record_path(run, plan_digest, CHALLENGERS)
 
 
-def comparison_path(run: str) -> str:
+def comparison_path(run: str, plan_digest: str) -> str:
     """Return where the comparison of a run lies below the destination."""
-    return f"{ROOT}/{run}/comparison.json"
+    return record_path(run, plan_digest, "comparison")
 
 
-def promotion_path(run: str) -> str:
+def promotion_path(run: str, plan_digest: str) -> str:
     """Return where the record lies that says whether a challenger of a run was promoted."""
-    return f"{ROOT}/{run}/promotion.json"
+    return record_path(run, plan_digest, "promotion")
 
 
 def judge_promotion(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import polars as pl
 
-from serving.errors import BadInput, NoCompleteRun, OvernightError, PublishRefused, StorageFault
+from serving.errors import BadInput, NoCompleteRun, OvernightError, StorageFault
 from serving.model.contract import Frozen
 from tasks.batch.challenger_rules import Labels, PromoteIf
 from tasks.batch.compare import compare_challenger
@@ -17,10 +17,10 @@ from tasks.batch.comparison import (
     ChallengersRecord,
     Promotion,
     RunComparison,
+    challengers_path,
     comparison_path,
     list_parts_made,
     promotion_path,
-    record_path,
 )
 from tasks.batch.manifest import Manifest, find_complete_manifest, scan_parts
 from tasks.batch.options import BatchOptions
@@ -55,7 +55,6 @@ def save_challenger_parts(storage: Storage, plan: Plan, audits: Mapping[int, Aud
     Raises:
         StorageFault: The list can't be read back.
         DestinationUnusable: What stands there does not read.
-        PublishRefused: What stands there is the list of another plan.
     """
     if not plan.challengers:
         return
@@ -76,19 +75,11 @@ def save_challenger_parts(storage: Storage, plan: Plan, audits: Mapping[int, Aud
             )
         )
     record = ChallengersRecord(run=plan.run, plan_digest=plan.digest, challengers=tuple(found))
-    path = record_path(plan.run)
+    path = challengers_path(plan.run, plan.digest)
     storage.put_new(path, record.model_dump_json().encode())
-    standing = read_record(storage, path, ChallengersRecord)
-    if standing is None:
+    if read_record(storage, path, ChallengersRecord) is None:
         message = f"The list of the challengers' parts must be readable once written, but is gone from {path}."
         raise StorageFault(message)
-    if standing.plan_digest != plan.digest:
-        message = (
-            f"{storage.address(path)} must list the parts of plan {plan.digest[:12]}, got those of plan "
-            f"{standing.plan_digest[:12]}: a run of this name was planned before, and some of its records were deleted."
-            f" Nothing was published. Delete {path} below the destination, and call again."
-        )
-        raise PublishRefused(message)
 
 
 class ComparedRun(Frozen):
@@ -131,21 +122,24 @@ def compare_published(storage: Storage, plan: Plan, manifest: Manifest, rule: Pr
 
     What an earlier attempt has written stands.
     """
-    comparison = read_record(storage, comparison_path(plan.run), RunComparison) or compare_run(storage, plan)
-    storage.put_new(comparison_path(plan.run), comparison.model_dump_json().encode())
-    promotion = read_record(storage, promotion_path(plan.run), Promotion)
+    comparison = read_record(storage, comparison_path(plan.run, plan.digest), RunComparison) or compare_run(
+        storage, plan
+    )
+    storage.put_new(comparison_path(plan.run, plan.digest), comparison.model_dump_json().encode())
+    promotion = read_record(storage, promotion_path(plan.run, plan.digest), Promotion)
     if promotion is None and rule is not None:
         promotion = promote(plan, comparison, manifest.rows_rejected, rule)
-        storage.put_new(promotion_path(plan.run), promotion.model_dump_json().encode())
+        storage.put_new(promotion_path(plan.run, plan.digest), promotion.model_dump_json().encode())
     return ComparedRun(comparison=comparison, promotion=promotion)
 
 
-def find_comparison(storage: Storage, run: str) -> ComparedRun | None:
+def find_comparison(storage: Storage, plan: Plan) -> ComparedRun | None:
     """Return what is kept of the comparison of a run, None where nothing is."""
-    comparison = read_record(storage, comparison_path(run), RunComparison)
+    comparison = read_record(storage, comparison_path(plan.run, plan.digest), RunComparison)
     if comparison is None:
         return None
-    return ComparedRun(comparison=comparison, promotion=read_record(storage, promotion_path(run), Promotion))
+    promotion = read_record(storage, promotion_path(plan.run, plan.digest), Promotion)
+    return ComparedRun(comparison=comparison, promotion=promotion)
 
 
 def compare_challengers(
@@ -205,7 +199,7 @@ def open_challenger(destination: str, model: str, run: str | None = None) -> pl.
     """
     storage = open_storage(destination)
     manifest = find_complete_manifest(storage, run, "List its runs.")
-    record = read_record(storage, record_path(manifest.run), ChallengersRecord)
+    record = read_record(storage, challengers_path(manifest.run, manifest.plan_digest), ChallengersRecord)
     known = {each.model: each for each in (record.challengers if record else ())}
     found = known.get(model)
     if found is None or found.given_up is not None:

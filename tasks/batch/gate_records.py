@@ -17,14 +17,14 @@ from tasks.batch.column_statistics import TableStatistics, add_tables, read_stat
 from tasks.batch.dataset import map_parallel
 from tasks.batch.gate import Finding, check_findings, judge, list_refusing
 from tasks.batch.gate_rules import Baseline, LastRun, NamedRun, RowCountRule, Rule, StatisticsFile, TrainingSet
-from tasks.batch.manifest import find_manifest, find_newest_run
+from tasks.batch.manifest import Manifest, find_manifest, find_newest_run
 from tasks.batch.parts import list_parts, read_part_statistics
-from tasks.batch.plan import FORMAT_VERSION, ROOT, Plan
+from tasks.batch.plan import DIGEST_SHOWN, FORMAT_VERSION, ROOT, Plan, record_path
 from tasks.batch.run_records import read_record
 from tasks.batch.training_set import find_training_statistics
 from tasks.storage import Storage, open_storage
 
-_DIGEST_SHOWN = 12
+_STATISTICS = "statistics"
 _PARTS_AT_ONCE = 256
 
 
@@ -47,20 +47,16 @@ class NoBaseline:
     reason: str
 
 
-def statistics_path(run: str) -> str:
-    """Return where the statistics of a run lie below the destination."""
-    return f"{ROOT}/{run}/statistics.json"
+def save_statistics(storage: Storage, run: str, plan_digest: str, statistics: TableStatistics) -> bool:
+    """Write the statistics of a run, before it is published, create-only; return whether they were new."""
+    return storage.put_new(record_path(run, plan_digest, _STATISTICS), write_statistics(statistics))
 
 
-def save_statistics(storage: Storage, run: str, statistics: TableStatistics) -> bool:
-    """Write the statistics of a run beside its manifest, create-only; return whether they were new."""
-    return storage.put_new(statistics_path(run), write_statistics(statistics))
-
-
-def find_statistics(storage: Storage, run: str) -> TableStatistics | None:
-    """Return the statistics of a run, None where it has none. Raises FormatTooNew and BadInput."""
-    data = storage.read(statistics_path(run))
-    return None if data is None else read_statistics(data, storage.address(statistics_path(run)))
+def find_statistics(storage: Storage, run: Manifest) -> TableStatistics | None:
+    """Return the statistics of a published run, None where it has none. Raises FormatTooNew and BadInput."""
+    path = record_path(run.run, run.plan_digest, _STATISTICS)
+    data = storage.read(path)
+    return None if data is None else read_statistics(data, storage.address(path))
 
 
 def sum_statistics(storage: Storage, plan: Plan) -> TableStatistics:
@@ -191,21 +187,21 @@ def find_baseline(
     if isinstance(baseline, StatisticsFile):
         return _read_file(baseline.address)
     if isinstance(baseline, LastRun):
-        newest = find_newest_run(storage, other_than=run)
-        if newest is None:
+        before = find_newest_run(storage, other_than=run)
+        if before is None:
             return NoBaseline(reason=f"no other run of {storage.url} was published before")
-        run = newest.run
     else:
-        run = baseline.run
-        if find_manifest(storage, run) is None:
+        before = find_manifest(storage, baseline.run)
+        if before is None:
             message = (
-                f"{storage.url} must hold the run {run!r}, the gate's baseline, got none. List its runs, or name none."
+                f"{storage.url} must hold the run {baseline.run!r}, the gate's baseline, got none. List its runs, or "
+                "name none."
             )
             raise NoCompleteRun(message)
-    statistics = find_statistics(storage, run)
+    statistics = find_statistics(storage, before)
     if statistics is None:
-        return NoBaseline(reason=f"run {run} was published without statistics")
-    return FoundBaseline(title=f"run {run}", statistics=statistics)
+        return NoBaseline(reason=f"run {before.run} was published without statistics")
+    return FoundBaseline(title=f"run {before.run}", statistics=statistics)
 
 
 def _read_file(address: str) -> FoundBaseline:
@@ -310,4 +306,4 @@ def approve_run(
 def name_refusal(plan_digest: str, findings: Sequence[Finding]) -> str:
     """Return what names a refusal and its approval: other figures, or another plan, are not what was approved."""
     told = json.dumps([plan_digest, sorted(map(str, list_refusing(findings)))])
-    return hashlib.sha256(told.encode()).hexdigest()[:_DIGEST_SHOWN]
+    return hashlib.sha256(told.encode()).hexdigest()[:DIGEST_SHOWN]

@@ -27,7 +27,7 @@ from tasks.batch.column_statistics import ColumnStatistics, TableStatistics, pac
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Dataset, list_entries_at
 from tasks.batch.options import BatchOptions
 from tasks.batch.part_digest import NO_DIGEST, PART_DIGEST, write_digest
-from tasks.batch.plan import Plan, digest_chunk
+from tasks.batch.plan import DIGEST_SHOWN, Plan, digest_chunk
 from tasks.batch.run_records import check_format_version
 from tasks.storage import Entry, Storage
 
@@ -37,7 +37,6 @@ REJECT_COLUMN, REJECT_REASON = "reject_column", "reject_reason"
 _DECIMAL_DIGITS_MAX = 38
 
 _NAME = re.compile(r"part-([0-9]{5}|[1-9][0-9]{5,})-([0-9]{4}|[1-9][0-9]{4,})(?:-([0-9a-f]{12}))?\.parquet")
-_DIGEST_SHOWN = 12
 # The keys that S3 lists in one call.
 _PAGE = 1000
 _FORMAT_VERSION_KEY = "overnight.format_version"
@@ -68,7 +67,7 @@ def is_part_name(name: str) -> bool:
 
 
 def _suffix(plan_digest: str) -> str:
-    return f"-{plan_digest[:_DIGEST_SHOWN]}.parquet" if plan_digest else ".parquet"
+    return f"-{plan_digest[:DIGEST_SHOWN]}.parquet" if plan_digest else ".parquet"
 
 
 def list_parts(storage: Storage, plan: Plan) -> dict[ChunkId, Entry]:
@@ -91,7 +90,7 @@ def _find_chunk(plan: Plan, path: str) -> ChunkId | None:
     """Return the chunk that a file is named for, None where it is none of this plan's."""
     folder, _, name = path.rpartition("/")
     match = _NAME.fullmatch(name)
-    if match is None or (match[3] or "") != plan.digest[:_DIGEST_SHOWN] or folder != plan.parts_folder:
+    if match is None or (match[3] or "") != plan.digest[:DIGEST_SHOWN] or folder != plan.parts_folder:
         return None
     return int(match[1]), int(match[2])
 
@@ -148,7 +147,7 @@ def read_given_up(storage: Storage, plan: Plan) -> str | None:
 
 def _given_up_path(plan: Plan) -> str:
     """Return where it says that a challenger was given up: as a part, by its plan, since a name may have another."""
-    return f"{plan.parts_folder}/given-up-{plan.digest[:_DIGEST_SHOWN]}.txt"
+    return f"{plan.parts_folder}/given-up-{plan.digest[:DIGEST_SHOWN]}.txt"
 
 
 def list_followed(storage: Storage, plan: Plan) -> tuple[Plan, ...]:

@@ -41,6 +41,8 @@ from tasks.batch.options import BatchOptions
 ROOT = "_overnight"
 # Where the parts of challengers lie in the folder of a run.
 CHALLENGERS = "challengers"
+# How much of a digest the names of parts and records have.
+DIGEST_SHOWN = 12
 # The newest of plans, manifests and parts. Those of releases before there were versions have none, and are of version
 # 1, as those of streams are. From 2 on a part bears what it is made of, whichever run it was made for.
 FORMAT_VERSION = 2
@@ -237,6 +239,15 @@ class Plan(Frozen):
         return f"{ROOT}/{self.run}"
 
 
+def record_path(run: str, plan_digest: str, name: str) -> str:
+    """Return where a record of one plan of a run lies below the destination.
+
+    Where a plan was deleted, and the run planned again, a record of the first plan is none of the second.
+    """
+    suffix = f"-{plan_digest[:DIGEST_SHOWN]}" if plan_digest else ""
+    return f"{ROOT}/{run}/{name}{suffix}.json"
+
+
 def _plan_challenger(plan: Plan, place: int, challenger: Challenger) -> Plan:
     """Return the plan of a challenger, which takes nothing from earlier runs."""
     shape = _digest_json([digest_shape(challenger.model, challenger.contract, plan.options), plan.columns_kept])
@@ -257,7 +268,7 @@ def _plan_challenger(plan: Plan, place: int, challenger: Challenger) -> Plan:
 
 
 def digest_plan(plan: Plan) -> str:
-    """Return the SHA-256, in hexadecimal, of all that shapes the parts of a plan.
+    """Return the SHA-256, in hexadecimal, of all that shapes the parts of a plan and of its challengers.
 
     The run key stands for model, snapshot, contract and options; files are told here by path and row groups alone,
     so that a staged copy that is made again, with the same content under the same name, is the same.
@@ -269,6 +280,8 @@ def digest_plan(plan: Plan) -> str:
     # Plans had no environment once.
     own: dict[str, object] = {"environment": plan.environment} if plan.environment != "caller" else {}
     own |= {"made_with": plan.made_with, "shape": plan.shape} if plan.has_content_parts else {}
+    others = [_plan_challenger(plan, at, each).digest for at, each in enumerate(plan.challengers, start=1)]
+    own |= {"challengers": others} if others else {}
     return _digest_json({**shape, **own, "files": files})
 
 

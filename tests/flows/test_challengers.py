@@ -93,7 +93,8 @@ def test_a_run_with_challengers_has_the_same_table_and_what_each_of_them_scores_
     assert f"| challenger versions v{two[-1]} | 6,000 rows compared; " in report.summary()
     assert {"batch-challengers", "batch-challengers-plot"} == shown
     assert "the model and its challengers" in Path(report.report).read_text()
-    kept = json.loads((tmp_path / "scores" / "_overnight" / report.run / "comparison.json").read_text())
+    (record,) = (tmp_path / "scores" / "_overnight" / report.run).glob("comparison-*.json")
+    kept = json.loads(record.read_text())
     assert report.challengers[0].outputs[0].difference_max == kept["challengers"][0]["outputs"][0]["difference_max"]
 
     again = infer(one, source, tmp_path / "scores", challenge(two, three, segment_columns=("region",)))

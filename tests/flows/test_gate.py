@@ -16,7 +16,7 @@ from serving.errors import ApprovalNeeded, BadInput, NoCompleteRun
 from tasks.batch.column_statistics import write_statistics
 from tasks.batch.gate_records import approve_run, find_statistics
 from tasks.batch.gate_rules import Gate, MeanShiftRule, NamedRun, PsiRule, StatisticsFile, TrainingSet
-from tasks.batch.manifest import find_manifest
+from tasks.batch.manifest import find_complete_manifest, find_manifest
 from tasks.batch.options import BatchOptions
 from tasks.batch.report import BatchReport
 from tasks.batch.verify import verify_run
@@ -82,7 +82,7 @@ def test_a_run_that_moved_is_refused_with_all_its_parts_and_published_once_it_is
 def test_statistics_are_in_parts_and_beside_the_run_and_verify_reads_them(linear: str, tmp_path: Path) -> None:
     scores, storage = tmp_path / "scores", open_storage(str(tmp_path / "scores"))
     report = infer(linear, write(tmp_path / "in", 0.0), scores)
-    statistics = find_statistics(storage, report.run)
+    statistics = find_statistics(storage, find_complete_manifest(storage, report.run, ""))
     table = pq.read_table(tmp_path / "in")
 
     assert statistics is not None
@@ -122,7 +122,7 @@ def test_a_baseline_that_is_not_there_is_told_before_anything_is_scored(linear: 
 def test_a_file_of_the_training_set_is_a_baseline(linear: str, tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path / "scores"))
     first = infer(linear, write(tmp_path / "in", 0.0), tmp_path / "scores")
-    statistics = find_statistics(storage, first.run)
+    statistics = find_statistics(storage, find_complete_manifest(storage, first.run, ""))
     assert statistics is not None
     (tmp_path / "training.json").write_bytes(write_statistics(statistics))
     gate = Gate(baseline=StatisticsFile(address=str(tmp_path / "training.json")))
@@ -180,6 +180,7 @@ def test_parts_that_are_reused_have_their_statistics(linear: str, tmp_path: Path
     full = infer(linear, tmp_path / "in", tmp_path / "full")
 
     assert (2_000, 4_000) == (report.rows_scored, report.rows_reused)
-    found = [find_statistics(open_storage(str(tmp_path / name)), full.run) for name in ("scores", "full")]
+    both = [open_storage(str(tmp_path / name)) for name in ("scores", "full")]
+    found = [find_statistics(storage, find_complete_manifest(storage, full.run, "")) for storage in both]
     assert found[0] is not None
     assert found[0] == found[1]

@@ -24,7 +24,7 @@ from serving.errors import ApprovalNeeded, BadInput
 from tasks.batch.column_statistics import write_statistics
 from tasks.batch.gate_records import Approval, approve_run, find_statistics
 from tasks.batch.gate_rules import Gate, MeanShiftRule, StatisticsFile
-from tasks.batch.manifest import find_manifest
+from tasks.batch.manifest import find_complete_manifest, find_manifest
 from tasks.batch.options import BatchOptions
 from tasks.batch.report import BatchReport
 from tasks.storage import open_storage
@@ -185,7 +185,8 @@ def test_an_answer_is_to_what_was_asked_and_other_findings_are_asked_about_again
     )
     storage = open_storage(str(tmp_path / "scores"))
     baseline = tmp_path / "baseline.json"
-    older, newer = (find_statistics(storage, report.run) for report in (first, second))
+    runs = [find_complete_manifest(storage, report.run, "") for report in (first, second)]
+    older, newer = (find_statistics(storage, run) for run in runs)
     assert older is not None
     assert newer is not None
     baseline.write_bytes(write_statistics(older))

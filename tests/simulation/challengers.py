@@ -11,7 +11,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.batch.comparison import ChallengerParts, ChallengersRecord, record_path
+from tasks.batch.comparison import ChallengerParts, ChallengersRecord, challengers_path
 from tasks.batch.manifest import Manifest
 from tasks.batch.parts import CHUNK_DIGEST
 from tests.simulation.data import Answered, may_fail
@@ -53,13 +53,13 @@ class ChallengerOracle:
             except ValueError:
                 return
             if self._wanted.get(manifest.key) and began > self.oracle.damaged_at:
-                self._read_record(match[1])
+                self._read_record(match[1], manifest.plan_digest)
 
     def check_returned(self, manifest: Manifest, began: float) -> None:
         """Check the challengers of a run that a call returned, unless something was damaged since it began."""
         run, wanted = manifest.run, self._wanted.get(manifest.key)
         is_gone = began <= self.oracle.damaged_at or self.oracle.dropped_at.get(run, -1) >= began
-        if not wanted or is_gone or (record := self._read_record(run)) is None:
+        if not wanted or is_gone or (record := self._read_record(run, manifest.plan_digest)) is None:
             return
         if record.plan_digest != manifest.plan_digest:
             self._violate(f"the list of run {run} is of another plan than its manifest")
@@ -102,8 +102,8 @@ class ChallengerOracle:
         is_damaged = self.loses_parts or self.oracle.damaged_at >= 0
         return may_fail(version) or ("could not be read back" in why and is_damaged)
 
-    def _read_record(self, run: str) -> ChallengersRecord | None:
-        found = self.storage.objects.get(record_path(run))
+    def _read_record(self, run: str, plan_digest: str) -> ChallengersRecord | None:
+        found = self.storage.objects.get(challengers_path(run, plan_digest))
         try:
             return ChallengersRecord.model_validate_json(found[0] if found else b"")
         except ValueError:

@@ -64,7 +64,7 @@ class GateWorld:
         except ApprovalNeeded:
             self.refused.add(plan.run)
             raise
-        save_statistics(storage, plan.run, judged.statistics)
+        save_statistics(storage, plan.run, plan.digest, judged.statistics)
 
     def approve(self, storage: Storage, run: str) -> None:
         """Approve what a run was refused for. Raises OvernightError."""

@@ -21,7 +21,7 @@ HAPPENINGS = (
     *("mischief: clean", "the cleaning drops (", "ApprovalNeeded", "approver", "rewritten/"),
     *("mischief: flip_part", "mischief: flip_source", "is put right", "a verification finds the wrong bits"),
     *("mischief: change_features", "sim://features open", "must have the source that", "order/source/00000002.json"),
-    *("/challengers.json: True", "/given-up-", "/challengers/2/part-"),
+    *("/challengers-", "/given-up-", "/challengers/2/part-"),
 )
 
 

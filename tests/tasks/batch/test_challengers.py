@@ -32,7 +32,6 @@ from serving.errors import (
     ModelFailed,
     ModelNotFound,
     OvernightError,
-    PublishRefused,
     SchemaMismatch,
     StorageFault,
 )
@@ -47,17 +46,19 @@ from tasks.batch.clean import clean
 from tasks.batch.compare import compare_challenger
 from tasks.batch.comparison import (
     ChallengerComparison,
+    ChallengersRecord,
     LabelComparison,
     Promotion,
     RunComparison,
+    challengers_path,
     judge_promotion,
-    record_path,
 )
 from tasks.batch.comparison_plot import describe_challenger, draw_comparison, tabulate_comparison
 from tasks.batch.comparison_records import (
     audit_challengers,
     compare_challengers,
     compare_published,
+    find_comparison,
     list_missing_chunks,
     save_challenger_parts,
 )
@@ -76,7 +77,7 @@ from tasks.batch.parts import (
     read_given_up,
     write_part,
 )
-from tasks.batch.plan import Challenger, Plan, run_key
+from tasks.batch.plan import Challenger, Plan, digest_plan, run_key
 from tasks.batch.promotion import check_alias
 from tasks.batch.publish import audit_parts, publish
 from tasks.batch.resolve import make_request
@@ -135,7 +136,8 @@ def challenge(plan: Plan, *contracts: Contract, batch_size: int = 3, kept: tuple
     wanted = [name for each in challengers for name in each.columns]
     beside = tuple(name for name in dict.fromkeys([*wanted, *kept]) if name not in plan.columns)
     update = {"challengers": challengers, "columns_beside": beside, "columns_kept": kept, "beside_bytes": 8.0}
-    return plan.model_copy(update=update)
+    planned = plan.model_copy(update=update)
+    return planned.model_copy(update={"digest": digest_plan(planned)})
 
 
 def score(plan: Plan, destination: Storage, *models: Formula, fraction: float = 1.0, slots: int = 2) -> ScoringResult:
@@ -392,7 +394,7 @@ def test_a_list_of_the_parts_of_challengers_that_was_edited_or_is_gone_is_named(
 ) -> None:
     both = challenge(plan, a_contract("a", "b"))
     publish_run(both, destination, Formula(), Formula(2.0))
-    path = Path(destination.url) / record_path(plan.run)
+    path = Path(destination.url) / challengers_path(both.run, both.digest)
     record = json.loads(path.read_text())
     edited = json.loads(path.read_text())
     edited["challengers"][0]["parts"][1]["rows"] += 1
@@ -419,31 +421,34 @@ class ForgetfulStorage(LocalStorage):
         return True
 
 
-@pytest.mark.parametrize(
-    ("standing", "error"), [("none", StorageFault), ("torn", DestinationUnusable), ("of another plan", PublishRefused)]
-)
+@pytest.mark.parametrize(("standing", "error"), [("none", StorageFault), ("torn", DestinationUnusable)])
 def test_a_run_is_not_published_without_its_own_list_of_the_parts_of_challengers(
     plan: Plan, destination: Storage, standing: str, error: type[OvernightError]
 ) -> None:
-    both, other = challenge(plan, a_contract("a", "b")), challenge(plan, a_contract("a"))
+    both = challenge(plan, a_contract("a", "b"))
     score(both, destination, Formula(), Formula(2.0))
     storage = ForgetfulStorage(Path(destination.url)) if standing == "none" else destination
     if standing == "torn":
-        storage.put_new(record_path(plan.run), b'{"run"')
-    elif standing == "of another plan":
-        save_challenger_parts(storage, other.model_copy(update={"digest": "0" * 64}), {})
+        storage.put_new(challengers_path(both.run, both.digest), b'{"run"')
 
     with pytest.raises(error, match="challengers"):
         save_challenger_parts(storage, both, audit_challengers(storage, both))
 
 
-def test_a_challenger_is_not_given_up_for_one_of_another_plan_of_the_same_name(
+def test_nothing_that_was_kept_of_another_plan_of_the_same_name_is_taken_for_the_runs_own(
     plan: Plan, destination: Storage
 ) -> None:
     before, now = challenge(plan, a_contract("a", "b")), challenge(plan, a_contract("a"))
     give_up_challenger(destination, before.challenger_plans[0], "no such thing")
+    compare_published(destination, before, publish_run(before, destination, Formula(), Formula(2.0)), None)
+    score(now, destination, Formula(), Formula(2.0))
+    save_challenger_parts(destination, now, audit_challengers(destination, now))
+    listed = ChallengersRecord.model_validate_json(destination.read(challengers_path(now.run, now.digest)) or b"")
 
     assert read_given_up(destination, now.challenger_plans[0]) is None
+    assert (now.digest, None) == (listed.plan_digest, listed.challengers[0].given_up)
+    assert find_comparison(destination, before) is not None
+    assert find_comparison(destination, now) is None
 
 
 def test_challengers_that_were_given_up_or_are_not_done_are_told_and_are_no_damage(
@@ -859,6 +864,7 @@ def test_an_alias_moves_once_and_only_where_nobody_has_moved_it(
     pins = [plan.model.model_copy(update={**named, "version": version}) for version in ("1", "2")]
     one = plan.challengers[0].model_copy(update={"model": pins[1]})
     plan = plan.model_copy(update={"model": pins[0], "challengers": (one,)})
+    plan = plan.model_copy(update={"digest": digest_plan(plan)})
     manifest = publish_run(plan, destination, Formula(), Formula(1.25))
     rule = PromoteIf(metric="mae", by=1.0, min_rows=100)
     client.set_registered_model_alias("rising", "champion", "3")

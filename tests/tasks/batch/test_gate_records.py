@@ -55,8 +55,8 @@ def pass_gate(storage: Storage, plan_digest: str, gate: Gate, statistics: TableS
     return judged
 
 
-def publish(storage: Storage, run: str, order: int) -> None:
-    """Write the manifest of a run."""
+def publish(storage: Storage, run: str, order: int) -> Manifest:
+    """Write the manifest of a run, and return it."""
     manifest = Manifest(
         key=run,
         run=run,
@@ -68,8 +68,10 @@ def publish(storage: Storage, run: str, order: int) -> None:
         rows=3,
         rejects=(),
         parts=(),
+        plan_digest="plan",
     )
     storage.put_new(manifest_path(run), manifest.model_dump_json().encode())
+    return manifest
 
 
 @pytest.mark.parametrize("left", [0, 2])
@@ -92,10 +94,13 @@ def test_a_run_is_not_judged_by_some_of_its_rows_where_parts_go_after_they_were_
 def test_statistics_are_kept_beside_the_run_and_the_first_ones_stand(place: str) -> None:
     storage = open_storage(place)
 
-    assert find_statistics(storage, "r1") is None
-    assert save_statistics(storage, "r1", RUN)
-    assert not save_statistics(storage, "r1", TableStatistics(rows=4))
-    assert find_statistics(storage, "r1") == RUN
+    run = publish(storage, "r1", 1)
+
+    assert find_statistics(storage, run) is None
+    assert save_statistics(storage, "r1", "plan", RUN)
+    assert not save_statistics(storage, "r1", "plan", TableStatistics(rows=4))
+    assert save_statistics(storage, "r1", "another plan of that name", TableStatistics(rows=5))
+    assert find_statistics(storage, run) == RUN
 
 
 def test_the_last_run_is_the_baseline_and_one_may_be_named(local: Storage) -> None:
@@ -104,7 +109,7 @@ def test_the_last_run_is_the_baseline_and_one_may_be_named(local: Storage) -> No
 
     for order, run in enumerate(["r1", "r2"], start=1):
         publish(local, run, order)
-        save_statistics(local, run, TableStatistics(rows=order))
+        save_statistics(local, run, "plan", TableStatistics(rows=order))
 
     first, second = (FoundBaseline(title=f"run r{at}", statistics=TableStatistics(rows=at)) for at in (1, 2))
 
@@ -185,7 +190,8 @@ def test_the_last_refusal_is_approved(local: Storage) -> None:
 def test_a_run_passes_the_gate_once_what_it_is_refused_for_is_approved(place: str) -> None:
     storage = open_storage(place)
     publish(storage, "r0", 1)
-    save_statistics(storage, "r0", TableStatistics(rows=3, inputs=collect_statistics(pa.table({"age": [7.0] * 50}))))
+    before = TableStatistics(rows=3, inputs=collect_statistics(pa.table({"age": [7.0] * 50})))
+    save_statistics(storage, "r0", "plan", before)
     run = TableStatistics(rows=3, inputs=collect_statistics(pa.table({"age": [1.0] * 50})))
     gate = Gate(rules=(MeanShiftRule(severity="refuse"), RangeRule(maximum=0)))
 
