@@ -166,17 +166,17 @@ def open_predictions(destination: str, run: str | None = None) -> pl.LazyFrame:
     """
     storage = open_storage(destination)
     manifest = find_complete_manifest(storage, run, _SCORE_FIRST)
-    return scan_parts(storage, list(_locate_all_parts(storage, manifest).values()))
+    return scan_parts(storage, [place for _, place in _locate_all_parts(storage, manifest)])
 
 
-def _locate_all_parts(storage: Storage, manifest: Manifest) -> dict[str, str]:
-    """Return the parts of a published run in order, and where each is.
+def _locate_all_parts(storage: Storage, manifest: Manifest) -> list[tuple[str, str]]:
+    """Return each part of a published run, in order, with where it is.
 
     Raises NoCompleteRun where its table lacks some.
     """
     table = find_table_name(storage, manifest.run, manifest.output)
     if table is None:
-        return {part.path: part.path for part in manifest.parts}
+        return [(part.path, part.path) for part in manifest.parts]
     held = locate_parts(manifest, read_table_files(storage, table))
     if len(held) < len(manifest.parts):
         where = f"Iceberg table {table}" if manifest.output == "iceberg" else f"Delta table at {storage.url}"
@@ -187,7 +187,7 @@ def _locate_all_parts(storage: Storage, manifest: Manifest) -> dict[str, str]:
             "now, or in the version whose commit says overnight.run."
         )
         raise NoCompleteRun(message)
-    return held
+    return [(part.path, held[part.path]) for part in manifest.parts]
 
 
 def locate_parts(manifest: Manifest, table: TableFiles) -> dict[str, str]:
@@ -223,18 +223,18 @@ def open_rejects(destination: str, run: str | None = None) -> pl.LazyFrame:
     """
     storage = open_storage(destination)
     _, held = locate_run_parts(storage, run)
-    return scan_parts(storage, list(held.values())).filter(pl.col(REJECT_REASON).is_not_null())
+    return scan_parts(storage, [place for _, place in held]).filter(pl.col(REJECT_REASON).is_not_null())
 
 
-def locate_run_parts(storage: Storage, run: str | None) -> tuple[str, dict[str, str]]:
-    """Return the name of the newest complete run, or of a named one, with its parts, and where each is.
+def locate_run_parts(storage: Storage, run: str | None) -> tuple[str, list[tuple[str, str]]]:
+    """Return the name of the newest complete run, or of a named one, with each of its parts and where it is.
 
     Of a run that is not complete they are those that are there. Raises NoCompleteRun as open_rejects does.
     """
     manifest = find_run_manifest(storage, run)
     if manifest is not None:
         return manifest.run, _locate_all_parts(storage, manifest)
-    return str(run), {path: path for path in _list_unpublished_parts(storage, str(run))}
+    return str(run), [(path, path) for path in _list_unpublished_parts(storage, str(run))]
 
 
 def _list_unpublished_parts(storage: Storage, run: str) -> list[str]:

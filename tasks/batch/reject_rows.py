@@ -113,7 +113,8 @@ def _check_output(output: Path) -> None:
 
 def _find_parts(storage: Storage, run: str | None) -> tuple[Plan, list[_Part]]:
     """Return the plan of a run, and its parts in the order of the source."""
-    name, places = locate_run_parts(storage, run)
+    name, located = locate_run_parts(storage, run)
+    places = dict(located)
     plan = load_plan(storage, name)
     if plan is None or not plan.shards:
         message = (

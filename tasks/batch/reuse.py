@@ -164,14 +164,14 @@ def find_earlier_plan(storage: Storage, runs: EarlierRuns) -> Plan | None:
 def refer_to_parts(storage: Storage, plan: Plan, runs: EarlierRuns) -> Plan:
     """Return a plan that refers to the parts that earlier runs have made of the same, where they are there.
 
-    One whose rows go into a Delta table refers to files of the table's current version alone, and to each once.
+    It refers to each part once; where its rows go into a Delta table, to files of the current version alone.
     """
     if not runs.manifests:
         return plan.model_copy(update={"reuse_note": runs.note})
     made = {part.chunk: part for run in reversed(runs.manifests) for part in run.parts if part.chunk}
     digests = {at: digest_chunk(plan, chunk) for at, chunk in plan.chunks.items()}
     found = {at: made[digest] for at, digest in digests.items() if digest in made}
-    held = _keep_held(storage, found) if plan.options.output == "delta" else found
+    held = _keep_held(storage, plan.options.output, found)
     reused = tuple(ReusedPart(shard=at[0], place=at[1], path=p.path) for at, p in held.items())
     referring = plan.model_copy(update={"reused": reused})
     there = {at: e for at, e in list_reused_parts(storage, referring).items() if e.size == held[at].bytes}
@@ -179,7 +179,7 @@ def refer_to_parts(storage: Storage, plan: Plan, runs: EarlierRuns) -> Plan:
     standing = tuple(part for part in reused if (at := (part.shard, part.place)) in there and at not in doubtful)
     told = [
         (len(digests) - len(found), "the files of {:,} chunks are new or changed"),
-        (len(found) - len(held), "{:,} parts are no files of the Delta table any more, or another chunk's"),
+        (len(found) - len(held), "{:,} parts are another chunk's, or no files of the Delta table any more"),
         (len(held) - len(there), "{:,} parts are gone or cut short"),
         (len(doubtful), "{:,} parts have rows that ended the model's process, or took too long"),
     ]
@@ -189,13 +189,15 @@ def refer_to_parts(storage: Storage, plan: Plan, runs: EarlierRuns) -> Plan:
     return plan.model_copy(update={"reused": standing, "reuse_note": note})
 
 
-def _keep_held(storage: Storage, found: Mapping[ChunkId, ManifestPart]) -> dict[ChunkId, ManifestPart]:
-    """Return those of the parts that the Delta table has as they were made, each for one chunk.
+def _keep_held(storage: Storage, output: str, found: Mapping[ChunkId, ManifestPart]) -> dict[ChunkId, ManifestPart]:
+    """Return the parts, each for one chunk; where the output is a Delta table, those that it has as they were made.
 
-    The file of a part that the table has given up may be deleted by a vacuum at any time. Two chunks have the same part
-    where a file of the source is a copy of another; a table has a file once.
+    Two chunks are made of the same where a file of the source is a copy of another: a reader that is given one part
+    twice may take it once. The file of a part that the table has given up may be deleted by a vacuum at any time.
     """
-    free = dict(list_table_files(storage).whole) if found else {}
+    free = {part.path: part.bytes for part in found.values()}
+    if found and output == "delta":
+        free = dict(list_table_files(storage).whole)
     return {at: part for at, part in found.items() if free.pop(part.path, None) == part.bytes}
 
 

@@ -25,7 +25,7 @@ from tasks.batch import reuse
 from tasks.batch.chunk_layout import cut_chunks
 from tasks.batch.dataset import SourceFile
 from tasks.batch.delta import list_table_files
-from tasks.batch.manifest import Manifest, find_damaged_parts, find_manifest, open_predictions
+from tasks.batch.manifest import Manifest, find_damaged_parts, find_manifest, open_predictions, open_rejects
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Plan, run_key
 from tasks.batch.publish import audit_parts, publish
@@ -394,7 +394,7 @@ def test_parts_that_a_delta_table_has_rewritten_are_scored_again(
     plan, scored = call(source, tmp_path / "out", options)
 
     assert 240 == scored
-    assert "parts are no files of the Delta table any more" in plan.reuse_note
+    assert "no files of the Delta table any more" in plan.reuse_note
     assert read_full(source, tmp_path / "full") == read_delta(tmp_path / "out")
 
 
@@ -433,6 +433,34 @@ def test_a_part_that_is_deleted_between_its_audit_and_the_commit_is_never_commit
     assert read_full(source, tmp_path / "full") == read_delta(out)
 
 
+def test_a_table_has_the_rows_of_two_equal_files_twice_where_an_earlier_run_has_their_parts(tmp_path: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    lines = [f"{at},{at if at % 5 else ''},3" for at in range(12)]
+    for name in ("a.csv", "b.csv"):
+        (source / name).write_text("\n".join(["id,a,b", *lines]))
+    call(source, out)
+    (source / "c.csv").write_text("id,a,b\n12,4,5\n")
+    plan, scored = call(source, out)
+    manifest = find_manifest(open_storage(str(out)), plan.run)
+
+    assert manifest is not None
+    assert 3 == len({part.path for part in manifest.parts}) == len(manifest.parts)
+    assert 13 == scored
+    assert sorted([*range(12), *range(13)]) == sorted(open_predictions(str(out)).collect()["id"].cast(int).to_list())
+    assert [0, 0, 5, 5, 10, 10] == sorted(open_rejects(str(out)).collect()["id"].cast(int).to_list())
+
+
+def test_a_manifest_that_names_a_part_twice_is_read_twice(source: Path, tmp_path: Path) -> None:
+    plan, _ = call(source, tmp_path / "out")
+    path = tmp_path / "out/_overnight" / plan.run / "manifest.json"
+    told = json.loads(path.read_text())
+    told["parts"].append(told["parts"][0])
+    path.write_text(json.dumps(told))
+
+    assert 10 * 24 + told["parts"][0]["rows"] == open_predictions(str(tmp_path / "out")).collect().height
+
+
 def test_a_delta_table_has_the_rows_of_two_equal_files_twice(source: Path, tmp_path: Path) -> None:
     """Two chunks that have the same part are two files of a table: it can't have one twice."""
     out, options = tmp_path / "out", REPLACE
@@ -445,7 +473,7 @@ def test_a_delta_table_has_the_rows_of_two_equal_files_twice(source: Path, tmp_p
     paths = [part.path for part in referring.reused]
 
     assert len(doubled.chunks) - len(plan.shards[0]) == len(paths) == len(set(paths))
-    assert "or another chunk's" in referring.reuse_note
+    assert "are another chunk's" in referring.reuse_note
 
 
 @pytest.mark.parametrize(
