@@ -408,7 +408,7 @@ class PartFooter:
 
 
 def read_footer(storage: Storage, plan: Plan, chunk: Chunk, entry: Entry) -> PartFooter | None:
-    """Read the footer of a part; None where it can't be read, lacks rows, or is of another plan or chunk.
+    """Read the footer of a part; None where it can't be read, lacks rows or a digest, or is of another plan or chunk.
 
     Raises FormatTooNew where a newer Overnight has written it.
     """
@@ -418,9 +418,11 @@ def read_footer(storage: Storage, plan: Plan, chunk: Chunk, entry: Entry) -> Par
         _check_part_version(metadata, storage.address(entry.path))
         if metadata.num_rows != chunk.rows or not is_part_of(metadata, plan, chunk):
             return None
-        return parse_footer(entry, metadata)
+        footer = parse_footer(entry, metadata)
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, SourceChanged):
         return None
+    # Parts that bear a run, and not what they are made of, are of a release before there were digests.
+    return footer if footer.digest or not plan.has_content_parts else None
 
 
 def parse_footer(entry: Entry, metadata: pq.FileMetaData) -> PartFooter:

@@ -18,7 +18,6 @@ from serving.errors import (
 )
 from tasks.batch.dataset import Snapshot
 from tasks.batch.manifest import Manifest
-from tasks.batch.part_digest import read_digests
 from tasks.batch.verify import RunVerification, verify_run
 from tasks.storage import Entry, open_storage
 from tests.simulation.data import Source
@@ -113,13 +112,8 @@ class BitWorld:
                 self._check_found(manifest.run, wrong, verify_run(storage, manifest.run))
 
     def _check_found(self, run: str, wrong: set[str], found: RunVerification) -> None:
-        """Check what a verification says of the wrong bits of a run; without the run's plan it opens no part.
-
-        Where the bit is in the name of the digest, the part bears none, as one of an earlier release: that is a note.
-        """
+        """Check what a verification says of the wrong bits of a run; without the run's plan it opens no part."""
         missed = wrong - {each.path for each in found.damages}
-        if any("before parts bore a digest" in note for note in found.notes):
-            missed -= {path for path in missed if not read_digests(self.destination.objects[path][0])[0]}
         if missed and not any(each.kind == "plan" for each in found.damages):
             self._violate(f"a verification of run {run} does not find the wrong bits of {sorted(missed)}")
         if found_bits := sorted(wrong - missed):

@@ -127,8 +127,9 @@ def test_a_plan_that_disagrees_with_its_own_snapshot_is_refused(destination: Sto
         lambda _: b"PAR1 nonsense PAR1",
         lambda plan: a_part(plan, (0, 0))[:200],
         lambda plan: a_part(plan.model_copy(update={"shape": "0" * 32}), (1, 0)),
+        lambda plan: bytes(a_part(plan, (1, 0))).replace(b"overnight.part_digest", b"overnight.part_digesu"),
     ],
-    ids=["no bytes", "a byte short", "nonsense", "cut", "another model's"],
+    ids=["no bytes", "a byte short", "nonsense", "cut", "another model's", "a bit of the digest's name"],
 )
 def test_a_torn_part_is_set_aside_where_no_reader_looks_and_is_missing(
     destination: Storage, plan: Plan, tear: Callable[[Plan], bytes]
