@@ -142,7 +142,7 @@ def _infer(
             or resolve_request(addresses.model, addresses.source, storage.url, options)
         ),
     )
-    run = steps.run("plan", lambda: find_run(request, storage, this))
+    run = steps.run("plan", lambda: find_run(request, storage, this, measure=steps.measure_apart))
     _name_run(run.plan, storage, call, logger)
     record.begin(run.plan, storage)
     if isinstance(run, CompleteRun):

@@ -44,8 +44,21 @@ class Steps:
 
     observe: Callable[[str, float], None] = lambda *_: None
     guard: Callable[[], AbstractContextManager[None]] = nullcontext
+    clock: Callable[[], float] = time.perf_counter
     seconds: dict[str, float] = field(default_factory=dict)
     _previous: UUID | None = field(default=None, init=False)
+    _apart: float = field(default=0.0, init=False)
+
+    @contextmanager
+    def measure_apart(self, name: str) -> Generator[None]:
+        """Count the seconds of a block, within a step, as those of a step of this name, and not of the step's own."""
+        start = self.clock()
+        try:
+            yield
+        finally:
+            taken = self.clock() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + taken
+            self._apart += taken
 
     def run(self, name: str, work: Callable[[], T]) -> T:
         """Return what a step returns, or raise what it raises.
@@ -59,14 +72,15 @@ class Steps:
             with self.guard():
                 return work()
 
-        start = time.perf_counter()
+        start, self._apart = self.clock(), 0.0
+        self.seconds.setdefault(name, 0.0)
         try:
             with keep_torch_threads():
                 run = self._run_as_task if is_in_prefect_run() else _run_in_span
                 return run(name, do_guarded)
         finally:
-            taken = time.perf_counter() - start
-            self.seconds[name] = self.seconds.get(name, 0.0) + taken
+            taken = self.clock() - start
+            self.seconds[name] += taken - self._apart
             self.observe(name, taken)
 
     def _run_as_task(self, name: str, work: Callable[[], T]) -> T:

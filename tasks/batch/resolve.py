@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Protocol
@@ -66,6 +67,9 @@ from tasks.batch.tuning import choose_sizes
 from tasks.storage import Storage, check_create_only
 
 _log = logging.getLogger(__name__)
+
+# Takes the name of a step, and measures how long the block takes.
+Measure = Callable[[str], AbstractContextManager[None]]
 
 
 class ModelLoader(Protocol):
@@ -227,6 +231,7 @@ def find_run(
     *,
     load: ModelLoader = load_model,
     clock: Callable[[], datetime] = utc_now,
+    measure: Measure = lambda _step: nullcontext(),
 ) -> RunState:
     """Return the run of a flow run: planned now, planned before, or complete.
 
@@ -236,6 +241,7 @@ def find_run(
         flow_run_id: The flow run, which is tied to the run from here on; a complete run leaves no trace of it.
         load: Loads the model that a new plan is made for.
         clock: Says when a new plan is made.
+        measure: Measures how long it takes to `load` models and to `tune` them, which is most of a first call.
 
     Raises:
         RunNameTaken: The name of the run holds a run of another request.
@@ -247,10 +253,10 @@ def find_run(
     if standing is not None:
         plan = check_plan_key(standing, request.key)
     else:
-        made = _plan_run(request, storage, load, clock)
+        made = _plan_run(request, storage, load, clock, measure)
         # Now that the run has its number: one of a later move of the alias gets a higher one.
         if (moved := request.ask_again()) is not None:
-            return find_run(moved, storage, flow_run_id, load=load, clock=clock)
+            return find_run(moved, storage, flow_run_id, load=load, clock=clock, measure=measure)
         plan = save_plan(storage, made)
     run = _find_state(storage, plan, request.resolved, is_new=standing is None)
     planned = RunStart(run=plan.run, key=plan.key, release=find_release())
@@ -271,7 +277,9 @@ def _find_state(storage: Storage, plan: Plan, resolved: Resolved | None, *, is_n
     return CompleteRun(plan=plan, manifest=manifest)
 
 
-def _plan_run(request: RunRequest, storage: Storage, load: ModelLoader, clock: Callable[[], datetime]) -> Plan:
+def _plan_run(
+    request: RunRequest, storage: Storage, load: ModelLoader, clock: Callable[[], datetime], measure: Measure
+) -> Plan:
     """Make the plan of a request, with its number. What can be refused is refused here, before anything is scored."""
     options = request.options
     check_source(storage, options, request.addresses)
@@ -289,12 +297,16 @@ def _plan_run(request: RunRequest, storage: Storage, load: ModelLoader, clock: C
         find_label_kind(options.labels, request.contract, labels.label_type, options.promote_if)
     order_min = _check_table(request, storage, dataset)
     environment, processes = choose_environment(request.resolved, options)
-    model = load(request.resolved, request.contract, allow_pickle=options.allow_pickle, processes=processes)
+    with measure("load"):
+        model = load(request.resolved, request.contract, allow_pickle=options.allow_pickle, processes=processes)
     made_with = describe_making(request.resolved, environment)
     shape = digest_shape(request.resolved.pin, request.contract, options)
     runs = find_earlier_runs(storage, shape, made_with, request.resolved.pin.uri, options)
     earlier = find_earlier_plan(storage, runs)
-    kept = keep_sizes(earlier, model, options, dataset.rows) if earlier else None
+    sizes = keep_sizes(earlier, model, options, dataset.rows) if earlier else None
+    if sizes is None:
+        with measure("tune"):
+            sizes = choose_sizes(request.resolved, model, request.contract, options, dataset, own_features)
     plan = make_plan(
         key=request.key,
         model=request.resolved.pin,
@@ -302,7 +314,7 @@ def _plan_run(request: RunRequest, storage: Storage, load: ModelLoader, clock: C
         options=options,
         source=request.snapshot,
         dataset=dataset,
-        sizes=kept or choose_sizes(request.resolved, model, request.contract, options, dataset, own_features),
+        sizes=sizes,
         versions=Versions(environment=environment, made_with=runs.made_with),
         planned_at=clock(),
     )
@@ -310,7 +322,7 @@ def _plan_run(request: RunRequest, storage: Storage, load: ModelLoader, clock: C
     plan = refer_to_parts(storage, plan, runs)
     model = model.with_engine(plan.engine)
     slots = choose_slots(options, model)
-    plan, challengers = _plan_challengers(request, plan, dataset, load, slots)
+    plan, challengers = _plan_challengers(request, plan, dataset, load, slots, measure)
     more = sum(pin.row_bytes for pin in features) - sum(pin.row_bytes for pin in own_features)
     plan = plan.model_copy(update={"beside_bytes": plan.beside_bytes + more})
     check_memory(plan, slots, options, [model, *challengers])
@@ -321,7 +333,7 @@ def _plan_run(request: RunRequest, storage: Storage, load: ModelLoader, clock: C
 
 
 def _plan_challengers(
-    request: RunRequest, plan: Plan, dataset: Dataset, load: ModelLoader, slots: int
+    request: RunRequest, plan: Plan, dataset: Dataset, load: ModelLoader, slots: int, measure: Measure
 ) -> tuple[Plan, list[Model]]:
     """Return the plan with its challengers, and these, loaded. The chunks stay those of a run without."""
     if not request.challengers:
@@ -336,8 +348,10 @@ def _plan_challengers(
     planned, models = [], list[Model]()
     for each in request.challengers:
         environment, processes = choose_environment(each.resolved, options)
-        model = load(each.resolved, each.contract, allow_pickle=options.allow_pickle, processes=processes)
-        sizes = choose_sizes(each.resolved, model, each.contract, limited, with_beside, plan.features)
+        with measure("load"):
+            model = load(each.resolved, each.contract, allow_pickle=options.allow_pickle, processes=processes)
+        with measure("tune"):
+            sizes = choose_sizes(each.resolved, model, each.contract, limited, with_beside, plan.features)
         engine = sizes.engine.model_copy(update={"threads": plan.engine.threads})
         planned.append(
             Challenger(

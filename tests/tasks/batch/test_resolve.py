@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
@@ -329,8 +331,16 @@ def test_a_run_whose_alias_moves_while_it_is_planned_is_of_what_the_alias_names_
             later.append(plan_run(resolve_request(two, source, destination.url, BatchOptions()), destination))
         return load_model(*args, **options)
 
-    run = find_run(request, destination, str(uuid.uuid4()), load=load_slowly)
+    measured: list[str] = []
 
+    @contextmanager
+    def measure(step: str) -> Iterator[None]:
+        measured.append(step)
+        yield
+
+    run = find_run(request, destination, str(uuid.uuid4()), load=load_slowly, measure=measure)
+
+    assert ["load", "tune"] == measured
     assert [two, two] == [later[0].model.uri, run.plan.model.uri]
     assert (later[0].run, later[0].order) == (run.plan.run, run.plan.order)
 
