@@ -253,9 +253,9 @@ class Gateway:
 
         async def hold_requests() -> bool:
             await self._apply()
-            await self._wait_until_idle(endpoint.name, _IDLE_S_MAX, stop=lambda: bool(endpoint.models.waiting))
+            await self._wait_until_idle(endpoint.name, _IDLE_S_MAX, stop=lambda: endpoint.has_requests)
             await self._read_log()
-            return not endpoint.models.waiting and not await asyncio.to_thread(self._has_requests, endpoint.name)
+            return not await asyncio.to_thread(self._has_requests, endpoint.name) and not endpoint.has_requests
 
         try:
             await endpoint.models.unload(endpoint.route.versions, hold_requests=hold_requests)

@@ -103,7 +103,8 @@ class ModelLifecycle:
                 self.state = before
                 return False
             try:
-                return all([await self._unload(served) for served in _list_models(versions)])
+                # At once: requests wait for the slowest, not for one after the other.
+                return all(await asyncio.gather(*map(self._unload, _list_models(versions))))
             finally:
                 self.state = "asleep"
 
