@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -16,9 +17,12 @@ from serving.gateway.client import GatewayClient
 from serving.gateway.endpoint import Endpoint
 from serving.gateway.envoy.admin import EnvoyAdmin
 from serving.gateway.envoy.bootstrap import BootstrapOptions
+from serving.gateway.gateway import Gateway
+from serving.gateway.keys import Keys
 from serving.gateway.metrics import Metrics
 from serving.gateway.route import Limits, SavedEndpoint, ScaleToZero, ServedVersion
 from serving.gateway.scale_to_zero import ModelLifecycle
+from serving.gateway.store import Store
 from serving.gateway.upstreams import CheckedRequest, HttpClient, HttpResponse
 from serving.protocol.oip import Body, InferRequest
 from tests.eventually import eventually
@@ -157,15 +161,16 @@ def test_a_load_that_never_ends_times_out_and_the_next_request_tries_again() -> 
 
 
 def test_an_unload_that_never_ends_does_not_block_a_later_request() -> None:
-    async def unload_and_load() -> tuple[bool, str]:
+    async def unload_and_load() -> str:
         server = SilentLoader()
         models = make_lifecycle(server)
-        are_unloaded = await models.unload(VERSIONS, hold_requests=is_unasked)
+        with pytest.raises(Unanswered, match=r"must unload toy within 0\.05 s, but did not"):
+            await models.unload(VERSIONS, hold_requests=is_unasked)
         server.is_repaired = True
         await models.load(RULE_LONG, VERSIONS)
-        return are_unloaded, models.state
+        return models.state
 
-    assert (False, "awake") == asyncio.run(asyncio.wait_for(unload_and_load(), 10))
+    assert "awake" == asyncio.run(asyncio.wait_for(unload_and_load(), 10))
 
 
 def test_a_request_that_comes_during_an_unload_is_503_after_hold_s_max_and_may_come_again() -> None:
@@ -178,6 +183,24 @@ def test_a_request_that_comes_during_an_unload_is_503_after_hold_s_max_and_may_c
         return refused.value.retry_after_s
 
     assert 1 == asyncio.run(asyncio.wait_for(load_during_unload(), 10))
+
+
+def test_an_unload_that_fails_each_time_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def unload_three_times() -> None:
+        options = BootstrapOptions(folder=tmp_path)
+        with Store(tmp_path) as store:
+            async with Gateway(store, Keys(tmp_path, {}), options) as gateway, asyncio.timeout(60):
+                await gateway.put("unasked", route("http://127.0.0.1:9", sleep=ScaleToZero(keep_warm_s=0.01)))
+                models = gateway.endpoint("unasked").models
+                for _ in range(3):
+                    models.state = "awake"
+                    while models.state != "asleep":  # noqa: ASYNC110 - it is told to nobody
+                        await asyncio.sleep(0.01)
+
+    asyncio.run(unload_three_times())
+
+    assert 1 == caplog.text.count("Unloading the models of endpoint unasked has failed")
+    assert "Traceback" not in caplog.text
 
 
 class MeetingLoader(SilentLoader):
