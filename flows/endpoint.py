@@ -196,7 +196,7 @@ def _shift_traffic(
         change.gateway.put_key(name, key)
     route = change.plan_route(address)
     write_rollout(spec.target, spec.name, route)
-    outcome = shift_traffic(change.gateway, spec, route, loaded.version)
+    outcome = shift_traffic(change.gateway, spec, route, loaded.version, partial(change.logger.info, "%s"))
     if not isinstance(spec.rollout, Shadow):
         check_gateway(spec.gateway, spec, loaded.contract, loaded.sample, next(iter(keys.values()), None))
     return outcome

@@ -85,6 +85,15 @@ def endpoint(  # noqa: PLR0913 - each is an option of the command
     canary: Annotated[
         float | None, typer.Option(help="Percent of the traffic that a new version gets first; else all at once.")
     ] = None,
+    canary_requests: Annotated[
+        int | None, typer.Option(help="Requests that the canary must answer before it gets the rest; 100.")
+    ] = None,
+    canary_seconds: Annotated[
+        float | None, typer.Option(help="Seconds after which a canary with fewer requests is rolled back; 600.")
+    ] = None,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="Leave the canary to the gateway, which decides by the same rule.")
+    ] = False,
     api_key: Annotated[
         list[str] | None,
         typer.Option(help="An environment variable that holds a key of callers; again for each further one."),
@@ -126,7 +135,7 @@ def endpoint(  # noqa: PLR0913 - each is an option of the command
             "model": model,
             "budget": _make_budget(latency_ms, rate),
             "keep_warm": _parse_keep_warm(keep_warm),
-            "rollout": None if canary is None else {"kind": "canary", "percent": canary},
+            "rollout": _make_canary(canary, canary_requests, canary_seconds, wait=not no_wait),
             "access": {"environment": api_key or (), "anyone": no_api_key} if api_key or no_api_key else None,
             **{field: value for field, value in surroundings.items() if field not in document},
         }
@@ -147,6 +156,18 @@ def _make_budget(latency_ms: float | None, rate: float | None) -> dict[str, floa
         message = "A budget needs both --latency-ms and --rate, got one of them."
         raise BadInput(message)
     return None if latency_ms is None or rate is None else {"latency_ms": latency_ms, "rate": rate}
+
+
+def _make_canary(
+    percent: float | None, requests: int | None, seconds: float | None, *, wait: bool
+) -> dict[str, object] | None:
+    rule = {name: value for name, value in (("requests_min", requests), ("seconds_max", seconds)) if value is not None}
+    if percent is not None:
+        return {"kind": "canary", "percent": percent, "wait": wait, **rule}
+    if rule or not wait:
+        message = "--canary-requests, --canary-seconds and --no-wait must be of a canary, got no --canary PERCENT."
+        raise BadInput(message)
+    return None
 
 
 def _parse_keep_warm(text: str | None) -> float | str | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from http import HTTPStatus
 
@@ -30,16 +32,24 @@ from serving.model.contract import Contract
 
 
 class Endpoint:
-    """One endpoint. To be used in one event loop."""
+    """One endpoint. To be used in one event loop. `clock` gives the seconds since 1970."""
 
-    def __init__(self, name: str, saved: SavedEndpoint, *, http: HttpClient, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        name: str,
+        saved: SavedEndpoint,
+        *,
+        http: HttpClient,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self.name = name
         self.models = ModelLifecycle(
             lambda: make_loader(http, self.route.sleep), metrics.load_seconds.labels(name).observe
         )
         self.saved = saved
-        self._http, self._metrics = http, metrics
-        self._last_request_s = time.time()
+        self._http, self._metrics, self._clock = http, metrics, clock
+        self._last_request_s = clock()
         self._held = self._dropped = 0
         self._apply(saved)
 
@@ -51,7 +61,12 @@ class Endpoint:
     @property
     def idle_s(self) -> float:
         """Seconds since the last request ended."""
-        return time.time() - self._last_request_s
+        return self._clock() - self._last_request_s
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether requests wait for a load, or are answered here."""
+        return self._held > 0
 
     def describe_routing(self, keys: Keys) -> RoutedEndpoint:
         """Return the endpoint as Envoy is to route it now."""
@@ -72,7 +87,7 @@ class Endpoint:
         if route.versions != self.route.versions:
             # A version that is new to the route may not be loaded.
             self.models.mark_lost()
-        self._last_request_s = time.time()
+        self._last_request_s = self._clock()
         self._apply(SavedEndpoint(route=route, trial=canary, verdict=self.saved.verdict if rule is None else None))
 
     def restore(self, saved: SavedEndpoint) -> None:
@@ -83,15 +98,11 @@ class Endpoint:
         """Return once the models are loaded. Raises Unanswered where they can't be, or too many requests wait."""
         limits = self.route.limits
         waiting_max = limits.in_flight_max + limits.queue_max
-        if self._held >= waiting_max:
+        if self.models.waiting >= waiting_max:
             message = f"The endpoint may have {waiting_max} requests at once, got one more. Try again later."
             raise Unanswered(message, status=HTTPStatus.TOO_MANY_REQUESTS, retry_after_s=1)
-        self._held += 1
-        self._last_request_s = time.time()
-        try:
+        with self._hold():
             await self.models.load(self.route.sleep, self.route.versions)
-        finally:
-            self._held -= 1
 
     async def infer(self, request: CheckedRequest, version: str | None) -> Reply:
         """Return the answer of a version: the requested one, else one that is chosen by weight, but not the canary.
@@ -106,15 +117,20 @@ class Endpoint:
         chosen = self._choose_version() if version is None else self.find_version(version)
         upstream = self._upstreams[chosen.version]
         timeout_s = self.route.limits.timeout_s
-        if self.route.sleep is not None and not await upstream.is_ready():
-            self.models.mark_lost()
-            await self.activate()
-        try:
-            async with asyncio.timeout(timeout_s):
-                reply = await upstream.infer(request)
-        except TimeoutError:
-            message = f"An answer must come within {timeout_s:g} s, but did not. Send fewer rows, or try again later."
-            raise Unanswered(message, status=HTTPStatus.GATEWAY_TIMEOUT) from None
+        with self._hold():
+            if self.route.sleep is not None:
+                if not await upstream.is_ready():
+                    self.models.mark_lost()
+                # Also where they are ready: they may be about to unload.
+                await self.activate()
+            try:
+                async with asyncio.timeout(timeout_s):
+                    reply = await upstream.infer(request)
+            except TimeoutError:
+                message = (
+                    f"An answer must come within {timeout_s:g} s, but did not. Send fewer rows, or try again later."
+                )
+                raise Unanswered(message, status=HTTPStatus.GATEWAY_TIMEOUT) from None
         return Reply(status=reply.status, content=reply.content, headers=reply.headers, version=chosen.version)
 
     async def compare_shadow(self, request: CheckedRequest, version: str) -> None:
@@ -207,6 +223,16 @@ class Endpoint:
         self._apply(SavedEndpoint(route=route, verdict=verdict))
         self._metrics.verdicts.labels(self.name, outcome).inc()
         return True
+
+    @contextmanager
+    def _hold(self) -> Generator[None]:
+        """Keep the models loaded while a request waits here, and for `keep_warm_s` after it: Envoy then passes it."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+            self._last_request_s = self._clock()
 
     def _apply(self, saved: SavedEndpoint) -> None:
         self.saved = saved

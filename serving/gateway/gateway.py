@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from http import HTTPStatus
 from typing import Self
 
-from serving.errors import BadRequest, EndpointFailed
+from serving.errors import BadRequest, EndpointFailed, Unanswered
 from serving.gateway.access_log import AccessLogReader
 from serving.gateway.endpoint import Endpoint
 from serving.gateway.envoy.admin import EnvoyAdmin, EnvoyGone
@@ -53,6 +53,8 @@ class Gateway:
         self._apply_lock = asyncio.Lock()
         self._write_lock, self._read_lock = asyncio.Lock(), asyncio.Lock()
         self._unloading: dict[str, asyncio.Task[None]] = {}
+        # The error of each thing that is tried again.
+        self._told: dict[str, str] = {}
         self._has_work = asyncio.Event()
         self._is_closing = False
 
@@ -202,27 +204,27 @@ class Gateway:
             self._routed = routed
 
     async def _work_periodically(self) -> None:
-        """Read the log, judge canaries, unload idle models and write files, four times a second and when asked.
-
-        Whatever fails, the next turn tries again; an error that stays is logged once.
-        """
-        turn, told = 0, ""
+        """Read the log, judge canaries, unload idle models and write files, four times a second and when asked."""
+        turn = 0
         while not self._is_closing:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_INTERVAL_S):
                     await self._has_work.wait()
             self._has_work.clear()
             turn += 1
-            try:
-                await self._work(is_saving=turn % _SAVE_TURNS == 0)
-            except (OSError, EndpointFailed, EnvoyGone) as error:
-                _log.warning("The gateway's files must be readable and writable, got: %s. It tries again.", error)
-            except Exception as error:  # noqa: BLE001 - verdicts and unloading must go on
-                if told != repr(error):
-                    _log.exception("The gateway's periodic work has failed. It tries again.")
-                told = repr(error)
-            else:
-                told = ""
+            await self._try_work("The periodic work of the gateway", self._work(is_saving=turn % _SAVE_TURNS == 0))
+
+    async def _try_work(self, what: str, work: Awaitable[object]) -> None:
+        """Wait for work that is tried again where it fails. Its error is logged, and once while it stays the same."""
+        try:
+            await work
+        except Exception as error:  # noqa: BLE001 - everything else must go on
+            if self._told.get(what) != repr(error):
+                is_foreseen = isinstance(error, (OSError, EndpointFailed, EnvoyGone, Unanswered))
+                _log.warning("%s has failed, and is tried again: %s", what, error, exc_info=not is_foreseen)
+            self._told[what] = repr(error)
+        else:
+            self._told.pop(what, None)
 
     async def _work(self, *, is_saving: bool) -> None:
         await self._read_log()
@@ -253,18 +255,12 @@ class Gateway:
 
         async def hold_requests() -> bool:
             await self._apply()
-            await self._wait_until_idle(endpoint.name, _IDLE_S_MAX, stop=lambda: bool(endpoint.models.waiting))
+            await self._wait_until_idle(endpoint.name, _IDLE_S_MAX, stop=lambda: endpoint.has_requests)
             await self._read_log()
-            return not endpoint.models.waiting and not await asyncio.to_thread(self._has_requests, endpoint.name)
+            return not await asyncio.to_thread(self._has_requests, endpoint.name) and not endpoint.has_requests
 
-        try:
-            await endpoint.models.unload(endpoint.route.versions, hold_requests=hold_requests)
-        except (EndpointFailed, OSError) as error:
-            _log.warning("%s", error)
-        except Exception:  # noqa: BLE001 - it is tried again
-            _log.exception(
-                "The models of endpoint %s must be unloaded while it is idle, but that failed.", endpoint.name
-            )
+        unload = endpoint.models.unload(endpoint.route.versions, hold_requests=hold_requests)
+        await self._try_work(f"Unloading the models of endpoint {endpoint.name}", unload)
 
     async def _wait_until_idle(self, name: str, seconds_max: float, *, stop: Callable[[], bool] | None = None) -> None:
         with suppress(TimeoutError):
@@ -290,14 +286,9 @@ class Gateway:
 
     async def _save_all(self) -> None:
         for name in [*self._endpoints]:
-            try:
-                await self._save(name)
-            except OSError as error:
-                _log.warning("The route of %s must be writable, got: %s. The gateway tries again.", name, error)
-        try:
-            await asyncio.to_thread(self._log_reader.save_position)
-        except OSError as error:
-            _log.warning("The position in the access log must be writable, got: %s.", error)
+            await self._try_work(f"Writing the route of {name}", self._save(name))
+        save_position = asyncio.to_thread(self._log_reader.save_position)
+        await self._try_work("Writing the position in the access log", save_position)
 
     async def _save(self, name: str) -> None:
         async with self._write_lock:

@@ -33,7 +33,8 @@ def judge_canary(rule: Rollout, tally: CanaryTally, *, age_s: float) -> tuple[Ou
 
     It is rolled back as soon as it can no longer be promoted: where its errors, or its slow answers, are more than
     the rule allows of requests_min requests, or of the requests so far if those are more. The 99th percentile is
-    above its limit exactly where more than one answer in a hundred is slow.
+    above its limit exactly where more than one answer in a hundred is slow. Too few requests in seconds_max roll it
+    back as well.
     """
     requests = max(tally.requests, rule.requests_min)
     if tally.errors > rule.error_rate_max * requests:
@@ -43,6 +44,8 @@ def judge_canary(rule: Rollout, tally: CanaryTally, *, age_s: float) -> tuple[Ou
     if tally.requests >= rule.requests_min and age_s >= rule.seconds_min:
         slow = "" if rule.p99_ms_max is None else f", {tally.slow} took over {rule.p99_ms_max:g} ms"
         return "promoted", f"{tally.errors} of {tally.requests} requests failed{slow}"
+    if rule.seconds_max is not None and age_s >= rule.seconds_max:
+        return "rolled back", f"got {tally.requests} of {rule.requests_min} requests in {rule.seconds_max:g} s"
     return None
 
 

@@ -114,6 +114,12 @@ class Rollout(Frozen):
     seconds_min: float = Field(
         default=0.0, ge=0, le=30 * 86_400, description="Seconds that pass before it can be promoted."
     )
+    seconds_max: float | None = Field(
+        default=None,
+        gt=0,
+        le=30 * 86_400,
+        description="Seconds after which it is rolled back where it has had too few requests; none: it waits for them.",
+    )
     error_rate_max: float = Field(default=0.01, ge=0, lt=1, description="Share of its requests that may fail.")
     p99_ms_max: float | None = Field(
         default=None, gt=0, le=3.6e6, description="Maximum 99th percentile of its latency in milliseconds."

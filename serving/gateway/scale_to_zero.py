@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
 from typing import Protocol
@@ -17,8 +16,6 @@ from serving.targets.triton_control import ControlRefused, Verb, control_model_a
 # A server that never answers must not prevent another attempt.
 _LOAD_S_MAX, _UNLOAD_S_MAX = 600.0, 60.0
 _ERROR_CHARACTERS_MAX = 2000
-
-_log = logging.getLogger(__name__)
 
 
 class ModelLoader(Protocol):
@@ -90,22 +87,30 @@ class ModelLifecycle:
             self.waiting -= 1
 
     async def unload(self, versions: Sequence[ServedVersion], *, hold_requests: Callable[[], Awaitable[bool]]) -> bool:
-        """Unload the models, and return whether all were; log what fails.
+        """Unload the models, and return whether they were: they stay loaded where requests are on their way to them.
 
         Args:
             versions: What is unloaded.
             hold_requests: Called first, once `state` is not awake: has further requests wait for a load, and returns
-                whether no request is on its way to the models. They stay loaded where it returns False.
+                whether no request is on its way to the models.
+
+        Raises:
+            Unanswered: where an unload fails, or takes too long. The next request finds out what is loaded.
         """
         async with self._changing:
             before, self.state = self.state, "unknown"
             if not await hold_requests():
                 self.state = before
                 return False
+            # At once: requests wait for the slowest, not for one after the other.
+            unloads = map(self._unload, _list_models(versions))
             try:
-                return all([await self._unload(served) for served in _list_models(versions)])
+                found = await asyncio.gather(*unloads, return_exceptions=True)
             finally:
                 self.state = "asleep"
+        for error in filter(None, found):
+            raise error
+        return True
 
     def mark_lost(self) -> None:
         """Note that the server no longer has the models, for example after a restart: the next request loads them."""
@@ -137,19 +142,13 @@ class ModelLifecycle:
         if missing:
             self._observe_load(asyncio.get_running_loop().time() - began)
 
-    async def _unload(self, served: ServedVersion) -> bool:
+    async def _unload(self, served: ServedVersion) -> None:
         try:
             async with asyncio.timeout(self._unload_s_max):
                 await self._choose_loader().unload(served)
-        except Unanswered as error:
-            _log.warning("%s", error)
         except TimeoutError:
-            _log.warning(
-                "%s must unload %s within %g s, but did not.", served.url, served.upstream_model, self._unload_s_max
-            )
-        else:
-            return True
-        return False
+            message = f"{served.url} must unload {served.upstream_model} within {self._unload_s_max:g} s, but did not."
+            raise Unanswered(message) from None
 
 
 def _list_models(versions: Sequence[ServedVersion]) -> list[ServedVersion]:
@@ -187,9 +186,15 @@ class RepositoryLoader:
         response = await self._http.send("POST", url, b"{}", {"Content-Type": "application/json"})
         if response.status >= HTTPStatus.MULTIPLE_CHOICES:
             reason = response.content.decode(errors="replace")[:_ERROR_CHARACTERS_MAX]
-            log_upstream_error(url, f"{response.status}: {reason}")
-            message = f"The model server must {verb} the model, got {response.status}: {remove_addresses(reason)}."
-            raise Unanswered(message)
+            raise _make_refusal(url, verb, f"{response.status}: {reason}")
+
+
+def _make_refusal(address: str, verb: Verb, reason: str) -> Unanswered:
+    """Return the error for what a server refuses. A client sees that of a load, but no addresses: they are logged."""
+    if verb == "unload":
+        return Unanswered(f"{address} must unload the model, got {reason}.")
+    log_upstream_error(address, reason)
+    return Unanswered(f"The model server must load the model, got {remove_addresses(reason)}.")
 
 
 class TritonLoader(RepositoryLoader):
@@ -211,7 +216,4 @@ class TritonLoader(RepositoryLoader):
         try:
             await control_model_async(self._address, verb, served.upstream_model)
         except ControlRefused as error:
-            reason = str(error)[:_ERROR_CHARACTERS_MAX]
-            log_upstream_error(self._address, reason)
-            message = f"The model server must {verb} the model, got: {remove_addresses(reason)}."
-            raise Unanswered(message) from None
+            raise _make_refusal(self._address, verb, str(error)[:_ERROR_CHARACTERS_MAX]) from None

@@ -152,6 +152,11 @@ class Canary(Frozen):
     seconds_max: float = Field(
         default=600.0, gt=0, le=86_400, description="It is rolled back where it has not got its answers by then."
     )
+    wait: bool = Field(
+        default=True,
+        description="Whether the call waits for the decision. Else the gateway decides by the same rule, and the next "
+        "call takes down the version that has no traffic any more.",
+    )
 
 
 class Shadow(Frozen):
@@ -367,6 +372,17 @@ class EndpointSpec(Frozen):
                 f"{give_option('environment', 'model')} must have a target that runs a model in an environment of its "
                 f"own, got {self.target.kind}: {obstacle}. Choose ray-serve, or bentoml, kserve or seldon without a "
                 "cluster, or give the server the model's versions and leave it out."
+            )
+            raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _validate_wait(self) -> Self:
+        has_cluster = isinstance(self.target, FolderTarget) and self.target.cluster is not None
+        if has_cluster and isinstance(self.rollout, Canary) and not self.rollout.wait:
+            message = (
+                "A canary on a target with a cluster must be waited for, since the flow writes the step that follows, "
+                "got wait=False. Leave it out."
             )
             raise ValueError(message)
         return self

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 
 from pydantic import ValidationError
 
 from serving.errors import BadInput, EndpointFailed, RolledBack
 from serving.gateway.client import GatewayClient
-from serving.gateway.route import Rollout, Route, ScaleToZero, ServedVersion, Shadow, roll_back_canary
+from serving.gateway.route import (
+    CanaryTally,
+    Rollout,
+    Route,
+    ScaleToZero,
+    ServedVersion,
+    Shadow,
+    Verdict,
+    roll_back_canary,
+)
 from serving.model.contract import Contract
 from serving.protocol.tensors import describe_tensors
 from serving.targets import Address
@@ -19,22 +29,38 @@ from tasks.endpoint.resolve import Sample
 from tasks.endpoint.spec import OF_EACH_CALL, EndpointSpec
 from tasks.endpoint.verify import compare_answers
 
-_POLL_SECONDS = 0.2
+_POLL_SECONDS, _REPORT_SECONDS = 0.2, 10.0
+# The gateway decides four times a second, and once what it has decided is in force.
+_DECISION_SECONDS_MAX = 60.0
 _IDLE_SECONDS_MAX = 60.0
 _ROUNDS = 3
 _CHANGE_SECONDS_MAX = 3600.0
 
 
-def shift_traffic(gateway: GatewayClient, spec: EndpointSpec, route: Route, version: str) -> str:
+def shift_traffic(
+    gateway: GatewayClient, spec: EndpointSpec, route: Route, version: str, report: Callable[[str], object]
+) -> str:
     """Put a route in force, wait for the end of its canary if it has one, and describe the outcome.
 
-    Raises RolledBack with the figures where the canary failed, or had too few requests in time: the other versions have
-    all traffic then.
+    Args:
+        gateway: The gateway, which judges a canary by the rule of the route.
+        spec: The endpoint.
+        route: The route, with the rule of a canary where it has one.
+        version: The version that gets its traffic.
+        report: Takes a line every ten seconds that says how far the canary has come.
+
+    Raises:
+        RolledBack: with the figures, where the canary failed or had too few requests in time. The other versions have
+            all traffic then.
+        EndpointFailed: where the canary is removed meanwhile, or the gateway does not decide.
     """
     gateway.put(spec.name, route)
     if not isinstance(spec.rollout, specs.Canary) or route.rollout is None:
         return describe_share(route, version)
-    deadline = time.monotonic() + spec.rollout.seconds_max
+    if not spec.rollout.wait:
+        return f"{describe_share(route, version)}, as a canary that the gateway decides about"
+    deadline = time.monotonic() + spec.rollout.seconds_max + _DECISION_SECONDS_MAX
+    next_report = 0.0
     while time.monotonic() < deadline:
         status = gateway.get(spec.name)
         if status is None or status.route.find_version(version) is None:
@@ -44,27 +70,36 @@ def shift_traffic(gateway: GatewayClient, spec: EndpointSpec, route: Route, vers
             raise EndpointFailed(message)
         verdict = status.verdict
         if status.route.rollout is None and verdict is not None and verdict.version == version:
-            if verdict.outcome == "promoted":
-                return f"version {version} has all traffic, after a canary: {verdict.reason}"
-            message = f"Version {version} of {spec.name} must keep the rule of its canary, but {verdict.reason}."
-            raise RolledBack(message)
+            return _describe_verdict(spec.name, verdict)
+        if status.trial is not None and time.monotonic() >= next_report:
+            age_s = (datetime.now(UTC) - status.trial.began).total_seconds()
+            report(describe_canary(route.rollout, status.trial.tally, age_s=age_s))
+            next_report = time.monotonic() + _REPORT_SECONDS
         time.sleep(_POLL_SECONDS)
-    requests = _roll_back(gateway, spec.name, version)
     message = (
-        f"Version {version} of {spec.name} must answer {spec.rollout.requests_min} requests in "
-        f"{spec.rollout.seconds_max:g} s to get all traffic, but got {requests}. Give it a larger share or more time, "
-        "or wait for more traffic."
+        f"The gateway must decide about version {version} of {spec.name} within {spec.rollout.seconds_max:g} s, but "
+        "did not. Read its log."
+    )
+    raise EndpointFailed(message)
+
+
+def describe_canary(rule: Rollout, tally: CanaryTally, *, age_s: float) -> str:
+    """Return in a line how far a canary has come: requests, failures and the seconds that it has left."""
+    failed = tally.errors / max(tally.requests, 1)
+    left = "" if rule.seconds_max is None else f", {max(rule.seconds_max - age_s, 0):.0f} s left"
+    answered = f"{tally.requests} of {rule.requests_min} requests"
+    return f"Canary of version {rule.version}: {answered}, {failed:.1%} failed{left}"
+
+
+def _describe_verdict(endpoint: str, verdict: Verdict) -> str:
+    """Return the outcome of a canary that was promoted, and raise RolledBack for any other."""
+    if verdict.outcome == "promoted":
+        return f"version {verdict.version} has all traffic, after a canary: {verdict.reason}"
+    message = (
+        f"Version {verdict.version} of {endpoint} must keep the rule of its canary, but {verdict.reason}. Where it had "
+        "too few requests, give it a larger share or more seconds."
     )
     raise RolledBack(message)
-
-
-def _roll_back(gateway: GatewayClient, endpoint: str, version: str) -> int:
-    """Give the other versions the traffic of a canary, and return how many requests it had."""
-    status = gateway.get(endpoint)
-    if status is None or status.route.rollout is None or status.route.rollout.version != version:
-        return 0
-    gateway.put(endpoint, roll_back_canary(status.route))
-    return status.trial.tally.requests if status.trial else 0
 
 
 def check_gateway(gateway_url: str, spec: EndpointSpec, contract: Contract, sample: Sample, key: str | None) -> None:
@@ -135,6 +170,7 @@ def make_route(
         rollout = Rollout(
             version=version,
             requests_min=spec.rollout.requests_min,
+            seconds_max=spec.rollout.seconds_max,
             error_rate_max=spec.rollout.error_rate_max,
             p99_ms_max=spec.rollout.p99_ms_max,
         )

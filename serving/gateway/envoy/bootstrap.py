@@ -20,7 +20,6 @@ from serving.gateway.envoy.messages import (
     ENDPOINT_HEADER,
     LISTENER_STATS,
     RATE,
-    RESTART_RETRIES,
     ROUTES_NAME,
     Json,
     typed,
@@ -28,6 +27,11 @@ from serving.gateway.envoy.messages import (
 
 _HEADERS_KIB_MAX, _HEADERS_COUNT_MAX, _HEADERS_S_MAX = 32, 100, 10
 _CLIENT_IDLE_S, _BODY_S_MAX = 75, 3600
+# Envoy takes the longest interval between retries of this filter for the time limit of each try as well.
+_ACTIVATOR_RETRIES: Json = {
+    "num_retries": 10,
+    "retry_back_off": {"base_interval": "0.1s", "max_interval": f"{_BODY_S_MAX}s"},
+}
 _PROGRAMS = Path(__file__).parent
 
 
@@ -191,7 +195,7 @@ def _render_activator() -> Json:
             "server_uri": {"uri": "http://control", "cluster": CONTROL_PLANE, "timeout": f"{_BODY_S_MAX}s"},
             "path_prefix": "/activator",
             # A control plane that is started again loads the models that the earlier one was loading.
-            "retry_policy": {"retry_on": "connect-failure,reset", **RESTART_RETRIES},
+            "retry_policy": {"retry_on": "connect-failure,reset", **_ACTIVATOR_RETRIES},
             "authorization_request": {},
             "authorization_response": {"allowed_client_headers": {"patterns": [{"exact": "retry-after"}]}},
         },

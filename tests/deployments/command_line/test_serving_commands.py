@@ -13,6 +13,8 @@ from deployments.command_line import app
 from infra.local.gateway import gateway_server
 from infra.local.prefect_server import PrefectServer
 from infra.local.triton import triton_server
+from serving.errors import BadInput
+from tasks.endpoint.spec import Canary, EndpointSpec
 from tests.support import register_script
 
 WORKLOAD = """
@@ -45,6 +47,23 @@ def test_a_model_that_does_not_load_ends_with_one_and_the_reason(registry: Path)
     assert (1, 0) == (refused.exit_code, allowed.exit_code), refused.output + allowed.output
     assert "must not need unpickling" in refused.stdout
     assert ".pkl" in allowed.stdout
+
+
+def test_the_flags_of_a_canary_are_its_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[EndpointSpec] = []
+
+    def refuse(spec: EndpointSpec) -> None:
+        asked.append(spec)
+        message = "enough is known"
+        raise BadInput(message)
+
+    monkeypatch.setattr("flows.endpoint.online_endpoint", refuse)
+    common = ["endpoint", "--name", "churn", "--model", "models:/churn/4", "--canary", "10"]
+    for flags in ([], ["--canary-requests", "5", "--canary-seconds", "60", "--no-wait"]):
+        CliRunner().invoke(app, [*common, *flags])
+
+    given = Canary(percent=10, requests_min=5, seconds_max=60, wait=False)
+    assert [Canary(percent=10), given] == [each.rollout for each in asked]
 
 
 @pytest.mark.machines

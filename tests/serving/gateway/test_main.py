@@ -23,10 +23,10 @@ from serving.errors import EndpointFailed
 from serving.gateway.__main__ import main
 from serving.gateway.client import GatewayClient
 from serving.gateway.metering import read_metering
-from serving.gateway.route import Rollout, ScaleToZero
+from serving.gateway.route import Rollout, SavedEndpoint, ScaleToZero
 from tests.blocked import block_packages
 from tests.eventually import eventually
-from tests.serving.gateway.support import ROW, EndpointClient, V2Server, route, wait_for_verdict
+from tests.serving.gateway.support import ROW, EndpointClient, V2Server, read_metrics, route, wait_for_verdict
 
 
 def ask(server: GatewayServer, name: str, requests: int) -> list[int]:
@@ -45,9 +45,12 @@ def test_a_killed_and_restarted_gateway_has_its_routes_keys_and_canaries(tmp_pat
         admin.delete("deleted")
         admin.put_key("app", "a-key-that-outlives-it")
         assert [200] * 12 == ask(server, "churn", 12)
-        # The gateway writes tallies every second, or later where the machine has much to do.
-        time.sleep(5)
-        before = admin.get("churn")
+        eventually(lambda: 'overnight_requests_total{endpoint="churn",status="200"} 12.0' in read_metrics(server))
+        stored = tmp_path / "routes/churn.json"
+        before = eventually(
+            lambda: admin.get("churn"),
+            lambda state: state.trial == SavedEndpoint.model_validate_json(stored.read_bytes()).trial,
+        )
         os.kill(server.process.pid, signal.SIGKILL)
 
     with gateway_server(tmp_path) as server, GatewayClient(server.url, server.admin_key) as admin:

@@ -106,6 +106,12 @@ def test_a_verdict_states_the_figures_that_decided() -> None:
     assert ("rolled back", "1 of 10 requests took over 50 ms; 1.00% may") == judge_canary(
         rule, CanaryTally(requests=10, slow=1), age_s=0
     )
+    late = rule.model_copy(update={"seconds_max": 60.0})
+    assert judge_canary(late, CanaryTally(requests=9), age_s=59) is None
+    assert ("rolled back", "got 9 of 10 requests in 60 s") == judge_canary(late, CanaryTally(requests=9), age_s=60)
+    assert ("promoted", "0 of 10 requests failed, 0 took over 50 ms") == judge_canary(
+        late, CanaryTally(requests=10), age_s=60
+    )
 
 
 def ask(endpoint: EndpointClient, requests: int) -> list[str]:

@@ -2,7 +2,8 @@
 
 1 and 2: score = 1 or 2 times the sum of x, plus n. same: as 1. slow: as 1, after 0.4 s. broken: 500. html: no V2.
 wrong: other outputs than those of the contract. The models toy and steady are loaded from the start, others after
-POST /v2/repository/models/MODEL/load. GET /seen counts the requests; GET /last returns the bytes of the last one.
+POST /v2/repository/models/MODEL/load, sluggish slowly. GET /seen counts the requests; GET /last returns the bytes of
+the last one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ CONTRACT = Contract(
     ),
     outputs=(Output(name="score", dtype="float32"),),
 )
-LOAD_S, SLOW_S = 0.5, 0.4
+LOAD_S, SLUGGISH_LOAD_S, SLOW_S = 0.5, 1.5, 0.4
 FACTORS = {"1": 1.0, "2": 2.0, "same": 1.0, "slow": 1.0, "wrong": 1.0}
 
 app = FastAPI()
@@ -65,7 +66,7 @@ async def repository(model: str, verb: str) -> Response:
     if model == "unloadable":
         return _refuse(500, "no memory for it")
     if verb == "load":
-        await asyncio.sleep(LOAD_S)
+        await asyncio.sleep(SLUGGISH_LOAD_S if model == "sluggish" else LOAD_S)
         loaded.add(model)
     else:
         loaded.discard(model)

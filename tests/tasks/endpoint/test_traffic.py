@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -7,13 +8,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.errors import BadInput
-from serving.gateway.route import Rollout, Route, ScaleToZero, Shadow
+from serving.gateway.client import GatewayClient
+from serving.gateway.route import (
+    Canary,
+    CanaryTally,
+    EndpointState,
+    Rollout,
+    Route,
+    ScaleToZero,
+    Shadow,
+    Verdict,
+    promote_canary,
+)
 from serving.targets import Address
 from tasks.endpoint.spec import OF_EACH_CALL, EndpointSpec
 from tasks.endpoint.traffic import (
     choose_keep_warm_seconds,
     complete_spec,
     describe_callers,
+    describe_canary,
     describe_share,
     find_route_to_restore,
     keep_awake,
@@ -22,6 +35,7 @@ from tasks.endpoint.traffic import (
     list_used_versions,
     make_route,
     remove_versions,
+    shift_traffic,
     validate_rollout,
 )
 from tests.serving.toys import matrix
@@ -77,8 +91,67 @@ def test_a_canary_gets_its_share_and_its_rule() -> None:
     found = roll_out(spec(rollout=CANARY), route(served("1", 3), served("0", 1)))
 
     assert {"1": 60, "0": 20, "2": 20} == weights(found)
-    assert Rollout(version="2", requests_min=7) == found.rollout
+    assert Rollout(version="2", requests_min=7, seconds_max=600) == found.rollout
     assert "version 2 has 20% of the traffic" == describe_share(found, "2")
+
+
+class PromotingGateway(GatewayClient):
+    """A gateway that promotes the canary of version 2 once it has been asked for it twice."""
+
+    def __init__(self) -> None:
+        super().__init__("http://127.0.0.1:9", "a-key-that-nobody-asks-for")
+        self.asked = 0
+
+    def put(self, _name: str, route: Route) -> EndpointState:
+        self.route = route
+        return self._describe()
+
+    def get(self, _name: str) -> EndpointState:
+        self.asked += 1
+        now = datetime.now(UTC)
+        if self.asked == 1:
+            return self._describe(
+                trial=Canary(began=now - timedelta(seconds=30), tally=CanaryTally(requests=4, errors=1))
+            )
+        self.route = promote_canary(self.route)
+        tally = CanaryTally(requests=7)
+        return self._describe(
+            verdict=Verdict(version="2", outcome="promoted", reason="0 of 7 failed", tally=tally, at=now)
+        )
+
+    def _describe(self, **found: Any) -> EndpointState:
+        return EndpointState.model_validate(
+            {"route": self.route, "in_flight": {}, "waiting": 0, "models": "awake", **found}
+        )
+
+
+def shift_to_canary(**rollout: object) -> tuple[str, list[str], int]:
+    given = spec(rollout={**CANARY, **rollout})
+    lines: list[str] = []
+    with PromotingGateway() as gateway:
+        outcome = shift_traffic(gateway, given, roll_out(given, route(served("1", 100))), "2", lines.append)
+    return outcome, lines, gateway.asked
+
+
+def test_a_canary_is_waited_for_and_says_how_far_it_has_come() -> None:
+    outcome, lines, _ = shift_to_canary()
+
+    assert "version 2 has all traffic, after a canary: 0 of 7 failed" == outcome
+    assert ["Canary of version 2: 4 of 7 requests, 25.0% failed, 570 s left"] == lines
+
+
+def test_a_canary_that_is_not_waited_for_is_left_to_the_gateway() -> None:
+    assert ("version 2 has 20% of the traffic, as a canary that the gateway decides about", [], 0) == shift_to_canary(
+        wait=False
+    )
+
+
+def test_the_time_that_a_canary_has_left_is_never_below_zero() -> None:
+    rule = Rollout(version="2", requests_min=7, seconds_max=60)
+
+    assert "Canary of version 2: 0 of 7 requests, 0.0% failed, 0 s left" == describe_canary(
+        rule, CanaryTally(), age_s=61
+    )
 
 
 def test_a_shadow_answers_nobody() -> None:
