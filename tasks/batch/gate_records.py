@@ -191,7 +191,7 @@ def find_baseline(
     if isinstance(baseline, StatisticsFile):
         return _read_file(baseline.address)
     if isinstance(baseline, LastRun):
-        newest = find_newest_run(storage, other_than=run)
+        newest = find_newest_run(storage, other_than=run, rows_min=1)
         if newest is None:
             return NoBaseline(reason=f"no other run of {storage.url} was published before")
         run = newest.run
