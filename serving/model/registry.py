@@ -16,6 +16,7 @@ import mlflow
 from botocore.exceptions import BotoCoreError, ClientError
 from mlflow import MlflowClient, MlflowException
 from mlflow.artifacts import download_artifacts
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model as MLmodel
 from mlflow.store.artifact.models_artifact_repo import REGISTERED_MODEL_META_FILE_NAME
 from mlflow.store.artifact.s3_artifact_repo import S3ArtifactRepository
@@ -88,14 +89,18 @@ def resolve_model(uri: str) -> Resolved:
     Returns the pinned version with a SHA-256 over its files. The registry is that of MLFLOW_TRACKING_URI or
     MLFLOW_REGISTRY_URI. Raises ModelNotFound, whose message says what the registry has.
     """
-    name, version = _parse_uri(uri)["name"], find_version(uri)
-    client = MlflowClient()
+    found = read_version(uri)
+    resolved = open_model(name=str(found.name), version=str(found.version), source=str(found.source))
+    return replace(resolved, tags=dict(found.tags))
+
+
+def read_version(uri: str) -> ModelVersion:
+    """Return what the registry says of the version that the address of a model names. Raises ModelNotFound."""
+    name, client = _parse_uri(uri)["name"], MlflowClient()
     try:
-        found = client.get_model_version(name, version)
+        return client.get_model_version(name, find_version(uri))
     except MlflowException as error:
         raise _not_found(client, uri, name, error) from None
-    resolved = open_model(name=name, version=str(found.version), source=str(found.source))
-    return replace(resolved, tags=dict(found.tags))
 
 
 def find_version(uri: str) -> str:
