@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -21,7 +21,7 @@ from mlflow.models import Model as MLmodel
 from mlflow.store.artifact.models_artifact_repo import REGISTERED_MODEL_META_FILE_NAME
 from mlflow.store.artifact.s3_artifact_repo import S3ArtifactRepository
 
-from serving.errors import ModelNotFound, ModelUnfit, suggest_name
+from serving.errors import BadInput, ModelNotFound, ModelUnfit, suggest_name
 from serving.machine import pause_garbage_collection
 from serving.model.contract import Contract, Frozen
 from serving.model.signature import Names, Params, Policies, read_contract
@@ -137,6 +137,17 @@ def save_tag(pin: ModelPin, key: str, value: str) -> bool:
     except MlflowException:
         return False
     return True
+
+
+def delete_tags(uri: str, keys: Iterable[str]) -> None:
+    """Delete tags of the model version that an address names. Raises ModelNotFound, BadInput where it is refused."""
+    found = read_version(uri)
+    try:
+        for key in keys:
+            MlflowClient().delete_model_version_tag(found.name, found.version, key)
+    except MlflowException as error:
+        message = f"The registry must let {uri} lose its tags, got: {error}. Ask for the right to edit the model."
+        raise BadInput(message) from None
 
 
 def open_model(*, name: str, version: str, source: str) -> Resolved:

@@ -19,7 +19,14 @@ from tasks.batch.options import BatchOptions
 
 COMMANDS = [
     *(["score"], ["runs"], ["costs"], ["verify"], ["deploy"], ["worker"], ["endpoint"], ["endpoint", "retire"]),
-    *(["choose"], ["model", "check"], ["local", "up"], ["kubernetes", "render"], ["kubernetes", "deploy"]),
+    *(
+        ["choose"],
+        ["model", "check"],
+        ["model", "tuning"],
+        ["local", "up"],
+        ["kubernetes", "render"],
+        ["kubernetes", "deploy"],
+    ),
     *(["environments", "list"], ["environments", "remove"]),
     *(["aws", "plan"], ["aws", "deploy"], ["aws", "status"], ["aws", "destroy"]),
 ]

@@ -13,6 +13,8 @@ from deployments.command_line import app
 from infra.local.gateway import gateway_server
 from infra.local.prefect_server import PrefectServer
 from infra.local.triton import triton_server
+from serving.model.interface import Engine, TuningLimits
+from serving.model.tuner import Tuning, tuning_tag
 from tests.support import register_script
 
 WORKLOAD = """
@@ -45,6 +47,37 @@ def test_a_model_that_does_not_load_ends_with_one_and_the_reason(registry: Path)
     assert (1, 0) == (refused.exit_code, allowed.exit_code), refused.output + allowed.output
     assert "must not need unpickling" in refused.stdout
     assert ".pkl" in allowed.stdout
+
+
+def test_kept_tunings_are_shown_and_dropped(registry: Path) -> None:
+    from mlflow import MlflowClient
+
+    from tests.support import register_network
+
+    uri = register_network("tuned-for-the-command-line", seed=0)
+    tuning = Tuning(
+        machine="a machine of 2 cores",
+        limits=TuningLimits(),
+        engine=Engine(),
+        batch_size=64,
+        slots=2,
+        rows_per_second=29.0,
+        trials=(),
+    )
+    name, version = uri.removeprefix("models:/").split("/")
+    tag = tuning_tag(tuning.machine, tuning.limits)
+    MlflowClient().set_model_version_tag(name, version, tag, tuning.model_dump_json())
+    MlflowClient().set_model_version_tag(name, version, "theirs", "stays")
+    shown, dropped, after = (
+        CliRunner().invoke(app, ["model", "tuning", uri, *flags]) for flags in ([], ["--drop"], ["--json"])
+    )
+
+    assert (0, 0, 0) == (shown.exit_code, dropped.exit_code, after.exit_code), shown.output + dropped.output
+    for text in ("a machine of 2 cores", "64", "29"):
+        assert text in shown.stdout
+    assert "keeps no tuning any more: 1 were dropped" in dropped.stdout
+    assert [] == json.loads(after.stdout)["tunings"]
+    assert {"theirs": "stays"} == MlflowClient().get_model_version(name, version).tags
 
 
 @pytest.mark.machines
