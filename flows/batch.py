@@ -46,7 +46,7 @@ from tasks.batch.lineage import record_failure, record_lineage, record_start
 from tasks.batch.manifest import Manifest, find_intact_manifest, find_newer_run, list_foreign_files
 from tasks.batch.memory import check_memory
 from tasks.batch.options import BatchOptions
-from tasks.batch.parts import count_done, part_path
+from tasks.batch.parts import count_done, part_path, put_empty_part
 from tasks.batch.plan import Plan
 from tasks.batch.prediction_sample import draw_distributions
 from tasks.batch.publish import Audit, audit_parts, check_rows_add_up, count_rejects, publish, wait_for_publisher
@@ -317,6 +317,8 @@ def _check_keys(
 def _prepare(run: NewRun | ResumedRun, storage: Storage, logger: Logger) -> Plan:
     """Return the plan to score by, with its staged copies in place where parts of a published run were lost."""
     check_create_only(storage)
+    if not run.plan.rows:
+        put_empty_part(storage, run.plan)
     is_folder = isinstance(run, NewRun) and run.plan.options.output == "parquet"
     if is_folder and (foreign := list_foreign_files(storage)):
         logger.warning(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -58,6 +59,8 @@ def deploy(  # noqa: PLR0913 - each is an option of the command
 ) -> None:
     """Deploy a call of `overnight score` to the Prefect server of PREFECT_API_URL, on a schedule or not.
 
+    The model, the source and the destination are looked for from here too; what is not found is a warning.
+
     Without arguments it creates every work pool, deployment and automation of Overnight. Twice changes nothing.
     """
     if show is not None:
@@ -90,7 +93,8 @@ def deploy(  # noqa: PLR0913 - each is an option of the command
             timezone=timezone,
         )
         changes = asyncio.run(deploy_call(call))
-    _print_changes(changes, f"batch-inference/{call.name}", pool, as_json=as_json)
+        warnings = list_unseen(parameters)
+    _print_changes(changes, f"batch-inference/{call.name}", pool, warnings, as_json=as_json)
 
 
 def choose_name(model: str) -> str:
@@ -108,6 +112,42 @@ def _make_parameters(
     return {**parameters, "options": chosen.model_dump(mode="json", exclude_unset=True)}
 
 
+def list_unseen(parameters: Mapping[str, Any]) -> list[str]:
+    """Return what this machine can't see of a call's model, source and destination, in words; each is asked once.
+
+    The workers may see it all the same: another registry, or another disk. What a block names is not asked.
+    """
+    from serving.errors import OvernightError  # noqa: PLC0415 - help needs none
+    from serving.model.registry import read_version  # noqa: PLC0415 - the same
+    from tasks.batch.options import BatchOptions  # noqa: PLC0415 - the same
+    from tasks.batch.source import TableVersion, pin_source  # noqa: PLC0415 - the same
+    from tasks.common.names import BLOCK  # noqa: PLC0415 - the same
+    from tasks.common.server_checks import ServerCheck, check_servers, list_checks  # noqa: PLC0415 - the same
+
+    options = BatchOptions.model_validate(parameters["options"])
+    version = TableVersion(number=options.source_version, timestamp=options.source_timestamp)
+    questions: dict[str, Callable[[], object]] = {
+        "model": lambda: read_version(parameters["model"]),
+        "source": lambda: pin_source(
+            parameters["source"], parameters["destination"], version=version, csv=options.csv is not None
+        ),
+        "destination": lambda: None,
+    }
+    unseen = []
+    for name, ask in questions.items():
+        address = parameters[name]
+        if address.startswith(BLOCK):
+            continue
+        servers = list_checks({name: address}, uses_registry=name == "model")
+        try:
+            # Its server first, since clients of a registry and of a store try for minutes.
+            check_servers(servers)
+            check_servers([ServerCheck(server=f"The store of the {name}", advice="Call again.", ask=ask)])
+        except OvernightError as error:
+            unseen.append(f"This machine does not see the {name} {address}: {error}")
+    return unseen
+
+
 def make_absolute(address: str) -> str:
     """Return a local path as an absolute one, since a worker has a working folder of its own; an address as it is."""
     if _ADDRESS.match(address):
@@ -116,17 +156,24 @@ def make_absolute(address: str) -> str:
     return absolute + "/" * (address.endswith("/") and not absolute.endswith("/"))
 
 
-def _print_changes(changes: list[Change], deployment: str | None, pool: str, *, as_json: bool) -> None:
+def _print_changes(
+    changes: list[Change], deployment: str | None, pool: str, warnings: Sequence[str] = (), *, as_json: bool
+) -> None:
     from prefect.settings import PREFECT_API_URL  # noqa: PLC0415 - help needs none
 
     from deployments.apply import describe_changes  # noqa: PLC0415 - the same
 
     if as_json:
         server = str(PREFECT_API_URL.value())
-        print_json({"server": server, "deployment": deployment, "changes": [asdict(change) for change in changes]})
+        made = [asdict(change) for change in changes]
+        print_json({"server": server, "deployment": deployment, "changes": made, "warnings": list(warnings)})
         return
     sys.stdout.write(describe_changes(changes))
     if deployment is not None:
+        for warning in warnings:
+            say(f"Warning: {warning}")
+        if warnings:
+            say("Where the workers do not see it either, every run fails.")
         say(f"A worker takes up its runs:  overnight worker --pool {pool}")
         say(f"Start one now:  prefect deployment run '{deployment}'")
 

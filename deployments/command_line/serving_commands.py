@@ -61,13 +61,12 @@ def add_commands(app: typer.Typer) -> None:
     )(choose)
     models = typer.Typer(help="Look at a registered model.", no_args_is_help=True)
     models.command("check", epilog="Example:\n\n  overnight model check models:/churn@champion")(check)
-    # With a callback it stays a group, although it has one command.
-    models.callback()(_models)
+    models.command(
+        epilog="Examples:\n\n"
+        "  overnight model tuning models:/churn@champion\n"
+        "  overnight model tuning models:/churn@champion --drop"
+    )(tuning)
     app.add_typer(models, name="model")
-
-
-def _models() -> None:
-    """Look at a registered model."""
 
 
 def endpoint(  # noqa: PLR0913 - each is an option of the command
@@ -279,3 +278,45 @@ def _print_check(found: ModelCheck) -> None:
         print_text(problem)
     if found.install is not None:
         print_text(f"Its own versions:  {found.install}")
+
+
+def tuning(
+    model: Annotated[str, typer.Argument(help="The model, as `overnight score` takes it.", metavar="MODEL")],
+    *,
+    drop: Annotated[
+        bool, typer.Option("--drop", help="Drop them: the next run that is long enough measures again.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the sizes of batches and slots that runs have measured to be fastest and keep with a model version."""
+    with keep_stdout(for_json=as_json):
+        from serving.model.registry import delete_tags, read_version  # noqa: PLC0415 - seconds of imports
+        from serving.model.tuner import list_tunings  # noqa: PLC0415 - the same
+
+        found = read_version(model)
+        tunings = list_tunings(found.tags)
+        if drop:
+            delete_tags(model, tunings)
+    kept = [each for each in tunings.values() if each is not None]
+    uri = f"models:/{found.name}/{found.version}"
+    if as_json:
+        print_json({"model": uri, "tunings": [each.model_dump(mode="json") for each in kept], "dropped": drop})
+        return
+    if kept:
+        print_table(
+            [
+                {
+                    "machine": each.machine,
+                    "slots": str(each.slots),
+                    "batch size": f"{each.batch_size:,}",
+                    "rows/s": f"{each.rows_per_second:,.0f}",
+                    "engine": str(each.engine),
+                }
+                for each in kept
+            ],
+            uri,
+        )
+    if drop:
+        print_text(f"{uri} keeps no tuning any more: {len(tunings)} were dropped.")
+    elif not kept:
+        print_text(f"{uri} keeps no tuning.")

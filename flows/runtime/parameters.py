@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from serving.errors import BadInput, SecretExposed, list_shortly, suggest_name
 from serving.model.contract import Frozen
@@ -16,6 +17,30 @@ from serving.option_words import has_flags, name_option
 from serving.redaction import HIDDEN, hide_secrets, holds_secret, names_secret
 
 _PROBLEMS_SHOWN, _CHARACTERS_SHOWN = 5, 60
+
+_WORDS = "letters, digits, '_', '.' and '-'"
+# What a text must be, in words, by the pattern that it must match.
+_WORDS_OF_PATTERNS = {
+    r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$": f"at most 64 {_WORDS}, the first a letter or digit",
+    r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$": f"at most 63 {_WORDS}, the first a letter or digit",
+    r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,47}$": f"at most 48 {_WORDS}, the first a letter or digit",
+    r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$": "at most 63 lower-case letters, digits and '-', with no '-' at either end",
+    r"^[A-Za-z0-9._-]{1,249}$": f"at most 249 {_WORDS}",
+    r"^[A-Za-z0-9_-]{1,64}$": "at most 64 letters, digits, '_' and '-'",
+    r"^[^\s.*>/\\]{1,200}$": "at most 200 characters, without spaces, '.', '*', '>', '/' and '\\'",
+    r"^[^\s*>]{1,500}$": "at most 500 characters, without spaces, '*' and '>'",
+    r"^[^\s]{1,500}$": "at most 500 characters, without spaces",
+    r"^[^/]+/[^/]+$": "a flow and a deployment with one '/' between them, such as batch-inference/adhoc",
+    r"^(nats|tls)://[^\s]+$": "an address that begins with nats:// or tls://",
+    r"^https?://[^\s@]+$": "an address that begins with http:// or https://, without '@'",
+    r"^https?://[^/\s?#@]+(/[^\s?#]*)?$": "an address that begins with http:// or https://, without '?', '#' and '@'",
+    r"^[a-z0-9]+://\S+$": "an address with its scheme, such as s3://bucket/models",
+    r"^[A-Za-z0-9._-]{1,253}:[0-9]{1,5}$": "a host and a port, such as 127.0.0.1:8001",
+    r"^([01]?\d|2[0-3]):[0-5]\d$": "a time of day, such as 06:30",
+    r"^[a-z]{2}(-[a-z]+)+-\d$": "a region of AWS, such as us-east-1",
+    r"^[1-9][0-9]{8}$": "nine digits, the first not 0",
+    r"^[0-9a-f]{64}$": "64 hexadecimal digits, in lower case",
+}
 
 
 def refuse_secrets(parameters: Mapping[Any, Any]) -> None:
@@ -108,7 +133,7 @@ def describe_invalid(error: ValidationError, given: Any) -> list[str]:
         given: The type that was made, or the types of the parameters by name.
     """
     problems = []
-    for each in error.errors(include_url=False, include_context=False):
+    for each in error.errors(include_url=False):
         place = ".".join(map(str, each["loc"]))
         place = name_option(place) if place and has_flags() else place
         if each["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -118,11 +143,25 @@ def describe_invalid(error: ValidationError, given: Any) -> list[str]:
             continue
         got = repr(each["input"])
         got = got if len(got) <= _CHARACTERS_SHOWN else f"{got[:_CHARACTERS_SHOWN]}..."
-        said = str(each["msg"]).removeprefix("Value error, ")
+        said = _describe_rule(each, given)
         problems.append(
             f"{place}: {said}" if each["type"] in ("value_error", "missing") else f"{place}: {said}, got {got}"
         )
     return list_shortly(list(dict.fromkeys(problem.lstrip(": ") for problem in problems)), _PROBLEMS_SHOWN).split("\n")
+
+
+def _describe_rule(problem: ErrorDetails, given: Any) -> str:
+    """Return what must hold of a value, in words: of a text that has a form, and of one of several kinds."""
+    context = problem.get("ctx", {})
+    if problem["type"] == "string_pattern_mismatch":
+        return f"must be {_WORDS_OF_PATTERNS.get(context['pattern'], 'of the form ' + context['pattern'])}"
+    if problem["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        name = str(context["discriminator"]).strip("'")
+        models = (model for kind in _find_kinds(given, problem["loc"]) for model in _iter_models(kind))
+        tags = [typing.get_args(model.model_fields[name].annotation) for model in models if name in model.model_fields]
+        listed = ", ".join(dict.fromkeys(str(tag) for each in tags for tag in each))
+        return f"its {name} must be one of {listed}"
+    return str(problem["msg"]).removeprefix("Value error, ")
 
 
 def describe_invalid_model(error: ValidationError) -> str:
@@ -133,12 +172,18 @@ def describe_invalid_model(error: ValidationError) -> str:
 
 
 def _find_fields(given: Any, path: Sequence[int | str]) -> set[str]:
-    """Return the names of the fields that a value may have at a path. Tags of unions and numbers are no names."""
+    """Return the names of the fields that a value may have at a path."""
+    kinds = _find_kinds(given, path)
+    return {field for kind in kinds for model in _iter_models(kind) for field in model.model_fields}
+
+
+def _find_kinds(given: Any, path: Sequence[int | str]) -> list[Any]:
+    """Return the types that a value may have at a path. Tags of unions and numbers are no names."""
     kinds = [given]
     for name in path:
         deeper = [inner for kind in kinds for inner in _find_inner(kind, name)]
         kinds = deeper or kinds
-    return {field for kind in kinds for model in _iter_models(kind) for field in model.model_fields}
+    return kinds
 
 
 def _find_inner(kind: Any, name: int | str) -> Iterator[Any]:

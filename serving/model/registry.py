@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -16,11 +16,12 @@ import mlflow
 from botocore.exceptions import BotoCoreError, ClientError
 from mlflow import MlflowClient, MlflowException
 from mlflow.artifacts import download_artifacts
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model as MLmodel
 from mlflow.store.artifact.models_artifact_repo import REGISTERED_MODEL_META_FILE_NAME
 from mlflow.store.artifact.s3_artifact_repo import S3ArtifactRepository
 
-from serving.errors import ModelNotFound, ModelUnfit, suggest_name
+from serving.errors import BadInput, ModelNotFound, ModelUnfit, suggest_name
 from serving.machine import pause_garbage_collection
 from serving.model.contract import Contract, Frozen
 from serving.model.signature import Names, Params, Policies, read_contract
@@ -88,14 +89,18 @@ def resolve_model(uri: str) -> Resolved:
     Returns the pinned version with a SHA-256 over its files. The registry is that of MLFLOW_TRACKING_URI or
     MLFLOW_REGISTRY_URI. Raises ModelNotFound, whose message says what the registry has.
     """
-    name, version = _parse_uri(uri)["name"], find_version(uri)
-    client = MlflowClient()
+    found = read_version(uri)
+    resolved = open_model(name=str(found.name), version=str(found.version), source=str(found.source))
+    return replace(resolved, tags=dict(found.tags))
+
+
+def read_version(uri: str) -> ModelVersion:
+    """Return what the registry says of the version that the address of a model names. Raises ModelNotFound."""
+    name, client = _parse_uri(uri)["name"], MlflowClient()
     try:
-        found = client.get_model_version(name, version)
+        return client.get_model_version(name, find_version(uri))
     except MlflowException as error:
         raise _not_found(client, uri, name, error) from None
-    resolved = open_model(name=name, version=str(found.version), source=str(found.source))
-    return replace(resolved, tags=dict(found.tags))
 
 
 def find_version(uri: str) -> str:
@@ -132,6 +137,17 @@ def save_tag(pin: ModelPin, key: str, value: str) -> bool:
     except MlflowException:
         return False
     return True
+
+
+def delete_tags(uri: str, keys: Iterable[str]) -> None:
+    """Delete tags of the model version that an address names. Raises ModelNotFound, BadInput where it is refused."""
+    found = read_version(uri)
+    try:
+        for key in keys:
+            MlflowClient().delete_model_version_tag(found.name, found.version, key)
+    except MlflowException as error:
+        message = f"The registry must let {uri} lose its tags, got: {error}. Ask for the right to edit the model."
+        raise BadInput(message) from None
 
 
 def open_model(*, name: str, version: str, source: str) -> Resolved:

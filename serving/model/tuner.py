@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import statistics
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,8 @@ from serving.model.encoding import Encoded
 from serving.model.forward import Forward
 from serving.model.interface import Engine, Isolated, Model, Predictions, Tunable, TuningLimits
 
+TUNING_TAG = "overnight.tuning."
+
 _WINDOW_SECONDS = 0.06
 BUDGET_SECONDS = 4.0
 _PASS_SECONDS_MAX = 0.5
@@ -32,6 +35,8 @@ _FINALISTS = 3
 _GAIN_MIN = 1.1
 _LARGER_GAIN_MIN = 1.03
 _SLOW_RATIO = 0.75
+# A pass of the size that a model has untuned is tried where it takes no longer, and is faster.
+_OWN_SECONDS_MAX = 10.0
 _ROWS_TO_COMPARE = 1024
 # Allows for sums in another order; a wrong kernel is further off by orders of magnitude.
 _FLOAT32_TOLERANCE = 1e-5
@@ -75,7 +80,9 @@ def tune(
     """Measure engines and batch sizes on prepared rows with all slots running, and choose.
 
     Takes about so many seconds, more where one pass does, beside what loading the model for each slot takes. Sizes are
-    tried from the smallest, slow engines are dropped, and the best settings are measured again in turn. In less than
+    tried from the smallest, slow engines are dropped, and the best settings are measured again in turn. A model in a
+    process of its own whose seconds hardly grow with the rows is tried up to the largest size, however long a pass
+    takes: it may be many times as fast there. In less than
     four seconds only the default engine is tried: to prepare another may take longer than it gains. An engine whose
     bits differ from torch's default kernels is chosen only where it is at least 1.1 times as fast and its predictions
     stay within 1e-5 (relative, for float32) or within the caller's tolerance (absolute, for bfloat16).
@@ -102,7 +109,19 @@ def tune(
 def tuning_tag(machine: str, limits: TuningLimits) -> str:
     """Return the name of the tag by which a model version keeps its tuning for a kind of machine and these limits."""
     digest = hashlib.sha256(f"{machine}\0{limits.model_dump_json()}".encode()).hexdigest()
-    return f"overnight.tuning.{digest[:16]}"
+    return f"{TUNING_TAG}{digest[:16]}"
+
+
+def list_tunings(tags: Mapping[str, str]) -> dict[str, Tuning | None]:
+    """Return the tunings that the tags of a model version hold, by tag; None for one that was given up."""
+    found: dict[str, Tuning | None] = {}
+    for tag, text in tags.items():
+        if tag.startswith(TUNING_TAG):
+            try:
+                found[tag] = Tuning.model_validate_json(text)
+            except ValidationError:
+                found[tag] = None
+    return found
 
 
 def read_tuning(tags: Mapping[str, str], machine: str, limits: TuningLimits) -> Tuning | None:
@@ -179,7 +198,7 @@ class _TuningRun:
         engines = list(self.differences)
         for size in [self.limits.batch_size] if self.limits.batch_size else self.model.batch_sizes:
             for engine in engines:
-                if self.trials and self.clock() + self._expect_seconds(size) > self.until:
+                if self._is_costly(size) and not self._is_worth_it(engine, size):
                     return
                 self._measure_trial(engine, size)
             rates = {engine: self.trials[engine, size].rows_per_second for engine in engines}
@@ -187,9 +206,40 @@ class _TuningRun:
             if size >= _ROWS_TO_COMPARE:
                 engines = [engine for engine, rate in rates.items() if rate >= _SLOW_RATIO * best]
             fastest = max(trial.rows_per_second for trial in self.trials.values())
-            rows = _estimate_rows_per_pass(self.sample, size)
-            if best < _SLOW_RATIO * fastest or rows >= self.sample.rows or rows / best > _PASS_SECONDS_MAX:
+            if best < _SLOW_RATIO * fastest or _estimate_rows_per_pass(self.sample, size) >= self.sample.rows:
                 return
+
+    def _is_costly(self, size: int) -> bool:
+        """Whether a trial of a size takes too long if seconds grow with rows, or passes of the last one did."""
+        if not self.trials:
+            return False
+        longest = max(trial.batch_size for trial in self.trials.values())
+        fastest = max(trial.rows_per_second for trial in self.trials.values() if trial.batch_size == longest)
+        takes_long = _estimate_rows_per_pass(self.sample, longest) / fastest > _PASS_SECONDS_MAX
+        return (takes_long and size > longest) or self.clock() + self._expect_seconds(size) > self.until
+
+    def _is_worth_it(self, engine: Engine, size: int) -> bool:
+        """Whether a size is so much faster than those tried, as their seconds tell, that a trial may take its time.
+
+        The rate must rise by the root of what the rows rise by: seconds then hardly grow with rows. Up to the model's
+        own size a smaller gain will do, where a pass is not too long. With one size tried, twice its rows are measured.
+        """
+        if not isinstance(self.model, Isolated):
+            return False
+        tried = [trial for trial in self.trials.values() if trial.engine == engine]
+        points = {trial.batch_size: self._find_pass_seconds(trial.batch_size, trial.rows_per_second) for trial in tried}
+        largest = max(points)
+        if len(points) == 1:
+            points[2 * largest] = self._find_pass_seconds(2 * largest, self._measure_rate(engine, 2 * largest))
+        (fewer, less), (more, seconds) = sorted(points.items())[-2:]
+        expected = seconds + max(0.0, seconds - less) / (more - fewer) * (size - more)
+        gain = min(points[at] / at for at in points if at <= largest) * size / expected
+        is_own = size <= self.model.batch_size and expected <= _OWN_SECONDS_MAX
+        return gain >= (_GAIN_MIN if is_own else math.sqrt(size / largest))
+
+    def _find_pass_seconds(self, size: int, rate: float) -> float:
+        slots = self.limits.slots or self.model.slots
+        return slots * _estimate_rows_per_pass(self.sample, size) / rate
 
     def _expect_seconds(self, size: int) -> float:
         """Return what a trial of a size takes: each slot makes a pass to warm up, and one or more that count."""

@@ -130,7 +130,7 @@ class ProgressWatch:
 
     def show(self) -> None:
         """Set the progress artifact to the rows last counted."""
-        self._artifact.show(min(100.0, 100.0 * self.rows_done / self._rows))
+        self._artifact.show(min(100.0, 100.0 * self.rows_done / max(self._rows, 1)))
 
 
 def publish_artifacts(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import itertools
+import operator
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -111,7 +113,8 @@ class Snapshot(Frozen):
 
     `version` is that of a Delta table, the snapshot of an Iceberg table, and the run of an Overnight destination; None
     for loose files. `columns_missing` are columns of staged copies that nothing in the source has: they are null
-    throughout. `iceberg` is given for files of an Iceberg table alone, and left out of what is written otherwise.
+    throughout. `empty_schema` is what a source without files and rows says of its columns, packed, and empty for any
+    other. `iceberg` is given for files of an Iceberg table alone, and left out of what is written otherwise.
     """
 
     root: str
@@ -119,6 +122,7 @@ class Snapshot(Frozen):
     files: tuple[SourceFile, ...]
     version: str | None = None
     columns_missing: tuple[str, ...] = ()
+    empty_schema: str = Field(default="", exclude_if=operator.not_)
     iceberg: IcebergPin | None = Field(default=None, exclude_if=lambda value: value is None)
 
     @property
@@ -237,12 +241,26 @@ def _detect_format(entries: list[Entry], source: str, *, csv: bool) -> str:
     raise SourceFormat(message)
 
 
-def open_dataset(snapshot: Snapshot, columns: Sequence[str], keys: Sequence[str]) -> Dataset:
+def pack_schema(schema: pa.Schema) -> str:
+    """Return a schema as text, for a record."""
+    return base64.b64encode(schema.remove_metadata().serialize()).decode()
+
+
+def unpack_schema(packed: str) -> pa.Schema:
+    """Return the schema that `pack_schema` has packed."""
+    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(packed)))
+
+
+def open_dataset(
+    snapshot: Snapshot, columns: Sequence[str], keys: Sequence[str], *, may_be_empty: bool = False
+) -> Dataset:
     """Read the footer of every Parquet file and hold the columns that are used against each other.
 
     Raises SourceCorrupt by file name, SchemaMismatch where a used column's type differs between
-    files, SourceEmpty where there are no rows.
+    files, SourceEmpty where there are no rows unless that may be.
     """
+    if not snapshot.files and snapshot.empty_schema and may_be_empty:
+        return Dataset(snapshot=snapshot, schema=unpack_schema(snapshot.empty_schema), hive=())
     if not snapshot.files:
         message = f"The source must hold at least one row, got a table without files at {snapshot.title}."
         raise SourceEmpty(message)
@@ -251,6 +269,8 @@ def open_dataset(snapshot: Snapshot, columns: Sequence[str], keys: Sequence[str]
     read = _Footers(storage, used.keys(), set(keys), snapshot.iceberg).read
     footers = [read(snapshot.files[0]), *map_parallel(storage, read, snapshot.files[1:])]
     with_rows = [(file, schema) for file, schema in footers if sum(file.row_groups)]
+    if not with_rows and may_be_empty:
+        with_rows = footers
     if not with_rows:
         message = f"The source must hold at least one row, got none in {len(footers)} files below {snapshot.title}."
         raise SourceEmpty(message)

@@ -12,7 +12,14 @@ import pyarrow as pa
 
 from serving.errors import BadInput, SourceFormat, shorten_error
 from serving.option_words import name_option
-from tasks.batch.dataset import Snapshot, SourceFile, map_parallel, parse_hive_values, pin_listed_files
+from tasks.batch.dataset import (
+    Snapshot,
+    SourceFile,
+    map_parallel,
+    pack_schema,
+    parse_hive_values,
+    pin_listed_files,
+)
 from tasks.batch.delta import delta_options, find_unread_features, import_deltalake
 from tasks.storage import Storage
 
@@ -51,6 +58,7 @@ def pin_delta(storage: Storage, *, version: int | None = None, timestamp: dt.dat
         format="parquet",
         files=tuple(SourceFile(path=e.path, size=e.size, tag=e.tag, partitions=by_path[e.path]) for e in files),
         version=told,
+        empty_schema="" if files else pack_schema(pa.schema(table.schema().to_arrow())),
     )
 
 

@@ -114,17 +114,27 @@ def _read_arrow(raw: Path, where: str) -> Generator[pa.Table]:
             reader = pa.ipc.open_file(stream)
             batches = (reader.get_batch(at) for at in range(reader.num_record_batches))
         else:
-            batches = _iter_stream(stream, where)
-        for batch in batches:
-            yield _decode_dictionaries(pa.Table.from_batches([batch]))
+            reader = pa.ipc.open_stream(stream)
+            batches = _iter_stream(reader, stream, where)
+        for table in _as_tables(batches, reader.schema):
+            yield _decode_dictionaries(table)
 
 
-def _iter_stream(stream: pa.NativeFile, where: str) -> Generator[pa.RecordBatch]:
+def _as_tables(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Generator[pa.Table]:
+    """Yield each batch as a table; where there are none, a table without rows says what columns there are."""
+    is_empty = True
+    for batch in batches:
+        is_empty = False
+        yield pa.Table.from_batches([batch])
+    if is_empty:
+        yield schema.empty_table()
+
+
+def _iter_stream(reader: pa.RecordBatchStreamReader, stream: pa.NativeFile, where: str) -> Generator[pa.RecordBatch]:
     """Yield the batches of an Arrow stream. Raises SourceCorrupt where it does not end with its mark, or goes on after.
 
     A file whose writer died between two batches has whole batches, and Arrow itself takes its end for the stream's.
     """
-    reader = pa.ipc.open_stream(stream)
     while True:
         end = stream.tell()
         try:
@@ -182,9 +192,9 @@ def _read_csv(raw: Path, wanted: RequestedColumns, where: str, csv: CsvOptions) 
             _open_text(raw, where, csv.encoding) as stream,
             pa.csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=text) as reader,
         ):
-            for batch in reader if names else ():
-                yield pa.Table.from_batches([batch])
-                last = (batch.column(batch.num_columns - 1)[-1].as_py() or "") if batch.num_rows else last
+            for table in _as_tables(reader, reader.schema) if names else ():
+                yield table
+                last = (table.column(table.num_columns - 1)[-1].as_py() or "") if table.num_rows else last
     except (pa.ArrowInvalid, UnicodeError) as error:
         if "Empty CSV" in str(error):
             return

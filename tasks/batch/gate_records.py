@@ -187,7 +187,7 @@ def find_baseline(
     if isinstance(baseline, StatisticsFile):
         return _read_file(baseline.address)
     if isinstance(baseline, LastRun):
-        before = find_newest_run(storage, other_than=run)
+        before = find_newest_run(storage, other_than=run, rows_min=1)
         if before is None:
             return NoBaseline(reason=f"no other run of {storage.url} was published before")
     else:

@@ -21,7 +21,7 @@ from pyiceberg.transforms import IdentityTransform
 from pyiceberg.types import NestedField
 
 from serving.errors import BadInput, OvernightError, SourceChanged, SourceFormat, SourceNotFound, shorten_error
-from tasks.batch.dataset import IcebergPin, Snapshot, SourceFile, pin_listed_files
+from tasks.batch.dataset import IcebergPin, Snapshot, SourceFile, pack_schema, pin_listed_files
 from tasks.batch.iceberg_catalog import (
     describe_tables,
     find_table,
@@ -95,7 +95,9 @@ def pin_iceberg(
     where = table.location()
     chosen = _choose_snapshot(table, version, timestamp)
     if chosen is None:
-        return Snapshot(root=_folder(where), format="parquet", files=(), version="0")
+        return Snapshot(
+            root=_folder(where), format="parquet", files=(), version="0", empty_schema=_pack_columns(table.schema())
+        )
     schema_id = table.schema().schema_id
     if (version is not None or timestamp is not None) and chosen.schema_id is not None:
         schema_id = chosen.schema_id
@@ -116,8 +118,13 @@ def pin_iceberg(
         format="parquet" if not used or _are_plain(table, tasks, used) else "iceberg",
         files=files,
         version=title,
+        empty_schema="" if files else _pack_columns(schema),
         iceberg=pin,
     )
+
+
+def _pack_columns(schema: Schema) -> str:
+    return pack_schema(schema_to_pyarrow(schema, include_field_ids=False))
 
 
 def _choose_snapshot(table: Table, version: int | None, timestamp: dt.datetime | None) -> TableSnapshot | None:
@@ -264,7 +271,7 @@ class SnapshotRows:
         pin = snapshot.iceberg
         self._table = open_metadata(pin.metadata)
         self._schema = self._table.schemas()[pin.schema_id].select(*pin.field_ids)
-        self._arrow = schema_to_pyarrow(self._schema, include_field_ids=False)
+        self.schema = schema_to_pyarrow(self._schema, include_field_ids=False)
         tasks = plan_tasks(self._table, pin.snapshot_id)
         self._tasks = {split_location(task.file.file_path)[1]: task for task in tasks}
         self._root, self._snapshot_id = snapshot.root, pin.snapshot_id
@@ -280,7 +287,7 @@ class SnapshotRows:
         scan = ArrowScan(self._table.metadata, self._table.io, self._schema, AlwaysTrue())
         try:
             for batch in scan.to_record_batches([task]):
-                yield pa.Table.from_batches([batch]).cast(self._arrow)
+                yield pa.Table.from_batches([batch]).cast(self.schema)
         except FileNotFoundError as error:
             raise _lost_metadata(self._table, self._snapshot_id, error) from error
 

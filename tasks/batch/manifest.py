@@ -96,13 +96,13 @@ def find_intact_manifest(storage: Storage, run: str) -> Manifest | None:
     return None if manifest is None or find_damaged_parts(storage, manifest) else manifest
 
 
-def find_newest_run(storage: Storage, other_than: str | None = None) -> Manifest | None:
+def find_newest_run(storage: Storage, other_than: str | None = None, *, rows_min: int = 0) -> Manifest | None:
     """Return the manifest of the complete run of a destination that was planned last, None where there is none.
 
-    `other_than` is a run that is left out.
+    `other_than` is a run that is left out, as are runs of fewer rows than `rows_min`.
     """
     manifests = read_manifests(storage, [entry.path for entry in storage.entries(ROOT, depth=2)])
-    manifests = [manifest for manifest in manifests if manifest.run != other_than]
+    manifests = [each for each in manifests if each.run != other_than and each.rows >= rows_min]
     return max(manifests, key=lambda manifest: manifest.position, default=None)
 
 

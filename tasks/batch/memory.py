@@ -92,6 +92,8 @@ def memory_bytes(plan: Plan, slots: int) -> int:
     Nor is what copying takes before: text and Arrow go in bounded blocks, but of an Iceberg table with deletes the used
     columns of one data file are in memory at once.
     """
+    if not plan.rows:
+        return slots * SLOT_BYTES
     chunks = plan.chunks.values()
     needed = max(_block_bytes(plan, chunk) + _out_bytes(plan, chunk) for chunk in chunks)
     reading = max(plan.piece_bytes(piece).reading for chunk in chunks for piece in chunk.pieces) + plan.beside_reading

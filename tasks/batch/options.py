@@ -21,7 +21,7 @@ from tasks.batch.gate_rules import Gate
 _NOT_IN_KEY = {
     *("name", "slots", "memory_mb", "max_reject_fraction", "allow_pickle", "experiment"),
     *("pass_seconds_max", "pass_memory_mb", "packages"),
-    *("check_keys", "reuse", "other_source", "gate"),
+    *("check_keys", "reuse", "other_source", "on_empty", "gate"),
     *("runner", "workers", "joins", "notices", "notice_seconds", "sample_rows", "disclose"),
     # The version that they name is part of the source.
     *("source_version", "source_timestamp"),
@@ -33,6 +33,7 @@ _NOT_IN_KEY = {
 
 Reuse = Literal["same", "any", "none"]
 OtherSource = Literal["refuse", "replace"]
+OnEmpty = Literal["refuse", "publish"]
 Disclose = Literal["values", "nothing"]
 TableMode = Literal["append", "replace", "upsert"]
 
@@ -189,6 +190,11 @@ class BatchOptions(Frozen):
         description="What becomes of a run over another source than the one that the destination has predictions of, "
         "whose rows would take the place of all of these. Dates in an address may differ. refuse: it is refused. "
         "replace: it takes their place.",
+    )
+    on_empty: OnEmpty = Field(
+        default="refuse",
+        description="What becomes of a run over a source without rows. refuse: it is refused. publish: a table without "
+        "rows is published, in one part that has the columns.",
     )
     check_keys: bool = Field(
         default=True,

@@ -17,14 +17,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from serving.errors import BadInput, SchemaMismatch, SourceChanged, suggest_name
-from serving.model.contract import Contract, Output, is_text
+from serving.model.contract import TEXT_DTYPES, Contract, Output, is_text
 from serving.model.encoding import Flags
 from serving.model.interface import Predictions
 from serving.option_words import name_option
 from tasks.batch.chunk_layout import Chunk
 from tasks.batch.chunk_statistics import collect_statistics
 from tasks.batch.column_statistics import ColumnStatistics, TableStatistics, pack_statistics, unpack_statistics
-from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Dataset, list_entries_at
+from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Dataset, list_entries_at, unpack_schema
 from tasks.batch.options import BatchOptions
 from tasks.batch.part_digest import NO_DIGEST, PART_DIGEST, write_digest
 from tasks.batch.plan import DIGEST_SHOWN, Plan, digest_chunk
@@ -296,6 +296,28 @@ def encode_part(
         outputs=collect_statistics(scored),
     )
     return write_part(table.combine_chunks(), pack_statistics(statistics))
+
+
+def put_empty_part(storage: Storage, plan: Plan) -> None:
+    """Write the part of a plan without rows, which says what columns there are; one that is there stays."""
+    schema, place = unpack_schema(plan.empty_schema), (0, 0)
+    types = {key: schema.field(key).type for key in plan.options.key_columns}
+    types = types or {SOURCE_FILE: pa.string(), SOURCE_ROW: pa.int64()}
+    predictions = {
+        output.name: np.empty((0, *output.shape), dtype=object if output.dtype in TEXT_DTYPES else output.dtype)
+        for output in plan.contract.outputs
+    }
+    inputs = schema.empty_table().select([name for name in plan.input_columns if name in schema.names])
+    data = encode_part(
+        plan,
+        plan.chunk(place),
+        pa.schema(types.items()).empty_table(),
+        predictions,
+        Flags.all_good(0),
+        plan.batch_size,
+        collect_statistics(inputs) if plan.options.gate else None,
+    )
+    storage.put_new(part_path(plan, place), data)
 
 
 def name_kept(column: str) -> str:

@@ -33,7 +33,7 @@ from tasks.batch.chunk_layout import (
     cut_chunks,
     cut_shards,
 )
-from tasks.batch.dataset import Dataset, Snapshot
+from tasks.batch.dataset import Dataset, Snapshot, pack_schema
 from tasks.batch.feature_pins import FeaturePin
 from tasks.batch.footer import GroupBytes
 from tasks.batch.options import BatchOptions
@@ -92,6 +92,8 @@ class Plan(Frozen):
     called by; plans of earlier releases have none. A table of a stream has no digest: its parts
     follow one another, and each says its own range.
 
+    `empty_schema` are the columns of a dataset without rows, packed, whose plan has one chunk without pieces.
+
     `shape` is the digest of model, contract and options, without the source. `made_with` names the versions and the
     processor that decide the last bits of a prediction. `reused` are chunks whose parts an earlier run has made, and
     `reuse_note` says why not more of them are. `features` are the feature tables that are joined to the dataset.
@@ -123,6 +125,7 @@ class Plan(Frozen):
     tuning: Tuning | None
     row_bytes: float
     rows: int
+    empty_schema: str = Field(default="", exclude_if=operator.not_)
     rows_per_chunk: int = 0
     shape: str = ""
     made_with: tuple[str, ...] = ()
@@ -379,7 +382,8 @@ def make_plan(
     versions = versions or Versions()
     sizes = replace(sizes, slots=sizes.slots * options.workers)
     rows_per_chunk = options.rows_per_chunk or sizes.rows_per_chunk or choose_chunk_rows(dataset.rows, sizes)
-    chunks = cut_chunks(dataset.snapshot.files, rows_per_chunk, sizes.step, CHUNK_BYTES_MAX)
+    # A dataset without rows has one chunk, so that a part without rows says which columns there are.
+    chunks = cut_chunks(dataset.snapshot.files, rows_per_chunk, sizes.step, CHUNK_BYTES_MAX) or [Chunk(pieces=())]
     plan = Plan(
         format_version=FORMAT_VERSION,
         key=key,
@@ -400,6 +404,7 @@ def make_plan(
         tuning=sizes.tuning,
         row_bytes=sizes.row_bytes,
         rows=dataset.rows,
+        empty_schema="" if dataset.rows else pack_schema(dataset.schema),
         rows_per_chunk=rows_per_chunk,
         shape=digest_shape(model, contract, options),
         made_with=versions.made_with,

@@ -252,7 +252,7 @@ def plot(report: BatchReport, samples: Sequence[Sample]) -> bytes:
     left, right = figure.subplots(1, 2, width_ratios=(3, 2), gridspec_kw=margins)
     left.plot([at for at, _ in samples], [rows for _, rows in samples], color=_BAR, marker=".", markersize=3)
     left.axhline(report.rows, color=_INK, linewidth=0.8, linestyle=":")
-    left.set(xlabel="seconds", ylabel="rows with a part", ylim=(0, report.rows * 1.05))
+    left.set(xlabel="seconds", ylabel="rows with a part", ylim=(0, max(report.rows, 1) * 1.05))
     left.set_title(f"{report.rows_scored:,} rows at {report.rows_per_second:,.0f} a second", loc="left", fontsize=10)
     left.yaxis.set_major_formatter("{x:,.0f}")
     names = list(reversed(report.thread_seconds))

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from serving.errors import ModelUnfit, OvernightError, RunDamaged
+from serving.errors import ModelUnfit, OvernightError, RunDamaged, SourceEmpty
 from serving.extras import import_extra
 from serving.machine import find_release, utc_now
 from serving.model.contract import Contract
@@ -28,6 +28,7 @@ from serving.model.process_handle import FIRST_PROCESSES
 from serving.model.processes import ProcessOptions
 from serving.model.registry import Resolved, find_version, open_model, resolve_model
 from serving.model.requirements import list_libraries
+from serving.option_words import give_option
 from tasks.batch.challengers import (
     RequestedChallenger,
     check_kept_columns,
@@ -191,7 +192,9 @@ def make_request(
 def _open_columns(request: RunRequest, snapshot: Snapshot, features: Sequence[OpenFeatures]) -> Dataset:
     """Read the footers of Parquet files for the columns that the source must have itself."""
     names = [column.name for column in remove_features(request.contract, _list_names(features)).columns]
-    return open_dataset(snapshot, [*names, *request.options.join_columns], request.options.key_columns)
+    options = request.options
+    wanted = [*names, *options.join_columns]
+    return open_dataset(snapshot, wanted, options.key_columns, may_be_empty=options.on_empty == "publish")
 
 
 def _list_names(features: Sequence[OpenFeatures]) -> list[str]:
@@ -335,8 +338,11 @@ def _plan_run(
 def _plan_challengers(
     request: RunRequest, plan: Plan, dataset: Dataset, load: ModelLoader, slots: int, measure: Measure
 ) -> tuple[Plan, list[Model]]:
-    """Return the plan with its challengers, and these, loaded. The chunks stay those of a run without."""
-    if not request.challengers:
+    """Return the plan with its challengers, and these, loaded. The chunks stay those of a run without.
+
+    Without rows there is nothing to compare, and no challenger in the plan.
+    """
+    if not request.challengers or not dataset.rows:
         return plan, []
     options = request.options
     found = list_columns_beside(request.contract, request.challengers, options)
@@ -413,10 +419,20 @@ def _open_table_folder(request: RunRequest, storage: Storage, dataset: Dataset) 
 
 
 def _open_dataset(request: RunRequest, storage: Storage, features: Sequence[OpenFeatures]) -> Dataset:
+    try:
+        return _open_rows(request, storage, features)
+    except SourceEmpty as error:
+        advice = f"Where days without rows are expected, give {give_option('on_empty', 'publish')}."
+        message = f"{error} {advice}"
+        raise SourceEmpty(message) from None
+
+
+def _open_rows(request: RunRequest, storage: Storage, features: Sequence[OpenFeatures]) -> Dataset:
     snapshot, options = request.snapshot, request.options
     if snapshot.format != "parquet":
         copied = choose_copied(request.contract_of_all, _list_names(features), options)
-        snapshot = stage(snapshot, storage, f"{ROOT}/{request.run}", *copied, options.csv)
+        folder, may_be_empty = f"{ROOT}/{request.run}", options.on_empty == "publish"
+        snapshot = stage(snapshot, storage, folder, *copied, options.csv, may_be_empty=may_be_empty)
     return _open_columns(request, snapshot, features)
 
 
@@ -489,7 +505,7 @@ def restage_plan(plan: Plan, storage: Storage) -> Plan:
 
     Raises RunDamaged where they do not come out the same.
     """
-    if plan.source.format == "parquet":
+    if plan.source.format == "parquet" or not plan.rows:
         return plan
     copies = stage(plan.source, storage, plan.folder, *list_copied(plan), plan.options.csv)
     tags = {file.path: file.tag for file in copies.files}

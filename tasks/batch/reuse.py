@@ -116,12 +116,12 @@ def _describe_unfit_table(options: BatchOptions) -> str:
 
 
 def _list_newest(storage: Storage, output: str) -> list[Manifest]:
-    """Return the manifests of the newest complete runs of a kind of output that read, the newest first."""
+    """Return the manifests of the newest complete runs with rows of a kind of output that read, the newest first."""
     paths = list_order_numbers(storage)[-_RUNS_MAX:]
     holders = map_parallel(storage, lambda path: _read_if_whole(storage, path, OrderNumber), paths)
     names = list(dict.fromkeys(holder.run for holder in reversed(holders) if holder is not None))
     manifests = map_parallel(storage, lambda run: _read_if_whole(storage, manifest_path(run), Manifest), names)
-    found = [manifest for manifest in manifests if manifest is not None and manifest.output == output]
+    found = [manifest for manifest in manifests if manifest is not None and manifest.rows and manifest.output == output]
     return sorted(found, key=lambda manifest: manifest.position, reverse=True)
 
 

@@ -35,7 +35,7 @@ from serving.model.contract import Contract, Frozen
 from serving.option_words import name_option
 from tasks.batch.challengers import list_copied
 from tasks.batch.chunk_layout import Chunk
-from tasks.batch.dataset import Snapshot, SourceFile, name_corrupt_file
+from tasks.batch.dataset import Snapshot, SourceFile, name_corrupt_file, pack_schema
 from tasks.batch.formats import RequestedColumns, read_tables
 from tasks.batch.options import CsvOptions
 from tasks.batch.parts import ChunkId
@@ -54,15 +54,20 @@ def stage(
     contract: Contract,
     keys: tuple[str, ...],
     csv: CsvOptions | None = None,
+    *,
+    may_be_empty: bool = False,
 ) -> Snapshot:
     """Return a snapshot of Parquet copies of every file, each made unless it is there already.
 
     A file becomes copies of about 64 MiB and then a list of them, the commit of its staging, so
     memory is bounded whatever the size of the file. Raises SourceCorrupt by file name, SourceEmpty
-    where there are no rows.
+    where there are no rows unless that may be: there are no copies then, and the snapshot says what columns there are.
     """
     found = _copy_files(snapshot, destination, folder, contract, keys, csv)
     copies = [copy for each in found for copy in each.copies]
+    if not copies and may_be_empty:
+        schema = _find_empty_schema(snapshot, contract, keys, csv)
+        return Snapshot(root=destination.url, format="parquet", files=(), empty_schema=pack_schema(schema))
     if not copies:
         message = (
             f"The source must hold at least one row, got none in {len(snapshot.files)} files below {snapshot.root}."
@@ -71,6 +76,25 @@ def stage(
     missing = _find_missing(snapshot, found, _requested_columns(contract, keys)) if snapshot.format == "jsonl" else ()
     files = _pin_copies(copies, destination, folder)
     return Snapshot(root=destination.url, format="parquet", files=files, columns_missing=missing)
+
+
+def _find_empty_schema(
+    snapshot: Snapshot, contract: Contract, keys: tuple[str, ...], csv: CsvOptions | None
+) -> pa.Schema:
+    """Return the columns of files without rows: as the first that names any has them, else those wanted, as text."""
+    source, wanted = open_storage(snapshot.root), _requested_columns(contract, keys)
+    work = _Staging(snapshot, contract, keys, csv or CsvOptions(), source, source, "")
+    types = {name: pa.list_(pa.string()) if name in wanted.lists else pa.string() for name in wanted.names}
+    schema = pa.schema(types.items())
+    if work.iceberg_rows is not None:
+        return work.iceberg_rows.schema
+    for file in snapshot.files:
+        with name_corrupt_file(source, file.entry), work.open_tables(file, wanted) as tables:
+            if (first := next(iter(tables), None)) is not None:
+                schema = first.schema
+                break
+    values = [name for name in snapshot.files[0].partition_values if name not in schema.names]
+    return pa.schema([*schema, *(pa.field(name, pa.string()) for name in values)])
 
 
 def stage_again(
@@ -249,7 +273,7 @@ class _Staging:
 
     def _copy(self, file: SourceFile, wanted: RequestedColumns) -> Generator[_Copy]:
         row = 0
-        with name_corrupt_file(self.source, file.entry), self._open_tables(file, wanted) as tables:
+        with name_corrupt_file(self.source, file.entry), self.open_tables(file, wanted) as tables:
             for rows, data in write_copies(tables):
                 if not self.is_tried:
                     # Nothing is written before the first file has been found fit.
@@ -263,7 +287,7 @@ class _Staging:
                 row += rows
 
     @contextlib.contextmanager
-    def _open_tables(self, file: SourceFile, wanted: RequestedColumns) -> Generator[Iterable[pa.Table]]:
+    def open_tables(self, file: SourceFile, wanted: RequestedColumns) -> Generator[Iterable[pa.Table]]:
         """Yield the rows of a file, which must be the same one before and after they are read."""
         if self.iceberg_rows is not None:
             self.source.check_unchanged(file.entry)

@@ -52,19 +52,17 @@ def choose_sizes(
     dataset: Dataset,
     features: Sequence[FeaturePin] = (),
 ) -> Sizes:
-    """Return the batch size, the engine and what else shapes a plan. May keep a tuning with the model version."""
+    """Return the batch size, the engine and what else shapes a plan. May keep a tuning with the model version.
+
+    For a dataset without rows nothing is measured.
+    """
+    if not dataset.rows:
+        return _leave_untuned(model, options, row_bytes=0.0)
     table = read_first_rows(contract, options, dataset)
     row_bytes = measure_row_bytes(table, dataset) + sum(pin.row_bytes for pin in features)
     for pin in features:
         table = _add_first_features(table, pin)
-    untuned = Sizes(
-        batch_size=options.batch_size or model.batch_size,
-        slots=options.slots or model.slots,
-        row_bytes=row_bytes,
-        rows_per_second=None,
-        engine=model.engine,
-        batch_unit=model.batch_unit,
-    )
+    untuned = _leave_untuned(model, options, row_bytes)
     wish = make_tuning_wish(options)
     tuning = _find_tuning(resolved, model, wish, dataset.rows)
     is_fixed = options.batch_size and options.rows_per_chunk
@@ -87,6 +85,18 @@ def choose_sizes(
         enlarged, seconds_max = enlarge_sample(model, sample), _limit_tuning(model, seconds)
         tuning = tune_and_keep(resolved, model, contract, enlarged, wish, seconds_max=seconds_max)
     return _apply_tuning(tuning, untuned) if tuning else replace(untuned, batch_size=batch_size, rows_per_second=rate)
+
+
+def _leave_untuned(model: Tunable, options: BatchOptions, row_bytes: float) -> Sizes:
+    """Return the sizes that the options say, and else those that the model has by itself."""
+    return Sizes(
+        batch_size=options.batch_size or model.batch_size,
+        slots=options.slots or model.slots,
+        row_bytes=row_bytes,
+        rows_per_second=None,
+        engine=model.engine,
+        batch_unit=model.batch_unit,
+    )
 
 
 def _find_tuning(resolved: Resolved, model: Tunable, wish: TuningLimits, rows: int) -> Tuning | None:

@@ -56,7 +56,7 @@ class ServerCheck:
 
     server: str
     advice: str
-    ask: Callable[[], None]
+    ask: Callable[[], object]
 
     def explain(self, got: object) -> ServerUnreachable:
         """Return the error about a server that does not answer."""

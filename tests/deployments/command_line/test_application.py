@@ -19,7 +19,14 @@ from tasks.batch.options import BatchOptions
 
 COMMANDS = [
     *(["score"], ["runs"], ["costs"], ["verify"], ["deploy"], ["worker"], ["endpoint"], ["endpoint", "retire"]),
-    *(["choose"], ["model", "check"], ["local", "up"], ["kubernetes", "render"], ["kubernetes", "deploy"]),
+    *(
+        ["choose"],
+        ["model", "check"],
+        ["model", "tuning"],
+        ["local", "up"],
+        ["kubernetes", "render"],
+        ["kubernetes", "deploy"],
+    ),
     *(["environments", "list"], ["environments", "remove"]),
     *(["aws", "plan"], ["aws", "deploy"], ["aws", "status"], ["aws", "destroy"]),
 ]
@@ -127,6 +134,18 @@ def test_a_command_line_that_does_not_read_ends_with_two_and_says_why(arguments:
         (["endpoint", "retire", "churn", "--target", '{"kind": "tritn"}'], "tritn"),
         (["choose", '{"name": "churn"}'], "model: Field required"),
         (["choose", "nowhere.yaml"], "nowhere.yaml"),
+        (
+            ["choose", '{"name": "churn", "model": "m", "consumer": {"rows": 10}}'],
+            "consumer: its kind must be one of requests, table, events, got {'rows': 10}",
+        ),
+        (
+            ["choose", '{"name": "churn", "model": "m", "consumer": {"kind": "tabel", "rows": 10}}'],
+            "consumer: its kind must be one of requests, table, events, got",
+        ),
+        (
+            ["score", "m", "a", "b", "--name", "a b"],
+            "--name: must be at most 64 letters, digits, '_', '.' and '-', the first a letter or digit, got 'a b'",
+        ),
         (["local", "up", "prefct"], "must be one of prefect, mlflow"),
     ],
 )

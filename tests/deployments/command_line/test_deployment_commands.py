@@ -26,14 +26,20 @@ from infra.worker import parse_arguments
 from tasks.batch.manifest import open_predictions
 from tests.deployments.conftest import AUTOMATIONS
 from tests.deployments.flow_runs import wait_for
+from tests.servers import hold_port
 
 CALL = ["deploy", "models:/churn@champion", "customers/", "s3://lake/scores/", "--key", "customer"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def own_automations(deployed: PrefectServer) -> Generator[None]:
-    """Give the server the automations of the other tests again, which wait for less than those of a call."""
-    yield
+    """Give the server the automations of the other tests again, which wait for less than those of a call.
+
+    The store that calls name answers at once that it is not there.
+    """
+    with hold_port() as held, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{held.getsockname()[1]}")
+        yield
     asyncio.run(deploy_all(automations=AUTOMATIONS))
 
 
@@ -98,6 +104,24 @@ def test_a_call_that_can_not_be_deployed_is_refused_with_its_reason(
     assert (1, "") == (result.exit_code, result.stdout)
     assert said in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_call_is_deployed_with_a_warning_of_what_this_machine_does_not_see(
+    deployed: PrefectServer, linear: str, customers: Path, tmp_path: Path
+) -> None:
+    def read_warnings(*call: str) -> list[str]:
+        result = CliRunner().invoke(app, ["deploy", *call, "--name", "unseen", "--json"])
+        assert 0 == result.exit_code, result.output
+        return list(json.loads(result.stdout)["warnings"])
+
+    seen = read_warnings(linear, str(customers), str(tmp_path / "scores"))
+    unseen = read_warnings("models:/nosuch@champion", f"{tmp_path}/nowhere", "s3://lake/scores/")
+    told = CliRunner().invoke(app, ["deploy", "models:/nosuch/1", str(customers), str(tmp_path), "--name", "unseen"])
+
+    assert [] == seen
+    for words, warning in zip(["has no model 'nosuch'", "nowhere", "must answer"], unseen, strict=True):
+        assert words in warning
+    assert "Warning: This machine does not see the model models:/nosuch/1: " in told.stderr
 
 
 def test_a_secret_in_a_call_is_refused(deployed: PrefectServer) -> None:

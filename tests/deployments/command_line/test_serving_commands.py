@@ -14,6 +14,8 @@ from infra.local.gateway import gateway_server
 from infra.local.prefect_server import PrefectServer
 from infra.local.triton import triton_server
 from serving.errors import BadInput
+from serving.model.interface import Engine, TuningLimits
+from serving.model.tuner import Tuning, tuning_tag
 from tasks.endpoint.spec import Canary, EndpointSpec
 from tests.support import register_script
 
@@ -64,6 +66,37 @@ def test_the_flags_of_a_canary_are_its_rule(monkeypatch: pytest.MonkeyPatch) -> 
 
     given = Canary(percent=10, requests_min=5, seconds_max=60, wait=False)
     assert [Canary(percent=10), given] == [each.rollout for each in asked]
+
+
+def test_kept_tunings_are_shown_and_dropped(registry: Path) -> None:
+    from mlflow import MlflowClient
+
+    from tests.support import register_network
+
+    uri = register_network("tuned-for-the-command-line", seed=0)
+    tuning = Tuning(
+        machine="a machine of 2 cores",
+        limits=TuningLimits(),
+        engine=Engine(),
+        batch_size=64,
+        slots=2,
+        rows_per_second=29.0,
+        trials=(),
+    )
+    name, version = uri.removeprefix("models:/").split("/")
+    tag = tuning_tag(tuning.machine, tuning.limits)
+    MlflowClient().set_model_version_tag(name, version, tag, tuning.model_dump_json())
+    MlflowClient().set_model_version_tag(name, version, "theirs", "stays")
+    shown, dropped, after = (
+        CliRunner().invoke(app, ["model", "tuning", uri, *flags]) for flags in ([], ["--drop"], ["--json"])
+    )
+
+    assert (0, 0, 0) == (shown.exit_code, dropped.exit_code, after.exit_code), shown.output + dropped.output
+    for text in ("a machine of 2 cores", "64", "29"):
+        assert text in shown.stdout
+    assert "keeps no tuning any more: 1 were dropped" in dropped.stdout
+    assert [] == json.loads(after.stdout)["tunings"]
+    assert {"theirs": "stays"} == MlflowClient().get_model_version(name, version).tags
 
 
 @pytest.mark.machines

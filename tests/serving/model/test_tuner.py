@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 import pytest
 
-from serving.model.encoding import Encoded, Flags
+from serving.model.encoding import Allocate, Encoded, Flags
 from serving.model.interface import Arrays, Engine, TuningLimits
 from serving.model.tuner import Tuning, measure_throughput, read_tuning, tune, tuning_tag
 from tests.serving.toys import matrix
@@ -146,6 +146,32 @@ def test_a_slow_model_is_not_measured_for_long(seconds: float) -> None:
     tuned(model)
 
     assert 20 + 6 * seconds > model.clock.now
+
+
+class Process(Timed):
+    """The same in a process of its own."""
+
+    def predict_while(self, inputs: Arrays, may_continue: Callable[[], bool]) -> dict[str, Any]:
+        return self.predict(inputs)
+
+    def lend_memory(self, rows: int) -> Allocate:
+        return np.empty
+
+
+@pytest.mark.parametrize(
+    ("fixed", "row", "size", "seconds_max"),
+    [(0.8, 0.0, 4096, 12), (3.0, 1e-6, 4096, 30), (0.8, 1e-4, 4096, 12), (0.0, 0.05, 64, 20), (0.1, 1e-2, 256, 20)],
+)
+def test_a_call_whose_seconds_hardly_grow_with_its_rows_gets_the_largest_batch_and_a_slow_one_is_left_soon(
+    fixed: float, row: float, size: int, seconds_max: float
+) -> None:
+    model = Process(Clock(), {PLAIN: lambda rows: fixed + row * rows})
+    tuning = tune(model, matrix(4), rows(), TuningLimits(), machine="a machine", clock=model.clock, seconds_max=1.0)
+    assert tuning is not None
+
+    assert size == tuning.batch_size
+    assert tuning.rows_per_second >= 0.9 * 256 / (fixed + row * 256)
+    assert model.clock.now < seconds_max
 
 
 def test_a_sample_with_bad_rows_is_measured_and_one_without_good_rows_is_not() -> None:

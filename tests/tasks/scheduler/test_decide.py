@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from serving.errors import BadWorkload, NoFeasibleMode
 from serving.model.batching import CostModel
@@ -15,6 +17,7 @@ from tasks.scheduler.prices import PriceQuote
 from tasks.scheduler.scenario import DecisionInputs
 from tasks.scheduler.workload import ArrivalRate, Events, Machine, Prices, Requests, Table, Workload
 from tests.tasks.scheduler.values import HOUR, PRICES, availability, profile, workload
+from tests.test_docs import ROOT, read_blocks
 
 NOW = datetime(2026, 1, 30, 12, tzinfo=UTC)
 
@@ -34,6 +37,26 @@ def decided(asked: Workload, **changes: Any) -> Decision:
 
 def name(decision: Decision) -> tuple[str, str]:
     return decision.chosen.mode, decision.chosen.policy
+
+
+FILES = [yaml.safe_load(block.text) for block in read_blocks(ROOT / "docs/scheduler.md") if block.language == "yaml"]
+
+
+@pytest.mark.parametrize("document", FILES, ids=lambda document: document["name"])
+def test_each_file_of_the_docs_is_decided_on(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "arrivals.csv").write_text("minute,events\n0,60\n1,90\n")
+    asked = Workload.model_validate(document | {"horizon_days": 0.25})
+    fast = profile(pass_time=CostModel(fixed_seconds=1e-4, row_seconds=1e-5), batch_rows_per_second=10_000.0)
+    decision = decided(asked, profile=fast, prices={"c7i.large": Prices(on_demand=0.0893, spot=0.0381)})
+
+    assert decision.alternatives
+
+
+def test_the_docs_have_a_file_of_each_kind_of_consumer() -> None:
+    assert ["table", "requests", "events"] == [document["consumer"]["kind"] for document in FILES]
 
 
 @pytest.fixture(scope="module")
