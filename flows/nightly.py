@@ -202,7 +202,7 @@ def _count_rows(call: RunRequest) -> int:
             f"{call.snapshot.format} at {call.snapshot.root}. Write it as Parquet, or call batch_inference."
         )
         raise SourceFormat(message)
-    return open_dataset(call.snapshot, (), call.options.key_columns).rows
+    return open_dataset(call.snapshot, (), call.options.key_columns, call.nullable).rows
 
 
 def run_night(

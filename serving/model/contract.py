@@ -58,6 +58,13 @@ class Column(Frozen):
     required: bool = True
     policy: ColumnPolicy = ColumnPolicy()
 
+    @property
+    def may_be_null(self) -> bool:
+        """Whether a null is a value to the model, or it does without the column."""
+        if self.policy.null == "keep" and self.required:
+            return self.dtype in OPAQUE_DTYPES or self.dtype.startswith("float")
+        return self.policy.null != "reject" or not self.required
+
 
 class Input(Frozen):
     """One input of the model, [N, *shape]: several scalar columns side by side, or one column."""
@@ -111,6 +118,13 @@ class Contract(Frozen):
         """Every source column that the model reads, once each."""
         seen = {column.name: column for value in self.inputs for column in value.columns}
         return tuple(seen.values())
+
+    @property
+    def nullable(self) -> frozenset[str]:
+        """The names of source columns that may be null, for every input that they feed."""
+        columns = [column for value in self.inputs for column in value.columns]
+        refused = {column.name for column in columns if not column.may_be_null}
+        return frozenset(column.name for column in columns) - refused
 
     def row_bytes(self) -> int:
         """Return the bytes of one encoded row, inputs and outputs together."""

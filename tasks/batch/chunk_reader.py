@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from serving.errors import SourceFormat
+from serving.errors import SchemaMismatch, SourceFormat, shorten_error
 from tasks.batch.chunk_layout import BLOCK_BYTES, Chunk, Piece, block_rows
+from tasks.batch.column_types import read_column, unpack_types
 from tasks.batch.dataset import (
     INT96,
     SOURCE_FILE,
@@ -50,6 +51,7 @@ class Reader:
         self._storage: Storage = open_storage(snapshot.root)
         self._snapshot = snapshot
         self._columns = columns
+        self._types = unpack_types(snapshot.types)
         self._partitions = {name: kind for name, kind in partitions.items() if name in columns}
         self._rows = rows
         self._places = places
@@ -152,8 +154,24 @@ class Reader:
             values = file.partition_values
             for name, kind in self._partitions.items():
                 columns[name] = pa.repeat(pa.scalar(values[name], pa.string()).cast(kind), rows)
-        columns |= {name: batch.column(name) for name in self._physical()}
+        if file.read_as:
+            columns |= {name: self._read_column(batch, file, name) for name in self._physical()}
+        else:
+            columns |= {name: batch.column(name) for name in self._physical()}
         return pa.table(columns)
+
+    def _read_column(self, batch: pa.RecordBatch, file: SourceFile, name: str) -> pa.Array:
+        """Return a column in the type that it has in all files. Raises SchemaMismatch for a value that does not fit."""
+        if name not in file.read_as:
+            return batch.column(name)
+        try:
+            return read_column(batch, name, self._types[name])
+        except pa.ArrowInvalid as error:
+            message = (
+                f"{self._storage.address(file.path)} must hold values in column {name!r} that fit {self._types[name]}, "
+                f"as other files have it, got: {shorten_error(error)}. Rewrite the column in one type."
+            )
+            raise SchemaMismatch(message) from error
 
 
 class _Cursor:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import errno
 import itertools
 import operator
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +27,12 @@ from serving.errors import (
     SourceFormat,
     SourceNotFound,
     StorageFault,
-    list_shortly,
     suggest_name,
 )
 from serving.model.contract import Frozen
 from serving.option_words import give_option, name_option
-from tasks.batch.footer import FooterReader, GroupBytes, read_tail
+from tasks.batch.column_types import FileColumns, choose_types, find_others, pack_types, unpack_schema, unpack_types
+from tasks.batch.footer import FooterReader, GroupBytes, add_columns, read_tail
 from tasks.batch.formats import find_format, list_suffixes
 from tasks.batch.options import CsvOptions
 from tasks.storage import Entry, LocalStorage, Selection, Storage, open_storage
@@ -42,6 +41,8 @@ SOURCE_FILE, SOURCE_ROW = "source_file", "source_row"
 
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _UNDECODED = re.compile("[\ud800-\udfff]")
+# Of files that differ, the schemas that are compared with each.
+_SCHEMAS_KEPT = 8
 # Where pyarrow keeps the number that Parquet gives a column, which Iceberg knows it by.
 _FIELD_ID = b"PARQUET:field_id"
 
@@ -54,7 +55,8 @@ class SourceFile(Frozen):
 
     A file that is a staged copy says of which file (`origin`) and of which of its rows it is the first, and has the
     digest of its bytes (`content`). One of a table has the partitions that the table's log gives it, in place of those
-    in its path.
+    in its path. `read_as` are the columns that are read in another type than the file has, or as nulls where it lacks
+    them, with the types in words.
     """
 
     path: str
@@ -66,6 +68,7 @@ class SourceFile(Frozen):
     origin_row: int = 0
     content: str | None = Field(default=None, exclude_if=lambda value: value is None)
     partitions: dict[str, str | None] | None = None
+    read_as: dict[str, str] = Field(default_factory=dict, exclude_if=operator.not_)
 
     @property
     def partition_values(self) -> dict[str, str | None]:
@@ -115,6 +118,8 @@ class Snapshot(Frozen):
     for loose files. `columns_missing` are columns of staged copies that nothing in the source has: they are null
     throughout. `empty_schema` is what a source without files and rows says of its columns, packed, and empty for any
     other. `iceberg` is given for files of an Iceberg table alone, and left out of what is written otherwise.
+    `types` are those of columns that the schema of a Delta table states, or that are read in another type than a file
+    has, as `pack_types` writes them.
     """
 
     root: str
@@ -124,6 +129,7 @@ class Snapshot(Frozen):
     columns_missing: tuple[str, ...] = ()
     empty_schema: str = Field(default="", exclude_if=operator.not_)
     iceberg: IcebergPin | None = Field(default=None, exclude_if=lambda value: value is None)
+    types: str = Field(default="", exclude_if=operator.not_)
 
     @property
     def title(self) -> str:
@@ -241,23 +247,28 @@ def _detect_format(entries: list[Entry], source: str, *, csv: bool) -> str:
     raise SourceFormat(message)
 
 
-def pack_schema(schema: pa.Schema) -> str:
-    """Return a schema as text, for a record."""
-    return base64.b64encode(schema.remove_metadata().serialize()).decode()
-
-
-def unpack_schema(packed: str) -> pa.Schema:
-    """Return the schema that `pack_schema` has packed."""
-    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(packed)))
-
-
 def open_dataset(
-    snapshot: Snapshot, columns: Sequence[str], keys: Sequence[str], *, may_be_empty: bool = False
+    snapshot: Snapshot,
+    columns: Sequence[str],
+    keys: Sequence[str],
+    nullable: Collection[str] | None = None,
+    *,
+    may_be_empty: bool = False,
 ) -> Dataset:
-    """Read the footer of every Parquet file and hold the columns that are used against each other.
+    """Read the footer of every Parquet file, and choose one type for each column that is used.
 
-    Raises SourceCorrupt by file name, SchemaMismatch where a used column's type differs between
-    files, SourceEmpty where there are no rows unless that may be.
+    Args:
+        snapshot: The files.
+        columns: The columns that are used.
+        keys: Those that name a row.
+        nullable: Columns that are null in a file that lacks them; those of a Delta table all are. None: no column is,
+            and the caller has no option that says otherwise.
+        may_be_empty: Whether the source may be without rows.
+
+    Raises:
+        SourceCorrupt: A file can't be read.
+        SchemaMismatch: Files lack a column, or hold it in types of which none holds the values of all.
+        SourceEmpty: There are no rows, and there must be.
     """
     if not snapshot.files and snapshot.empty_schema and may_be_empty:
         return Dataset(snapshot=snapshot, schema=unpack_schema(snapshot.empty_schema), hive=())
@@ -274,14 +285,51 @@ def open_dataset(
     if not with_rows:
         message = f"The source must hold at least one row, got none in {len(footers)} files below {snapshot.title}."
         raise SourceEmpty(message)
-    schema = _require_one_schema(with_rows, list(used))
-    schema = pa.schema([field for field in schema if field.name not in snapshot.columns_missing])
+    declared = unpack_types(snapshot.types)
+    held = [FileColumns(path=_user_path(file), schema=schema) for file, schema in with_rows]
+    types = choose_types(held, used, declared, nullable)
+    fields = join_fields(held[0].schema, types)
+    schema = pa.schema([field for field in fields if field.name not in snapshot.columns_missing])
     beside = [name for name in used if name not in schema.names]
     hive = [
         field for field in _partition_fields([file for file, _ in with_rows], beside) if field.name not in schema.names
     ]
-    pinned = snapshot.model_copy(update={"files": tuple(file for file, _ in footers)})
+    others = dict(zip((file.path for file, _ in with_rows), find_others(held, types), strict=True))
+    files = tuple(_pin_types(file, schema, others.get(file.path, {}), types, keys) for file, schema in footers)
+    differing = {name: types[name] for file in files for name in file.read_as}
+    pinned = snapshot.model_copy(update={"files": files, "types": pack_types(declared | differing)})
     return Dataset(snapshot=pinned, schema=pa.schema([*schema, *hive]), hive=tuple(field.name for field in hive))
+
+
+def join_fields(first: pa.Schema, types: Mapping[str, pa.DataType]) -> list[pa.Field]:
+    """Return the columns of the first file in the types of all files, then those that it lacks."""
+    fields = [field.with_type(types.get(field.name, field.type)) for field in first]
+    return fields + [pa.field(name, kind) for name, kind in types.items() if name not in first.names]
+
+
+def _pin_types(
+    file: SourceFile,
+    schema: pa.Schema,
+    others: dict[str, str],
+    types: Mapping[str, pa.DataType],
+    keys: Collection[str],
+) -> SourceFile:
+    """Return a file that says which of its columns are read in another type than it has, and what these take.
+
+    Raises SchemaMismatch where the file lacks one that its path has.
+    """
+    if others == file.read_as == {}:
+        return file
+    if parted := [name for name in others if name not in schema.names and name in file.partition_values]:
+        message = (
+            f"A column must be in every file or in the path of every file, got {parted[0]!r} in the path of "
+            f"{_user_path(file)} and in other files themselves. Rewrite those files, or narrow the source by a glob."
+        )
+        raise SchemaMismatch(message)
+    kinds = [types[name] for name in others]
+    of_keys = [types[name] for name in others if name in keys]
+    sizes = tuple(add_columns(size, rows, kinds, of_keys) for size, rows in file.sized_groups)
+    return file.model_copy(update={"read_as": others, "group_bytes": sizes})
 
 
 def map_parallel(storage: Storage, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
@@ -311,13 +359,13 @@ INT96 = {"coerce_int96_timestamp_unit": "us"}
 
 
 class _Footers:
-    """Reads footers, and keeps a schema that many files have, and what it tells of sizes, once: that of the first."""
+    """Reads footers, and keeps schemas that many files have, and what they tell of sizes, once: the first few."""
 
     def __init__(
         self, storage: Storage, used: Collection[str], keys: Collection[str], iceberg: IcebergPin | None
     ) -> None:
         self._storage, self._used, self._keys, self._iceberg = storage, used, keys, iceberg
-        self._first: tuple[pa.Schema, FooterReader] | None = None
+        self._known: list[tuple[pa.Schema, FooterReader]] = []
 
     def read(self, file: SourceFile) -> tuple[SourceFile, pa.Schema]:
         """Return a file with its row groups, and its schema."""
@@ -328,13 +376,13 @@ class _Footers:
             schema = read_parquet_schema(stream, metadata)
             if self._iceberg is not None:
                 _check_field_ids(schema, self._iceberg, self._storage.address(file.path))
-            first = self._first
-            if first is None or not schema.equals(first[0]):
-                first = (schema, FooterReader(metadata, schema, self._used, self._keys))
-                self._first = self._first or first
+            known = next((each for each in self._known if schema.equals(each[0])), None)
+            if known is None:
+                known = (schema, FooterReader(metadata, schema, self._used, self._keys))
+                self._known += [known] if len(self._known) < _SCHEMAS_KEPT else []
             size = file.entry.size
-            sizes = first[1].read(metadata, tail, size, lambda **options: pq.ParquetFile(stream, **options))
-        return file.model_copy(update={"row_groups": groups, "group_bytes": sizes}), first[0]
+            sizes = known[1].read(metadata, tail, size, lambda **options: pq.ParquetFile(stream, **options))
+        return file.model_copy(update={"row_groups": groups, "group_bytes": sizes}), known[0]
 
 
 def read_parquet_schema(stream: pa.NativeFile, metadata: pq.FileMetaData) -> pa.Schema:
@@ -396,32 +444,9 @@ class name_corrupt_file:  # noqa: N801 - a context manager reads as a verb
         raise SourceCorrupt(message) from error
 
 
-def _require_one_schema(footers: list[tuple[SourceFile, pa.Schema]], used: Sequence[str]) -> pa.Schema:
-    first_file, first = footers[0]
-    differing = []
-    for file, schema in footers[1:]:
-        for name in () if schema is first else used:
-            ours, theirs = _column_type(first, name), _column_type(schema, name)
-            if ours != theirs:
-                here, there = theirs or "missing", ours or "missing"
-                differing.append(f"{_user_path(file)}: column {name!r} is {here}, in {_user_path(first_file)} {there}")
-    if differing:
-        message = (
-            f"Every file must hold the columns that are used in the same type, got:\n{list_shortly(differing)}\n"
-            "Rewrite them, or narrow the source by a glob."
-        )
-        raise SchemaMismatch(message)
-    return first.remove_metadata()
-
-
 def _user_path(file: SourceFile) -> str:
     """Return the path that the user knows a file by."""
     return file.origin or file.path
-
-
-def _column_type(schema: pa.Schema, name: str) -> pa.DataType | None:
-    at = schema.get_field_index(name)
-    return schema.field(at).type if at >= 0 else None
 
 
 def _partition_fields(files: Sequence[SourceFile], used: Sequence[str]) -> list[pa.Field]:

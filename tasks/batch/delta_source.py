@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -12,11 +13,11 @@ import pyarrow as pa
 
 from serving.errors import BadInput, SourceFormat, shorten_error
 from serving.option_words import name_option
+from tasks.batch.column_types import pack_schema, pack_types
 from tasks.batch.dataset import (
     Snapshot,
     SourceFile,
     map_parallel,
-    pack_schema,
     parse_hive_values,
     pin_listed_files,
 )
@@ -31,8 +32,17 @@ _LOG = "_delta_log"
 _COMMIT = re.compile(rf"{_LOG}/(\d{{20}})\.json")
 
 
-def pin_delta(storage: Storage, *, version: int | None = None, timestamp: dt.datetime | None = None) -> Snapshot:
+def pin_delta(
+    storage: Storage,
+    columns: Sequence[str] | None = None,
+    *,
+    version: int | None = None,
+    timestamp: dt.datetime | None = None,
+) -> Snapshot:
     """Pin the files of one version of a table: the current one, one by its number, or that of a time.
+
+    The snapshot states the types that the table's schema gives the columns that are used; all of them where none are
+    given.
 
     Raises:
         BadInput: The table has no such version any more.
@@ -44,13 +54,18 @@ def pin_delta(storage: Storage, *, version: int | None = None, timestamp: dt.dat
     _check_plain_files(table, storage.url)
     told = str(table.version())
     actions = pa.table(table.get_add_actions(flatten=True)).to_pylist()
-    columns = table.metadata().partition_columns
+    parted = table.metadata().partition_columns
     kinds = {field.name: str(field.type) for field in table.schema().fields}
     by_path: dict[str, dict[str, str | None]] = {}
     for action in actions:
         path = _path_below(str(action["path"]), storage.url)
-        values = {name: action[f"partition.{name}"] for name in columns}
+        values = {name: action[f"partition.{name}"] for name in parted}
         by_path[path] = {name: _partition_text(name, value, path, kinds[name]) for name, value in values.items()}
+    types = {
+        field.name: field.type
+        for field in pa.schema(table.schema().to_arrow())
+        if field.name not in parted and (columns is None or field.name in columns)
+    }
     sizes = {_path_below(str(action["path"]), storage.url): int(action["size_bytes"]) for action in actions}
     files = pin_listed_files(storage, sizes, f"version {told} of the Delta table")
     return Snapshot(
@@ -59,6 +74,7 @@ def pin_delta(storage: Storage, *, version: int | None = None, timestamp: dt.dat
         files=tuple(SourceFile(path=e.path, size=e.size, tag=e.tag, partitions=by_path[e.path]) for e in files),
         version=told,
         empty_schema="" if files else pack_schema(pa.schema(table.schema().to_arrow())),
+        types=pack_types(types),
     )
 
 

@@ -10,7 +10,8 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.batch.dataset import Snapshot
+from tasks.batch.column_types import unpack_types
+from tasks.batch.dataset import Snapshot, join_fields
 from tasks.batch.feature_pins import FeaturePin
 from tasks.batch.parts import part_path
 from tasks.batch.plan import Plan
@@ -121,7 +122,8 @@ def _read_source_schema(plan: Plan) -> pa.Schema | None:
         return None
     if len(schema) > _COLUMNS_MAX:
         schema = pa.schema([field for field in schema if field.name in plan.columns])
-    return pa.schema([*schema, *(pa.field(name, pa.string()) for name in plan.partitions)])
+    fields = join_fields(schema, unpack_types(plan.snapshot.types))
+    return pa.schema([*fields, *(pa.field(name, pa.string()) for name in plan.partitions)])
 
 
 def _guess_type(dtype: str, shape: tuple[int, ...]) -> pa.DataType:

@@ -22,6 +22,7 @@ from serving.errors import SourceFault
 from tasks.batch.as_of_join import FeatureRows, LatestRows, SortedFeatures, SpineRows
 from tasks.batch.chunk_layout import Chunk, Piece, block_rows, list_row_groups
 from tasks.batch.chunk_reader import Reader, open_reader
+from tasks.batch.column_types import unpack_types
 from tasks.batch.dataset import SourceFile, map_parallel, name_corrupt_file, read_parquet_schema
 from tasks.batch.feature_pins import FeaturePin, choose_joined_rows
 from tasks.batch.join_types import DAY_SECONDS, count_ticks, normalize_keys
@@ -181,7 +182,8 @@ def _read_footers(pin: FeaturePin) -> _Footers:
     storage = open_storage(pin.snapshot.root)
     found = map_parallel(storage, lambda file: _read_ranges(storage, file, pin), pin.snapshot.files)
     schema = next(schema for ranges, schema in found if ranges)
-    kinds = [(name, pin.partitions.get(name) or schema.field(name).type) for name in pin.columns]
+    types = unpack_types(pin.snapshot.types)
+    kinds = [(name, pin.partitions.get(name) or types.get(name) or schema.field(name).type) for name in pin.columns]
     groups = [(piece, found[piece.file][0][piece.row_group]) for piece in list_row_groups(pin.snapshot.files)]
     return _Footers(groups=groups, schema=pa.schema(kinds))
 
@@ -204,7 +206,9 @@ def _read_ranges(storage: Storage, file: SourceFile, pin: FeaturePin) -> tuple[l
                 value = file.partition_values.get(key)
                 found = None if value is None else (value, value)
             keys |= {} if found is None else {key: found}
-        time = _find_time_range(columns.column(places[pin.table.time]).statistics)
+        # A file of a Delta table that is older than the column has no times.
+        timed = places.get(pin.table.time)
+        time = None if timed is None else _find_time_range(columns.column(timed).statistics)
         groups.append(GroupRanges(keys=keys, time=time))
     return groups, schema
 

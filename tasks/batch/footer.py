@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -49,6 +49,19 @@ class GroupBytes(NamedTuple):
     keys: int
     keys_encoded: int
     reading: int
+
+
+def add_columns(sizes: GroupBytes, rows: int, kinds: Iterable[pa.DataType], keys: Iterable[pa.DataType]) -> GroupBytes:
+    """Return what a row group takes where columns, and keys among them, are read in other types than the file has.
+
+    What is made of a column is there beside the column; of texts only the offsets count, since these have their bytes.
+    """
+    more, more_keys = (
+        int(rows * sum(_offset_bytes(kind) if (width := _fixed_bytes(kind)) is None else width for kind in each))
+        for each in (kinds, keys)
+    )
+    decoded, of_keys, encoded, reading = sizes
+    return GroupBytes(decoded + more, of_keys + more_keys, encoded + more_keys, reading)
 
 
 def read_tail(stream: pa.NativeFile) -> bytes:

@@ -21,7 +21,8 @@ from pyiceberg.transforms import IdentityTransform
 from pyiceberg.types import NestedField
 
 from serving.errors import BadInput, OvernightError, SourceChanged, SourceFormat, SourceNotFound, shorten_error
-from tasks.batch.dataset import IcebergPin, Snapshot, SourceFile, pack_schema, pin_listed_files
+from tasks.batch.column_types import pack_schema
+from tasks.batch.dataset import IcebergPin, Snapshot, SourceFile, pin_listed_files
 from tasks.batch.iceberg_catalog import (
     describe_tables,
     find_table,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import tempfile
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, TypeVar
 
 import numpy as np
@@ -18,7 +19,8 @@ import pyarrow.parquet as pq
 from serving.errors import KeysUnfit, RunDamaged
 from serving.machine import count_cores
 from serving.option_words import name_option
-from tasks.batch.dataset import list_entries_at, name_corrupt_file
+from tasks.batch.column_types import read_column
+from tasks.batch.dataset import INT96, list_entries_at, name_corrupt_file
 from tasks.batch.parts import PartFooter
 from tasks.batch.plan import Plan
 from tasks.storage import Entry, LocalStorage, Storage, local_errors
@@ -33,6 +35,8 @@ _SUSPECTS_MAX = 100_000
 _EXAMPLES = 10
 _SHOWN_CHARACTERS = 60
 _REMOTE_READERS = 16
+
+_NO_TYPES: Mapping[str, pa.DataType] = MappingProxyType({})
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -74,7 +78,11 @@ def check_run_keys(storage: Storage, plan: Plan, parts: Sequence[PartFooter]) ->
 
 
 def check_keys(
-    storage: Storage, paths: Sequence[str], keys: Sequence[str], memory_bytes: int = MEMORY_BYTES
+    storage: Storage,
+    paths: Sequence[str],
+    keys: Sequence[str],
+    memory_bytes: int = MEMORY_BYTES,
+    types: Mapping[str, pa.DataType] = _NO_TYPES,
 ) -> KeyCheck:
     """Find the keys that occur more than once in Parquet files, by reading their key columns alone.
 
@@ -87,6 +95,7 @@ def check_keys(
         paths: Their paths in it.
         keys: The key columns.
         memory_bytes: What the hashes may take. What a reader has decoded, some MiB for each core, is not counted.
+        types: The types of keys that files hold in several, or lack.
 
     Returns:
         How many keys occur more than once, and examples. The number is exact up to 100,000 suspects; beyond those it is
@@ -101,7 +110,7 @@ def check_keys(
     folder = Path(tempfile.gettempdir())
     with local_errors(folder), tempfile.TemporaryFile(prefix="overnight-keys-", dir=folder) as spill:
         runs = _SortedRuns(spill, memory_bytes)
-        for hashes, skipped in _hash_files(storage, entries, keys):
+        for hashes, skipped in _hash_files(storage, entries, keys, types):
             runs.add(hashes)
             rows, nulls = rows + len(hashes), nulls + skipped
         suspects = _Suspects()
@@ -109,7 +118,7 @@ def check_keys(
             suspects.add(sorted_hashes)
     if not suspects.count:
         return KeyCheck(columns=tuple(keys), rows=rows, rows_key_null=nulls, doubled=0)
-    found = _count_suspects(storage, entries, keys, suspects.kept)
+    found = _count_suspects(storage, entries, keys, types, suspects.kept)
     return KeyCheck(
         columns=tuple(keys),
         rows=rows,
@@ -168,24 +177,29 @@ def find_entries(storage: Storage, paths: Sequence[str]) -> list[Entry]:
     return [entries[path] for path in paths]
 
 
-def read_key_batches(storage: Storage, entry: Entry, keys: Sequence[str]) -> Generator[pa.RecordBatch]:
-    """Yield the key columns of a Parquet file, some rows at a time, in the order given."""
+def read_key_batches(
+    storage: Storage, entry: Entry, keys: Sequence[str], types: Mapping[str, pa.DataType] = _NO_TYPES
+) -> Generator[pa.RecordBatch]:
+    """Yield the key columns of a Parquet file, some rows at a time, in the order and in the types given."""
     with storage.open_pinned(entry) as stream, name_corrupt_file(storage, entry):
-        file = pq.ParquetFile(stream, page_checksum_verification=True)
-        if missing := [key for key in keys if key not in file.schema_arrow.names]:
+        file = pq.ParquetFile(stream, page_checksum_verification=True, **INT96)
+        if missing := [key for key in keys if key not in (*file.schema_arrow.names, *types)]:
             message = f"it must have the key columns {list(keys)}, got none called {missing[0]!r}"
             raise ValueError(message)
         for batch in file.iter_batches(_BATCH_ROWS, columns=list(keys), use_threads=False):
             # Without metadata: over one that is no UTF-8, as a wrong bit makes it, polars ends in a panic.
-            yield pa.RecordBatch.from_arrays([batch.column(key) for key in keys], names=list(keys))
+            columns = [read_column(batch, key, types[key]) if key in types else batch.column(key) for key in keys]
+            yield pa.RecordBatch.from_arrays(columns, names=list(keys))
 
 
-def _hash_files(storage: Storage, entries: Sequence[Entry], keys: Sequence[str]) -> Generator[tuple[np.ndarray, int]]:
+def _hash_files(
+    storage: Storage, entries: Sequence[Entry], keys: Sequence[str], types: Mapping[str, pa.DataType]
+) -> Generator[tuple[np.ndarray, int]]:
     """Yield the sorted hashes of each file's keys, and how many of its rows were left out for a null in their key."""
 
     def hash_file(entry: Entry) -> tuple[np.ndarray, int]:
         hashes, rows = [np.empty(0, _HASH)], 0
-        for batch in read_key_batches(storage, entry, keys):
+        for batch in read_key_batches(storage, entry, keys, types):
             rows += batch.num_rows
             hashes.append(_hash_rows(_drop_nulls(batch)))
         together = np.concatenate(hashes)
@@ -313,7 +327,11 @@ class _Suspects:
 
 
 def _count_suspects(
-    storage: Storage, entries: Sequence[Entry], keys: Sequence[str], suspects: np.ndarray
+    storage: Storage,
+    entries: Sequence[Entry],
+    keys: Sequence[str],
+    types: Mapping[str, pa.DataType],
+    suspects: np.ndarray,
 ) -> pl.DataFrame:
     """Return the keys of these hashes that occur more than once, and how often, the most frequent first."""
     counted = next(name for name in ("rows", "_rows", "__rows") if name not in keys)
@@ -322,7 +340,7 @@ def _count_suspects(
         return pl.concat(frames).group_by(keys, maintain_order=True).agg(pl.col(counted).sum())
 
     def count_file(entry: Entry) -> pl.DataFrame:
-        frames = [_drop_nulls(batch) for batch in read_key_batches(storage, entry, keys)]
+        frames = [_drop_nulls(batch) for batch in read_key_batches(storage, entry, keys, types)]
         frames = [frame.filter(np.isin(_hash_rows(frame), suspects)) for frame in frames]
         return add_up([frame.with_columns(pl.lit(1, pl.Int64).alias(counted)) for frame in frames])
 

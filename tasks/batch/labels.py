@@ -23,9 +23,10 @@ from tasks.batch.challenger_rules import Labels
 from tasks.batch.challengers import check_plain_column
 from tasks.batch.chunk_layout import Chunk, list_row_groups
 from tasks.batch.chunk_reader import Reader
+from tasks.batch.column_types import unpack_types
 from tasks.batch.dataset import Dataset, open_dataset
 from tasks.batch.join_types import normalize_keys
-from tasks.batch.key_check import check_keys, describe_doubled
+from tasks.batch.key_check import KeyCheck, check_keys, describe_doubled
 from tasks.batch.source import pin_source
 from tasks.storage import local_errors, open_storage
 
@@ -91,15 +92,22 @@ def open_label_table(labels: Labels, keys: Sequence[str], schema: pa.Schema, des
                 f"{snapshot.title}. Cast it in one of them."
             )
             raise SchemaMismatch(message)
-    files = [file.path for file in dataset.snapshot.files]
-    check = check_keys(open_storage(snapshot.root), files, keys) if not set(keys) & set(dataset.hive) else None
-    if check is not None and check.doubled:
+    if (check := _check_label_keys(dataset, keys)) is not None and check.doubled:
         message = (
             f"{where} must hold one label for each key, but {describe_doubled(check)} Take the others out, or choose "
             f"{name_option('key_columns')} that name a row."
         )
         raise KeysUnfit(message)
     return LabelTable(dataset=dataset, keys=tuple(keys), column=labels.column)
+
+
+def _check_label_keys(dataset: Dataset, keys: Sequence[str]) -> KeyCheck | None:
+    """Return what a check of the keys of labels finds; None where one of them is a partition."""
+    if set(keys) & set(dataset.hive):
+        return None
+    snapshot = dataset.snapshot
+    files = [file.path for file in snapshot.files if sum(file.row_groups)]
+    return check_keys(open_storage(snapshot.root), files, keys, types=unpack_types(snapshot.types))
 
 
 def _find_family(given: pa.DataType) -> str:

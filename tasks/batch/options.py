@@ -8,7 +8,7 @@ from uuid import UUID
 
 from pydantic import AwareDatetime, Field, JsonValue, field_validator, model_validator
 
-from serving.model.contract import ColumnNames, ColumnPolicy, Frozen
+from serving.model.contract import ColumnNames, ColumnPolicy, Contract, Frozen
 from serving.model.environment_choice import EnvironmentOption, PackagesOption
 from serving.option_words import give_option, name_option
 from tasks.batch.challenger_rules import CHALLENGERS_MAX, Labels, PromoteIf
@@ -21,7 +21,7 @@ from tasks.batch.gate_rules import Gate
 _NOT_IN_KEY = {
     *("name", "slots", "memory_mb", "max_reject_fraction", "allow_pickle", "experiment"),
     *("pass_seconds_max", "pass_memory_mb", "packages"),
-    *("check_keys", "reuse", "other_source", "on_empty", "gate"),
+    *("check_keys", "reuse", "other_source", "on_empty", "missing_columns", "gate"),
     *("runner", "workers", "joins", "notices", "notice_seconds", "sample_rows", "disclose"),
     # The version that they name is part of the source.
     *("source_version", "source_timestamp"),
@@ -34,6 +34,7 @@ _NOT_IN_KEY = {
 Reuse = Literal["same", "any", "none"]
 OtherSource = Literal["refuse", "replace"]
 OnEmpty = Literal["refuse", "publish"]
+MissingColumns = Literal["refuse", "null"]
 Disclose = Literal["values", "nothing"]
 TableMode = Literal["append", "replace", "upsert"]
 
@@ -139,6 +140,12 @@ class BatchOptions(Frozen):
     )
     source_timestamp: AwareDatetime | None = Field(
         default=None, description="Reads the version of a table that was the current one then, time zone included."
+    )
+    missing_columns: MissingColumns = Field(
+        default="refuse",
+        description="What becomes of a column that other files of the source have and a file lacks. refuse: the run is "
+        "refused, unless the column's policy gives nulls a value. null: its rows hold nulls there, keys too. Columns "
+        "that the schema of a table has are null in older files in any case.",
     )
     features: tuple[FeatureTable, ...] = Field(
         default=(),
@@ -467,6 +474,13 @@ class BatchOptions(Frozen):
     def copied_columns(self) -> tuple[str, ...]:
         """The columns of the source that are read as they are, whatever the model takes: keys, and what joins."""
         return tuple(dict.fromkeys([*self.key_columns, *self.join_columns]))
+
+    def list_nullable(self, contract: Contract) -> frozenset[str]:
+        """Return the columns of the source that are null in files that lack them, where others have them."""
+        others = {*self.copied_columns, *self.columns_kept}
+        if self.missing_columns == "null":
+            return frozenset(column.name for column in contract.columns) | others
+        return contract.nullable - others
 
     def key_fields(self) -> dict[str, object]:
         """Return what the run key is made of: the options that change the output."""

@@ -24,7 +24,8 @@ from serving.option_words import name_option
 from tasks.batch.chunk_layout import Chunk
 from tasks.batch.chunk_statistics import collect_statistics
 from tasks.batch.column_statistics import ColumnStatistics, TableStatistics, pack_statistics, unpack_statistics
-from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Dataset, list_entries_at, unpack_schema
+from tasks.batch.column_types import unpack_schema
+from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Dataset, list_entries_at
 from tasks.batch.options import BatchOptions
 from tasks.batch.part_digest import NO_DIGEST, PART_DIGEST, write_digest
 from tasks.batch.plan import DIGEST_SHOWN, Plan, digest_chunk

@@ -33,7 +33,8 @@ from tasks.batch.chunk_layout import (
     cut_chunks,
     cut_shards,
 )
-from tasks.batch.dataset import Dataset, Snapshot, pack_schema
+from tasks.batch.column_types import pack_schema
+from tasks.batch.dataset import Dataset, Snapshot, SourceFile
 from tasks.batch.feature_pins import FeaturePin
 from tasks.batch.footer import GroupBytes
 from tasks.batch.options import BatchOptions
@@ -279,7 +280,10 @@ def digest_plan(plan: Plan) -> str:
     shape = plan.model_dump(
         mode="json", include={"key", "columns", "partitions", "batch_size", "batch_unit", "engine", "shards"}
     )
-    files = [(file.path, file.origin, file.origin_row, file.row_groups) for file in plan.snapshot.files]
+    files = [
+        (file.path, file.origin, file.origin_row, file.row_groups, *_list_others(plan, file))
+        for file in plan.snapshot.files
+    ]
     # Plans had no environment once.
     own: dict[str, object] = {"environment": plan.environment} if plan.environment != "caller" else {}
     own |= {"made_with": plan.made_with, "shape": plan.shape} if plan.has_content_parts else {}
@@ -312,12 +316,23 @@ def _identify_piece(plan: Plan, piece: Piece) -> list[object]:
     if plan.partitions:
         values = file.partition_values
         told.append([values.get(name) for name in plan.partitions])
-    return told
+    return [*told, *_list_others(plan, file)]
+
+
+def _list_others(plan: Plan, file: SourceFile) -> list[dict[str, str]]:
+    """Return the columns of a plan's parts that a file holds in another type; nothing where there are none."""
+    # Columns that are kept are in the parts of challengers alone.
+    read = {*plan.columns, *(plan.columns_kept if plan.place else ())}
+    others = {name: kind for name, kind in file.read_as.items() if name in read}
+    return [others] if others else []
 
 
 def _identify_features(pin: FeaturePin, contract: Contract) -> list[object]:
     """Return what tells the rows of a feature table, and what a model reads of them, from those of others."""
-    files = [[*pin.snapshot.identify(file), file.partition_values] for file in pin.snapshot.files]
+    files = [
+        [*pin.snapshot.identify(file), file.partition_values, *([file.read_as] if file.read_as else [])]
+        for file in pin.snapshot.files
+    ]
     read = {column.name for column in contract.columns}
     # Others may be read for another model of the run.
     others = {name for name in pin.columns if pin.table.name_column(name) not in read}
@@ -350,9 +365,10 @@ def run_key(
     The same call made again over the same models and files has the same key: it is the same run.
     """
     chosen = json.dumps(options.key_fields(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    # A table's metadata is written again when it changes in other ways than its rows.
+    # A table's metadata is written again when it changes in other ways than its rows; its version says its types.
     pinned, *others = (
-        each.model_dump_json(exclude={"iceberg": {"metadata", "named"}}) for each in (snapshot, *features)
+        each.model_dump_json(exclude={"types": True, "iceberg": {"metadata", "named"}})
+        for each in (snapshot, *features)
     )
     text = "\n".join([model.digest, pinned, contract.model_dump_json(), chosen, *others])
     if challengers:

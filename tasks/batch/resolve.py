@@ -112,6 +112,11 @@ class RunRequest:
         """The contract of the model with the inputs of its challengers too."""
         return merge_contracts(self.contract, [each.contract for each in self.challengers])
 
+    @property
+    def nullable(self) -> frozenset[str]:
+        """The columns that are null in files of the source that lack them, where others have them."""
+        return self.options.list_nullable(self.contract_of_all)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewRun:
@@ -194,7 +199,8 @@ def _open_columns(request: RunRequest, snapshot: Snapshot, features: Sequence[Op
     names = [column.name for column in remove_features(request.contract, _list_names(features)).columns]
     options = request.options
     wanted = [*names, *options.join_columns]
-    return open_dataset(snapshot, wanted, options.key_columns, may_be_empty=options.on_empty == "publish")
+    may_be_empty = options.on_empty == "publish"
+    return open_dataset(snapshot, wanted, options.key_columns, request.nullable, may_be_empty=may_be_empty)
 
 
 def _list_names(features: Sequence[OpenFeatures]) -> list[str]:
@@ -348,7 +354,7 @@ def _plan_challengers(
     found = list_columns_beside(request.contract, request.challengers, options)
     beside = [name for name in found if name not in plan.feature_names]
     names = [*plan.columns, *options.join_columns, *beside]
-    with_beside = open_dataset(dataset.snapshot, names, options.key_columns) if beside else dataset
+    with_beside = open_dataset(dataset.snapshot, names, options.key_columns, request.nullable) if beside else dataset
     # As many passes are made side by side as the model makes, each by as many threads.
     limited = options.model_copy(update={"slots": slots})
     planned, models = [], list[Model]()
@@ -374,9 +380,19 @@ def _plan_challengers(
         models.append(model.with_engine(engine))
     read = tuple(name for name in beside if name in with_beside.schema.names)
     update = {"challengers": tuple(planned), "columns_beside": read, "columns_kept": options.columns_kept}
+    typed = _take_types(dataset.snapshot, with_beside.snapshot)
     groups = [_find_largest(each) for each in (with_beside, dataset)]
     row, reading = (max(0, more - own) for more, own in zip(*groups, strict=True))
-    return plan.model_copy(update={**update, "beside_bytes": row, "beside_reading": int(reading)}), models
+    return plan.model_copy(
+        update={**update, "snapshot": typed, "beside_bytes": row, "beside_reading": int(reading)}
+    ), models
+
+
+def _take_types(snapshot: Snapshot, opened: Snapshot) -> Snapshot:
+    """Return a snapshot whose files say what is read as another type, of the columns that challengers read too."""
+    files = zip(snapshot.files, opened.files, strict=True)
+    typed = tuple(file.model_copy(update={"read_as": other.read_as}) for file, other in files)
+    return snapshot.model_copy(update={"files": typed, "types": opened.types})
 
 
 def _find_largest(dataset: Dataset) -> tuple[float, float]:
@@ -432,7 +448,8 @@ def _open_rows(request: RunRequest, storage: Storage, features: Sequence[OpenFea
     if snapshot.format != "parquet":
         copied = choose_copied(request.contract_of_all, _list_names(features), options)
         folder, may_be_empty = f"{ROOT}/{request.run}", options.on_empty == "publish"
-        snapshot = stage(snapshot, storage, folder, *copied, options.csv, may_be_empty=may_be_empty)
+        how = options.csv, options.missing_columns
+        snapshot = stage(snapshot, storage, folder, *copied, *how, may_be_empty=may_be_empty)
     return _open_columns(request, snapshot, features)
 
 
@@ -507,7 +524,9 @@ def restage_plan(plan: Plan, storage: Storage) -> Plan:
     """
     if plan.source.format == "parquet" or not plan.rows:
         return plan
-    copies = stage(plan.source, storage, plan.folder, *list_copied(plan), plan.options.csv)
+    copies = stage(
+        plan.source, storage, plan.folder, *list_copied(plan), plan.options.csv, plan.options.missing_columns
+    )
     tags = {file.path: file.tag for file in copies.files}
     if lost := [file.path for file in plan.snapshot.files if file.path not in tags]:
         message = (

@@ -99,7 +99,7 @@ def pin_source(
         return pin_files(selected, source, csv=csv)
     if log.kind == "Iceberg":
         return _read_iceberg(log.table, destination, columns, version)
-    return _read_delta(log, version) if log.kind == "Delta" else _read_run(log)
+    return _read_delta(log, columns, version) if log.kind == "Delta" else _read_run(log)
 
 
 def _pin_several(
@@ -142,12 +142,12 @@ def _read_iceberg(source: str, destination: str, columns: Sequence[str] | None, 
     return pinned
 
 
-def _read_delta(log: CommitLog, version: TableVersion) -> Snapshot:
+def _read_delta(log: CommitLog, columns: Sequence[str] | None, version: TableVersion) -> Snapshot:
     """Pin the files of a version of a Delta table."""
     storage = open_storage(log.table)
     if version.is_current:
         _check_newest(storage)
-    return pin_delta(storage, version=version.number, timestamp=version.timestamp)
+    return pin_delta(storage, columns, version=version.number, timestamp=version.timestamp)
 
 
 def _check_newest(storage: Storage) -> None:

@@ -35,9 +35,10 @@ from serving.model.contract import Contract, Frozen
 from serving.option_words import name_option
 from tasks.batch.challengers import list_copied
 from tasks.batch.chunk_layout import Chunk
-from tasks.batch.dataset import Snapshot, SourceFile, name_corrupt_file, pack_schema
+from tasks.batch.column_types import pack_schema
+from tasks.batch.dataset import Snapshot, SourceFile, name_corrupt_file
 from tasks.batch.formats import RequestedColumns, read_tables
-from tasks.batch.options import CsvOptions
+from tasks.batch.options import CsvOptions, MissingColumns
 from tasks.batch.parts import ChunkId
 from tasks.batch.plan import Plan
 from tasks.storage import LocalStorage, Storage, check_create_only, copy_pinned, local_errors, open_storage
@@ -54,6 +55,7 @@ def stage(
     contract: Contract,
     keys: tuple[str, ...],
     csv: CsvOptions | None = None,
+    missing_columns: MissingColumns = "refuse",
     *,
     may_be_empty: bool = False,
 ) -> Snapshot:
@@ -63,7 +65,7 @@ def stage(
     memory is bounded whatever the size of the file. Raises SourceCorrupt by file name, SourceEmpty
     where there are no rows unless that may be: there are no copies then, and the snapshot says what columns there are.
     """
-    found = _copy_files(snapshot, destination, folder, contract, keys, csv)
+    found = _copy_files(snapshot, destination, folder, contract, keys, csv, missing_columns)
     copies = [copy for each in found for copy in each.copies]
     if not copies and may_be_empty:
         schema = _find_empty_schema(snapshot, contract, keys, csv)
@@ -83,7 +85,7 @@ def _find_empty_schema(
 ) -> pa.Schema:
     """Return the columns of files without rows: as the first that names any has them, else those wanted, as text."""
     source, wanted = open_storage(snapshot.root), _requested_columns(contract, keys)
-    work = _Staging(snapshot, contract, keys, csv or CsvOptions(), source, source, "")
+    work = _Staging(snapshot, contract, keys, csv or CsvOptions(), "null", source, source, "")
     types = {name: pa.list_(pa.string()) if name in wanted.lists else pa.string() for name in wanted.names}
     schema = pa.schema(types.items())
     if work.iceberg_rows is not None:
@@ -121,7 +123,8 @@ def stage_again(
             continue
         one = plan.source.model_copy(update={"files": (file,)})
         try:
-            (made,) = _copy_files(one, destination, plan.folder, *list_copied(plan), plan.options.csv)
+            told = *list_copied(plan), plan.options.csv, plan.options.missing_columns
+            (made,) = _copy_files(one, destination, plan.folder, *told)
         except (SourceFault, StorageFault, BadInput) as error:
             problems[file.path] = error
         else:
@@ -154,12 +157,13 @@ def _copy_files(
     contract: Contract,
     keys: tuple[str, ...],
     csv: CsvOptions | None,
+    missing_columns: MissingColumns,
 ) -> list[_Listing]:
     """Copy every file of a snapshot, unless it is copied already, and return the lists of their copies."""
     source = open_storage(snapshot.root)
     listed = {entry.path for entry in destination.entries(f"{folder}/staged")}
     made_for = _digest(snapshot, contract, keys, csv)
-    work = _Staging(snapshot, contract, keys, csv or CsvOptions(), source, destination, folder)
+    work = _Staging(snapshot, contract, keys, csv or CsvOptions(), missing_columns, source, destination, folder)
     listings = {f"{folder}/staged/{file.path}/listing-{made_for}.json": file for file in snapshot.files}
     for path, file in listings.items():
         if path not in listed:
@@ -255,6 +259,7 @@ class _Staging:
     contract: Contract
     keys: tuple[str, ...]
     csv: CsvOptions
+    missing_columns: MissingColumns
     source: Storage
     destination: Storage
     folder: str
@@ -301,9 +306,9 @@ class _Staging:
 
     def _find_required(self, file: SourceFile) -> frozenset[str]:
         """Return the columns that a file must have itself; JSON lines may leave out any."""
-        if self.snapshot.format == "jsonl":
+        if self.snapshot.format == "jsonl" or self.missing_columns == "null":
             return frozenset()
-        required = {column.name for column in self.contract.columns if column.required} | set(self.keys)
+        required = {column.name for column in self.contract.columns} - self.contract.nullable | set(self.keys)
         return frozenset(required - file.partition_values.keys())
 
 

@@ -289,7 +289,8 @@ def open_measured_rows(source: str, elsewhere: str, contract: Contract, options:
             "as Parquet, or leave the source out: rows are then made by the model's contract."
         )
         raise SourceFormat(message)
-    dataset = open_dataset(snapshot, [column.name for column in contract.columns], options.key_columns)
+    columns = [column.name for column in contract.columns]
+    dataset = open_dataset(snapshot, columns, options.key_columns, options.list_nullable(contract))
     contract.check(dataset.schema, f"The dataset at {snapshot.title}")
     return dataset
 

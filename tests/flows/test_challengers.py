@@ -13,6 +13,7 @@ import httpx
 import mlflow
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -58,14 +59,22 @@ def scripts(registry: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """6,000 customers with a region, and a label that is nearer to the second network than to the first."""
+    """6,000 customers with a region, and a label that is nearer to the second network than to the first.
+
+    One of the files holds the region in another layout, so that it is read in another type than it has.
+    """
 
     def edit(table: pl.DataFrame) -> pl.DataFrame:
         regions = pl.Series([f"r{row % 4}" for row in range(table.height)])
         return table.with_columns(region=regions, spent=pl.col("a").cast(pl.Float64) * 0.1)
 
     folder = tmp_path_factory.mktemp("challengers") / "customers"
-    return write_customers(folder, rows=6_000, files=3, rows_per_group=900, edit=edit)
+    write_customers(folder, rows=6_000, files=3, rows_per_group=900, edit=edit)
+    file = sorted(folder.glob("*.parquet"))[1]
+    table = pq.read_table(file)
+    at = table.column_names.index("region")
+    pq.write_table(table.set_column(at, "region", table["region"].dictionary_encode()), file, row_group_size=900)
+    return folder
 
 
 def digest_parts(destination: Path, pattern: str = "run=*/part-*") -> list[str]:

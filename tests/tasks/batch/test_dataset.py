@@ -239,31 +239,6 @@ def test_hive_values_are_decoded() -> None:
     }
 
 
-def test_differing_columns_are_told_by_file_and_column(place: str) -> None:
-    put(
-        place,
-        {
-            "1.parquet": {"a": pa.array([1], pa.int64()), "b": ["x"], "unused": [1]},
-            "2.parquet": {"a": pa.array([1], pa.int32()), "b": ["x"], "unused": ["differs"]},
-            "3.parquet": {"a": pa.array([1], pa.int64())},
-            "4.parquet": {"b": ["x"], "more": [1], "a": pa.array([1], pa.int64())},
-        },
-    )
-    with pytest.raises(SchemaMismatch) as caught:
-        opened(place, ("a",), ("b",))
-
-    assert [
-        "  - 2.parquet: column 'a' is int32, in 1.parquet int64",
-        "  - 3.parquet: column 'b' is missing, in 1.parquet string",
-    ] == str(caught.value).splitlines()[1:-1]
-
-
-def test_many_differences_are_counted(tmp_path: Path) -> None:
-    put(str(tmp_path), {"0.parquet": {"a": [1]}} | {f"{at}.parquet": {"a": ["x"]} for at in range(1, 31)})
-    with pytest.raises(SchemaMismatch, match="and 25 more"):
-        opened(str(tmp_path))
-
-
 def whole() -> bytes:
     return parquet(numbers(0, 100))
 

@@ -345,9 +345,14 @@ def test_a_run_is_the_join_by_hand_kept_or_from_files_whatever_chunks_and_interr
 
 
 def test_of_several_rows_of_a_key_and_time_the_last_of_the_last_file_counts(source: Path, tmp_path: Path) -> None:
-    then = pa.array([NOON - dt.timedelta(days=2)] * 4, pa.timestamp("ns"))
-    for name, values in (("b", [5.0, 6.0, 7.0, 8.0]), ("a", [1.0, 2.0, 3.0, 4.0])):
-        table = pa.table({"customer": [1, 2, 1, 2], "updated_at": then, "a": values})
+    # Files of a table may differ in the types of its columns.
+    files = (
+        ("b", "int32", "us", [5.0, 6.0, 7.0, 8.0]),
+        ("a", "int64", "ns", pa.array([1.0, 2.0, 3.0, 4.0], pa.float32())),
+    )
+    for name, key, unit, values in files:
+        then = pa.array([NOON - dt.timedelta(days=2)] * 4, pa.timestamp(unit))
+        table = pa.table({"customer": pa.array([1, 2, 1, 2], key), "updated_at": then, "a": values})
         (tmp_path / "features").mkdir(exist_ok=True)
         pq.write_table(table, tmp_path / "features" / f"{name}.parquet", row_group_size=1)
     spine = pa.concat_tables(pq.read_table(path) for path in sorted(source.glob("*.parquet"))).to_pylist()

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 
 from serving.errors import DestinationUnusable, PublishRefused
 from serving.faults import ProcessFailure
+from serving.model.contract import Contract
 from tasks.batch import reuse
 from tasks.batch.chunk_layout import cut_chunks
 from tasks.batch.dataset import SourceFile
@@ -42,12 +43,14 @@ from tests.simulation.data import CONTRACT, ToyModel, ToyResolved, load_toy
 OPTIONS = BatchOptions(key_columns=("id",), batch_size=4, rows_per_chunk=12, memory_mb=1024, max_reject_fraction=1.0)
 
 
-def plan_call(source: Path, destination: Path, options: BatchOptions = OPTIONS, version: int = 1) -> Any:
+def plan_call(
+    source: Path, destination: Path, options: BatchOptions = OPTIONS, version: int = 1, contract: Contract = CONTRACT
+) -> Any:
     """Plan a call of the toy model, or find its run complete."""
     resolved: Any = ToyResolved(version)
     snapshot = pin_source(str(source), str(destination))
-    key = run_key(resolved.pin, snapshot, CONTRACT, options)
-    request = RunRequest(resolved=resolved, snapshot=snapshot, contract=CONTRACT, options=options, key=key)
+    key = run_key(resolved.pin, snapshot, contract, options)
+    request = RunRequest(resolved=resolved, snapshot=snapshot, contract=contract, options=options, key=key)
     load: Any = load_toy
     return find_run(request, open_storage(str(destination)), f"flow-{key}", load=load)
 
@@ -80,9 +83,11 @@ def score_plan(
     return result
 
 
-def call(source: Path, destination: Path, options: BatchOptions = OPTIONS, version: int = 1) -> tuple[Plan, int]:
+def call(
+    source: Path, destination: Path, options: BatchOptions = OPTIONS, version: int = 1, contract: Contract = CONTRACT
+) -> tuple[Plan, int]:
     """Call as the flow does; return the plan, and how many rows were scored."""
-    run, storage = plan_call(source, destination, options, version), open_storage(str(destination))
+    run, storage = plan_call(source, destination, options, version, contract), open_storage(str(destination))
     if isinstance(run, CompleteRun):
         return run.plan, 0
     result = score_plan(run.plan, storage)
@@ -97,12 +102,12 @@ def read_parts(destination: Path, run: str) -> list[bytes]:
     return [(destination / part.path).read_bytes() for part in manifest.parts]
 
 
-def write(path: Path, start: int, rows: int, group: int = 9) -> None:
+def write(path: Path, start: int, rows: int, group: int = 9, key: str = "int64") -> None:
     """Write a file of rows whose numbers begin somewhere; one in seven lacks a value."""
     ids = np.arange(start, start + rows)
     a = pa.array((ids % 50) / 4, mask=ids % 7 == 0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"id": ids, "a": a, "b": ids / 8}), path, row_group_size=group)
+    pq.write_table(pa.table({"id": ids.astype(key), "a": a, "b": ids / 8}), path, row_group_size=group)
 
 
 @pytest.fixture
@@ -291,7 +296,7 @@ def test_a_run_of_a_far_larger_dataset_is_cut_anew(source: Path, tmp_path: Path)
     assert second.rows_per_chunk > 8 * first.rows_per_chunk
 
 
-KINDS = ("add", "remove", "rewrite", "rename", "reorder", "truncate")
+KINDS = ("add", "remove", "rewrite", "rename", "reorder", "truncate", "narrow")
 EDITS = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 5), st.booleans()), min_size=1, max_size=4)
 
 
@@ -560,6 +565,10 @@ def edit(folder: Path, kind: str, at: int, number: int) -> None:
         chosen.rename(folder / f"z{number}.parquet")
     elif kind == "truncate":
         write(chosen, 30_000 + 100 * number, 3)
+    elif kind == "narrow":
+        for path in files[at:]:
+            narrowed = pq.read_table(path)
+            pq.write_table(narrowed.set_column(2, "b", narrowed["b"].cast(pa.float32())), path, row_group_size=9)
     elif kind == "reorder":
         other = files[(at + 1) % len(files)]
         swap = folder / "swap"
