@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Self
 
+import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.csv
@@ -43,6 +44,7 @@ CONTRACT = Contract(
 # where it meets such a row.
 _WRITES_OVER, _FAILS_ON_ROWS, _FAILS = 5, 6, 7
 _B_MAX = 7.5
+_NARROWED = 0.4
 
 Row = tuple[int, float | None, float | None]
 # The key of a row as text, its prediction, and whether it is a reject.
@@ -146,7 +148,10 @@ def load_toy(resolved: ToyResolved, contract: Contract, *, allow_pickle: bool, p
 
 
 class Source:
-    """Files of rows in a simulated storage, and every version of each that there has been."""
+    """Files of rows in a simulated storage, and every version of each that there has been.
+
+    Where `types` draws something, each file has columns in types and an order of its own, all of which hold the values.
+    """
 
     def __init__(
         self,
@@ -154,8 +159,10 @@ class Source:
         chance: random.Random,
         kind: str,
         more_columns: Callable[[Sequence[int]], dict[str, pa.Array]],
+        types: random.Random | None = None,
     ) -> None:
         self._storage, self._chance, self._kind, self._more_columns = storage, chance, kind, more_columns
+        self._types = types
         self._rows: dict[Entry, list[Row]] = {}
         self._next = 0
 
@@ -202,19 +209,39 @@ class Source:
         for _ in range(self._chance.randint(1, 40)):
             self._next += 1
             a = None if self._chance.random() < 0.05 else round(self._chance.uniform(-9, 9), 3)
-            rows.append((self._next, a, round(self._chance.uniform(-9, 9), 3)))
+            b = round(self._chance.uniform(-9, 9), 3)
+            if self._types:
+                a, b = None if a is None else float(np.float32(a)), float(np.float32(b))
+            rows.append((self._next, a, b))
         return rows
 
     def _write(self, path: str, rows: list[Row]) -> None:
         more = self._more_columns([number for number, _, _ in rows])
-        entry = self._storage.write(path, _file_bytes(rows, more, self._kind, self._chance.choice([5, 9, 50])))
+        table = _make_table(rows, more)
+        if self._types:
+            table = _evolve(table, self._types)
+        entry = self._storage.write(path, _file_bytes(table, self._kind, self._chance.choice([5, 9, 50])))
         self._rows[entry] = rows
 
 
-def _file_bytes(rows: Sequence[Row], more: dict[str, pa.Array], kind: str, rows_per_group: int) -> bytes:
+def _make_table(rows: Sequence[Row], more: dict[str, pa.Array]) -> pa.Table:
     ids, a, b = zip(*rows, strict=True)
     own = {"id": pa.array(ids, pa.int64()), "a": pa.array(a, pa.float64()), "b": pa.array(b, pa.float64())}
-    table = pa.table(own | more)
+    return pa.table(own | more)
+
+
+def _evolve(table: pa.Table, chance: random.Random) -> pa.Table:
+    """Return a table whose columns are in another order, some in narrower types, and beside some that nobody reads."""
+    narrower = {"id": pa.int32(), "a": pa.float32(), "b": pa.float32()}
+    for name, kind in narrower.items():
+        if chance.random() < _NARROWED:
+            table = table.set_column(table.column_names.index(name), name, table.column(name).cast(kind))
+    names = [*table.column_names, *(["more"] if chance.random() < _NARROWED else [])]
+    columns = {name: table.column(name) if name != "more" else pa.nulls(len(table)) for name in names}
+    return pa.table({name: columns[name] for name in chance.sample(names, len(names))})
+
+
+def _file_bytes(table: pa.Table, kind: str, rows_per_group: int) -> bytes:
     sink = io.BytesIO()
     if kind == "parquet":
         pq.write_table(table, sink, row_group_size=rows_per_group)

@@ -137,8 +137,11 @@ def _make_batch(chance: random.Random, more: random.Random, scratch: Path) -> Ba
         mischief = [what for what in mischief if chance.random() < 0.5] + ["clean", "clean", "change_source"]
     kind = chance.choice(["parquet", "parquet", "csv"])
     is_joined = is_joined and kind == "parquet"
+    # A Delta table has its keys in one type for good.
+    evolves = kind == "parquet" and not is_delta and more.random() < _MORE_SHARE
+    types = random.Random(more.random()) if evolves else None
     sources = {
-        url: Source(storages[url], chance, kind, make_spine if is_joined else lambda _ids: {})
+        url: Source(storages[url], chance, kind, make_spine if is_joined else lambda _ids: {}, types)
         for url in ([SOURCE, OTHER_SOURCE] if has_two_sources else [SOURCE])
     }
     menu = replace_sources(more, menu) if has_two_sources else menu
