@@ -30,7 +30,7 @@ from tasks.endpoint.spec import OF_EACH_CALL, AnyTarget, EndpointSpec
 from tasks.endpoint.verify import compare_answers
 
 _POLL_SECONDS, _REPORT_SECONDS = 0.2, 10.0
-# The gateway decides four times a second, and once what it has decided is in force.
+# The gateway decides four times a second, and reports a decision once requests are routed by it.
 _DECISION_SECONDS_MAX = 60.0
 _IDLE_SECONDS_MAX = 60.0
 _ROUNDS = 3
