@@ -31,6 +31,7 @@ from pydantic import ValidationError
 from serving.errors import BadInput, EndpointFailed, OvernightError
 from serving.extras import import_extra
 from serving.gateway.client import GatewayClient
+from serving.gateway.keys import ADMIN_KEY
 from serving.gateway.route import EndpointState
 from serving.machine import set_variable
 from serving.model.contract import ColumnPolicy, Contract, Frozen
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 GATEWAY = "OVERNIGHT_GATEWAY"
 API_KEY = "OVERNIGHT_API_KEY"
+TARGET = "OVERNIGHT_TARGET"
 TAG = "overnight.deployment"
 FLAVOR = "python_function"
 _FROM_ELSEWHERE = {"name": "the deployment's name", "model": "the model's URI", "gateway": f"the variable {GATEWAY}"}
@@ -94,7 +96,7 @@ class OvernightDeploymentClient(BaseDeploymentClient):
                 if gateway.get(name) is not None:
                     message = f"The name of a deployment must be free, but {name!r} serves already. Update it instead."
                     raise MlflowException(message, RESOURCE_ALREADY_EXISTS)
-            return _deploy(name, model_uri, _read_config(config))
+            return _deploy(name, model_uri, {**_read_default_target(), **_read_config(config)})
 
     def update_deployment(
         self,
@@ -177,10 +179,7 @@ class OvernightDeploymentClient(BaseDeploymentClient):
             if deployment_name is None or inputs is None:
                 message = "deployment_name and inputs must be given, got one of them at most."
                 raise MlflowException(message, INVALID_PARAMETER_VALUE)
-            record = _find_record(deployment_name)
-            if record is None:
-                raise _make_missing(deployment_name)
-            contract = _read_contract(record)
+            contract = _find_contract(deployment_name)
             arrays = _encode_inputs(contract, inputs)
             address = Address(url=_find_gateway(), model=deployment_name, version=None)
             with InferClient(address, contract, _make_headers()) as client:
@@ -237,7 +236,9 @@ def target_help() -> str:
 
 Environment:
   {GATEWAY}      the gateway's URL (http://127.0.0.1:8080)
-  OVERNIGHT_ADMIN_KEY    the gateway's administrator key, to create, update, list and delete
+  {TARGET}       the model server of what is created, as JSON or @FILE, where the config gives none
+  OVERNIGHT_ADMIN_KEY    the gateway's administrator key, to create, update, list and delete, and to ask an endpoint
+                         that was not made by `create`
   {API_KEY}      the key that is sent with requests for predictions
   MLFLOW_TRACKING_URI    the registry; models are models:/NAME@ALIAS or models:/NAME/VERSION
   PREFECT_API_URL        the Prefect server that shows each change as a flow run
@@ -302,6 +303,16 @@ def _read_config(config: Config | None) -> dict[str, Any]:
         message = f"The config must hold fields of EndpointSpec but those that come from elsewhere: {listed}."
         raise MlflowException(message, INVALID_PARAMETER_VALUE)
     return {key: _parse_text(value) for key, value in (config or {}).items()}
+
+
+def _read_default_target() -> dict[str, Any]:
+    """Return the target that OVERNIGHT_TARGET names, as `overnight endpoint` takes it. Raises BadInput."""
+    target = os.environ.get(TARGET)
+    if not target:
+        return {}
+    from deployments.command_line.console import read_document  # noqa: PLC0415 - one function of the command line
+
+    return {"target": read_document(target, TARGET)}
 
 
 def _parse_text(value: Any) -> Any:
@@ -387,6 +398,44 @@ def _describe(name: str, state: EndpointState) -> dict[str, Any]:
         "callers": describe_callers(state.route.keys),
         **model,
     }
+
+
+def _find_contract(name: str) -> Contract:
+    """Return the contract of a deployment, by which numbers are rounded to the model's types.
+
+    The administrator has it from the gateway, for any endpoint. Other callers have it from the registry, where
+    `create` has noted the model.
+    """
+    if os.environ.get(ADMIN_KEY):
+        with _open_gateway() as gateway:
+            state = gateway.get(name)
+        if state is None:
+            raise _make_missing(name)
+        return _round_numbers(state.route.contract)
+    record = _find_record(name)
+    if record is None:
+        message = (
+            f"The deployment {name!r} must have been made by `mlflow deployments create` for a caller without "
+            f"{ADMIN_KEY}, but the registry knows none of that name. Set that variable, or create it."
+        )
+        raise MlflowException(message, RESOURCE_DOES_NOT_EXIST)
+    return _read_contract(record)
+
+
+def _round_numbers(contract: Contract) -> Contract:
+    """Return the contract with every number rounded to its column's type; nulls are what the endpoint makes of them."""
+    inputs = [
+        value.model_copy(
+            update={
+                "columns": tuple(
+                    column.model_copy(update={"policy": column.policy.model_copy(update={"cast": "round"})})
+                    for column in value.columns
+                )
+            }
+        )
+        for value in contract.inputs
+    ]
+    return contract.model_copy(update={"inputs": tuple(inputs)})
 
 
 def _read_contract(record: _Record) -> Contract:

@@ -30,6 +30,7 @@ from tasks.endpoint.traffic import (
     complete_spec,
     describe_callers,
     find_route_to_restore,
+    find_target,
     shift_traffic,
     validate_rollout,
 )
@@ -112,7 +113,7 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
 @adhoc_flow("retire-endpoint", run_name=lambda parameters: f"retire endpoint {parameters['name']}", uses_registry=False)
 def retire_endpoint(
     name: str,
-    target: Annotated[AnyTarget, Field(discriminator="kind")],
+    target: Annotated[AnyTarget, Field(discriminator="kind")] | None = None,
     gateway: str = GATEWAY,
     admin_secret: str | None = None,
 ) -> tuple[str, ...]:
@@ -120,18 +121,20 @@ def retire_endpoint(
 
     Args:
         name: The endpoint's name.
-        target: The model server that its versions are on.
+        target: The model server that its versions are on. Without: the one that it was put online on.
         gateway: The URL of the gateway.
         admin_secret: A Prefect Secret block with the gateway's administrator key, as in the spec.
 
     Requests under way are answered, later ones find no such endpoint. An endpoint that does not exist is no error.
     """
     logger = find_logger()
-    host = make_host(target)
+    # Raises where a package of the target is missing, before the gateway is asked.
+    host = None if target is None else make_host(target)
     with GatewayClient(gateway, read_admin_key(admin_secret)) as client:
-        there = client.get(name) is not None
-        versions = remove_endpoint(client, host, name)
-    if there or versions:
+        state = client.get(name)
+        route = None if state is None else state.route
+        versions = remove_endpoint(client, host or make_host(find_target(route)), name)
+    if state or versions:
         emit_endpoint_retired(name, versions)
     logger.info("%s is retired: %s.", name, f"took down {', '.join(versions)}" if versions else "there was none")
     return versions

@@ -200,13 +200,13 @@ def retire(
         print_text(f"{name} is retired: " + (f"took down {', '.join(versions)}" if versions else "there was none"))
 
 
-def _read_target(target: str | None) -> AnyTarget:
+def _read_target(target: str | None) -> AnyTarget | None:
     from pydantic import Field, TypeAdapter  # noqa: PLC0415 - help needs none
 
-    from tasks.endpoint.spec import AnyTarget, default_target  # noqa: PLC0415 - the same
+    from tasks.endpoint.spec import AnyTarget  # noqa: PLC0415 - the same
 
     if target is None:
-        return default_target()
+        return None
     adapter: TypeAdapter[Any] = TypeAdapter(Annotated[AnyTarget, Field(discriminator="kind")])
     found: AnyTarget = adapter.validate_python(read_document(target, "--target"))
     return found

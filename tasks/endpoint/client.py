@@ -10,6 +10,7 @@ from typing import Self
 from urllib.parse import quote
 
 import httpx
+import numpy as np
 
 from serving.errors import BadRequest, EndpointFailed
 from serving.model.contract import Contract
@@ -83,5 +84,8 @@ class InferClient:
 
 
 def _needs_binary(inputs: Arrays) -> bool:
-    """Whether JSON can't hold a value, as bytes that are not text."""
-    return any(isinstance(item, bytes) for value in inputs.values() for item in value.flat[:1])
+    """Whether JSON can't hold a value: bytes that are not text, NaN, or infinity."""
+    return any(
+        not np.isfinite(value).all() if value.dtype.kind == "f" else isinstance(next(value.flat, None), bytes)
+        for value in inputs.values()
+    )

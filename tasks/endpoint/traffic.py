@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from serving.errors import BadInput, EndpointFailed, RolledBack
 from serving.gateway.client import GatewayClient
@@ -26,11 +26,11 @@ from serving.targets import Address
 from tasks.endpoint import spec as specs
 from tasks.endpoint.client import InferClient
 from tasks.endpoint.resolve import Sample
-from tasks.endpoint.spec import OF_EACH_CALL, EndpointSpec
+from tasks.endpoint.spec import OF_EACH_CALL, AnyTarget, EndpointSpec
 from tasks.endpoint.verify import compare_answers
 
 _POLL_SECONDS, _REPORT_SECONDS = 0.2, 10.0
-# The gateway decides four times a second, and once what it has decided is in force.
+# The gateway decides four times a second, and reports a decision once requests are routed by it.
 _DECISION_SECONDS_MAX = 60.0
 _IDLE_SECONDS_MAX = 60.0
 _ROUNDS = 3
@@ -214,6 +214,15 @@ def complete_spec(spec: EndpointSpec, route: Route | None) -> EndpointSpec:
             "that field too: null or {} takes its value off."
         )
         raise BadInput(message) from None
+
+
+def find_target(route: Route | None) -> AnyTarget:
+    """Return the target that an endpoint was put online on, the one that a spec has without any where none is known."""
+    kept = None if route is None else route.spec.get("target")
+    if kept is None:
+        return specs.default_target()
+    adapter: TypeAdapter[AnyTarget] = TypeAdapter(specs.Target)
+    return adapter.validate_python(kept)
 
 
 def describe_callers(keys: Sequence[str]) -> str:

@@ -80,6 +80,7 @@ def test_a_deployment_from_its_creation_to_its_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     one, two = weighted
+    monkeypatch.setenv("OVERNIGHT_TARGET", config.pop("target"))
     made = client.create_deployment("weighted", one, config=config)
 
     assert {"name": "weighted", "flavor": "python_function", "version": one[-1]}.items() <= made.items()
@@ -88,6 +89,9 @@ def test_a_deployment_from_its_creation_to_its_end(
     assert [3.0, 6.0, 9.0] == client.predict("weighted", {"a": [1, 2, 3]}).get_predictions("ndarray").tolist()
     direct = mlflow.pyfunc.load_model(one).predict(ROWS[["a"]].astype(np.float32), params={"weight": 3})
     assert direct.tolist() == client.predict("weighted", ROWS)["predictions"]
+    with monkeypatch.context() as caller:
+        caller.delenv("OVERNIGHT_ADMIN_KEY")
+        assert [3.0, 6.0, 9.0] == client.predict("weighted", ROWS)["predictions"]
     with pytest.raises(MlflowException, match=r"serves already\. Update it"):
         client.create_deployment("weighted", one, config=config)
 
@@ -117,6 +121,26 @@ def test_a_deployment_from_its_creation_to_its_end(
         client.get_deployment("weighted")
     with pytest.raises(MlflowException, match="must exist"):
         client.update_deployment("weighted", one)
+
+
+def test_an_endpoint_that_mlflow_has_not_created_is_asked_as_it_was_put_online(
+    server: PrefectServer,
+    client: OvernightDeploymentClient,
+    gateway: GatewayServer,
+    config: dict[str, Any],
+    weighted: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = {"target": json.loads(config["target"]), "params": {"weight": 3}, "policies": {"a": {"null": 2}}}
+    online_endpoint(
+        EndpointSpec.model_validate({"name": "put-online", "model": weighted[0], "gateway": gateway.url, **given})
+    )
+    rows = pd.DataFrame({"a": [1.0, None]})
+
+    assert [3.0, 6.0] == client.predict("put-online", rows)["predictions"]
+    monkeypatch.delenv("OVERNIGHT_ADMIN_KEY")
+    with pytest.raises(MlflowException, match="must have been made by `mlflow deployments create`"):
+        client.predict("put-online", rows)
 
 
 @pytest.mark.parametrize("trust", [{}, {"allow_pickle": True}])
@@ -191,7 +215,13 @@ def test_without_a_gateway_the_error_says_so(
 
 
 def test_the_help_names_every_variable_and_a_command_that_is_right() -> None:
-    for name in (mlflow_target.GATEWAY, mlflow_target.API_KEY, "OVERNIGHT_ADMIN_KEY", "-t overnight"):
+    for name in (
+        mlflow_target.GATEWAY,
+        mlflow_target.API_KEY,
+        mlflow_target.TARGET,
+        "OVERNIGHT_ADMIN_KEY",
+        "-t overnight",
+    ):
         assert name in target_help()
 
 

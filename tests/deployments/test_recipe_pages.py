@@ -102,7 +102,7 @@ def shell(tmp_path: Path) -> dict[str, str]:
     """The environment of a shell that has the program `overnight`, in a folder of its own."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name, module in {"overnight": "-m deployments.command_line", "python": ""}.items():
+    for name, module in {"overnight": "-m deployments.command_line", "mlflow": "-m mlflow", "python": ""}.items():
         (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module} "$@"\n')
         (programs / name).chmod(0o755)
     kept = {name: value for name, value in os.environ.items() if name not in OF_THE_SESSION}
@@ -123,6 +123,7 @@ def test_an_endpoint_answers_as_its_recipe_says(shell: dict[str, str], tmp_path:
 
     assert 0 == done.returncode, done.stderr
     assert '"model_name":"churn"' in done.stdout.replace(" ", "")
+    assert '"predictions":[' in done.stdout.replace(" ", "")
     assert "churn is retired" in done.stdout
 
 

@@ -188,7 +188,7 @@ def test_a_model_goes_online_with_batching_verified_measured_and_reported(
 
     assert again.checked is None  # nothing was deployed: the release is up already
     assert endpoint.batching == again.batching
-    assert ("1",) == retire_endpoint("online", target(triton), gateway.url)
+    assert ("1",) == retire_endpoint("online", gateway=gateway.url)
 
     made, retired = find_events(prefect, ENDPOINT_CHANGED, "overnight.endpoint.online", count=2)
     assert (network, "1", []) == tuple(made["payload"][name] for name in ("model", "version", "removed"))

@@ -107,6 +107,20 @@ def test_tritonclient_understands_the_errors(put: Put, deployed: Deployed, gatew
             triton.get_model_metadata(endpoint.name, "99")
 
 
+def test_a_missing_number_is_nan_and_null_is_refused(put: Put, deployed: Deployed, gateway: GatewayServer) -> None:
+    client = pytest.importorskip("tritonclient.http")
+    endpoint = put(deployed.route)
+    x = client.InferInput("x", [1, 3], "FP32")
+    x.set_data_from_numpy(np.array([[1.0, np.nan, 3.0]], np.float32))
+    with client.InferenceServerClient(gateway.url.removeprefix("http://")) as triton:
+        assert [1.0] == triton.infer(endpoint.name, [x]).as_numpy("score").ravel().tolist()
+
+    in_json = b'{"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 3], "data": [1.0, NaN, 3.0]}]}'
+    refused = endpoint.infer(in_json.replace(b"NaN", b"null"))
+    assert [1.0] == endpoint.infer(in_json).json()["outputs"][0]["data"]
+    assert (500, "Unable to parse 'data'") == (refused.status_code, refused.json()["error"].partition(":")[0])
+
+
 def infer_by_grpc(gateway: GatewayServer, endpoint: str, model: str, rows: np.ndarray, **options: Any) -> Any:
     client = pytest.importorskip("tritonclient.grpc")
     address = gateway.url.removeprefix("http://")

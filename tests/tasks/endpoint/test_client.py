@@ -71,3 +71,17 @@ def test_names_are_quoted_in_paths() -> None:
     assert "/v2/models/a%2Fb/infer" == infer_path(Address(url="http://h", model="a/b", version=None))
     with serving(answers(200, b"")) as address:
         assert is_ready(address)
+
+
+@pytest.mark.parametrize(("value", "is_binary"), [(1.0, False), (np.nan, True), (np.inf, True)])
+def test_what_json_cannot_hold_is_sent_as_binary_data(value: float, *, is_binary: bool) -> None:
+    heads: list[str | None] = []
+
+    def note(handler: BaseHTTPRequestHandler) -> None:
+        heads.append(handler.headers.get("Inference-Header-Content-Length"))
+        answers(500, b"")(handler)
+
+    with serving(note) as address, InferClient(address, matrix(4)) as ask, pytest.raises(EndpointFailed):
+        ask({"x": np.full((1, 4), value, np.float32)})
+
+    assert [is_binary] == [each is not None for each in heads]

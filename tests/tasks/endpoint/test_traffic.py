@@ -21,7 +21,7 @@ from serving.gateway.route import (
     promote_canary,
 )
 from serving.targets import Address
-from tasks.endpoint.spec import OF_EACH_CALL, EndpointSpec
+from tasks.endpoint.spec import OF_EACH_CALL, EndpointSpec, RayServe, default_target
 from tasks.endpoint.traffic import (
     choose_keep_warm_seconds,
     complete_spec,
@@ -29,6 +29,7 @@ from tasks.endpoint.traffic import (
     describe_canary,
     describe_share,
     find_route_to_restore,
+    find_target,
     keep_awake,
     list_idle_versions,
     list_serving_versions,
@@ -152,6 +153,14 @@ def test_the_time_that_a_canary_has_left_is_never_below_zero() -> None:
     assert "Canary of version 2: 0 of 7 requests, 0.0% failed, 0 s left" == describe_canary(
         rule, CanaryTally(), age_s=61
     )
+
+
+def test_an_endpoint_is_retired_where_it_was_put_online() -> None:
+    elsewhere = RayServe(dashboard="http://127.0.0.1:1", folder="/srv/releases")
+    put_there = roll_out(spec(target=elsewhere), None)
+
+    assert elsewhere == find_target(put_there)
+    assert [default_target()] * 2 == [find_target(None), find_target(route(served("1", 100)))]
 
 
 def test_a_shadow_answers_nobody() -> None:
