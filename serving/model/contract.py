@@ -38,8 +38,13 @@ class ColumnPolicy(Frozen):
 
     cast: Literal["safe", "exact", "round"] = Field(
         default="safe",
-        description="safe: only types that always fit (text is parsed). exact: any number, a row whose value "
-        "does not survive the cast is rejected. round: to the nearest value.",
+        description="safe: only types whose every value fits (text is parsed). exact: any number, decimals too, a row "
+        "whose value does not survive the cast is rejected. round: to the nearest value.",
+    )
+    decimal: Literal[".", ","] = Field(
+        default=".",
+        exclude_if=lambda mark: mark == ".",
+        description="The mark before the fraction of a number that is text. With a comma, a text with a point is none.",
     )
     null: float | str = Field(
         default="reject",
@@ -220,7 +225,7 @@ def _find_scalar_problem(column: Column, source: pa.DataType) -> str | None:
     if is_text(source):
         return None
     number = pa.types.is_boolean(source) or pa.types.is_integer(source) or pa.types.is_floating(source)
-    if not number:
+    if not number and not (pa.types.is_decimal(source) and column.dtype != "bool"):
         return f"{must}; cast it in the table first"
     if column.policy.cast != "safe" or casts_safely(source, column.dtype):
         return None
@@ -232,13 +237,24 @@ def _find_scalar_problem(column: Column, source: pa.DataType) -> str | None:
 def casts_safely(source: pa.DataType, dtype: str) -> bool:
     """Return whether every value of a number type stays the same when it is cast to `dtype`.
 
-    Stricter than numpy in one point: 64-bit integers above 2**53 do not fit float64.
+    Stricter than numpy in one point: 64-bit integers above 2**53 do not fit float64. Decimals fit where they are whole
+    and have so few digits: a float has no 0.1.
     """
+    if pa.types.is_decimal(source):
+        return bool(source.scale <= 0 and 10 ** (source.precision - source.scale) - 1 <= _find_largest_whole(dtype))
     source_dtype = np.dtype(source.to_pandas_dtype())
     target = np.dtype(dtype)
     if target.kind == "f" and source_dtype.kind in "iu" and source_dtype.itemsize >= target.itemsize:
         return False
     return bool(np.can_cast(source_dtype, target, "safe"))
+
+
+def _find_largest_whole(dtype: str) -> int:
+    """Return up to which whole number a type holds all, negative ones too; 0 where it has none of these."""
+    kind = np.dtype(dtype)
+    if kind.kind == "f":
+        return int(2 ** (np.finfo(kind).nmant + 1))
+    return int(np.iinfo(kind).max) if kind.kind == "i" else 0
 
 
 def find_fill_problem(column: Column) -> str | None:
