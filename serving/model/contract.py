@@ -46,11 +46,12 @@ class ColumnPolicy(Frozen):
         exclude_if=lambda mark: mark == ".",
         description="The mark before the fraction of a number that is text. With a comma, a text with a point is none.",
     )
-    null: float | str = Field(
-        default="reject",
+    null: float | str | None = Field(
+        default=None,
         description="reject: the row gets no prediction. keep: NaN for floats, a missing value for text, bytes and "
         "times; integers and booleans can't keep one, and are rejected. Anything else: the value that takes the "
-        "null's place, a number for numbers, text for text and times.",
+        "null's place, a number for numbers, text for text and times. Without: keep for floats of a model that takes "
+        "missing values, else reject.",
     )
 
 
@@ -116,6 +117,11 @@ class Contract(Frozen):
         """Every source column that the model reads, once each."""
         seen = {column.name: column for value in self.inputs for column in value.columns}
         return tuple(seen.values())
+
+    @property
+    def nulls_kept(self) -> tuple[str, ...]:
+        """The columns whose nulls the model gets as missing values."""
+        return tuple(column.name for column in self.columns if column.policy.null == "keep")
 
     def row_bytes(self) -> int:
         """Return the bytes of one encoded row, inputs and outputs together."""
@@ -259,7 +265,7 @@ def _find_largest_whole(dtype: str) -> int:
 
 def find_fill_problem(column: Column) -> str | None:
     """Return what is wrong with the value that replaces a column's nulls, None where it fits the column's dtype."""
-    if column.policy.null in ("reject", "keep"):
+    if column.policy.null in (None, "reject", "keep"):
         return None
     try:
         convert_fill_value(column)
@@ -278,7 +284,7 @@ def convert_fill_value(column: Column) -> Any:
         return null
     if dtype == "datetime64[ns]" and isinstance(null, str):
         return np.datetime64(pa.scalar(null).cast(pa.timestamp("ns")).value, "ns")
-    if dtype in OPAQUE_DTYPES or isinstance(null, str):
+    if dtype in OPAQUE_DTYPES or null is None or isinstance(null, str):
         message = f"A null of a column of {dtype} can't become {null!r}."
         raise ValueError(message)
     with np.errstate(over="ignore"):

@@ -251,7 +251,7 @@ def _make_null_mask(chunk: pa.Array) -> Mask:
 def _apply_null_policy(out_n: Array, null_n: Mask, column: Column, flags: Flags, start: int) -> None:
     """Replace or flag nulls as the policy says; `out_n` may hold lists, of which every value is replaced."""
     null = column.policy.null
-    if null == "reject" or (null == "keep" and out_n.dtype.kind in "iub"):
+    if null in (None, "reject") or (null == "keep" and out_n.dtype.kind in "iub"):
         flags.mark(null_n, column.name, "null", start)
     elif null != "keep":
         out_n[null_n] = convert_fill_value(column)

@@ -97,7 +97,7 @@ def expected_value(case: Case, value: Any) -> Any:
     """What plain Python makes of one value: itself as the model takes it, or the reason of its reject."""
     if value is None:
         null, is_float = case.policy.null, case.dtype.startswith("float")
-        if null == "reject" or (null == "keep" and not is_float):
+        if null in (None, "reject") or (null == "keep" and not is_float):
             return "null"
         return math.nan if null == "keep" else null
     source = TYPES[case.kind]
