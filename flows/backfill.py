@@ -91,7 +91,7 @@ def backfill_inference(
     resolved = resolve_model(earlier.model if earlier and earlier.owner == this else model)
     pinned = resolved.pin.uri
     rename_flow_run(_name_run(pinned, to), _name_run(model, to), logger)
-    contract = resolved.contract(options.input_columns, options.policies, options.params)
+    contract = resolved.contract(options.input_columns, options.column_policies, options.params)
     if challengers := resolve_challengers(resolved, contract, options):
         options = pin_challengers(options, challengers)
     used = {*(column.name for column in contract.columns), *options.key_columns}

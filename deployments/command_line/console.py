@@ -73,6 +73,12 @@ def build_model(kind: type[M], given: Mapping[str, object], document: str | None
         raise BadInput(describe_invalid_model(error)) from None
 
 
+AllowPickle = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Load a pickled model, which runs any code in it."),
+]
+
+
 def make_flags(options: Iterable[str], document: str | None = None, **others: str) -> Flags:
     """Return the flags of a command, by which its messages name options.
 

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deployments.command_line.console import AsJson, Key, Options, build_model, keep_stdout, make_flags, print_json, say
+from deployments.command_line.console import (
+    AllowPickle,
+    AsJson,
+    Key,
+    Options,
+    build_model,
+    keep_stdout,
+    make_flags,
+    print_json,
+    say,
+)
 from serving.errors import BadInput
 from serving.option_words import name_options_by_flags
 
@@ -46,6 +56,7 @@ def deploy(  # noqa: PLR0913 - each is an option of the command
     timezone: Annotated[str, typer.Option(help="The time zone of the schedule, such as Europe/Berlin.")] = "UTC",
     pool: Annotated[str, typer.Option(help="The work pool whose workers run it.")] = _POOL,
     key: Key = None,
+    allow_pickle: AllowPickle = False,
     options: Options = None,
     show: Annotated[
         str | None,
@@ -70,7 +81,7 @@ def deploy(  # noqa: PLR0913 - each is an option of the command
     if len(given) not in (0, 3):
         message = "MODEL, SOURCE and DESTINATION must all be given, or none of them for all of Overnight's deployments."
         raise typer.BadParameter(message)
-    if not given and (name or schedule or key or options or pool != _POOL):
+    if not given and (name or schedule or key or allow_pickle or options or pool != _POOL):
         message = "The options belong to a call, got no MODEL, SOURCE and DESTINATION."
         raise typer.BadParameter(message)
     with keep_stdout(for_json=as_json):
@@ -83,8 +94,9 @@ def deploy(  # noqa: PLR0913 - each is an option of the command
             changes = asyncio.run(deploy_all())
             _print_changes(changes, None, pool, as_json=as_json)
             return
-        with name_options_by_flags(make_flags((), "--options", key_columns="--key")):
-            parameters = _make_parameters(model, source, destination, key, options)
+        with name_options_by_flags(make_flags(("allow_pickle",), "--options", key_columns="--key")):
+            said = {"key_columns": key, "allow_pickle": allow_pickle or None}
+            parameters = _make_parameters(model, source, destination, said, options)
         call = CallDeployment(
             name=name or choose_name(model),
             parameters=parameters,
@@ -103,11 +115,11 @@ def choose_name(model: str) -> str:
 
 
 def _make_parameters(
-    model: str, source: str, destination: str, key: list[str] | None, options: str | None
+    model: str, source: str, destination: str, given: Mapping[str, object], options: str | None
 ) -> dict[str, Any]:
     from tasks.batch.options import BatchOptions  # noqa: PLC0415 - help needs none
 
-    chosen = build_model(BatchOptions, {"key_columns": key}, options, "--options")
+    chosen = build_model(BatchOptions, given, options, "--options")
     parameters = {"model": model, "source": make_absolute(source), "destination": make_absolute(destination)}
     return {**parameters, "options": chosen.model_dump(mode="json", exclude_unset=True)}
 

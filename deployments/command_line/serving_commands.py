@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deployments.command_line.console import (
+    AllowPickle,
     AsJson,
     build_model,
     keep_stdout,
@@ -100,6 +101,7 @@ def endpoint(  # noqa: PLR0913 - each is an option of the command
     no_api_key: Annotated[
         bool, typer.Option("--no-api-key", help="Take the keys off: all who reach the gateway may call the endpoint.")
     ] = False,
+    allow_pickle: AllowPickle = False,
     gateway: Gateway = None,
     target: Target = None,
     spec: Annotated[
@@ -119,7 +121,7 @@ def endpoint(  # noqa: PLR0913 - each is an option of the command
     if name is None and spec is None:
         message = "An endpoint needs --name and --model, or --spec with both of them."
         raise typer.BadParameter(message)
-    flags = make_flags(("name", "model", "keep_warm", "gateway", "target"), "--spec")
+    flags = make_flags(("name", "model", "keep_warm", "allow_pickle", "gateway", "target"), "--spec")
     with keep_stdout(for_json=as_json), name_options_by_flags(flags):
         from tasks.endpoint.spec import EndpointSpec  # noqa: PLC0415 - help needs none
 
@@ -134,6 +136,7 @@ def endpoint(  # noqa: PLR0913 - each is an option of the command
             "model": model,
             "budget": _make_budget(latency_ms, rate),
             "keep_warm": _parse_keep_warm(keep_warm),
+            "allow_pickle": allow_pickle or None,
             "rollout": _make_canary(canary, canary_requests, canary_seconds, wait=not no_wait),
             "access": {"environment": api_key or (), "anyone": no_api_key} if api_key or no_api_key else None,
             **{field: value for field, value in surroundings.items() if field not in document},
@@ -222,10 +225,12 @@ def choose(
         ),
     ] = None,
     plot: Annotated[str | None, typer.Option(help="Where the plot is written, as a PNG.", metavar="FILE")] = None,
+    allow_pickle: AllowPickle = False,
     as_json: AsJson = False,
 ) -> None:
     """Choose the mode that serves a workload at the lowest cost (online, batch, streaming), and say why in figures."""
-    with keep_stdout(for_json=as_json):
+    with keep_stdout(for_json=as_json), name_options_by_flags(make_flags(["allow_pickle"])):
+        from tasks.batch.options import BatchOptions  # noqa: PLC0415 - help needs none
         from tasks.scheduler.deployment_plan import ApplyConfig  # noqa: PLC0415 - help needs none
         from tasks.scheduler.workload import Workload  # noqa: PLC0415 - the same
 
@@ -235,10 +240,18 @@ def choose(
         config = build_model(ApplyConfig, {}, apply, "--apply")
         with show_status("Loading Prefect and MLflow"):
             from flows.scheduler import choose_mode  # noqa: PLC0415 - seconds of imports
+            from tasks.scheduler.profile import ProfileOptions  # noqa: PLC0415 - the same
             from tasks.scheduler.report import render_decision  # noqa: PLC0415 - the same
 
         show_own_lines()
-        decision = choose_mode(described, apply=apply is not None, apply_config=config, plot_file=plot)
+        measured_with = ProfileOptions(batch_options=BatchOptions(allow_pickle=allow_pickle))
+        decision = choose_mode(
+            described,
+            apply=apply is not None,
+            apply_config=config,
+            profile_options=measured_with,
+            plot_file=plot,
+        )
     if as_json:
         print_json(decision.model_dump(mode="json"))
         return
@@ -250,9 +263,7 @@ def choose(
 def check(
     model: Annotated[str, typer.Argument(help="The model, as `overnight score` takes it.", metavar="MODEL")],
     *,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Load a pickled model, which runs any code in it.")
-    ] = False,
+    allow_pickle: AllowPickle = False,
     as_json: AsJson = False,
 ) -> None:
     """Say whether a model would load here: its inputs and outputs, the packages that it lacks, and its pickles.

@@ -16,6 +16,7 @@ from serving.errors import OvernightError, describe_error
 
 _LOGGERS = ("prefect.engine", "prefect.flow_runs", "prefect.flows", "prefect.task_engine", "prefect.task_runs")
 _FINISHED = re.compile(r"(?P<finished>Finished in state \w+)\(.*\)", re.DOTALL)
+_UNFINISHED = re.compile(r"Finished in state (?P<state>Running|Cancelling)\(.*\)", re.DOTALL)
 _INVALID = "Parameter validation failed for flow"
 
 
@@ -28,7 +29,10 @@ def log_errors_shortly() -> None:
 
 
 class _FramesToDebug(logging.Filter):
-    """Moves log records with the frames of an OvernightError to DEBUG, and keeps its message from being repeated."""
+    """Moves log records with the frames of an OvernightError to DEBUG, and keeps its message from being repeated.
+
+    Prefect calls a run finished whose process a signal ends, in whatever state it then is.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether a record is still to be logged."""
@@ -36,6 +40,9 @@ class _FramesToDebug(logging.Filter):
         if isinstance(error, OvernightError) or str(record.msg).startswith(_INVALID):
             record.levelno, record.levelname = logging.DEBUG, "DEBUG"
             return logging.getLogger(record.name).isEnabledFor(logging.DEBUG)
+        if isinstance(record.msg, str) and (found := _UNFINISHED.fullmatch(record.msg)):
+            # What cancels a run sets its state once its process has ended.
+            record.msg = f"The process ends while the run is {found['state']}: what ended it sets the run's last state."
         if isinstance(record.msg, str) and (found := _FINISHED.fullmatch(record.msg)) and _names_error(record.msg):
             record.msg = f"{found['finished']}()"
         return True

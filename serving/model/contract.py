@@ -38,14 +38,20 @@ class ColumnPolicy(Frozen):
 
     cast: Literal["safe", "exact", "round"] = Field(
         default="safe",
-        description="safe: only types that always fit (text is parsed). exact: any number, a row whose value "
-        "does not survive the cast is rejected. round: to the nearest value.",
+        description="safe: only types whose every value fits (text is parsed). exact: any number, decimals too, a row "
+        "whose value does not survive the cast is rejected. round: to the nearest value.",
     )
-    null: float | str = Field(
-        default="reject",
+    decimal: Literal[".", ","] = Field(
+        default=".",
+        exclude_if=lambda mark: mark == ".",
+        description="The mark before the fraction of a number that is text. With a comma, a text with a point is none.",
+    )
+    null: float | str | None = Field(
+        default=None,
         description="reject: the row gets no prediction. keep: NaN for floats, a missing value for text, bytes and "
         "times; integers and booleans can't keep one, and are rejected. Anything else: the value that takes the "
-        "null's place, a number for numbers, text for text and times.",
+        "null's place, a number for numbers, text for text and times. Without: keep for floats of a model that takes "
+        "missing values, else reject.",
     )
 
 
@@ -125,6 +131,11 @@ class Contract(Frozen):
         columns = [column for value in self.inputs for column in value.columns]
         refused = {column.name for column in columns if not column.may_be_null}
         return frozenset(column.name for column in columns) - refused
+
+    @property
+    def nulls_kept(self) -> tuple[str, ...]:
+        """The columns whose nulls the model gets as missing values."""
+        return tuple(column.name for column in self.columns if column.policy.null == "keep")
 
     def row_bytes(self) -> int:
         """Return the bytes of one encoded row, inputs and outputs together."""
@@ -234,7 +245,7 @@ def _find_scalar_problem(column: Column, source: pa.DataType) -> str | None:
     if is_text(source):
         return None
     number = pa.types.is_boolean(source) or pa.types.is_integer(source) or pa.types.is_floating(source)
-    if not number:
+    if not number and not (pa.types.is_decimal(source) and column.dtype != "bool"):
         return f"{must}; cast it in the table first"
     if column.policy.cast != "safe" or casts_safely(source, column.dtype):
         return None
@@ -246,8 +257,11 @@ def _find_scalar_problem(column: Column, source: pa.DataType) -> str | None:
 def casts_safely(source: pa.DataType, dtype: str) -> bool:
     """Return whether every value of a number type stays the same when it is cast to `dtype`.
 
-    Stricter than numpy in one point: 64-bit integers above 2**53 do not fit float64.
+    Stricter than numpy in one point: 64-bit integers above 2**53 do not fit float64. Decimals fit where they are whole
+    and have so few digits: a float has no 0.1.
     """
+    if pa.types.is_decimal(source):
+        return bool(source.scale <= 0 and 10 ** (source.precision - source.scale) - 1 <= _find_largest_whole(dtype))
     source_dtype = np.dtype(source.to_pandas_dtype())
     target = np.dtype(dtype)
     if target.kind == "f" and source_dtype.kind in "iu" and source_dtype.itemsize >= target.itemsize:
@@ -255,9 +269,17 @@ def casts_safely(source: pa.DataType, dtype: str) -> bool:
     return bool(np.can_cast(source_dtype, target, "safe"))
 
 
+def _find_largest_whole(dtype: str) -> int:
+    """Return up to which whole number a type holds all, negative ones too; 0 where it has none of these."""
+    kind = np.dtype(dtype)
+    if kind.kind == "f":
+        return int(2 ** (np.finfo(kind).nmant + 1))
+    return int(np.iinfo(kind).max) if kind.kind == "i" else 0
+
+
 def find_fill_problem(column: Column) -> str | None:
     """Return what is wrong with the value that replaces a column's nulls, None where it fits the column's dtype."""
-    if column.policy.null in ("reject", "keep"):
+    if column.policy.null in (None, "reject", "keep"):
         return None
     try:
         convert_fill_value(column)
@@ -276,7 +298,7 @@ def convert_fill_value(column: Column) -> Any:
         return null
     if dtype == "datetime64[ns]" and isinstance(null, str):
         return np.datetime64(pa.scalar(null).cast(pa.timestamp("ns")).value, "ns")
-    if dtype in OPAQUE_DTYPES or isinstance(null, str):
+    if dtype in OPAQUE_DTYPES or null is None or isinstance(null, str):
         message = f"A null of a column of {dtype} can't become {null!r}."
         raise ValueError(message)
     with np.errstate(over="ignore"):

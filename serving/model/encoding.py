@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from functools import cache
 from typing import Any, Literal
 
@@ -211,12 +212,31 @@ def _fill_chunk(out_n: Array, column: Column, chunk: pa.Array, flags: Flags, sta
     if pa.types.is_null(chunk.type):
         out_n[:] = 0
     elif is_text(chunk.type):
-        broken_n = parse_numbers(out_n, chunk, nearest=column.policy.cast == "round")
+        text = _use_point(chunk) if column.policy.decimal == "," else chunk
+        broken_n = parse_numbers(out_n, text, nearest=column.policy.cast == "round")
         flags.mark(broken_n, column.name, f"text that does not parse as {column.dtype}", start)
+    elif pa.types.is_decimal(chunk.type):
+        lost_n = _cast_decimals(out_n, chunk, column.policy.cast)
+        flags.mark(lost_n, column.name, f"a {chunk.type} that does not fit {column.dtype}", start)
     else:
         _cast_chunk(out_n, column, chunk, flags, start)
     if chunk.null_count:
         _apply_null_policy(out_n, _make_null_mask(chunk), column, flags, start)
+
+
+def _use_point(chunk: pa.Array) -> pa.Array:
+    """Return texts of numbers with a point for each comma, and a comma, which no number has, for each point."""
+    return pl.Series(chunk, dtype=pl.String).str.replace_many([",", "."], [".", ","]).to_arrow()
+
+
+def _cast_decimals(out_n: Array, chunk: pa.Array, cast: str) -> Mask:
+    """Cast n decimals into their place, each to the nearest value, and return which do not fit as the policy says."""
+    # Digit by digit: Arrow's own cast of large decimals is off in the last bit.
+    lost_n = parse_numbers(out_n, pc.cast(chunk, pa.string()), nearest=cast == "round")
+    if cast == "exact" and out_n.dtype.kind == "f":
+        pairs = zip(chunk.to_pylist(), out_n.tolist(), strict=True)
+        lost_n |= np.array([given is not None and Decimal(held) != given for given, held in pairs], dtype=np.bool_)
+    return lost_n
 
 
 def _make_null_mask(chunk: pa.Array) -> Mask:
@@ -231,7 +251,7 @@ def _make_null_mask(chunk: pa.Array) -> Mask:
 def _apply_null_policy(out_n: Array, null_n: Mask, column: Column, flags: Flags, start: int) -> None:
     """Replace or flag nulls as the policy says; `out_n` may hold lists, of which every value is replaced."""
     null = column.policy.null
-    if null == "reject" or (null == "keep" and out_n.dtype.kind in "iub"):
+    if null in (None, "reject") or (null == "keep" and out_n.dtype.kind in "iub"):
         flags.mark(null_n, column.name, "null", start)
     elif null != "keep":
         out_n[null_n] = convert_fill_value(column)

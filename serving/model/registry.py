@@ -24,6 +24,7 @@ from mlflow.store.artifact.s3_artifact_repo import S3ArtifactRepository
 from serving.errors import BadInput, ModelNotFound, ModelUnfit, suggest_name
 from serving.machine import pause_garbage_collection
 from serving.model.contract import Contract, Frozen
+from serving.model.missing_values import takes_missing_values
 from serving.model.signature import Names, Params, Policies, read_contract
 
 _URI = re.compile(r"(?:models:/)?(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+|latest))")
@@ -79,7 +80,14 @@ class Resolved:
 
     def contract(self, columns: Names, policies: Policies, params: Params | None = None) -> Contract:
         """Return the contract of the model. Raises ModelUnfit where its signature does not suffice, BadInput."""
-        return read_contract(self.mlmodel, stack=self.is_torch, columns=columns, policies=policies, params=params)
+        return read_contract(
+            self.mlmodel,
+            stack=self.is_torch,
+            columns=columns,
+            policies=policies,
+            params=params,
+            takes_missing=takes_missing_values(self.folder, self.mlmodel),
+        )
 
 
 @pause_garbage_collection()

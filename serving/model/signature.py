@@ -46,7 +46,13 @@ Params = Mapping[str, JsonValue]
 
 
 def read_contract(
-    mlmodel: MLmodel, *, stack: bool, columns: Names, policies: Policies, params: Params | None = None
+    mlmodel: MLmodel,
+    *,
+    stack: bool,
+    columns: Names,
+    policies: Policies,
+    params: Params | None = None,
+    takes_missing: bool = False,
 ) -> Contract:
     """Build the contract of a logged model.
 
@@ -57,6 +63,8 @@ def read_contract(
         columns: The columns of each tensor input, by input, where the caller names them.
         policies: How columns are cast and what becomes of nulls, by column or "*".
         params: Values of the signature's params, by name. One that is not given has its default there.
+        takes_missing: Whether the model takes missing values, so that nulls of floats are kept unless a policy says
+            otherwise.
 
     Raises:
         ModelUnfit: The signature is missing, or does not suffice.
@@ -77,8 +85,21 @@ def read_contract(
             f"nulls; got {'; '.join(dict.fromkeys(misfits))}{next(filter(None, meant), '. Correct it.')}"
         )
         raise BadInput(message)
+    inputs = tuple(_choose_null_policies(value, takes_missing=takes_missing) for value in inputs)
     outputs = _read_outputs(signature.outputs)
     return Contract(inputs=inputs, outputs=outputs, params=_read_params(mlmodel, params or {}, is_torch=stack))
+
+
+def _choose_null_policies(value: Input, *, takes_missing: bool) -> Input:
+    """Return an input whose columns say what becomes of their nulls."""
+    null = "keep" if takes_missing and value.dtype.startswith("float") else "reject"
+    columns = tuple(
+        column.model_copy(update={"policy": column.policy.model_copy(update={"null": null})})
+        if column.policy.null is None
+        else column
+        for column in value.columns
+    )
+    return value.model_copy(update={"columns": columns})
 
 
 def _find_missing_part(signature: Any) -> str:
@@ -265,7 +286,7 @@ def _read_column(spec: ColSpec, name: str, policies: Policies) -> Column:
         )
         raise ModelUnfit(message)
     policy = _find_policy(policies, name)
-    if not spec.required and policy.null == "reject":
+    if not spec.required and policy.null in (None, "reject"):
         policy = policy.model_copy(update={"null": "keep"})
     return Column(name=name, dtype=_SCALARS[spec.type], required=spec.required, policy=policy)
 

@@ -73,7 +73,7 @@ def resolve_challengers(
             raise BadInput(message)
         _refuse_generation(resolved, "A challenger")
         try:
-            own = resolved.contract(options.input_columns, options.policies, options.params)
+            own = resolved.contract(options.input_columns, options.column_policies, options.params)
         except BadInput as error:
             message = f"The challenger {pin.uri} must be scored by the options of the run, got: {error}"
             raise type(error)(message) from error

@@ -76,6 +76,11 @@ class CsvOptions(Frozen):
         max_length=1,
         description="The character around values that hold delimiters or line ends; null where there is none.",
     )
+    decimal: Literal[".", ","] = Field(
+        default=".",
+        exclude_if=lambda mark: mark == ".",
+        description="The mark before the fraction of a number. With a comma, a text with a point is no number.",
+    )
     encoding: str = Field(
         default="utf-8", description="The encoding of the text as Python names it, such as cp1252, latin-1 or utf-16."
     )
@@ -453,6 +458,14 @@ class BatchOptions(Frozen):
             )
             raise ValueError(message)
         return self
+
+    @property
+    def column_policies(self) -> dict[str, ColumnPolicy]:
+        """How columns are cast, by column name: the policies, with the mark of decimals that the CSV files have."""
+        if self.csv is None or self.csv.decimal == ".":
+            return self.policies
+        policies = {"*": ColumnPolicy(), **self.policies}
+        return {name: each.model_copy(update={"decimal": self.csv.decimal}) for name, each in policies.items()}
 
     @property
     def table_mode(self) -> TableMode | None:

@@ -27,6 +27,8 @@ _READ_BYTES = 1 << 20
 _PLOTS_MAX, _PLOTS_PER_ROW = 9, 3
 # Whole numbers with no more values than these are classes.
 _CLASSES_MAX = 12
+# Lists of more values are drawn as one: they are seldom probabilities of classes.
+_CLASSES_APART_MAX = 4
 _BINS = 40
 # The span of a histogram's bins must be a number too.
 _NUMBER_MAX = 1e307
@@ -139,8 +141,33 @@ def _element_type(kind: pa.DataType) -> pa.DataType:
     return _element_type(kind.value_type) if nested else kind
 
 
+def split_classes(values: pa.Array) -> list[pa.Array]:
+    """Return the values of each place of short lists of floats, such as probabilities of classes; nothing of others."""
+    kind = values.type
+    if not hasattr(kind, "value_type") or not pa.types.is_floating(kind.value_type):
+        return []
+    widths = pc.unique(pc.list_value_length(values)).to_pylist()
+    if len(widths) != 1 or widths[0] not in range(2, _CLASSES_APART_MAX + 1):
+        return []
+    return [pc.list_element(values, at) for at in range(widths[0])]
+
+
+def _draw_classes(axes: Axes, name: str, classes: list[pa.Array]) -> None:
+    """Draw a line for each place of a list: all values together would show probabilities and what they leave as one."""
+    for at, each in enumerate(classes):
+        numbers = each.drop_null().to_numpy(zero_copy_only=False)
+        numbers = np.clip(numbers.astype(np.float64), -_NUMBER_MAX, _NUMBER_MAX)
+        axes.hist(numbers, bins=_BINS, histtype="step", label=f"{at}: mean {numbers.mean():.4g}")
+    axes.set_yticks([])
+    axes.legend(fontsize=7, loc="upper center", framealpha=0.5)
+    _finish_plot(axes, f"{name}, by class")
+
+
 def _draw_output(axes: Axes, name: str, column: pa.Array) -> None:
     values, title = column.drop_null(), name
+    if classes := split_classes(values):
+        _draw_classes(axes, name, classes)
+        return
     while hasattr(values.type, "value_type") and not pa.types.is_dictionary(values.type):
         values = values.flatten()
         title = f"{name}, all values"
@@ -162,6 +189,10 @@ def _draw_output(axes: Axes, name: str, column: pa.Array) -> None:
         axes.set_xticks([])
         if len(counts) > len(shown):
             axes.set_xlabel(f"the most frequent of {len(counts):,} values", fontsize=8)
+    _finish_plot(axes, title)
+
+
+def _finish_plot(axes: Axes, title: str) -> None:
     axes.set_title(title if len(title) <= 40 else f"{title[:39]}…", loc="left", fontsize=9)  # noqa: PLR2004 - fits a plot
     axes.tick_params(labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)

@@ -21,6 +21,7 @@ from tasks.common.names import describe_model, find_last_folder
 from tasks.storage import Storage
 
 REPORT = "report.html"
+_COLUMNS_SHOWN = 8
 _INK, _BAR = "#1f2933", "#2f6f9f"
 
 
@@ -44,6 +45,7 @@ class BatchReport(Frozen):
         default=None, description="Whether a challenger took the alias of the model, where that was asked for."
     )
     rejects: tuple[RejectCount, ...] = Field(description="Rows without a prediction, by column and reason.")
+    nulls_kept: tuple[str, ...] = Field(default=(), description="Columns whose nulls the model got as missing values.")
     rows_key_null: int = Field(default=0, description="Rows whose key columns hold a null, in the output as they are.")
     keys_doubled: int | None = Field(
         default=None, description="Keys that occur more than once; None where this call did not look."
@@ -98,6 +100,7 @@ class BatchReport(Frozen):
             **{f"  gate, {at}": finding for at, finding in enumerate(self.findings, start=1)},
             **{name: line for each in self.challengers for name, line in describe_challenger(each).items()},
             **(describe_promotion(self.promotion) if self.promotion else {}),
+            **({"columns whose nulls are kept": self._name_nulls_kept()} if self.nulls_kept else {}),
             **({"rows with a null key": f"{self.rows_key_null:,}"} if self.rows_key_null else {}),
             **({"keys that occur more than once": f"{self.keys_doubled:,}"} if self.keys_doubled else {}),
             **(self._scoring_table() if self.status == "scored" else {}),
@@ -106,6 +109,10 @@ class BatchReport(Frozen):
             "predictions": f"{self.destination} ({self.parts} parts)",
         }
         return [{"": name, "value": value} for name, value in rows.items()]
+
+    def _name_nulls_kept(self) -> str:
+        more = len(self.nulls_kept) - _COLUMNS_SHOWN
+        return ", ".join(self.nulls_kept[:_COLUMNS_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
     def _scoring_table(self) -> dict[str, str]:
         return {
@@ -189,6 +196,7 @@ def report_scored(
         output=plan.options.output,
         rows=plan.rows,
         rejects=manifest.rejects,
+        nulls_kept=plan.contract.nulls_kept,
         rows_key_null=manifest.rows_key_null,
         rows_scored=result.rows,
         rows_reused=plan.rows_reused,
@@ -219,6 +227,7 @@ def report_complete(manifest: Manifest, plan: Plan, storage: Storage, seconds: d
         output=manifest.output,
         rows=manifest.rows,
         rejects=manifest.rejects,
+        nulls_kept=plan.contract.nulls_kept,
         rows_key_null=manifest.rows_key_null,
         rows_scored=0,
         rows_reused=plan.rows_reused,

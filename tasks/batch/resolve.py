@@ -157,7 +157,7 @@ def resolve_request(model: str, source: str | Sequence[str], destination: str, o
         BadInput: The source or the options can't be used; its kinds say why.
     """
     resolved = resolve_model(model)
-    contract = resolved.contract(options.input_columns, options.policies, options.params)
+    contract = resolved.contract(options.input_columns, options.column_policies, options.params)
 
     def ask_again() -> RunRequest | None:
         is_same = find_version(model) == resolved.pin.version

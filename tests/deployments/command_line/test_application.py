@@ -44,6 +44,15 @@ def test_help_names_every_command_and_loads_nothing_heavy() -> None:
         assert command[0] in done.stdout
 
 
+@pytest.mark.parametrize("command", [["score"], ["deploy"], ["endpoint"], ["choose"], ["model", "check"]], ids=" ".join)
+def test_whatever_loads_a_model_allows_pickles_by_one_name(command: list[str]) -> None:
+    found = typer.main.get_command(app)
+    for name in command:
+        found = found.commands[name]  # type: ignore[attr-defined]
+
+    assert "--allow-pickle" in {flag for param in found.params for flag in param.opts}
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_command_has_a_sentence_an_example_and_options_that_are_described(command: list[str]) -> None:
     result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200"})

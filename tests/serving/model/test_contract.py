@@ -133,15 +133,35 @@ def test_every_layout_of_a_kind_of_value_is_taken(dtype: str, kinds: list[pa.Dat
     assert all(accepts(alone(column(dtype)), kind) for kind in kinds)
 
 
-@pytest.mark.parametrize(
-    "kind", [pa.decimal128(9, 2), pa.timestamp("s"), pa.binary(), pa.list_(pa.int32()), pa.time32("s")]
-)
+@pytest.mark.parametrize("kind", [pa.timestamp("s"), pa.binary(), pa.list_(pa.int32()), pa.time32("s")])
 def test_what_is_no_number_is_refused_for_numbers_whatever_the_policy(kind: pa.DataType) -> None:
     contract = alone(column("float32", policy=ColumnPolicy(cast="round")))
 
     assert f"column 'a' must be float32, got {kind}; cast it in the table first" in problems(
         contract, pa.schema([("a", kind)])
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "fit"),
+    [
+        (pa.decimal128(15, 0), "float64", True),
+        (pa.decimal128(16, 0), "float64", False),
+        (pa.decimal128(7, 0), "float32", True),
+        (pa.decimal128(8, 0), "float32", False),
+        (pa.decimal128(9, 2), "float64", False),
+        (pa.decimal128(13, -2), "float64", True),
+        (pa.decimal256(18, 0), "int64", True),
+        (pa.decimal128(19, 0), "int64", False),
+        (pa.decimal128(1, 0), "uint8", False),
+    ],
+)
+def test_decimals_are_taken_where_every_value_fits_or_the_policy_allows_it(
+    kind: pa.DataType, dtype: str, *, fit: bool
+) -> None:
+    assert fit == accepts(alone(column(dtype)), kind)
+    assert all(accepts(alone(column(dtype, policy=ColumnPolicy(cast=cast))), kind) for cast in ("exact", "round"))
+    assert not accepts(alone(column("bool", policy=ColumnPolicy(cast="round"))), kind)
 
 
 @pytest.mark.parametrize("dtype", ["str", "binary", "datetime64[ns]"])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import datetime as dt
 import math
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import pairwise
 from typing import Any
 
@@ -96,7 +97,7 @@ def expected_value(case: Case, value: Any) -> Any:
     """What plain Python makes of one value: itself as the model takes it, or the reason of its reject."""
     if value is None:
         null, is_float = case.policy.null, case.dtype.startswith("float")
-        if null == "reject" or (null == "keep" and not is_float):
+        if null in (None, "reject") or (null == "keep" and not is_float):
             return "null"
         return math.nan if null == "keep" else null
     source = TYPES[case.kind]
@@ -326,6 +327,43 @@ def test_a_missing_optional_column_is_a_column_of_nulls(
 
     assert [reason, reason] == rejects(encoded)
     assert reason or [seen] * 2 == pytest.approx(encoded.inputs["z"].tolist(), nan_ok=True)
+
+
+@pytest.mark.parametrize("make", [pa.decimal32, pa.decimal64, pa.decimal128, pa.decimal256])
+@pytest.mark.parametrize(
+    ("dtype", "cast", "expected"),
+    [
+        ("float64", "round", [0.1, 0.25, -3.0, 1e6, None]),
+        ("float64", "exact", ["lost", 0.25, -3.0, 1e6, None]),
+        ("float32", "round", [np.float32(0.1), 0.25, -3.0, 1e6, None]),
+        ("int16", "exact", ["lost", "lost", -3, "lost", None]),
+        ("int16", "round", [0, 0, -3, "lost", None]),
+    ],
+)
+def test_a_decimal_is_cast_as_the_policy_says(make: Any, dtype: str, cast: Any, expected: list[Any]) -> None:
+    given = pa.array([Decimal(text) for text in ("0.10", "0.25", "-3.00", "1000000.00")] + [None], make(9, 2))
+    encoded = encode(alone(column(dtype, policy=ColumnPolicy(cast=cast))), pa.table({"a": given}))
+    lost, null = ("a", f"a {given.type} that does not fit {dtype}"), ("a", "null")
+    found = encoded.inputs["a"].reshape(-1).tolist()
+
+    assert [lost if value == "lost" else null if value is None else None for value in expected] == rejects(encoded)
+    assert all(held == value for held, value in zip(found, expected, strict=True) if value not in ("lost", None))
+
+
+def test_a_large_decimal_becomes_the_nearest_float() -> None:
+    given = [Decimal("12345678901234567890.12345678"), Decimal(9007199254740993)]
+    table = pa.table({"a": pa.array(given, pa.decimal128(28, 8))})
+    encoded = encode(alone(column("float64", policy=ColumnPolicy(cast="round"))), table)
+
+    assert list(map(float, given)) == encoded.inputs["a"].reshape(-1).tolist()
+
+
+def test_text_has_a_comma_before_the_fraction_where_the_policy_says_so_and_then_no_point() -> None:
+    table = pa.table({"a": ["1,5", "2", "-0,25", "1.500", "1.500,25", None]})
+    encoded = encode(alone(column("float64", policy=ColumnPolicy(decimal=","))), table)
+
+    assert [1.5, 2.0, -0.25] == encoded.inputs["a"].reshape(-1)[:3].tolist()
+    assert [False] * 3 + [True] * 3 == [each is not None for each in rejects(encoded)]
 
 
 def test_a_row_is_rejected_for_the_first_column_that_breaks_the_contract() -> None:

@@ -240,6 +240,18 @@ def test_the_star_policy_applies_to_every_column_without_its_own() -> None:
     assert ["round", "exact"] == [c.policy.cast for c in contract_of(model, policies=policies).columns]
 
 
+def test_nulls_of_floats_are_kept_where_the_model_takes_them_unless_a_policy_says_otherwise() -> None:
+    model = logged(Schema([ColSpec("double", name) for name in "abc"] + [ColSpec("long", "count")]))
+    policies = {"b": ColumnPolicy(null="reject"), "c": ColumnPolicy(cast="round")}
+    taking, other = (
+        read_contract(model, stack=False, columns={}, policies=policies, takes_missing=takes) for takes in (True, False)
+    )
+
+    assert ["keep", "reject", "keep", "reject"] == [column.policy.null for column in taking.columns]
+    assert ("a", "c") == taking.nulls_kept
+    assert () == other.nulls_kept
+
+
 def test_null_values_of_the_wrong_kind_are_refused_all_at_once_when_the_contract_is_made() -> None:
     model = logged(Schema([ColSpec("float", "age"), ColSpec("integer", "count"), ColSpec("string", "city")]))
     with pytest.raises(BadInput) as caught:

@@ -14,7 +14,7 @@ import pytest
 
 from serving.model.contract import Contract, Output
 from tasks.batch.manifest import Manifest, ManifestPart
-from tasks.batch.prediction_sample import PredictionSample, draw_distributions, read_sample
+from tasks.batch.prediction_sample import PredictionSample, draw_distributions, read_sample, split_classes
 from tasks.storage import Storage, open_storage
 from tests.tasks.batch.small import PIN, a_contract, parquet
 
@@ -87,6 +87,15 @@ def test_wide_outputs_are_bounded_by_their_values(local: Storage) -> None:
 
     assert 250 == sample.table.num_rows
     assert "[0.0, 0.0, 0.0, … 1000 values]" == sample.list_rows(1)[0]["embedding"]
+
+
+def test_probabilities_of_classes_are_drawn_apart_and_longer_lists_as_one() -> None:
+    pairs = pa.array([[0.25, 0.75], [0.5, 0.5], [0.125, 0.875]])
+    wide, ragged, whole = pa.array([[0.5] * 9] * 3), pa.array([[0.5], [0.5, 0.5]]), pa.array([[1, 2], [3, 4]])
+
+    assert [[0.25, 0.5, 0.125], [0.75, 0.5, 0.875]] == [each.to_pylist() for each in split_classes(pairs)]
+    assert [[], [], [], []] == [split_classes(each) for each in (wide, ragged, whole, pa.array([0.5]))]
+    assert draw_distributions(PredictionSample(table=pa.table({"score": pairs}), outputs=("score",), rows=3))
 
 
 def test_every_type_of_key_is_shown_in_what_json_holds() -> None:

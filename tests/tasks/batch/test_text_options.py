@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from serving.errors import SourceCorrupt, SourceFormat
-from serving.model.contract import Contract
+from serving.model.contract import ColumnPolicy, Contract
 from tasks.batch import formats
 from tasks.batch.formats import RequestedColumns, find_format, read_tables
 from tasks.batch.options import BatchOptions, CsvOptions
@@ -208,6 +208,17 @@ def test_how_csv_is_written_is_part_of_the_key_and_nothing_is_where_it_is_not_sa
     assert "csv" not in BatchOptions().key_fields()
     assert BatchOptions(csv=CsvOptions(delimiter=";")).key_fields() != BatchOptions(csv=CsvOptions()).key_fields()
     assert CsvOptions(encoding="UTF8") == CsvOptions(encoding="utf-8")
+
+
+def test_a_comma_before_the_fraction_is_the_policy_of_every_column_and_changes_no_other_key() -> None:
+    said = BatchOptions(csv=CsvOptions(delimiter=";", decimal=","), policies={"a": ColumnPolicy(cast="round")})
+    point = BatchOptions(csv=CsvOptions(delimiter=";"))
+
+    assert {"a": ("round", ","), "*": ("safe", ",")} == {
+        name: (each.cast, each.decimal) for name, each in said.column_policies.items()
+    }
+    assert {} == point.column_policies
+    assert "decimal" not in point.model_dump_json()
 
 
 def test_copies_that_were_read_otherwise_are_others(tmp_path: Path) -> None:
