@@ -310,3 +310,37 @@ def test_labels_of_one_key_in_several_types_are_told(tmp_path: Path) -> None:
     keys = pa.schema([("id", pa.int64())])
     with pytest.raises(KeysUnfit, match="1 key occurs more than once in id: 2"):
         open_label_table(Labels(source=str(tmp_path), column="y"), ["id"], keys, "/out")
+
+
+def test_partitions_have_the_types_that_are_asked_for(tmp_path: Path) -> None:
+    days = {"2024-02-29": "007", "1969-12-31": "-1", "__HIVE_DEFAULT_PARTITION__": "5"}
+    put(str(tmp_path / "in"), {f"id={day}/a={a}/0.parquet": {"b": [0.5]} for day, a in days.items()})
+    typed = OPTIONS.model_copy(update={"partition_types": {"id": "date", "a": "int64"}})
+    contract = fill_nulls("a", 0)
+    with pytest.raises(SchemaMismatch, match="column 'a' must be float64, got int64, which may lose digits"):
+        publish(tmp_path / "in", tmp_path / "out", typed)
+    typed = typed.model_copy(update={"partition_types": {"id": "date"}})
+    found, stored = publish(tmp_path / "in", tmp_path / "out", typed, contract)
+
+    assert pa.date32() == stored
+    assert [(None, 10.5), (dt.date(1969, 12, 31), -1.5), (dt.date(2024, 2, 29), 14.5)] == found.select("id", "y").rows()
+    assert pa.string() == publish(tmp_path / "in", tmp_path / "text")[1]
+
+
+@pytest.mark.parametrize(
+    ("types", "told"),
+    [
+        ({"dya": "date"}, r"partition_types must name partitions .* got 'dya'; did you mean 'day'\?"),
+        ({"a": "int64"}, r"got 'a'; partitions found: \['day'\]"),
+        (
+            {"day": "date"},
+            r"partition 'day' must be of the type date, .* got day=2024-02-30/1\.parquet: Failed to parse",
+        ),
+        ({"day": "int64"}, r"must be of the type int64, .* got day=2024-02-29/0\.parquet"),
+    ],
+)
+def test_types_that_partitions_do_not_have_are_refused(tmp_path: Path, types: dict[str, Any], told: str) -> None:
+    files = {f"day=2024-02-{29 + at}/{at}.parquet": {"id": ONE, "a": [1.0]} for at in range(2)}
+    put(str(tmp_path), files)
+    with pytest.raises(SchemaMismatch, match=told):
+        open_dataset(pin_source(str(tmp_path), "/out"), ["a"], ["id"], (), types)
