@@ -140,7 +140,7 @@ def test_files_that_differ_give_what_polars_makes_of_them_in_any_order_and_any_c
 
 
 ONE = pa.array([1])
-REFUSED: dict[str, tuple[list[dict[str, object]], str]] = {
+REFUSED: dict[str, tuple[list[dict[str, object] | pa.Table], str]] = {
     "a number beside text": (
         [{"id": ONE, "a": [1.0]}, {"id": ["x"], "a": [1.0]}],
         "  - column 'id': int64 in 0.parquet, string in 1.parquet",
@@ -167,6 +167,10 @@ REFUSED: dict[str, tuple[list[dict[str, object]], str]] = {
             "  - column 'id': fixed_size_list<element: int8>[1] in 0.parquet, "
             "fixed_size_list<element: int8>[2] in 1.parquet"
         ),
+    ),
+    "a column that one file has twice": (
+        [{"id": ONE, "a": [1.0]}, pa.table([[1], [1.0], [1.0]], ["id", "a", "a"])],
+        "  - column 'a': double in 0.parquet, more than one of the name in 1.parquet",
     ),
     "more types than a message names": (
         [{"id": pa.array([value]), "a": [1.0]} for value in (1, "x", 1.0, True, b"", dt.time(1))],
