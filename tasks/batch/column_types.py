@@ -11,6 +11,7 @@ import base64
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -23,7 +24,6 @@ _DECIMAL128_DIGITS = 38
 _INTEGER_BITS_MAX = 64
 # Of one column the types that a message names.
 _TYPES_SHOWN = 4
-_TWICE = "there more than once"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,24 +55,20 @@ def choose_types(
     """
     # Most files share one schema, which is looked at once.
     distinct = list({id(file.schema): file for file in reversed(files)}.values())[::-1]
-    types, problems = dict[str, pa.DataType](), list[str]()
+    types, problems, is_missing = dict[str, pa.DataType](), list[str](), False
     for name in names:
         found, lacking = _find_kinds(distinct, name)
-        kinds = [kind for kind, _ in found if isinstance(kind, pa.DataType)]
-        if not found and name in declared:
-            types[name] = declared[name]
-        elif lacking is not None and found and name not in declared and name not in (nullable or ()):
-            kind, path = found[0]
-            problems.append(f"column {name!r}: {kind} in {path}, missing in {lacking}")
-        elif kinds and len(kinds) == len(found) and (chosen := _choose_type(kinds, declared.get(name))) is not None:
+        told = declared.get(name)
+        if lacking is not None and found and told is None and name not in (nullable or ()):
+            is_missing = True
+            problems.append(f"column {name!r}: {found[0].describe()}, missing in {lacking}")
+        elif (chosen := _choose_type([each.kind for each in found], told)) is not None:
             types[name] = chosen
-        elif kinds:
-            told = [f"{declared[name]} by the table's schema"] if name in declared else []
-            told += [f"{kind} in {path}" for kind, path in found]
-            more = [f"and {len(told) - _TYPES_SHOWN} more types"] if len(told) > _TYPES_SHOWN else []
-            problems.append(f"column {name!r}: {', '.join(told[:_TYPES_SHOWN] + more)}")
+        # One that is twice in every file is told where the contract and the keys are checked.
+        elif any(each.kind is not None for each in found):
+            problems.append(_describe_kinds(name, found, told))
     if problems:
-        is_option = nullable is not None and any(", missing in " in problem for problem in problems)
+        is_option = is_missing and nullable is not None
         option = f" {give_option('missing_columns', 'null')} reads missing columns as nulls." if is_option else ""
         message = (
             "Every file must hold the columns that are used, in types of which one holds the values of all, got:\n"
@@ -82,34 +78,55 @@ def choose_types(
     return types
 
 
-def _find_kinds(files: Sequence[FileColumns], name: str) -> tuple[list[tuple[pa.DataType | str, str]], str | None]:
-    """Return each type that files hold a column in with the first file that does, and the first file that lacks it."""
-    found: list[tuple[pa.DataType | str, str]] = []
+class _Held(NamedTuple):
+    """A type that files hold a column in, and the first file that does; None where it is there more than once."""
+
+    kind: pa.DataType | None
+    path: str
+
+    def describe(self) -> str:
+        """Say which type is in which file."""
+        return f"{'more than one of the name' if self.kind is None else self.kind} in {self.path}"
+
+
+def _find_kinds(files: Sequence[FileColumns], name: str) -> tuple[list[_Held], str | None]:
+    """Return each type that files hold a column in, and the first file that lacks it."""
+    found: list[_Held] = []
     lacking = None
     for file in files:
         at = file.schema.get_all_field_indices(name)
         if not at:
             lacking = lacking or file.path
             continue
-        kind = file.schema.field(at[0]).type if len(at) == 1 else _TWICE
-        if all(kind != each for each, _ in found):
-            found.append((kind, file.path))
+        kind = file.schema.field(at[0]).type if len(at) == 1 else None
+        if all(kind != each.kind for each in found):
+            found.append(_Held(kind, file.path))
     return found, lacking
 
 
-def _choose_type(kinds: Sequence[pa.DataType], declared: pa.DataType | None) -> pa.DataType | None:
+def _describe_kinds(name: str, found: Sequence[_Held], declared: pa.DataType | None) -> str:
+    told = [] if declared is None else [f"{declared} by the table's schema"]
+    told += [each.describe() for each in found]
+    more = [f"and {len(told) - _TYPES_SHOWN} more types"] if len(told) > _TYPES_SHOWN else []
+    return f"column {name!r}: {', '.join(told[:_TYPES_SHOWN] + more)}"
+
+
+def _choose_type(kinds: Sequence[pa.DataType | None], declared: pa.DataType | None) -> pa.DataType | None:
     """Return the type in which a column is read; None where there is none. One type of all files stays as it is.
 
     Views are the exception: a table has them in those files alone that deltalake has rewritten.
     """
+    single = [kind for kind in kinds if kind is not None]
+    if not single or len(single) < len(kinds):
+        return None if kinds else declared
     told = None if declared is None else simplify_type(declared)
-    is_uniform = len(kinds) == 1 and "_view" not in str(kinds[0])
-    if is_uniform and told in (None, simplify_type(kinds[0])):
-        return kinds[0]
+    is_uniform = len(single) == 1 and "_view" not in str(single[0])
+    if is_uniform and told in (None, simplify_type(single[0])):
+        return single[0]
     if told is None:
-        return widen_types(kinds)
+        return widen_types(single)
     # Spark writes the times of a Delta table without their zone, which is UTC.
-    zoned = [pa.timestamp(k.unit, told.tz) if _lacks_zone(k, told) else k for k in kinds]
+    zoned = [pa.timestamp(kind.unit, told.tz) if _lacks_zone(kind, told) else kind for kind in single]
     return told if widen_types([*zoned, told]) == told else None
 
 

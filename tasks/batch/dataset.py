@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
-from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,12 +34,12 @@ from serving.option_words import give_option, name_option
 from tasks.batch.column_types import FileColumns, choose_types, find_others, pack_types, unpack_schema, unpack_types
 from tasks.batch.footer import FooterReader, GroupBytes, add_columns, read_tail
 from tasks.batch.formats import find_format, list_suffixes
+from tasks.batch.hive_partitions import PartitionType, choose_partition_fields, parse_hive_values, set_partition_types
 from tasks.batch.options import CsvOptions
 from tasks.storage import Entry, LocalStorage, Selection, Storage, open_storage
 
 SOURCE_FILE, SOURCE_ROW = "source_file", "source_row"
 
-_NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _UNDECODED = re.compile("[\ud800-\udfff]")
 # Of files that differ, the schemas that are compared with each.
 _SCHEMAS_KEPT = 8
@@ -252,6 +252,7 @@ def open_dataset(
     columns: Sequence[str],
     keys: Sequence[str],
     nullable: Collection[str] | None = None,
+    partition_types: Mapping[str, PartitionType] = MappingProxyType({}),
     *,
     may_be_empty: bool = False,
 ) -> Dataset:
@@ -263,15 +264,18 @@ def open_dataset(
         keys: Those that name a row.
         nullable: Columns that are null in a file that lacks them; those of a Delta table all are. None: no column is,
             and the caller has no option that says otherwise.
+        partition_types: The types of partitions that are not to be text.
         may_be_empty: Whether the source may be without rows.
 
     Raises:
         SourceCorrupt: A file can't be read.
-        SchemaMismatch: Files lack a column, or hold it in types of which none holds the values of all.
+        SchemaMismatch: Files lack a column, or hold it in types of which none holds the values of all; or a value of a
+            partition is none of the type that is asked for.
         SourceEmpty: There are no rows, and there must be.
     """
     if not snapshot.files and snapshot.empty_schema and may_be_empty:
-        return Dataset(snapshot=snapshot, schema=unpack_schema(snapshot.empty_schema), hive=())
+        empty = set_partition_types(unpack_schema(snapshot.empty_schema), partition_types)
+        return Dataset(snapshot=snapshot, schema=empty, hive=())
     if not snapshot.files:
         message = f"The source must hold at least one row, got a table without files at {snapshot.title}."
         raise SourceEmpty(message)
@@ -290,10 +294,8 @@ def open_dataset(
     types = choose_types(held, used, declared, nullable)
     fields = join_fields(held[0].schema, types)
     schema = pa.schema([field for field in fields if field.name not in snapshot.columns_missing])
-    beside = [name for name in used if name not in schema.names]
-    hive = [
-        field for field in _partition_fields([file for file, _ in with_rows], beside) if field.name not in schema.names
-    ]
+    parted = [(_user_path(file), file.partition_values) for file, _ in with_rows]
+    hive = choose_partition_fields(parted, schema.names, used, partition_types)
     others = dict(zip((file.path for file, _ in with_rows), find_others(held, types), strict=True))
     files = tuple(_pin_types(file, schema, others.get(file.path, {}), types, keys) for file, schema in footers)
     differing = {name: types[name] for file in files for name in file.read_as}
@@ -447,39 +449,3 @@ class name_corrupt_file:  # noqa: N801 - a context manager reads as a verb
 def _user_path(file: SourceFile) -> str:
     """Return the path that the user knows a file by."""
     return file.origin or file.path
-
-
-def _partition_fields(files: Sequence[SourceFile], used: Sequence[str]) -> list[pa.Field]:
-    """Return the hive partition columns, which are text: a key stays as it is written, and the contract parses inputs.
-
-    Raises SchemaMismatch where a column that is used is in the path of some files only.
-    """
-    names: dict[str, None] = {}
-    lacking: dict[str, str] = {}
-    for at, file in enumerate(files):
-        found = file.partition_values
-        lacking |= {name: _user_path(files[0]) for name in found if at and name not in names}
-        names |= dict.fromkeys(found)
-        lacking |= {name: _user_path(file) for name in names if name not in found}
-    if partial := sorted(name for name in lacking if name in used):
-        listed = ", ".join(f"{name!r} is missing in {lacking[name]}" for name in partial)
-        message = f"Every file must lie in a folder of each partition that is used, got: {listed}. Move it, or glob."
-        raise SchemaMismatch(message)
-    return [pa.field(name, pa.string()) for name in names if name not in lacking]
-
-
-def parse_hive_values(path: str) -> dict[str, str | None]:
-    """Return name and value of each `name=value` folder of a path; None for hive's name of a null."""
-    folders = path.split("/")[:-1]
-    pairs = [
-        (name, _decode_value(value)) for name, sep, value in (part.partition("=") for part in folders) if sep and name
-    ]
-    return {name: None if value == _NULL_PARTITION else value for name, value in pairs}
-
-
-def _decode_value(value: str) -> str:
-    """Return a value without its escapes; as it is written where they are not UTF-8, and so are none."""
-    try:
-        return unquote(value, errors="strict")
-    except UnicodeDecodeError:
-        return value

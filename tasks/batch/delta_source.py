@@ -14,14 +14,9 @@ import pyarrow as pa
 from serving.errors import BadInput, SourceFormat, shorten_error
 from serving.option_words import name_option
 from tasks.batch.column_types import pack_schema, pack_types
-from tasks.batch.dataset import (
-    Snapshot,
-    SourceFile,
-    map_parallel,
-    parse_hive_values,
-    pin_listed_files,
-)
+from tasks.batch.dataset import Snapshot, SourceFile, map_parallel, pin_listed_files
 from tasks.batch.delta import delta_options, find_unread_features, import_deltalake
+from tasks.batch.hive_partitions import parse_hive_values
 from tasks.storage import Storage
 
 if TYPE_CHECKING:

@@ -123,7 +123,7 @@ def _read_source_schema(plan: Plan) -> pa.Schema | None:
     if len(schema) > _COLUMNS_MAX:
         schema = pa.schema([field for field in schema if field.name in plan.columns])
     fields = join_fields(schema, unpack_types(plan.snapshot.types))
-    return pa.schema([*fields, *(pa.field(name, pa.string()) for name in plan.partitions)])
+    return pa.schema([*fields, *(pa.field(name, kind) for name, kind in plan.partitions.items())])
 
 
 def _guess_type(dtype: str, shape: tuple[int, ...]) -> pa.DataType:

@@ -14,6 +14,7 @@ from serving.option_words import give_option, name_option
 from tasks.batch.challenger_rules import CHALLENGERS_MAX, Labels, PromoteIf
 from tasks.batch.feature_table import FEATURE_TABLES_MAX, FeatureTable
 from tasks.batch.gate_rules import Gate
+from tasks.batch.hive_partitions import PartitionType
 
 # These decide how a run is carried out: a later call may change them and still resume. Of what it puts out they decide
 # nothing but last digits, where a model's depend on what else is in a batch: without sizes given, a plan takes those of
@@ -145,6 +146,11 @@ class BatchOptions(Frozen):
     )
     source_timestamp: AwareDatetime | None = Field(
         default=None, description="Reads the version of a table that was the current one then, time zone included."
+    )
+    partition_types: dict[str, PartitionType] = Field(
+        default_factory=dict,
+        description="Types of columns that are in the paths of the source's files, such as `day=2024-02-29`, by name. "
+        "Without: text, as it is written.",
     )
     missing_columns: MissingColumns = Field(
         default="refuse",
@@ -498,7 +504,9 @@ class BatchOptions(Frozen):
     def key_fields(self) -> dict[str, object]:
         """Return what the run key is made of: the options that change the output."""
         # Without them a call keeps the key that it has had before there were such options.
-        unset = {name for name in ("rescore", "params", "csv", "environment") if not getattr(self, name)}
+        unset = {
+            name for name in ("rescore", "params", "csv", "environment", "partition_types") if not getattr(self, name)
+        }
         unset |= {"missing_keys"} if self.missing_keys == "keep" else set()
         unset |= set() if self.features else {"features", "spine_time"}
         unset |= {"iceberg_table", "iceberg_mode"} if self.output != "iceberg" else {"delta_mode"}

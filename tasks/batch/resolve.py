@@ -197,10 +197,14 @@ def make_request(
 def _open_columns(request: RunRequest, snapshot: Snapshot, features: Sequence[OpenFeatures]) -> Dataset:
     """Read the footers of Parquet files for the columns that the source must have itself."""
     names = [column.name for column in remove_features(request.contract, _list_names(features)).columns]
+    return _open_files(request, snapshot, [*names, *request.options.join_columns])
+
+
+def _open_files(request: RunRequest, snapshot: Snapshot, names: Sequence[str]) -> Dataset:
+    """Open files for some columns and the keys, as the options of a request say."""
     options = request.options
-    wanted = [*names, *options.join_columns]
-    may_be_empty = options.on_empty == "publish"
-    return open_dataset(snapshot, wanted, options.key_columns, request.nullable, may_be_empty=may_be_empty)
+    types, may_be_empty = options.partition_types, options.on_empty == "publish"
+    return open_dataset(snapshot, names, options.key_columns, request.nullable, types, may_be_empty=may_be_empty)
 
 
 def _list_names(features: Sequence[OpenFeatures]) -> list[str]:
@@ -354,7 +358,7 @@ def _plan_challengers(
     found = list_columns_beside(request.contract, request.challengers, options)
     beside = [name for name in found if name not in plan.feature_names]
     names = [*plan.columns, *options.join_columns, *beside]
-    with_beside = open_dataset(dataset.snapshot, names, options.key_columns, request.nullable) if beside else dataset
+    with_beside = _open_files(request, dataset.snapshot, names) if beside else dataset
     # As many passes are made side by side as the model makes, each by as many threads.
     limited = options.model_copy(update={"slots": slots})
     planned, models = [], list[Model]()

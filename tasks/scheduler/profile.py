@@ -290,7 +290,8 @@ def open_measured_rows(source: str, elsewhere: str, contract: Contract, options:
         )
         raise SourceFormat(message)
     columns = [column.name for column in contract.columns]
-    dataset = open_dataset(snapshot, columns, options.key_columns, options.list_nullable(contract))
+    nullable = options.list_nullable(contract)
+    dataset = open_dataset(snapshot, columns, options.key_columns, nullable, options.partition_types)
     contract.check(dataset.schema, f"The dataset at {snapshot.title}")
     return dataset
 

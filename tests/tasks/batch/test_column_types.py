@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from serving.errors import KeysUnfit, SchemaMismatch
 from serving.model.contract import ColumnPolicy, Contract
 from tasks.batch.challenger_rules import Labels
-from tasks.batch.column_types import widen_types
-from tasks.batch.dataset import open_dataset
+from tasks.batch.column_types import pack_schema, widen_types
+from tasks.batch.dataset import Snapshot, open_dataset
 from tasks.batch.labels import open_label_table
 from tasks.batch.manifest import find_manifest, open_predictions
 from tasks.batch.options import BatchOptions
@@ -140,7 +140,7 @@ def test_files_that_differ_give_what_polars_makes_of_them_in_any_order_and_any_c
 
 
 ONE = pa.array([1])
-REFUSED: dict[str, tuple[list[dict[str, object]], str]] = {
+REFUSED: dict[str, tuple[list[dict[str, object] | pa.Table], str]] = {
     "a number beside text": (
         [{"id": ONE, "a": [1.0]}, {"id": ["x"], "a": [1.0]}],
         "  - column 'id': int64 in 0.parquet, string in 1.parquet",
@@ -167,6 +167,10 @@ REFUSED: dict[str, tuple[list[dict[str, object]], str]] = {
             "  - column 'id': fixed_size_list<element: int8>[1] in 0.parquet, "
             "fixed_size_list<element: int8>[2] in 1.parquet"
         ),
+    ),
+    "a column that one file has twice": (
+        [{"id": ONE, "a": [1.0]}, pa.table([[1], [1.0], [1.0]], ["id", "a", "a"])],
+        "  - column 'a': double in 0.parquet, more than one of the name in 1.parquet",
     ),
     "more types than a message names": (
         [{"id": pa.array([value]), "a": [1.0]} for value in (1, "x", 1.0, True, b"", dt.time(1))],
@@ -310,3 +314,45 @@ def test_labels_of_one_key_in_several_types_are_told(tmp_path: Path) -> None:
     keys = pa.schema([("id", pa.int64())])
     with pytest.raises(KeysUnfit, match="1 key occurs more than once in id: 2"):
         open_label_table(Labels(source=str(tmp_path), column="y"), ["id"], keys, "/out")
+
+
+def test_partitions_have_the_types_that_are_asked_for(tmp_path: Path) -> None:
+    days = {"2024-02-29": "007", "1969-12-31": "-1", "__HIVE_DEFAULT_PARTITION__": "5"}
+    put(str(tmp_path / "in"), {f"id={day}/a={a}/0.parquet": {"b": [0.5]} for day, a in days.items()})
+    typed = OPTIONS.model_copy(update={"partition_types": {"id": "date", "a": "int64"}})
+    contract = fill_nulls("a", 0)
+    with pytest.raises(SchemaMismatch, match="column 'a' must be float64, got int64, which may lose digits"):
+        publish(tmp_path / "in", tmp_path / "out", typed)
+    typed = typed.model_copy(update={"partition_types": {"id": "date"}})
+    found, stored = publish(tmp_path / "in", tmp_path / "out", typed, contract)
+
+    assert pa.date32() == stored
+    assert [(None, 10.5), (dt.date(1969, 12, 31), -1.5), (dt.date(2024, 2, 29), 14.5)] == found.select("id", "y").rows()
+    assert pa.string() == publish(tmp_path / "in", tmp_path / "text")[1]
+
+
+@pytest.mark.parametrize(
+    ("types", "told"),
+    [
+        ({"dya": "date"}, r"partition_types must name partitions .* got 'dya'; did you mean 'day'\?"),
+        ({"a": "int64"}, r"got 'a'; partitions found: \['day'\]"),
+        (
+            {"day": "date"},
+            r"partition 'day' must be of the type date, .* got day=2024-02-30/1\.parquet: Failed to parse",
+        ),
+        ({"day": "int64"}, r"must be of the type int64, .* got day=2024-02-29/0\.parquet"),
+    ],
+)
+def test_types_that_partitions_do_not_have_are_refused(tmp_path: Path, types: dict[str, Any], told: str) -> None:
+    files = {f"day=2024-02-{29 + at}/{at}.parquet": {"id": ONE, "a": [1.0]} for at in range(2)}
+    put(str(tmp_path), files)
+    with pytest.raises(SchemaMismatch, match=told):
+        open_dataset(pin_source(str(tmp_path), "/out"), ["a"], ["id"], (), types)
+
+
+def test_partitions_of_a_dataset_without_rows_have_the_types_that_are_asked_for() -> None:
+    told = pa.schema([("day", pa.string()), ("a", pa.float64())])
+    empty = Snapshot(root="nowhere", format="parquet", files=(), empty_schema=pack_schema(told))
+    found = open_dataset(empty, ["a"], ["day"], None, {"day": "date"}, may_be_empty=True)
+
+    assert pa.schema([("day", pa.date32()), ("a", pa.float64())]) == found.schema

@@ -20,7 +20,8 @@ from serving.errors import (
     SourceNotFound,
     StorageDenied,
 )
-from tasks.batch.dataset import Dataset, map_parallel, open_dataset, parse_hive_values
+from tasks.batch.dataset import Dataset, map_parallel, open_dataset
+from tasks.batch.hive_partitions import parse_hive_values
 from tasks.batch.source import pin_source
 from tasks.storage import open_storage
 from tests.tasks.batch.small import numbers, parquet, put
