@@ -35,7 +35,7 @@ _FINALISTS = 3
 _GAIN_MIN = 1.1
 _LARGER_GAIN_MIN = 1.03
 _SLOW_RATIO = 0.75
-# A pass of the size that a model has untuned is tried where it takes no longer, and is faster.
+# Up to the size that a model has untuned, one that gains less is tried too, where a pass takes no longer than this.
 _OWN_SECONDS_MAX = 10.0
 _ROWS_TO_COMPARE = 1024
 # Allows for sums in another order; a wrong kernel is further off by orders of magnitude.
