@@ -69,7 +69,7 @@ class Column(Frozen):
         """Whether a null is a value to the model, or it does without the column."""
         if self.policy.null == "keep" and self.required:
             return self.dtype in OPAQUE_DTYPES or self.dtype.startswith("float")
-        return self.policy.null != "reject" or not self.required
+        return self.policy.null not in (None, "reject") or not self.required
 
 
 class Input(Frozen):
