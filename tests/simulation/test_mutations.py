@@ -69,9 +69,11 @@ def probe_no_store(patch: pytest.MonkeyPatch) -> None:
 
 
 def find_newest_by_clock(patch: pytest.MonkeyPatch) -> None:
-    def find_newest(storage: base.Storage, other_than: str | None = None) -> manifest.Manifest | None:
+    def find_newest(
+        storage: base.Storage, other_than: str | None = None, *, rows_min: int = 0
+    ) -> manifest.Manifest | None:
         found = manifest.read_manifests(storage, [entry.path for entry in storage.entries(plan.ROOT, depth=2)])
-        others = [each for each in found if each.run != other_than]
+        others = [each for each in found if each.run != other_than and each.rows >= rows_min]
         return max(others, key=lambda each: each.planned_at, default=None)
 
     put_back(patch, manifest.find_newest_run, find_newest)
