@@ -60,11 +60,11 @@ class Outcome:
 
 def simulate(seed: int) -> Outcome:
     """Simulate what a seed says; the same seed takes the same steps."""
-    chance, more = random.Random(seed), random.Random(f"more of {seed}")
+    chance, more, types = (random.Random(each) for each in (seed, f"more of {seed}", f"types of {seed}"))
     memory = Path("/dev/shm")  # noqa: S108 - only to be quicker than a disk
     with tempfile.TemporaryDirectory(prefix="simulation-", dir=memory if memory.is_dir() else None) as scratch:
         is_stream = chance.random() < _STREAM_SHARE
-        world = _make_stream(chance, Path(scratch)) if is_stream else _make_batch(chance, more, Path(scratch))
+        world = _make_stream(chance, Path(scratch)) if is_stream else _make_batch(chance, more, types, Path(scratch))
         violations = world.violations
         try:
             with _toys_for_models():
@@ -110,8 +110,8 @@ def _map_in_order(work: Callable[[Any], Any], items: Iterable[Any], _threads: in
     yield from map(work, items)
 
 
-def _make_batch(chance: random.Random, more: random.Random, scratch: Path) -> BatchWorld:
-    """Return a world of batch calls; what `more` draws makes no seed another one that it draws nothing for."""
+def _make_batch(chance: random.Random, more: random.Random, types: random.Random, scratch: Path) -> BatchWorld:
+    """Return a world of batch calls; `more` and `types` make no seed another one that they draw nothing for."""
     scheduler, storages = _make_storages(chance, scratch)
     destination = storages[DESTINATION]
     if chance.random() < 0.3:
@@ -138,10 +138,11 @@ def _make_batch(chance: random.Random, more: random.Random, scratch: Path) -> Ba
     kind = chance.choice(["parquet", "parquet", "csv"])
     is_joined = is_joined and kind == "parquet"
     # A Delta table has its keys in one type for good.
-    evolves = kind == "parquet" and not is_delta and more.random() < _MORE_SHARE
-    types = random.Random(more.random()) if evolves else None
+    evolves = kind == "parquet" and not is_delta and types.random() < _MORE_SHARE
     sources = {
-        url: Source(storages[url], chance, kind, make_spine if is_joined else lambda _ids: {}, types)
+        url: Source(
+            storages[url], chance, kind, make_spine if is_joined else lambda _ids: {}, types if evolves else None
+        )
         for url in ([SOURCE, OTHER_SOURCE] if has_two_sources else [SOURCE])
     }
     menu = replace_sources(more, menu) if has_two_sources else menu
