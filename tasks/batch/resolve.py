@@ -57,7 +57,17 @@ from tasks.batch.manifest import Manifest, check_manifest_key, find_damaged_part
 from tasks.batch.memory import check_memory, use_jemalloc
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import check_names, give_up_challenger, part_schema, read_given_up
-from tasks.batch.plan import ROOT, Challenger, Plan, Versions, digest_shape, make_plan, run_key, used_columns
+from tasks.batch.plan import (
+    ROOT,
+    Challenger,
+    Plan,
+    Versions,
+    digest_plan,
+    digest_shape,
+    make_plan,
+    run_key,
+    used_columns,
+)
 from tasks.batch.promotion import check_alias
 from tasks.batch.publish import claim_order_number, find_earlier_keys
 from tasks.batch.reuse import describe_making, find_earlier_plan, find_earlier_runs, keep_sizes, refer_to_parts
@@ -383,13 +393,14 @@ def _plan_challengers(
         )
         models.append(model.with_engine(engine))
     read = tuple(name for name in beside if name in with_beside.schema.names)
-    update = {"challengers": tuple(planned), "columns_beside": read, "columns_kept": options.columns_kept}
+    update: dict[str, object] = {"challengers": tuple(planned), "columns_beside": read}
+    update["columns_kept"] = options.columns_kept
     typed = _take_types(dataset.snapshot, with_beside.snapshot)
     groups = [_find_largest(each) for each in (with_beside, dataset)]
     row, reading = (max(0, more - own) for more, own in zip(*groups, strict=True))
-    return plan.model_copy(
-        update={**update, "snapshot": typed, "beside_bytes": row, "beside_reading": int(reading)}
-    ), models
+    update |= {"snapshot": typed, "beside_bytes": row, "beside_reading": int(reading)}
+    plan = plan.model_copy(update=update)
+    return plan.model_copy(update={"digest": digest_plan(plan)}), models
 
 
 def _take_types(snapshot: Snapshot, opened: Snapshot) -> Snapshot:

@@ -209,7 +209,7 @@ def claim_no_source(patch: pytest.MonkeyPatch) -> None:
         pytest.param(clean_reused_parts, 187, "which run", id="a cleaning takes what an unfinished run has"),
         pytest.param(clean_parts_first, 4, "which run", id="a cleaning takes parts before records"),
         pytest.param(keep_the_oldest, 4, "it drops run", id="a cleaning keeps the oldest runs"),
-        pytest.param(judge_by_some_rows, 277, "is judged by", id="a gate judges a run by some of its rows"),
+        pytest.param(judge_by_some_rows, 385, "is judged by", id="a gate judges a run by some of its rows"),
         pytest.param(take_a_refusal_for_an_approval, 13, "nobody has approved it", id="what was refused is approved"),
         pytest.param(leave_an_old_row, 26, "do not make", id="an upsert leaves a row beside the new one"),
         pytest.param(trust_in_rewritten_files, 26, "the table can't be read", id="a file of an upsert is lost or torn"),
