@@ -59,7 +59,7 @@ class NatsConnection:
         self.callback_error: Exception | None = None
         self.outages: list[float] = []
         self._disconnected_at = 0.0
-        self._was_connected = False
+        self._was_connected = self._is_away = False
         self._warned: dict[str, float] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="nats", daemon=True)
@@ -138,8 +138,11 @@ class NatsConnection:
             pause = min(2 * pause, BACKOFF_SECONDS_MAX)
 
     async def wait_until_connected(self) -> None:
-        """Wait for the server; raises BrokerFault where the client has closed the connection for good."""
-        while not self.client.is_connected:
+        """Wait for the server; raises BrokerFault where the client has closed the connection for good.
+
+        The library is connected again some time before it says so, and `outages` has the outage.
+        """
+        while not self.client.is_connected or self._is_away:
             self._raise_if_denied()
             if self.client.is_closed:
                 message = f"{self.url} must keep the connection, but has closed it for good. Call again: it resumes."
@@ -200,13 +203,14 @@ class NatsConnection:
             self.callback_error = error
 
     async def _on_disconnect(self) -> None:
-        self._disconnected_at = time.monotonic()
+        self._disconnected_at, self._is_away = time.monotonic(), self._was_connected
         # The library also calls this for a server that was never connected.
         if self._was_connected and not self.client.is_closed:
             self.warn_once("gone", f"{self.url} is gone: waiting for it. Unacknowledged messages are kept.")
 
     async def _on_reconnect(self) -> None:
         self.outages.append(time.monotonic() - self._disconnected_at)
+        self._is_away = False
         self._warned.clear()
         self._warn(f"{self.url} is back: going on.")
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,6 +64,33 @@ def test_a_server_that_was_gone_for_longer_than_its_window_gets_no_score_twice(
         connection.close()
 
     assert Counter([b"1", b"2", b"3"]) == stored
+
+
+def test_a_server_that_is_back_is_used_once_it_is_known_how_long_it_was_gone(tmp_path: Path, held_port: int) -> None:
+    server = nats_server(tmp_path, port=held_port)
+    connection = NatsConnection(server.url, lambda _: None, threading.Event())
+    reconnected, may_say_so = threading.Event(), threading.Event()
+    flush = connection.client.flush
+
+    async def flush_slowly(*given: Any, **named: Any) -> None:
+        await flush(*given, **named)
+        reconnected.set()
+        await asyncio.to_thread(may_say_so.wait)
+
+    connection.client.flush = flush_slowly  # type: ignore[method-assign]  # the library says so after it
+    kill_server(server)
+    server.stop()
+    with nats_server(tmp_path, port=server.port), ThreadPoolExecutor(1) as pool:
+        assert reconnected.wait(60)
+        waiting = pool.submit(connection.run, connection.wait_until_connected())
+        assert connection.client.is_connected
+        with pytest.raises(TimeoutError):
+            waiting.result(0.3)
+        may_say_so.set()
+        waiting.result(60)
+        connection.close()
+
+    assert 1 == len(connection.outages)
 
 
 def test_an_emitted_score_is_found_long_after_the_window_and_repeatedly(tmp_path: Path) -> None:
