@@ -11,7 +11,7 @@ MAKEFLAGS += --no-print-directory
 # Without bytecode, which pip does not make either, each of hundreds of processes would compile what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo demo-endpoint demo-modes demo-stream deploy lint types check format clean
-.PHONY: ci test test-batch test-tasks test-rest test-all test-servers test-endpoints test-flows test-serving
+.PHONY: ci test test-batch test-tasks test-rest test-all test-servers test-endpoints test-flows test-serving test-side-by-side
 .PHONY: test-machines test-targets test-workers test-deployments test-nights test-image
 .PHONY: simulate simulate-fleet chaos bench-batch bench-peers bench-resume bench-generation bench-gpu bench-spot bench-nightly bench-workers bench-endpoint bench-stream
 .PHONY: lock audit sbom image bench-modes bench-memory bench-keys bench-isolation bench-start bench-triton-starts size pictures docs diagrams notebooks
@@ -53,7 +53,10 @@ TESTS := $(BIN)/python -m tests.second_look
 
 # What a newcomer runs: lint, types, every test of values, the simulation, and one whole run of each mode on real servers.
 test: lint $(STAMP)
-	@$(MAKE) -j 4 types test-batch test-tasks test-rest
+	@$(MAKE) -j 4 types $(VALUE_GROUPS)
+
+VALUE_GROUPS := test-batch test-rest test-tasks
+SERVER_GROUPS := test-flows test-serving test-endpoints
 
 VALUES := -m "not machines and (not servers or whole)" --
 
@@ -75,7 +78,11 @@ test-all:
 # Three processes of tests at a time, since they wait for servers more than they compute; those of one share its Prefect
 # servers. Each takes about as long as the others.
 test-servers: $(STAMP)
-	@$(MAKE) -j 3 test-endpoints test-flows test-serving
+	@$(MAKE) -j 3 $(SERVER_GROUPS)
+
+# Both in one queue, as CI runs them: tests that wait for servers leave room to those that compute.
+test-side-by-side: $(STAMP)
+	@$(MAKE) -k -j 3 --output-sync=target types $(SERVER_GROUPS) $(VALUE_GROUPS)
 
 SERVERS := -m "servers and not machines and not whole" --
 KILLS := $(wildcard tests/flows/test_*kills.py) tests/flows/test_stream_kafka.py
