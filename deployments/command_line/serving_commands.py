@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -204,15 +204,9 @@ def retire(
 
 
 def _read_target(target: str | None) -> AnyTarget | None:
-    from pydantic import Field, TypeAdapter  # noqa: PLC0415 - help needs none
+    from tasks.endpoint.spec import read_target  # noqa: PLC0415 - help needs none
 
-    from tasks.endpoint.spec import AnyTarget  # noqa: PLC0415 - the same
-
-    if target is None:
-        return None
-    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[AnyTarget, Field(discriminator="kind")])
-    found: AnyTarget = adapter.validate_python(read_document(target, "--target"))
-    return found
+    return None if target is None else read_target(read_document(target, "--target"))
 
 
 def choose(

@@ -64,7 +64,7 @@ class Endpoint:
         return self._clock() - self._last_request_s
 
     @property
-    def has_requests(self) -> bool:
+    def holds_requests(self) -> bool:
         """Whether requests wait for a load, or are answered here."""
         return self._held > 0
 

@@ -255,9 +255,9 @@ class Gateway:
 
         async def hold_requests() -> bool:
             await self._apply()
-            await self._wait_until_idle(endpoint.name, _IDLE_S_MAX, stop=lambda: endpoint.has_requests)
+            await self._wait_until_idle(endpoint.name, _IDLE_S_MAX, stop=lambda: endpoint.holds_requests)
             await self._read_log()
-            return not await asyncio.to_thread(self._has_requests, endpoint.name) and not endpoint.has_requests
+            return not await asyncio.to_thread(self._has_requests, endpoint.name) and not endpoint.holds_requests
 
         unload = endpoint.models.unload(endpoint.route.versions, hold_requests=hold_requests)
         await self._try_work(f"Unloading the models of endpoint {endpoint.name}", unload)

@@ -108,7 +108,7 @@ class ModelLifecycle:
                 found = await asyncio.gather(*unloads, return_exceptions=True)
             finally:
                 self.state = "asleep"
-        for error in filter(None, found):
+        if (error := next(filter(None, found), None)) is not None:
             raise error
         return True
 

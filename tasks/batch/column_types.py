@@ -18,6 +18,7 @@ import pyarrow as pa
 from serving.errors import SchemaMismatch, list_shortly
 from serving.model.contract import is_list, is_text
 from serving.option_words import give_option
+from tasks.batch.join_types import has_zone, is_time
 
 _UNITS = ("s", "ms", "us", "ns")
 _DECIMAL128_DIGITS = 38
@@ -131,7 +132,7 @@ def _choose_type(kinds: Sequence[pa.DataType | None], declared: pa.DataType | No
 
 
 def _lacks_zone(kind: pa.DataType, told: pa.DataType) -> bool:
-    return bool(pa.types.is_timestamp(kind) and kind.tz is None and pa.types.is_timestamp(told) and told.tz)
+    return has_zone(told) and bool(pa.types.is_timestamp(kind)) and not has_zone(kind)
 
 
 def simplify_type(kind: pa.DataType) -> pa.DataType:
@@ -194,10 +195,6 @@ def _widen_decimals(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     return max(one, other, key=lambda kind: int(kind.precision)) if one.scale == other.scale else None
 
 
-def _is_time(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_timestamp(kind) or pa.types.is_date(kind))
-
-
 def _widen_times(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     """Return the type of two timestamps, or of one and dates: which instant a date is in some zone, it does not say."""
     times = [kind for kind in (one, other) if pa.types.is_timestamp(kind)]
@@ -217,7 +214,7 @@ _FAMILIES: tuple[
     (pa.types.is_integer, _widen_integers),
     (pa.types.is_floating, _widen_floats),
     (pa.types.is_decimal, _widen_decimals),
-    (_is_time, _widen_times),
+    (is_time, _widen_times),
     (is_list, _widen_lists),
 )
 

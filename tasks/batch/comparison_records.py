@@ -122,14 +122,13 @@ def compare_published(storage: Storage, plan: Plan, manifest: Manifest, rule: Pr
 
     What an earlier attempt has written stands.
     """
-    comparison = read_record(storage, comparison_path(plan.run, plan.digest), RunComparison) or compare_run(
-        storage, plan
-    )
-    storage.put_new(comparison_path(plan.run, plan.digest), comparison.model_dump_json().encode())
-    promotion = read_record(storage, promotion_path(plan.run, plan.digest), Promotion)
+    compared, promoted = comparison_path(plan.run, plan.digest), promotion_path(plan.run, plan.digest)
+    comparison = read_record(storage, compared, RunComparison) or compare_run(storage, plan)
+    storage.put_new(compared, comparison.model_dump_json().encode())
+    promotion = read_record(storage, promoted, Promotion)
     if promotion is None and rule is not None:
         promotion = promote(plan, comparison, manifest.rows_rejected, rule)
-        storage.put_new(promotion_path(plan.run, plan.digest), promotion.model_dump_json().encode())
+        storage.put_new(promoted, promotion.model_dump_json().encode())
     return ComparedRun(comparison=comparison, promotion=promotion)
 
 

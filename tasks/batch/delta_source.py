@@ -56,9 +56,10 @@ def pin_delta(
         path = _path_below(str(action["path"]), storage.url)
         values = {name: action[f"partition.{name}"] for name in parted}
         by_path[path] = {name: _partition_text(name, value, path, kinds[name]) for name, value in values.items()}
+    schema = pa.schema(table.schema().to_arrow())
     types = {
         field.name: field.type
-        for field in pa.schema(table.schema().to_arrow())
+        for field in schema
         if field.name not in parted and (columns is None or field.name in columns)
     }
     sizes = {_path_below(str(action["path"]), storage.url): int(action["size_bytes"]) for action in actions}
@@ -68,7 +69,7 @@ def pin_delta(
         format="parquet",
         files=tuple(SourceFile(path=e.path, size=e.size, tag=e.tag, partitions=by_path[e.path]) for e in files),
         version=told,
-        empty_schema="" if files else pack_schema(pa.schema(table.schema().to_arrow())),
+        empty_schema="" if files else pack_schema(schema),
         types=pack_types(types),
     )
 

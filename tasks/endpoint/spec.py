@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, BeforeValidator, Field, JsonValue, model_validator
+from pydantic import AliasChoices, BeforeValidator, Field, JsonValue, TypeAdapter, model_validator
 
 from serving.errors import BadInput
 from serving.gateway.keys import ADMIN_KEY, KEY_LENGTH_MIN
@@ -217,6 +217,14 @@ Target = Annotated[
     AnyTarget,
     Field(discriminator="kind", description="The model server. Without: Triton on Linux x86-64, Ray Serve elsewhere."),
 ]
+
+
+def read_target(document: object) -> AnyTarget:
+    """Return the target that a document describes. Raises pydantic's ValidationError."""
+    adapter: TypeAdapter[AnyTarget] = TypeAdapter(Target)
+    return adapter.validate_python(document)
+
+
 InputColumns = Annotated[
     dict[str, tuple[str, ...]],
     Field(description="Which columns feed a tensor input, where the model does not say it."),

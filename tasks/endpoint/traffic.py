@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from serving.errors import BadInput, EndpointFailed, RolledBack
 from serving.gateway.client import GatewayClient
@@ -219,10 +219,7 @@ def complete_spec(spec: EndpointSpec, route: Route | None) -> EndpointSpec:
 def find_target(route: Route | None) -> AnyTarget:
     """Return the target that an endpoint was put online on, the one that a spec has without any where none is known."""
     kept = None if route is None else route.spec.get("target")
-    if kept is None:
-        return specs.default_target()
-    adapter: TypeAdapter[AnyTarget] = TypeAdapter(specs.Target)
-    return adapter.validate_python(kept)
+    return specs.default_target() if kept is None else specs.read_target(kept)
 
 
 def describe_callers(keys: Sequence[str]) -> str:
