@@ -229,7 +229,10 @@ def run_night(
         while not night.finished:
             elapsed = time.monotonic() - start
             with server_may_fail(logger, "next move"):
+                lost_before = len(night.losses)
                 night.observe(elapsed)
+                for number, when, why in night.losses[lost_before:]:
+                    logger.warning("After %s machine %s was lost: %s.", in_words(when), number, why)
                 for machine in () if night.finished else night.machines:
                     _move_machine(night, machine, elapsed, limit - elapsed, logger)
                 if buyer and not night.finished:

@@ -116,6 +116,8 @@ class Night:
     spot_wait_seconds: float = 0.0
     stays: list[MachineStay] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
+    # The machines that were lost: the number, when, and why.
+    losses: list[tuple[int, float, str]] = field(default_factory=list)
     samples: list[tuple[float, int]] = field(default_factory=list)
     # Seconds from sending the run until it went on, each time that it was measured.
     changeovers: list[float] = field(default_factory=list)
@@ -281,7 +283,7 @@ class Night:
             message = f"The batch run must end well, but failed: {status.message} Fix the cause, and call again."
             raise NightFailed(message)
         elif status.stage == "lost" or taken:
-            self._lose_machine(machine, now)
+            self._lose_machine(machine, now, f"worker {status.worker} is silent" if taken else "its flow run was lost")
         elif status.stage == "running":
             self._observe_progress(machine, now, rows_before)
 
@@ -297,7 +299,7 @@ class Night:
         too_many = max(len(self._find_machines(Placement.SPOT)) - len(self._live_workers), 0)
         waiting = [machine for machine in self._find_machines(Placement.SPOT) if machine.worker is None]
         for machine in waiting[::-1][:too_many]:
-            self._lose_machine(machine, now)
+            self._lose_machine(machine, now, "no worker is left to take its flow run up")
 
     def _find_machines(self, placement: Placement) -> list[Machine]:
         return [machine for machine in self.machines if machine.placement == placement]
@@ -309,9 +311,10 @@ class Night:
                 self.dispatcher.end(machine.flow_run_id, "The run is complete.", lost=False)
                 self._close_stay(machine, now, lost=False)
 
-    def _lose_machine(self, machine: Machine, now: float) -> None:
+    def _lose_machine(self, machine: Machine, now: float, why: str) -> None:
         assert machine.flow_run_id is not None, machine  # noqa: S101 - a machine that is not idle has a flow run
-        self.dispatcher.end(machine.flow_run_id, "Its machine is gone; the night goes on elsewhere.", lost=True)
+        self.losses.append((machine.number, now, why))
+        self.dispatcher.end(machine.flow_run_id, f"Its machine is gone, since {why}: the night goes on.", lost=True)
         self._close_stay(machine, now, lost=True)
         # Another one may be up, which has not been observed yet.
         machine.forget_spot()

@@ -45,17 +45,15 @@ def deployed(server: PrefectServer) -> PrefectServer:
 @contextmanager
 def keep_workers(server: PrefectServer, folder: Path) -> Generator[StartWorkers]:
     """Yield what starts workers of some names for a pool, at once; all are stopped at the end."""
-    environment = {
-        "MLFLOW_TRACKING_URI": os.environ["MLFLOW_TRACKING_URI"],
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        # A machine that is gone is seen to be after three.
-        "PREFECT_WORKER_HEARTBEAT_SECONDS": "2",
-    }
+    environment = {"MLFLOW_TRACKING_URI": os.environ["MLFLOW_TRACKING_URI"], "MLFLOW_DISABLE_TELEMETRY": "true"}
     with ExitStack() as stack:
 
-        def start(pool: str, *names: str) -> list[PrefectWorker]:
+        def start(pool: str, *names: str, heartbeat_seconds: float = 10) -> list[PrefectWorker]:
+            # A worker that is silent for three heartbeats is taken for gone: a busy machine keeps one waiting for some.
+            given = environment | {"PREFECT_WORKER_HEARTBEAT_SECONDS": str(heartbeat_seconds)}
+
             def one(name: str) -> PrefectWorker:
-                return prefect_worker(server, pool, folder / name, environment=environment)
+                return prefect_worker(server, pool, folder / name, environment=given)
 
             with keep_running(), ThreadPoolExecutor() as threads:
                 return [stack.enter_context(worker) for worker in threads.map(one, names)]

@@ -57,7 +57,7 @@ def start_machines(away: AwsServer, deployed: PrefectServer, groups: dict[str, s
     environment = {
         "MLFLOW_TRACKING_URI": os.environ["MLFLOW_TRACKING_URI"],
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        "PREFECT_WORKER_HEARTBEAT_SECONDS": "2",
+        "PREFECT_WORKER_HEARTBEAT_SECONDS": "10",
     }
 
     def follow() -> None:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -517,6 +518,9 @@ def test_a_graph_goes_online_changes_one_step_sleeps_and_is_retired(
     assert (first.version,) == second.removed
     assert [] == list(triton.repository.glob(f"graph.v{first.version}*"))
     eventually(lambda: not loaded(triton, f"graph.v{second.version}.2"))
+    # A request waits a minute for the models of three steps. Where that is too short, it is told to come again.
+    waits = HTTPStatus.SERVICE_UNAVAILABLE
+    eventually(lambda: ask_graph(gateway, changed, raw_rows(7)).status_code, lambda code: code != waits, seconds=600)
     check_graph(gateway, changed)
 
     assert (second.version,) == retire_endpoint("graph", target(triton), gateway.url)

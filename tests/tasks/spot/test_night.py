@@ -43,12 +43,14 @@ def test_nothing_is_known_before_the_first_rows_and_then_it_is_measured(night: N
 def test_a_spot_machine_that_is_gone_is_counted_as_lost(night: Night, market: Market) -> None:
     night.observe(0)
     night.move(night.machines[0], Placement.SPOT, 0, "cheap")
+    market.names = {0: "a"}
     night.observe(5)
     market.living_names = frozenset()
     night.observe(12)
 
     assert night.machines[0].placement == Placement.IDLE
     assert [MachineStay(kind="spot", start=0, stop=12, lost=True)] == night.stays
+    assert [(1, 12, "worker a is silent")] == night.losses
     assert [True] == [lost for _, lost in market.drained]
     assert (night.is_spot_up(night.machines[0]), night.machines[0].spell_seconds) == (False, 0)
 
