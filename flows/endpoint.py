@@ -136,7 +136,7 @@ def retire_endpoint(
         versions = remove_endpoint(client, host or make_host(find_target(route)), name)
     if state or versions:
         emit_endpoint_retired(name, versions)
-    logger.info("%s is retired: %s.", name, f"took down {', '.join(versions)}" if versions else "there was none")
+    logger.info("%s is retired: %s.", name, f"no longer serves {', '.join(versions)}" if versions else "there was none")
     return versions
 
 

@@ -200,7 +200,9 @@ def retire(
     if as_json:
         print_json({"name": name, "versions": list(versions)})
     else:
-        print_text(f"{name} is retired: " + (f"took down {', '.join(versions)}" if versions else "there was none"))
+        print_text(
+            f"{name} is retired: " + (f"no longer serves {', '.join(versions)}" if versions else "there was none")
+        )
 
 
 def _read_target(target: str | None) -> AnyTarget | None:

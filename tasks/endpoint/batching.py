@@ -62,13 +62,14 @@ def describe_batching(batching: BatchingConfig) -> str:
 def resolve_batching(spec: EndpointSpec, loaded: Loaded) -> Iterator[BatchingChoice]:
     """Yield the batchings of a spec, in the order in which to try them.
 
-    Explicit batching is the only one. Without it and without a budget, each request is passed alone.
+    Explicit batching is the only one. Without it and without a budget, each request is passed alone; what a server that
+    others run does with requests is not known here.
 
     For a budget, the setting that was verified before comes first, where this version was served for the same budget
     and replicas on a machine of this kind. For the others the model is measured here, for about a second. Raises
     LatencyImpossible where no batching keeps the budget.
     """
-    if spec.budget is None or spec.batching is not None:
+    if spec.budget is None or spec.batching is not None or not spec.target.deploys:
         yield BatchingChoice(batching=spec.batching or BatchingConfig())
         return
     settings = read_settings(loaded.settings_name(spec.name), loaded.sources[-1].tags)

@@ -121,14 +121,15 @@ class Change:
 
     def _raise_with_outcome(self, error: EndpointFailed) -> NoReturn:
         before = list_serving_versions(self.current_route)
+        outcome = "The release is taken down" if self.spec.target.deploys else "The release gets no traffic"
         if self.release.version in before:
             words = f"Version {self.release.version} serves on as it did before."
         elif self.release.version in list_used_versions(self.current_route):
             words = f"Version {self.release.version} is a shadow as before, and version {', '.join(before)} serves on."
         elif before:
-            words = f"The release is taken down, and version {', '.join(before)} serves on."
+            words = f"{outcome}, and version {', '.join(before)} serves on."
         else:
-            words = "The release is taken down; nothing served before it."
+            words = f"{outcome}; nothing served before it."
         message = f"{error} {words}"
         raise type(error)(message) from error
 
@@ -159,7 +160,7 @@ class Change:
             self.gateway.put(self.spec.name, route)
 
     def remove_idle_versions(self, address: Address) -> tuple[str, ...]:
-        """Take down the versions that have no traffic any more, and return them. A failure is logged."""
+        """Take away the versions that have no traffic any more, and return them. A failure is logged."""
         status = self.gateway.get(self.spec.name)
         idle = list_idle_versions(status.route) if status else ()
         if status is None or not idle:
@@ -179,6 +180,9 @@ class Change:
 
     def _remove_version(self, route: Route, version: str, address: Address) -> bool:
         other = find_address(route, version)
+        if not self.spec.target.deploys:
+            self.logger.info("Version %s gets no traffic any more, and stays at %s.", version, other and other.url)
+            return True
         if other is None or not _is_same_host(other, address):
             where = other.url if other else "nowhere"
             self.logger.warning("Version %s is on another target, at %s: take it down there.", version, where)

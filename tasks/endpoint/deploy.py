@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
@@ -35,25 +35,17 @@ def make_host(target: AnyTarget, keep_warm_seconds: float | None = None) -> Host
     `keep_warm_seconds` is for a target that scales to zero by itself. No server is asked. Raises BadInput where a
     package that the target needs is missing.
     """
-    match target:
-        case specs.Triton():
-            return _make_triton_host(target)
-        case specs.RayServe():
-            return _make_ray_serve_host(target, keep_warm_seconds)
-        case specs.BentoML() | specs.KServe() | specs.Seldon():
-            return _make_folder_host(target)
-        case _:
-            assert_never(target)
+    return _HOSTS[type(target)](target, keep_warm_seconds)
 
 
-def _make_triton_host(target: specs.Triton) -> Host:
+def _make_triton_host(target: specs.Triton, _keep_warm_seconds: float | None) -> Host:
     triton = import_extra("serving.targets.triton", "serve")
     host: Host = triton.TritonHost(repository=Path(target.repository), url=target.url, grpc=target.grpc)
     return host
 
 
 def _make_ray_serve_host(target: specs.RayServe, keep_warm_seconds: float | None) -> Host:
-    from serving.targets.ray_serve import RayServe, RayServeHost  # noqa: PLC0415 - an endpoint needs one target of five
+    from serving.targets.ray_serve import RayServe, RayServeHost  # noqa: PLC0415 - an endpoint needs one target of several
 
     token = read_secret(target.token_secret) if target.token_secret else read_variable(_RAY_TOKEN)
     ray_serve = RayServe(folder=target.folder)
@@ -68,10 +60,29 @@ def _make_ray_serve_host(target: specs.RayServe, keep_warm_seconds: float | None
     )
 
 
-def _make_folder_host(target: specs.BentoML | specs.KServe | specs.Seldon) -> FolderHost:
+def _make_external_host(target: specs.External, _keep_warm_seconds: float | None) -> Host:
+    from serving.targets.external import ExternalHost  # noqa: PLC0415 - the same
+
+    return ExternalHost(url=target.url, model=target.model, version=target.version)
+
+
+def _make_folder_host(
+    target: specs.BentoML | specs.KServe | specs.Seldon, _keep_warm_seconds: float | None = None
+) -> FolderHost:
     from serving.targets.folder import FolderHost  # noqa: PLC0415 - the same
 
     return FolderHost(folder=Path(target.folder), target=_make_folder_target(target))
+
+
+# A line for each target: what makes its host, of the target and of the seconds that it is kept warm.
+_HOSTS: Mapping[type[AnyTarget], Callable[[Any, float | None], Host]] = {
+    specs.Triton: _make_triton_host,
+    specs.RayServe: _make_ray_serve_host,
+    specs.BentoML: _make_folder_host,
+    specs.KServe: _make_folder_host,
+    specs.Seldon: _make_folder_host,
+    specs.External: _make_external_host,
+}
 
 
 def _make_folder_target(target: specs.BentoML | specs.KServe | specs.Seldon) -> ClusterTarget:
@@ -129,7 +140,7 @@ def write_graph_manifests(spec: EndpointSpec, folder: Path) -> Path:
 
     The cluster finds the files below the target's storage_uri. Nothing is deployed. Raises BadInput for another target.
     """
-    from serving.targets.folder import write_folder  # noqa: PLC0415 - an endpoint needs one target of five
+    from serving.targets.folder import write_folder  # noqa: PLC0415 - an endpoint needs one target of several
     from serving.targets.seldon import Seldon  # noqa: PLC0415 - the same
 
     if not isinstance(spec.target, specs.Seldon) or not spec.graph_steps:

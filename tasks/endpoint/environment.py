@@ -13,7 +13,7 @@ from serving.errors import EndpointFailed
 from serving.model.environment_choice import MadeEnvironment, choose_model_environment
 from serving.model.registry import Resolved
 from serving.model.requirements import RequirementCheck, list_unmet, read_model_environment
-from tasks.endpoint.spec import BentoML, EndpointSpec, KServe, Seldon, find_environment_obstacle
+from tasks.endpoint.spec import BentoML, EndpointSpec, KServe, Seldon
 
 _CHECKS = TypeAdapter(list[RequirementCheck])
 _CHECK_SECONDS_MAX = 120.0
@@ -41,7 +41,7 @@ def choose_endpoint_environment(spec: EndpointSpec, resolved: Resolved) -> MadeE
         spec.environment,
         spec.packages,
         unmet=_list_unmet(spec, resolved) if is_open else (),
-        obstacle=find_environment_obstacle(spec.target),
+        obstacle=spec.target.environment_obstacle,
     )
 
 
@@ -54,7 +54,7 @@ def _list_unmet(spec: EndpointSpec, resolved: Resolved) -> list[RequirementCheck
 
 def _find_server_python(spec: EndpointSpec) -> Path | None:
     """Return the interpreter of the model server, None where it is that of an image or has a bare name."""
-    if not isinstance(spec.target, BentoML | KServe | Seldon) or find_environment_obstacle(spec.target) is not None:
+    if not isinstance(spec.target, BentoML | KServe | Seldon) or spec.target.environment_obstacle is not None:
         return None
     python = Path(spec.target.python)
     return python.absolute() if len(python.parts) > 1 and python.exists() else None

@@ -39,7 +39,7 @@ class Endpoint(Frozen):
     server: str = Field(description="Where the model server itself answers.")
     rollout: str = Field(description="The outcome of shifting traffic to it, in words.")
     callers: str = Field(description="Who may call it, in a sentence.")
-    removed: tuple[str, ...] = Field(default=(), description="Earlier versions that were taken down.")
+    removed: tuple[str, ...] = Field(default=(), description="Earlier versions that no longer serve.")
     chosen: BatchingChoice = Field(description="The batching, and what it was chosen by.")
     budget: Budget | None = Field(default=None, description="The budget that it is held against.")
     keep_warm_seconds: float | None = Field(default=None, description="Seconds until it is unloaded; null: never.")
@@ -67,8 +67,8 @@ class Endpoint(Frozen):
             "asked at": self.url,
             "traffic": self.rollout,
             "callers": self.callers,
-            **({"taken down": ", ".join(f"version {each}" for each in self.removed)} if self.removed else {}),
-            "batching": self.chosen.describe(),
+            **({"no longer served": ", ".join(f"version {each}" for each in self.removed)} if self.removed else {}),
+            "batching": "by those who run the server" if self.target == "external" else self.chosen.describe(),
             **(_describe_passes(self.chosen.cost) if self.chosen.cost else {}),
             **(_describe_setting(self.chosen.setting) if self.chosen.setting else {}),
             **(_describe_budget(self.budget, self.checked) if self.budget else {}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import AliasChoices, BeforeValidator, Field, JsonValue, TypeAdapter, model_validator
 
@@ -24,11 +24,27 @@ URL = r"^https?://[^\s@]+$"
 GATEWAY = "http://127.0.0.1:8080"
 
 
-class Triton(Frozen):
+class _TargetSpec(Frozen):
+    """What the model servers differ in, beside their fields."""
+
+    chains_models: ClassVar[bool] = False
+    unloads_models: ClassVar[bool] = False
+    # Whether a release is put on the server, and taken down there.
+    deploys: ClassVar[bool] = True
+
+    @property
+    def environment_obstacle(self) -> str | None:
+        """Why a model can't run in an environment of its own on this server, None where it can."""
+        return None
+
+
+class Triton(_TargetSpec):
     """NVIDIA Triton, which loads and unloads models of a repository on request (--model-control-mode=explicit).
 
     It runs the least replicas, unless `python -m serving.targets.triton_autoscale` runs beside it.
     """
+
+    chains_models = unloads_models = True
 
     kind: Literal["triton"] = Field(default="triton", description="Tells this target from others.")
     repository: str = Field(
@@ -43,9 +59,16 @@ class Triton(Frozen):
         description="Its gRPC port, HOST:PORT. Models are loaded through it, which delays no other request.",
     )
 
+    @property
+    def environment_obstacle(self) -> str | None:
+        """Its backend is one process."""
+        return "Triton's backend runs the model in its own process"
 
-class RayServe(Frozen):
+
+class RayServe(_TargetSpec):
     """Ray Serve on a running Ray cluster."""
+
+    chains_models = unloads_models = True
 
     kind: Literal["ray-serve"] = Field(default="ray-serve", description="Tells this target from others.")
     dashboard: str = Field(
@@ -64,7 +87,7 @@ class RayServe(Frozen):
     )
 
 
-class FolderTarget(Frozen):
+class FolderTarget(_TargetSpec):
     """A folder that a controller watches: it starts and stops a server for each release that lies in it."""
 
     folder: str = Field(min_length=1, description="The folder, of this machine or one that both have mounted.")
@@ -72,6 +95,11 @@ class FolderTarget(Frozen):
         default=None,
         description="A Kubernetes cluster to render the rollout for too, in FOLDER/NAME/kubernetes/rollout.yaml.",
     )
+
+    @property
+    def environment_obstacle(self) -> str | None:
+        """Pods have an image."""
+        return "the pods of a cluster run the model with the packages of their image" if self.cluster else None
 
 
 class BentoML(FolderTarget):
@@ -97,6 +125,8 @@ class KServe(FolderTarget):
 class Seldon(FolderTarget):
     """Seldon's MLServer, by Seldon Core manifests and settings in a folder that a controller watches."""
 
+    chains_models = True
+
     kind: Literal["seldon"] = Field(default="seldon", description="Tells this target from others.")
     python: str = Field(
         min_length=1,
@@ -104,7 +134,27 @@ class Seldon(FolderTarget):
     )
 
 
-AnyTarget = Triton | RayServe | BentoML | KServe | Seldon
+class External(_TargetSpec):
+    """A model that others serve by the Open Inference Protocol: it is asked, and never deployed nor taken down."""
+
+    deploys = False
+
+    kind: Literal["external"] = Field(default="external", description="Tells this target from others.")
+    url: str = Field(pattern=URL, description="The base URL of its server, below which /v2 is.")
+    model: str | None = Field(
+        default=None, min_length=1, description="The model's name on the server. Without: the endpoint's name."
+    )
+    version: str | None = Field(
+        default=None, min_length=1, description="Its version there. Without: the one that the server answers by."
+    )
+
+    @property
+    def environment_obstacle(self) -> str | None:
+        """It runs already."""
+        return "others run the model's server"
+
+
+AnyTarget = Triton | RayServe | BentoML | KServe | Seldon | External
 
 
 def default_target() -> AnyTarget:
@@ -361,12 +411,12 @@ class EndpointSpec(Frozen):
                 "what more of them do as fewer models."
             )
             raise ValueError(message)
-        if not isinstance(self.target, Triton | RayServe | Seldon):
+        if not self.target.chains_models:
             message = (
-                f"{field} must be served by triton, ray-serve or seldon, got {self.target.kind}, which chains no "
+                f"{field} must be served by {_list_kinds('chains_models')}, got {self.target.kind}, which chains no "
                 "models. Choose one of those targets, or log what the models do together as one model."
             )
-            raise ValueError(message)  # noqa: TRY004 - pydantic reports this kind
+            raise ValueError(message)
         if self.params:
             message = (
                 f"params must be those of a step beside {field}, got {sorted(self.params)} for all. Move them there."
@@ -375,7 +425,7 @@ class EndpointSpec(Frozen):
 
     @model_validator(mode="after")
     def _validate_environment(self) -> Self:
-        if self.environment == "model" and (obstacle := find_environment_obstacle(self.target)):
+        if self.environment == "model" and (obstacle := self.target.environment_obstacle):
             message = (
                 f"{give_option('environment', 'model')} must have a target that runs a model in an environment of its "
                 f"own, got {self.target.kind}: {obstacle}. Choose ray-serve, or bentoml, kserve or seldon without a "
@@ -403,19 +453,28 @@ class EndpointSpec(Frozen):
         if self.keep_warm == "auto" and self.budget is None:
             message = "keep_warm can be auto only beside a budget, which says how late an answer may be, got none."
             raise ValueError(message)
-        if self.keep_warm is not None and not isinstance(self.target, Triton | RayServe):
-            message = f"keep_warm must be left out on {self.target.kind}: only triton and ray-serve unload models."
+        if self.keep_warm is not None and not self.target.unloads_models:
+            able = _list_kinds("unloads_models")
+            message = f"keep_warm must be left out on {self.target.kind}, which unloads no models as {able} do."
+            raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _validate_deployed(self) -> Self:
+        given = [name for name in ("batching", "scaling") if getattr(self, name) not in (None, Scaling())]
+        if given and not self.target.deploys:
+            message = (
+                f"{' and '.join(given)} must be left out on {self.target.kind}, whose server others run, got one. A "
+                "budget is held against that server as it is."
+            )
             raise ValueError(message)
         return self
 
 
-def find_environment_obstacle(target: AnyTarget) -> str | None:
-    """Return why a model can't run in an environment of its own on a target, None where it can."""
-    if isinstance(target, Triton):
-        return "Triton's backend runs the model in its own process"
-    if isinstance(target, FolderTarget) and target.cluster is not None:
-        return "the pods of a cluster run the model with the packages of their image"
-    return None
+def _list_kinds(quality: str) -> str:
+    """Return the names of the targets that have a quality, in words."""
+    *first, last = [each.model_fields["kind"].default for each in get_args(AnyTarget) if getattr(each, quality)]
+    return f"{', '.join(first)} or {last}"
 
 
 def read_keys(access: Access) -> dict[str, str]:

@@ -24,7 +24,7 @@ from serving.gateway.client import GatewayClient
 from serving.model.registry import resolve_model
 from serving.protocol.oip import encode_request
 from tasks.common.events import ENDPOINT_CHANGED
-from tasks.endpoint.spec import Canary, EndpointSpec, RayServe, Shadow, Triton
+from tasks.endpoint.spec import Canary, EndpointSpec, External, RayServe, Shadow, Triton
 from tests.eventually import eventually
 from tests.graphs import PutGraph, graph_of, raw_rows, register_chain, register_prep, register_step, tensor
 from tests.prefect_events import find_events
@@ -465,6 +465,41 @@ def test_a_retired_endpoint_is_gone_and_retiring_it_again_is_no_error(
     assert [] == loaded(triton, "churn")
     assert 404 == score(gateway, "churn", np.ones((1, 3)), churn.now)["status"]
     assert () == retire_endpoint("churn", target(triton), gateway.url)
+
+
+@pytest.mark.machines
+def test_a_model_that_others_serve_is_verified_gets_its_traffic_and_stays_where_it_is(
+    triton: TritonServer,
+    gateway: GatewayServer,
+    client: GatewayClient,
+    versions: dict[str, str],
+    network: str,
+    put: Put,
+) -> None:
+    from flows.endpoint import retire_endpoint
+
+    def serve_elsewhere(name: str, model: str) -> External:
+        put(name, model)
+        state = client.get(name)
+        assert state is not None
+        (served,) = state.route.versions
+        return External(url=triton.url, model=served.upstream_model, version=served.upstream_version)
+
+    one, other = serve_elsewhere("team-1", versions["first"]), serve_elsewhere("team-2", versions["second"])
+    before = httpx.post(f"{triton.url}/v2/repository/index").json()
+    budget = {"latency_ms": 2000, "rate": 20, "callers": 8}
+    first = put("bought", versions["first"], target=one, budget=budget, measure_seconds=0.5)
+    second = put("bought", versions["second"], target=other)
+
+    assert first.checked is not None
+    assert (first.version,) == second.removed
+    assert 200 == score(gateway, "bought", np.ones((2, 3)), versions["second"])["status"]
+    with pytest.raises(VerifyFailed, match=rf"The release gets no traffic, and version {second.version} serves on"):
+        put("bought", network, target=other)
+
+    assert (second.version,) == retire_endpoint("bought", None, gateway.url)
+    assert client.get("bought") is None
+    assert before == httpx.post(f"{triton.url}/v2/repository/index").json()
 
 
 @pytest.fixture(scope="module")

@@ -125,7 +125,7 @@ def test_an_endpoint_is_put_online_asked_and_retired(
     url = f"{gateway.url}/v2/models/churn/infer"
     with_key, anyone = "Callers need the key CHURN_KEY.", "Anyone who reaches the gateway may call it, without a key."
     assert [(url, with_key, 401), (url, with_key, 401), (url, anyone, 200)] == seen
-    assert "churn is retired: took down" in retired.stdout
+    assert "churn is retired: no longer serves" in retired.stdout
     assert {"name": "churn", "versions": []} == json.loads(again.stdout)
 
 

@@ -15,6 +15,7 @@ from tasks.endpoint.spec import (
     Budget,
     Canary,
     EndpointSpec,
+    External,
     KServe,
     RayServe,
     Seldon,
@@ -28,6 +29,7 @@ from tasks.endpoint.spec import (
 from tests.tasks.endpoint.values import spec
 
 OWN = (BentoML, KServe, Seldon)
+EXTERNAL = {"kind": "external", "url": "http://127.0.0.1:8000"}
 
 
 def test_the_default_target_is_triton_where_its_binaries_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +44,8 @@ def test_the_default_target_is_triton_where_its_binaries_run(monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    "target", [Triton(), RayServe(), BentoML(folder="f", python="p"), KServe(folder="f", python="p")]
+    "target",
+    [Triton(), RayServe(), BentoML(folder="f", python="p"), KServe(folder="f", python="p"), External(url="http://a")],
 )
 def test_a_target_comes_back_from_json_by_its_kind(target: BaseModel) -> None:
     found = EndpointSpec.model_validate_json(spec(target=target).model_dump_json())
@@ -62,7 +65,7 @@ def test_a_spec_of_0_1_is_read_under_its_field_name_of_then() -> None:
         ({"keep_warm": 0.1}, "from 1 second to a week, got 0.1"),
         (
             {"keep_warm": 60, "target": {"kind": "bentoml", "folder": "f", "python": "p"}},
-            "only triton and ray-serve unload models",
+            "left out on bentoml, which unloads no models as triton or ray-serve do",
         ),
         ({"keep_warm": "sometimes"}, "keep_warm"),
         ({"target": {"kind": "torchserve"}}, "torchserve"),
@@ -71,6 +74,12 @@ def test_a_spec_of_0_1_is_read_under_its_field_name_of_then() -> None:
         ({"rollout": {"kind": "canary", "percent": 90}}, "percent"),
         ({"rollout": {"kind": "canary", "percents": 9}}, "percents"),
         ({"scaling": {"replicas_max": 0}}, "replicas_max"),
+        (
+            {"batching": {"batch_size_max": 4}, "scaling": {"replicas_max": 2}, "target": EXTERNAL},
+            "batching and scaling must be left out on external, whose server others run",
+        ),
+        ({"keep_warm": 60, "target": EXTERNAL}, "left out on external"),
+        ({"environment": "model", "target": EXTERNAL}, "got external: others run the model's server"),
         ({"access": {"keys": ["a-secret"]}}, "keys"),
         ({"access": {"environment": ["A_KEY"], "anyone": True}}, "by keys or for anyone, got both: A_KEY"),
         ({"budget": {"latency_ms": 0, "rate": 9}}, "latency_ms"),
