@@ -301,7 +301,7 @@ $(TOOLS)/.installed: infra/docker/sbom.txt
 
 # What the image installs, with hashes, from pyproject.toml and constraints.txt. Hashes of torch-cpu.txt are PyTorch's:
 # its index of CPU wheels lists them, and no resolver sees that index here.
-IMAGE_EXTRAS := delta environments iceberg openlineage serve stream
+IMAGE_EXTRAS := delta environments iceberg openlineage serve stream torch
 COMPILE := $(TOOLS)/bin/uv pip compile --quiet --constraints constraints.txt --generate-hashes --universal \
   --python-version 3.11 --no-header --no-annotate --no-emit-index-url
 lock: $(TOOLS)/.installed

@@ -14,6 +14,7 @@ _PACKAGES = {
     "iceberg": ("duckdb", "pyiceberg", "sqlalchemy"),
     "serve": ("aiohttp", "fastapi", "fastapi_offline", "grpc", "httptools", "prometheus_client", "uvicorn"),
     "stream": ("confluent_kafka", "nats", "prometheus_client"),
+    "torch": ("torch",),
 }
 
 

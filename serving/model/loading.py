@@ -16,6 +16,7 @@ import numpy.typing as npt
 from mlflow.models import Model as MLmodel
 
 from serving.errors import ModelUnfit, OvernightError
+from serving.extras import import_extra
 from serving.machine import pause_garbage_collection, set_variable
 from serving.model.contract import Contract
 from serving.model.encoding import BatchUnit, Encoded
@@ -57,7 +58,10 @@ def load_model(
     Raises:
         ModelUnfit: The model is pickled and `allow_pickle` is not set, since unpickling runs any code in the file; or a
             file changed between hashing and loading; or the model does not load here.
+        BadInput: It needs torch, which is not installed.
     """
+    if resolved.is_torch or resolved.is_text:
+        import_extra("torch", "torch")
     with _load_lock:
         files = resolved.files or _hash_files(resolved)
         if processes and not resolved.is_torch and not resolved.is_text:

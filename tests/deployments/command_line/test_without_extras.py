@@ -19,7 +19,7 @@ from tests.support import write_customers
 EXTRAS = (
     *("aiohttp", "fastapi_offline", "grpc", "httptools", "uvloop"),
     *("confluent_kafka", "nats"),
-    *("deltalake", "duckdb", "pyiceberg", "openlineage", "prefect_ray", "ray"),
+    *("deltalake", "duckdb", "pyiceberg", "openlineage", "prefect_ray", "ray", "torch"),
 )
 COMMAND = ("-m", "deployments.command_line")
 INSTALL = "Run: pip install 'overnight[serve]'"
@@ -31,7 +31,7 @@ from deployments.command_line import app
 from deployments.mlflow_target import OvernightDeploymentClient, run_local
 from typer.testing import CliRunner
 
-model, customers, scores, plot, gateway = sys.argv[1:]
+model, network, customers, scores, plot, gateway = sys.argv[1:]
 # Every flow and every type of a parameter is there, so that `overnight deploy` can deploy them all.
 names = {name: getattr(flows, name) for name in flows.__all__}
 options = flows.BatchOptions(key_columns=("customer",), batch_size=512, slots=1)
@@ -69,6 +69,7 @@ refusals = {
     "measured on Triton": refusal(lambda: flows.choose_mode(workload, profile_options=on_triton, plot_file=plot)),
     "mlflow create": refusal(lambda: client.create_deployment("churn", model, config={"target": target})),
     "mlflow run-local": refusal(lambda: run_local("churn", model)),
+    "batch_inference": refusal(lambda: flows.batch_inference(network, customers, scores + "-network", options)),
     "stream_inference": refusal(
         lambda: flows.stream_inference(
             model,
@@ -97,12 +98,12 @@ def run(environment: Mapping[str, str], arguments: Sequence[str]) -> subprocess.
 
 @pytest.mark.machines
 def test_batch_runs_and_decisions_need_no_extra_and_each_flow_that_does_names_it(
-    server: PrefectServer, doubling: str, without_extras: dict[str, str], tmp_path: Path
+    server: PrefectServer, doubling: str, linear: str, without_extras: dict[str, str], tmp_path: Path
 ) -> None:
     customers = write_customers(tmp_path / "customers", rows=2000, files=1, rows_per_group=1000)
     with gateway_server(tmp_path / "gateway") as gateway:
         environment = {**without_extras, "OVERNIGHT_ADMIN_KEY": gateway.admin_key, "OVERNIGHT_GATEWAY": gateway.url}
-        arguments = ("-c", CALLS, doubling, str(customers), str(tmp_path / "scores"), str(tmp_path / "a.png"))
+        arguments = ("-c", CALLS, doubling, linear, str(customers), str(tmp_path / "scores"), str(tmp_path / "a.png"))
         done = run(environment, [*arguments, gateway.url])
 
     assert 0 == done.returncode, done.stderr
@@ -115,6 +116,8 @@ def test_batch_runs_and_decisions_need_no_extra_and_each_flow_that_does_names_it
         "measured on Triton": f"BadInput: {no_grpc}",
         "mlflow create": f"MlflowException: {no_grpc}",
         "mlflow run-local": f"MlflowException: {no_grpc.replace('grpc', 'fastapi_offline')}",
+        "batch_inference": "BadInput: This call must find the package torch, got none. "
+        "Run: pip install 'overnight[torch]'",
         "stream_inference": "BadInput: This call must find the package nats, got none. "
         "Run: pip install 'overnight[stream]'",
     } == found["refusals"]
