@@ -58,7 +58,7 @@ test: lint $(STAMP)
 VALUE_GROUPS := test-batch test-rest test-tasks
 SERVER_GROUPS := test-flows test-serving test-endpoints
 
-VALUES := -m "not machines and (not servers or whole)" --
+VALUES := -m "not machines and (not servers or whole)" --durations=20 --
 
 test-batch: $(STAMP)
 	$(TESTS) batch $(VALUES) tests/tasks/batch tests/simulation
@@ -84,7 +84,7 @@ test-servers: $(STAMP)
 test-side-by-side: $(STAMP)
 	@$(MAKE) -k -j 3 --output-sync=target types $(SERVER_GROUPS) $(VALUE_GROUPS)
 
-SERVERS := -m "servers and not machines and not whole" --
+SERVERS := -m "servers and not machines and not whole" --durations=30 --
 KILLS := $(wildcard tests/flows/test_*kills.py) tests/flows/test_stream_kafka.py
 ENDPOINTS := $(wildcard tests/flows/test_endpoint*.py) tests/tasks/endpoint
 
@@ -103,7 +103,7 @@ test-machines: $(STAMP)
 	@$(MAKE) -j 3 --output-sync=target test-targets test-workers test-deployments
 	@$(MAKE) test-nights
 
-MACHINES := -m machines --timeout 1200 --durations=10 --
+MACHINES := -m machines --timeout 1200 --durations=30 --
 IMAGE := tests/infra/test_docker.py
 NIGHTS := tests/deployments/test_nightly.py
 # The files that have such tests: to import all others takes a group half a minute.

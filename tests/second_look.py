@@ -11,6 +11,7 @@ the simulation have no second look: they use no clock, so a seed that fails once
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -28,9 +29,10 @@ _WITHOUT_SECOND_LOOK = "tests/simulation/"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupRecord:
-    """How a group of tests ended: in seconds, and by name the tests that failed once, and those that failed for good.
+    """How a group of tests ended: by name the tests that failed once, and those that failed for good.
 
-    `problem` says what ended the group where that was no failed test.
+    `seconds` are those of the clock, `processor_seconds` those of its processes that have ended. `problem` says what
+    ended the group where that was no failed test.
     """
 
     group: str
@@ -38,6 +40,7 @@ class GroupRecord:
     unstable: list[str]
     failed: list[str]
     problem: str = ""
+    processor_seconds: float = 0.0
 
 
 def run_group(group: str, options: Sequence[str], paths: Sequence[str]) -> GroupRecord:
@@ -64,6 +67,7 @@ def run_group(group: str, options: Sequence[str], paths: Sequence[str]) -> Group
         unstable=unstable,
         failed=[test for test in failed or [] if test not in unstable],
         problem=problem,
+        processor_seconds=_count_processor_seconds(),
     )
     (RECORDS / f"{group}.json").write_text(json.dumps(asdict(record), indent=1))
     return record
@@ -88,8 +92,11 @@ def find_problem(code: int, failed: Sequence[str] | None) -> str:
 def summarize(records: Sequence[GroupRecord]) -> tuple[str, bool]:
     """Return what is said of all groups at the end, and whether they pass."""
     unstable = [test for record in records for test in record.unstable]
-    lines = ["", "seconds  unstable  failed  group"]
-    lines += [f"{each.seconds:7.0f}{len(each.unstable):10}{len(each.failed):8}  {each.group}" for each in records]
+    lines = ["", "seconds  of processor  unstable  failed  group"]
+    lines += [
+        f"{each.seconds:7.0f}{each.processor_seconds:14.0f}{len(each.unstable):10}{len(each.failed):8}  {each.group}"
+        for each in records
+    ]
     for record in records:
         lines += [f"{record.group}: {record.problem}."] if record.problem else []
         lines += [f"FAILED {test}" for test in record.failed]
@@ -124,6 +131,11 @@ def _run_pytest(arguments: Sequence[str]) -> int:
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "tests.second_look", *arguments], check=False
     ).returncode
+
+
+def _count_processor_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return round(used.ru_utime + used.ru_stime, 1)
 
 
 def _passes_alone(test: str, options: Sequence[str]) -> bool:
