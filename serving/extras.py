@@ -9,6 +9,7 @@ from serving.errors import BadInput
 
 # Modules of the extras, by which a missing one is told from an error inside of a module that is there.
 _PACKAGES = {
+    "avro": ("fastavro",),
     "delta": ("deltalake", "duckdb"),
     "environments": ("uv",),
     "iceberg": ("duckdb", "pyiceberg", "sqlalchemy"),

@@ -1,4 +1,4 @@
-"""CSV, JSON lines and Arrow IPC as tables, read from front to back in blocks.
+"""CSV, JSON lines, Arrow IPC and Avro as tables, read from front to back in blocks.
 
 Values of text formats stay text: the contract parses them, and a value that does not parse rejects its row. Text may be
 compressed: it is decompressed as it is read, block by block, so that memory is bounded whatever it comes to.
@@ -7,7 +7,7 @@ compressed: it is decompressed as it is read, block by block, so that memory is 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -20,6 +20,7 @@ import pyarrow.ipc
 
 from serving.errors import SchemaMismatch, SourceCorrupt, SourceFormat
 from serving.option_words import give_option
+from tasks.batch.avro import read_avro
 from tasks.batch.json_lines import NotJsonLines, find_fields, parse_lines
 from tasks.batch.options import CsvOptions
 
@@ -39,11 +40,13 @@ _FORMATS = {
     ".feather": "arrow",
     ".ipc": "arrow",
     ".arrows": "arrow",
+    ".avro": "avro",
     ".csv": "csv",
     ".tsv": "csv",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
 }
+_TEXT = ("csv", "jsonl")
 _DELIMITERS = ";\t|"
 
 
@@ -51,7 +54,7 @@ def find_format(path: str) -> str | None:
     """Return the format of a file by its name, None for another; only text is read where it is compressed."""
     suffix, compression = _split_suffixes(path)
     found = _FORMATS.get(suffix)
-    return found if compression is None or found in ("csv", "jsonl") else None
+    return found if compression is None or found in _TEXT else None
 
 
 def list_suffixes() -> list[str]:
@@ -90,12 +93,9 @@ def read_tables(
     """
     if not raw.stat().st_size:
         return []
-    if kind == "arrow":
-        return _read_arrow(raw, where)
-    _check_uncompressed(raw, where)
-    if kind == "csv":
-        return _read_csv(raw, wanted, where, csv)
-    return _read_jsonl(raw, wanted, where)
+    if kind in _TEXT:
+        _check_uncompressed(raw, where)
+    return _READERS[kind](raw, wanted, where, csv)
 
 
 def _check_uncompressed(raw: Path, where: str) -> None:
@@ -275,6 +275,14 @@ def _note_found(frame: pl.DataFrame, block: bytes, wanted: RequestedColumns) -> 
     missing = [name for name in wanted.names if name not in wanted.found]
     filled = {name for name in missing if frame[name].null_count() < frame.height}
     wanted.found.update(filled, find_fields(block, [name for name in missing if name not in filled]))
+
+
+_READERS: dict[str, Callable[[Path, RequestedColumns, str, CsvOptions], Iterable[pa.Table]]] = {
+    "arrow": lambda raw, _wanted, where, _csv: _read_arrow(raw, where),
+    "avro": lambda raw, wanted, where, _csv: read_avro(raw, wanted.names, where),
+    "csv": _read_csv,
+    "jsonl": lambda raw, wanted, where, _csv: _read_jsonl(raw, wanted, where),
+}
 
 
 def line_blocks(stream: SupportsRead[bytes], line_bytes_max: int | None = None) -> Generator[bytes]:

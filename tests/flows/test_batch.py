@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,17 +157,23 @@ class TestARun:
 
         assert before == (torch.get_num_threads(), sys.getswitchinterval())
 
-    def test_reads_csv_json_lines_and_arrow_as_it_reads_parquet(
+    def test_reads_csv_json_lines_arrow_and_avro_as_it_reads_parquet(
         self, linear: str, customers: Path, tmp_path: Path
     ) -> None:
         table = pl.read_parquet(customers / "*.parquet")
-        for kind, write in (("csv", table.write_csv), ("jsonl", table.write_ndjson), ("arrow", table.write_ipc)):
+        writers: dict[str, Callable[[Path], object]] = {
+            "csv": table.write_csv,
+            "jsonl": table.write_ndjson,
+            "arrow": table.write_ipc,
+            "avro": table.write_avro,
+        }
+        for kind, write in writers.items():
             (tmp_path / kind).mkdir()
             write(tmp_path / kind / f"customers.{kind}")
         infer(linear, customers, tmp_path / "scores")
         expected = open_predictions(str(tmp_path / "scores")).collect().sort("customer")["score"]
 
-        for kind in ("csv", "jsonl", "arrow"):
+        for kind in writers:
             infer(linear, tmp_path / kind, tmp_path / f"scores-{kind}")
             got = open_predictions(str(tmp_path / f"scores-{kind}")).collect()
             got = got.with_columns(pl.col("customer").cast(pl.Int64)).sort("customer")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import duckdb
+import polars as pl
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
@@ -42,6 +43,7 @@ WRITERS: dict[str, Callable[[Path, pa.Table], object]] = {
     "arrow": write_arrow,
     "csv": lambda folder, _: (folder / "day.csv").write_text("customer,a,b,c\n"),
     "jsonl": lambda folder, _: (folder / "day.jsonl").write_text(""),
+    "avro": lambda folder, table: pl.DataFrame(table).write_avro(folder / "day.avro"),
     "delta": write_delta,
     "iceberg": lambda folder, table: open_lake(str(folder)).create_table("sales.customers", table.schema),
 }

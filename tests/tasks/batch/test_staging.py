@@ -9,6 +9,7 @@ import os
 from collections.abc import Generator, Iterable
 from pathlib import Path
 
+import fastavro
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
@@ -68,7 +69,15 @@ def arrow(start: int, stop: int) -> bytes:
     return sink.getvalue()
 
 
-MAKERS = {"csv": csv, "jsonl": jsonl, "arrow": arrow}
+def avro(start: int, stop: int) -> bytes:
+    sink = io.BytesIO()
+    fields = [{"name": name, "type": "string"} for name in ("a", "id")]
+    records = [{"a": str(at), "id": f"{at:05d}"} for at in range(start, stop)]
+    fastavro.writer(sink, {"type": "record", "name": "row", "fields": fields}, records)
+    return sink.getvalue()
+
+
+MAKERS = {"csv": csv, "jsonl": jsonl, "arrow": arrow, "avro": avro}
 
 
 @pytest.mark.parametrize("kind", MAKERS)
