@@ -158,9 +158,22 @@ class Contract(Frozen):
 
 
 def _list_columns(schema: pa.Schema) -> str:
-    names = [f"{field.name} ({field.type})" for field in schema]
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    return shown + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
+    # A struct whose fields are listed needs no line of its own.
+    names = [f"{field.name} ({field.type})" for field in schema if not _list_fields(field, schema)]
+    return _join_names(names)
+
+
+def _list_fields(field: pa.Field, schema: pa.Schema) -> list[str]:
+    """Return the names that a schema lists for the fields of a column that is a struct."""
+    if not pa.types.is_struct(field.type):
+        return []
+    below = [each for each in schema if each.name.startswith(f"{field.name}.")]
+    return [each.name for each in below if not pa.types.is_struct(each.type)]
+
+
+def _join_names(names: list[str]) -> str:
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _find_problem(value: Input, column: Column, schema: pa.Schema) -> str | None:
@@ -170,6 +183,9 @@ def _find_problem(value: Input, column: Column, schema: pa.Schema) -> str | None
     if not found:
         return _describe_missing(value, column) + suggest_name(column.name, schema.names) if column.required else None
     source = schema.field(found[0]).type
+    if fields := _list_fields(schema.field(found[0]), schema):
+        shown = _join_names(fields)
+        return f"column {column.name!r} must be {column.dtype}, got a struct; name one of its fields: {shown}"
     if column.shape:
         return _find_tensor_problem(column, source)
     return _find_scalar_problem(column, source)

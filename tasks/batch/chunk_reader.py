@@ -25,6 +25,7 @@ from tasks.batch.dataset import (
     name_corrupt_file,
 )
 from tasks.batch.plan import Plan
+from tasks.batch.struct_fields import list_fields, read_field
 from tasks.storage import LocalStorage, Storage, open_storage
 
 T = TypeVar("T")
@@ -98,7 +99,7 @@ class Reader:
             # What is decoded at once grows as it is, each time into twice the memory: of large rows only a few are.
             rows = min(rows, file.rows_within(BLOCK_BYTES, piece.row_group))
             parquet = self._parquet(piece.file, file)
-            if pa.timestamp("us") in parquet.schema_arrow.types:
+            if pa.timestamp("us") in list_fields(parquet.schema_arrow).types:
                 self._check_int96(file, piece.row_group, parquet)
             cursor = self._cursor = _Cursor(parquet, piece, self._physical(), rows)
         cursor.skip_to(piece.row_start)
@@ -130,7 +131,7 @@ class Reader:
             )
             for coarse, fine in zip(*units, strict=True):
                 for name in names:
-                    read, exact = (batch.column(name).cast(pa.int64()) for batch in (coarse, fine))
+                    read, exact = (pc.cast(read_field(batch, name), pa.int64()) for batch in (coarse, fine))
                     if pc.any(pc.not_equal(pc.multiply(read, 1000), exact)).as_py():
                         message = (
                             f"{self._storage.address(file.path)} must hold whole microseconds in column {name!r}, as "
@@ -157,13 +158,13 @@ class Reader:
         if file.read_as:
             columns |= {name: self._read_column(batch, file, name) for name in self._physical()}
         else:
-            columns |= {name: batch.column(name) for name in self._physical()}
+            columns |= {name: read_field(batch, name) for name in self._physical()}
         return pa.table(columns)
 
     def _read_column(self, batch: pa.RecordBatch, file: SourceFile, name: str) -> pa.Array:
         """Return a column in the type that it has in all files. Raises SchemaMismatch for a value that does not fit."""
         if name not in file.read_as:
-            return batch.column(name)
+            return read_field(batch, name)
         try:
             return read_column(batch, name, self._types[name])
         except pa.ArrowInvalid as error:

@@ -19,6 +19,7 @@ from serving.errors import SchemaMismatch, list_shortly
 from serving.model.contract import is_list, is_text
 from serving.option_words import give_option
 from tasks.batch.join_types import has_zone, is_time
+from tasks.batch.struct_fields import read_field
 
 _UNITS = ("s", "ms", "us", "ns")
 _DECIMAL128_DIGITS = 38
@@ -29,7 +30,7 @@ _TYPES_SHOWN = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileColumns:
-    """The path of a file, as its user knows it, and the schema of its columns."""
+    """The path of a file, as its user knows it, and the schema of its columns and their fields."""
 
     path: str
     schema: pa.Schema
@@ -234,10 +235,9 @@ def read_column(rows: pa.RecordBatch, name: str, kind: pa.DataType) -> pa.Array:
 
     Raises ArrowInvalid for a value that the type does not hold: a date or a time that is too far from 1970.
     """
-    at = rows.schema.get_field_index(name)
-    if at < 0:
+    column = read_field(rows, name)
+    if column is None:
         return pa.nulls(rows.num_rows, kind)
-    column = rows.column(at)
     return (column.dictionary_decode() if pa.types.is_dictionary(column.type) else column).cast(kind)
 
 

@@ -36,6 +36,7 @@ from tasks.batch.footer import FooterReader, GroupBytes, add_columns, read_tail
 from tasks.batch.formats import find_format, list_suffixes
 from tasks.batch.hive_partitions import PartitionType, choose_partition_fields, parse_hive_values, set_partition_types
 from tasks.batch.options import CsvOptions
+from tasks.batch.struct_fields import list_fields
 from tasks.storage import Entry, LocalStorage, Selection, Storage, open_storage
 
 SOURCE_FILE, SOURCE_ROW = "source_file", "source_row"
@@ -148,7 +149,7 @@ class Snapshot(Frozen):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
-    """A snapshot of Parquet files with their footers read: row counts, and one schema."""
+    """A snapshot of Parquet files with their footers read: row counts, and one schema, with the fields of structs."""
 
     snapshot: Snapshot
     schema: pa.Schema
@@ -274,7 +275,7 @@ def open_dataset(
         SourceEmpty: There are no rows, and there must be.
     """
     if not snapshot.files and snapshot.empty_schema and may_be_empty:
-        empty = set_partition_types(unpack_schema(snapshot.empty_schema), partition_types)
+        empty = set_partition_types(list_fields(unpack_schema(snapshot.empty_schema)), partition_types)
         return Dataset(snapshot=snapshot, schema=empty, hive=())
     if not snapshot.files:
         message = f"The source must hold at least one row, got a table without files at {snapshot.title}."
@@ -370,12 +371,12 @@ class _Footers:
         self._known: list[tuple[pa.Schema, FooterReader]] = []
 
     def read(self, file: SourceFile) -> tuple[SourceFile, pa.Schema]:
-        """Return a file with its row groups, and its schema."""
+        """Return a file with its row groups, and the schema of its columns and their fields."""
         with self._storage.open_pinned(file.entry) as stream, name_corrupt_file(self._storage, file.entry):
             tail = read_tail(stream)
             metadata = pq.read_metadata(pa.BufferReader(tail))
             groups = tuple(metadata.row_group(at).num_rows for at in range(metadata.num_row_groups))
-            schema = read_parquet_schema(stream, metadata)
+            schema = list_fields(read_parquet_schema(stream, metadata), file.partition_values)
             if self._iceberg is not None:
                 _check_field_ids(schema, self._iceberg, self._storage.address(file.path))
             known = next((each for each in self._known if schema.equals(each[0])), None)
@@ -391,7 +392,7 @@ def read_parquet_schema(stream: pa.NativeFile, metadata: pq.FileMetaData) -> pa.
     """Return the schema of a Parquet file as its rows are read: times in INT96 count microseconds."""
     schema = metadata.schema.to_arrow_schema()
     # Most files have no such times, and are not looked through column by column.
-    if pa.timestamp("ns") in schema.types and list_int96_columns(metadata):
+    if pa.timestamp("ns") in list_fields(schema).types and list_int96_columns(metadata):
         return pq.ParquetFile(stream, metadata=metadata, **INT96).schema_arrow
     return schema
 

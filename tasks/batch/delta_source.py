@@ -17,6 +17,7 @@ from tasks.batch.column_types import pack_schema, pack_types
 from tasks.batch.dataset import Snapshot, SourceFile, map_parallel, pin_listed_files
 from tasks.batch.delta import delta_options, find_unread_features, import_deltalake
 from tasks.batch.hive_partitions import parse_hive_values
+from tasks.batch.struct_fields import list_fields
 from tasks.storage import Storage
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def pin_delta(
     schema = pa.schema(table.schema().to_arrow())
     types = {
         field.name: field.type
-        for field in schema
+        for field in list_fields(schema)
         if field.name not in parted and (columns is None or field.name in columns)
     }
     sizes = {_path_below(str(action["path"]), storage.url): int(action["size_bytes"]) for action in actions}

@@ -16,6 +16,7 @@ from tasks.batch.feature_pins import FeaturePin
 from tasks.batch.parts import part_path
 from tasks.batch.plan import Plan
 from tasks.batch.report import BatchReport
+from tasks.batch.struct_fields import list_fields
 from tasks.storage import Storage, open_storage
 
 # What MLflow takes for the digest of a dataset has 36 characters at most.
@@ -69,7 +70,7 @@ def _describe_table(pin: FeaturePin) -> DescribedDataset:
     snapshot, used = pin.snapshot, (*pin.table.join_keys, pin.table.time, *pin.columns)
     storage = open_storage(snapshot.root)
     schema = _try_reading(lambda: _read_schema(storage, snapshot.files[0].path))
-    fields = [] if schema is None else [field for field in schema if field.name in used]
+    fields = [] if schema is None else [field for field in list_fields(schema) if field.name in used]
     parted = [pa.field(name, kind) for name, kind in pin.partitions.items()]
     return DescribedDataset(
         address=snapshot.root,
@@ -120,8 +121,9 @@ def _read_source_schema(plan: Plan) -> pa.Schema | None:
     schema = _try_reading(lambda: _read_schema(storage, file.path))
     if schema is None:
         return None
-    if len(schema) > _COLUMNS_MAX:
-        schema = pa.schema([field for field in schema if field.name in plan.columns])
+    # Of the fields of structs those that are read are listed too.
+    listed = {*plan.columns, *(schema.names if len(schema) <= _COLUMNS_MAX else ())}
+    schema = pa.schema([field for field in list_fields(schema) if field.name in listed])
     fields = join_fields(schema, unpack_types(plan.snapshot.types))
     return pa.schema([*fields, *(pa.field(name, kind) for name, kind in plan.partitions.items())])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import threading
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from tasks.batch.dataset import SourceFile, map_parallel, name_corrupt_file, rea
 from tasks.batch.feature_pins import FeaturePin, choose_joined_rows
 from tasks.batch.join_types import DAY_SECONDS, count_ticks, normalize_keys
 from tasks.batch.plan import Plan
+from tasks.batch.struct_fields import list_fields
 from tasks.storage import Storage, open_storage
 
 _NANOSECONDS = 1_000_000_000
@@ -192,9 +194,12 @@ def _read_ranges(storage: Storage, file: SourceFile, pin: FeaturePin) -> tuple[l
     """Return the ranges in each row group of a file, and its schema."""
     with storage.open_pinned(file.entry) as stream, name_corrupt_file(storage, file.entry):
         metadata = pq.read_metadata(stream)
-        schema = read_parquet_schema(stream, metadata)
+        schema = list_fields(read_parquet_schema(stream, metadata))
     storage.check_unchanged(file.entry)
-    places = {metadata.schema.column(at).path: at for at in range(metadata.num_columns)}
+    paths = [metadata.schema.column(at).path for at in range(metadata.num_columns)]
+    # Of a column and a field of one name nothing is known by the path.
+    counts = Counter(paths)
+    places = {path: at for at, path in enumerate(paths) if counts[path] == 1}
     groups = []
     for group in range(metadata.num_row_groups):
         columns = metadata.row_group(group)

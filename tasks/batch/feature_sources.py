@@ -251,6 +251,9 @@ def _count_nulls_of(file: SourceFile, metadata: pq.FileMetaData, name: str) -> i
     columns = [at for at in range(metadata.num_columns) if metadata.schema.column(at).path == name]
     if not columns:
         return metadata.num_rows if file.partition_values.get(name) is None else 0
+    if len(columns) > 1:
+        # A column, and a field of a struct, of one name.
+        return None
     total = 0
     for group in range(metadata.num_row_groups):
         statistics = metadata.row_group(group).column(columns[0]).statistics

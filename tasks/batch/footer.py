@@ -138,7 +138,9 @@ class FooterReader:
         self._read = []
         for at in range(metadata.num_columns):
             column = metadata.schema.column(at)
-            name = column.path if column.path in used else column.path.partition(".")[0]
+            name = column.path
+            while name not in used and "." in name:
+                name = name.rpartition(".")[0]
             if name in loose:
                 width, nested = _leaf_width(column), "." in column.path
                 self._leaves.append(_Leaf(at, column.path, name in keys, nested, loose[name], width))

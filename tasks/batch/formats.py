@@ -21,7 +21,7 @@ import pyarrow.ipc
 from serving.errors import SchemaMismatch, SourceCorrupt, SourceFormat
 from serving.option_words import give_option
 from tasks.batch.avro import read_avro
-from tasks.batch.json_lines import NotJsonLines, find_fields, parse_lines
+from tasks.batch.json_lines import NotJsonLines, find_fields, parse_fields
 from tasks.batch.options import CsvOptions
 
 if TYPE_CHECKING:
@@ -150,11 +150,13 @@ def _iter_stream(reader: pa.RecordBatchStreamReader, stream: pa.NativeFile, wher
 
 def _decode_dictionaries(table: pa.Table) -> pa.Table:
     """Return the values themselves: Parquet makes dictionaries of its own, and can't take one that holds a null."""
-    fields = [
-        field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field
-        for field in table.schema
-    ]
-    return table.cast(pa.schema(fields))
+    return table.cast(pa.schema([field.with_type(_decode_type(field.type)) for field in table.schema]))
+
+
+def _decode_type(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_decode_type(field.type)) for field in kind])
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 @contextmanager
@@ -304,7 +306,7 @@ def line_blocks(stream: SupportsRead[bytes], line_bytes_max: int | None = None) 
 
 def _parse_json(block: bytes, types: dict[str, pl.DataType], where: str, line: int) -> pl.DataFrame:
     try:
-        return parse_lines(block, types)
+        return parse_fields(block, types)
     except NotJsonLines as error:
         at, text = _first_bad_line(block, types)
         message = (
@@ -321,7 +323,7 @@ def _first_bad_line(block: bytes, types: dict[str, pl.DataType]) -> tuple[int, b
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            parse_lines(b"\n".join(lines[low:middle]), types)
+            parse_fields(b"\n".join(lines[low:middle]), types)
         except NotJsonLines:
             high = middle
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime as dt
 import posixpath
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 
 import pyarrow as pa
 from pyiceberg.expressions import AlwaysTrue
@@ -16,9 +16,10 @@ from pyiceberg.io.pyarrow import ArrowScan, schema_to_pyarrow
 from pyiceberg.manifest import DataFile, FileFormat
 from pyiceberg.schema import Schema, sanitize_column_names
 from pyiceberg.table import FileScanTask, Table
+from pyiceberg.table.name_mapping import MappedField
 from pyiceberg.table.snapshots import Snapshot as TableSnapshot
 from pyiceberg.transforms import IdentityTransform
-from pyiceberg.types import NestedField
+from pyiceberg.types import NestedField, StructType
 
 from serving.errors import BadInput, OvernightError, SourceChanged, SourceFormat, SourceNotFound, shorten_error
 from tasks.batch.column_types import pack_schema
@@ -103,25 +104,36 @@ def pin_iceberg(
     if (version is not None or timestamp is not None) and chosen.schema_id is not None:
         schema_id = chosen.schema_id
     schema = table.schemas()[schema_id]
-    used = [field for field in schema.fields if columns is None or field.name in columns]
+    names = [field.name for field in schema.fields] if columns is None else columns
+    used = {name: field for name, field in _list_fields(schema).items() if name in names}
     tasks = plan_tasks(table, chosen.snapshot_id)
     title = str(chosen.snapshot_id) + ("" if schema_id == chosen.schema_id else f", schema {schema_id}")
     pin = IcebergPin(
         metadata=table.metadata_location,
         snapshot_id=chosen.snapshot_id,
         schema_id=schema_id,
-        field_ids={field.name: field.field_id for field in used},
+        field_ids={name: field.field_id for name, field in used.items()},
         named=_is_mapped(table, used),
     )
     root, files = _pin_files(tasks, where, title)
     return Snapshot(
         root=root,
-        format="parquet" if not used or _are_plain(table, tasks, used) else "iceberg",
+        format="parquet" if not used or _are_plain(table, tasks, schema, used) else "iceberg",
         files=files,
         version=title,
         empty_schema="" if files else _pack_columns(schema),
         iceberg=pin,
     )
+
+
+def _list_fields(within: Schema | StructType) -> dict[str, NestedField]:
+    """Return the columns of a schema and the fields of its structs, by their paths."""
+    found = {field.name: field for field in within.fields}
+    for field in within.fields:
+        if isinstance(field.field_type, StructType):
+            below = _list_fields(field.field_type)
+            found = {f"{field.name}.{path}": each for path, each in below.items()} | found
+    return found
 
 
 def _pack_columns(schema: Schema) -> str:
@@ -195,7 +207,7 @@ def _lost_metadata(table: Table, snapshot_id: int, error: Exception) -> SourceCh
     )
 
 
-def _are_plain(table: Table, tasks: Sequence[FileScanTask], used: Sequence[NestedField]) -> bool:
+def _are_plain(table: Table, tasks: Sequence[FileScanTask], schema: Schema, used: Mapping[str, NestedField]) -> bool:
     """Whether every data file holds the columns that are used as the table has them now, and no row was deleted.
 
     No file is opened: what the table's schemas have been says how its files were written. Readers hold each file
@@ -203,13 +215,14 @@ def _are_plain(table: Table, tasks: Sequence[FileScanTask], used: Sequence[Neste
     """
     if any(task.delete_files for task in tasks):
         return False
-    if any(_differs(schema, field) for schema in table.schemas().values() for field in used):
+    if any(_differs(each, used) for each in table.schemas().values()):
         return False
     # Writers of Iceberg give such columns other names in the files, which their field ids alone lead to.
-    if sanitize_column_names(Schema(*used)).column_names != Schema(*used).column_names:
+    read = schema.select(*used)
+    if sanitize_column_names(read).column_names != read.column_names:
         return False
     # Files that were not written by Iceberg may leave out what their partition says already.
-    ids = {field.field_id for field in used}
+    ids = {field.field_id for field in used.values()}
     identities = (
         each.source_id
         for spec in table.specs().values()
@@ -219,21 +232,32 @@ def _are_plain(table: Table, tasks: Sequence[FileScanTask], used: Sequence[Neste
     return table.name_mapping() is None or not ids.intersection(identities)
 
 
-def _differs(schema: Schema, field: NestedField) -> bool:
+def _differs(schema: Schema, used: Mapping[str, NestedField]) -> bool:
     """Whether files that were written with a schema hold a column otherwise than it is now, or not at all."""
-    return not any(
-        (each.field_id, each.name, each.field_type) == (field.field_id, field.name, field.field_type)
-        for each in schema.fields
+    held = _list_fields(schema)
+    return any(
+        name not in held or (held[name].field_id, held[name].field_type) != (field.field_id, field.field_type)
+        for name, field in used.items()
     )
 
 
-def _is_mapped(table: Table, used: Sequence[NestedField]) -> bool:
+def _is_mapped(table: Table, used: Mapping[str, NestedField]) -> bool:
     """Whether files without field ids hold the columns under their present names, by the table's name mapping."""
     mapping = table.name_mapping()
     if mapping is None:
         return False
-    ids = {name: each.field_id for each in mapping for name in each.names}
-    return all(ids.get(field.name) == field.field_id for field in used)
+    ids = _list_mapped(mapping)
+    return all(ids.get(name) == field.field_id for name, field in used.items())
+
+
+def _list_mapped(fields: Iterable[MappedField]) -> dict[str, int | None]:
+    """Return the ids that a name mapping gives columns and the fields of structs, by their paths."""
+    found: dict[str, int | None] = {}
+    for field in fields:
+        for name in field.names:
+            below = {f"{name}.{path}": each for path, each in _list_mapped(field.fields).items()}
+            found = below | found | {name: field.field_id}
+    return found
 
 
 def _pin_files(tasks: Sequence[FileScanTask], where: str, title: str) -> tuple[str, tuple[SourceFile, ...]]:

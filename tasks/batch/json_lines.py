@@ -6,10 +6,13 @@ it is read: a string is kept to the letter. Bytes are found by bit masks, 64 of 
 
 from __future__ import annotations
 
+import functools
 import io
+import itertools
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,7 @@ Words = npt.NDArray[np.uint64]
 
 _NUMBER_BYTES = b"0123456789+-.eE"
 _NUMBER = r"^-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?$"
+_NESTED = r"^[\[{]"
 _QUOTE, _BACKSLASH, _COLON = b'"\\:'
 # What a byte may be to this module: part of a number, a quote, or neither.
 _PART, _MARK = 1, 2
@@ -66,6 +70,68 @@ def parse_lines(block: bytes, types: dict[str, pl.DataType], *, is_valid: bool =
     if not is_valid:
         _refuse_lone_surrogates(block)
     return _with_nested_text(frame, block)
+
+
+def parse_fields(block: bytes, types: dict[str, pl.DataType]) -> pl.DataFrame:
+    """Return lines of JSON objects as `parse_lines` does, where a name may be the path of a field in an object.
+
+    In each line a field whose own name is that path goes before it. Raises NotJsonLines.
+    """
+    paths = tuple(name for name in types if "." in name)
+    if not paths:
+        return parse_lines(block, types)
+    structs = None if _holds_dots(block, paths) else _make_structs(types)
+    if structs is not None:
+        # Polars gives up where an object is expected and another value found. Lines that are no JSON are refused below.
+        with suppress(NotJsonLines):
+            nested = parse_lines(block, structs)
+            frame = pl.DataFrame([_take_field(nested, name) for name in types])
+            if not any(frame[name].str.contains(_NESTED).any() for name in paths if types[name] == pl.String):
+                return frame
+    frame = parse_lines(block, types)
+    found = (find_written(line, paths) for line in block.split(b"\n") if line.strip())
+    flat = (b",".join(json.dumps(name).encode() + b":" + value for name, value in each.items()) for each in found)
+    lines = b"\n".join(b"{" + each + b"}" for each in flat)
+    below = parse_lines(lines, {name: types[name] for name in paths}, is_valid=True)
+    return frame.with_columns(below.get_columns())
+
+
+def _holds_dots(block: bytes, paths: Sequence[str]) -> bool:
+    """Return whether lines may hold a name with a dot in it that is a part of a path, or the whole of one."""
+    parts = [path.split(".") for path in paths]
+    spans = ((each, first, last) for each in parts for first, last in itertools.combinations(range(len(each) + 1), 2))
+    names = {".".join(each[first:last]) for each, first, last in spans if last - first > 1}
+    if b"\\" in block:
+        return any(re.search(_spelled(name), block) for name in names)
+    return any(name.encode() in block for name in names)
+
+
+def _make_structs(types: dict[str, pl.DataType]) -> dict[str, Any] | None:
+    """Return the types by the first field of each path; None where one path ends in what another leads through."""
+    found: dict[str, Any] = {}
+    for name, kind in types.items():
+        *heads, last = name.split(".")
+        within = found
+        for head in heads:
+            within = within.setdefault(head, {})
+            if not isinstance(within, dict):
+                return None
+        if last in within:
+            return None
+        within[last] = kind
+    return {name: _make_struct(each) for name, each in found.items()}
+
+
+def _make_struct(kind: Any) -> Any:
+    return pl.Struct({name: _make_struct(each) for name, each in kind.items()}) if isinstance(kind, dict) else kind
+
+
+def _take_field(frame: pl.DataFrame, path: str) -> pl.Series:
+    first, *others = path.split(".")
+    column = frame[first]
+    for name in others:
+        column = column.struct.field(name)
+    return column.alias(path)
 
 
 def quote_numbers(block: bytes, *, is_valid: bool = False) -> memoryview:
@@ -188,7 +254,7 @@ def _with_nested_text(frame: pl.DataFrame, block: bytes) -> pl.DataFrame:
         return frame
     lines: list[bytes] = []
     for name in texts:
-        nested = np.flatnonzero(frame[name].str.contains(r"^[\[{]").fill_null(value=False).to_numpy())
+        nested = np.flatnonzero(frame[name].str.contains(_NESTED).fill_null(value=False).to_numpy())
         if len(nested):
             lines = lines or [line for line in block.split(b"\n") if line.strip()]
             values = frame[name].to_list()
@@ -211,6 +277,27 @@ def written_values(line: bytes, names: Sequence[str]) -> dict[str, bytes]:
     except RecursionError as error:
         message = "values are nested too deeply"
         raise NotJsonLines(message) from error
+
+
+def find_written(line: bytes, names: tuple[str, ...]) -> dict[str, bytes]:
+    """Return values of a JSON object as `written_values` does, of fields in objects within it too, by their paths."""
+    below = _split_paths(names)
+    written = written_values(line, [*names, *below])
+    found = {name: written[name] for name in names if name in written}
+    for head, rests in below.items():
+        if written.get(head, b"").startswith(b"{"):
+            found = {f"{head}.{rest}": value for rest, value in find_written(written[head], rests).items()} | found
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _split_paths(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Return what may follow each field that names may begin with: it may end at any of their dots."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        for at in (at for at, mark in enumerate(name) if mark == "."):
+            found[name[:at]] = (*found.get(name[:at], ()), name[at + 1 :])
+    return found
 
 
 def _scan_object(text: str, names: set[str]) -> dict[str, bytes]:
@@ -239,7 +326,7 @@ def _next_mark(text: str, at: int) -> int:
 
 
 def find_fields(block: bytes, names: Sequence[str]) -> set[str]:
-    """Return which of the names are fields of an object in whole lines of JSON, however they are written.
+    """Return which names or paths are those of fields in whole lines of JSON, however they are written.
 
     Lines that can't have a name, by their bytes, are not parsed.
     """
@@ -248,20 +335,21 @@ def find_fields(block: bytes, names: Sequence[str]) -> set[str]:
 
 def _has_field(block: bytes, name: str) -> bool:
     at = 0
-    pattern = _spellings(name)
+    heads = [name, *_split_paths((name,))]
+    pattern = re.compile(b"|".join(_spelled(head) for head in heads))
     while (match := pattern.search(block, at)) is not None:
         start, stop = block.rfind(b"\n", 0, match.start()) + 1, block.find(b"\n", match.end())
         stop = len(block) if stop < 0 else stop
         # It may be a field of an object within the object, or the end of a longer name.
-        if name in written_values(block[start:stop], [name]):
+        if name in find_written(block[start:stop], (name,)):
             return True
         at = stop
     return False
 
 
-def _spellings(name: str) -> re.Pattern[bytes]:
+def _spelled(name: str) -> bytes:
     """Return a pattern of a name in quotes before a colon, with any of its characters escaped."""
-    return re.compile(b'"' + b"".join(_spelling(each) for each in name) + rb'"[ \t\r]*:')
+    return b'"' + b"".join(_spelling(each) for each in name) + rb'"[ \t\r]*:'
 
 
 _SHORT = {'"': '"', "\\": "\\", "/": "/", "\b": "b", "\f": "f", "\n": "n", "\r": "r", "\t": "t"}

@@ -23,6 +23,7 @@ from tasks.batch.column_types import read_column
 from tasks.batch.dataset import INT96, list_entries_at, name_corrupt_file
 from tasks.batch.parts import PartFooter
 from tasks.batch.plan import Plan
+from tasks.batch.struct_fields import list_fields, read_field
 from tasks.storage import Entry, LocalStorage, Storage, local_errors
 
 MEMORY_BYTES = 128 << 20
@@ -183,12 +184,12 @@ def read_key_batches(
     """Yield the key columns of a Parquet file, some rows at a time, in the order and in the types given."""
     with storage.open_pinned(entry) as stream, name_corrupt_file(storage, entry):
         file = pq.ParquetFile(stream, page_checksum_verification=True, **INT96)
-        if missing := [key for key in keys if key not in (*file.schema_arrow.names, *types)]:
+        if missing := [key for key in keys if key not in (*list_fields(file.schema_arrow).names, *types)]:
             message = f"it must have the key columns {list(keys)}, got none called {missing[0]!r}"
             raise ValueError(message)
         for batch in file.iter_batches(_BATCH_ROWS, columns=list(keys), use_threads=False):
             # Without metadata: over one that is no UTF-8, as a wrong bit makes it, polars ends in a panic.
-            columns = [read_column(batch, key, types[key]) if key in types else batch.column(key) for key in keys]
+            columns = [read_column(batch, key, types[key]) if key in types else read_field(batch, key) for key in keys]
             yield pa.RecordBatch.from_arrays(columns, names=list(keys))
 
 

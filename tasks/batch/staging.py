@@ -41,6 +41,7 @@ from tasks.batch.formats import RequestedColumns, read_tables
 from tasks.batch.options import CsvOptions, MissingColumns
 from tasks.batch.parts import ChunkId
 from tasks.batch.plan import Plan
+from tasks.batch.struct_fields import list_fields
 from tasks.storage import LocalStorage, Storage, check_create_only, copy_pinned, local_errors, open_storage
 
 _ROWS_PER_GROUP = 1 << 16
@@ -315,12 +316,13 @@ class _Staging:
 def _check_columns(tables: Iterable[pa.Table], required: frozenset[str], where: str) -> Generator[pa.Table]:
     """Yield tables, and raise SchemaMismatch before the first one where columns are missing."""
     for at, table in enumerate(tables):
-        missing = sorted(required - set(table.column_names)) if at == 0 and table.num_rows else ()
+        names = list_fields(table.schema).names
+        missing = sorted(required.difference(names)) if at == 0 and table.num_rows else ()
         if missing:
-            found = ", ".join(table.column_names[:_NAMES_SHOWN])
+            found = ", ".join(names[:_NAMES_SHOWN])
             message = (
                 f"{where} must have every column that the run reads, but {missing} are missing"
-                f"{suggest_name(missing[0], table.column_names) or '.'} Columns found: {found}. Rename them, or say "
+                f"{suggest_name(missing[0], names) or '.'} Columns found: {found}. Rename them, or say "
                 f"how the file is written by {name_option('csv')}."
             )
             raise SchemaMismatch(message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from deployments.command_line import app
@@ -22,6 +24,8 @@ from infra.local.prefect_server import PrefectServer
 from serving.errors import BadInput, ModelNotFound, SchemaMismatch
 from tasks.batch.challenger_rules import Labels, PromoteIf
 from tasks.batch.comparison_records import open_challenger
+from tasks.batch.feature_table import FeatureTable
+from tasks.batch.gate_rules import Gate
 from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
 from tasks.batch.report import BatchReport
@@ -203,6 +207,41 @@ def test_models_of_python_have_processes_of_their_own_and_text_files_are_read_on
     assert compared.labels is not None
     assert np.mean(np.arange(500.0)) == compared.labels.champion["mae"]
     assert 0 == compared.outputs[0].rows_decile_changed
+
+
+def test_a_call_names_fields_of_structs_wherever_it_names_a_column(networks: list[str], tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    rows = pl.DataFrame({"id": np.arange(200), **{name: random.random(200, np.float32) for name in "abc"}})
+    day = dt.datetime(2024, 2, 29, tzinfo=dt.UTC)
+    rows = rows.with_columns(kind=pl.col("id").mod(2).cast(pl.String), spent=pl.col("a"), at=day, known=day)
+    tables = {
+        "in": rows.select(customer=pl.struct("id", "a", "b", "kind"), seen=pl.struct("at")),
+        "features": rows.select(customer=pl.struct("id"), profile=pl.struct("c", "known")),
+        "labels": rows[:150].select(customer=pl.struct("id"), outcome=pl.struct("spent")),
+    }
+    for name, table in tables.items():
+        (tmp_path / name).mkdir()
+        table.write_parquet(tmp_path / name / "a.parquet", row_group_size=70)
+    labels = Labels(column="outcome.spent", source=str(tmp_path / "labels"))
+    nested = {
+        "key_columns": ("customer.id",),
+        "input_columns": {"x": ("customer.a", "customer.b", "profile.c")},
+        "features": [FeatureTable(source=str(tmp_path / "features"), join_keys=("customer.id",), time="profile.known")],
+        "spine_time": "seen.at",
+        "gate": Gate(),
+    }
+    challenging = challenge(networks[1], segment_columns=("customer.kind",), labels=labels)
+    options = BatchOptions.model_validate({**challenging.model_dump(), **nested})
+    report = infer(networks[0], tmp_path / "in", tmp_path / "scores", options)
+    scored = pl.read_parquet(tmp_path / "scores" / f"run={report.run}" / "*.parquet").sort("customer.id")
+    direct = mlflow.pytorch.load_model(networks[0])(rows.select("a", "b", "c").to_torch())
+    compared = report.challengers[0]
+
+    assert rows["id"].to_list() == scored["customer.id"].to_list()
+    torch.testing.assert_close(direct[:, 0], scored["score"].to_torch(), rtol=1e-6, atol=1e-6)
+    assert {"0": 100, "1": 100} == {each.value: each.rows for each in compared.segments}
+    assert compared.labels is not None
+    assert 150 == compared.labels.rows
 
 
 PATTERNS = ("run=*/part-*", "_overnight/*/challengers/1/part-*", "_overnight/*/challengers/2/part-*")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import orjson
@@ -14,7 +15,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from serving.model.encoding import encode
-from tasks.batch.json_lines import NotJsonLines, parse_lines, quote_numbers, read_object, written_values
+from tasks.batch.json_lines import (
+    NotJsonLines,
+    find_fields,
+    parse_fields,
+    parse_lines,
+    quote_numbers,
+    read_object,
+    written_values,
+)
 from tasks.stream.score import build_answers
 from tests.tasks.stream.messages import CONTRACT, KEYS, message, score
 
@@ -180,3 +189,41 @@ def test_a_block_in_which_objects_are_rare_is_read_as_one_in_which_they_are_not(
 
     assert [re.sub(" ", "", json.dumps(row["k"])) for row in rows] == frame["k"].to_list()
     assert [row["v"] for row in rows] == frame["v"].to_list()
+
+
+FIELDS = st.sampled_from(["a", "b", "c", "a.b", "b.c", "a.b.c"])
+OBJECTS = st.recursive(
+    st.none() | st.sampled_from(["x", "{y", "1.50"]),
+    lambda inner: st.dictionaries(FIELDS, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def find_field(given: Any, path: str) -> Any:
+    """Return what a path leads to; nothing at all, as an empty list, where it leads nowhere."""
+    if not isinstance(given, dict) or path in given:
+        return given[path] if isinstance(given, dict) else []
+    splits = ((path[:at], path[at + 1 :]) for at, mark in enumerate(path) if mark == ".")
+    return next((found for head, rest in splits if (found := find_field(given.get(head), rest)) != []), [])
+
+
+@given(
+    lines=st.lists(st.dictionaries(FIELDS, OBJECTS, max_size=3), min_size=1, max_size=4),
+    paths=st.sampled_from([["a.b", "c"], ["a.b.c", "b.c"], ["a", "b.c", "a.b.c"]]),
+    b=st.sampled_from(["b", "\\u0062"]),
+)
+@example(lines=[{"a": {"b": {"c": "x"}}}, {"a": None}, {"a": {"b": {"c": "1.50"}}}], paths=["a.b.c", "b.c"], b="b")
+def test_a_path_leads_to_a_field_unless_one_has_the_path_as_its_name(
+    lines: list[dict[str, Any]], paths: list[str], b: str
+) -> None:
+    def write(given: Any) -> str | None:
+        return json.dumps(given).replace("b", b) if isinstance(given, dict) else given or None
+
+    block = "\n".join(json.dumps(each).replace("b", b) for each in lines).encode()
+    found = [[find_field(each, path) for path in paths] for each in lines]
+    frame = parse_fields(block, dict.fromkeys(paths, pl.String()))
+
+    assert [tuple(map(write, row)) for row in found] == frame.rows()
+    assert {path for path, *values in zip(paths, *found, strict=True) if values != [[]] * len(lines)} == find_fields(
+        block, paths
+    )
