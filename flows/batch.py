@@ -201,7 +201,7 @@ def _infer(
     report = _withhold(report, options)
     report = report.model_copy(update={"findings": findings, "keys_doubled": keys.doubled if keys else None})
     watch.show()
-    report = _compare(plan, storage, manifest, report, options, steps, logger)
+    report = _compare(plan, storage, report, options, steps, logger)
     report = steps.run("report", lambda: _record(plan, storage, manifest, report, watch.samples, options, logger))
     describe_span({"overnight.rows_scored": report.rows_scored, "overnight.rows_rejected": report.rows_rejected})
     logger.info("Run %s is complete: %s rows, %s rejects.", plan.run, f"{report.rows:,}", f"{report.rows_rejected:,}")
@@ -284,7 +284,6 @@ def _publish(
 def _compare(
     plan: Plan,
     storage: Storage,
-    manifest: Manifest,
     report: BatchReport,
     options: BatchOptions,
     steps: Steps,
@@ -293,7 +292,7 @@ def _compare(
     """Return the report of a published run with its challengers beside its model; promote one where a rule holds."""
     if not plan.challengers:
         return report
-    found = steps.run("compare", lambda: compare_published(storage, plan, manifest, options.promote_if))
+    found = steps.run("compare", lambda: compare_published(storage, plan, options.promote_if))
     if found.promotion is not None:
         emit_promotion(plan, storage.url, found.promotion)
         say = logger.info if found.promotion.outcome == "promoted" else logger.warning
@@ -369,7 +368,7 @@ def _report_complete(
         publish_complete(report, logger)
         return report
     # The call that published the run was ended before it could record it.
-    report = _compare(plan, storage, run.manifest, report, options, steps, logger)
+    report = _compare(plan, storage, report, options, steps, logger)
     return _record(plan, storage, run.manifest, report, [(0.0, plan.rows)], options, logger)
 
 

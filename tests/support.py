@@ -188,12 +188,43 @@ def register_with_params(name: str, *, takes_them: bool = True) -> str:
     return _register_code(name, _WITH_PARAMS.format(**given), ("a",), params=PARAMS)
 
 
+_NULLABLE = """
+import mlflow
+import numpy as np
+import pandas as pd
+
+
+class Nullable(mlflow.pyfunc.PythonModel):
+    def predict(self, context, model_input, params=None):
+        rows = [int(a) for a in model_input["a"]]
+        return pd.DataFrame({
+            "count": pd.array([None if a % 5 == 1 else 2**63 - 1 - a for a in rows], dtype="Int64"),
+            "flag": pd.array([None if a % 5 == 2 else a % 2 == 0 for a in rows], dtype="boolean"),
+            "score": [np.nan if a % 5 == 3 else np.inf if a == 7 else a / 2 for a in rows],
+            "word": pd.array([None if a % 5 == 4 else f"n{a}" for a in rows], dtype="string"),
+            "sure": pd.array([None if a == 9 else a for a in rows], dtype="Int64"),
+        })
+
+
+mlflow.models.set_model(Nullable())
+"""
+
+
+def register_nullable(name: str) -> str:
+    """Register a model whose outputs may be null, but for `sure`; 7 has an infinite score, and 9 nothing sure."""
+    outputs = {"count": [1, None], "flag": [True, None], "word": ["a", None], "sure": [1, 2]}
+    predictions = pd.DataFrame(outputs).convert_dtypes().assign(score=[0.5, np.nan])
+    predictions = predictions[["count", "flag", "score", "word", "sure"]]
+    return _register_code(name, _NULLABLE, ("a",), predictions=predictions)
+
+
 def _register_code(
     name: str,
     code: str,
     features: Sequence[str],
     params: dict[str, Any] | None = None,
     requirements: Sequence[str] = ("mlflow",),
+    predictions: Any = np.zeros(2, dtype=np.float32),  # noqa: B008 - nobody writes to it
 ) -> str:
     inputs = pd.DataFrame({feature: np.zeros(2, dtype=np.float32) for feature in features})
     with tempfile.TemporaryDirectory() as folder, mlflow.start_run(), warnings.catch_warnings():
@@ -204,7 +235,7 @@ def _register_code(
         logged = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(script),
-            signature=infer_signature(inputs, np.zeros(2, dtype=np.float32), params),
+            signature=infer_signature(inputs, predictions, params),
             pip_requirements=list(requirements),
             registered_model_name=name,
         )

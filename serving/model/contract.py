@@ -8,9 +8,10 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
@@ -87,11 +88,17 @@ class Input(Frozen):
 
 
 class Output(Frozen):
-    """One output of the model, [N, *shape], and the column that it becomes."""
+    """One output of the model, [N, *shape], and the column that it becomes.
+
+    A row whose prediction is null is a reject where the output is required, else the null is its prediction. Among
+    floats a null is NaN; among objects it is None. An output that is required has the JSON, and its runs the keys, that
+    it had before there were others.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...] = ()
+    required: bool = Field(default=True, exclude_if=bool)
 
     @property
     def width(self) -> int:
@@ -103,6 +110,16 @@ class Output(Frozen):
         """The type of the column: a scalar, or a list of `width` values."""
         scalar = pa.string() if self.dtype == "str" else pa.from_numpy_dtype(np.dtype(self.dtype))
         return scalar if self.width == 1 else pa.list_(scalar, self.width)
+
+    @property
+    def has_objects(self) -> bool:
+        """Whether its predictions are objects: text, and integers and booleans that may be null."""
+        return self.dtype == "str" or not (self.required or self.dtype.startswith("float"))
+
+    def make_empty(self, rows: int) -> npt.NDArray[Any]:
+        """Return the predictions of rows that have none, [rows, *shape]: zeros, or None where they are objects."""
+        dtype = np.dtype(object if self.has_objects else self.dtype)
+        return np.full((rows, *self.shape), None if self.has_objects else 0, dtype)
 
 
 class Contract(Frozen):
@@ -140,8 +157,13 @@ class Contract(Frozen):
     def row_bytes(self) -> int:
         """Return the bytes of one encoded row, inputs and outputs together."""
         widths = [(value.dtype, int(np.prod(value.shape, dtype=np.int64))) for value in self.inputs]
-        widths += [(value.dtype, value.width) for value in self.outputs]
+        widths += [("str" if value.has_objects else value.dtype, value.width) for value in self.outputs]
         return sum(width * (64 if dtype in TEXT_DTYPES else np.dtype(dtype).itemsize) for dtype, width in widths)
+
+    def require_outputs(self) -> Self:
+        """Return the contract with every output required."""
+        outputs = tuple(output.model_copy(update={"required": True}) for output in self.outputs)
+        return self.model_copy(update={"outputs": outputs})
 
     def check(self, schema: pa.Schema, where: str) -> None:
         """Check the schema of a dataset, which messages call `where`.

@@ -24,6 +24,7 @@ from serving.faults import describe_error, is_dependency_fault, is_device_lost, 
 from serving.model.contract import Contract
 from serving.model.encoding import Encoded, Flags, copy_array
 from serving.model.interface import Arrays, Halted, Isolated, Model, Overlapping, Predictions
+from serving.model.outputs import find_missing
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -147,9 +148,12 @@ class Forward:
             raise
         except Exception as error:  # noqa: BLE001 - the model is somebody else's code
             predictions = self._score_without_bad_rows(batch, flags, start, error)
+        self._flag_invalid_predictions(predictions, flags, start)
         for name, value in predictions.items():
+            if value.dtype.kind == "O" and out[name].dtype.kind != "O":
+                # Nulls of an output that must have none, which are flagged by now.
+                value = np.where(find_missing(value), 0, value)  # noqa: PLW2901 - the same predictions
             out[name][start : start + batch.rows] = value
-        _flag_invalid_predictions(predictions, flags, start)
         if not self.proven and code_n.all():
             raise _every_row_failed(flags, start + int(good[0]), len(good))
         self.proven = True
@@ -263,11 +267,18 @@ class Forward:
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
     def _make_empty(self, rows: int) -> Predictions:
-        """Return the predictions of rows that have none: zeros, or None for text."""
-        return {
-            output.name: np.full((rows, *output.shape), None if output.dtype == "str" else 0, _numpy_type(output.dtype))
-            for output in self.contract.outputs
-        }
+        return {output.name: output.make_empty(rows) for output in self.contract.outputs}
+
+    def _flag_invalid_predictions(self, predictions: Predictions, flags: Flags, start: int) -> None:
+        for output in self.contract.outputs:
+            value = predictions[output.name]
+            is_float = value.dtype.kind in "fc"
+            if not output.required and not is_float:
+                continue
+            invalid = find_missing(value) if output.required else np.isinf(value)
+            if invalid.any():
+                reason = "prediction is not finite" if is_float else "prediction is null"
+                flags.mark(np.asarray(invalid.reshape(len(value), -1).any(axis=1)), output.name, reason, start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,21 +333,6 @@ def find_token_edges(length_N: npt.NDArray[np.int64], tokens: int) -> list[int]:
         if row > edges[-1] and (row - edges[-1] + 1) * length > tokens:
             edges.append(row)
     return [*edges, len(length_N)] if len(length_N) else edges
-
-
-def _numpy_type(dtype: str) -> np.dtype[Any]:
-    return np.dtype(object if dtype == "str" else dtype)
-
-
-def _flag_invalid_predictions(predictions: Predictions, flags: Flags, start: int) -> None:
-    for name, value in predictions.items():
-        if value.dtype.kind in "fc":
-            finite_nW = np.isfinite(value).reshape(len(value), -1)
-            if not finite_nW.all():
-                flags.mark(np.asarray(~finite_nW.all(axis=1)), name, "prediction is not finite", start)
-        elif value.dtype.kind == "O":
-            null = np.fromiter((item is None for item in value.flat), dtype=np.bool_, count=value.size)
-            flags.mark(np.asarray(null.reshape(len(value), -1).any(axis=1)), name, "prediction is null", start)
 
 
 def _every_row_failed(flags: Flags, row: int, rows: int) -> ModelFailed:

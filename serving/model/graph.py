@@ -25,6 +25,7 @@ from serving.model.batching import BatchingConfig
 from serving.model.contract import Contract, Frozen, Input, Output
 from serving.model.encoding import Encoded, Flags
 from serving.model.interface import Arrays, Model, Predictions
+from serving.model.outputs import find_missing
 from serving.model.registry import ModelPin
 from serving.model.release import RELEASE_FILE, Release, Scaling
 from serving.protocol.tensors import describe_tensor
@@ -197,13 +198,13 @@ class GraphModel:
         return encoded
 
     def predict(self, inputs: Arrays) -> Predictions:
-        """Return the answer of the graph. Raises ModelFailed where a step gives a number that is not finite."""
+        """Return the answer of the graph. Raises ModelFailed where a step gives a null, NaN or infinity."""
         if self.combine == "mean":
             answers = [_predict_step(model, inputs) for _, model in self.steps]
             return average_outputs(answers, self.steps[0][0])
         outputs = _predict_step(self.steps[0][1], inputs)
         for contract, model in self.steps[1:]:
-            _check_finite(outputs)
+            _check_complete(outputs)
             outputs = _predict_step(model, pass_on(outputs, contract))
         return outputs
 
@@ -221,8 +222,8 @@ def _predict_step(model: Model, inputs: Arrays) -> Predictions:
     return model.predict(model.prepare(Encoded(inputs=dict(inputs), flags=Flags.all_good(rows), rows=rows)).inputs)
 
 
-def _check_finite(outputs: Predictions) -> None:
+def _check_complete(outputs: Predictions) -> None:
     for name, value in outputs.items():
-        if value.dtype.kind == "f" and not np.isfinite(value).all():
+        if find_missing(value).any():
             message = f"Every step of a graph must give finite numbers, got others in {name!r}. Repair the model."
             raise ModelFailed(message)

@@ -63,7 +63,9 @@ class Model(Protocol):
         ...
 
     def predict(self, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
-        """Return every output of the contract for N rows, text as objects with None for a null.
+        """Return every output of the contract for N rows.
+
+        Text is in objects with None for a null, and so are integers and booleans among which there are nulls.
 
         Raises whatever the model raises.
         """

@@ -1,5 +1,8 @@
 """What a model returns, under the names and in the shapes and dtypes of its signature.
 
+Text is in arrays of objects with None for a null. Numbers are in arrays of their dtype: nulls among floats are NaN, and
+integers and booleans among which there are nulls are objects too.
+
 Shapes: N rows; every output is [N, *shape].
 """
 
@@ -59,11 +62,40 @@ def name_outputs(
 
     Raises:
         ModelFailed: It does not fit the signature, or its index is not that of the input.
-        ValueError: A number that is not finite is in an output of integers.
+        ValueError: An infinite number is in an output of integers.
     """
     values = _select_by_name(_restore_order(raw, rows), outputs)
-    values = {name: _restore_order(value, rows) for name, value in values.items()}
+    values = {name: _convert_column(_restore_order(value, rows)) for name, value in values.items()}
     return {output.name: _reshape(to_numpy(values[output.name]), output, rows) for output in outputs}
+
+
+def find_missing(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Return which values of an output are null or not finite, in its shape."""
+    if values.dtype.kind == "O":
+        return _find_none(values)
+    return ~np.isfinite(values) if values.dtype.kind in "fc" else np.zeros(values.shape, dtype=np.bool_)
+
+
+def _find_none(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    none = np.fromiter((item is None for item in values.flat), dtype=np.bool_, count=values.size)
+    return none.reshape(values.shape)
+
+
+def _convert_column(value: Any) -> Any:
+    """Return integers with nulls, of pandas, Arrow or polars, as objects, and anything else unchanged.
+
+    All three of them would make floats of such a column, which round large integers.
+    """
+    if hasattr(value, "isna"):
+        is_integer = getattr(getattr(value, "dtype", None), "kind", None) in ("i", "u")
+        return value.to_numpy(dtype=object, na_value=None) if is_integer and value.isna().any() else value
+    if hasattr(value, "__arrow_c_stream__"):
+        import pyarrow as pa  # noqa: PLC0415
+
+        columns = pa.table(value).columns if hasattr(value, "columns") else [pa.chunked_array(value)]
+        if any(column.null_count and pa.types.is_integer(column.type) for column in columns):
+            return np.array([column.to_pylist() for column in columns], dtype=object).T
+    return value
 
 
 def _restore_order(value: Any, rows: int) -> Any:
@@ -111,14 +143,14 @@ def _select_by_column(frame: Any, outputs: Sequence[Output]) -> dict[str, Any]:
     """Take the outputs from a DataFrame by name, else by position; no column may be left over."""
     names = [output.name for output in outputs]
     if all(name in frame.columns for name in names):
-        return {name: frame[name].to_numpy() for name in names}
-    if len(outputs) == 1 and outputs[0].width == frame.shape[1]:
+        return {name: np.asarray(_convert_column(frame[name])) for name in names}
+    if len(outputs) == 1 and 1 < outputs[0].width == frame.shape[1]:
         return {names[0]: frame.to_numpy()}
     if len(outputs) != frame.shape[1]:
         found = [str(name) for name in frame.columns]
         message = f"The model must return the columns {names}, got {found}. {_LOG_AGAIN}"
         raise ModelFailed(message)
-    return {name: frame.iloc[:, at].to_numpy() for at, name in enumerate(names)}
+    return {name: np.asarray(_convert_column(frame.iloc[:, at])) for at, name in enumerate(names)}
 
 
 def _reshape(value: npt.NDArray[Any], output: Output, rows: int) -> npt.NDArray[Any]:
@@ -129,7 +161,9 @@ def _reshape(value: npt.NDArray[Any], output: Output, rows: int) -> npt.NDArray[
         )
         raise ModelFailed(message)
     value = value.reshape(rows, *output.shape)
-    return _convert_text(value, output) if output.dtype == "str" else _cast_numbers(value, output)
+    if value.dtype.kind == "O" or output.dtype == "str":
+        value = _replace_nulls(value)
+    return _check_text(value, output) if output.dtype == "str" else _cast_numbers(value, output)
 
 
 def _is_valid_shape(shape: tuple[int, ...], output: Output, rows: int) -> bool:
@@ -141,33 +175,60 @@ def _is_valid_shape(shape: tuple[int, ...], output: Output, rows: int) -> bool:
     return bool(shape) and shape[0] == rows and inner in (expected, [output.width])
 
 
-def _cast_numbers(value: npt.NDArray[Any], output: Output) -> npt.NDArray[Any]:
-    """Cast to the output's dtype; floats are rounded, other values must stay the same."""
-    dtype = np.dtype(output.dtype)
-    with np.errstate(over="ignore", invalid="ignore"):
-        if dtype.kind == "f" or np.can_cast(value.dtype, dtype, "safe"):
-            return value.astype(dtype, copy=False)
-        given = value.astype(np.float64) if value.dtype.kind == "O" else value
-        if not np.isfinite(given).all():
-            message = f"output {output.name!r} must be finite to be {dtype}"
-            raise ValueError(message)
-        cast = given.astype(dtype)
-    if (changed := cast != given).any():
-        message = (
-            f"Output {output.name!r} must be {dtype}, as the signature says, got {value.dtype} such as "
-            f"{given[changed][0]}. {_LOG_AGAIN}"
-        )
-        raise ModelFailed(message)
-    return cast
-
-
-def _convert_text(value: npt.NDArray[Any], output: Output) -> npt.NDArray[Any]:
-    """Return text as objects, with None for every kind of null."""
+def _replace_nulls(value: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return values as objects, with None for every kind of null."""
     import pandas as pd  # noqa: PLC0415
 
-    text = value.astype(object)
-    text[pd.isna(text)] = None
+    objects = value.astype(object)
+    objects[pd.isna(objects)] = None
+    return objects
+
+
+def _check_text(text: npt.NDArray[Any], output: Output) -> npt.NDArray[Any]:
     if invalid := [item for item in text.flat if item is not None and not isinstance(item, str)]:
         message = f"Output {output.name!r} must be text, as the signature says, got {invalid[0]!r}. {_LOG_AGAIN}"
         raise ModelFailed(message)
     return text
+
+
+def _cast_numbers(value: npt.NDArray[Any], output: Output) -> npt.NDArray[Any]:
+    """Cast to the output's dtype; floats are rounded, other values must stay the same, and nulls stay nulls."""
+    dtype = np.dtype(output.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if dtype.kind == "f" or np.can_cast(value.dtype, dtype, "safe"):
+            return value.astype(dtype, copy=False)
+    null = _find_none(value) if value.dtype.kind == "O" else np.isnan(value)
+    if not null.any():
+        return _cast_exactly(value, output)
+    given = value[~null]
+    if given.dtype.kind == "f" and (np.abs(given) >= 2 ** (np.finfo(given.dtype).nmant + 1)).any():
+        message = (
+            f"Output {output.name!r} must hold {dtype} beside nulls, got {given.dtype}, which rounds integers as large "
+            f"as {np.abs(given).max():.0f}. Return pandas' Int64, or objects with None."
+        )
+        raise ModelFailed(message)
+    objects = np.full(value.shape, None, dtype=object)
+    objects[~null] = _cast_exactly(given, output)
+    return objects
+
+
+def _cast_exactly(value: npt.NDArray[Any], output: Output) -> npt.NDArray[Any]:
+    """Cast numbers without nulls to integers or booleans, which must have the same values."""
+    dtype = np.dtype(output.dtype)
+    if not np.isfinite(value.astype(np.float64) if value.dtype.kind == "O" else value).all():
+        message = f"output {output.name!r} must be finite to be {dtype}"
+        raise ValueError(message)
+    try:
+        with np.errstate(invalid="ignore"):
+            cast = value.astype(dtype)
+        changed = value[cast != value]
+    except OverflowError:
+        # Of objects, whose numbers are of any size.
+        changed = value[(value < np.iinfo(dtype).min) | (value > np.iinfo(dtype).max)]
+    if len(changed):
+        message = (
+            f"Output {output.name!r} must be {dtype}, as the signature says, got {value.dtype} such as {changed[0]}. "
+            f"{_LOG_AGAIN}"
+        )
+        raise ModelFailed(message)
+    return cast

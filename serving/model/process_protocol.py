@@ -1,8 +1,8 @@
 """What a model process and its parent send each other: messages over a socket, numbers in memory that both have.
 
 A message is JSON, a blob and file descriptors. Arrays of numbers lie in shared memory (serving/model/shared_memory.py);
-text and bytes, whose size nobody knows before, follow in the blob as Arrow IPC. Both sides read this file; what a
-running parent and a new child could disagree about has a version.
+objects follow in the blob as Arrow IPC: text and bytes, whose size nobody knows before, and integers and booleans with
+nulls. Both sides read this file; what a running parent and a new child could disagree about has a version.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from serving.model.shared_memory import is_opaque
 
 # Raised with each change of what is sent: a child started after an update of the package speaks another one.
-VERSION = 3
+VERSION = 4
 # Libraries read these when they are imported.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LOKY_MAX_CPU_COUNT")
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -83,7 +83,7 @@ def _receive_exactly(channel: socket.socket, size: int) -> bytes:
 
 
 def pack_opaque(arrays: Arrays) -> tuple[list[dict[str, Any]], bytes]:
-    """Return the arrays of text and bytes as Arrow IPC, with their names and shapes."""
+    """Return the arrays of objects as Arrow IPC, with their names and shapes."""
     opaque = {name: array for name, array in arrays.items() if is_opaque(array)}
     if not opaque:
         return [], b""
@@ -109,6 +109,8 @@ def unpack_opaque(places: Sequence[Mapping[str, Any]], blob: bytes) -> dict[str,
     found = {}
     for place in places:
         column = pa.ipc.open_stream(source).read_all().column("values")
-        objects = column.to_numpy() if len(column) else np.empty(0, dtype=object)
+        # As an array of numpy's, integers beside nulls would be floats.
+        is_rounded = column.null_count and pa.types.is_integer(column.type)
+        objects = column.to_numpy() if len(column) and not is_rounded else np.array(column.to_pylist(), dtype=object)
         found[place["name"]] = objects.astype(object, copy=False).reshape(tuple(place["shape"]))
     return found

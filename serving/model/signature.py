@@ -306,7 +306,7 @@ def _read_output(spec: ColSpec | TensorSpec, at: int, total: int) -> Output:
         if not isinstance(spec.type, DataType) or _SCALARS[spec.type] in ("binary", "datetime64[ns]"):
             message = f"Output {name!r} must be numbers or text, got {spec.type}. {_advise_output(spec)}"
             raise ModelUnfit(message)
-        return Output(name=name, dtype=_SCALARS[spec.type])
+        return Output(name=name, dtype=_SCALARS[spec.type], required=spec.required)
     shape = tuple(int(size) for size in spec.shape[1:])
     if -1 in shape:
         message = f"Output {name!r} must have a fixed width, got shape {tuple(spec.shape)}. State it in the signature."

@@ -5,6 +5,7 @@ Shapes: n rows of a batch, W values of a list.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from tasks.batch.exact_deciles import find_deciles, place_in_deciles
 from tasks.batch.key_check import map_ahead
 from tasks.batch.label_metrics import RocArea, find_positives, finish_metric, measure_labels
 from tasks.batch.labels import LABEL, LabelTable, join_labels, open_label_table
-from tasks.batch.parts import REJECT_REASON, ChunkId, list_parts, name_kept, read_given_up
+from tasks.batch.parts import ChunkId, list_parts, name_kept, read_given_up
 from tasks.batch.plan import Plan
 from tasks.batch.sketches import QuantileSketch, add_sketches, sketch_sorted
 from tasks.storage import Entry, Storage
@@ -72,13 +73,12 @@ class Pairing:
         ours, theirs = ([pair[at].name for pair in self.outputs] for at in (0, 1))
 
         def read_pair(pair: tuple[Entry, Entry]) -> pa.Table:
-            one = _read_part(self.storage, pair[0], [*names, *ours, REJECT_REASON])
-            other = _read_part(self.storage, pair[1], [*theirs, REJECT_REASON, *beside])
+            one = _read_part(self.storage, pair[0], [*names, *ours])
+            other = _read_part(self.storage, pair[1], [*theirs, *beside])
             columns: dict[str, Any] = {name: one.column(name) for name in names}
             columns |= {f"{_OURS}.{at}": one.column(name) for at, name in enumerate(ours)}
             columns |= {f"{_THEIRS}.{at}": other.column(name) for at, name in enumerate(theirs)}
-            columns |= {_OURS_BAD: pc.is_valid(one.column(REJECT_REASON))}
-            columns |= {_THEIRS_BAD: pc.is_valid(other.column(REJECT_REASON))}
+            columns |= {_OURS_BAD: _find_nulls(one, ours), _THEIRS_BAD: _find_nulls(other, theirs)}
             return pa.table(columns | {name: other.column(name) for name in beside})
 
         for table in map_ahead(read_pair, self.parts, _READERS):
@@ -90,6 +90,11 @@ def _read_part(storage: Storage, entry: Entry, columns: Sequence[str]) -> pa.Tab
     with storage.open_pinned(entry) as stream, name_corrupt_file(storage, entry):
         file = pq.ParquetFile(stream, page_checksum_verification=True)
         return file.read(columns=list(columns), use_threads=False).select(list(columns)).combine_chunks()
+
+
+def _find_nulls(table: pa.Table, outputs: Sequence[str]) -> pa.ChunkedArray:
+    """Return in which rows an output is null: all of them are in rejects."""
+    return functools.reduce(pc.or_, [table.column(name).is_null() for name in outputs])
 
 
 def pair_parts(storage: Storage, plan: Plan, other: Plan) -> Pairing:
@@ -150,15 +155,15 @@ def _find_deciles(pairing: Pairing) -> dict[int, tuple[Numbers, Numbers]]:
 
     def read() -> Generator[list[npt.NDArray[Any]]]:
         for table in pairing.read(kept=False):
-            good = _drop_rejects(table)
+            good = _drop_nulls(table)
             yield [_to_array(good, name, at) for at in numbers for name in (_OURS, _THEIRS)]
 
     found = find_deciles(read, 2 * len(numbers))
     return {at: (found[2 * place], found[2 * place + 1]) for place, at in enumerate(numbers)}
 
 
-def _drop_rejects(table: pa.Table) -> pa.Table:
-    """Return the rows that both models have scored."""
+def _drop_nulls(table: pa.Table) -> pa.Table:
+    """Return the rows that are compared: both models have given a value for each output."""
     bad = pc.or_(table.column(_OURS_BAD), table.column(_THEIRS_BAD))
     return table.filter(pc.invert(bad)) if pc.any(bad).as_py() else table
 
@@ -257,7 +262,7 @@ class _Tally:
         self.rejects["both"] += int((ours & theirs).sum())
         self.rejects["ours"] += int((ours & ~theirs).sum())
         self.rejects["theirs"] += int((~ours & theirs).sum())
-        good = _drop_rejects(table)
+        good = _drop_nulls(table)
         measured = [_measure_output(good, at, kind) for at, kind in enumerate(self._kinds)]
         for at, measures in enumerate(measured):
             self._sums[at].add(good.num_rows, {name: float(values.sum()) for name, values in measures.items()})
@@ -383,7 +388,7 @@ def _measure_rows(pairing: Pairing, tables: Iterable[pa.Table], kind: LabelKind)
     segments = [_Segments(name) for name in pairing.plan.options.segment_columns]
     has_area = kind == "classification" and _is_binary(pairing.outputs[0][0])
     for table in tables:
-        good = _drop_rejects(table)
+        good = _drop_nulls(table)
         good = good.filter(pc.is_valid(good.column(LABEL)))
         labels = good.column(LABEL).combine_chunks()
         measured: dict[str, Numbers] = {}

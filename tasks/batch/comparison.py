@@ -98,17 +98,16 @@ class ChallengerComparison(Frozen):
     given_up: str | None = Field(default=None, description="Why it was given up before all rows were scored, if so.")
     not_compared: str | None = Field(default=None, description="Why it could not be compared, if so.")
     rows: int = Field(default=0, description="Rows that both models have scored.")
-    rejects_champion_only: int = Field(default=0, description="Rows that the model of the run alone rejects.")
-    rejects_challenger_only: int = Field(default=0, description="Rows that the challenger alone rejects.")
-    rejects_both: int = Field(default=0, description="Rows that both reject.")
+    rejects_champion_only: int = Field(
+        default=0, description="Rows that the model of the run alone rejects, or predicts a null for."
+    )
+    rejects_challenger_only: int = Field(
+        default=0, description="Rows that the challenger alone rejects, or predicts a null for."
+    )
+    rejects_both: int = Field(default=0, description="Rows that both reject, or predict a null for.")
     outputs: tuple[OutputComparison, ...] = ()
     segments: tuple[SegmentComparison, ...] = ()
     labels: LabelComparison | None = None
-
-    @property
-    def rejects(self) -> int:
-        """How many rows the challenger rejects."""
-        return self.rejects_challenger_only + self.rejects_both
 
 
 class RunComparison(Frozen):
@@ -171,15 +170,12 @@ def promotion_path(run: str, plan_digest: str) -> str:
     return record_path(run, plan_digest, "promotion")
 
 
-def judge_promotion(
-    rule: PromoteIf, compared: ChallengerComparison, champion_rejects: int, rows: int
-) -> tuple[float, str]:
+def judge_promotion(rule: PromoteIf, compared: ChallengerComparison, rows: int) -> tuple[float, str]:
     """Return by how much a challenger is better than a rule asks for, below zero where it is not; and that in words.
 
     Args:
         rule: The rule.
         compared: The challenger beside the model of the run.
-        champion_rejects: How many rows the model of the run has rejected.
         rows: How many rows the run has.
     """
     if compared.given_up is not None or compared.not_compared is not None:
@@ -193,9 +189,9 @@ def judge_promotion(
     told = f"{compared.model} has {metric} {theirs:.6g} over {labels.rows:,} rows, the model {ours:.6g}"
     if labels.rows < rule.min_rows:
         return -math.inf, f"{told}, and at least {rule.min_rows:,} rows with a label decide"
-    more = (compared.rejects - champion_rejects) / max(rows, 1)
-    if more > rule.max_more_rejects:
-        return -math.inf, f"{told}, but {compared.rejects:,} rejects beside {champion_rejects:,}"
+    more = compared.rejects_challenger_only - compared.rejects_champion_only
+    if more / max(rows, 1) > rule.max_more_rejects:
+        return -math.inf, f"{told}, but rejects {more:,} rows more"
     # What the areas under ROC may be off by must not decide.
     unsure = 2 * labels.auc_error_max if metric == "auc" else 0.0
     return gain - unsure - rule.by, f"{told}, and must be better by {rule.by:g}"

@@ -22,7 +22,7 @@ from tasks.batch.comparison import (
     list_parts_made,
     promotion_path,
 )
-from tasks.batch.manifest import Manifest, find_complete_manifest, scan_parts
+from tasks.batch.manifest import find_complete_manifest, scan_parts
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import ChunkId, give_up_challenger, list_followed, read_given_up
 from tasks.batch.plan import Plan
@@ -117,7 +117,7 @@ def _compare(storage: Storage, plan: Plan, other: Plan) -> ChallengerComparison:
         return ChallengerComparison(model=pin.uri, model_digest=pin.digest, not_compared=str(error))
 
 
-def compare_published(storage: Storage, plan: Plan, manifest: Manifest, rule: PromoteIf | None) -> ComparedRun:
+def compare_published(storage: Storage, plan: Plan, rule: PromoteIf | None) -> ComparedRun:
     """Compare a run that was published, keep that beside it, and move the alias where a rule holds.
 
     What an earlier attempt has written stands.
@@ -127,7 +127,7 @@ def compare_published(storage: Storage, plan: Plan, manifest: Manifest, rule: Pr
     storage.put_new(compared, comparison.model_dump_json().encode())
     promotion = read_record(storage, promoted, Promotion)
     if promotion is None and rule is not None:
-        promotion = promote(plan, comparison, manifest.rows_rejected, rule)
+        promotion = promote(plan, comparison, rule)
         storage.put_new(promoted, promotion.model_dump_json().encode())
     return ComparedRun(comparison=comparison, promotion=promotion)
 
@@ -178,7 +178,7 @@ def compare_challengers(
     comparison = RunComparison(
         run=plan.run, plan_digest=manifest.plan_digest, model=plan.model.uri, rows=plan.rows, challengers=found
     )
-    promotion = promote(plan, comparison, manifest.rows_rejected, promote_if) if promote_if is not None else None
+    promotion = promote(plan, comparison, promote_if) if promote_if is not None else None
     return ComparedRun(comparison=comparison, promotion=promotion)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from serving.errors import PlanTooLarge
-from serving.model.contract import TEXT_DTYPES, Contract, Output
+from serving.model.contract import Contract, Output
 from serving.model.interface import Model, SlotMemory
 from serving.option_words import name_option
 from tasks.batch.as_of_join import HELD_BYTES
@@ -161,7 +161,7 @@ def _list_contracts(plan: Plan) -> list[Contract]:
 
 
 def _value_bytes(output: Output) -> int:
-    return _TEXT_BYTES if output.dtype in TEXT_DTYPES else np.dtype(output.dtype).itemsize
+    return _TEXT_BYTES if output.has_objects else np.dtype(output.dtype).itemsize
 
 
 def check_fits(needed: int, allowed: int, plan: Plan, slots: int) -> None:

@@ -225,13 +225,15 @@ class PartReader:
             problems.append(
                 f"Its rows with a null key must be the {footer.rows_key_null:,} of its footer, got {nulls:,}."
             )
-        for name in self._outputs:
-            is_null = table.column(name).is_null()
-            # A text that a model does not answer may be null without a reason.
+        for output in self._plan.contract.outputs:
+            name, is_null = output.name, table.column(output.name).is_null()
             both = pc.and_(pc.invert(is_null), reasons.is_valid())
-            wrong = both if pa.types.is_string(self._outputs[name]) else pc.xor(is_null, reasons.is_valid())
+            # A text that a model does not answer may be null without a reason, as an output may that is not required.
+            may_be_null = output.dtype == "str" or not output.required
+            wrong = both if may_be_null else pc.xor(is_null, reasons.is_valid())
             if rows := pc.sum(wrong).as_py():
-                problems.append(f"Its column {name!r} must be null in rejects and nowhere else, got {rows:,} others.")
+                where = "in rejects" if may_be_null else "in rejects and nowhere else"
+                problems.append(f"Its column {name!r} must be null {where}, got {rows:,} others.")
         return [("rejects", message) for message in problems]
 
     def _check_places(self, part: ExpectedPart, table: pa.Table) -> list[_Problem]:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from serving.errors import BadInput, SchemaMismatch, SourceChanged, suggest_name
-from serving.model.contract import TEXT_DTYPES, Contract, Output, is_text
+from serving.model.contract import Contract, Output, is_text
 from serving.model.encoding import Flags
 from serving.model.interface import Predictions
 from serving.option_words import name_option
@@ -304,10 +304,7 @@ def put_empty_part(storage: Storage, plan: Plan) -> None:
     schema, place = unpack_schema(plan.empty_schema), (0, 0)
     types = {key: schema.field(key).type for key in plan.options.key_columns}
     types = types or {SOURCE_FILE: pa.string(), SOURCE_ROW: pa.int64()}
-    predictions = {
-        output.name: np.empty((0, *output.shape), dtype=object if output.dtype in TEXT_DTYPES else output.dtype)
-        for output in plan.contract.outputs
-    }
+    predictions = {output.name: output.make_empty(0) for output in plan.contract.outputs}
     inputs = schema.empty_table().select([name for name in plan.input_columns if name in schema.names])
     data = encode_part(
         plan,
@@ -358,7 +355,9 @@ def output_columns(contract: Contract, predictions: Predictions, flags: Flags) -
 def _prediction_column(output: Output, predictions: Predictions, bad_N: np.ndarray) -> pa.Array:
     value = predictions[output.name]
     if output.width == 1:
-        return pa.array(value.reshape(len(value)), type=output.arrow_type, mask=bad_N if bad_N.any() else None)
+        value_N = value.reshape(len(value))
+        is_null_N = bad_N if value_N.dtype.kind != "f" or output.required else bad_N | np.isnan(value_N)
+        return pa.array(value_N, type=output.arrow_type, mask=is_null_N if is_null_N.any() else None)
     flat = pa.array(value.reshape(-1), type=output.arrow_type.value_type)
     mask = pa.array(bad_N) if bad_N.any() else None
     return pa.FixedSizeListArray.from_arrays(flat, type=output.arrow_type, mask=mask)

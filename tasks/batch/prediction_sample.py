@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -157,7 +158,9 @@ def _draw_classes(axes: Axes, name: str, classes: list[pa.Array]) -> None:
     for at, each in enumerate(classes):
         numbers = each.drop_null().to_numpy(zero_copy_only=False)
         numbers = np.clip(numbers.astype(np.float64), -_NUMBER_MAX, _NUMBER_MAX)
-        axes.hist(numbers, bins=_BINS, histtype="step", label=f"{at}: mean {numbers.mean():.4g}")
+        axes.hist(
+            numbers, bins=_BINS, range=_choose_range(numbers), histtype="step", label=f"{at}: mean {numbers.mean():.4g}"
+        )
     axes.set_yticks([])
     axes.legend(fontsize=7, loc="upper center", framealpha=0.5)
     _finish_plot(axes, f"{name}, by class")
@@ -175,7 +178,7 @@ def _draw_output(axes: Axes, name: str, column: pa.Array) -> None:
     kind = values.type
     if pa.types.is_floating(kind) or (pa.types.is_integer(kind) and pc.count_distinct(values).as_py() > _CLASSES_MAX):
         numbers = np.clip(values.to_numpy(zero_copy_only=False).astype(np.float64), -_NUMBER_MAX, _NUMBER_MAX)
-        axes.hist(numbers, bins=_BINS, color=_BAR)
+        axes.hist(numbers, bins=_BINS, range=_choose_range(numbers), color=_BAR)
         axes.set_yticks([])
         axes.set_xlabel(f"mean {numbers.mean():.4g}, from {numbers.min():.4g} to {numbers.max():.4g}", fontsize=8)
     else:
@@ -190,6 +193,14 @@ def _draw_output(axes: Axes, name: str, column: pa.Array) -> None:
         if len(counts) > len(shown):
             axes.set_xlabel(f"the most frequent of {len(counts):,} values", fontsize=8)
     _finish_plot(axes, title)
+
+
+def _choose_range(numbers: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """Return what bins are of: the range of the numbers, made wider where it has fewer floats than there are bins."""
+    low, high = float(numbers.min()), float(numbers.max())
+    least = 2 * _BINS * float(np.spacing(max(abs(low), abs(high))))
+    wider = max(0.5, least) if high - low < least else 0.0
+    return low - wider, high + wider
 
 
 def _finish_plot(axes: Axes, title: str) -> None:

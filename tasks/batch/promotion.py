@@ -36,7 +36,7 @@ def read_alias(name: str, alias: str) -> str | None:
     return str(aliases[alias]) if alias in aliases else None
 
 
-def promote(plan: Plan, comparison: RunComparison, champion_rejects: int, rule: PromoteIf) -> Promotion:
+def promote(plan: Plan, comparison: RunComparison, rule: PromoteIf) -> Promotion:
     """Move an alias to the best challenger that a rule holds for, and say what was done and why.
 
     The alias is read just before it is moved: where it names another version than the model of the run, it stays. The
@@ -45,12 +45,11 @@ def promote(plan: Plan, comparison: RunComparison, champion_rejects: int, rule: 
     Args:
         plan: The plan of the run.
         comparison: Its challengers beside its model.
-        champion_rejects: How many rows its model has rejected.
         rule: The rule.
     """
     pin = plan.model
     told = {"alias": f"{pin.name}@{rule.alias}", "model": pin.uri}
-    judged = [(each, *judge_promotion(rule, each, champion_rejects, plan.rows)) for each in comparison.challengers]
+    judged = [(each, *judge_promotion(rule, each, plan.rows)) for each in comparison.challengers]
     best, margin, why = max(judged, key=lambda each: each[1])
     if margin < 0:
         reasons = "; ".join(text for _, _, text in judged)

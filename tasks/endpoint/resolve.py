@@ -23,6 +23,7 @@ from serving.model.environment_choice import OwnEnvironment
 from serving.model.graph import Combine, GraphModel, check_steps_fit, join_contracts, number_graph
 from serving.model.interface import Model, Tunable
 from serving.model.loading import load_model
+from serving.model.outputs import find_missing
 from serving.model.processes import ProcessOptions
 from serving.model.registry import Resolved, resolve_model
 from tasks.endpoint.environment import choose_endpoint_environment
@@ -164,7 +165,8 @@ def load_endpoint_model(spec: EndpointSpec) -> LoadedModel:
         message = f"The endpoint {spec.name} must answer by one model here, got a graph. Name one model as `model`."
         raise BadInput(message)
     resolved = resolve_model(spec.model)
-    contract = resolved.contract(spec.input_columns, spec.policies, spec.params)
+    # An answer of the protocol holds no null: a request with such a row is refused.
+    contract = resolved.contract(spec.input_columns, spec.policies, spec.params).require_outputs()
     model, environment = _load_step(spec, resolved, contract)
     example, random = _answer_samples(model, contract, resolved)
     return LoadedModel(
@@ -212,7 +214,7 @@ def load_endpoint_graph(spec: EndpointSpec) -> LoadedGraph:
 def _read_step_contract(spec: EndpointSpec, combine: Combine, position: int, step: Resolved) -> Contract:
     is_first = combine == "mean" or position == 0
     columns, policies = (spec.input_columns, spec.policies) if is_first else ({}, {})
-    return step.contract(columns, policies, spec.graph_steps[position].params)
+    return step.contract(columns, policies, spec.graph_steps[position].params).require_outputs()
 
 
 def _answer_samples(model: Model, contract: Contract, first: Resolved) -> tuple[Sample | None, Sample | None]:
@@ -245,7 +247,7 @@ class Sample:
 
 
 def keep_answered_rows(model: Model, inputs: Arrays | None) -> Sample | None:
-    """Return those of the rows that the model answers in finite numbers, with its answers; None where it answers none.
+    """Return the rows that the model answers, without nulls and in finite numbers, with its answers; None for no row.
 
     Must be called inside the model's slot.
     """
@@ -260,14 +262,15 @@ def keep_answered_rows(model: Model, inputs: Arrays | None) -> Sample | None:
             return None
         inputs = {name: value[kept] for name, value in inputs.items()}
         outputs = predict_rows(model, inputs)
-    finite_N = np.ones(len(next(iter(outputs.values()))), dtype=np.bool_)
+    answered_N = np.ones(len(next(iter(outputs.values()))), dtype=np.bool_)
     for value in outputs.values():
-        if value.dtype.kind == "f":
-            finite_N &= np.isfinite(value).reshape(len(value), -1).all(axis=1)
-    if not finite_N.any():
+        answered_N &= ~find_missing(value).reshape(len(value), -1).any(axis=1)
+    if not answered_N.any():
         return None
-    kept_inputs, kept_outputs = ({name: value[finite_N] for name, value in each.items()} for each in (inputs, outputs))
-    return Sample(inputs=kept_inputs, outputs=kept_outputs, rows=int(finite_N.sum()))
+    kept_inputs, kept_outputs = (
+        {name: value[answered_N] for name, value in each.items()} for each in (inputs, outputs)
+    )
+    return Sample(inputs=kept_inputs, outputs=kept_outputs, rows=int(answered_N.sum()))
 
 
 def predict_rows(model: Model, inputs: Arrays) -> Arrays:

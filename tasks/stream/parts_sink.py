@@ -110,14 +110,7 @@ def build_unreadable_rows(
     flags = Flags.all_good(len(unreadable))
     for row, poison in enumerate(unreadable):
         flags.mark_row(row, poison.column, poison.reason)
-    empty = {
-        output.name: np.full(
-            (len(unreadable), *output.shape),
-            None if output.dtype == "str" else 0,
-            dtype=object if output.dtype == "str" else output.dtype,
-        )
-        for output in contract.outputs
-    }
+    empty = {output.name: output.make_empty(len(unreadable)) for output in contract.outputs}
     keys = pa.table({name: pa.nulls(len(unreadable), kind) for name, kind in types.items()})
     return PartRows(positions_N=positions_N, user_keys=keys, predictions=empty, flags=flags)
 

@@ -265,6 +265,15 @@ def test_a_policy_takes_no_unknown_key() -> None:
         ColumnPolicy(nulls="keep")
 
 
+def test_an_output_that_may_be_null_says_so_in_json_and_any_other_is_written_as_ever() -> None:
+    optional = Output(name="y", dtype="int64", required=False)
+    contract = stacked(column("float32", "a"), outputs=(optional,))
+
+    assert {"name": "y", "dtype": "int64", "shape": (), "required": False} == optional.model_dump()
+    assert {"name": "y", "dtype": "int64", "shape": ()} == contract.require_outputs().outputs[0].model_dump()
+    assert contract == Contract.model_validate_json(contract.model_dump_json())
+
+
 def test_a_contract_survives_the_way_through_json() -> None:
     contract = stacked(column("float32", "a", policy=ColumnPolicy(null=0.5)), column("float32", "b"))
 

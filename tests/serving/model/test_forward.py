@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ from serving.model.forward import Forward
 from serving.model.interface import Arrays, Halted, Predictions
 from serving.model.outputs import name_outputs
 from serving.model.torch_model import TorchModel
+from tasks.batch.parts import output_columns
 from tests.serving.toys import Picky, alone, column, matrix, network
 
 REASON = "ValueError: no row may begin with 1 <<object object at 0x...>>"
@@ -216,16 +218,48 @@ def test_labels_of_batches_that_never_reach_the_model_are_none() -> None:
     assert [None, None] == found["label"].tolist()
 
 
-def test_a_number_that_is_not_an_integer_rejects_only_its_row() -> None:
+def test_a_null_and_an_infinite_number_among_integers_reject_only_their_rows() -> None:
     output = Output(name="count", dtype="int64")
     x = X.copy()
     x[:, 0] = np.arange(100)
-    x[[3, 60], 0] = np.nan
+    x[[3, 60], 0] = np.nan, np.inf
     rows = encoded(x)
     found = Forward(Plain(lambda inputs: inputs["x"][:, 0], (output,)), matrix(4, output), 50).score(rows)
 
-    assert dict.fromkeys((3, 60), ("", "ValueError: output 'count' must be finite to be int64")) == rejects(rows)
+    infinite = ("", "ValueError: output 'count' must be finite to be int64")
+    assert {3: ("count", "prediction is null"), 60: infinite} == rejects(rows)
     assert [0, 1, 2, 4] == found["count"][[0, 1, 2, 4]].tolist()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values", "reason"),
+    [
+        ("int64", [7, None, 2**63 - 1], "null"),
+        ("bool", [True, None, False], "null"),
+        ("str", ["a", None, "c"], "null"),
+        ("float64", [0.5, math.nan, 1.5], "not finite"),
+    ],
+)
+def test_a_null_is_a_prediction_of_an_output_that_is_not_required_and_else_a_reject(
+    dtype: str, values: list[Any], reason: str
+) -> None:
+    for required in (True, False):
+        output = Output(name="y", dtype=dtype, required=required)
+        rows = encoded(X[:3])
+        found = Forward(Plain(lambda _: np.array(values, dtype=object), (output,)), matrix(4, output), 3).score(rows)
+        (column, *_) = output_columns(matrix(4, output), found, rows.flags).values()
+
+        assert ({1: ("y", f"prediction is {reason}")} if required else {}) == rejects(rows)
+        assert [values[0], None, values[2]] == column.to_pylist()
+        assert output.arrow_type == column.type
+
+
+def test_an_infinite_number_is_a_reject_of_any_output() -> None:
+    output = Output(name="y", dtype="float64", required=False)
+    rows = encoded(X[:3])
+    Forward(Plain(lambda _: [math.inf, math.nan, 1.0], (output,)), matrix(4, output), 3).score(rows)
+
+    assert {0: ("y", "prediction is not finite")} == rejects(rows)
 
 
 class Hungry(torch.nn.Module):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from serving.errors import ModelFailed
 from serving.model.contract import Output
 from serving.model.outputs import name_outputs
+from serving.model.process_protocol import pack_opaque, unpack_opaque
 
 SCORE = Output(name="score", dtype="float32")
 LABEL = Output(name="label", dtype="str")
@@ -100,6 +101,8 @@ def test_a_wide_output_may_be_flat_or_a_frame() -> None:
         (np.array([1, 2, 3]), (LABEL,), "must be text, as the signature says, got 1"),
         (np.array([b"a", b"b", b"c"]), (LABEL,), "must be text, as the signature says, got b'a'"),
         (np.array([0.5, 1.0, 2.0]), (COUNT,), "must be int64, as the signature says, got float64 such as 0.5"),
+        ([0.5, None, 2], (COUNT,), "must be int64, as the signature says, got object such as 0.5"),
+        ([2**63, None, 2], (COUNT,), "must be int64, as the signature says, got object such as 9223372036854775808"),
     ],
 )
 def test_a_result_that_does_not_fit_the_signature_fails_the_model_by_name(
@@ -129,8 +132,8 @@ def test_integers_are_integers_whatever_holds_them(raw: Any) -> None:
     assert {"count": [1, 2, 3]} == named(raw, COUNT)
 
 
-@pytest.mark.parametrize("raw", [[1.0, math.nan, 2.0], [1.0, math.inf, 2.0], [1, None, 2]])
-def test_a_number_that_is_not_finite_among_integers_is_an_error_of_its_row(raw: Any) -> None:
+@pytest.mark.parametrize("raw", [[1.0, math.inf, 2.0], [1, None, math.inf]])
+def test_an_infinite_number_among_integers_is_an_error_of_its_row(raw: Any) -> None:
     with pytest.raises(ValueError, match="output 'count' must be finite to be int64"):
         name_outputs(raw, (COUNT,), 3, np.asarray)
 
@@ -146,6 +149,63 @@ def test_integers_that_do_not_fit_fail_the_model(dtype: str, raw: list[int]) -> 
 def test_every_null_among_texts_is_none(null: object) -> None:
     assert {"label": ["a", None, "c"]} == named(np.array(["a", null, "c"], dtype=object), LABEL)
     assert {"label": ["a", None, "c"]} == named(pd.Series(["a", None, "c"]), LABEL)
+
+
+BIG = 2**63 - 1
+FLAG = Output(name="flag", dtype="bool")
+
+
+@pytest.mark.parametrize(
+    ("raw", "output", "expected"),
+    [
+        (pd.Series([1, None, BIG], dtype="Int64"), COUNT, [1, None, BIG]),
+        (pd.Series([1, None, BIG], dtype=pd.ArrowDtype(pa.int64())), COUNT, [1, None, BIG]),
+        (pd.Series([1, None, BIG], dtype=object), COUNT, [1, None, BIG]),
+        (pd.Series([1, None, 3]), COUNT, [1, None, 3]),
+        (pd.array([1, None, BIG], dtype="Int64"), COUNT, [1, None, BIG]),
+        (pl.Series([1, None, BIG]), COUNT, [1, None, BIG]),
+        (pa.table({"any": [1, None, BIG]}), COUNT, [1, None, BIG]),
+        ([1, None, BIG], COUNT, [1, None, BIG]),
+        (np.array([1, 2**53 + 1, BIG], dtype=object), COUNT, [1, 2**53 + 1, BIG]),
+        (np.array([1.0, math.nan, 3.0]), COUNT, [1, None, 3]),
+        (pd.Series([1, None, 3], dtype="Int64"), Output(name="small", dtype="int8"), [1, None, 3]),
+        (pd.Series([None] * 3, dtype="Int64"), COUNT, [None] * 3),
+        (pd.Series([True, None, False], dtype="boolean"), FLAG, [True, None, False]),
+        (pd.Series([True, None, False], dtype=pd.ArrowDtype(pa.bool_())), FLAG, [True, None, False]),
+        (pd.Series([True, None, False]), FLAG, [True, None, False]),
+        (pl.Series([True, None, False]), FLAG, [True, None, False]),
+        (pd.Series(["a", None, "c"], dtype="string"), LABEL, ["a", None, "c"]),
+        (pd.Series(["a", None, "c"], dtype=pd.ArrowDtype(pa.string())), LABEL, ["a", None, "c"]),
+    ],
+)
+def test_nulls_of_every_library_are_none_and_integers_beside_them_exact(
+    raw: Any, output: Output, expected: list[Any]
+) -> None:
+    frame = pd.DataFrame({output.name: pd.Series(raw), "more": 0}) if isinstance(raw, pd.Series) else raw
+
+    assert {output.name: expected} == named(raw, output) == named(frame, output)
+    assert {output.name: expected} == named({output.name: raw}, output)
+
+
+@pytest.mark.parametrize("null", [None, math.nan, pd.NA])
+def test_a_null_among_floats_is_nan(null: object) -> None:
+    for raw in (np.array([0.5, null, 2.0], dtype=object), pd.Series([0.5, null, 2.0]).astype("Float64")):
+        np.testing.assert_array_equal([0.5, math.nan, 2.0], name_outputs(raw, (SCORE,), 3, np.asarray)["score"])
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(-(2**63), BIG)), min_size=1, max_size=20))
+def test_any_integers_beside_nulls_reach_the_parent_of_the_models_process_as_they_are(rows: list[int | None]) -> None:
+    column = pd.Series(rows, dtype="Int64")
+    found = name_outputs(column, (COUNT,), len(rows), np.asarray)
+    crossed = found if found["count"].dtype.kind != "O" else unpack_opaque(*pack_opaque(found))
+
+    assert rows == crossed["count"].tolist()
+
+
+def test_floats_that_may_have_rounded_integers_beside_nulls_are_refused() -> None:
+    message = "must hold int64 beside nulls, got float64, which rounds integers as large as 9007199254740992"
+    with pytest.raises(ModelFailed, match=message):
+        name_outputs(np.array([2.0**53, math.nan]), (COUNT,), 2, np.asarray)
 
 
 def test_texts_may_be_numpys_own_or_categories() -> None:

@@ -320,6 +320,18 @@ def test_an_inferred_output_gets_a_name_a_type_and_a_shape(predictions: Any, out
     assert output == (found.name, found.dtype, found.shape)
 
 
+# MLflow advises against columns of integers, which pandas' own types hold beside nulls.
+@pytest.mark.filterwarnings("ignore:.*integer column:UserWarning")
+def test_outputs_may_be_null_whose_sample_has_a_missing_value() -> None:
+    missing = {"count": [1, None], "flag": [True, None], "word": ["a", None]}
+    predictions = pd.DataFrame(missing).convert_dtypes().assign(score=[0.5, None], sure=[1.0, 2.0])
+    contract = contract_of(Model(signature=infer_signature(pd.DataFrame({"a": [0.5]}), predictions)))
+
+    assert {"count": "int64", "flag": "bool", "word": "str", "score": "float64"} == {
+        output.name: output.dtype for output in contract.outputs if not output.required
+    }
+
+
 def test_several_outputs_without_names_are_numbered_and_with_the_same_name_refused() -> None:
     inputs = Schema([ColSpec("double", "a")])
     contract = contract_of(logged(inputs, Schema([ColSpec("float"), ColSpec("string")])))

@@ -137,10 +137,17 @@ def test_each_output_has_its_plot_numbers_classes_and_texts(outputs: int, tmp_pa
     assert len(png) < 150_000
 
 
-def test_constants_and_infinite_values_are_drawn_too() -> None:
-    table = pa.table({"constant": np.ones(10), "wild": [float("inf"), *[1.0] * 9], "huge": [1e300, *[-1e300] * 9]})
+def test_constants_infinite_values_nulls_and_neighbours_are_drawn_too() -> None:
+    columns = {
+        "constant": np.ones(20),
+        "wild": [float("inf"), *[1.0] * 19],
+        "huge": [1e300, *[-1e300] * 19],
+        "neighbours": [1.0, *[np.nextafter(1.0, 2.0)] * 19],
+        "numbers": [None, *range(2**63 - 20, 2**63 - 1)],
+        "flag": [None, *[True] * 19],
+    }
 
-    assert draw_distributions(PredictionSample(table=table, outputs=("constant", "wild", "huge"), rows=10)) is not None
+    assert draw_distributions(PredictionSample(table=pa.table(columns), outputs=tuple(columns), rows=20)) is not None
 
 
 def test_reading_it_opens_eight_parts_at_most_and_no_rejects_columns_are_needed(local: Storage) -> None:

@@ -86,6 +86,7 @@ X = np.array([[0, 1], [2, 1], [1, 1]], dtype=np.float32)
         (lambda x_NF: x_NF[:, 0], [0, 1, 2]),
         (picky, [0, 2]),
         (lambda x_NF: np.where(x_NF[:, 0] == 2, np.nan, x_NF[:, 0]), [0, 2]),
+        (lambda x_NF: np.where(x_NF[:, 0] == 2, None, x_NF[:, 0].astype(object)), [0, 2]),
     ],
 )
 def test_only_rows_that_the_model_answers_are_kept(function: Callable[[Any], Any], kept: list[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import orjson
 import pyarrow as pa
 import pytest
@@ -133,6 +134,20 @@ def test_lists_are_answered_as_lists(keys: tuple[str, ...]) -> None:
     group.predictions["score"] = group.predictions["score"].repeat(2).reshape(1, 2)
 
     assert [5.5, 5.5] == orjson.loads(build_answers(scored, contract, keys)[0].payload)["score"]
+
+
+def test_a_null_of_an_output_that_may_be_null_is_answered_as_null() -> None:
+    optional = CONTRACT.outputs[0].model_copy(update={"required": False})
+    contract = Contract(inputs=CONTRACT.inputs, outputs=(optional,))
+    for sent in (json_row(1), arrow_rows(1, [1.0])):
+        scored = score([sent])
+        scored.groups[0].predictions["score"][:] = np.nan
+        (answer,) = build_answers(scored, contract, KEYS)
+        found = (
+            orjson.loads(answer.payload) if scored.groups[0].group.rows else read_arrow(answer.payload).to_pylist()[0]
+        )
+
+        assert None is found["score"]
 
 
 def test_arrow_answers_have_the_same_schema_with_and_without_rejects() -> None:
