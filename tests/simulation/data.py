@@ -166,6 +166,11 @@ class Source:
         self._rows: dict[Entry, list[Row]] = {}
         self._next = 0
 
+    @property
+    def url(self) -> str:
+        """Its address."""
+        return self._storage.url
+
     def write_some(self) -> None:
         """Write one to three files."""
         for _ in range(self._chance.randint(1, 3)):

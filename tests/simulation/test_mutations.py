@@ -196,6 +196,15 @@ def claim_no_source(patch: pytest.MonkeyPatch) -> None:
     put_back(patch, destination_source.claim_source, lambda *_given: None)
 
 
+def order_runs_by_destination(patch: pytest.MonkeyPatch) -> None:
+    claim = publish.claim_order_number
+
+    def claim_there(storage: base.Storage, run: str, *, above: int = 0, table: base.Storage | None = None) -> int:
+        return claim(storage, run, above=above)
+
+    put_back(patch, claim, claim_there)
+
+
 @pytest.mark.machines
 @pytest.mark.parametrize(
     ("mutation", "first", "seen"),
@@ -205,6 +214,7 @@ def claim_no_source(patch: pytest.MonkeyPatch) -> None:
         pytest.param(probe_no_store, 21, "", id="a store that overwrites is not found out"),
         pytest.param(find_newest_by_clock, 16, "none of the newest runs", id="the newest run is so by a clock"),
         pytest.param(let_delta_go_back, 69, "went back", id="an older run replaces a newer one in a Delta table"),
+        pytest.param(order_runs_by_destination, 103, "went back", id="each destination of a table orders its own runs"),
         pytest.param(list_reused_parts_once, 1444, "no end", id="a part of an earlier run is lost in a pass"),
         pytest.param(clean_reused_parts, 187, "which run", id="a cleaning takes what an unfinished run has"),
         pytest.param(clean_parts_first, 4, "which run", id="a cleaning takes parts before records"),
