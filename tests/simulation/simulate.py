@@ -251,6 +251,17 @@ def _make_iceberg(chance: random.Random, scratch: Path, _seed: int) -> _World:
     )
 
 
+def _make_webhooks(chance: random.Random, _scratch: Path, _seed: int) -> _World:
+    from tests.simulation.webhooks import WebhookWorld
+
+    scheduler = Scheduler(chance, steps_max=STEPS_MAX, on_step=lambda: None)
+    scheduler.kill_rate = chance.choice([0.0, 0.1])
+    deployments = ["batch-inference/scores", "batch-inference/reports"][: chance.randint(1, 2)]
+    return WebhookWorld(
+        scheduler=scheduler, chance=chance, deployments=deployments, error=chance.choice([0.0, 0.2, 0.5])
+    )
+
+
 def _make_storages(
     chance: random.Random,
     scratch: Path,
@@ -285,4 +296,7 @@ def _make_weather(chance: random.Random) -> Weather:
 
 
 # Some seeds have some of these worlds besides, each drawn from a generator of its own.
-_MORE_WORLDS: dict[str, Callable[[random.Random, Path, int], _World]] = {"iceberg": _make_iceberg}
+_MORE_WORLDS: dict[str, Callable[[random.Random, Path, int], _World]] = {
+    "iceberg": _make_iceberg,
+    "webhooks": _make_webhooks,
+}

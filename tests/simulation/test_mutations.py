@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from deployments import webhooks
 from serving.model import forward
 from tasks.batch import (
     clean,
@@ -34,7 +35,7 @@ from tests.simulation.simulate import simulate
 from tests.simulation.storage import SimulatedStorage
 
 _SEEDS, _TRIED_FIRST = 2000, 3
-_HELD_IN = ("tasks.", "tests.simulation.")
+_HELD_IN = ("deployments.", "tasks.", "tests.simulation.")
 
 Mutation = Callable[[pytest.MonkeyPatch], None]
 
@@ -205,6 +206,26 @@ def order_runs_by_destination(patch: pytest.MonkeyPatch) -> None:
     put_back(patch, claim, claim_there)
 
 
+def remember_deliveries_first(patch: pytest.MonkeyPatch) -> None:
+    start, seen = webhooks._start_runs, set[str]()
+
+    async def start_new(config: webhooks.WebhookConfig, delivery: str, *given: Any) -> list[str]:
+        is_new = delivery not in seen
+        seen.add(delivery)
+        return await start(config, delivery, *given) if is_new else []
+
+    put_back(patch, start, start_new)
+
+
+def score_the_version_of_an_event(patch: pytest.MonkeyPatch) -> None:
+    fill = webhooks._fill_in
+
+    def fill_in(value: Any, alias: Any) -> Any:
+        return fill(value.replace("@{alias}", f"/{alias.version}") if isinstance(value, str) else value, alias)
+
+    put_back(patch, fill, fill_in)
+
+
 @pytest.mark.machines
 @pytest.mark.parametrize(
     ("mutation", "first", "seen"),
@@ -214,7 +235,9 @@ def order_runs_by_destination(patch: pytest.MonkeyPatch) -> None:
         pytest.param(probe_no_store, 21, "", id="a store that overwrites is not found out"),
         pytest.param(find_newest_by_clock, 16, "none of the newest runs", id="the newest run is so by a clock"),
         pytest.param(let_delta_go_back, 69, "went back", id="an older run replaces a newer one in a Delta table"),
-        pytest.param(order_runs_by_destination, 103, "went back", id="each destination of a table orders its own runs"),
+        pytest.param(order_runs_by_destination, 103, "went back", id="each destination orders its own runs"),
+        pytest.param(remember_deliveries_first, 12, "there is no run", id="a delivery is remembered first"),
+        pytest.param(score_the_version_of_an_event, 12, "the alias names", id="an event's own version is scored"),
         pytest.param(list_reused_parts_once, 1444, "no end", id="a part of an earlier run is lost in a pass"),
         pytest.param(clean_reused_parts, 187, "which run", id="a cleaning takes what an unfinished run has"),
         pytest.param(clean_parts_first, 4, "which run", id="a cleaning takes parts before records"),

@@ -15,7 +15,7 @@ from tests.simulation.simulate import Outcome, simulate
 ROOT = Path(__file__).parents[2]
 SEEDS = range(60)
 # The first ones, and one of each world that few seeds have.
-SEEDS_AGAIN = (*range(8), 34)
+SEEDS_AGAIN = (*range(8), 14, 34)
 HAPPENINGS = (
     *("killed", "is refused", "is unanswered", "is doubled", "is late", "is torn", "is lost", "arrives: ", "lags"),
     *("mischief: change_source", "mischief: promote_model", "mischief: delete_everything", "mischief: delete_run"),
@@ -24,7 +24,7 @@ HAPPENINGS = (
     *("mischief: flip_part", "mischief: flip_source", "is put right", "a verification finds the wrong bits"),
     *("mischief: change_features", "sim://features open", "must have the source that", "order/source/00000002.json"),
     *("/challengers-", "/given-up-", "/challengers/2/part-"),
-    "the table has 2 commits",
+    *("the table has 2 commits", "the alias moves to version 3", "Prefect: answer"),
 )
 
 
