@@ -199,6 +199,10 @@ class Source:
         """Return the rows of one version of a file."""
         return self._rows[entry]
 
+    def list_rows(self) -> dict[str, list[Row]]:
+        """Return the rows of each file as it is now."""
+        return {path: self._rows[entry] for path, (_, entry) in self._storage.objects.items()}
+
     def replace(self, entry: Entry, data: bytes) -> Entry:
         """Write other bytes over a version of a file, which hold the same rows or can't be read; return the new one."""
         written = self._storage.write(entry.path, data)

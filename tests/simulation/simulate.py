@@ -9,7 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Protocol
@@ -29,6 +29,7 @@ from tests.simulation.features import Features, make_spine
 from tests.simulation.gates import GateWorld
 from tests.simulation.menu import add_challengers, add_features, make_menu, replace_sources
 from tests.simulation.oracle import Oracle
+from tests.simulation.outcome import Outcome
 from tests.simulation.scheduler import Scheduler, Stuck
 from tests.simulation.storage import SimulatedDisk, SimulatedStorage, Weather
 from tests.simulation.stream import StreamWorld, make_log
@@ -44,7 +45,7 @@ _STREAM_MISCHIEF = ("promote_model", "delete_everything", "delete_plan", "damage
 _DELIVERY_RATE = 0.1
 _STREAM_SHARE, _DELTA_SHARE, _CLEANING_SHARE, _GATE_SHARE = 0.2, 0.5, 0.6, 0.3
 _MORE_SHARE = 0.12
-_MORE_WORLDS_SHARE = 0.04
+_MORE_WORLDS_SHARE = 0.02
 
 
 class _World(Protocol):
@@ -57,18 +58,6 @@ class _World(Protocol):
     def violations(self) -> list[str]: ...
 
     def run(self) -> None: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What came of a seed: the steps it took, the calls by how they ended, and what must never be."""
-
-    seed: int
-    steps: int
-    digest: str
-    refusals: Counter[str]
-    violations: tuple[str, ...]
-    trace: tuple[str, ...]
 
 
 def simulate(seed: int) -> Outcome:
@@ -106,17 +95,10 @@ def simulate(seed: int) -> Outcome:
     )
 
 
-def simulate_briefly(seed: int) -> Outcome:
-    """Simulate a seed, and leave its trace behind."""
-    return replace(simulate(seed), trace=())
-
-
 @contextmanager
 def _toys_for_models() -> Generator[None]:
     """Have models out of no registry, and no threads of a pool, which would take steps side by side."""
     replaced: list[tuple[ModuleType, str, object]] = [
-        # The warnings of calls would go to the terminal.
-        (logging, "lastResort", logging.NullHandler()),
         (key_check, "map_ahead", _map_in_order),
         (upsert, "map_ahead", _map_in_order),
         (challengers, "resolve_model", resolve_toy),
@@ -124,6 +106,9 @@ def _toys_for_models() -> Generator[None]:
         (resolve, "load_model", load_toy),
     ]
     with ExitStack() as stack:
+        # The warnings of calls would go to the terminal.
+        logging.disable(logging.CRITICAL)
+        stack.callback(logging.disable, logging.NOTSET)
         for module, name, toy in replaced:
             stack.enter_context(patch.object(module, name, toy))
         yield
@@ -236,15 +221,16 @@ def _make_iceberg(chance: random.Random, scratch: Path, _seed: int) -> _World:
     # A process that has no such world does not import pyiceberg, which takes a second.
     from tests.simulation.iceberg import Bucket, IcebergWorld
 
-    scheduler, storages = _make_storages(chance, scratch, [Bucket], late=(DESTINATION, OTHER_DESTINATION))
-    # pyiceberg trusts in what it has written.
-    weather = replace(storages[DESTINATION].weather, torn=0.0, lost=0.0)
-    storages[DESTINATION].weather = storages[OTHER_DESTINATION].weather = weather
+    destinations = (DESTINATION, OTHER_DESTINATION)
+    scheduler, storages = _make_storages(chance, scratch, [Bucket], (SOURCE,), destinations, late=destinations)
+    for url in destinations:
+        # pyiceberg trusts in what it has written.
+        storages[url].weather = replace(storages[url].weather, torn=0.0, lost=0.0)
     return IcebergWorld(
         scheduler=scheduler,
         chance=chance,
         source=Source(storages[SOURCE], chance, "parquet", lambda _ids: {}),
-        destinations={url: storages[url] for url in (DESTINATION, OTHER_DESTINATION)},
+        destinations={url: storages[url] for url in destinations},
         mode=chance.choice(["append", "replace", "replace"]),
         callers=chance.randint(2, 3),
         calls=2,
@@ -262,13 +248,31 @@ def _make_webhooks(chance: random.Random, _scratch: Path, _seed: int) -> _World:
     )
 
 
+def _make_backfill(chance: random.Random, scratch: Path, _seed: int) -> _World:
+    from tests.simulation.backfills import BackfillWorld
+
+    names = [f"date={at}" for at in range(1, chance.randint(3, 4))]
+    inputs, destinations = [f"sim://{name}" for name in names], [f"{DESTINATION}/{name}" for name in names]
+    scheduler, storages = _make_storages(chance, scratch, inputs=inputs, destinations=destinations, late=destinations)
+    sources = [Source(storages[url], chance, "parquet", lambda _ids: {}) for url in inputs]
+    return BackfillWorld(
+        scheduler=scheduler,
+        chance=chance,
+        sources=dict(zip(names, sources, strict=True)),
+        destinations={name: storages[url] for name, url in zip(names, destinations, strict=True)},
+        callers=chance.randint(1, 2),
+    )
+
+
 def _make_storages(
     chance: random.Random,
     scratch: Path,
     kinds: Sequence[type[SimulatedStorage]] = (SimulatedDisk, SimulatedStorage),
+    inputs: Sequence[str] = (SOURCE, OTHER_SOURCE, FEATURES),
+    destinations: Sequence[str] = (DESTINATION,),
     late: Sequence[str] = (SOURCE, DESTINATION),
 ) -> tuple[Scheduler, dict[str, SimulatedStorage]]:
-    """Return storages of one kind, which open_storage opens by their addresses, the destination with its faults."""
+    """Return storages of one kind, which open_storage opens by their addresses, the destinations with their faults."""
     storages: dict[str, SimulatedStorage] = {}
 
     def deliver() -> None:
@@ -278,11 +282,13 @@ def _make_storages(
 
     scheduler = Scheduler(chance, steps_max=STEPS_MAX, on_step=deliver)
     kind = chance.choice(kinds)
-    for url in (SOURCE, OTHER_SOURCE, FEATURES, DESTINATION, OTHER_DESTINATION):
-        folder = scratch / url.rpartition("/")[2]
+    for url in (*inputs, *destinations):
+        folder = scratch / url.removeprefix("sim://")
         folder.mkdir(parents=True)
         storages[url] = kind(scheduler, url, folder, Weather())
-    storages[DESTINATION].weather = _make_weather(chance)
+    weather = _make_weather(chance)
+    for url in destinations:
+        storages[url].weather = weather
     register_scheme("sim", lambda url: storages[url])
     return scheduler, storages
 
@@ -299,4 +305,5 @@ def _make_weather(chance: random.Random) -> Weather:
 _MORE_WORLDS: dict[str, Callable[[random.Random, Path, int], _World]] = {
     "iceberg": _make_iceberg,
     "webhooks": _make_webhooks,
+    "backfill": _make_backfill,
 }
