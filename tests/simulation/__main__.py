@@ -13,13 +13,13 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-from tests.simulation.simulate import Outcome, simulate, simulate_briefly
+from tests.simulation.outcome import Outcome, simulate_briefly, simulate_seed
 
 
 def main() -> int:
     """Simulate the seeds that the environment asks for; return how the process ends."""
     if seed := os.environ.get("SEED"):
-        outcome = simulate(int(seed))
+        outcome = simulate_seed(int(seed))
         print("\n".join(outcome.trace))
         return show([outcome])
     first, seeds = int(os.environ.get("FIRST", "0")), int(os.environ.get("SEEDS", "200"))

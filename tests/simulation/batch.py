@@ -42,7 +42,7 @@ from tests.simulation.scoring import score_plan
 from tests.simulation.storage import SimulatedStorage
 
 SOURCE, OTHER_SOURCE, FEATURES = "sim://source", "sim://other", "sim://features"
-DESTINATION = "sim://destination"
+DESTINATION, OTHER_DESTINATION = "sim://destination", "sim://table"
 _PAUSE_SECONDS = 2.0
 _RESUMES, _JOINS, _APPROVALS = 0.5, 0.2, 0.3
 

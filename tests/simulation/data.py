@@ -166,6 +166,11 @@ class Source:
         self._rows: dict[Entry, list[Row]] = {}
         self._next = 0
 
+    @property
+    def url(self) -> str:
+        """Its address."""
+        return self._storage.url
+
     def write_some(self) -> None:
         """Write one to three files."""
         for _ in range(self._chance.randint(1, 3)):
@@ -193,6 +198,10 @@ class Source:
     def rows_of(self, entry: Entry) -> list[Row]:
         """Return the rows of one version of a file."""
         return self._rows[entry]
+
+    def list_rows(self) -> dict[str, list[Row]]:
+        """Return the rows of each file as it is now."""
+        return {path: self._rows[entry] for path, (_, entry) in self._storage.objects.items()}
 
     def replace(self, entry: Entry, data: bytes) -> Entry:
         """Write other bytes over a version of a file, which hold the same rows or can't be read; return the new one."""

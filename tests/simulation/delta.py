@@ -19,6 +19,7 @@ class DeltaOracle:
 
     oracle: Oracle
     options: BatchOptions
+    kind: str = "Delta"
     # The keys of the runs that the table may have held, when it was last looked at.
     held: tuple[str, ...] = ()
 
@@ -59,6 +60,8 @@ class DeltaOracle:
             self._violate(f"the table went back from run {self.held} to {now}")
         elif returned is not None and all(self.oracle.is_newer(returned, key) for key in now):
             self._violate(f"a call returned run {returned}, but the table holds older runs: {now}")
+        elif newer := [key for key in committed if all(self.oracle.is_newer(key, each) for each in now)]:
+            self._violate(f"the table went back to {now}, after newer runs: {newer}")
         self.held = now
 
     def _check_upserted(self, delta: DeltaTable, table: pl.DataFrame) -> None:
@@ -83,4 +86,4 @@ class DeltaOracle:
             self._violate(f"the table holds {table.height} rows that its {len(commits)} runs do not make: {len(rows)}")
 
     def _violate(self, text: str) -> None:
-        self.oracle.violations.append(f"Delta: {text}")
+        self.oracle.violations.append(f"{self.kind}: {text}")

@@ -105,14 +105,16 @@ class Oracle:
 
     def _read(self, run: str | None, began: float, *, is_returned: bool = False) -> pl.DataFrame | None:
         """Return what a reader gets, None where it is refused."""
+        # A cleaning that is to drop what is unfinished so long may take the parts of one that is published meanwhile.
+        is_dropped = run is not None and self.dropped_at.get(run, -1) >= began
         try:
             return open_predictions(str(self.folder), run).collect()
         except OvernightError as error:
-            is_gone = run is not None and (self.dropped_at.get(run, -1) >= began or self._is_replaced(run))
+            is_gone = is_dropped or (run is not None and self._is_replaced(run))
             if is_returned and began > self.damaged_at and not is_gone:
                 self.violations.append(f"run {run} was published, but opening it is refused: {error}")
         except (OSError, pl.exceptions.PolarsError) as error:
-            if began > self.damaged_at and (run is not None or self.damaged_at < 0):
+            if began > self.damaged_at and not is_dropped and (run is not None or self.damaged_at < 0):
                 self.violations.append(f"run {run} can't be read: {type(error).__name__}: {error}")
         return None
 

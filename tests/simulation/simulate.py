@@ -7,18 +7,18 @@ import logging
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 from unittest.mock import patch
 
 from tasks.batch import challengers, key_check, resolve, upsert
 from tasks.batch.options import BatchOptions
 from tasks.storage import register_scheme
-from tests.simulation.batch import DESTINATION, FEATURES, OTHER_SOURCE, SOURCE, BatchWorld
+from tests.simulation.batch import DESTINATION, FEATURES, OTHER_DESTINATION, OTHER_SOURCE, SOURCE, BatchWorld
 from tests.simulation.bits import BitWorld
 from tests.simulation.challengers import ChallengerOracle
 from tests.simulation.claims import ClaimOracle
@@ -29,6 +29,7 @@ from tests.simulation.features import Features, make_spine
 from tests.simulation.gates import GateWorld
 from tests.simulation.menu import add_challengers, add_features, make_menu, replace_sources
 from tests.simulation.oracle import Oracle
+from tests.simulation.outcome import Outcome
 from tests.simulation.scheduler import Scheduler, Stuck
 from tests.simulation.storage import SimulatedDisk, SimulatedStorage, Weather
 from tests.simulation.stream import StreamWorld, make_log
@@ -44,56 +45,60 @@ _STREAM_MISCHIEF = ("promote_model", "delete_everything", "delete_plan", "damage
 _DELIVERY_RATE = 0.1
 _STREAM_SHARE, _DELTA_SHARE, _CLEANING_SHARE, _GATE_SHARE = 0.2, 0.5, 0.6, 0.3
 _MORE_SHARE = 0.12
+_MORE_WORLDS_SHARE = 0.02
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What came of a seed: the steps it took, the calls by how they ended, and what must never be."""
+class _World(Protocol):
+    """What happens in a seed, by a scheduler of its own."""
 
-    seed: int
-    steps: int
-    digest: str
+    scheduler: Scheduler
     refusals: Counter[str]
-    violations: tuple[str, ...]
-    trace: tuple[str, ...]
+
+    @property
+    def violations(self) -> list[str]: ...
+
+    def run(self) -> None: ...
 
 
 def simulate(seed: int) -> Outcome:
     """Simulate what a seed says; the same seed takes the same steps."""
-    chance, more, types = (random.Random(each) for each in (seed, f"more of {seed}", f"types of {seed}"))
     memory = Path("/dev/shm")  # noqa: S108 - only to be quicker than a disk
+    worlds: list[_World] = []
     with tempfile.TemporaryDirectory(prefix="simulation-", dir=memory if memory.is_dir() else None) as scratch:
-        is_stream = chance.random() < _STREAM_SHARE
-        world = _make_stream(chance, Path(scratch)) if is_stream else _make_batch(chance, more, types, Path(scratch))
-        violations = world.violations
-        try:
-            with _toys_for_models():
-                world.scheduler.run(world.run)
-        except Stuck:
-            violations.append(f"no end within {STEPS_MAX} steps")
+        for name, make in {"": _make_first, **_MORE_WORLDS}.items():
+            chance = random.Random(f"{name} of {seed}" if name else seed)
+            # What a seed was without the others, it is with them.
+            if name and chance.random() >= _MORE_WORLDS_SHARE:
+                continue
+            world = make(chance, Path(scratch) / name, seed)
+            worlds.append(world)
+            try:
+                with _toys_for_models():
+                    world.scheduler.run(world.run)
+            except Stuck:
+                world.violations.append(f"no end within {STEPS_MAX} steps")
     # The folder has another name each time.
-    trace = tuple(line.replace(scratch, "") for line in world.scheduler.trace)
+    trace, violations = (
+        tuple(line.replace(scratch, "") for line in lines)
+        for lines in (
+            [line for world in worlds for line in world.scheduler.trace],
+            [violation for world in worlds for violation in world.violations],
+        )
+    )
     return Outcome(
         seed=seed,
-        steps=world.scheduler.steps,
+        steps=sum(world.scheduler.steps for world in worlds),
         digest=hashlib.sha256("\n".join(trace).encode()).hexdigest(),
-        refusals=world.refusals,
-        violations=tuple(violation.replace(scratch, "") for violation in violations),
+        refusals=sum((world.refusals for world in worlds), Counter[str]()),
+        violations=violations,
         trace=trace,
     )
-
-
-def simulate_briefly(seed: int) -> Outcome:
-    """Simulate a seed, and leave its trace behind."""
-    return replace(simulate(seed), trace=())
 
 
 @contextmanager
 def _toys_for_models() -> Generator[None]:
     """Have models out of no registry, and no threads of a pool, which would take steps side by side."""
     replaced: list[tuple[ModuleType, str, object]] = [
-        # The warnings of calls would go to the terminal.
-        (logging, "lastResort", logging.NullHandler()),
         (key_check, "map_ahead", _map_in_order),
         (upsert, "map_ahead", _map_in_order),
         (challengers, "resolve_model", resolve_toy),
@@ -101,6 +106,9 @@ def _toys_for_models() -> Generator[None]:
         (resolve, "load_model", load_toy),
     ]
     with ExitStack() as stack:
+        # The warnings of calls would go to the terminal.
+        logging.disable(logging.CRITICAL)
+        stack.callback(logging.disable, logging.NOTSET)
         for module, name, toy in replaced:
             stack.enter_context(patch.object(module, name, toy))
         yield
@@ -108,6 +116,13 @@ def _toys_for_models() -> Generator[None]:
 
 def _map_in_order(work: Callable[[Any], Any], items: Iterable[Any], _threads: int) -> Generator[Any]:
     yield from map(work, items)
+
+
+def _make_first(chance: random.Random, scratch: Path, seed: int) -> _World:
+    """Return the world that every seed has."""
+    if chance.random() < _STREAM_SHARE:
+        return _make_stream(chance, scratch)
+    return _make_batch(chance, random.Random(f"more of {seed}"), random.Random(f"types of {seed}"), scratch)
 
 
 def _make_batch(chance: random.Random, more: random.Random, types: random.Random, scratch: Path) -> BatchWorld:
@@ -202,22 +217,78 @@ def _make_stream(chance: random.Random, scratch: Path) -> StreamWorld:
     )
 
 
-def _make_storages(chance: random.Random, scratch: Path) -> tuple[Scheduler, dict[str, SimulatedStorage]]:
-    """Return storages of one kind, which open_storage opens by their addresses, the destination with its faults."""
+def _make_iceberg(chance: random.Random, scratch: Path, _seed: int) -> _World:
+    # A process that has no such world does not import pyiceberg, which takes a second.
+    from tests.simulation.iceberg import Bucket, IcebergWorld
+
+    destinations = (DESTINATION, OTHER_DESTINATION)
+    scheduler, storages = _make_storages(chance, scratch, [Bucket], (SOURCE,), destinations, late=destinations)
+    for url in destinations:
+        # pyiceberg trusts in what it has written.
+        storages[url].weather = replace(storages[url].weather, torn=0.0, lost=0.0)
+    return IcebergWorld(
+        scheduler=scheduler,
+        chance=chance,
+        source=Source(storages[SOURCE], chance, "parquet", lambda _ids: {}),
+        destinations={url: storages[url] for url in destinations},
+        mode=chance.choice(["append", "replace", "replace"]),
+        callers=chance.randint(2, 3),
+        calls=2,
+    )
+
+
+def _make_webhooks(chance: random.Random, _scratch: Path, _seed: int) -> _World:
+    from tests.simulation.webhooks import WebhookWorld
+
+    scheduler = Scheduler(chance, steps_max=STEPS_MAX, on_step=lambda: None)
+    scheduler.kill_rate = chance.choice([0.0, 0.1])
+    deployments = ["batch-inference/scores", "batch-inference/reports"][: chance.randint(1, 2)]
+    return WebhookWorld(
+        scheduler=scheduler, chance=chance, deployments=deployments, error=chance.choice([0.0, 0.2, 0.5])
+    )
+
+
+def _make_backfill(chance: random.Random, scratch: Path, _seed: int) -> _World:
+    from tests.simulation.backfills import BackfillWorld
+
+    names = [f"date={at}" for at in range(1, chance.randint(3, 4))]
+    inputs, destinations = [f"sim://{name}" for name in names], [f"{DESTINATION}/{name}" for name in names]
+    scheduler, storages = _make_storages(chance, scratch, inputs=inputs, destinations=destinations, late=destinations)
+    sources = [Source(storages[url], chance, "parquet", lambda _ids: {}) for url in inputs]
+    return BackfillWorld(
+        scheduler=scheduler,
+        chance=chance,
+        sources=dict(zip(names, sources, strict=True)),
+        destinations={name: storages[url] for name, url in zip(names, destinations, strict=True)},
+        callers=chance.randint(1, 2),
+    )
+
+
+def _make_storages(
+    chance: random.Random,
+    scratch: Path,
+    kinds: Sequence[type[SimulatedStorage]] = (SimulatedDisk, SimulatedStorage),
+    inputs: Sequence[str] = (SOURCE, OTHER_SOURCE, FEATURES),
+    destinations: Sequence[str] = (DESTINATION,),
+    late: Sequence[str] = (SOURCE, DESTINATION),
+) -> tuple[Scheduler, dict[str, SimulatedStorage]]:
+    """Return storages of one kind, which open_storage opens by their addresses, the destinations with their faults."""
     storages: dict[str, SimulatedStorage] = {}
 
     def deliver() -> None:
         if chance.random() < _DELIVERY_RATE:
-            for url in (SOURCE, DESTINATION):
+            for url in late:
                 storages[url].deliver(int(chance.random() * 10))
 
     scheduler = Scheduler(chance, steps_max=STEPS_MAX, on_step=deliver)
-    kind = chance.choice([SimulatedDisk, SimulatedStorage])
-    for url in (SOURCE, OTHER_SOURCE, FEATURES, DESTINATION):
-        folder = scratch / url.rpartition("/")[2]
-        folder.mkdir()
+    kind = chance.choice(kinds)
+    for url in (*inputs, *destinations):
+        folder = scratch / url.removeprefix("sim://")
+        folder.mkdir(parents=True)
         storages[url] = kind(scheduler, url, folder, Weather())
-    storages[DESTINATION].weather = _make_weather(chance)
+    weather = _make_weather(chance)
+    for url in destinations:
+        storages[url].weather = weather
     register_scheme("sim", lambda url: storages[url])
     return scheduler, storages
 
@@ -228,3 +299,11 @@ def _make_weather(chance: random.Random) -> Weather:
     if chance.random() < 0.6:
         rates["kill"] = chance.choice([0.005, 0.01, 0.03])
     return Weather(**rates, is_create_only=chance.random() >= 0.1)
+
+
+# Some seeds have some of these worlds besides, each drawn from a generator of its own.
+_MORE_WORLDS: dict[str, Callable[[random.Random, Path, int], _World]] = {
+    "iceberg": _make_iceberg,
+    "webhooks": _make_webhooks,
+    "backfill": _make_backfill,
+}

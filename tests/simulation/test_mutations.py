@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from deployments import webhooks
 from serving.model import forward
 from tasks.batch import (
+    backfill,
     clean,
     comparison_records,
     delta,
@@ -28,13 +30,13 @@ from tasks.batch import (
 )
 from tasks.batch.chunk_scheduler import ChunkScheduler
 from tasks.batch.column_statistics import add_tables
-from tasks.storage import base
+from tasks.storage import base, open_storage
 from tests.simulation import simulate as simulation
 from tests.simulation.simulate import simulate
 from tests.simulation.storage import SimulatedStorage
 
 _SEEDS, _TRIED_FIRST = 2000, 3
-_HELD_IN = ("tasks.", "tests.simulation.")
+_HELD_IN = ("deployments.", "flows.", "tasks.", "tests.simulation.")
 
 Mutation = Callable[[pytest.MonkeyPatch], None]
 
@@ -196,6 +198,42 @@ def claim_no_source(patch: pytest.MonkeyPatch) -> None:
     put_back(patch, destination_source.claim_source, lambda *_given: None)
 
 
+def order_runs_by_destination(patch: pytest.MonkeyPatch) -> None:
+    claim = publish.claim_order_number
+
+    def claim_there(storage: base.Storage, run: str, *, above: int = 0, table: base.Storage | None = None) -> int:
+        return claim(storage, run, above=above)
+
+    put_back(patch, claim, claim_there)
+
+
+def remember_deliveries_first(patch: pytest.MonkeyPatch) -> None:
+    start, seen = webhooks._start_runs, set[str]()
+
+    async def start_new(config: webhooks.WebhookConfig, delivery: str, *given: Any) -> list[str]:
+        is_new = delivery not in seen
+        seen.add(delivery)
+        return await start(config, delivery, *given) if is_new else []
+
+    put_back(patch, start, start_new)
+
+
+def score_the_version_of_an_event(patch: pytest.MonkeyPatch) -> None:
+    fill = webhooks._fill_in
+
+    def fill_in(value: Any, alias: Any) -> Any:
+        return fill(value.replace("@{alias}", f"/{alias.version}") if isinstance(value, str) else value, alias)
+
+    put_back(patch, fill, fill_in)
+
+
+def pass_over_what_any_version_has_scored(patch: pytest.MonkeyPatch) -> None:
+    def find_any(piece: backfill.Piece, *_given: Any) -> manifest.Manifest | None:
+        return manifest.find_newest_run(open_storage(piece.destination))
+
+    put_back(patch, backfill.find_complete_piece, find_any)
+
+
 @pytest.mark.machines
 @pytest.mark.parametrize(
     ("mutation", "first", "seen"),
@@ -205,6 +243,10 @@ def claim_no_source(patch: pytest.MonkeyPatch) -> None:
         pytest.param(probe_no_store, 21, "", id="a store that overwrites is not found out"),
         pytest.param(find_newest_by_clock, 16, "none of the newest runs", id="the newest run is so by a clock"),
         pytest.param(let_delta_go_back, 69, "went back", id="an older run replaces a newer one in a Delta table"),
+        pytest.param(order_runs_by_destination, 103, "went back", id="each destination orders its own runs"),
+        pytest.param(remember_deliveries_first, 277, "there is no run", id="a delivery is remembered first"),
+        pytest.param(score_the_version_of_an_event, 277, "the alias names", id="an event's own version is scored"),
+        pytest.param(pass_over_what_any_version_has_scored, 137, "backfill", id="a backfill asks for no version"),
         pytest.param(list_reused_parts_once, 1444, "no end", id="a part of an earlier run is lost in a pass"),
         pytest.param(clean_reused_parts, 187, "which run", id="a cleaning takes what an unfinished run has"),
         pytest.param(clean_parts_first, 4, "which run", id="a cleaning takes parts before records"),

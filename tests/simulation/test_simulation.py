@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.simulation.simulate import Outcome, simulate
+from tests.simulation.outcome import Outcome
+from tests.simulation.simulate import simulate
 
 ROOT = Path(__file__).parents[2]
-SEEDS = range(60)
+# Few seeds have a world of backfills, of Iceberg or of webhooks: these three do.
+SEEDS = (*range(60), 80, 88, 90)
+SEEDS_AGAIN = (*range(8), 80, 88, 90)
 HAPPENINGS = (
     *("killed", "is refused", "is unanswered", "is doubled", "is late", "is torn", "is lost", "arrives: ", "lags"),
     *("mischief: change_source", "mischief: promote_model", "mischief: delete_everything", "mischief: delete_run"),
@@ -22,6 +25,7 @@ HAPPENINGS = (
     *("mischief: flip_part", "mischief: flip_source", "is put right", "a verification finds the wrong bits"),
     *("mischief: change_features", "sim://features open", "must have the source that", "order/source/00000002.json"),
     *("/challengers-", "/given-up-", "/challengers/2/part-"),
+    *("the table has 2 commits", "the alias moves to version 3", "Prefect: answer", "scored now, 0"),
 )
 
 
@@ -44,10 +48,10 @@ def test_everything_happens_and_calls_come_to_their_ends(outcomes: list[Outcome]
 
 
 def test_a_seed_takes_the_same_steps_in_another_process(outcomes: list[Outcome]) -> None:
-    code = "from tests.simulation.simulate import simulate; print(*(simulate(seed).digest for seed in range(8)))"
+    code = f"from tests.simulation.simulate import simulate; print(*(simulate(at).digest for at in {SEEDS_AGAIN}))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
 
-    assert [outcome.digest for outcome in outcomes[:8]] == done.stdout.split()
+    assert [outcome.digest for outcome in outcomes if outcome.seed in SEEDS_AGAIN] == done.stdout.split()
