@@ -31,7 +31,10 @@ from tasks.batch import (
 from tasks.batch.chunk_scheduler import ChunkScheduler
 from tasks.batch.column_statistics import add_tables
 from tasks.storage import base, open_storage
+from tests.simulation import backfills as _backfills  # noqa: F401 - imported while a defect is put back, it would keep it
+from tests.simulation import iceberg as _iceberg  # noqa: F401 - the same
 from tests.simulation import simulate as simulation
+from tests.simulation import webhooks as _webhooks  # noqa: F401 - the same
 from tests.simulation.simulate import simulate
 from tests.simulation.storage import SimulatedStorage
 
