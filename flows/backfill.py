@@ -28,6 +28,7 @@ from tasks.batch.backfill import (
     PieceReport,
     Pieces,
     describe_failures,
+    describe_replaced,
     find_complete_piece,
     list_pieces,
     look_at_pieces,
@@ -110,6 +111,8 @@ def backfill_inference(
         left = [piece for piece, report in zip(listed, reports, strict=True) if report.state == "left"]
         publish_pieces(work.report, logger)
         logger.info("%s", work.report.summary)
+        if replaced := describe_replaced(work.report):
+            logger.warning("%s", replaced)
         try:
             if backfilling.deployment is None:
                 score_here(work, left)

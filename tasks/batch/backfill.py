@@ -17,9 +17,9 @@ from pydantic import AwareDatetime, Field, model_validator
 from serving.errors import BadInput, NoCompleteRun, SourceFault, SourceNotFound
 from serving.model.contract import Contract, Frozen
 from serving.model.registry import Resolved
-from serving.option_words import name_option
+from serving.option_words import give_option, name_option
 from tasks.batch.dataset import map_parallel
-from tasks.batch.manifest import Manifest, find_newest_run, open_predictions
+from tasks.batch.manifest import Manifest, find_newer_run, find_newest_run, open_predictions
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import ROOT
 from tasks.batch.resolve import RunRequest, find_complete_run, make_request
@@ -127,6 +127,7 @@ class PieceReport(Frozen):
     destination: str
     run: str | None = None
     rows: int | None = None
+    newer: str | None = Field(default=None, description="The run that readers get in place of this one, planned later.")
     error: str | None = Field(default=None, description="Why it failed, on one line.")
 
 
@@ -286,7 +287,10 @@ def look_at_pieces(pieces: Sequence[Piece], resolved: Resolved, contract: Contra
         manifest = None
         with suppress(BadInput, SourceFault):
             manifest = find_complete_piece(piece, resolved, contract)
-        return report_piece(piece, "complete before" if manifest else "left", manifest)
+        if manifest is None:
+            return report_piece(piece, "left")
+        newer = find_newer_run(open_storage(piece.destination), manifest)
+        return report_piece(piece, "complete before", manifest).model_copy(update={"newer": newer})
 
     return map_parallel(storage, look, pieces)
 
@@ -325,6 +329,19 @@ def publish_pieces(report: BackfillReport, logger: Logger) -> None:
         for piece in sorted(report.pieces, key=lambda piece: ranks[piece.state])[:_ROWS_MAX]
     ]
     put_artifacts([make_table(_TABLE, rows, report.summary)], logger)
+
+
+def describe_replaced(report: BackfillReport) -> str | None:
+    """Return what to know of complete pieces of which readers get a newer run, None where there is none."""
+    replaced = [piece for piece in report.pieces if piece.newer]
+    if not replaced:
+        return None
+    first = replaced[0]
+    return (
+        f"Of {len(replaced):,} pieces that are complete, readers get a run that was planned later, such as "
+        f"{first.newer} of {first.piece}. If they are to get this model and source again, call with "
+        f"{give_option('rescore', 'a text of your own')}."
+    )
 
 
 def describe_failures(report: BackfillReport) -> str:

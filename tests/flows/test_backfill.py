@@ -117,6 +117,24 @@ def test_what_is_complete_is_passed_over_and_what_has_changed_is_scored(
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("date=*/**/*")}
 
 
+def test_a_piece_of_which_readers_get_a_newer_run_is_told(
+    doubling: str, source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from flows.batch import batch_inference
+
+    caplog.set_level("WARNING", logger="prefect.overnight")
+    one = Partitions(column="date", first="2026-11-04")
+    first = fill(doubling, source, tmp_path / "out", pieces=one)
+    other = OPTIONS.model_copy(update={"rescore": "another"})
+    batch_inference(doubling, str(source / "date=2026-11-04"), str(tmp_path / "out/date=2026-11-04"), other)
+    again = fill(doubling, source, tmp_path / "out", pieces=one)
+
+    assert ("complete before", first.pieces[0].run) == (again.pieces[0].state, again.pieces[0].run)
+    assert open_predictions(f"{tmp_path}/out/date=2026-11-04").collect().height == 203
+    assert f"such as {again.pieces[0].newer} of date=2026-11-04" in caplog.text
+    assert "rescore='a text of your own'" in caplog.text
+
+
 def test_a_piece_that_fails_does_not_stop_the_others_and_is_listed_at_the_end(
     doubling: str, source: Path, tmp_path: Path, client: SyncPrefectClient
 ) -> None:
