@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import NoReturn
 
-import matplotlib.figure  # noqa: F401 - half a second that would else fall into the first call, for its plot
 from prefect.exceptions import TerminationSignal
 
 from flows.runtime.flow_decorator import adhoc_flow

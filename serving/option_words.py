@@ -39,6 +39,11 @@ def name_options_by_flags(flags: Flags) -> Generator[None]:
         _Caller.flags = before
 
 
+def find_flags() -> Flags | None:
+    """Return the flags of the command that runs, None where calls come from Python."""
+    return _Caller.flags
+
+
 def has_flags() -> bool:
     """Return whether options are those of a command that takes them by flags, not of a call from Python."""
     return _Caller.flags is not None and _Caller.flags.document is not None

@@ -15,6 +15,7 @@ from deployments.command_line.console import (
     Options,
     build_model,
     describe_by,
+    is_local,
     keep_stdout,
     make_flags,
     print_json,
@@ -27,6 +28,7 @@ from deployments.command_line.console import (
 from serving.option_words import name_options_by_flags
 
 if TYPE_CHECKING:
+    from tasks.batch.options import BatchOptions
     from tasks.batch.report import BatchReport
     from tasks.batch.runs import RunSummary
     from tasks.batch.verify import RunVerification
@@ -105,21 +107,55 @@ def score(  # noqa: PLR0913 - each is an option of the command
 
         chosen = build_model(BatchOptions, given, options, "--options")
         with show_status("Checking model, source and destination"):
-            _check_call(model, source, destination)
+            _check_call(model, source, destination, chosen)
             from flows.batch import batch_inference  # noqa: PLC0415 - seconds of imports
         show_own_lines()
         report = batch_inference(model, source, destination, chosen)
     _print_report(report, as_json=as_json)
 
 
-def _check_call(model: str, source: str, destination: str) -> None:
-    """Raise what the flow would raise at its start, before it is imported: registry, Prefect and stores must answer."""
+def _check_call(model: str, source: str, destination: str, options: BatchOptions) -> None:
+    """Raise before the flow is imported what it would raise at its start, and have the model's process start meanwhile.
+
+    Registry and stores must answer, the model must be registered, and a source on this machine must be there. A Prefect
+    server keeps calls that fail, so that the flow itself finds the model or the source missing where there is one.
+    """
     from flows.runtime.parameters import refuse_secrets  # noqa: PLC0415 - seconds of imports
+    from serving.errors import OvernightError, ServerUnreachable  # noqa: PLC0415 - the same
     from tasks.common.server_checks import check_servers, list_checks, list_prefect_checks  # noqa: PLC0415 - the same
 
     parameters = {"model": model, "source": source, "destination": destination}
     refuse_secrets(parameters)
-    check_servers([*list_prefect_checks(), *list_checks(parameters, uses_registry=True)])
+    try:
+        if is_local(source) and not Path(source).expanduser().exists():
+            _find_files(source, destination, options)
+        checks = list_checks(parameters, uses_registry=True)
+        check_servers(checks)
+        _find_model(model, options)
+    except ServerUnreachable:
+        # One message names all of those that do not answer. The flow asks Prefect's, which takes a second to import.
+        check_servers([*list_prefect_checks(), *checks])
+        raise
+    except OvernightError:
+        if not list_prefect_checks():
+            raise
+
+
+def _find_files(source: str, destination: str, options: BatchOptions) -> None:
+    """Raise BadInput where a glob selects nothing, or a path is none."""
+    from tasks.batch.source import pin_source  # noqa: PLC0415 - seconds of imports
+
+    pin_source(source, destination, csv=options.csv is not None)
+
+
+def _find_model(model: str, options: BatchOptions) -> None:
+    """Raise ModelNotFound where the registry does not have a model; start the process of one that runs in processes."""
+    from serving.model.registry import resolve_kept_model  # noqa: PLC0415 - seconds of imports
+    from tasks.batch.resolve import prepare_model_process  # noqa: PLC0415 - the same
+    from tasks.common.names import BLOCK  # noqa: PLC0415 - the same
+
+    if not model.startswith(BLOCK) and (resolved := resolve_kept_model(model)) is not None:
+        prepare_model_process(resolved, options)
 
 
 def _print_report(report: BatchReport, *, as_json: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -40,6 +41,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 
 LINES_MAX = 12
 _WIDTH_PIPED = 200
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 _PREFECT = "prefect"
 _ROOT = Path(__file__).parents[2]
 _PACKAGES = tuple(f"{_ROOT / name}/" for name in ("deployments", "flows", "serving", "tasks"))
@@ -113,6 +115,11 @@ def read_document(document: str, option: str) -> dict[str, Any]:
         message = f'{where} must be an object, such as {{"slots": 4}}, got {text[:80]!r}. Use @FILE to name a file.'
         raise BadInput(message)
     return found
+
+
+def is_local(address: str) -> bool:
+    """Return whether an address is a path on this machine, rather than one with a scheme, such as s3:// and block:."""
+    return _SCHEME.match(address) is None
 
 
 def print_json(value: Mapping[str, object]) -> None:

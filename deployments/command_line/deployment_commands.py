@@ -18,6 +18,7 @@ from deployments.command_line.console import (
     Key,
     Options,
     build_model,
+    is_local,
     keep_stdout,
     make_flags,
     print_json,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from deployments.apply import Change
 
 _POOL = "overnight"
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -162,7 +162,7 @@ def list_unseen(parameters: Mapping[str, Any]) -> list[str]:
 
 def make_absolute(address: str) -> str:
     """Return a local path as an absolute one, since a worker has a working folder of its own; an address as it is."""
-    if _ADDRESS.match(address):
+    if not is_local(address):
         return address
     absolute = str(Path(address).expanduser().absolute())
     return absolute + "/" * (address.endswith("/") and not absolute.endswith("/"))

@@ -13,7 +13,7 @@ from prefect.exceptions import Pause, TerminationSignal
 from flows.runtime.interruption import InterruptedExit
 from flows.runtime.steps import flow_run_id
 from serving.errors import OvernightError
-from serving.model.registry import ModelPin
+from serving.model.pin import ModelPin
 from tasks.batch.costs import (
     CallCost,
     MachinePrice,

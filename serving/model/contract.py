@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -164,6 +164,11 @@ class Contract(Frozen):
         """Return the contract with every output required."""
         outputs = tuple(output.model_copy(update={"required": True}) for output in self.outputs)
         return self.model_copy(update={"outputs": outputs})
+
+    def with_inputs_of(self, others: Iterable[Contract]) -> Contract:
+        """Return the contract with the inputs of others too, those of challengers beside those of their model."""
+        inputs = dict.fromkeys([*self.inputs, *(value for each in others for value in each.inputs)])
+        return self.model_copy(update={"inputs": tuple(inputs)})
 
     def check(self, schema: pa.Schema, where: str) -> None:
         """Check the schema of a dataset, which messages call `where`.

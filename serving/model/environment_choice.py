@@ -23,7 +23,8 @@ from serving.option_words import give_option
 
 if TYPE_CHECKING:
     # It imports MLflow, which takes seconds, and options need none of it.
-    from serving.model.registry import ModelPin, Resolved
+    from serving.model.pin import ModelPin
+    from serving.model.registry import Resolved
 
 _UNMET_SHOWN = 5
 

@@ -26,7 +26,7 @@ from serving.model.contract import Contract, Frozen, Input, Output
 from serving.model.encoding import Encoded, Flags
 from serving.model.interface import Arrays, Model, Predictions
 from serving.model.outputs import find_missing
-from serving.model.registry import ModelPin
+from serving.model.pin import ModelPin
 from serving.model.release import RELEASE_FILE, Release, Scaling
 from serving.protocol.tensors import describe_tensor
 

@@ -6,6 +6,7 @@ Shapes: every input is [N, *shape] and every output [N, *shape] of the contract.
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -23,16 +24,10 @@ from serving.model.encoding import BatchUnit, Encoded
 from serving.model.interface import Arrays, Engine, Tunable, TuningLimits
 from serving.model.load_errors import explain_load_error
 from serving.model.model_files import check_files
+from serving.model.pin import FileStates, ModelPin, check_files_unchanged, digest_folder, read_file_states
 from serving.model.processes import ModelFiles, ProcessModel, ProcessOptions
 from serving.model.python_model import ALLOW_PICKLE, CallForm, OutputForm, PythonModel, suppress_bytecode
-from serving.model.registry import (
-    FileStates,
-    ModelPin,
-    Resolved,
-    check_files_unchanged,
-    digest_folder,
-    read_file_states,
-)
+from serving.model.registry import Resolved
 from serving.model.requirements import list_libraries
 
 _DEFAULT_ENGINE = Engine()
@@ -94,9 +89,16 @@ def _load_in_processes(
     model = _models_in_processes.pop(key, None)
     if model is None:
         try:
-            allowed = allow_pickle or check_files(folder, resolved.mlmodel)
-            libraries = tuple(list_libraries(folder))
-            loaded = ModelFiles(folder=folder, form=form, allow_pickle=allowed, libraries=libraries)
+            # The libraries that check are imported there already. In an environment of the model's own, they are its.
+            is_checked_there = options.python == sys.executable and not allow_pickle
+            allowed = allow_pickle or (not is_checked_there and check_files(folder, resolved.mlmodel))
+            loaded = ModelFiles(
+                folder=folder,
+                form=form,
+                allow_pickle=allowed,
+                check=is_checked_there,
+                libraries=tuple(list_libraries(folder)),
+            )
             model = ProcessModel(loaded, contract, options)
             model.processes.load()
         except OvernightError:

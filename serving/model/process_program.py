@@ -19,8 +19,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,8 +37,9 @@ from serving.model.process_protocol import (
     send_message,
     unpack_opaque,
 )
-from serving.model.python_model import CallForm, PythonModel, load_python_model
+from serving.model.python_model import ALLOW_PICKLE, CallForm, PythonModel, load_python_model
 from serving.model.shared_memory import Region, put_arrays
+from serving.option_words import Flags, name_options_by_flags
 
 # Threads that wait and hold nothing of ours: those of the allocator of Arrow and polars, and polars' cleaner.
 _HARMLESS_THREADS = ("jemalloc_bg_thd", "polars-ooc")
@@ -47,6 +48,7 @@ _MESSAGE_LENGTH_MAX = 4000
 # What numpy says of an array that may not be written to, without its hyphen.
 _READ_ONLY = "readonly"
 _PAGE_BYTES = resource.getpagesize()
+_SKOPS = "skops.io"
 
 
 def main(descriptor: int, parent: int, modules: Sequence[str]) -> None:
@@ -184,8 +186,11 @@ class _Process:
 
     def _load(self, message: Message) -> Answer:
         values = message.body
-        form = CallForm.from_json(values["form"])
-        self._model = load_python_model(Path(values["folder"]), form, self._threads)
+        form, folder = CallForm.from_json(values["form"]), Path(values["folder"])
+        if values["check_files"]:
+            with name_options_by_flags(Flags(**values["flags"])) if values["flags"] else nullcontext():
+                os.environ[ALLOW_PICKLE] = str(_check_files(folder)).lower()
+        self._model = load_python_model(folder, form, self._threads)
         may_fork = _may_fork()
         if may_fork:
             # It is idle from now on, and ends its copies when the socket is closed.
@@ -224,6 +229,15 @@ class _Process:
                     raise
             self._copies_inputs = True
         return model.predict({name: array.copy() for name, array in inputs.items()})
+
+
+def _check_files(folder: Path) -> bool:
+    """Return whether MLflow may read the files of a model as it reads pickles. Raises ModelUnfit."""
+    from mlflow.models import Model  # noqa: PLC0415 - MLflow is imported by now
+
+    from serving.model.model_files import check_files  # noqa: PLC0415 - the same
+
+    return check_files(folder, Model.load(str(folder / "MLmodel")))
 
 
 def _kill_group(leader: int) -> None:
@@ -276,8 +290,29 @@ def _import_libraries(modules: Sequence[str]) -> None:
         return
     for module in modules:
         # One that does not work here says so when a model is loaded.
-        with suppress(Exception):
+        with suppress(Exception), _hide_torch() if module == _SKOPS else nullcontext():
             import_module(module)
+
+
+class _TorchHider:
+    """Finds no module of scikit-learn that is for torch alone.
+
+    skops walks through all modules of scikit-learn, and that one would import torch: a second, and 200 MB.
+    """
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        if name == "sklearn.externals.array_api_compat.torch":
+            raise ModuleNotFoundError(name=name)
+
+
+@contextmanager
+def _hide_torch() -> Generator[None]:
+    hider = _TorchHider()
+    sys.meta_path.insert(0, hider)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(hider)
 
 
 def _set_threads(threads: int) -> None:

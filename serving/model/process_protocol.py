@@ -20,7 +20,7 @@ import numpy.typing as npt
 from serving.model.shared_memory import is_opaque
 
 # Raised with each change of what is sent: a child started after an update of the package speaks another one.
-VERSION = 4
+VERSION = 5
 # Libraries read these when they are imported.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LOKY_MAX_CPU_COUNT")
 Arrays = Mapping[str, npt.NDArray[Any]]

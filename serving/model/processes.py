@@ -16,7 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -51,6 +51,7 @@ from serving.model.shared_memory import (
     describe_place,
     put_arrays,
 )
+from serving.option_words import find_flags
 
 _LOAD_SECONDS_MAX = 3600.0
 # What a copy writes to of what it shares, before its model takes anything for a pass.
@@ -80,11 +81,16 @@ class ProcessOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFiles:
-    """What a process loads: the folder of a model, how it is called, and the libraries that it needs."""
+    """What a process loads: the folder of a model, how it is called, and the libraries that it needs.
+
+    `check` has the process look for what must not be unpickled, before any library reads the files. Without it,
+    `allow_pickle` says what was found.
+    """
 
     folder: Path
     form: CallForm
     allow_pickle: bool
+    check: bool = False
     libraries: tuple[str, ...] = ()
 
 
@@ -223,8 +229,15 @@ class ModelProcesses:
         self._children.add(child)
         try:
             _enter(child, self._files, self._options, self._threads)
-            form = self._files.form.to_json()
-            answer = child.ask("load", seconds_max=_LOAD_SECONDS_MAX, folder=str(folder), form=form).body
+            flags = find_flags()
+            answer = child.ask(
+                "load",
+                seconds_max=_LOAD_SECONDS_MAX,
+                folder=str(folder),
+                form=self._files.form.to_json(),
+                check_files=self._files.check,
+                flags=asdict(flags) if flags else None,
+            ).body
         except (ChildEnded, TimeoutError) as error:
             self._close(child)
             message = (

@@ -6,8 +6,7 @@ import hashlib
 import os
 import re
 import tempfile
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -18,40 +17,19 @@ from mlflow import MlflowClient, MlflowException
 from mlflow.artifacts import download_artifacts
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model as MLmodel
-from mlflow.store.artifact.models_artifact_repo import REGISTERED_MODEL_META_FILE_NAME
 from mlflow.store.artifact.s3_artifact_repo import S3ArtifactRepository
 
 from serving.errors import BadInput, ModelNotFound, ModelUnfit, suggest_name
 from serving.machine import pause_garbage_collection
-from serving.model.contract import Contract, Frozen
+from serving.model.contract import Contract
 from serving.model.missing_values import takes_missing_values
+from serving.model.pin import FileStates, ModelPin, digest_files, digest_folder, read_file_states
 from serving.model.signature import Names, Params, Policies, read_contract
 
 _URI = re.compile(r"(?:models:/)?(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+|latest))")
 _COPIED = re.compile(r"models:/(?P<name>[^/@]+)/(?P<version>\d+)")
-_BLOCK = 1 << 20
 # Enough to find the name that was meant; few of them are shown.
 _MODELS_SEARCHED, _MODELS_SHOWN = 1000, 10
-# The clock of a file system may tick only this often.
-_TICK_NS = 20_000_000
-
-# Path, size, time of modification and time of change of each file of a folder. No program can set the last.
-FileStates = tuple[tuple[str, int, int, int], ...]
-
-
-class ModelPin(Frozen):
-    """One version of a registered model, pinned by the digest of its files."""
-
-    name: str
-    version: str
-    model_id: str | None
-    source: str
-    digest: str
-
-    @property
-    def uri(self) -> str:
-        """The address of the version, which no alias changes."""
-        return f"models:/{self.name}/{self.version}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +75,20 @@ def resolve_model(uri: str) -> Resolved:
     Returns the pinned version with a SHA-256 over its files. The registry is that of MLFLOW_TRACKING_URI or
     MLFLOW_REGISTRY_URI. Raises ModelNotFound, whose message says what the registry has.
     """
+    return _open_version(read_version(uri))
+
+
+def resolve_kept_model(uri: str) -> Resolved | None:
+    """Resolve a model as `resolve_model` does, where its files are here or a download of them is kept; else None.
+
+    Raises ModelNotFound in any case.
+    """
     found = read_version(uri)
+    is_kept = urlsplit(str(found.source)).scheme in ("", "file", "models")
+    return _open_version(found) if is_kept else None
+
+
+def _open_version(found: ModelVersion) -> Resolved:
     resolved = open_model(name=str(found.name), version=str(found.version), source=str(found.source))
     return replace(resolved, tags=dict(found.tags))
 
@@ -175,7 +166,7 @@ def open_model(*, name: str, version: str, source: str) -> Resolved:
         message = f"The files of {name} version {version} must hold an MLmodel, got none in {folder}. Log it again."
         raise ModelUnfit(message)
     files = read_file_states(folder)
-    pin = ModelPin(name=name, version=version, model_id=model_id, source=source, digest=digest_folder(folder))
+    pin = ModelPin(name=name, version=version, model_id=model_id, source=source, digest=digest_files(folder, files))
     return Resolved(pin=pin, folder=folder, mlmodel=MLmodel.load(str(mlmodel_file)), files=files)
 
 
@@ -264,65 +255,3 @@ def _download(location: str, name: str | None) -> Path:
             if not folder.is_dir():
                 raise
     return folder
-
-
-def digest_folder(folder: Path) -> str:
-    """Return the SHA-256 over the relative names and bytes of every file below a folder.
-
-    Files that appear when a model is used do not count: Python's bytecode caches, and the file in which MLflow notes
-    the name and version that a local model was loaded by.
-    """
-    total = hashlib.sha256()
-    for file in sorted(_iter_files(folder)):
-        inner = hashlib.sha256()
-        with file.open("rb") as stream:
-            while block := stream.read(_BLOCK):
-                inner.update(block)
-        total.update(f"{file.relative_to(folder).as_posix()}\0{inner.hexdigest()}\n".encode())
-    return total.hexdigest()
-
-
-def read_file_states(folder: Path) -> FileStates:
-    """Return the state of every file in the digest of a folder; writing to one later changes its state.
-
-    Waits until the clock of the file system has ticked. Raises ModelUnfit where a subfolder is a link, since the files
-    behind it are not in the digest.
-    """
-    states = []
-    for file in sorted(_iter_files(folder)):
-        status = file.stat()
-        states.append((str(file.relative_to(folder)), status.st_size, status.st_mtime_ns, status.st_ctime_ns))
-    newest = max((changed for *_, changed in states), default=0)
-    time.sleep(min(max(newest + _TICK_NS - time.time_ns(), 0), _TICK_NS) / 1e9)
-    return tuple(states)
-
-
-def check_files_unchanged(pin: ModelPin, folder: Path, files: FileStates) -> None:
-    """Raise ModelUnfit where a file of a model has changed since it was hashed."""
-    try:
-        now = read_file_states(folder)
-    except FileNotFoundError as error:
-        now = ((str(error.filename), 0, 0, 0),)
-    if now == files:
-        return
-    changed = sorted({path for path, *_ in set(now) ^ set(files)})
-    message = (
-        f"The files of {pin.uri} must stay as they were when they were hashed (digest {pin.digest[:12]}), for as long "
-        f"as they are read, but {len(changed)} in {folder} were changed, the first {changed[0]}. Put them back and "
-        "call again; a new version belongs in the registry under a number of its own."
-    )
-    raise ModelUnfit(message)
-
-
-def _iter_files(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        if "__pycache__" in path.parts or path == folder / REGISTERED_MODEL_META_FILE_NAME:
-            continue
-        if path.is_file():
-            yield path
-        elif path.is_symlink() and path.is_dir():
-            message = (
-                "A model's folder must hold no link to a folder, since what that holds would not be in the digest; got "
-                f"{path}. Log the model with the files themselves."
-            )
-            raise ModelUnfit(message)

@@ -28,8 +28,9 @@ from serving.model.environment_choice import OwnEnvironment, restore_own_environ
 from serving.model.forward import Forward
 from serving.model.interface import Arrays, Engine, Predictions, Tunable
 from serving.model.loading import load_model
+from serving.model.pin import ModelPin
 from serving.model.processes import ProcessOptions
-from serving.model.registry import ModelPin, Resolved
+from serving.model.registry import Resolved
 
 RELEASE_FILE = "release.json"
 MODEL_FOLDER = "model"

@@ -11,12 +11,11 @@ import pyarrow as pa
 
 from serving.errors import BadInput, SchemaMismatch, suggest_name
 from serving.model.contract import Contract, Output, is_text
-from serving.model.registry import ModelPin, Resolved, resolve_model
+from serving.model.pin import ModelPin
+from serving.model.registry import Resolved, resolve_model
 from serving.option_words import name_option
 from tasks.batch.challenger_rules import LabelKind, Labels, PromoteIf
-from tasks.batch.feature_pins import remove_features
 from tasks.batch.options import BatchOptions
-from tasks.batch.plan import Plan
 
 OutputKind = Literal["number", "class", "list of numbers", "list of classes"]
 
@@ -152,32 +151,6 @@ def list_columns_beside(
     own = {*(column.name for column in contract.columns), *options.key_columns}
     wanted = [column.name for each in challengers for column in each.contract.columns]
     return tuple(name for name in dict.fromkeys([*wanted, *options.columns_kept]) if name not in own)
-
-
-def list_copied(plan: Plan) -> tuple[Contract, tuple[str, ...]]:
-    """Return the inputs, and the other columns, that copies of text files hold for a plan."""
-    merged = merge_contracts(plan.contract, [each.contract for each in plan.challengers])
-    return choose_copied(merged, plan.feature_names, plan.options)
-
-
-def merge_contracts(contract: Contract, challengers: Sequence[Contract]) -> Contract:
-    """Return the contract of a model with the inputs of its challengers too."""
-    inputs = dict.fromkeys([*contract.inputs, *(value for each in challengers for value in each.inputs)])
-    return contract.model_copy(update={"inputs": tuple(inputs)}) if challengers else contract
-
-
-def choose_copied(
-    contract: Contract, feature_names: Sequence[str], options: BatchOptions
-) -> tuple[Contract, tuple[str, ...]]:
-    """Return the inputs of all models, and the other columns, that copies of text files hold.
-
-    Args:
-        contract: What the models take, of the source or of feature tables.
-        feature_names: Which columns feature tables give.
-        options: Names the columns that are read as they are, and those that models are compared by.
-    """
-    others = dict.fromkeys([*options.copied_columns, *options.columns_kept])
-    return remove_features(contract, feature_names), tuple(name for name in others if name not in feature_names)
 
 
 def check_kept_columns(schema: pa.Schema, options: BatchOptions, where: str) -> None:

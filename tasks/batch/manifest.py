@@ -12,7 +12,7 @@ from pydantic import Field
 
 from serving.errors import NoCompleteRun, RunNameTaken
 from serving.model.contract import Frozen
-from serving.model.registry import ModelPin
+from serving.model.pin import ModelPin
 from serving.option_words import name_option
 from tasks.batch.dataset import list_entries_at, map_parallel
 from tasks.batch.delta import TableFiles

@@ -18,7 +18,7 @@ from serving.model.contract import Contract, Frozen
 from serving.model.encoding import BatchUnit
 from serving.model.environment_choice import Environment
 from serving.model.interface import Engine
-from serving.model.registry import ModelPin
+from serving.model.pin import ModelPin
 from serving.model.tuner import Tuning
 from tasks.batch.chunk_layout import (
     BLOCK_BYTES,

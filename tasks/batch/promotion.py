@@ -5,7 +5,7 @@ from __future__ import annotations
 from mlflow import MlflowClient, MlflowException
 
 from serving.errors import BadInput, ModelNotFound
-from serving.model.registry import ModelPin
+from serving.model.pin import ModelPin
 from tasks.batch.challenger_rules import PromoteIf
 from tasks.batch.comparison import Promotion, RunComparison, judge_promotion
 from tasks.batch.plan import Plan

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from serving.errors import DestinationUnusable, PublishRefused, RunDamaged, StorageFault
 from serving.extras import import_extra
-from serving.model.registry import ModelPin
+from serving.model.pin import ModelPin
 from tasks.batch.chunk_scheduler import MARKS
 from tasks.batch.dataset import Snapshot, map_parallel
 from tasks.batch.delta import commit_delta

@@ -32,11 +32,8 @@ from serving.option_words import give_option
 from tasks.batch.challengers import (
     RequestedChallenger,
     check_kept_columns,
-    choose_copied,
     find_label_kind,
     list_columns_beside,
-    list_copied,
-    merge_contracts,
     pin_challengers,
     resolve_challengers,
 )
@@ -73,7 +70,7 @@ from tasks.batch.publish import claim_order_number, find_earlier_keys
 from tasks.batch.reuse import describe_making, find_earlier_plan, find_earlier_runs, keep_sizes, refer_to_parts
 from tasks.batch.run_records import RunStart, check_plan_key, load_plan, load_started_plan, save_plan, save_start
 from tasks.batch.source import TableVersion, pin_source
-from tasks.batch.staging import stage
+from tasks.batch.staging import choose_copied, list_copied, stage
 from tasks.batch.tuning import choose_sizes
 from tasks.storage import Storage, check_create_only
 
@@ -120,7 +117,7 @@ class RunRequest:
     @property
     def contract_of_all(self) -> Contract:
         """The contract of the model with the inputs of its challengers too."""
-        return merge_contracts(self.contract, [each.contract for each in self.challengers])
+        return self.contract.with_inputs_of(each.contract for each in self.challengers)
 
     @property
     def nullable(self) -> frozenset[str]:
@@ -189,7 +186,7 @@ def make_request(
     columns += list_columns_beside(contract, challengers, options)
     version = TableVersion(number=options.source_version, timestamp=options.source_timestamp)
     snapshot = pin_source(source, destination, columns, version, csv=options.csv is not None)
-    features = pin_features(options, destination, merge_contracts(contract, [each.contract for each in challengers]))
+    features = pin_features(options, destination, contract.with_inputs_of(each.contract for each in challengers))
     compared = [(each.pin, each.contract) for each in challengers]
     key = run_key(resolved.pin, snapshot, contract, options, features, compared)
     return RunRequest(
@@ -307,7 +304,7 @@ def _plan_run(
     options = request.options
     check_source(storage, options, request.addresses)
     use_jemalloc()
-    prepare_model_process(request)
+    prepare_model_process(request.resolved, options)
     opened = open_features(options, request.features, request.contract_of_all)
     dataset = _open_dataset(request, storage, opened)
     _check_dataset(request, dataset, opened)
@@ -417,10 +414,9 @@ def _find_largest(dataset: Dataset) -> tuple[float, float]:
     return row, max((float(size.reading) for size, _ in groups), default=0.0)
 
 
-def prepare_model_process(request: RunRequest) -> None:
+def prepare_model_process(resolved: Resolved, options: BatchOptions) -> None:
     """Start the process that those of a model are copied from, where it has any: it imports while others work."""
-    resolved = request.resolved
-    if not (resolved.is_torch or resolved.is_text) and request.options.environment != "model":
+    if not (resolved.is_torch or resolved.is_text) and options.environment != "model":
         libraries = list_libraries(resolved.folder)
         FIRST_PROCESSES.prepare(sys.executable, libraries)
 

@@ -33,12 +33,12 @@ from serving.errors import (
 from serving.extras import import_extra
 from serving.model.contract import Contract, Frozen
 from serving.option_words import name_option
-from tasks.batch.challengers import list_copied
 from tasks.batch.chunk_layout import Chunk
 from tasks.batch.column_types import pack_schema
 from tasks.batch.dataset import Snapshot, SourceFile, name_corrupt_file
+from tasks.batch.feature_pins import remove_features
 from tasks.batch.formats import RequestedColumns, read_tables
-from tasks.batch.options import CsvOptions, MissingColumns
+from tasks.batch.options import BatchOptions, CsvOptions, MissingColumns
 from tasks.batch.parts import ChunkId
 from tasks.batch.plan import Plan
 from tasks.batch.struct_fields import list_fields
@@ -47,6 +47,26 @@ from tasks.storage import LocalStorage, Storage, check_create_only, copy_pinned,
 _ROWS_PER_GROUP = 1 << 16
 _COPY_BYTES = 64 << 20
 _NAMES_SHOWN = 20
+
+
+def choose_copied(
+    contract: Contract, feature_names: Sequence[str], options: BatchOptions
+) -> tuple[Contract, tuple[str, ...]]:
+    """Return the inputs of all models, and the other columns, that copies of text files hold.
+
+    Args:
+        contract: What the models take, of the source or of feature tables.
+        feature_names: Which columns feature tables give.
+        options: Names the columns that are read as they are, and those that models are compared by.
+    """
+    others = dict.fromkeys([*options.copied_columns, *options.columns_kept])
+    return remove_features(contract, feature_names), tuple(name for name in others if name not in feature_names)
+
+
+def list_copied(plan: Plan) -> tuple[Contract, tuple[str, ...]]:
+    """Return the inputs, and the other columns, that copies of text files hold for a plan."""
+    merged = plan.contract.with_inputs_of(each.contract for each in plan.challengers)
+    return choose_copied(merged, plan.feature_names, plan.options)
 
 
 def stage(

@@ -24,7 +24,7 @@ from mlflow.entities import Run
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from serving.errors import BadInput, OvernightError, SourceFormat, StorageFault, shorten_error, suggest_name
-from serving.model.registry import ModelPin
+from serving.model.pin import ModelPin
 from tasks.batch.chunk_layout import CHUNK_BYTES_MAX, block_rows, cut_chunks
 from tasks.batch.chunk_reader import Reader
 from tasks.batch.chunk_statistics import StatisticsCollector, describe_table

@@ -1,7 +1,8 @@
 """Whether the servers that a call needs answer: asked side by side, before anything else, and within ten seconds.
 
 MLflow's client tries for minutes, and an object store's too. A check asks once, over a connection of its own, and any
-answer will do: what the answer says is for the call itself to find out. No check lists anything.
+answer will do: what the answer says is for the call itself to find out. No check lists anything. MLflow and Prefect
+take a second each to import, so that each is imported by the check that needs it.
 """
 
 from __future__ import annotations
@@ -22,13 +23,9 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 import httpx
-import mlflow
-from prefect.client.base import ServerType, determine_server_type
-from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
 
 from serving.errors import DestinationUnusable, OvernightError, ServerUnreachable, StorageDenied, StorageFault
 from tasks.common.names import BLOCK
-from tasks.common.prefect_server import is_server_named
 from tasks.storage import LocalStorage, open_storage
 from tasks.storage.s3 import s3_endpoint
 
@@ -121,6 +118,11 @@ def _list_texts(value: object) -> list[str]:
 
 def list_prefect_checks() -> list[ServerCheck]:
     """Return the check of the Prefect server, none where PREFECT_API_URL names no server."""
+    from prefect.client.base import ServerType, determine_server_type  # noqa: PLC0415 - see above
+    from prefect.settings import PREFECT_API_URL  # noqa: PLC0415 - see above
+
+    from tasks.common.prefect_server import is_server_named  # noqa: PLC0415 - it imports Prefect
+
     if not is_server_named():
         return []
     url = str(PREFECT_API_URL.value())
@@ -134,6 +136,8 @@ def list_prefect_checks() -> list[ServerCheck]:
 
 
 def _ask_prefect(url: str, *, is_cloud: bool) -> None:
+    from prefect.settings import PREFECT_API_AUTH_STRING  # noqa: PLC0415 - Prefect is imported by now
+
     auth = PREFECT_API_AUTH_STRING.value()
     # Certificates are not checked here, so that no secret may be sent to a server behind TLS.
     plain = auth is not None and url.startswith("http://")
@@ -162,6 +166,8 @@ def _encode_secret(secret: Any) -> str:
 
 
 def _list_registry_checks() -> list[ServerCheck]:
+    import mlflow  # noqa: PLC0415 - see above
+
     settings = {mlflow.get_tracking_uri(): "MLFLOW_TRACKING_URI", mlflow.get_registry_uri(): "MLFLOW_REGISTRY_URI"}
     settings[mlflow.get_tracking_uri()] = "MLFLOW_TRACKING_URI"
     checks = [

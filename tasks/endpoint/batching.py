@@ -13,7 +13,8 @@ from serving.model.batching import BatchingConfig, BatchingSetting, CostModel, f
 from serving.model.contract import Frozen
 from serving.model.encoding import Encoded, Flags
 from serving.model.interface import Model
-from serving.model.registry import ModelPin, save_tag
+from serving.model.pin import ModelPin
+from serving.model.registry import save_tag
 from serving.model.release import Scaling
 from serving.model.tuner import measure_passes
 from tasks.endpoint.resolve import Loaded, Sample

@@ -14,7 +14,8 @@ from serving.model.batching import BatchingConfig
 from serving.model.contract import Contract
 from serving.model.environment_choice import OwnEnvironment
 from serving.model.graph import AnyRelease, Graph, share_batching
-from serving.model.registry import ModelPin, Resolved
+from serving.model.pin import ModelPin
+from serving.model.registry import Resolved
 from serving.model.release import Release
 from serving.targets import Address, GraphHost, Host
 from serving.targets.kubernetes_cluster import ClusterTarget, dump_manifests

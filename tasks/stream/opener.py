@@ -11,7 +11,7 @@ from nats.js.api import StreamInfo
 
 from serving.errors import BadInput, StreamReplaced, StreamUnfit
 from serving.model.contract import Contract
-from serving.model.registry import ModelPin
+from serving.model.pin import ModelPin
 from tasks.batch.parts import REJECT_COLUMN, REJECT_REASON
 from tasks.batch.run_records import load_plan, read_record
 from tasks.storage import Storage, open_storage

@@ -26,7 +26,7 @@ from serving.errors import RunDamaged, SourceChanged, StorageFault
 from serving.model.contract import Contract, Frozen
 from serving.model.encoding import Flags
 from serving.model.interface import Engine, Predictions
-from serving.model.registry import ModelPin
+from serving.model.pin import ModelPin
 from tasks.batch.dataset import Snapshot, map_parallel
 from tasks.batch.manifest import Manifest, ManifestPart, RejectCount
 from tasks.batch.options import BatchOptions

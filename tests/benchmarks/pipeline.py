@@ -17,7 +17,7 @@ import torch
 
 from serving.model.contract import Column, Contract, Input, Output
 from serving.model.encoding import Encoded
-from serving.model.registry import ModelPin
+from serving.model.pin import ModelPin
 from tasks.batch.chunk_layout import Sizes
 from tasks.batch.dataset import open_dataset
 from tasks.batch.options import BatchOptions

@@ -23,8 +23,8 @@ from serving.errors import ModelUnfit
 from serving.model.contract import Column, Contract, Input, Output
 from serving.model.encoding import BatchUnit, Encoded
 from serving.model.interface import Engine, TuningLimits
+from serving.model.pin import ModelPin
 from serving.model.processes import ProcessOptions
-from serving.model.registry import ModelPin
 from tasks.storage import Entry
 from tests.simulation.storage import SimulatedStorage
 

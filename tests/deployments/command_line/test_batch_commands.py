@@ -256,6 +256,38 @@ def test_a_wrong_call_is_told_without_a_prefect_server(
     assert not (tmp_path / "scores" / "_overnight" / "plan.json").exists()
 
 
+NOT_IMPORTED = (
+    (["runs", "{scored}"], {"mlflow", "prefect", "pandas"}),
+    (["verify", "{scored}"], {"mlflow", "prefect", "pandas"}),
+    (["score", "{model}", "{customers}", "{scored}", "--key", "customer"], set()),
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "more"), NOT_IMPORTED, ids=lambda each: each[0] if isinstance(each, list) else ""
+)
+def test_what_a_command_does_not_need_it_does_not_import_and_its_end_is_quick(
+    arguments: list[str],
+    more: set[str],
+    scored: tuple[Path, dict[str, object]],
+    doubling: str,
+    customers: Path,
+) -> None:
+    names = sorted({"matplotlib", "sklearn", "skops", "torch"} | more)
+    code = f"""
+import atexit, gc, sys
+atexit.register(lambda: print(gc.get_freeze_count() > 0, sorted(set({names}) & set(sys.modules)), file=sys.stderr))
+from deployments.command_line import main
+main()
+"""
+    places = {"scored": scored[0], "model": doubling, "customers": customers}
+    given = [each.format(**places) for each in arguments]
+    done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True, check=False)
+
+    # Python looks for no garbage as it ends: all that was imported is left as it is.
+    assert "True []" == done.stderr.splitlines()[-1], done.stderr
+
+
 def test_prefect_s_lines_are_shown_where_they_are_asked_for(
     server: PrefectServer, registry: Path, customers: Path, tmp_path: Path
 ) -> None:

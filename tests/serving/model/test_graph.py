@@ -23,7 +23,7 @@ from serving.model.graph import (
     number_graph,
     share_batching,
 )
-from serving.model.registry import ModelPin
+from serving.model.pin import ModelPin
 from serving.model.release import Release, Scaling
 from tests.serving.toys import column, matrix
 

@@ -33,7 +33,10 @@ from sklearn.tree import DecisionTreeRegressor
 
 from serving.errors import ModelUnfit
 from serving.model.loading import load_model
-from serving.model.registry import Resolved, digest_folder, resolve_model
+from serving.model.pin import digest_folder
+from serving.model.processes import ProcessOptions
+from serving.model.registry import Resolved, resolve_model
+from serving.option_words import Flags, name_options_by_flags
 
 Log = Callable[..., str]
 Records = dict[str, bytes]
@@ -254,6 +257,12 @@ def test_types_that_skops_does_not_trust_are_refused_even_where_the_model_lists_
     assert "(skops_trusted_types) is no reason to trust them. Pass allow_pickle=True" in message
     found = load(resolved, allow_pickle=True).predict({name: frame[name].to_numpy() for name in frame.columns})
     assert np.array_equal(tree.predict(frame), found["prediction"])
+    # The process of a model refuses it in the same words, and with the flags of the command that runs here.
+    flag = {"allow_pickle": "--allow-pickle"}
+    for flags, advice in ((Flags(), "Pass allow_pickle=True"), (Flags(by_option=flag), "Pass --allow-pickle if")):
+        with name_options_by_flags(flags), pytest.raises(ModelUnfit, match=r"got: sklearn.tree._tree.Tree\.") as caught:
+            load_model(resolved, resolved.contract({}, {}), processes=ProcessOptions())
+        assert advice in str(caught.value)
 
 
 def change_schema(path: Path, change: Callable[[str], str]) -> None:

@@ -237,6 +237,17 @@ def test_libraries_that_a_model_asks_for_are_there_before_it_loads_with_the_thre
     assert [1, 2, 3] == found
 
 
+def test_skops_is_there_before_a_model_loads_and_has_not_imported_torch(registry: None) -> None:
+    line = """
+        import sys
+        model_input = model_input.assign(a=float("skops.io" in sys.modules and "torch" not in sys.modules))
+    """
+    resolved = resolve_model(register_script("importing-skops", line.strip(), ("mlflow", "skops")))
+    model = load_model(resolved, resolved.contract({}, {}), processes=ProcessOptions(seconds_max=60))
+    with model.slot():
+        assert [2] == model.predict({"a": np.zeros(1, np.float32)})["prediction"].tolist()
+
+
 def test_a_pickled_model_and_one_that_does_not_load_are_refused_in_the_same_words(
     log_pipeline: str, registry: None
 ) -> None:

@@ -19,7 +19,8 @@ from mlflow.types import ColSpec, Schema
 
 from serving.errors import ModelNotFound, ModelUnfit
 from serving.model.loading import check_model_unchanged, load_model
-from serving.model.registry import _download, digest_folder, open_model, resolve_model
+from serving.model.pin import digest_files, digest_folder, read_file_states
+from serving.model.registry import _download, open_model, resolve_model
 from tasks.storage import open_storage
 from tests.servers import set_environment
 from tests.serving.toys import SCORE, network, tensor
@@ -178,6 +179,22 @@ def test_the_digest_changes_with_any_byte_and_any_name(tmp_path: Path) -> None:
     seen.append(digest_folder(tmp_path))
 
     assert 5 == len(set(seen))
+
+
+def test_files_are_hashed_again_once_one_of_them_was_written(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(b"one")
+    states = [read_file_states(tmp_path)]
+    digests = [digest_files(tmp_path, states[0])]
+    os.utime(tmp_path / "weights", ns=(0, 0))
+    changed = (tmp_path / "weights").stat()
+    # The same size, and the time of modification put back: what no program can set has moved on.
+    (tmp_path / "weights").write_bytes(b"two")
+    os.utime(tmp_path / "weights", ns=(changed.st_atime_ns, changed.st_mtime_ns))
+    states.append(read_file_states(tmp_path))
+    digests.append(digest_files(tmp_path, states[1]))
+
+    assert states[0] != states[1]
+    assert digests[0] != digests[1] == digest_folder(tmp_path)
 
 
 def test_the_digest_does_not_depend_on_place_or_time(tmp_path: Path, pt2: str) -> None:

@@ -23,7 +23,8 @@ from serving.model.contract import Contract
 from serving.model.environment_choice import OwnEnvironment
 from serving.model.forward import Forward
 from serving.model.interface import Predictions
-from serving.model.registry import ModelPin, digest_folder, resolve_model
+from serving.model.pin import ModelPin, digest_folder
+from serving.model.registry import resolve_model
 from serving.model.release import (
     MODEL_FOLDER,
     RELEASE_FILE,

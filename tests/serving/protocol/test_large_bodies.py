@@ -25,7 +25,7 @@ from serving.gateway.route import Limits, Route, ServedVersion
 from serving.gateway.store import Store
 from serving.model.contract import Column, Contract, Input, Output
 from serving.model.interface import Arrays, Predictions
-from serving.model.registry import ModelPin
+from serving.model.pin import ModelPin
 from serving.model.release import Release
 from serving.protocol.oip import HEADER_LENGTH, ServerMetadata
 from serving.protocol.v2_app import create_v2_app

@@ -13,7 +13,7 @@ import pytest
 
 from serving.errors import DependencyFault, ModelFailed
 from serving.model.interface import Arrays, Predictions
-from serving.model.registry import ModelPin
+from serving.model.pin import ModelPin
 from serving.model.release import Release
 from serving.protocol.oip import ServerMetadata, decode_response, encode_request
 from serving.protocol.v2_app import Overloaded, create_v2_app

@@ -24,7 +24,7 @@ from typing import Any
 import jsonschema
 import yaml
 
-from serving.model.registry import ModelPin
+from serving.model.pin import ModelPin
 from serving.model.release import Release
 from serving.targets.kubernetes_cluster import Manifest
 from tests.serving.toys import matrix

@@ -7,7 +7,7 @@ import pytest
 
 from serving.errors import BadRequest, ModelFailed
 from serving.model.contract import Contract
-from serving.model.registry import ModelPin
+from serving.model.pin import ModelPin
 from serving.model.release import Release
 from serving.targets.documents import dump_tensors, encode_inputs, read_request, write_response
 from tests.serving.toys import alone, column, matrix

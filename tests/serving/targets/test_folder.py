@@ -17,7 +17,7 @@ from infra.local.controller import Serve, local_controller
 from serving.errors import EndpointFailed
 from serving.model.batching import BatchingConfig
 from serving.model.contract import Contract
-from serving.model.registry import ModelPin
+from serving.model.pin import ModelPin
 from serving.model.release import Release
 from serving.targets import ReleaseFiles, Target
 from serving.targets.bentoml import BentoML

@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as st_numpy
 
 from serving.errors import EndpointFailed
 from serving.model.graph import Graph
-from serving.model.registry import digest_folder
+from serving.model.pin import digest_folder
 from serving.model.release import Release, Scaling
 from serving.targets import Address
 from serving.targets.ray_serve import RayServe, RayServeHost, make_application_name

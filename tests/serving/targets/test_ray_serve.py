@@ -14,7 +14,7 @@ import yaml
 from jsonschema import Draft202012Validator, ValidationError
 
 from serving.model.batching import BatchingConfig
-from serving.model.registry import ModelPin
+from serving.model.pin import ModelPin
 from serving.model.release import Release, Scaling
 from serving.targets.ray_serve import RayServe, RayServeHost, make_folder_name
 from tests.releases import Put, release_of

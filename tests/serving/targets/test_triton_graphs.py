@@ -23,7 +23,7 @@ from infra.local.triton import TritonServer
 from infra.worker import list_process_tree
 from serving.errors import EndpointFailed
 from serving.model.batching import BatchingConfig
-from serving.model.registry import digest_folder
+from serving.model.pin import digest_folder
 from serving.model.release import Release, Scaling
 from serving.targets import Address
 from serving.targets.triton import TritonHost

@@ -16,7 +16,7 @@ from serving.errors import EndpointFailed
 from serving.model.batching import BatchingConfig
 from serving.model.contract import Column, Contract, Input, Output
 from serving.model.interface import Engine
-from serving.model.registry import ModelPin
+from serving.model.pin import ModelPin
 from serving.model.release import Release, Scaling
 from serving.targets import ReleaseFiles
 from serving.targets.triton_repository import (

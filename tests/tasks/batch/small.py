@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from serving.model.contract import Column, Contract, Input, Output
 from serving.model.encoding import Flags
 from serving.model.interface import Predictions
-from serving.model.registry import ModelPin
+from serving.model.pin import ModelPin
 from tasks.batch.chunk_layout import Sizes
 from tasks.batch.chunk_reader import open_reader
 from tasks.batch.dataset import open_dataset

@@ -16,7 +16,7 @@ import pytest
 
 from serving.errors import BadInput
 from serving.model.contract import Output
-from serving.model.registry import ModelPin
+from serving.model.pin import ModelPin
 from tasks.batch.chunk_statistics import describe_table
 from tasks.batch.gate import list_refusing
 from tasks.batch.gate_records import FoundBaseline, judge_run, open_baseline

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from infra.local.s3 import S3Server
 from serving.errors import DestinationUnusable, RunDamaged, RunNameTaken, StorageFault
-from serving.model.registry import ModelPin
+from serving.model.pin import ModelPin
 from tasks.batch.manifest import open_predictions, open_rejects
 from tasks.batch.parts import REJECT_REASON
 from tasks.storage import Entry, LocalStorage, Storage, open_storage

@@ -12,7 +12,7 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 
 from serving.errors import MessagesLost, StreamReplaced, StreamUnfit
-from serving.model.registry import ModelPin
+from serving.model.pin import ModelPin
 from tasks.batch.manifest import open_predictions
 from tasks.storage import open_storage
 from tasks.stream.opener import ConnectionOpener

@@ -15,7 +15,7 @@ from nats.js.api import AckPolicy, ConsumerConfig
 
 from infra.local.nats import NatsClient, NatsServer
 from serving.errors import MessagesLost, StreamReplaced, StreamUnfit
-from serving.model.registry import ModelPin
+from serving.model.pin import ModelPin
 from tasks.batch.manifest import open_predictions
 from tasks.stream.message import Message, Poison
 from tasks.stream.nats.connection import NatsConnection
