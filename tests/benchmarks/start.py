@@ -1,25 +1,29 @@
 """`make bench-start`: seconds until something happens, as a table and one JSON object on the last line.
 
-Each figure is a process of its own, from its start to its exit: imports, the help of the command line, and a script
-that scores 10,000 rows of 32 features through the network 32-256-256-1 while a Prefect server runs. Medians of
-ROUNDS (5) processes, after one that is not counted: it fills the caches of the file system. ROWS=... takes other rows.
+Each figure is a process of its own, from its start to its exit. First without a Prefect server: commands of the command
+line, right and wrong ones, over 10,000 rows of 32 features, by the network 32-256-256-1 and by a scikit-learn pipeline.
+Then imports, and a script that scores the same rows through the network while a Prefect server runs. Medians of ROUNDS
+(5) processes, after one that is not counted: it fills the caches of the file system. ROWS=... takes other rows.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks.shared import FOLDER, clear, machine, make_customers, make_models, open_registry, prefect
+from tests.benchmarks.model_flavours import register_flavours
+from tests.benchmarks.shared import FOLDER, machine, make_customers, make_models, open_registry, prefect, use_experiment
 
 ROUNDS = int(os.environ.get("ROUNDS", "5"))
 ROWS = int(os.environ.get("ROWS", "10000"))
@@ -28,38 +32,76 @@ import sys
 from flows import BatchOptions, batch_inference
 batch_inference(*sys.argv[1:4], BatchOptions(key_columns=("customer",)))
 """
-WANTED = {"import_flows": 0.3, "import_flows_batch": 4.0, "second_call": 6.0}
+COMMAND_LINE = ("-m", "deployments.command_line")
+WANTED = {
+    "nothing_to_score": 2.0,
+    "scikit_learn": 5.0,
+    "torch": 5.0,
+    "help": 0.5,
+    "runs": 1.0,
+    "wrong_column": 3.0,
+    "wrong_alias": 3.0,
+    "wrong_path": 3.0,
+    "import_flows": 0.3,
+    "import_flows_batch": 4.0,
+    "second_call": 6.0,
+}
+Programs = Mapping[str, Callable[[], list[str]]]
 
 
 def main() -> None:
     """Time each process in turn, and print the table, then the figures as JSON."""
     open_registry()
     model, source = make_models()["mlp"], str(make_customers(ROWS))
-    destinations = (str(FOLDER / "start" / f"out-{number}") for number in range(1000))
-    repeated = str(FOLDER / "start" / "repeated")
-    for destination in (*(str(FOLDER / "start" / f"out-{number}") for number in range(2 * ROUNDS + 2)), repeated):
-        clear(destination)
-    programs: dict[str, Callable[[], list[str]]] = {
+    use_experiment("bench")
+    (pipeline,) = register_flavours(("logistic_regression",)).values()
+    shutil.rmtree(FOLDER / "start", ignore_errors=True)
+    destinations = (str(FOLDER / "start" / f"out-{number}") for number in itertools.count())
+    repeated, complete = str(FOLDER / "start" / "repeated"), str(FOLDER / "start" / "complete")
+
+    def score(*arguments: str, key: str = "customer") -> list[str]:
+        return [*COMMAND_LINE, "score", *arguments, "--key", key]
+
+    serverless: Programs = {
+        "nothing_to_score": lambda: score(model, source, complete),
+        "scikit_learn": lambda: score(pipeline, source, next(destinations)),
+        "torch": lambda: score(model, source, next(destinations)),
+        "help": lambda: [*COMMAND_LINE, "--help"],
+        "runs": lambda: [*COMMAND_LINE, "runs", complete],
+        "wrong_column": lambda: score(model, source, next(destinations), key="custmer"),
+        "wrong_alias": lambda: score("models:/mlp@nobody", source, next(destinations)),
+        "wrong_path": lambda: score(model, f"{source}-nowhere", next(destinations)),
+    }
+    with_server: Programs = {
         "import_flows": lambda: ["-c", "import flows"],
         "import_flows_batch": lambda: ["-c", "import flows.batch"],
-        "help_of_command_line": lambda: ["-m", "deployments.command_line", "--help"],
         "second_call": lambda: ["-c", SCRIPT, model, source, next(destinations)],
         "same_call_again": lambda: ["-c", SCRIPT, model, source, repeated],
     }
+    seconds = time_programs(serverless)
     with prefect():
-        seconds = {name: [run_program(make()) for _ in range(ROUNDS + 1)][1:] for name, make in programs.items()}
+        seconds |= time_programs(with_server)
     figures = {name: round(statistics.median(each), 2) for name, each in seconds.items()}
     show(figures, seconds)
     print(json.dumps({"machine": machine(), "rows": ROWS, **figures}))
 
 
-def run_program(arguments: list[str]) -> float:
-    """Return the seconds that Python takes for a program, from start to exit."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+def time_programs(programs: Programs) -> dict[str, list[float]]:
+    """Return the seconds of each program in each round but the first."""
+    rounds = [{name: run_program(make(), name) for name, make in programs.items()} for _ in range(ROUNDS + 1)]
+    return {name: [each[name] for each in rounds[1:]] for name in programs}
+
+
+def run_program(arguments: list[str], name: str) -> float:
+    """Return the seconds that Python takes for a program, from start to exit: one that must fail where it is wrong."""
+    # A user's Python keeps what it has compiled.
+    unset = ("PYTHONDONTWRITEBYTECODE",)
+    environment = {each: value for each, value in os.environ.items() if each not in unset}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     start = time.perf_counter()
     done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
-    if done.returncode:
+    if done.returncode != name.startswith("wrong"):
         raise RuntimeError(done.stderr[-4000:])
     return seconds
 
