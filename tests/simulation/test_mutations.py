@@ -254,7 +254,7 @@ def trust_in_written_lists(patch: pytest.MonkeyPatch) -> None:
     [
         pytest.param(take_parts_of_any_plan, 93, "rows missing", id="parts of one plan count for another"),
         pytest.param(take_parts_of_other_rows, 65, "rows missing", id="a run has parts of other rows"),
-        pytest.param(probe_no_store, 21, "", id="a store that overwrites is not found out"),
+        pytest.param(probe_no_store, 201, "", id="a store that overwrites is not found out"),
         pytest.param(find_newest_by_clock, 16, "none of the newest runs", id="the newest run is so by a clock"),
         pytest.param(let_delta_go_back, 69, "went back", id="an older run replaces a newer one in a Delta table"),
         pytest.param(order_runs_by_destination, 103, "went back", id="each destination orders its own runs"),
