@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Literal
@@ -10,7 +12,7 @@ from typing import Literal
 import polars as pl
 from pydantic import Field
 
-from serving.errors import NoCompleteRun, RunNameTaken
+from serving.errors import DestinationUnusable, NoCompleteRun, RunNameTaken
 from serving.model.contract import Frozen
 from serving.model.pin import ModelPin
 from serving.option_words import name_option
@@ -37,6 +39,7 @@ class ManifestPart(Frozen):
     chunk: str = Field(default="", exclude_if=operator.not_)
 
 
+_NUMBERS = re.compile(r"\d+")
 _SCORE_FIRST = "Call batch_inference first."
 OTHER_REASONS = "other reasons, which the parts have"
 
@@ -49,12 +52,31 @@ class RejectCount(Frozen):
     rows: int
 
 
+class PartList(Frozen):
+    """Parts that a stream's table has for good, or the digests of such lists.
+
+    It is created once, under the digest of its bytes, and manifests refer to it: they need not list its parts.
+    """
+
+    format_version: int = FORMAT_VERSION
+    lists: tuple[str, ...] = ()
+    parts: tuple[ManifestPart, ...] = ()
+
+
+class PartitionEnd(Frozen):
+    """Where a partition of a stream's table ends: the numbers at which its last part begins, and the next one will."""
+
+    last: int
+    next: int
+
+
 class Manifest(Frozen):
     """What a published run consists of.
 
     `order` is the run's number among those planned at the destination, `commit` that of a commit of one stream's
     table. Manifests of earlier releases have neither, and are told apart by when they were planned. `shape` and
-    `made_with` are those of the plan.
+    `made_with` are those of the plan. A commit has most of its parts in lists, of which `lists` are the digests, and
+    says in `ends` where each partition ends; those of earlier releases do neither.
     """
 
     format_version: int = FORMAT_VERSION
@@ -72,6 +94,8 @@ class Manifest(Frozen):
     rows_key_null: int = 0
     shape: str = Field(default="", exclude_if=operator.not_)
     made_with: tuple[str, ...] = Field(default=(), exclude_if=operator.not_)
+    ends: dict[int, PartitionEnd] = Field(default_factory=dict, exclude_if=operator.not_)
+    lists: tuple[str, ...] = Field(default=(), exclude_if=operator.not_)
     parts: tuple[ManifestPart, ...]
 
     @property
@@ -86,8 +110,51 @@ class Manifest(Frozen):
 
 
 def find_manifest(storage: Storage, run: str) -> Manifest | None:
-    """Return the manifest of a run, None where it is not complete."""
-    return read_record(storage, manifest_path(run), Manifest)
+    """Return the manifest of a run with all of its parts, None where it is not complete.
+
+    Raises as read_record does, also for a list of parts that is gone, or not as it was written.
+    """
+    manifest = read_record(storage, manifest_path(run), Manifest)
+    return None if manifest is None else read_part_lists(storage, manifest)
+
+
+def read_part_lists(storage: Storage, manifest: Manifest) -> Manifest:
+    """Return a manifest that names all of its parts itself, those of a commit in the order of its table.
+
+    Raises DestinationUnusable where a list of parts is gone, or not as it was written.
+    """
+    if not manifest.commit:
+        return manifest
+    table = manifest.run.rpartition("-")[0]
+    parts, lists = list(manifest.parts), manifest.lists
+    while lists:
+        found = map_parallel(storage, lambda digest: _read_part_list(storage, table, digest), lists)
+        parts += [part for each in found for part in each.parts]
+        lists = tuple(digest for each in found for digest in each.lists)
+    parts.sort(key=lambda part: [int(number) for number in _NUMBERS.findall(part.path.rpartition("/")[2])])
+    return manifest.model_copy(update={"lists": (), "parts": tuple(parts)})
+
+
+def _read_part_list(storage: Storage, table: str, digest: str) -> PartList:
+    data = storage.read(part_list_path(table, digest))
+    if data is None or digest_part_list(data) != digest:
+        message = (
+            f"{storage.address(part_list_path(table, digest))} must be the list of parts as it was written, but is "
+            f"{'gone' if data is None else 'another by now'}. Put it back, or start the stream again: a commit then "
+            "lists the parts that are there."
+        )
+        raise DestinationUnusable(message)
+    return PartList.model_validate_json(data)
+
+
+def digest_part_list(data: bytes) -> str:
+    """Return the digest that a list of parts is named by."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def part_list_path(table: str, digest: str) -> str:
+    """Return where a list of parts of a stream's table lies: below its parts, where readers of folders do not look."""
+    return f"run={table}/_lists/{digest}.json"
 
 
 def find_intact_manifest(storage: Storage, run: str) -> Manifest | None:
@@ -103,7 +170,8 @@ def find_newest_run(storage: Storage, other_than: str | None = None, *, rows_min
     """
     manifests = read_manifests(storage, [entry.path for entry in storage.entries(ROOT, depth=2)])
     manifests = [each for each in manifests if each.run != other_than and each.rows >= rows_min]
-    return max(manifests, key=lambda manifest: manifest.position, default=None)
+    newest = max(manifests, key=lambda manifest: manifest.position, default=None)
+    return None if newest is None else read_part_lists(storage, newest)
 
 
 def find_newer_run(storage: Storage, manifest: Manifest) -> str | None:
@@ -267,7 +335,7 @@ def scan_parts(storage: Storage, paths: Sequence[str]) -> pl.LazyFrame:
 
 
 def read_manifests(storage: Storage, paths: Sequence[str]) -> list[Manifest]:
-    """Return the manifests among the objects at these paths."""
+    """Return the manifests among the objects at these paths, which may have parts in lists."""
     paths = [path for path in paths if path.endswith("/manifest.json")]
     found = map_parallel(storage, lambda path: read_record(storage, path, Manifest), paths)
     return [manifest for manifest in found if manifest is not None]

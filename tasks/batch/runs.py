@@ -14,10 +14,10 @@ from serving.errors import DestinationUnusable, FormatTooNew, OvernightError
 from serving.model.contract import Frozen
 from tasks.batch.dataset import map_parallel
 from tasks.batch.delta import TableFiles
-from tasks.batch.manifest import Manifest, list_damaged_parts, locate_parts, manifest_path
+from tasks.batch.manifest import Manifest, find_manifest, list_damaged_parts, locate_parts
 from tasks.batch.parts import list_done
 from tasks.batch.plan import ROOT
-from tasks.batch.run_records import load_plan, read_record
+from tasks.batch.run_records import load_plan
 from tasks.batch.run_tables import find_table_name, read_table_files
 from tasks.storage import Storage
 
@@ -93,7 +93,7 @@ class _Published:
 
 def _read_published(storage: Storage, run: str) -> _Published | RunSummary:
     try:
-        manifest = read_record(storage, manifest_path(run), Manifest)
+        manifest = find_manifest(storage, run)
         if manifest is None:
             return RunSummary(run=run, state="incomplete", note="It was deleted while the runs were listed.")
         return _Published(manifest=manifest, table=find_table_name(storage, run, manifest.output))

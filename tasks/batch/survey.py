@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from serving.errors import DestinationUnusable, FormatTooNew
 from tasks.batch.dataset import map_parallel
-from tasks.batch.manifest import Manifest, manifest_path
+from tasks.batch.manifest import Manifest, find_manifest
 from tasks.batch.plan import ROOT, Plan
 from tasks.batch.run_records import RunStart, load_plan, read_record
 from tasks.storage import Entry, Storage
@@ -126,7 +126,7 @@ def read_records(storage: Storage, known: Records | None = None) -> Records:
     before = known or Records(manifests={}, plans={}, planned=frozenset())
 
     def read_manifest(run: str) -> Manifest | None:
-        return before.manifests.get(run) or read_record(storage, manifest_path(run), Manifest)
+        return before.manifests.get(run) or find_manifest(storage, run)
 
     def read_plan(run: str) -> Plan | None:
         return before.plans.get(run) or load_plan(storage, run)

@@ -191,11 +191,14 @@ class LocalStorage:
         return aside.relative_to(self.root).as_posix()
 
     def delete(self, paths: list[str]) -> None:
-        """Delete files; one that is gone already is no error."""
+        """Delete files, and the folder of each that is empty then; one that is gone already is no error."""
         for path in paths:
             file = self.locate(path)
             with local_errors(file):
                 file.unlink(missing_ok=True)
+            if file.parent != self.root:
+                with contextlib.suppress(OSError):
+                    file.parent.rmdir()
 
     def torn_writes(self, prefix: str) -> list[Entry]:
         """Return the unfinished writes below a prefix, sorted by path; links to folders are not followed."""

@@ -4,34 +4,33 @@ A part is named by its partition and by the number that it begins at, and is cre
 a part of one name, the first succeeds, and the other continues after it. The next part begins after the highest number
 of the last one, which its footer holds. So the table does not depend on a broker's acknowledgements.
 
-Each commit is a manifest that lists every part so far, and readers take the newest: `open_predictions` sees the table
-as of one commit. Shapes: N rows of a part, n rows of one group.
+Each commit is a manifest (`table_commits`), and readers take the newest: `open_predictions` sees the table as of one
+commit. Parts are listed when a table is opened; from then on they are found by their names. Shapes: N rows of a part, n
+rows of one group.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from serving.errors import RunDamaged, SourceChanged, StorageFault
+from serving.errors import DestinationUnusable, RunDamaged, SourceChanged, StorageFault
 from serving.model.contract import Contract, Frozen
 from serving.model.encoding import Flags
 from serving.model.interface import Engine, Predictions
 from serving.model.pin import ModelPin
 from tasks.batch.dataset import Snapshot, map_parallel
-from tasks.batch.manifest import Manifest, ManifestPart, RejectCount
+from tasks.batch.manifest import Manifest, read_part_lists
 from tasks.batch.options import BatchOptions
 from tasks.batch.part_digest import read_digests
-from tasks.batch.parts import ChunkId, PartFooter, Reasons, encode_part, is_part_of, list_parts, parse_footer, part_path
+from tasks.batch.parts import ChunkId, encode_part, is_part_of, list_parts, parse_footer, part_path
 from tasks.batch.plan import ROOT, Plan
 from tasks.batch.publish import claim_order_number
 from tasks.batch.run_records import load_plan, read_record, save_plan
@@ -39,6 +38,7 @@ from tasks.storage import Entry, Storage, check_create_only
 from tasks.stream.message import Poison
 from tasks.stream.options import ToParts
 from tasks.stream.score import ScoredBatch, ScoredGroup
+from tasks.stream.table_commits import TableCommits, TablePart
 
 PARTITION, NUMBER, ROW = "source_partition", "source_number", "source_row"
 
@@ -127,21 +127,6 @@ def join_rows(pieces: Sequence[PartRows]) -> PartRows:
     )
 
 
-_PART_PATH = re.compile(r"/part-(\d+)-(\d+)")
-# A reader that has listed an older manifest still finds it while newer ones are written.
-_MANIFESTS_KEPT = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Part:
-    """A committed part: its footer, its keys, and the number that the next part of its partition begins at."""
-
-    entry: Entry
-    footer: PartFooter
-    next_number: int
-    keys: pa.Schema
-
-
 class TableLog(Frozen):
     """The log that a table is made of: its identity, and the first number of each partition at that time."""
 
@@ -150,7 +135,7 @@ class TableLog(Frozen):
 
 
 class PartsSink:
-    """One table below a destination. `next_numbers` holds the number that each partition continues at.
+    """One table below a destination.
 
     `check_source` is called before rows are written, and raises where the log is not the one that they came from.
     """
@@ -163,14 +148,22 @@ class PartsSink:
             plan = plan.model_copy(update={"order": claim_order_number(storage, plan.run)})
         self._plan = save_plan(storage, plan).model_copy(update={"model": model, "contract": plan.contract})
         self._key_types = key_types
-        self._parts: dict[ChunkId, _Part] = {}
+        self._commits = TableCommits(storage, self._plan)
+        # The parts that no commit is known to have, and the last part of each partition.
+        self._new: dict[ChunkId, TablePart] = {}
+        self._last: dict[int, TablePart] = {}
+        # A manifest that no other goes on from: it lists other parts than there are, or is of an earlier release.
+        self._unfit: Manifest | None = None
         self._written: ChunkId | None = None
-        self.next_numbers: dict[int, int] = {}
         self._read_parts()
-        if last := max(self._parts, default=None, key=lambda chunk: chunk[1]):
-            schema = self._parts[last].keys
-            key_types |= {name: schema.field(name).type for name in plan.options.key_columns}
+        if last := max(self._last.values(), default=None, key=lambda part: part.next_number):
+            key_types |= {name: last.keys.field(name).type for name in plan.options.key_columns}
         self._commit()
+
+    @property
+    def next_numbers(self) -> dict[int, int]:
+        """The number that each partition continues at."""
+        return {partition: part.next_number for partition, part in self._last.items()}
 
     def find_start(self, identity: str, find_first: Callable[[], dict[int, int]]) -> dict[int, int]:
         """Return the number to read each partition from: after its last part, or the first when the table was new.
@@ -202,7 +195,7 @@ class PartsSink:
     def _write_part(self, partition: int, rows: PartRows) -> None:
         """Write rows after the last part of their partition, except those that another scorer has written since."""
         while True:
-            start = self.next_numbers.get(partition, 0)
+            start = self._find_end(partition)
             rows = rows.filter(rows.positions_N["number"] >= start)
             if not rows.rows:
                 return
@@ -210,48 +203,82 @@ class PartsSink:
             data = encode_part(self._plan, None, rows.keys, rows.predictions, rows.flags, self._plan.batch_size)
             if self._storage.put_new(path, data):
                 self._written = partition, start
-            # Whether this scorer or another one wrote it: its rows are left out in the next round.
-            self._read_parts([(partition, start)])
-            if (partition, start) not in self._parts:
+            entry = self._storage.find(path)
+            if entry is None:
                 message = (
                     f"{self._storage.address(path)} must be readable once written, but is gone. Call again: the stream "
                     "continues after the last part that exists."
                 )
                 raise StorageFault(message)
+            if (last := self._last.get(partition)) is not None:
+                self._check_same(last, self._storage.find(last.entry.path))
+            # Whether this scorer or another one wrote it: its rows are left out in the next round.
+            self._new[partition, start] = self._last[partition] = self._read_part(entry)
+            if self._written != (partition, start):
+                self._check_bytes(entry)
 
-    def _read_parts(self, known: Iterable[ChunkId] = ()) -> None:
-        """Read the footers of new parts, and find where each partition ends.
+    def _find_end(self, partition: int) -> int:
+        return self._last[partition].next_number if partition in self._last else 0
 
-        A listing may be out of date, so parts that are known to be written are looked up by name. The last part of a
-        partition says what is scored next, so all of its bytes are read, unless this scorer wrote it.
+    def _read_parts(self) -> None:
+        """Read the footers of the parts that the newest manifest does not list, and find where each partition ends.
+
+        Where that lists others than there are, or is of an earlier release, the footers of all parts are read. The last
+        part of a partition says what is scored next, so all of its bytes are read, unless this scorer wrote it.
         """
+        newest = self._commits.read_newest()
         found = list_parts(self._storage, self._plan)
-        for chunk in known:
-            if chunk not in found and (entry := self._storage.find(part_path(self._plan, chunk))) is not None:
-                found[chunk] = entry
-        read = {chunk: part.entry for chunk, part in self._parts.items()}
-        if others := [entry.path for chunk, entry in found.items() if read.get(chunk, entry) != entry]:
+        paths = {entry.path: entry for entry in found.values()}
+        for part in self._last.values():
+            self._check_same(part, paths.get(part.entry.path))
+        lasts = self._read_listed(newest, found)
+        self._unfit = None if lasts else newest
+        new = sorted(chunk for chunk in found if chunk[0] not in lasts or chunk[1] >= lasts[chunk[0]].next_number)
+        self._new = dict(zip(new, self._read_all([found[chunk] for chunk in new]), strict=True))
+        self._last = lasts
+        at: dict[int, ChunkId] = {}
+        for chunk in new:
+            partition, start = chunk
+            end = self._find_end(partition)
+            if start != end:
+                raise RunDamaged(self._describe_break(at.get(partition), end, chunk))
+            self._last[partition], at[partition] = self._new[chunk], chunk
+        for part in self._last.values():
+            if self._written is None or part.entry.path != part_path(self._plan, self._written):
+                self._check_bytes(part.entry)
+
+    def _read_listed(self, newest: Manifest | None, found: Mapping[ChunkId, Entry]) -> dict[int, TablePart]:
+        """Return the last part that a manifest lists of each partition, none where it lists others than there are."""
+        ends = newest.ends if newest else {}
+        before = {e.path: e.size for (at, start), e in found.items() if at in ends and start < ends[at].next}
+        try:
+            listed = read_part_lists(self._storage, newest).parts if newest else ()
+        except DestinationUnusable:
+            return {}
+        lasts = [found.get((partition, end.last)) for partition, end in ends.items()]
+        known = [entry for entry in lasts if entry is not None]
+        if before != {part.path: part.bytes for part in listed} or len(known) < len(lasts):
+            return {}
+        read = dict(zip(ends, self._read_all(known), strict=True))
+        return read if all(part.next_number == ends[at].next for at, part in read.items()) else {}
+
+    def _read_all(self, entries: Sequence[Entry]) -> list[TablePart]:
+        return map_parallel(self._storage, self._read_part, entries)
+
+    def _check_same(self, part: TablePart, found: Entry | None) -> None:
+        """Raise RunDamaged where a part that this scorer has read is gone, or another by now."""
+        if found != part.entry:
+            then = (
+                "gone. Put it back, then call again."
+                if found is None
+                else "another by now: it was deleted, and written again. Call again: the stream continues after the "
+                "parts that exist."
+            )
             message = (
-                f"{self._storage.address(others[0])} must be the part of table {self._plan.run} that this scorer has "
-                "read, but is another by now: it was deleted, and written again. Call again: the stream continues "
-                "after the parts that exist."
+                f"{self._storage.address(part.entry.path)} must be the part of table {self._plan.run} that this scorer "
+                f"has read, but is {then}"
             )
             raise RunDamaged(message)
-        new = [chunk for chunk in found if chunk not in self._parts]
-        for chunk, part in zip(
-            new, map_parallel(self._storage, lambda chunk: self._read_part(found[chunk]), new), strict=True
-        ):
-            self._parts[chunk] = part
-        last: dict[int, ChunkId] = {}
-        for partition, start in sorted(self._parts):
-            end = self._parts[last[partition]].next_number if partition in last else 0
-            if start != end:
-                raise RunDamaged(self._describe_break(last.get(partition), end, (partition, start)))
-            last[partition] = partition, start
-        for partition, chunk in last.items():
-            if chunk in new and chunk != self._written:
-                self._check_bytes(found[chunk])
-            self.next_numbers[partition] = self._parts[chunk].next_number
 
     def _describe_break(self, last: ChunkId | None, end: int, found: ChunkId) -> str:
         """Say what must hold where a part does not begin where the one before it, if there is one, ends."""
@@ -268,7 +295,7 @@ class PartsSink:
             f"{path}: messages that no other part has are scored again."
         )
 
-    def _read_part(self, entry: Entry) -> _Part:
+    def _read_part(self, entry: Entry) -> TablePart:
         try:
             with self._storage.open_pinned(entry) as stream:
                 file = pq.ParquetFile(stream)
@@ -276,7 +303,9 @@ class PartsSink:
             column = schema.names.index(NUMBER)
             groups = [metadata.row_group(index).column(column) for index in range(metadata.num_row_groups)]
             highest = max(group.statistics.max for group in groups)
-            part = _Part(entry=entry, footer=parse_footer(entry, metadata), next_number=int(highest) + 1, keys=schema)
+            part = TablePart(
+                entry=entry, footer=parse_footer(entry, metadata), next_number=int(highest) + 1, keys=schema
+            )
         except (pa.ArrowException, OSError, ValueError, KeyError, SourceChanged) as error:
             raise RunDamaged(self._describe_unreadable(entry, str(error))) from error
         if not is_part_of(metadata, self._plan, None):
@@ -315,63 +344,42 @@ class PartsSink:
         return join_rows([piece.cast_keys(types) for piece in pieces]).sort()
 
     def _commit(self) -> None:
-        """Write a manifest of all parts, unless the newest lists them already, and delete old manifests."""
+        """Write manifests until the newest has all parts that this scorer knows of, then delete old ones.
+
+        One that was written is not always the newest: its number is free again once another scorer has deleted it.
+        """
         while True:
-            numbers = self._list_manifests()
-            newest = read_record(self._storage, self._manifest_path(numbers[-1]), Manifest) if numbers else None
-            if newest is not None and (others := self._find_unread(newest)):
-                # Another scorer wrote them since the parts were listed. A newer manifest must list them too.
-                self._read_parts(others)
-            parts = [self._parts[chunk].footer for chunk in sorted(self._parts)]
-            listed = tuple(ManifestPart(path=f.path, rows=f.rows, bytes=f.bytes, digest=f.digest) for f in parts)
-            if not parts or (newest is not None and newest.parts == listed):
-                return
-            number = numbers[-1] + 1 if numbers else 1
-            manifest = self._build_manifest(parts, listed, number, newest)
-            if self._storage.put_new(self._manifest_path(number), manifest.model_dump_json().encode()):
-                self._storage.delete([self._manifest_path(old) for old in numbers[: 1 - _MANIFESTS_KEPT]])
-                return
-            self._read_parts()
+            newest = self._commits.read_newest()
+            base = None if newest == self._unfit else newest
+            lacking = self._list_lacking(base) if self._take_others(base) else None
+            if lacking is None:
+                self._read_parts()
+            elif lacking:
+                self._commits.put(newest, base, lacking)
+            else:
+                break
+        self._new = {}
+        self._commits.delete_old()
 
-    def _find_unread(self, manifest: Manifest) -> list[ChunkId]:
-        """Return the parts of a manifest that this scorer has not read."""
-        read = {part.footer.path for part in self._parts.values()}
-        names = (_PART_PATH.search(part.path) for part in manifest.parts if part.path not in read)
-        return [(int(name[1]), int(name[2])) for name in names if name]
+    def _take_others(self, base: Manifest | None) -> bool:
+        """Continue each partition after the parts of other scorers; return whether those are as a manifest has them."""
+        for partition, end in base.ends.items() if base else ():
+            if end.next > self._find_end(partition):
+                entry = self._storage.find(part_path(self._plan, (partition, end.last)))
+                part = None if entry is None else self._read_part(entry)
+                if part is None or part.next_number != end.next:
+                    return False
+                self._last[partition] = part
+        return True
 
-    def _build_manifest(
-        self, footers: Sequence[PartFooter], listed: tuple[ManifestPart, ...], number: int, newest: Manifest | None
-    ) -> Manifest:
-        rejects: Reasons = sum((footer.rejects for footer in footers), Counter())
-        now = datetime.now(UTC)
-        # Readers take the latest manifest: it is this one, even if an earlier machine had a clock ahead of ours.
-        planned_at = max(now, newest.planned_at + timedelta(microseconds=1)) if newest else now
-        return Manifest(
-            key=self._plan.key,
-            run=f"{self._plan.run}-{number:08d}",
-            # A plan that was deleted and made again has another number: the order of a table never decreases.
-            order=max(self._plan.order, newest.order if newest else 0),
-            commit=number,
-            planned_at=planned_at,
-            model=self._plan.model,
-            source=self._plan.source.root,
-            output="parquet",
-            rows=sum(footer.rows for footer in footers),
-            rejects=tuple(
-                RejectCount(column=column, reason=reason, rows=rows)
-                for (column, reason), rows in sorted(rejects.items())
-            ),
-            rows_key_null=sum(footer.rows_key_null for footer in footers),
-            parts=listed,
-        )
-
-    def _list_manifests(self) -> list[int]:
-        pattern = re.compile(rf"{ROOT}/{re.escape(self._plan.run)}-(\d{{8}})/manifest\.json")
-        found = (pattern.fullmatch(entry.path) for entry in self._storage.entries(ROOT, depth=2))
-        return sorted(int(match[1]) for match in found if match)
-
-    def _manifest_path(self, number: int) -> str:
-        return f"{ROOT}/{self._plan.run}-{number:08d}/manifest.json"
+    def _list_lacking(self, base: Manifest | None) -> dict[ChunkId, TablePart] | None:
+        """Return the parts that a manifest lacks, in order; None where it lacks more than this scorer knows of."""
+        numbers = {partition: end.next for partition, end in base.ends.items()} if base else {}
+        lacking = {chunk: part for chunk, part in sorted(self._new.items()) if chunk[1] >= numbers.get(chunk[0], 0)}
+        for (partition, start), part in lacking.items():
+            if start == numbers.get(partition, 0):
+                numbers[partition] = part.next_number
+        return lacking if numbers == self.next_numbers else None
 
 
 def log_path(run: str) -> str:

@@ -18,6 +18,7 @@ from unittest.mock import patch
 from tasks.batch import challengers, key_check, resolve, upsert
 from tasks.batch.options import BatchOptions
 from tasks.storage import register_scheme
+from tasks.stream import table_commits
 from tests.simulation.batch import DESTINATION, FEATURES, OTHER_DESTINATION, OTHER_SOURCE, SOURCE, BatchWorld
 from tests.simulation.bits import BitWorld
 from tests.simulation.challengers import ChallengerOracle
@@ -104,6 +105,8 @@ def _toys_for_models() -> Generator[None]:
         (challengers, "resolve_model", resolve_toy),
         (resolve, "open_model", open_toy),
         (resolve, "load_model", load_toy),
+        # The tables of streams are small, and have lists all the same.
+        (table_commits, "PARTS_PER_LIST", 3),
     ]
     with ExitStack() as stack:
         # The warnings of calls would go to the terminal.

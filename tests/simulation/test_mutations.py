@@ -31,6 +31,7 @@ from tasks.batch import (
 from tasks.batch.chunk_scheduler import ChunkScheduler
 from tasks.batch.column_statistics import add_tables
 from tasks.storage import base, open_storage
+from tasks.stream.table_commits import TableCommits
 from tests.simulation import backfills as _backfills  # noqa: F401 - imported while a defect is put back, it would keep it
 from tests.simulation import iceberg as _iceberg  # noqa: F401 - the same
 from tests.simulation import simulate as simulation
@@ -238,12 +239,22 @@ def pass_over_what_any_version_has_scored(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.machines
+def trust_in_written_lists(patch: pytest.MonkeyPatch) -> None:
+    def put_list(self: TableCommits, content: manifest.PartList) -> str:
+        data = content.model_dump_json().encode()
+        digest = manifest.digest_part_list(data)
+        self._storage.put_new(manifest.part_list_path(self._plan.run, digest), data)
+        return digest
+
+    patch.setattr(TableCommits, "_put_list", put_list)
+
+
 @pytest.mark.parametrize(
     ("mutation", "first", "seen"),
     [
         pytest.param(take_parts_of_any_plan, 93, "rows missing", id="parts of one plan count for another"),
         pytest.param(take_parts_of_other_rows, 65, "rows missing", id="a run has parts of other rows"),
-        pytest.param(probe_no_store, 21, "", id="a store that overwrites is not found out"),
+        pytest.param(probe_no_store, 201, "", id="a store that overwrites is not found out"),
         pytest.param(find_newest_by_clock, 16, "none of the newest runs", id="the newest run is so by a clock"),
         pytest.param(let_delta_go_back, 69, "went back", id="an older run replaces a newer one in a Delta table"),
         pytest.param(order_runs_by_destination, 103, "went back", id="each destination orders its own runs"),
@@ -264,6 +275,7 @@ def pass_over_what_any_version_has_scored(patch: pytest.MonkeyPatch) -> None:
         pytest.param(take_parts_of_other_features, 315, "is published with", id="a run has parts of other features"),
         pytest.param(claim_no_source, 7, "takes the place of", id="a run takes the place of one of another source"),
         pytest.param(upsert_doubled_keys, 381, "has a key twice", id="keys of an upsert are not checked"),
+        pytest.param(trust_in_written_lists, 499, "refers to what is", id="a commit refers to a lost list"),
     ],
 )
 def test_the_simulation_finds_a_defect_that_is_put_back(

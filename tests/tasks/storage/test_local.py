@@ -490,3 +490,16 @@ def test_a_file_that_goes_as_it_is_opened_is_gone_by_name(
 
     with pytest.raises(SourceChanged, match="a must be there for the whole run, but is gone"):
         folder.open_pinned(folder.entries()[0])
+
+
+def test_the_folder_of_deleted_files_goes_once_it_is_empty_and_no_other_does(folder: LocalStorage) -> None:
+    for path in ("a/1", "a/2", "b/1", "c/d/1", "alone"):
+        assert folder.put_new(path, b"x")
+    (folder.root / "b" / ".2.0.tmp").write_bytes(b"a write that goes on")
+    folder.delete(["a/1", "b/1", "c/d/1", "alone", "gone/1"])
+    left = {path.relative_to(folder.root).as_posix() for path in folder.root.rglob("*")}
+    folder.delete(["a/2"])
+
+    assert left == {"a", "a/2", "b", "b/.2.0.tmp", "c"}
+    assert not (folder.root / "a").exists()
+    assert folder.put_new("a/1", b"x")

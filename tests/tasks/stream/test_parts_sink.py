@@ -20,6 +20,7 @@ from serving.errors import DestinationUnusable, RunDamaged, RunNameTaken, Storag
 from serving.model.pin import ModelPin
 from tasks.batch.manifest import open_predictions, open_rejects
 from tasks.batch.parts import REJECT_REASON
+from tasks.batch.plan import ROOT
 from tasks.storage import Entry, LocalStorage, Storage, open_storage
 from tasks.stream.decode import Decoder, Reason
 from tasks.stream.message import Message, Position
@@ -111,19 +112,19 @@ def test_two_at_once_leave_one_exact_table(tmp_path: Path) -> None:
 
 
 class Interrupted(LocalStorage):
-    """A folder where something happens right after parts were listed."""
+    """A folder where something happens right after commits were listed."""
 
     then: Callable[[], None] | None = None
 
     def entries(self, prefix: str = "", depth: int | None = None) -> list[Entry]:
         found = super().entries(prefix, depth)
-        if prefix.startswith("run=") and self.then is not None:
+        if prefix == ROOT and self.then is not None:
             then, self.then = self.then, None
             then()
         return found
 
 
-def test_a_commit_lists_what_another_scorer_has_committed_since_the_parts_were_listed(tmp_path: Path) -> None:
+def test_a_commit_lists_what_another_scorer_has_committed_since_commits_were_listed(tmp_path: Path) -> None:
     storage = Interrupted(tmp_path)
     slow, quick = opened(storage), opened(str(tmp_path))
     storage.then = lambda: emit(quick, [json_row(number) for number in (1, 2, 3)])
@@ -242,7 +243,9 @@ def test_a_reader_sees_the_last_commit_and_older_ones_are_deleted_in_the_end(tmp
         emit(sink, [json_row(number)])
 
     assert [1, 2, 3, 4, 5, 6, 7] == numbers(str(tmp_path))
-    assert ["t-00000005", "t-00000006", "t-00000007"] == sorted(p.parent.name for p in tmp_path.rglob("manifest.json"))
+    kept = ["t-00000005", "t-00000006", "t-00000007"]
+    assert kept == sorted(p.parent.name for p in tmp_path.rglob("manifest.json"))
+    assert kept == sorted(path.name for path in (tmp_path / "_overnight").glob("t-*"))
 
 
 def test_a_part_without_its_commit_is_committed_when_the_table_is_opened_again(
