@@ -153,8 +153,12 @@ def digest_part_list(data: bytes) -> str:
 
 
 def part_list_path(table: str, digest: str) -> str:
-    """Return where a list of parts of a stream's table lies: below its parts, where readers of folders do not look."""
-    return f"run={table}/_lists/{digest}.json"
+    """Return where a list of parts of a stream's table lies.
+
+    Not beside its parts, since polars reads no folder with files of two kinds, nor below `_overnight`, all of which an
+    object store lists at each commit.
+    """
+    return f"{ROOT}_lists/{table}/{digest}.json"
 
 
 def find_intact_manifest(storage: Storage, run: str) -> Manifest | None:

@@ -13,7 +13,7 @@ from serving.model.contract import Frozen
 from tasks.batch.challenger_check import check_challengers
 from tasks.batch.dataset import list_entries_at, map_parallel
 from tasks.batch.delta import TableState, read_table
-from tasks.batch.manifest import Manifest, find_manifest, manifest_path, part_list_path
+from tasks.batch.manifest import Manifest, find_manifest, manifest_path
 from tasks.batch.part_check import Damage, DamageKind, ExpectedPart, PartCheck, PartReader, describe_size, expect_part
 from tasks.batch.parts import PartFooter, list_reused_parts, part_path
 from tasks.batch.plan import ROOT, Plan
@@ -258,10 +258,9 @@ class _Findings:
         self, plan: Plan, manifest: Manifest | None, entries: Mapping[str, Entry], expected: set[str]
     ) -> None:
         """Name what lies in the run's folder and is none of its parts: a reader of the folder would read it too."""
-        lists = part_list_path(plan.run, "").rpartition("/")[0]
         for path in entries:
-            folder, _, name = path.rpartition("/")
-            if path in expected or (folder == lists and not plan.shards):
+            name = path.rpartition("/")[2]
+            if path in expected:
                 continue
             if name.startswith(".") or not plan.shards:
                 # Set aside, or of a stream's table: a part that the next commit has.

@@ -38,7 +38,7 @@ def commit(place: str | LocalStorage, first: int, stop: int) -> None:
 
 
 def list_lists(place: Path) -> list[Path]:
-    return sorted(place.glob("run=t/_lists/*.json"))
+    return sorted(place.glob("_overnight_lists/t/*.json"))
 
 
 class Metered(LocalStorage):
@@ -226,7 +226,7 @@ class Lossy(LocalStorage):
     lists: int = 0
 
     def put_new(self, path: str, data: bytes | memoryview) -> bool:
-        if "/_lists/" not in path:
+        if "_lists/" not in path:
             return super().put_new(path, data)
         self.lists += 1
         return super().put_new(path, data[: len(data) // 2]) if self.half else True
@@ -253,7 +253,7 @@ def test_a_list_that_is_gone_or_another_is_named_and_the_next_commit_does_withou
     run = choose_runs(open_storage(str(tmp_path)), None)[0]
     for path in list_lists(tmp_path):
         damage(path)
-    with pytest.raises(DestinationUnusable, match=r"_lists/\w+\.json must be the list of parts as it was written"):
+    with pytest.raises(DestinationUnusable, match=r"_overnight_lists/t/\w+\.json must be the list of parts as it was written"):
         numbers(str(tmp_path))
     verification = verify_run(open_storage(str(tmp_path)), run)
     (summary, *_) = list_runs(open_storage(str(tmp_path)))
