@@ -238,7 +238,6 @@ def pass_over_what_any_version_has_scored(patch: pytest.MonkeyPatch) -> None:
     put_back(patch, backfill.find_complete_piece, find_any)
 
 
-@pytest.mark.machines
 def trust_in_written_lists(patch: pytest.MonkeyPatch) -> None:
     def put_list(self: TableCommits, content: manifest.PartList) -> str:
         data = content.model_dump_json().encode()
@@ -249,6 +248,7 @@ def trust_in_written_lists(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(TableCommits, "_put_list", put_list)
 
 
+@pytest.mark.machines
 @pytest.mark.parametrize(
     ("mutation", "first", "seen"),
     [
