@@ -44,7 +44,10 @@ def read(flow_run: UUID) -> FlowRun:
 
 def wait_for(flow_run: UUID, *names: str) -> FlowRun:
     """Wait until a flow run is in a state of one of these names."""
-    return eventually(lambda: read(flow_run), lambda run: state_of(run) in names, seconds=SECONDS_MAX)
+    with get_client(sync_client=True) as client:
+        return eventually(
+            lambda: client.read_flow_run(flow_run), lambda run: state_of(run) in names, seconds=SECONDS_MAX
+        )
 
 
 def machine_of(flow_run: UUID) -> str:

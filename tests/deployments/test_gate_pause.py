@@ -6,10 +6,12 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
-from prefect.flow_runs import resume_flow_run
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.responses import SetStateStatus
 
 from infra.local.prefect_server import PrefectServer
 from tasks.batch.gate_records import Approval, approve_run
@@ -18,6 +20,7 @@ from tasks.batch.options import BatchOptions
 from tasks.storage import open_storage
 from tests.deployments.conftest import SETTLE_SECONDS, SILENT_SECONDS, StartWorkers
 from tests.deployments.flow_runs import read, start, state_of, states, table, wait_for
+from tests.eventually import eventually
 from tests.support import digests, write_moved
 
 pytestmark = pytest.mark.machines
@@ -83,6 +86,15 @@ def moved(asked: Asked, doubling: str, tmp_path: Path) -> Moved:
     return make_moved(doubling, tmp_path)
 
 
+def answer(run: UUID, **given: Any) -> None:
+    # Prefect takes no answer before it has the form, which follows the state.
+    with get_client(sync_client=True) as client:
+        eventually(
+            lambda: client.resume_flow_run(run, run_input=given),
+            lambda resumed: resumed.status == SetStateStatus.ACCEPT,
+        )
+
+
 def list_course(server: PrefectServer, run: UUID) -> list[str]:
     """The states of a flow run in order, without those on the way to Running."""
     return [name for name, _ in states(server, run) if name not in {"Scheduled", "Late", "Pending", "Submitting"}]
@@ -93,12 +105,12 @@ def test_it_is_refused_where_it_is_declined_and_where_it_was_approved_by_the_com
 ) -> None:
     declined = moved.start(ASKS)
     wait_for(declined, "Suspended")
-    resume_flow_run(declined, run_input={"approve": False, "reason": "the feed is broken"})
+    answer(declined, approve=False, reason="the feed is broken")
     failed = wait_for(declined, "Failed", "Crashed", "Completed")
     approved = moved.start(ASKS)
     wait_for(approved, "Suspended")
     approve_run(open_storage(str(moved.destination)), moved.refused)
-    resume_flow_run(approved, run_input={})
+    answer(approved)
 
     assert "Completed" == state_of(wait_for(approved, "Failed", "Crashed", "Completed"))
     assert failed.state is not None
@@ -126,7 +138,7 @@ def test_it_is_suspended_for_as_long_as_nobody_answers_and_published_once_it_is_
 
     assert "Completed" == state_of(read(asked.other))
     assert ["Running", "Suspended"] == list_course(deployed, run)
-    resume_flow_run(run, run_input={"approve": True, "approved_by": "ada", "reason": "a new market"})
+    answer(run, approve=True, approved_by="ada", reason="a new market")
     wait_for(run, "Completed", "Failed", "Crashed")
     (record,) = (moved.destination / "_overnight" / moved.refused).glob("approved-*.json")
     approval = Approval.model_validate_json(record.read_bytes())

@@ -15,7 +15,7 @@ from tasks.batch.options import BatchOptions
 from tests.deployments.flow_runs import read, start, table, wait_for, workers_of
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = BatchOptions(key_columns=("customer",), batch_size=10, rows_per_chunk=10, slots=1, experiment=None)
+OPTIONS = BatchOptions(key_columns=("customer",), batch_size=10, rows_per_chunk=50, slots=1, experiment=None)
 
 
 @pytest.mark.machines
