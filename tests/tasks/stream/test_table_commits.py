@@ -253,7 +253,7 @@ def test_a_list_that_is_gone_or_another_is_named_and_the_next_commit_does_withou
     run = choose_runs(open_storage(str(tmp_path)), None)[0]
     for path in list_lists(tmp_path):
         damage(path)
-    with pytest.raises(DestinationUnusable, match=r"_overnight_lists/t/\w+\.json must be the list of parts as it was written"):
+    with pytest.raises(DestinationUnusable, match=r"_lists/t/\w+\.json must be the list of parts as it was written"):
         numbers(str(tmp_path))
     verification = verify_run(open_storage(str(tmp_path)), run)
     (summary, *_) = list_runs(open_storage(str(tmp_path)))
