@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import os
@@ -113,6 +114,14 @@ class SharedSetting(Generic[T]):
 
 
 _COLLECTOR = SharedSetting(gc.isenabled, lambda was_on: gc.enable() if was_on else gc.disable())
+
+
+def end_without_collection() -> None:
+    """Have Python end this process without a look for garbage in all that was imported: 0.8 s, and 2.4 s with torch.
+
+    Not for a process of others: what holds an open file in a circle of references would not write its last bytes.
+    """
+    atexit.register(gc.freeze)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from flows.runtime.steps import find_logger, flow_run, name_call
 from flows.runtime.tracing import note_error, start_tracing
 from flows.runtime.uncaught import show_uncaught_shortly, shows_frames
 from serving.errors import BadInput, OvernightError, describe_error
+from serving.machine import end_without_collection
 from serving.redaction import hide_secrets_in_exception, hide_secrets_in_logs
 from tasks.common.prefect_server import has_prefect_server
 from tasks.common.server_checks import check_servers, list_checks, list_prefect_checks
@@ -41,6 +42,9 @@ log_errors_shortly()
 show_uncaught_shortly()
 # Before Prefect's engine makes the span of a flow run.
 start_tracing()
+if "PREFECT__FLOW_RUN_ID" in os.environ:
+    # Prefect has started this process for one flow run, and a worker's slot is taken until it has ended.
+    end_without_collection()
 
 _INTERRUPTED = "Interrupted. The same call starts again, or resumes where it had begun to score."
 _NOTHING_KEPT = (

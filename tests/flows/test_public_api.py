@@ -75,6 +75,18 @@ def test_importing_the_package_imports_neither_prefect_nor_torch() -> None:
     assert "[]" == run_python("import sys, flows; print(sorted({'prefect', 'torch', 'mlflow'} & set(sys.modules)))")
 
 
+@pytest.mark.parametrize("environment", [{}, {"PREFECT__FLOW_RUN_ID": "x"}], ids=["of a caller", "of a flow run"])
+def test_the_process_of_a_flow_run_alone_ends_without_a_look_for_garbage(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PREFECT__FLOW_RUN_ID", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    code = "import atexit, gc\natexit.register(lambda: print(gc.get_freeze_count() > 0))\nimport flows.batch"
+
+    assert str(bool(environment)) == run_python(code)
+
+
 def test_a_name_is_imported_when_it_is_used_and_modules_keep_their_names() -> None:
     code = (
         "from types import ModuleType\n"
