@@ -188,11 +188,15 @@ def show_own_lines() -> None:
 
 
 class _OwnLines(logging.Filter):
-    """Passes on what modules of Overnight log through Prefect's loggers, and all that others log."""
+    """Passes on what modules of Overnight log through Prefect's loggers, and all that others log.
+
+    Some loggers of Prefect have names of their own: EventsWorker says at the end of a short call what it still sends.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether a record is shown."""
-        return record.name.split(".")[0] != _PREFECT or record.pathname.startswith(_PACKAGES)
+        is_prefects = record.name.split(".")[0] == _PREFECT or f"-packages/{_PREFECT}/" in record.pathname
+        return not is_prefects or record.pathname.startswith(_PACKAGES)
 
 
 def say(text: str) -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
+import mlflow.client
 import pytest
 import typer
+from prefect import flow_engine
+from prefect._internal.concurrency import services
 from typer.testing import CliRunner
 
-from deployments.command_line import app
+from deployments.command_line import app, console
 from deployments.command_line.application import describe_error
-from deployments.command_line.console import LINES_MAX, build_model, read_document, shorten
+from deployments.command_line.console import LINES_MAX, build_model, read_document, shorten, show_own_lines
 from serving.errors import BadInput
 from tasks.batch.options import BatchOptions
 
@@ -76,6 +82,33 @@ def test_options_of_score_are_described_by_the_fields_of_the_options() -> None:
 
     for name in ("max_reject_fraction", "rescore", "memory_mb", "output"):
         assert " ".join(str(BatchOptions.model_fields[name].description).split()) in told
+
+
+@pytest.mark.parametrize(
+    ("logger", "module", "is_shown"),
+    [
+        ("prefect.flow_runs", flow_engine, False),
+        # What is left to send when a short call ends.
+        ("EventsWorker", services, False),
+        ("prefect.overnight", console, True),
+        ("mlflow", mlflow.client, True),
+    ],
+)
+def test_a_terminal_shows_no_lines_of_prefect(
+    logger: str,
+    module: ModuleType,
+    is_shown: bool,  # noqa: FBT001 - of the table
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown = logging.StreamHandler(io.StringIO())
+    monkeypatch.setattr(logging.getLogger(), "handlers", [shown])
+    monkeypatch.setattr(logging.getLogger("prefect"), "handlers", [])
+    monkeypatch.setattr(logging, "raiseExceptions", logging.raiseExceptions)
+    show_own_lines()
+    record = logging.LogRecord(logger, logging.WARNING, str(module.__file__), 1, "3 items remaining", (), None)
+
+    shown.handle(record)
+    assert is_shown == ("remaining" in shown.stream.getvalue())
 
 
 @pytest.mark.parametrize("arguments", [[], ["endpoint"], ["model"], ["local"], ["kubernetes"], ["aws"]], ids=" ".join)
