@@ -246,6 +246,8 @@ _MODULES = {
     "tasks.stream.options": ("FromKafka", "FromNats", "StreamOptions", "ToKafka", "ToNats", "ToParts"),
 }
 _MODULE_BY_NAME = {name: module for module, names in _MODULES.items() for name in names}
+# Half a second that would else fall into the first call from Python, for its pictures. Commands import the flow itself.
+_IMPORTED_BESIDE = {"flows.batch": "matplotlib.figure"}
 
 
 def __getattr__(name: str) -> Any:
@@ -253,8 +255,11 @@ def __getattr__(name: str) -> Any:
         message = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(message)
     show_uncaught_shortly()
+    module = _MODULE_BY_NAME[name]
     with pause_garbage_collection():
-        value = globals()[name] = getattr(import_module(_MODULE_BY_NAME[name]), name)
+        value = globals()[name] = getattr(import_module(module), name)
+        if module in _IMPORTED_BESIDE:
+            import_module(_IMPORTED_BESIDE[module])
     return value
 
 

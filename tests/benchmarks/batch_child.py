@@ -30,7 +30,7 @@ def main() -> None:
 
 def overnight(model: str, source: str, destination: str, options: dict[str, int]) -> Job:
     """A call of batch_inference: modules imported and model resolved and loaded before."""
-    from flows.batch import batch_inference
+    from flows import batch_inference
     from serving.model.loading import load_model
     from serving.model.registry import resolve_model
     from tasks.batch.options import BatchOptions
@@ -66,7 +66,7 @@ def whole(model: str, source: str, destination: str, options: dict[str, int]) ->
     """A call in a process that has imported and loaded nothing, and the seconds from the process's begin to its end."""
 
     def call() -> dict[str, float]:
-        from flows.batch import batch_inference
+        from flows import batch_inference
         from tasks.batch.options import BatchOptions
 
         chosen = BatchOptions(**{"key_columns": ("customer",), **options})  # type: ignore[arg-type]

@@ -167,7 +167,7 @@ def time_call(flavour: str, address: str, source: str, destination: str) -> dict
 
 
 def time_first_call(flavour: str, address: str, source: str, destination: str) -> dict[str, Any]:
-    from flows.batch import batch_inference
+    from flows import batch_inference
     from tasks.batch.options import BatchOptions
 
     options = BatchOptions(key_columns=("customer",), **FLAVOURS[flavour].options)

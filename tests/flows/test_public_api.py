@@ -87,6 +87,12 @@ def test_the_process_of_a_flow_run_alone_ends_without_a_look_for_garbage(
     assert str(bool(environment)) == run_python(code)
 
 
+def test_what_a_call_draws_with_is_imported_before_it_is_called() -> None:
+    code = "import sys, flows; flows.batch_inference; print('matplotlib.figure' in sys.modules)"
+
+    assert "True" == run_python(code)
+
+
 def test_a_name_is_imported_when_it_is_used_and_modules_keep_their_names() -> None:
     code = (
         "from types import ModuleType\n"
