@@ -23,6 +23,8 @@ START_SECONDS = 300.0
 ATTEMPTS_MAX = 20
 
 _FINAL = ("Completed", "Failed", "Crashed", "Cancelled")
+# A worker has taken the run up: Prefect's two names for it, in this order.
+_TAKEN_UP = ("Pending", "Submitting")
 
 
 def make_automations(
@@ -93,7 +95,7 @@ def resume_crashed_runs(*, settle_seconds: float = SETTLE_SECONDS, attempts_max:
             match_related=_match_tagged_runs(),
             for_each={"prefect.resource.id"},
             after={"prefect.flow-run.Crashed"},
-            expect={"prefect.flow-run.*"},
+            expect=_expect_anything_but_scheduling(),
             posture=Posture.Proactive,
             threshold=1,
             within=timedelta(seconds=settle_seconds),
@@ -105,7 +107,8 @@ def resume_crashed_runs(*, settle_seconds: float = SETTLE_SECONDS, attempts_max:
 def restart_unstarted_runs(*, start_seconds: float = START_SECONDS) -> AutomationCore:
     """Return the automation for runs whose machine was lost between taking them up and the first line of the flow.
 
-    Such a run is Pending, sends no events, and is offered to no other worker.
+    Such a run sends no events, and is offered to no other worker. One whose pod waits for a node is left alone: Prefect
+    says so of it (InfrastructurePending), and reports a pod that is lost.
     """
     return AutomationCore(
         name="overnight: start again what did not begin",
@@ -114,14 +117,24 @@ def restart_unstarted_runs(*, start_seconds: float = START_SECONDS) -> Automatio
             match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
             match_related=_match_tagged_runs(),
             for_each={"prefect.resource.id"},
-            after={"prefect.flow-run.Pending"},
-            expect={"prefect.flow-run.*"},
+            after={f"prefect.flow-run.{state}" for state in _TAKEN_UP},
+            expect=_expect_anything_but_scheduling(),
             posture=Posture.Proactive,
             threshold=1,
             within=timedelta(seconds=start_seconds),
         ),
         actions=[_reschedule(f"It had not begun {start_seconds:g} s after a worker took it up.")],
     )
+
+
+def _expect_anything_but_scheduling() -> set[str]:
+    """Return the events that keep a run from being scheduled again: it is on its way, runs or has come to an end.
+
+    That it was scheduled is not one of them. It is what the automation does, and Prefect may look at the event while
+    the window that has just ended still stands; the event would set off the automation a second time.
+    """
+    begun = ("InfrastructurePending", "Running", "Retrying", "heartbeat", "Cancelling", "Paused", "Suspended")
+    return {f"prefect.flow-run.{name}" for name in (*_TAKEN_UP, *begun, *_FINAL)}
 
 
 def _reschedule(message: str) -> ChangeFlowRunState:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
+from prefect.server.events.schemas.automations import EventTrigger
+from prefect.states import Crashed, InfrastructurePending, Pending, Running, State, Submitting
 
+from deployments.apply import deploy
+from deployments.automations import make_automations
 from infra.local.prefect_server import PrefectServer, PrefectWorker
 from tasks.batch.options import BatchOptions
-from tests.deployments.conftest import ATTEMPTS_MAX, SETTLE_SECONDS, StartWorkers
+from tests.deployments.conftest import ATTEMPTS_MAX, AUTOMATIONS, SETTLE_SECONDS, StartWorkers
 from tests.deployments.flow_runs import machine_of, read, start, start_with, state_of, states, wait_for
 from tests.eventually import eventually
 from tests.support import digests
@@ -122,6 +129,49 @@ def course(server: PrefectServer, run: FlowRun) -> list[str]:
     """The states of a flow run in order, without those on the way to Running."""
     on_the_way = {"Scheduled", "Late", "Pending", "Submitting"}
     return [name for name, _ in states(server, run.id) if name not in on_the_way]
+
+
+@pytest.fixture
+def impatient(deployed: PrefectServer) -> Generator[None]:
+    """Have the server start runs again as soon as Prefect lets it; afterwards as in the other tests."""
+    asyncio.run(deploy(automations=make_automations(settle_seconds=SETTLE_SECONDS, start_seconds=SETTLE_SECONDS)))
+    yield
+    asyncio.run(deploy(automations=AUTOMATIONS))
+
+
+def start_untaken(tmp_path: Path, *states: State) -> FlowRun:
+    """Start a run of a pool that has no worker, and take it through some states."""
+    run = start("spot", "models:/untaken/1", tmp_path, tmp_path, OPTIONS)
+    with get_client(sync_client=True) as client:
+        for state in states:
+            client.set_flow_run_state(run.id, state, force=True)
+    return run
+
+
+def test_what_crashed_or_did_not_begin_is_scheduled_again_once(
+    deployed: PrefectServer, impatient: None, tmp_path: Path
+) -> None:
+    crashed = [start_untaken(tmp_path, Pending(), Running(), Crashed()) for _ in range(3)]
+    unstarted = start_untaken(tmp_path, Pending(), Submitting())
+    pod = start_untaken(tmp_path, Pending(), Submitting(), InfrastructurePending())
+    for run in (*crashed, unstarted):
+        wait_for(run.id, "AwaitingRetry", "Late")
+    # Events are looked at in order: by the time that a later one has had its effect, those before have had theirs.
+    last = start_untaken(tmp_path, Pending(), Running(), Crashed())
+    wait_for(last.id, "AwaitingRetry", "Late")
+    courses = [course(deployed, run) for run in (*crashed, unstarted, pod)]
+    with get_client(sync_client=True) as client:
+        for run in (*crashed, unstarted, pod, last):
+            client.delete_flow_run(run.id)
+
+    assert [*[["Running", "Crashed", "AwaitingRetry"]] * 3, ["AwaitingRetry"], ["InfrastructurePending"]] == courses
+
+
+def test_an_automation_that_schedules_a_run_is_not_set_off_by_it() -> None:
+    triggers = [EventTrigger.model_validate(each.trigger.model_dump()) for each in make_automations()[1:]]
+
+    assert [False, False] == [trigger.expects("prefect.flow-run.AwaitingRetry") for trigger in triggers]
+    assert [True, True] == [trigger.expects("prefect.flow-run.Running") for trigger in triggers]
 
 
 def test_the_run_of_a_worker_that_is_stopped_is_completed_by_another_to_the_same_bytes(
