@@ -13,7 +13,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from flows.runtime.uncaught import show_uncaught_shortly
 from serving.machine import pause_garbage_collection
 
 if TYPE_CHECKING:
@@ -254,7 +253,6 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_BY_NAME:
         message = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(message)
-    show_uncaught_shortly()
     module = _MODULE_BY_NAME[name]
     with pause_garbage_collection():
         value = globals()[name] = getattr(import_module(module), name)

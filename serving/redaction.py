@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import unquote
 
@@ -55,6 +57,7 @@ _SECRET_NAMES = re.compile(r"(?:PASSWORD|PASSWD|SECRET|TOKEN|SECRET_ACCESS_KEY|A
 _IN_ADDRESS = re.compile(r"://[^\s/?#:@]*:(?!\d{1,5}/)(?P<password>[^\s]+)@|://(?P<token>[^\s/?#:@]+)@")
 # Shorter values may be words of any message.
 _SECRET_CHARACTERS_MIN = 8
+_factory_lock = threading.Lock()
 
 
 def hide_secrets(text: str) -> str:
@@ -116,22 +119,54 @@ def hide_secrets_in_exception(error: BaseException) -> None:
 
 
 def hide_secrets_in_logs() -> None:
-    """Hide secrets in every log line of this process from now on, tracebacks included. Idempotent."""
-    make = logging.getLogRecordFactory()
-    if isinstance(make, _RedactingRecordFactory):
-        return
-    logging.setLogRecordFactory(_RedactingRecordFactory(make))
+    """Hide secrets in every log line of this process from now on, tracebacks included.
+
+    For a process that Overnight has for itself; `hide_secrets_in_logs_meanwhile` is for one of others.
+    """
+    _begin_hiding()
+
+
+@contextmanager
+def hide_secrets_in_logs_meanwhile() -> Generator[None]:
+    """Hide secrets in every log line of this process while the block runs, tracebacks included.
+
+    Blocks may overlap, in threads too. After the last one log records are made as they were before the first.
+    """
+    factory = _begin_hiding()
+    try:
+        yield
+    finally:
+        with _factory_lock:
+            factory.users -= 1
+            if factory.users == 0 and logging.getLogRecordFactory() is factory:
+                logging.setLogRecordFactory(factory.make)
+
+
+def _begin_hiding() -> _RedactingRecordFactory:
+    with _factory_lock:
+        factory = logging.getLogRecordFactory()
+        if not isinstance(factory, _RedactingRecordFactory):
+            factory = _RedactingRecordFactory(factory)
+            logging.setLogRecordFactory(factory)
+        factory.users += 1
+        return factory
 
 
 class _RedactingRecordFactory:
-    """A factory of log records that hides secrets in those of another factory."""
+    """A factory of log records that hides secrets in those of another factory, for as long as it has users.
+
+    Where another library has wrapped it meanwhile, it stays in place without any.
+    """
 
     def __init__(self, make: Any) -> None:
-        self._make = make
+        self.make = make
+        self.users = 0
         self._formatter = logging.Formatter()
 
     def __call__(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
-        record: logging.LogRecord = self._make(*args, **kwargs)
+        record: logging.LogRecord = self.make(*args, **kwargs)
+        if self.users == 0:
+            return record
         if record.args:
             try:
                 written = record.getMessage()

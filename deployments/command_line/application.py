@@ -27,6 +27,7 @@ from deployments.command_line.kubernetes import add_commands as add_kubernetes_c
 from deployments.command_line.local_commands import add_commands as add_local_commands
 from deployments.command_line.serving_commands import add_commands as add_serving_commands
 from serving.machine import end_without_collection
+from serving.redaction import hide_secrets, hide_secrets_in_logs
 
 _INTERRUPTED = 130
 
@@ -55,7 +56,6 @@ def describe_error(error: Exception) -> str:
     from pydantic import ValidationError  # noqa: PLC0415 - a command that does well needs none
 
     from serving.errors import OvernightError  # noqa: PLC0415 - the same
-    from serving.redaction import hide_secrets  # noqa: PLC0415 - the same
 
     if isinstance(error, OvernightError):
         return str(error)
@@ -124,4 +124,5 @@ for _add_commands in (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the command line names, and exit with its code."""
     end_without_collection()
+    hide_secrets_in_logs()
     app(arguments, prog_name="overnight")

@@ -175,7 +175,7 @@ def show_own_lines() -> None:
 
     Those of Overnight stay, and PREFECT_LOGGING_LEVEL=DEBUG shows all. The server gets every line all the same.
     """
-    from flows.runtime.uncaught import shows_frames  # noqa: PLC0415 - help needs none
+    from flows.runtime.error_output import shows_frames  # noqa: PLC0415 - help needs none
 
     if shows_frames():
         return

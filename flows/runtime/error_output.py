@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from flows.runtime.steps import find_logger, flow_run
@@ -20,12 +21,23 @@ _UNFINISHED = re.compile(r"Finished in state (?P<state>Running|Cancelling)\(.*\)
 _INVALID = "Parameter validation failed for flow"
 
 
-def log_errors_shortly() -> None:
-    """Have Prefect log errors of Overnight without their frames from now on, in this process. Idempotent."""
-    for name in _LOGGERS:
-        logger = logging.getLogger(name)
-        if not any(isinstance(each, _FramesToDebug) for each in logger.filters):
-            logger.addFilter(_FramesToDebug())
+@contextmanager
+def log_errors_shortly() -> Generator[None]:
+    """Have Prefect log errors of Overnight without their frames while the block runs. Blocks may overlap."""
+    short = _FramesToDebug()
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    for logger in loggers:
+        logger.addFilter(short)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(short)
+
+
+def shows_frames() -> bool:
+    """Return whether frames are asked for, by PREFECT_LOGGING_LEVEL=DEBUG."""
+    return logging.getLogger("prefect").isEnabledFor(logging.DEBUG)
 
 
 class _FramesToDebug(logging.Filter):

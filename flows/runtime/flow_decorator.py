@@ -24,27 +24,20 @@ from prefect.types.entrypoint import EntrypointType
 from prefect.utilities.engine import capture_sigterm
 from pydantic import ValidationError
 
-from flows.runtime.error_output import log_errors_shortly, log_failure
+from flows.runtime.error_output import log_failure, shows_frames
 from flows.runtime.interruption import InterruptedExit
 from flows.runtime.names import NameMaker, keep_chosen_name
+from flows.runtime.own_process import prepare_call, prepare_flow_run, prepare_tracing
 from flows.runtime.parameters import bind_parameters, explain_invalid, refuse_secrets
 from flows.runtime.steps import find_logger, flow_run, name_call
-from flows.runtime.tracing import note_error, start_tracing
-from flows.runtime.uncaught import show_uncaught_shortly, shows_frames
+from flows.runtime.tracing import note_error
 from serving.errors import BadInput, OvernightError, describe_error
-from serving.machine import end_without_collection
-from serving.redaction import hide_secrets_in_exception, hide_secrets_in_logs
+from serving.redaction import hide_secrets_in_exception
 from tasks.common.prefect_server import has_prefect_server
 from tasks.common.server_checks import check_servers, list_checks, list_prefect_checks
 
-hide_secrets_in_logs()
-log_errors_shortly()
-show_uncaught_shortly()
-# Before Prefect's engine makes the span of a flow run.
-start_tracing()
-if "PREFECT__FLOW_RUN_ID" in os.environ:
-    # Prefect has started this process for one flow run, and a worker's slot is taken until it has ended.
-    end_without_collection()
+# Prefect's engine makes the span of a flow run before it asks the flow for anything.
+prepare_tracing()
 
 _INTERRUPTED = "Interrupted. The same call starts again, or resumes where it had begun to score."
 _NOTHING_KEPT = (
@@ -117,6 +110,9 @@ class _AdHocFlow(Flow[P, R]):
     if not TYPE_CHECKING:
 
         def validate_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
+            if not _servers_checked.get():
+                # Prefect's engine asks: the flow was not called as a function.
+                prepare_flow_run()
             refuse_secrets(parameters)
             try:
                 return super().validate_parameters(parameters)
@@ -132,7 +128,7 @@ class _AdHocFlow(Flow[P, R]):
         def __call__(self, *args: Any, return_state: bool = False, wait_for: Any = None, **kwargs: Any) -> Any:
             try:
                 _refuse_fork(os.getpid())
-                with _end_as_asked():
+                with prepare_call(), _end_as_asked():
                     # Before there is a flow run, which would keep them.
                     refuse_secrets(dict(enumerate(args)) | kwargs)
                     parameters = self.validate_parameters(bind_parameters(self.fn, args, kwargs))

@@ -15,7 +15,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.states import Cancelled
 
-from flows.runtime.tracing import describe_span, start_tracing
+from flows.runtime.own_process import prepare_process
+from flows.runtime.tracing import describe_span, is_ray_worker
 from serving.errors import OvernightError
 from serving.model.interface import Model
 from tasks.batch.feature_lookup import FeatureLookup
@@ -35,8 +36,9 @@ from tasks.storage import Storage, open_storage
 SHARD_TAG = "overnight-shard"
 _LIMITS_PER_PAGE = 200
 
-# A process of Ray's imports this module before it makes the span of a shard.
-start_tracing()
+if is_ray_worker():
+    # A process of Ray's imports this module before it makes the span of a shard.
+    prepare_process()
 
 _scorers: dict[str, Scorer] = {}
 

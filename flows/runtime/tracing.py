@@ -116,10 +116,11 @@ def _make_processor(exporter: SpanExporter) -> SpanProcessor:
 
     hiding = RedactingExporter(exporter, error_type=ERROR_TYPE, error_message=ERROR_MESSAGE)
     # Ray ends its processes without letting them send what they still hold.
-    return SimpleSpanProcessor(hiding) if _is_ray_worker() else BatchSpanProcessor(hiding)
+    return SimpleSpanProcessor(hiding) if is_ray_worker() else BatchSpanProcessor(hiding)
 
 
-def _is_ray_worker() -> bool:
+def is_ray_worker() -> bool:
+    """Return whether Ray has started this process to run tasks."""
     ray = sys.modules.get("ray")
     return bool(ray and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE)
 

@@ -132,7 +132,7 @@ def test_a_tasks_file_in_the_callers_folder_is_named_as_what_hides_the_packages(
     )
 
     said = done.stderr.strip().splitlines()[-1]
-    assert said.startswith("RunnerUnusable: Every process of Ray must import"), done.stderr
+    assert said.startswith("serving.errors.RunnerUnusable: Every process of Ray must import"), done.stderr
     assert "'tasks' is not a package" in said
     assert "call from a folder that has no tasks.py" in said
 

@@ -75,16 +75,44 @@ def test_importing_the_package_imports_neither_prefect_nor_torch() -> None:
     assert "[]" == run_python("import sys, flows; print(sorted({'prefect', 'torch', 'mlflow'} & set(sys.modules)))")
 
 
-@pytest.mark.parametrize("environment", [{}, {"PREFECT__FLOW_RUN_ID": "x"}], ids=["of a caller", "of a flow run"])
-def test_the_process_of_a_flow_run_alone_ends_without_a_look_for_garbage(
-    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+# What an import or a call may change of a process: a hook, what makes log records, filters, what is called at its end.
+_PROCESS = """
+import atexit, gc, logging, sys
+import prefect.main
+def look():
+    filters = logging.getLogger("prefect.flow_runs").filters
+    return logging.getLogRecordFactory(), list(filters), sys.excepthook
+before = look()
+atexit.register(lambda: print("garbage:", gc.get_freeze_count() == 0))
+import flows.batch, flows.endpoint, flows.nightly, flows.scheduler, flows.stream
+print("import:", look() == before)
+try:
+    flows.batch_inference{how}
+except ValueError:
+    pass
+print("call:", look() == before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "environment", "expected"),
+    [
+        ("('x', 'customers')", {}, "import: True call: True garbage: True"),
+        # A flow of others that calls this one, in a process that Prefect has started for it.
+        ("('x', 'customers')", {"PREFECT__FLOW_RUN_ID": "x"}, "import: True call: True garbage: True"),
+        # As Prefect's engine does before it runs the flow that the process was started for.
+        (".validate_parameters({})", {"PREFECT__FLOW_RUN_ID": "x"}, "import: True call: False garbage: False"),
+    ],
+    ids=["a script", "a flow of others", "a flow run"],
+)
+def test_the_process_of_a_flow_run_alone_is_changed_for_good(
+    how: str, environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PREFECT__FLOW_RUN_ID", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    code = "import atexit, gc\natexit.register(lambda: print(gc.get_freeze_count() > 0))\nimport flows.batch"
 
-    assert str(bool(environment)) == run_python(code)
+    assert expected == " ".join(run_python(_PROCESS.format(how=how)).split())
 
 
 def test_what_a_call_draws_with_is_imported_before_it_is_called() -> None:

@@ -17,6 +17,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from flows.batch import batch_inference
 from flows.endpoint import online_endpoint, retire_endpoint
 from flows.nightly import nightly_inference
+from flows.runtime import flow_decorator
+from flows.runtime.own_process import prepare_call
 from flows.runtime.parameters import refuse_secrets
 from flows.scheduler import choose_mode
 from flows.stream import stream_inference
@@ -150,11 +152,28 @@ def test_what_servers_that_do_not_answer_are_said_to_be_has_no_secret(
         "Kafka": lambda say: _ask_kafka(host, say),
     }
     said: dict[str, str] = {}
-    for name, fail in failures.items():
-        said[name] = _told_by(fail, name)
+    # As in a call.
+    with prepare_call():
+        for name, fail in failures.items():
+            said[name] = _told_by(fail, name)
 
     assert [] == [name for name, words in said.items() if SECRET in words or not words]
     assert SECRET not in caplog.text
+
+
+def test_while_a_call_runs_log_lines_of_any_library_hide_secrets(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def check(_: object) -> None:
+        logging.getLogger("a.library").warning(f"Retrying https://user:{SECRET}@host/x")  # noqa: G004 - as libraries do
+        message = "enough"
+        raise ModelNotFound(message)
+
+    monkeypatch.setattr(flow_decorator, "check_servers", check)
+    with pytest.raises(ModelNotFound, match="enough"):
+        batch_inference("models:/any/1", str(tmp_path), str(tmp_path))
+
+    assert "Retrying https://***@host/x" in caplog.messages
 
 
 class _Heard(Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import string
+from functools import partial
 from urllib.parse import quote
 
 import pytest
@@ -12,7 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.errors import BadInput, BadRequest, ModelNotFound, OvernightError
-from serving.redaction import hide_secrets, hide_secrets_in_exception, hide_secrets_in_logs, holds_secret
+from serving.redaction import (
+    hide_secrets,
+    hide_secrets_in_exception,
+    hide_secrets_in_logs,
+    hide_secrets_in_logs_meanwhile,
+    holds_secret,
+)
 
 SECRET = "s3cr3t-0f-mine"  # noqa: S105 - of nothing
 
@@ -140,6 +147,36 @@ def test_log_lines_of_any_library_hide_secrets_their_arguments_and_tracebacks_to
     assert SECRET not in caplog.text
     assert "Retrying https://***@host/x, 3 left" in caplog.text
     assert "ValueError: postgresql://***@host/db" in caplog.text
+
+
+def test_while_blocks_overlap_log_lines_hide_secrets_and_afterwards_they_are_made_as_before(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    before = logging.getLogRecordFactory()
+    log = logging.getLogger("a.library")
+    first, second = hide_secrets_in_logs_meanwhile(), hide_secrets_in_logs_meanwhile()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    log.warning(f"password={SECRET} while one runs")  # noqa: G004 - as libraries do
+    second.__exit__(None, None, None)
+
+    assert before is logging.getLogRecordFactory()
+    assert ["password=*** while one runs"] == caplog.messages
+
+
+def test_a_factory_of_others_that_came_in_between_stays_and_hides_nothing_afterwards(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    before = logging.getLogRecordFactory()
+    try:
+        with hide_secrets_in_logs_meanwhile():
+            logging.setLogRecordFactory(partial(logging.getLogRecordFactory()))
+        logging.getLogger("a.library").warning("password=of-a-test")
+    finally:
+        logging.setLogRecordFactory(before)
+
+    assert ["password=of-a-test"] == caplog.messages
 
 
 def test_the_exceptions_that_one_came_from_hide_them_too() -> None:
