@@ -18,7 +18,7 @@ from serving.model.pin import ModelPin
 from serving.option_words import name_option
 from tasks.batch.dataset import list_entries_at, map_parallel
 from tasks.batch.delta import TableFiles
-from tasks.batch.parts import REJECT_REASON, list_parts
+from tasks.batch.parts import REJECT_REASON, Reasons, list_parts
 from tasks.batch.plan import FORMAT_VERSION, ROOT, Plan
 from tasks.batch.run_records import OrderNumber, list_order_numbers, load_plan, parse_order_number, read_record
 from tasks.batch.run_tables import find_table_name, read_table_files
@@ -42,6 +42,7 @@ class ManifestPart(Frozen):
 _NUMBERS = re.compile(r"\d+")
 _SCORE_FIRST = "Call batch_inference first."
 OTHER_REASONS = "other reasons, which the parts have"
+_REASONS_MAX = 100
 
 
 class RejectCount(Frozen):
@@ -50,6 +51,19 @@ class RejectCount(Frozen):
     column: str
     reason: str
     rows: int
+
+
+def list_rejects(rejects: Reasons) -> tuple[RejectCount, ...]:
+    """Return the rejects of a run by column and reason; those of rare reasons are one kind.
+
+    A model may name the row in its error: every row would be a kind of its own, in the manifest and all reports.
+    """
+    by_rows = sorted(rejects.items(), key=lambda each: (each[0] == ("", OTHER_REASONS), -each[1], each[0]))
+    kept, others = by_rows[:_REASONS_MAX], by_rows[_REASONS_MAX:]
+    counts = [RejectCount(column=column, reason=reason, rows=rows) for (column, reason), rows in sorted(kept)]
+    if others:
+        counts.append(RejectCount(column="", reason=OTHER_REASONS, rows=sum(rows for _, rows in others)))
+    return tuple(counts)
 
 
 class PartList(Frozen):

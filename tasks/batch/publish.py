@@ -16,7 +16,6 @@ from tasks.batch.chunk_scheduler import MARKS
 from tasks.batch.dataset import Snapshot, map_parallel
 from tasks.batch.delta import commit_delta
 from tasks.batch.manifest import (
-    OTHER_REASONS,
     Manifest,
     ManifestPart,
     RejectCount,
@@ -25,6 +24,7 @@ from tasks.batch.manifest import (
     find_intact_manifest,
     find_manifest,
     find_newest_run,
+    list_rejects,
     manifest_path,
     read_manifests,
 )
@@ -42,7 +42,7 @@ from tasks.batch.run_records import (
 )
 from tasks.storage import Storage
 
-_SHOWN, _REASONS_MAX = 10, 100
+_SHOWN = 10
 # From so many chunks on a run of several workers is published by one of them.
 _LARGE_CHUNKS = 10_000
 # How long the others wait for it: several times what footers take from a store that answers in 30 ms.
@@ -177,17 +177,9 @@ def count_rejects(audit: Audit) -> tuple[RejectCount, ...]:
 
 
 def sum_rejects(footers: Sequence[PartFooter]) -> tuple[RejectCount, ...]:
-    """Return the rejects of parts together, by column and reason; those of rare reasons are one kind.
-
-    A model may name the row in its error: every row would be a kind of its own, in the manifest and all reports.
-    """
+    """Return the rejects of parts together, by column and reason."""
     rejects: Reasons = sum((footer.rejects for footer in footers), Counter())
-    by_rows = sorted(rejects.items(), key=lambda each: (-each[1], each[0]))
-    kept, others = by_rows[:_REASONS_MAX], by_rows[_REASONS_MAX:]
-    counts = [RejectCount(column=column, reason=reason, rows=rows) for (column, reason), rows in sorted(kept)]
-    if others:
-        counts.append(RejectCount(column="", reason=OTHER_REASONS, rows=sum(rows for _, rows in others)))
-    return tuple(counts)
+    return list_rejects(rejects)
 
 
 def check_rows_add_up(plan: Plan, audit: Audit) -> None:

@@ -19,8 +19,8 @@ from tasks.batch.manifest import (
     ManifestPart,
     PartitionEnd,
     PartList,
-    RejectCount,
     digest_part_list,
+    list_rejects,
     manifest_path,
     part_list_path,
 )
@@ -94,10 +94,7 @@ class TableCommits:
             source=self._plan.source.root,
             output="parquet",
             rows=sum((footer.rows for footer in footers), base.rows if base else 0),
-            rejects=tuple(
-                RejectCount(column=column, reason=reason, rows=rows)
-                for (column, reason), rows in sorted(rejects.items())
-            ),
+            rejects=list_rejects(rejects),
             rows_key_null=sum((footer.rows_key_null for footer in footers), base.rows_key_null if base else 0),
             ends=(base.ends if base else {}) | ends,
             lists=lists,

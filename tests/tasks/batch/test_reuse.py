@@ -227,7 +227,7 @@ def test_parts_with_rows_that_the_machine_may_have_failed_on_are_scored_again(so
 def test_where_not_all_reasons_are_listed_the_parts_tell_those_of_the_machine(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tasks.batch.publish._REASONS_MAX", 0)
+    monkeypatch.setattr("tasks.batch.manifest._REASONS_MAX", 0)
     plan, storage = plan_call(source, tmp_path / "out").plan, open_storage(str(tmp_path / "out"))
     score_plan(plan, storage, kind=DyingModel)
     publish(storage, confirm_plan(storage, plan), audit_parts(storage, plan))

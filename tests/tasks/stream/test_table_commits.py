@@ -12,12 +12,13 @@ import pytest
 
 from serving.errors import DestinationUnusable
 from tasks.batch.clean import clean
-from tasks.batch.manifest import find_manifest, find_newest_run, open_predictions
+from tasks.batch.manifest import OTHER_REASONS, find_manifest, find_newest_run, open_predictions
 from tasks.batch.plan import ROOT
 from tasks.batch.runs import list_runs
 from tasks.batch.verify import choose_runs, verify_run
 from tasks.storage import Entry, LocalStorage, open_storage
 from tasks.stream import table_commits
+from tasks.stream.decode import Reason
 from tasks.stream.message import Position
 from tests.tasks.stream.messages import json_row, message
 from tests.tasks.stream.test_parts_sink import emit, numbers, opened
@@ -81,6 +82,22 @@ def test_a_commit_costs_the_same_however_many_were_before(tmp_path: Path, scorer
     for what in ("bytes written", "bytes read", "listed", "opened"):
         # Numbers of more digits take a few bytes.
         assert sum(each[what] for each in late) <= 1.02 * sum(each[what] for each in early)
+
+
+def test_rare_reasons_of_rejects_are_counted_together_and_no_commit_grows_by_new_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.batch.manifest._REASONS_MAX", 2)
+    sink = opened(str(tmp_path))
+    bad = [json_row(1, a=None), message(b"no", 2), json_row(3, a=None), json_row(4, b=None), json_row(5, b="x")]
+    for each in (*bad, json_row(6, b=None)):
+        emit(sink, [each])
+    kept = find_newest_run(open_storage(str(tmp_path)))
+
+    assert kept is not None
+    assert [("", Reason.NOT_JSON, 1), ("a", "null", 2), ("", OTHER_REASONS, 3)] == [
+        (count.column, count.reason, count.rows) for count in kept.rejects
+    ]
 
 
 def test_a_table_is_opened_by_its_last_parts_and_not_by_all(tmp_path: Path) -> None:
