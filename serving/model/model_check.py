@@ -44,9 +44,13 @@ class ModelCheck(Frozen):
         """Return what a person reads of it, in order."""
         contract = self.contract or Contract(inputs=(), outputs=())
         unfit = [each for each in self.requirements if not each.fits]
-        columns = [f"{column.name} ({column.dtype})" for column in contract.columns]
+        columns = [_describe_column(each.name, each.dtype, may_be_null=each.may_be_null) for each in contract.columns]
         outputs = [
-            f"{each.name} ({each.dtype}{f' x {each.width}' if each.width > 1 else ''})" for each in contract.outputs
+            _describe_column(
+                *(each.name, f"{each.dtype} x {each.width}" if each.width > 1 else each.dtype),
+                may_be_null=not each.required,
+            )
+            for each in contract.outputs
         ]
         python = "" if self.python_logged in (None, self.python_here) else f", logged with {self.python_logged}"
         return [
@@ -93,6 +97,10 @@ def check_model(uri: str, *, allow_pickle: bool = False) -> ModelCheck:
         pickles=tuple(_list_files(resolved.folder, _PICKLED)),
         code=tuple(_list_files(resolved.folder, {".py"})),
     )
+
+
+def _describe_column(name: str, kind: str, *, may_be_null: bool) -> str:
+    return f"{name} ({kind}{', may be null' if may_be_null else ''})"
 
 
 def _describe_packages(requirements: tuple[RequirementCheck, ...], unfit: list[RequirementCheck]) -> str:

@@ -10,7 +10,8 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-from mlflow.models import infer_signature
+from mlflow.models import ModelSignature, infer_signature
+from mlflow.types.schema import ColSpec, Schema
 
 from serving.errors import ModelNotFound
 from serving.model.model_check import check_model
@@ -67,6 +68,15 @@ def test_packages_that_are_missing_or_differ_are_told_with_the_command_that_inst
     assert {"no-such-package": None, "numpy": np.__version__} == unfit
     assert "pip install no-such-package==1.2 'numpy<1'" == found.install
     assert "no-such-package==1.2 (is missing)" in dict(found.list_figures())["packages"]
+
+
+def test_columns_and_outputs_that_may_be_null_are_told(registry: Path) -> None:
+    taken = Schema([ColSpec("double", "a"), ColSpec("double", "b", required=False)])
+    given = Schema([ColSpec("double", "score"), ColSpec("string", "why", required=False)])
+    figures = dict(check_model(register_pickled("nulls", signature=ModelSignature(taken, given))).list_figures())
+
+    assert "a (float64), b (float64, may be null)" == figures["inputs"]
+    assert "score (float64), why (str, may be null)" == figures["outputs"]
 
 
 def test_a_model_without_a_signature_is_told(registry: Path) -> None:
