@@ -87,6 +87,11 @@ def test_a_run_is_started_from_the_form_which_describes_every_field_and_shows_it
     show(page, "form")
     submit(page)
     page.get_by_role("link", name="from-the-form").first.click()
+    # Of this run: the page before lists others of the deployment.
+    page.get_by_role("tab", name="Artifacts").wait_for()
+    page.get_by_text("Completed", exact=True).first.wait_for()
+    # What the page has asked for while the run was under way it may not ask for again.
+    page.reload()
     page.get_by_text("Completed", exact=True).first.wait_for()
     show(page, "run")
     page.get_by_role("tab", name="Artifacts").click()

@@ -22,7 +22,7 @@ OPTIONS = BatchOptions(key_columns=("customer",), batch_size=20, rows_per_chunk=
 # The plan stands: what completes a run may have any number of slots.
 COMPLETE = OPTIONS.model_copy(update={"slots": 8})
 SENTENCE = re.compile(
-    r"Interrupted: Interrupted by SIGTERM: ([\d,]+) of 4,000 rows of run \w+ are done and stay, "
+    r"serving\.errors\.Interrupted: Interrupted by SIGTERM: ([\d,]+) of 4,000 rows of run \w+ are done and stay, "
     r"([\d,]+) are left(?:; unfinished chunks dropped: (\d))?; the same call resumes\."
 )
 

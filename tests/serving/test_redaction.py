@@ -169,6 +169,8 @@ def test_a_factory_of_others_that_came_in_between_stays_and_hides_nothing_afterw
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     before = logging.getLogRecordFactory()
+    # Another test of this process may have had it hide secrets for good.
+    logging.setLogRecordFactory(logging.LogRecord)
     try:
         with hide_secrets_in_logs_meanwhile():
             logging.setLogRecordFactory(partial(logging.getLogRecordFactory()))
