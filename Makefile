@@ -128,7 +128,7 @@ test-workers: $(STAMP)
 test-deployments: $(STAMP)
 	$(TESTS) deployments $(MACHINES) $(filter-out $(NIGHTS),$(filter tests/deployments/%,$(MARKED)))
 
-# A night whose spot machine is taken.
+# A night whose spot machine is taken, and one whose own worker ends.
 test-nights: $(STAMP)
 	$(TESTS) nights $(MACHINES) $(NIGHTS)
 
