@@ -25,6 +25,7 @@ from deployments.command_line.console import (
     show_own_lines,
     show_status,
 )
+from serving.machine import pause_garbage_collection
 from serving.option_words import name_options_by_flags
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def score(  # noqa: PLR0913 - each is an option of the command
         from tasks.batch.options import BatchOptions  # noqa: PLC0415 - help needs none
 
         chosen = build_model(BatchOptions, given, options, "--options")
-        with show_status("Checking model, source and destination"):
+        with show_status("Checking model, source and destination"), pause_garbage_collection():
             _check_call(model, source, destination, chosen)
             from flows.batch import batch_inference  # noqa: PLC0415 - seconds of imports
         show_own_lines()

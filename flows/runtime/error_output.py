@@ -21,18 +21,23 @@ _UNFINISHED = re.compile(r"Finished in state (?P<state>Running|Cancelling)\(.*\)
 _INVALID = "Parameter validation failed for flow"
 
 
-@contextmanager
-def log_errors_shortly() -> Generator[None]:
-    """Have Prefect log errors of Overnight without their frames while the block runs. Blocks may overlap."""
+def log_errors_shortly() -> logging.Filter:
+    """Have Prefect log errors of Overnight without their frames from now on; return the filter that does it."""
     short = _FramesToDebug()
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    for logger in loggers:
-        logger.addFilter(short)
+    for name in _LOGGERS:
+        logging.getLogger(name).addFilter(short)
+    return short
+
+
+@contextmanager
+def log_errors_shortly_meanwhile() -> Generator[None]:
+    """Have Prefect log errors of Overnight without their frames while the block runs. Blocks may overlap."""
+    short = log_errors_shortly()
     try:
         yield
     finally:
-        for logger in loggers:
-            logger.removeFilter(short)
+        for name in _LOGGERS:
+            logging.getLogger(name).removeFilter(short)
 
 
 def shows_frames() -> bool:

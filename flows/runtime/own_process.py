@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import cache
 
-from flows.runtime.error_output import log_errors_shortly
+from flows.runtime.error_output import log_errors_shortly, log_errors_shortly_meanwhile
 from flows.runtime.tracing import start_tracing
 from serving.machine import end_without_collection
-from serving.redaction import hide_secrets_in_logs_meanwhile
+from serving.redaction import hide_secrets_in_logs, hide_secrets_in_logs_meanwhile
 
 # Prefect sets it in a process that it starts for one flow run.
 _FLOW_RUN = "PREFECT__FLOW_RUN_ID"
-# What was changed for good, and stays so because this is never closed.
-_changed: list[ExitStack] = []
 
 
 @contextmanager
 def prepare_call() -> Generator[None]:
     """Hide secrets in log lines and log errors shortly while a call from Python runs; export spans from now on."""
     start_tracing()
-    with hide_secrets_in_logs_meanwhile(), log_errors_shortly():
+    with hide_secrets_in_logs_meanwhile(), log_errors_shortly_meanwhile():
         yield
 
 
@@ -41,9 +40,9 @@ def prepare_flow_run() -> None:
         end_without_collection()
 
 
+@cache
 def prepare_process() -> None:
-    """Hide secrets in log lines, log errors shortly and export spans for good. Idempotent."""
-    if not _changed:
-        stack = ExitStack()
-        stack.enter_context(prepare_call())
-        _changed.append(stack)
+    """Hide secrets in log lines, log errors shortly and export spans for good."""
+    start_tracing()
+    hide_secrets_in_logs()
+    log_errors_shortly()

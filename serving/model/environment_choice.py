@@ -86,7 +86,7 @@ def choose_model_environment(
     Raises:
         BadInput: Its own was asked for, and the model runs in this process, or its own can't be made.
     """
-    here = resolved.is_torch or resolved.is_text
+    here = resolved.needs_torch
     if here and asked == "model":
         message = (
             f"{give_option('environment', 'model')} is for models that run in processes of their own, got "

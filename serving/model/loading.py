@@ -55,11 +55,11 @@ def load_model(
             file changed between hashing and loading; or the model does not load here.
         BadInput: It needs torch, which is not installed.
     """
-    if resolved.is_torch or resolved.is_text:
+    if resolved.needs_torch:
         import_extra("torch", "torch")
     with _load_lock:
         files = resolved.files or _hash_files(resolved)
-        if processes and not resolved.is_torch and not resolved.is_text:
+        if processes and not resolved.needs_torch:
             return _load_in_processes(resolved, files, contract, allow_pickle=allow_pickle, options=processes)
         loaded = _load_cached(resolved.folder, resolved.pin, files, resolved.is_torch, allow_pickle)
         if not resolved.is_torch:

@@ -57,6 +57,8 @@ def main(descriptor: int, parent: int, modules: Sequence[str]) -> None:
     # The parent decides what Ctrl-C and a notice mean, and closes the socket.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    # The collector would go through all that is imported, which stays: a quarter of the time. It is on for the passes.
+    gc.disable()
     import mlflow.pyfunc  # noqa: PLC0415, F401 - what every copy needs
     import pandas  # noqa: PLC0415, F401, ICN001 - the same
 
@@ -191,6 +193,7 @@ class _Process:
             with name_options_by_flags(Flags(**values["flags"])) if values["flags"] else nullcontext():
                 os.environ[ALLOW_PICKLE] = str(_check_files(folder)).lower()
         self._model = load_python_model(folder, form, self._threads)
+        gc.enable()
         may_fork = _may_fork()
         if may_fork:
             # It is idle from now on, and ends its copies when the socket is closed.

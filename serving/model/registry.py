@@ -56,6 +56,11 @@ class Resolved:
         """Whether it may run as a text model rather than through pyfunc."""
         return not {"sentence_transformers", "transformers"}.isdisjoint(self.mlmodel.flavors)
 
+    @property
+    def needs_torch(self) -> bool:
+        """Whether torch runs it, in the process of the caller; other models run in processes of their own."""
+        return self.is_torch or self.is_text
+
     def contract(self, columns: Names, policies: Policies, params: Params | None = None) -> Contract:
         """Return the contract of the model. Raises ModelUnfit where its signature does not suffice, BadInput."""
         return read_contract(

@@ -72,6 +72,7 @@ from tasks.batch.run_records import RunStart, check_plan_key, load_plan, load_st
 from tasks.batch.source import TableVersion, pin_source
 from tasks.batch.staging import choose_copied, list_copied, stage
 from tasks.batch.tuning import choose_sizes
+from tasks.common.formatting import import_matplotlib_meanwhile
 from tasks.storage import Storage, check_create_only
 
 _log = logging.getLogger(__name__)
@@ -318,6 +319,8 @@ def _plan_run(
     order_min = _check_table(request, storage, dataset)
     environment, processes = choose_environment(request.resolved, options)
     with measure("load"):
+        if not request.resolved.needs_torch:
+            import_matplotlib_meanwhile()
         model = load(request.resolved, request.contract, allow_pickle=options.allow_pickle, processes=processes)
     made_with = describe_making(request.resolved, environment)
     shape = digest_shape(request.resolved.pin, request.contract, options)
@@ -416,7 +419,7 @@ def _find_largest(dataset: Dataset) -> tuple[float, float]:
 
 def prepare_model_process(resolved: Resolved, options: BatchOptions) -> None:
     """Start the process that those of a model are copied from, where it has any: it imports while others work."""
-    if not (resolved.is_torch or resolved.is_text) and options.environment != "model":
+    if not resolved.needs_torch and options.environment != "model":
         libraries = list_libraries(resolved.folder)
         FIRST_PROCESSES.prepare(sys.executable, libraries)
 

@@ -62,7 +62,7 @@ def describe_making(resolved: Resolved, environment: Environment) -> tuple[str, 
     """
     packages = {"overnight": find_release(), "python": platform.python_version()}
     packages |= {name: version(name) for name in ("numpy", "pyarrow")}
-    if resolved.is_torch or resolved.is_text:
+    if resolved.needs_torch:
         packages["torch"] = version("torch")
     if environment == "caller" and not resolved.is_torch:
         checks = check_requirements(read_model_environment(resolved.folder))

@@ -6,6 +6,8 @@ import base64
 import io
 import math
 import re
+import threading
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,6 +52,11 @@ def shorten_label(text: str, characters: int) -> str:
     """Return text as a plot shows it: cut, on one line, and with no formula between two dollars."""
     cut = text if len(text) <= characters else f"{text[: characters - 1]}…"
     return " ".join(cut.split()).replace("$", r"\$")
+
+
+def import_matplotlib_meanwhile() -> None:
+    """Import what draws plots, half a second, in a thread of its own while this one waits for another process."""
+    threading.Thread(target=import_module, args=("matplotlib.figure",)).start()
 
 
 def encode_png(figure: Figure, **options: Any) -> bytes:

@@ -25,6 +25,7 @@ from urllib.parse import SplitResult, urlsplit, urlunsplit
 import httpx
 
 from serving.errors import DestinationUnusable, OvernightError, ServerUnreachable, StorageDenied, StorageFault
+from serving.machine import pause_garbage_collection
 from tasks.common.names import BLOCK
 from tasks.storage import LocalStorage, open_storage
 from tasks.storage.s3 import s3_endpoint
@@ -166,7 +167,8 @@ def _encode_secret(secret: Any) -> str:
 
 
 def _list_registry_checks() -> list[ServerCheck]:
-    import mlflow  # noqa: PLC0415 - see above
+    with pause_garbage_collection():
+        import mlflow  # noqa: PLC0415 - see above
 
     settings = {mlflow.get_tracking_uri(): "MLFLOW_TRACKING_URI", mlflow.get_registry_uri(): "MLFLOW_REGISTRY_URI"}
     settings[mlflow.get_tracking_uri()] = "MLFLOW_TRACKING_URI"

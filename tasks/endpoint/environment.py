@@ -35,7 +35,7 @@ def choose_endpoint_environment(spec: EndpointSpec, resolved: Resolved) -> MadeE
     It is what the spec says, else its own where the versions here or those of the server are not what the model asks
     for. Raises BadInput as `choose_model_environment` does, and EndpointFailed where the server's can't be looked at.
     """
-    is_open = spec.environment is None and not (resolved.is_torch or resolved.is_text)
+    is_open = spec.environment is None and not resolved.needs_torch
     return choose_model_environment(
         resolved,
         spec.environment,

@@ -2,8 +2,9 @@
 
 Each figure is a process of its own, from its start to its exit. First without a Prefect server: commands of the command
 line, right and wrong ones, over 10,000 rows of 32 features, by the network 32-256-256-1 and by a scikit-learn pipeline.
-Then imports, and a script that scores the same rows through the network while a Prefect server runs. Medians of ROUNDS
-(5) processes, after one that is not counted: it fills the caches of the file system. ROWS=... takes other rows.
+Then imports, and a script that scores the same rows through the network while a Prefect server runs. Beside these what
+the libraries alone take: to find a version in the registry, and to load the network. Medians of ROUNDS (5) processes,
+after one that is not counted: it fills the caches of the file system. ROWS=... takes other rows.
 """
 
 from __future__ import annotations
@@ -31,6 +32,19 @@ SCRIPT = """
 import sys
 from flows import BatchOptions, batch_inference
 batch_inference(*sys.argv[1:4], BatchOptions(key_columns=("customer",)))
+"""
+FIND_ALONE = """
+import atexit, gc, sys
+gc.disable()
+atexit.register(gc.freeze)
+import polars, prefect.flows, pyarrow
+from mlflow import MlflowClient
+name, version = sys.argv[1].removeprefix("models:/").split("/")
+print(MlflowClient().get_model_version(name, version).source)
+"""
+LOAD_ALONE = f"""{FIND_ALONE}
+import mlflow.pytorch
+mlflow.pytorch.load_model(sys.argv[1])
 """
 COMMAND_LINE = ("-m", "deployments.command_line")
 WANTED = {
@@ -71,6 +85,8 @@ def main() -> None:
         "wrong_column": lambda: score(model, source, next(destinations), key="custmer"),
         "wrong_alias": lambda: score("models:/mlp@nobody", source, next(destinations)),
         "wrong_path": lambda: score(model, f"{source}-nowhere", next(destinations)),
+        "libraries_find_version": lambda: ["-c", FIND_ALONE, model],
+        "libraries_load_torch": lambda: ["-c", LOAD_ALONE, model],
     }
     with_server: Programs = {
         "import_flows": lambda: ["-c", "import flows"],

@@ -43,7 +43,7 @@ from tests.support import register_script
 pytestmark = pytest.mark.servers
 
 # What a row asks for by the value of its column a; all others are doubled.
-SEGFAULT, EXIT, SLEEP, EAT, PRINT, FORK, THREAD, RAISE, QUIT, REFUSED, NAP = range(-1, -12, -1)
+SEGFAULT, EXIT, SLEEP, EAT, PRINT, FORK, THREAD, RAISE, QUIT, REFUSED, NAP, COLLECT = range(-1, -13, -1)
 _LINE = f"""
         import ctypes, os, sys, threading
         for value in model_input["a"]:
@@ -57,6 +57,7 @@ _LINE = f"""
             if value == {RAISE}: raise KeyError("a")
             if value == {QUIT}: sys.exit("enough")
             if value == {NAP}: time.sleep(1)
+            if value == {COLLECT} and not __import__("gc").isenabled(): raise RuntimeError("nothing collects garbage")
             if value == {REFUSED}: raise ConnectionRefusedError(111, "refused")
 """
 
@@ -138,6 +139,12 @@ def test_a_model_that_prints_forks_and_starts_threads_scores_and_leaves_nothing(
     assert ("", True) == (captured.out, "a model says this" in captured.err)
     # The first process and one with the model stay for the next slot.
     eventually(lambda: _list_descendants() - before, lambda added: len(added) <= 2)
+
+
+def test_python_collects_garbage_while_passes_are_made(acting: str) -> None:
+    with loaded(acting) as (model, contract):
+        _, rejects = score(model, contract, {3: COLLECT})
+    assert rejects == {}
 
 
 def test_a_pass_is_ended_when_scoring_must_stop(acting: str) -> None:
