@@ -47,7 +47,7 @@ def _open_writer() -> Executor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Host:
+class ScoringMachine:
     """What scoring uses of its machine: time, random numbers and threads. A simulation has its own.
 
     `clock` counts seconds, `wait` waits for an event at most so many of them, and `random` spreads workers over shards:
@@ -72,11 +72,17 @@ class ChunkScheduler:
     """
 
     def __init__(
-        self, plan: Plan, destination: Storage, drain: Drain, *, joined: bool = False, host: Host | None = None
+        self,
+        plan: Plan,
+        destination: Storage,
+        drain: Drain,
+        *,
+        joined: bool = False,
+        machine: ScoringMachine | None = None,
     ) -> None:
         self._plan, self._destination, self._drain, self._joined = plan, destination, drain, joined
-        self._host = host or Host()
-        self._random = self._host.random
+        self._machine = machine or ScoringMachine()
+        self._random = self._machine.random
         self._lock = threading.Lock()
         self._all = [(1 << len(chunks)) - 1 for chunks in plan.shards]
         # The plans of challengers that are scored beside this one.
@@ -445,11 +451,11 @@ class ChunkScheduler:
         then comes first.
         """
         patience = max(self._random.uniform(*_PATIENCE) * (self.chunk_seconds(chunk) or 1.0), _PATIENCE_SECONDS_MIN)
-        until = self._host.clock() + patience
-        while self._host.clock() < until:
+        until = self._machine.clock() + patience
+        while self._machine.clock() < until:
             if self.is_stopping() or self._has_part(chunk):
                 return False
-            self._host.wait(self.stop, min(patience / 10, _PATIENCE_STEP))
+            self._machine.wait(self.stop, min(patience / 10, _PATIENCE_STEP))
         return not self._has_part(chunk)
 
 

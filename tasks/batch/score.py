@@ -24,7 +24,7 @@ from serving.model.forward import Forward, iter_retry_delays
 from serving.model.interface import Halted, Isolated, Model, Predictions
 from serving.model.loading import check_model_unchanged
 from tasks.batch.chunk_reader import Reader, read_ahead
-from tasks.batch.chunk_scheduler import ChunkClaim, ChunkScheduler, Host
+from tasks.batch.chunk_scheduler import ChunkClaim, ChunkScheduler, ScoringMachine
 from tasks.batch.chunk_statistics import StatisticsCollector
 from tasks.batch.column_statistics import ColumnStatistics
 from tasks.batch.disclosure import withhold_values
@@ -81,17 +81,17 @@ class Scorer:
         challengers: Sequence[Model | None] = (),
         joined: bool = False,
         pauses: Callable[[], Iterator[float]] = iter_retry_delays,
-        host: Host | None = None,
+        machine: ScoringMachine | None = None,
         observe: Callable[[ScoringResult], None] = lambda _: None,
         features: FeatureLookup | None = None,
         disclose: Disclose = "values",
     ) -> None:
         use_jemalloc()
         self.plan, self.destination, self.model = plan, destination, model
-        self.host = host or Host()
-        self.features = features or FeatureLookup(plan.features, self.host.lock)
-        self.drain = Drain(self.host.clock)
-        self.scheduler = ChunkScheduler(plan, destination, self.drain, joined=joined, host=self.host)
+        self.machine = machine or ScoringMachine()
+        self.features = features or FeatureLookup(plan.features, self.machine.lock)
+        self.drain = Drain(self.machine.clock)
+        self.scheduler = ChunkScheduler(plan, destination, self.drain, joined=joined, machine=self.machine)
         followed = {each.place for each in list_followed(destination, plan)}
         self.models = {0: PlannedModel(plan=plan, model=model)} | {
             each.place: PlannedModel(plan=each, model=loaded)
@@ -117,14 +117,14 @@ class Scorer:
             withhold_values(self.disclose),
             self._stopped_by_error(),
             ExitStack() as stack,
-            self.host.writer() as writer,
+            self.machine.writer() as writer,
         ):
             # One within the other: all have the threads of the run's engine, and full precision.
             for each in self.models.values():
                 stack.enter_context(each.model.slot())
             slot = _Slot(self, writer)
             with (
-                closing(read_ahead(slot.read(shard), self.host.blocks_ahead)) as items,
+                closing(read_ahead(slot.read(shard), self.machine.blocks_ahead)) as items,
                 slot.dropped_if_halted(),
                 # Before the thread that reads ahead is waited for, which would wait for more to score.
                 self._stopped_by_error(),
@@ -244,7 +244,7 @@ class _Slot:
 
     def __init__(self, scorer: Scorer, writer: Executor) -> None:
         self._scorer, self._plan, self._scheduler, self._writer = scorer, scorer.plan, scorer.scheduler, writer
-        self._host = scorer.host
+        self._machine = scorer.machine
         self._forwards = {
             place: Forward(
                 *(each.model, each.plan.contract, each.plan.batch_size),
@@ -273,7 +273,7 @@ class _Slot:
         self.chunk = None
         if self._scheduler.is_still_missing(claim):
             rows = self._plan.chunk(claim.chunk).rows
-            self.chunk = _OpenChunk(claim=claim, rows_left=rows, started=self._host.clock())
+            self.chunk = _OpenChunk(claim=claim, rows_left=rows, started=self._machine.clock())
         else:
             self._release(claim)
 
@@ -335,7 +335,7 @@ class _Slot:
         """Return whether to go on with the open chunk; asked before each batch."""
         open_chunk = self.chunk
         return open_chunk is None or self._scheduler.may_continue(
-            open_chunk.claim, self._host.clock() - open_chunk.started
+            open_chunk.claim, self._machine.clock() - open_chunk.started
         )
 
     def read(self, shard: int) -> Generator[ChunkClaim | _Block]:
@@ -427,7 +427,7 @@ class _Slot:
         written = {place: each for place, each in found.items() if each is not None}
         won = all(each.won for each in written.values())
         self._scorer.count_failed(failed=False)
-        self._scheduler.note_scored(chunk, self._host.clock() - open_chunk.started, won=won)
+        self._scheduler.note_scored(chunk, self._machine.clock() - open_chunk.started, won=won)
         # Where a challenger alone lacked its part, the rows count as those of the earlier run that scored them.
         rows = self._plan.chunk(chunk).rows if 0 in written else 0
         size = sum(each.bytes for each in written.values())

@@ -17,7 +17,7 @@ import time
 
 import tasks.batch.score
 from serving.model.forward import Forward
-from tasks.batch.chunk_scheduler import Host
+from tasks.batch.chunk_scheduler import ScoringMachine
 from tasks.spot.drain import Drain
 from tests.flows import kill_child
 
@@ -40,7 +40,7 @@ def main() -> None:
         # What they call returns nothing: neither counts as the point.
         kill_child._before(Forward, "_begin_batch", lambda *_, **__: begun.append(None))
         kill_child._after(Drain, "add_notice", lambda *_, **__: noticed.set())
-        tasks.batch.score.Host = functools.partial(Host, clock=lambda: len(begun) / 10)
+        tasks.batch.score.ScoringMachine = functools.partial(ScoringMachine, clock=lambda: len(begun) / 10)
     if signals == "own":
         signal.signal(signal.SIGTERM, lambda *_: print("the program's own handler heard it", flush=True))
     kill_child._die = told

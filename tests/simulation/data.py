@@ -113,7 +113,7 @@ class ToyResolved:
     version: int
     # It runs in this process, as torch modules do.
     is_torch = True
-    is_text = False
+    needs_torch = True
     mlmodel = SimpleNamespace(flavors={})
 
     @property

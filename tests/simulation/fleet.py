@@ -19,7 +19,7 @@ import greenlet
 import pyarrow as pa
 
 from tasks.batch.chunk_layout import Sizes
-from tasks.batch.chunk_scheduler import MARKS, ChunkClaim, ChunkScheduler, Host
+from tasks.batch.chunk_scheduler import MARKS, ChunkClaim, ChunkScheduler, ScoringMachine
 from tasks.batch.dataset import Dataset, Snapshot, SourceFile
 from tasks.batch.footer import GroupBytes
 from tasks.batch.options import BatchOptions
@@ -251,9 +251,9 @@ class _Worker:
         self._began = self._clock.now
         self._dies_at = self._began + chance.expovariate(fleet.kills_per_hour / 3600) if fleet.kills_per_hour else None
         self._in_hand: ChunkId | None = None
-        host = Host(clock=lambda: self._clock.now, wait=self._wait, random=chance)
-        drain = Drain(host.clock)
-        self._scheduler = ChunkScheduler(simulation.plan, simulation.storage, drain, joined=joined, host=host)
+        machine = ScoringMachine(clock=lambda: self._clock.now, wait=self._wait, random=chance)
+        drain = Drain(machine.clock)
+        self._scheduler = ChunkScheduler(simulation.plan, simulation.storage, drain, joined=joined, machine=machine)
 
     def live(self) -> None:
         try:

@@ -6,7 +6,7 @@ import random
 from collections import Counter, deque
 
 from serving.errors import Interrupted
-from tasks.batch.chunk_scheduler import Host
+from tasks.batch.chunk_scheduler import ScoringMachine
 from tasks.batch.comparison_records import audit_challengers, list_missing_chunks
 from tasks.batch.manifest import find_intact_manifest
 from tasks.batch.memory import check_memory
@@ -36,7 +36,7 @@ def score_plan(
     challengers = load_planned_challengers(plan, options, storage)
     slots = choose_slots(options, model)
     check_memory(plan, slots, options, [model, *challengers])
-    host = Host(
+    machine = ScoringMachine(
         clock=lambda: scheduler.now,
         wait=scheduler.wait,
         random=random.Random(scheduler.chance.random()),
@@ -51,7 +51,7 @@ def score_plan(
         model=model,
         challengers=challengers,
         max_reject_fraction=fraction,
-        host=host,
+        machine=machine,
     )
     drains.append(scorer.drain)
     for _ in range(_PASSES_MAX):

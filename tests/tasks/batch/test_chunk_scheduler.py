@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.batch.chunk_scheduler import MARKS, ChunkClaim, ChunkScheduler, Host
+from tasks.batch.chunk_scheduler import MARKS, ChunkClaim, ChunkScheduler, ScoringMachine
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import list_parts, list_parts_from, part_path
 from tasks.batch.plan import Plan, ReusedPart
@@ -85,8 +85,8 @@ def test_of_many_helpers_no_two_take_one_chunk(tmp_path: Path) -> None:
     put_parts(plan, storage, [(shard, 0) for shard in range(len(plan.shards))])
     claims = []
     for seed in range(40):
-        host = Host(random=random.Random(seed))
-        scheduler = ChunkScheduler(plan, storage, Drain(), joined=True, host=host)
+        machine = ScoringMachine(random=random.Random(seed))
+        scheduler = ChunkScheduler(plan, storage, Drain(), joined=True, machine=machine)
         shard = scheduler.begin()[0]
         for _ in scheduler.begin():
             scheduler.next_shard()
