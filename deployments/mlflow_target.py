@@ -182,7 +182,8 @@ class OvernightDeploymentClient(BaseDeploymentClient):
             contract = _find_contract(deployment_name)
             arrays = _encode_inputs(contract, inputs)
             address = Address(url=_find_gateway(), model=deployment_name, version=None)
-            with InferClient(address, contract, _make_headers()) as client:
+            key = os.environ.get(API_KEY)
+            with InferClient(address, contract, {"Authorization": f"Bearer {key}"} if key else {}) as client:
                 outputs = client(arrays)
             values = {name: value.tolist() for name, value in outputs.items()}
             return PredictionsResponse({"predictions": next(iter(values.values())) if len(values) == 1 else values})
@@ -284,11 +285,6 @@ def _open_gateway() -> GatewayClient:
     from tasks.endpoint.spec import read_admin_key  # noqa: PLC0415 - the same
 
     return GatewayClient(_find_gateway(), read_admin_key(None))
-
-
-def _make_headers() -> dict[str, str]:
-    key = os.environ.get(API_KEY)
-    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _make_missing(name: str) -> MlflowException:

@@ -21,8 +21,8 @@ import builtins
 import re
 import signal
 import threading
+import traceback
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any, Literal
 
 FaultKind = Literal["row", "dependency", "memory", "device", "exit"]
@@ -132,7 +132,8 @@ def is_own_exit(error: SystemExit | KeyboardInterrupt) -> bool:
     if isinstance(error, KeyboardInterrupt):
         return threading.current_thread() is not threading.main_thread()
     handlers = {_find_handler_code(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
-    return not any(code in handlers for code in _iter_codes(error.__traceback__))
+    codes = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
+    return not any(code in handlers for code in codes)
 
 
 def _iter_causes(error: BaseException) -> Iterator[BaseException]:
@@ -185,12 +186,6 @@ def _aws_code(error: Any) -> Any:
     response = getattr(error, "response", None)
     about = response.get("Error") if isinstance(response, dict) else None
     return about.get("Code") if isinstance(about, dict) else None
-
-
-def _iter_codes(traceback: TracebackType | None) -> Iterator[Any]:
-    while traceback is not None:
-        yield traceback.tb_frame.f_code
-        traceback = traceback.tb_next
 
 
 def _find_handler_code(handler: Any) -> Any:

@@ -52,7 +52,6 @@ class AwsUnusable(OvernightError):
 def add_commands(app: typer.Typer) -> None:
     """Add the commands of this module."""
     aws = typer.Typer(help="Have machines in an AWS account of your own.", no_args_is_help=True)
-    aws.callback()(_aws)
     settings = (
         "Where aws.yaml is, at the least:\n\n"
         "  subnets: [subnet-0a1b2c3d, subnet-4e5f6a7b]\n"
@@ -65,10 +64,6 @@ def add_commands(app: typer.Typer) -> None:
     aws.command(epilog="Example:\n\n  overnight aws status")(status)
     aws.command(epilog="Examples:\n\n  overnight aws destroy\n  overnight aws destroy --delete-data")(destroy)
     app.add_typer(aws, name="aws")
-
-
-def _aws() -> None:
-    """Have machines in an AWS account of your own."""
 
 
 @contextmanager

@@ -129,7 +129,10 @@ def _check_call(model: str, source: str, destination: str, options: BatchOptions
     refuse_secrets(parameters)
     try:
         if is_local(source) and not Path(source).expanduser().exists():
-            _find_files(source, destination, options)
+            from tasks.batch.source import pin_source  # noqa: PLC0415 - seconds of imports
+
+            # Raises BadInput where a glob selects nothing, or a path is none.
+            pin_source(source, destination, csv=options.csv is not None)
         checks = list_checks(parameters, uses_registry=True)
         check_servers(checks)
         _find_model(model, options)
@@ -140,13 +143,6 @@ def _check_call(model: str, source: str, destination: str, options: BatchOptions
     except OvernightError:
         if not list_prefect_checks():
             raise
-
-
-def _find_files(source: str, destination: str, options: BatchOptions) -> None:
-    """Raise BadInput where a glob selects nothing, or a path is none."""
-    from tasks.batch.source import pin_source  # noqa: PLC0415 - seconds of imports
-
-    pin_source(source, destination, csv=options.csv is not None)
 
 
 def _find_model(model: str, options: BatchOptions) -> None:
@@ -186,16 +182,12 @@ def runs(destination: Destination, *, as_json: AsJson = False) -> None:
         for each in found:
             if each.note:
                 say(f"Run {each.run} is {each.state}: {each.note}")
-    if damaged := [each for each in found if each.state == "damaged"]:
-        say(_advise_verification(destination, [each.run for each in damaged]))
+    if damaged := [each.run for each in found if each.state == "damaged"]:
+        command = shlex.join(["overnight", "verify", destination, "--run", damaged[0]])
+        which = f"the first of {len(damaged)} damaged runs" if len(damaged) > 1 else "it"
+        say(f"See what of {which} is damaged, and how to repair it:  {command}")
     if damaged or not found:
         raise typer.Exit(1)
-
-
-def _advise_verification(destination: str, damaged: list[str]) -> str:
-    command = shlex.join(["overnight", "verify", destination, "--run", damaged[0]])
-    which = f"the first of {len(damaged)} damaged runs" if len(damaged) > 1 else "it"
-    return f"See what of {which} is damaged, and how to repair it:  {command}"
 
 
 def _list_figures(run: RunSummary) -> dict[str, str]:

@@ -22,7 +22,6 @@ class RendererMissing(OvernightError):
 def add_commands(app: typer.Typer) -> None:
     """Add the commands of this module."""
     kubernetes = typer.Typer(help="Run Overnight on a Kubernetes cluster.", no_args_is_help=True)
-    kubernetes.callback()(_kubernetes)
     kubernetes.command(
         epilog="Example:\n\n  overnight kubernetes render --overlay cpu-spot --output manifests/ "
         "--image overnight=registry/overnight:0.1.0 --image postgres=docker.io/library/postgres@sha256:DIGEST ..."
@@ -31,10 +30,6 @@ def add_commands(app: typer.Typer) -> None:
         epilog="Example:\n\n  overnight kubernetes deploy --pools pools/ --image registry/overnight:0.1.0"
     )(deploy)
     app.add_typer(kubernetes, name="kubernetes")
-
-
-def _kubernetes() -> None:
-    """Run Overnight on a Kubernetes cluster."""
 
 
 def render(

@@ -8,8 +8,7 @@ import tempfile
 import threading
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,15 +28,10 @@ class ServerUnusable(OvernightError):
 def add_commands(app: typer.Typer) -> None:
     """Add the commands of this module."""
     local = typer.Typer(help="Start real servers on this machine.", no_args_is_help=True)
-    local.callback()(_local)
     local.command(
         epilog="Examples:\n\n  overnight local up\n  overnight local up prefect mlflow --folder ~/overnight",
     )(up)
     app.add_typer(local, name="local")
-
-
-def _local() -> None:
-    """Start real servers on this machine."""
 
 
 def up(
@@ -70,7 +64,7 @@ def up(
         message = f"A server must be one of {', '.join(SERVERS)}, got {', '.join(unknown)}."
         raise BadInput(message)
     # A shell's `&` makes a program ignore SIGINT, so that only SIGTERM can end it.
-    signal.signal(signal.SIGTERM, _exit)
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
     with ExitStack() as stack:
         home = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overnight-local-")))
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -104,7 +98,3 @@ def _print_exports(home: Path, started: Mapping[str, StartedServer], *, export_a
     lines.append(f"# In another shell: . {file}    All of them stop at Ctrl-C here.\n")
     sys.stdout.write("".join(lines))
     sys.stdout.flush()
-
-
-def _exit(_number: int, _frame: FrameType | None) -> NoReturn:
-    sys.exit(0)

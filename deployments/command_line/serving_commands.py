@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -22,10 +22,6 @@ from deployments.command_line.console import (
 )
 from serving.errors import BadInput
 from serving.option_words import name_options_by_flags
-
-if TYPE_CHECKING:
-    from serving.model.model_check import ModelCheck
-    from tasks.endpoint.spec import AnyTarget
 
 Gateway = Annotated[str | None, typer.Option(help="The URL of the gateway.", envvar="OVERNIGHT_GATEWAY", metavar="URL")]
 Target = Annotated[
@@ -193,22 +189,17 @@ def retire(
     with keep_stdout(for_json=as_json):
         with show_status("Loading Prefect and MLflow"):
             from flows.endpoint import retire_endpoint  # noqa: PLC0415 - seconds of imports
-            from tasks.endpoint.spec import GATEWAY  # noqa: PLC0415 - the same
+            from tasks.endpoint.spec import GATEWAY, read_target  # noqa: PLC0415 - the same
 
         show_own_lines()
-        versions = retire_endpoint(name, _read_target(target), gateway or GATEWAY)
+        host = None if target is None else read_target(read_document(target, "--target"))
+        versions = retire_endpoint(name, host, gateway or GATEWAY)
     if as_json:
         print_json({"name": name, "versions": list(versions)})
     else:
         print_text(
             f"{name} is retired: " + (f"no longer serves {', '.join(versions)}" if versions else "there was none")
         )
-
-
-def _read_target(target: str | None) -> AnyTarget | None:
-    from tasks.endpoint.spec import read_target  # noqa: PLC0415 - help needs none
-
-    return None if target is None else read_target(read_document(target, "--target"))
 
 
 def choose(
@@ -274,17 +265,13 @@ def check(
     if as_json:
         print_json(found.model_dump(mode="json"))
     else:
-        _print_check(found)
+        print_table([{"": name, "value": value} for name, value in found.list_figures()], header=False)
+        for problem in found.problems:
+            print_text(problem)
+        if found.install is not None:
+            print_text(f"Its own versions:  {found.install}")
     if not found.loads:
         raise typer.Exit(1)
-
-
-def _print_check(found: ModelCheck) -> None:
-    print_table([{"": name, "value": value} for name, value in found.list_figures()], header=False)
-    for problem in found.problems:
-        print_text(problem)
-    if found.install is not None:
-        print_text(f"Its own versions:  {found.install}")
 
 
 def tuning(

@@ -134,14 +134,12 @@ def train(flights: Flights, epochs: int = EPOCHS) -> nn.Module:
             for row_start in range(0, rows, ROWS_PER_BATCH):
                 index_B = order_N[row_start : row_start + ROWS_PER_BATCH]
                 optimizer.zero_grad()
-                torch.autograd.backward(_loss(model, flights.features_NF[index_B], flights.delay_N[index_B]))
+                predicted_B = model(flights.features_NF[index_B])
+                loss = nn.functional.huber_loss(predicted_B, flights.delay_N[index_B], delta=HUBER_MINUTES)
+                torch.autograd.backward(loss)
                 optimizer.step()
                 schedule.step()
     return model.eval().requires_grad_(requires_grad=False)
-
-
-def _loss(model: nn.Module, features_BF: Tensor, delay_B: Tensor) -> Tensor:
-    return nn.functional.huber_loss(model(features_BF), delay_B, delta=HUBER_MINUTES)
 
 
 def _watched(epochs: int) -> Iterator[int]:

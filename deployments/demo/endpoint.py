@@ -132,12 +132,8 @@ def make_bodies(folder: Path) -> list[bytes]:
     late = table.filter(pl.col("dep_delay") > 60).head(_ROWS // 10)  # noqa: PLR2004 - an hour in minutes
     usual = table.filter(pl.col("dep_delay").is_between(-60, 59)).head(_ROWS - len(late))
     rows = pl.concat([usual, late]).sample(fraction=1, shuffle=True, seed=1).rows()
-    return [_body(row) for row in rows]
-
-
-def _body(row: Sequence[float]) -> bytes:
-    tensor = {"name": "features", "datatype": "FP32", "shape": [1, len(row)], "data": list(row)}
-    return json.dumps({"inputs": [tensor]}).encode()
+    tensors = ({"name": "features", "datatype": "FP32", "shape": [1, len(row)], "data": row} for row in rows)
+    return [json.dumps({"inputs": [tensor]}).encode() for tensor in tensors]
 
 
 def run_life_cycle(stage: Stage, versions: Versions) -> None:
@@ -239,9 +235,9 @@ def change_under_load(stage: Stage, what: str, change: Callable[[], object]) -> 
 def ask(stage: Stage, several: Sequence[bytes]) -> None:
     """Ask as curl does, and print both sides."""
     for body in several:
-        console.print(
-            f"$ curl -H 'Authorization: Bearer ...' {stage.url} -d '{_shorten(body.decode())}'", highlight=False
-        )
+        text = body.decode()
+        shown = text if len(text) <= _BODY_SHOWN else f"{text[:_BODY_SHOWN]}..."
+        console.print(f"$ curl -H 'Authorization: Bearer ...' {stage.url} -d '{shown}'", highlight=False)
         start = time.perf_counter()
         headers = {**stage.headers, "Content-Type": "application/json"}
         answer = httpx.post(stage.url, content=body, headers=headers, timeout=_WAKE_SECONDS_MAX)
@@ -272,10 +268,6 @@ def _read_models(client: GatewayClient) -> str:
 def _list_triton_models(stage: Stage) -> str:
     listed = httpx.post(f"{stage.triton.url}/v2/repository/index", json={}).json()
     return ", ".join(f"{each['name']} {each.get('version', '')} {each.get('state', 'not loaded')}" for each in listed)
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= _BODY_SHOWN else f"{text[:_BODY_SHOWN]}..."
 
 
 def _print_title(words: str) -> None:

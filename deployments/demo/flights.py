@@ -68,7 +68,9 @@ def write_flights(folder: Path, files: int = 12) -> None:
     table = flight_table()
     for index, path in enumerate(paths):
         row_start, row_stop = table.height * index // files, table.height * (index + 1) // files
-        _write_whole(table[row_start:row_stop], path)
+        scratch = path.with_suffix(".tmp")
+        table[row_start:row_stop].write_parquet(scratch, compression="zstd", row_group_size=ROWS_PER_GROUP)
+        scratch.replace(path)
 
 
 def training_split() -> pl.Expr:
@@ -176,9 +178,3 @@ def _refuse_leftovers(folder: Path, paths: list[Path]) -> None:
             f"them twice, got {leftovers[0].name}: remove it or choose another folder."
         )
         raise ValueError(message)
-
-
-def _write_whole(rows: pl.DataFrame, path: Path) -> None:
-    scratch = path.with_suffix(".tmp")
-    rows.write_parquet(scratch, compression="zstd", row_group_size=ROWS_PER_GROUP)
-    scratch.replace(path)

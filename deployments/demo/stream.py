@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +90,8 @@ class StreamResult:
 
 
 def _publish_and_score(folder: Path) -> StreamResult:
+    from tasks.stream.score import write_arrow  # noqa: PLC0415
+
     flights = pl.read_parquet(folder / "flights" / "*.parquet")
     server = nats_server(folder / "nats")
     try:
@@ -100,7 +101,10 @@ def _publish_and_score(folder: Path) -> StreamResult:
                 f"Publishing {flights.height:,} flights: {ROWS_AS_JSON:,} as JSON, one a message, the others as Arrow "
                 f"IPC, {ROWS_PER_MESSAGE:,} a message"
             )
-            events = [*_encode_json(flights[:ROWS_AS_JSON]), *_encode_arrow(flights[ROWS_AS_JSON:])]
+            events = [orjson.dumps(row, default=str) for row in flights[:ROWS_AS_JSON].iter_rows(named=True)]
+            table = flights[ROWS_AS_JSON:].to_arrow(compat_level=pl.CompatLevel.oldest())
+            starts = range(0, table.num_rows, ROWS_PER_MESSAGE)
+            events += [write_arrow(table.slice(start, ROWS_PER_MESSAGE)) for start in starts]
             client.publish("flights.departed", events)
             start = time.perf_counter()
             server = _score_through_kills(folder, server, client, len(events))
@@ -108,17 +112,6 @@ def _publish_and_score(folder: Path) -> StreamResult:
             return _read_back(client, seconds)
     finally:
         server.stop()
-
-
-def _encode_json(flights: pl.DataFrame) -> Iterator[bytes]:
-    return (orjson.dumps(row, default=str) for row in flights.iter_rows(named=True))
-
-
-def _encode_arrow(flights: pl.DataFrame) -> Iterator[bytes]:
-    from tasks.stream.score import write_arrow  # noqa: PLC0415
-
-    table = flights.to_arrow(compat_level=pl.CompatLevel.oldest())
-    return (write_arrow(table.slice(at, ROWS_PER_MESSAGE)) for at in range(0, table.num_rows, ROWS_PER_MESSAGE))
 
 
 def _score_through_kills(folder: Path, server: NatsServer, client: NatsClient, messages: int) -> NatsServer:

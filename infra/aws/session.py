@@ -83,19 +83,14 @@ def open_aws(region: str | None = None, profile: str | None = None) -> Aws:
     """
     with explain_refusals("opened"):
         session = boto3.Session(profile_name=profile)
-        region = region or _find_region(session)
+        region = region or os.environ.get("AWS_REGION") or session.region_name
+        if not region:
+            message = "A region must be given, got none. Name it by --region, or set AWS_REGION: eu-central-1, for one."
+            raise AwsRefused(message)
         _check_region(session, region)
         if session.get_credentials() is None:
             raise NoCredentialsError
     return Aws(session=session, region=region)
-
-
-def _find_region(session: boto3.Session) -> str:
-    found = os.environ.get("AWS_REGION") or session.region_name
-    if not found:
-        message = "A region must be given, got none. Name it by --region, or set AWS_REGION: eu-central-1, for one."
-        raise AwsRefused(message)
-    return str(found)
 
 
 def _check_region(session: boto3.Session, region: str) -> None:

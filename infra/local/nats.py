@@ -133,14 +133,12 @@ def _make_command(
         environment=base_environment(),
         folder=folder,
         log_path=folder / "server.log",
-        # Only this very server has the name: another one that took the port has not.
-        ready=lambda: _is_server_named(name, ports[1]),
+        # Only this very server has the name: another one that took the port has not. It is healthy once its streams are
+        # recovered.
+        ready=lambda: (
+            name in send_request("GET", ports[1], "/varz").text and send_request("GET", ports[1], "/healthz").ok
+        ),
     )
-
-
-def _is_server_named(name: str, port: int) -> bool:
-    """Return whether the server on a monitoring port is the one of this name, with its streams recovered."""
-    return name in send_request("GET", port, "/varz").text and send_request("GET", port, "/healthz").ok
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

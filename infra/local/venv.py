@@ -96,15 +96,12 @@ def venv_folder(requirements: Path) -> Path:
 def _digest_requirements(requirements: Path) -> str:
     """Return what identifies an environment: what it installs, and the interpreter that it links to."""
     interpreter = f"{platform.machine()} {sys.version_info[:2]} {sys.base_prefix}\0"
-    return hashlib.sha256(interpreter.encode() + _read_requirements(requirements)).hexdigest()
-
-
-def _read_requirements(requirements: Path) -> bytes:
     try:
-        return requirements.read_bytes()
+        content = requirements.read_bytes()
     except OSError as error:
         message = f"An environment is made from a requirements file, got {requirements}: {error.strerror}. Name one."
         raise VenvFailed(message) from None
+    return hashlib.sha256(interpreter.encode() + content).hexdigest()
 
 
 def _read_stamp(venv: Path) -> str | None:

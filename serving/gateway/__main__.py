@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=_default_connections_max(),
         help="maximum connections of clients; further ones are closed",
     )
-    parser.add_argument("--threads", type=int, default=_default_threads(), help="threads of Envoy")
+    # The model servers need the other half of the cores.
+    parser.add_argument("--threads", type=int, default=max(1, count_cores() // 2), help="threads of Envoy")
     parser.add_argument("--certificate", type=Path, help="a file in PEM format: the gateway speaks TLS")
     parser.add_argument("--private-key", type=Path, help="its private key, a file in PEM format")
     given = parser.parse_args(arguments)
@@ -63,11 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(
             f"The gateway must be able to use {given.folder}, got: {error}. Grant access, or pass another --folder."
         )
-
-
-def _default_threads() -> int:
-    """Return half of the cores: the model servers need the others."""
-    return max(1, count_cores() // 2)
 
 
 def _default_connections_max() -> int:

@@ -27,8 +27,7 @@ from serving.gateway.route import (
     roll_back_canary,
 )
 from serving.gateway.scale_to_zero import ModelLifecycle, make_loader
-from serving.gateway.upstreams import CheckedRequest, HttpClient, Reply, Upstream, V2Upstream
-from serving.model.contract import Contract
+from serving.gateway.upstreams import CheckedRequest, HttpClient, Reply, V2Upstream
 
 
 class Endpoint:
@@ -236,8 +235,12 @@ class Endpoint:
 
     def _apply(self, saved: SavedEndpoint) -> None:
         self.saved = saved
+        http, contract = self._http, saved.route.contract
         self._upstreams = {
-            served.version: _make_upstream(self._http, served, saved.route.contract) for served in saved.route.versions
+            served.version: V2Upstream(http, served)
+            if served.speaks == "v2"
+            else MlflowUpstream(http, served, contract)
+            for served in saved.route.versions
         }
 
     def _is_loadable(self) -> bool:
@@ -251,9 +254,3 @@ class Endpoint:
             if served.weight and (rollout is None or served.version != rollout.version)
         ]
         return random.choices(choices, [served.weight for served in choices])[0]  # noqa: S311 - traffic, not a secret
-
-
-def _make_upstream(http: HttpClient, served: ServedVersion, contract: Contract) -> Upstream:
-    if served.speaks == "v2":
-        return V2Upstream(http, served)
-    return MlflowUpstream(http, served, contract)

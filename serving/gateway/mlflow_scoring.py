@@ -17,7 +17,7 @@ from serving.errors import BadRequest, ModelFailed, Unanswered
 from serving.gateway.route import ServedVersion
 from serving.gateway.upstreams import CheckedRequest, HttpClient, Reply, convert_error
 from serving.model.contract import Contract, Input, Output
-from serving.protocol.oip import InferRequest, decode_without_blocking, encode_response
+from serving.protocol.oip import decode_without_blocking, encode_response
 from serving.protocol.tensors import Array, decode_json, encode_json, get_row_shape
 
 _JSON = {"Content-Type": "application/json"}
@@ -36,7 +36,10 @@ class MlflowUpstream:
         """Send the rows, and return the predictions as a V2 answer."""
         url = f"{self._served.url.rstrip('/')}/invocations"
         try:
-            content = await decode_without_blocking(lambda: self._encode(request.request), len(request.body.content))
+            content = await decode_without_blocking(
+                lambda: orjson.dumps(self._build_body(request.request.inputs, self._contract)),
+                len(request.body.content),
+            )
         except ValueError as error:
             message = f"Input {error} The model server behind this endpoint takes only JSON."
             raise BadRequest(message) from None
@@ -55,9 +58,6 @@ class MlflowUpstream:
         except ModelFailed as error:
             raise Unanswered(str(error), status=HTTPStatus.BAD_GATEWAY) from None
         return Reply(status=response.status, content=body.content, headers=body.headers)
-
-    def _encode(self, request: InferRequest) -> bytes:
-        return orjson.dumps(self._build_body(request.inputs, self._contract))
 
     async def is_ready(self) -> bool:
         """Return whether the server is healthy."""

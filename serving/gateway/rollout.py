@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Literal
 
@@ -59,11 +58,8 @@ def compare_replies(reply: Reply, other: Reply, contract: Contract, tolerance: f
         second = decode_response(other.content, contract, header_length=other.header_length)
     except BadRequest:
         return "failed"
-    return "equal" if _are_equal(first, second, tolerance) else "different"
-
-
-def _are_equal(first: Mapping[str, Array], second: Mapping[str, Array], tolerance: float) -> bool:
-    return first.keys() == second.keys() and all(_are_close(first[name], second[name], tolerance) for name in first)
+    is_equal = first.keys() == second.keys() and all(_are_close(first[name], second[name], tolerance) for name in first)
+    return "equal" if is_equal else "different"
 
 
 def _are_close(first: Array, second: Array, tolerance: float) -> bool:

@@ -9,8 +9,6 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 import uvicorn
 
@@ -53,7 +51,7 @@ def run_control_plane(options: BootstrapOptions) -> None:
         gc.freeze()
         server = _Server(config)
         # Uvicorn drains, and then raises the signal again for the previous handler.
-        signal.signal(signal.SIGTERM, _exit)
+        signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
         server.run(sockets=[listening])
 
 
@@ -77,10 +75,6 @@ def _listen(path: Path) -> socket.socket:
     path.chmod(0o600)
     listening.listen(2048)
     return listening
-
-
-def _exit(_number: int, _frame: FrameType | None) -> NoReturn:
-    sys.exit(0)
 
 
 def main() -> None:

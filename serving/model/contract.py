@@ -180,14 +180,10 @@ class Contract(Frozen):
         problems = [problem for value, column in pairs if (problem := _find_problem(value, column, schema))]
         if problems:
             listed = list_shortly(list(dict.fromkeys(problems)), _PROBLEMS_SHOWN)
-            message = f"{where} does not fit the model's signature:\n{listed}\nColumns found: {_list_columns(schema)}."
+            # A struct whose fields are listed needs no line of its own.
+            found = [f"{field.name} ({field.type})" for field in schema if not _list_fields(field, schema)]
+            message = f"{where} does not fit the model's signature:\n{listed}\nColumns found: {_join_names(found)}."
             raise SchemaMismatch(message)
-
-
-def _list_columns(schema: pa.Schema) -> str:
-    # A struct whose fields are listed needs no line of its own.
-    names = [f"{field.name} ({field.type})" for field in schema if not _list_fields(field, schema)]
-    return _join_names(names)
 
 
 def _list_fields(field: pa.Field, schema: pa.Schema) -> list[str]:

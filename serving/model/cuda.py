@@ -74,7 +74,8 @@ class CudaModel:
     def finish(self, begun: RunningPass) -> dict[str, npt.NDArray[Any]]:
         """Wait for a pass and return its outputs."""
         begun.done.synchronize()
-        return name_outputs(begun.raw, self._contract.outputs, begun.rows, _copy_to_numpy)
+        # Copies, since the pinned buffers of the values are reused.
+        return name_outputs(begun.raw, self._contract.outputs, begun.rows, lambda tensor: np.array(to_numpy(tensor)))
 
     @contextmanager
     def slot(self) -> Generator[None]:
@@ -149,8 +150,3 @@ def _map_tensors(raw: Any, change: Any) -> Any:
 def _copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
-
-
-def _copy_to_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    # The pinned buffer of the values is reused.
-    return np.array(to_numpy(tensor))

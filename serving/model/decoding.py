@@ -157,8 +157,8 @@ class _RunningBatch:
     def read_tokens(self, tokens_n: torch.Tensor) -> torch.Tensor:
         """Read one more token of each row and return the logits of the next, [n, V]."""
         self._read += 1
-        position_n1 = self._mask_BT[: self._rows, : self._read].sum(-1, keepdim=True) - 1
-        return self._pass(tokens_n[:, None], position_n1)
+        mask_nL = self._mask_BT[: self._rows, : self._read]
+        return self._call(tokens_n[:, None], mask_nL, mask_nL.sum(-1, keepdim=True) - 1)
 
     def remove_rows(self, moves: Sequence[tuple[int, int]], count: int) -> None:
         """Move rows to other places, then go on with the first `count` rows alone."""
@@ -168,9 +168,6 @@ class _RunningBatch:
             self._mask_BT[targets] = self._mask_BT[sources]
         for layer in self._layers:
             layer.keep_rows(sources, targets, count)
-
-    def _pass(self, tokens_nL: torch.Tensor, position_nL: torch.Tensor) -> torch.Tensor:
-        return self._call(tokens_nL, self._mask_BT[: self._rows, : self._read], position_nL)
 
     def _call(self, tokens_nL: torch.Tensor, mask_nL: torch.Tensor, position_nL: torch.Tensor) -> torch.Tensor:
         outputs = self._module(

@@ -234,14 +234,17 @@ class GenerationModel:
 
     def predict(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Complete tokenised prompts; must be called inside `slot()`."""
-        prompts = list(inputs[_TOKENS])
+        prompts, settings = list(inputs[_TOKENS]), self._settings
+        choose: TokenChooser = choose_likeliest
+        if settings.do_sample:
+            choose = Sampler(prompts, seed=settings.seed, temperature=settings.temperature, top_p=settings.top_p)
         tokenizer = self._prompts.tokenizer
         completions = complete_prompts(
             self._passes,
             prompts,
-            tokens_max=self._settings.max_new_tokens,
+            tokens_max=settings.max_new_tokens,
             pad_token=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-            choose=self._make_chooser(prompts),
+            choose=choose,
             has_ended=self._has_ended,
         )
         found = {
@@ -251,12 +254,6 @@ class GenerationModel:
             _FINISH_REASON: ["stop" if self._has_ended(tokens) else "length" for tokens in completions],
         }
         return name_outputs(found, self._contract.outputs, len(prompts), np.asarray)
-
-    def _make_chooser(self, prompts: Sequence[Array]) -> TokenChooser:
-        settings = self._settings
-        if not settings.do_sample:
-            return choose_likeliest
-        return Sampler(prompts, seed=settings.seed, temperature=settings.temperature, top_p=settings.top_p)
 
     def _has_ended(self, tokens: Sequence[int]) -> bool:
         """Whether a completion ends in a token that ends texts, or holds a text to stop at."""

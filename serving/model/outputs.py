@@ -163,7 +163,12 @@ def _reshape(value: npt.NDArray[Any], output: Output, rows: int) -> npt.NDArray[
     value = value.reshape(rows, *output.shape)
     if value.dtype.kind == "O" or output.dtype == "str":
         value = _replace_nulls(value)
-    return _check_text(value, output) if output.dtype == "str" else _cast_numbers(value, output)
+    if output.dtype != "str":
+        return _cast_numbers(value, output)
+    if invalid := [item for item in value.flat if item is not None and not isinstance(item, str)]:
+        message = f"Output {output.name!r} must be text, as the signature says, got {invalid[0]!r}. {_LOG_AGAIN}"
+        raise ModelFailed(message)
+    return value
 
 
 def _is_valid_shape(shape: tuple[int, ...], output: Output, rows: int) -> bool:
@@ -182,13 +187,6 @@ def _replace_nulls(value: npt.NDArray[Any]) -> npt.NDArray[Any]:
     objects = value.astype(object)
     objects[pd.isna(objects)] = None
     return objects
-
-
-def _check_text(text: npt.NDArray[Any], output: Output) -> npt.NDArray[Any]:
-    if invalid := [item for item in text.flat if item is not None and not isinstance(item, str)]:
-        message = f"Output {output.name!r} must be text, as the signature says, got {invalid[0]!r}. {_LOG_AGAIN}"
-        raise ModelFailed(message)
-    return text
 
 
 def _cast_numbers(value: npt.NDArray[Any], output: Output) -> npt.NDArray[Any]:

@@ -192,7 +192,10 @@ class _FirstProcesses:
         with self._lock:
             self._forget_others()
             for _ in range(2):
-                first = self._children.pop(python, None) or self._make_first(python, libraries)
+                first = self._children.pop(python, None)
+                if first is None:
+                    first = self._starting.pop(python, None) or self._start_first(python, libraries)
+                    _greet_child(first, python)
                 try:
                     copy = _make_copy(first, libraries)
                 except (ChildEnded, TimeoutError):
@@ -206,11 +209,6 @@ class _FirstProcesses:
             "A process for models must start, got one that ended twice. Look for what ends processes here (memory?)."
         )
         raise ModelFailed(message)
-
-    def _make_first(self, python: str, libraries: Iterable[str]) -> ChildProcess:
-        child = self._starting.pop(python, None) or self._start_first(python, libraries)
-        _greet_child(child, python)
-        return child
 
     def _start_first(self, python: str, libraries: Iterable[str]) -> ChildProcess:
         return self._starter.submit(_start_child, python, frozenset(libraries)).result()
@@ -253,7 +251,8 @@ def _start_child(python: str, libraries: frozenset[str]) -> ChildProcess:
         try:
             started = subprocess.Popen(  # noqa: S603 - this very Python, or that of an environment made for the model
                 [
-                    *(python, *_list_flags(python), "-c", _BOOT),
+                    # Another Python than this sees none of our folders.
+                    *(python, *([] if python == sys.executable else ["-I"]), "-c", _BOOT),
                     *(str(PACKAGE), str(there.fileno()), str(os.getpid()), *sorted(libraries)),
                 ],
                 stdin=subprocess.DEVNULL,
@@ -293,11 +292,6 @@ def _greet_child(child: ChildProcess, python: str) -> None:
         )
         raise ModelFailed(message)
     child.may_fork = greeting["may_fork"]
-
-
-def _list_flags(python: str) -> list[str]:
-    """Return how Python is started: another one than this sees none of our folders."""
-    return [] if python == sys.executable else ["-I"]
 
 
 def make_child_environment(python: str) -> dict[str, str]:

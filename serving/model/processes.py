@@ -358,7 +358,9 @@ class ProcessModel:
         worker = here.worker = here.worker or self.processes.take()
         start = time.monotonic()
         try:
-            found = worker.predict(inputs, self._count_out_bytes(rows), seconds_max=self._limit(rows), check=check)
+            # Each output of numbers has a place of its own in the shared memory.
+            out_bytes = rows * self._row_bytes + ALIGNMENT * len(self._contract.outputs)
+            found = worker.predict(inputs, out_bytes, seconds_max=self._limit(rows), check=check)
         except (ProcessFailure, OvernightError):
             raise
         except (ChildEnded, TimeoutError) as error:
@@ -386,10 +388,6 @@ class ProcessModel:
     def _drop(self, worker: _Worker) -> None:
         self._here.worker = None
         self.processes.drop(worker)
-
-    def _count_out_bytes(self, rows: int) -> int:
-        """Return the shared memory that the outputs of numbers take, each from a place of its own."""
-        return rows * self._row_bytes + ALIGNMENT * len(self._contract.outputs)
 
     def _limit(self, rows: int) -> float:
         """Return the seconds that a pass may take.

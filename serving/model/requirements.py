@@ -92,7 +92,8 @@ def check_requirements(environment: ModelEnvironment) -> list[RequirementCheck]:
     MLflow itself counts only where it is missing: any of its versions reads the models of others. A constraint counts
     only where its package is here.
     """
-    wheels = [_name_wheel(path) for path in environment.wheels]
+    named = (parse_wheel_filename(path.name) for path in environment.wheels)
+    wheels = [f"{name}=={release}" for name, release, _, _ in named]
     asked = [check for line in (*environment.requirements, *wheels) if (check := _check_line(line)) is not None]
     bounds = [check for line in environment.constraints if (check := _check_line(line)) is not None]
     return [*asked, *(each for each in bounds if each.installed is not None and not each.fits)]
@@ -141,11 +142,6 @@ def _find_version(name: str) -> str | None:
         return next(
             (version(each) for each in others if canonicalize_name(each).startswith(canonicalize_name(name))), None
         )
-
-
-def _name_wheel(path: Path) -> str:
-    name, release, _, _ = parse_wheel_filename(path.name)
-    return f"{name}=={release}"
 
 
 def read_model_environment(folder: Path) -> ModelEnvironment:

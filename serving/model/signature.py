@@ -72,7 +72,9 @@ def read_contract(
     """
     signature = mlmodel.signature
     if signature is None or signature.inputs is None or signature.outputs is None:
-        found = "no signature" if signature is None else "a signature without " + _find_missing_part(signature)
+        found = "no signature"
+        if signature is not None:
+            found = f"a signature without {'inputs' if signature.inputs is None else 'outputs'}"
         message = f"A model must be logged with a signature of inputs and outputs, got {found}. {_HOW_TO_LOG}"
         raise ModelUnfit(message)
     inputs = _read_inputs(mlmodel, signature.inputs, stack=stack, columns=columns, policies=policies)
@@ -102,10 +104,6 @@ def _choose_null_policies(value: Input, *, takes_missing: bool) -> Input:
     return value.model_copy(update={"columns": columns})
 
 
-def _find_missing_part(signature: Any) -> str:
-    return "inputs" if signature.inputs is None else "outputs"
-
-
 def _check_keys(what: str, given: set[str], known: set[str]) -> None:
     if unknown := sorted(given - known):
         message = f"Each key of {what} must be one of {sorted(known)}, got {unknown}. Correct it there."
@@ -132,7 +130,10 @@ def _read_inputs(
     if opaque := [value.name for value in inputs if value.dtype in OPAQUE_DTYPES]:
         message = f"A pytorch model must take numbers, got other inputs {opaque}. Log it with tensors of numbers."
         raise ModelUnfit(message)
-    return inputs if schema.is_tensor_spec() else _stack_inputs(inputs)
+    if schema.is_tensor_spec():
+        return inputs
+    floats = tuple(column.model_copy(update={"dtype": "float32"}) for value in inputs for column in value.columns)
+    return (Input(name="input", dtype="float32", shape=(len(floats),), columns=floats),)
 
 
 def _read_metadata_columns(mlmodel: MLmodel) -> dict[str, tuple[str, ...]]:
@@ -266,12 +267,6 @@ def _convert_param(spec: ParamSpec, value: JsonValue) -> JsonValue:
 def _describe_param(spec: ParamSpec) -> str:
     dtype = spec.dtype.name if isinstance(spec.dtype, DataType) else "object"
     return f"{'a list of ' if spec.shape else ''}{dtype}, by default {spec.default!r}"
-
-
-def _stack_inputs(inputs: tuple[Input, ...]) -> tuple[Input, ...]:
-    columns = [column for value in inputs for column in value.columns]
-    floats = tuple(column.model_copy(update={"dtype": "float32"}) for column in columns)
-    return (Input(name="input", dtype="float32", shape=(len(floats),), columns=floats),)
 
 
 def _make_input(column: Column) -> Input:

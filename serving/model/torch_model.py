@@ -199,7 +199,7 @@ def _replace_in_modules(module: nn.Module) -> bool:
         (parent, name)
         for parent in module.modules()
         for name, child in parent.named_children()
-        if _is_plain_linear(child)
+        if _is_unhooked_linear(child) and child.weight.dtype is torch.float32
     ]
     for parent, name in parents:
         activation = "gelu" if _is_intermediate(parent) else "none"
@@ -222,10 +222,6 @@ def _is_intermediate(parent: nn.Module) -> bool:
         type(activation) is nn.GELU and activation.approximate == "none"
     )
     return exact and children.keys() == {"dense", "intermediate_act_fn"}
-
-
-def _is_plain_linear(child: nn.Module) -> bool:
-    return _is_unhooked_linear(child) and child.weight.dtype is torch.float32
 
 
 def _is_unhooked_linear(child: nn.Module) -> bool:

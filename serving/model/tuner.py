@@ -153,13 +153,10 @@ class _TuningRun:
         kept = engines if self.seconds_max >= BUDGET_SECONDS else engines[:1]
         self.models = {engine: self.model.with_engine(engine) for engine in kept}
         self.differences = self._compare_engines()
-        self._warm_up()
-        self.until = self.clock() + self.seconds_max
-
-    def _warm_up(self) -> None:
-        """Have the process of every slot, which is no part of what is measured."""
         for engine in self.differences if isinstance(self.model, Isolated) else ():
+            # The process of every slot starts, which is no part of what is measured.
             self._measure_rate(engine, self.limits.batch_size or self.model.batch_sizes[0])
+        self.until = self.clock() + self.seconds_max
 
     def _compare_engines(self) -> dict[Engine, float]:
         """Return the engines whose predictions of the sample are near enough to the default's, with the differences."""

@@ -42,10 +42,11 @@ class BentoML:
         where = ("--host", _HOST, "--port", "{port}", "--working-dir", "{folder}")
         # Longer than its own client keeps a connection: none is closed just as it is used again.
         kept = ("--timeout-keep-alive", "60")
+        bentofile = yaml.safe_dump(self.render_bentofile(release, model), sort_keys=False, width=120)
         return render_folder(
             release,
             model,
-            {"service.py": _SOURCE.read_bytes(), "bentofile.yaml": _yaml(self.render_bentofile(release, model))},
+            {"service.py": _SOURCE.read_bytes(), "bentofile.yaml": bentofile.encode()},
             argv=(resolve_interpreter(self.python, _REQUIREMENTS), "-m", "bentoml", "serve", SERVICE, *where, *kept),
             environment={
                 "BENTOML_DO_NOT_TRACK": "True",
@@ -88,7 +89,3 @@ class BentoML:
 
 
 _ENVIRONMENT = {"BENTOML_DO_NOT_TRACK": "True", "MLFLOW_DISABLE_TELEMETRY": "true"}
-
-
-def _yaml(value: dict[str, Any]) -> bytes:
-    return str(yaml.safe_dump(value, sort_keys=False, width=120)).encode()

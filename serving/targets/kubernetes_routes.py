@@ -125,13 +125,14 @@ def _make_route(
     kind: str, name: str, endpoint: str, cluster: Cluster, listener: str | None, rules: Sequence[Manifest]
 ) -> Manifest:
     """Return a route of the Gateway API, at a listener of the cluster's gateway, without what is empty in its rules."""
+    gateway = {"name": cluster.gateway, "namespace": cluster.gateway_namespace, "sectionName": listener}
     return {
         "apiVersion": f"{GATEWAY_API}/v1",
         "kind": kind,
         "metadata": make_metadata(name, endpoint, cluster.namespace),
         "spec": {
-            "parentRefs": [_refer_to_gateway(cluster, listener)],
-            "rules": [_drop_empty(each) for each in rules],
+            "parentRefs": [{field: value for field, value in gateway.items() if value is not None}],
+            "rules": [{field: value for field, value in rule.items() if value != []} for rule in rules],
         },
     }
 
@@ -354,11 +355,6 @@ def _format_bytes(count: int) -> str:
     return str(count)
 
 
-def _refer_to_gateway(cluster: Cluster, listener: str | None) -> Manifest:
-    names = {"name": cluster.gateway, "namespace": cluster.gateway_namespace, "sectionName": listener}
-    return {field: name for field, name in names.items() if name is not None}
-
-
 def _refer_to_service(served: ServedVersion, cluster: Cluster) -> Manifest:
     found = _SERVICE_URL.fullmatch(served.url)
     if found is None or found["namespace"] != cluster.namespace:
@@ -390,7 +386,3 @@ def _rewrite_path(path: str, upstream: str) -> list[Manifest]:
     if path == upstream:
         return []
     return [{"type": "URLRewrite", "urlRewrite": {"path": {"type": "ReplaceFullPath", "replaceFullPath": upstream}}}]
-
-
-def _drop_empty(rule: Mapping[str, Any]) -> Manifest:
-    return {field: value for field, value in rule.items() if value != []}

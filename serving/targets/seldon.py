@@ -231,7 +231,9 @@ def make_step_name(graph: Graph, part: str) -> str:
 
 def _render_runtime(release: Release) -> dict[str, bytes]:
     return {
-        "settings.json": _json(make_settings()),
+        # MLServer's host and ports come by its environment. The runtime holds requests against the contract before they
+        # are collected, which only its own process can.
+        "settings.json": _json({"debug": False, "parallel_workers": 0}),
         "model-settings.json": _json(make_model_settings(release)),
         "runtime.py": _RUNTIME.encode(),
     }
@@ -243,12 +245,6 @@ def _json(value: Mapping[str, Any]) -> bytes:
 
 def _yaml(value: Mapping[str, Any]) -> bytes:
     return str(yaml.safe_dump(dict(value), sort_keys=False)).encode()
-
-
-def make_settings() -> dict[str, Any]:
-    """Return the settings of MLServer itself; its host and ports come by its environment."""
-    # The runtime holds requests against the contract before they are collected, which only its own process can.
-    return {"debug": False, "parallel_workers": 0}
 
 
 def make_model_settings(release: Release) -> dict[str, Any]:

@@ -82,7 +82,9 @@ class TritonControl:
         except ControlRefused as refused:
             if not refused.reached:
                 raise _make_unreachable_error(self.grpc, str(refused)) from None
-            message = f"Triton must {verb} {model!r}, got: {_extract_reason(refused)}"
+            # A traceback follows the reason of a Python model.
+            reason = str(refused).split("\n\nAt:\n")[0].strip()[:_REASON_LENGTH_MAX]
+            message = f"Triton must {verb} {model!r}, got: {reason}"
             raise EndpointFailed(message) from None
 
     def _read_states(self, model: str) -> set[str]:
@@ -108,11 +110,6 @@ class TritonControl:
 
 def _make_unreachable_error(where: str, got: str) -> EndpointFailed:
     return EndpointFailed(f"Triton must answer at {where}, got {got}. Start it, or read in its log why it ended.")
-
-
-def _extract_reason(refused: ControlRefused) -> str:
-    # A traceback follows the reason of a Python model.
-    return str(refused).split("\n\nAt:\n")[0].strip()[:_REASON_LENGTH_MAX]
 
 
 class ControlRefused(Exception):

@@ -53,7 +53,9 @@ def render_endpoint_clusters(endpoint: RoutedEndpoint, control_socket: Path) -> 
         if served.speaks == "v2":
             clusters[_name_cluster(endpoint, served)] = _render_http_cluster(endpoint, served)
         if served.grpc is not None:
-            clusters[_name_cluster(endpoint, served, is_grpc=True)] = _render_grpc_cluster(endpoint, served)
+            host, _, port = served.grpc.rpartition(":")
+            cluster = _render_cluster(endpoint, served, host, int(port), is_grpc=True)
+            clusters[_name_cluster(endpoint, served, is_grpc=True)] = cluster
         for is_grpc, is_chosen in itertools.product((False, True), repeat=2):
             attempts = list_attempts(endpoint, served, is_grpc=is_grpc, is_chosen=is_chosen)
             if len(attempts) > 1:
@@ -94,12 +96,6 @@ def _render_http_cluster(endpoint: RoutedEndpoint, served: ServedVersion) -> Jso
         tls["auto_sni_san_validation"] = True
         cluster["transport_socket"] = {"name": "tls", "typed_config": tls}
     return cluster
-
-
-def _render_grpc_cluster(endpoint: RoutedEndpoint, served: ServedVersion) -> Json:
-    assert served.grpc is not None, "the caller checks it"  # noqa: S101 - our own mistake
-    host, _, port = served.grpc.rpartition(":")
-    return _render_cluster(endpoint, served, host, int(port), is_grpc=True)
 
 
 def _render_cluster(endpoint: RoutedEndpoint, served: ServedVersion, host: str, port: int, *, is_grpc: bool) -> Json:

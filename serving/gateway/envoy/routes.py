@@ -68,6 +68,8 @@ def _render_other_routes() -> list[Json]:
         "The call must name an endpoint of this gateway in the metadata overnight-endpoint, and be one of "
         f"{', '.join(_GRPC_METHODS)}."
     )
+    # They wait for a control plane that is started again; it has not seen the request.
+    retries = {"retry_on": "connect-failure,refused-stream,reset-before-request", **RESTART_RETRIES}
     return [
         {
             "match": {"prefix": f"/{_GRPC_SERVICE}/"},
@@ -76,16 +78,11 @@ def _render_other_routes() -> list[Json]:
         },
         {
             "match": {"prefix": "/"},
-            "route": {"cluster": CONTROL_PLANE, "timeout": "60s", "retry_policy": _render_restart_retries()},
+            "route": {"cluster": CONTROL_PLANE, "timeout": "60s", "retry_policy": retries},
             "metadata": {"filter_metadata": {"overnight": {"bytes_max": str(ADMIN_BYTES_MAX), "timeout": "60"}}},
             **removed,
         },
     ]
-
-
-def _render_restart_retries() -> Json:
-    """Return the retries that wait for a control plane that is started again; it has not seen the request."""
-    return {"retry_on": "connect-failure,refused-stream,reset-before-request", **RESTART_RETRIES}
 
 
 def _render_endpoint_routes(endpoint: RoutedEndpoint) -> list[Json]:
