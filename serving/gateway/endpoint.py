@@ -18,10 +18,10 @@ from serving.gateway.metrics import Metrics
 from serving.gateway.mlflow_scoring import MlflowUpstream
 from serving.gateway.rollout import ShadowOutcome, compare_replies, judge_canary, tally_request
 from serving.gateway.route import (
-    Canary,
     Route,
     SavedEndpoint,
     ServedVersion,
+    Trial,
     Verdict,
     promote_canary,
     roll_back_canary,
@@ -82,7 +82,7 @@ class Endpoint:
         if rule is None:
             canary = None
         elif canary is None or rule != self.route.rollout:
-            canary = Canary(began=datetime.now(UTC))
+            canary = Trial(began=datetime.now(UTC))
         if route.versions != self.route.versions:
             # A version that is new to the route may not be loaded.
             self.models.mark_lost()

@@ -92,7 +92,7 @@ class Limits(Frozen):
     )
 
 
-class ScaleToZero(Frozen):
+class SleepRule(Frozen):
     """When an endpoint's models are unloaded, and how they are loaded again for the next request."""
 
     keep_warm_s: float = Field(gt=0, le=30 * 86_400, description="Seconds after the last request until they unload.")
@@ -151,7 +151,7 @@ class Route(Frozen):
     )
     rollout: Rollout | None = Field(default=None, description="The rule of a canary.")
     shadow: Shadow | None = Field(default=None, description="A version whose answers are only compared.")
-    sleep: ScaleToZero | None = Field(default=None, description="When the models are unloaded; none: never.")
+    sleep: SleepRule | None = Field(default=None, description="When the models are unloaded; none: never.")
     spec: dict[str, JsonValue] = Field(
         default_factory=dict,
         description="What the endpoint was put online with, for a later call that leaves a part of it out. The gateway "
@@ -225,7 +225,7 @@ class CanaryTally(Frozen):
         return CanaryTally(requests=self.requests + 1, errors=self.errors + failed, slow=self.slow + slow)
 
 
-class Canary(Frozen):
+class Trial(Frozen):
     """A canary that is not decided yet."""
 
     began: AwareDatetime = Field(description="When it got its first share of the requests.")
@@ -246,7 +246,7 @@ class SavedEndpoint(Frozen):
     """A route with the state of its canary, as its file holds it."""
 
     route: Route
-    trial: Canary | None = Field(default=None, description="The canary that is not decided yet.")
+    trial: Trial | None = Field(default=None, description="The canary that is not decided yet.")
     verdict: Verdict | None = Field(default=None, description="How the last canary ended.")
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 from urllib.parse import quote
 
 from serving.errors import Unanswered
-from serving.gateway.route import ModelState, ScaleToZero, ServedVersion
+from serving.gateway.route import ModelState, ServedVersion, SleepRule
 from serving.gateway.upstreams import HttpClient, V2Upstream, log_upstream_error, remove_addresses
 from serving.targets.triton_control import ControlRefused, Verb, control_model_async
 
@@ -64,7 +64,7 @@ class ModelLifecycle:
         self._changing = asyncio.Lock()
         self._loading: asyncio.Task[None] | None = None
 
-    async def load(self, rule: ScaleToZero | None, versions: Sequence[ServedVersion]) -> None:
+    async def load(self, rule: SleepRule | None, versions: Sequence[ServedVersion]) -> None:
         """Return once the models are loaded.
 
         Raises:
@@ -156,7 +156,7 @@ def _list_models(versions: Sequence[ServedVersion]) -> list[ServedVersion]:
     return list({(served.url, served.upstream_model): served for served in versions}.values())
 
 
-def make_loader(http: HttpClient, rule: ScaleToZero | None) -> ModelLoader:
+def make_loader(http: HttpClient, rule: SleepRule | None) -> ModelLoader:
     """Return the loader that a route's rule names."""
     if rule is not None and rule.grpc is not None:
         return TritonLoader(http, rule.grpc)

@@ -32,7 +32,7 @@ _PACKAGES = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BentoML:
+class BentoMLTarget:
     """The target BentoML; `python` is the interpreter of an environment made from infra/local/bentoml.txt."""
 
     python: Path

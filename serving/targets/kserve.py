@@ -49,7 +49,7 @@ class Resources:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Canary:
+class KServeCanary:
     """A release that gets some percent of the traffic; 0 deploys it without any."""
 
     release: Release
@@ -63,7 +63,7 @@ class Canary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KServe:
+class KServeTarget:
     """The target KServe.
 
     `python` is the interpreter of an environment made from infra/local/kserve.txt. Below `storage_uri` the cluster
@@ -96,7 +96,7 @@ class KServe:
             ready_path=f"/v2/models/{release.endpoint}/ready",
         )
 
-    def render_inference_service(self, release: Release, canary: Canary | None = None) -> dict[str, Any]:
+    def render_inference_service(self, release: Release, canary: KServeCanary | None = None) -> dict[str, Any]:
         """Return the InferenceService of an endpoint at a release, with a canary of another one where there is one.
 
         Raises BadInput where the canaries are a list and the release may have no replica: KServe's have a fixed number.
@@ -125,7 +125,7 @@ class KServe:
         divided = render_gateway_api(endpoint, placed, cluster)
         stable = _find_stable(route)
         canaries = [
-            Canary(release=releases[version], percent=percent)
+            KServeCanary(release=releases[version], percent=percent)
             for version, percent in _count_percents(route).items()
             if version != stable
         ]
@@ -134,7 +134,7 @@ class KServe:
         return (self._render_versions(releases[stable], canaries, metadata), *divided)
 
     def _render_versions(
-        self, stable: Release, canaries: Sequence[Canary], metadata: Mapping[str, Any]
+        self, stable: Release, canaries: Sequence[KServeCanary], metadata: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Return an InferenceService whose predictors are named by versions, so that a promotion restarts none."""
         if canaries and not stable.scaling.replicas_min:

@@ -43,7 +43,7 @@ Applications = dict[str, Application]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RayServe:
+class RayServeTarget:
     """A release as Ray Serve takes it: an application, its Serve config, and a RayService for KubeRay.
 
     `folder` is where the nodes find releases, `image` what the nodes of a RayService run. An application that may
@@ -237,7 +237,7 @@ class RayServeHost:
     dashboard_url: str
     serve_url: str
     folder: Path
-    target: RayServe
+    target: RayServeTarget
     token: str | None = field(default=None, repr=False)
     ready_seconds_max: float = 180.0
 

@@ -38,7 +38,7 @@ _MESH = {"name": "seldon-mesh", "port": 80}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seldon:
+class SeldonTarget:
     """The target Seldon.
 
     `python` is the interpreter of an environment made from infra/local/mlserver.txt. Below `storage_uri` the cluster

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from serving.errors import BadInput, EndpointFailed
 from serving.gateway.client import GatewayClient
-from serving.gateway.route import Route, ScaleToZero
+from serving.gateway.route import Route, SleepRule
 from serving.model.batching import BatchingConfig
 from serving.model.graph import AnyRelease, Graph
 from serving.model.release import Release
@@ -104,7 +104,7 @@ class Change:
         # Ray scales to zero by itself; the gateway unloads models of Triton.
         sleep, target = None, self.spec.target
         if isinstance(target, Triton) and self.keep_warm is not None:
-            sleep = ScaleToZero(keep_warm_s=self.keep_warm, grpc=target.grpc)
+            sleep = SleepRule(keep_warm_s=self.keep_warm, grpc=target.grpc)
         return make_route(self.spec, self.current_route, self.release.contract, address, self.release.version, sleep)
 
     @contextmanager

@@ -46,10 +46,10 @@ def _make_triton_host(target: specs.Triton, _keep_warm_seconds: float | None) ->
 
 
 def _make_ray_serve_host(target: specs.RayServe, keep_warm_seconds: float | None) -> Host:
-    from serving.targets.ray_serve import RayServe, RayServeHost  # noqa: PLC0415 - an endpoint needs one target of several
+    from serving.targets.ray_serve import RayServeHost, RayServeTarget  # noqa: PLC0415 - an endpoint needs one target of several
 
     token = read_secret(target.token_secret) if target.token_secret else read_variable(_RAY_TOKEN)
-    ray_serve = RayServe(folder=target.folder)
+    ray_serve = RayServeTarget(folder=target.folder)
     if keep_warm_seconds is not None:
         ray_serve = replace(ray_serve, keep_warm_seconds=keep_warm_seconds)
     return RayServeHost(
@@ -93,17 +93,17 @@ def _make_folder_target(target: specs.BentoML | specs.KServe | specs.Seldon) -> 
         names["storage_uri"] = cluster.storage_uri.rstrip("/")
     match target:
         case specs.BentoML():
-            from serving.targets.bentoml import BentoML  # noqa: PLC0415 - the same
+            from serving.targets.bentoml import BentoMLTarget  # noqa: PLC0415 - the same
 
-            return BentoML(python=Path(target.python))
+            return BentoMLTarget(python=Path(target.python))
         case specs.KServe():
-            from serving.targets.kserve import KServe  # noqa: PLC0415 - the same
+            from serving.targets.kserve import KServeTarget  # noqa: PLC0415 - the same
 
-            return KServe(python=Path(target.python), **names)
+            return KServeTarget(python=Path(target.python), **names)
         case specs.Seldon():
-            from serving.targets.seldon import Seldon  # noqa: PLC0415 - the same
+            from serving.targets.seldon import SeldonTarget  # noqa: PLC0415 - the same
 
-            return Seldon(python=Path(target.python), **names)
+            return SeldonTarget(python=Path(target.python), **names)
         case _:
             assert_never(target)
 
@@ -142,7 +142,7 @@ def write_graph_manifests(spec: EndpointSpec, folder: Path) -> Path:
     The cluster finds the files below the target's storage_uri. Nothing is deployed. Raises BadInput for another target.
     """
     from serving.targets.folder import write_folder  # noqa: PLC0415 - an endpoint needs one target of several
-    from serving.targets.seldon import Seldon  # noqa: PLC0415 - the same
+    from serving.targets.seldon import SeldonTarget  # noqa: PLC0415 - the same
 
     if not isinstance(spec.target, specs.Seldon) or not spec.graph_steps:
         message = (
@@ -153,7 +153,7 @@ def write_graph_manifests(spec: EndpointSpec, folder: Path) -> Path:
     loaded = load_endpoint_graph(spec)
     graph = make_graph(spec, loaded, spec.batching or BatchingConfig())
     written = folder / graph.endpoint / graph.version
-    seldon = Seldon(python=Path(spec.target.python))
+    seldon = SeldonTarget(python=Path(spec.target.python))
     write_folder(seldon.render_graph(graph, [step.folder for step in loaded.steps]), written)
     return written
 

@@ -14,9 +14,9 @@ from serving.gateway.route import (
     CanaryTally,
     Rollout,
     Route,
-    ScaleToZero,
     ServedVersion,
     Shadow,
+    SleepRule,
     Verdict,
     roll_back_canary,
 )
@@ -160,7 +160,7 @@ def make_route(
     contract: Contract,
     address: Address,
     version: str,
-    sleep: ScaleToZero | None,
+    sleep: SleepRule | None,
 ) -> Route:
     """Return the route by which a version that is up and verified gets its traffic, beside what serves."""
     others = [] if current is None else [each for each in current.versions if each.version != version]

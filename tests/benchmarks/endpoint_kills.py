@@ -23,7 +23,7 @@ from infra.local.gateway import GatewayServer
 from infra.local.triton import TritonServer
 from serving.errors import EndpointFailed
 from serving.gateway.client import GatewayClient
-from serving.gateway.route import Limits, Rollout, Route, ScaleToZero, ServedVersion, Shadow
+from serving.gateway.route import Limits, Rollout, Route, ServedVersion, Shadow, SleepRule
 from serving.model.batching import BatchingConfig
 from serving.model.contract import Contract
 from tests.benchmarks.figures import show
@@ -187,7 +187,7 @@ class Administration:
 
     def let_sleep(self) -> None:
         """Have the models of another endpoint unloaded."""
-        rule = ScaleToZero(keep_warm_s=0.5, hold_s_max=120, grpc=self.triton.grpc)
+        rule = SleepRule(keep_warm_s=0.5, hold_s_max=120, grpc=self.triton.grpc)
         with self._client() as client:
             client.put(SLEEPY, Route(versions=(self.sleepy,), contract=self.contract, sleep=rule))
             client.wait_until(SLEEPY, lambda each: each.models == "asleep", timeout_s=_CHANGE_S_MAX)

@@ -185,13 +185,13 @@ def _bodies(served: Served) -> list[bytes]:
 
 def _ray_wake_seconds(served: Served, folder: Path) -> float | str:
     """Return the seconds of a request that finds no replica, at Ray Serve's own address."""
-    from serving.targets.ray_serve import RayServe, RayServeHost
+    from serving.targets.ray_serve import RayServeHost, RayServeTarget
     from tasks.endpoint.change import scale_to_zero
     from tasks.endpoint.client import infer_path
     from tests.ray_cluster import ray_cluster
 
     with ray_cluster(folder / "ray", environment={"PYTHONPATH": os.pathsep.join(sys.path)}) as cluster:
-        target = RayServe(folder=str(folder / "releases"), keep_warm_seconds=_KEEP_WARM_SECONDS)
+        target = RayServeTarget(folder=str(folder / "releases"), keep_warm_seconds=_KEEP_WARM_SECONDS)
         host = RayServeHost(
             dashboard_url=cluster.dashboard_url,
             serve_url=cluster.serve_url,

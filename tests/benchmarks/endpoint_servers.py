@@ -153,7 +153,7 @@ def _triton(release: Release, served: Served, folder: Path) -> Generator[Up]:
 @contextmanager
 def ray_serve(served: Served, folder: Path) -> Generator[Up]:
     """Ray Serve with the batching."""
-    from serving.targets.ray_serve import RayServe, RayServeHost
+    from serving.targets.ray_serve import RayServeHost, RayServeTarget
     from tests.ray_cluster import ray_cluster
 
     began = time.perf_counter()
@@ -164,7 +164,7 @@ def ray_serve(served: Served, folder: Path) -> Generator[Up]:
             dashboard_url=cluster.dashboard_url,
             serve_url=cluster.serve_url,
             folder=releases,
-            target=RayServe(folder=str(releases)),
+            target=RayServeTarget(folder=str(releases)),
             token=cluster.token,
         )
         yield _deployed(host, served.tuned, served, began, cluster.process)
@@ -237,21 +237,21 @@ def _no_ray() -> str | None:
 
 
 def _seldon(python: Path) -> Target:
-    from serving.targets.seldon import Seldon
+    from serving.targets.seldon import SeldonTarget
 
-    return Seldon(python=python)
+    return SeldonTarget(python=python)
 
 
 def _kserve(python: Path) -> Target:
-    from serving.targets.kserve import KServe
+    from serving.targets.kserve import KServeTarget
 
-    return KServe(python=python)
+    return KServeTarget(python=python)
 
 
 def _bentoml(python: Path) -> Target:
-    from serving.targets.bentoml import BentoML
+    from serving.targets.bentoml import BentoMLTarget
 
-    return BentoML(python=python)
+    return BentoMLTarget(python=python)
 
 
 def _pss_kb(pid: int) -> int:

@@ -17,10 +17,10 @@ from infra.kubernetes.checks import Document, iter_pods
 from infra.kubernetes.render import find_kustomize
 from serving.gateway.route import Rollout, Route, ServedVersion
 from serving.model.release import Scaling
-from serving.targets.kserve import KServe
+from serving.targets.kserve import KServeTarget
 from serving.targets.kubernetes_cluster import Cluster, dump_manifests
-from serving.targets.ray_serve import RayServe
-from serving.targets.seldon import Seldon
+from serving.targets.ray_serve import RayServeTarget
+from serving.targets.seldon import SeldonTarget
 from tests.serving.targets.manifests import NEW, STABLE
 from tests.serving.toys import matrix
 
@@ -69,7 +69,7 @@ def write_endpoints(folder: Path) -> Path:
     route = Route(versions=versions, contract=matrix(3), rollout=Rollout(version="2"), keys=("APP",))
     scaling = Scaling(replicas_min=1, replicas_max=4)
     releases = {each.version: each.model_copy(update={"scaling": scaling}) for each in (STABLE, NEW)}
-    targets = {"kserve": KServe(python=Path("python")), "seldon": Seldon(python=Path("python"))}
+    targets = {"kserve": KServeTarget(python=Path("python")), "seldon": SeldonTarget(python=Path("python"))}
     for number, (name, target) in enumerate(targets.items()):
         cluster = CLUSTER if not number else CLUSTER.model_copy(update={"namespace": "seldon-mesh"})
         path = folder / name / "kubernetes/rollout.yaml"
@@ -77,7 +77,7 @@ def write_endpoints(folder: Path) -> Path:
         path.write_bytes(dump_manifests(target.render_rollout("scores", route, releases, cluster)))
     ray = folder / "scores-1.0123456789ab/rayservice.yaml"
     ray.parent.mkdir()
-    ray.write_bytes(RayServe(folder="/releases").render(releases["1"], Path("model")).files["rayservice.yaml"])
+    ray.write_bytes(RayServeTarget(folder="/releases").render(releases["1"], Path("model")).files["rayservice.yaml"])
     return folder
 
 

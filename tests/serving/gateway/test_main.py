@@ -23,7 +23,7 @@ from serving.errors import EndpointFailed
 from serving.gateway.__main__ import main
 from serving.gateway.client import GatewayClient
 from serving.gateway.metering import read_metering
-from serving.gateway.route import Rollout, SavedEndpoint, ScaleToZero
+from serving.gateway.route import Rollout, SavedEndpoint, SleepRule
 from tests.blocked import block_packages
 from tests.eventually import eventually
 from tests.serving.gateway.support import ROW, EndpointClient, V2Server, read_metrics, route, wait_for_verdict
@@ -136,7 +136,7 @@ def test_envoy_serves_on_while_the_control_plane_is_killed_and_started_again(tmp
 
 def test_a_request_that_waits_for_a_load_outlives_the_control_plane(tmp_path: Path, v2: V2Server) -> None:
     with gateway_server(tmp_path) as server, GatewayClient(server.url, server.admin_key) as admin:
-        admin.put("sleepy", route(v2.url, model="dreamy", sleep=ScaleToZero(keep_warm_s=60)))
+        admin.put("sleepy", route(v2.url, model="dreamy", sleep=SleepRule(keep_warm_s=60)))
         with ThreadPoolExecutor(4) as pool:
             pending = [pool.submit(ask, server, "sleepy", 1) for _ in range(4)]
             eventually(lambda: v2.seen("dreamy load") == 1)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from serving.gateway.route import Rollout, Route, ScaleToZero, ServedVersion, Shadow, promote_canary, roll_back_canary
+from serving.gateway.route import Rollout, Route, ServedVersion, Shadow, SleepRule, promote_canary, roll_back_canary
 from tests.serving.gateway.support import route, served
 
 URL = "http://127.0.0.1:9"
@@ -60,4 +60,4 @@ def test_models_may_be_unloaded_only_where_every_version_speaks_v2() -> None:
     scoring = ServedVersion(version="1", url=URL, upstream_model="m", speaks="mlflow-tensors", weight=1)
 
     with pytest.raises(ValidationError, match="must speak v2"):
-        Route(versions=(scoring,), contract=route(URL).contract, sleep=ScaleToZero(keep_warm_s=1))
+        Route(versions=(scoring,), contract=route(URL).contract, sleep=SleepRule(keep_warm_s=1))

@@ -20,7 +20,7 @@ from serving.gateway.envoy.bootstrap import BootstrapOptions
 from serving.gateway.gateway import Gateway
 from serving.gateway.keys import Keys
 from serving.gateway.metrics import Metrics
-from serving.gateway.route import Limits, SavedEndpoint, ScaleToZero, ServedVersion
+from serving.gateway.route import Limits, SavedEndpoint, ServedVersion, SleepRule
 from serving.gateway.scale_to_zero import ModelLifecycle
 from serving.gateway.store import Store
 from serving.gateway.upstreams import CheckedRequest, HttpClient, HttpResponse
@@ -29,7 +29,7 @@ from tests.eventually import eventually
 from tests.serving.gateway.conftest import Put
 from tests.serving.gateway.support import EndpointClient, V2Server, error, read_metrics, route, served
 
-RULE_SHORT = ScaleToZero(keep_warm_s=0.2)
+RULE_SHORT = SleepRule(keep_warm_s=0.2)
 
 
 @pytest.fixture
@@ -57,14 +57,14 @@ def test_models_are_unloaded_while_idle_and_a_request_loads_them_once(
 
 
 def test_a_model_that_is_loaded_already_is_not_loaded_again(put: Put, v2: V2Server) -> None:
-    assert 10 == put(route(v2.url, model="steady", sleep=ScaleToZero(keep_warm_s=60))).score()
+    assert 10 == put(route(v2.url, model="steady", sleep=SleepRule(keep_warm_s=60))).score()
     assert 0 == v2.seen("steady load")
 
 
 def test_no_request_is_lost_while_models_unload_and_load(
     put: Put, v2: V2Server, wait_until_unloaded: Callable[[EndpointClient], None]
 ) -> None:
-    endpoint = put(route(v2.url, ("1", 1), model="restless", sleep=ScaleToZero(keep_warm_s=0.05)))
+    endpoint = put(route(v2.url, ("1", 1), model="restless", sleep=SleepRule(keep_warm_s=0.05)))
     statuses = []
     for pause_s in (0.0, 1.0, 1.05, 0.0):
         time.sleep(pause_s)
@@ -75,7 +75,7 @@ def test_no_request_is_lost_while_models_unload_and_load(
 
 
 def test_a_request_waits_at_most_hold_s_max_and_the_load_goes_on(put: Put, v2: V2Server) -> None:
-    endpoint = put(route(v2.url, model="late", sleep=ScaleToZero(keep_warm_s=60, hold_s_max=0.1)))
+    endpoint = put(route(v2.url, model="late", sleep=SleepRule(keep_warm_s=60, hold_s_max=0.1)))
 
     assert (503, "The model must be loaded within 0.1 s, but is still loading. Try again later.") == error(
         endpoint.infer()
@@ -85,7 +85,7 @@ def test_a_request_waits_at_most_hold_s_max_and_the_load_goes_on(put: Put, v2: V
 
 
 def test_envoy_asks_once_for_a_load_however_long_that_takes(put: Put, v2: V2Server, gateway: GatewayServer) -> None:
-    assert 200 == put(route(v2.url, model="sluggish", sleep=ScaleToZero(keep_warm_s=60))).infer().status_code
+    assert 200 == put(route(v2.url, model="sluggish", sleep=SleepRule(keep_warm_s=60))).infer().status_code
     envoy = EnvoyAdmin(BootstrapOptions(folder=gateway.folder).admin_socket)
 
     assert [0] == [*envoy.read_statistics(r"^cluster\.control_plane\.upstream_rq_per_try_timeout$").values()]
@@ -93,7 +93,7 @@ def test_envoy_asks_once_for_a_load_however_long_that_takes(put: Put, v2: V2Serv
 
 def test_requests_that_wait_for_a_load_are_limited(put: Put, v2: V2Server) -> None:
     endpoint = put(
-        route(v2.url, model="popular", sleep=ScaleToZero(keep_warm_s=60), limits=Limits(in_flight_max=1, queue_max=1))
+        route(v2.url, model="popular", sleep=SleepRule(keep_warm_s=60), limits=Limits(in_flight_max=1, queue_max=1))
     )
     with ThreadPoolExecutor(6) as pool:
         statuses = sorted(answer.status_code for answer in pool.map(lambda _: endpoint.infer(), range(6)))
@@ -110,7 +110,7 @@ def test_a_model_that_does_not_load_is_503_with_the_reason(put: Put, v2: V2Serve
 
 
 def test_a_model_that_its_server_has_lost_is_loaded_again(put: Put, v2: V2Server) -> None:
-    endpoint = put(route(v2.url, model="lost", sleep=ScaleToZero(keep_warm_s=60)))
+    endpoint = put(route(v2.url, model="lost", sleep=SleepRule(keep_warm_s=60)))
     assert 10 == endpoint.score()
     httpx.post(f"{v2.url}/v2/repository/models/lost/unload")
 
@@ -118,7 +118,7 @@ def test_a_model_that_its_server_has_lost_is_loaded_again(put: Put, v2: V2Server
     assert 2 == v2.seen("lost load")
 
 
-RULE_LONG = ScaleToZero(keep_warm_s=1, hold_s_max=10)
+RULE_LONG = SleepRule(keep_warm_s=1, hold_s_max=10)
 VERSIONS = (served("http://127.0.0.1:9"),)
 
 
@@ -190,7 +190,7 @@ def test_an_unload_that_fails_each_time_is_logged_once(tmp_path: Path, caplog: p
         options = BootstrapOptions(folder=tmp_path)
         with Store(tmp_path) as store:
             async with Gateway(store, Keys(tmp_path, {}), options) as gateway, asyncio.timeout(60):
-                await gateway.put("unasked", route("http://127.0.0.1:9", sleep=ScaleToZero(keep_warm_s=0.01)))
+                await gateway.put("unasked", route("http://127.0.0.1:9", sleep=SleepRule(keep_warm_s=0.01)))
                 models = gateway.endpoint("unasked").models
                 for _ in range(3):
                     models.state = "awake"
@@ -231,7 +231,7 @@ class SlowServer(HttpClient):
         self.idle_while_asked: list[bool] = []
         self.endpoint = Endpoint(
             "slow",
-            SavedEndpoint(route=route("http://127.0.0.1:9", sleep=ScaleToZero(keep_warm_s=1))),
+            SavedEndpoint(route=route("http://127.0.0.1:9", sleep=SleepRule(keep_warm_s=1))),
             http=self,
             metrics=Metrics(),
             clock=lambda: self.now_s,

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from serving.errors import EndpointFailed
-from serving.gateway.route import Canary, CanaryTally, Rollout, SavedEndpoint
+from serving.gateway.route import CanaryTally, Rollout, SavedEndpoint, Trial
 from serving.gateway.store import Store
 from tests.serving.gateway.support import route
 
 SAVED = SavedEndpoint(
     route=route("http://127.0.0.1:9", ("1", 90), ("2", 10), rollout=Rollout(version="2", p99_ms_max=5)),
-    trial=Canary(began=datetime.now(UTC), tally=CanaryTally(requests=7, errors=1, slow=2)),
+    trial=Trial(began=datetime.now(UTC), tally=CanaryTally(requests=7, errors=1, slow=2)),
 )
 
 

@@ -16,7 +16,7 @@ import pytest
 from infra.local.gateway import GatewayServer
 from infra.local.triton import TritonServer
 from serving.gateway.client import GatewayClient
-from serving.gateway.route import Route, ScaleToZero, ServedVersion
+from serving.gateway.route import Route, ServedVersion, SleepRule
 from serving.model.batching import BatchingConfig
 from serving.model.registry import resolve_model
 from serving.model.release import Release
@@ -193,7 +193,7 @@ def test_triton_unloads_an_idle_model_and_a_request_loads_it(
 ) -> None:
     endpoint = put(
         deployed.route.model_copy(
-            update={"sleep": ScaleToZero(keep_warm_s=0.3, hold_s_max=120, grpc=deployed.server.grpc)}
+            update={"sleep": SleepRule(keep_warm_s=0.3, hold_s_max=120, grpc=deployed.server.grpc)}
         )
     )
     np.testing.assert_allclose(infer_scores(endpoint), deployed.scores.ravel(), atol=1e-6)
@@ -214,7 +214,7 @@ def test_a_request_in_the_middle_of_an_unload_waits_for_the_next_load(
 ) -> None:
     endpoint = put(
         deployed.route.model_copy(
-            update={"sleep": ScaleToZero(keep_warm_s=0.3, hold_s_max=120, grpc=deployed.server.grpc)}
+            update={"sleep": SleepRule(keep_warm_s=0.3, hold_s_max=120, grpc=deployed.server.grpc)}
         )
     )
     np.testing.assert_allclose(infer_scores(endpoint), deployed.scores.ravel(), atol=1e-6)
@@ -225,7 +225,7 @@ def test_a_request_in_the_middle_of_an_unload_waits_for_the_next_load(
 
 
 def test_the_gateway_loads_its_model_into_a_restarted_triton(put: Put, deployed: Deployed) -> None:
-    endpoint = put(deployed.route.model_copy(update={"sleep": ScaleToZero(keep_warm_s=600, hold_s_max=120)}))
+    endpoint = put(deployed.route.model_copy(update={"sleep": SleepRule(keep_warm_s=600, hold_s_max=120)}))
     np.testing.assert_allclose(infer_scores(endpoint), deployed.scores.ravel(), atol=1e-6)
     os.kill(deployed.server.process.pid, signal.SIGKILL)
     refused = endpoint.infer(ROWS)

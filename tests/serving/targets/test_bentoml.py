@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from serving.model.release import Release
-from serving.targets.bentoml import BentoML
+from serving.targets.bentoml import BentoMLTarget
 from tests.serving.targets.manifests import STABLE, closed
 
 TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
@@ -29,7 +29,7 @@ BENTOFILE = closed(
     },
     *("service", "name", "include", "python"),
 )
-ANY = BentoML(python=Path("python"))
+ANY = BentoMLTarget(python=Path("python"))
 
 
 def test_the_bentofile_names_the_service_and_what_it_needs(tmp_path: Path) -> None:

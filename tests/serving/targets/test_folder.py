@@ -20,7 +20,7 @@ from serving.model.contract import Contract
 from serving.model.pin import ModelPin
 from serving.model.release import Release
 from serving.targets import ReleaseFiles, Target
-from serving.targets.bentoml import BentoML
+from serving.targets.bentoml import BentoMLTarget
 from serving.targets.folder import (
     FolderHost,
     Status,
@@ -29,9 +29,9 @@ from serving.targets.folder import (
     resolve_interpreter,
     write_folder,
 )
-from serving.targets.kserve import KServe
-from serving.targets.ray_serve import RayServe
-from serving.targets.seldon import Seldon
+from serving.targets.kserve import KServeTarget
+from serving.targets.ray_serve import RayServeTarget
+from serving.targets.seldon import SeldonTarget
 from tests.eventually import eventually
 from tests.releases import release_of
 from tests.serving.toys import matrix
@@ -321,10 +321,10 @@ def test_an_interpreter_is_found_from_another_folder_or_the_error_says_how_it_is
 
 
 TARGETS: dict[str, Target] = {
-    "bentoml": BentoML(python=Path("python")),
-    "kserve": KServe(python=Path("python")),
-    "seldon": Seldon(python=Path("python")),
-    "ray-serve": RayServe(folder="/releases"),
+    "bentoml": BentoMLTarget(python=Path("python")),
+    "kserve": KServeTarget(python=Path("python")),
+    "seldon": SeldonTarget(python=Path("python")),
+    "ray-serve": RayServeTarget(folder="/releases"),
 }
 
 

@@ -23,10 +23,10 @@ from infra.local.process import ServerCommand, ServerProcess, base_environment, 
 from infra.local.process import send_request as ask_port
 from infra.worker import list_process_tree
 from serving.targets import Address, Target
-from serving.targets.bentoml import BentoML
+from serving.targets.bentoml import BentoMLTarget
 from serving.targets.folder import FolderHost, Status, write_folder
-from serving.targets.kserve import KServe
-from serving.targets.seldon import Seldon
+from serving.targets.kserve import KServeTarget
+from serving.targets.seldon import SeldonTarget
 from tasks.endpoint.load import run_closed_loop
 from tasks.endpoint.resolve import Sample
 from tests.eventually import eventually
@@ -51,9 +51,9 @@ from tests.support import register_network
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.machines]
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
-    "bentoml": lambda python: BentoML(python=python),
-    "kserve": lambda python: KServe(python=python),
-    "mlserver": lambda python: Seldon(python=python),
+    "bentoml": lambda python: BentoMLTarget(python=python),
+    "kserve": lambda python: KServeTarget(python=python),
+    "mlserver": lambda python: SeldonTarget(python=python),
 }
 # Of the two versions of one network on each server.
 BATCHINGS = {"bentoml": (BATCHING, BATCHING), "kserve": (None, None), "mlserver": (None, BATCHING)}
@@ -275,7 +275,7 @@ def test_one_that_is_removed_leaves_the_others_serving(serving: Serving) -> None
 
 
 def test_a_bento_is_built_from_the_folder_and_served(registry: Path, tmp_path: Path) -> None:
-    target, (served, _) = BentoML(python=python_or_skip("bentoml")), two_versions("bentoml")
+    target, (served, _) = BentoMLTarget(python=python_or_skip("bentoml")), two_versions("bentoml")
     folder = tmp_path / "release"
     write_folder(target.render(*served), folder)
     (port,) = free_ports(1)

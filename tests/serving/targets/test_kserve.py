@@ -11,13 +11,15 @@ import pytest
 import yaml
 
 from serving.model.release import Scaling
-from serving.targets.kserve import Canary, KServe, Resources
+from serving.targets.kserve import KServeCanary, KServeTarget, Resources
 from tests.serving.targets.manifests import NEW, STABLE, check
 
 
 def test_the_service_has_tritons_runtime_the_releases_files_its_replicas_and_no_batcher() -> None:
     release = STABLE.model_copy(update={"scaling": Scaling(replicas_min=0, replicas_max=4)})
-    target = KServe(python=Path("python"), storage_uri="s3://lake/endpoints", resources=Resources(cpu="2", gpus=1))
+    target = KServeTarget(
+        python=Path("python"), storage_uri="s3://lake/endpoints", resources=Resources(cpu="2", gpus=1)
+    )
     files = target.render(release, Path("model")).files
     predictor = check(yaml.safe_load(files["inferenceservice.yaml"]))["spec"]["predictor"]
 
@@ -29,8 +31,8 @@ def test_the_service_has_tritons_runtime_the_releases_files_its_replicas_and_no_
 
 
 def test_a_canary_is_named_in_the_list_of_newer_clusters() -> None:
-    target = KServe(python=Path("python"))
-    spec = check(target.render_inference_service(STABLE, Canary(release=NEW, percent=10)))["spec"]
+    target = KServeTarget(python=Path("python"))
+    spec = check(target.render_inference_service(STABLE, KServeCanary(release=NEW, percent=10)))["spec"]
 
     assert STABLE.version == spec["predictor"]["model"]["storageUri"].rsplit("/", 1)[1]
     assert [(10, f"v{NEW.version}")] == [(each["trafficPercent"], each["predictor"]["name"]) for each in spec["canary"]]
@@ -38,8 +40,8 @@ def test_a_canary_is_named_in_the_list_of_newer_clusters() -> None:
 
 
 def test_a_canary_is_the_next_revision_on_older_clusters() -> None:
-    target = KServe(python=Path("python"), canary_as="percent")
-    spec = check(target.render_inference_service(STABLE, Canary(release=NEW, percent=10)))["spec"]
+    target = KServeTarget(python=Path("python"), canary_as="percent")
+    spec = check(target.render_inference_service(STABLE, KServeCanary(release=NEW, percent=10)))["spec"]
 
     assert {"predictor"} == set(spec)
     assert 10 == spec["predictor"]["canaryTrafficPercent"]
@@ -48,7 +50,7 @@ def test_a_canary_is_the_next_revision_on_older_clusters() -> None:
 
 def test_a_canary_gets_a_share() -> None:
     with pytest.raises(ValueError, match="0 to 100 percent of the traffic, got 101"):
-        Canary(release=STABLE, percent=101)
+        KServeCanary(release=STABLE, percent=101)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,7 @@ def test_a_canary_gets_a_share() -> None:
     [("minReplicas", "minReplica"), ("storageUri", "storageURI"), ("modelFormat", "model_format"), ("cpu", "cpus")],
 )
 def test_a_typo_in_the_manifest_is_caught(right: str, wrong: str) -> None:
-    manifest = json.dumps(KServe(python=Path("python")).render_inference_service(STABLE))
+    manifest = json.dumps(KServeTarget(python=Path("python")).render_inference_service(STABLE))
     assert right in manifest
 
     with pytest.raises(jsonschema.ValidationError, match=re.escape(wrong)):
@@ -68,9 +70,9 @@ def test_a_canary_has_what_kserves_webhook_asks_for() -> None:
         release.version: release.model_copy(update={"scaling": Scaling(replicas_min=least, replicas_max=8)})
         for release, least in ((STABLE, 2), (NEW, 4))
     }
-    target = KServe(python=Path("python"))
+    target = KServeTarget(python=Path("python"))
     service = check(
-        target.render_inference_service(scaled[STABLE.version], Canary(release=scaled[NEW.version], percent=10))
+        target.render_inference_service(scaled[STABLE.version], KServeCanary(release=scaled[NEW.version], percent=10))
     )
     predictor = service["spec"]["canary"][0]["predictor"]
 

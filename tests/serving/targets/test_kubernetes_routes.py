@@ -18,18 +18,18 @@ from serving.gateway.route import (
     Limits,
     Rollout,
     Route,
-    ScaleToZero,
     ServedVersion,
     Shadow,
+    SleepRule,
     promote_canary,
     roll_back_canary,
 )
 from serving.model.release import Release, Scaling
-from serving.targets.bentoml import BentoML
-from serving.targets.kserve import KServe
+from serving.targets.bentoml import BentoMLTarget
+from serving.targets.kserve import KServeTarget
 from serving.targets.kubernetes_cluster import Cluster, ClusterTarget, Manifest, dump_manifests, place_versions
 from serving.targets.kubernetes_routes import format_duration, render_gateway_api, spread_weights
-from serving.targets.seldon import Seldon
+from serving.targets.seldon import SeldonTarget
 from tests.serving.targets.manifests import STABLE, check_all
 from tests.serving.toys import matrix
 
@@ -37,9 +37,9 @@ CLUSTER = Cluster(
     gateway="public", gateway_namespace="gateways", namespace="models", listener="http", grpc_listener="grpc"
 )
 TARGETS: dict[str, ClusterTarget] = {
-    "bentoml": BentoML(python=Path("python")),
-    "kserve": KServe(python=Path("python"), namespace="models"),
-    "seldon": Seldon(python=Path("python"), namespace="models"),
+    "bentoml": BentoMLTarget(python=Path("python")),
+    "kserve": KServeTarget(python=Path("python"), namespace="models"),
+    "seldon": SeldonTarget(python=Path("python"), namespace="models"),
 }
 
 
@@ -210,7 +210,7 @@ def test_grpc_callers_name_the_endpoint_by_metadata() -> None:
     assert "10s" == policy["timeout"]["http"]["requestTimeout"]
 
 
-ASLEEP = route(served("1", 1), sleep=ScaleToZero(keep_warm_s=60))
+ASLEEP = route(served("1", 1), sleep=SleepRule(keep_warm_s=60))
 MLFLOW = route(served("1", 1, speaks="mlflow-tensors"))
 TWO_PATHS = route(served("1", 1, upstream_version="1"), served("2", 1, upstream_version="2"))
 ANSWERING_SHADOW = route(served("1", 1), served("2", 1), shadow=Shadow(version="2"))

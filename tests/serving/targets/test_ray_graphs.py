@@ -21,7 +21,7 @@ from serving.model.graph import Graph
 from serving.model.pin import digest_folder
 from serving.model.release import Release, Scaling
 from serving.targets import Address
-from serving.targets.ray_serve import RayServe, RayServeHost, make_application_name
+from serving.targets.ray_serve import RayServeHost, RayServeTarget, make_application_name
 from tasks.endpoint.deploy import make_release_to_remove
 from tests.eventually import eventually
 from tests.graphs import PutGraph, graph_of, raw_rows, register_chain
@@ -32,7 +32,7 @@ from tests.support import register_network
 
 pytest.importorskip("ray", reason="Ray is an extra: pip install 'overnight[ray]'")
 
-TARGET = RayServe(folder="/releases", image="registry.example/overnight:1")
+TARGET = RayServeTarget(folder="/releases", image="registry.example/overnight:1")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Generator[RayServeHost]:
             dashboard_url=cluster.dashboard_url,
             serve_url=cluster.serve_url,
             folder=folder,
-            target=RayServe(folder=str(folder), keep_warm_seconds=3),
+            target=RayServeTarget(folder=str(folder), keep_warm_seconds=3),
             token=cluster.token,
             ready_seconds_max=600.0,
         )

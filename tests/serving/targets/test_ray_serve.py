@@ -16,12 +16,12 @@ from jsonschema import Draft202012Validator, ValidationError
 from serving.model.batching import BatchingConfig
 from serving.model.pin import ModelPin
 from serving.model.release import Release, Scaling
-from serving.targets.ray_serve import RayServe, RayServeHost, make_folder_name
+from serving.targets.ray_serve import RayServeHost, RayServeTarget, make_folder_name
 from tests.releases import Put, release_of
 from tests.servers import serve_http
 from tests.serving.toys import matrix
 
-TARGET = RayServe(folder="/releases", image="registry.example/overnight:1", keep_warm_seconds=40)
+TARGET = RayServeTarget(folder="/releases", image="registry.example/overnight:1", keep_warm_seconds=40)
 
 
 def closed(properties: dict[str, Any], *optional: str) -> dict[str, Any]:
@@ -264,7 +264,7 @@ def test_a_proxy_of_the_environment_never_sees_the_token(
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
-    target = RayServe(folder=str(tmp_path))
+    target = RayServeTarget(folder=str(tmp_path))
     host = RayServeHost(dashboard_url=dashboard, serve_url=dashboard, folder=tmp_path, target=target, token="0" * 64)
     pin = ModelPin(name="toy", version="1", model_id=None, source="", digest="")
 

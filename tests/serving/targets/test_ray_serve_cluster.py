@@ -23,7 +23,7 @@ from serving.model.batching import BatchingConfig
 from serving.model.pin import digest_folder
 from serving.model.release import Release, Scaling
 from serving.targets import Address
-from serving.targets.ray_serve import RayServe, RayServeHost, make_application_name
+from serving.targets.ray_serve import RayServeHost, RayServeTarget, make_application_name
 from tests.eventually import eventually
 from tests.ray_cluster import RayCluster, ray_cluster
 from tests.releases import TOLERANCE, Put, document, infer, model_url, release_of, rows
@@ -52,7 +52,7 @@ def host(cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> RaySe
         dashboard_url=cluster.dashboard_url,
         serve_url=cluster.serve_url,
         folder=folder,
-        target=RayServe(folder=str(folder), keep_warm_seconds=3),
+        target=RayServeTarget(folder=str(folder), keep_warm_seconds=3),
         token=cluster.token,
         ready_seconds_max=_START_S_MAX,
     )

@@ -18,7 +18,7 @@ from serving.model.batching import BatchingConfig
 from serving.model.contract import Contract, Input, Output
 from serving.model.graph import Combine, Graph
 from serving.model.release import Scaling
-from serving.targets.seldon import Seldon, make_mean_settings, make_model_settings
+from serving.targets.seldon import SeldonTarget, make_mean_settings, make_model_settings
 from tests.servers import python_or_skip
 from tests.serving.targets.manifests import KUBERNETES_NAME, NEW, QUANTITY, STABLE, closed
 from tests.serving.toys import column
@@ -97,7 +97,7 @@ PIPELINE = manifest_of(
         "steps",
     ),
 )
-SELDON = Seldon(python=Path("python"), storage_uri="s3://lake/endpoints")
+SELDON = SeldonTarget(python=Path("python"), storage_uri="s3://lake/endpoints")
 
 
 def test_the_model_has_the_releases_files_and_its_replicas() -> None:

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from serving.errors import BadInput
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import (
-    Canary,
     CanaryTally,
     EndpointState,
     Rollout,
     Route,
-    ScaleToZero,
     Shadow,
+    SleepRule,
+    Trial,
     Verdict,
     promote_canary,
 )
@@ -64,7 +64,7 @@ CANARY = {"kind": "canary", "percent": 20, "requests_min": 7}
 SHADOW = {"kind": "shadow"}
 
 
-def roll_out(given: EndpointSpec, current: Route | None, sleep: ScaleToZero | None = None) -> Route:
+def roll_out(given: EndpointSpec, current: Route | None, sleep: SleepRule | None = None) -> Route:
     return make_route(given, current, matrix(4), ADDRESS, "2", sleep)
 
 
@@ -112,7 +112,7 @@ class PromotingGateway(GatewayClient):
         now = datetime.now(UTC)
         if self.asked == 1:
             return self._describe(
-                trial=Canary(began=now - timedelta(seconds=30), tally=CanaryTally(requests=4, errors=1))
+                trial=Trial(began=now - timedelta(seconds=30), tally=CanaryTally(requests=4, errors=1))
             )
         self.route = promote_canary(self.route)
         tally = CanaryTally(requests=7)
@@ -181,7 +181,7 @@ def test_a_shadow_that_gets_traffic_is_one_no_more() -> None:
 
 
 def test_keys_go_by_name_and_the_sleep_by_seconds() -> None:
-    found = roll_out(spec(access={"environment": ["A_KEY"], "secrets": ["b-key"]}), None, ScaleToZero(keep_warm_s=60))
+    found = roll_out(spec(access={"environment": ["A_KEY"], "secrets": ["b-key"]}), None, SleepRule(keep_warm_s=60))
 
     assert ("A_KEY", "b-key") == found.keys
     assert found.sleep is not None
@@ -235,9 +235,9 @@ def test_a_canary_that_a_killed_run_left_is_dropped_for_its_own_version_alone() 
 
 @pytest.mark.parametrize(("keep_warm_s", "meanwhile"), [(1, 3600), (7200, 7200)])
 def test_models_are_not_unloaded_while_a_version_is_deployed(keep_warm_s: float, meanwhile: float) -> None:
-    sleeping = route(served("1", 1), sleep=ScaleToZero(keep_warm_s=keep_warm_s, grpc="127.0.0.1:8001"))
+    sleeping = route(served("1", 1), sleep=SleepRule(keep_warm_s=keep_warm_s, grpc="127.0.0.1:8001"))
 
-    assert ScaleToZero(keep_warm_s=meanwhile, grpc="127.0.0.1:8001") == keep_awake(sleeping).sleep
+    assert SleepRule(keep_warm_s=meanwhile, grpc="127.0.0.1:8001") == keep_awake(sleeping).sleep
     assert route(served("1", 1)) == keep_awake(route(served("1", 1)))
 
 
