@@ -148,7 +148,7 @@ def test_versions_whose_commits_are_in_a_checkpoint_alone_are_no_versions_of_a_t
     vacuumed = TableVersion(timestamp=dt.datetime.fromtimestamp(4_001, dt.UTC))
 
     assert [4] == ids(pin_source(str(tmp_path), ELSEWHERE, None, newest))
-    with pytest.raises(BadInput, match="must (still have a version of|say when they were made)"):
+    with pytest.raises(BadInput, match=r"must (still have a version of|say when they were made)"):
         pin_source(str(tmp_path), ELSEWHERE, None, of_checkpoint)
     with pytest.raises(BadInput if silent else SourceChanged, match="version 3"):
         pin_source(str(tmp_path), ELSEWHERE, None, vacuumed)
