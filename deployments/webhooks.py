@@ -33,6 +33,7 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
+from flows.runtime.parameters import refuse_secrets
 from serving.errors import BadInput, BadRequest, Unanswered
 from serving.extras import import_extra
 from serving.gateway.request_body import BodyMemory, read_body
@@ -241,9 +242,9 @@ def _fill_in(value: Any, alias: _Alias | None) -> Any:
 
 
 def read_config(path: Path) -> WebhookConfig:
-    """Read a config from a YAML or JSON file. Raises BadInput."""
+    """Read a config from a YAML or JSON file. Raises BadInput, also where a run would get a secret as a parameter."""
     try:
-        return WebhookConfig.model_validate(yaml.safe_load(path.read_text()))
+        config = WebhookConfig.model_validate(yaml.safe_load(path.read_text()))
     except (OSError, yaml.YAMLError, ValidationError) as error:
         found = " ".join(str(error).split())[:400]
         message = (
@@ -251,6 +252,9 @@ def read_config(path: Path) -> WebhookConfig:
             "champion, deployment: batch-inference/adhoc}]"
         )
         raise BadInput(message) from None
+    # Prefect would keep it before the flow can refuse it.
+    refuse_secrets({"triggers": config.triggers})
+    return config
 
 
 def read_secret(environment: Mapping[str, str] = os.environ) -> str:

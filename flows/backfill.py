@@ -41,6 +41,7 @@ from tasks.batch.challengers import list_columns_beside, pin_challengers, resolv
 from tasks.batch.options import BatchOptions
 from tasks.batch.ownership import Owner, Ownership, find_owner, name_machine, own_destination
 from tasks.common.artifacts import Logger, server_may_fail
+from tasks.common.blocks import keep_own_variables
 from tasks.common.names import name_batch_run
 from tasks.common.prefect_server import require_prefect_server
 from tasks.spot import work_pools
@@ -85,7 +86,22 @@ def backfill_inference(
     """
     if backfilling.deployment is not None:
         require_prefect_server("A backfill by a deployment")
-    logger, to, this = find_logger(), str(destination), flow_run_id()
+    logger = find_logger()
+    with keep_own_variables(logger):
+        return _backfill(model, source, destination, pieces, backfilling, options, logger)
+
+
+def _backfill(
+    model: str,
+    source: Address,
+    destination: Address,
+    pieces: Pieces,
+    backfilling: BackfillOptions,
+    options: BatchOptions,
+    logger: Logger,
+) -> BackfillReport:
+    """Score what is left of the pieces, as backfill_inference says."""
+    to, this = str(destination), flow_run_id()
     check_workers(str(source), to, _DEFAULTS)
     storage = open_storage(to)
     earlier = find_owner(storage, _PURPOSE)

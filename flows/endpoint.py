@@ -16,6 +16,7 @@ from serving.gateway.client import GatewayClient
 from serving.gateway.route import Route
 from serving.model.batching import BatchingConfig
 from serving.targets import Address
+from tasks.common.blocks import keep_own_variables
 from tasks.endpoint.batching import BatchingChoice, resolve_batching, save_settings
 from tasks.endpoint.budget import BudgetCheck, check_budget, explain_broken_budget
 from tasks.endpoint.change import Change, find_serving_address, make_chosen_release, plan_change, remove_endpoint
@@ -56,7 +57,8 @@ def online_endpoint(spec: EndpointSpec) -> Endpoint:
         # Raises where a package of the target is missing, before anything is measured.
         (make_graph_host if spec.graph_steps else make_host)(spec.target)
         keys = read_keys(spec.access)
-        loaded = timer.run("resolve", lambda: load_endpoint(spec))
+        with keep_own_variables(logger):
+            loaded = timer.run("resolve", lambda: load_endpoint(spec))
         standing = _find_route(gateway, spec)
         current_route = find_route_to_restore(standing, loaded.version)
         validate_rollout(spec, current_route, loaded.contract, loaded.version)

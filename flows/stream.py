@@ -10,6 +10,7 @@ from flows.runtime.stream_run import StreamRun, handle_early_sigterm
 from serving.extras import import_extra
 from serving.model.loading import load_model
 from serving.model.registry import resolve_model
+from tasks.common.blocks import keep_own_variables
 from tasks.common.names import describe_model, find_last_folder, shorten_name
 from tasks.spot.notice_poller import poll_notices
 from tasks.stream.decode import Decoder
@@ -51,11 +52,12 @@ def stream_inference(model: str, source: AnySource, sink: AnySink, options: Stre
     """
     logger = find_logger()
     opening = import_extra("tasks.stream.opener", "stream")
-    resolved = resolve_model(model)
-    rename_flow_run(_name_run(resolved.pin.uri, source, sink), _name_run(model, source, sink), logger)
-    contract = resolved.contract(options.input_columns, options.policies, options.params)
-    opening.check_column_names(contract, options.key_columns, parts=sink.kind == "parts")
-    loaded = load_model(resolved, contract, allow_pickle=options.allow_pickle)
+    with keep_own_variables(logger):
+        resolved = resolve_model(model)
+        rename_flow_run(_name_run(resolved.pin.uri, source, sink), _name_run(model, source, sink), logger)
+        contract = resolved.contract(options.input_columns, options.policies, options.params)
+        opening.check_column_names(contract, options.key_columns, parts=sink.kind == "parts")
+        loaded = load_model(resolved, contract, allow_pickle=options.allow_pickle)
     decoder = Decoder(contract, options.key_columns, fix_key_types=sink.kind == "parts")
     run = StreamRun(resolved=resolved, model=loaded, decoder=decoder, options=options)
     opener = opening.ConnectionOpener(

@@ -68,9 +68,9 @@ def refuse_secrets(parameters: Mapping[Any, Any]) -> None:
 
 
 def _is_secret_param(name: str) -> bool:
-    """Return whether a name is that of a secret among the parameters of a model: options.params.api_key."""
+    """Return whether a name is that of a secret among the parameters of a model, or deeper: options.params.api_key."""
     place, _, last = name.rpartition(".")
-    return place.rpartition(".")[2] == "params" and names_secret(last)
+    return "params" in place.split(".") and names_secret(last)
 
 
 def bind_parameters(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

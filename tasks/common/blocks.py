@@ -5,7 +5,8 @@ environment while it runs, as a person would export them: every library that rea
 credentials are in the block alone, encrypted by Prefect, and never among the parameters of a flow run.
 
 A process has one environment. Calls of one process that want other variables than the calls that run wait for their
-end, and so do calls without a block, which would read a block's registry in place of their own.
+end, and so do calls without a block, which would read a block's registry in place of their own. Backfills do, and
+streams and endpoints while they load their model.
 """
 
 from __future__ import annotations
@@ -161,6 +162,16 @@ def open_addresses(model: str, source: str | tuple[str, ...], destination: str, 
         destination = _join(to.address, below)
     with _PROCESS.share(variables, logger):
         yield Addresses(model=model, source=source, destination=destination)
+
+
+@contextmanager
+def keep_own_variables(logger: Logger) -> Generator[None]:
+    """Have the environment of this process without variables of blocks while the block runs.
+
+    Waits for the calls of this process that have some there, which wait for the block in turn.
+    """
+    with _PROCESS.share({}, logger):
+        yield
 
 
 def _split(address: str) -> tuple[str, str]:

@@ -240,6 +240,10 @@ def test_a_config_says_what_is_wrong_with_it(tmp_path: Path) -> None:
     file.write_text("triggers: [{model: churn, alias: champion, deployment: batch-inference/adhoc, " + pinned + "}]")
     with pytest.raises(BadInput, match=r"must name the model by its alias.*models:/\{name\}@\{alias\}"):
         read_config(file)
+    refused = "parameters: {options: {params: {api_key: hunter2}}}"
+    file.write_text("triggers: [{model: churn, alias: champion, deployment: batch-inference/adhoc, " + refused + "}]")
+    with pytest.raises(BadInput, match=r"triggers\.0\.parameters\.options\.params\.api_key must hold no password"):
+        read_config(file)
     file.write_text("triggers: [{model: churn, alias: champion, deployment: batch-inference/adhoc}]")
 
     assert "champion" == read_config(file).triggers[0].alias

@@ -93,6 +93,14 @@ def test_a_parameter_of_the_model_that_is_named_as_a_secret_is_refused(name: str
     assert "hunter2" not in str(refused.value)
 
 
+def test_a_parameter_that_is_named_as_a_secret_within_another_one_is_refused() -> None:
+    nested = {"headers": [{"name": "x", "api_key": "hunter2"}]}
+    with pytest.raises(SecretExposed, match=r"options\.params\.headers\.0\.api_key must hold no password") as refused:
+        refuse_secrets({"options": {"params": nested}})
+
+    assert "hunter2" not in str(refused.value)
+
+
 def test_other_parameters_of_the_model_are_taken() -> None:
     refuse_secrets(
         {"options": {"params": {"max_tokens": 64, "pad_token": "[PAD]", "token": None, "key": "id", "secrets": 3}}}

@@ -226,6 +226,21 @@ class ActorLock:
         self._is_held = False
 
 
+class ActorCondition(ActorLock):
+    """A condition that actors of several processes wait for, by the scheduler."""
+
+    def wait_for(self, predicate: Callable[[], bool]) -> None:
+        """Wait until something holds; others have the lock meanwhile."""
+        while not predicate():
+            self._scheduler.tell("waits for a condition")
+            self.__exit__()
+            self._scheduler.sleep(_LOCK_SECONDS)
+            self.__enter__()
+
+    def notify_all(self) -> None:
+        """Nothing to do: those who wait look again."""
+
+
 class ActorExecutor(Executor):
     """An executor that runs what is submitted as an actor of the process that submits it, one after the other."""
 

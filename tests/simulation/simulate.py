@@ -267,6 +267,20 @@ def _make_backfill(chance: random.Random, scratch: Path, _seed: int) -> _World:
     )
 
 
+def _make_settings(chance: random.Random, scratch: Path, _seed: int) -> _World:
+    # A process that has no such world does not import MLflow, which takes a second.
+    from tests.simulation.settings import SettingsWorld
+
+    destinations = [f"{DESTINATION}-{at}" for at in range(chance.randint(2, 4))]
+    scheduler, storages = _make_storages(chance, scratch, inputs=[SOURCE], destinations=destinations, late=destinations)
+    return SettingsWorld(
+        scheduler=scheduler,
+        chance=chance,
+        source=Source(storages[SOURCE], chance, "parquet", lambda _ids: {}),
+        destinations={url: storages[url] for url in destinations},
+    )
+
+
 def _make_storages(
     chance: random.Random,
     scratch: Path,
@@ -309,4 +323,5 @@ _MORE_WORLDS: dict[str, Callable[[random.Random, Path, int], _World]] = {
     "iceberg": _make_iceberg,
     "webhooks": _make_webhooks,
     "backfill": _make_backfill,
+    "settings": _make_settings,
 }

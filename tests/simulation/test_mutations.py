@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from deployments import webhooks
+from serving.machine import set_variable
 from serving.model import forward
 from tasks.batch import (
     backfill,
@@ -30,10 +32,12 @@ from tasks.batch import (
 )
 from tasks.batch.chunk_scheduler import ChunkScheduler
 from tasks.batch.column_statistics import add_tables
+from tasks.common import blocks
 from tasks.storage import base, open_storage
 from tasks.stream.table_commits import TableCommits
 from tests.simulation import backfills as _backfills  # noqa: F401 - imported while a defect is put back, it would keep it
 from tests.simulation import iceberg as _iceberg  # noqa: F401 - the same
+from tests.simulation import settings as _settings  # noqa: F401 - the same
 from tests.simulation import simulate as simulation
 from tests.simulation import webhooks as _webhooks  # noqa: F401 - the same
 from tests.simulation.simulate import simulate
@@ -231,6 +235,18 @@ def score_the_version_of_an_event(patch: pytest.MonkeyPatch) -> None:
     put_back(patch, fill, fill_in)
 
 
+def set_the_variables_of_every_call_at_once(patch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def set_variables(_self: object, variables: Mapping[str, str], _logger: object) -> Generator[None]:
+        with ExitStack() as stack:
+            for name, value in variables.items():
+                is_registry = name == "MLFLOW_TRACKING_URI"
+                stack.enter_context(blocks._use_registry(value) if is_registry else set_variable(name, value))
+            yield
+
+    patch.setattr(blocks._ProcessVariables, "share", set_variables)
+
+
 def pass_over_what_any_version_has_scored(patch: pytest.MonkeyPatch) -> None:
     def find_any(piece: backfill.Piece, *_given: Any) -> manifest.Manifest | None:
         return manifest.find_newest_run(open_storage(piece.destination))
@@ -260,6 +276,7 @@ def trust_in_written_lists(patch: pytest.MonkeyPatch) -> None:
         pytest.param(order_runs_by_destination, 103, "went back", id="each destination orders its own runs"),
         pytest.param(remember_deliveries_first, 277, "there is no run", id="a delivery is remembered first"),
         pytest.param(score_the_version_of_an_event, 277, "the alias names", id="an event's own version is scored"),
+        pytest.param(set_the_variables_of_every_call_at_once, 21, "not its own", id="calls at once share variables"),
         pytest.param(pass_over_what_any_version_has_scored, 137, "backfill", id="a backfill asks for no version"),
         pytest.param(list_reused_parts_once, 1444, "no end", id="a part of an earlier run is lost in a pass"),
         pytest.param(clean_reused_parts, 187, "which run", id="a cleaning takes what an unfinished run has"),

@@ -119,11 +119,46 @@ def test_a_commit_that_says_no_time_makes_no_other_version_that_of_a_time(
             assert list(range(at + 1)) == ids(pin_source(str(tmp_path), ELSEWHERE, None, version))
 
 
-def rewrite_commit(table: Path, version: int, milliseconds: int | None) -> None:
+def test_a_time_within_a_commit_goes_before_the_time_that_its_writer_says(tmp_path: Path) -> None:
+    for at in range(3):
+        write(str(tmp_path), numbers(at, at + 1))
+        # The clock of the writer goes backwards.
+        rewrite_commit(tmp_path, at, 9_000 - at, inCommitTimestamp=1_000_000 * (at + 1))
+    for at in range(3):
+        version = TableVersion(timestamp=dt.datetime.fromtimestamp(1_000 * (at + 1) + 1, dt.UTC))
+
+        assert list(range(at + 1)) == ids(pin_source(str(tmp_path), ELSEWHERE, None, version))
+
+
+@pytest.mark.parametrize("silent", [None, 3])
+def test_versions_whose_commits_are_in_a_checkpoint_alone_are_no_versions_of_a_time(
+    tmp_path: Path, silent: int | None
+) -> None:
+    """After a clean-up the log has a checkpoint of version 2, and the commits since; a vacuum takes replaced files."""
+    for at in range(5):
+        write(str(tmp_path), numbers(at, at + 1), "overwrite")
+        rewrite_commit(tmp_path, at, None if at == silent else 1_000_000 * (at + 1))
+        if at == 2:
+            DeltaTable(str(tmp_path)).create_checkpoint()
+    for at in range(3):
+        (tmp_path / "_delta_log" / f"{at:020}.json").unlink()
+    DeltaTable(str(tmp_path)).vacuum(0, dry_run=False, enforce_retention_duration=False)
+    newest = TableVersion(timestamp=dt.datetime.fromtimestamp(5_001, dt.UTC))
+    of_checkpoint = TableVersion(timestamp=dt.datetime.fromtimestamp(3_001, dt.UTC))
+    vacuumed = TableVersion(timestamp=dt.datetime.fromtimestamp(4_001, dt.UTC))
+
+    assert [4] == ids(pin_source(str(tmp_path), ELSEWHERE, None, newest))
+    with pytest.raises(BadInput, match=r"must (still have a version of|say when they were made)"):
+        pin_source(str(tmp_path), ELSEWHERE, None, of_checkpoint)
+    with pytest.raises(BadInput if silent else SourceChanged, match="version 3"):
+        pin_source(str(tmp_path), ELSEWHERE, None, vacuumed)
+
+
+def rewrite_commit(table: Path, version: int, milliseconds: int | None, **more: int) -> None:
     """Have a commit say when it was made, or nothing of itself, as the protocol of Delta allows."""
     path = table / "_delta_log" / f"{version:020}.json"
     actions = [each for each in map(json.loads, path.read_text().splitlines()) if "commitInfo" not in each]
-    info = [] if milliseconds is None else [{"commitInfo": {"timestamp": milliseconds}}]
+    info = [] if milliseconds is None else [{"commitInfo": {"timestamp": milliseconds, **more}}]
     path.write_text("".join(f"{json.dumps(each)}\n" for each in [*info, *actions]))
 
 
