@@ -18,11 +18,12 @@ def eventually(
     *,
     process: subprocess.Popen[Any] | None = None,
     seconds: float | None = None,
+    pause_max: float = 0.1,
 ) -> Seen:
     """Look until what is seen holds, and return it; fail with what was seen last.
 
     It has a minute, and four where a process has to start and bring it about, whose end is a failure at once. Only
-    whole runs on machines and clusters that start need other seconds.
+    whole runs on machines and clusters that start need other seconds, and longer pauses where a look costs a server.
     """
     limit = seconds or (60.0 if process is None else PROCESS_SECONDS)
     until, pause = time.monotonic() + limit, 0.005
@@ -34,4 +35,4 @@ def eventually(
         assert not has_ended, f"the process ended before it held; last seen: {seen!r}"
         assert not is_late, f"it did not hold within {limit:g} s; last seen: {seen!r}"
         time.sleep(pause)
-        pause = min(2 * pause, 0.1)
+        pause = min(2 * pause, pause_max)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -45,9 +46,8 @@ def read(flow_run: UUID) -> FlowRun:
 def wait_for(flow_run: UUID, *names: str) -> FlowRun:
     """Wait until a flow run is in a state of one of these names."""
     with get_client(sync_client=True) as client:
-        return eventually(
-            lambda: client.read_flow_run(flow_run), lambda run: state_of(run) in names, seconds=SECONDS_MAX
-        )
+        look = partial(client.read_flow_run, flow_run)
+        return eventually(look, lambda run: state_of(run) in names, seconds=SECONDS_MAX, pause_max=0.5)
 
 
 def machine_of(flow_run: UUID) -> str:

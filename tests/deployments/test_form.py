@@ -61,7 +61,7 @@ def test_a_run_is_started_from_the_form_which_describes_every_field_and_shows_it
     page: Page,
     deployed: PrefectServer,
     two_workers: list[PrefectWorker],
-    linear: str,
+    doubling: str,
     customers: Path,
     tmp_path: Path,
 ) -> None:
@@ -78,7 +78,7 @@ def test_a_run_is_started_from_the_form_which_describes_every_field_and_shows_it
     assert [] == undescribed
 
     page.locator("input[name=name]").fill("from-the-form")
-    page.get_by_label("model", exact=True).fill(linear)
+    page.get_by_label("model", exact=True).fill(doubling)
     page.get_by_label("source", exact=True).fill(str(customers))
     page.get_by_label("destination", exact=True).fill(str(tmp_path / "scores"))
     keys = "//*[contains(text(), 'Key Columns')]"

@@ -13,6 +13,7 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.responses import SetStateStatus
 
+from flows.batch import batch_inference
 from infra.local.prefect_server import PrefectServer
 from tasks.batch.gate_records import Approval, approve_run
 from tasks.batch.gate_rules import Gate
@@ -61,8 +62,6 @@ class Asked:
 
 
 def make_moved(model: str, folder: Path) -> Moved:
-    from flows.batch import batch_inference
-
     batch_inference(model, str(write_moved(folder / "in", 0.0)), str(folder / "scores"), OPTIONS)
     return Moved(model=model, source=write_moved(folder / "in", 5.0), destination=folder / "scores")
 
@@ -125,8 +124,7 @@ def test_it_fails_where_nobody_answers_in_time_and_the_refusal_stays(deployed: P
     assert failed.state is not None
     assert ("Failed", "The flow was paused and never resumed.") == (failed.state.name, failed.state.message)
     approve_run(open_storage(str(moved.destination)), moved.refused)
-    again = moved.start(ASKS)
-    assert "Completed" == state_of(wait_for(again, "Suspended", "Failed", "Crashed", "Completed"))
+    assert moved.refused == batch_inference(moved.model, str(moved.source), str(moved.destination), OPTIONS).run
 
 
 def test_it_is_suspended_for_as_long_as_nobody_answers_and_published_once_it_is_approved(

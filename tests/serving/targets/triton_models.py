@@ -1,4 +1,4 @@
-"""What the tests put on Triton: releases, requests that never rest, and what models themselves answer."""
+"""What the tests put on Triton: releases, steady requests, and what models themselves answer."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def random_rows(rows: int, features: int = 3) -> dict[str, Any]:
 
 
 class SteadyLoad:
-    """Requests that never rest, from several threads; a context manager that ends them.
+    """Some hundred requests a second, from several threads; a context manager that ends them.
 
     `lost` is every answer but 200, and `answered` how many were that.
     """
@@ -99,7 +99,7 @@ class SteadyLoad:
 
     def _ask(self) -> None:
         with httpx.Client(timeout=_TIMEOUT_S) as client:
-            while not self._end.is_set():
+            while not self._end.wait(0.02):
                 try:
                     answer = client.post(self._url, content=self._body.content, headers=self._body.headers)
                     lost = None if answer.status_code == 200 else answer.text
