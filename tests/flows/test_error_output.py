@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from flows.runtime.error_output import log_errors_shortly
+from flows.runtime.error_output import log_errors_shortly_meanwhile
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from flows.runtime.error_output import log_errors_shortly
 )
 def test_a_run_whose_process_is_ended_from_outside_is_not_called_finished(said: str, shown: str) -> None:
     record = logging.LogRecord("prefect.flow_runs", logging.ERROR, __file__, 0, said, (), None)
-    with log_errors_shortly():
+    with log_errors_shortly_meanwhile():
         assert logging.getLogger("prefect.flow_runs").filter(record)
 
     assert record.getMessage().startswith(shown)
