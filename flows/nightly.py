@@ -74,7 +74,7 @@ def nightly_inference(
     Args:
         model: models:/NAME@ALIAS or models:/NAME/VERSION, resolved once.
         source: Parquet, as batch_inference takes it.
-        destination: As batch_inference takes it.
+        destination: A folder or prefix outside the source.
         deadline: A time of day in UTC (06:00), or a date and time with its zone.
         buying: The two deployments that the run may go to, their prices, and what is known of their speed.
         options: Those of batch_inference; `workers` is the most machines that the run may use at a time.

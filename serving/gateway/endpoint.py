@@ -78,16 +78,16 @@ class Endpoint:
 
     def put(self, route: Route) -> None:
         """Take another route; a canary whose rule stays the same keeps its tally."""
-        rule, canary = route.rollout, self.saved.trial
+        rule, trial = route.rollout, self.saved.trial
         if rule is None:
-            canary = None
-        elif canary is None or rule != self.route.rollout:
-            canary = Trial(began=datetime.now(UTC))
+            trial = None
+        elif trial is None or rule != self.route.rollout:
+            trial = Trial(began=datetime.now(UTC))
         if route.versions != self.route.versions:
             # A version that is new to the route may not be loaded.
             self.models.mark_lost()
         self._last_request_s = self._clock()
-        self._apply(SavedEndpoint(route=route, trial=canary, verdict=self.saved.verdict if rule is None else None))
+        self._apply(SavedEndpoint(route=route, trial=trial, verdict=self.saved.verdict if rule is None else None))
 
     def restore(self, saved: SavedEndpoint) -> None:
         """Go back to an earlier route and canary."""

@@ -21,7 +21,6 @@ from tasks.batch.source import pin_source
 from tasks.storage import open_storage
 
 _COLUMNS_SHOWN = 20
-_BLOCK = "block:"
 
 
 def pin_features(options: BatchOptions, destination: str, contract: Contract) -> tuple[Snapshot, ...]:
@@ -34,9 +33,6 @@ def pin_features(options: BatchOptions, destination: str, contract: Contract) ->
 
 def _pin_table(table: FeatureTable, destination: str, contract: Contract) -> Snapshot:
     with _name_table(table):
-        if table.source.startswith(_BLOCK):
-            message = f"It must be given by its address, since blocks are for sources alone, got {table.source}."
-            raise BadInput(message)
         wanted = [*table.join_keys, table.time, *_list_wanted(table, contract)]
         snapshot = pin_source(table.source, destination, wanted)
         if snapshot.format != "parquet":

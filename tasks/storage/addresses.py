@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 from pydantic import BeforeValidator, WithJsonSchema
 
 from serving.errors import BadInput
+from tasks.common.names import BLOCK
 from tasks.storage.azure import AzureStorage, azure_options
 from tasks.storage.base import Entry, Storage
 from tasks.storage.gcs import GcsStorage, gcs_options
@@ -61,11 +62,19 @@ def open_storage(url: str) -> Storage:
     Endpoints and credentials come from the environment and from what each cloud's own tools look at; see the modules.
 
     Raises:
-        BadInput: Any other scheme that is not registered, control characters, credentials in the address.
+        BadInput: Any other scheme that is not registered, the name of a block, control characters, credentials in the
+            address.
         StorageDenied: There are no credentials.
     """
     if _CONTROL.search(unquote(url) if url.startswith("file:") else url):
         message = f"An address must hold no control characters, such as tabs and newlines, got {url!r}. Rename it."
+        raise BadInput(message)
+    if url.startswith(BLOCK):
+        message = (
+            f"An address must be of files, since batch_inference alone takes blocks, as its model, source and "
+            f"destination; got {url}. Give the block's address, and its credentials in the environment. "
+            f"A folder of that name is ./{url}."
+        )
         raise BadInput(message)
     _must_hold_no_credentials(url)
     scheme, separator, _ = url.partition("://")

@@ -29,7 +29,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Completed, Failed, Running
 
 from infra.local.prefect_server import PrefectServer
-from serving.errors import AlreadyRunning, BackfillFailed, DeploymentMissing
+from serving.errors import AlreadyRunning, BackfillFailed, BadInput, DeploymentMissing
 from tasks.batch.backfill import BackfillOptions, BackfillReport, Partitions, Piece, TableVersions, open_backfill
 from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
@@ -115,6 +115,16 @@ def test_what_is_complete_is_passed_over_and_what_has_changed_is_scored(
     assert 333 == open_predictions(f"{tmp_path}/out/date=2026-11-02").collect().height
     assert {"complete before"} == set(states_of(again).values())
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("date=*/**/*")}
+
+
+def test_a_destination_that_is_a_block_is_refused_and_no_folder_gets_its_name(
+    doubling: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(BadInput, match="batch_inference alone takes blocks"):
+        fill(doubling, source, Path("block:scores"))
+    assert not Path("block:scores").exists()
 
 
 def test_a_piece_of_which_readers_get_a_newer_run_is_told(

@@ -632,7 +632,7 @@ def cast(path: Path, column: str, kind: pa.DataType) -> None:
         ({"time": "unused"}, SchemaMismatch, "'unused' must be a date or a timestamp, got string"),
         ({"prefix": "no_"}, BadInput, "The model must read a column of it, got none: the model reads a, b"),
         ({"source": "no/such/table"}, SourceNotFound, "Feature table no/such/table: "),
-        ({"source": "block:lake"}, BadInput, "blocks are for sources alone"),
+        ({"source": "block:lake"}, BadInput, "Feature table block:lake: .*batch_inference alone takes blocks"),
     ],
 )
 def test_what_is_not_there_is_refused_by_its_name(

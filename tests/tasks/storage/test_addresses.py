@@ -52,6 +52,15 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert open_storage("~/data").url == str(tmp_path / "data")
 
 
+@pytest.mark.parametrize("address", ["block:scores", "block:lake/scores"])
+def test_a_block_is_no_folder_of_that_name(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(BadInput, match=f"batch_inference alone takes blocks.*got {address}. Give the block's address"):
+        open_storage(address)
+    assert str(tmp_path / address) == open_storage(f"./{address}").url
+
+
 @pytest.mark.parametrize(
     "address", ["", "gcs://bucket/x", "https://host/x", "s3a://bucket/x", "file://host/x", "file:relative", "S3://b"]
 )
