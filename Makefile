@@ -113,7 +113,7 @@ ON_SERVERS := $(addprefix tests/flows/test_,calibration_run.py endpoint_rollout.
 # BentoML, KServe, MLServer and Ray Serve, the former three in environments of their own, which the first run makes;
 # flows on Ray and of endpoints, and what no other group has, such as defects that the simulation is to find.
 test-targets: $(STAMP)
-	$(TESTS) targets $(MACHINES) $(filter-out tests/deployments/% tests/flows/% $(IMAGE),$(MARKED)) $(ON_SERVERS)
+	$(TESTS) targets $(MACHINES) $(filter-out tests/deployments/% tests/infra/% tests/flows/%,$(MARKED)) $(ON_SERVERS)
 
 # The image of a worker, built from an empty Debian and put to work: some ten minutes for itself, and no part of the above.
 test-image: $(STAMP)
@@ -124,9 +124,9 @@ test-workers: $(STAMP)
 	$(TESTS) workers $(MACHINES) $(filter-out $(ON_SERVERS),$(filter tests/flows/%,$(MARKED)))
 
 # Workers and schedules of Prefect, nights that start their machines, the command line, recipes, a workload that changes
-# its mode.
+# its mode, and what infra has.
 test-deployments: $(STAMP)
-	$(TESTS) deployments $(MACHINES) $(filter-out $(NIGHTS),$(filter tests/deployments/%,$(MARKED)))
+	$(TESTS) deployments $(MACHINES) $(filter-out $(NIGHTS) $(IMAGE),$(filter tests/deployments/% tests/infra/%,$(MARKED)))
 
 # A night whose spot machine is taken, and one whose own worker ends.
 test-nights: $(STAMP)
