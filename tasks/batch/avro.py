@@ -126,13 +126,11 @@ def _find_nested_type(given: Any) -> pa.DataType | None:
 
 
 def _make_table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    columns = [pa.array(_read_values(rows, field), field.type) for field in schema]
+    columns = []
+    for field in schema:
+        values = [row[field.name] for row in rows]
+        if pa.types.is_string(field.type):
+            # A UUID comes as an object of its own.
+            values = [value if value is None or isinstance(value, str) else str(value) for value in values]
+        columns.append(pa.array(values, field.type))
     return pa.Table.from_arrays(columns, schema=schema)
-
-
-def _read_values(rows: Sequence[Mapping[str, Any]], field: pa.Field) -> list[Any]:
-    values = [row[field.name] for row in rows]
-    if pa.types.is_string(field.type):
-        # A UUID comes as an object of its own.
-        return [value if value is None or isinstance(value, str) else str(value) for value in values]
-    return values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, timedelta
@@ -239,7 +239,11 @@ def _address(source: str, folder: str, is_used: bool) -> str:  # noqa: FBT001 - 
 def choose_values(values: Sequence[str], first: str | None, last: str | None) -> list[str]:
     """Return the values of a range, the lowest first; as numbers where all of them and both ends are."""
     ends = [end for end in (first, last) if end is not None]
-    key = _choose_order([*values, *ends])
+    are_numbers = all(re.fullmatch(r"-?\d+", value) for value in (*values, *ends))
+
+    def key(value: str) -> tuple[int, str]:
+        return (int(value) if are_numbers else 0, value)
+
     chosen = [
         value
         for value in values
@@ -251,12 +255,6 @@ def choose_values(values: Sequence[str], first: str | None, last: str | None) ->
 def sort_values(values: Sequence[str]) -> list[str]:
     """Return the values of a partition in order."""
     return choose_values(values, None, None)
-
-
-def _choose_order(values: Sequence[str]) -> Callable[[str], tuple[int, str]]:
-    if all(re.fullmatch(r"-?\d+", value) for value in values):
-        return lambda value: (int(value), value)
-    return lambda value: (0, value)
 
 
 def _list_versions(source: str, pieces: TableVersions | TableTimes) -> _Found:

@@ -42,10 +42,6 @@ class ChunkClaim:
     helping: bool
 
 
-def _open_writer() -> Executor:
-    return ThreadPoolExecutor(1, thread_name_prefix="write-behind")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoringMachine:
     """What scoring uses of its machine: time, random numbers and threads. A simulation has its own.
@@ -59,7 +55,7 @@ class ScoringMachine:
     wait: Callable[[threading.Event, float], bool] = threading.Event.wait
     random: random.Random = field(default_factory=random.Random)
     blocks_ahead: int = 2
-    writer: Callable[[], Executor] = _open_writer
+    writer: Callable[[], Executor] = lambda: ThreadPoolExecutor(1, thread_name_prefix="write-behind")
     lock: Callable[[], AbstractContextManager[object]] = threading.Lock
 
 

@@ -259,6 +259,7 @@ def unpack_statistics(text: str, address: str) -> TableStatistics:
 
 def _write_column(column: ColumnStatistics) -> dict[str, Any]:
     """Return a column as JSON holds it, without what is empty."""
+    weights = column.quantiles.weights
     document = {
         "kind": column.kind,
         "rows": column.rows,
@@ -272,7 +273,7 @@ def _write_column(column: ColumnStatistics) -> dict[str, Any]:
         "sum": column.sum.as_text() if column.sum.mantissa else None,
         "squares": column.squares.as_text() if column.squares.mantissa else None,
         "points": column.quantiles.points_as_text(),
-        "weights": _write_weights(column.quantiles.weights),
+        "weights": write_integers(np.asarray(weights, np.int64)) if weights else "",
         "level": column.quantiles.level,
         "distinct": column.distinct,
         "frequent": [list(pair) for pair in column.frequent],
@@ -281,10 +282,6 @@ def _write_column(column: ColumnStatistics) -> dict[str, Any]:
     return {
         name: value for name, value in document.items() if value not in ("", None, []) and (value or name in _RANGE)
     }
-
-
-def _write_weights(weights: Sequence[int]) -> str:
-    return write_integers(np.asarray(weights, np.int64)) if weights else ""
 
 
 def _read_column(document: dict[str, Any]) -> ColumnStatistics:

@@ -277,7 +277,10 @@ class _Tally:
         by_row = {f"{at}.{name}": values for at, each in enumerate(measured) for name, values in each.items()}
         whole = ~(ours | theirs)
         rejects = {"rejects_ours": ours.astype(np.float64), "rejects_theirs": theirs.astype(np.float64)}
-        spread = {name: _spread(values, whole) for name, values in by_row.items()}
+        # Values of the rows that both have scored stand at the places of all rows, with 0 for the others.
+        spread = {name: np.zeros(len(whole)) for name in by_row}
+        for name, values in by_row.items():
+            spread[name][whole] = values
         for segment in self._segments:
             segment.add(table, spread | rejects | {"good": whole.astype(np.float64)})
 
@@ -338,13 +341,6 @@ class _Tally:
                 )
 
 
-def _spread(values: Numbers, whole: npt.NDArray[np.bool_]) -> Numbers:
-    """Return values of the rows that both have scored at the places of all rows, with 0 for the others."""
-    spread = np.zeros(len(whole))
-    spread[whole] = values
-    return spread
-
-
 def _compare_with_labels(pairing: Pairing) -> LabelComparison | None:
     """Return both models beside the labels, None where there are none."""
     labels = pairing.plan.options.labels
@@ -352,27 +348,18 @@ def _compare_with_labels(pairing: Pairing) -> LabelComparison | None:
         return None
     if labels.source is None:
         kept = name_kept(labels.column)
-        kind = find_label_kind(labels, pairing.plan.contract, _find_type(pairing, kept), None)
-        return _measure_rows(pairing, _name_labels(pairing.read(), kept), kind)
-    table = open_label_table(labels, pairing.plan.options.key_columns, _read_key_schema(pairing), pairing.storage.url)
-    kind = find_label_kind(labels, pairing.plan.contract, table.label_type, None)
-    return _measure_rows(pairing, _join(pairing, table), kind)
-
-
-def _find_type(pairing: Pairing, column: str) -> pa.DataType:
-    with pairing.storage.open_pinned(pairing.parts[0][1]) as stream:
-        return pq.read_schema(stream).field(column).type
-
-
-def _read_key_schema(pairing: Pairing) -> pa.Schema:
+        with pairing.storage.open_pinned(pairing.parts[0][1]) as stream:
+            label_type = pq.read_schema(stream).field(kept).type
+        kind = find_label_kind(labels, pairing.plan.contract, label_type, None)
+        labelled = (table.append_column(LABEL, table.column(kept)) for table in pairing.read())
+        return _measure_rows(pairing, labelled, kind)
+    keys = pairing.plan.options.key_columns
     with pairing.storage.open_pinned(pairing.parts[0][0]) as stream:
         schema = pq.read_schema(stream)
-    return pa.schema([schema.field(key) for key in pairing.plan.options.key_columns])
-
-
-def _name_labels(tables: Iterable[pa.Table], kept: str) -> Generator[pa.Table]:
-    for table in tables:
-        yield table.append_column(LABEL, table.column(kept))
+    key_schema = pa.schema([schema.field(key) for key in keys])
+    table = open_label_table(labels, keys, key_schema, pairing.storage.url)
+    kind = find_label_kind(labels, pairing.plan.contract, table.label_type, None)
+    return _measure_rows(pairing, _join(pairing, table), kind)
 
 
 def _join(pairing: Pairing, table: LabelTable) -> Generator[pa.Table]:

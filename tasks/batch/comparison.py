@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from serving.model.contract import Frozen
-from tasks.batch.challenger_rules import GREATER_IS_BETTER, LabelKind, Metric, PromoteIf
+from tasks.batch.challenger_rules import GREATER_IS_BETTER, LabelKind, PromoteIf
 from tasks.batch.manifest import ManifestPart
 from tasks.batch.parts import PartFooter
 from tasks.batch.plan import CHALLENGERS, FORMAT_VERSION, record_path
@@ -185,7 +185,7 @@ def judge_promotion(rule: PromoteIf, compared: ChallengerComparison, rows: int) 
     theirs = labels.challenger.get(metric) if labels else None
     if labels is None or ours is None or theirs is None:
         return -math.inf, f"{compared.model} has no {metric}"
-    gain = _find_gain(metric, ours, theirs)
+    gain = theirs - ours if metric in GREATER_IS_BETTER else ours - theirs
     told = f"{compared.model} has {metric} {theirs:.6g} over {labels.rows:,} rows, the model {ours:.6g}"
     if labels.rows < rule.min_rows:
         return -math.inf, f"{told}, and at least {rule.min_rows:,} rows with a label decide"
@@ -195,7 +195,3 @@ def judge_promotion(rule: PromoteIf, compared: ChallengerComparison, rows: int) 
     # What the areas under ROC may be off by must not decide.
     unsure = 2 * labels.auc_error_max if metric == "auc" else 0.0
     return gain - unsure - rule.by, f"{told}, and must be better by {rule.by:g}"
-
-
-def _find_gain(metric: Metric, champion: float, challenger: float) -> float:
-    return challenger - champion if metric in GREATER_IS_BETTER else champion - challenger

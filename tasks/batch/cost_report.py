@@ -87,11 +87,11 @@ def list_notes(runs: Sequence[RunCost]) -> list[str]:
     for run in runs:
         for note in run.notes:
             by_note.setdefault(note, []).append(f"{run.planned_at:%Y-%m-%d %H:%M}")
-    return [f"{', '.join(at[-_TIMES_SHOWN:])}{_count_more(at)}: {note}." for note, at in by_note.items()]
-
-
-def _count_more(at: Sequence[str]) -> str:
-    return f" and {len(at) - _TIMES_SHOWN} earlier" if len(at) > _TIMES_SHOWN else ""
+    notes = []
+    for note, at in by_note.items():
+        more = f" and {len(at) - _TIMES_SHOWN} earlier" if len(at) > _TIMES_SHOWN else ""
+        notes.append(f"{', '.join(at[-_TIMES_SHOWN:])}{more}: {note}.")
+    return notes
 
 
 def _format(amount: float | None, *, at_least: bool = False) -> str:
@@ -105,7 +105,10 @@ def plot_costs(destinations: Sequence[DestinationCosts]) -> bytes | None:
 
     A value that is not known is left out: no line goes through where it would be.
     """
-    known = [each for each in destinations if any(_list_known(run) for run in each.runs)]
+    names = [name for name, *_ in _SERIES]
+    known = [
+        each for each in destinations if any(getattr(run, name) is not None for run in each.runs for name in names)
+    ]
     if not known:
         return None
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter  # noqa: PLC0415 - a second of imports
@@ -132,10 +135,6 @@ def plot_costs(destinations: Sequence[DestinationCosts]) -> bytes | None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     return encode_png(figure)
-
-
-def _list_known(run: RunCost) -> list[float]:
-    return [amount for name, *_ in _SERIES if (amount := getattr(run, name)) is not None]
 
 
 def make_cost_page(destinations: Sequence[DestinationCosts]) -> bytes:

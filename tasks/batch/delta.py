@@ -200,7 +200,8 @@ def commit_delta(storage: Storage, plan: Plan, parts: Sequence[PartFooter]) -> N
     """
     from deltalake.exceptions import DeltaError  # noqa: PLC0415
 
-    schema = _delta_schema(_part_schema(storage, parts))
+    first = storage.read(parts[0].path)
+    schema = _delta_schema(pq.read_schema(pa.BufferReader(first)).remove_metadata())
     rewrites: Rewrites = {}
     for attempt in range(_TRIES):
         time.sleep(random.uniform(0, _PAUSE_SECONDS) * attempt)  # noqa: S311 - keeps workers from trying in step
@@ -384,12 +385,6 @@ def _list_files(table: DeltaTable) -> dict[str, tuple[int, int | None]]:
     """Return the files of a table with their bytes and rows, None where the log does not tell the rows."""
     actions = pa.table(table.get_add_actions(flatten=True)).to_pylist()
     return {each["path"]: (each["size_bytes"], each.get("num_records")) for each in actions}
-
-
-def _part_schema(storage: Storage, parts: Sequence[PartFooter]) -> pa.Schema:
-    """Return the schema of a run's parts, as its first part has it."""
-    data = storage.read(parts[0].path)
-    return pq.read_schema(pa.BufferReader(data)).remove_metadata()
 
 
 def _delta_table(storage: Storage) -> DeltaTable | None:

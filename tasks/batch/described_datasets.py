@@ -89,13 +89,14 @@ def describe_output(plan: Plan, destination: str, report: BatchReport | None = N
     """Return what a run writes: with the report, as it was published. Reads the footer of one part."""
     storage = open_storage(destination)
     digest = report.plan_digest if report else plan.digest
+    schema = _try_reading(lambda: _read_schema(storage, part_path(plan, min(plan.chunks)))) if report else None
     return DescribedDataset(
         address=storage.url,
         kind="overnight" if plan.options.output == "parquet" else plan.options.output,
         version=plan.run,
         digest=(digest or plan.key)[:_DIGEST_LENGTH],
         format="parquet",
-        schema=_read_part_schema(plan, storage) if report else None,
+        schema=schema,
         rows=report.rows if report else None,
         files=report.parts if report else None,
         bytes=None,
@@ -133,11 +134,6 @@ def _guess_type(dtype: str, shape: tuple[int, ...]) -> pa.DataType:
     named = {"str": pa.string(), "binary": pa.binary(), "bool": pa.bool_(), "datetime64[ns]": pa.timestamp("ns")}
     scalar = named[dtype] if dtype in named else getattr(pa, dtype)()
     return pa.list_(scalar) if shape else scalar
-
-
-def _read_part_schema(plan: Plan, storage: Storage) -> pa.Schema | None:
-    first = min(plan.chunks)
-    return _try_reading(lambda: _read_schema(storage, part_path(plan, first)))
 
 
 def _read_schema(storage: Storage, path: str) -> pa.Schema | None:

@@ -40,12 +40,11 @@ class SourceRecord(Frozen):
 def list_addresses(source: str | Sequence[str]) -> tuple[str, ...]:
     """Return the addresses of a source in full, sorted; those of a table without its version."""
     given = [source] if isinstance(source, str) else source
-    return tuple(sorted({_METADATA.sub("", _complete(each)) for each in given}))
-
-
-def _complete(address: str) -> str:
-    is_local = not address.startswith(ICEBERG_SCHEME) and ("://" not in address or address.startswith("file://"))
-    return open_storage(address).url if is_local else address.rstrip("/")
+    found = set()
+    for each in given:
+        is_local = not each.startswith(ICEBERG_SCHEME) and ("://" not in each or each.startswith("file://"))
+        found.add(_METADATA.sub("", open_storage(each).url if is_local else each.rstrip("/")))
+    return tuple(sorted(found))
 
 
 def is_edition(addresses: Sequence[str], of: Sequence[str]) -> bool:

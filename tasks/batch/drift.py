@@ -62,7 +62,7 @@ class ColumnDrift:
 
 def tabulate_drift(drifts: Sequence[ColumnDrift]) -> list[dict[str, str]]:
     """Return a table for people, the columns that moved most first: those of this run beside the baseline's."""
-    ordered = sorted(drifts, key=lambda drift: (-_order_distance(drift.psi), drift.title))
+    ordered = sorted(drifts, key=lambda drift: (1.0 if math.isnan(drift.psi.value) else -drift.psi.value, drift.title))
     return [
         {
             "column": drift.title,
@@ -75,10 +75,6 @@ def tabulate_drift(drifts: Sequence[ColumnDrift]) -> list[dict[str, str]]:
         }
         for drift in ordered
     ]
-
-
-def _order_distance(distance: Distance) -> float:
-    return -1.0 if math.isnan(distance.value) else distance.value
 
 
 def _write_distance(distance: Distance) -> str:

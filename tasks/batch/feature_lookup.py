@@ -151,7 +151,9 @@ class WantedRows:
 def find_wanted(spine: pa.Table, keys: Sequence[str], time: str, age_seconds_max: int | None) -> WantedRows:
     """Return what rows of a feature table can matter to the rows of a chunk, of which some have all keys and a time."""
     column = spine.column(time)
-    least, greatest = (_to_nanoseconds(value) for value in pc.min_max(column).values())
+    days = DAY_SECONDS if pa.types.is_date32(column.type) else 1
+    nanoseconds_per_tick = days * (_NANOSECONDS // count_ticks(column.type))
+    least, greatest = (int(value.value) * nanoseconds_per_tick for value in pc.min_max(column).values())
     ranges: dict[str, Range] = {}
     for key in keys:
         found = normalize_keys(spine.select([key])).column(key)
@@ -160,11 +162,6 @@ def find_wanted(spine: pa.Table, keys: Sequence[str], time: str, age_seconds_max
             ranges[key] = (low.as_py(), high.as_py())
     oldest = None if age_seconds_max is None else least - age_seconds_max * _NANOSECONDS
     return WantedRows(keys=ranges, oldest=oldest, latest=greatest)
-
-
-def _to_nanoseconds(value: pa.Scalar) -> int:
-    ticks = int(value.value) * (DAY_SECONDS if pa.types.is_date32(value.type) else 1)
-    return ticks * (_NANOSECONDS // count_ticks(value.type))
 
 
 def may_match(group: GroupRanges, wanted: WantedRows) -> bool:

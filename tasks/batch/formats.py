@@ -117,7 +117,8 @@ def _read_arrow(raw: Path, where: str) -> Generator[pa.Table]:
             reader = pa.ipc.open_stream(stream)
             batches = _iter_stream(reader, stream, where)
         for table in _as_tables(batches, reader.schema):
-            yield _decode_dictionaries(table)
+            # Parquet makes dictionaries of its own, and can't take one that holds a null.
+            yield table.cast(pa.schema([field.with_type(_decode_type(field.type)) for field in table.schema]))
 
 
 def _as_tables(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Generator[pa.Table]:
@@ -146,11 +147,6 @@ def _iter_stream(reader: pa.RecordBatchStreamReader, stream: pa.NativeFile, wher
         found = "none: its writer ended before it had written all" if stream.tell() == end else "more bytes after it"
         message = f"{where} must end with the mark of an Arrow stream, got {found}. Write the file again."
         raise SourceCorrupt(message)
-
-
-def _decode_dictionaries(table: pa.Table) -> pa.Table:
-    """Return the values themselves: Parquet makes dictionaries of its own, and can't take one that holds a null."""
-    return table.cast(pa.schema([field.with_type(_decode_type(field.type)) for field in table.schema]))
 
 
 def _decode_type(kind: pa.DataType) -> pa.DataType:

@@ -128,18 +128,15 @@ def judge_run(
     """
     before = baseline.statistics if isinstance(baseline, FoundBaseline) else None
     if isinstance(baseline, FoundBaseline) and not baseline.is_run:
-        rules = [_leave_out_change(rule) if isinstance(rule, RowCountRule) else rule for rule in rules]
+        # A rule of the number of rows judges by its own bound alone.
+        bound = {"max_change": None}
+        rules = [rule.model_copy(update=bound) if isinstance(rule, RowCountRule) else rule for rule in rules]
     findings = judge(statistics, before, rules)
     approved = is_approved(storage, run, plan_digest, findings)
     judged = JudgedRun(baseline=baseline, statistics=statistics, findings=findings, approved=approved)
     if judged.is_refused:
         record_refusal(storage, run, plan_digest, judged.title, findings)
     return judged
-
-
-def _leave_out_change(rule: RowCountRule) -> RowCountRule:
-    """Return a rule of the number of rows that judges by its own bound alone."""
-    return rule.model_copy(update={"max_change": None})
 
 
 def check_approved(run: str, judged: JudgedRun, approve: str, answer: str | None = None) -> None:

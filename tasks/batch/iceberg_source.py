@@ -97,9 +97,8 @@ def pin_iceberg(
     where = table.location()
     chosen = _choose_snapshot(table, version, timestamp)
     if chosen is None:
-        return Snapshot(
-            root=_folder(where), format="parquet", files=(), version="0", empty_schema=_pack_columns(table.schema())
-        )
+        root = open_storage(join_location(*split_location(where))).url
+        return Snapshot(root=root, format="parquet", files=(), version="0", empty_schema=_pack_columns(table.schema()))
     schema_id = table.schema().schema_id
     if (version is not None or timestamp is not None) and chosen.schema_id is not None:
         schema_id = chosen.schema_id
@@ -280,10 +279,6 @@ def _pin_files(tasks: Sequence[FileScanTask], where: str, title: str) -> tuple[s
     entries = pin_listed_files(storage, sizes, f"snapshot {title} of the Iceberg table", listed=below_home)
     # The folders of a path may have the form of partitions; what a column holds is in the files.
     return storage.url, tuple(SourceFile(path=e.path, size=e.size, tag=e.tag, partitions={}) for e in entries)
-
-
-def _folder(location: str) -> str:
-    return open_storage(join_location(*split_location(location))).url
 
 
 class SnapshotRows:

@@ -291,15 +291,13 @@ class _SortedRuns:
         for stop in _group_ranges(sizes, len(self._buffer)):
             self._rows = 0
             for edges in self._edges:
-                self._read(int(edges[start]), int(edges[stop]))
+                first, last = int(edges[start]), int(edges[stop])
+                piece = self._buffer[self._rows : self._rows + last - first]
+                self._spill.seek(first * _HASH.itemsize)
+                self._spill.readinto(piece.data)  # type: ignore[attr-defined]
+                self._rows += last - first
             yield self._sort()
             start = stop
-
-    def _read(self, first: int, last: int) -> None:
-        piece = self._buffer[self._rows : self._rows + last - first]
-        self._spill.seek(first * _HASH.itemsize)
-        self._spill.readinto(piece.data)  # type: ignore[attr-defined]
-        self._rows += last - first
 
 
 def _group_ranges(sizes: np.ndarray, rows_max: int) -> Generator[int]:

@@ -110,7 +110,11 @@ def _send(make: Callable[[], _Event], logger: Logger, *, wait: bool = True) -> N
 
     def send() -> None:
         try:
-            _emit(event, time)
+            from openlineage.client import OpenLineageClient  # noqa: PLC0415 - an extra, and only where it is asked for
+
+            client = OpenLineageClient()
+            client.emit(build_event(event, time))
+            client.close(_SECONDS_MAX)
         except ModuleNotFoundError as error:
             if error.name is None or error.name.split(".")[0] != "openlineage":
                 raise
@@ -135,14 +139,6 @@ def _send(make: Callable[[], _Event], logger: Logger, *, wait: bool = True) -> N
         )
 
 
-def _emit(event: _Event, time: datetime) -> None:
-    from openlineage.client import OpenLineageClient  # noqa: PLC0415 - an extra, and only where it is asked for
-
-    client = OpenLineageClient()
-    client.emit(build_event(event, time))
-    client.close(_SECONDS_MAX)
-
-
 def build_event(event: _Event, time: datetime) -> event_v2.RunEvent:
     """Return an event as openlineage-python sends it. Reads a footer of the source and, at the end, one of a part."""
     from openlineage.client import event_v2  # noqa: PLC0415 - the same
@@ -153,26 +149,20 @@ def build_event(event: _Event, time: datetime) -> event_v2.RunEvent:
     output = describe_output(plan, event.destination, event.report)
     namespace = os.environ.get("OPENLINEAGE_NAMESPACE", "overnight")
     job_type = job_type_job.JobTypeJobFacet(processingType="BATCH", integration="OVERNIGHT", jobType="JOB")
+    # The id is the same for all events of a flow run, and another for each that scores the run.
+    run_id = str(uuid.uuid5(_RUNS, f"{plan.key}/{event.parent.run_id if event.parent else ''}"))
+    # The name is the same for every run of a model into a destination.
+    place = name_dataset(output.address)[1].strip("/").replace("/", "_")
+    job_name = f"batch-inference.{plan.model.name}.{place}"
     return event_v2.RunEvent(
         eventTime=time.isoformat(),
         eventType=event_v2.RunState[event.moment],
         producer=f"urn:overnight:{find_release()}",
-        run=event_v2.Run(runId=_run_id(event), facets=_run_facets(event)),
-        job=event_v2.Job(namespace=namespace, name=_name_job(plan, output), facets={"jobType": job_type}),
+        run=event_v2.Run(runId=run_id, facets=_run_facets(event)),
+        job=event_v2.Job(namespace=namespace, name=job_name, facets={"jobType": job_type}),
         inputs=[_make_input(each) for each in (source, *tables)],
         outputs=[_make_output(plan, source, tables, output)],
     )
-
-
-def _run_id(event: _Event) -> str:
-    """Return the id of an attempt: the same for all events of a flow run, another for each that scores the run."""
-    return str(uuid.uuid5(_RUNS, f"{event.plan.key}/{event.parent.run_id if event.parent else ''}"))
-
-
-def _name_job(plan: Plan, output: DescribedDataset) -> str:
-    """Return the name of a job, which is the same for every run of a model into a destination."""
-    place = name_dataset(output.address)[1].strip("/").replace("/", "_")
-    return f"batch-inference.{plan.model.name}.{place}"
 
 
 def _run_facets(event: _Event) -> dict[str, Any]:

@@ -167,7 +167,9 @@ class PartReader:
         return [name for name in schema.names if name not in others]
 
     def _check_identity(self, part: ExpectedPart, metadata: pq.FileMetaData) -> list[_Problem]:
-        plan, told = self._plan, _decode_metadata(metadata)
+        plan, held = self._plan, metadata.metadata or {}
+        # A changed byte in what a part says of itself may be no text.
+        told = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in held.items()}
         if part.chunk is not None and plan.has_content_parts:
             return self._check_chunk(part.chunk, told)
         if told.get("overnight.run_key") != plan.key:
@@ -253,12 +255,6 @@ class PartReader:
                 return [("row order", f"Its rows must be {start:,} to {last:,} of {name}, in order, got others.")]
             at += piece.rows
         return []
-
-
-def _decode_metadata(metadata: pq.FileMetaData) -> dict[str, str]:
-    """Return what a part says of itself; a changed byte in it may be no text."""
-    told = metadata.metadata or {}
-    return {key.decode(errors="replace"): value.decode(errors="replace") for key, value in told.items()}
 
 
 def _name_damages(part: ExpectedPart, problems: Sequence[_Problem]) -> tuple[Damage, ...]:

@@ -160,7 +160,9 @@ def _prove(
             continue
         is_same = _is_same(stands, made)
         proved += is_same
-        damages += [] if is_same else [_describe_damage(part_path(plan, at), stands, made)]
+        if not is_same:
+            message = f"The part must have the bytes that its rows are scored to, got others: {_compare(stands, made)}."
+            damages.append(Damage(kind="bytes", path=part_path(plan, at), message=message))
     return _Proof(proved=proved, damages=tuple(damages), notes=tuple(_describe_lost(lost)))
 
 
@@ -188,12 +190,6 @@ def _describe_lost(lost: dict[ChunkId, str]) -> list[str]:
     more = len(reasons) - _REASONS_SHOWN
     shown = "; ".join(reasons[:_REASONS_SHOWN]) + (f"; and {more} more" if more > 0 else "")
     return [f"{len(lost):,} parts can't be proved, since their source is not what it was: {shown}."]
-
-
-def _describe_damage(path: str, stands: bytes, made: bytes) -> Damage:
-    """Return the damage of a part that is scored to other bytes, with what differs where it reads."""
-    message = f"The part must have the bytes that its rows are scored to, got others: {_compare(stands, made)}."
-    return Damage(kind="bytes", path=path, message=message)
 
 
 def _compare(stands: bytes, made: bytes) -> str:

@@ -202,12 +202,6 @@ def make_request(
     )
 
 
-def _open_columns(request: RunRequest, snapshot: Snapshot, features: Sequence[OpenFeatures]) -> Dataset:
-    """Read the footers of Parquet files for the columns that the source must have itself."""
-    names = [column.name for column in remove_features(request.contract, _list_names(features)).columns]
-    return _open_files(request, snapshot, [*names, *request.options.join_columns])
-
-
 def _open_files(request: RunRequest, snapshot: Snapshot, names: Sequence[str]) -> Dataset:
     """Open files for some columns and the keys, as the options of a request say."""
     options = request.options
@@ -464,7 +458,9 @@ def _open_rows(request: RunRequest, storage: Storage, features: Sequence[OpenFea
         folder, may_be_empty = f"{ROOT}/{request.run}", options.on_empty == "publish"
         how = options.csv, options.missing_columns
         snapshot = stage(snapshot, storage, folder, *copied, *how, may_be_empty=may_be_empty)
-    return _open_columns(request, snapshot, features)
+    # The source must have the columns of the model that no feature table has.
+    names = [column.name for column in remove_features(request.contract, _list_names(features)).columns]
+    return _open_files(request, snapshot, [*names, *options.join_columns])
 
 
 def choose_slots(options: BatchOptions, model: Model) -> int:

@@ -72,20 +72,17 @@ def read_record(storage: Storage, path: str, kind: type[R]) -> R | None:
     except ValidationError as error:
         with suppress(ValueError, AttributeError):
             check_format_version(json.loads(data).get("format_version"), storage.address(path))
+        record_name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind.__name__).lower()
         problem = error.errors()[0]
         where = f" at {'.'.join(map(str, problem['loc']))}" if problem["loc"] else ""
         message = (
-            f"{storage.address(path)} must be a {_in_words(kind)} that this version of Overnight reads, got: "
+            f"{storage.address(path)} must be a {record_name} that this version of Overnight reads, got: "
             f"{problem['msg']}{where}. Put it back as it was written, or use the version that wrote it, or another "
             "name or destination."
         )
         raise DestinationUnusable(message) from error
     check_format_version(getattr(record, "format_version", None), storage.address(path))
     return record
-
-
-def _in_words(kind: type[Frozen]) -> str:
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind.__name__).lower()
 
 
 def check_format_version(version: object, address: str) -> None:

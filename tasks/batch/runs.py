@@ -65,8 +65,8 @@ def list_runs(storage: Storage) -> list[RunSummary]:
     records = {(match[1], match[2]) for match in matches if match}
     published = {run for run, kind in records if kind == "manifest"}
     planned = {run for run, kind in records if kind == "plan"}
-    commits = {run: split for run in published - planned if (split := _split_commit(run, planned))}
-    newest = dict(sorted(commits.values()))
+    commits = {run: match for run in published - planned if (match := _COMMIT.fullmatch(run)) and match[1] in planned}
+    newest = dict(sorted((match[1], int(match[2])) for match in commits.values()))
     names = [run for run in published if run not in commits]
     names += [f"{table}-{number:08d}" for table, number in newest.items()]
     unpublished = planned - published - newest.keys()
@@ -75,12 +75,6 @@ def list_runs(storage: Storage) -> list[RunSummary]:
     runs = map_parallel(storage, lambda each: _summarize_published(storage, each, tables), found)
     runs += map_parallel(storage, lambda run: _summarize_planned(storage, run), sorted(unpublished))
     return sorted(runs, key=lambda run: run.position, reverse=True)
-
-
-def _split_commit(run: str, tables: set[str]) -> tuple[str, int] | None:
-    """Return the table of a stream and the number of its commit; None for another run."""
-    match = _COMMIT.fullmatch(run)
-    return (match[1], int(match[2])) if match and match[1] in tables else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +118,9 @@ def _summarize_published(
         note = f"What its table has of it is not known: {table}"
     else:
         damaged = list_damaged_parts(storage, manifest, table)
-        lost = {*damaged, *(set() if table is None else _find_lost_parts(manifest, table))}
+        lost = set(damaged)
+        if table is not None:
+            lost |= {part.path for part in manifest.parts} - locate_parts(manifest, table).keys()
         note = _describe_loss(manifest, damaged, lost)
     return RunSummary(
         run=manifest.run,
@@ -141,10 +137,6 @@ def _summarize_published(
         commit=manifest.commit,
         note=note,
     )
-
-
-def _find_lost_parts(manifest: Manifest, table: TableFiles) -> set[str]:
-    return {part.path for part in manifest.parts} - locate_parts(manifest, table).keys()
 
 
 def _describe_loss(manifest: Manifest, damaged: Sequence[str], lost: Collection[str]) -> str:

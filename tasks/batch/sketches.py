@@ -194,16 +194,13 @@ def _add_up(keys: npt.NDArray[np.int64], weights: npt.NDArray[np.int64], level: 
         highest = np.sort(_find_highest_bit(unique[1:] ^ unique[:-1]))
         level = max(level, int(highest[-POINTS_MAX]) + 1)
     if level:
-        unique, folded = np.unique(_cut_bits(unique, level), return_inverse=True)
+        # The middle of the range of 2^level keys that each lies in.
+        middles = (unique >> level << level) | (1 << level >> 1)
+        unique, folded = np.unique(middles, return_inverse=True)
         places = folded[places]
     summed = np.zeros(len(unique), np.int64)
     np.add.at(summed, places, weights)
     return QuantileSketch(points=tuple(_to_values(unique).tolist()), weights=tuple(summed.tolist()), level=level)
-
-
-def _cut_bits(keys: npt.NDArray[np.int64], level: int) -> npt.NDArray[np.int64]:
-    """Return the middle of the range of 2^level keys that each lies in."""
-    return np.asarray((keys >> level << level) | (1 << level >> 1))
 
 
 def _turn_bits(bits: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -183,20 +183,16 @@ def _copy_files(
     """Copy every file of a snapshot, unless it is copied already, and return the lists of their copies."""
     source = open_storage(snapshot.root)
     listed = {entry.path for entry in destination.entries(f"{folder}/staged")}
-    made_for = _digest(snapshot, contract, keys, csv)
+    # A list of copies is tied to these: a call under the same name over other files has lists of its own.
+    told = f"{snapshot.model_dump_json()}\n{contract.model_dump_json()}\n{keys}"
+    told += "" if csv is None else f"\n{csv.model_dump_json()}"
+    made_for = hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
     work = _Staging(snapshot, contract, keys, csv or CsvOptions(), missing_columns, source, destination, folder)
     listings = {f"{folder}/staged/{file.path}/listing-{made_for}.json": file for file in snapshot.files}
     for path, file in listings.items():
         if path not in listed:
             destination.put_new(path, work.convert(file).model_dump_json().encode())
     return [_read_listing(destination, folder, path) for path in listings]
-
-
-def _digest(snapshot: Snapshot, contract: Contract, keys: tuple[str, ...], csv: CsvOptions | None) -> str:
-    """Return what a list of copies is tied to: a call under the same name over other files has lists of its own."""
-    told = f"{snapshot.model_dump_json()}\n{contract.model_dump_json()}\n{keys}"
-    told += "" if csv is None else f"\n{csv.model_dump_json()}"
-    return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
 
 
 class _Copy(Frozen):

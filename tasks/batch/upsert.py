@@ -247,7 +247,8 @@ def _rewrite_file(storage: Storage, plan: Plan, entry: Entry, matched: np.ndarra
         return None
     if marks and not len(matched) and _is_marked(storage, entry):
         return None
-    is_left = np.ones(_count_rows(storage, entry), np.bool_)
+    with storage.open_pinned(entry) as stream, name_corrupt_file(storage, entry):
+        is_left = np.ones(pq.read_metadata(stream).num_rows, np.bool_)
     is_left[matched] = False
     if not is_left.any():
         return ()
@@ -295,11 +296,6 @@ def _put_whole(storage: Storage, path: str, data: memoryview) -> None:
             f"but {'is not there' if entry is None else f'has {entry.size:,}'}. Nothing was published; call again."
         )
         raise StorageFault(message)
-
-
-def _count_rows(storage: Storage, entry: Entry) -> int:
-    with storage.open_pinned(entry) as stream, name_corrupt_file(storage, entry):
-        return int(pq.read_metadata(stream).num_rows)
 
 
 def _is_marked(storage: Storage, entry: Entry) -> bool:

@@ -310,9 +310,11 @@ def _merge(ours: Metric, before: Metric | None, versions: set[tuple[str, str, st
     known = {_freeze(sample.labels): sample.value for sample in before.samples if sample.name == name} if before else {}
     # A call that was refused knows no version.
     current = {(model, destination) for model, destination, version in versions if version}
-    values = {
-        labels: value for labels, value in known.items() if _is_kept(_split_version(dict(labels)), versions, current)
-    }
+    values: dict[Labels, float] = {}
+    for labels, value in known.items():
+        series = _split_version(dict(labels))
+        if series in versions or series[:2] not in current or not series[2]:
+            values[labels] = value
     for sample in ours.samples:
         if sample.name == name:
             labels = _freeze(sample.labels)
@@ -323,10 +325,6 @@ def _merge(ours: Metric, before: Metric | None, versions: set[tuple[str, str, st
     for labels, value in sorted(values.items()):
         merged.add_sample(name, dict(labels), value)
     return merged
-
-
-def _is_kept(series: tuple[str, str, str], versions: set[tuple[str, str, str]], current: set[tuple[str, str]]) -> bool:
-    return series in versions or series[:2] not in current or not series[2]
 
 
 def _freeze(labels: Mapping[str, str]) -> Labels:

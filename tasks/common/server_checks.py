@@ -142,7 +142,10 @@ def _ask_prefect(url: str, *, is_cloud: bool) -> None:
     auth = PREFECT_API_AUTH_STRING.value()
     # Certificates are not checked here, so that no secret may be sent to a server behind TLS.
     plain = auth is not None and url.startswith("http://")
-    headers = {"Authorization": f"Basic {_encode_secret(auth)}"} if plain else {}
+    headers: dict[str, str] = {}
+    if plain:
+        secret = auth.get_secret_value() if hasattr(auth, "get_secret_value") else str(auth)
+        headers = {"Authorization": f"Basic {base64.b64encode(secret.encode()).decode()}"}
     status = ask_http(f"{url.rstrip('/')}/admin/version", headers)
     if is_cloud or status == HTTPStatus.OK:
         return
@@ -159,11 +162,6 @@ def _ask_prefect(url: str, *, is_cloud: bool) -> None:
             "thing (404). Correct it."
         )
         raise ServerUnreachable(message)
-
-
-def _encode_secret(secret: Any) -> str:
-    text = secret.get_secret_value() if hasattr(secret, "get_secret_value") else str(secret)
-    return base64.b64encode(text.encode()).decode()
 
 
 def _list_registry_checks() -> list[ServerCheck]:

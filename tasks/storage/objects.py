@@ -99,7 +99,12 @@ class ObjectStorage(ABC):
         """Return every object below a prefix, sorted by path; the marks that consoles make of folders are left out."""
         base = prefix.rstrip("/")
         with self._errors(self.address(prefix)):
-            found = [self._entry(meta) for page in self._pages(base or None, depth) for meta in page]
+            pages: Iterable[Sequence[Any]] = (
+                [obstore.list_with_delimiter(self._store, base or None)["objects"]]
+                if depth == 1
+                else obstore.list(self._store, base or None, chunk_size=1000)
+            )
+            found = [self._entry(meta) for page in pages for meta in page]
         levels = len(base.split("/")) if base else 0
         near = [entry for entry in found if depth is None or entry.path.count("/") < levels + depth]
         for entry in near:
@@ -108,11 +113,6 @@ class ObjectStorage(ABC):
                 raise _unfit_name(self.address(prefix), entry.path)
         # An empty object "sales/" is listed as "sales", and there is none of that name.
         return sorted((entry for entry in near if entry.size or self.exists(entry.path)), key=lambda entry: entry.path)
-
-    def _pages(self, base: str | None, depth: int | None) -> Iterable[Sequence[Any]]:
-        if depth == 1:
-            return [obstore.list_with_delimiter(self._store, base)["objects"]]
-        return obstore.list(self._store, base, chunk_size=1000)
 
     def entries_after(self, folder: str, name: str, count: int) -> list[Entry]:
         """Return the first objects right in a folder whose names come after this one, sorted by path, at most `count`.
