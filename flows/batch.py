@@ -47,20 +47,11 @@ from tasks.batch.memory import check_memory
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_done, part_path, put_empty_part
 from tasks.batch.plan import Plan
+from tasks.batch.planned_models import choose_slots, load_planned_challengers, load_planned_model
 from tasks.batch.prediction_sample import draw_distributions
 from tasks.batch.publish import Audit, audit_parts, check_rows_add_up, count_rejects, publish, wait_for_publisher
 from tasks.batch.report import BatchReport, page_path, plot, report_complete, report_scored, save_page
-from tasks.batch.resolve import (
-    CompleteRun,
-    NewRun,
-    ResumedRun,
-    choose_slots,
-    find_run,
-    load_planned_challengers,
-    load_planned_model,
-    resolve_request,
-    restage_plan,
-)
+from tasks.batch.resolve import CompleteRun, NewRun, ResumedRun, find_run, resolve_request, restage_plan
 from tasks.batch.run_records import confirm_plan
 from tasks.batch.score import Scorer
 from tasks.batch.scoring_result import ScoringResult, check_rejects

@@ -148,7 +148,7 @@ def _check_call(model: str, source: str, destination: str, options: BatchOptions
 def _find_model(model: str, options: BatchOptions) -> None:
     """Raise ModelNotFound where the registry does not have a model; start the process of one that runs in processes."""
     from serving.model.registry import resolve_kept_model  # noqa: PLC0415 - seconds of imports
-    from tasks.batch.resolve import prepare_model_process  # noqa: PLC0415 - the same
+    from tasks.batch.planned_models import prepare_model_process  # noqa: PLC0415 - the same
     from tasks.common.names import BLOCK  # noqa: PLC0415 - the same
 
     if not model.startswith(BLOCK) and (resolved := resolve_kept_model(model)) is not None:

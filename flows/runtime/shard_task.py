@@ -23,7 +23,7 @@ from tasks.batch.feature_lookup import FeatureLookup
 from tasks.batch.options import Disclose
 from tasks.batch.parts import list_parts_from
 from tasks.batch.plan import Plan
-from tasks.batch.resolve import load_planned_challengers, load_planned_model
+from tasks.batch.planned_models import load_planned_challengers, load_planned_model
 from tasks.batch.run_records import load_plan
 from tasks.batch.score import Scorer
 from tasks.batch.scoring_result import ScoringResult

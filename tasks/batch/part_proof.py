@@ -20,7 +20,7 @@ from tasks.batch.part_check import Damage, write_undigested
 from tasks.batch.part_digest import read_digests
 from tasks.batch.parts import ChunkId, part_path
 from tasks.batch.plan import Plan
-from tasks.batch.resolve import load_planned_model, open_planned_model
+from tasks.batch.planned_models import load_planned_model, open_planned_model
 from tasks.batch.reuse import describe_making
 from tasks.batch.run_records import load_plan
 from tasks.batch.score import Scorer

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -12,22 +10,14 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from serving.errors import ModelUnfit, OvernightError, RunDamaged, SourceEmpty
+from serving.errors import RunDamaged, SourceEmpty
 from serving.extras import import_extra
 from serving.machine import find_release, utc_now
 from serving.model.contract import Contract
-from serving.model.environment_choice import (
-    Environment,
-    MadeEnvironment,
-    choose_model_environment,
-    make_own_environment,
-)
 from serving.model.interface import Model, Tunable
 from serving.model.loading import load_model
-from serving.model.process_handle import FIRST_PROCESSES
 from serving.model.processes import ProcessOptions
-from serving.model.registry import Resolved, find_version, open_model, resolve_model
-from serving.model.requirements import list_libraries
+from serving.model.registry import Resolved, find_version, resolve_model
 from serving.option_words import give_option
 from tasks.batch.challengers import (
     RequestedChallenger,
@@ -53,7 +43,7 @@ from tasks.batch.labels import open_label_table
 from tasks.batch.manifest import Manifest, check_manifest_key, find_damaged_parts, find_intact_manifest, find_manifest
 from tasks.batch.memory import check_memory, use_jemalloc
 from tasks.batch.options import BatchOptions
-from tasks.batch.parts import check_names, give_up_challenger, part_schema, read_given_up
+from tasks.batch.parts import check_names, part_schema
 from tasks.batch.plan import (
     ROOT,
     Challenger,
@@ -65,6 +55,7 @@ from tasks.batch.plan import (
     run_key,
     used_columns,
 )
+from tasks.batch.planned_models import choose_environment, choose_slots, prepare_model_process
 from tasks.batch.promotion import check_alias
 from tasks.batch.publish import claim_order_number, find_earlier_keys
 from tasks.batch.reuse import describe_making, find_earlier_plan, find_earlier_runs, keep_sizes, refer_to_parts
@@ -74,8 +65,6 @@ from tasks.batch.staging import choose_copied, list_copied, stage
 from tasks.batch.tuning import choose_sizes
 from tasks.common.formatting import import_matplotlib_meanwhile
 from tasks.storage import Storage, check_create_only
-
-_log = logging.getLogger(__name__)
 
 # Takes the name of a step, and measures how long the block takes.
 Measure = Callable[[str], AbstractContextManager[None]]
@@ -411,13 +400,6 @@ def _find_largest(dataset: Dataset) -> tuple[float, float]:
     return row, max((float(size.reading) for size, _ in groups), default=0.0)
 
 
-def prepare_model_process(resolved: Resolved, options: BatchOptions) -> None:
-    """Start the process that those of a model are copied from, where it has any: it imports while others work."""
-    if not resolved.needs_torch and options.environment != "model":
-        libraries = list_libraries(resolved.folder)
-        FIRST_PROCESSES.prepare(sys.executable, libraries)
-
-
 def _check_table(request: RunRequest, storage: Storage, dataset: Dataset) -> int:
     """Hold a request against the table that its rows go into; return the highest order number that it holds, or 0."""
     options = request.options
@@ -461,70 +443,6 @@ def _open_rows(request: RunRequest, storage: Storage, features: Sequence[OpenFea
     # The source must have the columns of the model that no feature table has.
     names = [column.name for column in remove_features(request.contract, _list_names(features)).columns]
     return _open_files(request, snapshot, [*names, *options.join_columns])
-
-
-def choose_slots(options: BatchOptions, model: Model) -> int:
-    """Return how many slots a run has: what the options say, or what suits the model on this machine."""
-    return options.slots or model.slots
-
-
-def choose_environment(resolved: Resolved, options: BatchOptions) -> tuple[Environment, ProcessOptions]:
-    """Return the Python environment that a model runs in, and how its processes run there; the plan keeps which.
-
-    Raises BadInput as `choose_model_environment` does.
-    """
-    made = choose_model_environment(resolved, options.environment, options.packages)
-    return ("caller" if made is None else "model"), _make_process_options(made, options)
-
-
-def _make_process_options(made: MadeEnvironment | None, options: BatchOptions) -> ProcessOptions:
-    memory = options.pass_memory_mb
-    passes = ProcessOptions(seconds_max=options.pass_seconds_max, bytes_max=memory << 20 if memory else None)
-    return passes if made is None else replace(passes, python=made.interpreter)
-
-
-def load_planned_model(plan: Plan, resolved: Resolved | None, options: BatchOptions) -> Model:
-    """Load the model of a plan on the engine that the plan is tied to, from its files if they are open already.
-
-    Raises ModelUnfit and EnvironmentUnusable where the environment that the plan has can't be made here.
-    """
-    resolved = resolved or open_planned_model(plan)
-    made = None if plan.environment == "caller" else make_own_environment(resolved, options.packages)
-    processes = _make_process_options(made, options)
-    model = load_model(resolved, plan.contract, allow_pickle=options.allow_pickle, processes=processes)
-    return model.with_engine(plan.engine)
-
-
-def load_planned_challengers(plan: Plan, options: BatchOptions, storage: Storage) -> list[Model | None]:
-    """Load the challengers of a plan, None in the place of one that was given up.
-
-    One that loaded when the run was planned, and does not now, is given up: the run goes on without it.
-    """
-    found: list[Model | None] = []
-    for each in plan.challenger_plans:
-        if read_given_up(storage, each) is not None:
-            found.append(None)
-            continue
-        try:
-            found.append(load_planned_model(each, None, options))
-        except OvernightError as error:
-            _log.warning("The challenger %s is given up, and the run goes on: %s", each.model.uri, error)
-            give_up_challenger(storage, each, str(error))
-            found.append(None)
-    return found
-
-
-def open_planned_model(plan: Plan) -> Resolved:
-    """Open the very model version that a plan was made for; raises ModelUnfit where its files are others."""
-    pin = plan.model
-    resolved = open_model(name=pin.name, version=pin.version, source=pin.source)
-    if resolved.pin.digest != pin.digest:
-        message = (
-            f"The files of {pin.uri} must be those that run {plan.run} was planned for (digest {pin.digest[:12]}), "
-            f"got digest {resolved.pin.digest[:12]}. Put them back, or start a new run."
-        )
-        raise ModelUnfit(message)
-    return resolved
 
 
 def restage_plan(plan: Plan, storage: Storage) -> Plan:

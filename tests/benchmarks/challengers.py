@@ -31,7 +31,8 @@ from tasks.batch.chunk_reader import open_reader
 from tasks.batch.compare import compare_challenger
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Plan
-from tasks.batch.resolve import CompleteRun, find_run, load_planned_challengers, load_planned_model, make_request
+from tasks.batch.planned_models import load_planned_challengers, load_planned_model
+from tasks.batch.resolve import CompleteRun, find_run, make_request
 from tasks.batch.score import Scorer
 from tasks.batch.scoring_result import ScoringResult
 from tasks.storage import Storage, open_storage

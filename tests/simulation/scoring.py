@@ -13,8 +13,8 @@ from tasks.batch.memory import check_memory
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_rows_done
 from tasks.batch.plan import Plan
+from tasks.batch.planned_models import choose_slots, load_planned_challengers
 from tasks.batch.publish import Audit, audit_parts, check_rows_add_up, count_rejects
-from tasks.batch.resolve import choose_slots, load_planned_challengers
 from tasks.batch.score import Scorer
 from tasks.batch.scoring_result import ScoringResult, check_rejects
 from tasks.spot.drain import Drain

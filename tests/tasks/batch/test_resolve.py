@@ -29,17 +29,9 @@ from tasks.batch.chunk_reader import open_reader
 from tasks.batch.memory import check_memory, free_memory
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Plan
+from tasks.batch.planned_models import choose_environment, load_planned_model, open_planned_model
 from tasks.batch.publish import audit_parts, publish
-from tasks.batch.resolve import (
-    RunRequest,
-    choose_environment,
-    find_complete_run,
-    find_run,
-    load_planned_model,
-    open_planned_model,
-    resolve_request,
-    restage_plan,
-)
+from tasks.batch.resolve import RunRequest, find_complete_run, find_run, resolve_request, restage_plan
 from tasks.batch.run_records import save_plan
 from tasks.storage import Storage, open_storage
 from tests.support import register_script, write_customers
