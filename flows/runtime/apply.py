@@ -24,7 +24,6 @@ from tasks.scheduler.decision import Decision
 from tasks.scheduler.deployment_plan import (
     AppliedDecision,
     ApplyConfig,
-    BatchApplyConfig,
     CurrentDeployment,
     DesiredDeployment,
     check_apply_config,
@@ -102,7 +101,11 @@ def _deploy_batch(decision: Decision, config: ApplyConfig) -> _Deployed:
         deployment_store.check_deployments(
             {"the deployment of runs on spot": batch.spot, "the deployment of runs on-demand": batch.on_demand}
         )
-    verified = [_check_batch(desired, batch)]
+    # Model, source and destination are checked as a run does at its start.
+    model, destination = str(desired.parameters["model"]), open_storage(batch.destination).url
+    request = resolve_request(model, batch.source, destination, batch.options)
+    files = f"{len(request.snapshot.files):,} files of {batch.source}"
+    verified = [f"{request.resolved.pin.uri} takes the {files}, the pools are there"]
     change = deployment_store.put_deployment(desired)
     with _roll_back_on_failure(change):
         if desired.runs or batch.first_run_seconds is not None:
@@ -116,14 +119,6 @@ def _deploy_batch(decision: Decision, config: ApplyConfig) -> _Deployed:
         summary=f"deployment {change.name}, {_describe_schedule(desired)}, {machines}",
         verified=", ".join(verified),
     )
-
-
-def _check_batch(desired: DesiredDeployment, batch: BatchApplyConfig) -> str:
-    """Check model, source and destination as a run does at its start; return what was checked, in words."""
-    model = str(desired.parameters["model"])
-    request = resolve_request(model, batch.source, open_storage(batch.destination).url, batch.options)
-    files = f"{len(request.snapshot.files):,} files of {batch.source}"
-    return f"{request.resolved.pin.uri} takes the {files}, the pools are there"
 
 
 def _describe_schedule(desired: DesiredDeployment) -> str:
@@ -147,16 +142,12 @@ def _deploy_online(decision: Decision, config: ApplyConfig) -> _Deployed:
         )
         raise BudgetBroken(message) from error
     change = deployment_store.put_deployment(desired)
+    rows = endpoint.verification.rows_example + endpoint.verification.rows_random
     return _Deployed(
         id=change.id,
         summary=endpoint.summary,
-        verified=f"{_describe_verified_rows(endpoint)}, {_describe_checked_budget(endpoint)}",
+        verified=f"{rows} rows are answered as the model itself answers them, {_describe_checked_budget(endpoint)}",
     )
-
-
-def _describe_verified_rows(endpoint: Endpoint) -> str:
-    rows = endpoint.verification.rows_example + endpoint.verification.rows_random
-    return f"{rows} rows are answered as the model itself answers them"
 
 
 def _describe_checked_budget(endpoint: Endpoint) -> str:

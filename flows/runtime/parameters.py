@@ -138,7 +138,8 @@ def describe_invalid(error: ValidationError, given: Any) -> list[str]:
         place = name_option(place) if place and has_flags() else place
         if each["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             name = str(each["loc"][-1])
-            known = _find_fields(given, each["loc"][:-1])
+            kinds = _find_kinds(given, each["loc"][:-1])
+            known = {field for kind in kinds for model in _iter_models(kind) for field in model.model_fields}
             problems.append(f"{place}: there is no such field{suggest_name(name, known)}")
             continue
         got = repr(each["input"])
@@ -169,12 +170,6 @@ def describe_invalid_model(error: ValidationError) -> str:
     problems = "\n".join(describe_invalid(error, find_option_type(error.title)))
     head = "The options must be valid" if has_flags() else f"{error.title} must have valid fields"
     return hide_secrets(f"{head}, got:\n{problems}")
-
-
-def _find_fields(given: Any, path: Sequence[int | str]) -> set[str]:
-    """Return the names of the fields that a value may have at a path."""
-    kinds = _find_kinds(given, path)
-    return {field for kind in kinds for model in _iter_models(kind) for field in model.model_fields}
 
 
 def _find_kinds(given: Any, path: Sequence[int | str]) -> list[Any]:

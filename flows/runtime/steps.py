@@ -93,9 +93,12 @@ class Steps:
             retries=1,
             retry_condition_fn=lambda *_: False,
         )(_do_work)
+        # The end of the step before, as Prefect takes what a task depends on.
+        details = StateDetails(task_run_id=self._previous)
+        previous: list[State[bool]] = [Completed(data=True, state_details=details)] if self._previous else []
         token = _work.set(lambda: self._work_as_next(work))
         try:
-            return cast("T", step(wait_for=self._wait_for_previous()))
+            return cast("T", step(wait_for=previous))
         finally:
             _work.reset(token)
 
@@ -104,11 +107,6 @@ class Steps:
         context = TaskRunContext.get()
         self._previous = context.task_run.id if context else None
         return work()
-
-    def _wait_for_previous(self) -> list[State[bool]]:
-        """Return the end of the step before, as Prefect takes what a task depends on."""
-        details = StateDetails(task_run_id=self._previous)
-        return [Completed(data=True, state_details=details)] if self._previous else []
 
 
 def open_span(name: str) -> AbstractContextManager[Any]:

@@ -12,12 +12,11 @@ from serving.machine import count_cores, describe_machine
 from serving.model.batching import BatchingConfig, BatchingSetting, CostModel, fit_cost_model, list_batchings
 from serving.model.contract import Frozen
 from serving.model.encoding import Encoded, Flags
-from serving.model.interface import Model
 from serving.model.pin import ModelPin
 from serving.model.registry import save_tag
 from serving.model.release import Scaling
 from serving.model.tuner import measure_passes
-from tasks.endpoint.resolve import Loaded, Sample
+from tasks.endpoint.resolve import Loaded
 from tasks.endpoint.spec import Budget, EndpointSpec
 
 _SAMPLE_ROWS = 1024
@@ -74,17 +73,24 @@ def resolve_batching(spec: EndpointSpec, loaded: Loaded) -> Iterator[BatchingCho
         yield BatchingChoice(batching=spec.batching or BatchingConfig())
         return
     settings = read_settings(loaded.settings_name(spec.name), loaded.sources[-1].tags)
-    if settings is not None and _is_valid(settings, spec):
+    if (
+        settings is not None
+        # A choice without a setting was not made as it is now: for the least latency.
+        and settings.chosen.setting is not None
+        and (settings.budget, settings.scaling, settings.machine) == _batching_terms(spec)
+    ):
         yield settings.chosen
     yield from _measure_choices(spec.budget, spec.scaling, loaded)
 
 
 def _measure_choices(budget: Budget, scaling: Scaling, loaded: Loaded) -> Iterator[BatchingChoice]:
     replicas_max = max(1, scaling.replicas_min, scaling.replicas_max)
+    sample = loaded.sample
+    encoded = loaded.model.prepare(Encoded(inputs=sample.inputs, flags=Flags.all_good(sample.rows), rows=sample.rows))
     passes = measure_passes(
         loaded.model,
         loaded.contract,
-        _repeat_rows(loaded.model, loaded.sample),
+        encoded.repeat(math.ceil(_SAMPLE_ROWS / sample.rows)).slice_rows(0, _SAMPLE_ROWS),
         budget.latency_ms,
         slots=min(replicas_max, count_cores()),
         clock=time.perf_counter,
@@ -102,18 +108,6 @@ def _measure_choices(budget: Budget, scaling: Scaling, loaded: Loaded) -> Iterat
     passes_ms = tuple((rows, 1000 * seconds) for rows, seconds in passes)
     for setting in found:
         yield BatchingChoice(batching=setting.batching, passes=passes_ms, cost=cost, setting=setting)
-
-
-def _is_valid(settings: ServedSettings, spec: EndpointSpec) -> bool:
-    """Return whether settings are of these terms, and were chosen as they are now: for the least latency."""
-    if settings.chosen.setting is None:
-        return False
-    return (settings.budget, settings.scaling, settings.machine) == _batching_terms(spec)
-
-
-def _repeat_rows(model: Model, sample: Sample) -> Encoded:
-    encoded = model.prepare(Encoded(inputs=sample.inputs, flags=Flags.all_good(sample.rows), rows=sample.rows))
-    return encoded.repeat(math.ceil(_SAMPLE_ROWS / sample.rows)).slice_rows(0, _SAMPLE_ROWS)
 
 
 class ServedSettings(Frozen):

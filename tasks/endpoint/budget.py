@@ -30,12 +30,12 @@ class BudgetCheck(Frozen):
     @property
     def is_kept(self) -> bool:
         """Whether 99 of 100 requests were answered within the budget, both times."""
-        return all(self._is_within_budget(each) for each in (self.steady, self.burst))
-
-    def _is_within_budget(self, latency: Latency | None) -> bool:
-        if latency is None:
-            return False
-        return latency.p99_ms <= self.budget.latency_ms and latency.errors <= _ERROR_SHARE_MAX * latency.requests
+        return all(
+            each is not None
+            and each.p99_ms <= self.budget.latency_ms
+            and each.errors <= _ERROR_SHARE_MAX * each.requests
+            for each in (self.steady, self.burst)
+        )
 
     def describe(self) -> str:
         """Return what was measured, in words."""

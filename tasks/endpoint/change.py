@@ -139,7 +139,8 @@ class Change:
             self._set_route(self.current_route and keep_awake(self.current_route))
             if self.release.version not in list_used_versions(self.current_route):
                 wait_until_idle(self.gateway, self.spec.name, (self.release.version,))
-                make_host(self.spec.target).remove(self._make_release_to_remove())
+                release = make_release_to_remove(self.spec.name, self.release.version, self.release.contract)
+                make_host(self.spec.target).remove(release)
             elif self.is_deployed and self.previous_release is not None:
                 deploy_release(self.spec.target, self.previous_release, self.models, self.keep_warm)
             self._set_route(self.current_route)
@@ -147,9 +148,6 @@ class Change:
                 write_rollout(self.spec.target, self.spec.name, self.current_route)
         except (EndpointFailed, BadInput) as error:
             self.logger.warning("The change must be undone, got: %s. Look at version %s.", error, self.release.version)
-
-    def _make_release_to_remove(self) -> Release:
-        return make_release_to_remove(self.spec.name, self.release.version, self.release.contract)
 
     def _set_route(self, route: Route | None) -> None:
         now = self.gateway.get(self.spec.name)
@@ -183,7 +181,8 @@ class Change:
         if not self.spec.target.deploys:
             self.logger.info("Version %s gets no traffic any more, and stays at %s.", version, other and other.url)
             return True
-        if other is None or not _is_same_host(other, address):
+        # Ports of one target differ where each release has a server of its own.
+        if other is None or urlsplit(other.url).hostname != urlsplit(address.url).hostname:
             where = other.url if other else "nowhere"
             self.logger.warning("Version %s is on another target, at %s: take it down there.", version, where)
             return False
@@ -304,8 +303,3 @@ def remove_endpoint(gateway: GatewayClient, host: Host, endpoint: str) -> tuple[
         gateway.put(endpoint, status.route)
         raise
     return versions
-
-
-def _is_same_host(one: Address, other: Address) -> bool:
-    """Whether two servers are of one target: ports differ where each release has a server of its own."""
-    return urlsplit(one.url).hostname == urlsplit(other.url).hostname

@@ -48,16 +48,13 @@ def choose_endpoint_environment(spec: EndpointSpec, resolved: Resolved) -> MadeE
 def _list_unmet(spec: EndpointSpec, resolved: Resolved) -> list[RequirementCheck]:
     """Return what a model asks for and this interpreter lacks, else what the interpreter of its server lacks."""
     found = list_unmet(read_model_environment(resolved.folder))
-    python = _find_server_python(spec)
-    return found if found or python is None else _ask_server_python(python, resolved.folder)
-
-
-def _find_server_python(spec: EndpointSpec) -> Path | None:
-    """Return the interpreter of the model server, None where it is that of an image or has a bare name."""
-    if not isinstance(spec.target, BentoML | KServe | Seldon) or spec.target.environment_obstacle is not None:
-        return None
-    python = Path(spec.target.python)
-    return python.absolute() if len(python.parts) > 1 and python.exists() else None
+    target = spec.target
+    if found or not isinstance(target, BentoML | KServe | Seldon) or target.environment_obstacle is not None:
+        return found
+    python = Path(target.python)
+    # That of an image, or one with a bare name, can't be asked here.
+    is_here = len(python.parts) > 1 and python.exists()
+    return _ask_server_python(python.absolute(), resolved.folder) if is_here else found
 
 
 def _ask_server_python(python: Path, folder: Path) -> list[RequirementCheck]:

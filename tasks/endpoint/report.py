@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pydantic import Field
 
-from serving.model.batching import BatchingConfig, BatchingSetting, CostModel
+from serving.model.batching import BatchingConfig, BatchingSetting
 from serving.model.contract import Frozen
 from serving.redaction import hide_secrets
 from tasks.common.artifacts import Logger, make_image, make_markdown, put_artifacts
@@ -69,7 +68,7 @@ class Endpoint(Frozen):
             "callers": self.callers,
             **({"no longer served": ", ".join(f"version {each}" for each in self.removed)} if self.removed else {}),
             "batching": "by those who run the server" if self.target == "external" else self.chosen.describe(),
-            **(_describe_passes(self.chosen.cost) if self.chosen.cost else {}),
+            **({"a pass of b rows": f"{self.chosen.cost.describe()}, as measured"} if self.chosen.cost else {}),
             **(_describe_setting(self.chosen.setting) if self.chosen.setting else {}),
             **(_describe_budget(self.budget, self.checked) if self.budget else {}),
             **{f"waited {when}": _describe_latency(each) for when, each in self.latencies().items()},
@@ -92,10 +91,6 @@ class Endpoint(Frozen):
         """Return the report as Markdown."""
         rows = "\n".join(f"| {row['']} | {row['value']} |" for row in self.table())
         return f"# Endpoint {self.name}\n\n{self.summary}\n\n| | |\n| --- | --- |\n{rows}\n"
-
-
-def _describe_passes(cost: CostModel) -> dict[str, str]:
-    return {"a pass of b rows": f"{cost.describe()}, as measured"}
 
 
 def _describe_setting(setting: BatchingSetting) -> dict[str, str]:
@@ -180,7 +175,7 @@ def _draw_passes(axes: Axes, chosen: BatchingChoice) -> None:
         return
     rows, ms = zip(*chosen.passes, strict=True)
     axes.plot(rows, ms, "o", color=_INK, markersize=4, label="measured")
-    line = _choose_line_rows(rows)
+    line = sorted({math.ceil(each) for each in np.geomspace(1, max(rows), 64)})
     axes.plot(line, [1000 * chosen.cost.seconds(each) for each in line], color=_AFTER, label="a + c b")
     size = chosen.batching.batch_size_max
     axes.axvline(size, color=_LIMIT, linestyle=":", linewidth=1, label=f"the batching: {size:,} rows")
@@ -191,7 +186,3 @@ def _draw_passes(axes: Axes, chosen: BatchingChoice) -> None:
     axes.set(xlabel="rows in a pass", ylabel="milliseconds")
     axes.set_title("passes of the model itself", loc="left", fontsize=10)
     axes.legend(loc="upper left", frameon=False, fontsize=8)
-
-
-def _choose_line_rows(rows: Sequence[int]) -> list[int]:
-    return sorted({math.ceil(each) for each in np.geomspace(1, max(rows), 64)})

@@ -200,7 +200,12 @@ def _parse_timestamps(values: pl.Series, origin: str) -> NDArray[np.float64]:
     kind = values.dtype
     times = values
     if kind == pl.String:
-        times = _parse_text_timestamps(values.str.strip_chars())
+        texts = values.str.strip_chars()
+        try:
+            times = texts.str.to_datetime(time_unit="us", strict=False, ambiguous="null")
+        except pl.exceptions.ComputeError:
+            # No format of dates fits: these are numbers.
+            times = texts.cast(pl.Float64, strict=False)
     elif kind == pl.Date:
         times = values.cast(pl.Datetime("us"))
     if not (times.dtype.is_numeric() or isinstance(times.dtype, pl.Datetime)):
@@ -210,14 +215,6 @@ def _parse_timestamps(values: pl.Series, origin: str) -> NDArray[np.float64]:
     if isinstance(times.dtype, pl.Datetime):
         return times.dt.epoch("us").to_numpy() / 1e6
     return times.cast(pl.Float64).to_numpy()
-
-
-def _parse_text_timestamps(texts: pl.Series) -> pl.Series:
-    try:
-        return texts.str.to_datetime(time_unit="us", strict=False, ambiguous="null")
-    except pl.exceptions.ComputeError:
-        # No format of dates fits: these are numbers.
-        return texts.cast(pl.Float64, strict=False)
 
 
 def _check_none_missing(values: pl.Series, numbers: pl.Series, origin: str, what: str) -> None:
@@ -253,16 +250,12 @@ def count_per_second(times: NDArray[np.float64], origin: str) -> tuple[NDArray[n
     moments = len(times) - same
     span = last - first
     length = max(int(at[-1]) + 1, int(np.ceil(span * moments / max(moments - 1, 1))))
-    notes += _describe_gap(float(np.diff(times).max(initial=0.0)), origin)
+    gap = float(np.diff(times).max(initial=0.0))
+    if gap >= _GAP_TOLD_SECONDS:
+        notes.append(f"{origin} has a gap of {in_words(gap)}; it counts as time without traffic.")
     counts = np.bincount(at, minlength=length)
     _check_rate(int(counts.max()), 1, origin)
     return counts, notes
-
-
-def _describe_gap(seconds: float, origin: str) -> list[str]:
-    if seconds < _GAP_TOLD_SECONDS:
-        return []
-    return [f"{origin} has a gap of {in_words(seconds)}; it counts as time without traffic."]
 
 
 def _parse_counts(values: pl.Series, origin: str, seconds: int) -> tuple[NDArray[np.int64], list[str]]:

@@ -148,21 +148,18 @@ def _make_row(each: Alternative, decision: Decision) -> dict[str, str]:
 
 def list_profile_figures(profile: Profile) -> dict[str, str]:
     """Return the figures of a profile by their names."""
-    return {
+    figures = {
         "model": f"{profile.model}, measured {profile.measured_at:%Y-%m-%d %H:%M} UTC",
         "measured on": profile.machine,
         "a pass of b rows": f"{profile.pass_time.describe()}, {profile.slots} side by side",
         "a batch run": f"{profile.batch_rows_per_second:,.0f} rows/s, begins after {profile.start_seconds:.3g} s",
         "an endpoint": f"first answer after {profile.cold_start_seconds:.3g} s, a request costs "
         f"{profile.request_ms:.3g} ms beside its pass",
-    } | _list_served_figures(profile)
-
-
-def _list_served_figures(profile: Profile) -> dict[str, str]:
-    served = profile.served
-    if served is None:
-        return {}
-    return {"n requests together": f"{served.describe('n')} in a slot, give or take {profile.jitter:.0%}"}
+    }
+    if profile.served is not None:
+        together = f"{profile.served.describe('n')} in a slot, give or take {profile.jitter:.0%}"
+        figures["n requests together"] = together
+    return figures
 
 
 def _list_prices(decision: Decision) -> dict[str, str]:
@@ -236,7 +233,8 @@ def _draw_bars(axes: Axes, decision: Decision) -> None:
             color=_INK if each.is_feasible else _LIMIT,
             fontweight="bold" if each == decision.chosen else "normal",
         )
-    axes.set_yticks(range(len(shown)), [_label_bar(each) for each in shown], fontsize=8)
+    labels = [f"{each.mode}, {each.policy}\n{each.machines} x {each.machine}" for each in shown]
+    axes.set_yticks(range(len(shown)), labels, fontsize=8)
     axes.invert_yaxis()
     _scale_axis(axes, [each.usd for each in shown])
     axes.xaxis.set_major_formatter("${x:,.4g}")
@@ -255,10 +253,6 @@ def _scale_axis(axes: Axes, costs: Sequence[float]) -> None:
         return
     axes.set_xscale("log")
     axes.set_xlim(least / 3, most * (most / least) ** 0.3)
-
-
-def _label_bar(each: Alternative) -> str:
-    return f"{each.mode}, {each.policy}\n{each.machines} x {each.machine}"
 
 
 def _draw_arrivals(axes: Axes, counts_T: NDArray[np.int64]) -> None:

@@ -81,7 +81,7 @@ def judge_change(
         hysteresis: When a change is worth it.
     """
     proposed = name_alternative(decision.chosen)
-    in_a_row = 1 + _count_repeats(proposed, earlier)
+    in_a_row = 1 + sum(1 for _ in itertools.takewhile(lambda each: each == proposed, reversed(earlier)))
     if current is None:
         return _make_verdict("change", proposed, in_a_row, None, "Nothing that choose_mode has deployed serves it yet.")
     if current.matches(decision.chosen):
@@ -100,11 +100,6 @@ def judge_change(
 def name_alternative(alternative: Alternative) -> str:
     """Return what a review proposes, as it is kept and compared."""
     return f"{describe_alternative(alternative)}, on {alternative.machine}"
-
-
-def _count_repeats(proposed: str, earlier: Sequence[str]) -> int:
-    """Return how many of the last proposals are this one."""
-    return sum(1 for _ in itertools.takewhile(lambda each: each == proposed, reversed(earlier)))
 
 
 def _judge_saving(

@@ -78,8 +78,9 @@ def list_serving_capacities(
     scenario: Scenario, instance_type: InstanceType, batch_sizes: Iterable[int] | None = None
 ) -> list[ServingCapacity]:
     """Return the batchings that an endpoint may have on an instance type, the one that takes most first."""
-    profile, rows = scenario.profile, scenario.rows_per_arrival
+    profile, rows, speed = scenario.profile, scenario.rows_per_arrival, instance_type.speed
     cost, overhead_seconds = split_serving_cost(profile, rows)
+    cost = CostModel(fixed_seconds=cost.fixed_seconds / speed, row_seconds=cost.row_seconds / speed)
     smallest = math.ceil(rows)
     largest = max(BATCH_ROWS_MAX, smallest)
     steps = (round(smallest * 2 ** (step / 2)) for step in range(21))
@@ -87,7 +88,7 @@ def list_serving_capacities(
     servers = [
         BatchingServer(
             slots=profile.slots,
-            cost=_speed_up(cost, instance_type.speed),
+            cost=cost,
             requests_max=max(1, int(size / rows)),
             jitter=profile.jitter,
         )
@@ -126,10 +127,6 @@ def split_serving_cost(profile: Profile, rows: float) -> tuple[CostModel, float]
         row_seconds = passes.row_seconds * rows + profile.busy_ms / 1000
         cost = CostModel(fixed_seconds=passes.fixed_seconds, row_seconds=row_seconds)
     return cost, max(overhead_seconds, 0.0)
-
-
-def _speed_up(cost: CostModel, speed: float) -> CostModel:
-    return CostModel(fixed_seconds=cost.fixed_seconds / speed, row_seconds=cost.row_seconds / speed)
 
 
 def simulate_capacity(
@@ -291,7 +288,10 @@ def plan_stream_capacity(scenario: Scenario, instance_type: InstanceType) -> Ser
         fixed_seconds=profile.pass_time.fixed_seconds / instance_type.speed,
         row_seconds=row_seconds,
     )
-    rows = _choose_stream_rows(scenario, cost, wait_seconds)
+    # The most rows, in powers of two, of which two passes fit into the time that is left.
+    rows = BATCH_ROWS_MAX
+    while rows > 1 and wait_seconds + 2 * cost.seconds(rows) > scenario.deadline_seconds:
+        rows //= 2
     server = BatchingServer(
         slots=profile.slots,
         cost=cost.model_copy(update={"row_seconds": row_seconds * scenario.rows_per_arrival}),
@@ -300,11 +300,3 @@ def plan_stream_capacity(scenario: Scenario, instance_type: InstanceType) -> Ser
     )
     batching = BatchingConfig(batch_size_max=rows, wait_ms_max=1000 * wait_seconds)
     return ServingCapacity(batching=batching, waits=simulate_waits([server])[0], overhead_seconds=0.0)
-
-
-def _choose_stream_rows(scenario: Scenario, cost: CostModel, wait_seconds: float) -> int:
-    """Return the most rows, in powers of two, of which two passes fit into the time that is left."""
-    rows = BATCH_ROWS_MAX
-    while rows > 1 and wait_seconds + 2 * cost.seconds(rows) > scenario.deadline_seconds:
-        rows //= 2
-    return rows

@@ -124,7 +124,10 @@ class Pipeline:
     def _dispatch(self, batch: Batch) -> None:
         self._has_suspects = self.limits.is_suspect(batch[0])
         if self._has_suspects:
-            self._wait_until_emitted()
+            # The scores of all earlier messages must not be lost if a suspect ends the process.
+            while self._emitted < self._dispatched:
+                self._check_running()
+                time.sleep(_SUSPECT_POLL_SECONDS)
         future: Future[ScoredBatch] = Future()
         self._dispatched += 1
         self._put(self._order, future)
@@ -132,12 +135,6 @@ class Pipeline:
             future.set_result(_reject_unfinished(batch, self.connections.find_emitted(batch)))
         else:
             self._put(self._work, (future, batch))
-
-    def _wait_until_emitted(self) -> None:
-        """Wait until all earlier messages are emitted: their scores must not be lost if a suspect ends the process."""
-        while self._emitted < self._dispatched:
-            self._check_running()
-            time.sleep(_SUSPECT_POLL_SECONDS)
 
     def _score(self) -> None:
         with self.model.slot():

@@ -207,7 +207,9 @@ class KafkaSource:
         error, partition = each.error(), each.partition()
         if error is not None:
             if error.code() == KafkaError._AUTO_OFFSET_RESET and partition in self._next:  # noqa: SLF001
-                self._restart_partition(partition)
+                # The next offset is gone: where loss is accepted, the partition goes on from its first message.
+                self._consumer.incremental_unassign([self._at_offset(partition)])
+                self._add_partitions({partition: self._next[partition]})
             else:
                 self._errors.handle(error)
             return None
@@ -217,14 +219,9 @@ class KafkaSource:
         return Message(
             position=Position(partition, offset),
             payload=each.value() or b"",
-            event_time=_find_event_time(each),
+            event_time=choose_event_time(dict(each.headers() or []).get(HEADER_EVENT_TIME), each.timestamp()[1] / 1000),
             arrived=now,
         )
-
-    def _restart_partition(self, partition: int) -> None:
-        """Read a partition on whose next offset is gone: from its first message, where loss is accepted."""
-        self._consumer.incremental_unassign([self._at_offset(partition)])
-        self._add_partitions({partition: self._next[partition]})
 
 
 class _CommitMetadata(Frozen):
@@ -240,8 +237,3 @@ class _CommitMetadata(Frozen):
             return cls.model_validate_json(text or "{}")
         except ValidationError:
             return cls()
-
-
-def _find_event_time(each: KafkaMessage) -> float:
-    """Return the time of an event, by its header, otherwise by Kafka's timestamp."""
-    return choose_event_time(dict(each.headers() or []).get(HEADER_EVENT_TIME), each.timestamp()[1] / 1000)

@@ -54,7 +54,8 @@ class EmittedIds:
         consumer = self.connection.run(self._find_consumer())
         if consumer is None or not consumer.num_ack_pending:
             return
-        if _seconds_since_delivery(consumer) >= self.window_seconds / 2:
+        last = consumer.delivered.last_active if consumer.delivered else None
+        if last is None or (datetime.now(UTC) - last).total_seconds() >= self.window_seconds / 2:
             self._read_back()
 
     def find_known(self) -> set[str]:
@@ -108,12 +109,6 @@ class EmittedIds:
         if all_in_flight:
             # Later scores may be of messages that were delivered after `consumer` was read: they are read next time.
             self._read_to, self._read_until = state.last_seq, newest
-
-
-def _seconds_since_delivery(consumer: ConsumerInfo) -> float:
-    """Return how long ago the consumer last delivered a message."""
-    last = consumer.delivered.last_active if consumer.delivered else None
-    return float("inf") if last is None else (datetime.now(UTC) - last).total_seconds()
 
 
 async def _find_stored_time(connection: NatsConnection, stream: str, number: int) -> datetime:

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import nats.errors
 import orjson
@@ -116,8 +116,10 @@ class NatsDeadLetters:
         """
         emitted = self._find_emitted([each.message for each in poison if each.message.deliveries > 1])
         letters = [self._build_letter(each) for each in poison if each.message.position not in emitted]
+        note = {HEADER_LEFT_OUT: "too large to go along; it is where it came from"}
         refused = self._publisher.publish(letters)
-        if refused and self._publisher.publish([_drop_payload(each) for each in refused]):
+        smaller = [replace(each, payload=b"", headers={**each.headers, **note}) for each in refused]
+        if smaller and self._publisher.publish(smaller):
             message = (
                 f"The stream of {self._address.dead_letter_subject!r} at {self._connection.url} must take dead letters "
                 "of some kilobytes, but refuses them for their size. Let it take larger ones, then call again: it "
@@ -133,11 +135,6 @@ class NatsDeadLetters:
             id=f"dead.{format_message_id(self._origin, poison.message)}",
             headers={**build_poison_headers(poison), HEADER_SOURCE: origin},
         )
-
-
-def _drop_payload(letter: OutgoingMessage) -> OutgoingMessage:
-    headers = {**letter.headers, HEADER_LEFT_OUT: "too large to go along; it is where it came from"}
-    return OutgoingMessage(subject=letter.subject, payload=b"", id=letter.id, headers=headers)
 
 
 def format_message_id(origin: str, message: Message) -> str:
@@ -167,11 +164,10 @@ class Publisher:
         self._connection, self._find_known = connection, find_known
         self._inbox, self._numbers = connection.client.new_inbox(), itertools.count()
         self._sent: dict[int, tuple[_Publication, OutgoingMessage]] = {}
-        connection.run(self._subscribe())
-
-    async def _subscribe(self) -> None:
-        await self._connection.client.subscribe(
-            f"{self._inbox}.*", cb=self._on_answer, pending_msgs_limit=-1, pending_bytes_limit=-1
+        connection.run(
+            connection.client.subscribe(
+                f"{self._inbox}.*", cb=self._on_answer, pending_msgs_limit=-1, pending_bytes_limit=-1
+            )
         )
 
     def publish(self, outgoing: Sequence[OutgoingMessage]) -> list[OutgoingMessage]:
