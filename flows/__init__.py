@@ -52,21 +52,8 @@ if TYPE_CHECKING:
     from tasks.batch.options import BatchOptions, CsvOptions, Ray, Threads
     from tasks.batch.reject_rows import write_rejects
     from tasks.batch.training_set import log_training_statistics
-    from tasks.endpoint.spec import (
-        Access,
-        AllAtOnce,
-        BentoML,
-        Budget,
-        Canary,
-        EndpointSpec,
-        External,
-        KServe,
-        RayServe,
-        Seldon,
-        Shadow,
-        Step,
-        Triton,
-    )
+    from tasks.endpoint.spec import Access, AllAtOnce, Budget, Canary, EndpointSpec, Shadow, Step
+    from tasks.endpoint.targets import BentoML, External, KServe, RayServe, Seldon, Triton
     from tasks.scheduler.deployment_plan import ApplyConfig, BatchApplyConfig, OnlineApplyConfig, StreamApplyConfig
     from tasks.scheduler.profile import ProfileOptions, StatedFigures
     from tasks.scheduler.review import Hysteresis
@@ -211,21 +198,8 @@ _MODULES = {
     "tasks.batch.backfill": ("BackfillOptions", "Partitions", "TableTimes", "TableVersions", "open_backfill"),
     "tasks.batch.manifest": ("open_predictions", "open_rejects"),
     "tasks.batch.reject_rows": ("write_rejects",),
-    "tasks.endpoint.spec": (
-        "Access",
-        "AllAtOnce",
-        "BentoML",
-        "Budget",
-        "Canary",
-        "EndpointSpec",
-        "External",
-        "KServe",
-        "RayServe",
-        "Seldon",
-        "Shadow",
-        "Step",
-        "Triton",
-    ),
+    "tasks.endpoint.spec": ("Access", "AllAtOnce", "Budget", "Canary", "EndpointSpec", "Shadow", "Step"),
+    "tasks.endpoint.targets": ("BentoML", "External", "KServe", "RayServe", "Seldon", "Triton"),
     "tasks.scheduler.profile": ("ProfileOptions", "StatedFigures"),
     "tasks.scheduler.review": ("Hysteresis",),
     "tasks.scheduler.deployment_plan": ("BatchApplyConfig", "OnlineApplyConfig", "StreamApplyConfig", "ApplyConfig"),

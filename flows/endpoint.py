@@ -25,7 +25,8 @@ from tasks.endpoint.deploy import make_graph_host, make_host, write_rollout
 from tasks.endpoint.load import Latency, measure_latency
 from tasks.endpoint.report import Endpoint, emit_endpoint_changed, emit_endpoint_retired, publish_endpoint
 from tasks.endpoint.resolve import Loaded, LoadedGraph, LoadedModel, load_endpoint
-from tasks.endpoint.spec import GATEWAY, AnyTarget, Budget, EndpointSpec, Shadow, read_admin_key, read_keys
+from tasks.endpoint.spec import GATEWAY, Budget, EndpointSpec, Shadow, read_admin_key, read_keys
+from tasks.endpoint.targets import AnyTarget
 from tasks.endpoint.traffic import (
     check_gateway,
     complete_spec,

@@ -189,7 +189,8 @@ def retire(
     with keep_stdout(for_json=as_json):
         with show_status("Loading Prefect and MLflow"):
             from flows.endpoint import retire_endpoint  # noqa: PLC0415 - seconds of imports
-            from tasks.endpoint.spec import GATEWAY, read_target  # noqa: PLC0415 - the same
+            from tasks.endpoint.spec import GATEWAY  # noqa: PLC0415 - the same
+            from tasks.endpoint.targets import read_target  # noqa: PLC0415 - the same
 
         show_own_lines()
         host = None if target is None else read_target(read_document(target, "--target"))

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from infra.local.triton import TritonServer
     from serving.gateway.client import GatewayClient
     from tasks.endpoint.report import Endpoint
-    from tasks.endpoint.spec import EndpointSpec, Triton
+    from tasks.endpoint.spec import EndpointSpec
+    from tasks.endpoint.targets import Triton
 
 
 NAME = "flight-delay"
@@ -190,7 +191,7 @@ def make_spec(stage: Stage, model: str, rollout: object, keep_warm: float | None
 
 def make_target(stage: Stage) -> Triton:
     """Return the Triton of the demo as a target."""
-    from tasks.endpoint.spec import Triton  # noqa: PLC0415 - the same
+    from tasks.endpoint.targets import Triton  # noqa: PLC0415 - the same
 
     triton = stage.triton
     return Triton(repository=str(triton.repository), url=triton.url, grpc=triton.grpc)

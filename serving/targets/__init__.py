@@ -4,7 +4,7 @@ A `Target` renders a release as files that a person could have written by hand; 
 server, and a `GraphHost` graphs too. Triton is in `triton`, Ray Serve in `ray_serve`. BentoML, KServe and Seldon
 (MLServer) render folders that the host in `folder` deploys: each has a serve.json, by which a controller runs the
 server. `external` is a model that others serve, whose host deploys nothing. To add a target, write a module with its
-host, a class in `tasks.endpoint.spec`, and its line in `tasks.endpoint.deploy`; docs/architecture.md says the rest.
+host, a class in `tasks.endpoint.targets`, and its line in `tasks.endpoint.deploy`; docs/architecture.md says the rest.
 `kubernetes_cluster` has the names of a Kubernetes cluster that serves an endpoint, and `kubernetes_routes` renders how
 it divides the requests.
 

@@ -29,7 +29,8 @@ from tasks.endpoint.deploy import (
     write_rollout,
 )
 from tasks.endpoint.resolve import LoadedGraph, LoadedModel
-from tasks.endpoint.spec import EndpointSpec, RayServe, Triton
+from tasks.endpoint.spec import EndpointSpec
+from tasks.endpoint.targets import RayServe, Triton
 from tasks.endpoint.traffic import (
     choose_keep_warm_seconds,
     keep_awake,

@@ -19,9 +19,9 @@ from serving.model.registry import Resolved
 from serving.model.release import Release
 from serving.targets import Address, GraphHost, Host
 from serving.targets.kubernetes_cluster import ClusterTarget, dump_manifests
-from tasks.endpoint import spec as specs
 from tasks.endpoint.resolve import LoadedGraph, LoadedModel, load_endpoint_graph
-from tasks.endpoint.spec import AnyTarget, EndpointSpec, read_secret, read_variable
+from tasks.endpoint.spec import EndpointSpec, read_secret, read_variable
+from tasks.endpoint.targets import AnyTarget, BentoML, External, KServe, RayServe, Seldon, Triton
 from tasks.endpoint.traffic import list_used_versions, remove_versions
 
 if TYPE_CHECKING:
@@ -39,13 +39,13 @@ def make_host(target: AnyTarget, keep_warm_seconds: float | None = None) -> Host
     return _HOSTS[type(target)](target, keep_warm_seconds)
 
 
-def _make_triton_host(target: specs.Triton, _keep_warm_seconds: float | None) -> Host:
+def _make_triton_host(target: Triton, _keep_warm_seconds: float | None) -> Host:
     triton = import_extra("serving.targets.triton", "serve")
     host: Host = triton.TritonHost(repository=Path(target.repository), url=target.url, grpc=target.grpc)
     return host
 
 
-def _make_ray_serve_host(target: specs.RayServe, keep_warm_seconds: float | None) -> Host:
+def _make_ray_serve_host(target: RayServe, keep_warm_seconds: float | None) -> Host:
     from serving.targets.ray_serve import RayServeHost, RayServeTarget  # noqa: PLC0415 - an endpoint needs one target of several
 
     token = read_secret(target.token_secret) if target.token_secret else read_variable(_RAY_TOKEN)
@@ -61,15 +61,13 @@ def _make_ray_serve_host(target: specs.RayServe, keep_warm_seconds: float | None
     )
 
 
-def _make_external_host(target: specs.External, _keep_warm_seconds: float | None) -> Host:
+def _make_external_host(target: External, _keep_warm_seconds: float | None) -> Host:
     from serving.targets.external import ExternalHost  # noqa: PLC0415 - the same
 
     return ExternalHost(url=target.url, model=target.model, version=target.version)
 
 
-def _make_folder_host(
-    target: specs.BentoML | specs.KServe | specs.Seldon, _keep_warm_seconds: float | None = None
-) -> FolderHost:
+def _make_folder_host(target: BentoML | KServe | Seldon, _keep_warm_seconds: float | None = None) -> FolderHost:
     from serving.targets.folder import FolderHost  # noqa: PLC0415 - the same
 
     return FolderHost(folder=Path(target.folder), target=_make_folder_target(target))
@@ -77,30 +75,30 @@ def _make_folder_host(
 
 # A line for each target: what makes its host, of the target and of the seconds that it is kept warm.
 _HOSTS: Mapping[type[AnyTarget], Callable[[Any, float | None], Host]] = {
-    specs.Triton: _make_triton_host,
-    specs.RayServe: _make_ray_serve_host,
-    specs.BentoML: _make_folder_host,
-    specs.KServe: _make_folder_host,
-    specs.Seldon: _make_folder_host,
-    specs.External: _make_external_host,
+    Triton: _make_triton_host,
+    RayServe: _make_ray_serve_host,
+    BentoML: _make_folder_host,
+    KServe: _make_folder_host,
+    Seldon: _make_folder_host,
+    External: _make_external_host,
 }
 
 
-def _make_folder_target(target: specs.BentoML | specs.KServe | specs.Seldon) -> ClusterTarget:
+def _make_folder_target(target: BentoML | KServe | Seldon) -> ClusterTarget:
     cluster = target.cluster
     names: dict[str, Any] = {} if cluster is None else {"namespace": cluster.namespace}
     if cluster is not None and cluster.storage_uri is not None:
         names["storage_uri"] = cluster.storage_uri.rstrip("/")
     match target:
-        case specs.BentoML():
+        case BentoML():
             from serving.targets.bentoml import BentoMLTarget  # noqa: PLC0415 - the same
 
             return BentoMLTarget(python=Path(target.python))
-        case specs.KServe():
+        case KServe():
             from serving.targets.kserve import KServeTarget  # noqa: PLC0415 - the same
 
             return KServeTarget(python=Path(target.python), **names)
-        case specs.Seldon():
+        case Seldon():
             from serving.targets.seldon import SeldonTarget  # noqa: PLC0415 - the same
 
             return SeldonTarget(python=Path(target.python), **names)
@@ -129,7 +127,7 @@ def make_graph_host(target: AnyTarget, keep_warm_seconds: float | None = None) -
     next_move = (
         "Only a cluster chains its models: write the manifests for it by write_graph_manifests of "
         "tasks.endpoint.deploy, and apply them."
-        if isinstance(target, specs.Seldon)
+        if isinstance(target, Seldon)
         else "It chains no models: choose one of those targets, or log what the models do together as one model."
     )
     message = f"A graph must be deployed on triton or ray-serve, got {target.kind}. {next_move}"
@@ -144,7 +142,7 @@ def write_graph_manifests(spec: EndpointSpec, folder: Path) -> Path:
     from serving.targets.folder import write_folder  # noqa: PLC0415 - an endpoint needs one target of several
     from serving.targets.seldon import SeldonTarget  # noqa: PLC0415 - the same
 
-    if not isinstance(spec.target, specs.Seldon) or not spec.graph_steps:
+    if not isinstance(spec.target, Seldon) or not spec.graph_steps:
         message = (
             f"The manifests must be those of a graph on seldon, got the target {spec.target.kind} and "
             f"{len(spec.graph_steps)} steps. Deploy others with online_endpoint."
@@ -222,7 +220,7 @@ def render_rollout(target: AnyTarget, endpoint: str, route: Route, release: Rele
     Raises:
         BadInput: The cluster cannot have that route; the message says why.
     """
-    if not isinstance(target, specs.BentoML | specs.KServe | specs.Seldon) or target.cluster is None:
+    if not isinstance(target, BentoML | KServe | Seldon) or target.cluster is None:
         return None
     host = _make_folder_host(target)
     releases = {each.version: host.read_release(endpoint, each.version) for each in route.versions}
@@ -248,5 +246,5 @@ def write_rollout(target: AnyTarget, endpoint: str, route: Route) -> None:
         EndpointFailed: The folder cannot be written.
     """
     manifests = render_rollout(target, endpoint, route)
-    if manifests is not None and isinstance(target, specs.BentoML | specs.KServe | specs.Seldon):
+    if manifests is not None and isinstance(target, BentoML | KServe | Seldon):
         _make_folder_host(target).write_rollout(endpoint, manifests)

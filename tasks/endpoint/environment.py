@@ -13,7 +13,8 @@ from serving.errors import EndpointFailed
 from serving.model.environment_choice import MadeEnvironment, choose_model_environment
 from serving.model.registry import Resolved
 from serving.model.requirements import RequirementCheck, list_unmet, read_model_environment
-from tasks.endpoint.spec import BentoML, EndpointSpec, KServe, Seldon
+from tasks.endpoint.spec import EndpointSpec
+from tasks.endpoint.targets import BentoML, KServe, Seldon
 
 _CHECKS = TypeAdapter(list[RequirementCheck])
 _CHECK_SECONDS_MAX = 120.0

@@ -26,7 +26,8 @@ from serving.targets import Address
 from tasks.endpoint import spec as specs
 from tasks.endpoint.client import InferClient
 from tasks.endpoint.resolve import Sample
-from tasks.endpoint.spec import OF_EACH_CALL, AnyTarget, EndpointSpec
+from tasks.endpoint.spec import OF_EACH_CALL, EndpointSpec
+from tasks.endpoint.targets import AnyTarget, default_target, read_target
 from tasks.endpoint.verify import compare_answers
 
 _POLL_SECONDS, _REPORT_SECONDS = 0.2, 10.0
@@ -219,7 +220,7 @@ def complete_spec(spec: EndpointSpec, route: Route | None) -> EndpointSpec:
 def find_target(route: Route | None) -> AnyTarget:
     """Return the target that an endpoint was put online on, the one that a spec has without any where none is known."""
     kept = None if route is None else route.spec.get("target")
-    return specs.default_target() if kept is None else specs.read_target(kept)
+    return default_target() if kept is None else read_target(kept)
 
 
 def describe_callers(keys: Sequence[str]) -> str:

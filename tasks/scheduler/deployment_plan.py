@@ -32,10 +32,9 @@ from tasks.endpoint.spec import (
     InputColumns,
     MeasureSeconds,
     Policies,
-    Target,
     Tolerance,
-    default_target,
 )
+from tasks.endpoint.targets import Target, default_target
 from tasks.scheduler.decision import Alternative, Decision, Mode
 from tasks.scheduler.workload import Events, Requests, Table, Workload
 from tasks.spot.purchase import PurchaseOptions

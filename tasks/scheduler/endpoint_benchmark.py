@@ -26,7 +26,8 @@ from tasks.endpoint.client import InferClient
 from tasks.endpoint.deploy import make_host, make_release
 from tasks.endpoint.load import LoopStats, run_closed_loop
 from tasks.endpoint.resolve import LoadedModel
-from tasks.endpoint.spec import AnyTarget, EndpointSpec
+from tasks.endpoint.spec import EndpointSpec
+from tasks.endpoint.targets import AnyTarget
 
 _CHILD = "tasks.scheduler.endpoint_process"
 _WARM_REQUESTS = 20

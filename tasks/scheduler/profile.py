@@ -45,7 +45,8 @@ from tasks.batch.tuning import (
     tune_and_keep,
 )
 from tasks.endpoint.resolve import Arrays, LoadedModel
-from tasks.endpoint.spec import AnyTarget, EndpointSpec
+from tasks.endpoint.spec import EndpointSpec
+from tasks.endpoint.targets import AnyTarget
 from tasks.scheduler.decision import Profile
 from tasks.scheduler.endpoint_benchmark import EndpointTimings, measure_in_process, measure_on_target
 

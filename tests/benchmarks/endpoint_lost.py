@@ -90,7 +90,8 @@ class _Life:
 
     def put(self, model: str, **changes: Any) -> None:
         from flows.endpoint import online_endpoint
-        from tasks.endpoint.spec import EndpointSpec, Triton
+        from tasks.endpoint.spec import EndpointSpec
+        from tasks.endpoint.targets import Triton
 
         target = Triton(repository=str(self.triton.repository), url=self.triton.url, grpc=self.triton.grpc)
         spec = {"name": NAME, "model": model, "gateway": self.gateway, "target": target}

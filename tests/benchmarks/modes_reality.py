@@ -17,7 +17,8 @@ from serving.model.queueing import BatchingServer, draw_lognormal
 from tasks.batch.options import BatchOptions
 from tasks.endpoint.client import infer_path
 from tasks.endpoint.resolve import load_endpoint_model
-from tasks.endpoint.spec import EndpointSpec, Triton
+from tasks.endpoint.spec import EndpointSpec
+from tasks.endpoint.targets import Triton
 from tasks.scheduler.decision import Profile
 from tasks.scheduler.profile import ProfileOptions, StatedFigures, measure_profile
 from tasks.scheduler.simulate_online import split_serving_cost

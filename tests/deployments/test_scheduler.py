@@ -25,7 +25,7 @@ from serving.protocol.oip import encode_request
 from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
 from tasks.common.events import MODE_CHANGED
-from tasks.endpoint.spec import Triton
+from tasks.endpoint.targets import Triton
 from tasks.scheduler.decision import Decision
 from tasks.scheduler.deployment_plan import ApplyConfig, BatchApplyConfig, OnlineApplyConfig, StreamApplyConfig
 from tasks.scheduler.profile import ProfileOptions, StatedFigures

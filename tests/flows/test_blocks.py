@@ -26,7 +26,8 @@ from tasks.batch.backfill import Partitions
 from tasks.batch.options import BatchOptions
 from tasks.common import blocks
 from tasks.common.blocks import OvernightDestination, OvernightRegistry, OvernightSource, open_addresses
-from tasks.endpoint.spec import EndpointSpec, External
+from tasks.endpoint.spec import EndpointSpec
+from tasks.endpoint.targets import External
 from tasks.stream.options import FromNats, ToNats
 from tests.eventually import eventually
 from tests.servers import hold_port

@@ -13,7 +13,8 @@ from serving.errors import ProfileFailed
 from tasks.batch.options import BatchOptions
 from tasks.endpoint.deploy import make_host
 from tasks.endpoint.resolve import LoadedModel, load_endpoint_model
-from tasks.endpoint.spec import EndpointSpec, Triton
+from tasks.endpoint.spec import EndpointSpec
+from tasks.endpoint.targets import Triton
 from tasks.scheduler.profile import ProfileOptions, StatedFigures, measure_profile, read_profile
 from tests.servers import triton_or_skip
 

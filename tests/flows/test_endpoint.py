@@ -24,7 +24,8 @@ from serving.gateway.client import GatewayClient
 from serving.model.registry import resolve_model
 from serving.protocol.oip import encode_request
 from tasks.common.events import ENDPOINT_CHANGED
-from tasks.endpoint.spec import Canary, EndpointSpec, External, RayServe, Shadow, Triton
+from tasks.endpoint.spec import Canary, EndpointSpec, Shadow
+from tasks.endpoint.targets import External, RayServe, Triton
 from tests.eventually import eventually
 from tests.graphs import PutGraph, graph_of, raw_rows, register_chain, register_prep, register_step, tensor
 from tests.prefect_events import find_events

@@ -21,7 +21,8 @@ from serving.gateway.client import GatewayClient
 from serving.gateway.route import Rollout, Route, ServedVersion
 from serving.model.registry import resolve_model
 from serving.protocol.oip import encode_request
-from tasks.endpoint.spec import EndpointSpec, KServe
+from tasks.endpoint.spec import EndpointSpec
+from tasks.endpoint.targets import KServe
 from tests.serving.targets.manifests import check_all
 from tests.serving.toys import matrix
 from tests.test_docs import ROOT, read_blocks

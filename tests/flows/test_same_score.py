@@ -17,7 +17,8 @@ from tasks.batch.options import BatchOptions
 from tasks.endpoint.client import InferClient
 from tasks.endpoint.deploy import make_host, make_release
 from tasks.endpoint.resolve import load_endpoint_model
-from tasks.endpoint.spec import EndpointSpec, Triton
+from tasks.endpoint.spec import EndpointSpec
+from tasks.endpoint.targets import Triton
 from tests.servers import triton_or_skip
 from tests.support import write_customers
 

@@ -27,7 +27,8 @@ from serving.protocol.oip import decode_response, encode_request
 from serving.targets import Address, Host
 from tasks.endpoint.deploy import make_host, make_release
 from tasks.endpoint.resolve import LoadedModel, load_endpoint_model
-from tasks.endpoint.spec import AnyTarget, BentoML, EndpointSpec, RayServe, Seldon
+from tasks.endpoint.spec import EndpointSpec
+from tasks.endpoint.targets import AnyTarget, BentoML, RayServe, Seldon
 from tests.eventually import eventually
 from tests.model_wheels import OLD_VERSION, PACKAGE, write_model_wheels
 from tests.ray_cluster import ray_cluster

@@ -15,7 +15,7 @@ from serving.model.release import Release
 from serving.targets import ReleaseFiles
 from serving.targets.folder import write_folder
 from tasks.endpoint.deploy import make_release_to_remove, render_rollout, write_rollout
-from tasks.endpoint.spec import AnyTarget, Triton
+from tasks.endpoint.targets import AnyTarget, Triton
 from tests.serving.targets.manifests import check_all
 from tests.serving.toys import matrix
 from tests.tasks.endpoint.values import route, served

@@ -20,7 +20,8 @@ from serving.model.uv import PackageSource
 from serving.targets.kubernetes_cluster import Cluster
 from tasks.endpoint.deploy import make_endpoint_release
 from tasks.endpoint.resolve import LoadedModel, load_endpoint, load_endpoint_model, predict_rows
-from tasks.endpoint.spec import BentoML, EndpointSpec, KServe, RayServe, Seldon, Triton
+from tasks.endpoint.spec import EndpointSpec
+from tasks.endpoint.targets import BentoML, KServe, RayServe, Seldon, Triton
 from tests.model_wheels import OLD_VERSION, PACKAGE, write_model_wheels, write_wheel
 from tests.support import register_script
 

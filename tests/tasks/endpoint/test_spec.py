@@ -9,23 +9,8 @@ from pydantic import BaseModel, ValidationError
 from serving.errors import BadInput
 from serving.model.batching import BatchingConfig
 from tasks.endpoint import spec as specs
-from tasks.endpoint.spec import (
-    Access,
-    BentoML,
-    Budget,
-    Canary,
-    EndpointSpec,
-    External,
-    KServe,
-    RayServe,
-    Seldon,
-    Shadow,
-    Step,
-    Triton,
-    default_target,
-    read_admin_key,
-    read_keys,
-)
+from tasks.endpoint.spec import Access, Budget, Canary, EndpointSpec, Shadow, Step, read_admin_key, read_keys
+from tasks.endpoint.targets import BentoML, External, KServe, RayServe, Seldon, Triton, default_target
 from tests.tasks.endpoint.values import spec
 
 OWN = (BentoML, KServe, Seldon)

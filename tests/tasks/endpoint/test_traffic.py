@@ -21,7 +21,8 @@ from serving.gateway.route import (
     promote_canary,
 )
 from serving.targets import Address
-from tasks.endpoint.spec import OF_EACH_CALL, EndpointSpec, RayServe, default_target
+from tasks.endpoint.spec import OF_EACH_CALL, EndpointSpec
+from tasks.endpoint.targets import RayServe, default_target
 from tasks.endpoint.traffic import (
     choose_keep_warm_seconds,
     complete_spec,

@@ -7,7 +7,8 @@ from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 
 from serving.errors import BadInput
 from serving.model.batching import BatchingConfig
-from tasks.endpoint.spec import BentoML, Budget, EndpointSpec
+from tasks.endpoint.spec import Budget, EndpointSpec
+from tasks.endpoint.targets import BentoML
 from tasks.scheduler.deployment_plan import (
     ApplyConfig,
     BatchApplyConfig,
