@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any, Literal, Protocol
 from unittest.mock import patch
 
-from tasks.batch import challengers, key_check, resolve, upsert
+from tasks.batch import challengers, key_check, planned_models, upsert
 from tasks.batch.options import BatchOptions
 from tasks.storage import register_scheme
 from tasks.stream import table_commits
@@ -103,8 +103,8 @@ def _toys_for_models() -> Generator[None]:
         (key_check, "map_ahead", _map_in_order),
         (upsert, "map_ahead", _map_in_order),
         (challengers, "resolve_model", resolve_toy),
-        (resolve, "open_model", open_toy),
-        (resolve, "load_model", load_toy),
+        (planned_models, "open_model", open_toy),
+        (planned_models, "load_model", load_toy),
         # The tables of streams are small, and have lists all the same.
         (table_commits, "PARTS_PER_LIST", 3),
     ]
