@@ -71,7 +71,7 @@ def open_storage(url: str) -> Storage:
         raise BadInput(message)
     if url.startswith(BLOCK):
         message = (
-            f"An address must be of files, since batch_inference alone takes blocks, as its model, source and "
+            "An address must be of files, since batch_inference alone takes blocks, as its model, source and "
             f"destination; got {url}. Give the block's address, and its credentials in the environment. "
             f"A folder of that name is ./{url}."
         )

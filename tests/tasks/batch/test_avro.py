@@ -105,6 +105,9 @@ def test_a_file_that_ends_within_a_block_or_has_a_wrong_count_or_mark_is_refused
     first = min(starts)
     fewer = data[:first] + bytes([data[first] - 2]) + data[first + 1 :]
 
-    for wrong in [*cut, fewer, data[:-1] + b"\0", b"Obj\x01"]:
+    # The mark after a block is random, so any byte may be its last already.
+    other_mark = data[:-1] + bytes([data[-1] ^ 1])
+
+    for wrong in [*cut, fewer, other_mark, b"Obj\x01"]:
         with pytest.raises(SourceCorrupt, match="the/file must be a whole Avro file"):
             read(tmp_path, wrong, "id")
