@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import shutil
@@ -21,7 +20,7 @@ import pytest
 import torch
 
 from infra.local.process import ServerCommand, ServerProcess, base_environment
-from infra.local.triton import TritonServer, triton_server
+from infra.local.triton import TritonServer
 from infra.worker import list_process_tree
 from serving.errors import EndpointFailed
 from serving.model.batching import BatchingConfig
@@ -62,20 +61,12 @@ DTYPES = (
 
 
 @pytest.fixture(scope="module")
-def triton(tmp_path_factory: pytest.TempPathFactory) -> Generator[TritonServer]:
-    if importlib.util.find_spec("pytriton") is None:
-        pytest.skip("pip install --no-deps --require-hashes -r infra/local/wheels.txt brings the server")
-    folder = tmp_path_factory.mktemp("triton")
-    with triton_server(folder / "repository", folder / "server") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def host(triton: TritonServer) -> TritonHost:
     return TritonHost(repository=triton.repository, url=triton.url, grpc=triton.grpc)
 
 
-@pytest.fixture(scope="module")
+# The models are registered once, whatever becomes of the server: tests name their versions.
+@pytest.fixture(scope="session")
 def fraud(registry: Path) -> Served:
     return served(register_network("fraud", seed=0), "fraud")
 
@@ -85,7 +76,7 @@ def at(host: TritonHost, fraud: Served) -> Address:
     return host.deploy(fraud.release, fraud.model)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def words(registry: Path) -> Served:
     return served(register_words("words"), "words")
 
