@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -123,6 +125,7 @@ def _check_call(model: str, source: str, destination: str, options: BatchOptions
     """
     from flows.runtime.parameters import refuse_secrets  # noqa: PLC0415 - seconds of imports
     from serving.errors import OvernightError, ServerUnreachable  # noqa: PLC0415 - the same
+    from serving.model.process_handle import FIRST_PROCESSES  # noqa: PLC0415 - the same
     from tasks.common.server_checks import check_servers, list_checks, list_prefect_checks  # noqa: PLC0415 - the same
 
     parameters = {"model": model, "source": source, "destination": destination}
@@ -133,6 +136,9 @@ def _check_call(model: str, source: str, destination: str, options: BatchOptions
 
             # Raises BadInput where a glob selects nothing, or a path is none.
             pin_source(source, destination, csv=options.csv is not None)
+        if find_spec("torch") is None and options.environment != "model":
+            # Every model runs in processes here. The first imports MLflow while this one does, to ask for the model.
+            FIRST_PROCESSES.prepare(sys.executable)
         checks = list_checks(parameters, uses_registry=True)
         check_servers(checks)
         _find_model(model, options)

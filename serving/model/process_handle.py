@@ -98,6 +98,17 @@ class ChildProcess:
                 if answer.body["number"] == self._number:
                     return answer
 
+    def tell_import(self, libraries: Iterable[str]) -> None:
+        """Have the process import libraries that it has not imported, and go on; its next answer comes after that."""
+        missing = frozenset(libraries) - self.imported
+        if not missing:
+            return
+        self.imported |= missing
+        with self._lock, suppress(OSError):
+            # Where it has ended, the next request finds out.
+            self._number += 1
+            send_message(self._channel, {"do": "import", "number": self._number, "modules": sorted(missing)})
+
     def _wait(self, until: float, check: Callable[[], None]) -> None:
         waiting = select.poll()
         waiting.register(self._channel, select.POLLIN)
@@ -179,7 +190,9 @@ class _FirstProcesses:
         """
         with self._lock:
             self._forget_others()
-            if python not in self._children and python not in self._starting:
+            if python in self._starting:
+                self._starting[python].tell_import(libraries)
+            elif python not in self._children:
                 self._starting[python] = self._start_first(python, libraries)
 
     def start(self, python: str, libraries: Iterable[str] = ()) -> ChildProcess:

@@ -1,7 +1,8 @@
 """`make bench-start`: seconds until something happens, as a table and one JSON object on the last line.
 
 Each figure is a process of its own, from its start to its exit. First without a Prefect server: commands of the command
-line, right and wrong ones, over 10,000 rows of 32 features, by the network 32-256-256-1 and by a scikit-learn pipeline.
+line, right and wrong ones, over 10,000 rows of 32 features, by the network 32-256-256-1 and by a scikit-learn pipeline,
+which is also scored where torch is not installed.
 Then imports, and a script that scores the same rows through the network while a Prefect server runs. Beside these what
 the libraries alone take: to find a version in the registry, and to load the network. Medians of ROUNDS (5) processes,
 after one that is not counted: it fills the caches of the file system. ROWS=... takes other rows.
@@ -18,13 +19,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from tests.benchmarks.model_flavours import register_flavours
 from tests.benchmarks.shared import FOLDER, machine, make_customers, make_models, open_registry, prefect, use_experiment
+from tests.blocked import block_packages
 
 ROUNDS = int(os.environ.get("ROUNDS", "5"))
 ROWS = int(os.environ.get("ROWS", "10000"))
@@ -47,9 +48,11 @@ import mlflow.pytorch
 mlflow.pytorch.load_model(sys.argv[1])
 """
 COMMAND_LINE = ("-m", "deployments.command_line")
+WITHOUT_TORCH = "scikit_learn_without_torch"
 WANTED = {
     "nothing_to_score": 2.0,
     "scikit_learn": 5.0,
+    WITHOUT_TORCH: 5.0,
     "torch": 5.0,
     "help": 0.5,
     "runs": 1.0,
@@ -79,6 +82,7 @@ def main() -> None:
     serverless: Programs = {
         "nothing_to_score": lambda: score(model, source, complete),
         "scikit_learn": lambda: score(pipeline, source, next(destinations)),
+        WITHOUT_TORCH: lambda: score(pipeline, source, next(destinations)),
         "torch": lambda: score(model, source, next(destinations)),
         "help": lambda: [*COMMAND_LINE, "--help"],
         "runs": lambda: [*COMMAND_LINE, "runs", complete],
@@ -111,9 +115,8 @@ def time_programs(programs: Programs) -> dict[str, list[float]]:
 def run_program(arguments: list[str], name: str) -> float:
     """Return the seconds that Python takes for a program, from start to exit: one that must fail where it is wrong."""
     # A user's Python keeps what it has compiled.
-    unset = ("PYTHONDONTWRITEBYTECODE",)
-    environment = {each: value for each, value in os.environ.items() if each not in unset}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    environment = block_packages(FOLDER / "start" / name, ["torch"] if name == WITHOUT_TORCH else [])
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     start = time.perf_counter()
     done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from deployments.command_line import app
 from deployments.command_line.console import LINES_MAX
 from infra.local.prefect_server import PrefectServer
+from serving.model.process_handle import FIRST_PROCESSES
 from tasks.batch.manifest import open_predictions
 from tests.eventually import eventually
 from tests.support import write_customers
@@ -254,6 +256,27 @@ def test_a_wrong_call_is_told_without_a_prefect_server(
     assert len(done.stderr.splitlines()) <= LINES_MAX
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "scores" / "_overnight" / "plan.json").exists()
+
+
+@pytest.mark.parametrize("missing", ["torch", "nothing"])
+def test_a_process_for_the_model_starts_before_the_registry_is_asked_where_every_model_needs_one(
+    missing: str,
+    serverless: None,
+    registry: Path,
+    customers: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(FIRST_PROCESSES, "prepare", started.append)
+    monkeypatch.setattr(
+        "deployments.command_line.batch_commands.find_spec",
+        lambda name: None if name == missing else find_spec(name),
+    )
+    done = CliRunner().invoke(app, ["score", "models:/nobody/1", str(customers), str(tmp_path / "scores")])
+
+    assert done.stderr.startswith("models:/nobody/1 must be registered")
+    assert ([sys.executable] if missing == "torch" else []) == started
 
 
 NOT_IMPORTED = (

@@ -28,6 +28,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from serving.errors import ModelFailed, ModelUnfit
+from serving.model import process_handle
 from serving.model.contract import Contract
 from serving.model.encoding import Encoded, Flags, encode
 from serving.model.forward import Forward
@@ -303,13 +304,31 @@ with loaded({acting!r}) as (model, _):
 
 
 def test_a_child_of_another_version_of_the_protocol_is_refused(acting: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from serving.model import process_handle
-
     monkeypatch.setattr(process_handle, "VERSION", 0)
     with pytest.raises(
         ModelFailed, match=f"must speak version 0 of the protocol, got {VERSION}: Overnight was updated"
     ):
         process_handle._FirstProcesses().start(sys.executable)
+
+
+def test_a_first_process_that_is_prepared_imports_what_it_is_told_later_before_anybody_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "told.py").write_text(f"import os, pathlib; pathlib.Path({str(tmp_path)!r}, str(os.getpid())).touch()")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    first = process_handle._FirstProcesses()
+    try:
+        first.prepare(sys.executable)
+        first.prepare(sys.executable, ["told"])
+        (importer,) = eventually(lambda: [each.name for each in tmp_path.iterdir() if each.name.isdigit()], bool)
+        copy = first.start(sys.executable, ["told"])
+        maker = psutil.Process(copy.id).ppid()
+        copy.close()
+    finally:
+        first.close()
+
+    assert int(importer) == maker
+    assert [importer] == [each.name for each in tmp_path.iterdir() if each.name.isdigit()]
 
 
 def test_text_bytes_and_numbers_reach_the_other_side_as_they_are() -> None:
