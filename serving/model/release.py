@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-from mlflow.models import Model as MLmodel
 from pydantic import AliasChoices, Field
 
 from serving.errors import DependencyFault, DeviceLost, ModelFailed, ModelUnfit
@@ -27,10 +26,7 @@ from serving.model.encoding import Encoded, Flags
 from serving.model.environment_choice import OwnEnvironment, restore_own_environment
 from serving.model.forward import Forward
 from serving.model.interface import Arrays, Engine, Predictions, Tunable
-from serving.model.loading import load_model
 from serving.model.pin import ModelPin
-from serving.model.processes import ProcessOptions
-from serving.model.registry import Resolved
 
 RELEASE_FILE = "release.json"
 MODEL_FOLDER = "model"
@@ -141,6 +137,13 @@ def open_release(folder: Path) -> Runtime:
     Raises ModelUnfit where the model does not load here, and EnvironmentUnusable where its own environment is lost and
     can't be made here.
     """
+    # MLflow takes a second and a half, and what reads releases alone needs none of it.
+    from mlflow.models import Model as MLmodel  # noqa: PLC0415
+
+    from serving.model.loading import load_model  # noqa: PLC0415
+    from serving.model.processes import ProcessOptions  # noqa: PLC0415
+    from serving.model.registry import Resolved  # noqa: PLC0415
+
     release = Release.model_validate_json((folder / RELEASE_FILE).read_text())
     # MLflow does not recognise the files through a link.
     files = (folder / MODEL_FOLDER).resolve()

@@ -44,6 +44,7 @@ class Model:
     def __init__(self) -> None:
         """Load the release that lies beside this file."""
         self._predictor = open_predictor(FOLDER)
+        _freeze_objects()
 
     # How long it waits for others BentoML learns by itself. Its max_latency_ms is a promise: requests that it will not
     # keep it for are answered 503, so it is as long as a request may take. It has no batches of one.
@@ -100,10 +101,14 @@ async def is_ready() -> bool:
     return bool(await bentoml.get_current_service().model.is_ready())
 
 
+def _freeze_objects() -> None:
+    """Keep the objects that exist by now for ever. Collecting among them would delay requests."""
+    gc.collect()
+    gc.freeze()
+
+
 SERVICE: Any = Endpoint
 SERVICE.mount_asgi_app(
     create_v2_app(RELEASE, predict, ServerMetadata(name="bentoml", version=bentoml.__version__), ready=is_ready)
 )
-# The objects that exist by now are kept for ever. Collecting among them would delay requests.
-gc.collect()
-gc.freeze()
+_freeze_objects()

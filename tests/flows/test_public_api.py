@@ -75,6 +75,15 @@ def test_importing_the_package_imports_neither_prefect_nor_torch() -> None:
     assert "[]" == run_python("import sys, flows; print(sorted({'prefect', 'torch', 'mlflow'} & set(sys.modules)))")
 
 
+def test_what_describes_an_endpoint_or_reads_its_release_does_not_import_mlflow() -> None:
+    modules = "serving.targets.triton_autoscale, serving.targets.ray_application"
+    heavy = "{'prefect', 'torch', 'mlflow'}"
+
+    assert "[]" == run_python(
+        f"import sys, flows, {modules}; flows.EndpointSpec; print(sorted({heavy} & set(sys.modules)))"
+    )
+
+
 # What an import or a call may change of a process: a hook, what makes log records, filters, what is called at its end.
 _PROCESS = """
 import atexit, gc, logging, sys
