@@ -21,7 +21,7 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from serving.model.encoding import Array
+from serving.model.number_casts import Array
 
 # What the loop passes to a model in each pass, beside the cache.
 _ARGUMENTS = {"input_ids", "attention_mask", "position_ids"}

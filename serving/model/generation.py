@@ -31,8 +31,9 @@ from serving.model.decoding import (
     complete_prompts,
     count_cache_bytes,
 )
-from serving.model.encoding import Array, BatchUnit, Encoded
+from serving.model.encoding import BatchUnit, Encoded
 from serving.model.interface import Engine, TuningLimits
+from serving.model.number_casts import Array
 from serving.model.outputs import name_outputs
 from serving.model.torch_model import copy_with_packed_weights, enter_slot, has_onednn
 from serving.option_words import name_option

@@ -19,8 +19,9 @@ import torch
 from serving.errors import ModelUnfit
 from serving.machine import count_cores
 from serving.model.contract import Contract
-from serving.model.encoding import Array, BatchUnit, Encoded
+from serving.model.encoding import BatchUnit, Encoded
 from serving.model.interface import Engine, Tunable, TuningLimits
+from serving.model.number_casts import Array
 from serving.model.outputs import name_outputs
 from serving.model.torch_model import enter_slot, list_engines, prepare_module
 

@@ -15,7 +15,7 @@ from pydantic import Field
 from serving.model.contract import Frozen
 from tasks.batch.challenger_rules import GREATER_IS_BETTER, LabelKind, PromoteIf
 from tasks.batch.manifest import ManifestPart
-from tasks.batch.parts import PartFooter
+from tasks.batch.part_footer import PartFooter
 from tasks.batch.plan import CHALLENGERS, FORMAT_VERSION, record_path
 
 QUANTILE_RANKS_OFF = 1 / 256

@@ -25,7 +25,7 @@ from serving.errors import (
 from serving.extras import import_extra
 from serving.option_words import give_option
 from tasks.batch.options import TableMode
-from tasks.batch.parts import PartFooter
+from tasks.batch.part_footer import PartFooter
 from tasks.batch.plan import Plan
 from tasks.batch.upsert import Rewrites, RewrittenFile, find_changes
 from tasks.storage import S3Storage, Storage, reader_options

@@ -32,7 +32,7 @@ from serving.option_words import give_option
 from tasks.batch.gate import Finding
 from tasks.batch.manifest import RejectCount
 from tasks.batch.options import Disclose
-from tasks.batch.parts import Reasons
+from tasks.batch.part_footer import Reasons
 
 # What a model raised, as `describe_error` writes it.
 _RAISED = re.compile(r"(?P<kind>[A-Za-z_]\w*): .*", re.DOTALL)

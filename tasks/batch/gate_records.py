@@ -18,7 +18,8 @@ from tasks.batch.dataset import map_parallel
 from tasks.batch.gate import Finding, check_findings, judge, list_refusing
 from tasks.batch.gate_rules import Baseline, LastRun, NamedRun, RowCountRule, Rule, StatisticsFile, TrainingSet
 from tasks.batch.manifest import Manifest, find_manifest, find_newest_run
-from tasks.batch.parts import list_parts, read_part_statistics
+from tasks.batch.part_footer import read_part_statistics
+from tasks.batch.parts import list_parts
 from tasks.batch.plan import DIGEST_SHOWN, FORMAT_VERSION, ROOT, Plan, record_path
 from tasks.batch.run_records import read_record
 from tasks.batch.training_set import find_training_statistics

@@ -37,7 +37,7 @@ from tasks.batch.delta import TableFiles, TableState
 from tasks.batch.iceberg_catalog import TableName, catalog_error, find_table, open_catalog, parse_table_name
 from tasks.batch.iceberg_source import plan_tasks
 from tasks.batch.options import BatchOptions
-from tasks.batch.parts import PartFooter
+from tasks.batch.part_footer import PartFooter
 from tasks.batch.plan import Plan
 from tasks.batch.upsert import Rewrites, find_changes
 from tasks.storage import LocalStorage, Storage, check_create_only, join_location, open_storage, split_location

@@ -21,7 +21,7 @@ from serving.machine import count_cores
 from serving.option_words import name_option
 from tasks.batch.column_types import read_column
 from tasks.batch.dataset import INT96, list_entries_at, name_corrupt_file
-from tasks.batch.parts import PartFooter
+from tasks.batch.part_footer import PartFooter
 from tasks.batch.plan import Plan
 from tasks.batch.struct_fields import list_fields, read_field
 from tasks.storage import Entry, LocalStorage, Storage, local_errors

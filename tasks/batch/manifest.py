@@ -18,7 +18,8 @@ from serving.model.pin import ModelPin
 from serving.option_words import name_option
 from tasks.batch.dataset import list_entries_at, map_parallel
 from tasks.batch.delta import TableFiles
-from tasks.batch.parts import REJECT_REASON, Reasons, list_parts
+from tasks.batch.part_footer import Reasons
+from tasks.batch.parts import REJECT_REASON, list_parts
 from tasks.batch.plan import FORMAT_VERSION, ROOT, Plan
 from tasks.batch.run_records import OrderNumber, list_order_numbers, load_plan, parse_order_number, read_record
 from tasks.batch.run_tables import find_table_name, read_table_files

@@ -24,21 +24,8 @@ from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW
 from tasks.batch.footer import check_chunk, check_columns
 from tasks.batch.manifest import ManifestPart
 from tasks.batch.part_digest import PART_DIGEST, read_digests
-from tasks.batch.parts import (
-    CHUNK_DIGEST,
-    REJECT_COLUMN,
-    REJECT_REASON,
-    STATISTICS,
-    PartFooter,
-    Reasons,
-    count_null_keys,
-    key_names,
-    name_kept,
-    parse_footer,
-    part_path,
-    stored_type,
-    write_part,
-)
+from tasks.batch.part_footer import CHUNK_DIGEST, STATISTICS, PartFooter, Reasons, count_null_keys, parse_footer
+from tasks.batch.parts import REJECT_COLUMN, REJECT_REASON, key_names, name_kept, part_path, stored_type, write_part
 from tasks.batch.plan import Plan, digest_chunk
 from tasks.storage import Entry, Storage
 

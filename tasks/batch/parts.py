@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 import io
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from serving.errors import BadInput, SchemaMismatch, SourceChanged, suggest_name
+from serving.errors import BadInput, SchemaMismatch, suggest_name
 from serving.model.contract import Contract, Output, is_text
 from serving.model.encoding import Flags
 from serving.model.interface import Predictions
 from serving.option_words import name_option
 from tasks.batch.chunk_layout import Chunk
 from tasks.batch.chunk_statistics import collect_statistics
-from tasks.batch.column_statistics import ColumnStatistics, TableStatistics, pack_statistics, unpack_statistics
+from tasks.batch.column_statistics import ColumnStatistics, TableStatistics, pack_statistics
 from tasks.batch.column_types import unpack_schema
 from tasks.batch.dataset import SOURCE_FILE, SOURCE_ROW, Dataset, list_entries_at
 from tasks.batch.options import BatchOptions
 from tasks.batch.part_digest import NO_DIGEST, PART_DIGEST, write_digest
-from tasks.batch.plan import DIGEST_SHOWN, Plan, digest_chunk
-from tasks.batch.run_records import check_format_version
+from tasks.batch.part_footer import STATISTICS, make_part_metadata
+from tasks.batch.plan import DIGEST_SHOWN, Plan
 from tasks.storage import Entry, Storage
 
 REJECT_COLUMN, REJECT_REASON = "reject_column", "reject_reason"
@@ -40,11 +36,8 @@ _DECIMAL_DIGITS_MAX = 38
 _NAME = re.compile(r"part-([0-9]{5}|[1-9][0-9]{5,})-([0-9]{4}|[1-9][0-9]{4,})(?:-([0-9a-f]{12}))?\.parquet")
 # The keys that S3 lists in one call.
 _PAGE = 1000
-_FORMAT_VERSION_KEY = "overnight.format_version"
-CHUNK_DIGEST, STATISTICS = "overnight.chunk_digest", "overnight.statistics"
 
 ChunkId = tuple[int, int]
-Reasons = Counter[tuple[str, str]]
 
 
 def part_path(plan: Plan, chunk: ChunkId) -> str:
@@ -286,7 +279,7 @@ def encode_part(
     columns |= outputs
     columns |= {name_kept(name): kept.column(name) for name in kept.column_names} if kept is not None else {}
     columns = {name: values.cast(stored_type(values.type, plan.options.output)) for name, values in columns.items()}
-    table = pa.table(columns, metadata=_metadata(plan, chunk, keys, flags, batch_size))
+    table = pa.table(columns, metadata=make_part_metadata(plan, chunk, keys, flags, batch_size))
     if inputs is None:
         return write_part(table.combine_chunks())
     scored = pa.table({output.name: outputs[output.name] for output in plan.contract.outputs})
@@ -368,112 +361,3 @@ def _reject_column(flags: Flags, at: int) -> pa.Array:
         return pa.nulls(len(flags.code_N), pa.string())
     words = pa.array([pair[at] or None for pair in flags.reasons], pa.string())
     return words.take(pa.array(flags.code_N - 1, mask=flags.code_N == 0))
-
-
-def _metadata(plan: Plan, chunk: Chunk | None, keys: pa.Table, flags: Flags, batch_size: int) -> dict[str, str]:
-    counts = count_reasons(flags)
-    return {
-        _FORMAT_VERSION_KEY: str(plan.format_version),
-        **_identity(plan, chunk),
-        "overnight.model": plan.model.name,
-        "overnight.model_version": plan.model.version,
-        "overnight.model_digest": plan.model.digest,
-        "overnight.batch_size": str(batch_size),
-        "overnight.rejects": json.dumps(sorted([*pair, count] for pair, count in counts.items())),
-        "overnight.rows_key_null": str(count_null_keys(keys)),
-    }
-
-
-def _identity(plan: Plan, chunk: Chunk | None) -> dict[str, str]:
-    """Return what a part says of what it is made of; one of format version 1 also of the plan that it was made for."""
-    if chunk is None:
-        return {"overnight.run_key": plan.key}
-    made_of = {CHUNK_DIGEST: digest_chunk(plan, chunk)}
-    if plan.has_content_parts:
-        return made_of
-    return {"overnight.run_key": plan.key, "overnight.plan_digest": plan.digest, **made_of}
-
-
-def is_part_of(metadata: pq.FileMetaData, plan: Plan, chunk: Chunk | None) -> bool:
-    """Return whether a part says that it is made of what this chunk of the plan is."""
-    told = metadata.metadata or {}
-    return all(told.get(name.encode()) == value.encode() for name, value in _identity(plan, chunk).items())
-
-
-def count_null_keys(keys: pa.Table) -> int:
-    """Return how many rows hold a null in one of their keys."""
-    nulls = [column.is_null() for column in keys.columns if column.null_count]
-    return int(pc.sum(functools.reduce(pc.or_, nulls)).as_py()) if nulls else 0
-
-
-def count_reasons(flags: Flags) -> Reasons:
-    """Return how many rows were rejected for which column and reason."""
-    counts = np.bincount(flags.code_N, minlength=len(flags.reasons) + 1)[1:]
-    return Counter({pair: int(count) for pair, count in zip(flags.reasons, counts, strict=True) if count})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PartFooter:
-    """What the footer of a part says: its rows, its bytes, its rejects, and its rows whose key holds a null.
-
-    `chunk` is the digest of what it is made of, empty for a part of a stream's table. `digest` is that of its bytes,
-    empty for a part of an earlier release.
-    """
-
-    path: str
-    chunk: str
-    digest: str
-    rows: int
-    bytes: int
-    rejects: Reasons
-    rows_key_null: int
-
-
-def read_footer(storage: Storage, plan: Plan, chunk: Chunk, entry: Entry) -> PartFooter | None:
-    """Read the footer of a part; None where it can't be read, lacks rows or a digest, or is of another plan or chunk.
-
-    Raises FormatTooNew where a newer Overnight has written it.
-    """
-    try:
-        with storage.open_pinned(entry) as stream:
-            metadata = pq.read_metadata(stream)
-        _check_part_version(metadata, storage.address(entry.path))
-        if metadata.num_rows != chunk.rows or not is_part_of(metadata, plan, chunk):
-            return None
-        footer = parse_footer(entry, metadata)
-    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, SourceChanged):
-        return None
-    # Parts that bear a run, and not what they are made of, are of a release before there were digests.
-    return footer if footer.digest or not plan.has_content_parts else None
-
-
-def parse_footer(entry: Entry, metadata: pq.FileMetaData) -> PartFooter:
-    """Return what the metadata of a part's Parquet file says of it. Raises FormatTooNew."""
-    _check_part_version(metadata, entry.path)
-    told = metadata.metadata
-    rejects = Counter({(column, reason): count for column, reason, count in json.loads(told[b"overnight.rejects"])})
-    return PartFooter(
-        path=entry.path,
-        chunk=told.get(CHUNK_DIGEST.encode(), b"").decode(),
-        digest=told.get(PART_DIGEST.encode(), b"").decode(),
-        rows=metadata.num_rows,
-        bytes=entry.size,
-        rejects=rejects,
-        rows_key_null=int(told.get(b"overnight.rows_key_null", 0)),
-    )
-
-
-def read_part_statistics(storage: Storage, entry: Entry) -> TableStatistics | None:
-    """Return the statistics that a part holds, None where it has none or can't be read."""
-    try:
-        with storage.open_pinned(entry) as stream:
-            told = pq.read_metadata(stream).metadata or {}
-    except (pa.ArrowException, OSError, ValueError, SourceChanged):
-        return None
-    text = told.get(STATISTICS.encode())
-    return None if text is None else unpack_statistics(text.decode(), storage.address(entry.path))
-
-
-def _check_part_version(metadata: pq.FileMetaData, address: str) -> None:
-    version = (metadata.metadata or {}).get(_FORMAT_VERSION_KEY.encode(), b"")
-    check_format_version(int(version) if version.isdigit() else None, address)

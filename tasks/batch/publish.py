@@ -29,7 +29,8 @@ from tasks.batch.manifest import (
     read_manifests,
 )
 from tasks.batch.options import BatchOptions
-from tasks.batch.parts import ChunkId, PartFooter, Reasons, list_parts, read_footer
+from tasks.batch.part_footer import PartFooter, Reasons, read_footer
+from tasks.batch.parts import ChunkId, list_parts
 from tasks.batch.plan import ROOT, Plan
 from tasks.batch.run_records import (
     ORDER,

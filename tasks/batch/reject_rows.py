@@ -20,7 +20,8 @@ from serving.model.contract import Frozen
 from tasks.batch.chunk_reader import open_reader
 from tasks.batch.dataset import list_entries_at, map_parallel, name_corrupt_file
 from tasks.batch.manifest import RejectCount, find_run_manifest, locate_run_parts
-from tasks.batch.parts import REJECT_COLUMN, REJECT_REASON, ChunkId, PartFooter, key_names, part_path, read_footer
+from tasks.batch.part_footer import PartFooter, read_footer
+from tasks.batch.parts import REJECT_COLUMN, REJECT_REASON, ChunkId, key_names, part_path
 from tasks.batch.plan import Plan
 from tasks.batch.publish import sum_rejects
 from tasks.batch.run_records import load_plan

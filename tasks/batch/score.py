@@ -31,15 +31,8 @@ from tasks.batch.disclosure import withhold_values
 from tasks.batch.feature_lookup import FeatureLookup, JoinedReader, open_joined_reader
 from tasks.batch.memory import use_jemalloc
 from tasks.batch.options import Disclose
-from tasks.batch.parts import (
-    Reasons,
-    count_reasons,
-    encode_part,
-    give_up_challenger,
-    key_names,
-    list_followed,
-    part_path,
-)
+from tasks.batch.part_footer import Reasons, count_reasons
+from tasks.batch.parts import encode_part, give_up_challenger, key_names, list_followed, part_path
 from tasks.batch.plan import Plan
 from tasks.batch.scoring_result import Samples, ScoringResult, check_rejects, list_reasons, show_value
 from tasks.spot.drain import Drain

@@ -14,7 +14,8 @@ from serving.errors import DependencyFault, SourceFault, TooManyRejects, list_sh
 from serving.option_words import name_option
 from tasks.batch.disclosure import shorten_reasons
 from tasks.batch.options import Disclose
-from tasks.batch.parts import ChunkId, Reasons
+from tasks.batch.part_footer import Reasons
+from tasks.batch.parts import ChunkId
 from tasks.batch.plan import Plan
 
 STAGES = ("read", "encode", "forward", "write")

@@ -24,7 +24,8 @@ from serving.extras import import_extra
 from serving.machine import count_cores
 from tasks.batch.dataset import list_entries_at, name_corrupt_file
 from tasks.batch.key_check import find_entries, map_ahead
-from tasks.batch.parts import REJECT_REASON, PartFooter
+from tasks.batch.part_footer import PartFooter
+from tasks.batch.parts import REJECT_REASON
 from tasks.batch.plan import Plan
 from tasks.batch.staging import write_copies
 from tasks.storage import Entry, Storage, local_errors

@@ -15,7 +15,8 @@ from tasks.batch.dataset import list_entries_at, map_parallel
 from tasks.batch.delta import TableState, read_table
 from tasks.batch.manifest import Manifest, find_manifest, manifest_path
 from tasks.batch.part_check import Damage, DamageKind, ExpectedPart, PartCheck, PartReader, describe_size, expect_part
-from tasks.batch.parts import PartFooter, list_reused_parts, part_path
+from tasks.batch.part_footer import PartFooter
+from tasks.batch.parts import list_reused_parts, part_path
 from tasks.batch.plan import ROOT, Plan
 from tasks.batch.publish import make_manifest
 from tasks.batch.run_records import OrderNumber, load_plan, order_path, read_record

@@ -30,7 +30,8 @@ from tasks.batch.dataset import Snapshot, map_parallel
 from tasks.batch.manifest import Manifest, read_part_lists
 from tasks.batch.options import BatchOptions
 from tasks.batch.part_digest import read_digests
-from tasks.batch.parts import ChunkId, encode_part, is_part_of, list_parts, parse_footer, part_path
+from tasks.batch.part_footer import is_part_of, parse_footer
+from tasks.batch.parts import ChunkId, encode_part, list_parts, part_path
 from tasks.batch.plan import ROOT, Plan
 from tasks.batch.publish import claim_order_number
 from tasks.batch.run_records import load_plan, read_record, save_plan

@@ -24,7 +24,8 @@ from tasks.batch.manifest import (
     manifest_path,
     part_list_path,
 )
-from tasks.batch.parts import ChunkId, PartFooter, Reasons
+from tasks.batch.part_footer import PartFooter, Reasons
+from tasks.batch.parts import ChunkId
 from tasks.batch.plan import ROOT, Plan
 from tasks.batch.run_records import read_record
 from tasks.storage import Entry, Storage

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from tasks.batch.comparison import ChallengerParts, ChallengersRecord, challengers_path
 from tasks.batch.manifest import Manifest
-from tasks.batch.parts import CHUNK_DIGEST
+from tasks.batch.part_footer import CHUNK_DIGEST
 from tests.simulation.data import Answered, may_fail
 from tests.simulation.oracle import Oracle, compare
 from tests.simulation.storage import SimulatedStorage

@@ -24,6 +24,7 @@ from tasks.batch import (
     key_check,
     manifest,
     part_digest,
+    part_footer,
     parts,
     plan,
     publish,
@@ -65,7 +66,7 @@ def take_parts_of_any_plan(patch: pytest.MonkeyPatch) -> None:
 
     put_back(patch, parts._suffix, lambda _digest: ".parquet")
     put_back(patch, parts._find_chunk, find_chunk)
-    identify = parts._identity
+    identify = part_footer._identity
     put_back(patch, identify, lambda of, chunk: {} if chunk else identify(of, chunk))
 
 
@@ -140,7 +141,7 @@ def judge_by_some_rows(patch: pytest.MonkeyPatch) -> None:
     sum_all = gate_records.sum_statistics
 
     def sum_some(storage: base.Storage, of: plan.Plan) -> Any:
-        found = [parts.read_part_statistics(storage, each) for each in parts.list_parts(storage, of).values()]
+        found = [part_footer.read_part_statistics(storage, each) for each in parts.list_parts(storage, of).values()]
         known = [each for each in found if each is not None]
         return add_tables(known) if known and len(known) == len(found) else sum_all(storage, of)
 

@@ -34,7 +34,8 @@ from tasks.batch.dataset import open_dataset
 from tasks.batch.delta import check_delta, commit_delta
 from tasks.batch.manifest import find_manifest, open_predictions
 from tasks.batch.options import BatchOptions
-from tasks.batch.parts import PartFooter, part_schema
+from tasks.batch.part_footer import PartFooter
+from tasks.batch.parts import part_schema
 from tasks.batch.plan import Plan
 from tasks.batch.publish import audit_parts, claim_order_number, publish
 from tasks.batch.runs import list_runs

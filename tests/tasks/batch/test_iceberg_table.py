@@ -28,7 +28,8 @@ from tasks.batch.dataset import open_dataset
 from tasks.batch.iceberg_table import check_iceberg, commit_iceberg, open_table_folder
 from tasks.batch.manifest import find_manifest, open_predictions
 from tasks.batch.options import BatchOptions
-from tasks.batch.parts import PartFooter, part_schema
+from tasks.batch.part_footer import PartFooter
+from tasks.batch.parts import part_schema
 from tasks.batch.plan import Plan
 from tasks.batch.publish import audit_parts, claim_order_number, publish
 from tasks.batch.run_records import save_plan

@@ -28,17 +28,8 @@ from serving.model.encoding import Flags
 from tasks.batch.chunk_layout import Chunk, Piece
 from tasks.batch.dataset import Dataset, Snapshot, open_dataset
 from tasks.batch.options import BatchOptions
-from tasks.batch.parts import (
-    check_names,
-    count_reasons,
-    encode_part,
-    key_names,
-    list_parts,
-    part_path,
-    part_schema,
-    read_footer,
-    stored_type,
-)
+from tasks.batch.part_footer import count_reasons, read_footer
+from tasks.batch.parts import check_names, encode_part, key_names, list_parts, part_path, part_schema, stored_type
 from tasks.batch.plan import Plan, digest_chunk
 from tasks.batch.source import pin_source
 from tasks.storage import Entry, Storage
