@@ -51,8 +51,9 @@ from tasks.batch.planned_models import choose_slots, load_planned_challengers, l
 from tasks.batch.prediction_sample import draw_distributions
 from tasks.batch.publish import Audit, audit_parts, check_rows_add_up, count_rejects, publish, wait_for_publisher
 from tasks.batch.report import BatchReport, page_path, plot, report_complete, report_scored, save_page
-from tasks.batch.resolve import CompleteRun, NewRun, ResumedRun, find_run, resolve_request, restage_plan
+from tasks.batch.resolve import CompleteRun, NewRun, ResumedRun, find_run, restage_plan
 from tasks.batch.run_records import confirm_plan
+from tasks.batch.run_request import resolve_request
 from tasks.batch.score import Scorer
 from tasks.batch.scoring_result import ScoringResult, check_rejects
 from tasks.batch.tuning import forget_slow_tuning

@@ -25,8 +25,9 @@ from tasks.batch.dataset import open_dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import count_rows_done
 from tasks.batch.plan import Plan
-from tasks.batch.resolve import RunRequest, find_complete_run, resolve_request
+from tasks.batch.resolve import find_complete_run
 from tasks.batch.run_records import load_plan, load_start
+from tasks.batch.run_request import RunRequest, resolve_request
 from tasks.common.artifacts import Logger, server_may_fail
 from tasks.common.formatting import in_words
 from tasks.common.metrics import expose_run_metrics

@@ -56,8 +56,9 @@ def _show_if_complete(folder: Path) -> bool:
     """Show the report if the manifest has the run as complete, before Prefect is imported."""
     from tasks.batch.options import BatchOptions  # noqa: PLC0415 - imports MLflow
     from tasks.batch.report import report_complete  # noqa: PLC0415
-    from tasks.batch.resolve import find_complete_run, resolve_request  # noqa: PLC0415
+    from tasks.batch.resolve import find_complete_run  # noqa: PLC0415
     from tasks.batch.run_records import load_plan  # noqa: PLC0415
+    from tasks.batch.run_request import resolve_request  # noqa: PLC0415
     from tasks.storage import open_storage  # noqa: PLC0415
 
     start = time.perf_counter()

@@ -16,7 +16,7 @@ from flows.runtime import deployment_store, flow_runs
 from flows.runtime.deployment_store import DeploymentChange
 from flows.runtime.steps import Steps
 from serving.errors import ApplyFailed, BudgetBroken, OvernightError
-from tasks.batch.resolve import resolve_request
+from tasks.batch.run_request import resolve_request
 from tasks.common.artifacts import Logger
 from tasks.endpoint.report import Endpoint
 from tasks.endpoint.spec import EndpointSpec

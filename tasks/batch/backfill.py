@@ -22,7 +22,8 @@ from tasks.batch.dataset import map_parallel
 from tasks.batch.manifest import Manifest, find_newer_run, find_newest_run, open_predictions
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import ROOT
-from tasks.batch.resolve import RunRequest, find_complete_run, make_request
+from tasks.batch.resolve import find_complete_run
+from tasks.batch.run_request import RunRequest, make_request
 from tasks.batch.source import find_commit_log
 from tasks.common.artifacts import Logger, make_table, put_artifacts
 from tasks.storage import join_location, open_storage, select

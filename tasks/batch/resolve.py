@@ -1,10 +1,10 @@
-"""The run of a call: resolved once, planned once, and found again by the same call. Nothing is scored here."""
+"""The run of a call: planned once, and found again by the same call. Nothing is scored here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
@@ -17,19 +17,16 @@ from serving.model.contract import Contract
 from serving.model.interface import Model, Tunable
 from serving.model.loading import load_model
 from serving.model.processes import ProcessOptions
-from serving.model.registry import Resolved, find_version, resolve_model
+from serving.model.registry import Resolved
 from serving.option_words import give_option
 from tasks.batch.challengers import (
-    RequestedChallenger,
     check_kept_columns,
     find_label_kind,
     list_columns_beside,
-    pin_challengers,
-    resolve_challengers,
 )
 from tasks.batch.dataset import Dataset, Snapshot, open_dataset
 from tasks.batch.delta import check_delta
-from tasks.batch.destination_source import check_source, list_addresses
+from tasks.batch.destination_source import check_source
 from tasks.batch.feature_pins import remove_features
 from tasks.batch.feature_sources import (
     OpenFeatures,
@@ -37,7 +34,6 @@ from tasks.batch.feature_sources import (
     make_feature_pins,
     narrow_features,
     open_features,
-    pin_features,
 )
 from tasks.batch.labels import open_label_table
 from tasks.batch.manifest import Manifest, check_manifest_key, find_damaged_parts, find_intact_manifest, find_manifest
@@ -52,7 +48,6 @@ from tasks.batch.plan import (
     digest_plan,
     digest_shape,
     make_plan,
-    run_key,
     used_columns,
 )
 from tasks.batch.planned_models import choose_environment, choose_slots, prepare_model_process
@@ -60,7 +55,7 @@ from tasks.batch.promotion import check_alias
 from tasks.batch.publish import claim_order_number, find_earlier_keys
 from tasks.batch.reuse import describe_making, find_earlier_plan, find_earlier_runs, keep_sizes, refer_to_parts
 from tasks.batch.run_records import RunStart, check_plan_key, load_plan, load_started_plan, save_plan, save_start
-from tasks.batch.source import TableVersion, pin_source
+from tasks.batch.run_request import RunRequest
 from tasks.batch.staging import choose_copied, list_copied, stage
 from tasks.batch.tuning import choose_sizes
 from tasks.common.formatting import import_matplotlib_meanwhile
@@ -78,41 +73,6 @@ class ModelLoader(Protocol):
     ) -> Tunable:
         """Return the model; raises ModelUnfit."""
         ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunRequest:
-    """A call, resolved: the model version, the files, the contract between them, and the run key of all that.
-
-    `addresses` are those of the source in full. `features` are the snapshots of the feature tables, in the order of the
-    options, which name challengers by their versions. `ask_again` resolves the call once more where its alias names
-    another version by then, else returns None.
-    """
-
-    resolved: Resolved
-    snapshot: Snapshot
-    contract: Contract
-    options: BatchOptions
-    key: str
-    addresses: tuple[str, ...] = ()
-    features: tuple[Snapshot, ...] = ()
-    challengers: tuple[RequestedChallenger, ...] = ()
-    ask_again: Callable[[], RunRequest | None] = field(default=lambda: None, compare=False)
-
-    @property
-    def run(self) -> str:
-        """The name of the run's folders."""
-        return self.options.name or self.key
-
-    @property
-    def contract_of_all(self) -> Contract:
-        """The contract of the model with the inputs of its challengers too."""
-        return self.contract.with_inputs_of(each.contract for each in self.challengers)
-
-    @property
-    def nullable(self) -> frozenset[str]:
-        """The columns that are null in files of the source that lack them, where others have them."""
-        return self.options.list_nullable(self.contract_of_all)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,51 +104,6 @@ class CompleteRun:
 
 
 RunState = NewRun | ResumedRun | CompleteRun
-
-
-def resolve_request(model: str, source: str | Sequence[str], destination: str, options: BatchOptions) -> RunRequest:
-    """Resolve the model's alias and list the source. Nothing is written.
-
-    Raises:
-        ModelNotFound: The registry has no such model, version or alias.
-        BadInput: The source or the options can't be used; its kinds say why.
-    """
-    resolved = resolve_model(model)
-    contract = resolved.contract(options.input_columns, options.column_policies, options.params)
-
-    def ask_again() -> RunRequest | None:
-        is_same = find_version(model) == resolved.pin.version
-        return None if is_same else resolve_request(model, source, destination, options)
-
-    return replace(make_request(resolved, contract, source, destination, options), ask_again=ask_again)
-
-
-def make_request(
-    resolved: Resolved, contract: Contract, source: str | Sequence[str], destination: str, options: BatchOptions
-) -> RunRequest:
-    """List the source of a call whose model is resolved, and return the request. Nothing is written.
-
-    Raises BadInput where the source or the options can't be used; its kinds say why.
-    """
-    challengers = resolve_challengers(resolved, contract, options)
-    options = pin_challengers(options, challengers) if options.challengers else options
-    columns = [*(column.name for column in contract.columns), *options.copied_columns]
-    columns += list_columns_beside(contract, challengers, options)
-    version = TableVersion(number=options.source_version, timestamp=options.source_timestamp)
-    snapshot = pin_source(source, destination, columns, version, csv=options.csv is not None)
-    features = pin_features(options, destination, contract.with_inputs_of(each.contract for each in challengers))
-    compared = [(each.pin, each.contract) for each in challengers]
-    key = run_key(resolved.pin, snapshot, contract, options, features, compared)
-    return RunRequest(
-        resolved=resolved,
-        snapshot=snapshot,
-        contract=contract,
-        options=options,
-        key=key,
-        addresses=list_addresses(source),
-        features=features,
-        challengers=challengers,
-    )
 
 
 def _open_files(request: RunRequest, snapshot: Snapshot, names: Sequence[str]) -> Dataset:

@@ -32,7 +32,8 @@ from tasks.batch.compare import compare_challenger
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Plan
 from tasks.batch.planned_models import load_planned_challengers, load_planned_model
-from tasks.batch.resolve import CompleteRun, find_run, make_request
+from tasks.batch.resolve import CompleteRun, find_run
+from tasks.batch.run_request import make_request
 from tasks.batch.score import Scorer
 from tasks.batch.scoring_result import ScoringResult
 from tasks.storage import Storage, open_storage

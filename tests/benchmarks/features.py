@@ -143,7 +143,8 @@ def make_plan(columns: tuple[str, ...], folder: Path) -> Plan:
     """Plan a run over the tables, by a model that is a formula."""
     from serving.model.contract import Column, Contract, Input, Output
     from tasks.batch.options import BatchOptions
-    from tasks.batch.resolve import CompleteRun, find_run, make_request
+    from tasks.batch.resolve import CompleteRun, find_run
+    from tasks.batch.run_request import make_request
     from tasks.storage import open_storage
     from tests.simulation.data import ToyResolved, load_toy
 

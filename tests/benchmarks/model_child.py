@@ -139,7 +139,8 @@ def time_predictions(flavour: str, address: str, source: str, threads: int) -> d
 def time_scoring(flavour: str, address: str, source: str, destination: str) -> dict[str, float]:
     from tasks.batch.options import BatchOptions
     from tasks.batch.planned_models import choose_slots, load_planned_model
-    from tasks.batch.resolve import find_run, resolve_request
+    from tasks.batch.resolve import find_run
+    from tasks.batch.run_request import resolve_request
     from tasks.batch.score import Scorer
     from tasks.storage import open_storage
 

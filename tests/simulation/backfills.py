@@ -14,7 +14,7 @@ from flows import backfill
 from serving.errors import OvernightError
 from tasks.batch.backfill import BackfillReport, Piece, look_at_pieces, open_backfill
 from tasks.batch.options import BatchOptions
-from tasks.batch.resolve import make_request
+from tasks.batch.run_request import make_request
 from tasks.storage import open_storage
 from tests.simulation.calls import attempt_apart, publish_run
 from tests.simulation.data import CONTRACT, Answered, Source, ToyResolved, expected

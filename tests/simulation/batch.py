@@ -17,15 +17,9 @@ from tasks.batch.manifest import Manifest
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Plan
 from tasks.batch.publish import Audit, publish
-from tasks.batch.resolve import (
-    CompleteRun,
-    ResumedRun,
-    RunRequest,
-    find_run,
-    make_request,
-    restage_plan,
-)
+from tasks.batch.resolve import CompleteRun, ResumedRun, find_run, restage_plan
 from tasks.batch.run_records import RunStart, confirm_plan, load_start, save_start
+from tasks.batch.run_request import RunRequest, make_request
 from tasks.spot.drain import Drain, sigterm_notice
 from tasks.storage import Storage, check_create_only, open_storage
 from tests.simulation.bits import BitWorld

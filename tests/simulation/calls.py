@@ -11,8 +11,9 @@ from tasks.batch.destination_source import claim_source
 from tasks.batch.manifest import Manifest
 from tasks.batch.options import BatchOptions
 from tasks.batch.publish import publish
-from tasks.batch.resolve import CompleteRun, ResumedRun, RunRequest, find_run, restage_plan
+from tasks.batch.resolve import CompleteRun, ResumedRun, find_run, restage_plan
 from tasks.batch.run_records import RunStart, confirm_plan
+from tasks.batch.run_request import RunRequest
 from tasks.storage import Storage, check_create_only
 from tests.simulation.data import load_toy
 from tests.simulation.scheduler import Actor, Killed, Process, Scheduler, Stuck

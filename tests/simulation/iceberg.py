@@ -31,8 +31,8 @@ from pyiceberg.utils.concurrent import ExecutorFactory
 from tasks.batch import iceberg_table
 from tasks.batch.iceberg_catalog import StorageIO
 from tasks.batch.options import BatchOptions, TableMode
-from tasks.batch.resolve import RunRequest, make_request
 from tasks.batch.run_records import ORDER, OrderNumber, RunStart, load_start, order_path
+from tasks.batch.run_request import RunRequest, make_request
 from tasks.storage import Storage, open_storage, split_location
 from tests.simulation.calls import attempt_apart, publish_run
 from tests.simulation.data import CONTRACT, Source, ToyResolved, expected

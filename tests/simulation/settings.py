@@ -17,7 +17,7 @@ import mlflow
 from pydantic import SecretStr
 
 from tasks.batch.options import BatchOptions
-from tasks.batch.resolve import make_request
+from tasks.batch.run_request import make_request
 from tasks.common import blocks
 from tasks.common.blocks import OvernightDestination, OvernightRegistry, open_addresses
 from tasks.storage import open_storage

@@ -80,8 +80,8 @@ from tasks.batch.parts import (
 from tasks.batch.plan import Challenger, Plan, digest_plan, run_key
 from tasks.batch.promotion import check_alias
 from tasks.batch.publish import audit_parts, publish
-from tasks.batch.resolve import make_request
 from tasks.batch.run_records import save_plan
+from tasks.batch.run_request import make_request
 from tasks.batch.score import Scorer
 from tasks.batch.scoring_result import ScoringResult
 from tasks.batch.verify import verify_run

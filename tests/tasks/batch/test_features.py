@@ -45,8 +45,9 @@ from tasks.batch.parts import list_parts, part_path
 from tasks.batch.plan import Plan
 from tasks.batch.publish import audit_parts, publish
 from tasks.batch.reject_rows import write_rejects
-from tasks.batch.resolve import CompleteRun, RunRequest, find_run, make_request
+from tasks.batch.resolve import CompleteRun, find_run
 from tasks.batch.run_records import confirm_plan
+from tasks.batch.run_request import RunRequest, make_request
 from tasks.batch.score import Scorer
 from tasks.batch.scoring_result import ScoringResult
 from tasks.batch.verify import verify_run

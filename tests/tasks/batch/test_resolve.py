@@ -28,8 +28,9 @@ from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Plan
 from tasks.batch.planned_models import load_planned_model, open_planned_model
 from tasks.batch.publish import audit_parts, publish
-from tasks.batch.resolve import RunRequest, find_complete_run, find_run, resolve_request, restage_plan
+from tasks.batch.resolve import find_complete_run, find_run, restage_plan
 from tasks.batch.run_records import save_plan
+from tasks.batch.run_request import RunRequest, resolve_request
 from tasks.storage import Storage, open_storage
 from tests.support import register_script, write_customers
 from tests.tasks.batch.small import put, put_parts

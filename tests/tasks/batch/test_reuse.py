@@ -30,9 +30,10 @@ from tasks.batch.manifest import Manifest, find_damaged_parts, find_manifest, op
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Plan, run_key
 from tasks.batch.publish import audit_parts, publish
-from tasks.batch.resolve import CompleteRun, RunRequest, find_run
+from tasks.batch.resolve import CompleteRun, find_run
 from tasks.batch.reuse import EarlierRuns, find_earlier_runs
 from tasks.batch.run_records import confirm_plan
+from tasks.batch.run_request import RunRequest
 from tasks.batch.score import Scorer
 from tasks.batch.scoring_result import ScoringResult
 from tasks.batch.source import pin_source

@@ -24,8 +24,9 @@ from tasks.batch.json_lines import parse_fields
 from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
 from tasks.batch.publish import audit_parts, publish
-from tasks.batch.resolve import find_run, make_request
+from tasks.batch.resolve import find_run
 from tasks.batch.run_records import confirm_plan
+from tasks.batch.run_request import make_request
 from tasks.batch.source import pin_source
 from tasks.storage import open_storage
 from tests.simulation.data import CONTRACT, ToyResolved, load_toy
