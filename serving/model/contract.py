@@ -8,12 +8,13 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from serving.errors import SchemaMismatch, list_shortly, suggest_name
 from serving.option_words import give_option
@@ -28,6 +29,36 @@ class Frozen(BaseModel):
 
     # Without the last, NaN and infinity would become null in JSON, and could not be read back.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    # Type checkers take the fields for the parameters.
+    if not TYPE_CHECKING:
+
+        def __init__(self, /, **values: Any) -> None:
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise _suggest_fields(type(self), error) from None
+
+        # Else pydantic would call it, slowly, for each value that it reads from JSON or finds within another.
+        __init__.__pydantic_base_init__ = True
+
+
+def _suggest_fields(kind: type[BaseModel], error: ValidationError) -> ValidationError:
+    """Return the error of a call with the field that each unknown name may mean; without such names, as it is."""
+    unknown = [
+        InitErrorDetails(
+            type=PydanticCustomError(
+                "extra_forbidden",
+                "Extra inputs are not permitted{meant}",
+                {"meant": suggest_name(str(each["loc"][0]), kind.model_fields)},
+            ),
+            loc=each["loc"],
+            input=each["input"],
+        )
+        for each in error.errors(include_url=False)
+        if each["type"] == "extra_forbidden" and len(each["loc"]) == 1
+    ]
+    return ValidationError.from_exception_data(error.title, unknown) if unknown else error
 
 
 # Names of columns as a person gives them: a text alone is one name.

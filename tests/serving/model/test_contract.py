@@ -260,9 +260,28 @@ def test_the_bytes_of_a_row_are_those_of_its_inputs_and_outputs() -> None:
     assert 64 + 8 + 4 == alone(column("str", "s"), column("datetime64[ns]", "t")).row_bytes()
 
 
-def test_a_policy_takes_no_unknown_key() -> None:
-    with pytest.raises(ValidationError, match="nulls"):
-        ColumnPolicy(nulls="keep")
+def test_an_unknown_field_is_refused_with_the_one_that_may_be_meant() -> None:
+    with pytest.raises(ValidationError) as refused:
+        ColumnPolicy(nulls="keep", decimals=",", zzz=1)  # type: ignore[call-arg]
+
+    said = {each["loc"]: (each["type"], each["msg"], each["input"]) for each in refused.value.errors()}
+    meant = "Extra inputs are not permitted; did you mean {!r}?".format
+    assert {
+        ("nulls",): ("extra_forbidden", meant("null"), "keep"),
+        ("decimals",): ("extra_forbidden", meant("decimal"), ","),
+        ("zzz",): ("extra_forbidden", "Extra inputs are not permitted", 1),
+    } == said
+
+
+def test_a_value_that_does_not_fit_is_refused_as_pydantic_does_and_so_is_what_lies_within_another() -> None:
+    with pytest.raises(ValidationError, match="Input should be 'safe', 'exact' or 'round'"):
+        ColumnPolicy(cast="near")  # type: ignore[arg-type]
+    with pytest.raises(ValidationError) as refused:
+        Column(name="a", dtype="int8", policy={"nulls": "keep"})  # type: ignore[arg-type]
+
+    assert [("policy", "nulls")] == [each["loc"] for each in refused.value.errors()]
+    # Or pydantic would make each value within another by a call in Python.
+    assert not ColumnPolicy.__pydantic_custom_init__
 
 
 def test_an_output_that_may_be_null_says_so_in_json_and_any_other_is_written_as_ever() -> None:
