@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from serving.errors import SchemaMismatch, list_shortly, suggest_name
 from serving.option_words import give_option
@@ -44,21 +44,33 @@ class Frozen(BaseModel):
 
 
 def _suggest_fields(kind: type[BaseModel], error: ValidationError) -> ValidationError:
-    """Return the error of a call with the field that each unknown name may mean; without such names, as it is."""
-    unknown = [
+    """Return the error of a call with the field that each unknown name may mean."""
+    problems = error.errors(include_url=False)
+    if not any(map(_is_unknown, problems)):
+        return error
+    told = [
         InitErrorDetails(
-            type=PydanticCustomError(
-                "extra_forbidden",
-                "Extra inputs are not permitted{meant}",
-                {"meant": suggest_name(str(each["loc"][0]), kind.model_fields)},
-            ),
+            type=_suggest_field(kind, each) if _is_unknown(each) else each["type"],
             loc=each["loc"],
             input=each["input"],
+            ctx=each.get("ctx", {}),
         )
-        for each in error.errors(include_url=False)
-        if each["type"] == "extra_forbidden" and len(each["loc"]) == 1
+        for each in problems
     ]
-    return ValidationError.from_exception_data(error.title, unknown) if unknown else error
+    try:
+        return ValidationError.from_exception_data(error.title, told)
+    except KeyError:
+        # A validator has a kind of error of its own, which can't be made again.
+        return error
+
+
+def _is_unknown(problem: ErrorDetails) -> bool:
+    return problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1
+
+
+def _suggest_field(kind: type[BaseModel], problem: ErrorDetails) -> PydanticCustomError:
+    meant = suggest_name(str(problem["loc"][0]), kind.model_fields)
+    return PydanticCustomError("extra_forbidden", "Extra inputs are not permitted{meant}", {"meant": meant})
 
 
 # Names of columns as a person gives them: a text alone is one name.

@@ -1,12 +1,24 @@
 from __future__ import annotations
 
+from typing import Annotated, LiteralString
+
 import numpy as np
 import pyarrow as pa
 import pytest
-from pydantic import ValidationError
+from pydantic import AfterValidator, ValidationError
+from pydantic_core import PydanticCustomError
 
 from serving.errors import SchemaMismatch
-from serving.model.contract import Column, ColumnPolicy, Contract, Input, Output, casts_safely, find_fill_problem
+from serving.model.contract import (
+    Column,
+    ColumnPolicy,
+    Contract,
+    Frozen,
+    Input,
+    Output,
+    casts_safely,
+    find_fill_problem,
+)
 from tests.serving.toys import alone, column, stacked
 
 NUMBERS = (
@@ -262,15 +274,28 @@ def test_the_bytes_of_a_row_are_those_of_its_inputs_and_outputs() -> None:
 
 def test_an_unknown_field_is_refused_with_the_one_that_may_be_meant() -> None:
     with pytest.raises(ValidationError) as refused:
-        ColumnPolicy(nulls="keep", decimals=",", zzz=1)  # type: ignore[call-arg]
+        ColumnPolicy(nulls="keep", decimals=",", zzz=1, cast="near")  # type: ignore[call-arg]
 
     said = {each["loc"]: (each["type"], each["msg"], each["input"]) for each in refused.value.errors()}
     meant = "Extra inputs are not permitted; did you mean {!r}?".format
     assert {
+        ("cast",): ("literal_error", "Input should be 'safe', 'exact' or 'round'", "near"),
         ("nulls",): ("extra_forbidden", meant("null"), "keep"),
         ("decimals",): ("extra_forbidden", meant("decimal"), ","),
         ("zzz",): ("extra_forbidden", "Extra inputs are not permitted", 1),
     } == said
+
+
+def test_all_problems_of_a_call_are_told_also_where_a_validator_has_an_error_of_its_own() -> None:
+    def refuse(given: str) -> str:
+        kind: LiteralString = "own"
+        raise PydanticCustomError(kind, "Not {given}", {"given": given})
+
+    class Given(Frozen):
+        a: Annotated[str, AfterValidator(refuse)]
+
+    with pytest.raises(ValidationError, match=r"(?s)2 validation errors.*Not x.*Extra inputs are not permitted"):
+        Given(a="x", aa="y")  # type: ignore[call-arg]
 
 
 def test_a_value_that_does_not_fit_is_refused_as_pydantic_does_and_so_is_what_lies_within_another() -> None:
