@@ -206,7 +206,8 @@ def prefect_logging() -> None:
 
 @pytest.fixture
 def caplog(prefect_logging: None, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """What is logged."""
+    """What is logged, at Prefect's own level: a server of another test may have left one at which nothing is."""
+    caplog.set_level(logging.INFO, "prefect")
     return caplog
 
 

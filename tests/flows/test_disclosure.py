@@ -102,8 +102,10 @@ def test_no_value_of_a_row_is_written_anywhere_but_into_the_destination(
 
     def find(said: str) -> list[str]:
         places = [*prefect.home.glob("*.db*"), *registry.glob("*.db*"), *(tmp_path / "artifacts").rglob("*"), written]
-        found = [str(place) for place in places if place.is_file() and told.encode() in place.read_bytes()]
-        return found + [where for where, text in (("logged", caplog.text), ("said", said)) if told in text]
+        texts = {"logged": caplog.text, "said": said}
+        texts |= {str(place): place.read_bytes().decode("latin-1") for place in places if place.is_file()}
+        # With what stands before it, which tells where it is from.
+        return [f"{where}: {text.partition(told)[0][-99:]!r}" for where, text in texts.items() if told in text]
 
     said = infer("nothing")
     assert [] == find(said), said
