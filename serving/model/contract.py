@@ -57,8 +57,9 @@ def _suggest_fields(kind: type[BaseModel], error: ValidationError) -> Validation
         )
         for each in problems
     ]
+    hides_input = kind.model_config.get("hide_input_in_errors", False)
     try:
-        return ValidationError.from_exception_data(error.title, told)
+        return ValidationError.from_exception_data(error.title, told, hide_input=hides_input)
     except KeyError:
         # A validator has a kind of error of its own, which can't be made again.
         return error

@@ -28,6 +28,14 @@ def test_a_password_in_an_address_is_refused_with_where_to_set_it() -> None:
         FromNats(url="nats://me:secret@127.0.0.1:4222", stream="events")
 
 
+@pytest.mark.parametrize("kind", [FromNats, FromKafka, ToNats, ToKafka, ToParts])
+def test_no_value_is_told_of_a_refused_address_whose_fields_are_misspelled(kind: type[BaseModel]) -> None:
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted") as refused:
+        kind(urls="nats://me:secret@127.0.0.1:4222", tokens="secret")
+
+    assert "secret" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
