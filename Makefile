@@ -11,7 +11,7 @@ MAKEFLAGS += --no-print-directory
 # Without bytecode, which pip does not make either, each of hundreds of processes would compile what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo demo-endpoint demo-modes demo-stream deploy lint types check format clean
-.PHONY: ci test test-batch test-tasks test-rest test-all test-servers test-endpoints test-flows test-serving test-side-by-side
+.PHONY: ci test test-batch test-tables test-tasks test-rest test-all test-servers test-endpoints test-flows test-serving test-side-by-side
 .PHONY: test-machines test-targets test-workers test-deployments test-nights test-image
 .PHONY: simulate simulate-fleet chaos bench-batch bench-peers bench-resume bench-generation bench-gpu bench-spot bench-nightly bench-workers bench-endpoint bench-stream
 .PHONY: lock audit sbom image bench-modes bench-memory bench-keys bench-isolation bench-start bench-triton-starts size pictures docs diagrams notebooks
@@ -55,16 +55,22 @@ TESTS := $(BIN)/python -m tests.second_look
 test: lint $(STAMP)
 	@$(MAKE) -j 4 types $(VALUE_GROUPS)
 
-VALUE_GROUPS := test-batch test-rest test-tasks
+VALUE_GROUPS := test-batch test-rest test-tasks test-tables
 SERVER_GROUPS := test-flows test-serving test-endpoints
 
 VALUES := -m "not machines and (not servers or whole)" --durations=20 --
 
+# Delta and Iceberg tables as sources and outputs wait for their disk, and run once the types are checked.
+TABLES := $(foreach kind,delta iceberg upsert,$(wildcard tests/tasks/batch/test_$(kind)*.py))
+
 test-batch: $(STAMP)
-	$(TESTS) batch $(VALUES) tests/tasks/batch tests/simulation
+	$(TESTS) batch $(VALUES) tests/tasks/batch $(addprefix --ignore=,$(TABLES))
+
+test-tables: $(STAMP)
+	$(TESTS) tables $(VALUES) $(TABLES)
 
 test-tasks: $(STAMP)
-	$(TESTS) tasks $(VALUES) tests/tasks tests/deployments tests/infra --ignore=tests/tasks/batch
+	$(TESTS) tasks $(VALUES) tests/tasks tests/deployments tests/infra tests/simulation --ignore=tests/tasks/batch
 
 test-rest: $(STAMP)
 	$(TESTS) rest $(VALUES) tests --ignore=tests/tasks --ignore=tests/deployments --ignore=tests/infra --ignore=tests/simulation

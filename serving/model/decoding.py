@@ -177,11 +177,11 @@ class _RunningBatch:
         return logits_nV.float()
 
 
-class _RowsLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class _RowsLayer(DynamicLayer):  # type: ignore[misc]
     """The keys and values of one layer, in memory for all tokens to come, from which rows can be taken."""
 
     def __init__(self, tokens_max: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._tokens_max, self._read = tokens_max, 0
         self._row, self._first, self._rows = 0, 0, 0
         self._buffers: list[torch.Tensor] = []

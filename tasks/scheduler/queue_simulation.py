@@ -85,12 +85,12 @@ def simulate_latency(
     rate = waits.server.requests_per_second
     used_B, count_B, window = _compute_utilisation(counts_T, machines_T, rate)
     late_U = waits.late_shares(deadline_seconds - overhead_seconds)
-    late = float(np.interp(used_B, UTILISATIONS, late_U) @ count_B)
+    late = float((np.interp(used_B, UTILISATIONS, late_U) * count_B).sum())
     behind, delay = _find_backlogged_seconds(counts_T, machines_T, rate, float(waits.waits_UN[-1, 0]), cold_seconds)
     count, used = counts_T[behind], used_B[behind // window] if window else counts_T[behind] / (machines_T * rate)
     # All requests behind a long backlog are late, not only the share that was late already.
     missed = delay + overhead_seconds + waits.waits_UN[0, 0] > deadline_seconds
-    late += float(count[missed] @ (1 - np.interp(used[missed], UTILISATIONS, late_U)))
+    late += float((count[missed] * (1 - np.interp(used[missed], UTILISATIONS, late_U))).sum())
     deviation = _estimate_deviation(late, count[missed], behind[missed])
     late_share = min(late / total, 1.0)
     if not with_ages:

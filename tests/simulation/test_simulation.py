@@ -1,4 +1,4 @@
-"""Whatever happens to storage, workers and records, nothing wrong is published: sixty seeds of the simulation."""
+"""Whatever happens to storage, workers and records, nothing wrong is published: thirty seeds of the simulation."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from tests.simulation.outcome import Outcome
 from tests.simulation.simulate import simulate
 
 ROOT = Path(__file__).parents[2]
-# Few seeds have a world of backfills, of Iceberg, of webhooks or of calls in one process: these do, and so does 21.
-SEEDS = (*range(60), 80, 88, 90)
-SEEDS_AGAIN = (*range(8), 21, 80, 88, 90)
+# Few seeds have a world of backfills, of Iceberg, of webhooks or of calls in one process, or bits that turn over in a
+# part: these do, and so does 21.
+SEEDS = (*range(30), 59, 80, 88, 90)
+SEEDS_AGAIN = (*range(4), 21, 80, 88, 90)
 HAPPENINGS = (
     *("killed", "is refused", "is unanswered", "is doubled", "is late", "is torn", "is lost", "arrives: ", "lags"),
     *("mischief: change_source", "mischief: promote_model", "mischief: delete_everything", "mischief: delete_run"),

@@ -6,7 +6,6 @@ import io
 import json
 import subprocess
 import sys
-from collections import Counter
 from decimal import Decimal
 from pathlib import Path
 
@@ -178,7 +177,7 @@ path = Path(sys.argv[1])
 whole = path.read_bytes()
 footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for bit in range(8 * footer if sys.argv[2] == "footer" else 0, 8 * len(whole)):
+for bit in range(8 * footer, 8 * len(whole)) if sys.argv[2] == "footer" else range(8 * footer):
     data = bytearray(whole)
     data[bit // 8] ^= 1 << bit % 8
     path.write_bytes(data)
@@ -194,12 +193,12 @@ for bit in range(8 * footer if sys.argv[2] == "footer" else 0, 8 * len(whole)):
     except SourceCorrupt as error:
         found = str(error).partition(" must be readable, got: ")[0]
     # Pages without a checksum may give other values.
-    print(json.dumps([bit >= 8 * footer, found]))
+    print(json.dumps(found))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-@pytest.mark.parametrize("place", ["footer", pytest.param("file", marks=pytest.mark.machines)])
+@pytest.mark.parametrize("place", ["footer", pytest.param("pages", marks=pytest.mark.machines)])
 @pytest.mark.parametrize("name", FLIPPED)
 def test_any_flipped_bit_is_source_corrupt_by_name_or_leaves_the_rows(tmp_path: Path, name: str, place: str) -> None:
     file = tmp_path / f"{name}.parquet"
@@ -207,12 +206,10 @@ def test_any_flipped_bit_is_source_corrupt_by_name_or_leaves_the_rows(tmp_path: 
     command = [sys.executable, "-c", FLIP_EVERY_BIT, str(file), place]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     *told, kilobytes = map(json.loads, done.stdout.splitlines())
-    in_footer = [found for is_footer, found in told if is_footer]
 
     assert done.returncode == 0, done.stderr[-300:]
-    assert place == "footer" or 8 * len(file.read_bytes()) == len(told)
-    assert {50, str(file)} == {found for _, found in told}
-    assert Counter(in_footer)[str(file)] > len(in_footer) / 3
+    assert {50, str(file)} == set(told)
+    assert place == "pages" or told.count(str(file)) > len(told) / 3
     assert kilobytes < 200 << 10
 
 
