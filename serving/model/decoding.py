@@ -177,11 +177,11 @@ class _RunningBatch:
         return logits_nV.float()
 
 
-class _RowsLayer(DynamicLayer):  # type: ignore[misc]
+class _RowsLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """The keys and values of one layer, in memory for all tokens to come, from which rows can be taken."""
 
     def __init__(self, tokens_max: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._tokens_max, self._read = tokens_max, 0
         self._row, self._first, self._rows = 0, 0, 0
         self._buffers: list[torch.Tensor] = []

@@ -85,6 +85,7 @@ def simulate_latency(
     rate = waits.server.requests_per_second
     used_B, count_B, window = _compute_utilisation(counts_T, machines_T, rate)
     late_U = waits.late_shares(deadline_seconds - overhead_seconds)
+    # A product by `@` would be OpenBLAS's, whose threads keep every core busy with it and for a while after it.
     late = float((np.interp(used_B, UTILISATIONS, late_U) * count_B).sum())
     behind, delay = _find_backlogged_seconds(counts_T, machines_T, rate, float(waits.waits_UN[-1, 0]), cold_seconds)
     count, used = counts_T[behind], used_B[behind // window] if window else counts_T[behind] / (machines_T * rate)
