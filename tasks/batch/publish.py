@@ -85,7 +85,14 @@ def audit_parts(storage: Storage, plan: Plan) -> Audit:
     )
 
 
-def wait_for_publisher(storage: Storage, plan: Plan, *, may_wait: Callable[[], bool]) -> Manifest | None:
+def wait_for_publisher(
+    storage: Storage,
+    plan: Plan,
+    *,
+    may_wait: Callable[[], bool],
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Manifest | None:
     """Return the manifest of a large run once another worker has published it; None where this one is to publish.
 
     The publisher reads the footer of every part first: of a thousand workers one does, and the others wait. The
@@ -96,18 +103,20 @@ def wait_for_publisher(storage: Storage, plan: Plan, *, may_wait: Callable[[], b
         storage: The destination.
         plan: The run's plan, all of whose parts are there.
         may_wait: Whether this worker may wait any longer; it publishes where not.
+        clock: Counts seconds.
+        sleep: Waits for some of them.
     """
     chunks = len(plan.chunks)
     for number in itertools.count(1) if chunks >= _LARGE_CHUNKS else ():
         if storage.put_new(f"{plan.folder}/{_PUBLISHERS}/{number:03d}.json", b"{}"):
             break
-        until = time.monotonic() + max(_PUBLISH_SECONDS_MIN, chunks * _PUBLISH_SECONDS_PER_CHUNK)
-        while time.monotonic() < until:
+        until = clock() + max(_PUBLISH_SECONDS_MIN, chunks * _PUBLISH_SECONDS_PER_CHUNK)
+        while clock() < until:
             if not may_wait():
                 return None
             if storage.exists(manifest_path(plan.run)):
                 return find_intact_manifest(storage, plan.run)
-            time.sleep(_POLL_SECONDS)
+            sleep(_POLL_SECONDS)
     return None
 
 

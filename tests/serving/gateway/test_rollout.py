@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,10 +22,11 @@ from serving.gateway.client import GatewayClient
 from serving.gateway.envoy.bootstrap import BootstrapOptions
 from serving.gateway.gateway import Gateway
 from serving.gateway.keys import Keys
-from serving.gateway.rollout import compare_replies, judge_canary
+from serving.gateway.rollout import compare_replies, judge_canary, tally_request
 from serving.gateway.route import CanaryTally, Limits, Rollout, Shadow
 from serving.gateway.store import Store
 from serving.gateway.upstreams import Reply
+from serving.model.contract import Contract, Output
 from serving.protocol.oip import InferRequest, OutputChoice, encode_response
 from tests.eventually import eventually
 from tests.serving.gateway.conftest import Put
@@ -106,12 +108,40 @@ def test_a_verdict_states_the_figures_that_decided() -> None:
     assert ("rolled back", "1 of 10 requests took over 50 ms; 1.00% may") == judge_canary(
         rule, CanaryTally(requests=10, slow=1), age_s=0
     )
+    exact = rule.model_copy(update={"requests_min": 100})
+    assert ("promoted", "0 of 100 requests failed, 1 took over 50 ms") == judge_canary(
+        exact, CanaryTally(requests=100, slow=1), age_s=0
+    )
+    assert ("rolled back", "2 of 100 requests took over 50 ms; 1.00% may") == judge_canary(
+        exact, CanaryTally(requests=100, slow=2), age_s=0
+    )
     late = rule.model_copy(update={"seconds_max": 60.0})
     assert judge_canary(late, CanaryTally(requests=9), age_s=59) is None
     assert ("rolled back", "got 9 of 10 requests in 60 s") == judge_canary(late, CanaryTally(requests=9), age_s=60)
     assert ("promoted", "0 of 10 requests failed, 0 took over 50 ms") == judge_canary(
         late, CanaryTally(requests=10), age_s=60
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "tally"),
+    [
+        ({}, CanaryTally(requests=1)),
+        ({"latency_ms": 50.5}, CanaryTally(requests=1, slow=1)),
+        ({"attempts": 2}, CanaryTally(requests=1, errors=1)),
+        ({"is_canary": False}, CanaryTally()),
+        ({"status": 500}, CanaryTally()),
+        ({"is_canary": False, "status": 500}, CanaryTally()),
+    ],
+)
+def test_a_request_counts_where_the_canary_was_asked_and_a_version_answered(
+    change: dict[str, Any], tally: CanaryTally
+) -> None:
+    rule = Rollout(version="2", p99_ms_max=50)
+    fields: dict[str, Any] = {"at_us": 1, "endpoint": "e", "version": "2", "rows": 1, "size": 1, "status": 200}
+    request = LoggedRequest(**(fields | {"latency_ms": 50.0, "is_canary": True} | change))
+
+    assert tally == tally_request(rule, CanaryTally(), request)
 
 
 def ask(endpoint: EndpointClient, requests: int) -> list[str]:
@@ -374,17 +404,41 @@ def test_a_copy_is_compared_where_the_shadow_leaves_the_route_meanwhile(
     eventually(lambda: count_shadows(endpoint, "equal") == 1)
 
 
+def reply(*scores: object, contract: Contract = CONTRACT, binary: bool = True) -> Reply:
+    request = InferRequest(id=None, inputs={"n": np.zeros(1)}, outputs=(OutputChoice(name="score", binary=binary),))
+    (output,) = contract.outputs
+    outputs = {"score": np.array(scores, object if output.dtype == "str" else output.dtype)}
+    body = encode_response(request, outputs, contract, model="toy", version="1")
+    return Reply(status=200, content=body.content, headers=body.headers)
+
+
 @pytest.mark.parametrize(("difference", "binary", "outcome"), [(1e-7, True, "equal"), (1e-3, False, "different")])
 def test_numbers_are_equal_within_the_tolerance_as_json_and_as_binary(
     difference: float, outcome: str, *, binary: bool
 ) -> None:
-    request = InferRequest(id=None, inputs={"n": np.zeros(2)}, outputs=(OutputChoice(name="score", binary=binary),))
+    first = reply(1, 2, binary=binary)
 
-    def reply(scores: list[float]) -> Reply:
-        outputs = {"score": np.array(scores, np.float32)}
-        body = encode_response(request, outputs, CONTRACT, model="toy", version="1")
-        return Reply(status=200, content=body.content, headers=body.headers)
+    assert outcome == compare_replies(first, reply(1, 2 + difference, binary=binary), CONTRACT, 1e-5)
+    assert "different" == compare_replies(first, reply(1, binary=binary), CONTRACT, 1e-5)
+    assert "failed" == compare_replies(first, Reply(status=200, content=b"{"), CONTRACT, 1e-5)
 
-    assert outcome == compare_replies(reply([1, 2]), reply([1, 2 + difference]), CONTRACT, 1e-5)
-    assert "different" == compare_replies(reply([1, 2]), reply([1]), CONTRACT, 1e-5)
-    assert "failed" == compare_replies(reply([1, 2]), Reply(status=200, content=b"{"), CONTRACT, 1e-5)
+
+@pytest.mark.parametrize(
+    ("dtype", "first", "other", "outcome"),
+    [
+        ("float32", 0.0, 9e-4, "equal"),
+        ("float32", 0.0, 2e-3, "different"),
+        ("float32", 1e6, 1e6 + 500, "equal"),
+        ("float32", 1e6, 1e6 + 2000, "different"),
+        ("float32", np.nan, np.nan, "equal"),
+        ("float32", np.nan, 0.0, "different"),
+        ("int64", 1_000_000, 1_000_000, "equal"),
+        ("int64", 1_000_000, 1_000_001, "different"),
+        ("str", "yes", "yes", "equal"),
+        ("str", "yes", "no", "different"),
+    ],
+)
+def test_answers_are_equal_as_their_type_has_it(dtype: str, first: object, other: object, outcome: str) -> None:
+    contract = CONTRACT.model_copy(update={"outputs": (Output(name="score", dtype=dtype),)})
+
+    assert outcome == compare_replies(reply(first, contract=contract), reply(other, contract=contract), contract, 1e-3)

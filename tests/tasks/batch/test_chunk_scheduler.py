@@ -14,7 +14,7 @@ from tasks.batch.options import BatchOptions
 from tasks.batch.parts import list_parts, list_parts_from, part_path
 from tasks.batch.plan import Plan, ReusedPart
 from tasks.spot.drain import Drain
-from tasks.storage import open_storage
+from tasks.storage import Entry, LocalStorage, open_storage
 from tests.tasks.batch.small import a_plan, numbers, put, put_parts
 
 
@@ -183,3 +183,31 @@ def test_a_worker_goes_on_in_its_own_shards_in_another_pass(tmp_path: Path, *, j
         for _ in shards[1:]:
             scheduler.next_shard()
     assert len(plan.shards) == len(storage.entries(f"{plan.folder}/{MARKS}"))
+
+
+class LateListing(LocalStorage):
+    """A storage whose pages have nothing of what was just written."""
+
+    def entries_after(self, folder: str, name: str, count: int) -> list[Entry]:
+        return []
+
+
+@pytest.mark.parametrize("open_destination", [LocalStorage, LateListing])
+def test_of_two_workers_each_begins_the_shards_that_the_other_has_not_marked(
+    tmp_path: Path, open_destination: type[LocalStorage]
+) -> None:
+    source = put(f"{tmp_path}/in", {"a.parquet": numbers(0, 400)})
+    destination = open_destination(tmp_path / "out")
+    plan = a_plan(source, destination.url, BatchOptions(rows_per_chunk=10, workers=2), slots=4)
+    workers = [ChunkScheduler(plan, destination, Drain(), joined=bool(at)) for at in range(2)]
+    for each in workers:
+        each.begin()
+    given = [workers[at % 2].next_shard() for at in range(len(plan.shards))]
+    helped = [each.next_shard() for each in workers]
+
+    assert {*range(len(plan.shards))} == {*given}
+    # There is none to begin any more, only some to help with.
+    assert len(plan.shards) == len(destination.entries(f"{plan.folder}/{MARKS}"))
+    assert {*helped} <= {*given}
+    assert not {helped[0]} & {*given[::2]}
+    assert not {helped[1]} & {*given[1::2]}

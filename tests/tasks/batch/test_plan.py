@@ -489,7 +489,7 @@ def planned(*files: SourceFile, row_bytes: float = 20.0, **options: object) -> P
         key="k",
         model=PIN,
         contract=a_contract("a"),
-        options=BatchOptions(key_columns=("id",), **options),  # type: ignore[arg-type]
+        options=BatchOptions(**{"key_columns": ("id",), **options}),  # type: ignore[arg-type]
         source=snapshot,
         dataset=Dataset(snapshot=snapshot, schema=pa.schema([("a", pa.float32()), ("id", pa.string())]), hive=()),
         sizes=Sizes(batch_size=1024, slots=2, row_bytes=row_bytes, rows_per_second=None),
@@ -544,6 +544,36 @@ def test_a_plan_that_was_made_without_the_bytes_of_row_groups_is_held_to_what_wa
 
     assert all(plan.block_rows(chunk) == min(block_rows(1024, 1000.0), chunk.rows) for chunk in plan.chunks.values())
     assert memory_bytes(plan, 1) > 0
+
+
+def test_a_piece_takes_its_share_of_a_row_group_and_where_rows_have_no_keys_the_names_of_their_file() -> None:
+    sizes = (GroupBytes(1, 1, 1, 1), GroupBytes(4000, 800, 300, 70))
+    file = SourceFile(path="staged.parquet", size=1, tag="t", row_groups=(1, 100), group_bytes=sizes)
+    of_csv = file.model_copy(update={"origin": "ü.csv"})
+    piece = Piece(file=0, row_group=1, row_start=25, row_stop=50)
+    # Of each row there are the number and the name's place, 12 bytes, and of a column the numbers alone when encoded.
+    in_file, in_csv = 25 * (14 + 12), 25 * (6 + 12)
+
+    assert GroupBytes(1000, 200, 75, 70) == planned(file).piece_bytes(piece)
+    assert GroupBytes(1000 + in_file, 200 + in_file, 75 + 200, 70) == planned(file, key_columns=()).piece_bytes(piece)
+    assert GroupBytes(1000 + in_csv, 200 + in_csv, 75 + 200, 70) == planned(of_csv, key_columns=()).piece_bytes(piece)
+
+
+@pytest.mark.parametrize(("key_columns", "of_keys"), [((), 32), (("id",), 32), (("id", "a"), 64)])
+def test_a_piece_of_a_plan_that_was_made_without_bytes_takes_what_was_measured(
+    key_columns: tuple[str, ...], of_keys: int
+) -> None:
+    plan = planned(SourceFile(path="a.parquet", size=1, tag="t", row_groups=(100,)), key_columns=key_columns)
+    piece = Piece(file=0, row_group=0, row_start=25, row_stop=50)
+
+    assert GroupBytes(25 * 20, 25 * of_keys, 25 * of_keys, 0) == plan.piece_bytes(piece)
+
+
+@pytest.mark.parametrize(("size", "rows"), [(1000, 8192), (1250, 8192), (1251, 6144), (800, 8192)])
+def test_blocks_have_fewer_rows_where_those_are_larger_by_more_than_a_quarter(size: int, rows: int) -> None:
+    plan = planned(sized((10_000, size)), row_bytes=1000.0, rows_per_chunk=10_000)
+
+    assert [rows] == [plan.block_rows(chunk) for chunk in plan.chunks.values()]
 
 
 def test_used_columns_are_the_models_then_the_keys_each_once() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,14 @@ from serving.errors import DestinationUnusable, PublishRefused, RunDamaged, RunN
 from tasks.batch.chunk_scheduler import MARKS
 from tasks.batch.dataset import Snapshot
 from tasks.batch.delta import delta_options
-from tasks.batch.manifest import OTHER_REASONS, find_damaged_parts, find_intact_manifest, find_manifest, manifest_path
+from tasks.batch.manifest import (
+    OTHER_REASONS,
+    Manifest,
+    find_damaged_parts,
+    find_intact_manifest,
+    find_manifest,
+    manifest_path,
+)
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import part_path
 from tasks.batch.plan import Plan
@@ -26,6 +34,7 @@ from tasks.batch.publish import (
     audit_parts,
     claim_order_number,
     count_rejects,
+    find_earlier_keys,
     make_manifest,
     publish,
     sum_rejects,
@@ -385,10 +394,31 @@ def test_of_the_workers_of_a_large_run_one_publishes_and_the_others_get_its_mani
     assert wait_for_publisher(destination, large, may_wait=lambda: True) is None
 
     with ThreadPoolExecutor(2) as pool:
-        others = [pool.submit(wait_for_publisher, destination, large, may_wait=lambda: True) for _ in range(2)]
+        others = [
+            pool.submit(wait_for_publisher, destination, large, may_wait=lambda: True, sleep=lambda _: time.sleep(0.01))
+            for _ in range(2)
+        ]
         destination.put_new(manifest_path(large.run), manifest.model_dump_json().encode())
 
         assert [manifest, manifest] == [other.result(60) for other in others]
+
+
+@pytest.mark.parametrize(("times", "seconds"), [(1, 120), (10, 500)])
+def test_where_a_publisher_does_not_come_to_its_end_in_time_another_follows(
+    tmp_path: Path, large: Plan, times: int, seconds: int
+) -> None:
+    storage, slept = open_storage(f"{tmp_path}/out"), list[float]()
+    plan = large.model_copy(update={"shards": large.shards * times})
+    found = [
+        wait_for_publisher(storage, plan, may_wait=lambda: True, clock=lambda: sum(slept), sleep=slept.append)
+        for _ in range(2)
+    ]
+
+    assert [None, None] == found
+    assert seconds == sum(slept)
+    assert ["001.json", "002.json"] == [
+        entry.path.rpartition("/")[2] for entry in storage.entries(f"{plan.folder}/publishers")
+    ]
 
 
 def test_a_worker_that_must_leave_or_whose_run_is_small_waits_for_no_publisher(
@@ -405,3 +435,66 @@ def test_marks_of_helpers_are_gone_once_a_run_is_published(destination: Storage,
     publish(destination, plan, audit_parts(destination, plan))
 
     assert [] == destination.entries(f"{plan.folder}/{MARKS}")
+
+
+def as_of_an_earlier_release(plan: Plan, **change: object) -> Plan:
+    return plan.model_copy(update={"run": "earlier", "key": "key of then", "digest": "", **change})
+
+
+def keys_found(storage: Storage, plan: Plan, earlier: Plan, manifest: Manifest | None = None) -> list[str]:
+    """Return the keys of a call that are found where an earlier plan lies, and perhaps its manifest."""
+    storage.put_new("_overnight/earlier/plan.json", earlier.model_dump_json().encode())
+    if manifest is not None:
+        storage.put_new(manifest_path("earlier"), manifest.model_dump_json().encode())
+    return find_earlier_keys(storage, plan.model, plan.source, plan.options)
+
+
+@pytest.mark.parametrize(
+    ("published", "is_found"),
+    [
+        (None, True),
+        ({"output": "delta"}, True),
+        ({"output": "parquet"}, False),
+        ({"output": "delta", "plan_digest": "d" * 64}, False),
+    ],
+    ids=["killed before its manifest", "to a table", "as files", "by a release of today"],
+)
+def test_a_call_that_an_earlier_release_has_added_to_a_table_is_found_by_its_key(
+    destination: Storage, plan: Plan, published: dict[str, str] | None, *, is_found: bool
+) -> None:
+    earlier = as_of_an_earlier_release(plan)
+    manifest = None if published is None else make_manifest(earlier, ()).model_copy(update=published)
+    # What can't be read is no call of an earlier release.
+    destination.put_new("_overnight/broken/plan.json", b"{")
+
+    assert (["key of then"] if is_found else []) == keys_found(destination, plan, earlier, manifest)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_found"),
+    [
+        (lambda _: {"digest": "d" * 64}, False),
+        (lambda plan: {"model": plan.model.model_copy(update={"version": "4"})}, False),
+        (lambda plan: {"model": plan.model.model_copy(update={"name": "other"})}, False),
+        (lambda plan: {"model": plan.model.model_copy(update={"digest": "e" * 64})}, True),
+        (lambda plan: {"options": plan.options.model_copy(update={"key_columns": ("id",)})}, False),
+        (lambda plan: {"options": plan.options.model_copy(update={"slots": 3})}, True),
+        (lambda plan: {"source": plan.source.model_copy(update={"root": "/other"})}, False),
+        (lambda plan: {"source": plan.source.model_copy(update={"files": ()})}, False),
+        (lambda plan: {"source": retagged(plan.source, "another/time")}, False),
+        # Once the first of a local file's times alone was kept.
+        (lambda plan: {"source": retagged(plan.source, plan.source.files[0].tag.partition("/")[0])}, True),
+    ],
+)
+def test_only_the_very_call_is_found_again(
+    tmp_path: Path, change: Callable[[Plan], dict[str, object]], *, is_found: bool
+) -> None:
+    put(f"{tmp_path}/in", {"a.parquet": numbers(0, 25)})
+    plan = a_plan(f"{tmp_path}/in", f"{tmp_path}/out")
+    earlier = as_of_an_earlier_release(plan, **change(plan))
+
+    assert is_found is bool(keys_found(open_storage(f"{tmp_path}/out"), plan, earlier))
+
+
+def retagged(source: Snapshot, tag: str) -> Snapshot:
+    return source.model_copy(update={"files": tuple(file.model_copy(update={"tag": tag}) for file in source.files)})

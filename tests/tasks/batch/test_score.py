@@ -380,15 +380,6 @@ def test_after_a_notice_that_is_withdrawn_the_next_pass_scores_what_the_last_lef
     assert 400 == first + second == scored_rows(scorer.plan, destination).height
 
 
-def test_what_a_chunk_takes_is_told_by_its_rows_and_the_median_of_those_done(plan: Plan, destination: Storage) -> None:
-    scheduler = Scorer(plan=plan, destination=destination, model=Adder(), max_reject_fraction=1.0).scheduler
-    assert scheduler.chunk_seconds((0, 0)) is None
-    for seconds in (1.0, 2.0, 60.0):
-        scheduler.note_scored((0, 0), seconds, won=True)
-
-    assert 2.0 == pytest.approx(scheduler.chunk_seconds((1, 1)))
-
-
 def test_too_many_rejects_stop_the_run_as_it_goes(tmp_path: Path, destination: Storage) -> None:
     nulls = pa.table({"id": list(range(400)), "a": pa.nulls(400, pa.float32()), "b": np.zeros(400, "f")})
     source = put(str(tmp_path / "source"), {"0.parquet": nulls})
