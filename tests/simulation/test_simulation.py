@@ -43,7 +43,9 @@ def test_nothing_wrong_is_published(outcomes: list[Outcome]) -> None:
 
 @pytest.mark.machines
 def test_nothing_wrong_is_published_on_more_seeds() -> None:
-    assert {} == {seed: violations for seed in range(30, 60) if (violations := simulate(seed).violations)}
+    seeds = [seed for seed in range(60) if seed not in SEEDS]
+
+    assert {} == {seed: violations for seed in seeds if (violations := simulate(seed).violations)}
 
 
 def test_everything_happens_and_calls_come_to_their_ends(outcomes: list[Outcome]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,23 +17,7 @@ from tasks.batch.plan import Challenger, Plan
 from tasks.spot.drain import Drain, Notice
 from tasks.storage import Storage, open_storage
 from tests.tasks.batch.small import PIN, a_plan, numbers, put, put_parts
-
-
-class Time:
-    """A clock that goes on where somebody waits; `meanwhile` is told how often that was."""
-
-    def __init__(self, meanwhile: Callable[[int], None] = lambda _: None) -> None:
-        self.now, self.waits, self._meanwhile = 100.0, list[float](), meanwhile
-
-    def wait(self, event: threading.Event, seconds: float) -> bool:
-        assert not event.is_set()
-        self.waits.append(seconds)
-        self.now += seconds
-        self._meanwhile(len(self.waits))
-        return False
-
-    def machine(self, seed: int = 0) -> ScoringMachine:
-        return ScoringMachine(clock=lambda: self.now, wait=self.wait, random=random.Random(seed))
+from tests.tasks.batch.waiting import Time
 
 
 @pytest.fixture
@@ -49,13 +32,37 @@ def eight(tmp_path: Path, destination: Storage) -> Plan:
     return a_plan(source, destination.url, BatchOptions(rows_per_chunk=8))
 
 
+@pytest.fixture
+def shared(eight: Plan) -> Plan:
+    """The same of a run of two workers."""
+    return eight.model_copy(update={"options": eight.options.model_copy(update={"workers": 2})})
+
+
+def make_machine(time: Time, seed: int = 0) -> ScoringMachine:
+    return ScoringMachine(clock=time.clock, wait=time.wait, random=random.Random(seed))
+
+
+def begin(
+    plan: Plan, destination: Storage, time: Time | None = None, *, seed: int = 0, joined: bool = False
+) -> ChunkScheduler:
+    """Return a scheduler that has begun its pass."""
+    machine = make_machine(time or Time(), seed)
+    scheduler = ChunkScheduler(plan, destination, Drain(), joined=joined, machine=machine)
+    scheduler.begin()
+    return scheduler
+
+
 def begin_last(plan: Plan, destination: Storage, time: Time, *, seed: int = 0) -> ChunkScheduler:
     """Return a scheduler of a shard of which another worker scores all but the last two chunks, once it has begun."""
-    destination.delete([entry.path for entry in destination.entries(plan.parts_folder)])
-    scheduler = ChunkScheduler(plan, destination, Drain(), machine=time.machine(seed))
+    delete_all(destination, plan.parts_folder)
+    scheduler = ChunkScheduler(plan, destination, Drain(), machine=make_machine(time, seed))
     assert [0] == scheduler.begin()
     put_parts(plan, destination, [(0, place) for place in range(6)])
     return scheduler
+
+
+def delete_all(destination: Storage, folder: str) -> None:
+    destination.delete([entry.path for entry in destination.entries(folder)])
 
 
 @pytest.mark.parametrize(("taken", "longest"), [(None, 0.4), (4.0, 1.6), (20.0, 2.0)])
@@ -72,8 +79,8 @@ def test_a_chunk_in_progress_elsewhere_is_taken_after_some_times_of_what_one_tak
         assert claim.helping
         assert claim.chunk in [(0, 6), (0, 7)]
         assert max(time.waits) <= longest
-        waited.append((time.now - 100) / (taken or 1.0))
-        destination.delete([entry.path for entry in destination.entries(f"{eight.folder}/{MARKS}")])
+        waited.append(time.now / (taken or 1.0))
+        delete_all(destination, f"{eight.folder}/{MARKS}")
 
     # Drawn from 1.5 to 4 times, and waited for in steps of a tenth or of 2 s.
     assert 1.5 <= min(waited) < 2.0
@@ -81,8 +88,8 @@ def test_a_chunk_in_progress_elsewhere_is_taken_after_some_times_of_what_one_tak
 
 
 def test_a_chunk_whose_part_comes_while_it_is_waited_for_is_left_alone(eight: Plan, destination: Storage) -> None:
-    def score_rest(waits: int) -> None:
-        if waits == 3:
+    def score_rest() -> None:
+        if len(time.waits) == 3:
             put_parts(eight, destination)
 
     time = Time(score_rest)
@@ -94,7 +101,7 @@ def test_a_chunk_whose_part_comes_while_it_is_waited_for_is_left_alone(eight: Pl
 
 
 def test_a_slot_that_waits_for_a_chunk_ends_where_the_process_stops(eight: Plan, destination: Storage) -> None:
-    time = Time(lambda waits: scheduler.stop.set() if waits == 3 else None)
+    time = Time(lambda: scheduler.stop.set() if len(time.waits) == 3 else None)
     scheduler = begin_last(eight, destination, time)
 
     assert [] == list(scheduler.claim_chunks(0, threading.Semaphore(1)))
@@ -120,8 +127,8 @@ def test_a_chunk_goes_on_after_a_notice_where_the_time_left_is_enough(
     eight: Plan, destination: Storage, taken: float, *, goes_on: bool
 ) -> None:
     time = Time()
-    drain = Drain(lambda: time.now)
-    scheduler = ChunkScheduler(eight, destination, drain, machine=time.machine())
+    drain = Drain(time.clock)
+    scheduler = ChunkScheduler(eight, destination, drain, machine=make_machine(time))
     claim = ChunkClaim(chunk=(0, 1), helping=False)
     scheduler.note_scored((0, 0), 20.0, won=True)
     before = scheduler.may_continue(claim, taken), scheduler.is_stopping()
@@ -149,8 +156,7 @@ def test_after_a_notice_that_the_process_stops_at_no_chunk_goes_on(eight: Plan, 
 
 
 def test_a_chunk_that_cannot_be_read_is_tried_no_more_in_a_call(eight: Plan, destination: Storage) -> None:
-    scheduler = ChunkScheduler(eight, destination, Drain(), machine=Time().machine())
-    scheduler.begin()
+    scheduler = begin(eight, destination)
     scheduler.note_fault((0, 3))
     put_parts(eight, destination, [chunk for chunk in eight.chunks if chunk not in {(0, 3), (0, 5)}])
     taken = []
@@ -167,8 +173,7 @@ def test_a_chunk_that_cannot_be_read_is_tried_no_more_in_a_call(eight: Plan, des
 def test_a_chunk_read_ahead_is_given_back_where_its_shard_was_lost_or_its_part_has_come(
     eight: Plan, destination: Storage
 ) -> None:
-    scheduler = ChunkScheduler(eight, destination, Drain(), machine=Time().machine(2))
-    scheduler.begin()
+    scheduler = begin(eight, destination, seed=2)
     claims = scheduler.claim_chunks(0, threading.Semaphore(2))
     first, second, third = itertools.islice(claims, 3)
     assert third.chunk[1]
@@ -188,8 +193,7 @@ def test_a_chunk_read_ahead_is_given_back_where_its_shard_was_lost_or_its_part_h
 def test_a_slot_takes_the_chunks_of_its_shard_in_order_from_any_one_on(eight: Plan, destination: Storage) -> None:
     firsts = set()
     for seed in range(20):
-        scheduler = ChunkScheduler(eight, destination, Drain(), machine=Time().machine(seed))
-        scheduler.begin()
+        scheduler = begin(eight, destination, seed=seed)
         places = [claim.chunk[1] for claim in itertools.islice(scheduler.claim_chunks(0, threading.Semaphore(0)), 8)]
         assert [(places[0] + at) % 8 for at in range(8)] == places
         firsts.add(places[0])
@@ -202,8 +206,7 @@ def test_helpers_that_died_are_followed_by_others_each_with_a_mark_of_its_own(
 ) -> None:
     put_parts(eight, destination, [(0, place) for place in range(6)])
     for helper in range(3):
-        scheduler = ChunkScheduler(eight, destination, Drain(), joined=True, machine=Time().machine(helper))
-        scheduler.begin()
+        scheduler = begin(eight, destination, seed=helper, joined=True)
         claims = scheduler.claim_chunks(0, threading.Semaphore(2))
         assert {(0, 6), (0, 7)} == {claim.chunk for claim in itertools.islice(claims, 2)}
 
@@ -211,21 +214,20 @@ def test_helpers_that_died_are_followed_by_others_each_with_a_mark_of_its_own(
     assert [f"00000-000{place}-00{at}" for place in (6, 7) for at in (1, 2, 3)] == sorted(marks)
 
 
-def test_a_chunk_that_another_helper_marks_first_is_waited_for_once_more(eight: Plan, destination: Storage) -> None:
-    def mark(waits: int) -> None:
-        if waits == 1:
+def test_a_chunk_that_another_helper_marks_first_is_waited_for_once_more(shared: Plan, destination: Storage) -> None:
+    def mark() -> None:
+        if len(time.waits) == 1:
             for place in (6, 7):
-                destination.put_new(f"{eight.folder}/{MARKS}/00000-000{place}-001", b"{}")
+                destination.put_new(f"{shared.folder}/{MARKS}/00000-000{place}-001", b"{}")
 
-    shared = eight.model_copy(update={"options": eight.options.model_copy(update={"workers": 2})})
     time = Time(mark)
     scheduler = begin_last(shared, destination, time)
     scheduler.note_scored((0, 0), 1.0, won=False)
     claims = list(itertools.islice(scheduler.claim_chunks(0, threading.Semaphore(2)), 2))
 
     assert {(0, 6), (0, 7)} == {claim.chunk for claim in claims}
-    assert time.now - 100 >= 2 * 1.5
-    assert 4 == len(destination.entries(f"{eight.folder}/{MARKS}"))
+    assert time.now >= 2 * 1.5
+    assert 4 == len(destination.entries(f"{shared.folder}/{MARKS}"))
 
 
 @pytest.mark.parametrize(
@@ -237,9 +239,8 @@ def test_a_helper_takes_last_the_three_chunks_that_follow_each_that_another_work
 ) -> None:
     for seed in range(10):
         time = Time()
-        destination.delete([entry.path for entry in destination.entries(eight.parts_folder)])
-        scheduler = ChunkScheduler(eight, destination, Drain(), machine=time.machine(seed))
-        scheduler.begin()
+        delete_all(destination, eight.parts_folder)
+        scheduler = begin(eight, destination, time, seed=seed)
         put_parts(eight, destination, [(0, place) for place in finished])
         places = list[int]()
         waited = list[int]()
@@ -266,7 +267,7 @@ def test_a_helper_goes_where_at_least_half_as_much_is_left_as_where_most_is(
     put_parts(plan, destination, [(shard, at) for shard, places in left.items() for at in range(places, 8)])
     helped = set()
     for seed in range(30):
-        scheduler = ChunkScheduler(plan, destination, Drain(), machine=Time().machine(seed))
+        scheduler = ChunkScheduler(plan, destination, Drain(), machine=make_machine(Time(), seed))
         assert 3 == len([scheduler.next_shard() for _ in scheduler.begin()])
         claim = next(scheduler.claim_chunks(0, threading.Semaphore(1)))
         helped.add(claim.chunk[0])
@@ -274,15 +275,14 @@ def test_a_helper_goes_where_at_least_half_as_much_is_left_as_where_most_is(
     assert {2, 3} == helped
 
 
-def test_marks_are_counted_over_all_pages_of_their_listing(eight: Plan, destination: Storage) -> None:
-    shared = eight.model_copy(update={"options": eight.options.model_copy(update={"workers": 2})})
+def test_marks_are_counted_over_all_pages_of_their_listing(shared: Plan, destination: Storage) -> None:
     scheduler = begin_last(shared, destination, Time())
     for place, marks in ((6, 600), (7, 650)):
         for at in range(1, marks + 1):
-            destination.put_new(f"{eight.folder}/{MARKS}/00000-{place:04d}-{at:03d}", b"{}")
+            destination.put_new(f"{shared.folder}/{MARKS}/00000-{place:04d}-{at:03d}", b"{}")
     scheduler.note_scored((0, 0), 1.0, won=False)
     claims = list(itertools.islice(scheduler.claim_chunks(0, threading.Semaphore(2)), 2))
-    there = {entry.path.rpartition("/")[2] for entry in destination.entries(f"{eight.folder}/{MARKS}")}
+    there = {entry.path.rpartition("/")[2] for entry in destination.entries(f"{shared.folder}/{MARKS}")}
 
     assert {(0, 6), (0, 7)} == {claim.chunk for claim in claims}
     assert 1252 == len(there)
@@ -314,8 +314,7 @@ def test_a_slot_helps_only_once_it_is_idle_and_looks_again_whether_to_stop(eight
 def test_a_slot_does_not_help_as_long_as_there_are_shards_to_begin(tmp_path: Path, destination: Storage) -> None:
     source = put(f"{tmp_path}/in", {"a.parquet": numbers(0, 256)})
     plan = a_plan(source, destination.url, BatchOptions(rows_per_chunk=8), slots=2)
-    scheduler = ChunkScheduler(plan, destination, Drain())
-    scheduler.begin()
+    scheduler = begin(plan, destination)
     first = scheduler.next_shard() or 0
     claims = list(scheduler.claim_chunks(first, threading.Semaphore(8)))
 
@@ -325,8 +324,7 @@ def test_a_slot_does_not_help_as_long_as_there_are_shards_to_begin(tmp_path: Pat
 
 def test_a_slot_passes_over_the_parts_that_were_there_when_it_began(eight: Plan, destination: Storage) -> None:
     put_parts(eight, destination, [(0, 3), (0, 4)])
-    scheduler = ChunkScheduler(eight, destination, Drain())
-    scheduler.begin()
+    scheduler = begin(eight, destination)
     claims = list(itertools.islice(scheduler.claim_chunks(0, threading.Semaphore(0)), 6))
 
     assert {*range(8)} - {3, 4} == {claim.chunk[1] for claim in claims}
@@ -337,8 +335,7 @@ def test_a_slot_passes_over_the_parts_that_were_there_when_it_began(eight: Plan,
 def test_a_slot_helps_in_its_own_shard_once_another_worker_scores_it(
     eight: Plan, destination: Storage, *, is_seen_first: bool
 ) -> None:
-    scheduler = ChunkScheduler(eight, destination, Drain(), machine=Time().machine())
-    scheduler.begin()
+    scheduler = begin(eight, destination)
     claims = scheduler.claim_chunks(0, threading.Semaphore(1))
     first = next(claims)
     follower = (0, (first.chunk[1] + 1) % 8)
@@ -355,8 +352,7 @@ def test_a_slot_helps_in_its_own_shard_once_another_worker_scores_it(
 def test_a_second_slot_helps_too_where_another_worker_scores_the_shard_that_the_first_was_given(
     eight: Plan, destination: Storage
 ) -> None:
-    scheduler = ChunkScheduler(eight, destination, Drain(), machine=Time().machine())
-    scheduler.begin()
+    scheduler = begin(eight, destination)
     given = scheduler.next_shard()
     put_parts(eight, destination, [(0, place) for place in range(6)])
     claim = next(scheduler.claim_chunks(0, threading.Semaphore(1)))
@@ -366,8 +362,7 @@ def test_a_second_slot_helps_too_where_another_worker_scores_the_shard_that_the_
 
 
 def test_of_two_slots_of_a_process_each_takes_other_chunks(eight: Plan, destination: Storage) -> None:
-    scheduler = ChunkScheduler(eight, destination, Drain(), machine=Time().machine())
-    scheduler.begin()
+    scheduler = begin(eight, destination)
     slots = [scheduler.claim_chunks(0, threading.Semaphore(8)) for _ in range(2)]
     claims = [next(slots[at % 2]) for at in range(8)]
 
@@ -387,8 +382,8 @@ def test_a_slot_looks_at_eight_pages_before_it_waits_for_a_chunk_in_progress(
 
     source = put(f"{tmp_path}/in", {"a.parquet": numbers(0, 192)})
     plan = a_plan(source, destination.url, BatchOptions(rows_per_chunk=8), slots=6)
-    time = Time(lambda _: before_waits.append(len(looked_at)))
-    scheduler = ChunkScheduler(plan, destination, Drain(), machine=time.machine())
+    time = Time(lambda: before_waits.append(len(looked_at)))
+    scheduler = ChunkScheduler(plan, destination, Drain(), machine=make_machine(time))
     shards = scheduler.begin()
     assert [2] * 12 == [len(shard) for shard in plan.shards]
     put_parts(plan, destination, [(shard, 0) for shard in shards])
@@ -419,7 +414,7 @@ def test_a_chunk_is_done_once_each_model_has_its_part_but_for_challengers_that_w
     for each, places in ((plan, range(8)), (first, range(6)), (second, range(1, 8))):
         for place in places:
             destination.put_new(part_path(each, (0, place)), b"")
-    scheduler = ChunkScheduler(plan, destination, Drain(), machine=Time().machine())
+    scheduler = ChunkScheduler(plan, destination, Drain(), machine=make_machine(Time()))
     begun = scheduler.begin()
     claims = list(itertools.islice(scheduler.claim_chunks(0, threading.Semaphore(0)), 3))
     missing = [scheduler.list_missing((0, place)) for place in (0, 1, 6)]

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 from serving.errors import AlreadyRunning
 from tasks.batch.ownership import Owner, Ownership, find_owner, name_machine, own_destination
 from tasks.storage import LocalStorage
+from tests.tasks.batch.waiting import Time
 
 
 @pytest.fixture
@@ -24,20 +24,6 @@ def storage(tmp_path: Path) -> LocalStorage:
 
 def an_owner(name: str, *, machine: str = "elsewhere/1", process: int = 1) -> Owner:
     return Owner(owner=name, machine=machine, process=process, model="models:/churn/3")
-
-
-class Time:
-    """A clock that only sleeping moves; `then` is called after each sleep."""
-
-    def __init__(self, then: Callable[[], None] = lambda: None) -> None:
-        self.now, self._then = 0.0, then
-
-    def clock(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-        self._then()
 
 
 def test_an_owner_that_has_ended_is_followed_at_once_and_leaves_one_record(storage: LocalStorage) -> None:

@@ -551,7 +551,7 @@ def test_a_piece_takes_its_share_of_a_row_group_and_where_rows_have_no_keys_the_
     file = SourceFile(path="staged.parquet", size=1, tag="t", row_groups=(1, 100), group_bytes=sizes)
     of_csv = file.model_copy(update={"origin": "ü.csv"})
     piece = Piece(file=0, row_group=1, row_start=25, row_stop=50)
-    # Of each row there are the number and the name's place, 12 bytes, and of a column the numbers alone when encoded.
+    # A row without keys has the name of its file, where that begins, and its number; encoded, 8 bytes of the number.
     in_file, in_csv = 25 * (14 + 12), 25 * (6 + 12)
 
     assert GroupBytes(1000, 200, 75, 70) == planned(file).piece_bytes(piece)

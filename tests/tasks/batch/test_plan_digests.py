@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from serving.model.contract import Column, Contract, Input, Output
 from serving.model.interface import Engine
 from serving.model.pin import ModelPin
 from tasks.batch.chunk_layout import Chunk, Piece
@@ -20,18 +19,11 @@ from tasks.batch.feature_pins import FeaturePin
 from tasks.batch.feature_table import FeatureTable
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Challenger, Plan, digest_chunk, digest_plan, digest_shape, record_path, run_key
+from tests.tasks.batch.small import PIN, a_contract
 
 
 def a_model(version: str) -> ModelPin:
-    return ModelPin(
-        name="churn", version=version, model_id=f"m-{version}", source=f"models:/m-{version}", digest=version * 64
-    )
-
-
-def a_contract(*names: str) -> Contract:
-    columns = tuple(Column(name=name, dtype="float32") for name in names)
-    inputs = (Input(name="x", dtype="float32", shape=(len(columns),), columns=columns),)
-    return Contract(inputs=inputs, outputs=(Output(name="score", dtype="float32"),))
+    return PIN.model_copy(update={"version": version, "digest": version * 64})
 
 
 FILES = (
@@ -65,7 +57,7 @@ FEATURES = FeaturePin(
 )
 
 
-def a_plan(*, version: int, key_columns: tuple[str, ...] = ("id",), **change: object) -> Plan:
+def a_written_plan(*, version: int, key_columns: tuple[str, ...] = ("id",), **change: object) -> Plan:
     """Return a plan of two files in two chunks, as it is written."""
     options = BatchOptions(key_columns=key_columns, rows_per_chunk=8)
     source = Snapshot(root="/in", format="parquet", files=FILES)
@@ -140,13 +132,13 @@ DIGESTS = {
 
 @pytest.mark.parametrize("name", PLANS)
 def test_the_digests_of_a_plan_and_of_its_chunks_stay(name: str) -> None:
-    plan = a_plan(**PLANS[name])
+    plan = a_written_plan(**PLANS[name])
 
     assert DIGESTS[name] == (short(digest_plan(plan)), *(short(digest_chunk(plan, chunk)) for chunk in CHUNKS))
 
 
 def test_the_digests_of_challengers_stay_and_their_plans_are_of_their_own() -> None:
-    plan = a_plan(**PLANS["with challengers"], reuse_note="of the run")
+    plan = a_written_plan(**PLANS["with challengers"], reuse_note="of the run")
     plans = plan.challenger_plans
 
     assert [
@@ -162,7 +154,7 @@ def test_the_digests_of_challengers_stay_and_their_plans_are_of_their_own() -> N
 
 
 def test_the_keys_of_runs_and_the_names_of_their_records_stay() -> None:
-    plan = a_plan(version=2)
+    plan = a_written_plan(version=2)
     features = (FEATURES.snapshot,)
     challengers = ((CHALLENGER.model, CHALLENGER.contract),)
     given = plan.model, plan.source, plan.contract, plan.options

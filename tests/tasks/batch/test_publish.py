@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace as replace_fields
 from datetime import timedelta
 from pathlib import Path
+from time import sleep
 
 import pyarrow as pa
 import pytest
@@ -45,6 +45,7 @@ from tasks.batch.source import pin_source
 from tasks.batch.staging import stage
 from tasks.storage import LocalStorage, Storage, open_storage
 from tests.tasks.batch.small import a_contract, a_part, a_plan, numbers, put, put_parts
+from tests.tasks.batch.waiting import Time
 
 
 @pytest.fixture
@@ -395,7 +396,7 @@ def test_of_the_workers_of_a_large_run_one_publishes_and_the_others_get_its_mani
 
     with ThreadPoolExecutor(2) as pool:
         others = [
-            pool.submit(wait_for_publisher, destination, large, may_wait=lambda: True, sleep=lambda _: time.sleep(0.01))
+            pool.submit(wait_for_publisher, destination, large, may_wait=lambda: True, sleep=lambda _: sleep(0.01))
             for _ in range(2)
         ]
         destination.put_new(manifest_path(large.run), manifest.model_dump_json().encode())
@@ -407,15 +408,14 @@ def test_of_the_workers_of_a_large_run_one_publishes_and_the_others_get_its_mani
 def test_where_a_publisher_does_not_come_to_its_end_in_time_another_follows(
     tmp_path: Path, large: Plan, times: int, seconds: int
 ) -> None:
-    storage, slept = open_storage(f"{tmp_path}/out"), list[float]()
+    storage, time = open_storage(f"{tmp_path}/out"), Time()
     plan = large.model_copy(update={"shards": large.shards * times})
     found = [
-        wait_for_publisher(storage, plan, may_wait=lambda: True, clock=lambda: sum(slept), sleep=slept.append)
-        for _ in range(2)
+        wait_for_publisher(storage, plan, may_wait=lambda: True, clock=time.clock, sleep=time.sleep) for _ in range(2)
     ]
 
     assert [None, None] == found
-    assert seconds == sum(slept)
+    assert seconds == time.now
     assert ["001.json", "002.json"] == [
         entry.path.rpartition("/")[2] for entry in storage.entries(f"{plan.folder}/publishers")
     ]
