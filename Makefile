@@ -12,6 +12,7 @@ MAKEFLAGS += --no-print-directory
 unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo demo-endpoint demo-modes demo-stream deploy lint types check format clean
 .PHONY: ci test test-batch test-tables test-tasks test-rest test-all test-servers test-endpoints test-flows test-serving test-side-by-side
+.PHONY: side-that-waits side-that-computes
 .PHONY: test-machines test-targets test-workers test-deployments test-nights test-image
 .PHONY: simulate simulate-fleet chaos bench-batch bench-peers bench-resume bench-generation bench-gpu bench-spot bench-nightly bench-workers bench-endpoint bench-stream
 .PHONY: lock audit sbom image bench-modes bench-memory bench-keys bench-isolation bench-start bench-triton-starts size pictures docs diagrams notebooks
@@ -57,6 +58,7 @@ test: lint $(STAMP)
 
 VALUE_GROUPS := test-batch test-rest test-tasks test-tables
 SERVER_GROUPS := test-flows test-serving test-endpoints
+MACHINE_GROUPS := test-targets test-workers test-deployments
 
 VALUES := -m "not machines and (not servers or whole)" --durations=20 --
 
@@ -86,9 +88,19 @@ test-all:
 test-servers: $(STAMP)
 	@$(MAKE) -j 3 $(SERVER_GROUPS)
 
-# Both in one queue, as CI runs them: tests that wait for servers leave room to those that compute.
+# All groups but the nights, as CI runs them: those that wait for servers as often as they compute, three at a time, and
+# those that only compute in what these leave of the processors.
 test-side-by-side: $(STAMP)
-	@$(MAKE) -k -j 3 --output-sync=target types $(SERVER_GROUPS) $(VALUE_GROUPS)
+	@$(MAKE) -k -j 2 side-that-waits side-that-computes
+
+# The number of processes of one is not that of both.
+ALONE = MAKEFLAGS="$(filter-out -j% --jobserver-auth=%,$(MAKEFLAGS))"
+
+side-that-waits:
+	@$(ALONE) $(MAKE) -k -j 3 --output-sync=target $(MACHINE_GROUPS) $(SERVER_GROUPS)
+
+side-that-computes:
+	@$(ALONE) nice -n 10 $(MAKE) -k -j 2 --output-sync=target types $(VALUE_GROUPS)
 
 SERVERS := -m "servers and not machines and not whole" --durations=30 --
 KILLS := $(wildcard tests/flows/test_*kills.py) tests/flows/test_stream_kafka.py
@@ -106,7 +118,7 @@ test-serving: $(STAMP)
 # What takes minutes of real servers and workers, in three processes again; the output of each comes once it has ended.
 # Nights have deadlines to keep, and have the machine for themselves.
 test-machines: $(STAMP)
-	@$(MAKE) -j 3 --output-sync=target test-targets test-workers test-deployments
+	@$(MAKE) -j 3 --output-sync=target $(MACHINE_GROUPS)
 	@$(MAKE) test-nights
 
 MACHINES := -m machines --timeout 1200 --durations=30 --
