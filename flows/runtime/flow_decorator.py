@@ -11,7 +11,7 @@ import sys
 import threading
 import typing
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
@@ -32,6 +32,7 @@ from flows.runtime.parameters import bind_parameters, explain_invalid, refuse_se
 from flows.runtime.steps import find_logger, flow_run, name_call
 from flows.runtime.tracing import note_error
 from serving.errors import BadInput, OvernightError, describe_error
+from serving.machine import SharedSetting
 from serving.redaction import hide_secrets_in_exception
 from tasks.common.prefect_server import has_prefect_server
 from tasks.common.server_checks import check_servers, list_checks, list_prefect_checks
@@ -46,6 +47,9 @@ _NOTHING_KEPT = (
 )
 # Set while a call from Python runs, whose servers were asked before there was a flow run.
 _servers_checked: ContextVar[bool] = ContextVar("servers_checked", default=False)
+
+# Set once the caller was seen to have frozen objects. To count a million of them takes 40 ms.
+_frozen_by_caller = threading.Event()
 
 # The processes that have made calls: this one, or those that it was forked from.
 _callers = set[int]()
@@ -134,9 +138,10 @@ class _AdHocFlow(Flow[P, R]):
                     parameters = self.validate_parameters(bind_parameters(self.fn, args, kwargs))
                     checks = list_checks(parameters, uses_registry=self.fn.uses_registry)
                     check_servers([*list_prefect_checks(), *checks])
-                    if has_prefect_server():
+                    if not has_prefect_server():
+                        return self._call_as_function(parameters, return_state=return_state)
+                    with _pause_heartbeat():
                         return super().__call__(return_state=return_state, wait_for=wait_for, **parameters)
-                    return self._call_as_function(parameters, return_state=return_state)
             except OvernightError as error:
                 if shows_frames():
                     raise
@@ -192,7 +197,7 @@ def _end_as_asked() -> Generator[None]:
     """Let a call from Python end by Ctrl-C or by a notice with what its caller needs."""
     token = _servers_checked.set(True)
     try:
-        with _collect_new_objects(), temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        with _FROZEN.keep():
             yield
     except KeyboardInterrupt as interrupt:
         # Without its cause: the frames of Prefect's engine say nothing to a person who pressed Ctrl-C.
@@ -206,21 +211,25 @@ def _end_as_asked() -> Generator[None]:
         _servers_checked.reset(token)
 
 
-@contextmanager
-def _collect_new_objects() -> Generator[None]:
-    """Have Python's collector look at the objects alone that are made from here on.
+def _pause_heartbeat() -> AbstractContextManager[Any]:
+    """Have flow runs that begin in the block send none. To change a setting, Prefect reads all of them: 30 ms."""
+    if PREFECT_FLOWS_HEARTBEAT_FREQUENCY.value() is None:
+        return nullcontext()
+    return temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
 
-    Of what torch, MLflow and Prefect have imported a collection takes 0.4 s, in which no thread of the call goes on.
-    """
-    if gc.get_freeze_count():
-        # The caller has frozen objects, which are to stay so, or makes several calls at a time.
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
+
+def _freeze_objects() -> bool:
+    """Freeze every object there is, unless the caller has frozen some, which are to stay so; return whether it did."""
+    if not _frozen_by_caller.is_set() and gc.get_freeze_count():
+        _frozen_by_caller.set()
+    if not _frozen_by_caller.is_set():
+        gc.freeze()
+    return not _frozen_by_caller.is_set()
+
+
+# While calls run, Python's collector looks at the objects alone that were made since the first of them began. Of what
+# torch, MLflow and Prefect have imported a collection takes 0.4 s, in which no thread of a call goes on.
+_FROZEN = SharedSetting(_freeze_objects, lambda did: gc.unfreeze() if did else None)
 
 
 def _pass_on_sigterm() -> None:
