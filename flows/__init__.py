@@ -219,8 +219,6 @@ _MODULES = {
     "tasks.stream.options": ("FromKafka", "FromNats", "StreamOptions", "ToKafka", "ToNats", "ToParts"),
 }
 _MODULE_BY_NAME = {name: module for module, names in _MODULES.items() for name in names}
-# Half a second that would else fall into the first call from Python, for its pictures. Commands import the flow itself.
-_IMPORTED_BESIDE = {"flows.batch": "matplotlib.figure"}
 
 
 def __getattr__(name: str) -> Any:
@@ -230,8 +228,6 @@ def __getattr__(name: str) -> Any:
     module = _MODULE_BY_NAME[name]
     with pause_garbage_collection():
         value = globals()[name] = getattr(import_module(module), name)
-        if module in _IMPORTED_BESIDE:
-            import_module(_IMPORTED_BESIDE[module])
     return value
 
 

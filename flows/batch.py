@@ -50,7 +50,7 @@ from tasks.batch.plan import Plan
 from tasks.batch.planned_models import choose_slots, load_planned_challengers, load_planned_model
 from tasks.batch.prediction_sample import draw_distributions
 from tasks.batch.publish import Audit, audit_parts, check_rows_add_up, count_rejects, publish, wait_for_publisher
-from tasks.batch.report import BatchReport, page_path, plot, report_complete, report_scored, save_page
+from tasks.batch.report import BatchReport, draw_progress, page_path, report_complete, report_scored, save_page
 from tasks.batch.resolve import CompleteRun, NewRun, ResumedRun, find_run, restage_plan
 from tasks.batch.run_records import confirm_plan
 from tasks.batch.run_request import resolve_request
@@ -380,7 +380,7 @@ def _record(
     logger: Logger,
 ) -> BatchReport:
     """Write the lineage of a published run, then its page: a run that has its page is recorded. Then show it."""
-    progress = plot(report, samples)
+    progress = draw_progress(report, samples)
     sample = find_sample(storage, manifest, plan, logger) if options.rows_shown else None
     distributions = draw_distributions(sample) if sample else None
     comparison = draw_comparison(report.model, report.challengers) if report.challengers else None
@@ -388,7 +388,7 @@ def _record(
     mlflow_run = record_lineage(plan, report, options.experiment, logger)
     report = report.model_copy(update={"mlflow_run": mlflow_run})
     try:
-        save_page(storage, plan, report, progress, {what: png for what, png in pictures.items() if png})
+        save_page(storage, plan, report, progress, {what: picture for what, picture in pictures.items() if picture})
     except StorageFault as error:
         # The predictions are published, and stay so. A run without its page is recorded by the next call.
         logger.warning("Run %s is published, but its page could not be written: %s", plan.run, error)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -14,18 +14,17 @@ import pyarrow.parquet as pq
 from serving.model.contract import Contract
 from tasks.batch.manifest import Manifest
 from tasks.batch.parts import REJECT_COLUMN, REJECT_REASON
-from tasks.common.formatting import encode_png
+from tasks.common.charts import Numbers, Panel, arrange_panels, draw_bars, draw_histogram
+from tasks.common.formatting import cut_text
 from tasks.storage import Storage
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _PARTS_MAX = 8
 _ROWS_PER_PART_MAX = 2_500
 _VALUES_MAX = 2_000_000
 _READ_BYTES = 1 << 20
-# More plots than these are too small to read.
-_PLOTS_MAX, _PLOTS_PER_ROW = 9, 3
+# More than these are too small to read.
+_CHARTS_MAX, _CHARTS_PER_ROW = 9, 3
+_CHART_SIZE = 360, 240
 # Whole numbers with no more values than these are classes.
 _CLASSES_MAX = 12
 # Lists of more values are drawn as one: they are seldom probabilities of classes.
@@ -34,7 +33,7 @@ _BINS = 40
 # The span of a histogram's bins must be a number too.
 _NUMBER_MAX = 1e307
 _CHARACTERS_MAX, _ELEMENTS_MAX = 80, 3
-_INK, _BAR = "#1f2933", "#2f6f9f"
+_TITLE_MAX, _LABEL_MAX = 40, 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,28 +105,21 @@ def _show_value(value: Any) -> Any:
 
 
 def draw_distributions(sample: PredictionSample) -> bytes | None:
-    """Draw how each output is distributed over the sample, one small plot each; return a PNG.
+    """Draw how each output is distributed over the sample, one small chart each; return an SVG.
 
     None where there is nothing to draw. Numbers are a histogram, classes and texts the shares of the most frequent.
     """
     drawable = [name for name in sample.outputs if _is_drawable(sample.table[name])]
-    shown = drawable[:_PLOTS_MAX]
+    shown = drawable[:_CHARTS_MAX]
     if not shown:
         return None
-    from matplotlib.figure import Figure  # noqa: PLC0415 - half a second that a finished run does not need
-
-    columns = min(_PLOTS_PER_ROW, len(shown))
-    lines = -(-len(shown) // columns)
-    figure = Figure(figsize=(max(4.4, 3.3 * columns), 0.5 + 2.3 * lines), dpi=110, layout="constrained")
-    grid: Any = figure.subplots(lines, columns, squeeze=False)
-    for axes in grid.flat[len(shown) :]:
-        axes.set_visible(False)
-    for axes, name in zip(grid.flat, shown, strict=False):
-        _draw_output(axes, name, sample.table[name].combine_chunks())
     left_out = f"; {len(sample.outputs) - len(shown)} outputs are not shown" if len(sample.outputs) > len(shown) else ""
-    title = f"{sample.table.num_rows:,} of {sample.rows:,} rows{left_out}"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=9, color=_INK)
-    return encode_png(figure)
+    panels = [_draw_output(name, sample.table[name].combine_chunks()) for name in shown]
+    return arrange_panels(
+        panels,
+        columns=min(_CHARTS_PER_ROW, len(panels)),
+        heading=f"{sample.table.num_rows:,} of {sample.rows:,} rows{left_out}",
+    )
 
 
 def _is_drawable(column: pa.ChunkedArray) -> bool:
@@ -153,57 +145,45 @@ def split_classes(values: pa.Array) -> list[pa.Array]:
     return [pc.list_element(values, at) for at in range(widths[0])]
 
 
-def _draw_classes(axes: Axes, name: str, classes: list[pa.Array]) -> None:
-    """Draw a line for each place of a list: all values together would show probabilities and what they leave as one."""
-    for at, each in enumerate(classes):
-        numbers = each.drop_null().to_numpy(zero_copy_only=False)
-        numbers = np.clip(numbers.astype(np.float64), -_NUMBER_MAX, _NUMBER_MAX)
-        axes.hist(
-            numbers, bins=_BINS, range=_choose_range(numbers), histtype="step", label=f"{at}: mean {numbers.mean():.4g}"
-        )
-    axes.set_yticks([])
-    axes.legend(fontsize=7, loc="upper center", framealpha=0.5)
-    _finish_plot(axes, f"{name}, by class")
-
-
-def _draw_output(axes: Axes, name: str, column: pa.Array) -> None:
+def _draw_output(name: str, column: pa.Array) -> Panel:
     values, title = column.drop_null(), name
     if classes := split_classes(values):
-        _draw_classes(axes, name, classes)
-        return
+        # All values together would show probabilities and what they leave as one.
+        return _draw_numbers(f"{name}, by class", [_to_numbers(each.drop_null()) for each in classes])
     while hasattr(values.type, "value_type") and not pa.types.is_dictionary(values.type):
         values = values.flatten()
         title = f"{name}, all values"
     values = values.drop_null()
     kind = values.type
     if pa.types.is_floating(kind) or (pa.types.is_integer(kind) and pc.count_distinct(values).as_py() > _CLASSES_MAX):
-        numbers = np.clip(values.to_numpy(zero_copy_only=False).astype(np.float64), -_NUMBER_MAX, _NUMBER_MAX)
-        axes.hist(numbers, bins=_BINS, range=_choose_range(numbers), color=_BAR)
-        axes.set_yticks([])
-        axes.set_xlabel(f"mean {numbers.mean():.4g}, from {numbers.min():.4g} to {numbers.max():.4g}", fontsize=8)
-    else:
-        counts = sorted((each["counts"], str(each["values"])) for each in pc.value_counts(values).to_pylist())
-        shown = counts[-_CLASSES_MAX:]
-        labels = [label if len(label) <= 16 else f"{label[:15]}…" for _, label in shown]  # noqa: PLR2004 - fits a plot
-        bars = axes.barh(range(len(shown)), [100 * count / len(values) for count, _ in shown], color=_BAR)
-        axes.set_yticks(range(len(shown)), labels, fontsize=7)
-        axes.bar_label(bars, fmt="%.3g %%", padding=2, fontsize=7)
-        axes.margins(x=0.25)
-        axes.set_xticks([])
-        if len(counts) > len(shown):
-            axes.set_xlabel(f"the most frequent of {len(counts):,} values", fontsize=8)
-    _finish_plot(axes, title)
+        return _draw_numbers(title, [_to_numbers(values)])
+    counts = sorted(
+        ((each["counts"], str(each["values"])) for each in pc.value_counts(values).to_pylist()), reverse=True
+    )
+    shares = [(cut_text(label, _LABEL_MAX), 100 * count / len(values)) for count, label in counts[:_CLASSES_MAX]]
+    bars = [(label, share, f"{share:.3g} %") for label, share in shares]
+    note = f"the most frequent of {len(counts):,} values" if len(counts) > len(bars) else ""
+    return draw_bars(cut_text(title, _TITLE_MAX), bars, note, *_CHART_SIZE)
 
 
-def _choose_range(numbers: npt.NDArray[np.float64]) -> tuple[float, float]:
+def _draw_numbers(title: str, series: Sequence[Numbers]) -> Panel:
+    """Draw a histogram of numbers, or one line for each place of a list, such as probabilities of classes."""
+    together = np.concatenate(series)
+    edges = np.linspace(*_choose_range(together), _BINS + 1)
+    means = [f"{each.mean():.4g}" for each in series]
+    note = f"mean {means[0]}, from {together.min():.4g} to {together.max():.4g}" if len(series) == 1 else ""
+    counted = [(f"{at}: mean {means[at]}", np.histogram(each, edges)[0]) for at, each in enumerate(series)]
+    return draw_histogram(cut_text(title, _TITLE_MAX), counted, edges, note, *_CHART_SIZE)
+
+
+def _to_numbers(values: pa.Array) -> Numbers:
+    numbers: Numbers = values.to_numpy(zero_copy_only=False).astype(np.float64)
+    return np.clip(numbers, -_NUMBER_MAX, _NUMBER_MAX)
+
+
+def _choose_range(numbers: Numbers) -> tuple[float, float]:
     """Return what bins are of: the range of the numbers, made wider where it has fewer floats than there are bins."""
     low, high = float(numbers.min()), float(numbers.max())
     least = 2 * _BINS * float(np.spacing(max(abs(low), abs(high))))
     wider = max(0.5, least) if high - low < least else 0.0
     return low - wider, high + wider
-
-
-def _finish_plot(axes: Axes, title: str) -> None:
-    axes.set_title(title if len(title) <= 40 else f"{title[:39]}…", loc="left", fontsize=9)  # noqa: PLR2004 - fits a plot
-    axes.tick_params(labelsize=7)
-    axes.spines[["top", "right"]].set_visible(False)

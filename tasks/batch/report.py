@@ -16,13 +16,13 @@ from tasks.batch.manifest import Manifest, RejectCount
 from tasks.batch.parts import part_glob
 from tasks.batch.plan import Plan
 from tasks.batch.scoring_result import ScoringResult
-from tasks.common.formatting import data_uri, encode_png, escape_markdown
+from tasks.common.charts import INK, arrange_panels, draw_bars, draw_line
+from tasks.common.formatting import data_uri, escape_markdown
 from tasks.common.names import describe_model, find_last_folder
 from tasks.storage import Storage
 
 REPORT = "report.html"
 _COLUMNS_SHOWN = 8
-_INK, _BAR = "#1f2933", "#2f6f9f"
 
 
 class BatchReport(Frozen):
@@ -248,31 +248,18 @@ def report_complete(manifest: Manifest, plan: Plan, storage: Storage, seconds: d
 Sample = tuple[float, int]
 
 
-def plot(report: BatchReport, samples: Sequence[Sample]) -> bytes:
-    """Draw rows done over time, and where the slots' seconds went; return a PNG.
+def draw_progress(report: BatchReport, samples: Sequence[Sample]) -> bytes:
+    """Draw rows done over time, and where the slots' seconds went; return an SVG.
 
     `samples` are pairs of seconds since scoring began and rows that had their part by then.
     """
-    from matplotlib.figure import Figure  # noqa: PLC0415 - half a second that a finished run does not need
-
-    figure = Figure(figsize=(9, 3.4), dpi=110)
-    # Every run draws it. A layout that measures the texts would take as long again as the drawing.
-    margins = {"left": 0.16, "right": 0.97, "bottom": 0.17, "top": 0.9, "wspace": 0.45}
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2), gridspec_kw=margins)
-    left.plot([at for at, _ in samples], [rows for _, rows in samples], color=_BAR, marker=".", markersize=3)
-    left.axhline(report.rows, color=_INK, linewidth=0.8, linestyle=":")
-    left.set(xlabel="seconds", ylabel="rows with a part", ylim=(0, max(report.rows, 1) * 1.05))
-    left.set_title(f"{report.rows_scored:,} rows at {report.rows_per_second:,.0f} a second", loc="left", fontsize=10)
-    left.yaxis.set_major_formatter("{x:,.0f}")
-    names = list(reversed(report.thread_seconds))
-    bars = right.barh(names, [report.thread_seconds[name] for name in names], color=_BAR)
-    right.bar_label(bars, fmt="%.1f", padding=3)
-    right.margins(x=0.15)
-    right.set_xlabel("seconds, over all threads")
-    right.set_title("where the threads were", loc="left", fontsize=10)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    return encode_png(figure)
+    title = f"{report.rows_scored:,} rows at {report.rows_per_second:,.0f} a second"
+    seconds = [(name, taken, f"{taken:.1f}") for name, taken in report.thread_seconds.items()]
+    panels = (
+        draw_line(title, samples, report.rows, ("seconds", "rows with a part"), 590, 340),
+        draw_bars("where the threads were", seconds, "seconds, over all threads", 400, 340),
+    )
+    return arrange_panels(panels, columns=2)
 
 
 def page(report: BatchReport, progress: bytes, pictures: Mapping[str, bytes]) -> bytes:
@@ -280,14 +267,14 @@ def page(report: BatchReport, progress: bytes, pictures: Mapping[str, bytes]) ->
 
     Args:
         report: The report.
-        progress: The picture of how the call went on, which `plot` draws.
+        progress: The picture of how the call went on, which `draw_progress` draws.
         pictures: Those of the predictions, by what each shows.
     """
     table = {"run": report.run, **{row[""]: row["value"] for row in report.table()}}
     of_scoring = {name: table.pop(name) for name in [*table] if "seconds" in name}
     title = html.escape(report.title)
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>body{{font:15px/1.5 system-ui,sans-serif;color:{_INK};max-width:62rem;margin:2rem auto;padding:0 1rem}}
+<style>body{{font:15px/1.5 system-ui,sans-serif;color:{INK};max-width:62rem;margin:2rem auto;padding:0 1rem}}
 td{{padding:.15rem 1.5rem .15rem 0;border-bottom:1px solid #e4e7eb}}img{{max-width:100%}}
 pre{{background:#f5f7fa;padding:.8rem;overflow:auto}}table{{margin:1rem 0}}</style>
 <h1>{title}</h1>{"".join(_show(*each) for each in pictures.items())}{_tabulate_html(table)}
@@ -296,8 +283,8 @@ pre{{background:#f5f7fa;padding:.8rem;overflow:auto}}table{{margin:1rem 0}}</sty
 """.encode()
 
 
-def _show(what: str, png: bytes) -> str:
-    return f'<img alt="{html.escape(what)}" src="{data_uri(png)}">'
+def _show(what: str, picture: bytes) -> str:
+    return f'<img alt="{html.escape(what)}" src="{data_uri(picture)}">'
 
 
 def _tabulate_html(table: Mapping[str, str]) -> str:

@@ -58,7 +58,6 @@ from tasks.batch.run_records import RunStart, check_plan_key, load_plan, load_st
 from tasks.batch.run_request import RunRequest
 from tasks.batch.staging import choose_copied, list_copied, stage
 from tasks.batch.tuning import choose_sizes
-from tasks.common.formatting import import_matplotlib_meanwhile
 from tasks.storage import Storage, check_create_only
 
 # Takes the name of a step, and measures how long the block takes.
@@ -217,8 +216,6 @@ def _plan_run(
     order_min = _check_table(request, storage, dataset)
     environment, processes = choose_environment(request.resolved, options)
     with measure("load"):
-        if not request.resolved.needs_torch:
-            import_matplotlib_meanwhile()
         model = load(request.resolved, request.contract, allow_pickle=options.allow_pickle, processes=processes)
     made_with = describe_making(request.resolved, environment)
     shape = digest_shape(request.resolved.pin, request.contract, options)

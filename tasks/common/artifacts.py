@@ -50,9 +50,9 @@ def make_table(key: str, rows: Sequence[Mapping[str, Any]], description: str) ->
     return ArtifactCreate(type="table", key=key, data=json.dumps(rows, allow_nan=False), description=description)
 
 
-def make_image(key: str, png: bytes, description: str) -> ArtifactCreate:
-    """Return an artifact that is a picture."""
-    return ArtifactCreate(type="image", key=key, data=data_uri(png), description=description)
+def make_image(key: str, picture: bytes, description: str) -> ArtifactCreate:
+    """Return an artifact that is a picture, a PNG or an SVG."""
+    return ArtifactCreate(type="image", key=key, data=data_uri(picture), description=description)
 
 
 def put_artifacts(artifacts: Sequence[ArtifactCreate], logger: Logger) -> None:

@@ -1,4 +1,4 @@
-"""How reports show values: durations in words, texts of plots, plots as PNG, and these as data URIs."""
+"""How reports show values: durations in words, texts of plots, plots as PNG, and pictures as data URIs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import base64
 import io
 import math
 import re
-import threading
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,20 +41,20 @@ def escape_markdown(text: str) -> str:
     return _MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
 
 
-def data_uri(png: bytes) -> str:
-    """Return a PNG as a data URI."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+def data_uri(picture: bytes) -> str:
+    """Return a PNG or an SVG as a data URI."""
+    kind = "svg+xml" if picture.startswith(b"<svg") else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+
+
+def cut_text(text: str, characters: int) -> str:
+    """Return text of at most so many characters: the last is an ellipsis where some are left out."""
+    return text if len(text) <= characters else f"{text[: characters - 1]}…"
 
 
 def shorten_label(text: str, characters: int) -> str:
-    """Return text as a plot shows it: cut, on one line, and with no formula between two dollars."""
-    cut = text if len(text) <= characters else f"{text[: characters - 1]}…"
-    return " ".join(cut.split()).replace("$", r"\$")
-
-
-def import_matplotlib_meanwhile() -> None:
-    """Import what draws plots, half a second, in a thread of its own while this one waits for another process."""
-    threading.Thread(target=import_module, args=("matplotlib.figure",)).start()
+    """Return text as matplotlib shows it: cut, on one line, and with no formula between two dollars."""
+    return " ".join(cut_text(text, characters).split()).replace("$", r"\$")
 
 
 def encode_png(figure: Figure, **options: Any) -> bytes:

@@ -7,15 +7,16 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from boto3 import Session
 from botocore.exceptions import BotoCoreError, NoCredentialsError
-from obstore.auth.boto3 import Boto3CredentialProvider
 from obstore.store import S3Store
 
 from serving.errors import BadInput, StorageDenied
 from tasks.storage.objects import ObjectStorage, split_bucket
+
+if TYPE_CHECKING:
+    from boto3 import Session
 
 # boto3 renews those of a role ten minutes before they end at the latest
 # (https://github.com/boto/botocore/blob/1.40.0/botocore/credentials.py, _mandatory_refresh_timeout).
@@ -62,6 +63,8 @@ def _find_settings() -> tuple[tuple[str, str], ...]:
 @lru_cache(maxsize=4)
 def _open_session(settings: tuple[tuple[str, str], ...]) -> Session:  # noqa: ARG001 - what boto3 finds goes by them
     """Open one session for the same settings: each takes boto3 10 ms. Raises BotoCoreError where credentials lack."""
+    from boto3 import Session  # noqa: PLC0415 - a tenth of a second that other storage does not need
+
     session = Session()
     if session.get_credentials() is None:
         raise NoCredentialsError
@@ -71,6 +74,8 @@ def _open_session(settings: tuple[tuple[str, str], ...]) -> Session:  # noqa: AR
 @lru_cache(maxsize=64)
 def _open_prefix(bucket: str, prefix: str, session: Session, endpoint: str | None) -> S3Store:
     """Open a prefix, once for the same session: its client reads the machine's certificates, for some 5 ms."""
+    from obstore.auth.boto3 import Boto3CredentialProvider  # noqa: PLC0415 - imports boto3
+
     options: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
     return S3Store(
         bucket,
@@ -93,6 +98,8 @@ def s3_endpoint() -> str | None:
 
 def s3_options() -> dict[str, str]:
     """Return where S3 is, as polars and Delta take it; no credentials, which they ask boto3 for."""
+    from boto3 import Session  # noqa: PLC0415 - as above
+
     options = {"aws_region": Session().region_name or "us-east-1"}
     if endpoint := s3_endpoint():
         options |= {"aws_endpoint_url": endpoint, "aws_allow_http": str(endpoint.startswith("http://")).lower()}

@@ -26,10 +26,10 @@ def main() -> None:
         demo.main()
         (IMAGES / "demo.svg").write_text(console.export_svg(title="make demo"))
         (page,) = Path(folder).glob("predictions/_overnight/*/report.html")
-        found = re.search(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page.read_text())
+        found = re.search(r'"rows done over time" src="data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)', page.read_text())
         if found is None:
-            sys.exit(f"{page} must hold the plot of the run as a PNG, but has none.")
-        (IMAGES / "run.png").write_bytes(base64.b64decode(found.group(1)))
+            sys.exit(f"{page} must hold the plot of the run as an SVG, but has none.")
+        (IMAGES / "run.svg").write_bytes(base64.b64decode(found.group(1)))
 
 
 if __name__ == "__main__":

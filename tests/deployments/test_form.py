@@ -98,7 +98,12 @@ def test_a_run_is_started_from_the_form_which_describes_every_field_and_shows_it
     for key in ("batch-progress", "batch-summary", "batch-sample", "batch-distributions"):
         page.get_by_text(key).first.wait_for()
     show(page, "artifacts")
+    page.get_by_text("batch-distributions").first.click()
+    picture = page.locator("img[src^='data:image/svg+xml']").first
+    picture.wait_for()
+    show(page, "picture")
 
+    assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 360
     assert list(range(10_000)) == sorted(open_predictions(str(tmp_path / "scores")).collect()["customer"])
 
 

@@ -642,7 +642,7 @@ class TestReports:
         assert 100.0 == by_type["progress"]
         assert "rows a second" in by_type["markdown"]
         assert 10 == len(json.loads(by_type["table"]))
-        assert str(by_type["image"]).startswith("data:image/png;base64,")
+        assert str(by_type["image"]).startswith("data:image/svg+xml;base64,")
 
     def test_the_flow_run_shows_its_steps_by_name(
         self, linear: str, customers: Path, tmp_path: Path, prefect: PrefectServer
@@ -724,7 +724,7 @@ class TestReports:
         import flows.batch
 
         with monkeypatch.context() as patch:
-            patch.setattr(flows.batch, "plot", interrupt)
+            patch.setattr(flows.batch, "draw_progress", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 infer(linear, customers, tmp_path / "scores")
         assert 10_000 == open_predictions(str(tmp_path / "scores")).collect().height
@@ -757,5 +757,5 @@ class TestReports:
 
         page = Path(report.report).read_text()
         assert report.run in page
-        assert "data:image/png;base64," in page
+        assert "data:image/svg+xml;base64," in page
         assert 10_000 == eval(report.read_with, {"pl": pl}).height  # noqa: S307 - the line that the report tells people to run

@@ -180,7 +180,7 @@ class TestTheArtifacts:
 
         assert 10 == len(rows)
         assert {"customer", "score"} == set(rows[0])
-        assert found["batch-distributions"].startswith("data:image/png;base64,")
+        assert found["batch-distributions"].startswith("data:image/svg+xml;base64,")
 
     def test_hold_nothing_of_the_predictions_where_that_is_asked_for(
         self, linear: str, customers: Path, tmp_path: Path, prefect: PrefectServer

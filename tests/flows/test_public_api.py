@@ -124,10 +124,23 @@ def test_the_process_of_a_flow_run_alone_is_changed_for_good(
     assert expected == " ".join(run_python(_PROCESS.format(how=how)).split())
 
 
-def test_what_a_call_draws_with_is_imported_before_it_is_called() -> None:
-    code = "import sys, flows; flows.batch_inference; print('matplotlib.figure' in sys.modules)"
+def test_what_a_caller_has_frozen_stays_so_and_is_counted_once() -> None:
+    code = """
+import gc
+import flows.batch
+count, counted = gc.get_freeze_count, []
+gc.get_freeze_count = lambda: counted.append(count()) or counted[-1]
+def call():
+    try:
+        flows.batch_inference("x", "customers")
+    except ValueError:
+        return count() > 0, len(counted)
+first = call()
+gc.freeze()
+print(first, [call() for _ in range(3)])
+"""
 
-    assert "True" == run_python(code)
+    assert "(False, 1) [(True, 2), (True, 2), (True, 2)]" == run_python(code)
 
 
 def test_a_name_is_imported_when_it_is_used_and_modules_keep_their_names() -> None:

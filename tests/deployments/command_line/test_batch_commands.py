@@ -283,11 +283,12 @@ NOT_IMPORTED = (
     (["runs", "{scored}"], {"mlflow", "prefect", "pandas"}),
     (["verify", "{scored}"], {"mlflow", "prefect", "pandas"}),
     (["score", "{model}", "{customers}", "{scored}", "--key", "customer"], set()),
+    (["score", "{model}", "{customers}", "{new}", "--key", "customer"], set()),
 )
 
 
 @pytest.mark.parametrize(
-    ("arguments", "more"), NOT_IMPORTED, ids=lambda each: each[0] if isinstance(each, list) else ""
+    ("arguments", "more"), NOT_IMPORTED, ids=lambda each: "-".join(each[::3]) if isinstance(each, list) else ""
 )
 def test_what_a_command_does_not_need_it_does_not_import_and_its_end_is_quick(
     arguments: list[str],
@@ -295,15 +296,16 @@ def test_what_a_command_does_not_need_it_does_not_import_and_its_end_is_quick(
     scored: tuple[Path, dict[str, object]],
     doubling: str,
     customers: Path,
+    tmp_path: Path,
 ) -> None:
-    names = sorted({"matplotlib", "sklearn", "skops", "torch"} | more)
+    names = sorted({"boto3", "matplotlib", "sklearn", "skops", "torch"} | more)
     code = f"""
 import atexit, gc, sys
 atexit.register(lambda: print(gc.get_freeze_count() > 0, sorted(set({names}) & set(sys.modules)), file=sys.stderr))
 from deployments.command_line import main
 main()
 """
-    places = {"scored": scored[0], "model": doubling, "customers": customers}
+    places = {"scored": scored[0], "new": tmp_path, "model": doubling, "customers": customers}
     given = [each.format(**places) for each in arguments]
     done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True, check=False)
 

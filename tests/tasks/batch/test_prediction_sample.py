@@ -6,6 +6,7 @@ import datetime as dt
 import json
 from decimal import Decimal
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pyarrow as pa
@@ -130,11 +131,14 @@ def test_each_output_has_its_plot_numbers_classes_and_texts(outputs: int, tmp_pa
         **{f"more_{at}": pa.array(random.standard_normal(2_000)) for at in range(8)},
     }
     table = pa.table(dict(list(columns.items())[:outputs]))
-    png = draw_distributions(PredictionSample(table=table, outputs=tuple(table.column_names), rows=10_000_000))
+    picture = draw_distributions(PredictionSample(table=table, outputs=tuple(table.column_names), rows=10_000_000))
 
-    assert png is not None
-    assert png.startswith(b"\x89PNG")
-    assert len(png) < 150_000
+    assert picture is not None
+    assert len(picture) < 50_000
+    words = [each.text for each in ET.fromstring(picture).iter("{http://www.w3.org/2000/svg}text")]  # noqa: S314 - drawn here
+    assert words[0] == f"2,000 of 10,000,000 rows{'; 3 outputs are not shown' if outputs == 12 else ''}"
+    titles = ["score", "label", "class", "embedding, all values", *(f"more_{at}" for at in range(8))]
+    assert titles[: min(outputs, 9)] == [each for each in words if each in titles]
 
 
 def test_constants_infinite_values_nulls_and_neighbours_are_drawn_too() -> None:

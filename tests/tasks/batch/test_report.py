@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+
 from tasks.batch.manifest import RejectCount
-from tasks.batch.report import BatchReport, page, plot
+from tasks.batch.report import BatchReport, draw_progress, page
 
 REPORT = BatchReport(
     status="scored",
@@ -62,12 +64,24 @@ def test_a_name_with_markup_is_shown_as_it_is() -> None:
     assert r"\_" not in named.markdown()
 
 
-def test_the_page_holds_its_plot_and_escapes_what_models_say() -> None:
-    png = plot(REPORT, [(0.0, 200), (1.0, 600), (2.0, 1_000)])
-    text = page(REPORT, png, {"how the predictions are distributed": png}).decode()
+def test_the_picture_of_a_call_has_its_rows_over_time_and_what_its_threads_did() -> None:
+    picture = draw_progress(REPORT, [(0.0, 200), (1.0, 600), (2.0, 1_000)]).decode()
 
-    assert png.startswith(b"\x89PNG")
-    assert "data:image/png;base64," in text
+    for words in (
+        f"{REPORT.rows_scored:,} rows at ",
+        "rows with a part",
+        "seconds, over all threads",
+        *REPORT.thread_seconds,
+    ):
+        assert words in picture
+
+
+def test_the_page_holds_its_pictures_and_escapes_what_models_say() -> None:
+    progress, png = draw_progress(REPORT, [(0.0, 1_000)]), b"\x89PNG"
+    text = page(REPORT, progress, {"how the predictions are distributed": png}).decode()
+
+    for picture, kind in ((progress, "svg+xml"), (png, "png")):
+        assert f"data:image/{kind};base64,{base64.b64encode(picture).decode()}" in text
     assert "&lt;b&gt;no&lt;/b&gt;" in text
     assert "<b>no</b>" not in text
     # What the run says of the rows comes before what it took.
