@@ -93,14 +93,14 @@ test-servers: $(STAMP)
 test-side-by-side: $(STAMP)
 	@$(MAKE) -k -j 2 side-that-waits side-that-computes
 
-# The number of processes of one is not that of both.
-ALONE = MAKEFLAGS="$(filter-out -j% --jobserver-auth=%,$(MAKEFLAGS))"
+# Each side has a number of processes of its own, in place of the one that the make above hands down.
+OWN_JOBS = MAKEFLAGS="$(filter-out -j% --jobserver-auth=%,$(MAKEFLAGS))"
 
 side-that-waits:
-	@$(ALONE) $(MAKE) -k -j 3 --output-sync=target $(MACHINE_GROUPS) $(SERVER_GROUPS)
+	@$(OWN_JOBS) $(MAKE) -k -j 3 --output-sync=target $(MACHINE_GROUPS) $(SERVER_GROUPS)
 
 side-that-computes:
-	@$(ALONE) nice -n 10 $(MAKE) -k -j 2 --output-sync=target types $(VALUE_GROUPS)
+	@$(OWN_JOBS) nice -n 10 $(MAKE) -k -j 2 --output-sync=target types $(VALUE_GROUPS)
 
 SERVERS := -m "servers and not machines and not whole" --durations=30 --
 KILLS := $(wildcard tests/flows/test_*kills.py) tests/flows/test_stream_kafka.py
