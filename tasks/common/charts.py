@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -84,6 +85,7 @@ def draw_line(
     left, right, bottom = 84, width - _SIDE, height - _BOTTOM
     most, along = max(limit, 1.0) * 1.05, max(points[-1][0], 1e-3)
     placed = [(left + (right - left) * x / along, bottom - (bottom - _TOP) * min(y / most, 1.0)) for x, y in points]
+    marked = placed if len(placed) <= _MARKS_MAX else []
     at_limit = bottom - (bottom - _TOP) * limit / most
     elements = [_write(8, 20, title, size=13)]
     for tick in choose_ticks(0.0, most):
@@ -96,7 +98,7 @@ def draw_line(
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
     elements += [
         f'<polyline points="{path}" fill="none" stroke="{_COLOURS[0]}" stroke-width="1.6"/>',
-        *(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{_COLOURS[0]}"/>' for x, y in placed[:_MARKS_MAX]),
+        *(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{_COLOURS[0]}"/>' for x, y in marked),
         f'<g stroke-dasharray="2 3">{_rule(left, at_limit, right, at_limit, INK)}</g>',
         _rule(left, bottom, right, bottom, INK),
         _write((left + right) / 2, height - 8, axes[0], anchor="middle", size=11),
@@ -117,8 +119,8 @@ def draw_bars(title: str, bars: Sequence[tuple[str, float, str]], note: str, wid
         width: Of the panel, in pixels.
         height: Of the panel, in pixels.
     """
-    left = 14 + _CHARACTER_WIDTH * max((len(name) for name, _, _ in bars), default=0)
-    room = width - _SIDE - left - 8 - _CHARACTER_WIDTH * max((len(words) for _, _, words in bars), default=0)
+    left = 14 + max((_estimate_width(name) for name, _, _ in bars), default=0.0)
+    room = width - _SIDE - left - 8 - max((_estimate_width(words) for _, _, words in bars), default=0.0)
     most = max((length for _, length, _ in bars), default=0.0) or 1.0
     step = (height - _TOP - _BOTTOM) / max(len(bars), 1)
     thick = min(_BAR_MAX, _BAR_SHARE * step)
@@ -193,6 +195,11 @@ def choose_ticks(low: float, high: float) -> list[float]:
 def _write(x: float, y: float, words: str, *, anchor: str = "start", size: int = 12) -> str:
     shown = escape(_NOT_IN_XML.sub("\ufffd", " ".join(words.split())))
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}">{shown}</text>'
+
+
+def _estimate_width(words: str) -> float:
+    """Return about how many pixels small words take. Characters of East Asia take twice as many as others."""
+    return _CHARACTER_WIDTH * sum(2 if unicodedata.east_asian_width(each) in "WF" else 1 for each in words)
 
 
 def _rule(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:

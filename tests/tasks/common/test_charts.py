@@ -67,6 +67,14 @@ def test_a_bar_is_as_long_as_its_value_and_has_its_name_and_words() -> None:
     assert ["seconds", "", "read", "1 s", "forward", "4 s", "write", "0 s"] == words_of(picture)
 
 
+@pytest.mark.parametrize(("name", "width"), [("n" * 10, 62), ("値" * 10, 124)])
+def test_a_bar_begins_behind_its_name(name: str, width: float) -> None:
+    picture = read(draw_bars("", [(name, 1.0, "")], "", 400, 300))
+    _, bar = picture.iter(f"{SVG}rect")
+
+    assert width + 14 == pytest.approx(float(bar.attrib["x"]))
+
+
 @pytest.mark.parametrize("bars", [[], [("none", 0.0, "0")]])
 def test_bars_of_nothing_are_drawn_too(bars: list[tuple[str, float, str]]) -> None:
     assert "seconds" in words_of(read(draw_bars("seconds", bars, "", 400, 300)))
@@ -81,6 +89,13 @@ def test_a_line_goes_through_its_points_up_to_its_limit() -> None:
     assert 2.0 == pytest.approx((start[1] - end[1]) / (start[1] - middle[1]), abs=0.01)
     assert {f"{end[1]:.1f}"} == {dotted[0].attrib["y1"], dotted[0].attrib["y2"]}
     assert {"500", "1,000", "seconds", "rows done"} <= set(words_of(picture))
+
+
+def test_points_are_marked_where_they_are_few() -> None:
+    for points, marks in ((60, 60), (61, 0)):
+        picture = read(draw_line("", [(at, at) for at in range(points)], points, ("", ""), 600, 300))
+
+        assert marks == len([*picture.iter(f"{SVG}circle")])
 
 
 def test_a_run_that_had_all_its_rows_at_once_and_one_without_rows_are_drawn() -> None:
