@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 import os
@@ -16,7 +17,12 @@ import pytest
 from _pytest.runner import runtestprotocol
 
 from tests import leftovers
+from tests.child_environment import STARTUP
 from tests.servers import has_triton_crashed, hold_port, set_environment, triton_or_skip
+
+# What is imported until all tests are collected stays. Python need not look for garbage in it, also not at the end.
+gc.disable()
+atexit.register(gc.freeze)
 
 # MLflow decides on telemetry, and Prefect on its home and server, when they are first imported.
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
@@ -30,6 +36,9 @@ os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # No test asks the machine's own metadata service for notices; those about them name one on loopback.
 os.environ["OVERNIGHT_METADATA_URL"] = "off"
+
+# Processes that tests start take two thirds of their time by what Python runs first there.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(STARTUP), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 # Threads of OpenMP, which torch and trees compute with, spin while they wait for one another. Where several processes
 # of tests share the processors, that takes more of them than the work itself.
@@ -77,6 +86,7 @@ def pytest_collection_finish() -> None:
     """Leave what is imported by now out of garbage collections: they would look through all of it, again and again."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from tests.benchmarks.model_flavours import register_flavours
 from tests.benchmarks.shared import FOLDER, machine, make_customers, make_models, open_registry, prefect, use_experiment
-from tests.blocked import block_packages
+from tests.child_environment import block_packages
 
 ROUNDS = int(os.environ.get("ROUNDS", "5"))
 ROWS = int(os.environ.get("ROWS", "10000"))

@@ -22,6 +22,7 @@ from rich.progress import track
 
 from infra.local.nats import NatsClient, NatsServer, nats_server
 from tests.benchmarks.shared import FEATURES, console
+from tests.child_environment import add_project
 from tests.kafka_brokers import KafkaBrokers
 
 ROOT = Path(__file__).parents[2]
@@ -153,7 +154,7 @@ def start(model: str, source: dict[str, Any], sink: dict[str, Any], folder: Path
     with (folder / "log").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, str(CHILD), json.dumps(parameters)],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env=add_project(),
             stdout=log,
             stderr=log,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ import httpx
 
 from infra.local.prefect_server import PrefectServer
 from tasks.batch.options import BatchOptions
+from tests.child_environment import add_project
 from tests.support import digests
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ def start_child(
     """Start a script of this folder with the project on its path; its stderr is a pipe."""
     return subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name(script)), *arguments],
-        env={**(os.environ if environment is None else environment), "PYTHONPATH": str(ROOT)},
+        env=add_project(environment),
         stderr=subprocess.PIPE,
         text=True,
         **how,

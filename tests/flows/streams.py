@@ -20,6 +20,7 @@ from infra.local.nats import NatsClient, NatsServer
 from serving.model.contract import Frozen
 from tasks.stream.options import FromNats, StreamOptions, ToNats
 from tasks.stream.score import write_arrow
+from tests.child_environment import add_project
 from tests.eventually import eventually
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +79,7 @@ def start(model: str, source: Frozen, sink: Frozen, options: StreamOptions, log:
     with log.open("ab") as out:
         return subprocess.Popen(
             [sys.executable, str(CHILD), json.dumps(parameters)],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_LOGGING_LEVEL": "INFO"},
+            env={**add_project(), "PREFECT_LOGGING_LEVEL": "INFO"},
             stdout=out,
             stderr=subprocess.STDOUT,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import signal
 import socket
 import subprocess
@@ -27,8 +26,9 @@ from tasks.batch.chunk_scheduler import ChunkScheduler
 from tasks.batch.options import BatchOptions
 from tasks.spot.cloud_notices import METADATA_URL, Aws
 from tasks.spot.notice_poller import poll_notices
+from tests.child_environment import add_project
 from tests.eventually import eventually
-from tests.flows.children import PULL_STEPS, ROOT, list_flow_runs, score
+from tests.flows.children import PULL_STEPS, list_flow_runs, score
 from tests.metadata import Imds, serving
 from tests.support import digests, write_customers
 
@@ -227,7 +227,7 @@ class Deployed:
         with self._log.open("ab") as log:
             child = subprocess.Popen(
                 [sys.executable, *arguments],
-                env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+                env={**add_project(), **environment},
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )

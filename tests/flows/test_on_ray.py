@@ -17,6 +17,7 @@ from infra.local.prefect_server import PrefectServer
 from serving.errors import RunnerUnusable, SourceCorrupt, TooManyRejects
 from tasks.batch.options import BatchOptions, Ray
 from tasks.batch.report import BatchReport
+from tests.child_environment import add_project
 from tests.eventually import eventually
 from tests.support import register_script, write_customers
 
@@ -124,7 +125,7 @@ def test_a_tasks_file_in_the_callers_folder_is_named_as_what_hides_the_packages(
     done = subprocess.run(
         [sys.executable, str(CHILD), "never", "1", linear, str(customers), str(tmp_path), ON_RAY.model_dump_json()],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=add_project(),
         capture_output=True,
         text=True,
         timeout=240,

@@ -16,7 +16,8 @@ from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 
 from flows.runtime.tracing import choose_exporter
 from tasks.batch.options import BatchOptions, Ray
-from tests.flows.children import PULL_STEPS, ROOT, call, start_child
+from tests.child_environment import add_project
+from tests.flows.children import PULL_STEPS, call, start_child
 from tests.otlp_receiver import OtlpReceiver, ReceivedSpan, otlp_receiver
 from tests.support import register_script
 
@@ -195,7 +196,7 @@ def execute_flow_run(flow_run: UUID, receiver: OtlpReceiver) -> None:
     """Run a flow run of a deployment in a process of its own, as a worker does."""
     done = subprocess.run(
         [sys.executable, "-m", "prefect", "flow-run", "execute", str(flow_run)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **receiver.environment},
+        env={**add_project(), **receiver.environment},
         capture_output=True,
         text=True,
         timeout=SECONDS_MAX,
@@ -235,7 +236,7 @@ def test_without_an_exporter_none_is_imported_and_no_file_is_written(
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *call(doubling, customers, tmp_path / "scores", OPTIONS)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_LOGGING_LEVEL": "CRITICAL"},
+        env={**add_project(), "PREFECT_LOGGING_LEVEL": "CRITICAL"},
         capture_output=True,
         text=True,
         timeout=SECONDS_MAX,

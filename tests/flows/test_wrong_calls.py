@@ -32,6 +32,7 @@ from serving.model.registry import resolve_model
 from tasks.batch.options import BatchOptions, CsvOptions
 from tasks.spot.purchase import PurchaseOptions
 from tasks.stream.options import FromNats, ToNats
+from tests.child_environment import add_project
 from tests.eventually import PROCESS_SECONDS, eventually
 from tests.servers import hold_port
 from tests.support import register_script, write_customers
@@ -512,7 +513,7 @@ PROGRAMS = {
 @pytest.mark.usefixtures("prefect")
 def test_a_script_ends_with_its_own_line_and_the_message_and_no_frames_in_between(place: Place) -> None:
     place.put("text/rows.csv", "a,b,c\n" + "n/a,1,2\n" * 100)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_API_URL": str(PREFECT_API_URL.value())}
+    environment = {**add_project(), "PREFECT_API_URL": str(PREFECT_API_URL.value())}
     environment.pop("PREFECT_LOGGING_LEVEL", None)
     started = [
         subprocess.Popen(

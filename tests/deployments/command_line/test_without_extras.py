@@ -12,7 +12,7 @@ import pytest
 
 from infra.local.gateway import gateway_server
 from infra.local.prefect_server import PrefectServer
-from tests.blocked import block_packages
+from tests.child_environment import block_packages
 from tests.support import write_customers
 
 # Those of the extras but fastapi, uvicorn and prometheus_client, which Prefect brings and imports itself.

@@ -24,7 +24,7 @@ from serving.gateway.__main__ import main
 from serving.gateway.client import GatewayClient
 from serving.gateway.metering import read_metering
 from serving.gateway.route import Rollout, SavedEndpoint, SleepRule
-from tests.blocked import block_packages
+from tests.child_environment import block_packages
 from tests.eventually import eventually
 from tests.serving.gateway.support import ROW, EndpointClient, V2Server, read_metrics, route, wait_for_verdict
 

@@ -1,12 +1,14 @@
-"""Processes in which packages can't be imported, as where they are not installed."""
+"""Environments of processes that tests start: with the project on their path, or without some packages."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+# Has the module that Python imports at its start.
+STARTUP = Path(__file__).with_name("startup")
 _SITECUSTOMIZE = """
 from importlib.machinery import PathFinder
 
@@ -21,6 +23,13 @@ PathFinder.find_spec = find_spec
 """
 
 
+def add_project(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return an environment, by default that of this process, in which the project and its tests can be imported."""
+    given = os.environ if environment is None else environment
+    path = [str(ROOT), *filter(None, [given.get("PYTHONPATH")])]
+    return {**given, "PYTHONPATH": os.pathsep.join(path)}
+
+
 def block_packages(folder: Path, packages: Sequence[str]) -> dict[str, str]:
     """Return the environment of processes that lack these packages, and so do those that they start.
 
@@ -29,5 +38,5 @@ def block_packages(folder: Path, packages: Sequence[str]) -> dict[str, str]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sitecustomize.py").write_text(_SITECUSTOMIZE.format(packages=frozenset(packages)))
-    path = os.pathsep.join([str(folder), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path}
+    environment = add_project()
+    return environment | {"PYTHONPATH": os.pathsep.join([str(folder), environment["PYTHONPATH"]])}
