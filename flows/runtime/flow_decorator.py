@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import inspect
 import os
 import signal
@@ -32,7 +31,7 @@ from flows.runtime.parameters import bind_parameters, explain_invalid, refuse_se
 from flows.runtime.steps import find_logger, flow_run, name_call
 from flows.runtime.tracing import note_error
 from serving.errors import BadInput, OvernightError, describe_error
-from serving.machine import SharedSetting
+from serving.machine import freeze_objects
 from serving.redaction import hide_secrets_in_exception
 from tasks.common.prefect_server import has_prefect_server
 from tasks.common.server_checks import check_servers, list_checks, list_prefect_checks
@@ -47,9 +46,6 @@ _NOTHING_KEPT = (
 )
 # Set while a call from Python runs, whose servers were asked before there was a flow run.
 _servers_checked: ContextVar[bool] = ContextVar("servers_checked", default=False)
-
-# Set once the caller was seen to have frozen objects. To count a million of them takes 40 ms.
-_frozen_by_caller = threading.Event()
 
 # The processes that have made calls: this one, or those that it was forked from.
 _callers = set[int]()
@@ -197,7 +193,7 @@ def _end_as_asked() -> Generator[None]:
     """Let a call from Python end by Ctrl-C or by a notice with what its caller needs."""
     token = _servers_checked.set(True)
     try:
-        with _FROZEN.keep():
+        with freeze_objects():
             yield
     except KeyboardInterrupt as interrupt:
         # Without its cause: the frames of Prefect's engine say nothing to a person who pressed Ctrl-C.
@@ -216,20 +212,6 @@ def _pause_heartbeat() -> AbstractContextManager[Any]:
     if PREFECT_FLOWS_HEARTBEAT_FREQUENCY.value() is None:
         return nullcontext()
     return temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
-
-
-def _freeze_objects() -> bool:
-    """Freeze every object there is, unless the caller has frozen some, which are to stay so; return whether it did."""
-    if not _frozen_by_caller.is_set() and gc.get_freeze_count():
-        _frozen_by_caller.set()
-    if not _frozen_by_caller.is_set():
-        gc.freeze()
-    return not _frozen_by_caller.is_set()
-
-
-# While calls run, Python's collector looks at the objects alone that were made since the first of them began. Of what
-# torch, MLflow and Prefect have imported a collection takes 0.4 s, in which no thread of a call goes on.
-_FROZEN = SharedSetting(_freeze_objects, lambda did: gc.unfreeze() if did else None)
 
 
 def _pass_on_sigterm() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 from collections.abc import Generator
@@ -15,6 +14,7 @@ from prefect.exceptions import TerminationSignal
 from flows.runtime.interruption import ignore_repeated_sigint, take_sigterm_as_notice
 from flows.runtime.steps import keep_torch_threads
 from serving.extras import import_extra
+from serving.machine import freeze_objects
 from serving.model.interface import Halted, Tunable
 from serving.model.registry import Resolved
 from tasks.common.artifacts import Logger
@@ -90,7 +90,7 @@ class StreamRun:
                 )
                 self._log_settings(logger)
                 progress = ProgressReporter(self.metrics, self.batching, logger)
-                with progress.report_progress(), _freeze_objects():
+                with progress.report_progress(), freeze_objects(again=True):
                     self._run_pipelines(replace(connections, source=source))
         finally:
             if not self.give_up.is_set():
@@ -203,14 +203,3 @@ def handle_early_sigterm(run: StreamRun, logger: Logger) -> Generator[None]:
     except StreamAbandoned:
         logger.warning("The wait for the broker was given up.")
         run.ended_by_notice = not run.interrupted
-
-
-@contextmanager
-def _freeze_objects() -> Generator[None]:
-    """Exclude existing objects from garbage collection, since a full pass over them takes half a second."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

@@ -100,8 +100,7 @@ def _show_value(value: Any) -> Any:
         return f"[{shown}]" if len(value) <= _ELEMENTS_MAX else f"[{shown}, … {len(value)} values]"
     if isinstance(value, bytes):
         return f"{len(value)} bytes"
-    text = str(value)
-    return text if len(text) <= _CHARACTERS_MAX else f"{text[: _CHARACTERS_MAX - 1]}…"
+    return cut_text(str(value), _CHARACTERS_MAX)
 
 
 def draw_distributions(sample: PredictionSample) -> bytes | None:

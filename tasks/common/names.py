@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from tasks.common.formatting import cut_text
+
 BLOCK = "block:"
 _NAME_CHARACTERS_MAX = 120
 # What stands before the name of a model: the scheme of MLflow, or the block of a registry.
@@ -34,4 +36,4 @@ def name_batch_run(model: str, destination: str) -> str:
 
 def shorten_name(name: str) -> str:
     """Return a name that fits a line of the UI: the end of a longer one is left out."""
-    return name if len(name) <= _NAME_CHARACTERS_MAX else name[: _NAME_CHARACTERS_MAX - 1] + "…"
+    return cut_text(name, _NAME_CHARACTERS_MAX)

