@@ -37,7 +37,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # No test asks the machine's own metadata service for notices; those about them name one on loopback.
 os.environ["OVERNIGHT_METADATA_URL"] = "off"
 
-# Python looks for no garbage in what the processes of tests import: they take a quarter less of the processors.
+# Python looks for no garbage in what the processes of tests import: they take a tenth less of the processors.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(STARTUP), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 # Threads of OpenMP, which torch and trees compute with, spin while they wait for one another. Where several processes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 
 from infra.local.process import send_request
 from infra.worker import list_process_tree
+from tests.child_environment import add_project
 from tests.eventually import eventually
 from tests.ray_cluster import RayCluster, ray_cluster
 
@@ -88,10 +88,8 @@ time.sleep(600)
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="Linux lists its processes there")
 def test_a_cluster_whose_starter_is_killed_ends(tmp_path: Path) -> None:
-    root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root}
     command = [sys.executable, "-c", _STARTER, str(tmp_path / "cluster")]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as starter:
+    with subprocess.Popen(command, env=add_project(), stdout=subprocess.PIPE, text=True) as starter:
         assert starter.stdout is not None
         pid, session = starter.stdout.readline().split()
         pids = set(list_process_tree(int(pid)))

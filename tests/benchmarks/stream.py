@@ -43,6 +43,7 @@ from tests.benchmarks.shared import (
     prefect,
 )
 from tests.benchmarks.stream_kills import kills_over_kafka, kills_over_nats, stored
+from tests.child_environment import add_project
 
 ROWS = int(os.environ.get("ROWS", "2000000"))
 MESSAGES = int(os.environ.get("MESSAGES", "100000"))
@@ -216,9 +217,8 @@ def scorer(model: str, server: NatsServer, stream: str, options: dict[str, objec
         "options": {"key_columns": ["customer"], "notices": "none", **options},
     }
     command = [sys.executable, str(CHILD), json.dumps(parameters)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     return Run(
-        process=subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        process=subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=add_project())
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from prefect.events import emit_event
 
 from infra.local.prefect_server import PrefectServer, PrefectWorker
 from tasks.batch.manifest import open_predictions
+from tests.child_environment import add_project
 from tests.deployments.flow_runs import state_of, wait_for
 from tests.eventually import eventually
 from tests.test_docs import ROOT, read_blocks
@@ -50,7 +50,7 @@ def serving(deployed: PrefectServer, doubling: str, customers: Path, tmp_path: P
     """The recipe of serve as a program that runs in a folder of its own."""
     script = tmp_path / "served.py"
     script.write_text(localize(".serve(", doubling, customers, tmp_path / "scores"))
-    environment = {**os.environ, **deployed.environment, "PYTHONPATH": str(ROOT), "PREFECT_RUNNER_POLL_FREQUENCY": "2"}
+    environment = {**add_project(), **deployed.environment, "PREFECT_RUNNER_POLL_FREQUENCY": "2"}
     with (tmp_path / "log").open("w") as log, subprocess.Popen(
         [sys.executable, script.name], cwd=tmp_path, env=environment, stdout=log, stderr=log, text=True
     ) as child:  # fmt: skip

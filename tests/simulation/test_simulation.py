@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.child_environment import add_project
 from tests.simulation.outcome import Outcome
 from tests.simulation.simulate import simulate
 
@@ -59,7 +59,7 @@ def test_everything_happens_and_calls_come_to_their_ends(outcomes: list[Outcome]
 
 def test_a_seed_takes_the_same_steps_in_another_process(outcomes: list[Outcome]) -> None:
     code = f"from tests.simulation.simulate import simulate; print(*(simulate(at).digest for at in {SEEDS_AGAIN}))"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
+    environment = {**add_project(), "PYTHONHASHSEED": "7"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )

@@ -1,7 +1,7 @@
 """What Python runs first in each process that a test starts.
 
 Most of these processes import all that a run needs: a million objects that stay. Python would look for garbage among
-them again and again while they are made, and once more at the end, for a third of the time of such a process.
+them again and again while they are made, and once more at the end: up to a second of the four of such a process.
 """
 
 import atexit

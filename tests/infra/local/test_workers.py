@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Generator, Mapping
@@ -15,6 +14,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from infra.local.prefect_server import PrefectServer
 from infra.local.workers import LocalWorkers, MachineKind, open_capacity
+from tests.child_environment import add_project
 from tests.eventually import eventually
 
 POOLS: Mapping[MachineKind, str] = {"spot": "local-spot", "on-demand": "local-on-demand"}
@@ -80,7 +80,7 @@ def test_workers_end_where_the_process_that_started_them_is_killed(
     )
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)],
-        env={**os.environ, **prefect.environment, "PYTHONPATH": str(Path(__file__).parents[3])},
+        env={**add_project(), **prefect.environment},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
