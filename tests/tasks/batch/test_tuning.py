@@ -133,16 +133,24 @@ def read_kept(model_uri: str, made: Tuning) -> Tuning | None:
     return read_tuning(resolve_model(model_uri).tags, made.machine, made.limits)
 
 
-def test_a_short_run_of_a_model_of_python_measures_two_batch_sizes(registry: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rates", "chosen"),
+    [({4096: 1e5, 16_384: 1e6}, 16_384), ({4096: 1e6, 16_384: 1e5}, 4096)],
+    ids=["larger", "smaller"],
+)
+def test_a_short_run_of_a_model_of_python_measures_two_batch_sizes_and_takes_the_faster(
+    registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rates: dict[int, float], chosen: int
+) -> None:
     source = write_customers(tmp_path / "in", rows=40_000, files=2, rows_per_group=20_000)
     dataset = open_dataset(pin_source(str(source), str(tmp_path / "out")), ["a", "b", "c"], ("customer",))
     resolved = resolve_model(register_script("quick", "pass"))
     contract = resolved.contract({}, OPTIONS.policies)
     model: Tunable = load_model(resolved, contract, processes=ProcessOptions())
+    # What each takes depends on the machine.
+    monkeypatch.setattr(tuning, "measure_throughput", lambda *given, **_: rates[given[3]])
     sizes = tuning.choose_sizes(resolved, model, contract, OPTIONS, dataset)
 
-    # Twice the arithmetic of a pass takes nothing beside the pass itself.
-    assert (16_384, None) == (sizes.batch_size, sizes.tuning)
+    assert (chosen, rates[chosen], None) == (sizes.batch_size, sizes.rows_per_second, sizes.tuning)
 
 
 def test_rows_that_get_larger_after_the_first_count_by_every_footer(tmp_path: Path) -> None:
