@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -111,14 +112,17 @@ def parent_of(child: str, *, then: str) -> str:
     return f"{start}; print('child', child.pid, flush=True); {then}"
 
 
-def child_in(log: str) -> int:
-    return int(log.split("child ")[1].split(maxsplit=1)[0])
+def child_in(server: ServerProcess) -> int:
+    """Return the child's process id. The child may be ready, and its server with it, before the log has that line."""
+    told = eventually(lambda: re.search(r"^child (\d+)$", server.log_text(), re.MULTILINE))
+    assert told is not None
+    return int(told[1])
 
 
 @pytest.mark.parametrize("child", [SLEEPER, STUBBORN], ids=["willing", "stubborn"])
 def test_children_of_the_server_end_with_it(python_server: PythonServer, child: str) -> None:
     server = ServerProcess(python_server(parent_of(child, then="child.wait()")))
-    child_pid = child_in(server.log_text())
+    child_pid = child_in(server)
     assert alive(child_pid)
 
     server.stop()
@@ -129,7 +133,7 @@ def test_children_of_the_server_end_with_it(python_server: PythonServer, child: 
 def test_a_server_that_ends_by_itself_takes_its_children_along(python_server: PythonServer) -> None:
     with ServerProcess(python_server(parent_of(SLEEPER, then="time.sleep(0.5)"))) as server:
         guard = int(ps("ppid", server.pid))
-        eventually(lambda: not alive(child_in(server.log_text())))
+        eventually(lambda: not alive(child_in(server)))
         eventually(lambda: not alive(guard))
         assert server.exit_code == 0
 
