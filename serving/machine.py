@@ -122,11 +122,11 @@ _frozen_by_caller = threading.Event()
 
 def _freeze_unless_frozen() -> bool:
     """Freeze every object there is, unless the caller has frozen some, which are to stay so; return whether it did."""
-    if not _frozen_by_caller.is_set() and gc.get_freeze_count():
+    if _frozen_by_caller.is_set() or gc.get_freeze_count():
         _frozen_by_caller.set()
-    if not _frozen_by_caller.is_set():
-        gc.freeze()
-    return not _frozen_by_caller.is_set()
+        return False
+    gc.freeze()
+    return True
 
 
 _FROZEN = SharedSetting(_freeze_unless_frozen, lambda did: gc.unfreeze() if did else None)

@@ -23,11 +23,15 @@ PathFinder.find_spec = find_spec
 """
 
 
+def add_folder(folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment in which Python imports from a folder before all others."""
+    path = [str(folder), *filter(None, [environment.get("PYTHONPATH")])]
+    return {**environment, "PYTHONPATH": os.pathsep.join(path)}
+
+
 def add_project(environment: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return an environment, by default that of this process, in which the project and its tests can be imported."""
-    given = os.environ if environment is None else environment
-    path = [str(ROOT), *filter(None, [given.get("PYTHONPATH")])]
-    return {**given, "PYTHONPATH": os.pathsep.join(path)}
+    return add_folder(ROOT, os.environ if environment is None else environment)
 
 
 def block_packages(folder: Path, packages: Sequence[str]) -> dict[str, str]:
@@ -38,5 +42,4 @@ def block_packages(folder: Path, packages: Sequence[str]) -> dict[str, str]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sitecustomize.py").write_text(_SITECUSTOMIZE.format(packages=frozenset(packages)))
-    environment = add_project()
-    return environment | {"PYTHONPATH": os.pathsep.join([str(folder), environment["PYTHONPATH"]])}
+    return add_folder(folder, add_project())

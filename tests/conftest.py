@@ -17,7 +17,7 @@ import pytest
 from _pytest.runner import runtestprotocol
 
 from tests import leftovers
-from tests.child_environment import STARTUP
+from tests.child_environment import STARTUP, add_folder
 from tests.servers import has_triton_crashed, hold_port, set_environment, triton_or_skip
 
 # What is imported until all tests are collected stays. Python need not look for garbage in it, also not at the end.
@@ -38,7 +38,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OVERNIGHT_METADATA_URL"] = "off"
 
 # Python looks for no garbage in what the processes of tests import: they take a tenth less of the processors.
-os.environ["PYTHONPATH"] = os.pathsep.join([str(STARTUP), *filter(None, [os.environ.get("PYTHONPATH")])])
+os.environ |= add_folder(STARTUP, os.environ)
 
 # Threads of OpenMP, which torch and trees compute with, spin while they wait for one another. Where several processes
 # of tests share the processors, that takes more of them than the work itself.

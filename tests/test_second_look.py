@@ -14,7 +14,6 @@ from tests.second_look import UNSTABLE_MAX, GroupRecord, find_problem, summarize
 
 pytestmark = pytest.mark.servers
 
-ROOT = Path(__file__).parents[1]
 # It passes from its second run on, in any process.
 FAILS_ONCE = """
 import pathlib

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+from tests.child_environment import add_project
 
 CHILDREN = Path(__file__).parent / "peer_children"
 
@@ -15,7 +16,7 @@ def peer_environment() -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": add_project()["PYTHONPATH"],
         "RAY_USAGE_STATS_ENABLED": "0",
         "SCARF_NO_ANALYTICS": "true",
         "TOKENIZERS_PARALLELISM": "true",

@@ -23,7 +23,6 @@ from tasks.stream.score import write_arrow
 from tests.child_environment import add_project
 from tests.eventually import eventually
 
-ROOT = Path(__file__).parents[2]
 CHILD = Path(__file__).with_name("stream_child.py")
 KEYS = ("customer",)
 # Tuning takes seconds, and is tested where it belongs.

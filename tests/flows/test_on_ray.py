@@ -23,7 +23,6 @@ from tests.support import register_script, write_customers
 
 pytest.importorskip("prefect_ray", reason="Ray is an extra: pip install 'overnight[ray]'")
 
-ROOT = Path(__file__).parents[2]
 CHILD = Path(__file__).with_name("kill_child.py")
 THREADS = BatchOptions(key_columns=("customer",), batch_size=50, rows_per_chunk=100, slots=2, experiment=None)
 ON_RAY = THREADS.model_copy(update={"runner": Ray()})

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("serverless")
 
-ROOT = Path(__file__).parents[2]
 LINES_MAX = 12
 # A script's own line, and what it called; what opens predictions is called by no flow and has one more.
 FRAMES_MAX = 3

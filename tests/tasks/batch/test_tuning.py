@@ -147,7 +147,7 @@ def test_a_short_run_of_a_model_of_python_measures_two_batch_sizes_and_takes_the
     contract = resolved.contract({}, OPTIONS.policies)
     model: Tunable = load_model(resolved, contract, processes=ProcessOptions())
     # What each takes depends on the machine.
-    monkeypatch.setattr(tuning, "measure_throughput", lambda *given, **_: rates[given[3]])
+    monkeypatch.setattr(tuning, "measure_throughput", lambda _model, _contract, _sample, size, *_, **__: rates[size])
     sizes = tuning.choose_sizes(resolved, model, contract, OPTIONS, dataset)
 
     assert (chosen, rates[chosen], None) == (sizes.batch_size, sizes.rows_per_second, sizes.tuning)
