@@ -38,8 +38,11 @@ class EnvoyAdmin:
         self._send("POST", "/reopen_logs")
 
     def drain_listeners(self) -> None:
-        """Have Envoy accept no more connections, and answer what it has."""
+        """Have Envoy accept no more connections, and close each that is open with its next answer."""
+        # The listeners close first: a client whose connection is closed must not find one, and be lost in its queue.
         self._send("POST", "/drain_listeners")
+        # An Envoy that calls itself unhealthy closes a connection once it has answered a request there.
+        self._send("POST", "/healthcheck/fail")
 
     def _send(self, method: str, path: str) -> str:
         connection = _UnixConnection(self._path)

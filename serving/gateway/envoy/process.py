@@ -20,6 +20,8 @@ from serving.gateway.envoy.messages import LISTENER_STATS
 from serving.gateway.store import write_atomically
 
 _READY_S_MAX, _STOP_S_MAX, _POLL_S = 30.0, 5.0, 0.02
+# After how long without a request the connections that are open count as idle: nothing more is awaited on them.
+_IDLE_S = 0.5
 _LOG_FLUSH_MS = 100
 _LINES_SHOWN = 5
 
@@ -121,12 +123,27 @@ class EnvoyProcess:
         return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, needed if most < 0 else min(needed, most - 1))
 
     def drain(self, seconds_max: float) -> None:
-        """Accept no more connections, and return once every request is answered, or after these seconds."""
-        deadline = time.monotonic() + seconds_max
-        name = f"http.{LISTENER_STATS}.downstream_rq_active"
+        """Accept no more connections, and return once those that are open have closed or are idle.
+
+        Every answer tells its client to send nothing more on this connection, so that it ends with the answer. Without
+        that, clients that send one request after another would keep Envoy from ending, and lose their last requests.
+
+        Args:
+            seconds_max: The requests that are not answered after these seconds are lost.
+        """
+        prefix = f"http.{LISTENER_STATS}.downstream"
+        before: dict[str, int] = {}
+        began = busy = time.monotonic()
         try:
             self.admin.drain_listeners()
-            while self.admin.read_statistics(f"^{name}$").get(name) and time.monotonic() < deadline:
+            while (now := time.monotonic()) < began + seconds_max:
+                seen = self.admin.read_statistics(f"^{prefix}_(cx_active|rq_active|rq_total)$")
+                if not seen.get(f"{prefix}_cx_active"):
+                    return
+                if seen != before or seen.get(f"{prefix}_rq_active"):
+                    before, busy = seen, now
+                elif now - busy > _IDLE_S:
+                    return
                 time.sleep(_POLL_S)
         except EnvoyGone:
             return

@@ -22,6 +22,8 @@ from infra.local.gateway import GatewayServer, gateway_server
 from serving.errors import EndpointFailed
 from serving.gateway.__main__ import main
 from serving.gateway.client import GatewayClient
+from serving.gateway.envoy.admin import EnvoyAdmin
+from serving.gateway.envoy.bootstrap import BootstrapOptions
 from serving.gateway.metering import read_metering
 from serving.gateway.route import Rollout, SavedEndpoint, SleepRule
 from tests.child_environment import block_packages
@@ -81,6 +83,36 @@ def test_sigterm_lets_requests_finish(tmp_path: Path, v2: V2Server) -> None:
 
         assert 0 == server.process.exit_code
     assert [200] * 4 == read_metering(tmp_path).collect()["status"].to_list()
+
+
+def ask_until_refused(url: str) -> list[tuple[int, str | None]]:
+    """Send one request after another until no server listens; return each status, and what is said of the connection.
+
+    Raises httpx.TransportError where a request gets no answer.
+    """
+    answers = []
+    with httpx.Client(timeout=60) as client:
+        while True:
+            try:
+                answer = client.post(url, json=ROW)
+            except httpx.ConnectError:
+                return answers
+            answers.append((answer.status_code, answer.headers.get("Connection")))
+
+
+def test_a_gateway_that_stops_answers_clients_that_send_one_request_after_another(tmp_path: Path, v2: V2Server) -> None:
+    seen = v2.seen("slow")
+    with gateway_server(tmp_path) as server, GatewayClient(server.url, server.admin_key) as admin:
+        admin.put("churn", route(v2.url, ("slow", 1)))
+        with ThreadPoolExecutor(4) as pool:
+            asking = [pool.submit(ask_until_refused, f"{server.url}/v2/models/churn/infer") for _ in range(4)]
+            eventually(lambda: v2.seen("slow") >= seen + 12)
+            server.stop()
+            answers = [each.result() for each in asking]
+
+    assert 0 == server.process.exit_code
+    for each in answers:
+        assert [(200, None)] * (len(each) - 1) + [(200, "close")] == each
 
 
 def read_pid(server: GatewayServer, process: str) -> int:
@@ -189,6 +221,20 @@ def test_the_next_gateway_adopts_the_envoy_that_a_killed_one_left(tmp_path: Path
                 wait_for_more(statuses)
 
     assert {200} == {*statuses}
+
+
+def test_an_envoy_that_was_told_to_end_is_not_adopted(tmp_path: Path, v2: V2Server, held_port: int) -> None:
+    key = "the-key-of-the-administrator"
+    with abandoned_gateway(tmp_path, held_port, key) as first:
+        envoy = (tmp_path / "envoy.pid").read_text()
+        EnvoyAdmin(BootstrapOptions(folder=tmp_path).admin_socket).drain_listeners()
+        first.kill()
+        first.wait()
+        with gateway_server(tmp_path, {"OVERNIGHT_ADMIN_KEY": key}, port=held_port) as server:
+            assert envoy != (tmp_path / "envoy.pid").read_text()
+            with GatewayClient(server.url, key) as admin:
+                admin.put("churn", route(v2.url))
+            assert [200] == ask(server, "churn", 1)
 
 
 def test_a_route_that_envoy_rejects_is_named_and_the_earlier_one_stays(
