@@ -188,6 +188,18 @@ def register_with_params(name: str, *, takes_them: bool = True) -> str:
     return _register_code(name, _WITH_PARAMS.format(**given), ("a",), params=PARAMS)
 
 
+_HOURS = """
+import mlflow
+import pandas as pd
+
+
+class Hours(mlflow.pyfunc.PythonModel):
+    def predict(self, context, model_input, params=None):
+        return pd.DataFrame({"hours": (model_input["departed"] - model_input["day"]) / pd.Timedelta(hours=1)})
+
+
+mlflow.models.set_model(Hours())
+"""
 _NULLABLE = """
 import mlflow
 import numpy as np
@@ -218,6 +230,12 @@ def register_nullable(name: str) -> str:
     return _register_code(name, _NULLABLE, ("a",), predictions=predictions)
 
 
+def register_hours(name: str) -> str:
+    """Register a model of two times; its output is the hours from `day` to `departed`."""
+    predictions = pd.DataFrame({"hours": [0.0, 1.0]})
+    return _register_code(name, _HOURS, ("day", "departed"), predictions=predictions, dtype="datetime64[ns]")
+
+
 def _register_code(
     name: str,
     code: str,
@@ -225,8 +243,9 @@ def _register_code(
     params: dict[str, Any] | None = None,
     requirements: Sequence[str] = ("mlflow",),
     predictions: Any = np.zeros(2, dtype=np.float32),  # noqa: B008 - nobody writes to it
+    dtype: str = "float32",
 ) -> str:
-    inputs = pd.DataFrame({feature: np.zeros(2, dtype=np.float32) for feature in features})
+    inputs = pd.DataFrame({feature: np.zeros(2, dtype=dtype) for feature in features})
     with tempfile.TemporaryDirectory() as folder, mlflow.start_run(), warnings.catch_warnings():
         # MLflow advises on type hints and examples, which this model has no use for.
         warnings.simplefilter("ignore", UserWarning)

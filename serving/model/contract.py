@@ -313,7 +313,7 @@ _OPAQUE_TYPES: dict[str, tuple[Callable[[pa.DataType], bool], ...]] = {
         pa.types.is_binary_view,
         pa.types.is_fixed_size_binary,
     ),
-    "datetime64[ns]": (pa.types.is_timestamp, pa.types.is_date),
+    "datetime64[ns]": (pa.types.is_timestamp, pa.types.is_date, is_text),
 }
 
 

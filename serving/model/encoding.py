@@ -29,6 +29,7 @@ from serving.model.contract import (
 )
 from serving.model.number_casts import Array, Mask, cast_numbers, parse_numbers
 from serving.model.shared_memory import Allocate
+from serving.model.time_casts import cast_times, parse_times
 
 Columns = dict[str, pa.ChunkedArray]
 # The unit of batch sizes: tokens with padding, where rows have lengths.
@@ -36,8 +37,6 @@ BatchUnit = Literal["rows", "tokens"]
 
 # A row stride of a power of two would map every feature to the same cache set.
 _PAD = 16
-# Seconds since 1970 that fit 64 bits as nanoseconds.
-_SECONDS_MAX = 2**63 // 10**9
 
 
 @dataclass(slots=True)
@@ -272,24 +271,16 @@ def _encode_opaque(column: Column, chunks: list[pa.Array], flags: Flags) -> Arra
 def _encode_opaque_chunk(out_n: Array, column: Column, chunk: pa.Array, flags: Flags, start: int) -> None:
     if pa.types.is_dictionary(chunk.type):
         chunk = chunk.dictionary_decode()
-    values = chunk
-    if out_n.dtype.kind == "M":
-        values, lost_n = _to_nanoseconds(chunk)
+    if out_n.dtype.kind != "M":
+        out_n[:] = chunk.to_numpy(zero_copy_only=False)
+    elif is_text(chunk.type):
+        out_n[:], broken_n = parse_times(chunk)
+        flags.mark(broken_n, column.name, f"text that does not parse as {column.dtype}", start)
+    else:
+        out_n[:], lost_n = cast_times(chunk)
         flags.mark(lost_n, column.name, f"a {chunk.type} that does not fit {column.dtype}", start)
-    out_n[:] = values.to_numpy(zero_copy_only=False)
     if chunk.null_count:
         _apply_null_policy(out_n, _make_null_mask(chunk), column, flags, start)
-
-
-def _to_nanoseconds(chunk: pa.Array) -> tuple[pa.Array, Mask]:
-    """Return times as nanoseconds, in UTC where they have a zone, and which of them do not fit."""
-    try:
-        return pc.cast(chunk, pa.timestamp("ns")), np.zeros(len(chunk), dtype=np.bool_)
-    except pa.ArrowInvalid:
-        seconds = pc.cast(pc.cast(chunk, pa.timestamp("s"), safe=False), pa.int64())
-        lost = pc.greater_equal(pc.abs(seconds), _SECONDS_MAX).fill_null(False)  # noqa: FBT003 - Arrow's signature
-        kept = pc.if_else(lost, pa.scalar(None, chunk.type), chunk)
-        return pc.cast(kept, pa.timestamp("ns")), np.asarray(lost.to_numpy(zero_copy_only=False))
 
 
 def _fill_lists(out_NW: Array, column: Column, chunks: list[pa.Array], flags: Flags) -> None:

@@ -138,6 +138,7 @@ def test_the_table_of_safe_casts(given: str, dtype: str, fit: bool) -> None:  # 
         ("str", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string()), pa.null()]),
         ("binary", [pa.binary(), pa.large_binary(), pa.binary_view(), pa.binary(4), pa.null()]),
         ("datetime64[ns]", [pa.timestamp("s"), pa.timestamp("us", "UTC"), pa.date32(), pa.date64(), pa.null()]),
+        ("datetime64[ns]", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())]),
         ("int32", [pa.int32(), pa.string(), pa.string_view(), pa.dictionary(pa.int8(), pa.int16()), pa.null()]),
     ],
 )

@@ -280,6 +280,15 @@ def test_times_and_dates_are_nanoseconds_in_utc(kind: pa.DataType, value: Any, s
     assert np.datetime64("1970-01-01", "ns") == filled.inputs["t"][1]
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+def test_a_text_that_is_no_time_rejects_only_its_row(kind: pa.DataType) -> None:
+    table = pa.table({"t": in_pieces(["2020-01-02", "someday", None, "2020-01-02T00:00Z"], kind, [3])})
+    encoded = encode(alone(column("datetime64[ns]", "t")), table)
+
+    assert [None, ("t", "text that does not parse as datetime64[ns]"), ("t", "null"), None] == rejects(encoded)
+    assert np.datetime64("2020-01-02", "ns") == encoded.inputs["t"][0] == encoded.inputs["t"][3]
+
+
 @pytest.mark.parametrize("kind", [pa.timestamp("us"), pa.timestamp("s", "UTC"), pa.date32()])
 def test_a_time_that_does_not_fit_nanoseconds_rejects_only_its_row(kind: pa.DataType) -> None:
     days = [
