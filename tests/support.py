@@ -188,18 +188,6 @@ def register_with_params(name: str, *, takes_them: bool = True) -> str:
     return _register_code(name, _WITH_PARAMS.format(**given), ("a",), params=PARAMS)
 
 
-_HOURS = """
-import mlflow
-import pandas as pd
-
-
-class Hours(mlflow.pyfunc.PythonModel):
-    def predict(self, context, model_input, params=None):
-        return pd.DataFrame({"hours": (model_input["departed"] - model_input["day"]) / pd.Timedelta(hours=1)})
-
-
-mlflow.models.set_model(Hours())
-"""
 _NULLABLE = """
 import mlflow
 import numpy as np
@@ -228,6 +216,20 @@ def register_nullable(name: str) -> str:
     predictions = pd.DataFrame(outputs).convert_dtypes().assign(score=[0.5, np.nan])
     predictions = predictions[["count", "flag", "score", "word", "sure"]]
     return _register_code(name, _NULLABLE, ("a",), predictions=predictions)
+
+
+_HOURS = """
+import mlflow
+import pandas as pd
+
+
+class Hours(mlflow.pyfunc.PythonModel):
+    def predict(self, context, model_input, params=None):
+        return pd.DataFrame({"hours": (model_input["departed"] - model_input["day"]) / pd.Timedelta(hours=1)})
+
+
+mlflow.models.set_model(Hours())
+"""
 
 
 def register_hours(name: str) -> str:

@@ -120,13 +120,13 @@ def draw_bars(title: str, bars: Sequence[tuple[str, float, str]], note: str, wid
         height: Of the panel, in pixels.
     """
     left = 14 + max((_estimate_width(name) for name, _, _ in bars), default=0.0)
-    room = width - _SIDE - left - 8 - max((_estimate_width(words) for _, _, words in bars), default=0.0)
+    long_max = width - _SIDE - left - 8 - max((_estimate_width(words) for _, _, words in bars), default=0.0)
     most = max((length for _, length, _ in bars), default=0.0) or 1.0
     step = (height - _TOP - _BOTTOM) / max(len(bars), 1)
     thick = min(_BAR_MAX, _BAR_SHARE * step)
     elements = [_write(8, 20, title, size=13), _write(left, height - 20, note, size=11)]
     for at, (name, length, words) in enumerate(bars):
-        middle, long = _TOP + step * (at + 0.5), room * length / most
+        middle, long = _TOP + step * (at + 0.5), long_max * length / most
         elements += [
             _fill(left, middle - thick / 2, long, thick),
             _write(left - 6, middle + 4, name, anchor="end", size=11),

@@ -30,6 +30,8 @@ from tests.child_environment import block_packages
 from tests.eventually import eventually
 from tests.serving.gateway.support import ROW, EndpointClient, V2Server, read_metrics, route, wait_for_verdict
 
+ADMIN_KEY = "the-key-of-the-administrator"
+
 
 def ask(server: GatewayServer, name: str, requests: int) -> list[int]:
     endpoint = EndpointClient(name, server.url)
@@ -192,10 +194,10 @@ def test_a_killed_envoy_is_started_again_with_every_route(tmp_path: Path, v2: V2
 
 
 @contextmanager
-def abandoned_gateway(folder: Path, port: int, admin_key: str) -> Generator[subprocess.Popen[str]]:
+def abandoned_gateway(folder: Path, port: int) -> Generator[subprocess.Popen[str]]:
     """Start a gateway without a guard, which would end the Envoy that it leaves."""
     command = (sys.executable, "-m", "serving.gateway", "--folder", str(folder), "--port", str(port))
-    environment = {**os.environ, "OVERNIGHT_ADMIN_KEY": admin_key}
+    environment = {**os.environ, "OVERNIGHT_ADMIN_KEY": ADMIN_KEY}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stdout is not None
@@ -206,16 +208,15 @@ def abandoned_gateway(folder: Path, port: int, admin_key: str) -> Generator[subp
 
 
 def test_the_next_gateway_adopts_the_envoy_that_a_killed_one_left(tmp_path: Path, v2: V2Server, held_port: int) -> None:
-    key = "the-key-of-the-administrator"
     url = f"http://127.0.0.1:{held_port}"
-    with abandoned_gateway(tmp_path, held_port, key) as first, GatewayClient(url, key) as admin:
+    with abandoned_gateway(tmp_path, held_port) as first, GatewayClient(url, ADMIN_KEY) as admin:
         admin.put("churn", route(v2.url))
         envoy = (tmp_path / "envoy.pid").read_text()
         with steady_load(f"{url}/v2/models/churn/infer") as statuses:
             wait_for_more(statuses)
             first.kill()
             wait_for_more(statuses)
-            with gateway_server(tmp_path, {"OVERNIGHT_ADMIN_KEY": key}, port=held_port):
+            with gateway_server(tmp_path, {"OVERNIGHT_ADMIN_KEY": ADMIN_KEY}, port=held_port):
                 assert envoy == (tmp_path / "envoy.pid").read_text()
                 admin.put("churn", route(v2.url, ("2", 1)))
                 wait_for_more(statuses)
@@ -224,15 +225,14 @@ def test_the_next_gateway_adopts_the_envoy_that_a_killed_one_left(tmp_path: Path
 
 
 def test_an_envoy_that_was_told_to_end_is_not_adopted(tmp_path: Path, v2: V2Server, held_port: int) -> None:
-    key = "the-key-of-the-administrator"
-    with abandoned_gateway(tmp_path, held_port, key) as first:
+    with abandoned_gateway(tmp_path, held_port) as first:
         envoy = (tmp_path / "envoy.pid").read_text()
         EnvoyAdmin(BootstrapOptions(folder=tmp_path).admin_socket).drain_listeners()
         first.kill()
         first.wait()
-        with gateway_server(tmp_path, {"OVERNIGHT_ADMIN_KEY": key}, port=held_port) as server:
+        with gateway_server(tmp_path, {"OVERNIGHT_ADMIN_KEY": ADMIN_KEY}, port=held_port) as server:
             assert envoy != (tmp_path / "envoy.pid").read_text()
-            with GatewayClient(server.url, key) as admin:
+            with GatewayClient(server.url, server.admin_key) as admin:
                 admin.put("churn", route(v2.url))
             assert [200] == ask(server, "churn", 1)
 

@@ -28,8 +28,8 @@ def parse(*texts: str | None, kind: pa.DataType | None = None) -> list[np.dateti
 
 
 @given(st.lists(st.tuples(times, st.sampled_from("T "), st.sampled_from(["auto", "minutes", "milliseconds"]))))
-def test_what_python_writes_of_a_time_is_that_time_in_utc(given: list[tuple[dt.datetime, str, str]]) -> None:
-    texts = [time.isoformat(separator, precision) for time, separator, precision in given]
+def test_what_python_writes_of_a_time_is_that_time_in_utc(drawn: list[tuple[dt.datetime, str, str]]) -> None:
+    texts = [time.isoformat(separator, precision) for time, separator, precision in drawn]
     read = [dt.datetime.fromisoformat(text) for text in texts]
     since = [(time.replace(tzinfo=time.tzinfo or dt.UTC) - EPOCH) // dt.timedelta(microseconds=1) for time in read]
 
