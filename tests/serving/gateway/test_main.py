@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from infra.local.gateway import GatewayServer, gateway_server
+from infra.local.process import ServerFailed
 from serving.errors import EndpointFailed
 from serving.gateway.__main__ import main
 from serving.gateway.client import GatewayClient
@@ -222,6 +223,11 @@ def test_the_next_gateway_adopts_the_envoy_that_a_killed_one_left(tmp_path: Path
                 wait_for_more(statuses)
 
     assert {200} == {*statuses}
+
+
+def test_a_gateway_is_not_taken_for_ready_because_another_one_answers_at_its_port(tmp_path: Path) -> None:
+    with gateway_server(tmp_path) as server, pytest.raises(ServerFailed, match="Only one gateway may use a folder"):
+        gateway_server(tmp_path, {"OVERNIGHT_ADMIN_KEY": server.admin_key}, port=int(server.url.rpartition(":")[2]))
 
 
 def test_an_envoy_that_was_told_to_end_is_not_adopted(tmp_path: Path, v2: V2Server, held_port: int) -> None:
