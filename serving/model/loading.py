@@ -232,12 +232,14 @@ class PyfuncModel:
 
 def make_call_form(mlmodel: MLmodel, contract: Contract) -> CallForm:
     """Return how a model is called, by its signature and its contract."""
+    from serving.model.signature import is_unnamed  # noqa: PLC0415 - MLflow's models, which the caller has imported
+
     schema = mlmodel.signature.inputs
     tensors = schema.is_tensor_spec()
     specs = zip(contract.inputs, schema.inputs, strict=True) if tensors else ()
     return CallForm(
         tensors=tensors,
-        unnamed=schema.inputs[0].name is None,
+        unnamed=is_unnamed(schema),
         fixed_texts={value.name: spec.type.kind for value, spec in specs if spec.type.kind in "US"},
         outputs=tuple(OutputForm(each.name, each.dtype, each.shape) for each in contract.outputs),
         params=dict(contract.params),

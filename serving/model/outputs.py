@@ -55,7 +55,8 @@ def name_outputs(
     Values without an index, or with a new one (`reset_index`, `to_numpy`), are taken to be in the order of the input.
 
     Args:
-        raw: What the model returned: an array or tensor, a DataFrame or Series, or a mapping or list of them.
+        raw: What the model returned: an array or tensor, a DataFrame or Series, a mapping or list of them, or a list of
+            rows, each a mapping or an object of pydantic.
         outputs: The outputs of the contract.
         rows: The number of rows that the model was given.
         to_numpy: Turns one value into an array.
@@ -123,6 +124,15 @@ def _select_by_name(raw: Any, outputs: Sequence[Output]) -> dict[str, Any]:
     names = [output.name for output in outputs]
     if hasattr(raw, "columns") and hasattr(raw, "iloc"):
         return _select_by_column(raw, outputs)
+    if isinstance(raw, list | tuple) and raw and (isinstance(raw[0], Mapping) or hasattr(raw[0], "model_dump")):
+        raw = _turn_into_columns(raw)
+    elif hasattr(raw, "columns") and hasattr(raw, "__arrow_c_stream__"):
+        import pyarrow as pa  # noqa: PLC0415
+
+        table = pa.table(raw)
+        # Several columns of one output are its values.
+        if len(outputs) > 1 or table.num_columns == 1:
+            raw = dict(zip(table.column_names, table.columns, strict=True))
     if isinstance(raw, Mapping):
         if len(names) == len(raw) == 1:
             # A signature of an array names no output, and the model may.
@@ -137,6 +147,13 @@ def _select_by_name(raw: Any, outputs: Sequence[Output]) -> dict[str, Any]:
         message = f"The model must return {len(outputs)} outputs {names}, got a {type(raw).__name__}. {_LOG_AGAIN}"
         raise ModelFailed(message)
     return dict(zip(names, raw, strict=True))
+
+
+def _turn_into_columns(rows: Sequence[Any]) -> dict[str, list[Any]]:
+    """Return rows, each a mapping or an object of pydantic, as columns; what a row lacks is a null."""
+    mappings = [row if isinstance(row, Mapping) else row.model_dump() for row in rows]
+    names = dict.fromkeys(name for row in mappings for name in row)
+    return {name: [row.get(name) for row in mappings] for name in names}
 
 
 def _select_by_column(frame: Any, outputs: Sequence[Output]) -> dict[str, Any]:
@@ -154,6 +171,8 @@ def _select_by_column(frame: Any, outputs: Sequence[Output]) -> dict[str, Any]:
 
 
 def _reshape(value: npt.NDArray[Any], output: Output, rows: int) -> npt.NDArray[Any]:
+    if value.dtype.kind == "O" and value.shape == (rows,) and output.width > 1:
+        value = _stack_rows(value, output)
     if not _is_valid_shape(value.shape, output, rows):
         message = (
             f"Output {output.name!r} must hold {output.width} values for each of {rows} rows, in the shape "
@@ -169,6 +188,22 @@ def _reshape(value: npt.NDArray[Any], output: Output, rows: int) -> npt.NDArray[
         message = f"Output {output.name!r} must be text, as the signature says, got {invalid[0]!r}. {_LOG_AGAIN}"
         raise ModelFailed(message)
     return value
+
+
+def _stack_rows(value_N: npt.NDArray[Any], output: Output) -> npt.NDArray[Any]:
+    """Return a column of lists as one array; a row that is null has a null in every place."""
+    null = np.full(output.shape, None, dtype=object)
+    try:
+        # Numpy's own text would lose zeros at its end.
+        return np.array(
+            [null if row is None else row for row in value_N], dtype=object if output.dtype == "str" else None
+        )
+    except ValueError:
+        message = (
+            f"Output {output.name!r} must hold {output.width} values in each row, got lists of different lengths. "
+            f"{_LOG_AGAIN}"
+        )
+        raise ModelFailed(message) from None
 
 
 def _is_valid_shape(shape: tuple[int, ...], output: Output, rows: int) -> bool:

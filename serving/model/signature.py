@@ -3,7 +3,8 @@
 A tensor input of shape (-1, F) takes its columns, in this order of precedence, from the call's
 `input_columns`, from the model's own metadata {"overnight": {"columns": {input: [names]}}}, or from one
 list column of the input's name. A signature of columns names them itself. The exception is a single column without a
-name, as text models have, which is named in the same two ways.
+name, as text models have, which is named in the same two ways. Where that column is an object, as MLflow infers it from
+a type hint such as `list[Row]`, each property is a column.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from mlflow import MlflowException
 from mlflow.models import Model as MLmodel
 from mlflow.types import ColSpec, ParamSpec, Schema, TensorSpec
-from mlflow.types.schema import DataType
+from mlflow.types.schema import AnyType, Array, DataType, Map, Object
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from serving.errors import BadInput, ModelUnfit, suggest_name
@@ -29,7 +31,7 @@ _HOW_TO_LOG = (
 _ALL_COLUMNS = "*"
 _COLUMNS = TypeAdapter(dict[str, tuple[str, ...]])
 _STATED = TypeAdapter(dict[str, Any])
-_SCALARS = {
+_SCALARS: dict[object, str] = {
     DataType.boolean: "bool",
     DataType.integer: "int32",
     DataType.long: "int64",
@@ -115,7 +117,7 @@ def _read_inputs(
 ) -> tuple[Input, ...]:
     if schema.is_tensor_spec():
         inputs = _read_tensor_inputs(schema, _read_metadata_columns(mlmodel), columns, policies)
-    elif [spec.name for spec in schema.inputs] == [None]:
+    elif is_unnamed(schema):
         inputs = (_read_unnamed_input(schema.inputs[0], columns or _read_metadata_columns(mlmodel), policies),)
     elif columns:
         message = (
@@ -209,15 +211,34 @@ def _read_tensor_dtype(spec: TensorSpec, what: str) -> str:
 
 
 def _read_column_inputs(schema: Schema, policies: Policies) -> tuple[Input, ...]:
-    specs = [spec for spec in schema.inputs if isinstance(spec, ColSpec)]
+    specs = [spec for spec in _list_specs(schema) if isinstance(spec, ColSpec)]
     if any(spec.name is None for spec in specs):
         message = "Each column of the signature must have a name, got one without. Log the model with a DataFrame."
         raise ModelUnfit(message)
     return tuple(_make_input(_read_column(spec, str(spec.name), policies)) for spec in specs)
 
 
+def is_unnamed(schema: Schema) -> bool:
+    """Return whether a signature has one input, without a name."""
+    return [spec.name for spec in _list_specs(schema)] == [None]
+
+
+def _list_specs(schema: Schema) -> list[ColSpec | TensorSpec]:
+    """Return the values of a signature. Where it is one object without a name, these are its properties."""
+    specs = list(schema.inputs)
+    if len(specs) == 1 and specs[0].name is None and isinstance(specs[0].type, Object):
+        return [ColSpec(each.dtype, each.name, required=each.required) for each in specs[0].type.properties]
+    return specs
+
+
 def _read_unnamed_input(spec: Any, named: Names, policies: Policies) -> Input:
     """Return the single input of a signature that does not name it, fed by the one column that is stated."""
+    if isinstance(spec.type, Map | AnyType):
+        message = (
+            f"The rows of a model must have columns that its signature names, got {spec.type}. State them: log it with "
+            "a DataFrame as its input example, or with a class of pydantic as the type hint of a row."
+        )
+        raise ModelUnfit(message)
     if [len(sources) for sources in named.values()] != [1]:
         message = (
             "A model whose signature has one input without a name needs the one column that feeds it, got "
@@ -287,7 +308,7 @@ def _read_column(spec: ColSpec, name: str, policies: Policies) -> Column:
 
 
 def _read_outputs(schema: Schema) -> tuple[Output, ...]:
-    specs = list(schema.inputs)
+    specs = _list_specs(schema)
     outputs = tuple(_read_output(spec, at, len(specs)) for at, spec in enumerate(specs))
     if len({output.name for output in outputs}) < len(outputs):
         message = f"The outputs of the signature must have different names, got {[o.name for o in outputs]}."
@@ -297,25 +318,39 @@ def _read_outputs(schema: Schema) -> tuple[Output, ...]:
 
 def _read_output(spec: ColSpec | TensorSpec, at: int, total: int) -> Output:
     name = spec.name if isinstance(spec.name, str) else "prediction" if total == 1 else f"prediction_{at}"
+    if not _is_number_or_text(spec.type):
+        message = f"Output {name!r} must be numbers or text, got {spec.type}. {_advise_output(spec.type)}"
+        raise ModelUnfit(message)
     if isinstance(spec, ColSpec):
-        if not isinstance(spec.type, DataType) or _SCALARS[spec.type] in ("binary", "datetime64[ns]"):
-            message = f"Output {name!r} must be numbers or text, got {spec.type}. {_advise_output(spec)}"
-            raise ModelUnfit(message)
         return Output(name=name, dtype=_SCALARS[spec.type], required=spec.required)
     shape = tuple(int(size) for size in spec.shape[1:])
     if -1 in shape:
         message = f"Output {name!r} must have a fixed width, got shape {tuple(spec.shape)}. State it in the signature."
         raise ModelUnfit(message)
     dtype = _read_tensor_dtype(spec, f"Output {name!r}")
-    if dtype == "datetime64[ns]":
-        message = f"Output {name!r} must be numbers or text, got {spec.type}. Log the model with another signature."
-        raise ModelUnfit(message)
     return Output(name=name, dtype=dtype, shape=() if shape == (1,) else shape)
 
 
-def _advise_output(spec: ColSpec) -> str:
-    if isinstance(spec.type, DataType):
-        return "Log the model with another signature."
+def _is_number_or_text(kind: Any) -> bool:
+    if isinstance(kind, np.dtype):
+        return kind.kind in "biufOUS"
+    return isinstance(kind, DataType) and kind not in (DataType.binary, DataType.datetime)
+
+
+def _advise_output(kind: Any) -> str:
+    """Return how to log a model that returns a type that is neither a number nor text."""
+    if isinstance(kind, Array):
+        return (
+            "Give lists a width: log the model with a TensorSpec, such as "
+            'Schema([TensorSpec(np.dtype("float32"), (-1, 384), "embedding")]).'
+        )
+    if isinstance(kind, AnyType):
+        return (
+            "MLflow found no type for what the model returns, and said why when it was logged. Log it again, with "
+            "infer_signature(inputs, predictions) of a DataFrame of predictions, or another type hint of a row."
+        )
+    if isinstance(kind, DataType | np.dtype):
+        return "Return it as text, such as ISO 8601 or base64, and log the model with the signature of that."
     return (
         "Log a mlflow.pyfunc.PythonModel around it, with the model as an artifact, that returns a DataFrame with each "
         "value as a column of its own."

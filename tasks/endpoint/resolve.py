@@ -281,9 +281,11 @@ def predict_rows(model: Model, inputs: Arrays) -> Arrays:
 
 def read_example_rows(resolved: Resolved, contract: Contract) -> Arrays | None:
     """Return the rows of the model's input example, None where it has none that the contract takes."""
-    example = resolved.mlmodel.load_input_example(str(resolved.folder))
+    example: Any = resolved.mlmodel.load_input_example(str(resolved.folder))
     if example is None:
         return None
+    if isinstance(example, list) and all(isinstance(row, Mapping) for row in example):
+        example = pd.DataFrame(example)
     if isinstance(example, pd.DataFrame):
         return _encode_example_table(
             pa.Table.from_pandas(example.head(_EXAMPLE_ROWS_MAX), preserve_index=False), contract

@@ -488,6 +488,39 @@ def test_a_python_model_whose_signature_is_its_type_hints(log: Log, tmp_path: Pa
     assert [text.upper() for text in TEXTS] == found["prediction"].tolist()
 
 
+WITH_ROWS = """
+import mlflow
+import pydantic
+
+
+class Person(pydantic.BaseModel):
+    age: int
+    city: str | None = None
+
+
+class Price(pydantic.BaseModel):
+    price: float
+    city: str | None = None
+
+
+class Prices(mlflow.pyfunc.PythonModel):
+    def predict(self, model_input: list[Person]) -> list[Price]:
+        return [Price(price=row.age / 2, city=row.city) for row in model_input]
+
+
+mlflow.models.set_model(Prices())
+"""
+
+
+def test_a_python_model_whose_type_hints_are_classes_of_rows(log: Log, people: pd.DataFrame, tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(WITH_ROWS)
+    options = {"python_model": str(tmp_path / "model.py"), "input_example": [{"age": 40, "city": "Bern"}]}
+    found = score(log("flavour-rows", mlflow.pyfunc.log_model, **options), people)
+
+    assert (people.age / 2).tolist() == found["price"].tolist()
+    assert people.city.astype(object).where(people.city.notna(), None).tolist() == found["city"].tolist()
+
+
 def test_a_transformers_pipeline(log: Log) -> None:
     pytest.importorskip("transformers", reason="pip install -e '.[dev]' brings transformers")
     classify = tiny_bert("right")

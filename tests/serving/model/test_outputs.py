@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from serving.errors import ModelFailed
 from serving.model.contract import Output
@@ -20,6 +22,11 @@ SCORE = Output(name="score", dtype="float32")
 LABEL = Output(name="label", dtype="str")
 WIDE = Output(name="wide", dtype="float32", shape=(2, 3))
 COUNT = Output(name="count", dtype="int64")
+
+
+class Scored(BaseModel):
+    label: str
+    score: float
 
 
 def named(raw: Any, *outputs: Output, rows: int = 3) -> dict[str, Any]:
@@ -48,6 +55,8 @@ def refusal(raw: Any, *outputs: Output, rows: int = 3) -> str:
         pa.table({"anything": [1.0, 2.0, 3.0]}),
         pd.DataFrame({"anything": [1.0, 2.0, 3.0]}),
         pd.DataFrame({"more": ["a", "b", "c"], "score": [1.0, 2.0, 3.0]}),
+        [{"score": 1.0}, {"score": 2.0}, {"more": "of it", "score": 3.0}],
+        [{"anything": 1.0}, {"anything": 2.0}, {"anything": 3.0}],
     ],
 )
 def test_one_output_is_found_in_whatever_holds_it(raw: Any) -> None:
@@ -62,6 +71,10 @@ def test_one_output_is_found_in_whatever_holds_it(raw: Any) -> None:
         {"label": ["a", "b", "c"], "score": [1.0, 2.0, 3.0]},
         pd.DataFrame({"label": ["a", "b", "c"], "score": [1.0, 2.0, 3.0]}),
         pd.DataFrame({0: [1.0, 2.0, 3.0], 1: ["a", "b", "c"]}),
+        pl.DataFrame({"label": ["a", "b", "c"], "score": [1.0, 2.0, 3.0]}),
+        pa.table({"label": ["a", "b", "c"], "score": [1.0, 2.0, 3.0]}),
+        [{"label": "a", "score": 1.0}, {"score": 2.0, "label": "b"}, {"label": "c", "score": 3.0, "more": 0}],
+        [Scored(label="a", score=1.0), Scored(label="b", score=2.0), Scored(label="c", score=3.0)],
     ],
 )
 def test_several_outputs_are_found_by_name_else_in_their_order(raw: Any) -> None:
@@ -84,6 +97,35 @@ def test_a_wide_output_may_be_flat_or_a_frame() -> None:
     )
 
 
+def test_a_row_that_lacks_an_output_has_a_null_there() -> None:
+    found = named([{"label": "a"}, {"score": 2.0, "label": None}, {"score": 3.0, "label": "c"}], SCORE, LABEL)
+
+    assert ["a", None, "c"] == found["label"]
+    assert math.isnan(found["score"][0])
+    assert [2.0, 3.0] == found["score"][1:]
+
+
+@pytest.mark.parametrize("hold", [list, np.array])
+def test_a_wide_output_may_be_a_column_of_lists(hold: Callable[[list[float]], Any]) -> None:
+    rows = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
+    pair = Output(name="pair", dtype="float32", shape=(2,))
+    values = [hold(row) for row in rows]
+
+    assert {"pair": rows} == named(pd.Series(values), pair)
+    assert {"pair": rows} == named(pd.DataFrame({"more": [0, 0, 0], "pair": values}), pair)
+    assert {"pair": rows} == named([{"pair": value} for value in values], pair)
+    assert {"pair": rows} == named(pl.Series(rows), pair)
+    assert {"pair": rows} == named(pa.table({"pair": rows}), pair)
+
+
+def test_a_null_in_a_column_of_lists_is_a_null_in_every_place() -> None:
+    words = Output(name="words", dtype="str", shape=(2,))
+
+    assert {"words": [["a\0", "b"], [None, None], ["c", None]]} == named(
+        pd.Series([["a\0", "b"], None, ["c", None]]), words
+    )
+
+
 @pytest.mark.parametrize(
     ("raw", "outputs", "got"),
     [
@@ -98,6 +140,10 @@ def test_a_wide_output_may_be_flat_or_a_frame() -> None:
         ({"score": np.zeros(3)}, (SCORE, LABEL), "got ['score']: ['label'] missing"),
         (pd.DataFrame({"a": [1.0] * 3, "b": [1.0] * 3}), (SCORE,), "return the columns ['score'], got ['a', 'b']"),
         (pd.DataFrame({"score": [1.0] * 3}), (SCORE, LABEL), "return the columns ['score', 'label'], got ['score']"),
+        ([{"label": "a"}] * 3, (SCORE, LABEL), "got ['label']: ['score'] missing"),
+        ([{"score": 1.0}] * 2, (SCORE,), "got (2,)"),
+        (pd.Series([[1.0] * 6, [1.0] * 6, [1.0] * 5]), (WIDE,), "got lists of different lengths"),
+        (pd.Series([[1.0] * 5] * 3), (WIDE,), "got (3, 5)"),
         (np.array([1, 2, 3]), (LABEL,), "must be text, as the signature says, got 1"),
         (np.array([b"a", b"b", b"c"]), (LABEL,), "must be text, as the signature says, got b'a'"),
         (np.array([0.5, 1.0, 2.0]), (COUNT,), "must be int64, as the signature says, got float64 such as 0.5"),

@@ -74,6 +74,34 @@ def test_a_nested_column_is_refused_by_name(kind: Any) -> None:
     assert "Column 'a' must be a scalar" in refusal(logged(Schema([spec])))
 
 
+def test_each_property_of_an_object_without_a_name_is_a_column() -> None:
+    row = Object([Property("age", DataType.long), Property("city", DataType.string, required=False)])
+    price = Object([Property("label", DataType.string, required=False), Property("price", DataType.double)])
+    contract = contract_of(logged(Schema([ColSpec(row)]), Schema([ColSpec(price)])))
+
+    assert {"age": ["age"], "city": ["city"]} == feeds(contract)
+    assert {"age": ("int64", "reject"), "city": ("str", "keep")} == {
+        column.name: (column.dtype, column.policy.null) for column in contract.columns
+    }
+    assert [("label", "str", False), ("price", "float64", True)] == [
+        (output.name, output.dtype, output.required) for output in contract.outputs
+    ]
+
+
+def test_a_nested_property_is_refused_by_name() -> None:
+    row = Object([Property("age", DataType.long), Property("home", Object([Property("city", DataType.string)]))])
+
+    assert "Column 'home' must be a scalar" in refusal(logged(Schema([ColSpec(row)])))
+
+
+@pytest.mark.parametrize("kind", [Map(DataType.string), AnyType()])
+def test_rows_without_names_of_columns_are_refused(kind: Any) -> None:
+    message = refusal(logged(Schema([ColSpec(kind)])))
+
+    assert "must have columns that its signature names" in message
+    assert "a class of pydantic as the type hint of a row" in message
+
+
 def test_columns_without_names_are_refused() -> None:
     assert "must have a name" in refusal(logged(Schema([ColSpec("double"), ColSpec("double")])))
 
@@ -296,7 +324,7 @@ def test_a_tensor_of_one_text_a_row_is_fed_by_the_column_of_its_name() -> None:
 @pytest.mark.parametrize("dtype", ["complex64", "datetime64[s]", "timedelta64[ns]"])
 def test_tensors_of_other_types_are_refused_both_ways(dtype: str) -> None:
     assert "Input 'x' must be of numbers" in refusal(logged(Schema([tensor(dtype, name="x")])))
-    assert "Output 'y' must be of numbers" in refusal(
+    assert "Output 'y' must be numbers or text" in refusal(
         logged(Schema([ColSpec("double", "a")]), Schema([tensor(dtype, name="y")]))
     )
 
@@ -348,12 +376,21 @@ def test_outputs_that_are_neither_numbers_nor_text_are_refused(kind: Any) -> Non
     assert "Output 'y' must be numbers or text" in refusal(logged(Schema([ColSpec("double", "a")]), outputs))
 
 
-def test_the_message_for_an_output_of_objects_says_how_to_return_columns() -> None:
-    outputs = Schema([ColSpec(Object([Property("good", DataType.double)]), "y")])
-
-    assert "a DataFrame with each value as a column of its own" in refusal(
-        logged(Schema([ColSpec("double", "a")]), outputs)
-    )
+@pytest.mark.parametrize(
+    ("spec", "advice"),
+    [
+        (
+            ColSpec(Object([Property("good", DataType.double)]), "y"),
+            "a DataFrame with each value as a column of its own",
+        ),
+        (ColSpec(Array(DataType.double), "y"), 'TensorSpec(np.dtype("float32"), (-1, 384), "embedding")'),
+        (ColSpec(AnyType(), required=True), "infer_signature(inputs, predictions) of a DataFrame"),
+        (ColSpec(DataType.datetime, "y"), "Return it as text, such as ISO 8601"),
+        (tensor("datetime64[ns]", name="y"), "Return it as text, such as ISO 8601"),
+    ],
+)
+def test_the_message_for_an_output_of_another_type_says_what_to_return(spec: ColSpec | TensorSpec, advice: str) -> None:
+    assert advice in refusal(logged(Schema([ColSpec("double", "a")]), Schema([spec])))
 
 
 def test_an_output_of_unknown_width_is_refused() -> None:

@@ -165,6 +165,14 @@ def test_an_example_of_columns_becomes_one_input_each() -> None:
     assert read_example_rows(Logged(frame), AB) is None  # type: ignore[arg-type]
 
 
+def test_an_example_of_rows_becomes_one_input_each() -> None:
+    contract = alone(column("float64"), column("str", "city"))
+    found = read_example_rows(Logged([{"a": 1.5, "city": "Bern"}, {"city": "Graz", "a": 2.5}]), contract)  # type: ignore[arg-type]
+
+    assert found is not None
+    assert {"a": [1.5, 2.5], "city": ["Bern", "Graz"]} == {name: value.tolist() for name, value in found.items()}
+
+
 def test_an_example_that_mlflow_keeps_is_found_and_one_that_it_does_not_keep_is_none(
     linear: str, registry: Path
 ) -> None:
