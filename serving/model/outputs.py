@@ -8,6 +8,7 @@ Shapes: N rows; every output is [N, *shape].
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -124,15 +125,7 @@ def _select_by_name(raw: Any, outputs: Sequence[Output]) -> dict[str, Any]:
     names = [output.name for output in outputs]
     if hasattr(raw, "columns") and hasattr(raw, "iloc"):
         return _select_by_column(raw, outputs)
-    if isinstance(raw, list | tuple) and raw and (isinstance(raw[0], Mapping) or hasattr(raw[0], "model_dump")):
-        raw = _turn_into_columns(raw)
-    elif hasattr(raw, "columns") and hasattr(raw, "__arrow_c_stream__"):
-        import pyarrow as pa  # noqa: PLC0415
-
-        table = pa.table(raw)
-        # Several columns of one output are its values.
-        if len(outputs) > 1 or table.num_columns == 1:
-            raw = dict(zip(table.column_names, table.columns, strict=True))
+    raw = _name_columns(raw, outputs)
     if isinstance(raw, Mapping):
         if len(names) == len(raw) == 1:
             # A signature of an array names no output, and the model may.
@@ -149,11 +142,22 @@ def _select_by_name(raw: Any, outputs: Sequence[Output]) -> dict[str, Any]:
     return dict(zip(names, raw, strict=True))
 
 
-def _turn_into_columns(rows: Sequence[Any]) -> dict[str, list[Any]]:
-    """Return rows, each a mapping or an object of pydantic, as columns; what a row lacks is a null."""
-    mappings = [row if isinstance(row, Mapping) else row.model_dump() for row in rows]
-    names = dict.fromkeys(name for row in mappings for name in row)
-    return {name: [row.get(name) for row in mappings] for name in names}
+def _name_columns(raw: Any, outputs: Sequence[Output]) -> Any:
+    """Return rows, or a table of polars or Arrow, as columns by name; anything else unchanged.
+
+    A row is a mapping or an object of pydantic. What it lacks is a null.
+    """
+    if isinstance(raw, list | tuple) and raw and (isinstance(raw[0], Mapping) or hasattr(raw[0], "model_dump")):
+        rows = [row if isinstance(row, Mapping) else row.model_dump() for row in raw]
+        return {name: [row.get(name) for row in rows] for name in dict.fromkeys(itertools.chain.from_iterable(rows))}
+    if hasattr(raw, "columns") and hasattr(raw, "__arrow_c_stream__"):
+        import pyarrow as pa  # noqa: PLC0415
+
+        table = pa.table(raw)
+        # Several columns of one output are its values.
+        if len(outputs) > 1 or table.num_columns == 1:
+            return dict(zip(table.column_names, table.columns, strict=True))
+    return raw
 
 
 def _select_by_column(frame: Any, outputs: Sequence[Output]) -> dict[str, Any]:

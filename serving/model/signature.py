@@ -41,6 +41,8 @@ _SCALARS: dict[object, str] = {
     DataType.binary: "binary",
     DataType.datetime: "datetime64[ns]",
 }
+# Numpy's letters for booleans, integers, floats and text.
+_TENSOR_KINDS = "biufOUS"
 
 Names = Mapping[str, tuple[str, ...]]
 Policies = Mapping[str, ColumnPolicy]
@@ -175,7 +177,13 @@ def _read_tensor_input(spec: TensorSpec, name: str, named: Names, policies: Poli
             "Log the model with a TensorSpec such as (-1, 32) and an input example of more than one row."
         )
         raise ModelUnfit(message)
-    dtype = _read_tensor_dtype(spec, f"Input {name!r}")
+    if spec.type.kind not in _TENSOR_KINDS and spec.type.name != "datetime64[ns]":
+        message = (
+            f"Input {name!r} must be of numbers, text or datetime64[ns], got {spec.type}. Log the model with another "
+            "type."
+        )
+        raise ModelUnfit(message)
+    dtype = _read_tensor_dtype(spec)
     sources = named.get(name, (name,))
     # Text is in no list. A number may be in a list of one, which the table says.
     is_scalar = shape == (1,) and (name in named or dtype in OPAQUE_DTYPES)
@@ -199,15 +207,8 @@ def _read_tensor_input(spec: TensorSpec, name: str, named: Names, policies: Poli
     return Input(name=name, dtype=dtype, shape=shape, columns=(column,))
 
 
-def _read_tensor_dtype(spec: TensorSpec, what: str) -> str:
-    if spec.type.kind in "OUS":
-        return "str"
-    if spec.type.kind not in "biuf" and spec.type.name != "datetime64[ns]":
-        message = (
-            f"{what} must be of numbers, text or datetime64[ns], got {spec.type}. Log the model with another type."
-        )
-        raise ModelUnfit(message)
-    return str(spec.type.name)
+def _read_tensor_dtype(spec: TensorSpec) -> str:
+    return "str" if spec.type.kind in "OUS" else str(spec.type.name)
 
 
 def _read_column_inputs(schema: Schema, policies: Policies) -> tuple[Input, ...]:
@@ -327,13 +328,12 @@ def _read_output(spec: ColSpec | TensorSpec, at: int, total: int) -> Output:
     if -1 in shape:
         message = f"Output {name!r} must have a fixed width, got shape {tuple(spec.shape)}. State it in the signature."
         raise ModelUnfit(message)
-    dtype = _read_tensor_dtype(spec, f"Output {name!r}")
-    return Output(name=name, dtype=dtype, shape=() if shape == (1,) else shape)
+    return Output(name=name, dtype=_read_tensor_dtype(spec), shape=() if shape == (1,) else shape)
 
 
 def _is_number_or_text(kind: Any) -> bool:
     if isinstance(kind, np.dtype):
-        return kind.kind in "biufOUS"
+        return kind.kind in _TENSOR_KINDS
     return isinstance(kind, DataType) and kind not in (DataType.binary, DataType.datetime)
 
 
