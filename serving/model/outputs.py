@@ -123,9 +123,9 @@ def _restore_order(value: Any, rows: int) -> Any:
 
 def _select_by_name(raw: Any, outputs: Sequence[Output]) -> dict[str, Any]:
     names = [output.name for output in outputs]
-    if hasattr(raw, "columns") and hasattr(raw, "iloc"):
+    raw = _join_rows(raw)
+    if hasattr(raw, "columns") and (hasattr(raw, "iloc") or hasattr(raw, "__arrow_c_stream__")):
         return _select_by_column(raw, outputs)
-    raw = _name_columns(raw, outputs)
     if isinstance(raw, Mapping):
         if len(names) == len(raw) == 1:
             # A signature of an array names no output, and the model may.
@@ -142,36 +142,40 @@ def _select_by_name(raw: Any, outputs: Sequence[Output]) -> dict[str, Any]:
     return dict(zip(names, raw, strict=True))
 
 
-def _name_columns(raw: Any, outputs: Sequence[Output]) -> Any:
-    """Return rows, or a table of polars or Arrow, as columns by name; anything else unchanged.
+def _join_rows(raw: Any) -> Any:
+    """Return rows, each a mapping or an object of pydantic, as columns by name; anything else unchanged.
 
-    A row is a mapping or an object of pydantic. What it lacks is a null.
+    What a row lacks is a null.
     """
-    if isinstance(raw, list | tuple) and raw and (isinstance(raw[0], Mapping) or hasattr(raw[0], "model_dump")):
-        rows = [row if isinstance(row, Mapping) else row.model_dump() for row in raw]
-        return {name: [row.get(name) for row in rows] for name in dict.fromkeys(itertools.chain.from_iterable(rows))}
-    if hasattr(raw, "columns") and hasattr(raw, "__arrow_c_stream__"):
-        import pyarrow as pa  # noqa: PLC0415
-
-        table = pa.table(raw)
-        # Several columns of one output are its values.
-        if len(outputs) > 1 or table.num_columns == 1:
-            return dict(zip(table.column_names, table.columns, strict=True))
-    return raw
+    first = raw[0] if isinstance(raw, list | tuple) and raw else None
+    if not isinstance(first, Mapping) and not hasattr(first, "model_dump"):
+        return raw
+    rows = [row if isinstance(row, Mapping) else row.model_dump() for row in raw]
+    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(itertools.chain.from_iterable(rows))}
 
 
 def _select_by_column(frame: Any, outputs: Sequence[Output]) -> dict[str, Any]:
-    """Take the outputs from a DataFrame by name, else by position; no column may be left over."""
+    """Take the outputs from a table by name, else by position; no column may be left over."""
     names = [output.name for output in outputs]
-    if all(name in frame.columns for name in names):
-        return {name: np.asarray(_convert_column(frame[name])) for name in names}
-    if len(outputs) == 1 and 1 < outputs[0].width == frame.shape[1]:
-        return {names[0]: frame.to_numpy()}
-    if len(outputs) != frame.shape[1]:
-        found = [str(name) for name in frame.columns]
+    found, columns = _list_columns(frame)
+    if all(found.count(name) == 1 for name in names):
+        return {name: columns[found.index(name)] for name in names}
+    if len(outputs) == 1 and 1 < outputs[0].width == len(found):
+        return {names[0]: frame}
+    if len(outputs) != len(found):
         message = f"The model must return the columns {names}, got {found}. {_LOG_AGAIN}"
         raise ModelFailed(message)
-    return {name: np.asarray(_convert_column(frame.iloc[:, at])) for at, name in enumerate(names)}
+    return dict(zip(names, columns, strict=True))
+
+
+def _list_columns(frame: Any) -> tuple[list[str], list[Any]]:
+    """Return the names of the columns of a table of pandas, polars or Arrow, and the columns."""
+    if hasattr(frame, "iloc"):
+        return [str(name) for name in frame.columns], [frame.iloc[:, at] for at in range(frame.shape[1])]
+    import pyarrow as pa  # noqa: PLC0415
+
+    table = pa.table(frame)
+    return table.column_names, table.columns
 
 
 def _reshape(value: npt.NDArray[Any], output: Output, rows: int) -> npt.NDArray[Any]:

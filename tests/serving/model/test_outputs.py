@@ -55,6 +55,7 @@ def refusal(raw: Any, *outputs: Output, rows: int = 3) -> str:
         pa.table({"anything": [1.0, 2.0, 3.0]}),
         pd.DataFrame({"anything": [1.0, 2.0, 3.0]}),
         pd.DataFrame({"more": ["a", "b", "c"], "score": [1.0, 2.0, 3.0]}),
+        pl.DataFrame({"more": ["a", "b", "c"], "score": [1.0, 2.0, 3.0]}),
         [{"score": 1.0}, {"score": 2.0}, {"more": "of it", "score": 3.0}],
         [{"anything": 1.0}, {"anything": 2.0}, {"anything": 3.0}],
     ],
@@ -72,6 +73,7 @@ def test_one_output_is_found_in_whatever_holds_it(raw: Any) -> None:
         pd.DataFrame({"label": ["a", "b", "c"], "score": [1.0, 2.0, 3.0]}),
         pd.DataFrame({0: [1.0, 2.0, 3.0], 1: ["a", "b", "c"]}),
         pl.DataFrame({"label": ["a", "b", "c"], "score": [1.0, 2.0, 3.0]}),
+        pl.DataFrame({"x": [1.0, 2.0, 3.0], "y": ["a", "b", "c"]}),
         pa.table({"label": ["a", "b", "c"], "score": [1.0, 2.0, 3.0]}),
         [{"label": "a", "score": 1.0}, {"score": 2.0, "label": "b"}, {"label": "c", "score": 3.0, "more": 0}],
         [Scored(label="a", score=1.0), Scored(label="b", score=2.0), Scored(label="c", score=3.0)],
@@ -94,7 +96,14 @@ def test_a_wide_output_may_be_flat_or_a_frame() -> None:
         == named(x, WIDE)
         == named(x.reshape(3, 6), WIDE)
         == named(pd.DataFrame(x.reshape(3, 6)), WIDE)
+        == named(pl.DataFrame(x.reshape(3, 6)), WIDE)
     )
+
+
+def test_a_name_that_two_columns_have_is_refused() -> None:
+    frame = pd.concat([pd.DataFrame({"score": [9.0, 9.0, 9.0]}), pd.DataFrame({"score": [1.0, 2.0, 3.0]})], axis=1)
+
+    assert "must return the columns ['score'], got ['score', 'score']" in refusal(frame, SCORE)
 
 
 def test_a_row_that_lacks_an_output_has_a_null_there() -> None:
