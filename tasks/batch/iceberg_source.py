@@ -117,7 +117,7 @@ def pin_iceberg(
     root, files = _pin_files(tasks, where, title)
     return Snapshot(
         root=root,
-        format="parquet" if not used or _are_plain(table, tasks, schema, used) else "iceberg",
+        format="parquet" if _are_plain(table, tasks, schema, used, set(names)) else "iceberg",
         files=files,
         version=title,
         empty_schema="" if files else _pack_columns(schema),
@@ -206,12 +206,21 @@ def _lost_metadata(table: Table, snapshot_id: int, error: Exception) -> SourceCh
     )
 
 
-def _are_plain(table: Table, tasks: Sequence[FileScanTask], schema: Schema, used: Mapping[str, NestedField]) -> bool:
+def _are_plain(
+    table: Table, tasks: Sequence[FileScanTask], schema: Schema, used: Mapping[str, NestedField], names: set[str]
+) -> bool:
     """Whether every data file holds the columns that are used as the table has them now, and no row was deleted.
+
+    Of the `names` that are asked for, files may hold some that the table has no more: columns that were dropped or
+    renamed.
 
     No file is opened: what the table's schemas have been says how its files were written. Readers hold each file
     against the field ids once more, see dataset.py.
     """
+    if any(names.difference(used).intersection(_list_fields(each)) for each in table.schemas().values()):
+        return False
+    if not used:
+        return True
     if any(task.delete_files for task in tasks):
         return False
     if any(_differs(each, used) for each in table.schemas().values()):
@@ -290,7 +299,9 @@ class SnapshotRows:
             raise SourceFormat(message)
         pin = snapshot.iceberg
         self._table = open_metadata(pin.metadata)
-        self._schema = self._table.schemas()[pin.schema_id].select(*pin.field_ids)
+        schema = self._table.schemas()[pin.schema_id]
+        self.names = list(_list_fields(schema))
+        self._schema = schema.select(*pin.field_ids)
         self.schema = schema_to_pyarrow(self._schema, include_field_ids=False)
         tasks = plan_tasks(self._table, pin.snapshot_id)
         self._tasks = {split_location(task.file.file_path)[1]: task for task in tasks}

@@ -286,6 +286,10 @@ class _Staging:
     def __post_init__(self) -> None:
         if self.snapshot.format == "iceberg":
             self.iceberg_rows = import_extra("tasks.batch.iceberg_source", "iceberg").SnapshotRows(self.snapshot)
+            if self.missing_columns == "refuse":
+                wanted, where = _requested_columns(self.contract, self.keys), f"The table at {self.snapshot.title}"
+                advice = "Rename them in the table, or name an earlier snapshot of it"
+                _require_columns(self.iceberg_rows.names, wanted.names, where, advice)
 
     def convert(self, file: SourceFile) -> _Listing:
         """Copy a file, and return the list of its copies."""
@@ -332,17 +336,20 @@ class _Staging:
 def _check_columns(tables: Iterable[pa.Table], required: frozenset[str], where: str) -> Generator[pa.Table]:
     """Yield tables, and raise SchemaMismatch before the first one where columns are missing."""
     for at, table in enumerate(tables):
-        names = list_fields(table.schema).names
-        missing = sorted(required.difference(names)) if at == 0 and table.num_rows else ()
-        if missing:
-            found = ", ".join(names[:_NAMES_SHOWN])
-            message = (
-                f"{where} must have every column that the run reads, but {missing} are missing"
-                f"{suggest_name(missing[0], names) or '.'} Columns found: {found}. Rename them, or say "
-                f"how the file is written by {name_option('csv')}."
-            )
-            raise SchemaMismatch(message)
+        if at == 0 and table.num_rows:
+            advice = f"Rename them, or say how the file is written by {name_option('csv')}"
+            _require_columns(list_fields(table.schema).names, required, where, advice)
         yield table
+
+
+def _require_columns(names: Sequence[str], required: Iterable[str], where: str, advice: str) -> None:
+    if missing := sorted(set(required).difference(names)):
+        found = ", ".join(names[:_NAMES_SHOWN])
+        message = (
+            f"{where} must have every column that the run reads, but {missing} are missing"
+            f"{suggest_name(missing[0], names) or '.'} Columns found: {found}. {advice}."
+        )
+        raise SchemaMismatch(message)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,15 @@ from pyiceberg.table import Table
 from pyiceberg.transforms import DayTransform, IdentityTransform
 from pyiceberg.types import DoubleType, FloatType, IntegerType, LongType, NestedField, StringType, TimestampType
 
-from serving.errors import BadInput, SourceChanged, SourceEmpty, SourceFormat, SourceNotFound, StorageFault
+from serving.errors import (
+    BadInput,
+    SchemaMismatch,
+    SourceChanged,
+    SourceEmpty,
+    SourceFormat,
+    SourceNotFound,
+    StorageFault,
+)
 from tasks.batch.chunk_layout import Piece
 from tasks.batch.chunk_reader import Reader
 from tasks.batch.dataset import Snapshot, open_dataset
@@ -270,6 +278,21 @@ def test_a_column_that_was_dropped_and_made_again_has_none_of_the_old_values(lak
 
     assert "iceberg" == snapshot.format
     assert [None, None, None] == read(snapshot, staged_at=f"{place}/copies")["b"].to_pylist()
+
+
+@pytest.mark.parametrize("change", ["dropped", "renamed"])
+@pytest.mark.parametrize("used", [("id", "b"), ("b",)])
+def test_a_column_that_the_table_has_no_more_is_not_read_from_its_old_files(
+    local_lake: Catalog, tmp_path: Path, change: str, used: tuple[str, ...]
+) -> None:
+    table = customers(local_lake, (0, 3))
+    with table.update_schema() as update:
+        update.delete_column("b") if change == "dropped" else update.rename_column("b", "b_total")
+    snapshot = pin(columns=used)
+
+    with pytest.raises(SchemaMismatch, match=r"but \['b'\] are missing.* Columns found: id, a, .*earlier snapshot"):
+        read(snapshot, used, f"{tmp_path}/copies")
+    assert not (tmp_path / "copies").exists()
 
 
 def test_a_widened_column_is_of_its_new_type_in_every_file(lake: Catalog, place: str) -> None:
