@@ -72,23 +72,23 @@ def parse_lines(block: bytes, types: dict[str, pl.DataType], *, is_valid: bool =
     return _with_nested_text(frame, block)
 
 
-def parse_fields(block: bytes, types: dict[str, pl.DataType]) -> pl.DataFrame:
+def parse_fields(block: bytes, types: dict[str, pl.DataType], *, is_valid: bool = False) -> pl.DataFrame:
     """Return lines of JSON objects as `parse_lines` does, where a name may be the path of a field in an object.
 
     In each line a field whose own name is that path goes before it. Raises NotJsonLines.
     """
     paths = tuple(name for name in types if "." in name)
     if not paths:
-        return parse_lines(block, types)
+        return parse_lines(block, types, is_valid=is_valid)
     structs = None if _holds_dots(block, paths) else _make_structs(types)
     if structs is not None:
         # Polars gives up where an object is expected and another value found. Lines that are no JSON are refused below.
         with suppress(NotJsonLines):
-            nested = parse_lines(block, structs)
+            nested = parse_lines(block, structs, is_valid=is_valid)
             frame = pl.DataFrame([_take_field(nested, name) for name in types])
             if not any(frame[name].str.contains(_NESTED).any() for name in paths if types[name] == pl.String):
                 return frame
-    frame = parse_lines(block, types)
+    frame = parse_lines(block, types, is_valid=is_valid)
     found = (find_written(line, paths) for line in block.split(b"\n") if line.strip())
     flat = (b",".join(json.dumps(name).encode() + b":" + value for name, value in each.items()) for each in found)
     lines = b"\n".join(b"{" + each + b"}" for each in flat)

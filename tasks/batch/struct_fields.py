@@ -32,7 +32,7 @@ def _iter_below(field: pa.Field) -> Iterator[pa.Field]:
         yield from _iter_below(each)
 
 
-def read_field(rows: pa.RecordBatch, name: str) -> pa.Array | None:
+def read_field(rows: pa.RecordBatch | pa.Table, name: str) -> pa.Array | pa.ChunkedArray | None:
     """Return a column of rows, or a field by its path; None where there is neither."""
     path = _find_path(rows.schema, name)
     if path is None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -15,7 +16,8 @@ import pyarrow as pa
 
 from serving.errors import SchemaMismatch
 from serving.model.contract import Contract
-from tasks.batch.json_lines import NotJsonLines, Number, parse_lines, read_object, written_values
+from tasks.batch.json_lines import NotJsonLines, Number, find_written, parse_fields, read_object
+from tasks.batch.struct_fields import list_fields, read_field
 from tasks.stream.message import Message, Poison
 
 ROWS_MAX = 1 << 20
@@ -123,12 +125,13 @@ class Decoder:
     def _restore_keys(self, messages: Sequence[Message], rows: Sequence[dict[str, Any]], table: pa.Table) -> None:
         """Put keys into rows as the message writes them, where the parsed value would be written differently.
 
-        A parser reads a number above 2^64 as a float, and `1.10` as 1.1. Of two equal names the first counts.
+        A parser reads a number above 2^64 as a float, and `1.10` as 1.1. Of two equal names the first counts, and a key
+        that is within the second of two objects alone is a null.
         """
         for key in self.key_columns:
             for message, row, text in zip(messages, rows, table.column(key).to_pylist(), strict=True):
                 if not _is_written_alike(row[key], text):
-                    row[key] = orjson.Fragment(written_values(message.payload, [key])[key])
+                    row[key] = orjson.Fragment(find_written(message.payload, (key,)).get(key, b"null"))
 
     def _parse_row(self, payload: bytes) -> dict[str, Any]:
         try:
@@ -140,8 +143,10 @@ class Decoder:
             detail = f"got a {type(row).__name__}: {payload[:_CHARACTERS_SHOWN]!r}"
             raise Unreadable(Reason.NOT_AN_OBJECT, detail)
         for key in self.key_columns:
-            if key not in row:
-                raise Unreadable(Reason.KEY_MISSING, f"the message has {sorted(row)[:20]}", key)
+            try:
+                row[key] = _find_field(row, key)
+            except KeyError:
+                raise Unreadable(Reason.KEY_MISSING, f"the message has {sorted(row)[:20]}", key) from None
         return row
 
     def _parse_table(self, messages: Sequence[Message]) -> pa.Table | None:
@@ -149,7 +154,7 @@ class Decoder:
         # A line break within a message can only be between its tokens.
         lines = b"\n".join(message.payload.replace(b"\n", b" ") for message in messages)
         try:
-            frame = parse_lines(lines, self._text_types, is_valid=True)
+            frame = parse_fields(lines, self._text_types, is_valid=True)
         except NotJsonLines:
             return None
         return frame.to_arrow(compat_level=pl.CompatLevel.oldest()) if frame.height == len(messages) else None
@@ -199,10 +204,14 @@ class Decoder:
 
     def _read_arrow_table(self, payload: bytes) -> pa.Table:
         table = read_arrow(payload)
-        if table.schema not in self._checked_schemas:
-            self._check_schema(table.schema)
-        names = [column.name for column in self.contract.columns if column.name in table.schema.names]
-        return table.select(list(dict.fromkeys([*names, *self.key_columns])))
+        schema = list_fields(table.schema)
+        if schema not in self._checked_schemas:
+            self._check_schema(schema)
+        used = [column.name for column in self.contract.columns if column.name in schema.names]
+        names = list(dict.fromkeys([*used, *self.key_columns]))
+        if schema is table.schema:
+            return table.select(names)
+        return pa.table({name: read_field(table, name) for name in names})
 
     def _check_schema(self, schema: pa.Schema) -> None:
         try:
@@ -232,6 +241,18 @@ class Decoder:
                     return []
                 table = table.set_column(index, key, cast)
         return [replace(group, table=table)]
+
+
+def _find_field(row: Mapping[str, Any], path: str) -> Any:
+    """Return a field of an object, or of objects within it by its path. Raises KeyError."""
+    if path in row:
+        return row[path]
+    for at in (at for at, mark in enumerate(path) if mark == "."):
+        within = row.get(path[:at])
+        if isinstance(within, dict):
+            with suppress(KeyError):
+                return _find_field(within, path[at + 1 :])
+    raise KeyError(path)
 
 
 def _cast_unchanged(column: pa.ChunkedArray, key_type: pa.DataType) -> pa.ChunkedArray | None:

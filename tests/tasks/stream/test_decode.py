@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serving.model.contract import Column, Contract, Input
 from tasks.batch.formats import RequestedColumns, read_tables
 from tasks.stream.decode import ROWS_MAX, Decoder, Reason, Unreadable, count_rows, is_arrow, read_arrow
 from tasks.stream.score import write_arrow
@@ -54,6 +55,73 @@ def test_rows_of_json_are_read_as_the_batch_path_reads_json_lines(tmp_path: Path
     assert [] == poison
     assert table.to_pydict() == group.table.to_pydict()
     assert list(range(len(values))) == [row["id"] for row in group.rows or ()]
+
+
+NESTED = Contract(
+    inputs=(
+        Input(
+            name="x",
+            dtype="float32",
+            shape=(2,),
+            columns=(Column(name="user.age", dtype="float32"), Column(name="a", dtype="float32")),
+        ),
+    ),
+    outputs=CONTRACT.outputs,
+)
+ROWS_WITHIN = [
+    {"user": {"id": 1, "age": 10.5}, "a": 1},
+    {"user": {"id": 2}, "a": 2},
+    {"user": {"id": 3, "age": "30", "more": [1]}, "user.age": 4, "a": 3},
+    {"user.id": 4, "user": {"id": 9, "age": {"years": 1}}, "a": 4},
+    {"user": {"id": 5, "age": 1e300}, "a": None},
+    {"user.id": 6, "user": None},
+]
+
+
+def test_fields_of_objects_are_read_by_their_paths_as_the_batch_path_reads_them(tmp_path: Path) -> None:
+    sent = [message(orjson.dumps(row), at) for at, row in enumerate(ROWS_WITHIN)]
+    ((group,), poison) = Decoder(NESTED, ("user.id",)).decode(sent)
+    lines = tmp_path / "rows.jsonl"
+    lines.write_bytes(b"".join(each.payload + b"\n" for each in sent))
+    wanted = RequestedColumns(names=("user.age", "a", "user.id"), lists=frozenset())
+    (table,) = read_tables(lines, "jsonl", wanted, "rows")
+
+    assert [] == poison
+    assert table.to_pydict() == group.table.to_pydict()
+    assert ["10.5", None, "4", '{"years":1}', "1e+300", None] == group.table["user.age"].to_pylist()
+    assert [1, 2, 3, 4, 5, 6] == [row["user.id"] for row in group.rows or ()]
+
+
+def test_a_key_within_an_object_is_written_as_the_message_writes_it() -> None:
+    ((group,), _) = Decoder(NESTED, ("user.id",)).decode([message(b'{"user": {"id": 1.10}, "a": 1}')])
+
+    assert b'{"user.id":1.10}' == orjson.dumps({"user.id": (group.rows or ())[0]["user.id"]})
+
+
+def test_of_two_objects_of_one_name_the_first_counts() -> None:
+    payloads = [b'{"user": {"id": 1}, "user": {"id": 2}}', b'{"user": 5, "user": {"id": 2}}']
+    ((group,), _) = Decoder(NESTED, ("user.id",)).decode([message(each) for each in payloads])
+
+    assert b"[1,null]" == orjson.dumps([row["user.id"] for row in group.rows or ()])
+    assert ["1", None] == group.table["user.id"].to_pylist()
+
+
+@pytest.mark.parametrize("payload", [b'{"user": null, "a": 1}', b'{"user": 7}', b'{"user": {"age": 1}}', b"{}"])
+def test_a_key_that_no_object_holds_is_missing(payload: bytes) -> None:
+    groups, poison = Decoder(NESTED, ("user.id",)).decode([message(payload)])
+
+    assert [] == groups
+    assert [Reason.KEY_MISSING] == [each.reason for each in poison]
+
+
+def test_fields_of_structs_are_read_by_their_paths() -> None:
+    kind = pa.struct([("id", pa.int64()), ("age", pa.float32())])
+    user = pa.array([{"id": 1, "age": 10.5}, {"id": 2, "age": None}], kind)
+    table = pa.table({"user": user, "a": pa.array([1.0, 2.0], pa.float32())})
+    ((group,), poison) = Decoder(NESTED, ("user.id",)).decode([message(write_arrow(table))])
+
+    assert [] == poison
+    assert {"user.age": [10.5, None], "a": [1.0, 2.0], "user.id": [1, 2]} == group.table.to_pydict()
 
 
 def test_json_may_be_written_over_several_lines() -> None:
