@@ -18,7 +18,7 @@ from tasks.storage import Storage, open_storage
 from tasks.stream.connections import Connections, DeadLetters, EmitPolicy, Sink
 from tasks.stream.decode import Decoder
 from tasks.stream.kafka.client import KafkaErrorHandler, KafkaTopic
-from tasks.stream.kafka.sink import KafkaDeadLetters, KafkaSink, MessageProducer
+from tasks.stream.kafka.sink import KafkaDeadLetters, KafkaSink, MessageProducer, check_topics
 from tasks.stream.kafka.source import KafkaSource
 from tasks.stream.nats.connection import NatsConnection, find_stream
 from tasks.stream.nats.consumer import check_identity, check_position, find_identity
@@ -98,6 +98,7 @@ class ConnectionOpener:
         return connections if emitted_ids is None else replace(connections, find_emitted=emitted_ids.find_emitted)
 
     def _open_kafka_source(self, source: FromKafka, sink: ToNats | ToKafka | ToParts, stack: ExitStack) -> Connections:
+        check_topics(source, sink)
         errors = KafkaErrorHandler(source.servers, self.warn, self.give_up)
         reader = KafkaSource(source, errors, bytes_max=self.options.in_flight_bytes // 2)
         stack.callback(reader.close)

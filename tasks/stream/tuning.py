@@ -31,6 +31,8 @@ from tasks.stream.report import StreamMetrics
 
 _POLL_SECONDS = 0.2
 _SAMPLE_MESSAGES_MAX = 1024
+# After the first message: poison waits for a readable message as long as these take, a second at most.
+_SAMPLE_FETCHES_MAX = 5
 _SAMPLE_BYTES_MAX = 32 << 20
 # Passes of these fractions of a batch are measured. Larger micro-batches are several passes.
 _SIZE_DIVISORS = (64, 8, 1)
@@ -59,13 +61,15 @@ class SampledSource:
     ) -> pa.Table | None:
         """Wait for messages and return rows of the first that are readable.
 
-        Returns None where the stream ends first, where the first thousand messages are poison, or where one was
-        delivered before: it may be what ended the last scorer.
+        Returns None where the stream ends first, where the first messages are poison and a readable one does not come
+        within a second, or where one was delivered before: it may be what ended the last scorer.
         """
         start = time.monotonic()
-        while len(self._held) < _SAMPLE_MESSAGES_MAX and not is_stopping():
+        fetches = 0
+        while len(self._held) < _SAMPLE_MESSAGES_MAX and fetches < _SAMPLE_FETCHES_MAX and not is_stopping():
             fetched = self._source.fetch(_SAMPLE_MESSAGES_MAX - len(self._held), 1, _POLL_SECONDS)
             self._held += fetched
+            fetches += bool(self._held)
             if any(message.deliveries > 1 for message in fetched):
                 return None
             groups, _ = decoder.decode(fetched)

@@ -7,11 +7,11 @@ from functools import partial
 
 from confluent_kafka import KafkaError, KafkaException, Producer
 
-from serving.errors import BrokerFault
+from serving.errors import BrokerFault, StreamUnfit
 from serving.model.contract import Contract
 from tasks.stream.kafka.client import POLL_SECONDS, KafkaErrorHandler, build_settings, find_topic
 from tasks.stream.message import HEADER_MODEL, HEADER_SOURCE, Message, Poison, build_poison_headers
-from tasks.stream.options import FromKafka, ToKafka
+from tasks.stream.options import FromKafka, ToKafka, ToNats, ToParts
 from tasks.stream.score import ScoredBatch, build_answers
 
 
@@ -69,6 +69,17 @@ class MessageProducer:
         self._errors.handle(error)
         message = f"Kafka at {self._errors.servers} must take messages, got: {error.str()}. Call again: it resumes."
         raise BrokerFault(message)
+
+
+def check_topics(source: FromKafka, sink: ToNats | ToKafka | ToParts) -> None:
+    """Raise StreamUnfit where scores or dead letters would go into the topic that is read, which would never end."""
+    written = {"dead letters": source.dead_letter_topic}
+    if isinstance(sink, ToKafka) and sink.servers in (None, source.servers):
+        written["scores"] = sink.topic
+    for what, topic in written.items():
+        if topic == source.topic:
+            message = f"The {what} must not go into the topic that is read, got {topic!r} for both. Name another topic."
+            raise StreamUnfit(message)
 
 
 class KafkaSink:

@@ -275,25 +275,28 @@ async def ensure_sink_stream(connection: NatsConnection, address: ToNats, source
     """
     window = source.redelivery_seconds_max if isinstance(source, FromNats) else _WINDOW_SECONDS_MIN
     info = await _ensure_stream(connection, address.stream, address.subject, window, "sink")
+    if isinstance(source, FromNats):
+        _check_not_read(info, source, address.subject, "scores")
     _check_window(info, window, address.subject)
-    if (
-        isinstance(source, FromNats)
-        and info.config.name == source.stream
-        and subjects_overlap(source.subject or ">", address.subject)
-    ):
+    return info
+
+
+def _check_not_read(info: StreamInfo, source: FromNats, subject: str, what: str) -> None:
+    """Raise StreamUnfit where a subject that is written to is one of those that are read."""
+    if info.config.name == source.stream and subjects_overlap(source.subject or ">", subject):
+        read = f"of which {source.subject!r} is read" if source.subject else "which is read whole"
         message = (
-            f"The scores must not go into what the stream is read from, got {address.subject!r}, a subject of "
-            f"{source.stream!r}, which is read whole. Name the subject to read, or another one to write to."
+            f"The {what} must not go into what the stream is read from, got {subject!r}, a subject of "
+            f"{source.stream!r}, {read}. Name the subject to read, or another one to write to."
         )
         raise StreamUnfit(message)
-    return info
 
 
 async def ensure_dead_letter_stream(connection: NatsConnection, address: FromNats) -> StreamInfo:
     """Return the stream that takes the dead letters, and create it where it is missing.
 
     Raises:
-        StreamUnfit: No stream takes the subject, or it forgets message ids too early.
+        StreamUnfit: No stream takes the subject, or it forgets message ids too early, or it is what is read.
     """
     name = DEAD_LETTER_STREAM if address.dead_letters is None else None
     window = address.redelivery_seconds_max
@@ -301,6 +304,7 @@ async def ensure_dead_letter_stream(connection: NatsConnection, address: FromNat
     info = await _ensure_stream(
         connection, name, address.dead_letter_subject, window, "dead letters", subjects=subjects
     )
+    _check_not_read(info, address, address.dead_letter_subject, "dead letters")
     if name == info.config.name and (info.config.duplicate_window or 0.0) < window:
         # It is shared, and may have been created for a source that needs less.
         wider = info.config.evolve(duplicate_window=window)
@@ -319,10 +323,10 @@ async def _ensure_stream(
         found = await connection.request(f"the {what}", lambda: connection.js.find_stream_name_by_subject(subject))
     except NotFoundError:
         if name is None:
+            otherwise = "name one in `stream`: it is then made" if what == "sink" else "leave out dead_letters"
             message = (
                 f"A stream must take the subject {subject!r} of the {what}, but none at {connection.url} does. Make "
-                f"one (nats stream add --subjects={subject} --dupe-window={window:.0f}s), or name one in `stream`: it "
-                "is then made."
+                f"one (nats stream add --subjects={subject} --dupe-window={window:.0f}s), or {otherwise}."
             )
             raise StreamUnfit(message) from None
         return await _create_stream(connection, name, subjects or subject, window)

@@ -117,6 +117,13 @@ class Source:
         return self.left.pop(0)[:messages_max]
 
 
+def test_messages_that_are_all_poison_wait_for_few_fetches_for_a_readable_one() -> None:
+    source = SampledSource(Source([message(b"no", 1)], *([] for _ in range(9)), [json_row(2)]))
+
+    assert source.read_sample(decoder(), lambda: False, None) is None
+    assert [1] == [each.position.number for each in source.fetch(2, 1, 0.1)]
+
+
 def test_the_messages_of_a_sample_are_fetched_afterwards_in_their_order() -> None:
     first, second, third = [message(b"no", 1)], [json_row(2), arrow_rows(3, [1.0, 2.0])], [json_row(4)]
     source = SampledSource(Source(first, second, third))

@@ -68,6 +68,30 @@ def test_dead_letters_that_nothing_takes_end_the_stream_and_are_not_forgotten(
         NatsDeadLetters(connection, address, "origin").send([poison])
 
 
+def test_dead_letters_do_not_go_into_what_is_read(
+    connection: NatsConnection, nats: NatsServer, nats_client: NatsClient, fresh: str
+) -> None:
+    nats_client.make(fresh, f"{fresh}.>", duplicate_window=600)
+    whole = FromNats(url=nats.url, stream=fresh, dead_letters=f"{fresh}.dead")
+    part = whole.model_copy(update={"subject": f"{fresh}.in"})
+    below = whole.model_copy(update={"subject": f"{fresh}.*"})
+
+    with pytest.raises(StreamUnfit, match=rf"The dead letters must not .*'{fresh}\.dead'.*, which is read whole"):
+        connection.run(ensure_dead_letter_stream(connection, whole))
+    with pytest.raises(StreamUnfit, match=rf"The dead letters must not .*, of which '{fresh}\.\*' is read"):
+        connection.run(ensure_dead_letter_stream(connection, below))
+    assert fresh == connection.run(ensure_dead_letter_stream(connection, part)).config.name
+
+
+def test_dead_letters_that_no_stream_takes_are_named_with_what_can_be_done(
+    connection: NatsConnection, nats: NatsServer, fresh: str
+) -> None:
+    address = FromNats(url=nats.url, stream="any", dead_letters=fresh)
+
+    with pytest.raises(StreamUnfit, match=r"of the dead letters, .*nats stream add .*, or leave out dead_letters\."):
+        connection.run(ensure_dead_letter_stream(connection, address))
+
+
 def test_a_stream_of_dead_letters_that_may_not_remember_for_longer_is_named(tmp_path: Path) -> None:
     with nats_server(tmp_path) as server, NatsClient(server.url) as client:
         client.make("OVERNIGHT_DEAD", "overnight.dead.>", max_age=100, duplicate_window=100)
