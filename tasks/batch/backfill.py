@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Literal, Self
 from urllib.parse import unquote
 
@@ -154,7 +154,12 @@ class BackfillReport(Frozen):
 
 
 def list_pieces(
-    source: str, destination: str, pieces: Pieces, options: BatchOptions, used: Collection[str] = ()
+    source: str,
+    destination: str,
+    pieces: Pieces,
+    options: BatchOptions,
+    used: Collection[str] = (),
+    now: datetime | None = None,
 ) -> list[Piece]:
     """Return the pieces of a source, the oldest first. Nothing is opened.
 
@@ -164,10 +169,12 @@ def list_pieces(
         pieces: Which there are.
         options: Those of every run.
         used: The columns that the model and the keys use.
+        now: The moment after which a table has no versions yet; that of the call where none is given.
 
     Raises:
         SourceNotFound: There is no such partition.
-        BadInput: The source is not of the kind that the pieces are, there are too many, or an option names one run.
+        BadInput: The source is not of the kind that the pieces are, there are too many, a moment is yet to come, or an
+            option names one run.
     """
     if named := [name for name in ("name", "joins", "source_version", "source_timestamp") if getattr(options, name)]:
         message = f"Each piece must be a run of its own, got {', '.join(named)} for all of them. Leave that out."
@@ -184,7 +191,10 @@ def list_pieces(
             f"output={options.output!r}. Score into a table by calls of batch_inference, one after another."
         )
         raise BadInput(message)
-    found = _list_partitions(source, pieces, used) if isinstance(pieces, Partitions) else _list_versions(source, pieces)
+    if isinstance(pieces, Partitions):
+        found = _list_partitions(source, pieces, used)
+    else:
+        found = _list_versions(source, pieces, now or datetime.now(UTC))
     if len(found) > _PIECES_MAX:
         message = f"A backfill must have at most {_PIECES_MAX:,} pieces, got {len(found):,}. Narrow the range."
         raise BadInput(message)
@@ -238,19 +248,22 @@ def _address(source: str, folder: str, is_used: bool) -> str:  # noqa: FBT001 - 
 
 
 def choose_values(values: Sequence[str], first: str | None, last: str | None) -> list[str]:
-    """Return the values of a range, the lowest first; as numbers where all of them and both ends are."""
-    ends = [end for end in (first, last) if end is not None]
-    are_numbers = all(re.fullmatch(r"-?\d+", value) for value in (*values, *ends))
+    """Return the values of a range, numbers before texts, the lowest first.
 
-    def key(value: str) -> tuple[int, str]:
-        return (int(value) if are_numbers else 0, value)
-
-    chosen = [
-        value
-        for value in values
-        if (first is None or key(first) <= key(value)) and (last is None or key(value) <= key(last))
-    ]
-    return sorted(chosen, key=key)
+    They are compared as numbers where both ends are numbers and any value is: no text is in such a range, and 07 is 7.
+    """
+    ends = {end for end in (first, last) if end is not None}
+    numbers = {each: int(each) for each in (*values, *ends) if re.fullmatch(r"-?\d+", each)}
+    if ends and numbers.keys() >= ends and not numbers.keys().isdisjoint(values):
+        low, high = (None if end is None else numbers[end] for end in (first, last))
+        chosen = [
+            value
+            for value in values
+            if value in numbers and (low is None or low <= numbers[value]) and (high is None or numbers[value] <= high)
+        ]
+    else:
+        chosen = [v for v in values if (first is None or first <= v) and (last is None or v <= last)]
+    return sorted(chosen, key=lambda value: (value not in numbers, numbers.get(value, 0), value))
 
 
 def sort_values(values: Sequence[str]) -> list[str]:
@@ -258,13 +271,19 @@ def sort_values(values: Sequence[str]) -> list[str]:
     return choose_values(values, None, None)
 
 
-def _list_versions(source: str, pieces: TableVersions | TableTimes) -> _Found:
+def _list_versions(source: str, pieces: TableVersions | TableTimes, now: datetime) -> _Found:
     if isinstance(pieces, TableVersions):
         numbers = pieces.numbers or range(pieces.first or 0, (pieces.last or 0) + 1)
         found: _Found = [(f"version={number}", source, {"source_version": number}) for number in numbers]
     else:
         count = (pieces.last - pieces.first) // pieces.every + 1
         times = [pieces.first + pieces.every * at for at in range(max(0, min(count, _PIECES_MAX + 1)))]
+        if times and times[-1] > now:
+            message = (
+                f"Every moment must have passed, got {times[-1].isoformat()} where it is {now:%Y-%m-%dT%H:%M:%SZ} now: "
+                "what a table will hold then is not known. End the range earlier."
+            )
+            raise BadInput(message)
         names = [f"time={time.astimezone(UTC):%Y-%m-%dT%H%M%SZ}" for time in times]
         found = [(name, source, {"source_timestamp": time}) for name, time in zip(names, times, strict=True)]
     if not found:

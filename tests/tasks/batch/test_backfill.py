@@ -90,8 +90,17 @@ def test_numbers_are_compared_as_numbers(values: list[int], first: int, last: in
     assert [str(value) for value in sorted(values) if first <= value <= last] == chosen
 
 
+def test_numbers_are_compared_as_numbers_beside_texts_and_with_zeros_before_them() -> None:
+    hours = [*(f"{at:02}" for at in range(13)), "__HIVE_DEFAULT_PARTITION__"]
+
+    assert hours[1:13] == choose_values(hours, "1", "12")
+    assert hours[10:13] == choose_values(hours, "10", None)
+    assert hours == choose_values(hours[::-1], None, None)
+
+
 def test_texts_are_compared_as_texts() -> None:
-    assert ["10", "9", "b"] == choose_values(["b", "9", "10", "z"], "1", "c")
+    assert ["2026-11-01"] == choose_values(["2025-11-01", "2026-11-01", "2027-11-01"], "2026", "2027")
+    assert ["9", "10", "b"] == choose_values(["b", "9", "10", "z"], "1", "c")
 
 
 @pytest.mark.parametrize(
@@ -136,6 +145,15 @@ def test_versions_and_times_are_options_of_their_runs() -> None:
     assert [("version=7", "out/version=7"), ("version=9", "out/version=9")] == [(p.name, p.destination) for p in chosen]
     assert [noon, noon + timedelta(hours=6), noon + timedelta(hours=12)] == [p.options.source_timestamp for p in times]
     assert "time=2026-11-01T180000Z" == times[1].name
+
+
+def test_moments_that_are_yet_to_come_are_refused() -> None:
+    noon = datetime(2026, 11, 1, 12, tzinfo=UTC)
+    times = TableTimes(first=noon, last=noon + timedelta(hours=13), every=timedelta(hours=6))
+
+    assert 3 == len(list_pieces("t", "out", times, OPTIONS, now=noon + timedelta(hours=12)))
+    with pytest.raises(BadInput, match=r"passed, got 2026-11-02T00:00:00\+00:00 where it is 2026-11-01T23:59:59Z now"):
+        list_pieces("t", "out", times, OPTIONS, now=noon + timedelta(hours=11, seconds=3599))
 
 
 @pytest.mark.parametrize(
