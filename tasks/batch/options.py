@@ -365,6 +365,18 @@ class BatchOptions(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _modes_are_of_the_output(self) -> Self:
+        for table in ("delta", "iceberg"):
+            mode = getattr(self, f"{table}_mode")
+            if mode != "append" and self.output != table:
+                message = (
+                    f"{name_option(f'{table}_mode')} must go with {give_option('output', table)}, got {mode!r} where "
+                    f"output is {self.output!r}."
+                )
+                raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
     def _rows_once(self) -> Self:
         if self.rescore is not None and self.table_mode == "append":
             message = (

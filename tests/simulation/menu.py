@@ -31,7 +31,7 @@ def make_menu(
         memory_mb=1024,
         max_reject_fraction=1.0,
         output=output,
-        delta_mode=mode,
+        delta_mode=mode if output == "delta" else "append",
         missing_keys=chance.choice(["keep", "keep", "delete", "mark"]) if upserts else "keep",
         gate=make_gate(chance) if is_gated else None,
     )

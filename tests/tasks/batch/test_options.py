@@ -20,6 +20,8 @@ def test_every_option_has_a_default_and_a_description() -> None:
         {"output": "csv"},
         {"delta_mode": "merge"},
         {"output": "delta", "delta_mode": "upsert"},
+        {"delta_mode": "replace"},
+        {"output": "delta", "iceberg_mode": "replace"},
         {"output": "iceberg", "iceberg_table": "lake.sales.scores", "iceberg_mode": "upsert"},
         {"missing_keys": "delete"},
         {"missing_keys": "mark", "output": "delta", "key_columns": ["id"]},

@@ -284,7 +284,7 @@ def test_the_same_rescoring_is_the_same_run_and_another_is_another() -> None:
         lambda: key(key_columns=("id",)),
         lambda: key(policies={"a": ColumnPolicy(null="keep")}),
         lambda: key(output="delta"),
-        lambda: key(delta_mode="replace"),
+        lambda: key(output="delta", delta_mode="replace"),
         lambda: key(batch_size=512),
         lambda: key(rows_per_chunk=512),
         lambda: key(rescore="after-the-outage"),
