@@ -41,7 +41,7 @@ class ManifestPart(Frozen):
 
 
 _NUMBERS = re.compile(r"\d+")
-_SCORE_FIRST = "Call batch_inference first."
+_SCORE_FIRST = "Call batch_inference first, or stream_inference until a part is full."
 OTHER_REASONS = "other reasons, which the parts have"
 _REASONS_MAX = 100
 
@@ -193,6 +193,17 @@ def find_newest_run(storage: Storage, other_than: str | None = None, *, rows_min
     return None if newest is None else read_part_lists(storage, newest)
 
 
+def find_named_run(storage: Storage, name: str) -> Manifest | None:
+    """Return the manifest of a run, or of the newest commit of a stream's table, by its name; None where neither is."""
+    if (manifest := find_manifest(storage, name)) is not None:
+        return manifest
+    commits = re.compile(rf"{ROOT}/{re.escape(name)}-\d{{8,}}/manifest\.json")
+    paths = [entry.path for entry in storage.entries(ROOT, depth=2) if commits.fullmatch(entry.path)]
+    found = [each for each in read_manifests(storage, paths) if each.commit]
+    newest = max(found, key=lambda manifest: manifest.position, default=None)
+    return None if newest is None else read_part_lists(storage, newest)
+
+
 def find_newer_run(storage: Storage, manifest: Manifest) -> str | None:
     """Return the newest complete run that was planned after another one of a destination, None where there is none."""
     later = [path for path in list_order_numbers(storage) if parse_order_number(path) > manifest.order]
@@ -242,7 +253,7 @@ def check_manifest_key(manifest: Manifest, plan: Plan) -> None:
 
 
 def open_predictions(destination: str, run: str | None = None) -> pl.LazyFrame:
-    """Open the newest complete run of a destination, or a named one, as a LazyFrame.
+    """Open the newest complete run of a destination, or a named one, or a stream's table by its name, as a LazyFrame.
 
     Every row of the dataset is in it: key columns, predictions (null for rejects), reject_column and
     reject_reason. The newest run is the one that was planned last. Where its rows went into a Delta or Iceberg table,
@@ -290,11 +301,11 @@ def locate_parts(manifest: Manifest, table: TableFiles) -> dict[str, str]:
 
 
 def find_complete_manifest(storage: Storage, run: str | None, advice: str) -> Manifest:
-    """Return the manifest of a run that is named, else of the newest complete run.
+    """Return the manifest of a run or a stream's table that is named, else of the newest complete run.
 
     Raises NoCompleteRun where there is none, with the advice as what to do next.
     """
-    manifest = find_manifest(storage, run) if run else find_newest_run(storage)
+    manifest = find_named_run(storage, run) if run else find_newest_run(storage)
     if manifest is None:
         wanted = f"run {run}" if run else "a run"
         message = f"{storage.url} must hold {wanted} that is complete, got none. {advice}"
@@ -303,7 +314,7 @@ def find_complete_manifest(storage: Storage, run: str | None, advice: str) -> Ma
 
 
 def open_rejects(destination: str, run: str | None = None) -> pl.LazyFrame:
-    """Open the rejects of the newest complete run, or of a named run that need not be complete.
+    """Open the rejects of the newest complete run, or of a named run that need not be complete, or a stream's table.
 
     Each is a row of the dataset with its key columns, reject_column and reject_reason.
     Raises NoCompleteRun where there is no such run.
@@ -338,7 +349,7 @@ def find_run_manifest(storage: Storage, run: str | None) -> Manifest | None:
 
     Raises NoCompleteRun where none is named, and none is complete.
     """
-    return find_manifest(storage, run) if run else find_complete_manifest(storage, None, _SCORE_FIRST)
+    return find_named_run(storage, run) if run else find_complete_manifest(storage, None, _SCORE_FIRST)
 
 
 def scan_parts(storage: Storage, paths: Sequence[str]) -> pl.LazyFrame:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from serving.errors import DestinationUnusable
+from serving.errors import DestinationUnusable, NoCompleteRun
 from tasks.batch.clean import clean
-from tasks.batch.manifest import OTHER_REASONS, find_manifest, find_newest_run, open_predictions
+from tasks.batch.manifest import OTHER_REASONS, find_manifest, find_newest_run, open_predictions, open_rejects
 from tasks.batch.plan import ROOT
 from tasks.batch.runs import list_runs
 from tasks.batch.verify import choose_runs, verify_run
@@ -36,6 +36,19 @@ def commit(place: str | LocalStorage, first: int, stop: int) -> None:
     sink = opened(place)
     for number in range(first, stop):
         emit(sink, [json_row(number)])
+
+
+def test_each_table_of_a_destination_is_opened_by_its_name(tmp_path: Path) -> None:
+    for name, number in (("t", 1), ("u", 5), ("t", 2), ("t-u", 7)):
+        emit(opened(str(tmp_path), name=name), [json_row(number)])
+
+    found = {name: open_predictions(str(tmp_path), name).collect()["id"].to_list() for name in ("t", "u", "t-u")}
+
+    assert {"t": ["1", "2"], "u": ["5"], "t-u": ["7"]} == found
+    assert ["1"] == open_predictions(str(tmp_path), "t-00000001").collect()["id"].to_list()
+    assert 0 == open_rejects(str(tmp_path), "u").collect().height
+    with pytest.raises(NoCompleteRun, match=r"must hold run v that is complete, got none\. Call batch_inference first"):
+        open_predictions(str(tmp_path), "v")
 
 
 def list_lists(place: Path) -> list[Path]:
