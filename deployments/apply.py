@@ -27,6 +27,7 @@ from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.settings import PREFECT_API_URL
+from prefect.types.names import BANNED_CHARACTERS
 from prefect.utilities.callables import parameter_schema
 from prefect.workers.process import ProcessWorker
 
@@ -116,14 +117,18 @@ class CallDeployment:
 async def deploy_call(call: CallDeployment, automations: Iterable[AutomationCore] | None = None) -> list[Change]:
     """Create the deployment of a call, or change what differs; with its pool, and the automations that resume its runs.
 
-    The call has the last word: a schedule that it does not name is removed.
+    The call has the last word: a schedule that it does not name is removed. What somebody has paused stays paused.
 
     Raises:
-        DeployFailed: There is no server, the work pool does not exist, the name is one of prefect.yaml's, or the server
-            refuses something.
+        DeployFailed: There is no server, the work pool does not exist, the name is one of prefect.yaml's or none of
+            Prefect, or the server refuses something.
         SecretExposed: A parameter holds a password or token.
     """
     refuse_secrets(call.parameters)
+    if any(each in call.name for each in BANNED_CHARACTERS):
+        banned = " ".join(sorted(BANNED_CHARACTERS))
+        message = f"The name of a deployment must have none of {banned}, got {call.name!r}. Choose another --name."
+        raise DeployFailed(message)
     content = yaml.safe_load(PREFECT_FILE.read_text())
     if call.name in {each["name"] for each in content["deployments"]}:
         message = (
@@ -133,7 +138,7 @@ async def deploy_call(call: CallDeployment, automations: Iterable[AutomationCore
         raise DeployFailed(message)
     (adhoc,) = (each for each in content["deployments"] if each["name"] == "adhoc")
     name, fields = _read_deployment({**adhoc, "name": call.name}, content["pull"])
-    schedule = {"slug": call.name, "cron": call.cron, "timezone": call.timezone, "active": True}
+    schedule = {"slug": call.name, "cron": call.cron, "timezone": call.timezone}
     fields = {
         **fields,
         "description": "Scores a dataset with a registered model. The same parameters again are the same run.",
@@ -153,11 +158,13 @@ async def _apply_call(client: PrefectClient, name: str, fields: Fields) -> Chang
     change = await _compare_deployment(client, name, fields)
     if change.what == "unchanged":
         return change
+    deployed = await _find_deployment(client, name)
+    paused = {each.slug for each in deployed.schedules if not each.active} if deployed else set()
     flow_name, _, short_name = name.partition("/")
     schedules = [
         DeploymentScheduleCreate(
             schedule=CronSchedule(cron=each["cron"], timezone=each["timezone"]),
-            active=each["active"],
+            active=each["slug"] not in paused,
             slug=each["slug"],
         )
         for each in fields["schedules"]
@@ -165,7 +172,10 @@ async def _apply_call(client: PrefectClient, name: str, fields: Fields) -> Chang
     others = {key: value for key, value in fields.items() if key != "schedules"}
     try:
         flow_id = await client.create_flow_from_name(flow_name)
-        await client.create_deployment(flow_id=flow_id, name=short_name, schedules=schedules, paused=False, **others)
+        is_paused = deployed is not None and deployed.paused
+        await client.create_deployment(
+            flow_id=flow_id, name=short_name, schedules=schedules, paused=is_paused, **others
+        )
     except PrefectHTTPStatusError as error:
         message = f"The Prefect server must take the deployment {name}, got: {error}"
         raise DeployFailed(message) from error
@@ -305,12 +315,18 @@ async def _check_pools(client: PrefectClient, names: Mapping[str, str], where: s
 
 
 async def _compare_deployment(client: PrefectClient, name: str, fields: Fields) -> Change:
-    try:
-        deployed = await client.read_deployment_by_name(name)
-    except ObjectNotFound:
+    deployed = await _find_deployment(client, name)
+    if deployed is None:
         return Change(kind="deployment", name=name, what="created")
     differ = find_differences(fields, deployed)
     return Change(kind="deployment", name=name, what=f"changed: {', '.join(differ)}" if differ else "unchanged")
+
+
+async def _find_deployment(client: PrefectClient, name: str) -> DeploymentResponse | None:
+    try:
+        return await client.read_deployment_by_name(name)
+    except ObjectNotFound:
+        return None
 
 
 def find_differences(fields: Fields, deployed: DeploymentResponse) -> list[str]:

@@ -53,7 +53,9 @@ def deploy(  # noqa: PLR0913 - each is an option of the command
     schedule: Annotated[
         str | None, typer.Option(help="When it runs, as cron: '0 1 * * *' is every night at one.", metavar="CRON")
     ] = None,
-    timezone: Annotated[str, typer.Option(help="The time zone of the schedule, such as Europe/Berlin.")] = "UTC",
+    timezone: Annotated[
+        str | None, typer.Option(help="The time zone of the schedule, such as Europe/Berlin. Default: UTC.")
+    ] = None,
     pool: Annotated[str, typer.Option(help="The work pool whose workers run it.")] = _POOL,
     key: Key = None,
     allow_pickle: AllowPickle = False,
@@ -84,6 +86,14 @@ def deploy(  # noqa: PLR0913 - each is an option of the command
     if not given and (name or schedule or key or allow_pickle or options or pool != _POOL):
         message = "The options belong to a call, got no MODEL, SOURCE and DESTINATION."
         raise typer.BadParameter(message)
+    if schedule is not None and not schedule.strip():
+        message = "--schedule must be five fields of cron, got none. Leave it out for a deployment without a schedule."
+        raise typer.BadParameter(message)
+    if timezone is not None and schedule is None:
+        message = (
+            f"--timezone must go with --schedule, got {timezone!r} alone: a schedule that is not given is removed."
+        )
+        raise typer.BadParameter(message)
     with keep_stdout(for_json=as_json):
         import asyncio  # noqa: PLC0415 - help needs none
 
@@ -102,7 +112,7 @@ def deploy(  # noqa: PLR0913 - each is an option of the command
             parameters=parameters,
             pool=pool,
             cron=schedule,
-            timezone=timezone,
+            timezone=timezone or "UTC",
         )
         changes = asyncio.run(deploy_call(call))
         warnings = list_unseen(parameters)

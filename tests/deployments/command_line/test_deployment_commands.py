@@ -86,9 +86,44 @@ def test_a_call_is_deployed_with_its_schedule_and_twice_changes_nothing(
     assert {"key_columns": ["customer"], "slots": 2} == made.parameters["options"]
 
 
+def test_what_was_paused_stays_paused_when_its_call_is_deployed_again(deployed: PrefectServer) -> None:
+    call = ["--name", "paused", "--schedule", "0 1 * * *"]
+    deploy(*call)
+    with get_client(sync_client=True) as client:
+        made = client.read_deployment_by_name("batch-inference/paused")
+        (schedule,) = made.schedules
+        client.update_deployment_schedule(made.id, schedule.id, active=False)
+        client.pause_deployment(made.id)
+
+    assert {} == deploy(*call)
+    assert {"batch-inference/paused": "changed: parameters"} == deploy(*call, "--options", '{"slots": 2}')
+    with get_client(sync_client=True) as client:
+        again = client.read_deployment_by_name("batch-inference/paused")
+    assert (True, [False], 2) == (
+        again.paused,
+        [each.active for each in again.schedules],
+        again.parameters["options"]["slots"],
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--schedule", " "], "--schedule must be five fields of cron, got none."),
+        (["--timezone", "Europe/Berlin"], "--timezone must go with --schedule, got 'Europe/Berlin' alone"),
+    ],
+)
+def test_a_schedule_is_given_whole_or_not_at_all(arguments: list[str], said: str) -> None:
+    result = CliRunner().invoke(app, [*CALL, *arguments])
+
+    assert (2, "") == (result.exit_code, result.stdout)
+    assert said in " ".join(result.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--name", "a/b"], "must have none of % & / < >, got 'a/b'. Choose another --name."),
         (["--pool", "nowhere"], "The work pool 'nowhere' of deployment batch-inference/churn must exist"),
         (["--name", "nightly"], "must be none of those that `overnight deploy` creates alone, got 'nightly'"),
         (["--schedule", "every night"], "cron"),
