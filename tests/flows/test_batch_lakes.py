@@ -98,7 +98,7 @@ def test_challengers_lie_beside_a_table_which_is_that_of_the_model_alone(
 
     def run(to: str, night: int, *challengers: str) -> BatchReport:
         table = f"lake.sales.{to}" if output == "iceberg" else None
-        into = {"output": output, "delta_mode": mode, "iceberg_table": table, "other_source": "replace"}
+        into = {"output": output, f"{output}_mode": mode, "iceberg_table": table, "other_source": "replace"}
         options = OPTIONS.model_copy(update={**into, "challengers": challengers})
         return batch_inference(model, f"{source}/customers-{night:02d}.parquet", str(tmp_path / to), options)
 
