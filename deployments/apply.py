@@ -155,10 +155,10 @@ async def deploy_call(call: CallDeployment, automations: Iterable[AutomationCore
 
 async def _apply_call(client: PrefectClient, name: str, fields: Fields) -> Change:
     await _check_pools(client, {name: fields["work_pool_name"]}, "--pool")
-    change = await _compare_deployment(client, name, fields)
+    deployed = await _find_deployment(client, name)
+    change = _compare_deployment(name, fields, deployed)
     if change.what == "unchanged":
         return change
-    deployed = await _find_deployment(client, name)
     paused = {each.slug for each in deployed.schedules if not each.active} if deployed else set()
     flow_name, _, short_name = name.partition("/")
     schedules = [
@@ -172,14 +172,17 @@ async def _apply_call(client: PrefectClient, name: str, fields: Fields) -> Chang
     others = {key: value for key, value in fields.items() if key != "schedules"}
     try:
         flow_id = await client.create_flow_from_name(flow_name)
-        is_paused = deployed is not None and deployed.paused
         await client.create_deployment(
-            flow_id=flow_id, name=short_name, schedules=schedules, paused=is_paused, **others
+            flow_id=flow_id,
+            name=short_name,
+            schedules=schedules,
+            paused=deployed is not None and deployed.paused,
+            **others,
         )
     except PrefectHTTPStatusError as error:
         message = f"The Prefect server must take the deployment {name}, got: {error}"
         raise DeployFailed(message) from error
-    remaining = await _compare_deployment(client, name, fields)
+    remaining = _compare_deployment(name, fields, await _find_deployment(client, name))
     if remaining.what != "unchanged":
         message = f"Deployment {name} must be as it was sent, but the server has it {remaining.what}. Look at it there."
         raise DeployFailed(message)
@@ -268,12 +271,14 @@ def make_process_pool(name: str = "overnight", machines: str = "Machines that ar
 async def _apply_deployments(client: PrefectClient, file: Path, deployments: Mapping[str, Fields]) -> list[Change]:
     """Have Prefect deploy those that differ from the file."""
     await _check_pools(client, {name: fields["work_pool_name"] for name, fields in deployments.items()}, str(file))
-    changes = [await _compare_deployment(client, name, fields) for name, fields in deployments.items()]
+    changes = [
+        _compare_deployment(name, fields, await _find_deployment(client, name)) for name, fields in deployments.items()
+    ]
     names = [change.name for change in changes if change.what != "unchanged"]
     if names:
         _run_prefect_deploy(file, names)
         for name in names:
-            remaining = await _compare_deployment(client, name, deployments[name])
+            remaining = _compare_deployment(name, deployments[name], await _find_deployment(client, name))
             if remaining.what != "unchanged":
                 message = f"Deployment {name} must match {file} once it is deployed, but is {remaining.what}."
                 raise DeployFailed(message)
@@ -314,8 +319,7 @@ async def _check_pools(client: PrefectClient, names: Mapping[str, str], where: s
             raise DeployFailed(message) from None
 
 
-async def _compare_deployment(client: PrefectClient, name: str, fields: Fields) -> Change:
-    deployed = await _find_deployment(client, name)
+def _compare_deployment(name: str, fields: Fields, deployed: DeploymentResponse | None) -> Change:
     if deployed is None:
         return Change(kind="deployment", name=name, what="created")
     differ = find_differences(fields, deployed)

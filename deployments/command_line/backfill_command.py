@@ -140,8 +140,10 @@ def _parse_times(times: str, every: str) -> TableTimes:
         raise BadInput(message)
     try:
         first, last = (_parse_time(each) for each in (match.groups() if match else (times, times)))
-    except ValueError:
-        message = f"--times must be such as 2026-11-01..2026-11-30 or 2026-11-01T06:00:00+01:00..., got {times!r}."
+    except ValueError as error:
+        message = (
+            f"--times must be such as 2026-11-01..2026-11-30 or 2026-11-01T06:00:00+01:00..., got {times!r} ({error})."
+        )
         raise BadInput(message) from None
     return TableTimes(first=first, last=last, every=timedelta(**{_UNITS[step[2]]: int(step[1])}))
 

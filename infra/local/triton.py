@@ -131,10 +131,11 @@ def find_package() -> Path:
         Path(spec.submodule_search_locations[0]) / "tritonserver" if spec and spec.submodule_search_locations else None
     )
     if root is None or not (root / "bin/tritonserver").exists():
+        wheels = Path(__file__).with_name("wheels.txt")
         message = (
             f"The `tritonserver` program must be in the nvidia-pytriton wheel, got none for {sys.executable}; run "
-            "`pip install --no-deps --require-hashes -r infra/local/wheels.txt`. The wheel is for Linux on x86-64 with "
-            "glibc 2.35 or newer: elsewhere run Triton's container, or another target."
+            f"`pip install --no-deps --require-hashes -r {wheels}`. The wheel is for Linux on x86-64 with glibc 2.35 "
+            "or newer: elsewhere run Triton's container, or another target."
         )
         raise FileNotFoundError(message)
     return root

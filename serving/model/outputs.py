@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -157,25 +158,26 @@ def _join_rows(raw: Any) -> Any:
 def _select_by_column(frame: Any, outputs: Sequence[Output]) -> dict[str, Any]:
     """Take the outputs from a table by name, else by position; no column may be left over."""
     names = [output.name for output in outputs]
-    found, columns = _list_columns(frame)
-    if all(found.count(name) == 1 for name in names):
-        return {name: columns[found.index(name)] for name in names}
+    found, take = _open_columns(frame)
+    counts = Counter(found)
+    if all(counts[name] == 1 for name in names):
+        return {name: take(found.index(name)) for name in names}
     if len(outputs) == 1 and 1 < outputs[0].width == len(found):
         return {names[0]: frame}
     if len(outputs) != len(found):
         message = f"The model must return the columns {names}, got {found}. {_LOG_AGAIN}"
         raise ModelFailed(message)
-    return dict(zip(names, columns, strict=True))
+    return {name: take(at) for at, name in enumerate(names)}
 
 
-def _list_columns(frame: Any) -> tuple[list[str], list[Any]]:
-    """Return the names of the columns of a table of pandas, polars or Arrow, and the columns."""
+def _open_columns(frame: Any) -> tuple[list[str], Callable[[int], Any]]:
+    """Return the names of the columns of a table of pandas, polars or Arrow, and what takes one by its place."""
     if hasattr(frame, "iloc"):
-        return [str(name) for name in frame.columns], [frame.iloc[:, at] for at in range(frame.shape[1])]
+        return [str(name) for name in frame.columns], lambda at: frame.iloc[:, at]
     import pyarrow as pa  # noqa: PLC0415
 
     table = pa.table(frame)
-    return table.column_names, table.columns
+    return table.column_names, table.column
 
 
 def _reshape(value: npt.NDArray[Any], output: Output, rows: int) -> npt.NDArray[Any]:

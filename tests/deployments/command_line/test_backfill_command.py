@@ -63,6 +63,7 @@ def test_versions_and_times_are_read(versions: str | None, times: str | None, ev
         ((None, None, "yesterday..today", "1d"), r"--times must be such as"),
         ((None, None, "2026-11-01..2026-11-03", "0d"), "--every must be such as 1d, 6h or 30m, got '0d'"),
         ((None, None, "2026-11-01..2026-11-03", "weekly"), "--every must be such as"),
+        ((None, None, "2026-11-31..2026-12-02", "1d"), r"'2026-11-31\.\.2026-12-02' \(day is out of range"),
     ],
 )
 def test_what_does_not_read_says_how_it_is_written(
