@@ -254,15 +254,17 @@ def choose_values(values: Sequence[str], first: str | None, last: str | None) ->
     """
     ends = {end for end in (first, last) if end is not None}
     numbers = {each: int(each) for each in (*values, *ends) if re.fullmatch(r"-?\d+", each)}
-    if ends and numbers.keys() >= ends and not numbers.keys().isdisjoint(values):
-        low, high = (None if end is None else numbers[end] for end in (first, last))
-        chosen = [
-            value
-            for value in values
-            if value in numbers and (low is None or low <= numbers[value]) and (high is None or numbers[value] <= high)
-        ]
-    else:
-        chosen = [v for v in values if (first is None or first <= v) and (last is None or v <= last)]
+    are_numbers = bool(ends) and numbers.keys() >= ends and not numbers.keys().isdisjoint(values)
+
+    def rank(value: str) -> tuple[int, str]:
+        return (numbers[value], "") if are_numbers else (0, value)
+
+    chosen = [
+        value
+        for value in values
+        if not are_numbers or value in numbers
+        if (first is None or rank(first) <= rank(value)) and (last is None or rank(value) <= rank(last))
+    ]
     return sorted(chosen, key=lambda value: (value not in numbers, numbers.get(value, 0), value))
 
 

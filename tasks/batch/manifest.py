@@ -195,13 +195,22 @@ def find_newest_run(storage: Storage, other_than: str | None = None, *, rows_min
 
 def find_named_run(storage: Storage, name: str) -> Manifest | None:
     """Return the manifest of a run, or of the newest commit of a stream's table, by its name; None where neither is."""
-    if (manifest := find_manifest(storage, name)) is not None:
-        return manifest
-    commits = re.compile(rf"{ROOT}/{re.escape(name)}-\d{{8,}}/manifest\.json")
-    paths = [entry.path for entry in storage.entries(ROOT, depth=2) if commits.fullmatch(entry.path)]
-    found = [each for each in read_manifests(storage, paths) if each.commit]
-    newest = max(found, key=lambda manifest: manifest.position, default=None)
-    return None if newest is None else read_part_lists(storage, newest)
+    manifest = find_manifest(storage, name)
+    while manifest is None and (numbers := list_commits(storage, name)):
+        # One that is gone since it was listed was deleted because there are newer ones.
+        manifest = find_manifest(storage, name_commit(name, numbers[-1]))
+    return manifest
+
+
+def name_commit(table: str, number: int) -> str:
+    """Return the name under which a commit of a stream's table is published."""
+    return f"{table}-{number:08d}"
+
+
+def list_commits(storage: Storage, table: str) -> list[int]:
+    """Return the numbers of the commits of a stream's table that are kept, the lowest first."""
+    name = re.compile(rf"{ROOT}/{re.escape(table)}-(\d{{8}})/manifest\.json")
+    return sorted(int(match[1]) for entry in storage.entries(ROOT, depth=2) if (match := name.fullmatch(entry.path)))
 
 
 def find_newer_run(storage: Storage, manifest: Manifest) -> str | None:

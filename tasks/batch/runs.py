@@ -14,7 +14,7 @@ from serving.errors import DestinationUnusable, FormatTooNew, OvernightError
 from serving.model.contract import Frozen
 from tasks.batch.dataset import map_parallel
 from tasks.batch.delta import TableFiles
-from tasks.batch.manifest import Manifest, find_manifest, list_damaged_parts, locate_parts
+from tasks.batch.manifest import Manifest, find_manifest, list_damaged_parts, locate_parts, name_commit
 from tasks.batch.parts import list_done
 from tasks.batch.plan import ROOT
 from tasks.batch.run_records import load_plan
@@ -68,7 +68,7 @@ def list_runs(storage: Storage) -> list[RunSummary]:
     commits = {run: match for run in published - planned if (match := _COMMIT.fullmatch(run)) and match[1] in planned}
     newest = dict(sorted((match[1], int(match[2])) for match in commits.values()))
     names = [run for run in published if run not in commits]
-    names += [f"{table}-{number:08d}" for table, number in newest.items()]
+    names += [name_commit(table, number) for table, number in newest.items()]
     unpublished = planned - published - newest.keys()
     found = map_parallel(storage, lambda run: _read_published(storage, run), sorted(names))
     tables = _read_tables(storage, {each.table for each in found if isinstance(each, _Published) and each.table})

@@ -6,7 +6,6 @@ again, and where such lists are many, they go into one. So a commit costs the sa
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,13 +19,15 @@ from tasks.batch.manifest import (
     PartitionEnd,
     PartList,
     digest_part_list,
+    list_commits,
     list_rejects,
     manifest_path,
+    name_commit,
     part_list_path,
 )
 from tasks.batch.part_footer import PartFooter, Reasons
 from tasks.batch.parts import ChunkId
-from tasks.batch.plan import ROOT, Plan
+from tasks.batch.plan import Plan
 from tasks.batch.run_records import read_record
 from tasks.storage import Entry, Storage
 
@@ -53,17 +54,16 @@ class TableCommits:
         self._storage, self._plan = storage, plan
         self._numbers: list[int] = []
         self._made: Manifest | None = None
-        self._name = re.compile(rf"{ROOT}/{re.escape(plan.run)}-(\d{{8}})/manifest\.json")
 
     def read_newest(self) -> Manifest | None:
         """Return the newest manifest as it was written, None where there is none."""
-        while numbers := self._list_numbers():
+        while numbers := list_commits(self._storage, self._plan.run):
             self._numbers = numbers
             made, self._made = self._made, None
             if made is not None and made.commit == numbers[-1]:
                 return made
             # One that is gone since it was listed was deleted because there are newer ones.
-            if newest := read_record(self._storage, manifest_path(self._name_commit(numbers[-1])), Manifest):
+            if newest := read_record(self._storage, manifest_path(name_commit(self._plan.run, numbers[-1])), Manifest):
                 return newest
         return None
 
@@ -85,7 +85,7 @@ class TableCommits:
         now = datetime.now(UTC)
         manifest = Manifest(
             key=self._plan.key,
-            run=self._name_commit(number),
+            run=name_commit(self._plan.run, number),
             # A plan that was deleted and made again has another number: the order of a table never decreases.
             order=max(self._plan.order, newest.order if newest else 0),
             commit=number,
@@ -107,7 +107,7 @@ class TableCommits:
     def delete_old(self) -> None:
         """Delete the manifests that were there when the newest was read, but for the newest few."""
         old = self._numbers[:-_MANIFESTS_KEPT]
-        self._storage.delete([manifest_path(self._name_commit(number)) for number in old])
+        self._storage.delete([manifest_path(name_commit(self._plan.run, number)) for number in old])
 
     def _shorten(
         self, lists: tuple[str, ...], parts: tuple[ManifestPart, ...]
@@ -129,10 +129,3 @@ class TableCommits:
         path = part_list_path(self._plan.run, digest)
         self._storage.put_new(path, data)
         return digest if self._storage.read(path) == data else None
-
-    def _list_numbers(self) -> list[int]:
-        found = (self._name.fullmatch(entry.path) for entry in self._storage.entries(ROOT, depth=2))
-        return sorted(int(match[1]) for match in found if match)
-
-    def _name_commit(self, number: int) -> str:
-        return f"{self._plan.run}-{number:08d}"

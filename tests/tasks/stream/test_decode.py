@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.model.contract import Column, Contract, Input
+from serving.model.contract import Column
 from tasks.batch.formats import RequestedColumns, read_tables
 from tasks.stream.decode import ROWS_MAX, Decoder, Reason, Unreadable, count_rows, is_arrow, read_arrow
 from tasks.stream.score import write_arrow
@@ -57,17 +57,8 @@ def test_rows_of_json_are_read_as_the_batch_path_reads_json_lines(tmp_path: Path
     assert list(range(len(values))) == [row["id"] for row in group.rows or ()]
 
 
-NESTED = Contract(
-    inputs=(
-        Input(
-            name="x",
-            dtype="float32",
-            shape=(2,),
-            columns=(Column(name="user.age", dtype="float32"), Column(name="a", dtype="float32")),
-        ),
-    ),
-    outputs=CONTRACT.outputs,
-)
+COLUMNS = (Column(name="user.age", dtype="float32"), Column(name="a", dtype="float32"))
+NESTED = CONTRACT.model_copy(update={"inputs": (CONTRACT.inputs[0].model_copy(update={"columns": COLUMNS}),)})
 ROWS_WITHIN = [
     {"user": {"id": 1, "age": 10.5}, "a": 1},
     {"user": {"id": 2}, "a": 2},
