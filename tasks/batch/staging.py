@@ -286,10 +286,9 @@ class _Staging:
     def __post_init__(self) -> None:
         if self.snapshot.format == "iceberg":
             self.iceberg_rows = import_extra("tasks.batch.iceberg_source", "iceberg").SnapshotRows(self.snapshot)
-            if self.missing_columns == "refuse":
-                wanted, where = _requested_columns(self.contract, self.keys), f"The table at {self.snapshot.title}"
-                advice = "Rename them in the table, or name an earlier snapshot of it"
-                _require_columns(self.iceberg_rows.names, wanted.names, where, advice)
+            where = f"The table at {self.snapshot.title}"
+            advice = "Rename them in the table, or name an earlier snapshot of it"
+            _require_columns(self.iceberg_rows.names, self._list_required(), where, advice)
 
     def convert(self, file: SourceFile) -> _Listing:
         """Copy a file, and return the list of its copies."""
@@ -326,11 +325,14 @@ class _Staging:
             yield _check_columns(tables, self._find_required(file), where)
 
     def _find_required(self, file: SourceFile) -> frozenset[str]:
-        """Return the columns that a file must have itself; JSON lines may leave out any."""
+        """Return the columns that a file must have itself."""
+        return self._list_required() - file.partition_values.keys()
+
+    def _list_required(self) -> frozenset[str]:
+        """Return the columns that must be there; JSON lines may leave out any."""
         if self.snapshot.format == "jsonl" or self.missing_columns == "null":
             return frozenset()
-        required = {column.name for column in self.contract.columns} - self.contract.nullable | set(self.keys)
-        return frozenset(required - file.partition_values.keys())
+        return frozenset(column.name for column in self.contract.columns) - self.contract.nullable | set(self.keys)
 
 
 def _check_columns(tables: Iterable[pa.Table], required: frozenset[str], where: str) -> Generator[pa.Table]:

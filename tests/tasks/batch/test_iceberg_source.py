@@ -295,6 +295,28 @@ def test_a_column_that_the_table_has_no_more_is_not_read_from_its_old_files(
     assert not (tmp_path / "copies").exists()
 
 
+@pytest.mark.parametrize("change", ["dropped", "renamed", "never there"])
+def test_a_column_that_the_model_does_without_may_be_missing_in_the_table(
+    local_lake: Catalog, tmp_path: Path, change: str
+) -> None:
+    table, used = customers(local_lake, (0, 3)), ("id", "x" if change == "never there" else "b")
+    if change == "never there":
+        delete_rows(table, next(iter(table.scan().plan_files())).file.file_path, [1])
+    else:
+        with table.update_schema() as update:
+            update.delete_column("b") if change == "dropped" else update.rename_column("b", "b_total")
+    contract = a_contract(*used)
+    (given,) = contract.inputs
+    columns = tuple(each.model_copy(update={"required": each.name == "id"}) for each in given.columns)
+    contract = contract.model_copy(update={"inputs": (given.model_copy(update={"columns": columns}),)})
+    dataset = open_dataset(
+        stage(pin(columns=used), open_storage(f"{tmp_path}/copies"), "_overnight/run", contract, ()), used, ()
+    )
+
+    assert ["id"] == dataset.schema.names
+    assert dataset.rows == (2 if change == "never there" else 3)
+
+
 def test_a_widened_column_is_of_its_new_type_in_every_file(lake: Catalog, place: str) -> None:
     schema = Schema(NestedField(1, "id", LongType()), NestedField(2, "n", IntegerType()))
     table = lake.create_table("sales.customers", schema)
