@@ -120,7 +120,8 @@ class Snapshot(Frozen):
     throughout. `empty_schema` is what a source without files and rows says of its columns, packed, and empty for any
     other. `iceberg` is given for files of an Iceberg table alone, and left out of what is written otherwise.
     `types` are those of columns that the schema of a Delta table states, or that are read in another type than a file
-    has, as `pack_types` writes them.
+    has, as `pack_types` writes them. `partition_types` are those that the schema of a Delta table states of its
+    partitions, in Arrow's words.
     """
 
     root: str
@@ -131,6 +132,7 @@ class Snapshot(Frozen):
     empty_schema: str = Field(default="", exclude_if=operator.not_)
     iceberg: IcebergPin | None = Field(default=None, exclude_if=lambda value: value is None)
     types: str = Field(default="", exclude_if=operator.not_)
+    partition_types: dict[str, str] = Field(default_factory=dict, exclude_if=operator.not_)
 
     @property
     def title(self) -> str:
@@ -159,6 +161,11 @@ class Dataset:
     def rows(self) -> int:
         """The rows of all files."""
         return sum(sum(file.row_groups) for file in self.snapshot.files)
+
+    @property
+    def partitions(self) -> dict[str, str]:
+        """The types, in Arrow's words, of the columns that are not in the files but in their paths or a table's log."""
+        return {name: str(self.schema.field(name).type) for name in self.hive}
 
 
 def pin_files(selected: Selection, source: str, *, csv: bool = False) -> Snapshot:
@@ -265,7 +272,8 @@ def open_dataset(
         keys: Those that name a row.
         nullable: Columns that are null in a file that lacks them; those of a Delta table all are. None: no column is,
             and the caller has no option that says otherwise.
-        partition_types: The types of partitions that are not to be text.
+        partition_types: The types that are asked for of partitions. Others have the one that the snapshot states, or
+            are text.
         may_be_empty: Whether the source may be without rows.
 
     Raises:
@@ -296,7 +304,7 @@ def open_dataset(
     fields = join_fields(held[0].schema, types)
     schema = pa.schema([field for field in fields if field.name not in snapshot.columns_missing])
     parted = [(_user_path(file), file.partition_values) for file, _ in with_rows]
-    hive = choose_partition_fields(parted, schema.names, used, partition_types)
+    hive = choose_partition_fields(parted, schema.names, used, partition_types, snapshot.partition_types)
     others = dict(zip((file.path for file, _ in with_rows), find_others(held, types), strict=True))
     files = tuple(_pin_types(file, schema, others.get(file.path, {}), types, keys) for file, schema in footers)
     differing = {name: types[name] for file in files for name in file.read_as}

@@ -17,6 +17,7 @@ from tasks.batch.column_types import pack_schema, pack_types
 from tasks.batch.dataset import Snapshot, SourceFile, map_parallel, pin_listed_files
 from tasks.batch.delta import delta_options, find_unread_features, import_deltalake
 from tasks.batch.hive_partitions import parse_hive_values
+from tasks.batch.join_types import has_zone
 from tasks.batch.struct_fields import list_fields
 from tasks.storage import Storage
 
@@ -37,8 +38,8 @@ def pin_delta(
 ) -> Snapshot:
     """Pin the files of one version of a table: the current one, one by its number, or that of a time.
 
-    The snapshot states the types that the table's schema gives the columns that are used; all of them where none are
-    given.
+    The snapshot states the types that the table's schema gives the columns that are used, all of them where none are
+    given; and those of its partitions. Timestamps of a zone and decimals are text where they are partitions.
 
     Raises:
         BadInput: The table has no such version any more.
@@ -51,13 +52,15 @@ def pin_delta(
     told = str(table.version())
     actions = pa.table(table.get_add_actions(flatten=True)).to_pylist()
     parted = table.metadata().partition_columns
-    kinds = {field.name: str(field.type) for field in table.schema().fields}
+    schema = pa.schema(table.schema().to_arrow())
+    kinds = {field.name: field.type for field in schema}
     by_path: dict[str, dict[str, str | None]] = {}
     for action in actions:
         path = _path_below(str(action["path"]), storage.url)
         values = {name: action[f"partition.{name}"] for name in parted}
         by_path[path] = {name: _partition_text(name, value, path, kinds[name]) for name, value in values.items()}
-    schema = pa.schema(table.schema().to_arrow())
+    read_as = {name: kinds[name] if _has_one_form(kinds[name]) else pa.string() for name in parted}
+    schema = pa.schema([field.with_type(read_as.get(field.name, field.type)) for field in schema])
     types = {
         field.name: field.type
         for field in list_fields(schema)
@@ -72,7 +75,13 @@ def pin_delta(
         version=told,
         empty_schema="" if files else pack_schema(schema),
         types=pack_types(types),
+        partition_types={name: str(kind) for name, kind in read_as.items() if kind != pa.string()},
     )
+
+
+def _has_one_form(kind: pa.DataType) -> bool:
+    """Return whether a value of a type has one form as text, so that a partition of it can be read in its type."""
+    return bool(pa.types.is_primitive(kind)) and not has_zone(kind)
 
 
 def _open_delta(storage: Storage) -> DeltaTable:
@@ -176,20 +185,21 @@ def _path_below(path: str, address: str) -> str:
     return unquote(path)
 
 
-def _partition_text(name: str, value: Any, path: str, kind: str) -> str | None:
-    """Return the value of a partition in the text form that its log has."""
+def _partition_text(name: str, value: Any, path: str, kind: pa.DataType) -> str | None:
+    """Return the value of a partition as a text, which Arrow parses."""
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, int) or type(value) is dt.date:
+    if isinstance(value, int | float) or (isinstance(value, dt.date) and getattr(value, "tzinfo", None) is None):
         return str(value)
     # The log's own text is not to be had from deltalake, and there are several for one such value.
     found = parse_hive_values(path).get(name)
     if found is None:
         message = (
-            f"A partition of a Delta table must be text, a whole number, a date or a truth value, or be written in the "
-            f"path, got {name} ({kind}) of {path}. Write what the table holds to a folder of Parquet, and name that."
+            "A partition of a Delta table must be text, a number, a date, a time without a zone or a truth value, or "
+            f"be written in the path, got {name} ({kind}) of {path}. Write what the table holds to a folder of "
+            "Parquet, and name that."
         )
         raise SourceFormat(message)
     return found

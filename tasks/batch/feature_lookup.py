@@ -151,9 +151,8 @@ class WantedRows:
 def find_wanted(spine: pa.Table, keys: Sequence[str], time: str, age_seconds_max: int | None) -> WantedRows:
     """Return what rows of a feature table can matter to the rows of a chunk, of which some have all keys and a time."""
     column = spine.column(time)
-    days = DAY_SECONDS if pa.types.is_date32(column.type) else 1
-    nanoseconds_per_tick = days * (_NANOSECONDS // count_ticks(column.type))
-    least, greatest = (int(value.value) * nanoseconds_per_tick for value in pc.min_max(column).values())
+    nanoseconds = _count_nanoseconds(column.type)
+    least, greatest = (int(value.value) * nanoseconds for value in pc.min_max(column).values())
     ranges: dict[str, Range] = {}
     for key in keys:
         found = normalize_keys(spine.select([key])).column(key)
@@ -205,21 +204,38 @@ def _read_ranges(storage: Storage, file: SourceFile, pin: FeaturePin) -> tuple[l
             if key in places:
                 found = _find_key_range(columns.column(places[key]).statistics)
             else:
-                value = file.partition_values.get(key)
-                found = None if value is None else (value, value)
+                value = _read_partition(file, pin, key)
+                found = None if value is None else _make_key_range(value.as_py(), value.as_py())
             keys |= {} if found is None else {key: found}
         # A file of a Delta table that is older than the column has no times.
-        timed = places.get(pin.table.time)
-        time = None if timed is None else _find_time_range(columns.column(timed).statistics)
+        timed, day = places.get(pin.table.time), _read_partition(file, pin, pin.table.time)
+        if timed is not None:
+            time = _find_time_range(columns.column(timed).statistics)
+        else:
+            time = None if day is None else (day.value * _count_nanoseconds(day.type),) * 2
         groups.append(GroupRanges(keys=keys, time=time))
     return groups, schema
+
+
+def _read_partition(file: SourceFile, pin: FeaturePin, name: str) -> pa.Scalar | None:
+    """Return the value of a partition in its type; None where it is null, or no partition."""
+    value = file.partition_values.get(name)
+    return None if value is None or name not in pin.partitions else pa.scalar(value).cast(pin.partitions[name])
+
+
+def _count_nanoseconds(kind: pa.DataType) -> int:
+    """Return how many nanoseconds a tick of a type of time has."""
+    return (DAY_SECONDS if pa.types.is_date32(kind) else 1) * (_NANOSECONDS // count_ticks(kind))
 
 
 def _find_key_range(statistics: pq.Statistics | None) -> Range | None:
     if statistics is None or not statistics.has_min_max:
         return None
-    ends = statistics.min, statistics.max
-    return ends if all(type(end) in (int, str) for end in ends) else None
+    return _make_key_range(statistics.min, statistics.max)
+
+
+def _make_key_range(least: Any, greatest: Any) -> Range | None:
+    return (least, greatest) if all(type(end) in (int, str) for end in (least, greatest)) else None
 
 
 def _find_time_range(statistics: pq.Statistics | None) -> Range | None:

@@ -221,7 +221,7 @@ def _make_pin(features: OpenFeatures, is_kept: bool) -> FeaturePin:  # noqa: FBT
         table=table,
         snapshot=dataset.snapshot,
         columns=features.columns,
-        partitions={name: str(dataset.schema.field(name).type) for name in dataset.hive if name in used},
+        partitions={name: kind for name, kind in dataset.partitions.items() if name in used},
         is_kept=is_kept,
         null_rows=_count_nulls(dataset, [*table.join_keys, table.time]),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal
 from urllib.parse import unquote
 
@@ -11,12 +12,12 @@ import pyarrow as pa
 from serving.errors import SchemaMismatch, shorten_error, suggest_name
 from serving.option_words import name_option
 
-PartitionType = Literal["int64", "date", "timestamp"]
+PartitionType = Literal["text", "int64", "date", "timestamp"]
 # Of a file the path, as its user knows it, and the values of its partitions by their names.
 PartitionedFile = tuple[str, Mapping[str, str | None]]
 
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
-_ARROW_TYPES = {"int64": pa.int64(), "date": pa.date32(), "timestamp": pa.timestamp("us")}
+_ARROW_TYPES = {"text": pa.string(), "int64": pa.int64(), "date": pa.date32(), "timestamp": pa.timestamp("us")}
 
 
 def parse_hive_values(path: str) -> dict[str, str | None]:
@@ -37,17 +38,23 @@ def _decode_value(value: str) -> str:
 
 
 def choose_partition_fields(
-    files: Sequence[PartitionedFile], held: Collection[str], used: Collection[str], types: Mapping[str, PartitionType]
+    files: Sequence[PartitionedFile],
+    held: Collection[str],
+    used: Collection[str],
+    types: Mapping[str, PartitionType],
+    stated: Mapping[str, str] = MappingProxyType({}),
 ) -> list[pa.Field]:
-    """Return the columns that are in the paths of files.
+    """Return the columns that are in the paths of files, or in the log of a table.
 
-    They are text unless another type is asked for: a key stays as it is written, and the contract parses inputs.
+    They are text unless another type is asked for, or a table's schema states one: a key stays as it is written, and
+    the contract parses inputs.
 
     Args:
         files: The files with rows.
         held: The columns that the files hold themselves, which go before those of their paths.
         used: The columns that are used.
         types: The types that are asked for, by the names of partitions.
+        stated: Those that the schema of a table states, in Arrow's words. One that is asked for goes before.
 
     Raises:
         SchemaMismatch: A column that is used is in the paths of some files only, a type is asked for of what is no
@@ -72,7 +79,8 @@ def choose_partition_fields(
         raise SchemaMismatch(message)
     for name, kind in types.items():
         _check_values(files, name, kind)
-    return [pa.field(name, _ARROW_TYPES[types[name]] if name in types else pa.string()) for name in partitions]
+    chosen = {**dict.fromkeys(partitions, "string"), **stated, **{name: _ARROW_TYPES[types[name]] for name in types}}
+    return [pa.field(name, chosen[name]) for name in partitions]
 
 
 def set_partition_types(schema: pa.Schema, types: Mapping[str, PartitionType]) -> pa.Schema:

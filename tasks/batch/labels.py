@@ -52,9 +52,8 @@ class LabelTable:
 
     def iterate(self) -> Generator[pa.Table]:
         """Yield keys and labels, some rows at a time, those without a label or with a null in their key left out."""
-        partitions = dict.fromkeys(self.dataset.hive, "string")
         columns = [*self.keys, self.column]
-        reader = Reader(self.dataset.snapshot, columns, partitions, _BATCH_ROWS, places=False)
+        reader = Reader(self.dataset.snapshot, columns, self.dataset.partitions, _BATCH_ROWS, places=False)
         for piece in list_row_groups(self.dataset.snapshot.files):
             for table in reader.blocks(Chunk(pieces=(piece,))):
                 named = table.select(columns).rename_columns([*self.keys, LABEL])

@@ -150,7 +150,7 @@ class BatchOptions(Frozen):
     partition_types: dict[str, PartitionType] = Field(
         default_factory=dict,
         description="Types of columns that are in the paths of the source's files, such as `day=2024-02-29`, by name. "
-        "Without: text, as it is written.",
+        "Without: text, as it is written, and in a Delta table what its schema says.",
     )
     missing_columns: MissingColumns = Field(
         default="refuse",

@@ -412,7 +412,7 @@ def make_plan(
         source=source,
         snapshot=dataset.snapshot,
         columns=tuple(used_columns(contract, options, dataset.schema)),
-        partitions={name: str(dataset.schema.field(name).type) for name in dataset.hive},
+        partitions=dataset.partitions,
         batch_size=sizes.batch_size,
         batch_unit=sizes.batch_unit,
         engine=sizes.engine,

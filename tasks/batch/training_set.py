@@ -251,7 +251,7 @@ def _describe_dataset(dataset: Dataset, columns: Sequence[str]) -> TableStatisti
         return TableStatistics(rows=dataset.rows)
     decoded = sum(size.decoded for file in files for size in file.group_bytes)
     rows = block_rows(1, decoded / dataset.rows)
-    reader = Reader(dataset.snapshot, columns, dict.fromkeys(dataset.hive, "string"), rows, places=False)
+    reader = Reader(dataset.snapshot, columns, dataset.partitions, rows, places=False)
     summed: list[TableStatistics] = []
     for chunk in cut_chunks(files, _ROWS_PER_CHUNK, 1, CHUNK_BYTES_MAX):
         collector = StatisticsCollector(chunk.rows, sums_all=True)

@@ -208,8 +208,7 @@ def measure_row_bytes(table: pa.Table, dataset: Dataset) -> float:
 def read_first_rows(contract: Contract, options: BatchOptions, dataset: Dataset) -> pa.Table:
     """Return rows of the dataset's first row group that has any."""
     columns = used_columns(contract, options, dataset.schema)
-    partitions = {name: str(dataset.schema.field(name).type) for name in dataset.hive}
-    reader = Reader(dataset.snapshot, columns, partitions, SAMPLE_ROWS)
+    reader = Reader(dataset.snapshot, columns, dataset.partitions, SAMPLE_ROWS)
     first = next(list_row_groups(dataset.snapshot.files), None)
     if first is None:
         message = f"The source must hold at least one row, got none below {dataset.snapshot.root}."

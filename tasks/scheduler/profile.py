@@ -303,8 +303,7 @@ def write_measured_rows(dataset: Dataset, contract: Contract, options: BatchOpti
     Rows are repeated where the dataset has fewer. There are fewer where so many would take more than 256 MiB.
     """
     columns = used_columns(contract, options, dataset.schema)
-    partitions = {name: str(dataset.schema.field(name).type) for name in dataset.hive}
-    reader = Reader(dataset.snapshot, columns, partitions, _BLOCK_ROWS, places=False)
+    reader = Reader(dataset.snapshot, columns, dataset.partitions, _BLOCK_ROWS, places=False)
     taken: list[pa.Table] = []
     count, group = 0, 0
     for piece in list_row_groups(dataset.snapshot.files):

@@ -331,6 +331,22 @@ def test_partitions_have_the_types_that_are_asked_for(tmp_path: Path) -> None:
     assert pa.string() == publish(tmp_path / "in", tmp_path / "text")[1]
 
 
+def test_partitions_of_a_delta_table_have_the_types_of_its_schema(tmp_path: Path) -> None:
+    days = [dt.date(2024, 2, 29), dt.date(1969, 12, 31)]
+    table = pa.table({"id": days, "a": [1.5, 2.5], "b": [0.5, 0.5], "y": [0, 1]})
+    write_deltalake(str(tmp_path / "in"), table, partition_by=["id", "a"])
+    found, stored = publish(tmp_path / "in", tmp_path / "out")
+    labels = open_label_table(
+        Labels(source=str(tmp_path / "in"), column="y"), ["id"], pa.schema([("id", stored)]), "/out"
+    )
+
+    assert pa.date32() == stored
+    assert [(days[1], 5.5), (days[0], 3.5)] == found.sort("id").select("id", "y").rows()
+    assert set(days) == {day for each in labels.iterate() for day in each["id"].to_pylist()}
+    as_text = OPTIONS.model_copy(update={"partition_types": {"id": "text"}})
+    assert pa.string() == publish(tmp_path / "in", tmp_path / "text", as_text)[1]
+
+
 @pytest.mark.parametrize(
     ("types", "told"),
     [

@@ -416,6 +416,30 @@ def test_row_groups_that_can_not_matter_are_not_read(tmp_path: Path) -> None:
     assert "must be readable" in str(score(of_all, tmp_path / "kept").faults_error())
 
 
+def test_files_of_a_delta_table_whose_partitions_can_not_matter_are_not_read(tmp_path: Path) -> None:
+    spine = {"id": [0, 1], "customer": [10, 11], "as_of": pa.array([NOON, NOON]), "b": [0.0, 1.0]}
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table(spine), tmp_path / "in" / "f.parquet")
+    # The first file by its path, of customer 10, is read for the size of a row.
+    customers, days = [10, 11, 9, 12, 10, 11], [0, -1, -1, -1, 1, -90]
+    times = [(NOON + dt.timedelta(days=day)).date() for day in days]
+    table = pa.table({"customer": customers, "updated_at": times, "a": np.arange(6) * 1.0})
+    write_deltalake(str(tmp_path / "features"), table, partition_by=["customer", "updated_at"])
+    for customer, time in zip(customers[2:], times[2:], strict=True):
+        (path,) = (tmp_path / "features" / f"customer={customer}" / f"updated_at={time}").iterdir()
+        whole = bytearray(path.read_bytes())
+        # The header of the first page; the footer stays.
+        whole[4:20] = bytes(16)
+        path.write_bytes(whole)
+    options = make_options(tmp_path / "features", max_age="30d")
+    plan = keep(make_plan(tmp_path / "in", tmp_path / "out", options), is_kept=False)
+    score(plan, tmp_path / "out")
+    of_all = keep(make_plan(tmp_path / "in", tmp_path / "kept", options), is_kept=True)
+
+    assert {0: 0.0, 1: 2.0} == read_scores(tmp_path / "out")
+    assert "must be readable" in str(score(of_all, tmp_path / "kept").faults_error())
+
+
 def test_columns_of_two_tables_are_told_apart_by_a_prefix(source: Path, features: Path, tmp_path: Path) -> None:
     columns = tuple(Column(name=name, dtype="float64") for name in ("new_a", "old_a"))
     inputs = (CONTRACT.inputs[0].model_copy(update={"columns": columns}),)

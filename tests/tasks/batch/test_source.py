@@ -40,8 +40,7 @@ def write(address: str, table: pa.Table, mode: str = "append", **options: Any) -
 def read(snapshot: Snapshot, *columns: str) -> pa.Table:
     """Read columns of all rows of a snapshot, as a run reads them."""
     dataset = open_dataset(snapshot, columns, ())
-    partitions = {name: str(dataset.schema.field(name).type) for name in dataset.hive}
-    reader = Reader(dataset.snapshot, columns, partitions, 100, places=False)
+    reader = Reader(dataset.snapshot, columns, dataset.partitions, 100, places=False)
     pieces = [
         Piece(file=at, row_group=group, row_start=0, row_stop=rows)
         for at, file in enumerate(dataset.snapshot.files)
@@ -209,23 +208,25 @@ def test_a_delta_table_with_a_checkpoint_is_read(tmp_path: Path) -> None:
     assert [0, 1, 2, 3] == ids(pin_source(str(tmp_path), ELSEWHERE))
 
 
-def test_partitions_of_a_delta_table_have_the_values_of_its_log(place: str) -> None:
+def test_partitions_of_a_delta_table_have_the_values_of_its_log_and_the_types_of_its_schema(place: str) -> None:
     values = {
         "city": ["New York", "a/b", "100%", "ü=1", None],
         "n": [7, -1, None, 8, 9],
         "day": [dt.date(2024, 2, 29), None, dt.date(1, 1, 1), dt.date(2024, 1, 1), dt.date(2024, 1, 2)],
         "sure": [True, False, None, True, False],
+        "size": [0.1, -1e25, None, 2.0, 1e-7],
+        "at": [
+            dt.datetime.fromisoformat(day) if day else None
+            for day in ("2024-02-29T12:30:00.00025", "0001-01-01", "", "2024-01-01", "2024-01-02")
+        ],
     }
+    types = {"city": "string", "n": "int64", "day": "date32[day]", "sure": "bool", "size": "double"}
     write(place, pa.table({"id": list(range(5)), **values}), partition_by=list(values))
     snapshot = pin_source(place, ELSEWHERE)
     table = read(snapshot, "id", *values).sort_by("id")
 
-    assert values["city"] == table["city"].to_pylist()
-    assert [None if value is None else str(value) for value in values["n"]] == [
-        None if value is None else str(value) for value in table["n"].to_pylist()
-    ]
-    assert [None if value is None else value.isoformat() for value in values["day"]] == table["day"].to_pylist()
-    assert ["true", "false", None, "true", "false"] == table["sure"].to_pylist()
+    assert values == table.select(list(values)).to_pydict()
+    assert types | {"at": "timestamp[us]"} == {name: str(table.schema.field(name).type) for name in values}
 
 
 def edit_log(folder: Path, edit: Any) -> None:
@@ -279,7 +280,7 @@ def test_a_partition_whose_text_is_only_in_the_log_is_refused(tmp_path: Path) ->
 
     edit_log(tmp_path, move)
 
-    assert 'got at (PrimitiveType("timestamp")) of x.parquet' in refusal(str(tmp_path))
+    assert "got at (timestamp[us, tz=UTC]) of x.parquet" in refusal(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,7 @@ def staged(
 def rows(snapshot: Snapshot, *columns: str) -> list[dict[str, object]]:
     """Read every row of a snapshot through the plan's own reader."""
     dataset = open_dataset(snapshot, [], columns)
-    partitions = {name: str(dataset.schema.field(name).type) for name in dataset.hive}
-    reader = Reader(dataset.snapshot, columns, partitions, 100)
+    reader = Reader(dataset.snapshot, columns, dataset.partitions, 100)
     chunks = cut_chunks(dataset.snapshot.files, 1 << 20, 4)
     tables = [table for chunk in chunks for table in reader.blocks(chunk)]
     return pa.concat_tables(tables).select([*columns, SOURCE_FILE, SOURCE_ROW]).to_pylist()

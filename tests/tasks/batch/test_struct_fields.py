@@ -172,7 +172,7 @@ def test_fields_of_an_iceberg_table_are_found_by_their_ids(
 def read(folder: Path, *columns: str, **options: Any) -> pa.Table:
     """Read columns of all rows as a run does."""
     dataset = open_dataset(pin_source(str(folder), "/elsewhere", columns), columns, (), **options)
-    reader = Reader(dataset.snapshot, columns, dict.fromkeys(dataset.hive, "string"), 100, places=False)
+    reader = Reader(dataset.snapshot, columns, dataset.partitions, 100, places=False)
     return pa.concat_tables(table for each in list_row_groups(dataset.snapshot.files) for table in reader.read(each))
 
 
