@@ -26,6 +26,8 @@ _DECIMAL128_DIGITS = 38
 _INTEGER_BITS_MAX = 64
 # Of one column the types that a message names.
 _TYPES_SHOWN = 4
+# Of a table that has other columns than a run.
+_DIFFERENCES_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,6 +230,18 @@ def find_others(files: Sequence[FileColumns], types: Mapping[str, pa.DataType]) 
             held = {field.name: field.type for field in file.schema}
             found[id(file.schema)] = {name: str(kind) for name, kind in types.items() if held.get(name) != kind}
     return [found[id(file.schema)] for file in files]
+
+
+def describe_differences(run: Mapping[str, str], table: Mapping[str, str]) -> str:
+    """Say in which columns a run and a table differ; of each the types are given in words. Empty where in none."""
+    told = [
+        f"{name!r} is {kind} in the run and {table.get(name, 'missing')} in the table"
+        for name, kind in run.items()
+        if table.get(name) != kind
+    ]
+    told += [f"{name!r} is in the table alone" for name in table if name not in run]
+    more = [f"and {len(told) - _DIFFERENCES_SHOWN} more columns differ"] if len(told) > _DIFFERENCES_SHOWN else []
+    return "; ".join([*told[:_DIFFERENCES_SHOWN], *more])
 
 
 def read_column(rows: pa.RecordBatch, name: str, kind: pa.DataType) -> pa.Array:

@@ -24,6 +24,7 @@ from serving.errors import (
 )
 from serving.extras import import_extra
 from serving.option_words import give_option
+from tasks.batch.column_types import describe_differences
 from tasks.batch.options import TableMode
 from tasks.batch.part_footer import PartFooter
 from tasks.batch.plan import Plan
@@ -125,13 +126,13 @@ def _fits_delta(field: pa.Field) -> bool:
 
 
 def _check_columns(table: DeltaTable, schema: DeltaSchema, storage: Storage) -> None:
-    ours, theirs = _columns(schema), _columns(table.schema())
-    partitions = table.metadata().partition_columns
-    if ours != theirs or partitions:
-        told = f"{theirs}, partitioned by {partitions}" if partitions else theirs
+    told = describe_differences(_columns(schema), _columns(table.schema()))
+    if partitions := table.metadata().partition_columns:
+        told = "; ".join([*([told] if told else []), f"it is partitioned by {partitions}"])
+    if told:
         message = (
-            f"The Delta table at {storage.url} must have the run's columns {ours}, unpartitioned, got {told}. "
-            "Choose another destination."
+            f"The Delta table at {storage.url} must have the columns of the run and no partitions, but {told}. Choose "
+            "another destination, or write the source with the types of the table: in CSV all values are text."
         )
         raise DestinationUnusable(message)
 
@@ -187,7 +188,8 @@ def _deletion_vectors(table: DeltaTable) -> str:
 
 
 def _columns(schema: DeltaSchema) -> dict[str, str]:
-    return {field.name: f"{field.type}{'' if field.nullable else ' not null'}" for field in schema.fields}
+    fields = pa.schema(schema.to_arrow())
+    return {field.name: f"{field.type}{'' if field.nullable else ' not null'}" for field in fields}
 
 
 def commit_delta(storage: Storage, plan: Plan, parts: Sequence[PartFooter]) -> None:

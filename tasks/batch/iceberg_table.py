@@ -32,6 +32,7 @@ from serving.errors import (
     SourceFormat,
     shorten_error,
 )
+from tasks.batch.column_types import describe_differences
 from tasks.batch.dataset import map_parallel
 from tasks.batch.delta import TableFiles, TableState
 from tasks.batch.iceberg_catalog import TableName, catalog_error, find_table, open_catalog, parse_table_name
@@ -152,21 +153,21 @@ def _fits_iceberg(given: pa.DataType) -> bool:
 
 def _check_columns(table: Table, schema: pa.Schema, name: TableName) -> None:
     """Raise DestinationUnusable where a table has other columns than the parts, or partitions."""
-    ours, theirs = _describe_columns(schema), _describe_columns(schema_to_pyarrow(table.schema()))
-    told = str(theirs)
+    theirs = _describe_columns(schema_to_pyarrow(table.schema()))
+    found = [describe_differences(_describe_columns(schema), theirs)]
     if table.format_version > _FORMAT_MAX:
-        told += f", in format version {table.format_version}"
-    elif not table.spec().is_unpartitioned():
-        told += f", partitioned by {[each.name for each in table.spec().fields]}"
-    elif ours == theirs:
-        _check_names_mapped(table, name)
-        return
-    then = "Choose another table" + ("" if table.current_snapshot() else ", or drop this one, which is empty")
-    message = (
-        f"The Iceberg table {name.title} must have the run's columns {ours}, unpartitioned, in format version "
-        f"{_FORMAT_MAX} at most, got {told}. {then}."
-    )
-    raise DestinationUnusable(message)
+        found.append(f"it has format version {table.format_version}")
+    if not table.spec().is_unpartitioned():
+        found.append(f"it is partitioned by {[each.name for each in table.spec().fields]}")
+    if told := "; ".join(each for each in found if each):
+        drop = "" if table.current_snapshot() else ", drop this one, which is empty"
+        message = (
+            f"The Iceberg table {name.title} must have the columns of the run, no partitions, and format version "
+            f"{_FORMAT_MAX} at most, but {told}. Choose another table{drop}, or write the source with the types of the "
+            "table: in CSV all values are text."
+        )
+        raise DestinationUnusable(message)
+    _check_names_mapped(table, name)
 
 
 def _check_names_mapped(table: Table, name: TableName) -> None:

@@ -351,9 +351,16 @@ FIELDS += [("reject_reason", pa.string())]
 @pytest.mark.parametrize(
     ("schema", "told"),
     [
-        (pa.schema([("id", pa.int64()), ("other", pa.string())]), r"got .*'other': 'string'"),
-        (pa.schema([*FIELDS[:-1], ("reject_reason", pa.int32())]), r"got .*'reject_reason': 'int32'"),
-        (pa.schema([pa.field("id", pa.int64(), nullable=False), *FIELDS[1:]]), r"got \{'id': 'int64 not null'"),
+        (pa.schema(FIELDS[:1]), r"'score' is float in the run and missing in the table; .* and 2 more "),
+        (pa.schema([*FIELDS, ("other", pa.string())]), r"but 'other' is in the table alone\."),
+        (
+            pa.schema([*FIELDS[:-1], ("reject_reason", pa.int32())]),
+            r"but 'reject_reason' is string in the run and int32 in the table\.",
+        ),
+        (
+            pa.schema([pa.field("id", pa.int64(), nullable=False), *FIELDS[1:]]),
+            r"but 'id' is int64 in the run and int64 not null in the table\.",
+        ),
     ],
 )
 @pytest.mark.parametrize("options", [APPEND, REPLACE], ids=["append", "replace"])
@@ -366,7 +373,7 @@ def test_a_table_of_other_columns_is_refused_before_scoring_and_at_the_commit(
         lambda: check_iceberg(destination, a_schema(plan, str(tmp_path)), NEW, options),
         lambda: publish(destination, plan, audit_parts(destination, plan)),
     ):
-        with pytest.raises(DestinationUnusable, match=rf"must have the run's columns .*'score'.*{told}"):
+        with pytest.raises(DestinationUnusable, match=told):
             refused()
 
     assert the_table(lake).current_snapshot() is None
@@ -394,7 +401,7 @@ def test_a_partitioned_table_is_refused(lake: Catalog, tmp_path: Path) -> None:
     table = lake.create_table("sales.scores", pa.schema(FIELDS))
     with table.update_spec() as update:
         update.add_identity("label")
-    with pytest.raises(DestinationUnusable, match=r"partitioned by \['label'\]\..*or drop this one, which is empty"):
+    with pytest.raises(DestinationUnusable, match=r"partitioned by \['label'\]\..*drop this one, which is empty"):
         check_iceberg(open_storage(f"{tmp_path}/out"), a_schema(plan, str(tmp_path)), NEW, APPEND)
 
 
