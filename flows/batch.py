@@ -135,9 +135,8 @@ def _infer(
     )
     run = steps.run("plan", lambda: find_run(request, storage, this, measure=steps.measure_apart))
     _name_run(run.plan, storage, call, logger)
-    record.begin(run.plan, storage)
+    record.begin(run.plan, storage, logger, is_complete=isinstance(run, CompleteRun))
     if isinstance(run, CompleteRun):
-        record.complete_before = True
         return _report_complete(run, storage, options, steps, logger)
     plan = _prepare(run, storage, logger)
     gate = open_gate(plan, storage, options, steps, logger)

@@ -19,6 +19,7 @@ from tasks.batch.costs import (
     MachinePrice,
     NightCost,
     read_machine_price,
+    save_call_begin,
     save_call_cost,
     save_night_cost,
 )
@@ -48,9 +49,20 @@ class CallRecord:
     _storage: Storage | None = None
     _began: float = field(default_factory=time.time)
 
-    def begin(self, plan: Plan, storage: Storage) -> None:
-        """Note which run it is."""
-        self._plan, self._storage = plan, storage
+    @property
+    def _began_at(self) -> datetime:
+        return datetime.fromtimestamp(self._began, UTC)
+
+    @property
+    def _is_kept(self) -> bool:
+        """Whether a record of the call is kept: it scores, or it joins others and may find that they are done."""
+        return self.joins or not self.complete_before
+
+    def begin(self, plan: Plan, storage: Storage, logger: Logger, *, is_complete: bool) -> None:
+        """Note which run it is and whether it was complete before, and keep beside its plan that a call has begun."""
+        self._plan, self._storage, self.complete_before = plan, storage, is_complete
+        if self._is_kept:
+            _save(lambda: save_call_begin(storage, plan, flow_run_id(), self._began_at), logger)
         model = plan.model
         self.metrics.begin(
             model=model.name, version=model.version, destination=storage.url, rows=plan.rows, chunks=len(plan.chunks)
@@ -89,12 +101,11 @@ class CallRecord:
         if self._plan is not None and state in ("complete", "already complete"):
             self.metrics.note_progress(self._plan.rows, 0)
         self.metrics.finish(state, self.price.dollars_per_hour)
-        # One that joins has told the destination that it began.
-        if self._plan is None or self._storage is None or (state == "already complete" and not self.joins):
+        if self._plan is None or self._storage is None or not self._is_kept:
             return
         cost = CallCost(
             flow_run_id=flow_run_id(),
-            began_at=datetime.fromtimestamp(self._began, UTC),
+            began_at=self._began_at,
             seconds=time.time() - self._began,
             state=state,
             on_ray=self.on_ray,

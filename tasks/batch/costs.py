@@ -1,7 +1,7 @@
 """What the runs of a destination cost, by the records that their calls leave beside the plan.
 
-A call that ends by itself leaves a record, and so does a night; one that is killed leaves none. Where a price is not
-known, nothing is made up: the cost is null, with a note that says why.
+A call says that it begins, and leaves a record when it ends by itself, as a night does; one that is killed leaves none.
+Where a price is not known, nothing is made up: the cost is null, with a note that says why.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -20,13 +21,12 @@ from serving.model.contract import Frozen
 from tasks.batch.dataset import map_parallel
 from tasks.batch.manifest import Manifest, read_manifests
 from tasks.batch.plan import FORMAT_VERSION, ROOT, Plan
-from tasks.batch.run_records import RunStart, read_record
+from tasks.batch.run_records import read_record
 from tasks.storage import Storage
 
 PRICE_VARIABLE = "OVERNIGHT_DOLLARS_PER_HOUR"
 ON_DEMAND_VARIABLE = "OVERNIGHT_ON_DEMAND_DOLLARS_PER_HOUR"
-_RECORD = re.compile(rf"{ROOT}/([^/]+)/costs/(call|night)-[^/]+\.json")
-_START = re.compile(rf"{ROOT}/starts/([^/]+)\.json")
+_RECORD = re.compile(rf"{ROOT}/([^/]+)/costs/(begun|call|night)-[^/]+\.json")
 
 
 class MachinePrice(Frozen):
@@ -86,10 +86,19 @@ class NightCost(Frozen):
     on_demand_price: float = Field(gt=0, description="Price of an hour of one on-demand machine.")
 
 
+def save_call_begin(storage: Storage, plan: Plan, flow_run_id: str, began_at: datetime) -> None:
+    """Keep beside the plan that a call has begun; until it has its record, it counts as one that was killed."""
+    storage.put_new(f"{plan.folder}/costs/begun-{_name_call(flow_run_id, began_at)}.json", b"{}")
+
+
 def save_call_cost(storage: Storage, plan: Plan, cost: CallCost) -> None:
     """Keep the record of a call beside the plan; each call of a flow run has its own."""
-    name = f"call-{cost.flow_run_id}-{cost.began_at.timestamp() * 1000:.0f}"
-    storage.put_new(f"{plan.folder}/costs/{name}.json", cost.model_dump_json().encode())
+    name = _name_call(cost.flow_run_id, cost.began_at)
+    storage.put_new(f"{plan.folder}/costs/call-{name}.json", cost.model_dump_json().encode())
+
+
+def _name_call(flow_run_id: str, began_at: datetime) -> str:
+    return f"{flow_run_id}-{began_at.timestamp() * 1000:.0f}"
 
 
 def save_night_cost(storage: Storage, run: str, cost: NightCost) -> None:
@@ -121,16 +130,16 @@ class RunCost(Frozen):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecords:
-    """What a destination keeps of one run: its calls and nights, and the flow runs that began it."""
+    """What a destination keeps of one run: its calls and nights, and how many calls have begun."""
 
     calls: Sequence[CallCost] = ()
     nights: Sequence[NightCost] = ()
-    started: frozenset[str] = frozenset()
+    begun: int = 0
 
     @property
-    def killed(self) -> frozenset[str]:
-        """The flow runs that left no record of what they cost; a night tells of all of its own."""
-        return frozenset() if self.nights else self.started - {call.flow_run_id for call in self.calls}
+    def killed(self) -> int:
+        """How many calls left no record of what they cost; a night tells of all of its own."""
+        return 0 if self.nights else max(0, self.begun - len(self.calls))
 
 
 def read_run_costs(storage: Storage) -> list[RunCost]:
@@ -143,23 +152,19 @@ def read_run_costs(storage: Storage) -> list[RunCost]:
     manifests.sort(key=lambda manifest: manifest.position)
     calls: dict[str, list[CallCost]] = {}
     nights: dict[str, list[NightCost]] = {}
-    matches = [match for path in entries if (match := _RECORD.fullmatch(path))]
+    found = [match for path in entries if (match := _RECORD.fullmatch(path))]
+    begun = Counter(match[1] for match in found if match[2] == "begun")
+    matches = [match for match in found if match[2] != "begun"]
     for match, record in zip(matches, map_parallel(storage, lambda match: _read(storage, match), matches), strict=True):
         if isinstance(record, CallCost):
             calls.setdefault(match[1], []).append(record)
         elif record is not None:
             nights.setdefault(match[1], []).append(record)
-    started: dict[str, set[str]] = {}
-    starts = [match for path in entries if (match := _START.fullmatch(path))]
-    found = map_parallel(storage, lambda match: read_record(storage, match[0], RunStart), starts)
-    for match, start in zip(starts, found, strict=True):
-        if start is not None:
-            started.setdefault(start.run, set()).add(match[1])
     records = {
         manifest.run: RunRecords(
             calls=calls.get(manifest.run, ()),
             nights=nights.get(manifest.run, ()),
-            started=frozenset(started.get(manifest.run, ())),
+            begun=begun[manifest.run],
         )
         for manifest in manifests
     }
@@ -210,7 +215,7 @@ def _compute_run_cost(manifest: Manifest, records: RunRecords, interval: float |
         spent=spent,
         on_demand=on_demand,
         always_on=always_on,
-        is_lower_bound=bool(records.killed),
+        is_lower_bound=records.killed > 0,
         notes=tuple(notes),
     )
 
@@ -227,7 +232,7 @@ def _explain_unknown(records: RunRecords) -> list[str]:
         notes.append(f"the price of its machine is not known: {PRICE_VARIABLE} was not set")
     elif any(call.price.on_demand_dollars_per_hour is None for call in calls):
         notes.append(f"the on-demand price is not known: {ON_DEMAND_VARIABLE} was not set")
-    if killed := len(records.killed):
+    if killed := records.killed:
         plural = "calls were" if killed > 1 else "call was"
         notes.append(f"{killed} {plural} killed and left no record: it cost at least this much")
     return notes

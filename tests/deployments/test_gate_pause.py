@@ -140,7 +140,7 @@ def test_it_is_suspended_for_as_long_as_nobody_answers_and_published_once_it_is_
     wait_for(run, "Completed", "Failed", "Crashed")
     (record,) = (moved.destination / "_overnight" / moved.refused).glob("approved-*.json")
     approval = Approval.model_validate_json(record.read_bytes())
-    calls = (moved.destination / "_overnight" / moved.refused / "costs").iterdir()
+    calls = (moved.destination / "_overnight" / moved.refused / "costs").glob("call-*")
 
     assert ["complete", "paused"] == sorted(json.loads(call.read_bytes())["state"] for call in calls)
     assert ["Running", "Suspended", "Resuming", "Running", "Completed"] == list_course(deployed, run)

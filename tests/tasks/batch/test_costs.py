@@ -30,12 +30,12 @@ from tasks.batch.costs import (
     count_machines,
     read_machine_price,
     read_run_costs,
+    save_call_begin,
     save_call_cost,
     save_night_cost,
 )
 from tasks.batch.manifest import Manifest, manifest_path
 from tasks.batch.options import BatchOptions
-from tasks.batch.run_records import RunStart, save_start
 from tasks.storage import open_storage
 from tests.tasks.batch.small import PIN, a_plan, numbers, put
 
@@ -83,7 +83,7 @@ def test_a_run_costs_the_seconds_of_its_calls_and_is_held_against_on_demand_and_
 
 
 def test_a_night_costs_what_its_report_says_and_not_its_calls_again() -> None:
-    _, night = compute(RunRecords(), RunRecords(nights=[a_night()], calls=[a_call(1)], started=frozenset({"killed"})))
+    _, night = compute(RunRecords(), RunRecords(nights=[a_night()], calls=[a_call(1)], begun=2))
 
     assert (7200, 1.5, 4.0, 3 * 2.0 * 24) == (night.machine_seconds, night.spent, night.on_demand, night.always_on)
     assert ((), False) == (night.notes, night.is_lower_bound)
@@ -120,8 +120,8 @@ def test_without_an_on_demand_price_only_the_cost_is_known() -> None:
 
 def test_a_killed_call_makes_the_cost_a_lower_bound() -> None:
     one, two = compute(
-        RunRecords(calls=[a_call()], started=frozenset({"f", "gone"})),
-        RunRecords(calls=[a_call(1)], started=frozenset({"f", "gone", "too"})),
+        RunRecords(calls=[a_call()], begun=2),
+        RunRecords(calls=[a_call(1)], begun=3),
     )
 
     assert (True, 0.25) == (one.is_lower_bound, one.spent)
@@ -148,11 +148,13 @@ def test_records_are_read_back_beside_the_plans_of_a_destination(tmp_path: Path)
     save_call_cost(storage, plan, a_call(after=3600, flow_run="mine"))
     save_call_cost(storage, plan, call)
     save_night_cost(storage, "run-1", a_night())
-    for flow_run in ("mine", "gone"):
-        save_start(storage, flow_run, RunStart(run="run-0"))
+    # Of four attempts of a flow run two were killed.
+    for after in (0, 600, 1200, 3600):
+        save_call_begin(storage, plan, "mine", FIRST + timedelta(seconds=after))
     first, second = read_run_costs(storage)
 
     assert ("run-0", 3600, 0.5, True) == (first.run, first.machine_seconds, first.spent, first.is_lower_bound)
+    assert first.notes[0].startswith("2 calls were killed")
     assert ("run-1", 1.5) == (second.run, second.spent)
     assert [] == read_run_costs(open_storage(str(tmp_path / "none")))
 
