@@ -2,7 +2,7 @@
 
 The process reads its call as JSON from stdin, and its last line on stdout has the figures. It makes the call twice,
 since the first passes of a process take longer than all others. Their extra time does not depend on the rows, and
-counts as part of the start.
+counts as part of the start. Nobody waits for these runs, so that it sends no events of them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 
 from prefect.client.orchestration import get_client
+from prefect.events.clients import NullEventsClient
+from prefect.events.worker import EventsWorker
 
 from serving.errors import OvernightError
 from tasks.batch.options import BatchOptions
@@ -61,6 +63,7 @@ def main() -> None:
     """Make the call that stdin holds."""
     from flows.batch import batch_inference  # noqa: PLC0415 - the parent of this process needs no flow
 
+    EventsWorker.set_client_override(NullEventsClient)
     call = json.load(sys.stdin)
     options = BatchOptions.model_validate(call["options"])
     destination = Path(call["destination"])

@@ -9,13 +9,15 @@ from typing import NoReturn
 import pytest
 
 from infra.local.prefect_server import PrefectServer
-from serving.errors import ProfileFailed
+from serving.errors import ProfileFailed, TooManyRejects
 from tasks.batch.options import BatchOptions
+from tasks.common.events import RUN_REFUSED
 from tasks.endpoint.deploy import make_host
 from tasks.endpoint.resolve import LoadedModel, load_endpoint_model
 from tasks.endpoint.spec import EndpointSpec
 from tasks.endpoint.targets import Triton
 from tasks.scheduler.profile import ProfileOptions, StatedFigures, measure_profile, read_profile
+from tests.prefect_events import find_events
 from tests.servers import triton_or_skip
 
 pytestmark = pytest.mark.servers
@@ -91,13 +93,21 @@ def test_start_and_requests_are_measured_on_a_model_server_which_is_left_as_it_w
     assert (7.0, 1.0) == (profile.batch_rows_per_second, profile.start_seconds)
 
 
-def test_a_batch_run_that_fails_is_an_error_with_its_output(
+def test_a_batch_run_that_fails_is_an_error_with_its_output_and_no_event(
     prefect: PrefectServer, spec: EndpointSpec, tmp_path: Path
 ) -> None:
     from flows.runtime.calibration_run import run_calibration
+    from tasks.batch.events import RunCall, emit_refusal
 
     with pytest.raises(ProfileFailed, match=r"must go through to be measured, got: The source must name.*nothing-here"):
         run_calibration(spec.model, tmp_path / "nothing-here", tmp_path / "scores", OPTIONS)
+    # An event of the process, which has ended, would be there before this one.
+    later = RunCall(model=spec.model, source="/data", destination=str(tmp_path / "scores" / "first"))
+    with pytest.raises(TooManyRejects), emit_refusal(later):
+        raise TooManyRejects
+    (event,) = find_events(prefect, RUN_REFUSED, f"overnight.destination.{later.destination}")
+
+    assert "TooManyRejects" == event["payload"]["error"]
 
 
 def test_an_endpoint_that_does_not_start_is_an_error_with_its_log(spec: EndpointSpec, tmp_path: Path) -> None:
