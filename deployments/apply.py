@@ -30,6 +30,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.types.names import BANNED_CHARACTERS
 from prefect.utilities.callables import parameter_schema
 from prefect.workers.process import ProcessWorker
+from pydantic import ValidationError
 
 from deployments.automations import make_automations
 from flows.runtime.parameters import refuse_secrets
@@ -121,10 +122,12 @@ async def deploy_call(call: CallDeployment, automations: Iterable[AutomationCore
 
     Raises:
         DeployFailed: There is no server, the work pool does not exist, the name is one of prefect.yaml's or none of
-            Prefect, or the server refuses something.
+            Prefect, its schedule or time zone can't be read, or the server refuses something.
         SecretExposed: A parameter holds a password or token.
     """
     refuse_secrets(call.parameters)
+    if call.cron is not None:
+        _check_schedule(call.cron, call.timezone)
     if any(each in call.name for each in BANNED_CHARACTERS):
         banned = " ".join(sorted(BANNED_CHARACTERS))
         message = f"The name of a deployment must have none of {banned}, got {call.name!r}. Choose another --name."
@@ -143,7 +146,7 @@ async def deploy_call(call: CallDeployment, automations: Iterable[AutomationCore
         **fields,
         "description": "Scores a dataset with a registered model. The same parameters again are the same run.",
         "parameters": dict(call.parameters),
-        "schedules": [schedule] if call.cron else [],
+        "schedules": [schedule] if call.cron is not None else [],
         "work_pool_name": call.pool,
     }
     async with _connect() as client:
@@ -151,6 +154,19 @@ async def deploy_call(call: CallDeployment, automations: Iterable[AutomationCore
         changes = [await _apply_pool(client, pool) for pool in pools]
         changes.append(await _apply_call(client, name, fields))
         return changes + [await _apply_automation(client, each) for each in automations or make_automations()]
+
+
+def _check_schedule(cron: str, timezone: str) -> None:
+    try:
+        CronSchedule(cron=cron, timezone=timezone)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        option, form = {
+            "cron": ("--schedule", "a time as cron, such as '0 1 * * *', every night at one"),
+            "timezone": ("--timezone", "a name such as Europe/Berlin"),
+        }[str(problem["loc"][0])]
+        message = f"{option} must be {form}, got {problem['input']!r}. Correct it."
+        raise DeployFailed(message) from error
 
 
 async def _apply_call(client: PrefectClient, name: str, fields: Fields) -> Change:

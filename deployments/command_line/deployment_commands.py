@@ -86,9 +86,6 @@ def deploy(  # noqa: PLR0913 - each is an option of the command
     if not given and (name or schedule or key or allow_pickle or options or pool != _POOL):
         message = "The options belong to a call, got no MODEL, SOURCE and DESTINATION."
         raise typer.BadParameter(message)
-    if schedule is not None and not schedule.strip():
-        message = "--schedule must be five fields of cron, got none. Leave it out for a deployment without a schedule."
-        raise typer.BadParameter(message)
     if timezone is not None and schedule is None:
         message = (
             f"--timezone must go with --schedule, got {timezone!r} alone: a schedule that is not given is removed."
