@@ -16,7 +16,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flags:
-    """The flags of a command: of each option that has one of its own, and the one that takes all others as JSON."""
+    """The flags of a command: of each option, or field within one, that has a flag, and the one for all others."""
 
     by_option: Mapping[str, str] = field(default_factory=dict)
     document: str | None = None
@@ -57,6 +57,8 @@ def name_option(name: str) -> str:
     flags = _Caller.flags
     if flags is None:
         return name
+    if name in flags.by_option:
+        return flags.by_option[name]
     option, _, inner = name.partition(".")
     if option in flags.by_option:
         return f"{flags.by_option[option]} {inner}".rstrip()

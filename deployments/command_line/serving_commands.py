@@ -117,7 +117,17 @@ def endpoint(  # noqa: PLR0913 - each is an option of the command
     if name is None and spec is None:
         message = "An endpoint needs --name and --model, or --spec with both of them."
         raise typer.BadParameter(message)
-    flags = make_flags(("name", "model", "keep_warm", "allow_pickle", "gateway", "target"), "--spec")
+    flags = make_flags(
+        ("name", "model", "keep_warm", "allow_pickle", "gateway", "target"),
+        "--spec",
+        **{
+            "budget.latency_ms": "--latency-ms",
+            "budget.rate": "--rate",
+            "rollout.canary.percent": "--canary",
+            "rollout.canary.requests_min": "--canary-requests",
+            "rollout.canary.seconds_max": "--canary-seconds",
+        },
+    )
     with keep_stdout(for_json=as_json), name_options_by_flags(flags):
         from tasks.endpoint.spec import EndpointSpec  # noqa: PLC0415 - help needs none
 

@@ -172,6 +172,11 @@ def test_a_command_line_that_does_not_read_ends_with_two_and_says_why(arguments:
         (["endpoint", "--name", "churn"], "must have a model, steps or an ensemble, and one of these three, got none"),
         (["endpoint", "--name", "churn", "--model", "m", "--rate", "3"], "needs both --latency-ms and --rate"),
         (["endpoint", "--name", "churn", "--model", "m", "--keep-warm", "long"], "must be seconds, or auto"),
+        (["endpoint", "--name", "churn", "--model", "m", "--canary", "200"], "--canary: Input should be less than or"),
+        (
+            ["endpoint", "--name", "churn", "--model", "m", "--rate", "0", "--latency-ms", "9"],
+            "--rate: Input should be",
+        ),
         (["endpoint", "--name", "churn", "--model", "m", "--no-wait"], "must be of a canary, got no --canary PERCENT"),
         (["endpoint", "retire", "churn", "--target", '{"kind": "tritn"}'], "tritn"),
         (["choose", '{"name": "churn"}'], "model: Field required"),
