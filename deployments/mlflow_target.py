@@ -34,7 +34,7 @@ from serving.gateway.client import GatewayClient
 from serving.gateway.keys import ADMIN_KEY
 from serving.gateway.route import EndpointState
 from serving.machine import set_variable
-from serving.model.contract import ColumnPolicy, Contract, Frozen
+from serving.model.contract import TEXT_DTYPES, Column, Contract, Frozen
 from serving.targets import Address
 
 if TYPE_CHECKING:
@@ -168,9 +168,10 @@ class OvernightDeploymentClient(BaseDeploymentClient):
     def predict(
         self, deployment_name: str | None = None, inputs: Any = None, endpoint: str | None = None
     ) -> PredictionsResponse:
-        """Return a deployment's predictions for a DataFrame, a mapping of columns, or an array, through the gateway.
+        """Return a deployment's predictions for a DataFrame, a mapping of columns, rows or an array, by the gateway.
 
-        The key of the variable OVERNIGHT_API_KEY is sent with the request. Numbers are rounded to the model's types.
+        The key of the variable OVERNIGHT_API_KEY is sent with the request. Floats are rounded to the model's types. A
+        row of a table is refused where these do not have its value, or where it has a null of text, as no request has.
         """
         with _as_mlflow_errors():
             from tasks.endpoint.client import InferClient  # noqa: PLC0415 - pandas and others, for this alone
@@ -397,7 +398,7 @@ def _describe(name: str, state: EndpointState) -> dict[str, Any]:
 
 
 def _find_contract(name: str) -> Contract:
-    """Return the contract of a deployment, by which numbers are rounded to the model's types.
+    """Return the contract of a deployment, by which floats are rounded to the model's types.
 
     The administrator has it from the gateway, for any endpoint. Other callers have it from the registry, where
     `create` has noted the model.
@@ -407,7 +408,7 @@ def _find_contract(name: str) -> Contract:
             state = gateway.get(name)
         if state is None:
             raise _make_missing(name)
-        return _round_numbers(state.route.contract)
+        return _round_floats(state.route.contract)
     record = _find_record(name)
     if record is None:
         message = (
@@ -418,24 +419,25 @@ def _find_contract(name: str) -> Contract:
     return _read_contract(record)
 
 
-def _round_numbers(contract: Contract) -> Contract:
-    """Return the contract with every number rounded to its column's type; nulls are what the endpoint makes of them."""
+def _round_floats(contract: Contract) -> Contract:
+    """Return the contract with floats rounded to the column's type, and other numbers taken where the type has them.
+
+    JSON and pandas do not tell the types of numbers. Nulls are what the endpoint makes of them.
+    """
+
+    def choose(column: Column) -> Column:
+        cast = "round" if column.dtype.startswith("float") or column.policy.cast == "round" else "exact"
+        return column.model_copy(update={"policy": column.policy.model_copy(update={"cast": cast})})
+
     inputs = [
-        value.model_copy(
-            update={
-                "columns": tuple(
-                    column.model_copy(update={"policy": column.policy.model_copy(update={"cast": "round"})})
-                    for column in value.columns
-                )
-            }
-        )
+        value.model_copy(update={"columns": tuple(choose(column) for column in value.columns)})
         for value in contract.inputs
     ]
     return contract.model_copy(update={"inputs": tuple(inputs)})
 
 
 def _read_contract(record: _Record) -> Contract:
-    """Return the contract of the model, by its description in the registry; numbers are rounded to its types."""
+    """Return the contract of the model, by its description in the registry; floats are rounded to its types."""
     from serving.model.signature import read_contract  # noqa: PLC0415 - for predictions alone
 
     try:
@@ -443,34 +445,52 @@ def _read_contract(record: _Record) -> Contract:
     except OSError as error:
         message = f"The description of {record.model} must be readable, got: {error}. Check the artifact store."
         raise EndpointFailed(message) from error
-    return read_contract(
-        mlmodel,
-        stack="pytorch" in mlmodel.flavors,
-        columns=record.input_columns,
-        policies={"*": ColumnPolicy(cast="round")},
-    )
+    stack = "pytorch" in mlmodel.flavors
+    return _round_floats(read_contract(mlmodel, stack=stack, columns=record.input_columns, policies={}))
 
 
 def _encode_inputs(contract: Contract, inputs: Any) -> dict[str, Any]:
     """Return the model's inputs out of a table, or out of arrays by input. Raises MlflowException, BadInput."""
     import pandas as pd  # noqa: PLC0415 - for predictions alone
-    import pyarrow as pa  # noqa: PLC0415 - the same
-
-    from serving.model.encoding import encode  # noqa: PLC0415 - the same
 
     names = {value.name for value in contract.inputs}
+    if isinstance(inputs, list) and inputs and isinstance(inputs[0], Mapping):
+        inputs = pd.DataFrame(inputs)
     if not isinstance(inputs, Mapping | pd.DataFrame) and len(contract.inputs) == 1:
         inputs = {contract.inputs[0].name: inputs}
     if isinstance(inputs, Mapping) and set(inputs) == names:
-        return {value.name: _shape_array(value, inputs[value.name]) for value in contract.inputs}
-    table = pa.Table.from_pandas(pd.DataFrame(inputs), preserve_index=False)
+        arrays = {value.name: _shape_array(value, inputs[value.name]) for value in contract.inputs}
+    else:
+        arrays = _encode_table(contract, pd.DataFrame(inputs))
+    for value in contract.inputs:
+        if value.dtype in TEXT_DTYPES and (places := np.argwhere(pd.isna(arrays[value.name]))).size:
+            column = value.columns[places[0][1] if value.is_stacked else 0].name
+            raise _make_unfit(places[0][0], column, "null, which requests do not have of text")
+    return arrays
+
+
+def _encode_table(contract: Contract, frame: Any) -> dict[str, Any]:
+    import pyarrow as pa  # noqa: PLC0415 - for predictions alone
+
+    from serving.model.encoding import encode  # noqa: PLC0415 - the same
+
+    given = pa.Table.from_pandas(frame, preserve_index=False)
+    if not (rows := given.num_rows):
+        message = "The inputs must have a row, got none."
+        raise MlflowException(message, INVALID_PARAMETER_VALUE)
+    # pandas has a column of nulls alone as one of floats.
+    columns = [pa.nulls(rows) if column.null_count == rows else column for column in given.columns]
+    table = pa.table(columns, given.column_names)
     contract.check(table.schema, "The table of inputs")
     encoded = encode(contract, table)
     if (bad_n := np.flatnonzero(encoded.flags.code_N)).size:
-        column, reason = encoded.flags.reasons[encoded.flags.code_N[bad_n[0]] - 1]
-        message = f"Every row must fit the model, got row {bad_n[0]} with {column}: {reason}. Correct it."
-        raise MlflowException(message, INVALID_PARAMETER_VALUE)
+        raise _make_unfit(bad_n[0], *encoded.flags.reasons[encoded.flags.code_N[bad_n[0]] - 1])
     return encoded.inputs
+
+
+def _make_unfit(row: int, column: str, reason: str) -> MlflowException:
+    message = f"Every row must fit the model, got row {row} with {column}: {reason}. Correct it."
+    return MlflowException(message, INVALID_PARAMETER_VALUE)
 
 
 def _shape_array(value: Any, given: Any) -> Any:

@@ -26,6 +26,7 @@ from infra.local.prefect_server import PrefectServer
 from infra.local.triton import TritonServer, triton_server
 from serving.errors import BadInput
 from serving.gateway.client import GatewayClient
+from serving.model.contract import Column, ColumnPolicy, Contract, Input, Output
 from tests.support import register_with_params
 from tests.tasks.endpoint.values import route, served
 
@@ -198,6 +199,39 @@ def test_what_can_not_be_created_is_refused_by_name(
 ) -> None:
     with pytest.raises(MlflowException, match=said):
         client.create_deployment("refused", model or weighted[0], **arguments)
+
+
+GIVEN = {"visits": 2, "spend": 0.1, "city": "x"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([GIVEN, {**GIVEN, "visits": 1.5}], "got row 1 with visits: "),
+        ([{**GIVEN, "visits": None}], "got row 0 with visits: null"),
+        ([GIVEN, {**GIVEN, "city": None}], "got row 1 with city: null, which requests do not have of text"),
+        ([{**GIVEN, "city": None}], "got row 0 with city: null, which"),
+        (pd.DataFrame({"visits": [2], "spend": [0.1]}), "got row 0 with city: null, which"),
+        (pd.DataFrame([GIVEN])[:0], "must have a row, got none"),
+        ({"visits": [2, 2], "spend": [0.1, 0.1], "city": ["x", None]}, "got row 1 with city: null, which"),
+        # These are sent, to a server that is not there.
+        ([{**GIVEN, "visits": 2.0}], "must answer"),
+        ({"visits": [2], "spend": [0.1], "city": ["x"]}, "must answer"),
+    ],
+)
+def test_rows_that_a_request_does_not_hold_are_refused_by_number_and_column(
+    client: OvernightDeploymentClient, gateway: GatewayServer, rows: Any, said: str
+) -> None:
+    columns = (
+        *(Column(name="visits", dtype="int64"), Column(name="spend", dtype="float32")),
+        Column(name="city", dtype="str", required=False, policy=ColumnPolicy(null="keep")),
+    )
+    inputs = tuple(Input(name=each.name, dtype=each.dtype, columns=(each,)) for each in columns)
+    contract = Contract(inputs=inputs, outputs=(Output(name="score", dtype="float32"),))
+    with GatewayClient(gateway.url, gateway.admin_key) as admin:
+        admin.put("by-columns", route(served("1", 100), contract=contract))
+    with pytest.raises(MlflowException, match=said):
+        client.predict("by-columns", rows)
 
 
 def test_the_gateway_is_no_part_of_the_target() -> None:
