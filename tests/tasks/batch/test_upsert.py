@@ -14,13 +14,13 @@ from pathlib import Path
 import polars as pl
 import pyarrow as pa
 import pytest
-from deltalake import DeltaTable, write_deltalake
+from deltalake import write_deltalake
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyiceberg.catalog import Catalog
 
 from serving.errors import DestinationUnusable, KeysUnfit, PublishRefused, StorageFault
 from tasks.batch import delta, upsert
-from tasks.batch.delta import check_delta, commit_delta
 from tasks.batch.key_check import check_run_keys
 from tasks.batch.manifest import find_manifest
 from tasks.batch.options import BatchOptions
@@ -28,36 +28,19 @@ from tasks.batch.plan import Plan
 from tasks.batch.publish import audit_parts, publish
 from tasks.batch.verify import verify_run
 from tasks.storage import LocalStorage, Storage, open_storage
+from tests.tasks.batch.iceberg_tables import configure, delete_rows, open_lake
 from tests.tasks.batch.small import a_contract, a_plan, put, put_parts
-from tests.tasks.batch.upserts import UPSERT, an_upsert
+from tests.tasks.batch.tables import DeltaOutput, IcebergOutput, TableOutput, an_upsert, check, commit, read_scores
 
 Scores = dict[int, float | None]
-MARK = UPSERT.model_copy(update={"missing_keys": "mark"})
-DELETE = UPSERT.model_copy(update={"missing_keys": "delete"})
-
-
-@pytest.fixture
-def destination(place: str) -> Storage:
-    return open_storage(f"{place}/out")
-
-
-def commit(destination: Storage, plan: Plan) -> None:
-    commit_delta(destination, plan, audit_parts(destination, plan).footers)
-
-
-def read_rows(destination: Storage) -> list[tuple[int, float | None]]:
-    options = delta.delta_options(destination)
-    table = pl.scan_delta(destination.url, storage_options=options).select("id", "score").collect()
-    return sorted(table.rows())
-
-
-def the_table(destination: Storage) -> DeltaTable:
-    return DeltaTable(destination.url, storage_options=delta.delta_options(destination))
+DELTA = DeltaOutput()
+UPSERT, MARK, DELETE = (DELTA.options("upsert", missing_keys=missing) for missing in ("keep", "mark", "delete"))
+ICEBERG = [IcebergOutput.options("upsert", missing_keys=missing) for missing in ("keep", "mark", "delete")]
 
 
 def append(destination: Storage, ids: list[int], score: float = -1.0) -> None:
     """Add rows to the table as somebody else does."""
-    table = the_table(destination)
+    table = DELTA.open(destination)
     schema = pa.schema(table.schema().to_arrow())
     rows = pa.table({"id": ids, "score": pa.array([score] * len(ids), pa.float32())})
     for name in schema.names[2:]:
@@ -65,22 +48,24 @@ def append(destination: Storage, ids: list[int], score: float = -1.0) -> None:
     write_deltalake(table, rows, mode="append")
 
 
-def test_rows_of_the_same_keys_are_replaced_and_others_added_in_one_commit(destination: Storage, place: str) -> None:
-    first = an_upsert(place, "first", dict.fromkeys(range(25), 1.0), 1)
-    second = an_upsert(place, "second", dict.fromkeys(range(20, 30), 2.0), 2)
+def test_rows_of_the_same_keys_are_replaced_and_others_added_in_one_commit(
+    table: TableOutput, destination: Storage, place: str
+) -> None:
+    first = an_upsert(place, "first", dict.fromkeys(range(25), 1.0), 1, table.options("upsert"))
+    second = an_upsert(place, "second", dict.fromkeys(range(20, 30), 2.0), 2, table.options("upsert"))
     for plan in (first, second, first, second):
         commit(destination, plan)
 
-    assert [(key, 1.0) for key in range(20)] + [(key, 2.0) for key in range(20, 30)] == read_rows(destination)
-    assert the_table(destination).version() == 1
+    assert [(key, 1.0) for key in range(20)] + [(key, 2.0) for key in range(20, 30)] == read_scores(table, destination)
+    assert 2 == table.count_commits(destination)
 
 
 def test_files_without_those_keys_stay_as_they_are(destination: Storage, place: str) -> None:
     first = an_upsert(place, "first", dict.fromkeys(range(30), 1.0), 1)
     commit(destination, first)
-    before = set(delta._list_files(the_table(destination)))
+    before = set(delta._list_files(DELTA.open(destination)))
     commit(destination, an_upsert(place, "second", {10: 2.0}, 2))
-    after = set(delta._list_files(the_table(destination)))
+    after = set(delta._list_files(DELTA.open(destination)))
 
     assert len(before) == 4
     assert len(before & after) == 3
@@ -109,16 +94,16 @@ def test_a_rewritten_file_that_is_not_as_it_was_written_is_in_no_commit(tmp_path
     with pytest.raises(StorageFault, match="must be as it was written before a commit names it"):
         commit(storage, second)
 
-    assert [(key, 1.0) for key in range(10)] == read_rows(storage)
+    assert [(key, 1.0) for key in range(10)] == read_scores(DELTA, storage)
     commit(storage, second)
-    assert [(key, 2.0 if key == 3 else 1.0) for key in range(10)] == read_rows(storage)
+    assert [(key, 2.0 if key == 3 else 1.0) for key in range(10)] == read_scores(DELTA, storage)
 
 
 def test_a_run_with_every_key_leaves_none_of_the_earlier_files(destination: Storage, place: str) -> None:
     for order in (1, 2):
         commit(destination, an_upsert(place, str(order), {key: float(order) for key in range(25)}, order))
 
-    assert [(key, 2.0) for key in range(25)] == read_rows(destination)
+    assert [(key, 2.0) for key in range(25)] == read_scores(DELTA, destination)
     assert destination.entries("rewritten") == []
 
 
@@ -131,7 +116,7 @@ def test_rows_whose_source_is_gone_are_kept_deleted_or_marked(
     commit(destination, an_upsert(place, "first", {0: 1.0, 1: 1.0, 2: None}, 1, options))
     commit(destination, an_upsert(place, "second", {1: 2.0, 2: 2.0, 3: 2.0}, 2, options))
 
-    assert [*left, (1, 2.0), (2, 2.0), (3, 2.0)] == read_rows(destination)
+    assert [*left, (1, 2.0), (2, 2.0), (3, 2.0)] == read_scores(DELTA, destination)
 
 
 def test_a_marked_row_says_why_and_is_not_written_again(destination: Storage, place: str) -> None:
@@ -144,7 +129,7 @@ def test_a_marked_row_says_why_and_is_not_written_again(destination: Storage, pl
     assert [(0, None, None, "not in source"), (1, 3.0, None, None)] == table.rows()
     assert written == destination.entries("rewritten")
     commit(destination, an_upsert(place, "fourth", {0: 4.0, 1: 4.0}, 4, MARK))
-    assert [(0, 4.0), (1, 4.0)] == read_rows(destination)
+    assert [(0, 4.0), (1, 4.0)] == read_scores(DELTA, destination)
 
 
 KEYS = st.lists(st.integers(0, 30), min_size=1, max_size=25, unique=True)
@@ -167,7 +152,7 @@ def test_a_sequence_of_upserts_is_a_dictionary(steps: list[tuple[str, list[int],
         destination = open_storage(f"{place}/out")
         for order, (kind, keys, options) in enumerate([("upsert", [0], UPSERT), *steps], start=1):
             if kind == "compact":
-                the_table(destination).optimize.compact()
+                DELTA.open(destination).optimize.compact()
             elif kind == "append":
                 fresh = [key for key in keys if key not in model]
                 model |= dict.fromkeys(fresh, -1.0)
@@ -181,7 +166,7 @@ def test_a_sequence_of_upserts_is_a_dictionary(steps: list[tuple[str, list[int],
                 model = {} if options is DELETE else model | dict.fromkeys(missing if options is MARK else (), None)
                 model |= dict.fromkeys(keys, float(order))
 
-            assert sorted(model.items()) == read_rows(destination)
+            assert sorted(model.items()) == read_scores(DELTA, destination)
 
 
 KEYS_OF_TYPES = {
@@ -237,9 +222,8 @@ def test_rows_that_another_adds_between_the_look_and_the_commit_are_seen(
     monkeypatch.setattr(upsert, "rewrite_files", look)
     commit(destination, second)
 
-    assert [(key, 1.0) for key in range(3)] + [(key, 2.0) for key in range(3, 8)] + [(20, -1.0)] == read_rows(
-        destination
-    )
+    expected = [(key, 1.0) for key in range(3)] + [(key, 2.0) for key in range(3, 8)] + [(20, -1.0)]
+    assert expected == read_scores(DELTA, destination)
     # The second look is at what is new alone.
     assert [1, 1] == [len(paths) for paths in examined]
     assert examined[0] != examined[1]
@@ -252,13 +236,13 @@ def test_workers_that_race_commit_a_run_once(destination: Storage, place: str) -
 
     def race(_: int) -> None:
         barrier.wait()
-        commit_delta(destination, second, parts)
+        commit(destination, second, parts)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(race, range(4)))
 
-    assert [(key, 1.0) for key in range(20)] + [(key, 2.0) for key in range(20, 30)] == read_rows(destination)
-    assert the_table(destination).version() == 1
+    assert [(key, 1.0) for key in range(20)] + [(key, 2.0) for key in range(20, 30)] == read_scores(DELTA, destination)
+    assert DELTA.open(destination).version() == 1
     assert len(destination.entries("rewritten")) == 1
 
 
@@ -271,7 +255,7 @@ def test_files_that_another_compacts_meanwhile_are_read_where_they_are_now(
     def look(storage: Storage, plan: Plan, parts: object, paths: list[str]) -> object:
         examined.append(paths)
         if len(examined) == 1:
-            table = the_table(destination)
+            table = DELTA.open(destination)
             table.optimize.compact()
             table.vacuum(retention_hours=0, enforce_retention_duration=False, dry_run=False)
         return real(storage, plan, parts, paths)
@@ -284,10 +268,10 @@ def test_files_that_another_compacts_meanwhile_are_read_where_they_are_now(
     monkeypatch.setattr(
         upsert, "find_entries", lambda storage, paths: [put_back(storage, path, kept[path]) for path in paths]
     )
-    commit_delta(destination, second, parts)
+    commit(destination, second, parts)
 
     assert len(examined) == 2
-    assert [(key, 1.0) for key in range(24)] + [(24, 2.0)] == read_rows(destination)
+    assert [(key, 1.0) for key in range(24)] + [(24, 2.0)] == read_scores(DELTA, destination)
 
 
 def put_back(storage: Storage, path: str, data: bytes | None) -> object:
@@ -304,25 +288,27 @@ def test_parts_that_the_table_holds_already_stay(destination: Storage, place: st
     second = an_upsert(place, "second", {7: 2.0, 20: 2.0}, 2, options)
     # As of a run that refers to the part of an earlier one.
     parts = [held[1], *audit_parts(destination, second).footers]
-    commit_delta(destination, second, parts)
+    commit(destination, second, parts)
     kept = [(key, 1.0) for key in range(7)] if mode == "upsert" else []
     expected = sorted([*kept, *((key, 1.0) for key in range(8, 16)), (7, 2.0), (20, 2.0)])
 
-    assert expected == read_rows(destination)
+    assert expected == read_scores(DELTA, destination)
     third = an_upsert(place, "third", {0: 3.0}, 3, options)
     # One that refers to all that there is.
-    commit_delta(destination, third, parts)
-    assert the_table(destination).version() == 2
-    assert expected == read_rows(destination)
+    commit(destination, third, parts)
+    assert DELTA.open(destination).version() == 2
+    assert expected == read_scores(DELTA, destination)
 
 
-def test_an_older_run_puts_no_rows_over_those_of_a_newer_one(destination: Storage, place: str) -> None:
-    older = an_upsert(place, "older", {0: 1.0}, 1)
-    commit(destination, an_upsert(place, "newer", {0: 2.0}, 2))
+def test_an_older_run_puts_no_rows_over_those_of_a_newer_one(
+    table: TableOutput, destination: Storage, place: str
+) -> None:
+    older = an_upsert(place, "older", {0: 1.0}, 1, table.options("upsert"))
+    commit(destination, an_upsert(place, "newer", {0: 2.0}, 2, table.options("upsert")))
     with pytest.raises(PublishRefused, match="must not go back to an older run"):
         commit(destination, older)
 
-    assert [(0, 2.0)] == read_rows(destination)
+    assert [(0, 2.0)] == read_scores(table, destination)
 
 
 def test_what_is_published_by_an_upsert_verifies(destination: Storage, place: str) -> None:
@@ -369,16 +355,15 @@ def test_a_table_whose_files_may_not_be_written_again_is_refused_before_scoring(
 ) -> None:
     first = an_upsert(place, "first", {0: 1.0}, 1)
     commit(destination, first)
-    the_table(destination).alter.set_table_properties({name: "true"})
-    schema = pa.schema(the_table(destination).schema().to_arrow())
+    DELTA.open(destination).alter.set_table_properties({name: "true"})
     for refused in (
-        lambda: check_delta(destination, schema, "0" * 32, mode="upsert"),
+        lambda: check(destination, first),
         lambda: commit(destination, an_upsert(place, "second", {0: 2.0}, 2)),
     ):
         with pytest.raises(DestinationUnusable, match=rf"must let its files be written again .* {name}=true"):
             refused()
 
-    assert [(0, 1.0)] == read_rows(destination)
+    assert [(0, 1.0)] == read_scores(DELTA, destination)
 
 
 @pytest.mark.parametrize("point", ["after a rewritten file", "before the commit", "after the commit"])
@@ -396,10 +381,87 @@ def test_a_kill_anywhere_leaves_the_table_exact_and_the_next_call_ends_it(tmp_pa
     assert -9 == done.returncode, done.stderr
     before = [(key, 1.0) for key in range(25)]
     after = [(key, 1.0) for key in range(20)] + [(key, 2.0) for key in range(20, 30)]
-    assert (after if point == "after the commit" else before) == read_rows(destination)
+    assert (after if point == "after the commit" else before) == read_scores(DELTA, destination)
     for _ in range(2):
         publish(destination, second, audit_parts(destination, second))
-    assert after == read_rows(destination)
-    assert the_table(destination).version() == 1
+    assert after == read_scores(DELTA, destination)
+    assert DELTA.open(destination).version() == 1
     assert find_manifest(destination, second.run) is not None
     assert len(destination.entries("rewritten")) == 1
+
+
+ICEBERG_STEPS = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, 20), min_size=1, max_size=15, unique=True),
+        st.sampled_from([*ICEBERG[:1], *ICEBERG, None]),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=5)
+@given(steps=ICEBERG_STEPS)
+def test_a_sequence_of_upserts_into_an_iceberg_table_is_a_dictionary(
+    steps: list[tuple[list[int], BatchOptions | None]],
+) -> None:
+    model: Scores = {}
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
+        configure(patch, place)
+        lake = open_lake(place)
+        destination = open_storage(f"{place}/out")
+        for order, (keys, options) in enumerate([([0], ICEBERG[0]), *steps], start=1):
+            if options is None:
+                fresh = dict.fromkeys([key for key in keys if key not in model] or [100 + order], -1.0)
+                plan = an_upsert(place, str(order), fresh, order, IcebergOutput.options())
+                model |= fresh
+            else:
+                plan = an_upsert(place, str(order), dict.fromkeys(keys, float(order)), order, options)
+                missing = model.keys() - set(keys) if options.missing_keys == "mark" else ()
+                model = {} if options.missing_keys == "delete" else model | dict.fromkeys(missing, None)
+                model |= dict.fromkeys(keys, float(order))
+            publish(destination, plan, audit_parts(destination, plan))
+            commit(destination, plan)
+
+            assert sorted(model.items()) == read_scores(IcebergOutput(lake), destination)
+
+
+def test_rows_that_another_adds_meanwhile_to_an_iceberg_table_are_seen(
+    lake: Catalog, destination: Storage, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(destination, an_upsert(place, "first", dict.fromkeys(range(5), 1.0), 1, ICEBERG[0]))
+    real, examined = upsert.rewrite_files, []
+
+    def look(storage: Storage, plan: Plan, parts: object, paths: list[str]) -> object:
+        found = real(storage, plan, parts, paths)
+        examined.append(paths)
+        if len(examined) == 1:
+            add_beside()
+        return found
+
+    other = an_upsert(place, "other", {7: -1.0, 20: -1.0}, 2, ICEBERG[0])
+    add_beside = lambda: commit(destination, other)
+    second = an_upsert(place, "second", dict.fromkeys(range(3, 8), 2.0), 3, ICEBERG[0])
+    parts = audit_parts(destination, second).footers
+    monkeypatch.setattr(upsert, "rewrite_files", look)
+    commit(destination, second, parts)
+
+    expected = [(key, 1.0) for key in range(3)] + [(key, 2.0) for key in range(3, 8)] + [(20, -1.0)]
+    assert expected == read_scores(IcebergOutput(lake), destination)
+
+
+def test_an_iceberg_table_with_deletes_or_files_elsewhere_is_refused(
+    lake: Catalog, destination: Storage, place: str
+) -> None:
+    first = an_upsert(place, "first", {0: 1.0, 1: 1.0}, 1, ICEBERG[0])
+    commit(destination, first)
+    table = IcebergOutput(lake).open()
+    (file,) = [task.file.file_path for task in table.scan().plan_files()]
+    delete_rows(table, file, [0])
+    for refused in (
+        lambda: check(destination, first),
+        lambda: commit(destination, an_upsert(place, "second", {0: 2.0}, 2, ICEBERG[0])),
+        lambda: check(open_storage(f"{place}/elsewhere"), first),
+    ):
+        with pytest.raises(DestinationUnusable, match=r"must have all its files below .*, and no deletes beside them"):
+            refused()
