@@ -56,11 +56,7 @@ def read(folder: Path, data: bytes, *wanted: str) -> pa.Table:
         ({"type": "int", "logicalType": "time-millis"}, [dt.time(1, 2, 3)], pa.time32("ms")),
         ({"type": "long", "logicalType": "timestamp-millis"}, [NOON], pa.timestamp("ms", "UTC")),
         (["null", {"type": "long", "logicalType": "timestamp-micros"}], [NOON, None], pa.timestamp("us", "UTC")),
-        (
-            {"type": "long", "logicalType": "local-timestamp-micros"},
-            [NOON.replace(tzinfo=None)],
-            pa.timestamp("us"),
-        ),
+        ({"type": "long", "logicalType": "local-timestamp-micros"}, [NOON.replace(tzinfo=None)], pa.timestamp("us")),
         (
             {"type": "bytes", "logicalType": "decimal", "precision": 10, "scale": 2},
             [Decimal("-3.00")],

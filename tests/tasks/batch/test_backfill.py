@@ -157,8 +157,7 @@ def test_moments_that_are_yet_to_come_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "given",
-    [{}, {"first": 3}, {"first": 3, "last": 4, "numbers": (1,)}, {"last": 4, "numbers": (1,)}],
+    "given", [{}, {"first": 3}, {"first": 3, "last": 4, "numbers": (1,)}, {"last": 4, "numbers": (1,)}]
 )
 def test_versions_are_a_range_or_a_list(given: dict[str, object]) -> None:
     with pytest.raises(ValidationError, match="must have a first and a last one, or be listed as numbers"):

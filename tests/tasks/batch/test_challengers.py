@@ -854,9 +854,7 @@ def test_challengers_that_can_not_be_compared_are_refused_by_name(
 
     labels = {"labels": Labels(column="label"), "promote_if": PromoteIf(metric="mae", by=0)}
     refuse(
-        BadInput,
-        rf"another version than the model of the run, got models:/{name}/1, which is the model",
-        addresses[0],
+        BadInput, rf"another version than the model of the run, got models:/{name}/1, which is the model", addresses[0]
     )
     refuse(ModelNotFound, "must name a version or an alias", f"models:/{name}@none")
     refuse(ModelNotFound, "has no model 'unknown'", "models:/unknown/1")

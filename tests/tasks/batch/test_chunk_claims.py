@@ -402,12 +402,7 @@ def test_a_chunk_is_done_once_each_model_has_its_part_but_for_challengers_that_w
     eight: Plan, destination: Storage
 ) -> None:
     challenger = Challenger(
-        model=PIN,
-        contract=eight.contract,
-        columns=eight.columns,
-        batch_size=4,
-        batch_unit="rows",
-        engine=eight.engine,
+        model=PIN, contract=eight.contract, columns=eight.columns, batch_size=4, batch_unit="rows", engine=eight.engine
     )
     plan = eight.model_copy(update={"challengers": (challenger, challenger)})
     first, second = plan.challenger_plans

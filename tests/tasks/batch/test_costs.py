@@ -119,10 +119,7 @@ def test_without_an_on_demand_price_only_the_cost_is_known() -> None:
 
 
 def test_a_killed_call_makes_the_cost_a_lower_bound() -> None:
-    one, two = compute(
-        RunRecords(calls=[a_call()], begun=2),
-        RunRecords(calls=[a_call(1)], begun=3),
-    )
+    one, two = compute(RunRecords(calls=[a_call()], begun=2), RunRecords(calls=[a_call(1)], begun=3))
 
     assert (True, 0.25) == (one.is_lower_bound, one.spent)
     assert "1 call was killed and left no record: it cost at least this much" in one.notes

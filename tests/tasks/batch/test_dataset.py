@@ -86,12 +86,7 @@ def test_row_groups_are_read_from_the_footers(place: str) -> None:
 
 def test_files_of_no_rows_among_others_stay_and_need_no_columns(place: str) -> None:
     put(
-        place,
-        {
-            "a.parquet": {"other": pa.array([], pa.int8())},
-            "b.parquet": numbers(0, 3),
-            "c.parquet": numbers(0, 0),
-        },
+        place, {"a.parquet": {"other": pa.array([], pa.int8())}, "b.parquet": numbers(0, 3), "c.parquet": numbers(0, 0)}
     )
     dataset = opened(place)
 

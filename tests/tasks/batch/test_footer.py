@@ -130,8 +130,7 @@ def test_texts_all_null_take_nothing_and_unused_columns_do_not_count(tmp_path: P
 def test_every_row_group_of_every_file_has_its_own_bytes(tmp_path: Path) -> None:
     small, large = pa.table({"k": ["x"] * 4096}), pa.table({"k": hexes(64, 10_000)})
     put(
-        str(tmp_path),
-        {"a.parquet": parquet(pa.concat_tables([small, large]), row_group_size=4096), "b.parquet": large},
+        str(tmp_path), {"a.parquet": parquet(pa.concat_tables([small, large]), row_group_size=4096), "b.parquet": large}
     )
     files = open_dataset(pin_source(str(tmp_path), "/out"), [], ["k"]).snapshot.files
     found = [[round(sizes.keys / rows, -2) for sizes, rows in file.sized_groups] for file in files]
@@ -141,10 +140,7 @@ def test_every_row_group_of_every_file_has_its_own_bytes(tmp_path: Path) -> None
 
 def test_columns_in_another_order_are_found_by_name(tmp_path: Path) -> None:
     columns = {"a": np.arange(100, dtype=np.float32), "k": ["x" * 50] * 100, "z": [[1.0, 2.0]] * 100}
-    put(
-        str(tmp_path),
-        {"a.parquet": pa.table(columns), "b.parquet": pa.table(dict(reversed(columns.items())))},
-    )
+    put(str(tmp_path), {"a.parquet": pa.table(columns), "b.parquet": pa.table(dict(reversed(columns.items())))})
     first, second = open_dataset(pin_source(str(tmp_path), "/out"), ["a", "z"], ["k"]).snapshot.files
 
     assert first.group_bytes == second.group_bytes

@@ -158,12 +158,9 @@ def test_json_values_of_mixed_types_are_text(tmp_path: Path) -> None:
 def test_json_fields_that_a_line_lacks_are_null(tmp_path: Path) -> None:
     data = b'{"a":1}\n{"b":2,"unused":{"x":1}}\n{}\n{"unused":[1]}\n'
 
-    assert [
-        {"a": "1", "b": None},
-        {"a": None, "b": "2"},
-        {"a": None, "b": None},
-        {"a": None, "b": None},
-    ] == rows(tmp_path, "jsonl", data, "a", "b")
+    assert [{"a": "1", "b": None}, {"a": None, "b": "2"}, {"a": None, "b": None}, {"a": None, "b": None}] == rows(
+        tmp_path, "jsonl", data, "a", "b"
+    )
 
 
 def found_in(folder: Path, data: bytes, *names: str) -> set[str]:

@@ -93,11 +93,7 @@ def test_a_run_like_its_baseline_breaks_nothing() -> None:
             a_run(),
             "broken: output score: greatest value 0.87959, 0.5 or less allowed",
         ),
-        (
-            RangeRule(columns="plan", maximum=4),
-            a_run(plan=["basic"] * ROWS),
-            "broken: input plan: greatest value 5, 4",
-        ),
+        (RangeRule(columns="plan", maximum=4), a_run(plan=["basic"] * ROWS), "broken: input plan: greatest value 5, 4"),
         (
             RowCountRule(max_change=0.5),
             a_run(rows=1_000),
@@ -119,11 +115,7 @@ def test_a_run_like_its_baseline_breaks_nothing() -> None:
             a_run(age=AGE + 50),
             "broken: input age: p99 < 2 * baseline_p50 AND kind = 'number' must be true, got p99 11",
         ),
-        (
-            ExpressionRule(condition="reject_rate < 0.001", columns="age"),
-            a_run(),
-            "broken: input age: reject_rate < 0",
-        ),
+        (ExpressionRule(condition="reject_rate < 0.001", columns="age"), a_run(), "broken: input age: reject_rate < 0"),
         (ExpressionRule(condition="1 = 2", side="outputs"), a_run(), "broken: output score: 1 = 2 must be true"),
     ],
 )

@@ -369,9 +369,7 @@ def test_a_file_that_does_not_hold_the_fields_that_its_table_says_is_refused(loc
 
 @pytest.mark.parametrize("mapped", [False, True])
 def test_files_without_field_ids_are_read_by_the_name_mapping_alone(
-    local_lake: Catalog,
-    tmp_path: Path,
-    mapped: bool,  # noqa: FBT001
+    local_lake: Catalog, tmp_path: Path, *, mapped: bool
 ) -> None:
     table = customers(local_lake)
     pq.write_table(rows(0, 4), tmp_path / "loose.parquet")

@@ -45,11 +45,7 @@ def test_a_commit_is_found_when_its_snapshot_has_expired(lake: Catalog, destinat
 
 @pytest.mark.parametrize(("by_equality", "parts"), [(None, 3), (False, 0), (True, 0)])
 def test_a_run_is_read_through_the_table_and_refused_where_the_table_has_not_all_of_it(
-    lake: Catalog,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    by_equality: bool | None,  # noqa: FBT001
-    parts: int,
+    lake: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, by_equality: bool | None, parts: int
 ) -> None:
     place, destination = str(tmp_path), open_storage(f"{tmp_path}/out")
     plan = save_plan(destination, a_run(place, APPEND))
@@ -76,9 +72,7 @@ def test_a_run_is_read_through_the_table_and_refused_where_the_table_has_not_all
 
 @pytest.mark.parametrize("by_equality", [False, True])
 def test_deletes_of_others_go_with_the_rows_that_are_replaced(
-    lake: Catalog,
-    tmp_path: Path,
-    by_equality: bool,  # noqa: FBT001
+    lake: Catalog, tmp_path: Path, *, by_equality: bool
 ) -> None:
     place, destination = str(tmp_path), open_storage(f"{tmp_path}/out")
     commit(destination, a_run(place, APPEND))

@@ -48,8 +48,8 @@ OUTPUTS = (
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
-    put(f"{tmp_path}/in", {"a.parquet": numbers(0, 25)})
-    return a_plan(f"{tmp_path}/in", f"{tmp_path}/out", contract=a_contract("a", "b", outputs=OUTPUTS))
+    source = put(f"{tmp_path}/in", {"a.parquet": numbers(0, 25)})
+    return a_plan(source, f"{tmp_path}/out", contract=a_contract("a", "b", outputs=OUTPUTS))
 
 
 @pytest.fixture
@@ -100,19 +100,16 @@ def test_predictions_are_null_exactly_at_rejects_which_say_why(plan: Plan, keys:
     ] == table.slice(1).to_pylist()
 
 
-def test_a_part_without_rejects_has_no_nulls(plan: Plan, keys: pa.Table) -> None:
+@pytest.mark.parametrize("rejects", [0, 4])
+def test_a_part_of_no_rejects_or_of_rejects_alone_has_predictions_everywhere_or_nowhere(
+    plan: Plan, keys: pa.Table, rejects: int
+) -> None:
     good = PREDICTIONS | {"label": np.array(list("abcd"), dtype=object), "words": np.full((4, 2), "w", dtype=object)}
-    table = read(encode_part(plan, CHUNK, keys, good, flagged([]), 4))
+    table = read(encode_part(plan, CHUNK, keys, good, flagged([(row, "a", "null") for row in range(rejects)]), 4))
 
-    assert dict.fromkeys(PREDICTIONS, 0) == {name: table[name].null_count for name in PREDICTIONS}
-    assert table["reject_reason"].null_count == table["reject_column"].null_count == 4
-
-
-def test_a_part_of_rejects_alone_has_predictions_nowhere(plan: Plan, keys: pa.Table) -> None:
-    table = read(encode_part(plan, CHUNK, keys, PREDICTIONS, flagged([(row, "a", "null") for row in range(4)]), 4))
-
-    assert dict.fromkeys(PREDICTIONS, 4) == {name: table[name].null_count for name in PREDICTIONS}
-    assert table["reject_reason"].to_pylist() == ["null"] * 4
+    assert dict.fromkeys(PREDICTIONS, rejects) == {name: table[name].null_count for name in PREDICTIONS}
+    assert ["null" if rejects else None] * 4 == table["reject_reason"].to_pylist()
+    assert 4 - rejects == table["reject_column"].null_count
 
 
 def test_polars_pandas_and_arrow_read_the_same_rows(plan: Plan, keys: pa.Table) -> None:
@@ -299,34 +296,27 @@ def test_a_key_of_any_type_is_refused_or_read_back(kind: pa.DataType) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("output", "given", "expected"),
     [
-        (pa.dictionary(pa.int8(), pa.large_string()), pa.large_string()),
-        (pa.list_(pa.float32(), 3), pa.list_(pa.float32())),
-        (pa.fixed_shape_tensor(pa.float32(), [2, 3]), pa.list_(pa.float32())),
-        (pa.uint32(), pa.uint32()),
-        (pa.string(), pa.string()),
+        ("parquet", pa.dictionary(pa.int8(), pa.large_string()), pa.large_string()),
+        ("parquet", pa.list_(pa.float32(), 3), pa.list_(pa.float32())),
+        ("parquet", pa.fixed_shape_tensor(pa.float32(), [2, 3]), pa.list_(pa.float32())),
+        ("parquet", pa.uint32(), pa.uint32()),
+        ("parquet", pa.string(), pa.string()),
+        ("delta", pa.uint8(), pa.int16()),
+        ("delta", pa.uint16(), pa.int32()),
+        ("delta", pa.uint32(), pa.int64()),
+        ("delta", pa.uint64(), pa.uint64()),
+        ("delta", pa.float16(), pa.float32()),
+        ("delta", pa.list_(pa.uint8(), 3), pa.list_(pa.int16())),
+        ("delta", pa.dictionary(pa.int8(), pa.uint16()), pa.int32()),
+        ("delta", pa.int32(), pa.int32()),
     ],
 )
-def test_a_type_that_readers_stumble_over_is_stored_as_one_they_read(given: pa.DataType, expected: pa.DataType) -> None:
-    assert expected == stored_type(given, "parquet")
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        (pa.uint8(), pa.int16()),
-        (pa.uint16(), pa.int32()),
-        (pa.uint32(), pa.int64()),
-        (pa.uint64(), pa.uint64()),
-        (pa.float16(), pa.float32()),
-        (pa.list_(pa.uint8(), 3), pa.list_(pa.int16())),
-        (pa.dictionary(pa.int8(), pa.uint16()), pa.int32()),
-        (pa.int32(), pa.int32()),
-    ],
-)
-def test_a_type_that_delta_lacks_is_stored_as_one_that_holds_it(given: pa.DataType, expected: pa.DataType) -> None:
-    assert expected == stored_type(given, "delta")
+def test_a_type_that_readers_or_delta_lack_is_stored_as_one_that_holds_it(
+    output: Literal["parquet", "delta"], given: pa.DataType, expected: pa.DataType
+) -> None:
+    assert expected == stored_type(given, output)
 
 
 def test_a_part_for_delta_has_types_that_delta_has(tmp_path: Path) -> None:

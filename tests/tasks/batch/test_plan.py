@@ -72,7 +72,7 @@ def row_ids(files: list[SourceFile], chunks: list[Chunk]) -> list[tuple[int, int
 
 
 @given(files=FILES, rows_per_chunk=st.integers(1, 100), batch_size=st.integers(1, 40))
-def test_every_row_is_in_exactly_one_chunk_in_the_order_of_the_dataset(
+def test_every_row_is_in_one_chunk_in_order_and_a_row_group_is_whole_or_cut_on_multiples_of_the_batch(
     files: list[SourceFile], rows_per_chunk: int, batch_size: int
 ) -> None:
     chunks = cut_chunks(files, rows_per_chunk, batch_size)
@@ -85,29 +85,15 @@ def test_every_row_is_in_exactly_one_chunk_in_the_order_of_the_dataset(
 
     assert expected == row_ids(files, chunks)
     assert chunks == cut_chunks(files, rows_per_chunk, batch_size)
-
-
-@given(files=FILES, rows_per_chunk=st.integers(1, 100), batch_size=st.integers(1, 40))
-def test_no_chunk_is_empty_or_larger_than_allowed(
-    files: list[SourceFile], rows_per_chunk: int, batch_size: int
-) -> None:
-    chunks = cut_chunks(files, rows_per_chunk, batch_size)
-
     assert all(0 < chunk.rows <= rows_per_chunk for chunk in chunks)
-    assert all(piece.rows > 0 for chunk in chunks for piece in chunk.pieces)
-
-
-@given(files=FILES, rows_per_chunk=st.integers(1, 100), batch_size=st.integers(1, 40))
-def test_a_row_group_is_whole_or_cut_on_multiples_of_the_batch(
-    files: list[SourceFile], rows_per_chunk: int, batch_size: int
-) -> None:
     # A chunk smaller than a batch is cut where it must be.
     step = min(batch_size, rows_per_chunk)
-    for chunk in cut_chunks(files, rows_per_chunk, batch_size):
+    for chunk in chunks:
         for piece in chunk.pieces:
             rows = files[piece.file].row_groups[piece.row_group]
             sliced = rows > rows_per_chunk
 
+            assert piece.rows > 0
             assert not sliced or len(chunk.pieces) == 1
             assert sliced or (0, rows) == (piece.row_start, piece.row_stop)
             assert piece.row_start % step == 0
@@ -123,7 +109,7 @@ def test_small_files_share_a_chunk_and_a_large_row_group_is_cut_evenly() -> None
 
 @given(count=st.integers(1, 300), sizes=SIZES)
 def test_shards_are_consecutive_and_cover_all_chunks(count: int, sizes: Sizes) -> None:
-    chunks = [Chunk(pieces=(Piece(file=0, row_group=at, row_start=0, row_stop=5),)) for at in range(count)]
+    chunks = chunks_of_five(count)
     shards = cut_shards(chunks, 5 * count, sizes)
 
     assert chunks == [chunk for shard in shards for chunk in shard]
@@ -134,13 +120,21 @@ def test_shards_are_consecutive_and_cover_all_chunks(count: int, sizes: Sizes) -
     assert shards == cut_shards(chunks, 5 * count, sizes)
 
 
-def test_a_run_has_at_most_a_thousand_shards_of_a_minute() -> None:
-    chunks = [Chunk(pieces=(Piece(file=0, row_group=at, row_start=0, row_stop=5),)) for at in range(3000)]
-    day = Sizes(batch_size=1, slots=2, row_bytes=8, rows_per_second=15_000 / 86_400)
-    hour = Sizes(batch_size=1, slots=2, row_bytes=8, rows_per_second=15_000 / 3600)
+@pytest.mark.parametrize(
+    ("count", "slots", "rows_per_second", "shards"),
+    [(3000, 2, 15_000 / 86_400, 1000), (3000, 2, 15_000 / 3600, 60), (10_000, 2000, 0.001, 4000)],
+    ids=["a day", "an hour", "two for each of many slots"],
+)
+def test_a_run_has_shards_of_a_minute_at_most_a_thousand_or_two_for_each_slot(
+    count: int, slots: int, rows_per_second: float, shards: int
+) -> None:
+    sizes = Sizes(batch_size=1, slots=slots, row_bytes=8, rows_per_second=rows_per_second)
 
-    assert len(cut_shards(chunks, 15_000, day)) == 1000
-    assert len(cut_shards(chunks, 15_000, hour)) == 60
+    assert shards == len(cut_shards(chunks_of_five(count), 5 * count, sizes))
+
+
+def chunks_of_five(count: int) -> list[Chunk]:
+    return [Chunk(pieces=(Piece(file=0, row_group=at, row_start=0, row_stop=5),)) for at in range(count)]
 
 
 @given(rows=st.integers(1, 10**10), sizes=SIZES)
@@ -167,27 +161,19 @@ def test_a_large_run_has_chunks_that_take_longer_rather_than_more_than_a_hundred
     assert 65_536 == choose_chunk_rows(10**10, wide)
 
 
-def test_a_run_of_many_slots_has_two_shards_for_each() -> None:
-    chunks = [Chunk(pieces=(Piece(file=0, row_group=at, row_start=0, row_stop=5),)) for at in range(10_000)]
-    sizes = Sizes(batch_size=1, slots=2000, row_bytes=8, rows_per_second=0.001)
-
-    assert 4000 == len(cut_shards(chunks, 50_000, sizes))
-
-
-@pytest.mark.parametrize(("rows_per_second", "expected"), [(400.0, 2048), (5.0, 32), (0.01, 1), (None, 65_536)])
-def test_a_chunk_of_texts_is_ten_seconds_of_work_whatever_the_tokens_of_a_batch(
-    rows_per_second: float | None, expected: int
+@pytest.mark.parametrize(
+    ("rows", "batch", "rows_per_second", "rows_per_pass", "expected"),
+    [
+        *((1_500_000, 1024, rate, 0.0, rows) for rate, rows in ((400.0, 2048), (5.0, 32), (0.01, 1), (None, 65_536))),
+        # A batch of tokens that takes longer, where a slot has rows enough.
+        *((rows, 8192, 0.8, 50.3, expected) for rows, expected in ((1_500_000, 64), (400, 16))),
+    ],
+)
+def test_a_chunk_of_texts_is_ten_seconds_of_work_or_a_batch_of_tokens(
+    rows: int, batch: int, rows_per_second: float | None, rows_per_pass: float, expected: int
 ) -> None:
-    sizes = Sizes(batch_size=1024, slots=2, row_bytes=100, rows_per_second=rows_per_second, batch_unit="tokens")
-
-    assert expected == choose_chunk_rows(1_500_000, sizes)
-
-
-@pytest.mark.parametrize(("rows", "expected"), [(1_500_000, 64), (400, 16)])
-def test_a_chunk_holds_a_batch_of_tokens_that_takes_longer_where_a_slot_has_rows_enough(
-    rows: int, expected: int
-) -> None:
-    sizes = Sizes(batch_size=8192, slots=2, row_bytes=100, rows_per_second=0.8, batch_unit="tokens", rows_per_pass=50.3)
+    rates = {"rows_per_second": rows_per_second, "rows_per_pass": rows_per_pass}
+    sizes = Sizes(batch_size=batch, slots=2, row_bytes=100, batch_unit="tokens", **rates)
 
     assert expected == choose_chunk_rows(rows, sizes)
 
@@ -207,8 +193,7 @@ def test_a_plan_holds_what_it_was_made_of(place: str) -> None:
 
 @pytest.fixture
 def made(tmp_path: object) -> Plan:
-    put(f"{tmp_path}/in", {"a.parquet": numbers(0, 25)})
-    return a_plan(f"{tmp_path}/in", f"{tmp_path}/out")
+    return a_plan(put(f"{tmp_path}/in", {"a.parquet": numbers(0, 25)}), f"{tmp_path}/out")
 
 
 def test_a_plan_comes_back_from_json_as_it_was(tmp_path: object) -> None:
@@ -244,13 +229,7 @@ def test_a_null_policy_comes_back_from_json_as_it_was(null: float | str) -> None
 SNAPSHOT = Snapshot(root="/in", format="parquet", files=(SourceFile(path="a", size=1, tag="1"),))
 
 
-def key(
-    *,
-    digest: str = "d" * 64,
-    snapshot: Snapshot = SNAPSHOT,
-    score: str = "score",
-    **options: object,
-) -> str:
+def key(*, digest: str = "d" * 64, snapshot: Snapshot = SNAPSHOT, score: str = "score", **options: object) -> str:
     contract = a_contract("a", outputs=(Output(name=score, dtype="float32"),))
     return run_key(PIN.model_copy(update={"digest": digest}), snapshot, contract, BatchOptions(**options))  # type: ignore[arg-type]
 
@@ -265,9 +244,6 @@ def test_the_same_call_has_the_same_key() -> None:
     assert key(policies={"a": ColumnPolicy(), "b": ColumnPolicy(null=0.0)}) == key(
         policies={"b": ColumnPolicy(null=0.0), "a": ColumnPolicy()}
     )
-
-
-def test_the_same_rescoring_is_the_same_run_and_another_is_another() -> None:
     assert key(rescore="first") == key(rescore="first") != key(rescore="second")
 
 
@@ -356,18 +332,8 @@ def test_a_plans_digest_tells_what_shapes_its_parts_and_nothing_of_the_attempt(m
 
 
 def test_a_chunks_digest_tells_file_rows_batches_and_engine(made: Plan) -> None:
-    plans = [
-        made,
-        *(
-            made.model_copy(update=update)
-            for update in (
-                {"batch_size": 5},
-                {"engine": Engine(threads=2)},
-                {"shape": "0"},
-                {"made_with": ("numpy 1",)},
-            )
-        ),
-    ]
+    updates = ({}, {"batch_size": 5}, {"engine": Engine(threads=2)}, {"shape": "0"}, {"made_with": ("numpy 1",)})
+    plans = [made.model_copy(update=update) for update in updates]
     digests = {digest_chunk(plan, chunk) for plan in plans for chunk in plan.chunks.values()}
 
     assert len(plans) * len(made.chunks) == len(digests)
@@ -483,7 +449,7 @@ def sized(*groups: tuple[int, int]) -> SourceFile:
     )
 
 
-def planned(*files: SourceFile, row_bytes: float = 20.0, **options: object) -> Plan:
+def planned(*files: SourceFile, row_bytes: float = 20.0, sizes: Sizes | None = None, **options: object) -> Plan:
     snapshot = Snapshot(root="/in", format="parquet", files=files)
     return make_plan(
         key="k",
@@ -492,7 +458,7 @@ def planned(*files: SourceFile, row_bytes: float = 20.0, **options: object) -> P
         options=BatchOptions(**{"key_columns": ("id",), **options}),  # type: ignore[arg-type]
         source=snapshot,
         dataset=Dataset(snapshot=snapshot, schema=pa.schema([("a", pa.float32()), ("id", pa.string())]), hive=()),
-        sizes=Sizes(batch_size=1024, slots=2, row_bytes=row_bytes, rows_per_second=None),
+        sizes=sizes or Sizes(batch_size=1024, slots=2, row_bytes=row_bytes, rows_per_second=None),
     )
 
 
@@ -509,16 +475,11 @@ def test_rows_that_get_larger_are_cut_by_their_own_bytes_and_the_others_as_befor
     assert plan.rows == sum(chunk.rows for chunk in plan.chunks.values())
 
 
-def test_row_groups_of_large_rows_do_not_share_a_chunk_beyond_its_bytes() -> None:
-    plan = planned(sized(*[(100, 400_000)] * 7), row_bytes=20.0)
-
-    assert [100] * 7 == [chunk.rows for chunk in plan.chunks.values()]
-
-
-def test_a_row_larger_than_a_chunk_is_a_chunk() -> None:
-    plan = planned(sized((3, 1 << 28)))
-
-    assert [1, 1, 1] == [chunk.rows for chunk in plan.chunks.values()]
+@pytest.mark.parametrize(
+    ("groups", "rows"), [([(100, 400_000)] * 7, [100] * 7), ([(3, 1 << 28)], [1, 1, 1])], ids=["groups", "a row"]
+)
+def test_row_groups_or_rows_that_fill_a_chunk_do_not_share_one(groups: list[tuple[int, int]], rows: list[int]) -> None:
+    assert rows == [chunk.rows for chunk in planned(sized(*groups)).chunks.values()]
 
 
 @pytest.mark.parametrize("rows", [1, 1000, 70_000, 1 << 20, 5_000_000])
@@ -586,40 +547,17 @@ def test_used_columns_are_the_models_then_the_keys_each_once() -> None:
 
 @given(files=FILES.filter(lambda files: any(sum(file.row_groups) for file in files)), sizes=SIZES)
 def test_a_plan_depends_on_nothing_but_its_arguments(files: list[SourceFile], sizes: Sizes) -> None:
-    snapshot = Snapshot(root="/in", format="parquet", files=tuple(files))
-    dataset = Dataset(snapshot=snapshot, schema=pa.schema([("a", pa.float32())]), hive=())
-
-    def make() -> Plan:
-        return make_plan(
-            key="k",
-            model=PIN,
-            contract=a_contract("a"),
-            options=BatchOptions(),
-            source=snapshot,
-            dataset=dataset,
-            sizes=sizes,
-        )
-
-    first, second = make(), make()
+    first, second = (planned(*files, sizes=sizes, key_columns=()) for _ in range(2))
 
     assert first.shards == second.shards
-    assert dataset.rows == first.rows == sum(chunk.rows for chunk in first.chunks.values())
+    assert sum(sum(file.row_groups) for file in files) == first.rows == sum(c.rows for c in first.chunks.values())
     assert first == Plan.model_validate_json(first.model_dump_json())
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_every_slot_of_every_flow_run_has_chunks_enough(workers: int) -> None:
-    file = SourceFile(path="a.parquet", size=1, tag="t", row_groups=(16_000,))
-    snapshot = Snapshot(root="/in", format="parquet", files=(file,))
-    plan = make_plan(
-        key="k",
-        model=PIN,
-        contract=a_contract("a"),
-        options=BatchOptions(workers=workers),
-        source=snapshot,
-        dataset=Dataset(snapshot=snapshot, schema=pa.schema([("a", pa.float32())]), hive=()),
-        sizes=Sizes(batch_size=10, slots=2, row_bytes=4, rows_per_second=None),
-    )
+    sizes = Sizes(batch_size=10, slots=2, row_bytes=4, rows_per_second=None)
+    plan = planned(SourceFile(path="a.parquet", size=1, tag="t", row_groups=(16_000,)), sizes=sizes, workers=workers)
 
     assert len(plan.chunks) >= 8 * 2 * workers
     assert len(plan.shards) >= 2 * 2 * workers

@@ -85,11 +85,5 @@ def test_the_page_holds_its_pictures_and_escapes_what_models_say() -> None:
     assert "&lt;b&gt;no&lt;/b&gt;" in text
     assert "<b>no</b>" not in text
     # What the run says of the rows comes before what it took.
-    told = (
-        "<title>churn v3 → scores</title>",
-        "are distributed",
-        "&lt;b&gt;no",
-        "rows done over time",
-        "seconds:",
-    )
+    told = ("<title>churn v3 → scores</title>", "are distributed", "&lt;b&gt;no", "rows done over time", "seconds:")
     assert sorted(told, key=text.index) == [*told]

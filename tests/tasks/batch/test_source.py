@@ -410,10 +410,7 @@ def test_one_file_by_its_full_name_is_that_file_wherever_it_lies(place: str) -> 
     assert ids(pin_source(f"{place}/t/{first.path}", ELSEWHERE)) in ([0, 1, 2], [3, 4])
 
 
-LOGS = {
-    "Hudi": ".hoodie/hoodie.properties",
-    "Spark": "_spark_metadata/0",
-}
+LOGS = {"Hudi": ".hoodie/hoodie.properties", "Spark": "_spark_metadata/0"}
 
 
 @pytest.mark.parametrize("kind", LOGS)

@@ -79,11 +79,7 @@ def test_another_run_replaces_the_rows_of_the_first_in_one_commit(
 @pytest.mark.parametrize("mode", ["append", "replace"])
 @pytest.mark.parametrize("standing", [False, True], ids=["a new table", "a table"])
 def test_threads_that_race_commit_a_run_once(
-    table: TableOutput,
-    destination: Storage,
-    place: str,
-    mode: str,
-    standing: bool,  # noqa: FBT001
+    table: TableOutput, destination: Storage, place: str, mode: str, *, standing: bool
 ) -> None:
     if standing:
         commit(destination, a_run(place, table.options(), range(100, 120)))
