@@ -15,9 +15,9 @@ from serving.model.contract import Column, Contract, Input, Output
 from serving.model.encoding import Flags
 from serving.model.interface import Predictions
 from serving.model.pin import ModelPin
-from tasks.batch.chunk_layout import Sizes
-from tasks.batch.chunk_reader import open_reader
-from tasks.batch.dataset import open_dataset
+from tasks.batch.chunk_layout import Piece, Sizes
+from tasks.batch.chunk_reader import Reader, open_reader
+from tasks.batch.dataset import Snapshot, open_dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.part_check import write_undigested
 from tasks.batch.parts import ChunkId, encode_part, key_names, part_path
@@ -105,6 +105,18 @@ def read_keys(plan: Plan, chunk: ChunkId) -> pa.Table:
     """Read the key columns of a chunk."""
     tables = [table.select(key_names(plan.options)) for table in open_reader(plan).blocks(plan.chunks[chunk])]
     return pa.concat_tables(tables)
+
+
+def read_rows(snapshot: Snapshot, *columns: str) -> pa.Table:
+    """Read columns of all rows of a snapshot, as a run reads them."""
+    dataset = open_dataset(snapshot, columns, ())
+    reader = Reader(dataset.snapshot, columns, dataset.partitions, 100, places=False)
+    pieces = [
+        Piece(file=at, row_group=group, row_start=0, row_stop=rows)
+        for at, file in enumerate(dataset.snapshot.files)
+        for group, rows in enumerate(file.row_groups)
+    ]
+    return pa.concat_tables([table for piece in pieces for table in reader.read(piece)])
 
 
 def predict(plan: Plan, keys: pa.Table) -> Predictions:

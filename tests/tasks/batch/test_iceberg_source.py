@@ -27,8 +27,6 @@ from serving.errors import (
     SourceNotFound,
     StorageFault,
 )
-from tasks.batch.chunk_layout import Piece
-from tasks.batch.chunk_reader import Reader
 from tasks.batch.dataset import Snapshot, open_dataset
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import run_key
@@ -36,7 +34,7 @@ from tasks.batch.source import TableVersion, pin_source
 from tasks.batch.staging import stage
 from tasks.storage import open_storage
 from tests.tasks.batch.iceberg_tables import configure, delete_rows, open_lake
-from tests.tasks.batch.small import PIN, a_contract
+from tests.tasks.batch.small import PIN, a_contract, read_rows
 
 ELSEWHERE = "/elsewhere"
 NAME = "iceberg:lake.sales.customers"
@@ -87,14 +85,7 @@ def read(snapshot: Snapshot, columns: tuple[str, ...] = USED, staged_at: str | N
         assert staged_at is not None
         contract = a_contract(*columns)
         snapshot = stage(snapshot, open_storage(staged_at), "_overnight/run", contract, ())
-    dataset = open_dataset(snapshot, columns, ())
-    reader = Reader(dataset.snapshot, columns, {}, 100, places=False)
-    pieces = [
-        Piece(file=at, row_group=group, row_start=0, row_stop=count)
-        for at, file in enumerate(dataset.snapshot.files)
-        for group, count in enumerate(file.row_groups)
-    ]
-    return pa.concat_tables([table for piece in pieces for table in reader.read(piece)]).sort_by("id")
+    return read_rows(snapshot, *columns).sort_by("id")
 
 
 def ids(snapshot: Snapshot, staged_at: str | None = None) -> list[int]:

@@ -16,8 +16,6 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from serving.errors import BadInput, NoCompleteRun, SourceChanged, SourceEmpty, SourceFormat, SourceNotFound
-from tasks.batch.chunk_layout import Piece
-from tasks.batch.chunk_reader import Reader
 from tasks.batch.dataset import Snapshot, open_dataset
 from tasks.batch.delta import delta_options
 from tasks.batch.manifest import open_predictions
@@ -28,7 +26,7 @@ from tasks.batch.publish import audit_parts, publish
 from tasks.batch.run_records import save_plan
 from tasks.batch.source import TableVersion, pin_source
 from tasks.storage import open_storage
-from tests.tasks.batch.small import PIN, a_contract, a_plan, numbers, put, put_parts
+from tests.tasks.batch.small import PIN, a_contract, a_plan, numbers, put, put_parts, read_rows
 
 ELSEWHERE = "/elsewhere"
 
@@ -37,20 +35,8 @@ def write(address: str, table: pa.Table, mode: str = "append", **options: Any) -
     write_deltalake(address, table, mode=mode, storage_options=delta_options(open_storage(address)), **options)
 
 
-def read(snapshot: Snapshot, *columns: str) -> pa.Table:
-    """Read columns of all rows of a snapshot, as a run reads them."""
-    dataset = open_dataset(snapshot, columns, ())
-    reader = Reader(dataset.snapshot, columns, dataset.partitions, 100, places=False)
-    pieces = [
-        Piece(file=at, row_group=group, row_start=0, row_stop=rows)
-        for at, file in enumerate(dataset.snapshot.files)
-        for group, rows in enumerate(file.row_groups)
-    ]
-    return pa.concat_tables([table for piece in pieces for table in reader.read(piece)])
-
-
 def ids(snapshot: Snapshot) -> list[int]:
-    return sorted(read(snapshot, "id")["id"].to_pylist())
+    return sorted(read_rows(snapshot, "id")["id"].to_pylist())
 
 
 def refusal(source: str) -> str:
@@ -223,7 +209,7 @@ def test_partitions_of_a_delta_table_have_the_values_of_its_log_and_the_types_of
     types = {"city": "string", "n": "int64", "day": "date32[day]", "sure": "bool", "size": "double"}
     write(place, pa.table({"id": list(range(5)), **values}), partition_by=list(values))
     snapshot = pin_source(place, ELSEWHERE)
-    table = read(snapshot, "id", *values).sort_by("id")
+    table = read_rows(snapshot, "id", *values).sort_by("id")
 
     assert values == table.select(list(values)).to_pydict()
     assert types | {"at": "timestamp[us]"} == {name: str(table.schema.field(name).type) for name in values}
@@ -238,29 +224,28 @@ def edit_log(folder: Path, edit: Any) -> None:
     log.write_text("".join(json.dumps(action) + "\n" for action in actions))
 
 
-def test_the_log_goes_before_the_path_of_a_file(tmp_path: Path) -> None:
-    write(str(tmp_path), pa.table({"id": [1], "city": ["Rome"]}), partition_by=["city"])
+def move_file(folder: Path, path: str) -> None:
+    """Give the one file of a Delta table another path, in its log too."""
 
     def move(action: dict[str, Any]) -> None:
         if "add" in action:
-            (tmp_path / action["add"]["path"]).rename(tmp_path / "x.parquet")
-            action["add"]["path"] = "x.parquet"
+            (folder / path).parent.mkdir(exist_ok=True)
+            next(folder.rglob("*.parquet")).rename(folder / path)
+            action["add"]["path"] = path
 
-    edit_log(tmp_path, move)
+    edit_log(folder, move)
 
-    assert ["Rome"] == read(pin_source(str(tmp_path), ELSEWHERE), "city")["city"].to_pylist()
+
+def test_the_log_goes_before_the_path_of_a_file(tmp_path: Path) -> None:
+    write(str(tmp_path), pa.table({"id": [1], "city": ["Rome"]}), partition_by=["city"])
+    move_file(tmp_path, "x.parquet")
+
+    assert ["Rome"] == read_rows(pin_source(str(tmp_path), ELSEWHERE), "city")["city"].to_pylist()
 
 
 def test_a_folder_in_the_form_of_a_partition_is_none_where_the_log_has_none(tmp_path: Path) -> None:
     write(str(tmp_path), pa.table({"id": [1]}))
-
-    def move(action: dict[str, Any]) -> None:
-        if "add" in action:
-            (tmp_path / "city=Rome").mkdir()
-            (tmp_path / action["add"]["path"]).rename(tmp_path / "city=Rome/x.parquet")
-            action["add"]["path"] = "city=Rome/x.parquet"
-
-    edit_log(tmp_path, move)
+    move_file(tmp_path, "city=Rome/x.parquet")
 
     assert () == open_dataset(pin_source(str(tmp_path), ELSEWHERE), ["id"], ()).hive
 
@@ -269,16 +254,9 @@ def test_a_partition_whose_text_is_only_in_the_log_is_refused(tmp_path: Path) ->
     at = pa.array([dt.datetime(2024, 1, 1, 12, tzinfo=dt.UTC)], pa.timestamp("us", "UTC"))
     write(str(tmp_path), pa.table({"id": [1], "at": at}), partition_by=["at"])
     assert ["2024-01-01 12:00:00"] == [
-        str(value)[:19] for value in read(pin_source(str(tmp_path), ELSEWHERE), "at")["at"].to_pylist()
+        str(value)[:19] for value in read_rows(pin_source(str(tmp_path), ELSEWHERE), "at")["at"].to_pylist()
     ]
-
-    def move(action: dict[str, Any]) -> None:
-        if "add" in action:
-            (file,) = tmp_path.glob("at=*/*.parquet")
-            file.rename(tmp_path / "x.parquet")
-            action["add"]["path"] = "x.parquet"
-
-    edit_log(tmp_path, move)
+    move_file(tmp_path, "x.parquet")
 
     assert "got at (timestamp[us, tz=UTC]) of x.parquet" in refusal(str(tmp_path))
 
@@ -429,12 +407,13 @@ def test_a_folder_called_metadata_alone_is_no_table(place: str, name: str) -> No
     assert [0, 1] == ids(pin_source(place, ELSEWHERE))
 
 
-def published(source: str, destination: str, name: str, hours: int = 0, **options: Any) -> Plan:
-    """Publish a run of a destination, planned so many hours later."""
+def published(place: str, name: str, rows: range = range(25), hours: int = 0, **options: Any) -> Plan:
+    """Publish a run of rows into `out` below a place, planned so many hours later."""
+    source = put(f"{place}/in-{name}", {"a.parquet": numbers(rows.start, rows.stop)})
     chosen = BatchOptions(name=name, rows_per_chunk=10, key_columns=("id",), **options)
-    plan = a_plan(source, destination, chosen)
+    plan = a_plan(source, f"{place}/out", chosen)
     plan = plan.model_copy(update={"planned_at": plan.planned_at + timedelta(hours=hours)})
-    storage = open_storage(destination)
+    storage = open_storage(f"{place}/out")
     save_plan(storage, plan)
     put_parts(plan, storage)
     publish(storage, plan, audit_parts(storage, plan))
@@ -442,11 +421,11 @@ def published(source: str, destination: str, name: str, hours: int = 0, **option
 
 
 def test_a_destination_is_its_newest_complete_run(place: str) -> None:
-    put(f"{place}/in", {"a.parquet": numbers(0, 25)})
-    put(f"{place}/in2", {"a.parquet": numbers(100, 115)})
-    published(f"{place}/in", f"{place}/out", "first")
-    published(f"{place}/in2", f"{place}/out", "second", hours=1)
-    begun = a_plan(f"{place}/in", f"{place}/out", BatchOptions(name="third", rows_per_chunk=10, key_columns=("id",)))
+    published(place, "first")
+    published(place, "second", range(100, 115), hours=1)
+    begun = a_plan(
+        f"{place}/in-first", f"{place}/out", BatchOptions(name="third", rows_per_chunk=10, key_columns=("id",))
+    )
     put_parts(begun, open_storage(f"{place}/out"), [(0, 0)])
     save_plan(open_storage(f"{place}/out"), begun)
     snapshot = pin_source(f"{place}/out", ELSEWHERE)
@@ -458,10 +437,8 @@ def test_a_destination_is_its_newest_complete_run(place: str) -> None:
 
 
 def test_a_run_by_its_folder_is_that_run(place: str) -> None:
-    put(f"{place}/in", {"a.parquet": numbers(0, 25)})
-    put(f"{place}/in2", {"a.parquet": numbers(100, 115)})
-    published(f"{place}/in", f"{place}/out", "first")
-    published(f"{place}/in2", f"{place}/out", "second", hours=1)
+    published(place, "first")
+    published(place, "second", range(100, 115), hours=1)
     # Nothing of it is the run's.
     put(f"{place}/out/run=first", {"stray.parquet": numbers(7, 9)})
 
@@ -486,25 +463,23 @@ def test_a_destination_or_run_that_is_not_complete_is_refused(place: str) -> Non
     "inside", ["/*/*.parquet", "/run=*/", "/run=*/*.parquet", "/run=a/*.parquet", "/**/*.parquet", "/_overnight", "/.."]
 )
 def test_parts_of_a_destination_past_its_manifests_are_refused(place: str, inside: str) -> None:
-    put(f"{place}/in", {"a.parquet": numbers(0, 25)})
-    published(f"{place}/in", f"{place}/top/out", "a")
+    published(f"{place}/top", "a")
     source = f"{place}/top" if inside == "/.." else f"{place}/top/out{inside}"
 
     assert f"Name {place}/top/out itself, or one of its runs as {place}/top/out/run=NAME" in refusal(source)
 
 
 def test_loose_files_beside_the_runs_of_a_destination_are_a_source(place: str) -> None:
-    put(place, {"in/a.parquet": numbers(0, 25), "b.parquet": numbers(30, 33)})
-    published(f"{place}/in", place, "a")
+    published(place, "a")
+    put(f"{place}/out", {"in/a.parquet": numbers(0, 25), "b.parquet": numbers(30, 33)})
 
-    assert list(range(25)) == ids(pin_source(f"{place}/in", place))
-    assert list(range(30, 33)) == ids(pin_source(f"{place}/*.parquet", place))
-    assert list(range(25)) == ids(pin_source(f"{place}/in/*.parquet", place))
+    assert list(range(25)) == ids(pin_source(f"{place}/out/in", f"{place}/out"))
+    assert list(range(30, 33)) == ids(pin_source(f"{place}/out/*.parquet", f"{place}/out"))
+    assert list(range(25)) == ids(pin_source(f"{place}/out/in/*.parquet", f"{place}/out"))
 
 
 def test_a_part_of_a_run_that_is_gone_is_told(place: str) -> None:
-    put(f"{place}/in", {"a.parquet": numbers(0, 25)})
-    plan = published(f"{place}/in", f"{place}/out", "a")
+    plan = published(place, "a")
     path = part_path(plan, (0, 1))
     open_storage(f"{place}/out").delete([path])
     with pytest.raises(SourceChanged, match=rf"Every part of run a at .* the first {re.escape(path)}"):
@@ -512,10 +487,8 @@ def test_a_part_of_a_run_that_is_gone_is_told(place: str) -> None:
 
 
 def test_the_delta_table_of_a_destination_is_read_through_its_log(place: str) -> None:
-    put(f"{place}/in", {"a.parquet": numbers(0, 25)})
-    put(f"{place}/in2", {"a.parquet": numbers(100, 115)})
-    published(f"{place}/in", f"{place}/out", "a", output="delta", delta_mode="replace")
-    published(f"{place}/in2", f"{place}/out", "b", hours=1, output="delta", delta_mode="replace")
+    published(place, "a", output="delta", delta_mode="replace")
+    published(place, "b", range(100, 115), hours=1, output="delta", delta_mode="replace")
     snapshot = pin_source(f"{place}/out", ELSEWHERE)
 
     assert list(range(100, 115)) == ids(snapshot)
@@ -524,16 +497,14 @@ def test_the_delta_table_of_a_destination_is_read_through_its_log(place: str) ->
 
 
 def test_a_destination_with_a_table_and_a_newer_run_beside_it_is_refused(tmp_path: Path) -> None:
-    put(f"{tmp_path}/in", {"a.parquet": numbers(0, 25)})
-    published(f"{tmp_path}/in", f"{tmp_path}/out", "a", output="delta")
-    published(f"{tmp_path}/in", f"{tmp_path}/out", "b", hours=1)
+    published(str(tmp_path), "a", output="delta")
+    published(str(tmp_path), "b", hours=1)
 
     assert "A source must have one log" in refusal(f"{tmp_path}/out")
 
 
 def test_a_run_whose_table_lost_its_log_is_refused(tmp_path: Path) -> None:
-    put(f"{tmp_path}/in", {"a.parquet": numbers(0, 25)})
-    published(f"{tmp_path}/in", f"{tmp_path}/out", "a", output="delta")
+    published(str(tmp_path), "a", output="delta")
     (tmp_path / "out/_delta_log").rename(tmp_path / "log")
 
     assert "that log is gone" in refusal(f"{tmp_path}/out")
