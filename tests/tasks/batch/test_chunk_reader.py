@@ -170,36 +170,29 @@ class Counting:
         monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
 
 
-def test_a_row_group_of_many_chunks_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("block", "before", "read", "rows_decoded"),
+    [(3, (), range(10), 100), (3, (), (2, 5, 9), 100), (5, (4,), (1,), 20)],
+    ids=["once for many chunks", "on after a jump forwards", "again after a jump backwards"],
+)
+def test_a_row_group_is_decoded(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    block: int,
+    before: Sequence[int],
+    read: Sequence[int],
+    rows_decoded: int,
+) -> None:
     put(str(tmp_path), {"a.parquet": numbers(0, 100)})
+    reader, chunks = a_reader(tmp_path, block, ("id",))
+    read_all(reader, [chunks[at] for at in before])
     decoded = Counting(monkeypatch)
-    reader, chunks = a_reader(tmp_path, 3, ("id",))
-    rows = [row for chunk in chunks for table in reader.blocks(chunk) for row in table["id"].to_pylist()]
+    found = [pa.concat_tables(reader.blocks(chunks[at])) for at in read]
+    expected = [list(range(at * 10, at * 10 + 10)) for at in read]
 
-    assert len(chunks) == 10
-    assert list(range(100)) == rows
-    assert decoded.rows == 100
-
-
-def test_a_jump_forwards_in_a_row_group_goes_on_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put(str(tmp_path), {"a.parquet": numbers(0, 100)})
-    decoded = Counting(monkeypatch)
-    reader, chunks = a_reader(tmp_path, 3, ("id",))
-    found = [pa.concat_tables(reader.blocks(chunks[at]))["id"].to_pylist() for at in (2, 5, 9)]
-
-    assert [list(range(at, at + 10)) for at in (20, 50, 90)] == found
-    assert decoded.rows == 100
-
-
-def test_a_jump_backwards_starts_the_row_group_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put(str(tmp_path), {"a.parquet": numbers(0, 100)})
-    reader, chunks = a_reader(tmp_path, 5, ("id",))
-    list(reader.blocks(chunks[4]))
-    decoded = Counting(monkeypatch)
-    back = pa.concat_tables(reader.blocks(chunks[1]))
-
-    assert list(range(10, 20)) == back["id"].to_pylist() == back[SOURCE_ROW].to_pylist()
-    assert decoded.rows == 20
+    assert 10 == len(chunks)
+    assert expected == [table["id"].to_pylist() for table in found] == [t[SOURCE_ROW].to_pylist() for t in found]
+    assert rows_decoded == decoded.rows
 
 
 def test_a_chunk_that_was_left_in_the_middle_does_not_disturb_the_next(tmp_path: Path) -> None:
@@ -265,9 +258,8 @@ def test_times_in_int96_that_are_finer_than_they_can_be_read_are_refused(tmp_pat
     write_int96(tmp_path / "in", [0, 1_000, nanoseconds, 0], "ns")
     plan = a_plan(f"{tmp_path}/in", f"{tmp_path}/out", BatchOptions(rows_per_chunk=4, key_columns=("at",)))
 
-    with pytest.raises(
-        SourceFormat, match=r"a\.parquet must hold whole microseconds in column 'at', as times in INT96"
-    ):
+    told = r"a\.parquet must hold whole microseconds in column 'at', as times in INT96"
+    with pytest.raises(SourceFormat, match=told):
         list(open_reader(plan).blocks(next(iter(plan.chunks.values()))))
 
 

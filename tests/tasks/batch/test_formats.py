@@ -38,49 +38,43 @@ def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     return int(request.param)
 
 
-def test_csv_values_are_text_as_they_stand(tmp_path: Path) -> None:
-    data = b"id,a,b\n007,1.50,true\n-0, x ,1e5\n"
-
-    assert [{"id": "007", "a": "1.50", "b": "true"}, {"id": "-0", "a": " x ", "b": "1e5"}] == rows(
-        tmp_path, "csv", data
-    )
-
-
-def test_csv_quotes_hold_commas_quotes_and_newlines(tmp_path: Path) -> None:
-    data = b'a,b\n"x, ""y""\nz\r\n",2\n"""",3\n'
-
-    assert [{"a": 'x, "y"\nz\r\n', "b": "2"}, {"a": '"', "b": "3"}] == rows(tmp_path, "csv", data)
-
-
-def test_csv_tells_nothing_from_an_empty_text(tmp_path: Path) -> None:
-    data = b'a,b\n,""\n"",\nNA,null\n'
-
-    assert [{"a": None, "b": ""}, {"a": "", "b": None}, {"a": "NA", "b": "null"}] == rows(tmp_path, "csv", data)
-
-
 @pytest.mark.parametrize(
-    "data",
+    ("data", "expected"),
     [
-        b"\xef\xbb\xbfa,b\n1,2\n3,4\n",
-        b"a,b\r\n1,2\r\n3,4\r\n",
-        b"a,b\n1,2\n3,4",
-        b"\na,b\n\n1,2\n\r\n\n3,4\n\n",
-        b'"a","b"\n"1","2"\n3,4\n',
+        (b"id,a,b\n007,1.50,true\n-0, x ,1e5\n", [["007", "1.50", "true"], ["-0", " x ", "1e5"]]),
+        (b'a,b\n"x, ""y""\nz\r\n",2\n"""",3\n', [['x, "y"\nz\r\n', "2"], ['"', "3"]]),
+        (b'a,b\n,""\n"",\nNA,null\n', [[None, ""], ["", None], ["NA", "null"]]),
+        (b"\xef\xbb\xbfa,b\n1,2\n3,4\n", [["1", "2"], ["3", "4"]]),
+        (b"a,b\r\n1,2\r\n3,4\r\n", [["1", "2"], ["3", "4"]]),
+        (b"a,b\n1,2\n3,4", [["1", "2"], ["3", "4"]]),
+        (b"\na,b\n\n1,2\n\r\n\n3,4\n\n", [["1", "2"], ["3", "4"]]),
+        (b'"a","b"\n"1","2"\n3,4\n', [["1", "2"], ["3", "4"]]),
     ],
-    ids=["a BOM", "CRLF", "no last newline", "blank lines", "quoted names"],
+    ids=[
+        *("text as it stands", "quotes hold commas, quotes and newlines", "nothing is no empty text"),
+        *("a BOM", "CRLF", "no last newline", "blank lines", "quoted names"),
+    ],
 )
-def test_csv_of_any_making_has_the_same_rows(tmp_path: Path, data: bytes) -> None:
-    assert [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}] == rows(tmp_path, "csv", data)
+def test_csv_values_are_the_text_of_their_fields(tmp_path: Path, data: bytes, expected: list[list[str | None]]) -> None:
+    names = ["id", "a", "b"][-len(expected[0]) :]
+
+    assert [dict(zip(names, row, strict=True)) for row in expected] == rows(tmp_path, "csv", data)
 
 
-@pytest.mark.parametrize("data", [b"a,b\n", b"a,b", b"\xef\xbb\xbfa,b\r\n"])
-def test_csv_of_a_header_alone_has_no_rows(tmp_path: Path, data: bytes) -> None:
-    assert rows(tmp_path, "csv", data) == []
+NO_ROWS = [
+    *(("csv", data) for data in (b"a,b\n", b"a,b", b"\xef\xbb\xbfa,b\r\n", b"\n", b" \r\n\n", b"\xef\xbb\xbf")),
+    ("jsonl", b" \n\r\n"),
+]
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "arrow"])
-def test_a_file_without_bytes_has_no_rows(tmp_path: Path, kind: str) -> None:
-    assert rows(tmp_path, kind, b"", "a") == []
+@pytest.mark.parametrize(("kind", "data"), NO_ROWS)
+def test_text_of_a_header_or_blank_lines_alone_has_no_rows(tmp_path: Path, kind: str, data: bytes) -> None:
+    assert [] == rows(tmp_path, kind, data)
+
+
+@pytest.mark.parametrize(("kind", "data"), [("csv", b""), ("jsonl", b""), ("arrow", b""), ("jsonl", b" \n\r\n")])
+def test_a_file_without_bytes_or_lines_has_no_rows_of_a_column(tmp_path: Path, kind: str, data: bytes) -> None:
+    assert [] == rows(tmp_path, kind, data, "a")
 
 
 @pytest.mark.parametrize("line", [b"1", b"1,2,3", b'"1,2'])
@@ -90,20 +84,14 @@ def test_a_ragged_csv_row_is_an_error_of_arrow(tmp_path: Path, line: bytes) -> N
 
 
 def test_a_csv_quote_that_stays_open_is_told_since_it_would_hide_rows(tmp_path: Path) -> None:
-    with pytest.raises(
-        SourceCorrupt, match=r"^the/file must close every quote, got one that stays open at '2\\n3,4\\n'"
-    ):
+    told = r"^the/file must close every quote, got one that stays open at '2\\n3,4\\n'"
+    with pytest.raises(SourceCorrupt, match=told):
         rows(tmp_path, "csv", b'a,b\n1,"2\n3,4\n')
 
 
 @pytest.mark.parametrize("data", [b'a,b\n1,"x\ny"\n', b'a,b\n1,5" pipe\n', b'a,b\n5" pipe,2\n'])
 def test_csv_quotes_that_hide_nothing_are_fine(tmp_path: Path, data: bytes) -> None:
     assert len(rows(tmp_path, "csv", data)) == 1
-
-
-@pytest.mark.parametrize("data", [b"\n", b" \r\n\n", b"\xef\xbb\xbf"])
-def test_csv_of_blank_lines_has_no_rows(tmp_path: Path, data: bytes) -> None:
-    assert rows(tmp_path, "csv", data) == []
 
 
 def test_csv_in_many_blocks_has_every_row_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,9 +222,8 @@ def test_json_lists_are_lists_of_text(tmp_path: Path) -> None:
 )
 def test_a_line_that_is_no_json_object_is_told_by_its_number(tmp_path: Path, line: bytes) -> None:
     data = b'{"a":1}\n\n' * 10 + line + b"\n" + b'{"a":1}\n' * 10
-    with pytest.raises(
-        SourceCorrupt, match=r"^the/file must be JSON lines, one object a line, got in line 21: b'"
-    ) as it:
+    told = r"^the/file must be JSON lines, one object a line, got in line 21: b'"
+    with pytest.raises(SourceCorrupt, match=told) as it:
         rows(tmp_path, "jsonl", data, "a")
 
     assert repr(line) in str(it.value)
@@ -248,15 +235,9 @@ def test_a_list_column_that_holds_no_list_is_told_by_its_line(tmp_path: Path) ->
 
 
 def test_json_lines_of_which_no_column_is_wanted_are_a_mismatch(tmp_path: Path) -> None:
-    with pytest.raises(
-        SchemaMismatch, match=r"the/file must hold a column that the run reads, got none; .*b'{\"x\":1}'"
-    ):
+    told = r"the/file must hold a column that the run reads, got none; .*b'{\"x\":1}'"
+    with pytest.raises(SchemaMismatch, match=told):
         rows(tmp_path, "jsonl", b'\n{"x":1}\n')
-
-
-def test_blank_json_lines_have_no_rows(tmp_path: Path) -> None:
-    assert rows(tmp_path, "jsonl", b" \n\r\n") == []
-    assert rows(tmp_path, "jsonl", b" \n\r\n", "a") == []
 
 
 def ipc(table: pa.Table, *, stream: bool, batch_rows: int) -> bytes:

@@ -151,9 +151,8 @@ def test_a_file_may_hold_the_statistics_of_the_training_set(
 
 
 def test_an_output_that_is_not_in_the_table_is_named() -> None:
-    with pytest.raises(
-        BadInput, match=r"must have the outputs named, got no column 'chrned'; did you mean 'churned'\?"
-    ):
+    told = r"must have the outputs named, got no column 'chrned'; did you mean 'churned'\?"
+    with pytest.raises(BadInput, match=told):
         describe_table(pa.table({"churned": [1]}), outputs="chrned")
 
 

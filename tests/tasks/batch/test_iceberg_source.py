@@ -406,9 +406,8 @@ def test_a_table_is_named_by_a_metadata_file_or_by_its_folder_with_a_hint(lake: 
     folder = table.location().removeprefix("file://")
 
     assert [0, 1, 2] == ids(pin(name=earlier))
-    with pytest.raises(
-        SourceFormat, match=r"it has no metadata/version-hint\.text.* iceberg:CATALOG\.NAMESPACE\.TABLE"
-    ):
+    told = r"it has no metadata/version-hint\.text.* iceberg:CATALOG\.NAMESPACE\.TABLE"
+    with pytest.raises(SourceFormat, match=told):
         pin(name=folder)
     hint = table.metadata_location.rpartition("/")[2]
     open_storage(folder).put_new("metadata/version-hint.text", hint.encode())
@@ -456,9 +455,8 @@ def test_without_pyiceberg_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -
     for module in [name for name in sys.modules if name.startswith(("pyiceberg", "tasks.batch.iceberg"))]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "pyiceberg", None)
-    with pytest.raises(
-        BadInput, match=r"find the package pyiceberg, got none\. Run: pip install 'overnight\[iceberg\]'"
-    ):
+    told = r"find the package pyiceberg, got none\. Run: pip install 'overnight\[iceberg\]'"
+    with pytest.raises(BadInput, match=told):
         pin()
 
 

@@ -349,9 +349,8 @@ def a_dataset(*names: str) -> Dataset:
 
 
 def test_keys_that_the_dataset_lacks_are_told() -> None:
-    with pytest.raises(
-        SchemaMismatch, match=r"must be one column of the dataset, got \['x', 'source_file'\]\. .*\['id'\]"
-    ):
+    told = r"must be one column of the dataset, got \['x', 'source_file'\]\. .*\['id'\]"
+    with pytest.raises(SchemaMismatch, match=told):
         check_names(a_dataset("id"), a_contract("a"), BatchOptions(key_columns=("id", "x", "source_file")))
 
 

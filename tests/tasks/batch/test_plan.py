@@ -358,9 +358,8 @@ def test_a_name_that_holds_another_plan_is_taken(storage: Storage, made: Plan) -
     save_plan(storage, named)
 
     assert named == save_plan(storage, named)
-    with pytest.raises(
-        RunNameTaken, match=rf"'nightly' already holds .*key {made.key}.*models:/churn/3.*key is {'0' * 32}"
-    ):
+    told = rf"'nightly' already holds .*key {made.key}.*models:/churn/3.*key is {'0' * 32}"
+    with pytest.raises(RunNameTaken, match=told):
         save_plan(storage, other)
     with pytest.raises(RunNameTaken):
         check_plan_key(named, other.key)
@@ -403,9 +402,8 @@ def test_a_plan_is_confirmed_with_its_number_or_told_to_be_gone_or_another(stora
     with pytest.raises(PublishRefused, match=r"plan\.json must stand until run .* is published, but is gone"):
         confirm_plan(storage, made)
     save_plan(storage, made.model_copy(update={"order": 7}))
-    with pytest.raises(
-        PublishRefused, match=r"order/00000007\.json must hold run .*, but is gone: records were deleted"
-    ):
+    told = r"order/00000007\.json must hold run .*, but is gone: records were deleted"
+    with pytest.raises(PublishRefused, match=told):
         confirm_plan(storage, made)
     storage.put_new("_overnight/order/00000007.json", b'{"run": "another"}')
     with pytest.raises(PublishRefused, match="but holds run another"):
@@ -421,10 +419,8 @@ def test_a_plan_is_confirmed_with_its_number_or_told_to_be_gone_or_another(stora
 def test_a_plan_that_does_not_fit_says_what_would(made: Plan) -> None:
     needed = memory_bytes(made, 2)
     check_fits(needed, needed, made, 2)
-    with pytest.raises(
-        PlanTooLarge,
-        match=r"must fit in 100 MiB, but 2 slots over chunks of 8 rows need 300 MiB\. Lower rows_per_chunk or slots",
-    ):
+    told = r"must fit in 100 MiB, but 2 slots over chunks of 8 rows need 300 MiB\. Lower rows_per_chunk or slots"
+    with pytest.raises(PlanTooLarge, match=told):
         check_fits(300 << 20, 100 << 20, made, 2)
 
 

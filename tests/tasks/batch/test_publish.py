@@ -51,13 +51,8 @@ from tests.tasks.batch.waiting import Time
 @pytest.fixture
 def plan(place: str) -> Plan:
     """A run of 34 rows in five chunks over four shards."""
-    put(f"{place}/in", {"a.parquet": numbers(0, 25), "b.parquet": numbers(25, 34)})
-    return a_plan(f"{place}/in", f"{place}/out", slots=2)
-
-
-@pytest.fixture
-def destination(place: str) -> Storage:
-    return open_storage(f"{place}/out")
+    source = put(f"{place}/in", {"a.parquet": numbers(0, 25), "b.parquet": numbers(25, 34)})
+    return a_plan(source, f"{place}/out", slots=2)
 
 
 def replace(storage: Storage, path: str, data: bytes | memoryview) -> None:
@@ -104,9 +99,8 @@ def test_a_run_that_lacks_a_part_is_refused_and_nothing_is_written(
     audit = audit_parts(destination, plan)
 
     assert audit.missing == (lacking,)
-    with pytest.raises(
-        PublishRefused, match=rf"must hold the 34 rows of the dataset, got \d+ in {len(chunks)} parts, 1 parts missing"
-    ):
+    told = rf"must hold the 34 rows of the dataset, got \d+ in {len(chunks)} parts, 1 parts missing"
+    with pytest.raises(PublishRefused, match=told):
         publish(destination, plan, audit)
     assert find_manifest(destination, plan.run) is None
     assert destination.entries("_overnight") == []
