@@ -17,7 +17,7 @@ from deployments.command_line import app
 from serving.errors import BadInput, DestinationUnusable
 from tasks.batch import clean as cleaning
 from tasks.batch.clean import CleanReport, clean
-from tasks.batch.manifest import Manifest, find_damaged_parts, find_manifest, find_newest_run, open_predictions
+from tasks.batch.manifest import Manifest, find_damaged_parts, find_newest_run, open_predictions
 from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Plan
 from tasks.batch.publish import audit_parts, claim_order_number, publish
@@ -26,7 +26,7 @@ from tasks.batch.runs import list_runs
 from tasks.batch.verify import verify_run
 from tasks.storage import Entry, LocalStorage, Storage, open_storage
 from tests.tasks.batch.small import a_plan, numbers, put, put_parts
-from tests.tasks.batch.test_reuse import OPTIONS, call, plan_call, read_parts, score_plan, write
+from tests.tasks.batch.test_reuse import OPTIONS, call, plan_call, published, read_parts, score_plan, write
 from tests.tasks.batch.test_runs import publish_run
 
 LATER = datetime.now(UTC) + timedelta(days=1)
@@ -194,8 +194,7 @@ def test_an_unfinished_run_ends_after_a_cleaning_to_the_same_table(
 
 def test_a_damaged_run_is_no_kept_one_and_stays_as_it_is(runs: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    manifest = find_manifest(storage_of(out), runs[2])
-    assert manifest is not None
+    manifest = published(runs[2], out)
     own = next(part.path for part in manifest.parts if part.path.startswith(f"run={runs[2]}"))
     (out / own).unlink()
     report = clean(storage_of(out), keep=1, delete=True)
@@ -320,9 +319,9 @@ def test_the_table_of_a_stream_stays(runs: list[str], tmp_path: Path) -> None:
     plan = Plan.model_validate_json(text).model_copy(update={"run": "events", "digest": "", "shards": (), "reused": ()})
     storage.put_new("_overnight/events/plan.json", plan.model_dump_json().encode())
     storage.put_new("_overnight/events/log.json", b"{}")
-    manifest = find_manifest(storage, runs[0])
-    assert manifest is not None
-    commit = manifest.model_copy(update={"run": "events-00000003", "commit": 3, "parts": ()})
+    commit = published(runs[0], tmp_path / "out").model_copy(
+        update={"run": "events-00000003", "commit": 3, "parts": ()}
+    )
     storage.put_new("_overnight/events-00000003/manifest.json", commit.model_dump_json().encode())
     storage.put_new("run=events/part-00000-0000.parquet", b"not committed yet")
     kept = {path: data for path, data in list_files(tmp_path / "out").items() if "events" in path}
@@ -475,9 +474,7 @@ def test_after_any_runs_cleanings_and_kills_every_manifest_that_is_left_is_whole
         assert 120 == open_predictions(str(folder / "out")).collect().height
     clean(storage_of(folder / "out"), keep=1, unfinished_before=LATER, delete=True)
     assert newest is not None
-    manifest = find_manifest(storage_of(folder / "out"), newest.run)
-    assert manifest is not None
-    assert {part.path for part in manifest.parts} == {
+    assert {part.path for part in published(newest.run, folder / "out").parts} == {
         path for path in list_files(folder / "out") if path.startswith("run=")
     }
     assert "complete" == verify_run(storage_of(folder / "out"), newest.run).state

@@ -21,13 +21,12 @@ from tasks.batch.challenger_rules import Labels
 from tasks.batch.column_types import pack_schema, widen_types
 from tasks.batch.dataset import Snapshot, open_dataset
 from tasks.batch.labels import open_label_table
-from tasks.batch.manifest import find_manifest, open_predictions
+from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
 from tasks.batch.source import pin_source
-from tasks.storage import open_storage
 from tests.simulation.data import CONTRACT
 from tests.tasks.batch.small import put
-from tests.tasks.batch.test_reuse import OPTIONS, call, read_parts, write
+from tests.tasks.batch.test_reuse import OPTIONS, call, published, read_parts, write
 
 VERSION = 2
 FILLING = OPTIONS.model_copy(update={"missing_columns": "null"})
@@ -49,9 +48,8 @@ def publish(
 ) -> tuple[pl.DataFrame, pa.DataType]:
     """Score a source, and return the published table in the order of its keys, and the type of these in every part."""
     plan, _ = call(source, destination, options, VERSION, contract)
-    manifest = find_manifest(open_storage(str(destination)), plan.run)
-    assert manifest is not None
-    first, *others = (pq.read_schema(destination / part.path).remove_metadata() for part in manifest.parts)
+    parts = published(plan.run, destination).parts
+    first, *others = (pq.read_schema(destination / part.path).remove_metadata() for part in parts)
     assert all(first == other for other in others)
     table = open_predictions(str(destination), plan.run).collect()
     return table.sort("id", "y"), first.field("id").type

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.batch.dataset import open_dataset
+from tasks.batch.dataset import Snapshot, open_dataset
 from tasks.batch.footer import GroupBytes
 from tasks.batch.source import pin_source
 from tests.benchmarks import memory
@@ -65,10 +65,14 @@ NOT_OF_POLARS = {"tensors", "dictionaries"}
 
 def open_column(folder: Path, data: bytes) -> GroupBytes:
     """Return what the footer of a file says of its column, as a key."""
-    put(str(folder), {"a.parquet": data})
-    (file,) = open_dataset(pin_source(str(folder), "/out"), ["a column"], ["a column"]).snapshot.files
+    (file,) = open_files(folder, {"a.parquet": data}, ["a column"], ["a column"]).files
     ((sizes, _),) = file.sized_groups
     return sizes
+
+
+def open_files(folder: Path, files: dict[str, bytes | pa.Table], columns: list[str], keys: list[str]) -> Snapshot:
+    """Write files, and return them with what their footers say."""
+    return open_dataset(pin_source(put(str(folder), files), "/out"), columns, keys).snapshot
 
 
 def by_polars(table: pa.Table) -> bytes:
@@ -112,16 +116,16 @@ def test_texts_are_told_whatever_else_a_footer_holds(tmp_path: Path) -> None:
     texts = {name: COLUMNS["long texts between short ends"].slice(at) for at, name in enumerate("cba")}
     table = pa.table({name: column.slice(0, 2000) for name, column in texts.items()} | {"ä": ["€" * 40] * 2000})
     options = {"write_page_index": True, "row_group_size": 700, "bloom_filter_options": {"a": True}}
-    put(str(tmp_path), {"a.parquet": parquet(table, write_statistics=["b", "ä"], **options)})
-    (file,) = open_dataset(pin_source(str(tmp_path), "/out"), ["a", "ä"], ["b", "c"]).snapshot.files
+    data = parquet(table, write_statistics=["b", "ä"], **options)
+    (file,) = open_files(tmp_path, {"a.parquet": data}, ["a", "ä"], ["b", "c"]).files
     groups = [table.slice(at, 700) for at in (0, 700, 1400)]
 
     assert [each.decoded for each in file.group_bytes] == pytest.approx([group.nbytes for group in groups], rel=0.01)
 
 
 def test_texts_all_null_take_nothing_and_unused_columns_do_not_count(tmp_path: Path) -> None:
-    put(str(tmp_path), {"a.parquet": pa.table({"a": pa.nulls(10, pa.string()), "b": ["x" * 1000] * 10})})
-    (file,) = open_dataset(pin_source(str(tmp_path), "/out"), ["a"], []).snapshot.files
+    table = pa.table({"a": pa.nulls(10, pa.string()), "b": ["x" * 1000] * 10})
+    (file,) = open_files(tmp_path, {"a.parquet": table}, ["a"], []).files
 
     assert file.group_bytes[0].decoded < 100
     assert file.group_bytes[0].keys == 0
@@ -129,10 +133,8 @@ def test_texts_all_null_take_nothing_and_unused_columns_do_not_count(tmp_path: P
 
 def test_every_row_group_of_every_file_has_its_own_bytes(tmp_path: Path) -> None:
     small, large = pa.table({"k": ["x"] * 4096}), pa.table({"k": hexes(64, 10_000)})
-    put(
-        str(tmp_path), {"a.parquet": parquet(pa.concat_tables([small, large]), row_group_size=4096), "b.parquet": large}
-    )
-    files = open_dataset(pin_source(str(tmp_path), "/out"), [], ["k"]).snapshot.files
+    both = parquet(pa.concat_tables([small, large]), row_group_size=4096)
+    files = open_files(tmp_path, {"a.parquet": both, "b.parquet": large}, [], ["k"]).files
     found = [[round(sizes.keys / rows, -2) for sizes, rows in file.sized_groups] for file in files]
 
     assert [[0, 10_000], [10_000]] == found
@@ -140,15 +142,14 @@ def test_every_row_group_of_every_file_has_its_own_bytes(tmp_path: Path) -> None
 
 def test_columns_in_another_order_are_found_by_name(tmp_path: Path) -> None:
     columns = {"a": np.arange(100, dtype=np.float32), "k": ["x" * 50] * 100, "z": [[1.0, 2.0]] * 100}
-    put(str(tmp_path), {"a.parquet": pa.table(columns), "b.parquet": pa.table(dict(reversed(columns.items())))})
-    first, second = open_dataset(pin_source(str(tmp_path), "/out"), ["a", "z"], ["k"]).snapshot.files
+    files = {"a.parquet": pa.table(columns), "b.parquet": pa.table(dict(reversed(columns.items())))}
+    first, second = open_files(tmp_path, files, ["a", "z"], ["k"]).files
 
     assert first.group_bytes == second.group_bytes
 
 
 def test_bytes_of_row_groups_come_back_from_json(tmp_path: Path) -> None:
-    put(str(tmp_path), {"a.parquet": pa.table({"k": ["x"] * 5})})
-    snapshot = open_dataset(pin_source(str(tmp_path), "/out"), [], ["k"]).snapshot
+    snapshot = open_files(tmp_path, {"a.parquet": pa.table({"k": ["x"] * 5})}, [], ["k"])
     back = type(snapshot).model_validate_json(snapshot.model_dump_json())
 
     assert snapshot == back

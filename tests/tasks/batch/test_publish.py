@@ -60,6 +60,12 @@ def replace(storage: Storage, path: str, data: bytes | memoryview) -> None:
     assert storage.put_new(path, data)
 
 
+def publish_whole(destination: Storage, plan: Plan) -> Manifest:
+    """Write every part of a run, and publish it."""
+    put_parts(plan, destination)
+    return publish(destination, plan, audit_parts(destination, plan))
+
+
 def test_a_run_whose_parts_are_all_there_is_published(destination: Storage, plan: Plan) -> None:
     put_parts(plan, destination)
     audit = audit_parts(destination, plan)
@@ -225,8 +231,7 @@ def test_the_copies_that_were_staged_are_deleted_and_the_plan_stays(destination:
     put(f"{place}/in2", {"a.parquet": numbers(0, 5)})
     plan = a_plan(f"{place}/in2", destination.url).model_copy(update={"run": "key", "source": snapshot})
     save_plan(destination, plan)
-    put_parts(plan, destination)
-    publish(destination, plan, audit_parts(destination, plan))
+    publish_whole(destination, plan)
 
     assert ["_overnight/create-only.json", "_overnight/key/manifest.json", "_overnight/key/plan.json"] == [
         entry.path for entry in destination.entries("_overnight")
@@ -289,8 +294,7 @@ def test_rows_whose_key_holds_a_null_are_counted_over_all_parts(place: str, dest
 
 
 def test_parts_that_are_gone_or_of_another_size_are_told_from_a_listing(destination: Storage, plan: Plan) -> None:
-    put_parts(plan, destination)
-    manifest = publish(destination, plan, audit_parts(destination, plan))
+    manifest = publish_whole(destination, plan)
     assert ((), manifest) == (find_damaged_parts(destination, manifest), find_intact_manifest(destination, plan.run))
 
     gone, cut = part_path(plan, (1, 0)), part_path(plan, (2, 0))
@@ -306,8 +310,7 @@ def test_a_part_that_a_delta_table_names_is_missed_and_one_that_it_has_rewritten
     destination: Storage, plan: Plan
 ) -> None:
     plan = plan.model_copy(update={"options": plan.options.model_copy(update={"output": "delta"})})
-    put_parts(plan, destination)
-    manifest = publish(destination, plan, audit_parts(destination, plan))
+    manifest = publish_whole(destination, plan)
     gone, data = part_path(plan, (1, 0)), bytes(a_part(plan, (1, 0), [0]))
     destination.delete([gone])
     named = find_damaged_parts(destination, manifest)
@@ -319,8 +322,7 @@ def test_a_part_that_a_delta_table_names_is_missed_and_one_that_it_has_rewritten
 
 
 def test_a_part_that_is_not_the_one_published_is_told_with_both_sizes(destination: Storage, plan: Plan) -> None:
-    put_parts(plan, destination)
-    manifest = publish(destination, plan, audit_parts(destination, plan))
+    manifest = publish_whole(destination, plan)
     path, other = part_path(plan, (1, 0)), a_part(plan, (1, 0), rejects=[])
     replace(destination, path, other)
     (published,) = (part for part in manifest.parts if part.path == path)
@@ -332,8 +334,7 @@ def test_a_part_that_is_not_the_one_published_is_told_with_both_sizes(destinatio
 
 
 def test_a_run_that_was_published_from_another_plan_of_the_same_call_stands(destination: Storage, plan: Plan) -> None:
-    put_parts(plan, destination)
-    manifest = publish(destination, plan, audit_parts(destination, plan))
+    manifest = publish_whole(destination, plan)
     replanned = plan.model_copy(update={"digest": "0" * 64})
     put_parts(replanned, destination)
 
@@ -362,8 +363,7 @@ def test_numbers_in_the_order_of_runs_are_given_once(destination: Storage, racer
 
 def test_the_order_goes_on_where_its_numbers_were_deleted(destination: Storage, plan: Plan) -> None:
     plan = plan.model_copy(update={"order": 5})
-    put_parts(plan, destination)
-    publish(destination, plan, audit_parts(destination, plan))
+    publish_whole(destination, plan)
 
     assert 6 == claim_order_number(destination, "next")
 

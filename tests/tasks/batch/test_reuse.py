@@ -96,11 +96,15 @@ def call(
     return run.plan, result.rows
 
 
-def read_parts(destination: Path, run: str) -> list[bytes]:
-    """Return the bytes of the parts of a published run, in the order of its table."""
+def published(run: str, destination: Path) -> Manifest:
     manifest = find_manifest(open_storage(str(destination)), run)
     assert manifest is not None
-    return [(destination / part.path).read_bytes() for part in manifest.parts]
+    return manifest
+
+
+def read_parts(destination: Path, run: str) -> list[bytes]:
+    """Return the bytes of the parts of a published run, in the order of its table."""
+    return [(destination / part.path).read_bytes() for part in published(run, destination).parts]
 
 
 def write(path: Path, start: int, rows: int, group: int = 9, key: str = "int64") -> None:
@@ -117,12 +121,6 @@ def source(tmp_path: Path) -> Path:
     for at in range(10):
         write(tmp_path / "in" / f"f{at}.parquet", at * 100, 24, group=12)
     return tmp_path / "in"
-
-
-def published(plan: Plan, destination: Path) -> Manifest:
-    manifest = find_manifest(open_storage(str(destination)), plan.run)
-    assert manifest is not None
-    return manifest
 
 
 def test_one_changed_file_of_ten_is_all_that_is_scored(source: Path, tmp_path: Path) -> None:
@@ -144,7 +142,7 @@ def test_a_run_of_a_run_of_a_run_refers_to_the_parts_of_the_first(source: Path, 
         last, scored = call(source, tmp_path / "out")
         assert 24 == scored
 
-    folders = {part.path.split("/")[0] for part in published(last, tmp_path / "out").parts}
+    folders = {part.path.split("/")[0] for part in published(last.run, tmp_path / "out").parts}
     assert 4 == len(folders)
     assert f"run={first.run}" in folders
     assert "complete" == verify_run(open_storage(str(tmp_path / "out")), last.run).state
@@ -202,7 +200,7 @@ def test_without_keys_a_part_holds_the_names_of_its_files_and_is_reused_under_th
 
 def test_a_reused_part_that_is_gone_before_planning_is_scored(source: Path, tmp_path: Path) -> None:
     first, _ = call(source, tmp_path / "out")
-    (tmp_path / "out" / published(first, tmp_path / "out").parts[0].path).unlink()
+    (tmp_path / "out" / published(first.run, tmp_path / "out").parts[0].path).unlink()
     write(source / "f4.parquet", 5000, 24, group=12)
     second, scored = call(source, tmp_path / "out")
 
@@ -210,31 +208,23 @@ def test_a_reused_part_that_is_gone_before_planning_is_scored(source: Path, tmp_
     assert second.reuse_note.endswith("chunks are new or changed, and 1 parts are gone or cut short.")
 
 
-def test_parts_with_rows_that_the_machine_may_have_failed_on_are_scored_again(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("listed", [True, False], ids=["reasons in the manifest", "reasons in the parts alone"])
+def test_parts_with_rows_that_the_machine_may_have_failed_on_are_scored_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, listed: bool
+) -> None:
+    if not listed:
+        monkeypatch.setattr("tasks.batch.manifest._REASONS_MAX", 0)
     plan, storage = plan_call(source, tmp_path / "out").plan, open_storage(str(tmp_path / "out"))
     score_plan(plan, storage, kind=DyingModel)
     publish(storage, confirm_plan(storage, plan), audit_parts(storage, plan))
     write(source / "f4.parquet", 5000, 24, group=12)
     second, scored = call(source, tmp_path / "out")
+    reasons = {count.reason for count in published(plan.run, tmp_path / "out").rejects}
 
-    assert {"the model's process died (SIGSEGV)", "ValueError: no such thing", "null"} == {
-        count.reason for count in published(plan, tmp_path / "out").rejects
-    }
+    assert listed is (reasons == {"the model's process died (SIGSEGV)", "ValueError: no such thing", "null"})
     # The changed file, and the chunk of the row that ended the process; the model's own error would come again.
     assert 24 + 12 == scored
     assert "1 parts have rows that ended the model's process, or took too long" in second.reuse_note
-
-
-def test_where_not_all_reasons_are_listed_the_parts_tell_those_of_the_machine(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tasks.batch.manifest._REASONS_MAX", 0)
-    plan, storage = plan_call(source, tmp_path / "out").plan, open_storage(str(tmp_path / "out"))
-    score_plan(plan, storage, kind=DyingModel)
-    publish(storage, confirm_plan(storage, plan), audit_parts(storage, plan))
-    write(source / "f4.parquet", 5000, 24, group=12)
-
-    assert 24 + 12 == call(source, tmp_path / "out")[1]
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "other bytes"])
@@ -257,7 +247,7 @@ def test_a_reused_part_that_is_damaged_after_planning_is_scored_again_where_it_w
     publish(storage, confirm_plan(storage, plan), audit_parts(storage, plan))
 
     assert whole == path.read_bytes()
-    assert not find_damaged_parts(storage, published(first, tmp_path / "out"))
+    assert not find_damaged_parts(storage, published(first.run, tmp_path / "out"))
     full, _ = call(source, tmp_path / "full")
     assert read_parts(tmp_path / "full", full.run) == read_parts(tmp_path / "out", plan.run)
 
@@ -448,10 +438,9 @@ def test_a_table_has_the_rows_of_two_equal_files_twice_where_an_earlier_run_has_
     call(source, out)
     (source / "c.csv").write_text("id,a,b\n12,4,5\n")
     plan, scored = call(source, out)
-    manifest = find_manifest(open_storage(str(out)), plan.run)
+    parts = published(plan.run, out).parts
 
-    assert manifest is not None
-    assert 3 == len({part.path for part in manifest.parts}) == len(manifest.parts)
+    assert 3 == len({part.path for part in parts}) == len(parts)
     assert 13 == scored
     assert sorted([*range(12), *range(13)]) == sorted(open_predictions(str(out)).collect()["id"].cast(int).to_list())
     assert [0, 0, 5, 5, 10, 10] == sorted(open_rejects(str(out)).collect()["id"].cast(int).to_list())
@@ -472,7 +461,7 @@ def test_a_delta_table_has_the_rows_of_two_equal_files_twice(source: Path, tmp_p
     out, options = tmp_path / "out", REPLACE
     first, _ = call(source, out, options)
     plan = plan_call(source, tmp_path / "other", options).plan
-    (run,) = [published(first, out)]
+    (run,) = [published(first.run, out)]
     doubled = plan.model_copy(update={"shards": (*plan.shards, plan.shards[0])})
     runs = EarlierRuns(manifests=(run,), made_with=plan.made_with, note="")
     referring = reuse.refer_to_parts(open_storage(str(out)), doubled, runs)
