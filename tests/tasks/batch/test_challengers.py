@@ -774,11 +774,9 @@ def compared(version: int, metric: str, ours: float, theirs: float, rows: int = 
         (PromoteIf(metric="mae", by=0.0), compared(4, "mae", 3.0, 3.5), False),
         (PromoteIf(metric="mae", by=0.0), compared(4, "rmse", 3.0, 1.0), False),
         (PromoteIf(metric="mae", by=0.0), compared(4, "mae", 3.0, 2.0, rows=999), False),
-        (PromoteIf(metric="mae", by=0.0), compared(4, "mae", 3.0, 2.0).model_copy(update={"given_up": "x"}), False),
-        (
-            PromoteIf(metric="mae", by=0.0),
-            compared(4, "mae", 3.0, 2.0).model_copy(update={"rejects_challenger_only": 9}),
-            False,
+        *(
+            (PromoteIf(metric="mae", by=0.0), compared(4, "mae", 3.0, 2.0).model_copy(update=update), False)
+            for update in ({"given_up": "x"}, {"rejects_challenger_only": 9})
         ),
     ],
 )

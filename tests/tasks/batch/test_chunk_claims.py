@@ -87,21 +87,15 @@ def test_a_chunk_in_progress_elsewhere_is_taken_after_some_times_of_what_one_tak
     assert 3.5 < max(waited) <= 4.4
 
 
-def test_a_chunk_whose_part_comes_while_it_is_waited_for_is_left_alone(eight: Plan, destination: Storage) -> None:
-    def score_rest() -> None:
+@pytest.mark.parametrize("end", ["its part comes", "the process stops"])
+def test_a_chunk_is_waited_for_until_its_part_comes_or_the_process_stops(
+    eight: Plan, destination: Storage, end: str
+) -> None:
+    def end_third_wait() -> None:
         if len(time.waits) == 3:
-            put_parts(eight, destination)
+            put_parts(eight, destination) if end == "its part comes" else scheduler.stop.set()
 
-    time = Time(score_rest)
-    scheduler = begin_last(eight, destination, time)
-
-    assert [] == list(scheduler.claim_chunks(0, threading.Semaphore(1)))
-    assert 3 == len(time.waits)
-    assert scheduler.next_shard() is None
-
-
-def test_a_slot_that_waits_for_a_chunk_ends_where_the_process_stops(eight: Plan, destination: Storage) -> None:
-    time = Time(lambda: scheduler.stop.set() if len(time.waits) == 3 else None)
+    time = Time(end_third_wait)
     scheduler = begin_last(eight, destination, time)
 
     assert [] == list(scheduler.claim_chunks(0, threading.Semaphore(1)))
