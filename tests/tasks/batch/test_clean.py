@@ -18,16 +18,15 @@ from serving.errors import BadInput, DestinationUnusable
 from tasks.batch import clean as cleaning
 from tasks.batch.clean import CleanReport, clean
 from tasks.batch.manifest import Manifest, find_damaged_parts, find_newest_run, open_predictions
-from tasks.batch.options import BatchOptions
 from tasks.batch.plan import Plan
 from tasks.batch.publish import audit_parts, claim_order_number, publish
-from tasks.batch.run_records import order_path, save_plan
+from tasks.batch.run_records import order_path
 from tasks.batch.runs import list_runs
 from tasks.batch.verify import verify_run
 from tasks.storage import Entry, LocalStorage, Storage, open_storage
-from tests.tasks.batch.small import a_plan, numbers, put, put_parts
+from tests.tasks.batch.small import numbers, put, put_parts
 from tests.tasks.batch.test_reuse import OPTIONS, call, plan_call, published, read_parts, score_plan, write
-from tests.tasks.batch.test_runs import publish_run
+from tests.tasks.batch.test_runs import plan_run, publish_run
 
 LATER = datetime.now(UTC) + timedelta(days=1)
 
@@ -233,9 +232,7 @@ def test_all_that_lies_beside_the_plan_of_a_dropped_run_goes_and_nothing_of_othe
 
 def test_copies_of_text_go_once_their_run_is_published(tmp_path: Path) -> None:
     put(f"{tmp_path}/in", {"a.parquet": numbers(0, 25)})
-    storage = storage_of(tmp_path / "out")
-    plan = a_plan(f"{tmp_path}/in", storage.url, BatchOptions(rows_per_chunk=10, name="text"))
-    plan = save_plan(storage, plan.model_copy(update={"order": claim_order_number(storage, plan.run)}))
+    storage, plan = plan_run(str(tmp_path), "text")
     storage.put_new("_overnight/text/staged/a.csv/0-0.parquet", b"12345")
     storage.put_new("_overnight/text/marks/00000-shard", b"{}")
     put_parts(plan, storage)
@@ -298,11 +295,7 @@ def test_keeping_no_run_is_refused(tmp_path: Path) -> None:
 def test_files_of_a_delta_table_stay_and_its_runs_are_not_dropped(tmp_path: Path) -> None:
     put(f"{tmp_path}/in", {"a.parquet": numbers(0, 25)})
     storage = storage_of(tmp_path / "out")
-    options = BatchOptions(rows_per_chunk=10, name="night", output="delta")
-    plan = a_plan(f"{tmp_path}/in", storage.url, options)
-    plan = save_plan(storage, plan.model_copy(update={"order": claim_order_number(storage, plan.run)}))
-    put_parts(plan, storage)
-    publish(storage, plan, audit_parts(storage, plan))
+    publish_run(str(tmp_path), "night", output="delta")
     storage.put_new("run=night/part-00009-0000-0123456789ab.parquet", b"of some version of the table")
     storage.put_new("_overnight/night/marks/00000-shard", b"{}")
     report = clean(storage, delete=True)

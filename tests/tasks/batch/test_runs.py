@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tasks.batch.manifest import Manifest, find_manifest, manifest_path
 from tasks.batch.options import BatchOptions
@@ -15,14 +16,14 @@ from tasks.storage import Storage, open_storage
 from tests.tasks.batch.small import a_plan, numbers, put, put_parts
 
 
-def plan_run(place: str, name: str) -> tuple[Storage, Plan]:
+def plan_run(place: str, name: str, **options: Any) -> tuple[Storage, Plan]:
     storage = open_storage(f"{place}/out")
-    plan = a_plan(f"{place}/in", storage.url, BatchOptions(rows_per_chunk=10, name=name))
+    plan = a_plan(f"{place}/in", storage.url, BatchOptions(rows_per_chunk=10, name=name, **options))
     return storage, save_plan(storage, plan.model_copy(update={"order": claim_order_number(storage, plan.run)}))
 
 
-def publish_run(place: str, name: str) -> Plan:
-    storage, plan = plan_run(place, name)
+def publish_run(place: str, name: str, **options: Any) -> Plan:
+    storage, plan = plan_run(place, name, **options)
     put_parts(plan, storage)
     publish(storage, plan, audit_parts(storage, plan))
     return plan
