@@ -287,12 +287,6 @@ def score(plan: Plan, destination: Path, shards: int | None = None) -> ScoringRe
     return result
 
 
-def take_columns(*names: str) -> Contract:
-    """Return the contract of the toy model over other columns."""
-    columns = tuple(Column(name=name, dtype="float64") for name in names)
-    return CONTRACT.model_copy(update={"inputs": (CONTRACT.inputs[0].model_copy(update={"columns": columns}),)})
-
-
 def read_parts(plan: Plan, destination: Path) -> list[bytes]:
     return [(destination / part_path(plan, chunk)).read_bytes() for chunk in plan.chunks]
 
@@ -395,30 +389,11 @@ def test_rows_without_key_time_or_match_get_nulls_which_the_contract_rejects_by_
     )
 
 
-def write_spine(folder: Path, key: str, keys: Sequence[Any]) -> None:
-    """Write rows at noon, one for each key, whose number is their id and their b."""
-    rows = np.arange(len(keys))
-    (folder / "in").mkdir()
-    pq.write_table(
-        pa.table({"id": rows, key: keys, "as_of": [NOON] * len(rows), "b": rows * 1.0}), folder / "in/f.parquet"
-    )
-
-
-def check_that_others_are_not_read(folder: Path) -> None:
-    """Score two rows whose features are the first two of a table, the others of which do not read."""
-    options = make_options(folder / "features", max_age="30d")
-    plan, of_all = (
-        keep(make_plan(folder / "in", folder / f"out-{is_kept}", options), is_kept=is_kept) for is_kept in (False, True)
-    )
-    score(plan, folder / "out-False")
-
-    assert {0: 0.0, 1: 2.0} == read_scores(folder / "out-False")
-    assert "must be readable" in str(score(of_all, folder / "out-True").faults_error())
-
-
 def test_row_groups_that_can_not_matter_are_not_read(tmp_path: Path) -> None:
-    write_spine(tmp_path, "customer", ["m", "n"])
+    (tmp_path / "in").mkdir()
     (tmp_path / "features").mkdir()
+    spine = {"id": [0, 1], "customer": ["m", "n"], "as_of": pa.array([NOON, NOON]), "b": [0.0, 1.0]}
+    pq.write_table(pa.table(spine), tmp_path / "in" / "f.parquet")
     keys, days = ["m", "n", "a", "z", "m", "n"], [-1, -1, -1, -1, 1, -90]
     table = pa.table(
         {"customer": keys, "updated_at": [NOON + dt.timedelta(days=day) for day in days], "a": np.arange(6) * 1.0}
@@ -432,12 +407,19 @@ def test_row_groups_that_can_not_matter_are_not_read(tmp_path: Path) -> None:
         chunk = metadata.row_group(group).column(column)
         whole[chunk.data_page_offset + chunk.total_compressed_size - 1] ^= 1
     path.write_bytes(whole)
+    options = make_options(tmp_path / "features", max_age="30d")
+    plan = keep(make_plan(tmp_path / "in", tmp_path / "out", options), is_kept=False)
+    score(plan, tmp_path / "out")
+    of_all = keep(make_plan(tmp_path / "in", tmp_path / "kept", options), is_kept=True)
 
-    check_that_others_are_not_read(tmp_path)
+    assert {0: 0.0, 1: 2.0} == read_scores(tmp_path / "out")
+    assert "must be readable" in str(score(of_all, tmp_path / "kept").faults_error())
 
 
 def test_files_of_a_delta_table_whose_partitions_can_not_matter_are_not_read(tmp_path: Path) -> None:
-    write_spine(tmp_path, "customer", [10, 11])
+    spine = {"id": [0, 1], "customer": [10, 11], "as_of": pa.array([NOON, NOON]), "b": [0.0, 1.0]}
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table(spine), tmp_path / "in" / "f.parquet")
     # The first file by its path, of customer 10, is read for the size of a row.
     customers, days = [10, 11, 9, 12, 10, 11], [0, -1, -1, -1, 1, -90]
     times = [(NOON + dt.timedelta(days=day)).date() for day in days]
@@ -449,12 +431,19 @@ def test_files_of_a_delta_table_whose_partitions_can_not_matter_are_not_read(tmp
         # The header of the first page; the footer stays.
         whole[4:20] = bytes(16)
         path.write_bytes(whole)
+    options = make_options(tmp_path / "features", max_age="30d")
+    plan = keep(make_plan(tmp_path / "in", tmp_path / "out", options), is_kept=False)
+    score(plan, tmp_path / "out")
+    of_all = keep(make_plan(tmp_path / "in", tmp_path / "kept", options), is_kept=True)
 
-    check_that_others_are_not_read(tmp_path)
+    assert {0: 0.0, 1: 2.0} == read_scores(tmp_path / "out")
+    assert "must be readable" in str(score(of_all, tmp_path / "kept").faults_error())
 
 
 def test_columns_of_two_tables_are_told_apart_by_a_prefix(source: Path, features: Path, tmp_path: Path) -> None:
-    contract = take_columns("new_a", "old_a")
+    columns = tuple(Column(name=name, dtype="float64") for name in ("new_a", "old_a"))
+    inputs = (CONTRACT.inputs[0].model_copy(update={"columns": columns}),)
+    contract = CONTRACT.model_copy(update={"inputs": inputs})
     older = write_features(tmp_path / "older", seed=8)
     table = {"join_keys": "customer", "time": "updated_at"}
     tables = [
@@ -588,8 +577,10 @@ def test_tables_in_s3_and_the_newest_run_of_a_destination_are_feature_tables(
     # Scores of the past as features: the newest row as of each row's own time is that of the row itself, or of a twin.
     keyed = make_plan(source, tmp_path / "scores", make_options(features, {"key_columns": ["customer", "as_of"]}))
     score(keyed, tmp_path / "scores")
+    columns = tuple(Column(name=name, dtype="float64") for name in ("y", "b"))
+    contract = CONTRACT.model_copy(update={"inputs": (CONTRACT.inputs[0].model_copy(update={"columns": columns}),)})
     past = make_options(tmp_path / "scores", time="as_of")
-    plan = make_plan(source, tmp_path / "again", past, take_columns("y", "b"))
+    plan = make_plan(source, tmp_path / "again", past, contract)
     score(plan, tmp_path / "again")
 
     assert keyed.run == plan.features[0].snapshot.version
@@ -598,7 +589,9 @@ def test_tables_in_s3_and_the_newest_run_of_a_destination_are_feature_tables(
 
 
 def test_a_key_may_have_any_name_and_be_in_the_paths_of_the_files(tmp_path: Path) -> None:
-    write_spine(tmp_path, "__code", ["de", "fr", "de", None])
+    spine = {"id": [0, 1, 2, 3], "__code": ["de", "fr", "de", None], "as_of": [NOON] * 4, "b": [0.0, 1.0, 2.0, 3.0]}
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table(spine), tmp_path / "in" / "f.parquet")
     for country, a in (("de", 5.0), ("fr", 6.0)):
         (tmp_path / "features" / f"__code={country}").mkdir(parents=True)
         table = pa.table({"updated_at": [NOON - dt.timedelta(days=1)] * 2, "a": [1.0, a]})

@@ -91,30 +91,13 @@ def test_rows_keep_their_file_and_place(place: str, kind: str) -> None:
     ] == found
 
 
-@pytest.mark.parametrize(
-    ("files", "keys", "expected"),
-    [
-        (
-            {"year=2024/city=New%20York/x.csv": csv(0, 1), "year=2025/city=Rome/x.csv": csv(1, 2)},
-            ("id",),
-            {"id": ["00000", "00001"], "year": ["2024", "2025"], "city": ["New York", "Rome"]},
-        ),
-        (
-            {"store=007/x.jsonl": b'{"a":1}\n', "store=7/x.jsonl": b'{"a":2}\n'},
-            ("store",),
-            {"store": ["007", "7"], "a": ["1", "2"]},
-        ),
-        ({"x.jsonl": b'{"id":1}\n', "y.jsonl": b'{"a":2}\n'}, ("id",), {"id": ["1", None], "a": [None, "2"]}),
-    ],
-    ids=["partitions beside columns", "a column in the path alone", "a field that a whole file lacks"],
-)
-def test_columns_are_those_of_paths_and_files_with_nulls_where_a_json_file_lacks_one(
-    place: str, files: dict[str, bytes], keys: tuple[str, ...], expected: dict[str, list[str | None]]
-) -> None:
-    put(f"{place}/in", files)
-    found = rows(staged(f"{place}/in", f"{place}/out", keys=keys), *expected)
+def test_partitions_of_the_source_are_columns_of_its_copies(place: str) -> None:
+    put(f"{place}/in", {"year=2024/city=New%20York/x.csv": csv(0, 1), "year=2025/city=Rome/x.csv": csv(1, 2)})
+    found = rows(staged(f"{place}/in", f"{place}/out"), "id", "year", "city")
 
-    assert expected == {name: [row[name] for row in found] for name in expected}
+    assert [("00000", "2024", "New York"), ("00001", "2025", "Rome")] == [
+        (row["id"], row["year"], row["city"]) for row in found
+    ]
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -234,37 +217,28 @@ def test_a_file_that_does_not_parse_is_source_corrupt_by_name(place: str, name: 
         staged(f"{place}/in", f"{place}/out")
 
 
-@pytest.mark.parametrize(
-    ("files", "told"),
-    [
-        ({"x.jsonl": b'{"other":1}\n'}, r"in must hold a column that the run reads, got none of \['a', 'id'\] in 1"),
-        (
-            {"x.csv": b"id,a\n1,2\n", "y.csv": b"id\n1\n"},
-            r"y\.csv must have every column that the run reads, but \['a'\] are missing",
-        ),
-    ],
-)
-def test_files_without_columns_of_the_run_are_a_mismatch(tmp_path: Path, files: dict[str, bytes], told: str) -> None:
-    put(f"{tmp_path}/in", files)
-    with pytest.raises(SchemaMismatch, match=told):
+def test_json_lines_without_any_column_of_the_run_are_a_mismatch(tmp_path: Path) -> None:
+    put(f"{tmp_path}/in", {"x.jsonl": b'{"other":1}\n'})
+    with pytest.raises(
+        SchemaMismatch, match=r"in must hold a column that the run reads, got none of \['a', 'id'\] in 1"
+    ):
         staged(f"{tmp_path}/in", f"{tmp_path}/out")
 
 
-@pytest.mark.parametrize(
-    ("files", "names"),
-    [
-        ({"x.jsonl": b'{"id":1}\n', "y.jsonl": b'{"id":2,"gr\\u00F6\\u00dfe":null}\n'}, ("gr\u00f6\u00dfe",)),
-        ({"x.jsonl": b'{"id":1}\n{"id":2,"b":null}\n'}, ("a", "b")),
-    ],
-    ids=["named by escapes in one file", "in no line"],
-)
-def test_a_column_is_there_where_any_json_line_names_it(
-    place: str, files: dict[str, bytes], names: tuple[str, ...]
-) -> None:
-    put(f"{place}/in", files)
-    dataset = open_dataset(staged(f"{place}/in", f"{place}/out", a_contract(*names)), names, ["id"])
+def test_a_column_that_one_file_names_by_escapes_alone_is_there(place: str) -> None:
+    put(f"{place}/in", {"x.jsonl": b'{"id":1}\n', "y.jsonl": b'{"id":2,"gr\\u00F6\\u00dfe":null}\n'})
+    dataset = open_dataset(
+        staged(f"{place}/in", f"{place}/out", a_contract("gr\u00f6\u00dfe")), ["gr\u00f6\u00dfe"], ["id"]
+    )
 
-    assert {"id", names[-1]} == set(dataset.schema.names)
+    assert {"id", "gr\u00f6\u00dfe"} == set(dataset.schema.names)
+
+
+def test_a_json_column_that_is_in_the_path_alone_is_the_partitions(place: str) -> None:
+    put(f"{place}/in", {"store=007/x.jsonl": b'{"a":1}\n', "store=7/x.jsonl": b'{"a":2}\n'})
+    found = rows(staged(f"{place}/in", f"{place}/out", keys=("store",)), "store", "a")
+
+    assert [("007", "1"), ("7", "2")] == [(row["store"], row["a"]) for row in found]
 
 
 def test_a_json_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,6 +264,28 @@ def test_an_arrow_batch_that_is_larger_than_a_copy_is_cut(tmp_path: Path, monkey
 
     assert max(rows for file in snapshot.files for rows in file.row_groups) <= 10
     assert list(range(40)) == [row["id"] for row in rows(snapshot, "id")]
+
+
+def test_a_column_that_no_json_line_has_is_missing_in_the_dataset(place: str) -> None:
+    put(f"{place}/in", {"x.jsonl": b'{"id":1}\n{"id":2,"b":null}\n'})
+    dataset = open_dataset(staged(f"{place}/in", f"{place}/out", a_contract("a", "b")), ["a", "b"], ["id"])
+
+    assert {"id", "b"} == set(dataset.schema.names)
+
+
+def test_a_field_that_a_whole_json_file_lacks_is_null_there(place: str) -> None:
+    put(f"{place}/in", {"x.jsonl": b'{"id":1}\n', "y.jsonl": b'{"a":2}\n'})
+    found = rows(staged(f"{place}/in", f"{place}/out"), "id", "a")
+
+    assert [("1", None), (None, "2")] == [(row["id"], row["a"]) for row in found]
+
+
+def test_a_file_that_lacks_a_column_is_told_by_its_name(tmp_path: Path) -> None:
+    put(f"{tmp_path}/in", {"x.csv": b"id,a\n1,2\n", "y.csv": b"id\n1\n"})
+    with pytest.raises(
+        SchemaMismatch, match=r"y\.csv must have every column that the run reads, but \['a'\] are missing"
+    ):
+        staged(f"{tmp_path}/in", f"{tmp_path}/out")
 
 
 def test_a_file_that_changed_since_the_snapshot_is_source_changed(place: str) -> None:
