@@ -63,7 +63,7 @@ MACHINE_GROUPS := test-targets test-workers test-deployments
 VALUES := -m "not machines and (not servers or whole)" --durations=20 --
 
 # Delta and Iceberg tables as sources and outputs wait for their disk, and run once the types are checked.
-TABLES := $(foreach kind,delta iceberg upsert,$(wildcard tests/tasks/batch/test_$(kind)*.py))
+TABLES := $(foreach kind,delta iceberg table upsert,$(wildcard tests/tasks/batch/test_$(kind)*.py))
 
 test-batch: $(STAMP)
 	$(TESTS) batch $(VALUES) tests/tasks/batch $(addprefix --ignore=,$(TABLES))

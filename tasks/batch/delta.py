@@ -44,7 +44,10 @@ _ORDER_APP, _REPLACED_APP = "overnight-order", "overnight-replaced"
 # name of its own in the files; both are looked at.
 _FEATURES_READ = {"timestampNtz", "vacuumProtocolCheck", "v2Checkpoint", "deletionVectors", "columnMapping"}
 # A table whose readers follow its changes row by row, and one that takes no removals.
-_UNFIT_PROPERTIES = ("delta.enableChangeDataFeed", "delta.appendOnly")
+_CHANGE_FEED, _APPEND_ONLY = "delta.enableChangeDataFeed", "delta.appendOnly"
+# What a table asks of each row that is written to it: a property of the table, or of one of its columns.
+_CONSTRAINT = "delta.constraints."
+_COLUMN_RULES = ("delta.invariants", "delta.generationExpression", "delta.identity.")
 # Delta's readers don't have them, though its schema does.
 _UNREADABLE = ("timestamp_nanos", "timestamp_nanos_ntz", "void")
 _DENIED = re.compile("AccessDenied|lacked the necessary privileges|[Pp]ermission denied|Read-only file system")
@@ -82,6 +85,8 @@ def check_delta(
     _check_columns(table, schema, storage)
     if mode == "upsert":
         _check_upsertable(table, storage)
+    elif mode == "replace":
+        _check_replaceable(table, storage)
     if table.transaction_version(_run_app(run_key)) is not None:
         message = (
             f"The Delta table at {storage.url} must not hold the run that is to be planned, but holds run {run_key} "
@@ -126,13 +131,44 @@ def _fits_delta(field: pa.Field) -> bool:
 
 
 def _check_columns(table: DeltaTable, schema: DeltaSchema, storage: Storage) -> None:
-    told = describe_differences(_columns(schema), _columns(table.schema()))
+    differing = describe_differences(_columns(schema), _columns(table.schema()))
+    found = [differing] if differing else []
     if partitions := table.metadata().partition_columns:
-        told = "; ".join([*([told] if told else []), f"it is partitioned by {partitions}"])
-    if told:
+        found.append(f"it is partitioned by {partitions}")
+    if rules := _list_row_rules(table):
+        found.append(f"it has {', '.join(rules)}, which parts are not held against")
+    if found:
+        cast = ", or write the source with the types of the table: in CSV all values are text" if differing else ""
         message = (
-            f"The Delta table at {storage.url} must have the columns of the run and no partitions, but {told}. Choose "
-            "another destination, or write the source with the types of the table: in CSV all values are text."
+            f"The Delta table at {storage.url} must have the columns of the run, no partitions and no rules for rows, "
+            f"but {'; '.join(found)}. Choose another destination{cast}."
+        )
+        raise DestinationUnusable(message)
+
+
+def _list_row_rules(table: DeltaTable) -> list[str]:
+    """Return by name what a table asks of each row that is written: constraints, generated and identity columns."""
+    rules = [name for name in table.metadata().configuration if name.startswith(_CONSTRAINT)]
+    return rules + [
+        f"{rule} of {field.name!r}"
+        for field in table.schema().fields
+        for rule in field.metadata
+        if rule.startswith(_COLUMN_RULES)
+    ]
+
+
+def _list_properties(table: DeltaTable, *names: str) -> list[str]:
+    """Return which of some properties are true of a table."""
+    properties = table.metadata().configuration
+    return [f"{name}=true" for name in names if str(properties.get(name)).lower() == "true"]
+
+
+def _check_replaceable(table: DeltaTable, storage: Storage) -> None:
+    """Raise DestinationUnusable where the files of a table can't be taken out of it."""
+    if unfit := _list_properties(table, _APPEND_ONLY):
+        message = (
+            f"A Delta table must let its files be removed where a run replaces its rows, but the one at {storage.url} "
+            f"has {unfit[0]}. Take that from the table, choose another destination, or append."
         )
         raise DestinationUnusable(message)
 
@@ -151,9 +187,7 @@ def _check_whole_files(table: DeltaTable, storage: Storage, plan: Plan) -> None:
 
 def _check_upsertable(table: DeltaTable, storage: Storage) -> None:
     """Raise DestinationUnusable where rows of a table can't be replaced by writing its files again."""
-    properties = table.metadata().configuration
-    unfit = [f"{name}=true" for name in _UNFIT_PROPERTIES if str(properties.get(name)).lower() == "true"]
-    unfit += find_unread_features(table)
+    unfit = _list_properties(table, _CHANGE_FEED, _APPEND_ONLY) + find_unread_features(table)
     unfit += [f"a file {path}" for path in _list_files(table) if "://" in path or path.startswith("/") or "%" in path][
         :1
     ]
@@ -316,6 +350,8 @@ def _commit(
         return
     # Delta itself takes files of any columns into any table.
     _check_columns(table, schema, storage)
+    if plan.options.delta_mode == "replace":
+        _check_replaceable(table, storage)
     if swaps:
         if plan.options.upserts:
             _check_upsertable(table, storage)

@@ -123,12 +123,54 @@ def test_a_table_of_other_columns_is_refused_before_scoring_and_at_the_commit(
     assert find_manifest(destination, plan.run) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "mode", "told"),
+    [
+        *(
+            ("delta.constraints.small", "id >= 0", mode, "no rules for rows, but it has delta.constraints.small, ")
+            for mode in ("append", "replace", "upsert")
+        ),
+        ("delta.appendOnly", "true", "replace", "must let its files be removed .* has delta.appendOnly=true. Take"),
+    ],
+)
+def test_a_table_whose_rules_a_run_would_break_is_refused_before_scoring_and_at_the_commit(
+    destination: Storage, place: str, name: str, value: str, mode: str, told: str
+) -> None:
+    commit(destination, a_run(place, APPEND))
+    alter = DELTA.open(destination).alter
+    if name == "delta.appendOnly":
+        alter.set_table_properties({name: value})
+    else:
+        alter.add_constraint({"small": value})
+    plan = a_run(place, DELTA.options(mode), range(25, 40))
+    for refused in (
+        lambda: check(destination, plan),
+        lambda: publish(destination, plan, audit_parts(destination, plan)),
+    ):
+        with pytest.raises(DestinationUnusable, match=told):
+            refused()
+
+    assert list(range(25)) == read_ids(DELTA, destination)
+
+
+def test_an_append_only_table_is_appended_to(destination: Storage, place: str) -> None:
+    commit(destination, a_run(place, APPEND))
+    DELTA.open(destination).alter.set_table_properties({"delta.appendOnly": "true"})
+    plan = a_run(place, APPEND, range(25, 40))
+    check(destination, plan)
+    commit(destination, plan)
+
+    assert list(range(40)) == read_ids(DELTA, destination)
+
+
 def test_a_partitioned_table_or_one_without_nulls_is_refused(tmp_path: Path) -> None:
     plan = a_run(str(tmp_path), APPEND)
     schema = describe_parts(plan)
     table = schema.empty_table()
+    generated = [field.with_metadata({"delta.generationExpression": "id"}) for field in schema]
     for name, made, told in (
-        ("partitioned", table, r"no partitions, but it is partitioned by \['label'\]\."),
+        ("ruled", table.cast(pa.schema(generated)), "it has delta.generationExpression of 'id', "),
+        ("partitioned", table, r"but it is partitioned by \['label'\]\. Choose another destination\."),
         ("strict", table.cast(pa.schema([field.with_nullable(field.name != "score") for field in schema])), "not null"),
     ):
         destination = open_storage(str(tmp_path / name))
