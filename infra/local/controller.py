@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -30,7 +30,7 @@ from infra.local.process import (
     ServerFailed,
     ServerProcess,
     base_environment,
-    free_ports,
+    hold_ports,
     send_request,
 )
 
@@ -184,6 +184,7 @@ class ReleaseSupervisor:
         self.stopping = threading.Event()
         self._folder = folder
         self._ports: dict[str, int] = {}
+        self._held = ExitStack()
         self._starts = 0
         # By it the status is written into this very folder, even where another one has taken its name.
         self._directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -194,6 +195,7 @@ class ReleaseSupervisor:
         """End the server and return when it has ended."""
         self.stopping.set()
         self._thread.join()
+        self._held.close()
         os.close(self._directory)
 
     def _run(self) -> None:
@@ -238,13 +240,16 @@ class ReleaseSupervisor:
             return waited_s >= _STEADY_S, died
 
     def _start_server(self, serve: Serve) -> ServerProcess:
-        """Start the server on its previous ports, where they are still free, so that its URL stays."""
+        """Start the server on its previous ports, so that its URL stays, or on others where they are taken."""
         self._starts += 1
         taken_before = False
         while True:
             if not self._ports or taken_before:
                 names = serve.list_ports()
-                self._ports = dict(zip(names, free_ports(len(names)), strict=True))
+                # Until the release ends: a server may answer as ready before it listens at its other ports.
+                self._held.close()
+                ports = self._held.enter_context(hold_ports(len(names)))
+                self._ports = dict(zip(names, ports, strict=True))
             try:
                 return ServerProcess(self._make_command(serve))
             except ServerFailed as failure:

@@ -14,8 +14,8 @@ import sys
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
@@ -251,23 +251,38 @@ def start_on_free_ports(
     attempts = 0
     while True:
         attempts += 1
-        ports = free_ports(count)
-        try:
-            return ServerProcess(command(ports)), ports
-        except ServerFailed as failure:
-            port_taken = any(phrase in failure.log.lower() for phrase in _TAKEN)
-            if not port_taken or attempts == _ATTEMPTS_MAX:
-                raise
+        with hold_ports(count) as ports:
+            try:
+                return ServerProcess(command(ports)), ports
+            except ServerFailed as failure:
+                port_taken = any(phrase in failure.log.lower() for phrase in _TAKEN)
+                if not port_taken or attempts == _ATTEMPTS_MAX:
+                    raise
+
+
+@contextmanager
+def hold_ports(count: int) -> Generator[tuple[int, ...]]:
+    """Yield `count` different free TCP ports of 127.0.0.1, for servers that start while the block runs.
+
+    On Linux the system gives them to nobody else meanwhile: a socket that is bound and does not listen keeps each, and
+    a server that sets SO_REUSEADDR, as nearly all do, may listen there all the same. Elsewhere it could not, so the
+    ports are released first, and another program may take one.
+    """
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            each.bind((HOST, 0))
+        ports = tuple(each.getsockname()[1] for each in sockets)
+        if sys.platform != "linux":
+            held.close()
+        yield ports
 
 
 def free_ports(count: int) -> tuple[int, ...]:
     """Return `count` different TCP ports that were free on 127.0.0.1 a moment ago."""
-    with ExitStack() as held:
-        # All are held until the last is known, since the system might return one of them twice.
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind((HOST, 0))
-        return tuple(each.getsockname()[1] for each in sockets)
+    with hold_ports(count) as ports:
+        return ports
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ from infra.local.process import (
     ServerFailed,
     ServerProcess,
     base_environment,
-    free_ports,
+    hold_ports,
     send_request,
     start_on_free_ports,
 )
@@ -95,8 +95,9 @@ def triton_server(repository: Path, folder: Path, *, port: int | None = None) ->
     if port is None:
         process, ports = start_on_free_ports(3, lambda ports: _make_command(package, repository, folder, ports))
     else:
-        ports = (port, *free_ports(2))
-        process = _start_on_ports(repository, folder, ports)
+        with hold_ports(2) as free:
+            ports = (port, *free)
+            process = _start_on_ports(repository, folder, ports)
     return TritonServer(
         process=process,
         repository=repository,

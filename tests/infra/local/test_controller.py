@@ -2,6 +2,7 @@ import json
 import os
 import random
 import signal
+import socket
 import sys
 import threading
 import time
@@ -108,7 +109,7 @@ def test_a_port_that_is_taken_meanwhile_is_given_up(controller: Controller) -> N
 import os, socket, subprocess, sys
 if not os.path.exists("stolen"):
     open("stolen", "w").close()
-    s = socket.socket(); s.bind(("127.0.0.1", int(sys.argv[1])))
+    s = socket.create_server(("127.0.0.1", int(sys.argv[1])))
     subprocess.Popen([sys.executable, "-c", {child!r}], stdin=s, start_new_session=True)
     sys.exit(3)
 """
@@ -117,6 +118,18 @@ if not os.path.exists("stolen"):
 
     assert "taken/1" == name_at(told["url"])
     assert 2 == told["starts"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a server can't listen at a port that is kept")
+def test_no_other_program_is_given_a_port_of_a_release_before_its_server_listens_there(controller: Controller) -> None:
+    code = "import sys; print(sys.argv[3]);" + SERVER
+    place = put(controller, "later/1", argv=[sys.executable, "-c", code, "{port}", "x", "{port2}"])
+    ready(place)
+    port = int((place / "server.log").read_text().split()[0])
+
+    with socket.socket() as other, pytest.raises(OSError, match="Address already in use"):
+        other.bind(("127.0.0.1", port))
+    socket.create_server(("127.0.0.1", port)).close()
 
 
 def test_a_server_that_keeps_dying_is_reported_with_the_end_of_its_log(controller: Controller) -> None:

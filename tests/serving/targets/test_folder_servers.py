@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import pytest
 from mlflow.types import ColSpec, Schema
 
 from infra.local.controller import local_controller
-from infra.local.process import ServerCommand, ServerProcess, base_environment, free_ports
+from infra.local.process import ServerCommand, base_environment, start_on_free_ports
 from infra.local.process import send_request as ask_port
 from infra.worker import list_process_tree
 from serving.targets import Address, Target
@@ -278,7 +278,6 @@ def test_a_bento_is_built_from_the_folder_and_served(registry: Path, tmp_path: P
     target, (served, _) = BentoMLTarget(python=python_or_skip("bentoml")), two_versions("bentoml")
     folder = tmp_path / "release"
     write_folder(target.render(*served), folder)
-    (port,) = free_ports(1)
     environment = {
         **base_environment(),
         "PYTHONPATH": "",
@@ -297,16 +296,20 @@ def test_a_bento_is_built_from_the_folder_and_served(registry: Path, tmp_path: P
     )
     assert 0 == built.returncode, built.stderr
     tag = built.stdout.strip().splitlines()[-1].removeprefix("__tag__:")
-    command = ServerCommand(
-        argv=(str(target.python), "-m", "bentoml", "serve", tag, "--host", "127.0.0.1", "--port", str(port)),
-        environment=environment,
-        folder=tmp_path,
-        log_path=tmp_path / "serve.log",
-        ready=lambda: ask_port("GET", port, "/v2/models/scores/ready").ok,
-        ready_s_max=120,
-    )
-    with ServerProcess(command):
-        address = Address(url=f"http://127.0.0.1:{port}", model="scores", version=None)
+
+    def make_command(ports: Sequence[int]) -> ServerCommand:
+        return ServerCommand(
+            argv=(str(target.python), "-m", "bentoml", "serve", tag, "--host", "127.0.0.1", "--port", str(ports[0])),
+            environment=environment,
+            folder=tmp_path,
+            log_path=tmp_path / "serve.log",
+            ready=lambda: ask_port("GET", ports[0], "/v2/models/scores/ready").ok,
+            ready_s_max=120,
+        )
+
+    process, ports = start_on_free_ports(1, make_command)
+    with process:
+        address = Address(url=f"http://127.0.0.1:{ports[0]}", model="scores", version=None)
         answer = ask(address, served[0], rows(3))
 
     assert tag.startswith("scores:")

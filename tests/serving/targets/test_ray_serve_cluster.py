@@ -16,7 +16,7 @@ import httpx
 import numpy as np
 import pytest
 
-from infra.local.process import free_ports
+from infra.local.process import hold_ports
 from infra.worker import list_process_tree
 from serving.errors import EndpointFailed
 from serving.model.batching import BatchingConfig
@@ -254,12 +254,12 @@ def test_a_release_goes_to_zero_and_the_next_request_starts_it_again(
 
 
 def test_a_cluster_that_does_not_answer_or_is_not_ours_is_named(host: RayServeHost, mlp: Put, tmp_path: Path) -> None:
-    (port,) = free_ports(1)
-    unreachable = replace(host, dashboard_url=f"http://127.0.0.1:{port}", folder=tmp_path)
     stranger = replace(host, token="0" * 64, folder=tmp_path)
 
-    with pytest.raises(EndpointFailed, match=f"must answer at http://127.0.0.1:{port}.*Start the cluster"):
-        unreachable.deploy(mlp.release, mlp.model)
+    with hold_ports(1) as (port,):
+        unreachable = replace(host, dashboard_url=f"http://127.0.0.1:{port}", folder=tmp_path)
+        with pytest.raises(EndpointFailed, match=f"must answer at http://127.0.0.1:{port}.*Start the cluster"):
+            unreachable.deploy(mlp.release, mlp.model)
     with pytest.raises(EndpointFailed, match=r"got 40[13].*Pass the cluster's token"):
         stranger.deploy(mlp.release, mlp.model)
     assert host.token not in repr(host)

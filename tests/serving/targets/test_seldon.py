@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from infra.local.process import ServerCommand, ServerProcess, base_environment, free_ports, send_request
+from infra.local.process import ServerCommand, base_environment, send_request, start_on_free_ports
 from serving.model.batching import BatchingConfig
 from serving.model.contract import Contract, Input, Output
 from serving.model.graph import Combine, Graph
@@ -231,24 +232,26 @@ def test_the_mean_under_the_real_mlserver_is_that_of_the_models_outputs(tmp_path
         {"name": name, "shape": [5, 1], "datatype": "FP32", "data": value.ravel().tolist()}
         for name, value in given.items()
     ]
-    http, grpc, metrics = free_ports(3)
-    command = ServerCommand(
-        argv=(str(python), "-c", "from mlserver.cli import main; main()", "start", "."),
-        environment={
-            **base_environment(),
-            "MLSERVER_HOST": "127.0.0.1",
-            "MLSERVER_HTTP_PORT": str(http),
-            "MLSERVER_GRPC_PORT": str(grpc),
-            "MLSERVER_METRICS_PORT": str(metrics),
-            "MLSERVER_PARALLEL_WORKERS": "0",
-        },
-        folder=tmp_path,
-        log_path=tmp_path / "log",
-        ready=lambda: send_request("GET", http, "/v2/models/mean/ready").ok,
-        ready_s_max=300.0,
-    )
-    with ServerProcess(command):
-        answer = httpx.post(f"http://127.0.0.1:{http}/v2/models/mean/infer", json={"inputs": inputs}, timeout=60)
+
+    def make_command(ports: Sequence[int]) -> ServerCommand:
+        names = ("HTTP", "GRPC", "METRICS")
+        return ServerCommand(
+            argv=(str(python), "-c", "from mlserver.cli import main; main()", "start", "."),
+            environment={
+                **base_environment(),
+                "MLSERVER_HOST": "127.0.0.1",
+                "MLSERVER_PARALLEL_WORKERS": "0",
+                **{f"MLSERVER_{name}_PORT": str(port) for name, port in zip(names, ports, strict=True)},
+            },
+            folder=tmp_path,
+            log_path=tmp_path / "log",
+            ready=lambda: send_request("GET", ports[0], "/v2/models/mean/ready").ok,
+            ready_s_max=300.0,
+        )
+
+    process, ports = start_on_free_ports(3, make_command)
+    with process:
+        answer = httpx.post(f"http://127.0.0.1:{ports[0]}/v2/models/mean/infer", json={"inputs": inputs}, timeout=60)
     (output,) = answer.json()["outputs"]
 
     assert ("score", [5, 1], "FP32") == (output["name"], output["shape"], output["datatype"])
