@@ -33,6 +33,7 @@ from tasks.endpoint.spec import EndpointSpec
 from tasks.endpoint.targets import RayServe, Triton
 from tasks.endpoint.traffic import (
     choose_keep_warm_seconds,
+    dump_spec,
     keep_awake,
     list_idle_versions,
     list_serving_versions,
@@ -135,13 +136,22 @@ class Change:
         raise type(error)(message) from error
 
     def _undo(self) -> None:
-        """Restore the route of before, then take the release down. Where that fails, a warning is logged."""
+        """Restore the route of before, then take the release down. Where that fails, a warning is logged.
+
+        A route that another call has put or removed meanwhile stays as it is, with its versions.
+        """
         try:
+            status = self.gateway.get(self.spec.name)
+            route = status.route if status else None
+            if not self._knows_route(route):
+                self.logger.warning("Another call has changed the route of %s, which stays.", self.spec.name)
+                if route is None or route.find_version(self.release.version) is None:
+                    self._remove_release()
+                return
             self._set_route(self.current_route and keep_awake(self.current_route))
             if self.release.version not in list_used_versions(self.current_route):
                 wait_until_idle(self.gateway, self.spec.name, (self.release.version,))
-                release = make_release_to_remove(self.spec.name, self.release.version, self.release.contract)
-                make_host(self.spec.target).remove(release)
+                self._remove_release()
             elif self.is_deployed and self.previous_release is not None:
                 deploy_release(self.spec.target, self.previous_release, self.models, self.keep_warm)
             self._set_route(self.current_route)
@@ -149,6 +159,17 @@ class Change:
                 write_rollout(self.spec.target, self.spec.name, self.current_route)
         except (EndpointFailed, BadInput) as error:
             self.logger.warning("The change must be undone, got: %s. Look at version %s.", error, self.release.version)
+
+    def _knows_route(self, route: Route | None) -> bool:
+        """Whether a route is that of before or of this change, as far as the gateway has carried it on."""
+        if route is None:
+            return self.current_route is None
+        before = () if self.current_route is None else (self.current_route.spec,)
+        return route.spec in (*before, dump_spec(self.spec))
+
+    def _remove_release(self) -> None:
+        release = make_release_to_remove(self.spec.name, self.release.version, self.release.contract)
+        make_host(self.spec.target).remove(release)
 
     def _set_route(self, route: Route | None) -> None:
         now = self.gateway.get(self.spec.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -189,8 +190,13 @@ def make_route(
         rollout=rollout,
         shadow=shadow,
         sleep=sleep,
-        spec=spec.model_dump(mode="json", exclude={"name", "gateway", "admin_secret", "allow_pickle"}),
+        spec=dump_spec(spec),
     )
+
+
+def dump_spec(spec: EndpointSpec) -> dict[str, Any]:
+    """Return a spec as the route of its endpoint keeps it."""
+    return spec.model_dump(mode="json", exclude={"name", "gateway", "admin_secret", "allow_pickle"})
 
 
 def complete_spec(spec: EndpointSpec, route: Route | None) -> EndpointSpec:
