@@ -54,6 +54,7 @@ from tasks.batch.report import BatchReport, draw_progress, page_path, report_com
 from tasks.batch.resolve import CompleteRun, NewRun, ResumedRun, find_run, restage_plan
 from tasks.batch.run_records import confirm_plan
 from tasks.batch.run_request import resolve_request
+from tasks.batch.run_tables import check_table_has_run
 from tasks.batch.score import Scorer
 from tasks.batch.scoring_result import ScoringResult, check_rejects
 from tasks.batch.tuning import forget_slow_tuning
@@ -343,6 +344,7 @@ def _report_complete(
     run: CompleteRun, storage: Storage, options: BatchOptions, steps: Steps, logger: Logger
 ) -> BatchReport:
     plan = run.plan
+    check_table_has_run(storage, plan)
     logger.info("Run %s is complete: %s rows. Nothing to score.", plan.run, f"{plan.rows:,}")
     newer = find_newer_run(storage, run.manifest) if plan.options.table_mode in (None, "replace") else None
     if newer is not None:

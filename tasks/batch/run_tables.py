@@ -1,11 +1,11 @@
-"""The table that a run went into: which files its log names now, and which of them it has as they were written."""
+"""The table that a run went into: whether it has the run, and which files its log names now."""
 
 from __future__ import annotations
 
 from serving.errors import DestinationUnusable
 from serving.extras import import_extra
-from tasks.batch.delta import TableFiles, list_table_files
-from tasks.batch.plan import ROOT
+from tasks.batch.delta import TableFiles, TableState, list_table_files, read_table
+from tasks.batch.plan import ROOT, Plan
 from tasks.batch.run_records import load_plan
 from tasks.storage import Storage
 
@@ -46,3 +46,34 @@ def read_table_files(storage: Storage, table: str) -> TableFiles:
         return list_table_files(storage)
     files: TableFiles = import_extra("tasks.batch.iceberg_table", "iceberg").list_table_files(storage, table)
     return files
+
+
+def read_table_state(storage: Storage, plan: Plan) -> TableState | None:
+    """Return the current version of the Delta or Iceberg table that a plan names, None where there is none.
+
+    Raises DestinationUnusable where its log does not read, BadInput and StorageFault as read_table_files does.
+    """
+    if plan.options.output == "delta":
+        return read_table(storage, plan)
+    state: TableState | None = import_extra("tasks.batch.iceberg_table", "iceberg").read_table(storage, plan)
+    return state
+
+
+def explain_missing_run(plan: Plan, table: TableState | None) -> str | None:
+    """Return what is wrong where a table does not have a published run, and what to do; None where it has it."""
+    if table is not None and table.holds_run:
+        return None
+    kind = "Delta" if plan.options.output == "delta" else "Iceberg"
+    got = "there is no table" if table is None else "its log has no commit of it"
+    return (
+        f"The {kind} table must hold run {plan.run}, but {got}. Delete {ROOT}/{plan.run}/manifest.json below the "
+        "destination and make the call again that scored the run: it commits the parts that are there."
+    )
+
+
+def check_table_has_run(storage: Storage, plan: Plan) -> None:
+    """Raise DestinationUnusable where a published run is not in the table that it went into; a folder is no table."""
+    if plan.options.output == "parquet":
+        return
+    if message := explain_missing_run(plan, read_table_state(storage, plan)):
+        raise DestinationUnusable(message)

@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from pydantic import Field
 
 from serving.errors import DestinationUnusable, FormatTooNew, NoCompleteRun
-from serving.extras import import_extra
 from serving.model.contract import Frozen
 from tasks.batch.challenger_check import check_challengers
 from tasks.batch.dataset import list_entries_at, map_parallel
-from tasks.batch.delta import TableState, read_table
+from tasks.batch.delta import TableState
 from tasks.batch.manifest import Manifest, find_manifest, manifest_path
 from tasks.batch.part_check import Damage, DamageKind, ExpectedPart, PartCheck, PartReader, describe_size, expect_part
 from tasks.batch.part_footer import PartFooter
@@ -20,6 +19,7 @@ from tasks.batch.parts import list_reused_parts, part_path
 from tasks.batch.plan import ROOT, Plan
 from tasks.batch.publish import make_manifest
 from tasks.batch.run_records import OrderNumber, load_plan, order_path, read_record
+from tasks.batch.run_tables import explain_missing_run, read_table_state
 from tasks.batch.runs import RunState, choose_newest, list_runs
 from tasks.storage import Entry, Storage
 
@@ -277,20 +277,13 @@ class _Findings:
             return None
         kind, log = ("Delta", "_delta_log") if plan.options.output == "delta" else ("Iceberg", "snapshots")
         try:
-            if kind == "Delta":
-                table = read_table(self.storage, plan)
-            else:
-                table = import_extra("tasks.batch.iceberg_table", "iceberg").read_table(self.storage, plan)
+            table = read_table_state(self.storage, plan)
         except DestinationUnusable as error:
             self.add("table", log, str(error))
             return None
-        if table is None or not table.holds_run:
-            got = "there is no table" if table is None else "its log has no commit of it"
-            message = (
-                f"The {kind} table must hold run {plan.run}, but {got}. Delete {manifest_path(plan.run)} below the "
-                "destination and make the call again that scored the run: it commits the parts that are there."
-            )
+        if message := explain_missing_run(plan, table):
             self.add("table", log, message)
+        if table is None or not table.holds_run:
             return table
         if not table.holds_plan:
             message = f"The {kind} table must hold run {plan.run} by the parts of this plan, got those of another plan."

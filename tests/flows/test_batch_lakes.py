@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from deployments.command_line import app
+from serving.errors import DestinationUnusable
 from tasks.batch.comparison_records import compare_challengers, open_challenger
 from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
@@ -119,6 +121,40 @@ def test_challengers_lie_beside_a_table_which_is_that_of_the_model_alone(
     assert read("both").tail(1_000)["prediction"].equals(theirs["prediction"])
     assert [(1_000, 1_000)] == [(each.rows, each.outputs[0].equal) for each in report.challengers]
     assert ("already complete", report.challengers, report.challengers) == (again.status, again.challengers, later)
+
+
+@pytest.mark.parametrize("output", ["delta", "iceberg"])
+def test_a_complete_run_whose_table_is_gone_is_refused_with_what_commits_it_again(
+    output: str, linear: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.batch import batch_inference
+
+    configure(monkeypatch, str(tmp_path))
+    lake = open_lake(str(tmp_path))
+    source, scores = write_customers(tmp_path / "in", rows=2_000, files=1, rows_per_group=500), tmp_path / "scores"
+    table = "lake.sales.scores" if output == "iceberg" else None
+    options = OPTIONS.model_copy(update={"output": output, "iceberg_table": table})
+
+    def score() -> BatchReport:
+        return batch_inference(linear, str(source), str(scores), options)
+
+    def count() -> int:
+        if output == "iceberg":
+            return lake.load_table("sales.scores").scan().count()
+        return pl.scan_delta(str(scores)).collect().height
+
+    first = score()
+    if output == "iceberg":
+        lake.drop_table("sales.scores")
+    else:
+        shutil.rmtree(scores / "_delta_log")
+    with pytest.raises(DestinationUnusable, match=rf"must hold run {first.run}, but there is no table") as refused:
+        score()
+    (scores / str(refused.value).partition("Delete ")[2].partition(" below the destination")[0]).unlink()
+    again = score()
+
+    assert (2_000, first.run, 0) == (count(), again.run, again.rows_scored)
+    assert "already complete" == score().status
 
 
 @pytest.mark.parametrize("output", ["parquet", "delta", "iceberg"])
