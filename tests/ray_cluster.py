@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from infra.local.process import (
     RunningServer,
     ServerCommand,
     base_environment,
-    free_ports,
+    hold_ports,
     send_request,
     start_on_free_ports,
 )
@@ -49,10 +50,12 @@ class RayCluster(RunningServer):
     token: str = field(repr=False)
     environment: Mapping[str, str] = field(repr=False)
     _session: Path
+    _held: ExitStack
 
     def stop(self) -> None:
         """Stop every process of the cluster and return when they have ended. Idempotent."""
         self.process.stop()
+        self._held.close()
         shutil.rmtree(self._session, ignore_errors=True)
 
 
@@ -74,7 +77,9 @@ def ray_cluster(folder: Path, *, cpus: int = 8, environment: Mapping[str, str] |
     except BaseException:
         shutil.rmtree(session, ignore_errors=True)
         raise
-    (serve_port,) = free_ports(1)
+    held = ExitStack()
+    # Serve listens there long after the cluster is up.
+    (serve_port,) = held.enter_context(hold_ports(1))
     return RayCluster(
         process=process,
         dashboard_url=f"http://{HOST}:{ports[1]}",
@@ -82,6 +87,7 @@ def ray_cluster(folder: Path, *, cpus: int = 8, environment: Mapping[str, str] |
         token=token,
         environment={**_make_environment(token), "RAY_ADDRESS": f"{HOST}:{ports[0]}"},
         _session=session,
+        _held=held,
     )
 
 

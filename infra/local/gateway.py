@@ -18,6 +18,8 @@ from infra.local.process import (
 _PACKAGES = ("aiohttp", "fastapi", "fastapi_offline", "httptools", "prometheus_client", "uvicorn")
 _ADMIN_KEY = "OVERNIGHT_ADMIN_KEY"
 _READY_S_MAX = 60.0
+# Above STOP_S_MAX of its supervisor: a gateway that is killed earlier loses the requests that it still answers.
+GRACE_S = 90.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,4 +79,5 @@ def _make_command(folder: Path, port: int, given: Mapping[str, str], tls: tuple[
         log_path=log_path,
         ready=is_ready,
         ready_s_max=_READY_S_MAX,
+        grace_s=GRACE_S,
     )

@@ -279,12 +279,6 @@ def hold_ports(count: int) -> Generator[tuple[int, ...]]:
         yield ports
 
 
-def free_ports(count: int) -> tuple[int, ...]:
-    """Return `count` different TCP ports that were free on 127.0.0.1 a moment ago."""
-    with hold_ports(count) as ports:
-        return ports
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpAnswer:
     """The answer of a server; status 0 if there was none, and then the text states why."""

@@ -19,12 +19,15 @@ from typing import Self
 
 from serving.errors import EndpointFailed
 from serving.gateway.envoy.bootstrap import BootstrapOptions
+from serving.gateway.envoy.process import STOP_S_MAX as ENVOY_STOP_S_MAX
 from serving.gateway.envoy.process import EnvoyProcess, find_envoy
 from serving.gateway.keys import Keys
 from serving.gateway.store import lock_folder, make_private_folder, write_atomically
 
-_READY_S_MAX, _DRAIN_S_MAX, _STOP_S_MAX = 60.0, 60.0, 10.0
+_READY_S_MAX, _DRAIN_S_MAX, _END_S_MAX = 60.0, 60.0, 10.0
 _POLL_S, _RESTART_S = 0.05, 1.0
+# The most seconds from SIGTERM until a gateway has ended.
+STOP_S_MAX = _DRAIN_S_MAX + ENVOY_STOP_S_MAX + _END_S_MAX
 
 _log = logging.getLogger(__name__)
 
@@ -53,13 +56,20 @@ def _run(options: BootstrapOptions, stopping: _StopSignal, threads: int) -> None
         envoy.start_or_adopt()
         scheme = "http" if options.certificate is None else "https"
         address = f"{scheme}://{options.host}:{options.port}"
-        sys.stdout.write(f"The gateway answers at {address}/v2; /docs describes it to the administrator.\n")
-        sys.stdout.flush()
+        _tell(f"The gateway answers at {address}/v2; /docs describes it to the administrator.")
         _keep_running(envoy, control_plane, stopping)
+        _tell(f"The gateway answers the requests that it has, for at most {_DRAIN_S_MAX:g} s.")
         envoy.drain(_DRAIN_S_MAX)
+        _tell("The gateway ends Envoy and the control plane.")
     finally:
         envoy.stop()
         control_plane.stop()
+    _tell("The gateway has ended.")
+
+
+def _tell(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 class _StopSignal:
@@ -132,8 +142,9 @@ class _ControlPlane:
             return
         self._child.terminate()
         try:
-            self._child.wait(_STOP_S_MAX)
+            self._child.wait(_END_S_MAX)
         except subprocess.TimeoutExpired:
+            _log.warning("The control plane must end within %g s of SIGTERM, but has not. It is killed.", _END_S_MAX)
             self._child.kill()
             self._child.wait()
         if self._child.stdin:

@@ -18,9 +18,8 @@ from serving.errors import BadInput
 from serving.model.contract import Frozen
 from tasks.batch.chunk_scheduler import MARKS
 from tasks.batch.dataset import map_parallel
-from tasks.batch.manifest import manifest_path
 from tasks.batch.parts import is_part_name
-from tasks.batch.plan import CHALLENGERS, ROOT
+from tasks.batch.plan import CHALLENGERS, ROOT, manifest_path
 from tasks.batch.run_records import OrderNumber, list_order_numbers, order_path, read_record
 from tasks.batch.survey import Records, Survey, read_records, survey_destination
 from tasks.storage import Entry, Storage

@@ -13,9 +13,8 @@ from serving.errors import DestinationUnusable, PublishRefused
 from serving.extras import import_extra
 from serving.model.contract import Frozen
 from serving.option_words import give_option
-from tasks.batch.manifest import manifest_path
 from tasks.batch.options import BatchOptions
-from tasks.batch.plan import Plan
+from tasks.batch.plan import Plan, manifest_path
 from tasks.batch.run_records import SOURCES, list_order_numbers, order_path, parse_order_number, read_record
 from tasks.batch.source import ICEBERG_SCHEME
 from tasks.storage import Storage, open_storage

@@ -20,7 +20,7 @@ from tasks.batch.dataset import list_entries_at, map_parallel
 from tasks.batch.delta import TableFiles
 from tasks.batch.part_footer import Reasons
 from tasks.batch.parts import REJECT_REASON, list_parts
-from tasks.batch.plan import FORMAT_VERSION, ROOT, Plan
+from tasks.batch.plan import FORMAT_VERSION, ROOT, Plan, manifest_path
 from tasks.batch.run_records import OrderNumber, list_order_numbers, load_plan, parse_order_number, read_record
 from tasks.batch.run_tables import find_table_name, read_table_files
 from tasks.batch.upsert import REWRITTEN, name_rewritten
@@ -378,8 +378,3 @@ def read_manifests(storage: Storage, paths: Sequence[str]) -> list[Manifest]:
     paths = [path for path in paths if path.endswith("/manifest.json")]
     found = map_parallel(storage, lambda path: read_record(storage, path, Manifest), paths)
     return [manifest for manifest in found if manifest is not None]
-
-
-def manifest_path(run: str) -> str:
-    """Return where the manifest of a run lies below the destination."""
-    return f"{ROOT}/{run}/manifest.json"

@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 
 from serving.errors import BadInput, shorten_error
 from serving.model.interface import Model
-from tasks.batch.manifest import find_manifest, manifest_path
+from tasks.batch.manifest import find_manifest
 from tasks.batch.part_check import Damage, write_undigested
 from tasks.batch.part_digest import read_digests
 from tasks.batch.parts import ChunkId, part_path
-from tasks.batch.plan import Plan
+from tasks.batch.plan import Plan, manifest_path
 from tasks.batch.planned_models import load_planned_model, open_planned_model
 from tasks.batch.reuse import describe_making
 from tasks.batch.run_records import load_plan

@@ -243,6 +243,11 @@ class Plan(Frozen):
         return f"{ROOT}/{self.run}"
 
 
+def manifest_path(run: str) -> str:
+    """Return where the manifest of a run lies below the destination."""
+    return f"{ROOT}/{run}/manifest.json"
+
+
 def record_path(run: str, plan_digest: str, name: str) -> str:
     """Return where a record of one plan of a run lies below the destination.
 

@@ -25,13 +25,12 @@ from tasks.batch.manifest import (
     find_manifest,
     find_newest_run,
     list_rejects,
-    manifest_path,
     read_manifests,
 )
 from tasks.batch.options import BatchOptions
 from tasks.batch.part_footer import PartFooter, Reasons, read_footer
 from tasks.batch.parts import ChunkId, list_parts
-from tasks.batch.plan import ROOT, Plan
+from tasks.batch.plan import ROOT, Plan, manifest_path
 from tasks.batch.run_records import (
     ORDER,
     TABLE_ORDER,

@@ -25,11 +25,11 @@ from serving.model.requirements import check_requirements, read_model_environmen
 from tasks.batch.chunk_layout import Sizes, choose_chunk_rows
 from tasks.batch.dataset import map_parallel
 from tasks.batch.delta import list_table_files
-from tasks.batch.manifest import OTHER_REASONS, Manifest, ManifestPart, manifest_path
+from tasks.batch.manifest import OTHER_REASONS, Manifest, ManifestPart
 from tasks.batch.options import BatchOptions
 from tasks.batch.part_footer import read_footer
 from tasks.batch.parts import ChunkId, list_reused_parts
-from tasks.batch.plan import Plan, ReusedPart, digest_chunk
+from tasks.batch.plan import Plan, ReusedPart, digest_chunk, manifest_path
 from tasks.batch.run_records import OrderNumber, list_order_numbers, load_plan, read_record
 from tasks.storage import Entry, Storage
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from serving.errors import DestinationUnusable
 from serving.extras import import_extra
 from tasks.batch.delta import TableFiles, TableState, list_table_files, read_table
-from tasks.batch.plan import ROOT, Plan
+from tasks.batch.plan import ROOT, Plan, manifest_path
 from tasks.batch.run_records import load_plan
 from tasks.storage import Storage
 
@@ -59,14 +59,12 @@ def read_table_state(storage: Storage, plan: Plan) -> TableState | None:
     return state
 
 
-def explain_missing_run(plan: Plan, table: TableState | None) -> str | None:
-    """Return what is wrong where a table does not have a published run, and what to do; None where it has it."""
-    if table is not None and table.holds_run:
-        return None
+def explain_missing_run(plan: Plan, table: TableState | None) -> str:
+    """Return what is wrong where a table does not have a published run, or is not there, and what to do."""
     kind = "Delta" if plan.options.output == "delta" else "Iceberg"
     got = "there is no table" if table is None else "its log has no commit of it"
     return (
-        f"The {kind} table must hold run {plan.run}, but {got}. Delete {ROOT}/{plan.run}/manifest.json below the "
+        f"The {kind} table must hold run {plan.run}, but {got}. Delete {manifest_path(plan.run)} below the "
         "destination and make the call again that scored the run: it commits the parts that are there."
     )
 
@@ -75,5 +73,6 @@ def check_table_has_run(storage: Storage, plan: Plan) -> None:
     """Raise DestinationUnusable where a published run is not in the table that it went into; a folder is no table."""
     if plan.options.output == "parquet":
         return
-    if message := explain_missing_run(plan, read_table_state(storage, plan)):
-        raise DestinationUnusable(message)
+    table = read_table_state(storage, plan)
+    if table is None or not table.holds_run:
+        raise DestinationUnusable(explain_missing_run(plan, table))

@@ -12,11 +12,11 @@ from serving.model.contract import Frozen
 from tasks.batch.challenger_check import check_challengers
 from tasks.batch.dataset import list_entries_at, map_parallel
 from tasks.batch.delta import TableState
-from tasks.batch.manifest import Manifest, find_manifest, manifest_path
+from tasks.batch.manifest import Manifest, find_manifest
 from tasks.batch.part_check import Damage, DamageKind, ExpectedPart, PartCheck, PartReader, describe_size, expect_part
 from tasks.batch.part_footer import PartFooter
 from tasks.batch.parts import list_reused_parts, part_path
-from tasks.batch.plan import ROOT, Plan
+from tasks.batch.plan import ROOT, Plan, manifest_path
 from tasks.batch.publish import make_manifest
 from tasks.batch.run_records import OrderNumber, load_plan, order_path, read_record
 from tasks.batch.run_tables import explain_missing_run, read_table_state
@@ -281,9 +281,8 @@ class _Findings:
         except DestinationUnusable as error:
             self.add("table", log, str(error))
             return None
-        if message := explain_missing_run(plan, table):
-            self.add("table", log, message)
         if table is None or not table.holds_run:
+            self.add("table", log, explain_missing_run(plan, table))
             return table
         if not table.holds_plan:
             message = f"The {kind} table must hold run {plan.run} by the parts of this plan, got those of another plan."

@@ -115,50 +115,54 @@ class Change:
         try:
             yield
         except EndpointFailed as error:
-            self._undo()
-            self._raise_with_outcome(error)
+            self._raise_with_outcome(error, self._undo())
         except BaseException:
             self._undo()
             raise
 
-    def _raise_with_outcome(self, error: EndpointFailed) -> NoReturn:
-        before = list_serving_versions(self.current_route)
+    def _raise_with_outcome(self, error: EndpointFailed, route: Route | None) -> NoReturn:
+        serving = list_serving_versions(route)
         outcome = "The release is taken down" if self.spec.target.deploys else "The release gets no traffic"
-        if self.release.version in before:
-            words = f"Version {self.release.version} serves on as it did before."
-        elif self.release.version in list_used_versions(self.current_route):
-            words = f"Version {self.release.version} is a shadow as before, and version {', '.join(before)} serves on."
-        elif before:
-            words = f"{outcome}, and version {', '.join(before)} serves on."
+        if self.release.version in serving:
+            words = f"Version {self.release.version} serves on."
+        elif self.release.version in list_used_versions(route):
+            words = f"Version {self.release.version} stays a shadow, and version {', '.join(serving)} serves on."
+        elif serving:
+            words = f"{outcome}, and version {', '.join(serving)} serves on."
         else:
-            words = f"{outcome}; nothing served before it."
+            words = f"{outcome}; nothing serves now."
         message = f"{error} {words}"
         raise type(error)(message) from error
 
-    def _undo(self) -> None:
-        """Restore the route of before, then take the release down. Where that fails, a warning is logged.
+    def _undo(self) -> Route | None:
+        """Restore the route of before, take the release down, and return the route that is in force then.
 
-        A route that another call has put or removed meanwhile stays as it is, with its versions.
+        A route that another call has put or removed meanwhile stays as it is, with its versions. What fails is logged.
         """
+        route = self.current_route
         try:
             status = self.gateway.get(self.spec.name)
-            route = status.route if status else None
-            if not self._knows_route(route):
+            found = status.route if status else None
+            if self._knows_route(found):
+                self._restore_route()
+            else:
                 self.logger.warning("Another call has changed the route of %s, which stays.", self.spec.name)
-                if route is None or route.find_version(self.release.version) is None:
+                route = found
+                if found is None or found.find_version(self.release.version) is None:
                     self._remove_release()
-                return
-            self._set_route(self.current_route and keep_awake(self.current_route))
-            if self.release.version not in list_used_versions(self.current_route):
-                wait_until_idle(self.gateway, self.spec.name, (self.release.version,))
-                self._remove_release()
-            elif self.is_deployed and self.previous_release is not None:
-                deploy_release(self.spec.target, self.previous_release, self.models, self.keep_warm)
-            self._set_route(self.current_route)
-            if self.current_route is not None:
-                write_rollout(self.spec.target, self.spec.name, self.current_route)
         except (EndpointFailed, BadInput) as error:
             self.logger.warning("The change must be undone, got: %s. Look at version %s.", error, self.release.version)
+        return route
+
+    def _restore_route(self) -> None:
+        self._set_route(self.current_route and keep_awake(self.current_route))
+        if self.release.version not in list_used_versions(self.current_route):
+            self._remove_release()
+        elif self.is_deployed and self.previous_release is not None:
+            deploy_release(self.spec.target, self.previous_release, self.models, self.keep_warm)
+        self._set_route(self.current_route)
+        if self.current_route is not None:
+            write_rollout(self.spec.target, self.spec.name, self.current_route)
 
     def _knows_route(self, route: Route | None) -> bool:
         """Whether a route is that of before or of this change, as far as the gateway has carried it on."""
@@ -168,6 +172,7 @@ class Change:
         return route.spec in (*before, dump_spec(self.spec))
 
     def _remove_release(self) -> None:
+        wait_until_idle(self.gateway, self.spec.name, (self.release.version,))
         release = make_release_to_remove(self.spec.name, self.release.version, self.release.contract)
         make_host(self.spec.target).remove(release)
 

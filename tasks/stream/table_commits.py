@@ -21,13 +21,12 @@ from tasks.batch.manifest import (
     digest_part_list,
     list_commits,
     list_rejects,
-    manifest_path,
     name_commit,
     part_list_path,
 )
 from tasks.batch.part_footer import PartFooter, Reasons
 from tasks.batch.parts import ChunkId
-from tasks.batch.plan import Plan
+from tasks.batch.plan import Plan, manifest_path
 from tasks.batch.run_records import read_record
 from tasks.storage import Entry, Storage
 

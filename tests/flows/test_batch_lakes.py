@@ -123,63 +123,58 @@ def test_challengers_lie_beside_a_table_which_is_that_of_the_model_alone(
     assert ("already complete", report.challengers, report.challengers) == (again.status, again.challengers, later)
 
 
+class ScoredLake:
+    """2,000 customers, scored into a folder of Parquet files, a Delta table or an Iceberg table."""
+
+    def __init__(self, folder: Path, model: str, output: str) -> None:
+        self._model, self._output, self.lake = model, output, open_lake(str(folder))
+        self._source = str(write_customers(folder / "in", rows=2_000, files=1, rows_per_group=500))
+        self.scores = folder / "scores"
+
+    def score(self) -> BatchReport:
+        from flows.batch import batch_inference
+
+        table = "lake.sales.scores" if self._output == "iceberg" else None
+        options = OPTIONS.model_copy(update={"output": self._output, "iceberg_table": table})
+        return batch_inference(self._model, self._source, str(self.scores), options)
+
+    def read(self) -> pl.DataFrame:
+        if self._output == "iceberg":
+            return pl.DataFrame(self.lake.load_table("sales.scores").scan().to_arrow()).sort("customer")
+        opened = pl.scan_delta(str(self.scores)) if self._output == "delta" else open_predictions(str(self.scores))
+        return opened.collect().sort("customer")
+
+
+@pytest.fixture
+def scored_lake(output: str, linear: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ScoredLake:
+    configure(monkeypatch, str(tmp_path))
+    return ScoredLake(tmp_path, linear, output)
+
+
 @pytest.mark.parametrize("output", ["delta", "iceberg"])
 def test_a_complete_run_whose_table_is_gone_is_refused_with_what_commits_it_again(
-    output: str, linear: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    output: str, scored_lake: ScoredLake
 ) -> None:
-    from flows.batch import batch_inference
-
-    configure(monkeypatch, str(tmp_path))
-    lake = open_lake(str(tmp_path))
-    source, scores = write_customers(tmp_path / "in", rows=2_000, files=1, rows_per_group=500), tmp_path / "scores"
-    table = "lake.sales.scores" if output == "iceberg" else None
-    options = OPTIONS.model_copy(update={"output": output, "iceberg_table": table})
-
-    def score() -> BatchReport:
-        return batch_inference(linear, str(source), str(scores), options)
-
-    def count() -> int:
-        if output == "iceberg":
-            return lake.load_table("sales.scores").scan().count()
-        return pl.scan_delta(str(scores)).collect().height
-
-    first = score()
+    first = scored_lake.score()
     if output == "iceberg":
-        lake.drop_table("sales.scores")
+        scored_lake.lake.drop_table("sales.scores")
     else:
-        shutil.rmtree(scores / "_delta_log")
+        shutil.rmtree(scored_lake.scores / "_delta_log")
     with pytest.raises(DestinationUnusable, match=rf"must hold run {first.run}, but there is no table") as refused:
-        score()
-    (scores / str(refused.value).partition("Delete ")[2].partition(" below the destination")[0]).unlink()
-    again = score()
+        scored_lake.score()
+    manifest = str(refused.value).partition("Delete ")[2].partition(" below the destination")[0]
+    (scored_lake.scores / manifest).unlink()
+    again = scored_lake.score()
 
-    assert (2_000, first.run, 0) == (count(), again.run, again.rows_scored)
-    assert "already complete" == score().status
+    assert (2_000, first.run, 0) == (scored_lake.read().height, again.run, again.rows_scored)
+    assert "already complete" == scored_lake.score().status
 
 
 @pytest.mark.parametrize("output", ["parquet", "delta", "iceberg"])
-def test_what_verify_says_of_a_damaged_run_repairs_it(
-    output: str, linear: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from flows.batch import batch_inference
-
-    configure(monkeypatch, str(tmp_path))
-    lake = open_lake(str(tmp_path))
-    source, scores = write_customers(tmp_path / "in", rows=2_000, files=1, rows_per_group=500), tmp_path / "scores"
-    table = "lake.sales.scores" if output == "iceberg" else None
-    options = OPTIONS.model_copy(update={"output": output, "iceberg_table": table})
-
-    def score() -> str:
-        return batch_inference(linear, str(source), str(scores), options).status
-
-    def read() -> pl.DataFrame:
-        if output == "iceberg":
-            return pl.DataFrame(lake.load_table("sales.scores").scan().to_arrow()).sort("customer")
-        opened = pl.scan_delta(str(scores)) if output == "delta" else open_predictions(str(scores))
-        return opened.collect().sort("customer")
-
-    score()
-    before, parts = read(), digests(scores)
+def test_what_verify_says_of_a_damaged_run_repairs_it(scored_lake: ScoredLake) -> None:
+    scores = scored_lake.scores
+    scored_lake.score()
+    before, parts = scored_lake.read(), digests(scores)
     changed, gone, *_ = sorted(scores.glob("run=*/*.parquet"))
     changed.write_bytes(changed.read_bytes()[:60] + b"x" * 20 + changed.read_bytes()[80:])
     gone.unlink()
@@ -187,7 +182,7 @@ def test_what_verify_says_of_a_damaged_run_repairs_it(
     (advice,) = (line for line in told.stdout.splitlines() if "Delete the damaged files:" in line)
     subprocess.run(shlex.split(advice.partition(":")[2]), check=True)
 
-    assert ("scored", "already complete") == (score(), score())
+    assert ("scored", "already complete") == (scored_lake.score().status, scored_lake.score().status)
     assert parts == digests(scores)
-    assert before.equals(read())
+    assert before.equals(scored_lake.read())
     assert 0 == CliRunner().invoke(app, ["verify", str(scores)]).exit_code

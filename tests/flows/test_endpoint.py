@@ -274,7 +274,7 @@ def test_a_shadow_gets_copies_is_kept_where_a_canary_fails_and_gets_its_traffic_
     assert {churn.version} == answers
     assert ["1", "2"] == loaded(triton, "churn")
 
-    with pytest.raises(RolledBack, match=rf"is a shadow as before, and version {churn.version} serves on"):
+    with pytest.raises(RolledBack, match=rf"stays a shadow, and version {churn.version} serves on"):
         put("churn", churn.other, rollout=UNASKED)
     after = client.get("churn")
 
@@ -302,7 +302,7 @@ def test_a_version_that_answers_otherwise_than_its_model_never_gets_traffic(
 def test_a_first_version_that_fails_leaves_nothing(
     triton: TritonServer, client: GatewayClient, versions: dict[str, str], put: Put
 ) -> None:
-    with pytest.raises(VerifyFailed, match="nothing served before it"):
+    with pytest.raises(VerifyFailed, match="nothing serves now"):
         put("unborn", versions["moody"])
 
     assert client.get("unborn") is None
@@ -350,7 +350,7 @@ def test_a_setting_that_breaks_its_budget_under_load_is_replaced_by_one_that_kee
 def test_a_release_that_keeps_its_budget_with_no_setting_is_refused_with_what_was_measured(
     triton: TritonServer, client: GatewayClient, slow_served: str, put: Put
 ) -> None:
-    with pytest.raises(BudgetBroken, match=r"within 30 ms, .*got 1 replica, .*p99 .*nothing served before"):
+    with pytest.raises(BudgetBroken, match=r"within 30 ms, .*got 1 replica, .*p99 .*nothing serves now"):
         put("late", slow_served, budget={"latency_ms": 30, "rate": 20, "callers": 4}, measure_seconds=0.3)
 
     assert client.get("late") is None
@@ -363,7 +363,7 @@ def test_an_explicit_batching_that_breaks_its_budget_is_refused_and_one_that_kee
 ) -> None:
     # Passes of one row take 16 rows a second at most; those of 32 rows take hundreds.
     terms = {"budget": {"latency_ms": 1000, "rate": 40}, "measure_seconds": 0.5}
-    with pytest.raises(BudgetBroken, match=r"got each request alone: .*leave batching out.*nothing served before"):
+    with pytest.raises(BudgetBroken, match=r"got each request alone: .*leave batching out.*nothing serves now"):
         put("explicit", slow_served, batching={"batch_size_max": 1}, **terms)
 
     assert client.get("explicit") is None
@@ -383,7 +383,7 @@ def test_a_target_that_does_not_answer_is_named_in_the_error(
     client: GatewayClient, versions: dict[str, str], put: Put, tmp_path: Path
 ) -> None:
     nowhere = Triton(repository=str(tmp_path), url="http://127.0.0.1:9", grpc="127.0.0.1:9")
-    with pytest.raises(EndpointFailed, match=r"127.0.0.1:9.*nothing served before it"):
+    with pytest.raises(EndpointFailed, match=r"127.0.0.1:9.*nothing serves now"):
         put("nowhere", versions["first"], target=nowhere)
 
     assert client.get("nowhere") is None
@@ -571,7 +571,7 @@ def test_a_graph_with_a_step_that_answers_differently_each_time_is_taken_down(
     score = tensor("score", "float32", 1)
     answer = '{"label": (model_input["score"] + np.random.random()).astype("float32")}'
     moody = register_step("graph-moody", answer, [score], [tensor("label", "float32", 1)])
-    with pytest.raises(VerifyFailed, match=r"must answer 'label' as the model itself does.* nothing served before it"):
+    with pytest.raises(VerifyFailed, match=r"must answer 'label' as the model itself does.* nothing serves now"):
         put("moody", None, steps=[*chain[:2], moody])
 
     assert client.get("moody") is None

@@ -18,8 +18,9 @@ from prometheus_client import generate_latest
 
 from serving.errors import BadInput, ModelFailed, ModelNotFound
 from tasks.batch.costs import read_run_costs
-from tasks.batch.manifest import Manifest, manifest_path
+from tasks.batch.manifest import Manifest
 from tasks.batch.options import BatchOptions
+from tasks.batch.plan import manifest_path
 from tasks.batch.report import BatchReport
 from tasks.common.metrics import get_run_metrics
 from tasks.spot.purchase import Move, NightlyReport, PurchaseOptions

@@ -22,7 +22,7 @@ import pytest
 
 from deployments.demo.flights import KEY, write_flights
 from infra.local.prefect_server import PrefectServer, prefect_server
-from infra.local.process import free_ports
+from infra.local.process import hold_ports
 from infra.local.s3 import s3_server
 from infra.worker import list_process_tree
 from tests.deployments.flow_runs import machine_of, read, start, state_of, wait_for
@@ -338,12 +338,14 @@ def test_a_worker_in_the_image_scores_drains_on_sigterm_and_another_finishes_the
         experiment=None,
     )
     call = ("models:/flight-delay@champion", "s3://lake/flights/")
-    port, other_port = free_ports(2)
-    health = [
-        part.replace("8080", str(port))
-        for part in image.buildah.inspect(image.name)["config"]["Healthcheck"]["Test"][1:]
-    ]
-    with temporary_settings({PREFECT_API_URL: outside.server.api_url, PREFECT_API_AUTH_STRING: AUTH}):
+    with (
+        hold_ports(2) as (port, other_port),
+        temporary_settings({PREFECT_API_URL: outside.server.api_url, PREFECT_API_AUTH_STRING: AUTH}),
+    ):
+        health = [
+            part.replace("8080", str(port))
+            for part in image.buildah.inspect(image.name)["config"]["Healthcheck"]["Test"][1:]
+        ]
         asyncio.run(deploy())
         flow_run = start("adhoc", *call, "s3://lake/drained/", options)
         with start_worker(image, outside, "first", port, tmp_path / "first.log") as first:

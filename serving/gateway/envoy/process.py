@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import resource
 import shutil
@@ -19,11 +20,15 @@ from serving.gateway.envoy.bootstrap import BootstrapOptions, render_bootstrap
 from serving.gateway.envoy.messages import LISTENER_STATS
 from serving.gateway.store import write_atomically
 
-_READY_S_MAX, _STOP_S_MAX, _POLL_S = 30.0, 5.0, 0.02
+_READY_S_MAX, _END_S_MAX, _POLL_S = 30.0, 5.0, 0.02
+# The most seconds that `stop` takes.
+STOP_S_MAX = 2 * _END_S_MAX
 # After how long without a request the connections that are open count as idle: nothing more is awaited on them.
 _IDLE_S = 0.5
 _LOG_FLUSH_MS = 100
 _LINES_SHOWN = 5
+
+_log = logging.getLogger(__name__)
 
 
 def find_envoy() -> Path:
@@ -131,30 +136,40 @@ class EnvoyProcess:
         Args:
             seconds_max: The requests that are not answered after these seconds are lost.
         """
+        deadline = time.monotonic() + seconds_max
+        while self.is_running and time.monotonic() < deadline:
+            try:
+                self.admin.drain_listeners()
+                self._wait_until_idle(deadline)
+            except EnvoyGone as error:
+                _log.warning("Envoy must close its connections, but does not answer. It is asked again: %s", error)
+                time.sleep(_POLL_S)
+            else:
+                return
+
+    def _wait_until_idle(self, deadline: float) -> None:
         prefix = f"http.{LISTENER_STATS}.downstream"
         before: dict[str, int] = {}
-        began = busy = time.monotonic()
-        try:
-            self.admin.drain_listeners()
-            while (now := time.monotonic()) < began + seconds_max:
-                seen = self.admin.read_statistics(f"^{prefix}_(cx_active|rq_active|rq_total)$")
-                if not seen.get(f"{prefix}_cx_active"):
-                    return
-                if seen != before or seen.get(f"{prefix}_rq_active"):
-                    before, busy = seen, now
-                elif now - busy > _IDLE_S:
-                    return
-                time.sleep(_POLL_S)
-        except EnvoyGone:
-            return
+        busy = time.monotonic()
+        while (now := time.monotonic()) < deadline:
+            seen = self.admin.read_statistics(f"^{prefix}_(cx_active|rq_active|rq_total)$")
+            if not seen.get(f"{prefix}_cx_active"):
+                return
+            if seen != before or seen.get(f"{prefix}_rq_active"):
+                before, busy = seen, now
+            elif now - busy > _IDLE_S:
+                return
+            time.sleep(_POLL_S)
 
     def stop(self) -> None:
         """End the process, and return once it is gone. Idempotent."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             if not self.is_running:
                 break
+            if number == signal.SIGKILL:
+                _log.warning("Envoy must end within %g s of SIGTERM, but has not. It is killed.", _END_S_MAX)
             os.kill(self.pid, number)
-            deadline = time.monotonic() + _STOP_S_MAX
+            deadline = time.monotonic() + _END_S_MAX
             while self.is_running and time.monotonic() < deadline:
                 time.sleep(_POLL_S)
         self._pid_file.unlink(missing_ok=True)

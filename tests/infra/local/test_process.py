@@ -16,7 +16,7 @@ from infra.local.process import (
     ServerFailed,
     ServerProcess,
     base_environment,
-    free_ports,
+    hold_ports,
     send_request,
     start_on_free_ports,
 )
@@ -161,12 +161,11 @@ BIND = (
 )
 
 
-def test_free_ports_are_different_and_can_be_bound() -> None:
-    ports = free_ports(20)
-
-    assert len(set(ports)) == 20
-    for port in ports:
-        socket.create_server(("127.0.0.1", port)).close()
+def test_held_ports_are_different_and_a_server_may_listen_there() -> None:
+    with hold_ports(20) as ports:
+        assert len(set(ports)) == 20
+        for port in ports:
+            socket.create_server(("127.0.0.1", port)).close()
 
 
 def test_a_server_that_lost_the_race_for_its_port_starts_on_another(python_server: PythonServer) -> None:

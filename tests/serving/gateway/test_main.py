@@ -18,15 +18,17 @@ from pathlib import Path
 import httpx
 import pytest
 
-from infra.local.gateway import GatewayServer, gateway_server
+from infra.local.gateway import GRACE_S, GatewayServer, gateway_server
 from infra.local.process import ServerFailed
 from serving.errors import EndpointFailed
 from serving.gateway.__main__ import main
 from serving.gateway.client import GatewayClient
-from serving.gateway.envoy.admin import EnvoyAdmin
+from serving.gateway.envoy.admin import EnvoyAdmin, EnvoyGone
 from serving.gateway.envoy.bootstrap import BootstrapOptions
+from serving.gateway.envoy.process import EnvoyProcess
 from serving.gateway.metering import read_metering
 from serving.gateway.route import Rollout, SavedEndpoint, SleepRule
+from serving.gateway.supervisor import STOP_S_MAX
 from tests.child_environment import block_packages
 from tests.eventually import eventually
 from tests.serving.gateway.support import ROW, EndpointClient, V2Server, read_metrics, route, wait_for_verdict
@@ -113,9 +115,36 @@ def test_a_gateway_that_stops_answers_clients_that_send_one_request_after_anothe
             server.stop()
             answers = [each.result() for each in asking]
 
-    assert 0 == server.process.exit_code
     for each in answers:
         assert [(200, None)] * (len(each) - 1) + [(200, "close")] == each
+    # The log has a line for each step of the end.
+    assert 0 == server.process.exit_code, server.process.log_text()
+
+
+def test_a_gateway_is_not_killed_while_its_supervisor_may_still_wait_for_requests() -> None:
+    assert GRACE_S > STOP_S_MAX
+
+
+def test_an_envoy_that_does_not_answer_at_first_is_asked_again_to_close_its_connections(tmp_path: Path) -> None:
+    class BusyAdmin(EnvoyAdmin):
+        asked = 0
+
+        def drain_listeners(self) -> None:
+            self.asked += 1
+            if self.asked == 1:
+                message = "timed out"
+                raise EnvoyGone(message)
+
+        def read_statistics(self, _pattern: str) -> dict[str, int]:
+            return {}
+
+    envoy = EnvoyProcess(BootstrapOptions(folder=tmp_path), threads=1)
+    envoy.admin = admin = BusyAdmin(tmp_path / "admin.sock")
+    # Any process that runs.
+    envoy.pid = os.getpid()
+    envoy.drain(60.0)
+
+    assert 2 == admin.asked
 
 
 def read_pid(server: GatewayServer, process: str) -> int:

@@ -34,8 +34,9 @@ from tasks.batch.costs import (
     save_call_cost,
     save_night_cost,
 )
-from tasks.batch.manifest import Manifest, manifest_path
+from tasks.batch.manifest import Manifest
 from tasks.batch.options import BatchOptions
+from tasks.batch.plan import manifest_path
 from tasks.storage import open_storage
 from tests.tasks.batch.small import PIN, a_plan, numbers, put
 

@@ -10,9 +10,8 @@ import pytest
 
 from serving.errors import DestinationUnusable, PublishRefused
 from tasks.batch.destination_source import check_source, claim_source, is_edition, list_addresses
-from tasks.batch.manifest import manifest_path
 from tasks.batch.options import BatchOptions
-from tasks.batch.plan import Plan
+from tasks.batch.plan import Plan, manifest_path
 from tasks.storage import LocalStorage, Storage, open_storage
 from tests.tasks.batch.iceberg_tables import configure, open_lake
 from tests.tasks.batch.test_reuse import OPTIONS, call, plan_call, write

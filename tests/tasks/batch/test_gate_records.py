@@ -38,7 +38,8 @@ from tasks.batch.gate_rules import (
     StatisticsFile,
     TrainingSet,
 )
-from tasks.batch.manifest import Manifest, manifest_path
+from tasks.batch.manifest import Manifest
+from tasks.batch.plan import manifest_path
 from tasks.storage import Storage, open_storage
 from tests.tasks.batch.small import PIN
 from tests.tasks.batch.test_reuse import OPTIONS, plan_call, score_plan, write

@@ -25,11 +25,10 @@ from tasks.batch.manifest import (
     find_damaged_parts,
     find_intact_manifest,
     find_manifest,
-    manifest_path,
 )
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import part_path
-from tasks.batch.plan import Plan
+from tasks.batch.plan import Plan, manifest_path
 from tasks.batch.publish import (
     audit_parts,
     claim_order_number,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tasks.batch.manifest import Manifest, find_manifest, manifest_path
+from tasks.batch.manifest import Manifest, find_manifest
 from tasks.batch.options import BatchOptions
 from tasks.batch.parts import part_path
-from tasks.batch.plan import Plan
+from tasks.batch.plan import Plan, manifest_path
 from tasks.batch.publish import audit_parts, claim_order_number, publish
 from tasks.batch.run_records import save_plan
 from tasks.batch.runs import choose_newest, list_runs

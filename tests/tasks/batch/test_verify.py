@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 from serving.errors import NoCompleteRun
 from serving.model.contract import Output
-from tasks.batch.manifest import find_manifest, manifest_path
+from tasks.batch.manifest import find_manifest
 from tasks.batch.options import BatchOptions
 from tasks.batch.part_check import ExpectedPart, PartReader, expect_part
 from tasks.batch.parts import part_path
-from tasks.batch.plan import Plan
+from tasks.batch.plan import Plan, manifest_path
 from tasks.batch.publish import audit_parts, claim_order_number, publish
 from tasks.batch.run_records import order_path, save_plan
 from tasks.batch.verify import RunVerification, choose_runs, verify_run

@@ -66,21 +66,21 @@ def test_a_version_whose_requests_never_end_is_logged_and_left_to_the_next_call(
 
 
 OWN, OTHER = dump_spec(spec()), {"model": "models:/churn/9"}
+FIRST, ANOTHER = route(served("1", 100)), route(served("3", 100), spec=OTHER)
 
 
 @pytest.mark.parametrize(
-    ("before", "found", "stays", "taken_down"),
+    ("before", "found", "stays", "taken_down", "outcome"),
     [
-        pytest.param(route(served("1", 100)), route(served("2", 100), spec=OWN), False, ["2"], id="its own route"),
-        pytest.param(route(served("1", 100)), route(served("1", 100)), True, ["2"], id="the route of before"),
-        pytest.param(None, route(served("2", 100), spec=OWN), False, ["2"], id="the first route, its own"),
-        pytest.param(None, None, True, ["2"], id="no route yet"),
-        pytest.param(None, route(served("3", 100), spec=OTHER), True, ["2"], id="another call was first"),
-        pytest.param(route(served("1", 100)), route(served("3", 100), spec=OTHER), True, ["2"], id="another call's"),
+        pytest.param(FIRST, route(served("2", 100), spec=OWN), False, ["2"], "version 1 serves on", id="its own route"),
+        pytest.param(FIRST, FIRST, True, ["2"], "version 1 serves on", id="the route of before"),
+        pytest.param(None, None, True, ["2"], "nothing serves now", id="none before"),
+        pytest.param(None, ANOTHER, True, ["2"], "version 3 serves on", id="another call was first"),
+        pytest.param(FIRST, ANOTHER, True, ["2"], "version 3 serves on", id="another call's"),
         pytest.param(
-            route(served("1", 100)), route(served("2", 100), spec=OTHER), True, [], id="another call's, of it"
+            FIRST, route(served("2", 100), spec=OTHER), True, [], "Version 2 serves on", id="another call's, of it"
         ),
-        pytest.param(route(served("1", 100)), None, True, ["2"], id="retired meanwhile"),
+        pytest.param(FIRST, None, True, ["2"], "nothing serves now", id="retired meanwhile"),
     ],
 )
 def test_an_undo_restores_its_own_route_alone_and_takes_down_what_no_route_has(
@@ -90,6 +90,7 @@ def test_an_undo_restores_its_own_route_alone_and_takes_down_what_no_route_has(
     found: Route | None,
     stays: bool,  # noqa: FBT001 - a column of the table
     taken_down: list[str],
+    outcome: str,
 ) -> None:
     removed: list[str] = []
     host = SimpleNamespace(remove=lambda release: removed.append(release.version))
@@ -97,7 +98,7 @@ def test_an_undo_restores_its_own_route_alone_and_takes_down_what_no_route_has(
     monkeypatch.setattr(change_module, "wait_until_idle", lambda *_given: None)
     gateway: Any = Busy(found)
     change = change_at(gateway, caplog, current_route=before)
-    with pytest.raises(VerifyFailed), change.undo_on_failure():
+    with pytest.raises(VerifyFailed, match=rf"{outcome}\.$"), change.undo_on_failure():
         raise VerifyFailed
 
     assert (found if stays else before) == gateway.route
