@@ -12,6 +12,7 @@ from pydantic import Field
 
 from flows.runtime.flow_decorator import adhoc_flow
 from flows.runtime.steps import Steps, find_logger
+from serving.errors import EndpointFailed, VerifyFailed
 from serving.gateway.client import GatewayClient
 from serving.gateway.route import Route
 from serving.model.batching import BatchingConfig
@@ -165,8 +166,7 @@ def _deploy_within_budget(
     spec, budget, tried = change.spec, change.spec.budget, []
     for choice in choices:
         change.release = make_chosen_release(spec, loaded, choice, keep_warm=change.keep_warm)
-        address = timer.run("deploy", change.deploy)
-        verification = timer.run("verify", partial(_verify_release, spec, loaded, choice, address))
+        address, verification = _deploy_verified(timer, change, loaded, choice)
         checked = None
         if budget is not None and spec.measure_seconds and change.is_deployed:
             checked = timer.run("measure", partial(_check_budget, budget, spec.measure_seconds, loaded, address))
@@ -175,6 +175,21 @@ def _deploy_within_budget(
         tried.append((choice, checked))
         change.logger.warning("The budget must be kept, got %s with %s.", checked.describe(), choice.describe())
     raise explain_broken_budget(tried, is_explicit=spec.batching is not None)
+
+
+def _deploy_verified(
+    timer: Steps, change: Change, loaded: LoadedModel | LoadedGraph, choice: BatchingChoice
+) -> tuple[Address, Verification]:
+    """Deploy and verify; a release that was up before but does not answer as it must is deployed once more."""
+    address = timer.run("deploy", change.deploy)
+    try:
+        return address, timer.run("verify", partial(_verify_release, change.spec, loaded, choice, address))
+    except EndpointFailed as error:
+        if isinstance(error, VerifyFailed) or change.is_deployed or not change.spec.target.deploys:
+            raise
+        change.logger.warning("Version %s is up, and is deployed again, since it fails: %s", loaded.version, error)
+    address = timer.run("deploy", change.deploy_again)
+    return address, timer.run("verify", partial(_verify_release, change.spec, loaded, choice, address))
 
 
 def _check_budget(budget: Budget, seconds: float, loaded: LoadedModel | LoadedGraph, address: Address) -> BudgetCheck:

@@ -23,6 +23,8 @@ from serving.errors import EndpointFailed
 Verb = Literal["load", "unload"]
 
 _POLL_S = 0.02
+# How long an unload waits for the end of a model that takes no requests any more.
+_END_S_MAX = 10.0
 _REASON_LENGTH_MAX = 1500
 _SERVICE = "/inference.GRPCInferenceService/RepositoryModel"
 # A proxy of the environment is for the way out, not for servers of our own.
@@ -56,9 +58,23 @@ class TritonControl:
             self._wait_until(partial(self._is_ready, model, version), f"{model!r} version {version} be ready")
 
     def unload(self, model: str) -> None:
-        """Unload every version of a model, and the steps of a graph; requests under way are answered. Idempotent."""
+        """Unload every version of a model, and the steps of a graph; requests under way are answered. Idempotent.
+
+        Returns once it has ended, and ten seconds after it takes no more requests at the latest: Triton never ends a
+        model of which a process has died after a request to it.
+        """
         self._control(model, "unload")
-        self._wait_until(lambda: not self._read_states(model) - {"UNAVAILABLE"}, f"{model!r} be unloaded")
+        self._wait_until(lambda: not self.is_loaded(model), f"{model!r} be unloaded")
+        deadline = time.monotonic() + _END_S_MAX
+        while self._read_states(model) - {"UNAVAILABLE"}:
+            if time.monotonic() > deadline:
+                _log.warning(
+                    "Triton at %s must have ended %r, but still does after %g s: a process of it has died, or a "
+                    "request takes longer. Its memory is free once Triton is started again.",
+                    *(self.url, model, _END_S_MAX),
+                )
+                return
+            time.sleep(_POLL_S)
 
     def is_loaded(self, model: str) -> bool:
         """Whether any version of a model answers."""

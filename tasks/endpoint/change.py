@@ -98,6 +98,11 @@ class Change:
                 return self._deploy_release()
         return address
 
+    def deploy_again(self) -> Address:
+        """Deploy the release although it is up, as where a process of it has died. Raises EndpointFailed."""
+        self.is_deployed = True
+        return self.deploy()
+
     def _deploy_release(self) -> Address:
         return deploy_release(self.spec.target, self.release, self.models, self.keep_warm)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -19,6 +20,7 @@ from deployments.demo.endpoint_faulty import LATE_MINUTES
 from infra.local.gateway import GatewayServer, gateway_server
 from infra.local.prefect_server import PrefectServer
 from infra.local.triton import TritonServer
+from infra.worker import list_process_tree
 from serving.errors import BadInput, BudgetBroken, EndpointFailed, LatencyImpossible, RolledBack, VerifyFailed
 from serving.gateway.client import GatewayClient
 from serving.model.registry import resolve_model
@@ -214,6 +216,26 @@ def test_a_version_is_switched_and_the_earlier_one_taken_down_without_a_lost_req
     assert (churn.version,) == endpoint.removed
     assert [churn.other_version] == loaded(triton, "churn")
     assert {"1", "2"} == set(callers.versions)
+
+
+@pytest.mark.machines
+def test_a_version_whose_process_died_is_deployed_again_by_the_same_call_and_can_be_retired(
+    client: GatewayClient, triton: TritonServer, gateway: GatewayServer, versions: dict[str, str], put: Put
+) -> None:
+    from flows.endpoint import retire_endpoint
+
+    put("mortal", versions["first"])
+    for pid in list_process_tree(triton.process.pid):
+        if f"{triton.repository}/mortal/".encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGKILL)
+    dead = score(gateway, "mortal", np.ones((1, 3)), versions["first"])
+    again = put("mortal", versions["first"])
+    alive = score(gateway, "mortal", np.ones((1, 3)), versions["first"])
+
+    assert (500, 200, ()) == (dead["status"], alive["status"], again.removed)
+    assert (again.version,) == retire_endpoint("mortal", gateway=gateway.url)
+    assert [] == loaded(triton, "mortal")
+    assert client.get("mortal") is None
 
 
 @pytest.mark.machines

@@ -404,6 +404,20 @@ def test_an_instance_that_is_killed_is_loaded_again_while_others_serve(
     assert not host.restart_dead_instances("words")
 
 
+def test_an_endpoint_whose_process_died_is_unloaded_and_loaded_again(
+    host: TritonHost, triton: TritonServer, words: Served, words_at: Address
+) -> None:
+    os.kill(_instance(triton, "words"), signal.SIGKILL)
+    # Triton never ends a model whose dead process was asked.
+    dead = words.post(words_at, word_rows("a")).status_code
+    host.unload("words")
+    unloaded = words.post(words_at, word_rows("a")).status_code
+    host.load("words")
+
+    assert (500, 503) == (dead, unloaded)
+    assert ["A"] == words.ask(words_at, word_rows("a"))["upper"].tolist()
+
+
 _TRAP_ONCE = """
 import os
 import signal
