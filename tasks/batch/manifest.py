@@ -254,8 +254,8 @@ def check_manifest_key(manifest: Manifest, plan: Plan) -> None:
     """Raise RunNameTaken where the manifest below a run's name is of another call than the plan there."""
     if manifest.key != plan.key:
         message = (
-            f"The run name {plan.run!r} must hold one run, but a run of another call was published there (key "
-            f"{manifest.key}, model {manifest.model.uri}); this call's key is {plan.key}. Choose another "
+            f"The run name {plan.run!r} must hold one run, but a run of another call was published there, by "
+            f"{manifest.model.uri}: this call has another model, source or options. Choose another "
             f"{name_option('name')}, or none."
         )
         raise RunNameTaken(message)

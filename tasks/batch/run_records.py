@@ -99,9 +99,9 @@ def check_plan_key(plan: Plan, key: str) -> Plan:
     """Return the plan if it has this key; raises RunNameTaken otherwise."""
     if plan.key != key:
         message = (
-            f"The run name {plan.run!r} already holds a run of another plan (key {plan.key}, model {plan.model.uri}, "
-            f"planned {plan.planned_at:%Y-%m-%d %H:%M} UTC); this call's key is {key}. Choose another "
-            f"{name_option('name')}, or none."
+            f"The run name {plan.run!r} already holds a run of another plan, that of {plan.model.uri} over "
+            f"{plan.source.title}, made {plan.planned_at:%Y-%m-%d %H:%M} UTC: this call has another model, source or "
+            f"options. Choose another {name_option('name')}, or none."
         )
         raise RunNameTaken(message)
     return plan
