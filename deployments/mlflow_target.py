@@ -15,7 +15,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from mlflow import MlflowClient, MlflowException
 from mlflow.deployments import BaseDeploymentClient, PredictionsResponse
 from mlflow.entities.model_registry import RegisteredModel
@@ -28,13 +27,14 @@ from mlflow.protos.databricks_pb2 import (
 )
 from pydantic import ValidationError
 
+from deployments.mlflow_inputs import encode_inputs, round_floats
 from serving.errors import BadInput, EndpointFailed, OvernightError
 from serving.extras import import_extra
 from serving.gateway.client import GatewayClient
 from serving.gateway.keys import ADMIN_KEY
 from serving.gateway.route import EndpointState
 from serving.machine import set_variable
-from serving.model.contract import TEXT_DTYPES, Column, Contract, Frozen
+from serving.model.contract import Contract, Frozen
 from serving.targets import Address
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class OvernightDeploymentClient(BaseDeploymentClient):
                 message = "deployment_name and inputs must be given, got one of them at most."
                 raise MlflowException(message, INVALID_PARAMETER_VALUE)
             contract = _find_contract(deployment_name)
-            arrays = _encode_inputs(contract, inputs)
+            arrays = encode_inputs(contract, inputs)
             address = Address(url=_find_gateway(), model=deployment_name, version=None)
             key = os.environ.get(API_KEY)
             with InferClient(address, contract, {"Authorization": f"Bearer {key}"} if key else {}) as client:
@@ -408,7 +408,7 @@ def _find_contract(name: str) -> Contract:
             state = gateway.get(name)
         if state is None:
             raise _make_missing(name)
-        return _round_floats(state.route.contract)
+        return round_floats(state.route.contract)
     record = _find_record(name)
     if record is None:
         message = (
@@ -417,23 +417,6 @@ def _find_contract(name: str) -> Contract:
         )
         raise MlflowException(message, RESOURCE_DOES_NOT_EXIST)
     return _read_contract(record)
-
-
-def _round_floats(contract: Contract) -> Contract:
-    """Return the contract with floats rounded to the column's type, and other numbers taken where the type has them.
-
-    JSON and pandas do not tell the types of numbers. Nulls are what the endpoint makes of them.
-    """
-
-    def choose(column: Column) -> Column:
-        cast = "round" if column.dtype.startswith("float") or column.policy.cast == "round" else "exact"
-        return column.model_copy(update={"policy": column.policy.model_copy(update={"cast": cast})})
-
-    inputs = [
-        value.model_copy(update={"columns": tuple(choose(column) for column in value.columns)})
-        for value in contract.inputs
-    ]
-    return contract.model_copy(update={"inputs": tuple(inputs)})
 
 
 def _read_contract(record: _Record) -> Contract:
@@ -446,57 +429,4 @@ def _read_contract(record: _Record) -> Contract:
         message = f"The description of {record.model} must be readable, got: {error}. Check the artifact store."
         raise EndpointFailed(message) from error
     stack = "pytorch" in mlmodel.flavors
-    return _round_floats(read_contract(mlmodel, stack=stack, columns=record.input_columns, policies={}))
-
-
-def _encode_inputs(contract: Contract, inputs: Any) -> dict[str, Any]:
-    """Return the model's inputs out of a table, or out of arrays by input. Raises MlflowException, BadInput."""
-    import pandas as pd  # noqa: PLC0415 - for predictions alone
-
-    names = {value.name for value in contract.inputs}
-    if isinstance(inputs, list) and inputs and isinstance(inputs[0], Mapping):
-        inputs = pd.DataFrame(inputs)
-    if not isinstance(inputs, Mapping | pd.DataFrame) and len(contract.inputs) == 1:
-        inputs = {contract.inputs[0].name: inputs}
-    if isinstance(inputs, Mapping) and set(inputs) == names:
-        arrays = {value.name: _shape_array(value, inputs[value.name]) for value in contract.inputs}
-    else:
-        arrays = _encode_table(contract, pd.DataFrame(inputs))
-    for value in contract.inputs:
-        if value.dtype in TEXT_DTYPES and (places := np.argwhere(pd.isna(arrays[value.name]))).size:
-            column = value.columns[places[0][1] if value.is_stacked else 0].name
-            raise _make_unfit(places[0][0], column, "null, which requests do not have of text")
-    return arrays
-
-
-def _encode_table(contract: Contract, frame: Any) -> dict[str, Any]:
-    import pyarrow as pa  # noqa: PLC0415 - for predictions alone
-
-    from serving.model.encoding import encode  # noqa: PLC0415 - the same
-
-    given = pa.Table.from_pandas(frame, preserve_index=False)
-    if not (rows := given.num_rows):
-        message = "The inputs must have a row, got none."
-        raise MlflowException(message, INVALID_PARAMETER_VALUE)
-    # pandas has a column of nulls alone as one of floats.
-    columns = [pa.nulls(rows) if column.null_count == rows else column for column in given.columns]
-    table = pa.table(columns, given.column_names)
-    contract.check(table.schema, "The table of inputs")
-    encoded = encode(contract, table)
-    if (bad_n := np.flatnonzero(encoded.flags.code_N)).size:
-        raise _make_unfit(bad_n[0], *encoded.flags.reasons[encoded.flags.code_N[bad_n[0]] - 1])
-    return encoded.inputs
-
-
-def _make_unfit(row: int, column: str, reason: str) -> MlflowException:
-    message = f"Every row must fit the model, got row {row} with {column}: {reason}. Correct it."
-    return MlflowException(message, INVALID_PARAMETER_VALUE)
-
-
-def _shape_array(value: Any, given: Any) -> Any:
-    dtype = object if value.dtype in ("str", "binary") else value.dtype
-    try:
-        return np.asarray(given, dtype=dtype).reshape(-1, *value.shape)
-    except (ValueError, TypeError) as error:
-        message = f"Input {value.name!r} must be {value.dtype} of the shape {('N', *value.shape)}, got: {error}."
-        raise MlflowException(message, INVALID_PARAMETER_VALUE) from None
+    return round_floats(read_contract(mlmodel, stack=stack, columns=record.input_columns, policies={}))

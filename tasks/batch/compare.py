@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from serving.errors import RunDamaged
 from serving.model.contract import Output
-from tasks.batch.challenger_rules import LabelKind
+from tasks.batch.challenger_rules import LabelKind, Labels
 from tasks.batch.challengers import OutputKind, describe_kind, find_label_kind, pair_outputs
 from tasks.batch.comparison import (
     DIFFERENCES,
@@ -34,7 +34,7 @@ from tasks.batch.dataset import name_corrupt_file
 from tasks.batch.exact_deciles import find_deciles, place_in_deciles
 from tasks.batch.key_check import map_ahead
 from tasks.batch.label_metrics import RocArea, find_positives, finish_metric, measure_labels
-from tasks.batch.labels import LABEL, LabelTable, join_labels, open_label_table
+from tasks.batch.labels import LABEL, LabelTable, join_labels, name_labels, open_label_table
 from tasks.batch.parts import ChunkId, list_parts, name_kept, read_given_up
 from tasks.batch.plan import Plan
 from tasks.batch.sketches import QuantileSketch, add_sketches, sketch_sorted
@@ -352,14 +352,14 @@ def _compare_with_labels(pairing: Pairing) -> LabelComparison | None:
             label_type = pq.read_schema(stream).field(kept).type
         kind = find_label_kind(labels, pairing.plan.contract, label_type, None)
         labelled = (table.append_column(LABEL, table.column(kept)) for table in pairing.read())
-        return _measure_rows(pairing, labelled, kind)
+        return _measure_rows(pairing, labels, labelled, kind)
     keys = pairing.plan.options.key_columns
     with pairing.storage.open_pinned(pairing.parts[0][0]) as stream:
         schema = pq.read_schema(stream)
     key_schema = pa.schema([schema.field(key) for key in keys])
     table = open_label_table(labels, keys, key_schema, pairing.storage.url)
     kind = find_label_kind(labels, pairing.plan.contract, table.label_type, None)
-    return _measure_rows(pairing, _join(pairing, table), kind)
+    return _measure_rows(pairing, labels, _join(pairing, table), kind)
 
 
 def _join(pairing: Pairing, table: LabelTable) -> Generator[pa.Table]:
@@ -369,7 +369,7 @@ def _join(pairing: Pairing, table: LabelTable) -> Generator[pa.Table]:
             yield joined.slice(start, _BATCH_ROWS)
 
 
-def _measure_rows(pairing: Pairing, tables: Iterable[pa.Table], kind: LabelKind) -> LabelComparison:
+def _measure_rows(pairing: Pairing, named: Labels, tables: Iterable[pa.Table], kind: LabelKind) -> LabelComparison:
     """Measure both models over rows with labels."""
     sums, areas = {name: _Sums() for name in (_OURS, _THEIRS)}, {name: RocArea() for name in (_OURS, _THEIRS)}
     segments = [_Segments(name) for name in pairing.plan.options.segment_columns]
@@ -381,7 +381,8 @@ def _measure_rows(pairing: Pairing, tables: Iterable[pa.Table], kind: LabelKind)
         measured: dict[str, Numbers] = {}
         for name in (_OURS, _THEIRS):
             predicted = _column(good, name, 0)
-            found = measure_labels(kind, predicted, labels)
+            with name_labels(named):
+                found = measure_labels(kind, predicted, labels)
             sums[name].add(good.num_rows, {each: float(values.sum()) for each, values in found.items()})
             measured |= {f"{name}.{each}": values for each, values in found.items()}
             if has_area:

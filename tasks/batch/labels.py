@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from serving.errors import KeysUnfit, SchemaMismatch, SourceFormat
+from serving.errors import BadInput, KeysUnfit, SchemaMismatch, SourceFormat
 from serving.model.contract import is_text
 from serving.option_words import name_option
 from tasks.batch.challenger_rules import Labels
@@ -60,6 +60,17 @@ class LabelTable:
                 yield named.drop_null()
 
 
+@contextmanager
+def name_labels(labels: Labels) -> Generator[None]:
+    """Say of which labels an error of the block is: in the message of any BadInput."""
+    try:
+        yield
+    except BadInput as error:
+        where = f"the table {labels.source}" if labels.source else "the source"
+        message = f"Labels, the column {labels.column!r} of {where}: {error}"
+        raise type(error)(message) from error
+
+
 def open_label_table(labels: Labels, keys: Sequence[str], schema: pa.Schema, destination: str) -> LabelTable:
     """Open a table of labels, and check its keys.
 
@@ -74,13 +85,13 @@ def open_label_table(labels: Labels, keys: Sequence[str], schema: pa.Schema, des
             other types, SourceFormat where its files are not Parquet.
         KeysUnfit: A key has several labels.
     """
-    address = str(labels.source)
-    snapshot = pin_source(address, destination, [*keys, labels.column])
+    with name_labels(labels):
+        snapshot = pin_source(str(labels.source), destination, [*keys, labels.column])
+        if snapshot.format != "parquet":
+            message = f"It must be Parquet, or a table of such files, got {snapshot.format}. Write it as Parquet."
+            raise SourceFormat(message)
+        dataset = open_dataset(snapshot, [labels.column], keys)
     where = f"The table of labels at {snapshot.title}"
-    if snapshot.format != "parquet":
-        message = f"{where} must be Parquet, or a table of such files, got {snapshot.format}. Write it as Parquet."
-        raise SourceFormat(message)
-    dataset = open_dataset(snapshot, [labels.column], keys)
     check_plain_column(dataset.schema, labels.column, "the labels", where)
     for key in keys:
         check_plain_column(dataset.schema, key, "a key", where)

@@ -33,6 +33,7 @@ from serving.errors import (
     ModelNotFound,
     OvernightError,
     SchemaMismatch,
+    SourceEmpty,
     StorageFault,
 )
 from serving.model.contract import Contract, Output
@@ -626,6 +627,17 @@ def test_labels_of_another_table_are_found_by_key_in_any_order(
     assert compared.champion["mae"] == pytest.approx(np.mean([0.5 * row for row in known]))
 
 
+def test_labels_of_a_wrong_kind_are_refused_by_their_column_and_table(
+    plan: Plan, destination: Storage, tmp_path: Path
+) -> None:
+    put(str(tmp_path / "later"), {"a.parquet": pa.table({"id": [1, 2], "spent": ["1.5", "much"]})})
+    publish_run(challenge(plan, a_contract("a", "b")), destination, Formula(), Formula(1.25))
+    labels = Labels(column="spent", source=str(tmp_path / "later"), kind="regression")
+
+    with pytest.raises(BadInput, match=r"^Labels, the column 'spent' of the table .*later: .* must be numbers, .*much"):
+        compare_challengers(destination.url, labels=labels)
+
+
 @settings(max_examples=30)
 @given(
     left=st.lists(st.one_of(st.none(), st.integers(-5, 40)), max_size=60),
@@ -659,6 +671,11 @@ def test_a_join_by_files_is_a_join(left: list[int | None], right: set[int]) -> N
             {"id": ["1", "2"], "y": [1.0, 2.0]},
             SchemaMismatch,
             r"must be of one kind in the run and its labels, got int64",
+        ),
+        (
+            {"id": pa.array([], pa.int64()), "y": pa.array([], pa.float64())},
+            SourceEmpty,
+            r"^Labels, .*'y' of the table /.*",
         ),
         ({"id": [1, 2], "y": [[1.0], [2.0]]}, SchemaMismatch, r"must hold numbers, texts, booleans or times, got list"),
     ],
