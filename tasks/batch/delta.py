@@ -403,6 +403,7 @@ class TableFiles:
 
     named: Mapping[str, int]
     whole: Mapping[str, int]
+    is_there: bool = True
 
 
 def list_table_files(storage: Storage) -> TableFiles:
@@ -414,7 +415,7 @@ def list_table_files(storage: Storage) -> TableFiles:
     import_deltalake()
     table = _delta_table(storage)
     if table is None:
-        return TableFiles(named={}, whole={})
+        return TableFiles(named={}, whole={}, is_there=False)
     named = {path: size for path, (size, _) in _list_files(table).items()}
     return TableFiles(named=named, whole={} if find_unread_features(table) else named)
 

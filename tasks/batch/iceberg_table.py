@@ -411,7 +411,7 @@ def list_table_files(storage: Storage, table: str) -> TableFiles:
         found = find_table(catalog, name)
     current = None if found is None else found.current_snapshot()
     if found is None or current is None:
-        return TableFiles(named={}, whole={})
+        return TableFiles(named={}, whole={}, is_there=found is not None)
     files = {path: file for path, file in _list_files(found, storage).items() if path != file.file_path}
     whole = set[str]()
     with suppress(SourceFormat):

@@ -114,8 +114,12 @@ def _summarize_published(
     manifest, table = found.manifest, tables[found.table] if found.table else None
     damaged: tuple[str, ...] = ()
     lost = set[str]()
+    is_gone = isinstance(table, TableFiles) and not table.is_there
     if isinstance(table, OvernightError):
         note = f"What its table has of it is not known: {table}"
+    elif is_gone:
+        lost = {part.path for part in manifest.parts}
+        note = "Its table is gone. `overnight verify` says how the parts that are there are committed again."
     else:
         damaged = list_damaged_parts(storage, manifest, table)
         lost = set(damaged)
@@ -124,7 +128,7 @@ def _summarize_published(
         note = _describe_loss(manifest, damaged, lost)
     return RunSummary(
         run=manifest.run,
-        state="damaged" if damaged or isinstance(table, DestinationUnusable) else "complete",
+        state="damaged" if damaged or is_gone or isinstance(table, DestinationUnusable) else "complete",
         model=manifest.model.uri,
         source=manifest.source,
         rows=manifest.rows,

@@ -19,6 +19,8 @@ from tasks.batch.comparison_records import compare_challengers, open_challenger
 from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
 from tasks.batch.report import BatchReport
+from tasks.batch.runs import list_runs
+from tasks.storage import open_storage
 from tests.support import digests, register_script, write_customers
 from tests.tasks.batch.iceberg_tables import configure, delete_rows, open_lake
 
@@ -160,12 +162,15 @@ def test_a_complete_run_whose_table_is_gone_is_refused_with_what_commits_it_agai
         scored_lake.lake.drop_table("sales.scores")
     else:
         shutil.rmtree(scored_lake.scores / "_delta_log")
+    (listed,) = list_runs(open_storage(str(scored_lake.scores)))
     with pytest.raises(DestinationUnusable, match=rf"must hold run {first.run}, but there is no table") as refused:
         scored_lake.score()
     manifest = str(refused.value).partition("Delete ")[2].partition(" below the destination")[0]
     (scored_lake.scores / manifest).unlink()
     again = scored_lake.score()
 
+    assert ("damaged", 0) == (listed.state, listed.rows_done)
+    assert listed.note.startswith("Its table is gone.")
     assert (2_000, first.run, 0) == (scored_lake.read().height, again.run, again.rows_scored)
     assert "already complete" == scored_lake.score().status
 
