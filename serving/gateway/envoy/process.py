@@ -20,7 +20,7 @@ from serving.gateway.envoy.bootstrap import BootstrapOptions, render_bootstrap
 from serving.gateway.envoy.messages import LISTENER_STATS
 from serving.gateway.store import write_atomically
 
-_READY_S_MAX, _END_S_MAX, _POLL_S = 30.0, 5.0, 0.02
+_READY_S_MAX, _END_S_MAX, _POLL_S, _RETRY_S = 30.0, 5.0, 0.02, 0.5
 # The most seconds that `stop` takes.
 STOP_S_MAX = 2 * _END_S_MAX
 # After how long without a request the connections that are open count as idle: nothing more is awaited on them.
@@ -143,7 +143,7 @@ class EnvoyProcess:
                 self._wait_until_idle(deadline)
             except EnvoyGone as error:
                 _log.warning("Envoy must close its connections, but does not answer. It is asked again: %s", error)
-                time.sleep(_POLL_S)
+                time.sleep(_RETRY_S)
             else:
                 return
 
