@@ -1,4 +1,4 @@
-"""The model servers behind the gateway: their Protocol, the HTTP client to them, and the adapter for V2 servers.
+"""The model servers behind the gateway: the HTTP client to them, and the adapter for V2 servers.
 
 Triton, Ray Serve, BentoML, KServe and MLServer speak V2. A request is forwarded to them as it came, binary data
 included. The adapter for MLflow's scoring server is in `mlflow_scoring`.
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import quote
 
 import aiohttp
@@ -57,23 +57,8 @@ class Reply:
         return read_header_length(self.headers.get(HEADER_LENGTH))
 
 
-class Upstream(Protocol):
-    """A version of a model on a model server."""
-
-    async def infer(self, request: CheckedRequest) -> Reply:
-        """Return the server's answer, errors included. Raises Unanswered where there is none.
-
-        The caller limits the time: cancelling the call closes its connection.
-        """
-        ...
-
-    async def is_ready(self) -> bool:
-        """Return whether the server would answer a request now."""
-        ...
-
-
 class V2Upstream:
-    """One version on a server that speaks V2."""
+    """One version on a server that speaks V2; the adapter for another protocol has the same methods."""
 
     def __init__(self, http: HttpClient, served: ServedVersion) -> None:
         self._http = http
@@ -82,7 +67,10 @@ class V2Upstream:
             self._url += f"/versions/{quote(served.upstream_version, safe='')}"
 
     async def infer(self, request: CheckedRequest) -> Reply:
-        """Forward the bytes of a request, and return the bytes of the answer."""
+        """Forward the bytes of a request, and return those of the answer, errors included. Raises Unanswered.
+
+        The caller limits the time: cancelling the call closes its connection.
+        """
         response = await self._http.send("POST", f"{self._url}/infer", request.body.content, request.body.headers)
         if response.status != HTTPStatus.OK:
             return convert_error(response, self._url)

@@ -133,21 +133,6 @@ class BatchingSetting(Frozen):
         return max(self.p99_ms, self.burst_p99_ms) <= _BUDGET_SHARE * budget_ms
 
 
-def choose_batching(
-    cost: CostModel,
-    budget_ms: float,
-    rows_per_second: float,
-    *,
-    replicas_min: int = 1,
-    replicas_max: int = 1,
-    rows_max: int = BATCH_ROWS_MAX,
-) -> BatchingSetting:
-    """Return the first of `list_batchings`: the least latency on the fewest replicas. Raises LatencyImpossible."""
-    return list_batchings(
-        cost, budget_ms, rows_per_second, replicas_min=replicas_min, replicas_max=replicas_max, rows_max=rows_max
-    )[0]
-
-
 def list_batchings(
     cost: CostModel,
     budget_ms: float,

@@ -18,7 +18,6 @@ from tasks.batch.manifest import ManifestPart
 from tasks.batch.part_footer import PartFooter
 from tasks.batch.plan import CHALLENGERS, FORMAT_VERSION, record_path
 
-QUANTILE_RANKS_OFF = 1 / 256
 DIFFERENCES = (1e-6, 1e-4, 1e-2, 0.1, 1.0)
 EVERY_OTHER_SEGMENT = "(every other)"
 

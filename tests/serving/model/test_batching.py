@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from serving.errors import LatencyImpossible
-from serving.model.batching import BatchingSetting, CostModel, choose_batching, fit_cost_model, list_batchings
+from serving.model.batching import BatchingSetting, CostModel, fit_cost_model, list_batchings
 from serving.model.tuner import measure_passes
 from tests.serving.model.test_tuner import PLAIN, Clock, Timed, X, matrix, rows
 
@@ -72,7 +72,6 @@ def test_the_first_setting_has_the_fewest_replicas_and_nearly_the_least_latency(
     assume(first is not None)
     assert first is not None
 
-    assert first == choose_batching(cost, budget_ms, rate, replicas_max=replicas, rows_max=64)
     assert () == find_settings(cost, budget_ms, rate, first.replicas - 1) or first.replicas == 1
     assert [first.replicas, *(each.replicas for each in others)] == sorted(
         [first.replicas, *(each.replicas for each in others)]
@@ -89,29 +88,29 @@ def test_a_budget_below_two_passes_of_one_row_is_refused_with_what_is_needed(cos
     assume(budget_ms < 2000 * cost.seconds(1))
 
     with pytest.raises(LatencyImpossible, match=re.escape(f"must be at least {2000 * cost.seconds(1):.3g} ms")):
-        choose_batching(cost, budget_ms, 1e-3)
+        list_batchings(cost, budget_ms, 1e-3)
 
 
 def test_a_rate_that_a_replica_can_t_take_is_refused_with_the_replicas_that_can() -> None:
     # Ten milliseconds a row: 100 rows a second at the very most.
     slow = CostModel(fixed_seconds=0.001, row_seconds=0.01)
     with pytest.raises(LatencyImpossible, match=r"1 replica must take 250 rows a second .* \d replicas keep it"):
-        choose_batching(slow, 1000, 250)
+        list_batchings(slow, 1000, 250)
 
-    assert 3 <= choose_batching(slow, 1000, 250, replicas_max=8).replicas <= 5
+    assert 3 <= list_batchings(slow, 1000, 250, replicas_max=8)[0].replicas <= 5
 
 
 def test_replicas_beyond_number_are_not_promised() -> None:
     with pytest.raises(LatencyImpossible, match="Not even 1024 replicas keep it"):
-        choose_batching(CostModel(fixed_seconds=0.01, row_seconds=0.01), 1000, 1e6)
+        list_batchings(CostModel(fixed_seconds=0.01, row_seconds=0.01), 1000, 1e6)
 
 
 def test_rows_are_batched_only_where_the_rate_needs_it() -> None:
     cost = CostModel(fixed_seconds=0.004, row_seconds=1e-5)
 
-    assert 1 == choose_batching(cost, 50, 1).batching.batch_size_max
+    assert 1 == list_batchings(cost, 50, 1)[0].batching.batch_size_max
     # Four milliseconds a pass: 250 rows a second, one by one.
-    assert 4 <= choose_batching(cost, 50, 1000).batching.batch_size_max
+    assert 4 <= list_batchings(cost, 50, 1000)[0].batching.batch_size_max
 
 
 def test_no_more_rows_are_passed_together_than_callers_wait_at_a_time() -> None:
