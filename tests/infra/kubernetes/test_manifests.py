@@ -127,7 +127,7 @@ def test_pods_have_more_time_to_end_than_what_they_run_takes_to_drain(
 ) -> None:
     drains: dict[str, float] = {
         "flow-run": BatchOptions(key_columns=("customer",)).notice_seconds,
-        "gateway": supervisor._DRAIN_S_MAX + supervisor._STOP_S_MAX,
+        "gateway": supervisor.STOP_S_MAX,
     }
     for pod in pods:
         grace = pod.spec.get("terminationGracePeriodSeconds")
