@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 ANSWER_SECONDS = 5.0
 POLL_SECONDS = 0.5
+_DENIED_POLL_SECONDS = 0.05
 BACKOFF_SECONDS_MIN, BACKOFF_SECONDS_MAX = 0.25, 15.0
 _WARN_SECONDS = 30.0
 # Not among them: "authentication timeout", which a slow server says, and which may pass.
@@ -165,7 +166,7 @@ class NatsConnection:
         while True:
             client = Client()
             try:
-                await asyncio.wait_for(client.connect(self.url, **self._build_settings()), self._connect_seconds)
+                await self._try_to_connect(client)
             except (TimeoutError, nats.errors.Error, OSError) as error:
                 await client.close()
                 self._raise_if_denied()
@@ -174,6 +175,25 @@ class NatsConnection:
                 return client
             await self.sleep(pause)
             pause = min(2 * pause, BACKOFF_SECONDS_MAX)
+
+    async def _try_to_connect(self, client: Client) -> None:
+        """Make one attempt, which ends as soon as the server refuses this user: the library itself never gives up.
+
+        Raises TimeoutError where it takes too long.
+        """
+        attempt = asyncio.ensure_future(client.connect(self.url, **self._build_settings()))
+        until = time.monotonic() + self._connect_seconds
+        try:
+            while not attempt.done() and self._denied is None and time.monotonic() < until:
+                await asyncio.wait({attempt}, timeout=_DENIED_POLL_SECONDS)
+        finally:
+            while not attempt.done():
+                # Until Python 3.12 a time-out within the library may lose a cancellation.
+                attempt.cancel()
+                await asyncio.wait({attempt}, timeout=_DENIED_POLL_SECONDS)
+        if attempt.cancelled():
+            raise TimeoutError
+        attempt.result()
 
     def _build_settings(self) -> dict[str, Any]:
         secrets = {
