@@ -60,7 +60,8 @@ OvernightError
 """
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 
 from serving.redaction import hide_secrets
 
@@ -89,6 +90,16 @@ def describe_error(error: BaseException) -> str:
 def shorten_error(error: Exception, characters_max: int = 300) -> str:
     """Return what an error says on one line, without a full stop; its kind where it says nothing."""
     return (" ".join(str(error).split()) or type(error).__name__)[:characters_max].rstrip(".")
+
+
+@contextmanager
+def name_input(what: str) -> Generator[None]:
+    """Have the message of any BadInput of the block begin with what it is about."""
+    try:
+        yield
+    except BadInput as error:
+        message = f"{what}: {error}"
+        raise type(error)(message) from error
 
 
 def suggest_name(name: str, known: Iterable[str]) -> str:

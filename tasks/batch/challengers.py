@@ -9,7 +9,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-from serving.errors import BadInput, SchemaMismatch, suggest_name
+from serving.errors import BadInput, SchemaMismatch, name_input, suggest_name
 from serving.model.contract import Contract, Output, is_text
 from serving.model.pin import ModelPin
 from serving.model.registry import Resolved, resolve_model
@@ -71,11 +71,8 @@ def resolve_challengers(
             message = f"Each challenger must be given once, got {pin.uri} twice: by {address} too. Leave one out."
             raise BadInput(message)
         _refuse_generation(resolved, "A challenger")
-        try:
+        with name_input(f"The challenger {pin.uri} must be scored by the options of the run, got"):
             own = resolved.contract(options.input_columns, options.column_policies, options.params)
-        except BadInput as error:
-            message = f"The challenger {pin.uri} must be scored by the options of the run, got: {error}"
-            raise type(error)(message) from error
         _check_outputs(champion.pin, contract, pin, own)
         found[pin.uri] = RequestedChallenger(resolved=resolved, contract=own)
     requested = tuple(found.values())

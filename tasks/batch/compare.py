@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from serving.errors import RunDamaged
+from serving.errors import RunDamaged, name_input
 from serving.model.contract import Output
 from tasks.batch.challenger_rules import LabelKind, Labels
 from tasks.batch.challengers import OutputKind, describe_kind, find_label_kind, pair_outputs
@@ -34,7 +34,7 @@ from tasks.batch.dataset import name_corrupt_file
 from tasks.batch.exact_deciles import find_deciles, place_in_deciles
 from tasks.batch.key_check import map_ahead
 from tasks.batch.label_metrics import RocArea, find_positives, finish_metric, measure_labels
-from tasks.batch.labels import LABEL, LabelTable, join_labels, name_labels, open_label_table
+from tasks.batch.labels import LABEL, LabelTable, describe_labels, join_labels, open_label_table
 from tasks.batch.parts import ChunkId, list_parts, name_kept, read_given_up
 from tasks.batch.plan import Plan
 from tasks.batch.sketches import QuantileSketch, add_sketches, sketch_sorted
@@ -381,7 +381,7 @@ def _measure_rows(pairing: Pairing, named: Labels, tables: Iterable[pa.Table], k
         measured: dict[str, Numbers] = {}
         for name in (_OURS, _THEIRS):
             predicted = _column(good, name, 0)
-            with name_labels(named):
+            with name_input(describe_labels(named)):
                 found = measure_labels(kind, predicted, labels)
             sums[name].add(good.num_rows, {each: float(values.sum()) for each, values in found.items()})
             measured |= {f"{name}.{each}": values for each, values in found.items()}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from serving.errors import BadInput, SchemaMismatch, SourceFormat, suggest_name
+from serving.errors import BadInput, SchemaMismatch, SourceFormat, name_input, suggest_name
 from serving.model.contract import Contract
 from serving.option_words import name_option
 from tasks.batch.dataset import Dataset, Snapshot, SourceFile, map_parallel, name_corrupt_file, open_dataset
@@ -32,7 +31,7 @@ def pin_features(options: BatchOptions, destination: str, contract: Contract) ->
 
 
 def _pin_table(table: FeatureTable, destination: str, contract: Contract) -> Snapshot:
-    with _name_table(table):
+    with name_input(f"Feature table {table.source}"):
         wanted = [*table.join_keys, table.time, *_list_wanted(table, contract)]
         snapshot = pin_source(table.source, destination, wanted)
         if snapshot.format != "parquet":
@@ -47,16 +46,6 @@ def _pin_table(table: FeatureTable, destination: str, contract: Contract) -> Sna
             )
             raise SourceFormat(message)
     return snapshot
-
-
-@contextmanager
-def _name_table(table: FeatureTable) -> Generator[None]:
-    """Have what is wrong with a feature table say which one it is."""
-    try:
-        yield
-    except BadInput as error:
-        message = f"Feature table {table.source}: {error}"
-        raise type(error)(message) from error
 
 
 def _list_wanted(table: FeatureTable, contract: Contract) -> list[str]:
@@ -106,7 +95,7 @@ def open_features(options: BatchOptions, snapshots: Sequence[Snapshot], contract
 
 
 def _open_table(table: FeatureTable, snapshot: Snapshot, contract: Contract) -> OpenFeatures:
-    with _name_table(table):
+    with name_input(f"Feature table {table.source}"):
         wanted = _list_wanted(table, contract)
         dataset = open_dataset(snapshot, wanted, [*table.join_keys, table.time])
         schema = dataset.schema
@@ -179,7 +168,7 @@ def check_spine(spine: Dataset, options: BatchOptions, features: Sequence[OpenFe
             raise SchemaMismatch(message)
     _check_time(options.spine_time, schema)
     for each in features:
-        with _name_table(each.table):
+        with name_input(f"Feature table {each.table.source}"):
             _check_comparable(schema, options.spine_time, each)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from serving.errors import BadInput, KeysUnfit, SchemaMismatch, SourceFormat
+from serving.errors import KeysUnfit, SchemaMismatch, SourceFormat, name_input
 from serving.model.contract import is_text
 from serving.option_words import name_option
 from tasks.batch.challenger_rules import Labels
@@ -60,15 +60,10 @@ class LabelTable:
                 yield named.drop_null()
 
 
-@contextmanager
-def name_labels(labels: Labels) -> Generator[None]:
-    """Say of which labels an error of the block is: in the message of any BadInput."""
-    try:
-        yield
-    except BadInput as error:
-        where = f"the table {labels.source}" if labels.source else "the source"
-        message = f"Labels, the column {labels.column!r} of {where}: {error}"
-        raise type(error)(message) from error
+def describe_labels(labels: Labels) -> str:
+    """Return in words which column of which table labels are."""
+    where = f"the table {labels.source}" if labels.source else "the source"
+    return f"Labels, the column {labels.column!r} of {where}"
 
 
 def open_label_table(labels: Labels, keys: Sequence[str], schema: pa.Schema, destination: str) -> LabelTable:
@@ -85,7 +80,7 @@ def open_label_table(labels: Labels, keys: Sequence[str], schema: pa.Schema, des
             other types, SourceFormat where its files are not Parquet.
         KeysUnfit: A key has several labels.
     """
-    with name_labels(labels):
+    with name_input(describe_labels(labels)):
         snapshot = pin_source(str(labels.source), destination, [*keys, labels.column])
         if snapshot.format != "parquet":
             message = f"It must be Parquet, or a table of such files, got {snapshot.format}. Write it as Parquet."

@@ -20,7 +20,6 @@ from deployments.demo.endpoint_faulty import LATE_MINUTES
 from infra.local.gateway import GatewayServer, gateway_server
 from infra.local.prefect_server import PrefectServer
 from infra.local.triton import TritonServer
-from infra.worker import list_process_tree
 from serving.errors import BadInput, BudgetBroken, EndpointFailed, LatencyImpossible, RolledBack, VerifyFailed
 from serving.gateway.client import GatewayClient
 from serving.model.registry import resolve_model
@@ -31,6 +30,7 @@ from tasks.endpoint.targets import External, RayServe, Triton
 from tests.eventually import eventually
 from tests.graphs import PutGraph, graph_of, raw_rows, register_chain, register_prep, register_step, tensor
 from tests.prefect_events import find_events
+from tests.serving.targets.triton_models import list_instances
 
 if TYPE_CHECKING:
     from tasks.endpoint.report import Endpoint
@@ -225,9 +225,8 @@ def test_a_version_whose_process_died_is_deployed_again_by_the_same_call_and_can
     from flows.endpoint import retire_endpoint
 
     put("mortal", versions["first"])
-    for pid in list_process_tree(triton.process.pid):
-        if f"{triton.repository}/mortal/".encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-            os.kill(pid, signal.SIGKILL)
+    for pid in list_instances(triton, "mortal"):
+        os.kill(pid, signal.SIGKILL)
     dead = score(gateway, "mortal", np.ones((1, 3)), versions["first"])
     again = put("mortal", versions["first"])
     alive = score(gateway, "mortal", np.ones((1, 3)), versions["first"])

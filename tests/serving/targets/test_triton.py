@@ -21,7 +21,6 @@ import torch
 
 from infra.local.process import ServerCommand, ServerProcess, base_environment
 from infra.local.triton import TritonServer
-from infra.worker import list_process_tree
 from serving.errors import EndpointFailed
 from serving.model.batching import BatchingConfig
 from serving.model.registry import resolve_model
@@ -37,6 +36,7 @@ from tests.serving.targets.triton_models import (
     Served,
     SteadyLoad,
     infer_url,
+    list_instances,
     random_rows,
     register_mirror,
     register_words,
@@ -386,7 +386,8 @@ def test_an_instance_that_is_killed_is_loaded_again_while_others_serve(
     )
     scaler.restart_dead(fetch_metrics(triton.metrics_url))
     with SteadyLoad(fraud, at) as load:
-        os.kill(_instance(triton, "words"), signal.SIGKILL)
+        (instance,) = list_instances(triton, "words")
+        os.kill(instance, signal.SIGKILL)
         dead = words.post(words_at, word_rows("a"))
 
         def restart_and_ask() -> int:
@@ -407,7 +408,8 @@ def test_an_instance_that_is_killed_is_loaded_again_while_others_serve(
 def test_an_endpoint_whose_process_died_is_unloaded_and_loaded_again(
     host: TritonHost, triton: TritonServer, words: Served, words_at: Address
 ) -> None:
-    os.kill(_instance(triton, "words"), signal.SIGKILL)
+    (instance,) = list_instances(triton, "words")
+    os.kill(instance, signal.SIGKILL)
     # Triton never ends a model whose dead process was asked.
     dead = words.post(words_at, word_rows("a")).status_code
     host.unload("words")
@@ -468,16 +470,6 @@ def trapping_model(triton: TritonServer, like: Served, name: str, *, times: int)
         control_model(triton.grpc, "unload", model, timeout_s=60)
         shutil.rmtree(triton.repository / model)
         shutil.rmtree(triton.repository / ".new")
-
-
-def _instance(triton: TritonServer, model: str) -> int:
-    """Return the process of the one instance of a model."""
-    (found,) = (
-        pid
-        for pid in list_process_tree(triton.process.pid)
-        if f"{triton.repository}/{model}/1/model.py" in Path(f"/proc/{pid}/cmdline").read_text()
-    )
-    return found
 
 
 def test_an_endpoint_that_is_not_there_is_named(host: TritonHost) -> None:

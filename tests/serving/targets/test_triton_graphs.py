@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
 from infra.local.triton import TritonServer
-from infra.worker import list_process_tree
 from serving.errors import EndpointFailed
 from serving.model.batching import BatchingConfig
 from serving.model.pin import digest_folder
@@ -29,7 +28,7 @@ from serving.targets import Address
 from serving.targets.triton import TritonHost
 from tasks.endpoint.deploy import make_release_to_remove
 from tests.graphs import PutGraph, graph_of, raw_rows, register_chain, register_prep
-from tests.serving.targets.triton_models import random_rows, served
+from tests.serving.targets.triton_models import list_instances, random_rows, served
 from tests.support import register_network
 
 pytestmark = pytest.mark.machines
@@ -252,10 +251,8 @@ def test_a_graph_is_unloaded_with_its_steps_and_loaded_again(
 def test_a_step_whose_process_died_is_started_again(
     triton: TritonServer, host: TritonHost, chain: PutGraph, at: Address
 ) -> None:
-    for pid in list_process_tree(triton.process.pid):
-        program, *arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        if program.endswith(b"triton_python_backend_stub") and f"/{at.model}.2/".encode() in b" ".join(arguments):
-            os.kill(pid, signal.SIGKILL)
+    (instance,) = list_instances(triton, f"{at.model}.2")
+    os.kill(instance, signal.SIGKILL)
     dead = chain.post(at, raw_rows(1))
     restarted = host.restart_dead_instances("chain")
 

@@ -17,6 +17,8 @@ import numpy as np
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 
+from infra.local.triton import TritonServer
+from infra.worker import list_process_tree
 from serving.model.batching import BatchingConfig
 from serving.model.loading import load_model
 from serving.model.registry import resolve_model
@@ -69,6 +71,15 @@ def served(
         scaling=scaling or Scaling(),
     )
     return Served(release=release, model=resolved.folder)
+
+
+def list_instances(triton: TritonServer, model: str) -> list[int]:
+    """Return the processes of a model's instances."""
+    return [
+        pid
+        for pid in list_process_tree(triton.process.pid)
+        if f"{triton.repository}/{model}/".encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
 
 
 def infer_url(address: Address) -> str:

@@ -74,7 +74,10 @@ FIRST, ANOTHER = route(served("1", 100)), route(served("3", 100), spec=OTHER)
     [
         pytest.param(FIRST, route(served("2", 100), spec=OWN), False, ["2"], "version 1 serves on", id="its own route"),
         pytest.param(FIRST, FIRST, True, ["2"], "version 1 serves on", id="the route of before"),
-        pytest.param(None, None, True, ["2"], "nothing serves now", id="none before"),
+        pytest.param(
+            None, route(served("2", 100), spec=OWN), False, ["2"], "nothing serves now", id="the first route, its own"
+        ),
+        pytest.param(None, None, True, ["2"], "nothing serves now", id="no route yet"),
         pytest.param(None, ANOTHER, True, ["2"], "version 3 serves on", id="another call was first"),
         pytest.param(FIRST, ANOTHER, True, ["2"], "version 3 serves on", id="another call's"),
         pytest.param(
