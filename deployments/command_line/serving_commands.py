@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -144,7 +145,7 @@ def endpoint(  # noqa: PLR0913 - each is an option of the command
             "keep_warm": _parse_keep_warm(keep_warm),
             "allow_pickle": allow_pickle or None,
             "rollout": _make_canary(canary, canary_requests, canary_seconds, wait=not no_wait),
-            "access": {"environment": api_key or (), "anyone": no_api_key} if api_key or no_api_key else None,
+            "access": _make_access(api_key or (), anyone=no_api_key),
             **{field: value for field, value in surroundings.items() if field not in document},
         }
         chosen = build_model(EndpointSpec, given, spec, "--spec")
@@ -164,6 +165,13 @@ def _make_budget(latency_ms: float | None, rate: float | None) -> dict[str, floa
         message = "A budget needs both --latency-ms and --rate, got one of them."
         raise BadInput(message)
     return None if latency_ms is None or rate is None else {"latency_ms": latency_ms, "rate": rate}
+
+
+def _make_access(variables: Sequence[str], *, anyone: bool) -> dict[str, object] | None:
+    if variables and anyone:
+        message = f"Only one of --api-key and --no-api-key must be given, got both: --api-key {' '.join(variables)}."
+        raise BadInput(message)
+    return {"environment": variables, "anyone": anyone} if variables or anyone else None
 
 
 def _make_canary(

@@ -24,7 +24,7 @@ from tasks.batch.options import BatchOptions
 from tasks.batch.plan import ROOT
 from tasks.batch.resolve import find_complete_run
 from tasks.batch.run_request import RunRequest, make_request
-from tasks.batch.source import find_commit_log
+from tasks.batch.source import find_commit_log, is_table
 from tasks.common.artifacts import Logger, make_table, put_artifacts
 from tasks.storage import join_location, open_storage, select
 
@@ -175,6 +175,7 @@ def list_pieces(
         SourceNotFound: There is no such partition.
         BadInput: The source is not of the kind that the pieces are, there are too many, a moment is yet to come, or an
             option names one run.
+        SourceFormat: Files of a table can't be read through its log.
     """
     if named := [name for name in ("name", "joins", "source_version", "source_timestamp") if getattr(options, name)]:
         message = f"Each piece must be a run of its own, got {', '.join(named)} for all of them. Leave that out."
@@ -290,6 +291,12 @@ def _list_versions(source: str, pieces: TableVersions | TableTimes, now: datetim
         found = [(name, source, {"source_timestamp": time}) for name, time in zip(names, times, strict=True)]
     if not found:
         message = f"The range must have at least one piece, got from {pieces.first} to {pieces.last}. Turn it round."
+        raise BadInput(message)
+    if not is_table(source):
+        message = (
+            f"Versions and times must be those of a Delta or Iceberg table, got {source}, where there is none. Correct "
+            "the source, or give partitions of a folder of files."
+        )
         raise BadInput(message)
     return found
 

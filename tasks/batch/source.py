@@ -83,7 +83,7 @@ def pin_source(
     version = version or TableVersion()
     if not isinstance(source, str):
         return _pin_several(source, destination, columns, version, csv=csv)
-    if source.startswith(ICEBERG_SCHEME) or _METADATA_FILE.fullmatch(source):
+    if _names_iceberg_table(source):
         return _read_iceberg(source, destination, columns, version)
     selected = select(source)
     log = find_commit_log(selected, source)
@@ -100,6 +100,18 @@ def pin_source(
     if log.kind == "Iceberg":
         return _read_iceberg(log.table, destination, columns, version)
     return _read_delta(log, columns, version) if log.kind == "Delta" else _read_run(log)
+
+
+def is_table(source: str) -> bool:
+    """Return whether a source is a Delta or Iceberg table, which has versions. Raises SourceFormat as `pin_source`."""
+    if _names_iceberg_table(source):
+        return True
+    log = find_commit_log(select(source), source)
+    return log is not None and log.kind in _TABLES
+
+
+def _names_iceberg_table(source: str) -> bool:
+    return source.startswith(ICEBERG_SCHEME) or _METADATA_FILE.fullmatch(source) is not None
 
 
 def _pin_several(

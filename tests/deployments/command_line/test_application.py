@@ -178,6 +178,10 @@ def test_a_command_line_that_does_not_read_ends_with_two_and_says_why(arguments:
             "--rate: Input should be",
         ),
         (["endpoint", "--name", "churn", "--model", "m", "--no-wait"], "must be of a canary, got no --canary PERCENT"),
+        (
+            ["endpoint", "--name", "churn", "--model", "m", "--api-key", "KEY", "--no-api-key"],
+            "Only one of --api-key and --no-api-key must be given, got both: --api-key KEY.",
+        ),
         (["endpoint", "retire", "churn", "--target", '{"kind": "tritn"}'], "tritn"),
         (["choose", '{"name": "churn"}'], "model: Field required"),
         (["choose", "nowhere.yaml"], "nowhere.yaml"),

@@ -31,6 +31,9 @@ from tests.tasks.batch.test_reuse import call, write
 
 OPTIONS = BatchOptions(key_columns=("id",))
 DAYS = ("2026-10-31", "2026-11-01", "2026-11-02", "2026-11-10")
+# Which table it is, and whether it is there, nobody asks before a piece is scored.
+TABLE = "iceberg:shop.customers"
+NOON = datetime(2026, 11, 1, 12, tzinfo=UTC)
 
 
 @pytest.fixture
@@ -132,28 +135,35 @@ def test_partitions_of_a_table_are_refused(tmp_path: Path) -> None:
         list_pieces(str(tmp_path / "in"), str(tmp_path / "out"), Partitions(column="date"), OPTIONS)
 
 
+@pytest.mark.parametrize("where", ["in", "in/date=2026-11-01/a.parquet", "nowhere"])
+@pytest.mark.parametrize("pieces", [TableVersions(first=0, last=1), TableTimes(first=NOON, last=NOON)])
+def test_versions_of_what_is_no_table_are_refused_once(
+    source: str, tmp_path: Path, where: str, pieces: TableVersions | TableTimes
+) -> None:
+    with pytest.raises(BadInput, match=rf"must be those of a Delta or Iceberg table, got .*{where}, where there is none"):
+        list_pieces(str(tmp_path / where), str(tmp_path / "out"), pieces, OPTIONS)
+
+
 def test_versions_and_times_are_options_of_their_runs() -> None:
-    versions = list_pieces("t", "out", TableVersions(first=3, last=5), OPTIONS)
-    chosen = list_pieces("t", "out", TableVersions(numbers=(7, 9)), OPTIONS)
-    noon = datetime(2026, 11, 1, 12, tzinfo=UTC)
+    versions = list_pieces(TABLE, "out", TableVersions(first=3, last=5), OPTIONS)
+    chosen = list_pieces(TABLE, "out", TableVersions(numbers=(7, 9)), OPTIONS)
     times = list_pieces(
-        "t", "out", TableTimes(first=noon, last=noon + timedelta(hours=13), every=timedelta(hours=6)), OPTIONS
+        TABLE, "out", TableTimes(first=NOON, last=NOON + timedelta(hours=13), every=timedelta(hours=6)), OPTIONS
     )
 
     assert ["version=3", "version=4", "version=5"] == [piece.name for piece in versions]
     assert [3, 4, 5] == [piece.options.source_version for piece in versions]
     assert [("version=7", "out/version=7"), ("version=9", "out/version=9")] == [(p.name, p.destination) for p in chosen]
-    assert [noon, noon + timedelta(hours=6), noon + timedelta(hours=12)] == [p.options.source_timestamp for p in times]
+    assert [NOON, NOON + timedelta(hours=6), NOON + timedelta(hours=12)] == [p.options.source_timestamp for p in times]
     assert "time=2026-11-01T180000Z" == times[1].name
 
 
 def test_moments_that_are_yet_to_come_are_refused() -> None:
-    noon = datetime(2026, 11, 1, 12, tzinfo=UTC)
-    times = TableTimes(first=noon, last=noon + timedelta(hours=13), every=timedelta(hours=6))
+    times = TableTimes(first=NOON, last=NOON + timedelta(hours=13), every=timedelta(hours=6))
 
-    assert 3 == len(list_pieces("t", "out", times, OPTIONS, now=noon + timedelta(hours=12)))
+    assert 3 == len(list_pieces(TABLE, "out", times, OPTIONS, now=NOON + timedelta(hours=12)))
     with pytest.raises(BadInput, match=r"passed, got 2026-11-02T00:00:00\+00:00 where it is 2026-11-01T23:59:59Z now"):
-        list_pieces("t", "out", times, OPTIONS, now=noon + timedelta(hours=11, seconds=3599))
+        list_pieces(TABLE, "out", times, OPTIONS, now=NOON + timedelta(hours=11, seconds=3599))
 
 
 @pytest.mark.parametrize(
@@ -174,14 +184,14 @@ def test_versions_are_a_range_or_a_list(given: dict[str, object]) -> None:
 )
 def test_options_of_a_single_run_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        list_pieces("t", "out", TableVersions(first=0, last=1), OPTIONS.model_copy(update=options))
+        list_pieces(TABLE, "out", TableVersions(first=0, last=1), OPTIONS.model_copy(update=options))
 
 
 def test_a_range_that_is_empty_or_too_long_is_refused() -> None:
     with pytest.raises(BadInput, match="must have at least one piece, got from 5 to 3"):
-        list_pieces("t", "out", TableVersions(first=5, last=3), OPTIONS)
+        list_pieces(TABLE, "out", TableVersions(first=5, last=3), OPTIONS)
     with pytest.raises(BadInput, match="at most 10,000 pieces"):
-        list_pieces("t", "out", TableVersions(first=0, last=10_000), OPTIONS)
+        list_pieces(TABLE, "out", TableVersions(first=0, last=10_000), OPTIONS)
 
 
 def test_several_runs_at_a_time_need_a_deployment() -> None:
