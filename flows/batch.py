@@ -54,7 +54,7 @@ from tasks.batch.report import BatchReport, draw_progress, page_path, report_com
 from tasks.batch.resolve import CompleteRun, NewRun, ResumedRun, find_run, restage_plan
 from tasks.batch.run_records import confirm_plan
 from tasks.batch.run_request import resolve_request
-from tasks.batch.run_tables import check_table_has_run
+from tasks.batch.run_tables import check_table_has_run, check_table_takes_run
 from tasks.batch.score import Scorer
 from tasks.batch.scoring_result import ScoringResult, check_rejects
 from tasks.batch.tuning import forget_slow_tuning
@@ -307,6 +307,8 @@ def _check_keys(
 def _prepare(run: NewRun | ResumedRun, storage: Storage, logger: Logger) -> Plan:
     """Return the plan to score by, with its staged copies in place where parts of a published run were lost."""
     check_create_only(storage)
+    if isinstance(run, ResumedRun):
+        check_table_takes_run(storage, run.plan)
     if not run.plan.rows:
         put_empty_part(storage, run.plan)
     is_folder = isinstance(run, NewRun) and run.plan.options.output == "parquet"

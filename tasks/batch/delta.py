@@ -306,6 +306,14 @@ def _holds_run(table: DeltaTable, plan: Plan, storage: Storage) -> bool:
     return False
 
 
+def check_takes_run(storage: Storage, plan: Plan) -> None:
+    """Raise PublishRefused where the Delta table at a destination will take no parts of a plan, as `commit_delta`."""
+    import_deltalake()
+    table = _delta_table(storage)
+    if table is not None:
+        _holds_run(table, plan, storage)
+
+
 def _transactions(table: DeltaTable | None, plan: Plan) -> list[Transaction]:
     """Return what a commit says of itself: the run, its plan, and the run's number in the order of runs."""
     from deltalake import Transaction  # noqa: PLC0415

@@ -305,6 +305,15 @@ def _holds_run(table: Table, plan: Plan, name: TableName) -> bool:
     return False
 
 
+def check_takes_run(plan: Plan) -> None:
+    """Raise PublishRefused where the Iceberg table will take no parts of a plan, as `commit_iceberg`."""
+    name = parse_table_name(plan.options.iceberg_table or "")
+    with open_catalog(name) as catalog:
+        table = find_table(catalog, name)
+    if table is not None:
+        _holds_run(table, plan, name)
+
+
 def _commit(
     table: Table, name: TableName, storage: Storage, plan: Plan, parts: Sequence[PartFooter], rewrites: Rewrites
 ) -> None:

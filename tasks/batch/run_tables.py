@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from serving.errors import DestinationUnusable
 from serving.extras import import_extra
-from tasks.batch.delta import TableFiles, TableState, list_table_files, read_table
+from tasks.batch.delta import TableFiles, TableState, check_takes_run, list_table_files, read_table
 from tasks.batch.plan import ROOT, Plan, manifest_path
 from tasks.batch.run_records import load_plan
 from tasks.storage import Storage
@@ -76,3 +76,14 @@ def check_table_has_run(storage: Storage, plan: Plan) -> None:
     table = read_table_state(storage, plan)
     if table is None or not table.holds_run:
         raise DestinationUnusable(explain_missing_run(plan, table))
+
+
+def check_table_takes_run(storage: Storage, plan: Plan) -> None:
+    """Raise PublishRefused where a table will not take a run once it is scored, as one that has a newer run.
+
+    A folder takes every run.
+    """
+    if plan.options.output == "delta":
+        check_takes_run(storage, plan)
+    elif plan.options.output == "iceberg":
+        import_extra("tasks.batch.iceberg_table", "iceberg").check_takes_run(plan)

@@ -14,11 +14,13 @@ import pytest
 from typer.testing import CliRunner
 
 from deployments.command_line import app
-from serving.errors import DestinationUnusable
+from serving.errors import DestinationUnusable, PublishRefused
 from tasks.batch.comparison_records import compare_challengers, open_challenger
 from tasks.batch.manifest import open_predictions
 from tasks.batch.options import BatchOptions
 from tasks.batch.report import BatchReport
+from tasks.batch.resolve import find_run
+from tasks.batch.run_request import resolve_request
 from tasks.batch.runs import list_runs
 from tasks.storage import open_storage
 from tests.support import digests, register_script, write_customers
@@ -123,6 +125,31 @@ def test_challengers_lie_beside_a_table_which_is_that_of_the_model_alone(
     assert read("both").tail(1_000)["prediction"].equals(theirs["prediction"])
     assert [(1_000, 1_000)] == [(each.rows, each.outputs[0].equal) for each in report.challengers]
     assert ("already complete", report.challengers, report.challengers) == (again.status, again.challengers, later)
+
+
+@pytest.mark.parametrize(("output", "mode"), [("delta", "replace"), ("delta", "upsert"), ("iceberg", "upsert")])
+def test_a_run_that_a_newer_one_has_overtaken_is_refused_before_a_row_is_scored(
+    output: str, mode: str, linear: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.batch import batch_inference
+
+    configure(monkeypatch, str(tmp_path))
+    open_lake(str(tmp_path))
+    table = "lake.sales.scores" if output == "iceberg" else None
+    into = {"output": output, f"{output}_mode": mode, "iceberg_table": table, "other_source": "replace"}
+    options = OPTIONS.model_copy(update=into)
+    older, newer = (
+        str(write_customers(tmp_path / name, rows=rows, files=1, rows_per_group=500))
+        for name, rows in (("older", 1_000), ("newer", 2_000))
+    )
+    storage = open_storage(str(tmp_path / "scores"))
+    planned = find_run(resolve_request(linear, older, storage.url, options), storage, "another-flow-run").plan
+    published = batch_inference(linear, newer, storage.url, options)
+    with pytest.raises(PublishRefused, match=rf"must not go back to an older run.*run {planned.run} is number 1"):
+        batch_inference(linear, older, storage.url, options)
+
+    assert published.run != planned.run
+    assert not (tmp_path / "scores" / f"run={planned.run}").exists()
 
 
 class ScoredLake:
