@@ -18,7 +18,15 @@ from tasks.storage import Storage
 # The numbers in the order of runs of a destination, and those of an Iceberg table, where the table lies. The sources
 # that either has had the predictions of, one after another.
 ORDER, TABLE_ORDER, SOURCES = f"{ROOT}/order", f"{ROOT}/order/table", f"{ROOT}/order/source"
+_PLAN_OR_MANIFEST = re.compile(rf"{ROOT}/([^/]+)/(plan|manifest)\.json")
 _NUMBERED = re.compile(rf"(?:{ORDER}|{TABLE_ORDER}|{SOURCES})/(\d{{8,}})\.json")
+
+
+def list_recorded_runs(storage: Storage) -> tuple[set[str], set[str]]:
+    """Return the runs of a destination that have a plan, and those that have a manifest."""
+    matches = (_PLAN_OR_MANIFEST.fullmatch(entry.path) for entry in storage.entries(ROOT, depth=2))
+    found = {(match[1], match[2]) for match in matches if match}
+    return {run for run, kind in found if kind == "plan"}, {run for run, kind in found if kind == "manifest"}
 
 
 def save_plan(storage: Storage, plan: Plan) -> Plan:

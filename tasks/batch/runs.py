@@ -16,14 +16,12 @@ from tasks.batch.dataset import map_parallel
 from tasks.batch.delta import TableFiles
 from tasks.batch.manifest import Manifest, find_manifest, list_damaged_parts, locate_parts, name_commit
 from tasks.batch.parts import list_done
-from tasks.batch.plan import ROOT
-from tasks.batch.run_records import load_plan
+from tasks.batch.run_records import list_recorded_runs, load_plan
 from tasks.batch.run_tables import find_table_name, read_table_files
 from tasks.storage import Storage
 
 RunState = Literal["complete", "incomplete", "damaged"]
 
-_RECORD = re.compile(rf"{ROOT}/([^/]+)/(plan|manifest)\.json")
 # A commit of a stream's table is called by the table and its number.
 _COMMIT = re.compile(r"(.+)-(\d{8})")
 
@@ -61,10 +59,7 @@ def list_runs(storage: Storage) -> list[RunSummary]:
 
     A record that does not read makes its run a damaged one, and is no error.
     """
-    matches = (_RECORD.fullmatch(entry.path) for entry in storage.entries(ROOT, depth=2))
-    records = {(match[1], match[2]) for match in matches if match}
-    published = {run for run, kind in records if kind == "manifest"}
-    planned = {run for run, kind in records if kind == "plan"}
+    planned, published = list_recorded_runs(storage)
     commits = {run: match for run in published - planned if (match := _COMMIT.fullmatch(run)) and match[1] in planned}
     newest = dict(sorted((match[1], int(match[2])) for match in commits.values()))
     names = [run for run in published if run not in commits]

@@ -6,7 +6,6 @@ that go on meanwhile.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -14,10 +13,9 @@ from serving.errors import DestinationUnusable, FormatTooNew
 from tasks.batch.dataset import map_parallel
 from tasks.batch.manifest import Manifest, find_manifest
 from tasks.batch.plan import ROOT, Plan
-from tasks.batch.run_records import RunStart, load_plan, read_record
+from tasks.batch.run_records import RunStart, list_recorded_runs, load_plan, read_record
 from tasks.storage import Entry, Storage
 
-_RECORD = re.compile(rf"{ROOT}/([^/]+)/(plan|manifest)\.json")
 _STARTS = f"{ROOT}/starts"
 
 
@@ -119,10 +117,8 @@ def read_records(storage: Storage, known: Records | None = None) -> Records:
 
     Raises DestinationUnusable or FormatTooNew where one does not read.
     """
-    found = [match for entry in storage.entries(ROOT, depth=2) if (match := _RECORD.fullmatch(entry.path))]
-    published = sorted({match[1] for match in found if match[2] == "manifest"})
-    planned = frozenset(match[1] for match in found if match[2] == "plan")
-    unpublished = sorted(planned - set(published))
+    planned, complete = list_recorded_runs(storage)
+    published, unpublished = sorted(complete), sorted(planned - complete)
     before = known or Records(manifests={}, plans={}, planned=frozenset())
 
     def read_manifest(run: str) -> Manifest | None:
@@ -140,5 +136,5 @@ def read_records(storage: Storage, known: Records | None = None) -> Records:
     return Records(
         manifests={run: each for run, each in zip(published, manifests, strict=True) if each is not None},
         plans={run: each for run, each in zip(unpublished, plans, strict=True) if each is not None},
-        planned=planned,
+        planned=frozenset(planned),
     )
